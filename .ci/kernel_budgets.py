@@ -1,0 +1,180 @@
+"""Holds the compiled kernels to kernels/budgets.tsv: registers, shared memory, spills, tensor cores.
+
+    python3 .ci/kernel_budgets.py FOLDER              check; FOLDER holds *.ptxas.txt and *.fatbin
+    python3 .ci/kernel_budgets.py FOLDER --table      print what was measured, target by target
+    python3 .ci/kernel_budgets.py FOLDER --write      set budgets.tsv and docs/kernels.md's table to it
+
+The budget of a kernel is the most over all targets, registers rounded up to 8 as the hardware
+hands them out. Spilled registers are never allowed.
+"""
+
+import argparse
+import fnmatch
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUDGETS = ROOT / "kernels/budgets.tsv"
+DOCUMENT = ROOT / "docs/kernels.md"
+TARGETS = ["sm_80", "sm_89", "sm_90a", "sm_100"]
+# The machine instruction that each way to the tensor cores becomes. mma.sync is HMMA on all
+# four targets; wgmma exists on sm_90a alone.
+INSTRUCTION = {"mma": "HMMA", "wgmma": "HGMMA"}
+HEADER = "# kernel\tregisters\tstack bytes\tstatic shared bytes\ttensor cores: -, mma or wgmma (sm_90a)\n"
+MARKS = ("<!-- budgets -->", "<!-- end of budgets -->")
+
+
+@dataclass
+class Usage:
+    """What ptxas and the disassembly say of one kernel on one target."""
+
+    registers: int = 0
+    shared: int = 0
+    stack: int = 0
+    spilled: int = 0
+    instructions: set[str] = field(default_factory=set)
+
+
+def read_reports(folder: Path) -> dict[str, dict[str, Usage]]:
+    """Usage by kernel and target, from the assembler's reports."""
+    usage: dict[str, dict[str, Usage]] = defaultdict(dict)
+    for report in sorted(folder.glob("*.ptxas.txt")):
+        current = Usage()
+        for line in report.read_text().splitlines():
+            if "warning" in line.lower():
+                sys.exit(f"{report.name}: {line}")
+            if entry := re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line):
+                current = usage[entry[1]][entry[2]] = Usage()
+            elif spills := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", line):
+                current.stack = int(spills[1])
+                current.spilled += int(spills[2]) + int(spills[3])
+            elif registers := re.search(r"Used (\d+) registers", line):
+                current.registers = int(registers[1])
+                if shared := re.search(r"(\d+) bytes smem", line):
+                    current.shared = int(shared[1])
+    return usage
+
+
+def read_instructions(folder: Path, usage: dict[str, dict[str, Usage]]) -> None:
+    """Adds the tensor-core instructions that are really in the machine code."""
+    for image in sorted(folder.glob("*.fatbin")):
+        listing = subprocess.run(["cuobjdump", "-sass", image], check=True, capture_output=True, text=True).stdout
+        target, current = "", Usage()
+        for line in listing.splitlines():
+            if line.startswith("arch = "):
+                target = line.removeprefix("arch = ").strip()
+            elif function := re.match(r"\s*Function : (\w+)", line):
+                current = usage[function[1]].setdefault(target, Usage())
+            # HFMA2.MMA is ordinary arithmetic, hence the end of the name.
+            elif found := re.search(r"\b(HMMA|HGMMA)\.", line):
+                current.instructions.add(found[1])
+
+
+def read_budgets() -> dict[str, tuple[int, int, int, str]]:
+    rows = [line.split("\t") for line in BUDGETS.read_text().splitlines() if line and not line.startswith("#")]
+    return {kernel: (int(registers), int(stack), int(shared), tensor) for kernel, registers, stack, shared, tensor in rows}
+
+
+def tensor_cores(by_target: dict[str, Usage]) -> str:
+    """The way to the tensor cores that the machine code shows."""
+    if "HGMMA" in by_target["sm_90a"].instructions:
+        return "wgmma"
+    return "mma" if "HMMA" in by_target["sm_80"].instructions else "-"
+
+
+def most(by_target: dict[str, Usage], field: str) -> int:
+    return max(getattr(usage, field) for usage in by_target.values())
+
+
+def check(usage: dict[str, dict[str, Usage]]) -> list[str]:
+    """What is wrong, a line each."""
+    problems = []
+    budgets = read_budgets()
+    for pattern in budgets:
+        if not fnmatch.filter(usage, pattern):
+            problems.append(f"{pattern} has a budget and no kernel")
+    for kernel, by_target in sorted(usage.items()):
+        pattern = next((p for p in budgets if fnmatch.fnmatch(kernel, p)), None)
+        if pattern is None:
+            problems.append(f"{kernel} has no budget: add it to kernels/budgets.tsv")
+            continue
+        registers, stack, shared, tensor = budgets[pattern]
+        for target in TARGETS:
+            if target not in by_target:
+                problems.append(f"{kernel} is missing for {target}")
+                continue
+            got = by_target[target]
+            where = f"{kernel} on {target}"
+            if got.spilled:
+                problems.append(f"{where} spills {got.spilled} bytes of registers")
+            if got.stack > stack:
+                problems.append(f"{where} keeps {got.stack} bytes on the stack, budget {stack}: an array indexed at run time?")
+            if got.registers > registers:
+                problems.append(f"{where} takes {got.registers} registers, budget {registers}")
+            if got.shared > shared:
+                problems.append(f"{where} takes {got.shared} bytes of shared memory, budget {shared}")
+            wanted = INSTRUCTION.get(tensor) if tensor != "wgmma" or target == "sm_90a" else None
+            if wanted and wanted not in got.instructions:
+                problems.append(f"{where} holds no {wanted}")
+    return problems
+
+
+def table(usage: dict[str, dict[str, Usage]]) -> str:
+    lines = [
+        "| kernel | registers (" + ", ".join(TARGETS) + ") | stack, bytes | tensor cores |",
+        "| --- | --- | --- | --- |",
+    ]
+    for kernel, by_target in sorted(usage.items()):
+        registers = ", ".join(str(by_target[target].registers) for target in TARGETS)
+        lines.append(f"| `{kernel}` | {registers} | {most(by_target, 'stack')} | {tensor_cores(by_target)} |")
+    return "\n".join(lines)
+
+
+def write(usage: dict[str, dict[str, Usage]]) -> None:
+    rows = [
+        f"{kernel}\t{-(-most(by_target, 'registers') // 8) * 8}"
+        f"\t{most(by_target, 'stack')}\t{most(by_target, 'shared')}\t{tensor_cores(by_target)}\n"
+        for kernel, by_target in sorted(usage.items())
+    ]
+    BUDGETS.write_text(HEADER + "".join(rows))
+    DOCUMENT.write_text(with_table(DOCUMENT.read_text()))
+
+
+def with_table(document: str) -> str:
+    """The document with its table of budgets replaced."""
+    lines = ["| kernel | registers, at most | stack, bytes | tensor cores |", "| --- | --- | --- | --- |"]
+    for kernel, (registers, stack, _, tensor) in read_budgets().items():
+        lines.append(f"| `{kernel}` | {registers} | {stack} | {tensor} |")
+    start, end = (document.index(mark) for mark in MARKS)
+    return document[: start + len(MARKS[0])] + "\n" + "\n".join(lines) + "\n" + document[end:]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    usage = read_reports(options.folder)
+    if not usage:
+        sys.exit(f"{options.folder} holds no assembler report")
+    read_instructions(options.folder, usage)
+    if options.write:
+        write(usage)
+    if options.table:
+        print(table(usage))
+    problems = check(usage)
+    document = DOCUMENT.read_text()
+    if with_table(document) != document:
+        problems.append("docs/kernels.md shows other budgets than kernels/budgets.tsv: run this with --write")
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    sys.exit(1 if problems else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+#!/usr/bin/env bash
+# Everything there is to know about ddtas on one GPU, in one command:
+#
+#     benches/device.sh [OUT]            OUT: benches/records/DATE-GPU-cuda by default
+#
+# 1. the reference cases, every dtype, both forms, on the GPU
+# 2. compute-sanitizer memcheck, racecheck and initcheck over them
+# 3. throughput at three densities beside, in the same run on the same embeddings,
+#    the floor (two bare cuBLAS GEMMs), dense torch eager and compiled, and
+#    pytorch-metric-learning: table.md, plot.svg, results.json
+#
+# Needs an NVIDIA GPU (8.0 or newer) with driver 580 or newer, Rust, CUDA 13 (nvcc,
+# compute-sanitizer), libclang, and Python with torch; pytorch-metric-learning if it
+# is to be measured. Environment:
+#     BATCHES, DIMS   rows and dimensions, separated by commas
+#     DTYPE           bf16 (default), f16 or f32
+#     BUDGET          bytes for candidates (16 GiB); a batch takes no more than it can use
+#     SKIP            any of "verify sanitize throughput", to leave out steps
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+batches=${BATCHES:-1024,4096,16384,65536,262144}
+dims=${DIMS:-128,512}
+dtype=${DTYPE:-bf16}
+budget=${BUDGET:-$((16 << 30))}
+skip=" ${SKIP:-} "
+features=(--no-default-features --features "cli,cuda")
+
+fail() {
+    echo "device.sh: $*" >&2
+    exit 1
+}
+skipped() { [[ $skip == *" $1 "* ]]; }
+
+command -v nvidia-smi >/dev/null || fail "no nvidia-smi: this needs an NVIDIA GPU and its driver"
+gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1) || fail "nvidia-smi finds no GPU"
+python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+    fail "python3 needs a torch that sees the GPU: python3 -m pip install torch pytorch-metric-learning"
+sanitizer=$(command -v compute-sanitizer || true)
+[[ -n $sanitizer || ! -x ${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer ]] ||
+    sanitizer=${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer
+skipped sanitize || [[ -n $sanitizer ]] ||
+    fail "no compute-sanitizer: install the CUDA 13 toolkit and set CUDA_HOME, or SKIP=sanitize"
+
+out=${1:-benches/records/$(date +%Y-%m-%d)-$(tr -cs '[:alnum:]\n' - <<<"$gpu")-cuda}
+mkdir -p "$out"
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+
+{
+    echo "# ddtas on $gpu"
+    echo
+    echo "- command: BATCHES=$batches DIMS=$dims DTYPE=$dtype BUDGET=$budget SKIP=\"${SKIP:-}\" benches/device.sh"
+    echo "- commit: $(git rev-parse HEAD)$(git diff --quiet HEAD || echo ', with changes')"
+    echo "- GPU, driver, clocks, power limit: $(nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,clocks.max.mem,power.limit --format=csv,noheader | head -n 1)"
+    echo "- $(python3 -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda)')"
+    echo "- $(rustc --version)"
+} >"$out/README.md"
+
+# Lines for compute-sanitizer; they cost nothing at run time.
+export NVCC_APPEND_FLAGS=-lineinfo
+cargo build --release "${features[@]}"
+
+if ! skipped verify; then
+    echo "== reference cases on the GPU"
+    target/release/ddtas-bench verify tests/golden --backend cuda --json >"$out/verify.json" ||
+        fail "a reference case fails on the GPU: see $out/verify.json"
+    # The tests add dtypes, the rectangular form and random shapes; here a skip is a failure.
+    DDTAS_REQUIRE_GPU=1 cargo test --release "${features[@]}" --test cuda -- --nocapture
+fi
+
+if ! skipped sanitize; then
+    for tool in memcheck racecheck initcheck; do
+        echo "== compute-sanitizer $tool"
+        "$sanitizer" --tool "$tool" --error-exitcode 1 \
+            target/release/ddtas-bench verify tests/golden --backend cuda >"$out/$tool.txt" 2>&1 ||
+            fail "compute-sanitizer $tool complains: see $out/$tool.txt"
+        tail -n 1 "$out/$tool.txt"
+    done
+fi
+
+if ! skipped throughput; then
+    echo "== throughput"
+    # One size at a time: the largest file of embeddings is half a gigabyte.
+    for batch in ${batches//,/ }; do
+        python3 benches/device/embeddings.py --batch "$batch" --dim "$dims" --out "$scratch"
+        for file in "$scratch/$batch"-*.safetensors; do
+            name=$(basename "$file" .safetensors)
+            dim=${name#*-} dim=${dim%%-*}
+            target/release/ddtas-bench throughput --backend cuda --batch "$batch" --dim "$dim" \
+                --dtype "$dtype" --embeddings "$file" --json >"$scratch/$name.host.json"
+            # Beside it without the copies between host and GPU, as a training step calls it.
+            cargo bench --quiet "${features[@]}" --bench resident -- "$file" \
+                --dtype "$dtype" --budget "$budget" \
+                >"$scratch/$name.ddtas.json"
+            python3 benches/device/baselines.py "$file" --dtype "$dtype" >"$scratch/$name.peers.json"
+        done
+        rm "$scratch/$batch"-*.safetensors
+    done
+    python3 benches/device/report.py "$scratch" "$out"
+fi
+echo "device.sh: done, results in $out"

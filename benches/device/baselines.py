@@ -1,0 +1,137 @@
+"""Times what ddtas is compared with, on the files of embeddings.py; prints one JSON array.
+
+gemms            S = E E^T and dE = S E, nothing else: the floor of a loss that is not fused
+dense            the same loss in torch, eager, forward and backward
+compiled         that through torch.compile
+metric-learning  pytorch-metric-learning's multi-similarity loss with its miner
+
+What does not fit the device is reported as null with the reason.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import dense
+import tensors
+
+TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+# S in one piece up to here (8 GiB in bf16); beyond, the floor goes through it in stripes of rows.
+STRIPE_ELEMENTS = 1 << 32
+
+
+def measure(step: Callable[[], object], seconds: float, device: str) -> tuple[float, float]:
+    """Median and spread (90th - 10th percentile) in milliseconds, after warming up."""
+    for _ in range(3):
+        step()
+    times: list[float] = []
+    begin = time.perf_counter()
+    while len(times) < 5 or (time.perf_counter() - begin < seconds and len(times) < 200):
+        if device == "cpu":
+            start = time.perf_counter()
+            step()
+            times.append(1e3 * (time.perf_counter() - start))
+        else:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            step()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+    times.sort()
+    return statistics.median(times), times[len(times) * 9 // 10] - times[len(times) // 10]
+
+
+def gemms(embeddings: torch.Tensor) -> Callable[[], object]:
+    count = len(embeddings)
+    stripe = max(1, min(count, STRIPE_ELEMENTS // count))
+    similarity = torch.empty(stripe, count, dtype=embeddings.dtype, device=embeddings.device)
+    gradient = torch.empty_like(embeddings)
+
+    def step() -> None:
+        for start in range(0, count, stripe):
+            rows = embeddings[start : start + stripe]
+            product = similarity[: len(rows)]
+            torch.mm(rows, embeddings.T, out=product)
+            torch.mm(product, embeddings, out=gradient[start : start + stripe])
+
+    return step
+
+
+def forward_backward(loss: Callable[[torch.Tensor], torch.Tensor], embeddings: torch.Tensor) -> Callable[[], object]:
+    leaf = embeddings.clone().requires_grad_()
+
+    def step() -> None:
+        leaf.grad = None
+        loss(leaf).backward()
+
+    return step
+
+
+def metric_learning(labels: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    from pytorch_metric_learning import losses, miners
+
+    miner, loss = miners.MultiSimilarityMiner(), losses.MultiSimilarityLoss()
+    return lambda embeddings: loss(embeddings, labels, miner(embeddings, labels))
+
+
+def peers(embeddings: torch.Tensor, labels: torch.Tensor) -> dict[str, Callable[[], Callable[[], object]]]:
+    """Name and maker of each step; a maker may fail, for want of memory or of a package."""
+    compiled = torch.compile(dense.loss, dynamic=False)
+    return {
+        "gemms": lambda: gemms(embeddings),
+        "dense": lambda: forward_backward(lambda e: dense.loss(e, labels), embeddings),
+        "compiled": lambda: forward_backward(lambda e: compiled(e, labels), embeddings),
+        "metric-learning": lambda: forward_backward(metric_learning(labels), embeddings.float()),
+    }
+
+
+def run(path: Path, dtype: str, options: argparse.Namespace) -> list[dict]:
+    loaded, metadata = tensors.load(path)
+    embeddings = loaded["embeddings"].to(options.device, TYPES[dtype])
+    labels = loaded["labels"].to(options.device)
+    count, dim = embeddings.shape
+    rows = []
+    for name, make in peers(embeddings, labels).items():
+        if name not in options.peers:
+            continue
+        row = {"name": name, "batch": count, "dim": dim, "dtype": dtype, "density": metadata["density"]}
+        row |= {"time_ms": None, "time_spread_ms": None, "tflops": None, "peak_extra_bytes": None}
+        try:
+            if options.device != "cpu":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            row["time_ms"], row["time_spread_ms"] = measure(make(), options.seconds, options.device)
+            # Of the two products alone, whatever else the peer computes.
+            row["tflops"] = 4 * count * count * dim / row["time_ms"] / 1e9
+            if options.device != "cpu":
+                row["peak_extra_bytes"] = torch.cuda.max_memory_allocated() - before
+        except (RuntimeError, ImportError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            row["reason"] = str(error).splitlines()[0][:160]
+        print(f"{name} {path.stem} {dtype}: {row['time_ms']} ms {row.get('reason', '')}", file=sys.stderr, flush=True)
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="+", help="files of embeddings.py")
+    parser.add_argument("--dtype", choices=TYPES, default="bf16")
+    parser.add_argument("--peers", type=lambda text: text.split(","), default=["gemms", "dense", "compiled", "metric-learning"])
+    parser.add_argument("--seconds", type=float, default=1.0, help="time spent on each figure")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    # A dense loss of f32 rows runs on TF32 as ddtas' fast path does, where the GPU has it.
+    torch.backends.cuda.matmul.allow_tf32 = True
+    print(json.dumps([row for path in options.files for row in run(path, options.dtype, options)], indent=1))
+
+
+if __name__ == "__main__":
+    main()

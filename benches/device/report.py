@@ -1,0 +1,140 @@
+"""Joins the figures of one run of device.sh: OUT/results.json, OUT/table.md and OUT/plot.svg.
+
+    python3 benches/device/report.py FOLDER OUT
+
+FOLDER holds for every BATCH-DIM-DENSITY the files .ddtas.json (benches/resident.rs: rows and
+gradient stay on the GPU, as they do for the peers), .host.json (`ddtas-bench throughput
+--json`: with the copies) and .peers.json (baselines.py).
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+PEERS = {"gemms": "two GEMMs", "dense": "dense torch", "compiled": "compiled torch", "metric-learning": "metric-learning"}
+COLOURS = ["#d62728", "#7f7f7f", "#1f77b4", "#2ca02c", "#9467bd"]
+# Mined share is below 0.5 % or about 1 % late in training, 8 % in the middle.
+AIMS = [("middle", 1.0), ("late", 0.5)]
+AIM_BATCH, AIM_DIM, AIM_COMPILED = 16384, 512, 5.0
+
+
+def read(folder: Path) -> list[dict]:
+    """One entry a file of embeddings: its size, our figures, the peers' by name."""
+    entries = []
+    for path in folder.glob("*.ddtas.json"):
+        name = path.name.removesuffix(".ddtas.json")
+        batch, dim, density = name.split("-", 2)
+        (ours,) = json.loads(path.read_text())
+        (host,) = json.loads((folder / f"{name}.host.json").read_text())
+        peers = {row["name"]: row for row in json.loads((folder / f"{name}.peers.json").read_text())}
+        size = {"batch": int(batch), "dim": int(dim), "density": density}
+        entries.append(size | {"ddtas": ours, "ddtas_from_host": host, "peers": peers})
+    return sorted(entries, key=lambda entry: (entry["dim"], entry["density"], entry["batch"]))
+
+
+def peer_time(entry: dict, name: str) -> float | None:
+    return entry["peers"].get(name, {}).get("time_ms")
+
+
+def ratio(over: float | None, under: float | None) -> float | None:
+    return over / under if over and under else None
+
+
+def cell(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def table(entries: list[dict]) -> str:
+    titles = ["D", "density", "B", "mined, %", "ddtas, ms", "TFLOP/s", "of two GEMMs", "with copies, ms"]
+    titles += [f"{PEERS[name]}, ms" for name in PEERS] + ["compiled / ddtas", "ddtas extra, MB", "dense extra, MB"]
+    lines = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
+    for entry in entries:
+        ours, batch, dim = entry["ddtas"], entry["batch"], entry["dim"]
+        time = ours["time_ms"]
+        dense_bytes = entry["peers"].get("dense", {}).get("peak_extra_bytes")
+        cells = [str(dim), entry["density"], str(batch), cell(100 * ours["mined_share"])]
+        # Against the work of the unfused loss, whatever was really multiplied.
+        tflops = 4 * batch * batch * dim / time / 1e9
+        cells += [cell(time, 3), cell(tflops, 1), cell(ratio(time, peer_time(entry, "gemms")))]
+        cells.append(cell(entry["ddtas_from_host"]["time_ms"], 3))
+        cells += [cell(peer_time(entry, name), 3) for name in PEERS]
+        cells += [cell(ratio(peer_time(entry, "compiled"), time)), cell(ours["peak_extra_bytes"] / 1e6, 1)]
+        cells += [cell(dense_bytes / 1e6 if dense_bytes else None, 1)]
+        lines.append("| " + " | ".join(cells) + " |")
+    reasons = sorted({f"{row['name']} at B = {row['batch']}: {row['reason']}"
+                      for entry in entries for row in entry["peers"].values() if row.get("reason")})
+    return "\n".join(lines + [""] + [f"- not measured: {reason}" for reason in reasons]) + "\n"
+
+
+def aims(entries: list[dict]) -> str:
+    """The stated aims, met or not; an aim without its measurement is not met."""
+    lines = ["", "## Aims", ""]
+    at = {entry["density"]: entry for entry in entries if (entry["batch"], entry["dim"]) == (AIM_BATCH, AIM_DIM)}
+    for density, most in AIMS:
+        entry = at.get(density)
+        got = ratio(entry["ddtas"]["time_ms"], peer_time(entry, "gemms")) if entry else None
+        met = "met" if got is not None and got <= most else "NOT met"
+        lines.append(f"- B = {AIM_BATCH}, D = {AIM_DIM}, {density}: {cell(got)} of two GEMMs (aim {most}): {met}")
+        got = ratio(peer_time(entry, "compiled"), entry["ddtas"]["time_ms"]) if entry else None
+        met = "met" if got is not None and got >= AIM_COMPILED else "NOT met"
+        lines.append(f"- same, compiled torch / ddtas: {cell(got)} (aim {AIM_COMPILED}): {met}")
+    largest = max((entry["batch"] for entry in entries), default=0)
+    lines.append(f"- B = 262144 on one GPU: {'met' if largest >= 262144 else 'NOT met'} (largest B that ran: {largest})")
+    return "\n".join(lines) + "\n"
+
+
+def plot(entries: list[dict]) -> str:
+    """Time against B, log-log, a panel for each D and density."""
+    panels = sorted({(entry["dim"], entry["density"]) for entry in entries})
+    times = [entry["ddtas"]["time_ms"] for entry in entries]
+    times += [time for entry in entries for name in PEERS if (time := peer_time(entry, name))]
+    batches = sorted({entry["batch"] for entry in entries})
+    low, high = math.floor(math.log10(min(times))), math.ceil(math.log10(max(times)))
+    width, height, columns = 320, 240, 3
+    span = max(math.log2(batches[-1] / batches[0]), 1)
+    rows = math.ceil(len(panels) / columns)
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{columns * width}" height="{rows * height + 24}" '
+             'font-family="sans-serif" font-size="10"><rect width="100%" height="100%" fill="white"/>']
+    series = {"ddtas": lambda entry: entry["ddtas"]["time_ms"]}
+    series |= {label: (lambda entry, name=name: peer_time(entry, name)) for name, label in PEERS.items()}
+    for index, (dim, density) in enumerate(panels):
+        left, top = index % columns * width + 44, index // columns * height + 20
+        inner_width, inner_height = width - 60, height - 56
+
+        def place(batch: int, time: float) -> tuple[float, float]:
+            across = math.log2(batch / batches[0]) / span
+            up = (math.log10(time) - low) / max(high - low, 1)
+            return left + across * inner_width, top + (1 - up) * inner_height
+
+        parts.append(f'<text x="{left}" y="{top - 6}" font-weight="bold">D = {dim}, {density}: ms against B</text>')
+        for power in range(low, high + 1):
+            _, y = place(batches[0], 10.0**power)
+            parts.append(f'<path d="M{left} {y:.1f}h{inner_width}" stroke="#ddd"/>')
+            parts.append(f'<text x="{left - 4}" y="{y + 3:.1f}" text-anchor="end">{10.0**power:g}</text>')
+        for batch in batches:
+            x, _ = place(batch, 1.0)
+            parts.append(f'<text x="{x:.1f}" y="{top + inner_height + 12}" text-anchor="middle">{batch}</text>')
+        here = [entry for entry in entries if (entry["dim"], entry["density"]) == (dim, density)]
+        for colour, value in zip(COLOURS, series.values()):
+            points = " ".join("{:.1f},{:.1f}".format(*place(e["batch"], t)) for e in here if (t := value(e)))
+            parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
+    for index, (colour, label) in enumerate(zip(COLOURS, series)):
+        parts.append(f'<text x="{44 + 130 * index}" y="{rows * height + 14}" fill="{colour}">{label}</text>')
+    return "\n".join(parts) + "\n</svg>\n"
+
+
+def main() -> None:
+    folder, out = map(Path, sys.argv[1:])
+    entries = read(folder)
+    if not entries:
+        sys.exit(f"{folder} holds no figures")
+    (out / "results.json").write_text(json.dumps(entries, indent=1) + "\n")
+    text = table(entries) + aims(entries)
+    (out / "table.md").write_text(text)
+    (out / "plot.svg").write_text(plot(entries))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+// cuda.cuh: the machine as the kernels see it, on a GPU or emulated on a CPU.
+//
+// Every instruction that C++ does not have is a wrapper here, with a device path
+// (nvcc) and a host path (emulation/machine.h, under g++). Kernels use nothing else.
+// Rules that the emulation checks: collectives are entered by full warps, barriers
+// by full blocks; nobody returns before a barrier that others reach; warp_sync()
+// before reading what another lane wrote to shared memory; no waiting on other blocks.
+#ifndef DDTAS_CUDA_CUH
+#define DDTAS_CUDA_CUH
+
+#include "params.h"
+
+// 16-bit numbers are kept as bits: they are only ever multiplied by tensor cores.
+struct F16 {
+    uint16_t bits;
+};
+struct Bf16 {
+    uint16_t bits;
+};
+
+#ifdef __CUDACC__
+
+#define DEVICE __device__ __forceinline__
+// One argument, the parameter struct; `blocks` a multiprocessor should hold (bounds registers).
+#define KERNEL(name, Params, blocks) \
+    extern "C" __global__ void __launch_bounds__(THREADS, blocks) name(const __grid_constant__ Params p)
+// Dynamic shared memory; the launch plan states its size.
+extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
+#define SHARED_MEMORY(name) unsigned char *name = dynamic_shared_memory
+
+DEVICE uint32_t thread_index() { return threadIdx.x; }
+DEVICE uint32_t block_x() { return blockIdx.x; }
+DEVICE uint32_t block_y() { return blockIdx.y; }
+DEVICE uint32_t block_z() { return blockIdx.z; }
+DEVICE uint32_t grid_x() { return gridDim.x; }
+
+#define block_sync() __syncthreads()
+#define warp_sync() __syncwarp()
+
+template <class T>
+DEVICE T shuffle_xor(T value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+template <class T>
+DEVICE T shuffle_up(T value, int by) { return __shfl_up_sync(0xffffffffu, value, by); }
+template <class T>
+DEVICE T shuffle(T value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
+DEVICE uint32_t vote_mask(bool vote) { return __ballot_sync(0xffffffffu, vote); }
+
+DEVICE void atomic_add(uint32_t *target, uint32_t value) { atomicAdd(target, value); }
+DEVICE void atomic_add(uint64_t *target, uint64_t value) {
+    atomicAdd(reinterpret_cast<unsigned long long *>(target), static_cast<unsigned long long>(value));
+}
+DEVICE void atomic_add(int64_t *target, int64_t value) {
+    atomic_add(reinterpret_cast<uint64_t *>(target), static_cast<uint64_t>(value));
+}
+// To shared memory, which has no 64-bit add: the compiler would make a loop of compare and swap.
+// The add that wraps the low half carries into the high one, so the order still does not matter.
+DEVICE void atomic_add_shared(int64_t *target, int64_t value) {
+    auto *halves = reinterpret_cast<uint32_t *>(target);
+    auto low = static_cast<uint32_t>(value);
+    auto high = static_cast<uint32_t>(static_cast<uint64_t>(value) >> 32);
+    uint32_t before = atomicAdd(halves, low);
+    high += before + low < low;
+    if (high != 0) atomicAdd(halves + 1, high);
+}
+DEVICE uint32_t atomic_next(uint32_t *target) { return atomicAdd(target, 1u); }
+DEVICE void atomic_max(uint32_t *target, uint32_t value) { atomicMax(target, value); }
+DEVICE void atomic_min(uint32_t *target, uint32_t value) { atomicMin(target, value); }
+
+DEVICE uint32_t shared_address(const void *pointer) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// 16 bytes from global to shared memory, both 16-byte aligned, done by the next wait that covers it.
+DEVICE void copy_async(void *to, const void *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most `pending` of this thread's groups are under way.
+template <int pending>
+DEVICE void copy_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit numbers (or 8x4 of 32-bit ones); lane l names row l % 8 of matrix l / 8.
+DEVICE void load_matrices(uint32_t (&r)[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+// c += a b on tensor cores: a 16 x k, b k x 8, fragments as PTX lays them out.
+DEVICE void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+DEVICE void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+DEVICE void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Hopper's products of a warpgroup (4 warps, 64 rows) straight from shared memory. They read it
+// through another proxy: what threads wrote there needs async_proxy_fence() and a barrier first.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define HAS_WARPGROUP_PRODUCTS 1
+using Descriptor = uint64_t;
+// Rows of 128 bytes, granules swizzled by granule ^ row % 8, 8 rows every 1,024 bytes; 1,024-byte aligned.
+DEVICE Descriptor stage_descriptor(const void *stage) {
+    uint64_t start = (shared_address(stage) & 0x3ffffu) >> 4;
+    return start | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+}
+// The same rows from `bytes` further on in each.
+DEVICE Descriptor advanced(Descriptor descriptor, uint32_t bytes) { return descriptor + bytes / 16; }
+DEVICE void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Before the first product, so that the accumulators' registers are settled.
+DEVICE void group_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void group_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int pending>
+DEVICE void group_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+// c += a b^T, asynchronously: 64 x 16 by 128 x 16; warp w of the group has rows 16 w to 16 w + 15.
+DEVICE void group_mma_bf16(float (&c)[16][4], Descriptor a, Descriptor b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+        "}, %64, %65, 1, 1, 1, 0, 0;"
+        : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]),
+          "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]),
+          "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),
+          "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]),
+          "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]),
+          "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
+          "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]),
+          "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3]),
+          "+f"(c[8][0]), "+f"(c[8][1]), "+f"(c[8][2]), "+f"(c[8][3]),
+          "+f"(c[9][0]), "+f"(c[9][1]), "+f"(c[9][2]), "+f"(c[9][3]),
+          "+f"(c[10][0]), "+f"(c[10][1]), "+f"(c[10][2]), "+f"(c[10][3]),
+          "+f"(c[11][0]), "+f"(c[11][1]), "+f"(c[11][2]), "+f"(c[11][3]),
+          "+f"(c[12][0]), "+f"(c[12][1]), "+f"(c[12][2]), "+f"(c[12][3]),
+          "+f"(c[13][0]), "+f"(c[13][1]), "+f"(c[13][2]), "+f"(c[13][3]),
+          "+f"(c[14][0]), "+f"(c[14][1]), "+f"(c[14][2]), "+f"(c[14][3]),
+          "+f"(c[15][0]), "+f"(c[15][1]), "+f"(c[15][2]), "+f"(c[15][3])
+        : "l"(a), "l"(b));
+}
+DEVICE void group_mma_f16(float (&c)[16][4], Descriptor a, Descriptor b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+        "}, %64, %65, 1, 1, 1, 0, 0;"
+        : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]),
+          "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]), "+f"(c[1][3]),
+          "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]),
+          "+f"(c[3][0]), "+f"(c[3][1]), "+f"(c[3][2]), "+f"(c[3][3]),
+          "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]),
+          "+f"(c[5][0]), "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]),
+          "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]),
+          "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3]),
+          "+f"(c[8][0]), "+f"(c[8][1]), "+f"(c[8][2]), "+f"(c[8][3]),
+          "+f"(c[9][0]), "+f"(c[9][1]), "+f"(c[9][2]), "+f"(c[9][3]),
+          "+f"(c[10][0]), "+f"(c[10][1]), "+f"(c[10][2]), "+f"(c[10][3]),
+          "+f"(c[11][0]), "+f"(c[11][1]), "+f"(c[11][2]), "+f"(c[11][3]),
+          "+f"(c[12][0]), "+f"(c[12][1]), "+f"(c[12][2]), "+f"(c[12][3]),
+          "+f"(c[13][0]), "+f"(c[13][1]), "+f"(c[13][2]), "+f"(c[13][3]),
+          "+f"(c[14][0]), "+f"(c[14][1]), "+f"(c[14][2]), "+f"(c[14][3]),
+          "+f"(c[15][0]), "+f"(c[15][1]), "+f"(c[15][2]), "+f"(c[15][3])
+        : "l"(a), "l"(b));
+}
+
+// A barrier in shared memory whose phase ends when `count` threads have arrived and all bytes
+// that they announced are there.
+using Barrier = uint64_t;
+// By one thread; the others may use it after a block_sync().
+DEVICE void barrier_begin(Barrier *barrier, uint32_t count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+// Arrives and announces bytes that bulk copies will bring.
+DEVICE void barrier_expect(Barrier *barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+}
+// Waits for the end of a phase of this parity: 0 the first, 1 the second, and so on.
+DEVICE void barrier_wait(Barrier *barrier, uint32_t parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}\n" ::"r"(shared_address(barrier)),
+        "r"(parity)
+        : "memory");
+}
+// `bytes` bytes from global to shared memory, by the copy engine; it tells the barrier.
+DEVICE void copy_bulk(void *to, const void *from, uint32_t bytes, Barrier *barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(shared_address(barrier))
+                 : "memory");
+}
+#endif
+// Ends the program: a kernel was launched on a GPU that it is not made for.
+DEVICE void trap() { __trap(); }
+
+// Nearest TF32 number (10 bits of mantissa, ties away), as the bits of a float.
+DEVICE uint32_t to_tf32(float value) {
+    uint32_t bits;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+    return bits;
+}
+DEVICE uint16_t to_f16_bits(float value) {
+    uint16_t bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+DEVICE uint16_t to_bf16_bits(float value) {
+    uint16_t bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+DEVICE float from_f16_bits(uint16_t bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+}
+DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
+DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
+DEVICE int bit_count(uint32_t bits) { return __popc(bits); }
+// Index of the lowest bit that is set; `bits` must not be 0.
+DEVICE int lowest_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
+DEVICE int64_t round_to_integer(double value) { return __double2ll_rn(value); }
+#define INFINITE __int_as_float(0x7f800000)
+
+#else
+#include "emulation/machine.h"
+#endif
+
+// Conversions by type.
+DEVICE float to_float(float value) { return value; }
+DEVICE float to_float(F16 value) { return from_f16_bits(value.bits); }
+DEVICE float to_float(Bf16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
+template <class T>
+DEVICE T from_float(float value);
+template <>
+DEVICE float from_float<float>(float value) { return value; }
+template <>
+DEVICE F16 from_float<F16>(float value) { return F16{to_f16_bits(value)}; }
+template <>
+DEVICE Bf16 from_float<Bf16>(float value) { return Bf16{to_bf16_bits(value)}; }
+
+// Unsigned keys in the order of the floats: atomic_max works on them. 0 is no float's key.
+DEVICE uint32_t ordered_key(float value) {
+    uint32_t bits = bits_of(value);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+DEVICE float key_value(uint32_t key) {
+    return float_of(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+}
+
+DEVICE uint32_t lane_index() { return thread_index() % 32; }
+DEVICE uint32_t warp_index() { return thread_index() / 32; }
+
+// Sum over the lanes of a warp, in a fixed order; every lane gets it.
+template <class T>
+DEVICE T warp_sum(T value) {
+    for (int mask = 16; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+    return value;
+}
+
+// Sum over the block in a fixed order; every thread gets it. `scratch` holds THREADS / 32 values.
+template <class T>
+DEVICE T block_sum(T value, T *scratch) {
+    value = warp_sum(value);
+    if (lane_index() == 0) scratch[warp_index()] = value;
+    block_sync();
+    T total = scratch[0];
+    for (uint32_t warp = 1; warp < THREADS / 32; ++warp) total += scratch[warp];
+    block_sync();  // the scratch may be written again
+    return total;
+}
+
+#endif

@@ -1,0 +1,24 @@
+// fiber.h: stacks and the switch between them, announced to AddressSanitizer.
+#ifndef DDTAS_EMULATION_FIBER_H
+#define DDTAS_EMULATION_FIBER_H
+
+#include <cstddef>
+
+namespace emulation {
+
+struct Fiber {
+    void *stack_pointer = nullptr;
+    unsigned char *stack = nullptr;  // null for the OS thread's own
+    size_t stack_bytes = 0;
+    void *fake_stack = nullptr;  // AddressSanitizer's
+};
+
+// Prepares a fiber that begins at `main`, which must never return. The stack is allocated once.
+void start_fiber(Fiber &fiber, void (*main)());
+
+// Leaves `from` (for good if `last`) and goes on in `to`.
+void switch_fiber(Fiber &from, Fiber &to, bool last);
+
+}  // namespace emulation
+
+#endif

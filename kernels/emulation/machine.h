@@ -1,0 +1,263 @@
+// machine.h: the host path of cuda.cuh. A block's threads are fibers of one OS thread.
+//
+// What runs when is drawn from a seed: blocks in random order; in a block one random
+// warp runs alone as far as it can, then the next, redrawn at every barrier, so that a
+// missing barrier shows; lanes in random order. Shared memory starts as NaN. An
+// asynchronous copy makes its target NaN at once and lands at a random later point, at
+// the latest at the wait that covers it. Tensor-core sums are exact, then truncated to
+// f32, which is the worst that the hardware does.
+#ifndef DDTAS_EMULATION_MACHINE_H
+#define DDTAS_EMULATION_MACHINE_H
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+using std::exp;
+using std::fabs;
+using std::fmax;
+using std::fmin;
+using std::isfinite;
+using std::log1p;
+using std::sqrt;
+
+#define DEVICE inline
+#define SHARED_MEMORY(name) unsigned char *name = emulation::shared_memory()
+#define INFINITE std::numeric_limits<float>::infinity()
+
+namespace emulation {
+
+using Entry = void (*)(const void *params);
+
+struct Registration {
+    Registration(const char *name, size_t params_bytes, Entry entry);
+};
+
+struct Index {
+    uint32_t x, y, z;
+};
+
+uint32_t thread();
+Index block();
+Index grid();
+unsigned char *shared_memory();
+
+void block_barrier(const char *file, int line);
+[[noreturn]] void stop(const char *message);
+// Enters a warp-wide operation with this lane's operands; the last lane to arrive
+// runs `operation` on those of all 32.
+using Operation = void (*)(void **lanes);
+void collective(const char *what, void *operands, Operation operation);
+
+void copy_async(void *to, const void *from);
+void copy_commit();
+void copy_wait(int pending);
+
+enum class Numbers { f16, bf16, tf32 };
+struct Multiply {
+    float *c;
+    const uint32_t *a;
+    const uint32_t *b;
+};
+template <Numbers numbers>
+void multiply(void **lanes);
+struct LoadMatrices {
+    uint32_t *r;
+    const void *row;
+};
+template <bool transposed>
+void load_matrices(void **lanes);
+
+// Hopper: products of a warpgroup run at a random point between issue and wait. Each warp's
+// part is computed when the warp's lanes meet; the parts do not depend on each other.
+struct Descriptor {
+    const unsigned char *first;
+};
+struct GroupMultiply {
+    float *c;
+    Descriptor a, b;
+};
+template <Numbers numbers>
+void group_multiply(void **lanes);
+void group_commit(void **lanes);
+void group_wait(void **lanes);
+
+// Barriers in shared memory and bulk copies, which land whole, in any order, at any time.
+using Barrier = uint64_t;
+void barrier_begin(Barrier *barrier, uint32_t count);
+void barrier_expect(Barrier *barrier, uint32_t bytes);
+void barrier_wait(Barrier *barrier, uint32_t parity);
+void copy_bulk(void *to, const void *from, uint32_t bytes, Barrier *barrier);
+
+uint16_t f16_bits(float value);
+float f16_value(uint16_t bits);
+
+// One run of a kernel; 0, or -1 if there is no such kernel or its parameters are of another size.
+int launch(const char *name, const uint32_t grid[3], uint32_t shared_bytes, const void *params,
+           size_t params_bytes, uint64_t seed);
+
+template <class T>
+struct Shuffle {
+    T value;
+    T result;
+    int argument;
+};
+template <class T, int kind>
+void shuffle_lanes(void **lanes) {
+    T values[32];
+    for (int lane = 0; lane < 32; ++lane) values[lane] = static_cast<Shuffle<T> *>(lanes[lane])->value;
+    for (int lane = 0; lane < 32; ++lane) {
+        auto &one = *static_cast<Shuffle<T> *>(lanes[lane]);
+        int from = kind == 0 ? lane ^ one.argument : kind == 1 ? lane - one.argument : one.argument;
+        one.result = values[from < 0 ? lane : from % 32];
+    }
+}
+struct Vote {
+    bool vote;
+    uint32_t result;
+};
+inline void vote_lanes(void **lanes) {
+    uint32_t bits = 0;
+    for (int lane = 0; lane < 32; ++lane) bits |= static_cast<uint32_t>(static_cast<Vote *>(lanes[lane])->vote) << lane;
+    for (int lane = 0; lane < 32; ++lane) static_cast<Vote *>(lanes[lane])->result = bits;
+}
+inline void meet(void **) {}
+
+}  // namespace emulation
+
+#define KERNEL(name, Params, blocks)                                                              \
+    static void name(const Params &p);                                                            \
+    static const emulation::Registration register_##name(                                         \
+        #name, sizeof(Params), [](const void *params) { name(*static_cast<const Params *>(params)); }); \
+    static void name(const Params &p)
+
+inline uint32_t thread_index() { return emulation::thread(); }
+inline uint32_t block_x() { return emulation::block().x; }
+inline uint32_t block_y() { return emulation::block().y; }
+inline uint32_t block_z() { return emulation::block().z; }
+inline uint32_t grid_x() { return emulation::grid().x; }
+
+#define block_sync() emulation::block_barrier(__FILE__, __LINE__)
+#define warp_sync() emulation::collective("warp_sync", nullptr, emulation::meet)
+
+template <class T>
+inline T shuffle_xor(T value, int mask) {
+    emulation::Shuffle<T> one{value, T{}, mask};
+    emulation::collective("shuffle_xor", &one, emulation::shuffle_lanes<T, 0>);
+    return one.result;
+}
+template <class T>
+inline T shuffle_up(T value, int by) {
+    emulation::Shuffle<T> one{value, T{}, by};
+    emulation::collective("shuffle_up", &one, emulation::shuffle_lanes<T, 1>);
+    return one.result;
+}
+template <class T>
+inline T shuffle(T value, int lane) {
+    emulation::Shuffle<T> one{value, T{}, lane};
+    emulation::collective("shuffle", &one, emulation::shuffle_lanes<T, 2>);
+    return one.result;
+}
+inline uint32_t vote_mask(bool vote) {
+    emulation::Vote one{vote, 0};
+    emulation::collective("vote_mask", &one, emulation::vote_lanes);
+    return one.result;
+}
+
+// Blocks run one after the other and fibers switch only inside calls of this file: plain operations do.
+inline void atomic_add(uint32_t *target, uint32_t value) { *target += value; }
+inline void atomic_add(uint64_t *target, uint64_t value) { *target += value; }
+inline void atomic_add(int64_t *target, int64_t value) {
+    *target = static_cast<int64_t>(static_cast<uint64_t>(*target) + static_cast<uint64_t>(value));
+}
+inline void atomic_add_shared(int64_t *target, int64_t value) { atomic_add(target, value); }
+inline uint32_t atomic_next(uint32_t *target) { return (*target)++; }
+inline void atomic_max(uint32_t *target, uint32_t value) {
+    if (value > *target) *target = value;
+}
+inline void atomic_min(uint32_t *target, uint32_t value) {
+    if (value < *target) *target = value;
+}
+
+inline void copy_async(void *to, const void *from) { emulation::copy_async(to, from); }
+inline void copy_commit() { emulation::copy_commit(); }
+template <int pending>
+inline void copy_wait() { emulation::copy_wait(pending); }
+
+inline void load_matrices(uint32_t (&r)[4], const void *row) {
+    emulation::LoadMatrices one{r, row};
+    emulation::collective("load_matrices", &one, emulation::load_matrices<false>);
+}
+inline void load_matrices_transposed(uint32_t (&r)[4], const void *row) {
+    emulation::LoadMatrices one{r, row};
+    emulation::collective("load_matrices_transposed", &one, emulation::load_matrices<true>);
+}
+inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    emulation::Multiply one{c, a, b};
+    emulation::collective("mma_bf16", &one, emulation::multiply<emulation::Numbers::bf16>);
+}
+inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    emulation::Multiply one{c, a, b};
+    emulation::collective("mma_f16", &one, emulation::multiply<emulation::Numbers::f16>);
+}
+inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    emulation::Multiply one{c, a, b};
+    emulation::collective("mma_tf32", &one, emulation::multiply<emulation::Numbers::tf32>);
+}
+
+#define HAS_WARPGROUP_PRODUCTS 1
+using emulation::Barrier;
+using emulation::barrier_begin;
+using emulation::barrier_expect;
+using emulation::barrier_wait;
+using emulation::copy_bulk;
+using emulation::Descriptor;
+inline Descriptor stage_descriptor(const void *stage) { return Descriptor{static_cast<const unsigned char *>(stage)}; }
+inline Descriptor advanced(Descriptor descriptor, uint32_t bytes) { return Descriptor{descriptor.first + bytes}; }
+inline void async_proxy_fence() {}
+inline void group_fence() {}
+inline void group_commit() { emulation::collective("group_commit", nullptr, emulation::group_commit); }
+template <int pending>
+inline void group_wait() {
+    int operand = pending;
+    emulation::collective("group_wait", &operand, emulation::group_wait);
+}
+inline void group_mma_bf16(float (&c)[16][4], Descriptor a, Descriptor b) {
+    emulation::GroupMultiply one{&c[0][0], a, b};
+    emulation::collective("group_mma_bf16", &one, emulation::group_multiply<emulation::Numbers::bf16>);
+}
+inline void group_mma_f16(float (&c)[16][4], Descriptor a, Descriptor b) {
+    emulation::GroupMultiply one{&c[0][0], a, b};
+    emulation::collective("group_mma_f16", &one, emulation::group_multiply<emulation::Numbers::f16>);
+}
+[[noreturn]] inline void trap() { emulation::stop("trap"); }
+
+inline uint32_t bits_of(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+inline float float_of(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+inline int bit_count(uint32_t bits) { return __builtin_popcount(bits); }
+inline int lowest_bit(uint32_t bits) { return __builtin_ctz(bits); }
+// Ties away from zero in magnitude: half a unit is added below the bits that are kept.
+inline uint32_t to_tf32(float value) {
+    if (!std::isfinite(value)) return bits_of(value);
+    return (bits_of(value) + 0x1000u) & 0xffffe000u;
+}
+inline uint16_t to_bf16_bits(float value) {
+    uint32_t bits = bits_of(value);
+    if (std::isnan(value)) return 0x7fffu;
+    return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+inline uint16_t to_f16_bits(float value) { return emulation::f16_bits(value); }
+inline float from_f16_bits(uint16_t bits) { return emulation::f16_value(bits); }
+inline int64_t round_to_integer(double value) { return std::llrint(value); }
+
+#endif

@@ -1,0 +1,299 @@
+/* params.h: what the host passes to the kernels, defined once.
+ *
+ * Plain C. Read by nvcc (the kernels), g++ (the emulation) and, through
+ * bindgen, by Rust (`src/backend/device/params.rs`), which checks every offset.
+ * A kernel takes one of the `...Params` structs by value as its only argument.
+ * Pointers are device addresses; regions of the one workspace do not overlap.
+ *
+ * Rows are in class order in everything but the final results: sorted by
+ * (label, original index), rows of ignored labels last.
+ */
+#ifndef DDTAS_PARAMS_H
+#define DDTAS_PARAMS_H
+
+#include <stdint.h>
+
+/* Rows (and columns) of a tile of S. */
+#define TILE 128
+/* Threads of a block, in every kernel. */
+#define THREADS 256
+/* Bytes of one row that a pipeline stage holds: the stride of prepared rows is a multiple. */
+#define STAGE_BYTES 128
+/* Shared memory of the pipeline of S tiles: 3 stages of two tiles. */
+#define SIMILARITY_STAGES_BYTES (3 * 2 * TILE * STAGE_BYTES)
+/* The sweep: the stages, and the bounds of its rows (16 bytes) and columns (8 bytes).
+ * 99 KiB, all that a block of sm_89 may have; two blocks fit on sm_90. */
+#define SWEEP_SHARED_BYTES (SIMILARITY_STAGES_BYTES + TILE * 24)
+/* Hopper's sweep: 4 stages with a barrier each, which leaves one block a multiprocessor. */
+#define HOPPER_STAGES_BYTES (4 * 2 * TILE * STAGE_BYTES)
+#define SWEEP_HOPPER_SHARED_BYTES (HOPPER_STAGES_BYTES + TILE * 24 + 4 * 8)
+/* Keys that one block sorts. */
+#define ORDER_TILE 1024
+#define RETRIEVAL_SHARED_BYTES (SIMILARITY_STAGES_BYTES + TILE * 8)
+#define ORDER_SHARED_BYTES (ORDER_TILE * 12)
+/* Bounds, ranges, counts and sums of the 128 rows and 128 columns of a tile. */
+#define SELECT_SHARED_BYTES (TILE * (2 * (8 + 8 + 32) + 8))
+/* One f64 a warp, to sum over a block. */
+#define SUM_SHARED_BYTES (THREADS / 32 * 8)
+/* The tile way of the gradient: a block owns as many rows as its 128 sums a thread allow beside
+ * the fragments (16-bit types; f32 needs twice the fragments), and these columns of each. Every
+ * block reads the other side once for its columns: more rows, less traffic. */
+#define GRADIENT_ROWS_16BIT 128
+#define GRADIENT_ROWS_32BIT 64
+#define GRADIENT_COLUMNS 256
+/* Rows of the other side that a pipeline stage holds, and the bytes of all stages together:
+ * four of 16-bit types, two of f32. */
+#define GRADIENT_DEPTH 32
+#define GRADIENT_STAGES_BYTES (4 * GRADIENT_DEPTH * GRADIENT_COLUMNS * 2)
+/* Rows and columns of the gradient that one block of the list way keeps as f32. */
+#define LISTS_ROWS 64
+#define LISTS_COLUMNS 256
+#define LISTS_SHARED_BYTES (LISTS_ROWS * LISTS_COLUMNS * 4)
+/* References that the retrieval buffer of a query takes between two compactions. */
+#define RETRIEVAL_SLACK TILE
+/* Stands for "no row". */
+#define NO_ROW 0xffffffffu
+
+/* References of one anchor's class, [begin, end); an ignored anchor has begin > end. */
+typedef struct ClassRange {
+    uint32_t begin;
+    uint32_t end;
+} ClassRange;
+
+/* One side of the comparison, prepared: class order, zero padding. */
+typedef struct Side {
+    const void *rows;       /* [tiles, stages, TILE, STAGE_BYTES], swizzled: prepared_place() in tile.cuh */
+    const uint32_t *order;  /* [count], original index of each row */
+    uint32_t count;         /* B or N */
+    uint32_t tiles;         /* ceil(count / TILE) */
+} Side;
+
+/* What mining and loss need of LossSettings. */
+typedef struct Settings {
+    double gamma_pos;            /* tolerances before adaptation; may be +inf */
+    double gamma_neg;
+    double probe;                /* tolerance of the probe */
+    double candidate;            /* the larger of `probe` and `gamma_neg` */
+    double tolerance;            /* factor k of the adaptation */
+    double alpha;
+    double beta;
+    double lambda_pos;
+    double lambda_neg;
+    double sum_scale;            /* fixed-point units of RowSums in 1.0, a power of two */
+    uint32_t adaptive;           /* AT-ASMS, otherwise the tolerances stay */
+    uint32_t reserved;
+} Settings;
+
+/* Sums over all blocks; integers, so that their order does not matter. */
+typedef struct Counters {
+    uint64_t probe_neg;          /* n_neg of the probe */
+    uint64_t total_pos;          /* N_pos */
+    uint32_t valid_anchors;      /* rows whose label is not ignored; the rest follow them */
+    uint32_t valid_references;
+    uint32_t bad_anchor;         /* smallest original index that is no unit row, or NO_ROW */
+    uint32_t bad_reference;
+} Counters;
+
+/* Per anchor, from the selection. The sums are fixed point: order-independent. */
+typedef struct RowSums {
+    uint32_t count_pos;          /* |P_i| */
+    uint32_t count_neg;          /* |N_i| */
+    int64_t softplus_pos;        /* sum of log(1 + exp(-beta (S - lambda_pos))) over P_i */
+    int64_t softplus_neg;
+    int64_t sigmoid_pos;         /* sum of its derivative */
+    int64_t sigmoid_neg;
+} RowSums;
+
+/* Per anchor: what turns a similarity into a pair weight. Nothing passes an inactive row's bounds. */
+typedef struct RowWeights {
+    float pos_bound;             /* positives below it are mined */
+    float neg_bound;             /* negatives above it are mined */
+    float pos_scale;             /* 2 / (B |P_i|) */
+    float neg_scale;             /* 2 / (B |N_i|) */
+} RowWeights;
+
+/* Per anchor, from the same-class pass. */
+typedef struct RowSame {
+    float min_pos;               /* m+, +inf without a positive */
+    uint32_t count;              /* positives */
+    float sum_pos;               /* over positives */
+    float sum_same;              /* over all valid references of the class, itself and duplicates included */
+} RowSame;
+
+/* The scalars of LossOutput. */
+typedef struct LossScalars {
+    double loss;
+    double dloss_dlambda_pos;
+    double dloss_dlambda_neg;
+    double mean_pos;
+    double mean_neg;
+    double gamma_pos;
+    double gamma_neg;
+    uint64_t probe_neg;
+    uint64_t total_pos;
+    uint64_t active;
+    double bad_square_sum;       /* of the bad row, if there is one */
+    uint32_t bad_anchor;         /* original index or NO_ROW */
+    uint32_t bad_reference;
+} LossScalars;
+
+/* The pairs of one batch and everything known of them. All passes of a loss share it. */
+typedef struct Pairs {
+    Side anchors;
+    Side references;             /* the anchors in the square form */
+    uint32_t square;
+    uint32_t stride;             /* elements between rows, a multiple of STAGE_BYTES */
+    uint32_t dim;                /* D */
+    uint32_t tile_capacity;      /* candidates that a tile's segment holds */
+    uint64_t tiles;              /* of S: upper triangle, or all */
+    ClassRange *classes;         /* [B] */
+    RowSame *same;               /* [B] */
+    uint32_t *max_neg;           /* [B], ordered key of m-, 0 without a negative */
+    Counters *counters;          /* [1] */
+    RowSums *sums;               /* [B] */
+    RowWeights *weights;         /* [anchor tiles * TILE] */
+    /* Candidates: every positive, and the negatives above either row's candidate bound. */
+    uint32_t *tile_counts;       /* [tiles]; above `tile_capacity`: not stored, to be recomputed */
+    float *tile_values;          /* [tiles, tile_capacity], S */
+    uint16_t *tile_places;       /* [tiles, tile_capacity], row * TILE + column inside the tile */
+    Settings settings;
+} Pairs;
+
+/* order_tiles: sorts ORDER_TILE keys a block. order_merge: their place among all. */
+typedef struct OrderParams {
+    const int64_t *labels;       /* [count], original order */
+    uint32_t count;
+    uint32_t tiles;              /* ceil(count / ORDER_TILE) */
+    uint64_t *sorted_labels;     /* [tiles * ORDER_TILE], sorted within each tile */
+    uint32_t *sorted_indices;
+    uint64_t *keys;              /* [count], labels in class order; ignored ones are UINT64_MAX */
+    uint32_t *order;             /* [count] */
+    uint32_t *valid;             /* out: rows that are not ignored, counted up from 0 */
+    uint32_t *valid_too;         /* out, the same for the other side; null in the rectangular form */
+} OrderParams;
+
+/* prepare: rows into class order with zero padding, and their norms checked. One block a row tile. */
+typedef struct PrepareParams {
+    const void *input;           /* [count, dim], original order */
+    void *rows;                  /* as in Side */
+    const uint32_t *order;       /* null: the rows stay where they are */
+    const uint32_t *valid;       /* read for the column sums only */
+    uint32_t count;
+    uint32_t dim;
+    uint32_t stride;
+    uint32_t check;              /* whether norms are checked */
+    double norm_tolerance;
+    double *square_sums;         /* [count], original order */
+    uint32_t *bad;               /* smallest index of a bad row */
+    float *column_sums;          /* [tiles, stride], sums of the valid rows of each tile; null: not wanted */
+} PrepareParams;
+
+/* classes: where each anchor's class stands among the references. */
+typedef struct ClassesParams {
+    const uint64_t *anchor_keys;
+    const uint64_t *reference_keys;
+    ClassRange *classes;
+    uint32_t anchors;
+    uint32_t references;
+} ClassesParams;
+
+/* same_class, sweep, select_stored, select_recomputed. */
+typedef struct PairsParams {
+    Pairs pairs;
+} PairsParams;
+
+/* weigh: per-row weights, then the scalars and the results in original order. One block. */
+typedef struct WeighParams {
+    Pairs pairs;
+    const float *anchor_column_sums;     /* [anchor tiles, stride] */
+    const float *reference_column_sums;  /* [reference tiles, stride] */
+    const double *anchor_square_sums;    /* [B] */
+    const double *reference_square_sums; /* [N] */
+    LossScalars *scalars;
+    float *min_pos;              /* [B] and below: original order */
+    float *max_neg;
+    uint32_t *count_pos;
+    uint32_t *count_neg;
+} WeighParams;
+
+/* gradient_lists, gradient_tiles: M R for one side, M = G + G^T (square), G or G^T. */
+typedef struct GradientParams {
+    Pairs pairs;
+    uint32_t of_references;      /* the rows of the result are the references (rectangular form) */
+    uint32_t splits;             /* blocks that share a row block, each a range of the other side's tiles */
+    float weight_scale;          /* power of two that lifts weights into the range of 16-bit types */
+    uint32_t reserved;
+    const uint8_t *ways;         /* [tiles of the result's side], 1: lists */
+    float *partial;              /* [splits, padded_rows, stride] */
+} GradientParams;
+
+/* gradient_ways: which way each row tile's gradient takes, by the candidates of its tiles. */
+typedef struct WaysParams {
+    Pairs pairs;
+    uint32_t of_references;
+    uint32_t reserved;
+    uint8_t *ways;               /* [tiles of the result's side] */
+} WaysParams;
+
+/* gradient_sum: sums the splits, undoes the class order. */
+typedef struct GradientSumParams {
+    const float *partial;        /* [splits, padded_rows, stride] */
+    const uint32_t *order;
+    float *gradient;             /* [count, dim], original order */
+    uint32_t splits;
+    uint32_t padded_rows;
+    uint32_t stride;
+    uint32_t count;
+    uint32_t dim;
+    uint32_t reserved;
+} GradientSumParams;
+
+/* threshold_prepare: [edot | e] or [e | edot] as f32 rows in class order. One block a row tile. */
+typedef struct ThresholdPrepareParams {
+    const void *rows;            /* prepared rows */
+    const float *tangent;        /* [count, dim], original order, or null: zero */
+    const uint32_t *order;
+    float *joined;               /* prepared rows of 2 * joined_half elements */
+    uint32_t count;
+    uint32_t dim;
+    uint32_t stride;
+    uint32_t joined_half;
+    uint32_t tangent_first;
+    uint32_t reserved;
+} ThresholdPrepareParams;
+
+/* threshold: sums over pairs of dG/dlambda * tilt, tilt = [edot_i | e_i] . [e_j | edot_j]. */
+typedef struct ThresholdParams {
+    Pairs pairs;
+    const float *left;           /* joined rows of the anchors */
+    const float *right;          /* and of the references */
+    uint32_t joined_half;
+    uint32_t reserved;
+    double *partial;             /* [tiles, 2], positive and negative sum of each tile */
+} ThresholdParams;
+
+/* threshold_sum: the partial sums of all tiles. One block. */
+typedef struct ThresholdSumParams {
+    const double *partial;       /* [tiles, 2] */
+    uint64_t tiles;
+    double *sums;                /* [2] */
+} ThresholdSumParams;
+
+/* retrieval: the k most similar references of each query. One block a query tile. */
+typedef struct RetrievalParams {
+    const void *queries;         /* prepared, as in Side */
+    const void *references;
+    uint32_t query_count;
+    uint32_t reference_count;
+    uint32_t stride;
+    uint32_t k;
+    uint32_t capacity;           /* power of two, at least k + RETRIEVAL_SLACK */
+    uint32_t leave_self_out;
+    uint32_t first_tile;         /* of the queries, of this launch */
+    uint32_t reserved;
+    uint64_t *buffer;            /* [tiles of this launch * TILE, capacity] keys: similarity descending, index ascending */
+    uint32_t *indices;           /* [query_count, k] */
+    float *similarities;         /* [query_count, k] */
+} RetrievalParams;
+
+#endif

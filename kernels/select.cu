@@ -1,0 +1,235 @@
+// select.cu: which pairs each anchor keeps, and the loss (SPEC 2-4).
+// Truth: src/loss/select.rs, src/loss/gradient.rs. Launcher: src/backend/device/loss.rs.
+//
+// select_stored, select_recomputed: the AT-ASMS decision is taken anew by every block from
+//   the counters of the sweep (no round trip to the host); then each candidate is held
+//   against the final thresholds of its row and its column. One block a tile, the one
+//   kernel for tiles whose candidates were stored, the other for those that did not fit.
+// weigh: per-row weights from the counts, the scalars, results in original order. One block.
+// Sync: integer atomics alone. The sums of the loss are 64-bit fixed point, so that the
+//   order of blocks and the way a tile took cannot change a bit.
+
+#include "tile.cuh"
+
+struct Tolerances {
+    double pos;
+    double neg;
+};
+
+// SPEC 3; src/loss/select.rs adapt().
+DEVICE Tolerances adapt(const Pairs &pairs) {
+    const Settings &settings = pairs.settings;
+    uint64_t probe = pairs.counters->probe_neg, total = pairs.counters->total_pos;
+    if (!settings.adaptive || total == 0 || probe <= total) return Tolerances{settings.gamma_pos, settings.gamma_neg};
+    double rho = static_cast<double>(probe) / static_cast<double>(total);
+    double t = settings.tolerance / (1.0 + exp(-rho));
+    return Tolerances{settings.gamma_pos * (1.0 + t), settings.gamma_neg * (1.0 - t)};
+}
+
+// Rows of the tile first, then its columns.
+struct SelectShared {
+    float pos_bound[2 * TILE];
+    float neg_bound[2 * TILE];
+    ClassRange range[TILE];
+    int64_t sums[4][2 * TILE];  // as in RowSums
+    uint32_t counts[2][2 * TILE];
+};
+static_assert(sizeof(SelectShared) == SELECT_SHARED_BYTES, "the launch plan's shared memory");
+
+// `i` is the row of the batch that entry thread_index() of the bounds belongs to.
+DEVICE void select_begin(const Pairs &pairs, TileIndex tile, SelectShared &shared) {
+    uint32_t entry = thread_index();
+    bool row = entry < TILE;
+    uint32_t i = row ? tile.row * TILE + entry : tile.column * TILE + entry - TILE;
+    bool anchor = (row || pairs.square) && i < pairs.counters->valid_anchors;
+    Tolerances tolerances = adapt(pairs);
+    shared.pos_bound[entry] = anchor ? positive_bound(pairs.max_neg[i], tolerances.pos) : -INFINITE;
+    shared.neg_bound[entry] = anchor ? negative_bound(pairs.same[i].min_pos, tolerances.neg) : INFINITE;
+    if (row) shared.range[entry] = anchor ? pairs.classes[i] : ClassRange{1, 0};
+    for (int kind = 0; kind < 4; ++kind) shared.sums[kind][entry] = 0;
+    shared.counts[0][entry] = shared.counts[1][entry] = 0;
+    block_sync();
+}
+
+// What one pair adds to an anchor's sums, in fixed point.
+struct Terms {
+    int64_t softplus;
+    int64_t sigmoid;
+};
+DEVICE Terms terms_of(const Settings &settings, bool positive, float s) {
+    double lambda = positive ? settings.lambda_pos : settings.lambda_neg;
+    double sharpness = positive ? -settings.beta : settings.alpha;
+    auto x = static_cast<float>(sharpness * (static_cast<double>(s) - lambda));
+    // Both stable for every x: the exponential never overflows.
+    float e = expf(-fabsf(x));
+    float softplus = fmaxf(x, 0.0f) + log1pf(e);
+    float sigmoid = x >= 0.0f ? 1.0f / (1.0f + e) : e / (1.0f + e);
+    return Terms{round_to_integer(static_cast<double>(softplus) * settings.sum_scale),
+                 round_to_integer(static_cast<double>(sigmoid) * settings.sum_scale)};
+}
+
+DEVICE void select_pair(const Pairs &pairs, SelectShared &shared, uint32_t tile_column, uint32_t row, uint32_t column,
+                        float s) {
+    bool positive = same_class(shared.range[row], tile_column * TILE + column);
+    if (positive && s >= kDuplicate) return;
+    uint32_t entries[2] = {row, TILE + column};
+    bool kept[2];
+    for (int side = 0; side < 2; ++side) {
+        kept[side] = positive ? s < shared.pos_bound[entries[side]] : s > shared.neg_bound[entries[side]];
+    }
+    if (!kept[0] && !kept[1]) return;
+    Terms terms = terms_of(pairs.settings, positive, s);
+    int kind = positive ? 0 : 1;
+    for (int side = 0; side < 2; ++side) {
+        if (!kept[side]) continue;
+        atomic_add(&shared.counts[kind][entries[side]], 1u);
+        atomic_add_shared(&shared.sums[kind][entries[side]], terms.softplus);
+        atomic_add_shared(&shared.sums[2 + kind][entries[side]], terms.sigmoid);
+    }
+}
+
+DEVICE void select_end(const Pairs &pairs, TileIndex tile, const SelectShared &shared) {
+    block_sync();
+    uint32_t entry = thread_index();
+    uint32_t i = entry < TILE ? tile.row * TILE + entry : tile.column * TILE + entry - TILE;
+    uint32_t pos = shared.counts[0][entry], neg = shared.counts[1][entry];
+    if (pos + neg == 0) return;  // also all entries that are no anchor's
+    RowSums &sums = pairs.sums[i];
+    if (pos != 0) {
+        atomic_add(&sums.count_pos, pos);
+        atomic_add(&sums.softplus_pos, shared.sums[0][entry]);
+        atomic_add(&sums.sigmoid_pos, shared.sums[2][entry]);
+    }
+    if (neg != 0) {
+        atomic_add(&sums.count_neg, neg);
+        atomic_add(&sums.softplus_neg, shared.sums[1][entry]);
+        atomic_add(&sums.sigmoid_neg, shared.sums[3][entry]);
+    }
+}
+
+KERNEL(select_stored, PairsParams, 2) {
+    SHARED_MEMORY(bytes);
+    auto &shared = *reinterpret_cast<SelectShared *>(bytes);
+    const Pairs &pairs = p.pairs;
+    uint64_t index = block_x();
+    uint32_t count = pairs.tile_counts[index];
+    if (count == 0 || count > pairs.tile_capacity) return;
+    TileIndex tile = tile_of(pairs, index);
+    select_begin(pairs, tile, shared);
+    uint64_t at = index * pairs.tile_capacity;
+    for (uint32_t k = thread_index(); k < count; k += THREADS) {
+        uint32_t place = pairs.tile_places[at + k];
+        select_pair(pairs, shared, tile.column, place / TILE, place % TILE, pairs.tile_values[at + k]);
+    }
+    select_end(pairs, tile, shared);
+}
+
+static_assert(SELECT_SHARED_BYTES + TILE * kValuesStride * sizeof(float) <= SIMILARITY_STAGES_BYTES,
+              "the values of a tile fit where its rows were streamed through");
+
+template <class Numbers>
+DEVICE void select_recomputed_body(const PairsParams &p) {
+    SHARED_MEMORY(bytes);
+    auto &shared = *reinterpret_cast<SelectShared *>(bytes);
+    const Pairs &pairs = p.pairs;
+    uint64_t index = block_x();
+    if (pairs.tile_counts[index] <= pairs.tile_capacity) return;
+    TileIndex tile = tile_of(pairs, index);
+    Accumulators<4> acc;
+    multiply_tile<Numbers, 4>(acc, tile_rows<Numbers>(pairs.anchors, tile.row, pairs.stride),
+                              tile_rows<Numbers>(pairs.references, tile.column, pairs.stride),
+                              stride_bytes<Numbers>(pairs), bytes, false);
+    // Through shared memory, over the stages that are free now: a loop over registers would have
+    // to be unrolled, 64 times the code below.
+    auto *values = reinterpret_cast<float *>(bytes + SELECT_SHARED_BYTES);  // [TILE, kValuesStride]
+    Place<4> place;
+#pragma unroll
+    for (int row = 0; row < 8; ++row) {
+#pragma unroll
+        for (int column = 0; column < 8; ++column) {
+            values[place.row(row / 2, row % 2) * kValuesStride + place.column(column / 2, column % 2)] =
+                acc[row / 2][column / 2][row % 2 * 2 + column % 2];
+        }
+    }
+    select_begin(pairs, tile, shared);  // its barrier publishes the values too
+    for (uint32_t k = thread_index(); k < TILE * TILE; k += THREADS) {
+        uint32_t r = k / TILE, c = k % TILE;
+        if (!is_pair(pairs, tile.row * TILE + r, tile.column * TILE + c)) continue;
+        select_pair(pairs, shared, tile.column, r, c, values[r * kValuesStride + c]);
+    }
+    select_end(pairs, tile, shared);
+}
+KERNEL_IN_EVERY_PRECISION(select_recomputed, PairsParams, 1)
+
+// Loss, its derivatives and weights of one row (SPEC 4).
+KERNEL(weigh, WeighParams, 1) {
+    SHARED_MEMORY(bytes);
+    auto *scratch = reinterpret_cast<double *>(bytes);
+    const Pairs &pairs = p.pairs;
+    const Settings &settings = pairs.settings;
+    Tolerances tolerances = adapt(pairs);
+    uint32_t anchors = pairs.anchors.count;
+    double loss = 0.0, lambda_pos = 0.0, lambda_neg = 0.0, sum_pos = 0.0, sum_same = 0.0, negatives = 0.0, active = 0.0;
+    for (uint32_t i = thread_index(); i < pairs.anchors.tiles * TILE; i += THREADS) {
+        RowWeights weights{-INFINITE, INFINITE, 0.0f, 0.0f};
+        if (i < anchors) {
+            RowSums sums = pairs.sums[i];
+            RowSame same = pairs.same[i];
+            ClassRange range = pairs.classes[i];
+            uint32_t key = pairs.max_neg[i], original = pairs.anchors.order[i];
+            p.min_pos[original] = same.min_pos;
+            p.max_neg[original] = key == 0 ? -INFINITE : key_value(key);
+            p.count_pos[original] = sums.count_pos;
+            p.count_neg[original] = sums.count_neg;
+            sum_pos += static_cast<double>(same.sum_pos);
+            sum_same += static_cast<double>(same.sum_same);
+            if (i < pairs.counters->valid_anchors) {
+                negatives += static_cast<double>(pairs.counters->valid_references - (range.end - range.begin));
+            }
+            if (sums.count_pos != 0 && sums.count_neg != 0) {
+                double pos = 2.0 / (static_cast<double>(anchors) * static_cast<double>(sums.count_pos));
+                double neg = 2.0 / (static_cast<double>(anchors) * static_cast<double>(sums.count_neg));
+                weights = RowWeights{positive_bound(key, tolerances.pos), negative_bound(same.min_pos, tolerances.neg),
+                                     static_cast<float>(pos), static_cast<float>(neg)};
+                loss += pos / settings.beta * static_cast<double>(sums.softplus_pos) / settings.sum_scale +
+                        neg / settings.alpha * static_cast<double>(sums.softplus_neg) / settings.sum_scale;
+                lambda_pos += pos * static_cast<double>(sums.sigmoid_pos) / settings.sum_scale;
+                lambda_neg -= neg * static_cast<double>(sums.sigmoid_neg) / settings.sum_scale;
+                active += 1.0;
+            }
+        }
+        pairs.weights[i] = weights;
+    }
+    // The sum of all similarities is the product of the column sums.
+    double sum_all = 0.0;
+    for (uint32_t d = thread_index(); d < pairs.stride; d += THREADS) {
+        double left = 0.0, right = 0.0;
+        for (uint32_t tile = 0; tile < pairs.anchors.tiles; ++tile) {
+            left += static_cast<double>(p.anchor_column_sums[static_cast<uint64_t>(tile) * pairs.stride + d]);
+        }
+        for (uint32_t tile = 0; tile < pairs.references.tiles; ++tile) {
+            right += static_cast<double>(p.reference_column_sums[static_cast<uint64_t>(tile) * pairs.stride + d]);
+        }
+        sum_all += left * right;
+    }
+    double *totals[] = {&loss, &lambda_pos, &lambda_neg, &sum_pos, &sum_same, &negatives, &active, &sum_all};
+    for (double *total : totals) *total = block_sum(*total, scratch);
+    if (thread_index() != 0) return;
+    const Counters &counters = *pairs.counters;
+    LossScalars &out = *p.scalars;
+    out.loss = loss;
+    out.dloss_dlambda_pos = lambda_pos;
+    out.dloss_dlambda_neg = lambda_neg;
+    out.mean_pos = sum_pos / static_cast<double>(counters.total_pos);  // 0 / 0 is the NaN that is wanted
+    out.mean_neg = negatives == 0.0 ? 0.0 / negatives : (sum_all - sum_same) / negatives;
+    out.gamma_pos = tolerances.pos;
+    out.gamma_neg = tolerances.neg;
+    out.probe_neg = counters.probe_neg;
+    out.total_pos = counters.total_pos;
+    out.active = static_cast<uint64_t>(active);
+    out.bad_anchor = counters.bad_anchor;
+    out.bad_reference = counters.bad_reference;
+    out.bad_square_sum = counters.bad_anchor != NO_ROW      ? p.anchor_square_sums[counters.bad_anchor]
+                         : counters.bad_reference != NO_ROW ? p.reference_square_sums[counters.bad_reference]
+                                                            : 1.0;
+}

@@ -1,0 +1,299 @@
+// similarity.cu: S = E E^T, tile by tile, never stored (SPEC 1, 3).
+// Truth: src/loss/similarity.rs. Launcher: src/backend/device/loss.rs.
+//
+// same_class: m+ and the sums over positives of every anchor. Rows stand in class
+//   order, so an anchor's class is a range of references, and only the tiles near
+//   the diagonal are computed. One block a row tile; a class may hold the whole batch.
+// sweep: every tile once, the upper triangle alone in the square form, each tile
+//   serving its rows and its columns. m-, the count of the probe, and the candidates:
+//   all that mining can keep. One block a tile. sweep_hopper: the same with wgmma.
+// Sync: integer atomics (max, add) whose order cannot change the result; candidates
+//   in thread order to the tile's own segment.
+// Cost: 2 B^2 D / 2 operations, O(B) memory and the candidates.
+
+#include "hopper.cuh"
+
+template <class Numbers>
+DEVICE void same_class_body(const PairsParams &p) {
+    SHARED_MEMORY(stages);
+    const Pairs &pairs = p.pairs;
+    uint32_t tile = block_x(), first = tile * TILE;
+    uint32_t valid_anchors = pairs.counters->valid_anchors, valid_references = pairs.counters->valid_references;
+    // Ranges ascend with the rows: the first and the last valid row bound the tiles to visit.
+    uint32_t begin = 0, end = 0;
+    if (first < valid_anchors) {
+        uint32_t last = first + TILE < valid_anchors ? first + TILE : valid_anchors;
+        begin = pairs.classes[first].begin / TILE;
+        end = (pairs.classes[last - 1].end + TILE - 1) / TILE;
+    }
+
+    Place<4> place;
+    float min_pos[8], sum_pos[8], sum_same[8];
+    uint32_t count[8];
+    for (int row = 0; row < 8; ++row) {
+        min_pos[row] = INFINITE;
+        sum_pos[row] = sum_same[row] = 0.0f;
+        count[row] = 0;
+    }
+    for (uint32_t column_tile = begin; column_tile < end; ++column_tile) {
+        Accumulators<4> acc;
+        multiply_tile<Numbers, 4>(acc, tile_rows<Numbers>(pairs.anchors, tile, pairs.stride),
+                                  tile_rows<Numbers>(pairs.references, column_tile, pairs.stride),
+                                  stride_bytes<Numbers>(pairs), stages, false);
+#pragma unroll
+        for (int row = 0; row < 8; ++row) {
+            uint32_t i = first + place.row(row / 2, row % 2);
+            if (i >= valid_anchors) continue;
+            ClassRange range = pairs.classes[i];
+#pragma unroll
+            for (int column = 0; column < 8; ++column) {
+                uint32_t j = column_tile * TILE + place.column(column / 2, column % 2);
+                if (!same_class(range, j) || j >= valid_references) continue;
+                float s = acc[row / 2][column / 2][row % 2 * 2 + column % 2];
+                sum_same[row] += s;
+                if (s >= kDuplicate || (pairs.square && i == j)) continue;
+                min_pos[row] = fminf(min_pos[row], s);
+                sum_pos[row] += s;
+                ++count[row];
+            }
+        }
+    }
+
+    // 4 lanes share a row, then 4 warps: always added in the same order.
+    auto *parts = reinterpret_cast<RowSame *>(stages);  // [4, TILE]
+#pragma unroll
+    for (int row = 0; row < 8; ++row) {
+        for (int mask = 1; mask <= 2; mask *= 2) {
+            min_pos[row] = fminf(min_pos[row], shuffle_xor(min_pos[row], mask));
+            sum_pos[row] += shuffle_xor(sum_pos[row], mask);
+            sum_same[row] += shuffle_xor(sum_same[row], mask);
+            count[row] += shuffle_xor(count[row], mask);
+        }
+        if (lane_index() % 4 == 0) {
+            parts[warp_index() % 4 * TILE + place.row(row / 2, row % 2)] =
+                RowSame{min_pos[row], count[row], sum_pos[row], sum_same[row]};
+        }
+    }
+    block_sync();
+    uint32_t i = first + thread_index();
+    uint32_t total = 0;
+    if (thread_index() < TILE && i < pairs.anchors.count) {
+        RowSame sum = parts[thread_index()];
+        for (int warp = 1; warp < 4; ++warp) {
+            RowSame part = parts[warp * TILE + thread_index()];
+            sum.min_pos = fminf(sum.min_pos, part.min_pos);
+            sum.count += part.count;
+            sum.sum_pos += part.sum_pos;
+            sum.sum_same += part.sum_same;
+        }
+        pairs.same[i] = sum;
+        total = sum.count;
+    }
+    uint64_t warp_total = warp_sum(static_cast<uint64_t>(total));
+    if (lane_index() == 0 && warp_total != 0) atomic_add(&pairs.counters->total_pos, warp_total);
+}
+
+// What the sweep knows of a row or column of its tile.
+struct SweepRow {
+    ClassRange range;  // rows only
+    float candidate;
+    float probe;
+};
+template <int stages_bytes>
+struct SweepShared {
+    unsigned char stages[stages_bytes];
+    SweepRow rows[TILE];
+    float column_candidate[TILE];
+    float column_probe[TILE];
+};
+static_assert(sizeof(SweepShared<SIMILARITY_STAGES_BYTES>) == SWEEP_SHARED_BYTES, "the launch plan's shared memory");
+
+// After the product the stages hold what is reduced over the block.
+struct SweepReduction {
+    uint32_t row_max[TILE];
+    uint32_t column_max[TILE];
+    uint32_t warp_counts[THREADS / 32];
+    uint32_t probe;
+};
+
+// Bounds of one side's rows; padding and ignored rows get none that anything passes.
+DEVICE void sweep_bounds(const Pairs &pairs, uint32_t i, float &candidate, float &probe) {
+    bool valid = i < pairs.counters->valid_anchors;
+    float min_pos = valid ? pairs.same[i].min_pos : INFINITE;
+    candidate = negative_bound(min_pos, pairs.settings.candidate);
+    probe = negative_bound(min_pos, pairs.settings.probe);
+}
+
+// One tile's pairs. `plain`: every pair counts and none is of one class, as in most tiles.
+template <bool plain, class Where, class Shared, class Sums>
+DEVICE void sweep_epilogue(const Pairs &pairs, TileIndex tile, uint64_t index, Shared &shared, const Sums &acc) {
+    auto &reduction = *reinterpret_cast<SweepReduction *>(shared.stages);
+    Where place;
+    bool mirrored = pairs.square != 0;
+    uint32_t valid_anchors = pairs.counters->valid_anchors, valid_references = pairs.counters->valid_references;
+    if (thread_index() < TILE) {
+        reduction.row_max[thread_index()] = 0;
+        reduction.column_max[thread_index()] = 0;
+    }
+    if (thread_index() == 0) reduction.probe = 0;
+    block_sync();
+
+    const float none = -INFINITE;
+    static_assert(Where::rows * Where::columns == 64, "two words of bits");
+    uint32_t candidates[2] = {0, 0};  // bit row * columns + column
+    uint32_t probe = 0;
+    float column_max[Where::columns];
+#pragma unroll
+    for (int column = 0; column < Where::columns; ++column) column_max[column] = none;
+#pragma unroll
+    for (int row = 0; row < Where::rows; ++row) {
+        uint32_t r = place.row_of(row), i = tile.row * TILE + r;
+        SweepRow bounds = shared.rows[r];
+        float row_max = none;
+#pragma unroll
+        for (int column = 0; column < Where::columns; ++column) {
+            uint32_t c = place.column_of(column), j = tile.column * TILE + c;
+            float s = Where::value(acc, row, column);
+            bool counts = plain || (i < valid_anchors && j < valid_references && (!mirrored || i < j));
+            bool same = !plain && same_class(bounds.range, j);
+            bool negative = counts && !same;
+            if (negative) {
+                row_max = fmaxf(row_max, s);
+                column_max[column] = fmaxf(column_max[column], s);
+                probe += s > bounds.probe;
+                if (mirrored) probe += s > shared.column_probe[c];
+            }
+            bool candidate = negative ? s > bounds.candidate || (mirrored && s > shared.column_candidate[c])
+                                      : counts && s < kDuplicate;
+            int bit = row * Where::columns + column;
+            candidates[bit / 32] |= static_cast<uint32_t>(candidate) << bit % 32;
+        }
+        row_max = fmaxf(row_max, shuffle_xor(row_max, 1));
+        row_max = fmaxf(row_max, shuffle_xor(row_max, 2));
+        if (lane_index() % 4 == 0 && row_max > none) atomic_max(&reduction.row_max[r], ordered_key(row_max));
+    }
+#pragma unroll
+    for (int column = 0; column < Where::columns; ++column) {
+        float largest = column_max[column];
+        for (int mask = 4; mask <= 16; mask *= 2) largest = fmaxf(largest, shuffle_xor(largest, mask));
+        if (mirrored && lane_index() < 4 && largest > none) {
+            atomic_max(&reduction.column_max[place.column_of(column)], ordered_key(largest));
+        }
+    }
+    probe = warp_sum(probe);
+    if (lane_index() == 0 && probe != 0) atomic_add(&reduction.probe, probe);
+
+    // Every thread's place in the segment: a scan over the warp, then over the warps.
+    uint32_t count = static_cast<uint32_t>(bit_count(candidates[0]) + bit_count(candidates[1]));
+    uint32_t before = count;
+    for (int by = 1; by < 32; by *= 2) {
+        uint32_t other = shuffle_up(before, by);
+        if (lane_index() >= static_cast<uint32_t>(by)) before += other;
+    }
+    if (lane_index() == 31) reduction.warp_counts[warp_index()] = before;
+    before -= count;
+    block_sync();
+    uint32_t total = 0;
+    for (uint32_t warp = 0; warp < THREADS / 32; ++warp) {
+        if (warp == warp_index()) before += total;
+        total += reduction.warp_counts[warp];
+    }
+
+    if (thread_index() < TILE) {
+        uint32_t i = tile.row * TILE + thread_index(), j = tile.column * TILE + thread_index();
+        uint32_t row_key = reduction.row_max[thread_index()], column_key = reduction.column_max[thread_index()];
+        if (row_key != 0) atomic_max(&pairs.max_neg[i], row_key);
+        if (column_key != 0) atomic_max(&pairs.max_neg[j], column_key);
+    }
+    if (thread_index() == 0) {
+        pairs.tile_counts[index] = total;
+        if (reduction.probe != 0) atomic_add(&pairs.counters->probe_neg, static_cast<uint64_t>(reduction.probe));
+    }
+    if (total > pairs.tile_capacity) return;  // the count says so: to be recomputed
+    uint64_t at = index * pairs.tile_capacity + before;
+#pragma unroll
+    for (int row = 0; row < Where::rows; ++row) {
+#pragma unroll
+        for (int column = 0; column < Where::columns; ++column) {
+            int bit = row * Where::columns + column;
+            if (candidates[bit / 32] >> bit % 32 & 1u) {
+                pairs.tile_values[at] = Where::value(acc, row, column);
+                pairs.tile_places[at] = static_cast<uint16_t>(place.row_of(row) * TILE +
+                                                              place.column_of(column));
+                ++at;
+            }
+        }
+    }
+}
+
+// The bounds of the tile's rows and columns; the barriers of the product publish them.
+template <class Shared>
+DEVICE void sweep_begin(const Pairs &pairs, TileIndex tile, Shared &shared) {
+    if (thread_index() < TILE) {
+        uint32_t i = tile.row * TILE + thread_index();
+        SweepRow &row = shared.rows[thread_index()];
+        row.range = i < pairs.counters->valid_anchors ? pairs.classes[i] : ClassRange{1, 0};
+        sweep_bounds(pairs, i, row.candidate, row.probe);
+    } else if (pairs.square) {
+        uint32_t c = thread_index() - TILE;
+        sweep_bounds(pairs, tile.column * TILE + c, shared.column_candidate[c], shared.column_probe[c]);
+    }
+}
+
+template <class Where, class Shared, class Sums>
+DEVICE void sweep_end(const Pairs &pairs, TileIndex tile, uint64_t index, Shared &shared, const Sums &acc) {
+    // Ranges ascend: the tile is free of positives if its columns end before the first range or begin after the last.
+    uint32_t first = tile.column * TILE, end = first + TILE;
+    bool complete = (tile.row + 1) * TILE <= pairs.counters->valid_anchors && end <= pairs.counters->valid_references;
+    bool apart = end <= shared.rows[0].range.begin || first >= shared.rows[TILE - 1].range.end;
+    if (complete && apart) {
+        sweep_epilogue<true, Where>(pairs, tile, index, shared, acc);
+    } else {
+        sweep_epilogue<false, Where>(pairs, tile, index, shared, acc);
+    }
+}
+
+template <class Numbers>
+DEVICE void sweep_body(const PairsParams &p) {
+    SHARED_MEMORY(bytes);
+    auto &shared = *reinterpret_cast<SweepShared<SIMILARITY_STAGES_BYTES> *>(bytes);
+    const Pairs &pairs = p.pairs;
+    uint64_t index = block_x();
+    TileIndex tile = tile_of(pairs, index);
+    sweep_begin(pairs, tile, shared);
+    Accumulators<4> acc;
+    multiply_tile<Numbers, 4>(acc, tile_rows<Numbers>(pairs.anchors, tile.row, pairs.stride),
+                              tile_rows<Numbers>(pairs.references, tile.column, pairs.stride),
+                              stride_bytes<Numbers>(pairs), shared.stages, false);
+    sweep_end<Place<4>>(pairs, tile, index, shared, acc);
+}
+
+// The same on Hopper's warpgroup products. S may differ from mma.sync's in its last bit, which only
+// matters where a tile is recomputed: selection and gradient both recompute with mma.sync.
+template <class Numbers>
+DEVICE void sweep_hopper_body([[maybe_unused]] const PairsParams &p) {
+#ifdef HAS_WARPGROUP_PRODUCTS
+    SHARED_MEMORY(bytes);
+    struct Shared : SweepShared<HOPPER_STAGES_BYTES> {
+        Barrier barriers[kHopperStages];
+    };
+    auto &shared = *reinterpret_cast<Shared *>(bytes);
+    static_assert(sizeof(shared) == SWEEP_HOPPER_SHARED_BYTES, "the launch plan's shared memory");
+    const Pairs &pairs = p.pairs;
+    uint64_t index = block_x();
+    TileIndex tile = tile_of(pairs, index);
+    sweep_begin(pairs, tile, shared);
+    GroupAccumulators acc;
+    group_multiply_tile<Numbers>(acc, tile_rows<Numbers>(pairs.anchors, tile.row, pairs.stride),
+                                 tile_rows<Numbers>(pairs.references, tile.column, pairs.stride),
+                                 stride_bytes<Numbers>(pairs), shared.stages, shared.barriers);
+    sweep_end<GroupPlace>(pairs, tile, index, shared, acc);
+#else
+    trap();
+#endif
+}
+
+KERNEL_IN_EVERY_PRECISION(same_class, PairsParams, 1)
+KERNEL_IN_EVERY_PRECISION(sweep, PairsParams, 1)
+KERNEL(sweep_hopper_f16, PairsParams, 1) { sweep_hopper_body<HalfF16>(p); }
+KERNEL(sweep_hopper_bf16, PairsParams, 1) { sweep_hopper_body<HalfBf16>(p); }

@@ -1,0 +1,290 @@
+// tile.cuh: one tile of S = A B^T on tensor cores, for every type, and the pairs in it.
+//
+// A block of 8 warps, 2 x 4, computes (32 row_tiles) x 128 products; a warp 16 row_tiles x 32.
+// Both operands stream through shared memory in stages of 128 bytes a row, copied
+// asynchronously; granules of 16 bytes are swizzled (granule ^ row % 8), so that neither the
+// copies nor ldmatrix meet a bank twice. Prepared rows lie in global memory as they lie in a
+// stage, 16 KB for each tile and stage: copies are contiguous, and Hopper's bulk copies take a
+// stage at once. The inner dimension is padded to whole stages.
+//
+// Numbers: tensor cores truncate when they add. In the exact f32 mode each stage is
+// therefore summed from 0 and added to the total by the f32 adder, which rounds.
+#ifndef DDTAS_TILE_CUH
+#define DDTAS_TILE_CUH
+
+#include "cuda.cuh"
+
+constexpr int kStages = 3;
+constexpr int kGranules = STAGE_BYTES / 16;
+constexpr int kColumnTiles = 4;  // of 8 columns, in a warp
+// Floats between rows of a tile that is written to shared memory: 4 banks apart, the 8 rows
+// that a warp writes at a time do not meet.
+constexpr uint32_t kValuesStride = TILE + 4;
+static_assert(SIMILARITY_STAGES_BYTES == kStages * 2 * TILE * STAGE_BYTES, "the launch plan's shared memory");
+
+// Similarity from which a positive is an exact duplicate (SPEC 1).
+constexpr float kDuplicate = 1.0f - 1e-6f;
+
+// The four ways to multiply. `Fragment` is an operand as its `multiply` wants it; `swapped`
+// says that a and b stand exchanged, and keeps the order of the sums: the tile (j, i) of a
+// symmetric S has the bits of (i, j).
+
+// f32 as three TF32 products: x = high + low, the product of the low parts is below f32's last bit.
+struct ExactF32 {
+    using Element = float;
+    static constexpr bool exact = true;
+    template <int n>
+    struct Fragment {
+        uint32_t high[n], low[n];
+    };
+    template <int n>
+    static DEVICE void prepare(Fragment<n> &to, const uint32_t *from) {
+        for (int i = 0; i < n; ++i) {
+            to.high[i] = to_tf32(float_of(from[i]));
+            to.low[i] = to_tf32(float_of(from[i]) - float_of(to.high[i]));
+        }
+    }
+    static DEVICE void multiply(float (&c)[4], const Fragment<4> &a, const Fragment<2> &b, bool swapped) {
+        if (swapped) {
+            mma_tf32(c, a.high, b.low);
+            mma_tf32(c, a.low, b.high);
+        } else {
+            mma_tf32(c, a.low, b.high);
+            mma_tf32(c, a.high, b.low);
+        }
+        mma_tf32(c, a.high, b.high);
+    }
+};
+
+struct FastF32 {
+    using Element = float;
+    static constexpr bool exact = false;
+    template <int n>
+    struct Fragment {
+        uint32_t value[n];
+    };
+    template <int n>
+    static DEVICE void prepare(Fragment<n> &to, const uint32_t *from) {
+        for (int i = 0; i < n; ++i) to.value[i] = to_tf32(float_of(from[i]));
+    }
+    static DEVICE void multiply(float (&c)[4], const Fragment<4> &a, const Fragment<2> &b, bool) {
+        mma_tf32(c, a.value, b.value);
+    }
+};
+
+template <class T>
+struct Narrow {
+    using Element = T;
+    static constexpr bool exact = false;
+    template <int n>
+    struct Fragment {
+        uint32_t value[n];
+    };
+    template <int n>
+    static DEVICE void prepare(Fragment<n> &to, const uint32_t *from) {
+        for (int i = 0; i < n; ++i) to.value[i] = from[i];
+    }
+    static DEVICE void multiply(float (&c)[4], const Fragment<4> &a, const Fragment<2> &b, bool);
+};
+template <>
+DEVICE void Narrow<F16>::multiply(float (&c)[4], const Fragment<4> &a, const Fragment<2> &b, bool) {
+    mma_f16(c, a.value, b.value);
+}
+template <>
+DEVICE void Narrow<Bf16>::multiply(float (&c)[4], const Fragment<4> &a, const Fragment<2> &b, bool) {
+    mma_bf16(c, a.value, b.value);
+}
+using HalfF16 = Narrow<F16>;
+using HalfBf16 = Narrow<Bf16>;
+
+// Defines one kernel in every precision from a device function `template <class Numbers> name_body(p)`.
+#define KERNEL_IN_EVERY_PRECISION(name, Params, blocks)               \
+    KERNEL(name##_f32, Params, blocks) { name##_body<ExactF32>(p); }  \
+    KERNEL(name##_tf32, Params, blocks) { name##_body<FastF32>(p); }  \
+    KERNEL(name##_f16, Params, blocks) { name##_body<HalfF16>(p); }   \
+    KERNEL(name##_bf16, Params, blocks) { name##_body<HalfBf16>(p); }
+
+// The place of granule `granule` of row `row` in a stage.
+DEVICE uint32_t swizzled(uint32_t row, uint32_t granule) {
+    return row * STAGE_BYTES + ((granule ^ (row % 8)) << 4);
+}
+
+// Byte `byte` of prepared row `row`, of `stride_bytes` bytes a row: [tile, stage, row, granule].
+DEVICE uint64_t prepared_place(uint64_t row, uint32_t byte, uint64_t stride_bytes) {
+    return row / TILE * TILE * stride_bytes + static_cast<uint64_t>(byte / STAGE_BYTES) * TILE * STAGE_BYTES +
+           swizzled(static_cast<uint32_t>(row % TILE), byte % STAGE_BYTES / 16) + byte % 16;
+}
+
+// Where this thread's accumulators stand in the tile.
+template <int row_tiles>
+struct Place {
+    uint32_t warp_row = (warp_index() / 4) * 16 * row_tiles;
+    uint32_t warp_column = (warp_index() % 4) * 32;
+    DEVICE uint32_t row(int tile, int half) const { return warp_row + tile * 16 + half * 8 + lane_index() / 4; }
+    DEVICE uint32_t column(int tile, int odd) const { return warp_column + tile * 8 + lane_index() % 4 * 2 + odd; }
+
+    // The same as a matrix of this thread's own: `rows` x `columns` values.
+    static constexpr int rows = 2 * row_tiles, columns = 2 * kColumnTiles;
+    DEVICE uint32_t row_of(int r) const { return row(r / 2, r % 2); }
+    DEVICE uint32_t column_of(int c) const { return column(c / 2, c % 2); }
+    static DEVICE float value(const float (&acc)[row_tiles][kColumnTiles][4], int r, int c) {
+        return acc[r / 2][c / 2][r % 2 * 2 + c % 2];
+    }
+};
+
+template <int row_tiles>
+using Accumulators = float[row_tiles][kColumnTiles][4];
+
+// Copies one stage of `rows` rows to shared memory.
+DEVICE void copy_stage(unsigned char *to, const unsigned char *from, int rows) {
+#pragma unroll
+    for (int i = 0; i < rows * kGranules / THREADS; ++i) {
+        uint32_t granule = thread_index() + i * THREADS;
+        copy_async(to + granule * 16, from + granule * 16);
+    }
+}
+
+// Adds a stage's products to `acc`: its row tiles from `first` on.
+template <class Numbers, int row_tiles>
+DEVICE void multiply_stage(Accumulators<row_tiles> &acc, const unsigned char *a, const unsigned char *b,
+                           uint32_t a_row, uint32_t b_row, bool swapped) {
+    uint32_t lane = lane_index();
+    // Exact products have work enough in one step, and no registers for two.
+    [[maybe_unused]] constexpr int kUnroll = Numbers::exact ? 1 : kGranules / 2;
+#pragma unroll kUnroll
+    for (int step = 0; step < kGranules / 2; ++step) {
+        typename Numbers::template Fragment<2> columns[kColumnTiles];
+#pragma unroll
+        for (int pair = 0; pair < kColumnTiles / 2; ++pair) {
+            uint32_t raw[4];
+            load_matrices(raw, b + swizzled(b_row + pair * 16 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2));
+            Numbers::prepare(columns[pair * 2], raw);
+            Numbers::prepare(columns[pair * 2 + 1], raw + 2);
+        }
+#pragma unroll
+        for (int tile = 0; tile < row_tiles; ++tile) {
+            uint32_t raw[4];
+            load_matrices(raw, a + swizzled(a_row + tile * 16 + lane % 16, step * 2 + lane / 16));
+            typename Numbers::template Fragment<4> rows;
+            Numbers::prepare(rows, raw);
+#pragma unroll
+            for (int column = 0; column < kColumnTiles; ++column) {
+                Numbers::multiply(acc[tile][column], rows, columns[column], swapped);
+            }
+        }
+    }
+}
+
+template <int row_tiles>
+DEVICE void clear(Accumulators<row_tiles> &acc) {
+#pragma unroll
+    for (int tile = 0; tile < row_tiles; ++tile) {
+#pragma unroll
+        for (int column = 0; column < kColumnTiles; ++column) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) acc[tile][column][i] = 0.0f;
+        }
+    }
+}
+
+// acc = the products of 32 row_tiles rows from `a` on with the TILE rows from `b` on: `b` begins
+// a tile of prepared rows, `a` one or, STAGE_BYTES a row later, a part of it.
+// `stages` holds kStages * (32 row_tiles + TILE) * STAGE_BYTES bytes, free on entry and on return.
+template <class Numbers, int row_tiles, int stage_count = kStages>
+DEVICE void multiply_tile(Accumulators<row_tiles> &acc, const void *a, const void *b, uint64_t stride_bytes,
+                          unsigned char *stages, bool swapped = false) {
+    constexpr int rows = 32 * row_tiles;
+    constexpr uint32_t stage_bytes = (rows + TILE) * STAGE_BYTES;
+    auto a_bytes = static_cast<const unsigned char *>(a);
+    auto b_bytes = static_cast<const unsigned char *>(b);
+    uint32_t count = static_cast<uint32_t>(stride_bytes / STAGE_BYTES);
+    Place<row_tiles> place;
+    auto copy = [&](uint32_t index) {
+        unsigned char *stage = stages + index % stage_count * stage_bytes;
+        uint64_t from = static_cast<uint64_t>(index) * TILE * STAGE_BYTES;
+        copy_stage(stage, a_bytes + from, rows);
+        copy_stage(stage + rows * STAGE_BYTES, b_bytes + from, TILE);
+    };
+    clear<row_tiles>(acc);
+    for (uint32_t index = 0; index < stage_count - 1; ++index) {
+        if (index < count) copy(index);
+        copy_commit();  // a group a stage, empty or not: the waits below count them
+    }
+    for (uint32_t index = 0; index < count; ++index) {
+        copy_wait<stage_count - 2>();
+        block_sync();  // everybody's copies of this stage are there, and the stage before is read
+        if (index + stage_count - 1 < count) copy(index + stage_count - 1);
+        copy_commit();
+        const unsigned char *stage = stages + index % stage_count * stage_bytes;
+        const unsigned char *other = stage + rows * STAGE_BYTES;
+        if constexpr (Numbers::exact) {
+            // Two row tiles at a time bound the registers of the second set of sums.
+#pragma unroll
+            for (int first = 0; first < row_tiles; first += 2) {
+                Accumulators<2> part;
+                clear<2>(part);
+                multiply_stage<Numbers, 2>(part, stage, other, place.warp_row + first * 16, place.warp_column, swapped);
+#pragma unroll
+                for (int tile = 0; tile < 2; ++tile) {
+#pragma unroll
+                    for (int column = 0; column < kColumnTiles; ++column) {
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) acc[first + tile][column][i] += part[tile][column][i];
+                    }
+                }
+            }
+        } else {
+            multiply_stage<Numbers, row_tiles>(acc, stage, other, place.warp_row, place.warp_column, swapped);
+        }
+    }
+    copy_wait<0>();
+    block_sync();
+}
+
+// Which tile of S a block works on: the upper triangle row by row, or all of them.
+struct TileIndex {
+    uint32_t row;
+    uint32_t column;
+};
+DEVICE uint64_t triangle_before(uint64_t row, uint64_t tiles) { return row * (2 * tiles - row + 1) / 2; }
+DEVICE TileIndex tile_of(const Pairs &pairs, uint64_t index) {
+    uint64_t tiles = pairs.references.tiles;
+    if (!pairs.square) return TileIndex{static_cast<uint32_t>(index / tiles), static_cast<uint32_t>(index % tiles)};
+    // The root of the quadratic is off by rounding at most: then one step mends it.
+    double side = 2.0 * static_cast<double>(tiles) + 1.0;
+    auto row = static_cast<uint64_t>((side - sqrt(side * side - 8.0 * static_cast<double>(index))) / 2.0);
+    while (row > 0 && triangle_before(row, tiles) > index) --row;
+    while (triangle_before(row + 1, tiles) <= index) ++row;
+    return TileIndex{static_cast<uint32_t>(row), static_cast<uint32_t>(index - triangle_before(row, tiles) + row)};
+}
+DEVICE uint64_t index_of(const Pairs &pairs, uint32_t row, uint32_t column) {
+    uint64_t tiles = pairs.references.tiles;
+    if (!pairs.square) return row * tiles + column;
+    return triangle_before(row, tiles) + column - row;
+}
+
+template <class Numbers>
+DEVICE const void *tile_rows(const Side &side, uint32_t tile, uint32_t stride) {
+    return static_cast<const typename Numbers::Element *>(side.rows) + static_cast<uint64_t>(tile) * TILE * stride;
+}
+template <class Numbers>
+DEVICE uint64_t stride_bytes(const Pairs &pairs) {
+    return static_cast<uint64_t>(pairs.stride) * sizeof(typename Numbers::Element);
+}
+
+// Whether anchor i and reference j form a pair; in the square form each pair once, i < j.
+DEVICE bool is_pair(const Pairs &pairs, uint32_t i, uint32_t j) {
+    return i < pairs.counters->valid_anchors && j < pairs.counters->valid_references && (!pairs.square || i < j);
+}
+DEVICE bool same_class(ClassRange range, uint32_t j) { return range.begin <= j && j < range.end; }
+
+// m+ less a tolerance; without a positive nothing is above it.
+DEVICE float negative_bound(float min_pos, double tolerance) {
+    return min_pos == INFINITE ? min_pos : static_cast<float>(static_cast<double>(min_pos) - tolerance);
+}
+// m- plus a tolerance; without a negative (key 0) nothing is below it.
+DEVICE float positive_bound(uint32_t max_neg_key, double tolerance) {
+    return max_neg_key == 0 ? -INFINITE : static_cast<float>(static_cast<double>(key_value(max_neg_key)) + tolerance);
+}
+
+#endif

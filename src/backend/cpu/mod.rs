@@ -1,0 +1,397 @@
+//! The CPU backend: float32 tiles, one sweep, any number of threads, the same bits.
+//!
+//! | pass | file |
+//! | --- | --- |
+//! | rows in class order, checked and packed | `rows.rs` |
+//! | same-class pass (m+) and the sweep (m-, probe count, candidates) | `similarity.rs`, `tile.rs` |
+//! | selection and weights | `select.rs` |
+//! | loss and gradient | `gradient.rs` |
+//! | hyper-gradient of the loss threshold | `threshold.rs` |
+//! | top-K search | `retrieval.rs` |
+//!
+//! `product.rs` is the one matrix product, `simd.rs` the choice of instruction
+//! set, `tasks.rs` the sharing-out of work. S is computed tile by tile, once for
+//! both triangles; of a tile only the candidates are kept, within a budget, and
+//! tiles beyond it are computed again with the same bits.
+
+use std::sync::Mutex;
+
+use ndarray::{Array2, ArrayView2};
+
+use super::{Backend, Nearest};
+use crate::loss::select::{Tolerances, adapt};
+use crate::loss::{Batch, Hypergradient, LossOutput, LossSettings, Rows};
+use crate::{Error, Result};
+
+mod gradient;
+mod product;
+mod retrieval;
+mod rows;
+mod select;
+mod simd;
+mod similarity;
+mod tasks;
+mod threshold;
+mod tile;
+
+use gradient::{GradientScratch, Kind, Totals};
+use rows::{MAX_BLOCK, Side, SideBuffers};
+use select::Weights;
+use simd::{GROUP, Level};
+use similarity::{Statistics, Tiles};
+use tasks::{Workers, lock};
+use tile::{Pairs, TileScratch};
+
+/// Bytes of candidates kept between the passes unless stated otherwise. With the panels of 10,240 rows of
+/// D = 512 beside it, the workspace stays below 128 MB.
+pub const DEFAULT_BUDGET: usize = 64 << 20;
+
+/// [`Backend`] on the processor's cores (those of the current rayon pool).
+#[derive(Debug)]
+pub struct CpuBackend {
+    level: Level,
+    rows: SideBuffers,
+    columns: SideBuffers,
+    classes: Vec<(u32, u32)>,
+    tiles: Tiles,
+    statistics: Statistics,
+    weights: Weights,
+    scratch: Vec<Mutex<Scratch>>,
+    block_totals: Vec<Mutex<Totals>>,
+    remembered: Option<Remembered>,
+}
+
+/// Shape of the last loss.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Remembered {
+    anchors: (usize, usize),
+    references: Option<usize>,
+}
+
+/// Buffers of one thread.
+#[derive(Debug, Default)]
+struct Scratch {
+    tile: TileScratch,
+    gradient: GradientScratch,
+}
+
+impl Default for CpuBackend {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl CpuBackend {
+    /// A backend that keeps candidates in at most [`DEFAULT_BUDGET`] bytes.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::with_budget(DEFAULT_BUDGET)
+    }
+
+    /// A backend that keeps candidates in at most `budget` bytes. The result is the same bit for bit;
+    /// tiles that do not fit are computed again.
+    #[must_use]
+    pub fn with_budget(budget: usize) -> Self {
+        Self {
+            level: Level::available().pop().unwrap_or(Level::Portable),
+            rows: SideBuffers::default(),
+            columns: SideBuffers::default(),
+            classes: Vec::new(),
+            tiles: Tiles::new(budget),
+            statistics: Statistics::default(),
+            weights: Weights::default(),
+            scratch: Vec::new(),
+            block_totals: Vec::new(),
+            remembered: None,
+        }
+    }
+
+    fn shape(batch: &Batch<'_>) -> Remembered {
+        let embeddings = &batch.anchors.embeddings;
+        Remembered {
+            anchors: (embeddings.rows(), embeddings.dim()),
+            references: batch.references.map(|rows| rows.embeddings.rows()),
+        }
+    }
+}
+
+/// Rows of a block for a side of `count` rows: a small batch is one block, and leaves no room unused.
+fn block_rows(count: usize) -> usize {
+    count.next_multiple_of(GROUP).min(MAX_BLOCK)
+}
+
+fn workers_for(batch: &Batch<'_>) -> Workers {
+    let embeddings = &batch.anchors.embeddings;
+    let pairs = embeddings.rows().saturating_mul(batch.reference_rows().embeddings.rows());
+    Workers::new(pairs.saturating_mul(embeddings.dim()))
+}
+
+/// Positions among the columns of each row's class: both sides ascend, so one walk finds them.
+fn find_classes(rows: &[i64], columns: &[i64], classes: &mut Vec<(u32, u32)>) {
+    classes.clear();
+    let (mut first, mut last) = (0, 0);
+    for label in rows {
+        while first < columns.len() && columns[first] < *label {
+            first += 1;
+        }
+        last = last.max(first);
+        while last < columns.len() && columns[last] == *label {
+            last += 1;
+        }
+        classes.push((first as u32, last as u32));
+    }
+}
+
+impl Backend for CpuBackend {
+    fn name(&self) -> String {
+        "cpu".to_owned()
+    }
+
+    fn loss(&mut self, batch: &Batch<'_>, settings: &LossSettings, output: &mut LossOutput) -> Result<()> {
+        self.remembered = None;
+        settings.validate()?;
+        batch.validate()?;
+        let workers = workers_for(batch);
+        self.scratch.resize_with(workers.count(), Mutex::default);
+        self.rows.order.by_class(batch.anchors.labels, block_rows(batch.anchors.labels.len()));
+        let rows = self.rows.prepare("anchors", &batch.anchors, batch.check, &workers)?;
+        let columns = match &batch.references {
+            None => rows,
+            Some(references) => {
+                self.columns.order.by_class(references.labels, block_rows(references.labels.len()));
+                self.columns.prepare("references", references, batch.check, &workers)?
+            }
+        };
+        find_classes(&rows.order.sorted, &columns.order.sorted, &mut self.classes);
+        let pairs =
+            Pairs { rows, columns, square: batch.is_square(), classes: &self.classes, level: self.level };
+        for scratch in &self.scratch {
+            lock(scratch).tile.reset();
+        }
+
+        self.tiles.set(&pairs);
+        self.statistics.reset(&pairs);
+        self.tiles.same_class_pass(&pairs, &workers, &self.scratch, &mut self.statistics);
+        self.statistics.set_bounds(settings);
+        self.tiles.sweep(&pairs, &workers, &self.scratch, &mut self.statistics);
+
+        let statistics = &mut self.statistics;
+        let tolerances = adapt(settings, statistics.probe_neg, statistics.positives);
+        self.weights.set_bounds(&pairs, settings, tolerances, &statistics.min_pos, &statistics.max_neg);
+        self.tiles.count(&pairs, &workers, &self.scratch, &self.weights, statistics);
+        let batch_rows = batch.anchors.labels.len();
+        let active = self.weights.set_factors(&statistics.counts, batch_rows);
+
+        let mut walk = Walk {
+            pairs,
+            tiles: &self.tiles,
+            statistics: &self.statistics,
+            weights: &self.weights,
+            workers,
+            scratch: &self.scratch,
+            block_totals: &mut self.block_totals,
+        };
+        let totals = write_gradient(&mut walk, Owner::Rows, &mut output.gradient, batch_rows);
+        if batch.reference_gradient && !pairs.square {
+            let gradient = output.reference_gradient.get_or_insert_default();
+            write_gradient(&mut walk, Owner::Columns, gradient, batch.reference_rows().labels.len());
+        } else {
+            output.reference_gradient = None;
+        }
+        self.statistics.report(&pairs, tolerances, batch_rows, output);
+        report_loss(settings, &totals, active, output);
+        self.remembered = Some(Self::shape(batch));
+        Ok(())
+    }
+
+    fn hypergradient(
+        &mut self,
+        batch: &Batch<'_>,
+        tangent: ArrayView2<'_, f32>,
+        reference_tangent: Option<ArrayView2<'_, f32>>,
+    ) -> Result<Hypergradient> {
+        batch.validate()?;
+        let remembered = self.remembered.ok_or(Error::OutOfOrder("hypergradient needs a loss before it"))?;
+        threshold::check_shapes(remembered, &Self::shape(batch), &tangent, reference_tangent.as_ref())?;
+        let workers = workers_for(batch);
+        self.scratch.resize_with(workers.count(), Mutex::default);
+        let same_labels = self.rows.order.is_of(batch.anchors.labels)
+            && batch.references.is_none_or(|rows| self.columns.order.is_of(rows.labels));
+        if !same_labels {
+            return Err(Error::OutOfOrder(
+                "hypergradient needs the batch of the last loss: its labels differ",
+            ));
+        }
+        let trusted = crate::loss::UnitCheck::Trust;
+        let rows = self.rows.prepare("anchors", &batch.anchors, trusted, &workers)?;
+        let columns = match &batch.references {
+            None => rows,
+            Some(references) => self.columns.prepare("references", references, trusted, &workers)?,
+        };
+        let pairs =
+            Pairs { rows, columns, square: batch.is_square(), classes: &self.classes, level: self.level };
+        for scratch in &self.scratch {
+            lock(scratch).tile.reset();
+        }
+        let mut walk = Walk {
+            pairs,
+            tiles: &self.tiles,
+            statistics: &self.statistics,
+            weights: &self.weights,
+            workers,
+            scratch: &self.scratch,
+            block_totals: &mut self.block_totals,
+        };
+        Ok(threshold::hypergradient(&mut walk, tangent, reference_tangent))
+    }
+
+    fn nearest(&mut self, queries: &Rows<'_>, references: Option<&Rows<'_>>, k: usize) -> Result<Nearest> {
+        self.remembered = None;
+        retrieval::nearest(self, queries, references, k)
+    }
+
+    fn workspace_bytes(&self) -> usize {
+        let scratch = |s: &Mutex<Scratch>| {
+            let s = lock(s);
+            s.tile.bytes() + s.gradient.bytes()
+        };
+        self.rows.bytes()
+            + self.columns.bytes()
+            + self.classes.capacity() * 8
+            + self.tiles.bytes()
+            + self.statistics.bytes()
+            + self.weights.bytes()
+            + self.scratch.iter().map(scratch).sum::<usize>()
+            + self.block_totals.capacity() * size_of::<Mutex<Totals>>()
+    }
+}
+
+/// Whose rows a walk sums into.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Owner {
+    Rows,
+    Columns,
+}
+
+/// A walk over all weighted pairs, block by block of their owner.
+struct Walk<'a> {
+    pairs: Pairs<'a>,
+    tiles: &'a Tiles,
+    statistics: &'a Statistics,
+    weights: &'a Weights,
+    workers: Workers,
+    scratch: &'a [Mutex<Scratch>],
+    block_totals: &'a mut Vec<Mutex<Totals>>,
+}
+
+impl Walk<'_> {
+    fn side(&self, owner: Owner) -> Side<'_> {
+        match owner {
+            Owner::Rows => self.pairs.rows,
+            Owner::Columns => self.pairs.columns,
+        }
+    }
+
+    /// Sums weighted rows for every row of the owner; `finish` gets position and sum, what it answers is added up.
+    fn run(&mut self, owner: Owner, kind: Kind, finish: impl Fn(usize, &[f32]) -> f64 + Sync) -> Totals {
+        let blocks = self.side(owner).order.blocks.len();
+        self.block_totals.resize_with(blocks, Mutex::default);
+        let Self { pairs, tiles, statistics, weights, workers, scratch, block_totals } = &*self;
+        let side = self.side(owner);
+        workers.for_each(blocks, scratch, |block, scratch| {
+            let mut totals = Totals::default();
+            let rows = side.order.blocks[block];
+            scratch.gradient.begin(rows.rows, side.dim);
+            tiles.each_of(pairs, owner, block, |index, owner_rows, owner_columns| {
+                let tile = tiles.position(index);
+                if kind == Kind::LambdaPos && !pairs.has_positives(tile.0, tile.1) {
+                    return;
+                }
+                tiles.with_candidates(pairs, statistics, index, &mut scratch.tile, |candidates| {
+                    pairs.level.dispatch(gradient::AddTile {
+                        pairs: *pairs,
+                        tile,
+                        candidates,
+                        weights,
+                        kind,
+                        owner_rows,
+                        owner_columns,
+                        scratch: &mut scratch.gradient,
+                        totals: &mut totals,
+                    });
+                });
+            });
+            for r in 0..rows.rows {
+                totals.finished += finish(rows.start + r, scratch.gradient.sum(r, side.dim));
+            }
+            *lock(&block_totals[block]) = totals;
+        });
+        let mut sum = Totals::default();
+        for totals in self.block_totals.iter() {
+            sum.add(&lock(totals));
+        }
+        sum
+    }
+}
+
+/// Fills the gradient of one side; rows that take part in no pair get 0.
+fn write_gradient(walk: &mut Walk<'_>, owner: Owner, gradient: &mut Array2<f32>, count: usize) -> Totals {
+    let dim = walk.pairs.rows.dim;
+    if gradient.dim() != (count, dim) || !gradient.is_standard_layout() {
+        *gradient = Array2::zeros((count, dim));
+    }
+    let order = walk.side(owner).order;
+    if order.rows.len() < count {
+        gradient.fill(0.0);
+    }
+    let mut slots: Vec<Option<&mut [f32]>> = match gradient.as_slice_mut() {
+        Some(values) => values.chunks_exact_mut(dim).map(Some).collect(),
+        None => Vec::new(),
+    };
+    let slots: Vec<Mutex<Option<&mut [f32]>>> = order
+        .rows
+        .iter()
+        .map(|&row| Mutex::new(slots.get_mut(row as usize).and_then(Option::take)))
+        .collect();
+    walk.run(owner, Kind::Gradient, |position, sum| {
+        if let Some(row) = lock(&slots[position]).as_mut() {
+            row.copy_from_slice(sum);
+        }
+        0.0
+    })
+}
+
+fn report_loss(settings: &LossSettings, totals: &Totals, active: u64, output: &mut LossOutput) {
+    output.loss = totals.softplus[0] / settings.beta + totals.softplus[1] / settings.alpha;
+    output.dloss_dlambda_pos = totals.sigmoid[0];
+    output.dloss_dlambda_neg = -totals.sigmoid[1];
+    output.active = active;
+}
+
+impl Statistics {
+    /// Copies what belongs to the caller's rows into the output.
+    fn report(&self, pairs: &Pairs<'_>, tolerances: Tolerances, batch_rows: usize, output: &mut LossOutput) {
+        output.gamma_pos = tolerances.pos;
+        output.gamma_neg = tolerances.neg;
+        output.probe_neg = self.probe_neg;
+        output.total_pos = self.positives;
+        let fill = |values: &mut Vec<f32>, value| {
+            values.clear();
+            values.resize(batch_rows, value);
+        };
+        fill(&mut output.min_pos, f32::INFINITY);
+        fill(&mut output.max_neg, f32::NEG_INFINITY);
+        for counts in [&mut output.count_pos, &mut output.count_neg] {
+            counts.clear();
+            counts.resize(batch_rows, 0);
+        }
+        for (position, &row) in pairs.rows.order.rows.iter().enumerate() {
+            let row = row as usize;
+            output.min_pos[row] = self.min_pos[position];
+            output.max_neg[row] = self.max_neg[position];
+            output.count_pos[row] = self.counts[position][0];
+            output.count_neg[row] = self.counts[position][1];
+        }
+        (output.mean_pos, output.mean_neg) = self.means(pairs);
+    }
+}

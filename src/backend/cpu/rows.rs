@@ -1,0 +1,311 @@
+//! One side of a batch as the passes read it: float32 rows, in class order, in blocks.
+
+use half::slice::HalfFloatSliceExt;
+use ndarray::ArrayView2;
+
+use super::product::{pack_direct, pack_transposed};
+use super::simd::GROUP;
+use super::tasks::Workers;
+use crate::loss::{Embeddings, Rows, UnitCheck, check_unit};
+use crate::{Error, Result};
+
+/// Most rows of a block; a tile of S is a pair of blocks. 96 rows are two runs of three panels, what the
+/// product takes at once; 64 dimensions of them (24 kB) lie in the first-level cache while lists are summed,
+/// and two blocks of D = 512 with a tile between them in 1 MB of the second.
+pub const MAX_BLOCK: usize = 96;
+
+/// Panels are kept for the whole side up to this size, and packed block by block beyond it
+/// (a memory bank is not copied).
+const PACKED_BYTES: usize = 128 << 20;
+
+/// A run of rows in class order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Block {
+    pub start: usize,
+    pub rows: usize,
+}
+
+impl Block {
+    /// Panels of 16 rows it fills.
+    pub fn panels(self) -> usize {
+        self.rows.div_ceil(GROUP)
+    }
+
+    pub fn range(self) -> std::ops::Range<usize> {
+        self.start..self.start + self.rows
+    }
+}
+
+/// The order of one side: everything that follows from labels alone.
+#[derive(Debug, Default)]
+pub struct Order {
+    /// Labels of the caller's rows, to notice when nothing changed.
+    labels: Vec<i64>,
+    block_rows: usize,
+    /// Caller's row of each position; rows with a negative label have none.
+    pub rows: Vec<u32>,
+    /// Labels by position, ascending.
+    pub sorted: Vec<i64>,
+    pub blocks: Vec<Block>,
+}
+
+impl Order {
+    /// Sorts rows by label. Classes smaller than a quarter of a block do not straddle two blocks, so
+    /// that their pairs lie in diagonal tiles.
+    pub fn by_class(&mut self, labels: &[i64], block_rows: usize) {
+        if self.labels == labels && self.block_rows == block_rows {
+            return;
+        }
+        self.labels.clear();
+        self.labels.extend_from_slice(labels);
+        self.block_rows = block_rows;
+        self.rows.clear();
+        self.rows.extend((0..labels.len() as u32).filter(|&i| labels[i as usize] >= 0));
+        // Ties broken by index: unique, hence reproducible.
+        if !self.rows.is_sorted_by_key(|&i| labels[i as usize]) {
+            self.rows.sort_unstable_by_key(|&i| (labels[i as usize], i));
+        }
+        self.sorted.clear();
+        self.sorted.extend(self.rows.iter().map(|&i| labels[i as usize]));
+
+        self.blocks.clear();
+        let mut start = 0;
+        while start < self.rows.len() {
+            let mut end = (start + block_rows).min(self.rows.len());
+            if end < self.rows.len() {
+                let class = self.sorted[end];
+                let first = self.sorted.partition_point(|&label| label < class);
+                let last = self.sorted.partition_point(|&label| label <= class);
+                if first > start && first < end && last - first <= block_rows / 4 {
+                    end = first;
+                }
+            }
+            self.blocks.push(Block { start, rows: end - start });
+            start = end;
+        }
+    }
+
+    /// Whether it was made by class from these labels.
+    pub fn is_of(&self, labels: &[i64]) -> bool {
+        self.labels == labels
+    }
+
+    /// All rows in the caller's order, for passes that do not look at labels.
+    pub fn as_given(&mut self, count: usize, block_rows: usize) {
+        // No labels: the next batch is ordered anew.
+        self.labels.clear();
+        self.block_rows = block_rows;
+        self.rows.clear();
+        self.rows.extend(0..count as u32);
+        self.sorted.clear();
+        self.blocks.clear();
+        let starts = (0..count).step_by(block_rows);
+        self.blocks.extend(starts.map(|start| Block { start, rows: block_rows.min(count - start) }));
+    }
+
+    /// Bytes its buffers hold.
+    pub fn bytes(&self) -> usize {
+        self.labels.capacity() * 8
+            + self.rows.capacity() * 4
+            + self.sorted.capacity() * 8
+            + self.blocks.capacity() * 16
+    }
+}
+
+/// Buffers of one side that live from call to call.
+#[derive(Debug, Default)]
+pub struct SideBuffers {
+    pub order: Order,
+    /// Half-precision rows, converted.
+    converted: Vec<f32>,
+    /// Panels of all blocks, if they are kept.
+    packed: Vec<f32>,
+    /// Panels over the dimensions, likewise.
+    direct: Vec<f32>,
+    /// Sum of the squares of every row.
+    squares: Vec<f64>,
+    /// Sum of all rows that take part in pairs.
+    sum: Vec<f64>,
+}
+
+/// Rows ready for the passes.
+#[derive(Clone, Copy)]
+pub struct Side<'a> {
+    pub order: &'a Order,
+    pub dim: usize,
+    values: &'a [f32],
+    packed: &'a [f32],
+    direct: &'a [f32],
+    /// Sum of all rows that take part in pairs, `[D]`.
+    pub sum: &'a [f64],
+    /// Sum of their squares.
+    pub squares: f64,
+}
+
+impl<'a> Side<'a> {
+    /// The row at a position in class order.
+    #[inline(always)]
+    pub fn row(&self, position: usize) -> &'a [f32] {
+        let row = self.order.rows[position] as usize;
+        &self.values[row * self.dim..][..self.dim]
+    }
+
+    /// Panels of a block, from the kept ones or packed into `buffer`.
+    pub fn panels<'b>(&self, block: usize, buffer: &'b mut PanelBuffer) -> &'b [f32]
+    where
+        'a: 'b,
+    {
+        let Block { start, rows } = self.order.blocks[block];
+        let size = self.order.blocks[block].panels() * self.dim * GROUP;
+        if !self.packed.is_empty() {
+            return &self.packed[self.offset(block)..][..size];
+        }
+        if buffer.block != Some(block) {
+            grow(&mut buffer.panels, size);
+            pack_transposed(|i| self.row(start + i), rows, self.dim, &mut buffer.panels[..size]);
+            buffer.block = Some(block);
+        }
+        &buffer.panels[..size]
+    }
+
+    /// Panels of a block over its dimensions, `[D / 16][rows][16]`, kept ones or packed into `buffer`.
+    pub fn direct_panels<'b>(&self, block: usize, buffer: &'b mut Vec<f32>) -> &'b [f32]
+    where
+        'a: 'b,
+    {
+        let Block { start, rows } = self.order.blocks[block];
+        let stride = self.dim.next_multiple_of(GROUP);
+        if !self.direct.is_empty() {
+            return &self.direct[block * self.order.block_rows * stride..][..rows * stride];
+        }
+        grow(buffer, rows * stride);
+        pack_direct(|i| self.row(start + i), rows, self.dim, &mut buffer[..rows * stride]);
+        &buffer[..rows * stride]
+    }
+
+    /// Where the kept panels of a block begin. Room is left for full blocks, so this needs no table.
+    fn offset(&self, block: usize) -> usize {
+        block * self.order.block_rows.div_ceil(GROUP) * self.dim * GROUP
+    }
+}
+
+/// Panels of the block that was packed last.
+#[derive(Debug, Default)]
+pub struct PanelBuffer {
+    panels: Vec<f32>,
+    block: Option<usize>,
+}
+
+impl PanelBuffer {
+    /// Forgets the block: another side, or other values, come next.
+    pub fn reset(&mut self) {
+        self.block = None;
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.panels.capacity() * 4
+    }
+}
+
+impl SideBuffers {
+    pub fn bytes(&self) -> usize {
+        let floats = self.converted.capacity() + self.packed.capacity() + self.direct.capacity();
+        self.order.bytes() + floats * 4 + (self.squares.capacity() + self.sum.capacity()) * 8
+    }
+
+    /// Checks the rows, converts and packs them. `order` must have been set for these rows.
+    ///
+    /// # Errors
+    /// `NotFinite` or `NotUnit` of the first bad row.
+    pub fn prepare<'a>(
+        &'a mut self,
+        name: &'static str,
+        rows: &'a Rows<'_>,
+        check: UnitCheck,
+        workers: &Workers,
+    ) -> Result<Side<'a>> {
+        let (count, dim) = (rows.embeddings.rows(), rows.embeddings.dim());
+        let values: &[f32] = match &rows.embeddings {
+            Embeddings::F32(view) => contiguous(name, view)?,
+            Embeddings::F16(view) => {
+                grow(&mut self.converted, count * dim);
+                contiguous(name, view)?.convert_to_f32_slice(&mut self.converted[..count * dim]);
+                &self.converted[..count * dim]
+            }
+            Embeddings::Bf16(view) => {
+                grow(&mut self.converted, count * dim);
+                contiguous(name, view)?.convert_to_f32_slice(&mut self.converted[..count * dim]);
+                &self.converted[..count * dim]
+            }
+        };
+        self.squares.resize(count, 0.0);
+        workers.for_each_chunk(&mut self.squares, 256, |chunk, squares| {
+            for (i, square) in squares.iter_mut().enumerate() {
+                *square = square_sum(&values[(chunk * 256 + i) * dim..][..dim]);
+            }
+        });
+        if check == UnitCheck::Check {
+            for (row, square) in self.squares.iter().enumerate() {
+                check_unit(name, row, *square, rows.embeddings.norm_tolerance())?;
+            }
+        }
+        let squares = self.order.rows.iter().map(|&i| self.squares[i as usize]).sum();
+        self.sum.clear();
+        self.sum.resize(dim, 0.0);
+        for &row in &self.order.rows {
+            for (sum, value) in self.sum.iter_mut().zip(&values[row as usize * dim..][..dim]) {
+                *sum += f64::from(*value);
+            }
+        }
+
+        let order = &self.order;
+        let panel_floats = order.block_rows.div_ceil(GROUP) * GROUP * dim;
+        let whole = order.blocks.len() * panel_floats;
+        let kept = whole > 0 && order.block_rows > 0 && whole * 4 <= PACKED_BYTES;
+        if kept {
+            self.packed.resize(whole, 0.0);
+            workers.for_each_chunk(&mut self.packed, panel_floats, |block, panels| {
+                let Block { start, rows } = order.blocks[block];
+                let size = order.blocks[block].panels() * dim * GROUP;
+                let row = |i: usize| &values[order.rows[start + i] as usize * dim..][..dim];
+                pack_transposed(row, rows, dim, &mut panels[..size]);
+            });
+            let stride = dim.next_multiple_of(GROUP);
+            let block_floats = order.block_rows * stride;
+            self.direct.resize(order.blocks.len() * block_floats, 0.0);
+            workers.for_each_chunk(&mut self.direct, block_floats, |block, panels| {
+                let Block { start, rows } = order.blocks[block];
+                let row = |i: usize| &values[order.rows[start + i] as usize * dim..][..dim];
+                pack_direct(row, rows, dim, &mut panels[..rows * stride]);
+            });
+        } else {
+            self.packed = Vec::new();
+            self.direct = Vec::new();
+        }
+        Ok(Side { order, dim, values, packed: &self.packed, direct: &self.direct, sum: &self.sum, squares })
+    }
+}
+
+fn contiguous<'a, T>(name: &'static str, view: &'a ArrayView2<'_, T>) -> Result<&'a [T]> {
+    view.as_slice().ok_or(Error::NotContiguous { rows: name })
+}
+
+/// Sum of squares; single-precision chains of 16, summed in double.
+fn square_sum(row: &[f32]) -> f64 {
+    let (whole, tail) = row.as_chunks::<GROUP>();
+    let mut sums = [0.0f32; GROUP];
+    for chunk in whole {
+        for (sum, value) in sums.iter_mut().zip(chunk) {
+            *sum += value * value;
+        }
+    }
+    sums.iter().map(|&x| f64::from(x)).sum::<f64>()
+        + tail.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>()
+}
+
+/// Makes a buffer at least `length` long; new entries are zero.
+pub fn grow<T: Copy + Default>(buffer: &mut Vec<T>, length: usize) {
+    if buffer.len() < length {
+        buffer.resize(length, T::default());
+    }
+}

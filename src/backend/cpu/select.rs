@@ -1,0 +1,199 @@
+//! Who selects which candidate (SPEC 2-3), and what a selected pair weighs (SPEC 4).
+
+use super::rows::{Block, MAX_BLOCK};
+use super::simd::{GROUP, Lanes, Work};
+use super::tile::{Candidates, Pairs, Reader};
+use crate::loss::LossSettings;
+use crate::loss::select::Tolerances;
+use crate::loss::similarity::DUPLICATE;
+
+/// When pairs of one kind are selected, and what they then weigh, by position.
+#[derive(Debug, Default)]
+pub struct Shares {
+    rows: ShareList,
+    /// Of the columns in the rectangular form: they select nothing.
+    idle: ShareList,
+}
+
+/// The fields of [`Share`], each in an array of its own so that runs of them load as vectors.
+#[derive(Debug, Default)]
+struct ShareList {
+    bounds: Vec<f32>,
+    factors: Vec<f32>,
+}
+
+impl ShareList {
+    fn clear(&mut self) {
+        self.bounds.clear();
+        self.factors.clear();
+    }
+
+    fn bytes(&self) -> usize {
+        (self.bounds.capacity() + self.factors.capacity()) * 4
+    }
+}
+
+/// When a pair is selected by one of its rows, and what it then weighs.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Share {
+    /// Negatives above it, positives below it are selected.
+    pub bound: f32,
+    /// 2 / (B |set|), 0 for inactive rows.
+    pub factor: f32,
+}
+
+/// The shares of a block.
+#[derive(Clone, Copy)]
+pub struct ShareRun<'a> {
+    pub bounds: &'a [f32],
+    pub factors: &'a [f32],
+}
+
+impl Shares {
+    /// The share of a row.
+    pub fn row(&self, position: usize) -> Share {
+        Share { bound: self.rows.bounds[position], factor: self.rows.factors[position] }
+    }
+
+    /// The shares of a block of columns.
+    pub fn columns(&self, pairs: &Pairs<'_>, block: Block) -> ShareRun<'_> {
+        let list = if pairs.square { &self.rows } else { &self.idle };
+        ShareRun { bounds: &list.bounds[block.range()], factors: &list.factors[block.range()] }
+    }
+
+    /// Sets the bounds; all factors are 0 until the sets have been counted.
+    fn reset(&mut self, pairs: &Pairs<'_>, bounds: impl Iterator<Item = f32>, idle_bound: f32) {
+        self.rows.clear();
+        self.rows.bounds.extend(bounds);
+        self.rows.factors.resize(self.rows.bounds.len(), 0.0);
+        self.idle.clear();
+        if !pairs.square {
+            let columns = pairs.columns.order.rows.len();
+            self.idle.bounds.resize(columns, idle_bound);
+            self.idle.factors.resize(columns, 0.0);
+        }
+    }
+}
+
+/// Everything needed to weigh a pair from its similarity.
+#[derive(Debug, Default)]
+pub struct Weights {
+    pub positives: Shares,
+    pub negatives: Shares,
+    pub alpha: f32,
+    pub beta: f32,
+    pub lambda_pos: f32,
+    pub lambda_neg: f32,
+}
+
+impl Weights {
+    /// Sets the bounds of selection; factors follow when the sets have been counted.
+    pub fn set_bounds(
+        &mut self,
+        pairs: &Pairs<'_>,
+        settings: &LossSettings,
+        tolerances: Tolerances,
+        min_pos: &[f32],
+        max_neg: &[f32],
+    ) {
+        self.alpha = settings.alpha as f32;
+        self.beta = settings.beta as f32;
+        self.lambda_pos = settings.lambda_pos as f32;
+        self.lambda_neg = settings.lambda_neg as f32;
+        let negatives = min_pos.iter().map(|&m| negative_bound(m, tolerances.neg));
+        self.negatives.reset(pairs, negatives, f32::INFINITY);
+        let positive_bound = |&m: &f32| {
+            let bound = if m == f32::NEG_INFINITY { m } else { (f64::from(m) + tolerances.pos) as f32 };
+            bound.min(DUPLICATE as f32)
+        };
+        self.positives.reset(pairs, max_neg.iter().map(positive_bound), f32::NEG_INFINITY);
+    }
+
+    /// Sets the factors 2 / (B |set|) from the sizes of the sets; returns the number of active anchors.
+    pub fn set_factors(&mut self, counts: &[[u32; 2]], batch: usize) -> u64 {
+        let mut active = 0;
+        for (i, &[pos, neg]) in counts.iter().enumerate() {
+            let enters = pos > 0 && neg > 0;
+            active += u64::from(enters);
+            let factor =
+                |count: u32| if enters { (2.0 / (batch as f64 * f64::from(count))) as f32 } else { 0.0 };
+            self.positives.rows.factors[i] = factor(pos);
+            self.negatives.rows.factors[i] = factor(neg);
+        }
+        active
+    }
+
+    pub fn bytes(&self) -> usize {
+        let lists = [&self.positives.rows, &self.positives.idle, &self.negatives.rows, &self.negatives.idle];
+        lists.iter().map(|list| list.bytes()).sum()
+    }
+}
+
+/// m+ minus a tolerance; without a positive (+inf) nothing is above it, whatever the tolerance.
+pub fn negative_bound(min_pos: f32, tolerance: f64) -> f32 {
+    if min_pos == f32::INFINITY { min_pos } else { (f64::from(min_pos) - tolerance) as f32 }
+}
+
+/// Sizes of the sets within one tile, `[positives, negatives]` by local row and column.
+#[derive(Debug, Clone)]
+pub struct Counts {
+    pub rows: [[u8; 2]; MAX_BLOCK],
+    pub columns: [[u8; 2]; MAX_BLOCK],
+}
+
+const _: () = assert!(MAX_BLOCK <= u8::MAX as usize);
+
+impl Default for Counts {
+    fn default() -> Self {
+        Self { rows: [[0; 2]; MAX_BLOCK], columns: [[0; 2]; MAX_BLOCK] }
+    }
+}
+
+/// Counts the selected pairs of one tile.
+pub struct CountTile<'a, 'b> {
+    pub pairs: Pairs<'a>,
+    pub tile: (usize, usize),
+    pub candidates: &'b Candidates,
+    pub weights: &'b Weights,
+    pub counts: &'b mut Counts,
+}
+
+impl Work for CountTile<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Lanes>(self, simd: S) {
+        let Self { pairs, tile: (row, column), candidates, weights, counts } = self;
+        *counts = Counts::default();
+        let (rows, across): (Block, Block) =
+            (pairs.rows.order.blocks[row], pairs.columns.order.blocks[column]);
+        let across_negatives = weights.negatives.columns(&pairs, across).bounds;
+        let across_positives = weights.positives.columns(&pairs, across).bounds;
+        let has_positives = pairs.has_positives(row, column);
+        let mut reader = Reader::new(candidates);
+        let mut columns = [0; MAX_BLOCK + GROUP];
+        for r in 0..rows.rows {
+            let s = reader.next_row(simd, &mut columns);
+            let position = rows.start + r;
+            let mut first = s.len();
+            let mut last = s.len();
+            if has_positives {
+                let (begin, end) = pairs.class_columns(position, column);
+                first = columns[..s.len()].partition_point(|&c| (c as usize) < begin);
+                last = columns[..s.len()].partition_point(|&c| (c as usize) < end);
+            }
+            let bound = weights.positives.row(position).bound;
+            for (&c, &s) in columns[first..last].iter().zip(&s[first..last]) {
+                counts.rows[r][0] += u8::from(s < bound);
+                counts.columns[c as usize][0] += u8::from(s < across_positives[c as usize]);
+            }
+            let bound = weights.negatives.row(position).bound;
+            for range in [0..first, last..s.len()] {
+                for (&c, &s) in columns[range.clone()].iter().zip(&s[range]) {
+                    counts.rows[r][1] += u8::from(s > bound);
+                    counts.columns[c as usize][1] += u8::from(s > across_negatives[c as usize]);
+                }
+            }
+        }
+    }
+}

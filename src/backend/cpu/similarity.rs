@@ -1,0 +1,398 @@
+//! The tiles of a batch, the same-class pass, and the one sweep (SPEC 1-3).
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError, RwLock};
+
+use super::rows::MAX_BLOCK;
+use super::select::{CountTile, Counts, Weights, negative_bound};
+use super::tasks::Workers;
+use super::tile::{Bounds, Candidates, Pairs, SameClass, Sweep, TileScratch};
+use super::{Owner, Scratch};
+use crate::loss::LossSettings;
+use crate::loss::select::{initial_tolerances, probe_tolerance};
+use crate::loss::similarity::DUPLICATE;
+
+/// What the passes know of each row and of the whole batch, by position in class order.
+#[derive(Debug, Default)]
+pub struct Statistics {
+    pub min_pos: Vec<f32>,
+    pub max_neg: Vec<f32>,
+    /// `[|P_i|, |N_i|]`.
+    pub counts: Vec<[u32; 2]>,
+    pub probe_neg: u64,
+    /// Ordered positive pairs.
+    pub positives: u64,
+    positive_sum: f64,
+    /// All ordered same-class pairs and the sum of their similarities, duplicates included.
+    same_class: u64,
+    same_class_sum: f64,
+    keep: Vec<f32>,
+    probe: Vec<f32>,
+}
+
+impl Statistics {
+    pub fn reset(&mut self, pairs: &Pairs<'_>) {
+        let rows = pairs.rows.order.rows.len();
+        let refill = |values: &mut Vec<f32>, value| {
+            values.clear();
+            values.resize(rows, value);
+        };
+        refill(&mut self.min_pos, f32::INFINITY);
+        refill(&mut self.max_neg, f32::NEG_INFINITY);
+        self.counts.clear();
+        self.counts.resize(rows, [0; 2]);
+        (self.probe_neg, self.positives, self.same_class) = (0, 0, 0);
+        (self.positive_sum, self.same_class_sum) = (0.0, 0.0);
+    }
+
+    /// Bounds of the sweep from m+: the probe's, and the lower of it and the initial one for candidates.
+    pub fn set_bounds(&mut self, settings: &LossSettings) {
+        let probe = probe_tolerance(settings);
+        let keep = probe.max(initial_tolerances(settings).neg);
+        self.probe.clear();
+        self.probe.extend(self.min_pos.iter().map(|&m| negative_bound(m, probe)));
+        self.keep.clear();
+        self.keep.extend(self.min_pos.iter().map(|&m| negative_bound(m, keep)));
+    }
+
+    fn bounds(&self, square: bool) -> (Bounds<'_>, Bounds<'_>) {
+        let keep = Bounds { rows: &self.keep, columns: square.then_some(self.keep.as_slice()) };
+        (keep, Bounds { rows: &self.probe, columns: square.then_some(self.probe.as_slice()) })
+    }
+
+    /// Mean similarity of all positives and of all negatives. The sum over all pairs is closed: that of
+    /// e_i . e_j over i and j is the product of the sums of e_i and of e_j.
+    pub fn means(&self, pairs: &Pairs<'_>) -> (f64, f64) {
+        let all: f64 = pairs.rows.sum.iter().zip(pairs.columns.sum).map(|(a, b)| a * b).sum();
+        let (rows, columns) = (pairs.rows.order.rows.len() as u64, pairs.columns.order.rows.len() as u64);
+        let (all, count) = if pairs.square {
+            (all - pairs.rows.squares, rows * columns.saturating_sub(1))
+        } else {
+            (all, rows * columns)
+        };
+        let negatives = count - self.same_class;
+        let mean_neg = if negatives == 0 { f64::NAN } else { (all - self.same_class_sum) / negatives as f64 };
+        (self.positive_sum / self.positives as f64, mean_neg)
+    }
+
+    pub fn bytes(&self) -> usize {
+        let floats =
+            self.min_pos.capacity() + self.max_neg.capacity() + self.keep.capacity() + self.probe.capacity();
+        floats * 4 + self.counts.capacity() * 8
+    }
+}
+
+/// One tile between the passes.
+#[derive(Debug)]
+struct Tile {
+    kept: bool,
+    candidates: Candidates,
+    row_extreme: [f32; MAX_BLOCK],
+    column_extreme: [f32; MAX_BLOCK],
+    counts: Counts,
+    probe: u64,
+    positives: u64,
+    positive_sum: f64,
+    same_class: u64,
+    same_class_sum: f64,
+}
+
+impl Default for Tile {
+    fn default() -> Self {
+        Self {
+            kept: false,
+            candidates: Candidates::default(),
+            row_extreme: [0.0; MAX_BLOCK],
+            column_extreme: [0.0; MAX_BLOCK],
+            counts: Counts::default(),
+            probe: 0,
+            positives: 0,
+            positive_sum: 0.0,
+            same_class: 0,
+            same_class_sum: 0.0,
+        }
+    }
+}
+
+/// All tiles of a batch; in the square form those on and above the diagonal.
+#[derive(Debug)]
+pub struct Tiles {
+    budget: usize,
+    used: AtomicUsize,
+    rows: usize,
+    columns: usize,
+    square: bool,
+    /// Tiles with pairs of one class.
+    with_positives: Vec<usize>,
+    tiles: Vec<RwLock<Tile>>,
+}
+
+impl Tiles {
+    pub fn new(budget: usize) -> Self {
+        Self {
+            budget,
+            used: AtomicUsize::new(0),
+            rows: 0,
+            columns: 0,
+            square: true,
+            with_positives: Vec::new(),
+            tiles: Vec::new(),
+        }
+    }
+
+    /// Lays the tiles out for a batch. Buffers of earlier batches are reused.
+    pub fn set(&mut self, pairs: &Pairs<'_>) {
+        self.rows = pairs.rows.order.blocks.len();
+        self.columns = pairs.columns.order.blocks.len();
+        self.square = pairs.square;
+        let count = if self.square { self.rows * (self.rows + 1) / 2 } else { self.rows * self.columns };
+        self.tiles.resize_with(count, RwLock::default);
+        // Each tile keeps the room it once needed; give it all back when that adds up to too much.
+        let held: usize = self.tiles.iter_mut().map(|tile| exclusive(tile).candidates.bytes()).sum();
+        if held > self.budget {
+            for tile in &mut self.tiles {
+                exclusive(tile).candidates = Candidates::default();
+            }
+        }
+        self.used = AtomicUsize::new(0);
+        self.with_positives.clear();
+        let positions = (0..count).filter(|&index| {
+            let (row, column) = position(self.square, self.rows, index);
+            pairs.has_positives(row, column)
+        });
+        self.with_positives.extend(positions);
+    }
+
+    pub fn bytes(&self) -> usize {
+        let candidates = |tile: &RwLock<Tile>| read(tile).candidates.bytes();
+        self.tiles.iter().map(candidates).sum::<usize>() + self.tiles.capacity() * size_of::<RwLock<Tile>>()
+    }
+
+    /// Blocks of rows and columns of a tile.
+    pub fn position(&self, index: usize) -> (usize, usize) {
+        position(self.square, self.rows, index)
+    }
+
+    /// Visits the tiles that hold pairs of one block of the owner, in order of the other side. The
+    /// visitor learns whether the owner is the tile's rows, its columns, or both.
+    pub fn each_of(
+        &self,
+        pairs: &Pairs<'_>,
+        owner: Owner,
+        block: usize,
+        mut visit: impl FnMut(usize, bool, bool),
+    ) {
+        if pairs.square {
+            for row in 0..block {
+                visit(index(true, self.rows, row, block), false, true);
+            }
+            visit(index(true, self.rows, block, block), true, true);
+            for column in block + 1..self.columns {
+                visit(index(true, self.rows, block, column), true, false);
+            }
+        } else if owner == Owner::Rows {
+            for column in 0..self.columns {
+                visit(index(false, self.rows, block, column), true, false);
+            }
+        } else {
+            for row in 0..self.rows {
+                visit(index(false, self.rows, row, block), false, true);
+            }
+        }
+    }
+
+    /// m+ of every row, from the tiles that hold pairs of one class.
+    pub fn same_class_pass(
+        &self,
+        pairs: &Pairs<'_>,
+        workers: &Workers,
+        scratch: &[Mutex<Scratch>],
+        statistics: &mut Statistics,
+    ) {
+        workers.for_each(self.with_positives.len(), scratch, |task, scratch| {
+            let index = self.with_positives[task];
+            let tile = &mut *write(&self.tiles[index]);
+            tile.row_extreme.fill(f32::INFINITY);
+            tile.column_extreme.fill(f32::INFINITY);
+            (tile.positives, tile.same_class) = (0, 0);
+            (tile.positive_sum, tile.same_class_sum) = (0.0, 0.0);
+            let visit = |row: usize, first: usize, similarities: &[f32]| {
+                for (column, &s) in (first..).zip(similarities) {
+                    tile.same_class += 1;
+                    tile.same_class_sum += f64::from(s);
+                    if s < DUPLICATE as f32 {
+                        tile.positives += 1;
+                        tile.positive_sum += f64::from(s);
+                        tile.row_extreme[row] = tile.row_extreme[row].min(s);
+                        tile.column_extreme[column] = tile.column_extreme[column].min(s);
+                    }
+                }
+            };
+            let work =
+                SameClass { pairs: *pairs, tile: self.position(index), scratch: &mut scratch.tile, visit };
+            pairs.level.dispatch(work);
+        });
+        // Each unordered pair of the square form was met once.
+        let weight = if pairs.square { 2 } else { 1 };
+        for &index in &self.with_positives {
+            let tile = read(&self.tiles[index]);
+            statistics.positives += weight * tile.positives;
+            statistics.same_class += weight * tile.same_class;
+            statistics.positive_sum += weight as f64 * tile.positive_sum;
+            statistics.same_class_sum += weight as f64 * tile.same_class_sum;
+            let (row, column) = self.position(index);
+            let rows = pairs.rows.order.blocks[row].range();
+            for (min, s) in statistics.min_pos[rows].iter_mut().zip(&tile.row_extreme) {
+                *min = min.min(*s);
+            }
+            if pairs.square {
+                let columns = pairs.columns.order.blocks[column].range();
+                for (min, s) in statistics.min_pos[columns].iter_mut().zip(&tile.column_extreme) {
+                    *min = min.min(*s);
+                }
+            }
+        }
+    }
+
+    /// The one sweep: m-, the probe's count, and the candidates.
+    pub fn sweep(
+        &self,
+        pairs: &Pairs<'_>,
+        workers: &Workers,
+        scratch: &[Mutex<Scratch>],
+        statistics: &mut Statistics,
+    ) {
+        let (keep, probe) = statistics.bounds(pairs.square);
+        workers.for_each(self.tiles.len(), scratch, |index, scratch| {
+            let scratch = &mut scratch.tile;
+            pairs.level.dispatch(Sweep { pairs: *pairs, tile: self.position(index), keep, probe, scratch });
+            let tile = &mut *write(&self.tiles[index]);
+            tile.row_extreme = scratch.found.row_max;
+            tile.column_extreme = scratch.found.column_max;
+            tile.probe = scratch.found.probe;
+            self.keep(tile, scratch);
+        });
+        for (index, tile) in self.tiles.iter().enumerate() {
+            let tile = read(tile);
+            statistics.probe_neg += tile.probe;
+            let (row, column) = self.position(index);
+            let rows = pairs.rows.order.blocks[row].range();
+            for (max, s) in statistics.max_neg[rows].iter_mut().zip(&tile.row_extreme) {
+                *max = max.max(*s);
+            }
+            if pairs.square {
+                let columns = pairs.columns.order.blocks[column].range();
+                for (max, s) in statistics.max_neg[columns].iter_mut().zip(&tile.column_extreme) {
+                    *max = max.max(*s);
+                }
+            }
+        }
+    }
+
+    /// Keeps the candidates of the tile swept last, if they fit the budget.
+    fn keep(&self, tile: &mut Tile, scratch: &TileScratch) {
+        let found = &scratch.candidates;
+        let bytes = found.words.len() * 2 + scratch.found.filled * 4;
+        tile.kept = self.used.fetch_add(bytes, Ordering::Relaxed) + bytes <= self.budget;
+        if tile.kept {
+            tile.candidates.words.clear();
+            tile.candidates.words.reserve_exact(found.words.len());
+            tile.candidates.words.extend_from_slice(&found.words);
+            tile.candidates.values.clear();
+            tile.candidates.values.reserve_exact(scratch.found.filled);
+            tile.candidates.values.extend_from_slice(&found.values[..scratch.found.filled]);
+        } else {
+            self.used.fetch_sub(bytes, Ordering::Relaxed);
+        }
+    }
+
+    /// Hands a tile's candidates to `use_them`: the kept ones, or swept again.
+    pub fn with_candidates(
+        &self,
+        pairs: &Pairs<'_>,
+        statistics: &Statistics,
+        index: usize,
+        scratch: &mut TileScratch,
+        use_them: impl FnOnce(&Candidates),
+    ) {
+        let tile = read(&self.tiles[index]);
+        if tile.kept {
+            return use_them(&tile.candidates);
+        }
+        let (keep, probe) = statistics.bounds(pairs.square);
+        pairs.level.dispatch(Sweep { pairs: *pairs, tile: self.position(index), keep, probe, scratch });
+        use_them(&scratch.candidates);
+    }
+
+    /// |P_i| and |N_i| at the final bounds.
+    pub fn count(
+        &self,
+        pairs: &Pairs<'_>,
+        workers: &Workers,
+        scratch: &[Mutex<Scratch>],
+        weights: &Weights,
+        statistics: &mut Statistics,
+    ) {
+        {
+            let statistics = &*statistics;
+            workers.for_each(self.tiles.len(), scratch, |index, scratch| {
+                let mut counts = Counts::default();
+                self.with_candidates(pairs, statistics, index, &mut scratch.tile, |candidates| {
+                    let tile = self.position(index);
+                    let counts = &mut counts;
+                    pairs.level.dispatch(CountTile { pairs: *pairs, tile, candidates, weights, counts });
+                });
+                write(&self.tiles[index]).counts = counts;
+            });
+        }
+        for (index, tile) in self.tiles.iter().enumerate() {
+            let tile = read(tile);
+            let (row, column) = self.position(index);
+            let rows = pairs.rows.order.blocks[row].range();
+            add(&mut statistics.counts[rows], &tile.counts.rows);
+            if pairs.square {
+                let columns = pairs.columns.order.blocks[column].range();
+                add(&mut statistics.counts[columns], &tile.counts.columns);
+            }
+        }
+    }
+}
+
+fn add(sums: &mut [[u32; 2]], counts: &[[u8; 2]]) {
+    for (sum, count) in sums.iter_mut().zip(counts) {
+        sum[0] += u32::from(count[0]);
+        sum[1] += u32::from(count[1]);
+    }
+}
+
+/// Tiles are numbered column by column, so that a thread packs a block of columns once.
+fn index(square: bool, rows: usize, row: usize, column: usize) -> usize {
+    if square { column * (column + 1) / 2 + row } else { column * rows + row }
+}
+
+fn position(square: bool, rows: usize, index: usize) -> (usize, usize) {
+    if !square {
+        return (index % rows, index / rows);
+    }
+    // Exact far beyond any tile count: the root is corrected by comparison.
+    let mut column = ((((8 * index + 1) as f64).sqrt() - 1.0) / 2.0) as usize;
+    while column * (column + 1) / 2 > index {
+        column -= 1;
+    }
+    while (column + 1) * (column + 2) / 2 <= index {
+        column += 1;
+    }
+    (index - column * (column + 1) / 2, column)
+}
+
+fn read<T>(tile: &RwLock<T>) -> std::sync::RwLockReadGuard<'_, T> {
+    tile.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn write<T>(tile: &RwLock<T>) -> std::sync::RwLockWriteGuard<'_, T> {
+    tile.write().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn exclusive<T>(tile: &mut RwLock<T>) -> &mut T {
+    tile.get_mut().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,363 @@
+//! A tile of S: a block of rows against a block of columns, of which only candidates are kept.
+//!
+//! Candidates are a stream of 16-bit words and one of similarities. Each row
+//! of the tile has a word that says which groups of 16 columns hold any, then
+//! a word of bits for each such group; similarities follow in the same order.
+//! That is 4 bytes a candidate and at most 1/8 byte a pair.
+
+use super::product::{STRIP, product};
+use super::rows::{MAX_BLOCK, PanelBuffer, Side};
+use super::simd::{GROUP, Lanes, Level, Work};
+
+/// Groups of 16 columns in a tile, at most; a row's word has a bit for each.
+const MAX_GROUPS: usize = MAX_BLOCK.div_ceil(GROUP);
+const _: () = assert!(MAX_GROUPS <= 16 && MAX_BLOCK.is_multiple_of(GROUP));
+
+/// Which pairs a batch is made of, and where to find their rows.
+#[derive(Clone, Copy)]
+pub struct Pairs<'a> {
+    pub rows: Side<'a>,
+    pub columns: Side<'a>,
+    /// Both sides are the same rows: only tiles and entries above the diagonal are visited.
+    pub square: bool,
+    /// Positions of the columns of each row's class, by position of the row.
+    pub classes: &'a [(u32, u32)],
+    pub level: Level,
+}
+
+/// Bounds that a similarity must exceed, by position.
+#[derive(Clone, Copy)]
+pub struct Bounds<'a> {
+    pub rows: &'a [f32],
+    /// The same for columns; absent in the rectangular form, where columns select nothing.
+    pub columns: Option<&'a [f32]>,
+}
+
+/// Candidates of a tile.
+#[derive(Debug, Default)]
+pub struct Candidates {
+    pub words: Vec<u16>,
+    pub values: Vec<f32>,
+}
+
+impl Candidates {
+    pub fn bytes(&self) -> usize {
+        self.words.capacity() * 2 + self.values.capacity() * 4
+    }
+}
+
+/// What a sweep over one tile finds beside candidates.
+#[derive(Debug)]
+pub struct Found {
+    /// Largest negative of each row and of each column of the tile.
+    pub row_max: [f32; MAX_BLOCK],
+    pub column_max: [f32; MAX_BLOCK],
+    /// Negatives above the probe's bounds, both directions.
+    pub probe: u64,
+    /// Candidates.
+    pub filled: usize,
+}
+
+/// Buffers of one thread.
+#[derive(Debug)]
+pub struct TileScratch {
+    pub row_panels: PanelBuffer,
+    pub panels: PanelBuffer,
+    strip: Box<[[f32; MAX_BLOCK]; STRIP]>,
+    /// Candidates of the tile swept last.
+    pub candidates: Candidates,
+    pub found: Found,
+}
+
+impl Default for TileScratch {
+    fn default() -> Self {
+        Self {
+            row_panels: PanelBuffer::default(),
+            panels: PanelBuffer::default(),
+            strip: Box::new([[0.0; MAX_BLOCK]; STRIP]),
+            candidates: Candidates {
+                words: Vec::with_capacity(MAX_BLOCK * (1 + MAX_GROUPS)),
+                // A whole group is written at a time, so the last one needs room behind it.
+                values: vec![0.0; MAX_BLOCK * MAX_BLOCK + GROUP],
+            },
+            found: Found { row_max: [0.0; MAX_BLOCK], column_max: [0.0; MAX_BLOCK], probe: 0, filled: 0 },
+        }
+    }
+}
+
+impl TileScratch {
+    /// Forgets which panels it holds: other rows come next.
+    pub fn reset(&mut self) {
+        self.row_panels.reset();
+        self.panels.reset();
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.panels.bytes()
+            + self.row_panels.bytes()
+            + size_of_val(&*self.strip)
+            + self.candidates.bytes()
+            + size_of::<Found>()
+    }
+}
+
+impl<'a> Pairs<'a> {
+    /// Local columns of tile (`_`, `column`) that are of the class of row position `i`.
+    pub fn class_columns(&self, i: usize, column: usize) -> (usize, usize) {
+        let block = self.columns.order.blocks[column];
+        let (first, last) = self.classes[i];
+        let local =
+            |position: u32| (position as usize).clamp(block.start, block.start + block.rows) - block.start;
+        (local(first), local(last))
+    }
+
+    /// Whether a tile holds pairs of one class.
+    pub fn has_positives(&self, row: usize, column: usize) -> bool {
+        let rows = self.rows.order.blocks[row].range();
+        // Classes ascend with the rows, so the first and the last row bound the columns.
+        let (first, _) = self.class_columns(rows.start, column);
+        let (_, last) = self.class_columns(rows.end - 1, column);
+        first < last
+    }
+}
+
+/// The panel that holds the strip of rows from local row `start`.
+fn strip_panel(panels: &[f32], start: usize, panel: usize) -> &[f32] {
+    &panels[start / GROUP * panel..][..panel]
+}
+
+/// Visits the same-class similarities of a tile.
+pub struct SameClass<'a, 'b, F> {
+    pub pairs: Pairs<'a>,
+    pub tile: (usize, usize),
+    pub scratch: &'b mut TileScratch,
+    /// Called with the local row, the first local column and the similarities from there on.
+    pub visit: F,
+}
+
+impl<F: FnMut(usize, usize, &[f32])> Work for SameClass<'_, '_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Lanes>(mut self, simd: S) {
+        let Self { pairs, tile: (row, column), .. } = self;
+        let block = pairs.rows.order.blocks[row];
+        let row_panels = pairs.rows.panels(row, &mut self.scratch.row_panels);
+        let panels = pairs.columns.panels(column, &mut self.scratch.panels);
+        let panel = pairs.columns.dim * GROUP;
+        for start in (0..block.rows).step_by(STRIP) {
+            let count = STRIP.min(block.rows - start);
+            let (first, _) = pairs.class_columns(block.start + start, column);
+            let (_, last) = pairs.class_columns(block.start + start + count - 1, column);
+            if first >= last {
+                continue;
+            }
+            let (first, last) = (first / GROUP, last.div_ceil(GROUP));
+            product(
+                simd,
+                strip_panel(row_panels, start, panel),
+                start % GROUP,
+                &panels[first * panel..last * panel],
+                self.scratch.strip.as_flattened_mut(),
+                MAX_BLOCK,
+                false,
+            );
+            for r in 0..count {
+                let (mut begin, end) = pairs.class_columns(block.start + start + r, column);
+                if pairs.square && row == column {
+                    begin = begin.max(start + r + 1);
+                }
+                if begin < end {
+                    let line = &self.scratch.strip[r];
+                    (self.visit)(start + r, begin, &line[begin - first * GROUP..end - first * GROUP]);
+                }
+            }
+        }
+    }
+}
+
+/// Sweeps one tile: fills the candidates and findings of the scratch.
+pub struct Sweep<'a, 'b> {
+    pub pairs: Pairs<'a>,
+    pub tile: (usize, usize),
+    /// Negatives above these are candidates; so is every pair of one class.
+    pub keep: Bounds<'a>,
+    pub probe: Bounds<'a>,
+    pub scratch: &'b mut TileScratch,
+}
+
+/// What a row of a tile is compared with, by local column, padded to whole groups.
+struct Columns {
+    keep: [f32; MAX_BLOCK],
+    probe: [f32; MAX_BLOCK],
+    /// +inf, and -inf where there is no column.
+    cap: [f32; MAX_BLOCK],
+}
+
+impl Work for Sweep<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Lanes>(self, simd: S) {
+        let Self { pairs, tile: (row, column), keep, probe, scratch } = self;
+        let TileScratch { row_panels, panels, strip, candidates, found } = scratch;
+        let (block, across) = (pairs.rows.order.blocks[row], pairs.columns.order.blocks[column]);
+        let row_panels = pairs.rows.panels(row, row_panels);
+        let panels = pairs.columns.panels(column, panels);
+        let panel = pairs.columns.dim * GROUP;
+        let groups = across.panels();
+        let positives = pairs.has_positives(row, column);
+        let diagonal = pairs.square && row == column;
+
+        let mut columns = Columns {
+            keep: [f32::INFINITY; MAX_BLOCK],
+            probe: [f32::INFINITY; MAX_BLOCK],
+            cap: [f32::NEG_INFINITY; MAX_BLOCK],
+        };
+        if let (Some(keep), Some(probe)) = (keep.columns, probe.columns) {
+            columns.keep[..across.rows].copy_from_slice(&keep[across.range()]);
+            columns.probe[..across.rows].copy_from_slice(&probe[across.range()]);
+        }
+        columns.cap[..across.rows].fill(f32::INFINITY);
+
+        found.column_max.fill(f32::NEG_INFINITY);
+        found.probe = 0;
+        candidates.words.clear();
+        let values: &mut [u32] = bytemuck::cast_slice_mut(&mut candidates.values);
+        let mut filled = 0;
+        for start in (0..block.rows).step_by(STRIP) {
+            let count = STRIP.min(block.rows - start);
+            let first_group = if diagonal { start / GROUP } else { 0 };
+            product(
+                simd,
+                strip_panel(row_panels, start, panel),
+                start % GROUP,
+                &panels[first_group * panel..],
+                &mut strip.as_flattened_mut()[first_group * GROUP..],
+                MAX_BLOCK,
+                false,
+            );
+            for r in 0..count {
+                let line = &mut strip[r];
+                let position = block.start + start + r;
+                // Pairs of one class are set aside while negatives are scanned.
+                let mut own = [0.0; MAX_BLOCK];
+                let (mut begin, mut end) =
+                    if positives { pairs.class_columns(position, column) } else { (0, 0) };
+                if diagonal {
+                    begin = begin.max(start + r + 1);
+                    end = end.max(begin);
+                }
+                if diagonal {
+                    line[..=start + r].fill(f32::NEG_INFINITY);
+                }
+                own[begin..end].copy_from_slice(&line[begin..end]);
+                line[begin..end].fill(f32::NEG_INFINITY);
+
+                let mut masks = [0u16; MAX_GROUPS];
+                let bounds = (keep.rows[position], probe.rows[position]);
+                let scanned = scan(
+                    simd,
+                    line,
+                    first_group..groups,
+                    &columns,
+                    bounds,
+                    &mut found.column_max,
+                    &mut masks,
+                );
+                found.row_max[start + r] = scanned.0;
+                found.probe += u64::from(scanned.1);
+
+                line[begin..end].copy_from_slice(&own[begin..end]);
+                for c in begin..end {
+                    masks[c / GROUP] |= 1 << (c % GROUP);
+                }
+                let head = candidates.words.len();
+                candidates.words.push(0);
+                let mut occupied = 0;
+                for (g, &mask) in masks[..groups].iter().enumerate().filter(|(_, mask)| **mask != 0) {
+                    occupied |= 1 << g;
+                    candidates.words.push(mask);
+                    if let Some(target) = values[filled..].first_chunk_mut() {
+                        simd.compress(bytemuck::cast_ref(&line.as_chunks::<GROUP>().0[g]), mask, target);
+                    }
+                    filled += mask.count_ones() as usize;
+                }
+                candidates.words[head] = occupied;
+            }
+        }
+        found.filled = filled;
+    }
+}
+
+/// Largest negative, probe count and candidate bits of one row of a tile.
+#[inline(always)]
+fn scan<S: Lanes>(
+    simd: S,
+    line: &[f32; MAX_BLOCK],
+    groups: std::ops::Range<usize>,
+    columns: &Columns,
+    (keep, probe): (f32, f32),
+    column_max: &mut [f32; MAX_BLOCK],
+    masks: &mut [u16; MAX_GROUPS],
+) -> (f32, u32) {
+    let parts = GROUP / S::F32_LANES;
+    let line = S::as_simd_f32s(line).0;
+    let column_keep = S::as_simd_f32s(&columns.keep).0;
+    let column_probe = S::as_simd_f32s(&columns.probe).0;
+    let cap = S::as_simd_f32s(&columns.cap).0;
+    let column_max = S::as_mut_simd_f32s(column_max).0;
+    let (row_keep, row_probe) = (simd.splat_f32s(keep), simd.splat_f32s(probe));
+    let mut row_max = simd.splat_f32s(f32::NEG_INFINITY);
+    let mut count = 0;
+    for g in groups {
+        let mut mask = 0;
+        for part in 0..parts {
+            let v = g * parts + part;
+            let s = simd.min_f32s(line[v], cap[v]);
+            row_max = simd.max_f32s(row_max, s);
+            column_max[v] = simd.max_f32s(column_max[v], s);
+            let bits = simd.above(s, row_keep) | simd.above(s, column_keep[v]);
+            mask |= bits << (part * S::F32_LANES);
+            count += simd.above(s, row_probe).count_ones() + simd.above(s, column_probe[v]).count_ones();
+        }
+        masks[g] = mask as u16;
+    }
+    (simd.reduce_max_f32s(row_max), count)
+}
+
+/// Walks candidates row by row.
+#[derive(Clone, Copy)]
+pub struct Reader<'a> {
+    words: &'a [u16],
+    values: &'a [f32],
+}
+
+impl<'a> Reader<'a> {
+    pub fn new(candidates: &'a Candidates) -> Self {
+        Self { words: &candidates.words, values: &candidates.values }
+    }
+
+    /// The next row's candidates: writes their local columns, ascending, to `columns`; returns their similarities.
+    #[inline(always)]
+    pub fn next_row<S: Lanes>(&mut self, simd: S, columns: &mut [u32; MAX_BLOCK + GROUP]) -> &'a [f32] {
+        let mut count = 0;
+        let Some((&occupied, mut words)) = self.words.split_first() else { return &[] };
+        let mut occupied = occupied;
+        while occupied != 0 {
+            let group = occupied.trailing_zeros();
+            let Some((&mask, rest)) = words.split_first() else { break };
+            words = rest;
+            let lanes: [u32; GROUP] = std::array::from_fn(|lane| group * GROUP as u32 + lane as u32);
+            if let Some(target) = columns[count..].first_chunk_mut() {
+                simd.compress(&lanes, mask, target);
+            }
+            count += mask.count_ones() as usize;
+            occupied &= occupied - 1;
+        }
+        let (row, rest) = self.values.split_at(count);
+        self.words = words;
+        self.values = rest;
+        row
+    }
+}

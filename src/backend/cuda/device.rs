@@ -1,0 +1,185 @@
+//! One GPU behind the [`Device`] trait: memory, copies and launches on one stream.
+
+use std::ffi::c_void;
+use std::sync::Arc;
+
+use cudarc::driver::{CudaContext, result, sys};
+
+use super::driver::{self, Stream, check};
+use super::module::Module;
+use crate::backend::device::{Device, Kernel, LaunchPlan, Params, params};
+use crate::{Error, Result};
+
+/// An NVIDIA GPU, its stream and the loaded kernels.
+///
+/// Fields are dropped in this order: the stream waits for the kernels, then the kernels go.
+pub struct CudaDevice {
+    stream: Stream,
+    module: Module,
+    context: Arc<CudaContext>,
+    multiprocessors: u32,
+    hopper: bool,
+}
+
+// SAFETY: the handles inside belong to the process, not to a thread; the driver
+// asks only for the context to be current, which `enter` sees to in every method.
+unsafe impl Send for CudaDevice {}
+
+/// Memory of one GPU, freed when dropped.
+pub struct CudaBuffer {
+    address: sys::CUdeviceptr,
+    bytes: usize,
+    context: Arc<CudaContext>,
+}
+
+impl CudaDevice {
+    /// The GPU `cuda:ordinal`, with a stream of its own.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if there is no such GPU, no driver, or either is too old;
+    /// [`Error::Device`] if the driver refuses a call.
+    pub fn new(ordinal: usize) -> Result<Self> {
+        let context = driver::context(ordinal)?;
+        let stream = Stream::new(context.clone())?;
+        Self::with(context, stream)
+    }
+
+    /// The GPU `cuda:ordinal`, working on the caller's stream: what the caller has
+    /// issued there before is done before, and what it issues later waits.
+    ///
+    /// `stream` is a `CUstream` or `cudaStream_t`; null is the default stream.
+    ///
+    /// # Errors
+    /// As [`CudaDevice::new`].
+    ///
+    /// # Safety
+    /// `stream` must be a stream of the primary context of that GPU, and outlive this value.
+    pub unsafe fn on_stream(ordinal: usize, stream: *mut c_void) -> Result<Self> {
+        let context = driver::context(ordinal)?;
+        // SAFETY: handed on to the caller.
+        let stream = unsafe { Stream::borrowed(context.clone(), stream) };
+        Self::with(context, stream)
+    }
+
+    fn with(context: Arc<CudaContext>, stream: Stream) -> Result<Self> {
+        let module = Module::load(context.clone())?;
+        let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let count = check("cuDeviceGetAttribute", context.attribute(attribute))?;
+        let multiprocessors = u32::try_from(count).unwrap_or(1).max(1);
+        let (major, _) = check("cuDeviceGetAttribute", context.compute_capability())?;
+        Ok(Self { stream, module, context, multiprocessors, hopper: major == 9 })
+    }
+
+    /// Makes the context current in the calling thread.
+    fn enter(&self) -> Result<()> {
+        check("cuCtxSetCurrent", self.context.bind_to_thread())
+    }
+}
+
+/// The address of `bytes` bytes from `offset` on.
+fn within(buffer: &CudaBuffer, offset: usize, bytes: usize) -> Result<sys::CUdeviceptr> {
+    let end = offset.checked_add(bytes);
+    if end.is_none_or(|end| end > buffer.bytes) {
+        let got = end.unwrap_or(usize::MAX);
+        return Err(Error::LengthMismatch { what: "device memory", expected: buffer.bytes, got });
+    }
+    Ok(buffer.address + offset as u64)
+}
+
+impl Device for CudaDevice {
+    type Buffer = CudaBuffer;
+
+    fn name(&self) -> String {
+        format!("cuda:{}", self.context.ordinal())
+    }
+
+    fn multiprocessors(&self) -> u32 {
+        self.multiprocessors
+    }
+
+    fn has_warpgroup_products(&self) -> bool {
+        self.hopper
+    }
+
+    fn allocate(&mut self, bytes: usize) -> Result<CudaBuffer> {
+        self.enter()?;
+        // The driver refuses an allocation of nothing; what it returns is aligned to 256 bytes.
+        // SAFETY: the context is current, and the memory is written before it is read.
+        let address = check("cuMemAlloc", unsafe { result::malloc_sync(bytes.max(1)) })?;
+        Ok(CudaBuffer { address, bytes, context: self.context.clone() })
+    }
+
+    fn bytes(&self, buffer: &CudaBuffer) -> usize {
+        buffer.bytes
+    }
+
+    fn address(&self, buffer: &CudaBuffer) -> u64 {
+        buffer.address
+    }
+
+    fn upload(&mut self, buffer: &mut CudaBuffer, offset: usize, source: &[u8]) -> Result<()> {
+        let target = within(buffer, offset, source.len())?;
+        self.enter()?;
+        // SAFETY: `within` checked the target; the wait below ends the borrow of the source.
+        let copied = unsafe { result::memcpy_htod_async(target, source, self.stream.raw()) };
+        check("cuMemcpyHtoDAsync", copied)?;
+        // A source in pinned memory is still being read when the call returns.
+        self.stream.synchronize()
+    }
+
+    fn download(&mut self, buffer: &CudaBuffer, offset: usize, target: &mut [u8]) -> Result<()> {
+        let source = within(buffer, offset, target.len())?;
+        self.enter()?;
+        // SAFETY: `within` checked the source; the wait below ends the borrow of the target.
+        let copied = unsafe { result::memcpy_dtoh_async(target, source, self.stream.raw()) };
+        check("cuMemcpyDtoHAsync", copied)?;
+        self.stream.synchronize()
+    }
+
+    fn fill(&mut self, buffer: &mut CudaBuffer, offset: usize, bytes: usize, value: u8) -> Result<()> {
+        let target = within(buffer, offset, bytes)?;
+        self.enter()?;
+        // SAFETY: `within` checked the target.
+        check("cuMemsetD8Async", unsafe { result::memset_d8_async(target, value, bytes, self.stream.raw()) })
+    }
+
+    unsafe fn launch<P: Params>(&mut self, kernel: Kernel, plan: LaunchPlan, params: &P) -> Result<()> {
+        self.enter()?;
+        let function = self.module.function(kernel.name(), plan.shared_bytes)?;
+        let [x, y, z] = plan.grid;
+        // The driver copies the struct before it returns, and never writes to it.
+        let mut arguments = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
+        // SAFETY: the caller vouches for `P` and its pointers, `Module` for the function.
+        let launched = unsafe {
+            result::launch_kernel(
+                function,
+                (x, y, z),
+                (params::THREADS, 1, 1),
+                plan.shared_bytes,
+                self.stream.raw(),
+                &mut arguments,
+            )
+        };
+        check("cuLaunchKernel", launched).map_err(|error| match error {
+            // The call is the same for all of them: say which kernel it was.
+            Error::Device { call, code } => {
+                Error::Device { call, code: format!("{code} ({})", kernel.name()) }
+            }
+            other => other,
+        })
+    }
+
+    fn synchronize(&mut self) -> Result<()> {
+        self.enter()?;
+        self.stream.synchronize()
+    }
+}
+
+impl Drop for CudaBuffer {
+    fn drop(&mut self) {
+        // A kernel may still be using it. Errors have been or will be reported elsewhere.
+        let _ = self.context.synchronize();
+        // SAFETY: allocated in `allocate`, freed only here, and nothing runs.
+        let _ = unsafe { result::free_sync(self.address) };
+    }
+}

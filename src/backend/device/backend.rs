@@ -1,0 +1,94 @@
+//! [`Backend`] over any [`Device`].
+
+use ndarray::ArrayView2;
+
+use super::loss::Remembered;
+use super::workspace::Workspace;
+use super::{Device, Precision};
+use crate::Result;
+use crate::backend::{Backend, Nearest};
+use crate::loss::{Batch, Hypergradient, LossOutput, LossSettings, Rows};
+
+/// How a device backend works.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Options {
+    /// Bytes for the candidates of all tiles; tiles that do not fit are recomputed. Default 1 GiB.
+    pub budget: usize,
+    /// Whether f32 rows are multiplied to f32's precision (the default) or rounded to TF32.
+    pub exact: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { budget: 1 << 30, exact: true }
+    }
+}
+
+/// The passes on one device, with their workspaces.
+///
+/// The workspace of the loss is allocated on the first call and again only for a
+/// larger batch. Its size is [`DeviceBackend::loss_bytes`]. The threshold and the retrieval pass have
+/// one each of their own, from their first use on, since the pairs of the last loss outlive them.
+pub struct DeviceBackend<D: Device> {
+    pub(super) device: D,
+    pub(super) options: Options,
+    pub(super) loss: Workspace<D>,
+    pub(super) threshold: Workspace<D>,
+    pub(super) retrieval: Workspace<D>,
+    /// The last loss, while its pairs are in the workspace.
+    pub(super) remembered: Option<Remembered>,
+}
+
+impl<D: Device> DeviceBackend<D> {
+    /// A backend without any memory yet.
+    pub fn new(device: D, options: Options) -> Self {
+        Self {
+            device,
+            options,
+            loss: Workspace::default(),
+            threshold: Workspace::default(),
+            retrieval: Workspace::default(),
+            remembered: None,
+        }
+    }
+
+    /// The device.
+    pub fn device(&self) -> &D {
+        &self.device
+    }
+
+    pub(super) fn precision(&self, rows: &Rows<'_>) -> Precision {
+        Precision::of(&rows.embeddings, self.options.exact)
+    }
+}
+
+impl<D: Device> Backend for DeviceBackend<D> {
+    fn name(&self) -> String {
+        self.device.name()
+    }
+
+    fn loss(&mut self, batch: &Batch<'_>, settings: &LossSettings, output: &mut LossOutput) -> Result<()> {
+        self.remembered = None;
+        self.run_loss(batch, settings, output)
+    }
+
+    fn hypergradient(
+        &mut self,
+        batch: &Batch<'_>,
+        tangent: ArrayView2<'_, f32>,
+        reference_tangent: Option<ArrayView2<'_, f32>>,
+    ) -> Result<Hypergradient> {
+        self.run_threshold(batch, tangent, reference_tangent)
+    }
+
+    fn nearest(&mut self, queries: &Rows<'_>, references: Option<&Rows<'_>>, k: usize) -> Result<Nearest> {
+        self.run_retrieval(queries, references, k)
+    }
+
+    fn workspace_bytes(&self) -> usize {
+        [&self.loss, &self.threshold, &self.retrieval]
+            .iter()
+            .map(|workspace| workspace.bytes(&self.device))
+            .sum()
+    }
+}

@@ -1,0 +1,83 @@
+//! The kernels by name.
+
+use super::Precision;
+
+/// A kernel of kernels/*.cu, found by [`name`](Kernel::name) in the loaded image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Kernel {
+    /// order.cu: sorts the labels of one tile.
+    OrderTiles,
+    /// order.cu: places each label among all.
+    OrderMerge,
+    /// order.cu: rows into class order, norms checked.
+    Prepare(Precision),
+    /// order.cu: where each anchor's class stands among the references.
+    Classes,
+    /// similarity.cu: m+ of every anchor.
+    SameClass(Precision),
+    /// similarity.cu: m-, the probe and the candidates, in one sweep.
+    Sweep(Precision),
+    /// The same on Hopper's warpgroup products; 16-bit types only.
+    SweepHopper(Precision),
+    /// select.cu: final sets and sums of tiles whose candidates were stored.
+    SelectStored,
+    /// select.cu: the same of tiles whose candidates were not.
+    SelectRecomputed(Precision),
+    /// select.cu: row weights, loss, results in original order.
+    Weigh,
+    /// gradient.cu: lists or tiles, for each row block.
+    GradientWays,
+    /// gradient.cu: row blocks with few mined pairs.
+    GradientLists(Precision),
+    /// gradient.cu: the other row blocks, on tensor cores.
+    GradientTiles(Precision),
+    /// gradient.cu: sums partial results into original order.
+    GradientSum,
+    /// threshold.cu: joins rows and tangents.
+    ThresholdPrepare(Precision),
+    /// threshold.cu: the hyper-gradient's sums over each tile.
+    Threshold(Precision),
+    /// threshold.cu: their sum.
+    ThresholdSum,
+    /// retrieval.cu: the k most similar references of each query.
+    Retrieval(Precision),
+}
+
+/// The name of a kernel that exists in every precision.
+macro_rules! precise {
+    ($precision:expr, $pass:literal) => {
+        match $precision {
+            Precision::F32 => concat!($pass, "_f32"),
+            Precision::Tf32 => concat!($pass, "_tf32"),
+            Precision::F16 => concat!($pass, "_f16"),
+            Precision::Bf16 => concat!($pass, "_bf16"),
+        }
+    };
+}
+
+impl Kernel {
+    /// The symbol, `extern "C"` in the .cu file.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::OrderTiles => "order_tiles",
+            Self::OrderMerge => "order_merge",
+            Self::Prepare(precision) => precise!(precision, "prepare"),
+            Self::Classes => "classes",
+            Self::SameClass(precision) => precise!(precision, "same_class"),
+            Self::Sweep(precision) => precise!(precision, "sweep"),
+            Self::SweepHopper(precision) => precise!(precision, "sweep_hopper"),
+            Self::SelectStored => "select_stored",
+            Self::SelectRecomputed(precision) => precise!(precision, "select_recomputed"),
+            Self::Weigh => "weigh",
+            Self::GradientWays => "gradient_ways",
+            Self::GradientLists(precision) => precise!(precision, "gradient_lists"),
+            Self::GradientTiles(precision) => precise!(precision, "gradient_tiles"),
+            Self::GradientSum => "gradient_sum",
+            Self::ThresholdPrepare(precision) => precise!(precision, "threshold_prepare"),
+            Self::Threshold(precision) => precise!(precision, "threshold"),
+            Self::ThresholdSum => "threshold_sum",
+            Self::Retrieval(precision) => precise!(precision, "retrieval"),
+        }
+    }
+}

@@ -1,0 +1,569 @@
+//! The passes of one loss, in order: class order, same-class, sweep, selection, gradient.
+//!
+//! The host issues all of them and waits once, for the results. Every decision
+//! on the way (adaptation, lists or tiles) is taken on the device.
+
+use std::mem::offset_of;
+
+use bytemuck::{cast_slice, cast_slice_mut};
+use ndarray::Array2;
+
+use super::params::{
+    ClassRange, ClassesParams, Counters, GradientParams, GradientSumParams, LossScalars, ORDER_TILE,
+    OrderParams, Pairs, PairsParams, PrepareParams, RowSame, RowSums, RowWeights, Settings, Side, TILE,
+    WaysParams, WeighParams,
+};
+use super::plan::{Shape, order_tiles, sum_scale, tiles};
+use super::workspace::{Layout, Region};
+use super::{Device, DeviceBackend, Kernel, Params};
+use crate::loss::check_unit;
+use crate::loss::{
+    Batch, Embeddings, LossOutput, LossSettings, Mining, Rows, UnitCheck, select::initial_tolerances,
+    select::probe_tolerance,
+};
+use crate::{Error, Result};
+
+/// The `NO_ROW` of params.h, which C writes as an unsigned literal.
+const NO_ROW: u32 = u32::MAX;
+
+/// Regions of one side's rows.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct SideRegions {
+    input: Region,
+    labels: Region,
+    sorted_labels: Region,
+    sorted_indices: Region,
+    keys: Region,
+    pub(super) order: Region,
+    pub(super) rows: Region,
+    square_sums: Region,
+    column_sums: Region,
+    ways: Region,
+    partial: Region,
+    gradient: Region,
+}
+
+/// Addresses of one side's input and gradient, in the workspace or wherever the caller has them.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Ends {
+    pub(super) rows: u64,
+    pub(super) labels: u64,
+    pub(super) gradient: u64,
+}
+
+impl SideRegions {
+    fn ends(&self, base: u64) -> Ends {
+        let address = |region: Region| base + region.offset as u64;
+        Ends { rows: address(self.input), labels: address(self.labels), gradient: address(self.gradient) }
+    }
+}
+
+/// Whether rows are checked, and how far their norms may be from 1.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct RowCheck {
+    pub(super) check: UnitCheck,
+    pub(super) tolerance: f64,
+}
+
+/// The workspace of a loss: everything in it, and where.
+#[derive(Debug, Clone, Default)]
+pub(super) struct LossLayout {
+    pub(super) layout: Layout,
+    pub(super) anchors: SideRegions,
+    pub(super) references: SideRegions,
+    classes: Region,
+    same: Region,
+    max_neg: Region,
+    counters: Region,
+    sums: Region,
+    weights: Region,
+    tile_counts: Region,
+    tile_values: Region,
+    tile_places: Region,
+    scalars: Region,
+    min_pos: Region,
+    max_neg_out: Region,
+    count_pos: Region,
+    count_neg: Region,
+    capacity: usize,
+}
+
+impl LossLayout {
+    /// The workspace as a function of the shape, the budget for candidates and the GPU's size.
+    ///
+    /// For B anchors of D dimensions in the square form, with stride D' and s splits, about
+    /// `B D e + B D' (e + 4 s) + 4 B D + 160 B + 4 tiles` bytes with elements of e bytes, and the budget.
+    ///
+    /// `resident`: input and gradients stay in the caller's memory, so none is set aside for them.
+    pub(super) fn new(shape: &Shape, budget: usize, multiprocessors: u32, resident: bool) -> Self {
+        let mut layout = Layout::default();
+        let mut side = |of_references, gradient| {
+            Self::side(&mut layout, shape, of_references, gradient, multiprocessors, resident)
+        };
+        let anchors = side(false, true);
+        let references = match shape.references {
+            Some(_) => side(true, shape.reference_gradient),
+            None => anchors,
+        };
+        let (rows, capacity) = (shape.anchors, shape.tile_capacity(budget));
+        Self {
+            anchors,
+            references,
+            classes: layout.region::<ClassRange>(rows),
+            same: layout.region::<RowSame>(rows),
+            max_neg: layout.region::<u32>(rows),
+            counters: layout.region::<Counters>(1),
+            sums: layout.region::<RowSums>(rows),
+            weights: layout.region::<RowWeights>(tiles(rows) * TILE as usize),
+            tile_counts: layout.region::<u32>(shape.tiles()),
+            tile_values: layout.region::<f32>(shape.tiles() * capacity),
+            tile_places: layout.region::<u16>(shape.tiles() * capacity),
+            scalars: layout.region::<LossScalars>(1),
+            min_pos: layout.region::<f32>(rows),
+            max_neg_out: layout.region::<f32>(rows),
+            count_pos: layout.region::<u32>(rows),
+            count_neg: layout.region::<u32>(rows),
+            capacity,
+            layout,
+        }
+    }
+
+    fn stores_everything(&self) -> bool {
+        self.capacity == (TILE * TILE) as usize
+    }
+
+    fn side(
+        layout: &mut Layout,
+        shape: &Shape,
+        of_references: bool,
+        gradient: bool,
+        multiprocessors: u32,
+        resident: bool,
+    ) -> SideRegions {
+        let (count, _) = shape.sides(of_references);
+        let (padded, stride) = (tiles(count) * TILE as usize, shape.stride());
+        let keys = order_tiles(count) * ORDER_TILE as usize;
+        let splits = shape.splits(of_references, multiprocessors);
+        // Without a gradient its regions are empty.
+        let if_wanted = |elements: usize| if gradient { elements } else { 0 };
+        let if_copied = |elements: usize| if resident { 0 } else { elements };
+        SideRegions {
+            input: layout.region::<u8>(if_copied(count * shape.dim * shape.precision.bytes())),
+            labels: layout.region::<i64>(if_copied(count)),
+            sorted_labels: layout.region::<u64>(keys),
+            sorted_indices: layout.region::<u32>(keys),
+            keys: layout.region::<u64>(count),
+            order: layout.region::<u32>(count),
+            rows: layout.region::<u8>(padded * stride * shape.precision.bytes()),
+            square_sums: layout.region::<f64>(count),
+            column_sums: layout.region::<f32>(tiles(count) * stride),
+            ways: layout.region::<u8>(if_wanted(tiles(count))),
+            partial: layout.region::<f32>(if_wanted(splits * padded * stride)),
+            gradient: layout.region::<f32>(if_copied(if_wanted(count * shape.dim))),
+        }
+    }
+}
+
+/// The last loss: where its pairs are.
+pub(super) struct Remembered {
+    pub(super) shape: Shape,
+    pub(super) layout: LossLayout,
+    pub(super) settings: Settings,
+}
+
+impl Remembered {
+    /// The parameter that all passes share, for a workspace at `base`.
+    pub(super) fn pairs(&self, base: u64) -> Pairs {
+        let (shape, layout) = (&self.shape, &self.layout);
+        let side = |regions: &SideRegions, count: usize| Side {
+            rows: pointer(base, regions.rows),
+            order: pointer(base, regions.order),
+            count: count as u32,
+            tiles: tiles(count) as u32,
+        };
+        Pairs {
+            anchors: side(&layout.anchors, shape.anchors),
+            references: side(&layout.references, shape.reference_count()),
+            square: u32::from(shape.references.is_none()),
+            stride: shape.stride() as u32,
+            dim: shape.dim as u32,
+            tile_capacity: layout.capacity as u32,
+            tiles: shape.tiles() as u64,
+            classes: pointer(base, layout.classes),
+            same: pointer(base, layout.same),
+            max_neg: pointer(base, layout.max_neg),
+            counters: pointer(base, layout.counters),
+            sums: pointer(base, layout.sums),
+            weights: pointer(base, layout.weights),
+            tile_counts: pointer(base, layout.tile_counts),
+            tile_values: pointer(base, layout.tile_values),
+            tile_places: pointer(base, layout.tile_places),
+            settings: self.settings,
+        }
+    }
+}
+
+/// The device address of a region, as the type params.h gives it.
+pub(super) fn pointer<T>(base: u64, region: Region) -> *mut T {
+    (base as usize + region.offset) as *mut T
+}
+
+/// The bytes of a matrix whose rows lie one behind the other.
+pub(super) fn matrix_bytes<'a>(embeddings: &'a Embeddings<'_>, rows: &'static str) -> Result<&'a [u8]> {
+    let bytes = match embeddings {
+        Embeddings::F32(m) => m.as_slice().map(cast_slice),
+        Embeddings::F16(m) => m.as_slice().map(cast_slice),
+        Embeddings::Bf16(m) => m.as_slice().map(cast_slice),
+    };
+    bytes.ok_or(Error::NotContiguous { rows })
+}
+
+/// Issues the kernels of one call, all on memory at `base`.
+pub(super) struct Launcher<'a, D: Device> {
+    pub(super) device: &'a mut D,
+    pub(super) shape: Shape,
+}
+
+impl<D: Device> Launcher<'_, D> {
+    pub(super) fn launch<P: Params>(
+        &mut self,
+        kernel: Kernel,
+        of_references: bool,
+        params: &P,
+    ) -> Result<()> {
+        let splits = self.shape.splits(of_references, self.device.multiprocessors());
+        let plan = self.shape.plan(kernel, of_references, splits);
+        // SAFETY: `params` is built in this folder from regions of a layout for this very shape, laid over
+        // a buffer that lives in the backend; tests/emulated.rs runs every kernel with the gaps watched.
+        unsafe { self.device.launch(kernel, plan, params) }
+    }
+}
+
+impl<D: Device> DeviceBackend<D> {
+    /// Bytes of the workspace of a loss on `batch`: a function of B, N, D, the type and the budget.
+    #[must_use]
+    pub fn loss_bytes(&self, batch: &Batch<'_>) -> usize {
+        let shape = self.shape(batch);
+        LossLayout::new(&shape, self.options.budget, self.device.multiprocessors(), false).layout.bytes()
+    }
+
+    pub(super) fn shape(&self, batch: &Batch<'_>) -> Shape {
+        Shape {
+            anchors: batch.anchors.embeddings.rows(),
+            references: batch.references.map(|rows| rows.embeddings.rows()),
+            dim: batch.anchors.embeddings.dim(),
+            precision: self.precision(&batch.anchors),
+            reference_gradient: batch.reference_gradient && !batch.is_square(),
+        }
+    }
+
+    pub(super) fn run_loss(
+        &mut self,
+        batch: &Batch<'_>,
+        settings: &LossSettings,
+        output: &mut LossOutput,
+    ) -> Result<()> {
+        settings.validate()?;
+        batch.validate()?;
+        same_type(batch)?;
+        let shape = self.shape(batch);
+        shape.check()?;
+        let loss = self.begin(shape, settings, false)?;
+        let layout = &loss.layout;
+        let Self { device, loss: workspace, .. } = self;
+        let buffer = workspace.lay(device, &layout.layout)?;
+        upload_rows(device, buffer, &layout.anchors, &batch.anchors, "anchors")?;
+        if let Some(references) = &batch.references {
+            upload_rows(device, buffer, &layout.references, references, "references")?;
+        }
+        let base = device.address(buffer);
+        let ends = [layout.anchors.ends(base), layout.references.ends(base)];
+        let check = RowCheck { check: batch.check, tolerance: batch.anchors.embeddings.norm_tolerance() };
+        issue(&mut Launcher { device: &mut *device, shape }, base, &loss, ends, check)?;
+        download_scalars(device, buffer, &loss, check.tolerance, output)?;
+        download_rows(device, buffer, &loss, output)?;
+        self.remembered = Some(loss);
+        Ok(())
+    }
+
+    /// Lays out the workspace and zeroes what the passes count up in.
+    pub(super) fn begin(
+        &mut self,
+        shape: Shape,
+        settings: &LossSettings,
+        resident: bool,
+    ) -> Result<Remembered> {
+        let layout = LossLayout::new(&shape, self.options.budget, self.device.multiprocessors(), resident);
+        let Self { device, loss, .. } = self;
+        let buffer = loss.lay(device, &layout.layout)?;
+        for region in [layout.max_neg, layout.sums, layout.counters] {
+            device.fill(buffer, region.offset, region.bytes, 0)?;
+        }
+        // NO_ROW in both fields, which are the last two.
+        let bad = offset_of!(Counters, bad_anchor);
+        device.fill(buffer, layout.counters.offset + bad, 2 * size_of::<u32>(), 0xff)?;
+        Ok(Remembered { shape, layout, settings: device_settings(settings, &shape) })
+    }
+}
+
+/// Every kernel of one loss, on input and gradients at `ends` (anchors, references).
+pub(super) fn issue<D: Device>(
+    launcher: &mut Launcher<'_, D>,
+    base: u64,
+    loss: &Remembered,
+    ends: [Ends; 2],
+    check: RowCheck,
+) -> Result<()> {
+    issue_order(launcher, base, loss, ends, check)?;
+    issue_mining(launcher, base, loss)?;
+    issue_gradient(launcher, base, loss, ends[0].gradient, false)?;
+    if loss.shape.reference_gradient {
+        issue_gradient(launcher, base, loss, ends[1].gradient, true)?;
+    }
+    Ok(())
+}
+
+/// Both sides must be multiplied in one type.
+pub(super) fn same_type(batch: &Batch<'_>) -> Result<()> {
+    let Some(references) = &batch.references else { return Ok(()) };
+    match (&batch.anchors.embeddings, &references.embeddings) {
+        (Embeddings::F32(_), Embeddings::F32(_))
+        | (Embeddings::F16(_), Embeddings::F16(_))
+        | (Embeddings::Bf16(_), Embeddings::Bf16(_)) => Ok(()),
+        _ => Err(Error::InvalidSetting {
+            name: "references",
+            value: "another type than the anchors".into(),
+            range: "both f32, both f16 or both bf16",
+        }),
+    }
+}
+
+fn device_settings(settings: &LossSettings, shape: &Shape) -> Settings {
+    let tolerances = initial_tolerances(settings);
+    let probe = probe_tolerance(settings);
+    Settings {
+        gamma_pos: tolerances.pos,
+        gamma_neg: tolerances.neg,
+        probe,
+        // The negative tolerance only ever shrinks: nothing below this one is ever mined.
+        candidate: probe.max(tolerances.neg),
+        tolerance: settings.tolerance,
+        alpha: settings.alpha,
+        beta: settings.beta,
+        lambda_pos: settings.lambda_pos,
+        lambda_neg: settings.lambda_neg,
+        sum_scale: sum_scale(settings, shape.reference_count()),
+        adaptive: u32::from(settings.mining == Mining::AtAsms),
+        reserved: 0,
+    }
+}
+
+fn upload_rows<D: Device>(
+    device: &mut D,
+    buffer: &mut D::Buffer,
+    regions: &SideRegions,
+    rows: &Rows<'_>,
+    name: &'static str,
+) -> Result<()> {
+    device.upload(buffer, regions.input.offset, matrix_bytes(&rows.embeddings, name)?)?;
+    device.upload(buffer, regions.labels.offset, cast_slice(rows.labels))
+}
+
+/// Class order of both sides, prepared rows, class ranges.
+fn issue_order<D: Device>(
+    launcher: &mut Launcher<'_, D>,
+    base: u64,
+    loss: &Remembered,
+    ends: [Ends; 2],
+    check: RowCheck,
+) -> Result<()> {
+    let Remembered { shape, layout, .. } = loss;
+    let precision = shape.precision;
+    let square = shape.references.is_none();
+    let counter = |field: usize| pointer::<u32>(base + field as u64, layout.counters);
+    let valid =
+        [counter(offset_of!(Counters, valid_anchors)), counter(offset_of!(Counters, valid_references))];
+    let bad = [counter(offset_of!(Counters, bad_anchor)), counter(offset_of!(Counters, bad_reference))];
+    let sides = if square { 1 } else { 2 };
+    for (index, regions) in [&layout.anchors, &layout.references].into_iter().take(sides).enumerate() {
+        let of_references = index == 1;
+        let (count, _) = shape.sides(of_references);
+        let order = OrderParams {
+            labels: ends[index].labels as usize as *const i64,
+            count: count as u32,
+            tiles: order_tiles(count) as u32,
+            sorted_labels: pointer(base, regions.sorted_labels),
+            sorted_indices: pointer(base, regions.sorted_indices),
+            keys: pointer(base, regions.keys),
+            order: pointer(base, regions.order),
+            valid: valid[index],
+            valid_too: if square { valid[1] } else { std::ptr::null_mut() },
+        };
+        launcher.launch(Kernel::OrderTiles, of_references, &order)?;
+        launcher.launch(Kernel::OrderMerge, of_references, &order)?;
+        let prepare = PrepareParams {
+            input: ends[index].rows as usize as *const std::ffi::c_void,
+            rows: pointer(base, regions.rows),
+            order: pointer::<u32>(base, regions.order),
+            valid: valid[index],
+            count: count as u32,
+            dim: shape.dim as u32,
+            stride: shape.stride() as u32,
+            check: u32::from(check.check == UnitCheck::Check),
+            norm_tolerance: check.tolerance,
+            square_sums: pointer(base, regions.square_sums),
+            bad: bad[index],
+            column_sums: pointer(base, regions.column_sums),
+        };
+        launcher.launch(Kernel::Prepare(precision), of_references, &prepare)?;
+    }
+    let classes = ClassesParams {
+        anchor_keys: pointer::<u64>(base, layout.anchors.keys),
+        reference_keys: pointer::<u64>(base, layout.references.keys),
+        classes: pointer(base, layout.classes),
+        anchors: shape.anchors as u32,
+        references: shape.reference_count() as u32,
+    };
+    launcher.launch(Kernel::Classes, false, &classes)
+}
+
+/// The one sweep and the selection.
+fn issue_mining<D: Device>(launcher: &mut Launcher<'_, D>, base: u64, loss: &Remembered) -> Result<()> {
+    let Remembered { shape, layout, .. } = loss;
+    let params = PairsParams { pairs: loss.pairs(base) };
+    launcher.launch(Kernel::SameClass(shape.precision), false, &params)?;
+    let sweep = shape.sweep(launcher.device.has_warpgroup_products());
+    launcher.launch(sweep, false, &params)?;
+    launcher.launch(Kernel::SelectStored, false, &params)?;
+    // With a full segment for every tile there is nothing to recompute.
+    if !layout.stores_everything() {
+        launcher.launch(Kernel::SelectRecomputed(shape.precision), false, &params)?;
+    }
+    let weigh = WeighParams {
+        pairs: params.pairs,
+        anchor_column_sums: pointer::<f32>(base, layout.anchors.column_sums),
+        reference_column_sums: pointer::<f32>(base, layout.references.column_sums),
+        anchor_square_sums: pointer::<f64>(base, layout.anchors.square_sums),
+        reference_square_sums: pointer::<f64>(base, layout.references.square_sums),
+        scalars: pointer(base, layout.scalars),
+        min_pos: pointer(base, layout.min_pos),
+        max_neg: pointer(base, layout.max_neg_out),
+        count_pos: pointer(base, layout.count_pos),
+        count_neg: pointer(base, layout.count_neg),
+    };
+    launcher.launch(Kernel::Weigh, false, &weigh)
+}
+
+/// One side's gradient: by lists where little is mined, by tiles elsewhere; each block looks which.
+fn issue_gradient<D: Device>(
+    launcher: &mut Launcher<'_, D>,
+    base: u64,
+    loss: &Remembered,
+    target: u64,
+    of_references: bool,
+) -> Result<()> {
+    let Remembered { shape, layout, .. } = loss;
+    let regions = if of_references { &layout.references } else { &layout.anchors };
+    let (pairs, side) = (loss.pairs(base), u32::from(of_references));
+    let ways = WaysParams { pairs, of_references: side, reserved: 0, ways: pointer(base, regions.ways) };
+    launcher.launch(Kernel::GradientWays, of_references, &ways)?;
+    let splits = shape.splits(of_references, launcher.device.multiprocessors()) as u32;
+    let gradient = GradientParams {
+        pairs,
+        of_references: side,
+        splits,
+        weight_scale: shape.weight_scale(),
+        reserved: 0,
+        ways: pointer::<u8>(base, regions.ways),
+        partial: pointer(base, regions.partial),
+    };
+    launcher.launch(Kernel::GradientLists(shape.precision), of_references, &gradient)?;
+    launcher.launch(Kernel::GradientTiles(shape.precision), of_references, &gradient)?;
+    let (count, _) = shape.sides(of_references);
+    let sum = GradientSumParams {
+        partial: pointer::<f32>(base, regions.partial),
+        order: pointer::<u32>(base, regions.order),
+        gradient: target as usize as *mut f32,
+        splits,
+        padded_rows: (tiles(count) * TILE as usize) as u32,
+        stride: shape.stride() as u32,
+        count: count as u32,
+        dim: shape.dim as u32,
+        reserved: 0,
+    };
+    launcher.launch(Kernel::GradientSum, of_references, &sum)
+}
+
+/// Waits for the scalars; refuses bad rows.
+pub(super) fn download_scalars<D: Device>(
+    device: &mut D,
+    buffer: &D::Buffer,
+    loss: &Remembered,
+    tolerance: f64,
+    output: &mut LossOutput,
+) -> Result<()> {
+    let layout = &loss.layout;
+    // u64s, so that the struct's alignment is met.
+    let mut words = [0u64; size_of::<LossScalars>() / size_of::<u64>()];
+    device.download(buffer, layout.scalars.offset, cast_slice_mut(&mut words))?;
+    let scalars = LossScalars::from_words(&words);
+    for (rows, row) in [("anchors", scalars.bad_anchor), ("references", scalars.bad_reference)] {
+        if row != NO_ROW {
+            check_unit(rows, row as usize, scalars.bad_square_sum, tolerance)?;
+        }
+    }
+    output.loss = scalars.loss;
+    output.gamma_pos = scalars.gamma_pos;
+    output.gamma_neg = scalars.gamma_neg;
+    output.probe_neg = scalars.probe_neg;
+    output.total_pos = scalars.total_pos;
+    output.active = scalars.active;
+    output.dloss_dlambda_pos = scalars.dloss_dlambda_pos;
+    output.dloss_dlambda_neg = scalars.dloss_dlambda_neg;
+    output.mean_pos = scalars.mean_pos;
+    output.mean_neg = scalars.mean_neg;
+    Ok(())
+}
+
+/// The results per anchor, and the gradients.
+fn download_rows<D: Device>(
+    device: &mut D,
+    buffer: &D::Buffer,
+    loss: &Remembered,
+    output: &mut LossOutput,
+) -> Result<()> {
+    let Remembered { shape, layout, .. } = loss;
+    let rows = shape.anchors;
+    output.min_pos.resize(rows, 0.0);
+    output.max_neg.resize(rows, 0.0);
+    output.count_pos.resize(rows, 0);
+    output.count_neg.resize(rows, 0);
+    device.download(buffer, layout.min_pos.offset, cast_slice_mut(&mut output.min_pos))?;
+    device.download(buffer, layout.max_neg_out.offset, cast_slice_mut(&mut output.max_neg))?;
+    device.download(buffer, layout.count_pos.offset, cast_slice_mut(&mut output.count_pos))?;
+    device.download(buffer, layout.count_neg.offset, cast_slice_mut(&mut output.count_neg))?;
+
+    download_matrix(device, buffer, layout.anchors.gradient, (rows, shape.dim), &mut output.gradient)?;
+    if shape.reference_gradient {
+        let gradient = output.reference_gradient.get_or_insert_default();
+        let size = (shape.reference_count(), shape.dim);
+        download_matrix(device, buffer, layout.references.gradient, size, gradient)?;
+    } else {
+        output.reference_gradient = None;
+    }
+    Ok(())
+}
+
+fn download_matrix<D: Device>(
+    device: &mut D,
+    buffer: &D::Buffer,
+    region: Region,
+    size: (usize, usize),
+    matrix: &mut Array2<f32>,
+) -> Result<()> {
+    if matrix.dim() != size || !matrix.is_standard_layout() {
+        *matrix = Array2::zeros(size);
+    }
+    let Some(values) = matrix.as_slice_mut() else { unreachable!("standard layout, see above") };
+    device.download(buffer, region.offset, cast_slice_mut(values))
+}

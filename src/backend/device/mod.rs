@@ -1,0 +1,121 @@
+//! What the CUDA and the emulated backend share: everything but the device itself.
+//!
+//! [`DeviceBackend`] implements [`Backend`](crate::backend::Backend) over any
+//! [`Device`], which allocates, copies and launches. Launch plans and the
+//! workspace's layout are pure functions, tested without a device.
+
+mod backend;
+mod kernel;
+mod loss;
+pub mod params;
+mod plan;
+mod resident;
+mod retrieval;
+mod threshold;
+mod workspace;
+
+pub use backend::{DeviceBackend, Options};
+pub use kernel::Kernel;
+pub use resident::{ResidentBatch, ResidentRows, ResidentType};
+pub use workspace::Region;
+
+use crate::Result;
+
+/// A struct of `kernels/params.h` that a kernel takes as its only argument.
+///
+/// # Safety
+/// The layout must be that of the kernel's parameter.
+pub unsafe trait Params: Copy {}
+
+/// In what numbers S and the gradient product are computed. Sums are f32 throughout.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Precision {
+    /// f32 rows, as exact as f32 arithmetic: each product from three TF32 ones.
+    F32,
+    /// f32 rows, rounded to TF32 (10 bits of mantissa): a third of the work.
+    Tf32,
+    /// IEEE half precision rows.
+    F16,
+    /// Brain floating point rows.
+    Bf16,
+}
+
+/// How a kernel is launched. Blocks have [`params::THREADS`] threads throughout.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LaunchPlan {
+    /// Blocks along x, y and z.
+    pub grid: [u32; 3],
+    /// Dynamic shared memory of a block.
+    pub shared_bytes: u32,
+}
+
+/// A machine that runs kernels, in the order they were launched.
+///
+/// Copies are ordered with the launches, and `download` waits for its bytes.
+pub trait Device: Send {
+    /// An allocation in the device's memory.
+    type Buffer: Send;
+
+    /// `cuda:0`, `emulated`.
+    fn name(&self) -> String;
+
+    /// Multiprocessors: how many blocks at least run at the same time.
+    fn multiprocessors(&self) -> u32;
+
+    /// Whether the kernels that only Hopper (sm_90) runs can be launched.
+    fn has_warpgroup_products(&self) -> bool {
+        false
+    }
+
+    /// Bytes of uninitialised memory, at least 256-byte aligned.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) if there is not so much.
+    fn allocate(&mut self, bytes: usize) -> Result<Self::Buffer>;
+
+    /// The allocation's length in bytes.
+    fn bytes(&self, buffer: &Self::Buffer) -> usize;
+
+    /// The device's address of the first byte.
+    fn address(&self, buffer: &Self::Buffer) -> u64;
+
+    /// Copies `source` to `buffer` from byte `offset` on; `source` may be reused on return.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) if the copy fails.
+    fn upload(&mut self, buffer: &mut Self::Buffer, offset: usize, source: &[u8]) -> Result<()>;
+
+    /// Copies from byte `offset` on of `buffer` to `target`, and waits for it.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) if the copy or an earlier kernel failed.
+    fn download(&mut self, buffer: &Self::Buffer, offset: usize, target: &mut [u8]) -> Result<()>;
+
+    /// Sets `bytes` bytes from `offset` on to `value`.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) if the device refuses.
+    fn fill(&mut self, buffer: &mut Self::Buffer, offset: usize, bytes: usize, value: u8) -> Result<()>;
+
+    /// Says that kernels may touch these regions of the buffer and nothing between them.
+    /// A device that can watch for it does.
+    fn watch(&mut self, buffer: &Self::Buffer, regions: &[Region]) {
+        let _ = (buffer, regions);
+    }
+
+    /// Launches a kernel and does not wait for it.
+    ///
+    /// # Safety
+    /// `P` must be the kernel's parameter struct, and its pointers must lead to live
+    /// device memory of the lengths params.h states for its counts.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) if the launch is refused.
+    unsafe fn launch<P: Params>(&mut self, kernel: Kernel, plan: LaunchPlan, params: &P) -> Result<()>;
+
+    /// Waits for everything launched so far.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) with whatever a kernel died of.
+    fn synchronize(&mut self) -> Result<()>;
+}

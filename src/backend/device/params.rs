@@ -1,0 +1,40 @@
+//! `kernels/params.h` as Rust structs, written by bindgen, layouts asserted.
+
+#![expect(missing_docs, reason = "documented in kernels/params.h")]
+#![allow(dead_code, reason = "some constants are of use to the kernels only")]
+
+include!(concat!(env!("OUT_DIR"), "/params.rs"));
+
+use super::Params;
+
+macro_rules! kernel_parameters {
+    ($($name:ident),* $(,)?) => {
+        $(
+            // SAFETY: `#[repr(C)]`, laid out as the struct of the same name in params.h.
+            unsafe impl Params for $name {}
+        )*
+    };
+}
+
+kernel_parameters!(
+    OrderParams,
+    PrepareParams,
+    ClassesParams,
+    PairsParams,
+    WeighParams,
+    WaysParams,
+    GradientParams,
+    GradientSumParams,
+    ThresholdPrepareParams,
+    ThresholdParams,
+    ThresholdSumParams,
+    RetrievalParams,
+);
+
+impl LossScalars {
+    /// Reads the struct from the bytes that a kernel wrote.
+    pub(super) fn from_words(words: &[u64; size_of::<Self>() / 8]) -> Self {
+        // SAFETY: as many bytes, as aligned, and every bit pattern is a value of its numbers.
+        unsafe { words.as_ptr().cast::<Self>().read() }
+    }
+}

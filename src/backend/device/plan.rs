@@ -1,0 +1,271 @@
+//! Launch plans: how many blocks, how much shared memory. Pure functions of the shape.
+
+use super::params::{
+    GRADIENT_COLUMNS, GRADIENT_ROWS_16BIT, GRADIENT_ROWS_32BIT, GRADIENT_STAGES_BYTES, LISTS_COLUMNS,
+    LISTS_ROWS, LISTS_SHARED_BYTES, ORDER_SHARED_BYTES, ORDER_TILE, RETRIEVAL_SHARED_BYTES, RETRIEVAL_SLACK,
+    SELECT_SHARED_BYTES, SIMILARITY_STAGES_BYTES, STAGE_BYTES, SUM_SHARED_BYTES, SWEEP_HOPPER_SHARED_BYTES,
+    SWEEP_SHARED_BYTES, THREADS, TILE,
+};
+use super::{Kernel, LaunchPlan, Precision};
+use crate::loss::{Embeddings, LossSettings};
+use crate::{Error, Result};
+
+impl Precision {
+    /// How rows of this type are multiplied.
+    #[must_use]
+    pub fn of(embeddings: &Embeddings<'_>, exact: bool) -> Self {
+        match embeddings {
+            Embeddings::F32(_) if exact => Self::F32,
+            Embeddings::F32(_) => Self::Tf32,
+            Embeddings::F16(_) => Self::F16,
+            Embeddings::Bf16(_) => Self::Bf16,
+        }
+    }
+
+    /// Bytes of one element of the rows.
+    #[must_use]
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F32 | Self::Tf32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+}
+
+/// Tiles of `rows` rows.
+pub(super) fn tiles(rows: usize) -> usize {
+    rows.div_ceil(TILE as usize)
+}
+
+/// Tiles one kernel sorts for the class order.
+pub(super) fn order_tiles(rows: usize) -> usize {
+    rows.div_ceil(ORDER_TILE as usize)
+}
+
+/// Elements between two prepared rows: whole pipeline stages.
+pub(super) fn stride(dim: usize, precision: Precision) -> usize {
+    dim.next_multiple_of(STAGE_BYTES as usize / precision.bytes())
+}
+
+/// What the passes of one loss work on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Shape {
+    /// B.
+    pub anchors: usize,
+    /// N; `None` in the square form.
+    pub references: Option<usize>,
+    /// D.
+    pub dim: usize,
+    pub precision: Precision,
+    /// Whether the references' gradient is wanted; never in the square form.
+    pub reference_gradient: bool,
+}
+
+impl Shape {
+    /// N, whichever form this is.
+    pub fn reference_count(&self) -> usize {
+        self.references.unwrap_or(self.anchors)
+    }
+
+    pub fn stride(&self) -> usize {
+        stride(self.dim, self.precision)
+    }
+
+    /// Tiles of S that are computed: the upper triangle in the square form.
+    pub fn tiles(&self) -> usize {
+        let rows = tiles(self.anchors);
+        self.references.map_or(rows * (rows + 1) / 2, |count| rows * tiles(count))
+    }
+
+    /// Kernels index rows with 32 bits, and a launch has at most 2^31 - 1 blocks.
+    pub fn check(&self) -> Result<()> {
+        let largest = self.anchors.max(self.reference_count()).max(self.stride());
+        if largest < 1 << 31 && self.tiles() < 1 << 31 {
+            return Ok(());
+        }
+        Err(Error::InvalidSetting {
+            name: "batch",
+            value: format!("{} x {}", self.anchors, self.reference_count()),
+            range: "at most 2^31 tiles of 128 x 128 similarities",
+        })
+    }
+
+    /// Candidates that each tile's segment holds under a budget of bytes for all of them.
+    /// An even share, so that which tiles are stored depends on the batch alone.
+    pub fn tile_capacity(&self, budget: usize) -> usize {
+        let candidate = size_of::<f32>() + size_of::<u16>();
+        (budget / candidate / self.tiles()).min((TILE * TILE) as usize)
+    }
+
+    /// Blocks that share the other side's tiles of one block of gradient rows, so that a
+    /// small batch fills the GPU. Each has a partial result of its own.
+    pub fn splits(&self, of_references: bool, multiprocessors: u32) -> usize {
+        let (own, other) = self.sides(of_references);
+        let blocks = tiles(own) * (TILE / self.gradient_rows()) as usize * self.column_blocks();
+        (multiprocessors as usize).div_ceil(blocks).clamp(1, tiles(other))
+    }
+
+    /// Rows of the result's side, and of the side it sums over.
+    pub fn sides(&self, of_references: bool) -> (usize, usize) {
+        let (anchors, references) = (self.anchors, self.reference_count());
+        if of_references { (references, anchors) } else { (anchors, references) }
+    }
+
+    /// Rows of the result that one block of the tile way owns, and blocks side by side.
+    fn gradient_rows(&self) -> u32 {
+        match self.precision {
+            Precision::F32 | Precision::Tf32 => GRADIENT_ROWS_32BIT,
+            Precision::F16 | Precision::Bf16 => GRADIENT_ROWS_16BIT,
+        }
+    }
+
+    fn column_blocks(&self) -> usize {
+        self.stride().div_ceil(GRADIENT_COLUMNS as usize)
+    }
+
+    /// Power of two that the tile of M is stored with. A weight is at most 4 / B, and f16 ends at
+    /// 65,504 above and 6e-8 below: with the largest at 2^13 and more, what underflows is 2^-37 of it.
+    pub fn weight_scale(&self) -> f32 {
+        match self.precision {
+            Precision::F32 | Precision::Tf32 => 1.0,
+            Precision::F16 | Precision::Bf16 => {
+                let log2 = i32::try_from(self.anchors.ilog2()).unwrap_or(0);
+                2.0f32.powi(log2 + 11)
+            }
+        }
+    }
+
+    /// The kernel of the sweep: f32 is split in registers, which Hopper's products do not take on both sides.
+    pub fn sweep(&self, warpgroup_products: bool) -> Kernel {
+        match self.precision {
+            Precision::F16 | Precision::Bf16 if warpgroup_products => Kernel::SweepHopper(self.precision),
+            _ => Kernel::Sweep(self.precision),
+        }
+    }
+
+    /// How a kernel of the loss or the threshold pass is launched.
+    pub fn plan(&self, kernel: Kernel, of_references: bool, splits: usize) -> LaunchPlan {
+        let own = tiles(self.sides(of_references).0);
+        let row_blocks = |rows: u32| own * (TILE / rows) as usize;
+        let (grid, shared_bytes) = match kernel {
+            Kernel::OrderTiles | Kernel::OrderMerge => {
+                ([order_tiles(self.sides(of_references).0), 1, 1], ORDER_SHARED_BYTES)
+            }
+            Kernel::Prepare(_) | Kernel::ThresholdPrepare(_) | Kernel::GradientSum => ([own, 1, 1], 0),
+            Kernel::Classes => ([self.anchors.div_ceil(THREADS as usize), 1, 1], 0),
+            Kernel::SameClass(_) => ([own, 1, 1], SIMILARITY_STAGES_BYTES),
+            Kernel::Sweep(_) => ([self.tiles(), 1, 1], SWEEP_SHARED_BYTES),
+            Kernel::SweepHopper(_) => ([self.tiles(), 1, 1], SWEEP_HOPPER_SHARED_BYTES),
+            Kernel::SelectStored => ([self.tiles(), 1, 1], SELECT_SHARED_BYTES),
+            Kernel::SelectRecomputed(_) | Kernel::Threshold(_) => {
+                ([self.tiles(), 1, 1], SIMILARITY_STAGES_BYTES)
+            }
+            Kernel::Weigh | Kernel::ThresholdSum => ([1, 1, 1], SUM_SHARED_BYTES),
+            Kernel::GradientWays => ([own, 1, 1], SUM_SHARED_BYTES),
+            Kernel::GradientLists(_) => {
+                let columns = self.stride().div_ceil(LISTS_COLUMNS as usize);
+                ([row_blocks(LISTS_ROWS), columns, splits], LISTS_SHARED_BYTES)
+            }
+            Kernel::GradientTiles(precision) => {
+                let matrix = self.gradient_rows() * TILE * precision.bytes() as u32;
+                let grid = [row_blocks(self.gradient_rows()), self.column_blocks(), splits];
+                (grid, GRADIENT_STAGES_BYTES + matrix)
+            }
+            Kernel::Retrieval(_) => ([own, 1, 1], RETRIEVAL_SHARED_BYTES),
+        };
+        // `check` has bounded them.
+        LaunchPlan { grid: grid.map(|blocks| blocks as u32), shared_bytes }
+    }
+}
+
+/// Keys that the retrieval buffer of a query holds: k and what one tile may append, a power of two.
+pub(super) fn retrieval_capacity(k: usize, references: usize) -> usize {
+    (k.min(references) + RETRIEVAL_SLACK as usize).next_power_of_two()
+}
+
+/// Fixed-point units in 1.0 for a row's sums: as many as 62 bits hold of N terms.
+///
+/// softplus(x) <= max(x, 0) + 1 with x <= sharpness * (1 + |lambda|), and a margin for
+/// rows that are not quite of unit length.
+pub(super) fn sum_scale(settings: &LossSettings, references: usize) -> f64 {
+    let largest = |sharpness: f64, lambda: f64| sharpness * (1.1 + lambda.abs()) + 1.0;
+    let term = largest(settings.alpha, settings.lambda_neg).max(largest(settings.beta, settings.lambda_pos));
+    // 2^53 is all that an f64 term can fill.
+    2.0f64.powi((62 - (term * references as f64).log2().ceil() as i32).min(53))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn square(anchors: usize, dim: usize, precision: Precision) -> Shape {
+        Shape { anchors, references: None, dim, precision, reference_gradient: false }
+    }
+
+    #[test]
+    fn the_square_form_computes_half_the_tiles() {
+        let shape = square(1000, 64, Precision::F32);
+        assert_eq!(shape.tiles(), 8 * 9 / 2);
+        assert_eq!(Shape { references: Some(1000), ..shape }.tiles(), 64);
+    }
+
+    #[test]
+    fn rows_are_padded_to_whole_stages() {
+        assert_eq!(stride(130, Precision::F32), 160);
+        assert_eq!(stride(130, Precision::Bf16), 192);
+        assert_eq!(stride(512, Precision::F16), 512);
+    }
+
+    #[test]
+    fn segments_stay_within_the_budget() {
+        let shape = square(16_384, 512, Precision::Bf16);
+        for budget in [0, 5, 1 << 20, 1 << 30, usize::MAX / 2] {
+            let capacity = shape.tile_capacity(budget);
+            assert!(capacity * shape.tiles() * 6 <= budget);
+            assert!(capacity <= 16_384);
+        }
+        assert_eq!(shape.tile_capacity(1 << 30), 16_384);
+    }
+
+    #[test]
+    fn small_batches_are_split_and_large_ones_are_not() {
+        assert_eq!(square(16_384, 512, Precision::Bf16).splits(false, 132), 1);
+        let small = square(1024, 512, Precision::Bf16);
+        assert_eq!(small.splits(false, 132), 8);
+        assert_eq!(square(64, 512, Precision::Bf16).splits(false, 132), 1, "there is but one tile to share");
+    }
+
+    #[test]
+    fn blocks_fit_every_gpu() {
+        // A block of sm_89 may have 99 KiB.
+        let shape = square(1000, 512, Precision::F32);
+        for precision in [Precision::F32, Precision::Tf32, Precision::F16, Precision::Bf16] {
+            for kernel in [
+                Kernel::Sweep(precision),
+                Kernel::SameClass(precision),
+                Kernel::GradientTiles(precision),
+                Kernel::GradientLists(precision),
+                Kernel::Retrieval(precision),
+            ] {
+                assert!(shape.plan(kernel, false, 1).shared_bytes <= 99 * 1024, "{kernel:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn sums_of_the_largest_terms_do_not_overflow() {
+        let settings = LossSettings { alpha: 1e4, lambda_neg: -2.0, ..LossSettings::default() };
+        let scale = sum_scale(&settings, 1 << 30);
+        assert!(scale * 1e4 * 3.1 * f64::from(1 << 30) < 2.0f64.powi(63));
+        assert!(sum_scale(&LossSettings::default(), 16_384) > 2.0f64.powi(40));
+    }
+
+    #[test]
+    fn scaled_weights_fit_half_precision() {
+        for anchors in [1, 2, 3, 80, 16_384, 262_144] {
+            let scale = square(anchors, 8, Precision::F16).weight_scale();
+            let largest = 4.0 / anchors as f32 * scale;
+            assert!((4096.0..=32_768.0).contains(&largest), "{anchors}: {largest}");
+        }
+    }
+}

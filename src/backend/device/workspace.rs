@@ -1,0 +1,98 @@
+//! One allocation, carved into regions, reused as long as it is large enough.
+
+use super::Device;
+use crate::Result;
+
+/// Regions begin at multiples of this, and as many bytes of nothing stand between two.
+const ALIGNMENT: usize = 256;
+
+/// A part of a workspace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Region {
+    /// First byte.
+    pub offset: usize,
+    /// Length in bytes.
+    pub bytes: usize,
+}
+
+/// Hands out regions one behind the other.
+#[derive(Debug, Clone, Default)]
+pub struct Layout {
+    regions: Vec<Region>,
+    end: usize,
+}
+
+impl Layout {
+    /// The next region, of `count` elements of `T`.
+    pub fn region<T>(&mut self, count: usize) -> Region {
+        let region = Region { offset: self.end, bytes: count * size_of::<T>() };
+        // The gap is what a device watches for kernels that run past a region.
+        self.end = (region.offset + region.bytes).next_multiple_of(ALIGNMENT) + ALIGNMENT;
+        self.regions.push(region);
+        region
+    }
+
+    /// Bytes that hold all regions.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.end
+    }
+}
+
+/// The memory that a layout is laid over.
+pub struct Workspace<D: Device> {
+    buffer: Option<D::Buffer>,
+}
+
+impl<D: Device> Default for Workspace<D> {
+    fn default() -> Self {
+        Self { buffer: None }
+    }
+}
+
+impl<D: Device> Workspace<D> {
+    /// Makes room for `layout`, keeping the old allocation if it is large enough.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) if the device has not so much memory.
+    pub fn lay(&mut self, device: &mut D, layout: &Layout) -> Result<&mut D::Buffer> {
+        let large_enough = |buffer: &D::Buffer| device.bytes(buffer) >= layout.bytes();
+        if !self.buffer.as_ref().is_some_and(large_enough) {
+            // Freed first: both at once may not fit.
+            self.buffer = None;
+            self.buffer = Some(device.allocate(layout.bytes())?);
+        }
+        let Some(buffer) = &mut self.buffer else { unreachable!("allocated above") };
+        device.watch(buffer, &layout.regions);
+        Ok(buffer)
+    }
+
+    /// The memory, once something was laid.
+    pub fn buffer(&mut self) -> Option<&mut D::Buffer> {
+        self.buffer.as_mut()
+    }
+
+    /// Bytes allocated.
+    pub fn bytes(&self, device: &D) -> usize {
+        self.buffer.as_ref().map_or(0, |buffer| device.bytes(buffer))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn regions_are_aligned_and_apart() {
+        let mut layout = Layout::default();
+        let sizes = [1, 255, 256, 257, 0, 1000];
+        let regions: Vec<Region> = sizes.iter().map(|&bytes| layout.region::<u8>(bytes)).collect();
+        for (region, bytes) in regions.iter().zip(sizes) {
+            assert_eq!((region.offset % ALIGNMENT, region.bytes), (0, bytes));
+        }
+        for pair in regions.windows(2) {
+            assert!(pair[0].offset + pair[0].bytes + ALIGNMENT <= pair[1].offset);
+        }
+        assert!(layout.bytes() >= regions[5].offset + 1000);
+    }
+}

@@ -1,0 +1,176 @@
+//! Host memory and the emulated machine behind the [`Device`] trait.
+
+use std::alloc;
+use std::ffi::{CString, c_char, c_int, c_void};
+use std::ptr::NonNull;
+
+use crate::backend::device::{Device, Kernel, LaunchPlan, Params, Region};
+use crate::{Error, Result};
+
+unsafe extern "C" {
+    /// kernels/emulation/machine.cpp: runs a kernel to its end. -1: no such kernel, or other parameters.
+    fn ddtas_emulated_launch(
+        name: *const c_char,
+        grid: *const u32,
+        shared_bytes: u32,
+        params: *const c_void,
+        params_bytes: usize,
+        seed: u64,
+    ) -> c_int;
+    /// kernels/emulation/machine.cpp: under AddressSanitizer, makes bytes untouchable or touchable again.
+    fn ddtas_emulated_forbid(first: *const c_void, bytes: usize, forbidden: bool);
+}
+
+/// The emulated machine. Every launch has a schedule of its own, drawn from the seed.
+pub struct EmulatedDevice {
+    seed: u64,
+    launches: u64,
+    multiprocessors: u32,
+    hopper: bool,
+}
+
+/// Alignment of allocations, as on a GPU.
+const ALIGNMENT: usize = 256;
+
+/// Memory that kernels write through addresses, and which Rust therefore keeps no reference to.
+pub struct EmulatedBuffer {
+    first: NonNull<u8>,
+    layout: alloc::Layout,
+}
+
+// SAFETY: the buffer owns its memory, and only `Device`'s methods touch it, with the device borrowed mutably.
+unsafe impl Send for EmulatedBuffer {}
+
+impl EmulatedDevice {
+    /// A machine whose schedules follow from `seed`.
+    #[must_use]
+    pub fn new(seed: u64) -> Self {
+        // Two, so that small batches are split among blocks as on a GPU.
+        Self { seed, launches: 0, multiprocessors: 2, hopper: false }
+    }
+
+    /// The same with the kernels of Hopper in place of those for all GPUs.
+    #[must_use]
+    pub fn as_hopper(self) -> Self {
+        Self { hopper: true, ..self }
+    }
+
+    /// The same with another number of multiprocessors, on which the split of small batches depends.
+    #[must_use]
+    pub fn with_multiprocessors(self, multiprocessors: u32) -> Self {
+        Self { multiprocessors: multiprocessors.max(1), ..self }
+    }
+}
+
+impl EmulatedBuffer {
+    /// Panics if the range leaves the buffer: a fault of the workspace's layout, not of input.
+    fn within(&self, offset: usize, bytes: usize) -> NonNull<u8> {
+        assert!(
+            offset.checked_add(bytes).is_some_and(|end| end <= self.layout.size()),
+            "outside of the buffer"
+        );
+        // SAFETY: within the allocation, as just checked.
+        unsafe { self.first.add(offset) }
+    }
+
+    fn forbid(&self, offset: usize, bytes: usize, forbidden: bool) {
+        let first = self.within(offset, bytes);
+        // SAFETY: the bytes belong to the allocation.
+        unsafe { ddtas_emulated_forbid(first.as_ptr().cast(), bytes, forbidden) };
+    }
+}
+
+impl Drop for EmulatedBuffer {
+    fn drop(&mut self) {
+        self.forbid(0, self.layout.size(), false);
+        // SAFETY: allocated with this very layout, freed only here.
+        unsafe { alloc::dealloc(self.first.as_ptr(), self.layout) };
+    }
+}
+
+impl Device for EmulatedDevice {
+    type Buffer = EmulatedBuffer;
+
+    fn name(&self) -> String {
+        "emulated".into()
+    }
+
+    fn multiprocessors(&self) -> u32 {
+        self.multiprocessors
+    }
+
+    fn has_warpgroup_products(&self) -> bool {
+        self.hopper
+    }
+
+    fn allocate(&mut self, bytes: usize) -> Result<EmulatedBuffer> {
+        let refused = || Error::Device { call: "allocate", code: format!("{bytes} bytes of host memory") };
+        let layout = alloc::Layout::from_size_align(bytes.max(1), ALIGNMENT).map_err(|_| refused())?;
+        // SAFETY: the size is not 0.
+        let first = NonNull::new(unsafe { alloc::alloc(layout) }).ok_or_else(refused)?;
+        // NaN in every type: what is read before it is written shows.
+        // SAFETY: as many bytes were allocated.
+        unsafe { first.write_bytes(0xff, layout.size()) };
+        Ok(EmulatedBuffer { first, layout })
+    }
+
+    fn bytes(&self, buffer: &EmulatedBuffer) -> usize {
+        buffer.layout.size()
+    }
+
+    fn address(&self, buffer: &EmulatedBuffer) -> u64 {
+        buffer.first.as_ptr().expose_provenance() as u64
+    }
+
+    fn upload(&mut self, buffer: &mut EmulatedBuffer, offset: usize, source: &[u8]) -> Result<()> {
+        let first = buffer.within(offset, source.len());
+        // SAFETY: `within` has checked the length; the caller's slice is no part of the buffer.
+        unsafe { first.copy_from_nonoverlapping(NonNull::from(source).cast(), source.len()) };
+        Ok(())
+    }
+
+    fn download(&mut self, buffer: &EmulatedBuffer, offset: usize, target: &mut [u8]) -> Result<()> {
+        let first = buffer.within(offset, target.len());
+        // SAFETY: `within` has checked the length; the caller's slice is no part of the buffer.
+        unsafe { first.copy_to_nonoverlapping(NonNull::from(&mut *target).cast(), target.len()) };
+        Ok(())
+    }
+
+    fn fill(&mut self, buffer: &mut EmulatedBuffer, offset: usize, bytes: usize, value: u8) -> Result<()> {
+        let first = buffer.within(offset, bytes);
+        // SAFETY: `within` has checked the length.
+        unsafe { first.write_bytes(value, bytes) };
+        Ok(())
+    }
+
+    fn watch(&mut self, buffer: &EmulatedBuffer, regions: &[Region]) {
+        buffer.forbid(0, buffer.layout.size(), true);
+        for region in regions {
+            buffer.forbid(region.offset, region.bytes, false);
+        }
+    }
+
+    unsafe fn launch<P: Params>(&mut self, kernel: Kernel, plan: LaunchPlan, params: &P) -> Result<()> {
+        self.launches += 1;
+        let seed = self.seed.wrapping_mul(1_000_003).wrapping_add(self.launches);
+        let refused = || Error::Device { call: "launch", code: format!("no kernel {}", kernel.name()) };
+        let name = CString::new(kernel.name()).map_err(|_| refused())?;
+        // SAFETY: name, grid and parameters outlive the call; what the parameters
+        // point to is the caller's promise.
+        let answer = unsafe {
+            ddtas_emulated_launch(
+                name.as_ptr(),
+                plan.grid.as_ptr(),
+                plan.shared_bytes,
+                std::ptr::from_ref(params).cast(),
+                size_of::<P>(),
+                seed,
+            )
+        };
+        if answer == 0 { Ok(()) } else { Err(refused()) }
+    }
+
+    fn synchronize(&mut self) -> Result<()> {
+        Ok(())
+    }
+}

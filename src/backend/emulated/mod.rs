@@ -1,0 +1,18 @@
+//! Tests only: the CUDA kernels, compiled by g++ and executed on the CPU.
+//!
+//! `kernels/emulation` runs a block's threads as fibers under a random schedule
+//! drawn from a seed, and stops the program with a message when threads diverge
+//! at a barrier. Slow: for shapes of a few hundred rows.
+
+mod device;
+
+pub use device::EmulatedDevice;
+
+use super::Backend;
+use super::device::{DeviceBackend, Options};
+
+/// The emulated backend with a schedule of its own.
+#[must_use]
+pub fn open(options: Options, seed: u64) -> Box<dyn Backend> {
+    Box::new(DeviceBackend::new(EmulatedDevice::new(seed), options))
+}

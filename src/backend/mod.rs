@@ -1,0 +1,85 @@
+//! Backends: the passes of the method, fused, on one kind of machine each.
+//!
+//! [`Backend`] is the only thing the rest of the library sees. Every
+//! implementer is held to [`crate::loss::reference()`] by the same table of
+//! cases: sets and counts exact, loss and gradient within the precision's bound.
+
+use ndarray::{Array2, ArrayView2};
+
+use crate::Result;
+use crate::loss::{Batch, Hypergradient, LossOutput, LossSettings, Rows};
+
+pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+#[cfg(feature = "kernels")]
+pub mod device;
+#[cfg(feature = "emulated")]
+pub mod emulated;
+mod open;
+
+pub use open::{DeviceSpec, open};
+
+/// One device with one workspace, which is allocated once and reused.
+///
+/// A backend remembers the pairs of its last [`loss`](Backend::loss), so that
+/// [`hypergradient`](Backend::hypergradient) walks them without a second sweep.
+/// Whoever needs two batches alive at once (train and meta batch) makes two backends.
+pub trait Backend: Send {
+    /// `cpu`, `cuda:0`, `emulated`.
+    fn name(&self) -> String;
+
+    /// Mines the batch, evaluates the loss and its gradient, and refills `output` (SPEC 1-4).
+    ///
+    /// # Errors
+    /// Bad shapes ([`Batch::validate`]), settings ([`LossSettings::validate`]) or
+    /// rows ([`Error::NotFinite`](crate::Error::NotFinite), [`Error::NotUnit`](crate::Error::NotUnit)).
+    /// After an error `output` is unspecified and nothing is remembered.
+    fn loss(&mut self, batch: &Batch<'_>, settings: &LossSettings, output: &mut LossOutput) -> Result<()>;
+
+    /// The two sums of SPEC 5 over the pairs of the last [`loss`](Backend::loss), at its thresholds.
+    ///
+    /// `batch` must be the batch of that call. `tangent` is edot of the anchors,
+    /// `[B, D]`; `reference_tangent` that of the references `[N, D]` (zero if
+    /// absent; unused in the square form).
+    ///
+    /// # Errors
+    /// [`Error::OutOfOrder`](crate::Error::OutOfOrder) without a loss before it;
+    /// [`Error::LengthMismatch`](crate::Error::LengthMismatch) if shapes differ from it;
+    /// [`Error::NotFinite`](crate::Error::NotFinite) if a tangent is not finite.
+    fn hypergradient(
+        &mut self,
+        batch: &Batch<'_>,
+        tangent: ArrayView2<'_, f32>,
+        reference_tangent: Option<ArrayView2<'_, f32>>,
+    ) -> Result<Hypergradient>;
+
+    /// The `k` most similar references of every query, for Recall@K, without the Q x N matrix.
+    ///
+    /// `references = None` searches the queries among themselves, each left out
+    /// of its own list. Labels are not looked at. Equal similarities are
+    /// ordered by index, so the answer is unique.
+    ///
+    /// # Errors
+    /// As [`loss`](Backend::loss); [`Error::InvalidSetting`](crate::Error::InvalidSetting) if `k` is 0.
+    fn nearest(&mut self, queries: &Rows<'_>, references: Option<&Rows<'_>>, k: usize) -> Result<Nearest>;
+
+    /// Bytes the workspace holds now.
+    fn workspace_bytes(&self) -> usize;
+}
+
+/// Most similar references of each query, most similar first.
+///
+/// Where there are fewer than `k` references, the rest of a row is [`Nearest::NONE`] and `-inf`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Nearest {
+    /// Indices of references, `[Q, k]`.
+    pub indices: Array2<u32>,
+    /// Their similarities, `[Q, k]`.
+    pub similarities: Array2<f32>,
+}
+
+impl Nearest {
+    /// Index that stands for "no reference left".
+    pub const NONE: u32 = u32::MAX;
+}

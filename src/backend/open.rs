@@ -1,0 +1,141 @@
+//! Opening a backend by name: the one place that knows which exist in this build.
+
+use std::fmt;
+use std::str::FromStr;
+
+use super::Backend;
+use super::cpu::CpuBackend;
+use crate::{Error, Result};
+
+/// Which device to compute on, as the programs spell it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DeviceSpec {
+    /// The first GPU if this build and machine have one, else the CPU.
+    #[default]
+    Auto,
+    /// The processor's cores.
+    Cpu,
+    /// A GPU by its index.
+    Cuda(usize),
+    /// The CUDA kernels, run on the CPU; for tests.
+    Emulated,
+}
+
+impl FromStr for DeviceSpec {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let unknown = || Error::InvalidSetting {
+            name: "backend",
+            value: text.to_owned(),
+            range: "auto, cpu, cuda, cuda:N (a GPU's index) or emulated",
+        };
+        match text {
+            "auto" => Ok(Self::Auto),
+            "cpu" => Ok(Self::Cpu),
+            "cuda" => Ok(Self::Cuda(0)),
+            "emulated" => Ok(Self::Emulated),
+            _ => {
+                let index = text.strip_prefix("cuda:").ok_or_else(unknown)?;
+                index.parse().map(Self::Cuda).map_err(|_| unknown())
+            }
+        }
+    }
+}
+
+impl fmt::Display for DeviceSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(index) => write!(f, "cuda:{index}"),
+            Self::Emulated => f.write_str("emulated"),
+        }
+    }
+}
+
+/// Opens a backend.
+///
+/// # Errors
+/// [`Error::Unavailable`] if this build or this machine does not have the device.
+pub fn open(spec: &DeviceSpec) -> Result<Box<dyn Backend>> {
+    match spec {
+        DeviceSpec::Auto if gpu::count() > 0 => gpu::open(0),
+        DeviceSpec::Auto | DeviceSpec::Cpu => Ok(Box::new(CpuBackend::new())),
+        DeviceSpec::Cuda(index) => gpu::open(*index),
+        DeviceSpec::Emulated => emulation::open(),
+    }
+}
+
+#[cfg(feature = "cuda")]
+mod gpu {
+    pub use crate::backend::cuda::open;
+
+    /// Usable GPUs; none where there is no driver, which is no error for `auto`.
+    pub fn count() -> usize {
+        crate::backend::cuda::device_count().unwrap_or(0)
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+mod gpu {
+    use crate::{Result, backend::Backend};
+
+    pub fn count() -> usize {
+        0
+    }
+
+    pub fn open(_index: usize) -> Result<Box<dyn Backend>> {
+        Err(super::needs_feature("cuda"))
+    }
+}
+
+#[cfg(feature = "emulated")]
+mod emulation {
+    use crate::backend::{Backend, device::Options, emulated};
+
+    /// Schedule of the emulated threads; the tests try others.
+    const SCHEDULE_SEED: u64 = 0;
+
+    pub fn open() -> crate::Result<Box<dyn Backend>> {
+        Ok(emulated::open(Options::default(), SCHEDULE_SEED))
+    }
+}
+
+#[cfg(not(feature = "emulated"))]
+mod emulation {
+    use crate::{Result, backend::Backend};
+
+    pub fn open() -> Result<Box<dyn Backend>> {
+        Err(super::needs_feature("emulated"))
+    }
+}
+
+#[cfg(not(all(feature = "cuda", feature = "emulated")))]
+fn needs_feature(feature: &str) -> Error {
+    Error::Unavailable(format!(
+        "this build has no backend `{feature}`: build with `cargo build --release --features {feature}`"
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_spelling_is_read_back() {
+        for text in ["auto", "cpu", "cuda:0", "cuda:3", "emulated"] {
+            assert_eq!(text.parse::<DeviceSpec>().unwrap().to_string(), text);
+        }
+        assert_eq!("cuda".parse::<DeviceSpec>().unwrap(), DeviceSpec::Cuda(0));
+        for text in ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "CPU"] {
+            assert!(text.parse::<DeviceSpec>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn auto_always_opens_something() {
+        assert_eq!(open(&DeviceSpec::Cpu).unwrap().name(), "cpu");
+        assert!(open(&DeviceSpec::Auto).is_ok());
+    }
+}

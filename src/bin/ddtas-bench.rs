@@ -1,0 +1,101 @@
+//! `ddtas-bench`: holds backends to the reference cases.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use ddtas::backend::{Backend, DeviceSpec, open};
+use ddtas::cases::{Case, find};
+use ddtas::verify::{Report, SINGLE_PRECISION, run};
+
+#[derive(Parser)]
+#[command(version, about = "Checks and times the DDTAS loss")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Runs reference cases through a backend; exit code 0 only if all pass.
+    Verify(VerifyArguments),
+}
+
+#[derive(clap::Args)]
+struct VerifyArguments {
+    /// Case files (.safetensors) or folders of them.
+    #[arg(required = true)]
+    paths: Vec<PathBuf>,
+    /// auto, cpu, cuda, cuda:N or emulated.
+    #[arg(long, default_value = "cpu")]
+    backend: DeviceSpec,
+    /// Print one JSON array, an object a case.
+    #[arg(long)]
+    json: bool,
+}
+
+fn main() -> ExitCode {
+    let outcome = match Arguments::parse().command {
+        Command::Verify(arguments) => verify(&arguments),
+    };
+    match outcome {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("ddtas-bench: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// One line of `verify`.
+#[derive(serde::Serialize)]
+struct Row {
+    case: String,
+    backend: String,
+    passed: bool,
+    #[serde(flatten)]
+    report: Report,
+}
+
+fn verify(arguments: &VerifyArguments) -> ddtas::Result<bool> {
+    let files = find(&arguments.paths)?;
+    let mut backend = open(&arguments.backend)?;
+    let mut rows = Vec::with_capacity(files.len());
+    for file in &files {
+        let case = Case::read(file)?;
+        let report = run(&case, &mut *backend)?;
+        let passed = report.passes(SINGLE_PRECISION);
+        rows.push(Row { case: case.name, backend: backend.name(), passed, report });
+    }
+    if arguments.json {
+        let text = serde_json::to_string_pretty(&rows);
+        println!("{}", text.map_err(|e| ddtas::Error::Unavailable(format!("cannot write JSON: {e}")))?);
+    } else {
+        print_table(&*backend, &rows);
+    }
+    Ok(rows.iter().all(|row| row.passed))
+}
+
+fn print_table(backend: &dyn Backend, rows: &[Row]) {
+    println!(
+        "{:<22} {:>9} {:>9} {:>10} {:>13} {:>7}",
+        "case", "loss", "gradient", "thresholds", "hypergradient", "counts"
+    );
+    for Row { case, passed, report, .. } in rows {
+        let counts = if report.wrong_counts.is_empty() { "exact" } else { "WRONG" };
+        println!(
+            "{case:<22} {:>9.1e} {:>9.1e} {:>10.1e} {:>13.1e} {counts:>7}{}",
+            report.loss,
+            report.gradient,
+            report.thresholds,
+            report.hypergradient,
+            if *passed { "" } else { "  FAILED" }
+        );
+        for wrong in report.wrong_counts.iter().take(5) {
+            println!("    {wrong}");
+        }
+    }
+    let passed = rows.iter().filter(|row| row.passed).count();
+    println!("{passed} of {} cases passed on {} (bound {SINGLE_PRECISION:.0e})", rows.len(), backend.name());
+}

@@ -1,0 +1,232 @@
+//! From a picture to the network's input: crop, flip, colour, normalisation.
+
+use fast_image_resize::images::{Image, ImageRef};
+use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
+use image::RgbImage;
+use rand::{Rng, RngExt};
+
+use crate::{Error, Result};
+
+/// Mean of ImageNet's red, green and blue, of 1: what pretrained networks expect.
+pub const MEAN: [f32; 3] = [0.485, 0.456, 0.406];
+/// Standard deviation of ImageNet's red, green and blue, of 1.
+pub const STANDARD_DEVIATION: [f32; 3] = [0.229, 0.224, 0.225];
+
+/// How training pictures are varied.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AugmentSettings {
+    /// Least and largest share of the picture's area that a crop takes. Default 0.4 to 1.
+    pub crop_area: (f64, f64),
+    /// Least and largest width : height of a crop. Default 3:4 to 4:3.
+    pub crop_aspect: (f64, f64),
+    /// Probability of a mirror image. Default 0.5.
+    pub flip: f64,
+    /// Brightness, contrast and saturation are each multiplied by 1 -+ this at most. Default 0.2.
+    pub jitter: f64,
+}
+
+impl Default for AugmentSettings {
+    fn default() -> Self {
+        Self { crop_area: (0.4, 1.0), crop_aspect: (3.0 / 4.0, 4.0 / 3.0), flip: 0.5, jitter: 0.2 }
+    }
+}
+
+impl AugmentSettings {
+    /// Checks the ranges.
+    ///
+    /// # Errors
+    /// [`Error::InvalidSetting`] names the first setting that is off.
+    pub fn validate(&self) -> Result<()> {
+        let invalid = |name, value, range| Err(Error::InvalidSetting { name, value, range });
+        let (least, most) = self.crop_area;
+        if !(least > 0.0 && least <= most && most <= 1.0) {
+            return invalid("crop area", format!("{least}..{most}"), "0 < least <= most <= 1");
+        }
+        let (least, most) = self.crop_aspect;
+        if !(least > 0.0 && least <= most && most.is_finite()) {
+            return invalid("crop aspect", format!("{least}..{most}"), "0 < least <= most");
+        }
+        if !(0.0..=1.0).contains(&self.flip) {
+            return invalid("flip", self.flip.to_string(), "a probability, 0 to 1");
+        }
+        if !(0.0..1.0).contains(&self.jitter) {
+            return invalid("jitter", self.jitter.to_string(), "0 (none) up to, not with, 1");
+        }
+        Ok(())
+    }
+}
+
+/// How test pictures are cut: a square in the middle, then resized.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TestCrop {
+    /// Side of the square, of the picture's shorter side. In (0, 1], default 1; the field's 227 of 256 is 0.887.
+    pub side: f64,
+}
+
+impl Default for TestCrop {
+    fn default() -> Self {
+        Self { side: 1.0 }
+    }
+}
+
+impl TestCrop {
+    /// Checks the range.
+    ///
+    /// # Errors
+    /// [`Error::InvalidSetting`] unless the side is in (0, 1].
+    pub fn validate(self) -> Result<()> {
+        if self.side > 0.0 && self.side <= 1.0 {
+            return Ok(());
+        }
+        Err(Error::InvalidSetting { name: "test crop", value: self.side.to_string(), range: "0 < side <= 1" })
+    }
+}
+
+/// Cuts pictures to `size` x `size` and writes them as normalised f32 planes (CHW).
+///
+/// One per thread: it keeps the resizer's buffers.
+pub struct Cropper {
+    resizer: Resizer,
+    resized: Image<'static>,
+    size: u32,
+}
+
+impl Cropper {
+    /// A cropper to `size` x `size` pixels.
+    ///
+    /// # Errors
+    /// [`Error::InvalidSetting`] unless `size` is in 8..=1024.
+    pub fn new(size: usize) -> Result<Self> {
+        if !(8..=1024).contains(&size) {
+            return Err(Error::InvalidSetting {
+                name: "--image-size",
+                value: size.to_string(),
+                range: "8 to 1024 pixels",
+            });
+        }
+        Ok(Self::with_side(size as u32))
+    }
+
+    fn with_side(size: u32) -> Self {
+        Self { resizer: Resizer::new(), resized: Image::new(size, size, PixelType::U8x3), size }
+    }
+
+    /// One of the same size, for another thread.
+    pub fn another(&self) -> Self {
+        Self::with_side(self.size)
+    }
+
+    /// Side of the pictures that come out.
+    pub fn size(&self) -> usize {
+        self.size as usize
+    }
+
+    /// Floats of one picture, 3 x size x size.
+    pub fn floats(&self) -> usize {
+        3 * self.size() * self.size()
+    }
+
+    /// A random resized crop, perhaps mirrored, with its colours shifted, appended to `pixels`.
+    ///
+    /// # Errors
+    /// [`Error::Dataset`] if the picture cannot be resized.
+    pub fn train(
+        &mut self,
+        picture: &RgbImage,
+        settings: &AugmentSettings,
+        rng: &mut impl Rng,
+        pixels: &mut Vec<f32>,
+    ) -> Result<()> {
+        let crop = random_crop(picture.width(), picture.height(), settings, rng);
+        let flip = rng.random_bool(settings.flip);
+        let factors: [f32; 3] =
+            std::array::from_fn(|_| (1.0 + settings.jitter * rng.random_range(-1.0..=1.0)) as f32);
+        self.resize(picture, crop)?;
+        self.write(flip, Some(factors), pixels);
+        Ok(())
+    }
+
+    /// The middle of the picture, appended to `pixels`.
+    ///
+    /// # Errors
+    /// As [`train`](Self::train); [`Error::InvalidSetting`] if the crop's side is not in (0, 1].
+    pub fn test(&mut self, picture: &RgbImage, crop: TestCrop, pixels: &mut Vec<f32>) -> Result<()> {
+        crop.validate()?;
+        let (width, height) = (f64::from(picture.width()), f64::from(picture.height()));
+        let side = width.min(height) * crop.side;
+        self.resize(picture, [(width - side) / 2.0, (height - side) / 2.0, side, side])?;
+        self.write(false, None, pixels);
+        Ok(())
+    }
+
+    /// The middle of the picture as bytes, for thumbnails: RGB, row by row.
+    ///
+    /// # Errors
+    /// As [`train`](Self::train).
+    pub fn thumbnail(&mut self, picture: &RgbImage) -> Result<Vec<u8>> {
+        let (width, height) = (f64::from(picture.width()), f64::from(picture.height()));
+        let side = width.min(height);
+        self.resize(picture, [(width - side) / 2.0, (height - side) / 2.0, side, side])?;
+        Ok(self.resized.buffer().to_vec())
+    }
+
+    fn resize(&mut self, picture: &RgbImage, [left, top, width, height]: [f64; 4]) -> Result<()> {
+        let failed = |reason: String| Error::Dataset(format!("cannot resize a picture: {reason}"));
+        let source = ImageRef::new(picture.width(), picture.height(), picture.as_raw(), PixelType::U8x3)
+            .map_err(|e| failed(e.to_string()))?;
+        let options = ResizeOptions::new()
+            .resize_alg(ResizeAlg::Convolution(FilterType::Bilinear))
+            .crop(left, top, width, height);
+        self.resizer.resize(&source, &mut self.resized, &options).map_err(|e| failed(e.to_string()))
+    }
+
+    /// Bytes in rows of RGB to normalised planes.
+    fn write(&self, flip: bool, jitter: Option<[f32; 3]>, pixels: &mut Vec<f32>) {
+        let (size, start) = (self.size as usize, pixels.len());
+        let plane = size * size;
+        pixels.resize(start + 3 * plane, 0.0);
+        let target = &mut pixels[start..];
+        let bytes = self.resized.buffer();
+        let grey_mean = jitter.map_or(0.0, |_| {
+            let sum: u64 = bytes.iter().map(|&b| u64::from(b)).sum();
+            sum as f32 / (255 * bytes.len()) as f32
+        });
+        for (i, rgb) in bytes.chunks_exact(3).enumerate() {
+            let mut rgb: [f32; 3] = std::array::from_fn(|c| f32::from(rgb[c]) / 255.0);
+            if let Some([brightness, contrast, saturation]) = jitter {
+                let grey = 0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2];
+                for value in &mut rgb {
+                    let saturated = grey + (*value - grey) * saturation;
+                    let contrasted = grey_mean + (saturated - grey_mean) * contrast;
+                    *value = (contrasted * brightness).clamp(0.0, 1.0);
+                }
+            }
+            let (row, column) = (i / size, i % size);
+            let column = if flip { size - 1 - column } else { column };
+            for c in 0..3 {
+                target[c * plane + row * size + column] = (rgb[c] - MEAN[c]) / STANDARD_DEVIATION[c];
+            }
+        }
+    }
+}
+
+/// Left, top, width, height of a random crop, in pixels.
+///
+/// A few draws that do not fit are drawn again; then the largest centred crop of an allowed aspect is taken.
+fn random_crop(width: u32, height: u32, settings: &AugmentSettings, rng: &mut impl Rng) -> [f64; 4] {
+    let (width, height) = (f64::from(width), f64::from(height));
+    let (least, most) = settings.crop_aspect;
+    for _ in 0..10 {
+        let area = width * height * rng.random_range(settings.crop_area.0..=settings.crop_area.1);
+        let aspect = rng.random_range(least.ln()..=most.ln()).exp();
+        let (w, h) = ((area * aspect).sqrt(), (area / aspect).sqrt());
+        if w <= width && h <= height {
+            let left = rng.random_range(0.0..=width - w);
+            let top = rng.random_range(0.0..=height - h);
+            return [left, top, w, h];
+        }
+    }
+    let aspect = (width / height).clamp(least, most);
+    let (w, h) = (width.min(height * aspect), height.min(width / aspect));
+    [(width - w) / 2.0, (height - h) / 2.0, w, h]
+}

@@ -1,0 +1,242 @@
+//! Labelled pictures: where they come from, and the memory they are kept in.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use image::{ImageReader, RgbImage};
+
+use super::synthetic::Fleet;
+use crate::{Error, Result};
+
+/// Decoded pictures a [`Split`] keeps in memory, unless told otherwise: 1 GiB.
+///
+/// 11,870 pictures of 64 x 64 take 139 MiB. Past the budget, pictures are decoded anew each time.
+pub const DEFAULT_CACHE_BYTES: usize = 1 << 30;
+
+/// Two splits with disjoint classes.
+#[derive(Debug, Clone)]
+pub struct Dataset {
+    /// What reports call it: `emoji`, `synthetic`.
+    pub name: String,
+    /// Classes the network learns from.
+    pub train: Arc<Split>,
+    /// Unseen classes, for retrieval.
+    pub test: Arc<Split>,
+    /// What a user should know before training, one line each (classes with one picture, empty folders).
+    pub warnings: Vec<String>,
+}
+
+/// Where one picture comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// A JPEG or PNG file.
+    File(PathBuf),
+    /// The `instance`-th picture of the `class`-th car of a [`Fleet`].
+    Synthetic {
+        /// Index of the design in its fleet.
+        class: usize,
+        /// Index of the picture within the class.
+        instance: usize,
+    },
+}
+
+/// A file that could not be decoded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unreadable {
+    /// Index of the picture in its split.
+    pub index: usize,
+    /// The file.
+    pub path: PathBuf,
+    /// What the decoder said.
+    pub reason: String,
+}
+
+/// Labelled pictures of one side of a [`Dataset`].
+///
+/// Labels run from 0 without gaps, `class_names[label]` names them. Pictures are
+/// decoded on first use, by whichever thread comes first, and kept within the
+/// cache budget. A file that failed once is not tried again.
+#[derive(Debug)]
+pub struct Split {
+    sources: Vec<Source>,
+    labels: Vec<i64>,
+    class_names: Vec<String>,
+    by_class: Vec<Vec<usize>>,
+    fleet: Option<Arc<Fleet>>,
+    slots: Vec<OnceLock<Slot>>,
+    cached_bytes: AtomicUsize,
+    cache_bytes: usize,
+}
+
+#[derive(Debug)]
+enum Slot {
+    Picture(Arc<RgbImage>),
+    Unreadable(String),
+}
+
+impl Split {
+    /// A split of files: per class its name and its pictures.
+    pub fn from_files(classes: Vec<(String, Vec<PathBuf>)>, cache_bytes: usize) -> Self {
+        let classes = classes
+            .into_iter()
+            .map(|(name, files)| (name, files.into_iter().map(Source::File).collect()))
+            .collect();
+        Self::new(classes, None, cache_bytes)
+    }
+
+    /// A split of cars: the classes `designs` of `fleet`, `pictures` of each.
+    pub fn from_fleet(
+        fleet: Arc<Fleet>,
+        designs: std::ops::Range<usize>,
+        pictures: usize,
+        cache_bytes: usize,
+    ) -> Self {
+        let classes = designs
+            .map(|class| {
+                let sources = (0..pictures).map(|instance| Source::Synthetic { class, instance }).collect();
+                (fleet.design(class).name.clone(), sources)
+            })
+            .collect();
+        Self::new(classes, Some(fleet), cache_bytes)
+    }
+
+    fn new(classes: Vec<(String, Vec<Source>)>, fleet: Option<Arc<Fleet>>, cache_bytes: usize) -> Self {
+        let (mut sources, mut labels) = (Vec::new(), Vec::new());
+        let (mut class_names, mut by_class) = (Vec::new(), Vec::new());
+        for (label, (name, pictures)) in classes.into_iter().enumerate() {
+            by_class.push((sources.len()..sources.len() + pictures.len()).collect());
+            labels.resize(labels.len() + pictures.len(), label as i64);
+            sources.extend(pictures);
+            class_names.push(name);
+        }
+        let slots = sources.iter().map(|_| OnceLock::new()).collect();
+        Self {
+            sources,
+            labels,
+            class_names,
+            by_class,
+            fleet,
+            slots,
+            cached_bytes: AtomicUsize::new(0),
+            cache_bytes,
+        }
+    }
+
+    /// Number of pictures.
+    pub fn len(&self) -> usize {
+        self.sources.len()
+    }
+
+    /// Whether there is no picture at all.
+    pub fn is_empty(&self) -> bool {
+        self.sources.is_empty()
+    }
+
+    /// Where each picture comes from.
+    pub fn sources(&self) -> &[Source] {
+        &self.sources
+    }
+
+    /// Label of each picture, `0..classes`.
+    pub fn labels(&self) -> &[i64] {
+        &self.labels
+    }
+
+    /// Names of the classes, by label.
+    pub fn class_names(&self) -> &[String] {
+        &self.class_names
+    }
+
+    /// Indices of the pictures of each class, by label.
+    pub fn by_class(&self) -> &[Vec<usize>] {
+        &self.by_class
+    }
+
+    /// Name of the class of picture `index`.
+    pub fn class_name(&self, index: usize) -> &str {
+        &self.class_names[self.labels[index] as usize]
+    }
+
+    /// The picture `index`, decoded or drawn, from memory if it is there.
+    ///
+    /// # Errors
+    /// [`Error::Image`] if the file cannot be read or decoded.
+    pub fn picture(&self, index: usize) -> Result<Arc<RgbImage>> {
+        let slot = &self.slots[index];
+        match slot.get() {
+            Some(Slot::Picture(picture)) => return Ok(Arc::clone(picture)),
+            Some(Slot::Unreadable(reason)) => return Err(self.image_error(index, reason.clone())),
+            None => {}
+        }
+        match self.draw(index) {
+            Ok(picture) => {
+                let picture = Arc::new(picture);
+                let bytes = picture.as_raw().len();
+                // The slot may be lost to another thread: its budget is then given back.
+                let before = self.cached_bytes.fetch_add(bytes, Ordering::Relaxed);
+                let fits = before.saturating_add(bytes) <= self.cache_bytes;
+                if !fits || slot.set(Slot::Picture(Arc::clone(&picture))).is_err() {
+                    self.cached_bytes.fetch_sub(bytes, Ordering::Relaxed);
+                }
+                Ok(picture)
+            }
+            Err(reason) => {
+                let error = self.image_error(index, reason.clone());
+                // Lost to another thread means that it holds the same answer.
+                let _ = slot.set(Slot::Unreadable(reason));
+                Err(error)
+            }
+        }
+    }
+
+    /// The files that were tried and could not be decoded, so far.
+    pub fn unreadable(&self) -> Vec<Unreadable> {
+        let failed = |(index, slot): (usize, &OnceLock<Slot>)| match slot.get() {
+            Some(Slot::Unreadable(reason)) => Some(Unreadable {
+                index,
+                path: self.sources[index].path().to_path_buf(),
+                reason: reason.clone(),
+            }),
+            _ => None,
+        };
+        self.slots.iter().enumerate().filter_map(failed).collect()
+    }
+
+    /// Bytes of decoded pictures in memory now.
+    pub fn cached_bytes(&self) -> usize {
+        self.cached_bytes.load(Ordering::Relaxed)
+    }
+
+    fn draw(&self, index: usize) -> std::result::Result<RgbImage, String> {
+        match (&self.sources[index], &self.fleet) {
+            (Source::Synthetic { class, instance }, Some(fleet)) => Ok(fleet.draw(*class, *instance)),
+            (Source::Synthetic { .. }, None) => Err("no fleet to draw it from".into()),
+            (Source::File(path), _) => decode(path),
+        }
+    }
+
+    fn image_error(&self, index: usize, reason: String) -> Error {
+        Error::Image { path: self.sources[index].path().to_path_buf(), reason }
+    }
+}
+
+impl Source {
+    /// The file, or an empty path for a picture drawn in memory.
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::File(path) => path,
+            Self::Synthetic { .. } => Path::new(""),
+        }
+    }
+}
+
+/// Decodes by content, not by extension: data sets hold PNGs that are called .jpg.
+fn decode(path: &Path) -> std::result::Result<RgbImage, String> {
+    let reader = ImageReader::open(path).and_then(ImageReader::with_guessed_format);
+    let picture = reader.map_err(|e| e.to_string())?.decode().map_err(|e| e.to_string())?.into_rgb8();
+    if picture.width() == 0 || picture.height() == 0 {
+        return Err("it has no pixels".into());
+    }
+    Ok(picture)
+}

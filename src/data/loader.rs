@@ -1,0 +1,252 @@
+//! Batches prepared ahead of the step, in order, by worker threads.
+
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use image::RgbImage;
+
+use super::augment::{AugmentSettings, Cropper};
+use super::dataset::Split;
+use super::random::{Purpose, generator};
+use super::sampler::PkSampler;
+use crate::{Error, Result};
+
+/// Pictures ready for the network.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ImageBatch {
+    /// Normalised pixels, `[B, 3, image_size, image_size]`, row-major.
+    pub pixels: Vec<f32>,
+    /// Labels within the split, `[B]`.
+    pub labels: Vec<i64>,
+    /// Indices of the pictures in the split, `[B]`.
+    pub indices: Vec<usize>,
+    /// Side of a picture.
+    pub image_size: usize,
+    /// Unreadable pictures that another one of the class stands in for (training).
+    pub replaced: usize,
+    /// Unreadable pictures that were left out (evaluation).
+    pub skipped: usize,
+}
+
+/// What the loader prepares, and how far ahead.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LoaderSettings {
+    /// Side of the network's input, 8 to 1024 pixels.
+    pub image_size: usize,
+    /// How pictures are varied.
+    pub augment: AugmentSettings,
+    /// Threads, at least 1. Default 1: a second one pays only where pictures are large.
+    pub workers: usize,
+    /// Batches that may lie ready, at least 1. Default 4.
+    pub queue: usize,
+    /// Seed of the augmentation.
+    pub seed: u64,
+    /// The first batch: 0, or the step at which a run is continued.
+    pub first_step: u64,
+    /// Batches to deliver.
+    pub steps: u64,
+}
+
+impl LoaderSettings {
+    /// Defaults for `steps` batches of pictures of side `image_size`.
+    pub fn new(image_size: usize, steps: u64, seed: u64) -> Self {
+        let augment = AugmentSettings::default();
+        Self { image_size, augment, workers: 1, queue: 4, seed, first_step: 0, steps }
+    }
+}
+
+/// Delivers the batches of a [`PkSampler`] in order; an iterator.
+///
+/// A worker prepares a whole batch, from nothing but its step: any number of
+/// workers gives the same batches. The first error ends it. Dropping it
+/// stops the workers at their next picture and joins them.
+pub struct Loader {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+}
+
+struct Shared {
+    split: Arc<Split>,
+    sampler: PkSampler,
+    settings: LoaderSettings,
+    state: Mutex<State>,
+    /// A batch was delivered, or the loader is closed: workers look again.
+    room: Condvar,
+    /// A batch is ready: the consumer looks again.
+    ready: Condvar,
+}
+
+struct State {
+    /// Next batch that no worker has taken.
+    next_claimed: u64,
+    /// Next batch the consumer wants.
+    next_delivered: u64,
+    finished: BTreeMap<u64, Result<ImageBatch>>,
+    closed: bool,
+}
+
+impl Loader {
+    /// Starts the workers.
+    ///
+    /// # Errors
+    /// [`Error::InvalidSetting`] for sizes, shares or counts out of range;
+    /// [`Error::Unavailable`] if the system gives no thread.
+    pub fn new(split: Arc<Split>, sampler: PkSampler, settings: LoaderSettings) -> Result<Self> {
+        settings.augment.validate()?;
+        for (name, value) in [("--workers", settings.workers), ("loader queue", settings.queue)] {
+            if value == 0 {
+                return Err(Error::InvalidSetting { name, value: "0".into(), range: "at least 1" });
+            }
+        }
+        let croppers: Vec<_> =
+            (0..settings.workers).map(|_| Cropper::new(settings.image_size)).collect::<Result<_>>()?;
+        let first = settings.first_step;
+        let state =
+            State { next_claimed: first, next_delivered: first, finished: BTreeMap::new(), closed: false };
+        let shared = Arc::new(Shared {
+            split,
+            sampler,
+            settings,
+            state: Mutex::new(state),
+            room: Condvar::new(),
+            ready: Condvar::new(),
+        });
+        let mut loader = Self { shared, workers: Vec::new() };
+        for (i, cropper) in croppers.into_iter().enumerate() {
+            let shared = Arc::clone(&loader.shared);
+            let worker = thread::Builder::new()
+                .name(format!("loader-{i}"))
+                .spawn(move || shared.work(cropper))
+                .map_err(|e| Error::Unavailable(format!("cannot start a loader thread: {e}")))?;
+            loader.workers.push(worker);
+        }
+        Ok(loader)
+    }
+}
+
+impl Iterator for Loader {
+    type Item = Result<ImageBatch>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let shared = &self.shared;
+        let mut state = shared.lock();
+        if state.closed || state.next_delivered == shared.end() {
+            return None;
+        }
+        let wanted = state.next_delivered;
+        loop {
+            if let Some(batch) = state.finished.remove(&wanted) {
+                state.next_delivered += 1;
+                state.closed = batch.is_err();
+                shared.room.notify_all();
+                return Some(batch);
+            }
+            state = shared.ready.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+impl Drop for Loader {
+    fn drop(&mut self) {
+        self.shared.lock().closed = true;
+        self.shared.room.notify_all();
+        for worker in self.workers.drain(..) {
+            // A panic was already delivered as an error.
+            let _ = worker.join();
+        }
+    }
+}
+
+impl Shared {
+    fn end(&self) -> u64 {
+        self.settings.first_step.saturating_add(self.settings.steps)
+    }
+
+    /// The state stays valid at every unlock, so a poisoned lock is as good as any.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn work(&self, mut cropper: Cropper) {
+        while let Some(step) = self.claim() {
+            let batch = catch_unwind(AssertUnwindSafe(|| self.prepare(step, &mut cropper)));
+            let batch = batch.unwrap_or_else(|_| {
+                Some(Err(Error::Training(format!("a loader thread panicked at batch {step}"))))
+            });
+            let Some(batch) = batch else { return };
+            let failed = batch.is_err();
+            self.lock().finished.insert(step, batch);
+            self.ready.notify_all();
+            if failed {
+                return;
+            }
+        }
+    }
+
+    /// The next batch to prepare, once it lies within the queue; none when all are taken.
+    fn claim(&self) -> Option<u64> {
+        let mut state = self.lock();
+        loop {
+            if state.closed || state.next_claimed == self.end() {
+                return None;
+            }
+            if state.next_claimed - state.next_delivered < self.settings.queue as u64 {
+                state.next_claimed += 1;
+                return Some(state.next_claimed - 1);
+            }
+            state = self.room.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Batch `step`; `None` if the loader was closed meanwhile.
+    fn prepare(&self, step: u64, cropper: &mut Cropper) -> Option<Result<ImageBatch>> {
+        let mut indices = self.sampler.batch(step);
+        let mut pixels = Vec::with_capacity(indices.len() * cropper.floats());
+        let mut replaced = 0;
+        for place in 0..indices.len() {
+            if self.lock().closed {
+                return None;
+            }
+            let (index, picture) = match self.readable(&indices, place) {
+                Ok(found) => found,
+                Err(error) => return Some(Err(error)),
+            };
+            replaced += usize::from(index != indices[place]);
+            indices[place] = index;
+            let mut rng = generator(self.settings.seed, Purpose::Augment, step, place as u64);
+            if let Err(error) = cropper.train(&picture, &self.settings.augment, &mut rng, &mut pixels) {
+                return Some(Err(error));
+            }
+        }
+        let labels = indices.iter().map(|&index| self.split.labels()[index]).collect();
+        let image_size = self.settings.image_size;
+        Some(Ok(ImageBatch { pixels, labels, indices, image_size, replaced, skipped: 0 }))
+    }
+
+    /// The picture at `place` of the batch, or another of its class if it cannot be read:
+    /// one that the batch does not hold yet, if there is one.
+    fn readable(&self, batch: &[usize], place: usize) -> Result<(usize, Arc<RgbImage>)> {
+        let wanted = batch[place];
+        let first_error = match self.split.picture(wanted) {
+            Ok(picture) => return Ok((wanted, picture)),
+            Err(error) => error,
+        };
+        let class = &self.split.by_class()[self.split.labels()[wanted] as usize];
+        let start = class.iter().position(|&index| index == wanted).unwrap_or(0);
+        let others = || class.iter().cycle().skip(start + 1).take(class.len() - 1).copied();
+        let fresh = others().filter(|index| !batch.contains(index));
+        let repeated = others().filter(|index| batch.contains(index));
+        for index in fresh.chain(repeated) {
+            if let Ok(picture) = self.split.picture(index) {
+                return Ok((index, picture));
+            }
+        }
+        Err(Error::Dataset(format!(
+            "class {} of the training split has no readable picture ({} tried): {first_error}",
+            self.split.class_name(wanted),
+            class.len()
+        )))
+    }
+}

@@ -1,0 +1,76 @@
+//! P-K batches: P classes, K pictures of each (SPEC 6: 16 x 5 in the paper).
+
+use rand::seq::{SliceRandom, index};
+use rand::{Rng, RngExt};
+
+use super::random::{Purpose, generator};
+use crate::{Error, Result};
+
+/// Draws batches of P classes x K pictures; batch `step` depends on (seed, step) alone.
+///
+/// Classes come in rounds: a round is a random order of all of them, cut into
+/// batches, so that no class waits for long and none comes twice in a batch. What
+/// is left of a round (fewer than P classes) is dropped. Pictures are
+/// drawn without replacement; a class with fewer than K gives all it has, and again.
+#[derive(Debug, Clone)]
+pub struct PkSampler {
+    by_class: Vec<Vec<usize>>,
+    classes: usize,
+    pictures: usize,
+    seed: u64,
+}
+
+impl PkSampler {
+    /// A sampler of `classes` x `pictures` from the picture indices of each class.
+    ///
+    /// # Errors
+    /// [`Error::InvalidSetting`] if one of the two is 0 or there are fewer classes than asked for;
+    /// [`Error::Dataset`] if a class has no picture.
+    pub fn new(by_class: &[Vec<usize>], classes: usize, pictures: usize, seed: u64) -> Result<Self> {
+        let invalid =
+            |name, value: usize, range| Err(Error::InvalidSetting { name, value: value.to_string(), range });
+        if classes == 0 || classes > by_class.len() {
+            return invalid("--classes-per-batch", classes, "1 up to the number of training classes");
+        }
+        if pictures == 0 {
+            return invalid("--images-per-class", pictures, "at least 1");
+        }
+        if let Some(class) = by_class.iter().position(Vec::is_empty) {
+            return Err(Error::Dataset(format!("class {class} of the training split has no picture")));
+        }
+        Ok(Self { by_class: by_class.to_vec(), classes, pictures, seed })
+    }
+
+    /// Pictures in a batch, P x K.
+    pub fn batch_size(&self) -> usize {
+        self.classes * self.pictures
+    }
+
+    /// Batches after which as many pictures were drawn as there are, rounded up.
+    pub fn steps_per_epoch(&self) -> usize {
+        let pictures: usize = self.by_class.iter().map(Vec::len).sum();
+        pictures.div_ceil(self.batch_size())
+    }
+
+    /// The pictures of batch `step`, class by class.
+    pub fn batch(&self, step: u64) -> Vec<usize> {
+        let batches_per_round = (self.by_class.len() / self.classes) as u64;
+        let (round, place) = (step / batches_per_round, (step % batches_per_round) as usize);
+        let mut order: Vec<usize> = (0..self.by_class.len()).collect();
+        order.shuffle(&mut generator(self.seed, Purpose::ClassOrder, round, 0));
+        let mut rng = generator(self.seed, Purpose::Pictures, step, 0);
+        let drawn = &order[place * self.classes..][..self.classes];
+        drawn.iter().flat_map(|&class| draw(&self.by_class[class], self.pictures, &mut rng)).collect()
+    }
+}
+
+/// `count` of `pictures`, all different as long as there are enough.
+fn draw(pictures: &[usize], count: usize, rng: &mut impl Rng) -> Vec<usize> {
+    let without = count.min(pictures.len());
+    let mut drawn: Vec<usize> =
+        index::sample(rng, pictures.len(), without).into_iter().map(|i| pictures[i]).collect();
+    while drawn.len() < count {
+        drawn.push(pictures[rng.random_range(0..pictures.len())]);
+    }
+    drawn
+}

@@ -1,0 +1,28 @@
+//! Fused deep metric learning: mining, loss and gradient of a batch in passes
+//! that never store a B x B matrix.
+//!
+//! The method is DDTAS (Jiang et al., ACM TOMM 20(7), 2024,
+//! doi 10.1145/3656047): asymmetric mining that adapts its tolerances, a soft
+//! contrastive loss, and a generator that learns the loss threshold while
+//! training.
+//!
+//! Modules depend one way: `train` on `model`, `data`, `generator` and
+//! `retrieval`; those on [`backend`]; that on [`loss`].
+
+pub mod backend;
+#[cfg(feature = "cli")]
+pub mod cases;
+#[cfg(feature = "train")]
+pub mod data;
+mod error;
+pub mod loss;
+#[cfg(feature = "train")]
+pub mod model;
+#[cfg(feature = "train")]
+pub mod retrieval;
+#[cfg(feature = "train")]
+pub mod train;
+#[cfg(feature = "cli")]
+pub mod verify;
+
+pub use error::{Error, Result};

@@ -1,0 +1,216 @@
+//! The input of every pass: unit rows with labels, square or rectangular.
+
+use half::{bf16, f16};
+use ndarray::ArrayView2;
+
+use crate::{Error, Result};
+
+/// A borrowed matrix of embeddings, one row an image, row-major.
+#[derive(Debug, Clone, Copy)]
+pub enum Embeddings<'a> {
+    /// Single precision.
+    F32(ArrayView2<'a, f32>),
+    /// IEEE half precision.
+    F16(ArrayView2<'a, f16>),
+    /// Brain floating point.
+    Bf16(ArrayView2<'a, bf16>),
+}
+
+impl<'a> From<ArrayView2<'a, f32>> for Embeddings<'a> {
+    fn from(view: ArrayView2<'a, f32>) -> Self {
+        Self::F32(view)
+    }
+}
+
+impl Embeddings<'_> {
+    /// Number of rows (B or N).
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        self.shape().0
+    }
+
+    /// Number of dimensions (D).
+    #[must_use]
+    pub fn dim(&self) -> usize {
+        self.shape().1
+    }
+
+    fn shape(&self) -> (usize, usize) {
+        match self {
+            Self::F32(m) => m.dim(),
+            Self::F16(m) => m.dim(),
+            Self::Bf16(m) => m.dim(),
+        }
+    }
+
+    fn is_contiguous(&self) -> bool {
+        match self {
+            Self::F32(m) => m.is_standard_layout(),
+            Self::F16(m) => m.is_standard_layout(),
+            Self::Bf16(m) => m.is_standard_layout(),
+        }
+    }
+
+    /// How far a row's norm may be from 1. The narrow types round each entry
+    /// by up to half a unit in the last place, which moves the norm by as much.
+    #[must_use]
+    pub fn norm_tolerance(&self) -> f64 {
+        match self {
+            Self::F32(_) => 1e-3,
+            Self::F16(_) => 2e-3,
+            Self::Bf16(_) => 1e-2,
+        }
+    }
+
+    /// The same matrix in float64.
+    #[must_use]
+    pub fn to_f64(&self) -> ndarray::Array2<f64> {
+        match self {
+            Self::F32(m) => m.mapv(f64::from),
+            Self::F16(m) => m.mapv(f64::from),
+            Self::Bf16(m) => m.mapv(f64::from),
+        }
+    }
+}
+
+/// Embeddings with their labels. A negative label takes the row out of every pair.
+#[derive(Debug, Clone, Copy)]
+pub struct Rows<'a> {
+    /// The matrix, `[rows, dim]`, rows of unit L2 norm.
+    pub embeddings: Embeddings<'a>,
+    /// One label a row.
+    pub labels: &'a [i64],
+}
+
+impl<'a> Rows<'a> {
+    /// Joins a matrix and its labels; lengths are checked by [`Batch::validate`].
+    pub fn new(embeddings: impl Into<Embeddings<'a>>, labels: &'a [i64]) -> Self {
+        Self { embeddings: embeddings.into(), labels }
+    }
+}
+
+/// Whether rows are checked for NaN and unit norm before use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum UnitCheck {
+    /// One pass over the rows; the default. Costs O(B D) beside O(B² D).
+    #[default]
+    Check,
+    /// The caller vouches for the rows. Other rows give a meaningless loss, never undefined behaviour.
+    Trust,
+}
+
+/// Anchors against references: the input of a loss evaluation.
+///
+/// The square form, [`Batch::square`], has the anchors themselves as references;
+/// row i is never a pair of itself. The rectangular form has rows of its own on the
+/// other side: a memory bank, or the batch gathered from many devices. There an
+/// image that stands on both sides is left out of the positives by SPEC 1's rule
+/// on exact duplicates.
+#[derive(Debug, Clone, Copy)]
+pub struct Batch<'a> {
+    /// The rows the loss is averaged over.
+    pub anchors: Rows<'a>,
+    /// The rows they are compared with; `None` means the anchors.
+    pub references: Option<Rows<'a>>,
+    /// Rectangular form only: also compute dL/d(references).
+    pub reference_gradient: bool,
+    /// Whether rows are checked first.
+    pub check: UnitCheck,
+}
+
+impl<'a> Batch<'a> {
+    /// Every row against every other row.
+    pub fn square(embeddings: impl Into<Embeddings<'a>>, labels: &'a [i64]) -> Self {
+        Self {
+            anchors: Rows::new(embeddings, labels),
+            references: None,
+            reference_gradient: false,
+            check: UnitCheck::Check,
+        }
+    }
+
+    /// Anchors against references of their own.
+    #[must_use]
+    pub fn rectangular(anchors: Rows<'a>, references: Rows<'a>) -> Self {
+        Self { anchors, references: Some(references), reference_gradient: false, check: UnitCheck::Check }
+    }
+
+    /// Also asks for dL/d(references); without effect in the square form.
+    #[must_use]
+    pub fn with_reference_gradient(self) -> Self {
+        Self { reference_gradient: true, ..self }
+    }
+
+    /// Skips the check for NaN and unit norm.
+    #[must_use]
+    pub fn trusted(self) -> Self {
+        Self { check: UnitCheck::Trust, ..self }
+    }
+
+    /// The references, whichever form this is.
+    #[must_use]
+    pub fn reference_rows(&self) -> Rows<'a> {
+        self.references.unwrap_or(self.anchors)
+    }
+
+    /// Whether both sides are the same rows.
+    #[must_use]
+    pub fn is_square(&self) -> bool {
+        self.references.is_none()
+    }
+
+    /// Checks shapes: lengths, dimensions, layout. Contents (NaN, unit norm) are
+    /// checked by the backends while they read the rows.
+    ///
+    /// # Errors
+    /// [`Error::Empty`], [`Error::LengthMismatch`], [`Error::NotContiguous`].
+    pub fn validate(&self) -> Result<()> {
+        validate_rows("anchors", &self.anchors)?;
+        if let Some(references) = &self.references {
+            validate_rows("references", references)?;
+            let (expected, got) = (self.anchors.embeddings.dim(), references.embeddings.dim());
+            if expected != got {
+                return Err(Error::LengthMismatch { what: "dimension of the references", expected, got });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Checks the shape of one side.
+///
+/// # Errors
+/// As [`Batch::validate`].
+pub(crate) fn validate_rows(name: &'static str, rows: &Rows<'_>) -> Result<()> {
+    let (count, dim) = (rows.embeddings.rows(), rows.embeddings.dim());
+    if count == 0 || dim == 0 {
+        return Err(Error::Empty { rows: name });
+    }
+    if rows.labels.len() != count {
+        let what = match name {
+            "anchors" => "labels of the anchors",
+            "queries" => "labels of the queries",
+            _ => "labels of the references",
+        };
+        return Err(Error::LengthMismatch { what, expected: count, got: rows.labels.len() });
+    }
+    if !rows.embeddings.is_contiguous() {
+        return Err(Error::NotContiguous { rows: name });
+    }
+    Ok(())
+}
+
+/// Checks one row given the sum of its squares; the one rule every backend applies.
+///
+/// # Errors
+/// [`Error::NotFinite`] or [`Error::NotUnit`], naming the row.
+pub(crate) fn check_unit(rows: &'static str, row: usize, square_sum: f64, tolerance: f64) -> Result<()> {
+    if !square_sum.is_finite() {
+        return Err(Error::NotFinite { rows, row });
+    }
+    let norm = square_sum.sqrt();
+    if (norm - 1.0).abs() > tolerance {
+        return Err(Error::NotUnit { rows, row, norm });
+    }
+    Ok(())
+}

@@ -1,0 +1,31 @@
+//! The method: what DDTAS computes, and the scalar float64 truth of every pass.
+//!
+//! Types first ([`Batch`], [`LossSettings`], [`LossOutput`]), then one file a
+//! pass, each reading like its section of the specification:
+//!
+//! | pass | file | specification |
+//! | --- | --- | --- |
+//! | similarity | `similarity.rs` | 1: positives, negatives, m+, m- |
+//! | select | `select.rs` | 2, 3: ASMS and AT-ASMS |
+//! | gradient | `gradient.rs` | 4: soft contrastive loss |
+//! | threshold | `threshold.rs` | 5: hyper-gradient of the loss threshold |
+//!
+//! [`reference()`] runs them in order. It stores every similarity and is meant
+//! for tests and small batches; the [`backend`](crate::backend)s compute the
+//! same numbers in fused passes.
+
+pub mod baseline;
+mod batch;
+pub mod gradient;
+mod output;
+mod reference;
+pub mod select;
+mod settings;
+pub mod similarity;
+pub mod threshold;
+
+pub use batch::{Batch, Embeddings, Rows, UnitCheck};
+pub(crate) use batch::{check_unit, validate_rows};
+pub use output::{Hypergradient, LossOutput};
+pub use reference::{Reference, reference, reference_hypergradient};
+pub use settings::{LossSettings, Mining};

@@ -1,0 +1,86 @@
+//! What a loss evaluation returns.
+
+use ndarray::Array2;
+
+/// Result of one loss evaluation. A backend refills it in place, so that a
+/// training loop that keeps one allocates nothing.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LossOutput {
+    /// The loss L (SPEC 4).
+    pub loss: f64,
+    /// dL/d(anchors), `[B, D]`. Square form: the whole gradient `(G + Gᵀ) E`.
+    pub gradient: Array2<f32>,
+    /// dL/d(references), `[N, D]`, if the batch asked for it.
+    pub reference_gradient: Option<Array2<f32>>,
+    /// The positive tolerance in force, after adaptation (SPEC 3).
+    pub gamma_pos: f64,
+    /// The negative tolerance in force, after adaptation.
+    pub gamma_neg: f64,
+    /// Negatives that passed the probe, over all anchors.
+    pub probe_neg: u64,
+    /// Ordered positive pairs, N_pos.
+    pub total_pos: u64,
+    /// Smallest similarity to a positive, an entry per anchor; `+inf` if it has none.
+    pub min_pos: Vec<f32>,
+    /// Largest similarity to a negative, an entry per anchor; `-inf` if it has none.
+    pub max_neg: Vec<f32>,
+    /// |P_i|, inactive anchors included.
+    pub count_pos: Vec<u32>,
+    /// |N_i|, inactive anchors included.
+    pub count_neg: Vec<u32>,
+    /// Anchors with both sets non-empty.
+    pub active: u64,
+    /// dL/d(lambda_pos).
+    pub dloss_dlambda_pos: f64,
+    /// dL/d(lambda_neg).
+    pub dloss_dlambda_neg: f64,
+    /// Mean similarity over all positive pairs of the batch; NaN if there is none.
+    pub mean_pos: f64,
+    /// Mean similarity over all negative pairs of the batch; NaN if there is none.
+    pub mean_neg: f64,
+}
+
+impl Default for LossOutput {
+    fn default() -> Self {
+        Self {
+            loss: 0.0,
+            gradient: Array2::zeros((0, 0)),
+            reference_gradient: None,
+            gamma_pos: 0.0,
+            gamma_neg: 0.0,
+            probe_neg: 0,
+            total_pos: 0,
+            min_pos: Vec::new(),
+            max_neg: Vec::new(),
+            count_pos: Vec::new(),
+            count_neg: Vec::new(),
+            active: 0,
+            dloss_dlambda_pos: 0.0,
+            dloss_dlambda_neg: 0.0,
+            mean_pos: f64::NAN,
+            mean_neg: f64::NAN,
+        }
+    }
+}
+
+impl LossOutput {
+    /// Pairs that enter the loss: the sizes of both sets, summed over active anchors.
+    #[must_use]
+    pub fn mined(&self) -> (u64, u64) {
+        let active = |(p, n): &(&u32, &u32)| **p > 0 && **n > 0;
+        self.count_pos
+            .iter()
+            .zip(&self.count_neg)
+            .filter(active)
+            .fold((0, 0), |(pos, neg), (p, n)| (pos + u64::from(*p), neg + u64::from(*n)))
+    }
+}
+
+/// d/dlambda of <dL/dE, tangent> with the mined sets held fixed (SPEC 5), before the factor -eta.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Hypergradient {
+    /// Through lambda_pos.
+    pub pos: f64,
+    /// Through lambda_neg.
+    pub neg: f64,
+}

@@ -1,0 +1,118 @@
+//! SPEC 1-5 from end to end in scalar float64: the truth every backend is held to.
+
+use ndarray::Array2;
+
+use super::batch::check_unit;
+use super::gradient::{Weighted, weigh};
+use super::select::Selection;
+use super::similarity::Similarities;
+use super::{Batch, Hypergradient, LossSettings, Rows, UnitCheck, threshold};
+use crate::{Error, Result};
+
+/// The loss of a batch with everything on the way to it. Holds B x N matrices.
+#[derive(Debug, Clone)]
+pub struct Reference {
+    /// Similarities and pairs.
+    pub similarities: Similarities,
+    /// Mined pairs and tolerances.
+    pub selection: Selection,
+    /// Loss and pair weights.
+    pub weighted: Weighted,
+    /// dL/d(anchors), `[B, D]`; in the square form the whole gradient.
+    pub gradient: Array2<f64>,
+    /// dL/d(references), `[N, D]`, if asked for.
+    pub reference_gradient: Option<Array2<f64>>,
+    /// Mean similarity over all positive pairs; NaN if there is none.
+    pub mean_pos: f64,
+    /// Mean similarity over all negative pairs; NaN if there is none.
+    pub mean_neg: f64,
+}
+
+impl Reference {
+    /// Anchors that enter the loss.
+    #[must_use]
+    pub fn active(&self) -> u64 {
+        (0..self.similarities.anchors()).filter(|&i| self.selection.is_active(i)).count() as u64
+    }
+}
+
+/// Evaluates mining, loss and gradient in float64.
+///
+/// # Errors
+/// As [`Batch::validate`], and [`Error::NotFinite`] / [`Error::NotUnit`] for bad rows.
+pub fn reference(batch: &Batch<'_>, settings: &LossSettings) -> Result<Reference> {
+    settings.validate()?;
+    batch.validate()?;
+    let anchors = read(batch, "anchors", &batch.anchors)?;
+    let references = batch.references.map(|rows| read(batch, "references", &rows)).transpose()?;
+
+    let reference_pair =
+        references.as_ref().zip(batch.references).map(|(embeddings, rows)| (embeddings, rows.labels));
+    let similarities = Similarities::new((&anchors, batch.anchors.labels), reference_pair);
+    let selection = Selection::new(&similarities, settings);
+    let weighted = weigh(&similarities, &selection, settings);
+
+    let g = &weighted.weights;
+    let (gradient, reference_gradient) = match &references {
+        None => ((g + &g.t()).dot(&anchors), None),
+        Some(references) => (g.dot(references), batch.reference_gradient.then(|| g.t().dot(&anchors))),
+    };
+    let anchor_indices = || 0..similarities.anchors();
+    let mean_pos = mean(
+        anchor_indices().flat_map(|i| similarities.positives(i).map(move |j| (i, j)).collect::<Vec<_>>()),
+        &similarities.values,
+    );
+    let mean_neg = mean(
+        anchor_indices().flat_map(|i| similarities.negatives(i).map(move |j| (i, j)).collect::<Vec<_>>()),
+        &similarities.values,
+    );
+    Ok(Reference { similarities, selection, weighted, gradient, reference_gradient, mean_pos, mean_neg })
+}
+
+/// Evaluates the hyper-gradient sums of SPEC 5 in float64.
+///
+/// `tangent` is edot of the anchors, `[B, D]`; `reference_tangent` that of the
+/// references, `[N, D]` (zero if absent, and unused in the square form).
+///
+/// # Errors
+/// As [`reference()`], and [`Error::LengthMismatch`] for a tangent of another shape.
+pub fn reference_hypergradient(
+    batch: &Batch<'_>,
+    settings: &LossSettings,
+    tangent: &Array2<f64>,
+    reference_tangent: Option<&Array2<f64>>,
+) -> Result<Hypergradient> {
+    let evaluated = reference(batch, settings)?;
+    let anchors = batch.anchors.embeddings.to_f64();
+    let references = batch.reference_rows().embeddings.to_f64();
+    same_shape("tangent", &anchors, tangent)?;
+    let mut tilt = tangent.dot(&references.t());
+    let moving = if batch.is_square() { Some(tangent) } else { reference_tangent };
+    if let Some(moving) = moving {
+        same_shape("reference tangent", &references, moving)?;
+        tilt += &anchors.dot(&moving.t());
+    }
+    Ok(threshold::hypergradient(&evaluated.similarities, &evaluated.selection, settings, &tilt))
+}
+
+fn read(batch: &Batch<'_>, name: &'static str, rows: &Rows<'_>) -> Result<Array2<f64>> {
+    let values = rows.embeddings.to_f64();
+    if batch.check == UnitCheck::Check {
+        for (row, vector) in values.outer_iter().enumerate() {
+            check_unit(name, row, vector.dot(&vector), rows.embeddings.norm_tolerance())?;
+        }
+    }
+    Ok(values)
+}
+
+fn same_shape(what: &'static str, expected: &Array2<f64>, got: &Array2<f64>) -> Result<()> {
+    if expected.dim() == got.dim() {
+        return Ok(());
+    }
+    Err(Error::LengthMismatch { what, expected: expected.len(), got: got.len() })
+}
+
+fn mean(pairs: impl Iterator<Item = (usize, usize)>, values: &Array2<f64>) -> f64 {
+    let (sum, count) = pairs.fold((0.0, 0u64), |(sum, count), pair| (sum + values[pair], count + 1));
+    sum / count as f64
+}

@@ -1,0 +1,120 @@
+//! Pair selection with two thresholds: ASMS (SPEC 2) and AT-ASMS (SPEC 3).
+//!
+//! An anchor keeps a positive less similar than its hardest negative plus a
+//! tolerance, and a negative more similar than its hardest positive minus one.
+//! Comparisons are strict; an empty set is not an error.
+
+use super::similarity::Similarities;
+use super::{LossSettings, Mining};
+
+/// The two tolerances of mining.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Tolerances {
+    /// Positives are kept below m- + `pos`.
+    pub pos: f64,
+    /// Negatives are kept above m+ - `neg`.
+    pub neg: f64,
+}
+
+impl Tolerances {
+    /// Keeps every pair of an anchor that has pairs of both kinds.
+    const EVERYTHING: Self = Self { pos: f64::INFINITY, neg: f64::INFINITY };
+}
+
+/// The tolerances before adaptation.
+#[must_use]
+pub fn initial_tolerances(settings: &LossSettings) -> Tolerances {
+    let gamma = settings.gamma;
+    match settings.mining {
+        Mining::None => Tolerances::EVERYTHING,
+        Mining::Symmetric => Tolerances { pos: gamma, neg: gamma },
+        Mining::Asms | Mining::AtAsms => Tolerances { pos: gamma, neg: gamma * settings.negative_ratio },
+    }
+}
+
+/// The probe's tolerance: a negative above m+ minus this is counted in n_neg (SPEC 3).
+#[must_use]
+pub fn probe_tolerance(settings: &LossSettings) -> f64 {
+    settings.gamma * settings.probe_ratio
+}
+
+/// The tolerances in force once the probe has been counted (SPEC 3).
+///
+/// Only [`Mining::AtAsms`] adapts. The negative tolerance never grows, so
+/// every final negative is above m+ minus the larger of [`probe_tolerance`]
+/// and the initial one: a single sweep can collect the candidates.
+#[must_use]
+pub fn adapt(settings: &LossSettings, probe_neg: u64, total_pos: u64) -> Tolerances {
+    let initial = initial_tolerances(settings);
+    if settings.mining != Mining::AtAsms || total_pos == 0 || probe_neg <= total_pos {
+        return initial;
+    }
+    let rho = probe_neg as f64 / total_pos as f64;
+    let t = settings.tolerance * super::gradient::sigmoid(rho);
+    Tolerances { pos: initial.pos * (1.0 + t), neg: initial.neg * (1.0 - t) }
+}
+
+/// The mined pairs of a batch.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Selection {
+    /// m+ of every anchor.
+    pub min_pos: Vec<f64>,
+    /// m- of every anchor.
+    pub max_neg: Vec<f64>,
+    /// P_i, ascending.
+    pub positives: Vec<Vec<usize>>,
+    /// N_i, ascending.
+    pub negatives: Vec<Vec<usize>>,
+    /// The tolerances in force.
+    pub tolerances: Tolerances,
+    /// n_neg of the probe.
+    pub probe_neg: u64,
+    /// N_pos, ordered positive pairs.
+    pub total_pos: u64,
+}
+
+impl Selection {
+    /// Mines a batch: probe, adapt, keep.
+    #[must_use]
+    pub fn new(similarities: &Similarities, settings: &LossSettings) -> Self {
+        let s = &similarities.values;
+        let anchors = 0..similarities.anchors();
+        let min_pos: Vec<f64> = anchors.clone().map(|i| similarities.min_pos(i)).collect();
+        let max_neg: Vec<f64> = anchors.clone().map(|i| similarities.max_neg(i)).collect();
+        let total_pos = anchors.clone().map(|i| similarities.positives(i).count() as u64).sum();
+
+        let harder_than = |i: usize, tolerance: f64| {
+            let bound = lower_bound(min_pos[i], tolerance);
+            similarities.negatives(i).filter(move |&j| s[[i, j]] > bound)
+        };
+        let probe = probe_tolerance(settings);
+        let probe_neg = anchors.clone().map(|i| harder_than(i, probe).count() as u64).sum();
+
+        let tolerances = adapt(settings, probe_neg, total_pos);
+        let positives = anchors
+            .clone()
+            .map(|i| {
+                let bound = upper_bound(max_neg[i], tolerances.pos);
+                similarities.positives(i).filter(|&j| s[[i, j]] < bound).collect()
+            })
+            .collect();
+        let negatives = anchors.map(|i| harder_than(i, tolerances.neg).collect()).collect();
+        Self { min_pos, max_neg, positives, negatives, tolerances, probe_neg, total_pos }
+    }
+
+    /// Whether anchor i enters the loss: both sets are non-empty.
+    #[must_use]
+    pub fn is_active(&self, i: usize) -> bool {
+        !self.positives[i].is_empty() && !self.negatives[i].is_empty()
+    }
+}
+
+/// m- + tolerance. Without a negative (m- = -inf) nothing is below it, whatever the tolerance.
+fn upper_bound(max_neg: f64, tolerance: f64) -> f64 {
+    if max_neg == f64::NEG_INFINITY { max_neg } else { max_neg + tolerance }
+}
+
+/// m+ - tolerance. Without a positive (m+ = +inf) nothing is above it, whatever the tolerance.
+fn lower_bound(min_pos: f64, tolerance: f64) -> f64 {
+    if min_pos == f64::INFINITY { min_pos } else { min_pos - tolerance }
+}

@@ -1,0 +1,88 @@
+//! Settings of mining and loss, with the paper's defaults.
+
+use crate::{Error, Result};
+
+/// How the pairs that enter the loss are chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum, serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "cli", serde(rename_all = "kebab-case"))]
+pub enum Mining {
+    /// Every positive and every negative pair.
+    None,
+    /// One tolerance for both kinds: `gamma_pos = gamma_neg = gamma`.
+    Symmetric,
+    /// Asymmetric sample mining (SPEC 2): `gamma_neg = gamma * negative_ratio`.
+    Asms,
+    /// Adaptive asymmetric sample mining (SPEC 3).
+    #[default]
+    AtAsms,
+}
+
+/// Settings of one loss evaluation (SPEC 2-4). [`Default`] is the paper's.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LossSettings {
+    /// Which pairs are kept.
+    pub mining: Mining,
+    /// Tolerance gamma of mining, in units of cosine similarity. 0 to 2; paper: 0.1.
+    pub gamma: f64,
+    /// `gamma_neg / gamma` under [`Mining::Asms`] and [`Mining::AtAsms`]. 0 to 10; paper: 0.1.
+    pub negative_ratio: f64,
+    /// The probe's tolerance over gamma (SPEC 3). 0 to 10; paper: 0.1, the authors' released code: 1.0.
+    pub probe_ratio: f64,
+    /// Factor k of the adaptation. 0 to 1; paper: 0.5.
+    pub tolerance: f64,
+    /// Sharpness of the negative term. Above 0; paper: 40.
+    pub alpha: f64,
+    /// Sharpness of the positive term. Above 0; paper: 2.
+    pub beta: f64,
+    /// Loss threshold of the positive term, a cosine similarity. -2 to 2; paper: 0.7.
+    pub lambda_pos: f64,
+    /// Loss threshold of the negative term, a cosine similarity. -2 to 2; paper: 0.7.
+    pub lambda_neg: f64,
+}
+
+impl Default for LossSettings {
+    fn default() -> Self {
+        Self {
+            mining: Mining::AtAsms,
+            gamma: 0.1,
+            negative_ratio: 0.1,
+            probe_ratio: 0.1,
+            tolerance: 0.5,
+            alpha: 40.0,
+            beta: 2.0,
+            lambda_pos: 0.7,
+            lambda_neg: 0.7,
+        }
+    }
+}
+
+impl LossSettings {
+    /// The same settings with both loss thresholds at `lambda`.
+    #[must_use]
+    pub fn with_lambda(self, lambda: f64) -> Self {
+        Self { lambda_pos: lambda, lambda_neg: lambda, ..self }
+    }
+
+    /// Checks every range. Backends call it, so a caller need not.
+    ///
+    /// # Errors
+    /// [`Error::InvalidSetting`] names the first setting that is out of range.
+    pub fn validate(&self) -> Result<()> {
+        let within = |name, value: f64, low: f64, high: f64, range| {
+            if (low..=high).contains(&value) {
+                Ok(())
+            } else {
+                Err(Error::InvalidSetting { name, value: value.to_string(), range })
+            }
+        };
+        within("gamma", self.gamma, 0.0, 2.0, "0 to 2")?;
+        within("negative-ratio", self.negative_ratio, 0.0, 10.0, "0 to 10")?;
+        within("probe-ratio", self.probe_ratio, 0.0, 10.0, "0 to 10")?;
+        within("tolerance", self.tolerance, 0.0, 1.0, "0 to 1")?;
+        within("alpha", self.alpha, f64::MIN_POSITIVE, 1e4, "above 0, at most 10000")?;
+        within("beta", self.beta, f64::MIN_POSITIVE, 1e4, "above 0, at most 10000")?;
+        within("lambda-pos", self.lambda_pos, -2.0, 2.0, "-2 to 2")?;
+        within("lambda-neg", self.lambda_neg, -2.0, 2.0, "-2 to 2")
+    }
+}

@@ -1,0 +1,68 @@
+//! Similarities, and which pairs are positive and negative (SPEC 1).
+
+use ndarray::Array2;
+
+/// Similarity from which a positive counts as an exact duplicate and carries no signal.
+pub const DUPLICATE: f64 = 1.0 - 1e-6;
+
+/// Every similarity of a batch, in float64, with the labels that make pairs of them.
+#[derive(Debug, Clone)]
+pub struct Similarities {
+    /// `S[i, j] = anchor_i . reference_j`, `[B, N]`.
+    pub values: Array2<f64>,
+    anchor_labels: Vec<i64>,
+    reference_labels: Vec<i64>,
+    square: bool,
+}
+
+impl Similarities {
+    /// Computes S of `anchors` `[B, D]` against `references` `[N, D]`, or against themselves.
+    #[must_use]
+    pub fn new(anchors: (&Array2<f64>, &[i64]), references: Option<(&Array2<f64>, &[i64])>) -> Self {
+        let square = references.is_none();
+        let (reference_embeddings, reference_labels) = references.unwrap_or(anchors);
+        Self {
+            values: anchors.0.dot(&reference_embeddings.t()),
+            anchor_labels: anchors.1.to_vec(),
+            reference_labels: reference_labels.to_vec(),
+            square,
+        }
+    }
+
+    /// Number of anchors, B.
+    #[must_use]
+    pub fn anchors(&self) -> usize {
+        self.values.nrows()
+    }
+
+    /// Positives of anchor i: same label, not itself, not an exact duplicate.
+    pub fn positives(&self, i: usize) -> impl Iterator<Item = usize> + '_ {
+        self.compared(i).filter(move |&j| {
+            self.reference_labels[j] == self.anchor_labels[i] && self.values[[i, j]] < DUPLICATE
+        })
+    }
+
+    /// Negatives of anchor i: another label.
+    pub fn negatives(&self, i: usize) -> impl Iterator<Item = usize> + '_ {
+        self.compared(i).filter(move |&j| self.reference_labels[j] != self.anchor_labels[i])
+    }
+
+    /// m+_i, the smallest similarity to a positive; +inf if there is none.
+    #[must_use]
+    pub fn min_pos(&self, i: usize) -> f64 {
+        self.positives(i).map(|j| self.values[[i, j]]).fold(f64::INFINITY, f64::min)
+    }
+
+    /// m-_i, the largest similarity to a negative; -inf if there is none.
+    #[must_use]
+    pub fn max_neg(&self, i: usize) -> f64 {
+        self.negatives(i).map(|j| self.values[[i, j]]).fold(f64::NEG_INFINITY, f64::max)
+    }
+
+    /// References that form a pair with anchor i: ignored rows take part in none.
+    fn compared(&self, i: usize) -> impl Iterator<Item = usize> + '_ {
+        let anchor_counts = self.anchor_labels[i] >= 0;
+        (0..self.reference_labels.len())
+            .filter(move |&j| anchor_counts && self.reference_labels[j] >= 0 && !(self.square && i == j))
+    }
+}

@@ -1,0 +1,35 @@
+//! The hyper-gradient sums of the online threshold generator (SPEC 5).
+
+use ndarray::Array2;
+
+use super::gradient::sigmoid;
+use super::select::Selection;
+use super::similarity::Similarities;
+use super::{Hypergradient, LossSettings};
+
+/// `sum_ij (dG_ij/dlambda) tilt_ij` with `tilt_ij = edot_i . e_j + e_i . edot_j`, `[B, N]`:
+/// how fast each similarity moves along the tangent.
+#[must_use]
+pub fn hypergradient(
+    similarities: &Similarities,
+    selection: &Selection,
+    settings: &LossSettings,
+    tilt: &Array2<f64>,
+) -> Hypergradient {
+    let s = &similarities.values;
+    let batch = similarities.anchors() as f64;
+    let LossSettings { alpha, beta, lambda_pos, lambda_neg, .. } = *settings;
+    let mut sums = Hypergradient::default();
+    for i in (0..similarities.anchors()).filter(|&i| selection.is_active(i)) {
+        let (positives, negatives) = (&selection.positives[i], &selection.negatives[i]);
+        for &j in positives {
+            let p = sigmoid(-beta * (s[[i, j]] - lambda_pos));
+            sums.pos -= 2.0 * beta / (batch * positives.len() as f64) * p * (1.0 - p) * tilt[[i, j]];
+        }
+        for &j in negatives {
+            let p = sigmoid(alpha * (s[[i, j]] - lambda_neg));
+            sums.neg -= 2.0 * alpha / (batch * negatives.len() as f64) * p * (1.0 - p) * tilt[[i, j]];
+        }
+    }
+    sums
+}

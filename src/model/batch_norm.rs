@@ -1,0 +1,82 @@
+//! Batch normalisation of channels, joined with ReLU on request.
+
+use burn::module::{Initializer, Module, Param, RunningState};
+use burn::tensor::{Device, Tensor};
+
+use super::layers::{self, NormaliseOptions};
+
+/// Share of the batch in the running statistics after one step.
+const MOMENTUM: f64 = 0.1;
+
+/// Added to the variance before its root.
+const EPSILON: f32 = 1e-5;
+
+/// How batch normalisation behaves in a forward pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Normalise {
+    /// By the batch's statistics, which also move the running ones: a training step.
+    Training,
+    /// By the batch's statistics, leaving the running ones alone: a virtual step.
+    Batch,
+    /// By the running statistics, with scale and shift held fixed: evaluation, or training with BatchNorm frozen.
+    Running,
+}
+
+/// Normalises every channel of `[N, C, H, W]`, then scales and shifts it.
+#[derive(Module, Debug)]
+pub struct BatchNorm {
+    gamma: Param<Tensor<1>>,
+    beta: Param<Tensor<1>>,
+    running_mean: RunningState<Tensor<1>>,
+    running_variance: RunningState<Tensor<1>>,
+    relu: bool,
+}
+
+impl BatchNorm {
+    /// A normalisation of `channels`, followed by ReLU if asked for.
+    #[must_use]
+    pub fn new(channels: usize, relu: bool, device: &Device) -> Self {
+        Self {
+            gamma: Initializer::Ones.init([channels], device),
+            beta: Initializer::Zeros.init([channels], device),
+            running_mean: RunningState::new(Tensor::zeros([channels], device)),
+            running_variance: RunningState::new(Tensor::ones([channels], device)),
+            relu,
+        }
+    }
+
+    /// `[N, C, H, W]` to the same shape.
+    #[must_use]
+    pub fn forward(&self, input: Tensor<4>, mode: Normalise) -> Tensor<4> {
+        let from_batch = mode != Normalise::Running;
+        let statistics = if from_batch {
+            layers::batch_statistics(input.clone())
+        } else {
+            let running = vec![self.running_mean.value_sync(), self.running_variance.value_sync()];
+            Tensor::stack(running, 0).detach()
+        };
+        if mode == Normalise::Training {
+            self.move_running_statistics(&input, &statistics);
+        }
+        let (gamma, beta) = match mode {
+            Normalise::Running => (self.gamma.val().detach(), self.beta.val().detach()),
+            Normalise::Batch | Normalise::Training => (self.gamma.val(), self.beta.val()),
+        };
+        let options = NormaliseOptions { epsilon: EPSILON, relu: self.relu, from_batch };
+        layers::normalise(input, statistics, gamma, beta, options)
+    }
+
+    fn move_running_statistics(&self, input: &Tensor<4>, statistics: &Tensor<2>) {
+        let [images, channels, height, width] = input.dims();
+        let count = images * height * width;
+        // The running variance is the unbiased one, as everywhere in the field.
+        let unbiased = count as f64 / (count.max(2) - 1) as f64;
+        let row = |row: usize| statistics.clone().slice([row..row + 1, 0..channels]).reshape([channels]);
+        let update = |running: &RunningState<Tensor<1>>, batch: Tensor<1>| {
+            let kept = running.value_sync().detach().mul_scalar(1.0 - MOMENTUM);
+            running.update(kept.add(batch.detach().mul_scalar(MOMENTUM)));
+        };
+        update(&self.running_mean, row(0));
+        update(&self.running_variance, row(1).mul_scalar(unbiased));
+    }
+}

@@ -1,0 +1,119 @@
+//! The operations under autodiff: forward on the inner backend, gradients written out.
+
+use burn::backend::Autodiff;
+use burn::backend::autodiff::checkpoint::base::Checkpointer;
+use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use burn::backend::tensor::FloatTensor;
+
+use super::{LayerOps, NormaliseOptions};
+
+#[derive(Debug)]
+struct Convolution;
+
+impl<B: LayerOps> Backward<B, 2> for Convolution {
+    type State = (FloatTensor<B>, FloatTensor<B>, usize);
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _checkpointer: &mut Checkpointer) {
+        let [input_node, weight_node] = ops.parents;
+        let gradient = grads.consume::<B>(&ops.node);
+        let (input, weight, stride) = ops.state;
+        if let Some(node) = input_node {
+            let value =
+                B::convolution_input_gradient(input.clone(), weight.clone(), gradient.clone(), stride);
+            grads.register::<B>(node.id, value);
+        }
+        if let Some(node) = weight_node {
+            grads.register::<B>(node.id, B::convolution_weight_gradient(input, weight, gradient, stride));
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Normalise;
+
+impl<B: LayerOps> Backward<B, 3> for Normalise {
+    type State = ([FloatTensor<B>; 4], NormaliseOptions);
+
+    fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _checkpointer: &mut Checkpointer) {
+        let [input_node, gamma_node, beta_node] = ops.parents;
+        let gradient = grads.consume::<B>(&ops.node);
+        let ([input, statistics, gamma, beta], options) = ops.state;
+        let channels = burn::backend::TensorMetadata::shape(&gamma)[0];
+        let parameters = B::normalise_parameter_gradient(
+            input.clone(),
+            statistics.clone(),
+            gamma.clone(),
+            beta.clone(),
+            gradient.clone(),
+            options,
+        );
+        for (row, node) in [gamma_node, beta_node].into_iter().enumerate() {
+            if let Some(node) = node {
+                let slice = [row..row + 1, 0..channels].map(Into::into);
+                let value = B::float_slice(parameters.clone(), &slice);
+                grads.register::<B>(node.id, B::float_reshape(value, [channels].into()));
+            }
+        }
+        if let Some(node) = input_node {
+            let value =
+                B::normalise_input_gradient(input, statistics, gamma, beta, gradient, parameters, options);
+            grads.register::<B>(node.id, value);
+        }
+    }
+}
+
+#[derive(Debug)]
+struct AddRelu;
+
+impl<B: LayerOps> Backward<B, 2> for AddRelu {
+    type State = FloatTensor<B>;
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _checkpointer: &mut Checkpointer) {
+        let gradient = B::add_relu_gradient(ops.state, grads.consume::<B>(&ops.node));
+        for node in ops.parents.into_iter().flatten() {
+            grads.register::<B>(node.id, gradient.clone());
+        }
+    }
+}
+
+impl<B: LayerOps, C: CheckpointStrategy> LayerOps for Autodiff<B, C> {
+    fn convolution(input: FloatTensor<Self>, weight: FloatTensor<Self>, stride: usize) -> FloatTensor<Self> {
+        let ((input, input_node), (weight, weight_node)) = (input.into_parts(), weight.into_parts());
+        let output = B::convolution(input.clone(), weight.clone(), stride);
+        match Convolution.prepare::<C>([input_node, weight_node]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish((input, weight, stride), output),
+            OpsKind::UnTracked(prep) => prep.finish(output),
+        }
+    }
+
+    fn batch_statistics(input: FloatTensor<Self>) -> FloatTensor<Self> {
+        FloatTensor::<Self>::new(B::batch_statistics(input.into_primitive()))
+    }
+
+    fn normalise(
+        input: FloatTensor<Self>,
+        statistics: FloatTensor<Self>,
+        gamma: FloatTensor<Self>,
+        beta: FloatTensor<Self>,
+        options: NormaliseOptions,
+    ) -> FloatTensor<Self> {
+        let ((input, input_node), statistics) = (input.into_parts(), statistics.into_primitive());
+        let ((gamma, gamma_node), (beta, beta_node)) = (gamma.into_parts(), beta.into_parts());
+        let output = B::normalise(input.clone(), statistics.clone(), gamma.clone(), beta.clone(), options);
+        match Normalise.prepare::<C>([input_node, gamma_node, beta_node]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish(([input, statistics, gamma, beta], options), output),
+            OpsKind::UnTracked(prep) => prep.finish(output),
+        }
+    }
+
+    fn add_relu(a: FloatTensor<Self>, b: FloatTensor<Self>) -> FloatTensor<Self> {
+        let ((a, a_node), (b, b_node)) = (a.into_parts(), b.into_parts());
+        let output = B::add_relu(a, b);
+        match AddRelu.prepare::<C>([a_node, b_node]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish(output.clone(), output),
+            OpsKind::UnTracked(prep) => prep.finish(output),
+        }
+    }
+}

@@ -1,0 +1,184 @@
+//! The operations on Burn's CPU backend. The engine trains in f32 there; no other type arrives.
+
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Flex, TensorMetadata};
+use burn::tensor::{Shape, TensorData};
+
+use super::convolution::{self, Geometry};
+use super::normalisation::{self, Normalisation, Planes};
+use super::{LayerOps, NormaliseOptions};
+
+type CpuTensor = FloatTensor<Flex>;
+
+/// A tensor's values in row-major order.
+struct Values(CpuTensor);
+
+impl Values {
+    fn new(tensor: CpuTensor) -> Self {
+        Self(tensor.to_contiguous())
+    }
+
+    fn get(&self) -> &[f32] {
+        let from = self.0.layout().start_offset();
+        &self.0.storage::<f32>()[from..from + self.0.shape().num_elements()]
+    }
+}
+
+fn tensor(values: Vec<f32>, shape: impl Into<Shape>) -> CpuTensor {
+    CpuTensor::from_data(TensorData::new(values, shape))
+}
+
+fn geometry(input: &Shape, weight: &Shape, stride: usize) -> Geometry {
+    Geometry {
+        images: input[0],
+        channels_in: input[1],
+        channels_out: weight[0],
+        input: [input[2], input[3]],
+        kernel: weight[2],
+        stride,
+        padding: weight[2] / 2,
+    }
+}
+
+fn planes(input: &Shape) -> Planes {
+    Planes { channels: input[1], area: input[2] * input[3] }
+}
+
+/// The inputs of a normalisation, unpacked.
+struct Inputs {
+    statistics: Values,
+    gamma: Values,
+    beta: Values,
+    options: NormaliseOptions,
+}
+
+impl Inputs {
+    fn settings(&self) -> Normalisation<'_> {
+        let (mean, variance) = self.statistics.get().split_at(self.gamma.get().len());
+        let NormaliseOptions { epsilon, relu, from_batch } = self.options;
+        Normalisation {
+            mean,
+            variance,
+            gamma: self.gamma.get(),
+            beta: self.beta.get(),
+            epsilon,
+            relu,
+            from_batch,
+        }
+    }
+}
+
+impl LayerOps for Flex {
+    fn convolution(input: CpuTensor, weight: CpuTensor, stride: usize) -> CpuTensor {
+        let g = geometry(&input.shape(), &weight.shape(), stride);
+        let values = convolution::forward(&g, Values::new(input).get(), Values::new(weight).get());
+        let [height, width] = g.output();
+        tensor(values, [g.images, g.channels_out, height, width])
+    }
+
+    fn convolution_input_gradient(
+        input: CpuTensor,
+        weight: CpuTensor,
+        output_gradient: CpuTensor,
+        stride: usize,
+    ) -> CpuTensor {
+        let shape = input.shape();
+        let g = geometry(&shape, &weight.shape(), stride);
+        let gradient = Values::new(output_gradient);
+        tensor(convolution::input_gradient(&g, gradient.get(), Values::new(weight).get()), shape)
+    }
+
+    fn convolution_weight_gradient(
+        input: CpuTensor,
+        weight: CpuTensor,
+        output_gradient: CpuTensor,
+        stride: usize,
+    ) -> CpuTensor {
+        let g = geometry(&input.shape(), &weight.shape(), stride);
+        let (input, gradient) = (Values::new(input), Values::new(output_gradient));
+        tensor(convolution::weight_gradient(&g, input.get(), gradient.get()), weight.shape())
+    }
+
+    fn batch_statistics(input: CpuTensor) -> CpuTensor {
+        let planes = planes(&input.shape());
+        tensor(normalisation::statistics(planes, Values::new(input).get()), [2, planes.channels])
+    }
+
+    fn normalise(
+        input: CpuTensor,
+        statistics: CpuTensor,
+        gamma: CpuTensor,
+        beta: CpuTensor,
+        options: NormaliseOptions,
+    ) -> CpuTensor {
+        let shape = input.shape();
+        let inputs = Inputs {
+            statistics: Values::new(statistics),
+            gamma: Values::new(gamma),
+            beta: Values::new(beta),
+            options,
+        };
+        let values = normalisation::forward(planes(&shape), Values::new(input).get(), &inputs.settings());
+        tensor(values, shape)
+    }
+
+    fn normalise_parameter_gradient(
+        input: CpuTensor,
+        statistics: CpuTensor,
+        gamma: CpuTensor,
+        beta: CpuTensor,
+        output_gradient: CpuTensor,
+        options: NormaliseOptions,
+    ) -> CpuTensor {
+        let planes = planes(&input.shape());
+        let inputs = Inputs {
+            statistics: Values::new(statistics),
+            gamma: Values::new(gamma),
+            beta: Values::new(beta),
+            options,
+        };
+        let (input, gradient) = (Values::new(input), Values::new(output_gradient));
+        let values =
+            normalisation::parameter_gradient(planes, input.get(), gradient.get(), &inputs.settings());
+        tensor(values, [2, planes.channels])
+    }
+
+    fn normalise_input_gradient(
+        input: CpuTensor,
+        statistics: CpuTensor,
+        gamma: CpuTensor,
+        beta: CpuTensor,
+        output_gradient: CpuTensor,
+        parameter_gradient: CpuTensor,
+        options: NormaliseOptions,
+    ) -> CpuTensor {
+        let shape = input.shape();
+        let inputs = Inputs {
+            statistics: Values::new(statistics),
+            gamma: Values::new(gamma),
+            beta: Values::new(beta),
+            options,
+        };
+        let (input, gradient) = (Values::new(input), Values::new(output_gradient));
+        let parameter_gradient = Values::new(parameter_gradient);
+        let values = normalisation::input_gradient(
+            planes(&shape),
+            input.get(),
+            gradient.get(),
+            parameter_gradient.get(),
+            &inputs.settings(),
+        );
+        tensor(values, shape)
+    }
+
+    fn add_relu(a: CpuTensor, b: CpuTensor) -> CpuTensor {
+        let shape = a.shape();
+        tensor(normalisation::add_relu(Values::new(a).get(), Values::new(b).get()), shape)
+    }
+
+    fn add_relu_gradient(output: CpuTensor, output_gradient: CpuTensor) -> CpuTensor {
+        let shape = output.shape();
+        let (output, gradient) = (Values::new(output), Values::new(output_gradient));
+        tensor(normalisation::add_relu_gradient(output.get(), gradient.get()), shape)
+    }
+}

@@ -1,0 +1,49 @@
+//! Networks: a residual backbone and an embedding head, as Burn modules.
+
+mod backbone;
+mod batch_norm;
+mod head;
+pub mod layers;
+
+use burn::module::Module;
+use burn::tensor::{Device, Tensor};
+
+pub use backbone::Backbone;
+pub use batch_norm::{BatchNorm, Normalise};
+pub use head::EmbeddingHead;
+
+/// A network from images to unit embeddings.
+#[derive(Module, Debug)]
+pub struct EmbeddingNetwork {
+    /// Images to features.
+    pub backbone: Backbone,
+    /// Features to embeddings.
+    pub head: EmbeddingHead,
+}
+
+/// Shape of an [`EmbeddingNetwork`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct NetworkShape {
+    /// Channels of the first of three stages; the later ones have two and four times as many.
+    pub width: usize,
+    /// Residual blocks a stage.
+    pub depth: usize,
+    /// Dimensions of an embedding.
+    pub embedding_dim: usize,
+}
+
+impl EmbeddingNetwork {
+    /// A network with random weights, drawn from the device's generator (seed it first).
+    #[must_use]
+    pub fn new(shape: &NetworkShape, device: &Device) -> Self {
+        let backbone = Backbone::new(shape.width, shape.depth, device);
+        let head = EmbeddingHead::new(backbone.features(), shape.embedding_dim, device);
+        Self { backbone, head }
+    }
+
+    /// Images `[N, 3, H, W]` to embeddings `[N, dim]`, rows of unit norm.
+    #[must_use]
+    pub fn forward(&self, images: Tensor<4>, mode: Normalise) -> Tensor<2> {
+        self.head.forward(self.backbone.forward(images, mode))
+    }
+}

@@ -1,0 +1,106 @@
+//! What is written down of a run, a line of JSON each, in metrics.jsonl.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, Result};
+
+/// One training step.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StepRecord {
+    /// Step, from 0.
+    pub step: usize,
+    /// Passes over the training pictures, so far.
+    pub epoch: f64,
+    /// The loss.
+    pub loss: f64,
+    /// Positive tolerance in force; absent without mining.
+    pub gamma_pos: Option<f64>,
+    /// Negative tolerance in force; absent without mining.
+    pub gamma_neg: Option<f64>,
+    /// Loss threshold of positives.
+    pub lambda_pos: f64,
+    /// Loss threshold of negatives.
+    pub lambda_neg: f64,
+    /// Positive pairs in the loss.
+    pub mined_pos: u64,
+    /// Negative pairs in the loss.
+    pub mined_neg: u64,
+    /// Anchors in the loss.
+    pub active: u64,
+    /// Mean similarity of positive pairs; absent if the batch has none.
+    pub mean_pos: Option<f64>,
+    /// Mean similarity of negative pairs; absent if the batch has none.
+    pub mean_neg: Option<f64>,
+    /// Learning rate of the step.
+    pub learning_rate: f64,
+}
+
+/// One evaluation on the test classes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct EvaluationRecord {
+    /// Steps trained so far.
+    pub step: usize,
+    /// K and Recall@K, ascending in K, in 0 to 1.
+    pub recall: Vec<(usize, f64)>,
+}
+
+/// A line of metrics.jsonl.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum Record {
+    /// A training step.
+    Step(StepRecord),
+    /// An evaluation.
+    Evaluation(EvaluationRecord),
+}
+
+/// Appends records to a file, each whole line at once: what a killed run leaves is valid up to its last line.
+pub struct RecordWriter {
+    file: File,
+    path: PathBuf,
+}
+
+impl RecordWriter {
+    /// Creates the file, which must not be there.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn create(path: &Path) -> Result<Self> {
+        let file = File::create_new(path).map_err(Error::io("create", path))?;
+        Ok(Self { file, path: path.to_path_buf() })
+    }
+
+    /// Appends a record.
+    ///
+    /// # Errors
+    /// [`Error::Io`], for example if the disk is full.
+    pub fn append(&mut self, record: &Record) -> Result<()> {
+        let mut line =
+            serde_json::to_string(record).map_err(|error| Error::format(&self.path, error.to_string()))?;
+        line.push('\n');
+        self.file.write_all(line.as_bytes()).map_err(Error::io("write", &self.path))
+    }
+}
+
+/// Reads the records of a run; a torn last line, left by a killed process, is passed over.
+///
+/// # Errors
+/// [`Error::Io`], or [`Error::Format`] if a line before the last is not a record.
+pub fn read(path: &Path) -> Result<Vec<Record>> {
+    let file = File::open(path).map_err(Error::io("read", path))?;
+    let lines =
+        BufReader::new(file).lines().collect::<std::io::Result<Vec<_>>>().map_err(Error::io("read", path))?;
+    let mut records = Vec::with_capacity(lines.len());
+    for (number, line) in lines.iter().enumerate() {
+        match serde_json::from_str(line) {
+            Ok(record) => records.push(record),
+            Err(_) if number + 1 == lines.len() => {}
+            Err(error) => return Err(Error::format(path, format!("line {}: {error}", number + 1))),
+        }
+    }
+    Ok(records)
+}

@@ -1,0 +1,256 @@
+//! The page.
+
+use std::fmt::Write;
+
+use super::{Query, Report, plots, strip};
+
+const STYLE: &str = include_str!("report.css");
+
+/// The whole page; everything that came from outside is escaped.
+pub(super) fn page(report: &Report) -> Result<String, String> {
+    let title = match &report.findings {
+        Some(findings) => format!("{} on {}", report.name, findings.dataset),
+        None => report.name.clone(),
+    };
+    let mut body = String::new();
+    heading(&mut body, report, &title);
+    recall_table(&mut body, report);
+    if let Some(findings) = report.findings.as_ref().filter(|findings| !findings.queries.is_empty()) {
+        neighbours(&mut body, &findings.queries);
+    }
+    let plots = plots::plots(report)?;
+    if !plots.is_empty() {
+        section(&mut body, "Training", "Over steps.");
+        push(&mut body, "<div class=\"plots\">");
+        for plot in &plots {
+            figure(&mut body, plot);
+        }
+        push(&mut body, "</div></section>");
+    }
+    settings(&mut body, &report.settings);
+    Ok(format!(
+        "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\n\
+         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
+         <title>{}</title>\n<style>\n{STYLE}</style></head>\n<body><main>\n{body}\n\
+         <footer>Written by ddtas {}.</footer>\n</main></body></html>\n",
+        escape(&title),
+        env!("CARGO_PKG_VERSION")
+    ))
+}
+
+fn heading(body: &mut String, report: &Report, title: &str) {
+    push(body, &format!("<header><h1>{}</h1>", escape(title)));
+    if let Some(f) = &report.findings {
+        push(
+            body,
+            &format!(
+                "<p>Trained on {} pictures of {} classes, tested on {} pictures of {} classes it never saw.</p>",
+                grouped(f.train.pictures),
+                grouped(f.train.classes),
+                grouped(f.test.pictures),
+                grouped(f.test.classes)
+            ),
+        );
+    } else {
+        push(body, "<p>This run has not ended, or was cut short: the report shows what there is.</p>");
+    }
+    let mut cards = Vec::new();
+    if let Some((first, best)) = first_and_best(report) {
+        let at_1 = |recall: &[(usize, f64)]| recall.first().map(|&(_, value)| percent(value));
+        if let (Some(before), Some(after)) = (at_1(&first.recall), at_1(&best.recall)) {
+            let k = first.recall[0].0;
+            cards.push((
+                format!("{after} <small>%</small>"),
+                format!("Recall@{k}, from {before} % untrained"),
+            ));
+        }
+    }
+    if let Some(last) = report.steps.last() {
+        cards.push((grouped(last.step + 1), format!("steps, {:.1} epochs", last.epoch)));
+    }
+    if let Some(f) = &report.findings {
+        cards.push((duration(f.training_seconds), "of training".into()));
+    }
+    if let Some(seed) = report.settings.get("seed") {
+        cards.push((escape(&seed.to_string()), "seed".into()));
+    }
+    push(body, "<div class=\"cards\">");
+    for (value, label) in cards {
+        push(body, &format!("<div><b>{value}</b><span>{label}</span></div>"));
+    }
+    push(body, "</div></header>");
+}
+
+/// The evaluation before training and the best one by its first K.
+fn first_and_best(report: &Report) -> Option<(&super::EvaluationRecord, &super::EvaluationRecord)> {
+    let at_1 = |e: &super::EvaluationRecord| e.recall.first().map_or(0.0, |r| r.1);
+    let first = report.evaluations.first()?;
+    // Of equals the earliest, as the checkpoint is.
+    let best = report.evaluations.iter().rev().max_by(|a, b| at_1(a).total_cmp(&at_1(b)))?;
+    Some((first, best))
+}
+
+fn recall_table(body: &mut String, report: &Report) {
+    let Some((first, best)) = first_and_best(report) else { return };
+    let mut rows: Vec<(String, &[(usize, f64)])> = Vec::new();
+    if let Some(findings) = &report.findings {
+        rows.extend(findings.baselines.iter().map(|b| (b.name.clone(), b.recall.as_slice())));
+    }
+    let untrained =
+        if first.step == 0 { "untrained network".into() } else { format!("after {} steps", first.step) };
+    rows.push((untrained, &first.recall));
+    if let Some(last) = report.evaluations.last().filter(|last| last.step > first.step) {
+        if best.step > first.step && best.step < last.step {
+            rows.push((format!("best, after {} steps", grouped(best.step)), &best.recall));
+        }
+        rows.push((format!("trained, after {} steps", grouped(last.step)), &last.recall));
+    }
+    section(
+        body,
+        "Retrieval",
+        "Recall@K on unseen classes, in per cent: a hit is one of the query's class among its K nearest.",
+    );
+    push(body, "<div class=\"scroll\"><table class=\"recall\"><thead><tr><th></th>");
+    for (k, _) in &first.recall {
+        push(body, &format!("<th>R@{k}</th>"));
+    }
+    push(body, "</tr></thead><tbody>");
+    let highest = |k: usize| {
+        let of = |row: &(String, &[(usize, f64)])| row.1.iter().find(|r| r.0 == k).map_or(0.0, |r| r.1);
+        rows.iter().map(of).fold(0.0, f64::max)
+    };
+    for (name, recall) in &rows {
+        push(body, &format!("<tr><th>{}</th>", escape(name)));
+        for &(k, _) in &first.recall {
+            match recall.iter().find(|r| r.0 == k) {
+                Some(&(_, value)) if value >= highest(k) => {
+                    push(body, &format!("<td><b>{}</b></td>", percent(value)))
+                }
+                Some(&(_, value)) => push(body, &format!("<td>{}</td>", percent(value))),
+                None => push(body, "<td></td>"),
+            }
+        }
+        push(body, "</tr>");
+    }
+    push(body, "</tbody></table></div></section>");
+}
+
+fn neighbours(body: &mut String, queries: &[Query]) {
+    section(
+        body,
+        "Nearest neighbours",
+        "Test pictures at even distances through the set, and what the best network finds for each, nearest \
+         first, with the cosine similarity. <i class=\"right\">Green</i>: the same class; <i class=\"wrong\">red</i>: another.",
+    );
+    push(body, "<div class=\"scroll\"><div class=\"strip\">");
+    for query in queries {
+        push(body, "<div class=\"row\">");
+        let class = escape(&query.class);
+        push(
+            body,
+            &format!(
+                "<figure class=\"query\"><img alt=\"query: {class}\" src=\"data:image/png;base64,{}\">\
+                 <figcaption>{class}</figcaption></figure>",
+                query.png
+            ),
+        );
+        for answer in &query.answers {
+            let (mark, word) = if answer.right { ("right", "right") } else { ("wrong", "wrong") };
+            let class = escape(&answer.class);
+            push(
+                body,
+                &format!(
+                    "<figure class=\"{mark}\"><img alt=\"{word}: {class}\" title=\"{class}\" \
+                     src=\"data:image/png;base64,{}\"><figcaption>{class} <span>{:.2}</span></figcaption></figure>",
+                    answer.png, answer.similarity
+                ),
+            );
+        }
+        push(body, "</div>");
+    }
+    push(body, "</div></div></section>");
+}
+
+fn figure(body: &mut String, plot: &plots::Plot) {
+    push(body, &format!("<figure><h3>{}</h3><p class=\"legend\">", plot.title));
+    if plot.legend.len() > 1 {
+        for (colour, name) in &plot.legend {
+            push(body, &format!("<span><i style=\"background:{colour}\"></i>{}</span>", escape(name)));
+        }
+    }
+    push(body, &format!("</p>{}<figcaption>{}</figcaption></figure>", plot.svg, plot.note));
+}
+
+fn settings(body: &mut String, table: &toml::Table) {
+    section(body, "Settings", "As in config.toml; with the seed they give the same run again.");
+    push(body, "<dl>");
+    flatten(body, "", table);
+    push(body, "</dl></section>");
+}
+
+fn flatten(body: &mut String, prefix: &str, table: &toml::Table) {
+    for (key, value) in table {
+        let name = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
+        match value {
+            toml::Value::Table(inner) => flatten(body, &name, inner),
+            toml::Value::String(text) => entry(body, &name, text),
+            other => entry(body, &name, &other.to_string()),
+        }
+    }
+}
+
+fn entry(body: &mut String, name: &str, value: &str) {
+    push(body, &format!("<div><dt>{}</dt><dd>{}</dd></div>", escape(name), escape(value)));
+}
+
+fn section(body: &mut String, title: &str, note: &str) {
+    push(body, &format!("<section><h2>{title}</h2><p>{note}</p>"));
+}
+
+fn push(body: &mut String, text: &str) {
+    body.push_str(text);
+    body.push('\n');
+}
+
+fn percent(share: f64) -> String {
+    format!("{:.1}", 100.0 * share)
+}
+
+/// 12345 as 12,345.
+fn grouped(number: usize) -> String {
+    let digits = number.to_string();
+    let mut text = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+fn duration(seconds: f64) -> String {
+    let whole = seconds.round().max(0.0) as u64;
+    match whole {
+        0..60 => format!("{whole} <small>s</small>"),
+        60..3600 => format!("{}:{:02} <small>min</small>", whole / 60, whole % 60),
+        _ => format!("{}:{:02} <small>h</small>", whole / 3600, whole % 3600 / 60),
+    }
+}
+
+/// Class names are folder names: anything may be in them.
+fn escape(text: &str) -> String {
+    let mut safe = String::with_capacity(text.len());
+    for character in text.chars() {
+        match character {
+            '&' | '<' | '>' | '"' | '\'' => {
+                // Writing to a string cannot fail.
+                let _ = write!(safe, "&#{};", u32::from(character));
+            }
+            other => safe.push(other),
+        }
+    }
+    safe
+}
+
+const _: () = assert!(strip::RIGHT[1] == 160 && strip::WRONG[0] == 214, "report.css uses the same colours");

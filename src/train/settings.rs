@@ -1,0 +1,212 @@
+//! Everything a training run can be told; the arguments of `ddtas-train` and the run's config.toml.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::loss::baseline::PairLoss;
+use crate::loss::{LossSettings, Mining};
+use crate::model::NetworkShape;
+use crate::{Error, Result};
+
+/// Where pictures come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DatasetKind {
+    /// Car silhouettes drawn in memory from a seed: 98 classes to train, 98 unseen ones to test.
+    #[default]
+    Synthetic,
+    /// A folder of folders, one a class: the first half of the sorted classes trains, the rest tests.
+    Folder,
+}
+
+/// What BatchNorm does while training.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BatchNorm {
+    /// Normalises by the batch and learns scale and shift.
+    #[default]
+    Trainable,
+    /// Normalises by the statistics of the checkpoint it started from and learns nothing.
+    Frozen,
+}
+
+/// Settings of a training run. The defaults are those of `ddtas-train` without arguments.
+#[derive(Debug, Clone, PartialEq, clap::Args, Serialize, Deserialize)]
+pub struct TrainSettings {
+    /// Pictures to learn from.
+    #[arg(long, value_enum, default_value_t)]
+    pub dataset: DatasetKind,
+    /// The folder of --dataset folder.
+    #[arg(long, value_name = "DIR")]
+    pub data_root: Option<PathBuf>,
+    /// Classes that train, in sorted order; half of them if not given (--dataset folder).
+    #[arg(long, value_name = "N")]
+    pub train_classes: Option<usize>,
+
+    /// Seed of the cars of --dataset synthetic; runs compare only where it is the same.
+    #[arg(long, default_value_t = 0)]
+    pub data_seed: u64,
+
+    /// Side of the pictures the network sees, in pixels.
+    #[arg(long, default_value_t = 48)]
+    pub image_size: usize,
+    /// Dimensions of an embedding.
+    #[arg(long, default_value_t = 128)]
+    pub embedding_dim: usize,
+    /// Channels of the network's first stage; the next two have twice and four times as many.
+    #[arg(long, default_value_t = 32)]
+    pub width: usize,
+    /// Residual blocks a stage.
+    #[arg(long, default_value_t = 1)]
+    pub depth: usize,
+    /// What BatchNorm does while training; frozen needs --init.
+    #[arg(long, value_enum, default_value_t)]
+    pub batch_norm: BatchNorm,
+    /// Start from the weights of this checkpoint.
+    #[arg(long, value_name = "FILE")]
+    pub init: Option<PathBuf>,
+
+    /// The loss.
+    #[arg(long, value_enum, default_value_t)]
+    pub loss: PairLoss,
+    /// Which pairs enter the loss.
+    #[arg(long, value_enum, default_value_t)]
+    pub mining: Mining,
+    /// Mining tolerance gamma, in units of cosine similarity.
+    #[arg(long, default_value_t = 0.1)]
+    pub gamma: f64,
+    /// Negative tolerance over gamma.
+    #[arg(long, default_value_t = 0.1)]
+    pub negative_ratio: f64,
+    /// The probe's tolerance over gamma (AT-ASMS).
+    #[arg(long, default_value_t = 0.1)]
+    pub probe_ratio: f64,
+    /// How far AT-ASMS moves the tolerances.
+    #[arg(long, default_value_t = 0.5)]
+    pub tolerance: f64,
+    /// Sharpness of the loss on negatives.
+    #[arg(long, default_value_t = 40.0)]
+    pub alpha: f64,
+    /// Sharpness of the loss on positives.
+    #[arg(long, default_value_t = 2.0)]
+    pub beta: f64,
+    /// Loss threshold lambda, a cosine similarity.
+    #[arg(long, default_value_t = 0.7, allow_negative_numbers = true)]
+    pub lambda: f64,
+    /// Loss threshold of positives, where it differs from --lambda.
+    #[arg(long, allow_negative_numbers = true)]
+    pub lambda_pos: Option<f64>,
+    /// Loss threshold of negatives, where it differs from --lambda.
+    #[arg(long, allow_negative_numbers = true)]
+    pub lambda_neg: Option<f64>,
+
+    /// Classes in a batch (P).
+    #[arg(long, default_value_t = 16)]
+    pub classes_per_batch: usize,
+    /// Pictures of each class in a batch (K).
+    #[arg(long, default_value_t = 5)]
+    pub images_per_class: usize,
+    /// Least share of a picture's area that a random crop takes; 1 crops no more than the shape asks.
+    #[arg(long, default_value_t = 0.6)]
+    pub smallest_crop: f64,
+    /// Steps of the run.
+    #[arg(long, default_value_t = 200)]
+    pub steps: usize,
+    /// Highest learning rate (AdamW).
+    #[arg(long, default_value_t = 2e-3)]
+    pub learning_rate: f64,
+    /// Share of the steps in which the learning rate rises.
+    #[arg(long, default_value_t = 0.2)]
+    pub warm_up: f64,
+    /// Decoupled weight decay.
+    #[arg(long, default_value_t = 1e-2)]
+    pub weight_decay: f32,
+    /// Epochs between evaluations; 0 evaluates only before and after.
+    #[arg(long, default_value_t = 2)]
+    pub evaluate_every: usize,
+
+    /// Seed of weights, batches and augmentation.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Where to compute: auto, cpu, cuda:N.
+    #[arg(long, default_value = "auto")]
+    pub device: String,
+    /// Threads that prepare batches beside the step.
+    #[arg(long, default_value_t = 1)]
+    pub workers: usize,
+    /// Run folder to create; runs/NAME-NUMBER if not given.
+    #[arg(long, value_name = "DIR")]
+    pub output: Option<PathBuf>,
+}
+
+impl TrainSettings {
+    /// Settings of the loss.
+    #[must_use]
+    pub fn loss_settings(&self) -> LossSettings {
+        LossSettings {
+            mining: self.mining,
+            gamma: self.gamma,
+            negative_ratio: self.negative_ratio,
+            probe_ratio: self.probe_ratio,
+            tolerance: self.tolerance,
+            alpha: self.alpha,
+            beta: self.beta,
+            lambda_pos: self.lambda_pos.unwrap_or(self.lambda),
+            lambda_neg: self.lambda_neg.unwrap_or(self.lambda),
+        }
+    }
+
+    /// Shape of the network.
+    #[must_use]
+    pub fn network_shape(&self) -> NetworkShape {
+        NetworkShape { width: self.width, depth: self.depth, embedding_dim: self.embedding_dim }
+    }
+
+    /// Steps in which the learning rate rises.
+    #[must_use]
+    pub fn warm_up_steps(&self) -> usize {
+        (self.warm_up * self.steps as f64).round() as usize
+    }
+
+    /// Checks what no other part checks.
+    ///
+    /// # Errors
+    /// [`Error::InvalidSetting`] names the first setting that is off.
+    pub fn validate(&self) -> Result<()> {
+        self.loss_settings().validate()?;
+        let check = |good: bool, name, value: String, range| {
+            if good { Ok(()) } else { Err(Error::InvalidSetting { name, value, range }) }
+        };
+        let sizes = [
+            ("image-size", self.image_size, 8, 1024, "8 to 1024"),
+            ("embedding-dim", self.embedding_dim, 1, 65_536, "1 to 65536"),
+            ("width", self.width, 1, 4096, "1 to 4096"),
+            ("depth", self.depth, 1, 64, "1 to 64"),
+            ("classes-per-batch", self.classes_per_batch, 1, 1 << 20, "1 to 1048576"),
+            ("images-per-class", self.images_per_class, 1, 1 << 20, "1 to 1048576"),
+            ("steps", self.steps, 1, 1 << 40, "1 or more"),
+            ("workers", self.workers, 1, 256, "1 to 256"),
+        ];
+        for (name, value, low, high, range) in sizes {
+            check((low..=high).contains(&value), name, value.to_string(), range)?;
+        }
+        let rate = self.learning_rate;
+        check(rate > 0.0 && rate.is_finite(), "learning-rate", rate.to_string(), "above 0")?;
+        check((0.0..=1.0).contains(&self.warm_up), "warm-up", self.warm_up.to_string(), "0 to 1")?;
+        let decay = self.weight_decay;
+        check((0.0..1.0).contains(&decay), "weight-decay", decay.to_string(), "0 to 1, 1 excluded")?;
+        check(
+            self.batch_norm == BatchNorm::Trainable || self.init.is_some(),
+            "batch-norm",
+            "frozen".into(),
+            "needs --init FILE: without trained statistics there is nothing to freeze",
+        )?;
+        check(
+            self.dataset != DatasetKind::Folder || self.data_root.is_some(),
+            "data-root",
+            "missing".into(),
+            "--dataset folder needs --data-root DIR, a folder with one folder of images a class",
+        )
+    }
+}

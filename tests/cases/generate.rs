@@ -1,0 +1,157 @@
+//! Batches that the reference files do not have, drawn from seeds.
+
+use ddtas::loss::select::{initial_tolerances, probe_tolerance};
+use ddtas::loss::similarity::DUPLICATE;
+use ddtas::loss::{LossSettings, Mining, reference};
+use ndarray::Array2;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::{CLEARANCE, Case, Dtype, Expected, Side, batch};
+
+/// What a batch is drawn from.
+struct Recipe {
+    name: &'static str,
+    /// Anchors, and references where the form is rectangular.
+    rows: usize,
+    references: Option<usize>,
+    dim: usize,
+    /// Noise around a class's centre; 0 makes exact duplicates.
+    noise: f32,
+    label: fn(usize) -> i64,
+    settings: LossSettings,
+}
+
+fn classes_of_five(row: usize) -> i64 {
+    (row / 5) as i64
+}
+
+fn recipes() -> Vec<Recipe> {
+    let usual = LossSettings::default();
+    let everything = LossSettings { mining: Mining::None, ..usual };
+    let recipe = |name, rows, dim, noise, label| Recipe {
+        name,
+        rows,
+        references: None,
+        dim,
+        noise,
+        label,
+        settings: usual,
+    };
+    let against = |references, recipe: Recipe| Recipe { references: Some(references), ..recipe };
+    vec![
+        recipe("one_row", 1, 7, 1.0, |_| 3),
+        recipe("two_rows_of_one_class", 2, 3, 1.0, |_| 3),
+        recipe("a_positive_and_a_negative", 3, 5, 1.0, |row| (row / 2) as i64),
+        recipe("one_dimension", 40, 1, 1.0, classes_of_five),
+        recipe("a_tile_less_one", 127, 63, 1.2, classes_of_five),
+        recipe("a_tile", 128, 64, 1.2, classes_of_five),
+        recipe("a_tile_and_one", 129, 65, 1.2, classes_of_five),
+        recipe("odd_sizes_257x130", 257, 130, 1.5, classes_of_five),
+        recipe("unsorted_labels", 200, 48, 1.2, |row| (row * 7919 % 41) as i64),
+        recipe("one_class", 150, 32, 1.0, |_| 0),
+        recipe("a_class_over_many_tiles", 300, 24, 1.0, |row| i64::from(row >= 270)),
+        recipe("all_distinct", 140, 16, 1.0, |row| row as i64),
+        recipe("ignored_labels", 140, 40, 1.2, |row| if row % 3 == 0 { -1 } else { (row / 6) as i64 }),
+        recipe("all_ignored", 130, 20, 1.0, |_| -7),
+        recipe("nothing_mined", 100, 96, 0.05, classes_of_five),
+        recipe("duplicates", 60, 40, 0.0, classes_of_five),
+        Recipe { settings: everything, ..recipe("everything_mined", 150, 36, 1.0, classes_of_five) },
+        Recipe {
+            settings: LossSettings { mining: Mining::Symmetric, ..usual },
+            ..recipe("symmetric_tolerances", 150, 36, 1.2, classes_of_five)
+        },
+        Recipe {
+            settings: LossSettings { probe_ratio: 1.0, lambda_pos: 0.8, lambda_neg: 0.4, ..usual },
+            ..recipe("wide_probe_two_lambdas", 150, 36, 1.2, classes_of_five)
+        },
+        against(257, recipe("rectangular", 80, 64, 1.2, classes_of_five)),
+        against(1, recipe("rectangular_one_reference", 33, 20, 1.2, |_| 1)),
+        against(300, recipe("rectangular_one_anchor", 1, 20, 1.2, classes_of_five)),
+        against(200, recipe("rectangular_ignored_labels", 140, 33, 1.2, |row| row as i64 % 9 - 1)),
+        Recipe {
+            settings: everything,
+            ..against(150, recipe("rectangular_everything_mined", 140, 17, 1.0, classes_of_five))
+        },
+    ]
+}
+
+/// Every recipe in every type, with references copied from the anchors in part.
+pub fn generated() -> Vec<Case> {
+    let recipes = recipes();
+    recipes.iter().flat_map(|recipe| Dtype::ALL.map(|dtype| clear_case(recipe, dtype))).collect()
+}
+
+/// The first seed whose pairs keep clear of every threshold.
+fn clear_case(recipe: &Recipe, dtype: Dtype) -> Case {
+    (0..1000)
+        .map(|seed| draw(recipe, dtype, seed))
+        .find(is_clear)
+        .unwrap_or_else(|| panic!("{} has no clear seed", recipe.name))
+}
+
+fn draw(recipe: &Recipe, dtype: Dtype, seed: u64) -> Case {
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    let mut side = |count: usize| {
+        let labels: Vec<i64> = (0..count).map(recipe.label).collect();
+        let rows = rows(&labels, recipe, &mut random);
+        let tangent = Array2::from_shape_simple_fn((count, recipe.dim), || normal(&mut random));
+        (rows, labels, tangent)
+    };
+    let (rows, labels, tangent) = side(recipe.rows);
+    let references = recipe.references.map(|count| {
+        let (mut other, labels, tangent) = side(count);
+        // An image on both sides is an exact duplicate, no positive.
+        let shared = (rows.nrows() / 10).min(count);
+        other.slice_mut(ndarray::s![..shared, ..]).assign(&rows.slice(ndarray::s![..shared, ..]));
+        Side { rows: dtype.cast(&other), labels, tangent }
+    });
+    let anchors = Side { rows: dtype.cast(&rows), labels, tangent };
+    Case {
+        name: recipe.name.into(),
+        dtype,
+        settings: recipe.settings,
+        expected: Expected::new(dtype, &anchors, references.as_ref(), &recipe.settings),
+        anchors,
+        references,
+    }
+}
+
+/// Unit rows: a centre a class, noise around it.
+fn rows(labels: &[i64], recipe: &Recipe, random: &mut ChaCha8Rng) -> Array2<f32> {
+    let mut rows = Array2::zeros((labels.len(), recipe.dim));
+    for (mut row, &label) in rows.outer_iter_mut().zip(labels) {
+        let mut centre = ChaCha8Rng::seed_from_u64(1000 + label.unsigned_abs());
+        row.mapv_inplace(|_: f32| normal(&mut centre) + recipe.noise * normal(random));
+        let norm = row.dot(&row).sqrt();
+        row /= norm;
+    }
+    rows
+}
+
+/// A standard normal variate (Box and Muller).
+fn normal(random: &mut ChaCha8Rng) -> f32 {
+    let (u, v): (f32, f32) = (random.random(), random.random());
+    (-2.0 * (1.0 - u).ln()).sqrt() * (std::f32::consts::TAU * v).cos()
+}
+
+/// Whether f32 arithmetic must come to the same sets as float64.
+fn is_clear(case: &Case) -> bool {
+    let truth = reference(&batch(&case.anchors, case.references.as_ref()), &case.settings)
+        .expect("a generated case is valid");
+    let (similarities, selection) = (&truth.similarities, &truth.selection);
+    let tolerances =
+        [selection.tolerances.neg, initial_tolerances(&case.settings).neg, probe_tolerance(&case.settings)];
+    // An infinite bound is far from everything; NaN would be a bound that does not exist.
+    let clear = |value: f64, bound: f64| (value - bound).abs() >= CLEARANCE;
+    (0..similarities.anchors()).all(|i| {
+        let s = similarities.values.row(i);
+        let upper = selection.max_neg[i] + selection.tolerances.pos;
+        // Duplicates lie within 1e-6 of 1 by definition: what counts is that they are not near its edge.
+        s.iter().all(|&value| (value - DUPLICATE).abs() > 7e-7)
+            && similarities.positives(i).all(|j| clear(s[j], upper))
+            && similarities
+                .negatives(i)
+                .all(|j| tolerances.iter().all(|tolerance| clear(s[j], selection.min_pos[i] - tolerance)))
+    })
+}

@@ -1,0 +1,258 @@
+//! The CPU backend against the scalar truth.
+#![cfg(feature = "cli")]
+
+mod support;
+
+use ddtas::Error;
+use ddtas::backend::Backend;
+use ddtas::backend::cpu::CpuBackend;
+use ddtas::loss::{Batch, Embeddings, LossOutput, LossSettings, Mining, Rows, reference};
+use ddtas::verify::{Expected, Report, SINGLE_PRECISION};
+use half::{bf16, f16};
+use ndarray::{Array2, Axis};
+use proptest::prelude::*;
+use support::{Draw, compare, draw, tangent};
+
+#[test]
+fn the_cpu_backend_reproduces_every_golden_case() {
+    support::check_golden(&mut CpuBackend::new());
+}
+
+#[test]
+fn the_cpu_backend_agrees_with_the_truth_on_the_table_of_cases() {
+    support::check_table(&mut CpuBackend::new());
+}
+
+#[test]
+fn without_a_budget_every_tile_is_recomputed_and_nothing_changes() {
+    support::check_table(&mut CpuBackend::with_budget(0));
+}
+
+prop_compose! {
+    fn any_draw()(
+        rows in 1usize..200, dim in 1usize..70, classes in 1usize..40, noise in 0.05f32..6.0,
+        ignored in 0usize..6, duplicates in 0usize..6,
+    ) -> Draw {
+        Draw { rows, dim, classes, noise, ignored, duplicates }
+    }
+}
+
+fn any_settings() -> impl Strategy<Value = LossSettings> {
+    let mining =
+        prop_oneof![Just(Mining::None), Just(Mining::Symmetric), Just(Mining::Asms), Just(Mining::AtAsms)];
+    (mining, 0.01f64..0.5, 0.05f64..2.0, 0.05f64..2.0, 0.0f64..1.0, 0.2f64..0.9).prop_map(
+        |(mining, gamma, negative_ratio, probe_ratio, tolerance, lambda)| {
+            let defaults = LossSettings::default();
+            LossSettings { mining, gamma, negative_ratio, probe_ratio, tolerance, ..defaults }
+                .with_lambda(lambda)
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 150, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_batch_agrees_with_the_truth(
+        how in any_draw(), settings in any_settings(), seed in any::<u64>(), budget in 0usize..40_000,
+        extra in 1usize..250, square in any::<bool>(),
+    ) {
+        let mut backend = CpuBackend::with_budget(budget);
+        let (anchors, labels) = draw(how, seed);
+        let (references, reference_labels) = draw(Draw { rows: extra, ..how }, seed ^ 1);
+        let batch = if square {
+            Batch::square(anchors.view(), &labels)
+        } else {
+            Batch::rectangular(
+                Rows::new(anchors.view(), &labels), Rows::new(references.view(), &reference_labels),
+            ).with_reference_gradient()
+        };
+        if let Some((report, _)) = compare(&mut backend, &batch, &settings, seed) {
+            prop_assert!(report.passes(SINGLE_PRECISION), "{report:#?}");
+        }
+    }
+}
+
+#[test]
+fn half_precision_rows_give_the_loss_of_the_rounded_rows() {
+    let how = Draw { rows: 90, dim: 33, classes: 20, noise: 1.5, ignored: 0, duplicates: 0 };
+    let mut backend = CpuBackend::new();
+    let mut compared = 0;
+    for seed in 0..6 {
+        let (rows, labels) = draw(how, seed);
+        let (narrow, brain) = (rows.mapv(f16::from_f32), rows.mapv(bf16::from_f32));
+        for embeddings in [Embeddings::F16(narrow.view()), Embeddings::Bf16(brain.view())] {
+            let batch = Batch::square(embeddings, &labels);
+            if let Some((report, _)) = compare(&mut backend, &batch, &LossSettings::default(), seed) {
+                assert!(report.passes(SINGLE_PRECISION), "seed {seed}: {report:#?}");
+                compared += 1;
+            }
+        }
+    }
+    assert!(compared >= 4, "only {compared} batches were clear of the thresholds");
+}
+
+#[test]
+fn one_backend_serves_batches_of_changing_shape() {
+    let mut backend = CpuBackend::new();
+    for (rows, dim, classes) in [(300, 20, 50), (7, 64, 2), (150, 3, 4), (1, 1, 1), (290, 20, 9)] {
+        let (rows, labels) = draw(Draw { rows, dim, classes, noise: 1.5, ignored: 5, duplicates: 0 }, 3);
+        let batch = Batch::square(rows.view(), &labels);
+        let mut fresh = LossOutput::default();
+        CpuBackend::new().loss(&batch, &LossSettings::default(), &mut fresh).unwrap();
+        let mut reused = LossOutput::default();
+        backend.loss(&batch, &LossSettings::default(), &mut reused).unwrap();
+        assert_eq!(format!("{fresh:?}"), format!("{reused:?}"));
+    }
+}
+
+#[test]
+fn permuting_the_batch_permutes_the_gradient() {
+    let (rows, labels) =
+        draw(Draw { rows: 170, dim: 40, classes: 30, noise: 1.5, ignored: 6, duplicates: 0 }, 5);
+    // 170 and 63 share no factor, so this visits every row.
+    let order: Vec<usize> = (0..170).map(|i| i * 63 % 170).collect();
+    let permuted = rows.select(Axis(0), &order);
+    let permuted_labels: Vec<i64> = order.iter().map(|&i| labels[i]).collect();
+    let evaluate = |rows: &Array2<f32>, labels: &[i64]| {
+        let mut output = LossOutput::default();
+        let batch = Batch::square(rows.view(), labels);
+        CpuBackend::new().loss(&batch, &LossSettings::default(), &mut output).unwrap();
+        output
+    };
+    let (plain, moved) = (evaluate(&rows, &labels), evaluate(&permuted, &permuted_labels));
+    assert!(plain.loss > 0.0);
+    assert!((plain.loss - moved.loss).abs() < 1e-6 * plain.loss);
+    let wanted = plain.gradient.select(Axis(0), &order);
+    let scale = wanted.iter().fold(0.0f32, |scale, x| scale.max(x.abs()));
+    for (got, wanted) in moved.gradient.iter().zip(&wanted) {
+        assert!((got - wanted).abs() < 1e-5 * scale, "{got} {wanted}");
+    }
+}
+
+#[test]
+fn a_bad_row_is_named() {
+    let (mut rows, labels) =
+        draw(Draw { rows: 20, dim: 8, classes: 4, noise: 1.5, ignored: 0, duplicates: 0 }, 1);
+    let mut backend = CpuBackend::new();
+    let mut output = LossOutput::default();
+    let settings = LossSettings::default();
+    rows[[13, 2]] = f32::NAN;
+    let error = backend.loss(&Batch::square(rows.view(), &labels), &settings, &mut output).unwrap_err();
+    assert!(matches!(error, Error::NotFinite { rows: "anchors", row: 13 }), "{error}");
+    rows.row_mut(13).fill(0.5);
+    let error = backend.loss(&Batch::square(rows.view(), &labels), &settings, &mut output).unwrap_err();
+    assert!(matches!(error, Error::NotUnit { row: 13, .. }), "{error}");
+    // Unchecked rows may give any loss, but no panic.
+    rows[[13, 2]] = f32::NAN;
+    backend.loss(&Batch::square(rows.view(), &labels).trusted(), &settings, &mut output).unwrap();
+}
+
+#[test]
+fn hypergradient_without_its_loss_is_an_error() {
+    let (rows, labels) =
+        draw(Draw { rows: 20, dim: 8, classes: 4, noise: 1.5, ignored: 0, duplicates: 0 }, 1);
+    let batch = Batch::square(rows.view(), &labels);
+    let mut backend = CpuBackend::new();
+    let direction = tangent(20, 8, 1);
+    assert!(matches!(backend.hypergradient(&batch, direction.view(), None), Err(Error::OutOfOrder(_))));
+    backend.loss(&batch, &LossSettings::default(), &mut LossOutput::default()).unwrap();
+    let other = tangent(19, 8, 1);
+    assert!(matches!(backend.hypergradient(&batch, other.view(), None), Err(Error::LengthMismatch { .. })));
+    assert!(backend.hypergradient(&batch, direction.view(), None).is_ok());
+    let reversed: Vec<i64> = labels.iter().rev().copied().collect();
+    let relabelled = Batch::square(rows.view(), &reversed);
+    assert!(matches!(backend.hypergradient(&relabelled, direction.view(), None), Err(Error::OutOfOrder(_))));
+}
+
+#[test]
+fn nearest_agrees_with_a_full_sort() {
+    let how = Draw { rows: 190, dim: 24, classes: 30, noise: 2.0, ignored: 9, duplicates: 7 };
+    let (queries, labels) = draw(how, 1);
+    let (references, reference_labels) = draw(Draw { rows: 333, ..how }, 2);
+    let queries_rows = Rows::new(queries.view(), &labels);
+    let references_rows = Rows::new(references.view(), &reference_labels);
+    for k in [1, 8, 100, 500] {
+        for itself in [false, true] {
+            let others = if itself { &queries } else { &references };
+            let found =
+                CpuBackend::new().nearest(&queries_rows, (!itself).then_some(&references_rows), k).unwrap();
+            let s = queries.mapv(f64::from).dot(&others.mapv(f64::from).t());
+            for i in 0..queries.nrows() {
+                let mut wanted: Vec<usize> = (0..others.nrows()).filter(|&j| !(itself && i == j)).collect();
+                wanted.sort_by(|&a, &b| s[[i, b]].total_cmp(&s[[i, a]]));
+                for (rank, &j) in wanted.iter().take(k).enumerate() {
+                    // Near ties may swap; the similarity at each rank may not change.
+                    assert!((f64::from(found.similarities[[i, rank]]) - s[[i, j]]).abs() < 1e-6);
+                    let index = found.indices[[i, rank]] as usize;
+                    assert!((s[[i, index]] - s[[i, j]]).abs() < 1e-6 && !(itself && index == i));
+                }
+                for rank in wanted.len()..k {
+                    assert_eq!(found.indices[[i, rank]], ddtas::backend::Nearest::NONE);
+                    assert_eq!(found.similarities[[i, rank]], f32::NEG_INFINITY);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn equal_similarities_are_ordered_by_index() {
+    let rows = Array2::from_shape_fn((300, 2), |(_, d)| if d == 0 { 1.0 } else { 0.0 });
+    let labels = vec![0; 300];
+    let found = CpuBackend::new().nearest(&Rows::new(rows.view(), &labels), None, 3).unwrap();
+    assert_eq!(found.indices.row(0).to_vec(), [1, 2, 3]);
+    assert_eq!(found.indices.row(299).to_vec(), [0, 1, 2]);
+}
+
+#[test]
+fn a_planted_fault_fails_the_comparison() {
+    let (rows, labels) =
+        draw(Draw { rows: 80, dim: 32, classes: 16, noise: 1.5, ignored: 0, duplicates: 0 }, 2);
+    let batch = Batch::square(rows.view(), &labels);
+    let settings = LossSettings::default();
+    let direction = tangent(80, 32, 9);
+    let expected = Expected::evaluate(&batch, &settings, &direction, None).unwrap();
+    let mut backend = CpuBackend::new();
+    let mut output = LossOutput::default();
+    backend.loss(&batch, &settings, &mut output).unwrap();
+    let hyper = backend.hypergradient(&batch, direction.view(), None).unwrap();
+    let passes = |output: &LossOutput, hyper| Report::new(&expected, output, hyper).passes(SINGLE_PRECISION);
+    assert!(passes(&output, hyper));
+
+    let largest = output.gradient.iter().fold(0.0f32, |scale, x| scale.max(x.abs()));
+    let faults: [fn(&mut LossOutput, f32); 7] = [
+        |output, _| output.loss *= 1.0001,
+        |output, largest| output.gradient[[41, 3]] += 1e-4 * largest,
+        |output, _| output.gradient[[0, 0]] = f32::NAN,
+        |output, _| output.count_neg[7] += 1,
+        |output, _| output.probe_neg -= 1,
+        |output, _| output.max_neg[3] += 1e-3,
+        |output, _| output.dloss_dlambda_neg *= 1.01,
+    ];
+    for (number, fault) in faults.iter().enumerate() {
+        let mut broken = output.clone();
+        fault(&mut broken, largest);
+        assert!(!passes(&broken, hyper), "fault {number} went unnoticed");
+    }
+    let mut wrong = hyper;
+    wrong.pos *= 1.01;
+    wrong.neg *= 1.01;
+    assert!(!passes(&output, wrong));
+}
+
+#[test]
+fn without_positives_or_negatives_nothing_is_adapted_and_the_loss_is_zero() {
+    let (rows, _) = draw(Draw { rows: 30, dim: 16, classes: 3, noise: 1.5, ignored: 0, duplicates: 0 }, 2);
+    let mut backend = CpuBackend::new();
+    let mut output = LossOutput::default();
+    for labels in [vec![4; 30], (0..30).collect::<Vec<i64>>(), vec![-1; 30]] {
+        let batch = Batch::square(rows.view(), &labels);
+        backend.loss(&batch, &LossSettings::default(), &mut output).unwrap();
+        assert_eq!((output.loss, output.active), (0.0, 0));
+        assert!(output.gradient.iter().all(|x| *x == 0.0));
+        assert_eq!(output.gamma_pos, 0.1);
+        let truth = reference(&batch, &LossSettings::default()).unwrap();
+        assert_eq!(output.total_pos, truth.selection.total_pos);
+    }
+}

@@ -1,0 +1,122 @@
+//! The GPU backend: the whole table of cases where there is a GPU, a clean refusal where not.
+//!
+//! Without a GPU the table is skipped, and says so; with DDTAS_REQUIRE_GPU set
+//! (benches/device.sh) a skip is a failure.
+
+mod cases;
+
+use ddtas::backend::Backend;
+use ddtas::backend::cuda::{self, CudaBackend, CudaDevice};
+use ddtas::backend::device::{Device, Options, ResidentBatch, ResidentRows, ResidentType};
+use ddtas::loss::{Embeddings, LossOutput, LossSettings, UnitCheck};
+use ddtas::{Error, Result};
+
+/// What a test opens on the first GPU; without one the reason why it is skipped is printed.
+fn gpu<T>(opened: Result<T>) -> Option<T> {
+    match opened {
+        Ok(opened) => Some(opened),
+        Err(reason) => {
+            assert!(std::env::var_os("DDTAS_REQUIRE_GPU").is_none(), "a GPU is required: {reason}");
+            println!("skipped: {reason}");
+            None
+        }
+    }
+}
+
+#[test]
+fn golden_cases_agree() {
+    let Some(mut backend) = gpu(cuda::open(0)) else { return };
+    cases::run_all(&mut *backend, cases::golden());
+}
+
+#[test]
+fn every_type_and_form_agrees() {
+    let Some(mut backend) = gpu(cuda::open(0)) else { return };
+    cases::run_all(&mut *backend, cases::generated());
+}
+
+#[test]
+fn golden_cases_agree_when_nothing_is_stored() {
+    let options = Options { budget: 0, ..Options::default() };
+    let Some(device) = gpu(CudaDevice::new(0)) else { return };
+    cases::run_all(&mut CudaBackend::new(device, options), cases::golden());
+}
+
+#[test]
+fn golden_cases_agree_on_a_stream_of_the_caller() {
+    // SAFETY: null is the default stream, which every context has.
+    let Some(device) = gpu(unsafe { CudaDevice::on_stream(0, std::ptr::null_mut()) }) else { return };
+    cases::run_all(&mut CudaBackend::new(device, Options::default()), cases::golden());
+}
+
+#[test]
+fn tf32_products_come_close() {
+    let options = Options { exact: false, ..Options::default() };
+    let Some(device) = gpu(CudaDevice::new(0)) else { return };
+    let mut backend = CudaBackend::new(device, options);
+    for case in cases::golden() {
+        let mut output = LossOutput::default();
+        backend.loss(&case.batch(), &case.settings, &mut output).unwrap();
+        // 10 bits of mantissa move S by some 1e-4; pairs near a threshold may change sides.
+        let want = case.expected.output.loss;
+        assert!((output.loss - want).abs() <= 0.02 * want, "{}: {} of {want}", case.name, output.loss);
+    }
+}
+
+#[test]
+fn rows_in_gpu_memory_give_the_bits_of_rows_from_the_host() {
+    let Some(device) = gpu(CudaDevice::new(0)) else { return };
+    let mut backend = CudaBackend::new(device, Options::default());
+    let mut memory = CudaDevice::new(0).unwrap();
+    let case = cases::golden().into_iter().find(|case| case.name == "odd_sizes_257x130").unwrap();
+    let batch = case.batch();
+    let Embeddings::F32(rows) = batch.anchors.embeddings else { panic!("golden cases are f32") };
+    let mut host = LossOutput::default();
+    backend.loss(&batch, &LossSettings::default(), &mut host).unwrap();
+
+    let rows: &[u8] = bytemuck::cast_slice(rows.to_slice().unwrap());
+    let labels: &[u8] = bytemuck::cast_slice(batch.anchors.labels);
+    let mut upload = |bytes: &[u8]| {
+        let mut buffer = memory.allocate(bytes.len()).unwrap();
+        memory.upload(&mut buffer, 0, bytes).unwrap();
+        buffer
+    };
+    let (rows_there, labels_there, gradient_there) =
+        (upload(rows), upload(labels), upload(&vec![0; rows.len()]));
+    let anchors = ResidentRows {
+        count: 257,
+        embeddings: memory.address(&rows_there),
+        labels: memory.address(&labels_there),
+        gradient: memory.address(&gradient_there),
+    };
+    let resident = ResidentBatch {
+        dim: 130,
+        dtype: ResidentType::F32,
+        anchors,
+        references: None,
+        check: UnitCheck::Check,
+    };
+    let mut own = LossOutput::default();
+    // SAFETY: the three buffers hold what `resident` says, and live to the end of the test.
+    unsafe { backend.loss_resident(&resident, &LossSettings::default(), &mut own) }.unwrap();
+    let mut gradient = vec![0u8; rows.len()];
+    memory.download(&gradient_there, 0, &mut gradient).unwrap();
+    assert_eq!(own.loss, host.loss);
+    assert_eq!(gradient, bytemuck::cast_slice::<f32, u8>(host.gradient.as_slice().unwrap()));
+}
+
+#[test]
+fn a_gpu_that_does_not_exist_is_refused_in_one_line() {
+    let Err(error) = cuda::open(4096) else { panic!("nobody has 4097 GPUs") };
+    let message = error.to_string();
+    assert!(matches!(error, Error::Unavailable(_)), "{error:?}");
+    assert!(!message.contains('\n'), "{message}");
+    assert!(message.contains("cuda:4096") || message.contains("--device cpu"), "{message}");
+}
+
+#[test]
+fn device_count_and_open_agree() {
+    let count = cuda::device_count().unwrap_or(0);
+    // A GPU that is there may still be too old: that has its own message.
+    assert!(count > 0 || matches!(cuda::open(0), Err(Error::Unavailable(_))));
+}

@@ -1,0 +1,56 @@
+//! The same bits, whatever the thread count and the budget.
+#![cfg(feature = "cli")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
+
+mod support;
+
+use ddtas::backend::Backend;
+use ddtas::backend::cpu::CpuBackend;
+use ddtas::loss::{Batch, LossOutput, LossSettings, Mining, Rows};
+use support::{Draw, draw, tangent};
+
+/// Every number of a loss, a hyper-gradient and a search, as text that shows all bits.
+fn everything(threads: usize, budget: usize, mining: Mining) -> String {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+    pool.install(|| {
+        // Large enough that work is shared, whatever the size at which that starts.
+        let how = Draw { rows: 700, dim: 96, classes: 120, noise: 1.6, ignored: 9, duplicates: 9 };
+        let (anchors, labels) = draw(how, 1);
+        let (references, reference_labels) = draw(Draw { rows: 500, ..how }, 2);
+        let references = Rows::new(references.view(), &reference_labels);
+        let settings = LossSettings { mining, ..LossSettings::default() };
+        let square = Batch::square(anchors.view(), &labels);
+        let rectangular = Batch::rectangular(square.anchors, references).with_reference_gradient();
+        let mut text = String::new();
+        let mut backend = CpuBackend::with_budget(budget);
+        for batch in [square, rectangular] {
+            let mut output = LossOutput::default();
+            backend.loss(&batch, &settings, &mut output).unwrap();
+            let hyper = backend.hypergradient(&batch, tangent(700, 96, 1).view(), None).unwrap();
+            let bits = |x: &f32| x.to_bits();
+            let gradient: Vec<u32> = output.gradient.iter().map(bits).collect();
+            let back: Vec<u32> = output.reference_gradient.iter().flatten().map(bits).collect();
+            output.gradient.fill(0.0);
+            text += &format!("{gradient:?} {back:?} {output:?} {hyper:?}");
+        }
+        let found = backend.nearest(&square.anchors, None, 10).unwrap();
+        text + &format!("{found:?}")
+    })
+}
+
+#[test]
+fn the_number_of_threads_changes_no_bit() {
+    for mining in [Mining::AtAsms, Mining::None] {
+        let alone = everything(1, 1 << 26, mining);
+        for threads in [2, 3, 7] {
+            assert!(alone == everything(threads, 1 << 26, mining), "{threads} threads, {mining:?}");
+        }
+    }
+}
+
+#[test]
+fn the_budget_changes_no_bit() {
+    let kept = everything(2, 1 << 26, Mining::AtAsms);
+    assert!(kept == everything(2, 0, Mining::AtAsms), "nothing kept");
+    assert!(kept == everything(3, 100_000, Mining::AtAsms), "some kept");
+}

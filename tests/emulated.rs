@@ -1,0 +1,219 @@
+//! The CUDA kernels, executed on the CPU: the whole table of cases, and what only the emulation shows.
+//!
+//! With sanitizers, whose runtime must be loaded first:
+//! `export DDTAS_SANITIZE=address,undefined ASAN_OPTIONS=detect_leaks=0`,
+//! `export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="env LD_PRELOAD=$(g++ -print-file-name=libasan.so)"`,
+//! `cargo test --release --no-default-features --features cli,emulated --test emulated`.
+
+mod cases;
+
+use cases::{Case, Dtype};
+use ddtas::backend::device::{DeviceBackend, Options};
+use ddtas::backend::emulated::{self, EmulatedDevice};
+use ddtas::backend::{Backend, Nearest};
+use ddtas::loss::{Batch, Hypergradient, LossOutput, LossSettings, Rows, UnitCheck, reference};
+use ndarray::Array2;
+
+fn golden_case(name: &str) -> Case {
+    cases::golden().into_iter().find(|case| case.name == name).expect("the case is in tests/golden")
+}
+
+/// Everything a backend says of a case.
+fn answers(backend: &mut dyn Backend, case: &Case) -> (LossOutput, Hypergradient, Nearest) {
+    let batch = case.batch();
+    let mut output = LossOutput::default();
+    backend.loss(&batch, &case.settings, &mut output).expect("the case is valid");
+    let reference_tangent = case.references.as_ref().map(|side| side.tangent.view());
+    let hyper = backend
+        .hypergradient(&batch, case.anchors.tangent.view(), reference_tangent)
+        .expect("the case is valid");
+    let nearest = backend.nearest(&batch.anchors, batch.references.as_ref(), 3).expect("the case is valid");
+    (output, hyper, nearest)
+}
+
+/// The bits of a loss and of neighbours, so that NaN equals NaN.
+fn bits((output, _, nearest): &(LossOutput, Hypergradient, Nearest)) -> Vec<u64> {
+    let mut bits: Vec<u64> = [
+        output.loss,
+        output.gamma_pos,
+        output.gamma_neg,
+        output.dloss_dlambda_pos,
+        output.dloss_dlambda_neg,
+        output.mean_pos,
+        output.mean_neg,
+    ]
+    .map(f64::to_bits)
+    .into();
+    bits.extend([output.probe_neg, output.total_pos, output.active]);
+    bits.extend(
+        output.count_pos.iter().chain(&output.count_neg).chain(&nearest.indices).map(|&n| u64::from(n)),
+    );
+    let gradients = output.gradient.iter().chain(output.reference_gradient.iter().flatten());
+    let floats = gradients.chain(&output.min_pos).chain(&output.max_neg).chain(&nearest.similarities);
+    bits.extend(floats.map(|value| u64::from(value.to_bits())));
+    bits
+}
+
+#[test]
+fn golden_cases_agree() {
+    cases::run_all(&mut *emulated::open(Options::default(), 1), cases::golden());
+}
+
+#[test]
+fn every_type_and_form_agrees() {
+    cases::run_all(&mut *emulated::open(Options::default(), 2), cases::generated());
+}
+
+#[test]
+fn every_type_and_form_agrees_on_hopper_s_kernels() {
+    let mut backend = DeviceBackend::new(EmulatedDevice::new(14).as_hopper(), Options::default());
+    let narrow = |case: &Case| case.dtype != Dtype::F32;
+    cases::run_all(&mut backend, cases::generated().into_iter().filter(narrow));
+}
+
+#[test]
+fn golden_cases_agree_when_nothing_is_stored() {
+    let options = Options { budget: 0, ..Options::default() };
+    cases::run_all(&mut *emulated::open(options, 3), cases::golden());
+}
+
+#[test]
+fn every_type_and_form_agrees_when_few_tiles_fit() {
+    // Some 80 candidates a tile for the smallest cases, fewer for the larger ones.
+    let options = Options { budget: 500, ..Options::default() };
+    cases::run_all(&mut *emulated::open(options, 4), cases::generated());
+}
+
+#[test]
+fn schedules_do_not_change_a_bit() {
+    let case = golden_case("odd_sizes_257x130");
+    let first = answers(&mut *emulated::open(Options::default(), 10), &case);
+    for seed in 11..14 {
+        let other = answers(&mut *emulated::open(Options::default(), seed), &case);
+        assert!(bits(&first) == bits(&other), "seed {seed}");
+        assert_eq!(first.1, other.1, "seed {seed}");
+    }
+}
+
+#[test]
+fn a_second_call_in_the_same_workspace_gives_the_same_bits() {
+    let mut backend = emulated::open(Options::default(), 5);
+    let (large, small) = (golden_case("ragged_singletons"), golden_case("duplicate_image"));
+    let first = bits(&answers(&mut *backend, &small));
+    answers(&mut *backend, &large);
+    assert!(first == bits(&answers(&mut *backend, &small)));
+}
+
+#[test]
+fn stored_and_recomputed_tiles_give_the_same_bits() {
+    // Dense enough for the tile way whatever is stored; the diagonal is recomputed as well.
+    let case = golden_case("hard_many_mined");
+    let full = answers(&mut *emulated::open(Options::default(), 6), &case);
+    let options = Options { budget: 0, ..Options::default() };
+    let none = answers(&mut *emulated::open(options, 7), &case);
+    assert!(bits(&full) == bits(&none));
+    // The threshold pass adds the same f64 terms, in the order of the list or of the tile.
+    assert!((full.1.pos - none.1.pos).abs() <= 1e-12 * full.1.pos.abs(), "{full:?} {none:?}");
+    assert!((full.1.neg - none.1.neg).abs() <= 1e-12 * full.1.neg.abs(), "{full:?} {none:?}");
+}
+
+#[test]
+fn small_batches_split_among_many_blocks_agree() {
+    let device = EmulatedDevice::new(8).with_multiprocessors(64);
+    let mut backend = DeviceBackend::new(device, Options::default());
+    cases::run_all(&mut backend, [golden_case("odd_sizes_257x130")]);
+}
+
+/// `count` rows of `dim` random numbers, of unit length.
+fn random_rows(count: usize, dim: usize, seed: u64) -> Array2<f32> {
+    let mut state = seed;
+    let mut rows = Array2::from_shape_simple_fn((count, dim), || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as f32 / (1 << 24) as f32 - 0.5
+    });
+    for mut row in rows.outer_iter_mut() {
+        let norm = row.dot(&row).sqrt();
+        row /= norm;
+    }
+    rows
+}
+
+#[test]
+fn labels_of_several_sort_tiles_are_ordered() {
+    // 1,100 labels in no order, some ignored, every class in several sort tiles.
+    let count = 1100;
+    let rows = random_rows(count, 8, 1);
+    let labels: Vec<i64> = (0..count).map(|row| (row * 7919 % 40) as i64 - 2).collect();
+    let batch = Batch::square(rows.view(), &labels);
+    let settings = LossSettings::default();
+    let truth = reference(&batch, &settings).unwrap();
+    let mut output = LossOutput::default();
+    emulated::open(Options::default(), 9).loss(&batch, &settings, &mut output).unwrap();
+    assert_eq!(output.total_pos, truth.selection.total_pos);
+    for (row, (&got, &want)) in output.min_pos.iter().zip(&truth.selection.min_pos).enumerate() {
+        assert!(
+            got == want as f32 || (f64::from(got) - want).abs() < 1e-6,
+            "m+ of row {row}: {got}, want {want}"
+        );
+    }
+    for (row, (&got, &want)) in output.max_neg.iter().zip(&truth.selection.max_neg).enumerate() {
+        assert!(
+            got == want as f32 || (f64::from(got) - want).abs() < 1e-6,
+            "m- of row {row}: {got}, want {want}"
+        );
+    }
+    assert!((output.mean_neg - truth.mean_neg).abs() < 1e-6, "{} {}", output.mean_neg, truth.mean_neg);
+}
+
+#[test]
+fn bad_rows_are_named_in_the_caller_s_order() {
+    let mut rows = random_rows(200, 24, 2);
+    let labels: Vec<i64> = (0..200).map(|row| 199 - row).collect();
+    let mut backend = emulated::open(Options::default(), 10);
+    let mut output = LossOutput::default();
+    let settings = LossSettings::default();
+    let mut message = |rows: &Array2<f32>| {
+        let error = backend.loss(&Batch::square(rows.view(), &labels), &settings, &mut output);
+        error.expect_err("a bad row").to_string()
+    };
+    rows[[150, 3]] = f32::NAN;
+    rows[[170, 0]] = 9.0;
+    assert_eq!(message(&rows), "row 150 of the anchors holds a value that is not finite (NaN or infinity)");
+    rows[[20, 0]] += 2.0;
+    let text = message(&rows);
+    assert!(text.starts_with("row 20 of the anchors has L2 norm"), "{text}");
+
+    // The loss of nonsense is nonsense, but it is computed.
+    let batch = Batch { check: UnitCheck::Trust, ..Batch::square(rows.view(), &labels) };
+    backend.loss(&batch, &settings, &mut output).unwrap();
+}
+
+#[test]
+fn the_threshold_pass_needs_its_loss() {
+    let case = golden_case("one_class");
+    let mut backend = emulated::open(Options::default(), 11);
+    let error = backend.hypergradient(&case.batch(), case.anchors.tangent.view(), None).unwrap_err();
+    assert!(matches!(error, ddtas::Error::OutOfOrder(_)), "{error}");
+}
+
+#[test]
+fn more_neighbours_than_references_are_none() {
+    let rows = random_rows(3, 5, 3);
+    let queries = Rows::new(rows.view(), &[0, 1, 2]);
+    let found = emulated::open(Options::default(), 12).nearest(&queries, None, 4).unwrap();
+    for (indices, similarities) in found.indices.outer_iter().zip(found.similarities.outer_iter()) {
+        assert!(indices.iter().take(2).all(|&index| index < 3));
+        assert!(indices.iter().skip(2).all(|&index| index == Nearest::NONE));
+        assert!(similarities.iter().skip(2).all(|&value| value == f32::NEG_INFINITY));
+    }
+}
+
+#[test]
+fn the_workspace_is_as_large_as_stated() {
+    let case = golden_case("paper_batch80");
+    let mut backend =
+        DeviceBackend::new(EmulatedDevice::new(13), Options { budget: 4096, ..Options::default() });
+    let mut output = LossOutput::default();
+    backend.loss(&case.batch(), &case.settings, &mut output).unwrap();
+    assert_eq!(backend.workspace_bytes(), backend.loss_bytes(&case.batch()));
+}

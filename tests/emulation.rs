@@ -1,0 +1,134 @@
+//! The emulation itself: what its instructions compute, and that it catches faults.
+//!
+//! Each test compiles a copy of `kernels/` with g++, the faulty ones with a fault
+//! planted in the pipeline that all passes share, and runs it under many schedules.
+
+#![expect(clippy::unwrap_used, reason = "helpers of tests: a panic is the failure")]
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+/// A text of kernels/FILE and what a fault makes of it.
+struct Fault {
+    file: &'static str,
+    from: &'static str,
+    to: &'static str,
+}
+
+/// Schedules that each program runs under.
+const SEEDS: &str = "8";
+
+fn copy_folder(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let path = entry.unwrap().path();
+        let target = to.join(path.file_name().unwrap());
+        if path.is_dir() {
+            copy_folder(&path, &target);
+        } else {
+            fs::copy(&path, &target).unwrap();
+        }
+    }
+}
+
+/// Compiles tests/emulation/PROGRAM.cpp with a copy of the kernels, and runs it.
+fn run(program: &str, kernels: &[&str], fault: Option<&Fault>, flags: &[&str]) -> Output {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let folder = tempfile::tempdir().unwrap();
+    let copy = folder.path().join("kernels");
+    copy_folder(&root.join("kernels"), &copy);
+    if let Some(Fault { file, from, to }) = fault {
+        let path = copy.join(file);
+        let text = fs::read_to_string(&path).unwrap();
+        assert_eq!(text.matches(from).count(), 1, "the fault has one place in {file}: {from}");
+        fs::write(&path, text.replace(from, to)).unwrap();
+    }
+    let binary = folder.path().join(program);
+    let mut compiler = Command::new(std::env::var("CXX").unwrap_or_else(|_| "g++".into()));
+    compiler.args(["-std=c++17", "-O1", "-g", "-Wno-unknown-pragmas", "-ffp-contract=off"]).args(flags);
+    compiler.arg("-I").arg(&copy).arg("-o").arg(&binary);
+    compiler.arg(root.join(format!("tests/emulation/{program}.cpp")));
+    compiler.args(["emulation/machine.cpp", "emulation/fiber.cpp"].map(|file| copy.join(file)));
+    compiler.arg("-xc++").args(kernels.iter().map(|file| copy.join(file)));
+    let built = compiler.output().unwrap();
+    assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+    Command::new(&binary).arg(SEEDS).env("ASAN_OPTIONS", "detect_leaks=0").output().unwrap()
+}
+
+fn said(output: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+fn run_faulty(from: &'static str, to: &'static str, flags: &[&str]) -> String {
+    let fault = Fault { file: "tile.cuh", from, to };
+    let output = run("retrieval", &["retrieval.cu"], Some(&fault), flags);
+    assert!(!output.status.success(), "the fault went unnoticed");
+    said(&output)
+}
+
+/// The barrier of the pipeline; its comment makes the text unique.
+const BARRIER: &str =
+    "block_sync();  // everybody's copies of this stage are there, and the stage before is read";
+
+#[test]
+fn tensor_core_wrappers_agree_with_plain_products() {
+    let output = run("instructions", &[], None, &[]);
+    assert!(output.status.success(), "{}", said(&output));
+}
+
+#[test]
+fn kernels_without_a_fault_pass() {
+    let output = run(
+        "retrieval",
+        &["retrieval.cu"],
+        None,
+        &["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    );
+    assert!(output.status.success(), "{}", said(&output));
+}
+
+#[test]
+fn a_missing_barrier_is_caught() {
+    let message = run_faulty(BARRIER, "", &[]);
+    assert!(message.contains("want"), "{message}");
+}
+
+#[test]
+fn reading_before_the_wait_is_caught() {
+    // The newest stage may be under way, the one that is read must not.
+    let message = run_faulty("copy_wait<stage_count - 2>()", "copy_wait<stage_count - 1>()", &[]);
+    assert!(message.contains("want"), "{message}");
+}
+
+#[test]
+fn copying_over_a_stage_that_is_read_is_caught() {
+    let fault = "if (index + stage_count - 1 < count) copy(index + stage_count - 1);";
+    let message = run_faulty(fault, "if (index + stage_count < count) copy(index + stage_count);", &[]);
+    assert!(message.contains("want"), "{message}");
+}
+
+#[test]
+fn a_read_past_the_rows_is_caught_by_the_address_sanitizer() {
+    let fault = "copy_async(to + granule * 16, from + granule * 16)";
+    let message = run_faulty(
+        fault,
+        "copy_async(to + granule * 16, from + granule * 16 + STAGE_BYTES)",
+        &["-fsanitize=address"],
+    );
+    assert!(message.contains("heap-buffer-overflow"), "{message}");
+}
+
+#[test]
+fn divergent_barriers_stop_with_a_message() {
+    let message =
+        run_faulty(BARRIER, "if (thread_index() < TILE) { block_sync(); } else { \n block_sync(); }", &[]);
+    assert!(message.contains("divergent barrier"), "{message}");
+    assert!(message.contains("tile.cuh"), "{message}");
+}
+
+#[test]
+fn a_divergent_warp_stops_with_a_message() {
+    let message = run_faulty(BARRIER, "block_sync(); if (lane_index() < 16) { warp_sync(); }", &[]);
+    assert!(message.contains("warp"), "{message}");
+}

@@ -1,0 +1,157 @@
+// instructions.cpp: the host path of the tensor-core wrappers of cuda.cuh against plain products.
+// The fragments' places are written down here once more, from the PTX manual's figures.
+
+#include <cstdio>
+#include <vector>
+
+#include "tile.cuh"
+
+struct GroupCheckParams {
+    const float *a;  // [128, 64]
+    const float *b;  // [128, 64]
+    float *c;        // [2, 128, 128]: bf16, f16
+};
+
+struct CheckParams {
+    const float *a;  // [16, 16]
+    const float *b;  // [16, 8]
+    float *c;        // [3, 16, 8]: bf16, f16, tf32 (whose inner dimension is the first 8)
+    uint32_t *rows;  // [2, 32, 4]: load_matrices, transposed
+};
+
+namespace {
+
+uint32_t pair(uint16_t low, uint16_t high) { return low | static_cast<uint32_t>(high) << 16; }
+
+}  // namespace
+
+KERNEL(check_instructions, CheckParams, 1) {
+    SHARED_MEMORY(bytes);
+    auto *matrices = reinterpret_cast<uint16_t *>(bytes);  // [4, 8, 8], element = place
+    matrices[thread_index()] = static_cast<uint16_t>(thread_index());
+    block_sync();
+    if (warp_index() != 0) return;
+    uint32_t lane = lane_index(), group = lane >> 2, member = lane & 3;
+    auto a = [&](uint32_t row, uint32_t k) { return p.a[row * 16 + k]; };
+    auto b = [&](uint32_t k, uint32_t column) { return p.b[k * 8 + column]; };
+    // Registers of A: rows group and group + 8, then the second half of k; pairs of k for 16 bits.
+    uint32_t wide_a[2][4], wide_b[2][2], tf32_a[4], tf32_b[2];
+    for (uint32_t r = 0; r < 4; ++r) {
+        uint32_t row = group + (r & 1 ? 8 : 0), k = member * 2 + (r & 2 ? 8 : 0);
+        wide_a[0][r] = pair(to_bf16_bits(a(row, k)), to_bf16_bits(a(row, k + 1)));
+        wide_a[1][r] = pair(to_f16_bits(a(row, k)), to_f16_bits(a(row, k + 1)));
+        tf32_a[r] = to_tf32(a(row, member + (r & 2 ? 4 : 0)));
+    }
+    for (uint32_t r = 0; r < 2; ++r) {
+        uint32_t k = member * 2 + r * 8;
+        wide_b[0][r] = pair(to_bf16_bits(b(k, group)), to_bf16_bits(b(k + 1, group)));
+        wide_b[1][r] = pair(to_f16_bits(b(k, group)), to_f16_bits(b(k + 1, group)));
+        tf32_b[r] = to_tf32(b(member + r * 4, group));
+    }
+    float c[3][4] = {{1, 1, 1, 1}, {1, 1, 1, 1}, {1, 1, 1, 1}};
+    mma_bf16(c[0], wide_a[0], wide_b[0]);
+    mma_f16(c[1], wide_a[1], wide_b[1]);
+    mma_tf32(c[2], tf32_a, tf32_b);
+    for (uint32_t kind = 0; kind < 3; ++kind) {
+        for (uint32_t i = 0; i < 4; ++i) {
+            p.c[kind * 128 + (group + (i & 2 ? 8 : 0)) * 8 + member * 2 + (i & 1)] = c[kind][i];
+        }
+    }
+    uint32_t loaded[4];
+    load_matrices(loaded, matrices + lane * 8);
+    for (uint32_t i = 0; i < 4; ++i) p.rows[lane * 4 + i] = loaded[i];
+    load_matrices_transposed(loaded, matrices + lane * 8);
+    for (uint32_t i = 0; i < 4; ++i) p.rows[128 + lane * 4 + i] = loaded[i];
+}
+
+// Both warpgroups, 64 rows each, the whole depth of a stage: descriptors, swizzle, deferred products.
+KERNEL(check_group_products, GroupCheckParams, 1) {
+    SHARED_MEMORY(bytes);
+    for (int kind = 0; kind < 2; ++kind) {
+        for (uint32_t i = thread_index(); i < 2 * TILE * 64; i += THREADS) {
+            uint32_t row = i / 64 % TILE, k = i % 64;
+            float value = (i < TILE * 64 ? p.a : p.b)[row * 64 + k];
+            uint32_t at = i / (TILE * 64) * TILE * STAGE_BYTES + swizzled(row, k / 8) + k % 8 * 2;
+            *reinterpret_cast<uint16_t *>(bytes + at) = kind == 0 ? to_bf16_bits(value) : to_f16_bits(value);
+        }
+        async_proxy_fence();
+        block_sync();
+        float acc[16][4];
+        for (int i = 0; i < 64; ++i) acc[i / 4][i % 4] = 1.0f;
+        Descriptor a = stage_descriptor(bytes + warp_index() / 4 * (TILE / 2) * STAGE_BYTES);
+        Descriptor b = stage_descriptor(bytes + TILE * STAGE_BYTES);
+        group_fence();
+        for (uint32_t step = 0; step < 4; ++step) {
+            if (kind == 0) {
+                group_mma_bf16(acc, advanced(a, step * 32), advanced(b, step * 32));
+            } else {
+                group_mma_f16(acc, advanced(a, step * 32), advanced(b, step * 32));
+            }
+        }
+        group_commit();
+        group_wait<0>();
+        for (uint32_t i = 0; i < 64; ++i) {
+            uint32_t row = warp_index() * 16 + i % 4 / 2 * 8 + lane_index() / 4;
+            uint32_t column = i / 4 * 8 + lane_index() % 4 * 2 + i % 2;
+            p.c[kind * TILE * TILE + row * TILE + column] = acc[i / 4][i % 4];
+        }
+        block_sync();
+    }
+}
+
+// Differences of the warpgroup's products from plain ones.
+int check_group_products() {
+    std::vector<float> a(TILE * 64), b(TILE * 64), c(2 * TILE * TILE, -1.0f);
+    for (size_t i = 0; i < a.size(); ++i) {
+        a[i] = static_cast<float>(static_cast<int>(i * 7 % 13) - 6);
+        b[i] = static_cast<float>(static_cast<int>(i * 5 % 11) - 5);
+    }
+    GroupCheckParams params{a.data(), b.data(), c.data()};
+    const uint32_t grid[3] = {1, 1, 1};
+    if (emulation::launch("check_group_products", grid, 2 * TILE * STAGE_BYTES, &params, sizeof params, 1)) return 1;
+    int wrong = 0;
+    for (size_t i = 0; i < c.size(); ++i) {
+        size_t row = i / TILE % TILE, column = i % TILE;
+        float want = 1.0f;
+        for (size_t k = 0; k < 64; ++k) want += a[row * 64 + k] * b[column * 64 + k];
+        if (c[i] == want) continue;
+        if (++wrong < 5) std::printf("group product (%zu, %zu): got %g, want %g\n", row, column, static_cast<double>(c[i]), static_cast<double>(want));
+    }
+    return wrong;
+}
+
+int main() {
+    // Small integers: exact in every type, every sum exact.
+    std::vector<float> a(16 * 16), b(16 * 8), c(3 * 128, -1.0f);
+    std::vector<uint32_t> rows(256);
+    for (int i = 0; i < 256; ++i) a[i] = static_cast<float>(i * 7 % 13 - 6);
+    for (int i = 0; i < 128; ++i) b[i] = static_cast<float>(i * 5 % 11 - 5);
+    CheckParams params{a.data(), b.data(), c.data(), rows.data()};
+    const uint32_t grid[3] = {1, 1, 1};
+    if (emulation::launch("check_instructions", grid, 512, &params, sizeof params, 1)) return 2;
+    int wrong = check_group_products();
+    for (int kind = 0; kind < 3; ++kind) {
+        for (int row = 0; row < 16; ++row) {
+            for (int column = 0; column < 8; ++column) {
+                float want = 1.0f;
+                for (int k = 0; k < (kind == 2 ? 8 : 16); ++k) want += a[row * 16 + k] * b[k * 8 + column];
+                float got = c[kind * 128 + row * 8 + column];
+                if (got == want) continue;
+                std::printf("product %d (%d, %d): got %g, want %g\n", kind, row, column, static_cast<double>(got), static_cast<double>(want));
+                ++wrong;
+            }
+        }
+    }
+    for (uint32_t lane = 0; lane < 32; ++lane) {
+        for (uint32_t m = 0; m < 4; ++m) {
+            // Lane l holds the pair at (l / 4, 2 (l % 4)); transposed, the one below each other at (2 (l % 4), l / 4).
+            uint32_t row = lane / 4, column = lane % 4 * 2;
+            uint32_t straight = pair(static_cast<uint16_t>(m * 64 + row * 8 + column), static_cast<uint16_t>(m * 64 + row * 8 + column + 1));
+            uint32_t turned = pair(static_cast<uint16_t>(m * 64 + column * 8 + row), static_cast<uint16_t>(m * 64 + (column + 1) * 8 + row));
+            if (rows[lane * 4 + m] == straight && rows[128 + lane * 4 + m] == turned) continue;
+            std::printf("load_matrices, lane %u, matrix %u\n", lane, m);
+            ++wrong;
+        }
+    }
+    return wrong != 0;
+}

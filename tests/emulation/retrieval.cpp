@@ -1,0 +1,80 @@
+// retrieval.cpp: the retrieval kernel of a copy of kernels/ under many schedules, against a
+// double loop. tests/emulation.rs plants faults in the copy. Prints what differs and exits 1.
+// The pipeline of tile.cuh, which all passes share, is what the faults are planted in.
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "emulation/machine.h"
+#include "params.h"
+
+namespace {
+
+constexpr uint32_t kQueries = 130, kReferences = 200, kStride = 160, kCount = 5;
+
+uint32_t tiles(uint32_t rows) { return (rows + TILE - 1) / TILE; }
+
+// Place of an element of a prepared row: [tile, stage of 128 bytes, row, swizzled granule of 16].
+size_t place(size_t row, size_t d) {
+    size_t granule = (d % 32 / 4) ^ (row % 8);
+    return row / TILE * TILE * kStride + d / 32 * TILE * 32 + row % TILE * 32 + granule * 4 + d % 4;
+}
+
+// Rows of small integers: every sum is exact, in any order.
+std::vector<float> rows(uint32_t count, uint32_t seed) {
+    std::vector<float> values(static_cast<size_t>(tiles(count)) * TILE * kStride, 0.0f);
+    for (size_t i = 0; i < static_cast<size_t>(count) * kStride; ++i) {
+        seed = seed * 1664525u + 1013904223u;
+        values[place(i / kStride, i % kStride)] = static_cast<float>(seed >> 24) - 128.0f;
+    }
+    return values;
+}
+
+}  // namespace
+
+int main(int argc, char **argv) {
+    uint64_t seeds = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 1;
+    const uint32_t capacity = 256;
+    std::vector<float> queries = rows(kQueries, 1), references = rows(kReferences, 2);
+    for (uint64_t seed = 0; seed < seeds; ++seed) {
+        std::vector<uint64_t> buffer(static_cast<size_t>(tiles(kQueries)) * TILE * capacity);
+        std::vector<uint32_t> indices(kQueries * kCount);
+        std::vector<float> similarities(kQueries * kCount);
+        RetrievalParams params{};
+        params.queries = queries.data();
+        params.references = references.data();
+        params.query_count = kQueries;
+        params.reference_count = kReferences;
+        params.stride = kStride;
+        params.k = kCount;
+        params.capacity = capacity;
+        params.buffer = buffer.data();
+        params.indices = indices.data();
+        params.similarities = similarities.data();
+        const uint32_t grid[3] = {tiles(kQueries), 1, 1};
+        if (emulation::launch("retrieval_f32", grid, RETRIEVAL_SHARED_BYTES, &params, sizeof params, seed)) return 2;
+        for (uint32_t q = 0; q < kQueries; ++q) {
+            std::vector<std::pair<double, uint32_t>> all;
+            for (uint32_t r = 0; r < kReferences; ++r) {
+                double sum = 0.0;
+                for (uint32_t d = 0; d < kStride; ++d) {
+                    sum += static_cast<double>(queries[place(q, d)]) * static_cast<double>(references[place(r, d)]);
+                }
+                all.emplace_back(-sum, r);
+            }
+            std::sort(all.begin(), all.end());
+            for (uint32_t i = 0; i < kCount; ++i) {
+                if (indices[q * kCount + i] == all[i].second && similarities[q * kCount + i] == static_cast<float>(-all[i].first)) {
+                    continue;
+                }
+                std::printf("seed %llu, query %u, place %u: got %u (%g), want %u (%g)\n",
+                            static_cast<unsigned long long>(seed), q, i, indices[q * kCount + i],
+                            static_cast<double>(similarities[q * kCount + i]), all[i].second, -all[i].first);
+                return 1;
+            }
+        }
+    }
+    return 0;
+}

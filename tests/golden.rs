@@ -1,0 +1,50 @@
+//! The scalar truth against the reference cases in `tests/golden` (SPEC 7).
+#![cfg(feature = "cli")]
+
+use std::path::PathBuf;
+
+use ddtas::cases::{Case, find};
+use ddtas::loss::Batch;
+use ddtas::verify::Expected;
+
+fn close(name: &str, what: &str, got: f64, wanted: f64, scale: f64) {
+    let error = if got == wanted { 0.0 } else { (got - wanted).abs() };
+    assert!(error <= 1e-9 * scale, "{name}: {what} is {got}, expected {wanted}");
+}
+
+#[test]
+fn the_float64_truth_reproduces_every_golden_case() {
+    let files = find(&[PathBuf::from("tests/golden")]).unwrap();
+    assert_eq!(files.len(), 12);
+    for file in files {
+        let Case { name, settings, embeddings, labels, tangent, expected: e } = Case::read(&file).unwrap();
+        let batch = Batch::square(embeddings.view(), &labels);
+        let truth = Expected::evaluate(&batch, &settings, &tangent, None).unwrap();
+        assert_eq!(
+            (truth.probe_neg, truth.total_pos, truth.active),
+            (e.probe_neg, e.total_pos, e.active),
+            "{name}"
+        );
+        assert_eq!(truth.count_pos, e.count_pos, "{name}");
+        assert_eq!(truth.count_neg, e.count_neg, "{name}");
+        close(&name, "loss", truth.loss, e.loss, e.loss.abs());
+        close(&name, "gamma_pos", truth.gamma_pos, e.gamma_pos, 1.0);
+        close(&name, "gamma_neg", truth.gamma_neg, e.gamma_neg, 1.0);
+        for (what, got, wanted) in [
+            ("dL/dlambda_pos", truth.dloss_dlambda_pos, e.dloss_dlambda_pos),
+            ("dL/dlambda_neg", truth.dloss_dlambda_neg, e.dloss_dlambda_neg),
+            ("hyper_pos", truth.hyper_pos, e.hyper_pos),
+            ("hyper_neg", truth.hyper_neg, e.hyper_neg),
+        ] {
+            close(&name, what, got, wanted, wanted.abs());
+        }
+        for i in 0..labels.len() {
+            close(&name, "min_pos", truth.min_pos[i], e.min_pos[i], 1.0);
+            close(&name, "max_neg", truth.max_neg[i], e.max_neg[i], 1.0);
+        }
+        let scale = e.gradient.iter().fold(0.0, |scale: f64, x| scale.max(x.abs()));
+        for (got, wanted) in truth.gradient.iter().zip(&e.gradient) {
+            close(&name, "gradient", *got, *wanted, scale);
+        }
+    }
+}

@@ -1,0 +1,178 @@
+//! `ddtas-train` from the outside: what it learns, what it writes, what it says when something is wrong.
+#![cfg(feature = "train")]
+
+use std::path::Path;
+
+use assert_cmd::Command;
+use ddtas::train::{EvaluationRecord, Record, StepRecord, read_records};
+
+/// A run small enough for a test: 16 pixels, a narrow network, small batches.
+fn small_run(output: &Path, steps: usize) -> Command {
+    let mut command = Command::cargo_bin("ddtas-train").unwrap();
+    let steps = steps.to_string();
+    command.args(["--image-size", "16", "--width", "8", "--embedding-dim", "32", "--evaluate-every", "0"]);
+    command.args(["--classes-per-batch", "8", "--images-per-class", "4", "--steps", &steps, "--output"]);
+    command.arg(output);
+    command
+}
+
+fn records(run: &Path) -> (Vec<StepRecord>, Vec<EvaluationRecord>) {
+    let (mut steps, mut evaluations) = (Vec::new(), Vec::new());
+    for record in read_records(&run.join("metrics.jsonl")).unwrap() {
+        match record {
+            Record::Step(step) => steps.push(step),
+            Record::Evaluation(evaluation) => evaluations.push(evaluation),
+        }
+    }
+    (steps, evaluations)
+}
+
+/// One line on standard error that names `what`, exit code 1, nothing on standard output.
+fn assert_refused(command: &mut Command, what: &str) {
+    let output = command.output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains(what), "expected {what:?} in: {said}");
+    assert_eq!(said.lines().filter(|line| line.starts_with("ddtas-train: ")).count(), 1, "{said}");
+    assert!(!said.contains("panicked"), "{said}");
+    assert!(output.stdout.is_empty());
+}
+
+/// A folder of `classes` classes with `pictures` plain pictures each.
+fn folder_of_pictures(root: &Path, classes: usize, pictures: usize) {
+    for class in 0..classes {
+        let folder = root.join(format!("class{class:02}"));
+        std::fs::create_dir_all(&folder).unwrap();
+        for picture in 0..pictures {
+            let colour = [(class * 20) as u8, 255 - (class * 20) as u8, (picture * 30) as u8];
+            let image = image::RgbImage::from_fn(24, 20, |x, y| {
+                image::Rgb([colour[0], colour[1].wrapping_add((x + y) as u8), colour[2]])
+            });
+            image.save(folder.join(format!("{picture}.png"))).unwrap();
+        }
+    }
+}
+
+#[test]
+fn short_training_run_raises_recall_on_unseen_classes() {
+    let place = tempfile::tempdir().unwrap();
+    let run = place.path().join("run");
+    let mut command = Command::cargo_bin("ddtas-train").unwrap();
+    command.args(["--image-size", "32", "--width", "12", "--steps", "60", "--evaluate-every", "0"]);
+    command.arg("--output").arg(&run);
+    let said = command.assert().success().get_output().stdout.clone();
+    let said = String::from_utf8(said).unwrap();
+    assert!(said.contains("untrained network") && said.contains("seed 0"), "{said}");
+
+    let (steps, evaluations) = records(&run);
+    assert_eq!(steps.len(), 60);
+    let (before, after) = (evaluations[0].recall[0].1, evaluations[1].recall[0].1);
+    assert!(before < 0.10, "the untrained network already finds {before}");
+    assert!(after > before + 0.03, "Recall@1 went from {before} to {after}");
+    for file in ["config.toml", "best.safetensors", "report.html"] {
+        assert!(run.join(file).metadata().unwrap().len() > 0, "{file}");
+    }
+}
+
+#[test]
+fn same_seed_gives_the_same_run_whatever_the_thread_count() {
+    let place = tempfile::tempdir().unwrap();
+    let metrics: Vec<Vec<u8>> = [("1", "1"), ("2", "3"), ("5", "2")]
+        .iter()
+        .map(|(threads, workers)| {
+            let run = place.path().join(format!("run{threads}"));
+            small_run(&run, 6)
+                .env("RAYON_NUM_THREADS", threads)
+                .args(["--seed", "7", "--workers", workers])
+                .assert()
+                .success();
+            std::fs::read(run.join("metrics.jsonl")).unwrap()
+        })
+        .collect();
+    assert!(metrics[0] == metrics[1], "2 threads differ from 1");
+    assert!(metrics[0] == metrics[2], "5 threads differ from 1");
+
+    let other = place.path().join("other");
+    small_run(&other, 6).args(["--seed", "8"]).assert().success();
+    assert!(metrics[0] != std::fs::read(other.join("metrics.jsonl")).unwrap(), "the seed changes nothing");
+}
+
+#[test]
+fn every_loss_and_mining_trains() {
+    let place = tempfile::tempdir().unwrap();
+    for loss in ["soft-contrastive", "contrastive", "multi-similarity"] {
+        for mining in ["none", "symmetric", "asms", "at-asms"] {
+            let run = place.path().join(format!("{loss}-{mining}"));
+            small_run(&run, 3).args(["--loss", loss, "--mining", mining]).assert().success();
+            let (steps, _) = records(&run);
+            assert!(steps.iter().all(|step| step.loss > 0.0 && step.loss.is_finite()), "{loss} {mining}");
+        }
+    }
+}
+
+#[test]
+fn best_checkpoint_starts_another_run_where_it_ended() {
+    let place = tempfile::tempdir().unwrap();
+    let (first, second) = (place.path().join("first"), place.path().join("second"));
+    small_run(&first, 12).assert().success();
+    let (_, evaluations) = records(&first);
+    let best = evaluations.iter().map(|evaluation| evaluation.recall[0].1).fold(0.0, f64::max);
+
+    let checkpoint = first.join("best.safetensors");
+    small_run(&second, 2).arg("--init").arg(&checkpoint).args(["--batch-norm", "frozen"]).assert().success();
+    let (_, evaluations) = records(&second);
+    assert_eq!(evaluations[0].recall[0].1, best);
+
+    let mut wider = small_run(&place.path().join("wider"), 2);
+    assert_refused(wider.args(["--width", "9"]).arg("--init").arg(&checkpoint), "--width 8");
+    let mut broken = small_run(&place.path().join("broken"), 2);
+    assert_refused(broken.arg("--init").arg(first.join("config.toml")), "not a safetensors file");
+}
+
+#[test]
+fn unreadable_pictures_are_counted_and_lose_nothing() {
+    let place = tempfile::tempdir().unwrap();
+    let data = place.path().join("data");
+    folder_of_pictures(&data, 8, 4);
+    std::fs::write(data.join("class00/0.png"), b"not a picture").unwrap();
+    std::fs::write(data.join("class07/2.png"), b"").unwrap();
+    let run = place.path().join("run");
+    let mut command = small_run(&run, 4);
+    command.args(["--dataset", "folder", "--classes-per-batch", "4", "--data-root"]).arg(&data);
+    let output = command.assert().success().get_output().clone();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("1 test pictures cannot be read"), "{said}");
+    assert!(said.contains("unreadable training pictures were met"), "{said}");
+    assert_eq!(records(&run).0.len(), 4);
+}
+
+#[test]
+fn wrong_input_is_refused_in_one_line_that_says_what_to_do() {
+    let place = tempfile::tempdir().unwrap();
+    let run = place.path().join("run");
+    let small = || small_run(&run, 2);
+    assert_refused(small().args(["--dataset", "folder"]), "--data-root DIR");
+    assert_refused(small().args(["--dataset", "folder", "--data-root", "/nowhere"]), "/nowhere");
+    assert_refused(small().args(["--lambda", "9"]), "lambda-pos = 9");
+    assert_refused(small().args(["--learning-rate", "0"]), "learning-rate = 0");
+    assert_refused(small().args(["--batch-norm", "frozen"]), "--init FILE");
+    assert_refused(small().args(["--classes-per-batch", "99"]), "98");
+    assert_refused(small().args(["--device", "toaster"]), "toaster");
+    assert_refused(small().arg("--init").arg(place.path().join("none.safetensors")), "none.safetensors");
+
+    let data = place.path().join("data");
+    folder_of_pictures(&data, 1, 3);
+    assert_refused(small().args(["--dataset", "folder", "--data-root"]).arg(&data), "class");
+
+    std::fs::create_dir_all(&run).unwrap();
+    std::fs::write(run.join("notes"), "mine").unwrap();
+    assert_refused(&mut small(), "not empty");
+    assert_eq!(std::fs::read_to_string(run.join("notes")).unwrap(), "mine");
+}
+
+#[test]
+fn learning_rate_that_diverges_is_told_not_panicked() {
+    let place = tempfile::tempdir().unwrap();
+    let mut command = small_run(&place.path().join("run"), 30);
+    assert_refused(command.args(["--learning-rate", "1e30", "--warm-up", "0"]), "lower --learning-rate");
+}

@@ -1,0 +1,107 @@
+//! The scalar truth against central differences, in float64 on the angle of each row.
+
+use ddtas::loss::gradient::weigh;
+use ddtas::loss::select::Selection;
+use ddtas::loss::similarity::Similarities;
+use ddtas::loss::threshold::hypergradient;
+use ddtas::loss::{LossSettings, Mining};
+use ndarray::Array2;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+const ROWS: usize = 14;
+const DIM: usize = 5;
+
+fn batch() -> (Array2<f64>, Vec<i64>) {
+    let mut rng = ChaCha8Rng::seed_from_u64(7);
+    let mut rows = Array2::from_shape_simple_fn((ROWS, DIM), || rng.random::<f64>() - 0.3);
+    for mut row in rows.outer_iter_mut() {
+        let norm = row.dot(&row).sqrt();
+        row /= norm;
+    }
+    (rows, (0..ROWS as i64).map(|i| i / 3).collect())
+}
+
+/// L at rows that may have left the unit sphere, with the sets held fixed.
+fn loss(rows: &Array2<f64>, labels: &[i64], selection: &Selection, settings: &LossSettings) -> f64 {
+    weigh(&Similarities::new((rows, labels), None), selection, settings).loss
+}
+
+fn gradient(
+    rows: &Array2<f64>,
+    labels: &[i64],
+    selection: &Selection,
+    settings: &LossSettings,
+) -> Array2<f64> {
+    let g = weigh(&Similarities::new((rows, labels), None), selection, settings).weights;
+    (&g + &g.t()).dot(rows)
+}
+
+fn all_settings() -> [LossSettings; 3] {
+    let defaults = LossSettings::default();
+    [
+        defaults,
+        LossSettings { mining: Mining::None, ..defaults },
+        LossSettings {
+            lambda_pos: 0.9,
+            lambda_neg: 0.3,
+            alpha: 15.0,
+            beta: 3.0,
+            mining: Mining::Asms,
+            ..defaults
+        },
+    ]
+}
+
+#[test]
+fn the_gradient_agrees_with_central_differences() {
+    let (rows, labels) = batch();
+    for settings in all_settings() {
+        let selection = Selection::new(&Similarities::new((&rows, &labels), None), &settings);
+        assert!((0..ROWS).any(|i| selection.is_active(i)));
+        let analytic = gradient(&rows, &labels, &selection, &settings);
+        for i in 0..ROWS {
+            for d in 0..DIM {
+                let step = 1e-5;
+                let at = |by: f64| {
+                    let mut moved = rows.clone();
+                    moved[[i, d]] += by;
+                    loss(&moved, &labels, &selection, &settings)
+                };
+                let wanted = (at(step) - at(-step)) / (2.0 * step);
+                assert!((analytic[[i, d]] - wanted).abs() < 1e-8, "{} {wanted}", analytic[[i, d]]);
+            }
+        }
+    }
+}
+
+#[test]
+fn derivatives_by_lambda_agree_with_central_differences() {
+    let (rows, labels) = batch();
+    let mut rng = ChaCha8Rng::seed_from_u64(8);
+    let tangent = Array2::from_shape_simple_fn((ROWS, DIM), || rng.random::<f64>() - 0.5);
+    for settings in all_settings() {
+        let similarities = Similarities::new((&rows, &labels), None);
+        let selection = Selection::new(&similarities, &settings);
+        let weighted = weigh(&similarities, &selection, &settings);
+        let mut tilt = tangent.dot(&rows.t());
+        tilt += &rows.dot(&tangent.t());
+        let hyper = hypergradient(&similarities, &selection, &settings, &tilt);
+
+        let step = 1e-5;
+        let pos = |by: f64| LossSettings { lambda_pos: settings.lambda_pos + by, ..settings };
+        let neg = |by: f64| LossSettings { lambda_neg: settings.lambda_neg + by, ..settings };
+        let loss_at = |settings: LossSettings| loss(&rows, &labels, &selection, &settings);
+        let along_at =
+            |settings: LossSettings| (gradient(&rows, &labels, &selection, &settings) * &tangent).sum();
+        for (what, got, wanted) in [
+            ("dL/dlambda_pos", weighted.dloss_dlambda_pos, loss_at(pos(step)) - loss_at(pos(-step))),
+            ("dL/dlambda_neg", weighted.dloss_dlambda_neg, loss_at(neg(step)) - loss_at(neg(-step))),
+            ("hyper_pos", hyper.pos, along_at(pos(step)) - along_at(pos(-step))),
+            ("hyper_neg", hyper.neg, along_at(neg(step)) - along_at(neg(-step))),
+        ] {
+            let wanted = wanted / (2.0 * step);
+            assert!((got - wanted).abs() < 1e-7 * (1.0 + wanted.abs()), "{what}: {got} {wanted}");
+        }
+    }
+}
