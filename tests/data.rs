@@ -1,5 +1,6 @@
 //! Data sets, P-K sampler, augmentation, loader: what they promise, and bad input.
 #![cfg(feature = "train")]
+#![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;

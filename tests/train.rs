@@ -1,5 +1,6 @@
 //! `ddtas-train` from the outside: what it learns, what it writes, what it says when something is wrong.
 #![cfg(feature = "train")]
+#![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
 
 use std::path::Path;
 
@@ -58,17 +59,18 @@ fn short_training_run_raises_recall_on_unseen_classes() {
     let place = tempfile::tempdir().unwrap();
     let run = place.path().join("run");
     let mut command = Command::cargo_bin("ddtas-train").unwrap();
-    command.args(["--image-size", "32", "--width", "12", "--steps", "60", "--evaluate-every", "0"]);
+    command.args(["--image-size", "32", "--width", "16", "--steps", "150", "--learning-rate", "6e-3"]);
+    command.args(["--evaluate-every", "0"]);
     command.arg("--output").arg(&run);
     let said = command.assert().success().get_output().stdout.clone();
     let said = String::from_utf8(said).unwrap();
     assert!(said.contains("untrained network") && said.contains("seed 0"), "{said}");
 
     let (steps, evaluations) = records(&run);
-    assert_eq!(steps.len(), 60);
+    assert_eq!(steps.len(), 150);
     let (before, after) = (evaluations[0].recall[0].1, evaluations[1].recall[0].1);
     assert!(before < 0.10, "the untrained network already finds {before}");
-    assert!(after > before + 0.03, "Recall@1 went from {before} to {after}");
+    assert!(after > before + 0.04, "Recall@1 went from {before} to {after}");
     for file in ["config.toml", "best.safetensors", "report.html"] {
         assert!(run.join(file).metadata().unwrap().len() > 0, "{file}");
     }

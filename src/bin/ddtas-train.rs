@@ -13,7 +13,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 ///
 /// Without arguments it trains on car silhouettes drawn in memory, in a few minutes on two cores.
 #[derive(Parser)]
-#[command(version)]
+#[command(version, args_override_self = true)]
 struct Arguments {
     #[command(flatten)]
     settings: TrainSettings,

@@ -24,13 +24,19 @@ impl PkSampler {
     /// A sampler of `classes` x `pictures` from the picture indices of each class.
     ///
     /// # Errors
-    /// [`Error::InvalidSetting`] if one of the two is 0 or there are fewer classes than asked for;
-    /// [`Error::Dataset`] if a class has no picture.
+    /// [`Error::InvalidSetting`] if one of the two is 0; [`Error::Dataset`] if there are fewer
+    /// classes than asked for, or one without pictures.
     pub fn new(by_class: &[Vec<usize>], classes: usize, pictures: usize, seed: u64) -> Result<Self> {
         let invalid =
             |name, value: usize, range| Err(Error::InvalidSetting { name, value: value.to_string(), range });
-        if classes == 0 || classes > by_class.len() {
-            return invalid("--classes-per-batch", classes, "1 up to the number of training classes");
+        if classes == 0 {
+            return invalid("--classes-per-batch", classes, "at least 1");
+        }
+        if classes > by_class.len() {
+            return Err(Error::Dataset(format!(
+                "--classes-per-batch {classes} asks for more than the {} training classes there are: give at most that",
+                by_class.len()
+            )));
         }
         if pictures == 0 {
             return invalid("--images-per-class", pictures, "at least 1");

@@ -1,6 +1,6 @@
 //! report.html of a run folder: one file, nothing fetched.
 //!
-//! The run leaves config.toml, metrics.jsonl and report.json ([`Findings`]); [`write`]
+//! The run leaves config.toml, metrics.jsonl and report.json ([`Findings`]); [`write()`]
 //! turns them into report.html, at the end of a run or any time later. neighbours.png
 //! is the strip of queries alone, for a README.
 
