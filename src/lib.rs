@@ -26,3 +26,8 @@ pub mod train;
 pub mod verify;
 
 pub use error::{Error, Result};
+
+/// Compiles and runs the README's example.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
