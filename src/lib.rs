@@ -15,6 +15,8 @@ pub mod cases;
 #[cfg(feature = "train")]
 pub mod data;
 mod error;
+#[cfg(feature = "train")]
+pub mod generator;
 pub mod loss;
 #[cfg(feature = "train")]
 pub mod model;

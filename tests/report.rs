@@ -28,6 +28,7 @@ fn step(step: usize) -> Record {
         active: 80,
         mean_pos: Some(0.8),
         mean_neg: (step != 3).then_some(0.4 - 0.2 * way),
+        hypergradient: None,
         learning_rate: 2e-3 * (1.0 - way),
     })
 }

@@ -80,8 +80,13 @@ impl Progress {
 
     fn step(&mut self, record: &StepRecord, images_per_second: f64) {
         let gamma = |value: Option<f64>| value.map_or_else(|| "-".into(), |value| format!("{value:.3}"));
+        let lambda = if record.lambda_pos == record.lambda_neg {
+            format!("{:.3}", record.lambda_pos)
+        } else {
+            format!("{:.3}/{:.3}", record.lambda_pos, record.lambda_neg)
+        };
         let message = format!(
-            "loss {:.3}  gamma+ {}  gamma- {}  mined {}+{}  {images_per_second:.0} images/s",
+            "loss {:.3}  gamma+ {}  gamma- {}  lambda {lambda}  mined {}+{}  {images_per_second:.0} images/s",
             record.loss,
             gamma(record.gamma_pos),
             gamma(record.gamma_neg),

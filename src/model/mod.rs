@@ -7,10 +7,13 @@ pub mod layers;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
+use ndarray::Array2;
 
 pub use backbone::Backbone;
 pub use batch_norm::{BatchNorm, Normalise};
 pub use head::EmbeddingHead;
+
+use crate::{Error, Result};
 
 /// A network from images to unit embeddings.
 #[derive(Module, Debug)]
@@ -46,4 +49,18 @@ impl EmbeddingNetwork {
     pub fn forward(&self, images: Tensor<4>, mode: Normalise) -> Tensor<2> {
         self.head.forward(self.backbone.forward(images, mode))
     }
+}
+
+/// Reads a tensor back, `[rows, columns]`.
+///
+/// # Errors
+/// [`Error::Training`] if it does not hold f32.
+pub fn to_array(tensor: Tensor<2>) -> Result<Array2<f32>> {
+    let [rows, columns] = tensor.dims();
+    let values = tensor
+        .into_data()
+        .try_into_vec::<f32>()
+        .map_err(|error| Error::Training(format!("a tensor cannot be read back: {error:?}")))?;
+    Array2::from_shape_vec((rows, columns), values)
+        .map_err(|error| Error::Training(format!("a tensor has another shape: {error}")))
 }

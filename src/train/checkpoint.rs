@@ -6,6 +6,7 @@ use std::path::Path;
 use burn::store::{ModuleSnapshot, SafetensorsStore};
 
 use super::files::write_atomic;
+use crate::generator::Thresholds;
 use crate::model::{EmbeddingNetwork, NetworkShape};
 use crate::{Error, Result};
 
@@ -32,19 +33,40 @@ pub fn save(
     write_atomic(path, &bytes)
 }
 
+/// Key of the threshold generator's state in a checkpoint's metadata.
+pub const GENERATOR: &str = "ddtas.generator";
+
+/// State of the threshold generator that a checkpoint holds.
+///
+/// # Errors
+/// [`Error::Io`] if the file cannot be read, [`Error::Format`] if it holds none.
+pub fn thresholds(path: &Path) -> Result<Thresholds> {
+    let text = metadata(path, GENERATOR, "holds no generator state: its run had --generator off")?;
+    let state: Thresholds = serde_json::from_str(&text)
+        .map_err(|error| Error::format(path, format!("unknown generator state: {error}")))?;
+    if state.members.is_empty() {
+        return Err(Error::format(path, "holds a generator without members"));
+    }
+    Ok(state)
+}
+
 /// Shape of the network a checkpoint holds.
 ///
 /// # Errors
 /// [`Error::Io`] if the file cannot be read, [`Error::Format`] if it is no checkpoint of ddtas.
 pub fn shape(path: &Path) -> Result<NetworkShape> {
+    let text = metadata(path, SHAPE, "not a checkpoint of ddtas-train: no network shape")?;
+    serde_json::from_str(&text)
+        .map_err(|error| Error::format(path, format!("unknown network shape: {error}")))
+}
+
+fn metadata(path: &Path, key: &str, missing: &str) -> Result<String> {
     let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
     let (_, header) = safetensors::SafeTensors::read_metadata(&bytes)
         .map_err(|error| Error::format(path, format!("not a safetensors file: {error}")))?;
     let none = HashMap::new();
-    let text = header.metadata().as_ref().unwrap_or(&none).get(SHAPE);
-    let text =
-        text.ok_or_else(|| Error::format(path, "not a checkpoint of ddtas-train: no network shape"))?;
-    serde_json::from_str(text).map_err(|error| Error::format(path, format!("unknown network shape: {error}")))
+    let found = header.metadata().as_ref().unwrap_or(&none).get(key).cloned();
+    found.ok_or_else(|| Error::format(path, missing))
 }
 
 /// Fills `network` from `path`.

@@ -6,15 +6,17 @@
 use burn::module::Module;
 use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
 use burn::tensor::{Device, Tensor, TensorData};
-use ndarray::{Array2, ArrayView2};
+use ndarray::ArrayView2;
 
+use super::generator::Generator;
 use super::schedule::Schedule;
 use super::settings::{BatchNorm, TrainSettings};
 use crate::backend::Backend;
 use crate::data::ImageBatch;
+use crate::generator::{GeneratorKind, Lambda};
 use crate::loss::baseline::{self, PairLoss};
 use crate::loss::{Batch, LossOutput, LossSettings};
-use crate::model::{EmbeddingNetwork, Normalise};
+use crate::model::{EmbeddingNetwork, Normalise, to_array};
 use crate::{Error, Result};
 
 /// PyTorch's. Burn's own default, 1e-5, is as large as many of these gradients and would brake the steps.
@@ -33,16 +35,24 @@ pub struct Engine {
     backend: Box<dyn Backend>,
     pair_loss: PairLoss,
     loss: LossSettings,
+    generator: Option<Generator>,
+    /// Learned in the last step, in force from the next one on.
+    pending: Option<Lambda>,
 }
 
 impl Engine {
-    /// An engine for `network`, whose loss is computed by `backend`.
+    /// An engine for `network`, whose loss is computed by `backend` and whose lambda comes from `generator`, if any.
     pub fn new(
         network: EmbeddingNetwork,
         settings: &TrainSettings,
         backend: Box<dyn Backend>,
+        generator: Option<Generator>,
         device: Device,
     ) -> Self {
+        let mut loss = settings.loss_settings();
+        if let Some(generator) = &generator {
+            loss = generator.lambda().applied_to(&loss);
+        }
         Self {
             network,
             output: LossOutput::default(),
@@ -62,7 +72,9 @@ impl Engine {
             },
             backend,
             pair_loss: settings.loss,
-            loss: settings.loss_settings(),
+            loss,
+            generator,
+            pending: None,
         }
     }
 
@@ -76,13 +88,24 @@ impl Engine {
         self.schedule.learning_rate(step)
     }
 
-    /// One step on a batch. Returns whether the weights moved: a batch that mines nothing leaves them alone.
+    /// The threshold generator, if there is one.
+    pub fn generator(&self) -> Option<&Generator> {
+        self.generator.as_ref()
+    }
+
+    /// One step on a batch; `meta` is the generator's batch where it draws a fresh one.
+    /// Returns whether the weights moved: a batch that mines nothing leaves them alone.
     ///
     /// # Errors
     /// [`Error::Training`] if the embeddings are no longer finite.
-    pub fn step(&mut self, step: usize, batch: &ImageBatch) -> Result<bool> {
+    pub fn step(&mut self, step: usize, batch: &ImageBatch, meta: Option<&ImageBatch>) -> Result<bool> {
+        if let Some(lambda) = self.pending.take() {
+            self.loss = lambda.applied_to(&self.loss);
+        }
         let images = image_tensor(batch, &self.device);
-        let embeddings = self.network.forward(images, self.mode);
+        let features = self.network.backbone.forward(images.clone(), self.mode);
+        let embeddings = self.network.head.forward(features.clone());
+        self.learn_by_head(features, &batch.labels, meta).map_err(|error| diverged(error, step))?;
         let values = to_array(embeddings.clone())?;
         self.evaluate_loss(values.view(), &batch.labels).map_err(|error| diverged(error, step))?;
         if self.output.gradient.iter().all(|&entry| entry == 0.0) {
@@ -93,10 +116,61 @@ impl Engine {
         let gradient = Tensor::<2>::from_data(TensorData::new(gradient, [shape.0, shape.1]), &self.device);
         let gradients = (embeddings * gradient).sum().backward();
         let gradients = GradientsParams::from_grads(gradients, &self.network);
+        let meta_images = meta.map(|meta| (image_tensor(meta, &self.device), meta.labels.as_slice()));
+        if let (Some(generator), Some((meta_images, meta_labels))) = (&mut self.generator, meta_images)
+            && generator.kind() == GeneratorKind::Full
+        {
+            let batch = Batch::square(values.view(), &batch.labels);
+            let images = (images.inner(), meta_images);
+            let learned = generator
+                .learn_full(
+                    &self.network,
+                    &gradients,
+                    images,
+                    &batch,
+                    meta_labels,
+                    &mut *self.backend,
+                    &self.loss,
+                )
+                .map_err(|error| diverged(error, step))?;
+            self.pending = Some(learned);
+        }
         let rate = self.schedule.learning_rate(step);
         let network = self.network.clone();
         self.network = self.optimizer.step(rate, network, gradients);
         Ok(true)
+    }
+
+    /// Lets a generator of the head's learn, and puts its lambda in force.
+    fn learn_by_head(
+        &mut self,
+        features: Tensor<2>,
+        labels: &[i64],
+        meta: Option<&ImageBatch>,
+    ) -> Result<()> {
+        let Some(generator) = &mut self.generator else { return Ok(()) };
+        if generator.kind() != GeneratorKind::Head {
+            return Ok(());
+        }
+        let features = to_array(features)?.mapv(f64::from);
+        let fresh = match meta {
+            Some(meta) => {
+                let mode = if self.mode == Normalise::Training { Normalise::Batch } else { self.mode };
+                let images = image_tensor(meta, &self.device.clone().inner());
+                let features = to_array(self.network.valid().backbone.forward(images, mode))?;
+                Some((features.mapv(f64::from), meta.labels.as_slice()))
+            }
+            None => None,
+        };
+        let lambda = generator.learn_head(
+            &self.network.head,
+            (features, labels),
+            fresh,
+            &mut *self.backend,
+            &self.loss,
+        )?;
+        self.loss = lambda.applied_to(&self.loss);
+        Ok(())
     }
 
     fn evaluate_loss(&mut self, embeddings: ArrayView2<'_, f32>, labels: &[i64]) -> Result<()> {
@@ -178,16 +252,6 @@ impl Embedded {
 fn image_tensor(batch: &ImageBatch, device: &Device) -> Tensor<4> {
     let shape = [batch.labels.len(), 3, batch.image_size, batch.image_size];
     Tensor::from_data(TensorData::new(batch.pixels.clone(), shape), device)
-}
-
-fn to_array(tensor: Tensor<2>) -> Result<Array2<f32>> {
-    let [rows, dim] = tensor.dims();
-    let values = tensor
-        .into_data()
-        .try_into_vec::<f32>()
-        .map_err(|error| Error::Training(format!("the embeddings cannot be read back: {error:?}")))?;
-    Array2::from_shape_vec((rows, dim), values)
-        .map_err(|error| Error::Training(format!("the embeddings have another shape: {error}")))
 }
 
 /// Embeddings that stop being finite or unit mean that the weights ran away.

@@ -5,6 +5,7 @@
 //! | `settings.rs` | every setting, its default and range |
 //! | `run.rs` | the run: data, steps, evaluations, files |
 //! | `engine.rs` | one step, and embedding a split |
+//! | `generator.rs` | lambda learned beside the steps |
 //! | `schedule.rs` | the learning rate |
 //! | `records.rs` | what is written down of a step and an evaluation |
 //! | `checkpoint.rs` | weights as safetensors |
@@ -13,6 +14,7 @@
 pub mod checkpoint;
 mod engine;
 pub mod files;
+mod generator;
 mod records;
 pub mod report;
 mod run;
@@ -20,6 +22,7 @@ mod schedule;
 mod settings;
 
 pub use engine::{Embedded, Engine};
+pub use generator::Generator;
 pub use records::{EvaluationRecord, Record, StepRecord, read as read_records};
 pub use run::{Event, Summary, train};
 pub use schedule::Schedule;

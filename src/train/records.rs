@@ -37,6 +37,9 @@ pub struct StepRecord {
     pub mean_neg: Option<f64>,
     /// Learning rate of the step.
     pub learning_rate: f64,
+    /// dL^m/dlambda, of lambda_pos and lambda_neg; absent without a generator.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hypergradient: Option<[f64; 2]>,
 }
 
 /// One evaluation on the test classes.

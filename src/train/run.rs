@@ -7,6 +7,7 @@ use std::time::Instant;
 use burn::tensor::Device;
 
 use super::engine::Engine;
+use super::generator::Generator;
 use super::records::{EvaluationRecord, Record, RecordWriter, StepRecord};
 use super::report::{self, Baseline, Extent, Findings};
 use super::settings::{DatasetKind, TrainSettings};
@@ -16,6 +17,7 @@ use crate::data::{
     self, Dataset, EvaluationBatches, FolderSettings, Loader, LoaderSettings, PkSampler, Split, TestCrop,
     synthetic::SyntheticSettings,
 };
+use crate::generator::{GeneratorKind, MetaSource, Thresholds};
 use crate::loss::{Embeddings, Rows};
 use crate::model::EmbeddingNetwork;
 use crate::retrieval::{Recall, recall};
@@ -30,6 +32,9 @@ const NEIGHBOURS: usize = 8;
 
 /// Pictures embedded at once.
 const EVALUATION_CHUNK: usize = 128;
+
+/// Sets the meta batches' draws apart from the training batches'.
+const META_SEED: u64 = 0x6d65_7461;
 
 /// What a run tells while it goes on.
 #[derive(Debug)]
@@ -109,6 +114,9 @@ pub fn train(settings: &TrainSettings, tell: &mut dyn FnMut(Event<'_>)) -> Resul
     let backend = backend::open(&spec)?;
     let steps_per_epoch = sampler.steps_per_epoch();
     let (network, device) = make_network(settings)?;
+    let generator = make_generator(settings, &spec)?;
+    let fresh_meta = generator.is_some() && settings.generator.meta == MetaSource::Fresh;
+    let meta_sampler = fresh_meta.then(|| meta_sampler(settings, &dataset)).transpose()?;
 
     let folder = make_folder(settings, &dataset.name)?;
     let config = toml::to_string(settings).map_err(|error| Error::format(&folder, error.to_string()))?;
@@ -121,7 +129,7 @@ pub fn train(settings: &TrainSettings, tell: &mut dyn FnMut(Event<'_>)) -> Resul
     let mut run = Run {
         settings,
         test,
-        engine: Engine::new(network, settings, backend, device),
+        engine: Engine::new(network, settings, backend, generator, device),
         best_path: folder.join("best.safetensors"),
         best: None,
         metrics,
@@ -136,6 +144,12 @@ pub fn train(settings: &TrainSettings, tell: &mut dyn FnMut(Event<'_>)) -> Resul
     let mut loader_settings = LoaderSettings::new(settings.image_size, settings.steps as u64, settings.seed);
     loader_settings.workers = settings.workers;
     loader_settings.augment.crop_area = (settings.smallest_crop, 1.0);
+    let mut meta_loader = meta_sampler
+        .map(|sampler| {
+            let meta_settings = LoaderSettings { seed: settings.seed ^ META_SEED, ..loader_settings.clone() };
+            Loader::new(Arc::clone(&dataset.train), sampler, meta_settings)
+        })
+        .transpose()?;
     let loader = Loader::new(Arc::clone(&dataset.train), sampler, loader_settings)?;
     let mut after = before.clone();
     let (mut steps_without_pairs, mut replaced, mut training_seconds) = (0, 0, 0.0);
@@ -143,7 +157,9 @@ pub fn train(settings: &TrainSettings, tell: &mut dyn FnMut(Event<'_>)) -> Resul
     for (step, batch) in loader.enumerate() {
         let batch = batch?;
         replaced += batch.replaced;
-        let moved = run.engine.step(step, &batch)?;
+        let meta = meta_loader.as_mut().and_then(Iterator::next).transpose()?;
+        replaced += meta.as_ref().map_or(0, |meta| meta.replaced);
+        let moved = run.engine.step(step, &batch, meta.as_ref())?;
         steps_without_pairs += usize::from(!moved);
         let epoch = (step + 1) as f64 / steps_per_epoch as f64;
         let seconds = clock.elapsed().as_secs_f64();
@@ -231,11 +247,16 @@ impl Run<'_> {
         (self.tell)(Event::Evaluated(&record));
         let first = |recall: &Recall| recall.get(1).unwrap_or(0.0);
         if self.best.as_ref().is_none_or(|best| first(&recall) > first(&best.recall)) {
-            let facts = [
+            let mut facts = vec![
                 ("ddtas.step", step.to_string()),
                 ("ddtas.seed", self.settings.seed.to_string()),
                 ("ddtas.recall@1", format!("{:.4}", first(&recall))),
             ];
+            if let Some(generator) = self.engine.generator() {
+                let state = serde_json::to_string(generator.thresholds())
+                    .map_err(|error| Error::format(&self.best_path, error.to_string()))?;
+                facts.push((checkpoint::GENERATOR, state));
+            }
             let shape = self.settings.network_shape();
             checkpoint::save(&self.engine.network, &shape, &facts, &self.best_path)?;
             self.best = Some(Best { step, recall: recall.clone(), nearest, pictures: embedded.indices });
@@ -262,6 +283,11 @@ impl Run<'_> {
             mean_pos: finite(output.mean_pos),
             mean_neg: finite(output.mean_neg),
             learning_rate: self.engine.learning_rate(step),
+            hypergradient: self
+                .engine
+                .generator()
+                .and_then(Generator::last_hypergradient)
+                .map(|gradient| [gradient.pos, gradient.neg]),
         };
         self.metrics.append(&Record::Step(record.clone()))?;
         (self.tell)(Event::Step { record: &record, images_per_second });
@@ -360,6 +386,28 @@ fn make_network(settings: &TrainSettings) -> Result<(EmbeddingNetwork, Device)> 
         ));
     }
     Ok((checkpoint::load(network, path)?, device))
+}
+
+fn make_generator(settings: &TrainSettings, spec: &DeviceSpec) -> Result<Option<Generator>> {
+    let generator = &settings.generator;
+    if generator.kind == GeneratorKind::Off {
+        return Ok(None);
+    }
+    let thresholds = match &generator.generator_init {
+        Some(path) => checkpoint::thresholds(path)?,
+        None => Thresholds::new(settings.first_lambda(), generator),
+    };
+    Ok(Some(Generator::new(generator.clone(), thresholds, backend::open(spec)?)))
+}
+
+fn meta_sampler(settings: &TrainSettings, dataset: &Dataset) -> Result<PkSampler> {
+    let generator = &settings.generator;
+    PkSampler::new(
+        dataset.train.by_class(),
+        generator.meta_classes,
+        generator.meta_images,
+        settings.seed ^ META_SEED,
+    )
 }
 
 /// Creates the run folder: the one asked for, which must be new or empty, or the next free number under runs/.

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::generator::{GeneratorKind, GeneratorSettings, Lambda};
 use crate::loss::baseline::PairLoss;
 use crate::loss::{LossSettings, Mining};
 use crate::model::NetworkShape;
@@ -138,6 +139,10 @@ pub struct TrainSettings {
     /// Run folder to create; runs/NAME-NUMBER if not given.
     #[arg(long, value_name = "DIR")]
     pub output: Option<PathBuf>,
+
+    /// The threshold generator.
+    #[command(flatten)]
+    pub generator: GeneratorSettings,
 }
 
 impl TrainSettings {
@@ -155,6 +160,13 @@ impl TrainSettings {
             lambda_pos: self.lambda_pos.unwrap_or(self.lambda),
             lambda_neg: self.lambda_neg.unwrap_or(self.lambda),
         }
+    }
+
+    /// Where the loss thresholds begin.
+    #[must_use]
+    pub fn first_lambda(&self) -> Lambda {
+        let LossSettings { lambda_pos, lambda_neg, .. } = self.loss_settings();
+        Lambda { pos: lambda_pos, neg: lambda_neg }
     }
 
     /// Shape of the network.
@@ -175,6 +187,7 @@ impl TrainSettings {
     /// [`Error::InvalidSetting`] names the first setting that is off.
     pub fn validate(&self) -> Result<()> {
         self.loss_settings().validate()?;
+        self.generator.validate(self.first_lambda())?;
         let check = |good: bool, name, value: String, range| {
             if good { Ok(()) } else { Err(Error::InvalidSetting { name, value, range }) }
         };
@@ -201,6 +214,12 @@ impl TrainSettings {
             "batch-norm",
             "frozen".into(),
             "needs --init FILE: without trained statistics there is nothing to freeze",
+        )?;
+        check(
+            self.generator.kind == GeneratorKind::Off || self.loss == PairLoss::SoftContrastive,
+            "generator",
+            "on".into(),
+            "needs --loss soft-contrastive: the other losses have no lambda to learn",
         )?;
         check(
             self.dataset != DatasetKind::Folder || self.data_root.is_some(),

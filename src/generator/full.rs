@@ -1,0 +1,132 @@
+//! The virtual step of the whole network, and the tangent by a central difference.
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::optim::{GradientsParams, SgdConfig};
+use burn::tensor::{Tensor, TensorData};
+use ndarray::Array2;
+
+use super::{VirtualStep, VirtualStepKind};
+use crate::model::{EmbeddingNetwork, Normalise, to_array};
+use crate::{Error, Result};
+
+/// How far the weights move to either side for the difference. Small enough for the curvature of the network
+/// not to show, large enough for f32 to resolve it.
+const DIFFERENCE: f64 = 3e-3;
+
+/// The tangent of a training batch.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Tangent {
+    /// edot, `[B, D]`.
+    pub tangent: Array2<f32>,
+    /// What multiplies the sums of the threshold pass to give dL^m/dlambda.
+    pub factor: f64,
+}
+
+/// Takes the virtual step, evaluates the meta gradient there, and returns the tangent of `images` along it (SPEC 5).
+///
+/// `gradients` is that of the training loss; `meta_gradient` maps embeddings of `meta_images` to dL^m/dE. Running
+/// statistics stay as they are. `None` if nothing was mined on either side.
+///
+/// # Errors
+/// Those of `meta_gradient`.
+pub fn tangent(
+    network: &EmbeddingNetwork,
+    gradients: &GradientsParams,
+    step: VirtualStep,
+    images: Tensor<4>,
+    meta_images: Tensor<4>,
+    meta_gradient: &mut dyn FnMut(Array2<f32>) -> Result<Array2<f32>>,
+) -> Result<Option<Tangent>> {
+    let length = dot(network, gradients, gradients)?.sqrt();
+    if length == 0.0 {
+        return Ok(None);
+    }
+    let rate = match step.kind {
+        VirtualStepKind::Plain => step.rate,
+        VirtualStepKind::Unit => step.rate / length,
+    };
+    let virtual_network = moved(network, -rate, gradients);
+    let embeddings = virtual_network.forward(meta_images, Normalise::Batch);
+    let gradient = meta_gradient(to_array(embeddings.clone())?)?;
+    let (rows, dim) = gradient.dim();
+    let data = TensorData::new(gradient.into_iter().collect::<Vec<f32>>(), [rows, dim]);
+    let surrogate = (embeddings.clone() * Tensor::from_data(data, &embeddings.device())).sum();
+    let mut direction = GradientsParams::from_grads(surrogate.backward(), &virtual_network);
+    if step.kind == VirtualStepKind::Unit {
+        let along = dot(network, &direction, gradients)? / (length * length);
+        direction = combined(network, &direction, -along, gradients);
+    }
+    let direction_length = dot(network, &direction, &direction)?.sqrt();
+    if direction_length == 0.0 {
+        return Ok(None);
+    }
+    let distance = DIFFERENCE / direction_length;
+    let at = |factor: f64| -> Result<Array2<f32>> {
+        let moved = moved(network, factor, &direction);
+        to_array(moved.valid().forward(images.clone(), Normalise::Batch))
+    };
+    let difference = at(distance)? - at(-distance)?;
+    let scale = (0.5 / distance) as f32;
+    Ok(Some(Tangent { tangent: difference * scale, factor: -rate }))
+}
+
+/// The network with its weights moved by `factor` times `direction`.
+fn moved(network: &EmbeddingNetwork, factor: f64, direction: &GradientsParams) -> EmbeddingNetwork {
+    let direction = combined(network, direction, 0.0, direction);
+    SgdConfig::new().init().step(-factor, network.clone(), direction)
+}
+
+/// `a + factor * b`.
+fn combined(
+    network: &EmbeddingNetwork,
+    a: &GradientsParams,
+    factor: f64,
+    b: &GradientsParams,
+) -> GradientsParams {
+    struct Combine<'a> {
+        a: &'a GradientsParams,
+        b: &'a GradientsParams,
+        factor: f64,
+        sum: GradientsParams,
+    }
+    impl ModuleVisitor for Combine<'_> {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            let Some(a) = self.a.get::<D>(param.id) else { return };
+            let sum = match self.b.get::<D>(param.id) {
+                Some(b) if self.factor != 0.0 => a + b.mul_scalar(self.factor),
+                _ => a,
+            };
+            self.sum.register(param.id, sum);
+        }
+    }
+    let mut combine = Combine { a, b, factor, sum: GradientsParams::new() };
+    network.visit(&mut combine);
+    combine.sum
+}
+
+/// Sum of the products of all entries.
+fn dot(network: &EmbeddingNetwork, a: &GradientsParams, b: &GradientsParams) -> Result<f64> {
+    struct Dot<'a> {
+        a: &'a GradientsParams,
+        b: &'a GradientsParams,
+        sums: Vec<Tensor<1>>,
+    }
+    impl ModuleVisitor for Dot<'_> {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            if let (Some(a), Some(b)) = (self.a.get::<D>(param.id), self.b.get::<D>(param.id)) {
+                self.sums.push((a * b).sum());
+            }
+        }
+    }
+    let mut dot = Dot { a, b, sums: Vec::new() };
+    network.visit(&mut dot);
+    let mut total = 0.0;
+    for sum in dot.sums {
+        let values = sum
+            .into_data()
+            .try_into_vec::<f32>()
+            .map_err(|error| Error::Training(format!("a gradient cannot be read back: {error:?}")))?;
+        total += values.into_iter().map(f64::from).sum::<f64>();
+    }
+    Ok(total)
+}

@@ -1,0 +1,233 @@
+//! What can be set of the threshold generator.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use super::Lambda;
+use crate::{Error, Result};
+
+/// Which parameters take the virtual step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum GeneratorKind {
+    /// None: lambda stays as given.
+    #[default]
+    Off,
+    /// All of them: one more pass forward and back on the meta batch, two forward on the batch.
+    /// Lambda as learned in a step enters the loss of the next one.
+    Full,
+    /// The embedding head's: in closed form from features that the step has anyway.
+    Head,
+}
+
+/// Where the meta batch comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MetaSource {
+    /// Drawn and augmented for the purpose, --meta-classes x --meta-images.
+    #[default]
+    Fresh,
+    /// The features of the last --meta-recent training batches, as they were (--generator head).
+    Recent,
+}
+
+/// How lambda moves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Optimizer {
+    /// By the rate times the hyper-gradient.
+    Sgd,
+    /// By the rate times its running mean over its running deviation (Adam).
+    #[default]
+    Adam,
+}
+
+/// Length of the virtual step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VirtualStepKind {
+    /// --virtual-rate times the gradient.
+    Plain,
+    /// --virtual-rate, whatever the gradient's length.
+    #[default]
+    Unit,
+}
+
+/// A virtual step: its kind and rate.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct VirtualStep {
+    /// What the rate multiplies.
+    pub kind: VirtualStepKind,
+    /// Rate (plain) or length (unit).
+    pub rate: f64,
+}
+
+/// The threshold of the meta loss, lambda_ref.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum LambdaReference {
+    /// A constant.
+    Fixed(f64),
+    /// The meta batch's mean similarity to the hardest negative: moves with the embedding space.
+    Hardest,
+}
+
+impl FromStr for LambdaReference {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        if text == "hardest" {
+            return Ok(Self::Hardest);
+        }
+        text.parse().ok().filter(|value| (-2.0..=2.0).contains(value)).map(Self::Fixed).ok_or_else(|| {
+            Error::InvalidSetting {
+                name: "lambda-reference",
+                value: text.to_owned(),
+                range: "-2 to 2, or hardest",
+            }
+        })
+    }
+}
+
+impl fmt::Display for LambdaReference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Fixed(value) => write!(f, "{value}"),
+            Self::Hardest => f.write_str("hardest"),
+        }
+    }
+}
+
+impl TryFrom<String> for LambdaReference {
+    type Error = Error;
+
+    fn try_from(text: String) -> Result<Self> {
+        text.parse()
+    }
+}
+
+impl From<LambdaReference> for String {
+    fn from(reference: LambdaReference) -> Self {
+        reference.to_string()
+    }
+}
+
+/// Settings of the threshold generator.
+#[derive(Debug, Clone, PartialEq, clap::Args, Serialize, Deserialize)]
+pub struct GeneratorSettings {
+    /// Learn lambda while training, by one virtual step of these parameters.
+    #[arg(long = "generator", value_enum, default_value_t)]
+    pub kind: GeneratorKind,
+    /// Learn lambda_pos and lambda_neg apart, not one lambda for both.
+    #[arg(long)]
+    pub lambda_pair: bool,
+    /// Where meta batches come from.
+    #[arg(long, value_enum, default_value_t)]
+    pub meta: MetaSource,
+    /// Classes in a fresh meta batch.
+    #[arg(long, default_value_t = 5)]
+    pub meta_classes: usize,
+    /// Pictures of each class in a fresh meta batch.
+    #[arg(long, default_value_t = 2)]
+    pub meta_images: usize,
+    /// Training batches that make up a recent meta batch.
+    #[arg(long, default_value_t = 4)]
+    pub meta_recent: usize,
+    /// Threshold of the meta loss: a similarity, or hardest, the mean similarity to the hardest negative.
+    #[arg(long, default_value = "0.7", allow_negative_numbers = true)]
+    pub lambda_reference: LambdaReference,
+    /// Whether --virtual-rate multiplies the gradient (plain) or its direction (unit).
+    #[arg(long, value_enum, default_value_t)]
+    pub virtual_step: VirtualStepKind,
+    /// Rate or length of the virtual step.
+    #[arg(long, default_value_t = 1.0)]
+    pub virtual_rate: f64,
+    /// How lambda moves.
+    #[arg(long, value_enum, default_value_t)]
+    pub lambda_optimizer: Optimizer,
+    /// Learning rate of lambda.
+    #[arg(long, default_value_t = 0.01)]
+    pub lambda_rate: f64,
+    /// L1 pull of lambda to its first value.
+    #[arg(long, default_value_t = 0.0)]
+    pub lambda_l1: f64,
+    /// L2 pull of lambda to its first value.
+    #[arg(long, default_value_t = 0.0)]
+    pub lambda_l2: f64,
+    /// Least lambda.
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
+    pub lambda_min: f64,
+    /// Greatest lambda.
+    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
+    pub lambda_max: f64,
+    /// Generators with first values and rates of their own, whose mean is used (--generator head).
+    #[arg(long, default_value_t = 1)]
+    pub lambda_ensemble: usize,
+    /// Start from the generator state of this checkpoint.
+    #[arg(long, value_name = "FILE")]
+    pub generator_init: Option<PathBuf>,
+}
+
+impl GeneratorSettings {
+    /// The virtual step.
+    #[must_use]
+    pub fn step(&self) -> VirtualStep {
+        VirtualStep { kind: self.virtual_step, rate: self.virtual_rate }
+    }
+
+    /// Checks every range; `start` is where lambda begins.
+    ///
+    /// # Errors
+    /// [`Error::InvalidSetting`] names the first setting that is off.
+    pub fn validate(&self, start: Lambda) -> Result<()> {
+        if self.kind == GeneratorKind::Off {
+            return Ok(());
+        }
+        let check = |good: bool, name, value: String, range| {
+            if good { Ok(()) } else { Err(Error::InvalidSetting { name, value, range }) }
+        };
+        let head = self.kind == GeneratorKind::Head;
+        let counts = [
+            ("meta-classes", self.meta_classes, 2, "2 or more: with one class nothing can be mined"),
+            ("meta-images", self.meta_images, 2, "2 or more: with one picture a class nothing can be mined"),
+            ("meta-recent", self.meta_recent, 1, "1 or more"),
+            ("lambda-ensemble", self.lambda_ensemble, 1, "1 or more"),
+        ];
+        for (name, value, least, range) in counts {
+            check(value >= least && value <= 1 << 16, name, value.to_string(), range)?;
+        }
+        let needs_head = "needs --generator head";
+        check(
+            head || self.lambda_ensemble == 1,
+            "lambda-ensemble",
+            self.lambda_ensemble.to_string(),
+            needs_head,
+        )?;
+        check(head || self.meta == MetaSource::Fresh, "meta", "recent".into(), needs_head)?;
+        for (name, value) in [("virtual-rate", self.virtual_rate), ("lambda-rate", self.lambda_rate)] {
+            check(value > 0.0 && value.is_finite(), name, value.to_string(), "above 0")?;
+        }
+        for (name, value) in [("lambda-l1", self.lambda_l1), ("lambda-l2", self.lambda_l2)] {
+            check(value >= 0.0 && value.is_finite(), name, value.to_string(), "0 or more")?;
+        }
+        let (low, high) = (self.lambda_min, self.lambda_max);
+        check(
+            -2.0 <= low && low < high && high <= 2.0,
+            "lambda-min",
+            low.to_string(),
+            "-2 to below --lambda-max, at most 2",
+        )?;
+        for (name, value) in [("lambda-pos", start.pos), ("lambda-neg", start.neg)] {
+            check((low..=high).contains(&value), name, value.to_string(), "--lambda-min to --lambda-max")?;
+        }
+        check(
+            self.lambda_pair || start.pos == start.neg,
+            "lambda-neg",
+            start.neg.to_string(),
+            "the same as --lambda-pos, or --lambda-pair to learn them apart",
+        )
+    }
+}

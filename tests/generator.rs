@@ -1,0 +1,295 @@
+//! The threshold generator: dL^m/dlambda against finite differences of the bilevel quantity itself.
+#![cfg(feature = "train")]
+#![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
+
+use assert_cmd::Command;
+use burn::module::Module;
+use burn::optim::{GradientsParams, SgdConfig};
+use burn::tensor::{Device, Tensor, TensorData};
+use ddtas::Result;
+use ddtas::backend::{Backend, cpu::CpuBackend};
+use ddtas::generator::head::{Head, Losses, hypergradient};
+use ddtas::generator::{Lambda, VirtualStep, VirtualStepKind, full};
+use ddtas::loss::gradient::weigh;
+use ddtas::loss::select::Selection;
+use ddtas::loss::similarity::Similarities;
+use ddtas::loss::{Batch, Hypergradient, LossOutput, LossSettings, Mining, reference, threshold};
+use ddtas::model::{EmbeddingNetwork, NetworkShape, Normalise, to_array};
+use ddtas::train::{Record, read_records};
+use ndarray::{Array1, Array2, ArrayView2, arr1};
+use rand::{Rng, RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+const STEPS: [VirtualStep; 2] = [
+    VirtualStep { kind: VirtualStepKind::Plain, rate: 0.5 },
+    VirtualStep { kind: VirtualStepKind::Unit, rate: 0.3 },
+];
+
+fn uniform(shape: (usize, usize), rng: &mut impl Rng) -> Array2<f64> {
+    Array2::from_shape_fn(shape, |_| rng.random_range(-1.0..1.0))
+}
+
+fn labels(classes: usize, images: usize) -> Vec<i64> {
+    (0..classes * images).map(|row| (row / images) as i64).collect()
+}
+
+/// The losses in scalar float64.
+struct Truth {
+    labels: Vec<i64>,
+    meta_labels: Vec<i64>,
+    settings: LossSettings,
+    lambda: Lambda,
+    meta_loss: f64,
+}
+
+fn scalar(
+    embeddings: &Array2<f64>,
+    labels: &[i64],
+    settings: &LossSettings,
+) -> (Similarities, Selection, f64, Array2<f64>) {
+    let similarities = Similarities::new((embeddings, labels), None);
+    let selection = Selection::new(&similarities, settings);
+    let weighted = weigh(&similarities, &selection, settings);
+    let gradient = (&weighted.weights + &weighted.weights.t()).dot(embeddings);
+    (similarities, selection, weighted.loss, gradient)
+}
+
+impl Losses for Truth {
+    fn train(&mut self, embeddings: &Array2<f64>, lambda: Lambda) -> Result<Array2<f64>> {
+        self.lambda = lambda;
+        Ok(scalar(embeddings, &self.labels, &lambda.applied_to(&self.settings)).3)
+    }
+
+    fn meta(&mut self, embeddings: &Array2<f64>) -> Result<Array2<f64>> {
+        let (_, _, loss, gradient) = scalar(embeddings, &self.meta_labels, &self.settings.with_lambda(0.6));
+        self.meta_loss = loss;
+        Ok(gradient)
+    }
+
+    fn hypergradient(&mut self, embeddings: &Array2<f64>, tangent: &Array2<f64>) -> Result<Hypergradient> {
+        let settings = self.lambda.applied_to(&self.settings);
+        let (similarities, selection, ..) = scalar(embeddings, &self.labels, &settings);
+        let tilt = tangent.dot(&embeddings.t()) + embeddings.dot(&tangent.t());
+        Ok(threshold::hypergradient(&similarities, &selection, &settings, &tilt))
+    }
+}
+
+#[test]
+fn closed_form_of_the_head_is_the_derivative_of_the_meta_loss() {
+    for (seed, mining) in [(1, Mining::AtAsms), (2, Mining::Asms), (3, Mining::None)] {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let head = Head { weight: uniform((9, 7), &mut rng), bias: arr1(&[0.1; 7]) };
+        let (train, meta) = (uniform((12, 9), &mut rng), uniform((6, 9), &mut rng));
+        let mut truth = Truth {
+            labels: labels(4, 3),
+            meta_labels: labels(3, 2),
+            settings: LossSettings { mining, alpha: 4.0, ..LossSettings::default() },
+            lambda: Lambda::default(),
+            meta_loss: 0.0,
+        };
+        for step in STEPS {
+            let lambda = Lambda { pos: 0.5, neg: 0.4 };
+            let found = hypergradient(&head, train.view(), meta.view(), step, lambda, &mut truth).unwrap();
+            // The whole bilevel quantity again, from the virtual step on, at lambda +- h.
+            let mut meta_loss = |lambda: Lambda| {
+                hypergradient(&head, train.view(), meta.view(), step, lambda, &mut truth).unwrap();
+                truth.meta_loss
+            };
+            let h = 1e-5;
+            let pos = (meta_loss(Lambda { pos: lambda.pos + h, ..lambda })
+                - meta_loss(Lambda { pos: lambda.pos - h, ..lambda }))
+                / (2.0 * h);
+            let neg = (meta_loss(Lambda { neg: lambda.neg + h, ..lambda })
+                - meta_loss(Lambda { neg: lambda.neg - h, ..lambda }))
+                / (2.0 * h);
+            assert!(
+                pos.abs() > 1e-6 && neg.abs() > 1e-6,
+                "{mining:?} {step:?}: nothing to compare: {pos} {neg}"
+            );
+            for (what, got, want) in [("pos", found.pos, pos), ("neg", found.neg, neg)] {
+                let error = (got - want).abs() / want.abs();
+                assert!(error < 1e-4, "{mining:?} {step:?} {what}: {got} is not {want}, off by {error:.1e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn virtual_step_without_a_gradient_leaves_lambda_alone() {
+    let mut rng = ChaCha8Rng::seed_from_u64(5);
+    let head = Head { weight: uniform((4, 3), &mut rng), bias: Array1::zeros(3) };
+    let (train, meta) = (uniform((4, 4), &mut rng), uniform((4, 4), &mut rng));
+    // Every row a class of its own: nothing is mined.
+    let mut truth = Truth {
+        labels: labels(4, 1),
+        meta_labels: labels(2, 2),
+        settings: LossSettings::default(),
+        lambda: Lambda::default(),
+        meta_loss: 0.0,
+    };
+    let lambda = Lambda { pos: 0.5, neg: 0.5 };
+    let found = hypergradient(&head, train.view(), meta.view(), STEPS[1], lambda, &mut truth).unwrap();
+    assert_eq!(found, Hypergradient::default());
+}
+
+#[test]
+fn difference_through_the_whole_network_is_the_derivative_of_the_meta_loss() {
+    let device = Device::flex().autodiff();
+    device.seed(3);
+    let network = EmbeddingNetwork::new(&NetworkShape { width: 16, depth: 1, embedding_dim: 10 }, &device);
+    let mut rng = ChaCha8Rng::seed_from_u64(4);
+    let mut pictures = |count: usize| {
+        let pixels: Vec<f32> = (0..count * 3 * 256).map(|_| rng.random_range(-1.0..1.0)).collect();
+        Tensor::<4>::from_data(TensorData::new(pixels, [count, 3, 16, 16]), &device)
+    };
+    let (images, meta_images) = (pictures(24), pictures(20));
+    let (labels, meta_labels) = (labels(8, 3), labels(5, 4));
+    let settings = LossSettings { mining: Mining::None, alpha: 4.0, ..LossSettings::default() };
+    let meta_settings = settings.with_lambda(0.9);
+
+    // Gradient of the training loss in the weights.
+    let gradients = |settings: &LossSettings| {
+        let embeddings = network.forward(images.clone(), Normalise::Batch);
+        let values = to_array(embeddings.clone()).unwrap();
+        let found = reference(&Batch::square(values.view(), &labels), settings).unwrap();
+        let gradient: Vec<f32> = found.gradient.iter().map(|&value| value as f32).collect();
+        let gradient = Tensor::<2>::from_data(TensorData::new(gradient, [24, 10]), &device);
+        GradientsParams::from_grads((embeddings * gradient).sum().backward(), &network)
+    };
+    let meta_loss = |network: &EmbeddingNetwork| {
+        let values =
+            to_array(network.valid().forward(meta_images.clone().inner(), Normalise::Batch)).unwrap();
+        reference(&Batch::square(values.view(), &meta_labels), &meta_settings).unwrap().weighted.loss
+    };
+
+    let step = VirtualStep { kind: VirtualStepKind::Plain, rate: 0.1 };
+    let mut backend = CpuBackend::new();
+    let mut output = LossOutput::default();
+    let values = to_array(network.forward(images.clone(), Normalise::Batch)).unwrap();
+    let batch = Batch::square(values.view(), &labels);
+    backend.loss(&batch, &settings, &mut output).unwrap();
+    let mut meta_gradient = |embeddings: Array2<f32>| {
+        let view: ArrayView2<'_, f32> = embeddings.view();
+        Ok(reference(&Batch::square(view, &meta_labels), &meta_settings)?.gradient.mapv(|value| value as f32))
+    };
+    let found = full::tangent(
+        &network,
+        &gradients(&settings),
+        step,
+        images.clone().inner(),
+        meta_images.clone(),
+        &mut meta_gradient,
+    )
+    .unwrap()
+    .unwrap();
+    let sums = backend.hypergradient(&batch, found.tangent.view(), None).unwrap();
+
+    let at = |settings: &LossSettings| {
+        let moved = SgdConfig::new().init().step(step.rate, network.clone(), gradients(settings));
+        meta_loss(&moved)
+    };
+    // Wide, since f32 networks resolve no finer difference; the loss bends little over it.
+    let h = 0.02;
+    let change = |pos: f64, neg: f64| {
+        at(&LossSettings {
+            lambda_pos: settings.lambda_pos + pos,
+            lambda_neg: settings.lambda_neg + neg,
+            ..settings
+        })
+    };
+    // Richardson's rule cancels the third-order term.
+    let derivative = |pos: f64, neg: f64| {
+        let central = |h: f64| (change(pos * h, neg * h) - change(-pos * h, -neg * h)) / (2.0 * h);
+        (4.0 * central(h) - central(2.0 * h)) / 3.0
+    };
+    for (what, got, want) in [
+        ("pos", found.factor * sums.pos, derivative(1.0, 0.0)),
+        ("neg", found.factor * sums.neg, derivative(0.0, 1.0)),
+    ] {
+        let error = (got - want).abs() / want.abs();
+        assert!(error < 1e-2, "{what}: {got} is not {want}, off by {error:.1e}");
+    }
+}
+
+fn run(output: &std::path::Path, more: &[&str]) -> Command {
+    let mut command = Command::cargo_bin("ddtas-train").unwrap();
+    command.args(["--image-size", "16", "--width", "8", "--embedding-dim", "32", "--evaluate-every", "0"]);
+    command.args(["--classes-per-batch", "8", "--images-per-class", "4", "--steps", "6", "--output"]);
+    command.arg(output).args(more);
+    command
+}
+
+fn lambdas(run: &std::path::Path) -> Vec<(f64, f64)> {
+    let records = read_records(&run.join("metrics.jsonl")).unwrap();
+    let step = |record| match record {
+        Record::Step(step) => Some((step.lambda_pos, step.lambda_neg)),
+        Record::Evaluation(_) => None,
+    };
+    records.into_iter().filter_map(step).collect()
+}
+
+#[test]
+fn every_generator_moves_lambda_within_its_range() {
+    let place = tempfile::tempdir().unwrap();
+    let cases: [(&str, &[&str]); 5] = [
+        ("head", &["--generator", "head"]),
+        ("recent", &["--generator", "head", "--meta", "recent", "--lambda-reference", "hardest"]),
+        ("ensemble", &["--generator", "head", "--lambda-ensemble", "3", "--lambda-l2", "0.1"]),
+        ("pair", &["--generator", "head", "--lambda-pair", "--virtual-step", "plain"]),
+        ("full", &["--generator", "full"]),
+    ];
+    for (name, arguments) in cases {
+        let output = place.path().join(name);
+        run(&output, arguments).args(["--lambda-min", "0.65", "--lambda-max", "0.75"]).assert().success();
+        let lambdas = lambdas(&output);
+        assert_eq!(lambdas.len(), 6);
+        assert!(lambdas.iter().any(|&(_, neg)| neg != 0.7), "{name}: lambda never moved");
+        assert!(lambdas.iter().all(|(pos, neg)| (0.65..=0.75).contains(pos) && (0.65..=0.75).contains(neg)));
+        if name == "pair" {
+            assert!(lambdas.iter().any(|(pos, neg)| pos != neg), "one lambda moved for both");
+        } else {
+            assert!(lambdas.iter().all(|(pos, neg)| pos == neg), "{name}: two lambdas");
+        }
+    }
+}
+
+#[test]
+fn generator_starts_warm_from_a_checkpoint() {
+    let place = tempfile::tempdir().unwrap();
+    let (cold, warm) = (place.path().join("cold"), place.path().join("warm"));
+    run(&cold, &["--generator", "head", "--lambda", "0.4"]).assert().success();
+    let checkpoint = cold.join("best.safetensors");
+    let checkpoint = checkpoint.to_str().unwrap();
+    run(&warm, &["--generator", "head", "--generator-init", checkpoint]).assert().success();
+    let first = lambdas(&warm)[0].0;
+    assert!((first - 0.4).abs() < 0.1, "starts at {first}, not where the first run was");
+
+    let off = place.path().join("off");
+    run(&off, &[]).assert().success();
+    let without = off.join("best.safetensors");
+    let refused =
+        run(&place.path().join("x"), &["--generator", "head", "--generator-init", without.to_str().unwrap()])
+            .assert()
+            .failure();
+    let said = String::from_utf8(refused.get_output().stderr.clone()).unwrap();
+    assert!(said.contains("--generator off"), "{said}");
+}
+
+#[test]
+fn settings_that_cannot_work_are_refused() {
+    let place = tempfile::tempdir().unwrap();
+    let cases: [(&[&str], &str); 6] = [
+        (&["--generator", "head", "--loss", "contrastive"], "soft-contrastive"),
+        (&["--generator", "full", "--lambda-ensemble", "2"], "--generator head"),
+        (&["--generator", "full", "--meta", "recent"], "--generator head"),
+        (&["--generator", "head", "--meta-images", "1"], "nothing can be mined"),
+        (&["--generator", "head", "--lambda", "0.9", "--lambda-max", "0.8"], "lambda-pos = 0.9"),
+        (&["--generator", "head", "--lambda-neg", "0.5"], "--lambda-pair"),
+    ];
+    for (arguments, what) in cases {
+        let refused = run(&place.path().join("run"), arguments).assert().code(1);
+        let said = String::from_utf8(refused.get_output().stderr.clone()).unwrap();
+        assert!(said.contains(what), "expected {what:?} in: {said}");
+        assert_eq!(said.lines().count(), 1, "{said}");
+    }
+}
