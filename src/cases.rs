@@ -1,5 +1,6 @@
 //! Reference cases: inputs and float64 results in `.safetensors` files (SPEC 7).
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use ndarray::Array2;
@@ -71,7 +72,7 @@ pub fn find(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
 struct File<'a> {
     path: &'a Path,
     tensors: SafeTensors<'a>,
-    metadata: std::collections::HashMap<String, String>,
+    metadata: HashMap<String, String>,
 }
 
 impl File<'_> {
@@ -114,24 +115,7 @@ impl File<'_> {
     }
 
     fn settings(&self) -> Result<LossSettings> {
-        let mining = match self.text("adaptive")? {
-            "true" => Mining::AtAsms,
-            "false" => Mining::Asms,
-            other => return Err(self.bad(format!("metadata `adaptive` is `{other}`, not true or false"))),
-        };
-        let settings = LossSettings {
-            mining,
-            gamma: self.parameter("gamma")?,
-            negative_ratio: self.parameter("neg_ratio")?,
-            probe_ratio: self.parameter("probe_neg_ratio")?,
-            tolerance: self.parameter("tolerance")?,
-            alpha: self.parameter("alpha")?,
-            beta: self.parameter("beta")?,
-            lambda_pos: self.parameter("lam_pos")?,
-            lambda_neg: self.parameter("lam_neg")?,
-        };
-        settings.validate().map_err(|e| self.bad(e.to_string()))?;
-        Ok(settings)
+        settings_of(self.path, &self.metadata)
     }
 
     fn bad(&self, reason: String) -> Error {
@@ -141,11 +125,6 @@ impl File<'_> {
     fn text(&self, key: &str) -> Result<&str> {
         let value = self.metadata.get(key);
         value.map(String::as_str).ok_or_else(|| self.bad(format!("the metadata has no `{key}`")))
-    }
-
-    fn parameter(&self, key: &str) -> Result<f64> {
-        let text = self.text(key)?;
-        text.parse().map_err(|_| self.bad(format!("metadata `{key}` is `{text}`, not a number")))
     }
 
     fn tensor(&self, name: &str) -> Result<TensorView<'_>> {
@@ -202,6 +181,37 @@ impl File<'_> {
         let value = self.integers(name, 1)?[0];
         u64::try_from(value).map_err(|_| self.bad(format!("tensor `{name}` holds {value}")))
     }
+}
+
+/// The settings that a file states in its metadata (SPEC 7).
+///
+/// # Errors
+/// [`Error::Format`] if one is missing, no number or out of range.
+pub(crate) fn settings_of(path: &Path, metadata: &HashMap<String, String>) -> Result<LossSettings> {
+    let bad = |reason| Error::format(path, reason);
+    let text = |key: &str| metadata.get(key).ok_or_else(|| bad(format!("the metadata has no `{key}`")));
+    let parameter = |key: &str| {
+        let text = text(key)?;
+        text.parse().map_err(|_| bad(format!("metadata `{key}` is `{text}`, not a number")))
+    };
+    let mining = match text("adaptive")?.as_str() {
+        "true" => Mining::AtAsms,
+        "false" => Mining::Asms,
+        other => return Err(bad(format!("metadata `adaptive` is `{other}`, not true or false"))),
+    };
+    let settings = LossSettings {
+        mining,
+        gamma: parameter("gamma")?,
+        negative_ratio: parameter("neg_ratio")?,
+        probe_ratio: parameter("probe_neg_ratio")?,
+        tolerance: parameter("tolerance")?,
+        alpha: parameter("alpha")?,
+        beta: parameter("beta")?,
+        lambda_pos: parameter("lam_pos")?,
+        lambda_neg: parameter("lam_neg")?,
+    };
+    settings.validate().map_err(|e| bad(e.to_string()))?;
+    Ok(settings)
 }
 
 fn words<const N: usize>(data: &[u8]) -> impl Iterator<Item = [u8; N]> + '_ {

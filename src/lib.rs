@@ -15,6 +15,8 @@ pub mod cases;
 #[cfg(feature = "train")]
 pub mod data;
 mod error;
+#[cfg(feature = "cli")]
+pub mod files;
 #[cfg(feature = "train")]
 pub mod generator;
 pub mod loss;
@@ -22,6 +24,8 @@ pub mod loss;
 pub mod model;
 #[cfg(feature = "train")]
 pub mod retrieval;
+#[cfg(feature = "cli")]
+pub mod throughput;
 #[cfg(feature = "train")]
 pub mod train;
 #[cfg(feature = "cli")]

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use burn::store::{ModuleSnapshot, SafetensorsStore};
 
-use super::files::write_atomic;
+use crate::files::write_atomic;
 use crate::generator::Thresholds;
 use crate::model::{EmbeddingNetwork, NetworkShape};
 use crate::{Error, Result};

@@ -13,7 +13,6 @@
 
 pub mod checkpoint;
 mod engine;
-pub mod files;
 mod generator;
 mod records;
 pub mod report;

@@ -6,17 +6,18 @@ use std::time::Instant;
 
 use burn::tensor::Device;
 
+use super::checkpoint;
 use super::engine::Engine;
 use super::generator::Generator;
 use super::records::{EvaluationRecord, Record, RecordWriter, StepRecord};
 use super::report::{self, Baseline, Extent, Findings};
 use super::settings::{DatasetKind, TrainSettings};
-use super::{checkpoint, files};
 use crate::backend::{self, DeviceSpec, Nearest};
 use crate::data::{
     self, Dataset, EvaluationBatches, FolderSettings, Loader, LoaderSettings, PkSampler, Split, TestCrop,
     synthetic::SyntheticSettings,
 };
+use crate::files;
 use crate::generator::{GeneratorKind, MetaSource, Thresholds};
 use crate::loss::{Embeddings, Rows};
 use crate::model::EmbeddingNetwork;

@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::files;
 use super::records::{self, EvaluationRecord, Record, StepRecord};
+use crate::files;
 use crate::{Error, Result};
 
 pub use strip::{Answer, Query, queries};

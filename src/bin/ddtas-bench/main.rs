@@ -1,4 +1,6 @@
-//! `ddtas-bench`: holds backends to the reference cases.
+//! `ddtas-bench`: holds backends to the reference cases, and times them.
+
+mod throughput;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -7,6 +9,12 @@ use clap::{Parser, Subcommand};
 use ddtas::backend::{Backend, DeviceSpec, open};
 use ddtas::cases::{Case, find};
 use ddtas::verify::{Report, SINGLE_PRECISION, run};
+use peak_alloc::PeakAlloc;
+use throughput::{ThroughputArguments, throughput};
+
+/// Counts, for the memory that `throughput` reports.
+#[global_allocator]
+static ALLOCATOR: PeakAlloc = PeakAlloc;
 
 #[derive(Parser)]
 #[command(version, about = "Checks and times the DDTAS loss")]
@@ -19,6 +27,8 @@ struct Arguments {
 enum Command {
     /// Runs reference cases through a backend; exit code 0 only if all pass.
     Verify(VerifyArguments),
+    /// Times loss and gradient on rows of which a stated share is mined.
+    Throughput(ThroughputArguments),
 }
 
 #[derive(clap::Args)]
@@ -37,6 +47,7 @@ struct VerifyArguments {
 fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         Command::Verify(arguments) => verify(&arguments),
+        Command::Throughput(arguments) => throughput(&arguments).map(|()| true),
     };
     match outcome {
         Ok(true) => ExitCode::SUCCESS,

@@ -1,38 +1,21 @@
-//! `ddtas-train`: trains an image-retrieval network and writes a run folder.
+//! Training: progress while it runs, the table when it is done.
 
 use std::io::IsTerminal;
-use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use clap::Parser;
 use ddtas::retrieval::Recall;
-use ddtas::train::{EvaluationRecord, Event, StepRecord, Summary, TrainSettings, train};
+use ddtas::train::{EvaluationRecord, Event, StepRecord, Summary, TrainSettings};
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// Trains an image-retrieval network with DDTAS and measures Recall@K on classes it never saw.
-///
-/// Without arguments it trains on car silhouettes drawn in memory, in a few minutes on two cores.
-#[derive(Parser)]
-#[command(version, args_override_self = true)]
-struct Arguments {
-    #[command(flatten)]
-    settings: TrainSettings,
-}
-
-fn main() -> ExitCode {
-    let Arguments { settings } = Arguments::parse();
-    let mut progress = Progress::new(&settings);
-    match train(&settings, &mut |event| progress.show(event)) {
-        Ok(summary) => {
-            print_summary(&settings, &summary);
-            ExitCode::SUCCESS
-        }
-        Err(error) => {
-            progress.bar.finish_and_clear();
-            eprintln!("ddtas-train: {error}");
-            ExitCode::FAILURE
-        }
+/// Trains by `settings` and prints what it came to.
+pub fn train(settings: &TrainSettings) -> ddtas::Result<()> {
+    let mut progress = Progress::new(settings);
+    let outcome = ddtas::train::train(settings, &mut |event| progress.show(event));
+    if outcome.is_err() {
+        progress.bar.finish_and_clear();
     }
+    print_summary(settings, &outcome?);
+    Ok(())
 }
 
 /// A bar on a terminal, a line every few seconds elsewhere.

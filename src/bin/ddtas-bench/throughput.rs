@@ -1,0 +1,101 @@
+//! `ddtas-bench throughput`: prints what [`ddtas::throughput`] measures.
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+
+use ddtas::files::write_atomic;
+use ddtas::throughput::{Row, ThroughputSettings, plot, run};
+use indicatif::{ProgressBar, ProgressStyle};
+
+#[derive(clap::Args)]
+pub struct ThroughputArguments {
+    #[command(flatten)]
+    settings: ThroughputSettings,
+    /// Print one JSON array, an object a row.
+    #[arg(long)]
+    json: bool,
+    /// Draw time and memory against the batch into this SVG file.
+    #[arg(long, value_name = "FILE")]
+    plot: Option<PathBuf>,
+}
+
+pub fn throughput(arguments: &ThroughputArguments) -> ddtas::Result<()> {
+    let progress = Progress::new(arguments.json);
+    let rows = run(&arguments.settings, &mut |index, count, name| progress.show(index, count, name));
+    progress.bar.finish_and_clear();
+    let rows = rows?;
+    if let Some(path) = &arguments.plot {
+        let svg = plot(&rows).map_err(|reason| ddtas::Error::format(path, reason))?;
+        write_atomic(path, svg.as_bytes())?;
+    }
+    if arguments.json {
+        let text = serde_json::to_string_pretty(&rows);
+        println!("{}", text.map_err(|e| ddtas::Error::Unavailable(format!("cannot write JSON: {e}")))?);
+    } else {
+        print_table(&rows);
+    }
+    Ok(())
+}
+
+/// A bar on a terminal, a line a row elsewhere, nothing beside JSON.
+struct Progress {
+    bar: ProgressBar,
+    lines: bool,
+}
+
+impl Progress {
+    fn new(silent: bool) -> Self {
+        let terminal = std::io::stderr().is_terminal();
+        let bar = if terminal && !silent { ProgressBar::new(0) } else { ProgressBar::hidden() };
+        if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len} [{elapsed}] {msg}") {
+            bar.set_style(style);
+        }
+        Self { bar, lines: !terminal && !silent }
+    }
+
+    fn show(&self, index: usize, count: usize, name: &str) {
+        self.bar.set_length(count as u64);
+        self.bar.set_position(index as u64);
+        self.bar.set_message(name.to_owned());
+        if self.lines {
+            eprintln!("{} of {count}: {name}", index + 1);
+        }
+    }
+}
+
+fn print_table(rows: &[Row]) {
+    println!(
+        "{:>7} {:>7} {:>5} {:>8} {:>6} {:>8} {:>10} {:>9} {:>9} {:>8} {:>9}",
+        "B",
+        "N",
+        "D",
+        "density",
+        "noise",
+        "mined, %",
+        "time, ms",
+        "spread",
+        "GFLOP/s",
+        "of floor",
+        "extra, MB"
+    );
+    let optional = |value: Option<String>| value.unwrap_or_else(|| "-".to_owned());
+    for row in rows {
+        println!(
+            "{:>7} {:>7} {:>5} {:>8} {:>6} {:>8.2} {:>10.3} {:>9.3} {:>9.1} {:>8} {:>9}",
+            row.batch,
+            row.references.unwrap_or(row.batch),
+            row.dim,
+            row.density.as_deref().unwrap_or("-"),
+            optional(row.noise.map(|noise| format!("{noise:.3}"))),
+            100.0 * row.mined_share,
+            row.time_ms,
+            row.time_spread_ms,
+            row.gflops,
+            optional(row.floor_share.map(|share| format!("{share:.2}"))),
+            optional(row.peak_extra_bytes.map(|bytes| format!("{:.2}", bytes as f64 / 1e6))),
+        );
+    }
+    if let Some(row) = rows.first() {
+        println!("{} on {} threads of the CPU, {:?} rows", row.backend, row.threads, row.dtype);
+    }
+}
