@@ -9,7 +9,8 @@ use ndarray::{Array2, ArrayView2, Axis, concatenate};
 use crate::backend::Backend;
 use crate::generator::head::{Head, Losses, hypergradient};
 use crate::generator::{
-    GeneratorKind, GeneratorSettings, Lambda, LambdaReference, MetaSource, Thresholds, UpdateRule, full,
+    GeneratorKind, GeneratorSettings, Lambda, MetaObjective, MetaSource, Thresholds, UpdateRule, full,
+    neighbours,
 };
 use crate::loss::{Batch, Hypergradient, LossOutput, LossSettings};
 use crate::model::{EmbeddingHead, EmbeddingNetwork, to_array};
@@ -30,21 +31,17 @@ pub struct Generator {
 struct MetaLoss {
     backend: Box<dyn Backend>,
     output: LossOutput,
-    reference: LambdaReference,
-    /// lambda_ref of the last evaluation, for a reference that moves.
-    last: f64,
+    objective: MetaObjective,
+    /// lambda_ref.
+    reference: f64,
 }
 
 impl Generator {
     /// A generator in state `thresholds`, with a backend of its own for meta batches.
     #[must_use]
     pub fn new(settings: GeneratorSettings, thresholds: Thresholds, backend: Box<dyn Backend>) -> Self {
-        let reference = settings.lambda_reference;
-        let last = match reference {
-            LambdaReference::Fixed(value) => value,
-            LambdaReference::Hardest => thresholds.lambda().neg,
-        };
-        let meta = MetaLoss { backend, output: LossOutput::default(), reference, last };
+        let (objective, reference) = (settings.meta_objective, settings.lambda_reference);
+        let meta = MetaLoss { backend, output: LossOutput::default(), objective, reference };
         Self { settings, thresholds, meta, recent: VecDeque::new(), hypergradient: None }
     }
 
@@ -171,17 +168,24 @@ impl Generator {
 }
 
 impl MetaLoss {
-    /// dL^m/dE at lambda_ref.
+    /// dL^m/dE.
     fn evaluate(
         &mut self,
         embeddings: ArrayView2<'_, f32>,
         labels: &[i64],
         loss: &LossSettings,
     ) -> Result<&Array2<f32>> {
-        let settings = loss.with_lambda(self.last);
-        self.backend.loss(&Batch::square(embeddings, labels), &settings, &mut self.output)?;
-        // A reference that moves is known after the sweep: it serves from the next evaluation on.
-        self.last = self.reference.resolve(&self.output.max_neg);
+        match self.objective {
+            MetaObjective::Loss => {
+                let settings = loss.with_lambda(self.reference);
+                self.backend.loss(&Batch::square(embeddings, labels), &settings, &mut self.output)?;
+            }
+            MetaObjective::Neighbours => {
+                let (value, gradient) = neighbours(embeddings.mapv(f64::from).view(), labels);
+                self.output.loss = value;
+                self.output.gradient = gradient.mapv(|value| value as f32);
+            }
+        }
         Ok(&self.output.gradient)
     }
 }
