@@ -126,6 +126,12 @@ pub struct TrainSettings {
     /// Epochs between evaluations; 0 evaluates only before and after.
     #[arg(long, default_value_t = 2)]
     pub evaluate_every: usize,
+    /// Embeddings of earlier batches that are further references of the loss (cross-batch memory); 0 for none.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub memory_size: usize,
+    /// Step from which the memory is filled; the end of the warm-up if not given.
+    #[arg(long, value_name = "STEP")]
+    pub memory_start: Option<usize>,
 
     /// Seed of weights, batches and augmentation.
     #[arg(long, default_value_t = 0)]
@@ -136,6 +142,12 @@ pub struct TrainSettings {
     /// Threads that prepare batches beside the step.
     #[arg(long, default_value_t = 1)]
     pub workers: usize,
+    /// Steps between two checkpoints to resume from; 0 writes them only beside evaluations and when stopped.
+    #[arg(long, value_name = "STEPS", default_value_t = 100)]
+    pub checkpoint_every: usize,
+    /// Unreadable pictures that a run puts up with; one more stops it.
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    pub max_bad_images: usize,
     /// Run folder to create; runs/NAME-NUMBER if not given.
     #[arg(long, value_name = "DIR")]
     pub output: Option<PathBuf>,
@@ -181,6 +193,24 @@ impl TrainSettings {
         (self.warm_up * self.steps as f64).round() as usize
     }
 
+    /// Step from which the cross-batch memory is filled.
+    #[must_use]
+    pub fn memory_start_step(&self) -> usize {
+        self.memory_start.unwrap_or_else(|| self.warm_up_steps())
+    }
+
+    /// The same settings with paths that hold from any working directory.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if there is no working directory.
+    pub fn with_absolute_paths(mut self) -> Result<Self> {
+        let paths = [&mut self.data_root, &mut self.init, &mut self.generator.generator_init];
+        for path in paths.into_iter().flatten() {
+            *path = std::path::absolute(&*path).map_err(Error::io("find", &*path))?;
+        }
+        Ok(self)
+    }
+
     /// Checks what no other part checks.
     ///
     /// # Errors
@@ -200,6 +230,7 @@ impl TrainSettings {
             ("images-per-class", self.images_per_class, 1, 1 << 20, "1 to 1048576"),
             ("steps", self.steps, 1, 1 << 40, "1 or more"),
             ("workers", self.workers, 1, 256, "1 to 256"),
+            ("memory-size", self.memory_size, 0, 1 << 24, "0 to 16777216"),
         ];
         for (name, value, low, high, range) in sizes {
             check((low..=high).contains(&value), name, value.to_string(), range)?;

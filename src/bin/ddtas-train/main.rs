@@ -1,10 +1,13 @@
 //! `ddtas-train`: trains an image-retrieval network and writes a run folder.
 
+mod resume;
+mod signals;
 mod train;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory, FromArgMatches, Parser};
 use ddtas::train::TrainSettings;
 
 /// Trains an image-retrieval network with DDTAS and measures Recall@K on classes it never saw.
@@ -13,17 +16,24 @@ use ddtas::train::TrainSettings;
 #[derive(Parser)]
 #[command(version, args_override_self = true)]
 struct Arguments {
+    /// Go on with the run in this folder, by its own settings.
+    #[arg(long, value_name = "RUN")]
+    resume: Option<PathBuf>,
     #[command(flatten)]
     settings: TrainSettings,
 }
 
 fn main() -> ExitCode {
-    let Arguments { settings } = Arguments::parse();
-    match train::train(&settings) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("ddtas-train: {error}");
-            ExitCode::FAILURE
+    let matches = Arguments::command().get_matches();
+    let Arguments { resume, settings } = Arguments::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
+    let code = match resume {
+        None => train::train(&settings),
+        Some(folder) => {
+            resume::overrides(&matches, &settings).and_then(|overrides| train::resume(&folder, &overrides))
         }
-    }
+    };
+    code.unwrap_or_else(|error| {
+        eprintln!("ddtas-train: {error}");
+        ExitCode::FAILURE
+    })
 }

@@ -41,25 +41,44 @@ pub struct Answer {
     pub png: String,
 }
 
+/// A test picture and its nearest neighbours, by their indices in the split.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Shown {
+    /// The picture.
+    pub picture: usize,
+    /// What was found and its cosine similarity, nearest first.
+    pub answers: Vec<(usize, f32)>,
+}
+
 /// `count` queries with their first `depth` neighbours, at even distances through the split:
 /// chosen before the answers are known.
 ///
-/// `rows[i]` is the index in `split` of the picture behind row `i` of `nearest`.
+/// `rows[i]` is the index in its split of the picture behind row `i` of `nearest`.
 ///
 /// # Errors
-/// [`Error::LengthMismatch`] if `rows` and `nearest` differ in length; [`Error::Image`] if a
-/// picture can no longer be read.
-pub fn queries(
-    split: &Split,
-    rows: &[usize],
-    nearest: &Nearest,
-    count: usize,
-    depth: usize,
-) -> Result<Vec<Query>> {
+/// [`Error::LengthMismatch`] if `rows` and `nearest` differ in length.
+pub fn choose(rows: &[usize], nearest: &Nearest, count: usize, depth: usize) -> Result<Vec<Shown>> {
     if rows.len() != nearest.indices.nrows() {
         let (expected, got) = (nearest.indices.nrows(), rows.len());
         return Err(Error::LengthMismatch { what: "pictures of the neighbour lists", expected, got });
     }
+    let count = count.min(rows.len());
+    let shown = (0..count).map(|i| {
+        // The middle of each of `count` equal stretches.
+        let row = (2 * i + 1) * rows.len() / (2 * count);
+        let found = nearest.indices.row(row).into_iter().zip(nearest.similarities.row(row)).take(depth);
+        let found = found.take_while(|(answer, _)| **answer != Nearest::NONE);
+        let answers = found.map(|(&answer, &similarity)| (rows[answer as usize], similarity)).collect();
+        Shown { picture: rows[row], answers }
+    });
+    Ok(shown.collect())
+}
+
+/// The pictures and class names of what was chosen from `split`.
+///
+/// # Errors
+/// [`Error::Image`] if a picture can no longer be read; [`Error::Dataset`] if the split is not the one chosen from.
+pub fn queries(split: &Split, shown: &[Shown]) -> Result<Vec<Query>> {
     let mut cropper = Cropper::new(THUMBNAIL)?;
     let mut thumbnail = |index: usize| -> Result<String> {
         let bytes = cropper.thumbnail(&*split.picture(index)?)?;
@@ -69,28 +88,27 @@ pub fn queries(
             .map(|png| base64(&png))
             .map_err(|reason| Error::Image { path: "thumbnail".into(), reason })
     };
-    let count = count.min(rows.len());
-    let mut queries = Vec::with_capacity(count);
-    for i in 0..count {
-        // The middle of each of `count` equal stretches.
-        let row = (2 * i + 1) * rows.len() / (2 * count);
-        let (index, class) = (rows[row], split.class_name(rows[row]));
-        let mut answers = Vec::with_capacity(depth);
-        for (&found, &similarity) in
-            nearest.indices.row(row).iter().zip(nearest.similarities.row(row)).take(depth)
-        {
-            if found == Nearest::NONE {
-                break;
-            }
-            let answer = rows[found as usize];
-            answers.push(Answer {
-                class: split.class_name(answer).to_string(),
-                right: split.labels()[answer] == split.labels()[index],
-                similarity,
-                png: thumbnail(answer)?,
-            });
+    let mut queries = Vec::with_capacity(shown.len());
+    for Shown { picture, answers } in shown {
+        if answers.iter().map(|(answer, _)| answer).chain([picture]).any(|&index| index >= split.len()) {
+            return Err(Error::Dataset("the test pictures are fewer than when the run began".into()));
         }
-        queries.push(Query { class: class.to_string(), png: thumbnail(index)?, answers });
+        let answers = answers
+            .iter()
+            .map(|&(answer, similarity)| {
+                Ok(Answer {
+                    class: split.class_name(answer).to_string(),
+                    right: split.labels()[answer] == split.labels()[*picture],
+                    similarity,
+                    png: thumbnail(answer)?,
+                })
+            })
+            .collect::<Result<_>>()?;
+        queries.push(Query {
+            class: split.class_name(*picture).to_string(),
+            png: thumbnail(*picture)?,
+            answers,
+        });
     }
     Ok(queries)
 }
