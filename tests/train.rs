@@ -2,10 +2,13 @@
 #![cfg(feature = "train")]
 #![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
 
+mod program;
+
 use std::path::Path;
 
 use assert_cmd::Command;
 use ddtas::train::{EvaluationRecord, Record, StepRecord, read_records};
+use program::assert_refused;
 
 /// A run small enough for a test: 16 pixels, a narrow network, small batches.
 fn small_run(output: &Path, steps: usize) -> Command {
@@ -26,17 +29,6 @@ fn records(run: &Path) -> (Vec<StepRecord>, Vec<EvaluationRecord>) {
         }
     }
     (steps, evaluations)
-}
-
-/// One line on standard error that names `what`, exit code 1, nothing on standard output.
-fn assert_refused(command: &mut Command, what: &str) {
-    let output = command.output().unwrap();
-    let said = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(1), "{said}");
-    assert!(said.contains(what), "expected {what:?} in: {said}");
-    assert_eq!(said.lines().filter(|line| line.starts_with("ddtas-train: ")).count(), 1, "{said}");
-    assert!(!said.contains("panicked"), "{said}");
-    assert!(output.stdout.is_empty());
 }
 
 /// A folder of `classes` classes with `pictures` plain pictures each.

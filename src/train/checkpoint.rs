@@ -60,13 +60,28 @@ pub fn shape(path: &Path) -> Result<NetworkShape> {
         .map_err(|error| Error::format(path, format!("unknown network shape: {error}")))
 }
 
+/// Key of the side of the pictures, in pixels, in a checkpoint's metadata.
+pub const IMAGE_SIZE: &str = "ddtas.image-size";
+
+/// Side of the pictures that the network was trained on; `None` in checkpoints that do not hold it.
+///
+/// # Errors
+/// [`Error::Io`] if the file cannot be read, [`Error::Format`] if it holds something else than a number.
+pub fn image_size(path: &Path) -> Result<Option<usize>> {
+    let Some(text) = find_metadata(path, IMAGE_SIZE)? else { return Ok(None) };
+    text.parse().map(Some).map_err(|_| Error::format(path, format!("unknown size of pictures: {text}")))
+}
+
 fn metadata(path: &Path, key: &str, missing: &str) -> Result<String> {
+    find_metadata(path, key)?.ok_or_else(|| Error::format(path, missing))
+}
+
+fn find_metadata(path: &Path, key: &str) -> Result<Option<String>> {
     let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
     let (_, header) = safetensors::SafeTensors::read_metadata(&bytes)
         .map_err(|error| Error::format(path, format!("not a safetensors file: {error}")))?;
     let none = HashMap::new();
-    let found = header.metadata().as_ref().unwrap_or(&none).get(key).cloned();
-    found.ok_or_else(|| Error::format(path, missing))
+    Ok(header.metadata().as_ref().unwrap_or(&none).get(key).cloned())
 }
 
 /// Fills `network` from `path`.

@@ -20,9 +20,10 @@ mod run;
 mod schedule;
 mod settings;
 
-pub use engine::{Embedded, Engine};
+pub use engine::{Embedded, Engine, embed_batches};
 pub use generator::Generator;
 pub use records::{EvaluationRecord, Record, StepRecord, read as read_records};
-pub use run::{Event, Summary, train};
+pub(crate) use run::open_dataset;
+pub use run::{EVALUATION_CHUNK, Event, Summary, train};
 pub use schedule::Schedule;
 pub use settings::{BatchNorm, DatasetKind, TrainSettings};

@@ -32,7 +32,7 @@ const QUERIES: usize = 10;
 const NEIGHBOURS: usize = 8;
 
 /// Pictures embedded at once.
-const EVALUATION_CHUNK: usize = 128;
+pub const EVALUATION_CHUNK: usize = 128;
 
 /// Sets the meta batches' draws apart from the training batches'.
 const META_SEED: u64 = 0x6d65_7461;
@@ -104,7 +104,12 @@ pub struct Summary {
 pub fn train(settings: &TrainSettings, tell: &mut dyn FnMut(Event<'_>)) -> Result<Summary> {
     settings.validate()?;
     let begun = Instant::now();
-    let dataset = open_dataset(settings)?;
+    let dataset = open_dataset(
+        settings.dataset,
+        settings.data_root.as_deref(),
+        settings.train_classes,
+        settings.data_seed,
+    )?;
     let sampler = PkSampler::new(
         dataset.train.by_class(),
         settings.classes_per_batch,
@@ -251,6 +256,7 @@ impl Run<'_> {
             let mut facts = vec![
                 ("ddtas.step", step.to_string()),
                 ("ddtas.seed", self.settings.seed.to_string()),
+                (checkpoint::IMAGE_SIZE, self.settings.image_size.to_string()),
                 ("ddtas.recall@1", format!("{:.4}", first(&recall))),
             ];
             if let Some(generator) = self.engine.generator() {
@@ -353,20 +359,24 @@ fn search<'a>(
     embeddings: Embeddings<'a>,
     labels: &'a [i64],
 ) -> Result<(Recall, Nearest)> {
-    recall(engine.backend(), &Rows::new(embeddings, labels), &RECALL_AT)
+    recall(engine.backend(), &Rows::new(embeddings, labels), None, &RECALL_AT)
 }
 
-fn open_dataset(settings: &TrainSettings) -> Result<Dataset> {
-    match (settings.dataset, &settings.data_root) {
-        (DatasetKind::Folder, Some(root)) => data::folder(
-            root,
-            &FolderSettings { train_classes: settings.train_classes, ..FolderSettings::default() },
-        ),
+/// Opens a data set by its kind; `root` is --data-root.
+pub(crate) fn open_dataset(
+    kind: DatasetKind,
+    root: Option<&Path>,
+    train_classes: Option<usize>,
+    data_seed: u64,
+) -> Result<Dataset> {
+    match (kind, root) {
+        (DatasetKind::Folder, Some(root)) => {
+            data::folder(root, &FolderSettings { train_classes, ..FolderSettings::default() })
+        }
         (DatasetKind::Folder, None) => Err(Error::Dataset("--dataset folder needs --data-root DIR".into())),
-        (DatasetKind::Synthetic, _) => data::synthetic::synthetic(&SyntheticSettings {
-            seed: settings.data_seed,
-            ..SyntheticSettings::default()
-        }),
+        (DatasetKind::Synthetic, _) => {
+            data::synthetic::synthetic(&SyntheticSettings { seed: data_seed, ..SyntheticSettings::default() })
+        }
     }
 }
 
