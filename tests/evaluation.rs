@@ -297,7 +297,7 @@ fn wrong_input_is_refused_in_one_line_that_says_what_to_do() {
     std::fs::create_dir_all(&broken).unwrap();
     embed(&broken, &out, "no JPEG or PNG");
     std::fs::write(broken.join("a.png"), b"").unwrap();
-    embed(&broken, &out, "no readable picture");
+    embed(&broken, &out, "none of the 1 pictures");
     assert!(!out.exists());
 
     let search = |gallery: &Path, query: &Path, what: &str| {

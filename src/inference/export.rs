@@ -7,8 +7,8 @@ use std::time::Instant;
 use super::embedder::{Embedder, skipped};
 use super::pictures::Pictures;
 use super::{Event, Skipped};
-use crate::Result;
 use crate::retrieval::{EmbeddingsFile, Format};
+use crate::{Error, Result};
 
 /// Metadata of embeddings: the folder they came from, the checkpoint they came by, the names of the labels.
 pub(super) const ROOT: &str = "ddtas.root";
@@ -79,7 +79,15 @@ pub(super) fn embed_folder(
     tell: &mut dyn FnMut(Event<'_>),
 ) -> Result<(EmbeddingsFile, Vec<Skipped>)> {
     let pictures = Pictures::below(root)?;
-    let embedded = embedder.embed(&pictures.split, tell)?;
+    let embedded = embedder.embed(&pictures.split, tell);
+    let skipped = skipped(&pictures.split);
+    if skipped.len() == pictures.names.len() {
+        let (count, shown, reason) = (skipped.len(), root.display(), &skipped[0].reason);
+        return Err(Error::Dataset(format!(
+            "none of the {count} pictures below {shown} can be read: {reason}"
+        )));
+    }
+    let embedded = embedded?;
     let names: Vec<String> = embedded.indices.iter().map(|&index| pictures.names[index].clone()).collect();
     let folder = |name: &String| name.rsplit_once('/').map_or("", |(folder, _)| folder).to_owned();
     let mut folders: BTreeMap<String, i64> = names.iter().map(|name| (folder(name), 0)).collect();
@@ -98,5 +106,5 @@ pub(super) fn embed_folder(
         names,
         metadata,
     };
-    Ok((file, skipped(&pictures.split)))
+    Ok((file, skipped))
 }

@@ -108,7 +108,7 @@ pub fn search(settings: &SearchSettings, tell: &mut dyn FnMut(Event<'_>)) -> Res
     let lists = nearest.indices.outer_iter().zip(nearest.similarities.outer_iter());
     let queries = settings.query.iter().zip(lists).map(|(path, (indices, similarities))| {
         let found = indices.into_iter().zip(similarities).filter(|(index, _)| **index != Nearest::NONE);
-        Query { path: path.clone(), answers: found.map(answer).collect() }
+        Query { path: path.clone(), answers: found.map(&answer).collect() }
     });
     Ok(Found { gallery: count, queries: queries.collect(), skipped })
 }

@@ -74,12 +74,12 @@ fn evaluate_within(
     let ks = sorted(ks)?;
     let deepest = ks[ks.len() - 1];
     let itself = gallery.is_none();
-    let answers = Answers::count(queries, gallery).of_query;
+    let answers = answers(queries.labels, gallery.map(|gallery| gallery.labels));
     let mut order: Vec<u32> =
         (0..answers.len() as u32).filter(|&query| answers[query as usize] > 0).collect();
     order.sort_by_key(|&query| answers[query as usize]);
 
-    let kept = Kept::new(gallery.unwrap_or(queries));
+    let kept = gallery.map_or_else(|| Kept::new(queries), Kept::new);
     let mut score = Score { hits: Hits::new(ks), r_precision: 0.0, average_precision: 0.0 };
     let mut done = 0;
     progress(0, order.len());
@@ -147,24 +147,15 @@ impl Score {
     }
 }
 
-/// How many answers each query has.
-pub(super) struct Answers {
-    /// 0 for ignored queries.
-    pub(super) of_query: Vec<u32>,
-}
-
-impl Answers {
-    pub(super) fn count(queries: &Rows<'_>, gallery: Option<&Rows<'_>>) -> Self {
-        let mut sizes = HashMap::<i64, u32>::new();
-        for label in gallery.unwrap_or(queries).labels {
-            *sizes.entry(*label).or_default() += 1;
-        }
-        let itself = u32::from(gallery.is_none());
-        let of = |label: &i64| {
-            if *label < 0 { 0 } else { sizes.get(label).map_or(0, |size| size - itself) }
-        };
-        Self { of_query: queries.labels.iter().map(of).collect() }
+/// How many answers each query has, 0 if it is ignored; by the labels of the queries and of the gallery.
+pub(super) fn answers(queries: &[i64], gallery: Option<&[i64]>) -> Vec<u32> {
+    let mut sizes = HashMap::<i64, u32>::new();
+    for label in gallery.unwrap_or(queries) {
+        *sizes.entry(*label).or_default() += 1;
     }
+    let itself = u32::from(gallery.is_none());
+    let of = |label: &i64| if *label < 0 { 0 } else { sizes.get(label).map_or(0, |size| size - itself) };
+    queries.iter().map(of).collect()
 }
 
 /// Rows without the ignored ones; a copy only where there are any.

@@ -268,7 +268,7 @@ mod tests {
         let mut own = cluster(&rows, 6, 10, 0).assignment;
         own.sort_unstable();
         assert_eq!(own, [0, 1, 2, 3, 4, 5]);
-        let mut refused = |clusters, iterations| {
+        let refused = |clusters, iterations| {
             let settings = KMeansSettings { clusters, iterations, seed: 0 };
             k_means(&mut CpuBackend::new(), rows.view(), &settings, &mut |_, _| {}).is_err()
         };

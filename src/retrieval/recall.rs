@@ -1,6 +1,6 @@
 //! Recall@K.
 
-use super::evaluate::{Answers, Kept};
+use super::evaluate::{Kept, answers};
 use crate::backend::{Backend, Nearest};
 use crate::loss::Rows;
 use crate::{Error, Result};
@@ -40,12 +40,12 @@ pub fn recall(
 ) -> Result<(Recall, Nearest)> {
     let ks = sorted(ks)?;
     let depth = ks[ks.len() - 1];
-    let answers = Answers::count(queries, gallery);
     let nearest = search(backend, queries, gallery, depth)?;
     let labels = gallery.map_or(queries.labels, |gallery| gallery.labels);
+    let answers = answers(queries.labels, gallery.map(|gallery| gallery.labels));
     let mut hits = Hits::new(ks);
     for (query, list) in nearest.indices.outer_iter().enumerate() {
-        if answers.of_query[query] > 0 {
+        if answers[query] > 0 {
             let right =
                 |&index: &u32| index != Nearest::NONE && labels[index as usize] == queries.labels[query];
             hits.add(list.iter().position(right));

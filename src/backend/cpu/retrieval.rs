@@ -46,7 +46,7 @@ pub fn nearest(
             return Err(Error::LengthMismatch { what: "dimension of the references", expected, got });
         }
     }
-    let against = references.unwrap_or(queries).embeddings.rows();
+    let against = references.map_or(count, |references| references.embeddings.rows());
     let workers = Workers::new(count.saturating_mul(against).saturating_mul(dim));
     let queries = Matrix::checked("queries", queries, &workers)?;
     let itself = references.is_none();
@@ -67,7 +67,7 @@ pub fn nearest(
         let (indices, similarities) = &mut *found;
         let first = group * plan.group;
         let (plan, count) = (&plan, plan.group.min(queries.rows - first));
-        backend.level.dispatch(Search { plan, queries, references, first, count, scratch });
+        backend.level.dispatch(Search { plan, queries, references, first, count, scratch: &mut *scratch });
         scratch.lists.write(plan, indices.view_mut(), similarities.view_mut());
     });
     drop(found);
