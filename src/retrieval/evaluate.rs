@@ -289,7 +289,7 @@ mod tests {
 
     /// Query by query, from the definitions: Recall@K, R-precision, MAP@R, queries counted.
     fn plain(queries: &Rows<'_>, gallery: Option<&Rows<'_>>) -> (Vec<f64>, f64, f64, usize) {
-        let searched = gallery.unwrap_or(queries);
+        let searched = gallery.map_or_else(|| queries.view(), Rows::view);
         let products = queries.embeddings.to_f64().dot(&searched.embeddings.to_f64().t());
         let (mut recall, mut precision, mut average, mut counted) = (vec![0.0; KS.len()], 0.0, 0.0, 0);
         for (query, &label) in queries.labels.iter().enumerate().filter(|(_, label)| **label >= 0) {
