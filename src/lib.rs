@@ -6,7 +6,7 @@
 //! contrastive loss, and a generator that learns the loss threshold while
 //! training.
 //!
-//! Modules depend one way: `train` on `model`, `data`, `generator` and
+//! Modules depend one way: `inference` on `train`; `train` on `model`, `data`, `generator` and
 //! `retrieval`; those on [`backend`]; that on [`loss`].
 
 pub mod backend;
@@ -19,11 +19,15 @@ mod error;
 pub mod files;
 #[cfg(feature = "train")]
 pub mod generator;
+#[cfg(feature = "train")]
+pub mod inference;
 pub mod loss;
 #[cfg(feature = "train")]
 pub mod model;
 #[cfg(feature = "train")]
 pub mod retrieval;
+#[cfg(feature = "cli")]
+mod tensors;
 #[cfg(feature = "cli")]
 pub mod throughput;
 #[cfg(feature = "train")]

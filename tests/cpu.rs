@@ -167,33 +167,53 @@ fn hypergradient_without_its_loss_is_an_error() {
 
 #[test]
 fn nearest_agrees_with_a_full_sort() {
-    let how = Draw { rows: 190, dim: 24, classes: 30, noise: 2.0, ignored: 9, duplicates: 7 };
+    for k in [1, 8, 100, 500] {
+        check_nearest((190, 333, 24), k);
+    }
+    // Several groups of queries, the last one short, and lists that are cut back many times.
+    check_nearest((1_703, 2_005, 7), 20);
+}
+
+/// Searches rows among themselves and in a gallery of their own, and compares with every similarity in order.
+fn check_nearest((count, against, dim): (usize, usize, usize), k: usize) {
+    let how = Draw { rows: count, dim, classes: 30, noise: 2.0, ignored: 9, duplicates: 7 };
     let (queries, labels) = draw(how, 1);
-    let (references, reference_labels) = draw(Draw { rows: 333, ..how }, 2);
+    let (references, reference_labels) = draw(Draw { rows: against, ..how }, 2);
     let queries_rows = Rows::new(queries.view(), &labels);
     let references_rows = Rows::new(references.view(), &reference_labels);
-    for k in [1, 8, 100, 500] {
-        for itself in [false, true] {
-            let others = if itself { &queries } else { &references };
-            let found =
-                CpuBackend::new().nearest(&queries_rows, (!itself).then_some(&references_rows), k).unwrap();
-            let s = queries.mapv(f64::from).dot(&others.mapv(f64::from).t());
-            for i in 0..queries.nrows() {
-                let mut wanted: Vec<usize> = (0..others.nrows()).filter(|&j| !(itself && i == j)).collect();
-                wanted.sort_by(|&a, &b| s[[i, b]].total_cmp(&s[[i, a]]));
-                for (rank, &j) in wanted.iter().take(k).enumerate() {
-                    // Near ties may swap; the similarity at each rank may not change.
-                    assert!((f64::from(found.similarities[[i, rank]]) - s[[i, j]]).abs() < 1e-6);
-                    let index = found.indices[[i, rank]] as usize;
-                    assert!((s[[i, index]] - s[[i, j]]).abs() < 1e-6 && !(itself && index == i));
-                }
-                for rank in wanted.len()..k {
-                    assert_eq!(found.indices[[i, rank]], ddtas::backend::Nearest::NONE);
-                    assert_eq!(found.similarities[[i, rank]], f32::NEG_INFINITY);
-                }
+    for itself in [false, true] {
+        let others = if itself { &queries } else { &references };
+        let found =
+            CpuBackend::new().nearest(&queries_rows, (!itself).then_some(&references_rows), k).unwrap();
+        let s = queries.mapv(f64::from).dot(&others.mapv(f64::from).t());
+        for i in 0..queries.nrows() {
+            let mut wanted: Vec<usize> = (0..others.nrows()).filter(|&j| !(itself && i == j)).collect();
+            wanted.sort_by(|&a, &b| s[[i, b]].total_cmp(&s[[i, a]]));
+            for (rank, &j) in wanted.iter().take(k).enumerate() {
+                // Near ties may swap; the similarity at each rank may not change.
+                assert!((f64::from(found.similarities[[i, rank]]) - s[[i, j]]).abs() < 1e-6);
+                let index = found.indices[[i, rank]] as usize;
+                assert!((s[[i, index]] - s[[i, j]]).abs() < 1e-6 && !(itself && index == i));
+            }
+            for rank in wanted.len()..k {
+                assert_eq!(found.indices[[i, rank]], ddtas::backend::Nearest::NONE);
+                assert_eq!(found.similarities[[i, rank]], f32::NEG_INFINITY);
             }
         }
     }
+}
+
+#[test]
+fn a_search_leaves_the_pairs_of_the_last_loss_in_memory() {
+    let (rows, labels) =
+        draw(Draw { rows: 60, dim: 16, classes: 9, noise: 1.5, ignored: 0, duplicates: 0 }, 3);
+    let batch = Batch::square(rows.view(), &labels);
+    let direction = tangent(60, 16, 2);
+    let mut backend = CpuBackend::new();
+    backend.loss(&batch, &LossSettings::default(), &mut LossOutput::default()).unwrap();
+    let before = backend.hypergradient(&batch, direction.view(), None).unwrap();
+    backend.nearest(&batch.anchors, None, 3).unwrap();
+    assert_eq!(backend.hypergradient(&batch, direction.view(), None).unwrap(), before);
 }
 
 #[test]

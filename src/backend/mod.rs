@@ -82,4 +82,13 @@ pub struct Nearest {
 impl Nearest {
     /// Index that stands for "no reference left".
     pub const NONE: u32 = u32::MAX;
+
+    /// Lists of length `k` for `queries` queries, nothing found yet.
+    #[must_use]
+    pub fn none(queries: usize, k: usize) -> Self {
+        Self {
+            indices: Array2::from_elem((queries, k), Self::NONE),
+            similarities: Array2::from_elem((queries, k), f32::NEG_INFINITY),
+        }
+    }
 }

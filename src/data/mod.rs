@@ -19,6 +19,7 @@ pub mod synthetic;
 pub use augment::{AugmentSettings, Cropper, MEAN, STANDARD_DEVIATION, TestCrop};
 pub use dataset::{DEFAULT_CACHE_BYTES, Dataset, Source, Split, Unreadable};
 pub use evaluation::EvaluationBatches;
+pub(crate) use folder::is_picture;
 pub use folder::{FolderSettings, folder};
 pub use loader::{ImageBatch, Loader, LoaderSettings};
 pub use sampler::PkSampler;

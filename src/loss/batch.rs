@@ -23,6 +23,16 @@ impl<'a> From<ArrayView2<'a, f32>> for Embeddings<'a> {
 }
 
 impl Embeddings<'_> {
+    /// The same matrix for as long as `self` is borrowed: views are invariant in their lifetime.
+    #[must_use]
+    pub fn view(&self) -> Embeddings<'_> {
+        match self {
+            Self::F32(m) => Embeddings::F32(m.view()),
+            Self::F16(m) => Embeddings::F16(m.view()),
+            Self::Bf16(m) => Embeddings::Bf16(m.view()),
+        }
+    }
+
     /// Number of rows (B or N).
     #[must_use]
     pub fn rows(&self) -> usize {
@@ -86,6 +96,12 @@ impl<'a> Rows<'a> {
     /// Joins a matrix and its labels; lengths are checked by [`Batch::validate`].
     pub fn new(embeddings: impl Into<Embeddings<'a>>, labels: &'a [i64]) -> Self {
         Self { embeddings: embeddings.into(), labels }
+    }
+
+    /// The same rows for as long as `self` is borrowed.
+    #[must_use]
+    pub fn view(&self) -> Rows<'_> {
+        Rows { embeddings: self.embeddings.view(), labels: self.labels }
     }
 }
 

@@ -12,6 +12,7 @@ use rayon::prelude::*;
 use super::Density;
 use crate::backend::{Backend, cpu::CpuBackend};
 use crate::loss::{Batch, LossOutput, LossSettings, Rows, UnitCheck};
+use crate::tensors::EmbeddedRows;
 use crate::{Error, Result};
 
 /// Instances a class, as in the paper's batches.
@@ -25,15 +26,6 @@ const MOST_NOISE: f64 = 16.0;
 
 /// The sample's share may miss the wanted one by this part of it.
 const CLOSE: f64 = 0.1;
-
-/// Embeddings with labels.
-#[derive(Debug, Clone)]
-pub struct EmbeddedRows {
-    /// `[rows, D]`, unit rows.
-    pub values: Array2<f32>,
-    /// One a row; negative: ignored.
-    pub labels: Vec<i64>,
-}
 
 /// What is measured: anchors, references of their own or none, and the settings they are mined with.
 #[derive(Debug, Clone)]

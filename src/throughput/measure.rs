@@ -9,7 +9,8 @@ use ndarray::{Array2, ArrayView2, Axis, s};
 use peak_alloc::PeakAlloc;
 use rayon::prelude::*;
 
-use super::embeddings::{EmbeddedRows, Embeddings, mined_share};
+use super::EmbeddedRows;
+use super::embeddings::{Embeddings, mined_share};
 use super::settings::{Dtype, ThroughputSettings};
 use crate::Result;
 use crate::backend::{Backend, DeviceSpec, open};

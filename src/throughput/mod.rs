@@ -16,8 +16,9 @@ mod measure;
 mod plot;
 mod settings;
 
+pub use crate::tensors::EmbeddedRows;
 pub use density::Density;
-pub use embeddings::{CLASS_SIZE, EmbeddedRows, Embeddings, draw, find_noise};
+pub use embeddings::{CLASS_SIZE, Embeddings, draw, find_noise};
 pub use measure::{Row, measure};
 pub use plot::plot;
 pub use settings::{Dtype, ThroughputSettings};

@@ -237,33 +237,44 @@ impl Engine {
     pub fn embed(
         &self,
         batches: impl Iterator<Item = Result<ImageBatch>>,
-        mut progress: impl FnMut(usize),
+        progress: impl FnMut(usize),
     ) -> Result<Embedded> {
-        let network = self.network.valid();
-        let device = self.device.clone().inner();
-        let mut embedded = Embedded::default();
-        let mut dim = 0;
-        for batch in batches {
-            let batch = batch?;
-            embedded.skipped += batch.skipped;
-            if batch.labels.is_empty() {
-                continue;
-            }
-            let values = to_array(network.forward(image_tensor(&batch, &device), Normalise::Running))?;
-            dim = values.ncols();
-            embedded.values.extend(values.iter());
-            embedded.labels.extend(&batch.labels);
-            embedded.indices.extend(&batch.indices);
-            progress(embedded.labels.len());
-        }
-        if let Some(row) = embedded.values.iter().position(|value| !value.is_finite()) {
-            let row = row / dim;
-            return Err(Error::Training(format!(
-                "the network maps picture {row} to NaN: lower --learning-rate, or start from another checkpoint"
-            )));
-        }
-        Ok(embedded)
+        embed_batches(&self.network.valid(), &self.device.clone().inner(), batches, progress)
     }
+}
+
+/// Embeds batches of pictures by the running statistics; `progress` hears how many are done.
+///
+/// # Errors
+/// What `batches` returns; [`Error::Training`] if an embedding is not finite.
+pub fn embed_batches(
+    network: &EmbeddingNetwork,
+    device: &Device,
+    batches: impl Iterator<Item = Result<ImageBatch>>,
+    mut progress: impl FnMut(usize),
+) -> Result<Embedded> {
+    let mut embedded = Embedded::default();
+    let mut dim = 0;
+    for batch in batches {
+        let batch = batch?;
+        embedded.skipped += batch.skipped;
+        if batch.labels.is_empty() {
+            continue;
+        }
+        let values = to_array(network.forward(image_tensor(&batch, device), Normalise::Running))?;
+        dim = values.ncols();
+        embedded.values.extend(values.iter());
+        embedded.labels.extend(&batch.labels);
+        embedded.indices.extend(&batch.indices);
+        progress(embedded.labels.len());
+    }
+    if let Some(row) = embedded.values.iter().position(|value| !value.is_finite()) {
+        let row = row / dim;
+        return Err(Error::Training(format!(
+            "the network maps picture {row} to NaN: lower --learning-rate, or start from another checkpoint"
+        )));
+    }
+    Ok(embedded)
 }
 
 /// A split, embedded.

@@ -246,7 +246,6 @@ impl Backend for CpuBackend {
     }
 
     fn nearest(&mut self, queries: &Rows<'_>, references: Option<&Rows<'_>>, k: usize) -> Result<Nearest> {
-        self.remembered = None;
         retrieval::nearest(self, queries, references, k)
     }
 

@@ -1,21 +1,35 @@
 //! Fused similarity and top-K: each query's most similar references, without the Q x N matrix.
+//!
+//! A task takes a group of queries past all references, a block at a time: the block is packed once a group, and a
+//! few rows of S at a time are compared with each query's bound, the similarity of its k-th best so far. What exceeds it
+//! goes into the query's list, which is cut back to k whenever it is full. Memory beside the rows: a group's panels
+//! and lists for each thread, and the result.
 
 use std::sync::Mutex;
 
-use ndarray::Array2;
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+use ndarray::{ArrayViewMut2, Axis};
 
-use super::product::{STRIP, product};
-use super::rows::{MAX_BLOCK, PanelBuffer, Side};
+use super::CpuBackend;
+use super::product::{STRIP, pack_transposed, product};
+use super::rows::{MAX_BLOCK, contiguous, grow, square_sum};
 use super::simd::{GROUP, Lanes, Work};
 use super::tasks::{Workers, lock};
-use super::{CpuBackend, Scratch, block_rows};
 use crate::backend::Nearest;
-use crate::loss::{Rows, UnitCheck, validate_rows};
+use crate::loss::{Embeddings, Rows, check_unit, validate_rows};
 use crate::{Error, Result};
+
+/// Most queries of a group. Packing a block of references costs about as much as multiplying it with 60 queries,
+/// so that 768 lose less than a tenth to it; their panels at D = 512 (1.5 MB) pass through the cache once a block.
+const MOST_QUERIES: usize = 768;
+
+/// Bytes of a group's lists; deeper lists mean smaller groups.
+const LIST_BYTES: usize = 32 << 20;
 
 /// See [`Backend::nearest`](crate::backend::Backend::nearest).
 pub fn nearest(
-    backend: &mut CpuBackend,
+    backend: &CpuBackend,
     queries: &Rows<'_>,
     references: Option<&Rows<'_>>,
     k: usize,
@@ -25,150 +39,306 @@ pub fn nearest(
     }
     validate_rows("queries", queries)?;
     let (count, dim) = (queries.embeddings.rows(), queries.embeddings.dim());
-    let mut against = count;
     if let Some(references) = references {
         validate_rows("references", references)?;
         let (expected, got) = (dim, references.embeddings.dim());
         if expected != got {
             return Err(Error::LengthMismatch { what: "dimension of the references", expected, got });
         }
-        against = references.embeddings.rows();
     }
+    let against = references.map_or(count, |references| references.embeddings.rows());
     let workers = Workers::new(count.saturating_mul(against).saturating_mul(dim));
-    backend.scratch.resize_with(workers.count(), Mutex::default);
-    for scratch in &backend.scratch {
-        lock(scratch).tile.reset();
-    }
-    backend.rows.order.as_given(count, block_rows(count));
-    let rows = backend.rows.prepare("queries", queries, UnitCheck::Check, &workers)?;
-    let columns = match references {
-        None => rows,
-        Some(references) => {
-            let count = references.embeddings.rows();
-            backend.columns.order.as_given(count, block_rows(count));
-            backend.columns.prepare("references", references, UnitCheck::Check, &workers)?
-        }
+    let queries = Matrix::checked("queries", queries, &workers)?;
+    let itself = references.is_none();
+    let references = match references {
+        None => queries,
+        Some(references) => Matrix::checked("references", references, &workers)?,
     };
-    let found: Vec<Mutex<Vec<Vec<Hit>>>> = rows.order.blocks.iter().map(|_| Mutex::default()).collect();
-    workers.for_each(found.len(), &backend.scratch, |block, scratch: &mut Scratch| {
-        let work = Search {
-            rows,
-            columns,
-            itself: references.is_none(),
-            block,
-            k,
-            row_panels: &mut scratch.tile.row_panels,
-            panels: &mut scratch.tile.panels,
-        };
-        *lock(&found[block]) = backend.level.dispatch(work);
+
+    let capacity = k.saturating_mul(2).saturating_add(GROUP).min(against);
+    let plan = Plan { itself, k, capacity, group: group_rows(count, capacity, workers.count()) };
+    let mut nearest = Nearest::none(count, k);
+    let indices = nearest.indices.axis_chunks_iter_mut(Axis(0), plan.group);
+    let similarities = nearest.similarities.axis_chunks_iter_mut(Axis(0), plan.group);
+    let found: Vec<_> = indices.zip(similarities).map(Mutex::new).collect();
+    let scratch: Vec<Mutex<Scratch>> = (0..workers.count()).map(|_| Mutex::default()).collect();
+    workers.for_each(found.len(), &scratch, |group, scratch| {
+        let mut found = lock(&found[group]);
+        let (indices, similarities) = &mut *found;
+        let first = group * plan.group;
+        let (plan, count) = (&plan, plan.group.min(queries.rows - first));
+        backend.level.dispatch(Search { plan, queries, references, first, count, scratch: &mut *scratch });
+        scratch.lists.write(plan, indices.view_mut(), similarities.view_mut());
     });
-    let mut nearest = Nearest {
-        indices: Array2::from_elem((count, k), Nearest::NONE),
-        similarities: Array2::from_elem((count, k), f32::NEG_INFINITY),
-    };
-    for (block, found) in rows.order.blocks.iter().zip(found) {
-        for (query, hits) in block.range().zip(lock(&found).iter()) {
-            for (rank, hit) in hits.iter().enumerate() {
-                nearest.indices[[query, rank]] = hit.index;
-                nearest.similarities[[query, rank]] = hit.similarity;
-            }
-        }
-    }
+    drop(found);
     Ok(nearest)
 }
 
-#[derive(Debug, Clone, Copy)]
-struct Hit {
-    similarity: f32,
-    index: u32,
-}
-
-impl Hit {
-    /// Most similar first, then by index.
-    fn order(&self, other: &Self) -> std::cmp::Ordering {
-        other.similarity.total_cmp(&self.similarity).then(self.index.cmp(&other.index))
-    }
-}
-
-/// The hits of one query so far: an unordered buffer, cut back to the best k whenever it is full.
-struct Best {
-    k: usize,
-    hits: Vec<Hit>,
-    /// Similarity of the k-th best at the last cut. References come in order of index, so a
-    /// later one must exceed it.
-    bound: f32,
-}
-
-impl Best {
-    fn push(&mut self, hit: Hit) {
-        self.hits.push(hit);
-        if self.hits.len() >= 2 * self.k + GROUP {
-            self.cut();
-        }
-    }
-
-    fn cut(&mut self) {
-        if self.hits.len() > self.k {
-            let (_, last, _) = self.hits.select_nth_unstable_by(self.k - 1, Hit::order);
-            self.bound = last.similarity;
-            self.hits.truncate(self.k);
-        }
-    }
-}
-
-/// Searches the references for one block of queries.
-struct Search<'a, 'b> {
-    rows: Side<'a>,
-    columns: Side<'a>,
+/// What is the same for every group.
+struct Plan {
     itself: bool,
-    block: usize,
     k: usize,
-    row_panels: &'b mut PanelBuffer,
-    panels: &'b mut PanelBuffer,
+    /// Entries of a list: twice what is wanted, so that cutting it back is rare.
+    capacity: usize,
+    /// Queries of a group.
+    group: usize,
 }
 
-impl Work for Search<'_, '_> {
-    type Output = Vec<Vec<Hit>>;
+/// Queries of a group: whole panels, groups of nearly equal size, and at least one for each thread.
+fn group_rows(count: usize, capacity: usize, threads: usize) -> usize {
+    let fit = (LIST_BYTES / (capacity * size_of::<u64>())).clamp(GROUP, MOST_QUERIES);
+    let groups = count.div_ceil(fit).next_multiple_of(threads);
+    count.div_ceil(groups).next_multiple_of(GROUP)
+}
+
+/// Rows of unit norm, `[rows, dim]`.
+#[derive(Clone, Copy)]
+struct Matrix<'a> {
+    values: Values<'a>,
+    rows: usize,
+    dim: usize,
+}
+
+#[derive(Clone, Copy)]
+enum Values<'a> {
+    F32(&'a [f32]),
+    F16(&'a [f16]),
+    Bf16(&'a [bf16]),
+}
+
+impl<'a> Matrix<'a> {
+    /// # Errors
+    /// `NotFinite` or `NotUnit` of the first bad row.
+    fn checked(name: &'static str, rows: &'a Rows<'_>, workers: &Workers) -> Result<Self> {
+        let values = match &rows.embeddings {
+            Embeddings::F32(view) => Values::F32(contiguous(name, view)?),
+            Embeddings::F16(view) => Values::F16(contiguous(name, view)?),
+            Embeddings::Bf16(view) => Values::Bf16(contiguous(name, view)?),
+        };
+        let matrix = Self { values, rows: rows.embeddings.rows(), dim: rows.embeddings.dim() };
+        let mut squares = vec![0.0; matrix.rows];
+        workers.for_each_chunk(&mut squares, MAX_BLOCK, |chunk, squares| {
+            let mut converted = Vec::new();
+            let block = matrix.block(chunk * MAX_BLOCK, squares.len(), &mut converted);
+            let rows = block.chunks_exact(matrix.dim);
+            squares.iter_mut().zip(rows).for_each(|(square, row)| *square = square_sum(row));
+        });
+        let tolerance = rows.embeddings.norm_tolerance();
+        squares.iter().enumerate().try_for_each(|(row, &square)| check_unit(name, row, square, tolerance))?;
+        Ok(matrix)
+    }
+
+    /// `count` rows from `first` on as float32, converted into `buffer` if they are narrower.
+    fn block<'b>(&self, first: usize, count: usize, buffer: &'b mut Vec<f32>) -> &'b [f32]
+    where
+        'a: 'b,
+    {
+        let range = first * self.dim..(first + count) * self.dim;
+        if let Values::F32(values) = self.values {
+            return &values[range];
+        }
+        grow(buffer, range.len());
+        let target = &mut buffer[..range.len()];
+        match self.values {
+            Values::F32(values) => target.copy_from_slice(&values[range]),
+            Values::F16(values) => values[range].convert_to_f32_slice(target),
+            Values::Bf16(values) => values[range].convert_to_f32_slice(target),
+        }
+        target
+    }
+
+    /// Packs rows into panels of 16.
+    fn pack(&self, first: usize, count: usize, scratch: &mut Packed) {
+        let size = count.div_ceil(GROUP) * GROUP * self.dim;
+        grow(&mut scratch.panels, size);
+        let block = self.block(first, count, &mut scratch.converted);
+        let row = |i: usize| &block[i * self.dim..][..self.dim];
+        pack_transposed(row, count, self.dim, &mut scratch.panels[..size]);
+        scratch.size = size;
+    }
+}
+
+/// Rows in panels.
+#[derive(Default)]
+struct Packed {
+    converted: Vec<f32>,
+    panels: Vec<f32>,
+    size: usize,
+}
+
+impl Packed {
+    fn panels(&self) -> &[f32] {
+        &self.panels[..self.size]
+    }
+}
+
+/// Buffers of one thread.
+#[derive(Default)]
+struct Scratch {
+    queries: Packed,
+    references: Packed,
+    lists: Lists,
+}
+
+/// The hits of each query of a group so far.
+#[derive(Default)]
+struct Lists {
+    /// `[group, capacity]`, unordered.
+    hits: Vec<u64>,
+    /// Hits of each query.
+    lengths: Vec<usize>,
+    /// Similarity of the k-th best at the last cut. References come in order of index, so a later one must exceed it.
+    bounds: Vec<f32>,
+}
+
+/// Similarity and index in one word: words ascend from the most similar on, of equals from the lowest index.
+fn hit(similarity: f32, index: u32) -> u64 {
+    let bits = similarity.to_bits();
+    // Negative floats descend as integers.
+    let ascending = if bits >> 31 == 1 { !bits } else { bits | 1 << 31 };
+    u64::from(!ascending) << 32 | u64::from(index)
+}
+
+/// The converse of [`hit`].
+fn parts(hit: u64) -> (f32, u32) {
+    let ascending = !((hit >> 32) as u32);
+    let bits = if ascending >> 31 == 1 { ascending & !(1 << 31) } else { !ascending };
+    (f32::from_bits(bits), hit as u32)
+}
+
+impl Lists {
+    fn reset(&mut self, plan: &Plan, queries: usize) {
+        grow(&mut self.hits, queries * plan.capacity);
+        self.lengths.clear();
+        self.lengths.resize(queries, 0);
+        self.bounds.clear();
+        self.bounds.resize(queries, f32::NEG_INFINITY);
+    }
 
     #[inline(always)]
-    fn run<S: Lanes>(self, simd: S) -> Vec<Vec<Hit>> {
-        let Self { rows, columns, itself, block, k, row_panels, panels } = self;
-        let row_panels = rows.panels(block, row_panels);
-        let block = rows.order.blocks[block];
-        let panel = rows.dim * GROUP;
-        let mut best: Vec<Best> =
-            (0..block.rows).map(|_| Best { k, hits: Vec::new(), bound: f32::NEG_INFINITY }).collect();
-        let mut strip = vec![0.0; STRIP * MAX_BLOCK];
-        for (column, across) in columns.order.blocks.iter().enumerate() {
-            let panels = columns.panels(column, panels);
-            for start in (0..block.rows).step_by(STRIP) {
-                let count = STRIP.min(block.rows - start);
-                let strip_rows = &row_panels[start / GROUP * panel..][..panel];
-                product(simd, strip_rows, start % GROUP, panels, &mut strip, MAX_BLOCK, false);
-                for r in 0..count {
-                    let best = &mut best[start + r];
-                    let line = S::as_simd_f32s(&strip[r * MAX_BLOCK..][..across.panels() * GROUP]).0;
-                    for (v, &s) in line.iter().enumerate() {
-                        let mut bits = simd.above(s, simd.splat_f32s(best.bound));
+    fn push(&mut self, plan: &Plan, query: usize, similarity: f32, index: u32) {
+        let length = self.lengths[query];
+        self.hits[query * plan.capacity + length] = hit(similarity, index);
+        self.lengths[query] = length + 1;
+        if length + 1 == plan.capacity {
+            self.cut(plan, query);
+        }
+    }
+
+    /// Keeps the k best. A list as long as the references are many never needs it.
+    #[cold]
+    #[inline(never)]
+    fn cut(&mut self, plan: &Plan, query: usize) {
+        if self.lengths[query] > plan.k {
+            let hits = &mut self.hits[query * plan.capacity..][..self.lengths[query]];
+            let (_, last, _) = hits.select_nth_unstable(plan.k - 1);
+            self.bounds[query] = parts(*last).0;
+            self.lengths[query] = plan.k;
+        }
+    }
+
+    /// Writes the k best of each query, in order.
+    fn write(
+        &mut self,
+        plan: &Plan,
+        mut indices: ArrayViewMut2<'_, u32>,
+        mut similarities: ArrayViewMut2<'_, f32>,
+    ) {
+        for query in 0..self.lengths.len() {
+            self.cut(plan, query);
+            let hits = &mut self.hits[query * plan.capacity..][..self.lengths[query]];
+            hits.sort_unstable();
+            let (mut indices, mut similarities) = (indices.row_mut(query), similarities.row_mut(query));
+            for ((hit, index), similarity) in hits.iter().zip(&mut indices).zip(&mut similarities) {
+                (*similarity, *index) = parts(*hit);
+            }
+        }
+    }
+}
+
+/// Takes one group of queries past all references.
+struct Search<'a> {
+    plan: &'a Plan,
+    queries: Matrix<'a>,
+    references: Matrix<'a>,
+    first: usize,
+    count: usize,
+    scratch: &'a mut Scratch,
+}
+
+impl Work for Search<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Lanes>(self, simd: S) {
+        let Self { plan, queries, references, first, count, scratch } = self;
+        let Scratch { queries: packed, references: block, lists } = scratch;
+        queries.pack(first, count, packed);
+        lists.reset(plan, count);
+        let panel = queries.dim * GROUP;
+        let mut strip = [0.0; STRIP * MAX_BLOCK];
+        for start in (0..references.rows).step_by(MAX_BLOCK) {
+            let width = MAX_BLOCK.min(references.rows - start);
+            references.pack(start, width, block);
+            for query in (0..count).step_by(STRIP) {
+                let rows = &packed.panels()[query / GROUP * panel..][..panel];
+                product(simd, rows, query % GROUP, block.panels(), &mut strip, MAX_BLOCK, false);
+                for r in 0..STRIP.min(count - query) {
+                    let line = &strip[r * MAX_BLOCK..][..width.next_multiple_of(GROUP)];
+                    let bound = simd.splat_f32s(lists.bounds[query + r]);
+                    for (v, &s) in S::as_simd_f32s(line).0.iter().enumerate() {
+                        let mut bits = simd.above(s, bound);
                         while bits != 0 {
-                            let local = v * S::F32_LANES + bits.trailing_zeros() as usize;
+                            let column = v * S::F32_LANES + bits.trailing_zeros() as usize;
                             bits &= bits - 1;
-                            let index = across.start + local;
-                            let own = itself && index == block.start + start + r;
-                            let similarity = strip[r * MAX_BLOCK + local];
-                            if local < across.rows && !own && similarity > best.bound {
-                                best.push(Hit { similarity, index: index as u32 });
+                            let (index, similarity) = (start + column, line[column]);
+                            let own = plan.itself && index == first + query + r;
+                            // The bound may have risen since the comparison.
+                            if column < width && !own && similarity > lists.bounds[query + r] {
+                                lists.push(plan, query + r, similarity, index as u32);
                             }
                         }
                     }
                 }
             }
         }
-        let sorted = |mut best: Best| {
-            best.cut();
-            best.hits.sort_unstable_by(Hit::order);
-            best.hits
-        };
-        best.into_iter().map(sorted).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hits_are_ordered_by_similarity_then_index_and_read_back() {
+        let values = [1.0, 0.5, 1e-30, 0.0, -0.0, -1e-30, -0.25, -1.0];
+        let hits: Vec<u64> = values.iter().flat_map(|&value| [hit(value, 3), hit(value, u32::MAX)]).collect();
+        assert!(hits.is_sorted_by(|a, b| a < b), "{hits:x?}");
+        for (i, &hit) in hits.iter().enumerate() {
+            let (similarity, index) = parts(hit);
+            assert_eq!(similarity.to_bits(), f32::to_bits(values[i / 2]));
+            assert_eq!(index, if i % 2 == 0 { 3 } else { u32::MAX });
+        }
+    }
+
+    #[test]
+    fn groups_hold_whole_panels_cover_all_queries_and_keep_every_thread_busy() {
+        for count in [1, 15, 16, 17, 700, 8192, 60_502] {
+            for capacity in [18, 2016, 60_502, 1 << 24] {
+                for threads in [1, 2, 7, 64] {
+                    let group = group_rows(count, capacity, threads);
+                    assert!(
+                        group.is_multiple_of(GROUP) && group <= MOST_QUERIES,
+                        "{count} {capacity} {threads}"
+                    );
+                    let groups = count.div_ceil(group);
+                    assert!(
+                        groups >= threads.min(count.div_ceil(GROUP)) * 2 / 3,
+                        "{count} {capacity} {threads}"
+                    );
+                    assert!(group == GROUP || group * capacity * 8 <= LIST_BYTES + GROUP * capacity * 8);
+                }
+            }
+        }
     }
 }

@@ -90,19 +90,6 @@ impl Order {
         self.labels == labels
     }
 
-    /// All rows in the caller's order, for passes that do not look at labels.
-    pub fn as_given(&mut self, count: usize, block_rows: usize) {
-        // No labels: the next batch is ordered anew.
-        self.labels.clear();
-        self.block_rows = block_rows;
-        self.rows.clear();
-        self.rows.extend(0..count as u32);
-        self.sorted.clear();
-        self.blocks.clear();
-        let starts = (0..count).step_by(block_rows);
-        self.blocks.extend(starts.map(|start| Block { start, rows: block_rows.min(count - start) }));
-    }
-
     /// Bytes its buffers hold.
     pub fn bytes(&self) -> usize {
         self.labels.capacity() * 8
@@ -286,12 +273,13 @@ impl SideBuffers {
     }
 }
 
-fn contiguous<'a, T>(name: &'static str, view: &'a ArrayView2<'_, T>) -> Result<&'a [T]> {
+/// The rows one behind the other.
+pub fn contiguous<'a, T>(name: &'static str, view: &'a ArrayView2<'_, T>) -> Result<&'a [T]> {
     view.as_slice().ok_or(Error::NotContiguous { rows: name })
 }
 
 /// Sum of squares; single-precision chains of 16, summed in double.
-fn square_sum(row: &[f32]) -> f64 {
+pub fn square_sum(row: &[f32]) -> f64 {
     let (whole, tail) = row.as_chunks::<GROUP>();
     let mut sums = [0.0f32; GROUP];
     for chunk in whole {

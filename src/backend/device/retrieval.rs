@@ -9,7 +9,7 @@ use super::plan::{Shape, retrieval_capacity, tiles};
 use super::workspace::{Layout, Region};
 use super::{Device, DeviceBackend, Kernel};
 use crate::backend::Nearest;
-use crate::loss::{Batch, Embeddings, Rows, check_unit};
+use crate::loss::{Batch, Rows, check_unit};
 use crate::{Error, Result};
 
 /// Bytes of query buffers that are alive at once; more queries are searched in turns.
@@ -57,16 +57,6 @@ impl RetrievalLayout {
     }
 }
 
-/// The same rows for as long as both sides live: views are invariant in their lifetime.
-fn view<'a>(rows: &'a Rows<'_>) -> Rows<'a> {
-    let embeddings = match &rows.embeddings {
-        Embeddings::F32(m) => Embeddings::F32(m.view()),
-        Embeddings::F16(m) => Embeddings::F16(m.view()),
-        Embeddings::Bf16(m) => Embeddings::Bf16(m.view()),
-    };
-    Rows { embeddings, labels: rows.labels }
-}
-
 impl<D: Device> DeviceBackend<D> {
     pub(super) fn run_retrieval(
         &mut self,
@@ -74,8 +64,8 @@ impl<D: Device> DeviceBackend<D> {
         references: Option<&Rows<'_>>,
         k: usize,
     ) -> Result<Nearest> {
-        let queries = &view(queries);
-        let references = references.map(view);
+        let queries = &queries.view();
+        let references = references.map(Rows::view);
         let references = references.as_ref();
         let batch =
             Batch { references: references.copied(), ..Batch::square(queries.embeddings, queries.labels) };

@@ -1,21 +1,27 @@
-//! `ddtas-train`: trains an image-retrieval network and writes a run folder.
+//! `ddtas-train`: trains an image-retrieval network and writes a run folder; evaluates it, embeds and searches with it.
 
+mod embed;
+mod eval;
+mod progress;
 mod resume;
+mod search;
 mod signals;
 mod train;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{CommandFactory, FromArgMatches, Parser};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use ddtas::train::TrainSettings;
 
 /// Trains an image-retrieval network with DDTAS and measures Recall@K on classes it never saw.
 ///
 /// Without arguments it trains on car silhouettes drawn in memory, in a few minutes on two cores.
 #[derive(Parser)]
-#[command(version, args_override_self = true)]
+#[command(version, args_override_self = true, args_conflicts_with_subcommands = true)]
 struct Arguments {
+    #[command(subcommand)]
+    command: Option<Command>,
     /// Go on with the run in this folder, by its own settings.
     #[arg(long, value_name = "RUN")]
     resume: Option<PathBuf>,
@@ -23,12 +29,28 @@ struct Arguments {
     settings: TrainSettings,
 }
 
+/// What else it does.
+#[derive(Subcommand)]
+enum Command {
+    /// Measures a checkpoint on a data set's unseen classes, or embeddings in a file.
+    Eval(eval::EvalArguments),
+    /// Embeds the pictures of a folder tree into a file.
+    Embed(embed::EmbedArguments),
+    /// Finds the pictures of a collection that are most similar to a picture.
+    Search(search::SearchArguments),
+}
+
 fn main() -> ExitCode {
     let matches = Arguments::command().get_matches();
-    let Arguments { resume, settings } = Arguments::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
-    let code = match resume {
-        None => train::train(&settings),
-        Some(folder) => {
+    let Arguments { command, resume, settings } =
+        Arguments::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
+    let done = |()| ExitCode::SUCCESS;
+    let code = match (command, resume) {
+        (Some(Command::Eval(arguments)), _) => eval::eval(&arguments).map(done),
+        (Some(Command::Embed(arguments)), _) => embed::embed(&arguments).map(done),
+        (Some(Command::Search(arguments)), _) => search::search(&arguments).map(done),
+        (None, None) => train::train(&settings),
+        (None, Some(folder)) => {
             resume::overrides(&matches, &settings).and_then(|overrides| train::resume(&folder, &overrides))
         }
     };

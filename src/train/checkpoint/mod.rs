@@ -141,6 +141,18 @@ pub fn shape(path: &Path) -> Result<NetworkShape> {
         .map_err(|error| Error::format(path, format!("unknown network shape: {error}")))
 }
 
+/// Key of the side of the pictures, in pixels, in a checkpoint's metadata.
+pub const IMAGE_SIZE: &str = "ddtas.image-size";
+
+/// Side of the pictures that the network was trained on; `None` in checkpoints that do not hold it.
+///
+/// # Errors
+/// [`Error::Io`] if the file cannot be read, [`Error::Format`] if it holds something else than a number.
+pub fn image_size(path: &Path) -> Result<Option<usize>> {
+    let Some(text) = Archive::read(path)?.facts.remove(IMAGE_SIZE) else { return Ok(None) };
+    text.parse().map(Some).map_err(|_| Error::format(path, format!("unknown size of pictures: {text}")))
+}
+
 fn metadata(path: &Path, key: &str, missing: &str) -> Result<String> {
     Archive::read(path)?.facts.remove(key).ok_or_else(|| Error::format(path, missing))
 }

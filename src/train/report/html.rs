@@ -1,10 +1,7 @@
 //! The page.
 
-use std::fmt::Write;
-
+use super::page::{document, escape, grouped, push, section};
 use super::{Query, Report, plots, strip};
-
-const STYLE: &str = include_str!("report.css");
 
 /// The whole page; everything that came from outside is escaped.
 pub(super) fn page(report: &Report) -> Result<String, String> {
@@ -28,14 +25,7 @@ pub(super) fn page(report: &Report) -> Result<String, String> {
         push(&mut body, "</div></section>");
     }
     settings(&mut body, &report.settings);
-    Ok(format!(
-        "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\n\
-         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
-         <title>{}</title>\n<style>\n{STYLE}</style></head>\n<body><main>\n{body}\n\
-         <footer>Written by ddtas {}.</footer>\n</main></body></html>\n",
-        escape(&title),
-        env!("CARGO_PKG_VERSION")
-    ))
+    Ok(document(&title, &body))
 }
 
 fn heading(body: &mut String, report: &Report, title: &str) {
@@ -203,30 +193,8 @@ fn entry(body: &mut String, name: &str, value: &str) {
     push(body, &format!("<div><dt>{}</dt><dd>{}</dd></div>", escape(name), escape(value)));
 }
 
-fn section(body: &mut String, title: &str, note: &str) {
-    push(body, &format!("<section><h2>{title}</h2><p>{note}</p>"));
-}
-
-fn push(body: &mut String, text: &str) {
-    body.push_str(text);
-    body.push('\n');
-}
-
 fn percent(share: f64) -> String {
     format!("{:.1}", 100.0 * share)
-}
-
-/// 12345 as 12,345.
-fn grouped(number: usize) -> String {
-    let digits = number.to_string();
-    let mut text = String::new();
-    for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
 }
 
 fn duration(seconds: f64) -> String {
@@ -236,21 +204,6 @@ fn duration(seconds: f64) -> String {
         60..3600 => format!("{}:{:02} <small>min</small>", whole / 60, whole % 60),
         _ => format!("{}:{:02} <small>h</small>", whole / 3600, whole % 3600 / 60),
     }
-}
-
-/// Class names are folder names: anything may be in them.
-fn escape(text: &str) -> String {
-    let mut safe = String::with_capacity(text.len());
-    for character in text.chars() {
-        match character {
-            '&' | '<' | '>' | '"' | '\'' => {
-                // Writing to a string cannot fail.
-                let _ = write!(safe, "&#{};", u32::from(character));
-            }
-            other => safe.push(other),
-        }
-    }
-    safe
 }
 
 const _: () = assert!(strip::RIGHT[1] == 160 && strip::WRONG[0] == 214, "report.css uses the same colours");

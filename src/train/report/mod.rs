@@ -5,6 +5,8 @@
 //! is the strip of queries alone, for a README.
 
 mod html;
+pub(crate) mod page;
+pub(crate) mod pictures;
 mod plots;
 mod strip;
 

@@ -1,12 +1,11 @@
 //! Test pictures and their nearest neighbours, right and wrong marked.
 
-use std::io::Cursor;
-
-use image::{ImageFormat, Rgb, RgbImage, imageops};
+use image::{Rgb, RgbImage, imageops};
 use serde::{Deserialize, Serialize};
 
+use super::pictures::{Thumbnails, decode_base64, encode};
 use crate::backend::Nearest;
-use crate::data::{Cropper, Split};
+use crate::data::Split;
 use crate::{Error, Result};
 
 /// Side of a thumbnail in pixels.
@@ -79,15 +78,8 @@ pub fn choose(rows: &[usize], nearest: &Nearest, count: usize, depth: usize) -> 
 /// # Errors
 /// [`Error::Image`] if a picture can no longer be read; [`Error::Dataset`] if the split is not the one chosen from.
 pub fn queries(split: &Split, shown: &[Shown]) -> Result<Vec<Query>> {
-    let mut cropper = Cropper::new(THUMBNAIL)?;
-    let mut thumbnail = |index: usize| -> Result<String> {
-        let bytes = cropper.thumbnail(&*split.picture(index)?)?;
-        let side = THUMBNAIL as u32;
-        let picture = RgbImage::from_raw(side, side, bytes).unwrap_or_else(|| RgbImage::new(side, side));
-        encode(&picture)
-            .map(|png| base64(&png))
-            .map_err(|reason| Error::Image { path: "thumbnail".into(), reason })
-    };
+    let mut thumbnails = Thumbnails::new(THUMBNAIL)?;
+    let mut thumbnail = |index: usize| thumbnails.png(&*split.picture(index)?);
     let mut queries = Vec::with_capacity(shown.len());
     for Shown { picture, answers } in shown {
         if answers.iter().map(|(answer, _)| answer).chain([picture]).any(|&index| index >= split.len()) {
@@ -139,69 +131,4 @@ fn place(sheet: &mut RgbImage, png: &str, x: u32, y: u32, frame: [u8; 3]) -> std
     imageops::replace(sheet, &framed, x.into(), y.into());
     imageops::replace(sheet, &picture, (x + FRAME).into(), (y + FRAME).into());
     Ok(())
-}
-
-fn encode(picture: &RgbImage) -> std::result::Result<Vec<u8>, String> {
-    let mut png = Cursor::new(Vec::new());
-    picture.write_to(&mut png, ImageFormat::Png).map_err(|error| error.to_string())?;
-    Ok(png.into_inner())
-}
-
-const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-
-/// RFC 4648, padded: what a data URI holds.
-fn base64(bytes: &[u8]) -> String {
-    let mut text = String::with_capacity(bytes.len().div_ceil(3) * 4);
-    for chunk in bytes.chunks(3) {
-        let byte = |i: usize| u32::from(chunk.get(i).copied().unwrap_or(0));
-        let bits = byte(0) << 16 | byte(1) << 8 | byte(2);
-        for i in 0..4 {
-            let digit = ALPHABET[(bits >> (18 - 6 * i)) as usize & 63];
-            text.push(if i <= chunk.len() { char::from(digit) } else { '=' });
-        }
-    }
-    text
-}
-
-/// The converse of [`base64`]; `None` for anything that it does not write.
-fn decode_base64(text: &str) -> Option<Vec<u8>> {
-    if !text.len().is_multiple_of(4) {
-        return None;
-    }
-    let mut bytes = Vec::with_capacity(text.len() / 4 * 3);
-    for chunk in text.trim_end_matches('=').as_bytes().chunks(4) {
-        let mut bits = 0;
-        for i in 0..4 {
-            let digit =
-                chunk.get(i).map_or(Some(0), |digit| ALPHABET.iter().position(|known| known == digit));
-            bits = bits << 6 | digit? as u32;
-        }
-        let decoded = bits.to_be_bytes();
-        bytes.extend(&decoded[1..chunk.len().max(1)]);
-    }
-    Some(bytes)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn base64_agrees_with_rfc_4648() {
-        let vectors = [
-            ("", ""),
-            ("f", "Zg=="),
-            ("fo", "Zm8="),
-            ("foo", "Zm9v"),
-            ("foob", "Zm9vYg=="),
-            ("fooba", "Zm9vYmE="),
-        ];
-        for (plain, coded) in vectors {
-            assert_eq!(base64(plain.as_bytes()), coded);
-            assert_eq!(decode_base64(coded).unwrap(), plain.as_bytes());
-        }
-        assert_eq!(base64(&[0xfb, 0xff]), "+/8=");
-        assert_eq!(decode_base64("Zm9"), None);
-        assert_eq!(decode_base64("Zm9\u{7f}"), None);
-    }
 }

@@ -192,7 +192,11 @@ impl<'a> Run<'a> {
     /// What every checkpoint says of itself.
     fn facts(&self) -> Result<Vec<(&'static str, String)>> {
         let (step, seed) = (self.state.step, self.settings.seed);
-        let mut facts = vec![("ddtas.step", step.to_string()), ("ddtas.seed", seed.to_string())];
+        let mut facts = vec![
+            ("ddtas.step", step.to_string()),
+            ("ddtas.seed", seed.to_string()),
+            (checkpoint::IMAGE_SIZE, self.settings.image_size.to_string()),
+        ];
         if let Some(generator) = self.engine.generator() {
             let state = serde_json::to_string(generator.thresholds())
                 .map_err(|error| Error::format(self.folder.path(), error.to_string()))?;

@@ -1,0 +1,33 @@
+//! `ddtas-train embed`: says what [`ddtas::inference::embed`] wrote.
+
+use ddtas::inference::{EmbedSettings, embed as embed_folder};
+
+use super::progress::{Progress, print_json, warn_of_skipped};
+
+#[derive(clap::Args)]
+pub struct EmbedArguments {
+    #[command(flatten)]
+    settings: EmbedSettings,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn embed(arguments: &EmbedArguments) -> ddtas::Result<()> {
+    let settings = &arguments.settings;
+    let export = Progress::during(|progress| embed_folder(settings, &mut |event| progress.show(event)))?;
+    warn_of_skipped(&export.skipped);
+    if arguments.json {
+        return print_json(&export);
+    }
+    println!(
+        "{}: {} pictures of {} folders in {} dimensions, {} left out, {:.1} s",
+        export.path.display(),
+        export.pictures,
+        export.folders,
+        export.dim,
+        export.skipped.len(),
+        export.seconds
+    );
+    Ok(())
+}

@@ -1,0 +1,42 @@
+//! `ddtas-train search`: prints what [`ddtas::inference::search`] finds.
+
+use std::path::PathBuf;
+
+use ddtas::inference::{Found, SearchSettings, search as search_pictures, write_sheet};
+
+use super::progress::{Progress, print_json, warn_of_skipped};
+
+#[derive(clap::Args)]
+pub struct SearchArguments {
+    #[command(flatten)]
+    settings: SearchSettings,
+    /// Also write a contact sheet, one HTML file with the pictures inside.
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn search(arguments: &SearchArguments) -> ddtas::Result<()> {
+    let settings = &arguments.settings;
+    let found = Progress::during(|progress| search_pictures(settings, &mut |event| progress.show(event)))?;
+    warn_of_skipped(&found.skipped);
+    if let Some(path) = &arguments.html {
+        write_sheet(&found, path)?;
+    }
+    if arguments.json {
+        return print_json(&found);
+    }
+    print_lists(&found);
+    Ok(())
+}
+
+fn print_lists(found: &Found) {
+    for query in &found.queries {
+        println!("{} among {} pictures:", query.path.display(), found.gallery);
+        for (rank, answer) in query.answers.iter().enumerate() {
+            println!("{:>4}  {:>6.3}  {}", rank + 1, answer.similarity, answer.name);
+        }
+    }
+}

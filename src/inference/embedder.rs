@@ -1,0 +1,95 @@
+//! A checkpoint, ready to embed pictures.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use burn::tensor::Device;
+
+use super::{Event, Skipped};
+use crate::data::{EvaluationBatches, Split, TestCrop};
+use crate::model::{EmbeddingNetwork, NetworkShape};
+use crate::train::{EVALUATION_CHUNK, Embedded, checkpoint, embed_batches};
+use crate::{Error, Result};
+
+/// A network from a checkpoint, and the size of the pictures it was trained on.
+pub struct Embedder {
+    network: EmbeddingNetwork,
+    device: Device,
+    shape: NetworkShape,
+    image_size: usize,
+    checkpoint: PathBuf,
+    fingerprint: String,
+}
+
+impl Embedder {
+    /// Opens a checkpoint. `image_size` is needed where the file does not say it itself.
+    ///
+    /// # Errors
+    /// [`Error::Io`] or [`Error::Format`] if the file cannot be read or is no checkpoint; [`Error::InvalidSetting`] if
+    /// nobody says the size of the pictures, or it is out of range.
+    pub fn open(checkpoint: &Path, image_size: Option<usize>) -> Result<Self> {
+        let bytes = std::fs::read(checkpoint).map_err(Error::io("read", checkpoint))?;
+        let shape = checkpoint::shape(checkpoint)?;
+        let image_size = match image_size {
+            Some(size) => size,
+            None => checkpoint::image_size(checkpoint)?.ok_or_else(|| Error::InvalidSetting {
+                name: "image-size",
+                value: "unknown".into(),
+                range: "this checkpoint does not say which pictures it was trained on: give --image-size",
+            })?,
+        };
+        if !(8..=1024).contains(&image_size) {
+            let value = image_size.to_string();
+            return Err(Error::InvalidSetting { name: "image-size", value, range: "8 to 1024" });
+        }
+        let device = Device::flex();
+        let network = checkpoint::load(EmbeddingNetwork::new(&shape, &device), checkpoint)?;
+        let fingerprint = format!("{:08x}", crc32fast::hash(&bytes));
+        Ok(Self { network, device, shape, image_size, checkpoint: checkpoint.to_path_buf(), fingerprint })
+    }
+
+    /// Dimensions of an embedding.
+    #[must_use]
+    pub fn dim(&self) -> usize {
+        self.shape.embedding_dim
+    }
+
+    /// Side of the pictures the network sees.
+    #[must_use]
+    pub fn image_size(&self) -> usize {
+        self.image_size
+    }
+
+    /// The file it came from.
+    #[must_use]
+    pub fn checkpoint(&self) -> &Path {
+        &self.checkpoint
+    }
+
+    /// Tells checkpoints apart: CRC-32 of the file.
+    #[must_use]
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
+
+    /// Embeds the pictures of a split in order, cut as in training's evaluations; those that cannot be read are left out.
+    ///
+    /// # Errors
+    /// [`Error::Dataset`] if a class has no readable picture; [`Error::Training`] if an embedding is not finite.
+    pub fn embed(&self, split: &Arc<Split>, tell: &mut dyn FnMut(Event<'_>)) -> Result<Embedded> {
+        let total = split.len();
+        let batches = EvaluationBatches::new(
+            Arc::clone(split),
+            self.image_size,
+            TestCrop::default(),
+            EVALUATION_CHUNK,
+        )?;
+        let progress = |done| tell(Event::Embedding { done, total });
+        embed_batches(&self.network, &self.device, batches, progress)
+    }
+}
+
+/// The pictures of a split that could not be read so far.
+pub(super) fn skipped(split: &Split) -> Vec<Skipped> {
+    split.unreadable().into_iter().map(|bad| Skipped { path: bad.path, reason: bad.reason }).collect()
+}

@@ -1,0 +1,392 @@
+//! Recall@K, R-precision and MAP@R of a whole test set.
+//!
+//! R-precision and MAP@R as defined by Musgrave, Belongie and Lim, "A Metric Learning Reality Check" (ECCV 2020): of a query
+//! with R answers, the share of answers among its R nearest, and the mean over ranks 1 to R of the precision
+//! at each rank that holds an answer (0 at the others).
+//!
+//! Queries are searched in turns of bounded size, those with few answers first, so that memory beside the embeddings is O(Q):
+//! a large class makes the lists of its own queries long, not everybody's.
+
+use std::collections::HashMap;
+
+use half::{bf16, f16};
+use ndarray::{Array2, Axis};
+
+use super::recall::{Hits, Recall, sorted};
+use crate::backend::{Backend, Nearest};
+use crate::loss::{Embeddings, Rows, validate_rows};
+use crate::{Error, Result};
+
+/// What one turn has room for.
+struct Room {
+    /// Entries of all lists, of 8 bytes each.
+    entries: usize,
+    /// Queries, whose rows are copied.
+    queries: usize,
+}
+
+/// Lists of 64 MiB; 16 MiB of rows at D = 512.
+const ROOM: Room = Room { entries: 1 << 23, queries: 1 << 13 };
+
+/// What a test set is judged by. All figures are 0 to 1, means over the queries counted.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct Metrics {
+    /// Recall@K, and how many queries were counted.
+    #[serde(flatten)]
+    pub recall: Recall,
+    /// R-precision.
+    pub r_precision: f64,
+    /// Mean average precision at R.
+    pub map_at_r: f64,
+}
+
+/// Searches every query and measures what its list is worth.
+///
+/// Without a gallery the queries are searched among themselves, each left out of its own list. Rows with a negative
+/// label are neither queries nor answers, and stand in no list. A query without an answer is left out and counted in
+/// [`Recall::without_match`]; as an answer that is wrong for all others it stays. `progress` hears how many queries
+/// are done, of how many.
+///
+/// # Errors
+/// Those of [`Backend::nearest`]; [`Error::InvalidSetting`] if a K is 0 or none is given.
+pub fn evaluate(
+    backend: &mut dyn Backend,
+    queries: &Rows<'_>,
+    gallery: Option<&Rows<'_>>,
+    ks: &[usize],
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<Metrics> {
+    evaluate_within(&ROOM, backend, queries, gallery, ks, progress)
+}
+
+fn evaluate_within(
+    room: &Room,
+    backend: &mut dyn Backend,
+    queries: &Rows<'_>,
+    gallery: Option<&Rows<'_>>,
+    ks: &[usize],
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<Metrics> {
+    validate_rows("queries", queries)?;
+    if let Some(gallery) = gallery {
+        validate_rows("references", gallery)?;
+    }
+    let ks = sorted(ks)?;
+    let deepest = ks[ks.len() - 1];
+    let itself = gallery.is_none();
+    let answers = answers(queries.labels, gallery.map(|gallery| gallery.labels));
+    let mut order: Vec<u32> =
+        (0..answers.len() as u32).filter(|&query| answers[query as usize] > 0).collect();
+    order.sort_by_key(|&query| answers[query as usize]);
+
+    let kept = gallery.map_or_else(|| Kept::new(queries), Kept::new);
+    let mut score = Score { hits: Hits::new(ks), r_precision: 0.0, average_precision: 0.0 };
+    let mut done = 0;
+    progress(0, order.len());
+    while done < order.len() {
+        let length = |query: u32| deepest.max(answers[query as usize] as usize).min(kept.len());
+        let turn = room.turn(&order[done..], length);
+        // One more than asked for: where a query searches its own set, it is found there too, and passed over.
+        let longest = (length(turn[turn.len() - 1]) + usize::from(itself)).min(kept.len());
+        let gathered = Gathered::new(queries, turn);
+        let nearest = backend
+            .nearest(&gathered.rows(), Some(&kept.rows()), longest)
+            .map_err(|error| with_original_row(error, itself, turn, &kept))?;
+        for (list, &query) in nearest.indices.outer_iter().zip(turn) {
+            let others = list.iter().filter(|&&index| index != Nearest::NONE);
+            let others = others.filter(|&&index| !itself || kept.original(index) != query);
+            let label = queries.labels[query as usize];
+            score.add(others.map(|&index| kept.label(index) == label), answers[query as usize] as usize);
+        }
+        done += turn.len();
+        progress(done, order.len());
+    }
+    let share = |sum: f64| sum / order.len().max(1) as f64;
+    Ok(Metrics {
+        r_precision: share(score.r_precision),
+        map_at_r: share(score.average_precision),
+        recall: score.hits.finish(queries.labels.len()),
+    })
+}
+
+impl Room {
+    /// The queries of the next turn: as many as there is room for, at least one. The lengths of their lists ascend.
+    fn turn<'a>(&self, queries: &'a [u32], length: impl Fn(u32) -> usize) -> &'a [u32] {
+        let most = queries.len().min(self.queries);
+        let fits = (1..=most).rev().find(|&count| count * length(queries[count - 1]) <= self.entries);
+        &queries[..fits.unwrap_or(1)]
+    }
+}
+
+/// Sums over the queries so far.
+struct Score {
+    hits: Hits,
+    r_precision: f64,
+    average_precision: f64,
+}
+
+impl Score {
+    /// Adds a query with `answers` answers, at least 1, whose list is right or wrong at each rank.
+    fn add(&mut self, list: impl Iterator<Item = bool>, answers: usize) {
+        let (mut first, mut found, mut precisions) = (None, 0, 0.0);
+        for (rank, right) in list.enumerate() {
+            if right {
+                first.get_or_insert(rank);
+                if rank < answers {
+                    found += 1;
+                    precisions += f64::from(found) / (rank + 1) as f64;
+                }
+            }
+            if first.is_some() && rank + 1 >= answers {
+                break;
+            }
+        }
+        self.hits.add(first);
+        self.r_precision += f64::from(found) / answers as f64;
+        self.average_precision += precisions / answers as f64;
+    }
+}
+
+/// How many answers each query has, 0 if it is ignored; by the labels of the queries and of the gallery.
+pub(super) fn answers(queries: &[i64], gallery: Option<&[i64]>) -> Vec<u32> {
+    let mut sizes = HashMap::<i64, u32>::new();
+    for label in gallery.unwrap_or(queries) {
+        *sizes.entry(*label).or_default() += 1;
+    }
+    let itself = u32::from(gallery.is_none());
+    let of = |label: &i64| if *label < 0 { 0 } else { sizes.get(label).map_or(0, |size| size - itself) };
+    queries.iter().map(of).collect()
+}
+
+/// Rows without the ignored ones; a copy only where there are any.
+pub(super) struct Kept<'a> {
+    all: Rows<'a>,
+    some: Option<Gathered>,
+    original: Vec<u32>,
+}
+
+impl<'a> Kept<'a> {
+    pub(super) fn new(rows: &'a Rows<'_>) -> Self {
+        let all = rows.view();
+        if all.labels.iter().all(|&label| label >= 0) {
+            return Self { all, some: None, original: Vec::new() };
+        }
+        let original: Vec<u32> =
+            (0..all.labels.len() as u32).filter(|&row| all.labels[row as usize] >= 0).collect();
+        Self { some: Some(Gathered::new(rows, &original)), all, original }
+    }
+
+    pub(super) fn is_all(&self) -> bool {
+        self.some.is_none()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.rows().labels.len()
+    }
+
+    pub(super) fn rows(&self) -> Rows<'_> {
+        self.some.as_ref().map_or_else(|| self.all.view(), Gathered::rows)
+    }
+
+    /// The caller's row behind a row of [`rows`](Self::rows).
+    pub(super) fn original(&self, row: u32) -> u32 {
+        if self.some.is_none() { row } else { self.original[row as usize] }
+    }
+
+    fn label(&self, row: u32) -> i64 {
+        self.all.labels[self.original(row) as usize]
+    }
+}
+
+/// Copies of some rows, in an order of their own.
+struct Gathered {
+    values: Values,
+    labels: Vec<i64>,
+}
+
+enum Values {
+    F32(Array2<f32>),
+    F16(Array2<f16>),
+    Bf16(Array2<bf16>),
+}
+
+impl Gathered {
+    fn new(rows: &Rows<'_>, wanted: &[u32]) -> Self {
+        let wanted: Vec<usize> = wanted.iter().map(|&row| row as usize).collect();
+        let values = match &rows.embeddings {
+            Embeddings::F32(m) => Values::F32(m.select(Axis(0), &wanted)),
+            Embeddings::F16(m) => Values::F16(m.select(Axis(0), &wanted)),
+            Embeddings::Bf16(m) => Values::Bf16(m.select(Axis(0), &wanted)),
+        };
+        Self { values, labels: wanted.iter().map(|&row| rows.labels[row]).collect() }
+    }
+
+    fn rows(&self) -> Rows<'_> {
+        let embeddings = match &self.values {
+            Values::F32(m) => Embeddings::F32(m.view()),
+            Values::F16(m) => Embeddings::F16(m.view()),
+            Values::Bf16(m) => Embeddings::Bf16(m.view()),
+        };
+        Rows { embeddings, labels: &self.labels }
+    }
+}
+
+/// A bad row by its place in the caller's matrix, not in the turn's.
+fn with_original_row(error: Error, itself: bool, turn: &[u32], kept: &Kept<'_>) -> Error {
+    let place = |rows: &'static str, row: usize| match rows {
+        "queries" => (rows, turn[row] as usize),
+        _ if itself => ("queries", kept.original(row as u32) as usize),
+        _ => (rows, kept.original(row as u32) as usize),
+    };
+    match error {
+        Error::NotFinite { rows, row } => {
+            let (rows, row) = place(rows, row);
+            Error::NotFinite { rows, row }
+        }
+        Error::NotUnit { rows, row, norm } => {
+            let (rows, row) = place(rows, row);
+            Error::NotUnit { rows, row, norm }
+        }
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::cpu::CpuBackend;
+    use rand::{RngExt, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    const KS: [usize; 4] = [1, 3, 20, 500];
+
+    /// Labels whose classes have 1 to `classes` rows, mixed; one row in seven ignored if `ignored`.
+    fn ragged(classes: i64, ignored: bool, rng: &mut ChaCha8Rng) -> Vec<i64> {
+        let mut labels: Vec<i64> =
+            (0..classes).flat_map(|class| std::iter::repeat_n(class, class as usize + 1)).collect();
+        for i in (1..labels.len()).rev() {
+            labels.swap(i, rng.random_range(0..=i));
+        }
+        if ignored {
+            labels.iter_mut().step_by(7).for_each(|label| *label = -3);
+        }
+        labels
+    }
+
+    /// Corners of a cube of 16 dimensions, unit length: similarities are exact, and many are equal. Rows of a class share
+    /// most of their corners.
+    fn corners(labels: &[i64], rng: &mut ChaCha8Rng) -> Array2<f32> {
+        Array2::from_shape_fn((labels.len(), 16), |(row, d)| {
+            let own = labels[row].wrapping_mul(2_654_435_761).wrapping_add(d as i64 * 40_503) >> 7 & 1;
+            let bit = own == 1;
+            if bit != (rng.random_range(0..4) == 0) { 0.25 } else { -0.25 }
+        })
+    }
+
+    /// Query by query, from the definitions: Recall@K, R-precision, MAP@R, queries counted.
+    fn plain(queries: &Rows<'_>, gallery: Option<&Rows<'_>>) -> (Vec<f64>, f64, f64, usize) {
+        let searched = gallery.map_or_else(|| queries.view(), Rows::view);
+        let products = queries.embeddings.to_f64().dot(&searched.embeddings.to_f64().t());
+        let (mut recall, mut precision, mut average, mut counted) = (vec![0.0; KS.len()], 0.0, 0.0, 0);
+        for (query, &label) in queries.labels.iter().enumerate().filter(|(_, label)| **label >= 0) {
+            let mut others: Vec<usize> = (0..searched.labels.len())
+                .filter(|&j| searched.labels[j] >= 0 && (gallery.is_some() || j != query))
+                .collect();
+            others.sort_by(|&a, &b| products[[query, b]].total_cmp(&products[[query, a]]).then(a.cmp(&b)));
+            let right: Vec<bool> = others.iter().map(|&j| searched.labels[j] == label).collect();
+            let r = right.iter().filter(|right| **right).count();
+            if r == 0 {
+                continue;
+            }
+            counted += 1;
+            for (k, recall) in KS.iter().zip(&mut recall) {
+                *recall += f64::from(u8::from(right.iter().take(*k).any(|right| *right)));
+            }
+            let found_by = |rank: usize| right[..rank].iter().filter(|right| **right).count() as f64;
+            precision += found_by(r) / r as f64;
+            let ranks = (1..=r).filter(|&rank| right[rank - 1]);
+            average += ranks.map(|rank| found_by(rank) / rank as f64).sum::<f64>() / r as f64;
+        }
+        let count = counted as f64;
+        (recall.iter().map(|hits| hits / count).collect(), precision / count, average / count, counted)
+    }
+
+    fn check(room: &Room, queries: &Rows<'_>, gallery: Option<&Rows<'_>>) -> Metrics {
+        let (recall, precision, average, counted) = plain(queries, gallery);
+        let mut heard = Vec::new();
+        let got = evaluate_within(room, &mut CpuBackend::new(), queries, gallery, &KS, &mut |done, total| {
+            heard.push((done, total));
+        })
+        .unwrap();
+        assert_eq!((got.recall.queries, got.recall.without_match), (counted, queries.labels.len() - counted));
+        for ((k, got), want) in got.recall.at.iter().zip(recall) {
+            assert!((got - want).abs() < 1e-12, "Recall@{k}: {got}, want {want}");
+        }
+        assert!((got.r_precision - precision).abs() < 1e-12, "{} {precision}", got.r_precision);
+        assert!((got.map_at_r - average).abs() < 1e-12, "{} {average}", got.map_at_r);
+        assert_eq!((heard[0], heard[heard.len() - 1]), ((0, counted), (counted, counted)));
+        got
+    }
+
+    #[test]
+    fn figures_are_those_of_the_definitions_whatever_the_size_of_a_turn() {
+        let mut rng = ChaCha8Rng::seed_from_u64(5);
+        for ignored in [false, true] {
+            let (labels, other_labels) = (ragged(24, ignored, &mut rng), ragged(17, ignored, &mut rng));
+            let (rows, others) = (corners(&labels, &mut rng), corners(&other_labels, &mut rng));
+            let (queries, gallery) =
+                (Rows::new(rows.view(), &labels), Rows::new(others.view(), &other_labels));
+            for room in [ROOM, Room { entries: 5000, queries: 40 }, Room { entries: 1, queries: 1 }] {
+                let alone = check(&room, &queries, None);
+                let apart = check(&room, &queries, Some(&gallery));
+                // A test of chance or of perfection would prove little.
+                assert!(alone.r_precision > 0.1 && alone.r_precision < 0.9, "{}", alone.r_precision);
+                assert!(apart.recall.without_match > 0 && alone.recall.without_match > 0);
+            }
+        }
+    }
+
+    #[test]
+    fn half_precision_rows_give_the_same_figures() {
+        let mut rng = ChaCha8Rng::seed_from_u64(6);
+        let labels = ragged(20, true, &mut rng);
+        let rows = corners(&labels, &mut rng);
+        let narrow = rows.mapv(bf16::from_f32);
+        let wide = check(&ROOM, &Rows::new(rows.view(), &labels), None);
+        let narrow = Rows { embeddings: Embeddings::Bf16(narrow.view()), labels: &labels };
+        assert_eq!(check(&ROOM, &narrow, None), wide);
+    }
+
+    #[test]
+    fn duplicates_of_a_query_are_neighbours_and_the_query_itself_is_none() {
+        // Forty equal rows: the query is not the first of them, perhaps not among the first K + 1.
+        let rows = Array2::from_shape_fn((40, 4), |_| 0.5f32);
+        let labels: Vec<i64> = (0..40).map(|row| i64::from(row >= 20)).collect();
+        check(&ROOM, &Rows::new(rows.view(), &labels), None);
+    }
+
+    #[test]
+    fn bad_rows_are_named_by_their_place_in_the_callers_matrix() {
+        let mut rng = ChaCha8Rng::seed_from_u64(7);
+        let labels = ragged(9, true, &mut rng);
+        let mut rows = corners(&labels, &mut rng);
+        let bad = labels.iter().rposition(|&label| label == 8).unwrap();
+        let place = |rows: &Array2<f32>, gallery: Option<&Rows<'_>>| {
+            let queries = Rows::new(rows.view(), &labels);
+            evaluate(&mut CpuBackend::new(), &queries, gallery, &KS, &mut |_, _| {}).unwrap_err()
+        };
+        let good = rows.clone();
+        rows[[bad, 3]] = f32::NAN;
+        let error = place(&rows, None);
+        assert!(matches!(error, Error::NotFinite { rows: "queries", row } if row == bad), "{error}");
+        let error = place(&good, Some(&Rows::new(rows.view(), &labels)));
+        assert!(matches!(error, Error::NotFinite { rows: "references", row } if row == bad), "{error}");
+        rows[[bad, 3]] = 2.0;
+        let error = place(&rows, Some(&Rows::new(good.view(), &labels)));
+        assert!(matches!(error, Error::NotUnit { rows: "queries", row, .. } if row == bad), "{error}");
+    }
+}

@@ -1,0 +1,102 @@
+//! Normalised mutual information of clusters and classes.
+
+use std::collections::{HashMap, HashSet};
+
+use super::evaluate::Kept;
+use super::k_means::{KMeansSettings, k_means};
+use crate::backend::Backend;
+use crate::loss::{Embeddings, Rows, validate_rows};
+use crate::{Error, Result};
+
+/// Distinct labels that are not negative.
+#[must_use]
+pub fn classes(labels: &[i64]) -> usize {
+    labels.iter().filter(|label| **label >= 0).collect::<HashSet<_>>().len()
+}
+
+/// NMI of the rows' classes and as many clusters, by at most `steps` steps of k-means; ignored rows are left out.
+/// `progress` hears each step.
+///
+/// # Errors
+/// Those of [`k_means`]; [`Error::Unavailable`] unless the rows are float32.
+pub fn nmi(
+    backend: &mut dyn Backend,
+    rows: &Rows<'_>,
+    steps: usize,
+    seed: u64,
+    progress: &mut dyn FnMut(usize),
+) -> Result<f64> {
+    validate_rows("queries", rows)?;
+    let kept = Kept::new(rows);
+    let rows = kept.rows();
+    let Embeddings::F32(values) = rows.embeddings else {
+        return Err(Error::Unavailable("k-means needs float32 rows".into()));
+    };
+    let settings = KMeansSettings { clusters: classes(rows.labels), iterations: steps, seed };
+    let clusters = k_means(backend, values, &settings, &mut |step, _| progress(step))?;
+    Ok(normalized_mutual_information(rows.labels, &clusters.assignment))
+}
+
+/// I(classes; clusters) over the arithmetic mean of their entropies, 0 to 1: scikit-learn's
+/// `normalized_mutual_info_score` at its defaults.
+///
+/// 1 where both sides have one group (or no row), as there; 0 where they tell nothing of each other.
+///
+/// # Panics
+/// If the two differ in length.
+#[must_use]
+pub fn normalized_mutual_information(classes: &[i64], clusters: &[u32]) -> f64 {
+    assert_eq!(classes.len(), clusters.len(), "a cluster for each row");
+    let total = classes.len() as f64;
+    let mut joint = HashMap::<(i64, u32), usize>::new();
+    let mut by_class = HashMap::<i64, usize>::new();
+    let mut by_cluster = HashMap::<u32, usize>::new();
+    for (&class, &cluster) in classes.iter().zip(clusters) {
+        *joint.entry((class, cluster)).or_default() += 1;
+        *by_class.entry(class).or_default() += 1;
+        *by_cluster.entry(cluster).or_default() += 1;
+    }
+    if by_class.len() <= 1 && by_cluster.len() <= 1 {
+        return 1.0;
+    }
+    let term = |((class, cluster), &count): (&(i64, u32), &usize)| {
+        let expected = by_class[class] as f64 * by_cluster[cluster] as f64 / total;
+        count as f64 / total * (count as f64 / expected).ln()
+    };
+    let information = ordered_sum(joint.iter().map(term));
+    let mean_entropy = (entropy(&by_class, total) + entropy(&by_cluster, total)) / 2.0;
+    if information <= f64::EPSILON { 0.0 } else { (information / mean_entropy).min(1.0) }
+}
+
+fn entropy<K>(sizes: &HashMap<K, usize>, total: f64) -> f64 {
+    let share = |&size: &usize| size as f64 / total;
+    -ordered_sum(sizes.values().map(share).map(|share| share * share.ln()))
+}
+
+/// A sum that does not depend on the order a hash map happens to have.
+fn ordered_sum(terms: impl Iterator<Item = f64>) -> f64 {
+    let mut terms: Vec<f64> = terms.collect();
+    terms.sort_unstable_by(f64::total_cmp);
+    terms.iter().sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_of_scikit_learn_are_met() {
+        // sklearn.metrics.normalized_mutual_info_score(classes, clusters), scikit-learn 1.9.
+        let cases: [(&[i64], &[u32], f64); 5] = [
+            (&[0, 0, 1, 1], &[5, 5, 2, 2], 1.0),
+            (&[0, 0, 1, 1], &[0, 1, 0, 1], 0.0),
+            (&[0, 0, 0, 1, 1, 2, 2, 2, 2, 9], &[0, 0, 1, 1, 1, 2, 2, 0, 3, 3], 0.573_932_378_775_651_6),
+            (&[1, 1, 1], &[4, 4, 4], 1.0),
+            (&[1, 2, 3], &[4, 4, 4], 0.0),
+        ];
+        for (classes, clusters, wanted) in cases {
+            let got = normalized_mutual_information(classes, clusters);
+            assert!((got - wanted).abs() < 1e-12, "{classes:?} {clusters:?}: {got}, want {wanted}");
+        }
+    }
+}

@@ -1,0 +1,185 @@
+//! Recall@K.
+
+use super::evaluate::{Kept, answers};
+use crate::backend::{Backend, Nearest};
+use crate::loss::Rows;
+use crate::{Error, Result};
+
+/// Share of queries whose K nearest neighbours hold one of their class.
+#[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Recall {
+    /// K and Recall@K in 0 to 1, ascending in K.
+    pub at: Vec<(usize, f64)>,
+    /// Queries that were counted.
+    pub queries: usize,
+    /// Queries left out: ignored rows, and rows without another of their class, which can never be answered.
+    pub without_match: usize,
+}
+
+impl Recall {
+    /// Recall@K, if K was asked for.
+    #[must_use]
+    pub fn get(&self, k: usize) -> Option<f64> {
+        self.at.iter().find(|(at, _)| *at == k).map(|(_, recall)| *recall)
+    }
+}
+
+/// Searches every query and counts hits.
+///
+/// Without a gallery the queries are searched among themselves, each left out of its own list. `ks` are the values of K,
+/// each at least 1. Rows with a negative label are neither queries nor answers: their lists are empty, and they stand in no other.
+/// The lists, `[Q, largest K]`, are returned: [`evaluate`](super::evaluate()) is for sets where they would be large.
+///
+/// # Errors
+/// Those of [`Backend::nearest`]; [`Error::InvalidSetting`] if a K is 0 or none is given.
+pub fn recall(
+    backend: &mut dyn Backend,
+    queries: &Rows<'_>,
+    gallery: Option<&Rows<'_>>,
+    ks: &[usize],
+) -> Result<(Recall, Nearest)> {
+    let ks = sorted(ks)?;
+    let depth = ks[ks.len() - 1];
+    let nearest = search(backend, queries, gallery, depth)?;
+    let labels = gallery.map_or(queries.labels, |gallery| gallery.labels);
+    let answers = answers(queries.labels, gallery.map(|gallery| gallery.labels));
+    let mut hits = Hits::new(ks);
+    for (query, list) in nearest.indices.outer_iter().enumerate() {
+        if answers[query] > 0 {
+            let right =
+                |&index: &u32| index != Nearest::NONE && labels[index as usize] == queries.labels[query];
+            hits.add(list.iter().position(right));
+        }
+    }
+    Ok((hits.finish(queries.labels.len()), nearest))
+}
+
+/// [`Backend::nearest`] without the ignored rows of either side; indices are the caller's.
+fn search(
+    backend: &mut dyn Backend,
+    queries: &Rows<'_>,
+    gallery: Option<&Rows<'_>>,
+    depth: usize,
+) -> Result<Nearest> {
+    let kept_queries = Kept::new(queries);
+    let kept_gallery = gallery.map(Kept::new);
+    if kept_queries.is_all() && kept_gallery.as_ref().is_none_or(Kept::is_all) {
+        return backend.nearest(queries, gallery, depth);
+    }
+    let mut nearest = Nearest::none(queries.labels.len(), depth);
+    if kept_queries.is_empty() || kept_gallery.as_ref().is_some_and(Kept::is_empty) {
+        return Ok(nearest);
+    }
+    let gallery_rows = kept_gallery.as_ref().map(Kept::rows);
+    let found = backend.nearest(&kept_queries.rows(), gallery_rows.as_ref(), depth)?;
+    let answering = kept_gallery.as_ref().unwrap_or(&kept_queries);
+    for (row, (indices, similarities)) in
+        found.indices.outer_iter().zip(found.similarities.outer_iter()).enumerate()
+    {
+        let query = kept_queries.original(row as u32) as usize;
+        nearest.similarities.row_mut(query).assign(&similarities);
+        for (target, &index) in nearest.indices.row_mut(query).iter_mut().zip(indices) {
+            *target = if index == Nearest::NONE { index } else { answering.original(index) };
+        }
+    }
+    Ok(nearest)
+}
+
+/// The values of K, ascending, each once.
+///
+/// # Errors
+/// [`Error::InvalidSetting`] if a K is 0 or none is given.
+pub(super) fn sorted(ks: &[usize]) -> Result<Vec<usize>> {
+    let mut ks = ks.to_vec();
+    ks.sort_unstable();
+    ks.dedup();
+    match ks.first() {
+        None => {
+            Err(Error::InvalidSetting { name: "recall-at", value: "nothing".into(), range: "at least one K" })
+        }
+        Some(0) => Err(Error::InvalidSetting { name: "recall-at", value: "0".into(), range: "1 or more" }),
+        Some(_) => Ok(ks),
+    }
+}
+
+/// Hits counted so far.
+pub(super) struct Hits {
+    ks: Vec<usize>,
+    hits: Vec<usize>,
+    queries: usize,
+}
+
+impl Hits {
+    /// `ks` ascend.
+    pub(super) fn new(ks: Vec<usize>) -> Self {
+        Self { hits: vec![0; ks.len()], ks, queries: 0 }
+    }
+
+    /// Counts a query whose first right neighbour stands at `rank`, from 0.
+    pub(super) fn add(&mut self, rank: Option<usize>) {
+        self.queries += 1;
+        if let Some(rank) = rank {
+            self.ks.iter().zip(&mut self.hits).filter(|(k, _)| rank < **k).for_each(|(_, hits)| *hits += 1);
+        }
+    }
+
+    /// Recall@K of the queries counted, of `total`.
+    pub(super) fn finish(self, total: usize) -> Recall {
+        let share = |hits: usize| hits as f64 / self.queries.max(1) as f64;
+        let at = self.ks.iter().zip(&self.hits).map(|(&k, &hits)| (k, share(hits))).collect();
+        Recall { at, queries: self.queries, without_match: total - self.queries }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::cpu::CpuBackend;
+    use ndarray::{Array2, array};
+
+    /// Unit rows at these angles, in degrees.
+    fn at_angles(angles: &[f32]) -> Array2<f32> {
+        Array2::from_shape_fn((angles.len(), 2), |(i, d)| {
+            let angle = angles[i].to_radians();
+            if d == 0 { angle.cos() } else { angle.sin() }
+        })
+    }
+
+    #[test]
+    fn recall_counts_the_first_right_neighbour_and_skips_unanswerable_queries() {
+        // Row 3 is alone in its class, row 4 is ignored though it lies between the others.
+        let (rows, labels) = (at_angles(&[0.0, 10.0, 25.0, 60.0, 5.0]), [0, 1, 0, 2, -1]);
+        let (recall, nearest) =
+            recall(&mut CpuBackend::new(), &Rows::new(rows.view(), &labels), None, &[2, 1]).unwrap();
+        assert_eq!(recall.queries, 2);
+        assert_eq!(recall.without_match, 3);
+        assert_eq!(recall.at, vec![(1, 0.0), (2, 1.0)]);
+        let none = Nearest::NONE;
+        assert_eq!(nearest.indices, array![[1, 2], [0, 2], [1, 0], [2, 1], [none, none]]);
+    }
+
+    #[test]
+    fn queries_are_searched_in_a_gallery_of_their_own() {
+        let (queries, gallery) = (at_angles(&[0.0, 38.0, 80.0]), at_angles(&[2.0, 49.0, 30.0, 79.0]));
+        // The third query's class has no picture in the gallery; gallery row 3 is ignored.
+        let (recall, nearest) = recall(
+            &mut CpuBackend::new(),
+            &Rows::new(queries.view(), &[7, 8, 9]),
+            Some(&Rows::new(gallery.view(), &[8, 7, 8, -1])),
+            &[1, 3],
+        )
+        .unwrap();
+        assert_eq!((recall.queries, recall.without_match), (2, 1));
+        assert_eq!(recall.at, vec![(1, 0.5), (3, 1.0)]);
+        assert_eq!(nearest.indices, array![[0, 2, 1], [2, 1, 0], [1, 2, 0]]);
+    }
+
+    #[test]
+    fn ks_that_make_no_sense_are_refused() {
+        let rows = at_angles(&[0.0, 1.0]);
+        for ks in [&[][..], &[0, 1]] {
+            let refused = recall(&mut CpuBackend::new(), &Rows::new(rows.view(), &[0, 0]), None, ks);
+            assert!(matches!(refused, Err(Error::InvalidSetting { name: "recall-at", .. })), "{ks:?}");
+        }
+    }
+}
