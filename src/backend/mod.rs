@@ -4,7 +4,7 @@
 //! implementer is held to [`crate::loss::reference()`] by the same table of
 //! cases: sets and counts exact, loss and gradient within the precision's bound.
 
-use ndarray::{Array2, ArrayView2};
+use ndarray::{Array2, ArrayView2, s};
 
 use crate::Result;
 use crate::loss::{Batch, Hypergradient, LossOutput, LossSettings, Rows};
@@ -82,4 +82,14 @@ pub struct Nearest {
 impl Nearest {
     /// Index that stands for "no reference left".
     pub const NONE: u32 = u32::MAX;
+
+    /// The first `k` of every list, or all there are.
+    #[must_use]
+    pub fn first(&self, k: usize) -> Self {
+        let columns = s![.., ..k.min(self.indices.ncols())];
+        Self {
+            indices: self.indices.slice(columns).to_owned(),
+            similarities: self.similarities.slice(columns).to_owned(),
+        }
+    }
 }

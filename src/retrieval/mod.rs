@@ -23,13 +23,19 @@ impl Recall {
     }
 }
 
-/// Searches every row among the others and counts hits, leaving each query out of its own list.
+/// Searches every row among the others, or among those of a gallery, and counts hits.
 ///
-/// `ks` are the values of K, each at least 1. Rows with a negative label are neither queries nor answers.
+/// Without a gallery each query is left out of its own list. `ks` are the values of K, each at least 1. Rows with
+/// a negative label are neither queries nor answers.
 ///
 /// # Errors
 /// Those of [`Backend::nearest`]; [`Error::InvalidSetting`] if a K is 0 or none is given.
-pub fn recall(backend: &mut dyn Backend, rows: &Rows<'_>, ks: &[usize]) -> Result<(Recall, Nearest)> {
+pub fn recall(
+    backend: &mut dyn Backend,
+    rows: &Rows<'_>,
+    gallery: Option<&Rows<'_>>,
+    ks: &[usize],
+) -> Result<(Recall, Nearest)> {
     let mut ks = ks.to_vec();
     ks.sort_unstable();
     ks.dedup();
@@ -43,21 +49,28 @@ pub fn recall(backend: &mut dyn Backend, rows: &Rows<'_>, ks: &[usize]) -> Resul
     if first == 0 {
         return Err(Error::InvalidSetting { name: "recall-at", value: "0".into(), range: "1 or more" });
     }
-    let nearest = backend.nearest(rows, None, deepest)?;
-    let recall = count_hits(&nearest, rows.labels, &ks);
+    let nearest = backend.nearest(rows, gallery, deepest)?;
+    let recall = count_hits(&nearest, rows.labels, gallery.map(|gallery| gallery.labels), &ks);
     Ok((recall, nearest))
 }
 
-fn count_hits(nearest: &Nearest, labels: &[i64], ks: &[usize]) -> Recall {
+/// `gallery` are the labels that the indices in `nearest` count; those of the queries themselves if absent.
+fn count_hits(nearest: &Nearest, labels: &[i64], gallery: Option<&[i64]>, ks: &[usize]) -> Recall {
+    let searched = gallery.unwrap_or(labels);
     let mut class_sizes = std::collections::HashMap::<i64, usize>::new();
-    labels.iter().filter(|label| **label >= 0).for_each(|label| *class_sizes.entry(*label).or_default() += 1);
-    let answerable = |label: &i64| class_sizes.get(label).is_some_and(|&size| size > 1);
+    searched
+        .iter()
+        .filter(|label| **label >= 0)
+        .for_each(|label| *class_sizes.entry(*label).or_default() += 1);
+    // Among themselves, a class needs a second row.
+    let least = if gallery.is_some() { 1 } else { 2 };
+    let answerable = |label: &i64| class_sizes.get(label).is_some_and(|&size| size >= least);
 
     let mut hits = vec![0usize; ks.len()];
     let mut queries = 0;
     for (list, label) in nearest.indices.outer_iter().zip(labels).filter(|(_, label)| answerable(label)) {
         queries += 1;
-        let right = |&index: &u32| index != Nearest::NONE && labels[index as usize] == *label;
+        let right = |&index: &u32| index != Nearest::NONE && searched[index as usize] == *label;
         if let Some(rank) = list.iter().position(right) {
             ks.iter().zip(&mut hits).filter(|(k, _)| rank < **k).for_each(|(_, hits)| *hits += 1);
         }
@@ -78,9 +91,20 @@ mod tests {
             similarities: array![[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4], [0.0, 0.0]],
         };
         // Row 3 is alone in its class, row 4 is ignored.
-        let recall = count_hits(&nearest, &[0, 1, 0, 2, -1], &[1, 2]);
+        let recall = count_hits(&nearest, &[0, 1, 0, 2, -1], None, &[1, 2]);
         assert_eq!(recall.queries, 2);
         assert_eq!(recall.without_match, 3);
         assert_eq!(recall.at, vec![(1, 0.0), (2, 1.0)]);
+    }
+    #[test]
+    fn with_a_gallery_one_row_of_the_class_is_enough_and_indices_count_the_gallery() {
+        let nearest = Nearest {
+            indices: array![[1, 0], [0, 2], [2, 1]],
+            similarities: array![[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]],
+        };
+        // No row of the gallery is of class 5.
+        let recall = count_hits(&nearest, &[0, 1, 5], Some(&[0, 0, 1]), &[1, 2]);
+        assert_eq!((recall.queries, recall.without_match), (2, 1));
+        assert_eq!(recall.at, vec![(1, 0.5), (2, 1.0)]);
     }
 }

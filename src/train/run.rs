@@ -11,28 +11,19 @@ use super::engine::Engine;
 use super::generator::Generator;
 use super::records::{EvaluationRecord, Record, RecordWriter, StepRecord};
 use super::report::{self, Baseline, Extent, Findings};
-use super::settings::{DatasetKind, TrainSettings};
+use super::settings::TrainSettings;
+use super::test_set::TestSet;
 use crate::backend::{self, DeviceSpec, Nearest};
-use crate::data::{
-    self, Dataset, EvaluationBatches, FolderSettings, Loader, LoaderSettings, PkSampler, Split, TestCrop,
-    synthetic::SyntheticSettings,
-};
+use crate::data::{Dataset, Loader, LoaderSettings, PkSampler, Split};
 use crate::files;
 use crate::generator::{GeneratorKind, MetaSource, Thresholds};
-use crate::loss::{Embeddings, Rows};
 use crate::model::EmbeddingNetwork;
-use crate::retrieval::{Recall, recall};
+use crate::retrieval::Recall;
 use crate::{Error, Result};
-
-/// The values of K in Recall@K.
-const RECALL_AT: [usize; 4] = [1, 2, 4, 8];
 
 /// Test pictures whose neighbours the report shows, and how many of them.
 const QUERIES: usize = 10;
 const NEIGHBOURS: usize = 8;
-
-/// Pictures embedded at once.
-const EVALUATION_CHUNK: usize = 128;
 
 /// Sets the meta batches' draws apart from the training batches'.
 const META_SEED: u64 = 0x6d65_7461;
@@ -50,6 +41,8 @@ pub enum Event<'a> {
         /// Steps in an epoch.
         steps_per_epoch: usize,
     },
+    /// Something that takes long has begun, before the run has.
+    Note(&'a str),
     /// Something the user should know; the run goes on.
     Warning(&'a str),
     /// A step is done.
@@ -104,7 +97,7 @@ pub struct Summary {
 pub fn train(settings: &TrainSettings, tell: &mut dyn FnMut(Event<'_>)) -> Result<Summary> {
     settings.validate()?;
     let begun = Instant::now();
-    let dataset = open_dataset(settings)?;
+    let dataset = settings.data.open(&mut |line| tell(Event::Note(line)))?;
     let sampler = PkSampler::new(
         dataset.train.by_class(),
         settings.classes_per_batch,
@@ -126,7 +119,7 @@ pub fn train(settings: &TrainSettings, tell: &mut dyn FnMut(Event<'_>)) -> Resul
     tell(Event::Started { dataset: &dataset, folder: &folder, steps_per_epoch });
     dataset.warnings.iter().for_each(|warning| tell(Event::Warning(warning)));
 
-    let test = Test { split: &dataset.test, image_size: settings.image_size };
+    let test = TestSet::new(&dataset, settings.image_size);
     let mut run = Run {
         settings,
         test,
@@ -136,7 +129,7 @@ pub fn train(settings: &TrainSettings, tell: &mut dyn FnMut(Event<'_>)) -> Resul
         metrics,
         tell,
     };
-    let (pixels, skipped) = run.test.recall_by_pixels(&mut run.engine)?;
+    let (pixels, skipped) = run.test.recall_by_pixels(run.engine.backend())?;
     if skipped > 0 {
         (run.tell)(Event::Warning(&format!("{skipped} test pictures cannot be read and are left out")));
     }
@@ -188,14 +181,22 @@ pub fn train(settings: &TrainSettings, tell: &mut dyn FnMut(Event<'_>)) -> Resul
     }
     // The evaluation of step 0 has already set it.
     let Some(best) = run.best else { return Err(Error::Training("no evaluation took place".into())) };
-    let extent = |split: &Split| Extent { classes: split.class_names().len(), pictures: split.len() };
+    let extent = |split: &Split, pictures| Extent { classes: split.class_names().len(), pictures };
+    let gallery = dataset.gallery.as_deref().zip(best.gallery.as_deref());
+    let searched = gallery.unwrap_or((&*dataset.test, best.pictures.as_slice()));
     let findings = Findings {
         dataset: dataset.name.clone(),
-        train: extent(&dataset.train),
-        test: extent(&dataset.test),
+        train: extent(&dataset.train, dataset.train.len()),
+        test: extent(&dataset.test, run.test.len()),
         baselines: vec![Baseline { name: "raw pixels".into(), recall: pixels.at.clone() }],
         training_seconds,
-        queries: report::queries(&dataset.test, &best.pictures, &best.nearest, QUERIES, NEIGHBOURS)?,
+        queries: report::queries(
+            (&dataset.test, &best.pictures),
+            searched,
+            &best.nearest,
+            QUERIES,
+            NEIGHBOURS,
+        )?,
     };
     findings.save(&folder)?;
     report::write(&folder)?;
@@ -218,7 +219,7 @@ pub fn train(settings: &TrainSettings, tell: &mut dyn FnMut(Event<'_>)) -> Resul
 /// What a run holds from its first to its last step.
 struct Run<'a> {
     settings: &'a TrainSettings,
-    test: Test<'a>,
+    test: TestSet<'a>,
     engine: Engine,
     best_path: PathBuf,
     best: Option<Best>,
@@ -233,16 +234,18 @@ struct Best {
     nearest: Nearest,
     /// Picture of each row of `nearest`.
     pictures: Vec<usize>,
+    /// Pictures that the indices in `nearest` count, where the set has a gallery.
+    gallery: Option<Vec<usize>>,
 }
 
 impl Run<'_> {
     /// Measures Recall@K after `step` steps, and keeps the weights if they are the best so far.
     fn evaluate(&mut self, step: usize) -> Result<Recall> {
-        let total = self.test.split.len();
-        let embedded = self.engine.embed(self.test.batches()?, |done| {
+        let total = self.test.len();
+        let embedded = self.test.embed(&self.engine, &mut |done| {
             (self.tell)(Event::Evaluating { done, total });
         })?;
-        let (recall, nearest) = search(&mut self.engine, embedded.view()?.into(), &embedded.labels)?;
+        let (recall, nearest) = self.test.search(self.engine.backend(), &embedded)?;
         let record = EvaluationRecord { step, recall: recall.at.clone() };
         self.metrics.append(&Record::Evaluation(record.clone()))?;
         (self.tell)(Event::Evaluated(&record));
@@ -260,7 +263,10 @@ impl Run<'_> {
             }
             let shape = self.settings.network_shape();
             checkpoint::save(&self.engine.network, &shape, &facts, &self.best_path)?;
-            self.best = Some(Best { step, recall: recall.clone(), nearest, pictures: embedded.indices });
+            // SOP asks for 1,000 neighbours of 60,502 pictures; the report shows the first.
+            let nearest = nearest.first(NEIGHBOURS);
+            let (pictures, gallery) = (embedded.queries.indices, embedded.gallery.map(|side| side.indices));
+            self.best = Some(Best { step, recall: recall.clone(), nearest, pictures, gallery });
         }
         Ok(recall)
     }
@@ -293,80 +299,6 @@ impl Run<'_> {
         self.metrics.append(&Record::Step(record.clone()))?;
         (self.tell)(Event::Step { record: &record, images_per_second });
         Ok(())
-    }
-}
-
-/// The test classes, at the network's size.
-struct Test<'a> {
-    split: &'a Arc<Split>,
-    image_size: usize,
-}
-
-impl Test<'_> {
-    fn batches(&self) -> Result<EvaluationBatches> {
-        EvaluationBatches::new(Arc::clone(self.split), self.image_size, TestCrop::default(), EVALUATION_CHUNK)
-    }
-
-    /// Recall of nearest neighbours among the pictures themselves, cut as for the network, by the cosine
-    /// of their pixels less their mean; and how many pictures cannot be read.
-    fn recall_by_pixels(&self, engine: &mut Engine) -> Result<(Recall, usize)> {
-        let (mut pixels, mut labels, mut skipped) = (Vec::new(), Vec::new(), 0);
-        for batch in self.batches()? {
-            let batch = batch?;
-            pixels.extend(batch.pixels);
-            labels.extend(batch.labels);
-            skipped += batch.skipped;
-        }
-        let area = self.image_size * self.image_size;
-        let dim = 3 * area;
-        for picture in pixels.chunks_exact_mut(dim) {
-            for (plane, (mean, deviation)) in picture.chunks_exact_mut(area).zip(channels()) {
-                plane.iter_mut().for_each(|value| *value = *value * deviation + mean);
-            }
-            to_unit_row(picture);
-        }
-        let pixels = ndarray::ArrayView2::from_shape((labels.len(), dim), &pixels)
-            .map_err(|error| Error::Dataset(error.to_string()))?;
-        Ok((search(engine, pixels.into(), &labels)?.0, skipped))
-    }
-}
-
-/// Mean and deviation that the data module normalised each channel by.
-fn channels() -> impl Iterator<Item = (f32, f32)> {
-    data::MEAN.into_iter().zip(data::STANDARD_DEVIATION)
-}
-
-/// Takes the mean off a picture and scales it to unit norm, so that brightness and contrast do not decide.
-fn to_unit_row(picture: &mut [f32]) {
-    let mean = picture.iter().map(|&value| f64::from(value)).sum::<f64>() / picture.len() as f64;
-    let norm = picture.iter().map(|&value| (f64::from(value) - mean).powi(2)).sum::<f64>().sqrt();
-    if norm < 1e-6 {
-        // A picture of one colour resembles no other.
-        picture.fill((picture.len() as f32).sqrt().recip());
-    } else {
-        picture.iter_mut().for_each(|value| *value = ((f64::from(*value) - mean) / norm) as f32);
-    }
-}
-
-fn search<'a>(
-    engine: &mut Engine,
-    embeddings: Embeddings<'a>,
-    labels: &'a [i64],
-) -> Result<(Recall, Nearest)> {
-    recall(engine.backend(), &Rows::new(embeddings, labels), &RECALL_AT)
-}
-
-fn open_dataset(settings: &TrainSettings) -> Result<Dataset> {
-    match (settings.dataset, &settings.data_root) {
-        (DatasetKind::Folder, Some(root)) => data::folder(
-            root,
-            &FolderSettings { train_classes: settings.train_classes, ..FolderSettings::default() },
-        ),
-        (DatasetKind::Folder, None) => Err(Error::Dataset("--dataset folder needs --data-root DIR".into())),
-        (DatasetKind::Synthetic, _) => data::synthetic::synthetic(&SyntheticSettings {
-            seed: settings.data_seed,
-            ..SyntheticSettings::default()
-        }),
     }
 }
 

@@ -42,15 +42,19 @@ impl Progress {
     fn show(&mut self, event: Event<'_>) {
         match event {
             Event::Started { dataset, folder, steps_per_epoch } => self.line(&format!(
-                "{}: {} training pictures of {} classes, {} test pictures of {} unseen classes; {} steps an epoch; results in {}",
+                "{}: {} training pictures of {} classes, {} test pictures of {} unseen classes{}; {} steps an epoch; results in {}",
                 dataset.name,
                 dataset.train.len(),
                 dataset.train.class_names().len(),
                 dataset.test.len(),
                 dataset.test.class_names().len(),
+                dataset.gallery.as_ref().map_or_else(String::new, |gallery| {
+                    format!(", searched in a gallery of {}", gallery.len())
+                }),
                 steps_per_epoch,
                 folder.display(),
             )),
+            Event::Note(note) => self.line(note),
             Event::Warning(warning) => self.line(&format!("warning: {warning}")),
             Event::Step { record, images_per_second } => self.step(record, images_per_second),
             Event::Evaluating { done, total } => {

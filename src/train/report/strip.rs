@@ -44,14 +44,15 @@ pub struct Answer {
 /// `count` queries with their first `depth` neighbours, at even distances through the split:
 /// chosen before the answers are known.
 ///
-/// `rows[i]` is the index in `split` of the picture behind row `i` of `nearest`.
+/// `rows[i]` is the index in `split` of the picture behind row `i` of `nearest`; `searched` is the same for
+/// the indices in `nearest`: another split where the set has a gallery.
 ///
 /// # Errors
 /// [`Error::LengthMismatch`] if `rows` and `nearest` differ in length; [`Error::Image`] if a
 /// picture can no longer be read.
 pub fn queries(
-    split: &Split,
-    rows: &[usize],
+    (split, rows): (&Split, &[usize]),
+    (gallery, gallery_rows): (&Split, &[usize]),
     nearest: &Nearest,
     count: usize,
     depth: usize,
@@ -61,7 +62,7 @@ pub fn queries(
         return Err(Error::LengthMismatch { what: "pictures of the neighbour lists", expected, got });
     }
     let mut cropper = Cropper::new(THUMBNAIL)?;
-    let mut thumbnail = |index: usize| -> Result<String> {
+    let mut thumbnail = |split: &Split, index: usize| -> Result<String> {
         let bytes = cropper.thumbnail(&*split.picture(index)?)?;
         let side = THUMBNAIL as u32;
         let picture = RgbImage::from_raw(side, side, bytes).unwrap_or_else(|| RgbImage::new(side, side));
@@ -82,15 +83,15 @@ pub fn queries(
             if found == Nearest::NONE {
                 break;
             }
-            let answer = rows[found as usize];
+            let answer = gallery_rows[found as usize];
             answers.push(Answer {
-                class: split.class_name(answer).to_string(),
-                right: split.labels()[answer] == split.labels()[index],
+                class: gallery.class_name(answer).to_string(),
+                right: gallery.labels()[answer] == split.labels()[index],
                 similarity,
-                png: thumbnail(answer)?,
+                png: thumbnail(gallery, answer)?,
             });
         }
-        queries.push(Query { class: class.to_string(), png: thumbnail(index)?, answers });
+        queries.push(Query { class: class.to_string(), png: thumbnail(split, index)?, answers });
     }
     Ok(queries)
 }
