@@ -4,22 +4,12 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::data::DatasetSettings;
 use crate::generator::{GeneratorKind, GeneratorSettings, Lambda};
 use crate::loss::baseline::PairLoss;
 use crate::loss::{LossSettings, Mining};
 use crate::model::NetworkShape;
 use crate::{Error, Result};
-
-/// Where pictures come from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum DatasetKind {
-    /// Car silhouettes drawn in memory from a seed: 98 classes to train, 98 unseen ones to test.
-    #[default]
-    Synthetic,
-    /// A folder of folders, one a class: the first half of the sorted classes trains, the rest tests.
-    Folder,
-}
 
 /// What BatchNorm does while training.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
@@ -35,19 +25,10 @@ pub enum BatchNorm {
 /// Settings of a training run. The defaults are those of `ddtas-train` without arguments.
 #[derive(Debug, Clone, PartialEq, clap::Args, Serialize, Deserialize)]
 pub struct TrainSettings {
-    /// Pictures to learn from.
-    #[arg(long, value_enum, default_value_t)]
-    pub dataset: DatasetKind,
-    /// The folder of --dataset folder.
-    #[arg(long, value_name = "DIR")]
-    pub data_root: Option<PathBuf>,
-    /// Classes that train, in sorted order; half of them if not given (--dataset folder).
-    #[arg(long, value_name = "N")]
-    pub train_classes: Option<usize>,
-
-    /// Seed of the cars of --dataset synthetic; runs compare only where it is the same.
-    #[arg(long, default_value_t = 0)]
-    pub data_seed: u64,
+    /// The data set.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub data: DatasetSettings,
 
     /// Side of the pictures the network sees, in pixels.
     #[arg(long, default_value_t = 48)]
@@ -204,7 +185,7 @@ impl TrainSettings {
     /// # Errors
     /// [`Error::Io`] if there is no working directory.
     pub fn with_absolute_paths(mut self) -> Result<Self> {
-        let paths = [&mut self.data_root, &mut self.init, &mut self.generator.generator_init];
+        let paths = [&mut self.data.data_root, &mut self.init, &mut self.generator.generator_init];
         for path in paths.into_iter().flatten() {
             *path = std::path::absolute(&*path).map_err(Error::io("find", &*path))?;
         }
@@ -216,6 +197,7 @@ impl TrainSettings {
     /// # Errors
     /// [`Error::InvalidSetting`] names the first setting that is off.
     pub fn validate(&self) -> Result<()> {
+        self.data.validate()?;
         self.loss_settings().validate()?;
         self.generator.validate(self.first_lambda())?;
         let check = |good: bool, name, value: String, range| {
@@ -251,12 +233,6 @@ impl TrainSettings {
             "generator",
             "on".into(),
             "needs --loss soft-contrastive: the other losses have no lambda to learn",
-        )?;
-        check(
-            self.dataset != DatasetKind::Folder || self.data_root.is_some(),
-            "data-root",
-            "missing".into(),
-            "--dataset folder needs --data-root DIR, a folder with one folder of images a class",
         )
     }
 }

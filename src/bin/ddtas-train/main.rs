@@ -2,6 +2,7 @@
 
 mod embed;
 mod eval;
+mod make_fixture;
 mod progress;
 mod resume;
 mod search;
@@ -38,6 +39,8 @@ enum Command {
     Embed(embed::EmbedArguments),
     /// Finds the pictures of a collection that are most similar to a picture.
     Search(search::SearchArguments),
+    /// Writes a small copy of a published data set, drawn, in its official layout.
+    MakeFixture(make_fixture::MakeFixtureArguments),
 }
 
 fn main() -> ExitCode {
@@ -49,6 +52,7 @@ fn main() -> ExitCode {
         (Some(Command::Eval(arguments)), _) => eval::eval(&arguments).map(done),
         (Some(Command::Embed(arguments)), _) => embed::embed(&arguments).map(done),
         (Some(Command::Search(arguments)), _) => search::search(&arguments).map(done),
+        (Some(Command::MakeFixture(arguments)), _) => make_fixture::make_fixture(&arguments).map(done),
         (None, None) => train::train(&settings),
         (None, Some(folder)) => {
             resume::overrides(&matches, &settings).and_then(|overrides| train::resume(&folder, &overrides))

@@ -85,12 +85,15 @@ impl Progress {
                 self.steps = steps;
                 self.bar.set_length(steps as u64);
                 self.line(&format!(
-                    "{}: {} training pictures of {} classes, {} test pictures of {} unseen classes; {} steps an epoch; results in {}",
+                    "{}: {} training pictures of {} classes, {} test pictures of {} unseen classes{}; {} steps an epoch; results in {}",
                     dataset.name,
                     dataset.train.len(),
                     dataset.train.class_names().len(),
                     dataset.test.len(),
                     dataset.test.class_names().len(),
+                    dataset.gallery.as_ref().map_or_else(String::new, |gallery| {
+                        format!(", searched in a gallery of {}", gallery.len())
+                    }),
                     steps_per_epoch,
                     folder.display(),
                 ));
@@ -101,6 +104,7 @@ impl Progress {
                     self.line(&format!("going on after {done} of {steps} steps"));
                 }
             }
+            Event::Note(note) => self.line(note),
             Event::Warning(warning) => self.line(&format!("warning: {warning}")),
             Event::Step { record, images_per_second } => self.step(record, images_per_second),
             Event::Evaluating { done, total } => {

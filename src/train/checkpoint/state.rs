@@ -28,7 +28,7 @@ pub(in crate::train) struct RunState {
     pub steps_without_pairs: usize,
     /// Times that another picture stood in for an unreadable one.
     pub replaced: usize,
-    /// Unreadable pictures of the test split.
+    /// Unreadable pictures of the test split and the gallery.
     pub skipped: usize,
     /// Files that could not be read, and were named in a warning.
     pub unread: Unread,
@@ -51,6 +51,8 @@ pub(in crate::train) struct Unread {
     pub train: BTreeSet<usize>,
     /// Test pictures.
     pub test: BTreeSet<usize>,
+    /// Pictures of the gallery, where the set has one.
+    pub gallery: BTreeSet<usize>,
 }
 
 /// The best evaluation so far, whose weights are in best.safetensors.
@@ -100,7 +102,7 @@ mod tests {
             let shown = vec![Shown { picture: 4, answers: vec![(7, 0.1f32), (9, value as f32)] }];
             let state = RunState {
                 step: 17,
-                unread: Unread { train: [3, 1].into(), test: BTreeSet::new() },
+                unread: Unread { train: [3, 1].into(), ..Unread::default() },
                 pixels: Some(recall.clone()),
                 best: Some(Best { step: 12, recall, shown }),
                 engine: Some(EngineState { lambda, pending: Some(lambda), generator: None }),

@@ -5,81 +5,149 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use ndarray::ArrayView2;
 
-use crate::backend::Nearest;
-use crate::data::{self, EvaluationBatches, ImageBatch, Split, TestCrop};
+use crate::backend::{Backend, Nearest};
+use crate::data::{self, Dataset, EvaluationBatches, ImageBatch, Split, TestCrop};
 use crate::loss::{Embeddings, Rows};
 use crate::retrieval::{Recall, recall};
-use crate::train::engine::Engine;
+use crate::train::engine::{Embedded, Engine};
 use crate::{Error, Result};
 
-/// The values of K in Recall@K.
-const RECALL_AT: [usize; 4] = [1, 2, 4, 8];
-
 /// Pictures embedded at once.
-const EVALUATION_CHUNK: usize = 128;
+pub const EVALUATION_CHUNK: usize = 128;
 
-/// The test classes, at the network's size.
+/// Raw pixels are compared at this side at most: they tell no more at a larger one.
+const LARGEST_PIXELS: usize = 48;
+/// Multiplications that raw pixels may cost, about a minute on two cores: large sets are compared at a smaller side.
+const PIXEL_PRODUCTS: f64 = 4e12;
+
+/// The test classes, at the network's size: queries, and what they are searched in.
 pub(super) struct Test<'a> {
-    pub split: &'a Arc<Split>,
+    pub dataset: &'a Dataset,
     pub image_size: usize,
     /// Set from outside to end the run: an evaluation is then given up.
     pub stop: &'a AtomicBool,
+}
+
+/// The pictures that could be read, by their indices in their splits.
+pub(super) struct Readable {
+    pub queries: Vec<usize>,
+    /// Of the gallery, where the set has one.
+    pub gallery: Option<Vec<usize>>,
+}
+
+impl Readable {
+    /// On both sides.
+    pub fn len(&self) -> usize {
+        self.queries.len() + self.gallery.as_ref().map_or(0, Vec::len)
+    }
+
+    /// What the indices of [`Nearest`] count.
+    pub fn searched(&self) -> &[usize] {
+        self.gallery.as_ref().unwrap_or(&self.queries)
+    }
 }
 
 /// What an evaluation found.
 pub(super) struct Evaluated {
     pub recall: Recall,
     pub nearest: Nearest,
-    /// Picture of each row of `nearest`, an index into the split.
-    pub pictures: Vec<usize>,
+    pub readable: Readable,
 }
 
 impl Test<'_> {
-    /// Recall of the network as it stands; `None` if the run is to end.
-    pub fn recall(&self, engine: &mut Engine, progress: impl FnMut(usize)) -> Result<Option<Evaluated>> {
-        let embedded = engine.embed(self.batches()?, progress)?;
-        if self.stopped() {
-            return Ok(None);
-        }
-        let (recall, nearest) = search(engine, embedded.view()?.into(), &embedded.labels)?;
-        Ok(Some(Evaluated { recall, nearest, pictures: embedded.indices }))
+    /// Pictures on both sides.
+    pub fn len(&self) -> usize {
+        self.dataset.test.len() + self.dataset.gallery.as_ref().map_or(0, |gallery| gallery.len())
     }
 
-    /// Recall of nearest neighbours among the pictures themselves, cut as for the network, by the cosine
-    /// of their pixels less their mean, and the pictures that could be read; `None` if the run is to end.
-    pub fn recall_by_pixels(&self, engine: &mut Engine) -> Result<Option<(Recall, Vec<usize>)>> {
-        let (mut pixels, mut labels, mut pictures) = (Vec::new(), Vec::new(), Vec::new());
-        for batch in self.batches()? {
-            let batch = batch?;
-            pixels.extend(batch.pixels);
-            labels.extend(batch.labels);
-            pictures.extend(batch.indices);
+    /// Recall of the network as it stands; `None` if the run is to end.
+    pub fn recall(
+        &self,
+        engine: &mut Engine,
+        progress: &mut dyn FnMut(usize),
+    ) -> Result<Option<Evaluated>> {
+        fn rows(embedded: &Embedded) -> Result<Rows<'_>> {
+            Ok(Rows::new(Embeddings::from(embedded.view()?), &embedded.labels))
         }
+        let Dataset { test, gallery, recall_at, .. } = self.dataset;
+        let queries = engine.embed(self.batches(test, self.image_size)?, &mut *progress)?;
         if self.stopped() {
             return Ok(None);
         }
-        let area = self.image_size * self.image_size;
-        let dim = 3 * area;
-        for picture in pixels.chunks_exact_mut(dim) {
+        let mut embed =
+            |split| engine.embed(self.batches(split, self.image_size)?, |done| progress(test.len() + done));
+        let gallery = gallery.as_ref().map(&mut embed).transpose()?;
+        if self.stopped() {
+            return Ok(None);
+        }
+        let searched = gallery.as_ref().map(rows).transpose()?;
+        let (recall, nearest) = recall(engine.backend(), &rows(&queries)?, searched.as_ref(), recall_at)?;
+        let readable = Readable { queries: queries.indices, gallery: gallery.map(|side| side.indices) };
+        Ok(Some(Evaluated { recall, nearest, readable }))
+    }
+
+    /// Recall of nearest neighbours among the pictures themselves, cut as for the network but not larger than
+    /// [`LARGEST_PIXELS`], by the cosine of their pixels less their mean, and the pictures that could be read; `None` if
+    /// the run is to end.
+    pub fn recall_by_pixels(&self, backend: &mut dyn Backend) -> Result<Option<(Recall, Readable)>> {
+        let Dataset { test, gallery, recall_at, .. } = self.dataset;
+        let pairs = test.len() as f64 * gallery.as_ref().unwrap_or(test).len() as f64;
+        let affordable = (PIXEL_PRODUCTS / (3.0 * pairs.max(1.0))).sqrt() as usize;
+        let side = affordable.max(8).min(LARGEST_PIXELS).min(self.image_size);
+        let queries = self.pixel_rows(test, side)?;
+        let gallery = gallery.as_ref().map(|gallery| self.pixel_rows(gallery, side)).transpose()?;
+        if self.stopped() {
+            return Ok(None);
+        }
+        let searched = gallery.as_ref().map(PixelRows::rows).transpose()?;
+        let (recall, _) = recall(backend, &queries.rows()?, searched.as_ref(), recall_at)?;
+        let readable = Readable { queries: queries.pictures, gallery: gallery.map(|side| side.pictures) };
+        Ok(Some((recall, readable)))
+    }
+
+    fn pixel_rows(&self, split: &Arc<Split>, side: usize) -> Result<PixelRows> {
+        let area = side * side;
+        let mut rows = PixelRows { dim: 3 * area, ..PixelRows::default() };
+        for batch in self.batches(split, side)? {
+            let batch = batch?;
+            rows.values.extend(batch.pixels);
+            rows.labels.extend(batch.labels);
+            rows.pictures.extend(batch.indices);
+        }
+        for picture in rows.values.chunks_exact_mut(rows.dim) {
             for (plane, (mean, deviation)) in picture.chunks_exact_mut(area).zip(channels()) {
                 plane.iter_mut().for_each(|value| *value = *value * deviation + mean);
             }
             to_unit_row(picture);
         }
-        let pixels = ArrayView2::from_shape((labels.len(), dim), &pixels)
-            .map_err(|error| Error::Dataset(error.to_string()))?;
-        Ok(Some((search(engine, pixels.into(), &labels)?.0, pictures)))
+        Ok(rows)
     }
 
     /// The pictures in order, to the end or until the run is to end.
-    fn batches(&self) -> Result<impl Iterator<Item = Result<ImageBatch>>> {
-        let (split, size) = (Arc::clone(self.split), self.image_size);
-        let batches = EvaluationBatches::new(split, size, TestCrop::default(), EVALUATION_CHUNK)?;
+    fn batches(&self, split: &Arc<Split>, side: usize) -> Result<impl Iterator<Item = Result<ImageBatch>>> {
+        let batches = EvaluationBatches::new(Arc::clone(split), side, TestCrop::default(), EVALUATION_CHUNK)?;
         Ok(batches.take_while(|_| !self.stopped()))
     }
 
     fn stopped(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
+    }
+}
+
+/// Pictures as rows of unit norm.
+#[derive(Default)]
+struct PixelRows {
+    values: Vec<f32>,
+    labels: Vec<i64>,
+    pictures: Vec<usize>,
+    dim: usize,
+}
+
+impl PixelRows {
+    fn rows(&self) -> Result<Rows<'_>> {
+        let view = ArrayView2::from_shape((self.labels.len(), self.dim), &self.values)
+            .map_err(|error| Error::Dataset(error.to_string()))?;
+        Ok(Rows::new(Embeddings::from(view), &self.labels))
     }
 }
 
@@ -98,12 +166,4 @@ fn to_unit_row(picture: &mut [f32]) {
     } else {
         picture.iter_mut().for_each(|value| *value = ((f64::from(*value) - mean) / norm) as f32);
     }
-}
-
-fn search<'a>(
-    engine: &mut Engine,
-    embeddings: Embeddings<'a>,
-    labels: &'a [i64],
-) -> Result<(Recall, Nearest)> {
-    recall(engine.backend(), &Rows::new(embeddings, labels), &RECALL_AT)
 }

@@ -23,6 +23,7 @@ use super::tensorboard::EventWriter;
 use crate::data::Dataset;
 use crate::retrieval::Recall;
 use crate::{Error, Result};
+pub use evaluation::EVALUATION_CHUNK;
 use folder::RunFolder;
 use setup::Setup;
 use steps::Run;
@@ -44,6 +45,8 @@ pub enum Event<'a> {
         /// Steps done by an earlier process; `None` if this one began the run.
         resumed: Option<usize>,
     },
+    /// Something that takes long has begun, before there is a run.
+    Note(&'a str),
     /// Something the user should know; the run goes on.
     Warning(&'a str),
     /// A step is done.
@@ -154,7 +157,7 @@ pub fn train(
 ) -> Result<Outcome> {
     settings.validate()?;
     let begun = Instant::now();
-    let dataset = setup::open_dataset(settings)?;
+    let dataset = settings.data.open(&mut |note| tell(Event::Note(note)))?;
     let setup = Setup::new(settings, &dataset, None)?;
     let folder = RunFolder::create(settings, &dataset.name)?;
     let metrics = RecordWriter::create(&folder.metrics())?;
@@ -192,7 +195,7 @@ pub fn resume(
     if state.finished {
         return Ok(Outcome::FinishedBefore { folder: folder.path().to_path_buf(), step: state.step });
     }
-    let dataset = setup::open_dataset(&settings)?;
+    let dataset = settings.data.open(&mut |note| tell(Event::Note(note)))?;
     check_extents(&state, &dataset)?;
     let mut setup = Setup::new(&settings, &dataset, last)?;
     if let Some(last) = last {

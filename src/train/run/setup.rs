@@ -6,16 +6,13 @@ use std::sync::Arc;
 use burn::tensor::Device;
 
 use crate::backend::{self, DeviceSpec};
-use crate::data::{
-    self, Dataset, FolderSettings, ImageBatch, Loader, LoaderSettings, PkSampler,
-    synthetic::SyntheticSettings,
-};
+use crate::data::{Dataset, ImageBatch, Loader, LoaderSettings, PkSampler};
 use crate::generator::{GeneratorKind, MetaSource, Thresholds};
 use crate::model::EmbeddingNetwork;
 use crate::train::checkpoint;
 use crate::train::engine::Engine;
 use crate::train::generator::Generator;
-use crate::train::settings::{DatasetKind, TrainSettings};
+use crate::train::settings::TrainSettings;
 use crate::{Error, Result};
 
 /// Sets the meta batches' draws apart from the training batches'.
@@ -81,21 +78,6 @@ impl Iterator for Batches {
         let batch = self.train.next()?;
         let meta = self.meta.as_mut().and_then(Iterator::next).transpose();
         Some(batch.and_then(|batch| Ok((batch, meta?))))
-    }
-}
-
-/// Opens the data set that the settings name.
-pub(super) fn open_dataset(settings: &TrainSettings) -> Result<Dataset> {
-    match (settings.dataset, &settings.data_root) {
-        (DatasetKind::Folder, Some(root)) => data::folder(
-            root,
-            &FolderSettings { train_classes: settings.train_classes, ..FolderSettings::default() },
-        ),
-        (DatasetKind::Folder, None) => Err(Error::Dataset("--dataset folder needs --data-root DIR".into())),
-        (DatasetKind::Synthetic, _) => data::synthetic::synthetic(&SyntheticSettings {
-            seed: settings.data_seed,
-            ..SyntheticSettings::default()
-        }),
     }
 }
 

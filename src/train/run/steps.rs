@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use super::evaluation::{Evaluated, Test};
+use super::evaluation::{Evaluated, Readable, Test};
 use super::folder::RunFolder;
 use super::setup::{Batches, Setup};
 use super::{Event, Outcome, Summary, cut_short};
@@ -59,7 +59,7 @@ impl<'a> Run<'a> {
         tell: &'a mut dyn FnMut(Event<'_>),
     ) -> Self {
         let Setup { engine, sampler, meta_sampler } = setup;
-        let test = Test { split: &dataset.test, image_size: settings.image_size, stop };
+        let test = Test { dataset, image_size: settings.image_size, stop };
         let seconds = folder.read_seconds();
         let state = RunState { extents: Some(extents(dataset)), ..RunState::default() };
         Self {
@@ -138,11 +138,11 @@ impl<'a> Run<'a> {
         if self.state.pixels.is_some() {
             return Ok(Progress::Done);
         }
-        let Some((recall, pictures)) = self.test.recall_by_pixels(&mut self.engine)? else {
+        let Some((recall, readable)) = self.test.recall_by_pixels(self.engine.backend())? else {
             return Ok(Progress::Stopped);
         };
-        self.note_unread_in_test(&pictures)?;
-        let skipped = self.dataset.test.len() - pictures.len();
+        self.note_unread_in_test(&readable)?;
+        let skipped = self.test.len() - readable.len();
         if skipped > 0 {
             (self.tell)(Event::Warning(&format!("{skipped} test pictures cannot be read and are left out")));
         }
@@ -152,14 +152,12 @@ impl<'a> Run<'a> {
 
     /// Measures Recall@K, keeps the weights if they are the best so far, and writes a checkpoint.
     fn evaluate(&mut self) -> Result<Progress> {
-        let (step, total) = (self.state.step, self.dataset.test.len());
+        let (step, total) = (self.state.step, self.test.len());
         let tell = &mut self.tell;
-        let progress = |done| tell(Event::Evaluating { done, total });
-        let Some(Evaluated { recall, nearest, pictures }) = self.test.recall(&mut self.engine, progress)?
-        else {
-            return Ok(Progress::Stopped);
-        };
-        self.note_unread_in_test(&pictures)?;
+        let mut progress = |done| tell(Event::Evaluating { done, total });
+        let evaluated = self.test.recall(&mut self.engine, &mut progress)?;
+        let Some(Evaluated { recall, nearest, readable }) = evaluated else { return Ok(Progress::Stopped) };
+        self.note_unread_in_test(&readable)?;
         let record = EvaluationRecord { step, recall: recall.at.clone() };
         self.append(&Record::Evaluation(record.clone()))?;
         (self.tell)(Event::Evaluated(&record));
@@ -169,7 +167,8 @@ impl<'a> Run<'a> {
             facts.push(("ddtas.recall@1", format!("{:.4}", first(&recall))));
             let shape = self.settings.network_shape();
             checkpoint::save(&self.engine.network, &shape, &facts, &self.folder.best())?;
-            let shown = report::choose(&pictures, &nearest, QUERIES, NEIGHBOURS)?;
+            let (queries, searched) = (&readable.queries, readable.searched());
+            let shown = report::choose(queries, searched, &nearest, QUERIES, NEIGHBOURS)?;
             self.state.best = Some(Best { step, recall: recall.clone(), shown });
         }
         if step == 0 {
@@ -260,15 +259,19 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Names the pictures that are not among `pictures`.
-    fn note_unread_in_test(&mut self, pictures: &[usize]) -> Result<()> {
-        if pictures.len() == self.dataset.test.len() {
-            return Ok(());
-        }
-        let read: BTreeSet<usize> = pictures.iter().copied().collect();
-        for index in (0..self.dataset.test.len()).filter(|index| !read.contains(index)) {
+    /// Names the pictures of the test classes that are not among those that could be read.
+    fn note_unread_in_test(&mut self, readable: &Readable) -> Result<()> {
+        let dataset = self.dataset;
+        for index in missing(&readable.queries, dataset.test.len()) {
             if self.state.unread.test.insert(index) {
-                self.warn_unread(&self.dataset.test, index, "it is left out of the test")?;
+                self.warn_unread(&dataset.test, index, "it is left out of the test")?;
+            }
+        }
+        if let (Some(split), Some(read)) = (&dataset.gallery, &readable.gallery) {
+            for index in missing(read, split.len()) {
+                if self.state.unread.gallery.insert(index) {
+                    self.warn_unread(split, index, "it is left out of the gallery")?;
+                }
             }
         }
         Ok(())
@@ -278,7 +281,7 @@ impl<'a> Run<'a> {
         // It failed when it was wanted, and the split does not try again.
         let reason = split.picture(index).err().map_or_else(String::new, |error| error.to_string());
         let (unread, most) = (&self.state.unread, self.settings.max_bad_images);
-        let count = unread.train.len() + unread.test.len();
+        let count = unread.train.len() + unread.test.len() + unread.gallery.len();
         if count > most {
             return Err(Error::Dataset(format!(
                 "{count} pictures cannot be read, more than --max-bad-images {most} puts up with; the last: {reason}"
@@ -313,7 +316,7 @@ impl<'a> Run<'a> {
             test,
             baselines: vec![Baseline { name: "raw pixels".into(), recall: pixels.at.clone() }],
             training_seconds: self.seconds,
-            queries: report::queries(&self.dataset.test, &best.shown)?,
+            queries: report::queries(&self.dataset.test, self.dataset.searched(), &best.shown)?,
         };
         findings.save(self.folder.path())?;
         report::write(self.folder.path())?;
@@ -336,6 +339,15 @@ impl<'a> Run<'a> {
         self.save()?;
         Ok(summary)
     }
+}
+
+/// The indices below `count` that `read` does not hold.
+fn missing(read: &[usize], count: usize) -> Vec<usize> {
+    if read.len() == count {
+        return Vec::new();
+    }
+    let read: BTreeSet<usize> = read.iter().copied().collect();
+    (0..count).filter(|index| !read.contains(index)).collect()
 }
 
 /// Sizes of the training and the test split.
