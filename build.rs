@@ -1,8 +1,5 @@
 //! Compiles what a feature needs, and nothing with the features off.
 
-#[cfg(feature = "capi")]
-#[path = "build/capi.rs"]
-mod capi;
 #[cfg(feature = "cuda")]
 #[path = "build/cuda.rs"]
 mod cuda;
@@ -26,8 +23,6 @@ fn main() {
 }
 
 fn build() -> Result<(), String> {
-    #[cfg(feature = "capi")]
-    capi::build();
     #[cfg(feature = "kernels")]
     layout::build()?;
     #[cfg(feature = "cuda")]

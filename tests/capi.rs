@@ -425,7 +425,7 @@ fn a_newer_header_is_understood_until_it_uses_what_is_new() {
         added: f64,
     }
     let rows = abi.lay(&case.batch().anchors);
-    let mut run = |added: f64| {
+    let run = |added: f64| {
         let mut newer = Newer { settings: settings_of(&case.settings, UnitCheck::Check), added };
         newer.settings.struct_size = size_of::<Newer>();
         let mut result = empty_result();

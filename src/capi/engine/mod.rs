@@ -22,6 +22,7 @@ pub struct EngineOptions {
     /// Bytes for candidates; 0 for the device's default.
     pub budget: usize,
     /// Whether f32 rows may be rounded to TF32.
+    #[cfg_attr(not(feature = "kernels"), expect(dead_code, reason = "the CPU has no TF32"))]
     pub tf32: bool,
     /// The caller's stream, if it gave one.
     pub stream: Option<*mut c_void>,
@@ -29,6 +30,7 @@ pub struct EngineOptions {
 
 /// A loss on rows in device memory: addresses, checked but for what they lead to.
 #[derive(Debug, Clone, Copy)]
+#[cfg_attr(not(feature = "kernels"), expect(dead_code, reason = "the CPU has no memory of its own"))]
 pub struct DeviceLoss {
     pub anchors: CheckedRows,
     pub references: Option<CheckedRows>,
