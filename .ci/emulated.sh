@@ -7,8 +7,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source .ci/tools.sh
 
-features=(--no-default-features --features "cli,emulated")
-cargo test --release "${features[@]}" --test emulation --test emulated --test resident --test comparison
+features=(--no-default-features --features "capi,cli,emulated")
+cargo test --release "${features[@]}" --test emulation --test emulated --test resident --test comparison --test capi
 cargo run --release --quiet "${features[@]}" --bin ddtas-bench -- verify --backend emulated tests/golden
 
 # A target folder of its own, for the kernels are compiled anew. The sanitizers' runtime must be loaded before Rust's.
