@@ -22,7 +22,6 @@ pub mod generator;
 pub mod loss;
 #[cfg(feature = "train")]
 pub mod model;
-#[cfg(feature = "train")]
 pub mod retrieval;
 #[cfg(feature = "cli")]
 pub mod throughput;
