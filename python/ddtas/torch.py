@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from . import _ddtas
 from .settings import Mining, Settings
@@ -100,6 +99,18 @@ class _Call:
     output: _ddtas.LossOutput | None = None
 
 
+class _Once(torch.autograd.Function):
+    """A gradient that depends on the inputs, and cannot be differentiated with respect to them."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor | None) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError("the loss of ddtas can be differentiated once, not twice")
+
+
 class _Loss(torch.autograd.Function):
     """The library's loss: its gradient is computed with it, and only scaled on the way back."""
 
@@ -117,22 +128,24 @@ class _Loss(torch.autograd.Function):
             rows.detach(), call.labels, others, call.reference_labels, call.settings, ctx.needs_input_grad[1], call.check
         )
         call.output = output = evaluated.output
-        ctx.save_for_backward(evaluated.gradient, evaluated.reference_gradient)
-        ctx.of_lambdas = (output.dloss_dlambda_pos, output.dloss_dlambda_neg)
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (rows, references, lambda_pos, lambda_neg)]
+        ctx.save_for_backward(rows, references, lambda_pos, lambda_neg)
+        ctx.gradients = (
+            evaluated.gradient, evaluated.reference_gradient, output.dloss_dlambda_pos, output.dloss_dlambda_neg
+        )
         wide = rows.dtype if rows.dtype == torch.float64 else torch.float32
         return torch.tensor(output.loss, dtype=wide, device=rows.device)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gradients: list[Tensor | None] = [
-            None if gradient is None or not needed else (gradient * upstream).to(dtype)
-            for gradient, needed, dtype in zip(ctx.saved_tensors, ctx.needs_input_grad, ctx.dtypes)
-        ]
-        for slope, needed, dtype in zip(ctx.of_lambdas, ctx.needs_input_grad[2:], ctx.dtypes[2:]):
-            gradients.append((upstream * slope).to(dtype).cpu() if needed else None)
-        return (*gradients, None)
+        inputs, answers = ctx.saved_tensors, []
+        for given, gradient, needed in zip(inputs, ctx.gradients, ctx.needs_input_grad):
+            if not needed:
+                answers.append(None)
+                continue
+            answer = (gradient * upstream).to(dtype=given.dtype, device=given.device)
+            # Under create_graph: a second derivative would otherwise be wrong and not an error.
+            answers.append(_Once.apply(answer, *inputs) if torch.is_grad_enabled() else answer)
+        return (*answers, None)
 
 
 class SoftContrastiveLoss(nn.Module):
@@ -168,7 +181,7 @@ class SoftContrastiveLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.settings = Settings(
-            mining, gamma, negative_ratio, probe_ratio, tolerance, alpha, beta, float(lambda_pos), float(lambda_neg)
+            mining, gamma, negative_ratio, probe_ratio, tolerance, alpha, beta, _number(lambda_pos), _number(lambda_neg)
         )
         # A parameter registers itself here.
         self.lambda_pos = lambda_pos
@@ -212,13 +225,13 @@ class SoftContrastiveLoss(nn.Module):
             wide = torch.promote_types(rows.dtype, references.dtype)
             rows, references = rows.to(wide), references.to(wide)
         if reference_labels is not None:
-            reference_labels = reference_labels.to(rows.device)
+            reference_labels = reference_labels.to(rows.device).contiguous()
         settings = self.settings
         lambdas = [value if isinstance(value, Tensor) else None for value in (self.lambda_pos, self.lambda_neg)]
-        current = {"lambda_pos": float(self.lambda_pos), "lambda_neg": float(self.lambda_neg)}
+        current = {"lambda_pos": _number(self.lambda_pos), "lambda_neg": _number(self.lambda_neg)}
         if current != {"lambda_pos": settings.lambda_pos, "lambda_neg": settings.lambda_neg}:
             settings = self.settings = dataclasses.replace(settings, **current)
-        call = _Call(self._engine, labels.to(rows.device), reference_labels, settings, self.check)
+        call = _Call(self._engine, labels.to(rows.device).contiguous(), reference_labels, settings, self.check)
         if references is not None:
             references = references.contiguous()
         loss: Tensor = _Loss.apply(rows.contiguous(), references, *lambdas, call)
@@ -230,6 +243,10 @@ class SoftContrastiveLoss(nn.Module):
         """Settings as `print(model)` shows them."""
         values = dataclasses.asdict(self.settings) | {"normalize_embeddings": self.normalize_embeddings}
         return ", ".join(f"{name}={value}" for name, value in values.items())
+
+
+def _number(value: float | Tensor) -> float:
+    return float(value.detach()) if isinstance(value, Tensor) else float(value)
 
 
 def _statistics(output: _ddtas.LossOutput) -> dict[str, float]:
