@@ -10,7 +10,7 @@ environment=target/python
 packages=(pytest mypy numpy ml_dtypes)
 python="$environment/bin/python"
 pip=("$python" -m pip install --quiet --disable-pip-version-check --no-compile)
-export CARGO_TARGET_DIR=$PWD/target/python-build
+export CARGO_TARGET_DIR=$PWD/target/python-build TQDM_DISABLE=1
 
 [ -x "$python" ] || python3 -m venv "$environment"
 "${pip[@]}" "${packages[@]}"

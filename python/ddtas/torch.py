@@ -25,66 +25,17 @@ _NO_CUDA = (
 )
 
 
-@dataclasses.dataclass
-class _Evaluated:
-    """Loss and gradients of one call, as tensors of the caller's device."""
-
-    output: _ddtas.LossOutput
-    gradient: Tensor
-    reference_gradient: Tensor | None
-
-
 class _Engine:
-    """Calls the library where the tensors are. A copy or a pickle starts with an empty workspace."""
+    """Where calls compute. A copy or a pickle starts with an empty workspace."""
 
     def __init__(self, threads: int | None) -> None:
+        self.threads = threads
         self.host = _ddtas.Context(threads)
+        # Made for the first tensor in a GPU's memory; only a build with the feature `cuda` has the type.
         self.gpu: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Engine, (self.host.__reduce__()[1][0],)  # type: ignore[index]
-
-    def run(
-        self,
-        rows: Tensor,
-        labels: Tensor,
-        references: Tensor | None,
-        reference_labels: Tensor | None,
-        settings: Settings,
-        reference_gradient: bool,
-        check: bool,
-    ) -> _Evaluated:
-        if rows.is_cuda:
-            return self._run_on_gpu(rows, labels, references, reference_labels, settings, reference_gradient, check)
-        output = self.host.loss(rows, labels, references, reference_labels, settings, reference_gradient, check)
-        back = output.reference_gradient
-        return _Evaluated(
-            output, torch.from_numpy(output.gradient), None if back is None else torch.from_numpy(back)
-        )
-
-    def _run_on_gpu(
-        self,
-        rows: Tensor,
-        labels: Tensor,
-        references: Tensor | None,
-        reference_labels: Tensor | None,
-        settings: Settings,
-        reference_gradient: bool,
-        check: bool,
-    ) -> _Evaluated:
-        if not _ddtas.has_cuda:
-            raise RuntimeError(_NO_CUDA)
-        if self.gpu is None:
-            self.gpu = _ddtas.CudaContext()  # type: ignore[attr-defined]
-        gradient = torch.empty_like(rows, dtype=torch.float32)
-        back = None
-        sides = [(rows, labels.long(), gradient)]
-        if references is not None and reference_labels is not None:
-            if reference_gradient:
-                back = torch.empty_like(references, dtype=torch.float32)
-            sides.append((references, reference_labels.long(), back))
-        stream = torch.cuda.current_stream(rows.device).cuda_stream
-        return _Evaluated(self.gpu.loss(sides, settings, check, stream), gradient, back)
+        return _Engine, (self.threads,)
 
 
 @dataclasses.dataclass
@@ -97,6 +48,35 @@ class _Call:
     settings: Settings
     check: bool
     output: _ddtas.LossOutput | None = None
+
+    def run(
+        self, rows: Tensor, references: Tensor | None, reference_gradient: bool
+    ) -> tuple[_ddtas.LossOutput, Tensor, Tensor | None]:
+        """The output, and the gradients where the rows are."""
+        if rows.is_cuda:
+            return self._run_on_gpu(rows, references, reference_gradient)
+        sides = (rows, self.labels, references, self.reference_labels)
+        output = self.output = self.engine.host.loss(*sides, self.settings, reference_gradient, self.check)
+        back = output.reference_gradient
+        return output, torch.from_numpy(output.gradient), None if back is None else torch.from_numpy(back)
+
+    def _run_on_gpu(
+        self, rows: Tensor, references: Tensor | None, reference_gradient: bool
+    ) -> tuple[_ddtas.LossOutput, Tensor, Tensor | None]:
+        if not _ddtas.has_cuda:
+            raise RuntimeError(_NO_CUDA)
+        if (references is None) != (self.reference_labels is None):
+            raise ValueError("references and reference_labels belong together: give both or neither")
+        if self.engine.gpu is None:
+            self.engine.gpu = getattr(_ddtas, "CudaContext")()
+        gradient, back = torch.empty_like(rows, dtype=torch.float32), None
+        sides: list[tuple[Tensor, Tensor, Tensor | None]] = [(rows, self.labels.long(), gradient)]
+        if references is not None and self.reference_labels is not None:
+            back = torch.empty_like(references, dtype=torch.float32) if reference_gradient else None
+            sides.append((references, self.reference_labels.long(), back))
+        stream = torch.cuda.current_stream(rows.device).cuda_stream
+        output = self.output = self.engine.gpu.loss(sides, self.settings, self.check, stream)
+        return output, gradient, back
 
 
 class _Once(torch.autograd.Function):
@@ -124,21 +104,17 @@ class _Loss(torch.autograd.Function):
         call: _Call,
     ) -> Tensor:
         others = None if references is None else references.detach()
-        evaluated = call.engine.run(
-            rows.detach(), call.labels, others, call.reference_labels, call.settings, ctx.needs_input_grad[1], call.check
-        )
-        call.output = output = evaluated.output
-        ctx.save_for_backward(rows, references, lambda_pos, lambda_neg)
-        ctx.gradients = (
-            evaluated.gradient, evaluated.reference_gradient, output.dloss_dlambda_pos, output.dloss_dlambda_neg
-        )
+        output, gradient, back = call.run(rows.detach(), others, ctx.needs_input_grad[1])
+        ctx.save_for_backward(rows, references, lambda_pos, lambda_neg, gradient, back)
+        ctx.of_lambdas = (output.dloss_dlambda_pos, output.dloss_dlambda_neg)
         wide = rows.dtype if rows.dtype == torch.float64 else torch.float32
         return torch.tensor(output.loss, dtype=wide, device=rows.device)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, answers = ctx.saved_tensors, []
-        for given, gradient, needed in zip(inputs, ctx.gradients, ctx.needs_input_grad):
+        inputs, gradients = ctx.saved_tensors[:4], (*ctx.saved_tensors[4:], *ctx.of_lambdas)
+        answers: list[Tensor | None] = []
+        for given, gradient, needed in zip(inputs, gradients, ctx.needs_input_grad):
             if not needed:
                 answers.append(None)
                 continue

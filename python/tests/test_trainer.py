@@ -35,6 +35,8 @@ def recall(network, rows, labels):
 def test_metric_loss_only_trains_with_it(make):
     logging.getLogger("PML").setLevel(logging.WARNING)
     torch.manual_seed(0)
+    # Batches of 48 rows are not worth waking a thread.
+    torch.set_num_threads(1)
     rows, labels = drawn(np.arange(CLASSES), seed=1)
     unseen = drawn(np.arange(CLASSES, 2 * CLASSES), seed=2)
     network = torch.nn.Sequential(torch.nn.Linear(DIM, 32), torch.nn.ReLU(), torch.nn.Linear(32, WIDTH))
