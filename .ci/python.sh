@@ -19,7 +19,7 @@ echo "installed (${SECONDS}s)"
 
 # What was made last time is kept, if it still starts.
 if ! "$python" -c 'import torch, pytorch_metric_learning' 2>/dev/null; then
-    if "$python" .ci/torch_cpu.py && "${pip[@]}" scikit-learn tqdm && "${pip[@]}" --no-deps pytorch-metric-learning==2.9.0; then
+    if "${pip[@]}" scikit-learn tqdm && "$python" .ci/torch_cpu.py && "${pip[@]}" --no-deps pytorch-metric-learning==2.9.0; then
         echo "torch installed (${SECONDS}s)"
     else
         echo "torch cannot be installed here: its tests are skipped and counted below"
@@ -31,5 +31,5 @@ echo "tested (${SECONDS}s)"
 cargo fmt --check --manifest-path python/Cargo.toml
 cargo clippy --release --quiet --manifest-path python/Cargo.toml -- -D warnings
 "$python" -m mypy --strict --follow-imports=silent python/ddtas
-"$python" -m mypy.stubtest ddtas --ignore-missing-stub
+"$python" -m mypy.stubtest ddtas._ddtas
 echo "checked (${SECONDS}s)"

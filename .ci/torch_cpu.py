@@ -46,8 +46,9 @@ def stand_in(path: Path, version: str | None, names: set[str]) -> None:
 def main() -> None:
     if sys.prefix == sys.base_prefix:
         sys.exit("this changes torch's libraries: run it with the Python of a virtual environment")
-    pip("--no-deps", *WITHOUT_DEPENDENCIES)
+    # In this order: after torch, pip would complain of what is left out.
     pip(*IMPORTED)
+    pip("--no-deps", *WITHOUT_DEPENDENCIES)
 
     site = Path(sysconfig.get_path("purelib"))
     target = site / "nvidia/cu13/lib"

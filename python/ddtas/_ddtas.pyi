@@ -6,6 +6,8 @@ import numpy.typing as npt
 from .functional import Labels, Matrix
 from .settings import Settings
 
+__all__ = ["Context", "LossOutput", "__version__", "address_of", "check_settings", "has_cuda"]
+
 __version__: str
 has_cuda: bool
 """Whether this build serves tensors in the GPU's memory."""

@@ -204,9 +204,9 @@ class SoftContrastiveLoss(nn.Module):
             reference_labels = reference_labels.to(rows.device).contiguous()
         settings = self.settings
         lambdas = [value if isinstance(value, Tensor) else None for value in (self.lambda_pos, self.lambda_neg)]
-        current = {"lambda_pos": _number(self.lambda_pos), "lambda_neg": _number(self.lambda_neg)}
-        if current != {"lambda_pos": settings.lambda_pos, "lambda_neg": settings.lambda_neg}:
-            settings = self.settings = dataclasses.replace(settings, **current)
+        pos, neg = _number(self.lambda_pos), _number(self.lambda_neg)
+        if (pos, neg) != (settings.lambda_pos, settings.lambda_neg):
+            settings = self.settings = dataclasses.replace(settings, lambda_pos=pos, lambda_neg=neg)
         call = _Call(self._engine, labels.to(rows.device).contiguous(), reference_labels, settings, self.check)
         if references is not None:
             references = references.contiguous()
