@@ -49,7 +49,8 @@ fn run(program: &str, kernels: &[&str], fault: Option<&Fault>, flags: &[&str]) -
     compiler.args(["-std=c++17", "-O1", "-g", "-Wno-unknown-pragmas", "-ffp-contract=off"]).args(flags);
     compiler.arg("-I").arg(&copy).arg("-o").arg(&binary);
     compiler.arg(root.join(format!("tests/emulation/{program}.cpp")));
-    compiler.args(["emulation/machine.cpp", "emulation/fiber.cpp"].map(|file| copy.join(file)));
+    let parts = ["machine", "instructions", "hopper", "fiber"];
+    compiler.args(parts.map(|part| copy.join(format!("emulation/{part}.cpp"))));
     compiler.arg("-xc++").args(kernels.iter().map(|file| copy.join(file)));
     let built = compiler.output().unwrap();
     assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));

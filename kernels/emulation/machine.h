@@ -71,18 +71,22 @@ template <bool transposed>
 void load_matrices(void **lanes);
 
 // Hopper: products of a warpgroup run at a random point between issue and wait. Each warp's
-// part is computed when the warp's lanes meet; the parts do not depend on each other.
-struct Descriptor {
-    const unsigned char *first;
-};
+// part is computed when the warp's lanes meet; the parts do not depend on each other. Operands
+// are found through their descriptors, as warpgroup.cuh encodes them, in what the proxy of these
+// instructions sees of shared memory: what threads wrote is there from a fence on.
 struct GroupMultiply {
     float *c;
-    Descriptor a, b;
+    uint64_t a, b;
+    int columns;
+    bool transposed;
 };
 template <Numbers numbers>
 void group_multiply(void **lanes);
 void group_commit(void **lanes);
 void group_wait(void **lanes);
+void async_proxy_fence();
+// The address of a byte of shared memory in the block's own space, where descriptors point.
+uint32_t shared_address(const void *pointer);
 
 // Barriers in shared memory and bulk copies, which land whole, in any order, at any time.
 using Barrier = uint64_t;
@@ -207,29 +211,30 @@ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
     emulation::collective("mma_tf32", &one, emulation::multiply<emulation::Numbers::tf32>);
 }
 
-#define HAS_WARPGROUP_PRODUCTS 1
+using emulation::async_proxy_fence;
 using emulation::Barrier;
 using emulation::barrier_begin;
 using emulation::barrier_expect;
 using emulation::barrier_wait;
 using emulation::copy_bulk;
-using emulation::Descriptor;
-inline Descriptor stage_descriptor(const void *stage) { return Descriptor{static_cast<const unsigned char *>(stage)}; }
-inline Descriptor advanced(Descriptor descriptor, uint32_t bytes) { return Descriptor{descriptor.first + bytes}; }
-inline void async_proxy_fence() {}
+using emulation::shared_address;
 inline void group_fence() {}
+template <int n>
+inline void group_settle(float (&)[n][4]) {}
 inline void group_commit() { emulation::collective("group_commit", nullptr, emulation::group_commit); }
 template <int pending>
 inline void group_wait() {
     int operand = pending;
     emulation::collective("group_wait", &operand, emulation::group_wait);
 }
-inline void group_mma_bf16(float (&c)[16][4], Descriptor a, Descriptor b) {
-    emulation::GroupMultiply one{&c[0][0], a, b};
+template <bool transposed, int n>
+inline void group_mma_bf16(float (&c)[n][4], uint64_t a, uint64_t b) {
+    emulation::GroupMultiply one{&c[0][0], a, b, n * 8, transposed};
     emulation::collective("group_mma_bf16", &one, emulation::group_multiply<emulation::Numbers::bf16>);
 }
-inline void group_mma_f16(float (&c)[16][4], Descriptor a, Descriptor b) {
-    emulation::GroupMultiply one{&c[0][0], a, b};
+template <bool transposed, int n>
+inline void group_mma_f16(float (&c)[n][4], uint64_t a, uint64_t b) {
+    emulation::GroupMultiply one{&c[0][0], a, b, n * 8, transposed};
     emulation::collective("group_mma_f16", &one, emulation::group_multiply<emulation::Numbers::f16>);
 }
 [[noreturn]] inline void trap() { emulation::stop("trap"); }
