@@ -30,7 +30,7 @@ static_assert(kRecomputedRows * kValuesStride * sizeof(float) <= sizeof(Gradient
               "and half of its values");
 
 // M of tiles x and y from a recomputed tile of S, whose bits are those of the sweep: either order of
-// the operands gives the same. Leaves the stage free, but for a fence.
+// the operands gives the same. Leaves the stage free for bulk copies.
 template <class Numbers>
 DEVICE void recompute_matrix_hopper(const GradientParams &p, unsigned char *matrix, GroupStages<2> &stages, uint32_t x,
                                     uint32_t y, PairTile tile) {
@@ -55,7 +55,8 @@ DEVICE void recompute_matrix_hopper(const GradientParams &p, unsigned char *matr
         }
         block_sync();
         weigh_values<Numbers>(p, matrix, values, x, y, 0, first, tile, Part::all);
-        block_sync();  // the values are read
+        async_proxy_fence();
+        block_sync();  // the values are read, and bulk copies may fill the stage
     }
 }
 
@@ -104,8 +105,6 @@ DEVICE void gradient_hopper_columns(const GradientParams &p, uint32_t first_colu
             GroupStages<2> operands{stage, shared.recomputing, recomputed};
             recompute_matrix_hopper<Numbers>(p, matrix, operands, x, y, tile);
             recomputed = operands.filled;
-            async_proxy_fence();
-            block_sync();  // nobody is left in the stage
             copy();
         } else {
             copy();  // lands while M is rebuilt

@@ -1,7 +1,7 @@
 //! The emulation itself: what its instructions compute, and that it catches faults.
 //!
 //! Each test compiles a copy of `kernels/` with g++, the faulty ones with a fault
-//! planted in the pipeline that all passes share, and runs it under many schedules.
+//! planted in the pipeline that all passes share, or in Hopper's, and runs it under many schedules.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests: a panic is the failure")]
 
@@ -61,6 +61,13 @@ fn said(output: &Output) -> String {
     format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
 }
 
+/// What the gradient's product on Hopper says with a fault in it.
+fn run_faulty_hopper(file: &'static str, from: &'static str, to: &'static str) -> String {
+    let output = run("gradient", &["gradient_hopper.cu"], Some(&Fault { file, from, to }), &[]);
+    assert!(!output.status.success(), "the fault went unnoticed");
+    said(&output)
+}
+
 fn run_faulty(from: &'static str, to: &'static str, flags: &[&str]) -> String {
     let fault = Fault { file: "tile.cuh", from, to };
     let output = run("retrieval", &["retrieval.cu"], Some(&fault), flags);
@@ -87,6 +94,57 @@ fn kernels_without_a_fault_pass() {
         &["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     );
     assert!(output.status.success(), "{}", said(&output));
+}
+
+#[test]
+fn hopper_s_kernel_without_a_fault_passes() {
+    let flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"];
+    let output = run("gradient", &["gradient_hopper.cu"], None, &flags);
+    assert!(output.status.success(), "{}", said(&output));
+}
+
+/// Where the gradient on Hopper waits for the rows that a bulk copy brings.
+const LANDED: &str = "barrier_wait(landed, turn / 2 % 2);";
+
+#[test]
+fn reading_before_a_bulk_copy_has_landed_is_caught() {
+    let message = run_faulty_hopper("gradient_hopper.cu", LANDED, "");
+    assert!(message.contains("want"), "{message}");
+}
+
+#[test]
+fn waiting_for_the_wrong_phase_is_caught() {
+    let message = run_faulty_hopper("gradient_hopper.cu", LANDED, "barrier_wait(landed, turn % 2);");
+    assert!(message.contains("want") || message.contains("a phase that nobody ends"), "{message}");
+}
+
+#[test]
+fn a_missing_proxy_fence_is_caught() {
+    let fenced = "async_proxy_fence();\n        block_sync();  // M is there";
+    let message = run_faulty_hopper("gradient_hopper.cu", fenced, "block_sync();  // M is there");
+    assert!(message.contains("want"), "{message}");
+}
+
+#[test]
+fn writing_over_what_a_product_reads_is_caught() {
+    let wait = "group_wait<1>();  // this product goes on";
+    let message = run_faulty_hopper("gradient_hopper.cu", wait, "");
+    assert!(message.contains("want"), "{message}");
+}
+
+#[test]
+fn a_wrong_swizzle_is_caught() {
+    let place = "swizzled(row, byte % STAGE_BYTES / 16)";
+    let message = run_faulty_hopper("matrix.cuh", place, "swizzled(row + 1, byte % STAGE_BYTES / 16)");
+    assert!(message.contains("want"), "{message}");
+}
+
+#[test]
+fn a_descriptor_of_the_wrong_stride_is_caught() {
+    let panels = "panels_descriptor(stage, TILE * STAGE_BYTES)";
+    let message =
+        run_faulty_hopper("gradient_hopper.cu", panels, "panels_descriptor(stage, TILE / 2 * STAGE_BYTES)");
+    assert!(message.contains("want"), "{message}");
 }
 
 #[test]

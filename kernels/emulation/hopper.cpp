@@ -91,9 +91,10 @@ void run_products(uint64_t pending) {
 }  // namespace
 
 // Lands one bulk copy, any of them.
-void land_bulk() {
+void land_bulk(bool late_too) {
     size_t index = machine->random.below(static_cast<uint32_t>(machine->bulks.size()));
     Bulk bulk = machine->bulks[index];
+    if (bulk.late && !late_too) return;
     machine->bulks.erase(machine->bulks.begin() + static_cast<ptrdiff_t>(index));
     std::memcpy(bulk.to, bulk.from, bulk.bytes);
     std::memcpy(async_view_of(bulk.to, bulk.bytes), bulk.from, bulk.bytes);
@@ -116,7 +117,7 @@ bool wake_at_shared_barriers() {
         }
         if (woken || !waiting) return woken;
         if (machine->bulks.empty()) die("waits for a phase that nobody ends", "");
-        land_bulk();
+        land_bulk(true);
     }
 }
 
@@ -143,7 +144,7 @@ void copy_bulk(void *to, const void *from, uint32_t bytes, Barrier *barrier) {
     if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) % 16) die("copy_bulk is not aligned", "");
     std::memset(to, 0xff, bytes);
     std::memset(async_view_of(to, bytes), 0xff, bytes);
-    machine->bulks.push_back(Bulk{to, from, bytes, barrier});
+    machine->bulks.push_back(Bulk{to, from, bytes, barrier, machine->random.below(2) == 0});
 }
 
 template <Numbers numbers>

@@ -21,7 +21,7 @@ void die(const char *message, const std::string &detail) {
 }
 
 void yield() {
-    if (!machine->bulks.empty() && machine->random.below(16) == 0) land_bulk();
+    if (!machine->bulks.empty() && machine->random.below(16) == 0) land_bulk(false);
     Thread &self = machine->threads[machine->current];
     if (!self.copies.empty()) land_some(self);
     switch_fiber(self.fiber, machine->scheduler, false);

@@ -88,7 +88,8 @@ void async_proxy_fence();
 // The address of a byte of shared memory in the block's own space, where descriptors point.
 uint32_t shared_address(const void *pointer);
 
-// Barriers in shared memory and bulk copies, which land whole, in any order, at any time.
+// Barriers in shared memory and bulk copies, which land whole, in any order, at any time; every
+// other one as late as can be, or a wait that is missing would hardly ever be missed.
 using Barrier = uint64_t;
 void barrier_begin(Barrier *barrier, uint32_t count);
 void barrier_expect(Barrier *barrier, uint32_t bytes);

@@ -45,6 +45,7 @@ struct Bulk {
     const void *from;
     uint32_t bytes;
     uint64_t *barrier;
+    bool late;  // not before somebody waits and nobody else can run
 };
 
 struct SharedBarrier {
@@ -111,7 +112,7 @@ float element(Numbers numbers, uint32_t pair, int half);
 float truncate(double value);
 
 // hopper.cpp
-void land_bulk();
+void land_bulk(bool late_too);
 bool wake_at_shared_barriers();
 
 }  // namespace emulation

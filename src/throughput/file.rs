@@ -16,7 +16,11 @@ use crate::files::write_atomic;
 use crate::loss::{LossSettings, Mining};
 use crate::{Error, Result};
 
-pub(super) fn read(path: &Path) -> Result<Embeddings> {
+/// Reads rows, their labels, and the settings they are to be mined with.
+///
+/// # Errors
+/// [`Error::Io`] if the file cannot be read, [`Error::Format`] if it does not hold what it should.
+pub fn read(path: &Path) -> Result<Embeddings> {
     let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
     let not_safetensors = |e| Error::format(path, format!("not a safetensors file ({e})"));
     let tensors = SafeTensors::deserialize(&bytes).map_err(not_safetensors)?;

@@ -18,7 +18,8 @@ mod settings;
 
 pub use density::Density;
 pub use embeddings::{CLASS_SIZE, EmbeddedRows, Embeddings, draw, find_noise};
-pub use measure::{Row, measure};
+pub use file::read;
+pub use measure::{Row, measure, measure_on};
 pub use plot::plot;
 pub use settings::{Dtype, ThroughputSettings};
 

@@ -7,7 +7,7 @@ use ndarray::Array2;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::{CLEARANCE, Case, Dtype, Expected, Side, batch};
+use super::{CLEARANCE, Case, Dtype, Expected, Matrix, Side, batch, golden};
 
 /// What a batch is drawn from.
 struct Recipe {
@@ -48,6 +48,7 @@ fn recipes() -> Vec<Recipe> {
         recipe("a_tile", 128, 64, 1.2, classes_of_five),
         recipe("a_tile_and_one", 129, 65, 1.2, classes_of_five),
         recipe("odd_sizes_257x130", 257, 130, 1.5, classes_of_five),
+        recipe("several_blocks_of_columns", 140, 330, 1.5, classes_of_five),
         recipe("unsorted_labels", 200, 48, 1.2, |row| (row * 7919 % 41) as i64),
         recipe("one_class", 150, 32, 1.0, |_| 0),
         recipe("a_class_over_many_tiles", 300, 24, 1.0, |row| i64::from(row >= 270)),
@@ -80,6 +81,19 @@ fn recipes() -> Vec<Recipe> {
 pub fn generated() -> Vec<Case> {
     let recipes = recipes();
     recipes.iter().flat_map(|recipe| Dtype::ALL.map(|dtype| clear_case(recipe, dtype))).collect()
+}
+
+/// The reference cases with their rows rounded to another type, those that stay clear of the thresholds.
+pub fn golden_in(dtype: Dtype) -> Vec<Case> {
+    let rounded = |case: Case| {
+        let Matrix::F32(rows) = &case.anchors.rows else { unreachable!("the files are f32") };
+        let anchors = Side { rows: dtype.cast(rows), ..case.anchors };
+        let expected = Expected::new(dtype, &anchors, None, &case.settings);
+        Case { dtype, anchors, expected, ..case }
+    };
+    let cases: Vec<Case> = golden().into_iter().map(rounded).filter(is_clear).collect();
+    println!("{} of the reference cases are clear of the thresholds in {dtype:?}", cases.len());
+    cases
 }
 
 /// The first seed whose pairs keep clear of every threshold.
