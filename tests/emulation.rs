@@ -45,15 +45,29 @@ fn run(program: &str, kernels: &[&str], fault: Option<&Fault>, flags: &[&str]) -
         fs::write(&path, text.replace(from, to)).unwrap();
     }
     let binary = folder.path().join(program);
-    let mut compiler = Command::new(std::env::var("CXX").unwrap_or_else(|_| "g++".into()));
-    compiler.args(["-std=c++17", "-O1", "-g", "-Wno-unknown-pragmas", "-ffp-contract=off"]).args(flags);
-    compiler.arg("-I").arg(&copy).arg("-o").arg(&binary);
-    compiler.arg(root.join(format!("tests/emulation/{program}.cpp")));
+    let compiler = || {
+        let mut compiler = Command::new(std::env::var("CXX").unwrap_or_else(|_| "g++".into()));
+        compiler
+            .args(["-std=c++17", "-O1", "-g", "-Wno-unknown-pragmas", "-ffp-contract=off", "-I"])
+            .arg(&copy);
+        compiler.current_dir(folder.path());
+        compiler
+    };
+    let checked = |mut compiler: Command| {
+        let built = compiler.output().unwrap();
+        assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+    };
+    // The machine is not watched for races, but says what orders the kernels' threads: races.h.
+    let machine_flags = if flags == THREADS { &["-DDDTAS_EMULATION_RACES"] } else { flags };
     let parts = ["machine", "instructions", "hopper", "fiber"];
-    compiler.args(parts.map(|part| copy.join(format!("emulation/{part}.cpp"))));
-    compiler.arg("-xc++").args(kernels.iter().map(|file| copy.join(file)));
-    let built = compiler.output().unwrap();
-    assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+    let mut machine = compiler();
+    machine.args(machine_flags).arg("-c").args(parts.map(|part| copy.join(format!("emulation/{part}.cpp"))));
+    checked(machine);
+    let mut program_and_kernels = compiler();
+    program_and_kernels.args(flags).arg("-o").arg(&binary).args(parts.map(|part| format!("{part}.o")));
+    program_and_kernels.arg(root.join(format!("tests/emulation/{program}.cpp")));
+    program_and_kernels.arg("-xc++").args(kernels.iter().map(|file| copy.join(file)));
+    checked(program_and_kernels);
     Command::new(&binary).arg(SEEDS).env("ASAN_OPTIONS", "detect_leaks=0").output().unwrap()
 }
 
@@ -72,6 +86,16 @@ fn run_faulty(from: &'static str, to: &'static str, flags: &[&str]) -> String {
     let fault = Fault { file: "tile.cuh", from, to };
     let output = run("retrieval", &["retrieval.cu"], Some(&fault), flags);
     assert!(!output.status.success(), "the fault went unnoticed");
+    said(&output)
+}
+
+const THREADS: &[&str] = &["-fsanitize=thread"];
+
+/// What ThreadSanitizer says of a kernel with a fault in it.
+fn run_racing(program: &str, file: &'static str, from: &'static str, to: &'static str) -> String {
+    let kernel = if program == "order" { "order.cu" } else { "gradient_hopper.cu" };
+    let output = run(program, &[kernel], Some(&Fault { file, from, to }), THREADS);
+    assert!(!output.status.success(), "the race went unnoticed");
     said(&output)
 }
 
@@ -176,6 +200,30 @@ fn a_read_past_the_rows_is_caught_by_the_address_sanitizer() {
         &["-fsanitize=address"],
     );
     assert!(message.contains("heap-buffer-overflow"), "{message}");
+}
+
+#[test]
+fn the_thread_sanitizer_sees_no_race_in_kernels_without_a_fault() {
+    let programs = [("retrieval", "retrieval.cu"), ("gradient", "gradient_hopper.cu"), ("order", "order.cu")];
+    for (program, kernel) in programs {
+        let output = run(program, &[kernel], None, THREADS);
+        assert!(output.status.success(), "{program}: {}", said(&output));
+        assert!(!said(&output).contains("data race"), "{program}: {}", said(&output));
+    }
+}
+
+#[test]
+fn a_plain_access_that_races_another_block_is_caught_by_the_thread_sanitizer() {
+    // Blocks of the emulation run one after the other: the count is right all the same.
+    let message = run_racing("order", "order.cu", "atomic_add(p.valid, 1u);", "++*p.valid;");
+    assert!(message.contains("data race") && message.contains("order.cu"), "{message}");
+}
+
+#[test]
+fn a_race_within_a_block_is_named_by_the_thread_sanitizer() {
+    let zeroed = "words[i] = Granule<uint32_t>{};\n    block_sync();";
+    let message = run_racing("gradient", "matrix.cuh", zeroed, "words[i] = Granule<uint32_t>{};");
+    assert!(message.contains("data race") && message.contains("matrix.cuh"), "{message}");
 }
 
 #[test]

@@ -92,6 +92,7 @@ void run_products(uint64_t pending) {
 
 // Lands one bulk copy, any of them.
 void land_bulk(bool late_too) {
+    Unwatched whole_call;
     size_t index = machine->random.below(static_cast<uint32_t>(machine->bulks.size()));
     Bulk bulk = machine->bulks[index];
     if (bulk.late && !late_too) return;
@@ -127,6 +128,7 @@ void barrier_expect(Barrier *barrier, uint32_t bytes) {
     SharedBarrier &one = barrier_at(barrier);
     if (++one.arrived > one.count) die("more arrivals at a barrier than it counts", "");
     one.bytes += bytes;
+    release(barrier);
     finish_phase(one);
 }
 
@@ -138,10 +140,12 @@ void barrier_wait(Barrier *barrier, uint32_t parity) {
         self.parity = parity;
         yield();
     }
+    acquire(barrier);
 }
 
 void copy_bulk(void *to, const void *from, uint32_t bytes, Barrier *barrier) {
     if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) % 16) die("copy_bulk is not aligned", "");
+    Unwatched whole_call;
     std::memset(to, 0xff, bytes);
     std::memset(async_view_of(to, bytes), 0xff, bytes);
     machine->bulks.push_back(Bulk{to, from, bytes, barrier, machine->random.below(2) == 0});
@@ -171,7 +175,10 @@ void group_wait(void **lanes) { run_products(static_cast<uint64_t>(*static_cast<
 
 // Publishes everybody's writes, not this thread's alone: a fence that is missing shows, one that is
 // some threads' only may not.
-void async_proxy_fence() { std::memcpy(machine->async_view.data(), machine->shared, machine->async_view.size()); }
+void async_proxy_fence() {
+    Unwatched whole_call;
+    std::memcpy(machine->async_view.data(), machine->shared, machine->async_view.size());
+}
 
 uint32_t shared_address(const void *pointer) {
     return kSharedBase + static_cast<uint32_t>(static_cast<const unsigned char *>(pointer) - machine->shared);

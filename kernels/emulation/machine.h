@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 using std::exp;
 using std::fabs;
@@ -171,19 +172,28 @@ inline uint32_t vote_mask(bool vote) {
     return one.result;
 }
 
-// Blocks run one after the other and fibers switch only inside calls of this file: plain operations do.
-inline void atomic_add(uint32_t *target, uint32_t value) { *target += value; }
-inline void atomic_add(uint64_t *target, uint64_t value) { *target += value; }
-inline void atomic_add(int64_t *target, int64_t value) {
-    *target = static_cast<int64_t>(static_cast<uint64_t>(*target) + static_cast<uint64_t>(value));
+// Blocks run one after the other and fibers switch only inside calls of this file: relaxed loads and
+// stores do, atomic ones for ThreadSanitizer, which must tell them from plain accesses.
+template <class T>
+inline T atomic_load(const T *from) { return __atomic_load_n(from, __ATOMIC_RELAXED); }
+template <class T>
+inline void atomic_store(T *to, T value) { __atomic_store_n(to, value, __ATOMIC_RELAXED); }
+template <class T>
+inline void atomic_add(T *target, T value) {
+    using Bits = std::make_unsigned_t<T>;  // which wraps around
+    atomic_store(target, static_cast<T>(static_cast<Bits>(atomic_load(target)) + static_cast<Bits>(value)));
 }
 inline void atomic_add_shared(int64_t *target, int64_t value) { atomic_add(target, value); }
-inline uint32_t atomic_next(uint32_t *target) { return (*target)++; }
+inline uint32_t atomic_next(uint32_t *target) {
+    uint32_t before = atomic_load(target);
+    atomic_store(target, before + 1);
+    return before;
+}
 inline void atomic_max(uint32_t *target, uint32_t value) {
-    if (value > *target) *target = value;
+    if (value > atomic_load(target)) atomic_store(target, value);
 }
 inline void atomic_min(uint32_t *target, uint32_t value) {
-    if (value < *target) *target = value;
+    if (value < atomic_load(target)) atomic_store(target, value);
 }
 
 inline void copy_async(void *to, const void *from) { emulation::copy_async(to, from); }

@@ -10,6 +10,7 @@
 #include "../params.h"
 #include "fiber.h"
 #include "machine.h"
+#include "races.h"
 
 namespace emulation {
 
@@ -81,6 +82,7 @@ struct Warp {
     void *operands[32];
     int arrived = 0;
     const char *what = nullptr;
+    Meeting meeting;
 };
 
 // The machine that this OS thread emulates.
@@ -90,6 +92,9 @@ struct Machine {
     std::map<uint64_t *, SharedBarrier> barriers;
     std::vector<Bulk> bulks;
     Warp warps[kWarps];
+    Meeting meeting;                    // of all threads of a block
+    char begun = 0, launched[2] = {};   // tokens: of a block, of this launch and the one before
+    unsigned launches = 0;
     uint32_t current = 0;
     Index block{}, grid{};
     unsigned char *shared = nullptr;

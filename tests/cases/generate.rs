@@ -48,7 +48,6 @@ fn recipes() -> Vec<Recipe> {
         recipe("a_tile", 128, 64, 1.2, classes_of_five),
         recipe("a_tile_and_one", 129, 65, 1.2, classes_of_five),
         recipe("odd_sizes_257x130", 257, 130, 1.5, classes_of_five),
-        recipe("several_blocks_of_columns", 140, 330, 1.5, classes_of_five),
         recipe("unsorted_labels", 200, 48, 1.2, |row| (row * 7919 % 41) as i64),
         recipe("one_class", 150, 32, 1.0, |_| 0),
         recipe("a_class_over_many_tiles", 300, 24, 1.0, |row| i64::from(row >= 270)),
@@ -58,6 +57,7 @@ fn recipes() -> Vec<Recipe> {
         recipe("nothing_mined", 100, 96, 0.05, classes_of_five),
         recipe("duplicates", 60, 40, 0.0, classes_of_five),
         Recipe { settings: everything, ..recipe("everything_mined", 150, 36, 1.0, classes_of_five) },
+        Recipe { settings: everything, ..recipe("everything_mined_140x330", 140, 330, 1.5, classes_of_five) },
         Recipe {
             settings: LossSettings { mining: Mining::Symmetric, ..usual },
             ..recipe("symmetric_tolerances", 150, 36, 1.2, classes_of_five)
