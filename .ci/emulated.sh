@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Compiles the CUDA kernels with g++ and runs them on the CPU: reference cases and random
-# shapes through every kernel, under shuffled schedules, planted faults caught; then the
-# reference cases once more under AddressSanitizer and UndefinedBehaviorSanitizer.
+# shapes through every kernel, under shuffled schedules, planted faults caught (by
+# ThreadSanitizer too, over the kernels that tests/emulation.rs names); then the reference
+# cases once more under AddressSanitizer and UndefinedBehaviorSanitizer.
 # Needs Rust, gcc/g++ and Python 3.11.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -232,6 +232,7 @@ impl<D: Device> Launcher<'_, D> {
         params: &P,
     ) -> Result<()> {
         let splits = self.shape.splits(of_references, self.device.multiprocessors());
+        let kernel = self.shape.variant(kernel, self.device.has_warpgroup_products());
         let plan = self.shape.plan(kernel, of_references, splits);
         // SAFETY: `params` is built in this folder from regions of a layout for this very shape, laid over
         // a buffer that lives in the backend; tests/emulated.rs runs every kernel with the gaps watched.
@@ -433,8 +434,7 @@ fn issue_mining<D: Device>(launcher: &mut Launcher<'_, D>, base: u64, loss: &Rem
     let Remembered { shape, layout, .. } = loss;
     let params = PairsParams { pairs: loss.pairs(base) };
     launcher.launch(Kernel::SameClass(shape.precision), false, &params)?;
-    let sweep = shape.sweep(launcher.device.has_warpgroup_products());
-    launcher.launch(sweep, false, &params)?;
+    launcher.launch(Kernel::Sweep(shape.precision), false, &params)?;
     launcher.launch(Kernel::SelectStored, false, &params)?;
     // With a full segment for every tile there is nothing to recompute.
     if !layout.stores_everything() {
