@@ -4,9 +4,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
+use burn::module::Module;
 use burn::tensor::Device;
 
 use super::checkpoint;
+use super::device::place;
 use super::engine::Engine;
 use super::generator::Generator;
 use super::records::{EvaluationRecord, Record, RecordWriter, StepRecord};
@@ -41,6 +43,13 @@ const META_SEED: u64 = 0x6d65_7461;
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Event<'a> {
+    /// The device is chosen and open.
+    Computing {
+        /// `cpu`, `cuda:0`: where network and loss are.
+        device: &'a str,
+        /// Why `auto` came to the CPU, where a GPU was to be expected.
+        reason: Option<&'a str>,
+    },
     /// The data set is open and the run folder made.
     Started {
         /// Pictures and classes.
@@ -104,6 +113,9 @@ pub struct Summary {
 pub fn train(settings: &TrainSettings, tell: &mut dyn FnMut(Event<'_>)) -> Result<Summary> {
     settings.validate()?;
     let begun = Instant::now();
+    let place = place(settings.device.parse()?)?;
+    let backend = backend::open(&place.spec)?;
+    tell(Event::Computing { device: &place.spec.to_string(), reason: place.reason.as_deref() });
     let dataset = open_dataset(settings)?;
     let sampler = PkSampler::new(
         dataset.train.by_class(),
@@ -111,11 +123,9 @@ pub fn train(settings: &TrainSettings, tell: &mut dyn FnMut(Event<'_>)) -> Resul
         settings.images_per_class,
         settings.seed,
     )?;
-    let spec: DeviceSpec = settings.device.parse()?;
-    let backend = backend::open(&spec)?;
     let steps_per_epoch = sampler.steps_per_epoch();
-    let (network, device) = make_network(settings)?;
-    let generator = make_generator(settings, &spec)?;
+    let network = make_network(settings, &place.network)?;
+    let generator = make_generator(settings, &place.spec)?;
     let fresh_meta = generator.is_some() && settings.generator.meta == MetaSource::Fresh;
     let meta_sampler = fresh_meta.then(|| meta_sampler(settings, &dataset)).transpose()?;
 
@@ -130,7 +140,7 @@ pub fn train(settings: &TrainSettings, tell: &mut dyn FnMut(Event<'_>)) -> Resul
     let mut run = Run {
         settings,
         test,
-        engine: Engine::new(network, settings, backend, generator, device),
+        engine: Engine::new(network, settings, backend, generator, place.network),
         best_path: folder.join("best.safetensors"),
         best: None,
         metrics,
@@ -370,23 +380,28 @@ fn open_dataset(settings: &TrainSettings) -> Result<Dataset> {
     }
 }
 
-fn make_network(settings: &TrainSettings) -> Result<(EmbeddingNetwork, Device)> {
-    let device = Device::flex().autodiff();
-    device.seed(settings.seed);
+/// The network to start from. It is drawn or read on the CPU and then moved, so that a seed means the same
+/// weights on every device.
+fn make_network(settings: &TrainSettings, device: &Device) -> Result<EmbeddingNetwork> {
+    let cpu = Device::flex().autodiff();
+    cpu.seed(settings.seed);
     let shape = settings.network_shape();
-    let network = EmbeddingNetwork::new(&shape, &device);
-    let Some(path) = &settings.init else { return Ok((network, device)) };
-    let stored = checkpoint::shape(path)?;
-    if stored != shape {
-        return Err(Error::format(
-            path,
-            format!(
-                "holds a network of --width {} --depth {} --embedding-dim {}: give the same",
-                stored.width, stored.depth, stored.embedding_dim
-            ),
-        ));
+    let mut network = EmbeddingNetwork::new(&shape, &cpu);
+    if let Some(path) = &settings.init {
+        let stored = checkpoint::shape(path)?;
+        if stored != shape {
+            return Err(Error::format(
+                path,
+                format!(
+                    "holds a network of --width {} --depth {} --embedding-dim {}: give the same",
+                    stored.width, stored.depth, stored.embedding_dim
+                ),
+            ));
+        }
+        network = checkpoint::load(network, path)?;
     }
-    Ok((checkpoint::load(network, path)?, device))
+    // Weights are drawn when first used: used here, they are used on the CPU.
+    Ok(network.materialize().fork(device))
 }
 
 fn make_generator(settings: &TrainSettings, spec: &DeviceSpec) -> Result<Option<Generator>> {

@@ -41,6 +41,10 @@ impl Progress {
 
     fn show(&mut self, event: Event<'_>) {
         match event {
+            Event::Computing { device, reason: None } => self.line(&format!("computing on {device}")),
+            Event::Computing { device, reason: Some(reason) } => {
+                self.line(&format!("computing on {device}: {reason}"));
+            }
             Event::Started { dataset, folder, steps_per_epoch } => self.line(&format!(
                 "{}: {} training pictures of {} classes, {} test pictures of {} unseen classes; {} steps an epoch; results in {}",
                 dataset.name,
