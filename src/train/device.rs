@@ -1,9 +1,11 @@
 //! Where a run computes: network and loss on the same device.
 
+use burn::module::Module;
 use burn::tensor::Device;
 
 use crate::Result;
 use crate::backend::{self, AutoDevice, DeviceSpec};
+use crate::model::EmbeddingNetwork;
 
 /// The device of a run.
 pub(super) struct Place {
@@ -30,6 +32,16 @@ pub(super) fn place(asked: DeviceSpec) -> Result<Place> {
         DeviceSpec::Auto | DeviceSpec::Cpu | DeviceSpec::Emulated => Device::flex(),
     };
     Ok(Place { spec, network: network.autodiff(), reason })
+}
+
+/// `network` on `device`, its weights drawn where it was made.
+pub(super) fn moved(network: EmbeddingNetwork, device: &Device) -> EmbeddingNetwork {
+    // Burn draws a weight when it is first used, and one that is not drawn yet would be drawn on `device`, from
+    // another sequence. Weights that a clone shares are drawn first and then moved.
+    let shared = network.clone();
+    let moved = network.fork(device);
+    drop(shared);
+    moved
 }
 
 /// A GPU only if the network can go there too: the loss of a training batch is too small a part of the step
@@ -75,6 +87,16 @@ mod gpu {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::NetworkShape;
+
+    #[test]
+    fn weights_are_drawn_before_they_move() {
+        let cpu = Device::flex().autodiff();
+        let network = EmbeddingNetwork::new(&NetworkShape { width: 2, depth: 1, embedding_dim: 3 }, &cpu);
+        assert!(!network.head.weight.is_initialized(), "Burn draws at once: `moved` needs no clone any more");
+        let network = moved(network, &cpu);
+        assert!(network.head.weight.is_initialized());
+    }
 
     #[test]
     fn auto_takes_a_gpu_only_with_the_network() {

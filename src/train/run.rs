@@ -4,11 +4,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use burn::module::Module;
 use burn::tensor::Device;
 
 use super::checkpoint;
-use super::device::place;
+use super::device::{moved, place};
 use super::engine::Engine;
 use super::generator::Generator;
 use super::records::{EvaluationRecord, Record, RecordWriter, StepRecord};
@@ -400,8 +399,7 @@ fn make_network(settings: &TrainSettings, device: &Device) -> Result<EmbeddingNe
         }
         network = checkpoint::load(network, path)?;
     }
-    // Weights are drawn when first used: used here, they are used on the CPU.
-    Ok(network.materialize().fork(device))
+    Ok(moved(network, device))
 }
 
 fn make_generator(settings: &TrainSettings, spec: &DeviceSpec) -> Result<Option<Generator>> {
