@@ -26,7 +26,6 @@ pub mod inference;
 pub mod loss;
 #[cfg(feature = "train")]
 pub mod model;
-#[cfg(any(feature = "capi", feature = "train"))]
 pub mod retrieval;
 #[cfg(feature = "cli")]
 mod tensors;

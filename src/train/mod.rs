@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | `settings.rs` | every setting, its default and range |
 //! | `run/` | the run: data, steps, evaluations, files; stopped and gone on with |
+//! | `device.rs` | where network and loss compute |
 //! | `engine.rs` | one step, and embedding a split |
 //! | `generator.rs` | lambda learned beside the steps |
 //! | `schedule.rs` | the learning rate |
@@ -14,6 +15,7 @@
 //! | `report/` | report.html and the picture of neighbours |
 
 pub mod checkpoint;
+mod device;
 mod engine;
 mod generator;
 mod memory;

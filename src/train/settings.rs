@@ -117,7 +117,7 @@ pub struct TrainSettings {
     /// Seed of weights, batches and augmentation.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// Where to compute: auto, cpu, cuda:N.
+    /// Where network and loss compute: auto (a GPU if there is one), cpu, cuda:N.
     #[arg(long, default_value = "auto")]
     pub device: String,
     /// Threads that prepare batches beside the step.

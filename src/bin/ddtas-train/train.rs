@@ -81,6 +81,10 @@ impl Progress {
 
     fn show(&mut self, event: Event<'_>) {
         match event {
+            Event::Computing { device, reason: None } => self.line(&format!("computing on {device}")),
+            Event::Computing { device, reason: Some(reason) } => {
+                self.line(&format!("computing on {device}: {reason}"));
+            }
             Event::Started { dataset, folder, steps_per_epoch, steps, resumed } => {
                 self.steps = steps;
                 self.bar.set_length(steps as u64);

@@ -17,9 +17,11 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use super::checkpoint::{self, RunState};
+use super::device::{self, Place};
 use super::records::{EvaluationRecord, RecordWriter, StepRecord};
 use super::settings::TrainSettings;
 use super::tensorboard::EventWriter;
+use crate::backend::{self, Backend};
 use crate::data::Dataset;
 use crate::retrieval::Recall;
 use crate::{Error, Result};
@@ -32,6 +34,13 @@ use steps::Run;
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Event<'a> {
+    /// The device is chosen and open.
+    Computing {
+        /// `cpu`, `cuda:0`: where network and loss are.
+        device: &'a str,
+        /// Why `auto` came to the CPU, where a GPU was to be expected.
+        reason: Option<&'a str>,
+    },
     /// The data set is open and the run folder made.
     Started {
         /// Pictures and classes.
@@ -157,8 +166,9 @@ pub fn train(
 ) -> Result<Outcome> {
     settings.validate()?;
     let begun = Instant::now();
+    let computing = open_device(settings, tell)?;
     let dataset = settings.data.open(&mut |note| tell(Event::Note(note)))?;
-    let setup = Setup::new(settings, &dataset, None)?;
+    let setup = Setup::new(settings, &dataset, computing, None)?;
     let folder = RunFolder::create(settings, &dataset.name)?;
     let metrics = RecordWriter::create(&folder.metrics())?;
     let events = EventWriter::create(folder.path(), None)?;
@@ -195,9 +205,10 @@ pub fn resume(
     if state.finished {
         return Ok(Outcome::FinishedBefore { folder: folder.path().to_path_buf(), step: state.step });
     }
+    let computing = open_device(&settings, tell)?;
     let dataset = settings.data.open(&mut |note| tell(Event::Note(note)))?;
     check_extents(&state, &dataset)?;
-    let mut setup = Setup::new(&settings, &dataset, last)?;
+    let mut setup = Setup::new(&settings, &dataset, computing, last)?;
     if let Some(last) = last {
         checkpoint::resume_engine(&mut setup.engine, last)?;
     }
@@ -215,6 +226,17 @@ pub fn resume(
         run.state = state;
     }
     run.train(begun)
+}
+
+/// Finds the device, opens the loss's backend there, and tells of it.
+fn open_device(
+    settings: &TrainSettings,
+    tell: &mut dyn FnMut(Event<'_>),
+) -> Result<(Place, Box<dyn Backend>)> {
+    let place = device::place(settings.device.parse()?)?;
+    let backend = backend::open(&place.spec)?;
+    tell(Event::Computing { device: &place.spec.to_string(), reason: place.reason.as_deref() });
+    Ok((place, backend))
 }
 
 fn check_extents(state: &RunState, dataset: &Dataset) -> Result<()> {

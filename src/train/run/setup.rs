@@ -5,11 +5,12 @@ use std::sync::Arc;
 
 use burn::tensor::Device;
 
-use crate::backend::{self, DeviceSpec};
+use crate::backend::{self, Backend, DeviceSpec};
 use crate::data::{Dataset, ImageBatch, Loader, LoaderSettings, PkSampler};
 use crate::generator::{GeneratorKind, MetaSource, Thresholds};
 use crate::model::EmbeddingNetwork;
 use crate::train::checkpoint;
+use crate::train::device::{Place, moved};
 use crate::train::engine::Engine;
 use crate::train::generator::Generator;
 use crate::train::settings::TrainSettings;
@@ -28,16 +29,19 @@ pub(super) struct Setup {
 
 impl Setup {
     /// A network with first weights, those of `--init`, or those of the checkpoint `last` of the run.
-    pub fn new(settings: &TrainSettings, dataset: &Dataset, last: Option<&Path>) -> Result<Self> {
+    pub fn new(
+        settings: &TrainSettings,
+        dataset: &Dataset,
+        (place, backend): (Place, Box<dyn Backend>),
+        last: Option<&Path>,
+    ) -> Result<Self> {
         let (classes, pictures) = (settings.classes_per_batch, settings.images_per_class);
         let sampler = PkSampler::new(dataset.train.by_class(), classes, pictures, settings.seed)?;
-        let spec: DeviceSpec = settings.device.parse()?;
-        let backend = backend::open(&spec)?;
-        let (network, device) = make_network(settings, last.or(settings.init.as_deref()))?;
-        let generator = make_generator(settings, &spec, last.is_some())?;
+        let network = make_network(settings, last.or(settings.init.as_deref()), &place.network)?;
+        let generator = make_generator(settings, &place.spec, last.is_some())?;
         let fresh_meta = generator.is_some() && settings.generator.meta == MetaSource::Fresh;
         let meta_sampler = fresh_meta.then(|| meta_sampler(settings, dataset)).transpose()?;
-        let engine = Engine::new(network, settings, backend, generator, device);
+        let engine = Engine::new(network, settings, backend, generator, place.network);
         Ok(Self { engine, sampler, meta_sampler })
     }
 }
@@ -81,24 +85,31 @@ impl Iterator for Batches {
     }
 }
 
-/// A network with the weights of `stored`, or first ones drawn from the seed.
-fn make_network(settings: &TrainSettings, stored: Option<&Path>) -> Result<(EmbeddingNetwork, Device)> {
-    let device = Device::flex().autodiff();
-    device.seed(settings.seed);
+/// A network with the weights of `stored`, or first ones drawn from the seed: read or drawn on the CPU and then
+/// moved, so that a seed means the same weights on every device.
+fn make_network(
+    settings: &TrainSettings,
+    stored: Option<&Path>,
+    device: &Device,
+) -> Result<EmbeddingNetwork> {
+    let cpu = Device::flex().autodiff();
+    cpu.seed(settings.seed);
     let shape = settings.network_shape();
-    let network = EmbeddingNetwork::new(&shape, &device);
-    let Some(path) = stored else { return Ok((network, device)) };
-    let found = checkpoint::shape(path)?;
-    if found != shape {
-        return Err(Error::format(
-            path,
-            format!(
-                "holds a network of --width {} --depth {} --embedding-dim {}: give the same",
-                found.width, found.depth, found.embedding_dim
-            ),
-        ));
+    let mut network = EmbeddingNetwork::new(&shape, &cpu);
+    if let Some(path) = stored {
+        let found = checkpoint::shape(path)?;
+        if found != shape {
+            return Err(Error::format(
+                path,
+                format!(
+                    "holds a network of --width {} --depth {} --embedding-dim {}: give the same",
+                    found.width, found.depth, found.embedding_dim
+                ),
+            ));
+        }
+        network = checkpoint::load(network, path)?;
     }
-    Ok((checkpoint::load(network, path)?, device))
+    Ok(moved(network, device))
 }
 
 /// The generator in its first state; that of `resumed` runs is put in its place afterwards.
