@@ -61,11 +61,7 @@ impl Test<'_> {
     }
 
     /// Recall of the network as it stands; `None` if the run is to end.
-    pub fn recall(
-        &self,
-        engine: &mut Engine,
-        progress: &mut dyn FnMut(usize),
-    ) -> Result<Option<Evaluated>> {
+    pub fn recall(&self, engine: &mut Engine, progress: &mut dyn FnMut(usize)) -> Result<Option<Evaluated>> {
         fn rows(embedded: &Embedded) -> Result<Rows<'_>> {
             Ok(Rows::new(Embeddings::from(embedded.view()?), &embedded.labels))
         }
