@@ -182,7 +182,7 @@ def main() -> None:
                 verdict = "agrees" if off <= BOUND else "FAILS"
                 failed |= off > BOUND
                 print(f"{name}: {source} {verdict}, worst {worst}: {got[worst]:.6f}, {want[worst]:.6f} there")
-    sys.exit(failed)
+    sys.exit(int(failed))
 
 
 if __name__ == "__main__":
