@@ -45,7 +45,8 @@ def read_reports(folder: Path) -> dict[str, dict[str, Usage]]:
     for report in sorted(folder.glob("*.ptxas.txt")):
         current = Usage()
         for line in report.read_text().splitlines():
-            if "warning" in line.lower():
+            # Also when the assembler waits for every single wgmma, which it calls information.
+            if "warning" in line.lower() or "Potential Performance Loss" in line:
                 sys.exit(f"{report.name}: {line}")
             if entry := re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line):
                 current = usage[entry[1]][entry[2]] = Usage()

@@ -5,7 +5,7 @@
 #
 # 1. the reference cases, every dtype, both forms, on the GPU
 # 2. compute-sanitizer memcheck, racecheck and initcheck over them
-# 3. throughput at three densities beside, in the same run on the same embeddings,
+# 3. throughput at several densities beside, in the same run on the same rows,
 #    the floor (two bare cuBLAS GEMMs), dense torch eager and compiled, and
 #    pytorch-metric-learning: table.md, plot.svg, results.json
 #
@@ -13,14 +13,22 @@
 # compute-sanitizer), libclang, and Python with torch; pytorch-metric-learning if it
 # is to be measured. Environment:
 #     BATCHES, DIMS   rows and dimensions, separated by commas
+#     DENSITIES       late (1 % of the negatives mined), middle (8 %), start (30 %), or shares as numbers;
+#                     0.004 and these three by default, what the aims and the CPU's table are about
 #     DTYPE           bf16 (default), f16 or f32
 #     BUDGET          bytes for candidates (16 GiB); a batch takes no more than it can use
 #     SKIP            any of "verify sanitize throughput", to leave out steps
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' benches/device.sh
+    exit
+fi
+
 batches=${BATCHES:-1024,4096,16384,65536,262144}
 dims=${DIMS:-128,512}
+densities=${DENSITIES:-0.004,late,middle,start}
 dtype=${DTYPE:-bf16}
 budget=${BUDGET:-$((16 << 30))}
 skip=" ${SKIP:-} "
@@ -34,7 +42,7 @@ skipped() { [[ $skip == *" $1 "* ]]; }
 
 command -v nvidia-smi >/dev/null || fail "no nvidia-smi: this needs an NVIDIA GPU and its driver"
 gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1) || fail "nvidia-smi finds no GPU"
-python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+skipped throughput || python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
     fail "python3 needs a torch that sees the GPU: python3 -m pip install torch pytorch-metric-learning"
 sanitizer=$(command -v compute-sanitizer || true)
 [[ -n $sanitizer || ! -x ${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer ]] ||
@@ -50,20 +58,21 @@ trap 'rm -rf "$scratch"' EXIT
 {
     echo "# ddtas on $gpu"
     echo
-    echo "- command: BATCHES=$batches DIMS=$dims DTYPE=$dtype BUDGET=$budget SKIP=\"${SKIP:-}\" benches/device.sh"
+    echo "- command: BATCHES=$batches DIMS=$dims DENSITIES=$densities DTYPE=$dtype BUDGET=$budget SKIP=\"${SKIP:-}\" benches/device.sh"
     echo "- commit: $(git rev-parse HEAD)$(git diff --quiet HEAD || echo ', with changes')"
     echo "- GPU, driver, clocks, power limit: $(nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,clocks.max.mem,power.limit --format=csv,noheader | head -n 1)"
-    echo "- $(python3 -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda)')"
+    echo "- $(python3 -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda)' 2>/dev/null || echo 'no torch')"
     echo "- $(rustc --version)"
 } >"$out/README.md"
 
 # Lines for compute-sanitizer; they cost nothing at run time.
 export NVCC_APPEND_FLAGS=-lineinfo
-cargo build --release "${features[@]}"
+cargo build --release "${features[@]}" --bin ddtas-bench
+bench=target/release/ddtas-bench
 
 if ! skipped verify; then
     echo "== reference cases on the GPU"
-    target/release/ddtas-bench verify tests/golden --backend cuda --json >"$out/verify.json" ||
+    "$bench" verify tests/golden --backend cuda --json >"$out/verify.json" ||
         fail "a reference case fails on the GPU: see $out/verify.json"
     # The tests add dtypes, the rectangular form and random shapes; here a skip is a failure.
     DDTAS_REQUIRE_GPU=1 cargo test --release "${features[@]}" --test cuda -- --nocapture
@@ -73,7 +82,7 @@ if ! skipped sanitize; then
     for tool in memcheck racecheck initcheck; do
         echo "== compute-sanitizer $tool"
         "$sanitizer" --tool "$tool" --error-exitcode 1 \
-            target/release/ddtas-bench verify tests/golden --backend cuda >"$out/$tool.txt" 2>&1 ||
+            "$bench" verify tests/golden --backend cuda >"$out/$tool.txt" 2>&1 ||
             fail "compute-sanitizer $tool complains: see $out/$tool.txt"
         tail -n 1 "$out/$tool.txt"
     done
@@ -81,21 +90,22 @@ fi
 
 if ! skipped throughput; then
     echo "== throughput"
-    # One size at a time: the largest file of embeddings is half a gigabyte.
-    for batch in ${batches//,/ }; do
-        python3 benches/device/embeddings.py --batch "$batch" --dim "$dims" --out "$scratch"
-        for file in "$scratch/$batch"-*.safetensors; do
-            name=$(basename "$file" .safetensors)
-            dim=${name#*-} dim=${dim%%-*}
-            target/release/ddtas-bench throughput --backend cuda --batch "$batch" --dim "$dim" \
-                --dtype "$dtype" --embeddings "$file" --json >"$scratch/$name.host.json"
-            # Beside it without the copies between host and GPU, as a training step calls it.
-            cargo bench --quiet "${features[@]}" --bench resident -- "$file" \
-                --dtype "$dtype" --budget "$budget" \
-                >"$scratch/$name.ddtas.json"
-            python3 benches/device/baselines.py "$file" --dtype "$dtype" >"$scratch/$name.peers.json"
+    # Built before anything is timed.
+    cargo bench --quiet --no-run "${features[@]}" --bench resident
+    for dim in ${dims//,/ }; do
+        for density in ${densities//,/ }; do
+            for batch in ${batches//,/ }; do
+                name=$batch-$dim-$density rows=$scratch/rows.safetensors
+                # Draws the rows that everybody is measured on, and measures from the host, copies included.
+                "$bench" throughput --backend cuda --batch "$batch" --dim "$dim" --density "$density" \
+                    --dtype "$dtype" --save-embeddings "$rows" --json >"$scratch/$name.host.json"
+                # Without the copies between host and GPU, as a training step on the GPU calls it.
+                cargo bench --quiet "${features[@]}" --bench resident -- --embeddings "$rows" \
+                    --dtype "$dtype" --budget "$budget" >"$scratch/$name.ddtas.json"
+                python3 benches/device/baselines.py "$rows" --dtype "$dtype" >"$scratch/$name.peers.json"
+                rm "$rows"
+            done
         done
-        rm "$scratch/$batch"-*.safetensors
     done
     python3 benches/device/report.py "$scratch" "$out"
 fi

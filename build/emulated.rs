@@ -12,7 +12,8 @@ pub fn build() -> Result<(), String> {
     let folder = cargo_path("CARGO_MANIFEST_DIR")?.join("kernels");
     println!("cargo::rerun-if-changed={}", folder.display());
     let failed = |error: std::io::Error| format!("cannot read {}: {error}", folder.display());
-    let mut sources = vec![folder.join("emulation/machine.cpp"), folder.join("emulation/fiber.cpp")];
+    let parts = ["machine", "instructions", "hopper", "fiber"];
+    let mut sources: Vec<_> = parts.iter().map(|part| folder.join(format!("emulation/{part}.cpp"))).collect();
     for entry in fs::read_dir(&folder).map_err(failed)? {
         let path = entry.map_err(failed)?.path();
         if path.extension().is_some_and(|extension| extension == "cu") {

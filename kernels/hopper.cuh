@@ -4,8 +4,10 @@
 // descriptors: both operands are read straight from the stages, without ldmatrix. A stage of a
 // prepared tile is 16 KB in a row, so one thread starts one bulk copy for each operand, and a
 // barrier in shared memory tells when both are there. Two warpgroups take 64 rows of the tile
-// each. Four stages, since a stage is read until the product after the next is issued.
-// 16-bit types only: splitting f32 needs registers.
+// each. 16-bit types only: splitting f32 needs registers.
+//
+// Every S of 16-bit rows that mining sees comes from here on Hopper, whether its tile was stored
+// or is recomputed: both ways have the same bits.
 #ifndef DDTAS_HOPPER_CUH
 #define DDTAS_HOPPER_CUH
 
@@ -18,7 +20,7 @@ static_assert(HOPPER_STAGES_BYTES == kHopperStages * 2 * TILE * STAGE_BYTES, "th
 
 using GroupAccumulators = float[16][4];  // [columns / 8, ...] of m64n128
 
-// Where a thread's accumulators stand in the tile, as Place has it.
+// Where a thread's accumulators stand in the tile, as Place has it; the same for any width.
 struct GroupPlace {
     static constexpr int rows = 2, columns = 32;
     DEVICE uint32_t row_of(int r) const { return warp_index() * 16 + r * 8 + lane_index() / 4; }
@@ -26,22 +28,41 @@ struct GroupPlace {
     static DEVICE float value(const GroupAccumulators &acc, int r, int c) { return acc[c / 2][r * 2 + c % 2]; }
 };
 
-template <class Numbers>
-DEVICE void group_multiply(GroupAccumulators &acc, Descriptor a, Descriptor b);
-template <>
-DEVICE void group_multiply<HalfF16>(GroupAccumulators &acc, Descriptor a, Descriptor b) {
-    group_mma_f16(acc, a, b);
+// c += a b in the rows' type, asynchronously.
+template <bool transposed, int n>
+DEVICE void group_multiply(HalfF16, float (&c)[n][4], Descriptor a, Descriptor b) {
+    group_mma_f16<transposed>(c, a, b);
 }
-template <>
-DEVICE void group_multiply<HalfBf16>(GroupAccumulators &acc, Descriptor a, Descriptor b) {
-    group_mma_bf16(acc, a, b);
+template <bool transposed, int n>
+DEVICE void group_multiply(HalfBf16, float (&c)[n][4], Descriptor a, Descriptor b) {
+    group_mma_bf16<transposed>(c, a, b);
 }
 
-// acc = the products of the TILE rows from `a` on with those from `b` on, as multiply_tile.
-// `barriers` are used once: a block computes one tile.
-template <class Numbers>
+// Stages that are filled in turn, each with a barrier that counts one arrival.
+template <int count>
+struct GroupStages {
+    unsigned char *bytes;         // [count, 2 operands, TILE, STAGE_BYTES]
+    Barrier *barriers;            // [count]
+    uint32_t filled = 0;          // so far: the phases of the barriers follow from it
+
+    // By all threads; those that wait have passed a block_sync() before.
+    DEVICE void begin() const {
+        if (thread_index() != 0) return;
+        for (int stage = 0; stage < count; ++stage) barrier_begin(&barriers[stage], 1);
+    }
+    DEVICE unsigned char *stage(uint32_t turn) const { return bytes + turn % count * 2 * TILE * STAGE_BYTES; }
+    DEVICE Barrier *barrier(uint32_t turn) const { return &barriers[turn % count]; }
+    static DEVICE uint32_t parity(uint32_t turn) { return turn / count % 2; }
+};
+
+// acc = the products of the TILE rows from `a` on with those from `b` on, as multiply_tile. The
+// stages are free on entry and on return. Half of them are under way, half may be read.
+template <class Numbers, int stage_count>
 DEVICE void group_multiply_tile(GroupAccumulators &acc, const void *a, const void *b, uint64_t stride_bytes,
-                                unsigned char *stages, Barrier (&barriers)[kHopperStages]) {
+                                GroupStages<stage_count> &stages) {
+    // A stage is filled again when the product that read it is done: ahead + pending < stage_count.
+    constexpr uint32_t ahead = stage_count / 2;
+    constexpr int pending = stage_count / 2 - 1;
     constexpr uint32_t half_bytes = TILE * STAGE_BYTES;
     auto a_bytes = static_cast<const unsigned char *>(a);
     auto b_bytes = static_cast<const unsigned char *>(b);
@@ -49,40 +70,39 @@ DEVICE void group_multiply_tile(GroupAccumulators &acc, const void *a, const voi
     uint32_t group_rows = warp_index() / 4 * (TILE / 2) * STAGE_BYTES;
     auto copy = [&](uint32_t index) {
         if (index >= count || thread_index() != 0) return;
-        unsigned char *stage = stages + index % kHopperStages * 2 * half_bytes;
-        Barrier *barrier = &barriers[index % kHopperStages];
+        uint64_t from = static_cast<uint64_t>(index) * half_bytes;
+        unsigned char *stage = stages.stage(stages.filled + index);
+        Barrier *barrier = stages.barrier(stages.filled + index);
         barrier_expect(barrier, 2 * half_bytes);
-        copy_bulk(stage, a_bytes + static_cast<uint64_t>(index) * half_bytes, half_bytes, barrier);
-        copy_bulk(stage + half_bytes, b_bytes + static_cast<uint64_t>(index) * half_bytes, half_bytes, barrier);
+        copy_bulk(stage, a_bytes + from, half_bytes, barrier);
+        copy_bulk(stage + half_bytes, b_bytes + from, half_bytes, barrier);
     };
-    if (thread_index() == 0) {
-        for (Barrier &barrier : barriers) barrier_begin(&barrier, 1);
-    }
 #pragma unroll
     for (int n = 0; n < 16; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) acc[n][i] = 0.0f;
     }
-    block_sync();  // the barriers have begun
-    copy(0);
-    copy(1);
+    group_settle(acc);
+    for (uint32_t index = 0; index < ahead; ++index) copy(index);
     for (uint32_t index = 0; index < count; ++index) {
-        block_sync();  // both groups are done with the stage before the last
-        copy(index + 2);
-        barrier_wait(&barriers[index % kHopperStages], index / kHopperStages % 2);
+        block_sync();  // the barriers have begun, and both groups are done with the stage that is filled next
+        copy(index + ahead);
+        uint32_t turn = stages.filled + index;
+        barrier_wait(stages.barrier(turn), stages.parity(turn));
         warp_sync();
-        const unsigned char *stage = stages + index % kHopperStages * 2 * half_bytes;
+        const unsigned char *stage = stages.stage(turn);
         Descriptor rows = stage_descriptor(stage + group_rows), columns = stage_descriptor(stage + half_bytes);
         group_fence();
 #pragma unroll
         for (int step = 0; step < kGranules / 2; ++step) {
-            group_multiply<Numbers>(acc, advanced(rows, step * 32), advanced(columns, step * 32));
+            group_multiply<false>(Numbers{}, acc, advanced(rows, step * 32), advanced(columns, step * 32));
         }
         group_commit();
-        group_wait<1>();
+        group_wait<pending>();
     }
     group_wait<0>();
     block_sync();
+    stages.filled += count;
 }
 
 #endif

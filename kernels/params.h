@@ -24,8 +24,9 @@
 /* The sweep: the stages, and the bounds of its rows (16 bytes) and columns (8 bytes).
  * 99 KiB, all that a block of sm_89 may have; two blocks fit on sm_90. */
 #define SWEEP_SHARED_BYTES (SIMILARITY_STAGES_BYTES + TILE * 24)
-/* Hopper's sweep: 4 stages with a barrier each, which leaves one block a multiprocessor. */
+/* On Hopper: 4 stages with a barrier each, which leaves one block a multiprocessor. */
 #define HOPPER_STAGES_BYTES (4 * 2 * TILE * STAGE_BYTES)
+#define SELECT_HOPPER_SHARED_BYTES (HOPPER_STAGES_BYTES + 4 * 8)
 #define SWEEP_HOPPER_SHARED_BYTES (HOPPER_STAGES_BYTES + TILE * 24 + 4 * 8)
 /* Keys that one block sorts. */
 #define ORDER_TILE 1024
@@ -45,6 +46,9 @@
  * four of 16-bit types, two of f32. */
 #define GRADIENT_DEPTH 32
 #define GRADIENT_STAGES_BYTES (4 * GRADIENT_DEPTH * GRADIENT_COLUMNS * 2)
+/* On Hopper: two stages of a whole tile's rows (64 KB), two tiles of M (32 KB), two barriers for
+ * the stages and two for a tile of S that is recomputed in one. */
+#define GRADIENT_HOPPER_SHARED_BYTES (2 * TILE * GRADIENT_COLUMNS * 2 + 2 * TILE * TILE * 2 + 4 * 8)
 /* Rows and columns of the gradient that one block of the list way keeps as f32. */
 #define LISTS_ROWS 64
 #define LISTS_COLUMNS 256

@@ -4,12 +4,13 @@
 // select_stored, select_recomputed: the AT-ASMS decision is taken anew by every block from
 //   the counters of the sweep (no round trip to the host); then each candidate is held
 //   against the final thresholds of its row and its column. One block a tile, the one
-//   kernel for tiles whose candidates were stored, the other for those that did not fit.
+//   kernel for tiles whose candidates were stored, the other (on Hopper with wgmma) for
+//   those that did not fit.
 // weigh: per-row weights from the counts, the scalars, results in original order. One block.
 // Sync: integer atomics alone. The sums of the loss are 64-bit fixed point, so that the
 //   order of blocks and the way a tile took cannot change a bit.
 
-#include "tile.cuh"
+#include "hopper.cuh"
 
 struct Tolerances {
     double pos;
@@ -127,28 +128,18 @@ KERNEL(select_stored, PairsParams, 2) {
 static_assert(SELECT_SHARED_BYTES + TILE * kValuesStride * sizeof(float) <= SIMILARITY_STAGES_BYTES,
               "the values of a tile fit where its rows were streamed through");
 
-template <class Numbers>
-DEVICE void select_recomputed_body(const PairsParams &p) {
-    SHARED_MEMORY(bytes);
+// Every pair of a tile of S, whose accumulators `acc` go through shared memory, over the stages that
+// are free now: a loop over registers would have to be unrolled, 64 times the code below.
+template <class Where, class Sums>
+DEVICE void select_tile(const Pairs &pairs, TileIndex tile, unsigned char *bytes, const Sums &acc) {
     auto &shared = *reinterpret_cast<SelectShared *>(bytes);
-    const Pairs &pairs = p.pairs;
-    uint64_t index = block_x();
-    if (pairs.tile_counts[index] <= pairs.tile_capacity) return;
-    TileIndex tile = tile_of(pairs, index);
-    Accumulators<4> acc;
-    multiply_tile<Numbers, 4>(acc, tile_rows<Numbers>(pairs.anchors, tile.row, pairs.stride),
-                              tile_rows<Numbers>(pairs.references, tile.column, pairs.stride),
-                              stride_bytes<Numbers>(pairs), bytes, false);
-    // Through shared memory, over the stages that are free now: a loop over registers would have
-    // to be unrolled, 64 times the code below.
     auto *values = reinterpret_cast<float *>(bytes + SELECT_SHARED_BYTES);  // [TILE, kValuesStride]
-    Place<4> place;
+    Where place;
 #pragma unroll
-    for (int row = 0; row < 8; ++row) {
+    for (int row = 0; row < Where::rows; ++row) {
 #pragma unroll
-        for (int column = 0; column < 8; ++column) {
-            values[place.row(row / 2, row % 2) * kValuesStride + place.column(column / 2, column % 2)] =
-                acc[row / 2][column / 2][row % 2 * 2 + column % 2];
+        for (int column = 0; column < Where::columns; ++column) {
+            values[place.row_of(row) * kValuesStride + place.column_of(column)] = Where::value(acc, row, column);
         }
     }
     select_begin(pairs, tile, shared);  // its barrier publishes the values too
@@ -159,7 +150,45 @@ DEVICE void select_recomputed_body(const PairsParams &p) {
     }
     select_end(pairs, tile, shared);
 }
+
+template <class Numbers>
+DEVICE void select_recomputed_body(const PairsParams &p) {
+    SHARED_MEMORY(bytes);
+    const Pairs &pairs = p.pairs;
+    uint64_t index = block_x();
+    if (pairs.tile_counts[index] <= pairs.tile_capacity) return;
+    TileIndex tile = tile_of(pairs, index);
+    Accumulators<4> acc;
+    multiply_tile<Numbers, 4>(acc, tile_rows<Numbers>(pairs.anchors, tile.row, pairs.stride),
+                              tile_rows<Numbers>(pairs.references, tile.column, pairs.stride),
+                              stride_bytes<Numbers>(pairs), bytes, false);
+    select_tile<Place<4>>(pairs, tile, bytes, acc);
+}
+
+// The same on Hopper's warpgroup products, with the bits of sweep_hopper.
+template <class Numbers>
+DEVICE void select_recomputed_hopper_body([[maybe_unused]] const PairsParams &p) {
+#ifdef HAS_WARPGROUP_PRODUCTS
+    SHARED_MEMORY(bytes);
+    const Pairs &pairs = p.pairs;
+    uint64_t index = block_x();
+    if (pairs.tile_counts[index] <= pairs.tile_capacity) return;
+    TileIndex tile = tile_of(pairs, index);
+    GroupStages<kHopperStages> stages{bytes, reinterpret_cast<Barrier *>(bytes + HOPPER_STAGES_BYTES)};
+    stages.begin();
+    GroupAccumulators acc;
+    group_multiply_tile<Numbers>(acc, tile_rows<Numbers>(pairs.anchors, tile.row, pairs.stride),
+                                 tile_rows<Numbers>(pairs.references, tile.column, pairs.stride),
+                                 stride_bytes<Numbers>(pairs), stages);
+    select_tile<GroupPlace>(pairs, tile, bytes, acc);
+#else
+    trap();
+#endif
+}
+
 KERNEL_IN_EVERY_PRECISION(select_recomputed, PairsParams, 1)
+KERNEL(select_recomputed_hopper_f16, PairsParams, 1) { select_recomputed_hopper_body<HalfF16>(p); }
+KERNEL(select_recomputed_hopper_bf16, PairsParams, 1) { select_recomputed_hopper_body<HalfBf16>(p); }
 
 // Loss, its derivatives and weights of one row (SPEC 4).
 KERNEL(weigh, WeighParams, 1) {

@@ -268,8 +268,7 @@ DEVICE void sweep_body(const PairsParams &p) {
     sweep_end<Place<4>>(pairs, tile, index, shared, acc);
 }
 
-// The same on Hopper's warpgroup products. S may differ from mma.sync's in its last bit, which only
-// matters where a tile is recomputed: selection and gradient both recompute with mma.sync.
+// The same on Hopper's warpgroup products.
 template <class Numbers>
 DEVICE void sweep_hopper_body([[maybe_unused]] const PairsParams &p) {
 #ifdef HAS_WARPGROUP_PRODUCTS
@@ -283,10 +282,12 @@ DEVICE void sweep_hopper_body([[maybe_unused]] const PairsParams &p) {
     uint64_t index = block_x();
     TileIndex tile = tile_of(pairs, index);
     sweep_begin(pairs, tile, shared);
+    GroupStages<kHopperStages> stages{shared.stages, shared.barriers};
+    stages.begin();
     GroupAccumulators acc;
     group_multiply_tile<Numbers>(acc, tile_rows<Numbers>(pairs.anchors, tile.row, pairs.stride),
                                  tile_rows<Numbers>(pairs.references, tile.column, pairs.stride),
-                                 stride_bytes<Numbers>(pairs), shared.stages, shared.barriers);
+                                 stride_bytes<Numbers>(pairs), stages);
     sweep_end<GroupPlace>(pairs, tile, index, shared, acc);
 #else
     trap();

@@ -102,6 +102,14 @@ pub enum Error {
         /// The system's answer.
         source: std::io::Error,
     },
+    /// A run was cut short by something that can be mended, and can then go on.
+    #[error("{cause}; mend that, then: ddtas-train --resume {folder}", folder = folder.display())]
+    Interrupted {
+        /// What went wrong.
+        cause: Box<Error>,
+        /// The run folder.
+        folder: PathBuf,
+    },
     /// Training went wrong in a way that more steps will not mend.
     #[error("{0}")]
     Training(String),
@@ -121,4 +129,4 @@ impl Error {
 }
 
 /// The library's result.
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;

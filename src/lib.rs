@@ -10,6 +10,8 @@
 //! `retrieval`; those on [`backend`]; that on [`loss`].
 
 pub mod backend;
+#[cfg(feature = "capi")]
+pub mod capi;
 #[cfg(feature = "cli")]
 pub mod cases;
 #[cfg(feature = "train")]
@@ -24,7 +26,6 @@ pub mod inference;
 pub mod loss;
 #[cfg(feature = "train")]
 pub mod model;
-#[cfg(feature = "train")]
 pub mod retrieval;
 #[cfg(feature = "cli")]
 mod tensors;

@@ -5,9 +5,9 @@
 
 mod cases;
 
-use ddtas::backend::Backend;
 use ddtas::backend::cuda::{self, CudaBackend, CudaDevice};
 use ddtas::backend::device::{Device, Options, ResidentBatch, ResidentRows, ResidentType};
+use ddtas::backend::{AutoDevice, Backend, DeviceSpec, auto, open};
 use ddtas::loss::{Embeddings, LossOutput, LossSettings, UnitCheck};
 use ddtas::{Error, Result};
 
@@ -107,16 +107,26 @@ fn rows_in_gpu_memory_give_the_bits_of_rows_from_the_host() {
 
 #[test]
 fn a_gpu_that_does_not_exist_is_refused_in_one_line() {
-    let Err(error) = cuda::open(4096) else { panic!("nobody has 4097 GPUs") };
+    let Err(error) = open(&DeviceSpec::Cuda(4096)) else { panic!("nobody has 4097 GPUs") };
     let message = error.to_string();
     assert!(matches!(error, Error::Unavailable(_)), "{error:?}");
     assert!(!message.contains('\n'), "{message}");
-    assert!(message.contains("cuda:4096") || message.contains("--device cpu"), "{message}");
+    assert!(message.ends_with(": use --device cpu"), "{message}");
+    // Without a GPU the reason is another: no driver, or a driver that finds none.
+    assert!(message.contains("cuda:4096") || cuda::check(0).is_err(), "{message}");
 }
 
 #[test]
-fn device_count_and_open_agree() {
+fn auto_takes_the_first_gpu_or_says_why_it_cannot() {
+    let AutoDevice { spec, reason } = auto();
+    assert_eq!(spec, if cuda::check(0).is_ok() { DeviceSpec::Cuda(0) } else { DeviceSpec::Cpu });
+    assert_eq!(reason, cuda::check(0).err().map(|error| error.to_string()));
+}
+
+#[test]
+fn device_count_and_check_agree() {
     let count = cuda::device_count().unwrap_or(0);
     // A GPU that is there may still be too old: that has its own message.
-    assert!(count > 0 || matches!(cuda::open(0), Err(Error::Unavailable(_))));
+    assert!(count > 0 || matches!(cuda::check(0), Err(Error::Unavailable(_))));
+    assert!(matches!(cuda::check(count), Err(Error::Unavailable(_))));
 }

@@ -1,7 +1,7 @@
 //! The emulation itself: what its instructions compute, and that it catches faults.
 //!
 //! Each test compiles a copy of `kernels/` with g++, the faulty ones with a fault
-//! planted in the pipeline that all passes share, and runs it under many schedules.
+//! planted in the pipeline that all passes share, or in Hopper's, and runs it under many schedules.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests: a panic is the failure")]
 
@@ -45,14 +45,29 @@ fn run(program: &str, kernels: &[&str], fault: Option<&Fault>, flags: &[&str]) -
         fs::write(&path, text.replace(from, to)).unwrap();
     }
     let binary = folder.path().join(program);
-    let mut compiler = Command::new(std::env::var("CXX").unwrap_or_else(|_| "g++".into()));
-    compiler.args(["-std=c++17", "-O1", "-g", "-Wno-unknown-pragmas", "-ffp-contract=off"]).args(flags);
-    compiler.arg("-I").arg(&copy).arg("-o").arg(&binary);
-    compiler.arg(root.join(format!("tests/emulation/{program}.cpp")));
-    compiler.args(["emulation/machine.cpp", "emulation/fiber.cpp"].map(|file| copy.join(file)));
-    compiler.arg("-xc++").args(kernels.iter().map(|file| copy.join(file)));
-    let built = compiler.output().unwrap();
-    assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+    let compiler = || {
+        let mut compiler = Command::new(std::env::var("CXX").unwrap_or_else(|_| "g++".into()));
+        compiler
+            .args(["-std=c++17", "-O1", "-g", "-Wno-unknown-pragmas", "-ffp-contract=off", "-I"])
+            .arg(&copy);
+        compiler.current_dir(folder.path());
+        compiler
+    };
+    let checked = |mut compiler: Command| {
+        let built = compiler.output().unwrap();
+        assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+    };
+    // The machine is not watched for races, but says what orders the kernels' threads: races.h.
+    let machine_flags = if flags == THREADS { &["-DDDTAS_EMULATION_RACES"] } else { flags };
+    let parts = ["machine", "instructions", "hopper", "fiber"];
+    let mut machine = compiler();
+    machine.args(machine_flags).arg("-c").args(parts.map(|part| copy.join(format!("emulation/{part}.cpp"))));
+    checked(machine);
+    let mut program_and_kernels = compiler();
+    program_and_kernels.args(flags).arg("-o").arg(&binary).args(parts.map(|part| format!("{part}.o")));
+    program_and_kernels.arg(root.join(format!("tests/emulation/{program}.cpp")));
+    program_and_kernels.arg("-xc++").args(kernels.iter().map(|file| copy.join(file)));
+    checked(program_and_kernels);
     Command::new(&binary).arg(SEEDS).env("ASAN_OPTIONS", "detect_leaks=0").output().unwrap()
 }
 
@@ -60,10 +75,27 @@ fn said(output: &Output) -> String {
     format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
 }
 
+/// What the gradient's product on Hopper says with a fault in it.
+fn run_faulty_hopper(file: &'static str, from: &'static str, to: &'static str) -> String {
+    let output = run("gradient", &["gradient_hopper.cu"], Some(&Fault { file, from, to }), &[]);
+    assert!(!output.status.success(), "the fault went unnoticed");
+    said(&output)
+}
+
 fn run_faulty(from: &'static str, to: &'static str, flags: &[&str]) -> String {
     let fault = Fault { file: "tile.cuh", from, to };
     let output = run("retrieval", &["retrieval.cu"], Some(&fault), flags);
     assert!(!output.status.success(), "the fault went unnoticed");
+    said(&output)
+}
+
+const THREADS: &[&str] = &["-fsanitize=thread"];
+
+/// What ThreadSanitizer says of a kernel with a fault in it.
+fn run_racing(program: &str, file: &'static str, from: &'static str, to: &'static str) -> String {
+    let kernel = if program == "order" { "order.cu" } else { "gradient_hopper.cu" };
+    let output = run(program, &[kernel], Some(&Fault { file, from, to }), THREADS);
+    assert!(!output.status.success(), "the race went unnoticed");
     said(&output)
 }
 
@@ -86,6 +118,57 @@ fn kernels_without_a_fault_pass() {
         &["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     );
     assert!(output.status.success(), "{}", said(&output));
+}
+
+#[test]
+fn hopper_s_kernel_without_a_fault_passes() {
+    let flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"];
+    let output = run("gradient", &["gradient_hopper.cu"], None, &flags);
+    assert!(output.status.success(), "{}", said(&output));
+}
+
+/// Where the gradient on Hopper waits for the rows that a bulk copy brings.
+const LANDED: &str = "barrier_wait(landed, turn / 2 % 2);";
+
+#[test]
+fn reading_before_a_bulk_copy_has_landed_is_caught() {
+    let message = run_faulty_hopper("gradient_hopper.cu", LANDED, "");
+    assert!(message.contains("want"), "{message}");
+}
+
+#[test]
+fn waiting_for_the_wrong_phase_is_caught() {
+    let message = run_faulty_hopper("gradient_hopper.cu", LANDED, "barrier_wait(landed, turn % 2);");
+    assert!(message.contains("want") || message.contains("a phase that nobody ends"), "{message}");
+}
+
+#[test]
+fn a_missing_proxy_fence_is_caught() {
+    let fenced = "async_proxy_fence();\n        block_sync();  // M is there";
+    let message = run_faulty_hopper("gradient_hopper.cu", fenced, "block_sync();  // M is there");
+    assert!(message.contains("want"), "{message}");
+}
+
+#[test]
+fn writing_over_what_a_product_reads_is_caught() {
+    let wait = "group_wait<1>();  // this product goes on";
+    let message = run_faulty_hopper("gradient_hopper.cu", wait, "");
+    assert!(message.contains("want"), "{message}");
+}
+
+#[test]
+fn a_wrong_swizzle_is_caught() {
+    let place = "swizzled(row, byte % STAGE_BYTES / 16)";
+    let message = run_faulty_hopper("matrix.cuh", place, "swizzled(row + 1, byte % STAGE_BYTES / 16)");
+    assert!(message.contains("want"), "{message}");
+}
+
+#[test]
+fn a_descriptor_of_the_wrong_stride_is_caught() {
+    let panels = "panels_descriptor(stage, TILE * STAGE_BYTES)";
+    let message =
+        run_faulty_hopper("gradient_hopper.cu", panels, "panels_descriptor(stage, TILE / 2 * STAGE_BYTES)");
+    assert!(message.contains("want"), "{message}");
 }
 
 #[test]
@@ -117,6 +200,30 @@ fn a_read_past_the_rows_is_caught_by_the_address_sanitizer() {
         &["-fsanitize=address"],
     );
     assert!(message.contains("heap-buffer-overflow"), "{message}");
+}
+
+#[test]
+fn the_thread_sanitizer_sees_no_race_in_kernels_without_a_fault() {
+    let programs = [("retrieval", "retrieval.cu"), ("gradient", "gradient_hopper.cu"), ("order", "order.cu")];
+    for (program, kernel) in programs {
+        let output = run(program, &[kernel], None, THREADS);
+        assert!(output.status.success(), "{program}: {}", said(&output));
+        assert!(!said(&output).contains("data race"), "{program}: {}", said(&output));
+    }
+}
+
+#[test]
+fn a_plain_access_that_races_another_block_is_caught_by_the_thread_sanitizer() {
+    // Blocks of the emulation run one after the other: the count is right all the same.
+    let message = run_racing("order", "order.cu", "atomic_add(p.valid, 1u);", "++*p.valid;");
+    assert!(message.contains("data race") && message.contains("order.cu"), "{message}");
+}
+
+#[test]
+fn a_race_within_a_block_is_named_by_the_thread_sanitizer() {
+    let zeroed = "words[i] = Granule<uint32_t>{};\n    block_sync();";
+    let message = run_racing("gradient", "matrix.cuh", zeroed, "words[i] = Granule<uint32_t>{};");
+    assert!(message.contains("data race") && message.contains("matrix.cuh"), "{message}");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 #![cfg(feature = "train")]
 #![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
 
-mod program;
+mod runs;
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 use assert_cmd::Command;
 use ddtas::retrieval::EmbeddingsFile;
 use ddtas::train::{Record, read_records};
-use program::assert_refused;
+use runs::assert_refused;
 use serde_json::Value;
 
 /// A run on a folder of pictures, made once: its folder, and its data beside it.

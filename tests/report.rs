@@ -63,7 +63,8 @@ fn findings() -> Findings {
         similarities: Array2::from_shape_fn((n, 8), |(_, j)| 0.95 - 0.06 * j as f32),
     };
     let rows: Vec<usize> = (0..n).collect();
-    let queries = report::queries(&cars.test, &rows, &nearest, 8, 8).unwrap();
+    let shown = report::choose(&rows, &rows, &nearest, 8, 8).unwrap();
+    let queries = report::queries(&cars.test, &cars.test, &shown).unwrap();
     let extent = |split: &Arc<ddtas::data::Split>| Extent {
         classes: split.class_names().len(),
         pictures: split.len(),

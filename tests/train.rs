@@ -2,49 +2,11 @@
 #![cfg(feature = "train")]
 #![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
 
-mod program;
-
-use std::path::Path;
+mod runs;
 
 use assert_cmd::Command;
-use ddtas::train::{EvaluationRecord, Record, StepRecord, read_records};
-use program::assert_refused;
-
-/// A run small enough for a test: 16 pixels, a narrow network, small batches.
-fn small_run(output: &Path, steps: usize) -> Command {
-    let mut command = Command::cargo_bin("ddtas-train").unwrap();
-    let steps = steps.to_string();
-    command.args(["--image-size", "16", "--width", "8", "--embedding-dim", "32", "--evaluate-every", "0"]);
-    command.args(["--classes-per-batch", "8", "--images-per-class", "4", "--steps", &steps, "--output"]);
-    command.arg(output);
-    command
-}
-
-fn records(run: &Path) -> (Vec<StepRecord>, Vec<EvaluationRecord>) {
-    let (mut steps, mut evaluations) = (Vec::new(), Vec::new());
-    for record in read_records(&run.join("metrics.jsonl")).unwrap() {
-        match record {
-            Record::Step(step) => steps.push(step),
-            Record::Evaluation(evaluation) => evaluations.push(evaluation),
-        }
-    }
-    (steps, evaluations)
-}
-
-/// A folder of `classes` classes with `pictures` plain pictures each.
-fn folder_of_pictures(root: &Path, classes: usize, pictures: usize) {
-    for class in 0..classes {
-        let folder = root.join(format!("class{class:02}"));
-        std::fs::create_dir_all(&folder).unwrap();
-        for picture in 0..pictures {
-            let colour = [(class * 20) as u8, 255 - (class * 20) as u8, (picture * 30) as u8];
-            let image = image::RgbImage::from_fn(24, 20, |x, y| {
-                image::Rgb([colour[0], colour[1].wrapping_add((x + y) as u8), colour[2]])
-            });
-            image.save(folder.join(format!("{picture}.png"))).unwrap();
-        }
-    }
-}
+use ddtas::backend::{DeviceSpec, auto};
+use runs::{assert_refused, folder_of_pictures, records, small_run};
 
 #[test]
 fn short_training_run_raises_recall_on_unseen_classes() {
@@ -140,6 +102,65 @@ fn unreadable_pictures_are_counted_and_lose_nothing() {
     assert_eq!(records(&run).0.len(), 4);
 }
 
+/// Standard error and the metrics of three steps on `device`.
+fn three_steps_on(device: &str, place: &Path) -> (String, Vec<u8>) {
+    let run = place.join(device.replace(':', "-"));
+    let output = small_run(&run, 3).args(["--device", device]).assert().success().get_output().clone();
+    (String::from_utf8(output.stderr).unwrap(), std::fs::read(run.join("metrics.jsonl")).unwrap())
+}
+
+/// Whether network and loss can go on a GPU here; with DDTAS_REQUIRE_GPU set (benches/device.sh) they must.
+fn gpu_trains() -> bool {
+    let found = cfg!(feature = "train-cuda") && auto().spec != DeviceSpec::Cpu;
+    assert!(
+        found || std::env::var_os("DDTAS_REQUIRE_GPU").is_none(),
+        "a GPU is required: {:?}",
+        auto().reason
+    );
+    found
+}
+
+#[test]
+fn auto_takes_a_gpu_for_the_whole_run_or_says_why_not() {
+    let place = tempfile::tempdir().unwrap();
+    let (said, metrics) = three_steps_on("auto", place.path());
+    if gpu_trains() {
+        assert!(said.contains("computing on cuda:0\n"), "{said}");
+        return;
+    }
+    let reason = auto().reason.map_or_else(String::new, |reason| format!(": {reason}"));
+    assert!(said.contains(&format!("computing on cpu{reason}\n")), "{said}");
+    assert!(metrics == three_steps_on("cpu", place.path()).1, "auto and cpu differ");
+}
+
+#[test]
+fn a_gpu_that_cannot_train_is_refused_in_one_line_before_anything_is_written() {
+    let place = tempfile::tempdir().unwrap();
+    let run = place.path().join("run");
+    let what = if cfg!(feature = "train-cuda") { "use --device cpu" } else { "--features train-cuda" };
+    assert_refused(small_run(&run, 2).args(["--device", "cuda:4096"]), what);
+    if !gpu_trains() {
+        assert_refused(small_run(&run, 2).args(["--device", "cuda:0"]), what);
+    }
+    assert!(!run.exists());
+}
+
+#[test]
+fn a_run_on_a_gpu_starts_from_the_weights_of_the_cpu() {
+    if !gpu_trains() {
+        println!("skipped: no GPU trains here ({:?})", auto().reason);
+        return;
+    }
+    let place = tempfile::tempdir().unwrap();
+    let first_loss = |device: &str| {
+        three_steps_on(device, place.path());
+        records(&place.path().join(device.replace(':', "-"))).0[0].loss
+    };
+    let (cpu, gpu) = (first_loss("cpu"), first_loss("cuda:0"));
+    // Sums run in another order there, and products may be TF32.
+    assert!((gpu - cpu).abs() <= 2e-2 * cpu, "step 0: {gpu} on the GPU, {cpu} on the CPU");
+}
+
 #[test]
 fn wrong_input_is_refused_in_one_line_that_says_what_to_do() {
     let place = tempfile::tempdir().unwrap();
@@ -151,7 +172,7 @@ fn wrong_input_is_refused_in_one_line_that_says_what_to_do() {
     assert_refused(small().args(["--learning-rate", "0"]), "learning-rate = 0");
     assert_refused(small().args(["--batch-norm", "frozen"]), "--init FILE");
     assert_refused(small().args(["--classes-per-batch", "99"]), "98");
-    assert_refused(small().args(["--device", "toaster"]), "toaster");
+    assert_refused(small().args(["--device", "toaster"]), "device = toaster");
     assert_refused(small().arg("--init").arg(place.path().join("none.safetensors")), "none.safetensors");
 
     let data = place.path().join("data");

@@ -53,6 +53,17 @@ fn a_case_with_a_wrong_expectation_fails() {
 }
 
 #[test]
+fn device_is_another_word_for_backend() {
+    let case = "tests/golden/one_class.safetensors";
+    for device in ["cpu", "auto"] {
+        verify(&["--device", device, case]).success();
+    }
+    // Whatever this machine has: there is no such GPU, and one line says so.
+    let text = complaint(&["--device", "cuda:4096", case]);
+    assert!(text.contains("cuda"), "{text}");
+}
+
+#[test]
 fn what_cannot_be_read_is_named() {
     assert!(complaint(&["no/such/folder"]).contains("no/such/folder"));
     assert!(complaint(&["Cargo.toml"]).contains("Cargo.toml: not a safetensors file"));

@@ -1,4 +1,4 @@
-"""Times what ddtas is compared with, on the files of embeddings.py; prints one JSON array.
+"""Times what ddtas is compared with, on the rows of `ddtas-bench throughput --save-embeddings`; prints one JSON array.
 
 gemms            S = E E^T and dE = S E, nothing else: the floor of a loss that is not fused
 dense            the same loss in torch, eager, forward and backward
@@ -20,6 +20,9 @@ import torch
 
 import dense
 import tensors
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from peers import metric_learning, settings_of  # noqa: E402
 
 TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 # S in one piece up to here (8 GiB in bf16); beyond, the floor goes through it in stripes of rows.
@@ -65,6 +68,7 @@ def gemms(embeddings: torch.Tensor) -> Callable[[], object]:
 
 
 def forward_backward(loss: Callable[[torch.Tensor], torch.Tensor], embeddings: torch.Tensor) -> Callable[[], object]:
+    """Unlike that of peers.py it does not wait for the loss's value, which on a GPU would be timed too."""
     leaf = embeddings.clone().requires_grad_()
 
     def step() -> None:
@@ -74,21 +78,14 @@ def forward_backward(loss: Callable[[torch.Tensor], torch.Tensor], embeddings: t
     return step
 
 
-def metric_learning(labels: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    from pytorch_metric_learning import losses, miners
-
-    miner, loss = miners.MultiSimilarityMiner(), losses.MultiSimilarityLoss()
-    return lambda embeddings: loss(embeddings, labels, miner(embeddings, labels))
-
-
-def peers(embeddings: torch.Tensor, labels: torch.Tensor) -> dict[str, Callable[[], Callable[[], object]]]:
+def peers(embeddings: torch.Tensor, labels: torch.Tensor, settings: dict) -> dict[str, Callable[[], Callable[[], object]]]:
     """Name and maker of each step; a maker may fail, for want of memory or of a package."""
     compiled = torch.compile(dense.loss, dynamic=False)
     return {
         "gemms": lambda: gemms(embeddings),
-        "dense": lambda: forward_backward(lambda e: dense.loss(e, labels), embeddings),
-        "compiled": lambda: forward_backward(lambda e: compiled(e, labels), embeddings),
-        "metric-learning": lambda: forward_backward(metric_learning(labels), embeddings.float()),
+        "dense": lambda: forward_backward(lambda e: dense.loss(e, labels, settings), embeddings),
+        "compiled": lambda: forward_backward(lambda e: compiled(e, labels, settings), embeddings),
+        "metric-learning": lambda: forward_backward(lambda e: metric_learning(e, labels, settings), embeddings.float()),
     }
 
 
@@ -98,7 +95,7 @@ def run(path: Path, dtype: str, options: argparse.Namespace) -> list[dict]:
     labels = loaded["labels"].to(options.device)
     count, dim = embeddings.shape
     rows = []
-    for name, make in peers(embeddings, labels).items():
+    for name, make in peers(embeddings, labels, settings_of(metadata)).items():
         if name not in options.peers:
             continue
         row = {"name": name, "batch": count, "dim": dim, "dtype": dtype, "density": metadata["density"]}
@@ -122,7 +119,7 @@ def run(path: Path, dtype: str, options: argparse.Namespace) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="+", help="files of embeddings.py")
+    parser.add_argument("files", type=Path, nargs="+", help="files of rows")
     parser.add_argument("--dtype", choices=TYPES, default="bf16")
     parser.add_argument("--peers", type=lambda text: text.split(","), default=["gemms", "dense", "compiled", "metric-learning"])
     parser.add_argument("--seconds", type=float, default=1.0, help="time spent on each figure")

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstdlib>
 
+#include "races.h"
+
 #if defined(__SANITIZE_ADDRESS__)
 #include <pthread.h>
 #include <sanitizer/asan_interface.h>
@@ -97,6 +99,12 @@ void leave(Fiber &from, Fiber &to, bool last) {
     }
     __sanitizer_start_switch_fiber(last ? nullptr : &from.fake_stack, to.stack, to.stack_bytes);
 }
+#elif defined(DDTAS_EMULATION_RACES)
+void enter(Fiber &) {}
+void leave(Fiber &from, Fiber &to, bool) {
+    if (from.watched == nullptr) from.watched = __tsan_get_current_fiber();  // the OS thread
+    __tsan_switch_to_fiber(to.watched, __tsan_switch_to_fiber_no_sync);
+}
 #else
 void enter(Fiber &) {}
 void leave(Fiber &, Fiber &, bool) {}
@@ -119,6 +127,9 @@ void start_fiber(Fiber &fiber, void (*main)()) {
         fiber.stack = static_cast<unsigned char *>(std::malloc(kStackBytes));
         if (fiber.stack == nullptr) std::abort();
         fiber.stack_bytes = kStackBytes;
+#if defined(DDTAS_EMULATION_RACES)
+        fiber.watched = __tsan_create_fiber(0);
+#endif
     }
     fiber.fake_stack = nullptr;
 #if defined(__SANITIZE_ADDRESS__)

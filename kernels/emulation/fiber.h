@@ -1,4 +1,4 @@
-// fiber.h: stacks and the switch between them, announced to AddressSanitizer.
+// fiber.h: stacks and the switch between them, announced to the sanitizers.
 #ifndef DDTAS_EMULATION_FIBER_H
 #define DDTAS_EMULATION_FIBER_H
 
@@ -11,6 +11,7 @@ struct Fiber {
     unsigned char *stack = nullptr;  // null for the OS thread's own
     size_t stack_bytes = 0;
     void *fake_stack = nullptr;  // AddressSanitizer's
+    void *watched = nullptr;     // ThreadSanitizer's thread
 };
 
 // Prepares a fiber that begins at `main`, which must never return. The stack is allocated once.

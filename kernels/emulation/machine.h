@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 using std::exp;
 using std::fabs;
@@ -71,20 +72,25 @@ template <bool transposed>
 void load_matrices(void **lanes);
 
 // Hopper: products of a warpgroup run at a random point between issue and wait. Each warp's
-// part is computed when the warp's lanes meet; the parts do not depend on each other.
-struct Descriptor {
-    const unsigned char *first;
-};
+// part is computed when the warp's lanes meet; the parts do not depend on each other. Operands
+// are found through their descriptors, as warpgroup.cuh encodes them, in what the proxy of these
+// instructions sees of shared memory: what threads wrote is there from a fence on.
 struct GroupMultiply {
     float *c;
-    Descriptor a, b;
+    uint64_t a, b;
+    int columns;
+    bool transposed;
 };
 template <Numbers numbers>
 void group_multiply(void **lanes);
 void group_commit(void **lanes);
 void group_wait(void **lanes);
+void async_proxy_fence();
+// The address of a byte of shared memory in the block's own space, where descriptors point.
+uint32_t shared_address(const void *pointer);
 
-// Barriers in shared memory and bulk copies, which land whole, in any order, at any time.
+// Barriers in shared memory and bulk copies, which land whole, in any order, at any time; every
+// other one as late as can be, or a wait that is missing would hardly ever be missed.
 using Barrier = uint64_t;
 void barrier_begin(Barrier *barrier, uint32_t count);
 void barrier_expect(Barrier *barrier, uint32_t bytes);
@@ -166,19 +172,28 @@ inline uint32_t vote_mask(bool vote) {
     return one.result;
 }
 
-// Blocks run one after the other and fibers switch only inside calls of this file: plain operations do.
-inline void atomic_add(uint32_t *target, uint32_t value) { *target += value; }
-inline void atomic_add(uint64_t *target, uint64_t value) { *target += value; }
-inline void atomic_add(int64_t *target, int64_t value) {
-    *target = static_cast<int64_t>(static_cast<uint64_t>(*target) + static_cast<uint64_t>(value));
+// Blocks run one after the other and fibers switch only inside calls of this file: relaxed loads and
+// stores do, atomic ones for ThreadSanitizer, which must tell them from plain accesses.
+template <class T>
+inline T atomic_load(const T *from) { return __atomic_load_n(from, __ATOMIC_RELAXED); }
+template <class T>
+inline void atomic_store(T *to, T value) { __atomic_store_n(to, value, __ATOMIC_RELAXED); }
+template <class T>
+inline void atomic_add(T *target, T value) {
+    using Bits = std::make_unsigned_t<T>;  // which wraps around
+    atomic_store(target, static_cast<T>(static_cast<Bits>(atomic_load(target)) + static_cast<Bits>(value)));
 }
 inline void atomic_add_shared(int64_t *target, int64_t value) { atomic_add(target, value); }
-inline uint32_t atomic_next(uint32_t *target) { return (*target)++; }
+inline uint32_t atomic_next(uint32_t *target) {
+    uint32_t before = atomic_load(target);
+    atomic_store(target, before + 1);
+    return before;
+}
 inline void atomic_max(uint32_t *target, uint32_t value) {
-    if (value > *target) *target = value;
+    if (value > atomic_load(target)) atomic_store(target, value);
 }
 inline void atomic_min(uint32_t *target, uint32_t value) {
-    if (value < *target) *target = value;
+    if (value < atomic_load(target)) atomic_store(target, value);
 }
 
 inline void copy_async(void *to, const void *from) { emulation::copy_async(to, from); }
@@ -207,29 +222,30 @@ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
     emulation::collective("mma_tf32", &one, emulation::multiply<emulation::Numbers::tf32>);
 }
 
-#define HAS_WARPGROUP_PRODUCTS 1
+using emulation::async_proxy_fence;
 using emulation::Barrier;
 using emulation::barrier_begin;
 using emulation::barrier_expect;
 using emulation::barrier_wait;
 using emulation::copy_bulk;
-using emulation::Descriptor;
-inline Descriptor stage_descriptor(const void *stage) { return Descriptor{static_cast<const unsigned char *>(stage)}; }
-inline Descriptor advanced(Descriptor descriptor, uint32_t bytes) { return Descriptor{descriptor.first + bytes}; }
-inline void async_proxy_fence() {}
+using emulation::shared_address;
 inline void group_fence() {}
+template <int n>
+inline void group_settle(float (&)[n][4]) {}
 inline void group_commit() { emulation::collective("group_commit", nullptr, emulation::group_commit); }
 template <int pending>
 inline void group_wait() {
     int operand = pending;
     emulation::collective("group_wait", &operand, emulation::group_wait);
 }
-inline void group_mma_bf16(float (&c)[16][4], Descriptor a, Descriptor b) {
-    emulation::GroupMultiply one{&c[0][0], a, b};
+template <bool transposed, int n>
+inline void group_mma_bf16(float (&c)[n][4], uint64_t a, uint64_t b) {
+    emulation::GroupMultiply one{&c[0][0], a, b, n * 8, transposed};
     emulation::collective("group_mma_bf16", &one, emulation::group_multiply<emulation::Numbers::bf16>);
 }
-inline void group_mma_f16(float (&c)[16][4], Descriptor a, Descriptor b) {
-    emulation::GroupMultiply one{&c[0][0], a, b};
+template <bool transposed, int n>
+inline void group_mma_f16(float (&c)[n][4], uint64_t a, uint64_t b) {
+    emulation::GroupMultiply one{&c[0][0], a, b, n * 8, transposed};
     emulation::collective("group_mma_f16", &one, emulation::group_multiply<emulation::Numbers::f16>);
 }
 [[noreturn]] inline void trap() { emulation::stop("trap"); }

@@ -18,7 +18,7 @@ pub mod device;
 pub mod emulated;
 mod open;
 
-pub use open::{DeviceSpec, open};
+pub use open::{AutoDevice, DeviceSpec, auto, open};
 
 /// One device with one workspace, which is allocated once and reused.
 ///

@@ -26,7 +26,7 @@ impl FromStr for DeviceSpec {
 
     fn from_str(text: &str) -> Result<Self> {
         let unknown = || Error::InvalidSetting {
-            name: "backend",
+            name: "device",
             value: text.to_owned(),
             range: "auto, cpu, cuda, cuda:N (a GPU's index) or emulated",
         };
@@ -54,14 +54,32 @@ impl fmt::Display for DeviceSpec {
     }
 }
 
+/// What [`DeviceSpec::Auto`] comes to on this machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AutoDevice {
+    /// The first GPU, or the CPU.
+    pub spec: DeviceSpec,
+    /// Why it is not a GPU, in a build that could use one.
+    pub reason: Option<String>,
+}
+
+/// Looks for a GPU that can be used; its absence is no error.
+#[must_use]
+pub fn auto() -> AutoDevice {
+    match gpu::check(0) {
+        Ok(()) => AutoDevice { spec: DeviceSpec::Cuda(0), reason: None },
+        Err(reason) => AutoDevice { spec: DeviceSpec::Cpu, reason },
+    }
+}
+
 /// Opens a backend.
 ///
 /// # Errors
 /// [`Error::Unavailable`] if this build or this machine does not have the device.
 pub fn open(spec: &DeviceSpec) -> Result<Box<dyn Backend>> {
     match spec {
-        DeviceSpec::Auto if gpu::count() > 0 => gpu::open(0),
-        DeviceSpec::Auto | DeviceSpec::Cpu => Ok(Box::new(CpuBackend::new())),
+        DeviceSpec::Auto => open(&auto().spec),
+        DeviceSpec::Cpu => Ok(Box::new(CpuBackend::new())),
         DeviceSpec::Cuda(index) => gpu::open(*index),
         DeviceSpec::Emulated => emulation::open(),
     }
@@ -69,11 +87,19 @@ pub fn open(spec: &DeviceSpec) -> Result<Box<dyn Backend>> {
 
 #[cfg(feature = "cuda")]
 mod gpu {
-    pub use crate::backend::cuda::open;
+    use crate::backend::{Backend, cuda};
+    use crate::{Error, Result};
 
-    /// Usable GPUs; none where there is no driver, which is no error for `auto`.
-    pub fn count() -> usize {
-        crate::backend::cuda::device_count().unwrap_or(0)
+    /// Whether the GPU can be used; if not, why.
+    pub fn check(index: usize) -> std::result::Result<(), Option<String>> {
+        cuda::check(index).map_err(|error| Some(error.to_string()))
+    }
+
+    pub fn open(index: usize) -> Result<Box<dyn Backend>> {
+        cuda::open(index).map_err(|error| match error {
+            Error::Unavailable(reason) => Error::Unavailable(format!("{reason}: use --device cpu")),
+            other => other,
+        })
     }
 }
 
@@ -81,8 +107,9 @@ mod gpu {
 mod gpu {
     use crate::{Result, backend::Backend};
 
-    pub fn count() -> usize {
-        0
+    /// Nobody asked this build for a GPU: nothing to explain.
+    pub fn check(_index: usize) -> std::result::Result<(), Option<String>> {
+        Err(None)
     }
 
     pub fn open(_index: usize) -> Result<Box<dyn Backend>> {
@@ -134,8 +161,11 @@ mod tests {
     }
 
     #[test]
-    fn auto_always_opens_something() {
+    fn auto_opens_the_device_it_names() {
         assert_eq!(open(&DeviceSpec::Cpu).unwrap().name(), "cpu");
-        assert!(open(&DeviceSpec::Auto).is_ok());
+        let AutoDevice { spec, reason } = auto();
+        assert_eq!(open(&DeviceSpec::Auto).unwrap().name(), spec.to_string());
+        // A build that could use a GPU says why it does not; another has nothing to say.
+        assert_eq!(reason.is_some(), cfg!(feature = "cuda") && spec == DeviceSpec::Cpu);
     }
 }

@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use image::{ImageReader, RgbImage};
+use image::RgbImage;
 
+use super::decode::{PixelBox, cut, decode};
 use super::synthetic::Fleet;
 use crate::{Error, Result};
 
@@ -14,6 +15,9 @@ use crate::{Error, Result};
 /// 11,870 pictures of 64 x 64 take 139 MiB. Past the budget, pictures are decoded anew each time.
 pub const DEFAULT_CACHE_BYTES: usize = 1 << 30;
 
+/// K of Recall@K where a data set has no customs of its own.
+pub const RECALL_AT: &[usize] = &[1, 2, 4, 8];
+
 /// Two splits with disjoint classes.
 #[derive(Debug, Clone)]
 pub struct Dataset {
@@ -21,10 +25,23 @@ pub struct Dataset {
     pub name: String,
     /// Classes the network learns from.
     pub train: Arc<Split>,
-    /// Unseen classes, for retrieval.
+    /// Unseen classes, for retrieval: the queries, and what they are searched in unless there is a gallery.
     pub test: Arc<Split>,
+    /// What the queries are searched in where that is another set of pictures (In-Shop). Its labels and class names
+    /// are those of `test`; a class may lack pictures on either side.
+    pub gallery: Option<Arc<Split>>,
+    /// The values of K in Recall@K that the set is judged by, ascending.
+    pub recall_at: &'static [usize],
     /// What a user should know before training, one line each (classes with one picture, empty folders).
     pub warnings: Vec<String>,
+}
+
+impl Dataset {
+    /// What the queries are searched in: the gallery, or the test split itself.
+    #[must_use]
+    pub fn searched(&self) -> &Split {
+        self.gallery.as_ref().unwrap_or(&self.test)
+    }
 }
 
 /// Where one picture comes from.
@@ -32,6 +49,13 @@ pub struct Dataset {
 pub enum Source {
     /// A JPEG or PNG file.
     File(PathBuf),
+    /// A part of a JPEG or PNG file.
+    Part {
+        /// The file.
+        path: PathBuf,
+        /// The part, as far as the picture reaches.
+        area: PixelBox,
+    },
     /// The `instance`-th picture of the `class`-th car of a [`Fleet`].
     Synthetic {
         /// Index of the design in its fleet.
@@ -82,6 +106,11 @@ impl Split {
             .into_iter()
             .map(|(name, files)| (name, files.into_iter().map(Source::File).collect()))
             .collect();
+        Self::from_sources(classes, cache_bytes)
+    }
+
+    /// A split of files or parts of files: per class its name and its pictures.
+    pub fn from_sources(classes: Vec<(String, Vec<Source>)>, cache_bytes: usize) -> Self {
         Self::new(classes, None, cache_bytes)
     }
 
@@ -213,6 +242,7 @@ impl Split {
             (Source::Synthetic { class, instance }, Some(fleet)) => Ok(fleet.draw(*class, *instance)),
             (Source::Synthetic { .. }, None) => Err("no fleet to draw it from".into()),
             (Source::File(path), _) => decode(path),
+            (Source::Part { path, area }, _) => cut(&decode(path)?, *area),
         }
     }
 
@@ -225,18 +255,8 @@ impl Source {
     /// The file, or an empty path for a picture drawn in memory.
     pub fn path(&self) -> &Path {
         match self {
-            Self::File(path) => path,
+            Self::File(path) | Self::Part { path, .. } => path,
             Self::Synthetic { .. } => Path::new(""),
         }
     }
-}
-
-/// Decodes by content, not by extension: data sets hold PNGs that are called .jpg.
-fn decode(path: &Path) -> std::result::Result<RgbImage, String> {
-    let reader = ImageReader::open(path).and_then(ImageReader::with_guessed_format);
-    let picture = reader.map_err(|e| e.to_string())?.decode().map_err(|e| e.to_string())?.into_rgb8();
-    if picture.width() == 0 || picture.height() == 0 {
-        return Err("it has no pixels".into());
-    }
-    Ok(picture)
 }

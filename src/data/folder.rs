@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::dataset::{DEFAULT_CACHE_BYTES, Dataset, Split};
+use super::dataset::{DEFAULT_CACHE_BYTES, Dataset, RECALL_AT, Split};
 use crate::{Error, Result};
 
 /// Which classes train, and how much memory pictures may take.
@@ -48,8 +48,7 @@ pub fn folder(root: &Path, settings: &FolderSettings) -> Result<Dataset> {
             continue;
         }
         let name = file_name(&path);
-        let pictures: Vec<_> =
-            sorted_entries(&path)?.into_iter().filter(|file| is_picture(file) && file.is_file()).collect();
+        let pictures = pictures_of(&path)?;
         match pictures.len() {
             0 => empty.push(name),
             1 => {
@@ -101,8 +100,15 @@ pub fn folder(root: &Path, settings: &FolderSettings) -> Result<Dataset> {
         name: root.canonicalize().map_or_else(|_| file_name(root), |path| file_name(&path)),
         train: Arc::new(Split::from_files(classes, settings.cache_bytes)),
         test: Arc::new(Split::from_files(test, settings.cache_bytes)),
+        gallery: None,
+        recall_at: RECALL_AT,
         warnings,
     })
+}
+
+/// The pictures that lie in `folder`, sorted by name.
+pub(super) fn pictures_of(folder: &Path) -> Result<Vec<PathBuf>> {
+    Ok(sorted_entries(folder)?.into_iter().filter(|file| is_picture(file) && file.is_file()).collect())
 }
 
 fn sorted_entries(folder: &Path) -> Result<Vec<PathBuf>> {

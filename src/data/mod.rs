@@ -1,25 +1,40 @@
 //! Data: sets of labelled pictures, P-K batches, augmentation, and a loader
 //! that prepares batches ahead of the step.
 //!
+//! [`DatasetSettings`] says which set and where: one drawn in memory ([`synthetic`]), a folder per class, or one of the
+//! field's four, each in a file of its name, found through `root.rs` and unpacked by `archive.rs` where need be.
+//!
 //! A [`Dataset`] has two [`Split`]s whose classes are disjoint (SPEC 6). A
 //! training step takes an [`ImageBatch`] from a [`Loader`]; evaluation walks a
 //! split in order with [`EvaluationBatches`]. Everything drawn at random comes
 //! from (seed, purpose, step, position), so that neither the number of workers
 //! nor their timing can change a batch.
 
+mod archive;
 mod augment;
+mod cars196;
+mod cub200;
 mod dataset;
+mod decode;
 mod evaluation;
+pub mod fixture;
 mod folder;
+mod in_shop;
 mod loader;
+pub mod mat;
 mod random;
+mod root;
 mod sampler;
+mod settings;
+mod sop;
 pub mod synthetic;
 
 pub use augment::{AugmentSettings, Cropper, MEAN, STANDARD_DEVIATION, TestCrop};
-pub use dataset::{DEFAULT_CACHE_BYTES, Dataset, Source, Split, Unreadable};
+pub use dataset::{DEFAULT_CACHE_BYTES, Dataset, RECALL_AT, Source, Split, Unreadable};
+pub use decode::PixelBox;
 pub use evaluation::EvaluationBatches;
 pub(crate) use folder::is_picture;
 pub use folder::{FolderSettings, folder};
 pub use loader::{ImageBatch, Loader, LoaderSettings};
 pub use sampler::PkSampler;
+pub use settings::{DatasetKind, DatasetSettings};

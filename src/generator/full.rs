@@ -6,8 +6,8 @@ use burn::tensor::{Tensor, TensorData};
 use ndarray::Array2;
 
 use super::{VirtualStep, VirtualStepKind};
-use crate::model::{EmbeddingNetwork, Normalise, to_array};
-use crate::{Error, Result};
+use crate::Result;
+use crate::model::{EmbeddingNetwork, Normalise, read, to_array};
 
 /// How far the weights move to either side for the difference. Small enough for the curvature of the network
 /// not to show, large enough for f32 to resolve it.
@@ -122,11 +122,7 @@ fn dot(network: &EmbeddingNetwork, a: &GradientsParams, b: &GradientsParams) -> 
     network.visit(&mut dot);
     let mut total = 0.0;
     for sum in dot.sums {
-        let values = sum
-            .into_data()
-            .try_into_vec::<f32>()
-            .map_err(|error| Error::Training(format!("a gradient cannot be read back: {error:?}")))?;
-        total += values.into_iter().map(f64::from).sum::<f64>();
+        total += read(sum)?.into_iter().map(f64::from).sum::<f64>();
     }
     Ok(total)
 }

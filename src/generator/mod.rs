@@ -11,14 +11,17 @@
 //! | `update.rs` | from hyper-gradients to the next lambda: rates, pull, range, ensemble |
 //! | `head.rs` | virtual step of the embedding head alone, in closed form |
 //! | `full.rs` | virtual step of the whole network, tangent by central difference |
+//! | `neighbours.rs` | a meta objective without a threshold |
 
 pub mod full;
 pub mod head;
+mod neighbours;
 mod settings;
 mod update;
 
+pub use neighbours::neighbours;
 pub use settings::{
-    GeneratorKind, GeneratorSettings, LambdaReference, MetaSource, Optimizer, VirtualStep, VirtualStepKind,
+    GeneratorKind, GeneratorSettings, MetaObjective, MetaSource, Optimizer, VirtualStep, VirtualStepKind,
 };
 pub use update::{Member, Thresholds, UpdateRule};
 
@@ -38,21 +41,5 @@ impl Lambda {
     #[must_use]
     pub fn applied_to(self, settings: &LossSettings) -> LossSettings {
         LossSettings { lambda_pos: self.pos, lambda_neg: self.neg, ..*settings }
-    }
-}
-
-impl LambdaReference {
-    /// lambda_ref for a meta batch whose hardest negatives are `max_neg`, an entry a row, `-inf` where there is none.
-    #[must_use]
-    pub fn resolve(self, max_neg: &[f32]) -> f64 {
-        match self {
-            Self::Fixed(value) => value,
-            Self::Hardest => {
-                let hardest = max_neg.iter().filter(|value| value.is_finite());
-                let (sum, count) =
-                    hardest.fold((0.0, 0u32), |(sum, count), &value| (sum + f64::from(value), count + 1));
-                if count == 0 { 0.0 } else { sum / f64::from(count) }
-            }
-        }
     }
 }

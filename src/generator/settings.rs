@@ -1,8 +1,6 @@
 //! What can be set of the threshold generator.
 
-use std::fmt;
 use std::path::PathBuf;
-use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
@@ -65,54 +63,15 @@ pub struct VirtualStep {
     pub rate: f64,
 }
 
-/// The threshold of the meta loss, lambda_ref.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub enum LambdaReference {
-    /// A constant.
-    Fixed(f64),
-    /// The meta batch's mean similarity to the hardest negative: moves with the embedding space.
-    Hardest,
-}
-
-impl FromStr for LambdaReference {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        if text == "hardest" {
-            return Ok(Self::Hardest);
-        }
-        text.parse().ok().filter(|value| (-2.0..=2.0).contains(value)).map(Self::Fixed).ok_or_else(|| {
-            Error::InvalidSetting {
-                name: "lambda-reference",
-                value: text.to_owned(),
-                range: "-2 to 2, or hardest",
-            }
-        })
-    }
-}
-
-impl fmt::Display for LambdaReference {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Fixed(value) => write!(f, "{value}"),
-            Self::Hardest => f.write_str("hardest"),
-        }
-    }
-}
-
-impl TryFrom<String> for LambdaReference {
-    type Error = Error;
-
-    fn try_from(text: String) -> Result<Self> {
-        text.parse()
-    }
-}
-
-impl From<LambdaReference> for String {
-    fn from(reference: LambdaReference) -> Self {
-        reference.to_string()
-    }
+/// What the virtual step is judged by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MetaObjective {
+    /// The loss on the meta batch, at --lambda-reference.
+    #[default]
+    Loss,
+    /// Whether the meta batch's soft nearest neighbours are of the right class: no threshold to choose.
+    Neighbours,
 }
 
 /// Settings of the threshold generator.
@@ -136,9 +95,12 @@ pub struct GeneratorSettings {
     /// Training batches that make up a recent meta batch.
     #[arg(long, default_value_t = 4)]
     pub meta_recent: usize,
-    /// Threshold of the meta loss: a similarity, or hardest, the mean similarity to the hardest negative.
-    #[arg(long, default_value = "0.7", allow_negative_numbers = true)]
-    pub lambda_reference: LambdaReference,
+    /// What the virtual step is judged by.
+    #[arg(long, value_enum, default_value_t)]
+    pub meta_objective: MetaObjective,
+    /// Threshold of the meta loss (--meta-objective loss).
+    #[arg(long, default_value_t = 0.7, allow_negative_numbers = true)]
+    pub lambda_reference: f64,
     /// Whether --virtual-rate multiplies the gradient (plain) or its direction (unit).
     #[arg(long, value_enum, default_value_t)]
     pub virtual_step: VirtualStepKind,
@@ -207,6 +169,8 @@ impl GeneratorSettings {
             needs_head,
         )?;
         check(head || self.meta == MetaSource::Fresh, "meta", "recent".into(), needs_head)?;
+        let reference = self.lambda_reference;
+        check((-2.0..=2.0).contains(&reference), "lambda-reference", reference.to_string(), "-2 to 2")?;
         for (name, value) in [("virtual-rate", self.virtual_rate), ("lambda-rate", self.lambda_rate)] {
             check(value > 0.0 && value.is_finite(), name, value.to_string(), "above 0")?;
         }

@@ -3,13 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::embedder::{Embedder, skipped};
+use super::embedder::{self, Embedder};
 use super::{Event, Skipped};
 use crate::backend::{self, Backend, DeviceSpec};
-use crate::data::Dataset;
+use crate::data::{Dataset, DatasetKind, DatasetSettings};
 use crate::loss::Rows;
 use crate::retrieval::{self, EmbeddingsFile, Metrics};
-use crate::train::{DatasetKind, TrainSettings, open_dataset};
+use crate::train::TrainSettings;
 use crate::{Error, Result};
 
 /// The values of K where nobody asks for others.
@@ -28,8 +28,8 @@ pub struct EvalSettings {
     /// Data set whose unseen classes are searched; that of the checkpoint's run if not given.
     #[arg(long, value_enum)]
     pub dataset: Option<DatasetKind>,
-    /// Where the data set lies.
-    #[arg(long, value_name = "DIR")]
+    /// Folder of the data set, or its archive as it was downloaded.
+    #[arg(long, value_name = "PATH")]
     pub data_root: Option<PathBuf>,
     /// Classes that trained, in sorted order (--dataset folder).
     #[arg(long, value_name = "N", requires = "dataset")]
@@ -37,11 +37,14 @@ pub struct EvalSettings {
     /// Seed of the cars of --dataset synthetic.
     #[arg(long, value_name = "SEED", requires = "dataset")]
     pub data_seed: Option<u64>,
+    /// Cut every picture to its bounding box, as in training (cars196, cub200, in-shop).
+    #[arg(long, requires = "dataset")]
+    pub crop_to_box: bool,
     /// Side of the pictures the network sees; what the checkpoint says if not given.
     #[arg(long, value_name = "PIXELS")]
     pub image_size: Option<usize>,
 
-    /// The values of K in Recall@K, separated by commas; 1,2,4,8 if not given.
+    /// The values of K in Recall@K, separated by commas; the data set's own if not given, or 1,2,4,8.
     #[arg(long, value_name = "K", value_delimiter = ',')]
     pub recall_at: Vec<usize>,
     /// Also cluster the queries by k-means, into as many clusters as they have classes, and measure NMI.
@@ -102,7 +105,7 @@ pub fn evaluate(settings: &EvalSettings, tell: &mut dyn FnMut(Event<'_>)) -> Res
                 file.labels.as_ref().ok_or_else(|| Error::format(path, "there is no tensor `labels`"))?;
             let queries = Rows::new(file.values.view(), labels);
             let gallery = file.gallery.as_ref().map(|rows| Rows::new(rows.values.view(), &rows.labels));
-            measure(settings, path, &mut *backend, &queries, gallery.as_ref(), tell)
+            measure(settings, path, &mut *backend, (&queries, gallery.as_ref()), &RECALL_AT, tell)
         }
         (None, Some(path)) => evaluate_checkpoint(settings, path, &mut *backend, tell),
         (None, None) => Err(Error::InvalidSetting {
@@ -120,22 +123,33 @@ fn evaluate_checkpoint(
     tell: &mut dyn FnMut(Event<'_>),
 ) -> Result<Evaluation> {
     let embedder = Embedder::open(path, settings.image_size)?;
-    let dataset = open(settings, path)?;
+    let dataset = open(settings, path, &mut |note| tell(Event::Note(note)))?;
     dataset.warnings.iter().for_each(|warning| tell(Event::Warning(warning)));
     let begun = Instant::now();
     let queries = embedder.embed(&dataset.test, tell)?;
+    let gallery = dataset.gallery.as_ref().map(|gallery| embedder.embed(gallery, tell)).transpose()?;
     let embedding_seconds = begun.elapsed().as_secs_f64();
     let rows = Rows::new(queries.view()?, &queries.labels);
-    let evaluation = measure(settings, path, backend, &rows, None, tell)?;
-    let skipped = skipped(&dataset.test);
+    let searched = gallery.as_ref().map(|side| Ok::<_, Error>(Rows::new(side.view()?, &side.labels)));
+    let searched = searched.transpose()?;
+    let ks = dataset.recall_at;
+    let evaluation = measure(settings, path, backend, (&rows, searched.as_ref()), ks, tell)?;
+    let mut skipped = embedder::skipped(&dataset.test);
+    skipped.extend(dataset.gallery.iter().flat_map(|gallery| embedder::skipped(gallery)));
     Ok(Evaluation { dataset: Some(dataset.name), skipped, embedding_seconds, ..evaluation })
 }
 
 /// The data set asked for, or that of the run whose folder holds the checkpoint.
-fn open(settings: &EvalSettings, checkpoint: &Path) -> Result<Dataset> {
-    if let Some(kind) = settings.dataset {
-        let seed = settings.data_seed.unwrap_or(0);
-        return open_dataset(kind, settings.data_root.as_deref(), settings.train_classes, seed);
+fn open(settings: &EvalSettings, checkpoint: &Path, tell: &mut dyn FnMut(&str)) -> Result<Dataset> {
+    if let Some(dataset) = settings.dataset {
+        let given = DatasetSettings {
+            dataset,
+            data_root: settings.data_root.clone(),
+            train_classes: settings.train_classes,
+            crop_to_box: settings.crop_to_box,
+            data_seed: settings.data_seed.unwrap_or(0),
+        };
+        return given.open(tell);
     }
     let config = checkpoint.with_file_name("config.toml");
     if !config.is_file() {
@@ -148,19 +162,19 @@ fn open(settings: &EvalSettings, checkpoint: &Path) -> Result<Dataset> {
     let text = std::fs::read_to_string(&config).map_err(Error::io("read", &config))?;
     let run: TrainSettings =
         toml::from_str(&text).map_err(|error| Error::format(&config, error.message().to_owned()))?;
-    let root = settings.data_root.as_deref().or(run.data_root.as_deref());
-    open_dataset(run.dataset, root, run.train_classes, run.data_seed)
+    let data_root = settings.data_root.clone().or_else(|| run.data.data_root.clone());
+    DatasetSettings { data_root, ..run.data }.open(tell)
 }
 
 fn measure(
     settings: &EvalSettings,
     source: &Path,
     backend: &mut dyn Backend,
-    queries: &Rows<'_>,
-    gallery: Option<&Rows<'_>>,
+    (queries, gallery): (&Rows<'_>, Option<&Rows<'_>>),
+    recall_at: &[usize],
     tell: &mut dyn FnMut(Event<'_>),
 ) -> Result<Evaluation> {
-    let ks = if settings.recall_at.is_empty() { &RECALL_AT[..] } else { &settings.recall_at };
+    let ks = if settings.recall_at.is_empty() { recall_at } else { &settings.recall_at };
     let begun = Instant::now();
     let metrics = retrieval::evaluate(backend, queries, gallery, ks, &mut |done, total| {
         tell(Event::Searching { done, total });

@@ -49,6 +49,8 @@ pub enum Event<'a> {
         /// Most steps there will be.
         steps: usize,
     },
+    /// Something that takes long has begun.
+    Note(&'a str),
     /// Something the user should know.
     Warning(&'a str),
 }

@@ -184,10 +184,7 @@ impl<'a> Batch<'a> {
         validate_rows("anchors", &self.anchors)?;
         if let Some(references) = &self.references {
             validate_rows("references", references)?;
-            let (expected, got) = (self.anchors.embeddings.dim(), references.embeddings.dim());
-            if expected != got {
-                return Err(Error::LengthMismatch { what: "dimension of the references", expected, got });
-            }
+            validate_dims(self.anchors.embeddings.dim(), references.embeddings.dim())?;
         }
         Ok(())
     }
@@ -198,22 +195,41 @@ impl<'a> Batch<'a> {
 /// # Errors
 /// As [`Batch::validate`].
 pub(crate) fn validate_rows(name: &'static str, rows: &Rows<'_>) -> Result<()> {
-    let (count, dim) = (rows.embeddings.rows(), rows.embeddings.dim());
+    validate_shape(name, rows.embeddings.shape(), rows.labels)?;
+    if !rows.embeddings.is_contiguous() {
+        return Err(Error::NotContiguous { rows: name });
+    }
+    Ok(())
+}
+
+/// Checks that a side has rows and dimensions, and a label a row.
+///
+/// # Errors
+/// [`Error::Empty`], [`Error::LengthMismatch`].
+pub(crate) fn validate_shape(name: &'static str, (count, dim): (usize, usize), labels: &[i64]) -> Result<()> {
     if count == 0 || dim == 0 {
         return Err(Error::Empty { rows: name });
     }
-    if rows.labels.len() != count {
+    if labels.len() != count {
         let what = match name {
             "anchors" => "labels of the anchors",
             "queries" => "labels of the queries",
             _ => "labels of the references",
         };
-        return Err(Error::LengthMismatch { what, expected: count, got: rows.labels.len() });
-    }
-    if !rows.embeddings.is_contiguous() {
-        return Err(Error::NotContiguous { rows: name });
+        return Err(Error::LengthMismatch { what, expected: count, got: labels.len() });
     }
     Ok(())
+}
+
+/// Checks that both sides have as many dimensions.
+///
+/// # Errors
+/// [`Error::LengthMismatch`].
+pub(crate) fn validate_dims(expected: usize, got: usize) -> Result<()> {
+    if expected == got {
+        return Ok(());
+    }
+    Err(Error::LengthMismatch { what: "dimension of the references", expected, got })
 }
 
 /// Checks one row given the sum of its squares; the one rule every backend applies.

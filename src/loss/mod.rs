@@ -16,6 +16,7 @@
 
 pub mod baseline;
 mod batch;
+mod double;
 pub mod gradient;
 mod output;
 mod reference;
@@ -26,6 +27,7 @@ pub mod threshold;
 
 pub use batch::{Batch, Embeddings, Rows, UnitCheck};
 pub(crate) use batch::{check_unit, validate_rows};
+pub use double::{DoubleBatch, DoubleRows};
 pub use output::{Hypergradient, LossOutput};
 pub use reference::{Reference, reference, reference_hypergradient};
 pub use settings::{LossSettings, Mining};

@@ -45,17 +45,29 @@ pub fn reference(batch: &Batch<'_>, settings: &LossSettings) -> Result<Reference
     batch.validate()?;
     let anchors = read(batch, "anchors", &batch.anchors)?;
     let references = batch.references.map(|rows| read(batch, "references", &rows)).transpose()?;
-
-    let reference_pair =
+    let reference_side =
         references.as_ref().zip(batch.references).map(|(embeddings, rows)| (embeddings, rows.labels));
-    let similarities = Similarities::new((&anchors, batch.anchors.labels), reference_pair);
+    Ok(evaluate((&anchors, batch.anchors.labels), reference_side, batch.reference_gradient, settings))
+}
+
+/// Rows of one side with their labels, in float64.
+pub(super) type Side<'a> = (&'a Array2<f64>, &'a [i64]);
+
+/// The passes in order, on rows that were checked.
+pub(super) fn evaluate(
+    anchors: Side<'_>,
+    references: Option<Side<'_>>,
+    reference_gradient: bool,
+    settings: &LossSettings,
+) -> Reference {
+    let similarities = Similarities::new(anchors, references);
     let selection = Selection::new(&similarities, settings);
     let weighted = weigh(&similarities, &selection, settings);
 
     let g = &weighted.weights;
-    let (gradient, reference_gradient) = match &references {
-        None => ((g + &g.t()).dot(&anchors), None),
-        Some(references) => (g.dot(references), batch.reference_gradient.then(|| g.t().dot(&anchors))),
+    let (gradient, reference_gradient) = match references {
+        None => ((g + &g.t()).dot(anchors.0), None),
+        Some(references) => (g.dot(references.0), reference_gradient.then(|| g.t().dot(anchors.0))),
     };
     let anchor_indices = || 0..similarities.anchors();
     let mean_pos = mean(
@@ -66,7 +78,7 @@ pub fn reference(batch: &Batch<'_>, settings: &LossSettings) -> Result<Reference
         anchor_indices().flat_map(|i| similarities.negatives(i).map(move |j| (i, j)).collect::<Vec<_>>()),
         &similarities.values,
     );
-    Ok(Reference { similarities, selection, weighted, gradient, reference_gradient, mean_pos, mean_neg })
+    Reference { similarities, selection, weighted, gradient, reference_gradient, mean_pos, mean_neg }
 }
 
 /// Evaluates the hyper-gradient sums of SPEC 5 in float64.
@@ -84,12 +96,23 @@ pub fn reference_hypergradient(
 ) -> Result<Hypergradient> {
     let evaluated = reference(batch, settings)?;
     let anchors = batch.anchors.embeddings.to_f64();
-    let references = batch.reference_rows().embeddings.to_f64();
-    same_shape("tangent", &anchors, tangent)?;
+    let references = batch.references.map(|rows| rows.embeddings.to_f64());
+    hypergradient_along(&evaluated, settings, (&anchors, references.as_ref()), (tangent, reference_tangent))
+}
+
+/// The sums of SPEC 5 along tangents of `rows`: anchors, and references in the rectangular form.
+pub(super) fn hypergradient_along(
+    evaluated: &Reference,
+    settings: &LossSettings,
+    rows: (&Array2<f64>, Option<&Array2<f64>>),
+    (tangent, reference_tangent): (&Array2<f64>, Option<&Array2<f64>>),
+) -> Result<Hypergradient> {
+    let (anchors, references) = (rows.0, rows.1.unwrap_or(rows.0));
+    same_shape("tangent", anchors, tangent)?;
     let mut tilt = tangent.dot(&references.t());
-    let moving = if batch.is_square() { Some(tangent) } else { reference_tangent };
+    let moving = if rows.1.is_none() { Some(tangent) } else { reference_tangent };
     if let Some(moving) = moving {
-        same_shape("reference tangent", &references, moving)?;
+        same_shape("reference tangent", references, moving)?;
         tilt += &anchors.dot(&moving.t());
     }
     Ok(threshold::hypergradient(&evaluated.similarities, &evaluated.selection, settings, &tilt))

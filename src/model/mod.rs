@@ -54,13 +54,23 @@ impl EmbeddingNetwork {
 /// Reads a tensor back, `[rows, columns]`.
 ///
 /// # Errors
-/// [`Error::Training`] if it does not hold f32.
+/// [`Error::Training`] if the device could not compute it.
 pub fn to_array(tensor: Tensor<2>) -> Result<Array2<f32>> {
     let [rows, columns] = tensor.dims();
-    let values = tensor
-        .into_data()
-        .try_into_vec::<f32>()
-        .map_err(|error| Error::Training(format!("a tensor cannot be read back: {error:?}")))?;
+    let values = read(tensor)?;
     Array2::from_shape_vec((rows, columns), values)
         .map_err(|error| Error::Training(format!("a tensor has another shape: {error}")))
+}
+
+/// Reads a tensor's values back, row by row. A GPU tells only here that it could not compute them: it was out of
+/// memory, or something went wrong earlier.
+///
+/// # Errors
+/// [`Error::Training`] with the device's reason.
+pub fn read<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>> {
+    tensor.try_into_vec_as::<f32>().map_err(|error| {
+        // Burn's message is several lines, the cause among them.
+        let reason = error.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
+        Error::Training(format!("a tensor cannot be read back: {reason}"))
+    })
 }

@@ -12,13 +12,16 @@
 //! searched among themselves, each left out of its own list, or in a gallery of their own.
 
 mod evaluate;
+#[cfg(feature = "cli")]
 mod file;
 mod k_means;
 mod mutual_information;
 mod recall;
 
+#[cfg(feature = "cli")]
 pub use crate::tensors::EmbeddedRows;
 pub use evaluate::{Metrics, evaluate};
+#[cfg(feature = "cli")]
 pub use file::{EmbeddingsFile, Format};
 pub use k_means::{Clusters, KMeansSettings, k_means};
 pub use mutual_information::{classes, nmi, normalized_mutual_information};

@@ -12,7 +12,11 @@ use crate::loss::{LossSettings, Mining};
 use crate::tensors::{TensorFile, write_rows};
 use crate::{Error, Result};
 
-pub(super) fn read(path: &Path) -> Result<Embeddings> {
+/// Reads rows, their labels, and the settings they are to be mined with.
+///
+/// # Errors
+/// [`Error::Io`] if the file cannot be read, [`Error::Format`] if it does not hold what it should.
+pub fn read(path: &Path) -> Result<Embeddings> {
     let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
     let file = TensorFile::parse(path, &bytes)?;
     let references = file.has("references").then(|| file.rows("references", "reference_labels"));

@@ -89,6 +89,18 @@ impl<'a> Typed<'a> {
 /// # Errors
 /// What the backend answers, [`Error::NotUnit`](crate::Error::NotUnit) for one.
 pub fn measure(embeddings: &Embeddings, settings: &ThroughputSettings) -> Result<Row> {
+    measure_on(|| open(&settings.backend), embeddings, settings)
+}
+
+/// The same on a backend that `opened` gives, whose memory counts from then on.
+///
+/// # Errors
+/// As [`measure`], and those of `opened`.
+pub fn measure_on(
+    opened: impl FnOnce() -> Result<Box<dyn Backend>>,
+    embeddings: &Embeddings,
+    settings: &ThroughputSettings,
+) -> Result<Row> {
     let anchors = Typed::new(&embeddings.anchors, settings.dtype);
     let references =
         embeddings.references.as_ref().map(|rows| (Typed::new(rows, settings.dtype), &rows.labels));
@@ -105,7 +117,7 @@ pub fn measure(embeddings: &Embeddings, settings: &ThroughputSettings) -> Result
     let mut output = LossOutput { gradient: Array2::zeros((count, dim)), ..LossOutput::default() };
     let before = PeakAlloc.current_usage();
     PeakAlloc.reset_peak_usage();
-    let mut backend = open(&settings.backend)?;
+    let mut backend = opened()?;
     let loss = || backend.loss(&batch, &embeddings.settings, &mut output);
     let (time_ms, time_spread_ms) = time(settings.seconds, loss)?;
     // 0 bytes in use: nobody counts.

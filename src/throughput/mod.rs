@@ -19,7 +19,8 @@ mod settings;
 pub use crate::tensors::EmbeddedRows;
 pub use density::Density;
 pub use embeddings::{CLASS_SIZE, Embeddings, draw, find_noise};
-pub use measure::{Row, measure};
+pub use file::read;
+pub use measure::{Row, measure, measure_on};
 pub use plot::plot;
 pub use settings::{Dtype, ThroughputSettings};
 

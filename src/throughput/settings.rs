@@ -39,8 +39,8 @@ pub struct ThroughputSettings {
     /// Type of the rows.
     #[arg(long, value_enum, default_value_t)]
     pub dtype: Dtype,
-    /// auto, cpu, cuda, cuda:N or emulated.
-    #[arg(long, default_value = "cpu")]
+    /// auto, cpu, cuda, cuda:N or emulated; --device, as ddtas-train has it, is the same.
+    #[arg(long, visible_alias = "device", default_value = "cpu")]
     pub backend: DeviceSpec,
     /// Measure the rows of this file instead of drawing them; --batch, --dim and --references, if given, must fit it.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["density", "save_embeddings"])]

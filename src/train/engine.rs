@@ -8,14 +8,18 @@ use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
 use burn::tensor::{Device, Tensor, TensorData};
 use ndarray::ArrayView2;
 
+use super::checkpoint::EngineState;
+use super::checkpoint::archive::Archive;
+use super::checkpoint::optimizer;
 use super::generator::Generator;
+use super::memory::Memory;
 use super::schedule::Schedule;
 use super::settings::{BatchNorm, TrainSettings};
 use crate::backend::Backend;
 use crate::data::ImageBatch;
 use crate::generator::{GeneratorKind, Lambda};
-use crate::loss::baseline::{self, PairLoss};
-use crate::loss::{Batch, LossOutput, LossSettings};
+use crate::loss::baseline::PairLoss;
+use crate::loss::{LossOutput, LossSettings};
 use crate::model::{EmbeddingNetwork, Normalise, to_array};
 use crate::{Error, Result};
 
@@ -35,6 +39,7 @@ pub struct Engine {
     backend: Box<dyn Backend>,
     pair_loss: PairLoss,
     loss: LossSettings,
+    memory: Memory,
     generator: Option<Generator>,
     /// Learned in the last step, in force from the next one on.
     pending: Option<Lambda>,
@@ -73,8 +78,38 @@ impl Engine {
             backend,
             pair_loss: settings.loss,
             loss,
+            memory: Memory::new(settings.memory_size, settings.memory_start_step(), settings.embedding_dim),
             generator,
             pending: None,
+        }
+    }
+
+    /// Adds everything that the next step depends on to a checkpoint, the network's own weights excepted.
+    pub(super) fn put(&self, archive: &mut Archive) -> std::result::Result<EngineState, String> {
+        optimizer::put(archive, &self.optimizer, &self.network)?;
+        self.memory.put(archive);
+        Ok(EngineState {
+            lambda: Lambda { pos: self.loss.lambda_pos, neg: self.loss.lambda_neg },
+            pending: self.pending,
+            generator: self.generator.as_ref().map(|generator| generator.put(archive)),
+        })
+    }
+
+    /// Goes on from a checkpoint whose weights the network already has; says what does not fit.
+    pub(super) fn take(
+        &mut self,
+        archive: &mut Archive,
+        state: &EngineState,
+    ) -> std::result::Result<(), String> {
+        let fresh = self.optimizer.clone();
+        self.optimizer = optimizer::take(archive, fresh, &self.network)?;
+        self.memory.take(archive)?;
+        self.loss = state.lambda.applied_to(&self.loss);
+        self.pending = state.pending;
+        match (&mut self.generator, &state.generator) {
+            (Some(generator), Some(state)) => generator.take(archive, state),
+            (None, None) => Ok(()),
+            _ => Err("--generator is another one than in config.toml".into()),
         }
     }
 
@@ -108,6 +143,19 @@ impl Engine {
         self.learn_by_head(features, &batch.labels, meta).map_err(|error| diverged(error, step))?;
         let values = to_array(embeddings.clone())?;
         self.evaluate_loss(values.view(), &batch.labels).map_err(|error| diverged(error, step))?;
+        let moved = self.update(step, (images, embeddings, values.view()), &batch.labels, meta)?;
+        self.memory.push(step, values.view(), &batch.labels);
+        Ok(moved)
+    }
+
+    /// Moves the weights along the gradient found last, and lets a generator of the whole network learn.
+    fn update(
+        &mut self,
+        step: usize,
+        (images, embeddings, values): (Tensor<4>, Tensor<2>, ArrayView2<'_, f32>),
+        labels: &[i64],
+        meta: Option<&ImageBatch>,
+    ) -> Result<bool> {
         if self.output.gradient.iter().all(|&entry| entry == 0.0) {
             return Ok(false);
         }
@@ -120,16 +168,15 @@ impl Engine {
         if let (Some(generator), Some((meta_images, meta_labels))) = (&mut self.generator, meta_images)
             && generator.kind() == GeneratorKind::Full
         {
-            let batch = Batch::square(values.view(), &batch.labels);
             let images = (images.inner(), meta_images);
             let learned = generator
                 .learn_full(
                     &self.network,
                     &gradients,
                     images,
-                    &batch,
+                    (values, labels),
                     meta_labels,
-                    &mut *self.backend,
+                    (&mut *self.backend, &self.memory),
                     &self.loss,
                 )
                 .map_err(|error| diverged(error, step))?;
@@ -166,7 +213,7 @@ impl Engine {
             &self.network.head,
             (features, labels),
             fresh,
-            &mut *self.backend,
+            (&mut *self.backend, &self.memory),
             &self.loss,
         )?;
         self.loss = lambda.applied_to(&self.loss);
@@ -174,11 +221,8 @@ impl Engine {
     }
 
     fn evaluate_loss(&mut self, embeddings: ArrayView2<'_, f32>, labels: &[i64]) -> Result<()> {
-        let batch = Batch::square(embeddings, labels);
-        match self.pair_loss {
-            PairLoss::SoftContrastive => self.backend.loss(&batch, &self.loss, &mut self.output),
-            baseline => baseline::evaluate(baseline, &batch, &self.loss, &mut self.output),
-        }
+        let rows = (embeddings, labels);
+        self.memory.loss(&mut *self.backend, self.pair_loss, rows, &self.loss, &mut self.output)
     }
 
     /// The backend, for retrieval between steps.

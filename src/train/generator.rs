@@ -6,11 +6,16 @@ use burn::optim::GradientsParams;
 use burn::tensor::Tensor;
 use ndarray::{Array2, ArrayView2, Axis, concatenate};
 
+use super::checkpoint::GeneratorState;
+use super::checkpoint::archive::Archive;
+use super::memory::Memory;
 use crate::backend::Backend;
 use crate::generator::head::{Head, Losses, hypergradient};
 use crate::generator::{
-    GeneratorKind, GeneratorSettings, Lambda, LambdaReference, MetaSource, Thresholds, UpdateRule, full,
+    GeneratorKind, GeneratorSettings, Lambda, MetaObjective, MetaSource, Thresholds, UpdateRule, full,
+    neighbours,
 };
+use crate::loss::baseline::PairLoss;
 use crate::loss::{Batch, Hypergradient, LossOutput, LossSettings};
 use crate::model::{EmbeddingHead, EmbeddingNetwork, to_array};
 use crate::{Error, Result};
@@ -30,21 +35,17 @@ pub struct Generator {
 struct MetaLoss {
     backend: Box<dyn Backend>,
     output: LossOutput,
-    reference: LambdaReference,
-    /// lambda_ref of the last evaluation, for a reference that moves.
-    last: f64,
+    objective: MetaObjective,
+    /// lambda_ref.
+    reference: f64,
 }
 
 impl Generator {
     /// A generator in state `thresholds`, with a backend of its own for meta batches.
     #[must_use]
     pub fn new(settings: GeneratorSettings, thresholds: Thresholds, backend: Box<dyn Backend>) -> Self {
-        let reference = settings.lambda_reference;
-        let last = match reference {
-            LambdaReference::Fixed(value) => value,
-            LambdaReference::Hardest => thresholds.lambda().neg,
-        };
-        let meta = MetaLoss { backend, output: LossOutput::default(), reference, last };
+        let (objective, reference) = (settings.meta_objective, settings.lambda_reference);
+        let meta = MetaLoss { backend, output: LossOutput::default(), objective, reference };
         Self { settings, thresholds, meta, recent: VecDeque::new(), hypergradient: None }
     }
 
@@ -66,6 +67,45 @@ impl Generator {
         &self.thresholds
     }
 
+    /// Adds what the next step depends on to a checkpoint.
+    pub(super) fn put(&self, archive: &mut Archive) -> GeneratorState {
+        for (age, (features, labels)) in self.recent.iter().enumerate() {
+            let values: Vec<f64> = features.iter().copied().collect();
+            archive.put_numbers(recent_features(age), &[features.nrows(), features.ncols()], &values);
+            archive.put_numbers(recent_labels(age), &[labels.len()], labels);
+        }
+        GeneratorState {
+            thresholds: self.thresholds.clone(),
+            hypergradient: self.hypergradient.map(|gradient| Lambda { pos: gradient.pos, neg: gradient.neg }),
+            recent: self.recent.len(),
+        }
+    }
+
+    /// Goes on from a checkpoint; says what does not fit.
+    pub(super) fn take(
+        &mut self,
+        archive: &mut Archive,
+        state: &GeneratorState,
+    ) -> std::result::Result<(), String> {
+        if state.thresholds.members.is_empty() {
+            return Err("holds a generator without members".into());
+        }
+        self.thresholds = state.thresholds.clone();
+        self.hypergradient = state.hypergradient.map(|Lambda { pos, neg }| Hypergradient { pos, neg });
+        self.recent.clear();
+        for age in 0..state.recent {
+            let features = archive.take_numbers::<f64>(&recent_features(age));
+            let labels = archive.take_numbers::<i64>(&recent_labels(age));
+            let batch = features.zip(labels).and_then(|((shape, values), (_, labels))| {
+                let [rows, columns] = shape.as_slice().try_into().ok()?;
+                let features = Array2::from_shape_vec((rows, columns), values).ok()?;
+                (labels.len() == rows).then_some((features, labels))
+            });
+            self.recent.push_back(batch.ok_or("the features of the generator's last batches are not whole")?);
+        }
+        Ok(())
+    }
+
     /// dL^m/dlambda of the last step; the members' mean.
     #[must_use]
     pub fn last_hypergradient(&self) -> Option<Hypergradient> {
@@ -82,7 +122,7 @@ impl Generator {
         head: &EmbeddingHead,
         train: (Array2<f64>, &[i64]),
         fresh: Option<(Array2<f64>, &[i64])>,
-        backend: &mut dyn Backend,
+        (backend, memory): (&mut dyn Backend, &Memory),
         loss: &LossSettings,
     ) -> Result<Lambda> {
         let (features, labels) = train;
@@ -102,6 +142,7 @@ impl Generator {
             for member in &mut self.thresholds.members {
                 let mut losses = BackendLosses {
                     backend: &mut *backend,
+                    memory,
                     output: &mut output,
                     labels,
                     loss: *loss,
@@ -127,7 +168,7 @@ impl Generator {
     }
 
     /// Learns from a virtual step of the whole network along `gradients`, those of the loss that `backend` evaluated last,
-    /// on `batch`. `images` are those of the batch and of the meta batch. Returns the thresholds of the next step.
+    /// on `rows` and the memory. `images` are those of the batch and of the meta batch. Returns the thresholds of the next step.
     ///
     /// # Errors
     /// Those of the backends.
@@ -137,9 +178,9 @@ impl Generator {
         network: &EmbeddingNetwork,
         gradients: &GradientsParams,
         images: (Tensor<4>, Tensor<4>),
-        batch: &Batch<'_>,
+        rows: (ArrayView2<'_, f32>, &[i64]),
         meta_labels: &[i64],
-        backend: &mut dyn Backend,
+        (backend, memory): (&mut dyn Backend, &Memory),
         loss: &LossSettings,
     ) -> Result<Lambda> {
         let meta = &mut self.meta;
@@ -148,7 +189,7 @@ impl Generator {
         let step = self.settings.step();
         let found = full::tangent(network, gradients, step, images.0, images.1, &mut meta_gradient)?;
         if let Some(full::Tangent { tangent, factor }) = found {
-            let Hypergradient { pos, neg } = backend.hypergradient(batch, tangent.view(), None)?;
+            let Hypergradient { pos, neg } = memory.hypergradient(backend, rows, tangent.view())?;
             let gradient = Hypergradient { pos: factor * pos, neg: factor * neg };
             let rule = UpdateRule::from(&self.settings);
             self.thresholds.members.iter_mut().for_each(|member| member.update(gradient, &rule));
@@ -170,18 +211,34 @@ impl Generator {
     }
 }
 
+/// Name in a checkpoint of the features of one of the last batches; 0 is the oldest.
+fn recent_features(age: usize) -> String {
+    format!("generator.recent.{age}.features")
+}
+
+fn recent_labels(age: usize) -> String {
+    format!("generator.recent.{age}.labels")
+}
+
 impl MetaLoss {
-    /// dL^m/dE at lambda_ref.
+    /// dL^m/dE.
     fn evaluate(
         &mut self,
         embeddings: ArrayView2<'_, f32>,
         labels: &[i64],
         loss: &LossSettings,
     ) -> Result<&Array2<f32>> {
-        let settings = loss.with_lambda(self.last);
-        self.backend.loss(&Batch::square(embeddings, labels), &settings, &mut self.output)?;
-        // A reference that moves is known after the sweep: it serves from the next evaluation on.
-        self.last = self.reference.resolve(&self.output.max_neg);
+        match self.objective {
+            MetaObjective::Loss => {
+                let settings = loss.with_lambda(self.reference);
+                self.backend.loss(&Batch::square(embeddings, labels), &settings, &mut self.output)?;
+            }
+            MetaObjective::Neighbours => {
+                let (value, gradient) = neighbours(embeddings.mapv(f64::from).view(), labels);
+                self.output.loss = value;
+                self.output.gradient = gradient.mapv(|value| value as f32);
+            }
+        }
         Ok(&self.output.gradient)
     }
 }
@@ -189,6 +246,7 @@ impl MetaLoss {
 /// The losses of a step of the head's, on the backends.
 struct BackendLosses<'a> {
     backend: &'a mut dyn Backend,
+    memory: &'a Memory,
     output: &'a mut LossOutput,
     labels: &'a [i64],
     loss: LossSettings,
@@ -200,7 +258,8 @@ impl Losses for BackendLosses<'_> {
     fn train(&mut self, embeddings: &Array2<f64>, lambda: Lambda) -> Result<Array2<f64>> {
         let embeddings = single(embeddings);
         let settings = lambda.applied_to(&self.loss);
-        self.backend.loss(&Batch::square(embeddings.view(), self.labels), &settings, self.output)?;
+        let rows = (embeddings.view(), self.labels);
+        self.memory.loss(self.backend, PairLoss::SoftContrastive, rows, &settings, self.output)?;
         Ok(self.output.gradient.mapv(f64::from))
     }
 
@@ -211,8 +270,8 @@ impl Losses for BackendLosses<'_> {
 
     fn hypergradient(&mut self, embeddings: &Array2<f64>, tangent: &Array2<f64>) -> Result<Hypergradient> {
         let embeddings = single(embeddings);
-        let batch = Batch::square(embeddings.view(), self.labels);
-        self.backend.hypergradient(&batch, single(tangent).view(), None)
+        let rows = (embeddings.view(), self.labels);
+        self.memory.hypergradient(self.backend, rows, single(tangent).view())
     }
 }
 

@@ -1,6 +1,6 @@
 //! What is written down of a run, a line of JSON each, in metrics.jsonl.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 
@@ -61,10 +61,24 @@ pub enum Record {
     Evaluation(EvaluationRecord),
 }
 
+impl Record {
+    /// The evaluation, if it is one.
+    #[must_use]
+    pub fn evaluation(&self) -> Option<&EvaluationRecord> {
+        match self {
+            Self::Evaluation(evaluation) => Some(evaluation),
+            Self::Step(_) => None,
+        }
+    }
+}
+
 /// Appends records to a file, each whole line at once: what a killed run leaves is valid up to its last line.
+///
+/// The file is locked, so that no two processes write to one run.
 pub struct RecordWriter {
     file: File,
     path: PathBuf,
+    bytes: u64,
 }
 
 impl RecordWriter {
@@ -74,7 +88,45 @@ impl RecordWriter {
     /// [`Error::Io`].
     pub fn create(path: &Path) -> Result<Self> {
         let file = File::create_new(path).map_err(Error::io("create", path))?;
-        Ok(Self { file, path: path.to_path_buf() })
+        Self::locked(file, path, 0)
+    }
+
+    /// Opens the file of an earlier process, or creates it; [`cut`](Self::cut) says where to go on.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Training`] if another process is writing to it.
+    pub fn reopen(path: &Path) -> Result<Self> {
+        let file =
+            OpenOptions::new().append(true).create(true).open(path).map_err(Error::io("open", path))?;
+        let bytes = file.metadata().map_err(Error::io("read", path))?.len();
+        Self::locked(file, path, bytes)
+    }
+
+    /// Cuts the file off after its first `bytes` bytes.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Format`] if the file is shorter.
+    pub fn cut(&mut self, bytes: u64) -> Result<()> {
+        if self.bytes < bytes {
+            let reason = format!("holds {} bytes, but the checkpoint was written after {bytes}", self.bytes);
+            return Err(Error::format(&self.path, reason));
+        }
+        self.file.set_len(bytes).map_err(Error::io("cut", &self.path))?;
+        self.bytes = bytes;
+        Ok(())
+    }
+
+    fn locked(file: File, path: &Path, bytes: u64) -> Result<Self> {
+        match file.try_lock() {
+            Ok(()) => Ok(Self { file, path: path.to_path_buf(), bytes }),
+            Err(TryLockError::WouldBlock) => {
+                let path = path.display();
+                Err(Error::Training(format!("another process is writing to {path}: the run has not ended")))
+            }
+            Err(TryLockError::Error(source)) => {
+                Err(Error::Io { action: "lock", path: path.to_path_buf(), source })
+            }
+        }
     }
 
     /// Appends a record.
@@ -85,7 +137,18 @@ impl RecordWriter {
         let mut line =
             serde_json::to_string(record).map_err(|error| Error::format(&self.path, error.to_string()))?;
         line.push('\n');
-        self.file.write_all(line.as_bytes()).map_err(Error::io("write", &self.path))
+        self.file.write_all(line.as_bytes()).map_err(Error::io("write", &self.path))?;
+        self.bytes += line.len() as u64;
+        Ok(())
+    }
+
+    /// Waits until the disk has every record, and returns the length of the file.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn sync(&self) -> Result<u64> {
+        self.file.sync_data().map_err(Error::io("write", &self.path))?;
+        Ok(self.bytes)
     }
 }
 

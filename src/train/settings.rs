@@ -4,22 +4,12 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::data::DatasetSettings;
 use crate::generator::{GeneratorKind, GeneratorSettings, Lambda};
 use crate::loss::baseline::PairLoss;
 use crate::loss::{LossSettings, Mining};
 use crate::model::NetworkShape;
 use crate::{Error, Result};
-
-/// Where pictures come from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum DatasetKind {
-    /// Car silhouettes drawn in memory from a seed: 98 classes to train, 98 unseen ones to test.
-    #[default]
-    Synthetic,
-    /// A folder of folders, one a class: the first half of the sorted classes trains, the rest tests.
-    Folder,
-}
 
 /// What BatchNorm does while training.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
@@ -35,19 +25,10 @@ pub enum BatchNorm {
 /// Settings of a training run. The defaults are those of `ddtas-train` without arguments.
 #[derive(Debug, Clone, PartialEq, clap::Args, Serialize, Deserialize)]
 pub struct TrainSettings {
-    /// Pictures to learn from.
-    #[arg(long, value_enum, default_value_t)]
-    pub dataset: DatasetKind,
-    /// The folder of --dataset folder.
-    #[arg(long, value_name = "DIR")]
-    pub data_root: Option<PathBuf>,
-    /// Classes that train, in sorted order; half of them if not given (--dataset folder).
-    #[arg(long, value_name = "N")]
-    pub train_classes: Option<usize>,
-
-    /// Seed of the cars of --dataset synthetic; runs compare only where it is the same.
-    #[arg(long, default_value_t = 0)]
-    pub data_seed: u64,
+    /// The data set.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub data: DatasetSettings,
 
     /// Side of the pictures the network sees, in pixels.
     #[arg(long, default_value_t = 48)]
@@ -126,16 +107,28 @@ pub struct TrainSettings {
     /// Epochs between evaluations; 0 evaluates only before and after.
     #[arg(long, default_value_t = 2)]
     pub evaluate_every: usize,
+    /// Embeddings of earlier batches that are further references of the loss (cross-batch memory); 0 for none.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub memory_size: usize,
+    /// Step from which the memory is filled; the end of the warm-up if not given.
+    #[arg(long, value_name = "STEP")]
+    pub memory_start: Option<usize>,
 
     /// Seed of weights, batches and augmentation.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// Where to compute: auto, cpu, cuda:N.
+    /// Where network and loss compute: auto (a GPU if there is one), cpu, cuda:N.
     #[arg(long, default_value = "auto")]
     pub device: String,
     /// Threads that prepare batches beside the step.
     #[arg(long, default_value_t = 1)]
     pub workers: usize,
+    /// Steps between two checkpoints to resume from; 0 writes them only beside evaluations and when stopped.
+    #[arg(long, value_name = "STEPS", default_value_t = 100)]
+    pub checkpoint_every: usize,
+    /// Unreadable pictures that a run puts up with; one more stops it.
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    pub max_bad_images: usize,
     /// Run folder to create; runs/NAME-NUMBER if not given.
     #[arg(long, value_name = "DIR")]
     pub output: Option<PathBuf>,
@@ -181,11 +174,30 @@ impl TrainSettings {
         (self.warm_up * self.steps as f64).round() as usize
     }
 
+    /// Step from which the cross-batch memory is filled.
+    #[must_use]
+    pub fn memory_start_step(&self) -> usize {
+        self.memory_start.unwrap_or_else(|| self.warm_up_steps())
+    }
+
+    /// The same settings with paths that hold from any working directory.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if there is no working directory.
+    pub fn with_absolute_paths(mut self) -> Result<Self> {
+        let paths = [&mut self.data.data_root, &mut self.init, &mut self.generator.generator_init];
+        for path in paths.into_iter().flatten() {
+            *path = std::path::absolute(&*path).map_err(Error::io("find", &*path))?;
+        }
+        Ok(self)
+    }
+
     /// Checks what no other part checks.
     ///
     /// # Errors
     /// [`Error::InvalidSetting`] names the first setting that is off.
     pub fn validate(&self) -> Result<()> {
+        self.data.validate()?;
         self.loss_settings().validate()?;
         self.generator.validate(self.first_lambda())?;
         let check = |good: bool, name, value: String, range| {
@@ -200,6 +212,7 @@ impl TrainSettings {
             ("images-per-class", self.images_per_class, 1, 1 << 20, "1 to 1048576"),
             ("steps", self.steps, 1, 1 << 40, "1 or more"),
             ("workers", self.workers, 1, 256, "1 to 256"),
+            ("memory-size", self.memory_size, 0, 1 << 24, "0 to 16777216"),
         ];
         for (name, value, low, high, range) in sizes {
             check((low..=high).contains(&value), name, value.to_string(), range)?;
@@ -220,12 +233,6 @@ impl TrainSettings {
             "generator",
             "on".into(),
             "needs --loss soft-contrastive: the other losses have no lambda to learn",
-        )?;
-        check(
-            self.dataset != DatasetKind::Folder || self.data_root.is_some(),
-            "data-root",
-            "missing".into(),
-            "--dataset folder needs --data-root DIR, a folder with one folder of images a class",
         )
     }
 }

@@ -7,7 +7,7 @@ use ndarray::Array2;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::{CLEARANCE, Case, Dtype, Expected, Side, batch};
+use super::{CLEARANCE, Case, Dtype, Expected, Matrix, Side, batch, golden};
 
 /// What a batch is drawn from.
 struct Recipe {
@@ -57,6 +57,7 @@ fn recipes() -> Vec<Recipe> {
         recipe("nothing_mined", 100, 96, 0.05, classes_of_five),
         recipe("duplicates", 60, 40, 0.0, classes_of_five),
         Recipe { settings: everything, ..recipe("everything_mined", 150, 36, 1.0, classes_of_five) },
+        Recipe { settings: everything, ..recipe("everything_mined_140x330", 140, 330, 1.5, classes_of_five) },
         Recipe {
             settings: LossSettings { mining: Mining::Symmetric, ..usual },
             ..recipe("symmetric_tolerances", 150, 36, 1.2, classes_of_five)
@@ -80,6 +81,19 @@ fn recipes() -> Vec<Recipe> {
 pub fn generated() -> Vec<Case> {
     let recipes = recipes();
     recipes.iter().flat_map(|recipe| Dtype::ALL.map(|dtype| clear_case(recipe, dtype))).collect()
+}
+
+/// The reference cases with their rows rounded to another type, those that stay clear of the thresholds.
+pub fn golden_in(dtype: Dtype) -> Vec<Case> {
+    let rounded = |case: Case| {
+        let Matrix::F32(rows) = &case.anchors.rows else { unreachable!("the files are f32") };
+        let anchors = Side { rows: dtype.cast(rows), ..case.anchors };
+        let expected = Expected::new(dtype, &anchors, None, &case.settings);
+        Case { dtype, anchors, expected, ..case }
+    };
+    let cases: Vec<Case> = golden().into_iter().map(rounded).filter(is_clear).collect();
+    println!("{} of the reference cases are clear of the thresholds in {dtype:?}", cases.len());
+    cases
 }
 
 /// The first seed whose pairs keep clear of every threshold.

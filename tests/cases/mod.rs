@@ -12,7 +12,7 @@ mod generate;
 mod golden;
 
 pub use compare::{Expected, compare, compare_nearest};
-pub use generate::generated;
+pub use generate::{generated, golden_in};
 pub use golden::golden;
 
 use ddtas::backend::Backend;

@@ -8,8 +8,9 @@
 
 struct GroupCheckParams {
     const float *a;  // [128, 64]
-    const float *b;  // [128, 64]
-    float *c;        // [2, 128, 128]: bf16, f16
+    const float *b;  // [256, 64]: columns, inner dimension
+    float *c;        // [2, 128, 128]: bf16, f16; of the first 128 columns
+    float *wide;     // [2, 128, 256]: the same of all columns, from a transposed operand
 };
 
 struct CheckParams {
@@ -64,59 +65,83 @@ KERNEL(check_instructions, CheckParams, 1) {
     for (uint32_t i = 0; i < 4; ++i) p.rows[128 + lane * 4 + i] = loaded[i];
 }
 
+// Sums of this thread, to their places in [128, columns].
+template <int n>
+DEVICE void store_sums(float *c, const float (&sums)[n][4]) {
+    for (uint32_t i = 0; i < n * 4; ++i) {
+        uint32_t row = warp_index() * 16 + i % 4 / 2 * 8 + lane_index() / 4;
+        uint32_t column = i / 4 * 8 + lane_index() % 4 * 2 + i % 2;
+        c[row * n * 8 + column] = sums[i / 4][i % 4];
+    }
+}
+
 // Both warpgroups, 64 rows each, the whole depth of a stage: descriptors, swizzle, deferred products.
+// B once as rows of 64 of the inner dimension, once transposed: panels of 64 columns.
 KERNEL(check_group_products, GroupCheckParams, 1) {
     SHARED_MEMORY(bytes);
+    constexpr uint32_t columns = 2 * TILE, inner = 64, panel_bytes = inner * STAGE_BYTES;
+    unsigned char *rows = bytes + TILE * STAGE_BYTES, *panels = rows + TILE * STAGE_BYTES;
     for (int kind = 0; kind < 2; ++kind) {
-        for (uint32_t i = thread_index(); i < 2 * TILE * 64; i += THREADS) {
-            uint32_t row = i / 64 % TILE, k = i % 64;
-            float value = (i < TILE * 64 ? p.a : p.b)[row * 64 + k];
-            uint32_t at = i / (TILE * 64) * TILE * STAGE_BYTES + swizzled(row, k / 8) + k % 8 * 2;
-            *reinterpret_cast<uint16_t *>(bytes + at) = kind == 0 ? to_bf16_bits(value) : to_f16_bits(value);
+        auto store = [&](unsigned char *to, float value) {
+            *reinterpret_cast<uint16_t *>(to) = kind == 0 ? to_bf16_bits(value) : to_f16_bits(value);
+        };
+        for (uint32_t i = thread_index(); i < TILE * inner; i += THREADS) {
+            uint32_t row = i / inner, k = i % inner, at = swizzled(row, k / 8) + k % 8 * 2;
+            store(bytes + at, p.a[i]);
+            store(rows + at, p.b[i]);
+        }
+        for (uint32_t i = thread_index(); i < columns * inner; i += THREADS) {
+            uint32_t column = i / inner, k = i % inner;
+            store(panels + column / 64 * panel_bytes + swizzled(k, column % 64 / 8) + column % 8 * 2, p.b[i]);
         }
         async_proxy_fence();
         block_sync();
-        float acc[16][4];
-        for (int i = 0; i < 64; ++i) acc[i / 4][i % 4] = 1.0f;
+        float sums[16][4], wide[32][4];
+        for (int i = 0; i < 64; ++i) sums[i / 4][i % 4] = 1.0f;
+        for (int i = 0; i < 128; ++i) wide[i / 4][i % 4] = 1.0f;
         Descriptor a = stage_descriptor(bytes + warp_index() / 4 * (TILE / 2) * STAGE_BYTES);
-        Descriptor b = stage_descriptor(bytes + TILE * STAGE_BYTES);
+        Descriptor b = stage_descriptor(rows), turned = panels_descriptor(panels, panel_bytes);
         group_fence();
-        for (uint32_t step = 0; step < 4; ++step) {
+        for (uint32_t step = 0; step < inner / 16; ++step) {
+            Descriptor left = advanced(a, step * 32), right = advanced(b, step * 32);
+            Descriptor below = advanced(turned, step * 16 * STAGE_BYTES);
             if (kind == 0) {
-                group_mma_bf16(acc, advanced(a, step * 32), advanced(b, step * 32));
+                group_mma_bf16<false>(sums, left, right);
+                group_mma_bf16<true>(wide, left, below);
             } else {
-                group_mma_f16(acc, advanced(a, step * 32), advanced(b, step * 32));
+                group_mma_f16<false>(sums, left, right);
+                group_mma_f16<true>(wide, left, below);
             }
         }
         group_commit();
         group_wait<0>();
-        for (uint32_t i = 0; i < 64; ++i) {
-            uint32_t row = warp_index() * 16 + i % 4 / 2 * 8 + lane_index() / 4;
-            uint32_t column = i / 4 * 8 + lane_index() % 4 * 2 + i % 2;
-            p.c[kind * TILE * TILE + row * TILE + column] = acc[i / 4][i % 4];
-        }
+        store_sums(p.c + kind * TILE * TILE, sums);
+        store_sums(p.wide + kind * TILE * columns, wide);
         block_sync();
     }
 }
 
 // Differences of the warpgroup's products from plain ones.
 int check_group_products() {
-    std::vector<float> a(TILE * 64), b(TILE * 64), c(2 * TILE * TILE, -1.0f);
-    for (size_t i = 0; i < a.size(); ++i) {
-        a[i] = static_cast<float>(static_cast<int>(i * 7 % 13) - 6);
-        b[i] = static_cast<float>(static_cast<int>(i * 5 % 11) - 5);
-    }
-    GroupCheckParams params{a.data(), b.data(), c.data()};
+    std::vector<float> a(TILE * 64), b(2 * TILE * 64), c(2 * TILE * TILE, -1.0f), wide(2 * TILE * 2 * TILE, -1.0f);
+    for (size_t i = 0; i < a.size(); ++i) a[i] = static_cast<float>(static_cast<int>(i * 7 % 13) - 6);
+    for (size_t i = 0; i < b.size(); ++i) b[i] = static_cast<float>(static_cast<int>(i * 5 % 11) - 5);
+    GroupCheckParams params{a.data(), b.data(), c.data(), wide.data()};
     const uint32_t grid[3] = {1, 1, 1};
-    if (emulation::launch("check_group_products", grid, 2 * TILE * STAGE_BYTES, &params, sizeof params, 1)) return 1;
+    uint32_t bytes = 2 * TILE * STAGE_BYTES + 4 * 64 * STAGE_BYTES;
+    if (emulation::launch("check_group_products", grid, bytes, &params, sizeof params, 1)) return 1;
     int wrong = 0;
-    for (size_t i = 0; i < c.size(); ++i) {
-        size_t row = i / TILE % TILE, column = i % TILE;
-        float want = 1.0f;
-        for (size_t k = 0; k < 64; ++k) want += a[row * 64 + k] * b[column * 64 + k];
-        if (c[i] == want) continue;
-        if (++wrong < 5) std::printf("group product (%zu, %zu): got %g, want %g\n", row, column, static_cast<double>(c[i]), static_cast<double>(want));
-    }
+    auto check = [&](const char *name, const std::vector<float> &got, size_t columns) {
+        for (size_t i = 0; i < got.size(); ++i) {
+            size_t row = i / columns % TILE, column = i % columns;
+            float want = 1.0f;
+            for (size_t k = 0; k < 64; ++k) want += a[row * 64 + k] * b[column * 64 + k];
+            if (got[i] == want) continue;
+            if (++wrong < 5) std::printf("%s (%zu, %zu): got %g, want %g\n", name, row, column, static_cast<double>(got[i]), static_cast<double>(want));
+        }
+    };
+    check("group product", c, TILE);
+    check("transposed group product", wide, 2 * TILE);
     return wrong;
 }
 

@@ -33,15 +33,13 @@ fn initialise() -> Result<()> {
     static PRESENT: OnceLock<bool> = OnceLock::new();
     // SAFETY: loads and unloads libcuda; its initialisers have no precondition.
     if !*PRESENT.get_or_init(|| unsafe { sys::is_culib_present() }) {
-        return Err(Error::Unavailable(
-            "no NVIDIA driver on this machine (libcuda was not found): use --device cpu".into(),
-        ));
+        return Err(Error::Unavailable("no NVIDIA driver on this machine (libcuda was not found)".into()));
     }
     // From here on the library is there, so that cudarc's loader cannot panic.
     if let Err(error) = result::init() {
         // A driver without a GPU (or in a container that hides it) fails here.
         let Err(reason) = check::<()>("cuInit", Err(error)) else { return Ok(()) };
-        return Err(Error::Unavailable(format!("no GPU can be used ({reason}): use --device cpu")));
+        return Err(Error::Unavailable(format!("no GPU can be used ({reason})")));
     }
     let mut version = 0;
     // SAFETY: `version` outlives the call, which writes one int.
@@ -50,7 +48,7 @@ fn initialise() -> Result<()> {
     if version < NEEDED_VERSION {
         let (major, minor) = (version / 1000, version % 1000 / 10);
         return Err(Error::Unavailable(format!(
-            "the NVIDIA driver serves CUDA {major}.{minor}, and the kernels need 13.0: update the driver (580 or newer), or use --device cpu"
+            "the NVIDIA driver serves CUDA {major}.{minor}, and the kernels need 13.0 (driver 580 or newer)"
         )));
     }
     Ok(())
@@ -85,7 +83,7 @@ pub(super) fn context(ordinal: usize) -> Result<Arc<CudaContext>> {
     let (major, minor) = check("cuDeviceGetAttribute", context.compute_capability())?;
     if major < 8 {
         return Err(Error::Unavailable(format!(
-            "cuda:{ordinal} has compute capability {major}.{minor}, and the kernels need 8.0 (Ampere) or newer: use --device cpu"
+            "cuda:{ordinal} has compute capability {major}.{minor}, and the kernels need 8.0 (Ampere) or newer"
         )));
     }
     Ok(context)

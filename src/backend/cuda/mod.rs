@@ -19,6 +19,14 @@ use crate::backend::device::{DeviceBackend, Options};
 /// The GPU backend. [`CudaDevice::on_stream`] takes the caller's stream.
 pub type CudaBackend = DeviceBackend<CudaDevice>;
 
+/// Whether `cuda:ordinal` can be used.
+///
+/// # Errors
+/// Those of [`open`], without opening anything that lasts.
+pub fn check(ordinal: usize) -> Result<()> {
+    driver::context(ordinal).map(drop)
+}
+
 /// Opens `cuda:ordinal` with default options and a stream of its own.
 ///
 /// # Errors

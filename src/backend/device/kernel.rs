@@ -23,14 +23,18 @@ pub enum Kernel {
     SelectStored,
     /// select.cu: the same of tiles whose candidates were not.
     SelectRecomputed(Precision),
+    /// The same on Hopper's warpgroup products; 16-bit types only.
+    SelectRecomputedHopper(Precision),
     /// select.cu: row weights, loss, results in original order.
     Weigh,
     /// gradient.cu: lists or tiles, for each row block.
     GradientWays,
     /// gradient.cu: row blocks with few mined pairs.
     GradientLists(Precision),
-    /// gradient.cu: the other row blocks, on tensor cores.
+    /// gradient_tiles.cu: the other row blocks, on tensor cores.
     GradientTiles(Precision),
+    /// gradient_hopper.cu: the same on Hopper's warpgroup products; 16-bit types only.
+    GradientTilesHopper(Precision),
     /// gradient.cu: sums partial results into original order.
     GradientSum,
     /// threshold.cu: joins rows and tangents.
@@ -69,10 +73,12 @@ impl Kernel {
             Self::SweepHopper(precision) => precise!(precision, "sweep_hopper"),
             Self::SelectStored => "select_stored",
             Self::SelectRecomputed(precision) => precise!(precision, "select_recomputed"),
+            Self::SelectRecomputedHopper(precision) => precise!(precision, "select_recomputed_hopper"),
             Self::Weigh => "weigh",
             Self::GradientWays => "gradient_ways",
             Self::GradientLists(precision) => precise!(precision, "gradient_lists"),
             Self::GradientTiles(precision) => precise!(precision, "gradient_tiles"),
+            Self::GradientTilesHopper(precision) => precise!(precision, "gradient_tiles_hopper"),
             Self::GradientSum => "gradient_sum",
             Self::ThresholdPrepare(precision) => precise!(precision, "threshold_prepare"),
             Self::Threshold(precision) => precise!(precision, "threshold"),

@@ -232,6 +232,7 @@ impl<D: Device> Launcher<'_, D> {
         params: &P,
     ) -> Result<()> {
         let splits = self.shape.splits(of_references, self.device.multiprocessors());
+        let kernel = self.shape.variant(kernel, self.device.has_warpgroup_products());
         let plan = self.shape.plan(kernel, of_references, splits);
         // SAFETY: `params` is built in this folder from regions of a layout for this very shape, laid over
         // a buffer that lives in the backend; tests/emulated.rs runs every kernel with the gaps watched.
@@ -281,7 +282,8 @@ impl<D: Device> DeviceBackend<D> {
         let check = RowCheck { check: batch.check, tolerance: batch.anchors.embeddings.norm_tolerance() };
         issue(&mut Launcher { device: &mut *device, shape }, base, &loss, ends, check)?;
         download_scalars(device, buffer, &loss, check.tolerance, output)?;
-        download_rows(device, buffer, &loss, output)?;
+        download_anchors(device, buffer, &loss, output)?;
+        download_gradients(device, buffer, &loss, output)?;
         self.remembered = Some(loss);
         Ok(())
     }
@@ -432,8 +434,7 @@ fn issue_mining<D: Device>(launcher: &mut Launcher<'_, D>, base: u64, loss: &Rem
     let Remembered { shape, layout, .. } = loss;
     let params = PairsParams { pairs: loss.pairs(base) };
     launcher.launch(Kernel::SameClass(shape.precision), false, &params)?;
-    let sweep = shape.sweep(launcher.device.has_warpgroup_products());
-    launcher.launch(sweep, false, &params)?;
+    launcher.launch(Kernel::Sweep(shape.precision), false, &params)?;
     launcher.launch(Kernel::SelectStored, false, &params)?;
     // With a full segment for every tile there is nothing to recompute.
     if !layout.stores_everything() {
@@ -525,8 +526,8 @@ pub(super) fn download_scalars<D: Device>(
     Ok(())
 }
 
-/// The results per anchor, and the gradients.
-fn download_rows<D: Device>(
+/// The results per anchor.
+pub(super) fn download_anchors<D: Device>(
     device: &mut D,
     buffer: &D::Buffer,
     loss: &Remembered,
@@ -541,9 +542,18 @@ fn download_rows<D: Device>(
     device.download(buffer, layout.min_pos.offset, cast_slice_mut(&mut output.min_pos))?;
     device.download(buffer, layout.max_neg_out.offset, cast_slice_mut(&mut output.max_neg))?;
     device.download(buffer, layout.count_pos.offset, cast_slice_mut(&mut output.count_pos))?;
-    device.download(buffer, layout.count_neg.offset, cast_slice_mut(&mut output.count_neg))?;
+    device.download(buffer, layout.count_neg.offset, cast_slice_mut(&mut output.count_neg))
+}
 
-    download_matrix(device, buffer, layout.anchors.gradient, (rows, shape.dim), &mut output.gradient)?;
+fn download_gradients<D: Device>(
+    device: &mut D,
+    buffer: &D::Buffer,
+    loss: &Remembered,
+    output: &mut LossOutput,
+) -> Result<()> {
+    let Remembered { shape, layout, .. } = loss;
+    let size = (shape.anchors, shape.dim);
+    download_matrix(device, buffer, layout.anchors.gradient, size, &mut output.gradient)?;
     if shape.reference_gradient {
         let gradient = output.reference_gradient.get_or_insert_default();
         let size = (shape.reference_count(), shape.dim);

@@ -1,10 +1,11 @@
 //! Launch plans: how many blocks, how much shared memory. Pure functions of the shape.
 
 use super::params::{
-    GRADIENT_COLUMNS, GRADIENT_ROWS_16BIT, GRADIENT_ROWS_32BIT, GRADIENT_STAGES_BYTES, LISTS_COLUMNS,
-    LISTS_ROWS, LISTS_SHARED_BYTES, ORDER_SHARED_BYTES, ORDER_TILE, RETRIEVAL_SHARED_BYTES, RETRIEVAL_SLACK,
-    SELECT_SHARED_BYTES, SIMILARITY_STAGES_BYTES, STAGE_BYTES, SUM_SHARED_BYTES, SWEEP_HOPPER_SHARED_BYTES,
-    SWEEP_SHARED_BYTES, THREADS, TILE,
+    GRADIENT_COLUMNS, GRADIENT_HOPPER_SHARED_BYTES, GRADIENT_ROWS_16BIT, GRADIENT_ROWS_32BIT,
+    GRADIENT_STAGES_BYTES, LISTS_COLUMNS, LISTS_ROWS, LISTS_SHARED_BYTES, ORDER_SHARED_BYTES, ORDER_TILE,
+    RETRIEVAL_SHARED_BYTES, RETRIEVAL_SLACK, SELECT_HOPPER_SHARED_BYTES, SELECT_SHARED_BYTES,
+    SIMILARITY_STAGES_BYTES, STAGE_BYTES, SUM_SHARED_BYTES, SWEEP_HOPPER_SHARED_BYTES, SWEEP_SHARED_BYTES,
+    THREADS, TILE,
 };
 use super::{Kernel, LaunchPlan, Precision};
 use crate::loss::{Embeddings, LossSettings};
@@ -135,11 +136,17 @@ impl Shape {
         }
     }
 
-    /// The kernel of the sweep: f32 is split in registers, which Hopper's products do not take on both sides.
-    pub fn sweep(&self, warpgroup_products: bool) -> Kernel {
-        match self.precision {
-            Precision::F16 | Precision::Bf16 if warpgroup_products => Kernel::SweepHopper(self.precision),
-            _ => Kernel::Sweep(self.precision),
+    /// The kernel that does `kernel`'s work on this GPU. Hopper has its own where S or the gradient is
+    /// multiplied, for 16-bit types: f32 is split in registers, which its products do not take on both sides.
+    pub fn variant(&self, kernel: Kernel, warpgroup_products: bool) -> Kernel {
+        if !warpgroup_products || self.precision.bytes() != 2 {
+            return kernel;
+        }
+        match kernel {
+            Kernel::Sweep(precision) => Kernel::SweepHopper(precision),
+            Kernel::SelectRecomputed(precision) => Kernel::SelectRecomputedHopper(precision),
+            Kernel::GradientTiles(precision) => Kernel::GradientTilesHopper(precision),
+            other => other,
         }
     }
 
@@ -147,6 +154,7 @@ impl Shape {
     pub fn plan(&self, kernel: Kernel, of_references: bool, splits: usize) -> LaunchPlan {
         let own = tiles(self.sides(of_references).0);
         let row_blocks = |rows: u32| own * (TILE / rows) as usize;
+        let gradient_grid = [row_blocks(self.gradient_rows()), self.column_blocks(), splits];
         let (grid, shared_bytes) = match kernel {
             Kernel::OrderTiles | Kernel::OrderMerge => {
                 ([order_tiles(self.sides(of_references).0), 1, 1], ORDER_SHARED_BYTES)
@@ -157,6 +165,7 @@ impl Shape {
             Kernel::Sweep(_) => ([self.tiles(), 1, 1], SWEEP_SHARED_BYTES),
             Kernel::SweepHopper(_) => ([self.tiles(), 1, 1], SWEEP_HOPPER_SHARED_BYTES),
             Kernel::SelectStored => ([self.tiles(), 1, 1], SELECT_SHARED_BYTES),
+            Kernel::SelectRecomputedHopper(_) => ([self.tiles(), 1, 1], SELECT_HOPPER_SHARED_BYTES),
             Kernel::SelectRecomputed(_) | Kernel::Threshold(_) => {
                 ([self.tiles(), 1, 1], SIMILARITY_STAGES_BYTES)
             }
@@ -168,9 +177,9 @@ impl Shape {
             }
             Kernel::GradientTiles(precision) => {
                 let matrix = self.gradient_rows() * TILE * precision.bytes() as u32;
-                let grid = [row_blocks(self.gradient_rows()), self.column_blocks(), splits];
-                (grid, GRADIENT_STAGES_BYTES + matrix)
+                (gradient_grid, GRADIENT_STAGES_BYTES + matrix)
             }
+            Kernel::GradientTilesHopper(_) => (gradient_grid, GRADIENT_HOPPER_SHARED_BYTES),
             Kernel::Retrieval(_) => ([own, 1, 1], RETRIEVAL_SHARED_BYTES),
         };
         // `check` has bounded them.
@@ -248,6 +257,28 @@ mod tests {
                 Kernel::Retrieval(precision),
             ] {
                 assert!(shape.plan(kernel, false, 1).shared_bytes <= 99 * 1024, "{kernel:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn hopper_s_blocks_fit_hopper_and_serve_16_bit_types_only() {
+        for precision in [Precision::F32, Precision::Tf32, Precision::F16, Precision::Bf16] {
+            let shape = square(1000, 512, precision);
+            for kernel in [
+                Kernel::Sweep(precision),
+                Kernel::SelectRecomputed(precision),
+                Kernel::GradientTiles(precision),
+                Kernel::GradientLists(precision),
+            ] {
+                let variant = shape.variant(kernel, true);
+                assert_eq!(shape.variant(kernel, false), kernel);
+                // A block of sm_90 may have 227 KiB.
+                assert!(shape.plan(variant, false, 1).shared_bytes <= 227 * 1024, "{variant:?}");
+                // Both variants compute the same part of the result in the same block.
+                assert_eq!(shape.plan(variant, false, 3).grid, shape.plan(kernel, false, 3).grid);
+                let own = precision.bytes() == 2 && !matches!(kernel, Kernel::GradientLists(_));
+                assert_eq!(variant != kernel, own, "{variant:?}");
             }
         }
     }

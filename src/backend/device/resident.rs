@@ -3,10 +3,10 @@
 use half::{bf16, f16};
 use ndarray::aview2;
 
-use super::loss::{Ends, Launcher, RowCheck, download_scalars, issue};
+use super::loss::{Ends, Launcher, RowCheck, download_anchors, download_scalars, issue};
 use super::plan::Shape;
 use super::{Device, DeviceBackend, Precision};
-use crate::loss::{Embeddings, LossOutput, LossSettings, UnitCheck};
+use crate::loss::{Embeddings, Hypergradient, LossOutput, LossSettings, UnitCheck};
 use crate::{Error, Result};
 
 /// Type of the rows behind an address.
@@ -138,5 +138,39 @@ impl<D: Device> DeviceBackend<D> {
         download_scalars(device, buffer, &loss, check.tolerance, output)?;
         self.remembered = Some(loss);
         Ok(())
+    }
+
+    /// Fills in the values per anchor (`min_pos`, `max_neg`, `count_pos`, `count_neg`) of the last loss,
+    /// which [`loss_resident`](Self::loss_resident) leaves on the device.
+    ///
+    /// # Errors
+    /// [`Error::OutOfOrder`] without a loss before it; [`Error::Device`] if a copy fails.
+    pub fn anchors_of_last_loss(&mut self, output: &mut LossOutput) -> Result<()> {
+        let Self { device, loss, remembered, .. } = self;
+        let (Some(remembered), Some(buffer)) = (remembered, loss.buffer()) else {
+            return Err(Error::OutOfOrder("the values of the anchors need a loss before them"));
+        };
+        download_anchors(device, buffer, remembered, output)
+    }
+
+    /// [`Backend::hypergradient`](crate::backend::Backend::hypergradient) with f32 tangents in device memory, `[B, D]` and `[N, D]`;
+    /// 0 for the references' means zero. They are not checked for NaN.
+    ///
+    /// # Errors
+    /// As [`Backend::hypergradient`](crate::backend::Backend::hypergradient), and [`Error::InvalidSetting`] for an address that is null or
+    /// not aligned.
+    ///
+    /// # Safety
+    /// As [`loss_resident`](Self::loss_resident), for the tangents; only the batch's shape is looked at.
+    pub unsafe fn hypergradient_resident(
+        &mut self,
+        batch: &ResidentBatch,
+        tangents: [u64; 2],
+    ) -> Result<Hypergradient> {
+        aligned("tangent", tangents[0], 4)?;
+        if tangents[1] != 0 {
+            aligned("reference tangent", tangents[1], 4)?;
+        }
+        self.sum_threshold(batch.shape(self.options.exact), |_, _, _| Ok(tangents))
     }
 }

@@ -48,34 +48,46 @@ impl<D: Device> DeviceBackend<D> {
         reference_tangent: Option<ArrayView2<'_, f32>>,
     ) -> Result<Hypergradient> {
         let shape = self.shape(batch);
+        // In the square form both sides move alike.
+        let reference_tangent = if batch.is_square() { None } else { reference_tangent };
+        self.sum_threshold(shape, |device, buffer, regions| {
+            let names = ["tangent", "reference tangent"];
+            let counts = [shape.anchors, shape.reference_count()];
+            let mut addresses = [0; 2];
+            for (side, tangent) in [Some(tangent), reference_tangent].into_iter().enumerate() {
+                let Some(tangent) = tangent else { continue };
+                check_tangent(names[side], (counts[side], shape.dim), &tangent)?;
+                let tangent = tangent.as_standard_layout();
+                let Some(values) = tangent.as_slice() else { unreachable!("standard layout") };
+                device.upload(buffer, regions[side].offset, cast_slice(values))?;
+                addresses[side] = device.address(buffer) + regions[side].offset as u64;
+            }
+            Ok(addresses)
+        })
+    }
+
+    /// The sums, with tangents at the addresses that `place` answers (0 for a reference tangent of
+    /// zero); it may put them into its buffer's regions.
+    pub(super) fn sum_threshold(
+        &mut self,
+        shape: Shape,
+        place: impl FnOnce(&mut D, &mut D::Buffer, &[Region; 2]) -> Result<[u64; 2]>,
+    ) -> Result<Hypergradient> {
         let Self { device, loss, threshold, remembered, .. } = self;
         let (Some(remembered), Some(pairs_buffer)) = (remembered, loss.buffer()) else {
             return Err(Error::OutOfOrder("the threshold pass needs a loss before it"));
         };
         same_shape(&remembered.shape, &shape)?;
-        let size = (shape.anchors, shape.dim);
-        check_tangent("tangent", size, &tangent)?;
-        // In the square form both sides move alike.
-        let reference_tangent = if batch.is_square() { Some(tangent) } else { reference_tangent };
-        if let Some(tangent) = &reference_tangent {
-            check_tangent("reference tangent", (shape.reference_count(), shape.dim), tangent)?;
-        }
-
         let layout = ThresholdLayout::new(&shape);
         let buffer = threshold.lay(device, &layout.layout)?;
-        for (tangent, region) in [Some(tangent), reference_tangent].into_iter().zip(layout.tangents) {
-            let Some(tangent) = tangent else { continue };
-            let tangent = tangent.as_standard_layout();
-            let Some(values) = tangent.as_slice() else { unreachable!("standard layout") };
-            device.upload(buffer, region.offset, cast_slice(values))?;
-        }
+        let [own, other] = place(device, buffer, &layout.tangents)?;
+        let tangents = [own, if shape.references.is_none() { own } else { other }];
 
         let (pairs_base, base) = (device.address(pairs_buffer), device.address(buffer));
         let mut launcher = Launcher { device: &mut *device, shape };
         let Remembered { layout: pairs_layout, .. } = &*remembered;
         for (index, regions) in [&pairs_layout.anchors, &pairs_layout.references].into_iter().enumerate() {
-            let there = index == 0 || reference_tangent.is_some();
-            let tangent = if there { pointer(base, layout.tangents[index]) } else { std::ptr::null_mut() };
+            let tangent = tangents[index] as usize as *const f32;
             let params = prepare_params(&shape, regions, pairs_base, index == 1, tangent)
                 .writing(pointer(base, layout.joined[index]), layout.half);
             launcher.launch(Kernel::ThresholdPrepare(shape.precision), index == 1, &params)?;

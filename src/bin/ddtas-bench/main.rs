@@ -36,8 +36,8 @@ struct VerifyArguments {
     /// Case files (.safetensors) or folders of them.
     #[arg(required = true)]
     paths: Vec<PathBuf>,
-    /// auto, cpu, cuda, cuda:N or emulated.
-    #[arg(long, default_value = "cpu")]
+    /// auto, cpu, cuda, cuda:N or emulated; --device, as ddtas-train has it, is the same.
+    #[arg(long, visible_alias = "device", default_value = "cpu")]
     backend: DeviceSpec,
     /// Print one JSON array, an object a case.
     #[arg(long)]

@@ -2,13 +2,17 @@
 
 mod embed;
 mod eval;
+mod make_fixture;
 mod progress;
+mod resume;
 mod search;
+mod signals;
 mod train;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use ddtas::train::TrainSettings;
 
 /// Trains an image-retrieval network with DDTAS and measures Recall@K on classes it never saw.
@@ -19,6 +23,9 @@ use ddtas::train::TrainSettings;
 struct Arguments {
     #[command(subcommand)]
     command: Option<Command>,
+    /// Go on with the run in this folder, by its own settings.
+    #[arg(long, value_name = "RUN")]
+    resume: Option<PathBuf>,
     #[command(flatten)]
     settings: TrainSettings,
 }
@@ -32,21 +39,27 @@ enum Command {
     Embed(embed::EmbedArguments),
     /// Finds the pictures of a collection that are most similar to a picture.
     Search(search::SearchArguments),
+    /// Writes a small copy of a published data set, drawn, in its official layout.
+    MakeFixture(make_fixture::MakeFixtureArguments),
 }
 
 fn main() -> ExitCode {
-    let Arguments { command, settings } = Arguments::parse();
-    let outcome = match command {
-        None => train::train(&settings),
-        Some(Command::Eval(arguments)) => eval::eval(&arguments),
-        Some(Command::Embed(arguments)) => embed::embed(&arguments),
-        Some(Command::Search(arguments)) => search::search(&arguments),
-    };
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("ddtas-train: {error}");
-            ExitCode::FAILURE
+    let matches = Arguments::command().get_matches();
+    let Arguments { command, resume, settings } =
+        Arguments::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
+    let done = |()| ExitCode::SUCCESS;
+    let code = match (command, resume) {
+        (Some(Command::Eval(arguments)), _) => eval::eval(&arguments).map(done),
+        (Some(Command::Embed(arguments)), _) => embed::embed(&arguments).map(done),
+        (Some(Command::Search(arguments)), _) => search::search(&arguments).map(done),
+        (Some(Command::MakeFixture(arguments)), _) => make_fixture::make_fixture(&arguments).map(done),
+        (None, None) => train::train(&settings),
+        (None, Some(folder)) => {
+            resume::overrides(&matches, &settings).and_then(|overrides| train::resume(&folder, &overrides))
         }
-    }
+    };
+    code.unwrap_or_else(|error| {
+        eprintln!("ddtas-train: {error}");
+        ExitCode::FAILURE
+    })
 }

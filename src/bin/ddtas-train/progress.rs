@@ -31,6 +31,7 @@ impl Progress {
             Event::Embedding { done, total } => self.count("embedding", "pictures", done, total),
             Event::Searching { done, total } => self.count("searching", "queries", done, total),
             Event::Clustering { step, steps } => self.count("clustering", "steps at most", step, steps),
+            Event::Note(note) => self.line(note),
             Event::Warning(warning) => self.line(&format!("warning: {warning}")),
             _ => {}
         }

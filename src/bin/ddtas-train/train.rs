@@ -1,21 +1,55 @@
 //! Training: progress while it runs, the table when it is done.
 
 use std::io::IsTerminal;
+use std::path::Path;
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+use ddtas::Result;
 use ddtas::retrieval::Recall;
-use ddtas::train::{EvaluationRecord, Event, StepRecord, Summary, TrainSettings};
+use ddtas::train::{EvaluationRecord, Event, Outcome, Overrides, StepRecord, Summary, TrainSettings};
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::signals::Signals;
+
 /// Trains by `settings` and prints what it came to.
-pub fn train(settings: &TrainSettings) -> ddtas::Result<()> {
-    let mut progress = Progress::new(settings);
-    let outcome = ddtas::train::train(settings, &mut |event| progress.show(event));
-    if outcome.is_err() {
-        progress.bar.finish_and_clear();
+pub fn train(settings: &TrainSettings) -> Result<ExitCode> {
+    let signals = Signals::listen()?;
+    let mut progress = Progress::new();
+    let outcome = ddtas::train::train(settings, signals.stop(), &mut |event| progress.show(event));
+    progress.end(&outcome);
+    Ok(print_outcome(&outcome?, &signals))
+}
+
+/// Goes on with the run in `folder` and prints what it came to.
+pub fn resume(folder: &Path, overrides: &Overrides) -> Result<ExitCode> {
+    let signals = Signals::listen()?;
+    let mut progress = Progress::new();
+    let outcome = ddtas::train::resume(folder, overrides, signals.stop(), &mut |event| progress.show(event));
+    progress.end(&outcome);
+    Ok(print_outcome(&outcome?, &signals))
+}
+
+fn print_outcome(outcome: &Outcome, signals: &Signals) -> ExitCode {
+    match outcome {
+        Outcome::Finished(summary) => {
+            print_summary(summary);
+            ExitCode::SUCCESS
+        }
+        Outcome::Stopped { folder, step } => {
+            let folder = folder.display();
+            eprintln!("stopped after {step} steps; to go on: ddtas-train --resume {folder}");
+            signals.exit_code()
+        }
+        Outcome::FinishedBefore { folder, step } => {
+            let folder = folder.display();
+            eprintln!(
+                "the run in {folder} has finished all its {step} steps; {folder}/report.html tells of it"
+            );
+            ExitCode::SUCCESS
+        }
+        _ => ExitCode::SUCCESS,
     }
-    print_summary(settings, &outcome?);
-    Ok(())
 }
 
 /// A bar on a terminal, a line every few seconds elsewhere.
@@ -30,27 +64,51 @@ struct Progress {
 const LINE_EVERY: Duration = Duration::from_secs(5);
 
 impl Progress {
-    fn new(settings: &TrainSettings) -> Self {
+    fn new() -> Self {
         let terminal = std::io::stderr().is_terminal();
-        let bar = if terminal { ProgressBar::new(settings.steps as u64) } else { ProgressBar::hidden() };
+        let bar = if terminal { ProgressBar::new(0) } else { ProgressBar::hidden() };
         if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len} [{elapsed}<{eta}] {msg}") {
             bar.set_style(style);
         }
-        Self { bar, steps: settings.steps, terminal, last_line: None }
+        Self { bar, steps: 0, terminal, last_line: None }
+    }
+
+    fn end(&self, outcome: &Result<Outcome>) {
+        if !matches!(outcome, Ok(Outcome::Finished(_))) {
+            self.bar.finish_and_clear();
+        }
     }
 
     fn show(&mut self, event: Event<'_>) {
         match event {
-            Event::Started { dataset, folder, steps_per_epoch } => self.line(&format!(
-                "{}: {} training pictures of {} classes, {} test pictures of {} unseen classes; {} steps an epoch; results in {}",
-                dataset.name,
-                dataset.train.len(),
-                dataset.train.class_names().len(),
-                dataset.test.len(),
-                dataset.test.class_names().len(),
-                steps_per_epoch,
-                folder.display(),
-            )),
+            Event::Computing { device, reason: None } => self.line(&format!("computing on {device}")),
+            Event::Computing { device, reason: Some(reason) } => {
+                self.line(&format!("computing on {device}: {reason}"));
+            }
+            Event::Started { dataset, folder, steps_per_epoch, steps, resumed } => {
+                self.steps = steps;
+                self.bar.set_length(steps as u64);
+                self.line(&format!(
+                    "{}: {} training pictures of {} classes, {} test pictures of {} unseen classes{}; {} steps an epoch; results in {}",
+                    dataset.name,
+                    dataset.train.len(),
+                    dataset.train.class_names().len(),
+                    dataset.test.len(),
+                    dataset.test.class_names().len(),
+                    dataset.gallery.as_ref().map_or_else(String::new, |gallery| {
+                        format!(", searched in a gallery of {}", gallery.len())
+                    }),
+                    steps_per_epoch,
+                    folder.display(),
+                ));
+                if let Some(done) = resumed {
+                    // So that the remaining time is estimated from this process's steps alone.
+                    self.bar.set_position(done as u64);
+                    self.bar.reset_eta();
+                    self.line(&format!("going on after {done} of {steps} steps"));
+                }
+            }
+            Event::Note(note) => self.line(note),
             Event::Warning(warning) => self.line(&format!("warning: {warning}")),
             Event::Step { record, images_per_second } => self.step(record, images_per_second),
             Event::Evaluating { done, total } => {
@@ -101,7 +159,7 @@ fn evaluation_line(record: &EvaluationRecord) -> String {
     format!("after {} steps: {}", record.step, recalls.join("  "))
 }
 
-fn print_summary(settings: &TrainSettings, summary: &Summary) {
+fn print_summary(summary: &Summary) {
     let row = |name: &str, recall: &Recall| {
         let cells: String = recall.at.iter().map(|(_, recall)| format!("{:8.1}", 100.0 * recall)).collect();
         println!("{name:<28}{cells}");
@@ -110,14 +168,14 @@ fn print_summary(settings: &TrainSettings, summary: &Summary) {
     println!("\n{:<28}{header}", "Recall@K on unseen classes");
     row("raw pixels", &summary.pixels);
     row("untrained network", &summary.before);
-    row(&format!("trained, {} steps", settings.steps), &summary.after);
-    if summary.best_step != settings.steps {
+    row(&format!("trained, {} steps", summary.steps), &summary.after);
+    if summary.best_step != summary.steps {
         row(&format!("best, after {} steps", summary.best_step), &summary.best);
     }
     println!(
         "\n{} queries, seed {}, {:.0} s of training, {:.0} s in all; run folder: {}",
         summary.before.queries,
-        settings.seed,
+        summary.seed,
         summary.training_seconds,
         summary.total_seconds,
         summary.folder.display(),

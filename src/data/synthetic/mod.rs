@@ -17,7 +17,7 @@ use image::RgbImage;
 
 pub use design::{Body, Design};
 
-use super::dataset::{DEFAULT_CACHE_BYTES, Dataset, Split};
+use super::dataset::{DEFAULT_CACHE_BYTES, Dataset, RECALL_AT, Split};
 use super::random::{Purpose, generator};
 use crate::{Error, Result};
 
@@ -101,6 +101,8 @@ pub fn synthetic(settings: &SyntheticSettings) -> Result<Dataset> {
         name: "synthetic".into(),
         train: split(0..half, settings.train_pictures),
         test: split(half..settings.classes, settings.test_pictures),
+        gallery: None,
+        recall_at: RECALL_AT,
         warnings: Vec::new(),
     })
 }

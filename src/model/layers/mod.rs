@@ -10,8 +10,11 @@
 //! | `convolution.rs` | convolution and its two gradients |
 //! | `normalisation.rs` | batch normalisation + ReLU, residual sum + ReLU |
 //! | `differentiation.rs` | the same under autodiff |
+//! | `flex.rs`, `cube.rs` | Burn's CPU backend with the operations above, its GPU backend with the default bodies |
 
 pub mod convolution;
+#[cfg(feature = "train-cuda")]
+mod cube;
 mod differentiation;
 mod flex;
 pub mod normalisation;

@@ -8,7 +8,7 @@ use burn::tensor::{Scalar, Shape};
 use super::NormaliseOptions;
 
 /// Heavy operations of the network. Shapes are those of the functions in the [parent module](super).
-#[backend_extension(Flex, Autodiff)]
+#[backend_extension(Flex, Cube: cfg(feature = "train-cuda"), Autodiff)]
 pub trait LayerOps: Backend {
     /// Convolution without bias, padding `k / 2`.
     fn convolution(input: FloatTensor<Self>, weight: FloatTensor<Self>, stride: usize) -> FloatTensor<Self> {

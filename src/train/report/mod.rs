@@ -18,7 +18,7 @@ use super::records::{self, EvaluationRecord, Record, StepRecord};
 use crate::files;
 use crate::{Error, Result};
 
-pub use strip::{Answer, Query, queries};
+pub use strip::{Answer, Query, Shown, choose, queries};
 
 /// What metrics.jsonl and config.toml do not tell: written once, at the end of a run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -40,49 +40,75 @@ pub struct Answer {
     pub png: String,
 }
 
+/// A test picture and its nearest neighbours, by their indices in their splits.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Shown {
+    /// The picture.
+    pub picture: usize,
+    /// What was found and its cosine similarity, nearest first.
+    pub answers: Vec<(usize, f32)>,
+}
+
 /// `count` queries with their first `depth` neighbours, at even distances through the split:
 /// chosen before the answers are known.
 ///
-/// `rows[i]` is the index in `split` of the picture behind row `i` of `nearest`.
+/// `rows[i]` is the index in its split of the picture behind row `i` of `nearest`; `searched` is the same for the
+/// indices in `nearest`, which count another split where the set has a gallery.
 ///
 /// # Errors
-/// [`Error::LengthMismatch`] if `rows` and `nearest` differ in length; [`Error::Image`] if a
-/// picture can no longer be read.
-pub fn queries(
-    split: &Split,
+/// [`Error::LengthMismatch`] if `rows` and `nearest` differ in length.
+pub fn choose(
     rows: &[usize],
+    searched: &[usize],
     nearest: &Nearest,
     count: usize,
     depth: usize,
-) -> Result<Vec<Query>> {
+) -> Result<Vec<Shown>> {
     if rows.len() != nearest.indices.nrows() {
         let (expected, got) = (nearest.indices.nrows(), rows.len());
         return Err(Error::LengthMismatch { what: "pictures of the neighbour lists", expected, got });
     }
-    let mut thumbnails = Thumbnails::new(THUMBNAIL)?;
-    let mut thumbnail = |index: usize| thumbnails.png(&*split.picture(index)?);
     let count = count.min(rows.len());
-    let mut queries = Vec::with_capacity(count);
-    for i in 0..count {
+    let shown = (0..count).map(|i| {
         // The middle of each of `count` equal stretches.
         let row = (2 * i + 1) * rows.len() / (2 * count);
-        let (index, class) = (rows[row], split.class_name(rows[row]));
-        let mut answers = Vec::with_capacity(depth);
-        for (&found, &similarity) in
-            nearest.indices.row(row).iter().zip(nearest.similarities.row(row)).take(depth)
-        {
-            if found == Nearest::NONE {
-                break;
-            }
-            let answer = rows[found as usize];
-            answers.push(Answer {
-                class: split.class_name(answer).to_string(),
-                right: split.labels()[answer] == split.labels()[index],
-                similarity,
-                png: thumbnail(answer)?,
-            });
+        let found = nearest.indices.row(row).into_iter().zip(nearest.similarities.row(row)).take(depth);
+        let found = found.take_while(|(answer, _)| **answer != Nearest::NONE);
+        let answers = found.map(|(&answer, &similarity)| (searched[answer as usize], similarity)).collect();
+        Shown { picture: rows[row], answers }
+    });
+    Ok(shown.collect())
+}
+
+/// The pictures and class names of what was chosen from `split`, answered from `searched`: the same, or its gallery.
+///
+/// # Errors
+/// [`Error::Image`] if a picture can no longer be read; [`Error::Dataset`] if the splits are not those chosen from.
+pub fn queries(split: &Split, searched: &Split, shown: &[Shown]) -> Result<Vec<Query>> {
+    let mut thumbnails = Thumbnails::new(THUMBNAIL)?;
+    let mut thumbnail = |split: &Split, index: usize| thumbnails.png(&*split.picture(index)?);
+    let mut queries = Vec::with_capacity(shown.len());
+    for Shown { picture, answers } in shown {
+        let known = *picture < split.len() && answers.iter().all(|(answer, _)| *answer < searched.len());
+        if !known {
+            return Err(Error::Dataset("the test pictures are fewer than when the run began".into()));
         }
-        queries.push(Query { class: class.to_string(), png: thumbnail(index)?, answers });
+        let answers = answers
+            .iter()
+            .map(|&(answer, similarity)| {
+                Ok(Answer {
+                    class: searched.class_name(answer).to_string(),
+                    right: searched.labels()[answer] == split.labels()[*picture],
+                    similarity,
+                    png: thumbnail(searched, answer)?,
+                })
+            })
+            .collect::<Result<_>>()?;
+        queries.push(Query {
+            class: split.class_name(*picture).to_string(),
+            png: thumbnail(split, *picture)?,
+            answers,
+        });
     }
     Ok(queries)
 }

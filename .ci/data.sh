@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# MAT-files against SciPy, and the loader's bench on a small fixture.
+# Needs Rust and Python 3.11; installs NumPy and SciPy.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+environment=target/scipy-tools
+packages=(numpy==2.4.6 scipy==1.17.1)
+if [[ "$(cat "$environment/packages" 2>/dev/null)" != "${packages[*]}" ]]; then
+    python3 -m venv --clear "$environment"
+    "$environment/bin/pip" install --quiet --disable-pip-version-check "${packages[@]}"
+    echo "${packages[*]}" >"$environment/packages"
+fi
+DDTAS_PYTHON="$PWD/$environment/bin/python3" cargo test --release --test mat
+
+place=$(mktemp -d)
+trap 'rm -rf "$place"' EXIT
+fixture=(make-fixture --dataset cars196 --layout class-folders --classes 32 --images-per-class 2 --picture-width 500)
+cargo run --release --quiet --bin ddtas-train -- "${fixture[@]}" --out "$place/pictures"
+cargo bench --quiet --bench loader -- --data-root "$place/pictures" --batches 4

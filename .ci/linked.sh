@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# The library as C and C++ see it: built without Burn and without CUDA, installed to a prefix of its
+# own, its symbols compared with the header's, the examples built by pkg-config and by CMake and run,
+# and the C tests (tests/capi) run under AddressSanitizer and UndefinedBehaviorSanitizer.
+# Needs Rust, gcc/g++, make, pkg-config and Python 3.11; CMake comes from PyPI if it is not there.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+say() { printf -- '-- %s (%ss)\n' "$1" "$SECONDS"; }
+
+work=target/linked
+rm -rf "$work"
+mkdir -p "$work"
+prefix=$PWD/$work/prefix
+if ! command -v cmake >/dev/null; then
+    tools=target/linked-tools
+    [[ -x $tools/bin/cmake ]] || { python3 -m venv "$tools" && "$tools/bin/pip" install --quiet --disable-pip-version-check cmake==3.31.6; }
+    PATH=$PWD/$tools/bin:$PATH
+fi
+
+say "install"
+packaging/install.sh "$prefix"
+export PKG_CONFIG_PATH=$prefix/lib/pkgconfig
+pkg-config --exact-version="$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)" ddtas
+
+say "exported symbols: those of the header, no others"
+grep -o 'ddtas_[a-z_]*(' include/ddtas.h | tr -d '(' | sort -u >"$work/header"
+nm --dynamic --defined-only --format=just-symbols "$prefix/lib/libddtas.so" | sort -u >"$work/exported"
+diff "$work/header" "$work/exported"
+readelf -d "$prefix/lib/libddtas.so" | grep -q "SONAME.*libddtas.so.$(sed -n 's/^#define DDTAS_ABI_VERSION //p' include/ddtas.h)"
+ls -l "$prefix"/lib/libddtas.*
+
+say "the header alone, as C11 and as C++"
+warnings=(-Wall -Wextra -Wpedantic -Werror)
+echo '#include <ddtas.h>' | gcc -std=c11 "${warnings[@]}" -fsyntax-only -I"$prefix/include" -x c -
+echo '#include <ddtas.h>' | g++ -std=c++11 "${warnings[@]}" -fsyntax-only -I"$prefix/include" -x c++ -
+
+say "examples/c: make and pkg-config"
+cp -r examples/c "$work/c"
+make --silent -C "$work/c"
+"$work/c/loss"
+
+say "examples/cpp: CMake find_package"
+cmake -S examples/cpp -B "$work/cpp" -DCMAKE_PREFIX_PATH="$prefix" -DCMAKE_BUILD_TYPE=Release >"$work/cmake.log"
+cmake --build "$work/cpp" >>"$work/cmake.log" || { cat "$work/cmake.log"; exit 1; }
+"$work/cpp/memory_bank"
+"$work/cpp/memory_bank_static" | diff - <("$work/cpp/memory_bank")
+
+say "examples/loss.rs"
+cargo run --release --quiet --no-default-features --features capi --example loss
+
+say "tests/capi under AddressSanitizer and UndefinedBehaviorSanitizer"
+sanitize=(-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer)
+read -ra include < <(pkg-config --cflags ddtas)
+read -ra system < <(sed -n 's/^Libs.private: //p' "$prefix/lib/pkgconfig/ddtas.pc")
+for test in hostile memory threads; do
+    gcc -std=c11 "${warnings[@]}" "${sanitize[@]}" "${include[@]}" "tests/capi/$test.c" -o "$work/$test" \
+        "$prefix/lib/libddtas.a" "${system[@]}"
+    "$work/$test"
+done
+say "done"

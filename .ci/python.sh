@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Installs the Python package as `pip install .` does from a clean clone, and tests it: on NumPy arrays always, on torch and
+# in pytorch-metric-learning's trainer where torch can be installed (skips are counted and say why); then format and
+# lints of its Rust side, and its types against the compiled module.
+# Needs Rust, gcc and Python 3.10 or newer; the rest comes from PyPI into target/.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+environment=target/python
+packages=(pytest mypy numpy ml_dtypes)
+python="$environment/bin/python"
+pip=("$python" -m pip install --quiet --disable-pip-version-check --no-compile)
+export CARGO_TARGET_DIR=$PWD/target/python-build TQDM_DISABLE=1
+
+[ -x "$python" ] || python3 -m venv "$environment"
+"${pip[@]}" "${packages[@]}"
+"${pip[@]}" --force-reinstall --no-deps .
+echo "installed (${SECONDS}s)"
+
+# What was made last time is kept, if it still starts.
+if ! "$python" -c 'import torch, pytorch_metric_learning' 2>/dev/null; then
+    if "${pip[@]}" scikit-learn tqdm && "$python" .ci/torch_cpu.py && "${pip[@]}" --no-deps pytorch-metric-learning==2.9.0; then
+        echo "torch installed (${SECONDS}s)"
+    else
+        echo "torch cannot be installed here: its tests are skipped and counted below"
+    fi
+fi
+"$python" -m pytest -q
+echo "tested (${SECONDS}s)"
+
+cargo fmt --check --manifest-path python/Cargo.toml
+cargo clippy --release --quiet --manifest-path python/Cargo.toml -- -D warnings
+"$python" -m mypy --strict --follow-imports=silent python/ddtas
+"$python" -m mypy.stubtest ddtas._ddtas
+echo "checked (${SECONDS}s)"

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# The event files of a run that was killed and gone on with, read by the tensorboard package.
+# Needs the release build and Python 3.11 or later; without network it says so and passes.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+tools=target/tensorboard
+if [ ! -x "$tools/bin/python" ]; then
+    python3 -m venv "$tools"
+fi
+if ! "$tools/bin/pip" install --quiet --disable-pip-version-check "tensorboard>=2.20,<3" "setuptools<81"; then
+    echo "skipped: the tensorboard package cannot be installed here"
+    exit 0
+fi
+cargo build --release --quiet --bin ddtas-train
+run=$(mktemp -d)/run
+trap 'rm -r "$(dirname "$run")"' EXIT
+settings=(--image-size 16 --width 4 --embedding-dim 16 --steps 60 --evaluate-every 1 --classes-per-batch 8
+    --images-per-class 20 --generator head --checkpoint-every 7 --output "$run")
+target/release/ddtas-train "${settings[@]}" 2> "$run.log" &
+process=$!
+until [ "$(wc -l < "$run/metrics.jsonl" 2> /dev/null || echo 0)" -ge 40 ]; do sleep 0.01; done
+kill -9 "$process"
+wait "$process" 2> /dev/null || true
+target/release/ddtas-train --resume "$run" > "$run.table" 2>> "$run.log" || { cat "$run.log"; exit 1; }
+"$tools/bin/python" .ci/tensorboard.py "$run"

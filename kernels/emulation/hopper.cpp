@@ -1,0 +1,187 @@
+// hopper.cpp: barriers in shared memory, bulk copies, products of a warpgroup.
+
+#include "state.h"
+
+namespace emulation {
+namespace {
+
+unsigned char *async_view_of(const void *shared, size_t bytes) {
+    auto offset = static_cast<size_t>(static_cast<const unsigned char *>(shared) - machine->shared);
+    size_t all = machine->async_view.size();
+    if (offset > all || bytes > all - offset) die("a bulk copy leaves shared memory", "");
+    return machine->async_view.data() + offset;
+}
+
+SharedBarrier &barrier_at(uint64_t *barrier) {
+    auto found = machine->barriers.find(barrier);
+    if (found == machine->barriers.end()) die("a barrier that nobody began", "");
+    return found->second;
+}
+
+void finish_phase(SharedBarrier &barrier) {
+    if (barrier.arrived < barrier.count || barrier.bytes != 0) return;
+    barrier.arrived = 0;
+    ++barrier.phase;
+}
+
+// An operand in shared memory, as the PTX manual has the fields of its descriptor.
+struct Operand {
+    uint32_t start, leading, stride;
+    explicit Operand(uint64_t descriptor)
+        : start(field(descriptor)), leading(field(descriptor >> 16)), stride(field(descriptor >> 32)) {
+        if (descriptor >> 62 != 1) die("a descriptor of another swizzle than that of 128 bytes", "");
+        if (descriptor >> 49 & 7) die("a descriptor with a base offset", "");
+    }
+    static uint32_t field(uint64_t bits) { return static_cast<uint32_t>(bits & 0x3fff) << 4; }
+
+    // Lines of 128 bytes, `line` of them on and `byte` into it; 8 lines are one block.
+    uint16_t at(uint32_t block, uint32_t line, uint32_t byte) const {
+        uint32_t address = start + block + line * 128 + byte;
+        address ^= (address >> 7 & 7) << 4;  // the swizzle is of address bits
+        size_t offset = address - kSharedBase;
+        if (address < kSharedBase || offset + 2 > machine->async_view.size()) die("a product reads outside of shared memory", "");
+        uint16_t bits;
+        std::memcpy(&bits, machine->async_view.data() + offset, 2);
+        return bits;
+    }
+    // Row (of A, or column of B) and k; or both exchanged, for an operand that lies [k, columns].
+    uint16_t straight(uint32_t row, uint32_t k) const { return at(row / 8 * stride, row % 8, k * 2); }
+    uint16_t transposed(uint32_t column, uint32_t k) const {
+        return at(column / 64 * leading + k / 8 * stride, k % 8, column % 64 * 2);
+    }
+};
+
+void run_product(const Product &product, int warp) {
+    constexpr int kMostColumns = 256;
+    static thread_local double b[16][kMostColumns];  // too large for a fiber
+    const int columns = product.operands.columns;
+    Operand left(product.operands.a), right(product.operands.b);
+    auto value = [&](uint16_t bits) { return static_cast<double>(element(product.numbers, bits, 0)); };
+    double a[16][16];
+    for (int k = 0; k < 16; ++k) {
+        for (int row = 0; row < 16; ++row) a[row][k] = value(left.straight(warp % 4 * 16 + row, k));
+        for (int column = 0; column < columns; ++column) {
+            b[k][column] = value(product.operands.transposed ? right.transposed(column, k) : right.straight(column, k));
+        }
+    }
+    for (int row = 0; row < 16; ++row) {
+        double sums[kMostColumns] = {};
+        for (int k = 0; k < 16; ++k) {
+            for (int column = 0; column < columns; ++column) sums[column] += a[row][k] * b[k][column];
+        }
+        for (int column = 0; column < columns; ++column) {
+            float &c = product.c[row % 8 * 4 + column % 8 / 2][column / 8 * 4 + row / 8 * 2 + column % 2];
+            c = truncate(static_cast<double>(c) + sums[column]);
+        }
+    }
+}
+
+// Runs the oldest products: those of all but the last `pending` groups, and by chance a few more.
+void run_products(uint64_t pending) {
+    int index = static_cast<int>(machine->current / 32);
+    Warp &warp = machine->warps[index];
+    while (!warp.products.empty()) {
+        bool due = warp.products.front().group + pending < warp.group;
+        if (!due && machine->random.below(4) != 0) break;
+        run_product(warp.products.front(), index);
+        warp.products.pop_front();
+    }
+}
+
+}  // namespace
+
+// Lands one bulk copy, any of them.
+void land_bulk(bool late_too) {
+    Unwatched whole_call;
+    size_t index = machine->random.below(static_cast<uint32_t>(machine->bulks.size()));
+    Bulk bulk = machine->bulks[index];
+    if (bulk.late && !late_too) return;
+    machine->bulks.erase(machine->bulks.begin() + static_cast<ptrdiff_t>(index));
+    std::memcpy(bulk.to, bulk.from, bulk.bytes);
+    std::memcpy(async_view_of(bulk.to, bulk.bytes), bulk.from, bulk.bytes);
+    SharedBarrier &barrier = barrier_at(bulk.barrier);
+    barrier.bytes -= bulk.bytes;
+    finish_phase(barrier);
+}
+
+// Wakes whoever's phase is over. With nobody else to run the copy engine must go on.
+bool wake_at_shared_barriers() {
+    bool waiting = false;
+    for (;;) {
+        bool woken = false;
+        for (Thread &thread : machine->threads) {
+            if (thread.state != State::at_shared_barrier) continue;
+            waiting = true;
+            if (barrier_at(thread.shared_barrier).phase % 2 == thread.parity) continue;
+            thread.state = State::ready;
+            woken = true;
+        }
+        if (woken || !waiting) return woken;
+        if (machine->bulks.empty()) die("waits for a phase that nobody ends", "");
+        land_bulk(true);
+    }
+}
+
+void barrier_begin(Barrier *barrier, uint32_t count) { machine->barriers[barrier] = SharedBarrier{count}; }
+
+void barrier_expect(Barrier *barrier, uint32_t bytes) {
+    SharedBarrier &one = barrier_at(barrier);
+    if (++one.arrived > one.count) die("more arrivals at a barrier than it counts", "");
+    one.bytes += bytes;
+    release(barrier);
+    finish_phase(one);
+}
+
+void barrier_wait(Barrier *barrier, uint32_t parity) {
+    Thread &self = machine->threads[machine->current];
+    while (barrier_at(barrier).phase % 2 == parity) {
+        self.state = State::at_shared_barrier;
+        self.shared_barrier = barrier;
+        self.parity = parity;
+        yield();
+    }
+    acquire(barrier);
+}
+
+void copy_bulk(void *to, const void *from, uint32_t bytes, Barrier *barrier) {
+    if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) % 16) die("copy_bulk is not aligned", "");
+    Unwatched whole_call;
+    std::memset(to, 0xff, bytes);
+    std::memset(async_view_of(to, bytes), 0xff, bytes);
+    machine->bulks.push_back(Bulk{to, from, bytes, barrier, machine->random.below(2) == 0});
+}
+
+template <Numbers numbers>
+void group_multiply(void **lanes) {
+    const auto &first = *static_cast<GroupMultiply *>(lanes[0]);
+    Warp &warp = machine->warps[machine->current / 32];
+    Product product{{}, first, numbers, warp.group};
+    for (int lane = 0; lane < 32; ++lane) {
+        const auto &one = *static_cast<GroupMultiply *>(lanes[lane]);
+        if (one.a != first.a || one.b != first.b) die("descriptors differ within a warp", "");
+        product.c[lane] = one.c;
+    }
+    warp.products.push_back(product);
+}
+template void group_multiply<Numbers::f16>(void **);
+template void group_multiply<Numbers::bf16>(void **);
+
+void group_commit(void **) {
+    ++machine->warps[machine->current / 32].group;
+    run_products(machine->warps[machine->current / 32].group);
+}
+
+void group_wait(void **lanes) { run_products(static_cast<uint64_t>(*static_cast<int *>(lanes[0]))); }
+
+// Publishes everybody's writes, not this thread's alone: a fence that is missing shows, one that is
+// some threads' only may not.
+void async_proxy_fence() {
+    Unwatched whole_call;
+    std::memcpy(machine->async_view.data(), machine->shared, machine->async_view.size());
+}
+
+uint32_t shared_address(const void *pointer) {
+    return kSharedBase + static_cast<uint32_t>(static_cast<const unsigned char *>(pointer) - machine->shared);
+}
+
+}  // namespace emulation

@@ -1,0 +1,145 @@
+// instructions.cpp: asynchronous copies of 16 bytes, tensor-core products of a warp, 16-bit numbers.
+
+#include "state.h"
+
+namespace emulation {
+namespace {
+
+void land(const Copy &copy) { std::memcpy(copy.to, copy.from, 16); }
+
+}  // namespace
+
+// Each copy under way may land now.
+void land_some(Thread &thread) {
+    for (size_t i = 0; i < thread.copies.size();) {
+        if (machine->random.below(4) == 0) {
+            land(thread.copies[i]);
+            thread.copies[i] = thread.copies.back();
+            thread.copies.pop_back();
+        } else {
+            ++i;
+        }
+    }
+}
+
+// Bits of a 16-bit element: 0 low half, 1 high half.
+float element(Numbers numbers, uint32_t pair, int half) {
+    uint16_t bits = static_cast<uint16_t>(half ? pair >> 16 : pair);
+    return numbers == Numbers::f16 ? f16_value(bits) : float_of(static_cast<uint32_t>(bits) << 16);
+}
+
+float truncate(double value) {
+    float nearest = static_cast<float>(value);
+    return std::fabs(static_cast<double>(nearest)) > std::fabs(value) ? std::nextafterf(nearest, 0.0f) : nearest;
+}
+
+void copy_async(void *to, const void *from) {
+    if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16) die("copy_async is not aligned", "");
+    Thread &self = machine->threads[machine->current];
+    // Whoever still reads the old bytes, or already the new ones, gets NaN.
+    std::memset(to, 0xff, 16);
+    self.copies.push_back(Copy{to, from, self.group});
+}
+
+void copy_commit() { ++machine->threads[machine->current].group; }
+
+void copy_wait(int pending) {
+    Thread &self = machine->threads[machine->current];
+    std::vector<Copy> later;
+    for (const Copy &copy : self.copies) {
+        if (copy.group + static_cast<uint64_t>(pending) < self.group) {
+            land(copy);
+        } else {
+            later.push_back(copy);
+        }
+    }
+    self.copies = std::move(later);
+}
+
+template <Numbers numbers>
+void multiply(void **lanes) {
+    constexpr int k = numbers == Numbers::tf32 ? 8 : 16;
+    double a[16][k], b[k][8];
+    for (int lane = 0; lane < 32; ++lane) {
+        const auto &one = *static_cast<Multiply *>(lanes[lane]);
+        int group = lane / 4, in_group = lane % 4;
+        for (int r = 0; r < 4; ++r) {
+            int row = group + (r % 2) * 8;
+            if constexpr (numbers == Numbers::tf32) {
+                a[row][in_group + r / 2 * 4] = static_cast<double>(float_of(one.a[r] & 0xffffe000u));
+            } else {
+                for (int half = 0; half < 2; ++half) {
+                    a[row][r / 2 * 8 + in_group * 2 + half] = static_cast<double>(element(numbers, one.a[r], half));
+                }
+            }
+        }
+        for (int r = 0; r < 2; ++r) {
+            if constexpr (numbers == Numbers::tf32) {
+                b[in_group + r * 4][group] = static_cast<double>(float_of(one.b[r] & 0xffffe000u));
+            } else {
+                for (int half = 0; half < 2; ++half) {
+                    b[r * 8 + in_group * 2 + half][group] = static_cast<double>(element(numbers, one.b[r], half));
+                }
+            }
+        }
+    }
+    double sums[16][8] = {};
+    for (int row = 0; row < 16; ++row) {
+        for (int i = 0; i < k; ++i) {
+            for (int column = 0; column < 8; ++column) sums[row][column] += a[row][i] * b[i][column];
+        }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+        float *c = static_cast<Multiply *>(lanes[lane])->c;
+        for (int i = 0; i < 4; ++i) {
+            c[i] = truncate(static_cast<double>(c[i]) + sums[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2]);
+        }
+    }
+}
+template void multiply<Numbers::f16>(void **);
+template void multiply<Numbers::bf16>(void **);
+template void multiply<Numbers::tf32>(void **);
+
+template <bool transposed>
+void load_matrices(void **lanes) {
+    uint16_t matrices[4][8][8];
+    for (int lane = 0; lane < 32; ++lane) {
+        const auto &one = *static_cast<LoadMatrices *>(lanes[lane]);
+        if (reinterpret_cast<uintptr_t>(one.row) % 16) die("load_matrices is not aligned", "");
+        std::memcpy(matrices[lane / 8][lane % 8], one.row, 16);
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+        uint32_t *r = static_cast<LoadMatrices *>(lanes[lane])->r;
+        for (int m = 0; m < 4; ++m) {
+            int row = lane / 4, column = lane % 4 * 2;
+            uint32_t low = transposed ? matrices[m][column][row] : matrices[m][row][column];
+            uint32_t high = transposed ? matrices[m][column + 1][row] : matrices[m][row][column + 1];
+            r[m] = low | high << 16;
+        }
+    }
+}
+template void load_matrices<false>(void **);
+template void load_matrices<true>(void **);
+
+uint16_t f16_bits(float value) {
+    uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000u;
+    uint32_t magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return 0x7fffu;
+    if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);
+    // Below 2^-14 numbers are multiples of 2^-24.
+    if (magnitude < 0x38800000u) {
+        return static_cast<uint16_t>(sign | static_cast<uint32_t>(std::lrintf(std::ldexp(float_of(magnitude), 24))));
+    }
+    magnitude += 0xfffu + (magnitude >> 13 & 1u);
+    return static_cast<uint16_t>(sign | (magnitude - 0x38000000u) >> 13);
+}
+
+float f16_value(uint16_t bits) {
+    uint32_t exponent = bits >> 10 & 0x1fu, mantissa = bits & 0x3ffu;
+    float value = exponent == 0    ? std::ldexp(static_cast<float>(mantissa), -24)
+                  : exponent == 31 ? (mantissa ? std::nanf("") : INFINITE)
+                                   : float_of((exponent + 112u) << 23 | mantissa << 13);
+    return bits & 0x8000u ? -value : value;
+}
+
+}  // namespace emulation

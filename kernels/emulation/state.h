@@ -1,0 +1,125 @@
+// state.h: what machine.cpp, instructions.cpp and hopper.cpp know of the machine between them.
+#ifndef DDTAS_EMULATION_STATE_H
+#define DDTAS_EMULATION_STATE_H
+
+#include <deque>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "../params.h"
+#include "fiber.h"
+#include "machine.h"
+#include "races.h"
+
+namespace emulation {
+
+constexpr int kWarps = THREADS / 32;
+// Where a block's shared memory begins in its own address space; the first KiB is the system's on Hopper.
+constexpr uint32_t kSharedBase = 1024;
+
+// xorshift64*: small, seeded, good enough to shuffle with.
+struct Random {
+    uint64_t state;
+    explicit Random(uint64_t seed) : state(seed * 0x9e3779b97f4a7c15ull + 0x2545f4914f6cdd1dull) {}
+    uint32_t below(uint32_t bound) {
+        state ^= state >> 12;
+        state ^= state << 25;
+        state ^= state >> 27;
+        return static_cast<uint32_t>((state * 0x2545f4914f6cdd1dull >> 32) % bound);
+    }
+    template <class T>
+    void shuffle(T *items, uint32_t count) {
+        for (uint32_t i = count; i > 1; --i) std::swap(items[i - 1], items[below(i)]);
+    }
+};
+
+struct Copy {
+    void *to;
+    const void *from;
+    uint64_t group;
+};
+
+// A copy of the copy engine.
+struct Bulk {
+    void *to;
+    const void *from;
+    uint32_t bytes;
+    uint64_t *barrier;
+    bool late;  // not before somebody waits and nobody else can run
+};
+
+struct SharedBarrier {
+    uint32_t count, arrived = 0;
+    int64_t bytes = 0;  // announced and not there yet; copies may come before they are announced
+    uint32_t phase = 0;
+};
+
+enum class State { ready, at_barrier, at_collective, at_shared_barrier, done };
+
+struct Thread {
+    Fiber fiber;
+    State state = State::ready;
+    const char *barrier_file = nullptr;
+    int barrier_line = 0;
+    uint64_t group = 0;  // cp.async groups committed so far
+    std::vector<Copy> copies;
+    uint64_t *shared_barrier = nullptr;  // waited for, and the parity of the phase
+    uint32_t parity = 0;
+};
+
+// A product of a warpgroup, this warp's 16 rows of it, not yet computed.
+struct Product {
+    float *c[32];
+    GroupMultiply operands;
+    Numbers numbers;
+    uint64_t group;
+};
+
+struct Warp {
+    std::deque<Product> products;
+    uint64_t group = 0;  // groups of products committed so far
+    void *operands[32];
+    int arrived = 0;
+    const char *what = nullptr;
+    Meeting meeting;
+};
+
+// The machine that this OS thread emulates.
+struct Machine {
+    Random random{0};
+    Thread threads[THREADS];
+    std::map<uint64_t *, SharedBarrier> barriers;
+    std::vector<Bulk> bulks;
+    Warp warps[kWarps];
+    Meeting meeting;                    // of all threads of a block
+    char begun = 0, launched[2] = {};   // tokens: of a block, of this launch and the one before
+    unsigned launches = 0;
+    uint32_t current = 0;
+    Index block{}, grid{};
+    unsigned char *shared = nullptr;
+    std::vector<unsigned char> async_view;  // shared memory as bulk copies and products see it
+    Entry entry = nullptr;
+    const void *params = nullptr;
+    const char *name = "";
+    Fiber scheduler;
+};
+extern thread_local Machine *machine;
+
+// machine.cpp
+[[noreturn]] void die(const char *message, const std::string &detail);
+// Lets the others run; copies under way may land meanwhile.
+void yield();
+
+// instructions.cpp
+void land_some(Thread &thread);
+float element(Numbers numbers, uint32_t pair, int half);
+float truncate(double value);
+
+// hopper.cpp
+void land_bulk(bool late_too);
+bool wake_at_shared_barriers();
+
+}  // namespace emulation
+
+#endif

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Builds libddtas and installs it for C, C++ and anything that links C:
+#
+#   packaging/install.sh PREFIX [FEATURES]
+#
+# PREFIX/include/ddtas.h, PREFIX/lib/libddtas.{a,so}, lib/pkgconfig/ddtas.pc and
+# lib/cmake/ddtas. FEATURES is added to `capi`: `cuda` for rows in GPU memory.
+# Needs Rust; with `cuda` also nvcc and libclang. Linux.
+set -euo pipefail
+
+if [[ $# -lt 1 || $# -gt 2 ]]; then
+    echo "usage: packaging/install.sh PREFIX [FEATURES]" >&2
+    exit 2
+fi
+mkdir -p "$1"
+prefix=$(cd "$1" && pwd)
+features=capi${2:+,$2}
+cd "$(dirname "$0")/.."
+
+version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
+abi=$(sed -n 's/^#define DDTAS_ABI_VERSION \([0-9]*\)$/\1/p' include/ddtas.h)
+soname=libddtas.so.$abi
+shared=$soname.$version
+cargo rustc --release --lib --no-default-features --features "$features" \
+    --crate-type staticlib,cdylib -- -C "link-arg=-Wl,-soname,$soname"
+built=${CARGO_TARGET_DIR:-target}/release
+# What Rust's own library needs of the system when it is linked statically.
+system_libraries="-lgcc_s -lpthread -lm -ldl -lc"
+
+fill() {
+    sed -e "s|@PREFIX@|$prefix|g" -e "s|@VERSION@|$version|g" -e "s|@MAJOR_MINOR@|${version%.*}|g" \
+        -e "s|@SHARED@|$shared|g" -e "s|@SONAME@|$soname|g" \
+        -e "s|@SYSTEM_LIBRARIES@|${2:-$system_libraries}|g" "packaging/$1.in"
+}
+install -d "$prefix/include" "$prefix/lib/pkgconfig" "$prefix/lib/cmake/ddtas"
+install -m 644 include/ddtas.h "$prefix/include/"
+install -m 644 "$built/libddtas.a" "$prefix/lib/"
+install -m 755 "$built/libddtas.so" "$prefix/lib/$shared"
+ln -sf "$shared" "$prefix/lib/$soname"
+ln -sf "$soname" "$prefix/lib/libddtas.so"
+fill ddtas.pc >"$prefix/lib/pkgconfig/ddtas.pc"
+fill ddtasConfig.cmake "${system_libraries// /;}" >"$prefix/lib/cmake/ddtas/ddtasConfig.cmake"
+fill ddtasConfigVersion.cmake >"$prefix/lib/cmake/ddtas/ddtasConfigVersion.cmake"
+echo "installed ddtas $version (features $features) to $prefix"

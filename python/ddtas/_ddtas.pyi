@@ -1,0 +1,111 @@
+from typing import final
+
+import numpy as np
+import numpy.typing as npt
+
+from .functional import Labels, Matrix
+from .settings import Settings
+
+__all__ = ["Context", "LossOutput", "__version__", "address_of", "check_settings", "has_cuda"]
+
+__version__: str
+has_cuda: bool
+"""Whether this build serves tensors in the GPU's memory."""
+
+@final
+class Context:
+    """A workspace on the processor, and the threads that compute in it.
+
+    Calls on one context take turns; two contexts compute side by side. `threads=None` shares the process's pool, as
+    many threads as cores. The result does not depend on the number of threads.
+    """
+
+    def __new__(cls, threads: int | None = None) -> Context: ...
+    @property
+    def threads(self) -> int:
+        """Threads that compute."""
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes the workspace holds now."""
+    def loss(
+        self,
+        embeddings: Matrix,
+        labels: Labels,
+        references: Matrix | None,
+        reference_labels: Labels | None,
+        settings: Settings,
+        reference_gradient: bool,
+        check: bool,
+    ) -> LossOutput: ...
+    def threshold_gradient(
+        self,
+        embeddings: Matrix,
+        labels: Labels,
+        tangent: Matrix,
+        references: Matrix | None,
+        reference_labels: Labels | None,
+        reference_tangent: Matrix | None,
+        settings: Settings,
+        check: bool,
+    ) -> tuple[float, float]: ...
+    def recall_at_k(self, embeddings: Matrix, labels: Labels, ks: list[int]) -> list[tuple[int, float]]: ...
+
+@final
+class LossOutput:
+    """Result of one loss evaluation."""
+
+    @property
+    def loss(self) -> float:
+        """The loss, averaged over all B anchors."""
+    @property
+    def gradient(self) -> npt.NDArray[np.floating]:
+        """dL/d(embeddings), `[B, D]`, float32; float64 for float64 rows."""
+    @property
+    def reference_gradient(self) -> npt.NDArray[np.floating] | None:
+        """dL/d(references), `[N, D]`, if it was asked for."""
+    @property
+    def gamma_pos(self) -> float:
+        """Tolerance of positives in force, after adaptation."""
+    @property
+    def gamma_neg(self) -> float:
+        """Tolerance of negatives in force, after adaptation."""
+    @property
+    def probe_neg(self) -> int:
+        """Negatives that passed the probe, over all anchors."""
+    @property
+    def total_pos(self) -> int:
+        """Ordered positive pairs of the batch."""
+    @property
+    def min_pos(self) -> npt.NDArray[np.floating]:
+        """Smallest similarity to a positive, an entry per anchor; inf without one."""
+    @property
+    def max_neg(self) -> npt.NDArray[np.floating]:
+        """Largest similarity to a negative, an entry per anchor; -inf without one."""
+    @property
+    def count_pos(self) -> npt.NDArray[np.uint32]:
+        """Mined positives of every anchor, inactive ones included."""
+    @property
+    def count_neg(self) -> npt.NDArray[np.uint32]:
+        """Mined negatives of every anchor, inactive ones included."""
+    @property
+    def active(self) -> int:
+        """Anchors with mined pairs of both kinds: those that enter the loss."""
+    @property
+    def mined(self) -> tuple[int, int]:
+        """Positive and negative pairs of active anchors."""
+    @property
+    def dloss_dlambda_pos(self) -> float:
+        """dL/d(lambda_pos)."""
+    @property
+    def dloss_dlambda_neg(self) -> float:
+        """dL/d(lambda_neg)."""
+    @property
+    def mean_pos(self) -> float:
+        """Mean similarity of all positive pairs; NaN if there is none."""
+    @property
+    def mean_neg(self) -> float:
+        """Mean similarity of all negative pairs; NaN if there is none."""
+
+def check_settings(settings: Settings) -> None: ...
+def address_of(embeddings: Matrix) -> int:
+    """The address that rows are read from: the array's own, since nothing is copied."""

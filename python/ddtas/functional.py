@@ -1,0 +1,109 @@
+"""The calls that compute, on NumPy arrays and tensors in the host's memory."""
+
+from __future__ import annotations
+
+import threading
+from typing import Iterable, NamedTuple, Protocol, Union
+
+import numpy as np
+import numpy.typing as npt
+
+from ._ddtas import Context, LossOutput
+from .settings import Settings
+
+
+class SupportsDlpack(Protocol):
+    """A tensor of torch, JAX, CuPy, ..."""
+
+    def __dlpack__(self) -> object: ...
+
+
+Matrix = Union[npt.NDArray[np.floating], SupportsDlpack]
+"""`[rows, dim]` in float32, float16, bfloat16 or float64, row-major without gaps."""
+Labels = Union[npt.NDArray[np.integer], SupportsDlpack]
+"""`[rows]`, integers; a negative label takes its row out of every pair."""
+
+
+class ThresholdGradient(NamedTuple):
+    """d/dlambda of <dL/dE, tangent>, the mined pairs held fixed."""
+
+    pos: float
+    """Through lambda_pos."""
+    neg: float
+    """Through lambda_neg."""
+
+
+DEFAULTS = Settings()
+_of_thread = threading.local()
+
+
+def default_context() -> Context:
+    """The calling thread's own context, made on its first call."""
+    context: Context | None = getattr(_of_thread, "context", None)
+    if context is None:
+        context = _of_thread.context = Context()
+    return context
+
+
+def loss(
+    embeddings: Matrix,
+    labels: Labels,
+    references: Matrix | None = None,
+    reference_labels: Labels | None = None,
+    *,
+    settings: Settings = DEFAULTS,
+    reference_gradient: bool = False,
+    check: bool = True,
+    context: Context | None = None,
+) -> LossOutput:
+    """Mines the batch, and evaluates the soft contrastive loss and its gradient.
+
+    `embeddings` `[B, D]`, rows of unit length, are compared with each other, or with `references` `[N, D]` of the same
+    type (a memory bank). The output's `gradient` is `[B, D]` float32; `reference_gradient=True` also gives `[N, D]`.
+    float64 rows are served in float64 by the scalar reference, which stores B x N matrices: for gradient checks.
+    `check=False` skips the check for NaN and unit length; other rows then give a meaningless loss.
+
+    Raises ValueError for shapes, labels or rows that do not fit, TypeError for other types than those named.
+    """
+    context = context or default_context()
+    return context.loss(embeddings, labels, references, reference_labels, settings, reference_gradient, check)
+
+
+def threshold_gradient(
+    embeddings: Matrix,
+    labels: Labels,
+    tangent: Matrix,
+    references: Matrix | None = None,
+    reference_labels: Labels | None = None,
+    reference_tangent: Matrix | None = None,
+    *,
+    settings: Settings = DEFAULTS,
+    check: bool = True,
+    context: Context | None = None,
+) -> ThresholdGradient:
+    """How <dL/dE, tangent> changes with the two loss thresholds: what the threshold generator descends along.
+
+    `tangent` is `[B, D]`, float32 (float64 beside float64 rows); `reference_tangent`, `[N, D]`, is zero if left out,
+    and unused in the square form.
+
+    Raises what `loss` does.
+    """
+    context = context or default_context()
+    return ThresholdGradient(
+        *context.threshold_gradient(
+            embeddings, labels, tangent, references, reference_labels, reference_tangent, settings, check
+        )
+    )
+
+
+def recall_at_k(
+    embeddings: Matrix, labels: Labels, ks: Iterable[int] = (1, 2, 4, 8), *, context: Context | None = None
+) -> dict[int, float]:
+    """Share of rows whose K nearest others hold one of their class, for every K, without the B x B matrix.
+
+    Rows without another row of their class, and those with a negative label, are not counted.
+
+    Raises what `loss` does; float64 rows are a TypeError.
+    """
+    context = context or default_context()
+    return dict(context.recall_at_k(embeddings, labels, list(ks)))

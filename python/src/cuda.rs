@@ -1,0 +1,221 @@
+//! `CudaContext`: the loss on tensors in the GPU's memory, read and written where they lie.
+//!
+//! Everything is ordered on the caller's stream: torch's current one. Compiled by CI; not yet run on a GPU.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::ffi::c_void;
+use std::sync::{Mutex, PoisonError};
+
+use ddtas::backend::cuda::{CudaBackend, CudaDevice};
+use ddtas::backend::device::{Options, ResidentBatch, ResidentRows, ResidentType};
+use ddtas::loss;
+use dlpark::DlpackFlags;
+use dlpark::ffi::{DLDataType, DLDevice, DLDeviceType};
+use dlpark::python::consumer::stream::cuda as stream_argument;
+use dlpark::python::{DlpackStream, ImportRequest, ImportedDlpack, StreamArg};
+use half::{bf16, f16};
+use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::prelude::*;
+
+use crate::context::unit_check;
+use crate::error::raise;
+use crate::output::LossOutput;
+use crate::settings::Settings;
+
+/// Workspaces on GPUs, one for every stream that was computed on. Streams of torch live as long as the process.
+#[pyclass(frozen, module = "ddtas")]
+pub struct CudaContext {
+    /// By ordinal of the GPU and address of the stream.
+    backends: Mutex<HashMap<(usize, usize), CudaBackend>>,
+}
+
+/// The stream that the tensors must be ready on.
+struct Stream(usize);
+
+// SAFETY: the address is that of a live stream of the tensors' device, by the caller's word; null is the default stream.
+unsafe impl DlpackStream for Stream {
+    fn as_python_arg(&self, _py: Python<'_>, _device: DLDevice) -> PyResult<StreamArg> {
+        Ok(stream_argument(self.0 as *mut c_void))
+    }
+
+    unsafe fn wait_for_producer(&self, _device: DLDevice, producer: *mut c_void) -> PyResult<bool> {
+        // On the same stream there is nothing to wait for; otherwise the producer sees to it.
+        Ok(producer.addr() == self.0)
+    }
+}
+
+/// A tensor held while the GPU reads it.
+struct Resident {
+    name: &'static str,
+    tensor: ImportedDlpack,
+    device: DLDevice,
+    dtype: DLDataType,
+    shape: Vec<i64>,
+    address: u64,
+}
+
+impl Resident {
+    fn new(name: &'static str, object: &Bound<'_, PyAny>, stream: &Stream) -> PyResult<Self> {
+        let refuse = |message: String| PyValueError::new_err(message);
+        let tensor = ImportRequest::new(object.as_borrowed())?.import(Some(stream), None)?;
+        let (device, dtype, shape, address) = {
+            let valid = tensor.validate().map_err(|error| refuse(error.to_string()))?;
+            if valid.device().device_type != DLDeviceType::CUDA {
+                return Err(refuse(format!(
+                    "the {name} are not in the memory of a GPU, and the anchors are"
+                )));
+            }
+            if !valid.is_compact().unwrap_or(false) {
+                return Err(refuse(format!("the {name} must be in row-major order without gaps")));
+            }
+            // SAFETY: the address is only computed, and the producer vouches that it lies in its allocation.
+            let address = unsafe { valid.offset_bytes_ptr() }.map_err(|error| refuse(error.to_string()))?;
+            (valid.device(), valid.dtype(), valid.shape().to_vec(), address.addr() as u64)
+        };
+        Ok(Self { name, tensor, device, dtype, shape, address })
+    }
+
+    fn expect(&self, dtype: DLDataType, shape: &[i64]) -> PyResult<()> {
+        let name = self.name;
+        if !self.dtype.matches(dtype) {
+            let message = format!("the {name} must be {:?} of {} bits", dtype.code, dtype.bits);
+            return Err(PyTypeError::new_err(message));
+        }
+        if self.shape != shape {
+            return Err(PyValueError::new_err(format!(
+                "the {name}: expected {shape:?}, got {:?}",
+                self.shape
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// Rows, labels and gradient of one side.
+struct Side {
+    rows: Resident,
+    labels: Resident,
+    gradient: Option<Resident>,
+}
+
+/// Rows, int64 labels and the float32 gradient to be written, if one is wanted.
+type PythonSide<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Option<Bound<'py, PyAny>>);
+
+impl Side {
+    fn new(name: &'static str, (rows, labels, gradient): &PythonSide<'_>, stream: &Stream) -> PyResult<Self> {
+        let rows = Resident::new(name, rows, stream)?;
+        let &[count, _] = rows.shape.as_slice() else {
+            return Err(PyValueError::new_err(format!(
+                "the {name} must have 2 dimensions, rows and entries"
+            )));
+        };
+        let labels = Resident::new("labels", labels, stream)?;
+        labels.expect(DLDataType::I64, &[count])?;
+        let gradient =
+            gradient.as_ref().map(|object| Resident::new("gradient", object, stream)).transpose()?;
+        if let Some(gradient) = &gradient {
+            gradient.expect(DLDataType::F32, &rows.shape)?;
+            if gradient.tensor.flags().contains(DlpackFlags::READ_ONLY) {
+                return Err(PyValueError::new_err("the gradient is read-only"));
+            }
+        }
+        let side = Self { rows, labels, gradient };
+        let others = [Some(&side.labels), side.gradient.as_ref()];
+        if others.into_iter().flatten().any(|other| other.device != side.rows.device) {
+            return Err(PyValueError::new_err(format!(
+                "the {name}, their labels and gradient are on different GPUs"
+            )));
+        }
+        Ok(side)
+    }
+
+    fn resident(&self) -> ResidentRows {
+        ResidentRows {
+            count: self.rows.shape[0] as usize,
+            embeddings: self.rows.address,
+            labels: self.labels.address,
+            gradient: self.gradient.as_ref().map_or(0, |gradient| gradient.address),
+        }
+    }
+}
+
+fn resident_type(rows: &Resident) -> PyResult<ResidentType> {
+    let dtype = rows.dtype;
+    match () {
+        () if dtype.is::<f32>() => Ok(ResidentType::F32),
+        () if dtype.is::<f16>() => Ok(ResidentType::F16),
+        () if dtype.is::<bf16>() => Ok(ResidentType::Bf16),
+        () => Err(PyTypeError::new_err("embeddings on a GPU must be float32, float16 or bfloat16")),
+    }
+}
+
+fn batch_of(sides: &[Side], check: bool) -> PyResult<ResidentBatch> {
+    let (anchors, references) = match sides {
+        [anchors] => (anchors, None),
+        [anchors, references] => (anchors, Some(references)),
+        _ => return Err(PyValueError::new_err("one side or two")),
+    };
+    let dim = anchors.rows.shape[1];
+    if let Some(references) = references {
+        references.rows.expect(anchors.rows.dtype, &[references.rows.shape[0], dim])?;
+        if references.rows.device != anchors.rows.device {
+            return Err(PyValueError::new_err("the anchors and the references are on different GPUs"));
+        }
+    }
+    Ok(ResidentBatch {
+        dim: dim as usize,
+        dtype: resident_type(&anchors.rows)?,
+        anchors: anchors.resident(),
+        references: references.map(Side::resident),
+        check: unit_check(check),
+    })
+}
+
+#[pymethods]
+impl CudaContext {
+    #[new]
+    fn new() -> Self {
+        Self { backends: Mutex::default() }
+    }
+
+    /// The loss of one side among itself, or of the first against the second. Gradients are written where the
+    /// sides say, and complete on return; of the output only the scalars are filled.
+    fn loss(
+        &self,
+        py: Python<'_>,
+        sides: Vec<PythonSide<'_>>,
+        settings: Settings,
+        check: bool,
+        stream: usize,
+    ) -> PyResult<LossOutput> {
+        let settings = settings.to_library()?;
+        let names = ["anchors", "references"];
+        let on = Stream(stream);
+        let sides: Vec<Side> = sides
+            .iter()
+            .zip(names)
+            .map(|(side, name)| Side::new(name, side, &on))
+            .collect::<PyResult<_>>()?;
+        let batch = batch_of(&sides, check)?;
+        let ordinal = sides[0].rows.device.device_id as usize;
+        let run = || {
+            let mut backends = self.backends.lock().unwrap_or_else(PoisonError::into_inner);
+            let backend = match backends.entry((ordinal, stream)) {
+                Entry::Occupied(entry) => entry.into_mut(),
+                Entry::Vacant(entry) => {
+                    // SAFETY: the stream is torch's, of that GPU's primary context, and torch never destroys one.
+                    let device = unsafe { CudaDevice::on_stream(ordinal, stream as *mut c_void) }?;
+                    entry.insert(CudaBackend::new(device, Options::default()))
+                }
+            };
+            let mut output = loss::LossOutput::default();
+            // SAFETY: types, shapes and device of every tensor were checked above; `sides` holds them until the call
+            // has waited for the GPU; the protocol made them ready on this stream; the gradients are fresh tensors.
+            unsafe { backend.loss_resident(&batch, &settings, &mut output) }.map(|()| output)
+        };
+        let output = py.detach(run).map_err(raise)?;
+        drop(sides);
+        Ok(LossOutput::of_backend(py, output))
+    }
+}

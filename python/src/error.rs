@@ -1,0 +1,18 @@
+//! The library's errors as Python's exceptions, with the library's one line.
+
+use ddtas::Error;
+use pyo3::PyErr;
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
+
+/// `ValueError` for what the caller handed in, `RuntimeError` for what the machine refused.
+pub fn raise(error: Error) -> PyErr {
+    match error {
+        Error::NotFinite { .. }
+        | Error::NotUnit { .. }
+        | Error::LengthMismatch { .. }
+        | Error::NotContiguous { .. }
+        | Error::Empty { .. }
+        | Error::InvalidSetting { .. } => PyValueError::new_err(error.to_string()),
+        _ => PyRuntimeError::new_err(error.to_string()),
+    }
+}

@@ -1,0 +1,51 @@
+//! `ddtas.Settings`, a frozen dataclass, as the library's settings.
+
+use ddtas::loss::{LossSettings, Mining};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+
+use crate::error::raise;
+
+/// The fields of `ddtas.Settings`, read by name.
+#[derive(FromPyObject)]
+pub struct Settings {
+    mining: String,
+    gamma: f64,
+    negative_ratio: f64,
+    probe_ratio: f64,
+    tolerance: f64,
+    alpha: f64,
+    beta: f64,
+    lambda_pos: f64,
+    lambda_neg: f64,
+}
+
+impl Settings {
+    /// # Errors
+    /// `ValueError` for a kind of mining that does not exist, or a value out of its range.
+    pub fn to_library(&self) -> PyResult<LossSettings> {
+        let mining = match self.mining.as_str() {
+            "none" => Mining::None,
+            "symmetric" => Mining::Symmetric,
+            "asms" => Mining::Asms,
+            "at-asms" => Mining::AtAsms,
+            other => {
+                let message = format!("mining = {other:?} is unknown: none, symmetric, asms or at-asms");
+                return Err(PyValueError::new_err(message));
+            }
+        };
+        let settings = LossSettings {
+            mining,
+            gamma: self.gamma,
+            negative_ratio: self.negative_ratio,
+            probe_ratio: self.probe_ratio,
+            tolerance: self.tolerance,
+            alpha: self.alpha,
+            beta: self.beta,
+            lambda_pos: self.lambda_pos,
+            lambda_neg: self.lambda_neg,
+        };
+        settings.validate().map_err(raise)?;
+        Ok(settings)
+    }
+}

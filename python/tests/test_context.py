@@ -1,0 +1,107 @@
+"""A context's workspace and threads: the same bits whatever their number, and no lock of the interpreter held."""
+
+import copy
+import pickle
+import threading
+import time
+
+import ddtas
+import numpy as np
+import pytest
+from formula import unit_rows
+
+
+def batch(count, dim=32, seed=0):
+    rows, labels = unit_rows(count, dim, seed, classes=40)
+    return rows.astype(np.float32), labels
+
+
+def test_the_number_of_threads_does_not_change_a_bit():
+    rows, labels = batch(700)
+    outputs = [ddtas.loss(rows, labels, context=ddtas.Context(threads)) for threads in (1, 2, 3, None)]
+    for output in outputs[1:]:
+        assert output.loss == outputs[0].loss
+        np.testing.assert_array_equal(output.gradient, outputs[0].gradient)
+
+
+def test_threads_are_as_many_as_asked_for():
+    assert ddtas.Context(3).threads == 3
+    assert ddtas.Context().threads >= 1
+    with pytest.raises(ValueError, match="threads = 0"):
+        ddtas.Context(0)
+    for bad in (-1, 1.5, "two"):
+        with pytest.raises((TypeError, OverflowError)):
+            ddtas.Context(bad)
+
+
+def test_the_workspace_is_kept_from_call_to_call():
+    context = ddtas.Context()
+    rows, labels = batch(300)
+    ddtas.loss(rows, labels, context=context)
+    held = context.workspace_bytes
+    assert held > 0
+    for _ in range(3):
+        ddtas.loss(rows, labels, context=context)
+    assert context.workspace_bytes == held
+
+
+def test_a_copy_and_a_pickle_are_contexts_with_as_many_threads():
+    context = ddtas.Context(2)
+    rows, labels = batch(50)
+    want = ddtas.loss(rows, labels, context=context).loss
+    for again in (copy.copy(context), copy.deepcopy(context), pickle.loads(pickle.dumps(context))):
+        assert again.threads == 2
+        assert ddtas.loss(rows, labels, context=again).loss == want
+    assert ddtas.Settings() == pickle.loads(pickle.dumps(ddtas.Settings()))
+
+
+def test_python_runs_on_while_the_loss_is_computed():
+    rows, labels = batch(4000, dim=256)
+    started, done, ticks = threading.Event(), threading.Event(), 0
+
+    def tick():
+        nonlocal ticks
+        started.set()
+        while not done.is_set():
+            ticks += 1
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    started.wait()
+    before, begin = ticks, time.perf_counter()
+    ddtas.loss(rows, labels, context=ddtas.Context(1))
+    during, elapsed = ticks - before, time.perf_counter() - begin
+    done.set()
+    thread.join()
+    # With the interpreter's lock held there would be at most one.
+    assert elapsed > 0.02 and during >= 5, f"{during} ticks in {elapsed:.3f} s"
+
+
+def test_one_context_serves_many_threads():
+    batches = [batch(90 + i, seed=i) for i in range(6)]
+    want = [ddtas.loss(*given).loss for given in batches]
+    context, wrong = ddtas.Context(2), []
+
+    def work(i):
+        for _ in range(20):
+            if ddtas.loss(*batches[i], context=context).loss != want[i]:
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(batches))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_an_error_leaves_the_context_in_order():
+    context = ddtas.Context()
+    rows, labels = batch(64)
+    want = ddtas.loss(rows, labels, context=context).loss
+    bad = rows.copy()
+    bad[60] = np.nan
+    with pytest.raises(ValueError, match="row 60"):
+        ddtas.loss(bad, labels, context=context)
+    assert ddtas.loss(rows, labels, context=context).loss == want

@@ -1,0 +1,31 @@
+"""What the documentation shows runs as it stands there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def blocks(document: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+
+
+def test_the_functional_example_runs():
+    (block,) = [block for block in blocks("docs/python.md") if block.startswith("import ddtas\n")]
+    names = {}
+    exec(block, names)
+    assert names["output"].loss > 0
+
+
+@pytest.mark.parametrize("document, mark", [("docs/python.md", "# before"), ("docs/python.md", "# after"), ("python/README.md", "from ddtas.torch")])
+def test_the_torch_examples_train(document, mark):
+    torch = pytest.importorskip("torch", reason="torch is not installed: its tests do not run")
+    if mark == "# before":
+        pytest.importorskip("pytorch_metric_learning", reason="pytorch-metric-learning is not installed")
+    (block,) = [block for block in blocks(document) if block.startswith(mark)]
+    model = torch.nn.Linear(6, 4)
+    images, labels = torch.randn(20, 6), torch.arange(20) // 5
+    exec(block, {"model": model, "loader": [(images, labels)], "images": images, "labels": labels})
+    assert model.weight.grad.abs().sum() > 0

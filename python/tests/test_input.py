@@ -1,0 +1,272 @@
+"""What comes in is read where it lies, and what does not fit is refused with one clear line."""
+
+import subprocess
+import sys
+
+import ddtas
+import numpy as np
+import pytest
+from ddtas import _ddtas
+from formula import unit_rows
+
+
+def batch(count=12, dim=5, dtype=np.float32):
+    rows, labels = unit_rows(count, dim, seed=2)
+    return rows.astype(dtype), labels
+
+
+class Dlpack:
+    """A tensor of another library: NumPy's memory, offered by DLPack alone."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __dlpack__(self, **keywords):
+        return self.array.__dlpack__(**keywords)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+class OldDlpack(Dlpack):
+    """From before DLPack 1.0: no keywords."""
+
+    def __dlpack__(self):
+        return self.array.__dlpack__()
+
+
+class GpuDlpack(Dlpack):
+    """Says that it lies in a GPU's memory."""
+
+    def __dlpack_device__(self):
+        return (2, 0)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64])
+@pytest.mark.parametrize("wrap", [lambda array: array, Dlpack, OldDlpack], ids=["numpy", "dlpack", "old-dlpack"])
+def test_rows_are_read_where_they_lie(dtype, wrap):
+    rows, labels = batch(dtype=dtype)
+    assert _ddtas.address_of(wrap(rows)) == rows.ctypes.data
+    part = rows[3:9]
+    assert _ddtas.address_of(wrap(part)) == part.ctypes.data
+    output, want = ddtas.loss(wrap(rows), wrap(labels)), ddtas.loss(rows, labels)
+    assert output.loss == want.loss
+    np.testing.assert_array_equal(output.gradient, want.gradient)
+
+
+def test_bfloat16_rows_are_read_where_they_lie():
+    bfloat16 = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed: NumPy has no bfloat16").bfloat16
+    rows, _ = batch(dtype=bfloat16)
+    assert _ddtas.address_of(rows) == rows.ctypes.data
+
+
+def test_read_only_rows_are_served():
+    rows, labels = batch()
+    rows.flags.writeable = labels.flags.writeable = False
+    assert _ddtas.address_of(rows) == rows.ctypes.data
+    assert ddtas.loss(rows, labels).loss > 0
+
+
+def test_the_gradient_owns_its_memory_and_outlives_the_output():
+    rows, labels = batch()
+    gradient = ddtas.loss(rows, labels).gradient
+    want = gradient.copy()
+    for _ in range(3):
+        ddtas.loss(rows[::-1].copy(), labels)
+    np.testing.assert_array_equal(gradient, want)
+    assert gradient.flags.writeable
+
+
+def test_inputs_are_released_after_the_call():
+    rows, labels = batch()
+    before = sys.getrefcount(rows)
+    for wrap in (lambda array: array, Dlpack):
+        ddtas.loss(wrap(rows), labels)
+        with pytest.raises(ValueError):
+            ddtas.loss(wrap(rows), labels[:-1])
+    assert sys.getrefcount(rows) == before
+
+
+MEMORY = """
+import resource, sys
+import numpy as np
+import ddtas
+
+peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+rows = np.random.default_rng(0).normal(size=({count}, {dim})).astype(np.float32)
+rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+labels = np.arange({count}) // 5
+ddtas.loss(rows[:200], labels[:200])
+before = peak()
+{call}
+print(peak() - before)
+"""
+
+
+def growth(count: int, dim: int, call: str) -> int:
+    """Bytes by which the peak of a process of its own grows over a call."""
+    code = MEMORY.format(count=count, dim=dim, call=call)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+def test_a_memory_bank_is_not_copied():
+    # 131 MB of references; the library keeps neither them nor the 80 x N similarities.
+    assert growth(128_000, 256, "ddtas.loss(rows[:80].copy(), labels[:80], rows, labels)") < 100e6
+
+
+def test_memory_grows_with_the_batch_not_with_its_square():
+    # S alone would be 256 MB.
+    assert growth(8_000, 32, "ddtas.loss(rows, labels)") < 100e6
+
+
+def nan(rows):
+    rows[3, 1] = np.nan
+    return rows
+
+
+HOSTILE = {
+    "nan": (nan, ValueError, "row 3 of the anchors holds a value that is not finite"),
+    "infinity": (lambda r: np.where(np.arange(12)[:, None] == 5, np.inf, r).astype("f4"), ValueError, "row 5 of the anchors"),
+    "not unit": (lambda r: 2 * r, ValueError, "row 0 of the anchors has L2 norm 2.000000, not 1"),
+    "zero rows": (lambda r: 0 * r, ValueError, "has L2 norm 0.000000, not 1"),
+    "one dimension": (lambda r: r[0], ValueError, "the anchors must have 2 dimensions"),
+    "three dimensions": (lambda r: r[None], ValueError, "the anchors must have 2 dimensions"),
+    "scalar": (lambda r: np.float32(1), TypeError, "the anchors must be a NumPy array"),
+    "no rows": (lambda r: r[:0], ValueError, "the anchors are empty"),
+    "no entries": (lambda r: r[:, :0], ValueError, "the anchors are empty"),
+    "every other row": (lambda r: np.concatenate([r, r])[::2], ValueError, "row-major order without gaps"),
+    "columns first": (np.asfortranarray, ValueError, "row-major order without gaps"),
+    "backwards": (lambda r: r[::-1], ValueError, "row-major order without gaps"),
+    "one row for all": (lambda r: np.broadcast_to(r[:1], r.shape), ValueError, "row-major order without gaps"),
+    "integers": (lambda r: r.astype(int), TypeError, "must be float32, float16, bfloat16 or float64, not int64"),
+    "complex": (lambda r: r.astype(complex), TypeError, "not complex128"),
+    "big-endian": (lambda r: r.astype(">f4"), TypeError, "not >f4"),
+    "objects": (lambda r: r.astype(object), TypeError, "not object"),
+    "list": (lambda r: r.tolist(), TypeError, "the anchors must be a NumPy array or have __dlpack__, not list"),
+    "nothing": (lambda r: None, TypeError, "not NoneType"),
+    "integers by dlpack": (lambda r: Dlpack(r.astype(int)), TypeError, "must be float32, float16, bfloat16 or float64"),
+    "gaps by dlpack": (lambda r: Dlpack(np.asfortranarray(r)), ValueError, "row-major order without gaps"),
+    "nan by dlpack": (lambda r: Dlpack(nan(r)), ValueError, "row 3 of the anchors"),
+    "a GPU's": (GpuDlpack, ValueError, "device"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_bad_embeddings_are_refused(case):
+    spoil, kind, message = HOSTILE[case]
+    rows, labels = batch()
+    with pytest.raises(kind, match=message) as raised:
+        ddtas.loss(spoil(rows), labels)
+    assert "\n" not in str(raised.value)
+
+
+def unaligned(rows):
+    raw = np.zeros(rows.nbytes + 1, np.uint8)
+    view = raw[1:].view(rows.dtype).reshape(rows.shape)
+    view[:] = rows
+    return view
+
+
+@pytest.mark.parametrize("wrap", [lambda array: array, Dlpack], ids=["numpy", "dlpack"])
+def test_rows_that_are_not_aligned_are_refused(wrap):
+    rows, labels = batch()
+    with pytest.raises(ValueError):
+        ddtas.loss(wrap(unaligned(rows)), labels)
+
+
+BAD_LABELS = {
+    "too few": (lambda y: y[:-1], ValueError, "labels of the anchors: expected 12, got 11"),
+    "too many": (lambda y: np.concatenate([y, y]), ValueError, "expected 12, got 24"),
+    "two dimensions": (lambda y: y[:, None], ValueError, "the labels must have 1 dimension, not 2"),
+    "floats": (lambda y: y.astype(float), TypeError, "the labels must be integers, not float64"),
+    "booleans": (lambda y: y > 2, TypeError, "the labels must be integers, not bool"),
+    "text": (lambda y: y.astype(str), TypeError, "the labels must be integers"),
+    "list": (lambda y: y.tolist(), TypeError, "not list"),
+    "beyond int64": (lambda y: np.full(12, 2**63, np.uint64), ValueError, "label 9223372036854775808 of the labels"),
+    "floats by dlpack": (lambda y: Dlpack(y.astype("f4")), TypeError, "the labels must be integers"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LABELS)
+def test_bad_labels_are_refused(case):
+    spoil, kind, message = BAD_LABELS[case]
+    rows, labels = batch()
+    with pytest.raises(kind, match=message):
+        ddtas.loss(rows, spoil(labels))
+
+
+def test_labels_with_gaps_are_converted():
+    rows, labels = batch()
+    wide = np.repeat(labels, 2)
+    assert ddtas.loss(rows, wide[::2]).loss == ddtas.loss(rows, labels).loss
+
+
+def test_references_that_do_not_fit_are_refused():
+    rows, labels = batch()
+    for given, message in [
+        ((rows,), "references and reference_labels belong together"),
+        ((None, labels), "references and reference_labels belong together"),
+        ((rows[:, :3].copy(), labels), "dimension of the references: expected 5, got 3"),
+        ((rows, labels[:2]), "labels of the references: expected 12, got 2"),
+        ((nan(rows.copy()), labels), "row 3 of the references"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ddtas.loss(rows, labels, *given)
+    with pytest.raises(TypeError, match="the references must be float64, as the anchors are"):
+        ddtas.loss(rows.astype(float), labels, rows, labels)
+    with pytest.raises(TypeError, match="the references must be float32, float16 or bfloat16, not float64"):
+        ddtas.loss(rows, labels, rows.astype(float), labels)
+
+
+def test_tangents_that_do_not_fit_are_refused():
+    rows, labels = batch()
+    with pytest.raises(ValueError, match="tangent"):
+        ddtas.threshold_gradient(rows, labels, rows[:4])
+    with pytest.raises(TypeError, match="the tangent must be float32, not float64"):
+        ddtas.threshold_gradient(rows, labels, rows.astype(float))
+
+
+def test_recall_refuses_what_it_does_not_serve():
+    rows, labels = batch()
+    for ks in ((), (0, 1)):
+        with pytest.raises(ValueError, match="recall-at"):
+            ddtas.recall_at_k(rows, labels, ks)
+    with pytest.raises(TypeError, match="the queries must be float32, float16 or bfloat16"):
+        ddtas.recall_at_k(rows.astype(float), labels)
+    with pytest.raises(ValueError, match="labels of the queries"):
+        ddtas.recall_at_k(rows, labels[:3])
+
+
+BAD_SETTINGS = [
+    ({"gamma": -0.1}, "gamma = -0.1 is out of range: 0 to 2"),
+    ({"gamma": float("nan")}, "gamma = NaN is out of range"),
+    ({"negative_ratio": 11.0}, "negative-ratio = 11"),
+    ({"probe_ratio": -1.0}, "probe-ratio"),
+    ({"tolerance": 1.5}, "tolerance = 1.5"),
+    ({"alpha": 0.0}, "alpha = 0"),
+    ({"beta": float("inf")}, "beta = inf"),
+    ({"lambda_pos": 3.0}, "lambda-pos = 3"),
+    ({"lambda_neg": -3.0}, "lambda-neg = -3"),
+    ({"mining": "hard"}, 'mining = "hard" is unknown: none, symmetric, asms or at-asms'),
+]
+
+
+@pytest.mark.parametrize("changes, message", BAD_SETTINGS, ids=lambda value: str(value)[:20])
+def test_settings_out_of_range_are_refused_where_they_are_made(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ddtas.Settings(**changes)
+
+
+def test_settings_of_another_type_are_refused():
+    with pytest.raises(TypeError, match="gamma"):
+        ddtas.Settings(gamma="wide")
+    rows, labels = batch()
+    with pytest.raises((TypeError, AttributeError)):
+        ddtas.loss(rows, labels, settings="at-asms")
+
+
+def test_unchecked_rows_are_never_a_crash():
+    rows, labels = batch()
+    for bad in (nan(rows.copy()), 1e30 * rows, 0 * rows):
+        ddtas.loss(bad, labels, check=False)

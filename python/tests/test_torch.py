@@ -1,0 +1,251 @@
+"""`ddtas.torch.SoftContrastiveLoss`: the dense loss's numbers, by autograd, as a module among modules."""
+
+import copy
+import io
+import pickle
+import sys
+from pathlib import Path
+
+import formula
+import numpy as np
+import pytest
+from formula import close, unit_rows
+
+torch = pytest.importorskip("torch", reason="torch is not installed: its tests do not run")
+
+import ddtas  # noqa: E402
+from ddtas import _ddtas  # noqa: E402
+from ddtas.torch import SoftContrastiveLoss  # noqa: E402
+from torch.autograd.gradcheck import GradcheckError  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benches/device"))
+import dense  # noqa: E402
+
+
+def batch(count=40, dim=9, seed=0, dtype=torch.float32, length=3.0):
+    """Rows of another length than 1, and labels."""
+    rows, labels = unit_rows(count, dim, seed)
+    return torch.tensor(length * rows, dtype=dtype), torch.tensor(labels)
+
+
+def dense_loss(embeddings, labels):
+    return dense.loss(torch.nn.functional.normalize(embeddings, dim=1), labels)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (40, 9), (257, 130)], ids=str)
+def test_loss_and_gradient_are_those_of_dense_torch(shape):
+    embeddings, labels = batch(*shape)
+    mine, theirs = embeddings.clone().requires_grad_(), embeddings.double().requires_grad_()
+    loss = SoftContrastiveLoss()(mine, labels)
+    want = dense_loss(theirs, labels)
+    assert loss.dtype == torch.float32 and loss.shape == ()
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5, abs=1e-7)
+    (3 * loss).backward()
+    (3 * want).backward()
+    close(mine.grad, theirs.grad, 1e-5)
+
+
+def test_gradients_pass_gradcheck_in_float64():
+    embeddings, labels = batch(14, 4, dtype=torch.float64)
+    references, reference_labels = batch(11, 4, seed=1, dtype=torch.float64)
+    lambdas = [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (0.6, 0.5)]
+    given = [embeddings.requires_grad_(), references.requires_grad_(), *lambdas]
+
+    def square(rows, lambda_pos, lambda_neg):
+        loss = SoftContrastiveLoss(lambda_pos=lambda_pos, lambda_neg=lambda_neg)
+        value = loss(rows, labels)
+        assert loss.statistics["active"] > 5
+        return value
+
+    def rectangular(rows, others, lambda_pos, lambda_neg):
+        loss = SoftContrastiveLoss(lambda_pos=lambda_pos, lambda_neg=lambda_neg)
+        return loss(rows, labels, ref_emb=others, ref_labels=reference_labels)
+
+    assert torch.autograd.gradcheck(square, (given[0], *lambdas))
+    assert torch.autograd.gradcheck(rectangular, given)
+
+
+def test_gradcheck_catches_a_wrong_gradient():
+    embeddings, labels = batch(14, 4, dtype=torch.float64)
+    loss = SoftContrastiveLoss()
+
+    def wrong(rows):
+        value = loss(rows, labels)
+        return value + 1e-2 * value.detach() * rows.sum().detach()
+
+    with pytest.raises(GradcheckError):
+        torch.autograd.gradcheck(wrong, (embeddings.requires_grad_(),))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_embeddings_get_a_gradient_of_their_type(dtype):
+    embeddings, labels = batch(60, 32, dtype=dtype)
+    narrow, wide = embeddings.clone().requires_grad_(), embeddings.double().requires_grad_()
+    # The rows as they are after rounding to the type, for mining is exact about them.
+    rounded = torch.nn.functional.normalize(embeddings, dim=1)
+    loss = SoftContrastiveLoss()(narrow, labels)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(dense.loss(rounded.double(), labels).item(), rel=1e-4)
+    loss.backward()
+    assert narrow.grad.dtype == dtype
+    dense_loss(wide, labels).backward()
+    cosine = torch.nn.functional.cosine_similarity(narrow.grad.double().flatten(), wide.grad.flatten(), dim=0)
+    assert cosine > 0.98
+
+
+def test_references_get_a_gradient_when_they_ask_for_one():
+    (embeddings, labels), (references, reference_labels) = batch(20, 6), batch(33, 6, seed=1)
+    rows, others = (torch.nn.functional.normalize(tensor, dim=1) for tensor in (embeddings, references))
+    rows.requires_grad_()
+    loss = SoftContrastiveLoss(normalize_embeddings=False)
+    loss(rows, labels, ref_emb=others, ref_labels=reference_labels).backward()
+    want = formula.expected(*[tensor.detach().numpy() for tensor in (rows, labels, others, reference_labels)])
+    close(rows.grad, want.gradient, 1e-5)
+    assert others.grad is None
+    others.requires_grad_()
+    loss(rows, labels, ref_emb=others, ref_labels=reference_labels).backward()
+    close(others.grad, want.reference_gradient, 1e-5)
+
+
+def test_a_batch_that_is_its_own_reference_is_the_square_form():
+    embeddings, labels = batch()
+    loss = SoftContrastiveLoss()
+    assert loss(embeddings, labels, ref_emb=embeddings, ref_labels=labels) == loss(embeddings, labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_tensors_are_read_where_they_lie(dtype):
+    embeddings, _ = batch(dtype=dtype)
+    assert _ddtas.address_of(embeddings) == embeddings.data_ptr()
+    assert _ddtas.address_of(embeddings[5:]) == embeddings[5:].data_ptr()
+
+
+def test_the_gradient_is_handed_over_without_a_copy():
+    embeddings, labels = batch(length=1.0)
+    rows = embeddings.numpy()
+    output = ddtas.loss(rows, labels)
+    assert torch.from_numpy(output.gradient).data_ptr() == output.gradient.ctypes.data
+
+
+def test_functional_calls_take_tensors():
+    embeddings, labels = batch(length=1.0)
+    want = ddtas.loss(embeddings.numpy(), labels.numpy())
+    got = ddtas.loss(embeddings, labels.int())
+    assert got.loss == want.loss
+    np.testing.assert_array_equal(got.gradient, want.gradient)
+
+
+def test_tensors_with_gaps_are_served():
+    embeddings, labels = batch()
+    loss = SoftContrastiveLoss()
+    want = loss(embeddings, labels)
+    assert loss(embeddings.T.contiguous().T, labels) == want
+    assert loss(torch.repeat_interleave(embeddings, 2, dim=0)[::2], torch.repeat_interleave(labels, 2)[::2]) == want
+
+
+def test_a_threshold_that_is_a_parameter_learns():
+    embeddings, labels = batch(noise_free := 60, 9)
+    threshold = torch.nn.Parameter(torch.tensor(0.5))
+    loss = SoftContrastiveLoss(lambda_pos=threshold, lambda_neg=threshold)
+    assert len(list(loss.parameters())) == 1 and len(labels) == noise_free
+    optimizer = torch.optim.SGD(loss.parameters(), lr=0.01)
+    loss(embeddings, labels).backward()
+    rows = torch.nn.functional.normalize(embeddings, dim=1).numpy()
+    half = ddtas.Settings(lambda_pos=0.5, lambda_neg=0.5)
+    want = formula.expected(rows, labels.numpy(), settings=half)
+    assert threshold.grad.item() == pytest.approx(want.dloss_dlambda_pos + want.dloss_dlambda_neg, rel=1e-4)
+    optimizer.step()
+    assert loss(embeddings, labels).item() != pytest.approx(want.loss, rel=1e-5)
+    with torch.no_grad():
+        threshold.fill_(5.0)
+    with pytest.raises(ValueError, match="lambda-pos = 5 is out of range"):
+        loss(embeddings, labels)
+
+
+def test_statistics_tell_what_was_mined():
+    embeddings, labels = batch(length=1.0)
+    loss = SoftContrastiveLoss()
+    assert loss.statistics == {}
+    loss(embeddings, labels)
+    output = ddtas.loss(embeddings / embeddings.norm(dim=1, keepdim=True), labels)
+    assert loss.statistics["active"] == output.active > 0
+    assert (loss.statistics["positives"], loss.statistics["negatives"]) == output.mined
+
+
+def test_what_does_not_fit_is_refused():
+    embeddings, labels = batch()
+    loss = SoftContrastiveLoss()
+    for call, kind, message in [
+        (lambda: loss(embeddings, labels, (labels,) * 4), ValueError, "take the miner out"),
+        (lambda: loss(embeddings, labels[:3]), ValueError, "labels of the anchors: expected 40, got 3"),
+        (lambda: loss(embeddings, labels.float()), TypeError, "the labels must be integers"),
+        (lambda: loss(embeddings[0], labels[:1]), ValueError, "2 dimensions"),
+        (lambda: loss(embeddings[:0], labels[:0]), ValueError, "the anchors are empty"),
+        (lambda: loss(embeddings, labels, ref_emb=embeddings.clone()), ValueError, "belong together"),
+        (lambda: loss(embeddings, labels, ref_labels=labels), ValueError, "belong together"),
+        (lambda: loss(embeddings * torch.nan, labels), ValueError, "row 0 of the anchors holds a value that is not"),
+        (lambda: loss(embeddings * 0, labels), ValueError, "has L2 norm 0.000000"),
+        (lambda: SoftContrastiveLoss(normalize_embeddings=False)(embeddings, labels), ValueError, "normalise"),
+        (lambda: SoftContrastiveLoss(gamma=9.0), ValueError, "gamma = 9"),
+        (lambda: SoftContrastiveLoss(threads=0), ValueError, "threads = 0"),
+    ]:
+        with pytest.raises(kind, match=message):
+            call()
+
+
+def test_a_tensor_of_another_device_is_refused():
+    embeddings, labels = batch()
+    with pytest.raises((ValueError, TypeError, RuntimeError, BufferError, NotImplementedError)):
+        SoftContrastiveLoss(normalize_embeddings=False)(embeddings.to("meta"), labels)
+
+
+@pytest.mark.skipif(ddtas.has_cuda, reason="this build serves the GPU")
+def test_a_build_for_the_cpu_says_how_to_get_the_gpu(monkeypatch):
+    embeddings, labels = batch()
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
+    with pytest.raises(RuntimeError, match="serves the CPU only: install it with"):
+        SoftContrastiveLoss()(embeddings, labels)
+
+
+def test_unchecked_rows_pass_through():
+    embeddings, labels = batch()
+    embeddings[3] = torch.nan
+    SoftContrastiveLoss(check=False)(embeddings.requires_grad_(), labels).backward()
+    assert embeddings.grad.shape == embeddings.shape
+
+
+def test_a_module_can_be_copied_pickled_and_saved():
+    embeddings, labels = batch()
+    loss = SoftContrastiveLoss(gamma=0.2, lambda_pos=torch.nn.Parameter(torch.tensor(0.6)), threads=1)
+    want = loss(embeddings, labels)
+    for again in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert again(embeddings, labels) == want
+    file = io.BytesIO()
+    torch.save(loss.state_dict(), file)
+    file.seek(0)
+    other = SoftContrastiveLoss(gamma=0.2, lambda_pos=torch.nn.Parameter(torch.tensor(0.1)))
+    other.load_state_dict(torch.load(file))
+    assert other(embeddings, labels) == want
+    assert "gamma=0.2" in repr(loss)
+
+
+def test_the_graph_can_be_walked_twice_and_not_differentiated_twice():
+    embeddings, labels = batch()
+    loss = SoftContrastiveLoss()(embeddings.requires_grad_(), labels)
+    loss.backward(retain_graph=True)
+    once = embeddings.grad.clone()
+    loss.backward()
+    torch.testing.assert_close(embeddings.grad, 2 * once)
+    (gradient,) = torch.autograd.grad(SoftContrastiveLoss()(embeddings, labels), embeddings, create_graph=True)
+    with pytest.raises(RuntimeError, match="once, not twice"):
+        gradient.sum().backward()
+
+
+def test_autocast_and_compile_leave_the_loss_alone():
+    embeddings, labels = batch(60, 32)
+    network, loss = torch.nn.Linear(32, 16), SoftContrastiveLoss()
+    want = loss(network(embeddings), labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert loss(network(embeddings), labels).item() == pytest.approx(want.item(), rel=0.1)
+    compiled = torch.compile(lambda rows: loss(network(rows), labels), backend="eager")
+    assert compiled(embeddings).item() == pytest.approx(want.item(), rel=1e-6)

@@ -1,0 +1,140 @@
+//! What a context computes with: a backend that may also take rows in device memory.
+
+use std::ffi::c_void;
+
+use super::failure::{Failure, Outcome};
+use super::input::CheckedRows;
+use super::types::Status;
+use crate::backend::cpu::{CpuBackend, DEFAULT_BUDGET};
+use crate::backend::{Backend, DeviceSpec};
+use crate::loss::{Hypergradient, LossOutput, LossSettings, UnitCheck};
+
+#[cfg(feature = "cuda")]
+mod cuda;
+#[cfg(feature = "kernels")]
+mod device;
+#[cfg(feature = "emulated")]
+mod emulated;
+
+/// How an engine is opened.
+#[derive(Debug, Clone, Copy)]
+pub struct EngineOptions {
+    /// Bytes for candidates; 0 for the device's default.
+    pub budget: usize,
+    /// Whether f32 rows may be rounded to TF32.
+    #[cfg_attr(not(feature = "kernels"), expect(dead_code, reason = "the CPU has no TF32"))]
+    pub tf32: bool,
+    /// The caller's stream, if it gave one.
+    pub stream: Option<*mut c_void>,
+}
+
+/// A loss on rows in device memory: addresses, checked but for what they lead to.
+#[derive(Debug, Clone, Copy)]
+#[cfg_attr(not(feature = "kernels"), expect(dead_code, reason = "the CPU has no memory of its own"))]
+pub struct DeviceLoss {
+    pub anchors: CheckedRows,
+    pub references: Option<CheckedRows>,
+    pub gradient: *mut f32,
+    /// NULL if it is not wanted.
+    pub reference_gradient: *mut f32,
+    pub check: UnitCheck,
+}
+
+/// A backend, and what the C ABI asks of it beyond that. Devices without memory of their own refuse.
+pub trait Engine: Backend {
+    /// [`Backend::loss`] on rows in device memory; the gradients go where the call says,
+    /// everything else into `output`.
+    ///
+    /// # Safety
+    /// Every address leads to live memory of this device, of the length its rows state, complete
+    /// on the device's stream, and nothing else writes to it meanwhile.
+    unsafe fn device_loss(
+        &mut self,
+        call: &DeviceLoss,
+        settings: &LossSettings,
+        output: &mut LossOutput,
+    ) -> Outcome<()> {
+        let _ = (call, settings, output);
+        Err(no_device_memory(&self.name()))
+    }
+
+    /// [`Backend::hypergradient`] with tangents in device memory; a NULL reference tangent is zero.
+    ///
+    /// # Safety
+    /// As [`Engine::device_loss`].
+    unsafe fn device_hypergradient(
+        &mut self,
+        call: &DeviceLoss,
+        tangents: [*const f32; 2],
+    ) -> Outcome<Hypergradient> {
+        let _ = (call, tangents);
+        Err(no_device_memory(&self.name()))
+    }
+}
+
+impl Engine for CpuBackend {}
+
+fn no_device_memory(name: &str) -> Failure {
+    Failure::new(Status::Unavailable, format!("the device {name} takes rows in host memory only"))
+}
+
+/// Opens an engine.
+///
+/// # Safety
+/// A stream must be one of the GPU's primary context, and outlive the engine.
+pub unsafe fn open(spec: DeviceSpec, options: EngineOptions) -> Outcome<Box<dyn Engine>> {
+    let on_gpu = matches!(spec, DeviceSpec::Cuda(_));
+    if options.stream.is_some() && !on_gpu {
+        let message = format!("a stream was given, and the device is {spec}: name the GPU it belongs to");
+        return Err(Failure::new(Status::InvalidValue, message));
+    }
+    match spec {
+        DeviceSpec::Auto if gpu::count() > 0 => {
+            // SAFETY: there is no stream.
+            unsafe { gpu::open(0, options) }
+        }
+        DeviceSpec::Auto | DeviceSpec::Cpu => {
+            let budget = if options.budget == 0 { DEFAULT_BUDGET } else { options.budget };
+            Ok(Box::new(CpuBackend::with_budget(budget)))
+        }
+        // SAFETY: handed on to the caller.
+        DeviceSpec::Cuda(index) => unsafe { gpu::open(index, options) },
+        DeviceSpec::Emulated => emulation::open(options),
+    }
+}
+
+#[cfg(feature = "cuda")]
+use cuda as gpu;
+#[cfg(feature = "emulated")]
+use emulated as emulation;
+
+/// The refusal of a device that this build lacks, in the words of [`crate::backend::open`].
+#[cfg(not(all(feature = "cuda", feature = "emulated")))]
+fn refuse(spec: DeviceSpec) -> Outcome<Box<dyn Engine>> {
+    match crate::backend::open(&spec) {
+        Err(error) => Err(error.into()),
+        Ok(backend) => Err(no_device_memory(&backend.name())),
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+mod gpu {
+    use super::{DeviceSpec, Engine, EngineOptions, Outcome};
+
+    pub fn count() -> usize {
+        0
+    }
+
+    pub unsafe fn open(index: usize, _options: EngineOptions) -> Outcome<Box<dyn Engine>> {
+        super::refuse(DeviceSpec::Cuda(index))
+    }
+}
+
+#[cfg(not(feature = "emulated"))]
+mod emulation {
+    use super::{DeviceSpec, Engine, EngineOptions, Outcome};
+
+    pub fn open(_options: EngineOptions) -> Outcome<Box<dyn Engine>> {
+        super::refuse(DeviceSpec::Emulated)
+    }
+}

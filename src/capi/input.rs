@@ -1,0 +1,306 @@
+//! From C to Rust: every pointer, size and enum value is checked here, before anything is read through it.
+
+use std::ffi::c_void;
+
+use half::{bf16, f16};
+use ndarray::ArrayView2;
+
+use super::failure::{Failure, Outcome};
+use super::types::{Dtype, Memory, MiningMode, RowCheck, Rows, Settings, Status};
+use crate::loss::{Embeddings, LossSettings, Mining, UnitCheck};
+
+/// A struct whose first field is its size in the caller's header, a `usize`.
+///
+/// # Safety
+/// The struct must be `#[repr(C)]`, begin with that `usize`, and hold any bits.
+pub unsafe trait Versioned: Copy {
+    /// Its name in C.
+    const NAME: &'static str;
+    /// Its size in the first published header: no caller has a smaller one.
+    const FIRST_BYTES: usize;
+
+    /// What the fields mean that an older header does not have.
+    fn initial() -> Self;
+}
+
+/// No struct will grow beyond this: a larger size is memory that nobody initialised.
+const LARGEST_STRUCT: usize = 4096;
+/// Rows and dimensions that the passes count with 32 bits.
+const LARGEST_COUNT: usize = (1 << 31) - 1;
+
+/// Refuses NULL and addresses that are no multiple of `alignment`.
+pub fn check_pointer(name: &str, address: *const c_void, alignment: usize) -> Outcome<()> {
+    if address.is_null() {
+        return Err(Failure::new(Status::NullPointer, format!("{name} is NULL")));
+    }
+    if !address.addr().is_multiple_of(alignment) {
+        let message = format!("{name} = {address:p} is not aligned to {alignment} bytes");
+        return Err(Failure::new(Status::Misaligned, message));
+    }
+    Ok(())
+}
+
+/// As [`check_pointer`], for a pointer to `T`.
+pub fn check_typed<T>(name: &str, address: *const T) -> Outcome<()> {
+    check_pointer(name, address.cast(), align_of::<T>())
+}
+
+/// Reads a struct of whatever version the caller has: fields it lacks get their initial value;
+/// fields of a newer header than ours must be zero, which is to say unused.
+///
+/// # Safety
+/// `pointer` is NULL, misaligned, or leads to a `usize` and, if that is a size within the limits, to as many bytes.
+pub unsafe fn read<T: Versioned>(pointer: *const T) -> Outcome<T> {
+    check_typed(T::NAME, pointer)?;
+    // SAFETY: the caller's promise; `check_typed` checked the alignment.
+    let size = unsafe { pointer.cast::<usize>().read() };
+    let refused = |why| {
+        let message = format!("{}.struct_size = {size}: {why}", T::NAME);
+        Err(Failure::new(Status::StructSize, message))
+    };
+    if !(T::FIRST_BYTES..=LARGEST_STRUCT).contains(&size) {
+        return refused(format!("set it to sizeof({}), here {}", T::NAME, size_of::<T>()));
+    }
+    let known = size.min(size_of::<T>());
+    let mut value = T::initial();
+    // SAFETY: both are at least `known` bytes long, and any bits make a `T`.
+    unsafe { std::ptr::copy_nonoverlapping(pointer.cast::<u8>(), (&raw mut value).cast::<u8>(), known) };
+    // SAFETY: the caller's promise: `size` bytes.
+    let newer = unsafe { std::slice::from_raw_parts(pointer.cast::<u8>().add(known), size - known) };
+    if newer.iter().any(|&byte| byte != 0) {
+        return refused(format!(
+            "the program uses a field that this version, {}, lacks",
+            env!("CARGO_PKG_VERSION")
+        ));
+    }
+    Ok(value)
+}
+
+/// Writes back as much of a struct as the caller's version has.
+///
+/// # Safety
+/// [`read`] has accepted `pointer`, and nothing was changed there since.
+pub unsafe fn write_back<T: Versioned>(pointer: *mut T, value: &T) {
+    // SAFETY: `read` has read it from there.
+    let size = unsafe { pointer.cast::<usize>().read() };
+    let known = size.min(size_of::<T>());
+    // SAFETY: both are at least `known` bytes long.
+    unsafe { std::ptr::copy_nonoverlapping((&raw const *value).cast::<u8>(), pointer.cast::<u8>(), known) };
+}
+
+/// The variant that an enum's integer stands for.
+pub fn choose<T: Copy>(name: &str, value: i32, variants: &[T]) -> Outcome<T> {
+    usize::try_from(value).ok().and_then(|index| variants.get(index)).copied().ok_or_else(|| {
+        let message = format!("{name} = {value} is out of range: 0 to {}", variants.len() - 1);
+        Failure::new(Status::InvalidValue, message)
+    })
+}
+
+/// Reads settings; NULL stands for the defaults. Ranges are checked by the backend.
+///
+/// # Safety
+/// As [`read`], or NULL.
+pub unsafe fn settings(pointer: *const Settings) -> Outcome<(LossSettings, UnitCheck)> {
+    // SAFETY: handed on to the caller.
+    let given = if pointer.is_null() { Settings::initial() } else { unsafe { read(pointer) }? };
+    let modes = [MiningMode::AtAsms, MiningMode::Asms, MiningMode::Symmetric, MiningMode::None];
+    let mining = match choose("mining", given.mining, &modes)? {
+        MiningMode::AtAsms => Mining::AtAsms,
+        MiningMode::Asms => Mining::Asms,
+        MiningMode::Symmetric => Mining::Symmetric,
+        MiningMode::None => Mining::None,
+    };
+    let check = match choose("row_check", given.row_check, &[RowCheck::Check, RowCheck::Trust])? {
+        RowCheck::Check => UnitCheck::Check,
+        RowCheck::Trust => UnitCheck::Trust,
+    };
+    let settings = LossSettings {
+        mining,
+        gamma: given.gamma,
+        negative_ratio: given.negative_ratio,
+        probe_ratio: given.probe_ratio,
+        tolerance: given.tolerance,
+        alpha: given.alpha,
+        beta: given.beta,
+        lambda_pos: given.lambda_pos,
+        lambda_neg: given.lambda_neg,
+    };
+    Ok((settings, check))
+}
+
+/// The size and stride of a matrix whose last byte an address can name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    pub count: usize,
+    pub dim: usize,
+    /// Elements from row to row, at least `dim`.
+    pub stride: usize,
+}
+
+impl Extent {
+    /// Checks sizes, and that the matrix ends within the address space.
+    pub fn new(name: &str, count: usize, dim: usize, stride: usize, element: usize) -> Outcome<Self> {
+        let refused = |message: String| Err(Failure::new(Status::InvalidShape, message));
+        if count == 0 || dim == 0 {
+            return refused(format!("the {name} are empty: at least one row and one dimension are needed"));
+        }
+        if count > LARGEST_COUNT || dim > LARGEST_COUNT {
+            return refused(format!("the {name} have {count} rows of {dim}: at most 2^31 - 1 of either"));
+        }
+        let stride = if stride == 0 { dim } else { stride };
+        if stride < dim {
+            return refused(format!("the row stride of the {name}, {stride}, is less than a row of {dim}"));
+        }
+        let bytes = (count - 1)
+            .checked_mul(stride)
+            .and_then(|elements| elements.checked_add(dim))
+            .and_then(|elements| elements.checked_mul(element));
+        // A row of labels or results takes at most 8 bytes, and has as many entries.
+        if bytes.is_none_or(|bytes| isize::try_from(bytes).is_err()) || isize::try_from(count * 8).is_err() {
+            return refused(format!(
+                "the {name}, {count} rows {stride} values apart, exceed the address space"
+            ));
+        }
+        Ok(Self { count, dim, stride })
+    }
+}
+
+/// One side of a batch, checked but for the contents of its memory.
+#[derive(Debug, Clone, Copy)]
+pub struct CheckedRows {
+    pub embeddings: *const c_void,
+    /// NULL only where labels are not looked at.
+    pub labels: *const i64,
+    pub extent: Extent,
+    pub dtype: Dtype,
+    pub memory: Memory,
+}
+
+impl CheckedRows {
+    /// Reads and checks rows. `labelled`: whether labels are needed.
+    ///
+    /// # Safety
+    /// As [`read`].
+    pub unsafe fn read(name: &str, pointer: *const Rows, labelled: bool) -> Outcome<Self> {
+        if pointer.is_null() {
+            return Err(Failure::new(Status::NullPointer, format!("{name} is NULL")));
+        }
+        // SAFETY: handed on to the caller.
+        let rows = unsafe { read(pointer) }?;
+        let dtype = choose("dtype", rows.dtype, &[Dtype::F32, Dtype::F16, Dtype::Bf16])?;
+        let memory = choose("memory", rows.memory, &[Memory::Host, Memory::Device])?;
+        let element = match dtype {
+            Dtype::F32 => size_of::<f32>(),
+            Dtype::F16 | Dtype::Bf16 => size_of::<f16>(),
+        };
+        let extent = Extent::new(name, rows.count, rows.dim, rows.row_stride, element)?;
+        check_pointer(&format!("{name}.embeddings"), rows.embeddings, element)?;
+        if labelled || !rows.labels.is_null() {
+            check_typed(&format!("{name}.labels"), rows.labels)?;
+        }
+        if memory == Memory::Device && extent.stride != extent.dim {
+            let message =
+                format!("the {name} lie in device memory: their row stride must be their dimension");
+            return Err(Failure::new(Status::InvalidShape, message));
+        }
+        Ok(Self { embeddings: rows.embeddings, labels: rows.labels, extent, dtype, memory })
+    }
+
+    /// The second side of a call, or none for NULL; it must fit the first.
+    ///
+    /// # Safety
+    /// As [`read`], or NULL.
+    pub unsafe fn read_against(first: &Self, pointer: *const Rows, labelled: bool) -> Outcome<Option<Self>> {
+        if pointer.is_null() {
+            return Ok(None);
+        }
+        // SAFETY: handed on to the caller.
+        let rows = unsafe { Self::read("references", pointer, labelled) }?;
+        if rows.memory != first.memory || rows.dtype != first.dtype {
+            let message = "the references have another dtype or memory than the rows compared with them";
+            return Err(Failure::new(Status::InvalidValue, message));
+        }
+        if rows.extent.dim != first.extent.dim {
+            let (expected, got) = (first.extent.dim, rows.extent.dim);
+            let message = format!("dimension of the references: expected {expected}, got {got}");
+            return Err(Failure::new(Status::InvalidShape, message));
+        }
+        Ok(Some(rows))
+    }
+
+    /// The rows as a backend takes them: in place, or gathered if they are strided.
+    ///
+    /// # Safety
+    /// The memory is the host's, as long as the extent says, and nobody writes to it during `'a`.
+    pub unsafe fn view<'a>(&self, buffer: &'a mut RowBuffer) -> Outcome<crate::loss::Rows<'a>> {
+        let embeddings = match self.dtype {
+            // SAFETY (all three): handed on to the caller; any bits make a float.
+            Dtype::F32 => {
+                Embeddings::F32(unsafe { matrix(self.embeddings.cast(), self.extent, &mut buffer.f32) }?)
+            }
+            // SAFETY: as above.
+            Dtype::F16 => {
+                Embeddings::F16(unsafe { matrix(self.embeddings.cast(), self.extent, &mut buffer.f16) }?)
+            }
+            // SAFETY: as above.
+            Dtype::Bf16 => {
+                Embeddings::Bf16(unsafe { matrix(self.embeddings.cast(), self.extent, &mut buffer.bf16) }?)
+            }
+        };
+        let labels = if self.labels.is_null() {
+            reserve(&mut buffer.no_labels, self.extent.count)?;
+            buffer.no_labels.resize(self.extent.count, 0);
+            &buffer.no_labels
+        } else {
+            // SAFETY: the caller's promise; alignment and length were checked when it was read.
+            unsafe { std::slice::from_raw_parts(self.labels, self.extent.count) }
+        };
+        Ok(crate::loss::Rows { embeddings, labels })
+    }
+}
+
+/// Where strided rows are gathered; kept from call to call.
+#[derive(Debug, Default)]
+pub struct RowBuffer {
+    f32: Vec<f32>,
+    f16: Vec<f16>,
+    bf16: Vec<bf16>,
+    no_labels: Vec<i64>,
+}
+
+/// A float matrix of the caller, checked: a tangent.
+///
+/// # Safety
+/// The memory is the host's, as long as `extent` says, and nobody writes to it during `'a`.
+pub unsafe fn matrix<'a, T: Copy>(
+    first: *const T,
+    extent: Extent,
+    buffer: &'a mut Vec<T>,
+) -> Outcome<ArrayView2<'a, T>> {
+    let Extent { count, dim, stride } = extent;
+    let values = if stride == dim {
+        // SAFETY: the caller's promise; `Extent` has checked that the length fits the address space.
+        unsafe { std::slice::from_raw_parts(first, count * dim) }
+    } else {
+        buffer.clear();
+        reserve(buffer, count * dim)?;
+        // Row by row: what lies between two rows may be anything, and may be written by others.
+        for row in 0..count {
+            // SAFETY: the caller's promise.
+            let row = unsafe { std::slice::from_raw_parts(first.add(row * stride), dim) };
+            buffer.extend_from_slice(row);
+        }
+        buffer
+    };
+    ArrayView2::from_shape((count, dim), values)
+        .map_err(|error| Failure::new(Status::Internal, format!("a matrix has another shape: {error}")))
+}
+
+/// Makes room, or says that there is none.
+pub fn reserve<T>(buffer: &mut Vec<T>, length: usize) -> Outcome<()> {
+    let more = length.saturating_sub(buffer.len());
+    buffer.try_reserve_exact(more).map_err(|_| {
+        let bytes = length.saturating_mul(size_of::<T>());
+        Failure::new(Status::OutOfMemory, format!("{bytes} bytes of memory could not be had"))
+    })
+}

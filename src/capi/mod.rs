@@ -1,0 +1,460 @@
+//! The C ABI of the static and the shared library (`include/ddtas.h`, which cbindgen writes from here).
+//!
+//! | file | concern |
+//! | --- | --- |
+//! | `types.rs` | the structs and enums that cross the border |
+//! | `input.rs` | from C to Rust: every pointer, size and enum is checked |
+//! | `output.rs` | from Rust to C |
+//! | `context.rs` | one device, its threads, its workspace, its message; the lock around them |
+//! | `engine/` | the backends, and rows in device memory |
+//! | `failure.rs` | a status and its text |
+//!
+//! No global state; no panic leaves an entry; nothing of the caller's is kept after a call.
+//! `docs/linking.md` is the manual.
+
+use std::ffi::c_char;
+
+mod context;
+mod engine;
+mod failure;
+mod input;
+mod output;
+mod types;
+
+pub use context::Context;
+pub use types::{
+    ContextOptions, DDTAS_ABI_VERSION, DDTAS_NO_NEIGHBOUR, Dtype, LossResult, Memory, MiningMode, RowCheck,
+    Rows, Settings, Status, StreamMode, Tangents,
+};
+
+use crate::backend::Nearest;
+use crate::loss::{Batch, UnitCheck};
+use crate::retrieval::recall;
+use context::{State, enter, guard};
+use engine::DeviceLoss;
+use failure::{Failure, Outcome};
+use input::{CheckedRows, Extent, Versioned, check_typed, matrix};
+use output::{LossTarget, write_slice};
+
+/// Version of the binary interface of the library that is linked: compare it with DDTAS_ABI_VERSION,
+/// that of the header.
+#[unsafe(no_mangle)]
+pub extern "C" fn ddtas_abi_version() -> u32 {
+    DDTAS_ABI_VERSION
+}
+
+/// Version of the library, "MAJOR.MINOR.PATCH". Never NULL, never freed.
+#[unsafe(no_mangle)]
+pub extern "C" fn ddtas_version() -> *const c_char {
+    concat!(env!("CARGO_PKG_VERSION"), "\0").as_ptr().cast()
+}
+
+/// Makes a context and writes it to `*context`, which is NULL if that fails.
+///
+/// `options` may be NULL: defaults. `message`, if not NULL, takes why it failed, cut to
+/// `message_bytes` and always ended by a NUL. Destroy the context with ddtas_context_destroy.
+///
+/// # Safety
+/// Every pointer is NULL or leads to what its type says; `message` has `message_bytes` bytes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ddtas_context_create(
+    options: *const ContextOptions,
+    context: *mut *mut Context,
+    message: *mut c_char,
+    message_bytes: usize,
+) -> Status {
+    let created = guard(|| {
+        check_typed("context", context.cast_const())?;
+        // SAFETY: checked just now; the caller's promise.
+        unsafe { context.write(std::ptr::null_mut()) };
+        // SAFETY: handed on to the caller.
+        let created = unsafe { Context::new(options) }?;
+        // SAFETY: as above.
+        unsafe { context.write(Box::into_raw(Box::new(created))) };
+        Ok(())
+    });
+    let (status, text) = match created {
+        Ok(()) => (Status::Ok, String::new()),
+        Err(Failure { status, message }) => (status, message),
+    };
+    // SAFETY: handed on to the caller.
+    unsafe { write_text(&text, message, message_bytes) };
+    status
+}
+
+/// Ends a context: waits for its threads and frees its memory. NULL is allowed. No other call may be using it.
+///
+/// # Safety
+/// `context` is NULL or a live context, which is dead afterwards.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ddtas_context_destroy(context: *mut Context) {
+    if check_typed("context", context.cast_const()).is_ok() {
+        // SAFETY: made by `ddtas_context_create` from a Box; the caller gives it up.
+        let context = unsafe { Box::from_raw(context) };
+        let _ = guard(move || {
+            drop(context);
+            Ok(())
+        });
+    }
+}
+
+/// Copies the message of the context's last call, empty if that worked, cut to `bytes` and always ended by a NUL.
+///
+/// Returns its whole length without the NUL, so that 0 bytes ask for the length; `buffer` may then be NULL.
+/// Of threads that share a context, one may read the message of another's call.
+///
+/// # Safety
+/// `context` is NULL or a live context; `buffer` has `bytes` bytes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ddtas_context_message(
+    context: *const Context,
+    buffer: *mut c_char,
+    bytes: usize,
+) -> usize {
+    let text = guard(|| {
+        check_typed("context", context)?;
+        // SAFETY: the caller's promise.
+        Ok(unsafe { &*context }.message().clone())
+    });
+    let text = text.unwrap_or_else(|failure| failure.message);
+    // SAFETY: handed on to the caller.
+    unsafe { write_text(&text, buffer, bytes) };
+    text.len()
+}
+
+/// Copies the name of the context's device ("cpu", "cuda:0") as ddtas_context_message copies the
+/// message, and returns its length; 0 for a context that is NULL.
+///
+/// # Safety
+/// As ddtas_context_message.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ddtas_context_device(
+    context: *const Context,
+    buffer: *mut c_char,
+    bytes: usize,
+) -> usize {
+    let mut name = String::new();
+    // SAFETY: handed on to the caller.
+    unsafe {
+        enter(context, |state| {
+            name = state.engine.name();
+            Ok(())
+        })
+    };
+    // SAFETY: handed on to the caller.
+    unsafe { write_text(&name, buffer, bytes) };
+    name.len()
+}
+
+/// Writes the bytes that the context's workspace holds now.
+///
+/// # Safety
+/// Every pointer is NULL or leads to what its type says.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ddtas_workspace_bytes(context: *const Context, bytes: *mut usize) -> Status {
+    let work = |state: &mut State| {
+        check_typed("bytes", bytes.cast_const())?;
+        // SAFETY: checked just now; the caller's promise.
+        unsafe { bytes.write(state.engine.workspace_bytes()) };
+        Ok(())
+    };
+    // SAFETY: handed on to the caller.
+    unsafe { enter(context, work) }
+}
+
+/// Sets settings to their defaults, the paper's. Pass sizeof(ddtas_settings) for `struct_size`.
+///
+/// # Safety
+/// `settings` is NULL or leads to `struct_size` bytes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ddtas_settings_init(settings: *mut Settings, struct_size: usize) -> Status {
+    let initialised = guard(|| {
+        check_typed("settings", settings.cast_const())?;
+        if !(Settings::FIRST_BYTES..=size_of::<Settings>()).contains(&struct_size) {
+            let message = format!("struct_size = {struct_size}: set it to sizeof(ddtas_settings)");
+            return Err(Failure::new(Status::StructSize, message));
+        }
+        let initial = Settings { struct_size, ..Settings::initial() };
+        // SAFETY: the caller's promise: as many bytes, and no more than a `Settings` has.
+        unsafe {
+            std::ptr::copy_nonoverlapping(
+                (&raw const initial).cast::<u8>(),
+                settings.cast::<u8>(),
+                struct_size,
+            );
+        };
+        Ok(())
+    });
+    initialised.map_or_else(|failure| failure.status, |()| Status::Ok)
+}
+
+/// Mines pairs and evaluates the loss and its gradient.
+///
+/// `settings` may be NULL: the paper's. `references` NULL is the square form, every row of `anchors`
+/// against every other; else it is anchors against references (a memory bank). `result` is written only
+/// if the call works. The context remembers the pairs for ddtas_threshold_gradient.
+///
+/// # Safety
+/// Every pointer, those within structs too, is NULL or leads to memory of the length its comment
+/// states, which no other thread writes to during the call.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ddtas_loss(
+    context: *mut Context,
+    settings: *const Settings,
+    anchors: *const Rows,
+    references: *const Rows,
+    result: *mut LossResult,
+) -> Status {
+    let work = |state: &mut State| {
+        // SAFETY (this and the next three): handed on to the caller.
+        let (settings, check) = unsafe { input::settings(settings) }?;
+        // SAFETY: as above.
+        let anchors = unsafe { CheckedRows::read("anchors", anchors, true) }?;
+        // SAFETY: as above.
+        let references = unsafe { CheckedRows::read_against(&anchors, references, true) }?;
+        // SAFETY: as above.
+        let target = unsafe { LossTarget::read(result, &anchors, references.as_ref()) }?;
+
+        let (pool, engine, buffers) = state.parts();
+        if anchors.memory == Memory::Device {
+            let [gradient, reference_gradient] = target.gradients();
+            let call = DeviceLoss { anchors, references, gradient, reference_gradient, check };
+            // SAFETY: handed on to the caller.
+            unsafe { engine.device_loss(&call, &settings, buffers.output) }?;
+        } else {
+            let batch = Batch {
+                // SAFETY (both): handed on to the caller.
+                anchors: unsafe { anchors.view(buffers.anchors) }?,
+                // SAFETY: as above.
+                references: references.map(|rows| unsafe { rows.view(buffers.references) }).transpose()?,
+                reference_gradient: target.wants_reference_gradient(),
+                check,
+            };
+            let output = &mut *buffers.output;
+            State::compute(pool, engine, |backend| backend.loss(&batch, &settings, output))?;
+        }
+        // SAFETY: handed on to the caller.
+        unsafe { target.write(buffers.output, anchors.memory) };
+        Ok(())
+    };
+    // SAFETY: handed on to the caller.
+    unsafe { enter(context, work) }
+}
+
+/// How the loss gradient's product with a direction changes with the two loss thresholds: the sums over
+/// all mined pairs of dG_ij/dlambda * (t_i . e_j + e_i . t_j), for the pairs of the context's last ddtas_loss.
+///
+/// `anchors` and `references` are those of that call. Times minus the learning rate, the sums are
+/// dL_meta/dlambda of the threshold generator when the tangent is the motion of the embeddings along
+/// the meta gradient. Rows in device memory take tangents in device memory, which are not checked for NaN.
+///
+/// # Safety
+/// As ddtas_loss.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ddtas_threshold_gradient(
+    context: *mut Context,
+    anchors: *const Rows,
+    references: *const Rows,
+    tangents: *const Tangents,
+    gradient_lambda_pos: *mut f64,
+    gradient_lambda_neg: *mut f64,
+) -> Status {
+    let work = |state: &mut State| {
+        // SAFETY (this and the next two): handed on to the caller.
+        let anchors = unsafe { CheckedRows::read("anchors", anchors, true) }?;
+        // SAFETY: as above.
+        let references = unsafe { CheckedRows::read_against(&anchors, references, true) }?;
+        // SAFETY: as above.
+        let tangents = unsafe { input::read(tangents) }?;
+        check_typed("gradient_lambda_pos", gradient_lambda_pos.cast_const())?;
+        check_typed("gradient_lambda_neg", gradient_lambda_neg.cast_const())?;
+        check_typed("tangents.anchors", tangents.anchors)?;
+        let tangent = tangent_extent("anchors", &anchors, tangents.anchor_stride)?;
+        let moving = references.filter(|_| !tangents.references.is_null());
+        if moving.is_some() {
+            check_typed("tangents.references", tangents.references)?;
+        }
+        let moving =
+            moving.map(|rows| tangent_extent("references", &rows, tangents.reference_stride)).transpose()?;
+
+        let (pool, engine, buffers) = state.parts();
+        let sums = if anchors.memory == Memory::Device {
+            let none = std::ptr::null_mut();
+            let check = UnitCheck::Trust;
+            let call = DeviceLoss { anchors, references, gradient: none, reference_gradient: none, check };
+            let reference = if moving.is_some() { tangents.references } else { std::ptr::null() };
+            // SAFETY: handed on to the caller.
+            unsafe { engine.device_hypergradient(&call, [tangents.anchors, reference]) }?
+        } else {
+            let [own, other] = buffers.tangents;
+            let batch = Batch {
+                // SAFETY (this and the next three): handed on to the caller.
+                anchors: unsafe { anchors.view(buffers.anchors) }?,
+                // SAFETY: as above.
+                references: references.map(|rows| unsafe { rows.view(buffers.references) }).transpose()?,
+                reference_gradient: false,
+                check: UnitCheck::Trust,
+            };
+            // SAFETY: as above.
+            let tangent = unsafe { matrix(tangents.anchors, tangent, own) }?;
+            // SAFETY: as above.
+            let moving = moving.map(|extent| unsafe { matrix(tangents.references, extent, other) });
+            let moving = moving.transpose()?;
+            State::compute(pool, engine, |backend| backend.hypergradient(&batch, tangent, moving))?
+        };
+        // SAFETY (both): checked above; the caller's promise.
+        unsafe { gradient_lambda_pos.write(sums.pos) };
+        // SAFETY: as above.
+        unsafe { gradient_lambda_neg.write(sums.neg) };
+        Ok(())
+    };
+    // SAFETY: handed on to the caller.
+    unsafe { enter(context, work) }
+}
+
+/// The `k` most similar references of every query, most similar first, equal ones by index.
+///
+/// `references` NULL searches the queries among themselves, each left out of its own list. Labels are
+/// not looked at and may be NULL. `indices` and `similarities` take `count` rows of `k`; where there are
+/// fewer than `k` references the rest is DDTAS_NO_NEIGHBOUR and -inf. Host memory only.
+///
+/// # Safety
+/// As ddtas_loss.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ddtas_nearest(
+    context: *mut Context,
+    queries: *const Rows,
+    references: *const Rows,
+    k: usize,
+    indices: *mut u32,
+    similarities: *mut f32,
+) -> Status {
+    let work = |state: &mut State| {
+        // SAFETY (both): handed on to the caller.
+        let queries = unsafe { CheckedRows::read("queries", queries, false) }?;
+        // SAFETY: as above.
+        let references = unsafe { CheckedRows::read_against(&queries, references, false) }?;
+        host_only(&queries)?;
+        Extent::new("neighbours", queries.extent.count, k, 0, size_of::<u32>())?;
+        check_typed("indices", indices.cast_const())?;
+        check_typed("similarities", similarities.cast_const())?;
+
+        let (pool, engine, buffers) = state.parts();
+        // SAFETY (both): handed on to the caller.
+        let rows = unsafe { queries.view(buffers.anchors) }?;
+        // SAFETY: as above.
+        let others = references.map(|rows| unsafe { rows.view(buffers.references) }).transpose()?;
+        let there = references.unwrap_or(queries).extent.count;
+        let depth = k.min(there);
+        reserve_search(queries.extent.count, depth)?;
+        let nearest = State::compute(pool, engine, |backend| backend.nearest(&rows, others.as_ref(), depth))?;
+        let lists = nearest.indices.outer_iter().zip(nearest.similarities.outer_iter());
+        for (row, (own_indices, own_similarities)) in lists.enumerate() {
+            for place in 0..k {
+                let at = row * k + place;
+                // SAFETY (both): at < count * k, and the caller's promise.
+                unsafe {
+                    indices.add(at).write(own_indices.get(place).copied().unwrap_or(Nearest::NONE));
+                }
+                let similarity = own_similarities.get(place).copied().unwrap_or(f32::NEG_INFINITY);
+                // SAFETY: as above.
+                unsafe { similarities.add(at).write(similarity) };
+            }
+        }
+        Ok(())
+    };
+    // SAFETY: handed on to the caller.
+    unsafe { enter(context, work) }
+}
+
+/// Recall@K: the share of rows whose K nearest other rows hold one of their class, for every K of `ks`.
+///
+/// Rows with a negative label are neither queries nor answers to a label; a row alone in its class is no query. `recall`
+/// takes `k_count` values in the order of `ks`; `queries`, if not NULL, the number of rows that were
+/// counted. Memory grows with `count` times the largest K. Host memory only.
+///
+/// # Safety
+/// As ddtas_loss; `ks` and `recall` have `k_count` entries.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ddtas_recall_at_k(
+    context: *mut Context,
+    rows: *const Rows,
+    ks: *const usize,
+    k_count: usize,
+    recall_at: *mut f64,
+    queries: *mut u64,
+) -> Status {
+    let work = |state: &mut State| {
+        // SAFETY: handed on to the caller.
+        let rows = unsafe { CheckedRows::read("rows", rows, true) }?;
+        host_only(&rows)?;
+        check_typed("ks", ks)?;
+        check_typed("recall_at", recall_at.cast_const())?;
+        if !queries.is_null() {
+            check_typed("queries", queries.cast_const())?;
+        }
+        Extent::new("values of K", k_count, 1, 0, size_of::<f64>())?;
+        // SAFETY: checked above; the caller's promise.
+        let ks = unsafe { std::slice::from_raw_parts(ks, k_count) };
+        // A list of all other rows answers every K beyond it; K = 0 is for `recall` to refuse.
+        let deepest = rows.extent.count.saturating_sub(1).max(1);
+        let depths: Vec<usize> = ks.iter().map(|&k| k.min(deepest)).collect();
+        reserve_search(rows.extent.count, depths.iter().copied().max().unwrap_or(1))?;
+
+        let (pool, engine, buffers) = state.parts();
+        // SAFETY: handed on to the caller.
+        let view = unsafe { rows.view(buffers.anchors) }?;
+        let (found, _) = State::compute(pool, engine, |backend| recall(backend, &view, &depths))?;
+        let values: Vec<f64> = depths.iter().map(|&k| found.get(k).unwrap_or(f64::NAN)).collect();
+        // SAFETY (both): checked above; the caller's promise.
+        unsafe { write_slice(recall_at, &values) };
+        // SAFETY: as above.
+        unsafe { write_slice(queries, &[found.queries as u64]) };
+        Ok(())
+    };
+    // SAFETY: handed on to the caller.
+    unsafe { enter(context, work) }
+}
+
+fn tangent_extent(name: &str, rows: &CheckedRows, stride: usize) -> Outcome<Extent> {
+    let extent = rows.extent;
+    let extent = Extent::new(name, extent.count, extent.dim, stride, size_of::<f32>())?;
+    if rows.memory == Memory::Device && extent.stride != extent.dim {
+        let message = "the tangents lie in device memory: their row stride must be the dimension";
+        return Err(Failure::new(Status::InvalidShape, message));
+    }
+    Ok(extent)
+}
+
+fn host_only(rows: &CheckedRows) -> Outcome<()> {
+    match rows.memory {
+        Memory::Host => Ok(()),
+        Memory::Device => Err(Failure::new(
+            Status::Unavailable,
+            "only ddtas_loss and ddtas_threshold_gradient take rows in device memory: copy them to the host",
+        )),
+    }
+}
+
+/// Refuses a search whose lists no memory could hold, rather than let the allocator end the process.
+fn reserve_search(count: usize, depth: usize) -> Outcome<()> {
+    // An index and a similarity in the result, and a buffer of twice as many hits while it is made.
+    let bytes = count.saturating_mul(depth).saturating_mul(24);
+    input::reserve(&mut Vec::<u8>::new(), bytes)
+}
+
+/// Copies text, cut to the buffer, with a NUL behind it.
+///
+/// # Safety
+/// `buffer` is NULL or has `bytes` bytes.
+unsafe fn write_text(text: &str, buffer: *mut c_char, bytes: usize) {
+    if buffer.is_null() || bytes == 0 {
+        return;
+    }
+    // Never half a character.
+    let length = text.floor_char_boundary(bytes - 1);
+    // SAFETY (both): length < bytes, and the caller's promise.
+    unsafe { write_slice(buffer.cast(), &text.as_bytes()[..length]) };
+    // SAFETY: as above.
+    unsafe { buffer.add(length).write(0) };
+}

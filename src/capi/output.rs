@@ -1,0 +1,143 @@
+//! From Rust to C: where results go, and writing them there.
+
+use super::failure::{Failure, Outcome};
+use super::input::{CheckedRows, Extent, check_typed, read, write_back};
+use super::types::{LossResult, Memory, Status};
+use crate::loss::LossOutput;
+use ndarray::Array2;
+
+/// Where a loss goes: the caller's struct, checked.
+pub struct LossTarget {
+    pointer: *mut LossResult,
+    result: LossResult,
+    gradient: Option<Extent>,
+    reference_gradient: Option<Extent>,
+}
+
+impl LossTarget {
+    /// Reads and checks the caller's struct.
+    ///
+    /// # Safety
+    /// As [`read`].
+    pub unsafe fn read(
+        pointer: *mut LossResult,
+        anchors: &CheckedRows,
+        references: Option<&CheckedRows>,
+    ) -> Outcome<Self> {
+        // SAFETY: handed on to the caller.
+        let result = unsafe { read(pointer.cast_const()) }?;
+        let gradient = gradient_extent("gradient", result.gradient, anchors, result.gradient_stride)?;
+        let reference_gradient = match references {
+            Some(rows) => {
+                let stride = result.reference_gradient_stride;
+                gradient_extent("reference_gradient", result.reference_gradient, rows, stride)?
+            }
+            None if result.reference_gradient.is_null() => None,
+            None => {
+                let message = "the square form has no references: set reference_gradient to NULL";
+                return Err(Failure::new(Status::InvalidValue, message));
+            }
+        };
+        optional("min_pos", result.min_pos)?;
+        optional("max_neg", result.max_neg)?;
+        optional("count_pos", result.count_pos)?;
+        optional("count_neg", result.count_neg)?;
+        Ok(Self { pointer, result, gradient, reference_gradient })
+    }
+
+    /// The caller's gradients, NULL where it wants none.
+    pub fn gradients(&self) -> [*mut f32; 2] {
+        [self.result.gradient, self.result.reference_gradient]
+    }
+
+    /// Whether dL/d(references) is wanted.
+    pub fn wants_reference_gradient(&self) -> bool {
+        self.reference_gradient.is_some()
+    }
+
+    /// Writes everything; the gradients only if they lie in host memory, else they are there already.
+    ///
+    /// # Safety
+    /// Every pointer is NULL or leads to memory of the length its comment states.
+    pub unsafe fn write(mut self, output: &LossOutput, memory: Memory) {
+        if memory == Memory::Host {
+            let references = output.reference_gradient.as_ref();
+            // SAFETY (both): handed on to the caller.
+            unsafe { write_matrix(self.result.gradient, self.gradient, Some(&output.gradient)) };
+            // SAFETY: as above.
+            unsafe { write_matrix(self.result.reference_gradient, self.reference_gradient, references) };
+        }
+        // SAFETY (all four): handed on to the caller.
+        unsafe { write_slice(self.result.min_pos, &output.min_pos) };
+        // SAFETY: as above.
+        unsafe { write_slice(self.result.max_neg, &output.max_neg) };
+        // SAFETY: as above.
+        unsafe { write_slice(self.result.count_pos, &output.count_pos) };
+        // SAFETY: as above.
+        unsafe { write_slice(self.result.count_neg, &output.count_neg) };
+
+        let (mined_pos, mined_neg) = output.mined();
+        self.result = LossResult {
+            loss: output.loss,
+            dloss_dlambda_pos: output.dloss_dlambda_pos,
+            dloss_dlambda_neg: output.dloss_dlambda_neg,
+            gamma_pos: output.gamma_pos,
+            gamma_neg: output.gamma_neg,
+            mean_pos: output.mean_pos,
+            mean_neg: output.mean_neg,
+            total_pos: output.total_pos,
+            probe_neg: output.probe_neg,
+            active: output.active,
+            mined_pos,
+            mined_neg,
+            ..self.result
+        };
+        // SAFETY: `read` accepted the pointer.
+        unsafe { write_back(self.pointer, &self.result) };
+    }
+}
+
+fn optional<T>(name: &str, pointer: *mut T) -> Outcome<()> {
+    if pointer.is_null() { Ok(()) } else { check_typed(name, pointer.cast_const()) }
+}
+
+fn gradient_extent(
+    name: &str,
+    pointer: *mut f32,
+    rows: &CheckedRows,
+    stride: usize,
+) -> Outcome<Option<Extent>> {
+    optional(name, pointer)?;
+    if pointer.is_null() {
+        return Ok(None);
+    }
+    let extent = Extent::new(name, rows.extent.count, rows.extent.dim, stride, size_of::<f32>())?;
+    if rows.memory == Memory::Device && extent.stride != extent.dim {
+        let message = format!("{name} lies in device memory: its row stride must be the dimension");
+        return Err(Failure::new(Status::InvalidShape, message));
+    }
+    Ok(Some(extent))
+}
+
+/// Writes row by row: what lies between two rows is the caller's.
+///
+/// # Safety
+/// With an extent, `target` leads to memory of that extent.
+unsafe fn write_matrix(target: *mut f32, extent: Option<Extent>, matrix: Option<&Array2<f32>>) {
+    let (Some(extent), Some(values)) = (extent, matrix.and_then(|matrix| matrix.as_slice())) else { return };
+    for (row, values) in values.chunks_exact(extent.dim).enumerate() {
+        // SAFETY: row < count, so the row lies within the extent.
+        unsafe { write_slice(target.add(row * extent.stride), values) };
+    }
+}
+
+/// Copies values to the caller; NULL: not wanted.
+///
+/// # Safety
+/// `target` is NULL or leads to memory for as many values, which is no part of `values`.
+pub unsafe fn write_slice<T: Copy>(target: *mut T, values: &[T]) {
+    if !target.is_null() {
+        // SAFETY: handed on to the caller.
+        unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), target, values.len()) };
+    }
+}

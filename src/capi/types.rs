@@ -1,0 +1,355 @@
+//! What crosses the border: plain C structs and enums. cbindgen copies these comments into `ddtas.h`,
+//! so they are written for a C reader.
+
+use std::ffi::{c_char, c_void};
+use std::mem::offset_of;
+
+use super::input::Versioned;
+use crate::loss::LossSettings;
+
+/// Version of the binary interface these headers describe. It changes when a program built against an
+/// older header could no longer run; structs that grow at their end do not change it.
+pub const DDTAS_ABI_VERSION: u32 = 1;
+
+/// Index that stands for "no reference left" in what ddtas_nearest writes.
+pub const DDTAS_NO_NEIGHBOUR: u32 = u32::MAX;
+
+/// What a call came to. The context keeps a message for everything but DDTAS_STATUS_OK and
+/// a context that is itself unusable: see ddtas_context_message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
+pub enum Status {
+    /// It worked.
+    Ok = 0,
+    /// A pointer that is needed is NULL.
+    NullPointer = 1,
+    /// A pointer is not aligned to what it points to.
+    Misaligned = 2,
+    /// `struct_size` is not one that this library knows: set it to sizeof the struct, and its other bytes to zero.
+    StructSize = 3,
+    /// A setting or an enum value is out of its range.
+    InvalidValue = 4,
+    /// No rows, no dimensions, sizes that disagree, or sizes that no memory could hold.
+    InvalidShape = 5,
+    /// A row holds a NaN or an infinity.
+    NotFinite = 6,
+    /// A row is not of unit L2 norm.
+    NotUnit = 7,
+    /// ddtas_threshold_gradient without the ddtas_loss it continues.
+    OutOfOrder = 8,
+    /// A device that this build or this machine does not have, or that cannot do what was asked.
+    Unavailable = 9,
+    /// The GPU driver refused a call.
+    Device = 10,
+    /// Memory for the call could not be had.
+    OutOfMemory = 11,
+    /// A fault of this library. Nothing was written; the context can be used again. Please report it.
+    Internal = 12,
+}
+
+/// Type of the values behind ddtas_rows.embeddings. Gradients and tangents are float throughout.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
+pub enum Dtype {
+    /// IEEE single precision, `float`.
+    F32 = 0,
+    /// IEEE half precision.
+    F16 = 1,
+    /// bfloat16.
+    Bf16 = 2,
+}
+
+/// Where rows lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
+pub enum Memory {
+    /// The process's own memory. Any device takes it; a GPU copies it.
+    Host = 0,
+    /// The memory of the context's GPU. Nothing is copied; gradients are written there.
+    Device = 1,
+}
+
+/// Which pairs enter the loss.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
+pub enum MiningMode {
+    /// Adaptive asymmetric sample mining, the method's own.
+    AtAsms = 0,
+    /// Asymmetric sample mining with fixed tolerances.
+    Asms = 1,
+    /// One tolerance for both kinds of pairs.
+    Symmetric = 2,
+    /// Every pair.
+    None = 3,
+}
+
+/// Whether rows are checked before use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
+pub enum RowCheck {
+    /// Every row is checked for NaN, infinity and unit norm.
+    Check = 0,
+    /// The caller vouches for the rows. Other rows give a meaningless loss, no worse.
+    Trust = 1,
+}
+
+/// Whose stream a GPU context works on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
+pub enum StreamMode {
+    /// A stream of the context's own. Work of the caller must be complete before a call.
+    Own = 0,
+    /// ddtas_context_options.stream, in order with what the caller issues there.
+    Given = 1,
+}
+
+/// How a context computes. All bytes zero but struct_size: defaults.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct ContextOptions {
+    /// sizeof(ddtas_context_options).
+    pub struct_size: usize,
+    /// "cpu", "cuda", "cuda:N", or "auto": the first GPU if there is one, else the CPU. NULL is "auto".
+    pub device: *const c_char,
+    /// Threads of a CPU context, the calling one not among them: 1 to 1024, 0 for one a core.
+    /// The result is the same bit for bit whatever their number.
+    pub threads: usize,
+    /// Bytes for the pairs kept between passes; what does not fit is computed again, with the same
+    /// result bit for bit on the CPU. 0 for the default: 64 MiB on the CPU, 1 GiB on a GPU.
+    pub workspace_bytes: usize,
+    /// A CUstream or cudaStream_t of that GPU's primary context, with DDTAS_STREAM_MODE_GIVEN;
+    /// NULL is then the default stream. It must outlive the context.
+    pub stream: *mut c_void,
+    /// A ddtas_stream_mode.
+    pub stream_mode: i32,
+    /// Not 0: a GPU rounds float rows to TF32, for a third of the work.
+    pub allow_tf32: i32,
+}
+
+/// Mining and loss. ddtas_settings_init fills in the paper's values.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct Settings {
+    /// sizeof(ddtas_settings).
+    pub struct_size: usize,
+    /// A ddtas_mining_mode.
+    pub mining: i32,
+    /// A ddtas_row_check.
+    pub row_check: i32,
+    /// Tolerance of mining, in units of cosine similarity: 0 to 2, paper 0.1.
+    pub gamma: f64,
+    /// The negative tolerance over gamma: 0 to 10, paper 0.1.
+    pub negative_ratio: f64,
+    /// The probe's tolerance over gamma: 0 to 10, paper 0.1.
+    pub probe_ratio: f64,
+    /// Factor k of the adaptation: 0 to 1, paper 0.5.
+    pub tolerance: f64,
+    /// Sharpness of the negative term: above 0, at most 10000; paper 40.
+    pub alpha: f64,
+    /// Sharpness of the positive term: above 0, at most 10000; paper 2.
+    pub beta: f64,
+    /// Loss threshold of the positive term, a cosine similarity: -2 to 2, paper 0.7.
+    pub lambda_pos: f64,
+    /// Loss threshold of the negative term, a cosine similarity: -2 to 2, paper 0.7.
+    pub lambda_neg: f64,
+}
+
+/// Embeddings with their labels. The library reads them during a call and keeps no pointer.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct Rows {
+    /// sizeof(ddtas_rows).
+    pub struct_size: usize,
+    /// `count` rows of `dim` values of the type `dtype`, each row of unit L2 norm.
+    pub embeddings: *const c_void,
+    /// `count` labels. A row with a negative label takes part in no pair.
+    pub labels: *const i64,
+    /// Number of rows: 1 to 2^31 - 1.
+    pub count: usize,
+    /// Values of a row: 1 to 2^31 - 1.
+    pub dim: usize,
+    /// Values from the beginning of a row to that of the next: `dim` or more, 0 for `dim`.
+    /// More than `dim` costs a copy of the rows; in device memory it must be `dim` or 0.
+    pub row_stride: usize,
+    /// A ddtas_dtype.
+    pub dtype: i32,
+    /// A ddtas_memory; the same for all rows of a call.
+    pub memory: i32,
+}
+
+/// What ddtas_loss returns. The caller sets struct_size and the pointers (NULL for what it does
+/// not want, which all-zero bytes say); the library sets the rest, and only if the call works.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct LossResult {
+    /// sizeof(ddtas_loss_result).
+    pub struct_size: usize,
+    /// dL/d(anchors), float, `count` rows of `dim`; in the square form the whole gradient. Where the
+    /// rows lie: host or device memory, which in device memory is not optional.
+    pub gradient: *mut f32,
+    /// As ddtas_rows.row_stride, for `gradient`. What lies between two rows is left alone.
+    pub gradient_stride: usize,
+    /// dL/d(references), float, likewise. NULL in the square form.
+    pub reference_gradient: *mut f32,
+    /// As ddtas_rows.row_stride, for `reference_gradient`.
+    pub reference_gradient_stride: usize,
+    /// Host memory, an entry per anchor: smallest similarity to a positive, +inf without one.
+    pub min_pos: *mut f32,
+    /// Host memory, an entry per anchor: largest similarity to a negative, -inf without one.
+    pub max_neg: *mut f32,
+    /// Host memory, an entry per anchor: positives that are mined.
+    pub count_pos: *mut u32,
+    /// Host memory, an entry per anchor: negatives that are mined.
+    pub count_neg: *mut u32,
+    /// The loss L.
+    pub loss: f64,
+    /// dL/d(lambda_pos).
+    pub dloss_dlambda_pos: f64,
+    /// dL/d(lambda_neg).
+    pub dloss_dlambda_neg: f64,
+    /// The positive tolerance in force, after adaptation.
+    pub gamma_pos: f64,
+    /// The negative tolerance in force, after adaptation.
+    pub gamma_neg: f64,
+    /// Mean similarity over all positive pairs; NaN if there is none.
+    pub mean_pos: f64,
+    /// Mean similarity over all negative pairs; NaN if there is none.
+    pub mean_neg: f64,
+    /// Ordered positive pairs of the batch.
+    pub total_pos: u64,
+    /// Negatives that passed the probe.
+    pub probe_neg: u64,
+    /// Anchors that enter the loss: those with both kinds of mined pairs.
+    pub active: u64,
+    /// Positive pairs that enter the loss.
+    pub mined_pos: u64,
+    /// Negative pairs that enter the loss.
+    pub mined_neg: u64,
+}
+
+/// How fast the embeddings move along a direction, for ddtas_threshold_gradient. In the same memory as the rows.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct Tangents {
+    /// sizeof(ddtas_tangents).
+    pub struct_size: usize,
+    /// The anchors' tangent, float, a row for each of theirs.
+    pub anchors: *const f32,
+    /// As ddtas_rows.row_stride, for `anchors`.
+    pub anchor_stride: usize,
+    /// The references' tangent; NULL if they do not move. Not looked at in the square form.
+    pub references: *const f32,
+    /// As ddtas_rows.row_stride, for `references`.
+    pub reference_stride: usize,
+}
+
+// Integers, floats and raw pointers hold any bits. FIRST_BYTES is the end of the last field of version 1:
+// a field that comes later goes behind it and does not change it.
+
+// SAFETY: #[repr(C)], struct_size first, any bits are valid.
+unsafe impl Versioned for ContextOptions {
+    const NAME: &'static str = "ddtas_context_options";
+    const FIRST_BYTES: usize = offset_of!(Self, allow_tf32) + size_of::<i32>();
+
+    fn initial() -> Self {
+        Self {
+            struct_size: size_of::<Self>(),
+            device: std::ptr::null(),
+            threads: 0,
+            workspace_bytes: 0,
+            stream: std::ptr::null_mut(),
+            stream_mode: 0,
+            allow_tf32: 0,
+        }
+    }
+}
+
+// SAFETY: #[repr(C)], struct_size first, any bits are valid.
+unsafe impl Versioned for Settings {
+    const NAME: &'static str = "ddtas_settings";
+    const FIRST_BYTES: usize = offset_of!(Self, lambda_neg) + size_of::<f64>();
+
+    fn initial() -> Self {
+        let paper = LossSettings::default();
+        Self {
+            struct_size: size_of::<Self>(),
+            mining: MiningMode::AtAsms as i32,
+            row_check: RowCheck::Check as i32,
+            gamma: paper.gamma,
+            negative_ratio: paper.negative_ratio,
+            probe_ratio: paper.probe_ratio,
+            tolerance: paper.tolerance,
+            alpha: paper.alpha,
+            beta: paper.beta,
+            lambda_pos: paper.lambda_pos,
+            lambda_neg: paper.lambda_neg,
+        }
+    }
+}
+
+// SAFETY: #[repr(C)], struct_size first, any bits are valid.
+unsafe impl Versioned for Rows {
+    const NAME: &'static str = "ddtas_rows";
+    const FIRST_BYTES: usize = offset_of!(Self, memory) + size_of::<i32>();
+
+    fn initial() -> Self {
+        Self {
+            struct_size: size_of::<Self>(),
+            embeddings: std::ptr::null(),
+            labels: std::ptr::null(),
+            count: 0,
+            dim: 0,
+            row_stride: 0,
+            dtype: 0,
+            memory: 0,
+        }
+    }
+}
+
+// SAFETY: #[repr(C)], struct_size first, any bits are valid.
+unsafe impl Versioned for LossResult {
+    const NAME: &'static str = "ddtas_loss_result";
+    const FIRST_BYTES: usize = offset_of!(Self, mined_neg) + size_of::<u64>();
+
+    fn initial() -> Self {
+        Self {
+            struct_size: size_of::<Self>(),
+            gradient: std::ptr::null_mut(),
+            gradient_stride: 0,
+            reference_gradient: std::ptr::null_mut(),
+            reference_gradient_stride: 0,
+            min_pos: std::ptr::null_mut(),
+            max_neg: std::ptr::null_mut(),
+            count_pos: std::ptr::null_mut(),
+            count_neg: std::ptr::null_mut(),
+            loss: 0.0,
+            dloss_dlambda_pos: 0.0,
+            dloss_dlambda_neg: 0.0,
+            gamma_pos: 0.0,
+            gamma_neg: 0.0,
+            mean_pos: 0.0,
+            mean_neg: 0.0,
+            total_pos: 0,
+            probe_neg: 0,
+            active: 0,
+            mined_pos: 0,
+            mined_neg: 0,
+        }
+    }
+}
+
+// SAFETY: #[repr(C)], struct_size first, any bits are valid.
+unsafe impl Versioned for Tangents {
+    const NAME: &'static str = "ddtas_tangents";
+    const FIRST_BYTES: usize = offset_of!(Self, reference_stride) + size_of::<usize>();
+
+    fn initial() -> Self {
+        Self {
+            struct_size: size_of::<Self>(),
+            anchors: std::ptr::null(),
+            anchor_stride: 0,
+            references: std::ptr::null(),
+            reference_stride: 0,
+        }
+    }
+}

@@ -1,0 +1,349 @@
+//! A data set's archive as it was downloaded, unpacked once, into a folder beside it.
+//!
+//! `NAME.unpacked` is whole or not there: members go to `NAME.unpacking`, which is renamed at the end. The archive
+//! is locked meanwhile, so that of two programs one unpacks and the other waits, and so that a folder a killed
+//! program left can be told from one at work. A stamp inside says which archive the folder was made from.
+
+mod zip;
+
+use std::fs::{self, File, TryLockError};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::path::{Component, Path, PathBuf};
+use std::time::UNIX_EPOCH;
+
+use flate2::read::MultiGzDecoder;
+use tar::EntryType;
+
+use crate::{Error, Result};
+
+/// The file inside an unpacked folder that says what it was made from.
+const STAMP: &str = ".ddtas-unpacked";
+
+/// More than this is no data set but a bomb: the largest of the four has 3 GB in 120,000 files.
+#[derive(Debug, Clone, Copy)]
+struct Limits {
+    bytes: u64,
+    members: usize,
+}
+
+const LIMITS: Limits = Limits { bytes: 64 << 30, members: 2_000_000 };
+
+/// Whether `path` has the name of an archive that [`unpack`] reads.
+pub(super) fn is_archive(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy().to_ascii_lowercase();
+    [".tgz", ".tar.gz", ".tar", ".zip"].iter().any(|ending| name.ends_with(ending))
+}
+
+/// The folder that holds what is in `archive`, a .tgz, .tar or .zip by its content; unpacks it if that was not done yet.
+///
+/// `tell` gets a line before anything that takes long.
+///
+/// # Errors
+/// [`Error::Format`] for an archive that is damaged, encrypted, or holds links or paths that lead out of it;
+/// [`Error::Io`], for example if the disk is full. Either way nothing of it is left.
+pub(super) fn unpack(archive: &Path, tell: &mut dyn FnMut(&str)) -> Result<PathBuf> {
+    unpack_within(archive, LIMITS, tell)
+}
+
+fn unpack_within(archive: &Path, limits: Limits, tell: &mut dyn FnMut(&str)) -> Result<PathBuf> {
+    let mut file = File::open(archive).map_err(Error::io("read", archive))?;
+    let (target, partial) = (with_ending(archive, ".unpacked"), with_ending(archive, ".unpacking"));
+    let stamp = stamp(archive, &file)?;
+    if is_current(&target, &stamp)? {
+        return Ok(target);
+    }
+    match file.try_lock() {
+        Err(TryLockError::WouldBlock) => {
+            tell(&format!("waiting for another program that unpacks {}", archive.display()));
+            file.lock().map_err(Error::io("lock", archive))?;
+        }
+        // Without locks (some network file systems) two programs must not start at once; one may.
+        Ok(()) | Err(TryLockError::Error(_)) => {}
+    }
+    if is_current(&target, &stamp)? {
+        return Ok(target);
+    }
+    tell(&format!("unpacking {} into {}, once", archive.display(), target.display()));
+    for stale in [&partial, &target] {
+        remove(stale)?;
+    }
+    let unpacked = Unpacking { archive, into: &partial, limits, members: 0, bytes: 0 }.run(&mut file);
+    let finished = unpacked.and_then(|()| {
+        let path = partial.join(STAMP);
+        fs::write(&path, &stamp).map_err(Error::io("write", &path))?;
+        fs::rename(&partial, &target).map_err(Error::io("write", &target))
+    });
+    if finished.is_err() {
+        // Best effort: the next start tries again.
+        let _ = fs::remove_dir_all(&partial);
+    }
+    finished.map(|()| target)
+}
+
+/// `a.tgz` with `.unpacked` is `a.tgz.unpacked`: archives that differ in their ending alone do not meet.
+fn with_ending(archive: &Path, ending: &str) -> PathBuf {
+    let mut name = archive.file_name().unwrap_or_default().to_owned();
+    name.push(ending);
+    archive.with_file_name(name)
+}
+
+/// What tells one version of an archive from another.
+fn stamp(archive: &Path, file: &File) -> Result<String> {
+    let about = file.metadata().map_err(Error::io("read", archive))?;
+    let modified =
+        about.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok()).unwrap_or_default();
+    Ok(format!("{} bytes, modified {}.{:09}\n", about.len(), modified.as_secs(), modified.subsec_nanos()))
+}
+
+/// Whether `target` was unpacked from the archive that `stamp` tells; an error if it is none of ours.
+fn is_current(target: &Path, stamp: &str) -> Result<bool> {
+    match fs::read_to_string(target.join(STAMP)) {
+        Ok(found) => Ok(found == stamp),
+        Err(_) if !target.exists() => Ok(false),
+        Err(_) => {
+            let advice = "is in the way of unpacking and was not made by ddtas: give it as --data-root, or move it away";
+            Err(Error::format(target, advice))
+        }
+    }
+}
+
+fn remove(folder: &Path) -> Result<()> {
+    match fs::remove_dir_all(folder) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io("remove", folder)(error)),
+        _ => Ok(()),
+    }
+}
+
+/// One archive on its way into a folder.
+struct Unpacking<'a> {
+    archive: &'a Path,
+    into: &'a Path,
+    limits: Limits,
+    members: usize,
+    bytes: u64,
+}
+
+impl Unpacking<'_> {
+    fn run(mut self, file: &mut File) -> Result<()> {
+        fs::create_dir(self.into).map_err(Error::io("create", self.into))?;
+        let mut start = [0; 4];
+        let got = file.read(&mut start).map_err(Error::io("read", self.archive))?;
+        file.seek(SeekFrom::Start(0)).map_err(Error::io("read", self.archive))?;
+        let buffered = io::BufReader::with_capacity(1 << 18, file);
+        match &start[..got] {
+            [0x1f, 0x8b, ..] => self.tar(MultiGzDecoder::new(buffered)),
+            [b'P', b'K', ..] => self.zip(buffered),
+            _ => self.tar(buffered),
+        }
+    }
+
+    fn tar(&mut self, reader: impl Read) -> Result<()> {
+        let mut tar = tar::Archive::new(reader);
+        for entry in tar.entries().map_err(|error| self.damaged(&error))? {
+            let mut entry = entry.map_err(|error| self.damaged(&error))?;
+            let name = entry.path().map_err(|error| self.damaged(&error))?.into_owned();
+            match entry.header().entry_type() {
+                EntryType::Directory => self.folder(&name)?,
+                EntryType::Regular | EntryType::Continuous => self.file(&name, &mut entry)?,
+                EntryType::XGlobalHeader => {}
+                other => return Err(self.refused(&name, &format!("is no plain file ({other:?})"))),
+            }
+        }
+        if self.members == 0 {
+            return Err(Error::format(
+                self.archive,
+                "holds no file: it is no .tgz, .tar or .zip with a data set",
+            ));
+        }
+        Ok(())
+    }
+
+    fn zip(&mut self, mut reader: impl Read + Seek) -> Result<()> {
+        for member in zip::members(&mut reader).map_err(|error| self.damaged(&error))? {
+            let name = PathBuf::from(&member.name);
+            if member.is_link {
+                return Err(self.refused(&name, "is a link"));
+            }
+            if member.is_folder() {
+                self.folder(&name)?;
+            } else {
+                let mut content = zip::open(&mut reader, &member).map_err(|error| self.damaged(&error))?;
+                self.file(&name, &mut content)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn folder(&mut self, name: &Path) -> Result<()> {
+        let path = self.place(name)?;
+        fs::create_dir_all(&path).map_err(Error::io("create", path))
+    }
+
+    fn file(&mut self, name: &Path, reader: &mut dyn Read) -> Result<()> {
+        let path = self.place(name)?;
+        if path == self.into {
+            return Err(self.refused(name, "has no name"));
+        }
+        if let Some(parent) = path.parent() {
+            fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
+        }
+        // No link was ever made in this folder, so none can be followed out of it.
+        let mut file = File::create(&path).map_err(Error::io("write", &path))?;
+        let mut buffer = vec![0; 1 << 16];
+        loop {
+            let count = match reader.read(&mut buffer) {
+                Ok(0) => return Ok(()),
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(self.damaged(&error)),
+            };
+            self.bytes += count as u64;
+            if self.bytes > self.limits.bytes {
+                return Err(Error::format(
+                    self.archive,
+                    format!("unpacks to more than {} bytes", self.limits.bytes),
+                ));
+            }
+            file.write_all(&buffer[..count]).map_err(Error::io("write", &path))?;
+        }
+    }
+
+    /// Where a member goes; an error if that would be elsewhere than inside the folder.
+    fn place(&mut self, name: &Path) -> Result<PathBuf> {
+        self.members += 1;
+        if self.members > self.limits.members {
+            return Err(Error::format(
+                self.archive,
+                format!("holds more than {} members", self.limits.members),
+            ));
+        }
+        let mut path = self.into.to_path_buf();
+        for part in name.components() {
+            match part {
+                // A backslash parts folders on Windows only: what would lead out there is refused everywhere.
+                Component::Normal(part) if !part.to_string_lossy().contains('\\') => path.push(part),
+                Component::CurDir => {}
+                _ => return Err(self.refused(name, "leads out of the folder it is unpacked into")),
+            }
+        }
+        Ok(path)
+    }
+
+    fn refused(&self, member: &Path, why: &str) -> Error {
+        Error::format(self.archive, format!("refused, its member {:?} {why}", member.display().to_string()))
+    }
+
+    fn damaged(&self, error: &dyn std::fmt::Display) -> Error {
+        Error::format(
+            self.archive,
+            format!("cannot be unpacked ({error}): download it again, or unpack it by hand"),
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tar_of(files: &[(&str, &[u8])]) -> Vec<u8> {
+        let mut tar = tar::Builder::new(Vec::new());
+        for (name, bytes) in files {
+            let mut header = tar::Header::new_gnu();
+            header.set_size(bytes.len() as u64);
+            header.set_mode(0o644);
+            // Past the crate's own checks, as an attacker would.
+            header.as_old_mut().name[..name.len()].copy_from_slice(name.as_bytes());
+            header.set_cksum();
+            tar.append(&header, *bytes).unwrap();
+        }
+        tar.into_inner().unwrap()
+    }
+
+    fn refusal(bytes: &[u8], limits: Limits) -> String {
+        let place = tempfile::tempdir().unwrap();
+        let inner = place.path().join("inner");
+        fs::create_dir(&inner).unwrap();
+        let archive = inner.join("set.tar");
+        fs::write(&archive, bytes).unwrap();
+        let error = unpack_within(&archive, limits, &mut |_| ()).unwrap_err().to_string();
+        let left = |folder: &Path| fs::read_dir(folder).unwrap().count();
+        assert_eq!((left(&inner), left(place.path())), (1, 1), "something was left behind: {error}");
+        error
+    }
+
+    #[test]
+    fn members_that_lead_out_are_refused_and_nothing_stays() {
+        for name in ["../escape", "/tmp/escape", "a/../../escape", "a\\..\\escape", ".."] {
+            let error = refusal(&tar_of(&[("a/fine", b"x"), (name, b"y")]), LIMITS);
+            assert!(error.contains("leads out") || error.contains("has no name"), "{name}: {error}");
+        }
+        let mut tar = tar::Builder::new(Vec::new());
+        for kind in [EntryType::Symlink, EntryType::Link, EntryType::Fifo] {
+            let mut header = tar::Header::new_gnu();
+            header.set_entry_type(kind);
+            header.set_size(0);
+            tar.append_link(&mut header, "link", "/etc/passwd").unwrap();
+            let error = refusal(tar.get_ref(), LIMITS);
+            assert!(error.contains("is no plain file"), "{error}");
+            tar = tar::Builder::new(Vec::new());
+        }
+    }
+
+    #[test]
+    fn bombs_are_refused() {
+        let tar = tar_of(&[("a", &[0; 5000]), ("b", &[0; 5000])]);
+        assert!(refusal(&tar, Limits { bytes: 9999, ..LIMITS }).contains("more than 9999 bytes"));
+        assert!(refusal(&tar, Limits { members: 1, ..LIMITS }).contains("more than 1 members"));
+    }
+
+    #[test]
+    fn what_a_killed_program_left_is_replaced_and_a_new_archive_unpacked_anew() {
+        let place = tempfile::tempdir().unwrap();
+        let archive = place.path().join("set.tar");
+        fs::write(&archive, tar_of(&[("a", b"first")])).unwrap();
+        let partial = place.path().join("set.tar.unpacking");
+        fs::create_dir(&partial).unwrap();
+        fs::write(partial.join("half"), "of it").unwrap();
+
+        let mut told = 0;
+        let folder = unpack(&archive, &mut |_| told += 1).unwrap();
+        assert_eq!(fs::read(folder.join("a")).unwrap(), b"first");
+        assert!(!folder.join("half").exists() && !partial.exists());
+        assert_eq!(unpack(&archive, &mut |_| told += 1).unwrap(), folder);
+        assert_eq!(told, 1, "the second time there is nothing to do");
+
+        fs::write(&archive, tar_of(&[("b", b"another one")])).unwrap();
+        unpack(&archive, &mut |_| ()).unwrap();
+        assert!(folder.join("b").exists() && !folder.join("a").exists());
+
+        fs::remove_file(folder.join(STAMP)).unwrap();
+        assert!(unpack(&archive, &mut |_| ()).unwrap_err().to_string().contains("was not made by ddtas"));
+        assert!(folder.join("b").exists(), "what is not ours is left alone");
+    }
+
+    #[test]
+    fn two_programs_at_once_unpack_once() {
+        let place = tempfile::tempdir().unwrap();
+        let archive = place.path().join("set.tar");
+        let files: Vec<(String, Vec<u8>)> =
+            (0..200).map(|i| (format!("f{i}"), vec![i as u8; 2000])).collect();
+        let borrowed: Vec<(&str, &[u8])> = files.iter().map(|(name, bytes)| (&**name, &**bytes)).collect();
+        fs::write(&archive, tar_of(&borrowed)).unwrap();
+        let unpacked = std::sync::atomic::AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    let mut tell = |line: &str| {
+                        unpacked.fetch_add(
+                            usize::from(line.starts_with("unpacking")),
+                            std::sync::atomic::Ordering::Relaxed,
+                        );
+                    };
+                    let folder = unpack(&archive, &mut tell).unwrap();
+                    assert_eq!(fs::read_dir(folder).unwrap().count(), 201);
+                });
+            }
+        });
+        assert_eq!(unpacked.into_inner(), 1);
+    }
+}

@@ -1,0 +1,88 @@
+//! `--dataset cub200`: Caltech-UCSD Birds 200-2011. Classes 1 to 100 train, 101 to 200 test.
+//!
+//! Read are `images.txt`, `image_class_labels.txt`, `classes.txt` if it is there, and `bounding_boxes.txt` if
+//! the pictures are to be cut.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use super::dataset::{Dataset, RECALL_AT, Source};
+use super::decode::PixelBox;
+use super::root::{Classes, Published, Root, number, relative};
+use crate::Result;
+
+pub(super) const CUB200: Published = Published {
+    name: "CUB-200-2011",
+    page: "https://www.vision.caltech.edu/datasets/cub_200_2011/ (CUB_200_2011.tgz)",
+    archives: &[("CUB_200_2011.tgz", "CUB_200_2011")],
+    wrappers: &["CUB_200_2011"],
+    extent: (11_788, 200),
+    recall_at: RECALL_AT,
+};
+
+/// The last class that trains.
+const LAST_TRAINING_CLASS: usize = 100;
+
+/// Opens the set at `path`; `crop` cuts every picture to its bounding box.
+///
+/// # Errors
+/// [`Error::Dataset`](crate::Error::Dataset) if a file is missing, [`Error::Format`](crate::Error::Format) if a list is not what it should be, those of unpacking.
+pub(super) fn open(path: &Path, crop: bool, tell: &mut dyn FnMut(&str)) -> Result<Dataset> {
+    let root = Root::open(path, &CUB200, tell)?;
+    let images = root.table::<2>(&["images.txt"], 0)?;
+    let labels = root.table::<2>(&["image_class_labels.txt"], 0)?;
+    let class_of: HashMap<usize, usize> = labels
+        .read(|[image, class]| {
+            let class = number(class, "class number")?;
+            if !(1..=200).contains(&class) {
+                return Err(format!("class {class} is not one of 1 to 200"));
+            }
+            Ok((number(image, "picture number")?, class))
+        })?
+        .into_iter()
+        .collect();
+    let boxes = if crop { boxes(&root)? } else { HashMap::new() };
+    let names: HashMap<usize, String> = match root.find(&["classes.txt"]) {
+        Some(_) => root
+            .table::<2>(&["classes.txt"], 0)?
+            .read(|[class, name]| Ok((number(class, "class number")?, name.clone())))?
+            .into_iter()
+            .collect(),
+        None => HashMap::new(),
+    };
+    let pictures = images.read(|[image, file]| {
+        let image = number(image, "picture number")?;
+        let class = *class_of
+            .get(&image)
+            .ok_or_else(|| format!("picture {image} has no line in image_class_labels.txt"))?;
+        let path = images.folder().join("images").join(relative(file)?);
+        let source = match boxes.get(&image) {
+            Some(&area) => Source::Part { path, area },
+            None if crop => return Err(format!("picture {image} has no line in bounding_boxes.txt")),
+            None => Source::File(path),
+        };
+        Ok((class, source))
+    })?;
+    let mut classes: BTreeMap<usize, Vec<Source>> = BTreeMap::new();
+    for (class, source) in pictures {
+        classes.entry(class).or_default().push(source);
+    }
+    let (train, test): (Vec<_>, Vec<_>) =
+        classes.into_iter().partition(|(class, _)| *class <= LAST_TRAINING_CLASS);
+    let named = |side: Vec<(usize, Vec<Source>)>| -> Classes {
+        let name = |class| names.get(&class).cloned().unwrap_or_else(|| format!("class {class}"));
+        side.into_iter().map(|(class, pictures)| (name(class), pictures)).collect()
+    };
+    root.dataset(named(train), named(test), None)
+}
+
+fn boxes(root: &Root) -> Result<HashMap<usize, PixelBox>> {
+    let table = root.table::<5>(&["bounding_boxes.txt"], 0)?;
+    let boxes = table.read(|[image, left, top, width, height]| {
+        let side =
+            |word: &str| number::<f64>(word, "number of pixels").map(|value| value.round().max(0.0) as u32);
+        let (left, top, width, height) = (side(left)?, side(top)?, side(width)?.max(1), side(height)?.max(1));
+        Ok((number(image, "picture number")?, PixelBox { left, top, width, height }))
+    })?;
+    Ok(boxes.into_iter().collect())
+}

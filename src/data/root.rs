@@ -1,0 +1,229 @@
+//! Where a published data set lies: the folders its files are looked for in, and what is said when one is missing.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rayon::prelude::*;
+
+use super::archive::{is_archive, unpack};
+use super::dataset::{DEFAULT_CACHE_BYTES, Dataset, Source, Split};
+use crate::{Error, Result};
+
+/// What is known of a published data set before any file of it is open.
+#[derive(Debug)]
+pub(super) struct Published {
+    /// What the literature calls it.
+    pub name: &'static str,
+    /// Where it is to be had.
+    pub page: &'static str,
+    /// The archives it comes in, and the folder that each unpacks to: unpacked where that folder is missing.
+    pub archives: &'static [(&'static str, &'static str)],
+    /// Folders that archives wrap their files in.
+    pub wrappers: &'static [&'static str],
+    /// Pictures and classes of the whole set.
+    pub extent: (usize, usize),
+    /// K of Recall@K.
+    pub recall_at: &'static [usize],
+}
+
+/// The classes of one split: names and pictures.
+pub(super) type Classes = Vec<(String, Vec<Source>)>;
+
+/// A data root: the folder or archive that the user gave.
+pub(super) struct Root {
+    set: &'static Published,
+    given: PathBuf,
+    /// Looked through in this order.
+    folders: Vec<PathBuf>,
+    /// The one of them that an archive lies in, where other things may lie too.
+    beside: Option<PathBuf>,
+}
+
+impl Root {
+    /// Opens `given`: a folder with the set's files or its archives, or one of the archives, beside which the
+    /// other files of the set are found too. Archives are unpacked on first use.
+    ///
+    /// # Errors
+    /// [`Error::Dataset`] if `given` is missing or neither; those of unpacking.
+    pub fn open(given: &Path, set: &'static Published, tell: &mut dyn FnMut(&str)) -> Result<Self> {
+        let mut root = Self { set, given: given.to_path_buf(), folders: Vec::new(), beside: None };
+        if given.is_dir() {
+            root.add(given.to_path_buf());
+        } else if !given.exists() {
+            return Err(root.refuse("does not exist"));
+        } else if is_archive(given) {
+            root.add(unpack(given, tell)?);
+            // Of a bare file name the parent is the empty path.
+            let parent = given.parent().filter(|parent| !parent.as_os_str().is_empty());
+            root.beside = Some(parent.unwrap_or(Path::new(".")).to_path_buf());
+            root.add(root.beside.clone().unwrap_or_default());
+        } else {
+            return Err(root.refuse("is neither a folder nor a .tgz, .tar.gz, .tar or .zip"));
+        }
+        // Unpacked folders may hold archives themselves, and are looked through as well.
+        let mut next = 0;
+        while let Some(folder) = root.folders.get(next).cloned() {
+            next += 1;
+            for (archive, product) in set.archives {
+                let archive = folder.join(archive);
+                if archive.is_file() && archive != given && !folder.join(product).exists() {
+                    root.add(unpack(&archive, tell)?);
+                }
+            }
+        }
+        Ok(root)
+    }
+
+    fn add(&mut self, folder: PathBuf) {
+        self.folders.push(folder.clone());
+        let wrapped = self.set.wrappers.iter().map(|wrapper| folder.join(wrapper));
+        self.folders.extend(wrapped.filter(|folder| folder.is_dir()));
+    }
+
+    /// The folders that hold nothing but the set, in order.
+    pub fn own_folders(&self) -> impl Iterator<Item = &PathBuf> {
+        self.folders.iter().filter(|folder| self.beside.as_ref() != Some(folder))
+    }
+
+    /// The first of `names`, paths within the set, that is there.
+    pub fn find(&self, names: &[&str]) -> Option<PathBuf> {
+        self.folders
+            .iter()
+            .flat_map(|folder| names.iter().map(|name| folder.join(name)))
+            .find(|path| path.exists())
+    }
+
+    /// As [`find`](Self::find).
+    ///
+    /// # Errors
+    /// [`Error::Dataset`] if none is there: it names the first.
+    pub fn need(&self, names: &[&str]) -> Result<PathBuf> {
+        self.find(names).ok_or_else(|| self.refuse(&format!("holds no {}", names[0])))
+    }
+
+    /// The lines of the list `names[0]`, without `headings` at its top, each split into `columns` words.
+    ///
+    /// # Errors
+    /// [`Error::Dataset`] if the file is missing; [`Error::Format`] for a line of other length.
+    pub fn table<const COLUMNS: usize>(&self, names: &[&str], headings: usize) -> Result<Table<COLUMNS>> {
+        let path = self.need(names)?;
+        let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+        let mut rows = Vec::new();
+        for (number, line) in
+            text.lines().enumerate().skip(headings).filter(|(_, line)| !line.trim().is_empty())
+        {
+            let mut words = line.split_whitespace().map(str::to_string);
+            let row: Option<Vec<String>> = (0..COLUMNS).map(|_| words.next()).collect();
+            match row
+                .and_then(|row| <[String; COLUMNS]>::try_from(row).ok())
+                .filter(|_| words.next().is_none())
+            {
+                Some(row) => rows.push((number + 1, row)),
+                None => {
+                    return Err(Error::format(path, format!("line {}: not {COLUMNS} columns", number + 1)));
+                }
+            }
+        }
+        if rows.is_empty() {
+            return Err(Error::format(path, "lists nothing: it was cut short"));
+        }
+        Ok(Table { path, rows })
+    }
+
+    /// An [`Error::Dataset`] about this root that says where the set is to be had.
+    pub fn refuse(&self, what: &str) -> Error {
+        let Published { name, page, .. } = self.set;
+        Error::Dataset(format!(
+            "--data-root {} {what}: get {name} from {page}, see docs/datasets.md",
+            self.given.display()
+        ))
+    }
+
+    /// The data set of these classes, once all their files are seen to be there.
+    ///
+    /// # Errors
+    /// [`Error::Dataset`] names the first picture that is missing, or the side that has too few classes.
+    pub fn dataset(&self, train: Classes, test: Classes, gallery: Option<Classes>) -> Result<Dataset> {
+        let sides = || [Some(&train), Some(&test), gallery.as_ref()].into_iter().flatten();
+        let files: Vec<&Path> =
+            sides().flatten().flat_map(|(_, pictures)| pictures.iter().map(Source::path)).collect();
+        let missing: Vec<&&Path> = files.par_iter().filter(|path| !path.is_file()).collect();
+        if let Some(first) = missing.first() {
+            let (count, all) = (missing.len(), files.len());
+            return Err(self.refuse(&format!(
+                "is not whole: {count} of {all} pictures are missing, the first is {}",
+                first.display()
+            )));
+        }
+        for (side, classes) in [("training", &train), ("test", &test)] {
+            if classes.len() < 2 {
+                return Err(
+                    self.refuse(&format!("holds {} {side} classes, at least 2 are needed", classes.len()))
+                );
+            }
+        }
+        let matched = |i: usize, pictures: usize| match &gallery {
+            Some(gallery) => pictures > 0 && !gallery[i].1.is_empty(),
+            None => pictures > 1,
+        };
+        if !test.iter().enumerate().any(|(i, (_, pictures))| matched(i, pictures.len())) {
+            return Err(self.refuse("has no test class with two pictures, nothing to retrieve"));
+        }
+        let (pictures, classes) = (files.len(), train.len() + test.len());
+        let mut warnings = Vec::new();
+        if (pictures, classes) != self.set.extent {
+            let (all_pictures, all_classes) = self.set.extent;
+            warnings.push(format!(
+                "{pictures} pictures of {classes} classes; the whole {} has {all_pictures} of {all_classes}",
+                self.set.name
+            ));
+        }
+        let split = |classes| Arc::new(Split::from_sources(classes, DEFAULT_CACHE_BYTES));
+        Ok(Dataset {
+            name: self.set.name.to_lowercase(),
+            train: split(train),
+            test: split(test),
+            gallery: gallery.map(split),
+            recall_at: self.set.recall_at,
+            warnings,
+        })
+    }
+}
+
+/// A list of a data set.
+pub(super) struct Table<const COLUMNS: usize> {
+    path: PathBuf,
+    /// Line number and words.
+    rows: Vec<(usize, [String; COLUMNS])>,
+}
+
+impl<const COLUMNS: usize> Table<COLUMNS> {
+    /// Each row as `read` understands it, which returns what is wrong with it otherwise.
+    ///
+    /// # Errors
+    /// [`Error::Format`] with the line's number.
+    pub fn read<T>(&self, mut read: impl FnMut(&[String; COLUMNS]) -> Result<T, String>) -> Result<Vec<T>> {
+        let row = |(number, row): &(usize, [String; COLUMNS])| {
+            read(row).map_err(|reason| Error::format(&self.path, format!("line {number}: {reason}")))
+        };
+        self.rows.iter().map(row).collect()
+    }
+
+    /// The folder that the list lies in.
+    pub fn folder(&self) -> &Path {
+        self.path.parent().unwrap_or(Path::new(""))
+    }
+}
+
+/// A number of a list, with what it should be in the error.
+pub(super) fn number<T: std::str::FromStr>(word: &str, what: &str) -> Result<T, String> {
+    word.parse().map_err(|_| format!("{word:?} is no {what}"))
+}
+
+/// A path of a list, with parts that lead out of the set refused.
+pub(super) fn relative(word: &str) -> Result<&Path, String> {
+    let path = Path::new(word);
+    let inside = path.components().all(|part| matches!(part, std::path::Component::Normal(_)));
+    if inside { Ok(path) } else { Err(format!("the path {word:?} leads out of the data set")) }
+}

@@ -1,0 +1,127 @@
+//! Which data set, and where it lies: arguments of every program that opens one.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::dataset::Dataset;
+use super::folder::{FolderSettings, folder};
+use super::synthetic::{SyntheticSettings, synthetic};
+use super::{cars196, cub200, in_shop, sop};
+use crate::{Error, Result};
+
+/// Where pictures come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DatasetKind {
+    /// Car silhouettes drawn in memory from a seed: 98 classes to train, 98 unseen ones to test.
+    #[default]
+    Synthetic,
+    /// A folder of folders, one a class: the first half of the sorted classes trains, the rest tests.
+    Folder,
+    /// Stanford Cars: classes 1 to 98 train, 99 to 196 test.
+    Cars196,
+    /// Caltech-UCSD Birds 200-2011: classes 1 to 100 train, 101 to 200 test.
+    Cub200,
+    /// Stanford Online Products, by its two lists.
+    Sop,
+    /// DeepFashion In-Shop Clothes Retrieval: queries are searched in a gallery of their own.
+    InShop,
+}
+
+impl DatasetKind {
+    /// Whether it is read from `--data-root`.
+    #[must_use]
+    pub fn is_on_disk(self) -> bool {
+        self != Self::Synthetic
+    }
+
+    /// Whether its annotations hold bounding boxes.
+    #[must_use]
+    pub fn has_boxes(self) -> bool {
+        matches!(self, Self::Cars196 | Self::Cub200 | Self::InShop)
+    }
+}
+
+/// A data set to open.
+#[derive(Debug, Clone, PartialEq, Eq, Default, clap::Args, Serialize, Deserialize)]
+pub struct DatasetSettings {
+    /// Pictures to learn from.
+    #[arg(long, value_enum, default_value_t)]
+    pub dataset: DatasetKind,
+    /// Folder of the data set, or its archive as it was downloaded (.tgz, .tar.gz, .tar, .zip).
+    #[arg(long, value_name = "PATH")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub data_root: Option<PathBuf>,
+    /// Classes that train, in sorted order; half of them if not given (--dataset folder).
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub train_classes: Option<usize>,
+    /// Cut every picture to its bounding box (cars196, cub200, in-shop).
+    #[arg(long)]
+    #[serde(default)]
+    pub crop_to_box: bool,
+    /// Seed of the cars of --dataset synthetic; runs compare only where it is the same.
+    #[arg(long, default_value_t = 0)]
+    pub data_seed: u64,
+}
+
+impl DatasetSettings {
+    /// Checks what can be told without looking at the disk.
+    ///
+    /// # Errors
+    /// [`Error::InvalidSetting`] names the first setting that is off.
+    pub fn validate(&self) -> Result<()> {
+        let kind = self.dataset;
+        let checks = [
+            (
+                !kind.is_on_disk() || self.data_root.is_some(),
+                "data-root",
+                "missing",
+                "--dataset other than synthetic needs --data-root DIR: a folder with one folder of images a class \
+                 (folder), or a data set as docs/datasets.md says",
+            ),
+            (
+                !self.crop_to_box || kind.has_boxes(),
+                "crop-to-box",
+                "on",
+                "only cars196, cub200 and in-shop have boxes",
+            ),
+            (
+                self.train_classes.is_none() || kind == DatasetKind::Folder,
+                "train-classes",
+                "given",
+                "for --dataset folder only: the others have a split of their own",
+            ),
+        ];
+        match checks.into_iter().find(|(good, ..)| !good) {
+            Some((_, name, value, range)) => Err(Error::InvalidSetting { name, value: value.into(), range }),
+            None => Ok(()),
+        }
+    }
+
+    /// Opens the data set: its lists are read and its files looked for, its pictures not opened yet.
+    ///
+    /// `tell` gets a line before something that takes long, the unpacking of an archive.
+    ///
+    /// # Errors
+    /// Those of [`validate`](Self::validate); [`Error::Dataset`] if it is missing or not whole;
+    /// [`Error::Format`] for a list or archive that is damaged; [`Error::Io`].
+    pub fn open(&self, tell: &mut dyn FnMut(&str)) -> Result<Dataset> {
+        self.validate()?;
+        let root = self.data_root.clone().unwrap_or_default();
+        match self.dataset {
+            DatasetKind::Synthetic => {
+                synthetic(&SyntheticSettings { seed: self.data_seed, ..SyntheticSettings::default() })
+            }
+            DatasetKind::Folder => folder(
+                &root,
+                &FolderSettings { train_classes: self.train_classes, ..FolderSettings::default() },
+            ),
+            DatasetKind::Cars196 => cars196::open(&root, self.crop_to_box, tell),
+            DatasetKind::Cub200 => cub200::open(&root, self.crop_to_box, tell),
+            DatasetKind::Sop => sop::open(&root, tell),
+            DatasetKind::InShop => in_shop::open(&root, self.crop_to_box, tell),
+        }
+    }
+}

@@ -1,0 +1,90 @@
+//! The optimizer's moments under the names of their weights.
+//!
+//! Burn keys them by parameter numbers that differ from process to process; a
+//! checkpoint names them `optimizer.<weight>.<moment>` instead.
+
+use std::collections::HashMap;
+
+use burn::optim::ModuleOptimizer;
+use burn::store::ModuleSnapshot;
+use burn::store::burn_pack::{Reader, Scalar, Tensor, Writer};
+use burn::tensor::{Bytes, DType};
+use safetensors::tensor::Dtype;
+
+use super::archive::{Archive, Entry};
+use crate::model::EmbeddingNetwork;
+
+const PREFIX: &str = "optimizer.";
+
+/// Adds the state of `optimizer`, whose weights are those of `network`.
+pub(in crate::train) fn put(
+    archive: &mut Archive,
+    optimizer: &ModuleOptimizer,
+    network: &EmbeddingNetwork,
+) -> Result<(), String> {
+    let bytes = optimizer.into_bytes().map_err(|error| error.to_string())?;
+    let record = Reader::from_bytes(bytes).map_err(|error| error.to_string())?;
+    let names: HashMap<u64, String> = weights(network).map(|(name, number)| (number, name)).collect();
+    let named = |key: &str| {
+        let (number, leaf) = key.split_once('.')?;
+        let name = names.get(&number.parse::<u64>().ok()?)?;
+        Some(format!("{PREFIX}{name}.{leaf}"))
+    };
+    let unknown = |key: &str| format!("the optimizer holds {key}, which is no weight of the network");
+    for (key, scalar) in record.scalars() {
+        let count = u64::try_from(*scalar).map_err(|error| format!("{key}: {error}"))?;
+        archive.put_numbers(named(key).ok_or_else(|| unknown(key))?, &[1], &[count]);
+    }
+    for tensor in record.into_tensors().map_err(|error| error.to_string())? {
+        let (key, dtype, shape, _, bytes) = tensor.into_parts().map_err(|error| error.to_string())?;
+        if dtype != DType::F32 {
+            return Err(format!("{key} is not of type f32"));
+        }
+        let shape = shape.iter().copied().collect();
+        let entry = Entry { dtype: Dtype::F32, shape, bytes: bytes.to_vec() };
+        archive.put(named(&key).ok_or_else(|| unknown(&key))?, entry);
+    }
+    Ok(())
+}
+
+/// `optimizer` with the state that was put into `archive`, for the weights of `network`.
+pub(in crate::train) fn take(
+    archive: &mut Archive,
+    optimizer: ModuleOptimizer,
+    network: &EmbeddingNetwork,
+) -> Result<ModuleOptimizer, String> {
+    let mut tensors = Vec::new();
+    let mut scalars = Vec::new();
+    for (name, number) in weights(network) {
+        for (leaf, entry) in archive.take_all(&format!("{PREFIX}{name}.")) {
+            let key = format!("{number}.{leaf}");
+            match entry.dtype {
+                Dtype::F32 => {
+                    let bytes = Bytes::from_bytes_vec(entry.bytes);
+                    tensors.push(Tensor::new(key, DType::F32, entry.shape, Some(number), bytes));
+                }
+                Dtype::U64 => {
+                    let count: Vec<u64> = bytemuck::pod_collect_to_vec(&entry.bytes);
+                    let count = count.first().ok_or_else(|| format!("{PREFIX}{name}.{leaf} is empty"))?;
+                    scalars.push((key, Scalar::from(*count)));
+                }
+                other => return Err(format!("{PREFIX}{name}.{leaf} is of type {other:?}")),
+            }
+        }
+    }
+    if let Some((name, _)) = archive.take_all(PREFIX).first() {
+        return Err(format!("{PREFIX}{name} belongs to no weight of the network"));
+    }
+    let mut writer = Writer::new(tensors);
+    for (key, scalar) in &scalars {
+        writer = writer.with_scalar(key, *scalar);
+    }
+    let bytes = writer.into_bytes().map_err(|error| error.to_string())?;
+    optimizer.from_bytes(bytes).map_err(|error| error.to_string())
+}
+
+/// Name and Burn's number of each weight.
+fn weights(network: &EmbeddingNetwork) -> impl Iterator<Item = (String, u64)> {
+    let tensors = network.collect(None, None, true).into_iter();
+    tensors.filter_map(|tensor| tensor.param_id.map(|number| (tensor.name, number)))
+}

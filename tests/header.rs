@@ -1,0 +1,34 @@
+//! include/ddtas.h is what cbindgen writes from the source today.
+
+use std::path::Path;
+
+/// Set to write the header instead of comparing it.
+const UPDATE: &str = "DDTAS_UPDATE_HEADER";
+
+#[test]
+fn the_committed_header_is_the_one_the_source_gives() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let config = cbindgen::Config::from_file(root.join("cbindgen.toml")).unwrap();
+    let builder = cbindgen::Builder::new()
+        .with_config(config)
+        .with_src(root.join("src/capi/types.rs"))
+        .with_src(root.join("src/capi/context.rs"))
+        .with_src(root.join("src/capi/mod.rs"));
+    let mut made = Vec::new();
+    builder.generate().unwrap().write(&mut made);
+    let made = String::from_utf8(made).unwrap();
+    assert!(made.contains("ddtas_loss("), "cbindgen has read the entries");
+
+    let path = root.join("include/ddtas.h");
+    if std::env::var_os(UPDATE).is_some() {
+        std::fs::create_dir_all(root.join("include")).unwrap();
+        std::fs::write(&path, &made).unwrap();
+    }
+    let committed = std::fs::read_to_string(&path).unwrap_or_default();
+    let differs = committed.lines().zip(made.lines()).position(|(a, b)| a != b);
+    let line = differs.unwrap_or_else(|| committed.lines().count().min(made.lines().count())) + 1;
+    assert!(
+        committed == made,
+        "line {line} of include/ddtas.h is out of date: {UPDATE}=1 cargo test --release --test header"
+    );
+}
