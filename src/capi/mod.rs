@@ -404,7 +404,7 @@ pub unsafe extern "C" fn ddtas_recall_at_k(
         let (pool, engine, buffers) = state.parts();
         // SAFETY: handed on to the caller.
         let view = unsafe { rows.view(buffers.anchors) }?;
-        let (found, _) = State::compute(pool, engine, |backend| recall(backend, &view, &depths))?;
+        let (found, _) = State::compute(pool, engine, |backend| recall(backend, &view, None, &depths))?;
         let values: Vec<f64> = depths.iter().map(|&k| found.get(k).unwrap_or(f64::NAN)).collect();
         // SAFETY (both): checked above; the caller's promise.
         unsafe { write_slice(recall_at, &values) };
