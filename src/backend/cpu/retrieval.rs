@@ -20,8 +20,8 @@ use crate::backend::Nearest;
 use crate::loss::{Embeddings, Rows, check_unit, validate_rows};
 use crate::{Error, Result};
 
-/// Most queries of a group. Packing a block of references costs about as much as multiplying it with 60 queries,
-/// so that 768 lose less than a tenth to it; their panels at D = 512 (1.5 MB) pass through the cache once a block.
+/// Most queries of a group, which share the packing of each block of references; their panels at D = 512 take 1.5 MB, and
+/// pass through the cache once a block.
 const MOST_QUERIES: usize = 768;
 
 /// Bytes of a group's lists; deeper lists mean smaller groups.
