@@ -43,6 +43,13 @@ fn golden_cases_agree_when_nothing_is_stored() {
 }
 
 #[test]
+fn every_type_and_form_agrees_when_nothing_is_stored() {
+    let options = Options { budget: 0, ..Options::default() };
+    let Some(device) = gpu(CudaDevice::new(0)) else { return };
+    cases::run_all(&mut CudaBackend::new(device, options), cases::generated());
+}
+
+#[test]
 fn golden_cases_agree_on_a_stream_of_the_caller() {
     // SAFETY: null is the default stream, which every context has.
     let Some(device) = gpu(unsafe { CudaDevice::on_stream(0, std::ptr::null_mut()) }) else { return };
