@@ -30,6 +30,8 @@ echo "tested (${SECONDS}s)"
 
 cargo fmt --check --manifest-path python/Cargo.toml
 cargo clippy --release --quiet --manifest-path python/Cargo.toml -- -D warnings
-"$python" -m mypy --strict --follow-imports=silent python/ddtas
+modules=(python/ddtas/{__init__,functional,settings}.py)
+if "$python" -c 'import torch' 2>/dev/null; then modules+=(python/ddtas/torch.py); fi
+"$python" -m mypy --strict --follow-imports=silent "${modules[@]}"
 "$python" -m mypy.stubtest ddtas._ddtas
 echo "checked (${SECONDS}s)"

@@ -1,11 +1,14 @@
 //! The scalar truth against central differences, in float64 on the angle of each row.
 
+use ddtas::Error;
 use ddtas::loss::gradient::weigh;
 use ddtas::loss::select::Selection;
 use ddtas::loss::similarity::Similarities;
 use ddtas::loss::threshold::hypergradient;
-use ddtas::loss::{LossSettings, Mining};
-use ndarray::Array2;
+use ddtas::loss::{
+    Batch, DoubleBatch, DoubleRows, LossSettings, Mining, Rows, UnitCheck, reference, reference_hypergradient,
+};
+use ndarray::{Array2, s};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -104,4 +107,57 @@ fn derivatives_by_lambda_agree_with_central_differences() {
             assert!((got - wanted).abs() < 1e-7 * (1.0 + wanted.abs()), "{what}: {got} {wanted}");
         }
     }
+}
+
+#[test]
+fn float64_rows_give_the_truth_of_the_same_rows_in_float32() {
+    let narrow = batch().0.mapv(|x| x as f32);
+    let (rows, labels) = (narrow.mapv(f64::from), batch().1);
+    let (split, settings) = (5, LossSettings::default());
+    let (left, right) = (narrow.slice(s![..split, ..]), narrow.slice(s![split.., ..]));
+    let cases = [
+        (Batch::square(narrow.view(), &labels), None),
+        (
+            Batch::rectangular(Rows::new(left, &labels[..split]), Rows::new(right, &labels[split..]))
+                .with_reference_gradient(),
+            Some(split),
+        ),
+    ];
+    for (single, split) in cases {
+        let side = |from: usize, to: usize| DoubleRows {
+            embeddings: rows.slice(s![from..to, ..]),
+            labels: &labels[from..to],
+        };
+        let double = DoubleBatch {
+            anchors: side(0, split.unwrap_or(ROWS)),
+            references: split.map(|split| side(split, ROWS)),
+            reference_gradient: true,
+            check: UnitCheck::Check,
+        };
+        let (want, got) = (reference(&single, &settings).unwrap(), double.reference(&settings).unwrap());
+        assert_eq!(got.weighted.loss, want.weighted.loss);
+        assert!(want.active() > 0 && got.gradient == want.gradient);
+        assert_eq!(got.reference_gradient, want.reference_gradient);
+
+        let tangent = double.anchors.embeddings.mapv(|x| 1.0 - x);
+        let want = reference_hypergradient(&single, &settings, &tangent, None).unwrap();
+        assert_eq!(double.hypergradient(&settings, &tangent, None).unwrap(), want);
+    }
+}
+
+#[test]
+fn float64_rows_that_do_not_fit_are_refused() {
+    let (rows, labels) = batch();
+    let fine = DoubleRows { embeddings: rows.view(), labels: &labels };
+    let square =
+        DoubleBatch { anchors: fine, references: None, reference_gradient: false, check: UnitCheck::Check };
+    let fails = |batch: DoubleBatch<'_>| batch.reference(&LossSettings::default()).unwrap_err();
+    let short = DoubleRows { labels: &labels[1..], ..fine };
+    assert!(matches!(fails(DoubleBatch { anchors: short, ..square }), Error::LengthMismatch { .. }));
+    let narrow = DoubleRows { embeddings: rows.slice(s![.., 1..]), ..fine };
+    let unlike = DoubleBatch { references: Some(narrow), check: UnitCheck::Trust, ..square };
+    assert!(matches!(fails(unlike), Error::LengthMismatch { expected: 5, got: 4, .. }));
+    let doubled = &rows * 2.0;
+    let long = DoubleRows { embeddings: doubled.view(), ..fine };
+    assert!(matches!(fails(DoubleBatch { anchors: long, ..square }), Error::NotUnit { row: 0, .. }));
 }
