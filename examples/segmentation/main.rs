@@ -16,7 +16,7 @@ use burn::module::Module;
 use burn::optim::{AdamWConfig, GradientsParams};
 use burn::tensor::{Device, Tensor, TensorData};
 use clap::Parser;
-use ddtas::backend::{Backend, DeviceSpec, open};
+use ddtas::backend::{DeviceSpec, open};
 use ddtas::loss::{Batch, LossOutput, LossSettings};
 use ddtas::model::{Normalise, to_array};
 use ndarray::Array2;
