@@ -233,18 +233,22 @@ impl CheckedRows {
     /// # Safety
     /// The memory is the host's, as long as the extent says, and nobody writes to it during `'a`.
     pub unsafe fn view<'a>(&self, buffer: &'a mut RowBuffer) -> Outcome<crate::loss::Rows<'a>> {
+        let first = self.embeddings;
         let embeddings = match self.dtype {
-            // SAFETY (all three): handed on to the caller; any bits make a float.
             Dtype::F32 => {
-                Embeddings::F32(unsafe { matrix(self.embeddings.cast(), self.extent, &mut buffer.f32) }?)
+                // SAFETY: handed on to the caller; any bits make a float.
+                let values = unsafe { matrix(first.cast(), self.extent, &mut buffer.f32) };
+                Embeddings::F32(values?)
             }
-            // SAFETY: as above.
             Dtype::F16 => {
-                Embeddings::F16(unsafe { matrix(self.embeddings.cast(), self.extent, &mut buffer.f16) }?)
+                // SAFETY: as above.
+                let values = unsafe { matrix(first.cast(), self.extent, &mut buffer.f16) };
+                Embeddings::F16(values?)
             }
-            // SAFETY: as above.
             Dtype::Bf16 => {
-                Embeddings::Bf16(unsafe { matrix(self.embeddings.cast(), self.extent, &mut buffer.bf16) }?)
+                // SAFETY: as above.
+                let values = unsafe { matrix(first.cast(), self.extent, &mut buffer.bf16) };
+                Embeddings::Bf16(values?)
             }
         };
         let labels = if self.labels.is_null() {

@@ -206,7 +206,7 @@ pub unsafe extern "C" fn ddtas_loss(
     result: *mut LossResult,
 ) -> Status {
     let work = |state: &mut State| {
-        // SAFETY (this and the next three): handed on to the caller.
+        // SAFETY: handed on to the caller.
         let (settings, check) = unsafe { input::settings(settings) }?;
         // SAFETY: as above.
         let anchors = unsafe { CheckedRows::read("anchors", anchors, true) }?;
@@ -223,7 +223,7 @@ pub unsafe extern "C" fn ddtas_loss(
             unsafe { engine.device_loss(&call, &settings, buffers.output) }?;
         } else {
             let batch = Batch {
-                // SAFETY (both): handed on to the caller.
+                // SAFETY: handed on to the caller.
                 anchors: unsafe { anchors.view(buffers.anchors) }?,
                 // SAFETY: as above.
                 references: references.map(|rows| unsafe { rows.view(buffers.references) }).transpose()?,
@@ -260,7 +260,7 @@ pub unsafe extern "C" fn ddtas_threshold_gradient(
     gradient_lambda_neg: *mut f64,
 ) -> Status {
     let work = |state: &mut State| {
-        // SAFETY (this and the next two): handed on to the caller.
+        // SAFETY: handed on to the caller.
         let anchors = unsafe { CheckedRows::read("anchors", anchors, true) }?;
         // SAFETY: as above.
         let references = unsafe { CheckedRows::read_against(&anchors, references, true) }?;
@@ -288,7 +288,7 @@ pub unsafe extern "C" fn ddtas_threshold_gradient(
         } else {
             let [own, other] = buffers.tangents;
             let batch = Batch {
-                // SAFETY (this and the next three): handed on to the caller.
+                // SAFETY: handed on to the caller.
                 anchors: unsafe { anchors.view(buffers.anchors) }?,
                 // SAFETY: as above.
                 references: references.map(|rows| unsafe { rows.view(buffers.references) }).transpose()?,
@@ -302,7 +302,7 @@ pub unsafe extern "C" fn ddtas_threshold_gradient(
             let moving = moving.transpose()?;
             State::compute(pool, engine, |backend| backend.hypergradient(&batch, tangent, moving))?
         };
-        // SAFETY (both): checked above; the caller's promise.
+        // SAFETY: checked above; the caller's promise.
         unsafe { gradient_lambda_pos.write(sums.pos) };
         // SAFETY: as above.
         unsafe { gradient_lambda_neg.write(sums.neg) };
@@ -330,7 +330,7 @@ pub unsafe extern "C" fn ddtas_nearest(
     similarities: *mut f32,
 ) -> Status {
     let work = |state: &mut State| {
-        // SAFETY (both): handed on to the caller.
+        // SAFETY: handed on to the caller.
         let queries = unsafe { CheckedRows::read("queries", queries, false) }?;
         // SAFETY: as above.
         let references = unsafe { CheckedRows::read_against(&queries, references, false) }?;
@@ -340,7 +340,7 @@ pub unsafe extern "C" fn ddtas_nearest(
         check_typed("similarities", similarities.cast_const())?;
 
         let (pool, engine, buffers) = state.parts();
-        // SAFETY (both): handed on to the caller.
+        // SAFETY: handed on to the caller.
         let rows = unsafe { queries.view(buffers.anchors) }?;
         // SAFETY: as above.
         let others = references.map(|rows| unsafe { rows.view(buffers.references) }).transpose()?;
@@ -352,7 +352,7 @@ pub unsafe extern "C" fn ddtas_nearest(
         for (row, (own_indices, own_similarities)) in lists.enumerate() {
             for place in 0..k {
                 let at = row * k + place;
-                // SAFETY (both): at < count * k, and the caller's promise.
+                // SAFETY: at < count * k, and the caller's promise.
                 unsafe {
                     indices.add(at).write(own_indices.get(place).copied().unwrap_or(Nearest::NONE));
                 }
@@ -406,7 +406,7 @@ pub unsafe extern "C" fn ddtas_recall_at_k(
         let view = unsafe { rows.view(buffers.anchors) }?;
         let (found, _) = State::compute(pool, engine, |backend| recall(backend, &view, None, &depths))?;
         let values: Vec<f64> = depths.iter().map(|&k| found.get(k).unwrap_or(f64::NAN)).collect();
-        // SAFETY (both): checked above; the caller's promise.
+        // SAFETY: checked above; the caller's promise.
         unsafe { write_slice(recall_at, &values) };
         // SAFETY: as above.
         unsafe { write_slice(queries, &[found.queries as u64]) };
@@ -453,7 +453,7 @@ unsafe fn write_text(text: &str, buffer: *mut c_char, bytes: usize) {
     }
     // Never half a character.
     let length = text.floor_char_boundary(bytes - 1);
-    // SAFETY (both): length < bytes, and the caller's promise.
+    // SAFETY: length < bytes, and the caller's promise.
     unsafe { write_slice(buffer.cast(), &text.as_bytes()[..length]) };
     // SAFETY: as above.
     unsafe { buffer.add(length).write(0) };

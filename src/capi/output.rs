@@ -62,12 +62,12 @@ impl LossTarget {
     pub unsafe fn write(mut self, output: &LossOutput, memory: Memory) {
         if memory == Memory::Host {
             let references = output.reference_gradient.as_ref();
-            // SAFETY (both): handed on to the caller.
+            // SAFETY: handed on to the caller.
             unsafe { write_matrix(self.result.gradient, self.gradient, Some(&output.gradient)) };
             // SAFETY: as above.
             unsafe { write_matrix(self.result.reference_gradient, self.reference_gradient, references) };
         }
-        // SAFETY (all four): handed on to the caller.
+        // SAFETY: handed on to the caller.
         unsafe { write_slice(self.result.min_pos, &output.min_pos) };
         // SAFETY: as above.
         unsafe { write_slice(self.result.max_neg, &output.max_neg) };

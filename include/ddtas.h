@@ -1,0 +1,566 @@
+/* ddtas: fused deep metric learning. Mining, loss and gradient in passes that never store a B x B matrix.
+ *
+ * Every call returns a ddtas_status; ddtas_context_message says in words what went wrong. Structs begin
+ * with their size: set all bytes to zero, then struct_size to sizeof, then what you need. A context may be
+ * used from any thread and is locked during a call; contexts share nothing. No call keeps a pointer of the
+ * caller's, but for the stream of a context. Manual: docs/linking.md.
+ *
+ * Written by cbindgen from src/capi: do not edit. */
+
+
+#ifndef DDTAS_H
+#define DDTAS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/**
+ * Version of the binary interface these headers describe. It changes when a program built against an
+ * older header could no longer run; structs that grow at their end do not change it.
+ */
+#define DDTAS_ABI_VERSION 1
+
+/**
+ * Index that stands for "no reference left" in what ddtas_nearest writes.
+ */
+#define DDTAS_NO_NEIGHBOUR UINT32_MAX
+
+/**
+ * What a call came to. The context keeps a message for everything but DDTAS_STATUS_OK and
+ * a context that is itself unusable: see ddtas_context_message.
+ */
+typedef enum ddtas_status {
+    /**
+     * It worked.
+     */
+    DDTAS_STATUS_OK = 0,
+    /**
+     * A pointer that is needed is NULL.
+     */
+    DDTAS_STATUS_NULL_POINTER = 1,
+    /**
+     * A pointer is not aligned to what it points to.
+     */
+    DDTAS_STATUS_MISALIGNED = 2,
+    /**
+     * `struct_size` is not one that this library knows: set it to sizeof the struct, and its other bytes to zero.
+     */
+    DDTAS_STATUS_STRUCT_SIZE = 3,
+    /**
+     * A setting or an enum value is out of its range.
+     */
+    DDTAS_STATUS_INVALID_VALUE = 4,
+    /**
+     * No rows, no dimensions, sizes that disagree, or sizes that no memory could hold.
+     */
+    DDTAS_STATUS_INVALID_SHAPE = 5,
+    /**
+     * A row holds a NaN or an infinity.
+     */
+    DDTAS_STATUS_NOT_FINITE = 6,
+    /**
+     * A row is not of unit L2 norm.
+     */
+    DDTAS_STATUS_NOT_UNIT = 7,
+    /**
+     * ddtas_threshold_gradient without the ddtas_loss it continues.
+     */
+    DDTAS_STATUS_OUT_OF_ORDER = 8,
+    /**
+     * A device that this build or this machine does not have, or that cannot do what was asked.
+     */
+    DDTAS_STATUS_UNAVAILABLE = 9,
+    /**
+     * The GPU driver refused a call.
+     */
+    DDTAS_STATUS_DEVICE = 10,
+    /**
+     * Memory for the call could not be had.
+     */
+    DDTAS_STATUS_OUT_OF_MEMORY = 11,
+    /**
+     * A fault of this library. Nothing was written; the context can be used again. Please report it.
+     */
+    DDTAS_STATUS_INTERNAL = 12,
+} ddtas_status;
+
+/**
+ * Type of the values behind ddtas_rows.embeddings. Gradients and tangents are float throughout.
+ */
+typedef enum ddtas_dtype {
+    /**
+     * IEEE single precision, `float`.
+     */
+    DDTAS_DTYPE_F32 = 0,
+    /**
+     * IEEE half precision.
+     */
+    DDTAS_DTYPE_F16 = 1,
+    /**
+     * bfloat16.
+     */
+    DDTAS_DTYPE_BF16 = 2,
+} ddtas_dtype;
+
+/**
+ * Where rows lie.
+ */
+typedef enum ddtas_memory {
+    /**
+     * The process's own memory. Any device takes it; a GPU copies it.
+     */
+    DDTAS_MEMORY_HOST = 0,
+    /**
+     * The memory of the context's GPU. Nothing is copied; gradients are written there.
+     */
+    DDTAS_MEMORY_DEVICE = 1,
+} ddtas_memory;
+
+/**
+ * Which pairs enter the loss.
+ */
+typedef enum ddtas_mining_mode {
+    /**
+     * Adaptive asymmetric sample mining, the method's own.
+     */
+    DDTAS_MINING_MODE_AT_ASMS = 0,
+    /**
+     * Asymmetric sample mining with fixed tolerances.
+     */
+    DDTAS_MINING_MODE_ASMS = 1,
+    /**
+     * One tolerance for both kinds of pairs.
+     */
+    DDTAS_MINING_MODE_SYMMETRIC = 2,
+    /**
+     * Every pair.
+     */
+    DDTAS_MINING_MODE_NONE = 3,
+} ddtas_mining_mode;
+
+/**
+ * Whether rows are checked before use.
+ */
+typedef enum ddtas_row_check {
+    /**
+     * Every row is checked for NaN, infinity and unit norm.
+     */
+    DDTAS_ROW_CHECK_CHECK = 0,
+    /**
+     * The caller vouches for the rows. Other rows give a meaningless loss, no worse.
+     */
+    DDTAS_ROW_CHECK_TRUST = 1,
+} ddtas_row_check;
+
+/**
+ * Whose stream a GPU context works on.
+ */
+typedef enum ddtas_stream_mode {
+    /**
+     * A stream of the context's own. Work of the caller must be complete before a call.
+     */
+    DDTAS_STREAM_MODE_OWN = 0,
+    /**
+     * ddtas_context_options.stream, in order with what the caller issues there.
+     */
+    DDTAS_STREAM_MODE_GIVEN = 1,
+} ddtas_stream_mode;
+
+/**
+ * One device with its threads and workspace. Make it with ddtas_context_create.
+ */
+typedef struct ddtas_context ddtas_context;
+
+/**
+ * How a context computes. All bytes zero but struct_size: defaults.
+ */
+typedef struct ddtas_context_options {
+    /**
+     * sizeof(ddtas_context_options).
+     */
+    size_t struct_size;
+    /**
+     * "cpu", "cuda", "cuda:N", or "auto": the first GPU if there is one, else the CPU. NULL is "auto".
+     */
+    const char *device;
+    /**
+     * Threads of a CPU context, the calling one not among them: 1 to 1024, 0 for one a core.
+     * The result is the same bit for bit whatever their number.
+     */
+    size_t threads;
+    /**
+     * Bytes for the pairs kept between passes; what does not fit is computed again, with the same
+     * result bit for bit on the CPU. 0 for the default: 64 MiB on the CPU, 1 GiB on a GPU.
+     */
+    size_t workspace_bytes;
+    /**
+     * A CUstream or cudaStream_t of that GPU's primary context, with DDTAS_STREAM_MODE_GIVEN;
+     * NULL is then the default stream. It must outlive the context.
+     */
+    void *stream;
+    /**
+     * A ddtas_stream_mode.
+     */
+    int32_t stream_mode;
+    /**
+     * Not 0: a GPU rounds float rows to TF32, for a third of the work.
+     */
+    int32_t allow_tf32;
+} ddtas_context_options;
+
+/**
+ * Mining and loss. ddtas_settings_init fills in the paper's values.
+ */
+typedef struct ddtas_settings {
+    /**
+     * sizeof(ddtas_settings).
+     */
+    size_t struct_size;
+    /**
+     * A ddtas_mining_mode.
+     */
+    int32_t mining;
+    /**
+     * A ddtas_row_check.
+     */
+    int32_t row_check;
+    /**
+     * Tolerance of mining, in units of cosine similarity: 0 to 2, paper 0.1.
+     */
+    double gamma;
+    /**
+     * The negative tolerance over gamma: 0 to 10, paper 0.1.
+     */
+    double negative_ratio;
+    /**
+     * The probe's tolerance over gamma: 0 to 10, paper 0.1.
+     */
+    double probe_ratio;
+    /**
+     * Factor k of the adaptation: 0 to 1, paper 0.5.
+     */
+    double tolerance;
+    /**
+     * Sharpness of the negative term: above 0, at most 10000; paper 40.
+     */
+    double alpha;
+    /**
+     * Sharpness of the positive term: above 0, at most 10000; paper 2.
+     */
+    double beta;
+    /**
+     * Loss threshold of the positive term, a cosine similarity: -2 to 2, paper 0.7.
+     */
+    double lambda_pos;
+    /**
+     * Loss threshold of the negative term, a cosine similarity: -2 to 2, paper 0.7.
+     */
+    double lambda_neg;
+} ddtas_settings;
+
+/**
+ * Embeddings with their labels. The library reads them during a call and keeps no pointer.
+ */
+typedef struct ddtas_rows {
+    /**
+     * sizeof(ddtas_rows).
+     */
+    size_t struct_size;
+    /**
+     * `count` rows of `dim` values of the type `dtype`, each row of unit L2 norm.
+     */
+    const void *embeddings;
+    /**
+     * `count` labels. A row with a negative label takes part in no pair.
+     */
+    const int64_t *labels;
+    /**
+     * Number of rows: 1 to 2^31 - 1.
+     */
+    size_t count;
+    /**
+     * Values of a row: 1 to 2^31 - 1.
+     */
+    size_t dim;
+    /**
+     * Values from the beginning of a row to that of the next: `dim` or more, 0 for `dim`.
+     * More than `dim` costs a copy of the rows; in device memory it must be `dim` or 0.
+     */
+    size_t row_stride;
+    /**
+     * A ddtas_dtype.
+     */
+    int32_t dtype;
+    /**
+     * A ddtas_memory; the same for all rows of a call.
+     */
+    int32_t memory;
+} ddtas_rows;
+
+/**
+ * What ddtas_loss returns. The caller sets struct_size and the pointers (NULL for what it does
+ * not want, which all-zero bytes say); the library sets the rest, and only if the call works.
+ */
+typedef struct ddtas_loss_result {
+    /**
+     * sizeof(ddtas_loss_result).
+     */
+    size_t struct_size;
+    /**
+     * dL/d(anchors), float, `count` rows of `dim`; in the square form the whole gradient. Where the
+     * rows lie: host or device memory, which in device memory is not optional.
+     */
+    float *gradient;
+    /**
+     * As ddtas_rows.row_stride, for `gradient`. What lies between two rows is left alone.
+     */
+    size_t gradient_stride;
+    /**
+     * dL/d(references), float, likewise. NULL in the square form.
+     */
+    float *reference_gradient;
+    /**
+     * As ddtas_rows.row_stride, for `reference_gradient`.
+     */
+    size_t reference_gradient_stride;
+    /**
+     * Host memory, an entry per anchor: smallest similarity to a positive, +inf without one.
+     */
+    float *min_pos;
+    /**
+     * Host memory, an entry per anchor: largest similarity to a negative, -inf without one.
+     */
+    float *max_neg;
+    /**
+     * Host memory, an entry per anchor: positives that are mined.
+     */
+    uint32_t *count_pos;
+    /**
+     * Host memory, an entry per anchor: negatives that are mined.
+     */
+    uint32_t *count_neg;
+    /**
+     * The loss L.
+     */
+    double loss;
+    /**
+     * dL/d(lambda_pos).
+     */
+    double dloss_dlambda_pos;
+    /**
+     * dL/d(lambda_neg).
+     */
+    double dloss_dlambda_neg;
+    /**
+     * The positive tolerance in force, after adaptation.
+     */
+    double gamma_pos;
+    /**
+     * The negative tolerance in force, after adaptation.
+     */
+    double gamma_neg;
+    /**
+     * Mean similarity over all positive pairs; NaN if there is none.
+     */
+    double mean_pos;
+    /**
+     * Mean similarity over all negative pairs; NaN if there is none.
+     */
+    double mean_neg;
+    /**
+     * Ordered positive pairs of the batch.
+     */
+    uint64_t total_pos;
+    /**
+     * Negatives that passed the probe.
+     */
+    uint64_t probe_neg;
+    /**
+     * Anchors that enter the loss: those with both kinds of mined pairs.
+     */
+    uint64_t active;
+    /**
+     * Positive pairs that enter the loss.
+     */
+    uint64_t mined_pos;
+    /**
+     * Negative pairs that enter the loss.
+     */
+    uint64_t mined_neg;
+} ddtas_loss_result;
+
+/**
+ * How fast the embeddings move along a direction, for ddtas_threshold_gradient. In the same memory as the rows.
+ */
+typedef struct ddtas_tangents {
+    /**
+     * sizeof(ddtas_tangents).
+     */
+    size_t struct_size;
+    /**
+     * The anchors' tangent, float, a row for each of theirs.
+     */
+    const float *anchors;
+    /**
+     * As ddtas_rows.row_stride, for `anchors`.
+     */
+    size_t anchor_stride;
+    /**
+     * The references' tangent; NULL if they do not move. Not looked at in the square form.
+     */
+    const float *references;
+    /**
+     * As ddtas_rows.row_stride, for `references`.
+     */
+    size_t reference_stride;
+} ddtas_tangents;
+
+#ifdef __cplusplus
+extern "C" {
+#endif // __cplusplus
+
+/**
+ * Version of the binary interface of the library that is linked: compare it with DDTAS_ABI_VERSION,
+ * that of the header.
+ */
+uint32_t ddtas_abi_version(void);
+
+/**
+ * Version of the library, "MAJOR.MINOR.PATCH". Never NULL, never freed.
+ */
+const char *ddtas_version(void);
+
+/**
+ * Makes a context and writes it to `*context`, which is NULL if that fails.
+ *
+ * `options` may be NULL: defaults. `message`, if not NULL, takes why it failed, cut to
+ * `message_bytes` and always ended by a NUL. Destroy the context with ddtas_context_destroy.
+ *
+ * # Safety
+ * Every pointer is NULL or leads to what its type says; `message` has `message_bytes` bytes.
+ */
+enum ddtas_status ddtas_context_create(const struct ddtas_context_options *options,
+                                       struct ddtas_context **context,
+                                       char *message,
+                                       size_t message_bytes);
+
+/**
+ * Ends a context: waits for its threads and frees its memory. NULL is allowed. No other call may be using it.
+ *
+ * # Safety
+ * `context` is NULL or a live context, which is dead afterwards.
+ */
+void ddtas_context_destroy(struct ddtas_context *context);
+
+/**
+ * Copies the message of the context's last call, empty if that worked, cut to `bytes` and always ended by a NUL.
+ *
+ * Returns its whole length without the NUL, so that 0 bytes ask for the length; `buffer` may then be NULL.
+ * Of threads that share a context, one may read the message of another's call.
+ *
+ * # Safety
+ * `context` is NULL or a live context; `buffer` has `bytes` bytes.
+ */
+size_t ddtas_context_message(const struct ddtas_context *context,
+                             char *buffer,
+                             size_t bytes);
+
+/**
+ * Copies the name of the context's device ("cpu", "cuda:0") as ddtas_context_message copies the
+ * message, and returns its length; 0 for a context that is NULL.
+ *
+ * # Safety
+ * As ddtas_context_message.
+ */
+size_t ddtas_context_device(const struct ddtas_context *context, char *buffer, size_t bytes);
+
+/**
+ * Writes the bytes that the context's workspace holds now.
+ *
+ * # Safety
+ * Every pointer is NULL or leads to what its type says.
+ */
+enum ddtas_status ddtas_workspace_bytes(const struct ddtas_context *context, size_t *bytes);
+
+/**
+ * Sets settings to their defaults, the paper's. Pass sizeof(ddtas_settings) for `struct_size`.
+ *
+ * # Safety
+ * `settings` is NULL or leads to `struct_size` bytes.
+ */
+enum ddtas_status ddtas_settings_init(struct ddtas_settings *settings, size_t struct_size);
+
+/**
+ * Mines pairs and evaluates the loss and its gradient.
+ *
+ * `settings` may be NULL: the paper's. `references` NULL is the square form, every row of `anchors`
+ * against every other; else it is anchors against references (a memory bank). `result` is written only
+ * if the call works. The context remembers the pairs for ddtas_threshold_gradient.
+ *
+ * # Safety
+ * Every pointer, those within structs too, is NULL or leads to memory of the length its comment
+ * states, which no other thread writes to during the call.
+ */
+enum ddtas_status ddtas_loss(struct ddtas_context *context,
+                             const struct ddtas_settings *settings,
+                             const struct ddtas_rows *anchors,
+                             const struct ddtas_rows *references,
+                             struct ddtas_loss_result *result);
+
+/**
+ * How the loss gradient's product with a direction changes with the two loss thresholds: the sums over
+ * all mined pairs of dG_ij/dlambda * (t_i . e_j + e_i . t_j), for the pairs of the context's last ddtas_loss.
+ *
+ * `anchors` and `references` are those of that call. Times minus the learning rate, the sums are
+ * dL_meta/dlambda of the threshold generator when the tangent is the motion of the embeddings along
+ * the meta gradient. Rows in device memory take tangents in device memory, which are not checked for NaN.
+ *
+ * # Safety
+ * As ddtas_loss.
+ */
+enum ddtas_status ddtas_threshold_gradient(struct ddtas_context *context,
+                                           const struct ddtas_rows *anchors,
+                                           const struct ddtas_rows *references,
+                                           const struct ddtas_tangents *tangents,
+                                           double *gradient_lambda_pos,
+                                           double *gradient_lambda_neg);
+
+/**
+ * The `k` most similar references of every query, most similar first, equal ones by index.
+ *
+ * `references` NULL searches the queries among themselves, each left out of its own list. Labels are
+ * not looked at and may be NULL. `indices` and `similarities` take `count` rows of `k`; where there are
+ * fewer than `k` references the rest is DDTAS_NO_NEIGHBOUR and -inf. Host memory only.
+ *
+ * # Safety
+ * As ddtas_loss.
+ */
+enum ddtas_status ddtas_nearest(struct ddtas_context *context,
+                                const struct ddtas_rows *queries,
+                                const struct ddtas_rows *references,
+                                size_t k,
+                                uint32_t *indices,
+                                float *similarities);
+
+/**
+ * Recall@K: the share of rows whose K nearest other rows hold one of their class, for every K of `ks`.
+ *
+ * Rows with a negative label are neither queries nor answers to a label; a row alone in its class is no query. `recall`
+ * takes `k_count` values in the order of `ks`; `queries`, if not NULL, the number of rows that were
+ * counted. Memory grows with `count` times the largest K. Host memory only.
+ *
+ * # Safety
+ * As ddtas_loss; `ks` and `recall` have `k_count` entries.
+ */
+enum ddtas_status ddtas_recall_at_k(struct ddtas_context *context,
+                                    const struct ddtas_rows *rows,
+                                    const size_t *ks,
+                                    size_t k_count,
+                                    double *recall_at,
+                                    uint64_t *queries);
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif  // __cplusplus
+
+#endif  /* DDTAS_H */
