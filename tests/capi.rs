@@ -350,7 +350,7 @@ fn recall_through_the_c_abi_is_that_of_the_library() {
     let case = cases::golden().into_iter().find(|case| case.name == "hard_many_mined").unwrap();
     let batch = case.batch();
     let (expected, _) =
-        ddtas::retrieval::recall(&mut ddtas::backend::cpu::CpuBackend::new(), &batch.anchors, &[1, 2, 8])
+        ddtas::retrieval::recall(&mut ddtas::backend::cpu::CpuBackend::new(), &batch.anchors, None, &[1, 2, 8])
             .unwrap();
     let abi = Abi::open("cpu", 0, 5, Memory::Host);
     let rows = abi.lay(&batch.anchors);

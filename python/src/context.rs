@@ -198,6 +198,6 @@ impl Context {
     ) -> PyResult<Vec<(usize, f64)>> {
         let side = (Matrix::new("queries", embeddings)?, Labels::new("labels of the queries", labels)?);
         let rows = rows(&side)?;
-        self.compute(py, |backend| recall(backend, &rows, &ks).map(|(recall, _)| recall.at))
+        self.compute(py, |backend| recall(backend, &rows, None, &ks).map(|(recall, _)| recall.at))
     }
 }
