@@ -64,7 +64,7 @@ def plain(value) -> dict:
     if value.dtype.kind == "U":
         rows = ["".join(row) for row in value.reshape(shape[0], -1)] if value.size else []
         return {"shape": shape, "text": rows}
-    return {"shape": shape, "numbers": [float(each) for each in flat]}
+    return {"shape": shape, "numbers": [repr(float(each)) for each in flat]}
 
 
 def read(path: Path) -> dict:

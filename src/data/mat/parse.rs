@@ -94,7 +94,7 @@ impl Parser {
             return Ok((String::new(), Array { shape: vec![0, 0], values: Values::Numbers(Vec::new()) }));
         }
         if depth > MAX_DEPTH {
-            return Err(format!("{what} is nested more than {MAX_DEPTH} deep"));
+            return Err(format!("arrays nested more than {MAX_DEPTH} deep: {what}"));
         }
         let flags = parts.expect(Kind::U32, &format!("the flags of {what}"))?.numbers(what)?;
         let [flags, _] = flags[..] else {
