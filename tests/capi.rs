@@ -349,9 +349,13 @@ fn the_number_of_threads_does_not_change_a_bit() {
 fn recall_through_the_c_abi_is_that_of_the_library() {
     let case = cases::golden().into_iter().find(|case| case.name == "hard_many_mined").unwrap();
     let batch = case.batch();
-    let (expected, _) =
-        ddtas::retrieval::recall(&mut ddtas::backend::cpu::CpuBackend::new(), &batch.anchors, None, &[1, 2, 8])
-            .unwrap();
+    let (expected, _) = ddtas::retrieval::recall(
+        &mut ddtas::backend::cpu::CpuBackend::new(),
+        &batch.anchors,
+        None,
+        &[1, 2, 8],
+    )
+    .unwrap();
     let abi = Abi::open("cpu", 0, 5, Memory::Host);
     let rows = abi.lay(&batch.anchors);
     // Out of order, twice the same, and one far beyond the number of rows.

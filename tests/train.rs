@@ -4,6 +4,8 @@
 
 mod runs;
 
+use std::path::Path;
+
 use assert_cmd::Command;
 use ddtas::backend::{DeviceSpec, auto};
 use runs::{assert_refused, folder_of_pictures, records, small_run};

@@ -5,7 +5,7 @@
 //! No pair of a case lies within [`CLEARANCE`] of a threshold, so counts are exact.
 
 // Every test program uses a part of this.
-#![allow(dead_code, reason = "shared by several test programs")]
+#![allow(dead_code, unused_imports, reason = "shared by several test programs")]
 
 mod compare;
 mod generate;
