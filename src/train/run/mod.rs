@@ -166,12 +166,14 @@ pub fn train(
 ) -> Result<Outcome> {
     settings.validate()?;
     let begun = Instant::now();
-    let computing = open_device(settings, tell)?;
+    let (place, backend) = open_device(settings)?;
+    let computing = Computing::new(&place);
     let dataset = settings.data.open(&mut |note| tell(Event::Note(note)))?;
-    let setup = Setup::new(settings, &dataset, computing, None)?;
+    let setup = Setup::new(settings, &dataset, (place, backend), None)?;
     let folder = RunFolder::create(settings, &dataset.name)?;
     let metrics = RecordWriter::create(&folder.metrics())?;
     let events = EventWriter::create(folder.path(), None)?;
+    computing.tell(tell);
     tell(Event::Started {
         dataset: &dataset,
         folder: folder.path(),
@@ -205,15 +207,17 @@ pub fn resume(
     if state.finished {
         return Ok(Outcome::FinishedBefore { folder: folder.path().to_path_buf(), step: state.step });
     }
-    let computing = open_device(&settings, tell)?;
+    let (place, backend) = open_device(&settings)?;
+    let computing = Computing::new(&place);
     let dataset = settings.data.open(&mut |note| tell(Event::Note(note)))?;
     check_extents(&state, &dataset)?;
-    let mut setup = Setup::new(&settings, &dataset, computing, last)?;
+    let mut setup = Setup::new(&settings, &dataset, (place, backend), last)?;
     if let Some(last) = last {
         checkpoint::resume_engine(&mut setup.engine, last)?;
     }
     metrics.cut(state.metrics_bytes)?;
     let events = resumed_events(&folder, &state)?;
+    computing.tell(tell);
     tell(Event::Started {
         dataset: &dataset,
         folder: folder.path(),
@@ -228,14 +232,26 @@ pub fn resume(
     run.train(begun)
 }
 
-/// Finds the device, opens the loss's backend there, and tells of it.
-fn open_device(
-    settings: &TrainSettings,
-    tell: &mut dyn FnMut(Event<'_>),
-) -> Result<(Place, Box<dyn Backend>)> {
+/// Where a run computes, told once it is sure that there is a run.
+struct Computing {
+    device: String,
+    reason: Option<String>,
+}
+
+impl Computing {
+    fn new(place: &Place) -> Self {
+        Self { device: place.spec.to_string(), reason: place.reason.clone() }
+    }
+
+    fn tell(&self, tell: &mut dyn FnMut(Event<'_>)) {
+        tell(Event::Computing { device: &self.device, reason: self.reason.as_deref() });
+    }
+}
+
+/// Finds the device and opens the loss's backend there.
+fn open_device(settings: &TrainSettings) -> Result<(Place, Box<dyn Backend>)> {
     let place = device::place(settings.device.parse()?)?;
     let backend = backend::open(&place.spec)?;
-    tell(Event::Computing { device: &place.spec.to_string(), reason: place.reason.as_deref() });
     Ok((place, backend))
 }
 
