@@ -133,7 +133,9 @@ const LANDED: &str = "barrier_wait(landed, turn / 2 % 2);";
 #[test]
 fn reading_before_a_bulk_copy_has_landed_is_caught() {
     let message = run_faulty_hopper("gradient_hopper.cu", LANDED, "");
-    assert!(message.contains("want"), "{message}");
+    // By the wrong sums, or, where nobody waits, by the next copy that arrives in the same phase.
+    let caught = message.contains("want") || message.contains("more arrivals at a barrier");
+    assert!(caught, "{message}");
 }
 
 #[test]

@@ -36,7 +36,7 @@ static void contexts(void) {
     ddtas_context_options options = {.struct_size = sizeof options, .device = "abacus"};
     CHECK(ddtas_context_create(&options, &made, message, sizeof message) == DDTAS_STATUS_INVALID_VALUE);
     CHECK(made == NULL);
-    CHECK(strlen(message) == sizeof message - 1 && strncmp(message, "backend = abacu", 15) == 0);
+    CHECK(strlen(message) == sizeof message - 1 && strncmp(message, "device = abacus", 15) == 0);
     CHECK(ddtas_context_create(&options, NULL, message, sizeof message) == DDTAS_STATUS_NULL_POINTER);
     options.device = "cuda:999";
     CHECK(ddtas_context_create(&options, &made, NULL, 0) == DDTAS_STATUS_UNAVAILABLE);
