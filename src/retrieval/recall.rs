@@ -2,7 +2,7 @@
 
 use super::evaluate::{Kept, answers};
 use crate::backend::{Backend, Nearest};
-use crate::loss::Rows;
+use crate::loss::{Rows, validate_rows};
 use crate::{Error, Result};
 
 /// Share of queries whose K nearest neighbours hold one of their class.
@@ -40,6 +40,9 @@ pub fn recall(
     ks: &[usize],
 ) -> Result<(Recall, Nearest)> {
     let ks = sorted(ks)?;
+    // Before ignored rows are picked out by their labels.
+    validate_rows("queries", queries)?;
+    gallery.map_or(Ok(()), |gallery| validate_rows("references", gallery))?;
     let depth = ks[ks.len() - 1];
     let nearest = search(backend, queries, gallery, depth)?;
     let labels = gallery.map_or(queries.labels, |gallery| gallery.labels);
@@ -173,6 +176,19 @@ mod tests {
         assert_eq!((recall.queries, recall.without_match), (2, 1));
         assert_eq!(recall.at, vec![(1, 0.5), (3, 1.0)]);
         assert_eq!(nearest.indices, array![[0, 2, 1], [2, 1, 0], [1, 2, 0]]);
+    }
+
+    #[test]
+    fn labels_that_do_not_fit_are_refused_on_either_side() {
+        let rows = at_angles(&[0.0, 1.0, 2.0]);
+        let good = Rows::new(rows.view(), &[0, 0, 1]);
+        for labels in [&[0, -1][..], &[0, -1, 1, -1]] {
+            let bad = Rows::new(rows.view(), labels);
+            for (queries, gallery) in [(&bad, None), (&good, Some(&bad))] {
+                let error = recall(&mut CpuBackend::new(), queries, gallery, &[1]).unwrap_err();
+                assert!(matches!(error, Error::LengthMismatch { expected: 3, .. }), "{error}");
+            }
+        }
     }
 
     #[test]
