@@ -1,5 +1,6 @@
 //! The CPU backend against the scalar truth.
 #![cfg(feature = "cli")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
 mod support;
 

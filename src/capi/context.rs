@@ -65,7 +65,7 @@ impl Context {
     /// A context by the caller's options; NULL stands for the defaults.
     ///
     /// # Safety
-    /// As [`read`] or NULL; the device is NULL or a string that ends; the stream is as its comment says.
+    /// As `read` or NULL; the device is NULL or a string that ends; the stream is as its comment says.
     pub unsafe fn new(options: *const ContextOptions) -> Outcome<Self> {
         let given = if options.is_null() {
             super::input::Versioned::initial()

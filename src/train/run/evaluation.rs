@@ -89,7 +89,7 @@ impl Test<'_> {
         let Dataset { test, gallery, recall_at, .. } = self.dataset;
         let pairs = test.len() as f64 * gallery.as_ref().unwrap_or(test).len() as f64;
         let affordable = (PIXEL_PRODUCTS / (3.0 * pairs.max(1.0))).sqrt() as usize;
-        let side = affordable.max(8).min(LARGEST_PIXELS).min(self.image_size);
+        let side = affordable.clamp(8, LARGEST_PIXELS).min(self.image_size);
         let queries = self.pixel_rows(test, side)?;
         let gallery = gallery.as_ref().map(|gallery| self.pixel_rows(gallery, side)).transpose()?;
         if self.stopped() {
