@@ -18,8 +18,8 @@ settings=(--image-size 16 --width 4 --embedding-dim 16 --steps 60 --evaluate-eve
     --images-per-class 20 --generator head --checkpoint-every 7 --output "$run")
 target/release/ddtas-train "${settings[@]}" 2> "$run.log" &
 process=$!
-until [ "$(wc -l < "$run/metrics.jsonl" 2> /dev/null || echo 0)" -ge 40 ]; do sleep 0.01; done
+until [ "$(cat "$run/metrics.jsonl" 2> /dev/null | wc -l)" -ge 40 ]; do sleep 0.01; done
 kill -9 "$process"
 wait "$process" 2> /dev/null || true
 target/release/ddtas-train --resume "$run" > "$run.table" 2>> "$run.log" || { cat "$run.log"; exit 1; }
-"$tools/bin/python" .ci/tensorboard.py "$run"
+"$tools/bin/python" .ci/event_files.py "$run"

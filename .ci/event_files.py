@@ -1,6 +1,6 @@
 """Reads a run's event files as TensorBoard does, and compares every figure with metrics.jsonl.
 
-Usage: tensorboard.py RUN_FOLDER
+Usage: event_files.py RUN_FOLDER
 """
 
 import json
