@@ -372,6 +372,24 @@ fn each_set_is_made_trained_on_and_judged_at_its_own_k() {
         assert_eq!(said.contains("searched in a gallery of 18"), dataset == "in-shop", "{said}");
         let config = fs::read_to_string(place.path().join("run/config.toml")).unwrap();
         assert!(config.contains(&format!("dataset = \"{dataset}\"")), "{config}");
+
+        // The checkpoint again, by the run's own settings: the same set, the same K, the same Recall@1.
+        let mut eval = ddtas_train();
+        eval.args(["eval", "--json", "--checkpoint"]).arg(place.path().join("run/best.safetensors"));
+        let found = eval.assert().success().get_output().stdout.clone();
+        let found: serde_json::Value = serde_json::from_slice(&found).unwrap();
+        let metrics = fs::read_to_string(place.path().join("run/metrics.jsonl")).unwrap();
+        let evaluations =
+            metrics.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        let recalls: Vec<_> = evaluations
+            .filter(|line| line["kind"] == "evaluation")
+            .map(|line| line["recall"].clone())
+            .collect();
+        assert!(recalls.contains(&found["at"]), "{dataset}: {found} is none of {recalls:?}");
+        assert_eq!(found["gallery"].as_u64(), (dataset == "in-shop").then_some(18));
+        for figure in ["r_precision", "map_at_r"] {
+            assert!((0.0..=1.0).contains(&found[figure].as_f64().unwrap()), "{dataset}: {found}");
+        }
     }
 }
 
