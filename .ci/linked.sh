@@ -2,7 +2,7 @@
 # The library as C and C++ see it: built without Burn and without CUDA, installed to a prefix of its
 # own, its symbols compared with the header's, the examples built by pkg-config and by CMake and run,
 # and the C tests (tests/capi) run under AddressSanitizer and UndefinedBehaviorSanitizer.
-# Needs Rust, gcc/g++, make, pkg-config and Python 3.11; CMake comes from PyPI if it is not there.
+# Needs Rust, gcc/g++ and Python 3.11; make and pkg-config come from Debian, CMake from PyPI where they are not there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 say() { printf -- '-- %s (%ss)\n' "$1" "$SECONDS"; }
@@ -11,6 +11,9 @@ work=target/linked
 rm -rf "$work"
 mkdir -p "$work"
 prefix=$PWD/$work/prefix
+if ! command -v make >/dev/null || ! command -v pkg-config >/dev/null; then
+    apt-get update -qq && apt-get install -y -qq make pkg-config
+fi
 if ! command -v cmake >/dev/null; then
     tools=target/linked-tools
     [[ -x $tools/bin/cmake ]] || { python3 -m venv "$tools" && "$tools/bin/pip" install --quiet --disable-pip-version-check cmake==3.31.6; }
