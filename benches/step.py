@@ -1,0 +1,163 @@
+"""A training step of ddtas-train beside PyTorch's, for the same network, batch and threads; prints a Markdown table.
+
+    cargo build --release
+    python3 benches/step.py --image-size 48,64
+
+Both run the network of src/model (a residual network without bias in its convolutions, BatchNorm, a linear head, unit rows), the DDTAS loss,
+its gradient and AdamW. ddtas-train's step is its time of training over its steps, so batches are drawn and augmented
+within it; torch's has one batch, given. They take turns, several rounds, and the fastest round of each counts. Needs torch.
+"""
+
+import argparse
+import json
+import os
+import random
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.functional import normalize, relu
+
+sys.path.insert(0, str(Path(__file__).parent / "device"))
+import dense  # noqa: E402
+
+CLASSES, PER_CLASS = 16, 5
+# The defaults of ddtas-train.
+WIDTH, DEPTH, STAGES, EMBEDDING_DIM = 32, 1, 3, 128
+RATE, DECAY = 2e-3, 1e-2
+AIM = 1.5
+
+
+class Convolution(nn.Module):
+    def __init__(self, channels_in: int, channels_out: int, kernel: int, stride: int):
+        super().__init__()
+        self.convolution = nn.Conv2d(channels_in, channels_out, kernel, stride, kernel // 2, bias=False)
+        self.norm = nn.BatchNorm2d(channels_out)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.convolution(x))
+
+
+class Block(nn.Module):
+    def __init__(self, channels_in: int, channels_out: int, stride: int):
+        super().__init__()
+        self.first = Convolution(channels_in, channels_out, 3, stride)
+        self.second = Convolution(channels_out, channels_out, 3, 1)
+        projects = stride != 1 or channels_in != channels_out
+        self.shortcut = Convolution(channels_in, channels_out, 1, stride) if projects else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return relu(self.second(relu(self.first(x))) + self.shortcut(x))
+
+
+class Network(nn.Module):
+    """src/model/backbone.rs and head.rs."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = Convolution(3, WIDTH, 3, 1)
+        blocks, channels = [], WIDTH
+        for stage in range(STAGES):
+            for block in range(DEPTH):
+                blocks.append(Block(channels, WIDTH << stage, 2 if stage > 0 and block == 0 else 1))
+                channels = WIDTH << stage
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(channels, EMBEDDING_DIM)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return normalize(self.head(self.blocks(relu(self.stem(images))).mean((2, 3))))
+
+
+class Torch:
+    """PyTorch's step, in one of its two layouts."""
+
+    def __init__(self, size: int, layout: torch.memory_format):
+        torch.manual_seed(0)
+        self.network = Network().to(memory_format=layout)
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=RATE, weight_decay=DECAY)
+        self.labels = torch.arange(CLASSES).repeat_interleave(PER_CLASS)
+        self.images = torch.randn(len(self.labels), 3, size, size).contiguous(memory_format=layout)
+
+    def seconds(self, steps: int) -> float:
+        """Seconds a step, after one that does not count."""
+        for step in range(steps + 1):
+            if step == 1:
+                begin = time.perf_counter()
+            self.optimizer.zero_grad()
+            dense.loss(self.network(self.images), self.labels).backward()
+            self.optimizer.step()
+        return (time.perf_counter() - begin) / steps
+
+
+def write_png(path: Path, size: int, draw: random.Random) -> None:
+    lines = b"".join(b"\0" + draw.randbytes(3 * size) for _ in range(size))
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", size, size, 8, 2, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b""))
+
+
+def write_pictures(root: Path, size: int) -> None:
+    """Noise: enough classes for a batch, and two to test, so that next to nothing but training takes place."""
+    draw = random.Random(0)
+    for name in [f"a{label:02}" for label in range(CLASSES)] + ["b0", "b1"]:
+        (root / name).mkdir(parents=True)
+        for picture in range(PER_CLASS):
+            write_png(root / name / f"{picture}.png", size, draw)
+
+
+def ours(size: int, steps: int, options: argparse.Namespace) -> float:
+    """Seconds a step of ddtas-train: its own report's seconds of training."""
+    with tempfile.TemporaryDirectory() as folder:
+        pictures, run = Path(folder) / "pictures", Path(folder) / "run"
+        write_pictures(pictures, size)
+        command = [str(options.binary), "--device", "cpu", "--image-size", str(size), "--steps", str(steps), "--evaluate-every", "0"]
+        command += ["--dataset", "folder", "--data-root", str(pictures), "--train-classes", str(CLASSES)]
+        command += ["--classes-per-batch", str(CLASSES), "--images-per-class", str(PER_CLASS), "--output", str(run)]
+        command += ["--width", str(WIDTH), "--depth", str(DEPTH), "--embedding-dim", str(EMBEDDING_DIM)]
+        environment = os.environ | {"RAYON_NUM_THREADS": str(options.threads)}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            sys.exit(done.stderr.strip() or f"{options.binary} failed")
+        return json.loads((run / "report.json").read_text())["training_seconds"] / steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--image-size", type=lambda text: [int(part) for part in text.split(",")], default=[48, 64])
+    parser.add_argument("--steps", type=int, default=10, help="steps of a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--binary", type=Path, default=Path("target/release/ddtas-train"))
+    parser.add_argument("--out", type=Path, help="also write every round to this JSON file")
+    options = parser.parse_args()
+    if not options.binary.is_file():
+        sys.exit(f"there is no {options.binary}: cargo build --release")
+    torch.set_num_threads(options.threads)
+    rounds = []
+    print("| image size | ddtas-train, ms a step | PyTorch, ms | PyTorch channels last, ms | ddtas / the faster PyTorch | aim |")
+    print("|" + " --- |" * 6)
+    for size in options.image_size:
+        plain, last = Torch(size, torch.contiguous_format), Torch(size, torch.channels_last)
+        for _ in range(options.rounds):
+            times = {"ddtas_s": ours(size, options.steps, options)}
+            times |= {"torch_s": plain.seconds(options.steps), "torch_channels_last_s": last.seconds(options.steps)}
+            rounds.append({"image_size": size, "steps": options.steps, "threads": options.threads} | times)
+        best = [1e3 * min(entry[name] for entry in rounds if entry["image_size"] == size) for name in times]
+        ratio = best[0] / min(best[1:])
+        verdict = f"{AIM}" + ("" if ratio <= AIM else " MISSED")
+        print(f"| {size} | " + " | ".join(f"{value:.0f}" for value in best) + f" | {ratio:.2f} | {verdict} |", flush=True)
+        if options.out:
+            options.out.write_text(json.dumps(rounds, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
