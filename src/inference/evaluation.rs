@@ -6,14 +6,11 @@ use std::time::Instant;
 use super::embedder::{self, Embedder};
 use super::{Event, Skipped};
 use crate::backend::{self, Backend, DeviceSpec};
-use crate::data::{Dataset, DatasetKind, DatasetSettings};
+use crate::data::{Dataset, DatasetKind, DatasetSettings, RECALL_AT};
 use crate::loss::Rows;
 use crate::retrieval::{self, EmbeddingsFile, Metrics};
 use crate::train::TrainSettings;
 use crate::{Error, Result};
-
-/// The values of K where nobody asks for others.
-const RECALL_AT: [usize; 4] = [1, 2, 4, 8];
 
 /// What to evaluate, and how.
 #[derive(Debug, Clone, PartialEq, clap::Args)]
@@ -105,7 +102,7 @@ pub fn evaluate(settings: &EvalSettings, tell: &mut dyn FnMut(Event<'_>)) -> Res
                 file.labels.as_ref().ok_or_else(|| Error::format(path, "there is no tensor `labels`"))?;
             let queries = Rows::new(file.values.view(), labels);
             let gallery = file.gallery.as_ref().map(|rows| Rows::new(rows.values.view(), &rows.labels));
-            measure(settings, path, &mut *backend, (&queries, gallery.as_ref()), &RECALL_AT, tell)
+            measure(settings, path, &mut *backend, (&queries, gallery.as_ref()), RECALL_AT, tell)
         }
         (None, Some(path)) => evaluate_checkpoint(settings, path, &mut *backend, tell),
         (None, None) => Err(Error::InvalidSetting {

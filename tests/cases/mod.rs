@@ -5,14 +5,14 @@
 //! No pair of a case lies within [`CLEARANCE`] of a threshold, so counts are exact.
 
 // Every test program uses a part of this.
-#![allow(dead_code, unused_imports, reason = "shared by several test programs")]
+#![allow(dead_code, reason = "shared by several test programs")]
 
 mod compare;
 mod generate;
 mod golden;
 
 pub use compare::{Expected, compare, compare_nearest};
-pub use generate::{generated, golden_in};
+pub use generate::*;
 pub use golden::golden;
 
 use ddtas::backend::Backend;

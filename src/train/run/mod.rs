@@ -167,13 +167,12 @@ pub fn train(
     settings.validate()?;
     let begun = Instant::now();
     let (place, backend) = open_device(settings)?;
-    let computing = Computing::new(&place);
     let dataset = settings.data.open(&mut |note| tell(Event::Note(note)))?;
-    let setup = Setup::new(settings, &dataset, (place, backend), None)?;
+    let setup = Setup::new(settings, &dataset, (&place, backend), None)?;
     let folder = RunFolder::create(settings, &dataset.name)?;
     let metrics = RecordWriter::create(&folder.metrics())?;
     let events = EventWriter::create(folder.path(), None)?;
-    computing.tell(tell);
+    tell(Event::Computing { device: &place.spec.to_string(), reason: place.reason.as_deref() });
     tell(Event::Started {
         dataset: &dataset,
         folder: folder.path(),
@@ -208,16 +207,15 @@ pub fn resume(
         return Ok(Outcome::FinishedBefore { folder: folder.path().to_path_buf(), step: state.step });
     }
     let (place, backend) = open_device(&settings)?;
-    let computing = Computing::new(&place);
     let dataset = settings.data.open(&mut |note| tell(Event::Note(note)))?;
     check_extents(&state, &dataset)?;
-    let mut setup = Setup::new(&settings, &dataset, (place, backend), last)?;
+    let mut setup = Setup::new(&settings, &dataset, (&place, backend), last)?;
     if let Some(last) = last {
         checkpoint::resume_engine(&mut setup.engine, last)?;
     }
     metrics.cut(state.metrics_bytes)?;
     let events = resumed_events(&folder, &state)?;
-    computing.tell(tell);
+    tell(Event::Computing { device: &place.spec.to_string(), reason: place.reason.as_deref() });
     tell(Event::Started {
         dataset: &dataset,
         folder: folder.path(),
@@ -230,22 +228,6 @@ pub fn resume(
         run.state = state;
     }
     run.train(begun)
-}
-
-/// Where a run computes, told once it is sure that there is a run.
-struct Computing {
-    device: String,
-    reason: Option<String>,
-}
-
-impl Computing {
-    fn new(place: &Place) -> Self {
-        Self { device: place.spec.to_string(), reason: place.reason.clone() }
-    }
-
-    fn tell(&self, tell: &mut dyn FnMut(Event<'_>)) {
-        tell(Event::Computing { device: &self.device, reason: self.reason.as_deref() });
-    }
 }
 
 /// Finds the device and opens the loss's backend there.

@@ -32,7 +32,7 @@ impl Setup {
     pub fn new(
         settings: &TrainSettings,
         dataset: &Dataset,
-        (place, backend): (Place, Box<dyn Backend>),
+        (place, backend): (&Place, Box<dyn Backend>),
         last: Option<&Path>,
     ) -> Result<Self> {
         let (classes, pictures) = (settings.classes_per_batch, settings.images_per_class);
@@ -41,7 +41,7 @@ impl Setup {
         let generator = make_generator(settings, &place.spec, last.is_some())?;
         let fresh_meta = generator.is_some() && settings.generator.meta == MetaSource::Fresh;
         let meta_sampler = fresh_meta.then(|| meta_sampler(settings, dataset)).transpose()?;
-        let engine = Engine::new(network, settings, backend, generator, place.network);
+        let engine = Engine::new(network, settings, backend, generator, place.network.clone());
         Ok(Self { engine, sampler, meta_sampler })
     }
 }
