@@ -2,6 +2,7 @@
 
 mod embed;
 mod eval;
+mod heap;
 mod make_fixture;
 mod progress;
 mod resume;
@@ -44,6 +45,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    heap::keep();
     let matches = Arguments::command().get_matches();
     let Arguments { command, resume, settings } =
         Arguments::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());

@@ -4,6 +4,7 @@
 //! an operation; these passes touch it once forward and twice backward. Sums
 //! run over whole planes in f32 and across planes in f64, in a fixed order.
 
+use pulp::Arch;
 use rayon::prelude::*;
 
 /// Activations `[N, C, H, W]` seen as planes of H * W.
@@ -64,17 +65,33 @@ impl Normalisation<'_> {
     }
 }
 
-/// Sum in sixteen lanes, which the compiler keeps in one register.
-fn sum_lanes(length: usize, term: impl Fn(usize) -> f32) -> f64 {
-    let mut lanes = [0.0f32; 16];
-    let whole = length / 16 * 16;
-    for from in (0..whole).step_by(16) {
-        for (lane, sum) in lanes.iter_mut().enumerate() {
-            *sum += term(from + lane);
+/// Lanes of a sum, whatever the instruction set: two registers of AVX2.
+const LANES: usize = 16;
+
+/// Sums of `terms(x, y)` over two planes. In one run for all sums: the planes are read once.
+#[inline(always)]
+fn sums<const SUMS: usize>(x: &[f32], y: &[f32], terms: impl Fn(f32, f32) -> [f32; SUMS]) -> [f64; SUMS] {
+    let mut lanes = [[0.0f32; LANES]; SUMS];
+    let ((x, x_rest), (y, y_rest)) = (x.as_chunks::<LANES>(), y.as_chunks::<LANES>());
+    for (x, y) in x.iter().zip(y) {
+        for lane in 0..LANES {
+            let terms = terms(x[lane], y[lane]);
+            for s in 0..SUMS {
+                lanes[s][lane] += terms[s];
+            }
         }
     }
-    let rest: f32 = (whole..length).map(&term).sum();
-    lanes.iter().map(|&sum| f64::from(sum)).sum::<f64>() + f64::from(rest)
+    let mut rest = [0.0; SUMS];
+    for (&x, &y) in x_rest.iter().zip(y_rest) {
+        rest.iter_mut().zip(terms(x, y)).for_each(|(rest, term)| *rest += term);
+    }
+    std::array::from_fn(|s| lanes[s].iter().map(|&sum| f64::from(sum)).sum::<f64>() + f64::from(rest[s]))
+}
+
+/// The sum of `term(x)` over planes, compiled for the processor at hand.
+fn sum<'a>(planes: impl Iterator<Item = &'a [f32]>, term: impl Fn(f32) -> f32) -> f64 {
+    let arch = Arch::new();
+    planes.map(|plane| arch.dispatch(|| sums(plane, plane, |x, _| [term(x)])[0])).sum()
 }
 
 /// Mean and biased variance of every channel: `[2, C]`.
@@ -83,13 +100,8 @@ pub fn statistics(planes: Planes, input: &[f32]) -> Vec<f32> {
     let (means, variances): (Vec<f32>, Vec<f32>) = (0..planes.channels)
         .into_par_iter()
         .map(|channel| {
-            let sum: f64 =
-                planes.channel(input, channel).map(|plane| sum_lanes(plane.len(), |k| plane[k])).sum();
-            let mean = (sum / count) as f32;
-            let squares: f64 = planes
-                .channel(input, channel)
-                .map(|plane| sum_lanes(plane.len(), |k| (plane[k] - mean) * (plane[k] - mean)))
-                .sum();
+            let mean = (sum(planes.channel(input, channel), |x| x) / count) as f32;
+            let squares = sum(planes.channel(input, channel), |x| (x - mean) * (x - mean));
             (mean, (squares / count) as f32)
         })
         .unzip();
@@ -116,15 +128,23 @@ pub fn parameter_gradient(
     output_gradient: &[f32],
     n: &Normalisation<'_>,
 ) -> Vec<f32> {
+    let arch = Arch::new();
     let (gamma, beta): (Vec<f32>, Vec<f32>) = (0..planes.channels)
         .into_par_iter()
         .map(|channel| {
             let (affine, mean) = (n.affine(channel), n.mean[channel]);
             let pairs = planes.channel(input, channel).zip(planes.channel(output_gradient, channel));
-            let (sum, dot) = pairs.fold((0.0, 0.0), |(sum, dot), (x, dy)| {
-                let passed = |k: usize| passed(n, affine, x[k], dy[k]);
-                (sum + sum_lanes(x.len(), passed), dot + sum_lanes(x.len(), |k| passed(k) * (x[k] - mean)))
-            });
+            let (mut sum, mut dot) = (0.0, 0.0);
+            for (x, dy) in pairs {
+                let both = arch.dispatch(|| {
+                    sums(x, dy, |x, dy| {
+                        let passed = passed(n.relu, affine, x, dy);
+                        [passed, passed * (x - mean)]
+                    })
+                });
+                sum += both[0];
+                dot += both[1];
+            }
             ((dot * f64::from(n.inverse_deviation(channel))) as f32, sum as f32)
         })
         .unzip();
@@ -157,7 +177,7 @@ pub fn input_gradient(
                 (0.0, 0.0)
             };
             for ((to, &x), &dy) in gradient.iter_mut().zip(input).zip(output_gradient) {
-                let dz = passed(n, affine, x, dy);
+                let dz = passed(n.relu, affine, x, dy);
                 *to = affine.scale * (dz - mean_gradient - (x - mean) * projection);
             }
         });
@@ -166,8 +186,8 @@ pub fn input_gradient(
 
 /// The gradient that comes through the ReLU.
 #[inline(always)]
-fn passed(n: &Normalisation<'_>, affine: Affine, x: f32, dy: f32) -> f32 {
-    if n.relu && affine.scale * x + affine.shift <= 0.0 { 0.0 } else { dy }
+fn passed(relu: bool, affine: Affine, x: f32, dy: f32) -> f32 {
+    if relu && affine.scale * x + affine.shift <= 0.0 { 0.0 } else { dy }
 }
 
 /// `relu(a + b)`.
