@@ -346,24 +346,50 @@ impl InputPhase {
 
 /// Weights in the order the product reads them: blocks of outputs; inside one, inputs, then taps.
 struct PackedWeights {
-    blocks: Vec<[f32; OUTPUT_BLOCK]>,
-    outputs: usize,
+    blocks: Vec<[f32; WIDEST_BLOCK]>,
+    /// Outputs of every block.
+    sizes: Vec<usize>,
 }
 
-/// Outputs computed together; 8 fills the registers of AVX-512, two halves are taken elsewhere.
-const OUTPUT_BLOCK: usize = 8;
+/// Most outputs that are computed together.
+const WIDEST_BLOCK: usize = 8;
 
 impl PackedWeights {
     fn new(outputs: usize, inputs: usize, taps: usize, at: impl Fn(usize, usize, usize) -> f32) -> Self {
-        let mut blocks = Vec::with_capacity(outputs.div_ceil(OUTPUT_BLOCK) * inputs * taps);
-        for first in (0..outputs).step_by(OUTPUT_BLOCK) {
+        let sizes = Arch::new().dispatch(BlockSizes { outputs });
+        let mut blocks = Vec::with_capacity(sizes.len() * inputs * taps);
+        let mut first = 0;
+        for size in &sizes {
             for (input, tap) in (0..inputs).flat_map(|input| (0..taps).map(move |tap| (input, tap))) {
-                blocks.push(std::array::from_fn(|o| {
-                    if first + o < outputs { at(first + o, input, tap) } else { 0.0 }
-                }));
+                blocks.push(std::array::from_fn(|o| if o < *size { at(first + o, input, tap) } else { 0.0 }));
             }
+            first += size;
         }
-        Self { blocks, outputs }
+        Self { blocks, sizes }
+    }
+}
+
+/// Shares outputs out in blocks that this processor computes well; the last ones may not be full.
+struct BlockSizes {
+    outputs: usize,
+}
+
+impl WithSimd for BlockSizes {
+    type Output = Vec<usize>;
+
+    fn with_simd<S: Simd>(self, _: S) -> Vec<usize> {
+        let (mut left, mut sizes) = (self.outputs, Vec::new());
+        while left > 0 {
+            // AVX2 takes 6 or 4: 4 where a rest of 6 would idle, and 4 twice rather than 6 and 2.
+            let block = match (S::F32_LANES, left) {
+                (16, _) => WIDEST_BLOCK,
+                (_, 5 | 6 | 9..) => 6,
+                _ => 4,
+            };
+            sizes.push(block.min(left));
+            left -= block.min(left);
+        }
+        sizes
     }
 }
 
@@ -384,15 +410,15 @@ impl TapProduct<'_> {
     /// Calls `finish(o, flat)` with the flattened positions of every output.
     fn run(&self, accumulators: &mut Vec<f32>, mut finish: impl FnMut(usize, &[f32])) {
         let length = self.positions + STEP;
-        accumulators.resize(OUTPUT_BLOCK * length, 0.0);
+        accumulators.resize(WIDEST_BLOCK * length, 0.0);
         let arch = Arch::new();
-        for (block, weights) in self.packed.blocks.chunks_exact(self.offsets.len()).enumerate() {
-            arch.dispatch(TapBlock { product: self, weights, out: &mut accumulators[..], length });
-            let first = block * OUTPUT_BLOCK;
-            let outputs = OUTPUT_BLOCK.min(self.packed.outputs - first);
-            for (o, flat) in accumulators.chunks_exact(length).take(outputs).enumerate() {
+        let mut first = 0;
+        for (weights, &size) in self.packed.blocks.chunks_exact(self.offsets.len()).zip(&self.packed.sizes) {
+            arch.dispatch(TapBlock { product: self, weights, size, out: &mut accumulators[..], length });
+            for (o, flat) in accumulators.chunks_exact(length).take(size).enumerate() {
                 finish(first + o, &flat[..self.positions]);
             }
+            first += size;
         }
     }
 }
@@ -400,7 +426,8 @@ impl TapProduct<'_> {
 /// One block of outputs over all positions.
 struct TapBlock<'a, 'b> {
     product: &'a TapProduct<'b>,
-    weights: &'a [[f32; OUTPUT_BLOCK]],
+    weights: &'a [[f32; WIDEST_BLOCK]],
+    size: usize,
     out: &'a mut [f32],
     length: usize,
 }
@@ -410,25 +437,26 @@ impl WithSimd for TapBlock<'_, '_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) {
-        // 8 x 3 accumulators, 3 values and a weight fit the 32 registers of AVX-512. Of AVX2's 16, 4 x 3 would leave
-        // none free: the compiler then keeps sums in memory, and the loop takes twice as long.
+        // 8 x 3 sums, 3 values and a weight fit the 32 registers of AVX-512, 6 x 2 with theirs the 16 of AVX2. With
+        // 4 x 3 none would be free there: the compiler then keeps sums in memory, and the loop takes twice as long.
         if S::F32_LANES == 16 {
-            self.rows::<S, 8, 3>(simd, 0);
+            self.rows::<S, 8, 3>(simd);
+        } else if self.size > 4 {
+            self.rows::<S, 6, 2>(simd);
         } else {
-            self.rows::<S, 4, 2>(simd, 0);
-            self.rows::<S, 4, 2>(simd, 4);
+            self.rows::<S, 4, 2>(simd);
         }
     }
 }
 
 impl TapBlock<'_, '_> {
     #[inline(always)]
-    fn rows<S: Simd, const OUTPUTS: usize, const VECTORS: usize>(&mut self, simd: S, first: usize) {
+    fn rows<S: Simd, const OUTPUTS: usize, const VECTORS: usize>(&mut self, simd: S) {
         let width = VECTORS * S::F32_LANES;
         for position in (0..self.product.positions).step_by(width) {
-            let sums = self.tile::<S, OUTPUTS, VECTORS>(simd, first, position);
+            let sums = self.tile::<S, OUTPUTS, VECTORS>(simd, position);
             for (o, sums) in sums.iter().enumerate() {
-                let out = &mut self.out[(first + o) * self.length + position..][..width];
+                let out = &mut self.out[o * self.length + position..][..width];
                 S::as_mut_simd_f32s(out).0.copy_from_slice(sums);
             }
         }
@@ -440,7 +468,6 @@ impl TapBlock<'_, '_> {
     fn tile<S: Simd, const OUTPUTS: usize, const VECTORS: usize>(
         &self,
         simd: S,
-        first: usize,
         position: usize,
     ) -> [[S::f32s; VECTORS]; OUTPUTS] {
         let width = VECTORS * S::F32_LANES;
@@ -449,7 +476,7 @@ impl TapBlock<'_, '_> {
         for (&offset, weights) in self.product.offsets.iter().zip(self.weights) {
             let Some(values) = planes.get(offset..offset + width) else { break };
             let Ok(values) = <&[S::f32s; VECTORS]>::try_from(S::as_simd_f32s(values).0) else { break };
-            let Some(weights) = weights[first..].first_chunk::<OUTPUTS>() else { break };
+            let Some(weights) = weights.first_chunk::<OUTPUTS>() else { break };
             for o in 0..OUTPUTS {
                 let weight = simd.splat_f32s(weights[o]);
                 for v in 0..VECTORS {
