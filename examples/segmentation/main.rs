@@ -47,6 +47,12 @@ struct Arguments {
     /// Dimensions of an embedding.
     #[arg(long, default_value_t = 16)]
     dim: usize,
+    /// Loss threshold of positives and negatives.
+    #[arg(long, default_value_t = 0.7)]
+    lambda: f64,
+    /// Learning rate of the first step; it falls to a tenth.
+    #[arg(long, default_value_t = 3e-3)]
+    learning_rate: f64,
     /// Where the picture goes.
     #[arg(long, default_value = "target/segmentation.png")]
     picture: PathBuf,
@@ -57,7 +63,6 @@ struct Arguments {
 
 /// Scenes of a training step.
 const BATCH: usize = 8;
-const LEARNING_RATE: f64 = 3e-3;
 /// Numbers of the scenes: training ones count up from 0, these are never reached by them.
 const TEST: u64 = 1 << 40;
 const SUPPORT: u64 = 1 << 41;
@@ -152,6 +157,7 @@ fn train(mut network: PixelNetwork, arguments: &Arguments, device: &Device) -> d
     let mut backend = open(&DeviceSpec::Auto)?;
     let mut optimizer = AdamWConfig::new().with_epsilon(1e-8).init();
     let mut output = LossOutput::default();
+    let settings = LossSettings::default().with_lambda(arguments.lambda);
     let mut rng = ChaCha8Rng::seed_from_u64(arguments.seed ^ 0x5eed);
     for step in 0..arguments.steps {
         let first = (step * BATCH) as u64;
@@ -159,7 +165,7 @@ fn train(mut network: PixelNetwork, arguments: &Arguments, device: &Device) -> d
         let labels = sample(&labels_of(&scenes), arguments.pixels, &mut rng);
         let embeddings = network.forward(tensor(&scenes, device), Normalise::Training);
         let values = to_array(embeddings.clone())?;
-        backend.loss(&Batch::square(values.view(), &labels), &LossSettings::default(), &mut output)?;
+        backend.loss(&Batch::square(values.view(), &labels), &settings, &mut output)?;
         if step % 25 == 0 || step + 1 == arguments.steps {
             let (positives, negatives) = output.mined();
             println!("  step {step:>3}: loss {:.4}, mined {positives} + {negatives}", output.loss);
@@ -171,7 +177,7 @@ fn train(mut network: PixelNetwork, arguments: &Arguments, device: &Device) -> d
         let gradients = GradientsParams::from_grads(surrogate.backward(), &network);
         // Falls to a tenth along half a cosine.
         let progress = step as f64 / arguments.steps as f64;
-        let rate = LEARNING_RATE * (0.1 + 0.45 * (1.0 + (std::f64::consts::PI * progress).cos()));
+        let rate = arguments.learning_rate * (0.1 + 0.45 * (1.0 + (std::f64::consts::PI * progress).cos()));
         network = optimizer.step(rate, network, gradients);
     }
     Ok(network)

@@ -129,6 +129,7 @@ mod tests {
             noise: None,
             mined_share: 0.0,
             time_ms: batch as f64,
+            time_best_ms: 0.0,
             time_spread_ms: 0.0,
             gflops: 1.0,
             floor_share: None,

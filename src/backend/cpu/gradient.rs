@@ -54,7 +54,7 @@ pub struct GradientScratch {
     columns: Box<[[u32; LIST]; MAX_BLOCK]>,
     weights: Box<[[f32; LIST]; MAX_BLOCK]>,
     lengths: [u32; MAX_BLOCK],
-    /// Sums of the owner's rows, `[MAX_BLOCK, D]` with D rounded up to whole groups.
+    /// Sums of the owner's rows, `[rows, D]`, rows rounded up to whole strips and D to whole groups.
     sums: Vec<f32>,
     /// The tile's weights as a matrix, and the other side's rows as panels over D where those are not kept.
     matrix: Vec<f32>,
@@ -85,9 +85,9 @@ impl GradientScratch {
 
     /// Starts a block of `rows` rows.
     pub fn begin(&mut self, rows: usize, dim: usize) {
-        let stride = dim.next_multiple_of(GROUP);
-        grow(&mut self.sums, MAX_BLOCK * stride);
-        self.sums[..rows.next_multiple_of(STRIP) * stride].fill(0.0);
+        let length = rows.next_multiple_of(STRIP) * dim.next_multiple_of(GROUP);
+        grow(&mut self.sums, length);
+        self.sums[..length].fill(0.0);
     }
 
     /// The sum of a row of the block.
@@ -388,6 +388,9 @@ fn add_listed<S: Lanes>(simd: S, scratch: &mut GradientScratch, owner: Block, de
     for (chunk, panels) in rows.chunks(TOGETHER * depth).enumerate() {
         for r in 0..owner.rows {
             let length = scratch.lengths[r] as usize;
+            if length == 0 {
+                continue;
+            }
             let (columns, weights) = (&scratch.columns[r][..length], &scratch.weights[r][..length]);
             let sums = &mut scratch.sums[r * stride..][..stride];
             let sums = &mut sums.as_chunks_mut::<GROUP>().0[chunk * TOGETHER..];
@@ -415,10 +418,14 @@ fn add_panels<S: Lanes, const P: usize>(
     let Some(sums) = sums.first_chunk_mut::<P>() else { return };
     // A group is one or two vectors; the second is dropped where it is one.
     let mut totals = [[simd.splat_f32s(0.0); 2]; P];
+    let depth = panels[0].len();
     for (&column, &weight) in columns.iter().zip(weights) {
         let weight = simd.splat_f32s(weight);
+        // One comparison for all panels; they are equally long.
+        let column = column as usize;
+        assert!(column < depth);
         for p in 0..P {
-            let values = S::as_simd_f32s(&panels[p][column as usize]).0;
+            let values = S::as_simd_f32s(&panels[p][column]).0;
             for part in 0..parts {
                 totals[p][part] = simd.mul_add_e_f32s(weight, values[part], totals[p][part]);
             }

@@ -9,7 +9,7 @@
 //! | hyper-gradient of the loss threshold | `threshold.rs` |
 //! | top-K search | `retrieval.rs` |
 //!
-//! `product.rs` is the one matrix product, `simd.rs` the choice of instruction
+//! `product.rs` is the one matrix product, `times.rs` what each pass took, `simd.rs` the choice of instruction
 //! set, `tasks.rs` the sharing-out of work. S is computed tile by tile, once for
 //! both triangles; of a tile only the candidates are kept, within a budget, and
 //! tiles beyond it are computed again with the same bits.
@@ -33,6 +33,7 @@ mod similarity;
 mod tasks;
 mod threshold;
 mod tile;
+mod times;
 
 use gradient::{GradientScratch, Kind, Totals};
 use rows::{MAX_BLOCK, Side, SideBuffers};
@@ -41,15 +42,24 @@ use simd::{GROUP, Level};
 use similarity::{Statistics, Tiles};
 use tasks::{Workers, lock};
 use tile::{Pairs, TileScratch};
+use times::Stopwatch;
 
-/// Bytes of candidates kept between the passes unless stated otherwise. With the panels of 10,240 rows of
-/// D = 512 beside it, the workspace stays below 128 MB.
+pub use times::PassTimes;
+
+/// Most bytes of candidates kept between the passes unless stated otherwise.
 pub const DEFAULT_BUDGET: usize = 64 << 20;
+
+/// And no more than this for each row of either side, so that memory is linear in the batch: with the panels of
+/// D = 512 and the tiles beside them, 5,120 rows stay below 64 MB and 10,240 below 128 MB.
+const BUDGET_OF_A_ROW: usize = 6 << 10;
 
 /// [`Backend`] on the processor's cores (those of the current rayon pool).
 #[derive(Debug)]
 pub struct CpuBackend {
     level: Level,
+    /// Most bytes of candidates, in all and for each row.
+    budget: usize,
+    budget_of_a_row: usize,
     rows: SideBuffers,
     columns: SideBuffers,
     classes: Vec<(u32, u32)>,
@@ -59,6 +69,7 @@ pub struct CpuBackend {
     scratch: Vec<Mutex<Scratch>>,
     block_totals: Vec<Mutex<Totals>>,
     remembered: Option<Remembered>,
+    times: PassTimes,
 }
 
 /// Shape of the last loss.
@@ -82,10 +93,10 @@ impl Default for CpuBackend {
 }
 
 impl CpuBackend {
-    /// A backend that keeps candidates in at most [`DEFAULT_BUDGET`] bytes.
+    /// A backend that keeps candidates in at most 6 KiB for each row, and [`DEFAULT_BUDGET`] bytes in all.
     #[must_use]
     pub fn new() -> Self {
-        Self::with_budget(DEFAULT_BUDGET)
+        Self { budget_of_a_row: BUDGET_OF_A_ROW, ..Self::with_budget(DEFAULT_BUDGET) }
     }
 
     /// A backend that keeps candidates in at most `budget` bytes. The result is the same bit for bit;
@@ -93,17 +104,95 @@ impl CpuBackend {
     #[must_use]
     pub fn with_budget(budget: usize) -> Self {
         Self {
-            level: Level::available().pop().unwrap_or(Level::Portable),
+            level: Level::best(),
             rows: SideBuffers::default(),
             columns: SideBuffers::default(),
             classes: Vec::new(),
-            tiles: Tiles::new(budget),
+            tiles: Tiles::default(),
+            budget,
+            budget_of_a_row: usize::MAX,
             statistics: Statistics::default(),
             weights: Weights::default(),
             scratch: Vec::new(),
             block_totals: Vec::new(),
             remembered: None,
+            times: PassTimes::default(),
         }
+    }
+
+    /// Time of each pass of the last loss.
+    #[must_use]
+    pub fn pass_times(&self) -> PassTimes {
+        self.times
+    }
+
+    fn loss_passes(
+        &mut self,
+        batch: &Batch<'_>,
+        settings: &LossSettings,
+        output: &mut LossOutput,
+        workers: Workers<'_>,
+    ) -> Result<()> {
+        let mut watch = Stopwatch::start();
+        self.scratch.resize_with(workers.count(), Mutex::default);
+        self.rows.order.by_class(batch.anchors.labels, block_rows(batch.anchors.labels.len()));
+        let rows = self.rows.prepare("anchors", &batch.anchors, batch.check, &workers)?;
+        let columns = match &batch.references {
+            None => rows,
+            Some(references) => {
+                self.columns.order.by_class(references.labels, block_rows(references.labels.len()));
+                self.columns.prepare("references", references, batch.check, &workers)?
+            }
+        };
+        find_classes(&rows.order.sorted, &columns.order.sorted, &mut self.classes);
+        let pairs =
+            Pairs { rows, columns, square: batch.is_square(), classes: &self.classes, level: self.level };
+        for scratch in &self.scratch {
+            lock(scratch).tile.reset();
+        }
+
+        self.times.order = watch.lap();
+
+        let against = if pairs.square { 0 } else { columns.order.rows.len() };
+        let of_rows = self.budget_of_a_row.saturating_mul(rows.order.rows.len() + against);
+        self.tiles.set(&pairs, self.budget.min(of_rows));
+        self.statistics.reset(&pairs);
+        self.tiles.same_class_pass(&pairs, &workers, &self.scratch, &mut self.statistics);
+        self.statistics.set_bounds(settings);
+        self.tiles.sweep(&pairs, &workers, &self.scratch, &mut self.statistics);
+
+        self.times.similarity = watch.lap();
+
+        let statistics = &mut self.statistics;
+        let tolerances = adapt(settings, statistics.probe_neg, statistics.positives);
+        self.weights.set_bounds(&pairs, settings, tolerances, &statistics.min_pos, &statistics.max_neg);
+        self.tiles.count(&pairs, &workers, &self.scratch, &self.weights, statistics);
+        let batch_rows = batch.anchors.labels.len();
+        let active = self.weights.set_factors(&statistics.counts, batch_rows);
+
+        self.times.select = watch.lap();
+
+        let mut walk = Walk {
+            pairs,
+            tiles: &self.tiles,
+            statistics: &self.statistics,
+            weights: &self.weights,
+            workers,
+            scratch: &self.scratch,
+            block_totals: &mut self.block_totals,
+        };
+        let totals = write_gradient(&mut walk, Owner::Rows, &mut output.gradient, batch_rows);
+        if batch.reference_gradient && !pairs.square {
+            let gradient = output.reference_gradient.get_or_insert_default();
+            write_gradient(&mut walk, Owner::Columns, gradient, batch.reference_rows().labels.len());
+        } else {
+            output.reference_gradient = None;
+        }
+        self.statistics.report(&pairs, tolerances, batch_rows, output);
+        report_loss(settings, &totals, active, output);
+        self.times.gradient = watch.lap();
+        self.remembered = Some(Self::shape(batch));
+        Ok(())
     }
 
     fn shape(batch: &Batch<'_>) -> Remembered {
@@ -115,12 +204,12 @@ impl CpuBackend {
     }
 }
 
-/// Rows of a block for a side of `count` rows: a small batch is one block, and leaves no room unused.
+/// Rows of a block for a side of `count` rows. A small batch is two blocks, for two threads to work on.
 fn block_rows(count: usize) -> usize {
-    count.next_multiple_of(GROUP).min(MAX_BLOCK)
+    count.div_ceil(2).next_multiple_of(GROUP).min(MAX_BLOCK)
 }
 
-fn workers_for(batch: &Batch<'_>) -> Workers {
+fn workers_for(batch: &Batch<'_>) -> Workers<'static> {
     let embeddings = &batch.anchors.embeddings;
     let pairs = embeddings.rows().saturating_mul(batch.reference_rows().embeddings.rows());
     Workers::new(pairs.saturating_mul(embeddings.dim()))
@@ -151,57 +240,7 @@ impl Backend for CpuBackend {
         self.remembered = None;
         settings.validate()?;
         batch.validate()?;
-        let workers = workers_for(batch);
-        self.scratch.resize_with(workers.count(), Mutex::default);
-        self.rows.order.by_class(batch.anchors.labels, block_rows(batch.anchors.labels.len()));
-        let rows = self.rows.prepare("anchors", &batch.anchors, batch.check, &workers)?;
-        let columns = match &batch.references {
-            None => rows,
-            Some(references) => {
-                self.columns.order.by_class(references.labels, block_rows(references.labels.len()));
-                self.columns.prepare("references", references, batch.check, &workers)?
-            }
-        };
-        find_classes(&rows.order.sorted, &columns.order.sorted, &mut self.classes);
-        let pairs =
-            Pairs { rows, columns, square: batch.is_square(), classes: &self.classes, level: self.level };
-        for scratch in &self.scratch {
-            lock(scratch).tile.reset();
-        }
-
-        self.tiles.set(&pairs);
-        self.statistics.reset(&pairs);
-        self.tiles.same_class_pass(&pairs, &workers, &self.scratch, &mut self.statistics);
-        self.statistics.set_bounds(settings);
-        self.tiles.sweep(&pairs, &workers, &self.scratch, &mut self.statistics);
-
-        let statistics = &mut self.statistics;
-        let tolerances = adapt(settings, statistics.probe_neg, statistics.positives);
-        self.weights.set_bounds(&pairs, settings, tolerances, &statistics.min_pos, &statistics.max_neg);
-        self.tiles.count(&pairs, &workers, &self.scratch, &self.weights, statistics);
-        let batch_rows = batch.anchors.labels.len();
-        let active = self.weights.set_factors(&statistics.counts, batch_rows);
-
-        let mut walk = Walk {
-            pairs,
-            tiles: &self.tiles,
-            statistics: &self.statistics,
-            weights: &self.weights,
-            workers,
-            scratch: &self.scratch,
-            block_totals: &mut self.block_totals,
-        };
-        let totals = write_gradient(&mut walk, Owner::Rows, &mut output.gradient, batch_rows);
-        if batch.reference_gradient && !pairs.square {
-            let gradient = output.reference_gradient.get_or_insert_default();
-            write_gradient(&mut walk, Owner::Columns, gradient, batch.reference_rows().labels.len());
-        } else {
-            output.reference_gradient = None;
-        }
-        self.statistics.report(&pairs, tolerances, batch_rows, output);
-        report_loss(settings, &totals, active, output);
-        self.remembered = Some(Self::shape(batch));
-        Ok(())
+        workers_for(batch).stay(|workers| self.loss_passes(batch, settings, output, workers))
     }
 
     fn hypergradient(
@@ -278,7 +317,7 @@ struct Walk<'a> {
     tiles: &'a Tiles,
     statistics: &'a Statistics,
     weights: &'a Weights,
-    workers: Workers,
+    workers: Workers<'a>,
     scratch: &'a [Mutex<Scratch>],
     block_totals: &'a mut Vec<Mutex<Totals>>,
 }

@@ -4,7 +4,7 @@
 //! bits depend neither on the tile it is computed in nor on which of the two
 //! vectors is the row: a recomputed similarity equals the kept one, and S is symmetric.
 
-use super::simd::{GROUP, Lanes};
+use super::simd::{GROUP, Lanes, Level, Work};
 
 /// Rows of one call.
 pub const STRIP: usize = 8;
@@ -97,6 +97,10 @@ fn wide<S: Lanes, const FIRST: usize, const P: usize>(
     }
 }
 
+/// Depth multiplied at a time by vectors of 8: the parts of the rows and of three vectors of columns then stay
+/// in the first-level cache. Sums go on from where they were, so an entry is the same single chain.
+const DEPTH: usize = 128;
+
 #[inline(always)]
 fn narrow_panels<S: Lanes, const LOWER: usize, const UPPER: usize>(
     simd: S,
@@ -106,39 +110,87 @@ fn narrow_panels<S: Lanes, const LOWER: usize, const UPPER: usize>(
     stride: usize,
     add: bool,
 ) {
-    for (p, panel) in panels.chunks_exact(rows.len()).enumerate() {
-        narrow::<S, LOWER>(simd, rows, panel, &mut out[p * GROUP..], stride, add);
-        narrow::<S, UPPER>(simd, rows, panel, &mut out[STRIP / 2 * stride + p * GROUP..], stride, add);
+    let depth = rows.len() / GROUP;
+    let vectors = 2 * (panels.len() / rows.len());
+    for start in (0..depth).step_by(DEPTH) {
+        let part = start * GROUP..(start + DEPTH).min(depth) * GROUP;
+        let rows = &rows[part.clone()];
+        let panel = |v: usize| &panels[v / 2 * depth * GROUP..][part.clone()];
+        let add = add || start > 0;
+        let mut v = 0;
+        while v < vectors {
+            let lower = &mut out[v * S::F32_LANES..];
+            let taken = if vectors - v == 2 || vectors - v == 4 {
+                let two = [panel(v), panel(v + 1)];
+                narrow::<S, LOWER, 0, 2>(simd, rows, two, lower, stride, add);
+                narrow::<S, UPPER, 0, 2>(simd, rows, two, &mut lower[STRIP / 2 * stride..], stride, add);
+                2
+            } else {
+                let three = [panel(v), panel(v + 1), panel(v + 2)];
+                if v.is_multiple_of(2) {
+                    narrow::<S, LOWER, 0, 3>(simd, rows, three, lower, stride, add);
+                    narrow::<S, UPPER, 0, 3>(
+                        simd,
+                        rows,
+                        three,
+                        &mut lower[STRIP / 2 * stride..],
+                        stride,
+                        add,
+                    );
+                } else {
+                    narrow::<S, LOWER, 1, 3>(simd, rows, three, lower, stride, add);
+                    narrow::<S, UPPER, 1, 3>(
+                        simd,
+                        rows,
+                        three,
+                        &mut lower[STRIP / 2 * stride..],
+                        stride,
+                        add,
+                    );
+                }
+                3
+            };
+            v += taken;
+        }
     }
 }
 
-/// Four rows of one panel as two vectors of 8: 8 accumulators, 2 columns and a row value of AVX2's 16 registers.
+/// Four rows times P vectors of 8, which alternate between the halves of their panels from `HALF` on: 12
+/// accumulators, 3 columns and a row value are the 16 registers of AVX2.
 #[inline(always)]
-fn narrow<S: Lanes, const FIRST: usize>(
+fn narrow<S: Lanes, const FIRST: usize, const HALF: usize, const P: usize>(
     simd: S,
     rows: &[f32],
-    panel: &[f32],
+    panels: [&[f32]; P],
     out: &mut [f32],
     stride: usize,
     add: bool,
 ) {
-    let mut sums = [[simd.splat_f32s(0.0); 2]; STRIP / 2];
+    let width = P * S::F32_LANES;
+    let mut sums = [[simd.splat_f32s(0.0); P]; STRIP / 2];
     if add {
         for (r, sums) in sums.iter_mut().enumerate() {
-            sums.copy_from_slice(S::as_simd_f32s(&out[r * stride..][..GROUP]).0);
+            sums.copy_from_slice(S::as_simd_f32s(&out[r * stride..][..width]).0);
         }
     }
-    let columns = S::as_simd_f32s(panel).0.as_chunks::<2>().0;
-    for (row, column) in rows.as_chunks::<GROUP>().0.iter().zip(columns) {
+    let rows = rows.as_chunks::<GROUP>().0;
+    // PERF: plain indices. Iterators over the depth, or columns gathered by a closure, make the compiler spill
+    // accumulators, which costs a fifth.
+    let columns = panels.map(|panel| &S::as_simd_f32s(panel).0.as_chunks::<2>().0[..rows.len()]);
+    for k in 0..rows.len() {
+        let mut column = [simd.splat_f32s(0.0); P];
+        for p in 0..P {
+            column[p] = columns[p][k][(HALF + p) % 2];
+        }
         for r in 0..STRIP / 2 {
-            let value = simd.splat_f32s(row[FIRST + r]);
-            for p in 0..2 {
+            let value = simd.splat_f32s(rows[k][FIRST + r]);
+            for p in 0..P {
                 sums[r][p] = simd.mul_add_e_f32s(value, column[p], sums[r][p]);
             }
         }
     }
     for (r, sums) in sums.iter().enumerate() {
-        S::as_mut_simd_f32s(&mut out[r * stride..][..GROUP]).0.copy_from_slice(sums);
+        S::as_mut_simd_f32s(&mut out[r * stride..][..width]).0.copy_from_slice(sums);
     }
 }
 
@@ -149,18 +201,48 @@ pub fn pack_transposed<'a>(
     depth: usize,
     panels: &mut [f32],
 ) {
-    for (p, panel) in panels.chunks_exact_mut(depth * GROUP).enumerate() {
-        let filled = count.saturating_sub(p * GROUP).min(GROUP);
-        if filled < GROUP {
-            panel.fill(0.0);
-        }
-        // Blocks of 16 x 16 keep both sides of the transposition in the first-level cache.
-        for start in (0..depth).step_by(GROUP) {
-            let end = (start + GROUP).min(depth);
-            for lane in 0..filled {
-                let row = &rows(p * GROUP + lane)[start..end];
-                for (k, value) in row.iter().enumerate() {
-                    panel[(start + k) * GROUP + lane] = *value;
+    Level::best().dispatch(Pack { rows, count, depth, panels });
+}
+
+struct Pack<'p, F> {
+    rows: F,
+    count: usize,
+    depth: usize,
+    panels: &'p mut [f32],
+}
+
+impl<'a, F: Fn(usize) -> &'a [f32]> Work for Pack<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Lanes>(self, simd: S) {
+        let Self { rows, count, depth, panels } = self;
+        for (p, panel) in panels.chunks_exact_mut(depth * GROUP).enumerate() {
+            let filled = count.saturating_sub(p * GROUP).min(GROUP);
+            if filled < GROUP {
+                panel.fill(0.0);
+            }
+            let row = |lane: usize| &rows(p * GROUP + lane)[..depth];
+            let panel = panel.as_chunks_mut::<GROUP>().0;
+            // Squares of 8 x 8 are transposed in registers; what is left over is copied one by one.
+            let whole = filled / 8 * 8;
+            for lane in (0..whole).step_by(8) {
+                let eight: [_; 8] = std::array::from_fn(|l| row(lane + l).as_chunks::<8>().0);
+                for (square, lines) in panel.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+                    let columns = simd.transpose(eight.map(|row| row[square]));
+                    for (line, column) in lines.iter_mut().zip(&columns) {
+                        line[lane..lane + 8].copy_from_slice(column);
+                    }
+                }
+                for k in depth / 8 * 8..depth {
+                    for l in 0..8 {
+                        panel[k][lane + l] = row(lane + l)[k];
+                    }
+                }
+            }
+            for lane in whole..filled {
+                for (line, value) in panel.iter_mut().zip(row(lane)) {
+                    line[lane] = *value;
                 }
             }
         }
@@ -185,7 +267,6 @@ pub fn pack_direct<'a>(rows: impl Fn(usize) -> &'a [f32], count: usize, dim: usi
 
 #[cfg(test)]
 mod tests {
-    use super::super::simd::{Level, Work};
     use super::*;
 
     struct Multiply<'a> {
@@ -206,6 +287,27 @@ mod tests {
         }
     }
 
+    #[test]
+    fn packing_transposes_on_every_instruction_set() {
+        for level in Level::available() {
+            for (count, depth) in [(1usize, 1usize), (8, 8), (16, 24), (23, 17), (40, 5)] {
+                let rows: Vec<Vec<f32>> =
+                    (0..count).map(|i| (0..depth).map(|k| (100 * i + k + 1) as f32).collect()).collect();
+                let mut panels = vec![f32::NAN; count.div_ceil(GROUP) * depth * GROUP];
+                level.dispatch(Pack {
+                    rows: |i: usize| rows[i].as_slice(),
+                    count,
+                    depth,
+                    panels: &mut panels,
+                });
+                for (at, value) in panels.iter().enumerate() {
+                    let (i, k) = (at / GROUP / depth * GROUP + at % GROUP, at / GROUP % depth);
+                    assert_eq!(*value, rows.get(i).map_or(0.0, |row| row[k]), "{level:?} {count} {depth}");
+                }
+            }
+        }
+    }
+
     fn packed(rows: &[Vec<f32>], depth: usize) -> Vec<f32> {
         let mut panels = vec![f32::NAN; rows.len().div_ceil(GROUP) * depth * GROUP];
         pack_transposed(|i| rows[i].as_slice(), rows.len(), depth, &mut panels);
@@ -219,7 +321,7 @@ mod tests {
             (from..from + count).map(|i| (0..depth).map(|k| value(i, k)).collect()).collect()
         };
         for (level, first) in Level::available().into_iter().flat_map(|level| [(level, 0), (level, STRIP)]) {
-            for (depth, columns) in [(1, 1), (3, 16), (17, 33), (64, 48), (130, 79)] {
+            for (depth, columns) in [(1, 1), (3, 16), (17, 33), (64, 48), (130, 79), (300, 96)] {
                 let (left, right) = (matrix(0, GROUP, depth), matrix(100, columns, depth));
                 let (rows, panels) = (packed(&left, depth), packed(&right, depth));
                 let stride = columns.next_multiple_of(GROUP);

@@ -18,6 +18,10 @@ pub const MAX_BLOCK: usize = 96;
 /// (a memory bank is not copied).
 const PACKED_BYTES: usize = 128 << 20;
 
+/// Rows that are checked, and dimensions that are summed, as one task.
+const ROWS_AT_A_TIME: usize = 32;
+const DIMENSIONS_AT_A_TIME: usize = 64;
+
 /// A run of rows in class order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Block {
@@ -51,7 +55,7 @@ pub struct Order {
 
 impl Order {
     /// Sorts rows by label. Classes smaller than a quarter of a block do not straddle two blocks, so
-    /// that their pairs lie in diagonal tiles.
+    /// that their pairs lie in diagonal tiles; blocks smaller than the largest are few, and are filled instead.
     pub fn by_class(&mut self, labels: &[i64], block_rows: usize) {
         if self.labels == labels && self.block_rows == block_rows {
             return;
@@ -72,7 +76,7 @@ impl Order {
         let mut start = 0;
         while start < self.rows.len() {
             let mut end = (start + block_rows).min(self.rows.len());
-            if end < self.rows.len() {
+            if end < self.rows.len() && block_rows == MAX_BLOCK {
                 let class = self.sorted[end];
                 let first = self.sorted.partition_point(|&label| label < class);
                 let last = self.sorted.partition_point(|&label| label <= class);
@@ -226,9 +230,9 @@ impl SideBuffers {
             }
         };
         self.squares.resize(count, 0.0);
-        workers.for_each_chunk(&mut self.squares, 256, |chunk, squares| {
+        workers.for_each_chunk(&mut self.squares, ROWS_AT_A_TIME, |chunk, squares| {
             for (i, square) in squares.iter_mut().enumerate() {
-                *square = square_sum(&values[(chunk * 256 + i) * dim..][..dim]);
+                *square = square_sum(&values[(chunk * ROWS_AT_A_TIME + i) * dim..][..dim]);
             }
         });
         if check == UnitCheck::Check {
@@ -239,15 +243,23 @@ impl SideBuffers {
         let squares = self.order.rows.iter().map(|&i| self.squares[i as usize]).sum();
         self.sum.clear();
         self.sum.resize(dim, 0.0);
-        for &row in &self.order.rows {
-            for (sum, value) in self.sum.iter_mut().zip(&values[row as usize * dim..][..dim]) {
-                *sum += f64::from(*value);
+        workers.for_each_chunk(&mut self.sum, DIMENSIONS_AT_A_TIME, |chunk, sums| {
+            for &row in &self.order.rows {
+                let values = &values[row as usize * dim + chunk * DIMENSIONS_AT_A_TIME..][..sums.len()];
+                for (sum, value) in sums.iter_mut().zip(values) {
+                    *sum += f64::from(*value);
+                }
             }
-        }
+        });
 
         let order = &self.order;
         let panel_floats = order.block_rows.div_ceil(GROUP) * GROUP * dim;
-        let whole = order.blocks.len() * panel_floats;
+        // All blocks but the last have the room of a full one.
+        let (full, last) = match order.blocks.split_last() {
+            Some((last, full)) => (full.len(), *last),
+            None => (0, Block { start: 0, rows: 0 }),
+        };
+        let whole = full * panel_floats + last.panels() * dim * GROUP;
         let kept = whole > 0 && order.block_rows > 0 && whole * 4 <= PACKED_BYTES;
         if kept {
             self.packed.resize(whole, 0.0);
@@ -259,7 +271,7 @@ impl SideBuffers {
             });
             let stride = dim.next_multiple_of(GROUP);
             let block_floats = order.block_rows * stride;
-            self.direct.resize(order.blocks.len() * block_floats, 0.0);
+            self.direct.resize(full * block_floats + last.rows * stride, 0.0);
             workers.for_each_chunk(&mut self.direct, block_floats, |block, panels| {
                 let Block { start, rows } = order.blocks[block];
                 let row = |i: usize| &values[order.rows[start + i] as usize * dim..][..dim];

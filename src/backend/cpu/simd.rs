@@ -10,6 +10,9 @@ pub trait Lanes: Simd {
     /// Bit l is set where lane l of `a` exceeds that of `b`.
     fn above(self, a: Self::f32s, b: Self::f32s) -> u32;
 
+    /// Transposes: `out[k][l] = rows[l][k]`.
+    fn transpose(self, rows: [[f32; 8]; 8]) -> [[f32; 8]; 8];
+
     /// Writes the values whose mask bit is set to the front of `out`; what lies behind them is unspecified.
     fn compress(self, values: &[u32; GROUP], mask: u16, out: &mut [u32; GROUP]);
 }
@@ -33,9 +36,31 @@ impl Lanes for Scalar256b {
     }
 
     #[inline(always)]
+    fn transpose(self, rows: [[f32; 8]; 8]) -> [[f32; 8]; 8] {
+        std::array::from_fn(|k| rows.map(|row| row[k]))
+    }
+
+    #[inline(always)]
     fn compress(self, values: &[u32; GROUP], mask: u16, out: &mut [u32; GROUP]) {
         compress_by_bit(values, mask, out);
     }
+}
+
+/// By pairs of rows, by fours, then by halves of a vector.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn transpose_avx(avx: pulp::core_arch::x86::Avx, rows: [[f32; 8]; 8]) -> [[f32; 8]; 8] {
+    let r = rows.map(|row| bytemuck::cast::<_, std::arch::x86_64::__m256>(row));
+    let low = |a, b| avx._mm256_unpacklo_ps(r[a], r[b]);
+    let high = |a, b| avx._mm256_unpackhi_ps(r[a], r[b]);
+    let pairs = [low(0, 1), high(0, 1), low(2, 3), high(2, 3), low(4, 5), high(4, 5), low(6, 7), high(6, 7)];
+    let low = |a: usize| avx._mm256_shuffle_ps::<0x44>(pairs[a], pairs[a + 2]);
+    let high = |a: usize| avx._mm256_shuffle_ps::<0xee>(pairs[a], pairs[a + 2]);
+    let fours = [low(0), high(0), low(1), high(1), low(4), high(4), low(5), high(5)];
+    let first = |k: usize| avx._mm256_permute2f128_ps::<0x20>(fours[k], fours[k + 4]);
+    let second = |k: usize| avx._mm256_permute2f128_ps::<0x31>(fours[k], fours[k + 4]);
+    [first(0), first(1), first(2), first(3), second(0), second(1), second(2), second(3)]
+        .map(|column| bytemuck::cast(column))
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -44,6 +69,11 @@ impl Lanes for pulp::x86::V3 {
     fn above(self, a: Self::f32s, b: Self::f32s) -> u32 {
         let mask: std::arch::x86_64::__m256 = bytemuck::cast(self.greater_than_f32s(a, b));
         self.avx._mm256_movemask_ps(mask) as u32
+    }
+
+    #[inline(always)]
+    fn transpose(self, rows: [[f32; 8]; 8]) -> [[f32; 8]; 8] {
+        transpose_avx(self.avx, rows)
     }
 
     #[inline(always)]
@@ -57,6 +87,11 @@ impl Lanes for pulp::x86::V4 {
     #[inline(always)]
     fn above(self, a: Self::f32s, b: Self::f32s) -> u32 {
         u32::from(self.greater_than_f32s(a, b).0)
+    }
+
+    #[inline(always)]
+    fn transpose(self, rows: [[f32; 8]; 8]) -> [[f32; 8]; 8] {
+        transpose_avx(self.avx, rows)
     }
 
     #[inline(always)]
@@ -89,7 +124,8 @@ pub enum Level {
 }
 
 impl Level {
-    /// All this processor has, the best last.
+    /// All this processor has, for tests.
+    #[cfg(test)]
     pub fn available() -> Vec<Self> {
         let mut levels = vec![Self::Portable];
         #[cfg(target_arch = "x86_64")]
@@ -98,6 +134,20 @@ impl Level {
             levels.extend(pulp::x86::V4::try_new().map(Self::Avx512));
         }
         levels
+    }
+
+    /// The best this processor has.
+    pub fn best() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        {
+            if let Some(simd) = pulp::x86::V4::try_new() {
+                return Self::Avx512(simd);
+            }
+            if let Some(simd) = pulp::x86::V3::try_new() {
+                return Self::Avx2(simd);
+            }
+        }
+        Self::Portable
     }
 
     /// Runs `work` compiled for this instruction set.

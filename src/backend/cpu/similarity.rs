@@ -87,6 +87,8 @@ impl Statistics {
 struct Tile {
     kept: bool,
     candidates: Candidates,
+    /// All similarities of a tile with pairs of one class, from that pass to the sweep; or empty.
+    similarities: Vec<f32>,
     row_extreme: [f32; MAX_BLOCK],
     column_extreme: [f32; MAX_BLOCK],
     counts: Counts,
@@ -102,6 +104,7 @@ impl Default for Tile {
         Self {
             kept: false,
             candidates: Candidates::default(),
+            similarities: Vec::new(),
             row_extreme: [0.0; MAX_BLOCK],
             column_extreme: [0.0; MAX_BLOCK],
             counts: Counts::default(),
@@ -115,7 +118,7 @@ impl Default for Tile {
 }
 
 /// All tiles of a batch; in the square form those on and above the diagonal.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Tiles {
     budget: usize,
     used: AtomicUsize,
@@ -128,20 +131,10 @@ pub struct Tiles {
 }
 
 impl Tiles {
-    pub fn new(budget: usize) -> Self {
-        Self {
-            budget,
-            used: AtomicUsize::new(0),
-            rows: 0,
-            columns: 0,
-            square: true,
-            with_positives: Vec::new(),
-            tiles: Vec::new(),
-        }
-    }
-
-    /// Lays the tiles out for a batch. Buffers of earlier batches are reused.
-    pub fn set(&mut self, pairs: &Pairs<'_>) {
+    /// Lays the tiles out for a batch, to keep at most `budget` bytes of candidates. Buffers of earlier
+    /// batches are reused.
+    pub fn set(&mut self, pairs: &Pairs<'_>, budget: usize) {
+        self.budget = budget;
         self.rows = pairs.rows.order.blocks.len();
         self.columns = pairs.columns.order.blocks.len();
         self.square = pairs.square;
@@ -154,6 +147,9 @@ impl Tiles {
                 exclusive(tile).candidates = Candidates::default();
             }
         }
+        for tile in &mut self.tiles {
+            exclusive(tile).similarities.clear();
+        }
         self.used = AtomicUsize::new(0);
         self.with_positives.clear();
         let positions = (0..count).filter(|&index| {
@@ -164,8 +160,11 @@ impl Tiles {
     }
 
     pub fn bytes(&self) -> usize {
-        let candidates = |tile: &RwLock<Tile>| read(tile).candidates.bytes();
-        self.tiles.iter().map(candidates).sum::<usize>() + self.tiles.capacity() * size_of::<RwLock<Tile>>()
+        let held = |tile: &RwLock<Tile>| {
+            let tile = read(tile);
+            tile.candidates.bytes() + tile.similarities.capacity() * 4
+        };
+        self.tiles.iter().map(held).sum::<usize>() + self.tiles.capacity() * size_of::<RwLock<Tile>>()
     }
 
     /// Blocks of rows and columns of a tile.
@@ -209,9 +208,12 @@ impl Tiles {
         scratch: &[Mutex<Scratch>],
         statistics: &mut Statistics,
     ) {
+        // Few tiles hold them where classes are small: those are kept for the sweep, in linear memory.
+        let keep = self.with_positives.len() <= 2 * (self.rows + self.columns);
         workers.for_each(self.with_positives.len(), scratch, |task, scratch| {
             let index = self.with_positives[task];
             let tile = &mut *write(&self.tiles[index]);
+            let similarities = &mut tile.similarities;
             tile.row_extreme.fill(f32::INFINITY);
             tile.column_extreme.fill(f32::INFINITY);
             (tile.positives, tile.same_class) = (0, 0);
@@ -228,9 +230,13 @@ impl Tiles {
                     }
                 }
             };
-            let work =
-                SameClass { pairs: *pairs, tile: self.position(index), scratch: &mut scratch.tile, visit };
-            pairs.level.dispatch(work);
+            pairs.level.dispatch(SameClass {
+                pairs: *pairs,
+                tile: self.position(index),
+                scratch: &mut scratch.tile,
+                keep: keep.then_some(similarities),
+                visit,
+            });
         });
         // Each unordered pair of the square form was met once.
         let weight = if pairs.square { 2 } else { 1 };
@@ -265,8 +271,9 @@ impl Tiles {
         let (keep, probe) = statistics.bounds(pairs.square);
         workers.for_each(self.tiles.len(), scratch, |index, scratch| {
             let scratch = &mut scratch.tile;
-            pairs.level.dispatch(Sweep { pairs: *pairs, tile: self.position(index), keep, probe, scratch });
             let tile = &mut *write(&self.tiles[index]);
+            let (position, kept) = (self.position(index), tile.similarities.as_slice());
+            pairs.level.dispatch(Sweep { pairs: *pairs, tile: position, keep, probe, kept, scratch });
             tile.row_extreme = scratch.found.row_max;
             tile.column_extreme = scratch.found.column_max;
             tile.probe = scratch.found.probe;
@@ -320,7 +327,8 @@ impl Tiles {
             return use_them(&tile.candidates);
         }
         let (keep, probe) = statistics.bounds(pairs.square);
-        pairs.level.dispatch(Sweep { pairs: *pairs, tile: self.position(index), keep, probe, scratch });
+        let position = self.position(index);
+        pairs.level.dispatch(Sweep { pairs: *pairs, tile: position, keep, probe, kept: &[], scratch });
         use_them(&scratch.candidates);
     }
 

@@ -1,32 +1,56 @@
 //! Work shared out among threads: tasks by number, taken in order, results by task.
+//!
+//! A loss at 80 rows takes some 50 us in five passes. Entering the pool of threads for each would cost 12 us
+//! a time (benches/records/2026-11-25-cpu-throughput); a [`Crew`] enters it once a call, and its threads wait
+//! for the next pass awake.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-
-use rayon::prelude::*;
 
 /// The threads of the current pool, or the caller alone where a batch is too small to share.
 #[derive(Debug, Clone, Copy)]
-pub struct Workers {
+pub struct Workers<'a> {
     threads: usize,
+    /// Threads that are already here; without them each pass calls its own.
+    crew: Option<&'a Crew>,
 }
 
-impl Workers {
-    /// `operations`: multiply-adds of the largest pass. Waking a thread costs some 10 us.
+impl Workers<'static> {
+    /// `operations`: multiply-adds of the largest pass.
     pub fn new(operations: usize) -> Self {
         let worth = operations / 1_000_000 + 1;
-        Self { threads: rayon::current_num_threads().min(worth) }
+        Self { threads: rayon::current_num_threads().min(worth), crew: None }
     }
+}
 
+impl Workers<'_> {
     pub fn count(self) -> usize {
         self.threads
+    }
+
+    /// Runs `body` with threads that stay for all its passes. It must not use the pool otherwise: a thread of
+    /// the pool that waits there could find itself one of the crew.
+    pub fn stay<R>(self, body: impl FnOnce(Workers<'_>) -> R) -> R {
+        if self.threads <= 1 || self.crew.is_some() {
+            return body(Workers { threads: self.threads, crew: self.crew });
+        }
+        let crew = Crew::default();
+        rayon::in_place_scope(|scope| {
+            for worker in 1..self.threads {
+                let crew = &crew;
+                scope.spawn(move |_| crew.help(worker));
+            }
+            // Sent home whether `body` returns or panics, or the scope would never end.
+            let _end = AtEnd(|| crew.over.store(true, Ordering::Release));
+            body(Workers { threads: self.threads, crew: Some(&crew) })
+        })
     }
 
     /// Runs tasks `0..count`. Which thread runs a task is left to chance, so a
     /// task must write only what is its own.
     pub fn for_each<T: Send>(self, count: usize, scratch: &[Mutex<T>], task: impl Fn(usize, &mut T) + Sync) {
         let next = AtomicUsize::new(0);
-        let run = |worker: usize| {
+        self.run(count, &|worker| {
             let mut scratch = lock(&scratch[worker]);
             loop {
                 let index = next.fetch_add(1, Ordering::Relaxed);
@@ -35,12 +59,7 @@ impl Workers {
                 }
                 task(index, &mut scratch);
             }
-        };
-        if self.threads <= 1 || count <= 1 {
-            run(0);
-        } else {
-            (0..self.threads.min(count)).into_par_iter().with_max_len(1).for_each(run);
-        }
+        });
     }
 
     /// Runs `task` on chunks of a buffer.
@@ -50,15 +69,158 @@ impl Workers {
         size: usize,
         task: impl Fn(usize, &mut [T]) + Sync,
     ) {
-        if self.threads <= 1 || buffer.len() <= size {
-            buffer.chunks_mut(size).enumerate().for_each(|(i, chunk)| task(i, chunk));
-        } else {
-            buffer.par_chunks_mut(size).enumerate().for_each(|(i, chunk)| task(i, chunk));
+        let count = buffer.len().div_ceil(size);
+        let chunks = Mutex::new(buffer.chunks_mut(size).enumerate());
+        self.run(count, &|_| {
+            loop {
+                let next = lock(&chunks).next();
+                let Some((index, chunk)) = next else { return };
+                task(index, chunk);
+            }
+        });
+    }
+
+    /// Runs `job` on as many threads as there are tasks for, the caller's among them.
+    fn run(self, tasks: usize, job: &(dyn Fn(usize) + Sync)) {
+        match self.crew {
+            _ if self.threads <= 1 || tasks <= 1 => job(0),
+            Some(crew) => crew.run(job),
+            None => self.stay(|workers| workers.run(tasks, job)),
         }
+    }
+}
+
+/// A job, by the number of the worker; it lives as long as [`Crew::run`] takes.
+type Job = &'static (dyn Fn(usize) + Sync);
+
+/// Threads that wait for jobs, awake.
+#[derive(Default)]
+struct Crew {
+    /// Jobs announced so far.
+    announced: AtomicUsize,
+    /// The present job. Whoever takes it is counted in `busy` before the lock is released.
+    job: Mutex<Option<Job>>,
+    busy: AtomicUsize,
+    over: AtomicBool,
+}
+
+impl std::fmt::Debug for Crew {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Crew").field("announced", &self.announced).field("busy", &self.busy).finish()
+    }
+}
+
+impl Crew {
+    /// Runs a job on the caller's thread and on those of the crew that are free, until all have left it.
+    fn run(&self, job: &(dyn Fn(usize) + Sync)) {
+        // SAFETY: only the lifetime changes. The job is reached through `self.job` alone; `_withdraw` clears that
+        // and then waits until nobody who took it is busy, before this function returns or unwinds.
+        let forever = unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), Job>(job) };
+        let _withdraw = AtEnd(|| {
+            *lock(&self.job) = None;
+            wait_until(|| self.busy.load(Ordering::Acquire) == 0);
+        });
+        *lock(&self.job) = Some(forever);
+        self.announced.fetch_add(1, Ordering::Release);
+        job(0);
+    }
+
+    /// Takes part in jobs until the work is over.
+    fn help(&self, worker: usize) {
+        let mut seen = 0;
+        loop {
+            let over = || self.over.load(Ordering::Acquire);
+            wait_until(|| self.announced.load(Ordering::Acquire) != seen || over());
+            if over() {
+                return;
+            }
+            seen = self.announced.load(Ordering::Acquire);
+            let job = {
+                let job = lock(&self.job);
+                self.busy.fetch_add(usize::from(job.is_some()), Ordering::Relaxed);
+                *job
+            };
+            if let Some(job) = job {
+                let _done = AtEnd(|| {
+                    self.busy.fetch_sub(1, Ordering::Release);
+                });
+                job(worker);
+            }
+        }
+    }
+}
+
+/// Waits for what another thread is about to do: a few microseconds awake, then giving way.
+fn wait_until(ready: impl Fn() -> bool) {
+    /// About 100 us: longer than what a small batch does between two passes.
+    const AWAKE: usize = 4000;
+    let mut turns = 0;
+    while !ready() {
+        turns += 1;
+        if turns < AWAKE {
+            std::hint::spin_loop();
+        } else {
+            std::thread::yield_now();
+        }
+    }
+}
+
+/// Runs a closure when it goes out of scope.
+struct AtEnd<F: Fn()>(F);
+
+impl<F: Fn()> Drop for AtEnd<F> {
+    fn drop(&mut self) {
+        (self.0)();
     }
 }
 
 /// Locks; a panic elsewhere leaves nothing half-written that a later pass would read.
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use super::*;
+
+    /// Many short passes, each of which needs what the one before has written.
+    fn passes(workers: Workers<'_>) {
+        let scratch: Vec<Mutex<u64>> = (0..workers.count()).map(|_| Mutex::default()).collect();
+        let mut values = vec![0u64; 1000];
+        for pass in 0..500 {
+            workers.for_each_chunk(&mut values, 7, |_, chunk| {
+                chunk.iter_mut().for_each(|value| *value = value.wrapping_mul(3).wrapping_add(pass));
+            });
+        }
+        let wanted = (0..500).fold(0u64, |value, pass| value.wrapping_mul(3).wrapping_add(pass));
+        assert!(values.iter().all(|&value| value == wanted));
+        workers.for_each(1000, &scratch, |index, sum| *sum += index as u64);
+        assert_eq!(scratch.iter().map(|sum| *lock(sum)).sum::<u64>(), 499_500);
+    }
+
+    #[test]
+    fn every_task_runs_once_whether_the_threads_stay_or_not() {
+        for threads in [1, 2, 3, 9] {
+            let workers = Workers { threads, crew: None };
+            passes(workers);
+            workers.stay(passes);
+        }
+    }
+
+    #[test]
+    fn a_panic_in_a_task_reaches_the_caller() {
+        let workers = Workers { threads: 3, crew: None };
+        for bad in 0..8 {
+            let tasks = AssertUnwindSafe(|| {
+                workers.stay(|workers| {
+                    let scratch: Vec<Mutex<()>> = (0..3).map(|_| Mutex::default()).collect();
+                    workers.for_each(8, &scratch, |index, ()| assert_ne!(index, bad));
+                });
+            });
+            assert!(catch_unwind(tasks).is_err());
+        }
+        workers.stay(passes);
+    }
 }

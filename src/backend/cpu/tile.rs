@@ -131,6 +131,9 @@ pub struct SameClass<'a, 'b, F> {
     pub pairs: Pairs<'a>,
     pub tile: (usize, usize),
     pub scratch: &'b mut TileScratch,
+    /// Where to keep the whole tile for the sweep, `[rows to whole strips, MAX_BLOCK]`; otherwise only what
+    /// is visited is computed.
+    pub keep: Option<&'b mut Vec<f32>>,
     /// Called with the local row, the first local column and the similarities from there on.
     pub visit: F,
 }
@@ -142,34 +145,42 @@ impl<F: FnMut(usize, usize, &[f32])> Work for SameClass<'_, '_, F> {
     fn run<S: Lanes>(mut self, simd: S) {
         let Self { pairs, tile: (row, column), .. } = self;
         let block = pairs.rows.order.blocks[row];
+        let diagonal = pairs.square && row == column;
         let row_panels = pairs.rows.panels(row, &mut self.scratch.row_panels);
         let panels = pairs.columns.panels(column, &mut self.scratch.panels);
         let panel = pairs.columns.dim * GROUP;
+        if let Some(kept) = &mut self.keep {
+            kept.resize(block.rows.next_multiple_of(STRIP) * MAX_BLOCK, 0.0);
+        }
         for start in (0..block.rows).step_by(STRIP) {
             let count = STRIP.min(block.rows - start);
             let (first, _) = pairs.class_columns(block.start + start, column);
             let (_, last) = pairs.class_columns(block.start + start + count - 1, column);
-            if first >= last {
-                continue;
-            }
-            let (first, last) = (first / GROUP, last.div_ceil(GROUP));
+            let visited = first / GROUP..last.div_ceil(GROUP);
+            let (groups, strip) = match &mut self.keep {
+                Some(kept) => {
+                    let lowest = if diagonal { start / GROUP } else { 0 };
+                    (lowest..panels.len() / panel, &mut kept[start * MAX_BLOCK..][..STRIP * MAX_BLOCK])
+                }
+                None if first >= last => continue,
+                None => (visited, self.scratch.strip.as_flattened_mut()),
+            };
             product(
                 simd,
                 strip_panel(row_panels, start, panel),
                 start % GROUP,
-                &panels[first * panel..last * panel],
-                self.scratch.strip.as_flattened_mut(),
+                &panels[groups.start * panel..groups.end * panel],
+                &mut strip[groups.start * GROUP..],
                 MAX_BLOCK,
                 false,
             );
             for r in 0..count {
                 let (mut begin, end) = pairs.class_columns(block.start + start + r, column);
-                if pairs.square && row == column {
+                if diagonal {
                     begin = begin.max(start + r + 1);
                 }
                 if begin < end {
-                    let line = &self.scratch.strip[r];
-                    (self.visit)(start + r, begin, &line[begin - first * GROUP..end - first * GROUP]);
+                    (self.visit)(start + r, begin, &strip[r * MAX_BLOCK..][begin..end]);
                 }
             }
         }
@@ -183,6 +194,8 @@ pub struct Sweep<'a, 'b> {
     /// Negatives above these are candidates; so is every pair of one class.
     pub keep: Bounds<'a>,
     pub probe: Bounds<'a>,
+    /// The tile's similarities if the same-class pass has kept them, or empty.
+    pub kept: &'b [f32],
     pub scratch: &'b mut TileScratch,
 }
 
@@ -199,7 +212,7 @@ impl Work for Sweep<'_, '_> {
 
     #[inline(always)]
     fn run<S: Lanes>(self, simd: S) {
-        let Self { pairs, tile: (row, column), keep, probe, scratch } = self;
+        let Self { pairs, tile: (row, column), keep, probe, kept, scratch } = self;
         let TileScratch { row_panels, panels, strip, candidates, found } = scratch;
         let (block, across) = (pairs.rows.order.blocks[row], pairs.columns.order.blocks[column]);
         let row_panels = pairs.rows.panels(row, row_panels);
@@ -228,15 +241,20 @@ impl Work for Sweep<'_, '_> {
         for start in (0..block.rows).step_by(STRIP) {
             let count = STRIP.min(block.rows - start);
             let first_group = if diagonal { start / GROUP } else { 0 };
-            product(
-                simd,
-                strip_panel(row_panels, start, panel),
-                start % GROUP,
-                &panels[first_group * panel..],
-                &mut strip.as_flattened_mut()[first_group * GROUP..],
-                MAX_BLOCK,
-                false,
-            );
+            if kept.is_empty() {
+                product(
+                    simd,
+                    strip_panel(row_panels, start, panel),
+                    start % GROUP,
+                    &panels[first_group * panel..],
+                    &mut strip.as_flattened_mut()[first_group * GROUP..],
+                    MAX_BLOCK,
+                    false,
+                );
+            } else {
+                let lines = &kept[start * MAX_BLOCK..][..STRIP * MAX_BLOCK];
+                strip.as_flattened_mut().copy_from_slice(lines);
+            }
             for r in 0..count {
                 let line = &mut strip[r];
                 let position = block.start + start + r;

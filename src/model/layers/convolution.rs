@@ -15,6 +15,8 @@
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
+use super::buffer::written;
+
 /// Positions are computed in steps of at most this many (three vectors of 16 lanes).
 const STEP: usize = 48;
 
@@ -116,22 +118,18 @@ pub fn forward(g: &Geometry, input: &[f32], weight: &[f32]) -> Vec<f32> {
     let offsets = channel_offsets(g.channels_in, g.channel_length(), &taps, 0);
     let [height, width] = g.output();
     let columns = g.phase_plane()[1];
-    let mut output = vec![0.0; g.images * g.output_length()];
-    output.par_chunks_mut(g.output_length()).zip(input.par_chunks(g.input_length())).for_each_init(
-        Scratch::default,
-        |scratch, (output, input)| {
-            let planes = zeroed(&mut scratch.planes, g.channels_in * g.channel_length());
-            split_phases(g, input, planes, g.channel_length());
-            let product = TapProduct { planes, offsets: &offsets, packed: &packed, positions: g.positions() };
-            product.run(&mut scratch.accumulators, |o, flat| {
-                let plane = &mut output[o * height * width..][..height * width];
-                for (row, flat) in plane.chunks_exact_mut(width).zip(flat.chunks(columns)) {
-                    row.copy_from_slice(&flat[..width]);
-                }
-            });
-        },
-    );
-    output
+    written(g.images * g.output_length(), g.output_length(), |scratch: &mut Scratch, image, output| {
+        let input = &input[image * g.input_length()..][..g.input_length()];
+        let planes = zeroed(&mut scratch.planes, g.channels_in * g.channel_length());
+        split_phases(g, input, planes, g.channel_length());
+        let product = TapProduct { planes, offsets: &offsets, packed: &packed, positions: g.positions() };
+        product.run(&mut scratch.accumulators, |o, flat| {
+            let plane = &mut output[o * height * width..][..height * width];
+            for (row, flat) in plane.chunks_exact_mut(width).zip(flat.chunks(columns)) {
+                row.copy_from_slice(&flat[..width]);
+            }
+        });
+    })
 }
 
 /// dL/d(input), `[N, in, H, W]`, from dL/d(output), `[N, out, H', W']`.
@@ -157,29 +155,25 @@ pub fn input_gradient(g: &Geometry, output_gradient: &[f32], weight: &[f32]) -> 
         })
         .collect();
 
-    let mut gradient = vec![0.0; g.images * g.input_length()];
-    gradient
-        .par_chunks_mut(g.input_length())
-        .zip(output_gradient.par_chunks(g.output_length()))
-        .for_each_init(Scratch::default, |scratch, (gradient, output_gradient)| {
-            let planes = zeroed(&mut scratch.planes, g.channels_out * channel_length);
-            for (plane, source) in
-                planes.chunks_exact_mut(channel_length).zip(output_gradient.chunks_exact(height * width))
-            {
-                for (y, row) in source.chunks_exact(width).enumerate() {
-                    plane[(y + reach) * columns + reach..][..width].copy_from_slice(row);
-                }
+    written(g.images * g.input_length(), g.input_length(), |scratch: &mut Scratch, image, gradient| {
+        let output_gradient = &output_gradient[image * g.output_length()..][..g.output_length()];
+        let planes = zeroed(&mut scratch.planes, g.channels_out * channel_length);
+        for (plane, source) in
+            planes.chunks_exact_mut(channel_length).zip(output_gradient.chunks_exact(height * width))
+        {
+            for (y, row) in source.chunks_exact(width).enumerate() {
+                plane[(y + reach) * columns + reach..][..width].copy_from_slice(row);
             }
-            for (phase, packed) in phases.iter().zip(&packed) {
-                let positions = phase.count[0] * columns;
-                let product = TapProduct { planes, offsets: &phase.offsets, packed, positions };
-                product.run(&mut scratch.accumulators, |i, flat| {
-                    let plane = &mut gradient[i * g.input[0] * g.input[1]..][..g.input[0] * g.input[1]];
-                    phase.scatter(g, plane, flat, columns);
-                });
-            }
-        });
-    gradient
+        }
+        for (phase, packed) in phases.iter().zip(&packed) {
+            let positions = phase.count[0] * columns;
+            let product = TapProduct { planes, offsets: &phase.offsets, packed, positions };
+            product.run(&mut scratch.accumulators, |i, flat| {
+                let plane = &mut gradient[i * g.input[0] * g.input[1]..][..g.input[0] * g.input[1]];
+                phase.scatter(g, plane, flat, columns);
+            });
+        }
+    })
 }
 
 /// dL/d(weight), `[out, in, k, k]`.

@@ -9,10 +9,12 @@
 //! | --- | --- |
 //! | `convolution.rs` | convolution and its two gradients |
 //! | `normalisation.rs` | batch normalisation + ReLU, residual sum + ReLU |
+//! | `buffer.rs` | what both write their results into |
 //! | `differentiation.rs` | the same under autodiff |
 //! | `flex.rs`, `cube.rs` | Burn's CPU backend with the operations above, its GPU backend with the default bodies |
 
-pub mod convolution;
+pub mod buffer;
+mod convolution;
 #[cfg(feature = "train-cuda")]
 mod cube;
 mod differentiation;

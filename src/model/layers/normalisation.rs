@@ -7,6 +7,8 @@
 use pulp::Arch;
 use rayon::prelude::*;
 
+use super::buffer::written;
+
 /// Activations `[N, C, H, W]` seen as planes of H * W.
 #[derive(Debug, Clone, Copy)]
 pub struct Planes {
@@ -110,15 +112,12 @@ pub fn statistics(planes: Planes, input: &[f32]) -> Vec<f32> {
 
 /// `y = relu(gamma * (x - mean) / sqrt(variance + epsilon) + beta)`.
 pub fn forward(planes: Planes, input: &[f32], n: &Normalisation<'_>) -> Vec<f32> {
-    let mut output = vec![0.0; input.len()];
-    output.par_chunks_mut(planes.area).zip(input.par_chunks(planes.area)).enumerate().for_each(
-        |(plane, (output, input))| {
-            let Affine { scale, shift } = n.affine(plane % planes.channels);
-            let floor = if n.relu { 0.0 } else { f32::NEG_INFINITY };
-            output.iter_mut().zip(input).for_each(|(y, x)| *y = (scale * x + shift).max(floor));
-        },
-    );
-    output
+    written(input.len(), planes.area, |_: &mut (), plane, output| {
+        let Affine { scale, shift } = n.affine(plane % planes.channels);
+        let floor = if n.relu { 0.0 } else { f32::NEG_INFINITY };
+        let input = &input[plane * planes.area..][..planes.area];
+        output.iter_mut().zip(input).for_each(|(y, x)| *y = (scale * x + shift).max(floor));
+    })
 }
 
 /// Gradients of gamma and beta, `[2, C]`. Which outputs were cut by the ReLU is computed again from the input.
@@ -161,27 +160,23 @@ pub fn input_gradient(
 ) -> Vec<f32> {
     let count = (input.len() / planes.channels) as f32;
     let (gamma, beta) = parameter_gradient.split_at(planes.channels);
-    let mut gradient = vec![0.0; input.len()];
-    gradient
-        .par_chunks_mut(planes.area)
-        .zip(input.par_chunks(planes.area).zip(output_gradient.par_chunks(planes.area)))
-        .enumerate()
-        .for_each(|(plane, (gradient, (input, output_gradient)))| {
-            let channel = plane % planes.channels;
-            let (affine, mean) = (n.affine(channel), n.mean[channel]);
-            // Through the batch's own statistics, the mean of the gradient and
-            // its projection on the normalised input drop out.
-            let (mean_gradient, projection) = if n.from_batch {
-                (beta[channel] / count, gamma[channel] / count * n.inverse_deviation(channel))
-            } else {
-                (0.0, 0.0)
-            };
-            for ((to, &x), &dy) in gradient.iter_mut().zip(input).zip(output_gradient) {
-                let dz = passed(n.relu, affine, x, dy);
-                *to = affine.scale * (dz - mean_gradient - (x - mean) * projection);
-            }
-        });
-    gradient
+    written(input.len(), planes.area, |_: &mut (), plane, gradient| {
+        let channel = plane % planes.channels;
+        let (affine, mean) = (n.affine(channel), n.mean[channel]);
+        // Through the batch's own statistics, the mean of the gradient and
+        // its projection on the normalised input drop out.
+        let (mean_gradient, projection) = if n.from_batch {
+            (beta[channel] / count, gamma[channel] / count * n.inverse_deviation(channel))
+        } else {
+            (0.0, 0.0)
+        };
+        let within = plane * planes.area..(plane + 1) * planes.area;
+        let (input, output_gradient) = (&input[within.clone()], &output_gradient[within]);
+        for ((to, &x), &dy) in gradient.iter_mut().zip(input).zip(output_gradient) {
+            let dz = passed(n.relu, affine, x, dy);
+            *to = affine.scale * (dz - mean_gradient - (x - mean) * projection);
+        }
+    })
 }
 
 /// The gradient that comes through the ReLU.
@@ -192,24 +187,19 @@ fn passed(relu: bool, affine: Affine, x: f32, dy: f32) -> f32 {
 
 /// `relu(a + b)`.
 pub fn add_relu(a: &[f32], b: &[f32]) -> Vec<f32> {
-    let mut output = vec![0.0; a.len()];
-    output
-        .par_chunks_mut(CHUNK)
-        .zip(a.par_chunks(CHUNK).zip(b.par_chunks(CHUNK)))
-        .for_each(|(y, (a, b))| y.iter_mut().zip(a).zip(b).for_each(|((y, a), b)| *y = (a + b).max(0.0)));
-    output
+    written(a.len(), CHUNK, |_: &mut (), chunk, output| {
+        let (a, b) = (&a[chunk * CHUNK..], &b[chunk * CHUNK..]);
+        output.iter_mut().zip(a).zip(b).for_each(|((y, a), b)| *y = (a + b).max(0.0));
+    })
 }
 
 /// dL/d(a) = dL/d(b) of [`add_relu`], from its output and dL/d(output).
 pub fn add_relu_gradient(output: &[f32], output_gradient: &[f32]) -> Vec<f32> {
-    let mut gradient = vec![0.0; output.len()];
-    gradient
-        .par_chunks_mut(CHUNK)
-        .zip(output.par_chunks(CHUNK).zip(output_gradient.par_chunks(CHUNK)))
-        .for_each(|(to, (y, dy))| {
-            to.iter_mut().zip(y).zip(dy).for_each(|((to, &y), &dy)| *to = if y > 0.0 { dy } else { 0.0 });
-        });
-    gradient
+    written(output.len(), CHUNK, |_: &mut (), chunk, gradient| {
+        let (output, output_gradient) = (&output[chunk * CHUNK..], &output_gradient[chunk * CHUNK..]);
+        let values = gradient.iter_mut().zip(output).zip(output_gradient);
+        values.for_each(|((to, &y), &dy)| *to = if y > 0.0 { dy } else { 0.0 });
+    })
 }
 
 /// Floats a task of the elementwise passes takes.

@@ -126,10 +126,13 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Before the first step, after the last, and between whole numbers of epochs.
+    /// Before the first step, after the last, and between whole numbers of epochs, the last of these unless the run
+    /// is about to end.
     fn evaluation_is_due(&self) -> bool {
-        let (done, every) = (self.state.step, self.settings.evaluate_every * self.sampler.steps_per_epoch());
-        let wanted = done == 0 || done == self.settings.steps || (every > 0 && done.is_multiple_of(every));
+        let (done, steps) = (self.state.step, self.settings.steps);
+        let every = self.settings.evaluate_every * self.sampler.steps_per_epoch();
+        let between = every > 0 && done.is_multiple_of(every) && 4 * steps.abs_diff(done) >= every;
+        let wanted = done == 0 || done == steps || between;
         wanted && self.state.evaluated != Some(done)
     }
 
