@@ -36,19 +36,19 @@ static ALLOCATOR: PeakAlloc = PeakAlloc;
 #[derive(Parser)]
 struct Arguments {
     /// Training steps, of eight scenes each.
-    #[arg(long, default_value_t = 150)]
+    #[arg(long, default_value_t = 500)]
     steps: usize,
     /// Scenes that are tested, and whose pixels are the one large batch (4,096 pixels each).
     #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u64).range(2..=64))]
     scenes: u64,
     /// Pixels of each material that enter the loss of a training step; the others are ignored.
-    #[arg(long, default_value_t = 256)]
+    #[arg(long, default_value_t = 64)]
     pixels: usize,
     /// Dimensions of an embedding.
     #[arg(long, default_value_t = 16)]
     dim: usize,
-    /// Loss threshold of positives and negatives.
-    #[arg(long, default_value_t = 0.7)]
+    /// Loss threshold of positives and negatives. Low: six materials need not crowd together.
+    #[arg(long, default_value_t = 0.1)]
     lambda: f64,
     /// Learning rate of the first step; it falls to a tenth.
     #[arg(long, default_value_t = 3e-3)]
@@ -109,7 +109,7 @@ fn run(arguments: &Arguments) -> ddtas::Result<()> {
     report(&format!("trained, {} steps", arguments.steps), &after);
     println!("{seconds:.0} s of training on {} cores\n", rayon::current_num_threads());
 
-    large_batch(&rows, &labels_of(&test))?;
+    large_batch(&rows, &labels_of(&test), &LossSettings::default().with_lambda(arguments.lambda))?;
     let shown = &test[..SHOWN.min(test.len())];
     picture::write(&arguments.picture, shown, &before.predicted, &after.predicted)?;
     println!("scenes, truth, before, after: {}", arguments.picture.display());
@@ -166,7 +166,7 @@ fn train(mut network: PixelNetwork, arguments: &Arguments, device: &Device) -> d
         let embeddings = network.forward(tensor(&scenes, device), Normalise::Training);
         let values = to_array(embeddings.clone())?;
         backend.loss(&Batch::square(values.view(), &labels), &settings, &mut output)?;
-        if step % 25 == 0 || step + 1 == arguments.steps {
+        if step % 100 == 0 || step + 1 == arguments.steps {
             let (positives, negatives) = output.mined();
             println!("  step {step:>3}: loss {:.4}, mined {positives} + {negatives}", output.loss);
         }
@@ -201,14 +201,14 @@ fn sample(labels: &[i64], count: usize, rng: &mut impl RngExt) -> Vec<i64> {
 }
 
 /// One loss over every pixel: its time, its memory, and what a B x B method would hold.
-fn large_batch(rows: &Array2<f32>, labels: &[i64]) -> ddtas::Result<()> {
+fn large_batch(rows: &Array2<f32>, labels: &[i64], settings: &LossSettings) -> ddtas::Result<()> {
     let count = labels.len();
     let mut output = LossOutput { gradient: Array2::zeros(rows.dim()), ..LossOutput::default() };
     let before = PeakAlloc.current_usage();
     PeakAlloc.reset_peak_usage();
     let mut backend = open(&DeviceSpec::Auto)?;
     let started = Instant::now();
-    backend.loss(&Batch::square(rows.view(), labels), &LossSettings::default(), &mut output)?;
+    backend.loss(&Batch::square(rows.view(), labels), settings, &mut output)?;
     let seconds = started.elapsed().as_secs_f64();
     let peak = PeakAlloc.peak_usage().saturating_sub(before);
     let ignored = labels.iter().filter(|label| **label < 0).count();
