@@ -234,9 +234,9 @@ impl<'a, F: Fn(usize) -> &'a [f32]> Work for Pack<'_, F> {
                         line[lane..lane + 8].copy_from_slice(column);
                     }
                 }
-                for k in depth / 8 * 8..depth {
-                    for l in 0..8 {
-                        panel[k][lane + l] = row(lane + l)[k];
+                for (k, line) in panel.iter_mut().enumerate().skip(depth / 8 * 8) {
+                    for (l, value) in line[lane..lane + 8].iter_mut().enumerate() {
+                        *value = row(lane + l)[k];
                     }
                 }
             }

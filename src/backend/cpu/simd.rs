@@ -50,7 +50,7 @@ impl Lanes for Scalar256b {
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 fn transpose_avx(avx: pulp::core_arch::x86::Avx, rows: [[f32; 8]; 8]) -> [[f32; 8]; 8] {
-    let r = rows.map(|row| bytemuck::cast::<_, std::arch::x86_64::__m256>(row));
+    let r = rows.map(bytemuck::cast::<_, std::arch::x86_64::__m256>);
     let low = |a, b| avx._mm256_unpacklo_ps(r[a], r[b]);
     let high = |a, b| avx._mm256_unpackhi_ps(r[a], r[b]);
     let pairs = [low(0, 1), high(0, 1), low(2, 3), high(2, 3), low(4, 5), high(4, 5), low(6, 7), high(6, 7)];
@@ -59,8 +59,7 @@ fn transpose_avx(avx: pulp::core_arch::x86::Avx, rows: [[f32; 8]; 8]) -> [[f32; 
     let fours = [low(0), high(0), low(1), high(1), low(4), high(4), low(5), high(5)];
     let first = |k: usize| avx._mm256_permute2f128_ps::<0x20>(fours[k], fours[k + 4]);
     let second = |k: usize| avx._mm256_permute2f128_ps::<0x31>(fours[k], fours[k + 4]);
-    [first(0), first(1), first(2), first(3), second(0), second(1), second(2), second(3)]
-        .map(|column| bytemuck::cast(column))
+    [first(0), first(1), first(2), first(3), second(0), second(1), second(2), second(3)].map(bytemuck::cast)
 }
 
 #[cfg(target_arch = "x86_64")]
