@@ -1,8 +1,7 @@
 //! Work shared out among threads: tasks by number, taken in order, results by task.
 //!
-//! A loss at 80 rows takes some 50 us in five passes. Entering the pool of threads for each would cost 12 us
-//! a time (benches/records/2026-11-25-cpu-throughput); a [`Crew`] enters it once a call, and its threads wait
-//! for the next pass awake.
+//! A loss at 80 rows takes some 100 us in five passes, too little to wake the pool's threads for each: a [`Crew`]
+//! enters the pool once a call, and its threads wait for the next pass awake.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
