@@ -119,40 +119,35 @@ fn narrow_panels<S: Lanes, const LOWER: usize, const UPPER: usize>(
         let add = add || start > 0;
         let mut v = 0;
         while v < vectors {
-            let lower = &mut out[v * S::F32_LANES..];
-            let taken = if vectors - v == 2 || vectors - v == 4 {
+            let out = &mut out[v * S::F32_LANES..];
+            v += if vectors - v == 2 || vectors - v == 4 {
                 let two = [panel(v), panel(v + 1)];
-                narrow::<S, LOWER, 0, 2>(simd, rows, two, lower, stride, add);
-                narrow::<S, UPPER, 0, 2>(simd, rows, two, &mut lower[STRIP / 2 * stride..], stride, add);
-                2
+                strip::<S, LOWER, UPPER, 0, 2>(simd, rows, two, out, stride, add)
             } else {
                 let three = [panel(v), panel(v + 1), panel(v + 2)];
                 if v.is_multiple_of(2) {
-                    narrow::<S, LOWER, 0, 3>(simd, rows, three, lower, stride, add);
-                    narrow::<S, UPPER, 0, 3>(
-                        simd,
-                        rows,
-                        three,
-                        &mut lower[STRIP / 2 * stride..],
-                        stride,
-                        add,
-                    );
+                    strip::<S, LOWER, UPPER, 0, 3>(simd, rows, three, out, stride, add)
                 } else {
-                    narrow::<S, LOWER, 1, 3>(simd, rows, three, lower, stride, add);
-                    narrow::<S, UPPER, 1, 3>(
-                        simd,
-                        rows,
-                        three,
-                        &mut lower[STRIP / 2 * stride..],
-                        stride,
-                        add,
-                    );
+                    strip::<S, LOWER, UPPER, 1, 3>(simd, rows, three, out, stride, add)
                 }
-                3
             };
-            v += taken;
         }
     }
+}
+
+/// Both halves of a strip times P vectors; returns P.
+#[inline(always)]
+fn strip<S: Lanes, const LOWER: usize, const UPPER: usize, const HALF: usize, const P: usize>(
+    simd: S,
+    rows: &[f32],
+    panels: [&[f32]; P],
+    out: &mut [f32],
+    stride: usize,
+    add: bool,
+) -> usize {
+    narrow::<S, LOWER, HALF, P>(simd, rows, panels, out, stride, add);
+    narrow::<S, UPPER, HALF, P>(simd, rows, panels, &mut out[STRIP / 2 * stride..], stride, add);
+    P
 }
 
 /// Four rows times P vectors of 8, which alternate between the halves of their panels from `HALF` on: 12
