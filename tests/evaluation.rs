@@ -105,7 +105,7 @@ fn a_checkpoint_gives_the_figures_its_run_ended_with() {
     let best = read_records(&trained().run.join("metrics.jsonl")).unwrap();
     let recall_of = |record: &Record| match record {
         Record::Evaluation(evaluation) => Some(evaluation.recall.clone()),
-        Record::Step(_) => None,
+        Record::Rehearsal(_) | Record::Step(_) => None,
     };
     let best = best.iter().filter_map(recall_of).rev().max_by(|a, b| a[0].1.total_cmp(&b[0].1)).unwrap();
     let evaluation = json("eval", &[&"--checkpoint", &checkpoint()]);

@@ -223,7 +223,7 @@ fn lambdas(run: &std::path::Path) -> Vec<(f64, f64)> {
     let records = read_records(&run.join("metrics.jsonl")).unwrap();
     let step = |record| match record {
         Record::Step(step) => Some((step.lambda_pos, step.lambda_neg)),
-        Record::Evaluation(_) => None,
+        Record::Rehearsal(_) | Record::Evaluation(_) => None,
     };
     records.into_iter().filter_map(step).collect()
 }
@@ -251,6 +251,32 @@ fn every_generator_moves_lambda_within_its_range() {
         } else {
             assert!(lambdas.iter().all(|(pos, neg)| pos == neg), "{name}: two lambdas");
         }
+    }
+}
+
+/// The lines of a kind in metrics.jsonl.
+fn lines(run: &std::path::Path, kind: &str) -> Vec<String> {
+    let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    let kind = format!("\"kind\":\"{kind}\"");
+    text.lines().filter(|line| line.contains(&kind)).map(str::to_owned).collect()
+}
+
+#[test]
+fn after_a_rehearsal_the_run_is_that_of_a_fixed_lambda() {
+    let place = tempfile::tempdir().unwrap();
+    for kind in ["head", "full"] {
+        let (rehearsed, fixed) = (place.path().join(kind), place.path().join(format!("{kind}-fixed")));
+        run(&rehearsed, &["--generator", kind, "--rehearsal", "5", "--lambda", "0.4"]).assert().success();
+        assert_eq!(lines(&rehearsed, "rehearsal").len(), 5);
+        let learned = lambdas(&rehearsed);
+        assert!(learned[0].0 != 0.4 && learned.iter().all(|&lambda| lambda == learned[0]), "{learned:?}");
+        run(&fixed, &["--lambda", &learned[0].0.to_string()]).assert().success();
+        for kind in ["step", "evaluation"] {
+            assert_eq!(lines(&rehearsed, kind), lines(&fixed, kind));
+        }
+        assert!(lines(&fixed, "rehearsal").is_empty());
+        let page = std::fs::read_to_string(rehearsed.join("report.html")).unwrap();
+        assert!(page.contains("steps of the rehearsal"));
     }
 }
 

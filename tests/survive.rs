@@ -141,10 +141,11 @@ fn killed_runs_go_on_to_the_same_bytes_as_unbroken_ones() {
     let seed = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos() as u64;
     println!("moments of killing drawn from seed {seed}");
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let ways: [(&str, &[&str]); 5] = [
+    let ways: [(&str, &[&str]); 6] = [
         ("off", &[]),
         ("head", &["--generator", "head", "--lambda-pair", "--lambda-ensemble", "3"]),
         ("recent", &["--generator", "head", "--meta", "recent"]),
+        ("rehearsal", &["--generator", "head", "--rehearsal", "40"]),
         ("full", &["--generator", "full", "--checkpoint-every", "1"]),
         ("memory", &["--memory-size", "50", "--memory-start", "7", "--workers", "3"]),
     ];

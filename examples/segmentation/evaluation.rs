@@ -4,7 +4,7 @@ use ddtas::backend::{Backend, Nearest};
 use ddtas::loss::Rows;
 use ndarray::{Array2, ArrayView2, s};
 
-use crate::scenes::Material;
+use crate::materials::Material;
 
 /// What embeddings of pixels are good for.
 pub struct Accuracy {

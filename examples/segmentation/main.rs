@@ -3,7 +3,11 @@
 //!
 //! `cargo run --release --example segmentation`; docs/beyond-retrieval.md has what it prints.
 
+#[path = "../drawn/backbone.rs"]
+mod backbone;
 mod evaluation;
+#[path = "../drawn/materials.rs"]
+mod materials;
 mod network;
 mod picture;
 mod scenes;
@@ -26,8 +30,9 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use evaluation::{Accuracy, evaluate, prototypes};
+use materials::Material;
 use network::{PixelNetwork, tensor};
-use scenes::{IGNORED, Material, SIDE, Scene, labels_of};
+use scenes::{IGNORED, SIDE, Scene, labels_of};
 
 #[global_allocator]
 static ALLOCATOR: PeakAlloc = PeakAlloc;

@@ -113,6 +113,11 @@ pub struct GeneratorSettings {
     /// Learning rate of lambda.
     #[arg(long, default_value_t = 0.01)]
     pub lambda_rate: f64,
+    /// Learn lambda in a rehearsal of so many steps, whose network is thrown away; the run begins anew and holds
+    /// it. 0: no rehearsal, lambda is learned while the run goes on.
+    #[arg(long, value_name = "STEPS", default_value_t = 0)]
+    #[serde(default)]
+    pub rehearsal: usize,
     /// L1 pull of lambda to its first value.
     #[arg(long, default_value_t = 0.0)]
     pub lambda_l1: f64,
@@ -134,6 +139,21 @@ pub struct GeneratorSettings {
 }
 
 impl GeneratorSettings {
+    /// Steps of the rehearsal; none without a generator.
+    #[must_use]
+    pub fn rehearsal_steps(&self) -> usize {
+        if self.kind == GeneratorKind::Off { 0 } else { self.rehearsal }
+    }
+
+    /// What lambda's rate is multiplied by in a step: in a rehearsal it falls to 0, so that lambda settles.
+    #[must_use]
+    pub fn pace(&self, step: usize) -> f64 {
+        match self.rehearsal {
+            0 => 1.0,
+            steps => steps.saturating_sub(step) as f64 / steps as f64,
+        }
+    }
+
     /// The virtual step.
     #[must_use]
     pub fn step(&self) -> VirtualStep {

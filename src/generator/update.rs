@@ -20,6 +20,8 @@ const ENSEMBLE_RATES: f64 = 4.0;
 pub struct UpdateRule {
     /// SGD or Adam.
     pub optimizer: Optimizer,
+    /// What every member's rate is multiplied by now.
+    pub pace: f64,
     /// L1 pull to the first value.
     pub l1: f64,
     /// L2 pull to the first value.
@@ -62,7 +64,7 @@ impl Member {
         }
         self.updates = self.updates.saturating_add(1);
         let updates = self.updates;
-        let rate = self.rate;
+        let rate = self.rate * rule.pace;
         let step = |lambda: &mut f64, start: f64, mean: &mut f64, square: &mut f64, gradient: f64| {
             let direction = match rule.optimizer {
                 Optimizer::Sgd => gradient,
@@ -118,10 +120,13 @@ impl Thresholds {
     }
 }
 
-impl From<&GeneratorSettings> for UpdateRule {
-    fn from(settings: &GeneratorSettings) -> Self {
+impl UpdateRule {
+    /// The rule of a step of the run.
+    #[must_use]
+    pub fn at(step: usize, settings: &GeneratorSettings) -> Self {
         Self {
             optimizer: settings.lambda_optimizer,
+            pace: settings.pace(step),
             l1: settings.lambda_l1,
             l2: settings.lambda_l2,
             range: (settings.lambda_min, settings.lambda_max),
@@ -135,7 +140,7 @@ mod tests {
     use super::*;
 
     const RULE: UpdateRule =
-        UpdateRule { optimizer: Optimizer::Sgd, l1: 0.0, l2: 0.0, range: (0.0, 1.0), pair: false };
+        UpdateRule { optimizer: Optimizer::Sgd, pace: 1.0, l1: 0.0, l2: 0.0, range: (0.0, 1.0), pair: false };
 
     fn both(value: f64) -> Lambda {
         Lambda { pos: value, neg: value }
@@ -149,6 +154,9 @@ mod tests {
         let mut pair = Member::new(both(0.5), 0.1);
         pair.update(Hypergradient { pos: 1.0, neg: -3.0 }, &UpdateRule { pair: true, ..RULE });
         assert!((pair.lambda.pos - 0.4).abs() < 1e-12 && (pair.lambda.neg - 0.8).abs() < 1e-12);
+        let mut slow = Member::new(both(0.5), 0.1);
+        slow.update(Hypergradient { pos: 1.0, neg: -3.0 }, &UpdateRule { pace: 0.25, ..RULE });
+        assert!((slow.lambda.pos - 0.55).abs() < 1e-12);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use ndarray::ArrayView2;
 
 use super::checkpoint::EngineState;
 use super::checkpoint::archive::Archive;
-use super::checkpoint::optimizer;
+use super::checkpoint::optimizer as moments;
 use super::generator::Generator;
 use super::memory::Memory;
 use super::schedule::Schedule;
@@ -62,15 +62,8 @@ impl Engine {
             network,
             output: LossOutput::default(),
             device,
-            optimizer: AdamWConfig::new()
-                .with_epsilon(ADAM_EPSILON)
-                .with_weight_decay(settings.weight_decay)
-                .init(),
-            schedule: Schedule {
-                peak: settings.learning_rate,
-                warm_up: settings.warm_up_steps(),
-                steps: settings.steps,
-            },
+            optimizer: optimizer(settings),
+            schedule: settings.schedule(),
             mode: match settings.batch_norm {
                 BatchNorm::Trainable => Normalise::Training,
                 BatchNorm::Frozen => Normalise::Running,
@@ -78,15 +71,41 @@ impl Engine {
             backend,
             pair_loss: settings.loss,
             loss,
-            memory: Memory::new(settings.memory_size, settings.memory_start_step(), settings.embedding_dim),
+            memory: memory(settings),
             generator,
             pending: None,
         }
     }
 
+    /// Begins a rehearsal: its learning rate rises as the run's does, and falls to 0 over its own steps.
+    pub fn rehearse(&mut self, steps: usize) {
+        self.schedule = Schedule { warm_up: self.schedule.warm_up.min(steps / 2), steps, ..self.schedule };
+    }
+
+    /// Begins anew with `network`: of what was, only lambda remains, and is held.
+    pub fn restart(&mut self, network: EmbeddingNetwork, settings: &TrainSettings) {
+        self.network = network;
+        self.output = LossOutput::default();
+        self.optimizer = optimizer(settings);
+        self.schedule = settings.schedule();
+        self.memory = memory(settings);
+        self.pending = None;
+        if let Some(generator) = &self.generator {
+            self.loss = generator.lambda().applied_to(&self.loss);
+        }
+        self.hold_lambda();
+    }
+
+    /// From now on lambda stays what it is.
+    pub fn hold_lambda(&mut self) {
+        if let Some(generator) = &mut self.generator {
+            generator.hold();
+        }
+    }
+
     /// Adds everything that the next step depends on to a checkpoint, the network's own weights excepted.
     pub(super) fn put(&self, archive: &mut Archive) -> std::result::Result<EngineState, String> {
-        optimizer::put(archive, &self.optimizer, &self.network)?;
+        moments::put(archive, &self.optimizer, &self.network)?;
         self.memory.put(archive);
         Ok(EngineState {
             lambda: Lambda { pos: self.loss.lambda_pos, neg: self.loss.lambda_neg },
@@ -102,7 +121,7 @@ impl Engine {
         state: &EngineState,
     ) -> std::result::Result<(), String> {
         let fresh = self.optimizer.clone();
-        self.optimizer = optimizer::take(archive, fresh, &self.network)?;
+        self.optimizer = moments::take(archive, fresh, &self.network)?;
         self.memory.take(archive)?;
         self.loss = state.lambda.applied_to(&self.loss);
         self.pending = state.pending;
@@ -140,7 +159,11 @@ impl Engine {
         let images = image_tensor(batch, &self.device);
         let features = self.network.backbone.forward(images.clone(), self.mode);
         let embeddings = self.network.head.forward(features.clone());
-        self.learn_by_head(features, &batch.labels, meta).map_err(|error| diverged(error, step))?;
+        let learns = self.generator.as_mut().is_some_and(|generator| generator.begin(step));
+        let meta = meta.filter(|_| learns);
+        if learns {
+            self.learn_by_head(features, &batch.labels, meta).map_err(|error| diverged(error, step))?;
+        }
         let values = to_array(embeddings.clone())?;
         self.evaluate_loss(values.view(), &batch.labels).map_err(|error| diverged(error, step))?;
         let moved = self.update(step, (images, embeddings, values.view()), &batch.labels, meta)?;
@@ -225,6 +248,11 @@ impl Engine {
         self.memory.loss(&mut *self.backend, self.pair_loss, rows, &self.loss, &mut self.output)
     }
 
+    /// Where the network is.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
     /// The backend, for retrieval between steps.
     pub fn backend(&mut self) -> &mut dyn Backend {
         self.backend.as_mut()
@@ -302,6 +330,14 @@ impl Embedded {
             .filter(|view| !view.is_empty())
             .ok_or_else(|| Error::Dataset("no picture of the test classes could be read".into()))
     }
+}
+
+fn optimizer(settings: &TrainSettings) -> ModuleOptimizer {
+    AdamWConfig::new().with_epsilon(ADAM_EPSILON).with_weight_decay(settings.weight_decay).init()
+}
+
+fn memory(settings: &TrainSettings) -> Memory {
+    Memory::new(settings.memory_size, settings.memory_start_step(), settings.embedding_dim)
 }
 
 fn image_tensor(batch: &ImageBatch, device: &Device) -> Tensor<4> {

@@ -24,6 +24,10 @@ use crate::{Error, Result};
 pub struct Generator {
     settings: GeneratorSettings,
     thresholds: Thresholds,
+    /// How lambda moves in the step at hand.
+    rule: UpdateRule,
+    /// Lambda stays what it is.
+    held: bool,
     meta: MetaLoss,
     /// Features and labels of the last batches (`--meta recent`).
     recent: VecDeque<(Array2<f64>, Vec<i64>)>,
@@ -46,7 +50,21 @@ impl Generator {
     pub fn new(settings: GeneratorSettings, thresholds: Thresholds, backend: Box<dyn Backend>) -> Self {
         let (objective, reference) = (settings.meta_objective, settings.lambda_reference);
         let meta = MetaLoss { backend, output: LossOutput::default(), objective, reference };
-        Self { settings, thresholds, meta, recent: VecDeque::new(), hypergradient: None }
+        let rule = UpdateRule::at(0, &settings);
+        Self { settings, thresholds, rule, held: false, meta, recent: VecDeque::new(), hypergradient: None }
+    }
+
+    /// From now on lambda stays as learned so far.
+    pub fn hold(&mut self) {
+        self.held = true;
+        self.hypergradient = None;
+        self.recent.clear();
+    }
+
+    /// Begins a step. Returns whether lambda moves in it.
+    pub fn begin(&mut self, step: usize) -> bool {
+        self.rule = UpdateRule::at(step, &self.settings);
+        !self.held
     }
 
     /// Which parameters take the virtual step.
@@ -136,7 +154,6 @@ impl Generator {
                 weight: to_array(head.weight.val())?.mapv(f64::from),
                 bias: to_array(head.bias.val().unsqueeze())?.remove_axis(Axis(0)).mapv(f64::from),
             };
-            let rule = UpdateRule::from(&self.settings);
             let mut sum = Hypergradient::default();
             let mut output = LossOutput::default();
             for member in &mut self.thresholds.members {
@@ -152,7 +169,7 @@ impl Generator {
                 let (train, meta) = (features.view(), meta_features.view());
                 let gradient =
                     hypergradient(&weights, train, meta, self.settings.step(), member.lambda, &mut losses)?;
-                member.update(gradient, &rule);
+                member.update(gradient, &self.rule);
                 sum = Hypergradient { pos: sum.pos + gradient.pos, neg: sum.neg + gradient.neg };
             }
             let count = self.thresholds.members.len() as f64;
@@ -191,8 +208,8 @@ impl Generator {
         if let Some(full::Tangent { tangent, factor }) = found {
             let Hypergradient { pos, neg } = memory.hypergradient(backend, rows, tangent.view())?;
             let gradient = Hypergradient { pos: factor * pos, neg: factor * neg };
-            let rule = UpdateRule::from(&self.settings);
-            self.thresholds.members.iter_mut().for_each(|member| member.update(gradient, &rule));
+            let rule = &self.rule;
+            self.thresholds.members.iter_mut().for_each(|member| member.update(gradient, rule));
             self.hypergradient = Some(gradient);
         }
         Ok(self.thresholds.lambda())

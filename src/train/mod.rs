@@ -30,6 +30,6 @@ pub use engine::{Embedded, Engine, embed_batches};
 pub use generator::Generator;
 pub use memory::Memory;
 pub use records::{EvaluationRecord, Record, StepRecord, read as read_records};
-pub use run::{EVALUATION_CHUNK, Event, Outcome, Overrides, Summary, resume, train};
+pub use run::{EVALUATION_CHUNK, Event, Outcome, Overrides, Phase, Summary, resume, train};
 pub use schedule::Schedule;
 pub use settings::{BatchNorm, TrainSettings};

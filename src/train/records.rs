@@ -55,6 +55,8 @@ pub struct EvaluationRecord {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
 pub enum Record {
+    /// A step of the rehearsal in which lambda is learned before the run.
+    Rehearsal(StepRecord),
     /// A training step.
     Step(StepRecord),
     /// An evaluation.
@@ -67,7 +69,7 @@ impl Record {
     pub fn evaluation(&self) -> Option<&EvaluationRecord> {
         match self {
             Self::Evaluation(evaluation) => Some(evaluation),
-            Self::Step(_) => None,
+            Self::Rehearsal(_) | Self::Step(_) => None,
         }
     }
 }

@@ -9,6 +9,7 @@ use crate::generator::{GeneratorKind, GeneratorSettings, Lambda};
 use crate::loss::baseline::PairLoss;
 use crate::loss::{LossSettings, Mining};
 use crate::model::NetworkShape;
+use crate::train::schedule::Schedule;
 use crate::{Error, Result};
 
 /// What BatchNorm does while training.
@@ -172,6 +173,12 @@ impl TrainSettings {
     #[must_use]
     pub fn warm_up_steps(&self) -> usize {
         (self.warm_up * self.steps as f64).round() as usize
+    }
+
+    /// Learning rate over the steps of the run.
+    #[must_use]
+    pub(super) fn schedule(&self) -> Schedule {
+        Schedule { peak: self.learning_rate, warm_up: self.warm_up_steps(), steps: self.steps }
     }
 
     /// Step from which the cross-batch memory is filled.

@@ -13,6 +13,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde_json::Value;
 
 use super::records::Record;
+use super::run::Phase;
 use crate::{Error, Result};
 
 /// What every event file's name begins with; TensorBoard reads them in the order of the number after it.
@@ -22,24 +23,28 @@ const PREFIX: &str = "events.out.tfevents.";
 pub struct EventWriter {
     file: File,
     path: PathBuf,
+    /// Steps of the rehearsal, which end where the run's begin: at 0.
+    rehearsal: usize,
 }
 
 impl EventWriter {
-    /// Begins an event file in `folder`; of a run that goes on, for the steps from `resumed` on.
+    /// Begins an event file in `folder`, of a run with so many steps of `rehearsal`; of one that goes on, for the steps
+    /// from `resumed` on.
     ///
     /// # Errors
     /// [`Error::Io`].
-    pub fn create(folder: &Path, resumed: Option<usize>) -> Result<Self> {
+    pub fn create(folder: &Path, rehearsal: usize, resumed: Option<(Phase, usize)>) -> Result<Self> {
         let now = seconds() as u64;
         // Two files never share a number, even if a run is killed and continued within a second.
         let number = last_number(folder)?.map_or(now, |last| now.max(last + 1));
         let path = folder.join(format!("{PREFIX}{number:010}.ddtas.{}", std::process::id()));
         let file = File::create_new(&path).map_err(Error::io("create", &path))?;
-        let mut writer = Self { file, path };
+        let mut writer = Self { file, path, rehearsal };
         let mut version = Message::default();
         version.text(field::event::FILE_VERSION, "brain.Event:2");
         writer.event(0, &version)?;
-        if let Some(step) = resumed {
+        if let Some((phase, step)) = resumed {
+            let step = writer.position(phase, step);
             let mut start = Message::default();
             start.integer(field::session_log::STATUS, field::session_log::START);
             let mut event = Message::default();
@@ -49,14 +54,21 @@ impl EventWriter {
         Ok(writer)
     }
 
-    /// Appends the figures of a record: `train/loss`, `test/recall@1`.
+    /// Appends the figures of a record: `rehearsal/loss`, `train/loss`, `test/recall@1`.
     ///
     /// # Errors
     /// [`Error::Io`], for example if the disk is full.
     pub fn append(&mut self, record: &Record) -> Result<()> {
         let (step, group, value) = match record {
-            Record::Step(step) => (step.step, "train", serde_json::to_value(step)),
-            Record::Evaluation(evaluation) => (evaluation.step, "test", serde_json::to_value(evaluation)),
+            Record::Rehearsal(step) => {
+                (self.position(Phase::Rehearsal, step.step), "rehearsal", serde_json::to_value(step))
+            }
+            Record::Step(step) => {
+                (self.position(Phase::Training, step.step), "train", serde_json::to_value(step))
+            }
+            Record::Evaluation(evaluation) => {
+                (self.position(Phase::Training, evaluation.step), "test", serde_json::to_value(evaluation))
+            }
         };
         let value = value.map_err(|error| Error::format(&self.path, error.to_string()))?;
         let mut figures = Vec::new();
@@ -74,9 +86,18 @@ impl EventWriter {
         self.event(step, &event)
     }
 
-    fn event(&mut self, step: usize, rest: &Message) -> Result<()> {
+    /// TensorBoard's number of a step: below 0 in the rehearsal, so that no event of it comes after one of the run.
+    fn position(&self, phase: Phase, step: usize) -> i64 {
+        match phase {
+            Phase::Rehearsal => step as i64 - self.rehearsal as i64,
+            Phase::Training => step as i64,
+        }
+    }
+
+    fn event(&mut self, step: i64, rest: &Message) -> Result<()> {
         let mut event = Message::default();
         event.double(field::event::WALL_TIME, seconds());
+        // int64: below 0 as two's complement.
         event.integer(field::event::STEP, step as u64);
         event.0.extend_from_slice(&rest.0);
         self.file.write_all(&framed(&event.0)).map_err(Error::io("write", &self.path))

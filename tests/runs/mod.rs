@@ -21,6 +21,7 @@ pub fn records(run: &Path) -> (Vec<StepRecord>, Vec<EvaluationRecord>) {
     let (mut steps, mut evaluations) = (Vec::new(), Vec::new());
     for record in read_records(&run.join("metrics.jsonl")).unwrap() {
         match record {
+            Record::Rehearsal(_) => {}
             Record::Step(step) => steps.push(step),
             Record::Evaluation(evaluation) => evaluations.push(evaluation),
         }

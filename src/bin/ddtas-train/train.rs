@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use ddtas::Result;
 use ddtas::retrieval::Recall;
-use ddtas::train::{EvaluationRecord, Event, Outcome, Overrides, StepRecord, Summary, TrainSettings};
+use ddtas::train::{EvaluationRecord, Event, Outcome, Overrides, Phase, StepRecord, Summary, TrainSettings};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::signals::Signals;
@@ -36,9 +36,10 @@ fn print_outcome(outcome: &Outcome, signals: &Signals) -> ExitCode {
             print_summary(summary);
             ExitCode::SUCCESS
         }
-        Outcome::Stopped { folder, step } => {
+        Outcome::Stopped { folder, phase, step } => {
             let folder = folder.display();
-            eprintln!("stopped after {step} steps; to go on: ddtas-train --resume {folder}");
+            let of = of(*phase);
+            eprintln!("stopped after {step} steps{of}; to go on: ddtas-train --resume {folder}");
             signals.exit_code()
         }
         Outcome::FinishedBefore { folder, step } => {
@@ -55,6 +56,7 @@ fn print_outcome(outcome: &Outcome, signals: &Signals) -> ExitCode {
 /// A bar on a terminal, a line every few seconds elsewhere.
 struct Progress {
     bar: ProgressBar,
+    phase: Phase,
     steps: usize,
     terminal: bool,
     last_line: Option<Instant>,
@@ -70,7 +72,7 @@ impl Progress {
         if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len} [{elapsed}<{eta}] {msg}") {
             bar.set_style(style);
         }
-        Self { bar, steps: 0, terminal, last_line: None }
+        Self { bar, phase: Phase::Training, steps: 0, terminal, last_line: None }
     }
 
     fn end(&self, outcome: &Result<Outcome>) {
@@ -85,9 +87,8 @@ impl Progress {
             Event::Computing { device, reason: Some(reason) } => {
                 self.line(&format!("computing on {device}: {reason}"));
             }
-            Event::Started { dataset, folder, steps_per_epoch, steps, resumed } => {
-                self.steps = steps;
-                self.bar.set_length(steps as u64);
+            Event::Started { dataset, folder, steps_per_epoch, phase, steps, resumed } => {
+                self.begin(phase, steps);
                 self.line(&format!(
                     "{}: {} training pictures of {} classes, {} test pictures of {} unseen classes{}; {} steps an epoch; results in {}",
                     dataset.name,
@@ -105,11 +106,16 @@ impl Progress {
                     // So that the remaining time is estimated from this process's steps alone.
                     self.bar.set_position(done as u64);
                     self.bar.reset_eta();
-                    self.line(&format!("going on after {done} of {steps} steps"));
+                    self.line(&format!("going on after {done} of {steps} steps{}", of(phase)));
                 }
             }
             Event::Note(note) => self.line(note),
             Event::Warning(warning) => self.line(&format!("warning: {warning}")),
+            Event::Rehearsed { lambda, steps } => {
+                let learned = lambda_text(lambda.pos, lambda.neg);
+                self.line(&format!("lambda {learned} learned in the rehearsal; the run begins"));
+                self.begin(Phase::Training, steps);
+            }
             Event::Step { record, images_per_second } => self.step(record, images_per_second),
             Event::Evaluating { done, total } => {
                 self.bar.set_message(format!("evaluating: {done} of {total} pictures"));
@@ -119,13 +125,16 @@ impl Progress {
         }
     }
 
+    fn begin(&mut self, phase: Phase, steps: usize) {
+        (self.phase, self.steps) = (phase, steps);
+        self.bar.set_length(steps as u64);
+        self.bar.set_position(0);
+        self.bar.reset_eta();
+    }
+
     fn step(&mut self, record: &StepRecord, images_per_second: f64) {
         let gamma = |value: Option<f64>| value.map_or_else(|| "-".into(), |value| format!("{value:.3}"));
-        let lambda = if record.lambda_pos == record.lambda_neg {
-            format!("{:.3}", record.lambda_pos)
-        } else {
-            format!("{:.3}/{:.3}", record.lambda_pos, record.lambda_neg)
-        };
+        let lambda = lambda_text(record.lambda_pos, record.lambda_neg);
         let message = format!(
             "loss {:.3}  gamma+ {}  gamma- {}  lambda {lambda}  mined {}+{}  {images_per_second:.0} images/s",
             record.loss,
@@ -139,7 +148,7 @@ impl Progress {
         let due = self.last_line.is_none_or(|last| last.elapsed() > LINE_EVERY) || done == self.steps;
         if !self.terminal && due {
             self.last_line = Some(Instant::now());
-            eprintln!("step {done}/{}: {message}", self.steps);
+            eprintln!("step {done}/{}{}: {message}", self.steps, of(self.phase));
         }
         self.bar.set_message(message);
     }
@@ -151,6 +160,19 @@ impl Progress {
             eprintln!("{line}");
         }
     }
+}
+
+/// " of the rehearsal", where steps are.
+fn of(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Rehearsal => " of the rehearsal",
+        Phase::Training => "",
+    }
+}
+
+/// One value if both thresholds are the same.
+fn lambda_text(pos: f64, neg: f64) -> String {
+    if pos == neg { format!("{pos:.3}") } else { format!("{pos:.3}/{neg:.3}") }
 }
 
 fn evaluation_line(record: &EvaluationRecord) -> String {

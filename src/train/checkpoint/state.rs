@@ -10,12 +10,17 @@ use serde::{Deserialize, Serialize};
 use crate::generator::{Lambda, Thresholds};
 use crate::retrieval::Recall;
 use crate::train::report::{Extent, Shown};
+use crate::train::run::Phase;
+use crate::train::settings::TrainSettings;
 
 /// A run between two steps.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub(in crate::train) struct RunState {
-    /// Steps done.
+    /// Steps done, of the rehearsal or of the run itself.
     pub step: usize,
+    /// The rehearsal, if there is one, is over.
+    #[serde(default)]
+    pub rehearsed: bool,
     /// Classes and pictures that train and test: the run can only go on with the same.
     pub extents: Option<[Extent; 2]>,
     /// Steps that were done at the last evaluation.
@@ -42,6 +47,17 @@ pub(in crate::train) struct RunState {
     pub best: Option<Best>,
     /// Optimizer, thresholds and generator; the tensors lie beside.
     pub engine: Option<EngineState>,
+}
+
+impl RunState {
+    /// Which part of the run the next step belongs to.
+    pub fn phase(&self, settings: &TrainSettings) -> Phase {
+        if self.rehearsed || settings.generator.rehearsal_steps() == 0 {
+            Phase::Training
+        } else {
+            Phase::Rehearsal
+        }
+    }
 }
 
 /// Unreadable pictures by their index in the split.

@@ -91,6 +91,7 @@ impl Findings {
 struct Report {
     name: String,
     settings: toml::Table,
+    rehearsal: Vec<StepRecord>,
     steps: Vec<StepRecord>,
     evaluations: Vec<EvaluationRecord>,
     findings: Option<Findings>,
@@ -106,16 +107,17 @@ pub fn write(folder: &Path) -> Result<PathBuf> {
     let config = folder.join("config.toml");
     let text = std::fs::read_to_string(&config).map_err(Error::io("read", &config))?;
     let settings = text.parse().map_err(|error: toml::de::Error| Error::format(&config, error.message()))?;
-    let (mut steps, mut evaluations) = (Vec::new(), Vec::new());
+    let (mut rehearsal, mut steps, mut evaluations) = (Vec::new(), Vec::new(), Vec::new());
     for record in records::read(&folder.join("metrics.jsonl"))? {
         match record {
+            Record::Rehearsal(step) => rehearsal.push(step),
             Record::Step(step) => steps.push(step),
             Record::Evaluation(evaluation) => evaluations.push(evaluation),
         }
     }
     let folder_name = folder.canonicalize().unwrap_or_else(|_| folder.to_path_buf());
     let name = folder_name.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let report = Report { name, settings, steps, evaluations, findings: Findings::read(folder)? };
+    let report = Report { name, settings, rehearsal, steps, evaluations, findings: Findings::read(folder)? };
     let path = folder.join("report.html");
     let page = html::page(&report).map_err(|reason| Error::format(&path, reason))?;
     files::write_atomic(&path, page.as_bytes())?;

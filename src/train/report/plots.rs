@@ -50,6 +50,14 @@ pub(super) fn plots(report: &Report) -> Result<Vec<Plot>, String> {
             marked: false,
         }
     };
+    // Before the run's own steps, those of the rehearsal that found its lambda.
+    let thresholds = |name: &str, value: fn(&super::StepRecord) -> f64| {
+        let first = -(report.rehearsal.len() as f64);
+        let rehearsed =
+            report.rehearsal.iter().enumerate().map(|(step, record)| (first + step as f64, value(record)));
+        let run = report.steps.iter().map(|record| (record.step as f64, value(record)));
+        Line { name: name.into(), points: rehearsed.chain(run).collect(), noisy: false, marked: false }
+    };
     let ks: Vec<usize> =
         report.evaluations.first().map(|e| e.recall.iter().map(|&(k, _)| k).collect()).unwrap_or_default();
     let recall = ks.iter().map(|&k| {
@@ -90,11 +98,15 @@ pub(super) fn plots(report: &Report) -> Result<Vec<Plot>, String> {
         ),
         (
             "Loss thresholds",
-            "lambda: the similarity at which a pair counts half.",
+            if report.rehearsal.is_empty() {
+                "lambda: the similarity at which a pair counts half."
+            } else {
+                "lambda: the similarity at which a pair counts half. Below 0 the steps of the rehearsal."
+            },
             false,
             vec![
-                steps("lambda positive", false, &|s| Some(s.lambda_pos)),
-                steps("lambda negative", false, &|s| Some(s.lambda_neg)),
+                thresholds("lambda positive", |s| s.lambda_pos),
+                thresholds("lambda negative", |s| s.lambda_neg),
             ],
         ),
         (
@@ -126,7 +138,7 @@ pub(super) fn plots(report: &Report) -> Result<Vec<Plot>, String> {
 
 fn draw(lines: &[Line], logarithmic: bool) -> Result<String, Box<dyn std::error::Error>> {
     let values = || lines.iter().flat_map(|line| line.points.iter().copied());
-    let last = values().fold(1.0, |most: f64, (x, _)| most.max(x));
+    let (first, last) = values().fold((0.0, 1.0), |(l, h): (f64, f64), (x, _)| (l.min(x), h.max(x)));
     let (low, high) = values().fold((f64::MAX, f64::MIN), |(l, h), (_, y)| (l.min(y), h.max(y)));
     let mut svg = String::new();
     {
@@ -134,13 +146,14 @@ fn draw(lines: &[Line], logarithmic: bool) -> Result<String, Box<dyn std::error:
         let mut builder = ChartBuilder::on(&area);
         builder.margin_top(8).margin_right(14).x_label_area_size(26).y_label_area_size(52);
         if logarithmic {
-            let mut chart = builder.build_cartesian_2d(0.0..last, (1.0..high.max(10.0) * 1.3).log_scale())?;
+            let mut chart =
+                builder.build_cartesian_2d(first..last, (1.0..high.max(10.0) * 1.3).log_scale())?;
             lines_on(&mut chart, lines, &|value| format!("{value:.0}"))?;
         } else {
             // A line that never moves still needs room around it.
             let room = ((high - low) * 0.08).max(high.abs() * 0.04).max(1e-9);
             let from = if low >= 0.0 && low < 0.35 * high { 0.0 } else { low - room };
-            let mut chart = builder.build_cartesian_2d(0.0..last, from..high + room)?;
+            let mut chart = builder.build_cartesian_2d(first..last, from..high + room)?;
             lines_on(&mut chart, lines, &short)?;
         }
         area.present()?;

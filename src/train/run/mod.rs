@@ -23,6 +23,7 @@ use super::settings::TrainSettings;
 use super::tensorboard::EventWriter;
 use crate::backend::{self, Backend};
 use crate::data::Dataset;
+use crate::generator::Lambda;
 use crate::retrieval::Recall;
 use crate::{Error, Result};
 pub use evaluation::EVALUATION_CHUNK;
@@ -49,9 +50,11 @@ pub enum Event<'a> {
         folder: &'a Path,
         /// Steps in an epoch.
         steps_per_epoch: usize,
-        /// Steps of the whole run.
+        /// The part of the run that is next.
+        phase: Phase,
+        /// Steps of that part.
         steps: usize,
-        /// Steps done by an earlier process; `None` if this one began the run.
+        /// Steps of that part done by an earlier process; `None` if this one began the run.
         resumed: Option<usize>,
     },
     /// Something that takes long has begun, before there is a run.
@@ -65,6 +68,13 @@ pub enum Event<'a> {
         /// Pictures a second, over the last steps.
         images_per_second: f64,
     },
+    /// The rehearsal is over, and the run itself begins.
+    Rehearsed {
+        /// What was learned, and is held.
+        lambda: Lambda,
+        /// Steps of the run.
+        steps: usize,
+    },
     /// An evaluation has begun.
     Evaluating {
         /// Pictures embedded so far.
@@ -74,6 +84,25 @@ pub enum Event<'a> {
     },
     /// An evaluation is done.
     Evaluated(&'a EvaluationRecord),
+}
+
+/// Parts of a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Lambda is learned, on a network that will be thrown away.
+    Rehearsal,
+    /// The network is trained.
+    Training,
+}
+
+impl Phase {
+    /// Steps of this part of a run.
+    fn steps(self, settings: &TrainSettings) -> usize {
+        match self {
+            Self::Rehearsal => settings.generator.rehearsal_steps(),
+            Self::Training => settings.steps,
+        }
+    }
 }
 
 /// How a run ended.
@@ -86,7 +115,9 @@ pub enum Outcome {
     Stopped {
         /// The run folder.
         folder: PathBuf,
-        /// Steps done.
+        /// The part of the run that was at hand.
+        phase: Phase,
+        /// Steps of it that are done.
         step: usize,
     },
     /// It was to go on, but had finished before.
@@ -171,13 +202,15 @@ pub fn train(
     let setup = Setup::new(settings, &dataset, (&place, backend), None)?;
     let folder = RunFolder::create(settings, &dataset.name)?;
     let metrics = RecordWriter::create(&folder.metrics())?;
-    let events = EventWriter::create(folder.path(), None)?;
+    let events = EventWriter::create(folder.path(), settings.generator.rehearsal_steps(), None)?;
+    let phase = RunState::default().phase(settings);
     tell(Event::Computing { device: &place.spec.to_string(), reason: place.reason.as_deref() });
     tell(Event::Started {
         dataset: &dataset,
         folder: folder.path(),
         steps_per_epoch: setup.sampler.steps_per_epoch(),
-        steps: settings.steps,
+        phase,
+        steps: phase.steps(settings),
         resumed: None,
     });
     dataset.warnings.iter().for_each(|warning| tell(Event::Warning(warning)));
@@ -214,13 +247,15 @@ pub fn resume(
         checkpoint::resume_engine(&mut setup.engine, last)?;
     }
     metrics.cut(state.metrics_bytes)?;
-    let events = resumed_events(&folder, &state)?;
+    let events = resumed_events(&folder, &settings, &state)?;
+    let phase = state.phase(&settings);
     tell(Event::Computing { device: &place.spec.to_string(), reason: place.reason.as_deref() });
     tell(Event::Started {
         dataset: &dataset,
         folder: folder.path(),
         steps_per_epoch: setup.sampler.steps_per_epoch(),
-        steps: settings.steps,
+        phase,
+        steps: phase.steps(&settings),
         resumed: Some(state.step),
     });
     let mut run = Run::new(&settings, &dataset, folder, setup, (metrics, events), stop, tell);
@@ -253,8 +288,10 @@ fn check_extents(state: &RunState, dataset: &Dataset) -> Result<()> {
 
 /// Event files say of each step only what the last file does, and an evaluation bears the number of the step to
 /// come: the one made at the checkpoint is told again.
-fn resumed_events(folder: &RunFolder, state: &RunState) -> Result<EventWriter> {
-    let mut events = EventWriter::create(folder.path(), Some(state.step))?;
+fn resumed_events(folder: &RunFolder, settings: &TrainSettings, state: &RunState) -> Result<EventWriter> {
+    let resumed = Some((state.phase(settings), state.step));
+    let rehearsal = settings.generator.rehearsal_steps();
+    let mut events = EventWriter::create(folder.path(), rehearsal, resumed)?;
     let records = super::records::read(&folder.metrics())?;
     let evaluation = records.iter().rev().find(|record| record.evaluation().is_some());
     if let Some(record) = evaluation.filter(|_| state.evaluated == Some(state.step)) {

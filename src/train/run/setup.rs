@@ -1,5 +1,6 @@
 //! Data, network, generator and loaders from the settings of a run.
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -46,24 +47,23 @@ impl Setup {
     }
 }
 
-/// The batches of a run from some step on, each with the generator's batch where it takes fresh ones; an iterator.
+/// The batches of some steps of a run, each with the generator's batch where it takes fresh ones; an iterator.
 pub(super) struct Batches {
     train: Loader,
     meta: Option<Loader>,
 }
 
 impl Batches {
-    /// Starts the loaders at step `first`.
+    /// Starts the loaders.
     pub fn new(
         settings: &TrainSettings,
         dataset: &Dataset,
         sampler: &PkSampler,
         meta_sampler: Option<&PkSampler>,
-        first: usize,
+        steps: Range<usize>,
     ) -> Result<Self> {
-        let rest = settings.steps.saturating_sub(first) as u64;
-        let mut loader = LoaderSettings::new(settings.image_size, rest, settings.seed);
-        loader.first_step = first as u64;
+        let mut loader = LoaderSettings::new(settings.image_size, steps.len() as u64, settings.seed);
+        loader.first_step = steps.start as u64;
         loader.workers = settings.workers;
         loader.augment.crop_area = (settings.smallest_crop, 1.0);
         let meta = meta_sampler.map(|sampler| {
@@ -87,7 +87,7 @@ impl Iterator for Batches {
 
 /// A network with the weights of `stored`, or first ones drawn from the seed: read or drawn on the CPU and then
 /// moved, so that a seed means the same weights on every device.
-fn make_network(
+pub(super) fn make_network(
     settings: &TrainSettings,
     stored: Option<&Path>,
     device: &Device,

@@ -6,9 +6,10 @@ use std::time::Instant;
 
 use super::evaluation::{Evaluated, Readable, Test};
 use super::folder::RunFolder;
-use super::setup::{Batches, Setup};
-use super::{Event, Outcome, Summary, cut_short};
+use super::setup::{Batches, Setup, make_network};
+use super::{Event, Outcome, Phase, Summary, cut_short};
 use crate::data::{Dataset, ImageBatch, PkSampler, Split};
+use crate::generator::Lambda;
 use crate::retrieval::Recall;
 use crate::train::checkpoint::{self, Best, RunState};
 use crate::train::engine::Engine;
@@ -85,7 +86,8 @@ impl<'a> Run<'a> {
             Progress::Done => self.finish(begun).map(|summary| Outcome::Finished(Box::new(summary))),
             Progress::Stopped => {
                 self.save()?;
-                Ok(Outcome::Stopped { folder: self.folder.path().to_path_buf(), step: self.state.step })
+                let folder = self.folder.path().to_path_buf();
+                Ok(Outcome::Stopped { folder, phase: self.phase(), step: self.state.step })
             }
         });
         ended.map_err(|error| cut_short(error, &self.folder, &self.state))
@@ -95,9 +97,13 @@ impl<'a> Run<'a> {
         if self.measure_pixels()? == Progress::Stopped {
             return Ok(Progress::Stopped);
         }
-        let meta_sampler = self.meta_sampler.as_ref();
-        let first = self.state.step;
-        let mut batches = Batches::new(self.settings, self.dataset, &self.sampler, meta_sampler, first)?;
+        if self.rehearse()? == Progress::Stopped {
+            return Ok(Progress::Stopped);
+        }
+        let learns = self.settings.generator.rehearsal_steps() == 0;
+        let meta_sampler = self.meta_sampler.as_ref().filter(|_| learns);
+        let steps = self.state.step..self.settings.steps;
+        let mut batches = Batches::new(self.settings, self.dataset, &self.sampler, meta_sampler, steps)?;
         let mut clock = Instant::now();
         loop {
             if self.evaluation_is_due() {
@@ -110,20 +116,62 @@ impl<'a> Run<'a> {
                 return Ok(Progress::Stopped);
             }
             let Some((batch, meta)) = batches.next().transpose()? else { return Ok(Progress::Done) };
-            let step = self.state.step;
-            self.note_unread(step, &batch, meta.as_ref())?;
-            let moved = self.engine.step(step, &batch, meta.as_ref())?;
-            self.state.steps_without_pairs += usize::from(!moved);
-            let seconds = clock.elapsed().as_secs_f64();
-            clock = Instant::now();
-            self.seconds += seconds;
-            self.record_step(step, batch.labels.len() as f64 / seconds)?;
-            self.state.step += 1;
-            let every = self.settings.checkpoint_every;
-            if every > 0 && self.state.step.is_multiple_of(every) {
-                self.save()?;
-            }
+            self.step(&batch, meta.as_ref(), &mut clock)?;
         }
+    }
+
+    /// Learns lambda on a network of its own, if that is wanted and not done yet, and begins the run with it.
+    fn rehearse(&mut self) -> Result<Progress> {
+        let steps = self.settings.generator.rehearsal_steps();
+        if self.state.rehearsed {
+            self.engine.hold_lambda();
+        }
+        if self.phase() == Phase::Training {
+            return Ok(Progress::Done);
+        }
+        self.engine.rehearse(steps);
+        let (sampler, meta_sampler) = (&self.sampler, self.meta_sampler.as_ref());
+        let steps = self.state.step..steps;
+        let mut batches = Batches::new(self.settings, self.dataset, sampler, meta_sampler, steps)?;
+        let mut clock = Instant::now();
+        loop {
+            if self.stop.load(Ordering::Relaxed) {
+                return Ok(Progress::Stopped);
+            }
+            let Some((batch, meta)) = batches.next().transpose()? else { break };
+            self.step(&batch, meta.as_ref(), &mut clock)?;
+        }
+        let (init, device) = (self.settings.init.as_deref(), self.engine.device());
+        let network = make_network(self.settings, init, device)?;
+        self.engine.restart(network, self.settings);
+        (self.state.step, self.state.rehearsed, self.state.steps_without_pairs) = (0, true, 0);
+        let loss = self.engine.loss_settings();
+        let lambda = Lambda { pos: loss.lambda_pos, neg: loss.lambda_neg };
+        (self.tell)(Event::Rehearsed { lambda, steps: self.settings.steps });
+        Ok(Progress::Done)
+    }
+
+    /// Which part of the run the next step belongs to.
+    fn phase(&self) -> Phase {
+        self.state.phase(self.settings)
+    }
+
+    /// One step on a batch, with its record, and a checkpoint where one is due.
+    fn step(&mut self, batch: &ImageBatch, meta: Option<&ImageBatch>, clock: &mut Instant) -> Result<()> {
+        let step = self.state.step;
+        self.note_unread(step, batch, meta)?;
+        let moved = self.engine.step(step, batch, meta)?;
+        self.state.steps_without_pairs += usize::from(!moved);
+        let seconds = clock.elapsed().as_secs_f64();
+        *clock = Instant::now();
+        self.seconds += seconds;
+        self.record_step(step, batch.labels.len() as f64 / seconds)?;
+        self.state.step += 1;
+        let every = self.settings.checkpoint_every;
+        if every > 0 && self.state.step.is_multiple_of(every) {
+            self.save()?;
+        }
+        Ok(())
     }
 
     /// Before the first step, after the last, and between whole numbers of epochs, the last of these unless the run
@@ -232,7 +280,10 @@ impl<'a> Run<'a> {
                 .and_then(Generator::last_hypergradient)
                 .map(|gradient| [gradient.pos, gradient.neg]),
         };
-        self.append(&Record::Step(record.clone()))?;
+        self.append(&match self.phase() {
+            Phase::Rehearsal => Record::Rehearsal(record.clone()),
+            Phase::Training => Record::Step(record.clone()),
+        })?;
         (self.tell)(Event::Step { record: &record, images_per_second });
         Ok(())
     }
