@@ -5,8 +5,9 @@
 //! whatever the thread count and whichever tiles were kept. A tile's weights
 //! are applied as lists of pairs or, where it is dense, as a matrix product.
 
+use super::buffer::Buffer;
 use super::product::{STRIP, product};
-use super::rows::{Block, MAX_BLOCK, grow};
+use super::rows::{Block, MAX_BLOCK, Side};
 use super::select::{Share, ShareRun, Weights};
 use super::simd::{GROUP, Lanes, Work};
 use super::tile::{Candidates, Pairs, Reader};
@@ -14,6 +15,9 @@ use super::tile::{Candidates, Pairs, Reader};
 /// Share of a tile's pairs from which a product beats lists. A listed pair costs about three times
 /// one in a product: it loads its row anew, where the product keeps rows in registers.
 const DENSE: f64 = 0.35;
+
+/// Listed pairs a row up to which each row is summed from end to end.
+const SPARSE: f64 = 4.0;
 
 /// Which function of the similarity weighs a pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,10 +59,16 @@ pub struct GradientScratch {
     weights: Box<[[f32; LIST]; MAX_BLOCK]>,
     lengths: [u32; MAX_BLOCK],
     /// Sums of the owner's rows, `[rows, D]`, rows rounded up to whole strips and D to whole groups.
-    sums: Vec<f32>,
+    sums: Buffer,
     /// The tile's weights as a matrix, and the other side's rows as panels over D where those are not kept.
-    matrix: Vec<f32>,
-    panels: Vec<f32>,
+    matrix: Buffer,
+    panels: Buffer,
+}
+
+/// Floats between the sums of two rows: an odd number of groups, so that those of some dimensions do not all fall
+/// into a few sets of the cache, as they would where D is a power of two.
+fn stride(dim: usize) -> usize {
+    (dim.div_ceil(GROUP) | 1) * GROUP
 }
 
 /// Room in the list of a row: lists are written 16 entries at a time.
@@ -70,29 +80,31 @@ impl Default for GradientScratch {
             columns: Box::new([[0; LIST]; MAX_BLOCK]),
             weights: Box::new([[0.0; LIST]; MAX_BLOCK]),
             lengths: [0; MAX_BLOCK],
-            sums: Vec::new(),
-            matrix: Vec::new(),
-            panels: Vec::new(),
+            sums: Buffer::default(),
+            matrix: Buffer::default(),
+            panels: Buffer::default(),
         }
     }
 }
 
 impl GradientScratch {
     pub fn bytes(&self) -> usize {
-        let floats = self.sums.capacity() + self.matrix.capacity() + self.panels.capacity();
-        size_of_val(&*self.columns) + size_of_val(&*self.weights) + floats * 4
+        let buffers = [&self.sums, &self.matrix, &self.panels];
+        size_of_val(&*self.columns)
+            + size_of_val(&*self.weights)
+            + buffers.iter().map(|buffer| buffer.bytes()).sum::<usize>()
     }
 
     /// Starts a block of `rows` rows.
     pub fn begin(&mut self, rows: usize, dim: usize) {
-        let length = rows.next_multiple_of(STRIP) * dim.next_multiple_of(GROUP);
-        grow(&mut self.sums, length);
+        let length = rows.next_multiple_of(STRIP) * stride(dim);
+        self.sums.grow(length);
         self.sums[..length].fill(0.0);
     }
 
     /// The sum of a row of the block.
     pub fn sum(&self, row: usize, dim: usize) -> &[f32] {
-        &self.sums[row * dim.next_multiple_of(GROUP)..][..dim]
+        &self.sums[row * stride(dim)..][..dim]
     }
 
     fn push(&mut self, row: usize, column: usize, weight: f32) {
@@ -133,6 +145,10 @@ impl Work for AddTile<'_, '_> {
         };
         let listed: u32 = self.scratch.lengths[..owner.rows].iter().sum();
         if listed == 0 {
+            return;
+        }
+        if f64::from(listed) < SPARSE * owner.rows as f64 {
+            add_sparse(simd, self.scratch, owner, other, side);
             return;
         }
         // Taken out while the rest of the scratch is in use.
@@ -383,7 +399,7 @@ const TOGETHER: usize = 4;
 /// `sums[r] += sum over listed pairs of weight * other row`; `panels` are the other rows, `[D / 16][depth][16]`.
 #[inline(always)]
 fn add_listed<S: Lanes>(simd: S, scratch: &mut GradientScratch, owner: Block, depth: usize, panels: &[f32]) {
-    let stride = panels.len() / depth;
+    let stride = stride(panels.len() / depth);
     let rows = panels.as_chunks::<GROUP>().0;
     for (chunk, panels) in rows.chunks(TOGETHER * depth).enumerate() {
         for r in 0..owner.rows {
@@ -438,12 +454,83 @@ fn add_panels<S: Lanes, const P: usize>(
     }
 }
 
+/// The same row by row, from the rows as they came: each is read once from end to end. Where lists are
+/// short that is quicker than to go over all of them for every few dimensions.
+#[inline(always)]
+fn add_sparse<S: Lanes>(simd: S, scratch: &mut GradientScratch, owner: Block, other: Block, side: Side<'_>) {
+    let dim = side.dim;
+    let stride = stride(dim);
+    let whole = dim / GROUP;
+    let mut rows: [&[f32]; LIST] = [&[]; LIST];
+    for r in 0..owner.rows {
+        let length = scratch.lengths[r] as usize;
+        if length == 0 {
+            continue;
+        }
+        let (columns, weights) = (&scratch.columns[r][..length], &scratch.weights[r][..length]);
+        for (row, &column) in rows.iter_mut().zip(columns) {
+            *row = side.row(other.start + column as usize);
+        }
+        let rows = &rows[..length];
+        let sums = scratch.sums[r * stride..][..stride].as_chunks_mut::<GROUP>().0;
+        let mut group = 0;
+        while group + TOGETHER <= whole {
+            add_groups::<S, TOGETHER>(simd, &mut sums[group..], group, rows, weights);
+            group += TOGETHER;
+        }
+        while group < whole {
+            add_groups::<S, 1>(simd, &mut sums[group..], group, rows, weights);
+            group += 1;
+        }
+        if let (Some(sum), true) = (sums.get_mut(whole), whole * GROUP < dim) {
+            let mut totals = [0.0f32; GROUP];
+            for (row, &weight) in rows.iter().zip(weights) {
+                for (total, value) in totals.iter_mut().zip(&row[whole * GROUP..]) {
+                    *total = weight.mul_add(*value, *total);
+                }
+            }
+            for (sum, total) in sum.iter_mut().zip(&totals) {
+                *sum += total;
+            }
+        }
+    }
+}
+
+/// The sums of P groups of dimensions from `group` on, `sums[0]` being the first.
+#[inline(always)]
+fn add_groups<S: Lanes, const P: usize>(
+    simd: S,
+    sums: &mut [[f32; GROUP]],
+    group: usize,
+    rows: &[&[f32]],
+    weights: &[f32],
+) {
+    let parts = GROUP / S::F32_LANES;
+    let Some(sums) = sums.first_chunk_mut::<P>() else { return };
+    // A group is one or two vectors; the second is dropped where it is one.
+    let mut totals = [[simd.splat_f32s(0.0); 2]; P];
+    for (row, &weight) in rows.iter().zip(weights) {
+        let weight = simd.splat_f32s(weight);
+        let values = S::as_simd_f32s(&row[group * GROUP..][..P * GROUP]).0;
+        for p in 0..P {
+            for part in 0..parts {
+                totals[p][part] = simd.mul_add_e_f32s(weight, values[p * parts + part], totals[p][part]);
+            }
+        }
+    }
+    for (sum, totals) in sums.iter_mut().zip(&totals) {
+        for (sum, total) in S::as_mut_simd_f32s(sum).0.iter_mut().zip(totals) {
+            *sum = simd.add_f32s(*sum, *total);
+        }
+    }
+}
+
 /// The same as a product of the tile's weights with the other side's rows.
 #[inline(always)]
 fn add_dense<S: Lanes>(simd: S, scratch: &mut GradientScratch, owner: Block, depth: usize, panels: &[f32]) {
-    let stride = panels.len() / depth;
+    let stride = stride(panels.len() / depth);
     let panel = depth * GROUP;
-    grow(&mut scratch.matrix, MAX_BLOCK * MAX_BLOCK);
+    scratch.matrix.grow(MAX_BLOCK * MAX_BLOCK);
     let matrix = &mut scratch.matrix[..owner.panels() * panel];
     matrix.fill(0.0);
     for r in 0..owner.rows {

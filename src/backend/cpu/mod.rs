@@ -10,7 +10,7 @@
 //! | top-K search | `retrieval.rs` |
 //!
 //! `product.rs` is the one matrix product, `simd.rs` the choice of instruction
-//! set, `tasks.rs` the sharing-out of work. S is computed tile by tile, once for
+//! set, `tasks.rs` the sharing-out of work, `buffer.rs` memory in whole cache lines. S is computed tile by tile, once for
 //! both triangles; of a tile only the candidates are kept, within a budget, and
 //! tiles beyond it are computed again with the same bits.
 
@@ -23,6 +23,7 @@ use crate::loss::select::{Tolerances, adapt};
 use crate::loss::{Batch, Hypergradient, LossOutput, LossSettings, Rows};
 use crate::{Error, Result};
 
+mod buffer;
 mod gradient;
 mod product;
 mod retrieval;

@@ -12,6 +12,7 @@ use half::{bf16, f16};
 use ndarray::{ArrayViewMut2, Axis};
 
 use super::CpuBackend;
+use super::buffer::Buffer;
 use super::product::{STRIP, pack_transposed, product};
 use super::rows::{MAX_BLOCK, contiguous, grow, square_sum};
 use super::simd::{GROUP, Lanes, Work};
@@ -150,7 +151,7 @@ impl<'a> Matrix<'a> {
     /// Packs rows into panels of 16.
     fn pack(&self, first: usize, count: usize, scratch: &mut Packed) {
         let size = count.div_ceil(GROUP) * GROUP * self.dim;
-        grow(&mut scratch.panels, size);
+        scratch.panels.grow(size);
         let block = self.block(first, count, &mut scratch.converted);
         let row = |i: usize| &block[i * self.dim..][..self.dim];
         pack_transposed(row, count, self.dim, &mut scratch.panels[..size]);
@@ -162,7 +163,7 @@ impl<'a> Matrix<'a> {
 #[derive(Default)]
 struct Packed {
     converted: Vec<f32>,
-    panels: Vec<f32>,
+    panels: Buffer,
     size: usize,
 }
 

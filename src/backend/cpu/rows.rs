@@ -3,6 +3,7 @@
 use half::slice::HalfFloatSliceExt;
 use ndarray::ArrayView2;
 
+use super::buffer::Buffer;
 use super::product::{pack_direct, pack_transposed};
 use super::simd::GROUP;
 use super::tasks::Workers;
@@ -110,9 +111,9 @@ pub struct SideBuffers {
     /// Half-precision rows, converted.
     converted: Vec<f32>,
     /// Panels of all blocks, if they are kept.
-    packed: Vec<f32>,
+    packed: Buffer,
     /// Panels over the dimensions, likewise.
-    direct: Vec<f32>,
+    direct: Buffer,
     /// Sum of the squares of every row.
     squares: Vec<f64>,
     /// Sum of all rows that take part in pairs.
@@ -152,7 +153,7 @@ impl<'a> Side<'a> {
             return &self.packed[self.offset(block)..][..size];
         }
         if buffer.block != Some(block) {
-            grow(&mut buffer.panels, size);
+            buffer.panels.grow(size);
             pack_transposed(|i| self.row(start + i), rows, self.dim, &mut buffer.panels[..size]);
             buffer.block = Some(block);
         }
@@ -160,7 +161,7 @@ impl<'a> Side<'a> {
     }
 
     /// Panels of a block over its dimensions, `[D / 16][rows][16]`, kept ones or packed into `buffer`.
-    pub fn direct_panels<'b>(&self, block: usize, buffer: &'b mut Vec<f32>) -> &'b [f32]
+    pub fn direct_panels<'b>(&self, block: usize, buffer: &'b mut Buffer) -> &'b [f32]
     where
         'a: 'b,
     {
@@ -169,7 +170,7 @@ impl<'a> Side<'a> {
         if !self.direct.is_empty() {
             return &self.direct[block * self.order.block_rows * stride..][..rows * stride];
         }
-        grow(buffer, rows * stride);
+        buffer.grow(rows * stride);
         pack_direct(|i| self.row(start + i), rows, self.dim, &mut buffer[..rows * stride]);
         &buffer[..rows * stride]
     }
@@ -183,7 +184,7 @@ impl<'a> Side<'a> {
 /// Panels of the block that was packed last.
 #[derive(Debug, Default)]
 pub struct PanelBuffer {
-    panels: Vec<f32>,
+    panels: Buffer,
     block: Option<usize>,
 }
 
@@ -194,14 +195,14 @@ impl PanelBuffer {
     }
 
     pub fn bytes(&self) -> usize {
-        self.panels.capacity() * 4
+        self.panels.bytes()
     }
 }
 
 impl SideBuffers {
     pub fn bytes(&self) -> usize {
-        let floats = self.converted.capacity() + self.packed.capacity() + self.direct.capacity();
-        self.order.bytes() + floats * 4 + (self.squares.capacity() + self.sum.capacity()) * 8
+        let floats = self.converted.capacity() * 4 + self.packed.bytes() + self.direct.bytes();
+        self.order.bytes() + floats + (self.squares.capacity() + self.sum.capacity()) * 8
     }
 
     /// Checks the rows, converts and packs them. `order` must have been set for these rows.
@@ -262,7 +263,7 @@ impl SideBuffers {
         let whole = full * panel_floats + last.panels() * dim * GROUP;
         let kept = whole > 0 && order.block_rows > 0 && whole * 4 <= PACKED_BYTES;
         if kept {
-            self.packed.resize(whole, 0.0);
+            self.packed.resize(whole);
             workers.for_each_chunk(&mut self.packed, panel_floats, |block, panels| {
                 let Block { start, rows } = order.blocks[block];
                 let size = order.blocks[block].panels() * dim * GROUP;
@@ -271,15 +272,15 @@ impl SideBuffers {
             });
             let stride = dim.next_multiple_of(GROUP);
             let block_floats = order.block_rows * stride;
-            self.direct.resize(full * block_floats + last.rows * stride, 0.0);
+            self.direct.resize(full * block_floats + last.rows * stride);
             workers.for_each_chunk(&mut self.direct, block_floats, |block, panels| {
                 let Block { start, rows } = order.blocks[block];
                 let row = |i: usize| &values[order.rows[start + i] as usize * dim..][..dim];
                 pack_direct(row, rows, dim, &mut panels[..rows * stride]);
             });
         } else {
-            self.packed = Vec::new();
-            self.direct = Vec::new();
+            self.packed = Buffer::default();
+            self.direct = Buffer::default();
         }
         Ok(Side { order, dim, values, packed: &self.packed, direct: &self.direct, sum: &self.sum, squares })
     }

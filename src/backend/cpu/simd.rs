@@ -77,9 +77,39 @@ impl Lanes for pulp::x86::V3 {
 
     #[inline(always)]
     fn compress(self, values: &[u32; GROUP], mask: u16, out: &mut [u32; GROUP]) {
-        compress_by_bit(values, mask, out);
+        let halves = values.as_chunks::<8>().0;
+        let packed = |half: usize, mask: u16| -> [u32; 8] {
+            let order: u64 = bytemuck::cast(SET_BITS[usize::from(mask & 0xff)]);
+            let order = self.avx2._mm256_cvtepu8_epi32(self.sse2._mm_set_epi64x(0, order as i64));
+            let values = bytemuck::cast(halves[half]);
+            bytemuck::cast(self.avx2._mm256_permutevar8x32_epi32(values, order))
+        };
+        out[..8].copy_from_slice(&packed(0, mask));
+        let first = (mask & 0xff).count_ones() as usize;
+        if let Some(rest) = out.get_mut(first..first + 8) {
+            rest.copy_from_slice(&packed(1, mask >> 8));
+        }
     }
 }
+
+/// The places of the set bits of every byte, lowest first.
+#[cfg(target_arch = "x86_64")]
+static SET_BITS: [[u8; 8]; 256] = {
+    let mut table = [[0; 8]; 256];
+    let mut mask = 0;
+    while mask < 256 {
+        let (mut bit, mut next) = (0, 0);
+        while bit < 8 {
+            if mask >> bit & 1 == 1 {
+                table[mask][next] = bit as u8;
+                next += 1;
+            }
+            bit += 1;
+        }
+        mask += 1;
+    }
+    table
+};
 
 #[cfg(target_arch = "x86_64")]
 impl Lanes for pulp::x86::V4 {
@@ -174,5 +204,34 @@ impl<S: Lanes, W: Work> pulp::NullaryFnOnce for Call<S, W> {
     #[inline(always)]
     fn call(self) -> W::Output {
         self.work.run(self.simd)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Compress<'a>(u16, &'a [u32; GROUP], &'a mut [u32; GROUP]);
+
+    impl Work for Compress<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn run<S: Lanes>(self, simd: S) {
+            simd.compress(self.1, self.0, self.2);
+        }
+    }
+
+    #[test]
+    fn compression_brings_every_choice_of_lanes_to_the_front() {
+        let values: [u32; GROUP] = std::array::from_fn(|lane| 100 + lane as u32);
+        for level in Level::available() {
+            for mask in 0..=u16::MAX {
+                let mut out = [0; GROUP];
+                level.dispatch(Compress(mask, &values, &mut out));
+                let chosen = (0..GROUP).filter(|lane| mask >> lane & 1 == 1).map(|lane| values[lane]);
+                assert!(chosen.zip(out).all(|(want, got)| want == got), "{level:?} {mask:#x}: {out:?}");
+            }
+        }
     }
 }

@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock};
 
+use super::buffer::Buffer;
 use super::rows::MAX_BLOCK;
 use super::select::{CountTile, Counts, Weights, negative_bound};
 use super::tasks::Workers;
@@ -88,7 +89,7 @@ struct Tile {
     kept: bool,
     candidates: Candidates,
     /// All similarities of a tile with pairs of one class, from that pass to the sweep; or empty.
-    similarities: Vec<f32>,
+    similarities: Buffer,
     row_extreme: [f32; MAX_BLOCK],
     column_extreme: [f32; MAX_BLOCK],
     counts: Counts,
@@ -104,7 +105,7 @@ impl Default for Tile {
         Self {
             kept: false,
             candidates: Candidates::default(),
-            similarities: Vec::new(),
+            similarities: Buffer::default(),
             row_extreme: [0.0; MAX_BLOCK],
             column_extreme: [0.0; MAX_BLOCK],
             counts: Counts::default(),
@@ -148,7 +149,7 @@ impl Tiles {
             }
         }
         for tile in &mut self.tiles {
-            exclusive(tile).similarities.clear();
+            exclusive(tile).similarities.resize(0);
         }
         self.used = AtomicUsize::new(0);
         self.with_positives.clear();
@@ -162,7 +163,7 @@ impl Tiles {
     pub fn bytes(&self) -> usize {
         let held = |tile: &RwLock<Tile>| {
             let tile = read(tile);
-            tile.candidates.bytes() + tile.similarities.capacity() * 4
+            tile.candidates.bytes() + tile.similarities.bytes()
         };
         self.tiles.iter().map(held).sum::<usize>() + self.tiles.capacity() * size_of::<RwLock<Tile>>()
     }
@@ -272,7 +273,7 @@ impl Tiles {
         workers.for_each(self.tiles.len(), scratch, |index, scratch| {
             let scratch = &mut scratch.tile;
             let tile = &mut *write(&self.tiles[index]);
-            let (position, kept) = (self.position(index), tile.similarities.as_slice());
+            let (position, kept) = (self.position(index), &*tile.similarities);
             pairs.level.dispatch(Sweep { pairs: *pairs, tile: position, keep, probe, kept, scratch });
             tile.row_extreme = scratch.found.row_max;
             tile.column_extreme = scratch.found.column_max;

@@ -5,6 +5,7 @@
 //! a word of bits for each such group; similarities follow in the same order.
 //! That is 4 bytes a candidate and at most 1/8 byte a pair.
 
+use super::buffer::Buffer;
 use super::product::{STRIP, product};
 use super::rows::{MAX_BLOCK, PanelBuffer, Side};
 use super::simd::{GROUP, Lanes, Level, Work};
@@ -46,8 +47,14 @@ impl Candidates {
     }
 }
 
+/// Similarities of a strip; lines begin at cache lines.
+#[derive(Debug)]
+#[repr(C, align(64))]
+struct Strip([[f32; MAX_BLOCK]; STRIP]);
+
 /// What a sweep over one tile finds beside candidates.
 #[derive(Debug)]
+#[repr(C, align(64))]
 pub struct Found {
     /// Largest negative of each row and of each column of the tile.
     pub row_max: [f32; MAX_BLOCK],
@@ -63,7 +70,7 @@ pub struct Found {
 pub struct TileScratch {
     pub row_panels: PanelBuffer,
     pub panels: PanelBuffer,
-    strip: Box<[[f32; MAX_BLOCK]; STRIP]>,
+    strip: Box<Strip>,
     /// Candidates of the tile swept last.
     pub candidates: Candidates,
     pub found: Found,
@@ -74,7 +81,7 @@ impl Default for TileScratch {
         Self {
             row_panels: PanelBuffer::default(),
             panels: PanelBuffer::default(),
-            strip: Box::new([[0.0; MAX_BLOCK]; STRIP]),
+            strip: Box::new(Strip([[0.0; MAX_BLOCK]; STRIP])),
             candidates: Candidates {
                 words: Vec::with_capacity(MAX_BLOCK * (1 + MAX_GROUPS)),
                 // A whole group is written at a time, so the last one needs room behind it.
@@ -133,7 +140,7 @@ pub struct SameClass<'a, 'b, F> {
     pub scratch: &'b mut TileScratch,
     /// Where to keep the whole tile for the sweep, `[rows to whole strips, MAX_BLOCK]`; otherwise only what
     /// is visited is computed.
-    pub keep: Option<&'b mut Vec<f32>>,
+    pub keep: Option<&'b mut Buffer>,
     /// Called with the local row, the first local column and the similarities from there on.
     pub visit: F,
 }
@@ -150,7 +157,7 @@ impl<F: FnMut(usize, usize, &[f32])> Work for SameClass<'_, '_, F> {
         let panels = pairs.columns.panels(column, &mut self.scratch.panels);
         let panel = pairs.columns.dim * GROUP;
         if let Some(kept) = &mut self.keep {
-            kept.resize(block.rows.next_multiple_of(STRIP) * MAX_BLOCK, 0.0);
+            kept.resize(block.rows.next_multiple_of(STRIP) * MAX_BLOCK);
         }
         for start in (0..block.rows).step_by(STRIP) {
             let count = STRIP.min(block.rows - start);
@@ -163,7 +170,7 @@ impl<F: FnMut(usize, usize, &[f32])> Work for SameClass<'_, '_, F> {
                     (lowest..panels.len() / panel, &mut kept[start * MAX_BLOCK..][..STRIP * MAX_BLOCK])
                 }
                 None if first >= last => continue,
-                None => (visited, self.scratch.strip.as_flattened_mut()),
+                None => (visited, self.scratch.strip.0.as_flattened_mut()),
             };
             product(
                 simd,
@@ -200,6 +207,7 @@ pub struct Sweep<'a, 'b> {
 }
 
 /// What a row of a tile is compared with, by local column, padded to whole groups.
+#[repr(C, align(64))]
 struct Columns {
     keep: [f32; MAX_BLOCK],
     probe: [f32; MAX_BLOCK],
@@ -214,6 +222,7 @@ impl Work for Sweep<'_, '_> {
     fn run<S: Lanes>(self, simd: S) {
         let Self { pairs, tile: (row, column), keep, probe, kept, scratch } = self;
         let TileScratch { row_panels, panels, strip, candidates, found } = scratch;
+        let Strip(strip) = &mut **strip;
         let (block, across) = (pairs.rows.order.blocks[row], pairs.columns.order.blocks[column]);
         let row_panels = pairs.rows.panels(row, row_panels);
         let panels = pairs.columns.panels(column, panels);
