@@ -17,4 +17,5 @@ place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT
 fixture=(make-fixture --dataset cars196 --layout class-folders --classes 32 --images-per-class 2 --picture-width 500)
 cargo run --release --quiet --bin ddtas-train -- "${fixture[@]}" --out "$place/pictures"
-cargo bench --quiet --bench loader -- --data-root "$place/pictures" --batches 4
+# As a test, so that the library is not built once more for the bench profile.
+cargo test --release --quiet --bench loader -- --data-root "$place/pictures" --batches 4

@@ -10,7 +10,7 @@
 //! | top-K search | `retrieval.rs` |
 //!
 //! `product.rs` is the one matrix product, `simd.rs` the choice of instruction
-//! set, `tasks.rs` the sharing-out of work, `buffer.rs` memory in whole cache lines. S is computed tile by tile, once for
+//! set, `tasks.rs` the sharing-out of work, `buffer.rs` memory in whole cache lines, `times.rs` what each pass took. S is computed tile by tile, once for
 //! both triangles; of a tile only the candidates are kept, within a budget, and
 //! tiles beyond it are computed again with the same bits.
 
@@ -34,6 +34,7 @@ mod similarity;
 mod tasks;
 mod threshold;
 mod tile;
+mod times;
 
 use gradient::{GradientScratch, Kind, Totals};
 use rows::{MAX_BLOCK, Side, SideBuffers};
@@ -42,6 +43,9 @@ use simd::{GROUP, Level};
 use similarity::{Statistics, Tiles};
 use tasks::{Workers, lock};
 use tile::{Pairs, TileScratch};
+use times::Stopwatch;
+
+pub use times::PassTimes;
 
 /// Most bytes of candidates kept between the passes unless stated otherwise.
 pub const DEFAULT_BUDGET: usize = 64 << 20;
@@ -66,6 +70,7 @@ pub struct CpuBackend {
     scratch: Vec<Mutex<Scratch>>,
     block_totals: Vec<Mutex<Totals>>,
     remembered: Option<Remembered>,
+    times: PassTimes,
 }
 
 /// Shape of the last loss.
@@ -112,7 +117,14 @@ impl CpuBackend {
             scratch: Vec::new(),
             block_totals: Vec::new(),
             remembered: None,
+            times: PassTimes::default(),
         }
+    }
+
+    /// Time of each pass of the last loss.
+    #[must_use]
+    pub fn pass_times(&self) -> PassTimes {
+        self.times
     }
 
     fn loss_passes(
@@ -122,6 +134,7 @@ impl CpuBackend {
         output: &mut LossOutput,
         workers: Workers<'_>,
     ) -> Result<()> {
+        let mut watch = Stopwatch::start();
         self.scratch.resize_with(workers.count(), Mutex::default);
         self.rows.order.by_class(batch.anchors.labels, block_rows(batch.anchors.labels.len()));
         let rows = self.rows.prepare("anchors", &batch.anchors, batch.check, &workers)?;
@@ -138,14 +151,18 @@ impl CpuBackend {
         for scratch in &self.scratch {
             lock(scratch).tile.reset();
         }
+        self.times.rows = watch.lap();
 
         let against = if pairs.square { 0 } else { columns.order.rows.len() };
         let of_rows = self.budget_of_a_row.saturating_mul(rows.order.rows.len() + against);
         self.tiles.set(&pairs, self.budget.min(of_rows));
         self.statistics.reset(&pairs);
         self.tiles.same_class_pass(&pairs, &workers, &self.scratch, &mut self.statistics);
+        self.times.same_class = watch.lap();
         self.statistics.set_bounds(settings);
         self.tiles.sweep(&pairs, &workers, &self.scratch, &mut self.statistics);
+
+        self.times.sweep = watch.lap();
 
         let statistics = &mut self.statistics;
         let tolerances = adapt(settings, statistics.probe_neg, statistics.positives);
@@ -153,6 +170,7 @@ impl CpuBackend {
         self.tiles.count(&pairs, &workers, &self.scratch, &self.weights, statistics);
         let batch_rows = batch.anchors.labels.len();
         let active = self.weights.set_factors(&statistics.counts, batch_rows);
+        self.times.select = watch.lap();
 
         let mut walk = Walk {
             pairs,
@@ -172,6 +190,7 @@ impl CpuBackend {
         }
         self.statistics.report(&pairs, tolerances, batch_rows, output);
         report_loss(settings, &totals, active, output);
+        self.times.gradient = watch.lap();
         self.remembered = Some(Self::shape(batch));
         Ok(())
     }

@@ -1,0 +1,1 @@
+//! Where the passes of the CPU backend are timed: `passes.rs`.
