@@ -530,8 +530,9 @@ fn add_groups<S: Lanes, const P: usize>(
 fn add_dense<S: Lanes>(simd: S, scratch: &mut GradientScratch, owner: Block, depth: usize, panels: &[f32]) {
     let stride = stride(panels.len() / depth);
     let panel = depth * GROUP;
-    scratch.matrix.grow(MAX_BLOCK * MAX_BLOCK);
-    let matrix = &mut scratch.matrix[..owner.panels() * panel];
+    let size = owner.panels() * panel;
+    scratch.matrix.grow(size);
+    let matrix = &mut scratch.matrix[..size];
     matrix.fill(0.0);
     for r in 0..owner.rows {
         let length = scratch.lengths[r] as usize;

@@ -7,7 +7,7 @@
 
 use super::buffer::Buffer;
 use super::product::{STRIP, product};
-use super::rows::{MAX_BLOCK, PanelBuffer, Side};
+use super::rows::{MAX_BLOCK, PanelBuffer, Side, grow};
 use super::simd::{GROUP, Lanes, Level, Work};
 
 /// Groups of 16 columns in a tile, at most; a row's word has a bit for each.
@@ -84,8 +84,7 @@ impl Default for TileScratch {
             strip: Box::new(Strip([[0.0; MAX_BLOCK]; STRIP])),
             candidates: Candidates {
                 words: Vec::with_capacity(MAX_BLOCK * (1 + MAX_GROUPS)),
-                // A whole group is written at a time, so the last one needs room behind it.
-                values: vec![0.0; MAX_BLOCK * MAX_BLOCK + GROUP],
+                values: Vec::new(),
             },
             found: Found { row_max: [0.0; MAX_BLOCK], column_max: [0.0; MAX_BLOCK], probe: 0, filled: 0 },
         }
@@ -245,6 +244,8 @@ impl Work for Sweep<'_, '_> {
         found.column_max.fill(f32::NEG_INFINITY);
         found.probe = 0;
         candidates.words.clear();
+        // A whole group is written at a time, so the last one needs room behind it.
+        grow(&mut candidates.values, block.rows * across.rows + GROUP);
         let values: &mut [u32] = bytemuck::cast_slice_mut(&mut candidates.values);
         let mut filled = 0;
         for start in (0..block.rows).step_by(STRIP) {
