@@ -147,14 +147,15 @@ impl Work for AddTile<'_, '_> {
         if listed == 0 {
             return;
         }
-        if f64::from(listed) < SPARSE * owner.rows as f64 {
+        let dense = f64::from(listed) > DENSE * (owner.rows * other.rows) as f64;
+        if !dense && f64::from(listed) < SPARSE * owner.rows as f64 {
             add_sparse(simd, self.scratch, owner, other, side);
             return;
         }
         // Taken out while the rest of the scratch is in use.
         let mut buffer = std::mem::take(&mut self.scratch.panels);
         let panels = side.direct_panels(block, &mut buffer);
-        if f64::from(listed) > DENSE * (owner.rows * other.rows) as f64 {
+        if dense {
             add_dense(simd, self.scratch, owner, other.rows, panels);
         } else {
             add_listed(simd, self.scratch, owner, other.rows, panels);
