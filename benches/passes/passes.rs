@@ -5,6 +5,7 @@
 //! The passes of a loss work on each other's results, so a whole loss is evaluated and the time of
 //! one pass is taken from it ([`CpuBackend::pass_times`]); `threshold` and `retrieval` are calls of their own.
 
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
@@ -19,7 +20,7 @@ const BATCHES: [usize; 2] = [80, 1280];
 const DENSITIES: [Density; 4] = [Density::Late, Density::Middle, Density::Start, Density::All];
 
 /// Rows at each size and density, by name.
-fn batches() -> Vec<(String, Embeddings)> {
+static ROWS: LazyLock<Vec<(String, Embeddings)>> = LazyLock::new(|| {
     let noises = DENSITIES.map(|density| (density, find_noise(density, DIM, None, SEED).expect("a noise")));
     let drawn = BATCHES.iter().flat_map(|&rows| {
         noises.map(|(density, noise)| {
@@ -27,7 +28,7 @@ fn batches() -> Vec<(String, Embeddings)> {
         })
     });
     drawn.collect()
-}
+});
 
 /// One pass of a loss, by name.
 type Pass = (&'static str, fn(&PassTimes) -> Duration);
@@ -41,10 +42,9 @@ const PASSES: [Pass; 5] = [
 ];
 
 fn passes(criterion: &mut Criterion) {
-    let batches = batches();
     for (pass, time) in PASSES {
         let mut group = criterion.benchmark_group(pass);
-        for (name, embeddings) in &batches {
+        for (name, embeddings) in &*ROWS {
             let (batch, settings) = (embeddings.batch(), &embeddings.settings);
             let (mut backend, mut output) = (CpuBackend::new(), LossOutput::default());
             group.bench_function(BenchmarkId::from_parameter(name), |bencher| {
@@ -63,7 +63,7 @@ fn passes(criterion: &mut Criterion) {
 
 fn threshold(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("threshold");
-    for (name, embeddings) in batches() {
+    for (name, embeddings) in &*ROWS {
         let batch = embeddings.batch();
         let (mut backend, mut output) = (CpuBackend::new(), LossOutput::default());
         backend.loss(&batch, &embeddings.settings, &mut output).expect("a loss");
@@ -77,7 +77,7 @@ fn threshold(criterion: &mut Criterion) {
 
 fn retrieval(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("retrieval");
-    for (name, embeddings) in batches() {
+    for (name, embeddings) in &*ROWS {
         let batch = embeddings.batch();
         let mut backend = CpuBackend::new();
         group.bench_function(BenchmarkId::from_parameter(name), |bencher| {

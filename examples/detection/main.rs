@@ -12,15 +12,19 @@ mod backbone;
 mod materials;
 mod network;
 mod picture;
+#[path = "../drawn/sheet.rs"]
+mod sheet;
 mod street;
+#[path = "../drawn/training.rs"]
+mod training;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use burn::module::Module;
-use burn::optim::{AdamWConfig, GradientsParams};
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::optim::AdamWConfig;
+use burn::tensor::Device;
 use clap::Parser;
 use ddtas::backend::{Backend, DeviceSpec, Nearest, open};
 use ddtas::loss::baseline::PairLoss;
@@ -31,6 +35,7 @@ use ndarray::Array2;
 
 use network::{RegionNetwork, mean_over};
 use street::{Scene, Truth, truths_of};
+use training::{descend, learning_rate, together};
 
 /// Trains region embeddings against a memory bank, and tells proposals of unseen scenes by them.
 #[derive(Parser)]
@@ -113,13 +118,7 @@ fn run(arguments: &Arguments) -> ddtas::Result<()> {
 fn embed(network: &RegionNetwork, scenes: &[Scene], device: &Device) -> ddtas::Result<Array2<f32>> {
     let network = network.valid();
     let device = device.clone().inner();
-    let parts = scenes
-        .chunks(BATCH)
-        .map(|scenes| to_array(network.forward(scenes, &device, Normalise::Batch)))
-        .collect::<ddtas::Result<Vec<_>>>()?;
-    let views: Vec<_> = parts.iter().map(|part| part.view()).collect();
-    ndarray::concatenate(ndarray::Axis(0), &views)
-        .map_err(|error| ddtas::Error::Training(format!("embeddings of two sizes: {error}")))
+    together(scenes.chunks(BATCH).map(|scenes| to_array(network.forward(scenes, &device, Normalise::Batch))))
 }
 
 /// The mean colour of a region as its embedding.
@@ -166,14 +165,8 @@ fn train(mut network: RegionNetwork, arguments: &Arguments, device: &Device) -> 
             );
         }
         memory.push(step, values.view(), &labels);
-        let shape = [values.nrows(), values.ncols()];
-        let gradient = TensorData::new(output.gradient.iter().copied().collect::<Vec<f32>>(), shape);
-        let surrogate = (embeddings * Tensor::<2>::from_data(gradient, device)).sum();
-        let gradients = GradientsParams::from_grads(surrogate.backward(), &network);
-        // Falls to a tenth along half a cosine.
-        let progress = step as f64 / arguments.steps as f64;
-        let rate = arguments.learning_rate * (0.1 + 0.45 * (1.0 + (std::f64::consts::PI * progress).cos()));
-        network = optimizer.step(rate, network, gradients);
+        let rate = learning_rate(arguments.learning_rate, step, arguments.steps);
+        network = descend(network, &mut optimizer, embeddings, &output.gradient, rate, device);
     }
     Ok(network)
 }

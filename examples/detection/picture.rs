@@ -1,12 +1,12 @@
 //! A picture of what was learned: scenes with their objects, and proposals by what they were taken for.
 
-use std::io::Cursor;
 use std::path::Path;
 
-use ddtas::{Error, Result};
-use image::{ImageFormat, Rgb, RgbImage, imageops};
+use ddtas::Result;
+use image::{Rgb, RgbImage, imageops};
 
 use crate::materials::Material;
+use crate::sheet;
 use crate::street::{Region, SIDE, Scene, Truth};
 
 /// Colours of the kinds (Okabe and Ito: they can be told apart by everyone), by their place in [`Material::ALL`].
@@ -19,7 +19,7 @@ const GAP: u32 = 6;
 /// Writes one column a scene and three rows: the objects, and the proposals that were taken for one before and after.
 ///
 /// # Errors
-/// [`Error::Io`] if the file cannot be written.
+/// [`ddtas::Error::Io`] if the file cannot be written.
 pub fn write(path: &Path, scenes: &[Scene], before: &[Truth], after: &[Truth]) -> Result<()> {
     let panel = SIDE as u32 * SCALE + GAP;
     let mut sheet = RgbImage::from_pixel(panel * scenes.len() as u32 + GAP, 3 * panel + GAP, Rgb([255; 3]));
@@ -39,11 +39,7 @@ pub fn write(path: &Path, scenes: &[Scene], before: &[Truth], after: &[Truth]) -
         }
         first += scene.proposals.len();
     }
-    let mut bytes = Cursor::new(Vec::new());
-    sheet
-        .write_to(&mut bytes, ImageFormat::Png)
-        .map_err(|error| Error::format(path, format!("the picture cannot be encoded: {error}")))?;
-    ddtas::files::write_atomic(path, &bytes.into_inner())
+    sheet::write(path, &sheet)
 }
 
 /// A scene, washed out, with frames in the colours of their kinds.

@@ -11,14 +11,18 @@ mod materials;
 mod network;
 mod picture;
 mod scenes;
+#[path = "../drawn/sheet.rs"]
+mod sheet;
+#[path = "../drawn/training.rs"]
+mod training;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use burn::module::Module;
-use burn::optim::{AdamWConfig, GradientsParams};
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::optim::AdamWConfig;
+use burn::tensor::Device;
 use clap::Parser;
 use ddtas::backend::{DeviceSpec, open};
 use ddtas::loss::{Batch, LossOutput, LossSettings};
@@ -33,6 +37,7 @@ use evaluation::{Accuracy, evaluate, prototypes};
 use materials::Material;
 use network::{PixelNetwork, tensor};
 use scenes::{IGNORED, SIDE, Scene, labels_of};
+use training::{descend, learning_rate, together};
 
 #[global_allocator]
 static ALLOCATOR: PeakAlloc = PeakAlloc;
@@ -149,13 +154,11 @@ fn embed(network: &PixelNetwork, scenes: &[Scene], device: &Device) -> ddtas::Re
     let network = network.valid();
     let device = device.clone().inner();
     // By the scenes' own statistics: an untrained network has no others.
-    let parts = scenes
-        .chunks(BATCH)
-        .map(|scenes| to_array(network.forward(tensor(scenes, &device), Normalise::Batch)))
-        .collect::<ddtas::Result<Vec<_>>>()?;
-    let views: Vec<_> = parts.iter().map(|part| part.view()).collect();
-    ndarray::concatenate(ndarray::Axis(0), &views)
-        .map_err(|error| ddtas::Error::Training(format!("embeddings of two sizes: {error}")))
+    together(
+        scenes
+            .chunks(BATCH)
+            .map(|scenes| to_array(network.forward(tensor(scenes, &device), Normalise::Batch))),
+    )
 }
 
 fn train(mut network: PixelNetwork, arguments: &Arguments, device: &Device) -> ddtas::Result<PixelNetwork> {
@@ -176,14 +179,8 @@ fn train(mut network: PixelNetwork, arguments: &Arguments, device: &Device) -> d
             println!("  step {step:>3}: loss {:.4}, mined {positives} + {negatives}", output.loss);
         }
         // Ignored pixels have a gradient of zero, and cost next to nothing.
-        let shape = [values.nrows(), values.ncols()];
-        let gradient = TensorData::new(output.gradient.iter().copied().collect::<Vec<f32>>(), shape);
-        let surrogate = (embeddings * Tensor::<2>::from_data(gradient, device)).sum();
-        let gradients = GradientsParams::from_grads(surrogate.backward(), &network);
-        // Falls to a tenth along half a cosine.
-        let progress = step as f64 / arguments.steps as f64;
-        let rate = arguments.learning_rate * (0.1 + 0.45 * (1.0 + (std::f64::consts::PI * progress).cos()));
-        network = optimizer.step(rate, network, gradients);
+        let rate = learning_rate(arguments.learning_rate, step, arguments.steps);
+        network = descend(network, &mut optimizer, embeddings, &output.gradient, rate, device);
     }
     Ok(network)
 }

@@ -1,12 +1,12 @@
 //! A picture of what was learned: scene, truth, and the nearest prototype of every pixel before and after.
 
-use std::io::Cursor;
 use std::path::Path;
 
-use ddtas::{Error, Result};
-use image::{ImageFormat, Rgb, RgbImage, imageops};
+use ddtas::Result;
+use image::{Rgb, RgbImage, imageops};
 
 use crate::scenes::{SIDE, Scene};
+use crate::sheet;
 
 /// Colours of the materials (Okabe and Ito: they can be told apart by everyone).
 const COLOURS: [[u8; 3]; 6] =
@@ -19,7 +19,7 @@ const GAP: u32 = 6;
 /// Writes one column a scene and four rows: scene, truth, before, after.
 ///
 /// # Errors
-/// [`Error::Io`] if the file cannot be written.
+/// [`ddtas::Error::Io`] if the file cannot be written.
 pub fn write(path: &Path, scenes: &[Scene], before: &[usize], after: &[usize]) -> Result<()> {
     let panel = SIDE as u32 * SCALE + GAP;
     let mut sheet = RgbImage::from_pixel(panel * scenes.len() as u32 + GAP, 4 * panel + GAP, Rgb([255; 3]));
@@ -39,9 +39,5 @@ pub fn write(path: &Path, scenes: &[Scene], before: &[usize], after: &[usize]) -
             imageops::replace(&mut sheet, &large, i64::from(x), i64::from(y));
         }
     }
-    let mut bytes = Cursor::new(Vec::new());
-    sheet
-        .write_to(&mut bytes, ImageFormat::Png)
-        .map_err(|error| Error::format(path, format!("the picture cannot be encoded: {error}")))?;
-    ddtas::files::write_atomic(path, &bytes.into_inner())
+    sheet::write(path, &sheet)
 }
