@@ -42,7 +42,8 @@ fn everything(threads: usize, budget: usize, mining: Mining) -> String {
 fn the_number_of_threads_changes_no_bit() {
     for mining in [Mining::AtAsms, Mining::None] {
         let alone = everything(1, 1 << 26, mining);
-        for threads in [2, 3, 7] {
+        // With more threads than blocks of rows, dimensions are shared out too.
+        for threads in [2, 3, 7, 20] {
             assert!(alone == everything(threads, 1 << 26, mining), "{threads} threads, {mining:?}");
         }
     }
@@ -52,5 +53,8 @@ fn the_number_of_threads_changes_no_bit() {
 fn the_budget_changes_no_bit() {
     let kept = everything(2, 1 << 26, Mining::AtAsms);
     assert!(kept == everything(2, 0, Mining::AtAsms), "nothing kept");
-    assert!(kept == everything(3, 100_000, Mining::AtAsms), "some kept");
+    // From tiles that do not fit, through weights in the place of similarities, to room for both.
+    for budget in [20_000, 60_000, 100_000, 150_000, 250_000, 400_000] {
+        assert!(kept == everything(3, budget, Mining::AtAsms), "some kept: {budget}");
+    }
 }

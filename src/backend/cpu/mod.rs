@@ -4,8 +4,8 @@
 //! | --- | --- |
 //! | rows in class order, checked and packed | `rows.rs` |
 //! | same-class pass (m+) and the sweep (m-, probe count, candidates) | `similarity.rs`, `tile.rs` |
-//! | selection and weights | `select.rs` |
-//! | loss and gradient | `gradient.rs` |
+//! | selection | `select.rs` |
+//! | weights and loss, gradient | `weigh.rs`, `gradient.rs` |
 //! | hyper-gradient of the loss threshold | `threshold.rs` |
 //! | top-K search | `retrieval.rs` |
 //!
@@ -35,15 +35,17 @@ mod tasks;
 mod threshold;
 mod tile;
 mod times;
+mod weigh;
 
-use gradient::{GradientScratch, Kind, Totals};
+use gradient::{AddTile, GradientScratch, Part};
 use rows::{MAX_BLOCK, Side, SideBuffers};
 use select::Weights;
 use simd::{GROUP, Level};
-use similarity::{Statistics, Tiles};
+use similarity::{Known, Statistics, Tiles};
 use tasks::{Workers, lock};
 use tile::{Pairs, TileScratch};
 use times::Stopwatch;
+use weigh::{Kind, Totals};
 
 pub use times::PassTimes;
 
@@ -53,6 +55,9 @@ pub const DEFAULT_BUDGET: usize = 64 << 20;
 /// And no more than this for each row of either side, so that memory is linear in the batch: with the panels of
 /// D = 512 and the tiles beside them, 5,120 rows stay below 64 MB and 10,240 below 128 MB.
 const BUDGET_OF_A_ROW: usize = 6 << 10;
+
+/// Fewest dimensions that are worth a task of their own in the gradient.
+const PART_DIMENSIONS: usize = 64;
 
 /// [`Backend`] on the processor's cores (those of the current rayon pool).
 #[derive(Debug)]
@@ -68,7 +73,7 @@ pub struct CpuBackend {
     statistics: Statistics,
     weights: Weights,
     scratch: Vec<Mutex<Scratch>>,
-    block_totals: Vec<Mutex<Totals>>,
+    answers: Vec<Mutex<f64>>,
     remembered: Option<Remembered>,
     times: PassTimes,
 }
@@ -115,7 +120,7 @@ impl CpuBackend {
             statistics: Statistics::default(),
             weights: Weights::default(),
             scratch: Vec::new(),
-            block_totals: Vec::new(),
+            answers: Vec::new(),
             remembered: None,
             times: PassTimes::default(),
         }
@@ -172,16 +177,11 @@ impl CpuBackend {
         let active = self.weights.set_factors(&statistics.counts, batch_rows);
         self.times.select = watch.lap();
 
-        let mut walk = Walk {
-            pairs,
-            tiles: &self.tiles,
-            statistics: &self.statistics,
-            weights: &self.weights,
-            workers,
-            scratch: &self.scratch,
-            block_totals: &mut self.block_totals,
-        };
-        let totals = write_gradient(&mut walk, Owner::Rows, &mut output.gradient, batch_rows);
+        let known = Known { pairs, statistics: &self.statistics, weights: &self.weights };
+        self.tiles.weigh(&known, &workers, &self.scratch);
+        let mut walk =
+            Walk { known, tiles: &self.tiles, workers, scratch: &self.scratch, answers: &mut self.answers };
+        write_gradient(&mut walk, Owner::Rows, &mut output.gradient, batch_rows);
         if batch.reference_gradient && !pairs.square {
             let gradient = output.reference_gradient.get_or_insert_default();
             write_gradient(&mut walk, Owner::Columns, gradient, batch.reference_rows().labels.len());
@@ -189,7 +189,7 @@ impl CpuBackend {
             output.reference_gradient = None;
         }
         self.statistics.report(&pairs, tolerances, batch_rows, output);
-        report_loss(settings, &totals, active, output);
+        report_loss(settings, &self.tiles.totals(), active, output);
         self.times.gradient = watch.lap();
         self.remembered = Some(Self::shape(batch));
         Ok(())
@@ -273,13 +273,11 @@ impl Backend for CpuBackend {
             lock(scratch).tile.reset();
         }
         let mut walk = Walk {
-            pairs,
+            known: Known { pairs, statistics: &self.statistics, weights: &self.weights },
             tiles: &self.tiles,
-            statistics: &self.statistics,
-            weights: &self.weights,
             workers,
             scratch: &self.scratch,
-            block_totals: &mut self.block_totals,
+            answers: &mut self.answers,
         };
         Ok(threshold::hypergradient(&mut walk, tangent, reference_tangent))
     }
@@ -300,7 +298,7 @@ impl Backend for CpuBackend {
             + self.statistics.bytes()
             + self.weights.bytes()
             + self.scratch.iter().map(scratch).sum::<usize>()
-            + self.block_totals.capacity() * size_of::<Mutex<Totals>>()
+            + self.answers.capacity() * size_of::<Mutex<f64>>()
     }
 }
 
@@ -313,68 +311,88 @@ enum Owner {
 
 /// A walk over all weighted pairs, block by block of their owner.
 struct Walk<'a> {
-    pairs: Pairs<'a>,
+    known: Known<'a>,
     tiles: &'a Tiles,
-    statistics: &'a Statistics,
-    weights: &'a Weights,
     workers: Workers<'a>,
     scratch: &'a [Mutex<Scratch>],
-    block_totals: &'a mut Vec<Mutex<Totals>>,
+    /// What the tasks' rows were answered with.
+    answers: &'a mut Vec<Mutex<f64>>,
 }
 
 impl Walk<'_> {
     fn side(&self, owner: Owner) -> Side<'_> {
         match owner {
-            Owner::Rows => self.pairs.rows,
-            Owner::Columns => self.pairs.columns,
+            Owner::Rows => self.known.pairs.rows,
+            Owner::Columns => self.known.pairs.columns,
         }
     }
 
-    /// Sums weighted rows for every row of the owner; `finish` gets position and sum, what it answers is added up.
-    fn run(&mut self, owner: Owner, kind: Kind, finish: impl Fn(usize, &[f32]) -> f64 + Sync) -> Totals {
-        let blocks = self.side(owner).order.blocks.len();
-        self.block_totals.resize_with(blocks, Mutex::default);
-        let Self { pairs, tiles, statistics, weights, workers, scratch, block_totals } = &*self;
-        let side = self.side(owner);
-        workers.for_each(blocks, scratch, |block, scratch| {
-            let mut totals = Totals::default();
+    /// Parts of the dimensions that are summed as tasks of their own, so that a small batch keeps all threads busy.
+    fn parts(&self, owner: Owner) -> usize {
+        let Side { order, dim, .. } = self.side(owner);
+        let blocks = order.blocks.len().max(1);
+        // A tile that is not kept would be swept again for each part.
+        if self.workers.count() <= blocks || !self.tiles.all_kept() {
+            return 1;
+        }
+        self.workers.count().div_ceil(blocks).min(dim.div_ceil(PART_DIMENSIONS))
+    }
+
+    /// Sums weighted rows for every row of the owner, in `parts` parts of the dimensions each. `finish` gets
+    /// position, first dimension and sum; what it answers is added up.
+    fn run(
+        &mut self,
+        owner: Owner,
+        kind: Kind,
+        parts: usize,
+        finish: impl Fn(usize, usize, &[f32]) -> f64 + Sync,
+    ) -> f64 {
+        let tasks = self.side(owner).order.blocks.len() * parts;
+        self.answers.resize_with(tasks, Mutex::default);
+        let Self { known, tiles, workers, scratch, answers } = &*self;
+        let (side, pairs) = (self.side(owner), known.pairs);
+        let groups = side.dim.div_ceil(GROUP);
+        let size = groups.div_ceil(parts).next_multiple_of(PART_DIMENSIONS / GROUP);
+        workers.for_each(tasks, scratch, |task, scratch| {
+            let block = task / parts;
+            let first = (task % parts * size).min(groups);
+            let part = Part { first, end: (first + size).min(groups) };
             let rows = side.order.blocks[block];
-            scratch.gradient.begin(rows.rows, side.dim);
-            tiles.each_of(pairs, owner, block, |index, owner_rows, owner_columns| {
+            scratch.gradient.begin(rows.rows, part);
+            tiles.each_of(&pairs, owner, block, |index, owner_rows, owner_columns| {
                 let tile = tiles.position(index);
                 if kind == Kind::LambdaPos && !pairs.has_positives(tile.0, tile.1) {
                     return;
                 }
-                tiles.with_candidates(pairs, statistics, index, &mut scratch.tile, |candidates| {
-                    pairs.level.dispatch(gradient::AddTile {
-                        pairs: *pairs,
+                let Scratch { tile: tile_scratch, gradient: scratch } = scratch;
+                tiles.with_weights(known, kind, index, tile_scratch, |candidates, weighed| {
+                    let selected = weighed.pairs;
+                    pairs.level.dispatch(AddTile {
+                        pairs,
                         tile,
                         candidates,
-                        weights,
-                        kind,
+                        selected,
                         owner_rows,
                         owner_columns,
-                        scratch: &mut scratch.gradient,
-                        totals: &mut totals,
+                        part,
+                        scratch,
                     });
                 });
             });
+            let mut answer = 0.0;
             for r in 0..rows.rows {
-                totals.finished += finish(rows.start + r, scratch.gradient.sum(r, side.dim));
+                let sum = scratch.gradient.sum(r, part, side.dim);
+                answer += finish(rows.start + r, part.first * GROUP, sum);
             }
-            *lock(&block_totals[block]) = totals;
+            *lock(&answers[task]) = answer;
         });
-        let mut sum = Totals::default();
-        for totals in self.block_totals.iter() {
-            sum.add(&lock(totals));
-        }
-        sum
+        self.answers.iter().map(|answer| *lock(answer)).sum()
     }
 }
 
 /// Fills the gradient of one side; rows that take part in no pair get 0.
-fn write_gradient(walk: &mut Walk<'_>, owner: Owner, gradient: &mut Array2<f32>, count: usize) -> Totals {
-    let dim = walk.pairs.rows.dim;
+fn write_gradient(walk: &mut Walk<'_>, owner: Owner, gradient: &mut Array2<f32>, count: usize) {
+    let dim = walk.side(owner).dim;
     if gradient.dim() != (count, dim) || !gradient.is_standard_layout() {
         *gradient = Array2::zeros((count, dim));
     }
@@ -391,12 +409,13 @@ fn write_gradient(walk: &mut Walk<'_>, owner: Owner, gradient: &mut Array2<f32>,
         .iter()
         .map(|&row| Mutex::new(slots.get_mut(row as usize).and_then(Option::take)))
         .collect();
-    walk.run(owner, Kind::Gradient, |position, sum| {
+    let parts = walk.parts(owner);
+    walk.run(owner, Kind::Gradient, parts, |position, first, sum| {
         if let Some(row) = lock(&slots[position]).as_mut() {
-            row.copy_from_slice(sum);
+            row[first..first + sum.len()].copy_from_slice(sum);
         }
         0.0
-    })
+    });
 }
 
 fn report_loss(settings: &LossSettings, totals: &Totals, active: u64, output: &mut LossOutput) {

@@ -199,11 +199,12 @@ pub fn pack_transposed<'a>(
     Level::best().dispatch(Pack { rows, count, depth, panels });
 }
 
-struct Pack<'p, F> {
-    rows: F,
-    count: usize,
-    depth: usize,
-    panels: &'p mut [f32],
+/// [`pack_transposed`], as a part of other work.
+pub struct Pack<'p, F> {
+    pub rows: F,
+    pub count: usize,
+    pub depth: usize,
+    pub panels: &'p mut [f32],
 }
 
 impl<'a, F: Fn(usize) -> &'a [f32]> Work for Pack<'_, F> {
@@ -222,9 +223,11 @@ impl<'a, F: Fn(usize) -> &'a [f32]> Work for Pack<'_, F> {
             // Squares of 8 x 8 are transposed in registers; what is left over is copied one by one.
             let whole = filled / 8 * 8;
             for lane in (0..whole).step_by(8) {
-                let eight: [_; 8] = std::array::from_fn(|l| row(lane + l).as_chunks::<8>().0);
-                for (square, lines) in panel.as_chunks_mut::<8>().0.iter_mut().enumerate() {
-                    let columns = simd.transpose(eight.map(|row| row[square]));
+                let [a, b, c, d, e, f, g, h] = std::array::from_fn(|l| row(lane + l).as_chunks::<8>().0);
+                for (i, lines) in panel.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+                    // PERF: one by one. `map` over an array of rows goes through memory, which takes twice as long.
+                    let square = [a[i], b[i], c[i], d[i], e[i], f[i], g[i], h[i]];
+                    let columns = simd.transpose(square);
                     for (line, column) in lines.iter_mut().zip(&columns) {
                         line[lane..lane + 8].copy_from_slice(column);
                     }
@@ -244,16 +247,23 @@ impl<'a, F: Fn(usize) -> &'a [f32]> Work for Pack<'_, F> {
     }
 }
 
-/// Packs rows into panels over their dimensions: `panels[d / 16][i][d % 16] = rows(i)[d]`, zero behind the last.
-pub fn pack_direct<'a>(rows: impl Fn(usize) -> &'a [f32], count: usize, dim: usize, panels: &mut [f32]) {
+/// Packs rows `range` of a block of `count` into its panels over their dimensions: `panels[d / 16][i][d % 16] =
+/// rows(i)[d]`, zero behind the last dimension.
+#[inline(always)]
+pub fn pack_direct<'a>(
+    rows: impl Fn(usize) -> &'a [f32],
+    range: std::ops::Range<usize>,
+    count: usize,
+    panels: &mut [f32],
+) {
     let size = count * GROUP;
-    for i in 0..count {
-        let (whole, tail) = rows(i)[..dim].as_chunks::<GROUP>();
-        for (p, chunk) in whole.iter().enumerate() {
-            panels[p * size + i * GROUP..][..GROUP].copy_from_slice(chunk);
+    for i in range {
+        let (whole, tail) = rows(i).as_chunks::<GROUP>();
+        let mut places = panels.chunks_exact_mut(size).map(|panel| &mut panel[i * GROUP..][..GROUP]);
+        for (chunk, place) in whole.iter().zip(&mut places) {
+            place.copy_from_slice(chunk);
         }
-        if !tail.is_empty() {
-            let last = &mut panels[whole.len() * size + i * GROUP..][..GROUP];
+        if let (Some(last), false) = (places.next(), tail.is_empty()) {
             last[..tail.len()].copy_from_slice(tail);
             last[tail.len()..].fill(0.0);
         }

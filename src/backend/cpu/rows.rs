@@ -4,8 +4,8 @@ use half::slice::HalfFloatSliceExt;
 use ndarray::ArrayView2;
 
 use super::buffer::Buffer;
-use super::product::{pack_direct, pack_transposed};
-use super::simd::GROUP;
+use super::product::{Pack, pack_direct, pack_transposed};
+use super::simd::{GROUP, Lanes, Level, Work};
 use super::tasks::Workers;
 use crate::loss::{Embeddings, Rows, UnitCheck, check_unit};
 use crate::{Error, Result};
@@ -18,10 +18,6 @@ pub const MAX_BLOCK: usize = 96;
 /// Panels are kept for the whole side up to this size, and packed block by block beyond it
 /// (a memory bank is not copied).
 const PACKED_BYTES: usize = 128 << 20;
-
-/// Rows that are checked, and dimensions that are summed, as one task.
-const ROWS_AT_A_TIME: usize = 32;
-const DIMENSIONS_AT_A_TIME: usize = 64;
 
 /// A run of rows in class order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -90,6 +86,11 @@ impl Order {
         }
     }
 
+    /// Caller's rows that have no position.
+    fn ignored(&self) -> impl Iterator<Item = usize> {
+        self.labels.iter().enumerate().filter(|(_, label)| **label < 0).map(|(row, _)| row)
+    }
+
     /// Whether it was made by class from these labels.
     pub fn is_of(&self, labels: &[i64]) -> bool {
         self.labels == labels
@@ -114,9 +115,10 @@ pub struct SideBuffers {
     packed: Buffer,
     /// Panels over the dimensions, likewise.
     direct: Buffer,
-    /// Sum of the squares of every row.
+    /// Sum of the squares of every row, by position.
     squares: Vec<f64>,
-    /// Sum of all rows that take part in pairs.
+    /// Sums of the rows of each block, `[blocks, D]`, and of all rows that take part in pairs.
+    block_sums: Vec<f64>,
     sum: Vec<f64>,
 }
 
@@ -171,7 +173,7 @@ impl<'a> Side<'a> {
             return &self.direct[block * self.order.block_rows * stride..][..rows * stride];
         }
         buffer.grow(rows * stride);
-        pack_direct(|i| self.row(start + i), rows, self.dim, &mut buffer[..rows * stride]);
+        pack_direct(|i| self.row(start + i), 0..rows, rows, &mut buffer[..rows * stride]);
         &buffer[..rows * stride]
     }
 
@@ -202,7 +204,8 @@ impl PanelBuffer {
 impl SideBuffers {
     pub fn bytes(&self) -> usize {
         let floats = self.converted.capacity() * 4 + self.packed.bytes() + self.direct.bytes();
-        self.order.bytes() + floats + (self.squares.capacity() + self.sum.capacity()) * 8
+        let doubles = self.squares.capacity() + self.block_sums.capacity() + self.sum.capacity();
+        self.order.bytes() + floats + doubles * 8
     }
 
     /// Checks the rows, converts and packs them. `order` must have been set for these rows.
@@ -230,59 +233,109 @@ impl SideBuffers {
                 &self.converted[..count * dim]
             }
         };
-        self.squares.resize(count, 0.0);
-        workers.for_each_chunk(&mut self.squares, ROWS_AT_A_TIME, |chunk, squares| {
-            for (i, square) in squares.iter_mut().enumerate() {
-                *square = square_sum(&values[(chunk * ROWS_AT_A_TIME + i) * dim..][..dim]);
-            }
-        });
-        if check == UnitCheck::Check {
-            for (row, square) in self.squares.iter().enumerate() {
-                check_unit(name, row, *square, rows.embeddings.norm_tolerance())?;
-            }
-        }
-        let squares = self.order.rows.iter().map(|&i| self.squares[i as usize]).sum();
-        self.sum.clear();
-        self.sum.resize(dim, 0.0);
-        workers.for_each_chunk(&mut self.sum, DIMENSIONS_AT_A_TIME, |chunk, sums| {
-            for &row in &self.order.rows {
-                let values = &values[row as usize * dim + chunk * DIMENSIONS_AT_A_TIME..][..sums.len()];
-                for (sum, value) in sums.iter_mut().zip(values) {
-                    *sum += f64::from(*value);
-                }
-            }
-        });
-
         let order = &self.order;
         let panel_floats = order.block_rows.div_ceil(GROUP) * GROUP * dim;
+        let stride = dim.next_multiple_of(GROUP);
+        let block_floats = order.block_rows * stride;
         // All blocks but the last have the room of a full one.
         let (full, last) = match order.blocks.split_last() {
             Some((last, full)) => (full.len(), *last),
             None => (0, Block { start: 0, rows: 0 }),
         };
         let whole = full * panel_floats + last.panels() * dim * GROUP;
-        let kept = whole > 0 && order.block_rows > 0 && whole * 4 <= PACKED_BYTES;
+        let kept = whole > 0 && whole * 4 <= PACKED_BYTES;
         if kept {
             self.packed.resize(whole);
-            workers.for_each_chunk(&mut self.packed, panel_floats, |block, panels| {
-                let Block { start, rows } = order.blocks[block];
-                let size = order.blocks[block].panels() * dim * GROUP;
-                let row = |i: usize| &values[order.rows[start + i] as usize * dim..][..dim];
-                pack_transposed(row, rows, dim, &mut panels[..size]);
-            });
-            let stride = dim.next_multiple_of(GROUP);
-            let block_floats = order.block_rows * stride;
             self.direct.resize(full * block_floats + last.rows * stride);
-            workers.for_each_chunk(&mut self.direct, block_floats, |block, panels| {
-                let Block { start, rows } = order.blocks[block];
-                let row = |i: usize| &values[order.rows[start + i] as usize * dim..][..dim];
-                pack_direct(row, rows, dim, &mut panels[..rows * stride]);
-            });
         } else {
             self.packed = Buffer::default();
             self.direct = Buffer::default();
         }
+        self.squares.resize(order.rows.len(), 0.0);
+        self.block_sums.resize(order.blocks.len() * dim, 0.0);
+
+        let level = Level::best();
+        let mut packed = self.packed.chunks_mut(panel_floats.max(1));
+        let mut direct = self.direct.chunks_mut(block_floats.max(1));
+        let mut squares = self.squares.as_mut_slice();
+        let parts = order.blocks.iter().zip(self.block_sums.chunks_mut(dim)).map(|(block, sums)| {
+            let own = squares.split_off_mut(..block.rows).unwrap_or_default();
+            let rows = &order.rows[block.range()];
+            (rows, own, sums, packed.next(), direct.next())
+        });
+        workers.for_each_item(parts, |(rows, squares, sums, packed, direct)| {
+            level.dispatch(PrepareBlock { values, dim, rows, squares, sums, packed, direct });
+        });
+        if check == UnitCheck::Check {
+            self.check(name, rows, values)?;
+        }
+        self.sum.clear();
+        self.sum.resize(dim, 0.0);
+        for sums in self.block_sums.chunks(dim) {
+            for (sum, part) in self.sum.iter_mut().zip(sums) {
+                *sum += part;
+            }
+        }
+        let squares = self.squares.iter().sum();
+        let order = &self.order;
         Ok(Side { order, dim, values, packed: &self.packed, direct: &self.direct, sum: &self.sum, squares })
+    }
+
+    /// The first row, as the caller counts them, that is not finite or not of unit length.
+    fn check(&self, name: &'static str, rows: &Rows<'_>, values: &[f32]) -> Result<()> {
+        let tolerance = rows.embeddings.norm_tolerance();
+        let check = |row: usize, square| check_unit(name, row, square, tolerance);
+        let bad = |&(row, square): &(usize, f64)| check(row, square).is_err();
+        let in_pairs =
+            self.order.rows.iter().zip(&self.squares).map(|(&row, &square)| (row as usize, square));
+        let dim = rows.embeddings.dim();
+        let ignored = self.order.ignored().map(|row| (row, square_sum(&values[row * dim..][..dim])));
+        match in_pairs.chain(ignored).filter(bad).min_by_key(|(row, _)| *row) {
+            Some((row, square)) => check(row, square),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Everything that is made of the rows of one block while they are in the cache.
+struct PrepareBlock<'a, 'b> {
+    values: &'a [f32],
+    dim: usize,
+    /// Caller's rows of the block.
+    rows: &'a [u32],
+    squares: &'b mut [f64],
+    sums: &'b mut [f64],
+    /// Panels, where they are kept.
+    packed: Option<&'b mut [f32]>,
+    direct: Option<&'b mut [f32]>,
+}
+
+impl Work for PrepareBlock<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Lanes>(mut self, simd: S) {
+        let Self { values, dim, rows, .. } = self;
+        let row = |i: usize| &values[rows[i] as usize * dim..][..dim];
+        self.sums.fill(0.0);
+        for start in (0..rows.len()).step_by(GROUP) {
+            let range = start..(start + GROUP).min(rows.len());
+            for i in range.clone() {
+                self.squares[i] = square_sum(row(i));
+                for (sum, value) in self.sums.iter_mut().zip(row(i)) {
+                    *sum += f64::from(*value);
+                }
+            }
+            if let Some(packed) = &mut self.packed {
+                let (count, size) = (range.len(), dim * GROUP);
+                let panels = &mut packed[start * dim..][..size];
+                Pack { rows: |i: usize| row(start + i), count, depth: dim, panels }.run(simd);
+            }
+            if let Some(direct) = &mut self.direct {
+                let panels = &mut direct[..rows.len() * dim.next_multiple_of(GROUP)];
+                pack_direct(row, range, rows.len(), panels);
+            }
+        }
     }
 }
 
@@ -292,6 +345,7 @@ pub fn contiguous<'a, T>(name: &'static str, view: &'a ArrayView2<'_, T>) -> Res
 }
 
 /// Sum of squares; single-precision chains of 16, summed in double.
+#[inline(always)]
 pub fn square_sum(row: &[f32]) -> f64 {
     let (whole, tail) = row.as_chunks::<GROUP>();
     let mut sums = [0.0f32; GROUP];

@@ -1,8 +1,8 @@
 //! Who selects which candidate (SPEC 2-3), and what a selected pair weighs (SPEC 4).
 
 use super::rows::{Block, MAX_BLOCK};
-use super::simd::{GROUP, Lanes, Work};
-use super::tile::{Candidates, Pairs, Reader};
+use super::simd::{GROUP, Lanes, Work, padded};
+use super::tile::{Candidates, MAX_GROUPS, Pairs};
 use crate::loss::LossSettings;
 use crate::loss::select::Tolerances;
 use crate::loss::similarity::DUPLICATE;
@@ -153,7 +153,7 @@ impl Default for Counts {
 pub struct CountTile<'a, 'b> {
     pub pairs: Pairs<'a>,
     pub tile: (usize, usize),
-    pub candidates: &'b Candidates,
+    pub candidates: Candidates<'b>,
     pub weights: &'b Weights,
     pub counts: &'b mut Counts,
 }
@@ -167,33 +167,60 @@ impl Work for CountTile<'_, '_> {
         *counts = Counts::default();
         let (rows, across): (Block, Block) =
             (pairs.rows.order.blocks[row], pairs.columns.order.blocks[column]);
-        let across_negatives = weights.negatives.columns(&pairs, across).bounds;
-        let across_positives = weights.positives.columns(&pairs, across).bounds;
+        let bounds = |shares: &Shares| {
+            let mut padded = [0.0; MAX_BLOCK];
+            padded[..across.rows].copy_from_slice(shares.columns(&pairs, across).bounds);
+            padded
+        };
+        let across_bounds = [bounds(&weights.positives), bounds(&weights.negatives)];
         let has_positives = pairs.has_positives(row, column);
-        let mut reader = Reader::new(candidates);
-        let mut columns = [0; MAX_BLOCK + GROUP];
-        for r in 0..rows.rows {
-            let s = reader.next_row(simd, &mut columns);
+        // In numbers that vectors add; there are no more than rows of a block.
+        let mut columns = [[[0.0f32; GROUP]; MAX_GROUPS]; 2];
+        let mut reader = candidates.read();
+        for (r, counts) in counts.rows[..rows.rows].iter_mut().enumerate() {
             let position = rows.start + r;
-            let mut first = s.len();
-            let mut last = s.len();
-            if has_positives {
-                let (begin, end) = pairs.class_columns(position, column);
-                first = columns[..s.len()].partition_point(|&c| (c as usize) < begin);
-                last = columns[..s.len()].partition_point(|&c| (c as usize) < end);
-            }
-            let bound = weights.positives.row(position).bound;
-            for (&c, &s) in columns[first..last].iter().zip(&s[first..last]) {
-                counts.rows[r][0] += u8::from(s < bound);
-                counts.columns[c as usize][0] += u8::from(s < across_positives[c as usize]);
-            }
-            let bound = weights.negatives.row(position).bound;
-            for range in [0..first, last..s.len()] {
-                for (&c, &s) in columns[range.clone()].iter().zip(&s[range]) {
-                    counts.rows[r][1] += u8::from(s > bound);
-                    counts.columns[c as usize][1] += u8::from(s > across_negatives[c as usize]);
+            let class = if has_positives { pairs.class_columns(position, column) } else { (0, 0) };
+            let own = [weights.positives.row(position).bound, weights.negatives.row(position).bound];
+            let values = reader.values;
+            reader.next_groups(|group, mask, before| {
+                let s = match values[before..].first_chunk() {
+                    Some(values) => simd.expand(values, mask),
+                    None => simd.expand(&padded(&values[before..]), mask),
+                };
+                let same_class = bits(class.0, class.1, group);
+                for (kind, mask) in [mask & same_class, mask & !same_class].into_iter().enumerate() {
+                    if mask == 0 {
+                        continue;
+                    }
+                    let own = [own[kind]; GROUP];
+                    let Some(other) = across_bounds[kind][group * GROUP..].first_chunk() else { continue };
+                    // Positives are selected below their bound, negatives above it.
+                    let (by_row, by_column) = if kind == 0 {
+                        (simd.above_group(&own, &s), simd.above_group(other, &s))
+                    } else {
+                        (simd.above_group(&s, &own), simd.above_group(&s, other))
+                    };
+                    counts[kind] += (by_row & mask).count_ones() as u8;
+                    let ones = simd.expand(&[1.0; GROUP], by_column & mask);
+                    for (sum, one) in columns[kind][group].iter_mut().zip(&ones) {
+                        *sum += one;
+                    }
                 }
+            });
+        }
+        for (kind, columns) in columns.iter().enumerate() {
+            for (count, column) in counts.columns.iter_mut().zip(columns.as_flattened()) {
+                count[kind] = *column as u8;
             }
         }
     }
+}
+
+/// Bits of the columns `first..last` in a group of 16.
+fn bits(first: usize, last: usize, group: usize) -> u16 {
+    let below = |column: usize| {
+        let lanes = column.saturating_sub(group * GROUP).min(GROUP);
+        (1u32 << lanes).wrapping_sub(1) as u16
+    };
+    below(last) & !below(first)
 }

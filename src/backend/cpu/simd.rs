@@ -15,6 +15,49 @@ pub trait Lanes: Simd {
 
     /// Writes the values whose mask bit is set to the front of `out`; what lies behind them is unspecified.
     fn compress(self, values: &[u32; GROUP], mask: u16, out: &mut [u32; GROUP]);
+
+    /// Bit l is set where value l of `a` exceeds that of `b`.
+    #[inline(always)]
+    fn above_group(self, a: &[f32; GROUP], b: &[f32; GROUP]) -> u16 {
+        let (a, b) = (Self::as_simd_f32s(a).0, Self::as_simd_f32s(b).0);
+        let mut mask = 0;
+        for (part, (&a, &b)) in a.iter().zip(b).enumerate() {
+            mask |= self.above(a, b) << (part * Self::F32_LANES);
+        }
+        mask as u16
+    }
+
+    /// Bit l is set where value l is not zero.
+    #[inline(always)]
+    fn other_than_zero(self, values: &[f32; GROUP]) -> u16 {
+        let zero = [0.0; GROUP];
+        self.above_group(values, &zero) | self.above_group(&zero, values)
+    }
+
+    /// Writes the columns of a group whose bit is set to the front of `columns`, which has room for the whole group.
+    #[inline(always)]
+    fn compress_columns(self, group: usize, mask: u16, columns: &mut [u32]) {
+        let lanes: [u32; GROUP] = std::array::from_fn(|lane| (group * GROUP + lane) as u32);
+        if let Some(target) = columns.first_chunk_mut() {
+            self.compress(&lanes, mask, target);
+        }
+    }
+
+    /// The reverse of [`compress`](Self::compress): the first values go where the mask's bits are set, 0 elsewhere.
+    fn expand(self, values: &[f32; GROUP], mask: u16) -> [f32; GROUP];
+}
+
+/// The first values of a group, filled up with zeros.
+#[inline(always)]
+pub fn padded<T: Copy + Default>(values: &[T]) -> [T; GROUP] {
+    if let Some(whole) = values.first_chunk() {
+        return *whole;
+    }
+    let mut group = [T::default(); GROUP];
+    for (lane, value) in group.iter_mut().zip(values) {
+        *lane = *value;
+    }
+    group
 }
 
 /// Compression without an instruction for it.
@@ -26,6 +69,20 @@ fn compress_by_bit(values: &[u32; GROUP], mut mask: u16, out: &mut [u32; GROUP])
         next += 1;
         mask &= mask - 1;
     }
+}
+
+/// Expansion without an instruction for it.
+#[inline(always)]
+fn expand_by_bit(values: &[f32; GROUP], mut mask: u16) -> [f32; GROUP] {
+    let mut out = [0.0; GROUP];
+    for value in values {
+        if mask == 0 {
+            break;
+        }
+        out[mask.trailing_zeros() as usize & (GROUP - 1)] = *value;
+        mask &= mask - 1;
+    }
+    out
 }
 
 impl Lanes for Scalar256b {
@@ -44,13 +101,18 @@ impl Lanes for Scalar256b {
     fn compress(self, values: &[u32; GROUP], mask: u16, out: &mut [u32; GROUP]) {
         compress_by_bit(values, mask, out);
     }
+
+    #[inline(always)]
+    fn expand(self, values: &[f32; GROUP], mask: u16) -> [f32; GROUP] {
+        expand_by_bit(values, mask)
+    }
 }
 
 /// By pairs of rows, by fours, then by halves of a vector.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 fn transpose_avx(avx: pulp::core_arch::x86::Avx, rows: [[f32; 8]; 8]) -> [[f32; 8]; 8] {
-    let r = rows.map(bytemuck::cast::<_, std::arch::x86_64::__m256>);
+    let r: [std::arch::x86_64::__m256; 8] = bytemuck::cast(rows);
     let low = |a, b| avx._mm256_unpacklo_ps(r[a], r[b]);
     let high = |a, b| avx._mm256_unpackhi_ps(r[a], r[b]);
     let pairs = [low(0, 1), high(0, 1), low(2, 3), high(2, 3), low(4, 5), high(4, 5), low(6, 7), high(6, 7)];
@@ -59,7 +121,7 @@ fn transpose_avx(avx: pulp::core_arch::x86::Avx, rows: [[f32; 8]; 8]) -> [[f32; 
     let fours = [low(0), high(0), low(1), high(1), low(4), high(4), low(5), high(5)];
     let first = |k: usize| avx._mm256_permute2f128_ps::<0x20>(fours[k], fours[k + 4]);
     let second = |k: usize| avx._mm256_permute2f128_ps::<0x31>(fours[k], fours[k + 4]);
-    [first(0), first(1), first(2), first(3), second(0), second(1), second(2), second(3)].map(bytemuck::cast)
+    bytemuck::cast([first(0), first(1), first(2), first(3), second(0), second(1), second(2), second(3)])
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -90,6 +152,24 @@ impl Lanes for pulp::x86::V3 {
             rest.copy_from_slice(&packed(1, mask >> 8));
         }
     }
+
+    #[inline(always)]
+    fn expand(self, values: &[f32; GROUP], mask: u16) -> [f32; GROUP] {
+        // Each lane takes the value whose number is that of the set bits below it.
+        let spread = |values: [f32; 8], mask: u16| -> [f32; 8] {
+            let order: u64 = bytemuck::cast(BITS_BELOW[usize::from(mask & 0xff)]);
+            let order = self.avx2._mm256_cvtepu8_epi32(self.sse2._mm_set_epi64x(0, order as i64));
+            let values = self.avx2._mm256_permutevar8x32_ps(bytemuck::cast(values), order);
+            let bits = self.avx._mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+            let set = self.avx2._mm256_and_si256(self.avx._mm256_set1_epi32(i32::from(mask)), bits);
+            let set = self.avx2._mm256_cmpeq_epi32(set, bits);
+            bytemuck::cast(self.avx._mm256_and_ps(values, self.avx._mm256_castsi256_ps(set)))
+        };
+        let first = (mask & 0xff).count_ones() as usize;
+        let low = values.first_chunk().map_or([0.0; 8], |values| spread(*values, mask));
+        let high = values.get(first..).and_then(|rest| rest.first_chunk());
+        bytemuck::cast([low, high.map_or([0.0; 8], |values| spread(*values, mask >> 8))])
+    }
 }
 
 /// The places of the set bits of every byte, lowest first.
@@ -104,6 +184,22 @@ static SET_BITS: [[u8; 8]; 256] = {
                 table[mask][next] = bit as u8;
                 next += 1;
             }
+            bit += 1;
+        }
+        mask += 1;
+    }
+    table
+};
+
+/// How many of the lower bits of every byte are set, for each bit.
+#[cfg(target_arch = "x86_64")]
+static BITS_BELOW: [[u8; 8]; 256] = {
+    let mut table = [[0; 8]; 256];
+    let mut mask: usize = 0;
+    while mask < 256 {
+        let mut bit = 0;
+        while bit < 8 {
+            table[mask][bit] = (mask & ((1 << bit) - 1)).count_ones() as u8;
             bit += 1;
         }
         mask += 1;
@@ -127,6 +223,11 @@ impl Lanes for pulp::x86::V4 {
     fn compress(self, values: &[u32; GROUP], mask: u16, out: &mut [u32; GROUP]) {
         // In a register: the form that stores to memory is microcoded on some processors.
         *out = bytemuck::cast(self.avx512f._mm512_maskz_compress_epi32(mask, bytemuck::cast(*values)));
+    }
+
+    #[inline(always)]
+    fn expand(self, values: &[f32; GROUP], mask: u16) -> [f32; GROUP] {
+        bytemuck::cast(self.avx512f._mm512_maskz_expand_ps(mask, bytemuck::cast(*values)))
     }
 }
 
@@ -219,6 +320,31 @@ mod tests {
         #[inline(always)]
         fn run<S: Lanes>(self, simd: S) {
             simd.compress(self.1, self.0, self.2);
+        }
+    }
+
+    struct Expand<'a>(u16, &'a [f32; GROUP]);
+
+    impl Work for Expand<'_> {
+        type Output = [f32; GROUP];
+
+        #[inline(always)]
+        fn run<S: Lanes>(self, simd: S) -> [f32; GROUP] {
+            simd.expand(self.1, self.0)
+        }
+    }
+
+    #[test]
+    fn expansion_spreads_the_first_values_over_every_choice_of_lanes() {
+        let values: [f32; GROUP] = std::array::from_fn(|lane| 1.0 + lane as f32);
+        for level in Level::available() {
+            for mask in 0..=u16::MAX {
+                let mut next = values.iter();
+                let wanted: [f32; GROUP] = std::array::from_fn(|lane| {
+                    if mask >> lane & 1 == 1 { *next.next().unwrap_or(&0.0) } else { 0.0 }
+                });
+                assert_eq!(level.dispatch(Expand(mask, &values)), wanted, "{level:?} {mask:#x}");
+            }
         }
     }
 

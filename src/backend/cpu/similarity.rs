@@ -8,6 +8,7 @@ use super::rows::MAX_BLOCK;
 use super::select::{CountTile, Counts, Weights, negative_bound};
 use super::tasks::Workers;
 use super::tile::{Bounds, Candidates, Pairs, SameClass, Sweep, TileScratch};
+use super::weigh::{Kind, Totals, WeighTile, Weighed};
 use super::{Owner, Scratch};
 use crate::loss::LossSettings;
 use crate::loss::select::{initial_tolerances, probe_tolerance};
@@ -86,8 +87,14 @@ impl Statistics {
 /// One tile between the passes.
 #[derive(Debug)]
 struct Tile {
+    /// Whether the candidates are kept between the passes.
     kept: bool,
-    candidates: Candidates,
+    words: Vec<u16>,
+    /// Similarities of the candidates, or once the tile is weighed what they weigh, if there is no room for both.
+    values: Vec<f32>,
+    /// What the candidates weigh, if there is.
+    weights: Vec<f32>,
+    weighed: Weighed,
     /// All similarities of a tile with pairs of one class, from that pass to the sweep; or empty.
     similarities: Buffer,
     row_extreme: [f32; MAX_BLOCK],
@@ -104,7 +111,10 @@ impl Default for Tile {
     fn default() -> Self {
         Self {
             kept: false,
-            candidates: Candidates::default(),
+            words: Vec::new(),
+            values: Vec::new(),
+            weights: Vec::new(),
+            weighed: Weighed::default(),
             similarities: Buffer::default(),
             row_extreme: [0.0; MAX_BLOCK],
             column_extreme: [0.0; MAX_BLOCK],
@@ -118,11 +128,52 @@ impl Default for Tile {
     }
 }
 
+impl Tile {
+    /// Bytes of candidates it has room for.
+    fn room(&self) -> usize {
+        self.words.capacity() * 2 + (self.values.capacity() + self.weights.capacity()) * 4
+    }
+}
+
+/// What the kept tiles hold of their candidates.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum Kept {
+    #[default]
+    Similarities,
+    /// Weights in their place.
+    Weights,
+    Both,
+}
+
+/// What is known of a batch once it is swept: enough to sweep a tile again, and to weigh it.
+#[derive(Clone, Copy)]
+pub struct Known<'a> {
+    pub pairs: Pairs<'a>,
+    pub statistics: &'a Statistics,
+    pub weights: &'a Weights,
+}
+
+impl Known<'_> {
+    fn weigh(
+        &self,
+        tile: (usize, usize),
+        candidates: Candidates<'_>,
+        kind: Kind,
+        weighed: &mut Vec<f32>,
+    ) -> Weighed {
+        let Self { pairs, weights, .. } = *self;
+        pairs.level.dispatch(WeighTile { pairs, tile, candidates, weights, kind, weighed })
+    }
+}
+
 /// All tiles of a batch; in the square form those on and above the diagonal.
 #[derive(Debug, Default)]
 pub struct Tiles {
     budget: usize,
+    /// Bytes and number of the candidates that are kept.
     used: AtomicUsize,
+    values: AtomicUsize,
+    kept: Kept,
     rows: usize,
     columns: usize,
     square: bool,
@@ -142,16 +193,16 @@ impl Tiles {
         let count = if self.square { self.rows * (self.rows + 1) / 2 } else { self.rows * self.columns };
         self.tiles.resize_with(count, RwLock::default);
         // Each tile keeps the room it once needed; give it all back when that adds up to too much.
-        let held: usize = self.tiles.iter_mut().map(|tile| exclusive(tile).candidates.bytes()).sum();
-        if held > self.budget {
-            for tile in &mut self.tiles {
-                exclusive(tile).candidates = Candidates::default();
-            }
-        }
+        let held: usize = self.tiles.iter_mut().map(|tile| exclusive(tile).room()).sum();
         for tile in &mut self.tiles {
-            exclusive(tile).similarities.resize(0);
+            let tile = exclusive(tile);
+            if held > self.budget {
+                (tile.words, tile.values, tile.weights) = Default::default();
+            }
+            tile.similarities.resize(0);
         }
-        self.used = AtomicUsize::new(0);
+        (self.used, self.values) = Default::default();
+        self.kept = Kept::Similarities;
         self.with_positives.clear();
         let positions = (0..count).filter(|&index| {
             let (row, column) = position(self.square, self.rows, index);
@@ -163,7 +214,7 @@ impl Tiles {
     pub fn bytes(&self) -> usize {
         let held = |tile: &RwLock<Tile>| {
             let tile = read(tile);
-            tile.candidates.bytes() + tile.similarities.bytes()
+            tile.room() + tile.similarities.bytes()
         };
         self.tiles.iter().map(held).sum::<usize>() + self.tiles.capacity() * size_of::<RwLock<Tile>>()
     }
@@ -298,39 +349,100 @@ impl Tiles {
     }
 
     /// Keeps the candidates of the tile swept last, if they fit the budget.
-    fn keep(&self, tile: &mut Tile, scratch: &TileScratch) {
-        let found = &scratch.candidates;
-        let bytes = found.words.len() * 2 + scratch.found.filled * 4;
+    fn keep(&self, tile: &mut Tile, scratch: &mut TileScratch) {
+        let (found, _) = scratch.swept();
+        let bytes = size_of_val(found.words) + size_of_val(found.values);
         tile.kept = self.used.fetch_add(bytes, Ordering::Relaxed) + bytes <= self.budget;
         if tile.kept {
-            tile.candidates.words.clear();
-            tile.candidates.words.reserve_exact(found.words.len());
-            tile.candidates.words.extend_from_slice(&found.words);
-            tile.candidates.values.clear();
-            tile.candidates.values.reserve_exact(scratch.found.filled);
-            tile.candidates.values.extend_from_slice(&found.values[..scratch.found.filled]);
+            self.values.fetch_add(found.values.len(), Ordering::Relaxed);
+            refill(&mut tile.words, found.words);
+            refill(&mut tile.values, found.values);
         } else {
             self.used.fetch_sub(bytes, Ordering::Relaxed);
         }
     }
 
-    /// Hands a tile's candidates to `use_them`: the kept ones, or swept again.
-    pub fn with_candidates(
+    /// Whether every tile's candidates are kept.
+    pub fn all_kept(&self) -> bool {
+        self.tiles.iter().all(|tile| read(tile).kept)
+    }
+
+    /// Hands a tile's candidates and their similarities to `use_them`, with room for weights: the kept ones, or
+    /// swept again.
+    fn with_similarities<R>(
         &self,
-        pairs: &Pairs<'_>,
-        statistics: &Statistics,
+        known: &Known<'_>,
         index: usize,
         scratch: &mut TileScratch,
-        use_them: impl FnOnce(&Candidates),
-    ) {
+        use_them: impl FnOnce(Candidates<'_>, &mut Vec<f32>) -> R,
+    ) -> R {
         let tile = read(&self.tiles[index]);
-        if tile.kept {
-            return use_them(&tile.candidates);
+        if tile.kept && self.kept != Kept::Weights {
+            return use_them(Candidates { words: &tile.words, values: &tile.values }, &mut scratch.weighed);
         }
-        let (keep, probe) = statistics.bounds(pairs.square);
-        let position = self.position(index);
-        pairs.level.dispatch(Sweep { pairs: *pairs, tile: position, keep, probe, kept: &[], scratch });
-        use_them(&scratch.candidates);
+        drop(tile);
+        let pairs = known.pairs;
+        let (keep, probe) = known.statistics.bounds(pairs.square);
+        pairs.level.dispatch(Sweep { pairs, tile: self.position(index), keep, probe, kept: &[], scratch });
+        let (candidates, weighed) = scratch.swept();
+        use_them(candidates, weighed)
+    }
+
+    /// Hands a tile's candidates and what they weigh to `use_them`: kept, or weighed now.
+    pub fn with_weights(
+        &self,
+        known: &Known<'_>,
+        kind: Kind,
+        index: usize,
+        scratch: &mut TileScratch,
+        use_them: impl FnOnce(Candidates<'_>, Weighed),
+    ) {
+        {
+            let tile = read(&self.tiles[index]);
+            if tile.kept && kind == Kind::Gradient && self.kept != Kept::Similarities {
+                let values = if self.kept == Kept::Both { &tile.weights } else { &tile.values };
+                return use_them(Candidates { words: &tile.words, values }, tile.weighed);
+            }
+        }
+        let sums = self.with_similarities(known, index, scratch, |candidates, weighed| {
+            let sums = known.weigh(self.position(index), candidates, kind, weighed);
+            let values = &weighed[..candidates.values.len()];
+            use_them(Candidates { values, ..candidates }, sums);
+            sums
+        });
+        if kind == Kind::Gradient {
+            write(&self.tiles[index]).weighed = sums;
+        }
+    }
+
+    /// Weighs the kept tiles for the gradient. A pair weighs the same for both of its rows, so this is done once.
+    /// Weights take the place of similarities unless the budget has room for both.
+    pub fn weigh(&mut self, known: &Known<'_>, workers: &Workers, scratch: &[Mutex<Scratch>]) {
+        let both = *self.used.get_mut() + *self.values.get_mut() * size_of::<f32>() <= self.budget;
+        let tiles = &*self;
+        workers.for_each(tiles.tiles.len(), scratch, |index, scratch| {
+            if !read(&tiles.tiles[index]).kept {
+                return;
+            }
+            let scratch = &mut scratch.tile;
+            let sums = tiles.with_similarities(known, index, scratch, |candidates, weighed| {
+                known.weigh(tiles.position(index), candidates, Kind::Gradient, weighed)
+            });
+            let tile = &mut *write(&tiles.tiles[index]);
+            tile.weighed = sums;
+            let weights = &scratch.weighed[..tile.values.len()];
+            refill(if both { &mut tile.weights } else { &mut tile.values }, weights);
+        });
+        self.kept = if both { Kept::Both } else { Kept::Weights };
+    }
+
+    /// Sums over all pairs, once their tiles are weighed.
+    pub fn totals(&self) -> Totals {
+        let mut sum = Totals::default();
+        for tile in &self.tiles {
+            sum.add(&read(tile).weighed.totals);
+        }
+        sum
     }
 
     /// |P_i| and |N_i| at the final bounds.
@@ -342,18 +454,15 @@ impl Tiles {
         weights: &Weights,
         statistics: &mut Statistics,
     ) {
-        {
-            let statistics = &*statistics;
-            workers.for_each(self.tiles.len(), scratch, |index, scratch| {
-                let mut counts = Counts::default();
-                self.with_candidates(pairs, statistics, index, &mut scratch.tile, |candidates| {
-                    let tile = self.position(index);
-                    let counts = &mut counts;
-                    pairs.level.dispatch(CountTile { pairs: *pairs, tile, candidates, weights, counts });
-                });
-                write(&self.tiles[index]).counts = counts;
+        let known = Known { pairs: *pairs, statistics, weights };
+        workers.for_each(self.tiles.len(), scratch, |index, scratch| {
+            let mut counts = Counts::default();
+            self.with_similarities(&known, index, &mut scratch.tile, |candidates, _| {
+                let (tile, counts) = (self.position(index), &mut counts);
+                pairs.level.dispatch(CountTile { pairs: *pairs, tile, candidates, weights, counts });
             });
-        }
+            write(&self.tiles[index]).counts = counts;
+        });
         for (index, tile) in self.tiles.iter().enumerate() {
             let tile = read(tile);
             let (row, column) = self.position(index);
@@ -365,6 +474,13 @@ impl Tiles {
             }
         }
     }
+}
+
+/// Makes it a copy of `values`, with room for no more.
+fn refill<T: Copy>(target: &mut Vec<T>, values: &[T]) {
+    target.clear();
+    target.reserve_exact(values.len());
+    target.extend_from_slice(values);
 }
 
 fn add(sums: &mut [[u32; 2]], counts: &[[u8; 2]]) {

@@ -68,13 +68,18 @@ impl Workers<'_> {
         size: usize,
         task: impl Fn(usize, &mut [T]) + Sync,
     ) {
-        let count = buffer.len().div_ceil(size);
-        let chunks = Mutex::new(buffer.chunks_mut(size).enumerate());
+        self.for_each_item(buffer.chunks_mut(size).enumerate(), |(index, chunk)| task(index, chunk));
+    }
+
+    /// Runs `task` on every item.
+    pub fn for_each_item<T>(self, items: impl ExactSizeIterator<Item = T> + Send, task: impl Fn(T) + Sync) {
+        let count = items.len();
+        let items = Mutex::new(items);
         self.run(count, &|_| {
             loop {
-                let next = lock(&chunks).next();
-                let Some((index, chunk)) = next else { return };
-                task(index, chunk);
+                let next = lock(&items).next();
+                let Some(item) = next else { return };
+                task(item);
             }
         });
     }

@@ -5,7 +5,7 @@
 
 use ndarray::ArrayView2;
 
-use super::gradient::Kind;
+use super::weigh::Kind;
 use super::{Owner, Remembered, Walk};
 use crate::loss::Hypergradient;
 use crate::{Error, Result};
@@ -51,7 +51,7 @@ pub fn hypergradient(
 ) -> Hypergradient {
     let mut sum = |kind| {
         let mut total = along(walk, Owner::Rows, kind, tangent);
-        if let (Some(tangent), false) = (reference_tangent, walk.pairs.square) {
+        if let (Some(tangent), false) = (reference_tangent, walk.known.pairs.square) {
             total += along(walk, Owner::Columns, kind, tangent);
         }
         total
@@ -61,12 +61,13 @@ pub fn hypergradient(
 
 fn along(walk: &mut Walk<'_>, owner: Owner, kind: Kind, tangent: ArrayView2<'_, f32>) -> f64 {
     let rows = match owner {
-        Owner::Rows => walk.pairs.rows.order,
-        Owner::Columns => walk.pairs.columns.order,
+        Owner::Rows => walk.known.pairs.rows.order,
+        Owner::Columns => walk.known.pairs.columns.order,
     };
-    let dot = |position: usize, sum: &[f32]| {
+    let dot = |position: usize, _: usize, sum: &[f32]| {
         let tangent = tangent.row(rows.rows[position] as usize);
         sum.iter().zip(tangent).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
     };
-    walk.run(owner, kind, dot).finished
+    // In one part: a dot product has one order of summation.
+    walk.run(owner, kind, 1, dot)
 }

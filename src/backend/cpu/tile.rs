@@ -11,7 +11,7 @@ use super::rows::{MAX_BLOCK, PanelBuffer, Side, grow};
 use super::simd::{GROUP, Lanes, Level, Work};
 
 /// Groups of 16 columns in a tile, at most; a row's word has a bit for each.
-const MAX_GROUPS: usize = MAX_BLOCK.div_ceil(GROUP);
+pub const MAX_GROUPS: usize = MAX_BLOCK.div_ceil(GROUP);
 const _: () = assert!(MAX_GROUPS <= 16 && MAX_BLOCK.is_multiple_of(GROUP));
 
 /// Which pairs a batch is made of, and where to find their rows.
@@ -34,16 +34,16 @@ pub struct Bounds<'a> {
     pub columns: Option<&'a [f32]>,
 }
 
-/// Candidates of a tile.
-#[derive(Debug, Default)]
-pub struct Candidates {
-    pub words: Vec<u16>,
-    pub values: Vec<f32>,
+/// Candidates of a tile: their words, and of each its similarity, or what it weighs.
+#[derive(Debug, Clone, Copy)]
+pub struct Candidates<'a> {
+    pub words: &'a [u16],
+    pub values: &'a [f32],
 }
 
-impl Candidates {
-    pub fn bytes(&self) -> usize {
-        self.words.capacity() * 2 + self.values.capacity() * 4
+impl<'a> Candidates<'a> {
+    pub fn read(self) -> Reader<'a> {
+        Reader { words: self.words, values: self.values }
     }
 }
 
@@ -71,8 +71,11 @@ pub struct TileScratch {
     pub row_panels: PanelBuffer,
     pub panels: PanelBuffer,
     strip: Box<Strip>,
-    /// Candidates of the tile swept last.
-    pub candidates: Candidates,
+    /// Candidates of the tile swept last; the values have room behind the last.
+    words: Vec<u16>,
+    values: Vec<f32>,
+    /// Weights of the tile weighed last, likewise.
+    pub weighed: Vec<f32>,
     pub found: Found,
 }
 
@@ -82,10 +85,9 @@ impl Default for TileScratch {
             row_panels: PanelBuffer::default(),
             panels: PanelBuffer::default(),
             strip: Box::new(Strip([[0.0; MAX_BLOCK]; STRIP])),
-            candidates: Candidates {
-                words: Vec::with_capacity(MAX_BLOCK * (1 + MAX_GROUPS)),
-                values: Vec::new(),
-            },
+            words: Vec::with_capacity(MAX_BLOCK * (1 + MAX_GROUPS)),
+            values: Vec::new(),
+            weighed: Vec::new(),
             found: Found { row_max: [0.0; MAX_BLOCK], column_max: [0.0; MAX_BLOCK], probe: 0, filled: 0 },
         }
     }
@@ -102,8 +104,14 @@ impl TileScratch {
         self.panels.bytes()
             + self.row_panels.bytes()
             + size_of_val(&*self.strip)
-            + self.candidates.bytes()
+            + self.words.capacity() * 2
+            + (self.values.capacity() + self.weighed.capacity()) * 4
             + size_of::<Found>()
+    }
+
+    /// Candidates of the tile swept last, and room for their weights.
+    pub fn swept(&mut self) -> (Candidates<'_>, &mut Vec<f32>) {
+        (Candidates { words: &self.words, values: &self.values[..self.found.filled] }, &mut self.weighed)
     }
 }
 
@@ -220,7 +228,7 @@ impl Work for Sweep<'_, '_> {
     #[inline(always)]
     fn run<S: Lanes>(self, simd: S) {
         let Self { pairs, tile: (row, column), keep, probe, kept, scratch } = self;
-        let TileScratch { row_panels, panels, strip, candidates, found } = scratch;
+        let TileScratch { row_panels, panels, strip, words, values, found, .. } = scratch;
         let Strip(strip) = &mut **strip;
         let (block, across) = (pairs.rows.order.blocks[row], pairs.columns.order.blocks[column]);
         let row_panels = pairs.rows.panels(row, row_panels);
@@ -243,10 +251,10 @@ impl Work for Sweep<'_, '_> {
 
         found.column_max.fill(f32::NEG_INFINITY);
         found.probe = 0;
-        candidates.words.clear();
+        words.clear();
         // A whole group is written at a time, so the last one needs room behind it.
-        grow(&mut candidates.values, block.rows * across.rows + GROUP);
-        let values: &mut [u32] = bytemuck::cast_slice_mut(&mut candidates.values);
+        grow(values, block.rows * across.rows + GROUP);
+        let values: &mut [u32] = bytemuck::cast_slice_mut(values);
         let mut filled = 0;
         for start in (0..block.rows).step_by(STRIP) {
             let count = STRIP.min(block.rows - start);
@@ -300,18 +308,18 @@ impl Work for Sweep<'_, '_> {
                 for c in begin..end {
                     masks[c / GROUP] |= 1 << (c % GROUP);
                 }
-                let head = candidates.words.len();
-                candidates.words.push(0);
+                let head = words.len();
+                words.push(0);
                 let mut occupied = 0;
                 for (g, &mask) in masks[..groups].iter().enumerate().filter(|(_, mask)| **mask != 0) {
                     occupied |= 1 << g;
-                    candidates.words.push(mask);
+                    words.push(mask);
                     if let Some(target) = values[filled..].first_chunk_mut() {
                         simd.compress(bytemuck::cast_ref(&line.as_chunks::<GROUP>().0[g]), mask, target);
                     }
                     filled += mask.count_ones() as usize;
                 }
-                candidates.words[head] = occupied;
+                words[head] = occupied;
             }
         }
         found.filled = filled;
@@ -354,32 +362,26 @@ fn scan<S: Lanes>(
     (simd.reduce_max_f32s(row_max), count)
 }
 
-/// Walks candidates row by row.
+/// Walks the candidates of a tile row by row: their words, and a value of each.
 #[derive(Clone, Copy)]
 pub struct Reader<'a> {
     words: &'a [u16],
-    values: &'a [f32],
+    /// Those of the next row and all after it.
+    pub values: &'a [f32],
 }
 
 impl<'a> Reader<'a> {
-    pub fn new(candidates: &'a Candidates) -> Self {
-        Self { words: &candidates.words, values: &candidates.values }
-    }
-
-    /// The next row's candidates: writes their local columns, ascending, to `columns`; returns their similarities.
+    /// The next row's values; visits its groups of 16 columns that hold any: number, bits, and how many values
+    /// of the row come before.
     #[inline(always)]
-    pub fn next_row<S: Lanes>(&mut self, simd: S, columns: &mut [u32; MAX_BLOCK + GROUP]) -> &'a [f32] {
+    pub fn next_groups(&mut self, mut visit: impl FnMut(usize, u16, usize)) -> &'a [f32] {
         let mut count = 0;
         let Some((&occupied, mut words)) = self.words.split_first() else { return &[] };
         let mut occupied = occupied;
         while occupied != 0 {
-            let group = occupied.trailing_zeros();
             let Some((&mask, rest)) = words.split_first() else { break };
             words = rest;
-            let lanes: [u32; GROUP] = std::array::from_fn(|lane| group * GROUP as u32 + lane as u32);
-            if let Some(target) = columns[count..].first_chunk_mut() {
-                simd.compress(&lanes, mask, target);
-            }
+            visit(occupied.trailing_zeros() as usize, mask, count);
             count += mask.count_ones() as usize;
             occupied &= occupied - 1;
         }
@@ -387,5 +389,11 @@ impl<'a> Reader<'a> {
         self.words = words;
         self.values = rest;
         row
+    }
+
+    /// The next row's values; writes their local columns, ascending, to `columns`.
+    #[inline(always)]
+    pub fn next_row<S: Lanes>(&mut self, simd: S, columns: &mut [u32; MAX_BLOCK + GROUP]) -> &'a [f32] {
+        self.next_groups(|group, mask, before| simd.compress_columns(group, mask, &mut columns[before..]))
     }
 }
