@@ -15,5 +15,5 @@ if [[ -z $python ]]; then
     fi
     python=$environment/bin/python3
 fi
-cargo build --release --bin ddtas-train
-"$python" tests/evaluation.py
+source .ci/train.sh
+"$python" tests/evaluation.py --binary "$DDTAS_TRAIN"

@@ -11,15 +11,15 @@ if ! "$tools/bin/pip" install --quiet --disable-pip-version-check "tensorboard>=
     echo "skipped: the tensorboard package cannot be installed here"
     exit 0
 fi
-cargo build --release --quiet --bin ddtas-train
+source .ci/train.sh
 run=$(mktemp -d)/run
 trap 'rm -r "$(dirname "$run")"' EXIT
 settings=(--image-size 16 --width 4 --embedding-dim 16 --steps 60 --evaluate-every 1 --classes-per-batch 8
     --images-per-class 20 --generator head --checkpoint-every 7 --output "$run")
-target/release/ddtas-train "${settings[@]}" 2> "$run.log" &
+"$DDTAS_TRAIN" "${settings[@]}" 2> "$run.log" &
 process=$!
 until [ "$(cat "$run/metrics.jsonl" 2> /dev/null | wc -l)" -ge 40 ]; do sleep 0.01; done
 kill -9 "$process"
 wait "$process" 2> /dev/null || true
-target/release/ddtas-train --resume "$run" > "$run.table" 2>> "$run.log" || { cat "$run.log"; exit 1; }
+"$DDTAS_TRAIN" --resume "$run" > "$run.table" 2>> "$run.log" || { cat "$run.log"; exit 1; }
 "$tools/bin/python" .ci/event_files.py "$run"

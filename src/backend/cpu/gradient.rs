@@ -216,12 +216,7 @@ impl AddTile<'_, '_> {
         let mut lines = Lines([[[0.0; GROUP]; GROUP]; MAX_GROUPS]);
         for start in (0..rows.rows).step_by(GROUP) {
             for r in start..(start + GROUP).min(rows.rows) {
-                let values = reader.values;
-                reader.next_groups(|group, mask, before| {
-                    let line = match values[before..].first_chunk() {
-                        Some(values) => simd.expand(values, mask),
-                        None => simd.expand(&padded(&values[before..]), mask),
-                    };
+                reader.next_lines(simd, |group, _, line| {
                     if self.owner_rows {
                         lines.0[group][r - start] = line;
                     }

@@ -1,7 +1,7 @@
 //! Who selects which candidate (SPEC 2-3), and what a selected pair weighs (SPEC 4).
 
 use super::rows::{Block, MAX_BLOCK};
-use super::simd::{GROUP, Lanes, Work, padded};
+use super::simd::{GROUP, Lanes, Work};
 use super::tile::{Candidates, MAX_GROUPS, Pairs};
 use crate::loss::LossSettings;
 use crate::loss::select::Tolerances;
@@ -181,12 +181,7 @@ impl Work for CountTile<'_, '_> {
             let position = rows.start + r;
             let class = if has_positives { pairs.class_columns(position, column) } else { (0, 0) };
             let own = [weights.positives.row(position).bound, weights.negatives.row(position).bound];
-            let values = reader.values;
-            reader.next_groups(|group, mask, before| {
-                let s = match values[before..].first_chunk() {
-                    Some(values) => simd.expand(values, mask),
-                    None => simd.expand(&padded(&values[before..]), mask),
-                };
+            reader.next_lines(simd, |group, mask, s| {
                 let same_class = bits(class.0, class.1, group);
                 for (kind, mask) in [mask & same_class, mask & !same_class].into_iter().enumerate() {
                     if mask == 0 {

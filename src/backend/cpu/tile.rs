@@ -8,7 +8,7 @@
 use super::buffer::Buffer;
 use super::product::{STRIP, product};
 use super::rows::{MAX_BLOCK, PanelBuffer, Side, grow};
-use super::simd::{GROUP, Lanes, Level, Work};
+use super::simd::{GROUP, Lanes, Level, Work, padded};
 
 /// Groups of 16 columns in a tile, at most; a row's word has a bit for each.
 pub const MAX_GROUPS: usize = MAX_BLOCK.div_ceil(GROUP);
@@ -389,6 +389,19 @@ impl<'a> Reader<'a> {
         self.words = words;
         self.values = rest;
         row
+    }
+
+    /// Visits the next row's groups that hold any: number, bits, and the values in their lanes.
+    #[inline(always)]
+    pub fn next_lines<S: Lanes>(&mut self, simd: S, mut visit: impl FnMut(usize, u16, [f32; GROUP])) {
+        let values = self.values;
+        self.next_groups(|group, mask, before| {
+            let line = match values[before..].first_chunk() {
+                Some(values) => simd.expand(values, mask),
+                None => simd.expand(&padded(&values[before..]), mask),
+            };
+            visit(group, mask, line);
+        });
     }
 
     /// The next row's values; writes their local columns, ascending, to `columns`.
