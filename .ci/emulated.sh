@@ -1,19 +1,47 @@
 #!/usr/bin/env bash
-# Compiles the CUDA kernels with g++ and runs them on the CPU: reference cases and random
-# shapes through every kernel, under shuffled schedules, planted faults caught (by
-# ThreadSanitizer too, over the kernels that tests/emulation.rs names); then the reference
-# cases once more under AddressSanitizer and UndefinedBehaviorSanitizer.
+# Compiles the CUDA kernels with g++ and runs them on the CPU: reference cases and random shapes
+# through every kernel, under shuffled schedules, planted faults caught; then the reference cases
+# under AddressSanitizer and UndefinedBehaviorSanitizer; then every kernel under ThreadSanitizer, with
+# every thread of a block a thread to it.
 # Needs Rust, gcc/g++ and Python 3.11.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source .ci/tools.sh
+say() { printf -- '-- %s (%ss)\n' "$1" "$SECONDS"; }
 
 features=(--no-default-features --features "capi,cli,emulated")
-cargo test --release "${features[@]}" --test emulation --test emulated --test resident --test comparison --test capi
-cargo run --release --quiet "${features[@]}" --bin ddtas-bench -- verify --backend emulated tests/golden
+verify=(cargo run --release --quiet "${features[@]}" --bin ddtas-bench -- verify --backend emulated)
+cargo test --release "${features[@]}" --test emulation --test emulated --test resident --test comparison --test capi --test verify
+"${verify[@]}" tests/golden
 
-# A target folder of its own, for the kernels are compiled anew. The sanitizers' runtime must be loaded before Rust's.
-export CARGO_TARGET_DIR=target/sanitized DDTAS_SANITIZE=address,undefined ASAN_OPTIONS=detect_leaks=0
-runner="env LD_PRELOAD=$(g++ -print-file-name=libasan.so)"
-export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=$runner
-cargo run --release --quiet "${features[@]}" --bin ddtas-bench -- verify --backend emulated tests/golden
+# DDTAS_SANITIZE has build.rs compile the kernels anew, and so this crate, but none of its dependencies.
+# The runtime of the sanitizers must be loaded before Rust's.
+sanitize() {
+    export DDTAS_SANITIZE=$1
+    export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="env LD_PRELOAD=$(g++ -print-file-name="$2")"
+}
+
+say "AddressSanitizer and UndefinedBehaviorSanitizer"
+sanitize address,undefined libasan.so
+export ASAN_OPTIONS=detect_leaks=0
+"${verify[@]}" tests/golden
+
+say "ThreadSanitizer: a barrier taken out of select.cu is noticed"
+sanitize thread libtsan.so
+# Rust's copies and allocations are seen, but not what orders them among its threads (kernels/emulation/races.h).
+export TSAN_OPTIONS="halt_on_error=1 exitcode=66 ignore_interceptors_accesses=1"
+faulty=$(mktemp -d)
+trap 'rm -rf "$faulty"' EXIT
+cp -r kernels/. "$faulty"
+sed -i '/^DEVICE void select_end/,/^}/s/block_sync();//' "$faulty/select.cu"
+status=0
+said=$(DDTAS_KERNELS=$faulty "${verify[@]}" tests/golden/paper_batch80.safetensors 2>&1) || status=$?
+if [[ $status != 66 || $said != *"data race"*select.cu* ]]; then
+    echo "the race went unnoticed, exit code $status: $said"
+    exit 1
+fi
+
+say "ThreadSanitizer: every kernel"
+cargo test --release "${features[@]}" --test emulated every_kernel -- --test-threads 1
+"${verify[@]}" tests/golden
+say "done"

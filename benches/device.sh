@@ -15,7 +15,7 @@
 #     BATCHES, DIMS   rows and dimensions, separated by commas
 #     DENSITIES       late (1 % of the negatives mined), middle (8 %), start (30 %), or shares as numbers;
 #                     0.004 and these three by default, what the aims and the CPU's table are about
-#     DTYPE           bf16 (default), f16 or f32
+#     DTYPE           bf16 (default), f16 or f32, which is measured twice: exact, and in TF32 as its peers are
 #     BUDGET          bytes for candidates (16 GiB); a batch takes no more than it can use
 #     SKIP            any of "verify sanitize throughput", to leave out steps
 set -euo pipefail
@@ -94,18 +94,26 @@ fi
 
 if ! skipped throughput; then
     echo "== throughput"
+    # Exact products, and for f32 those in TF32: no argument more, or one.
+    products=("")
+    [[ $dtype != f32 ]] || products+=(--tf32)
     # Built before anything is timed.
     cargo bench --quiet --no-run "${features[@]}" --bench resident
     for dim in ${dims//,/ }; do
         for density in ${densities//,/ }; do
             for batch in ${batches//,/ }; do
                 name=$batch-$dim-$density rows=$scratch/rows.safetensors
-                # Draws the rows that everybody is measured on, and measures from the host, copies included.
-                "$bench" throughput --backend cuda --batch "$batch" --dim "$dim" --density "$density" \
-                    --dtype "$dtype" --save-embeddings "$rows" --json >"$scratch/$name.host.json"
-                # Without the copies between host and GPU, as a training step on the GPU calls it.
-                cargo bench --quiet "${features[@]}" --bench resident -- --embeddings "$rows" \
-                    --dtype "$dtype" --budget "$budget" >"$scratch/$name.ddtas.json"
+                # The first call draws the rows that everybody is measured on.
+                given=(--batch "$batch" --dim "$dim" --density "$density" --save-embeddings "$rows")
+                for tf32 in "${products[@]}"; do
+                    # From the host, copies included.
+                    "$bench" throughput --backend cuda "${given[@]}" --dtype "$dtype" $tf32 \
+                        --json >"$scratch/$name.host${tf32#-}.json"
+                    given=(--embeddings "$rows")
+                    # Without the copies between host and GPU, as a training step on the GPU calls it.
+                    cargo bench --quiet "${features[@]}" --bench resident -- "${given[@]}" --dtype "$dtype" $tf32 \
+                        --budget "$budget" >"$scratch/$name.ddtas${tf32#-}.json"
+                done
                 python3 benches/device/baselines.py "$rows" --dtype "$dtype" >"$scratch/$name.peers.json"
                 rm "$rows"
             done

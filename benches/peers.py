@@ -160,7 +160,7 @@ def run_peer(name: str, path: Path, options: argparse.Namespace) -> dict:
 
 
 def run_ours(path: Path, options: argparse.Namespace, *arguments: str) -> dict:
-    command = [str(options.binary), "throughput", "--json", "--seconds", str(options.seconds), *arguments]
+    command = [str(options.binary), "throughput", "--json", "--backend", "cpu", "--seconds", str(options.seconds), *arguments]
     command += ["--save-embeddings" if arguments else "--embeddings", str(path)]
     environment = os.environ | {"RAYON_NUM_THREADS": str(options.threads)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

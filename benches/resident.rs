@@ -23,9 +23,6 @@ struct Arguments {
     /// Bytes for candidates; the rest is recomputed.
     #[arg(long, default_value_t = Options::default().budget)]
     budget: usize,
-    /// One TF32 product instead of three, for f32 rows.
-    #[arg(long)]
-    fast: bool,
     /// Given by cargo.
     #[arg(long, hide = true)]
     bench: bool,
@@ -59,7 +56,7 @@ fn main() -> ExitCode {
 
 fn time(arguments: &Arguments) -> std::result::Result<String, Box<dyn std::error::Error>> {
     let file = arguments.settings.embeddings.as_ref().ok_or("name a file of rows: --embeddings FILE")?;
-    let options = Options { budget: arguments.budget, exact: !arguments.fast };
+    let options = Options { budget: arguments.budget, exact: !arguments.settings.device.tf32 };
     let opened = || -> Result<Box<dyn Backend>> { Ok(Box::new(Resident::new(options)?)) };
     let row = measure_on(opened, &read(file)?, &arguments.settings)?;
     Ok(serde_json::to_string_pretty(&[row])?)

@@ -1,56 +1,83 @@
 //! kernels/*.cu compiled by g++ against kernels/emulation, for tests.
 //!
-//! DDTAS_SANITIZE=address,undefined builds them, and links the programs, with
-//! sanitizers; tests/emulated.rs says how to run those.
+//! DDTAS_SANITIZE=address,undefined or DDTAS_SANITIZE=thread builds them, and links the programs, with
+//! sanitizers; tests/emulated.rs says how to run those. DDTAS_KERNELS names another folder to compile them
+//! from: a copy of kernels/ with a fault planted in it.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::tools::{cargo_path, variable};
 
+/// Each sanitizer's name and that of its runtime.
+const RUNTIMES: [(&str, &str); 3] = [("address", "asan"), ("undefined", "ubsan"), ("thread", "tsan")];
+
 pub fn build() -> Result<(), String> {
-    let folder = cargo_path("CARGO_MANIFEST_DIR")?.join("kernels");
+    let folder = match variable("DDTAS_KERNELS") {
+        Some(named) => PathBuf::from(named),
+        None => cargo_path("CARGO_MANIFEST_DIR")?.join("kernels"),
+    };
     println!("cargo::rerun-if-changed={}", folder.display());
-    let failed = |error: std::io::Error| format!("cannot read {}: {error}", folder.display());
-    let parts = ["machine", "instructions", "hopper", "fiber"];
-    let mut sources: Vec<_> = parts.iter().map(|part| folder.join(format!("emulation/{part}.cpp"))).collect();
-    for entry in fs::read_dir(&folder).map_err(failed)? {
-        let path = entry.map_err(failed)?.path();
-        if path.extension().is_some_and(|extension| extension == "cu") {
-            sources.push(path);
+    let sanitizers = variable("DDTAS_SANITIZE").unwrap_or_default();
+    let named = |sanitizer: &str| sanitizers.split(',').any(|one| one == sanitizer);
+
+    let mut machine = compiler();
+    machine.files(sources(&folder.join("emulation"), "cpp")?);
+    let mut kernels = compiler();
+    // g++ does not know the suffix .cu, nor nvcc's pragmas.
+    kernels.flag("-xc++").flag("-Wno-unknown-pragmas").files(sources(&folder, "cu")?);
+    if !sanitizers.is_empty() {
+        sanitize(&mut kernels, &sanitizers);
+        if named("thread") {
+            // What the machine touches is no access of a kernel: it says what orders them instead (races.h).
+            machine.define("DDTAS_EMULATION_RACES", None);
+        } else {
+            sanitize(&mut machine, &sanitizers);
         }
     }
-    sources.sort();
+    let failed = |error| format!("g++ refused the kernels: {error}");
+    kernels.try_compile("ddtas_emulated_kernels").map_err(failed)?;
+    machine.try_compile("ddtas_emulated_machine").map_err(failed)?;
+    // rustc links without the compiler's default libraries: the runtimes are named one by one.
+    for (sanitizer, library) in RUNTIMES {
+        if named(sanitizer) {
+            link_runtime(&machine, library);
+        }
+    }
+    Ok(())
+}
+
+/// Files of a folder in one order, so that the same sources give the same binary.
+fn sources(folder: &Path, suffix: &str) -> Result<Vec<PathBuf>, String> {
+    let failed = |error: std::io::Error| format!("cannot read {}: {error}", folder.display());
+    let entries = fs::read_dir(folder).map_err(failed)?.collect::<Result<Vec<_>, _>>().map_err(failed)?;
+    let mut found: Vec<_> = entries.into_iter().map(|entry| entry.path()).collect();
+    found.retain(|path| path.extension().is_some_and(|extension| extension == suffix));
+    found.sort();
+    Ok(found)
+}
+
+fn compiler() -> cc::Build {
     let mut compiler = cc::Build::new();
     compiler
         .cpp(true)
         .std("c++17")
         .opt_level(2)
         .debug(true)
-        // g++ does not know the suffix .cu, nor nvcc's pragmas.
-        .flag("-xc++")
         .flag("-Wall")
         .flag("-Wextra")
-        .flag("-Wno-unknown-pragmas")
         // The switch of fibers is inline assembly, and truth is IEEE arithmetic.
         .flag("-ffp-contract=off")
-        .files(sources)
         // Kernels register themselves: nothing refers to them by symbol.
         .link_lib_modifier("+whole-archive");
-    if let Some(sanitizers) = variable("DDTAS_SANITIZE") {
-        compiler
-            .flag(format!("-fsanitize={sanitizers}"))
-            .flag("-fno-sanitize-recover=all")
-            .flag("-fno-omit-frame-pointer");
-    }
-    compiler.try_compile("ddtas_emulated").map_err(|error| format!("g++ refused the kernels: {error}"))?;
-    // rustc links without the compiler's default libraries: the runtimes are named one by one.
-    for (sanitizer, library) in [("address", "asan"), ("undefined", "ubsan"), ("thread", "tsan")] {
-        if variable("DDTAS_SANITIZE").is_some_and(|named| named.split(',').any(|one| one == sanitizer)) {
-            link_runtime(&compiler, library);
-        }
-    }
-    Ok(())
+    compiler
+}
+
+fn sanitize(compiler: &mut cc::Build, sanitizers: &str) {
+    compiler
+        .flag(format!("-fsanitize={sanitizers}"))
+        .flag("-fno-sanitize-recover=all")
+        .flag("-fno-omit-frame-pointer");
 }
 
 /// Links the sanitizer's runtime that belongs to the compiler.

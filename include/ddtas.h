@@ -529,8 +529,9 @@ enum ddtas_status ddtas_threshold_gradient(struct ddtas_context *context,
  * The `k` most similar references of every query, most similar first, equal ones by index.
  *
  * `references` NULL searches the queries among themselves, each left out of its own list. Labels are
- * not looked at and may be NULL. `indices` and `similarities` take `count` rows of `k`; where there are
- * fewer than `k` references the rest is DDTAS_NO_NEIGHBOUR and -inf. Host memory only.
+ * not looked at and may be NULL. `indices` and `similarities` take `count` rows of `k`, in host memory
+ * wherever the rows lie; where there are fewer than `k` references the rest is DDTAS_NO_NEIGHBOUR and -inf.
+ * Rows in device memory are searched where they lie.
  *
  * # Safety
  * As ddtas_loss.
@@ -547,7 +548,8 @@ enum ddtas_status ddtas_nearest(struct ddtas_context *context,
  *
  * Rows with a negative label are neither queries nor answers to a label; a row alone in its class is no query. `recall`
  * takes `k_count` values in the order of `ks`; `queries`, if not NULL, the number of rows that were
- * counted. Memory grows with `count` times the largest K. Host memory only.
+ * counted. Both are in host memory, as `ks` is, wherever the rows lie. Memory grows with `count` times the largest K.
+ * Rows in device memory are searched where they lie; their labels are copied to the host, and so are the lists.
  *
  * # Safety
  * As ddtas_loss; `ks` and `recall` have `k_count` entries.

@@ -12,6 +12,11 @@ use crate::loss::{
 /// Bound on loss and gradient errors of a float32 backend, relative to the largest entry.
 pub const SINGLE_PRECISION: f64 = 1e-5;
 
+/// The same with TF32 products, against the truth of the rounded rows ([`run_tf32`]). Their products are exact
+/// in f32, so sets, counts and thresholds are as exact as others; but the gradient's other factor, the pair
+/// weights, is rounded too, by up to 2^-11 of each: twice that.
+pub const TF32: f64 = 1e-3;
+
 /// What a backend must answer, in float64. Fields are those of [`LossOutput`] and [`Hypergradient`].
 #[derive(Debug, Clone)]
 #[expect(missing_docs, reason = "documented at the fields of the same names in LossOutput")]
@@ -142,11 +147,33 @@ impl Report {
 /// # Errors
 /// What the backend answers.
 pub fn run(case: &Case, backend: &mut dyn Backend) -> Result<Report> {
+    answer(case, backend).map(|(output, hyper)| Report::new(&case.expected, &output, hyper))
+}
+
+fn answer(case: &Case, backend: &mut dyn Backend) -> Result<(LossOutput, Hypergradient)> {
     let batch = Batch::square(case.embeddings.view(), &case.labels);
     let mut output = LossOutput::default();
     backend.loss(&batch, &case.settings, &mut output)?;
     let hyper = backend.hypergradient(&batch, case.tangent.view(), None)?;
-    Ok(Report::new(&case.expected, &output, hyper))
+    Ok((output, hyper))
+}
+
+/// Runs a case through a backend that multiplies in TF32: it must answer what the truth does for rows that are
+/// rounded so. The backend gets the case's own rows.
+///
+/// # Errors
+/// What the backend answers, or the truth of the rounded rows.
+pub fn run_tf32(case: &Case, backend: &mut dyn Backend) -> Result<Report> {
+    let rounded = case.embeddings.mapv(to_tf32);
+    let batch = Batch::square(rounded.view(), &case.labels);
+    let expected = Expected::evaluate(&batch, &case.settings, &case.tangent, None)?;
+    answer(case, backend).map(|(output, hyper)| Report::new(&expected, &output, hyper))
+}
+
+/// The nearest number of 10 bits of mantissa, ties away from zero, as GPUs round.
+#[must_use]
+pub fn to_tf32(value: f32) -> f32 {
+    f32::from_bits(value.to_bits().wrapping_add(0x1000) & !0x1fff)
 }
 
 fn wrong_counts(expected: &Expected, output: &LossOutput) -> Vec<String> {

@@ -146,6 +146,22 @@ impl Abi {
         String::from_utf8(bytes[..length].to_vec()).unwrap()
     }
 
+    /// Recall at each of `ks`, and the queries that were counted.
+    fn recall(&self, rows: &Rows, ks: &[usize]) -> Result<(Vec<f64>, u64)> {
+        let (mut recall, mut queries) = (vec![f64::NAN; ks.len()], 0u64);
+        let status = unsafe {
+            ddtas_recall_at_k(
+                self.handle.0,
+                &raw const *rows,
+                ks.as_ptr(),
+                ks.len(),
+                recall.as_mut_ptr(),
+                &raw mut queries,
+            )
+        };
+        self.check(status).map(|()| (recall, queries))
+    }
+
     /// A failure as an error, which the table prints.
     fn check(&self, status: Status) -> Result<()> {
         if status == Status::Ok {
@@ -288,10 +304,8 @@ impl Backend for Abi {
         references: Option<&ddtas::loss::Rows<'_>>,
         k: usize,
     ) -> Result<Nearest> {
-        // Only the loss and the threshold pass take device memory.
-        let on_host = Self { memory: Memory::Host, ..self.clone() };
-        let queries = on_host.lay(queries);
-        let references = references.map(|rows| on_host.lay(rows));
+        let queries = self.lay(queries);
+        let references = references.map(|rows| self.lay(rows));
         let size = (queries.rows.count, k);
         let mut found =
             Nearest { indices: Array2::zeros(size), similarities: Array2::from_elem(size, f32::NAN) };
@@ -357,21 +371,8 @@ fn recall_through_the_c_abi_is_that_of_the_library() {
     )
     .unwrap();
     let abi = Abi::open("cpu", 0, 5, Memory::Host);
-    let rows = abi.lay(&batch.anchors);
     // Out of order, twice the same, and one far beyond the number of rows.
-    let ks = [8usize, 1, 2, 1, usize::MAX];
-    let (mut recall, mut queries) = ([f64::NAN; 5], 0u64);
-    let status = unsafe {
-        ddtas_recall_at_k(
-            abi.handle.0,
-            &raw const rows.rows,
-            ks.as_ptr(),
-            ks.len(),
-            recall.as_mut_ptr(),
-            &raw mut queries,
-        )
-    };
-    assert_eq!(status, Status::Ok, "{}", abi.message());
+    let (recall, queries) = abi.recall(&abi.lay(&batch.anchors).rows, &[8, 1, 2, 1, usize::MAX]).unwrap();
     assert_eq!(queries, expected.queries as u64);
     assert_eq!(recall[..4], [8, 1, 2, 1].map(|k| expected.get(k).unwrap()));
     assert_eq!(recall[4], 1.0, "a list of everything holds one of every class");
@@ -407,13 +408,76 @@ fn rows_in_device_memory_agree_in_every_type_and_form() {
     cases::run_all(&mut abi, cases::generated().into_iter().filter(rectangular));
 }
 
+#[cfg(feature = "emulated")]
+#[test]
+fn recall_of_rows_in_device_memory_is_that_of_the_host_s() {
+    let mut case = cases::golden().into_iter().find(|case| case.name == "hard_many_mined").unwrap();
+    let device = Abi::open("emulated", 0, 0, Memory::Device);
+    let host = Abi { memory: Memory::Host, ..device.clone() };
+    // One row, every third, all of them.
+    for ignored in [usize::MAX, 3, 1] {
+        case.anchors.labels.iter_mut().step_by(ignored).for_each(|label| *label = -1);
+        let both = [&device, &host].map(|abi| {
+            let laid = abi.lay(&case.batch().anchors);
+            abi.recall(&laid.rows, &[1, 4, 1000]).unwrap()
+        });
+        assert_eq!(both[0], both[1], "every {ignored}th row is ignored");
+        assert_eq!(both[0].1 == 0, ignored == 1, "{both:?}");
+    }
+}
+
+#[cfg(feature = "emulated")]
+#[test]
+fn a_search_in_device_memory_refuses_what_the_loss_refuses() {
+    let case = cases::golden().remove(0);
+    let abi = Abi::open("emulated", 0, 0, Memory::Device);
+    let laid = abi.lay(&case.batch().anchors);
+    let good = laid.rows;
+    let (mut indices, mut similarities) = ([7u32; 1000], [7f32; 1000]);
+    let mut refused = |rows: Rows, references: Option<&Rows>, k: usize| {
+        let references = references.map_or(null(), |rows| &raw const *rows);
+        let (to, and) = (indices.as_mut_ptr(), similarities.as_mut_ptr());
+        let status = unsafe { ddtas_nearest(abi.handle.0, &raw const rows, references, k, to, and) };
+        assert!(indices[0] == 7 && similarities[0] == 7.0, "a call that fails writes nothing");
+        (status, abi.message())
+    };
+    let address = good.embeddings.addr();
+    let at = |address: usize| std::ptr::without_provenance(address);
+    assert_eq!(refused(Rows { embeddings: null(), ..good }, None, 1).0, Status::NullPointer);
+    assert_eq!(refused(Rows { embeddings: at(address + 2), ..good }, None, 1).0, Status::Misaligned);
+    assert_eq!(refused(Rows { row_stride: good.dim + 1, ..good }, None, 1).0, Status::InvalidShape);
+    assert_eq!(refused(good, None, 0).0, Status::InvalidShape);
+    let on_host = Rows { memory: Memory::Host as i32, ..good };
+    assert_eq!(refused(good, Some(&on_host), 1).0, Status::InvalidValue);
+    assert_eq!(abi.recall(&Rows { labels: null(), ..good }, &[1]).unwrap_err().to_string(), {
+        "NullPointer: rows.labels is NULL"
+    });
+    let bad = vec![f32::NAN; good.count * good.dim];
+    let (status, message) = refused(Rows { embeddings: bad.as_ptr().cast(), ..good }, Some(&good), 1);
+    assert_eq!((status, message.contains("row 0 of the queries")), (Status::NotFinite, true), "{message}");
+    // Labels are not looked at, and a k beyond the rows is no fault.
+    let nameless = Rows { labels: null(), count: 3, ..good };
+    let (mut found, mut how_close) = ([7u32; 15], [7f32; 15]);
+    let (to, and) = (found.as_mut_ptr(), how_close.as_mut_ptr());
+    let status = unsafe { ddtas_nearest(abi.handle.0, &raw const nameless, null(), 5, to, and) };
+    assert_eq!(status, Status::Ok, "{}", abi.message());
+    assert!(found[..2].iter().all(|&index| index < 3) && found[2..5] == [DDTAS_NO_NEIGHBOUR; 3], "{found:?}");
+    assert_eq!(how_close[2..5], [f32::NEG_INFINITY; 3]);
+}
+
 #[test]
 fn a_device_without_memory_of_its_own_refuses_device_rows() {
     let case = cases::golden().remove(0);
     let mut abi = Abi::open("cpu", 1, 0, Memory::Device);
     let mut output = LossOutput::default();
-    let error = abi.loss(&case.batch(), &case.settings, &mut output).unwrap_err();
-    assert_eq!(error.to_string(), "Unavailable: the device cpu takes rows in host memory only");
+    let rows = abi.lay(&case.batch().anchors);
+    for error in [
+        abi.loss(&case.batch(), &case.settings, &mut output).unwrap_err(),
+        abi.nearest(&case.batch().anchors, None, 1).unwrap_err(),
+        abi.recall(&rows.rows, &[1]).unwrap_err(),
+    ] {
+        assert_eq!(error.to_string(), "Unavailable: the device cpu takes rows in host memory only");
+    }
 }
 
 #[test]

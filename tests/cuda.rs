@@ -8,7 +8,9 @@ mod cases;
 use ddtas::backend::cuda::{self, CudaBackend, CudaDevice};
 use ddtas::backend::device::{Device, Options, ResidentBatch, ResidentRows, ResidentType};
 use ddtas::backend::{AutoDevice, Backend, DeviceSpec, auto, open};
+use ddtas::cases::{Case, find};
 use ddtas::loss::{Embeddings, LossOutput, LossSettings, UnitCheck};
+use ddtas::verify::{TF32, run_tf32};
 use ddtas::{Error, Result};
 
 /// What a test opens on the first GPU; without one the reason why it is skipped is printed.
@@ -25,28 +27,26 @@ fn gpu<T>(opened: Result<T>) -> Option<T> {
 
 #[test]
 fn golden_cases_agree() {
-    let Some(mut backend) = gpu(cuda::open(0)) else { return };
+    let Some(mut backend) = gpu(cuda::open(0, Options::default())) else { return };
     cases::run_all(&mut *backend, cases::golden());
 }
 
 #[test]
 fn every_type_and_form_agrees() {
-    let Some(mut backend) = gpu(cuda::open(0)) else { return };
+    let Some(mut backend) = gpu(cuda::open(0, Options::default())) else { return };
     cases::run_all(&mut *backend, cases::generated());
 }
 
 #[test]
 fn golden_cases_agree_when_nothing_is_stored() {
-    let options = Options { budget: 0, ..Options::default() };
-    let Some(device) = gpu(CudaDevice::new(0)) else { return };
-    cases::run_all(&mut CudaBackend::new(device, options), cases::golden());
+    let Some(mut backend) = gpu(cuda::open(0, Options { budget: 0, ..Options::default() })) else { return };
+    cases::run_all(&mut *backend, cases::golden());
 }
 
 #[test]
 fn every_type_and_form_agrees_when_nothing_is_stored() {
-    let options = Options { budget: 0, ..Options::default() };
-    let Some(device) = gpu(CudaDevice::new(0)) else { return };
-    cases::run_all(&mut CudaBackend::new(device, options), cases::generated());
+    let Some(mut backend) = gpu(cuda::open(0, Options { budget: 0, ..Options::default() })) else { return };
+    cases::run_all(&mut *backend, cases::generated());
 }
 
 #[test]
@@ -57,16 +57,14 @@ fn golden_cases_agree_on_a_stream_of_the_caller() {
 }
 
 #[test]
-fn tf32_products_come_close() {
-    let options = Options { exact: false, ..Options::default() };
-    let Some(device) = gpu(CudaDevice::new(0)) else { return };
-    let mut backend = CudaBackend::new(device, options);
-    for case in cases::golden() {
-        let mut output = LossOutput::default();
-        backend.loss(&case.batch(), &case.settings, &mut output).unwrap();
-        // 10 bits of mantissa move S by some 1e-4; pairs near a threshold may change sides.
-        let want = case.expected.output.loss;
-        assert!((output.loss - want).abs() <= 0.02 * want, "{}: {} of {want}", case.name, output.loss);
+fn tf32_products_are_those_of_the_rounded_rows() {
+    let Some(mut backend) = gpu(cuda::open(0, Options { exact: false, ..Options::default() })) else {
+        return;
+    };
+    for file in find(&["tests/golden".into()]).unwrap() {
+        let case = Case::read(&file).unwrap();
+        let report = run_tf32(&case, &mut *backend).unwrap();
+        assert!(report.passes(TF32), "{}: {report:#?}", case.name);
     }
 }
 

@@ -4,6 +4,9 @@
 //! `export DDTAS_SANITIZE=address,undefined ASAN_OPTIONS=detect_leaks=0`,
 //! `export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="env LD_PRELOAD=$(g++ -print-file-name=libasan.so)"`,
 //! `cargo test --release --no-default-features --features cli,emulated --test emulated`.
+//! ThreadSanitizer likewise: `DDTAS_SANITIZE=thread`, libtsan.so, and
+//! `TSAN_OPTIONS="halt_on_error=1 exitcode=66 ignore_interceptors_accesses=1"` (kernels/emulation/races.h). All
+//! tests take a quarter of an hour there; `every_kernel` runs each kernel in half a minute.
 
 mod cases;
 
@@ -123,10 +126,50 @@ fn stored_and_recomputed_tiles_give_the_same_bits() {
     assert!((full.1.neg - none.1.neg).abs() <= 1e-12 * full.1.neg.abs(), "{full:?} {none:?}");
 }
 
+fn generated_case(name: &str, dtype: Dtype) -> Case {
+    let wanted = |case: &Case| case.name == name && case.dtype == dtype;
+    cases::generated().into_iter().find(wanted).expect("the case is in the table")
+}
+
 /// A case of 16-bit rows that covers both widths of Hopper's product and tiles on and off the diagonal.
 fn narrow_case(name: &str) -> Case {
-    let wanted = |case: &Case| case.name == name && case.dtype == Dtype::Bf16;
-    cases::generated().into_iter().find(wanted).expect("the case is in the table")
+    generated_case(name, Dtype::Bf16)
+}
+
+/// The kernels that these rows are given to, those of TF32 and of Hopper included: ThreadSanitizer's programme.
+fn run_every_kernel(dtype: Dtype) {
+    // Tiles, from candidates and recomputed; lists.
+    let dense = generated_case("rectangular_everything_mined", dtype);
+    let sparse = cases::golden_in(dtype).into_iter().find(|case| case.name == "easy_few_mined");
+    let sparse = sparse.expect("the case is clear of the thresholds in every type");
+    for variant in [false, true] {
+        // Hopper has its own kernels for 16-bit rows; f32 has TF32.
+        let (hopper, exact) = (variant && dtype != Dtype::F32, !(variant && dtype == Dtype::F32));
+        let answer = |case: &Case, budget: usize| {
+            let device = EmulatedDevice::new(20);
+            let device = if hopper { device.as_hopper() } else { device };
+            answers(&mut DeviceBackend::new(device, Options { budget, exact }), case)
+        };
+        let stored = answer(&dense, 1 << 30);
+        assert!(bits(&stored) == bits(&answer(&dense, 0)), "{dtype:?}, hopper {hopper}, exact {exact}");
+        let (few, _, _) = answer(&sparse, 1 << 30);
+        assert!(few.active > 0 && few.mined().1 < stored.0.mined().1, "{dtype:?}: {:?}", few.mined());
+    }
+}
+
+#[test]
+fn every_kernel_of_f32_gives_the_same_bits_stored_or_not() {
+    run_every_kernel(Dtype::F32);
+}
+
+#[test]
+fn every_kernel_of_f16_gives_the_same_bits_stored_or_not() {
+    run_every_kernel(Dtype::F16);
+}
+
+#[test]
+fn every_kernel_of_bf16_gives_the_same_bits_stored_or_not() {
+    run_every_kernel(Dtype::Bf16);
 }
 
 #[test]

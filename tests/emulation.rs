@@ -93,7 +93,11 @@ const THREADS: &[&str] = &["-fsanitize=thread"];
 
 /// What ThreadSanitizer says of a kernel with a fault in it.
 fn run_racing(program: &str, file: &'static str, from: &'static str, to: &'static str) -> String {
-    let kernel = if program == "order" { "order.cu" } else { "gradient_hopper.cu" };
+    let kernel = match program {
+        "order" => "order.cu",
+        "retrieval" => "retrieval.cu",
+        _ => "gradient_hopper.cu",
+    };
     let output = run(program, &[kernel], Some(&Fault { file, from, to }), THREADS);
     assert!(!output.status.success(), "the race went unnoticed");
     said(&output)
@@ -226,6 +230,13 @@ fn a_race_within_a_block_is_named_by_the_thread_sanitizer() {
     let zeroed = "words[i] = Granule<uint32_t>{};\n    block_sync();";
     let message = run_racing("gradient", "matrix.cuh", zeroed, "words[i] = Granule<uint32_t>{};");
     assert!(message.contains("data race") && message.contains("matrix.cuh"), "{message}");
+}
+
+#[test]
+fn an_asynchronous_copy_that_races_is_named_by_the_thread_sanitizer() {
+    // Neither the copy nor what reads it is an access of compiled code: the emulation tells of both.
+    let message = run_racing("retrieval", "tile.cuh", BARRIER, "");
+    assert!(message.contains("data race") && message.contains("tile.cuh"), "{message}");
 }
 
 #[test]

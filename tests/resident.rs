@@ -2,11 +2,13 @@
 //!
 //! On the emulated device, whose memory is the host's.
 
-use ddtas::backend::Backend;
 use ddtas::backend::device::{DeviceBackend, Options, ResidentBatch, ResidentRows, ResidentType};
 use ddtas::backend::emulated::EmulatedDevice;
-use ddtas::loss::{Batch, LossOutput, LossSettings, Rows, UnitCheck};
+use ddtas::backend::{Backend, Nearest};
+use ddtas::loss::{Batch, Embeddings, LossOutput, LossSettings, Rows, UnitCheck};
+use ddtas::retrieval::{recall, recall_by};
 use ddtas::{Error, Result};
+use half::{bf16, f16};
 use ndarray::Array2;
 
 /// Unit rows on a circle, no two alike, and labels of three rows a class.
@@ -77,4 +79,101 @@ fn a_bad_row_and_a_null_address_are_refused() {
     assert!(matches!(run(&batch(rows, None)), Err(Error::NotFinite { rows: "anchors", row: 4 })));
     let null = ResidentRows { gradient: 0, ..rows };
     assert!(matches!(run(&batch(null, None)), Err(Error::InvalidSetting { name: "gradient", .. })));
+}
+
+/// Rows that are searched only: neither labels nor gradients.
+fn searched<T>(rows: &Array2<T>) -> ResidentRows {
+    ResidentRows { count: rows.nrows(), embeddings: rows.as_ptr() as u64, labels: 0, gradient: 0 }
+}
+
+fn nearest(batch: &ResidentBatch, k: usize) -> Result<Nearest> {
+    // SAFETY: as in `run`.
+    unsafe { backend().nearest_resident(batch, None, k) }
+}
+
+/// Searches the rows in one type, from the device's memory and from the host's.
+fn search_both_ways<T>(
+    (e, r): (&Array2<T>, &Array2<T>),
+    dtype: ResidentType,
+    embeddings: fn(&Array2<T>) -> Embeddings<'_>,
+) {
+    // More queries than one tile, k beyond the references too.
+    for (references, k) in [(None, 1), (None, 200), (Some(r), 1), (Some(r), 7), (Some(r), 60)] {
+        let labels = [0; 140];
+        let side = |rows| Rows { embeddings: embeddings(rows), labels: &labels[..rows.nrows()] };
+        let host =
+            backend().nearest(&side(e), references.map(side).as_ref(), k).expect("rows of unit length");
+        let batch = ResidentBatch { dtype, ..batch(searched(e), references.map(searched)) };
+        assert_eq!(nearest(&batch, k).expect("the same rows"), host, "{dtype:?}, k = {k}");
+    }
+}
+
+#[test]
+fn neighbours_of_resident_rows_are_those_of_the_host_s_in_every_type_and_form() {
+    let ((e, _), (r, _)) = (rows(140, 0.0), rows(30, 0.1));
+    search_both_ways((&e, &r), ResidentType::F32, |m| Embeddings::F32(m.view()));
+    let half = |m: &Array2<f32>| m.mapv(f16::from_f32);
+    search_both_ways((&half(&e), &half(&r)), ResidentType::F16, |m| Embeddings::F16(m.view()));
+    let brain = |m: &Array2<f32>| m.mapv(bf16::from_f32);
+    search_both_ways((&brain(&e), &brain(&r)), ResidentType::Bf16, |m| Embeddings::Bf16(m.view()));
+}
+
+#[test]
+fn a_search_with_bad_rows_addresses_or_k_is_refused() {
+    let ((e, _), (mut r, _)) = (rows(20, 0.0), rows(9, 0.1));
+    r[[4, 0]] = f32::NAN;
+    r[[6, 1]] = 2.0;
+    let (queries, references) = (searched(&e), searched(&r));
+    let error = nearest(&batch(queries, Some(references)), 3).unwrap_err();
+    assert!(matches!(error, Error::NotFinite { rows: "references", row: 4 }), "{error}");
+    r[[4, 0]] = 0.0;
+    r[[4, 1]] = 1.0;
+    let error = nearest(&batch(searched(&r), None), 3).unwrap_err();
+    assert!(matches!(error, Error::NotUnit { rows: "queries", row: 6, .. }), "{error}");
+    let trusted = ResidentBatch { check: UnitCheck::Trust, ..batch(searched(&r), None) };
+    nearest(&trusted, 3).unwrap();
+
+    for k in [0, 1 << 32] {
+        let error = nearest(&batch(queries, None), k).unwrap_err();
+        assert!(matches!(error, Error::InvalidSetting { name: "k", .. }), "{error}");
+    }
+    for address in [0, queries.embeddings + 2] {
+        let bad = ResidentRows { embeddings: address, ..queries };
+        for refused in [batch(bad, None), batch(queries, Some(bad))] {
+            let error = nearest(&refused, 1).unwrap_err();
+            assert!(matches!(error, Error::InvalidSetting { name: "embeddings", .. }), "{error}");
+        }
+    }
+    let none = ResidentRows { count: 0, ..queries };
+    assert!(matches!(nearest(&batch(none, None), 1), Err(Error::Empty { rows: "queries" })));
+    assert!(matches!(nearest(&batch(queries, Some(none)), 1), Err(Error::Empty { rows: "references" })));
+}
+
+#[test]
+fn recall_of_resident_rows_leaves_ignored_ones_out() {
+    let (mut e, mut labels) = rows(140, 0.0);
+    for row in (0..140).step_by(5) {
+        labels[row] = -1;
+    }
+    // Nobody looks at an ignored row.
+    e[[5, 0]] = f32::NAN;
+    let batch = batch(ResidentRows { labels: labels.as_ptr() as u64, ..searched(&e) }, None);
+    let ks = [1, 2, 8];
+    let mut backend = backend();
+    let (host, _) = recall(&mut backend, &Rows::new(e.view(), &labels), None, &ks).unwrap();
+    // SAFETY: as in `run`.
+    let there = unsafe { backend.labels_resident(&batch.anchors) }.unwrap();
+    assert_eq!(there, labels);
+    let mut among = |picked: Option<&[u32]>, k| {
+        // SAFETY: as in `run`.
+        unsafe { backend.nearest_resident(&batch, picked, k) }
+    };
+    assert_eq!(recall_by(&there, &ks, &mut among).unwrap(), host);
+    assert!(host.at[0].1 < 1.0 && host.queries > 100, "rows that recall does not trivially pass: {host:?}");
+
+    for picked in [&[][..], &[3, 140]] {
+        assert!(among(Some(picked), 1).is_err(), "{picked:?}");
+    }
+    let error = among(Some(&[4, 5, 6]), 1).unwrap_err();
+    assert!(matches!(error, Error::NotFinite { rows: "queries", row: 5 }), "the caller's row: {error}");
 }

@@ -10,6 +10,10 @@ use serde_json::Value;
 fn throughput(arguments: &[&str]) -> assert_cmd::assert::Assert {
     let mut command = Command::cargo_bin("ddtas-bench").unwrap();
     command.arg("throughput").args(arguments);
+    // What is claimed below is the CPU's, whatever this machine has.
+    if !arguments.contains(&"--backend") {
+        command.args(["--backend", "cpu"]);
+    }
     if !arguments.contains(&"--seconds") {
         command.args(["--seconds", "0"]);
     }
@@ -41,6 +45,7 @@ fn a_row_for_every_combination() {
     assert_eq!(rows.len(), 8);
     for row in &rows {
         assert_eq!((&row["backend"], &row["dtype"]), (&"cpu".into(), &"f32".into()));
+        assert_eq!(row["tf32"], false);
         for figure in ["time_ms", "gflops", "floor_share", "noise", "peak_extra_bytes"] {
             assert!(row[figure].as_f64().unwrap() > 0.0, "{figure}: {row}");
         }
@@ -113,6 +118,9 @@ fn settings_out_of_range_are_named() {
     assert!(complaint(&["--seconds", "NaN"]).contains("seconds = NaN"));
     assert!(complaint(&["--save-embeddings", "rows.safetensors"]).contains("one --batch"));
     assert!(complaint(&["--batch", "8", "--dim", "1", "--density", "late"]).contains("late at 1 dimensions"));
+    let small = ["--batch", "8", "--dim", "8", "--density", "late", "--tf32"];
+    assert!(complaint(&small).contains("the CPU does not multiply in TF32"));
+    assert!(complaint(&[&small[..], &["--dtype", "bf16"]].concat()).contains("dtype = bf16"));
     assert!(
         complaint(&["--backend", "cuda:0", "--batch", "8", "--dim", "8", "--density", "late"])
             .contains("cuda")

@@ -3,14 +3,18 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
 use assert_cmd::Command;
+use ddtas::backend::{AutoDevice, auto};
+
+/// One that is quick.
+const CASE: &str = "tests/golden/one_class.safetensors";
 
 fn verify(arguments: &[&str]) -> assert_cmd::assert::Assert {
     Command::cargo_bin("ddtas-bench").unwrap().arg("verify").args(arguments).assert()
 }
 
-/// The one line a failed run prints.
-fn complaint(arguments: &[&str]) -> String {
-    let output = verify(arguments).failure().get_output().clone();
+/// The one line a failed run on a device prints.
+fn complaint(device: &str, arguments: &[&str]) -> String {
+    let output = verify(&[&["--device", device], arguments].concat()).failure().get_output().clone();
     let text = String::from_utf8(output.stderr).unwrap();
     assert_eq!(text.lines().count(), 1, "{text}");
     text
@@ -18,14 +22,38 @@ fn complaint(arguments: &[&str]) -> String {
 
 #[test]
 fn the_golden_cases_pass() {
-    let output = verify(&["tests/golden"]).success().get_output().clone();
+    let output = verify(&["--backend", "cpu", "tests/golden"]).success().get_output().clone();
     let text = String::from_utf8(output.stdout).unwrap();
-    assert!(text.contains("12 of 12 cases passed on cpu"), "{text}");
+    assert!(text.contains("12 of 12 cases passed on cpu (bound 1e-5)"), "{text}");
+}
+
+#[test]
+fn the_default_is_a_gpu_if_there_is_one_and_says_why_not() {
+    let output = verify(&["--json", CASE]).success().get_output().clone();
+    let rows: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let AutoDevice { spec, reason } = auto();
+    assert_eq!(rows[0]["backend"], spec.to_string());
+    let said = reason.map_or(String::new(), |reason| format!("computing on {spec}: {reason}\n"));
+    assert_eq!(String::from_utf8(output.stderr).unwrap(), said);
+}
+
+#[test]
+fn the_cpu_refuses_tf32() {
+    let text = complaint("cpu", &["--tf32", CASE]);
+    assert!(text.contains("the CPU does not multiply in TF32"), "{text}");
+}
+
+#[cfg(feature = "emulated")]
+#[test]
+fn tf32_products_are_those_of_the_rounded_rows() {
+    let output = verify(&["--backend", "emulated", "--tf32", "tests/golden"]).success().get_output().clone();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains("12 of 12 cases passed on emulated (bound 1e-3)"), "{text}");
 }
 
 #[test]
 fn json_is_an_array_with_an_object_a_case() {
-    let output = verify(&["--json", "tests/golden/one_class.safetensors"]).success().get_output().clone();
+    let output = verify(&["--json", CASE]).success().get_output().clone();
     let rows: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(rows.as_array().unwrap().len(), 1);
     assert_eq!(rows[0]["case"], "one_class");
@@ -49,24 +77,23 @@ fn a_case_with_a_wrong_expectation_fails() {
 
     // Cut short: not a safetensors file any more.
     std::fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
-    assert!(complaint(&[path.to_str().unwrap()]).contains("not a safetensors file"));
+    assert!(complaint("cpu", &[path.to_str().unwrap()]).contains("not a safetensors file"));
 }
 
 #[test]
 fn device_is_another_word_for_backend() {
-    let case = "tests/golden/one_class.safetensors";
     for device in ["cpu", "auto"] {
-        verify(&["--device", device, case]).success();
+        verify(&["--device", device, CASE]).success();
     }
     // Whatever this machine has: there is no such GPU, and one line says so.
-    let text = complaint(&["--device", "cuda:4096", case]);
+    let text = complaint("cuda:4096", &[CASE]);
     assert!(text.contains("cuda"), "{text}");
 }
 
 #[test]
 fn what_cannot_be_read_is_named() {
-    assert!(complaint(&["no/such/folder"]).contains("no/such/folder"));
-    assert!(complaint(&["Cargo.toml"]).contains("Cargo.toml: not a safetensors file"));
+    assert!(complaint("cpu", &["no/such/folder"]).contains("no/such/folder"));
+    assert!(complaint("cpu", &["Cargo.toml"]).contains("Cargo.toml: not a safetensors file"));
     let empty = tempfile::tempdir().unwrap();
-    assert!(complaint(&[empty.path().to_str().unwrap()]).contains("no .safetensors file"));
+    assert!(complaint("cpu", &[empty.path().to_str().unwrap()]).contains("no .safetensors file"));
 }

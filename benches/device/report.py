@@ -4,33 +4,39 @@
 
 FOLDER holds for every BATCH-DIM-DENSITY the files .ddtas.json (benches/resident.rs: rows and
 gradient stay on the GPU, as they do for the peers), .host.json (`ddtas-bench throughput
---json`: with the copies) and .peers.json (baselines.py).
+--json`: with the copies) and .peers.json (baselines.py); for f32 also .ddtas-tf32.json and
+.host-tf32.json, with --tf32. The peers multiply f32 in TF32.
 """
 
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 PEERS = {"gemms": "two GEMMs", "dense": "dense torch", "compiled": "compiled torch", "metric-learning": "metric-learning"}
-COLOURS = ["#d62728", "#7f7f7f", "#1f77b4", "#2ca02c", "#9467bd"]
+# Ours by the end of their files' names.
+PRODUCTS = {"": "exact", "-tf32": "TF32"}
+COLOURS = ["#d62728", "#ff7f0e", "#7f7f7f", "#1f77b4", "#2ca02c", "#9467bd"]
 # 8 % mined, and under 0.5 %.
 AIMS = [("middle", 1.0), ("0.004", 0.5)]
 AIM_BATCH, AIM_DIM, AIM_COMPILED = 16384, 512, 5.0
 
 
 def read(folder: Path) -> list[dict]:
-    """One entry a file of embeddings: its size, our figures, the peers' by name."""
+    """One entry a file of embeddings and kind of products: its size, our figures, the peers' by name."""
     entries = []
-    for path in folder.glob("*.ddtas.json"):
-        name = path.name.removesuffix(".ddtas.json")
+    for path in folder.glob("*.peers.json"):
+        name = path.name.removesuffix(".peers.json")
         batch, dim, density = name.split("-", 2)
-        (ours,) = json.loads(path.read_text())
-        (host,) = json.loads((folder / f"{name}.host.json").read_text())
-        peers = {row["name"]: row for row in json.loads((folder / f"{name}.peers.json").read_text())}
+        peers = {row["name"]: row for row in json.loads(path.read_text())}
         size = {"batch": int(batch), "dim": int(dim), "density": density}
-        entries.append(size | {"ddtas": ours, "ddtas_from_host": host, "peers": peers})
-    return sorted(entries, key=lambda entry: (entry["dim"], entry["density"], entry["batch"]))
+        for end, products in PRODUCTS.items():
+            if (figures := folder / f"{name}.ddtas{end}.json").exists():
+                (ours,) = json.loads(figures.read_text())
+                (host,) = json.loads((folder / f"{name}.host{end}.json").read_text())
+                entries.append(size | {"products": products, "ddtas": ours, "ddtas_from_host": host, "peers": peers})
+    return sorted(entries, key=lambda entry: (entry["dim"], entry["density"], entry["batch"], entry["products"]))
 
 
 def peer_time(entry: dict, name: str) -> float | None:
@@ -46,14 +52,14 @@ def cell(value: float | None, digits: int = 2) -> str:
 
 
 def table(entries: list[dict]) -> str:
-    titles = ["D", "density", "B", "mined, %", "ddtas, ms", "TFLOP/s", "of two GEMMs", "with copies, ms"]
+    titles = ["D", "density", "B", "products", "mined, %", "ddtas, ms", "TFLOP/s", "of two GEMMs", "with copies, ms"]
     titles += [f"{PEERS[name]}, ms" for name in PEERS] + ["compiled / ddtas", "ddtas extra, MB", "dense extra, MB"]
     lines = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
     for entry in entries:
         ours, batch, dim = entry["ddtas"], entry["batch"], entry["dim"]
         time = ours["time_ms"]
         dense_bytes = entry["peers"].get("dense", {}).get("peak_extra_bytes")
-        cells = [str(dim), entry["density"], str(batch), cell(100 * ours["mined_share"])]
+        cells = [str(dim), entry["density"], str(batch), entry["products"], cell(100 * ours["mined_share"])]
         # Against the work of the unfused loss, whatever was really multiplied.
         tflops = 4 * batch * batch * dim / time / 1e9
         cells += [cell(time, 3), cell(tflops, 1), cell(ratio(time, peer_time(entry, "gemms")))]
@@ -70,12 +76,14 @@ def table(entries: list[dict]) -> str:
 def aims(entries: list[dict]) -> str:
     """The stated aims, met or not; an aim without its measurement is not met."""
     lines = ["", "## Aims", ""]
-    at = {entry["density"]: entry for entry in entries if (entry["batch"], entry["dim"]) == (AIM_BATCH, AIM_DIM)}
-    for density, most in AIMS:
-        entry = at.get(density)
+    at = {(entry["density"], entry["products"]): entry for entry in entries
+          if (entry["batch"], entry["dim"]) == (AIM_BATCH, AIM_DIM)}
+    kinds = sorted({entry["products"] for entry in entries})
+    for density, most, products in [(*aim, kind) for aim in AIMS for kind in kinds]:
+        entry = at.get((density, products))
         got = ratio(entry["ddtas"]["time_ms"], peer_time(entry, "gemms")) if entry else None
         met = "met" if got is not None and got <= most else "NOT met"
-        lines.append(f"- B = {AIM_BATCH}, D = {AIM_DIM}, {density}: {cell(got)} of two GEMMs (aim {most}): {met}")
+        lines.append(f"- B = {AIM_BATCH}, D = {AIM_DIM}, {density}, {products}: {cell(got)} of two GEMMs (aim {most}): {met}")
         got = ratio(peer_time(entry, "compiled"), entry["ddtas"]["time_ms"]) if entry else None
         met = "met" if got is not None and got >= AIM_COMPILED else "NOT met"
         lines.append(f"- same, compiled torch / ddtas: {cell(got)} (aim {AIM_COMPILED}): {met}")
@@ -96,8 +104,16 @@ def plot(entries: list[dict]) -> str:
     rows = math.ceil(len(panels) / columns)
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{columns * width}" height="{rows * height + 24}" '
              'font-family="sans-serif" font-size="10"><rect width="100%" height="100%" fill="white"/>']
-    series = {"ddtas": lambda entry: entry["ddtas"]["time_ms"]}
-    series |= {label: (lambda entry, name=name: peer_time(entry, name)) for name, label in PEERS.items()}
+    kinds = sorted({entry["products"] for entry in entries})
+
+    def ours(entry: dict, kind: str) -> float | None:
+        return entry["ddtas"]["time_ms"] if entry["products"] == kind else None
+
+    def peer(entry: dict, name: str) -> float | None:
+        return peer_time(entry, name) if entry["products"] == kinds[0] else None
+
+    series = {f"ddtas, {kind}": partial(ours, kind=kind) for kind in kinds}
+    series |= {label: partial(peer, name=name) for name, label in PEERS.items()}
     for index, (dim, density) in enumerate(panels):
         left, top = index % columns * width + 44, index // columns * height + 20
         inner_width, inner_height = width - 60, height - 56

@@ -151,6 +151,15 @@ void start_fiber(Fiber &fiber, void (*main)()) {
     fiber.stack_pointer = words;
 }
 
+void end_fiber(Fiber &fiber) {
+    if (fiber.stack == nullptr) return;
+#if defined(DDTAS_EMULATION_RACES)
+    __tsan_destroy_fiber(fiber.watched);
+#endif
+    std::free(fiber.stack);
+    fiber = Fiber{};
+}
+
 void switch_fiber(Fiber &from, Fiber &to, bool last) {
     leave(from, to, last);
     ddtas_emulation_switch(&from.stack_pointer, to.stack_pointer);

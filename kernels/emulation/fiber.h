@@ -17,6 +17,9 @@ struct Fiber {
 // Prepares a fiber that begins at `main`, which must never return. The stack is allocated once.
 void start_fiber(Fiber &fiber, void (*main)());
 
+// Frees what start_fiber allocated; nothing may run on it.
+void end_fiber(Fiber &fiber);
+
 // Leaves `from` (for good if `last`) and goes on in `to`.
 void switch_fiber(Fiber &from, Fiber &to, bool last);
 

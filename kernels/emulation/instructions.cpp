@@ -5,20 +5,17 @@
 namespace emulation {
 namespace {
 
-void land(const Copy &copy) { std::memcpy(copy.to, copy.from, 16); }
+void land(Copy &copy) {
+    if (!copy.landed) std::memcpy(copy.to, copy.from, 16);
+    copy.landed = true;
+}
 
 }  // namespace
 
 // Each copy under way may land now.
 void land_some(Thread &thread) {
-    for (size_t i = 0; i < thread.copies.size();) {
-        if (machine->random.below(4) == 0) {
-            land(thread.copies[i]);
-            thread.copies[i] = thread.copies.back();
-            thread.copies.pop_back();
-        } else {
-            ++i;
-        }
+    for (Copy &copy : thread.copies) {
+        if (!copy.landed && machine->random.below(4) == 0) land(copy);
     }
 }
 
@@ -38,7 +35,8 @@ void copy_async(void *to, const void *from) {
     Thread &self = machine->threads[machine->current];
     // Whoever still reads the old bytes, or already the new ones, gets NaN.
     std::memset(to, 0xff, 16);
-    self.copies.push_back(Copy{to, from, self.group});
+    writes(to, 16);
+    self.copies.push_back(Copy{to, from, self.group, false});
 }
 
 void copy_commit() { ++machine->threads[machine->current].group; }
@@ -46,15 +44,18 @@ void copy_commit() { ++machine->threads[machine->current].group; }
 void copy_wait(int pending) {
     Thread &self = machine->threads[machine->current];
     std::vector<Copy> later;
-    for (const Copy &copy : self.copies) {
+    for (Copy &copy : self.copies) {
         if (copy.group + static_cast<uint64_t>(pending) < self.group) {
             land(copy);
+            writes(copy.to, 16);  // at any time up to now
         } else {
             later.push_back(copy);
         }
     }
     self.copies = std::move(later);
 }
+
+void reads_matrix(const void *row) { reads(row, 16); }
 
 template <Numbers numbers>
 void multiply(void **lanes) {

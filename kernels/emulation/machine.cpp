@@ -187,7 +187,10 @@ int launch(const char *name, const uint32_t grid[3], uint32_t shared_bytes, cons
            uint64_t seed) {
     auto found = kernels().find(name);
     if (found == kernels().end() || found->second.params_bytes != params_bytes) return -1;
-    if (machine == nullptr) machine = new Machine;  // kept for the OS thread's life: its stacks are large
+    // Kept for the OS thread's life: its stacks are large.
+    static thread_local std::unique_ptr<Machine> own;
+    if (own == nullptr) own = std::make_unique<Machine>();
+    machine = own.get();
     machine->random = Random(seed);
     // Blocks of this launch come after those of the last and after the host, in no order among themselves.
     ++machine->launches;

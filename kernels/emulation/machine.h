@@ -70,6 +70,8 @@ struct LoadMatrices {
 };
 template <bool transposed>
 void load_matrices(void **lanes);
+// Says, where races are watched for, that this lane's row is read.
+void reads_matrix(const void *row);
 
 // Hopper: products of a warpgroup run at a random point between issue and wait. Each warp's
 // part is computed when the warp's lanes meet; the parts do not depend on each other. Operands
@@ -203,10 +205,12 @@ inline void copy_wait() { emulation::copy_wait(pending); }
 
 inline void load_matrices(uint32_t (&r)[4], const void *row) {
     emulation::LoadMatrices one{r, row};
+    emulation::reads_matrix(row);
     emulation::collective("load_matrices", &one, emulation::load_matrices<false>);
 }
 inline void load_matrices_transposed(uint32_t (&r)[4], const void *row) {
     emulation::LoadMatrices one{r, row};
+    emulation::reads_matrix(row);
     emulation::collective("load_matrices_transposed", &one, emulation::load_matrices<true>);
 }
 inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

@@ -3,12 +3,18 @@
 // Every thread of a block is a thread to it, though all are fibers of one: what orders two
 // accesses is the kernels' barriers, collectives and launches alone, not the schedule. The
 // kernels are compiled with -fsanitize=thread; the emulation is not, for what it touches is the
-// machine, and with DDTAS_EMULATION_RACES.
+// machine, and with DDTAS_EMULATION_RACES. Nor is Rust: what a test copies to and from device memory is
+// in order with the launches of its OS thread, but what orders its threads is not seen, so that programs
+// of both are run with ignore_interceptors_accesses=1, or memory handed from one to another would be a race.
 #ifndef DDTAS_EMULATION_RACES_H
 #define DDTAS_EMULATION_RACES_H
 
+#include <cstddef>
+
 #ifdef DDTAS_EMULATION_RACES
 #include <sanitizer/tsan_interface.h>
+extern "C" void __tsan_read_range(void *first, size_t bytes);
+extern "C" void __tsan_write_range(void *first, size_t bytes);
 extern "C" void AnnotateIgnoreReadsBegin(const char *file, int line);
 extern "C" void AnnotateIgnoreReadsEnd(const char *file, int line);
 extern "C" void AnnotateIgnoreWritesBegin(const char *file, int line);
@@ -21,6 +27,9 @@ namespace emulation {
 #ifdef DDTAS_EMULATION_RACES
 inline void acquire(void *token) { __tsan_acquire(token); }
 inline void release(void *token) { __tsan_release(token); }
+// What an instruction touches that the emulation carries out, as an access of the thread that issued it.
+inline void reads(const void *from, size_t bytes) { __tsan_read_range(const_cast<void *>(from), bytes); }
+inline void writes(void *to, size_t bytes) { __tsan_write_range(to, bytes); }
 // The machine's own copies: intercepted in the C library, though this code is not watched.
 struct Unwatched {
     Unwatched() {
@@ -35,6 +44,8 @@ struct Unwatched {
 #else
 inline void acquire(void *) {}
 inline void release(void *) {}
+inline void reads(const void *, size_t) {}
+inline void writes(void *, size_t) {}
 struct Unwatched {
     Unwatched() {}
 };

@@ -38,6 +38,7 @@ struct Copy {
     void *to;
     const void *from;
     uint64_t group;
+    bool landed;  // and not waited for yet
 };
 
 // A copy of the copy engine.
@@ -103,6 +104,9 @@ struct Machine {
     const void *params = nullptr;
     const char *name = "";
     Fiber scheduler;
+    ~Machine() {
+        for (Thread &thread : threads) end_fiber(thread.fiber);
+    }
 };
 extern thread_local Machine *machine;
 

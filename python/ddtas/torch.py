@@ -8,15 +8,16 @@ the feature `cuda`, on the GPU.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import threading
+from typing import Any, Iterable
 
 import torch
 from torch import Tensor, nn
 
-from . import _ddtas
+from . import _ddtas, functional
 from .settings import Mining, Settings
 
-__all__ = ["CrossBatchMemory", "SoftContrastiveLoss"]
+__all__ = ["CrossBatchMemory", "SoftContrastiveLoss", "recall_at_k"]
 
 _NO_INDICES = "indices_tuple must be None: this loss mines its own pairs, take the miner out"
 _NO_CUDA = (
@@ -34,8 +35,30 @@ class _Engine:
         # Made for the first tensor in a GPU's memory; only a build with the feature `cuda` has the type.
         self.gpu: Any = None
 
+    def on_gpu(self, rows: Tensor) -> tuple[Any, int]:
+        """Where rows in a GPU's memory are computed with, and torch's stream there."""
+        if not _ddtas.has_cuda:
+            raise RuntimeError(_NO_CUDA)
+        if self.gpu is None:
+            self.gpu = getattr(_ddtas, "CudaContext")()
+        return self.gpu, torch.cuda.current_stream(rows.device).cuda_stream
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _Engine, (self.threads,)
+
+
+_of_thread = threading.local()
+
+
+def recall_at_k(embeddings: Tensor, labels: Tensor, ks: Iterable[int] = (1, 2, 4, 8)) -> dict[int, float]:
+    """`ddtas.recall_at_k` of rows of unit length, which on a GPU are searched where they lie."""
+    rows = embeddings.detach()
+    if not rows.is_cuda:
+        return functional.recall_at_k(rows, labels, ks)
+    if getattr(_of_thread, "engine", None) is None:
+        _of_thread.engine = _Engine(None)
+    gpu, stream = _of_thread.engine.on_gpu(rows)
+    return dict(gpu.recall_at_k((rows, labels.long(), None), list(ks), stream))
 
 
 @dataclasses.dataclass
@@ -63,19 +86,15 @@ class _Call:
     def _run_on_gpu(
         self, rows: Tensor, references: Tensor | None, reference_gradient: bool
     ) -> tuple[_ddtas.LossOutput, Tensor, Tensor | None]:
-        if not _ddtas.has_cuda:
-            raise RuntimeError(_NO_CUDA)
+        gpu, stream = self.engine.on_gpu(rows)
         if (references is None) != (self.reference_labels is None):
             raise ValueError("references and reference_labels belong together: give both or neither")
-        if self.engine.gpu is None:
-            self.engine.gpu = getattr(_ddtas, "CudaContext")()
         gradient, back = torch.empty_like(rows, dtype=torch.float32), None
         sides: list[tuple[Tensor, Tensor, Tensor | None]] = [(rows, self.labels.long(), gradient)]
         if references is not None and self.reference_labels is not None:
             back = torch.empty_like(references, dtype=torch.float32) if reference_gradient else None
             sides.append((references, self.reference_labels.long(), back))
-        stream = torch.cuda.current_stream(rows.device).cuda_stream
-        output = self.output = self.engine.gpu.loss(sides, self.settings, self.check, stream)
+        output = self.output = gpu.loss(sides, self.settings, self.check, stream)
         return output, gradient, back
 
 

@@ -1,4 +1,4 @@
-//! `CudaContext`: the loss on tensors in the GPU's memory, read and written where they lie.
+//! `CudaContext`: the loss and Recall@K on tensors in the GPU's memory, read and written where they lie.
 //!
 //! Everything is ordered on the caller's stream: torch's current one. Not yet run on a GPU.
 
@@ -10,6 +10,7 @@ use std::sync::{Mutex, PoisonError};
 use ddtas::backend::cuda::{CudaBackend, CudaDevice};
 use ddtas::backend::device::{Options, ResidentBatch, ResidentRows, ResidentType};
 use ddtas::loss;
+use ddtas::retrieval::recall_by;
 use dlpark::DlpackFlags;
 use dlpark::ffi::{DLDataType, DLDevice, DLDeviceType};
 use dlpark::python::consumer::stream::cuda as stream_argument;
@@ -172,6 +173,31 @@ fn batch_of(sides: &[Side], check: bool) -> PyResult<ResidentBatch> {
     })
 }
 
+impl CudaContext {
+    /// Runs `work` in the workspace of that GPU and stream, the interpreter let go of.
+    fn compute<T: Send>(
+        &self,
+        py: Python<'_>,
+        ordinal: usize,
+        stream: usize,
+        work: impl FnOnce(&mut CudaBackend) -> ddtas::Result<T> + Send,
+    ) -> PyResult<T> {
+        let run = || {
+            let mut backends = self.backends.lock().unwrap_or_else(PoisonError::into_inner);
+            let backend = match backends.entry((ordinal, stream)) {
+                Entry::Occupied(entry) => entry.into_mut(),
+                Entry::Vacant(entry) => {
+                    // SAFETY: the stream is torch's, of that GPU's primary context, and torch never destroys one.
+                    let device = unsafe { CudaDevice::on_stream(ordinal, stream as *mut c_void) }?;
+                    entry.insert(CudaBackend::new(device, Options::default()))
+                }
+            };
+            work(backend)
+        };
+        py.detach(run).map_err(raise)
+    }
+}
+
 #[pymethods]
 impl CudaContext {
     #[new]
@@ -199,23 +225,36 @@ impl CudaContext {
             .collect::<PyResult<_>>()?;
         let batch = batch_of(&sides, check)?;
         let ordinal = sides[0].rows.device.device_id as usize;
-        let run = || {
-            let mut backends = self.backends.lock().unwrap_or_else(PoisonError::into_inner);
-            let backend = match backends.entry((ordinal, stream)) {
-                Entry::Occupied(entry) => entry.into_mut(),
-                Entry::Vacant(entry) => {
-                    // SAFETY: the stream is torch's, of that GPU's primary context, and torch never destroys one.
-                    let device = unsafe { CudaDevice::on_stream(ordinal, stream as *mut c_void) }?;
-                    entry.insert(CudaBackend::new(device, Options::default()))
-                }
-            };
+        let output = self.compute(py, ordinal, stream, |backend| {
             let mut output = loss::LossOutput::default();
             // SAFETY: types, shapes and device of every tensor were checked above; `sides` holds them until the call
             // has waited for the GPU; the protocol made them ready on this stream; the gradients are fresh tensors.
             unsafe { backend.loss_resident(&batch, &settings, &mut output) }.map(|()| output)
-        };
-        let output = py.detach(run).map_err(raise)?;
+        })?;
         drop(sides);
         Ok(LossOutput::of_backend(py, output))
+    }
+
+    /// Recall@K of rows searched among themselves where they lie; labels and lists go to the host.
+    fn recall_at_k(
+        &self,
+        py: Python<'_>,
+        rows: PythonSide<'_>,
+        ks: Vec<usize>,
+        stream: usize,
+    ) -> PyResult<Vec<(usize, f64)>> {
+        let side = Side::new("queries", &rows, &Stream(stream))?;
+        let batch = batch_of(std::slice::from_ref(&side), true)?;
+        let ordinal = side.rows.device.device_id as usize;
+        let recall = self.compute(py, ordinal, stream, |backend| {
+            // SAFETY: as in `loss`; `side` holds the tensors.
+            let labels = unsafe { backend.labels_resident(&batch.anchors) }?;
+            recall_by(&labels, &ks, |picked, depth| {
+                // SAFETY: as above.
+                unsafe { backend.nearest_resident(&batch, picked, depth) }
+            })
+        })?;
+        drop(side);
+        Ok(recall.at)
     }
 }

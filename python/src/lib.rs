@@ -7,7 +7,7 @@
 //! | `context.rs` | `Context`: a workspace and its threads, and the calls that compute |
 //! | `double.rs` | the same calls on float64 rows |
 //! | `output.rs` | `LossOutput`: what a loss returns, without a copy |
-//! | `cuda.rs` | `CudaContext`: the loss on tensors in the GPU's memory (feature `cuda`) |
+//! | `cuda.rs` | `CudaContext`: the loss and Recall@K on tensors in the GPU's memory (feature `cuda`) |
 //! | `error.rs` | the library's errors as Python's exceptions |
 //!
 //! Python waits for no lock while something is computed: the interpreter is let go of.

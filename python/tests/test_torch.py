@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed: its tests d
 
 import ddtas  # noqa: E402
 from ddtas import _ddtas  # noqa: E402
-from ddtas.torch import SoftContrastiveLoss  # noqa: E402
+from ddtas.torch import SoftContrastiveLoss, recall_at_k  # noqa: E402
 from torch.autograd.gradcheck import GradcheckError  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benches/device"))
@@ -249,3 +249,11 @@ def test_autocast_and_compile_leave_the_loss_alone():
         assert loss(network(embeddings), labels).item() == pytest.approx(want.item(), rel=0.1)
     compiled = torch.compile(lambda rows: loss(network(rows), labels), backend="eager")
     assert compiled(embeddings).item() == pytest.approx(want.item(), rel=1e-6)
+
+
+def test_recall_of_tensors_is_that_of_arrays():
+    rows, labels = unit_rows(60, 7, seed=4)
+    rows = rows.astype(np.float32)
+    got = recall_at_k(torch.tensor(rows, requires_grad=True), torch.tensor(labels), (1, 4))
+    assert got == ddtas.recall_at_k(rows, labels, (1, 4))
+    assert 0 < got[1] < got[4]

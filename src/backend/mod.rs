@@ -9,6 +9,8 @@ use ndarray::{Array2, ArrayView2};
 use crate::Result;
 use crate::loss::{Batch, Hypergradient, LossOutput, LossSettings, Rows};
 
+#[cfg(feature = "cli")]
+mod arguments;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
@@ -18,7 +20,9 @@ pub mod device;
 pub mod emulated;
 mod open;
 
-pub use open::{AutoDevice, DeviceSpec, auto, open};
+#[cfg(feature = "cli")]
+pub use arguments::DeviceArguments;
+pub use open::{AutoDevice, DeviceSpec, auto, open, open_with};
 
 /// One device with one workspace, which is allocated once and reused.
 ///

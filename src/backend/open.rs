@@ -77,16 +77,28 @@ pub fn auto() -> AutoDevice {
 /// # Errors
 /// [`Error::Unavailable`] if this build or this machine does not have the device.
 pub fn open(spec: &DeviceSpec) -> Result<Box<dyn Backend>> {
+    open_with(spec, false)
+}
+
+/// Opens a backend that, if `tf32`, multiplies f32 rows in TF32.
+///
+/// # Errors
+/// As [`open`]; [`Error::Unavailable`] also for TF32 on the CPU.
+pub fn open_with(spec: &DeviceSpec, tf32: bool) -> Result<Box<dyn Backend>> {
     match spec {
-        DeviceSpec::Auto => open(&auto().spec),
+        DeviceSpec::Auto => open_with(&auto().spec, tf32),
+        DeviceSpec::Cpu if tf32 => Err(Error::Unavailable(
+            "the CPU does not multiply in TF32: leave --tf32 out, or name a GPU".into(),
+        )),
         DeviceSpec::Cpu => Ok(Box::new(CpuBackend::new())),
-        DeviceSpec::Cuda(index) => gpu::open(*index),
-        DeviceSpec::Emulated => emulation::open(),
+        DeviceSpec::Cuda(index) => gpu::open(*index, tf32),
+        DeviceSpec::Emulated => emulation::open(tf32),
     }
 }
 
 #[cfg(feature = "cuda")]
 mod gpu {
+    use crate::backend::device::Options;
     use crate::backend::{Backend, cuda};
     use crate::{Error, Result};
 
@@ -95,8 +107,8 @@ mod gpu {
         cuda::check(index).map_err(|error| Some(error.to_string()))
     }
 
-    pub fn open(index: usize) -> Result<Box<dyn Backend>> {
-        cuda::open(index).map_err(|error| match error {
+    pub fn open(index: usize, tf32: bool) -> Result<Box<dyn Backend>> {
+        cuda::open(index, Options { exact: !tf32, ..Options::default() }).map_err(|error| match error {
             Error::Unavailable(reason) => Error::Unavailable(format!("{reason}: use --device cpu")),
             other => other,
         })
@@ -112,7 +124,7 @@ mod gpu {
         Err(None)
     }
 
-    pub fn open(_index: usize) -> Result<Box<dyn Backend>> {
+    pub fn open(_index: usize, _tf32: bool) -> Result<Box<dyn Backend>> {
         Err(super::needs_feature("cuda"))
     }
 }
@@ -124,8 +136,8 @@ mod emulation {
     /// Schedule of the emulated threads; the tests try others.
     const SCHEDULE_SEED: u64 = 0;
 
-    pub fn open() -> crate::Result<Box<dyn Backend>> {
-        Ok(emulated::open(Options::default(), SCHEDULE_SEED))
+    pub fn open(tf32: bool) -> crate::Result<Box<dyn Backend>> {
+        Ok(emulated::open(Options { exact: !tf32, ..Options::default() }, SCHEDULE_SEED))
     }
 }
 
@@ -133,7 +145,7 @@ mod emulation {
 mod emulation {
     use crate::{Result, backend::Backend};
 
-    pub fn open() -> Result<Box<dyn Backend>> {
+    pub fn open(_tf32: bool) -> Result<Box<dyn Backend>> {
         Err(super::needs_feature("emulated"))
     }
 }
@@ -158,6 +170,13 @@ mod tests {
         for text in ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "CPU"] {
             assert!(text.parse::<DeviceSpec>().is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn the_cpu_refuses_tf32() {
+        let Err(error) = open_with(&DeviceSpec::Cpu, true) else { panic!("TF32 on the CPU") };
+        assert!(matches!(error, Error::Unavailable(_)), "{error}");
+        assert!(error.to_string().contains("--tf32"), "{error}");
     }
 
     #[test]

@@ -29,9 +29,9 @@ pub use types::{
 
 use crate::backend::Nearest;
 use crate::loss::{Batch, UnitCheck};
-use crate::retrieval::recall;
+use crate::retrieval::{recall, recall_by};
 use context::{State, enter, guard};
-use engine::DeviceLoss;
+use engine::DeviceBatch;
 use failure::{Failure, Outcome};
 use input::{CheckedRows, Extent, Versioned, check_typed, matrix};
 use output::{LossTarget, write_slice};
@@ -217,10 +217,10 @@ pub unsafe extern "C" fn ddtas_loss(
 
         let (pool, engine, buffers) = state.parts();
         if anchors.memory == Memory::Device {
-            let [gradient, reference_gradient] = target.gradients();
-            let call = DeviceLoss { anchors, references, gradient, reference_gradient, check };
+            let gradients = target.gradients();
+            let batch = DeviceBatch { gradients, check, ..DeviceBatch::new(anchors, references) };
             // SAFETY: handed on to the caller.
-            unsafe { engine.device_loss(&call, &settings, buffers.output) }?;
+            unsafe { engine.device_loss(&batch, &settings, buffers.output) }?;
         } else {
             let batch = Batch {
                 // SAFETY: handed on to the caller.
@@ -279,12 +279,10 @@ pub unsafe extern "C" fn ddtas_threshold_gradient(
 
         let (pool, engine, buffers) = state.parts();
         let sums = if anchors.memory == Memory::Device {
-            let none = std::ptr::null_mut();
-            let check = UnitCheck::Trust;
-            let call = DeviceLoss { anchors, references, gradient: none, reference_gradient: none, check };
+            let batch = DeviceBatch::new(anchors, references);
             let reference = if moving.is_some() { tangents.references } else { std::ptr::null() };
             // SAFETY: handed on to the caller.
-            unsafe { engine.device_hypergradient(&call, [tangents.anchors, reference]) }?
+            unsafe { engine.device_hypergradient(&batch, [tangents.anchors, reference]) }?
         } else {
             let [own, other] = buffers.tangents;
             let batch = Batch {
@@ -315,8 +313,9 @@ pub unsafe extern "C" fn ddtas_threshold_gradient(
 /// The `k` most similar references of every query, most similar first, equal ones by index.
 ///
 /// `references` NULL searches the queries among themselves, each left out of its own list. Labels are
-/// not looked at and may be NULL. `indices` and `similarities` take `count` rows of `k`; where there are
-/// fewer than `k` references the rest is DDTAS_NO_NEIGHBOUR and -inf. Host memory only.
+/// not looked at and may be NULL. `indices` and `similarities` take `count` rows of `k`, in host memory
+/// wherever the rows lie; where there are fewer than `k` references the rest is DDTAS_NO_NEIGHBOUR and -inf.
+/// Rows in device memory are searched where they lie.
 ///
 /// # Safety
 /// As ddtas_loss.
@@ -334,20 +333,24 @@ pub unsafe extern "C" fn ddtas_nearest(
         let queries = unsafe { CheckedRows::read("queries", queries, false) }?;
         // SAFETY: as above.
         let references = unsafe { CheckedRows::read_against(&queries, references, false) }?;
-        host_only(&queries)?;
         Extent::new("neighbours", queries.extent.count, k, 0, size_of::<u32>())?;
         check_typed("indices", indices.cast_const())?;
         check_typed("similarities", similarities.cast_const())?;
 
         let (pool, engine, buffers) = state.parts();
-        // SAFETY: handed on to the caller.
-        let rows = unsafe { queries.view(buffers.anchors) }?;
-        // SAFETY: as above.
-        let others = references.map(|rows| unsafe { rows.view(buffers.references) }).transpose()?;
         let there = references.unwrap_or(queries).extent.count;
         let depth = k.min(there);
         reserve_search(queries.extent.count, depth)?;
-        let nearest = State::compute(pool, engine, |backend| backend.nearest(&rows, others.as_ref(), depth))?;
+        let nearest = if queries.memory == Memory::Device {
+            // SAFETY: handed on to the caller.
+            unsafe { engine.device_nearest(&DeviceBatch::new(queries, references), None, depth) }?
+        } else {
+            // SAFETY: handed on to the caller.
+            let rows = unsafe { queries.view(buffers.anchors) }?;
+            // SAFETY: as above.
+            let others = references.map(|rows| unsafe { rows.view(buffers.references) }).transpose()?;
+            State::compute(pool, engine, |backend| backend.nearest(&rows, others.as_ref(), depth))?
+        };
         let lists = nearest.indices.outer_iter().zip(nearest.similarities.outer_iter());
         for (row, (own_indices, own_similarities)) in lists.enumerate() {
             for place in 0..k {
@@ -371,7 +374,8 @@ pub unsafe extern "C" fn ddtas_nearest(
 ///
 /// Rows with a negative label are neither queries nor answers to a label; a row alone in its class is no query. `recall`
 /// takes `k_count` values in the order of `ks`; `queries`, if not NULL, the number of rows that were
-/// counted. Memory grows with `count` times the largest K. Host memory only.
+/// counted. Both are in host memory, as `ks` is, wherever the rows lie. Memory grows with `count` times the largest K.
+/// Rows in device memory are searched where they lie; their labels are copied to the host, and so are the lists.
 ///
 /// # Safety
 /// As ddtas_loss; `ks` and `recall` have `k_count` entries.
@@ -387,7 +391,6 @@ pub unsafe extern "C" fn ddtas_recall_at_k(
     let work = |state: &mut State| {
         // SAFETY: handed on to the caller.
         let rows = unsafe { CheckedRows::read("rows", rows, true) }?;
-        host_only(&rows)?;
         check_typed("ks", ks)?;
         check_typed("recall_at", recall_at.cast_const())?;
         if !queries.is_null() {
@@ -402,9 +405,19 @@ pub unsafe extern "C" fn ddtas_recall_at_k(
         reserve_search(rows.extent.count, depths.iter().copied().max().unwrap_or(1))?;
 
         let (pool, engine, buffers) = state.parts();
-        // SAFETY: handed on to the caller.
-        let view = unsafe { rows.view(buffers.anchors) }?;
-        let (found, _) = State::compute(pool, engine, |backend| recall(backend, &view, None, &depths))?;
+        let found = if rows.memory == Memory::Device {
+            // SAFETY: handed on to the caller.
+            let labels = unsafe { engine.device_labels(&rows) }?;
+            let batch = DeviceBatch::new(rows, None);
+            // SAFETY: as above.
+            recall_by(&labels, &depths, |picked, depth| unsafe {
+                engine.device_nearest(&batch, picked, depth)
+            })?
+        } else {
+            // SAFETY: handed on to the caller.
+            let view = unsafe { rows.view(buffers.anchors) }?;
+            State::compute(pool, engine, |backend| recall(backend, &view, None, &depths))?.0
+        };
         let values: Vec<f64> = depths.iter().map(|&k| found.get(k).unwrap_or(f64::NAN)).collect();
         // SAFETY: checked above; the caller's promise.
         unsafe { write_slice(recall_at, &values) };
@@ -424,16 +437,6 @@ fn tangent_extent(name: &str, rows: &CheckedRows, stride: usize) -> Outcome<Exte
         return Err(Failure::new(Status::InvalidShape, message));
     }
     Ok(extent)
-}
-
-fn host_only(rows: &CheckedRows) -> Outcome<()> {
-    match rows.memory {
-        Memory::Host => Ok(()),
-        Memory::Device => Err(Failure::new(
-            Status::Unavailable,
-            "only ddtas_loss and ddtas_threshold_gradient take rows in device memory: copy them to the host",
-        )),
-    }
 }
 
 /// Refuses a search whose lists no memory could hold, rather than let the allocator end the process.

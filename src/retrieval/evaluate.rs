@@ -159,6 +159,14 @@ pub(super) fn answers(queries: &[i64], gallery: Option<&[i64]>) -> Vec<u32> {
     queries.iter().map(of).collect()
 }
 
+/// The rows that are not ignored, or `None` if those are all.
+pub(super) fn kept(labels: &[i64]) -> Option<Vec<u32>> {
+    if labels.iter().all(|&label| label >= 0) {
+        return None;
+    }
+    Some((0..labels.len() as u32).filter(|&row| labels[row as usize] >= 0).collect())
+}
+
 /// Rows without the ignored ones; a copy only where there are any.
 pub(super) struct Kept<'a> {
     all: Rows<'a>,
@@ -169,11 +177,9 @@ pub(super) struct Kept<'a> {
 impl<'a> Kept<'a> {
     pub(super) fn new(rows: &'a Rows<'_>) -> Self {
         let all = rows.view();
-        if all.labels.iter().all(|&label| label >= 0) {
+        let Some(original) = kept(all.labels) else {
             return Self { all, some: None, original: Vec::new() };
-        }
-        let original: Vec<u32> =
-            (0..all.labels.len() as u32).filter(|&row| all.labels[row as usize] >= 0).collect();
+        };
         Self { some: Some(Gathered::new(rows, &original)), all, original }
     }
 

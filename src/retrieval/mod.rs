@@ -25,4 +25,4 @@ pub use evaluate::{Metrics, evaluate};
 pub use file::{EmbeddingsFile, Format};
 pub use k_means::{Clusters, KMeansSettings, k_means};
 pub use mutual_information::{classes, nmi, normalized_mutual_information};
-pub use recall::{Recall, recall};
+pub use recall::{Recall, recall, recall_by};

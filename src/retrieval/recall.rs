@@ -1,6 +1,6 @@
 //! Recall@K.
 
-use super::evaluate::{Kept, answers};
+use super::evaluate::{Kept, answers, kept};
 use crate::backend::{Backend, Nearest};
 use crate::loss::{Rows, validate_rows};
 use crate::{Error, Result};
@@ -43,19 +43,45 @@ pub fn recall(
     // Before ignored rows are picked out by their labels.
     validate_rows("queries", queries)?;
     gallery.map_or(Ok(()), |gallery| validate_rows("references", gallery))?;
+    let nearest = search(backend, queries, gallery, ks[ks.len() - 1])?;
+    Ok((count(queries.labels, gallery.map(|gallery| gallery.labels), ks, &nearest), nearest))
+}
+
+/// [`recall`] of rows among themselves, which `search` alone can read: it answers the lists, as long as it is told,
+/// of the rows that it is given, numbered as these are; `None` stands for all of them.
+///
+/// # Errors
+/// Those of `search`; [`Error::InvalidSetting`] if a K is 0 or none is given.
+pub fn recall_by<E: From<Error>>(
+    labels: &[i64],
+    ks: &[usize],
+    search: impl FnOnce(Option<&[u32]>, usize) -> Result<Nearest, E>,
+) -> Result<Recall, E> {
+    let ks = sorted(ks)?;
     let depth = ks[ks.len() - 1];
-    let nearest = search(backend, queries, gallery, depth)?;
-    let labels = gallery.map_or(queries.labels, |gallery| gallery.labels);
-    let answers = answers(queries.labels, gallery.map(|gallery| gallery.labels));
+    let nearest = match kept(labels) {
+        None => search(None, depth)?,
+        Some(rows) if rows.is_empty() => Nearest::none(labels.len(), depth),
+        Some(rows) => {
+            let original = |row: u32| rows[row as usize];
+            spread(&search(Some(&rows), depth)?, labels.len(), original, original)
+        }
+    };
+    Ok(count(labels, None, ks, &nearest))
+}
+
+/// Looks for the first right neighbour in every list.
+fn count(queries: &[i64], gallery: Option<&[i64]>, ks: Vec<usize>, nearest: &Nearest) -> Recall {
+    let labels = gallery.unwrap_or(queries);
+    let answers = answers(queries, gallery);
     let mut hits = Hits::new(ks);
     for (query, list) in nearest.indices.outer_iter().enumerate() {
         if answers[query] > 0 {
-            let right =
-                |&index: &u32| index != Nearest::NONE && labels[index as usize] == queries.labels[query];
+            let right = |&index: &u32| index != Nearest::NONE && labels[index as usize] == queries[query];
             hits.add(list.iter().position(right));
         }
     }
-    Ok((hits.finish(queries.labels.len()), nearest))
+    hits.finish(queries.len())
 }
 
 /// [`Backend::nearest`] without the ignored rows of either side; indices are the caller's.
@@ -70,23 +96,29 @@ fn search(
     if kept_queries.is_all() && kept_gallery.as_ref().is_none_or(Kept::is_all) {
         return backend.nearest(queries, gallery, depth);
     }
-    let mut nearest = Nearest::none(queries.labels.len(), depth);
     if kept_queries.is_empty() || kept_gallery.as_ref().is_some_and(Kept::is_empty) {
-        return Ok(nearest);
+        return Ok(Nearest::none(queries.labels.len(), depth));
     }
     let gallery_rows = kept_gallery.as_ref().map(Kept::rows);
     let found = backend.nearest(&kept_queries.rows(), gallery_rows.as_ref(), depth)?;
     let answering = kept_gallery.as_ref().unwrap_or(&kept_queries);
+    let query = |row| kept_queries.original(row);
+    Ok(spread(&found, queries.labels.len(), query, |row| answering.original(row)))
+}
+
+/// Lists of some rows as those of all `count`, which are empty for the others; both functions give the caller's row.
+fn spread(found: &Nearest, count: usize, query: impl Fn(u32) -> u32, answer: impl Fn(u32) -> u32) -> Nearest {
+    let mut nearest = Nearest::none(count, found.indices.ncols());
     for (row, (indices, similarities)) in
         found.indices.outer_iter().zip(found.similarities.outer_iter()).enumerate()
     {
-        let query = kept_queries.original(row as u32) as usize;
+        let query = query(row as u32) as usize;
         nearest.similarities.row_mut(query).assign(&similarities);
         for (target, &index) in nearest.indices.row_mut(query).iter_mut().zip(indices) {
-            *target = if index == Nearest::NONE { index } else { answering.original(index) };
+            *target = if index == Nearest::NONE { index } else { answer(index) };
         }
     }
-    Ok(nearest)
+    nearest
 }
 
 /// The values of K, ascending, each once.

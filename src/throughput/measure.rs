@@ -13,7 +13,7 @@ use super::EmbeddedRows;
 use super::embeddings::{Embeddings, mined_share};
 use super::settings::{Dtype, ThroughputSettings};
 use crate::Result;
-use crate::backend::{Backend, DeviceSpec, open};
+use crate::backend::{Backend, DeviceSpec};
 use crate::loss::{self, Batch, LossOutput, Rows};
 
 /// Calls before the clock starts: buffers grow in the first, and caches settle.
@@ -35,6 +35,8 @@ pub struct Row {
     pub dim: usize,
     /// Type of the rows.
     pub dtype: Dtype,
+    /// Whether f32 rows were multiplied in TF32.
+    pub tf32: bool,
     /// Backend that ran.
     pub backend: String,
     /// Threads of the CPU that could be used.
@@ -91,7 +93,7 @@ impl<'a> Typed<'a> {
 /// # Errors
 /// What the backend answers, [`Error::NotUnit`](crate::Error::NotUnit) for one.
 pub fn measure(embeddings: &Embeddings, settings: &ThroughputSettings) -> Result<Row> {
-    measure_on(|| open(&settings.backend), embeddings, settings)
+    measure_on(|| settings.device.open(), embeddings, settings)
 }
 
 /// The same on a backend that `opened` gives, whose memory counts from then on.
@@ -103,6 +105,7 @@ pub fn measure_on(
     embeddings: &Embeddings,
     settings: &ThroughputSettings,
 ) -> Result<Row> {
+    settings.check_products()?;
     let anchors = Typed::new(&embeddings.anchors, settings.dtype);
     let references =
         embeddings.references.as_ref().map(|rows| (Typed::new(rows, settings.dtype), &rows.labels));
@@ -138,6 +141,7 @@ pub fn measure_on(
         references: embeddings.references.as_ref().map(|rows| rows.labels.len()),
         dim,
         dtype: settings.dtype,
+        tf32: settings.device.tf32,
         backend: name,
         threads: rayon::current_num_threads(),
         density: embeddings.density.clone(),

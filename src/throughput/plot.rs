@@ -123,6 +123,7 @@ mod tests {
             references: None,
             dim: 8,
             dtype: Dtype::F32,
+            tf32: false,
             backend: "cpu".into(),
             threads: 1,
             density: Some("late".into()),

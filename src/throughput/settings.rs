@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::Density;
 use super::embeddings::Embeddings;
-use crate::backend::DeviceSpec;
+use crate::backend::DeviceArguments;
 use crate::{Error, Result};
 
 /// Type the rows are rounded to before they are given to the backend.
@@ -39,9 +39,9 @@ pub struct ThroughputSettings {
     /// Type of the rows.
     #[arg(long, value_enum, default_value_t)]
     pub dtype: Dtype,
-    /// auto, cpu, cuda, cuda:N or emulated; --device, as ddtas-train has it, is the same.
-    #[arg(long, visible_alias = "device", default_value = "cpu")]
-    pub backend: DeviceSpec,
+    /// Where to measure.
+    #[command(flatten)]
+    pub device: DeviceArguments,
     /// Measure the rows of this file instead of drawing them; --batch, --dim and --references, if given, must fit it.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["density", "save_embeddings"])]
     pub embeddings: Option<PathBuf>,
@@ -65,6 +65,16 @@ pub(super) struct Plan {
 }
 
 impl ThroughputSettings {
+    /// # Errors
+    /// [`Error::InvalidSetting`] for TF32 products of other rows than f32: those of 16 bits are exact.
+    pub(super) fn check_products(&self) -> Result<()> {
+        if !self.device.tf32 || self.dtype == Dtype::F32 {
+            return Ok(());
+        }
+        let value = format!("{:?}", self.dtype).to_lowercase();
+        Err(Error::InvalidSetting { name: "dtype", value, range: "f32, where --tf32 is given" })
+    }
+
     /// # Errors
     /// [`Error::InvalidSetting`] for the first setting out of range.
     pub(super) fn plan(&self) -> Result<Plan> {

@@ -67,10 +67,15 @@ pub fn normalise(mut row: ndarray::ArrayViewMut1<'_, f32>) {
 
 /// Whether no pair lies so near a threshold that single precision may decide otherwise.
 pub fn is_clear(truth: &Reference, settings: &LossSettings) -> bool {
+    is_clear_by(SLACK, truth, settings)
+}
+
+/// Whether no pair lies within `slack` of a threshold.
+pub fn is_clear_by(slack: f64, truth: &Reference, settings: &LossSettings) -> bool {
     let selection = &truth.selection;
     let s = &truth.similarities.values;
     let tolerances = [probe_tolerance(settings), initial_tolerances(settings).neg, selection.tolerances.neg];
-    let near = |a: f64, b: f64| (a - b).abs() < SLACK;
+    let near = |a: f64, b: f64| (a - b).abs() < slack;
     (0..truth.similarities.anchors()).all(|i| {
         let (min_pos, max_neg) = (selection.min_pos[i], selection.max_neg[i]);
         let negatives_clear = truth

@@ -129,8 +129,13 @@ impl Device for CudaDevice {
 
     fn download(&mut self, buffer: &CudaBuffer, offset: usize, target: &mut [u8]) -> Result<()> {
         let source = within(buffer, offset, target.len())?;
+        // SAFETY: `within` checked the source, and only this stream writes to it.
+        unsafe { self.download_from(source, target) }
+    }
+
+    unsafe fn download_from(&mut self, source: u64, target: &mut [u8]) -> Result<()> {
         self.enter()?;
-        // SAFETY: `within` checked the source; the wait below ends the borrow of the target.
+        // SAFETY: the caller's promise; the wait below ends the borrow of the target.
         let copied = unsafe { result::memcpy_dtoh_async(target, source, self.stream.raw()) };
         check("cuMemcpyDtoHAsync", copied)?;
         self.stream.synchronize()

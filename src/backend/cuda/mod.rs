@@ -27,11 +27,11 @@ pub fn check(ordinal: usize) -> Result<()> {
     driver::context(ordinal).map(drop)
 }
 
-/// Opens `cuda:ordinal` with default options and a stream of its own.
+/// Opens `cuda:ordinal` with a stream of its own.
 ///
 /// # Errors
 /// [`Error::Unavailable`](crate::Error::Unavailable) without a driver, without that GPU, or
 /// with too old a one; [`Error::Device`](crate::Error::Device) if the driver refuses a call.
-pub fn open(ordinal: usize) -> Result<Box<dyn Backend>> {
-    Ok(Box::new(CudaBackend::new(CudaDevice::new(ordinal)?, Options::default())))
+pub fn open(ordinal: usize, options: Options) -> Result<Box<dyn Backend>> {
+    Ok(Box::new(CudaBackend::new(CudaDevice::new(ordinal)?, options)))
 }

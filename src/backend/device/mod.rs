@@ -91,6 +91,16 @@ pub trait Device: Send {
     /// [`Error::Device`](crate::Error::Device) if the copy or an earlier kernel failed.
     fn download(&mut self, buffer: &Self::Buffer, offset: usize, target: &mut [u8]) -> Result<()>;
 
+    /// As [`download`](Device::download), from memory that may be another's.
+    ///
+    /// # Safety
+    /// `source` must be the address of as many live bytes of this device as `target` has, and what is written to
+    /// them must be in order with the device's stream.
+    ///
+    /// # Errors
+    /// As [`download`](Device::download).
+    unsafe fn download_from(&mut self, source: u64, target: &mut [u8]) -> Result<()>;
+
     /// Sets `bytes` bytes from `offset` on to `value`.
     ///
     /// # Errors

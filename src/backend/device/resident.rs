@@ -1,11 +1,14 @@
 //! Rows that are in the device's memory already: no copy of them, and none of the gradient.
 
+use bytemuck::cast_slice_mut;
 use half::{bf16, f16};
 use ndarray::aview2;
 
 use super::loss::{Ends, Launcher, RowCheck, download_anchors, download_scalars, issue};
 use super::plan::Shape;
+use super::retrieval::Search;
 use super::{Device, DeviceBackend, Precision};
+use crate::backend::Nearest;
 use crate::loss::{Embeddings, Hypergradient, LossOutput, LossSettings, UnitCheck};
 use crate::{Error, Result};
 
@@ -70,15 +73,38 @@ impl ResidentBatch {
         }
     }
 
-    fn validate(&self) -> Result<()> {
-        let sides = [("anchors", Some(self.anchors)), ("references", self.references)];
-        for (name, rows) in sides {
-            let Some(rows) = rows else { continue };
+    fn row_check(&self) -> RowCheck {
+        RowCheck { check: self.check, tolerance: self.dtype.empty().norm_tolerance() }
+    }
+
+    /// The sides there are; `first` is what messages call the anchors.
+    fn sides(&self, first: &'static str) -> impl Iterator<Item = (&'static str, ResidentRows)> {
+        let references = self.references.map(|rows| ("references", rows));
+        [Some((first, self.anchors)), references].into_iter().flatten()
+    }
+
+    fn validate_rows(&self, first: &'static str) -> Result<()> {
+        let element = if self.dtype == ResidentType::F32 { 4 } else { 2 };
+        for (name, rows) in self.sides(first) {
             if rows.count == 0 || self.dim == 0 {
                 return Err(Error::Empty { rows: name });
             }
-            let element = if self.dtype == ResidentType::F32 { 4 } else { 2 };
             aligned("embeddings", rows.embeddings, element)?;
+        }
+        Ok(())
+    }
+
+    fn validate_picked(&self, picked: &[u32]) -> Result<()> {
+        let absent = |&&row: &&u32| self.references.is_some() || row as usize >= self.anchors.count;
+        picked.iter().find(absent).map_or(Ok(()), |row| {
+            let range = "rows of a batch in the square form";
+            Err(Error::InvalidSetting { name: "picked", value: row.to_string(), range })
+        })
+    }
+
+    fn validate(&self) -> Result<()> {
+        self.validate_rows("anchors")?;
+        for (name, rows) in self.sides("anchors") {
             aligned("labels", rows.labels, 8)?;
             if name == "anchors" || rows.gradient != 0 {
                 aligned("gradient", rows.gradient, 4)?;
@@ -129,7 +155,7 @@ impl<D: Device> DeviceBackend<D> {
             gradient: rows.gradient,
         };
         let both = [ends(&batch.anchors), ends(batch.references.as_ref().unwrap_or(&batch.anchors))];
-        let check = RowCheck { check: batch.check, tolerance: batch.dtype.empty().norm_tolerance() };
+        let check = batch.row_check();
         let Self { device, loss: workspace, .. } = self;
         let buffer = workspace.lay(device, &loss.layout.layout)?;
         let base = device.address(buffer);
@@ -172,5 +198,51 @@ impl<D: Device> DeviceBackend<D> {
             aligned("reference tangent", tangents[1], 4)?;
         }
         self.sum_threshold(batch.shape(self.options.exact), |_, _, _| Ok(tangents))
+    }
+
+    /// [`Backend::nearest`](crate::backend::Backend::nearest) on device memory, without a copy of the rows; the lists
+    /// come to the host. Labels and gradients of the batch are not looked at, and its check is obeyed.
+    ///
+    /// `picked` rows of the square form are searched among themselves, as if there were no others: lists and
+    /// their entries are numbered as `picked` is. Only these rows are checked, and errors have the batch's numbers.
+    ///
+    /// # Errors
+    /// As [`Backend::nearest`](crate::backend::Backend::nearest), and [`Error::InvalidSetting`] for an address that is
+    /// null or not aligned, for a picked row that the batch does not have, or where it has references.
+    ///
+    /// # Safety
+    /// As [`loss_resident`](Self::loss_resident), for the embeddings.
+    pub unsafe fn nearest_resident(
+        &mut self,
+        batch: &ResidentBatch,
+        picked: Option<&[u32]>,
+        k: usize,
+    ) -> Result<Nearest> {
+        batch.validate_rows("queries")?;
+        batch.validate_picked(picked.unwrap_or_default())?;
+        let all = batch.shape(self.options.exact);
+        let shape = Shape { anchors: picked.map_or(all.anchors, <[u32]>::len), ..all };
+        if shape.anchors == 0 {
+            return Err(Error::Empty { rows: "queries" });
+        }
+        let picked = picked.map(|rows| (rows, all.anchors));
+        let search = Search { shape, check: batch.row_check(), resident: true, picked };
+        let addresses = [batch.anchors.embeddings, batch.references.map_or(0, |rows| rows.embeddings)];
+        self.search(&search, k, |_, _, _| Ok(addresses))
+    }
+
+    /// Copies the labels of rows in device memory to the host.
+    ///
+    /// # Errors
+    /// [`Error::InvalidSetting`] for an address that is null or not aligned; [`Error::Device`] if the copy fails.
+    ///
+    /// # Safety
+    /// As [`loss_resident`](Self::loss_resident), for the labels.
+    pub unsafe fn labels_resident(&mut self, rows: &ResidentRows) -> Result<Vec<i64>> {
+        aligned("labels", rows.labels, 8)?;
+        let mut labels = vec![0; rows.count];
+        // SAFETY: handed on to the caller.
+        unsafe { self.device.download_from(rows.labels, cast_slice_mut(&mut labels)) }?;
+        Ok(labels)
     }
 }

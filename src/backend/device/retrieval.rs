@@ -1,24 +1,40 @@
 //! The k most similar references of every query, for Recall@K (SPEC 6).
 
-use bytemuck::cast_slice_mut;
+use bytemuck::{cast_slice, cast_slice_mut};
 use ndarray::Array2;
 
-use super::loss::{Launcher, matrix_bytes, pointer};
+use super::loss::{Launcher, RowCheck, matrix_bytes, pointer};
 use super::params::{Counters, PrepareParams, RetrievalParams, TILE};
 use super::plan::{Shape, retrieval_capacity, tiles};
 use super::workspace::{Layout, Region};
 use super::{Device, DeviceBackend, Kernel};
 use crate::backend::Nearest;
-use crate::loss::{Batch, Rows, check_unit};
+use crate::loss::{Batch, Rows, UnitCheck, check_unit};
 use crate::{Error, Result};
 
 /// Bytes of query buffers that are alive at once; more queries are searched in turns.
 /// A multiple of what all multiprocessors of one GPU work on (132 tiles of 128 queries, k = 1,000: 277 MB).
 const BUFFER_BYTES: usize = 1 << 29;
 
+/// What is searched, whichever memory the rows are in.
+pub(super) struct Search<'a> {
+    /// Of the rows that are searched.
+    pub(super) shape: Shape,
+    pub(super) check: RowCheck,
+    /// Whether the rows stay in the caller's memory, so that none is set aside for them.
+    pub(super) resident: bool,
+    /// Square form only: the rows that take part, of how many.
+    pub(super) picked: Option<(&'a [u32], usize)>,
+}
+
+/// What messages call the sides.
+const NAMES: [&str; 2] = ["queries", "references"];
+
 struct RetrievalLayout {
     layout: Layout,
     inputs: [Region; 2],
+    /// Of the rows that take part, where not all do.
+    picked: Region,
     rows: [Region; 2],
     square_sums: [Region; 2],
     /// As in [`Counters`]; of its fields only the bad rows are used.
@@ -33,7 +49,8 @@ struct RetrievalLayout {
 
 impl RetrievalLayout {
     /// Inputs, prepared rows, results, and up to [`BUFFER_BYTES`] of buffers.
-    fn new(shape: &Shape, k: usize) -> Self {
+    fn new(search: &Search<'_>, k: usize) -> Self {
+        let Search { shape, resident, picked, .. } = search;
         let mut layout = Layout::default();
         // Queries that search among themselves are their own references.
         let counts = [shape.anchors, shape.references.unwrap_or(0)];
@@ -41,11 +58,15 @@ impl RetrievalLayout {
         let tile_bytes = capacity * TILE as usize * size_of::<u64>();
         let turn = (BUFFER_BYTES / tile_bytes).clamp(1, tiles(shape.anchors));
         let bytes = shape.precision.bytes();
+        let if_copied = |elements: usize| if *resident { 0 } else { elements };
+        // The check writes to the caller's index of a row.
+        let checked = [picked.map_or(counts[0], |(_, all)| all), counts[1]];
         Self {
-            inputs: counts.map(|count| layout.region::<u8>(count * shape.dim * bytes)),
+            inputs: counts.map(|count| layout.region::<u8>(if_copied(count * shape.dim * bytes))),
+            picked: layout.region::<u32>(picked.map_or(0, |(rows, _)| rows.len())),
             rows: counts
                 .map(|count| layout.region::<u8>(tiles(count) * TILE as usize * shape.stride() * bytes)),
-            square_sums: counts.map(|count| layout.region::<f64>(count)),
+            square_sums: checked.map(|count| layout.region::<f64>(count)),
             counters: layout.region::<Counters>(1),
             buffer: layout.region::<u64>(turn * TILE as usize * capacity),
             indices: layout.region::<u32>(shape.anchors * k),
@@ -71,53 +92,74 @@ impl<D: Device> DeviceBackend<D> {
             Batch { references: references.copied(), ..Batch::square(queries.embeddings, queries.labels) };
         batch.validate()?;
         super::loss::same_type(&batch)?;
+        let check = RowCheck { check: UnitCheck::Check, tolerance: queries.embeddings.norm_tolerance() };
+        let search = Search { shape: self.shape(&batch), check, resident: false, picked: None };
+        self.search(&search, k, |device, buffer, regions| {
+            let mut addresses = [0; 2];
+            for (side, rows) in [Some(queries), references].into_iter().enumerate() {
+                let Some(rows) = rows else { continue };
+                device.upload(buffer, regions[side].offset, matrix_bytes(&rows.embeddings, NAMES[side])?)?;
+                addresses[side] = device.address(buffer) + regions[side].offset as u64;
+            }
+            Ok(addresses)
+        })
+    }
+
+    /// The lists, of rows at the addresses that `place` answers (queries, references); it may put them
+    /// into its buffer's regions.
+    pub(super) fn search(
+        &mut self,
+        search: &Search<'_>,
+        k: usize,
+        place: impl FnOnce(&mut D, &mut D::Buffer, &[Region; 2]) -> Result<[u64; 2]>,
+    ) -> Result<Nearest> {
+        let Search { shape, check, picked, .. } = *search;
         if k == 0 || u32::try_from(k).is_err() {
             return Err(Error::InvalidSetting { name: "k", value: k.to_string(), range: "1 to 2^32 - 1" });
         }
-        let shape = self.shape(&batch);
         shape.check()?;
-        let layout = RetrievalLayout::new(&shape, k);
+        let layout = RetrievalLayout::new(search, k);
         let Self { device, retrieval, .. } = self;
         let buffer = retrieval.lay(device, &layout.layout)?;
         device.fill(buffer, layout.counters.offset, layout.counters.bytes, 0xff)?;
-        let sides = [Some(("queries", queries)), references.map(|rows| ("references", rows))];
-        for (region, (name, rows)) in layout.inputs.into_iter().zip(sides.into_iter().flatten()) {
-            device.upload(buffer, region.offset, matrix_bytes(&rows.embeddings, name)?)?;
+        let inputs = place(device, buffer, &layout.inputs)?;
+        if let Some((rows, _)) = picked {
+            device.upload(buffer, layout.picked.offset, cast_slice(rows))?;
         }
 
         let base = device.address(buffer);
         let mut launcher = Launcher { device: &mut *device, shape };
         let bad = [std::mem::offset_of!(Counters, bad_anchor), std::mem::offset_of!(Counters, bad_reference)];
-        for (index, (_, rows)) in sides.into_iter().flatten().enumerate() {
+        let sides = if shape.references.is_none() { 1 } else { 2 };
+        for side in 0..sides {
             let params = PrepareParams {
-                input: pointer::<std::ffi::c_void>(base, layout.inputs[index]),
-                rows: pointer(base, layout.rows[index]),
-                order: std::ptr::null(),
+                input: inputs[side] as usize as *const std::ffi::c_void,
+                rows: pointer(base, layout.rows[side]),
+                order: picked.map_or(std::ptr::null(), |_| pointer::<u32>(base, layout.picked)),
                 valid: std::ptr::null(),
-                count: shape.sides(index == 1).0 as u32,
+                count: shape.sides(side == 1).0 as u32,
                 dim: shape.dim as u32,
                 stride: shape.stride() as u32,
-                check: 1,
-                norm_tolerance: rows.embeddings.norm_tolerance(),
-                square_sums: pointer(base, layout.square_sums[index]),
-                bad: pointer::<u32>(base + bad[index] as u64, layout.counters),
+                check: u32::from(check.check == UnitCheck::Check),
+                norm_tolerance: check.tolerance,
+                square_sums: pointer(base, layout.square_sums[side]),
+                bad: pointer::<u32>(base + bad[side] as u64, layout.counters),
                 column_sums: std::ptr::null_mut(),
             };
-            launcher.launch(Kernel::Prepare(shape.precision), index == 1, &params)?;
+            launcher.launch(Kernel::Prepare(shape.precision), side == 1, &params)?;
         }
-        let searched = usize::from(references.is_some());
         for first_tile in (0..tiles(shape.anchors)).step_by(layout.turn) {
             let rows_left = shape.anchors - first_tile * TILE as usize;
             launcher.shape = Shape { anchors: rows_left.min(layout.turn * TILE as usize), ..shape };
             let params = RetrievalParams {
                 queries: pointer::<std::ffi::c_void>(base, layout.rows[0]),
-                references: pointer::<std::ffi::c_void>(base, layout.rows[searched]),
+                references: pointer::<std::ffi::c_void>(base, layout.rows[sides - 1]),
                 query_count: shape.anchors as u32,
                 reference_count: shape.reference_count() as u32,
                 stride: shape.stride() as u32,
                 k: k as u32,
                 capacity: layout.capacity as u32,
-                leave_self_out: u32::from(references.is_none()),
+                leave_self_out: u32::from(shape.references.is_none()),
                 first_tile: first_tile as u32,
                 reserved: 0,
                 buffer: pointer(base, layout.buffer),
@@ -127,16 +169,16 @@ impl<D: Device> DeviceBackend<D> {
             launcher.launch(Kernel::Retrieval(shape.precision), false, &params)?;
         }
 
-        for (index, (name, rows)) in sides.into_iter().flatten().enumerate() {
+        for side in 0..sides {
             let mut row = [0u32];
-            device.download(buffer, layout.counters.offset + bad[index], cast_slice_mut(&mut row))?;
+            device.download(buffer, layout.counters.offset + bad[side], cast_slice_mut(&mut row))?;
             if row[0] == u32::MAX {
                 continue;
             }
             let mut square_sum = [0.0f64];
-            let offset = layout.square_sums[index].offset + row[0] as usize * size_of::<f64>();
+            let offset = layout.square_sums[side].offset + row[0] as usize * size_of::<f64>();
             device.download(buffer, offset, cast_slice_mut(&mut square_sum))?;
-            check_unit(name, row[0] as usize, square_sum[0], rows.embeddings.norm_tolerance())?;
+            check_unit(NAMES[side], row[0] as usize, square_sum[0], check.tolerance)?;
         }
         let mut nearest = Nearest {
             indices: Array2::zeros((shape.anchors, k)),

@@ -136,6 +136,13 @@ impl Device for EmulatedDevice {
         Ok(())
     }
 
+    unsafe fn download_from(&mut self, source: u64, target: &mut [u8]) -> Result<()> {
+        let first = std::ptr::with_exposed_provenance::<u8>(source as usize);
+        // SAFETY: the caller's promise; the device's memory is the host's.
+        unsafe { first.copy_to_nonoverlapping(target.as_mut_ptr(), target.len()) };
+        Ok(())
+    }
+
     fn fill(&mut self, buffer: &mut EmulatedBuffer, offset: usize, bytes: usize, value: u8) -> Result<()> {
         let first = buffer.within(offset, bytes);
         // SAFETY: `within` has checked the length.

@@ -6,9 +6,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use ddtas::backend::{Backend, DeviceSpec, open};
+use ddtas::backend::{Backend, DeviceArguments};
 use ddtas::cases::{Case, find};
-use ddtas::verify::{Report, SINGLE_PRECISION, run};
+use ddtas::verify::{Report, SINGLE_PRECISION, TF32, run, run_tf32};
 use peak_alloc::PeakAlloc;
 use throughput::{ThroughputArguments, throughput};
 
@@ -25,7 +25,8 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Runs reference cases through a backend; exit code 0 only if all pass.
+    /// Runs reference cases through a backend; exit code 0 only if all pass. With --tf32 the truth is that of the
+    /// rows rounded to TF32, counts exact, and the bound 1e-3 instead of 1e-5.
     Verify(VerifyArguments),
     /// Times loss and gradient on rows of which a stated share is mined.
     Throughput(ThroughputArguments),
@@ -36,9 +37,8 @@ struct VerifyArguments {
     /// Case files (.safetensors) or folders of them.
     #[arg(required = true)]
     paths: Vec<PathBuf>,
-    /// auto, cpu, cuda, cuda:N or emulated; --device, as ddtas-train has it, is the same.
-    #[arg(long, visible_alias = "device", default_value = "cpu")]
-    backend: DeviceSpec,
+    #[command(flatten)]
+    device: DeviceArguments,
     /// Print one JSON array, an object a case.
     #[arg(long)]
     json: bool,
@@ -47,7 +47,7 @@ struct VerifyArguments {
 fn main() -> ExitCode {
     let outcome = match Arguments::parse().command {
         Command::Verify(arguments) => verify(&arguments),
-        Command::Throughput(arguments) => throughput(&arguments).map(|()| true),
+        Command::Throughput(arguments) => throughput(arguments).map(|()| true),
     };
     match outcome {
         Ok(true) => ExitCode::SUCCESS,
@@ -57,6 +57,15 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// The device to compute on; says so where it is not the GPU that a build for GPUs looks for.
+fn resolved(device: DeviceArguments) -> DeviceArguments {
+    let (device, reason) = device.resolve();
+    if let Some(reason) = reason {
+        eprintln!("computing on {}: {reason}", device.backend);
+    }
+    device
 }
 
 /// One line of `verify`.
@@ -71,24 +80,27 @@ struct Row {
 
 fn verify(arguments: &VerifyArguments) -> ddtas::Result<bool> {
     let files = find(&arguments.paths)?;
-    let mut backend = open(&arguments.backend)?;
+    let device = resolved(arguments.device);
+    let mut backend = device.open()?;
+    let run = if device.tf32 { run_tf32 } else { run };
+    let bound = if device.tf32 { TF32 } else { SINGLE_PRECISION };
     let mut rows = Vec::with_capacity(files.len());
     for file in &files {
         let case = Case::read(file)?;
         let report = run(&case, &mut *backend)?;
-        let passed = report.passes(SINGLE_PRECISION);
+        let passed = report.passes(bound);
         rows.push(Row { case: case.name, backend: backend.name(), passed, report });
     }
     if arguments.json {
         let text = serde_json::to_string_pretty(&rows);
         println!("{}", text.map_err(|e| ddtas::Error::Unavailable(format!("cannot write JSON: {e}")))?);
     } else {
-        print_table(&*backend, &rows);
+        print_table(&*backend, &rows, bound);
     }
     Ok(rows.iter().all(|row| row.passed))
 }
 
-fn print_table(backend: &dyn Backend, rows: &[Row]) {
+fn print_table(backend: &dyn Backend, rows: &[Row], bound: f64) {
     println!(
         "{:<22} {:>9} {:>9} {:>10} {:>13} {:>7}",
         "case", "loss", "gradient", "thresholds", "hypergradient", "counts"
@@ -108,5 +120,5 @@ fn print_table(backend: &dyn Backend, rows: &[Row]) {
         }
     }
     let passed = rows.iter().filter(|row| row.passed).count();
-    println!("{passed} of {} cases passed on {} (bound {SINGLE_PRECISION:.0e})", rows.len(), backend.name());
+    println!("{passed} of {} cases passed on {} (bound {bound:.0e})", rows.len(), backend.name());
 }

@@ -7,6 +7,8 @@ use ddtas::files::write_atomic;
 use ddtas::throughput::{Row, ThroughputSettings, plot, run};
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::resolved;
+
 #[derive(clap::Args)]
 pub struct ThroughputArguments {
     #[command(flatten)]
@@ -19,7 +21,8 @@ pub struct ThroughputArguments {
     plot: Option<PathBuf>,
 }
 
-pub fn throughput(arguments: &ThroughputArguments) -> ddtas::Result<()> {
+pub fn throughput(mut arguments: ThroughputArguments) -> ddtas::Result<()> {
+    arguments.settings.device = resolved(arguments.settings.device);
     let progress = Progress::new(arguments.json);
     let rows = run(&arguments.settings, &mut |index, count, name| progress.show(index, count, name));
     progress.bar.finish_and_clear();
@@ -96,6 +99,7 @@ fn print_table(rows: &[Row]) {
         );
     }
     if let Some(row) = rows.first() {
-        println!("{} on {} threads of the CPU, {:?} rows", row.backend, row.threads, row.dtype);
+        let products = if row.tf32 { ", multiplied in TF32" } else { "" };
+        println!("{} on {} threads of the CPU, {:?} rows{products}", row.backend, row.threads, row.dtype);
     }
 }

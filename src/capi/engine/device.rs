@@ -3,7 +3,8 @@
 use super::super::failure::{Failure, Outcome};
 use super::super::input::CheckedRows;
 use super::super::types::{Dtype, Status};
-use super::{DeviceLoss, Engine, EngineOptions};
+use super::{DeviceBatch, Engine, EngineOptions};
+use crate::backend::Nearest;
 use crate::backend::device::{Device, DeviceBackend, Options, ResidentBatch, ResidentRows, ResidentType};
 use crate::loss::{Hypergradient, LossOutput, LossSettings};
 
@@ -23,43 +24,59 @@ fn side(rows: &CheckedRows, gradient: *mut f32) -> ResidentRows {
     }
 }
 
-fn batch(call: &DeviceLoss) -> ResidentBatch {
+fn resident(batch: &DeviceBatch) -> ResidentBatch {
+    let [gradient, reference_gradient] = batch.gradients;
     ResidentBatch {
-        dim: call.anchors.extent.dim,
-        dtype: match call.anchors.dtype {
+        dim: batch.anchors.extent.dim,
+        dtype: match batch.anchors.dtype {
             Dtype::F32 => ResidentType::F32,
             Dtype::F16 => ResidentType::F16,
             Dtype::Bf16 => ResidentType::Bf16,
         },
-        anchors: side(&call.anchors, call.gradient),
-        references: call.references.as_ref().map(|rows| side(rows, call.reference_gradient)),
-        check: call.check,
+        anchors: side(&batch.anchors, gradient),
+        references: batch.references.as_ref().map(|rows| side(rows, reference_gradient)),
+        check: batch.check,
     }
 }
 
 impl<D: Device> Engine for DeviceBackend<D> {
     unsafe fn device_loss(
         &mut self,
-        call: &DeviceLoss,
+        batch: &DeviceBatch,
         settings: &LossSettings,
         output: &mut LossOutput,
     ) -> Outcome<()> {
-        if call.gradient.is_null() {
+        if batch.gradients[0].is_null() {
             let message = "the rows lie in device memory: gradient must not be NULL";
             return Err(Failure::new(Status::NullPointer, message));
         }
         // SAFETY: handed on to the caller.
-        unsafe { self.loss_resident(&batch(call), settings, output) }?;
+        unsafe { self.loss_resident(&resident(batch), settings, output) }?;
         Ok(self.anchors_of_last_loss(output)?)
     }
 
     unsafe fn device_hypergradient(
         &mut self,
-        call: &DeviceLoss,
+        batch: &DeviceBatch,
         tangents: [*const f32; 2],
     ) -> Outcome<Hypergradient> {
         let addresses = tangents.map(|tangent| tangent.expose_provenance() as u64);
         // SAFETY: handed on to the caller.
-        Ok(unsafe { self.hypergradient_resident(&batch(call), addresses) }?)
+        Ok(unsafe { self.hypergradient_resident(&resident(batch), addresses) }?)
+    }
+
+    unsafe fn device_nearest(
+        &mut self,
+        batch: &DeviceBatch,
+        picked: Option<&[u32]>,
+        k: usize,
+    ) -> Outcome<Nearest> {
+        // SAFETY: handed on to the caller.
+        Ok(unsafe { self.nearest_resident(&resident(batch), picked, k) }?)
+    }
+
+    unsafe fn device_labels(&mut self, rows: &CheckedRows) -> Outcome<Vec<i64>> {
+        // SAFETY: handed on to the caller.
+        Ok(unsafe { self.labels_resident(&side(rows, std::ptr::null_mut())) }?)
     }
 }

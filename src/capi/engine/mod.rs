@@ -6,7 +6,7 @@ use super::failure::{Failure, Outcome};
 use super::input::CheckedRows;
 use super::types::Status;
 use crate::backend::cpu::{CpuBackend, DEFAULT_BUDGET};
-use crate::backend::{Backend, DeviceSpec};
+use crate::backend::{Backend, DeviceSpec, Nearest};
 use crate::loss::{Hypergradient, LossOutput, LossSettings, UnitCheck};
 
 #[cfg(feature = "cuda")]
@@ -28,21 +28,27 @@ pub struct EngineOptions {
     pub stream: Option<*mut c_void>,
 }
 
-/// A loss on rows in device memory: addresses, checked but for what they lead to.
+/// A batch in device memory: addresses, checked but for what they lead to.
 #[derive(Debug, Clone, Copy)]
 #[cfg_attr(not(feature = "kernels"), expect(dead_code, reason = "the CPU has no memory of its own"))]
-pub struct DeviceLoss {
+pub struct DeviceBatch {
     pub anchors: CheckedRows,
     pub references: Option<CheckedRows>,
-    pub gradient: *mut f32,
-    /// NULL if it is not wanted.
-    pub reference_gradient: *mut f32,
+    /// Where the loss writes its gradients; NULL if they are not wanted.
+    pub gradients: [*mut f32; 2],
     pub check: UnitCheck,
+}
+
+impl DeviceBatch {
+    /// For the calls that write nothing to device memory.
+    pub fn new(anchors: CheckedRows, references: Option<CheckedRows>) -> Self {
+        Self { anchors, references, gradients: [std::ptr::null_mut(); 2], check: UnitCheck::Check }
+    }
 }
 
 /// A backend, and what the C ABI asks of it beyond that. Devices without memory of their own refuse.
 pub trait Engine: Backend {
-    /// [`Backend::loss`] on rows in device memory; the gradients go where the call says,
+    /// [`Backend::loss`] on rows in device memory; the gradients go where the batch says,
     /// everything else into `output`.
     ///
     /// # Safety
@@ -50,11 +56,11 @@ pub trait Engine: Backend {
     /// on the device's stream, and nothing else writes to it meanwhile.
     unsafe fn device_loss(
         &mut self,
-        call: &DeviceLoss,
+        batch: &DeviceBatch,
         settings: &LossSettings,
         output: &mut LossOutput,
     ) -> Outcome<()> {
-        let _ = (call, settings, output);
+        let _ = (batch, settings, output);
         Err(no_device_memory(&self.name()))
     }
 
@@ -64,10 +70,34 @@ pub trait Engine: Backend {
     /// As [`Engine::device_loss`].
     unsafe fn device_hypergradient(
         &mut self,
-        call: &DeviceLoss,
+        batch: &DeviceBatch,
         tangents: [*const f32; 2],
     ) -> Outcome<Hypergradient> {
-        let _ = (call, tangents);
+        let _ = (batch, tangents);
+        Err(no_device_memory(&self.name()))
+    }
+
+    /// [`Backend::nearest`] on rows in device memory: among all of them, or among those `picked` of the
+    /// square form, by whose numbers the lists then go.
+    ///
+    /// # Safety
+    /// As [`Engine::device_loss`].
+    unsafe fn device_nearest(
+        &mut self,
+        batch: &DeviceBatch,
+        picked: Option<&[u32]>,
+        k: usize,
+    ) -> Outcome<Nearest> {
+        let _ = (batch, picked, k);
+        Err(no_device_memory(&self.name()))
+    }
+
+    /// The labels of rows in device memory.
+    ///
+    /// # Safety
+    /// As [`Engine::device_loss`].
+    unsafe fn device_labels(&mut self, rows: &CheckedRows) -> Outcome<Vec<i64>> {
+        let _ = rows;
         Err(no_device_memory(&self.name()))
     }
 }
