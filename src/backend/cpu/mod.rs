@@ -49,11 +49,9 @@ use weigh::{Kind, Totals};
 
 pub use times::PassTimes;
 
-/// Most bytes of candidates kept between the passes unless stated otherwise.
-pub const DEFAULT_BUDGET: usize = 64 << 20;
-
-/// And no more than this for each row of either side, so that memory is linear in the batch: with the panels of
-/// D = 512 and the tiles beside them, 5,120 rows stay below 64 MB and 10,240 below 128 MB.
+/// Most bytes of candidates kept between the passes for each row of either side, unless stated otherwise. So memory is
+/// linear in the batch: with the panels of D = 512 and the tiles beside them, 5,120 rows stay below 64 MB and
+/// 10,240 below 128 MB.
 const BUDGET_OF_A_ROW: usize = 6 << 10;
 
 /// Fewest dimensions that are worth a task of their own in the gradient.
@@ -63,9 +61,8 @@ const PART_DIMENSIONS: usize = 64;
 #[derive(Debug)]
 pub struct CpuBackend {
     level: Level,
-    /// Most bytes of candidates, in all and for each row.
-    budget: usize,
-    budget_of_a_row: usize,
+    /// Most bytes of candidates, if not [`BUDGET_OF_A_ROW`] for each.
+    budget: Option<usize>,
     rows: SideBuffers,
     columns: SideBuffers,
     classes: Vec<(u32, u32)>,
@@ -99,16 +96,20 @@ impl Default for CpuBackend {
 }
 
 impl CpuBackend {
-    /// A backend that keeps candidates in at most 6 KiB for each row, and [`DEFAULT_BUDGET`] bytes in all.
+    /// A backend that keeps candidates in at most 6 KiB for each row of either side.
     #[must_use]
     pub fn new() -> Self {
-        Self { budget_of_a_row: BUDGET_OF_A_ROW, ..Self::with_budget(DEFAULT_BUDGET) }
+        Self::of_budget(None)
     }
 
     /// A backend that keeps candidates in at most `budget` bytes. The result is the same bit for bit;
     /// tiles that do not fit are computed again.
     #[must_use]
     pub fn with_budget(budget: usize) -> Self {
+        Self::of_budget(Some(budget))
+    }
+
+    fn of_budget(budget: Option<usize>) -> Self {
         Self {
             level: Level::best(),
             rows: SideBuffers::default(),
@@ -116,7 +117,6 @@ impl CpuBackend {
             classes: Vec::new(),
             tiles: Tiles::default(),
             budget,
-            budget_of_a_row: usize::MAX,
             statistics: Statistics::default(),
             weights: Weights::default(),
             scratch: Vec::new(),
@@ -159,8 +159,8 @@ impl CpuBackend {
         self.times.rows = watch.lap();
 
         let against = if pairs.square { 0 } else { columns.order.rows.len() };
-        let of_rows = self.budget_of_a_row.saturating_mul(rows.order.rows.len() + against);
-        self.tiles.set(&pairs, self.budget.min(of_rows));
+        let of_rows = BUDGET_OF_A_ROW.saturating_mul(rows.order.rows.len() + against);
+        self.tiles.set(&pairs, self.budget.unwrap_or(of_rows));
         self.statistics.reset(&pairs);
         self.tiles.same_class_pass(&pairs, &workers, &self.scratch, &mut self.statistics);
         self.times.same_class = watch.lap();

@@ -5,7 +5,7 @@ use std::ffi::c_void;
 use super::failure::{Failure, Outcome};
 use super::input::CheckedRows;
 use super::types::Status;
-use crate::backend::cpu::{CpuBackend, DEFAULT_BUDGET};
+use crate::backend::cpu::CpuBackend;
 use crate::backend::{Backend, DeviceSpec, Nearest};
 use crate::loss::{Hypergradient, LossOutput, LossSettings, UnitCheck};
 
@@ -124,8 +124,8 @@ pub unsafe fn open(spec: DeviceSpec, options: EngineOptions) -> Outcome<Box<dyn 
             unsafe { gpu::open(0, options) }
         }
         DeviceSpec::Auto | DeviceSpec::Cpu => {
-            let budget = if options.budget == 0 { DEFAULT_BUDGET } else { options.budget };
-            Ok(Box::new(CpuBackend::with_budget(budget)))
+            let budget = (options.budget != 0).then_some(options.budget);
+            Ok(Box::new(budget.map_or_else(CpuBackend::new, CpuBackend::with_budget)))
         }
         // SAFETY: handed on to the caller.
         DeviceSpec::Cuda(index) => unsafe { gpu::open(index, options) },
