@@ -27,7 +27,8 @@ pub use open::{AutoDevice, DeviceSpec, auto, open, open_with};
 /// One device with one workspace, which is allocated once and reused.
 ///
 /// A backend remembers the pairs of its last [`loss`](Backend::loss), so that
-/// [`hypergradient`](Backend::hypergradient) walks them without a second sweep.
+/// [`hypergradient`](Backend::hypergradient) walks them without a second sweep (the CPU sweeps again where their
+/// similarities outgrew its budget).
 /// Whoever needs two batches alive at once (train and meta batch) makes two backends.
 pub trait Backend: Send {
     /// `cpu`, `cuda:0`, `emulated`.
