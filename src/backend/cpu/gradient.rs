@@ -176,7 +176,7 @@ impl AddTile<'_, '_> {
     /// Lists the pairs by row of the owner.
     #[inline(always)]
     fn list<S: Lanes>(&mut self, simd: S, (rows, across): (Block, Block)) {
-        let mut reader = self.candidates.read();
+        let mut reader = self.candidates;
         let mut columns = [0; MAX_BLOCK + GROUP];
         self.scratch.clear_lists(if self.owner_rows { rows.rows } else { across.rows });
         for r in 0..rows.rows {
@@ -212,7 +212,7 @@ impl AddTile<'_, '_> {
             matrix.fill(0.0);
         }
         let matrix = matrix.as_chunks_mut::<GROUP>().0;
-        let mut reader = self.candidates.read();
+        let mut reader = self.candidates;
         let mut lines = Lines([[[0.0; GROUP]; GROUP]; MAX_GROUPS]);
         for start in (0..rows.rows).step_by(GROUP) {
             for r in start..(start + GROUP).min(rows.rows) {
@@ -221,7 +221,8 @@ impl AddTile<'_, '_> {
                         lines.0[group][r - start] = line;
                     }
                     if self.owner_columns {
-                        // Lines of the tile are lines of the matrix.
+                        // Lines of the tile are lines of the matrix. What earlier rows of the diagonal have added
+                        // to this one is in groups before it.
                         matrix[group * depth + r] = line;
                     }
                 });

@@ -176,7 +176,7 @@ impl Work for CountTile<'_, '_> {
         let has_positives = pairs.has_positives(row, column);
         // In numbers that vectors add; there are no more than rows of a block.
         let mut columns = [[[0.0f32; GROUP]; MAX_GROUPS]; 2];
-        let mut reader = candidates.read();
+        let mut reader = candidates;
         for (r, counts) in counts.rows[..rows.rows].iter_mut().enumerate() {
             let position = rows.start + r;
             let class = if has_positives { pairs.class_columns(position, column) } else { (0, 0) };

@@ -397,13 +397,12 @@ impl Tiles {
         scratch: &mut TileScratch,
         use_them: impl FnOnce(Candidates<'_>, Weighed),
     ) {
-        {
-            let tile = read(&self.tiles[index]);
-            if tile.kept && kind == Kind::Gradient && self.kept != Kept::Similarities {
-                let values = if self.kept == Kept::Both { &tile.weights } else { &tile.values };
-                return use_them(Candidates { words: &tile.words, values }, tile.weighed);
-            }
+        let tile = read(&self.tiles[index]);
+        if tile.kept && kind == Kind::Gradient && self.kept != Kept::Similarities {
+            let values = if self.kept == Kept::Both { &tile.weights } else { &tile.values };
+            return use_them(Candidates { words: &tile.words, values }, tile.weighed);
         }
+        drop(tile);
         let sums = self.with_similarities(known, index, scratch, |candidates, weighed| {
             let sums = known.weigh(self.position(index), candidates, kind, weighed);
             let values = &weighed[..candidates.values.len()];

@@ -34,19 +34,6 @@ pub struct Bounds<'a> {
     pub columns: Option<&'a [f32]>,
 }
 
-/// Candidates of a tile: their words, and of each its similarity, or what it weighs.
-#[derive(Debug, Clone, Copy)]
-pub struct Candidates<'a> {
-    pub words: &'a [u16],
-    pub values: &'a [f32],
-}
-
-impl<'a> Candidates<'a> {
-    pub fn read(self) -> Reader<'a> {
-        Reader { words: self.words, values: self.values }
-    }
-}
-
 /// Similarities of a strip; lines begin at cache lines.
 #[derive(Debug)]
 #[repr(C, align(64))]
@@ -362,15 +349,15 @@ fn scan<S: Lanes>(
     (simd.reduce_max_f32s(row_max), count)
 }
 
-/// Walks the candidates of a tile row by row: their words, and a value of each.
-#[derive(Clone, Copy)]
-pub struct Reader<'a> {
-    words: &'a [u16],
-    /// Those of the next row and all after it.
+/// Candidates of a tile: their words, and of each its similarity, or what it weighs. Reading them row by row
+/// leaves the rows that are still to come.
+#[derive(Debug, Clone, Copy)]
+pub struct Candidates<'a> {
+    pub words: &'a [u16],
     pub values: &'a [f32],
 }
 
-impl<'a> Reader<'a> {
+impl<'a> Candidates<'a> {
     /// The next row's values; visits its groups of 16 columns that hold any: number, bits, and how many values
     /// of the row come before.
     #[inline(always)]
@@ -396,11 +383,7 @@ impl<'a> Reader<'a> {
     pub fn next_lines<S: Lanes>(&mut self, simd: S, mut visit: impl FnMut(usize, u16, [f32; GROUP])) {
         let values = self.values;
         self.next_groups(|group, mask, before| {
-            let line = match values[before..].first_chunk() {
-                Some(values) => simd.expand(values, mask),
-                None => simd.expand(&padded(&values[before..]), mask),
-            };
-            visit(group, mask, line);
+            visit(group, mask, simd.expand(&padded(&values[before..]), mask));
         });
     }
 

@@ -68,7 +68,7 @@ impl Work for WeighTile<'_, '_> {
         let across_positives = w.positives.columns(&pairs, across);
         grow(weighed, candidates.values.len());
         let mut rest = weighed.as_mut_slice();
-        let mut reader = candidates.read();
+        let mut reader = candidates;
         let mut columns = [0; MAX_BLOCK + GROUP];
         // What the columns' rows select, for the candidates of a row one behind the other.
         let mut others = Others { bounds: [0.0; MAX_BLOCK + GROUP], factors: [0.0; MAX_BLOCK + GROUP] };
@@ -137,11 +137,7 @@ impl Others {
         for (values, target) in [(across.bounds, &mut self.bounds), (across.factors, &mut self.factors)] {
             let values = &values[group * GROUP..];
             if let Some(target) = target[at..].first_chunk_mut::<GROUP>() {
-                let target = bytemuck::cast_mut(target);
-                match values.first_chunk::<GROUP>() {
-                    Some(values) => simd.compress(bytemuck::cast_ref(values), mask, target),
-                    None => simd.compress(&bytemuck::cast(padded(values)), mask, target),
-                }
+                simd.compress(&bytemuck::cast(padded(values)), mask, bytemuck::cast_mut(target));
             }
         }
     }
