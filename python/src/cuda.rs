@@ -1,6 +1,6 @@
 //! `CudaContext`: the loss and Recall@K on tensors in the GPU's memory, read and written where they lie.
 //!
-//! Everything is ordered on the caller's stream: torch's current one. Not yet run on a GPU.
+//! Everything is ordered on the caller's stream: torch's current one.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
