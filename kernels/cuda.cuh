@@ -25,6 +25,9 @@ struct Bf16 {
 // One argument, the parameter struct; `blocks` a multiprocessor should hold (bounds registers).
 #define KERNEL(name, Params, blocks) \
     extern "C" __global__ void __launch_bounds__(THREADS, blocks) name(const __grid_constant__ Params p)
+// A kernel whose warps have roles, one block a multiprocessor.
+#define ROLE_KERNEL(name, Params, threads) \
+    extern "C" __global__ void __launch_bounds__(threads, 1) name(const __grid_constant__ Params p)
 // Dynamic shared memory; the launch plan states its size.
 extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
 #define SHARED_MEMORY(name) unsigned char *name = dynamic_shared_memory
@@ -44,7 +47,7 @@ template <class T>
 DEVICE T shuffle_up(T value, int by) { return __shfl_up_sync(0xffffffffu, value, by); }
 template <class T>
 DEVICE T shuffle(T value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
-DEVICE uint32_t vote_mask(bool vote) { return __ballot_sync(0xffffffffu, vote); }
+DEVICE uint32_t ballot_sync(bool vote) { return __ballot_sync(0xffffffffu, vote); }
 
 DEVICE void atomic_add(uint32_t *target, uint32_t value) { atomicAdd(target, value); }
 DEVICE void atomic_add(uint64_t *target, uint64_t value) {
@@ -72,24 +75,24 @@ DEVICE uint32_t shared_address(const void *pointer) {
 }
 
 // 16 bytes from global to shared memory, both 16-byte aligned, done by the next wait that covers it.
-DEVICE void copy_async(void *to, const void *from) {
+DEVICE void cp_async(void *to, const void *from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
-DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most `pending` of this thread's groups are under way.
 template <int pending>
-DEVICE void copy_wait() {
+DEVICE void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
 // Four 8x8 matrices of 16-bit numbers (or 8x4 of 32-bit ones); lane l names row l % 8 of matrix l / 8.
-DEVICE void load_matrices(uint32_t (&r)[4], const void *row) {
+DEVICE void ldmatrix(uint32_t (&r)[4], const void *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(shared_address(row))
                  : "memory");
 }
-DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void *row) {
+DEVICE void ldmatrix_transposed(uint32_t (&r)[4], const void *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(shared_address(row))
@@ -139,7 +142,7 @@ DEVICE float from_f16_bits(uint16_t bits) {
 }
 DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
 DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
-DEVICE int bit_count(uint32_t bits) { return __popc(bits); }
+DEVICE int popc(uint32_t bits) { return __popc(bits); }
 // Index of the lowest bit that is set; `bits` must not be 0.
 DEVICE int lowest_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
 DEVICE int64_t round_to_integer(double value) { return __double2ll_rn(value); }

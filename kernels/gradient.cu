@@ -4,7 +4,7 @@
 // gradient_ways: lists or tiles, for each row tile, by the density of its candidates.
 // gradient_lists: few mined pairs. A warp owns 8 rows and adds r_j for every pair of theirs.
 // gradient_tiles: gradient_tiles.cu, on Hopper gradient_hopper.cu.
-// gradient_sum: adds the splits and undoes the class order.
+// gradient_sum: adds the splits and undoes the class order; with one split the kernels above do that.
 // One block owns some rows of the result and walks the other side's tiles in order, so that
 // every sum has one order: no atomics. Small batches share a row block among `splits`.
 // Numbers: sums are f32.
@@ -62,7 +62,7 @@ DEVICE void gradient_lists_body(const GradientParams &p) {
         uint64_t at = tile.index * pairs.tile_capacity;
         for (uint32_t base = 0; base < count; base += 32) {
             bool there = base + lane_index() < count;
-            uint32_t place = there ? pairs.tile_places[at + base + lane_index()] : 0;
+            uint32_t place = there ? word_place(pairs.tile_words[at + base + lane_index()]) : 0;
             float s = there ? pairs.tile_values[at + base + lane_index()] : 0.0f;
             for (int turn = 0; turn < (tile.diagonal ? 2 : 1); ++turn) {
                 bool transposed = tile.transposed || turn == 1;
@@ -73,7 +73,7 @@ DEVICE void gradient_lists_body(const GradientParams &p) {
                     uint32_t row = x * TILE + of_x, column = y * TILE + of_y;
                     weight = transposed ? pair_weight(pairs, column, row, s) : pair_weight(pairs, row, column, s);
                 }
-                for (uint32_t left = vote_mask(weight != 0.0f); left != 0; left &= left - 1) {
+                for (uint32_t left = ballot_sync(weight != 0.0f); left != 0; left &= left - 1) {
                     int lane = lowest_bit(left);
                     float pair = shuffle(weight, lane);
                     uint32_t to = shuffle(local, lane), from = y * TILE + shuffle(of_y, lane);
@@ -90,12 +90,10 @@ DEVICE void gradient_lists_body(const GradientParams &p) {
         }
     }
     warp_sync();
-    uint64_t padded_rows = static_cast<uint64_t>(own.tiles) * TILE;
-    uint64_t row = block_z() * padded_rows + x * TILE + offset + warp_index() * kWarpRows;
-    float *to = p.partial + row * pairs.stride + first_column;
     for (uint32_t r = 0; r < kWarpRows; ++r) {
-        for (uint32_t column = lane_index(); column < columns; column += 32) {
-            to[static_cast<uint64_t>(r) * pairs.stride + column] = warp_sums[r * LISTS_COLUMNS + column];
+        ResultRow result = result_row(p, own, x * TILE + offset + warp_index() * kWarpRows + r);
+        for (uint32_t column = lane_index(); column < columns && first_column + column < result.columns; column += 32) {
+            result.to[first_column + column] = warp_sums[r * LISTS_COLUMNS + column];
         }
     }
 }

@@ -1,144 +1,396 @@
 // gradient_hopper.cu: gradient_tiles.cu on Hopper's warpgroup products (wgmma, sm_90a); 16-bit types.
 // Truth: src/loss/reference.rs. Launcher: src/backend/device/loss.rs.
 //
-// dE += M R: M [128, 128] rebuilt in shared memory, where wgmma reads it as it reads a stage; R, a
-// whole tile of the other side's rows, 256 columns, comes in one bulk copy, since prepared rows lie
-// in memory as wgmma's transposed operand lies: lines of 64 columns, one for each row. No operand
-// passes through registers; the 64 x 256 (or 64 x 128) sums of a warpgroup stay there.
-// Two tiles of M and of R: while the tensor cores multiply one, threads rebuild the next.
+// dE += M R, a block 128 rows and 256 columns of dE. Its warps have roles: two warpgroups multiply, 64 rows
+// each; three warps build the next tile of M in shared memory, from the words the selection left of its
+// candidates; one warp copies R, the other side's rows, half a tile at a time (64 rows, 256 columns), in
+// four stages. Prepared rows lie in memory as wgmma's transposed operand lies: no operand passes through
+// registers. A tile of S that was not stored is recomputed by the warps that multiply, 64 columns at a time, since
+// the sums of dE leave no registers for more: its operands come through the stages, its values go back to one, and
+// half of M is built from these.
 // Rows, columns, splits and the order of every sum are those of gradient_tiles.cu.
-// Sync: threads write M, one fence and one barrier hand it to wgmma; a barrier in shared memory
-// announces R; both are filled again when both groups have waited for the product that read them.
+// Sync: barriers in shared memory alone (full, empty, built, taken, valued); all roles walk the same tiles.
 
 #include "hopper.cuh"
 #include "matrix.cuh"
 
 #ifdef HAS_WARPGROUP_PRODUCTS
 
+constexpr uint32_t kDepth = TILE / 2;                             // rows of R in a stage
+constexpr uint32_t kStagePanel = kDepth * STAGE_BYTES;            // of them, 64 columns
+constexpr uint32_t kStageBytes = kDepth * GRADIENT_COLUMNS * 2;
+constexpr uint32_t kOperandBytes = TILE * STAGE_BYTES;            // a tile's rows, 64 of the inner dimension
+constexpr uint32_t kHalf = TILE / 2;                              // columns of S that are recomputed at a time
 constexpr uint32_t kPanelColumns = STAGE_BYTES / 2;
+constexpr uint32_t kMultipliers = 8, kBuilders = 3;               // warps; the last one copies
+constexpr uint32_t kBuilderThreads = kBuilders * 32;
+static_assert((kMultipliers + kBuilders + 1) * 32 == GRADIENT_HOPPER_THREADS, "the launch plan's threads");
 static_assert(GRADIENT_ROWS_16BIT == TILE, "two warpgroups of 64 rows");
+static_assert((TILE + kHalf) * STAGE_BYTES <= kStageBytes, "a step of half a recomputed tile");
+static_assert(TILE * kHalf * sizeof(float) == kStageBytes, "and its values");
 
+// What an anchor adds to an element of M of a pair it keeps, times the scale of M and for a sigmoid as a word holds it.
+struct Scales {
+    float neg, pos;
+};
 struct GradientHopperShared {
-    unsigned char stages[2][TILE * GRADIENT_COLUMNS * 2];  // [columns / 64, TILE, STAGE_BYTES] of the other side
+    unsigned char stages[GRADIENT_HOPPER_STAGES][kStageBytes];  // [columns / 64, kDepth, STAGE_BYTES]
     unsigned char matrices[2][TILE * TILE * 2];
-    Barrier landed[2];      // of the stages
-    Barrier recomputing[2]; // of a recomputed tile's operands, which pass through a stage
+    Scales own[TILE], other[2][TILE];
+    Barrier full[GRADIENT_HOPPER_STAGES], empty[GRADIENT_HOPPER_STAGES];
+    Barrier built[2], taken[2];  // of the matrices
+    Barrier valued[2];           // a half of a recomputed tile's S is in its stage
 };
 static_assert(sizeof(GradientHopperShared) == GRADIENT_HOPPER_SHARED_BYTES, "the launch plan's shared memory");
-static_assert(2 * 2 * TILE * STAGE_BYTES <= sizeof(GradientHopperShared::stages[0]), "two steps of a recomputed tile");
-static_assert(kRecomputedRows * kValuesStride * sizeof(float) <= sizeof(GradientHopperShared::stages[0]),
-              "and half of its values");
 
-// M of tiles x and y from a recomputed tile of S, whose bits are those of the sweep: either order of
-// the operands gives the same. Leaves the stage free for bulk copies.
+// One tile of the walk below: every role knows from it which stages and which matrix are meant.
+struct Turn {
+    PairTile tile;
+    uint32_t y;           // of the other side
+    uint32_t count;       // candidates
+    uint32_t index;       // so many tiles before
+    uint32_t recomputed;  // of which recomputed
+    uint32_t fill;        // and so many stages filled before
+    bool stored;
+
+    // Stages filled for this tile before those of R: for each half of S its steps, then its values.
+    DEVICE uint32_t before_rows(uint32_t steps) const { return stored ? 0 : 2 * (steps + 1); }
+    DEVICE uint32_t values(uint32_t steps, uint32_t half) const { return fill + half * (steps + 1) + steps; }
+    DEVICE uint32_t matrix() const { return index % 2; }
+    DEVICE uint32_t matrix_parity() const { return index / 2 % 2; }
+};
+
+// The tiles that hold candidates of the block's rows, in order. The lanes of a warp look at 32 counts at once.
+struct Walk {
+    const GradientParams &p;
+    uint32_t x, steps, group, end;
+    uint32_t counts = 0, left = 0;  // of the lane's tile of this group; tiles with candidates, a bit each
+    Turn turn{};
+
+    DEVICE Walk(const GradientParams &params, uint32_t row_tile, Range range)
+        : p(params), x(row_tile), steps(params.pairs.stride / kPanelColumns), group(range.begin - 32), end(range.end) {}
+
+    // Steps on to the next tile, by the whole warp; false at the end.
+    DEVICE bool next() {
+        if (turn.count != 0) {
+            ++turn.index;
+            turn.recomputed += !turn.stored;
+            turn.fill += turn.before_rows(steps) + 2;
+        }
+        while (left == 0) {
+            group += 32;  // from below 0 at first
+            if (static_cast<int32_t>(end - group) <= 0) return false;
+            uint32_t y = group + lane_index();
+            counts = y < end ? p.pairs.tile_counts[pair_tile(p.pairs, p.of_references, x, y).index] : 0;
+            left = ballot_sync(counts != 0);
+        }
+        int lane = lowest_bit(left);
+        left &= left - 1;
+        turn.y = group + static_cast<uint32_t>(lane);
+        turn.count = shuffle(counts, lane);
+        turn.tile = pair_tile(p.pairs, p.of_references, x, turn.y);
+        turn.stored = turn.count <= p.pairs.tile_capacity;
+        return true;
+    }
+};
+
+// One lane's arrival for its warp.
+DEVICE void arrive_as_warp(Barrier *barrier) {
+    if (lane_index() == 0) mbarrier_arrive(barrier);
+    warp_sync();
+}
+DEVICE Barrier *full_of(GradientHopperShared &shared, uint32_t fill) { return &shared.full[fill % GRADIENT_HOPPER_STAGES]; }
+DEVICE Barrier *empty_of(GradientHopperShared &shared, uint32_t fill) { return &shared.empty[fill % GRADIENT_HOPPER_STAGES]; }
+DEVICE unsigned char *stage_of(GradientHopperShared &shared, uint32_t fill) {
+    return shared.stages[fill % GRADIENT_HOPPER_STAGES];
+}
+DEVICE uint32_t parity_of(uint32_t fill) { return fill / GRADIENT_HOPPER_STAGES % 2; }
+
+// The warp that copies: R of every tile, before it the operands of a recomputed one.
 template <class Numbers>
-DEVICE void recompute_matrix_hopper(const GradientParams &p, unsigned char *matrix, GroupStages<2> &stages, uint32_t x,
-                                    uint32_t y, PairTile tile) {
+DEVICE void copy_rows(const GradientParams &p, GradientHopperShared &shared, Walk walk, uint32_t first_column, uint32_t panels) {
     const Pairs &pairs = p.pairs;
     const Side &own = p.of_references ? pairs.references : pairs.anchors;
     const Side &other = p.of_references ? pairs.anchors : pairs.references;
-    GroupAccumulators acc;
-    group_multiply_tile<Numbers>(acc, tile_rows<Numbers>(own, x, pairs.stride), tile_rows<Numbers>(other, y, pairs.stride),
-                                 stride_bytes<Numbers>(pairs), stages);
-    auto *values = reinterpret_cast<float *>(stages.bytes);  // [kRecomputedRows, kValuesStride]
-    GroupPlace place;
-    for (uint32_t group = 0; group < 2; ++group) {
-        uint32_t first = group * kRecomputedRows;
-        if (warp_index() / 4 == group) {
-#pragma unroll
-            for (int r = 0; r < GroupPlace::rows; ++r) {
-#pragma unroll
-                for (int c = 0; c < GroupPlace::columns; ++c) {
-                    values[(place.row_of(r) - first) * kValuesStride + place.column_of(c)] = GroupPlace::value(acc, r, c);
+    auto own_rows = static_cast<const unsigned char *>(tile_rows<Numbers>(own, walk.x, pairs.stride));
+    auto begin_stage = [&](uint32_t fill) {
+        if (fill >= GRADIENT_HOPPER_STAGES) mbarrier_wait(empty_of(shared, fill), parity_of(fill - GRADIENT_HOPPER_STAGES));
+        warp_sync();
+    };
+    while (walk.next()) {
+        const Turn &turn = walk.turn;
+        auto rows = static_cast<const unsigned char *>(tile_rows<Numbers>(other, turn.y, pairs.stride));
+        uint32_t fill = turn.fill;
+        if (!turn.stored) {
+            for (uint32_t half = 0; half < 2; ++half) {
+                for (uint32_t step = 0; step < walk.steps; ++step, ++fill) {
+                    begin_stage(fill);
+                    if (lane_index() == 0) {
+                        constexpr uint32_t half_bytes = kHalf * STAGE_BYTES;
+                        uint64_t from = static_cast<uint64_t>(step) * kOperandBytes;
+                        unsigned char *stage = stage_of(shared, fill);
+                        mbarrier_arrive_expect_tx(full_of(shared, fill), kOperandBytes + half_bytes);
+                        cp_async_bulk(stage, own_rows + from, kOperandBytes, full_of(shared, fill));
+                        cp_async_bulk(stage + kOperandBytes, rows + from + half * half_bytes, half_bytes, full_of(shared, fill));
+                    }
+                    warp_sync();
                 }
+                // One for its values, which nobody copies.
+                begin_stage(fill);
+                arrive_as_warp(full_of(shared, fill++));
             }
         }
-        block_sync();
-        weigh_values<Numbers>(p, matrix, values, x, y, 0, first, tile, Part::all);
-        async_proxy_fence();
-        block_sync();  // the values are read, and bulk copies may fill the stage
+        for (uint32_t half = 0; half < 2; ++half, ++fill) {
+            begin_stage(fill);
+            if (lane_index() == 0) mbarrier_arrive_expect_tx(full_of(shared, fill), panels * kStagePanel);
+            warp_sync();
+            if (lane_index() < panels) {
+                uint64_t from = static_cast<uint64_t>(first_column / kPanelColumns + lane_index()) * kOperandBytes;
+                cp_async_bulk(stage_of(shared, fill) + lane_index() * kStagePanel, rows + from + half * kStagePanel,
+                              kStagePanel, full_of(shared, fill));
+            }
+            warp_sync();
+        }
     }
 }
 
-// The block's 128 rows and at most 8 n columns of the result.
-template <class Numbers, int n>
-DEVICE void gradient_hopper_columns(const GradientParams &p, uint32_t first_column, uint32_t columns) {
-    SHARED_MEMORY(bytes);
-    auto &shared = *reinterpret_cast<GradientHopperShared *>(bytes);
-    const Pairs &pairs = p.pairs;
-    const Side &own = p.of_references ? pairs.references : pairs.anchors;
-    const Side &other = p.of_references ? pairs.anchors : pairs.references;
-    uint32_t x = block_x();
-    uint32_t group_rows = warp_index() / 4 * (TILE / 2) * STAGE_BYTES;
-    uint32_t panels = columns / kPanelColumns;  // fewer than n / 8: the rest of the product is not used
-    if (thread_index() == 0) {
-        for (Barrier &barrier : shared.landed) barrier_begin(&barrier, 1);
-        for (Barrier &barrier : shared.recomputing) barrier_begin(&barrier, 1);
-    }
+// Where a recomputed similarity stands in the stage of its half: the rows of half a warp's store meet no bank twice.
+DEVICE uint32_t value_place(uint32_t row, uint32_t column) { return row * kHalf + (column ^ row % 4 * 8); }
 
+// Granules of 4 words of candidates that a thread has under way while M's place is waited for.
+constexpr uint32_t kAhead = 6;
+using Words = Granule<uint32_t>;
+constexpr uint32_t kScales = (TILE + kBuilderThreads - 1) / kBuilderThreads;  // of the other side's rows, a thread
+
+// What the warps that build know of their block.
+struct Building {
+    const GradientParams &p;
+    GradientHopperShared &shared;
+    uint32_t thread;  // of theirs
+
+    DEVICE const Words *words_of(const Turn &turn) const {
+        return reinterpret_cast<const Words *>(p.pairs.tile_words + turn.tile.index * p.pairs.tile_capacity);
+    }
+    // Granule `granule` of a stored tile's words, or none.
+    DEVICE Words load(const Turn &turn, uint32_t granule, bool there) const {
+        if (!there || !turn.stored || granule * Words::count >= turn.count) return Words{};
+        return words_of(turn)[granule];
+    }
+    DEVICE Scales scales_of(bool anchors, uint64_t row) const {
+        if (!anchors) return Scales{0.0f, 0.0f};
+        RowWeights weights = p.pairs.weights[row];
+        float scale = p.weight_scale / kSigmoidScale;
+        return Scales{weights.neg_scale * scale, -weights.pos_scale * scale};
+    }
+};
+
+// Four elements of M, of those candidates from `first` on that are there.
+template <class Numbers>
+DEVICE void scatter(GradientHopperShared &shared, const Turn &turn, const Words &words, uint32_t first) {
+    unsigned char *matrix = shared.matrices[turn.matrix()];
+    auto own_scales = reinterpret_cast<const float *>(shared.own);
+    auto other_scales = reinterpret_cast<const float *>(shared.other[turn.matrix()]);
+    // A word's place and its keepers are by row and column of the stored tile.
+    uint32_t own_shift = turn.tile.transposed ? 0 : 7, own_bit = turn.tile.transposed ? kKeptByColumn : kKeptByRow;
+#pragma unroll
+    for (uint32_t i = 0; i < Words::count; ++i) {
+        uint32_t word = words.values[i];
+        uint32_t own = word >> own_shift & (TILE - 1), other = word >> (7 - own_shift) & (TILE - 1);
+        uint32_t positive = word >> kPositive & 1;
+        float of_own = own_scales[own * 2 + positive], of_other = other_scales[other * 2 + positive];
+        float share = (word >> own_bit & 1 ? of_own : 0.0f) + (word >> (kKeptByRow + kKeptByColumn - own_bit) & 1 ? of_other : 0.0f);
+        if (first + i >= turn.count) continue;
+        float weight = share * word_sigmoid(word);
+        store_weight<Numbers>(matrix, own, other, weight);
+        if (turn.tile.diagonal) store_weight<Numbers>(matrix, other, own, weight);
+    }
+}
+
+constexpr uint32_t kBuildersBarrier = 1;
+
+// M from the values of a recomputed tile.
+template <class Numbers>
+DEVICE void build_recomputed(const Building &my, const Turn &turn, uint32_t x, uint32_t steps) {
+    for (uint32_t half = 0; half < 2; ++half) {
+        uint32_t fill = turn.values(steps, half);
+        auto values = reinterpret_cast<const float *>(stage_of(my.shared, fill));
+        mbarrier_wait(&my.shared.valued[half], turn.recomputed % 2);
+        warp_sync();
+#pragma unroll 1
+        for (uint32_t k = my.thread; k < TILE * kHalf; k += kBuilderThreads) {
+            uint32_t own = k / kHalf, other = half * kHalf + k % kHalf;
+            uint32_t i = x * TILE + own, j = turn.y * TILE + other;
+            bool swapped = turn.tile.diagonal ? i > j : turn.tile.transposed;
+            float weight = recomputed_weight<Numbers>(my.p, i, j, swapped, values[value_place(own, k % kHalf)]);
+            store_weight<Numbers>(my.shared.matrices[turn.matrix()], own, other, weight);
+        }
+        fence_proxy_async();  // bulk copies fill the stage next
+        warp_sync();
+        named_sync(kBuildersBarrier, kBuilderThreads);
+        // In place of the warps that multiply, which do not know when its values are read.
+        if (my.thread < kMultipliers) mbarrier_arrive(empty_of(my.shared, fill));
+        warp_sync();
+    }
+}
+
+template <class Numbers>
+DEVICE void build_matrices(const GradientParams &p, GradientHopperShared &shared, Walk walk) {
+    const Pairs &pairs = p.pairs;
+    Building my{p, shared, thread_index() - kMultipliers * 32};
+    bool other_anchors = pairs.square || p.of_references;
+    Words ahead[kAhead];
+    bool there = walk.next();
+    auto load_ahead = [&] {
+#pragma unroll
+        for (uint32_t a = 0; a < kAhead; ++a) ahead[a] = my.load(walk.turn, my.thread + a * kBuilderThreads, there);
+    };
+    load_ahead();
+    while (there) {
+        Turn turn = walk.turn;
+        there = walk.next();  // its words are loaded where this tile's are used up
+        Scales scales[kScales];
+#pragma unroll
+        for (uint32_t s = 0; s < kScales; ++s) {
+            uint32_t row = my.thread + s * kBuilderThreads;
+            if (turn.stored && row < TILE) scales[s] = my.scales_of(other_anchors, turn.y * TILE + row);
+        }
+        if (turn.index >= 2) mbarrier_wait(&shared.taken[turn.matrix()], turn.matrix_parity() ^ 1);
+        warp_sync();
+        if (turn.stored) {
+#pragma unroll
+            for (uint32_t s = 0; s < kScales; ++s) {
+                uint32_t row = my.thread + s * kBuilderThreads;
+                if (row < TILE) shared.other[turn.matrix()][row] = scales[s];
+            }
+            auto *matrix = reinterpret_cast<Words *>(shared.matrices[turn.matrix()]);
+            for (uint32_t i = my.thread; i < sizeof(shared.matrices[0]) / sizeof(Words); i += kBuilderThreads) matrix[i] = Words{};
+            warp_sync();
+            named_sync(kBuildersBarrier, kBuilderThreads);  // zeros and scales are there
+#pragma unroll
+            for (uint32_t a = 0; a < kAhead; ++a) {
+                uint32_t granule = my.thread + a * kBuilderThreads;
+                if (a * kBuilderThreads * Words::count < turn.count) {
+                    scatter<Numbers>(shared, turn, ahead[a], granule * Words::count);
+                }
+                ahead[a] = my.load(walk.turn, granule, there);
+            }
+            for (uint32_t granule = my.thread + kAhead * kBuilderThreads; granule * Words::count < turn.count;
+                 granule += kBuilderThreads) {
+                scatter<Numbers>(shared, turn, my.words_of(turn)[granule], granule * Words::count);
+            }
+        } else {
+            build_recomputed<Numbers>(my, turn, walk.x, walk.steps);
+            load_ahead();
+        }
+        fence_proxy_async();
+        warp_sync();
+        arrive_as_warp(&shared.built[turn.matrix()]);
+    }
+}
+
+// Half of S of a tile that was not stored, its values left in the stage behind its operands. The bits are those
+// of the sweep: either order of the operands gives the same.
+template <class Numbers>
+DEVICE void recompute_values(GradientHopperShared &shared, Barrier *valued, uint32_t fill, uint32_t steps, uint32_t group) {
+    float acc[kHalf / 8][4];
+#pragma unroll
+    for (uint32_t n = 0; n < kHalf / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) acc[n][i] = 0.0f;
+    }
+    settle(acc);
+    for (uint32_t step = 0; step < steps; ++step, ++fill) {
+        mbarrier_wait(full_of(shared, fill), parity_of(fill));
+        warp_sync();
+        unsigned char *stage = stage_of(shared, fill);
+        Descriptor rows = stage_descriptor(stage + group * kDepth * STAGE_BYTES), columns = stage_descriptor(stage + kOperandBytes);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < kGranules / 2; ++k) wgmma<false>(Numbers{}, acc, advanced(rows, k * 32), advanced(columns, k * 32));
+        wgmma_commit();
+        wgmma_wait<0>();
+        arrive_as_warp(empty_of(shared, fill));
+    }
+    settle(acc);
+    mbarrier_wait(full_of(shared, fill), parity_of(fill));
+    warp_sync();
+    auto values = reinterpret_cast<float *>(stage_of(shared, fill));
+    GroupPlace place;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+        for (uint32_t c = 0; c < kHalf / 4; ++c) {
+            values[value_place(place.row_of(r), place.column_of(c))] = acc[c / 2][r * 2 + c % 2];
+        }
+    }
+    fence_proxy_async();  // bulk copies fill the stage next
+    warp_sync();
+    arrive_as_warp(valued);
+}
+
+// The two warpgroups that multiply: 64 rows each and at most 8 n columns.
+template <class Numbers, int n>
+DEVICE void multiply_matrices(const GradientParams &p, GradientHopperShared &shared, Walk walk, uint32_t first_column,
+                              uint32_t columns) {
+    uint32_t group = shuffle(warp_index(), 0) / 4;  // which the compiler then knows to be the warp's
     float sums[n][4];
 #pragma unroll
     for (int column = 0; column < n; ++column) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) sums[column][i] = 0.0f;
     }
-    group_settle(sums);
-    uint32_t turn = 0, recomputed = 0;  // tiles multiplied; stages filled for recomputed ones
-    Range range = split_range(other.tiles, block_z(), p.splits);
-    for (uint32_t y = range.begin; y < range.end; ++y) {
-        PairTile tile = pair_tile(pairs, p.of_references, x, y);
-        uint32_t count = pairs.tile_counts[tile.index];
-        if (count == 0) continue;  // the same for the whole block
-        unsigned char *stage = shared.stages[turn % 2], *matrix = shared.matrices[turn % 2];
-        Barrier *landed = &shared.landed[turn % 2];
-        auto copy = [&] {
-            if (thread_index() != 0) return;
-            auto rows = static_cast<const unsigned char *>(tile_rows<Numbers>(other, y, pairs.stride));
-            uint32_t stage_bytes = panels * TILE * STAGE_BYTES;
-            barrier_expect(landed, stage_bytes);
-            copy_bulk(stage, rows + static_cast<uint64_t>(first_column / kPanelColumns) * TILE * STAGE_BYTES, stage_bytes,
-                      landed);
-        };
-        block_sync();  // the barriers have begun; both groups' products of the turn before the last are done
-        if (count > pairs.tile_capacity) {
-            group_wait<0>();
-            GroupStages<2> operands{stage, shared.recomputing, recomputed};
-            recompute_matrix_hopper<Numbers>(p, matrix, operands, x, y, tile);
-            recomputed = operands.filled;
-            copy();
-        } else {
-            copy();  // lands while M is rebuilt
-            rebuild_matrix<Numbers>(p, matrix, x, y, 0, tile, count);
+    settle(sums);
+    bool open = false;  // the last product is still under way: its stage, and its M, are not given back yet
+    while (walk.next()) {
+        const Turn &turn = walk.turn;
+        uint32_t fill = turn.fill + turn.before_rows(walk.steps);
+        if (!turn.stored) {
+            wgmma_wait<0>();
+            if (open) {
+                arrive_as_warp(empty_of(shared, turn.fill - 1));
+                arrive_as_warp(&shared.taken[turn.matrix() ^ 1]);
+                open = false;
+            }
+            for (uint32_t part = 0; part < 2; ++part) {
+                recompute_values<Numbers>(shared, &shared.valued[part], turn.fill + part * (walk.steps + 1), walk.steps, group);
+            }
         }
-        async_proxy_fence();
-        block_sync();  // M is there
-        barrier_wait(landed, turn / 2 % 2);
+        mbarrier_wait(&shared.built[turn.matrix()], turn.matrix_parity());
         warp_sync();
-        Descriptor weights = stage_descriptor(matrix + group_rows);
-        Descriptor rows = panels_descriptor(stage, TILE * STAGE_BYTES);
-        group_fence();
+        for (uint32_t half = 0; half < 2; ++half, ++fill) {
+            mbarrier_wait(full_of(shared, fill), parity_of(fill));
+            warp_sync();
+            unsigned char *matrix = shared.matrices[turn.matrix()] + half * kPanelBytes<Numbers>;
+            Descriptor weights = stage_descriptor(matrix + group * kDepth * STAGE_BYTES);
+            Descriptor rows = panels_descriptor(stage_of(shared, fill), kStagePanel);
+            wgmma_fence();
 #pragma unroll
-        for (uint32_t k = 0; k < TILE; k += 16) {
-            uint32_t at = k / kPanelColumns * kPanelBytes<Numbers> + k % kPanelColumns * 2;
-            group_multiply<true>(Numbers{}, sums, advanced(weights, at), advanced(rows, k * STAGE_BYTES));
+            for (uint32_t k = 0; k < kDepth; k += 16) {
+                wgmma<true>(Numbers{}, sums, advanced(weights, k * 2), advanced(rows, k * STAGE_BYTES));
+            }
+            wgmma_commit();
+            wgmma_wait<1>();  // this product goes on, that before it is done
+            if (open) {
+                arrive_as_warp(empty_of(shared, fill - 1));
+                if (half == 0) arrive_as_warp(&shared.taken[turn.matrix() ^ 1]);
+            }
+            open = true;
         }
-        group_commit();
-        group_wait<1>();  // this product goes on
-        ++turn;
     }
-    group_wait<0>();
+    wgmma_wait<0>();
+    settle(sums);
 
-    uint64_t padded_rows = static_cast<uint64_t>(own.tiles) * TILE;
-    float *to = p.partial + (block_z() * padded_rows + x * TILE) * pairs.stride + first_column;
+    const Side &own = p.of_references ? p.pairs.references : p.pairs.anchors;
     float unscale = 1.0f / p.weight_scale;
     GroupPlace place;
 #pragma unroll
-    for (int column = 0; column < n; ++column) {
-        if (column * 8 >= static_cast<int>(columns)) break;
+    for (int r = 0; r < 2; ++r) {
+        ResultRow result = result_row(p, own, walk.x * TILE + place.row_of(r));
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            to[static_cast<uint64_t>(place.row_of(i / 2)) * pairs.stride + place.column_of(column * 2 + i % 2)] =
-                sums[column][i] * unscale;
+        for (int c = 0; c < 2 * n; ++c) {
+            uint32_t column = place.column_of(c);
+            if (column >= columns || first_column + column >= result.columns) continue;
+            result.to[first_column + column] = sums[c / 2][r * 2 + c % 2] * unscale;
         }
     }
 }
@@ -147,19 +399,48 @@ DEVICE void gradient_hopper_columns(const GradientParams &p, uint32_t first_colu
 template <class Numbers>
 DEVICE void gradient_tiles_hopper_body([[maybe_unused]] const GradientParams &p) {
 #ifdef HAS_WARPGROUP_PRODUCTS
-    if (p.ways[block_x()]) return;
+    SHARED_MEMORY(bytes);
+    auto &shared = *reinterpret_cast<GradientHopperShared *>(bytes);
+    const Pairs &pairs = p.pairs;
+    uint32_t x = block_x();
+    if (p.ways[x]) return;
     uint32_t first_column = block_y() * GRADIENT_COLUMNS;
-    uint32_t left = p.pairs.stride - first_column;
+    uint32_t left = pairs.stride - first_column;
     uint32_t columns = left < GRADIENT_COLUMNS ? left : GRADIENT_COLUMNS;
-    // The narrow product for what it holds: it takes half the time.
-    if (columns <= GRADIENT_COLUMNS / 2) {
-        gradient_hopper_columns<Numbers, GRADIENT_COLUMNS / 16>(p, first_column, columns);
+    if (thread_index() == 0) {
+        for (Barrier &barrier : shared.full) mbarrier_init(&barrier, 1);
+        for (Barrier &barrier : shared.empty) mbarrier_init(&barrier, kMultipliers);
+        for (Barrier &barrier : shared.built) mbarrier_init(&barrier, kBuilders);
+        for (Barrier &barrier : shared.taken) mbarrier_init(&barrier, kMultipliers);
+        for (Barrier &barrier : shared.valued) mbarrier_init(&barrier, kMultipliers);
+    }
+    if (thread_index() < TILE) {
+        bool anchors = pairs.square || !p.of_references;
+        shared.own[thread_index()] = Building{p, shared, 0}.scales_of(anchors, x * TILE + thread_index());
+    }
+    block_sync();  // barriers and scales are there
+    Range range = split_range(p.of_references ? pairs.anchors.tiles : pairs.references.tiles, block_z(), p.splits);
+    Walk walk(p, x, range);
+    uint32_t warp = shuffle(warp_index(), 0);
+    if (warp >= kMultipliers) {
+        setmaxnreg_dec<88>();
+        if (warp == kMultipliers + kBuilders) {
+            copy_rows<Numbers>(p, shared, walk, first_column, columns / kPanelColumns);
+        } else {
+            build_matrices<Numbers>(p, shared, walk);
+        }
     } else {
-        gradient_hopper_columns<Numbers, GRADIENT_COLUMNS / 8>(p, first_column, columns);
+        setmaxnreg_inc<208>();
+        // The narrow product for what it holds: it takes half the time.
+        if (columns <= GRADIENT_COLUMNS / 2) {
+            multiply_matrices<Numbers, GRADIENT_COLUMNS / 16>(p, shared, walk, first_column, columns);
+        } else {
+            multiply_matrices<Numbers, GRADIENT_COLUMNS / 8>(p, shared, walk, first_column, columns);
+        }
     }
 #else
     trap();
 #endif
 }
-KERNEL(gradient_tiles_hopper_f16, GradientParams, 1) { gradient_tiles_hopper_body<HalfF16>(p); }
-KERNEL(gradient_tiles_hopper_bf16, GradientParams, 1) { gradient_tiles_hopper_body<HalfBf16>(p); }
+ROLE_KERNEL(gradient_tiles_hopper_f16, GradientParams, GRADIENT_HOPPER_THREADS) { gradient_tiles_hopper_body<HalfF16>(p); }
+ROLE_KERNEL(gradient_tiles_hopper_bf16, GradientParams, GRADIENT_HOPPER_THREADS) { gradient_tiles_hopper_body<HalfBf16>(p); }

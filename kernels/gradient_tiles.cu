@@ -39,7 +39,7 @@ template <class Numbers>
 DEVICE void load_columns(uint32_t (&raw)[4], const unsigned char *stage, uint32_t k, uint32_t column) {
     uint32_t lane = lane_index();
     if constexpr (sizeof(typename Numbers::Element) == 2) {
-        load_matrices_transposed(raw, stage + stage_place<Numbers>(k + lane % 16, column / 8 + lane / 16));
+        ldmatrix_transposed(raw, stage + stage_place<Numbers>(k + lane % 16, column / 8 + lane / 16));
     } else {
         // There is no transposing load of 32-bit elements.
 #pragma unroll
@@ -66,7 +66,7 @@ DEVICE void multiply_gradient_stage(GradientSums<Numbers> &sums, const unsigned 
         for (int tile = 0; tile < Shape::row_tiles; ++tile) {
             uint32_t raw[4];
             uint32_t at = first_k + k + lane / 16 * (Shape::depth / 2);
-            load_matrices(raw, matrix + matrix_place<Numbers>(warp_row + tile * 16 + lane % 16, at));
+            ldmatrix(raw, matrix + matrix_place<Numbers>(warp_row + tile * 16 + lane % 16, at));
             Numbers::prepare(rows[tile], raw);
         }
 #pragma unroll
@@ -155,12 +155,12 @@ DEVICE void gradient_tiles_body(const GradientParams &p) {
             uint32_t granules = columns * sizeof(Element) / 16;
             for (uint32_t i = thread_index(); step < kSteps && i < GRADIENT_DEPTH * granules; i += THREADS) {
                 uint32_t k = i / granules, granule = i % granules;
-                copy_async(stages + step % Shape::stages * Shape::stage_bytes + stage_place<Numbers>(k, granule),
+                cp_async(stages + step % Shape::stages * Shape::stage_bytes + stage_place<Numbers>(k, granule),
                            rows + prepared_place(step * GRADIENT_DEPTH + k,
                                                  first_column * static_cast<uint32_t>(sizeof(Element)) + granule * 16,
                                                  stride_bytes<Numbers>(pairs)));
             }
-            copy_commit();
+            cp_async_commit();
         };
         auto copy_first = [&] {
             for (uint32_t step = 0; step < Shape::stages - 1; ++step) copy(step);
@@ -173,7 +173,7 @@ DEVICE void gradient_tiles_body(const GradientParams &p) {
             rebuild_matrix<Numbers>(p, matrix, x, y, offset, tile, count);
         }
         for (uint32_t step = 0; step < kSteps; ++step) {
-            copy_wait<Shape::stages - 2>();
+            cp_async_wait<Shape::stages - 2>();
             block_sync();  // M and this stage are there, the stage before is read
             copy(step + Shape::stages - 1);
             const unsigned char *stage = stages + step % Shape::stages * Shape::stage_bytes;
@@ -195,20 +195,21 @@ DEVICE void gradient_tiles_body(const GradientParams &p) {
         block_sync();  // M and the stages are read
     }
 
-    uint64_t padded_rows = static_cast<uint64_t>(own.tiles) * TILE;
-    float *to = p.partial + (block_z() * padded_rows + x * TILE + offset) * pairs.stride + first_column;
     float unscale = 1.0f / p.weight_scale;
 #pragma unroll
     for (int tile = 0; tile < Shape::row_tiles; ++tile) {
 #pragma unroll
-        for (int group = 0; group < Shape::groups; ++group) {
-            uint32_t column = (group * 4 + warp_index() % 4) * 16;
-            if (column >= columns) break;
+        for (int half = 0; half < 2; ++half) {
+            uint32_t row = (warp_index() / 4 * Shape::row_tiles + tile) * 16 + half * 8 + lane_index() / 4;
+            ResultRow result = result_row(p, own, x * TILE + offset + row);
 #pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                uint32_t row = (warp_index() / 4 * Shape::row_tiles + tile) * 16 + i % 4 / 2 * 8 + lane_index() / 4;
-                uint32_t at = column + i / 4 * 8 + lane_index() % 4 * 2 + i % 2;
-                to[static_cast<uint64_t>(row) * pairs.stride + at] = sums[tile][group * 2 + i / 4][i % 4] * unscale;
+            for (int group = 0; group < Shape::groups; ++group) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    uint32_t column = (group * 4 + warp_index() % 4) * 16 + i / 2 * 8 + lane_index() % 4 * 2 + i % 2;
+                    if (column >= columns || first_column + column >= result.columns) continue;
+                    result.to[first_column + column] = sums[tile][group * 2 + i / 2][half * 2 + i % 2] * unscale;
+                }
             }
         }
     }

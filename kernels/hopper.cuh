@@ -30,12 +30,12 @@ struct GroupPlace {
 
 // c += a b in the rows' type, asynchronously.
 template <bool transposed, int n>
-DEVICE void group_multiply(HalfF16, float (&c)[n][4], Descriptor a, Descriptor b) {
-    group_mma_f16<transposed>(c, a, b);
+DEVICE void wgmma(HalfF16, float (&c)[n][4], Descriptor a, Descriptor b) {
+    wgmma_f16<transposed>(c, a, b);
 }
 template <bool transposed, int n>
-DEVICE void group_multiply(HalfBf16, float (&c)[n][4], Descriptor a, Descriptor b) {
-    group_mma_bf16<transposed>(c, a, b);
+DEVICE void wgmma(HalfBf16, float (&c)[n][4], Descriptor a, Descriptor b) {
+    wgmma_bf16<transposed>(c, a, b);
 }
 
 // Stages that are filled in turn, each with a barrier that counts one arrival.
@@ -48,7 +48,7 @@ struct GroupStages {
     // By all threads; those that wait have passed a block_sync() before.
     DEVICE void begin() const {
         if (thread_index() != 0) return;
-        for (int stage = 0; stage < count; ++stage) barrier_begin(&barriers[stage], 1);
+        for (int stage = 0; stage < count; ++stage) mbarrier_init(&barriers[stage], 1);
     }
     DEVICE unsigned char *stage(uint32_t turn) const { return bytes + turn % count * 2 * TILE * STAGE_BYTES; }
     DEVICE Barrier *barrier(uint32_t turn) const { return &barriers[turn % count]; }
@@ -73,34 +73,34 @@ DEVICE void group_multiply_tile(GroupAccumulators &acc, const void *a, const voi
         uint64_t from = static_cast<uint64_t>(index) * half_bytes;
         unsigned char *stage = stages.stage(stages.filled + index);
         Barrier *barrier = stages.barrier(stages.filled + index);
-        barrier_expect(barrier, 2 * half_bytes);
-        copy_bulk(stage, a_bytes + from, half_bytes, barrier);
-        copy_bulk(stage + half_bytes, b_bytes + from, half_bytes, barrier);
+        mbarrier_arrive_expect_tx(barrier, 2 * half_bytes);
+        cp_async_bulk(stage, a_bytes + from, half_bytes, barrier);
+        cp_async_bulk(stage + half_bytes, b_bytes + from, half_bytes, barrier);
     };
 #pragma unroll
     for (int n = 0; n < 16; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) acc[n][i] = 0.0f;
     }
-    group_settle(acc);
+    settle(acc);
     for (uint32_t index = 0; index < ahead; ++index) copy(index);
     for (uint32_t index = 0; index < count; ++index) {
         block_sync();  // the barriers have begun, and both groups are done with the stage that is filled next
         copy(index + ahead);
         uint32_t turn = stages.filled + index;
-        barrier_wait(stages.barrier(turn), stages.parity(turn));
+        mbarrier_wait(stages.barrier(turn), stages.parity(turn));
         warp_sync();
         const unsigned char *stage = stages.stage(turn);
         Descriptor rows = stage_descriptor(stage + group_rows), columns = stage_descriptor(stage + half_bytes);
-        group_fence();
+        wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kGranules / 2; ++step) {
-            group_multiply<false>(Numbers{}, acc, advanced(rows, step * 32), advanced(columns, step * 32));
+            wgmma<false>(Numbers{}, acc, advanced(rows, step * 32), advanced(columns, step * 32));
         }
-        group_commit();
-        group_wait<pending>();
+        wgmma_commit();
+        wgmma_wait<pending>();
     }
-    group_wait<0>();
+    wgmma_wait<0>();
     block_sync();
     stages.filled += count;
 }

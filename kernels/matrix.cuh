@@ -46,6 +46,34 @@ DEVICE void store_weight(unsigned char *matrix, uint32_t row, uint32_t k, float 
     *reinterpret_cast<Element *>(matrix + matrix_place<Numbers>(row, k)) = from_float<Element>(weight);
 }
 
+// Element of M as the rows' type holds it: of 16-bit types from a sigmoid rounded as in the pair's
+// word, so that a pair has one weight whichever kernel weighs it, stored or recomputed.
+template <class Numbers>
+DEVICE float matrix_weight(const Pairs &pairs, uint32_t i, uint32_t j, float s) {
+    if constexpr (sizeof(typename Numbers::Element) == 4) {
+        return pair_weight(pairs, i, j, s);
+    } else {
+        bool positive;
+        float share = pair_share(pairs, i, j, s, positive);
+        return share == 0.0f ? 0.0f : share * rounded_sigmoid(pair_sigmoid(pairs.settings, positive, s));
+    }
+}
+
+// Where row `row` of the result goes: with one split straight to the caller's rows, otherwise to the split's part.
+struct ResultRow {
+    float *to;
+    uint32_t columns;  // 0: padding, which the caller does not have
+};
+DEVICE ResultRow result_row(const GradientParams &p, const Side &own, uint64_t row) {
+    const Pairs &pairs = p.pairs;
+    if (p.splits != 1) {
+        uint64_t padded_rows = static_cast<uint64_t>(own.tiles) * TILE;
+        return ResultRow{p.partial + (block_z() * padded_rows + row) * pairs.stride, pairs.stride};
+    }
+    if (row >= own.count) return ResultRow{nullptr, 0};
+    return ResultRow{p.gradient + static_cast<uint64_t>(own.order[row]) * pairs.dim, pairs.dim};
+}
+
 // M of the block's rows (`offset` in tile x) and tile y, from the stored candidates.
 template <class Numbers>
 DEVICE void rebuild_matrix(const GradientParams &p, unsigned char *matrix, uint32_t x, uint32_t y, uint32_t offset,
@@ -56,7 +84,7 @@ DEVICE void rebuild_matrix(const GradientParams &p, unsigned char *matrix, uint3
     block_sync();
     uint64_t at = tile.index * pairs.tile_capacity;
     for (uint32_t k = thread_index(); k < count; k += THREADS) {
-        uint32_t place = pairs.tile_places[at + k];
+        uint32_t place = word_place(pairs.tile_words[at + k]);
         float s = pairs.tile_values[at + k];
         // Row and column of the stored tile; x and y in the order of M.
         uint32_t row = (tile.transposed ? y : x) * TILE + place / TILE;
@@ -66,10 +94,18 @@ DEVICE void rebuild_matrix(const GradientParams &p, unsigned char *matrix, uint3
         constexpr uint32_t rows = kMatrixRows<Numbers>;  // rows of other blocks wrap around
         bool first = of_x - offset < rows, second = tile.diagonal && of_y - offset < rows;
         if (!first && !second) continue;
-        float weight = pair_weight(pairs, row, column, s) * p.weight_scale;
+        float weight = matrix_weight<Numbers>(pairs, row, column, s) * p.weight_scale;
         if (first) store_weight<Numbers>(matrix, of_x - offset, of_y, weight);
         if (second) store_weight<Numbers>(matrix, of_y - offset, of_x, weight);
     }
+}
+
+// Element of M of row i of the result's side and row j of the other, from a recomputed similarity.
+template <class Numbers>
+DEVICE float recomputed_weight(const GradientParams &p, uint32_t i, uint32_t j, bool swapped, float s) {
+    uint32_t anchor = swapped ? j : i, reference = swapped ? i : j;
+    if (!is_pair(p.pairs, anchor, reference)) return 0.0f;
+    return matrix_weight<Numbers>(p.pairs, anchor, reference, s) * p.weight_scale;
 }
 
 // A recomputed tile of S comes this many rows at a time, through shared memory: from registers
@@ -82,16 +118,13 @@ enum class Part { upper, lower, all };
 template <class Numbers>
 DEVICE void weigh_values(const GradientParams &p, unsigned char *matrix, const float *values, uint32_t x, uint32_t y,
                          uint32_t offset, uint32_t first, PairTile tile, Part part) {
-    const Pairs &pairs = p.pairs;
     for (uint32_t k = thread_index(); k < kRecomputedRows * TILE; k += THREADS) {
         uint32_t of_x = first + k / TILE, of_y = k % TILE;
         uint32_t i = x * TILE + offset + of_x, j = y * TILE + of_y;
         bool swapped = tile.diagonal ? i > j : tile.transposed;
         if (part != Part::all && swapped != (part == Part::lower)) continue;
-        uint32_t anchor = swapped ? j : i, reference = swapped ? i : j;
-        float s = values[k / TILE * kValuesStride + of_y];
-        float weight = is_pair(pairs, anchor, reference) ? pair_weight(pairs, anchor, reference, s) : 0.0f;
-        store_weight<Numbers>(matrix, of_x, of_y, weight * p.weight_scale);
+        float weight = recomputed_weight<Numbers>(p, i, j, swapped, values[k / TILE * kValuesStride + of_y]);
+        store_weight<Numbers>(matrix, of_x, of_y, weight);
     }
 }
 

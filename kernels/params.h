@@ -15,7 +15,7 @@
 
 /* Rows (and columns) of a tile of S. */
 #define TILE 128
-/* Threads of a block, in every kernel. */
+/* Threads of a block, in every kernel whose warps all do the same. */
 #define THREADS 256
 /* Bytes of one row that a pipeline stage holds: the stride of prepared rows is a multiple. */
 #define STAGE_BYTES 128
@@ -46,9 +46,13 @@
  * four of 16-bit types, two of f32. */
 #define GRADIENT_DEPTH 32
 #define GRADIENT_STAGES_BYTES (4 * GRADIENT_DEPTH * GRADIENT_COLUMNS * 2)
-/* On Hopper: two stages of a whole tile's rows (64 KB), two tiles of M (32 KB), two barriers for
- * the stages and two for a tile of S that is recomputed in one. */
-#define GRADIENT_HOPPER_SHARED_BYTES (2 * TILE * GRADIENT_COLUMNS * 2 + 2 * TILE * TILE * 2 + 4 * 8)
+/* On Hopper warps have roles: 8 multiply, 3 build M, 1 copies; more threads would leave the product of 256 columns too
+ * few registers (ptxas wants 154 for the whole kernel). 4 stages of half a tile's rows (32 KB), two
+ * tiles of M (32 KB), the scales of the block's rows and, for each tile of M, of the other side's; 14 barriers. */
+#define GRADIENT_HOPPER_THREADS 384
+#define GRADIENT_HOPPER_STAGES 4
+#define GRADIENT_HOPPER_SHARED_BYTES \
+    (GRADIENT_HOPPER_STAGES * TILE / 2 * GRADIENT_COLUMNS * 2 + 2 * TILE * TILE * 2 + 3 * TILE * 8 + 14 * 8)
 /* Rows and columns of the gradient that one block of the list way keeps as f32. */
 #define LISTS_ROWS 64
 #define LISTS_COLUMNS 256
@@ -148,7 +152,7 @@ typedef struct Pairs {
     uint32_t square;
     uint32_t stride;             /* elements between rows, a multiple of STAGE_BYTES */
     uint32_t dim;                /* D */
-    uint32_t tile_capacity;      /* candidates that a tile's segment holds */
+    uint32_t tile_capacity;      /* candidates that a tile's segment holds, a multiple of 4 */
     uint64_t tiles;              /* of S: upper triangle, or all */
     ClassRange *classes;         /* [B] */
     RowSame *same;               /* [B] */
@@ -159,7 +163,7 @@ typedef struct Pairs {
     /* Candidates: every positive, and the negatives above either row's candidate bound. */
     uint32_t *tile_counts;       /* [tiles]; above `tile_capacity`: not stored, to be recomputed */
     float *tile_values;          /* [tiles, tile_capacity], S */
-    uint16_t *tile_places;       /* [tiles, tile_capacity], row * TILE + column inside the tile */
+    uint32_t *tile_words;        /* [tiles, tile_capacity], place and, from the selection on, fate: word.cuh */
     Settings settings;
 } Pairs;
 
@@ -228,7 +232,8 @@ typedef struct GradientParams {
     float weight_scale;          /* power of two that lifts weights into the range of 16-bit types */
     uint32_t reserved;
     const uint8_t *ways;         /* [tiles of the result's side], 1: lists */
-    float *partial;              /* [splits, padded_rows, stride] */
+    float *partial;              /* [splits, padded_rows, stride]; with one split unused */
+    float *gradient;             /* [count, dim], original order, written where there is one split */
 } GradientParams;
 
 /* gradient_ways: which way each row tile's gradient takes, by the candidates of its tiles. */
@@ -239,7 +244,7 @@ typedef struct WaysParams {
     uint8_t *ways;               /* [tiles of the result's side] */
 } WaysParams;
 
-/* gradient_sum: sums the splits, undoes the class order. */
+/* gradient_sum: sums the splits, undoes the class order. Not launched for one split. */
 typedef struct GradientSumParams {
     const float *partial;        /* [splits, padded_rows, stride] */
     const uint32_t *order;

@@ -4,13 +4,14 @@
 // select_stored, select_recomputed: the AT-ASMS decision is taken anew by every block from
 //   the counters of the sweep (no round trip to the host); then each candidate is held
 //   against the final thresholds of its row and its column. One block a tile, the one
-//   kernel for tiles whose candidates were stored, the other (on Hopper with wgmma) for
-//   those that did not fit.
+//   kernel for tiles whose candidates were stored, and it leaves the fate of each in its word; the
+//   other (on Hopper with wgmma) for those that did not fit.
 // weigh: per-row weights from the counts, the scalars, results in original order. One block.
 // Sync: integer atomics alone. The sums of the loss are 64-bit fixed point, so that the
 //   order of blocks and the way a tile took cannot change a bit.
 
 #include "hopper.cuh"
+#include "weight.cuh"
 
 struct Tolerances {
     double pos;
@@ -57,29 +58,24 @@ struct Terms {
     int64_t softplus;
     int64_t sigmoid;
 };
-DEVICE Terms terms_of(const Settings &settings, bool positive, float s) {
-    double lambda = positive ? settings.lambda_pos : settings.lambda_neg;
-    double sharpness = positive ? -settings.beta : settings.alpha;
-    auto x = static_cast<float>(sharpness * (static_cast<double>(s) - lambda));
-    // Both stable for every x: the exponential never overflows.
-    float e = expf(-fabsf(x));
-    float softplus = fmaxf(x, 0.0f) + log1pf(e);
-    float sigmoid = x >= 0.0f ? 1.0f / (1.0f + e) : e / (1.0f + e);
-    return Terms{round_to_integer(static_cast<double>(softplus) * settings.sum_scale),
-                 round_to_integer(static_cast<double>(sigmoid) * settings.sum_scale)};
+DEVICE Terms terms_of(const Settings &settings, float x) {
+    return Terms{round_to_integer(static_cast<double>(softplus(x)) * settings.sum_scale),
+                 round_to_integer(static_cast<double>(sigmoid(x)) * settings.sum_scale)};
 }
 
-DEVICE void select_pair(const Pairs &pairs, SelectShared &shared, uint32_t tile_column, uint32_t row, uint32_t column,
-                        float s) {
+// Adds the pair to the sums of whom it is kept by; its fate, as in a word.
+DEVICE uint32_t select_pair(const Pairs &pairs, SelectShared &shared, uint32_t tile_column, uint32_t row, uint32_t column,
+                            float s) {
     bool positive = same_class(shared.range[row], tile_column * TILE + column);
-    if (positive && s >= kDuplicate) return;
+    if (positive && s >= kDuplicate) return 0;
     uint32_t entries[2] = {row, TILE + column};
     bool kept[2];
     for (int side = 0; side < 2; ++side) {
         kept[side] = positive ? s < shared.pos_bound[entries[side]] : s > shared.neg_bound[entries[side]];
     }
-    if (!kept[0] && !kept[1]) return;
-    Terms terms = terms_of(pairs.settings, positive, s);
+    if (!kept[0] && !kept[1]) return 0;
+    float x = pair_argument(pairs.settings, positive, s);
+    Terms terms = terms_of(pairs.settings, x);
     int kind = positive ? 0 : 1;
     for (int side = 0; side < 2; ++side) {
         if (!kept[side]) continue;
@@ -87,6 +83,7 @@ DEVICE void select_pair(const Pairs &pairs, SelectShared &shared, uint32_t tile_
         atomic_add_shared(&shared.sums[kind][entries[side]], terms.softplus);
         atomic_add_shared(&shared.sums[2 + kind][entries[side]], terms.sigmoid);
     }
+    return word_fate(kept[0], kept[1], positive, sigmoid(x));
 }
 
 DEVICE void select_end(const Pairs &pairs, TileIndex tile, const SelectShared &shared) {
@@ -119,8 +116,9 @@ KERNEL(select_stored, PairsParams, 2) {
     select_begin(pairs, tile, shared);
     uint64_t at = index * pairs.tile_capacity;
     for (uint32_t k = thread_index(); k < count; k += THREADS) {
-        uint32_t place = pairs.tile_places[at + k];
-        select_pair(pairs, shared, tile.column, place / TILE, place % TILE, pairs.tile_values[at + k]);
+        uint32_t place = pairs.tile_words[at + k];
+        uint32_t fate = select_pair(pairs, shared, tile.column, place / TILE, place % TILE, pairs.tile_values[at + k]);
+        pairs.tile_words[at + k] = place | fate;
     }
     select_end(pairs, tile, shared);
 }

@@ -184,7 +184,7 @@ DEVICE void sweep_epilogue(const Pairs &pairs, TileIndex tile, uint64_t index, S
     if (lane_index() == 0 && probe != 0) atomic_add(&reduction.probe, probe);
 
     // Every thread's place in the segment: a scan over the warp, then over the warps.
-    uint32_t count = static_cast<uint32_t>(bit_count(candidates[0]) + bit_count(candidates[1]));
+    uint32_t count = static_cast<uint32_t>(popc(candidates[0]) + popc(candidates[1]));
     uint32_t before = count;
     for (int by = 1; by < 32; by *= 2) {
         uint32_t other = shuffle_up(before, by);
@@ -218,8 +218,7 @@ DEVICE void sweep_epilogue(const Pairs &pairs, TileIndex tile, uint64_t index, S
             int bit = row * Where::columns + column;
             if (candidates[bit / 32] >> bit % 32 & 1u) {
                 pairs.tile_values[at] = Where::value(acc, row, column);
-                pairs.tile_places[at] = static_cast<uint16_t>(place.row_of(row) * TILE +
-                                                              place.column_of(column));
+                pairs.tile_words[at] = place.row_of(row) * TILE + place.column_of(column);
                 ++at;
             }
         }

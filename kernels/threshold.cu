@@ -106,7 +106,7 @@ DEVICE void threshold_body(const ThresholdParams &p) {
             block_sync();
             uint64_t at = index * pairs.tile_capacity;
             for (uint32_t k = thread_index(); k < count; k += THREADS) {
-                uint32_t row = pairs.tile_places[at + k] / TILE, column = pairs.tile_places[at + k] % TILE;
+                uint32_t place = word_place(pairs.tile_words[at + k]), row = place / TILE, column = place % TILE;
                 if (row - half >= TILE / 2) continue;
                 add_slope(pairs, tile.row * TILE + row, tile.column * TILE + column, pairs.tile_values[at + k],
                           tilts[(row - half) * TILE + column], pos, neg);

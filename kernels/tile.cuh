@@ -140,7 +140,7 @@ DEVICE void copy_stage(unsigned char *to, const unsigned char *from, int rows) {
 #pragma unroll
     for (int i = 0; i < rows * kGranules / THREADS; ++i) {
         uint32_t granule = thread_index() + i * THREADS;
-        copy_async(to + granule * 16, from + granule * 16);
+        cp_async(to + granule * 16, from + granule * 16);
     }
 }
 
@@ -157,14 +157,14 @@ DEVICE void multiply_stage(Accumulators<row_tiles> &acc, const unsigned char *a,
 #pragma unroll
         for (int pair = 0; pair < kColumnTiles / 2; ++pair) {
             uint32_t raw[4];
-            load_matrices(raw, b + swizzled(b_row + pair * 16 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2));
+            ldmatrix(raw, b + swizzled(b_row + pair * 16 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2));
             Numbers::prepare(columns[pair * 2], raw);
             Numbers::prepare(columns[pair * 2 + 1], raw + 2);
         }
 #pragma unroll
         for (int tile = 0; tile < row_tiles; ++tile) {
             uint32_t raw[4];
-            load_matrices(raw, a + swizzled(a_row + tile * 16 + lane % 16, step * 2 + lane / 16));
+            ldmatrix(raw, a + swizzled(a_row + tile * 16 + lane % 16, step * 2 + lane / 16));
             typename Numbers::template Fragment<4> rows;
             Numbers::prepare(rows, raw);
 #pragma unroll
@@ -208,13 +208,13 @@ DEVICE void multiply_tile(Accumulators<row_tiles> &acc, const void *a, const voi
     clear<row_tiles>(acc);
     for (uint32_t index = 0; index < stage_count - 1; ++index) {
         if (index < count) copy(index);
-        copy_commit();  // a group a stage, empty or not: the waits below count them
+        cp_async_commit();  // a group a stage, empty or not: the waits below count them
     }
     for (uint32_t index = 0; index < count; ++index) {
-        copy_wait<stage_count - 2>();
+        cp_async_wait<stage_count - 2>();
         block_sync();  // everybody's copies of this stage are there, and the stage before is read
         if (index + stage_count - 1 < count) copy(index + stage_count - 1);
-        copy_commit();
+        cp_async_commit();
         const unsigned char *stage = stages + index % stage_count * stage_bytes;
         const unsigned char *other = stage + rows * STAGE_BYTES;
         if constexpr (Numbers::exact) {
@@ -237,7 +237,7 @@ DEVICE void multiply_tile(Accumulators<row_tiles> &acc, const void *a, const voi
             multiply_stage<Numbers, row_tiles>(acc, stage, other, place.warp_row, place.warp_column, swapped);
         }
     }
-    copy_wait<0>();
+    cp_async_wait<0>();
     block_sync();
 }
 

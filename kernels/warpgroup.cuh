@@ -2,7 +2,7 @@
 //
 // Products of a warpgroup (4 warps, 64 rows) straight from shared memory, bulk copies, and the
 // barriers that announce them. Products and bulk copies reach shared memory through another
-// proxy: what threads wrote there needs async_proxy_fence() by the writers, then a barrier.
+// proxy: what threads wrote there needs fence_proxy_async() by the writers, then a barrier.
 // The host paths are in emulation/machine.h; descriptors are encoded here for both.
 #ifndef DDTAS_WARPGROUP_CUH
 #define DDTAS_WARPGROUP_CUH
@@ -33,26 +33,38 @@ DEVICE Descriptor advanced(Descriptor descriptor, uint32_t bytes) { return descr
 
 #if defined(__CUDACC__) && defined(HAS_WARPGROUP_PRODUCTS)
 
-DEVICE void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // Before the first product, so that the accumulators' registers are settled.
-DEVICE void group_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 // Keeps whatever sets these registers before this line: moved into the loop that follows, it would make
 // the compiler wait for every single product (its note C7515, which .ci/kernel_budgets.py refuses).
 template <int n>
-DEVICE void group_settle(float (&c)[n][4]) {
+DEVICE void settle(float (&c)[n][4]) {
 #pragma unroll
     for (int i = 0; i < n; ++i) asm volatile("" : "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])::"memory");
 }
-DEVICE void group_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int pending>
-DEVICE void group_wait() {
+DEVICE void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 
-// Lists of 64 and 128 registers for the instructions below.
-#define PLACES_64                                                                                       \
+// Warps with roles: a barrier of `threads` threads, whole warps that stand together, numbered from 1 (0 is
+// block_sync()'s); and registers, which a warpgroup that needs few leaves to one that needs many.
+DEVICE void named_sync(uint32_t barrier, uint32_t threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+template <int registers>
+DEVICE void setmaxnreg_inc() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers)); }
+template <int registers>
+DEVICE void setmaxnreg_dec() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers)); }
+
+// Lists of 32, 64 and 128 registers for the instructions below.
+#define PLACES_32                                                                                       \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                            \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                  \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define PLACES_64                                                                                       \
+    PLACES_32 ", "                                                                                      \
     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                  \
     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define PLACES_128                                                                                      \
@@ -63,12 +75,13 @@ DEVICE void group_wait() {
     "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define SUMS_4(c, n) "+f"((c)[n][0]), "+f"((c)[n][1]), "+f"((c)[n][2]), "+f"((c)[n][3])
 #define SUMS_16(c, n) SUMS_4(c, n), SUMS_4(c, n + 1), SUMS_4(c, n + 2), SUMS_4(c, n + 3)
-#define SUMS_64(c, n) SUMS_16(c, n), SUMS_16(c, n + 4), SUMS_16(c, n + 8), SUMS_16(c, n + 12)
+#define SUMS_32(c, n) SUMS_16(c, n), SUMS_16(c, n + 4)
+#define SUMS_64(c, n) SUMS_32(c, n), SUMS_32(c, n + 8)
 #define SUMS_128(c, n) SUMS_64(c, n), SUMS_64(c, n + 16)
 
 // c += a b, asynchronously: 64 rows by 8 n columns, 16 of the inner dimension; warp w of the group
 // has rows 16 w to 16 w + 15. b lies [columns, inner], or [inner, columns] if `transposed`.
-#define GROUP_MMA(name, type, n, shape, places, sums, a_place, b_place, transposed_place)                  \
+#define WGMMA(name, type, n, shape, places, sums, a_place, b_place, transposed_place)                  \
     template <bool transposed>                                                                          \
     DEVICE void name(float (&c)[n][4], Descriptor a, Descriptor b) {                                    \
         asm volatile("wgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" places "}, "      \
@@ -76,38 +89,45 @@ DEVICE void group_wait() {
                      : sums(c, 0)                                                                       \
                      : "l"(a), "l"(b), "n"(transposed ? 1 : 0));                                        \
     }
-GROUP_MMA(group_mma_bf16, "bf16", 16, "m64n128k16", PLACES_64, SUMS_64, "%64", "%65", "%66")
-GROUP_MMA(group_mma_f16, "f16", 16, "m64n128k16", PLACES_64, SUMS_64, "%64", "%65", "%66")
-GROUP_MMA(group_mma_bf16, "bf16", 32, "m64n256k16", PLACES_128, SUMS_128, "%128", "%129", "%130")
-GROUP_MMA(group_mma_f16, "f16", 32, "m64n256k16", PLACES_128, SUMS_128, "%128", "%129", "%130")
+WGMMA(wgmma_bf16, "bf16", 8, "m64n64k16", PLACES_32, SUMS_32, "%32", "%33", "%34")
+WGMMA(wgmma_f16, "f16", 8, "m64n64k16", PLACES_32, SUMS_32, "%32", "%33", "%34")
+WGMMA(wgmma_bf16, "bf16", 16, "m64n128k16", PLACES_64, SUMS_64, "%64", "%65", "%66")
+WGMMA(wgmma_f16, "f16", 16, "m64n128k16", PLACES_64, SUMS_64, "%64", "%65", "%66")
+WGMMA(wgmma_bf16, "bf16", 32, "m64n256k16", PLACES_128, SUMS_128, "%128", "%129", "%130")
+WGMMA(wgmma_f16, "f16", 32, "m64n256k16", PLACES_128, SUMS_128, "%128", "%129", "%130")
 
 // A barrier in shared memory whose phase ends when `count` threads have arrived and all bytes
 // that they announced are there.
 using Barrier = uint64_t;
 // By one thread; the others may use it after a block_sync().
-DEVICE void barrier_begin(Barrier *barrier, uint32_t count) {
+DEVICE void mbarrier_init(Barrier *barrier, uint32_t count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
+// One arrival; what the thread did before is seen by those that waited for the phase.
+DEVICE void mbarrier_arrive(Barrier *barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
 // Arrives and announces bytes that bulk copies will bring.
-DEVICE void barrier_expect(Barrier *barrier, uint32_t bytes) {
+DEVICE void mbarrier_arrive_expect_tx(Barrier *barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                  : "memory");
 }
-// Waits for the end of a phase of this parity: 0 the first, 1 the second, and so on.
-DEVICE void barrier_wait(Barrier *barrier, uint32_t parity) {
+// Waits for the end of a phase of this parity: 0 the first, 1 the second, and so on. The lanes of a warp
+// leave it one by one: warp_sync() before what wants them together.
+DEVICE void mbarrier_wait(Barrier *barrier, uint32_t parity) {
     asm volatile(
         "{\n"
         ".reg .pred done;\n"
-        "again:\n"
+        "again_%=:\n"
         "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n"
+        "@!done bra again_%=;\n"
         "}\n" ::"r"(shared_address(barrier)),
         "r"(parity)
         : "memory");
 }
 // `bytes` bytes from global to shared memory, by the copy engine; it tells the barrier.
-DEVICE void copy_bulk(void *to, const void *from, uint32_t bytes, Barrier *barrier) {
+DEVICE void cp_async_bulk(void *to, const void *from, uint32_t bytes, Barrier *barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                      shared_address(to)),
                  "l"(from), "r"(bytes), "r"(shared_address(barrier))

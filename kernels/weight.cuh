@@ -3,6 +3,7 @@
 #define DDTAS_WEIGHT_CUH
 
 #include "tile.cuh"
+#include "word.cuh"
 
 // What one anchor's mining makes of a pair: its share, or 0 if the anchor does not keep it.
 DEVICE float kept_share(const RowWeights &weights, bool positive, float s) {
@@ -20,13 +21,20 @@ DEVICE float pair_share(const Pairs &pairs, uint32_t i, uint32_t j, float s, boo
     return share;
 }
 
-// Sigmoid of the pair's term of the loss (SPEC 4).
-DEVICE float pair_sigmoid(const Settings &settings, bool positive, float s) {
+// The pair's term of the loss is softplus of this (SPEC 4).
+DEVICE float pair_argument(const Settings &settings, bool positive, float s) {
     double lambda = positive ? settings.lambda_pos : settings.lambda_neg;
     double sharpness = positive ? -settings.beta : settings.alpha;
-    auto x = static_cast<float>(sharpness * (static_cast<double>(s) - lambda));
+    return static_cast<float>(sharpness * (static_cast<double>(s) - lambda));
+}
+// log(1 + exp(x)) and its derivative, stable for every x: the exponential never overflows.
+DEVICE float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
+DEVICE float sigmoid(float x) {
     float e = expf(-fabsf(x));
     return x >= 0.0f ? 1.0f / (1.0f + e) : e / (1.0f + e);
+}
+DEVICE float pair_sigmoid(const Settings &settings, bool positive, float s) {
+    return sigmoid(pair_argument(settings, positive, s));
 }
 
 // Element of M: G_ij, plus G_ji in the square form.

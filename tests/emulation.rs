@@ -59,7 +59,7 @@ fn run(program: &str, kernels: &[&str], fault: Option<&Fault>, flags: &[&str]) -
     };
     // The machine is not watched for races, but says what orders the kernels' threads: races.h.
     let machine_flags = if flags == THREADS { &["-DDDTAS_EMULATION_RACES"] } else { flags };
-    let parts = ["machine", "instructions", "hopper", "fiber"];
+    let parts = ["machine", "instructions", "hopper", "roles", "fiber"];
     let mut machine = compiler();
     machine.args(machine_flags).arg("-c").args(parts.map(|part| copy.join(format!("emulation/{part}.cpp"))));
     checked(machine);
@@ -132,7 +132,7 @@ fn hopper_s_kernel_without_a_fault_passes() {
 }
 
 /// Where the gradient on Hopper waits for the rows that a bulk copy brings.
-const LANDED: &str = "barrier_wait(landed, turn / 2 % 2);";
+const LANDED: &str = "mbarrier_wait(landed, turn / 2 % 2);";
 
 #[test]
 fn reading_before_a_bulk_copy_has_landed_is_caught() {
@@ -144,20 +144,20 @@ fn reading_before_a_bulk_copy_has_landed_is_caught() {
 
 #[test]
 fn waiting_for_the_wrong_phase_is_caught() {
-    let message = run_faulty_hopper("gradient_hopper.cu", LANDED, "barrier_wait(landed, turn % 2);");
+    let message = run_faulty_hopper("gradient_hopper.cu", LANDED, "mbarrier_wait(landed, turn % 2);");
     assert!(message.contains("want") || message.contains("a phase that nobody ends"), "{message}");
 }
 
 #[test]
 fn a_missing_proxy_fence_is_caught() {
-    let fenced = "async_proxy_fence();\n        block_sync();  // M is there";
+    let fenced = "fence_proxy_async();\n        block_sync();  // M is there";
     let message = run_faulty_hopper("gradient_hopper.cu", fenced, "block_sync();  // M is there");
     assert!(message.contains("want"), "{message}");
 }
 
 #[test]
 fn writing_over_what_a_product_reads_is_caught() {
-    let wait = "group_wait<1>();  // this product goes on";
+    let wait = "wgmma_wait<1>();  // this product goes on";
     let message = run_faulty_hopper("gradient_hopper.cu", wait, "");
     assert!(message.contains("want"), "{message}");
 }
@@ -186,7 +186,7 @@ fn a_missing_barrier_is_caught() {
 #[test]
 fn reading_before_the_wait_is_caught() {
     // The newest stage may be under way, the one that is read must not.
-    let message = run_faulty("copy_wait<stage_count - 2>()", "copy_wait<stage_count - 1>()", &[]);
+    let message = run_faulty("cp_async_wait<stage_count - 2>()", "cp_async_wait<stage_count - 1>()", &[]);
     assert!(message.contains("want"), "{message}");
 }
 
@@ -199,10 +199,10 @@ fn copying_over_a_stage_that_is_read_is_caught() {
 
 #[test]
 fn a_read_past_the_rows_is_caught_by_the_address_sanitizer() {
-    let fault = "copy_async(to + granule * 16, from + granule * 16)";
+    let fault = "cp_async(to + granule * 16, from + granule * 16)";
     let message = run_faulty(
         fault,
-        "copy_async(to + granule * 16, from + granule * 16 + STAGE_BYTES)",
+        "cp_async(to + granule * 16, from + granule * 16 + STAGE_BYTES)",
         &["-fsanitize=address"],
     );
     assert!(message.contains("heap-buffer-overflow"), "{message}");

@@ -24,6 +24,12 @@ void finish_phase(SharedBarrier &barrier) {
     ++barrier.phase;
 }
 
+void arrive(SharedBarrier &barrier) {
+    lanes_apart();
+    if (++barrier.arrived > barrier.count) die("more arrivals at a barrier than it counts", "");
+    release(&barrier.tokens[barrier.phase % 2]);
+}
+
 // An operand in shared memory, as the PTX manual has the fields of its descriptor.
 struct Operand {
     uint32_t start, leading, stride;
@@ -104,47 +110,61 @@ void land_bulk(bool late_too) {
     finish_phase(barrier);
 }
 
-// Wakes whoever's phase is over. With nobody else to run the copy engine must go on.
-bool wake_at_shared_barriers() {
+bool wake_at_shared_barriers(bool land) {
     bool waiting = false;
+    uint32_t waiter = 0;
     for (;;) {
         bool woken = false;
-        for (Thread &thread : machine->threads) {
+        for (uint32_t i = 0; i < machine->thread_count; ++i) {
+            Thread &thread = machine->all_threads[i];
             if (thread.state != State::at_shared_barrier) continue;
             waiting = true;
-            if (barrier_at(thread.shared_barrier).phase % 2 == thread.parity) continue;
+            if (barrier_at(thread.shared_barrier).phase % 2 == thread.parity) {
+                waiter = i;
+                continue;
+            }
             thread.state = State::ready;
             woken = true;
         }
-        if (woken || !waiting) return woken;
-        if (machine->bulks.empty()) die("waits for a phase that nobody ends", "");
+        if (woken || !waiting || !land) return woken;
+        if (machine->bulks.empty()) {
+            machine->current = waiter;
+            die("waits for a phase that nobody ends", "");
+        }
         land_bulk(true);
     }
 }
 
-void barrier_begin(Barrier *barrier, uint32_t count) { machine->barriers[barrier] = SharedBarrier{count}; }
+void mbarrier_init(Barrier *barrier, uint32_t count) { machine->barriers[barrier] = SharedBarrier{count}; }
 
-void barrier_expect(Barrier *barrier, uint32_t bytes) {
+void mbarrier_arrive_expect_tx(Barrier *barrier, uint32_t bytes) {
     SharedBarrier &one = barrier_at(barrier);
-    if (++one.arrived > one.count) die("more arrivals at a barrier than it counts", "");
+    arrive(one);
     one.bytes += bytes;
-    release(barrier);
     finish_phase(one);
 }
 
-void barrier_wait(Barrier *barrier, uint32_t parity) {
-    Thread &self = machine->threads[machine->current];
+void mbarrier_arrive(Barrier *barrier) {
+    SharedBarrier &one = barrier_at(barrier);
+    arrive(one);
+    finish_phase(one);
+}
+
+void mbarrier_wait(Barrier *barrier, uint32_t parity) {
+    Thread &self = machine->self();
+    lanes_apart();
     while (barrier_at(barrier).phase % 2 == parity) {
         self.state = State::at_shared_barrier;
         self.shared_barrier = barrier;
         self.parity = parity;
         yield();
     }
-    acquire(barrier);
+    acquire(&barrier_at(barrier).tokens[parity]);
 }
 
-void copy_bulk(void *to, const void *from, uint32_t bytes, Barrier *barrier) {
-    if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) % 16) die("copy_bulk is not aligned", "");
+void cp_async_bulk(void *to, const void *from, uint32_t bytes, Barrier *barrier) {
+    if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) % 16) die("cp_async_bulk is not aligned", "");
+    lanes_apart();
     Unwatched whole_call;
     std::memset(to, 0xff, bytes);
     std::memset(async_view_of(to, bytes), 0xff, bytes);
@@ -152,9 +172,9 @@ void copy_bulk(void *to, const void *from, uint32_t bytes, Barrier *barrier) {
 }
 
 template <Numbers numbers>
-void group_multiply(void **lanes) {
+void wgmma(void **lanes) {
     const auto &first = *static_cast<GroupMultiply *>(lanes[0]);
-    Warp &warp = machine->warps[machine->current / 32];
+    Warp &warp = machine->warp();
     Product product{{}, first, numbers, warp.group};
     for (int lane = 0; lane < 32; ++lane) {
         const auto &one = *static_cast<GroupMultiply *>(lanes[lane]);
@@ -163,19 +183,19 @@ void group_multiply(void **lanes) {
     }
     warp.products.push_back(product);
 }
-template void group_multiply<Numbers::f16>(void **);
-template void group_multiply<Numbers::bf16>(void **);
+template void wgmma<Numbers::f16>(void **);
+template void wgmma<Numbers::bf16>(void **);
 
-void group_commit(void **) {
-    ++machine->warps[machine->current / 32].group;
-    run_products(machine->warps[machine->current / 32].group);
+void wgmma_commit(void **) {
+    ++machine->warp().group;
+    run_products(machine->warp().group);
 }
 
-void group_wait(void **lanes) { run_products(static_cast<uint64_t>(*static_cast<int *>(lanes[0]))); }
+void wgmma_wait(void **lanes) { run_products(static_cast<uint64_t>(*static_cast<int *>(lanes[0]))); }
 
 // Publishes everybody's writes, not this thread's alone: a fence that is missing shows, one that is
 // some threads' only may not.
-void async_proxy_fence() {
+void fence_proxy_async() {
     Unwatched whole_call;
     std::memcpy(machine->async_view.data(), machine->shared, machine->async_view.size());
 }

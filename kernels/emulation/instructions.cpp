@@ -30,19 +30,19 @@ float truncate(double value) {
     return std::fabs(static_cast<double>(nearest)) > std::fabs(value) ? std::nextafterf(nearest, 0.0f) : nearest;
 }
 
-void copy_async(void *to, const void *from) {
-    if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16) die("copy_async is not aligned", "");
-    Thread &self = machine->threads[machine->current];
+void cp_async(void *to, const void *from) {
+    if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16) die("cp_async is not aligned", "");
+    Thread &self = machine->self();
     // Whoever still reads the old bytes, or already the new ones, gets NaN.
     std::memset(to, 0xff, 16);
     writes(to, 16);
     self.copies.push_back(Copy{to, from, self.group, false});
 }
 
-void copy_commit() { ++machine->threads[machine->current].group; }
+void cp_async_commit() { ++machine->self().group; }
 
-void copy_wait(int pending) {
-    Thread &self = machine->threads[machine->current];
+void cp_async_wait(int pending) {
+    Thread &self = machine->self();
     std::vector<Copy> later;
     for (Copy &copy : self.copies) {
         if (copy.group + static_cast<uint64_t>(pending) < self.group) {
@@ -102,15 +102,15 @@ template void multiply<Numbers::bf16>(void **);
 template void multiply<Numbers::tf32>(void **);
 
 template <bool transposed>
-void load_matrices(void **lanes) {
+void ldmatrix(void **lanes) {
     uint16_t matrices[4][8][8];
     for (int lane = 0; lane < 32; ++lane) {
-        const auto &one = *static_cast<LoadMatrices *>(lanes[lane]);
-        if (reinterpret_cast<uintptr_t>(one.row) % 16) die("load_matrices is not aligned", "");
+        const auto &one = *static_cast<LdMatrix *>(lanes[lane]);
+        if (reinterpret_cast<uintptr_t>(one.row) % 16) die("ldmatrix is not aligned", "");
         std::memcpy(matrices[lane / 8][lane % 8], one.row, 16);
     }
     for (int lane = 0; lane < 32; ++lane) {
-        uint32_t *r = static_cast<LoadMatrices *>(lanes[lane])->r;
+        uint32_t *r = static_cast<LdMatrix *>(lanes[lane])->r;
         for (int m = 0; m < 4; ++m) {
             int row = lane / 4, column = lane % 4 * 2;
             uint32_t low = transposed ? matrices[m][column][row] : matrices[m][row][column];
@@ -119,8 +119,8 @@ void load_matrices(void **lanes) {
         }
     }
 }
-template void load_matrices<false>(void **);
-template void load_matrices<true>(void **);
+template void ldmatrix<false>(void **);
+template void ldmatrix<true>(void **);
 
 uint16_t f16_bits(float value) {
     uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000u;

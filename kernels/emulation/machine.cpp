@@ -22,7 +22,7 @@ void die(const char *message, const std::string &detail) {
 
 void yield() {
     if (!machine->bulks.empty() && machine->random.below(16) == 0) land_bulk(false);
-    Thread &self = machine->threads[machine->current];
+    Thread &self = machine->self();
     if (!self.copies.empty()) land_some(self);
     switch_fiber(self.fiber, machine->scheduler, false);
 }
@@ -30,6 +30,7 @@ void yield() {
 namespace {
 
 struct Kernel {
+    uint32_t threads;
     size_t params_bytes;
     Entry entry;
 };
@@ -43,23 +44,23 @@ void fiber_main() {
     acquire(&machine->begun);
     machine->entry(machine->params);
     release(&machine->launched[machine->launches % 2]);
-    Thread &self = machine->threads[machine->current];
+    Thread &self = machine->self();
     if (!self.copies.empty()) die("left with asynchronous copies nobody waited for", "");
-    if (!machine->warps[machine->current / 32].products.empty()) die("left with products nobody waited for", "");
+    if (!machine->warp().products.empty()) die("left with products nobody waited for", "");
     self.state = State::done;
     switch_fiber(self.fiber, machine->scheduler, true);
     std::abort();
 }
 
-// Runs one warp until each lane waits at a block barrier or is done.
-void run_warp(int warp) {
+// Runs one warp until each lane waits at a barrier or is done.
+void run_warp(uint32_t warp) {
     uint32_t order[32];
     for (uint32_t lane = 0; lane < 32; ++lane) order[lane] = lane;
     machine->random.shuffle(order, 32);
     for (bool progress = true; progress;) {
         progress = false;
         for (uint32_t lane : order) {
-            Thread &thread = machine->threads[warp * 32 + lane];
+            Thread &thread = machine->all_threads[warp * 32 + lane];
             if (thread.state != State::ready) continue;
             progress = true;
             machine->current = warp * 32 + lane;
@@ -67,13 +68,13 @@ void run_warp(int warp) {
         }
     }
     // Lanes at a shared barrier may still come to where the others are.
-    for (int lane = 0; lane < 32; ++lane) {
-        if (machine->threads[warp * 32 + lane].state == State::at_shared_barrier) return;
+    for (uint32_t lane = 0; lane < 32; ++lane) {
+        if (machine->all_threads[warp * 32 + lane].state == State::at_shared_barrier) return;
     }
-    for (int lane = 0; lane < 32; ++lane) {
-        Thread &thread = machine->threads[warp * 32 + lane];
+    for (uint32_t lane = 0; lane < 32; ++lane) {
+        Thread &thread = machine->all_threads[warp * 32 + lane];
         if (thread.state == State::at_collective) {
-            machine->current = static_cast<uint32_t>(warp * 32 + lane);
+            machine->current = warp * 32 + lane;
             die("waits for lanes that never come in ", machine->warps[warp].what);
         }
     }
@@ -81,9 +82,13 @@ void run_warp(int warp) {
 
 // All threads wait at one barrier, or all are done: anything else is divergence.
 bool release_barrier() {
-    Thread &first = machine->threads[0];
-    for (uint32_t i = 0; i < THREADS; ++i) {
-        Thread &thread = machine->threads[i];
+    Thread &first = machine->all_threads[0];
+    for (uint32_t i = 0; i < machine->thread_count; ++i) {
+        Thread &thread = machine->all_threads[i];
+        if (thread.state == State::at_named_barrier) {
+            machine->current = i;
+            die("waits at a named barrier for threads that never come: ", std::to_string(thread.named_barrier));
+        }
         bool same = thread.state == first.state &&
                     (thread.state == State::done || (thread.barrier_line == first.barrier_line &&
                                                      !std::strcmp(thread.barrier_file, first.barrier_file)));
@@ -97,8 +102,15 @@ bool release_barrier() {
     }
     if (first.state == State::done) return false;
     ++machine->meeting.turn;
-    for (Thread &thread : machine->threads) thread.state = State::ready;
+    for (Thread &thread : machine->threads()) thread.state = State::ready;
     return true;
+}
+
+bool anybody_ready() {
+    for (const Thread &thread : machine->threads()) {
+        if (thread.state == State::ready) return true;
+    }
+    return false;
 }
 
 void run_block(uint32_t shared_bytes) {
@@ -115,22 +127,28 @@ void run_block(uint32_t shared_bytes) {
         warp.products.clear();
         warp.group = 0;
     }
+    begin_roles();
     // Not the same thread of every block to ThreadSanitizer, which would take their order for one that is meant.
-    for (uint32_t i = THREADS; i > 1; --i) {
-        std::swap(machine->threads[i - 1].fiber, machine->threads[machine->random.below(i)].fiber);
+    for (uint32_t i = machine->thread_count; i > 1; --i) {
+        std::swap(machine->all_threads[i - 1].fiber, machine->all_threads[machine->random.below(i)].fiber);
     }
-    for (Thread &thread : machine->threads) {
+    for (Thread &thread : machine->threads()) {
         thread.state = State::ready;
         thread.group = 0;
         start_fiber(thread.fiber, fiber_main);
     }
     release(&machine->begun);
     do {
-        int order[kWarps];
-        for (int warp = 0; warp < kWarps; ++warp) order[warp] = warp;
-        machine->random.shuffle(order, kWarps);
-        for (int warp : order) run_warp(warp);
-    } while (wake_at_shared_barriers() || release_barrier());
+        uint32_t order[kMostWarps];
+        for (uint32_t warp = 0; warp < machine->warp_count; ++warp) order[warp] = warp;
+        machine->random.shuffle(order, machine->warp_count);
+        for (uint32_t i = 0; i < machine->warp_count; ++i) {
+            run_warp(order[i]);
+            // A phase may be noticed at once, or when nobody else can go on.
+            if (machine->random.below(2) == 0) wake_at_shared_barriers(false);
+        }
+    } while (anybody_ready() || wake_at_shared_barriers(true) || release_barrier());
+    end_roles();
     if (!machine->bulks.empty()) die("left with bulk copies nobody waited for", "");
 }
 
@@ -138,8 +156,8 @@ void run_block(uint32_t shared_bytes) {
 
 void stop(const char *message) { die(message, ""); }
 
-Registration::Registration(const char *name, size_t params_bytes, Entry entry) {
-    kernels()[name] = Kernel{params_bytes, entry};
+Registration::Registration(const char *name, uint32_t threads, size_t params_bytes, Entry entry) {
+    kernels()[name] = Kernel{threads, params_bytes, entry};
 }
 
 uint32_t thread() { return machine->current; }
@@ -148,7 +166,7 @@ Index grid() { return machine->grid; }
 unsigned char *shared_memory() { return machine->shared; }
 
 void block_barrier(const char *file, int line) {
-    Thread &self = machine->threads[machine->current];
+    Thread &self = machine->self();
     self.state = State::at_barrier;
     self.barrier_file = file;
     self.barrier_line = line;
@@ -156,6 +174,7 @@ void block_barrier(const char *file, int line) {
     release(token);
     yield();
     acquire(token);
+    lanes_together();
 }
 
 void collective(const char *what, void *operands, Operation operation) {
@@ -170,7 +189,7 @@ void collective(const char *what, void *operands, Operation operation) {
     void *token = &warp.meeting.tokens[warp.meeting.turn % 2];
     release(token);
     if (++warp.arrived < 32) {
-        machine->threads[index].state = State::at_collective;
+        machine->all_threads[index].state = State::at_collective;
         yield();
         acquire(token);
         return;
@@ -180,13 +199,14 @@ void collective(const char *what, void *operands, Operation operation) {
     release(token);  // what the operation wrote
     warp.arrived = 0;
     ++warp.meeting.turn;
-    for (int lane = 0; lane < 32; ++lane) machine->threads[index / 32 * 32 + lane].state = State::ready;
+    for (int lane = 0; lane < 32; ++lane) machine->all_threads[index / 32 * 32 + lane].state = State::ready;
 }
 
-int launch(const char *name, const uint32_t grid[3], uint32_t shared_bytes, const void *params, size_t params_bytes,
-           uint64_t seed) {
+int launch(const char *name, const uint32_t grid[3], uint32_t threads, uint32_t shared_bytes, const void *params,
+           size_t params_bytes, uint64_t seed) {
     auto found = kernels().find(name);
     if (found == kernels().end() || found->second.params_bytes != params_bytes) return -1;
+    if (found->second.threads != threads || threads > kMostThreads || threads % 32) return -1;
     // Kept for the OS thread's life: its stacks are large.
     static thread_local std::unique_ptr<Machine> own;
     if (own == nullptr) own = std::make_unique<Machine>();
@@ -195,6 +215,8 @@ int launch(const char *name, const uint32_t grid[3], uint32_t shared_bytes, cons
     // Blocks of this launch come after those of the last and after the host, in no order among themselves.
     ++machine->launches;
     acquire(&machine->launched[(machine->launches - 1) % 2]);
+    machine->thread_count = threads;
+    machine->warp_count = threads / 32;
     machine->name = name;
     machine->entry = found->second.entry;
     machine->params = params;
@@ -214,9 +236,9 @@ int launch(const char *name, const uint32_t grid[3], uint32_t shared_bytes, cons
 
 }  // namespace emulation
 
-extern "C" int ddtas_emulated_launch(const char *name, const uint32_t *grid, uint32_t shared_bytes, const void *params,
-                                     size_t params_bytes, uint64_t seed) {
-    return emulation::launch(name, grid, shared_bytes, params, params_bytes, seed);
+extern "C" int ddtas_emulated_launch(const char *name, const uint32_t *grid, uint32_t threads, uint32_t shared_bytes,
+                                     const void *params, size_t params_bytes, uint64_t seed) {
+    return emulation::launch(name, grid, threads, shared_bytes, params, params_bytes, seed);
 }
 
 extern "C" void ddtas_emulated_forbid([[maybe_unused]] const void *first, [[maybe_unused]] size_t bytes,

@@ -2,7 +2,8 @@
 //
 // What runs when is drawn from a seed: blocks in random order; in a block one random
 // warp runs alone as far as it can, then the next, redrawn at every barrier, so that a
-// missing barrier shows; lanes in random order. Shared memory starts as NaN. An
+// missing barrier shows; lanes in random order. A block has up to kMostThreads threads, and its
+// warps may have roles of their own (roles.cpp). Shared memory starts as NaN. An
 // asynchronous copy makes its target NaN at once and lands at a random later point, at
 // the latest at the wait that covers it. Tensor-core sums are exact, then truncated to
 // f32, which is the worst that the hardware does.
@@ -33,7 +34,7 @@ namespace emulation {
 using Entry = void (*)(const void *params);
 
 struct Registration {
-    Registration(const char *name, size_t params_bytes, Entry entry);
+    Registration(const char *name, uint32_t threads, size_t params_bytes, Entry entry);
 };
 
 struct Index {
@@ -52,9 +53,17 @@ void block_barrier(const char *file, int line);
 using Operation = void (*)(void **lanes);
 void collective(const char *what, void *operands, Operation operation);
 
-void copy_async(void *to, const void *from);
-void copy_commit();
-void copy_wait(int pending);
+// Warps with roles. An instruction that PTX calls aligned wants the lanes of its warp side by side: after what
+// lanes do one by one (a wait, an arrival, a copy they start) that holds from a warp_sync() on, which is checked.
+void lanes_apart();
+void lanes_together();
+void aligned(const char *what);
+void named_sync(uint32_t barrier, uint32_t threads);
+void setmaxnreg(uint32_t registers, bool more);
+
+void cp_async(void *to, const void *from);
+void cp_async_commit();
+void cp_async_wait(int pending);
 
 enum class Numbers { f16, bf16, tf32 };
 struct Multiply {
@@ -64,12 +73,12 @@ struct Multiply {
 };
 template <Numbers numbers>
 void multiply(void **lanes);
-struct LoadMatrices {
+struct LdMatrix {
     uint32_t *r;
     const void *row;
 };
 template <bool transposed>
-void load_matrices(void **lanes);
+void ldmatrix(void **lanes);
 // Says, where races are watched for, that this lane's row is read.
 void reads_matrix(const void *row);
 
@@ -84,26 +93,27 @@ struct GroupMultiply {
     bool transposed;
 };
 template <Numbers numbers>
-void group_multiply(void **lanes);
-void group_commit(void **lanes);
-void group_wait(void **lanes);
-void async_proxy_fence();
+void wgmma(void **lanes);
+void wgmma_commit(void **lanes);
+void wgmma_wait(void **lanes);
+void fence_proxy_async();
 // The address of a byte of shared memory in the block's own space, where descriptors point.
 uint32_t shared_address(const void *pointer);
 
 // Barriers in shared memory and bulk copies, which land whole, in any order, at any time; every
 // other one as late as can be, or a wait that is missing would hardly ever be missed.
 using Barrier = uint64_t;
-void barrier_begin(Barrier *barrier, uint32_t count);
-void barrier_expect(Barrier *barrier, uint32_t bytes);
-void barrier_wait(Barrier *barrier, uint32_t parity);
-void copy_bulk(void *to, const void *from, uint32_t bytes, Barrier *barrier);
+void mbarrier_init(Barrier *barrier, uint32_t count);
+void mbarrier_arrive(Barrier *barrier);
+void mbarrier_arrive_expect_tx(Barrier *barrier, uint32_t bytes);
+void mbarrier_wait(Barrier *barrier, uint32_t parity);
+void cp_async_bulk(void *to, const void *from, uint32_t bytes, Barrier *barrier);
 
 uint16_t f16_bits(float value);
 float f16_value(uint16_t bits);
 
-// One run of a kernel; 0, or -1 if there is no such kernel or its parameters are of another size.
-int launch(const char *name, const uint32_t grid[3], uint32_t shared_bytes, const void *params,
+// One run of a kernel; 0, or -1 if there is no such kernel, or it has other threads or parameters of another size.
+int launch(const char *name, const uint32_t grid[3], uint32_t threads, uint32_t shared_bytes, const void *params,
            size_t params_bytes, uint64_t seed);
 
 template <class T>
@@ -135,11 +145,12 @@ inline void meet(void **) {}
 
 }  // namespace emulation
 
-#define KERNEL(name, Params, blocks)                                                              \
-    static void name(const Params &p);                                                            \
-    static const emulation::Registration register_##name(                                         \
-        #name, sizeof(Params), [](const void *params) { name(*static_cast<const Params *>(params)); }); \
+#define ROLE_KERNEL(name, Params, threads)                                                          \
+    static void name(const Params &p);                                                              \
+    static const emulation::Registration register_##name(                                           \
+        #name, threads, sizeof(Params), [](const void *params) { name(*static_cast<const Params *>(params)); }); \
     static void name(const Params &p)
+#define KERNEL(name, Params, blocks) ROLE_KERNEL(name, Params, THREADS)
 
 inline uint32_t thread_index() { return emulation::thread(); }
 inline uint32_t block_x() { return emulation::block().x; }
@@ -148,7 +159,15 @@ inline uint32_t block_z() { return emulation::block().z; }
 inline uint32_t grid_x() { return emulation::grid().x; }
 
 #define block_sync() emulation::block_barrier(__FILE__, __LINE__)
-#define warp_sync() emulation::collective("warp_sync", nullptr, emulation::meet)
+inline void warp_sync() {
+    emulation::collective("warp_sync", nullptr, emulation::meet);
+    emulation::lanes_together();
+}
+using emulation::named_sync;
+template <int registers>
+inline void setmaxnreg_inc() { emulation::setmaxnreg(registers, true); }
+template <int registers>
+inline void setmaxnreg_dec() { emulation::setmaxnreg(registers, false); }
 
 template <class T>
 inline T shuffle_xor(T value, int mask) {
@@ -168,9 +187,9 @@ inline T shuffle(T value, int lane) {
     emulation::collective("shuffle", &one, emulation::shuffle_lanes<T, 2>);
     return one.result;
 }
-inline uint32_t vote_mask(bool vote) {
+inline uint32_t ballot_sync(bool vote) {
     emulation::Vote one{vote, 0};
-    emulation::collective("vote_mask", &one, emulation::vote_lanes);
+    emulation::collective("ballot_sync", &one, emulation::vote_lanes);
     return one.result;
 }
 
@@ -198,20 +217,20 @@ inline void atomic_min(uint32_t *target, uint32_t value) {
     if (value < atomic_load(target)) atomic_store(target, value);
 }
 
-inline void copy_async(void *to, const void *from) { emulation::copy_async(to, from); }
-inline void copy_commit() { emulation::copy_commit(); }
+inline void cp_async(void *to, const void *from) { emulation::cp_async(to, from); }
+inline void cp_async_commit() { emulation::cp_async_commit(); }
 template <int pending>
-inline void copy_wait() { emulation::copy_wait(pending); }
+inline void cp_async_wait() { emulation::cp_async_wait(pending); }
 
-inline void load_matrices(uint32_t (&r)[4], const void *row) {
-    emulation::LoadMatrices one{r, row};
+inline void ldmatrix(uint32_t (&r)[4], const void *row) {
+    emulation::LdMatrix one{r, row};
     emulation::reads_matrix(row);
-    emulation::collective("load_matrices", &one, emulation::load_matrices<false>);
+    emulation::collective("ldmatrix", &one, emulation::ldmatrix<false>);
 }
-inline void load_matrices_transposed(uint32_t (&r)[4], const void *row) {
-    emulation::LoadMatrices one{r, row};
+inline void ldmatrix_transposed(uint32_t (&r)[4], const void *row) {
+    emulation::LdMatrix one{r, row};
     emulation::reads_matrix(row);
-    emulation::collective("load_matrices_transposed", &one, emulation::load_matrices<true>);
+    emulation::collective("ldmatrix_transposed", &one, emulation::ldmatrix<true>);
 }
 inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     emulation::Multiply one{c, a, b};
@@ -226,31 +245,38 @@ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
     emulation::collective("mma_tf32", &one, emulation::multiply<emulation::Numbers::tf32>);
 }
 
-using emulation::async_proxy_fence;
+using emulation::fence_proxy_async;
 using emulation::Barrier;
-using emulation::barrier_begin;
-using emulation::barrier_expect;
-using emulation::barrier_wait;
-using emulation::copy_bulk;
+using emulation::mbarrier_arrive;
+using emulation::mbarrier_init;
+using emulation::mbarrier_arrive_expect_tx;
+using emulation::mbarrier_wait;
+using emulation::cp_async_bulk;
 using emulation::shared_address;
-inline void group_fence() {}
+inline void wgmma_fence() { emulation::aligned("wgmma_fence"); }
 template <int n>
-inline void group_settle(float (&)[n][4]) {}
-inline void group_commit() { emulation::collective("group_commit", nullptr, emulation::group_commit); }
+inline void settle(float (&)[n][4]) {}
+inline void wgmma_commit() {
+    emulation::aligned("wgmma_commit");
+    emulation::collective("wgmma_commit", nullptr, emulation::wgmma_commit);
+}
 template <int pending>
-inline void group_wait() {
+inline void wgmma_wait() {
     int operand = pending;
-    emulation::collective("group_wait", &operand, emulation::group_wait);
+    emulation::aligned("wgmma_wait");
+    emulation::collective("wgmma_wait", &operand, emulation::wgmma_wait);
 }
 template <bool transposed, int n>
-inline void group_mma_bf16(float (&c)[n][4], uint64_t a, uint64_t b) {
+inline void wgmma_bf16(float (&c)[n][4], uint64_t a, uint64_t b) {
     emulation::GroupMultiply one{&c[0][0], a, b, n * 8, transposed};
-    emulation::collective("group_mma_bf16", &one, emulation::group_multiply<emulation::Numbers::bf16>);
+    emulation::aligned("wgmma_bf16");
+    emulation::collective("wgmma_bf16", &one, emulation::wgmma<emulation::Numbers::bf16>);
 }
 template <bool transposed, int n>
-inline void group_mma_f16(float (&c)[n][4], uint64_t a, uint64_t b) {
+inline void wgmma_f16(float (&c)[n][4], uint64_t a, uint64_t b) {
     emulation::GroupMultiply one{&c[0][0], a, b, n * 8, transposed};
-    emulation::collective("group_mma_f16", &one, emulation::group_multiply<emulation::Numbers::f16>);
+    emulation::aligned("wgmma_f16");
+    emulation::collective("wgmma_f16", &one, emulation::wgmma<emulation::Numbers::f16>);
 }
 [[noreturn]] inline void trap() { emulation::stop("trap"); }
 
@@ -264,7 +290,7 @@ inline float float_of(uint32_t bits) {
     std::memcpy(&value, &bits, sizeof value);
     return value;
 }
-inline int bit_count(uint32_t bits) { return __builtin_popcount(bits); }
+inline int popc(uint32_t bits) { return __builtin_popcount(bits); }
 inline int lowest_bit(uint32_t bits) { return __builtin_ctz(bits); }
 // Ties away from zero in magnitude: half a unit is added below the bits that are kept.
 inline uint32_t to_tf32(float value) {

@@ -1,4 +1,4 @@
-// state.h: what machine.cpp, instructions.cpp and hopper.cpp know of the machine between them.
+// state.h: what the files of this folder know of the machine between them.
 #ifndef DDTAS_EMULATION_STATE_H
 #define DDTAS_EMULATION_STATE_H
 
@@ -14,7 +14,7 @@
 
 namespace emulation {
 
-constexpr int kWarps = THREADS / 32;
+constexpr uint32_t kMostThreads = 640, kMostWarps = kMostThreads / 32;
 // Where a block's shared memory begins in its own address space; the first KiB is the system's on Hopper.
 constexpr uint32_t kSharedBase = 1024;
 
@@ -54,9 +54,17 @@ struct SharedBarrier {
     uint32_t count, arrived = 0;
     int64_t bytes = 0;  // announced and not there yet; copies may come before they are announced
     uint32_t phase = 0;
+    char tokens[2] = {};  // what arrivals of a phase order, the even ones and the odd
 };
 
-enum class State { ready, at_barrier, at_collective, at_shared_barrier, done };
+// A barrier of some warps of a block, by number.
+struct NamedBarrier {
+    uint32_t threads = 0, arrived = 0;
+    Meeting meeting;
+};
+constexpr uint32_t kNamedBarriers = 16;
+
+enum class State { ready, at_barrier, at_named_barrier, at_collective, at_shared_barrier, done };
 
 struct Thread {
     Fiber fiber;
@@ -67,6 +75,8 @@ struct Thread {
     std::vector<Copy> copies;
     uint64_t *shared_barrier = nullptr;  // waited for, and the parity of the phase
     uint32_t parity = 0;
+    uint32_t named_barrier = 0;  // waited for
+    bool apart = false;          // has done what a lane does alone, and not met the others of its warp since
 };
 
 // A product of a warpgroup, this warp's 16 rows of it, not yet computed.
@@ -84,15 +94,18 @@ struct Warp {
     int arrived = 0;
     const char *what = nullptr;
     Meeting meeting;
+    uint32_t registers = 0;  // of each thread, as setmaxnreg has left them
 };
 
 // The machine that this OS thread emulates.
 struct Machine {
     Random random{0};
-    Thread threads[THREADS];
+    Thread all_threads[kMostThreads];
+    uint32_t thread_count = 0, warp_count = 0;  // of this launch
     std::map<uint64_t *, SharedBarrier> barriers;
+    NamedBarrier named[kNamedBarriers];
     std::vector<Bulk> bulks;
-    Warp warps[kWarps];
+    Warp warps[kMostWarps];
     Meeting meeting;                    // of all threads of a block
     char begun = 0, launched[2] = {};   // tokens: of a block, of this launch and the one before
     unsigned launches = 0;
@@ -105,8 +118,19 @@ struct Machine {
     const char *name = "";
     Fiber scheduler;
     ~Machine() {
-        for (Thread &thread : threads) end_fiber(thread.fiber);
+        for (Thread &thread : all_threads) end_fiber(thread.fiber);
     }
+    Thread &self() { return all_threads[current]; }
+    Warp &warp() { return warps[current / 32]; }
+    // Those of a block.
+    struct Threads {
+        Thread *first;
+        uint32_t count;
+        Thread *begin() const { return first; }
+        Thread *end() const { return first + count; }
+        Thread &operator[](size_t index) const { return first[index]; }
+    };
+    Threads threads() { return Threads{all_threads, thread_count}; }
 };
 extern thread_local Machine *machine;
 
@@ -122,7 +146,12 @@ float truncate(double value);
 
 // hopper.cpp
 void land_bulk(bool late_too);
-bool wake_at_shared_barriers();
+// Wakes whoever's phase is over; if the copy engine may, by landing copies until somebody's is.
+bool wake_at_shared_barriers(bool land);
+
+// roles.cpp
+void begin_roles();
+void end_roles();
 
 }  // namespace emulation
 

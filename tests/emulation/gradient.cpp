@@ -1,19 +1,19 @@
 // gradient.cpp: Hopper's product of the gradient, of a copy of kernels/, under many schedules,
 // against a double loop. tests/emulation.rs plants faults in the copy. Prints what differs and
-// exits 1. Five tiles of references, so that both buffers are filled again; one of them is
+// exits 1. Seven tiles of references, so that all buffers are filled again; two of them are
 // recomputed and one has no candidates. All numbers are small integers: every sum is exact.
+// Once in one split, which writes the caller's rows, here in reverse order, and once in two.
 
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
 
-#include "emulation/machine.h"
-#include "params.h"
+#include "word.cuh"
 
 namespace {
 
-constexpr uint32_t kAnchors = 100, kReferences = 5 * TILE - 40, kStride = 192, kCapacity = TILE * TILE / 2;
-constexpr uint32_t kRecomputed = 2, kEmpty = 3;  // tiles of references
+constexpr uint32_t kAnchors = 100, kTiles = 7, kReferences = kTiles * TILE - 40, kStride = 192, kCapacity = TILE * TILE / 2;
+constexpr uint32_t kRecomputed[] = {2, 5}, kEmpty = 3;  // tiles of references
 
 // Place of an element of a prepared row of 16-bit numbers: [tile, stage of 128 bytes, row, swizzled granule of 16].
 size_t place(size_t row, size_t d) {
@@ -50,53 +50,59 @@ int main(int argc, char **argv) {
     std::vector<ClassRange> classes(kAnchors, ClassRange{1, 0});
     std::vector<RowWeights> weights(TILE);
     for (uint32_t i = 0; i < TILE; ++i) weights[i] = RowWeights{-INFINITE, bound, 0.0f, static_cast<float>(2 * (i % 3 + 1))};
-    std::vector<uint32_t> counts(5, 0);
-    std::vector<float> values(5 * kCapacity);
-    std::vector<uint16_t> places(5 * kCapacity);
-    std::vector<float> want(static_cast<size_t>(TILE) * kStride, 0.0f);
+    std::vector<uint32_t> counts(kTiles, 0);
+    std::vector<uint32_t> words(kTiles * kCapacity);
+    std::vector<float> want(static_cast<size_t>(kAnchors) * kStride, 0.0f);
     for (uint32_t i = 0; i < kAnchors; ++i) {
         for (uint32_t j = 0; j < kReferences; ++j) {
             float s = anchors.product(references, i, j);
             uint32_t tile = j / TILE;
             if (s <= bound || tile == kEmpty) continue;
             if (counts[tile] == kCapacity) return 3;
-            values[tile * kCapacity + counts[tile]] = s;
-            places[tile * kCapacity + counts[tile]++] = static_cast<uint16_t>(i * TILE + j % TILE);
+            words[tile * kCapacity + counts[tile]++] = (i * TILE + j % TILE) | word_fate(true, false, false, 0.5f);
             float weight = static_cast<float>(i % 3 + 1);
             for (uint32_t d = 0; d < kStride; ++d) want[i * kStride + d] += weight * references.values[j * kStride + d];
         }
     }
-    counts[kRecomputed] = kCapacity + 1;
+    for (uint32_t tile : kRecomputed) counts[tile] = kCapacity + 1;
+    std::vector<uint32_t> order(kAnchors);
+    for (uint32_t i = 0; i < kAnchors; ++i) order[i] = kAnchors - 1 - i;
 
     Counters counters{};
     counters.valid_anchors = kAnchors;
     counters.valid_references = kReferences;
     GradientParams params{};
-    params.pairs.anchors = Side{anchors.prepared.data(), nullptr, kAnchors, 1};
-    params.pairs.references = Side{references.prepared.data(), nullptr, kReferences, 5};
+    params.pairs.anchors = Side{anchors.prepared.data(), order.data(), kAnchors, 1};
+    params.pairs.references = Side{references.prepared.data(), nullptr, kReferences, kTiles};
     params.pairs.stride = kStride;
     params.pairs.dim = kStride;
     params.pairs.tile_capacity = kCapacity;
-    params.pairs.tiles = 5;
+    params.pairs.tiles = kTiles;
     params.pairs.classes = classes.data();
     params.pairs.counters = &counters;
     params.pairs.weights = weights.data();
     params.pairs.tile_counts = counts.data();
-    params.pairs.tile_values = values.data();
-    params.pairs.tile_places = places.data();
-    params.splits = 1;
+    params.pairs.tile_words = words.data();
     params.weight_scale = 1.0f;
     const uint8_t ways[1] = {0};
     params.ways = ways;
     for (uint64_t seed = 0; seed < seeds; ++seed) {
-        std::vector<float> got(static_cast<size_t>(TILE) * kStride, -1.0f);
-        params.partial = got.data();
-        const uint32_t grid[3] = {1, 1, 1};
-        if (emulation::launch("gradient_tiles_hopper_bf16", grid, GRADIENT_HOPPER_SHARED_BYTES, &params, sizeof params, seed)) return 2;
-        for (size_t i = 0; i < got.size(); ++i) {
-            if (got[i] == want[i]) continue;
-            std::printf("seed %llu, row %zu, column %zu: got %g, want %g\n", static_cast<unsigned long long>(seed), i / kStride,
-                        i % kStride, static_cast<double>(got[i]), static_cast<double>(want[i]));
+        std::vector<float> gradient(want.size(), -1.0f), partial(2 * static_cast<size_t>(TILE) * kStride, -1.0f);
+        params.gradient = gradient.data();
+        params.partial = partial.data();
+        params.splits = 1 + static_cast<uint32_t>(seed % 2);
+        const uint32_t grid[3] = {1, 1, params.splits};
+        if (emulation::launch("gradient_tiles_hopper_bf16", grid, GRADIENT_HOPPER_THREADS, GRADIENT_HOPPER_SHARED_BYTES, &params,
+                              sizeof params, seed)) {
+            return 2;
+        }
+        for (size_t i = 0; i < want.size(); ++i) {
+            size_t row = i / kStride, column = i % kStride;
+            float got = params.splits == 1 ? gradient[order[row] * kStride + column]
+                                           : partial[i] + partial[TILE * kStride + i];
+            if (got == want[i]) continue;
+            std::printf("seed %llu, row %zu, column %zu: got %g, want %g\n", static_cast<unsigned long long>(seed), row, column,
+                        static_cast<double>(got), static_cast<double>(want[i]));
             return 1;
         }
     }

@@ -17,7 +17,7 @@ struct CheckParams {
     const float *a;  // [16, 16]
     const float *b;  // [16, 8]
     float *c;        // [3, 16, 8]: bf16, f16, tf32 (whose inner dimension is the first 8)
-    uint32_t *rows;  // [2, 32, 4]: load_matrices, transposed
+    uint32_t *rows;  // [2, 32, 4]: ldmatrix, transposed
 };
 
 namespace {
@@ -59,9 +59,9 @@ KERNEL(check_instructions, CheckParams, 1) {
         }
     }
     uint32_t loaded[4];
-    load_matrices(loaded, matrices + lane * 8);
+    ldmatrix(loaded, matrices + lane * 8);
     for (uint32_t i = 0; i < 4; ++i) p.rows[lane * 4 + i] = loaded[i];
-    load_matrices_transposed(loaded, matrices + lane * 8);
+    ldmatrix_transposed(loaded, matrices + lane * 8);
     for (uint32_t i = 0; i < 4; ++i) p.rows[128 + lane * 4 + i] = loaded[i];
 }
 
@@ -94,27 +94,27 @@ KERNEL(check_group_products, GroupCheckParams, 1) {
             uint32_t column = i / inner, k = i % inner;
             store(panels + column / 64 * panel_bytes + swizzled(k, column % 64 / 8) + column % 8 * 2, p.b[i]);
         }
-        async_proxy_fence();
+        fence_proxy_async();
         block_sync();
         float sums[16][4], wide[32][4];
         for (int i = 0; i < 64; ++i) sums[i / 4][i % 4] = 1.0f;
         for (int i = 0; i < 128; ++i) wide[i / 4][i % 4] = 1.0f;
         Descriptor a = stage_descriptor(bytes + warp_index() / 4 * (TILE / 2) * STAGE_BYTES);
         Descriptor b = stage_descriptor(rows), turned = panels_descriptor(panels, panel_bytes);
-        group_fence();
+        wgmma_fence();
         for (uint32_t step = 0; step < inner / 16; ++step) {
             Descriptor left = advanced(a, step * 32), right = advanced(b, step * 32);
             Descriptor below = advanced(turned, step * 16 * STAGE_BYTES);
             if (kind == 0) {
-                group_mma_bf16<false>(sums, left, right);
-                group_mma_bf16<true>(wide, left, below);
+                wgmma_bf16<false>(sums, left, right);
+                wgmma_bf16<true>(wide, left, below);
             } else {
-                group_mma_f16<false>(sums, left, right);
-                group_mma_f16<true>(wide, left, below);
+                wgmma_f16<false>(sums, left, right);
+                wgmma_f16<true>(wide, left, below);
             }
         }
-        group_commit();
-        group_wait<0>();
+        wgmma_commit();
+        wgmma_wait<0>();
         store_sums(p.c + kind * TILE * TILE, sums);
         store_sums(p.wide + kind * TILE * columns, wide);
         block_sync();
@@ -129,7 +129,7 @@ int check_group_products() {
     GroupCheckParams params{a.data(), b.data(), c.data(), wide.data()};
     const uint32_t grid[3] = {1, 1, 1};
     uint32_t bytes = 2 * TILE * STAGE_BYTES + 4 * 64 * STAGE_BYTES;
-    if (emulation::launch("check_group_products", grid, bytes, &params, sizeof params, 1)) return 1;
+    if (emulation::launch("check_group_products", grid, THREADS, bytes, &params, sizeof params, 1)) return 1;
     int wrong = 0;
     auto check = [&](const char *name, const std::vector<float> &got, size_t columns) {
         for (size_t i = 0; i < got.size(); ++i) {
@@ -153,7 +153,7 @@ int main() {
     for (int i = 0; i < 128; ++i) b[i] = static_cast<float>(i * 5 % 11 - 5);
     CheckParams params{a.data(), b.data(), c.data(), rows.data()};
     const uint32_t grid[3] = {1, 1, 1};
-    if (emulation::launch("check_instructions", grid, 512, &params, sizeof params, 1)) return 2;
+    if (emulation::launch("check_instructions", grid, THREADS, 512, &params, sizeof params, 1)) return 2;
     int wrong = check_group_products();
     for (int kind = 0; kind < 3; ++kind) {
         for (int row = 0; row < 16; ++row) {
@@ -174,7 +174,7 @@ int main() {
             uint32_t straight = pair(static_cast<uint16_t>(m * 64 + row * 8 + column), static_cast<uint16_t>(m * 64 + row * 8 + column + 1));
             uint32_t turned = pair(static_cast<uint16_t>(m * 64 + column * 8 + row), static_cast<uint16_t>(m * 64 + (column + 1) * 8 + row));
             if (rows[lane * 4 + m] == straight && rows[128 + lane * 4 + m] == turned) continue;
-            std::printf("load_matrices, lane %u, matrix %u\n", lane, m);
+            std::printf("ldmatrix, lane %u, matrix %u\n", lane, m);
             ++wrong;
         }
     }

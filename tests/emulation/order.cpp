@@ -36,7 +36,7 @@ int main(int argc, char **argv) {
         params.valid = &valid;
         const uint32_t grid[3] = {tiles, 1, 1};
         for (const char *kernel : {"order_tiles", "order_merge"}) {
-            if (emulation::launch(kernel, grid, ORDER_SHARED_BYTES, &params, sizeof params, seed)) return 2;
+            if (emulation::launch(kernel, grid, THREADS, ORDER_SHARED_BYTES, &params, sizeof params, seed)) return 2;
         }
         if (order == want && valid == valid_rows) continue;
         std::printf("seed %llu: another order than want, or %u valid rows, want %u\n", static_cast<unsigned long long>(seed), valid,

@@ -54,7 +54,7 @@ int main(int argc, char **argv) {
         params.indices = indices.data();
         params.similarities = similarities.data();
         const uint32_t grid[3] = {tiles(kQueries), 1, 1};
-        if (emulation::launch("retrieval_f32", grid, RETRIEVAL_SHARED_BYTES, &params, sizeof params, seed)) return 2;
+        if (emulation::launch("retrieval_f32", grid, THREADS, RETRIEVAL_SHARED_BYTES, &params, sizeof params, seed)) return 2;
         for (uint32_t q = 0; q < kQueries; ++q) {
             std::vector<std::pair<double, uint32_t>> all;
             for (uint32_t r = 0; r < kReferences; ++r) {

@@ -159,7 +159,7 @@ impl Device for CudaDevice {
             result::launch_kernel(
                 function,
                 (x, y, z),
-                (params::THREADS, 1, 1),
+                (plan.threads, 1, 1),
                 plan.shared_bytes,
                 self.stream.raw(),
                 &mut arguments,

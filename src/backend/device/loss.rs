@@ -79,7 +79,7 @@ pub(super) struct LossLayout {
     weights: Region,
     tile_counts: Region,
     tile_values: Region,
-    tile_places: Region,
+    tile_words: Region,
     scalars: Region,
     min_pos: Region,
     max_neg_out: Region,
@@ -91,8 +91,9 @@ pub(super) struct LossLayout {
 impl LossLayout {
     /// The workspace as a function of the shape, the budget for candidates and the GPU's size.
     ///
-    /// For B anchors of D dimensions in the square form, with stride D' and s splits, about
-    /// `B D e + B D' (e + 4 s) + 4 B D + 160 B + 4 tiles` bytes with elements of e bytes, and the budget.
+    /// For B anchors of D dimensions in the square form, with stride D' and s splits (0 for one, whose
+    /// kernels write the gradient itself), about `B D e + B D' (e + 4 s) + 4 B D + 160 B + 4 tiles` bytes with
+    /// elements of e bytes, and the budget.
     ///
     /// `resident`: input and gradients stay in the caller's memory, so none is set aside for them.
     pub(super) fn new(shape: &Shape, budget: usize, multiprocessors: u32, resident: bool) -> Self {
@@ -117,7 +118,7 @@ impl LossLayout {
             weights: layout.region::<RowWeights>(tiles(rows) * TILE as usize),
             tile_counts: layout.region::<u32>(shape.tiles()),
             tile_values: layout.region::<f32>(shape.tiles() * capacity),
-            tile_places: layout.region::<u16>(shape.tiles() * capacity),
+            tile_words: layout.region::<u32>(shape.tiles() * capacity),
             scalars: layout.region::<LossScalars>(1),
             min_pos: layout.region::<f32>(rows),
             max_neg_out: layout.region::<f32>(rows),
@@ -143,7 +144,10 @@ impl LossLayout {
         let (count, _) = shape.sides(of_references);
         let (padded, stride) = (tiles(count) * TILE as usize, shape.stride());
         let keys = order_tiles(count) * ORDER_TILE as usize;
-        let splits = shape.splits(of_references, multiprocessors);
+        let splits = match shape.splits(of_references, multiprocessors) {
+            1 => 0,
+            several => several,
+        };
         // Without a gradient its regions are empty.
         let if_wanted = |elements: usize| if gradient { elements } else { 0 };
         let if_copied = |elements: usize| if resident { 0 } else { elements };
@@ -197,7 +201,7 @@ impl Remembered {
             weights: pointer(base, layout.weights),
             tile_counts: pointer(base, layout.tile_counts),
             tile_values: pointer(base, layout.tile_values),
-            tile_places: pointer(base, layout.tile_places),
+            tile_words: pointer(base, layout.tile_words),
             settings: self.settings,
         }
     }
@@ -477,9 +481,13 @@ fn issue_gradient<D: Device>(
         reserved: 0,
         ways: pointer::<u8>(base, regions.ways),
         partial: pointer(base, regions.partial),
+        gradient: target as usize as *mut f32,
     };
     launcher.launch(Kernel::GradientLists(shape.precision), of_references, &gradient)?;
     launcher.launch(Kernel::GradientTiles(shape.precision), of_references, &gradient)?;
+    if splits == 1 {
+        return Ok(());
+    }
     let (count, _) = shape.sides(of_references);
     let sum = GradientSumParams {
         partial: pointer::<f32>(base, regions.partial),

@@ -40,11 +40,13 @@ pub enum Precision {
     Bf16,
 }
 
-/// How a kernel is launched. Blocks have [`params::THREADS`] threads throughout.
+/// How a kernel is launched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LaunchPlan {
     /// Blocks along x, y and z.
     pub grid: [u32; 3],
+    /// Threads of a block.
+    pub threads: u32,
     /// Dynamic shared memory of a block.
     pub shared_bytes: u32,
 }

@@ -1,7 +1,7 @@
 //! Launch plans: how many blocks, how much shared memory. Pure functions of the shape.
 
 use super::params::{
-    GRADIENT_COLUMNS, GRADIENT_HOPPER_SHARED_BYTES, GRADIENT_ROWS_16BIT, GRADIENT_ROWS_32BIT,
+    GRADIENT_COLUMNS, GRADIENT_HOPPER_SHARED_BYTES, GRADIENT_HOPPER_THREADS, GRADIENT_ROWS_16BIT, GRADIENT_ROWS_32BIT,
     GRADIENT_STAGES_BYTES, LISTS_COLUMNS, LISTS_ROWS, LISTS_SHARED_BYTES, ORDER_SHARED_BYTES, ORDER_TILE,
     RETRIEVAL_SHARED_BYTES, RETRIEVAL_SLACK, SELECT_HOPPER_SHARED_BYTES, SELECT_SHARED_BYTES,
     SIMILARITY_STAGES_BYTES, STAGE_BYTES, SUM_SHARED_BYTES, SWEEP_HOPPER_SHARED_BYTES, SWEEP_SHARED_BYTES,
@@ -92,10 +92,10 @@ impl Shape {
     }
 
     /// Candidates that each tile's segment holds under a budget of bytes for all of them.
-    /// An even share, so that which tiles are stored depends on the batch alone.
+    /// An even share, so that which tiles are stored depends on the batch alone; kernels read four words at a time.
     pub fn tile_capacity(&self, budget: usize) -> usize {
-        let candidate = size_of::<f32>() + size_of::<u16>();
-        (budget / candidate / self.tiles()).min((TILE * TILE) as usize)
+        let candidate = size_of::<f32>() + size_of::<u32>();
+        (budget / candidate / self.tiles()).min((TILE * TILE) as usize) / 4 * 4
     }
 
     /// Blocks that share the other side's tiles of one block of gradient rows, so that a
@@ -182,8 +182,12 @@ impl Shape {
             Kernel::GradientTilesHopper(_) => (gradient_grid, GRADIENT_HOPPER_SHARED_BYTES),
             Kernel::Retrieval(_) => ([own, 1, 1], RETRIEVAL_SHARED_BYTES),
         };
+        let threads = match kernel {
+            Kernel::GradientTilesHopper(_) => GRADIENT_HOPPER_THREADS,
+            _ => THREADS,
+        };
         // `check` has bounded them.
-        LaunchPlan { grid: grid.map(|blocks| blocks as u32), shared_bytes }
+        LaunchPlan { grid: grid.map(|blocks| blocks as u32), threads, shared_bytes }
     }
 }
 
@@ -230,10 +234,10 @@ mod tests {
         let shape = square(16_384, 512, Precision::Bf16);
         for budget in [0, 5, 1 << 20, 1 << 30, usize::MAX / 2] {
             let capacity = shape.tile_capacity(budget);
-            assert!(capacity * shape.tiles() * 6 <= budget);
-            assert!(capacity <= 16_384);
+            assert!(capacity * shape.tiles() * 8 <= budget);
+            assert!(capacity <= 16_384 && capacity % 4 == 0);
         }
-        assert_eq!(shape.tile_capacity(1 << 30), 16_384);
+        assert_eq!(shape.tile_capacity(2 << 30), 16_384);
     }
 
     #[test]

@@ -8,10 +8,11 @@ use crate::backend::device::{Device, Kernel, LaunchPlan, Params, Region};
 use crate::{Error, Result};
 
 unsafe extern "C" {
-    /// kernels/emulation/machine.cpp: runs a kernel to its end. -1: no such kernel, or other parameters.
+    /// kernels/emulation/machine.cpp: runs a kernel to its end. -1: no such kernel, or other threads or parameters.
     fn ddtas_emulated_launch(
         name: *const c_char,
         grid: *const u32,
+        threads: u32,
         shared_bytes: u32,
         params: *const c_void,
         params_bytes: usize,
@@ -168,6 +169,7 @@ impl Device for EmulatedDevice {
             ddtas_emulated_launch(
                 name.as_ptr(),
                 plan.grid.as_ptr(),
+                plan.threads,
                 plan.shared_bytes,
                 std::ptr::from_ref(params).cast(),
                 size_of::<P>(),

@@ -1,0 +1,78 @@
+// roles.cpp: what warps with roles of their own need: barriers of some of a block's warps, registers that
+// they hand over, and the rule that an aligned instruction finds the lanes of its warp side by side.
+
+#include "state.h"
+
+namespace emulation {
+
+void lanes_apart() { machine->self().apart = true; }
+void lanes_together() { machine->self().apart = false; }
+
+// What the lanes of a warp do one by one leaves them apart on a GPU, which the emulation, where every lane is a
+// fiber, does not see: an instruction that needs them together would work here and now and then trap there.
+void aligned(const char *what) {
+    if (machine->self().apart) die("lanes are apart, no warp_sync() before ", what);
+}
+
+void named_sync(uint32_t barrier, uint32_t threads) {
+    aligned("named_sync");
+    if (barrier == 0 || barrier >= kNamedBarriers) die("no named barrier, or that of the whole block: ", std::to_string(barrier));
+    if (threads == 0 || threads % 32) die("a named barrier of parts of warps", "");
+    // By whole warps: a lane that went elsewhere is found here.
+    collective("named_sync", nullptr, meet);
+    NamedBarrier &one = machine->named[barrier];
+    if (one.arrived != 0 && one.threads != threads) die("a named barrier of different sizes: ", std::to_string(barrier));
+    one.threads = threads;
+    void *token = &one.meeting.tokens[one.meeting.turn % 2];
+    release(token);
+    Thread &self = machine->self();
+    if (++one.arrived < threads) {
+        self.state = State::at_named_barrier;
+        self.named_barrier = barrier;
+        yield();
+    } else {
+        one.arrived = 0;
+        ++one.meeting.turn;
+        for (Thread &thread : machine->threads()) {
+            if (thread.state == State::at_named_barrier && thread.named_barrier == barrier) thread.state = State::ready;
+        }
+    }
+    acquire(token);
+}
+
+// A multiprocessor has 65,536 registers, handed out by eights; a block of one gets what ptxas gives its threads at most.
+namespace {
+uint32_t launch_registers() {
+    uint32_t even = 65536 / machine->thread_count / 8 * 8;
+    return even < 255 ? even : 255;
+}
+}  // namespace
+
+void begin_roles() {
+    for (Warp &warp : machine->warps) warp.registers = launch_registers();
+    for (NamedBarrier &barrier : machine->named) barrier.arrived = 0;
+    for (Thread &thread : machine->threads()) thread.apart = false;
+}
+
+void setmaxnreg(uint32_t registers, bool more) {
+    aligned("setmaxnreg");
+    collective("setmaxnreg", nullptr, meet);
+    if (registers < 24 || registers > 256 || registers % 8) die("setmaxnreg wants a multiple of 8 from 24 to 256", "");
+    if (machine->current % 32 != 0) return;  // once a warp
+    uint32_t now = machine->warp().registers;
+    if (more ? registers < now : registers > now) die("setmaxnreg the other way: from ", std::to_string(now));
+    machine->warp().registers = registers;
+}
+
+// Whoever wants more waits until it is there: for ever, if the block does not have it.
+void end_roles() {
+    uint32_t total = 0;
+    for (uint32_t warp = 0; warp < machine->warp_count; ++warp) {
+        uint32_t registers = machine->warps[warp].registers;
+        total += registers;
+        if (registers != machine->warps[warp / 4 * 4].registers) die("setmaxnreg by a part of a warpgroup", "");
+    }
+    if (total > launch_registers() * machine->warp_count) die("setmaxnreg: more registers than the block has", "");
+}
+
+}  // namespace emulation
