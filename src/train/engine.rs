@@ -194,7 +194,7 @@ impl Engine {
             let images = (images.inner(), meta_images);
             let learned = generator
                 .learn_full(
-                    &self.network,
+                    (&self.network, self.mode),
                     &gradients,
                     images,
                     (values, labels),
@@ -225,9 +225,9 @@ impl Engine {
         let features = to_array(features)?.mapv(f64::from);
         let fresh = match meta {
             Some(meta) => {
-                let mode = if self.mode == Normalise::Training { Normalise::Batch } else { self.mode };
                 let images = image_tensor(meta, &self.device.clone().inner());
-                let features = to_array(self.network.valid().backbone.forward(images, mode))?;
+                let features =
+                    to_array(self.network.valid().backbone.forward(images, self.mode.without_moving()))?;
                 Some((features.mapv(f64::from), meta.labels.as_slice()))
             }
             None => None,
