@@ -4,7 +4,7 @@ use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 
 use ddtas::console::{print, print_json, say};
-use ddtas::files::write_atomic;
+use ddtas::files::{check_place, write_atomic};
 use ddtas::throughput::{Row, ThroughputSettings, plot, run};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -23,6 +23,7 @@ pub struct ThroughputArguments {
 }
 
 pub fn throughput(mut arguments: ThroughputArguments) -> ddtas::Result<()> {
+    arguments.plot.as_deref().map_or(Ok(()), |path| check_place("plot", path))?;
     arguments.settings.device = resolved(arguments.settings.device);
     let progress = Progress::new(arguments.json);
     let rows = run(&arguments.settings, &mut |index, count, name| progress.show(index, count, name));

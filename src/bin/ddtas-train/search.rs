@@ -4,6 +4,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 use ddtas::console::{print, print_json};
+use ddtas::files::check_place;
 use ddtas::inference::{Found, SearchSettings, search as search_pictures, write_sheet};
 
 use super::progress::{Progress, warn_of_skipped};
@@ -22,6 +23,7 @@ pub struct SearchArguments {
 
 pub fn search(arguments: &SearchArguments) -> ddtas::Result<()> {
     let settings = &arguments.settings;
+    arguments.html.as_deref().map_or(Ok(()), |path| check_place("html", path))?;
     let found = Progress::during(|progress| search_pictures(settings, &mut |event| progress.show(event)))?;
     warn_of_skipped(&found.skipped);
     if let Some(path) = &arguments.html {

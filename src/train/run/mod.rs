@@ -28,7 +28,7 @@ use crate::retrieval::Recall;
 use crate::{Error, Result};
 pub use evaluation::EVALUATION_CHUNK;
 use folder::RunFolder;
-use setup::Setup;
+use setup::{Setup, make_engine};
 use steps::Run;
 
 /// What a run tells while it goes on.
@@ -196,10 +196,13 @@ pub fn train(
     tell: &mut dyn FnMut(Event<'_>),
 ) -> Result<Outcome> {
     settings.validate()?;
+    settings.check_files()?;
+    RunFolder::check(settings)?;
     let begun = Instant::now();
     let (place, backend) = open_device(settings)?;
+    let engine = make_engine(settings, (&place, backend), None)?;
     let dataset = settings.data.open(&mut |note| tell(Event::Note(note)))?;
-    let setup = Setup::new(settings, &dataset, (&place, backend), None)?;
+    let setup = Setup::new(settings, &dataset, engine)?;
     let folder = RunFolder::create(settings, &dataset.name)?;
     let metrics = RecordWriter::create(&folder.metrics())?;
     let events = EventWriter::create(folder.path(), settings.generator.rehearsal_steps(), None)?;
@@ -240,12 +243,13 @@ pub fn resume(
         return Ok(Outcome::FinishedBefore { folder: folder.path().to_path_buf(), step: state.step });
     }
     let (place, backend) = open_device(&settings)?;
+    let mut engine = make_engine(&settings, (&place, backend), last)?;
+    if let Some(last) = last {
+        checkpoint::resume_engine(&mut engine, last)?;
+    }
     let dataset = settings.data.open(&mut |note| tell(Event::Note(note)))?;
     check_extents(&state, &dataset)?;
-    let mut setup = Setup::new(&settings, &dataset, (&place, backend), last)?;
-    if let Some(last) = last {
-        checkpoint::resume_engine(&mut setup.engine, last)?;
-    }
+    let setup = Setup::new(&settings, &dataset, engine)?;
     metrics.cut(state.metrics_bytes)?;
     let events = resumed_events(&folder, &settings, &state)?;
     let phase = state.phase(&settings);
