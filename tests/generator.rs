@@ -217,6 +217,26 @@ fn generator_starts_warm_from_a_checkpoint() {
             .failure();
     let said = String::from_utf8(refused.get_output().stderr.clone()).unwrap();
     assert!(said.contains("--generator off"), "{said}");
+
+    // What the file holds must go with the other settings.
+    let init = ["--generator-init", checkpoint];
+    let pair = place.path().join("pair");
+    run(&pair, &["--generator", "head", "--lambda-pair"]).assert().success();
+    let apart = pair.join("last.safetensors");
+    let apart = ["--generator-init", apart.to_str().unwrap()];
+    let cases: [(&[&str], &[&str], &str); 4] = [
+        (&init, &["--generator", "head", "--lambda-min", "0.6"], "outside of --lambda-min 0.6"),
+        (&init, &["--generator", "head", "--lambda-ensemble", "2"], "give --lambda-ensemble 1"),
+        (&init, &[], "generator-init"),
+        (&apart, &["--generator", "head"], "give --lambda-pair"),
+    ];
+    for (init, more, what) in cases {
+        let output = place.path().join("refused");
+        let refused = run(&output, &[init, more].concat()).assert().code(1);
+        let said = String::from_utf8(refused.get_output().stderr.clone()).unwrap();
+        assert!(said.contains(what) && said.lines().count() == 1, "expected {what:?} in: {said}");
+        assert!(!output.exists());
+    }
 }
 
 #[test]

@@ -105,9 +105,7 @@ impl Generator {
         archive: &mut Archive,
         state: &GeneratorState,
     ) -> std::result::Result<(), String> {
-        if state.thresholds.members.is_empty() {
-            return Err("holds a generator without members".into());
-        }
+        state.thresholds.check(&self.settings)?;
         self.thresholds = state.thresholds.clone();
         self.hypergradient = state.hypergradient.map(|Lambda { pos, neg }| Hypergradient { pos, neg });
         self.recent.clear();

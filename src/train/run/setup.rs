@@ -123,7 +123,7 @@ fn make_generator(settings: &TrainSettings, spec: &DeviceSpec, resumed: bool) ->
         return Ok(None);
     }
     let thresholds = match &generator.generator_init {
-        Some(path) if !resumed => checkpoint::thresholds(path)?,
+        Some(path) if !resumed => checkpoint::thresholds(path, generator)?,
         _ => Thresholds::new(settings.first_lambda(), generator),
     };
     Ok(Some(Generator::new(generator.clone(), thresholds, backend::open(spec)?)))
