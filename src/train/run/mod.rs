@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | `setup.rs` | data, network, generator and loaders from the settings |
 //! | `steps.rs` | the steps, evaluations and checkpoints, to the end or until told to stop |
+//! | `unread.rs` | pictures that cannot be read |
 //! | `evaluation.rs` | Recall@K of the network, and of raw pixels |
 //! | `folder.rs` | where a run's files are |
 
@@ -11,6 +12,7 @@ mod evaluation;
 mod folder;
 mod setup;
 mod steps;
+mod unread;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
