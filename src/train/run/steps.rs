@@ -23,6 +23,9 @@ use crate::{Error, Result};
 const QUERIES: usize = 10;
 const NEIGHBOURS: usize = 8;
 
+/// Spread of a batch's embeddings, at most 1, below which the network maps every picture to one place.
+const COLLAPSED: f64 = 1e-4;
+
 /// What a run holds from its first to its last step.
 pub(super) struct Run<'a> {
     pub state: RunState,
@@ -37,6 +40,8 @@ pub(super) struct Run<'a> {
     events: EventWriter,
     /// Of training, without evaluations.
     seconds: f64,
+    /// A collapse is told once.
+    told_of_collapse: bool,
     stop: &'a AtomicBool,
     pub tell: &'a mut dyn FnMut(Event<'_>),
 }
@@ -74,6 +79,7 @@ impl<'a> Run<'a> {
             metrics,
             events,
             seconds,
+            told_of_collapse: false,
             stop,
             tell,
         }
@@ -161,6 +167,7 @@ impl<'a> Run<'a> {
         self.note_unread(step, batch, meta)?;
         let moved = self.engine.step(step, batch, meta)?;
         self.state.steps_without_pairs += usize::from(!moved);
+        self.warn_of_collapse(step);
         let seconds = clock.elapsed().as_secs_f64();
         *clock = Instant::now();
         self.seconds += seconds;
@@ -171,6 +178,19 @@ impl<'a> Run<'a> {
             self.save()?;
         }
         Ok(())
+    }
+
+    fn warn_of_collapse(&mut self, step: usize) {
+        let spread = self.engine.spread();
+        let collapsed = spread < COLLAPSED;
+        if !collapsed || self.told_of_collapse {
+            return;
+        }
+        self.told_of_collapse = true;
+        (self.tell)(Event::Warning(&format!(
+            "the embeddings of step {step} have collapsed (their spread is {spread:.0e}): pictures that are all alike teach \
+             nothing; if it stays so, begin anew with a lower --learning-rate or another --init"
+        )));
     }
 
     /// Before the first step, after the last, and between whole numbers of epochs, the last of these unless the run
