@@ -29,7 +29,7 @@ pub fn print(write: impl FnOnce(&mut Vec<u8>) -> io::Result<()>) -> Result<()> {
 /// A program's result as JSON.
 ///
 /// # Errors
-/// As [`print`]; [`Error::Unavailable`] if `value` has no JSON form.
+/// As [`print()`]; [`Error::Unavailable`] if `value` has no JSON form.
 pub fn print_json(value: &impl serde::Serialize) -> Result<()> {
     let text = serde_json::to_string_pretty(value)
         .map_err(|error| Error::Unavailable(format!("cannot write JSON: {error}")))?;
