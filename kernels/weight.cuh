@@ -15,7 +15,7 @@ DEVICE float kept_share(const RowWeights &weights, bool positive, float s) {
 // both rows, i before j, whoever asks: M is symmetric to the last bit.
 DEVICE float pair_share(const Pairs &pairs, uint32_t i, uint32_t j, float s, bool &positive) {
     positive = same_class(pairs.classes[i], j);
-    if (positive && s >= kDuplicate) return 0.0f;
+    if (positive && is_duplicate(pairs, i, j, s)) return 0.0f;
     float share = kept_share(pairs.weights[i], positive, s);
     if (pairs.square) share += kept_share(pairs.weights[j], positive, s);
     return share;
@@ -35,6 +35,11 @@ DEVICE float sigmoid(float x) {
 }
 DEVICE float pair_sigmoid(const Settings &settings, bool positive, float s) {
     return sigmoid(pair_argument(settings, positive, s));
+}
+// Its slope, sigmoid (1 - sigmoid): a difference would have no digits left where the sigmoid is nearly 1.
+DEVICE float pair_slope(const Settings &settings, bool positive, float s) {
+    float e = expf(-fabsf(pair_argument(settings, positive, s)));
+    return e / ((1.0f + e) * (1.0f + e));
 }
 
 // Element of M: G_ij, plus G_ji in the square form.

@@ -1,11 +1,11 @@
 //! Launch plans: how many blocks, how much shared memory. Pure functions of the shape.
 
 use super::params::{
-    GRADIENT_COLUMNS, GRADIENT_HOPPER_SHARED_BYTES, GRADIENT_HOPPER_THREADS, GRADIENT_ROWS_16BIT, GRADIENT_ROWS_32BIT,
-    GRADIENT_STAGES_BYTES, LISTS_COLUMNS, LISTS_ROWS, LISTS_SHARED_BYTES, ORDER_SHARED_BYTES, ORDER_TILE,
-    RETRIEVAL_SHARED_BYTES, RETRIEVAL_SLACK, SELECT_HOPPER_SHARED_BYTES, SELECT_SHARED_BYTES,
-    SIMILARITY_STAGES_BYTES, STAGE_BYTES, SUM_SHARED_BYTES, SWEEP_HOPPER_SHARED_BYTES, SWEEP_SHARED_BYTES,
-    THREADS, TILE,
+    GRADIENT_COLUMNS, GRADIENT_HOPPER_SHARED_BYTES, GRADIENT_HOPPER_THREADS, GRADIENT_ROWS_16BIT,
+    GRADIENT_ROWS_32BIT, GRADIENT_STAGES_BYTES, HOPPER_SHARED_BYTES, LISTS_COLUMNS, LISTS_ROWS,
+    LISTS_SHARED_BYTES, ORDER_SHARED_BYTES, ORDER_TILE, RETRIEVAL_SHARED_BYTES, RETRIEVAL_SLACK,
+    SELECT_SHARED_BYTES, SIMILARITY_STAGES_BYTES, STAGE_BYTES, SUM_SHARED_BYTES, SWEEP_HOPPER_SHARED_BYTES,
+    SWEEP_SHARED_BYTES, THREADS, TILE,
 };
 use super::{Kernel, LaunchPlan, Precision};
 use crate::loss::{Embeddings, LossSettings};
@@ -143,6 +143,8 @@ impl Shape {
             return kernel;
         }
         match kernel {
+            Kernel::DuplicateBounds(precision) => Kernel::DuplicateBoundsHopper(precision),
+            Kernel::SameClass(precision) => Kernel::SameClassHopper(precision),
             Kernel::Sweep(precision) => Kernel::SweepHopper(precision),
             Kernel::SelectRecomputed(precision) => Kernel::SelectRecomputedHopper(precision),
             Kernel::GradientTiles(precision) => Kernel::GradientTilesHopper(precision),
@@ -161,11 +163,14 @@ impl Shape {
             }
             Kernel::Prepare(_) | Kernel::ThresholdPrepare(_) | Kernel::GradientSum => ([own, 1, 1], 0),
             Kernel::Classes => ([self.anchors.div_ceil(THREADS as usize), 1, 1], 0),
-            Kernel::SameClass(_) => ([own, 1, 1], SIMILARITY_STAGES_BYTES),
+            Kernel::DuplicateBounds(_) | Kernel::SameClass(_) => ([own, 1, 1], SIMILARITY_STAGES_BYTES),
+            Kernel::DuplicateBoundsHopper(_) | Kernel::SameClassHopper(_) => {
+                ([own, 1, 1], HOPPER_SHARED_BYTES)
+            }
             Kernel::Sweep(_) => ([self.tiles(), 1, 1], SWEEP_SHARED_BYTES),
             Kernel::SweepHopper(_) => ([self.tiles(), 1, 1], SWEEP_HOPPER_SHARED_BYTES),
             Kernel::SelectStored => ([self.tiles(), 1, 1], SELECT_SHARED_BYTES),
-            Kernel::SelectRecomputedHopper(_) => ([self.tiles(), 1, 1], SELECT_HOPPER_SHARED_BYTES),
+            Kernel::SelectRecomputedHopper(_) => ([self.tiles(), 1, 1], HOPPER_SHARED_BYTES),
             Kernel::SelectRecomputed(_) | Kernel::Threshold(_) => {
                 ([self.tiles(), 1, 1], SIMILARITY_STAGES_BYTES)
             }
@@ -205,6 +210,11 @@ pub(super) fn sum_scale(settings: &LossSettings, references: usize) -> f64 {
     let term = largest(settings.alpha, settings.lambda_neg).max(largest(settings.beta, settings.lambda_pos));
     // 2^53 is all that an f64 term can fill.
     2.0f64.powi((62 - (term * references as f64).log2().ceil() as i32).min(53))
+}
+
+/// Most units of one term: N of them fill 62 bits.
+pub(super) fn term_limit(references: usize) -> f64 {
+    2.0f64.powi(62) / references as f64
 }
 
 #[cfg(test)]
@@ -254,6 +264,7 @@ mod tests {
         let shape = square(1000, 512, Precision::F32);
         for precision in [Precision::F32, Precision::Tf32, Precision::F16, Precision::Bf16] {
             for kernel in [
+                Kernel::DuplicateBounds(precision),
                 Kernel::Sweep(precision),
                 Kernel::SameClass(precision),
                 Kernel::GradientTiles(precision),
@@ -270,6 +281,8 @@ mod tests {
         for precision in [Precision::F32, Precision::Tf32, Precision::F16, Precision::Bf16] {
             let shape = square(1000, 512, precision);
             for kernel in [
+                Kernel::DuplicateBounds(precision),
+                Kernel::SameClass(precision),
                 Kernel::Sweep(precision),
                 Kernel::SelectRecomputed(precision),
                 Kernel::GradientTiles(precision),
@@ -292,6 +305,7 @@ mod tests {
         let settings = LossSettings { alpha: 1e4, lambda_neg: -2.0, ..LossSettings::default() };
         let scale = sum_scale(&settings, 1 << 30);
         assert!(scale * 1e4 * 3.1 * f64::from(1 << 30) < 2.0f64.powi(63));
+        assert!(scale * 1e4 * 3.1 < term_limit(1 << 30), "the limit is out of reach of unit rows");
         assert!(sum_scale(&LossSettings::default(), 16_384) > 2.0f64.powi(40));
     }
 
