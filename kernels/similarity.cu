@@ -313,6 +313,13 @@ DEVICE void sweep_begin(const Pairs &pairs, TileIndex tile, Shared &shared) {
     }
 }
 
+// A tile of ignored rows or columns alone has no pairs: it is not multiplied. The same for the whole block.
+DEVICE bool sweep_leaves_out(const Pairs &pairs, TileIndex tile, uint64_t index) {
+    if (tile.row * TILE < pairs.counters->valid_anchors && tile.column * TILE < pairs.counters->valid_references) return false;
+    if (thread_index() == 0) pairs.tile_counts[index] = 0;
+    return true;
+}
+
 template <class Where, class Shared, class Sums>
 DEVICE void sweep_end(const Pairs &pairs, TileIndex tile, uint64_t index, Shared &shared, const Sums &acc) {
     // Ranges ascend: the tile is free of positives if its columns end before the first range or begin after the last.
@@ -333,6 +340,7 @@ DEVICE void sweep_body(const PairsParams &p) {
     const Pairs &pairs = p.pairs;
     uint64_t index = block_x();
     TileIndex tile = tile_of(pairs, index);
+    if (sweep_leaves_out(pairs, tile, index)) return;
     sweep_begin(pairs, tile, shared);
     Accumulators<4> acc;
     multiply_tile<Numbers, 4>(acc, tile_rows<Numbers>(pairs.anchors, tile.row, pairs.stride),
@@ -354,6 +362,7 @@ DEVICE void sweep_hopper_body([[maybe_unused]] const PairsParams &p) {
     const Pairs &pairs = p.pairs;
     uint64_t index = block_x();
     TileIndex tile = tile_of(pairs, index);
+    if (sweep_leaves_out(pairs, tile, index)) return;
     sweep_begin(pairs, tile, shared);
     GroupStages<kHopperStages> stages{shared.stages, shared.barriers};
     stages.begin();

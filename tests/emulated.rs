@@ -75,6 +75,22 @@ fn every_type_and_form_agrees_on_hopper_s_kernels() {
 }
 
 #[test]
+fn every_width_agrees_on_hopper_s_kernels_stored_or_not() {
+    for (seed, case) in (40..).zip(cases::widths()) {
+        let backend = |budget| {
+            let device = EmulatedDevice::new(seed).as_hopper();
+            DeviceBackend::new(device, Options { budget, ..Options::default() })
+        };
+        cases::run_all(&mut backend(1 << 30), [&case]);
+        // All stored; nothing; tiles of few candidates.
+        let answer = |budget| bits(&answers(&mut backend(budget), &case));
+        let stored = answer(1 << 30);
+        assert!(stored == answer(0), "{}", case.name);
+        assert!(stored == answer(30_000), "{}", case.name);
+    }
+}
+
+#[test]
 fn golden_cases_in_16_bits_agree_on_hopper_s_kernels() {
     let mut backend = DeviceBackend::new(EmulatedDevice::new(15).as_hopper(), Options::default());
     cases::run_all(&mut backend, cases::golden_in(Dtype::F16));

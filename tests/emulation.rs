@@ -33,12 +33,17 @@ fn copy_folder(from: &Path, to: &Path) {
 }
 
 /// Compiles tests/emulation/PROGRAM.cpp with a copy of the kernels, and runs it.
-fn run(program: &str, kernels: &[&str], fault: Option<&Fault>, flags: &[&str]) -> Output {
+fn run<'a>(
+    program: &str,
+    kernels: &[&str],
+    faults: impl IntoIterator<Item = &'a Fault>,
+    flags: &[&str],
+) -> Output {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let folder = tempfile::tempdir().unwrap();
     let copy = folder.path().join("kernels");
     copy_folder(&root.join("kernels"), &copy);
-    if let Some(Fault { file, from, to }) = fault {
+    for Fault { file, from, to } in faults {
         let path = copy.join(file);
         let text = fs::read_to_string(&path).unwrap();
         assert_eq!(text.matches(from).count(), 1, "the fault has one place in {file}: {from}");
@@ -78,6 +83,13 @@ fn said(output: &Output) -> String {
 /// What the gradient's product on Hopper says with a fault in it.
 fn run_faulty_hopper(file: &'static str, from: &'static str, to: &'static str) -> String {
     let output = run("gradient", &["gradient_hopper.cu"], Some(&Fault { file, from, to }), &[]);
+    assert!(!output.status.success(), "the fault went unnoticed");
+    said(&output)
+}
+
+/// The same with two faults that are one.
+fn run_faulty_hopper_twice(faults: [Fault; 2]) -> String {
+    let output = run("gradient", &["gradient_hopper.cu"], &faults, &[]);
     assert!(!output.status.success(), "the fault went unnoticed");
     said(&output)
 }
@@ -132,34 +144,107 @@ fn hopper_s_kernel_without_a_fault_passes() {
 }
 
 /// Where the gradient on Hopper waits for the rows that a bulk copy brings.
-const LANDED: &str = "mbarrier_wait(landed, turn / 2 % 2);";
+const LANDED: &str = "mbarrier_wait(full_of(shared, fill), parity_of(fill));\n            warp_sync();\n            unsigned char *matrix";
+
+/// The faults that a pipeline of roles invites: each gives wrong sums, stops, or breaks a barrier's count.
+fn assert_caught(message: &str) {
+    let signs =
+        ["want", "a phase that nobody ends", "more arrivals at a barrier", "bulk copies nobody waited for"];
+    assert!(signs.iter().any(|sign| message.contains(sign)), "{message}");
+}
 
 #[test]
 fn reading_before_a_bulk_copy_has_landed_is_caught() {
-    let message = run_faulty_hopper("gradient_hopper.cu", LANDED, "");
-    // By the wrong sums, or, where nobody waits, by the next copy that arrives in the same phase.
-    let caught = message.contains("want") || message.contains("more arrivals at a barrier");
-    assert!(caught, "{message}");
+    assert_caught(&run_faulty_hopper("gradient_hopper.cu", LANDED, "unsigned char *matrix"));
 }
 
 #[test]
 fn waiting_for_the_wrong_phase_is_caught() {
-    let message = run_faulty_hopper("gradient_hopper.cu", LANDED, "mbarrier_wait(landed, turn % 2);");
-    assert!(message.contains("want") || message.contains("a phase that nobody ends"), "{message}");
+    let parity = "return fill / GRADIENT_HOPPER_STAGES % 2;";
+    assert_caught(&run_faulty_hopper("gradient_hopper.cu", parity, "return fill % 2;"));
 }
 
 #[test]
 fn a_missing_proxy_fence_is_caught() {
-    let fenced = "fence_proxy_async();\n        block_sync();  // M is there";
-    let message = run_faulty_hopper("gradient_hopper.cu", fenced, "block_sync();  // M is there");
+    let fenced = "fence_proxy_async();\n        warp_sync();\n        arrive_as_warp(&shared.built";
+    let message = run_faulty_hopper("gradient_hopper.cu", fenced, "arrive_as_warp(&shared.built");
     assert!(message.contains("want"), "{message}");
 }
 
 #[test]
 fn writing_over_what_a_product_reads_is_caught() {
-    let wait = "wgmma_wait<1>();  // this product goes on";
-    let message = run_faulty_hopper("gradient_hopper.cu", wait, "");
-    assert!(message.contains("want"), "{message}");
+    // M is given back before its product is through.
+    let wait = "wgmma_wait<1>();  // this product goes on, that before it is done";
+    assert_caught(&run_faulty_hopper("gradient_hopper.cu", wait, ""));
+}
+
+#[test]
+fn copying_over_rows_that_are_read_is_caught() {
+    let wait = "if (fill >= GRADIENT_HOPPER_STAGES) mbarrier_wait(empty_of";
+    assert_caught(&run_faulty_hopper("gradient_hopper.cu", wait, "if (false) mbarrier_wait(empty_of"));
+}
+
+#[test]
+fn a_stage_that_is_given_back_too_early_is_caught() {
+    let release = "arrive_as_warp(empty_of(shared, fill - 1));\n                if (half";
+    let early = "arrive_as_warp(empty_of(shared, fill));\n                if (half";
+    assert_caught(&run_faulty_hopper("gradient_hopper.cu", release, early));
+}
+
+#[test]
+fn filling_a_matrix_before_it_is_given_back_is_caught() {
+    let wait = "if (turn.index >= 2) mbarrier_wait(&shared.taken";
+    assert_caught(&run_faulty_hopper("gradient_hopper.cu", wait, "if (false) mbarrier_wait(&shared.taken"));
+}
+
+#[test]
+fn a_wait_by_parity_alone_is_caught() {
+    // One barrier for both halves of a recomputed tile: the phase that is waited for may be over twice
+    // before somebody looks, and its parity then says that it is still to come.
+    let message = run_faulty_hopper_twice([
+        Fault {
+            file: "gradient_hopper.cu",
+            from: "recompute_values<Numbers>(shared, &shared.valued[part],",
+            to: "recompute_values<Numbers>(shared, &shared.valued[0],",
+        },
+        Fault {
+            file: "gradient_hopper.cu",
+            from: "mbarrier_wait(&my.shared.valued[half], turn.recomputed % 2);",
+            to: "mbarrier_wait(&my.shared.valued[0], half);",
+        },
+    ]);
+    assert!(message.contains("a phase that nobody ends") || message.contains("want"), "{message}");
+}
+
+#[test]
+fn an_aligned_instruction_after_a_wait_without_a_warp_sync_is_caught() {
+    let synced = "warp_sync();\n            unsigned char *matrix";
+    let message = run_faulty_hopper("gradient_hopper.cu", synced, "unsigned char *matrix");
+    assert!(message.contains("lanes are apart, no warp_sync() before wgmma_fence"), "{message}");
+}
+
+#[test]
+fn a_named_barrier_of_too_many_threads_is_caught() {
+    let zeros = "named_sync(kBuildersBarrier, kBuilderThreads);  // zeros";
+    let message = run_faulty_hopper(
+        "gradient_hopper.cu",
+        zeros,
+        "named_sync(kBuildersBarrier, kBuilderThreads + 32);  // zeros",
+    );
+    let caught = message.contains("a named barrier") || message.contains("a phase that nobody ends");
+    assert!(caught, "{message}");
+}
+
+#[test]
+fn a_named_barrier_that_is_missing_is_caught() {
+    let zeros = "named_sync(kBuildersBarrier, kBuilderThreads);  // zeros and scales are there";
+    assert_caught(&run_faulty_hopper("gradient_hopper.cu", zeros, ""));
+}
+
+#[test]
+fn more_registers_than_a_block_has_are_caught() {
+    let message = run_faulty_hopper("gradient_hopper.cu", "setmaxnreg_inc<208>()", "setmaxnreg_inc<216>()");
+    assert!(message.contains("more registers than the block has"), "{message}");
 }
 
 #[test]
@@ -171,9 +256,12 @@ fn a_wrong_swizzle_is_caught() {
 
 #[test]
 fn a_descriptor_of_the_wrong_stride_is_caught() {
-    let panels = "panels_descriptor(stage, TILE * STAGE_BYTES)";
-    let message =
-        run_faulty_hopper("gradient_hopper.cu", panels, "panels_descriptor(stage, TILE / 2 * STAGE_BYTES)");
+    let panels = "panels_descriptor(stage_of(shared, fill), kStagePanel)";
+    let message = run_faulty_hopper(
+        "gradient_hopper.cu",
+        panels,
+        "panels_descriptor(stage_of(shared, fill), kStagePanel / 2)",
+    );
     assert!(message.contains("want"), "{message}");
 }
 
@@ -227,9 +315,17 @@ fn a_plain_access_that_races_another_block_is_caught_by_the_thread_sanitizer() {
 
 #[test]
 fn a_race_within_a_block_is_named_by_the_thread_sanitizer() {
-    let zeroed = "words[i] = Granule<uint32_t>{};\n    block_sync();";
-    let message = run_racing("gradient", "matrix.cuh", zeroed, "words[i] = Granule<uint32_t>{};");
-    assert!(message.contains("data race") && message.contains("matrix.cuh"), "{message}");
+    let zeroed = "named_sync(kBuildersBarrier, kBuilderThreads);  // zeros and scales are there";
+    let message = run_racing("gradient", "gradient_hopper.cu", zeroed, "");
+    assert!(message.contains("data race") && message.contains("gradient_hopper.cu"), "{message}");
+}
+
+#[test]
+fn an_arrival_that_is_missing_between_roles_is_named_by_the_thread_sanitizer() {
+    // M is built again without waiting for what else its builders wrote and read.
+    let wait = "mbarrier_wait(&my.shared.valued[half], turn.recomputed % 2);";
+    let message = run_racing("gradient", "gradient_hopper.cu", wait, "");
+    assert!(message.contains("data race") && message.contains("gradient_hopper.cu"), "{message}");
 }
 
 #[test]

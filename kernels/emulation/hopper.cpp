@@ -1,5 +1,7 @@
 // hopper.cpp: barriers in shared memory, bulk copies, products of a warpgroup.
 
+#include <algorithm>
+
 #include "state.h"
 
 namespace emulation {
@@ -110,29 +112,35 @@ void land_bulk(bool late_too) {
     finish_phase(barrier);
 }
 
-bool wake_at_shared_barriers(bool land) {
-    bool waiting = false;
-    uint32_t waiter = 0;
+namespace {
+bool wake(bool late_too) {
+    bool woken = false;
+    for (uint32_t i = 0; i < machine->thread_count; ++i) {
+        Thread &thread = machine->all_threads[i];
+        if (thread.state != State::at_shared_barrier || (machine->warps[i / 32].late && !late_too)) continue;
+        if (barrier_at(thread.shared_barrier).phase % 2 == thread.parity) continue;
+        thread.state = State::ready;
+        woken = true;
+    }
+    return woken;
+}
+}  // namespace
+
+bool wake_at_shared_barriers() { return wake(false); }
+
+bool wake_last() {
+    auto waits = [](const Thread &thread) { return thread.state == State::at_shared_barrier; };
+    auto threads = machine->threads();
+    const Thread *waiter = std::find_if(threads.begin(), threads.end(), waits);
+    if (waiter == threads.end()) return false;
     for (;;) {
-        bool woken = false;
-        for (uint32_t i = 0; i < machine->thread_count; ++i) {
-            Thread &thread = machine->all_threads[i];
-            if (thread.state != State::at_shared_barrier) continue;
-            waiting = true;
-            if (barrier_at(thread.shared_barrier).phase % 2 == thread.parity) {
-                waiter = i;
-                continue;
-            }
-            thread.state = State::ready;
-            woken = true;
-        }
-        if (woken || !waiting || !land) return woken;
-        if (machine->bulks.empty()) {
-            machine->current = waiter;
-            die("waits for a phase that nobody ends", "");
-        }
+        if (wake(false)) return true;
+        if (machine->bulks.empty()) break;
         land_bulk(true);
     }
+    if (wake(true)) return true;
+    machine->current = static_cast<uint32_t>(waiter - threads.begin());
+    die("waits for a phase that nobody ends", "");
 }
 
 void mbarrier_init(Barrier *barrier, uint32_t count) { machine->barriers[barrier] = SharedBarrier{count}; }

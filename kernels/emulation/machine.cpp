@@ -145,9 +145,9 @@ void run_block(uint32_t shared_bytes) {
         for (uint32_t i = 0; i < machine->warp_count; ++i) {
             run_warp(order[i]);
             // A phase may be noticed at once, or when nobody else can go on.
-            if (machine->random.below(2) == 0) wake_at_shared_barriers(false);
+            if (machine->random.below(2) == 0) wake_at_shared_barriers();
         }
-    } while (anybody_ready() || wake_at_shared_barriers(true) || release_barrier());
+    } while (anybody_ready() || wake_last() || release_barrier());
     end_roles();
     if (!machine->bulks.empty()) die("left with bulk copies nobody waited for", "");
 }

@@ -49,7 +49,10 @@ uint32_t launch_registers() {
 }  // namespace
 
 void begin_roles() {
-    for (Warp &warp : machine->warps) warp.registers = launch_registers();
+    for (Warp &warp : machine->warps) {
+        warp.registers = launch_registers();
+        warp.late = machine->random.below(4) == 0;
+    }
     for (NamedBarrier &barrier : machine->named) barrier.arrived = 0;
     for (Thread &thread : machine->threads()) thread.apart = false;
 }

@@ -95,6 +95,7 @@ struct Warp {
     const char *what = nullptr;
     Meeting meeting;
     uint32_t registers = 0;  // of each thread, as setmaxnreg has left them
+    bool late = false;       // notices the end of a phase when nobody else can go on
 };
 
 // The machine that this OS thread emulates.
@@ -146,8 +147,10 @@ float truncate(double value);
 
 // hopper.cpp
 void land_bulk(bool late_too);
-// Wakes whoever's phase is over; if the copy engine may, by landing copies until somebody's is.
-bool wake_at_shared_barriers(bool land);
+// Wakes whoever's phase is over, but nobody that is late; true if there was somebody.
+bool wake_at_shared_barriers();
+// When nobody can go on: lands copies until somebody's phase is over, and only then looks at those that are late.
+bool wake_last();
 
 // roles.cpp
 void begin_roles();

@@ -95,6 +95,34 @@ pub fn generated() -> Vec<Case> {
     recipes.iter().flat_map(|recipe| Dtype::ALL.map(|dtype| clear_case(recipe, dtype))).collect()
 }
 
+/// Three row tiles, the last of ignored rows alone, 30 % ignored in all, in every width of the gradient's
+/// product and more than one block of columns; square, and rectangular with both gradients. 16-bit rows.
+pub fn widths() -> Vec<Case> {
+    // Rows of ignored labels stand last in the order of the passes.
+    let ignored = |row: usize| if row % 10 < 3 { -1 } else { (row / 8) as i64 };
+    let forms = [None, Some(270)];
+    let recipe = |(dim, references): (usize, Option<usize>)| Recipe {
+        name: if references.is_none() { "square_width" } else { "rectangular_width" },
+        rows: 370 - references.unwrap_or(0) / 2,
+        references,
+        shared: 5,
+        dim,
+        noise: 2.5,
+        label: ignored,
+        // So much is mined that every row tile takes the way of tiles, stored or not.
+        settings: LossSettings { mining: Mining::None, ..LossSettings::default() },
+    };
+    [40, 64, 130, 512, 768, 1024]
+        .into_iter()
+        .flat_map(|dim| forms.map(|references| (dim, references)))
+        .zip([Dtype::Bf16, Dtype::F16, Dtype::F16, Dtype::Bf16].into_iter().cycle())
+        .map(|(shape, dtype)| {
+            let case = clear_case(&recipe(shape), dtype);
+            Case { name: format!("{}_{}", case.name, shape.0), ..case }
+        })
+        .collect()
+}
+
 /// The reference cases with their rows rounded to another type, those that stay clear of the thresholds.
 pub fn golden_in(dtype: Dtype) -> Vec<Case> {
     let rounded = |case: Case| {

@@ -15,6 +15,8 @@ pub use compare::{Expected, compare, compare_nearest};
 pub use generate::*;
 pub use golden::golden;
 
+use std::borrow::Borrow;
+
 use ddtas::backend::Backend;
 use ddtas::loss::{Batch, Embeddings, LossOutput, LossSettings, Rows, UnitCheck};
 use half::{bf16, f16};
@@ -130,12 +132,13 @@ pub fn run(backend: &mut dyn Backend, case: &Case) -> Result<(), String> {
 }
 
 /// Runs a whole table and fails with every case that differs.
-pub fn run_all(backend: &mut dyn Backend, cases: impl IntoIterator<Item = Case>) {
+pub fn run_all(backend: &mut dyn Backend, cases: impl IntoIterator<Item = impl Borrow<Case>>) {
     let mut count = 0;
     let mut failures = Vec::new();
     for case in cases {
         count += 1;
-        if let Err(difference) = run(backend, &case) {
+        let case = case.borrow();
+        if let Err(difference) = run(backend, case) {
             failures.push(format!("{} {:?}: {difference}", case.name, case.dtype));
         }
     }
