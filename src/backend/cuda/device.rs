@@ -7,7 +7,7 @@ use cudarc::driver::{CudaContext, result, sys};
 
 use super::driver::{self, Stream, check};
 use super::module::Module;
-use crate::backend::device::{Device, Kernel, LaunchPlan, Params, params};
+use crate::backend::device::{Device, Kernel, LaunchPlan, Params};
 use crate::{Error, Result};
 
 /// An NVIDIA GPU, its stream and the loaded kernels.
@@ -150,7 +150,7 @@ impl Device for CudaDevice {
 
     unsafe fn launch<P: Params>(&mut self, kernel: Kernel, plan: LaunchPlan, params: &P) -> Result<()> {
         self.enter()?;
-        let function = self.module.function(kernel.name(), plan.shared_bytes)?;
+        let function = self.module.function(kernel, plan.shared_bytes)?;
         let [x, y, z] = plan.grid;
         // The driver copies the struct before it returns, and never writes to it.
         let mut arguments = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];

@@ -1,4 +1,4 @@
-//! The kernels inside this binary, loaded into a context, and found by name.
+//! The kernels inside this binary, loaded into a context, and found by file and name.
 
 use std::collections::HashMap;
 use std::ffi::CString;
@@ -7,6 +7,7 @@ use std::sync::Arc;
 use cudarc::driver::{CudaContext, result, sys};
 
 use super::driver::check;
+use crate::backend::device::Kernel;
 use crate::{Error, Result};
 
 /// Images the build script made of kernels/*.cu.
@@ -26,7 +27,8 @@ struct Function {
 
 /// The loaded kernels of one context.
 pub(super) struct Module {
-    images: Vec<sys::CUmodule>,
+    /// By the name of their file.
+    images: HashMap<&'static str, sys::CUmodule>,
     functions: HashMap<&'static str, Function>,
     context: Arc<CudaContext>,
 }
@@ -39,23 +41,24 @@ impl Module {
     /// [`Error::Device`] if the driver refuses an image.
     pub(super) fn load(context: Arc<CudaContext>) -> Result<Self> {
         check("cuCtxSetCurrent", context.bind_to_thread())?;
-        let mut module = Self { images: Vec::new(), functions: HashMap::new(), context };
-        for (_, image) in embedded::IMAGES {
+        let mut module = Self { images: HashMap::new(), functions: HashMap::new(), context };
+        for (name, image) in embedded::IMAGES {
             // SAFETY: nvcc wrote the image, whose header carries its own length.
             let loaded = unsafe { result::module::load_data(image.as_ptr().cast()) };
-            module.images.push(check("cuModuleLoadData", loaded)?);
+            module.images.insert(name, check("cuModuleLoadData", loaded)?);
         }
         Ok(module)
     }
 
-    /// The kernel called `name`, granted at least `shared_bytes` of dynamic shared memory.
+    /// A kernel, granted at least `shared_bytes` of dynamic shared memory.
     ///
     /// # Errors
-    /// [`Error::Device`] if no image has it, or the GPU does not have that much.
-    pub(super) fn function(&mut self, name: &'static str, shared_bytes: u32) -> Result<sys::CUfunction> {
+    /// [`Error::Device`] if its image does not have it, or the GPU does not have that much.
+    pub(super) fn function(&mut self, kernel: Kernel, shared_bytes: u32) -> Result<sys::CUfunction> {
+        let name = kernel.name();
         let mut function = match self.functions.get(name) {
             Some(known) => *known,
-            None => Function { raw: self.find(name)?, shared_bytes: DEFAULT_SHARED_BYTES },
+            None => Function { raw: self.find(kernel)?, shared_bytes: DEFAULT_SHARED_BYTES },
         };
         if shared_bytes > function.shared_bytes {
             let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
@@ -69,21 +72,21 @@ impl Module {
         Ok(function.raw)
     }
 
-    fn find(&self, name: &'static str) -> Result<sys::CUfunction> {
+    /// Looked for in its own image alone: compute-sanitizer counts a look that fails as an error.
+    fn find(&self, kernel: Kernel) -> Result<sys::CUfunction> {
+        let name = kernel.name();
         let missing = || Error::Device { call: "cuModuleGetFunction", code: format!("no kernel {name}") };
         let symbol = CString::new(name).map_err(|_| missing())?;
-        self.images
-            .iter()
-            // SAFETY: the images stay loaded as long as `self`.
-            .find_map(|&image| unsafe { result::module::get_function(image, symbol.clone()) }.ok())
-            .ok_or_else(missing)
+        let image = *self.images.get(kernel.file()).ok_or_else(missing)?;
+        // SAFETY: the image stays loaded as long as `self`.
+        unsafe { result::module::get_function(image, symbol) }.map_err(|_| missing())
     }
 }
 
 impl Drop for Module {
     fn drop(&mut self) {
         let _ = self.context.bind_to_thread();
-        for &image in &self.images {
+        for &image in self.images.values() {
             // SAFETY: loaded in `load`, unloaded only here.
             let _ = unsafe { result::module::unload(image) };
         }

@@ -95,4 +95,68 @@ impl Kernel {
             Self::Retrieval(precision) => precise!(precision, "retrieval"),
         }
     }
+
+    /// The file of kernels/ that has it, without its suffix: the image to look in.
+    #[must_use]
+    pub fn file(self) -> &'static str {
+        match self {
+            Self::OrderTiles | Self::OrderMerge | Self::Prepare(_) | Self::Classes => "order",
+            Self::DuplicateBounds(_)
+            | Self::DuplicateBoundsHopper(_)
+            | Self::SameClass(_)
+            | Self::SameClassHopper(_)
+            | Self::Sweep(_)
+            | Self::SweepHopper(_) => "similarity",
+            Self::SelectStored
+            | Self::SelectRecomputed(_)
+            | Self::SelectRecomputedHopper(_)
+            | Self::Weigh => "select",
+            Self::GradientWays | Self::GradientLists(_) | Self::GradientSum => "gradient",
+            Self::GradientTiles(_) => "gradient_tiles",
+            Self::GradientTilesHopper(_) => "gradient_hopper",
+            Self::ThresholdPrepare(_) | Self::Threshold(_) | Self::ThresholdSum => "threshold",
+            Self::Retrieval(_) => "retrieval",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kernel_stands_in_its_file() {
+        let precision = Precision::Bf16;
+        for kernel in [
+            Kernel::OrderTiles,
+            Kernel::OrderMerge,
+            Kernel::Prepare(precision),
+            Kernel::Classes,
+            Kernel::DuplicateBounds(precision),
+            Kernel::DuplicateBoundsHopper(precision),
+            Kernel::SameClass(precision),
+            Kernel::SameClassHopper(precision),
+            Kernel::Sweep(precision),
+            Kernel::SweepHopper(precision),
+            Kernel::SelectStored,
+            Kernel::SelectRecomputed(precision),
+            Kernel::SelectRecomputedHopper(precision),
+            Kernel::Weigh,
+            Kernel::GradientWays,
+            Kernel::GradientLists(precision),
+            Kernel::GradientTiles(precision),
+            Kernel::GradientTilesHopper(precision),
+            Kernel::GradientSum,
+            Kernel::ThresholdPrepare(precision),
+            Kernel::Threshold(precision),
+            Kernel::ThresholdSum,
+            Kernel::Retrieval(precision),
+        ] {
+            let path = format!("{}/kernels/{}.cu", env!("CARGO_MANIFEST_DIR"), kernel.file());
+            let text = std::fs::read_to_string(&path).unwrap();
+            let name = kernel.name();
+            let every = format!("KERNEL_IN_EVERY_PRECISION({},", name.trim_end_matches("_bf16"));
+            assert!(text.contains(&format!("KERNEL({name},")) || text.contains(&every), "{name} in {path}");
+        }
+    }
 }

@@ -245,7 +245,7 @@ mod tests {
         for budget in [0, 5, 1 << 20, 1 << 30, usize::MAX / 2] {
             let capacity = shape.tile_capacity(budget);
             assert!(capacity * shape.tiles() * 8 <= budget);
-            assert!(capacity <= 16_384 && capacity % 4 == 0);
+            assert!(capacity <= 16_384 && capacity.is_multiple_of(4));
         }
         assert_eq!(shape.tile_capacity(2 << 30), 16_384);
     }
@@ -292,6 +292,8 @@ mod tests {
                 assert_eq!(shape.variant(kernel, false), kernel);
                 // A block of sm_90 may have 227 KiB.
                 assert!(shape.plan(variant, false, 1).shared_bytes <= 227 * 1024, "{variant:?}");
+                let threads = if matches!(variant, Kernel::GradientTilesHopper(_)) { 384 } else { THREADS };
+                assert_eq!(shape.plan(variant, false, 1).threads, threads, "{variant:?}");
                 // Both variants compute the same part of the result in the same block.
                 assert_eq!(shape.plan(variant, false, 3).grid, shape.plan(kernel, false, 3).grid);
                 let own = precision.bytes() == 2 && !matches!(kernel, Kernel::GradientLists(_));
