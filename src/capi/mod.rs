@@ -114,7 +114,8 @@ pub unsafe extern "C" fn ddtas_context_message(
     let text = guard(|| {
         check_typed("context", context)?;
         // SAFETY: the caller's promise.
-        Ok(unsafe { &*context }.message().clone())
+        let context = unsafe { &*context };
+        Ok(context.here()?.message().clone())
     });
     let text = text.unwrap_or_else(|failure| failure.message);
     // SAFETY: handed on to the caller.
