@@ -22,7 +22,8 @@ using GroupAccumulators = float[16][4];  // [columns / 8, ...] of m64n128
 
 // Where a thread's accumulators stand in the tile, as Place has it; the same for any width.
 struct GroupPlace {
-    static constexpr int rows = 2, columns = 32;
+    static constexpr int rows = 2, columns = 32, quarters = 4;
+    DEVICE uint32_t first_quarter() const { return 0; }
     DEVICE uint32_t row_of(int r) const { return warp_index() * 16 + r * 8 + lane_index() / 4; }
     DEVICE uint32_t column_of(int c) const { return c / 2 * 8 + lane_index() % 4 * 2 + c % 2; }
     static DEVICE float value(const GroupAccumulators &acc, int r, int c) { return acc[c / 2][r * 2 + c % 2]; }
@@ -54,6 +55,13 @@ struct GroupStages {
     DEVICE Barrier *barrier(uint32_t turn) const { return &barriers[turn % count]; }
     static DEVICE uint32_t parity(uint32_t turn) { return turn / count % 2; }
 };
+
+// HOPPER_SHARED_BYTES from `bytes` on, begun: the stages, then their barriers.
+DEVICE GroupStages<kHopperStages> hopper_stages(unsigned char *bytes) {
+    GroupStages<kHopperStages> stages{bytes, reinterpret_cast<Barrier *>(bytes + HOPPER_STAGES_BYTES)};
+    stages.begin();
+    return stages;
+}
 
 // acc = the products of the TILE rows from `a` on with those from `b` on, as multiply_tile. The
 // stages are free on entry and on return. Half of them are under way, half may be read.

@@ -26,7 +26,7 @@
 #define SWEEP_SHARED_BYTES (SIMILARITY_STAGES_BYTES + TILE * 24)
 /* On Hopper: 4 stages with a barrier each, which leaves one block a multiprocessor. */
 #define HOPPER_STAGES_BYTES (4 * 2 * TILE * STAGE_BYTES)
-#define SELECT_HOPPER_SHARED_BYTES (HOPPER_STAGES_BYTES + 4 * 8)
+#define HOPPER_SHARED_BYTES (HOPPER_STAGES_BYTES + 4 * 8)
 #define SWEEP_HOPPER_SHARED_BYTES (HOPPER_STAGES_BYTES + TILE * 24 + 4 * 8)
 /* Keys that one block sorts. */
 #define ORDER_TILE 1024
@@ -68,6 +68,7 @@ typedef struct ClassRange {
 typedef struct Side {
     const void *rows;       /* [tiles, stages, TILE, STAGE_BYTES], swizzled: prepared_place() in tile.cuh */
     const uint32_t *order;  /* [count], original index of each row */
+    const float *duplicate; /* [tiles * TILE]; a pair of one class that reaches both rows' is a duplicate */
     uint32_t count;         /* B or N */
     uint32_t tiles;         /* ceil(count / TILE) */
 } Side;
@@ -191,6 +192,14 @@ typedef struct PrepareParams {
     uint32_t *bad;               /* smallest index of a bad row */
     float *column_sums;          /* [tiles, stride], sums of the valid rows of each tile; null: not wanted */
 } PrepareParams;
+
+/* duplicate_bounds: (1 - 1e-6) |e|^2 of each row, multiplied as S is. One block a row tile. */
+typedef struct DuplicateParams {
+    const void *rows;            /* as in Side */
+    float *bounds;               /* [tiles * TILE] */
+    uint32_t stride;
+    uint32_t reserved;
+} DuplicateParams;
 
 /* classes: where each anchor's class stands among the references. */
 typedef struct ClassesParams {

@@ -69,10 +69,11 @@ DEVICE Terms terms_of(const Settings &settings, bool positive, float s) {
                  round_to_integer(static_cast<double>(sigmoid) * settings.sum_scale)};
 }
 
-DEVICE void select_pair(const Pairs &pairs, SelectShared &shared, uint32_t tile_column, uint32_t row, uint32_t column,
+DEVICE void select_pair(const Pairs &pairs, SelectShared &shared, TileIndex tile, uint32_t row, uint32_t column,
                         float s) {
-    bool positive = same_class(shared.range[row], tile_column * TILE + column);
-    if (positive && s >= kDuplicate) return;
+    uint32_t i = tile.row * TILE + row, j = tile.column * TILE + column;
+    bool positive = same_class(shared.range[row], j);
+    if (positive && is_duplicate(pairs, i, j, s)) return;
     uint32_t entries[2] = {row, TILE + column};
     bool kept[2];
     for (int side = 0; side < 2; ++side) {
@@ -120,7 +121,7 @@ KERNEL(select_stored, PairsParams, 2) {
     uint64_t at = index * pairs.tile_capacity;
     for (uint32_t k = thread_index(); k < count; k += THREADS) {
         uint32_t place = pairs.tile_places[at + k];
-        select_pair(pairs, shared, tile.column, place / TILE, place % TILE, pairs.tile_values[at + k]);
+        select_pair(pairs, shared, tile, place / TILE, place % TILE, pairs.tile_values[at + k]);
     }
     select_end(pairs, tile, shared);
 }
@@ -146,7 +147,7 @@ DEVICE void select_tile(const Pairs &pairs, TileIndex tile, unsigned char *bytes
     for (uint32_t k = thread_index(); k < TILE * TILE; k += THREADS) {
         uint32_t r = k / TILE, c = k % TILE;
         if (!is_pair(pairs, tile.row * TILE + r, tile.column * TILE + c)) continue;
-        select_pair(pairs, shared, tile.column, r, c, values[r * kValuesStride + c]);
+        select_pair(pairs, shared, tile, r, c, values[r * kValuesStride + c]);
     }
     select_end(pairs, tile, shared);
 }
@@ -174,8 +175,7 @@ DEVICE void select_recomputed_hopper_body([[maybe_unused]] const PairsParams &p)
     uint64_t index = block_x();
     if (pairs.tile_counts[index] <= pairs.tile_capacity) return;
     TileIndex tile = tile_of(pairs, index);
-    GroupStages<kHopperStages> stages{bytes, reinterpret_cast<Barrier *>(bytes + HOPPER_STAGES_BYTES)};
-    stages.begin();
+    GroupStages<kHopperStages> stages = hopper_stages(bytes);
     GroupAccumulators acc;
     group_multiply_tile<Numbers>(acc, tile_rows<Numbers>(pairs.anchors, tile.row, pairs.stride),
                                  tile_rows<Numbers>(pairs.references, tile.column, pairs.stride),

@@ -1,23 +1,50 @@
 // similarity.cu: S = E E^T, tile by tile, never stored (SPEC 1, 3).
 // Truth: src/loss/similarity.rs. Launcher: src/backend/device/loss.rs.
 //
+// duplicate_bounds: what a positive of a row must stay below (SPEC 1), from the tile of a row tile
+//   with itself. One block a row tile.
 // same_class: m+ and the sums over positives of every anchor. Rows stand in class
 //   order, so an anchor's class is a range of references, and only the tiles near
 //   the diagonal are computed. One block a row tile; a class may hold the whole batch.
 // sweep: every tile once, the upper triangle alone in the square form, each tile
 //   serving its rows and its columns. m-, the count of the probe, and the candidates:
-//   all that mining can keep. One block a tile. sweep_hopper: the same with wgmma.
+//   all that mining can keep. One block a tile.
+// Each has a kernel ..._hopper that multiplies 16-bit rows with wgmma: S has one value in all passes.
 // Sync: integer atomics (max, add) whose order cannot change the result; candidates
 //   in thread order to the tile's own segment.
 // Cost: 2 B^2 D / 2 operations, O(B) memory and the candidates.
 
 #include "hopper.cuh"
 
+template <class Where, class Sums>
+DEVICE void write_duplicate_bounds(const DuplicateParams &p, const Sums &acc) {
+    Where place;
+#pragma unroll
+    for (int row = 0; row < Where::rows; ++row) {
+#pragma unroll
+        for (int column = 0; column < Where::columns; ++column) {
+            uint32_t r = place.row_of(row);
+            if (r != place.column_of(column)) continue;
+            double square = static_cast<double>(Where::value(acc, row, column));
+            p.bounds[block_x() * TILE + r] = static_cast<float>(kDuplicate * square);
+        }
+    }
+}
+
 template <class Numbers>
-DEVICE void same_class_body(const PairsParams &p) {
+DEVICE void duplicate_bounds_body(const DuplicateParams &p) {
     SHARED_MEMORY(stages);
-    const Pairs &pairs = p.pairs;
-    uint32_t tile = block_x(), first = tile * TILE;
+    uint64_t stride_bytes = static_cast<uint64_t>(p.stride) * sizeof(typename Numbers::Element);
+    auto rows = static_cast<const unsigned char *>(p.rows) + block_x() * TILE * stride_bytes;
+    Accumulators<4> acc;
+    multiply_tile<Numbers, 4>(acc, rows, rows, stride_bytes, stages, false);
+    write_duplicate_bounds<Place<4>>(p, acc);
+}
+
+// m+ and the sums of the block's rows over their classes; `multiply(acc, tile)` makes S with a tile of references.
+template <class Where, class Sums, class Multiply>
+DEVICE void same_class_rows(const Pairs &pairs, unsigned char *scratch, Multiply multiply) {
+    uint32_t first = block_x() * TILE;
     uint32_t valid_anchors = pairs.counters->valid_anchors, valid_references = pairs.counters->valid_references;
     // Ranges ascend with the rows: the first and the last valid row bound the tiles to visit.
     uint32_t begin = 0, end = 0;
@@ -27,51 +54,54 @@ DEVICE void same_class_body(const PairsParams &p) {
         end = (pairs.classes[last - 1].end + TILE - 1) / TILE;
     }
 
-    Place<4> place;
-    float min_pos[8], sum_pos[8], sum_same[8];
-    uint32_t count[8];
-    for (int row = 0; row < 8; ++row) {
-        min_pos[row] = INFINITE;
-        sum_pos[row] = sum_same[row] = 0.0f;
-        count[row] = 0;
-    }
-    for (uint32_t column_tile = begin; column_tile < end; ++column_tile) {
-        Accumulators<4> acc;
-        multiply_tile<Numbers, 4>(acc, tile_rows<Numbers>(pairs.anchors, tile, pairs.stride),
-                                  tile_rows<Numbers>(pairs.references, column_tile, pairs.stride),
-                                  stride_bytes<Numbers>(pairs), stages, false);
+    // A sum for each row and quarter of the columns, so that every product's sums are added in one order.
+    constexpr int kSums = Where::rows * Where::quarters;
+    Where place;
+    float min_pos[kSums], sum_pos[kSums], sum_same[kSums];
+    uint32_t count[kSums];
 #pragma unroll
-        for (int row = 0; row < 8; ++row) {
-            uint32_t i = first + place.row(row / 2, row % 2);
+    for (int at = 0; at < kSums; ++at) {
+        min_pos[at] = INFINITE;
+        sum_pos[at] = sum_same[at] = 0.0f;
+        count[at] = 0;
+    }
+    for (uint32_t tile = begin; tile < end; ++tile) {
+        Sums acc;
+        multiply(acc, tile);
+#pragma unroll
+        for (int row = 0; row < Where::rows; ++row) {
+            uint32_t i = first + place.row_of(row);
             if (i >= valid_anchors) continue;
             ClassRange range = pairs.classes[i];
 #pragma unroll
-            for (int column = 0; column < 8; ++column) {
-                uint32_t j = column_tile * TILE + place.column(column / 2, column % 2);
+            for (int column = 0; column < Where::columns; ++column) {
+                uint32_t j = tile * TILE + place.column_of(column);
                 if (!same_class(range, j) || j >= valid_references) continue;
-                float s = acc[row / 2][column / 2][row % 2 * 2 + column % 2];
-                sum_same[row] += s;
-                if (s >= kDuplicate || (pairs.square && i == j)) continue;
-                min_pos[row] = fminf(min_pos[row], s);
-                sum_pos[row] += s;
-                ++count[row];
+                float s = Where::value(acc, row, column);
+                int at = row * Where::quarters + column * Where::quarters / Where::columns;
+                sum_same[at] += s;
+                if ((pairs.square && i == j) || is_duplicate(pairs, i, j, s)) continue;
+                min_pos[at] = fminf(min_pos[at], s);
+                sum_pos[at] += s;
+                ++count[at];
             }
         }
     }
 
-    // 4 lanes share a row, then 4 warps: always added in the same order.
-    auto *parts = reinterpret_cast<RowSame *>(stages);  // [4, TILE]
+    // 4 lanes share a row, then 4 quarters: always added in the same order.
+    auto *parts = reinterpret_cast<RowSame *>(scratch);  // [4, TILE]
 #pragma unroll
-    for (int row = 0; row < 8; ++row) {
+    for (int at = 0; at < kSums; ++at) {
         for (int mask = 1; mask <= 2; mask *= 2) {
-            min_pos[row] = fminf(min_pos[row], shuffle_xor(min_pos[row], mask));
-            sum_pos[row] += shuffle_xor(sum_pos[row], mask);
-            sum_same[row] += shuffle_xor(sum_same[row], mask);
-            count[row] += shuffle_xor(count[row], mask);
+            min_pos[at] = fminf(min_pos[at], shuffle_xor(min_pos[at], mask));
+            sum_pos[at] += shuffle_xor(sum_pos[at], mask);
+            sum_same[at] += shuffle_xor(sum_same[at], mask);
+            count[at] += shuffle_xor(count[at], mask);
         }
         if (lane_index() % 4 == 0) {
-            parts[warp_index() % 4 * TILE + place.row(row / 2, row % 2)] =
-                RowSame{min_pos[row], count[row], sum_pos[row], sum_same[row]};
+            uint32_t quarter = place.first_quarter() + at % Where::quarters;
+            parts[quarter * TILE + place.row_of(at / Where::quarters)] =
+                RowSame{min_pos[at], count[at], sum_pos[at], sum_same[at]};
         }
     }
     block_sync();
@@ -79,8 +109,8 @@ DEVICE void same_class_body(const PairsParams &p) {
     uint32_t total = 0;
     if (thread_index() < TILE && i < pairs.anchors.count) {
         RowSame sum = parts[thread_index()];
-        for (int warp = 1; warp < 4; ++warp) {
-            RowSame part = parts[warp * TILE + thread_index()];
+        for (int quarter = 1; quarter < 4; ++quarter) {
+            RowSame part = parts[quarter * TILE + thread_index()];
             sum.min_pos = fminf(sum.min_pos, part.min_pos);
             sum.count += part.count;
             sum.sum_pos += part.sum_pos;
@@ -91,6 +121,50 @@ DEVICE void same_class_body(const PairsParams &p) {
     }
     uint64_t warp_total = warp_sum(static_cast<uint64_t>(total));
     if (lane_index() == 0 && warp_total != 0) atomic_add(&pairs.counters->total_pos, warp_total);
+}
+
+template <class Numbers>
+DEVICE void same_class_body(const PairsParams &p) {
+    SHARED_MEMORY(stages);
+    const Pairs &pairs = p.pairs;
+    const void *rows = tile_rows<Numbers>(pairs.anchors, block_x(), pairs.stride);
+    same_class_rows<Place<4>, Accumulators<4>>(pairs, stages, [&](Accumulators<4> &acc, uint32_t tile) {
+        multiply_tile<Numbers, 4>(acc, rows, tile_rows<Numbers>(pairs.references, tile, pairs.stride),
+                                  stride_bytes<Numbers>(pairs), stages, false);
+    });
+}
+
+// Both on Hopper's warpgroup products, whose sums may have other last bits than those of a warp: a row must meet
+// itself with the bits of its own bound.
+template <class Numbers>
+DEVICE void duplicate_bounds_hopper_body([[maybe_unused]] const DuplicateParams &p) {
+#ifdef HAS_WARPGROUP_PRODUCTS
+    SHARED_MEMORY(bytes);
+    GroupStages<kHopperStages> stages = hopper_stages(bytes);
+    uint64_t stride_bytes = static_cast<uint64_t>(p.stride) * sizeof(typename Numbers::Element);
+    auto rows = static_cast<const unsigned char *>(p.rows) + block_x() * TILE * stride_bytes;
+    GroupAccumulators acc;
+    group_multiply_tile<Numbers>(acc, rows, rows, stride_bytes, stages);
+    write_duplicate_bounds<GroupPlace>(p, acc);
+#else
+    trap();
+#endif
+}
+
+template <class Numbers>
+DEVICE void same_class_hopper_body([[maybe_unused]] const PairsParams &p) {
+#ifdef HAS_WARPGROUP_PRODUCTS
+    SHARED_MEMORY(bytes);
+    const Pairs &pairs = p.pairs;
+    GroupStages<kHopperStages> stages = hopper_stages(bytes);
+    const void *rows = tile_rows<Numbers>(pairs.anchors, block_x(), pairs.stride);
+    same_class_rows<GroupPlace, GroupAccumulators>(pairs, bytes, [&](GroupAccumulators &acc, uint32_t tile) {
+        group_multiply_tile<Numbers>(acc, rows, tile_rows<Numbers>(pairs.references, tile, pairs.stride),
+                                     stride_bytes<Numbers>(pairs), stages);
+    });
+#else
+    trap();
+#endif
 }
 
 // What the sweep knows of a row or column of its tile.
@@ -164,7 +238,7 @@ DEVICE void sweep_epilogue(const Pairs &pairs, TileIndex tile, uint64_t index, S
                 if (mirrored) probe += s > shared.column_probe[c];
             }
             bool candidate = negative ? s > bounds.candidate || (mirrored && s > shared.column_candidate[c])
-                                      : counts && s < kDuplicate;
+                                      : counts && !is_duplicate(pairs, i, j, s);
             int bit = row * Where::columns + column;
             candidates[bit / 32] |= static_cast<uint32_t>(candidate) << bit % 32;
         }
@@ -294,7 +368,12 @@ DEVICE void sweep_hopper_body([[maybe_unused]] const PairsParams &p) {
 #endif
 }
 
+KERNEL_IN_EVERY_PRECISION(duplicate_bounds, DuplicateParams, 1)
 KERNEL_IN_EVERY_PRECISION(same_class, PairsParams, 1)
 KERNEL_IN_EVERY_PRECISION(sweep, PairsParams, 1)
+KERNEL(duplicate_bounds_hopper_f16, DuplicateParams, 1) { duplicate_bounds_hopper_body<HalfF16>(p); }
+KERNEL(duplicate_bounds_hopper_bf16, DuplicateParams, 1) { duplicate_bounds_hopper_body<HalfBf16>(p); }
+KERNEL(same_class_hopper_f16, PairsParams, 1) { same_class_hopper_body<HalfF16>(p); }
+KERNEL(same_class_hopper_bf16, PairsParams, 1) { same_class_hopper_body<HalfBf16>(p); }
 KERNEL(sweep_hopper_f16, PairsParams, 1) { sweep_hopper_body<HalfF16>(p); }
 KERNEL(sweep_hopper_bf16, PairsParams, 1) { sweep_hopper_body<HalfBf16>(p); }

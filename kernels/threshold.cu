@@ -40,16 +40,15 @@ KERNEL(threshold_prepare_tf32, ThresholdPrepareParams, 1) { threshold_prepare_bo
 KERNEL(threshold_prepare_f16, ThresholdPrepareParams, 1) { threshold_prepare_body<F16>(p); }
 KERNEL(threshold_prepare_bf16, ThresholdPrepareParams, 1) { threshold_prepare_body<Bf16>(p); }
 
-// Adds dM/dlambda * tilt of one pair: the derivative of its weight is the weight times the
-// sharpness and the slope of its sigmoid, 1 - sigmoid.
+// Adds dM/dlambda * tilt of one pair: the derivative of its weight is its share times the sharpness and
+// the slope of its sigmoid.
 DEVICE void add_slope(const Pairs &pairs, uint32_t i, uint32_t j, float s, float tilt, double &pos, double &neg) {
     bool positive;
     float share = pair_share(pairs, i, j, s, positive);
     if (share == 0.0f) return;
-    float sigmoid = pair_sigmoid(pairs.settings, positive, s);
     // The share is negative for positives: both derivatives are below 0 (SPEC 5).
     auto sharpness = static_cast<float>(positive ? pairs.settings.beta : -pairs.settings.alpha);
-    double slope = static_cast<double>(share * sharpness * sigmoid * (1.0f - sigmoid));
+    double slope = static_cast<double>(share * sharpness * pair_slope(pairs.settings, positive, s));
     pos += positive ? slope * static_cast<double>(tilt) : 0.0;
     neg += positive ? 0.0 : slope * static_cast<double>(tilt);
 }

@@ -22,8 +22,8 @@ constexpr int kColumnTiles = 4;  // of 8 columns, in a warp
 constexpr uint32_t kValuesStride = TILE + 4;
 static_assert(SIMILARITY_STAGES_BYTES == kStages * 2 * TILE * STAGE_BYTES, "the launch plan's shared memory");
 
-// Similarity from which a positive is an exact duplicate (SPEC 1).
-constexpr float kDuplicate = 1.0f - 1e-6f;
+// Share of the longer row's square sum from which a positive is an exact duplicate (SPEC 1).
+constexpr double kDuplicate = 1.0 - 1e-6;
 
 // The four ways to multiply. `Fragment` is an operand as its `multiply` wants it; `swapped`
 // says that a and b stand exchanged, and keeps the order of the sums: the tile (j, i) of a
@@ -125,6 +125,9 @@ struct Place {
 
     // The same as a matrix of this thread's own: `rows` x `columns` values.
     static constexpr int rows = 2 * row_tiles, columns = 2 * kColumnTiles;
+    // Quarters of the tile's columns: how many these are of, and the first of them.
+    static constexpr int quarters = 1;
+    DEVICE uint32_t first_quarter() const { return warp_index() % 4; }
     DEVICE uint32_t row_of(int r) const { return row(r / 2, r % 2); }
     DEVICE uint32_t column_of(int c) const { return column(c / 2, c % 2); }
     static DEVICE float value(const float (&acc)[row_tiles][kColumnTiles][4], int r, int c) {
@@ -277,6 +280,11 @@ DEVICE bool is_pair(const Pairs &pairs, uint32_t i, uint32_t j) {
     return i < pairs.counters->valid_anchors && j < pairs.counters->valid_references && (!pairs.square || i < j);
 }
 DEVICE bool same_class(ClassRange range, uint32_t j) { return range.begin <= j && j < range.end; }
+
+// Whether a pair of one class carries no signal: the rows are the same, or one is the other's copy (SPEC 1).
+DEVICE bool is_duplicate(const Pairs &pairs, uint32_t i, uint32_t j, float s) {
+    return s >= fmaxf(pairs.anchors.duplicate[i], pairs.references.duplicate[j]);
+}
 
 // m+ less a tolerance; without a positive nothing is above it.
 DEVICE float negative_bound(float min_pos, double tolerance) {

@@ -14,19 +14,28 @@ DEVICE float kept_share(const RowWeights &weights, bool positive, float s) {
 // both rows, i before j, whoever asks: M is symmetric to the last bit.
 DEVICE float pair_share(const Pairs &pairs, uint32_t i, uint32_t j, float s, bool &positive) {
     positive = same_class(pairs.classes[i], j);
-    if (positive && s >= kDuplicate) return 0.0f;
+    if (positive && is_duplicate(pairs, i, j, s)) return 0.0f;
     float share = kept_share(pairs.weights[i], positive, s);
     if (pairs.square) share += kept_share(pairs.weights[j], positive, s);
     return share;
 }
 
-// Sigmoid of the pair's term of the loss (SPEC 4).
-DEVICE float pair_sigmoid(const Settings &settings, bool positive, float s) {
+// Argument of the pair's sigmoid (SPEC 4).
+DEVICE float pair_argument(const Settings &settings, bool positive, float s) {
     double lambda = positive ? settings.lambda_pos : settings.lambda_neg;
     double sharpness = positive ? -settings.beta : settings.alpha;
-    auto x = static_cast<float>(sharpness * (static_cast<double>(s) - lambda));
+    return static_cast<float>(sharpness * (static_cast<double>(s) - lambda));
+}
+// Sigmoid of the pair's term of the loss.
+DEVICE float pair_sigmoid(const Settings &settings, bool positive, float s) {
+    float x = pair_argument(settings, positive, s);
     float e = expf(-fabsf(x));
     return x >= 0.0f ? 1.0f / (1.0f + e) : e / (1.0f + e);
+}
+// Its slope, sigmoid (1 - sigmoid): a difference would have no digits left where the sigmoid is nearly 1.
+DEVICE float pair_slope(const Settings &settings, bool positive, float s) {
+    float e = expf(-fabsf(pair_argument(settings, positive, s)));
+    return e / ((1.0f + e) * (1.0f + e));
 }
 
 // Element of M: G_ij, plus G_ji in the square form.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use ndarray::Array2;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 
-use crate::loss::{LossSettings, Mining};
+use crate::loss::{Batch, LossSettings, Mining, reference_hypergradient_terms};
 use crate::verify::Expected;
 use crate::{Error, Result};
 
@@ -79,6 +79,8 @@ impl File<'_> {
     fn case(&self) -> Result<Case> {
         let embeddings = self.matrix("embeddings")?.mapv(|x| x as f32);
         let (rows, _) = embeddings.dim();
+        let labels = self.integers("labels", rows)?;
+        let settings = self.settings()?;
         let tangent = self.matrix("tangent")?.mapv(|x| x as f32);
         let gradient = self.matrix("expected.grad")?;
         for (name, matrix) in [("tangent", tangent.dim()), ("expected.grad", gradient.dim())] {
@@ -86,6 +88,8 @@ impl File<'_> {
                 return Err(self.bad(format!("`{name}` and `embeddings` differ in shape")));
             }
         }
+        let batch = Batch::square(embeddings.view(), &labels);
+        let hyper_terms = reference_hypergradient_terms(&batch, &settings, &tangent.mapv(f64::from), None)?;
         let expected = Expected {
             loss: self.float("expected.loss")?,
             gradient,
@@ -103,15 +107,9 @@ impl File<'_> {
             dloss_dlambda_neg: self.float("expected.dloss_dlambda_neg")?,
             hyper_pos: self.float("expected.hyper_pos")?,
             hyper_neg: self.float("expected.hyper_neg")?,
+            hyper_terms,
         };
-        Ok(Case {
-            name: self.text("case")?.to_owned(),
-            settings: self.settings()?,
-            labels: self.integers("labels", rows)?,
-            embeddings,
-            tangent,
-            expected,
-        })
+        Ok(Case { name: self.text("case")?.to_owned(), settings, labels, embeddings, tangent, expected })
     }
 
     fn settings(&self) -> Result<LossSettings> {

@@ -29,5 +29,5 @@ pub use batch::{Batch, Embeddings, Rows, UnitCheck};
 pub(crate) use batch::{check_unit, validate_rows};
 pub use double::{DoubleBatch, DoubleRows};
 pub use output::{Hypergradient, LossOutput};
-pub use reference::{Reference, reference, reference_hypergradient};
+pub use reference::{Reference, reference, reference_hypergradient, reference_hypergradient_terms};
 pub use settings::{LossSettings, Mining};

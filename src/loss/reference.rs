@@ -100,6 +100,27 @@ pub fn reference_hypergradient(
     hypergradient_along(&evaluated, settings, (&anchors, references.as_ref()), (tangent, reference_tangent))
 }
 
+/// The sums of the absolute values of all that [`reference_hypergradient`] adds up, down to the products of
+/// single entries. Terms have both signs, so this, not the sum, is what rounding errors are proportional to.
+///
+/// # Errors
+/// As [`reference_hypergradient`].
+pub fn reference_hypergradient_terms(
+    batch: &Batch<'_>,
+    settings: &LossSettings,
+    tangent: &Array2<f64>,
+    reference_tangent: Option<&Array2<f64>>,
+) -> Result<Hypergradient> {
+    let evaluated = reference(batch, settings)?;
+    let anchors = batch.anchors.embeddings.to_f64().abs();
+    let references = batch.references.map(|rows| rows.embeddings.to_f64().abs());
+    let tangents = (&tangent.abs(), reference_tangent.map(|tangent| tangent.abs()));
+    let tangents = (tangents.0, tangents.1.as_ref());
+    let sums = hypergradient_along(&evaluated, settings, (&anchors, references.as_ref()), tangents)?;
+    // dG/dlambda is negative for every pair.
+    Ok(Hypergradient { pos: sums.pos.abs(), neg: sums.neg.abs() })
+}
+
 /// The sums of SPEC 5 along tangents of `rows`: anchors, and references in the rectangular form.
 pub(super) fn hypergradient_along(
     evaluated: &Reference,

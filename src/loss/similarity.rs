@@ -2,7 +2,7 @@
 
 use ndarray::Array2;
 
-/// Similarity from which a positive counts as an exact duplicate and carries no signal.
+/// Share of the longer row's squared norm from which a positive counts as an exact duplicate and carries no signal.
 pub const DUPLICATE: f64 = 1.0 - 1e-6;
 
 /// Every similarity of a batch, in float64, with the labels that make pairs of them.
@@ -10,6 +10,9 @@ pub const DUPLICATE: f64 = 1.0 - 1e-6;
 pub struct Similarities {
     /// `S[i, j] = anchor_i . reference_j`, `[B, N]`.
     pub values: Array2<f64>,
+    /// Squared norms, 1 but for rounding.
+    anchor_squares: Vec<f64>,
+    reference_squares: Vec<f64>,
     anchor_labels: Vec<i64>,
     reference_labels: Vec<i64>,
     square: bool,
@@ -21,7 +24,10 @@ impl Similarities {
     pub fn new(anchors: (&Array2<f64>, &[i64]), references: Option<(&Array2<f64>, &[i64])>) -> Self {
         let square = references.is_none();
         let (reference_embeddings, reference_labels) = references.unwrap_or(anchors);
+        let squares = |rows: &Array2<f64>| rows.outer_iter().map(|row| row.dot(&row)).collect();
         Self {
+            anchor_squares: squares(anchors.0),
+            reference_squares: squares(reference_embeddings),
             values: anchors.0.dot(&reference_embeddings.t()),
             anchor_labels: anchors.1.to_vec(),
             reference_labels: reference_labels.to_vec(),
@@ -38,8 +44,16 @@ impl Similarities {
     /// Positives of anchor i: same label, not itself, not an exact duplicate.
     pub fn positives(&self, i: usize) -> impl Iterator<Item = usize> + '_ {
         self.compared(i).filter(move |&j| {
-            self.reference_labels[j] == self.anchor_labels[i] && self.values[[i, j]] < DUPLICATE
+            self.reference_labels[j] == self.anchor_labels[i]
+                && self.values[[i, j]] < self.duplicate_bound(i, j)
         })
+    }
+
+    /// Similarity from which anchor i and reference j, if of one class, are exact duplicates. Measured by the
+    /// longer row, so that a row of half precision, whose norm is not quite 1, is one of itself.
+    #[must_use]
+    pub fn duplicate_bound(&self, i: usize, j: usize) -> f64 {
+        DUPLICATE * self.anchor_squares[i].max(self.reference_squares[j])
     }
 
     /// Negatives of anchor i: another label.

@@ -72,8 +72,8 @@ int main(int argc, char **argv) {
     counters.valid_anchors = kAnchors;
     counters.valid_references = kReferences;
     GradientParams params{};
-    params.pairs.anchors = Side{anchors.prepared.data(), nullptr, kAnchors, 1};
-    params.pairs.references = Side{references.prepared.data(), nullptr, kReferences, 5};
+    params.pairs.anchors = Side{anchors.prepared.data(), nullptr, nullptr, kAnchors, 1};
+    params.pairs.references = Side{references.prepared.data(), nullptr, nullptr, kReferences, 5};
     params.pairs.stride = kStride;
     params.pairs.dim = kStride;
     params.pairs.tile_capacity = kCapacity;

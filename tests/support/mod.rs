@@ -5,7 +5,6 @@
 use ddtas::backend::Backend;
 use ddtas::cases::{Case, find};
 use ddtas::loss::select::{initial_tolerances, probe_tolerance};
-use ddtas::loss::similarity::DUPLICATE;
 use ddtas::loss::{Batch, LossOutput, LossSettings, Mining, Reference, Rows, reference};
 use ddtas::verify::{Expected, Report, SINGLE_PRECISION, run};
 use ndarray::Array2;
@@ -82,10 +81,10 @@ pub fn is_clear_by(slack: f64, truth: &Reference, settings: &LossSettings) -> bo
             .similarities
             .negatives(i)
             .all(|j| tolerances.iter().all(|tolerance| !near(s[[i, j]], min_pos - tolerance)));
-        let positives_clear = truth
-            .similarities
-            .positives(i)
-            .all(|j| !near(s[[i, j]], max_neg + selection.tolerances.pos) && !near(s[[i, j]], DUPLICATE));
+        let positives_clear = truth.similarities.positives(i).all(|j| {
+            !near(s[[i, j]], max_neg + selection.tolerances.pos)
+                && !near(s[[i, j]], truth.similarities.duplicate_bound(i, j))
+        });
         negatives_clear && positives_clear
     })
 }

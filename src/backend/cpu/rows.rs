@@ -7,6 +7,7 @@ use super::buffer::Buffer;
 use super::product::{Pack, pack_direct, pack_transposed};
 use super::simd::{GROUP, Lanes, Level, Work};
 use super::tasks::Workers;
+use crate::loss::similarity::DUPLICATE;
 use crate::loss::{Embeddings, Rows, UnitCheck, check_unit};
 use crate::{Error, Result};
 
@@ -115,8 +116,10 @@ pub struct SideBuffers {
     packed: Buffer,
     /// Panels over the dimensions, likewise.
     direct: Buffer,
-    /// Sum of the squares of every row, by position.
-    squares: Vec<f64>,
+    /// Product of every row with itself, by position; the bits of S.
+    squares: Vec<f32>,
+    /// From which similarity a positive of each row may be a duplicate, by position.
+    duplicate: Vec<f32>,
     /// Sums of the rows of each block, `[blocks, D]`, and of all rows that take part in pairs.
     block_sums: Vec<f64>,
     sum: Vec<f64>,
@@ -134,6 +137,8 @@ pub struct Side<'a> {
     pub sum: &'a [f64],
     /// Sum of their squares.
     pub squares: f64,
+    /// A pair of one class that reaches this of both its rows is a duplicate (SPEC 1), by position.
+    pub duplicate: &'a [f32],
 }
 
 impl<'a> Side<'a> {
@@ -204,8 +209,9 @@ impl PanelBuffer {
 impl SideBuffers {
     pub fn bytes(&self) -> usize {
         let floats = self.converted.capacity() * 4 + self.packed.bytes() + self.direct.bytes();
-        let doubles = self.squares.capacity() + self.block_sums.capacity() + self.sum.capacity();
-        self.order.bytes() + floats + doubles * 8
+        let doubles = self.block_sums.capacity() + self.sum.capacity();
+        let of_rows = self.squares.capacity() + self.duplicate.capacity();
+        self.order.bytes() + floats + doubles * 8 + of_rows * 4
     }
 
     /// Checks the rows, converts and packs them. `order` must have been set for these rows.
@@ -276,9 +282,19 @@ impl SideBuffers {
                 *sum += part;
             }
         }
-        let squares = self.squares.iter().sum();
-        let order = &self.order;
-        Ok(Side { order, dim, values, packed: &self.packed, direct: &self.direct, sum: &self.sum, squares })
+        let bound = |square: &f32| (DUPLICATE * f64::from(*square)) as f32;
+        self.duplicate.clear();
+        self.duplicate.extend(self.squares.iter().map(bound));
+        Ok(Side {
+            order: &self.order,
+            dim,
+            values,
+            packed: &self.packed,
+            direct: &self.direct,
+            sum: &self.sum,
+            squares: self.squares.iter().map(|&square| f64::from(square)).sum(),
+            duplicate: &self.duplicate,
+        })
     }
 
     /// The first row, as the caller counts them, that is not finite or not of unit length.
@@ -286,8 +302,12 @@ impl SideBuffers {
         let tolerance = rows.embeddings.norm_tolerance();
         let check = |row: usize, square| check_unit(name, row, square, tolerance);
         let bad = |&(row, square): &(usize, f64)| check(row, square).is_err();
-        let in_pairs =
-            self.order.rows.iter().zip(&self.squares).map(|(&row, &square)| (row as usize, square));
+        let in_pairs = self
+            .order
+            .rows
+            .iter()
+            .zip(&self.squares)
+            .map(|(&row, &square)| (row as usize, f64::from(square)));
         let dim = rows.embeddings.dim();
         let ignored = self.order.ignored().map(|row| (row, square_sum(&values[row * dim..][..dim])));
         match in_pairs.chain(ignored).filter(bad).min_by_key(|(row, _)| *row) {
@@ -303,7 +323,7 @@ struct PrepareBlock<'a, 'b> {
     dim: usize,
     /// Caller's rows of the block.
     rows: &'a [u32],
-    squares: &'b mut [f64],
+    squares: &'b mut [f32],
     sums: &'b mut [f64],
     /// Panels, where they are kept.
     packed: Option<&'b mut [f32]>,
@@ -318,25 +338,42 @@ impl Work for PrepareBlock<'_, '_> {
         let Self { values, dim, rows, .. } = self;
         let row = |i: usize| &values[rows[i] as usize * dim..][..dim];
         self.sums.fill(0.0);
+        // A panel that nobody keeps.
+        let mut passing = if self.packed.is_none() { vec![0.0; dim * GROUP] } else { Vec::new() };
         for start in (0..rows.len()).step_by(GROUP) {
             let range = start..(start + GROUP).min(rows.len());
             for i in range.clone() {
-                self.squares[i] = square_sum(row(i));
                 for (sum, value) in self.sums.iter_mut().zip(row(i)) {
                     *sum += f64::from(*value);
                 }
             }
-            if let Some(packed) = &mut self.packed {
-                let (count, size) = (range.len(), dim * GROUP);
-                let panels = &mut packed[start * dim..][..size];
-                Pack { rows: |i: usize| row(start + i), count, depth: dim, panels }.run(simd);
-            }
+            let panels = match &mut self.packed {
+                Some(packed) => &mut packed[start * dim..][..dim * GROUP],
+                None => &mut passing,
+            };
+            let count = range.len();
+            Pack { rows: |i: usize| row(start + i), count, depth: dim, panels }.run(simd);
+            let squares = squares(simd, panels);
+            self.squares[range.clone()].copy_from_slice(&squares[..count]);
             if let Some(direct) = &mut self.direct {
                 let panels = &mut direct[..rows.len() * dim.next_multiple_of(GROUP)];
                 pack_direct(row, range, rows.len(), panels);
             }
         }
     }
+}
+
+/// Products of the rows of a panel with themselves: the chain of [`product`](super::product::product), so the
+/// bits that S has for a row that meets itself.
+#[inline(always)]
+fn squares<S: Lanes>(simd: S, panel: &[f32]) -> [f32; GROUP] {
+    let mut sums = [0.0; GROUP];
+    for line in panel.as_chunks::<GROUP>().0 {
+        for (sum, value) in S::as_mut_simd_f32s(&mut sums).0.iter_mut().zip(S::as_simd_f32s(line).0) {
+            *sum = simd.mul_add_e_f32s(*value, *value, *sum);
+        }
+    }
+    sums
 }
 
 /// The rows one behind the other.

@@ -2,10 +2,9 @@
 
 use super::rows::{Block, MAX_BLOCK};
 use super::simd::{GROUP, Lanes, Work};
-use super::tile::{Candidates, MAX_GROUPS, Pairs};
+use super::tile::{Candidates, MAX_GROUPS, Pairs, bits};
 use crate::loss::LossSettings;
 use crate::loss::select::Tolerances;
-use crate::loss::similarity::DUPLICATE;
 
 /// When pairs of one kind are selected, and what they then weigh, by position.
 #[derive(Debug, Default)]
@@ -103,8 +102,7 @@ impl Weights {
         let negatives = min_pos.iter().map(|&m| negative_bound(m, tolerances.neg));
         self.negatives.reset(pairs, negatives, f32::INFINITY);
         let positive_bound = |&m: &f32| {
-            let bound = if m == f32::NEG_INFINITY { m } else { (f64::from(m) + tolerances.pos) as f32 };
-            bound.min(DUPLICATE as f32)
+            if m == f32::NEG_INFINITY { m } else { (f64::from(m) + tolerances.pos) as f32 }
         };
         self.positives.reset(pairs, max_neg.iter().map(positive_bound), f32::NEG_INFINITY);
     }
@@ -209,13 +207,4 @@ impl Work for CountTile<'_, '_> {
             }
         }
     }
-}
-
-/// Bits of the columns `first..last` in a group of 16.
-fn bits(first: usize, last: usize, group: usize) -> u16 {
-    let below = |column: usize| {
-        let lanes = column.saturating_sub(group * GROUP).min(GROUP);
-        (1u32 << lanes).wrapping_sub(1) as u16
-    };
-    below(last) & !below(first)
 }

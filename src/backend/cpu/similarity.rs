@@ -12,7 +12,6 @@ use super::weigh::{Kind, Totals, WeighTile, Weighed};
 use super::{Owner, Scratch};
 use crate::loss::LossSettings;
 use crate::loss::select::{initial_tolerances, probe_tolerance};
-use crate::loss::similarity::DUPLICATE;
 
 /// What the passes know of each row and of the whole batch, by position in class order.
 #[derive(Debug, Default)]
@@ -270,11 +269,14 @@ impl Tiles {
             tile.column_extreme.fill(f32::INFINITY);
             (tile.positives, tile.same_class) = (0, 0);
             (tile.positive_sum, tile.same_class_sum) = (0.0, 0.0);
+            let (row, column) = self.position(index);
+            let duplicate = &pairs.rows.duplicate[pairs.rows.order.blocks[row].range()];
+            let column_duplicate = &pairs.columns.duplicate[pairs.columns.order.blocks[column].range()];
             let visit = |row: usize, first: usize, similarities: &[f32]| {
                 for (column, &s) in (first..).zip(similarities) {
                     tile.same_class += 1;
                     tile.same_class_sum += f64::from(s);
-                    if s < DUPLICATE as f32 {
+                    if s < duplicate[row].max(column_duplicate[column]) {
                         tile.positives += 1;
                         tile.positive_sum += f64::from(s);
                         tile.row_extreme[row] = tile.row_extreme[row].min(s);

@@ -127,6 +127,15 @@ fn strip_panel(panels: &[f32], start: usize, panel: usize) -> &[f32] {
     &panels[start / GROUP * panel..][..panel]
 }
 
+/// Bits of the columns `first..last` in a group of 16.
+pub fn bits(first: usize, last: usize, group: usize) -> u16 {
+    let below = |column: usize| {
+        let lanes = column.saturating_sub(group * GROUP).min(GROUP);
+        (1u32 << lanes).wrapping_sub(1) as u16
+    };
+    below(last) & !below(first)
+}
+
 /// Visits the same-class similarities of a tile.
 pub struct SameClass<'a, 'b, F> {
     pub pairs: Pairs<'a>,
@@ -205,6 +214,7 @@ pub struct Sweep<'a, 'b> {
 struct Columns {
     keep: [f32; MAX_BLOCK],
     probe: [f32; MAX_BLOCK],
+    duplicate: [f32; MAX_BLOCK],
     /// +inf, and -inf where there is no column.
     cap: [f32; MAX_BLOCK],
 }
@@ -228,12 +238,14 @@ impl Work for Sweep<'_, '_> {
         let mut columns = Columns {
             keep: [f32::INFINITY; MAX_BLOCK],
             probe: [f32::INFINITY; MAX_BLOCK],
+            duplicate: [f32::INFINITY; MAX_BLOCK],
             cap: [f32::NEG_INFINITY; MAX_BLOCK],
         };
         if let (Some(keep), Some(probe)) = (keep.columns, probe.columns) {
             columns.keep[..across.rows].copy_from_slice(&keep[across.range()]);
             columns.probe[..across.rows].copy_from_slice(&probe[across.range()]);
         }
+        columns.duplicate[..across.rows].copy_from_slice(&pairs.columns.duplicate[across.range()]);
         columns.cap[..across.rows].fill(f32::INFINITY);
 
         found.column_max.fill(f32::NEG_INFINITY);
@@ -292,8 +304,13 @@ impl Work for Sweep<'_, '_> {
                 found.probe += u64::from(scanned.1);
 
                 line[begin..end].copy_from_slice(&own[begin..end]);
-                for c in begin..end {
-                    masks[c / GROUP] |= 1 << (c % GROUP);
+                // Both lists have whole groups, so each has its line.
+                let lines = line.as_chunks::<GROUP>().0.iter().zip(columns.duplicate.as_chunks::<GROUP>().0);
+                let own = pairs.rows.duplicate[position];
+                for (group, (line, other)) in lines.enumerate().take(end.div_ceil(GROUP)).skip(begin / GROUP)
+                {
+                    let bounds = other.map(|other| own.max(other));
+                    masks[group] |= simd.above_group(&bounds, line) & bits(begin, end, group);
                 }
                 let head = words.len();
                 words.push(0);

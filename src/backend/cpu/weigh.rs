@@ -200,6 +200,14 @@ fn weigh_vectors<S: Lanes, const N: usize>(
         x[n] = simd.mul_f32s(splat(scale), simd.sub_f32s(s, splat(lambda)));
     }
     let (sigmoid, softplus) = logistic(simd, x);
+    let mut complement = sigmoid;
+    if kind != Kind::Gradient {
+        // 1 - sigmoid(x), which as a difference would have no digits left where the sigmoid is nearly 1.
+        for x in &mut x {
+            *x = simd.sub_f32s(zero, *x);
+        }
+        complement = logistic(simd, x).0;
+    }
     let mut selected = 0;
     for n in 0..N {
         let weighed = simd.mul_f32s(both[n], sigmoid[n]);
@@ -212,7 +220,7 @@ fn weigh_vectors<S: Lanes, const N: usize>(
             simd.mul_f32s(sign, weighed)
         } else {
             // d sigmoid(x) / d lambda = -scale * p (1 - p).
-            let slope = simd.mul_f32s(splat(-scale), simd.sub_f32s(splat(1.0), sigmoid[n]));
+            let slope = simd.mul_f32s(splat(-scale), complement[n]);
             simd.mul_f32s(simd.mul_f32s(sign, weighed), slope)
         };
         let other_than_zero = simd.above(weight, zero) | simd.above(zero, weight);

@@ -13,8 +13,14 @@ pub enum Kernel {
     Prepare(Precision),
     /// order.cu: where each anchor's class stands among the references.
     Classes,
+    /// similarity.cu: what a positive of each row must stay below.
+    DuplicateBounds(Precision),
+    /// The same on Hopper's warpgroup products; 16-bit types only.
+    DuplicateBoundsHopper(Precision),
     /// similarity.cu: m+ of every anchor.
     SameClass(Precision),
+    /// The same on Hopper's warpgroup products; 16-bit types only.
+    SameClassHopper(Precision),
     /// similarity.cu: m-, the probe and the candidates, in one sweep.
     Sweep(Precision),
     /// The same on Hopper's warpgroup products; 16-bit types only.
@@ -68,6 +74,9 @@ impl Kernel {
             Self::OrderMerge => "order_merge",
             Self::Prepare(precision) => precise!(precision, "prepare"),
             Self::Classes => "classes",
+            Self::DuplicateBounds(precision) => precise!(precision, "duplicate_bounds"),
+            Self::DuplicateBoundsHopper(precision) => precise!(precision, "duplicate_bounds_hopper"),
+            Self::SameClassHopper(precision) => precise!(precision, "same_class_hopper"),
             Self::SameClass(precision) => precise!(precision, "same_class"),
             Self::Sweep(precision) => precise!(precision, "sweep"),
             Self::SweepHopper(precision) => precise!(precision, "sweep_hopper"),

@@ -9,9 +9,9 @@ use bytemuck::{cast_slice, cast_slice_mut};
 use ndarray::Array2;
 
 use super::params::{
-    ClassRange, ClassesParams, Counters, GradientParams, GradientSumParams, LossScalars, ORDER_TILE,
-    OrderParams, Pairs, PairsParams, PrepareParams, RowSame, RowSums, RowWeights, Settings, Side, TILE,
-    WaysParams, WeighParams,
+    ClassRange, ClassesParams, Counters, DuplicateParams, GradientParams, GradientSumParams, LossScalars,
+    ORDER_TILE, OrderParams, Pairs, PairsParams, PrepareParams, RowSame, RowSums, RowWeights, Settings, Side,
+    TILE, WaysParams, WeighParams,
 };
 use super::plan::{Shape, order_tiles, sum_scale, tiles};
 use super::workspace::{Layout, Region};
@@ -37,6 +37,7 @@ pub(super) struct SideRegions {
     pub(super) order: Region,
     pub(super) rows: Region,
     square_sums: Region,
+    duplicate: Region,
     column_sums: Region,
     ways: Region,
     partial: Region,
@@ -92,7 +93,7 @@ impl LossLayout {
     /// The workspace as a function of the shape, the budget for candidates and the GPU's size.
     ///
     /// For B anchors of D dimensions in the square form, with stride D' and s splits, about
-    /// `B D e + B D' (e + 4 s) + 4 B D + 160 B + 4 tiles` bytes with elements of e bytes, and the budget.
+    /// `B D e + B D' (e + 4 s) + 4 B D + 164 B + 4 tiles` bytes with elements of e bytes, and the budget.
     ///
     /// `resident`: input and gradients stay in the caller's memory, so none is set aside for them.
     pub(super) fn new(shape: &Shape, budget: usize, multiprocessors: u32, resident: bool) -> Self {
@@ -156,6 +157,7 @@ impl LossLayout {
             order: layout.region::<u32>(count),
             rows: layout.region::<u8>(padded * stride * shape.precision.bytes()),
             square_sums: layout.region::<f64>(count),
+            duplicate: layout.region::<f32>(padded),
             column_sums: layout.region::<f32>(tiles(count) * stride),
             ways: layout.region::<u8>(if_wanted(tiles(count))),
             partial: layout.region::<f32>(if_wanted(splits * padded * stride)),
@@ -178,6 +180,7 @@ impl Remembered {
         let side = |regions: &SideRegions, count: usize| Side {
             rows: pointer(base, regions.rows),
             order: pointer(base, regions.order),
+            duplicate: pointer(base, regions.duplicate),
             count: count as u32,
             tiles: tiles(count) as u32,
         };
@@ -418,6 +421,13 @@ fn issue_order<D: Device>(
             column_sums: pointer(base, regions.column_sums),
         };
         launcher.launch(Kernel::Prepare(precision), of_references, &prepare)?;
+        let duplicate = DuplicateParams {
+            rows: prepare.rows,
+            bounds: pointer(base, regions.duplicate),
+            stride: prepare.stride,
+            reserved: 0,
+        };
+        launcher.launch(Kernel::DuplicateBounds(precision), of_references, &duplicate)?;
     }
     let classes = ClassesParams {
         anchor_keys: pointer::<u64>(base, layout.anchors.keys),

@@ -20,6 +20,7 @@ kernel_parameters!(
     OrderParams,
     PrepareParams,
     ClassesParams,
+    DuplicateParams,
     PairsParams,
     WeighParams,
     WaysParams,

@@ -2,8 +2,8 @@
 
 use super::params::{
     GRADIENT_COLUMNS, GRADIENT_HOPPER_SHARED_BYTES, GRADIENT_ROWS_16BIT, GRADIENT_ROWS_32BIT,
-    GRADIENT_STAGES_BYTES, LISTS_COLUMNS, LISTS_ROWS, LISTS_SHARED_BYTES, ORDER_SHARED_BYTES, ORDER_TILE,
-    RETRIEVAL_SHARED_BYTES, RETRIEVAL_SLACK, SELECT_HOPPER_SHARED_BYTES, SELECT_SHARED_BYTES,
+    GRADIENT_STAGES_BYTES, HOPPER_SHARED_BYTES, LISTS_COLUMNS, LISTS_ROWS, LISTS_SHARED_BYTES,
+    ORDER_SHARED_BYTES, ORDER_TILE, RETRIEVAL_SHARED_BYTES, RETRIEVAL_SLACK, SELECT_SHARED_BYTES,
     SIMILARITY_STAGES_BYTES, STAGE_BYTES, SUM_SHARED_BYTES, SWEEP_HOPPER_SHARED_BYTES, SWEEP_SHARED_BYTES,
     THREADS, TILE,
 };
@@ -143,6 +143,8 @@ impl Shape {
             return kernel;
         }
         match kernel {
+            Kernel::DuplicateBounds(precision) => Kernel::DuplicateBoundsHopper(precision),
+            Kernel::SameClass(precision) => Kernel::SameClassHopper(precision),
             Kernel::Sweep(precision) => Kernel::SweepHopper(precision),
             Kernel::SelectRecomputed(precision) => Kernel::SelectRecomputedHopper(precision),
             Kernel::GradientTiles(precision) => Kernel::GradientTilesHopper(precision),
@@ -161,11 +163,14 @@ impl Shape {
             }
             Kernel::Prepare(_) | Kernel::ThresholdPrepare(_) | Kernel::GradientSum => ([own, 1, 1], 0),
             Kernel::Classes => ([self.anchors.div_ceil(THREADS as usize), 1, 1], 0),
-            Kernel::SameClass(_) => ([own, 1, 1], SIMILARITY_STAGES_BYTES),
+            Kernel::DuplicateBounds(_) | Kernel::SameClass(_) => ([own, 1, 1], SIMILARITY_STAGES_BYTES),
+            Kernel::DuplicateBoundsHopper(_) | Kernel::SameClassHopper(_) => {
+                ([own, 1, 1], HOPPER_SHARED_BYTES)
+            }
             Kernel::Sweep(_) => ([self.tiles(), 1, 1], SWEEP_SHARED_BYTES),
             Kernel::SweepHopper(_) => ([self.tiles(), 1, 1], SWEEP_HOPPER_SHARED_BYTES),
             Kernel::SelectStored => ([self.tiles(), 1, 1], SELECT_SHARED_BYTES),
-            Kernel::SelectRecomputedHopper(_) => ([self.tiles(), 1, 1], SELECT_HOPPER_SHARED_BYTES),
+            Kernel::SelectRecomputedHopper(_) => ([self.tiles(), 1, 1], HOPPER_SHARED_BYTES),
             Kernel::SelectRecomputed(_) | Kernel::Threshold(_) => {
                 ([self.tiles(), 1, 1], SIMILARITY_STAGES_BYTES)
             }
@@ -250,6 +255,7 @@ mod tests {
         let shape = square(1000, 512, Precision::F32);
         for precision in [Precision::F32, Precision::Tf32, Precision::F16, Precision::Bf16] {
             for kernel in [
+                Kernel::DuplicateBounds(precision),
                 Kernel::Sweep(precision),
                 Kernel::SameClass(precision),
                 Kernel::GradientTiles(precision),
@@ -266,6 +272,8 @@ mod tests {
         for precision in [Precision::F32, Precision::Tf32, Precision::F16, Precision::Bf16] {
             let shape = square(1000, 512, precision);
             for kernel in [
+                Kernel::DuplicateBounds(precision),
+                Kernel::SameClass(precision),
                 Kernel::Sweep(precision),
                 Kernel::SelectRecomputed(precision),
                 Kernel::GradientTiles(precision),
