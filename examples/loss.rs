@@ -2,6 +2,8 @@
 //!
 //! `cargo run --release --no-default-features --example loss`
 
+use std::io::{Write, stdout};
+
 use ddtas::backend::{DeviceSpec, open};
 use ddtas::loss::{Batch, LossOutput, LossSettings, Rows, reference};
 use ndarray::{Array2, Axis};
@@ -45,14 +47,16 @@ fn main() -> ddtas::Result<()> {
             .iter()
             .zip(&truth.gradient)
             .fold(0.0f64, |worst, (got, want)| worst.max((f64::from(*got) - want).abs()));
-        println!(
+        writeln!(
+            stdout(),
             "{form} on {}: loss {:.6} (float64: {:.6}), {} of {} anchors active, gradient within {error:.1e}",
             backend.name(),
             output.loss,
             truth.weighted.loss,
             output.active,
             labels.len(),
-        );
+        )
+        .map_err(ddtas::Error::Output)?;
     }
     Ok(())
 }

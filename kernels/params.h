@@ -85,6 +85,7 @@ typedef struct Settings {
     double lambda_pos;
     double lambda_neg;
     double sum_scale;            /* fixed-point units of RowSums in 1.0, a power of two */
+    double term_limit;           /* most of one term, in units: a row's terms do not overflow its sum */
     uint32_t adaptive;           /* AT-ASMS, otherwise the tolerances stay */
     uint32_t reserved;
 } Settings;

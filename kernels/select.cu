@@ -65,8 +65,11 @@ DEVICE Terms terms_of(const Settings &settings, bool positive, float s) {
     float e = expf(-fabsf(x));
     float softplus = fmaxf(x, 0.0f) + log1pf(e);
     float sigmoid = x >= 0.0f ? 1.0f / (1.0f + e) : e / (1.0f + e);
-    return Terms{round_to_integer(static_cast<double>(softplus) * settings.sum_scale),
-                 round_to_integer(static_cast<double>(sigmoid) * settings.sum_scale)};
+    // Only rows that are not of unit length, and were not checked, come to the limit.
+    auto units = [&](float term) {
+        return round_to_integer(fmin(static_cast<double>(term) * settings.sum_scale, settings.term_limit));
+    };
+    return Terms{units(softplus), units(sigmoid)};
 }
 
 DEVICE void select_pair(const Pairs &pairs, SelectShared &shared, TileIndex tile, uint32_t row, uint32_t column,

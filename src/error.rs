@@ -110,6 +110,9 @@ pub enum Error {
         /// The system's answer.
         source: std::io::Error,
     },
+    /// A program's result cannot be printed: the pipe behind standard output is closed, or its disk is full.
+    #[error("cannot write to standard output: {0}")]
+    Output(std::io::Error),
     /// A run was cut short by something that can be mended, and can then go on.
     #[error("{cause}; mend that, then: ddtas-train --resume {folder}", folder = folder.display())]
     Interrupted {

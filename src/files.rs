@@ -25,3 +25,19 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
         Error::Io { action: "write", path: path.to_path_buf(), source }
     })
 }
+
+/// Refuses a place where no file can be written, before the work begins whose result goes there. `name` is the setting.
+///
+/// # Errors
+/// [`Error::InvalidSetting`] unless `path` is a file's name in a folder that is there.
+pub fn check_place(name: &'static str, path: &Path) -> Result<()> {
+    let folder = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    if path.file_name().is_some() && folder.is_dir() && !path.is_dir() {
+        return Ok(());
+    }
+    let value = path.display().to_string();
+    Err(Error::InvalidSetting { name, value, range: "a file's name, in a folder that is there" })
+}

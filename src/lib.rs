@@ -8,12 +8,15 @@
 //!
 //! Modules depend one way: `inference` on `train`; `train` on `model`, `data`, `generator` and
 //! `retrieval`; those on [`backend`]; that on [`loss`].
+#![warn(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod backend;
 #[cfg(feature = "capi")]
 pub mod capi;
 #[cfg(feature = "cli")]
 pub mod cases;
+#[cfg(feature = "cli")]
+pub mod console;
 #[cfg(feature = "train")]
 pub mod data;
 mod error;

@@ -69,6 +69,38 @@ proptest! {
     }
 }
 
+#[test]
+fn random_batches_that_failed_once_agree_with_the_truth() {
+    let draw = |rows, dim, classes| Draw { rows, dim, classes, noise: 1.0, ignored: 0, duplicates: 0 };
+    let everything = LossSettings { mining: Mining::None, ..LossSettings::default() };
+    let failed = [
+        (
+            "a hyper-gradient whose terms cancel",
+            RandomBatch {
+                how: draw(137, 64, 12),
+                settings: everything.with_lambda(0.87),
+                seed: 329,
+                budget: 0,
+                against: None,
+            },
+        ),
+        (
+            "negatives whose sigmoid is nearly 1",
+            RandomBatch {
+                how: Draw { noise: 0.671_599_75, ignored: 4, duplicates: 3, ..draw(17, 1, 16) },
+                settings: everything.with_lambda(0.838_100_803_505_426_4),
+                seed: 2_844_632_261_410_986_724,
+                budget: 0,
+                against: Some(3),
+            },
+        ),
+    ];
+    for (name, batch) in failed {
+        let report = batch.report().expect("clear of the thresholds");
+        assert!(report.passes(SINGLE_PRECISION), "{name}: {report:#?}");
+    }
+}
+
 /// A batch of [`any_batch_agrees_with_the_truth`], which prints its fields when it fails.
 struct RandomBatch {
     how: Draw,
@@ -148,6 +180,22 @@ fn one_backend_serves_batches_of_changing_shape() {
         backend.loss(&batch, &LossSettings::default(), &mut reused).unwrap();
         assert_eq!(format!("{fresh:?}"), format!("{reused:?}"));
     }
+}
+
+#[test]
+fn memory_is_linear_in_the_batch() {
+    // Without a budget, so that what is left is what the passes themselves hold.
+    let bytes = |rows: usize| {
+        let how = Draw { rows, dim: 4, classes: rows / 5, noise: 1.5, ignored: 0, duplicates: 0 };
+        let (rows, labels) = draw(how, 1);
+        let mut backend = CpuBackend::with_budget(0);
+        let mut output = LossOutput::default();
+        backend.loss(&Batch::square(rows.view(), &labels), &LossSettings::default(), &mut output).unwrap();
+        assert!(output.loss > 0.0);
+        backend.workspace_bytes() as f64
+    };
+    let (few, many) = (bytes(3_000), bytes(12_000));
+    assert!(many < 4.2 * few, "{few} bytes for 3,000 rows, {many} for 12,000");
 }
 
 #[test]

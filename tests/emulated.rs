@@ -14,7 +14,7 @@ use cases::{Case, Dtype};
 use ddtas::backend::device::{DeviceBackend, Options};
 use ddtas::backend::emulated::{self, EmulatedDevice};
 use ddtas::backend::{Backend, Nearest};
-use ddtas::loss::{Batch, Hypergradient, LossOutput, LossSettings, Rows, UnitCheck, reference};
+use ddtas::loss::{Batch, Hypergradient, LossOutput, LossSettings, Mining, Rows, UnitCheck, reference};
 use ndarray::Array2;
 
 fn golden_case(name: &str) -> Case {
@@ -268,6 +268,19 @@ fn bad_rows_are_named_in_the_caller_s_order() {
     // The loss of nonsense is nonsense, but it is computed.
     let batch = Batch { check: UnitCheck::Trust, ..Batch::square(rows.view(), &labels) };
     backend.loss(&batch, &settings, &mut output).unwrap();
+}
+
+#[test]
+fn sums_of_rows_far_from_unit_length_saturate() {
+    // Similarities of 10^6 and more: a term alone exceeds what a row's sum holds.
+    let rows = random_rows(150, 24, 4) * 3000.0;
+    let labels: Vec<i64> = (0..150).map(|row| row / 3).collect();
+    let mut output = LossOutput::default();
+    let settings = LossSettings { mining: Mining::None, ..LossSettings::default() };
+    let batch = Batch::square(rows.view(), &labels).trusted();
+    emulated::open(Options::default(), 21).loss(&batch, &settings, &mut output).unwrap();
+    assert!(output.loss > 1.0 && output.loss.is_finite(), "{}", output.loss);
+    assert!(output.dloss_dlambda_pos > 0.0 && output.dloss_dlambda_neg < 0.0, "{output:?}");
 }
 
 #[test]

@@ -1,22 +1,18 @@
-//! The threshold generator: dL^m/dlambda against finite differences of the bilevel quantity itself.
+//! The threshold generator: the closed form of the head, and what runs do with it. `tests/meta_gradient.rs` holds whole
+//! training steps to the meta loss.
 #![cfg(feature = "train")]
 #![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
 
 use assert_cmd::Command;
-use burn::module::Module;
-use burn::optim::{GradientsParams, SgdConfig};
-use burn::tensor::{Device, Tensor, TensorData};
 use ddtas::Result;
-use ddtas::backend::{Backend, cpu::CpuBackend};
 use ddtas::generator::head::{Head, Losses, hypergradient};
-use ddtas::generator::{Lambda, VirtualStep, VirtualStepKind, full};
+use ddtas::generator::{Lambda, VirtualStep, VirtualStepKind};
 use ddtas::loss::gradient::weigh;
 use ddtas::loss::select::Selection;
 use ddtas::loss::similarity::Similarities;
-use ddtas::loss::{Batch, Hypergradient, LossOutput, LossSettings, Mining, reference, threshold};
-use ddtas::model::{EmbeddingNetwork, NetworkShape, Normalise, to_array};
+use ddtas::loss::{Hypergradient, LossSettings, Mining, threshold};
 use ddtas::train::{Record, read_records};
-use ndarray::{Array1, Array2, ArrayView2, arr1};
+use ndarray::{Array1, Array2, arr1};
 use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -132,85 +128,6 @@ fn virtual_step_without_a_gradient_leaves_lambda_alone() {
     assert_eq!(found, Hypergradient::default());
 }
 
-#[test]
-fn difference_through_the_whole_network_is_the_derivative_of_the_meta_loss() {
-    let device = Device::flex().autodiff();
-    device.seed(3);
-    let network = EmbeddingNetwork::new(&NetworkShape { width: 16, depth: 1, embedding_dim: 10 }, &device);
-    let mut rng = ChaCha8Rng::seed_from_u64(4);
-    let mut pictures = |count: usize| {
-        let pixels: Vec<f32> = (0..count * 3 * 256).map(|_| rng.random_range(-1.0..1.0)).collect();
-        Tensor::<4>::from_data(TensorData::new(pixels, [count, 3, 16, 16]), &device)
-    };
-    let (images, meta_images) = (pictures(24), pictures(20));
-    let (labels, meta_labels) = (labels(8, 3), labels(5, 4));
-    let settings = LossSettings { mining: Mining::None, alpha: 4.0, ..LossSettings::default() };
-    let meta_settings = settings.with_lambda(0.9);
-
-    // Gradient of the training loss in the weights.
-    let gradients = |settings: &LossSettings| {
-        let embeddings = network.forward(images.clone(), Normalise::Batch);
-        let values = to_array(embeddings.clone()).unwrap();
-        let found = reference(&Batch::square(values.view(), &labels), settings).unwrap();
-        let gradient: Vec<f32> = found.gradient.iter().map(|&value| value as f32).collect();
-        let gradient = Tensor::<2>::from_data(TensorData::new(gradient, [24, 10]), &device);
-        GradientsParams::from_grads((embeddings * gradient).sum().backward(), &network)
-    };
-    let meta_loss = |network: &EmbeddingNetwork| {
-        let values =
-            to_array(network.valid().forward(meta_images.clone().inner(), Normalise::Batch)).unwrap();
-        reference(&Batch::square(values.view(), &meta_labels), &meta_settings).unwrap().weighted.loss
-    };
-
-    let step = VirtualStep { kind: VirtualStepKind::Plain, rate: 0.1 };
-    let mut backend = CpuBackend::new();
-    let mut output = LossOutput::default();
-    let values = to_array(network.forward(images.clone(), Normalise::Batch)).unwrap();
-    let batch = Batch::square(values.view(), &labels);
-    backend.loss(&batch, &settings, &mut output).unwrap();
-    let mut meta_gradient = |embeddings: Array2<f32>| {
-        let view: ArrayView2<'_, f32> = embeddings.view();
-        Ok(reference(&Batch::square(view, &meta_labels), &meta_settings)?.gradient.mapv(|value| value as f32))
-    };
-    let found = full::tangent(
-        &network,
-        &gradients(&settings),
-        step,
-        images.clone().inner(),
-        meta_images.clone(),
-        &mut meta_gradient,
-    )
-    .unwrap()
-    .unwrap();
-    let sums = backend.hypergradient(&batch, found.tangent.view(), None).unwrap();
-
-    let at = |settings: &LossSettings| {
-        let moved = SgdConfig::new().init().step(step.rate, network.clone(), gradients(settings));
-        meta_loss(&moved)
-    };
-    // Wide, since f32 networks resolve no finer difference; the loss bends little over it.
-    let h = 0.02;
-    let change = |pos: f64, neg: f64| {
-        at(&LossSettings {
-            lambda_pos: settings.lambda_pos + pos,
-            lambda_neg: settings.lambda_neg + neg,
-            ..settings
-        })
-    };
-    // Richardson's rule cancels the third-order term.
-    let derivative = |pos: f64, neg: f64| {
-        let central = |h: f64| (change(pos * h, neg * h) - change(-pos * h, -neg * h)) / (2.0 * h);
-        (4.0 * central(h) - central(2.0 * h)) / 3.0
-    };
-    for (what, got, want) in [
-        ("pos", found.factor * sums.pos, derivative(1.0, 0.0)),
-        ("neg", found.factor * sums.neg, derivative(0.0, 1.0)),
-    ] {
-        let error = (got - want).abs() / want.abs();
-        assert!(error < 1e-2, "{what}: {got} is not {want}, off by {error:.1e}");
-    }
-}
-
 fn run(output: &std::path::Path, more: &[&str]) -> Command {
     let mut command = Command::cargo_bin("ddtas-train").unwrap();
     command.args(["--image-size", "16", "--width", "8", "--embedding-dim", "32", "--evaluate-every", "0"]);
@@ -300,6 +217,26 @@ fn generator_starts_warm_from_a_checkpoint() {
             .failure();
     let said = String::from_utf8(refused.get_output().stderr.clone()).unwrap();
     assert!(said.contains("--generator off"), "{said}");
+
+    // What the file holds must go with the other settings.
+    let init = ["--generator-init", checkpoint];
+    let pair = place.path().join("pair");
+    run(&pair, &["--generator", "head", "--lambda-pair"]).assert().success();
+    let apart = pair.join("last.safetensors");
+    let apart = ["--generator-init", apart.to_str().unwrap()];
+    let cases: [(&[&str], &[&str], &str); 4] = [
+        (&init, &["--generator", "head", "--lambda-min", "0.6"], "outside of --lambda-min 0.6"),
+        (&init, &["--generator", "head", "--lambda-ensemble", "2"], "give --lambda-ensemble 1"),
+        (&init, &[], "generator-init"),
+        (&apart, &["--generator", "head"], "give --lambda-pair"),
+    ];
+    for (init, more, what) in cases {
+        let output = place.path().join("refused");
+        let refused = run(&output, &[init, more].concat()).assert().code(1);
+        let said = String::from_utf8(refused.get_output().stderr.clone()).unwrap();
+        assert!(said.contains(what) && said.lines().count() == 1, "expected {what:?} in: {said}");
+        assert!(!output.exists());
+    }
 }
 
 #[test]

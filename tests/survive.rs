@@ -1,4 +1,4 @@
-//! Runs that are killed, stopped, starved of disk or fed bad pictures, and what is left of them.
+//! Runs that are killed, starved of disk or fed bad pictures, and what is left of them. Signals: `tests/signals.rs`.
 #![cfg(all(feature = "train", unix))]
 #![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
 
@@ -6,80 +6,17 @@ mod runs;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Output};
+use std::time::Duration;
 
 use assert_cmd::Command as Assertion;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use runs::process::{
+    PROGRAM, Place, STEPS, arguments, assert_finished, assert_same, finish, lines_of, resume, start,
+    wait_for_lines,
+};
 use runs::{assert_refused, folder_of_pictures, records};
-
-/// The program, for processes that are to be killed.
-const PROGRAM: &str = env!("CARGO_BIN_EXE_ddtas-train");
-
-/// Steps of a run here; with six training pictures of each of four classes an epoch has two of them.
-const STEPS: usize = 120;
-
-/// Arguments of a run of small pictures that evaluates every twelve steps, by whatever `more` adds.
-fn arguments(data: &Path, output: &Path, more: &[&str]) -> Vec<String> {
-    let mut all: Vec<String> = [
-        "--dataset folder --image-size 16 --width 4 --embedding-dim 16 --learning-rate 0.01",
-        "--classes-per-batch 4 --images-per-class 3 --meta-classes 3 --evaluate-every 6 --checkpoint-every 5",
-    ]
-    .iter()
-    .flat_map(|part| part.split(' '))
-    .map(Into::into)
-    .collect();
-    all.extend(["--steps".into(), STEPS.to_string()]);
-    all.extend(more.iter().map(|&more| more.to_owned()));
-    for (name, path) in [("--data-root", data), ("--output", output)] {
-        all.extend([name.into(), path.to_str().unwrap().into()]);
-    }
-    all
-}
-
-fn start(arguments: &[String]) -> Child {
-    let mut command = Command::new(PROGRAM);
-    command.args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped());
-    command.spawn().unwrap()
-}
-
-fn resume(run: &Path) -> Vec<String> {
-    vec!["--resume".into(), run.to_str().unwrap().into()]
-}
-
-fn finish(arguments: &[String]) -> Output {
-    start(arguments).wait_with_output().unwrap()
-}
-
-fn assert_finished(output: &Output) {
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{said}");
-}
-
-/// Waits until the run has written `lines` lines of metrics, or has ended.
-fn wait_for_lines(run: &Path, child: &mut Child, lines: usize) {
-    let begun = Instant::now();
-    while lines_of(run) < lines && child.try_wait().unwrap().is_none() {
-        assert!(begun.elapsed() < Duration::from_secs(120), "no {lines} lines in {}", run.display());
-        std::thread::sleep(Duration::from_millis(1));
-    }
-}
-
-/// The files that are to be the same bytes, however often a run was cut short.
-fn assert_same(run: &Path, unbroken: &Path, how: &str) {
-    for file in ["metrics.jsonl", "last.safetensors", "best.safetensors"] {
-        let (got, want) = (fs::read(run.join(file)).unwrap(), fs::read(unbroken.join(file)).unwrap());
-        assert!(got == want, "{file} differs from the unbroken run's ({how})");
-    }
-    let partial =
-        fs::read_dir(run).unwrap().flatten().find(|e| e.path().extension() == Some("partial".as_ref()));
-    assert!(partial.is_none(), "{partial:?} is left ({how})");
-}
-
-fn lines_of(run: &Path) -> usize {
-    fs::read(run.join("metrics.jsonl")).map_or(0, |text| text.iter().filter(|&&byte| byte == b'\n').count())
-}
 
 fn program(arguments: &[String]) -> Assertion {
     let mut command = Assertion::cargo_bin("ddtas-train").unwrap();
@@ -97,11 +34,6 @@ fn assert_one_line(output: &Output, what: &str, run: &Path) {
     assert!(!said.contains("panicked"), "{said}");
 }
 
-fn send(signal: &str, child: &Child) {
-    let status = Command::new("kill").args([&format!("-{signal}"), &child.id().to_string()]).status();
-    assert!(status.unwrap().success());
-}
-
 fn append(path: &Path, bytes: &[u8]) {
     let whole = [fs::read(path).unwrap(), bytes.to_vec()].concat();
     fs::write(path, whole).unwrap();
@@ -115,24 +47,6 @@ fn events_of(run: &Path) -> Vec<PathBuf> {
     let mut files: Vec<PathBuf> = entries.filter(named).collect();
     files.sort();
     files
-}
-
-struct Place {
-    folder: tempfile::TempDir,
-    data: PathBuf,
-}
-
-impl Place {
-    fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let data = folder.path().join("data");
-        folder_of_pictures(&data, 8, 6);
-        Self { folder, data }
-    }
-
-    fn run(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
 }
 
 #[test]
@@ -210,63 +124,6 @@ fn a_run_killed_before_its_first_checkpoint_begins_again() {
     fs::remove_file(run.join("last.safetensors")).unwrap();
     assert_finished(&finish(&resume(&run)));
     assert_same(&run, &unbroken, "no checkpoint");
-}
-
-#[test]
-fn signals_stop_a_run_that_then_goes_on_to_the_same_bytes() {
-    let place = Place::new();
-    let unbroken = place.run("unbroken");
-    assert_finished(&finish(&arguments(&place.data, &unbroken, &[])));
-    for (signal, code) in [("INT", 130), ("TERM", 143)] {
-        let run = place.run(signal);
-        let mut child = start(&arguments(&place.data, &run, &["--checkpoint-every", "0", "--workers", "2"]));
-        wait_for_lines(&run, &mut child, 17);
-        send(signal, &child);
-        let output = child.wait_with_output().unwrap();
-        let said = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(code), "{said}");
-        let last = said.lines().last().unwrap();
-        assert!(last.starts_with("stopped after ") && last.ends_with(run.to_str().unwrap()), "{said}");
-        assert!(last.contains("ddtas-train --resume"), "{said}");
-        assert_finished(&finish(&[resume(&run), vec!["--workers".into(), "1".into()]].concat()));
-        // config.toml differs by the number of workers and checkpoints, the results do not.
-        assert_same(&run, &unbroken, signal);
-    }
-}
-
-#[test]
-#[cfg(target_os = "linux")]
-fn a_second_signal_ends_the_program_at_once() {
-    let place = Place::new();
-    // Opening a pipe that nobody writes to takes for ever.
-    let pipe = place.run("pipe.safetensors");
-    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
-    let run = place.run("run");
-    let mut child = start(&arguments(&place.data, &run, &["--init", pipe.to_str().unwrap()]));
-    let until = |what: &str, met: &mut dyn FnMut() -> bool| {
-        let begun = Instant::now();
-        while !met() {
-            assert!(begun.elapsed() < Duration::from_secs(60), "{what}");
-            std::thread::sleep(Duration::from_millis(50));
-        }
-    };
-    let status = format!("/proc/{}/status", child.id());
-    until("the program does not listen for signals", &mut || {
-        let status = fs::read_to_string(&status).unwrap();
-        let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap();
-        let (interrupt, terminate) = (1 << 1, 1 << 14);
-        u64::from_str_radix(caught.trim(), 16).unwrap() & (interrupt | terminate) == interrupt | terminate
-    });
-    send("INT", &child);
-    std::thread::sleep(Duration::from_millis(300));
-    assert!(child.try_wait().unwrap().is_none(), "the first signal waits for the step to end");
-    // Two signals that come too close are one to the system.
-    until("the second signal is ignored", &mut || {
-        send("INT", &child);
-        std::thread::sleep(Duration::from_millis(50));
-        child.try_wait().unwrap().is_some()
-    });
-    assert_eq!(child.wait().unwrap().code(), Some(130));
 }
 
 #[test]

@@ -104,6 +104,29 @@ fn unreadable_pictures_are_counted_and_lose_nothing() {
     assert_eq!(records(&run).0.len(), 4);
 }
 
+#[test]
+fn a_collapse_is_told_once() {
+    let place = tempfile::tempdir().unwrap();
+    let data = place.path().join("data");
+    folder_of_pictures(&data, 8, 4);
+    let run = |name: &str| {
+        let mut command = small_run(&place.path().join(name), 4);
+        command.args(["--dataset", "folder", "--classes-per-batch", "4", "--data-root"]).arg(&data);
+        String::from_utf8(command.assert().success().get_output().stderr.clone()).unwrap()
+    };
+    assert!(!run("apart").contains("collapsed"));
+    // Black stays black, however it is cropped and lit: the network sees one picture.
+    for class in 0..8 {
+        for picture in 0..4 {
+            let path = data.join(format!("class{class:02}/{picture}.png"));
+            image::RgbImage::new(24, 20).save(path).unwrap();
+        }
+    }
+    let said = run("alike");
+    assert_eq!(said.matches("warning: the embeddings of step 0 have collapsed").count(), 1, "{said}");
+    assert_eq!(said.matches("collapsed").count(), 1, "{said}");
+}
+
 /// Standard error and the metrics of three steps on `device`.
 fn three_steps_on(device: &str, place: &Path) -> (String, Vec<u8>) {
     let run = place.join(device.replace(':', "-"));
@@ -170,7 +193,7 @@ fn wrong_input_is_refused_in_one_line_that_says_what_to_do() {
     let small = || small_run(&run, 2);
     assert_refused(small().args(["--dataset", "folder"]), "--data-root DIR");
     assert_refused(small().args(["--dataset", "folder", "--data-root", "/nowhere"]), "/nowhere");
-    assert_refused(small().args(["--lambda", "9"]), "lambda-pos = 9");
+    assert_refused(small().args(["--lambda", "9"]), "lambda = 9");
     assert_refused(small().args(["--learning-rate", "0"]), "learning-rate = 0");
     assert_refused(small().args(["--batch-norm", "frozen"]), "--init FILE");
     assert_refused(small().args(["--classes-per-batch", "99"]), "98");

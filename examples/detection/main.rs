@@ -18,6 +18,7 @@ mod street;
 #[path = "../drawn/training.rs"]
 mod training;
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
@@ -27,6 +28,7 @@ use burn::optim::AdamWConfig;
 use burn::tensor::Device;
 use clap::Parser;
 use ddtas::backend::{Backend, DeviceSpec, Nearest, open};
+use ddtas::console::{self, print};
 use ddtas::loss::baseline::PairLoss;
 use ddtas::loss::{LossOutput, LossSettings, Rows};
 use ddtas::model::{Normalise, to_array};
@@ -79,10 +81,7 @@ const SHOWN: usize = 6;
 fn main() -> ExitCode {
     match run(&Arguments::parse()) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("detection: {error}");
-            ExitCode::FAILURE
-        }
+        Err(error) => console::failed("detection", &error),
     }
 }
 
@@ -94,23 +93,32 @@ fn run(arguments: &Arguments) -> ddtas::Result<()> {
         bank: Scene::several(arguments.seed, BANK..BANK + BANK_SCENES),
     };
     let mut backend = open(&DeviceSpec::Auto)?;
-    println!(
-        "proposals of {} unseen scenes      object's kind right   object told from background",
-        test.queries.len()
-    );
-    test.answers(&mut *backend, |scenes| Ok(mean_colours(scenes)))?.report("colour alone");
+    print(|out| {
+        writeln!(
+            out,
+            "proposals of {} unseen scenes      object's kind right   object told from background",
+            test.queries.len()
+        )
+    })?;
+    test.answers(&mut *backend, |scenes| Ok(mean_colours(scenes)))?.report("colour alone")?;
     let network = RegionNetwork::new(arguments.dim, &device);
     let before = test.answers(&mut *backend, |scenes| embed(&network, scenes, &device))?;
-    before.report("untrained network");
+    before.report("untrained network")?;
     let started = Instant::now();
     let network = train(network, arguments, &device)?;
     let seconds = started.elapsed().as_secs_f64();
     let after = test.answers(&mut *backend, |scenes| embed(&network, scenes, &device))?;
-    after.report(&format!("trained, {} steps", arguments.steps));
-    println!("{seconds:.0} s of training on {} cores", rayon::current_num_threads());
+    after.report(&format!("trained, {} steps", arguments.steps))?;
+    print(|out| writeln!(out, "{seconds:.0} s of training on {} cores", rayon::current_num_threads()))?;
     let shown = &test.queries[..SHOWN.min(test.queries.len())];
     picture::write(&arguments.picture, shown, &before.found, &after.found)?;
-    println!("proposals by what they were taken for, before and after: {}", arguments.picture.display());
+    print(|out| {
+        writeln!(
+            out,
+            "proposals by what they were taken for, before and after: {}",
+            arguments.picture.display()
+        )
+    })?;
     Ok(())
 }
 
@@ -157,12 +165,15 @@ fn train(mut network: RegionNetwork, arguments: &Arguments, device: &Device) -> 
         memory.loss(&mut *backend, PairLoss::SoftContrastive, rows, &settings, &mut output)?;
         if step % 100 == 0 || step + 1 == arguments.steps {
             let (positives, negatives) = output.mined();
-            println!(
-                "  step {step:>3}: {} proposals and {} regions in memory, loss {:.4}, mined {positives} + {negatives}",
-                labels.len(),
-                memory.len(),
-                output.loss
-            );
+            print(|out| {
+                writeln!(
+                    out,
+                    "  step {step:>3}: {} proposals and {} regions in memory, loss {:.4}, mined {positives} + {negatives}",
+                    labels.len(),
+                    memory.len(),
+                    output.loss
+                )
+            })?;
         }
         memory.push(step, values.view(), &labels);
         let rate = learning_rate(arguments.learning_rate, step, arguments.steps);
@@ -216,8 +227,8 @@ impl Test {
 }
 
 impl Answers {
-    fn report(&self, name: &str) {
-        println!("{name:<32} {:>19.1} % {:>26.1} %", 100.0 * self.kind, 100.0 * self.told);
+    fn report(&self, name: &str) -> ddtas::Result<()> {
+        print(|out| writeln!(out, "{name:<32} {:>19.1} % {:>26.1} %", 100.0 * self.kind, 100.0 * self.told))
     }
 }
 

@@ -16,6 +16,7 @@ mod sheet;
 #[path = "../drawn/training.rs"]
 mod training;
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
@@ -25,6 +26,7 @@ use burn::optim::AdamWConfig;
 use burn::tensor::Device;
 use clap::Parser;
 use ddtas::backend::{DeviceSpec, open};
+use ddtas::console::{self, print};
 use ddtas::loss::{Batch, LossOutput, LossSettings};
 use ddtas::model::{Normalise, to_array};
 use ndarray::Array2;
@@ -82,10 +84,7 @@ const SHOWN: usize = 6;
 fn main() -> ExitCode {
     match run(&Arguments::parse()) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("segmentation: {error}");
-            ExitCode::FAILURE
-        }
+        Err(error) => console::failed("segmentation", &error),
     }
 }
 
@@ -104,30 +103,40 @@ fn run(arguments: &Arguments) -> ddtas::Result<()> {
     };
 
     let colours = colour_accuracy(&support, &test)?;
-    println!(
-        "pixels of {} unseen scenes        nearest prototype   nearest pixel of other scenes",
-        test.len()
-    );
-    report("colour alone", &colours);
+    print(|out| {
+        writeln!(
+            out,
+            "pixels of {} unseen scenes        nearest prototype   nearest pixel of other scenes",
+            test.len()
+        )
+    })?;
+    report("colour alone", &colours)?;
     let network = PixelNetwork::new(arguments.dim, &device);
     let (before, _) = measure(&network)?;
-    report("untrained network", &before);
+    report("untrained network", &before)?;
     let started = Instant::now();
     let network = train(network, arguments, &device)?;
     let seconds = started.elapsed().as_secs_f64();
     let (after, rows) = measure(&network)?;
-    report(&format!("trained, {} steps", arguments.steps), &after);
-    println!("{seconds:.0} s of training on {} cores\n", rayon::current_num_threads());
+    report(&format!("trained, {} steps", arguments.steps), &after)?;
+    print(|out| writeln!(out, "{seconds:.0} s of training on {} cores\n", rayon::current_num_threads()))?;
 
     large_batch(&rows, &labels_of(&test), &LossSettings::default().with_lambda(arguments.lambda))?;
     let shown = &test[..SHOWN.min(test.len())];
     picture::write(&arguments.picture, shown, &before.predicted, &after.predicted)?;
-    println!("scenes, truth, before, after: {}", arguments.picture.display());
+    print(|out| writeln!(out, "scenes, truth, before, after: {}", arguments.picture.display()))?;
     Ok(())
 }
 
-fn report(name: &str, accuracy: &Accuracy) {
-    println!("{name:<32} {:>17.1} % {:>27.1} %", 100.0 * accuracy.prototype, 100.0 * accuracy.retrieval);
+fn report(name: &str, accuracy: &Accuracy) -> ddtas::Result<()> {
+    print(|out| {
+        writeln!(
+            out,
+            "{name:<32} {:>17.1} % {:>27.1} %",
+            100.0 * accuracy.prototype,
+            100.0 * accuracy.retrieval
+        )
+    })
 }
 
 /// The same measures for the colour of a pixel as its embedding.
@@ -176,7 +185,9 @@ fn train(mut network: PixelNetwork, arguments: &Arguments, device: &Device) -> d
         backend.loss(&Batch::square(values.view(), &labels), &settings, &mut output)?;
         if step % 100 == 0 || step + 1 == arguments.steps {
             let (positives, negatives) = output.mined();
-            println!("  step {step:>3}: loss {:.4}, mined {positives} + {negatives}", output.loss);
+            print(|out| {
+                writeln!(out, "  step {step:>3}: loss {:.4}, mined {positives} + {negatives}", output.loss)
+            })?;
         }
         // Ignored pixels have a gradient of zero, and cost next to nothing.
         let rate = learning_rate(arguments.learning_rate, step, arguments.steps);
@@ -215,22 +226,31 @@ fn large_batch(rows: &Array2<f32>, labels: &[i64], settings: &LossSettings) -> d
     let peak = PeakAlloc.peak_usage().saturating_sub(before);
     let ignored = labels.iter().filter(|label| **label < 0).count();
     let (positives, negatives) = output.mined();
-    println!(
-        "one loss over B = {count} pixels of {} dimensions ({ignored} at boundaries ignored):",
-        rows.ncols()
-    );
-    println!(
-        "  {seconds:.1} s on {}, {:.0} MB beside embeddings and gradient; one B x B matrix of floats: {:.1} GB",
-        backend.name(),
-        peak as f64 / 1e6,
-        4.0 * (count as f64).powi(2) / 1e9
-    );
-    println!(
-        "  loss {:.4}, {} anchors active, {:.0} M positive and {:.0} M negative pairs mined\n",
-        output.loss,
-        output.active,
-        positives as f64 / 1e6,
-        negatives as f64 / 1e6
-    );
+    print(|out| {
+        writeln!(
+            out,
+            "one loss over B = {count} pixels of {} dimensions ({ignored} at boundaries ignored):",
+            rows.ncols()
+        )
+    })?;
+    print(|out| {
+        writeln!(
+            out,
+            "  {seconds:.1} s on {}, {:.0} MB beside embeddings and gradient; one B x B matrix of floats: {:.1} GB",
+            backend.name(),
+            peak as f64 / 1e6,
+            4.0 * (count as f64).powi(2) / 1e9
+        )
+    })?;
+    print(|out| {
+        writeln!(
+            out,
+            "  loss {:.4}, {} anchors active, {:.0} M positive and {:.0} M negative pairs mined\n",
+            output.loss,
+            output.active,
+            positives as f64 / 1e6,
+            negatives as f64 / 1e6
+        )
+    })?;
     Ok(())
 }

@@ -24,19 +24,20 @@ pub struct Tangent {
 
 /// Takes the virtual step, evaluates the meta gradient there, and returns the tangent of `images` along it (SPEC 5).
 ///
-/// `gradients` is that of the training loss; `meta_gradient` maps embeddings of `meta_images` to dL^m/dE. Running
-/// statistics stay as they are. `None` if nothing was mined on either side.
+/// `gradients` is that of the training loss, found in `mode`; `meta_gradient` maps embeddings of `meta_images` to dL^m/dE.
+/// Running statistics stay as they are. `None` if nothing was mined on either side.
 ///
 /// # Errors
 /// Those of `meta_gradient`.
 pub fn tangent(
-    network: &EmbeddingNetwork,
+    (network, mode): (&EmbeddingNetwork, Normalise),
     gradients: &GradientsParams,
     step: VirtualStep,
     images: Tensor<4>,
     meta_images: Tensor<4>,
     meta_gradient: &mut dyn FnMut(Array2<f32>) -> Result<Array2<f32>>,
 ) -> Result<Option<Tangent>> {
+    let mode = mode.without_moving();
     let length = dot(network, gradients, gradients)?.sqrt();
     if length == 0.0 {
         return Ok(None);
@@ -46,7 +47,7 @@ pub fn tangent(
         VirtualStepKind::Unit => step.rate / length,
     };
     let virtual_network = moved(network, -rate, gradients);
-    let embeddings = virtual_network.forward(meta_images, Normalise::Batch);
+    let embeddings = virtual_network.forward(meta_images, mode);
     let gradient = meta_gradient(to_array(embeddings.clone())?)?;
     let (rows, dim) = gradient.dim();
     let data = TensorData::new(gradient.into_iter().collect::<Vec<f32>>(), [rows, dim]);
@@ -63,7 +64,7 @@ pub fn tangent(
     let distance = DIFFERENCE / direction_length;
     let at = |factor: f64| -> Result<Array2<f32>> {
         let moved = moved(network, factor, &direction);
-        to_array(moved.valid().forward(images.clone(), Normalise::Batch))
+        to_array(moved.valid().forward(images.clone(), mode))
     };
     let difference = at(distance)? - at(-distance)?;
     let scale = (0.5 / distance) as f32;

@@ -1,6 +1,6 @@
 //! What can be set of the threshold generator.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -160,28 +160,20 @@ impl GeneratorSettings {
         VirtualStep { kind: self.virtual_step, rate: self.virtual_rate }
     }
 
-    /// Checks every range; `start` is where lambda begins.
+    /// Checks every range, and whether the settings go together; `start` is where lambda begins.
     ///
     /// # Errors
     /// [`Error::InvalidSetting`] names the first setting that is off.
     pub fn validate(&self, start: Lambda) -> Result<()> {
-        if self.kind == GeneratorKind::Off {
-            return Ok(());
-        }
-        let check = |good: bool, name, value: String, range| {
-            if good { Ok(()) } else { Err(Error::InvalidSetting { name, value, range }) }
-        };
+        self.check_ranges()?;
         let head = self.kind == GeneratorKind::Head;
-        let counts = [
-            ("meta-classes", self.meta_classes, 2, "2 or more: with one class nothing can be mined"),
-            ("meta-images", self.meta_images, 2, "2 or more: with one picture a class nothing can be mined"),
-            ("meta-recent", self.meta_recent, 1, "1 or more"),
-            ("lambda-ensemble", self.lambda_ensemble, 1, "1 or more"),
-        ];
-        for (name, value, least, range) in counts {
-            check(value >= least && value <= 1 << 16, name, value.to_string(), range)?;
-        }
         let needs_head = "needs --generator head";
+        if self.kind == GeneratorKind::Off {
+            let needs_one = "needs --generator head or full";
+            let init = self.generator_init.as_deref().unwrap_or(Path::new("")).display().to_string();
+            check(self.generator_init.is_none(), "generator-init", init, needs_one)?;
+            return check(self.rehearsal == 0, "rehearsal", self.rehearsal.to_string(), needs_one);
+        }
         check(
             head || self.lambda_ensemble == 1,
             "lambda-ensemble",
@@ -189,23 +181,10 @@ impl GeneratorSettings {
             needs_head,
         )?;
         check(head || self.meta == MetaSource::Fresh, "meta", "recent".into(), needs_head)?;
-        let reference = self.lambda_reference;
-        check((-2.0..=2.0).contains(&reference), "lambda-reference", reference.to_string(), "-2 to 2")?;
-        for (name, value) in [("virtual-rate", self.virtual_rate), ("lambda-rate", self.lambda_rate)] {
-            check(value > 0.0 && value.is_finite(), name, value.to_string(), "above 0")?;
-        }
-        for (name, value) in [("lambda-l1", self.lambda_l1), ("lambda-l2", self.lambda_l2)] {
-            check(value >= 0.0 && value.is_finite(), name, value.to_string(), "0 or more")?;
-        }
-        let (low, high) = (self.lambda_min, self.lambda_max);
-        check(
-            -2.0 <= low && low < high && high <= 2.0,
-            "lambda-min",
-            low.to_string(),
-            "-2 to below --lambda-max, at most 2",
-        )?;
+        let range = "--lambda-min to --lambda-max; it is what --lambda says where it is not given itself";
         for (name, value) in [("lambda-pos", start.pos), ("lambda-neg", start.neg)] {
-            check((low..=high).contains(&value), name, value.to_string(), "--lambda-min to --lambda-max")?;
+            let (low, high) = (self.lambda_min, self.lambda_max);
+            check((low..=high).contains(&value), name, value.to_string(), range)?;
         }
         check(
             self.lambda_pair || start.pos == start.neg,
@@ -214,4 +193,39 @@ impl GeneratorSettings {
             "the same as --lambda-pos, or --lambda-pair to learn them apart",
         )
     }
+
+    /// Each setting on its own, whether or not there is a generator.
+    fn check_ranges(&self) -> Result<()> {
+        let counts = [
+            ("meta-classes", self.meta_classes, 2, "2 to 65536: with one class nothing can be mined"),
+            ("meta-images", self.meta_images, 2, "2 to 65536: with one picture a class nothing can be mined"),
+            ("meta-recent", self.meta_recent, 1, "1 to 65536"),
+            ("lambda-ensemble", self.lambda_ensemble, 1, "1 to 65536"),
+        ];
+        for (name, value, least, range) in counts {
+            check(value >= least && value <= 1 << 16, name, value.to_string(), range)?;
+        }
+        check(self.rehearsal <= 1 << 31, "rehearsal", self.rehearsal.to_string(), "0 to 2147483648 steps")?;
+        let thresholds = [
+            ("lambda-reference", self.lambda_reference),
+            ("lambda-min", self.lambda_min),
+            ("lambda-max", self.lambda_max),
+        ];
+        for (name, value) in thresholds {
+            check((-2.0..=2.0).contains(&value), name, value.to_string(), "-2 to 2")?;
+        }
+        let high = self.lambda_max;
+        check(self.lambda_min < high, "lambda-max", high.to_string(), "above --lambda-min")?;
+        for (name, value) in [("virtual-rate", self.virtual_rate), ("lambda-rate", self.lambda_rate)] {
+            check(value > 0.0 && value.is_finite(), name, value.to_string(), "above 0")?;
+        }
+        for (name, value) in [("lambda-l1", self.lambda_l1), ("lambda-l2", self.lambda_l2)] {
+            check(value >= 0.0 && value.is_finite(), name, value.to_string(), "0 or more")?;
+        }
+        Ok(())
+    }
+}
+
+fn check(good: bool, name: &'static str, value: String, range: &'static str) -> Result<()> {
+    if good { Ok(()) } else { Err(Error::InvalidSetting { name, value, range }) }
 }

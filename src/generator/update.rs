@@ -111,6 +111,34 @@ impl Thresholds {
         Self { members }
     }
 
+    /// Says why members that a checkpoint holds cannot go on by `settings`.
+    pub(crate) fn check(&self, settings: &GeneratorSettings) -> std::result::Result<(), String> {
+        let (low, high) = (settings.lambda_min, settings.lambda_max);
+        let count = self.members.len();
+        if count != settings.lambda_ensemble {
+            return Err(format!("holds a generator of {count} members: give --lambda-ensemble {count}"));
+        }
+        for member in &self.members {
+            let Member { lambda, start, rate, mean, square, updates } = member;
+            let finite = |pair: &Lambda| pair.pos.is_finite() && pair.neg.is_finite();
+            let sound = [lambda, start, mean, square].into_iter().all(finite) && *updates >= 0;
+            if !(sound && square.pos >= 0.0 && square.neg >= 0.0 && *rate > 0.0 && rate.is_finite()) {
+                return Err("holds a generator that no run leaves behind: the file is damaged".into());
+            }
+            if let Some(outside) =
+                [lambda.pos, lambda.neg].into_iter().find(|value| !(low..=high).contains(value))
+            {
+                return Err(format!(
+                    "holds lambda {outside}, outside of --lambda-min {low} to --lambda-max {high}: widen them"
+                ));
+            }
+            if lambda.pos != lambda.neg && !settings.lambda_pair {
+                return Err("holds two lambdas, learned apart: give --lambda-pair".into());
+            }
+        }
+        Ok(())
+    }
+
     /// The mean of the members.
     #[must_use]
     pub fn lambda(&self) -> Lambda {
@@ -157,6 +185,33 @@ mod tests {
         let mut slow = Member::new(both(0.5), 0.1);
         slow.update(Hypergradient { pos: 1.0, neg: -3.0 }, &UpdateRule { pace: 0.25, ..RULE });
         assert!((slow.lambda.pos - 0.55).abs() < 1e-12);
+    }
+
+    #[test]
+    fn members_that_no_run_leaves_behind_are_refused() {
+        #[derive(clap::Parser)]
+        struct Arguments {
+            #[command(flatten)]
+            settings: GeneratorSettings,
+        }
+        let Arguments { settings } = clap::Parser::parse_from(["test"]);
+        let state = Thresholds::new(both(0.7), &settings);
+        assert_eq!(state.check(&settings), Ok(()));
+        let faults: [fn(&mut Member); 7] = [
+            |member| member.lambda.pos = f64::NAN,
+            |member| member.start.neg = f64::INFINITY,
+            |member| member.rate = 0.0,
+            |member| member.mean.pos = f64::NEG_INFINITY,
+            |member| member.square.neg = -1.0,
+            |member| member.updates = -1,
+            |member| member.lambda = both(1.1),
+        ];
+        for (number, fault) in faults.into_iter().enumerate() {
+            let mut damaged = state.clone();
+            fault(&mut damaged.members[0]);
+            assert!(damaged.check(&settings).is_err(), "fault {number}");
+        }
+        assert!(Thresholds { members: Vec::new() }.check(&settings).is_err());
     }
 
     #[test]

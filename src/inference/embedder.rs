@@ -28,6 +28,7 @@ impl Embedder {
     /// [`Error::Io`] or [`Error::Format`] if the file cannot be read or is no checkpoint; [`Error::InvalidSetting`] if
     /// nobody says the size of the pictures, or it is out of range.
     pub fn open(checkpoint: &Path, image_size: Option<usize>) -> Result<Self> {
+        image_size.map_or(Ok(()), check_image_size)?;
         let bytes = std::fs::read(checkpoint).map_err(Error::io("read", checkpoint))?;
         let shape = checkpoint::shape(checkpoint)?;
         let image_size = match image_size {
@@ -38,10 +39,7 @@ impl Embedder {
                 range: "this checkpoint does not say which pictures it was trained on: give --image-size",
             })?,
         };
-        if !(8..=1024).contains(&image_size) {
-            let value = image_size.to_string();
-            return Err(Error::InvalidSetting { name: "image-size", value, range: "8 to 1024" });
-        }
+        check_image_size(image_size)?;
         let device = Device::flex();
         let network = checkpoint::load(EmbeddingNetwork::new(&shape, &device), checkpoint)?;
         let fingerprint = format!("{:08x}", crc32fast::hash(&bytes));
@@ -87,6 +85,15 @@ impl Embedder {
         let progress = |done| tell(Event::Embedding { done, total });
         embed_batches(&self.network, &self.device, batches, progress)
     }
+}
+
+/// # Errors
+/// [`Error::InvalidSetting`] for a size that no network is made for.
+pub(super) fn check_image_size(size: usize) -> Result<()> {
+    if (8..=1024).contains(&size) {
+        return Ok(());
+    }
+    Err(Error::InvalidSetting { name: "image-size", value: size.to_string(), range: "8 to 1024" })
 }
 
 /// The pictures of a split that could not be read so far.

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::embedder::{self, Embedder};
+use super::embedder::{self, Embedder, check_image_size};
 use super::{Event, Skipped};
 use crate::backend::{self, Backend, DeviceSpec};
 use crate::data::{Dataset, DatasetKind, DatasetSettings, RECALL_AT};
@@ -58,6 +58,33 @@ pub struct EvalSettings {
     pub device: String,
 }
 
+impl EvalSettings {
+    /// Checks what can be told before any picture is embedded.
+    fn validate(&self) -> Result<()> {
+        let invalid =
+            |name, value: usize, range| Err(Error::InvalidSetting { name, value: value.to_string(), range });
+        if self.recall_at.contains(&0) {
+            return invalid("recall-at", 0, "1 or more");
+        }
+        if self.nmi_steps == 0 {
+            return invalid("nmi-steps", 0, "1 or more");
+        }
+        self.image_size.map_or(Ok(()), check_image_size)?;
+        self.given_dataset().map_or(Ok(()), |given| given.validate())
+    }
+
+    /// The data set asked for, if one is.
+    fn given_dataset(&self) -> Option<DatasetSettings> {
+        self.dataset.map(|dataset| DatasetSettings {
+            dataset,
+            data_root: self.data_root.clone(),
+            train_classes: self.train_classes,
+            crop_to_box: self.crop_to_box,
+            data_seed: self.data_seed.unwrap_or(0),
+        })
+    }
+}
+
 /// What was measured. Field names are those of `--json`.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct Evaluation {
@@ -93,6 +120,7 @@ pub struct Evaluation {
 /// # Errors
 /// Files or data that cannot be read or used, settings out of range, [`Error::Dataset`] if no query has an answer.
 pub fn evaluate(settings: &EvalSettings, tell: &mut dyn FnMut(Event<'_>)) -> Result<Evaluation> {
+    settings.validate()?;
     let spec: DeviceSpec = settings.device.parse()?;
     let mut backend = backend::open(&spec)?;
     match (&settings.embeddings, &settings.checkpoint) {
@@ -138,14 +166,7 @@ fn evaluate_checkpoint(
 
 /// The data set asked for, or that of the run whose folder holds the checkpoint.
 fn open(settings: &EvalSettings, checkpoint: &Path, tell: &mut dyn FnMut(&str)) -> Result<Dataset> {
-    if let Some(dataset) = settings.dataset {
-        let given = DatasetSettings {
-            dataset,
-            data_root: settings.data_root.clone(),
-            train_classes: settings.train_classes,
-            crop_to_box: settings.crop_to_box,
-            data_seed: settings.data_seed.unwrap_or(0),
-        };
+    if let Some(given) = settings.given_dataset() {
         return given.open(tell);
     }
     let config = checkpoint.with_file_name("config.toml");

@@ -7,6 +7,7 @@ use std::time::Instant;
 use super::embedder::{Embedder, skipped};
 use super::pictures::Pictures;
 use super::{Event, Skipped};
+use crate::files::check_place;
 use crate::retrieval::{EmbeddingsFile, Format};
 use crate::{Error, Result};
 
@@ -56,7 +57,15 @@ pub struct Export {
 /// A checkpoint or folder that cannot be used, no readable picture, or a file that cannot be written.
 pub fn embed(settings: &EmbedSettings, tell: &mut dyn FnMut(Event<'_>)) -> Result<Export> {
     // Before the work begins.
-    Format::of(&settings.out)?;
+    if Format::of(&settings.out).is_err() {
+        let value = settings.out.display().to_string();
+        return Err(Error::InvalidSetting {
+            name: "out",
+            value,
+            range: "a name that ends in .safetensors or .npy",
+        });
+    }
+    check_place("out", &settings.out)?;
     let begun = Instant::now();
     let embedder = Embedder::open(&settings.checkpoint, settings.image_size)?;
     let (file, skipped) = embed_folder(&embedder, &settings.images, tell)?;

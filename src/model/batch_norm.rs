@@ -22,6 +22,14 @@ pub enum Normalise {
     Running,
 }
 
+impl Normalise {
+    /// As in a step of training, leaving the running statistics alone: how the generator's passes see the network.
+    #[must_use]
+    pub fn without_moving(self) -> Self {
+        if self == Self::Training { Self::Batch } else { self }
+    }
+}
+
 /// Normalises every channel of `[N, C, H, W]`, then scales and shifts it.
 #[derive(Module, Debug)]
 pub struct BatchNorm {

@@ -40,19 +40,24 @@ pub fn run(settings: &ThroughputSettings, progress: &mut dyn FnMut(usize, usize,
         progress(0, 1, &embeddings.name());
         return Ok(vec![measure(&embeddings, settings)?]);
     }
-    let count = plan.dims.len() * plan.densities.len() * plan.batches.len();
-    let mut rows = Vec::with_capacity(count);
+    // A device that is not there, or a share that no noise gives, is found before the first file and figure.
+    drop(settings.device.open()?);
+    let mut noises = Vec::new();
     for &dim in &plan.dims {
         for &density in &plan.densities {
-            let noise = find_noise(density, dim, settings.references, settings.seed)?;
-            for &batch in &plan.batches {
-                let embeddings = draw(batch, settings.references, dim, density, noise, settings.seed);
-                progress(rows.len(), count, &embeddings.name());
-                if let Some(path) = &settings.save_embeddings {
-                    file::write(path, &embeddings)?;
-                }
-                rows.push(measure(&embeddings, settings)?);
+            noises.push((dim, density, find_noise(density, dim, settings.references, settings.seed)?));
+        }
+    }
+    let count = noises.len() * plan.batches.len();
+    let mut rows = Vec::with_capacity(count);
+    for (dim, density, noise) in noises {
+        for &batch in &plan.batches {
+            let embeddings = draw(batch, settings.references, dim, density, noise, settings.seed);
+            progress(rows.len(), count, &embeddings.name());
+            if let Some(path) = &settings.save_embeddings {
+                file::write(path, &embeddings)?;
             }
+            rows.push(measure(&embeddings, settings)?);
         }
     }
     Ok(rows)

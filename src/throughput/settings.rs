@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use super::Density;
 use super::embeddings::Embeddings;
 use crate::backend::DeviceArguments;
+use crate::files::check_place;
 use crate::{Error, Result};
 
 /// Type the rows are rounded to before they are given to the backend.
@@ -56,6 +57,10 @@ pub struct ThroughputSettings {
     pub seconds: f64,
 }
 
+/// Most rows, and most dimensions of one.
+const MOST_ROWS: (usize, &str) = (1 << 24, "1 to 16777216");
+const MOST_DIMS: (usize, &str) = (1 << 16, "1 to 65536");
+
 /// Settings that have been checked.
 pub(super) struct Plan {
     pub batches: Vec<usize>,
@@ -81,10 +86,13 @@ impl ThroughputSettings {
         let sizes =
             [("batch", &self.batch[..]), ("dim", &self.dim[..]), ("references", self.references.as_slice())];
         for (name, values) in sizes {
-            if values.contains(&0) {
-                return Err(Error::InvalidSetting { name, value: "0".to_owned(), range: "1 or more" });
+            let (most, range) = if name == "dim" { MOST_DIMS } else { MOST_ROWS };
+            if let Some(value) = values.iter().find(|value| !(1..=most).contains(*value)) {
+                return Err(Error::InvalidSetting { name, value: value.to_string(), range });
             }
         }
+        self.check_products()?;
+        self.save_embeddings.as_deref().map_or(Ok(()), |path| check_place("save-embeddings", path))?;
         if !(0.0..=3600.0).contains(&self.seconds) {
             let value = self.seconds.to_string();
             return Err(Error::InvalidSetting { name: "seconds", value, range: "0 to 3600" });

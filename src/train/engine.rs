@@ -6,7 +6,7 @@
 use burn::module::Module;
 use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
 use burn::tensor::{Device, Tensor, TensorData};
-use ndarray::ArrayView2;
+use ndarray::{ArrayView2, Axis};
 
 use super::checkpoint::EngineState;
 use super::checkpoint::archive::Archive;
@@ -43,6 +43,7 @@ pub struct Engine {
     generator: Option<Generator>,
     /// Learned in the last step, in force from the next one on.
     pending: Option<Lambda>,
+    spread: f64,
 }
 
 impl Engine {
@@ -74,6 +75,7 @@ impl Engine {
             memory: memory(settings),
             generator,
             pending: None,
+            spread: f64::NAN,
         }
     }
 
@@ -142,6 +144,11 @@ impl Engine {
         self.schedule.learning_rate(step)
     }
 
+    /// How far the embeddings of the last step were from their mean, root mean square.
+    pub fn spread(&self) -> f64 {
+        self.spread
+    }
+
     /// The threshold generator, if there is one.
     pub fn generator(&self) -> Option<&Generator> {
         self.generator.as_ref()
@@ -165,6 +172,7 @@ impl Engine {
             self.learn_by_head(features, &batch.labels, meta).map_err(|error| diverged(error, step))?;
         }
         let values = to_array(embeddings.clone())?;
+        self.spread = spread(values.view());
         self.evaluate_loss(values.view(), &batch.labels).map_err(|error| diverged(error, step))?;
         let moved = self.update(step, (images, embeddings, values.view()), &batch.labels, meta)?;
         self.memory.push(step, values.view(), &batch.labels);
@@ -194,7 +202,7 @@ impl Engine {
             let images = (images.inner(), meta_images);
             let learned = generator
                 .learn_full(
-                    &self.network,
+                    (&self.network, self.mode),
                     &gradients,
                     images,
                     (values, labels),
@@ -225,9 +233,9 @@ impl Engine {
         let features = to_array(features)?.mapv(f64::from);
         let fresh = match meta {
             Some(meta) => {
-                let mode = if self.mode == Normalise::Training { Normalise::Batch } else { self.mode };
                 let images = image_tensor(meta, &self.device.clone().inner());
-                let features = to_array(self.network.valid().backbone.forward(images, mode))?;
+                let features =
+                    to_array(self.network.valid().backbone.forward(images, self.mode.without_moving()))?;
                 Some((features.mapv(f64::from), meta.labels.as_slice()))
             }
             None => None,
@@ -330,6 +338,14 @@ impl Embedded {
             .filter(|view| !view.is_empty())
             .ok_or_else(|| Error::Dataset("no picture of the test classes could be read".into()))
     }
+}
+
+/// Root mean square of the rows' distances from their mean; NaN without rows.
+fn spread(rows: ArrayView2<'_, f32>) -> f64 {
+    let rows = rows.mapv(f64::from);
+    let Some(mean) = rows.mean_axis(Axis(0)) else { return f64::NAN };
+    let squares = (&rows - &mean).iter().map(|distance| distance * distance).sum::<f64>();
+    (squares / rows.nrows() as f64).sqrt()
 }
 
 fn optimizer(settings: &TrainSettings) -> ModuleOptimizer {

@@ -17,7 +17,7 @@ use crate::generator::{
 };
 use crate::loss::baseline::PairLoss;
 use crate::loss::{Batch, Hypergradient, LossOutput, LossSettings};
-use crate::model::{EmbeddingHead, EmbeddingNetwork, to_array};
+use crate::model::{EmbeddingHead, EmbeddingNetwork, Normalise, to_array};
 use crate::{Error, Result};
 
 /// Learns lambda beside the training steps.
@@ -105,9 +105,7 @@ impl Generator {
         archive: &mut Archive,
         state: &GeneratorState,
     ) -> std::result::Result<(), String> {
-        if state.thresholds.members.is_empty() {
-            return Err("holds a generator without members".into());
-        }
+        state.thresholds.check(&self.settings)?;
         self.thresholds = state.thresholds.clone();
         self.hypergradient = state.hypergradient.map(|Lambda { pos, neg }| Hypergradient { pos, neg });
         self.recent.clear();
@@ -185,14 +183,14 @@ impl Generator {
     }
 
     /// Learns from a virtual step of the whole network along `gradients`, those of the loss that `backend` evaluated last,
-    /// on `rows` and the memory. `images` are those of the batch and of the meta batch. Returns the thresholds of the next step.
+    /// on `rows` and the memory, with the network in `mode`. `images` are those of the batch and of the meta batch. Returns the thresholds of the next step.
     ///
     /// # Errors
     /// Those of the backends.
     #[expect(clippy::too_many_arguments, reason = "what a step has at hand, from four owners")]
     pub fn learn_full(
         &mut self,
-        network: &EmbeddingNetwork,
+        (network, mode): (&EmbeddingNetwork, Normalise),
         gradients: &GradientsParams,
         images: (Tensor<4>, Tensor<4>),
         rows: (ArrayView2<'_, f32>, &[i64]),
@@ -204,7 +202,7 @@ impl Generator {
         let mut meta_gradient =
             |embeddings: Array2<f32>| Ok(meta.evaluate(embeddings.view(), meta_labels, loss)?.clone());
         let step = self.settings.step();
-        let found = full::tangent(network, gradients, step, images.0, images.1, &mut meta_gradient)?;
+        let found = full::tangent((network, mode), gradients, step, images.0, images.1, &mut meta_gradient)?;
         if let Some(full::Tangent { tangent, factor }) = found {
             let Hypergradient { pos, neg } = memory.hypergradient(backend, rows, tangent.view())?;
             let gradient = Hypergradient { pos: factor * pos, neg: factor * neg };

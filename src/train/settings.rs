@@ -1,6 +1,6 @@
 //! Everything a training run can be told; the arguments of `ddtas-train` and the run's config.toml.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -11,6 +11,11 @@ use crate::loss::{LossSettings, Mining};
 use crate::model::NetworkShape;
 use crate::train::schedule::Schedule;
 use crate::{Error, Result};
+
+/// More than anybody counts to; sums and products of two such numbers of steps stay far from overflow.
+const MOST_STEPS: usize = 1 << 31;
+const STEPS: &str = "1 to 2147483648";
+const COUNT: &str = "0 to 2147483648";
 
 /// What BatchNorm does while training.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
@@ -199,17 +204,35 @@ impl TrainSettings {
         Ok(self)
     }
 
-    /// Checks what no other part checks.
+    /// Checks that the checkpoints it begins from are there. A run that goes on may have lost them: it needs none.
+    ///
+    /// # Errors
+    /// [`Error::InvalidSetting`] names the setting.
+    pub(super) fn check_files(&self) -> Result<()> {
+        let files = [("init", &self.init), ("generator-init", &self.generator.generator_init)];
+        for (name, path) in files {
+            if let Some(path) = path.as_ref().filter(|path| !path.exists()) {
+                let value = path.display().to_string();
+                return Err(Error::InvalidSetting { name, value, range: "a checkpoint that is there" });
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks everything that can be told without data and files: a run calls it before it makes anything.
     ///
     /// # Errors
     /// [`Error::InvalidSetting`] names the first setting that is off.
     pub fn validate(&self) -> Result<()> {
-        self.data.validate()?;
-        self.loss_settings().validate()?;
-        self.generator.validate(self.first_lambda())?;
         let check = |good: bool, name, value: String, range| {
             if good { Ok(()) } else { Err(Error::InvalidSetting { name, value, range }) }
         };
+        self.data.validate()?;
+        check((-2.0..=2.0).contains(&self.lambda), "lambda", self.lambda.to_string(), "-2 to 2")?;
+        self.loss_settings().validate()?;
+        self.generator.validate(self.first_lambda())?;
+        let crop = self.smallest_crop;
+        check(crop > 0.0 && crop <= 1.0, "smallest-crop", crop.to_string(), "above 0, at most 1")?;
         let sizes = [
             ("image-size", self.image_size, 8, 1024, "8 to 1024"),
             ("embedding-dim", self.embedding_dim, 1, 65_536, "1 to 65536"),
@@ -217,13 +240,22 @@ impl TrainSettings {
             ("depth", self.depth, 1, 64, "1 to 64"),
             ("classes-per-batch", self.classes_per_batch, 1, 1 << 20, "1 to 1048576"),
             ("images-per-class", self.images_per_class, 1, 1 << 20, "1 to 1048576"),
-            ("steps", self.steps, 1, 1 << 40, "1 or more"),
+            ("steps", self.steps, 1, MOST_STEPS, STEPS),
+            ("evaluate-every", self.evaluate_every, 0, MOST_STEPS, COUNT),
+            ("checkpoint-every", self.checkpoint_every, 0, MOST_STEPS, COUNT),
+            ("max-bad-images", self.max_bad_images, 0, MOST_STEPS, COUNT),
+            ("memory-start", self.memory_start.unwrap_or(0), 0, MOST_STEPS, COUNT),
             ("workers", self.workers, 1, 256, "1 to 256"),
             ("memory-size", self.memory_size, 0, 1 << 24, "0 to 16777216"),
         ];
         for (name, value, low, high, range) in sizes {
             check((low..=high).contains(&value), name, value.to_string(), range)?;
         }
+        for (name, seed) in [("seed", self.seed), ("data-seed", self.data.data_seed)] {
+            // What config.toml can hold.
+            check(i64::try_from(seed).is_ok(), name, seed.to_string(), "0 to 9223372036854775807")?;
+        }
+        check(self.output.as_deref() != Some(Path::new("")), "output", "nothing".into(), "a folder's name")?;
         let rate = self.learning_rate;
         check(rate > 0.0 && rate.is_finite(), "learning-rate", rate.to_string(), "above 0")?;
         check((0.0..=1.0).contains(&self.warm_up), "warm-up", self.warm_up.to_string(), "0 to 1")?;

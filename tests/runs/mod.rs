@@ -2,6 +2,9 @@
 #![allow(dead_code, reason = "each test binary uses its own part")]
 #![allow(clippy::unwrap_used, reason = "test code outside #[test] functions")]
 
+#[cfg(unix)]
+pub mod process;
+
 use std::path::Path;
 
 use assert_cmd::Command;

@@ -3,7 +3,7 @@
 //! | pass | file |
 //! | --- | --- |
 //! | rows in class order, checked and packed | `rows.rs` |
-//! | same-class pass (m+) and the sweep (m-, probe count, candidates) | `similarity.rs`, `tile.rs` |
+//! | same-class pass (m+) and the sweep (m-, probe count, candidates) | `similarity.rs`, `tile.rs`, `statistics.rs` |
 //! | selection | `select.rs` |
 //! | weights and loss, gradient | `weigh.rs`, `gradient.rs` |
 //! | hyper-gradient of the loss threshold | `threshold.rs` |
@@ -31,6 +31,7 @@ mod rows;
 mod select;
 mod simd;
 mod similarity;
+mod statistics;
 mod tasks;
 mod threshold;
 mod tile;
@@ -41,7 +42,8 @@ use gradient::{AddTile, GradientScratch, Part};
 use rows::{MAX_BLOCK, Side, SideBuffers};
 use select::Weights;
 use simd::{GROUP, Level};
-use similarity::{Known, Statistics, Tiles};
+use similarity::{Known, Tiles};
+use statistics::{Gathered, Statistics};
 use tasks::{Workers, lock};
 use tile::{Pairs, TileScratch};
 use times::Stopwatch;
@@ -70,7 +72,7 @@ pub struct CpuBackend {
     statistics: Statistics,
     weights: Weights,
     scratch: Vec<Mutex<Scratch>>,
-    answers: Vec<Mutex<f64>>,
+    answers: Vec<Mutex<Answer>>,
     remembered: Option<Remembered>,
     times: PassTimes,
 }
@@ -86,6 +88,7 @@ struct Remembered {
 #[derive(Debug, Default)]
 struct Scratch {
     tile: TileScratch,
+    gathered: Gathered,
     gradient: GradientScratch,
 }
 
@@ -170,7 +173,7 @@ impl CpuBackend {
         self.times.sweep = watch.lap();
 
         let statistics = &mut self.statistics;
-        let tolerances = adapt(settings, statistics.probe_neg, statistics.positives);
+        let tolerances = adapt(settings, statistics.probe_neg, statistics.same_class.positives);
         self.weights.set_bounds(&pairs, settings, tolerances, &statistics.min_pos, &statistics.max_neg);
         self.tiles.count(&pairs, &workers, &self.scratch, &self.weights, statistics);
         let batch_rows = batch.anchors.labels.len();
@@ -181,7 +184,7 @@ impl CpuBackend {
         self.tiles.weigh(&known, &workers, &self.scratch);
         let mut walk =
             Walk { known, tiles: &self.tiles, workers, scratch: &self.scratch, answers: &mut self.answers };
-        write_gradient(&mut walk, Owner::Rows, &mut output.gradient, batch_rows);
+        let totals = write_gradient(&mut walk, Owner::Rows, &mut output.gradient, batch_rows);
         if batch.reference_gradient && !pairs.square {
             let gradient = output.reference_gradient.get_or_insert_default();
             write_gradient(&mut walk, Owner::Columns, gradient, batch.reference_rows().labels.len());
@@ -189,7 +192,7 @@ impl CpuBackend {
             output.reference_gradient = None;
         }
         self.statistics.report(&pairs, tolerances, batch_rows, output);
-        report_loss(settings, &self.tiles.totals(), active, output);
+        report_loss(settings, &totals, active, output);
         self.times.gradient = watch.lap();
         self.remembered = Some(Self::shape(batch));
         Ok(())
@@ -289,7 +292,7 @@ impl Backend for CpuBackend {
     fn workspace_bytes(&self) -> usize {
         let scratch = |s: &Mutex<Scratch>| {
             let s = lock(s);
-            s.tile.bytes() + s.gradient.bytes()
+            s.tile.bytes() + s.gathered.bytes() + s.gradient.bytes()
         };
         self.rows.bytes()
             + self.columns.bytes()
@@ -298,7 +301,7 @@ impl Backend for CpuBackend {
             + self.statistics.bytes()
             + self.weights.bytes()
             + self.scratch.iter().map(scratch).sum::<usize>()
-            + self.answers.capacity() * size_of::<Mutex<f64>>()
+            + self.answers.capacity() * size_of::<Mutex<Answer>>()
     }
 }
 
@@ -315,8 +318,16 @@ struct Walk<'a> {
     tiles: &'a Tiles,
     workers: Workers<'a>,
     scratch: &'a [Mutex<Scratch>],
-    /// What the tasks' rows were answered with.
-    answers: &'a mut Vec<Mutex<f64>>,
+    answers: &'a mut Vec<Mutex<Answer>>,
+}
+
+/// What a task of a walk, or the whole walk, adds up to.
+#[derive(Debug, Clone, Copy, Default)]
+struct Answer {
+    /// Of what its rows were finished with.
+    sum: f64,
+    /// Of the pairs, each once; over the owner's rows in the rectangular form.
+    totals: Totals,
 }
 
 impl Walk<'_> {
@@ -339,14 +350,14 @@ impl Walk<'_> {
     }
 
     /// Sums weighted rows for every row of the owner, in `parts` parts of the dimensions each. `finish` gets
-    /// position, first dimension and sum; what it answers is added up.
+    /// position, first dimension and sum; what it answers is added up, and so are the tiles' totals, in one order.
     fn run(
         &mut self,
         owner: Owner,
         kind: Kind,
         parts: usize,
         finish: impl Fn(usize, usize, &[f32]) -> f64 + Sync,
-    ) -> f64 {
+    ) -> Answer {
         let tasks = self.side(owner).order.blocks.len() * parts;
         self.answers.resize_with(tasks, Mutex::default);
         let Self { known, tiles, workers, scratch, answers } = &*self;
@@ -359,14 +370,19 @@ impl Walk<'_> {
             let part = Part { first, end: (first + size).min(groups) };
             let rows = side.order.blocks[block];
             scratch.gradient.begin(rows.rows, part);
+            let mut answer = Answer::default();
             tiles.each_of(&pairs, owner, block, |index, owner_rows, owner_columns| {
                 let tile = tiles.position(index);
                 if kind == Kind::LambdaPos && !pairs.has_positives(tile.0, tile.1) {
                     return;
                 }
-                let Scratch { tile: tile_scratch, gradient: scratch } = scratch;
+                let Scratch { tile: tile_scratch, gradient: scratch, .. } = scratch;
                 tiles.with_weights(known, kind, index, tile_scratch, |candidates, weighed| {
                     let selected = weighed.pairs;
+                    // A tile of the square form is met by its rows and by its columns.
+                    if part.first == 0 && (owner_columns || !pairs.square) {
+                        answer.totals.add(&weighed.totals);
+                    }
                     pairs.level.dispatch(AddTile {
                         pairs,
                         tile,
@@ -379,19 +395,24 @@ impl Walk<'_> {
                     });
                 });
             });
-            let mut answer = 0.0;
             for r in 0..rows.rows {
                 let sum = scratch.gradient.sum(r, part, side.dim);
-                answer += finish(rows.start + r, part.first * GROUP, sum);
+                answer.sum += finish(rows.start + r, part.first * GROUP, sum);
             }
             *lock(&answers[task]) = answer;
         });
-        self.answers.iter().map(|answer| *lock(answer)).sum()
+        let mut all = Answer::default();
+        for answer in &*self.answers {
+            let answer = lock(answer);
+            all.sum += answer.sum;
+            all.totals.add(&answer.totals);
+        }
+        all
     }
 }
 
-/// Fills the gradient of one side; rows that take part in no pair get 0.
-fn write_gradient(walk: &mut Walk<'_>, owner: Owner, gradient: &mut Array2<f32>, count: usize) {
+/// Fills the gradient of one side; rows that take part in no pair get 0. Returns the sums over the pairs.
+fn write_gradient(walk: &mut Walk<'_>, owner: Owner, gradient: &mut Array2<f32>, count: usize) -> Totals {
     let dim = walk.side(owner).dim;
     if gradient.dim() != (count, dim) || !gradient.is_standard_layout() {
         *gradient = Array2::zeros((count, dim));
@@ -410,12 +431,13 @@ fn write_gradient(walk: &mut Walk<'_>, owner: Owner, gradient: &mut Array2<f32>,
         .map(|&row| Mutex::new(slots.get_mut(row as usize).and_then(Option::take)))
         .collect();
     let parts = walk.parts(owner);
-    walk.run(owner, Kind::Gradient, parts, |position, first, sum| {
+    let answer = walk.run(owner, Kind::Gradient, parts, |position, first, sum| {
         if let Some(row) = lock(&slots[position]).as_mut() {
             row[first..first + sum.len()].copy_from_slice(sum);
         }
         0.0
     });
+    answer.totals
 }
 
 fn report_loss(settings: &LossSettings, totals: &Totals, active: u64, output: &mut LossOutput) {
@@ -431,7 +453,7 @@ impl Statistics {
         output.gamma_pos = tolerances.pos;
         output.gamma_neg = tolerances.neg;
         output.probe_neg = self.probe_neg;
-        output.total_pos = self.positives;
+        output.total_pos = self.same_class.positives;
         let fill = |values: &mut Vec<f32>, value| {
             values.clear();
             values.resize(batch_rows, value);

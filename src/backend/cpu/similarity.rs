@@ -4,87 +4,15 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock};
 
 use super::buffer::Buffer;
-use super::rows::MAX_BLOCK;
-use super::select::{CountTile, Counts, Weights, negative_bound};
-use super::tasks::Workers;
-use super::tile::{Bounds, Candidates, Pairs, SameClass, Sweep, TileScratch};
-use super::weigh::{Kind, Totals, WeighTile, Weighed};
+use super::select::{CountTile, Counts, Weights};
+use super::statistics::{Statistics, TileSameClass};
+use super::tasks::{Workers, lock};
+use super::tile::{Candidates, Pairs, SameClass, Sweep, TileScratch};
+use super::weigh::{Kind, WeighTile, Weighed};
 use super::{Owner, Scratch};
-use crate::loss::LossSettings;
-use crate::loss::select::{initial_tolerances, probe_tolerance};
-
-/// What the passes know of each row and of the whole batch, by position in class order.
-#[derive(Debug, Default)]
-pub struct Statistics {
-    pub min_pos: Vec<f32>,
-    pub max_neg: Vec<f32>,
-    /// `[|P_i|, |N_i|]`.
-    pub counts: Vec<[u32; 2]>,
-    pub probe_neg: u64,
-    /// Ordered positive pairs.
-    pub positives: u64,
-    positive_sum: f64,
-    /// All ordered same-class pairs and the sum of their similarities, duplicates included.
-    same_class: u64,
-    same_class_sum: f64,
-    keep: Vec<f32>,
-    probe: Vec<f32>,
-}
-
-impl Statistics {
-    pub fn reset(&mut self, pairs: &Pairs<'_>) {
-        let rows = pairs.rows.order.rows.len();
-        let refill = |values: &mut Vec<f32>, value| {
-            values.clear();
-            values.resize(rows, value);
-        };
-        refill(&mut self.min_pos, f32::INFINITY);
-        refill(&mut self.max_neg, f32::NEG_INFINITY);
-        self.counts.clear();
-        self.counts.resize(rows, [0; 2]);
-        (self.probe_neg, self.positives, self.same_class) = (0, 0, 0);
-        (self.positive_sum, self.same_class_sum) = (0.0, 0.0);
-    }
-
-    /// Bounds of the sweep from m+: the probe's, and the lower of it and the initial one for candidates.
-    pub fn set_bounds(&mut self, settings: &LossSettings) {
-        let probe = probe_tolerance(settings);
-        let keep = probe.max(initial_tolerances(settings).neg);
-        self.probe.clear();
-        self.probe.extend(self.min_pos.iter().map(|&m| negative_bound(m, probe)));
-        self.keep.clear();
-        self.keep.extend(self.min_pos.iter().map(|&m| negative_bound(m, keep)));
-    }
-
-    fn bounds(&self, square: bool) -> (Bounds<'_>, Bounds<'_>) {
-        let keep = Bounds { rows: &self.keep, columns: square.then_some(self.keep.as_slice()) };
-        (keep, Bounds { rows: &self.probe, columns: square.then_some(self.probe.as_slice()) })
-    }
-
-    /// Mean similarity of all positives and of all negatives. The sum over all pairs is closed: that of
-    /// e_i . e_j over i and j is the product of the sums of e_i and of e_j.
-    pub fn means(&self, pairs: &Pairs<'_>) -> (f64, f64) {
-        let all: f64 = pairs.rows.sum.iter().zip(pairs.columns.sum).map(|(a, b)| a * b).sum();
-        let (rows, columns) = (pairs.rows.order.rows.len() as u64, pairs.columns.order.rows.len() as u64);
-        let (all, count) = if pairs.square {
-            (all - pairs.rows.squares, rows * columns.saturating_sub(1))
-        } else {
-            (all, rows * columns)
-        };
-        let negatives = count - self.same_class;
-        let mean_neg = if negatives == 0 { f64::NAN } else { (all - self.same_class_sum) / negatives as f64 };
-        (self.positive_sum / self.positives as f64, mean_neg)
-    }
-
-    pub fn bytes(&self) -> usize {
-        let floats =
-            self.min_pos.capacity() + self.max_neg.capacity() + self.keep.capacity() + self.probe.capacity();
-        floats * 4 + self.counts.capacity() * 8
-    }
-}
 
 /// One tile between the passes.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Tile {
     /// Whether the candidates are kept between the passes.
     kept: bool,
@@ -94,37 +22,6 @@ struct Tile {
     /// What the candidates weigh, if there is.
     weights: Vec<f32>,
     weighed: Weighed,
-    /// All similarities of a tile with pairs of one class, from that pass to the sweep; or empty.
-    similarities: Buffer,
-    row_extreme: [f32; MAX_BLOCK],
-    column_extreme: [f32; MAX_BLOCK],
-    counts: Counts,
-    probe: u64,
-    positives: u64,
-    positive_sum: f64,
-    same_class: u64,
-    same_class_sum: f64,
-}
-
-impl Default for Tile {
-    fn default() -> Self {
-        Self {
-            kept: false,
-            words: Vec::new(),
-            values: Vec::new(),
-            weights: Vec::new(),
-            weighed: Weighed::default(),
-            similarities: Buffer::default(),
-            row_extreme: [0.0; MAX_BLOCK],
-            column_extreme: [0.0; MAX_BLOCK],
-            counts: Counts::default(),
-            probe: 0,
-            positives: 0,
-            positive_sum: 0.0,
-            same_class: 0,
-            same_class_sum: 0.0,
-        }
-    }
 }
 
 impl Tile {
@@ -133,6 +30,9 @@ impl Tile {
         self.words.capacity() * 2 + (self.values.capacity() + self.weights.capacity()) * 4
     }
 }
+
+/// Part of the budget that the tiles themselves may take, whatever they keep: those behind are not kept.
+const PLACES: usize = 4;
 
 /// What the kept tiles hold of their candidates.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -165,6 +65,14 @@ impl Known<'_> {
     }
 }
 
+/// Row blocks whose tiles with one block of columns hold pairs of one class.
+#[derive(Debug, Clone, Copy)]
+struct Run {
+    first: usize,
+    /// Such tiles in the columns before.
+    before: usize,
+}
+
 /// All tiles of a batch; in the square form those on and above the diagonal.
 #[derive(Debug, Default)]
 pub struct Tiles {
@@ -176,8 +84,11 @@ pub struct Tiles {
     rows: usize,
     columns: usize,
     square: bool,
-    /// Tiles with pairs of one class.
-    with_positives: Vec<usize>,
+    /// Tiles with pairs of one class, column by column; behind them where they end.
+    runs: Vec<Run>,
+    /// All similarities of such tiles, from their pass to the sweep; or empty.
+    similarities: Vec<Mutex<Buffer>>,
+    /// The tiles that may be kept: the first ones.
     tiles: Vec<RwLock<Tile>>,
 }
 
@@ -189,33 +100,74 @@ impl Tiles {
         self.rows = pairs.rows.order.blocks.len();
         self.columns = pairs.columns.order.blocks.len();
         self.square = pairs.square;
-        let count = if self.square { self.rows * (self.rows + 1) / 2 } else { self.rows * self.columns };
-        self.tiles.resize_with(count, RwLock::default);
+        let places = budget / PLACES / size_of::<RwLock<Tile>>();
+        self.tiles.resize_with(self.count_tiles().min(places), RwLock::default);
         // Each tile keeps the room it once needed; give it all back when that adds up to too much.
         let held: usize = self.tiles.iter_mut().map(|tile| exclusive(tile).room()).sum();
         for tile in &mut self.tiles {
             let tile = exclusive(tile);
+            tile.kept = false;
             if held > self.budget {
-                (tile.words, tile.values, tile.weights) = Default::default();
+                *tile = Tile::default();
             }
-            tile.similarities.resize(0);
         }
         (self.used, self.values) = Default::default();
         self.kept = Kept::Similarities;
-        self.with_positives.clear();
-        let positions = (0..count).filter(|&index| {
-            let (row, column) = position(self.square, self.rows, index);
-            pairs.has_positives(row, column)
-        });
-        self.with_positives.extend(positions);
+        self.set_runs(pairs);
+        // Few tiles hold pairs of one class where classes are small: those are kept for the sweep, in linear memory.
+        let with_positives = self.with_positives();
+        let few = with_positives <= 2 * (self.rows + self.columns);
+        self.similarities.resize_with(if few { with_positives } else { 0 }, Mutex::default);
+    }
+
+    fn set_runs(&mut self, pairs: &Pairs<'_>) {
+        self.runs.clear();
+        let mut before = 0;
+        for (column, columns) in pairs.columns.order.blocks.iter().enumerate() {
+            let rows = &pairs.rows.order.blocks;
+            // Classes ascend with the rows, and so do their ranges of columns.
+            let first = rows
+                .partition_point(|block| pairs.classes[block.range().end - 1].1 as usize <= columns.start);
+            let end =
+                rows.partition_point(|block| (pairs.classes[block.start].0 as usize) < columns.range().end);
+            let end = if self.square { end.min(column + 1) } else { end };
+            self.runs.push(Run { first, before });
+            before += end.saturating_sub(first);
+        }
+        self.runs.push(Run { first: 0, before });
+    }
+
+    /// Number of tiles.
+    fn count_tiles(&self) -> usize {
+        if self.square { self.rows * (self.rows + 1) / 2 } else { self.rows * self.columns }
+    }
+
+    /// Number of tiles with pairs of one class.
+    fn with_positives(&self) -> usize {
+        self.runs.last().map_or(0, |end| end.before)
+    }
+
+    /// The tile with pairs of one class of this number.
+    fn tile_with_positives(&self, number: usize) -> (usize, usize) {
+        let column = self.runs.partition_point(|run| run.before <= number) - 1;
+        let Run { first, before } = self.runs[column];
+        (first + number - before, column)
+    }
+
+    /// The similarities of a tile that the same-class pass has kept.
+    fn similarities_of(&self, (row, column): (usize, usize)) -> Option<&Mutex<Buffer>> {
+        let (run, next) = (self.runs[column], self.runs[column + 1]);
+        let number = run.before + row.checked_sub(run.first)?;
+        if number < next.before { self.similarities.get(number) } else { None }
     }
 
     pub fn bytes(&self) -> usize {
-        let held = |tile: &RwLock<Tile>| {
-            let tile = read(tile);
-            tile.room() + tile.similarities.bytes()
-        };
-        self.tiles.iter().map(held).sum::<usize>() + self.tiles.capacity() * size_of::<RwLock<Tile>>()
+        let similarities: usize = self.similarities.iter().map(|buffer| lock(buffer).bytes()).sum();
+        self.tiles.iter().map(|tile| read(tile).room()).sum::<usize>()
+            + self.tiles.capacity() * size_of::<RwLock<Tile>>()
+            + similarities
+            + self.similarities.capacity() * size_of::<Mutex<Buffer>>()
+            + self.runs.capacity() * size_of::<Run>()
     }
 
     /// Blocks of rows and columns of a tile.
@@ -259,58 +211,39 @@ impl Tiles {
         scratch: &[Mutex<Scratch>],
         statistics: &mut Statistics,
     ) {
-        // Few tiles hold them where classes are small: those are kept for the sweep, in linear memory.
-        let keep = self.with_positives.len() <= 2 * (self.rows + self.columns);
-        workers.for_each(self.with_positives.len(), scratch, |task, scratch| {
-            let index = self.with_positives[task];
-            let tile = &mut *write(&self.tiles[index]);
-            let similarities = &mut tile.similarities;
-            tile.row_extreme.fill(f32::INFINITY);
-            tile.column_extreme.fill(f32::INFINITY);
-            (tile.positives, tile.same_class) = (0, 0);
-            (tile.positive_sum, tile.same_class_sum) = (0.0, 0.0);
-            let (row, column) = self.position(index);
-            let duplicate = &pairs.rows.duplicate[pairs.rows.order.blocks[row].range()];
-            let column_duplicate = &pairs.columns.duplicate[pairs.columns.order.blocks[column].range()];
+        begin(scratch, statistics, f32::INFINITY);
+        workers.for_each(self.with_positives(), scratch, |number, scratch| {
+            let tile = self.tile_with_positives(number);
+            let (rows, columns) = (pairs.rows.order.blocks[tile.0], pairs.columns.order.blocks[tile.1]);
+            let duplicate = [&pairs.rows.duplicate[rows.range()], &pairs.columns.duplicate[columns.range()]];
+            let mut similarities = self.similarities.get(number).map(lock);
+            let (mut same_class, gathered) = (TileSameClass::default(), &mut scratch.gathered);
+            let extremes = &mut gathered.extremes;
             let visit = |row: usize, first: usize, similarities: &[f32]| {
                 for (column, &s) in (first..).zip(similarities) {
-                    tile.same_class += 1;
-                    tile.same_class_sum += f64::from(s);
-                    if s < duplicate[row].max(column_duplicate[column]) {
-                        tile.positives += 1;
-                        tile.positive_sum += f64::from(s);
-                        tile.row_extreme[row] = tile.row_extreme[row].min(s);
-                        tile.column_extreme[column] = tile.column_extreme[column].min(s);
+                    let positive = s < duplicate[0][row].max(duplicate[1][column]);
+                    same_class.add(s, positive);
+                    if positive {
+                        let least = &mut extremes[rows.start + row];
+                        *least = least.min(s);
+                        if pairs.square {
+                            let least = &mut extremes[columns.start + column];
+                            *least = least.min(s);
+                        }
                     }
                 }
             };
             pairs.level.dispatch(SameClass {
                 pairs: *pairs,
-                tile: self.position(index),
+                tile,
                 scratch: &mut scratch.tile,
-                keep: keep.then_some(similarities),
+                keep: similarities.as_deref_mut(),
                 visit,
             });
+            gathered.add_same_class(same_class);
         });
-        // Each unordered pair of the square form was met once.
-        let weight = if pairs.square { 2 } else { 1 };
-        for &index in &self.with_positives {
-            let tile = read(&self.tiles[index]);
-            statistics.positives += weight * tile.positives;
-            statistics.same_class += weight * tile.same_class;
-            statistics.positive_sum += weight as f64 * tile.positive_sum;
-            statistics.same_class_sum += weight as f64 * tile.same_class_sum;
-            let (row, column) = self.position(index);
-            let rows = pairs.rows.order.blocks[row].range();
-            for (min, s) in statistics.min_pos[rows].iter_mut().zip(&tile.row_extreme) {
-                *min = min.min(*s);
-            }
-            if pairs.square {
-                let columns = pairs.columns.order.blocks[column].range();
-                for (min, s) in statistics.min_pos[columns].iter_mut().zip(&tile.column_extreme) {
-                    *min = min.min(*s);
-                }
-            }
+        for scratch in scratch {
+            statistics.merge_same_class(pairs.square, &lock(scratch).gathered);
         }
     }
 
@@ -322,31 +255,26 @@ impl Tiles {
         scratch: &[Mutex<Scratch>],
         statistics: &mut Statistics,
     ) {
+        begin(scratch, statistics, f32::NEG_INFINITY);
         let (keep, probe) = statistics.bounds(pairs.square);
-        workers.for_each(self.tiles.len(), scratch, |index, scratch| {
-            let scratch = &mut scratch.tile;
-            let tile = &mut *write(&self.tiles[index]);
-            let (position, kept) = (self.position(index), &*tile.similarities);
-            pairs.level.dispatch(Sweep { pairs: *pairs, tile: position, keep, probe, kept, scratch });
-            tile.row_extreme = scratch.found.row_max;
-            tile.column_extreme = scratch.found.column_max;
-            tile.probe = scratch.found.probe;
-            self.keep(tile, scratch);
-        });
-        for (index, tile) in self.tiles.iter().enumerate() {
-            let tile = read(tile);
-            statistics.probe_neg += tile.probe;
-            let (row, column) = self.position(index);
-            let rows = pairs.rows.order.blocks[row].range();
-            for (max, s) in statistics.max_neg[rows].iter_mut().zip(&tile.row_extreme) {
-                *max = max.max(*s);
-            }
+        workers.for_each(self.count_tiles(), scratch, |index, scratch| {
+            let Scratch { tile: scratch, gathered, .. } = scratch;
+            let tile = self.position(index);
+            let similarities = self.similarities_of(tile).map(lock);
+            let kept = similarities.as_deref().map_or(&[][..], |buffer| buffer);
+            pairs.level.dispatch(Sweep { pairs: *pairs, tile, keep, probe, kept, scratch });
+            gathered.probe += scratch.found.probe;
+            let (rows, columns) = (pairs.rows.order.blocks[tile.0], pairs.columns.order.blocks[tile.1]);
+            gathered.raise(rows.start, &scratch.found.row_max[..rows.rows]);
             if pairs.square {
-                let columns = pairs.columns.order.blocks[column].range();
-                for (max, s) in statistics.max_neg[columns].iter_mut().zip(&tile.column_extreme) {
-                    *max = max.max(*s);
-                }
+                gathered.raise(columns.start, &scratch.found.column_max[..columns.rows]);
             }
+            if let Some(tile) = self.tiles.get(index) {
+                self.keep(&mut write(tile), scratch);
+            }
+        });
+        for scratch in scratch {
+            statistics.merge_sweep(&lock(scratch).gathered);
         }
     }
 
@@ -366,7 +294,12 @@ impl Tiles {
 
     /// Whether every tile's candidates are kept.
     pub fn all_kept(&self) -> bool {
-        self.tiles.iter().all(|tile| read(tile).kept)
+        self.tiles.len() == self.count_tiles() && self.tiles.iter().all(|tile| read(tile).kept)
+    }
+
+    /// A tile that may be kept, if its candidates are.
+    fn kept(&self, index: usize) -> Option<std::sync::RwLockReadGuard<'_, Tile>> {
+        self.tiles.get(index).map(read).filter(|tile| tile.kept)
     }
 
     /// Hands a tile's candidates and their similarities to `use_them`, with room for weights: the kept ones, or
@@ -378,11 +311,9 @@ impl Tiles {
         scratch: &mut TileScratch,
         use_them: impl FnOnce(Candidates<'_>, &mut Vec<f32>) -> R,
     ) -> R {
-        let tile = read(&self.tiles[index]);
-        if tile.kept && self.kept != Kept::Weights {
+        if let Some(tile) = self.kept(index).filter(|_| self.kept != Kept::Weights) {
             return use_them(Candidates { words: &tile.words, values: &tile.values }, &mut scratch.weighed);
         }
-        drop(tile);
         let pairs = known.pairs;
         let (keep, probe) = known.statistics.bounds(pairs.square);
         pairs.level.dispatch(Sweep { pairs, tile: self.position(index), keep, probe, kept: &[], scratch });
@@ -399,21 +330,15 @@ impl Tiles {
         scratch: &mut TileScratch,
         use_them: impl FnOnce(Candidates<'_>, Weighed),
     ) {
-        let tile = read(&self.tiles[index]);
-        if tile.kept && kind == Kind::Gradient && self.kept != Kept::Similarities {
+        let stored = kind == Kind::Gradient && self.kept != Kept::Similarities;
+        if let Some(tile) = self.kept(index).filter(|_| stored) {
             let values = if self.kept == Kept::Both { &tile.weights } else { &tile.values };
             return use_them(Candidates { words: &tile.words, values }, tile.weighed);
         }
-        drop(tile);
-        let sums = self.with_similarities(known, index, scratch, |candidates, weighed| {
+        self.with_similarities(known, index, scratch, |candidates, weighed| {
             let sums = known.weigh(self.position(index), candidates, kind, weighed);
-            let values = &weighed[..candidates.values.len()];
-            use_them(Candidates { values, ..candidates }, sums);
-            sums
+            use_them(Candidates { values: &weighed[..candidates.values.len()], ..candidates }, sums);
         });
-        if kind == Kind::Gradient {
-            write(&self.tiles[index]).weighed = sums;
-        }
     }
 
     /// Weighs the kept tiles for the gradient. A pair weighs the same for both of its rows, so this is done once.
@@ -437,15 +362,6 @@ impl Tiles {
         self.kept = if both { Kept::Both } else { Kept::Weights };
     }
 
-    /// Sums over all pairs, once their tiles are weighed.
-    pub fn totals(&self) -> Totals {
-        let mut sum = Totals::default();
-        for tile in &self.tiles {
-            sum.add(&read(tile).weighed.totals);
-        }
-        sum
-    }
-
     /// |P_i| and |N_i| at the final bounds.
     pub fn count(
         &self,
@@ -455,25 +371,36 @@ impl Tiles {
         weights: &Weights,
         statistics: &mut Statistics,
     ) {
+        begin(scratch, statistics, 0.0);
         let known = Known { pairs: *pairs, statistics, weights };
-        workers.for_each(self.tiles.len(), scratch, |index, scratch| {
-            let mut counts = Counts::default();
-            self.with_similarities(&known, index, &mut scratch.tile, |candidates, _| {
-                let (tile, counts) = (self.position(index), &mut counts);
-                pairs.level.dispatch(CountTile { pairs: *pairs, tile, candidates, weights, counts });
+        workers.for_each(self.count_tiles(), scratch, |index, scratch| {
+            let Scratch { tile: scratch, gathered, .. } = scratch;
+            let (tile, mut counts) = (self.position(index), Counts::default());
+            self.with_similarities(&known, index, scratch, |candidates, _| {
+                pairs.level.dispatch(CountTile {
+                    pairs: *pairs,
+                    tile,
+                    candidates,
+                    weights,
+                    counts: &mut counts,
+                });
             });
-            write(&self.tiles[index]).counts = counts;
-        });
-        for (index, tile) in self.tiles.iter().enumerate() {
-            let tile = read(tile);
-            let (row, column) = self.position(index);
-            let rows = pairs.rows.order.blocks[row].range();
-            add(&mut statistics.counts[rows], &tile.counts.rows);
+            let (rows, columns) = (pairs.rows.order.blocks[tile.0], pairs.columns.order.blocks[tile.1]);
+            gathered.count(rows.start, &counts.rows[..rows.rows]);
             if pairs.square {
-                let columns = pairs.columns.order.blocks[column].range();
-                add(&mut statistics.counts[columns], &tile.counts.columns);
+                gathered.count(columns.start, &counts.columns[..columns.rows]);
             }
+        });
+        for scratch in scratch {
+            statistics.merge_counts(&lock(scratch).gathered);
         }
+    }
+}
+
+/// Every thread begins a pass over the rows, with extremes that start from `extreme`.
+fn begin(scratch: &[Mutex<Scratch>], statistics: &Statistics, extreme: f32) {
+    for scratch in scratch {
+        lock(scratch).gathered.begin(statistics.min_pos.len(), extreme);
     }
 }
 
@@ -482,13 +409,6 @@ fn refill<T: Copy>(target: &mut Vec<T>, values: &[T]) {
     target.clear();
     target.reserve_exact(values.len());
     target.extend_from_slice(values);
-}
-
-fn add(sums: &mut [[u32; 2]], counts: &[[u8; 2]]) {
-    for (sum, count) in sums.iter_mut().zip(counts) {
-        sum[0] += u32::from(count[0]);
-        sum[1] += u32::from(count[1]);
-    }
 }
 
 /// Tiles are numbered column by column, so that a thread packs a block of columns once.

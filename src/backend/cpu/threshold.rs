@@ -69,5 +69,5 @@ fn along(walk: &mut Walk<'_>, owner: Owner, kind: Kind, tangent: ArrayView2<'_, 
         sum.iter().zip(tangent).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
     };
     // In one part: a dot product has one order of summation.
-    walk.run(owner, kind, 1, dot)
+    walk.run(owner, kind, 1, dot).sum
 }

@@ -13,7 +13,7 @@ use super::params::{
     ORDER_TILE, OrderParams, Pairs, PairsParams, PrepareParams, RowSame, RowSums, RowWeights, Settings, Side,
     TILE, WaysParams, WeighParams,
 };
-use super::plan::{Shape, order_tiles, sum_scale, tiles};
+use super::plan::{Shape, order_tiles, sum_scale, term_limit, tiles};
 use super::workspace::{Layout, Region};
 use super::{Device, DeviceBackend, Kernel, Params};
 use crate::loss::check_unit;
@@ -358,6 +358,7 @@ fn device_settings(settings: &LossSettings, shape: &Shape) -> Settings {
         lambda_pos: settings.lambda_pos,
         lambda_neg: settings.lambda_neg,
         sum_scale: sum_scale(settings, shape.reference_count()),
+        term_limit: term_limit(shape.reference_count()),
         adaptive: u32::from(settings.mining == Mining::AtAsms),
         reserved: 0,
     }

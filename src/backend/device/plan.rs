@@ -214,6 +214,11 @@ pub(super) fn sum_scale(settings: &LossSettings, references: usize) -> f64 {
     2.0f64.powi((62 - (term * references as f64).log2().ceil() as i32).min(53))
 }
 
+/// Most units of one term: N of them fill 62 bits.
+pub(super) fn term_limit(references: usize) -> f64 {
+    2.0f64.powi(62) / references as f64
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -320,6 +325,7 @@ mod tests {
         let settings = LossSettings { alpha: 1e4, lambda_neg: -2.0, ..LossSettings::default() };
         let scale = sum_scale(&settings, 1 << 30);
         assert!(scale * 1e4 * 3.1 * f64::from(1 << 30) < 2.0f64.powi(63));
+        assert!(scale * 1e4 * 3.1 < term_limit(1 << 30), "the limit is out of reach of unit rows");
         assert!(sum_scale(&LossSettings::default(), 16_384) > 2.0f64.powi(40));
     }
 

@@ -1,13 +1,16 @@
 //! `ddtas-bench`: holds backends to the reference cases, and times them.
+#![warn(clippy::print_stdout, clippy::print_stderr)]
 
 mod throughput;
 
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use ddtas::backend::{Backend, DeviceArguments};
 use ddtas::cases::{Case, find};
+use ddtas::console::{self, print, print_json, say};
 use ddtas::verify::{Report, SINGLE_PRECISION, TF32, run, run_tf32};
 use peak_alloc::PeakAlloc;
 use throughput::{ThroughputArguments, throughput};
@@ -52,10 +55,7 @@ fn main() -> ExitCode {
     match outcome {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
-        Err(error) => {
-            eprintln!("ddtas-bench: {error}");
-            ExitCode::FAILURE
-        }
+        Err(error) => console::failed("ddtas-bench", &error),
     }
 }
 
@@ -63,7 +63,7 @@ fn main() -> ExitCode {
 fn resolved(device: DeviceArguments) -> DeviceArguments {
     let (device, reason) = device.resolve();
     if let Some(reason) = reason {
-        eprintln!("computing on {}: {reason}", device.backend);
+        say(format_args!("computing on {}: {reason}", device.backend));
     }
     device
 }
@@ -92,33 +92,34 @@ fn verify(arguments: &VerifyArguments) -> ddtas::Result<bool> {
         rows.push(Row { case: case.name, backend: backend.name(), passed, report });
     }
     if arguments.json {
-        let text = serde_json::to_string_pretty(&rows);
-        println!("{}", text.map_err(|e| ddtas::Error::Unavailable(format!("cannot write JSON: {e}")))?);
+        print_json(&rows)?;
     } else {
-        print_table(&*backend, &rows, bound);
+        print(|out| table(out, &*backend, &rows, bound))?;
     }
     Ok(rows.iter().all(|row| row.passed))
 }
 
-fn print_table(backend: &dyn Backend, rows: &[Row], bound: f64) {
-    println!(
+fn table(out: &mut impl Write, backend: &dyn Backend, rows: &[Row], bound: f64) -> io::Result<()> {
+    writeln!(
+        out,
         "{:<22} {:>9} {:>9} {:>10} {:>13} {:>7}",
         "case", "loss", "gradient", "thresholds", "hypergradient", "counts"
-    );
+    )?;
     for Row { case, passed, report, .. } in rows {
         let counts = if report.wrong_counts.is_empty() { "exact" } else { "WRONG" };
-        println!(
+        writeln!(
+            out,
             "{case:<22} {:>9.1e} {:>9.1e} {:>10.1e} {:>13.1e} {counts:>7}{}",
             report.loss,
             report.gradient,
             report.thresholds,
             report.hypergradient,
             if *passed { "" } else { "  FAILED" }
-        );
+        )?;
         for wrong in report.wrong_counts.iter().take(5) {
-            println!("    {wrong}");
+            writeln!(out, "    {wrong}")?;
         }
     }
     let passed = rows.iter().filter(|row| row.passed).count();
-    println!("{passed} of {} cases passed on {} (bound {bound:.0e})", rows.len(), backend.name());
+    writeln!(out, "{passed} of {} cases passed on {} (bound {bound:.0e})", rows.len(), backend.name())
 }

@@ -1,9 +1,10 @@
 //! `ddtas-bench throughput`: prints what [`ddtas::throughput`] measures.
 
-use std::io::IsTerminal;
+use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 
-use ddtas::files::write_atomic;
+use ddtas::console::{print, print_json, say};
+use ddtas::files::{check_place, write_atomic};
 use ddtas::throughput::{Row, ThroughputSettings, plot, run};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -22,6 +23,7 @@ pub struct ThroughputArguments {
 }
 
 pub fn throughput(mut arguments: ThroughputArguments) -> ddtas::Result<()> {
+    arguments.plot.as_deref().map_or(Ok(()), |path| check_place("plot", path))?;
     arguments.settings.device = resolved(arguments.settings.device);
     let progress = Progress::new(arguments.json);
     let rows = run(&arguments.settings, &mut |index, count, name| progress.show(index, count, name));
@@ -32,12 +34,9 @@ pub fn throughput(mut arguments: ThroughputArguments) -> ddtas::Result<()> {
         write_atomic(path, svg.as_bytes())?;
     }
     if arguments.json {
-        let text = serde_json::to_string_pretty(&rows);
-        println!("{}", text.map_err(|e| ddtas::Error::Unavailable(format!("cannot write JSON: {e}")))?);
-    } else {
-        print_table(&rows);
+        return print_json(&rows);
     }
-    Ok(())
+    print(|out| table(out, &rows))
 }
 
 /// A bar on a terminal, a line a row elsewhere, nothing beside JSON.
@@ -61,13 +60,14 @@ impl Progress {
         self.bar.set_position(index as u64);
         self.bar.set_message(name.to_owned());
         if self.lines {
-            eprintln!("{} of {count}: {name}", index + 1);
+            say(format_args!("{} of {count}: {name}", index + 1));
         }
     }
 }
 
-fn print_table(rows: &[Row]) {
-    println!(
+fn table(out: &mut impl Write, rows: &[Row]) -> io::Result<()> {
+    writeln!(
+        out,
         "{:>7} {:>7} {:>5} {:>8} {:>6} {:>8} {:>10} {:>9} {:>9} {:>8} {:>9}",
         "B",
         "N",
@@ -80,10 +80,11 @@ fn print_table(rows: &[Row]) {
         "GFLOP/s",
         "of floor",
         "extra, MB"
-    );
+    )?;
     let optional = |value: Option<String>| value.unwrap_or_else(|| "-".to_owned());
     for row in rows {
-        println!(
+        writeln!(
+            out,
             "{:>7} {:>7} {:>5} {:>8} {:>6} {:>8.2} {:>10.3} {:>9.3} {:>9.1} {:>8} {:>9}",
             row.batch,
             row.references.unwrap_or(row.batch),
@@ -96,10 +97,15 @@ fn print_table(rows: &[Row]) {
             row.gflops,
             optional(row.floor_share.map(|share| format!("{share:.2}"))),
             optional(row.peak_extra_bytes.map(|bytes| format!("{:.2}", bytes as f64 / 1e6))),
-        );
+        )?;
     }
     if let Some(row) = rows.first() {
         let products = if row.tf32 { ", multiplied in TF32" } else { "" };
-        println!("{} on {} threads of the CPU, {:?} rows{products}", row.backend, row.threads, row.dtype);
+        writeln!(
+            out,
+            "{} on {} threads of the CPU, {:?} rows{products}",
+            row.backend, row.threads, row.dtype
+        )?;
     }
+    Ok(())
 }

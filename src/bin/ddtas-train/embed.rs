@@ -1,8 +1,11 @@
 //! `ddtas-train embed`: says what [`ddtas::inference::embed`] wrote.
 
+use std::io::Write;
+
+use ddtas::console::{print, print_json};
 use ddtas::inference::{EmbedSettings, embed as embed_folder};
 
-use super::progress::{Progress, print_json, warn_of_skipped};
+use super::progress::{Progress, warn_of_skipped};
 
 #[derive(clap::Args)]
 pub struct EmbedArguments {
@@ -20,14 +23,16 @@ pub fn embed(arguments: &EmbedArguments) -> ddtas::Result<()> {
     if arguments.json {
         return print_json(&export);
     }
-    println!(
-        "{}: {} pictures of {} folders in {} dimensions, {} left out, {:.1} s",
-        export.path.display(),
-        export.pictures,
-        export.folders,
-        export.dim,
-        export.skipped.len(),
-        export.seconds
-    );
-    Ok(())
+    print(|out| {
+        writeln!(
+            out,
+            "{}: {} pictures of {} folders in {} dimensions, {} left out, {:.1} s",
+            export.path.display(),
+            export.pictures,
+            export.folders,
+            export.dim,
+            export.skipped.len(),
+            export.seconds
+        )
+    })
 }

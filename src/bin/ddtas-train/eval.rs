@@ -1,8 +1,11 @@
 //! `ddtas-train eval`: prints what [`ddtas::inference::evaluate`] measures.
 
+use std::io::{self, Write};
+
+use ddtas::console::{print, print_json};
 use ddtas::inference::{EvalSettings, Evaluation, evaluate};
 
-use super::progress::{Progress, print_json, warn_of_skipped};
+use super::progress::{Progress, warn_of_skipped};
 
 #[derive(clap::Args)]
 pub struct EvalArguments {
@@ -20,38 +23,38 @@ pub fn eval(arguments: &EvalArguments) -> ddtas::Result<()> {
     if arguments.json {
         return print_json(&evaluation);
     }
-    print_table(&evaluation);
-    Ok(())
+    print(|out| table(out, &evaluation))
 }
 
-fn print_table(evaluation: &Evaluation) {
+fn table(out: &mut impl Write, evaluation: &Evaluation) -> io::Result<()> {
     let recall = &evaluation.metrics.recall;
     let name = evaluation.dataset.clone().unwrap_or_else(|| evaluation.source.display().to_string());
     let against = match evaluation.gallery {
         Some(gallery) => format!("searched in a gallery of {gallery}"),
         None => "searched among themselves".to_owned(),
     };
-    println!(
+    writeln!(
+        out,
         "{name}: {} queries of {} classes, {against}; {} dimensions",
         recall.queries, evaluation.classes, evaluation.dim
-    );
+    )?;
     if recall.without_match > 0 {
-        println!(
+        writeln!(
+            out,
             "{} more are ignored or have no other picture of their class to be found",
             recall.without_match
-        );
+        )?;
     }
-    println!();
-    let line = |name: &str, share: f64| println!("{name:<14}{:>8.2}", 100.0 * share);
-    for (k, share) in &recall.at {
-        line(&format!("Recall@{k}"), *share);
+    writeln!(out)?;
+    let mut figures: Vec<(String, f64)> =
+        recall.at.iter().map(|(k, share)| (format!("Recall@{k}"), *share)).collect();
+    figures.push(("R-precision".into(), evaluation.metrics.r_precision));
+    figures.push(("MAP@R".into(), evaluation.metrics.map_at_r));
+    figures.extend(evaluation.nmi.map(|nmi| ("NMI".into(), nmi)));
+    for (name, share) in figures {
+        writeln!(out, "{name:<14}{:>8.2}", 100.0 * share)?;
     }
-    line("R-precision", evaluation.metrics.r_precision);
-    line("MAP@R", evaluation.metrics.map_at_r);
-    if let Some(nmi) = evaluation.nmi {
-        line("NMI", nmi);
-    }
-    println!("\nin per cent; {}", times(evaluation));
+    writeln!(out, "\nin per cent; {}", times(evaluation))
 }
 
 /// `12.3 s to embed, 4.5 s to search on cpu`

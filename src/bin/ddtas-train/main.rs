@@ -1,4 +1,5 @@
 //! `ddtas-train`: trains an image-retrieval network and writes a run folder; evaluates it, embeds and searches with it.
+#![warn(clippy::print_stdout, clippy::print_stderr)]
 
 mod embed;
 mod eval;
@@ -14,6 +15,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use ddtas::console;
 use ddtas::train::TrainSettings;
 
 /// Trains an image-retrieval network with DDTAS and measures Recall@K on classes it never saw.
@@ -60,8 +62,5 @@ fn main() -> ExitCode {
             resume::overrides(&matches, &settings).and_then(|overrides| train::resume(&folder, &overrides))
         }
     };
-    code.unwrap_or_else(|error| {
-        eprintln!("ddtas-train: {error}");
-        ExitCode::FAILURE
-    })
+    code.unwrap_or_else(|error| console::failed("ddtas-train", &error))
 }

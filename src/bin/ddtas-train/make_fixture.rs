@@ -1,7 +1,9 @@
 //! `ddtas-train make-fixture`: a published data set in small, drawn.
 
+use std::io::Write;
 use std::path::PathBuf;
 
+use ddtas::console::print;
 use ddtas::data::DatasetKind;
 use ddtas::data::fixture::{FixtureSettings, Layout, write};
 
@@ -45,6 +47,5 @@ pub fn make_fixture(arguments: &MakeFixtureArguments) -> ddtas::Result<()> {
         archive: arguments.archive,
     };
     let root = write(&settings, &arguments.out)?;
-    println!("{}", root.display());
-    Ok(())
+    print(|out| writeln!(out, "{}", root.display()))
 }

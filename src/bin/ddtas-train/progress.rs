@@ -1,8 +1,9 @@
-//! Progress of the subcommands, and what they share in printing.
+//! Progress of the subcommands.
 
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
+use ddtas::console::say;
 use ddtas::inference::{Event, Skipped};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -43,7 +44,7 @@ impl Progress {
         self.bar.set_message(what);
         if !self.terminal && self.last_line.elapsed() > LINE_EVERY {
             self.last_line = Instant::now();
-            eprintln!("{what}: {done} of {total} {unit}");
+            say(format_args!("{what}: {done} of {total} {unit}"));
         }
     }
 
@@ -51,7 +52,7 @@ impl Progress {
         if self.terminal {
             self.bar.println(line);
         } else {
-            eprintln!("{line}");
+            say(line);
         }
     }
 
@@ -68,16 +69,9 @@ impl Progress {
 pub fn warn_of_skipped(skipped: &[Skipped]) {
     const NAMED: usize = 10;
     for bad in skipped.iter().take(NAMED) {
-        eprintln!("warning: left out {}: {}", bad.path.display(), bad.reason);
+        say(format_args!("warning: left out {}: {}", bad.path.display(), bad.reason));
     }
     if skipped.len() > NAMED {
-        eprintln!("warning: and {} more that cannot be read", skipped.len() - NAMED);
+        say(format_args!("warning: and {} more that cannot be read", skipped.len() - NAMED));
     }
-}
-
-/// Prints JSON.
-pub fn print_json(value: &impl serde::Serialize) -> ddtas::Result<()> {
-    let text = serde_json::to_string_pretty(value);
-    println!("{}", text.map_err(|e| ddtas::Error::Unavailable(format!("cannot write JSON: {e}")))?);
-    Ok(())
 }

@@ -1,10 +1,13 @@
 //! `ddtas-train search`: prints what [`ddtas::inference::search`] finds.
 
+use std::io::{self, Write};
 use std::path::PathBuf;
 
+use ddtas::console::{print, print_json};
+use ddtas::files::check_place;
 use ddtas::inference::{Found, SearchSettings, search as search_pictures, write_sheet};
 
-use super::progress::{Progress, print_json, warn_of_skipped};
+use super::progress::{Progress, warn_of_skipped};
 
 #[derive(clap::Args)]
 pub struct SearchArguments {
@@ -20,6 +23,7 @@ pub struct SearchArguments {
 
 pub fn search(arguments: &SearchArguments) -> ddtas::Result<()> {
     let settings = &arguments.settings;
+    arguments.html.as_deref().map_or(Ok(()), |path| check_place("html", path))?;
     let found = Progress::during(|progress| search_pictures(settings, &mut |event| progress.show(event)))?;
     warn_of_skipped(&found.skipped);
     if let Some(path) = &arguments.html {
@@ -28,15 +32,15 @@ pub fn search(arguments: &SearchArguments) -> ddtas::Result<()> {
     if arguments.json {
         return print_json(&found);
     }
-    print_lists(&found);
-    Ok(())
+    print(|out| lists(out, &found))
 }
 
-fn print_lists(found: &Found) {
+fn lists(out: &mut impl Write, found: &Found) -> io::Result<()> {
     for query in &found.queries {
-        println!("{} among {} pictures:", query.path.display(), found.gallery);
+        writeln!(out, "{} among {} pictures:", query.path.display(), found.gallery)?;
         for (rank, answer) in query.answers.iter().enumerate() {
-            println!("{:>4}  {:>6.3}  {}", rank + 1, answer.similarity, answer.name);
+            writeln!(out, "{:>4}  {:>6.3}  {}", rank + 1, answer.similarity, answer.name)?;
         }
     }
+    Ok(())
 }

@@ -1,11 +1,12 @@
 //! Training: progress while it runs, the table when it is done.
 
-use std::io::IsTerminal;
+use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use ddtas::Result;
+use ddtas::console::{print, reader_has_gone, say};
 use ddtas::retrieval::Recall;
 use ddtas::train::{EvaluationRecord, Event, Outcome, Overrides, Phase, StepRecord, Summary, TrainSettings};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -33,20 +34,27 @@ pub fn resume(folder: &Path, overrides: &Overrides) -> Result<ExitCode> {
 fn print_outcome(outcome: &Outcome, signals: &Signals) -> ExitCode {
     match outcome {
         Outcome::Finished(summary) => {
-            print_summary(summary);
+            // The run folder is the result, and whole: the table only shows it.
+            match print(|out| table(out, summary)) {
+                Err(error) if !reader_has_gone(&error) => {
+                    let folder = summary.folder.display();
+                    say(format_args!("warning: {error}; {folder}/report.html has the table"));
+                }
+                _ => {}
+            }
             ExitCode::SUCCESS
         }
         Outcome::Stopped { folder, phase, step } => {
             let folder = folder.display();
             let of = of(*phase);
-            eprintln!("stopped after {step} steps{of}; to go on: ddtas-train --resume {folder}");
+            say(format_args!("stopped after {step} steps{of}; to go on: ddtas-train --resume {folder}"));
             signals.exit_code()
         }
         Outcome::FinishedBefore { folder, step } => {
             let folder = folder.display();
-            eprintln!(
+            say(format_args!(
                 "the run in {folder} has finished all its {step} steps; {folder}/report.html tells of it"
-            );
+            ));
             ExitCode::SUCCESS
         }
         _ => ExitCode::SUCCESS,
@@ -148,7 +156,7 @@ impl Progress {
         let due = self.last_line.is_none_or(|last| last.elapsed() > LINE_EVERY) || done == self.steps;
         if !self.terminal && due {
             self.last_line = Some(Instant::now());
-            eprintln!("step {done}/{}{}: {message}", self.steps, of(self.phase));
+            say(format_args!("step {done}/{}{}: {message}", self.steps, of(self.phase)));
         }
         self.bar.set_message(message);
     }
@@ -157,7 +165,7 @@ impl Progress {
         if self.terminal {
             self.bar.println(line);
         } else {
-            eprintln!("{line}");
+            say(line);
         }
     }
 }
@@ -181,25 +189,27 @@ fn evaluation_line(record: &EvaluationRecord) -> String {
     format!("after {} steps: {}", record.step, recalls.join("  "))
 }
 
-fn print_summary(summary: &Summary) {
-    let row = |name: &str, recall: &Recall| {
-        let cells: String = recall.at.iter().map(|(_, recall)| format!("{:8.1}", 100.0 * recall)).collect();
-        println!("{name:<28}{cells}");
-    };
+fn table(out: &mut impl Write, summary: &Summary) -> io::Result<()> {
     let header: String = summary.before.at.iter().map(|(k, _)| format!("{:>8}", format!("R@{k}"))).collect();
-    println!("\n{:<28}{header}", "Recall@K on unseen classes");
-    row("raw pixels", &summary.pixels);
-    row("untrained network", &summary.before);
-    row(&format!("trained, {} steps", summary.steps), &summary.after);
+    writeln!(out, "\n{:<28}{header}", "Recall@K on unseen classes")?;
+    row(out, "raw pixels", &summary.pixels)?;
+    row(out, "untrained network", &summary.before)?;
+    row(out, &format!("trained, {} steps", summary.steps), &summary.after)?;
     if summary.best_step != summary.steps {
-        row(&format!("best, after {} steps", summary.best_step), &summary.best);
+        row(out, &format!("best, after {} steps", summary.best_step), &summary.best)?;
     }
-    println!(
+    writeln!(
+        out,
         "\n{} queries, seed {}, {:.0} s of training, {:.0} s in all; run folder: {}",
         summary.before.queries,
         summary.seed,
         summary.training_seconds,
         summary.total_seconds,
         summary.folder.display(),
-    );
+    )
+}
+
+fn row(out: &mut impl Write, name: &str, recall: &Recall) -> io::Result<()> {
+    let cells: String = recall.at.iter().map(|(_, recall)| format!("{:8.1}", 100.0 * recall)).collect();
+    writeln!(out, "{name:<28}{cells}")
 }

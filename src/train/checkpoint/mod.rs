@@ -21,7 +21,7 @@ pub(super) use state::{Best, EngineState, GeneratorState, RunState};
 
 use super::engine::Engine;
 use crate::files::write_atomic;
-use crate::generator::Thresholds;
+use crate::generator::{GeneratorSettings, Thresholds};
 use crate::model::{EmbeddingNetwork, NetworkShape};
 use crate::{Error, Result};
 
@@ -117,17 +117,15 @@ pub(super) fn resume_engine(engine: &mut Engine, path: &Path) -> Result<()> {
 /// Key of the threshold generator's state in a checkpoint's metadata.
 pub const GENERATOR: &str = "ddtas.generator";
 
-/// State of the threshold generator that a checkpoint holds.
+/// State of the threshold generator that a checkpoint holds, for one of these `settings`.
 ///
 /// # Errors
-/// [`Error::Io`] if the file cannot be read, [`Error::Format`] if it holds none.
-pub fn thresholds(path: &Path) -> Result<Thresholds> {
+/// [`Error::Io`] if the file cannot be read, [`Error::Format`] if it holds none, or one that other settings made.
+pub fn thresholds(path: &Path, settings: &GeneratorSettings) -> Result<Thresholds> {
     let text = metadata(path, GENERATOR, "holds no generator state: its run had --generator off")?;
     let state: Thresholds = serde_json::from_str(&text)
         .map_err(|error| Error::format(path, format!("unknown generator state: {error}")))?;
-    if state.members.is_empty() {
-        return Err(Error::format(path, "holds a generator without members"));
-    }
+    state.check(settings).map_err(|reason| Error::format(path, reason))?;
     Ok(state)
 }
 

@@ -13,17 +13,28 @@ pub(super) struct RunFolder {
 }
 
 impl RunFolder {
+    /// Refuses a folder that cannot become the run's, and makes none.
+    pub fn check(settings: &TrainSettings) -> Result<()> {
+        match &settings.output {
+            Some(path) if path.exists() => empty(path),
+            _ => Ok(()),
+        }
+    }
+
     /// Creates the run folder: the one asked for, which must be new or empty, or the next free number under
     /// runs/. Writes config.toml.
     pub fn create(settings: &TrainSettings, dataset: &str) -> Result<Self> {
+        let config = toml::to_string(&settings.clone().with_absolute_paths()?)
+            .map_err(|error| Error::Training(format!("config.toml cannot hold the settings: {error}")))?;
         let path = match &settings.output {
-            Some(path) => empty(path)?,
+            Some(path) => {
+                std::fs::create_dir_all(path).map_err(Error::io("create", path))?;
+                empty(path)?;
+                path.to_path_buf()
+            }
             None => numbered(Path::new("runs"), dataset)?,
         };
         let folder = Self { path };
-        let settings = settings.clone().with_absolute_paths()?;
-        let config =
-            toml::to_string(&settings).map_err(|error| Error::format(folder.config(), error.to_string()))?;
         files::write_atomic(&folder.config(), config.as_bytes())?;
         Ok(folder)
     }
@@ -79,9 +90,11 @@ impl RunFolder {
     }
 }
 
-/// `path`, created if need be, without anything in it.
-fn empty(path: &Path) -> Result<PathBuf> {
-    std::fs::create_dir_all(path).map_err(Error::io("create", path))?;
+/// Refuses a folder that has anything in it.
+fn empty(path: &Path) -> Result<()> {
+    if !path.is_dir() {
+        return Err(Error::format(path, "is no folder: give another --output"));
+    }
     let mut entries = std::fs::read_dir(path).map_err(Error::io("read", path))?;
     if entries.next().is_some() {
         return Err(Error::format(
@@ -89,7 +102,7 @@ fn empty(path: &Path) -> Result<PathBuf> {
             "the run folder is not empty: give another --output, or go on with its run by --resume",
         ));
     }
-    Ok(path.to_path_buf())
+    Ok(())
 }
 
 /// A new folder `root/dataset-NUMBER`.

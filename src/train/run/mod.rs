@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | `setup.rs` | data, network, generator and loaders from the settings |
 //! | `steps.rs` | the steps, evaluations and checkpoints, to the end or until told to stop |
+//! | `unread.rs` | pictures that cannot be read |
 //! | `evaluation.rs` | Recall@K of the network, and of raw pixels |
 //! | `folder.rs` | where a run's files are |
 
@@ -11,6 +12,7 @@ mod evaluation;
 mod folder;
 mod setup;
 mod steps;
+mod unread;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -28,7 +30,7 @@ use crate::retrieval::Recall;
 use crate::{Error, Result};
 pub use evaluation::EVALUATION_CHUNK;
 use folder::RunFolder;
-use setup::Setup;
+use setup::{Setup, make_engine};
 use steps::Run;
 
 /// What a run tells while it goes on.
@@ -196,10 +198,13 @@ pub fn train(
     tell: &mut dyn FnMut(Event<'_>),
 ) -> Result<Outcome> {
     settings.validate()?;
+    settings.check_files()?;
+    RunFolder::check(settings)?;
     let begun = Instant::now();
     let (place, backend) = open_device(settings)?;
+    let engine = make_engine(settings, (&place, backend), None)?;
     let dataset = settings.data.open(&mut |note| tell(Event::Note(note)))?;
-    let setup = Setup::new(settings, &dataset, (&place, backend), None)?;
+    let setup = Setup::new(settings, &dataset, engine)?;
     let folder = RunFolder::create(settings, &dataset.name)?;
     let metrics = RecordWriter::create(&folder.metrics())?;
     let events = EventWriter::create(folder.path(), settings.generator.rehearsal_steps(), None)?;
@@ -240,12 +245,13 @@ pub fn resume(
         return Ok(Outcome::FinishedBefore { folder: folder.path().to_path_buf(), step: state.step });
     }
     let (place, backend) = open_device(&settings)?;
+    let mut engine = make_engine(&settings, (&place, backend), last)?;
+    if let Some(last) = last {
+        checkpoint::resume_engine(&mut engine, last)?;
+    }
     let dataset = settings.data.open(&mut |note| tell(Event::Note(note)))?;
     check_extents(&state, &dataset)?;
-    let mut setup = Setup::new(&settings, &dataset, (&place, backend), last)?;
-    if let Some(last) = last {
-        checkpoint::resume_engine(&mut setup.engine, last)?;
-    }
+    let setup = Setup::new(&settings, &dataset, engine)?;
     metrics.cut(state.metrics_bytes)?;
     let events = resumed_events(&folder, &settings, &state)?;
     let phase = state.phase(&settings);

@@ -29,22 +29,26 @@ pub(super) struct Setup {
 }
 
 impl Setup {
-    /// A network with first weights, those of `--init`, or those of the checkpoint `last` of the run.
-    pub fn new(
-        settings: &TrainSettings,
-        dataset: &Dataset,
-        (place, backend): (&Place, Box<dyn Backend>),
-        last: Option<&Path>,
-    ) -> Result<Self> {
+    /// Adds the samplers of `dataset` to an engine.
+    pub fn new(settings: &TrainSettings, dataset: &Dataset, engine: Engine) -> Result<Self> {
         let (classes, pictures) = (settings.classes_per_batch, settings.images_per_class);
         let sampler = PkSampler::new(dataset.train.by_class(), classes, pictures, settings.seed)?;
-        let network = make_network(settings, last.or(settings.init.as_deref()), &place.network)?;
-        let generator = make_generator(settings, &place.spec, last.is_some())?;
-        let fresh_meta = generator.is_some() && settings.generator.meta == MetaSource::Fresh;
+        let fresh_meta = engine.generator().is_some() && settings.generator.meta == MetaSource::Fresh;
         let meta_sampler = fresh_meta.then(|| meta_sampler(settings, dataset)).transpose()?;
-        let engine = Engine::new(network, settings, backend, generator, place.network.clone());
         Ok(Self { engine, sampler, meta_sampler })
     }
+}
+
+/// An engine whose network has first weights, those of `--init`, or those of the checkpoint `last` of the run. It needs
+/// no data: files that do not fit are found before a data set is unpacked.
+pub(super) fn make_engine(
+    settings: &TrainSettings,
+    (place, backend): (&Place, Box<dyn Backend>),
+    last: Option<&Path>,
+) -> Result<Engine> {
+    let network = make_network(settings, last.or(settings.init.as_deref()), &place.network)?;
+    let generator = make_generator(settings, &place.spec, last.is_some())?;
+    Ok(Engine::new(network, settings, backend, generator, place.network.clone()))
 }
 
 /// The batches of some steps of a run, each with the generator's batch where it takes fresh ones; an iterator.
@@ -119,7 +123,7 @@ fn make_generator(settings: &TrainSettings, spec: &DeviceSpec, resumed: bool) ->
         return Ok(None);
     }
     let thresholds = match &generator.generator_init {
-        Some(path) if !resumed => checkpoint::thresholds(path)?,
+        Some(path) if !resumed => checkpoint::thresholds(path, generator)?,
         _ => Thresholds::new(settings.first_lambda(), generator),
     };
     Ok(Some(Generator::new(generator.clone(), thresholds, backend::open(spec)?)))
@@ -127,6 +131,12 @@ fn make_generator(settings: &TrainSettings, spec: &DeviceSpec, resumed: bool) ->
 
 fn meta_sampler(settings: &TrainSettings, dataset: &Dataset) -> Result<PkSampler> {
     let generator = &settings.generator;
+    let (wanted, there) = (generator.meta_classes, dataset.train.by_class().len());
+    if wanted > there {
+        return Err(Error::Dataset(format!(
+            "--meta-classes {wanted} asks for more than the {there} training classes there are: give at most that"
+        )));
+    }
     PkSampler::new(
         dataset.train.by_class(),
         generator.meta_classes,

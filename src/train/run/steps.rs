@@ -1,14 +1,13 @@
 //! The steps of a run with its evaluations and checkpoints, to the end or until told to stop.
 
-use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use super::evaluation::{Evaluated, Readable, Test};
+use super::evaluation::{Evaluated, Test};
 use super::folder::RunFolder;
 use super::setup::{Batches, Setup, make_network};
 use super::{Event, Outcome, Phase, Summary, cut_short};
-use crate::data::{Dataset, ImageBatch, PkSampler, Split};
+use crate::data::{Dataset, ImageBatch, PkSampler};
 use crate::generator::Lambda;
 use crate::retrieval::Recall;
 use crate::train::checkpoint::{self, Best, RunState};
@@ -24,22 +23,27 @@ use crate::{Error, Result};
 const QUERIES: usize = 10;
 const NEIGHBOURS: usize = 8;
 
+/// Spread of a batch's embeddings, at most 1, below which the network maps every picture to one place.
+const COLLAPSED: f64 = 1e-4;
+
 /// What a run holds from its first to its last step.
 pub(super) struct Run<'a> {
     pub state: RunState,
-    settings: &'a TrainSettings,
-    dataset: &'a Dataset,
+    pub settings: &'a TrainSettings,
+    pub dataset: &'a Dataset,
     folder: RunFolder,
     engine: Engine,
-    sampler: PkSampler,
-    meta_sampler: Option<PkSampler>,
+    pub sampler: PkSampler,
+    pub meta_sampler: Option<PkSampler>,
     test: Test<'a>,
     metrics: RecordWriter,
     events: EventWriter,
     /// Of training, without evaluations.
     seconds: f64,
+    /// A collapse is told once.
+    told_of_collapse: bool,
     stop: &'a AtomicBool,
-    tell: &'a mut dyn FnMut(Event<'_>),
+    pub tell: &'a mut dyn FnMut(Event<'_>),
 }
 
 /// Whether the run goes on or was told to stop.
@@ -75,6 +79,7 @@ impl<'a> Run<'a> {
             metrics,
             events,
             seconds,
+            told_of_collapse: false,
             stop,
             tell,
         }
@@ -162,6 +167,7 @@ impl<'a> Run<'a> {
         self.note_unread(step, batch, meta)?;
         let moved = self.engine.step(step, batch, meta)?;
         self.state.steps_without_pairs += usize::from(!moved);
+        self.warn_of_collapse(step);
         let seconds = clock.elapsed().as_secs_f64();
         *clock = Instant::now();
         self.seconds += seconds;
@@ -172,6 +178,19 @@ impl<'a> Run<'a> {
             self.save()?;
         }
         Ok(())
+    }
+
+    fn warn_of_collapse(&mut self, step: usize) {
+        let spread = self.engine.spread();
+        let collapsed = spread < COLLAPSED;
+        if !collapsed || self.told_of_collapse {
+            return;
+        }
+        self.told_of_collapse = true;
+        (self.tell)(Event::Warning(&format!(
+            "the embeddings of step {step} have collapsed (their spread is {spread:.0e}): pictures that are all alike teach \
+             nothing; if it stays so, begin anew with a lower --learning-rate or another --init"
+        )));
     }
 
     /// Before the first step, after the last, and between whole numbers of epochs, the last of these unless the run
@@ -293,58 +312,6 @@ impl<'a> Run<'a> {
         self.events.append(record)
     }
 
-    /// Counts and names the pictures that another one stands in for.
-    fn note_unread(&mut self, step: usize, batch: &ImageBatch, meta: Option<&ImageBatch>) -> Result<()> {
-        let drawn = [(Some(batch), Some(&self.sampler)), (meta, self.meta_sampler.as_ref())];
-        let mut missing = BTreeSet::new();
-        for (batch, sampler) in drawn {
-            let (Some(batch), Some(sampler)) = (batch, sampler) else { continue };
-            self.state.replaced += batch.replaced;
-            if batch.replaced > 0 {
-                let wanted = sampler.batch(step as u64);
-                missing.extend(wanted.iter().zip(&batch.indices).filter(|(a, b)| a != b).map(|(a, _)| *a));
-            }
-        }
-        for index in missing {
-            if self.state.unread.train.insert(index) {
-                self.warn_unread(&self.dataset.train, index, "another of its class stands in")?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Names the pictures of the test classes that are not among those that could be read.
-    fn note_unread_in_test(&mut self, readable: &Readable) -> Result<()> {
-        let dataset = self.dataset;
-        for index in missing(&readable.queries, dataset.test.len()) {
-            if self.state.unread.test.insert(index) {
-                self.warn_unread(&dataset.test, index, "it is left out of the test")?;
-            }
-        }
-        if let (Some(split), Some(read)) = (&dataset.gallery, &readable.gallery) {
-            for index in missing(read, split.len()) {
-                if self.state.unread.gallery.insert(index) {
-                    self.warn_unread(split, index, "it is left out of the gallery")?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn warn_unread(&mut self, split: &Split, index: usize, remedy: &str) -> Result<()> {
-        // It failed when it was wanted, and the split does not try again.
-        let reason = split.picture(index).err().map_or_else(String::new, |error| error.to_string());
-        let (unread, most) = (&self.state.unread, self.settings.max_bad_images);
-        let count = unread.train.len() + unread.test.len() + unread.gallery.len();
-        if count > most {
-            return Err(Error::Dataset(format!(
-                "{count} pictures cannot be read, more than --max-bad-images {most} puts up with; the last: {reason}"
-            )));
-        }
-        (self.tell)(Event::Warning(&format!("{reason}; {remedy}")));
-        Ok(())
-    }
-
     /// Writes the report and the last checkpoint.
     fn finish(&mut self, begun: Instant) -> Result<Summary> {
         if self.state.replaced > 0 {
@@ -393,15 +360,6 @@ impl<'a> Run<'a> {
         self.save()?;
         Ok(summary)
     }
-}
-
-/// The indices below `count` that `read` does not hold.
-fn missing(read: &[usize], count: usize) -> Vec<usize> {
-    if read.len() == count {
-        return Vec::new();
-    }
-    let read: BTreeSet<usize> = read.iter().copied().collect();
-    (0..count).filter(|index| !read.contains(index)).collect()
 }
 
 /// Sizes of the training and the test split.

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Random batches and files against the truth, others in every run: .ci/random.sh [CASES] [SEED].
+# The tests draw from a fixed seed; what fails here goes into them by name (tests/cpu.rs).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PROPTEST_CASES=${1:-20000} PROPTEST_RNG_SEED=${2:-$(date +%s)}
+echo "$PROPTEST_CASES cases of each test, seed $PROPTEST_RNG_SEED"
+cargo test --release --no-default-features --features cli --test cpu any_batch
+cargo test --release --test data --test mat

@@ -1,0 +1,204 @@
+//! What the passes know of the rows of a batch, and what each thread finds of them.
+//!
+//! A thread gathers minima, maxima and integers: the order in which tiles come to it, and threads are merged in,
+//! cannot change them. So nothing is kept for every tile, and memory is linear in the batch.
+
+use super::select::negative_bound;
+use super::tile::{Bounds, Pairs};
+use crate::loss::LossSettings;
+use crate::loss::select::{initial_tolerances, probe_tolerance};
+
+/// Units in 1.0 of sums of similarities over pairs: the f64 sum of a tile is rounded to them.
+const UNITS: f64 = (1u64 << 60) as f64;
+
+/// Saturates; NaN is 0.
+fn to_units(sum: f64) -> i128 {
+    (sum * UNITS) as i128
+}
+
+fn from_units(sum: i128) -> f64 {
+    sum as f64 / UNITS
+}
+
+/// Pairs of one class.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct SameClass {
+    pub positives: u64,
+    positive_sum: i128,
+    /// Duplicates included.
+    pairs: u64,
+    sum: i128,
+}
+
+impl SameClass {
+    fn add(&mut self, other: &Self) {
+        self.positives += other.positives;
+        self.positive_sum = self.positive_sum.saturating_add(other.positive_sum);
+        self.pairs += other.pairs;
+        self.sum = self.sum.saturating_add(other.sum);
+    }
+}
+
+/// The same of one tile, while it is walked through.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct TileSameClass {
+    positives: u64,
+    positive_sum: f64,
+    pairs: u64,
+    sum: f64,
+}
+
+impl TileSameClass {
+    pub fn add(&mut self, s: f32, positive: bool) {
+        self.pairs += 1;
+        self.sum += f64::from(s);
+        if positive {
+            self.positives += 1;
+            self.positive_sum += f64::from(s);
+        }
+    }
+
+    fn rounded(self) -> SameClass {
+        let Self { positives, pairs, .. } = self;
+        SameClass { positives, positive_sum: to_units(self.positive_sum), pairs, sum: to_units(self.sum) }
+    }
+}
+
+/// What one thread has found in a pass, by position of the row.
+#[derive(Debug, Default)]
+pub struct Gathered {
+    /// Smallest similarity to a positive, or largest to a negative.
+    pub extremes: Vec<f32>,
+    /// `[|P_i|, |N_i|]`.
+    counts: Vec<[u32; 2]>,
+    /// Negatives above the probe's bounds.
+    pub probe: u64,
+    same_class: SameClass,
+}
+
+impl Gathered {
+    /// Begins a pass over `rows` rows whose extremes start from `extreme`.
+    pub fn begin(&mut self, rows: usize, extreme: f32) {
+        self.extremes.clear();
+        self.extremes.resize(rows, extreme);
+        self.counts.clear();
+        self.counts.resize(rows, [0; 2]);
+        (self.probe, self.same_class) = Default::default();
+    }
+
+    /// Takes over a tile's pairs of one class.
+    pub fn add_same_class(&mut self, tile: TileSameClass) {
+        self.same_class.add(&tile.rounded());
+    }
+
+    /// Takes over largest negatives of a block that begins at `start`.
+    pub fn raise(&mut self, start: usize, largest: &[f32]) {
+        merge(&mut self.extremes[start..], largest, f32::max);
+    }
+
+    /// Takes over set sizes of a block that begins at `start`.
+    pub fn count(&mut self, start: usize, counts: &[[u8; 2]]) {
+        for (sum, count) in self.counts[start..].iter_mut().zip(counts) {
+            sum[0] += u32::from(count[0]);
+            sum[1] += u32::from(count[1]);
+        }
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.extremes.capacity() * 4 + self.counts.capacity() * 8
+    }
+}
+
+fn merge(values: &mut [f32], others: &[f32], of: impl Fn(f32, f32) -> f32) {
+    for (value, other) in values.iter_mut().zip(others) {
+        *value = of(*value, *other);
+    }
+}
+
+/// What the passes know of each row and of the whole batch, by position in class order.
+#[derive(Debug, Default)]
+pub struct Statistics {
+    pub min_pos: Vec<f32>,
+    pub max_neg: Vec<f32>,
+    /// `[|P_i|, |N_i|]`.
+    pub counts: Vec<[u32; 2]>,
+    pub probe_neg: u64,
+    /// Ordered pairs of one class.
+    pub same_class: SameClass,
+    keep: Vec<f32>,
+    probe: Vec<f32>,
+}
+
+impl Statistics {
+    pub fn reset(&mut self, pairs: &Pairs<'_>) {
+        let rows = pairs.rows.order.rows.len();
+        let refill = |values: &mut Vec<f32>, value| {
+            values.clear();
+            values.resize(rows, value);
+        };
+        refill(&mut self.min_pos, f32::INFINITY);
+        refill(&mut self.max_neg, f32::NEG_INFINITY);
+        self.counts.clear();
+        self.counts.resize(rows, [0; 2]);
+        (self.probe_neg, self.same_class) = Default::default();
+    }
+
+    /// Takes over m+ and the sums over pairs of one class; each unordered pair of the square form was met once.
+    pub fn merge_same_class(&mut self, square: bool, gathered: &Gathered) {
+        merge(&mut self.min_pos, &gathered.extremes, f32::min);
+        for _ in 0..if square { 2 } else { 1 } {
+            self.same_class.add(&gathered.same_class);
+        }
+    }
+
+    /// Takes over m- and the probe's count.
+    pub fn merge_sweep(&mut self, gathered: &Gathered) {
+        merge(&mut self.max_neg, &gathered.extremes, f32::max);
+        self.probe_neg += gathered.probe;
+    }
+
+    /// Takes over the sizes of the mined sets.
+    pub fn merge_counts(&mut self, gathered: &Gathered) {
+        for (sum, count) in self.counts.iter_mut().zip(&gathered.counts) {
+            sum[0] += count[0];
+            sum[1] += count[1];
+        }
+    }
+
+    /// Bounds of the sweep from m+: the probe's, and the lower of it and the initial one for candidates.
+    pub fn set_bounds(&mut self, settings: &LossSettings) {
+        let probe = probe_tolerance(settings);
+        let keep = probe.max(initial_tolerances(settings).neg);
+        self.probe.clear();
+        self.probe.extend(self.min_pos.iter().map(|&m| negative_bound(m, probe)));
+        self.keep.clear();
+        self.keep.extend(self.min_pos.iter().map(|&m| negative_bound(m, keep)));
+    }
+
+    pub fn bounds(&self, square: bool) -> (Bounds<'_>, Bounds<'_>) {
+        let keep = Bounds { rows: &self.keep, columns: square.then_some(self.keep.as_slice()) };
+        (keep, Bounds { rows: &self.probe, columns: square.then_some(self.probe.as_slice()) })
+    }
+
+    /// Mean similarity of all positives and of all negatives. The sum over all pairs is closed: that of
+    /// e_i . e_j over i and j is the product of the sums of e_i and of e_j.
+    pub fn means(&self, pairs: &Pairs<'_>) -> (f64, f64) {
+        let all: f64 = pairs.rows.sum.iter().zip(pairs.columns.sum).map(|(a, b)| a * b).sum();
+        let (rows, columns) = (pairs.rows.order.rows.len() as u64, pairs.columns.order.rows.len() as u64);
+        let (all, count) = if pairs.square {
+            (all - pairs.rows.squares, rows * columns.saturating_sub(1))
+        } else {
+            (all, rows * columns)
+        };
+        let SameClass { positives, positive_sum, pairs, sum } = self.same_class;
+        let negatives = count - pairs;
+        let mean_neg = if negatives == 0 { f64::NAN } else { (all - from_units(sum)) / negatives as f64 };
+        (from_units(positive_sum) / positives as f64, mean_neg)
+    }
+
+    pub fn bytes(&self) -> usize {
+        let floats =
+            self.min_pos.capacity() + self.max_neg.capacity() + self.keep.capacity() + self.probe.capacity();
+        floats * 4 + self.counts.capacity() * 8
+    }
+}

@@ -1,0 +1,72 @@
+//! Pictures that cannot be read: each is named once, and too many end the run.
+
+use std::collections::BTreeSet;
+
+use super::Event;
+use super::evaluation::Readable;
+use super::steps::Run;
+use crate::data::{ImageBatch, Split};
+use crate::{Error, Result};
+
+impl Run<'_> {
+    /// Counts and names the pictures that another one stands in for.
+    pub fn note_unread(&mut self, step: usize, batch: &ImageBatch, meta: Option<&ImageBatch>) -> Result<()> {
+        let drawn = [(Some(batch), Some(&self.sampler)), (meta, self.meta_sampler.as_ref())];
+        let mut missing = BTreeSet::new();
+        for (batch, sampler) in drawn {
+            let (Some(batch), Some(sampler)) = (batch, sampler) else { continue };
+            self.state.replaced += batch.replaced;
+            if batch.replaced > 0 {
+                let wanted = sampler.batch(step as u64);
+                missing.extend(wanted.iter().zip(&batch.indices).filter(|(a, b)| a != b).map(|(a, _)| *a));
+            }
+        }
+        for index in missing {
+            if self.state.unread.train.insert(index) {
+                self.warn_unread(&self.dataset.train, index, "another of its class stands in")?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Names the pictures of the test classes that are not among those that could be read.
+    pub fn note_unread_in_test(&mut self, readable: &Readable) -> Result<()> {
+        let dataset = self.dataset;
+        for index in missing(&readable.queries, dataset.test.len()) {
+            if self.state.unread.test.insert(index) {
+                self.warn_unread(&dataset.test, index, "it is left out of the test")?;
+            }
+        }
+        if let (Some(split), Some(read)) = (&dataset.gallery, &readable.gallery) {
+            for index in missing(read, split.len()) {
+                if self.state.unread.gallery.insert(index) {
+                    self.warn_unread(split, index, "it is left out of the gallery")?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn warn_unread(&mut self, split: &Split, index: usize, remedy: &str) -> Result<()> {
+        // It failed when it was wanted, and the split does not try again.
+        let reason = split.picture(index).err().map_or_else(String::new, |error| error.to_string());
+        let (unread, most) = (&self.state.unread, self.settings.max_bad_images);
+        let count = unread.train.len() + unread.test.len() + unread.gallery.len();
+        if count > most {
+            return Err(Error::Dataset(format!(
+                "{count} pictures cannot be read, more than --max-bad-images {most} puts up with; the last: {reason}"
+            )));
+        }
+        (self.tell)(Event::Warning(&format!("{reason}; {remedy}")));
+        Ok(())
+    }
+}
+
+/// The indices below `count` that `read` does not hold.
+fn missing(read: &[usize], count: usize) -> Vec<usize> {
+    if read.len() == count {
+        return Vec::new();
+    }
+    let read: BTreeSet<usize> = read.iter().copied().collect();
+    (0..count).filter(|index| !read.contains(index)).collect()
+}

@@ -1,0 +1,98 @@
+//! Runs of `ddtas-train` as processes, to be stopped, killed or starved: the same small run each time.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use super::folder_of_pictures;
+
+/// The program, for processes that are to be killed.
+pub const PROGRAM: &str = env!("CARGO_BIN_EXE_ddtas-train");
+
+/// Steps of a run here; with six training pictures of each of four classes an epoch has two of them.
+pub const STEPS: usize = 120;
+
+/// Arguments of a run of small pictures that evaluates every twelve steps, by whatever `more` adds.
+pub fn arguments(data: &Path, output: &Path, more: &[&str]) -> Vec<String> {
+    let mut all: Vec<String> = [
+        "--dataset folder --image-size 16 --width 4 --embedding-dim 16 --learning-rate 0.01",
+        "--classes-per-batch 4 --images-per-class 3 --meta-classes 3 --evaluate-every 6 --checkpoint-every 5",
+    ]
+    .iter()
+    .flat_map(|part| part.split(' '))
+    .map(Into::into)
+    .collect();
+    all.extend(["--steps".into(), STEPS.to_string()]);
+    all.extend(more.iter().map(|&more| more.to_owned()));
+    for (name, path) in [("--data-root", data), ("--output", output)] {
+        all.extend([name.into(), path.to_str().unwrap().into()]);
+    }
+    all
+}
+
+pub fn start(arguments: &[String]) -> Child {
+    let mut command = Command::new(PROGRAM);
+    command.args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.spawn().unwrap()
+}
+
+pub fn resume(run: &Path) -> Vec<String> {
+    vec!["--resume".into(), run.to_str().unwrap().into()]
+}
+
+pub fn finish(arguments: &[String]) -> Output {
+    start(arguments).wait_with_output().unwrap()
+}
+
+pub fn assert_finished(output: &Output) {
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+}
+
+/// Waits until the run has written `lines` lines of metrics, or has ended.
+pub fn wait_for_lines(run: &Path, child: &mut Child, lines: usize) {
+    let begun = Instant::now();
+    while lines_of(run) < lines && child.try_wait().unwrap().is_none() {
+        assert!(begun.elapsed() < Duration::from_secs(120), "no {lines} lines in {}", run.display());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// The files that are to be the same bytes, however often a run was cut short.
+pub fn assert_same(run: &Path, unbroken: &Path, how: &str) {
+    for file in ["metrics.jsonl", "last.safetensors", "best.safetensors"] {
+        let (got, want) = (fs::read(run.join(file)).unwrap(), fs::read(unbroken.join(file)).unwrap());
+        assert!(got == want, "{file} differs from the unbroken run's ({how})");
+    }
+    let partial =
+        fs::read_dir(run).unwrap().flatten().find(|e| e.path().extension() == Some("partial".as_ref()));
+    assert!(partial.is_none(), "{partial:?} is left ({how})");
+}
+
+pub fn lines_of(run: &Path) -> usize {
+    fs::read(run.join("metrics.jsonl")).map_or(0, |text| text.iter().filter(|&&byte| byte == b'\n').count())
+}
+
+pub fn send(signal: &str, child: &Child) {
+    let status = Command::new("kill").args([&format!("-{signal}"), &child.id().to_string()]).status();
+    assert!(status.unwrap().success());
+}
+
+pub struct Place {
+    pub folder: tempfile::TempDir,
+    pub data: PathBuf,
+}
+
+impl Place {
+    pub fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let data = folder.path().join("data");
+        folder_of_pictures(&data, 8, 6);
+        Self { folder, data }
+    }
+
+    pub fn run(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+}
