@@ -1,5 +1,6 @@
 //! A forked child computes with threads of its own: on rayon's global pool there would be nobody to work.
 #![cfg(unix)]
+#![allow(clippy::unwrap_used, reason = "test code outside #[test] functions")]
 
 use ddtas::backend::Backend;
 use ddtas::backend::cpu::CpuBackend;

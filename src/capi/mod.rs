@@ -82,7 +82,8 @@ pub unsafe extern "C" fn ddtas_context_create(
     status
 }
 
-/// Ends a context: waits for its threads and frees its memory. NULL is allowed. No other call may be using it.
+/// Ends a context: waits until its threads have ended, and frees its memory. NULL is allowed. No other call may be using it.
+/// In a forked child the parent's threads and memory are left alone, and the child's own are ended.
 ///
 /// # Safety
 /// `context` is NULL or a live context, which is dead afterwards.
