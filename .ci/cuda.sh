@@ -21,3 +21,6 @@ python3 .ci/kernel_budgets.py "$out" --table
 
 # Without a GPU this shows the clean refusal; with one it runs the reference cases.
 cargo test --release "${features[@]}" --test cuda -- --nocapture
+
+# What the backend asks of the driver, told by one that computes nothing.
+cargo test --release --no-default-features --features "capi,cli,cuda" --test driver

@@ -60,4 +60,10 @@ for test in hostile memory threads; do
         "$prefix/lib/libddtas.a" "${system[@]}"
     "$work/$test"
 done
+
+# The allocator of AddressSanitizer does not survive a fork while another thread allocates; glibc's does.
+say "tests/capi/fork.c under UndefinedBehaviorSanitizer"
+gcc -std=c11 "${warnings[@]}" -g -O1 -fsanitize=undefined -fno-sanitize-recover=all "${include[@]}" tests/capi/fork.c \
+    -o "$work/fork" "$prefix/lib/libddtas.a" "${system[@]}"
+"$work/fork"
 say "done"

@@ -445,7 +445,8 @@ enum ddtas_status ddtas_context_create(const struct ddtas_context_options *optio
                                        size_t message_bytes);
 
 /**
- * Ends a context: waits for its threads and frees its memory. NULL is allowed. No other call may be using it.
+ * Ends a context: waits until its threads have ended, and frees its memory. NULL is allowed. No other call may be using it.
+ * In a forked child the parent's threads and memory are left alone, and the child's own are ended.
  *
  * # Safety
  * `context` is NULL or a live context, which is dead afterwards.

@@ -62,6 +62,14 @@ pub enum Error {
     /// A pass that continues an earlier one was called out of order.
     #[error("{0}")]
     OutOfOrder(&'static str),
+    /// A result that the host's memory cannot hold.
+    #[error("{what}: {bytes} bytes of memory could not be had")]
+    OutOfMemory {
+        /// What it is.
+        what: &'static str,
+        /// Its size.
+        bytes: usize,
+    },
     /// A device or backend that this build or machine does not have.
     #[error("{0}")]
     Unavailable(String),

@@ -29,9 +29,11 @@ pub mod inference;
 pub mod loss;
 #[cfg(feature = "train")]
 pub mod model;
+pub mod process;
 pub mod retrieval;
 #[cfg(feature = "cli")]
 mod tensors;
+pub mod threads;
 #[cfg(feature = "cli")]
 pub mod throughput;
 #[cfg(feature = "train")]

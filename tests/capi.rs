@@ -466,6 +466,12 @@ fn a_search_in_device_memory_refuses_what_the_loss_refuses() {
 }
 
 #[test]
+fn auto_is_the_device_that_programs_take() {
+    let taken = ddtas::backend::auto().spec.to_string();
+    assert_eq!(Abi::open("auto", 1, 0, Memory::Host).name(), taken);
+}
+
+#[test]
 fn a_device_without_memory_of_its_own_refuses_device_rows() {
     let case = cases::golden().remove(0);
     let mut abi = Abi::open("cpu", 1, 0, Memory::Device);

@@ -2,6 +2,7 @@
 //!
 //! On the emulated device, whose memory is the host's.
 
+use ddtas::backend::cpu::CpuBackend;
 use ddtas::backend::device::{DeviceBackend, Options, ResidentBatch, ResidentRows, ResidentType};
 use ddtas::backend::emulated::EmulatedDevice;
 use ddtas::backend::{Backend, Nearest};
@@ -79,6 +80,64 @@ fn a_bad_row_and_a_null_address_are_refused() {
     assert!(matches!(run(&batch(rows, None)), Err(Error::NotFinite { rows: "anchors", row: 4 })));
     let null = ResidentRows { gradient: 0, ..rows };
     assert!(matches!(run(&batch(null, None)), Err(Error::InvalidSetting { name: "gradient", .. })));
+}
+
+#[test]
+fn bad_rows_are_the_same_error_on_the_device_and_on_the_processor() {
+    let cases = [f32::NAN, f32::INFINITY, 3e38, 1e20, 2.0, 1e-20, 0.0];
+    for (first, second) in cases.iter().flat_map(|a| cases.iter().map(move |b| (*a, *b))) {
+        let (mut e, mut labels) = rows(40, 0.0);
+        // Two bad rows, one of them ignored, and not in class order: the first one as the caller counts is named.
+        labels[9] = -1;
+        labels[30] = 0;
+        for (row, value) in [(9, first), (30, second)] {
+            e.row_mut(row).assign(&ndarray::aview1(&[value, 0.0]));
+        }
+        let said = |backend: &mut dyn Backend| {
+            let (good, good_labels) = rows(12, 0.1);
+            let (bad, good) = (Rows::new(e.view(), &labels), Rows::new(good.view(), &good_labels));
+            let settings = LossSettings::default();
+            let mut output = LossOutput::default();
+            let mut loss =
+                |batch: &Batch<'_>| backend.loss(batch, &settings, &mut output).unwrap_err().to_string();
+            let losses = [
+                loss(&Batch::square(e.view(), &labels)),
+                loss(&Batch::rectangular(good, bad)),
+                loss(&Batch::rectangular(bad, bad)),
+            ];
+            let searches =
+                [None, Some(&good)].map(|side| backend.nearest(&bad, side, 2).unwrap_err().to_string());
+            (losses, searches)
+        };
+        let (there, here) = (said(&mut backend()), said(&mut CpuBackend::new()));
+        assert_eq!(there, here, "{first} and {second}");
+        assert!(here.0[0].contains("row 9 of the anchors"), "{here:?}");
+        assert_eq!(here.0[0].contains("not finite"), !first.is_finite(), "{here:?}");
+    }
+}
+
+#[test]
+fn sizes_that_no_memory_has_are_refused_before_anything_is_allocated() {
+    let (e, labels) = rows(9, 0.0);
+    let mut gradient = Array2::zeros((9, 2));
+    let good = resident(&e, &labels, &mut gradient);
+    for count in [1 << 31, 1 << 62, usize::MAX] {
+        let large = ResidentRows { count, ..good };
+        for refused in
+            [batch(large, None), batch(good, Some(large)), ResidentBatch { dim: count, ..batch(good, None) }]
+        {
+            let error = run(&refused).unwrap_err();
+            assert!(matches!(error, Error::InvalidSetting { name: "batch", .. }), "{error}");
+            let error = nearest(&refused, 1).unwrap_err();
+            assert!(matches!(error, Error::InvalidSetting { name: "batch", .. }), "{error}");
+        }
+    }
+    for count in [1 << 60, usize::MAX] {
+        // SAFETY: so many labels cannot be made room for, so none is read.
+        let refused = unsafe { backend().labels_resident(&ResidentRows { count, ..good }) };
+        assert!(matches!(refused, Err(Error::OutOfMemory { what: "labels", .. })));
+    }
+    assert!(matches!(nearest(&batch(good, None), usize::MAX), Err(Error::InvalidSetting { name: "k", .. })));
 }
 
 /// Rows that are searched only: neither labels nor gradients.

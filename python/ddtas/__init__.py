@@ -6,13 +6,22 @@ has the loss as a module of PyTorch. Rows must have unit length here; the module
 
 from __future__ import annotations
 
-from ._ddtas import Context, LossOutput, __version__, has_cuda
-from .functional import ThresholdGradient, loss, recall_at_k, threshold_gradient
+try:
+    from ._ddtas import Context, LossOutput, __version__, has_cuda
+except ModuleNotFoundError as error:
+    if error.name != f"{__name__}._ddtas":
+        raise
+    raise ImportError(
+        f"{__path__[0]} is ddtas's source folder, without the compiled module: run `pip install .` in the clone, "
+        "then import ddtas from another folder"
+    ) from None
+from .functional import Recall, ThresholdGradient, loss, recall_at_k, threshold_gradient
 from .settings import Settings
 
 __all__ = [
     "Context",
     "LossOutput",
+    "Recall",
     "Settings",
     "ThresholdGradient",
     "__version__",

@@ -17,7 +17,8 @@ class Context:
     """A workspace on the processor, and the threads that compute in it.
 
     Calls on one context take turns; two contexts compute side by side. `threads=None` shares the process's pool, as
-    many threads as cores. The result does not depend on the number of threads.
+    many threads as cores. The result does not depend on the number of threads. A forked process computes in a workspace
+    and with threads of its own.
     """
 
     def __new__(cls, threads: int | None = None) -> Context: ...
@@ -48,7 +49,9 @@ class Context:
         settings: Settings,
         check: bool,
     ) -> tuple[float, float]: ...
-    def recall_at_k(self, embeddings: Matrix, labels: Labels, ks: list[int]) -> list[tuple[int, float]]: ...
+    def recall_at_k(
+        self, embeddings: Matrix, labels: Labels, ks: list[int]
+    ) -> tuple[list[tuple[int, float]], int, int]: ...
 
 @final
 class LossOutput:

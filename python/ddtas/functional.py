@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from typing import Iterable, NamedTuple, Protocol, Union
+import warnings
+from typing import Dict, Iterable, NamedTuple, Protocol, Tuple, Union
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,30 @@ class ThresholdGradient(NamedTuple):
     """Through lambda_neg."""
 
 
+class Recall(Dict[int, float]):
+    """Recall@K by K, and what it is the mean of. A plain dict otherwise."""
+
+    queries: int
+    """Rows that were counted."""
+    without_match: int
+    """Rows that had nothing to find: alone in their class, or with a negative label. They are not counted."""
+
+    def __init__(self, at: Iterable[Tuple[int, float]] = (), queries: int = 0, without_match: int = 0) -> None:
+        super().__init__(at)
+        self.queries = queries
+        self.without_match = without_match
+
+
+def recall_of(found: tuple[list[tuple[int, float]], int, int]) -> Recall:
+    """What the compiled module found; a figure over no query at all is said to be one."""
+    recall = Recall(*found)
+    if recall.queries == 0:
+        warnings.warn(
+            f"none of {recall.without_match} rows has another of its class: Recall@K is 0 of nothing", stacklevel=3
+        )
+    return recall
+
+
 DEFAULTS = Settings()
 _of_thread = threading.local()
 
@@ -43,6 +68,11 @@ def default_context() -> Context:
     if context is None:
         context = _of_thread.context = Context()
     return context
+
+
+def _check_settings(settings: Settings) -> None:
+    if not isinstance(settings, Settings):
+        raise TypeError(f"settings must be a ddtas.Settings, not {type(settings).__name__}")
 
 
 def loss(
@@ -65,6 +95,7 @@ def loss(
 
     Raises ValueError for shapes, labels or rows that do not fit, TypeError for other types than those named.
     """
+    _check_settings(settings)
     context = context or default_context()
     return context.loss(embeddings, labels, references, reference_labels, settings, reference_gradient, check)
 
@@ -88,6 +119,7 @@ def threshold_gradient(
 
     Raises what `loss` does.
     """
+    _check_settings(settings)
     context = context or default_context()
     return ThresholdGradient(
         *context.threshold_gradient(
@@ -98,12 +130,13 @@ def threshold_gradient(
 
 def recall_at_k(
     embeddings: Matrix, labels: Labels, ks: Iterable[int] = (1, 2, 4, 8), *, context: Context | None = None
-) -> dict[int, float]:
+) -> Recall:
     """Share of rows whose K nearest others hold one of their class, for every K, without the B x B matrix.
 
-    Rows without another row of their class, and those with a negative label, are not counted.
+    Rows without another row of their class, and those with a negative label, are not counted: the answer's
+    `without_match` says how many, and `queries` how many were. A K beyond the other rows is answered by all of them.
 
     Raises what `loss` does; float64 rows are a TypeError.
     """
     context = context or default_context()
-    return dict(context.recall_at_k(embeddings, labels, list(ks)))
+    return recall_of(context.recall_at_k(embeddings, labels, list(ks)))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Literal, SupportsFloat, SupportsIndex
 
 from . import _ddtas
 
@@ -14,7 +14,7 @@ Mining = Literal["none", "symmetric", "asms", "at-asms"]
 class Settings:
     """Which pairs enter the loss, and how much each of them weighs.
 
-    Out of range values raise ValueError. `dataclasses.replace` makes a changed copy.
+    Out of range values raise ValueError, other types TypeError. `dataclasses.replace` makes a changed copy.
     """
 
     mining: Mining = "at-asms"
@@ -37,4 +37,12 @@ class Settings:
     """Loss threshold of the negative term, -2 to 2."""
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "mining":
+                if not isinstance(value, str):
+                    raise TypeError(f"mining must be a string, not {type(value).__name__}")
+            # A string has no __float__, though float() takes it.
+            elif not isinstance(value, (SupportsFloat, SupportsIndex)):
+                raise TypeError(f"{field.name} must be a number, not {type(value).__name__}")
         _ddtas.check_settings(self)

@@ -1,12 +1,16 @@
 //! `Context`: a workspace that is allocated once, the threads that fill it, and the calls that compute.
+//!
+//! A forked process (a DataLoader's worker) makes both anew: the parent's threads stayed there, and its lock may be held.
 
 use std::sync::{Mutex, PoisonError};
 
 use ddtas::backend::Backend;
 use ddtas::backend::cpu::CpuBackend;
 use ddtas::loss::{self, Batch, Rows, UnitCheck};
-use ddtas::retrieval::recall;
-use pyo3::exceptions::{PyRuntimeError, PyValueError};
+use ddtas::process::PerProcess;
+use ddtas::retrieval::{Recall, recall};
+use ddtas::threads::{MOST_THREADS, Threads, available};
+use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
 use crate::double;
@@ -21,9 +25,22 @@ use crate::settings::Settings;
 /// side makes two.
 #[pyclass(frozen, module = "ddtas")]
 pub struct Context {
-    backend: Mutex<CpuBackend>,
     /// `None`: the process's own pool, as many threads as cores.
-    pool: Option<rayon::ThreadPool>,
+    threads: Option<usize>,
+    workspace: PerProcess<Workspace>,
+}
+
+/// What one process computes with.
+struct Workspace {
+    backend: Mutex<CpuBackend>,
+    pool: Option<Threads>,
+}
+
+impl Workspace {
+    fn new(threads: Option<usize>) -> ddtas::Result<Self> {
+        let pool = threads.map(Threads::new).transpose()?;
+        Ok(Self { backend: Mutex::new(CpuBackend::new()), pool })
+    }
 }
 
 /// Both sides of a batch, each with its labels.
@@ -70,6 +87,10 @@ pub fn unit_check(check: bool) -> UnitCheck {
 }
 
 impl Context {
+    fn here(&self) -> ddtas::Result<&Workspace> {
+        self.workspace.get_or_make(|| Workspace::new(self.threads))
+    }
+
     /// Runs `work` on the workspace and the threads, the interpreter let go of.
     fn compute<T: Send>(
         &self,
@@ -77,10 +98,11 @@ impl Context {
         work: impl FnOnce(&mut CpuBackend) -> ddtas::Result<T> + Send,
     ) -> PyResult<T> {
         let run = || {
+            let workspace = self.here()?;
             // What an earlier call left half-written, the next one writes anew.
-            let mut guard = self.backend.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut guard = workspace.backend.lock().unwrap_or_else(PoisonError::into_inner);
             let backend = &mut *guard;
-            match &self.pool {
+            match &workspace.pool {
                 Some(pool) => pool.install(|| work(backend)),
                 None => work(backend),
             }
@@ -94,21 +116,19 @@ impl Context {
     #[new]
     #[pyo3(signature = (threads = None))]
     fn new(threads: Option<usize>) -> PyResult<Self> {
-        let pool = match threads {
-            None => None,
-            Some(0) => return Err(PyValueError::new_err("threads = 0 is out of range: at least 1")),
-            Some(count) => {
-                let built = rayon::ThreadPoolBuilder::new().num_threads(count).build();
-                Some(built.map_err(|error| PyRuntimeError::new_err(error.to_string()))?)
-            }
-        };
-        Ok(Self { backend: Mutex::new(CpuBackend::new()), pool })
+        if threads.is_some_and(|count| count == 0 || count > MOST_THREADS) {
+            let count = threads.unwrap_or_default();
+            let message = format!("threads = {count} is out of range: 1 to {MOST_THREADS}");
+            return Err(PyValueError::new_err(message));
+        }
+        let workspace = Workspace::new(threads).map_err(raise)?;
+        Ok(Self { threads, workspace: PerProcess::new(workspace) })
     }
 
     /// Threads that compute.
     #[getter]
     fn threads(&self) -> usize {
-        self.pool.as_ref().map_or_else(rayon::current_num_threads, rayon::ThreadPool::current_num_threads)
+        self.threads.unwrap_or_else(available)
     }
 
     /// Bytes the workspace holds now.
@@ -119,8 +139,7 @@ impl Context {
 
     /// A copy or a pickle is a new context: the workspace holds nothing that outlives a call.
     fn __reduce__(slf: &Bound<'_, Self>) -> PyResult<(Py<PyAny>, (Option<usize>,))> {
-        let threads = slf.get().pool.as_ref().map(rayon::ThreadPool::current_num_threads);
-        Ok((slf.get_type().into_any().unbind(), (threads,)))
+        Ok((slf.get_type().into_any().unbind(), (slf.get().threads,)))
     }
 
     /// Mines, and evaluates the loss and its gradient.
@@ -188,16 +207,40 @@ impl Context {
         Ok((sums.pos, sums.neg))
     }
 
-    /// Recall@K of every row searched among the others: pairs of K and the share of answered queries.
+    /// Recall@K of every row searched among the others: pairs of K and the share of answered queries, how many
+    /// queries were counted, and how many had nothing to find.
     fn recall_at_k<'py>(
         &self,
         py: Python<'py>,
         embeddings: &Bound<'py, PyAny>,
         labels: &Bound<'py, PyAny>,
-        ks: Vec<usize>,
-    ) -> PyResult<Vec<(usize, f64)>> {
+        ks: Vec<Bound<'py, PyAny>>,
+    ) -> PyResult<Found> {
+        let ks = positive(&ks)?;
         let side = (Matrix::new("queries", embeddings)?, Labels::new("labels of the queries", labels)?);
         let rows = rows(&side)?;
-        self.compute(py, |backend| recall(backend, &rows, None, &ks).map(|(recall, _)| recall.at))
+        self.compute(py, |backend| recall(backend, &rows, None, &ks).map(|(recall, _)| found(recall)))
     }
+}
+
+/// K and the shares, queries counted, queries without anything to find.
+pub type Found = (Vec<(usize, f64)>, usize, usize);
+
+pub fn found(recall: Recall) -> Found {
+    (recall.at, recall.queries, recall.without_match)
+}
+
+/// The values of K: any integer that the machine counts to.
+///
+/// # Errors
+/// `TypeError` for what is no integer, `ValueError` for one that is out of range.
+pub fn positive(ks: &[Bound<'_, PyAny>]) -> PyResult<Vec<usize>> {
+    let one = |k: &Bound<'_, PyAny>| {
+        let refused = |error: PyErr| match error.is_instance_of::<PyTypeError>(k.py()) {
+            true => PyTypeError::new_err(format!("recall-at = {k} must be an integer")),
+            false => PyValueError::new_err(format!("recall-at = {k} is out of range: 1 to 2^64 - 1")),
+        };
+        k.extract::<usize>().map_err(refused)
+    };
+    ks.iter().map(one).collect()
 }

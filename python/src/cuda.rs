@@ -10,6 +10,7 @@ use std::sync::{Mutex, PoisonError};
 use ddtas::backend::cuda::{CudaBackend, CudaDevice};
 use ddtas::backend::device::{Options, ResidentBatch, ResidentRows, ResidentType};
 use ddtas::loss;
+use ddtas::process::PerProcess;
 use ddtas::retrieval::recall_by;
 use dlpark::DlpackFlags;
 use dlpark::ffi::{DLDataType, DLDevice, DLDeviceType};
@@ -19,17 +20,21 @@ use half::{bf16, f16};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
-use crate::context::unit_check;
+use crate::context::{Found, found, positive, unit_check};
 use crate::error::raise;
+use crate::input::dtype_name;
 use crate::output::LossOutput;
 use crate::settings::Settings;
 
 /// Workspaces on GPUs, one for every stream that was computed on. Streams of torch live as long as the process.
 #[pyclass(frozen, module = "ddtas")]
 pub struct CudaContext {
-    /// By ordinal of the GPU and address of the stream.
-    backends: Mutex<HashMap<(usize, usize), CudaBackend>>,
+    /// A forked process has none of its parent's: the driver refuses it, with a line that says so.
+    backends: PerProcess<Backends>,
 }
+
+/// By ordinal of the GPU and address of the stream.
+type Backends = Mutex<HashMap<(usize, usize), CudaBackend>>;
 
 /// The stream that the tensors must be ready on.
 struct Stream(usize);
@@ -80,8 +85,8 @@ impl Resident {
     fn expect(&self, dtype: DLDataType, shape: &[i64]) -> PyResult<()> {
         let name = self.name;
         if !self.dtype.matches(dtype) {
-            let message = format!("the {name} must be {:?} of {} bits", dtype.code, dtype.bits);
-            return Err(PyTypeError::new_err(message));
+            let (wanted, got) = (dtype_name(dtype), dtype_name(self.dtype));
+            return Err(PyTypeError::new_err(format!("the {name} must be {wanted}, not {got}")));
         }
         if self.shape != shape {
             return Err(PyValueError::new_err(format!(
@@ -183,7 +188,8 @@ impl CudaContext {
         work: impl FnOnce(&mut CudaBackend) -> ddtas::Result<T> + Send,
     ) -> PyResult<T> {
         let run = || {
-            let mut backends = self.backends.lock().unwrap_or_else(PoisonError::into_inner);
+            let backends = self.backends.get_or_make(|| Ok::<_, ddtas::Error>(Backends::default()))?;
+            let mut backends = backends.lock().unwrap_or_else(PoisonError::into_inner);
             let backend = match backends.entry((ordinal, stream)) {
                 Entry::Occupied(entry) => entry.into_mut(),
                 Entry::Vacant(entry) => {
@@ -202,7 +208,7 @@ impl CudaContext {
 impl CudaContext {
     #[new]
     fn new() -> Self {
-        Self { backends: Mutex::default() }
+        Self { backends: PerProcess::empty() }
     }
 
     /// The loss of one side among itself, or of the first against the second. Gradients are written where the
@@ -240,9 +246,10 @@ impl CudaContext {
         &self,
         py: Python<'_>,
         rows: PythonSide<'_>,
-        ks: Vec<usize>,
+        ks: Vec<Bound<'_, PyAny>>,
         stream: usize,
-    ) -> PyResult<Vec<(usize, f64)>> {
+    ) -> PyResult<Found> {
+        let ks = positive(&ks)?;
         let side = Side::new("queries", &rows, &Stream(stream))?;
         let batch = batch_of(std::slice::from_ref(&side), true)?;
         let ordinal = side.rows.device.device_id as usize;
@@ -255,6 +262,6 @@ impl CudaContext {
             })
         })?;
         drop(side);
-        Ok(recall.at)
+        Ok(found(recall))
     }
 }

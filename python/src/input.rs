@@ -6,7 +6,7 @@
 use ddtas::Error;
 use ddtas::loss::Embeddings;
 use dlpark::DlpackElement;
-use dlpark::ffi::{DLDataType, DLDeviceType};
+use dlpark::ffi::{DLDataType, DLDataTypeCode, DLDeviceType};
 use dlpark::python::{ImportedDlpack, from_dlpack};
 use dlpark::tensor::TensorRef;
 use half::slice::HalfBitsSliceExt;
@@ -245,8 +245,18 @@ fn wrong_dtype(name: &str, got: &str) -> PyErr {
     PyTypeError::new_err(format!("the {name} must be float32, float16, bfloat16 or float64, not {got}"))
 }
 
-fn dtype_name(dtype: DLDataType) -> String {
-    format!("{:?} of {} bits", dtype.code, dtype.bits)
+/// A type in NumPy's words.
+pub fn dtype_name(dtype: DLDataType) -> String {
+    let bits = dtype.bits;
+    match dtype.code {
+        DLDataTypeCode::BOOL => "bool".to_owned(),
+        DLDataTypeCode::INT => format!("int{bits}"),
+        DLDataTypeCode::UINT => format!("uint{bits}"),
+        DLDataTypeCode::FLOAT => format!("float{bits}"),
+        DLDataTypeCode::BFLOAT => format!("bfloat{bits}"),
+        DLDataTypeCode::COMPLEX => format!("complex{bits}"),
+        other => format!("{other:?} of {bits} bits"),
+    }
 }
 
 /// One label a row, as int64: borrowed where they are that already.

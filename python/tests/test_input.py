@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import ddtas
 import numpy as np
@@ -184,7 +185,8 @@ BAD_LABELS = {
     "text": (lambda y: y.astype(str), TypeError, "the labels must be integers"),
     "list": (lambda y: y.tolist(), TypeError, "not list"),
     "beyond int64": (lambda y: np.full(12, 2**63, np.uint64), ValueError, "label 9223372036854775808 of the labels"),
-    "floats by dlpack": (lambda y: Dlpack(y.astype("f4")), TypeError, "the labels must be integers"),
+    "floats by dlpack": (lambda y: Dlpack(y.astype("f4")), TypeError, "the labels must be integers, not float32$"),
+    "booleans by dlpack": (lambda y: Dlpack(y > 2), TypeError, "the labels must be integers, not bool$"),
 }
 
 
@@ -232,10 +234,36 @@ def test_recall_refuses_what_it_does_not_serve():
     for ks in ((), (0, 1)):
         with pytest.raises(ValueError, match="recall-at"):
             ddtas.recall_at_k(rows, labels, ks)
+    for ks, kind, message in [
+        ((1, -1), ValueError, "recall-at = -1 is out of range: 1 to"),
+        ((10**30,), ValueError, "is out of range: 1 to"),
+        ((1.5,), TypeError, "recall-at = 1.5 must be an integer"),
+        (("2",), TypeError, "recall-at = 2 must be an integer"),
+    ]:
+        with pytest.raises(kind, match=message):
+            ddtas.recall_at_k(rows, labels, ks)
     with pytest.raises(TypeError, match="the queries must be float32, float16 or bfloat16"):
         ddtas.recall_at_k(rows.astype(float), labels)
     with pytest.raises(ValueError, match="labels of the queries"):
         ddtas.recall_at_k(rows, labels[:3])
+
+
+def test_a_k_beyond_the_rows_is_answered_by_all_of_them():
+    rows, labels = batch()
+    got = ddtas.recall_at_k(rows, labels, (10**12, 11, np.int64(1), 2**64 - 1))
+    assert list(got) == [1, 11, 10**12, 2**64 - 1]
+    assert got[11] == got[10**12] == got[2**64 - 1] == 1.0 and got[1] < 1
+
+
+def test_recall_says_how_many_queries_had_nothing_to_find():
+    rows, labels = batch()
+    labels = np.array([0, 0, 1, 1, 1, 2, 3, -1, -1, 4, 0, 5])
+    got = ddtas.recall_at_k(rows, labels)
+    assert (got.queries, got.without_match) == (6, 6)
+    assert isinstance(got, dict) and got == dict(got)
+    with pytest.warns(UserWarning, match="none of 12 rows has another of its class"):
+        got = ddtas.recall_at_k(rows, np.arange(12))
+    assert (got.queries, got.without_match, got[1]) == (0, 12, 0)
 
 
 BAD_SETTINGS = [
@@ -259,11 +287,29 @@ def test_settings_out_of_range_are_refused_where_they_are_made(changes, message)
 
 
 def test_settings_of_another_type_are_refused():
-    with pytest.raises(TypeError, match="gamma"):
-        ddtas.Settings(gamma="wide")
+    for changes, message in [
+        ({"gamma": "wide"}, "^gamma must be a number, not str$"),
+        ({"gamma": "0.1"}, "^gamma must be a number, not str$"),
+        ({"alpha": None}, "^alpha must be a number, not NoneType$"),
+        ({"mining": 3}, "^mining must be a string, not int$"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            ddtas.Settings(**changes)
+    assert ddtas.Settings(gamma=np.float32(0.25), alpha=30).gamma == 0.25
     rows, labels = batch()
-    with pytest.raises((TypeError, AttributeError)):
-        ddtas.loss(rows, labels, settings="at-asms")
+    for call in (lambda: ddtas.loss(rows, labels, settings="asms"), lambda: ddtas.threshold_gradient(rows, labels, rows, settings="asms")):
+        with pytest.raises(TypeError, match="^settings must be a ddtas.Settings, not str$"):
+            call()
+
+
+def test_the_source_folder_says_what_it_lacks():
+    source = Path(__file__).parents[1]
+    # Isolated, or the folder would be found without being asked for.
+    code = f"import sys; sys.path.insert(0, {str(source)!r}); import ddtas"
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: ") and "without the compiled module: run `pip install .`" in last
 
 
 def test_unchecked_rows_are_never_a_crash():

@@ -1,6 +1,7 @@
 """`ddtas.torch.CrossBatchMemory` against a queue written out in NumPy."""
 
 import copy
+import math
 
 import formula
 import numpy as np
@@ -96,14 +97,75 @@ def test_gradients_pass_gradcheck_in_float64():
     assert torch.autograd.gradcheck(step, (rows.double().requires_grad_(),))
 
 
-def test_bfloat16_rows_are_recognised_as_themselves():
-    memory = CrossBatchMemory(SoftContrastiveLoss(), DIM, 64)
-    (rows, labels), *_ = batches(1, 16, seed=5)
-    narrow = rows.bfloat16()
-    want = PlainQueue(64).loss(unit(narrow.float()), labels.numpy())
-    assert memory(narrow, labels).item() == pytest.approx(want.loss, rel=1e-5)
-    with pytest.raises(ValueError, match="the memory must be float32 or float64, not torch.bfloat16"):
-        memory.bfloat16()(narrow, labels)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_narrow_rows_are_recognised_as_themselves(dtype):
+    for memory_type in (torch.float32, dtype):
+        memory = CrossBatchMemory(SoftContrastiveLoss(), DIM, 64, dtype=memory_type)
+        (rows, labels), *_ = batches(1, 16, seed=5)
+        narrow = rows.to(dtype)
+        compared = torch.nn.functional.normalize(narrow.float(), dim=1).to(memory_type)
+        want = PlainQueue(64).loss(compared.double().numpy(), labels.numpy())
+        assert memory(narrow, labels).item() == pytest.approx(want.loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim", [8, 130, 512])
+def test_singletons_in_batch_and_memory_are_no_positives_of_themselves(dtype, dim):
+    rows, labels = torch.randn(64, dim, generator=torch.Generator().manual_seed(1)), torch.arange(64)
+    memory = CrossBatchMemory(SoftContrastiveLoss(), dim, 128, dtype=dtype)
+    memory(rows.to(dtype), labels)
+    assert memory.loss.statistics["positives"] == memory.loss.statistics["active"] == 0
+    # Whatever is mined: no positive of any kind was seen.
+    assert math.isnan(memory.loss.statistics["mean_pos"])
+
+
+def test_a_memory_of_integers_is_refused():
+    with pytest.raises(ValueError, match="the memory must be float32, float16, bfloat16 or float64, not torch.int32"):
+        CrossBatchMemory(SoftContrastiveLoss(), DIM, 8, dtype=torch.int32)
+
+
+def test_a_memory_takes_the_loss_that_knows_it():
+    with pytest.raises(TypeError, match="takes a ddtas.torch.SoftContrastiveLoss, not CrossEntropyLoss"):
+        CrossBatchMemory(torch.nn.CrossEntropyLoss(), DIM)
+
+
+def test_a_mask_that_leaves_nothing_to_compare_gives_zero_and_a_gradient():
+    memory = CrossBatchMemory(SoftContrastiveLoss(), DIM, 40)
+    (rows, labels), (more, more_labels), *_ = batches(2, 16, seed=8)
+    rows.requires_grad_()
+    none, every = torch.zeros(16, dtype=torch.bool), torch.ones(16, dtype=torch.bool)
+    for mask, queued in [(none, 0), (every, 16)]:
+        rows.grad = None
+        value = memory(rows, labels, enqueue_mask=mask)
+        assert value == 0 and memory.queue_idx == queued
+        value.backward()
+        assert not rows.grad.any()
+    empty = memory(rows[:0], labels[:0])
+    empty.backward()
+    assert empty == 0 and memory.queue_idx == 16
+    # What was only queued is compared with by the next batch.
+    assert memory(more, more_labels, enqueue_mask=none) > 0
+
+
+def test_losses_of_several_batches_go_back_together():
+    memory, again = (CrossBatchMemory(SoftContrastiveLoss(), DIM, 24) for _ in range(2))
+    given = [(rows.requires_grad_(), labels) for rows, labels in batches(4, 16, seed=9)]
+    sum(memory(rows, labels) for rows, labels in given).backward()
+    for rows, labels in given:
+        (want,) = torch.autograd.grad(again(rows, labels), rows)
+        assert torch.equal(rows.grad, want)
+
+
+def failing(memory):
+    """The same memory with a loss that fails after the batch was queued."""
+
+    def fail(*_):
+        raise RuntimeError("while it computes")
+
+    broken = copy.copy(memory)
+    broken.__dict__["_modules"] = {"loss": copy.copy(memory.loss)}
+    broken.loss.evaluate = fail
+    return lambda *given: broken(*given)
 
 
 def test_a_bad_batch_is_refused_and_not_queued():
@@ -122,8 +184,15 @@ def test_a_bad_batch_is_refused_and_not_queued():
         (lambda: memory(rows, labels[:3]), r"labels must be \[16\]"),
         (lambda: memory(rows, labels, (labels,) * 4), "take the miner out"),
         (lambda: CrossBatchMemory(SoftContrastiveLoss(), DIM, 0), "at least 1"),
+        (lambda: memory(rows, labels.float()), "the labels must be integers, not float32$"),
+        (lambda: memory(rows, labels > 1), "the labels must be integers, not bool$"),
+        (lambda: memory(rows, labels, enqueue_mask=torch.arange(16) % 2), "booleans, not torch.int64"),
+        (lambda: memory(rows, labels, enqueue_mask=[True] * 16), "booleans, not list"),
+        (lambda: memory(rows, labels, enqueue_mask=torch.ones(15, dtype=torch.bool)), r"enqueue_mask must be \[16\]"),
+        (lambda: failing(memory)(rows, labels), "while it computes"),
     ]:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
             call()
     assert torch.equal(memory.embedding_memory, before) and memory.queue_idx == 16
+    assert memory.label_memory.tolist() == [*given[0][1].tolist(), -1, -1, -1, -1] and not memory.has_been_filled
     memory(rows, labels)

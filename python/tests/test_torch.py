@@ -82,7 +82,7 @@ def test_narrow_embeddings_get_a_gradient_of_their_type(dtype):
     embeddings, labels = batch(60, 32, dtype=dtype)
     narrow, wide = embeddings.clone().requires_grad_(), embeddings.double().requires_grad_()
     # The rows as they are after rounding to the type, for mining is exact about them.
-    rounded = torch.nn.functional.normalize(embeddings, dim=1)
+    rounded = torch.nn.functional.normalize(embeddings.float(), dim=1).to(dtype)
     loss = SoftContrastiveLoss()(narrow, labels)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(dense.loss(rounded.double(), labels).item(), rel=1e-4)
@@ -162,6 +162,77 @@ def test_a_threshold_that_is_a_parameter_learns():
         loss(embeddings, labels)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
+def test_a_threshold_of_one_element_may_have_any_shape(shape):
+    embeddings, labels = batch()
+    grads = []
+    for lambdas in [torch.nn.Parameter(torch.full(shape, 0.6)), torch.nn.Parameter(torch.tensor(0.6))]:
+        SoftContrastiveLoss(lambda_pos=lambdas, lambda_neg=lambdas)(embeddings, labels).backward()
+        grads.append(lambdas.grad)
+    assert grads[0].shape == shape and grads[0].item() == grads[1].item() != 0
+
+
+@pytest.mark.parametrize("scale, dtype", [
+    (1e30, torch.float32), (1e-30, torch.float32), (1e37, torch.float32), (3e4, torch.float16), (1e-6, torch.float16),
+    (1e30, torch.bfloat16), (1e200, torch.float64), (1e-200, torch.float64),
+], ids=str)
+def test_rows_of_any_length_are_normalised(scale, dtype):
+    embeddings, labels = batch(60, 32, length=1.0, dtype=torch.float64)
+    embeddings = (scale * embeddings).to(dtype).requires_grad_()
+    value = SoftContrastiveLoss()(embeddings, labels)
+    value.backward()
+    # The same rows in float64, of a length that squares can bear; the gradient is inversely proportional to it.
+    plain = (embeddings.detach().double() / scale).requires_grad_()
+    want = dense_loss(plain, labels)
+    want.backward()
+    narrow = dtype in (torch.float16, torch.bfloat16)
+    assert value.item() == pytest.approx(want.item(), rel=2e-2 if narrow else 1e-5)
+    got = embeddings.grad.double() * scale
+    if dtype == torch.float16:
+        return  # its gradient would be beyond the type's range
+    cosine = torch.nn.functional.cosine_similarity(got.flatten(), plain.grad.flatten(), dim=0)
+    assert cosine > (0.98 if narrow else 0.9999999)
+    if not narrow:
+        close(got, plain.grad, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_loss_of_nothing_is_zero_and_has_a_gradient(dtype):
+    embeddings, labels = batch(dtype=dtype)
+    threshold = torch.nn.Parameter(torch.tensor([0.6]))
+    loss = SoftContrastiveLoss(lambda_pos=threshold)
+    for rows, references in [(0, None), (0, 40), (40, 0)]:
+        embeddings.grad = threshold.grad = None
+        given = [embeddings.requires_grad_()[:rows], labels[:rows]]
+        if references is not None:
+            given += [None, embeddings[:references].clone(), labels[:references]]
+        value = loss(*given)
+        assert value.shape == () and value == 0
+        assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        value.backward()
+        assert embeddings.grad.shape == embeddings.shape and not embeddings.grad.any()
+        assert threshold.grad.shape == (1,) and not threshold.grad.any()
+        assert loss.statistics["active"] == loss.statistics["positives"] == 0
+
+
+def test_ignored_rows_and_collapse_are_counted_and_warned_of_once():
+    embeddings, labels = batch()
+    loss = SoftContrastiveLoss()
+    with pytest.warns(UserWarning, match="rows with a negative label: 4;") as warned:
+        loss(embeddings, labels)
+        loss(embeddings, labels)
+    assert len(warned) == 1 and warned[0].filename == __file__
+    assert loss.statistics["ignored"] == 4 and 1e-4 < loss.statistics["spread"] <= 2
+    labels = torch.arange(40) % 8
+    collapsed = torch.ones(40, 9) + 1e-4 * embeddings
+    with pytest.warns(UserWarning, match="collapsed: all rows are nearly equal") as warned:
+        assert SoftContrastiveLoss(mining="none")(torch.ones(40, 9), labels) == 0
+        loss(collapsed, labels)
+        loss(collapsed, labels)
+    assert len(warned) == 2, "once for each module"
+    assert loss.statistics["ignored"] == 0 and abs(loss.statistics["spread"]) < 1e-4
+
+
 def test_statistics_tell_what_was_mined():
     embeddings, labels = batch(length=1.0)
     loss = SoftContrastiveLoss()
@@ -180,7 +251,14 @@ def test_what_does_not_fit_is_refused():
         (lambda: loss(embeddings, labels[:3]), ValueError, "labels of the anchors: expected 40, got 3"),
         (lambda: loss(embeddings, labels.float()), TypeError, "the labels must be integers"),
         (lambda: loss(embeddings[0], labels[:1]), ValueError, "2 dimensions"),
-        (lambda: loss(embeddings[:0], labels[:0]), ValueError, "the anchors are empty"),
+        (lambda: loss(embeddings[:, :0], labels), ValueError, "the anchors are empty"),
+        (lambda: loss(embeddings, labels.bool()), TypeError, "the labels must be integers, not bool$"),
+        (lambda: loss(embeddings, labels, ref_emb=embeddings.clone(), ref_labels=labels.float()), TypeError, "not float32$"),
+        (lambda: loss(embeddings, labels[:, None]), ValueError, "the labels must have 1 dimension, not 2"),
+        (lambda: recall_at_k(embeddings, labels > 1), TypeError, "the labels of the queries must be integers, not bool$"),
+        (lambda: SoftContrastiveLoss(lambda_pos=torch.zeros(2)), ValueError, r"must have one element, not the shape \[2\]"),
+        (lambda: SoftContrastiveLoss(lambda_pos="0.7"), TypeError, "must be numbers or tensors, not str"),
+        (lambda: SoftContrastiveLoss(gamma="0.1"), TypeError, "^gamma must be a number, not str$"),
         (lambda: loss(embeddings, labels, ref_emb=embeddings.clone()), ValueError, "belong together"),
         (lambda: loss(embeddings, labels, ref_labels=labels), ValueError, "belong together"),
         (lambda: loss(embeddings * torch.nan, labels), ValueError, "row 0 of the anchors holds a value that is not"),

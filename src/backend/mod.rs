@@ -6,8 +6,8 @@
 
 use ndarray::{Array2, ArrayView2};
 
-use crate::Result;
 use crate::loss::{Batch, Hypergradient, LossOutput, LossSettings, Rows};
+use crate::{Error, Result};
 
 #[cfg(feature = "cli")]
 mod arguments;
@@ -66,7 +66,9 @@ pub trait Backend: Send {
     /// ordered by index, so the answer is unique.
     ///
     /// # Errors
-    /// As [`loss`](Backend::loss); [`Error::InvalidSetting`](crate::Error::InvalidSetting) if `k` is 0.
+    /// As [`loss`](Backend::loss); [`Error::InvalidSetting`](crate::Error::InvalidSetting) if `k` is 0, or more than both
+    /// the number of references and [`Nearest::LONGEST`]; [`Error::OutOfMemory`](crate::Error::OutOfMemory) if memory
+    /// cannot hold the lists.
     fn nearest(&mut self, queries: &Rows<'_>, references: Option<&Rows<'_>>, k: usize) -> Result<Nearest>;
 
     /// Bytes the workspace holds now.
@@ -88,12 +90,40 @@ impl Nearest {
     /// Index that stands for "no reference left".
     pub const NONE: u32 = u32::MAX;
 
+    /// Lists may be as long as there are references, and as long as this where there are fewer.
+    pub const LONGEST: usize = 1 << 16;
+
     /// Lists of length `k` for `queries` queries, nothing found yet.
-    #[must_use]
-    pub fn none(queries: usize, k: usize) -> Self {
-        Self {
-            indices: Array2::from_elem((queries, k), Self::NONE),
-            similarities: Array2::from_elem((queries, k), f32::NEG_INFINITY),
-        }
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] if memory cannot hold them.
+    pub fn none(queries: usize, k: usize) -> Result<Self> {
+        Ok(Self {
+            indices: matrix(queries, k, Self::NONE)?,
+            similarities: matrix(queries, k, f32::NEG_INFINITY)?,
+        })
     }
+
+    /// The same for a search among `references` rows.
+    pub(crate) fn of_search(queries: usize, references: usize, k: usize) -> Result<Self> {
+        if k == 0 || k > references.max(Self::LONGEST) {
+            let range = "1 to the number of references, or to 65,536 where there are fewer";
+            return Err(Error::InvalidSetting { name: "k", value: k.to_string(), range });
+        }
+        Self::none(queries, k)
+    }
+}
+
+fn matrix<T: Copy>(rows: usize, columns: usize, value: T) -> Result<Array2<T>> {
+    let length = rows.saturating_mul(columns);
+    let refused = Error::OutOfMemory {
+        what: "lists of nearest references",
+        bytes: length.saturating_mul(size_of::<T>()),
+    };
+    let mut values = Vec::new();
+    if values.try_reserve_exact(length).is_err() {
+        return Err(refused);
+    }
+    values.resize(length, value);
+    Array2::from_shape_vec((rows, columns), values).map_err(|_| refused)
 }

@@ -1,23 +1,39 @@
 //! A context: one backend, its threads and its workspace behind a lock, and the message of its last failure.
+//!
+//! All of that is made anew in a forked child, where the parent's threads and locks are of no use.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-
-use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use super::engine::{Engine, EngineOptions, open};
 use super::failure::{Failure, Outcome};
 use super::input::{RowBuffer, check_typed, choose, read};
 use super::types::{ContextOptions, Status, StreamMode};
+use crate::Error;
 use crate::backend::{Backend, DeviceSpec};
 use crate::loss::LossOutput;
-
-/// More threads than this are a mistake.
-const MOST_THREADS: usize = 1024;
+use crate::process::PerProcess;
+use crate::threads::Threads;
 
 /// One device with its threads and workspace. Make it with ddtas_context_create.
 pub struct Context {
+    recipe: Recipe,
+    made: PerProcess<Made>,
+}
+
+/// What a forked child makes its own from.
+#[derive(Debug, Clone, Copy)]
+struct Recipe {
+    /// The device that was opened, never `auto`.
+    spec: DeviceSpec,
+    threads: usize,
+    budget: usize,
+    tf32: bool,
+}
+
+/// A context as one process has it.
+pub struct Made {
     state: Mutex<State>,
     message: Mutex<String>,
 }
@@ -25,7 +41,7 @@ pub struct Context {
 /// What a call works with. Fields are borrowed apart.
 pub struct State {
     /// The threads of a CPU context, which are its own and no other's.
-    pool: Option<ThreadPool>,
+    pool: Option<Threads>,
     pub engine: Box<dyn Engine>,
     pub output: LossOutput,
     pub anchors: RowBuffer,
@@ -36,7 +52,7 @@ pub struct State {
 impl State {
     /// Runs `work` on the context's threads.
     pub fn compute<R: Send>(
-        pool: &Option<ThreadPool>,
+        pool: &Option<Threads>,
         engine: &mut dyn Engine,
         work: impl FnOnce(&mut dyn Backend) -> R + Send,
     ) -> R {
@@ -47,7 +63,7 @@ impl State {
     }
 
     /// The fields a call needs at the same time.
-    pub fn parts(&mut self) -> (&Option<ThreadPool>, &mut dyn Engine, Buffers<'_>) {
+    pub fn parts(&mut self) -> (&Option<Threads>, &mut dyn Engine, Buffers<'_>) {
         let Self { pool, engine, output, anchors, references, tangents } = self;
         (pool, &mut **engine, Buffers { output, anchors, references, tangents })
     }
@@ -80,19 +96,44 @@ impl Context {
             let text = unsafe { CStr::from_ptr(given.device) };
             text.to_string_lossy().parse::<DeviceSpec>()?
         };
-        if given.threads > MOST_THREADS {
-            let message = format!("threads = {} is out of range: 0 to {MOST_THREADS}", given.threads);
-            return Err(Failure::new(Status::InvalidValue, message));
-        }
         let mode = choose("stream_mode", given.stream_mode, &[StreamMode::Own, StreamMode::Given])?;
-        let options = EngineOptions {
+        let recipe = Recipe {
+            spec,
+            threads: given.threads,
             budget: given.workspace_bytes,
             tf32: given.allow_tf32 != 0,
-            stream: (mode == StreamMode::Given).then_some(given.stream),
         };
+        let stream = (mode == StreamMode::Given).then_some(given.stream);
         // SAFETY: handed on to the caller.
-        let engine = unsafe { open(spec, options) }?;
-        let pool = (engine.name() == "cpu").then(|| threads(given.threads)).transpose()?;
+        let made = unsafe { recipe.make(stream) }?;
+        let spec = made.lock_state().engine.name().parse()?;
+        Ok(Self { recipe: Recipe { spec, ..recipe }, made: PerProcess::new(made) })
+    }
+
+    /// The context as this process has it.
+    pub fn here(&self) -> Outcome<&Made> {
+        self.made.get_or_make(|| {
+            if let DeviceSpec::Cuda(_) = self.recipe.spec {
+                return Err(Failure::from(Error::Unavailable(AFTER_FORK.into())));
+            }
+            // SAFETY: there is no stream.
+            unsafe { self.recipe.make(None) }
+        })
+    }
+}
+
+/// Why a child cannot compute on its parent's GPU.
+const AFTER_FORK: &str = "this context is on a GPU and the process was forked since: CUDA does not survive a fork, \
+                          start the process anew (exec, spawn) and make a context there";
+
+impl Recipe {
+    /// # Safety
+    /// As `open`.
+    unsafe fn make(&self, stream: Option<*mut c_void>) -> Outcome<Made> {
+        let options = EngineOptions { budget: self.budget, tf32: self.tf32, stream };
+        // SAFETY: handed on to the caller.
+        let engine = unsafe { open(self.spec, options) }?;
+        let pool = (engine.name() == "cpu").then(|| threads(self.threads)).transpose()?;
         let state = State {
             pool,
             engine,
@@ -101,7 +142,13 @@ impl Context {
             references: RowBuffer::default(),
             tangents: [Vec::new(), Vec::new()],
         };
-        Ok(Self { state: Mutex::new(state), message: Mutex::default() })
+        Ok(Made { state: Mutex::new(state), message: Mutex::default() })
+    }
+}
+
+impl Made {
+    fn lock_state(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
     }
 
     /// The message of the last call, empty if it worked.
@@ -110,10 +157,10 @@ impl Context {
     }
 }
 
-fn threads(count: usize) -> Outcome<ThreadPool> {
-    let named = ThreadPoolBuilder::new().thread_name(|index| format!("ddtas-{index}"));
-    named.num_threads(count).build().map_err(|error| {
-        Failure::new(Status::OutOfMemory, format!("the context's threads could not be started: {error}"))
+fn threads(count: usize) -> Outcome<Threads> {
+    Threads::new(count).map_err(|error| match error {
+        Error::Unavailable(reason) => Failure::new(Status::OutOfMemory, reason),
+        other => other.into(),
     })
 }
 
@@ -132,12 +179,16 @@ pub unsafe fn enter(context: *const Context, work: impl FnOnce(&mut State) -> Ou
     }
     // SAFETY: the caller's promise. Other calls have shared references too; what changes is behind locks.
     let context = unsafe { &*context };
-    let outcome = guard(|| work(&mut lock(&context.state)));
+    let made = match guard(|| context.here()) {
+        Ok(made) => made,
+        Err(failure) => return failure.status,
+    };
+    let outcome = guard(|| work(&mut made.lock_state()));
     let (status, message) = match outcome {
         Ok(()) => (Status::Ok, String::new()),
         Err(failure) => (failure.status, failure.message),
     };
-    *context.message() = message;
+    *made.message() = message;
     status
 }
 

@@ -38,6 +38,7 @@ impl From<Error> for Failure {
                 Status::InvalidShape
             }
             Error::InvalidSetting { .. } => Status::InvalidValue,
+            Error::OutOfMemory { .. } => Status::OutOfMemory,
             Error::OutOfOrder(_) => Status::OutOfOrder,
             Error::Unavailable(_) => Status::Unavailable,
             Error::Device { .. } => Status::Device,

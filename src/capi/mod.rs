@@ -82,7 +82,8 @@ pub unsafe extern "C" fn ddtas_context_create(
     status
 }
 
-/// Ends a context: waits for its threads and frees its memory. NULL is allowed. No other call may be using it.
+/// Ends a context: waits until its threads have ended, and frees its memory. NULL is allowed. No other call may be using it.
+/// In a forked child the parent's threads and memory are left alone, and the child's own are ended.
 ///
 /// # Safety
 /// `context` is NULL or a live context, which is dead afterwards.
@@ -114,7 +115,8 @@ pub unsafe extern "C" fn ddtas_context_message(
     let text = guard(|| {
         check_typed("context", context)?;
         // SAFETY: the caller's promise.
-        Ok(unsafe { &*context }.message().clone())
+        let context = unsafe { &*context };
+        Ok(context.here()?.message().clone())
     });
     let text = text.unwrap_or_else(|failure| failure.message);
     // SAFETY: handed on to the caller.
@@ -399,10 +401,8 @@ pub unsafe extern "C" fn ddtas_recall_at_k(
         Extent::new("values of K", k_count, 1, 0, size_of::<f64>())?;
         // SAFETY: checked above; the caller's promise.
         let ks = unsafe { std::slice::from_raw_parts(ks, k_count) };
-        // A list of all other rows answers every K beyond it; K = 0 is for `recall` to refuse.
-        let deepest = rows.extent.count.saturating_sub(1).max(1);
-        let depths: Vec<usize> = ks.iter().map(|&k| k.min(deepest)).collect();
-        reserve_search(rows.extent.count, depths.iter().copied().max().unwrap_or(1))?;
+        let deepest = ks.iter().copied().max().unwrap_or(1);
+        reserve_search(rows.extent.count, deepest.min(rows.extent.count))?;
 
         let (pool, engine, buffers) = state.parts();
         let found = if rows.memory == Memory::Device {
@@ -410,15 +410,13 @@ pub unsafe extern "C" fn ddtas_recall_at_k(
             let labels = unsafe { engine.device_labels(&rows) }?;
             let batch = DeviceBatch::new(rows, None);
             // SAFETY: as above.
-            recall_by(&labels, &depths, |picked, depth| unsafe {
-                engine.device_nearest(&batch, picked, depth)
-            })?
+            recall_by(&labels, ks, |picked, depth| unsafe { engine.device_nearest(&batch, picked, depth) })?
         } else {
             // SAFETY: handed on to the caller.
             let view = unsafe { rows.view(buffers.anchors) }?;
-            State::compute(pool, engine, |backend| recall(backend, &view, None, &depths))?.0
+            State::compute(pool, engine, |backend| recall(backend, &view, None, ks))?.0
         };
-        let values: Vec<f64> = depths.iter().map(|&k| found.get(k).unwrap_or(f64::NAN)).collect();
+        let values: Vec<f64> = ks.iter().map(|&k| found.get(k).unwrap_or(f64::NAN)).collect();
         // SAFETY: checked above; the caller's promise.
         unsafe { write_slice(recall_at, &values) };
         // SAFETY: as above.

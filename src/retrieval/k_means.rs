@@ -14,7 +14,7 @@ use rayon::prelude::*;
 
 use crate::backend::Backend;
 use crate::loss::Rows;
-use crate::{Error, Result};
+use crate::{Error, Result, threads};
 
 /// Rows assigned at once, each copied with its two more dimensions.
 const TURN: usize = 1 << 13;
@@ -67,7 +67,7 @@ pub fn k_means(
     if !rows.is_standard_layout() {
         return Err(Error::NotContiguous { rows: "rows" });
     }
-    let mut centres = seeds(rows, settings);
+    let mut centres = threads::run(|| seeds(rows, settings))?;
     let mut clusters = Clusters { assignment: vec![u32::MAX; count], inertia: 0.0, iterations: 0 };
     let mut distances = vec![0.0f32; count];
     while clusters.iterations < settings.iterations {
@@ -149,10 +149,12 @@ fn assign(
             assignment[start + row] = cluster;
         }
     }
-    distances.par_iter_mut().enumerate().for_each(|(row, distance)| {
-        let centre = centres.row(assignment[row] as usize);
-        *distance = rows.row(row).iter().zip(centre).map(|(x, c)| (x - c) * (x - c)).sum();
-    });
+    threads::run(|| {
+        distances.par_iter_mut().enumerate().for_each(|(row, distance)| {
+            let centre = centres.row(assignment[row] as usize);
+            *distance = rows.row(row).iter().zip(centre).map(|(x, c)| (x - c) * (x - c)).sum();
+        });
+    })?;
     Ok(changed)
 }
 

@@ -29,7 +29,8 @@ impl Recall {
 ///
 /// Without a gallery the queries are searched among themselves, each left out of its own list. `ks` are the values of K,
 /// each at least 1. Rows with a negative label are neither queries nor answers: their lists are empty, and they stand in no other.
-/// The lists, `[Q, largest K]`, are returned: [`evaluate`](super::evaluate()) is for sets where they would be large.
+/// A K beyond the rows there are to find is answered by a list of all of them. The lists, `[Q, largest K]` or, if they are
+/// fewer, `[Q, rows to find]`, are returned: [`evaluate`](super::evaluate()) is for sets where they would be large.
 ///
 /// # Errors
 /// Those of [`Backend::nearest`]; [`Error::InvalidSetting`] if a K is 0 or none is given.
@@ -43,7 +44,8 @@ pub fn recall(
     // Before ignored rows are picked out by their labels.
     validate_rows("queries", queries)?;
     gallery.map_or(Ok(()), |gallery| validate_rows("references", gallery))?;
-    let nearest = search(backend, queries, gallery, ks[ks.len() - 1])?;
+    let others = gallery.map_or(queries.labels.len() - 1, |gallery| gallery.labels.len());
+    let nearest = search(backend, queries, gallery, depth(&ks, others))?;
     Ok((count(queries.labels, gallery.map(|gallery| gallery.labels), ks, &nearest), nearest))
 }
 
@@ -58,16 +60,21 @@ pub fn recall_by<E: From<Error>>(
     search: impl FnOnce(Option<&[u32]>, usize) -> Result<Nearest, E>,
 ) -> Result<Recall, E> {
     let ks = sorted(ks)?;
-    let depth = ks[ks.len() - 1];
+    let depth = depth(&ks, labels.len().saturating_sub(1));
     let nearest = match kept(labels) {
         None => search(None, depth)?,
-        Some(rows) if rows.is_empty() => Nearest::none(labels.len(), depth),
+        Some(rows) if rows.is_empty() => Nearest::none(labels.len(), depth)?,
         Some(rows) => {
             let original = |row: u32| rows[row as usize];
-            spread(&search(Some(&rows), depth)?, labels.len(), original, original)
+            spread(&search(Some(&rows), depth)?, labels.len(), original, original)?
         }
     };
     Ok(count(labels, None, ks, &nearest))
+}
+
+/// How long lists must be to answer every K where `others` rows can stand in them. `ks` ascend.
+fn depth(ks: &[usize], others: usize) -> usize {
+    ks[ks.len() - 1].min(others.max(1))
 }
 
 /// Looks for the first right neighbour in every list.
@@ -97,18 +104,23 @@ fn search(
         return backend.nearest(queries, gallery, depth);
     }
     if kept_queries.is_empty() || kept_gallery.as_ref().is_some_and(Kept::is_empty) {
-        return Ok(Nearest::none(queries.labels.len(), depth));
+        return Nearest::none(queries.labels.len(), depth);
     }
     let gallery_rows = kept_gallery.as_ref().map(Kept::rows);
     let found = backend.nearest(&kept_queries.rows(), gallery_rows.as_ref(), depth)?;
     let answering = kept_gallery.as_ref().unwrap_or(&kept_queries);
     let query = |row| kept_queries.original(row);
-    Ok(spread(&found, queries.labels.len(), query, |row| answering.original(row)))
+    spread(&found, queries.labels.len(), query, |row| answering.original(row))
 }
 
 /// Lists of some rows as those of all `count`, which are empty for the others; both functions give the caller's row.
-fn spread(found: &Nearest, count: usize, query: impl Fn(u32) -> u32, answer: impl Fn(u32) -> u32) -> Nearest {
-    let mut nearest = Nearest::none(count, found.indices.ncols());
+fn spread(
+    found: &Nearest,
+    count: usize,
+    query: impl Fn(u32) -> u32,
+    answer: impl Fn(u32) -> u32,
+) -> Result<Nearest> {
+    let mut nearest = Nearest::none(count, found.indices.ncols())?;
     for (row, (indices, similarities)) in
         found.indices.outer_iter().zip(found.similarities.outer_iter()).enumerate()
     {
@@ -118,7 +130,7 @@ fn spread(found: &Nearest, count: usize, query: impl Fn(u32) -> u32, answer: imp
             *target = if index == Nearest::NONE { index } else { answer(index) };
         }
     }
-    nearest
+    Ok(nearest)
 }
 
 /// The values of K, ascending, each once.
@@ -220,6 +232,44 @@ mod tests {
                 let error = recall(&mut CpuBackend::new(), queries, gallery, &[1]).unwrap_err();
                 assert!(matches!(error, Error::LengthMismatch { expected: 3, .. }), "{error}");
             }
+        }
+    }
+
+    #[test]
+    fn a_k_beyond_the_rows_is_answered_by_all_of_them() {
+        let rows = at_angles(&[0.0, 10.0, 25.0]);
+        for (labels, ignored) in [([0, 1, 0], false), ([0, 1, 0], true), ([-1, -1, -1], false)] {
+            let labels = if ignored { [0, -1, 0] } else { labels };
+            let side = Rows::new(rows.view(), &labels);
+            let ks = [1_000_000_000_000, 1, usize::MAX];
+            let (found, nearest) = recall(&mut CpuBackend::new(), &side, None, &ks).unwrap();
+            assert_eq!(nearest.indices.dim(), (3, 2));
+            assert_eq!(found.at.iter().map(|(k, _)| *k).collect::<Vec<_>>(), [1, ks[0], ks[2]]);
+            let all = if found.queries == 0 { 0.0 } else { 1.0 };
+            assert_eq!((found.get(ks[0]), found.get(ks[2])), (Some(all), Some(all)));
+            let again = recall_by(&labels, &ks, |picked, depth| {
+                let picked = picked.map_or(vec![0, 1, 2], <[u32]>::to_vec);
+                let some = rows
+                    .select(ndarray::Axis(0), &picked.iter().map(|&row| row as usize).collect::<Vec<_>>());
+                CpuBackend::new().nearest(&Rows::new(some.view(), &labels[..picked.len()]), None, depth)
+            });
+            assert_eq!(again.unwrap(), found);
+        }
+    }
+
+    #[test]
+    fn lists_that_no_memory_holds_are_refused() {
+        let rows = at_angles(&[0.0, 10.0]);
+        let side = Rows::new(rows.view(), &[0, 0]);
+        for k in [0, Nearest::LONGEST + 1, usize::MAX] {
+            let refused = CpuBackend::new().nearest(&side, None, k);
+            assert!(matches!(refused, Err(Error::InvalidSetting { name: "k", .. })), "{k}");
+        }
+        let longest = CpuBackend::new().nearest(&side, None, Nearest::LONGEST).unwrap();
+        assert_eq!(longest.indices.dim(), (2, Nearest::LONGEST));
+        assert_eq!((longest.indices[[0, 0]], longest.indices[[0, 1]]), (1, Nearest::NONE));
+        for queries in [1 << 46, usize::MAX] {
+            assert!(matches!(Nearest::none(queries, 3), Err(Error::OutOfMemory { .. })), "{queries}");
         }
     }
 

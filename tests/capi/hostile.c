@@ -42,6 +42,8 @@ static void contexts(void) {
     CHECK(ddtas_context_create(&options, &made, NULL, 0) == DDTAS_STATUS_UNAVAILABLE);
     options = (ddtas_context_options){.struct_size = sizeof options, .device = "cpu", .threads = SIZE_MAX};
     CHECK(ddtas_context_create(&options, &made, NULL, 99) == DDTAS_STATUS_INVALID_VALUE);
+    options.threads = 100000;
+    CHECK(ddtas_context_create(&options, &made, message, sizeof message) == DDTAS_STATUS_INVALID_VALUE);
     options = (ddtas_context_options){.struct_size = sizeof options, .device = "cpu", .stream_mode = 2};
     CHECK(ddtas_context_create(&options, &made, message, 1) == DDTAS_STATUS_INVALID_VALUE);
     CHECK(message[0] == '\0');
@@ -222,12 +224,16 @@ static void values(void) {
 }
 
 static void contents(void) {
-    float bad[] = {NAN, INFINITY, -INFINITY, 3e38f};
+    float bad[] = {NAN, INFINITY, -INFINITY};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         f.rows[7 * DIM + 3] = bad[i];
         REFUSED(context, loss(NULL), DDTAS_STATUS_NOT_FINITE, "row 7 of the anchors");
         untouched();
     }
+    /* Finite, though its square is not in single precision. */
+    f.rows[7 * DIM + 3] = 3e38f;
+    REFUSED(context, loss(NULL), DDTAS_STATUS_NOT_UNIT, "row 7 of the anchors");
+    untouched();
     for (int d = 0; d < DIM; d++)
         f.rows[(COUNT - 1) * DIM + d] = 0;
     REFUSED(context, loss(NULL), DDTAS_STATUS_NOT_UNIT, "row 59");
@@ -311,7 +317,10 @@ static void search(void) {
     REFUSED(context, ddtas_recall_at_k(context, &f.view, NULL, 1, recall, NULL), DDTAS_STATUS_NULL_POINTER, "ks");
     REFUSED(context, ddtas_recall_at_k(context, &f.view, ks, 1, NULL, NULL), DDTAS_STATUS_NULL_POINTER, "recall_at");
     CHECK(recall[0] == 5 && queries == 5);
-    ks[1] = SIZE_MAX;
+    ks[0] = 1000000000000, ks[1] = SIZE_MAX;
+    CHECK(ddtas_recall_at_k(context, &f.view, ks, 2, recall, &queries) == DDTAS_STATUS_OK);
+    CHECK(recall[0] == 1 && recall[1] == 1 && queries == COUNT);
+    ks[0] = 1;
     CHECK(ddtas_recall_at_k(context, &f.view, ks, 2, recall, &queries) == DDTAS_STATUS_OK);
     CHECK(recall[0] >= 0 && recall[0] <= 1 && recall[1] == 1 && queries == COUNT);
     f.view.count = 1;

@@ -35,9 +35,6 @@ pub fn nearest(
     references: Option<&Rows<'_>>,
     k: usize,
 ) -> Result<Nearest> {
-    if k == 0 {
-        return Err(Error::InvalidSetting { name: "k", value: "0".to_owned(), range: "1 or more" });
-    }
     validate_rows("queries", queries)?;
     let (count, dim) = (queries.embeddings.rows(), queries.embeddings.dim());
     if let Some(references) = references {
@@ -48,6 +45,7 @@ pub fn nearest(
         }
     }
     let against = references.map_or(count, |references| references.embeddings.rows());
+    let mut nearest = Nearest::of_search(count, against, k)?;
     let workers = Workers::new(count.saturating_mul(against).saturating_mul(dim));
     let queries = Matrix::checked("queries", queries, &workers)?;
     let itself = references.is_none();
@@ -58,7 +56,6 @@ pub fn nearest(
 
     let capacity = k.saturating_mul(2).saturating_add(GROUP).min(against);
     let plan = Plan { itself, k, capacity, group: group_rows(count, capacity, workers.count()) };
-    let mut nearest = Nearest::none(count, k);
     let indices = nearest.indices.axis_chunks_iter_mut(Axis(0), plan.group);
     let similarities = nearest.similarities.axis_chunks_iter_mut(Axis(0), plan.group);
     let found: Vec<_> = indices.zip(similarities).map(Mutex::new).collect();

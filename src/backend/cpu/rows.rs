@@ -309,6 +309,11 @@ impl SideBuffers {
             .zip(&self.squares)
             .map(|(&row, &square)| (row as usize, f64::from(square)));
         let dim = rows.embeddings.dim();
+        // Squares of finite entries may not fit single precision: such a row is finite, as every backend says.
+        let in_pairs = in_pairs.map(|(row, square)| match square.is_finite() {
+            true => (row, square),
+            false => (row, double_square_sum(&values[row * dim..][..dim])),
+        });
         let ignored = self.order.ignored().map(|row| (row, square_sum(&values[row * dim..][..dim])));
         match in_pairs.chain(ignored).filter(bad).min_by_key(|(row, _)| *row) {
             Some((row, square)) => check(row, square),
@@ -391,8 +396,13 @@ pub fn square_sum(row: &[f32]) -> f64 {
             *sum += value * value;
         }
     }
-    sums.iter().map(|&x| f64::from(x)).sum::<f64>()
-        + tail.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>()
+    let sum = sums.iter().map(|&x| f64::from(x)).sum::<f64>() + double_square_sum(tail);
+    if sum.is_finite() { sum } else { double_square_sum(row) }
+}
+
+/// The same in double precision throughout: finite where the row is.
+fn double_square_sum(row: &[f32]) -> f64 {
+    row.iter().map(|&x| f64::from(x) * f64::from(x)).sum()
 }
 
 /// Makes a buffer at least `length` long; new entries are zero.

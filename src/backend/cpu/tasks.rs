@@ -6,6 +6,8 @@
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use crate::threads;
+
 /// The threads of the current pool, or the caller alone where a batch is too small to share.
 #[derive(Debug, Clone, Copy)]
 pub struct Workers<'a> {
@@ -18,7 +20,9 @@ impl Workers<'static> {
     /// `operations`: multiply-adds of the largest pass.
     pub fn new(operations: usize) -> Self {
         let worth = operations / 1_000_000 + 1;
-        Self { threads: rayon::current_num_threads().min(worth), crew: None }
+        // Work for one starts no pool.
+        let threads = if worth == 1 { 1 } else { threads::available().min(worth) };
+        Self { threads, crew: None }
     }
 }
 
@@ -34,7 +38,8 @@ impl Workers<'_> {
             return body(Workers { threads: self.threads, crew: self.crew });
         }
         let crew = Crew::default();
-        rayon::in_place_scope(|scope| {
+        threads::scope(|scope| {
+            let Some(scope) = scope else { return body(Workers { threads: 1, crew: None }) };
             for worker in 1..self.threads {
                 let crew = &crew;
                 scope.spawn(move |_| crew.help(worker));

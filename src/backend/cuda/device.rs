@@ -1,11 +1,10 @@
 //! One GPU behind the [`Device`] trait: memory, copies and launches on one stream.
 
 use std::ffi::c_void;
-use std::sync::Arc;
 
-use cudarc::driver::{CudaContext, result, sys};
+use cudarc::driver::{result, sys};
 
-use super::driver::{self, Stream, check};
+use super::driver::{self, Kept, Primary, Stream, check};
 use super::module::Module;
 use crate::backend::device::{Device, Kernel, LaunchPlan, Params};
 use crate::{Error, Result};
@@ -16,7 +15,7 @@ use crate::{Error, Result};
 pub struct CudaDevice {
     stream: Stream,
     module: Module,
-    context: Arc<CudaContext>,
+    context: Primary,
     multiprocessors: u32,
     hopper: bool,
 }
@@ -29,7 +28,7 @@ unsafe impl Send for CudaDevice {}
 pub struct CudaBuffer {
     address: sys::CUdeviceptr,
     bytes: usize,
-    context: Arc<CudaContext>,
+    context: Primary,
 }
 
 impl CudaDevice {
@@ -61,7 +60,7 @@ impl CudaDevice {
         Self::with(context, stream)
     }
 
-    fn with(context: Arc<CudaContext>, stream: Stream) -> Result<Self> {
+    fn with(context: Primary, stream: Stream) -> Result<Self> {
         let module = Module::load(context.clone())?;
         let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let count = check("cuDeviceGetAttribute", context.attribute(attribute))?;
@@ -70,9 +69,9 @@ impl CudaDevice {
         Ok(Self { stream, module, context, multiprocessors, hopper: major == 9 })
     }
 
-    /// Makes the context current in the calling thread.
-    fn enter(&self) -> Result<()> {
-        check("cuCtxSetCurrent", self.context.bind_to_thread())
+    /// Makes the context current in the calling thread for a call; then the caller's is again.
+    fn enter(&self) -> Result<Kept> {
+        self.context.enter()
     }
 }
 
@@ -102,7 +101,7 @@ impl Device for CudaDevice {
     }
 
     fn allocate(&mut self, bytes: usize) -> Result<CudaBuffer> {
-        self.enter()?;
+        let _kept = self.enter()?;
         // The driver refuses an allocation of nothing; what it returns is aligned to 256 bytes.
         // SAFETY: the context is current, and the memory is written before it is read.
         let address = check("cuMemAlloc", unsafe { result::malloc_sync(bytes.max(1)) })?;
@@ -119,7 +118,7 @@ impl Device for CudaDevice {
 
     fn upload(&mut self, buffer: &mut CudaBuffer, offset: usize, source: &[u8]) -> Result<()> {
         let target = within(buffer, offset, source.len())?;
-        self.enter()?;
+        let _kept = self.enter()?;
         // SAFETY: `within` checked the target; the wait below ends the borrow of the source.
         let copied = unsafe { result::memcpy_htod_async(target, source, self.stream.raw()) };
         check("cuMemcpyHtoDAsync", copied)?;
@@ -134,7 +133,7 @@ impl Device for CudaDevice {
     }
 
     unsafe fn download_from(&mut self, source: u64, target: &mut [u8]) -> Result<()> {
-        self.enter()?;
+        let _kept = self.enter()?;
         // SAFETY: the caller's promise; the wait below ends the borrow of the target.
         let copied = unsafe { result::memcpy_dtoh_async(target, source, self.stream.raw()) };
         check("cuMemcpyDtoHAsync", copied)?;
@@ -143,14 +142,14 @@ impl Device for CudaDevice {
 
     fn fill(&mut self, buffer: &mut CudaBuffer, offset: usize, bytes: usize, value: u8) -> Result<()> {
         let target = within(buffer, offset, bytes)?;
-        self.enter()?;
+        let _kept = self.enter()?;
         // SAFETY: `within` checked the target.
         check("cuMemsetD8Async", unsafe { result::memset_d8_async(target, value, bytes, self.stream.raw()) })
     }
 
     unsafe fn launch<P: Params>(&mut self, kernel: Kernel, plan: LaunchPlan, params: &P) -> Result<()> {
-        self.enter()?;
-        let function = self.module.function(kernel, plan.shared_bytes)?;
+        let _kept = self.enter()?;
+        let function = self.module.function(kernel.name(), plan.shared_bytes)?;
         let [x, y, z] = plan.grid;
         // The driver copies the struct before it returns, and never writes to it.
         let mut arguments = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
@@ -175,13 +174,14 @@ impl Device for CudaDevice {
     }
 
     fn synchronize(&mut self) -> Result<()> {
-        self.enter()?;
+        let _kept = self.enter()?;
         self.stream.synchronize()
     }
 }
 
 impl Drop for CudaBuffer {
     fn drop(&mut self) {
+        let Ok(_kept) = self.context.enter() else { return };
         // A kernel may still be using it. Errors have been or will be reported elsewhere.
         let _ = self.context.synchronize();
         // SAFETY: allocated in `allocate`, freed only here, and nothing runs.

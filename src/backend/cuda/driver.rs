@@ -4,7 +4,10 @@
 //! so that an error keeps the name of the very call that failed.
 
 use std::ffi::c_void;
-use std::sync::{Arc, OnceLock};
+use std::mem::ManuallyDrop;
+use std::ops::Deref;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use cudarc::driver::result::{self, DriverError, stream::StreamKind};
 use cudarc::driver::{CudaContext, sys};
@@ -24,16 +27,38 @@ pub(super) fn check<T>(call: &'static str, answer: std::result::Result<T, Driver
     })
 }
 
+/// The process that has initialised the driver; 0: none so far.
+static HOME: AtomicU32 = AtomicU32::new(0);
+
+/// Refuses a process that was forked from the one which uses the driver.
+///
+/// # Errors
+/// [`Error::Unavailable`].
+fn check_process() -> Result<()> {
+    let home = HOME.load(Ordering::Acquire);
+    if home == 0 || home == std::process::id() {
+        return Ok(());
+    }
+    let reason = "the GPU was used before this process was forked, and CUDA does not survive a fork: \
+                  start processes by spawn, or use the GPU in the child alone";
+    Err(Error::Unavailable(reason.into()))
+}
+
 /// Initialises the driver.
 ///
 /// # Errors
-/// [`Error::Unavailable`] without a driver, without a GPU, or with a driver older than the kernels.
+/// [`Error::Unavailable`] without a driver, without a GPU, with a driver older than the kernels, or in a forked process.
 fn initialise() -> Result<()> {
-    // Loading the library is slow, and whether it exists does not change under a running program.
-    static PRESENT: OnceLock<bool> = OnceLock::new();
-    // SAFETY: loads and unloads libcuda; its initialisers have no precondition.
-    if !*PRESENT.get_or_init(|| unsafe { sys::is_culib_present() }) {
-        return Err(Error::Unavailable("no NVIDIA driver on this machine (libcuda was not found)".into()));
+    check_process()?;
+    // Loading the library is slow, so it is done once; without a lock, which a fork could leave held for ever.
+    if HOME.load(Ordering::Acquire) == 0 {
+        // SAFETY: loads and unloads libcuda; its initialisers have no precondition.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(Error::Unavailable(
+                "no NVIDIA driver on this machine (libcuda was not found)".into(),
+            ));
+        }
+        HOME.store(std::process::id(), Ordering::Release);
     }
     // From here on the library is there, so that cudarc's loader cannot panic.
     if let Err(error) = result::init() {
@@ -54,6 +79,63 @@ fn initialise() -> Result<()> {
     Ok(())
 }
 
+/// Notes which context is current in the calling thread, and makes it current again when it goes: callers of the
+/// runtime, of torch or of another library have one of their own.
+pub(super) struct Kept {
+    before: sys::CUcontext,
+}
+
+impl Kept {
+    fn new() -> Result<Self> {
+        check_process()?;
+        let before = check("cuCtxGetCurrent", result::ctx::get_current())?;
+        Ok(Self { before: before.unwrap_or(std::ptr::null_mut()) })
+    }
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        let now = result::ctx::get_current().map(|now| now.unwrap_or(std::ptr::null_mut()));
+        if now != Ok(self.before) {
+            // SAFETY: it was current in this thread before. Nobody is left to hear of an error.
+            let _ = unsafe { result::ctx::set_current(self.before) };
+        }
+    }
+}
+
+/// A share in the primary context of a GPU.
+#[derive(Clone)]
+pub(super) struct Primary(ManuallyDrop<Arc<CudaContext>>);
+
+impl Primary {
+    /// Makes the context current in the calling thread until the answer is dropped.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if the driver refuses; [`Error::Unavailable`] in a forked process.
+    pub(super) fn enter(&self) -> Result<Kept> {
+        let kept = Kept::new()?;
+        check("cuCtxSetCurrent", self.0.bind_to_thread())?;
+        Ok(kept)
+    }
+}
+
+impl Deref for Primary {
+    type Target = CudaContext;
+
+    fn deref(&self) -> &CudaContext {
+        &self.0
+    }
+}
+
+impl Drop for Primary {
+    fn drop(&mut self) {
+        // The last share makes the context current to release it. In a forked process there is nothing to release.
+        let Ok(_kept) = Kept::new() else { return };
+        // SAFETY: dropped only here, and not used after.
+        unsafe { ManuallyDrop::drop(&mut self.0) };
+    }
+}
+
 /// GPUs the driver shows.
 ///
 /// # Errors
@@ -69,7 +151,7 @@ pub fn device_count() -> Result<usize> {
 ///
 /// # Errors
 /// [`Error::Unavailable`] if there is no such GPU or it is too old.
-pub(super) fn context(ordinal: usize) -> Result<Arc<CudaContext>> {
+pub(super) fn context(ordinal: usize) -> Result<Primary> {
     let count = device_count()?;
     if ordinal >= count {
         let found = match count {
@@ -79,7 +161,10 @@ pub(super) fn context(ordinal: usize) -> Result<Arc<CudaContext>> {
         };
         return Err(Error::Unavailable(format!("there is no cuda:{ordinal}; this machine has {found}")));
     }
+    // cudarc makes the context current.
+    let _kept = Kept::new()?;
     let context = check("cuDevicePrimaryCtxRetain", CudaContext::new(ordinal))?;
+    let context = Primary(ManuallyDrop::new(context));
     let (major, minor) = check("cuDeviceGetAttribute", context.compute_capability())?;
     if major < 8 {
         return Err(Error::Unavailable(format!(
@@ -93,7 +178,7 @@ pub(super) fn context(ordinal: usize) -> Result<Arc<CudaContext>> {
 pub(super) struct Stream {
     raw: sys::CUstream,
     owned: bool,
-    context: Arc<CudaContext>,
+    context: Primary,
 }
 
 impl Stream {
@@ -101,8 +186,8 @@ impl Stream {
     ///
     /// # Errors
     /// [`Error::Device`] if the driver refuses.
-    pub(super) fn new(context: Arc<CudaContext>) -> Result<Self> {
-        check("cuCtxSetCurrent", context.bind_to_thread())?;
+    pub(super) fn new(context: Primary) -> Result<Self> {
+        let _kept = context.enter()?;
         let raw = check("cuStreamCreate", result::stream::create(StreamKind::NonBlocking))?;
         Ok(Self { raw, owned: true, context })
     }
@@ -111,7 +196,7 @@ impl Stream {
     ///
     /// # Safety
     /// `raw` must be a stream of this context, and outlive this value.
-    pub(super) unsafe fn borrowed(context: Arc<CudaContext>, raw: *mut c_void) -> Self {
+    pub(super) unsafe fn borrowed(context: Primary, raw: *mut c_void) -> Self {
         Self { raw: raw.cast(), owned: false, context }
     }
 
@@ -132,7 +217,7 @@ impl Stream {
 impl Drop for Stream {
     fn drop(&mut self) {
         // Nobody is left to hear of an error.
-        let _ = self.context.bind_to_thread();
+        let Ok(_kept) = self.context.enter() else { return };
         let _ = self.synchronize();
         if self.owned {
             // SAFETY: created in `new`, and nothing can use it after this.

@@ -1,13 +1,11 @@
-//! The kernels inside this binary, loaded into a context, and found by file and name.
+//! The kernels inside this binary, loaded into a context, and found by name.
 
 use std::collections::HashMap;
-use std::ffi::CString;
-use std::sync::Arc;
+use std::ffi::CStr;
 
-use cudarc::driver::{CudaContext, result, sys};
+use cudarc::driver::{result, sys};
 
-use super::driver::check;
-use crate::backend::device::Kernel;
+use super::driver::{Primary, check};
 use crate::{Error, Result};
 
 /// Images the build script made of kernels/*.cu.
@@ -27,10 +25,10 @@ struct Function {
 
 /// The loaded kernels of one context.
 pub(super) struct Module {
-    /// By the name of their file.
-    images: HashMap<&'static str, sys::CUmodule>,
-    functions: HashMap<&'static str, Function>,
-    context: Arc<CudaContext>,
+    images: Vec<sys::CUmodule>,
+    /// Every kernel of every image, by name.
+    functions: HashMap<String, Function>,
+    context: Primary,
 }
 
 impl Module {
@@ -39,27 +37,30 @@ impl Module {
     ///
     /// # Errors
     /// [`Error::Device`] if the driver refuses an image.
-    pub(super) fn load(context: Arc<CudaContext>) -> Result<Self> {
-        check("cuCtxSetCurrent", context.bind_to_thread())?;
-        let mut module = Self { images: HashMap::new(), functions: HashMap::new(), context };
-        for (name, image) in embedded::IMAGES {
+    pub(super) fn load(context: Primary) -> Result<Self> {
+        let _kept = context.enter()?;
+        let mut module = Self { images: Vec::new(), functions: HashMap::new(), context };
+        for (_, image) in embedded::IMAGES {
             // SAFETY: nvcc wrote the image, whose header carries its own length.
             let loaded = unsafe { result::module::load_data(image.as_ptr().cast()) };
-            module.images.insert(name, check("cuModuleLoadData", loaded)?);
+            let image = check("cuModuleLoadData", loaded)?;
+            module.images.push(image);
+            for raw in functions(image)? {
+                module.functions.insert(name(raw)?, Function { raw, shared_bytes: DEFAULT_SHARED_BYTES });
+            }
         }
         Ok(module)
     }
 
-    /// A kernel, granted at least `shared_bytes` of dynamic shared memory.
+    /// The kernel called `name`, granted at least `shared_bytes` of dynamic shared memory.
     ///
     /// # Errors
-    /// [`Error::Device`] if its image does not have it, or the GPU does not have that much.
-    pub(super) fn function(&mut self, kernel: Kernel, shared_bytes: u32) -> Result<sys::CUfunction> {
-        let name = kernel.name();
-        let mut function = match self.functions.get(name) {
-            Some(known) => *known,
-            None => Function { raw: self.find(kernel)?, shared_bytes: DEFAULT_SHARED_BYTES },
-        };
+    /// [`Error::Device`] if no image has it, or the GPU does not have that much.
+    pub(super) fn function(&mut self, name: &'static str, shared_bytes: u32) -> Result<sys::CUfunction> {
+        let function = self.functions.get_mut(name).ok_or_else(|| Error::Device {
+            call: "cuModuleEnumerateFunctions",
+            code: format!("no image has the kernel {name}"),
+        })?;
         if shared_bytes > function.shared_bytes {
             let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             let bytes = i32::try_from(shared_bytes).unwrap_or(i32::MAX);
@@ -68,25 +69,36 @@ impl Module {
             check("cuFuncSetAttribute", granted)?;
             function.shared_bytes = shared_bytes;
         }
-        self.functions.insert(name, function);
         Ok(function.raw)
     }
+}
 
-    /// Looked for in its own image alone: compute-sanitizer counts a look that fails as an error.
-    fn find(&self, kernel: Kernel) -> Result<sys::CUfunction> {
-        let name = kernel.name();
-        let missing = || Error::Device { call: "cuModuleGetFunction", code: format!("no kernel {name}") };
-        let symbol = CString::new(name).map_err(|_| missing())?;
-        let image = *self.images.get(kernel.file()).ok_or_else(missing)?;
-        // SAFETY: the image stays loaded as long as `self`.
-        unsafe { result::module::get_function(image, symbol) }.map_err(|_| missing())
-    }
+/// The kernels of a loaded image. Asking each image for each name would make the driver report an error for all but one.
+fn functions(image: sys::CUmodule) -> Result<Vec<sys::CUfunction>> {
+    let mut count = 0;
+    // SAFETY: `count` outlives the call, which writes one integer.
+    let answer = unsafe { sys::cuModuleGetFunctionCount(&raw mut count, image) };
+    check("cuModuleGetFunctionCount", answer.result())?;
+    let mut functions = vec![std::ptr::null_mut(); count as usize];
+    // SAFETY: room for as many as the driver has counted.
+    let answer = unsafe { sys::cuModuleEnumerateFunctions(functions.as_mut_ptr(), count, image) };
+    check("cuModuleEnumerateFunctions", answer.result())?;
+    Ok(functions)
+}
+
+fn name(function: sys::CUfunction) -> Result<String> {
+    let mut name = std::ptr::null();
+    // SAFETY: `name` outlives the call, which writes one pointer.
+    let answer = unsafe { sys::cuFuncGetName(&raw mut name, function) };
+    check("cuFuncGetName", answer.result())?;
+    // SAFETY: a string that ends, which the driver keeps as long as the image.
+    Ok(unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned())
 }
 
 impl Drop for Module {
     fn drop(&mut self) {
-        let _ = self.context.bind_to_thread();
-        for &image in self.images.values() {
+        let Ok(_kept) = self.context.enter() else { return };
+        for &image in &self.images {
             // SAFETY: loaded in `load`, unloaded only here.
             let _ = unsafe { result::module::unload(image) };
         }

@@ -78,16 +78,22 @@ impl Shape {
         self.references.map_or(rows * (rows + 1) / 2, |count| rows * tiles(count))
     }
 
-    /// Kernels index rows with 32 bits, and a launch has at most 2^31 - 1 blocks.
+    /// Kernels index rows with 32 bits, a launch has at most 2^31 - 1 blocks, and offsets have 63 bits. Nothing else is
+    /// computed from a shape before this: its products may not fit.
     pub fn check(&self) -> Result<()> {
-        let largest = self.anchors.max(self.reference_count()).max(self.stride());
-        if largest < 1 << 31 && self.tiles() < 1 << 31 {
-            return Ok(());
+        let counts = [self.anchors, self.reference_count(), self.dim];
+        if counts.iter().all(|&count| count <= (1 << 31) - TILE as usize) {
+            // The largest matrices are padded and have at most 16 bytes an entry, copies included.
+            let rows = tiles(self.anchors.max(self.reference_count())) * TILE as usize;
+            let bytes = rows.checked_mul(self.stride()).and_then(|entries| entries.checked_mul(16));
+            if bytes.is_some_and(|bytes| isize::try_from(bytes).is_ok()) && self.tiles() < 1 << 31 {
+                return Ok(());
+            }
         }
         Err(Error::InvalidSetting {
             name: "batch",
-            value: format!("{} x {}", self.anchors, self.reference_count()),
-            range: "at most 2^31 tiles of 128 x 128 similarities",
+            value: format!("{} x {} rows of {}", self.anchors, self.reference_count(), self.dim),
+            range: "at most 2^31 tiles of 128 x 128 similarities, 2^31 dimensions and 2^59 entries a side",
         })
     }
 
@@ -230,6 +236,24 @@ mod tests {
         let shape = square(1000, 64, Precision::F32);
         assert_eq!(shape.tiles(), 8 * 9 / 2);
         assert_eq!(Shape { references: Some(1000), ..shape }.tiles(), 64);
+    }
+
+    #[test]
+    fn shapes_whose_products_do_not_fit_are_refused() {
+        let most = (1 << 31) - 128;
+        for (anchors, references, dim) in [
+            (usize::MAX, None, 8),
+            (8, Some(usize::MAX), 8),
+            (8, None, usize::MAX),
+            (1 << 31, None, 1),
+            (1 << 20, None, 8),
+            (1, Some(most), most),
+        ] {
+            let shape = Shape { references, ..square(anchors, dim, Precision::F32) };
+            let refused = shape.check();
+            let fits = anchors == 1 << 20;
+            assert_eq!(refused.is_ok(), fits, "{anchors} x {references:?} x {dim}");
+        }
     }
 
     #[test]

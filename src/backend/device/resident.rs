@@ -234,13 +234,19 @@ impl<D: Device> DeviceBackend<D> {
     /// Copies the labels of rows in device memory to the host.
     ///
     /// # Errors
-    /// [`Error::InvalidSetting`] for an address that is null or not aligned; [`Error::Device`] if the copy fails.
+    /// [`Error::InvalidSetting`] for an address that is null or not aligned; [`Error::OutOfMemory`] if the host cannot hold
+    /// them; [`Error::Device`] if the copy fails.
     ///
     /// # Safety
     /// As [`loss_resident`](Self::loss_resident), for the labels.
     pub unsafe fn labels_resident(&mut self, rows: &ResidentRows) -> Result<Vec<i64>> {
         aligned("labels", rows.labels, 8)?;
-        let mut labels = vec![0; rows.count];
+        let mut labels = Vec::new();
+        if labels.try_reserve_exact(rows.count).is_err() {
+            let bytes = rows.count.saturating_mul(size_of::<i64>());
+            return Err(Error::OutOfMemory { what: "labels", bytes });
+        }
+        labels.resize(rows.count, 0);
         // SAFETY: handed on to the caller.
         unsafe { self.device.download_from(rows.labels, cast_slice_mut(&mut labels)) }?;
         Ok(labels)

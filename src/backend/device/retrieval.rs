@@ -1,16 +1,15 @@
 //! The k most similar references of every query, for Recall@K (SPEC 6).
 
 use bytemuck::{cast_slice, cast_slice_mut};
-use ndarray::Array2;
 
 use super::loss::{Launcher, RowCheck, matrix_bytes, pointer};
 use super::params::{Counters, PrepareParams, RetrievalParams, TILE};
 use super::plan::{Shape, retrieval_capacity, tiles};
 use super::workspace::{Layout, Region};
 use super::{Device, DeviceBackend, Kernel};
+use crate::Result;
 use crate::backend::Nearest;
 use crate::loss::{Batch, Rows, UnitCheck, check_unit};
-use crate::{Error, Result};
 
 /// Bytes of query buffers that are alive at once; more queries are searched in turns.
 /// A multiple of what all multiprocessors of one GPU work on (132 tiles of 128 queries, k = 1,000: 277 MB).
@@ -114,10 +113,8 @@ impl<D: Device> DeviceBackend<D> {
         place: impl FnOnce(&mut D, &mut D::Buffer, &[Region; 2]) -> Result<[u64; 2]>,
     ) -> Result<Nearest> {
         let Search { shape, check, picked, .. } = *search;
-        if k == 0 || u32::try_from(k).is_err() {
-            return Err(Error::InvalidSetting { name: "k", value: k.to_string(), range: "1 to 2^32 - 1" });
-        }
         shape.check()?;
+        let mut nearest = Nearest::of_search(shape.anchors, shape.reference_count(), k)?;
         let layout = RetrievalLayout::new(search, k);
         let Self { device, retrieval, .. } = self;
         let buffer = retrieval.lay(device, &layout.layout)?;
@@ -180,10 +177,6 @@ impl<D: Device> DeviceBackend<D> {
             device.download(buffer, offset, cast_slice_mut(&mut square_sum))?;
             check_unit(NAMES[side], row[0] as usize, square_sum[0], check.tolerance)?;
         }
-        let mut nearest = Nearest {
-            indices: Array2::zeros((shape.anchors, k)),
-            similarities: Array2::zeros((shape.anchors, k)),
-        };
         let (Some(indices), Some(similarities)) =
             (nearest.indices.as_slice_mut(), nearest.similarities.as_slice_mut())
         else {

@@ -1,7 +1,7 @@
 //! One allocation, carved into regions, reused as long as it is large enough.
 
 use super::Device;
-use crate::Result;
+use crate::{Error, Result};
 
 /// Regions begin at multiples of this, and as many bytes of nothing stand between two.
 const ALIGNMENT: usize = 256;
@@ -23,11 +23,13 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// The next region, of `count` elements of `T`.
+    /// The next region, of `count` elements of `T`. A layout beyond the address space has `usize::MAX` bytes, which
+    /// [`Workspace::lay`] refuses.
     pub fn region<T>(&mut self, count: usize) -> Region {
-        let region = Region { offset: self.end, bytes: count * size_of::<T>() };
+        let region = Region { offset: self.end, bytes: count.saturating_mul(size_of::<T>()) };
         // The gap is what a device watches for kernels that run past a region.
-        self.end = (region.offset + region.bytes).next_multiple_of(ALIGNMENT) + ALIGNMENT;
+        let end = region.offset.saturating_add(region.bytes).checked_next_multiple_of(ALIGNMENT);
+        self.end = end.map_or(usize::MAX, |end| end.saturating_add(ALIGNMENT));
         self.regions.push(region);
         region
     }
@@ -54,8 +56,12 @@ impl<D: Device> Workspace<D> {
     /// Makes room for `layout`, keeping the old allocation if it is large enough.
     ///
     /// # Errors
-    /// [`Error::Device`](crate::Error::Device) if the device has not so much memory.
+    /// [`Error::Device`](crate::Error::Device) if the device has not so much memory; [`Error::OutOfMemory`] if no address
+    /// space has.
     pub fn lay(&mut self, device: &mut D, layout: &Layout) -> Result<&mut D::Buffer> {
+        if isize::try_from(layout.bytes()).is_err() {
+            return Err(Error::OutOfMemory { what: "the device's workspace", bytes: layout.bytes() });
+        }
         let large_enough = |buffer: &D::Buffer| device.bytes(buffer) >= layout.bytes();
         if !self.buffer.as_ref().is_some_and(large_enough) {
             // Freed first: both at once may not fit.
@@ -94,5 +100,19 @@ mod tests {
             assert!(pair[0].offset + pair[0].bytes + ALIGNMENT <= pair[1].offset);
         }
         assert!(layout.bytes() >= regions[5].offset + 1000);
+    }
+
+    #[test]
+    fn a_layout_beyond_the_address_space_is_known_by_its_size() {
+        for counts in
+            [vec![usize::MAX], vec![usize::MAX / 8 + 1], vec![usize::MAX / 2; 3], vec![usize::MAX - 100, 7]]
+        {
+            let mut layout = Layout::default();
+            for &count in &counts {
+                layout.region::<u64>(count);
+            }
+            layout.region::<u8>(1);
+            assert_eq!(layout.bytes(), usize::MAX, "{counts:?}");
+        }
     }
 }

@@ -3,12 +3,7 @@
 use super::super::failure::Outcome;
 use super::device::backend_options;
 use super::{Engine, EngineOptions};
-use crate::backend::cuda::{self, CudaBackend, CudaDevice};
-
-/// Usable GPUs; none where there is no driver, which is no error for `auto`.
-pub fn count() -> usize {
-    cuda::device_count().unwrap_or(0)
-}
+use crate::backend::cuda::{CudaBackend, CudaDevice};
 
 /// Opens `cuda:index`.
 ///

@@ -6,7 +6,7 @@ use super::failure::{Failure, Outcome};
 use super::input::CheckedRows;
 use super::types::Status;
 use crate::backend::cpu::CpuBackend;
-use crate::backend::{Backend, DeviceSpec, Nearest};
+use crate::backend::{Backend, DeviceSpec, Nearest, auto};
 use crate::loss::{Hypergradient, LossOutput, LossSettings, UnitCheck};
 
 #[cfg(feature = "cuda")]
@@ -119,11 +119,9 @@ pub unsafe fn open(spec: DeviceSpec, options: EngineOptions) -> Outcome<Box<dyn 
         return Err(Failure::new(Status::InvalidValue, message));
     }
     match spec {
-        DeviceSpec::Auto if gpu::count() > 0 => {
-            // SAFETY: there is no stream.
-            unsafe { gpu::open(0, options) }
-        }
-        DeviceSpec::Auto | DeviceSpec::Cpu => {
+        // SAFETY: there is no stream.
+        DeviceSpec::Auto => unsafe { open(auto().spec, options) },
+        DeviceSpec::Cpu => {
             let budget = (options.budget != 0).then_some(options.budget);
             Ok(Box::new(budget.map_or_else(CpuBackend::new, CpuBackend::with_budget)))
         }
@@ -150,10 +148,6 @@ fn refuse(spec: DeviceSpec) -> Outcome<Box<dyn Engine>> {
 #[cfg(not(feature = "cuda"))]
 mod gpu {
     use super::{DeviceSpec, Engine, EngineOptions, Outcome};
-
-    pub fn count() -> usize {
-        0
-    }
 
     pub unsafe fn open(index: usize, _options: EngineOptions) -> Outcome<Box<dyn Engine>> {
         super::refuse(DeviceSpec::Cuda(index))

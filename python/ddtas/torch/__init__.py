@@ -1,0 +1,12 @@
+"""The loss as modules of PyTorch, where pytorch-metric-learning's loss, miner and memory stand.
+
+`SoftContrastiveLoss` mines by itself, so the miner goes. `CrossBatchMemory` compares a batch with the rows of earlier
+ones. Tensors are read where they lie, and gradients handed over without a copy, on the processor and, in a build with
+the feature `cuda`, on the GPU.
+"""
+
+from .engine import recall_at_k
+from .loss import SoftContrastiveLoss
+from .memory import CrossBatchMemory
+
+__all__ = ["CrossBatchMemory", "SoftContrastiveLoss", "recall_at_k"]

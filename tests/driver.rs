@@ -1,0 +1,207 @@
+//! What the CUDA backend asks of the driver, told by a driver that computes nothing (driver/driver.c; needs gcc).
+//!
+//! It stands in the place of libcuda by its name: a library that is loaded already is the one that is found.
+#![cfg(target_os = "linux")]
+#![allow(
+    clippy::undocumented_unsafe_blocks,
+    reason = "calls into a library of this test's own, with live memory"
+)]
+#![allow(clippy::unwrap_used, reason = "test code outside #[test] functions")]
+
+use std::ffi::{CString, c_char, c_int, c_void};
+use std::ptr::null_mut;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+use ddtas::Error;
+use ddtas::backend::cuda::{self, CudaBackend, CudaDevice};
+use ddtas::backend::device::{Options, ResidentBatch, ResidentRows, ResidentType};
+use ddtas::backend::{AutoDevice, Backend, DeviceSpec, auto};
+use ddtas::capi::*;
+use ddtas::loss::{Batch, LossOutput, LossSettings, Rows, UnitCheck};
+use ndarray::Array2;
+
+unsafe extern "C" {
+    fn dlopen(path: *const c_char, flags: c_int) -> *mut c_void;
+    fn dlsym(library: *mut c_void, name: *const c_char) -> *mut c_void;
+    fn fork() -> i32;
+    fn waitpid(child: i32, status: *mut i32, options: i32) -> i32;
+    fn alarm(seconds: u32) -> u32;
+    fn _exit(status: i32) -> !;
+}
+
+/// The library, and the tests one after the other: what they set is the whole process's.
+struct Fake {
+    library: *mut c_void,
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl Fake {
+    fn load() -> Self {
+        static TURN: Mutex<()> = Mutex::new(());
+        static LIBRARY: OnceLock<usize> = OnceLock::new();
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let library = *LIBRARY.get_or_init(|| {
+            let root = env!("CARGO_MANIFEST_DIR");
+            let made = format!("{}/fake_driver.so", env!("CARGO_TARGET_TMPDIR"));
+            let gcc = std::process::Command::new("gcc")
+                .args(["-shared", "-fPIC", "-Wl,-soname,libcuda.so", "-o", &made])
+                .arg(format!("{root}/tests/driver/driver.c"))
+                .status();
+            assert!(gcc.unwrap().success());
+            let path = CString::new(made).unwrap();
+            let library = unsafe { dlopen(path.as_ptr(), 2) };
+            assert!(!library.is_null());
+            let add: extern "C" fn(*const c_char) =
+                unsafe { std::mem::transmute(symbol(library, "fake_kernel")) };
+            let table = std::fs::read_to_string(format!("{root}/kernels/budgets.tsv")).unwrap();
+            let mut names: Vec<&str> = table
+                .lines()
+                .filter(|line| !line.starts_with('#'))
+                .filter_map(|line| line.split('\t').next())
+                .collect();
+            names.sort_unstable();
+            names.dedup();
+            for name in names {
+                add(CString::new(name).unwrap().as_ptr());
+            }
+            library.expose_provenance()
+        });
+        let fake = Self { library: std::ptr::with_exposed_provenance_mut(library), _turn: turn };
+        fake.set("fake_major", 8);
+        fake
+    }
+
+    fn get(&self, name: &str) -> c_int {
+        unsafe { symbol(self.library, name).cast::<c_int>().read() }
+    }
+
+    fn set(&self, name: &str, value: c_int) {
+        unsafe { symbol(self.library, name).cast::<c_int>().write(value) };
+    }
+
+    fn set_current(&self, context: *mut c_void) {
+        let set: extern "C" fn(*mut c_void) -> c_int =
+            unsafe { std::mem::transmute(symbol(self.library, "cuCtxSetCurrent")) };
+        assert_eq!(set(context), 0);
+    }
+
+    fn current(&self) -> *mut c_void {
+        let get: extern "C" fn(*mut *mut c_void) -> c_int =
+            unsafe { std::mem::transmute(symbol(self.library, "cuCtxGetCurrent")) };
+        let mut context = null_mut();
+        assert_eq!(get(&raw mut context), 0);
+        context
+    }
+}
+
+fn symbol(library: *mut c_void, name: &str) -> *mut c_void {
+    let name = CString::new(name).unwrap();
+    let found = unsafe { dlsym(library, name.as_ptr()) };
+    assert!(!found.is_null(), "{name:?}");
+    found
+}
+
+fn rows() -> (Array2<f32>, Vec<i64>) {
+    let angle = |i: usize| i as f32 * 0.37;
+    let rows = Array2::from_shape_fn((200, 2), |(i, d)| if d == 0 { angle(i).cos() } else { angle(i).sin() });
+    (rows, (0..200).map(|i| i / 3).collect())
+}
+
+#[test]
+fn the_calling_thread_s_context_is_its_own_again_after_every_call() {
+    let fake = Fake::load();
+    let (e, labels) = rows();
+    let mut gradient = Array2::<f32>::zeros((200, 2));
+    let batch = Batch::square(e.view(), &labels);
+    let side = ResidentRows {
+        count: 200,
+        embeddings: e.as_ptr() as u64,
+        labels: labels.as_ptr() as u64,
+        gradient: gradient.as_mut_ptr() as u64,
+    };
+    let (dtype, check) = (ResidentType::F32, UnitCheck::Check);
+    let resident = ResidentBatch { dim: 2, dtype, anchors: side, references: None, check };
+    for before in [null_mut(), std::ptr::without_provenance_mut(0x1234)] {
+        fake.set_current(before);
+        let unchanged = |call: &str| assert_eq!(fake.current(), before, "after {call}");
+        cuda::check(0).unwrap();
+        unchanged("check");
+        let mut backend = CudaBackend::new(CudaDevice::new(0).unwrap(), Options::default());
+        unchanged("new");
+        let (settings, mut output) = (LossSettings::default(), LossOutput::default());
+        backend.loss(&batch, &settings, &mut output).unwrap();
+        unchanged("loss");
+        backend.hypergradient(&batch, e.view(), None).unwrap();
+        unchanged("hypergradient");
+        backend.nearest(&Rows::new(e.view(), &labels), None, 3).unwrap();
+        unchanged("nearest");
+        unsafe { backend.loss_resident(&resident, &settings, &mut output) }.unwrap();
+        unchanged("loss_resident");
+        backend.anchors_of_last_loss(&mut output).unwrap();
+        unchanged("anchors_of_last_loss");
+        unsafe { backend.hypergradient_resident(&resident, [side.embeddings, 0]) }.unwrap();
+        unchanged("hypergradient_resident");
+        unsafe { backend.nearest_resident(&resident, None, 3) }.unwrap();
+        unchanged("nearest_resident");
+        assert_eq!(unsafe { backend.labels_resident(&side) }.unwrap(), labels);
+        unchanged("labels_resident");
+        drop(backend);
+        unchanged("drop");
+
+        let device = CString::new("cuda:0").unwrap();
+        let mut options: ContextOptions = unsafe { std::mem::zeroed() };
+        (options.struct_size, options.device) = (size_of::<ContextOptions>(), device.as_ptr());
+        let mut context = null_mut();
+        let status = unsafe { ddtas_context_create(&raw const options, &raw mut context, null_mut(), 0) };
+        assert_eq!(status, Status::Ok);
+        unchanged("ddtas_context_create");
+        unsafe { ddtas_context_destroy(context) };
+        unchanged("ddtas_context_destroy");
+    }
+    fake.set_current(null_mut());
+    assert!(fake.get("fake_launches") > 20, "the passes were launched");
+    assert_eq!(fake.get("fake_failures"), 0, "no call was refused, and none asked for what is not there");
+    assert_eq!(fake.get("fake_retained"), 0, "every share in the context was given back");
+}
+
+#[test]
+fn a_gpu_that_is_too_old_is_passed_over_by_auto_for_programs_and_the_c_abi() {
+    let fake = Fake::load();
+    let of_the_abi = || {
+        let mut context = null_mut();
+        let status = unsafe { ddtas_context_create(std::ptr::null(), &raw mut context, null_mut(), 0) };
+        let mut name = [0u8; 16];
+        let length = unsafe { ddtas_context_device(context, name.as_mut_ptr().cast(), name.len()) };
+        unsafe { ddtas_context_destroy(context) };
+        (status, String::from_utf8(name[..length].to_vec()).unwrap())
+    };
+    assert_eq!(auto().spec, DeviceSpec::Cuda(0));
+    assert_eq!(of_the_abi(), (Status::Ok, "cuda:0".to_owned()));
+    fake.set("fake_major", 7);
+    let AutoDevice { spec, reason } = auto();
+    assert_eq!(spec, DeviceSpec::Cpu);
+    assert!(reason.unwrap().contains("compute capability 7.0"));
+    assert_eq!(of_the_abi(), (Status::Ok, "cpu".to_owned()));
+}
+
+#[test]
+fn a_forked_child_is_told_that_cuda_does_not_survive_a_fork() {
+    let _fake = Fake::load();
+    let mut backend = cuda::open(0, Options::default()).unwrap();
+    let child = unsafe { fork() };
+    if child == 0 {
+        unsafe { alarm(30) };
+        let (e, labels) = rows();
+        let (batch, mut output) = (Batch::square(e.view(), &labels), LossOutput::default());
+        let told =
+            |error: Error| matches!(&error, Error::Unavailable(reason) if reason.contains("survive a fork"));
+        let old = backend.loss(&batch, &LossSettings::default(), &mut output).is_err_and(told);
+        let new = cuda::open(0, Options::default()).is_err_and(told);
+        drop(backend);
+        let falls_back = auto().spec == DeviceSpec::Cpu;
+        unsafe { _exit(i32::from(!(old && new && falls_back))) };
+    }
+    let mut status = -1;
+    assert_eq!(unsafe { waitpid(child, &raw mut status, 0) }, child);
+    assert_eq!(status, 0);
+}

@@ -1,0 +1,88 @@
+/* A driver that computes nothing: it keeps account of contexts, and runs no kernel. For tests/driver.rs. */
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef int result;
+enum { OK = 0, INVALID_VALUE = 1, INVALID_CONTEXT = 201, ABSENT = 500, KERNELS = 256 };
+
+static char primary; /* the one GPU's context, by its address */
+static _Thread_local void *current;
+static char *kernels[KERNELS];
+static int kernel_count, images;
+/* What a test sets and reads. */
+int fake_major = 8, fake_failures, fake_retained, fake_launches;
+
+void fake_kernel(const char *name) { kernels[kernel_count++] = strdup(name); }
+
+static result fail(result code) {
+    __atomic_add_fetch(&fake_failures, 1, __ATOMIC_RELAXED);
+    return code;
+}
+/* Calls that need the GPU's context in the calling thread. */
+static result here(void) { return current == &primary ? OK : fail(INVALID_CONTEXT); }
+
+result cuInit(unsigned flags) { return flags ? fail(INVALID_VALUE) : OK; }
+result cuDriverGetVersion(int *version) { return *version = 13000, OK; }
+result cuGetErrorName(result code, const char **name) { return (void)code, *name = "FAKE_ERROR", OK; }
+result cuDeviceGetCount(int *count) { return *count = 1, OK; }
+result cuDeviceGet(int *device, int ordinal) { return *device = ordinal, ordinal ? fail(INVALID_VALUE) : OK; }
+result cuDeviceGetAttribute(int *value, int attribute, int device) {
+    (void)device;
+    *value = attribute == 75 ? fake_major : attribute == 76 ? 0 : attribute == 16 ? 4 : 0;
+    return OK;
+}
+result cuDevicePrimaryCtxRetain(void **context, int device) {
+    return (void)device, fake_retained++, *context = &primary, OK;
+}
+result cuDevicePrimaryCtxRelease_v2(int device) { return (void)device, fake_retained--, OK; }
+result cuCtxGetCurrent(void **context) { return *context = current, OK; }
+result cuCtxSetCurrent(void *context) { return current = context, OK; }
+result cuCtxSynchronize(void) { return here(); }
+result cuStreamCreate(void **stream, unsigned flags) { return (void)flags, *stream = &primary, here(); }
+result cuStreamSynchronize(void *stream) { return (void)stream, here(); }
+result cuStreamDestroy_v2(void *stream) { return (void)stream, here(); }
+result cuModuleLoadData(void **module, const void *image) {
+    return (void)image, *module = (void *)(uintptr_t)++images, here();
+}
+result cuModuleUnload(void *module) { return (void)module, images--, here(); }
+/* All kernels are in the first image. */
+result cuModuleGetFunctionCount(unsigned *count, void *module) {
+    return *count = (uintptr_t)module == 1 ? (unsigned)kernel_count : 0, here();
+}
+result cuModuleEnumerateFunctions(void **functions, unsigned count, void *module) {
+    (void)module;
+    for (unsigned i = 0; i < count; i++)
+        functions[i] = kernels[i];
+    return here();
+}
+result cuModuleGetFunction(void **function, void *module, const char *name) {
+    return (void)function, (void)module, (void)name, fail(ABSENT);
+}
+result cuFuncGetName(const char **name, void *function) { return *name = function, OK; }
+result cuFuncSetAttribute(void *function, int attribute, int value) {
+    return (void)function, (void)attribute, (void)value, here();
+}
+result cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned tx, unsigned ty, unsigned tz,
+                      unsigned shared, void *stream, void **parameters, void **extra) {
+    (void)function, (void)x, (void)y, (void)z, (void)tx, (void)ty, (void)tz, (void)shared, (void)stream;
+    (void)parameters, (void)extra;
+    fake_launches++;
+    return here();
+}
+/* All bits set: no row is bad. */
+result cuMemAlloc_v2(uint64_t *address, size_t bytes) {
+    void *memory = malloc(bytes);
+    *address = (uintptr_t)memory;
+    return memory ? memset(memory, 0xff, bytes), here() : fail(2);
+}
+result cuMemFree_v2(uint64_t address) { return free((void *)(uintptr_t)address), here(); }
+result cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t bytes, void *stream) {
+    return (void)stream, memcpy((void *)(uintptr_t)to, from, bytes), here();
+}
+result cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t bytes, void *stream) {
+    return (void)stream, memcpy(to, (void *)(uintptr_t)from, bytes), here();
+}
+result cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, void *stream) {
+    return (void)stream, memset((void *)(uintptr_t)to, value, bytes), here();
+}
