@@ -52,7 +52,8 @@ def expected(anchors, labels, references=None, reference_labels=None, settings=S
     same = labels[:, None] == s_labels[None, :]
     if square:
         own = np.eye(len(a), dtype=bool)
-    positive = known & same & (similarity < 1 - 1e-6)
+    duplicate = (1 - 1e-6) * np.maximum((a * a).sum(1)[:, None], (r * r).sum(1)[None, :])
+    positive = known & same & (similarity < duplicate)
     if own is not None:
         positive &= ~own
     negative = known & ~same
