@@ -38,7 +38,7 @@ pub trait Backend: Send {
     ///
     /// # Errors
     /// Bad shapes ([`Batch::validate`]), settings ([`LossSettings::validate`]) or
-    /// rows ([`Error::NotFinite`](crate::Error::NotFinite), [`Error::NotUnit`](crate::Error::NotUnit)).
+    /// rows ([`Error::NotFinite`], [`Error::NotUnit`]).
     /// After an error `output` is unspecified and nothing is remembered.
     fn loss(&mut self, batch: &Batch<'_>, settings: &LossSettings, output: &mut LossOutput) -> Result<()>;
 
@@ -49,9 +49,9 @@ pub trait Backend: Send {
     /// absent; unused in the square form).
     ///
     /// # Errors
-    /// [`Error::OutOfOrder`](crate::Error::OutOfOrder) without a loss before it;
-    /// [`Error::LengthMismatch`](crate::Error::LengthMismatch) if shapes differ from it;
-    /// [`Error::NotFinite`](crate::Error::NotFinite) if a tangent is not finite.
+    /// [`Error::OutOfOrder`] without a loss before it;
+    /// [`Error::LengthMismatch`] if shapes differ from it;
+    /// [`Error::NotFinite`] if a tangent is not finite.
     fn hypergradient(
         &mut self,
         batch: &Batch<'_>,
@@ -66,8 +66,8 @@ pub trait Backend: Send {
     /// ordered by index, so the answer is unique.
     ///
     /// # Errors
-    /// As [`loss`](Backend::loss); [`Error::InvalidSetting`](crate::Error::InvalidSetting) if `k` is 0, or more than both
-    /// the number of references and [`Nearest::LONGEST`]; [`Error::OutOfMemory`](crate::Error::OutOfMemory) if memory
+    /// As [`loss`](Backend::loss); [`Error::InvalidSetting`] if `k` is 0, or more than both
+    /// the number of references and [`Nearest::LONGEST`]; [`Error::OutOfMemory`] if memory
     /// cannot hold the lists.
     fn nearest(&mut self, queries: &Rows<'_>, references: Option<&Rows<'_>>, k: usize) -> Result<Nearest>;
 
