@@ -98,8 +98,8 @@ pub struct Report {
     pub gradient: f64,
     /// Worst absolute error of m+, m-, `gamma_pos` and `gamma_neg`, all cosine similarities.
     pub thresholds: f64,
-    /// Worst relative error of dL/dlambda, and of the two sums of SPEC 5 over the sums of their absolute terms:
-    /// terms of both signs may cancel to nearly 0.
+    /// Worst relative error of dL/dlambda, and worst error of the two sums of SPEC 5 over the absolute terms of
+    /// both: terms of both signs may cancel to nearly 0.
     pub hypergradient: f64,
     /// Counts that are not exact, e.g. `count_neg[3]: 7, expected 8`; empty if all are.
     pub wrong_counts: Vec<String>,

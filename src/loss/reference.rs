@@ -94,10 +94,7 @@ pub fn reference_hypergradient(
     tangent: &Array2<f64>,
     reference_tangent: Option<&Array2<f64>>,
 ) -> Result<Hypergradient> {
-    let evaluated = reference(batch, settings)?;
-    let anchors = batch.anchors.embeddings.to_f64();
-    let references = batch.references.map(|rows| rows.embeddings.to_f64());
-    hypergradient_along(&evaluated, settings, (&anchors, references.as_ref()), (tangent, reference_tangent))
+    hypergradient_by(|entry| entry, batch, settings, (tangent, reference_tangent))
 }
 
 /// The sums of the absolute values of all that [`reference_hypergradient`] adds up, down to the products of
@@ -111,14 +108,24 @@ pub fn reference_hypergradient_terms(
     tangent: &Array2<f64>,
     reference_tangent: Option<&Array2<f64>>,
 ) -> Result<Hypergradient> {
-    let evaluated = reference(batch, settings)?;
-    let anchors = batch.anchors.embeddings.to_f64().abs();
-    let references = batch.references.map(|rows| rows.embeddings.to_f64().abs());
-    let tangents = (&tangent.abs(), reference_tangent.map(|tangent| tangent.abs()));
-    let tangents = (tangents.0, tangents.1.as_ref());
-    let sums = hypergradient_along(&evaluated, settings, (&anchors, references.as_ref()), tangents)?;
+    let sums = hypergradient_by(f64::abs, batch, settings, (tangent, reference_tangent))?;
     // dG/dlambda is negative for every pair.
     Ok(Hypergradient { pos: sums.pos.abs(), neg: sums.neg.abs() })
+}
+
+/// The sums of SPEC 5 over the batch's pairs, each entry of rows and tangents taken as `entry` makes it.
+fn hypergradient_by(
+    entry: impl Fn(f64) -> f64,
+    batch: &Batch<'_>,
+    settings: &LossSettings,
+    (tangent, reference_tangent): (&Array2<f64>, Option<&Array2<f64>>),
+) -> Result<Hypergradient> {
+    let evaluated = reference(batch, settings)?;
+    let made = |matrix: &Array2<f64>| matrix.mapv(&entry);
+    let anchors = made(&batch.anchors.embeddings.to_f64());
+    let references = batch.references.map(|rows| made(&rows.embeddings.to_f64()));
+    let (tangent, moving) = (made(tangent), reference_tangent.map(made));
+    hypergradient_along(&evaluated, settings, (&anchors, references.as_ref()), (&tangent, moving.as_ref()))
 }
 
 /// The sums of SPEC 5 along tangents of `rows`: anchors, and references in the rectangular form.
