@@ -5,8 +5,8 @@ use ddtas::Error;
 use ddtas::backend::Backend;
 use ddtas::backend::cpu::CpuBackend;
 use ddtas::loss::{Batch, Embeddings, LossOutput, LossSettings, Mining, Rows, reference};
-use ddtas_cases::random::{self, Draw, compare, draw, tangent};
-use ddtas_cases::verify::{Expected, Report, SINGLE_PRECISION};
+use ddtas_cases::random::{Draw, compare, draw, tangent};
+use ddtas_cases::{self as cases, Expected, Report, SINGLE_PRECISION};
 use half::{bf16, f16};
 use ndarray::{Array2, Axis};
 use proptest::prelude::*;
@@ -14,17 +14,19 @@ use proptest::test_runner::RngSeed;
 
 #[test]
 fn the_cpu_backend_reproduces_every_golden_case() {
-    random::check_golden(&mut CpuBackend::new());
+    cases::run_all(&mut CpuBackend::new(), cases::golden());
 }
 
 #[test]
 fn the_cpu_backend_agrees_with_the_truth_on_the_table_of_cases() {
-    random::check_table(&mut CpuBackend::new());
+    cases::run_all(&mut CpuBackend::new(), cases::generated());
+    cases::run_all(&mut CpuBackend::new(), cases::in_every_way());
 }
 
 #[test]
 fn without_a_budget_every_tile_is_recomputed_and_nothing_changes() {
-    random::check_table(&mut CpuBackend::with_budget(0));
+    cases::run_all(&mut CpuBackend::with_budget(0), cases::generated());
+    cases::run_all(&mut CpuBackend::with_budget(0), cases::in_every_way());
 }
 
 prop_compose! {
@@ -122,7 +124,7 @@ impl RandomBatch {
             )
             .with_reference_gradient(),
         };
-        compare(&mut CpuBackend::with_budget(budget), &batch, &settings, seed).map(|(report, _)| report)
+        compare(&mut CpuBackend::with_budget(budget), &batch, &settings, seed)
     }
 }
 
@@ -136,7 +138,7 @@ fn half_precision_rows_give_the_loss_of_the_rounded_rows() {
         let (narrow, brain) = (rows.mapv(f16::from_f32), rows.mapv(bf16::from_f32));
         for embeddings in [Embeddings::F16(narrow.view()), Embeddings::Bf16(brain.view())] {
             let batch = Batch::square(embeddings, &labels);
-            if let Some((report, _)) = compare(&mut backend, &batch, &LossSettings::default(), seed) {
+            if let Some(report) = compare(&mut backend, &batch, &LossSettings::default(), seed) {
                 assert!(report.passes(SINGLE_PRECISION), "seed {seed}: {report:#?}");
                 compared += 1;
             }

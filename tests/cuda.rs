@@ -8,9 +8,7 @@ use ddtas::backend::device::{Device, Options, ResidentBatch, ResidentRows, Resid
 use ddtas::backend::{AutoDevice, Backend, DeviceSpec, auto, open};
 use ddtas::loss::{Embeddings, LossOutput, LossSettings, UnitCheck};
 use ddtas::{Error, Result};
-use ddtas_cases::file::{Case, find};
-use ddtas_cases::table as cases;
-use ddtas_cases::verify::{TF32, run_tf32};
+use ddtas_cases::{self as cases, TF32, run_tf32};
 
 /// What a test opens on the first GPU; without one the reason why it is skipped is printed.
 fn gpu<T>(opened: Result<T>) -> Option<T> {
@@ -60,8 +58,7 @@ fn tf32_products_are_those_of_the_rounded_rows() {
     let Some(mut backend) = gpu(cuda::open(0, Options { exact: false, ..Options::default() })) else {
         return;
     };
-    for file in find(&["tests/golden".into()]).unwrap() {
-        let case = Case::read(&file).unwrap();
+    for case in cases::golden() {
         let report = run_tf32(&case, &mut *backend).unwrap();
         assert!(report.passes(TF32), "{}: {report:#?}", case.name);
     }

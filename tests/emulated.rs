@@ -12,8 +12,7 @@ use ddtas::backend::device::{DeviceBackend, Options};
 use ddtas::backend::emulated::{self, EmulatedDevice};
 use ddtas::backend::{Backend, Nearest};
 use ddtas::loss::{Batch, Hypergradient, LossOutput, LossSettings, Mining, Rows, UnitCheck, reference};
-use ddtas_cases::table as cases;
-use ddtas_cases::table::{Case, Dtype};
+use ddtas_cases::{self as cases, Case, Dtype};
 use ndarray::Array2;
 
 fn golden_case(name: &str) -> Case {
@@ -69,7 +68,7 @@ fn every_type_and_form_agrees() {
 #[test]
 fn every_type_and_form_agrees_on_hopper_s_kernels() {
     let mut backend = DeviceBackend::new(EmulatedDevice::new(14).as_hopper(), Options::default());
-    let narrow = |case: &Case| case.dtype != Dtype::F32;
+    let narrow = |case: &Case| case.dtype() != Dtype::F32;
     cases::run_all(&mut backend, cases::generated().into_iter().filter(narrow));
 }
 
@@ -142,7 +141,7 @@ fn stored_and_recomputed_tiles_give_the_same_bits() {
 }
 
 fn generated_case(name: &str, dtype: Dtype) -> Case {
-    let wanted = |case: &Case| case.name == name && case.dtype == dtype;
+    let wanted = |case: &Case| case.name == name && case.dtype() == dtype;
     cases::generated().into_iter().find(wanted).expect("the case is in the table")
 }
 

@@ -1,11 +1,7 @@
 //! The scalar truth against the reference cases in `tests/golden` (SPEC 7).
 
-use std::path::PathBuf;
-
 use ddtas::loss::{Batch, reference};
-use ddtas_cases::file::{Case, find};
-use ddtas_cases::random;
-use ddtas_cases::verify::{Expected, to_tf32};
+use ddtas_cases::{Case, Expected, Matrix, golden, is_clear, to_tf32};
 
 fn close(name: &str, what: &str, got: f64, wanted: f64, scale: f64) {
     let error = if got == wanted { 0.0 } else { (got - wanted).abs() };
@@ -14,12 +10,11 @@ fn close(name: &str, what: &str, got: f64, wanted: f64, scale: f64) {
 
 #[test]
 fn the_float64_truth_reproduces_every_golden_case() {
-    let files = find(&[PathBuf::from("tests/golden")]).unwrap();
-    assert_eq!(files.len(), 12);
-    for file in files {
-        let Case { name, settings, embeddings, labels, tangent, expected: e } = Case::read(&file).unwrap();
-        let batch = Batch::square(embeddings.view(), &labels);
-        let truth = Expected::evaluate(&batch, &settings, &tangent, None).unwrap();
+    let cases = golden();
+    assert_eq!(cases.len(), 12);
+    for case in cases {
+        let truth = Expected::evaluate(&case.batch(), &case.settings, &case.anchors.tangent, None).unwrap();
+        let Case { name, expected: e, .. } = case;
         assert_eq!(
             (truth.probe_neg, truth.total_pos, truth.active),
             (e.probe_neg, e.total_pos, e.active),
@@ -33,12 +28,12 @@ fn the_float64_truth_reproduces_every_golden_case() {
         for (what, got, wanted) in [
             ("dL/dlambda_pos", truth.dloss_dlambda_pos, e.dloss_dlambda_pos),
             ("dL/dlambda_neg", truth.dloss_dlambda_neg, e.dloss_dlambda_neg),
-            ("hyper_pos", truth.hyper_pos, e.hyper_pos),
-            ("hyper_neg", truth.hyper_neg, e.hyper_neg),
+            ("hyper_pos", truth.hyper.pos, e.hyper.pos),
+            ("hyper_neg", truth.hyper.neg, e.hyper.neg),
         ] {
             close(&name, what, got, wanted, wanted.abs());
         }
-        for i in 0..labels.len() {
+        for i in 0..e.min_pos.len() {
             close(&name, "min_pos", truth.min_pos[i], e.min_pos[i], 1.0);
             close(&name, "max_neg", truth.max_neg[i], e.max_neg[i], 1.0);
         }
@@ -53,10 +48,11 @@ fn the_float64_truth_reproduces_every_golden_case() {
 fn no_pair_comes_near_a_threshold_when_rows_are_rounded_to_tf32() {
     // Or `ddtas-bench verify --tf32` could not ask for exact counts. Sums of these products err by up to 7e-7.
     const SLACK: f64 = 1.5e-6;
-    for file in find(&["tests/golden".into()]).unwrap() {
-        let case = Case::read(&file).unwrap();
-        let rounded = case.embeddings.mapv(to_tf32);
-        let truth = reference(&Batch::square(rounded.view(), &case.labels), &case.settings).unwrap();
-        assert!(random::is_clear_by(SLACK, &truth, &case.settings), "{}", case.name);
+    for case in golden() {
+        let Matrix::F32(rows) = &case.anchors.rows else { panic!("golden cases are f32") };
+        let rounded = rows.mapv(to_tf32);
+        let batch = Batch::square(rounded.view(), &case.anchors.labels);
+        let truth = reference(&batch, &case.settings).unwrap();
+        assert!(is_clear(&truth, &case.settings, SLACK), "{}", case.name);
     }
 }

@@ -3,13 +3,13 @@
 //! `embeddings` [B, D] f32 and `labels` [B] i64; in the rectangular form `references` [N, D] f32 and
 //! `reference_labels` [N] i64. Metadata: those of SPEC 7 for other settings than the defaults, `density`, `noise`.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::embeddings::Embeddings;
 use ddtas::loss::{LossSettings, Mining};
 use ddtas::{Error, Result};
-use ddtas_cases::file::settings_of;
+use ddtas_cases::settings_of;
 use ddtas_io::tensors::{TensorFile, write_rows};
 
 /// Reads rows, their labels, and the settings they are to be mined with.
@@ -37,10 +37,10 @@ pub(super) fn write(path: &Path, embeddings: &Embeddings) -> Result<()> {
     sides.extend(embeddings.references.as_ref().map(|references| {
         ("references", &references.values, Some(("reference_labels", references.labels.as_slice())))
     }));
-    write_rows(path, &sides, metadata(embeddings))
+    write_rows(path, &sides, &metadata(embeddings))
 }
 
-fn metadata(embeddings: &Embeddings) -> HashMap<String, String> {
+fn metadata(embeddings: &Embeddings) -> BTreeMap<String, String> {
     let settings = &embeddings.settings;
     let mut entries = vec![
         ("adaptive", (settings.mining == Mining::AtAsms).to_string()),

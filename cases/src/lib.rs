@@ -1,9 +1,25 @@
-//! What every backend is held to: the reference cases, the table of cases, and the comparison with the truth.
+//! What every backend is held to: the truth, one table of cases, and one comparison.
 //!
-//! For the library's tests and `ddtas-bench verify`; not published.
-#![allow(missing_docs, reason = "for this workspace's own tests")]
+//! | file | what |
+//! | --- | --- |
+//! | `case.rs` | a batch with what must come out of it |
+//! | `expected.rs` | the truth's answer, how far another is from it, and how far it may be |
+//! | `file.rs` | the reference cases of SPEC 7, in `.safetensors` files |
+//! | `table.rs` | the table: reference cases and shapes that those do not have, in every type, form and way of mining |
+//! | `random.rs` | batches to draw at random |
+//! | `run.rs` | a case through a backend |
+//!
+//! For the tests of `ddtas` and for `ddtas-bench verify`; not published.
 
-pub mod file;
+mod case;
+mod expected;
+mod file;
 pub mod random;
-pub mod table;
-pub mod verify;
+mod run;
+mod table;
+
+pub use case::{Case, Dtype, Matrix, Side, is_clear};
+pub use expected::{Bounds, Expected, Report, SINGLE_PRECISION, TF32};
+pub use file::{find, settings_of};
+pub use run::{check_nearest, run, run_all, run_tf32, to_tf32};
+pub use table::{generated, golden, golden_in, in_every_way, widths};

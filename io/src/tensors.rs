@@ -1,15 +1,19 @@
-//! Labelled rows in .safetensors files: what the programs hand each other, and other tools read.
+//! Matrices, numbers and texts in .safetensors files: what the programs hand each other, and other tools read.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::path::Path;
 
+use ddtas::{Error, Result};
 use half::{bf16, f16};
 use ndarray::Array2;
-use safetensors::tensor::TensorView;
-use safetensors::{Dtype, SafeTensors};
+pub use safetensors::Dtype;
+use safetensors::SafeTensors;
+use safetensors::tensor::{Metadata, TensorInfo};
 
 use crate::files::write_atomic;
-use ddtas::{Error, Result};
+
+/// Length of the number before the header, and what the header is padded to.
+const ALIGNMENT: usize = 8;
 
 /// Embeddings with labels.
 #[derive(Debug, Clone, PartialEq)]
@@ -20,12 +24,31 @@ pub struct EmbeddedRows {
     pub labels: Vec<i64>,
 }
 
-/// The tensors of a file, and the metadata of its header.
+/// The header of a file, read, and its content.
 pub struct TensorFile<'a> {
     path: &'a Path,
-    tensors: SafeTensors<'a>,
+    header: Metadata,
+    data: &'a [u8],
     /// What the header says beside the tensors.
-    pub metadata: HashMap<String, String>,
+    pub metadata: BTreeMap<String, String>,
+}
+
+/// A float that matrices are read as.
+pub trait Float: Copy {
+    /// The nearest to `value`.
+    fn of(value: f64) -> Self;
+}
+
+impl Float for f32 {
+    fn of(value: f64) -> Self {
+        value as Self
+    }
+}
+
+impl Float for f64 {
+    fn of(value: f64) -> Self {
+        value
+    }
 }
 
 impl<'a> TensorFile<'a> {
@@ -35,55 +58,98 @@ impl<'a> TensorFile<'a> {
     /// [`Error::Format`] if it is no safetensors file.
     pub fn parse(path: &'a Path, bytes: &'a [u8]) -> Result<Self> {
         let other = |e| Error::format(path, format!("not a safetensors file ({e})"));
-        let tensors = SafeTensors::deserialize(bytes).map_err(other)?;
-        let (_, header) = SafeTensors::read_metadata(bytes).map_err(other)?;
-        Ok(Self { path, tensors, metadata: header.metadata().clone().unwrap_or_default() })
+        let (length, header) = SafeTensors::read_metadata(bytes).map_err(other)?;
+        let metadata = header.metadata().iter().flatten();
+        let metadata = metadata.map(|(key, value)| (key.clone(), value.clone())).collect();
+        Ok(Self { path, header, data: &bytes[ALIGNMENT + length..], metadata })
+    }
+
+    /// Name, type, shape and bytes of every tensor.
+    pub fn tensors(&self) -> impl Iterator<Item = (String, Dtype, Vec<usize>, &'a [u8])> {
+        let all = self.header.tensors().into_iter();
+        all.map(|(name, info)| (name, info.dtype, info.shape.clone(), self.bytes(info)))
+            .collect::<Vec<_>>()
+            .into_iter()
     }
 
     /// Whether there is a tensor of this name.
+    #[must_use]
     pub fn has(&self, name: &str) -> bool {
-        self.tensors.tensor(name).is_ok()
+        self.header.info(name).is_some()
     }
 
-    /// A matrix `[rows, D]` of floats of any width, as float32.
-    pub fn matrix(&self, name: &str) -> Result<Array2<f32>> {
-        let tensor = self.tensor(name)?;
-        let [count, dim] = *tensor.shape() else {
-            return Err(self.bad(format!("tensor `{name}` has {} dimensions, not 2", tensor.shape().len())));
+    /// A matrix `[rows, D]` of floats of any width.
+    ///
+    /// # Errors
+    /// [`Error::Format`] if there is no such tensor, or it is something else.
+    pub fn matrix<T: Float>(&self, name: &str) -> Result<Array2<T>> {
+        let [count, dim] = *self.tensor(name)?.shape else {
+            let dimensions = self.tensor(name)?.shape.len();
+            return Err(self.bad(format!("tensor `{name}` has {dimensions} dimensions, not 2")));
         };
-        let data = tensor.data();
-        let values = match tensor.dtype() {
-            Dtype::F32 => words(data).map(f32::from_le_bytes).collect(),
-            Dtype::F64 => words(data).map(|word| f64::from_le_bytes(word) as f32).collect(),
-            Dtype::F16 => words(data).map(|word| f16::from_le_bytes(word).to_f32()).collect(),
-            Dtype::BF16 => words(data).map(|word| bf16::from_le_bytes(word).to_f32()).collect(),
-            other => return Err(self.bad(format!("tensor `{name}` holds {other:?}, not floats"))),
-        };
+        let values = self.values(name)?;
         Array2::from_shape_vec((count, dim), values).map_err(|e| self.bad(format!("tensor `{name}`: {e}")))
     }
 
+    /// `count` floats of any width.
+    ///
+    /// # Errors
+    /// As [`matrix`](Self::matrix).
+    pub fn floats(&self, name: &str, count: usize) -> Result<Vec<f64>> {
+        let values = self.values(name)?;
+        if values.len() != count {
+            return Err(self.bad(format!("tensor `{name}` has {} values, not {count}", values.len())));
+        }
+        Ok(values)
+    }
+
     /// `count` integers.
+    ///
+    /// # Errors
+    /// As [`matrix`](Self::matrix).
     pub fn integers(&self, name: &str, count: usize) -> Result<Vec<i64>> {
         let tensor = self.tensor(name)?;
-        if *tensor.shape() != [count] {
+        // A scalar has no dimension at all.
+        if *tensor.shape != [count] && !(tensor.shape.is_empty() && count == 1) {
             return Err(self.bad(format!("tensor `{name}` must have one entry for each of the {count} rows")));
         }
-        match tensor.dtype() {
-            Dtype::I64 => Ok(words(tensor.data()).map(i64::from_le_bytes).collect()),
-            Dtype::I32 => Ok(words(tensor.data()).map(|word| i32::from_le_bytes(word).into()).collect()),
+        let data = self.bytes(tensor);
+        match tensor.dtype {
+            Dtype::I64 => Ok(words(data).map(i64::from_le_bytes).collect()),
+            Dtype::I32 => Ok(words(data).map(|word| i32::from_le_bytes(word).into()).collect()),
             other => Err(self.bad(format!("tensor `{name}` holds {other:?}, not I64 or I32"))),
         }
     }
 
     /// A matrix and the labels of its rows.
+    ///
+    /// # Errors
+    /// As [`matrix`](Self::matrix).
     pub fn rows(&self, values: &str, labels: &str) -> Result<EmbeddedRows> {
         let values = self.matrix(values)?;
         let labels = self.integers(labels, values.nrows())?;
         Ok(EmbeddedRows { values, labels })
     }
 
-    fn tensor(&self, name: &str) -> Result<TensorView<'_>> {
-        self.tensors.tensor(name).map_err(|_| self.bad(format!("there is no tensor `{name}`")))
+    fn values<T: Float>(&self, name: &str) -> Result<Vec<T>> {
+        let tensor = self.tensor(name)?;
+        let data = self.bytes(tensor);
+        Ok(match tensor.dtype {
+            Dtype::F32 => words(data).map(|word| T::of(f32::from_le_bytes(word).into())).collect(),
+            Dtype::F64 => words(data).map(|word| T::of(f64::from_le_bytes(word))).collect(),
+            Dtype::F16 => words(data).map(|word| T::of(f16::from_le_bytes(word).into())).collect(),
+            Dtype::BF16 => words(data).map(|word| T::of(bf16::from_le_bytes(word).into())).collect(),
+            other => return Err(self.bad(format!("tensor `{name}` holds {other:?}, not floats"))),
+        })
+    }
+
+    fn tensor(&self, name: &str) -> Result<&TensorInfo> {
+        self.header.info(name).ok_or_else(|| self.bad(format!("there is no tensor `{name}`")))
+    }
+
+    fn bytes(&self, tensor: &TensorInfo) -> &'a [u8] {
+        // Within the data: the header was checked against them.
+        &self.data[tensor.data_offsets.0..tensor.data_offsets.1]
     }
 
     fn bad(&self, reason: String) -> Error {
@@ -95,6 +161,37 @@ fn words<const N: usize>(data: &[u8]) -> impl Iterator<Item = [u8; N]> + '_ {
     data.as_chunks().0.iter().copied()
 }
 
+/// A tensor to write: name, type, shape, and little-endian values in row-major order.
+pub type Tensor<'a> = (&'a str, Dtype, &'a [usize], &'a [u8]);
+
+/// A safetensors file whose bytes depend on nothing but its contents.
+///
+/// # Errors
+/// What is wrong with a tensor: its shape does not fit its bytes.
+pub fn to_bytes(facts: &BTreeMap<String, String>, mut tensors: Vec<Tensor<'_>>) -> Result<Vec<u8>, String> {
+    let say = |error: &dyn std::fmt::Display| error.to_string();
+    // The order of the safetensors crate: the widest type first.
+    tensors.sort_by(|a, b| b.1.cmp(&a.1).then(a.0.cmp(b.0)));
+    let mut end = 0;
+    let infos = tensors.iter().map(|&(name, dtype, shape, bytes)| {
+        let begin = end;
+        end += bytes.len();
+        (name.to_owned(), TensorInfo { dtype, shape: shape.to_vec(), data_offsets: (begin, end) })
+    });
+    let header = Metadata::new(None, infos.collect()).map_err(|error| say(&error))?;
+    let header = serde_json::to_string(&header).map_err(|error| say(&error))?;
+    // The crate would write the facts in the random order of a hash map: they are put in here instead.
+    let facts = serde_json::to_string(facts).map_err(|error| say(&error))?;
+    let comma = if tensors.is_empty() { "" } else { "," };
+    let mut header = format!("{{\"__metadata__\":{facts}{comma}{}", &header[1..]).into_bytes();
+    header.resize(header.len().next_multiple_of(ALIGNMENT), b' ');
+    let mut bytes = Vec::with_capacity(ALIGNMENT + header.len() + end);
+    bytes.extend_from_slice(&(header.len() as u64).to_le_bytes());
+    bytes.extend_from_slice(&header);
+    tensors.iter().for_each(|(.., data)| bytes.extend_from_slice(data));
+    Ok(bytes)
+}
+
 /// A matrix by name, and the labels of its rows, if it has any, by another.
 pub type NamedRows<'a> = (&'a str, &'a Array2<f32>, Option<(&'a str, &'a [i64])>);
 
@@ -102,7 +199,7 @@ pub type NamedRows<'a> = (&'a str, &'a Array2<f32>, Option<(&'a str, &'a [i64])>
 ///
 /// # Errors
 /// [`Error::Io`] if the file cannot be written.
-pub fn write_rows(path: &Path, sides: &[NamedRows<'_>], metadata: HashMap<String, String>) -> Result<()> {
+pub fn write_rows(path: &Path, sides: &[NamedRows<'_>], metadata: &BTreeMap<String, String>) -> Result<()> {
     let mut data = Vec::new();
     for (name, matrix, labels) in sides {
         let floats: Vec<u8> = matrix.iter().flat_map(|x| x.to_le_bytes()).collect();
@@ -112,11 +209,8 @@ pub fn write_rows(path: &Path, sides: &[NamedRows<'_>], metadata: HashMap<String
             data.push((*name, Dtype::I64, vec![labels.len()], integers));
         }
     }
-    let cannot = |e| Error::format(path, format!("cannot be written as safetensors ({e})"));
-    let mut views = Vec::new();
-    for (name, dtype, shape, bytes) in &data {
-        views.push((*name, TensorView::new(*dtype, shape.clone(), bytes).map_err(cannot)?));
-    }
-    let bytes = safetensors::serialize(views, Some(metadata)).map_err(cannot)?;
+    let tensors = data.iter().map(|(name, dtype, shape, bytes)| (*name, *dtype, &shape[..], &bytes[..]));
+    let bytes = to_bytes(metadata, tensors.collect())
+        .map_err(|e| Error::format(path, format!("cannot be written as safetensors ({e})")))?;
     write_atomic(path, &bytes)
 }

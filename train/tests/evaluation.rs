@@ -279,7 +279,7 @@ fn wrong_input_is_refused_in_one_line_that_says_what_to_do() {
         labels: Some(vec![0, 1]),
         gallery: None,
         names: Vec::new(),
-        metadata: std::collections::HashMap::new(),
+        metadata: std::collections::BTreeMap::new(),
     };
     let file = place.path().join("single.safetensors");
     single.write(&file).unwrap();

@@ -1,6 +1,6 @@
 //! Embeddings of a folder tree, into a file.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -103,7 +103,7 @@ pub(super) fn embed_folder(
     folders.values_mut().zip(0..).for_each(|(label, index)| *label = index);
     let labels = names.iter().map(|name| folders[&folder(name)]).collect();
     let classes: Vec<&String> = folders.keys().collect();
-    let metadata = HashMap::from([
+    let metadata = BTreeMap::from([
         (ROOT.to_owned(), root.display().to_string()),
         (CHECKPOINT.to_owned(), embedder.fingerprint().to_owned()),
         (CLASSES.to_owned(), serde_json::json!(classes).to_string()),

@@ -6,7 +6,7 @@
 //!
 //! .npy: the matrix alone; everything else in a .json of the same name beside it.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use ndarray::Array2;
@@ -33,7 +33,7 @@ pub struct EmbeddingsFile {
     /// Name of each row; empty if they have none.
     pub names: Vec<String>,
     /// Anything else, as the header holds it.
-    pub metadata: HashMap<String, String>,
+    pub metadata: BTreeMap<String, String>,
 }
 
 /// The form of a file, by its extension.
@@ -123,7 +123,7 @@ impl EmbeddingsFile {
         sides.extend(self.gallery.as_ref().map(|gallery| {
             ("references", &gallery.values, Some(("reference_labels", gallery.labels.as_slice())))
         }));
-        write_rows(path, &sides, metadata)
+        write_rows(path, &sides, &metadata)
     }
 
     fn write_npy(&self, path: &Path) -> Result<()> {
@@ -185,7 +185,7 @@ mod tests {
             labels: Some(vec![4, -1, 4]),
             gallery: Some(EmbeddedRows { values: array![[0.0, 1.0]], labels: vec![4] }),
             names: vec!["a.jpg".into(), "b/ü \"x\".png".into(), "c\nd.jpg".into()],
-            metadata: HashMap::from([("root".to_owned(), "pictures".to_owned())]),
+            metadata: BTreeMap::from([("root".to_owned(), "pictures".to_owned())]),
         }
     }
 

@@ -3,13 +3,9 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use safetensors::tensor::{Dtype, TensorView};
-use safetensors::{SafeTensors, serialize};
+use ddtas_io::tensors::{self, Dtype, TensorFile};
 
 use crate::{Error, Result};
-
-/// Length of the number before the header, and what the header is padded to.
-const ALIGNMENT: usize = 8;
 
 /// What a safetensors file holds, in memory.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -52,51 +48,24 @@ impl Archive {
     /// Reads a file.
     pub fn read(path: &Path) -> Result<Self> {
         let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
-        Self::from_bytes(&bytes).map_err(|reason| Error::format(path, reason))
+        Self::from_bytes(path, &bytes)
     }
 
-    /// Parses the bytes of a safetensors file.
-    pub fn from_bytes(bytes: &[u8]) -> std::result::Result<Self, String> {
-        let not = |error| format!("not a safetensors file: {error}");
-        let (_, header) = SafeTensors::read_metadata(bytes).map_err(not)?;
-        let facts = header.metadata().clone().unwrap_or_default().into_iter().collect();
-        let tensors = SafeTensors::deserialize(bytes).map_err(not)?;
-        let entry = |view: TensorView<'_>| Entry {
-            dtype: view.dtype(),
-            shape: view.shape().to_vec(),
-            bytes: view.data().to_vec(),
+    /// Parses the bytes of the safetensors file `path`.
+    pub fn from_bytes(path: &Path, bytes: &[u8]) -> Result<Self> {
+        let file = TensorFile::parse(path, bytes)?;
+        let entry = |(name, dtype, shape, bytes): (String, Dtype, Vec<usize>, &[u8])| {
+            (name, Entry { dtype, shape, bytes: bytes.to_vec() })
         };
-        let tensors = tensors.tensors().into_iter().map(|(name, view)| (name, entry(view))).collect();
-        Ok(Self { facts, tensors })
+        let tensors = file.tensors().map(entry).collect();
+        Ok(Self { facts: file.metadata, tensors })
     }
 
     /// The bytes of a safetensors file.
     pub fn to_bytes(&self) -> std::result::Result<Vec<u8>, String> {
-        let views = self
-            .tensors
-            .iter()
-            .map(|(name, entry)| {
-                TensorView::new(entry.dtype, entry.shape.clone(), &entry.bytes)
-                    .map(|view| (name, view))
-                    .map_err(|error| format!("tensor {name}: {error}"))
-            })
-            .collect::<std::result::Result<Vec<_>, _>>()?;
-        // The crate would write the facts in the random order of a hash map: they are put in here instead.
-        let plain = serialize(views, None).map_err(|error| error.to_string())?;
-        let (length, _) = SafeTensors::read_metadata(&plain).map_err(|error| error.to_string())?;
-        let (header, data) = plain[ALIGNMENT..].split_at(length);
-        let facts = serde_json::to_string(&self.facts).map_err(|error| error.to_string())?;
-        let mut joined = format!("{{\"__metadata__\":{facts}").into_bytes();
-        if !self.tensors.is_empty() {
-            joined.push(b',');
-        }
-        joined.extend_from_slice(header[1..].trim_ascii_end());
-        joined.resize(joined.len().next_multiple_of(ALIGNMENT), b' ');
-        let mut bytes = Vec::with_capacity(ALIGNMENT + joined.len() + data.len());
-        bytes.extend_from_slice(&(joined.len() as u64).to_le_bytes());
-        bytes.extend_from_slice(&joined);
-        bytes.extend_from_slice(data);
-        Ok(bytes)
+        let tensors =
+            self.tensors.iter().map(|(name, e)| (name.as_str(), e.dtype, &e.shape[..], &e.bytes[..]));
+        tensors::to_bytes(&self.facts, tensors.collect())
     }
 
     /// Adds a tensor.
@@ -154,12 +123,12 @@ mod tests {
     #[test]
     fn what_is_written_is_read_and_its_bytes_are_always_the_same() {
         let bytes = archive().to_bytes().unwrap();
-        assert_eq!(Archive::from_bytes(&bytes).unwrap(), archive());
+        assert_eq!(Archive::from_bytes(Path::new("a"), &bytes).unwrap(), archive());
         for _ in 0..8 {
             assert!(archive().to_bytes().unwrap() == bytes);
         }
         let empty = Archive { facts: archive().facts, ..Archive::default() };
-        assert_eq!(Archive::from_bytes(&empty.to_bytes().unwrap()).unwrap(), empty);
+        assert_eq!(Archive::from_bytes(Path::new("a"), &empty.to_bytes().unwrap()).unwrap(), empty);
     }
 
     #[test]
@@ -178,7 +147,11 @@ mod tests {
     fn a_file_cut_short_is_told() {
         let bytes = archive().to_bytes().unwrap();
         for length in 0..bytes.len() {
-            assert!(Archive::from_bytes(&bytes[..length]).is_err(), "{length} of {} bytes", bytes.len());
+            assert!(
+                Archive::from_bytes(Path::new("a"), &bytes[..length]).is_err(),
+                "{length} of {} bytes",
+                bytes.len()
+            );
         }
     }
 }

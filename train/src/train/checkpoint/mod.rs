@@ -52,7 +52,8 @@ fn weights(
     let mut store = SafetensorsStore::from_bytes(None);
     network.save_into(&mut store).map_err(|error| error.to_string())?;
     let bytes = store.get_bytes().map_err(|error| error.to_string())?;
-    let mut archive = Archive::from_bytes(&bytes)?;
+    let written = Archive::from_bytes(Path::new("weights"), &bytes);
+    let mut archive = written.map_err(|error| error.to_string())?;
     let shape = serde_json::to_string(shape).map_err(|error| error.to_string())?;
     archive.facts.insert(SHAPE.to_owned(), shape);
     archive.facts.extend(facts.iter().map(|(key, value)| ((*key).to_owned(), value.clone())));

@@ -9,7 +9,7 @@ use burn::optim::ModuleOptimizer;
 use burn::store::ModuleSnapshot;
 use burn::store::burn_pack::{Reader, Scalar, Tensor, Writer};
 use burn::tensor::{Bytes, DType};
-use safetensors::tensor::Dtype;
+use ddtas_io::tensors::Dtype;
 
 use super::archive::{Archive, Entry};
 use crate::model::EmbeddingNetwork;

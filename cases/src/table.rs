@@ -1,14 +1,53 @@
-//! Batches that the reference files do not have, drawn from seeds.
+//! The table: the reference cases, and batches drawn from seeds for what those do not have. No pair of a case lies
+//! within [`CLEARANCE`] of a threshold, so counts are exact.
 
-use ddtas::loss::select::{initial_tolerances, probe_tolerance};
+use std::path::Path;
+
 use ddtas::loss::{LossSettings, Mining, reference};
 use ndarray::Array2;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::{CLEARANCE, Case, Dtype, Expected, Matrix, Side, batch, golden};
+use crate::{Case, Dtype, Matrix, Side, find, is_clear};
+
+/// No pair is closer to a threshold than this; f32 sums of D products err by some 1e-7.
+const CLEARANCE: f64 = 3e-6;
+
+/// Every file of tests/golden, by name.
+///
+/// # Panics
+/// If one cannot be read.
+#[must_use]
+pub fn golden() -> Vec<Case> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden");
+    let files = find(&[folder]).expect("tests/golden is part of the repository");
+    files.iter().map(|path| Case::read(path).expect("a reference case")).collect()
+}
+
+/// The reference cases with their rows rounded to another type, those that stay clear of the thresholds.
+///
+/// # Panics
+/// If one cannot be read.
+#[must_use]
+pub fn golden_in(dtype: Dtype) -> Vec<Case> {
+    let rounded = |case: Case| {
+        let Matrix::F32(rows) = &case.anchors.rows else { unreachable!("the files are f32") };
+        let anchors = Side { rows: dtype.cast(rows), ..case.anchors };
+        Case::new(case.name, case.settings, anchors, None).expect("rows of unit length")
+    };
+    let cases: Vec<Case> = golden().into_iter().map(rounded).filter(clear).collect();
+    println!("{} of the reference cases are clear of the thresholds in {dtype:?}", cases.len());
+    cases
+}
+
+/// Whether f32 arithmetic must come to the same sets as float64.
+fn clear(case: &Case) -> bool {
+    let truth = reference(&case.batch(), &case.settings).expect("a case is valid");
+    is_clear(&truth, &case.settings, CLEARANCE)
+}
 
 /// What a batch is drawn from.
+#[derive(Clone, Copy)]
 struct Recipe {
     name: &'static str,
     /// Anchors, and references where the form is rectangular.
@@ -59,6 +98,11 @@ fn recipes() -> Vec<Recipe> {
         recipe("all_ignored", 130, 20, 1.0, |_| -7),
         recipe("nothing_mined", 100, 96, 0.05, classes_of_five),
         recipe("duplicates", 60, 40, 0.0, classes_of_five),
+        recipe("duplicates_and_ignored_labels", 60, 40, 0.0, |row| {
+            if row % 4 == 0 { -1 } else { (row / 5) as i64 }
+        }),
+        recipe("tight_classes", 60, 32, 0.2, classes_of_five),
+        recipe("noise_alone", 100, 32, 20.0, classes_of_five),
         Recipe { settings: everything, ..recipe("everything_mined", 150, 36, 1.0, classes_of_five) },
         Recipe { settings: everything, ..recipe("everything_mined_140x330", 140, 330, 1.5, classes_of_five) },
         Recipe {
@@ -90,13 +134,38 @@ fn recipes() -> Vec<Recipe> {
 }
 
 /// Every recipe in every type, with references copied from the anchors in part.
+#[must_use]
 pub fn generated() -> Vec<Case> {
     let recipes = recipes();
     recipes.iter().flat_map(|recipe| Dtype::ALL.map(|dtype| clear_case(recipe, dtype))).collect()
 }
 
+/// Every recipe in both forms and every way of mining, f32.
+#[must_use]
+pub fn in_every_way() -> Vec<Case> {
+    let usual = LossSettings::default();
+    let dual = LossSettings { probe_ratio: 1.0, lambda_pos: 0.9, lambda_neg: 0.4, ..usual };
+    let ways = Mining::ALL.map(|mining| LossSettings { mining, ..usual });
+    let forms = |recipe: Recipe| {
+        let other = Recipe { references: Some(recipe.rows + 37), ..recipe };
+        std::iter::once(recipe).chain(recipe.references.is_none().then_some(other))
+    };
+    let shapes = recipes().into_iter().flat_map(forms);
+    let cases = shapes.flat_map(|recipe| {
+        ways.iter().chain([&dual]).map(move |&settings| (recipe, settings)).collect::<Vec<_>>()
+    });
+    cases
+        .map(|(recipe, settings)| {
+            let case = clear_case(&Recipe { settings, ..recipe }, Dtype::F32);
+            let form = if case.references.is_some() { "rectangular" } else { "square" };
+            Case { name: format!("{} {form} {}", case.name, settings.mining), ..case }
+        })
+        .collect()
+}
+
 /// Three row tiles, the last of ignored rows alone, 30 % ignored in all, in every width of the gradient's
 /// product and more than one block of columns; square, and rectangular with both gradients. 16-bit rows.
+#[must_use]
 pub fn widths() -> Vec<Case> {
     // Rows of ignored labels stand last in the order of the passes.
     let ignored = |row: usize| if row % 10 < 3 { -1 } else { (row / 8) as i64 };
@@ -123,24 +192,11 @@ pub fn widths() -> Vec<Case> {
         .collect()
 }
 
-/// The reference cases with their rows rounded to another type, those that stay clear of the thresholds.
-pub fn golden_in(dtype: Dtype) -> Vec<Case> {
-    let rounded = |case: Case| {
-        let Matrix::F32(rows) = &case.anchors.rows else { unreachable!("the files are f32") };
-        let anchors = Side { rows: dtype.cast(rows), ..case.anchors };
-        let expected = Expected::new(dtype, &anchors, None, &case.settings);
-        Case { dtype, anchors, expected, ..case }
-    };
-    let cases: Vec<Case> = golden().into_iter().map(rounded).filter(is_clear).collect();
-    println!("{} of the reference cases are clear of the thresholds in {dtype:?}", cases.len());
-    cases
-}
-
 /// The first seed whose pairs keep clear of every threshold.
 fn clear_case(recipe: &Recipe, dtype: Dtype) -> Case {
     (0..1000)
         .map(|seed| draw(recipe, dtype, seed))
-        .find(is_clear)
+        .find(clear)
         .unwrap_or_else(|| panic!("{} has no clear seed", recipe.name))
 }
 
@@ -160,14 +216,7 @@ fn draw(recipe: &Recipe, dtype: Dtype, seed: u64) -> Case {
         Side { rows: dtype.cast(&other), labels, tangent }
     });
     let anchors = Side { rows: dtype.cast(&rows), labels, tangent };
-    Case {
-        name: recipe.name.into(),
-        dtype,
-        settings: recipe.settings,
-        expected: Expected::new(dtype, &anchors, references.as_ref(), &recipe.settings),
-        anchors,
-        references,
-    }
+    Case::new(recipe.name.into(), recipe.settings, anchors, references).expect("rows of unit length")
 }
 
 /// Unit rows: a centre a class, noise around it.
@@ -186,25 +235,4 @@ fn rows(labels: &[i64], recipe: &Recipe, random: &mut ChaCha8Rng) -> Array2<f32>
 fn normal(random: &mut ChaCha8Rng) -> f32 {
     let (u, v): (f32, f32) = (random.random(), random.random());
     (-2.0 * (1.0 - u).ln()).sqrt() * (std::f32::consts::TAU * v).cos()
-}
-
-/// Whether f32 arithmetic must come to the same sets as float64.
-fn is_clear(case: &Case) -> bool {
-    let truth = reference(&batch(&case.anchors, case.references.as_ref()), &case.settings)
-        .expect("a generated case is valid");
-    let (similarities, selection) = (&truth.similarities, &truth.selection);
-    let tolerances =
-        [selection.tolerances.neg, initial_tolerances(&case.settings).neg, probe_tolerance(&case.settings)];
-    // An infinite bound is far from everything; NaN would be a bound that does not exist.
-    let clear = |value: f64, bound: f64| (value - bound).abs() >= CLEARANCE;
-    (0..similarities.anchors()).all(|i| {
-        let s = similarities.values.row(i);
-        let upper = selection.max_neg[i] + selection.tolerances.pos;
-        // Duplicates lie within 1e-6 of the squared norm by definition: what counts is that they are not near its edge.
-        s.iter().enumerate().all(|(j, &value)| (value - similarities.duplicate_bound(i, j)).abs() > 7e-7)
-            && similarities.positives(i).all(|j| clear(s[j], upper))
-            && similarities
-                .negatives(i)
-                .all(|j| tolerances.iter().all(|tolerance| clear(s[j], selection.min_pos[i] - tolerance)))
-    })
 }

@@ -1,0 +1,167 @@
+//! A batch with what must come out of it.
+
+use ddtas::Result;
+use ddtas::loss::select::{initial_tolerances, probe_tolerance};
+use ddtas::loss::{Batch, Embeddings, LossSettings, Reference, Rows, UnitCheck};
+use half::{bf16, f16};
+use ndarray::Array2;
+
+use crate::Expected;
+
+/// The type of a case's rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dtype {
+    /// Single precision.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// Brain floating point.
+    Bf16,
+}
+
+impl Dtype {
+    /// Every type that a backend takes.
+    pub const ALL: [Self; 3] = [Self::F32, Self::F16, Self::Bf16];
+
+    /// That of these rows.
+    #[must_use]
+    pub fn of(rows: &Embeddings<'_>) -> Self {
+        match rows {
+            Embeddings::F32(_) => Self::F32,
+            Embeddings::F16(_) => Self::F16,
+            Embeddings::Bf16(_) => Self::Bf16,
+        }
+    }
+
+    /// The rows as a caller of this type would hand them in.
+    #[must_use]
+    pub fn cast(self, rows: &Array2<f32>) -> Matrix {
+        match self {
+            Self::F32 => Matrix::F32(rows.clone()),
+            Self::F16 => Matrix::F16(rows.mapv(f16::from_f32)),
+            Self::Bf16 => Matrix::Bf16(rows.mapv(bf16::from_f32)),
+        }
+    }
+
+    /// A weight as plain code in this precision would store it.
+    pub(crate) fn round(self, value: f64) -> f64 {
+        match self {
+            Self::F32 => f64::from(value as f32),
+            Self::F16 => f16::from_f64(value).to_f64(),
+            Self::Bf16 => bf16::from_f64(value).to_f64(),
+        }
+    }
+}
+
+/// Rows in one of the types a backend takes.
+#[derive(Debug, Clone)]
+#[expect(missing_docs, reason = "documented at the variants of the same names in Dtype")]
+pub enum Matrix {
+    F32(Array2<f32>),
+    F16(Array2<f16>),
+    Bf16(Array2<bf16>),
+}
+
+impl Matrix {
+    /// As a backend takes them.
+    #[must_use]
+    pub fn view(&self) -> Embeddings<'_> {
+        match self {
+            Self::F32(m) => Embeddings::F32(m.view()),
+            Self::F16(m) => Embeddings::F16(m.view()),
+            Self::Bf16(m) => Embeddings::Bf16(m.view()),
+        }
+    }
+}
+
+/// Rows with their labels, and the tangent that goes with them (edot of SPEC 5).
+#[derive(Debug, Clone)]
+pub struct Side {
+    /// Unit rows.
+    pub rows: Matrix,
+    /// One a row; negative: ignored.
+    pub labels: Vec<i64>,
+    /// A row a row.
+    pub tangent: Array2<f32>,
+}
+
+impl Side {
+    /// As a backend takes it.
+    #[must_use]
+    pub fn view(&self) -> Rows<'_> {
+        Rows { embeddings: self.rows.view(), labels: &self.labels }
+    }
+}
+
+/// A batch, its settings, and what a backend must answer.
+#[derive(Debug, Clone)]
+pub struct Case {
+    /// Its situation, e.g. `duplicate_image`.
+    pub name: String,
+    /// Settings of mining and loss.
+    pub settings: LossSettings,
+    /// The rows of the batch.
+    pub anchors: Side,
+    /// The rows they are compared with; `None` is the square form.
+    pub references: Option<Side>,
+    /// What a backend must answer.
+    pub expected: Expected,
+}
+
+impl Case {
+    /// A case whose answer is the truth's.
+    ///
+    /// # Errors
+    /// What the truth refuses.
+    pub fn new(
+        name: String,
+        settings: LossSettings,
+        anchors: Side,
+        references: Option<Side>,
+    ) -> Result<Self> {
+        let tangents = (&anchors.tangent, references.as_ref().map(|side| &side.tangent));
+        let expected =
+            Expected::evaluate(&batch(&anchors, references.as_ref()), &settings, tangents.0, tangents.1)?;
+        Ok(Self { name, settings, anchors, references, expected })
+    }
+
+    /// The type of its rows.
+    #[must_use]
+    pub fn dtype(&self) -> Dtype {
+        Dtype::of(&self.anchors.rows.view())
+    }
+
+    /// The batch as the backend sees it; in the rectangular form with both gradients.
+    #[must_use]
+    pub fn batch(&self) -> Batch<'_> {
+        batch(&self.anchors, self.references.as_ref())
+    }
+}
+
+fn batch<'a>(anchors: &'a Side, references: Option<&'a Side>) -> Batch<'a> {
+    Batch {
+        anchors: anchors.view(),
+        references: references.map(Side::view),
+        reference_gradient: references.is_some(),
+        check: UnitCheck::Check,
+    }
+}
+
+/// Whether no pair lies within `slack` of a threshold, so that single precision comes to the same sets as the truth.
+#[must_use]
+pub fn is_clear(truth: &Reference, settings: &LossSettings, slack: f64) -> bool {
+    let (similarities, selection) = (&truth.similarities, &truth.selection);
+    let tolerances = [selection.tolerances.neg, initial_tolerances(settings).neg, probe_tolerance(settings)];
+    // An infinite bound is far from everything, and so is NaN: an infinite tolerance where there is no m+ or m-.
+    let clear = |value: f64, bound: f64| bound.is_nan() || (value - bound).abs() >= slack;
+    (0..similarities.anchors()).all(|i| {
+        let s = similarities.values.row(i);
+        let upper = selection.max_neg[i] + selection.tolerances.pos;
+        // Duplicates lie within 1e-6 of the squared norm by definition: what counts is that they are not near its edge.
+        s.iter().enumerate().all(|(j, &value)| (value - similarities.duplicate_bound(i, j)).abs() > 7e-7)
+            && similarities.positives(i).all(|j| clear(s[j], upper))
+            && similarities
+                .negatives(i)
+                .all(|j| tolerances.iter().all(|tolerance| clear(s[j], selection.min_pos[i] - tolerance)))
+    })
+}

@@ -1,0 +1,120 @@
+//! A case through a backend.
+
+use std::borrow::Borrow;
+use std::collections::HashSet;
+
+use ddtas::backend::{Backend, Nearest};
+use ddtas::loss::{Batch, Hypergradient, LossOutput};
+use ddtas::{Error, Result};
+
+use crate::{Case, Expected, Matrix, Report};
+
+/// Runs a case through the loss and the threshold pass of a backend.
+///
+/// # Errors
+/// What the backend answers.
+pub fn run(case: &Case, backend: &mut dyn Backend) -> Result<Report> {
+    answer(case, backend).map(|(output, hyper)| Report::new(&case.expected, &output, hyper))
+}
+
+fn answer(case: &Case, backend: &mut dyn Backend) -> Result<(LossOutput, Hypergradient)> {
+    let batch = case.batch();
+    let mut output = LossOutput::default();
+    backend.loss(&batch, &case.settings, &mut output)?;
+    let moving = case.references.as_ref().map(|side| side.tangent.view());
+    let hyper = backend.hypergradient(&batch, case.anchors.tangent.view(), moving)?;
+    Ok((output, hyper))
+}
+
+/// Runs a square case of f32 rows through a backend that multiplies in TF32: it must answer what the truth does for
+/// rows that are rounded so. The backend gets the case's own rows.
+///
+/// # Errors
+/// What the backend answers, or the truth of the rounded rows.
+pub fn run_tf32(case: &Case, backend: &mut dyn Backend) -> Result<Report> {
+    let (Matrix::F32(rows), None) = (&case.anchors.rows, &case.references) else {
+        return Err(Error::Unavailable(format!("{}: TF32 is for square cases of f32 rows", case.name)));
+    };
+    let rounded = rows.mapv(to_tf32);
+    let batch = Batch::square(rounded.view(), &case.anchors.labels);
+    let expected = Expected::evaluate(&batch, &case.settings, &case.anchors.tangent, None)?;
+    answer(case, backend).map(|(output, hyper)| Report::new(&expected, &output, hyper))
+}
+
+/// The nearest number of 10 bits of mantissa, ties away from zero, as GPUs round.
+#[must_use]
+pub fn to_tf32(value: f32) -> f32 {
+    f32::from_bits(value.to_bits().wrapping_add(0x1000) & !0x1fff)
+}
+
+/// Runs cases through every pass of a backend.
+///
+/// # Panics
+/// With every case that differs from the truth by more than its bounds.
+pub fn run_all(backend: &mut dyn Backend, cases: impl IntoIterator<Item = impl Borrow<Case>>) {
+    let mut count = 0;
+    let mut failures = Vec::new();
+    for case in cases {
+        count += 1;
+        let case = case.borrow();
+        if let Err(difference) = check(backend, case) {
+            failures.push(format!("{} {:?}: {difference}", case.name, case.dtype()));
+        }
+    }
+    println!("{}: {count} cases, {} failed", backend.name(), failures.len());
+    assert!(count > 0, "an empty table proves nothing");
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+fn check(backend: &mut dyn Backend, case: &Case) -> Result<(), String> {
+    let say = |error: Error| error.to_string();
+    let report = run(case, backend).map_err(say)?;
+    let bounds = &case.expected.bounds;
+    if !report.is_within(bounds) {
+        return Err(format!("{report:?} is not within {bounds:?}"));
+    }
+    let batch = case.batch();
+    for k in [1, 10] {
+        let found = backend.nearest(&batch.anchors, batch.references.as_ref(), k).map_err(say)?;
+        check_nearest(&batch, k, &found)?;
+    }
+    Ok(())
+}
+
+/// Holds a retrieval to the similarities in float64; ties within f32's error may swap.
+///
+/// # Errors
+/// The first query whose list is wrong.
+pub fn check_nearest(batch: &Batch<'_>, k: usize, found: &Nearest) -> Result<(), String> {
+    const BOUND: f64 = 2e-6;
+    let s = batch.anchors.embeddings.to_f64().dot(&batch.reference_rows().embeddings.to_f64().t());
+    if found.indices.dim() != (s.nrows(), k) || found.similarities.dim() != (s.nrows(), k) {
+        return Err(format!("nearest: shape {:?}, want {:?}", found.indices.dim(), (s.nrows(), k)));
+    }
+    for (query, row) in s.outer_iter().enumerate() {
+        let mut order: Vec<usize> = (0..row.len()).filter(|&j| !batch.is_square() || j != query).collect();
+        order.sort_by(|&a, &b| row[b].total_cmp(&row[a]).then(a.cmp(&b)));
+        let mut seen = HashSet::new();
+        for place in 0..k {
+            let (index, value) =
+                (found.indices[[query, place]], f64::from(found.similarities[[query, place]]));
+            let wrong =
+                |want: String| Err(format!("nearest[{query}, {place}] is {index} at {value}, want {want}"));
+            let Some(&best) = order.get(place) else {
+                if index != Nearest::NONE || value != f64::NEG_INFINITY {
+                    return wrong("none".into());
+                }
+                continue;
+            };
+            let valid = (index as usize) < row.len()
+                && order.contains(&(index as usize))
+                && seen.insert(index)
+                && (row[index as usize] - value).abs() <= BOUND
+                && (row[best] - value).abs() <= BOUND;
+            if !valid {
+                return wrong(format!("{best} at {}", row[best]));
+            }
+        }
+    }
+    Ok(())
+}
