@@ -2,6 +2,7 @@
 //!
 //! | file | what |
 //! | --- | --- |
+//! | `rows.rs` | rows in every type |
 //! | `case.rs` | a batch with what must come out of it |
 //! | `expected.rs` | the truth's answer, how far another is from it, and how far it may be |
 //! | `file.rs` | the reference cases of SPEC 7, in `.safetensors` files |
@@ -15,11 +16,13 @@ mod case;
 mod expected;
 mod file;
 pub mod random;
+mod rows;
 mod run;
 mod table;
 
-pub use case::{Case, Dtype, Matrix, Side, is_clear};
+pub use case::{Case, Side, is_clear};
 pub use expected::{Bounds, Expected, Report, SINGLE_PRECISION, TF32};
 pub use file::{find, settings_of};
+pub use rows::{Dtype, Matrix};
 pub use run::{check_nearest, run, run_all, run_tf32, to_tf32};
 pub use table::{generated, golden, golden_in, in_every_way, widths};

@@ -7,14 +7,10 @@
 //! Queries are searched in turns of bounded size, those with few answers first, so that memory beside the embeddings is O(Q):
 //! a large class makes the lists of its own queries long, not everybody's.
 
-use std::collections::HashMap;
-
-use half::{bf16, f16};
-use ndarray::{Array2, Axis};
-
 use super::recall::{Hits, Recall, sorted};
+use super::rows::{Gathered, Kept, answers};
 use crate::backend::{Backend, Nearest};
-use crate::loss::{Embeddings, Rows, validate_rows};
+use crate::loss::{Rows, validate_rows};
 use crate::{Error, Result};
 
 /// What one turn has room for.
@@ -148,100 +144,6 @@ impl Score {
     }
 }
 
-/// How many answers each query has, 0 if it is ignored; by the labels of the queries and of the gallery.
-pub(super) fn answers(queries: &[i64], gallery: Option<&[i64]>) -> Vec<u32> {
-    let mut sizes = HashMap::<i64, u32>::new();
-    for label in gallery.unwrap_or(queries) {
-        *sizes.entry(*label).or_default() += 1;
-    }
-    let itself = u32::from(gallery.is_none());
-    let of = |label: &i64| if *label < 0 { 0 } else { sizes.get(label).map_or(0, |size| size - itself) };
-    queries.iter().map(of).collect()
-}
-
-/// The rows that are not ignored, or `None` if those are all.
-pub(super) fn kept(labels: &[i64]) -> Option<Vec<u32>> {
-    if labels.iter().all(|&label| label >= 0) {
-        return None;
-    }
-    Some((0..labels.len() as u32).filter(|&row| labels[row as usize] >= 0).collect())
-}
-
-/// Rows without the ignored ones; a copy only where there are any.
-pub(super) struct Kept<'a> {
-    all: Rows<'a>,
-    some: Option<Gathered>,
-    original: Vec<u32>,
-}
-
-impl<'a> Kept<'a> {
-    pub(super) fn new(rows: &'a Rows<'_>) -> Self {
-        let all = rows.view();
-        let Some(original) = kept(all.labels) else {
-            return Self { all, some: None, original: Vec::new() };
-        };
-        Self { some: Some(Gathered::new(rows, &original)), all, original }
-    }
-
-    pub(super) fn is_all(&self) -> bool {
-        self.some.is_none()
-    }
-
-    pub(super) fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    pub(super) fn len(&self) -> usize {
-        self.rows().labels.len()
-    }
-
-    pub(super) fn rows(&self) -> Rows<'_> {
-        self.some.as_ref().map_or_else(|| self.all.view(), Gathered::rows)
-    }
-
-    /// The caller's row behind a row of [`rows`](Self::rows).
-    pub(super) fn original(&self, row: u32) -> u32 {
-        if self.some.is_none() { row } else { self.original[row as usize] }
-    }
-
-    fn label(&self, row: u32) -> i64 {
-        self.all.labels[self.original(row) as usize]
-    }
-}
-
-/// Copies of some rows, in an order of their own.
-struct Gathered {
-    values: Values,
-    labels: Vec<i64>,
-}
-
-enum Values {
-    F32(Array2<f32>),
-    F16(Array2<f16>),
-    Bf16(Array2<bf16>),
-}
-
-impl Gathered {
-    fn new(rows: &Rows<'_>, wanted: &[u32]) -> Self {
-        let wanted: Vec<usize> = wanted.iter().map(|&row| row as usize).collect();
-        let values = match &rows.embeddings {
-            Embeddings::F32(m) => Values::F32(m.select(Axis(0), &wanted)),
-            Embeddings::F16(m) => Values::F16(m.select(Axis(0), &wanted)),
-            Embeddings::Bf16(m) => Values::Bf16(m.select(Axis(0), &wanted)),
-        };
-        Self { values, labels: wanted.iter().map(|&row| rows.labels[row]).collect() }
-    }
-
-    fn rows(&self) -> Rows<'_> {
-        let embeddings = match &self.values {
-            Values::F32(m) => Embeddings::F32(m.view()),
-            Values::F16(m) => Embeddings::F16(m.view()),
-            Values::Bf16(m) => Embeddings::Bf16(m.view()),
-        };
-        Rows { embeddings, labels: &self.labels }
-    }
-}
-
 /// A bad row by its place in the caller's matrix, not in the turn's.
 fn with_original_row(error: Error, itself: bool, turn: &[u32], kept: &Kept<'_>) -> Error {
     let place = |rows: &'static str, row: usize| match rows {
@@ -266,6 +168,9 @@ fn with_original_row(error: Error, itself: bool, turn: &[u32], kept: &Kept<'_>) 
 mod tests {
     use super::*;
     use crate::backend::cpu::CpuBackend;
+    use crate::loss::Embeddings;
+    use half::bf16;
+    use ndarray::Array2;
     use rand::{RngExt, SeedableRng};
     use rand_chacha::ChaCha8Rng;
 

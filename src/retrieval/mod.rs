@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | `recall.rs` | Recall@K, and the lists it was counted from |
 //! | `evaluate.rs` | Recall@K, R-precision and MAP@R, queries searched in turns |
+//! | `rows.rs` | the rows that take part in a search |
 //! | `k_means.rs` | k-means of unit rows |
 //! | `mutual_information.rs` | how far clusters agree with classes: NMI |
 //!
@@ -14,6 +15,7 @@ mod evaluate;
 mod k_means;
 mod mutual_information;
 mod recall;
+mod rows;
 
 pub use evaluate::{Metrics, evaluate};
 pub use k_means::{Clusters, KMeansSettings, k_means};

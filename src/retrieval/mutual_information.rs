@@ -2,8 +2,8 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::evaluate::Kept;
 use super::k_means::{KMeansSettings, k_means};
+use super::rows::Kept;
 use crate::backend::Backend;
 use crate::loss::{Embeddings, Rows, validate_rows};
 use crate::{Error, Result};

@@ -1,6 +1,6 @@
 //! Recall@K.
 
-use super::evaluate::{Kept, answers, kept};
+use super::rows::{Kept, answers, kept};
 use crate::backend::{Backend, Nearest};
 use crate::loss::{Rows, validate_rows};
 use crate::{Error, Result};

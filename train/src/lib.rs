@@ -1,12 +1,13 @@
 //! The training engine over `ddtas`: data sets, network, threshold generator, training, and a trained network at work.
 //!
-//! Modules depend one way: [`inference`] on [`train`]; that on [`model`], [`data`] and [`generator`].
+//! Modules depend one way: [`inference`] on [`train`] and `pages`; [`train`] on [`model`], [`data`], [`generator`] and `pages`.
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod data;
 pub mod generator;
 pub mod inference;
 pub mod model;
+mod pages;
 pub mod train;
 
 pub use ddtas::{Error, Result};

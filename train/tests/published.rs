@@ -8,7 +8,7 @@ use assert_cmd::Command;
 use ddtas_train::data::fixture::{FixtureSettings, Layout, write};
 use ddtas_train::data::mat::{Array, ByteOrder, Values, Variables, encode, read};
 use ddtas_train::data::synthetic::Fleet;
-use ddtas_train::data::{Dataset, DatasetKind, DatasetSettings, Split};
+use ddtas_train::data::{Artist, Dataset, DatasetKind, DatasetSettings, Split};
 
 const CLASSES: usize = 9;
 const PICTURES: usize = 4;

@@ -3,13 +3,12 @@
 
 use std::fs;
 use std::path::Path;
-use std::sync::Arc;
 
 use ddtas::backend::Nearest;
 use ddtas_train::Error;
 use ddtas_train::data::synthetic::{SyntheticSettings, synthetic};
-use ddtas_train::train::report::{self, Baseline, Extent, Findings};
-use ddtas_train::train::{EvaluationRecord, Record, StepRecord};
+use ddtas_train::train::report::{self, Baseline, Findings};
+use ddtas_train::train::{EvaluationRecord, Record, StepRecord, choose};
 use ndarray::Array2;
 
 fn step(step: usize) -> Record {
@@ -51,7 +50,7 @@ fn whole_run() -> Vec<Record> {
     records
 }
 
-fn findings() -> Findings {
+fn findings() -> (Findings, image::RgbImage) {
     let settings =
         SyntheticSettings { classes: 20, train_pictures: 2, test_pictures: 4, ..Default::default() };
     let cars = synthetic(&settings).unwrap();
@@ -62,30 +61,28 @@ fn findings() -> Findings {
         similarities: Array2::from_shape_fn((n, 8), |(_, j)| 0.95 - 0.06 * j as f32),
     };
     let rows: Vec<usize> = (0..n).collect();
-    let shown = report::choose(&rows, &rows, &nearest, 8, 8).unwrap();
-    let queries = report::queries(&cars.test, &cars.test, &shown).unwrap();
-    let extent = |split: &Arc<ddtas_train::data::Split>| Extent {
-        classes: split.class_names().len(),
-        pictures: split.len(),
-    };
-    Findings {
+    let shown = choose(&rows, &rows, &nearest, 8, 8).unwrap();
+    let (queries, sheet) = report::queries(&cars.test, &cars.test, &shown).unwrap();
+    let findings = Findings {
         dataset: "synthetic".into(),
-        train: extent(&cars.train),
-        test: extent(&cars.test),
+        train: cars.train.extent(),
+        test: cars.test.extent(),
         baselines: vec![Baseline {
             name: "raw pixels".into(),
             recall: vec![(1, 0.02), (2, 0.04), (4, 0.06), (8, 0.1)],
         }],
         training_seconds: 127.4,
         queries,
-    }
+    };
+    (findings, sheet)
 }
 
 #[test]
 fn report_shows_recall_plots_neighbours_and_settings() {
     let folder = tempfile::tempdir().unwrap();
     write_run(folder.path(), &whole_run());
-    findings().save(folder.path()).unwrap();
+    let (findings, sheet) = findings();
+    findings.save(folder.path(), &sheet).unwrap();
     let path = report::write(folder.path()).unwrap();
     let page = fs::read_to_string(&path).unwrap();
     for part in [
@@ -114,7 +111,7 @@ fn report_shows_recall_plots_neighbours_and_settings() {
 
     let strip = image::open(folder.path().join("neighbours.png")).unwrap().into_rgb8();
     let frame = |column: u32, row: u32| strip.get_pixel(130 + 8 + column * 114, 8 + row * 114).0;
-    let query = &findings().queries[0];
+    let query = &findings.queries[0];
     for (column, answer) in query.answers.iter().enumerate() {
         let green = frame(column as u32, 0)[1] > 128;
         assert_eq!(green, answer.right, "frame of answer {column}");

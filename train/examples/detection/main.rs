@@ -181,7 +181,7 @@ fn train(
         }
         memory.push(step, values.view(), &labels);
         let rate = learning_rate(arguments.learning_rate, step, arguments.steps);
-        network = descend(network, &mut optimizer, embeddings, &output.gradient, rate, device);
+        network = descend(network, &mut optimizer, embeddings, &output.gradient, rate);
     }
     Ok(network)
 }

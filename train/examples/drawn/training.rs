@@ -1,8 +1,9 @@
 //! What the examples train alike: a step along dL/dE, and embeddings part by part.
 
 use burn::module::Module;
-use burn::optim::{GradientsParams, ModuleOptimizer};
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::optim::ModuleOptimizer;
+use burn::tensor::Tensor;
+use ddtas_train::model::backward;
 use ndarray::{Array2, Axis, concatenate};
 
 /// Moves the weights along `gradient`, dL/dE of `embeddings`.
@@ -12,12 +13,8 @@ pub fn descend<M: Module>(
     embeddings: Tensor<2>,
     gradient: &Array2<f32>,
     rate: f64,
-    device: &Device,
 ) -> M {
-    let shape = [gradient.nrows(), gradient.ncols()];
-    let gradient = TensorData::new(gradient.iter().copied().collect::<Vec<f32>>(), shape);
-    let surrogate = (embeddings * Tensor::<2>::from_data(gradient, device)).sum();
-    let gradients = GradientsParams::from_grads(surrogate.backward(), &network);
+    let gradients = backward(embeddings, gradient, &network);
     optimizer.step(rate, network, gradients)
 }
 

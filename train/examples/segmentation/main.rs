@@ -195,7 +195,7 @@ fn train(
         }
         // Ignored pixels have a gradient of zero, and cost next to nothing.
         let rate = learning_rate(arguments.learning_rate, step, arguments.steps);
-        network = descend(network, &mut optimizer, embeddings, &output.gradient, rate, device);
+        network = descend(network, &mut optimizer, embeddings, &output.gradient, rate);
     }
     Ok(network)
 }

@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use image::RgbImage;
+use serde::{Deserialize, Serialize};
 
 use super::decode::{PixelBox, cut, decode};
-use super::synthetic::Fleet;
 use crate::{Error, Result};
 
 /// Decoded pictures a [`Split`] keeps in memory, unless told otherwise: 1 GiB.
@@ -37,6 +37,12 @@ pub struct Dataset {
 }
 
 impl Dataset {
+    /// Sizes of the training and the test split.
+    #[must_use]
+    pub fn extents(&self) -> [Extent; 2] {
+        [&self.train, &self.test].map(|split| split.extent())
+    }
+
     /// What the queries are searched in: the gallery, or the test split itself.
     #[must_use]
     pub fn searched(&self) -> &Split {
@@ -56,13 +62,31 @@ pub enum Source {
         /// The part, as far as the picture reaches.
         area: PixelBox,
     },
-    /// The `instance`-th picture of the `class`-th car of a [`Fleet`].
+    /// The `instance`-th picture of the `class`-th design of an [`Artist`].
     Synthetic {
-        /// Index of the design in its fleet.
+        /// Index of the design.
         class: usize,
         /// Index of the picture within the class.
         instance: usize,
     },
+}
+
+/// Draws pictures that are in no file: the same bytes each time.
+pub trait Artist: std::fmt::Debug + Send + Sync {
+    /// Name of a class.
+    fn name(&self, class: usize) -> &str;
+
+    /// A picture of a class.
+    fn draw(&self, class: usize, instance: usize) -> RgbImage;
+}
+
+/// The size of a split.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Extent {
+    /// Classes.
+    pub classes: usize,
+    /// Pictures.
+    pub pictures: usize,
 }
 
 /// A file that could not be decoded.
@@ -87,7 +111,7 @@ pub struct Split {
     labels: Vec<i64>,
     class_names: Vec<String>,
     by_class: Vec<Vec<usize>>,
-    fleet: Option<Arc<Fleet>>,
+    artist: Option<Arc<dyn Artist>>,
     slots: Vec<OnceLock<Slot>>,
     cached_bytes: AtomicUsize,
     cache_bytes: usize,
@@ -114,9 +138,9 @@ impl Split {
         Self::new(classes, None, cache_bytes)
     }
 
-    /// A split of cars: the classes `designs` of `fleet`, `pictures` of each.
-    pub fn from_fleet(
-        fleet: Arc<Fleet>,
+    /// A split of drawn pictures: the classes `designs` of `artist`, `pictures` of each.
+    pub fn drawn(
+        artist: Arc<dyn Artist>,
         designs: std::ops::Range<usize>,
         pictures: usize,
         cache_bytes: usize,
@@ -124,13 +148,13 @@ impl Split {
         let classes = designs
             .map(|class| {
                 let sources = (0..pictures).map(|instance| Source::Synthetic { class, instance }).collect();
-                (fleet.design(class).name.clone(), sources)
+                (artist.name(class).to_owned(), sources)
             })
             .collect();
-        Self::new(classes, Some(fleet), cache_bytes)
+        Self::new(classes, Some(artist), cache_bytes)
     }
 
-    fn new(classes: Vec<(String, Vec<Source>)>, fleet: Option<Arc<Fleet>>, cache_bytes: usize) -> Self {
+    fn new(classes: Vec<(String, Vec<Source>)>, artist: Option<Arc<dyn Artist>>, cache_bytes: usize) -> Self {
         let (mut sources, mut labels) = (Vec::new(), Vec::new());
         let (mut class_names, mut by_class) = (Vec::new(), Vec::new());
         for (label, (name, pictures)) in classes.into_iter().enumerate() {
@@ -145,11 +169,16 @@ impl Split {
             labels,
             class_names,
             by_class,
-            fleet,
+            artist,
             slots,
             cached_bytes: AtomicUsize::new(0),
             cache_bytes,
         }
+    }
+
+    /// How many classes and pictures there are.
+    pub fn extent(&self) -> Extent {
+        Extent { classes: self.class_names.len(), pictures: self.len() }
     }
 
     /// Number of pictures.
@@ -238,9 +267,9 @@ impl Split {
     }
 
     fn draw(&self, index: usize) -> std::result::Result<RgbImage, String> {
-        match (&self.sources[index], &self.fleet) {
-            (Source::Synthetic { class, instance }, Some(fleet)) => Ok(fleet.draw(*class, *instance)),
-            (Source::Synthetic { .. }, None) => Err("no fleet to draw it from".into()),
+        match (&self.sources[index], &self.artist) {
+            (Source::Synthetic { class, instance }, Some(artist)) => Ok(artist.draw(*class, *instance)),
+            (Source::Synthetic { .. }, None) => Err("nobody to draw it".into()),
             (Source::File(path), _) => decode(path),
             (Source::Part { path, area }, _) => cut(&decode(path)?, *area),
         }

@@ -30,7 +30,7 @@ mod sop;
 pub mod synthetic;
 
 pub use augment::{AugmentSettings, Cropper, MEAN, STANDARD_DEVIATION, TestCrop};
-pub use dataset::{DEFAULT_CACHE_BYTES, Dataset, RECALL_AT, Source, Split, Unreadable};
+pub use dataset::{Artist, DEFAULT_CACHE_BYTES, Dataset, Extent, RECALL_AT, Source, Split, Unreadable};
 pub use decode::PixelBox;
 pub use evaluation::EvaluationBatches;
 pub(crate) use folder::is_picture;

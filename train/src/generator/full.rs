@@ -2,12 +2,12 @@
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::{GradientsParams, SgdConfig};
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::Tensor;
 use ndarray::Array2;
 
 use super::{VirtualStep, VirtualStepKind};
 use crate::Result;
-use crate::model::{EmbeddingNetwork, Normalise, read, to_array};
+use crate::model::{EmbeddingNetwork, Normalise, backward, read, to_array};
 
 /// How far the weights move to either side for the difference. Small enough for the curvature of the network
 /// not to show, large enough for f32 to resolve it.
@@ -49,10 +49,7 @@ pub fn tangent(
     let virtual_network = moved(network, -rate, gradients);
     let embeddings = virtual_network.forward(meta_images, mode);
     let gradient = meta_gradient(to_array(embeddings.clone())?)?;
-    let (rows, dim) = gradient.dim();
-    let data = TensorData::new(gradient.into_iter().collect::<Vec<f32>>(), [rows, dim]);
-    let surrogate = (embeddings.clone() * Tensor::from_data(data, &embeddings.device())).sum();
-    let mut direction = GradientsParams::from_grads(surrogate.backward(), &virtual_network);
+    let mut direction = backward(embeddings, &gradient, &virtual_network);
     if step.kind == VirtualStepKind::Unit {
         let along = dot(network, &direction, gradients)? / (length * length);
         direction = combined(network, &direction, -along, gradients);

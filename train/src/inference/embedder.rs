@@ -8,7 +8,8 @@ use burn::tensor::Device;
 use super::{Event, Skipped};
 use crate::data::{EvaluationBatches, Split, TestCrop};
 use crate::model::{EmbeddingNetwork, NetworkShape};
-use crate::train::{EVALUATION_CHUNK, Embedded, checkpoint, embed_batches};
+use crate::train::checkpoint::Checkpoint;
+use crate::train::{EVALUATION_CHUNK, Embedded, embed_batches};
 use crate::{Error, Result};
 
 /// A network from a checkpoint, and the size of the pictures it was trained on.
@@ -29,11 +30,11 @@ impl Embedder {
     /// nobody says the size of the pictures, or it is out of range.
     pub fn open(checkpoint: &Path, image_size: Option<usize>) -> Result<Self> {
         image_size.map_or(Ok(()), check_image_size)?;
-        let bytes = std::fs::read(checkpoint).map_err(Error::io("read", checkpoint))?;
-        let shape = checkpoint::shape(checkpoint)?;
+        let file = Checkpoint::open(checkpoint)?;
+        let shape = file.shape()?;
         let image_size = match image_size {
             Some(size) => size,
-            None => checkpoint::image_size(checkpoint)?.ok_or_else(|| Error::InvalidSetting {
+            None => file.image_size()?.ok_or_else(|| Error::InvalidSetting {
                 name: "image-size",
                 value: "unknown".into(),
                 range: "this checkpoint does not say which pictures it was trained on: give --image-size",
@@ -41,8 +42,8 @@ impl Embedder {
         };
         check_image_size(image_size)?;
         let device = Device::flex();
-        let network = checkpoint::load(EmbeddingNetwork::new(&shape, &device), checkpoint)?;
-        let fingerprint = format!("{:08x}", crc32fast::hash(&bytes));
+        let network = file.fill(EmbeddingNetwork::new(&shape, &device))?;
+        let fingerprint = file.fingerprint();
         Ok(Self { network, device, shape, image_size, checkpoint: checkpoint.to_path_buf(), fingerprint })
     }
 

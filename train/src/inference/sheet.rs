@@ -5,8 +5,7 @@ use std::path::Path;
 use super::pictures::Pictures;
 use super::search::{Found, Query};
 use crate::Result;
-use crate::train::report::page::{document, escape, grouped, push};
-use crate::train::report::pictures::Thumbnails;
+use crate::pages::{Thumbnails, base64, document, escape, grouped, push};
 use ddtas_io::files::write_atomic;
 
 /// Sides of the thumbnails, in pixels.
@@ -48,7 +47,7 @@ fn section(body: &mut String, query: &Query, thumbnails: &mut (Thumbnails, Thumb
         body,
         &format!(
             "<figure class=\"wanted\">{}<figcaption>{name}</figcaption></figure>",
-            image(&thumbnails.0.png(&picture)?, "query")
+            image(&base64(&thumbnails.0.of(&picture)?)?, "query")
         ),
     );
     push(body, "<div class=\"answers\">");
@@ -58,7 +57,7 @@ fn section(body: &mut String, query: &Query, thumbnails: &mut (Thumbnails, Thumb
             .as_ref()
             .and_then(|path| Pictures::of(std::slice::from_ref(path)).split.picture(0).ok());
         let shown = match &picture {
-            Some(picture) => image(&thumbnails.1.png(picture)?, ""),
+            Some(picture) => image(&base64(&thumbnails.1.of(picture)?)?, ""),
             None => "<div class=\"missing\">no picture</div>".to_owned(),
         };
         let (name, share) = (escape(&answer.name), 100.0 * answer.similarity.clamp(0.0, 1.0));

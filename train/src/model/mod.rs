@@ -6,7 +6,8 @@ mod head;
 pub mod layers;
 
 use burn::module::Module;
-use burn::tensor::{Device, Tensor};
+use burn::optim::GradientsParams;
+use burn::tensor::{Device, Tensor, TensorData};
 use ndarray::Array2;
 
 pub use backbone::Backbone;
@@ -49,6 +50,15 @@ impl EmbeddingNetwork {
     pub fn forward(&self, images: Tensor<4>, mode: Normalise) -> Tensor<2> {
         self.head.forward(self.backbone.forward(images, mode))
     }
+}
+
+/// Gradients of the weights of `network` from dL/dE of its `embeddings`: the backward pass of the surrogate
+/// `sum(E * dL/dE)`, so that autodiff never sees the loss.
+pub fn backward<M: Module>(embeddings: Tensor<2>, gradient: &Array2<f32>, network: &M) -> GradientsParams {
+    let data =
+        TensorData::new(gradient.iter().copied().collect::<Vec<f32>>(), [gradient.nrows(), gradient.ncols()]);
+    let gradient = Tensor::<2>::from_data(data, &embeddings.device());
+    GradientsParams::from_grads((embeddings * gradient).sum().backward(), network)
 }
 
 /// Reads a tensor back, `[rows, columns]`.

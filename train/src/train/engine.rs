@@ -1,23 +1,22 @@
 //! One training step: forward, loss, backward, update; and embedding a whole split.
 //!
-//! The kernels return L and dL/dE; the network's backward pass starts from the
-//! surrogate `sum(E * dL/dE)`, so that autodiff never sees the loss.
+//! The kernels return L and dL/dE; the network's backward pass starts from there ([`backward`]).
 
 use burn::module::Module;
-use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
+use burn::optim::{AdamWConfig, ModuleOptimizer};
 use burn::tensor::{Device, Tensor, TensorData};
 use ndarray::{ArrayView2, Axis};
+use serde::{Deserialize, Serialize};
 
-use super::checkpoint::EngineState;
 use super::checkpoint::archive::Archive;
 use super::checkpoint::optimizer as moments;
-use super::generator::Generator;
+use super::generator::{Generator, GeneratorState};
 use super::memory::Memory;
 use super::schedule::Schedule;
 use super::settings::{BatchNorm, TrainSettings};
 use crate::data::ImageBatch;
 use crate::generator::{GeneratorKind, Lambda};
-use crate::model::{EmbeddingNetwork, Normalise, to_array};
+use crate::model::{EmbeddingNetwork, Normalise, backward, to_array};
 use crate::{Error, Result};
 use ddtas::backend::Backend;
 use ddtas::loss::baseline::PairLoss;
@@ -25,6 +24,17 @@ use ddtas::loss::{LossOutput, LossSettings};
 
 /// PyTorch's. Burn's own default, 1e-5, is as large as many of these gradients and would brake the steps.
 const ADAM_EPSILON: f32 = 1e-8;
+
+/// What a step depends on beside weights, moments and memory.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct EngineState {
+    /// Loss thresholds in force.
+    pub lambda: Lambda,
+    /// Loss thresholds learned, in force from the next step on.
+    pub pending: Option<Lambda>,
+    /// The threshold generator.
+    pub generator: Option<GeneratorState>,
+}
 
 /// A network in training.
 pub struct Engine {
@@ -190,11 +200,7 @@ impl Engine {
         if self.output.gradient.iter().all(|&entry| entry == 0.0) {
             return Ok(false);
         }
-        let shape = self.output.gradient.dim();
-        let gradient = self.output.gradient.iter().copied().collect::<Vec<f32>>();
-        let gradient = Tensor::<2>::from_data(TensorData::new(gradient, [shape.0, shape.1]), &self.device);
-        let gradients = (embeddings * gradient).sum().backward();
-        let gradients = GradientsParams::from_grads(gradients, &self.network);
+        let gradients = backward(embeddings, &self.output.gradient, &self.network);
         let meta_images = meta.map(|meta| (image_tensor(meta, &self.device), meta.labels.as_slice()));
         if let (Some(generator), Some((meta_images, meta_labels))) = (&mut self.generator, meta_images)
             && generator.kind() == GeneratorKind::Full

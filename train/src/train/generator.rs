@@ -5,8 +5,8 @@ use std::collections::VecDeque;
 use burn::optim::GradientsParams;
 use burn::tensor::Tensor;
 use ndarray::{Array2, ArrayView2, Axis, concatenate};
+use serde::{Deserialize, Serialize};
 
-use super::checkpoint::GeneratorState;
 use super::checkpoint::archive::Archive;
 use super::memory::Memory;
 use crate::generator::head::{Head, Losses, hypergradient};
@@ -19,6 +19,17 @@ use crate::{Error, Result};
 use ddtas::backend::Backend;
 use ddtas::loss::baseline::PairLoss;
 use ddtas::loss::{Batch, Hypergradient, LossOutput, LossSettings};
+
+/// The threshold generator's state.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct GeneratorState {
+    /// Its members.
+    pub thresholds: Thresholds,
+    /// dL^m/dlambda as last found.
+    pub hypergradient: Option<Lambda>,
+    /// Batches whose features lie beside.
+    pub recent: usize,
+}
 
 /// Learns lambda beside the training steps.
 pub struct Generator {

@@ -12,6 +12,7 @@
 //! | `records.rs` | what is written down of a step and an evaluation |
 //! | `tensorboard.rs` | the same as event files |
 //! | `checkpoint/` | weights, and all that a run goes on from, as safetensors |
+//! | `shown.rs` | which pictures and neighbours a report shows |
 //! | `report/` | report.html and the picture of neighbours |
 
 pub mod checkpoint;
@@ -24,12 +25,14 @@ pub mod report;
 mod run;
 mod schedule;
 mod settings;
+mod shown;
 mod tensorboard;
 
 pub use engine::{Embedded, Engine, embed_batches};
 pub use generator::Generator;
 pub use memory::Memory;
-pub use records::{EvaluationRecord, Record, StepRecord, read as read_records};
-pub use run::{EVALUATION_CHUNK, Event, Outcome, Overrides, Phase, Summary, resume, train};
+pub use records::{EvaluationRecord, Phase, Record, StepRecord, read as read_records};
+pub use run::{EVALUATION_CHUNK, Event, Outcome, Overrides, Summary, resume, train};
 pub use schedule::Schedule;
 pub use settings::{BatchNorm, TrainSettings};
+pub use shown::{Shown, choose};

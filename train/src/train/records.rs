@@ -8,6 +8,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
 
+/// Parts of a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Lambda is learned, on a network that will be thrown away.
+    Rehearsal,
+    /// The network is trained.
+    Training,
+}
+
 /// One training step.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StepRecord {

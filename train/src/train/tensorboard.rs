@@ -12,8 +12,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde_json::Value;
 
-use super::records::Record;
-use super::run::Phase;
+use super::records::{Phase, Record};
 use crate::{Error, Result};
 
 /// What every event file's name begins with; TensorBoard reads them in the order of the number after it.

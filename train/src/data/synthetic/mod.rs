@@ -17,7 +17,7 @@ use image::RgbImage;
 
 pub use design::{Body, Design};
 
-use super::dataset::{DEFAULT_CACHE_BYTES, Dataset, RECALL_AT, Split};
+use super::dataset::{Artist, DEFAULT_CACHE_BYTES, Dataset, RECALL_AT, Split};
 use super::random::{Purpose, generator};
 use crate::{Error, Result};
 
@@ -76,9 +76,14 @@ impl Fleet {
     pub fn design(&self, class: usize) -> &Design {
         &self.designs[class]
     }
+}
 
-    /// Picture `instance` of `class`: the same bytes each time.
-    pub fn draw(&self, class: usize, instance: usize) -> RgbImage {
+impl Artist for Fleet {
+    fn name(&self, class: usize) -> &str {
+        &self.designs[class].name
+    }
+
+    fn draw(&self, class: usize, instance: usize) -> RgbImage {
         let mut rng = generator(self.seed, Purpose::Scene, class as u64, instance as u64);
         scene::draw(&self.designs[class], self.picture_size, &mut rng)
     }
@@ -95,7 +100,8 @@ pub fn synthetic(settings: &SyntheticSettings) -> Result<Dataset> {
     let fleet = Arc::new(Fleet::new(settings.classes, settings.picture_size, settings.seed)?);
     let half = settings.classes / 2;
     let split = |designs, pictures| {
-        Arc::new(Split::from_fleet(Arc::clone(&fleet), designs, pictures, settings.cache_bytes))
+        let artist: Arc<dyn Artist> = Arc::clone(&fleet) as _;
+        Arc::new(Split::drawn(artist, designs, pictures, settings.cache_bytes))
     };
     Ok(Dataset {
         name: "synthetic".into(),

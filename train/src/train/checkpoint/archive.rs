@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use ddtas_io::files::write_atomic;
 use ddtas_io::tensors::{self, Dtype, TensorFile};
 
 use crate::{Error, Result};
@@ -45,12 +46,6 @@ impl Number for u64 {
 }
 
 impl Archive {
-    /// Reads a file.
-    pub fn read(path: &Path) -> Result<Self> {
-        let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
-        Self::from_bytes(path, &bytes)
-    }
-
     /// Parses the bytes of the safetensors file `path`.
     pub fn from_bytes(path: &Path, bytes: &[u8]) -> Result<Self> {
         let file = TensorFile::parse(path, bytes)?;
@@ -66,6 +61,11 @@ impl Archive {
         let tensors =
             self.tensors.iter().map(|(name, e)| (name.as_str(), e.dtype, &e.shape[..], &e.bytes[..]));
         tensors::to_bytes(&self.facts, tensors.collect())
+    }
+
+    /// Writes it, replacing what is there only once the new file is complete.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        write_atomic(path, &self.to_bytes().map_err(|reason| Error::format(path, reason))?)
     }
 
     /// Adds a tensor.

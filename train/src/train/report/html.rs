@@ -1,7 +1,10 @@
 //! The page.
 
-use super::page::{document, escape, grouped, push, section};
-use super::{Query, Report, plots, strip};
+use super::findings::Report;
+use super::plots;
+use super::strip::{self, Query};
+use crate::pages::{document, escape, grouped, push, section};
+use crate::train::records::EvaluationRecord;
 
 /// The whole page; everything that came from outside is escaped.
 pub(super) fn page(report: &Report) -> Result<String, String> {
@@ -72,8 +75,8 @@ fn heading(body: &mut String, report: &Report, title: &str) {
 }
 
 /// The evaluation before training and the best one by its first K.
-fn first_and_best(report: &Report) -> Option<(&super::EvaluationRecord, &super::EvaluationRecord)> {
-    let at_1 = |e: &super::EvaluationRecord| e.recall.first().map_or(0.0, |r| r.1);
+fn first_and_best(report: &Report) -> Option<(&EvaluationRecord, &EvaluationRecord)> {
+    let at_1 = |e: &EvaluationRecord| e.recall.first().map_or(0.0, |r| r.1);
     let first = report.evaluations.first()?;
     // Of equals the earliest, as the checkpoint is.
     let best = report.evaluations.iter().rev().max_by(|a, b| at_1(a).total_cmp(&at_1(b)))?;
@@ -206,4 +209,4 @@ fn duration(seconds: f64) -> String {
     }
 }
 
-const _: () = assert!(strip::RIGHT[1] == 160 && strip::WRONG[0] == 214, "report.css uses the same colours");
+const _: () = assert!(strip::RIGHT[1] == 160 && strip::WRONG[0] == 214, "page.css uses the same colours");

@@ -4,7 +4,8 @@ use plotters::coord::ranged1d::ValueFormatter;
 use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 
-use super::Report;
+use super::findings::Report;
+use crate::train::records::{EvaluationRecord, StepRecord};
 
 const SIZE: (u32, u32) = (560, 250);
 
@@ -40,9 +41,8 @@ struct Line {
 
 /// The plots of a run; those without data are left out.
 pub(super) fn plots(report: &Report) -> Result<Vec<Plot>, String> {
-    let steps = |name: &str, noisy, value: &dyn Fn(&super::StepRecord) -> Option<f64>| {
-        let finite =
-            |step: &super::StepRecord| value(step).filter(|v| v.is_finite()).map(|v| (step.step as f64, v));
+    let steps = |name: &str, noisy, value: &dyn Fn(&StepRecord) -> Option<f64>| {
+        let finite = |step: &StepRecord| value(step).filter(|v| v.is_finite()).map(|v| (step.step as f64, v));
         Line {
             name: name.into(),
             points: report.steps.iter().filter_map(finite).collect(),
@@ -51,7 +51,7 @@ pub(super) fn plots(report: &Report) -> Result<Vec<Plot>, String> {
         }
     };
     // Before the run's own steps, those of the rehearsal that found its lambda.
-    let thresholds = |name: &str, value: fn(&super::StepRecord) -> f64| {
+    let thresholds = |name: &str, value: fn(&StepRecord) -> f64| {
         let first = -(report.rehearsal.len() as f64);
         let rehearsed =
             report.rehearsal.iter().enumerate().map(|(step, record)| (first + step as f64, value(record)));
@@ -61,9 +61,8 @@ pub(super) fn plots(report: &Report) -> Result<Vec<Plot>, String> {
     let ks: Vec<usize> =
         report.evaluations.first().map(|e| e.recall.iter().map(|&(k, _)| k).collect()).unwrap_or_default();
     let recall = ks.iter().map(|&k| {
-        let at = |e: &super::EvaluationRecord| {
-            e.recall.iter().find(|r| r.0 == k).map(|r| (e.step as f64, 100.0 * r.1))
-        };
+        let at =
+            |e: &EvaluationRecord| e.recall.iter().find(|r| r.0 == k).map(|r| (e.step as f64, 100.0 * r.1));
         let points = report.evaluations.iter().filter_map(at).collect();
         Line { name: format!("Recall@{k}"), points, noisy: false, marked: true }
     });

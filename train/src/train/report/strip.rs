@@ -3,10 +3,10 @@
 use image::{Rgb, RgbImage, imageops};
 use serde::{Deserialize, Serialize};
 
-use super::pictures::{Thumbnails, decode_base64, encode};
 use crate::data::Split;
+use crate::pages::{Thumbnails, base64};
+use crate::train::shown::Shown;
 use crate::{Error, Result};
-use ddtas::backend::Nearest;
 
 /// Side of a thumbnail in pixels.
 const THUMBNAIL: usize = 96;
@@ -40,103 +40,64 @@ pub struct Answer {
     pub png: String,
 }
 
-/// A test picture and its nearest neighbours, by their indices in their splits.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Shown {
-    /// The picture.
-    pub picture: usize,
-    /// What was found and its cosine similarity, nearest first.
-    pub answers: Vec<(usize, f32)>,
-}
-
-/// `count` queries with their first `depth` neighbours, at even distances through the split:
-/// chosen before the answers are known.
-///
-/// `rows[i]` is the index in its split of the picture behind row `i` of `nearest`; `searched` is the same for the
-/// indices in `nearest`, which count another split where the set has a gallery.
-///
-/// # Errors
-/// [`Error::LengthMismatch`] if `rows` and `nearest` differ in length.
-pub fn choose(
-    rows: &[usize],
-    searched: &[usize],
-    nearest: &Nearest,
-    count: usize,
-    depth: usize,
-) -> Result<Vec<Shown>> {
-    if rows.len() != nearest.indices.nrows() {
-        let (expected, got) = (nearest.indices.nrows(), rows.len());
-        return Err(Error::LengthMismatch { what: "pictures of the neighbour lists", expected, got });
-    }
-    let count = count.min(rows.len());
-    let shown = (0..count).map(|i| {
-        // The middle of each of `count` equal stretches.
-        let row = (2 * i + 1) * rows.len() / (2 * count);
-        let found = nearest.indices.row(row).into_iter().zip(nearest.similarities.row(row)).take(depth);
-        let found = found.take_while(|(answer, _)| **answer != Nearest::NONE);
-        let answers = found.map(|(&answer, &similarity)| (searched[answer as usize], similarity)).collect();
-        Shown { picture: rows[row], answers }
-    });
-    Ok(shown.collect())
-}
-
-/// The pictures and class names of what was chosen from `split`, answered from `searched`: the same, or its gallery.
+/// What was chosen from `split`, answered from `searched`, the same or its gallery: the queries, and all of them as one
+/// picture, a row each, the query on the left, its neighbours framed.
 ///
 /// # Errors
 /// [`Error::Image`] if a picture can no longer be read; [`Error::Dataset`] if the splits are not those chosen from.
-pub fn queries(split: &Split, searched: &Split, shown: &[Shown]) -> Result<Vec<Query>> {
+pub fn queries(split: &Split, searched: &Split, shown: &[Shown]) -> Result<(Vec<Query>, RgbImage)> {
     let mut thumbnails = Thumbnails::new(THUMBNAIL)?;
-    let mut thumbnail = |split: &Split, index: usize| thumbnails.png(&*split.picture(index)?);
+    let mut thumbnail = |split: &Split, index: usize| thumbnails.of(&*split.picture(index)?);
+    let depth = shown.iter().map(|shown| shown.answers.len()).max().unwrap_or(0);
+    let mut sheet = Sheet::new(shown.len(), depth);
     let mut queries = Vec::with_capacity(shown.len());
-    for Shown { picture, answers } in shown {
+    for (row, Shown { picture, answers }) in shown.iter().enumerate() {
         let known = *picture < split.len() && answers.iter().all(|(answer, _)| *answer < searched.len());
         if !known {
             return Err(Error::Dataset("the test pictures are fewer than when the run began".into()));
         }
-        let answers = answers
-            .iter()
-            .map(|&(answer, similarity)| {
-                Ok(Answer {
-                    class: searched.class_name(answer).to_string(),
-                    right: searched.labels()[answer] == split.labels()[*picture],
-                    similarity,
-                    png: thumbnail(searched, answer)?,
-                })
-            })
-            .collect::<Result<_>>()?;
-        queries.push(Query {
-            class: split.class_name(*picture).to_string(),
-            png: thumbnail(split, *picture)?,
-            answers,
-        });
+        let wanted = thumbnail(split, *picture)?;
+        sheet.query(row, &wanted);
+        let answer = |(column, &(answer, similarity)): (usize, &(usize, f32))| {
+            let found = thumbnail(searched, answer)?;
+            let right = searched.labels()[answer] == split.labels()[*picture];
+            sheet.answer(row, column, &found, right);
+            let class = searched.class_name(answer).to_string();
+            Ok(Answer { class, right, similarity, png: base64(&found)? })
+        };
+        let answers = answers.iter().enumerate().map(answer).collect::<Result<_>>()?;
+        queries.push(Query { class: split.class_name(*picture).to_string(), png: base64(&wanted)?, answers });
     }
-    Ok(queries)
+    Ok((queries, sheet.picture))
 }
 
-/// All queries as one PNG: a row each, the query on the left, its neighbours framed.
-pub(super) fn png(queries: &[Query]) -> std::result::Result<Vec<u8>, String> {
-    let cell = THUMBNAIL as u32 + 2 * FRAME;
-    let depth = queries.iter().map(|query| query.answers.len()).max().unwrap_or(0) as u32;
-    let width = GAP + cell + 2 * GAP + depth * (cell + GAP);
-    let height = GAP + queries.len() as u32 * (cell + GAP);
-    let mut sheet = RgbImage::from_pixel(width, height, Rgb([255; 3]));
-    for (row, query) in queries.iter().enumerate() {
-        let y = GAP + row as u32 * (cell + GAP);
-        place(&mut sheet, &query.png, GAP, y, [255; 3])?;
-        for (column, answer) in query.answers.iter().enumerate() {
-            let x = GAP + cell + 2 * GAP + column as u32 * (cell + GAP);
-            place(&mut sheet, &answer.png, x, y, if answer.right { RIGHT } else { WRONG })?;
-        }
-    }
-    encode(&sheet)
+/// The queries as one picture.
+struct Sheet {
+    picture: RgbImage,
 }
 
-fn place(sheet: &mut RgbImage, png: &str, x: u32, y: u32, frame: [u8; 3]) -> std::result::Result<(), String> {
-    let bytes = decode_base64(png).ok_or("a thumbnail is not base64")?;
-    let picture = image::load_from_memory(&bytes).map_err(|error| error.to_string())?.into_rgb8();
-    let cell = THUMBNAIL as u32 + 2 * FRAME;
-    let framed = RgbImage::from_pixel(cell, cell, Rgb(frame));
-    imageops::replace(sheet, &framed, x.into(), y.into());
-    imageops::replace(sheet, &picture, (x + FRAME).into(), (y + FRAME).into());
-    Ok(())
+impl Sheet {
+    const CELL: u32 = THUMBNAIL as u32 + 2 * FRAME;
+
+    fn new(rows: usize, depth: usize) -> Self {
+        let width = GAP + Self::CELL + 2 * GAP + depth as u32 * (Self::CELL + GAP);
+        let height = GAP + rows as u32 * (Self::CELL + GAP);
+        Self { picture: RgbImage::from_pixel(width, height, Rgb([255; 3])) }
+    }
+
+    fn query(&mut self, row: usize, thumbnail: &RgbImage) {
+        self.place(thumbnail, GAP, row, [255; 3]);
+    }
+
+    fn answer(&mut self, row: usize, column: usize, thumbnail: &RgbImage, right: bool) {
+        let x = GAP + Self::CELL + 2 * GAP + column as u32 * (Self::CELL + GAP);
+        self.place(thumbnail, x, row, if right { RIGHT } else { WRONG });
+    }
+
+    fn place(&mut self, thumbnail: &RgbImage, x: u32, row: usize, frame: [u8; 3]) {
+        let y = GAP + row as u32 * (Self::CELL + GAP);
+        let framed = RgbImage::from_pixel(Self::CELL, Self::CELL, Rgb(frame));
+        imageops::replace(&mut self.picture, &framed, x.into(), y.into());
+        imageops::replace(&mut self.picture, thumbnail, (x + FRAME).into(), (y + FRAME).into());
+    }
 }

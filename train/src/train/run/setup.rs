@@ -1,7 +1,6 @@
 //! Data, network, generator and loaders from the settings of a run.
 
 use std::ops::Range;
-use std::path::Path;
 use std::sync::Arc;
 
 use burn::tensor::Device;
@@ -9,7 +8,7 @@ use burn::tensor::Device;
 use crate::data::{Dataset, ImageBatch, Loader, LoaderSettings, PkSampler};
 use crate::generator::{GeneratorKind, MetaSource, Thresholds};
 use crate::model::EmbeddingNetwork;
-use crate::train::checkpoint;
+use crate::train::checkpoint::Checkpoint;
 use crate::train::device::{Place, moved};
 use crate::train::engine::Engine;
 use crate::train::generator::Generator;
@@ -44,9 +43,12 @@ impl Setup {
 pub(super) fn make_engine(
     settings: &TrainSettings,
     (place, backend): (&Place, Box<dyn Backend>),
-    last: Option<&Path>,
+    last: Option<&Checkpoint>,
 ) -> Result<Engine> {
-    let network = make_network(settings, last.or(settings.init.as_deref()), &place.network)?;
+    let network = match last {
+        Some(last) => make_network(settings, Some(last), &place.network)?,
+        None => first_network(settings, &place.network)?,
+    };
     let generator = make_generator(settings, &place.spec, last.is_some())?;
     Ok(Engine::new(network, settings, backend, generator, place.network.clone()))
 }
@@ -89,29 +91,35 @@ impl Iterator for Batches {
     }
 }
 
+/// The network that a run begins with: first weights, or those of `--init`.
+pub(super) fn first_network(settings: &TrainSettings, device: &Device) -> Result<EmbeddingNetwork> {
+    let init = settings.init.as_deref().map(Checkpoint::open).transpose()?;
+    make_network(settings, init.as_ref(), device)
+}
+
 /// A network with the weights of `stored`, or first ones drawn from the seed: read or drawn on the CPU and then
 /// moved, so that a seed means the same weights on every device.
-pub(super) fn make_network(
+fn make_network(
     settings: &TrainSettings,
-    stored: Option<&Path>,
+    stored: Option<&Checkpoint>,
     device: &Device,
 ) -> Result<EmbeddingNetwork> {
     let cpu = Device::flex().autodiff();
     cpu.seed(settings.seed);
     let shape = settings.network_shape();
     let mut network = EmbeddingNetwork::new(&shape, &cpu);
-    if let Some(path) = stored {
-        let found = checkpoint::shape(path)?;
+    if let Some(stored) = stored {
+        let found = stored.shape()?;
         if found != shape {
             return Err(Error::format(
-                path,
+                stored.path(),
                 format!(
                     "holds a network of --width {} --depth {} --embedding-dim {}: give the same",
                     found.width, found.depth, found.embedding_dim
                 ),
             ));
         }
-        network = checkpoint::load(network, path)?;
+        network = stored.fill(network)?;
     }
     Ok(moved(network, device))
 }
@@ -123,7 +131,7 @@ fn make_generator(settings: &TrainSettings, spec: &DeviceSpec, resumed: bool) ->
         return Ok(None);
     }
     let thresholds = match &generator.generator_init {
-        Some(path) if !resumed => checkpoint::thresholds(path, generator)?,
+        Some(path) if !resumed => Checkpoint::open(path)?.thresholds(generator)?,
         _ => Thresholds::new(settings.first_lambda(), generator),
     };
     Ok(Some(Generator::new(generator.clone(), thresholds, backend::open(spec)?)))

@@ -4,17 +4,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use super::evaluation::{Evaluated, Test};
+use super::event::{Event, Outcome, Summary};
 use super::folder::RunFolder;
-use super::setup::{Batches, Setup, make_network};
-use super::{Event, Outcome, Phase, Summary, cut_short};
+use super::setup::{Batches, Setup, first_network};
+use super::state::{Best, RunState};
 use crate::data::{Dataset, ImageBatch, PkSampler};
 use crate::generator::Lambda;
-use crate::train::checkpoint::{self, Best, RunState};
+use crate::train::checkpoint;
 use crate::train::engine::Engine;
 use crate::train::generator::Generator;
-use crate::train::records::{EvaluationRecord, Record, RecordWriter, StepRecord};
-use crate::train::report::{self, Baseline, Extent, Findings};
+use crate::train::records::{EvaluationRecord, Phase, Record, RecordWriter, StepRecord};
+use crate::train::report::{self, Baseline, Findings};
 use crate::train::settings::TrainSettings;
+use crate::train::shown::choose;
 use crate::train::tensorboard::EventWriter;
 use crate::{Error, Result};
 use ddtas::retrieval::Recall;
@@ -66,7 +68,7 @@ impl<'a> Run<'a> {
         let Setup { engine, sampler, meta_sampler } = setup;
         let test = Test { dataset, image_size: settings.image_size, stop };
         let seconds = folder.read_seconds();
-        let state = RunState { extents: Some(extents(dataset)), ..RunState::default() };
+        let state = RunState { extents: Some(dataset.extents()), ..RunState::default() };
         Self {
             state,
             settings,
@@ -146,8 +148,7 @@ impl<'a> Run<'a> {
             let Some((batch, meta)) = batches.next().transpose()? else { break };
             self.step(&batch, meta.as_ref(), &mut clock)?;
         }
-        let (init, device) = (self.settings.init.as_deref(), self.engine.device());
-        let network = make_network(self.settings, init, device)?;
+        let network = first_network(self.settings, self.engine.device())?;
         self.engine.restart(network, self.settings);
         (self.state.step, self.state.rehearsed, self.state.steps_without_pairs) = (0, true, 0);
         let loss = self.engine.loss_settings();
@@ -238,7 +239,7 @@ impl<'a> Run<'a> {
             let shape = self.settings.network_shape();
             checkpoint::save(&self.engine.network, &shape, &facts, &self.folder.best())?;
             let (queries, searched) = (&readable.queries, readable.searched());
-            let shown = report::choose(queries, searched, &nearest, QUERIES, NEIGHBOURS)?;
+            let shown = choose(queries, searched, &nearest, QUERIES, NEIGHBOURS)?;
             self.state.best = Some(Best { step, recall: recall.clone(), shown });
         }
         if step == 0 {
@@ -254,8 +255,7 @@ impl<'a> Run<'a> {
         // First what the checkpoint speaks of, then the checkpoint.
         self.state.metrics_bytes = self.metrics.sync()?;
         self.folder.write_seconds(self.seconds)?;
-        let shape = self.settings.network_shape();
-        checkpoint::save_run(&self.engine, &shape, &self.facts()?, &self.state, &self.folder.last())
+        self.state.save(&self.engine, self.settings, &self.facts()?, &self.folder.last())
     }
 
     /// What every checkpoint says of itself.
@@ -330,16 +330,17 @@ impl<'a> Run<'a> {
         let (Some(pixels), Some(before), Some(after), Some(best)) = (pixels, before, after, best) else {
             return Err(Error::Training("no evaluation took place".into()));
         };
-        let [train, test] = extents(self.dataset);
+        let [train, test] = self.dataset.extents();
+        let (queries, sheet) = report::queries(&self.dataset.test, self.dataset.searched(), &best.shown)?;
         let findings = Findings {
             dataset: self.dataset.name.clone(),
             train,
             test,
             baselines: vec![Baseline { name: "raw pixels".into(), recall: pixels.at.clone() }],
             training_seconds: self.seconds,
-            queries: report::queries(&self.dataset.test, self.dataset.searched(), &best.shown)?,
+            queries,
         };
-        findings.save(self.folder.path())?;
+        findings.save(self.folder.path(), &sheet)?;
         report::write(self.folder.path())?;
         let summary = Summary {
             folder: self.folder.path().to_path_buf(),
@@ -362,8 +363,21 @@ impl<'a> Run<'a> {
     }
 }
 
-/// Sizes of the training and the test split.
-pub(super) fn extents(dataset: &Dataset) -> [Extent; 2] {
-    [&dataset.train, &dataset.test]
-        .map(|split| Extent { classes: split.class_names().len(), pictures: split.len() })
+/// What cuts a run short that can go on once it is mended, as [`Error::Interrupted`]; of a run that diverged, which
+/// weights are still good.
+fn cut_short(error: Error, folder: &RunFolder, state: &RunState) -> Error {
+    match error {
+        Error::Training(reason) => match &state.best {
+            Some(best) => Error::Training(format!(
+                "{reason}; {} holds the last good weights, of step {}",
+                folder.best().display(),
+                best.step
+            )),
+            None => Error::Training(reason),
+        },
+        Error::Io { .. } | Error::Dataset(_) | Error::Image { .. } | Error::Device { .. } => {
+            Error::Interrupted { cause: Box::new(error), folder: folder.path().to_path_buf() }
+        }
+        other => other,
+    }
 }

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use super::Event;
 use super::evaluation::Readable;
+use super::event::Event;
 use super::steps::Run;
 use crate::data::{ImageBatch, Split};
 use crate::{Error, Result};

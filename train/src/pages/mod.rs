@@ -1,8 +1,12 @@
-//! What every page of ddtas is made of: one file, nothing fetched.
+//! What the pages of ddtas are made of, the report of a run and the sheet of a search: one file each, nothing fetched.
+
+mod thumbnails;
 
 use std::fmt::Write;
 
-const STYLE: &str = include_str!("report.css");
+pub(crate) use thumbnails::{Thumbnails, base64, encode};
+
+const STYLE: &str = include_str!("page.css");
 
 /// A whole page around `body`.
 pub(crate) fn document(title: &str, body: &str) -> String {

@@ -1,0 +1,102 @@
+//! Rows that take part in a search, and where they stand in the caller's.
+
+use std::collections::HashMap;
+
+use half::{bf16, f16};
+use ndarray::{Array2, Axis};
+
+use crate::loss::{Embeddings, Rows};
+
+/// How many answers each query has, 0 if it is ignored; by the labels of the queries and of the gallery.
+pub(super) fn answers(queries: &[i64], gallery: Option<&[i64]>) -> Vec<u32> {
+    let mut sizes = HashMap::<i64, u32>::new();
+    for label in gallery.unwrap_or(queries) {
+        *sizes.entry(*label).or_default() += 1;
+    }
+    let itself = u32::from(gallery.is_none());
+    let of = |label: &i64| if *label < 0 { 0 } else { sizes.get(label).map_or(0, |size| size - itself) };
+    queries.iter().map(of).collect()
+}
+
+/// The rows that are not ignored, or `None` if those are all.
+pub(super) fn kept(labels: &[i64]) -> Option<Vec<u32>> {
+    if labels.iter().all(|&label| label >= 0) {
+        return None;
+    }
+    Some((0..labels.len() as u32).filter(|&row| labels[row as usize] >= 0).collect())
+}
+
+/// Rows without the ignored ones; a copy only where there are any.
+pub(super) struct Kept<'a> {
+    all: Rows<'a>,
+    some: Option<Gathered>,
+    original: Vec<u32>,
+}
+
+impl<'a> Kept<'a> {
+    pub(super) fn new(rows: &'a Rows<'_>) -> Self {
+        let all = rows.view();
+        let Some(original) = kept(all.labels) else {
+            return Self { all, some: None, original: Vec::new() };
+        };
+        Self { some: Some(Gathered::new(rows, &original)), all, original }
+    }
+
+    pub(super) fn is_all(&self) -> bool {
+        self.some.is_none()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.rows().labels.len()
+    }
+
+    pub(super) fn rows(&self) -> Rows<'_> {
+        self.some.as_ref().map_or_else(|| self.all.view(), Gathered::rows)
+    }
+
+    /// The caller's row behind a row of [`rows`](Self::rows).
+    pub(super) fn original(&self, row: u32) -> u32 {
+        if self.some.is_none() { row } else { self.original[row as usize] }
+    }
+
+    pub(super) fn label(&self, row: u32) -> i64 {
+        self.all.labels[self.original(row) as usize]
+    }
+}
+
+/// Copies of some rows, in an order of their own.
+pub(super) struct Gathered {
+    values: Values,
+    labels: Vec<i64>,
+}
+
+enum Values {
+    F32(Array2<f32>),
+    F16(Array2<f16>),
+    Bf16(Array2<bf16>),
+}
+
+impl Gathered {
+    pub(super) fn new(rows: &Rows<'_>, wanted: &[u32]) -> Self {
+        let wanted: Vec<usize> = wanted.iter().map(|&row| row as usize).collect();
+        let values = match &rows.embeddings {
+            Embeddings::F32(m) => Values::F32(m.select(Axis(0), &wanted)),
+            Embeddings::F16(m) => Values::F16(m.select(Axis(0), &wanted)),
+            Embeddings::Bf16(m) => Values::Bf16(m.select(Axis(0), &wanted)),
+        };
+        Self { values, labels: wanted.iter().map(|&row| rows.labels[row]).collect() }
+    }
+
+    pub(super) fn rows(&self) -> Rows<'_> {
+        let embeddings = match &self.values {
+            Values::F32(m) => Embeddings::F32(m.view()),
+            Values::F16(m) => Embeddings::F16(m.view()),
+            Values::Bf16(m) => Embeddings::Bf16(m.view()),
+        };
+        Rows { embeddings, labels: &self.labels }
+    }
+}

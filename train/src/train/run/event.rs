@@ -1,0 +1,119 @@
+//! What a run tells while it goes on, and what it came to.
+
+use std::path::{Path, PathBuf};
+
+use ddtas::retrieval::Recall;
+
+use crate::data::Dataset;
+use crate::generator::Lambda;
+use crate::train::records::{EvaluationRecord, Phase, StepRecord};
+
+/// What a run tells while it goes on.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Event<'a> {
+    /// The device is chosen and open.
+    Computing {
+        /// `cpu`, `cuda:0`: where network and loss are.
+        device: &'a str,
+        /// Why `auto` came to the CPU, where a GPU was to be expected.
+        reason: Option<&'a str>,
+    },
+    /// The data set is open and the run folder made.
+    Started {
+        /// Pictures and classes.
+        dataset: &'a Dataset,
+        /// Where the results go.
+        folder: &'a Path,
+        /// Steps in an epoch.
+        steps_per_epoch: usize,
+        /// The part of the run that is next.
+        phase: Phase,
+        /// Steps of that part.
+        steps: usize,
+        /// Steps of that part done by an earlier process; `None` if this one began the run.
+        resumed: Option<usize>,
+    },
+    /// Something that takes long has begun, before there is a run.
+    Note(&'a str),
+    /// Something the user should know; the run goes on.
+    Warning(&'a str),
+    /// A step is done.
+    Step {
+        /// What happened.
+        record: &'a StepRecord,
+        /// Pictures a second, over the last steps.
+        images_per_second: f64,
+    },
+    /// The rehearsal is over, and the run itself begins.
+    Rehearsed {
+        /// What was learned, and is held.
+        lambda: Lambda,
+        /// Steps of the run.
+        steps: usize,
+    },
+    /// An evaluation has begun.
+    Evaluating {
+        /// Pictures embedded so far.
+        done: usize,
+        /// Pictures of the test classes.
+        total: usize,
+    },
+    /// An evaluation is done.
+    Evaluated(&'a EvaluationRecord),
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub enum Outcome {
+    /// All steps are done.
+    Finished(Box<Summary>),
+    /// It was told to stop, and can go on from its folder.
+    Stopped {
+        /// The run folder.
+        folder: PathBuf,
+        /// The part of the run that was at hand.
+        phase: Phase,
+        /// Steps of it that are done.
+        step: usize,
+    },
+    /// It was to go on, but had finished before.
+    FinishedBefore {
+        /// The run folder.
+        folder: PathBuf,
+        /// Steps done.
+        step: usize,
+    },
+}
+
+/// What a run came to.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Summary {
+    /// The run folder.
+    pub folder: PathBuf,
+    /// Recall of nearest neighbours by raw pixels.
+    pub pixels: Recall,
+    /// Recall of the network before training.
+    pub before: Recall,
+    /// Recall of the best checkpoint.
+    pub best: Recall,
+    /// Steps the best checkpoint was trained.
+    pub best_step: usize,
+    /// Recall after the last step.
+    pub after: Recall,
+    /// Steps of the run.
+    pub steps: usize,
+    /// Seed of the run.
+    pub seed: u64,
+    /// Steps in which nothing was mined and the weights stayed.
+    pub steps_without_pairs: usize,
+    /// Pictures that could not be read: stand-ins used in training.
+    pub replaced: usize,
+    /// Pictures that could not be read: left out of the evaluation.
+    pub skipped: usize,
+    /// Seconds of training, without evaluations.
+    pub training_seconds: f64,
+    /// Seconds of this process.
+    pub total_seconds: f64,
+}

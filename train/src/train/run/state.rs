@@ -1,0 +1,197 @@
+//! What a checkpoint keeps of a run beside tensors: as TOML, whose floats come back as the same bits.
+//!
+//! Every random draw comes from (seed, purpose, step, position), so that the
+//! number of steps is all there is to the position of sampler, augmentation and loader.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use burn::module::Module;
+use ddtas::retrieval::Recall;
+use serde::{Deserialize, Serialize};
+
+use crate::data::{Dataset, Extent};
+use crate::train::checkpoint::{self, Checkpoint};
+use crate::train::engine::{Engine, EngineState};
+use crate::train::records::Phase;
+use crate::train::settings::TrainSettings;
+use crate::train::shown::Shown;
+use crate::{Error, Result};
+
+/// Key of a run's state in a checkpoint's metadata.
+const RUN: &str = "ddtas.run";
+
+/// A run between two steps.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub(super) struct RunState {
+    /// Steps done, of the rehearsal or of the run itself.
+    pub step: usize,
+    /// The rehearsal, if there is one, is over.
+    #[serde(default)]
+    pub rehearsed: bool,
+    /// Classes and pictures that train and test: the run can only go on with the same.
+    pub extents: Option<[Extent; 2]>,
+    /// Steps that were done at the last evaluation.
+    pub evaluated: Option<usize>,
+    /// The last step, its evaluation and the report are done.
+    pub finished: bool,
+    /// Length of metrics.jsonl at this point.
+    pub metrics_bytes: u64,
+    /// Steps in which nothing was mined and the weights stayed.
+    pub steps_without_pairs: usize,
+    /// Times that another picture stood in for an unreadable one.
+    pub replaced: usize,
+    /// Unreadable pictures of the test split and the gallery.
+    pub skipped: usize,
+    /// Files that could not be read, and were named in a warning.
+    pub unread: Unread,
+    /// Recall by raw pixels.
+    pub pixels: Option<Recall>,
+    /// Recall before training.
+    pub before: Option<Recall>,
+    /// Recall as last evaluated.
+    pub after: Option<Recall>,
+    /// The best evaluation so far.
+    pub best: Option<Best>,
+    /// Optimizer, thresholds and generator; the tensors lie beside.
+    pub engine: Option<EngineState>,
+}
+
+impl RunState {
+    /// Which part of the run the next step belongs to.
+    pub fn phase(&self, settings: &TrainSettings) -> Phase {
+        if self.rehearsed || settings.generator.rehearsal_steps() == 0 {
+            Phase::Training
+        } else {
+            Phase::Rehearsal
+        }
+    }
+
+    /// The state that a checkpoint holds.
+    ///
+    /// # Errors
+    /// [`Error::Format`] if it is none of a run.
+    pub fn of(checkpoint: &Checkpoint) -> Result<Self> {
+        let text = checkpoint.fact(RUN, "holds weights alone: a run cannot go on from it")?;
+        toml::from_str(text).map_err(|error| {
+            Error::format(checkpoint.path(), format!("unknown state of a run: {}", error.message()))
+        })
+    }
+
+    /// Puts `engine`, whose network has the weights of `checkpoint`, where this run stood.
+    ///
+    /// # Errors
+    /// [`Error::Format`] if what the file holds does not fit the settings.
+    pub fn put_back(&self, engine: &mut Engine, checkpoint: Checkpoint) -> Result<()> {
+        let path = checkpoint.path().to_path_buf();
+        let bad = |reason: String| Error::format(&path, reason);
+        let state = self.engine.as_ref().ok_or_else(|| bad("holds no state of the optimizer".into()))?;
+        engine.take(&mut checkpoint.into_archive(), state).map_err(bad)
+    }
+
+    /// Writes everything that the next step of `engine` depends on to `path`, replacing what is there only once the new
+    /// file is complete. The engine's part of the state is filled in here.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the file cannot be written; [`Error::Training`] if a weight is no longer finite: such a
+    /// checkpoint would serve nobody.
+    pub fn save(
+        &self,
+        engine: &Engine,
+        settings: &TrainSettings,
+        facts: &[(&str, String)],
+        path: &Path,
+    ) -> Result<()> {
+        let fill = || {
+            // Evaluation mode brings the running statistics up to the last step.
+            let mut archive = checkpoint::weights(&engine.network.valid(), &settings.network_shape(), facts)?;
+            let state = Self { engine: Some(engine.put(&mut archive)?), ..self.clone() };
+            let text = toml::to_string(&state).map_err(|error| error.to_string())?;
+            archive.facts.insert(RUN.to_owned(), text);
+            Ok(archive)
+        };
+        let archive = fill().map_err(|reason: String| Error::format(path, reason))?;
+        if let Some(name) = archive.first_not_finite() {
+            return Err(Error::Training(format!(
+                "training diverged by step {} ({name} is no longer finite): lower --learning-rate",
+                self.step
+            )));
+        }
+        archive.write(path)
+    }
+
+    /// Refuses to go on with other data.
+    ///
+    /// # Errors
+    /// [`Error::Dataset`].
+    pub fn check_extents(&self, dataset: &Dataset) -> Result<()> {
+        let Some(before) = self.extents else { return Ok(()) };
+        let now = dataset.extents();
+        for (split, before, now) in [("training", before[0], now[0]), ("test", before[1], now[1])] {
+            if before != now {
+                return Err(Error::Dataset(format!(
+                    "the {split} split has changed since the run began: it had {} pictures of {} classes, now {} of {}",
+                    before.pictures, before.classes, now.pictures, now.classes
+                )));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Steps of a part of a run.
+pub(super) fn steps_of(phase: Phase, settings: &TrainSettings) -> usize {
+    match phase {
+        Phase::Rehearsal => settings.generator.rehearsal_steps(),
+        Phase::Training => settings.steps,
+    }
+}
+
+/// Unreadable pictures by their index in the split.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub(super) struct Unread {
+    /// Training pictures.
+    pub train: BTreeSet<usize>,
+    /// Test pictures.
+    pub test: BTreeSet<usize>,
+    /// Pictures of the gallery, where the set has one.
+    pub gallery: BTreeSet<usize>,
+}
+
+/// The best evaluation so far, whose weights are in best.safetensors.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Best {
+    /// Steps trained.
+    pub step: usize,
+    /// Its recall.
+    pub recall: Recall,
+    /// The neighbours that the report shows.
+    pub shown: Vec<Shown>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::generator::Lambda;
+
+    #[test]
+    fn floats_survive_as_the_same_bits() {
+        // Numbers that a reader who rounds twice gets wrong in the last place.
+        let values = [0.1 + 0.2, 1.0 / 3.0, 5e-324, 2.0f64.powi(-1000) / 3.0, 0.700_000_000_000_000_1];
+        for value in values {
+            let lambda = Lambda { pos: value, neg: -value };
+            let recall = Recall { at: vec![(1, value), (10, 1.0)], queries: 3, without_match: 0 };
+            let shown = vec![Shown { picture: 4, answers: vec![(7, 0.1f32), (9, value as f32)] }];
+            let state = RunState {
+                step: 17,
+                unread: Unread { train: [3, 1].into(), ..Unread::default() },
+                pixels: Some(recall.clone()),
+                best: Some(Best { step: 12, recall, shown }),
+                engine: Some(EngineState { lambda, pending: Some(lambda), generator: None }),
+                ..RunState::default()
+            };
+            let text = toml::to_string(&state).unwrap();
+            assert_eq!(toml::from_str::<RunState>(&text).unwrap(), state, "{text}");
+        }
+    }
+}
