@@ -11,12 +11,11 @@ if [[ "$(cat "$environment/packages" 2>/dev/null)" != "${packages[*]}" ]]; then
     "$environment/bin/pip" install --quiet --disable-pip-version-check "${packages[@]}"
     echo "${packages[*]}" >"$environment/packages"
 fi
-source .ci/train.sh
 DDTAS_PYTHON="$PWD/$environment/bin/python3" cargo test --release --test mat
 
 place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT
-fixture=(make-fixture --dataset cars196 --layout class-folders --classes 32 --images-per-class 2 --picture-width 500)
-"$DDTAS_TRAIN" "${fixture[@]}" --out "$place/pictures"
+fixture=(--dataset cars196 --layout class-folders --classes 32 --images-per-class 2 --picture-width 500)
+cargo run --release --quiet --bin make-fixture -- "${fixture[@]}" --out "$place/pictures"
 # As a test, so that the library is not built once more for the bench profile.
 cargo test --release --quiet --bench loader -- --data-root "$place/pictures" --batches 4

@@ -28,7 +28,7 @@ def make_pictures(folder: Path, classes: int, per_class: int) -> int:
     from PIL import Image
 
     drawn = folder.with_name("drawn")
-    command = ["target/release/ddtas-train", "make-fixture", "--dataset", "cars196", "--layout", "class-folders"]
+    command = ["target/release/make-fixture", "--dataset", "cars196", "--layout", "class-folders"]
     command += ["--classes", str(classes), "--images-per-class", str(per_class), "--picture-width", "500"]
     subprocess.run([*command, "--out", str(drawn)], check=True, stdout=subprocess.DEVNULL)
     sizes = []

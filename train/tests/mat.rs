@@ -5,7 +5,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use ddtas_train::data::mat::{Array, ByteOrder, Values, Variables, encode, parse, read};
+use ddtas_fixtures::mat::{ByteOrder, encode};
+use ddtas_train::data::mat::{Array, Values, Variables, parse, read};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 use serde_json::{Value, json};

@@ -5,8 +5,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use assert_cmd::Command;
-use ddtas_train::data::fixture::{FixtureSettings, Layout, write};
-use ddtas_train::data::mat::{Array, ByteOrder, Values, Variables, encode, read};
+use ddtas_fixtures::mat::{ByteOrder, encode};
+use ddtas_fixtures::{FixtureSettings, Layout, write};
+use ddtas_train::data::mat::{Array, Values, Variables, read};
 use ddtas_train::data::synthetic::Fleet;
 use ddtas_train::data::{Artist, Dataset, DatasetKind, DatasetSettings, Split};
 
@@ -353,13 +354,13 @@ fn each_set_is_made_trained_on_and_judged_at_its_own_k() {
         ("in-shop", "R@1    R@10    R@20    R@30"),
     ] {
         let place = tempfile::tempdir().unwrap();
-        let mut make = ddtas_train();
-        make.args(["make-fixture", "--dataset", dataset, "--classes", "12", "--archive", "--out"]);
-        let root = make.arg(place.path().join("set")).assert().success().get_output().stdout.clone();
-        let root = String::from_utf8(root).unwrap();
+        let kind = <DatasetKind as clap::ValueEnum>::from_str(dataset, false).unwrap();
+        let small =
+            FixtureSettings { classes: 12, images_per_class: 6, archive: true, ..fixture(kind, None) };
+        let root = write(&small, &place.path().join("set")).unwrap();
 
         let mut train = ddtas_train();
-        train.args(["--dataset", dataset, "--data-root", root.trim(), "--steps", "3", "--image-size", "16"]);
+        train.args(["--dataset", dataset, "--steps", "3", "--image-size", "16"]).arg("--data-root").arg(root);
         train.args(["--width", "8", "--classes-per-batch", "4", "--images-per-class", "3", "--output"]);
         let output = train.arg(place.path().join("run")).assert().success().get_output().clone();
         let (printed, said) =
@@ -402,5 +403,5 @@ fn the_program_says_in_one_line_what_is_missing() {
     assert!(said.starts_with("ddtas-train: ") && said.lines().count() == 1, "{said}");
     assert!(said.contains("images.txt") && said.contains("CUB_200_2011.tgz"), "{said}");
     // The two ways to call the program do not mix.
-    ddtas_train().args(["--steps", "3", "make-fixture"]).assert().code(2);
+    ddtas_train().args(["--steps", "3", "eval"]).assert().code(2);
 }

@@ -17,7 +17,6 @@ mod cub200;
 mod dataset;
 mod decode;
 mod evaluation;
-pub mod fixture;
 mod folder;
 mod in_shop;
 mod loader;

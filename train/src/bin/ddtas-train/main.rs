@@ -4,7 +4,6 @@
 mod embed;
 mod eval;
 mod heap;
-mod make_fixture;
 mod progress;
 mod resume;
 mod search;
@@ -42,8 +41,6 @@ enum Command {
     Embed(embed::EmbedArguments),
     /// Finds the pictures of a collection that are most similar to a picture.
     Search(search::SearchArguments),
-    /// Writes a small copy of a published data set, drawn, in its official layout.
-    MakeFixture(make_fixture::MakeFixtureArguments),
 }
 
 fn main() -> ExitCode {
@@ -56,7 +53,6 @@ fn main() -> ExitCode {
         (Some(Command::Eval(arguments)), _) => eval::eval(&arguments).map(done),
         (Some(Command::Embed(arguments)), _) => embed::embed(&arguments).map(done),
         (Some(Command::Search(arguments)), _) => search::search(&arguments).map(done),
-        (Some(Command::MakeFixture(arguments)), _) => make_fixture::make_fixture(&arguments).map(done),
         (None, None) => train::train(&settings),
         (None, Some(folder)) => {
             resume::overrides(&matches, &settings).and_then(|overrides| train::resume(&folder, &overrides))

@@ -2,17 +2,15 @@
 //!
 //! [`read`] and [`parse`] take all numeric types, logicals, text, cells and arrays of structs, compressed
 //! or not, in both byte orders. Sparse matrices, objects and function handles are passed over as
-//! [`Values::Other`]; complex numbers are refused. [`encode`] writes what `parse` reads, for fixtures.
+//! [`Values::Other`]; complex numbers are refused.
 //!
 //! A size in a file is a claim: nothing is allocated on its word that the bytes at hand could not fill.
 
 mod element;
-mod encode;
 mod parse;
 
 use std::path::Path;
 
-pub use encode::{ByteOrder, encode};
 pub use parse::parse;
 
 use crate::{Error, Result};

@@ -4,8 +4,6 @@
 //! is locked meanwhile, so that of two programs one unpacks and the other waits, and so that a folder a killed
 //! program left can be told from one at work. A stamp inside says which archive the folder was made from.
 
-mod zip;
-
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Component, Path, PathBuf};
@@ -13,6 +11,7 @@ use std::time::UNIX_EPOCH;
 
 use flate2::read::MultiGzDecoder;
 use tar::EntryType;
+use zip::ZipArchive;
 
 use crate::{Error, Result};
 
@@ -158,17 +157,18 @@ impl Unpacking<'_> {
         Ok(())
     }
 
-    fn zip(&mut self, mut reader: impl Read + Seek) -> Result<()> {
-        for member in zip::members(&mut reader).map_err(|error| self.damaged(&error))? {
-            let name = PathBuf::from(&member.name);
-            if member.is_link {
+    fn zip(&mut self, reader: impl Read + Seek) -> Result<()> {
+        let mut zip = ZipArchive::new(reader).map_err(|error| self.damaged(&error))?;
+        for index in 0..zip.len() {
+            let mut member = zip.by_index(index).map_err(|error| self.damaged(&error))?;
+            let name = PathBuf::from(member.name());
+            if member.unix_mode().is_some_and(|mode| mode & 0o170_000 == 0o120_000) {
                 return Err(self.refused(&name, "is a link"));
             }
-            if member.is_folder() {
+            if member.is_dir() {
                 self.folder(&name)?;
             } else {
-                let mut content = zip::open(&mut reader, &member).map_err(|error| self.damaged(&error))?;
-                self.file(&name, &mut content)?;
+                self.file(&name, &mut member)?;
             }
         }
         Ok(())
@@ -287,6 +287,38 @@ mod tests {
             assert!(error.contains("is no plain file"), "{error}");
             tar = tar::Builder::new(Vec::new());
         }
+    }
+
+    #[test]
+    fn zip_archives_are_held_to_the_same() {
+        use std::io::Write;
+        use zip::{ZipWriter, write::FileOptions};
+
+        let zip_of = |name: &str, link: bool| {
+            let mut zip = ZipWriter::new(io::Cursor::new(Vec::new()));
+            let options = FileOptions::default().unix_permissions(0o644);
+            zip.start_file("a/fine", options).unwrap();
+            zip.write_all(&[7; 5000]).unwrap();
+            match link {
+                true => zip.add_symlink(name, "/etc/passwd", options).unwrap(),
+                false => zip.start_file(name, options).unwrap(),
+            }
+            zip.finish().unwrap().into_inner()
+        };
+        for name in ["../escape", "/tmp/escape", "a\\..\\escape"] {
+            assert!(refusal(&zip_of(name, false), LIMITS).contains("leads out"), "{name}");
+        }
+        assert!(refusal(&zip_of("link", true), LIMITS).contains("is a link"));
+        assert!(
+            refusal(&zip_of("b", false), Limits { bytes: 4999, ..LIMITS }).contains("more than 4999 bytes")
+        );
+        let whole = zip_of("b", false);
+        for at in [38, 45] {
+            let mut damaged = whole.clone();
+            damaged[at] ^= 0x10;
+            assert!(refusal(&damaged, LIMITS).contains("cannot be unpacked"), "byte {at}");
+        }
+        assert!(refusal(&whole[..whole.len() - 30], LIMITS).contains("cannot be unpacked"));
     }
 
     #[test]
