@@ -18,7 +18,7 @@ pub use golden::golden;
 use std::borrow::Borrow;
 
 use ddtas::backend::Backend;
-use ddtas::loss::{Batch, Embeddings, LossOutput, LossSettings, Rows, UnitCheck};
+use ddtas::loss::{Batch, Embeddings, Identity, LossOutput, LossSettings, Rows, UnitCheck};
 use half::{bf16, f16};
 use ndarray::Array2;
 
@@ -107,6 +107,8 @@ fn batch<'a>(anchors: &'a Side, references: Option<&'a Side>) -> Batch<'a> {
         anchors: anchors.view(),
         references: references.map(Side::view),
         reference_gradient: references.is_some(),
+        identity: Identity::ByValue,
+        total: None,
         check: UnitCheck::Check,
     }
 }

@@ -11,6 +11,8 @@ use ndarray::Array2;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+pub mod parts;
+
 /// Pairs closer to a threshold than this may be counted either way in single precision.
 const SLACK: f64 = 3e-6;
 
@@ -122,10 +124,14 @@ pub fn compare(
     Some((Report::new(&expected, &output, hyper), output))
 }
 
+/// The reference cases.
+pub fn golden_cases() -> Vec<Case> {
+    find(&["tests/golden".into()]).unwrap().iter().map(|file| Case::read(file).unwrap()).collect()
+}
+
 /// Fails unless the backend reproduces every golden case.
 pub fn check_golden(backend: &mut dyn Backend) {
-    for file in find(&["tests/golden".into()]).unwrap() {
-        let case = Case::read(&file).unwrap();
+    for case in golden_cases() {
         let report = run(&case, backend).unwrap();
         assert!(report.passes(SINGLE_PRECISION), "{} on {}: {report:#?}", case.name, backend.name());
     }
