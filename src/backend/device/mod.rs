@@ -11,6 +11,7 @@ pub mod params;
 mod plan;
 mod resident;
 mod retrieval;
+mod steps;
 mod threshold;
 mod workspace;
 

@@ -4,7 +4,7 @@ use bytemuck::cast_slice_mut;
 use half::{bf16, f16};
 use ndarray::aview2;
 
-use super::loss::{Ends, Launcher, RowCheck, download_anchors, download_scalars, issue};
+use super::loss::{Ends, IdentityAt, Input, Launcher, RowCheck, download_anchors, download_scalars, issue};
 use super::plan::Shape;
 use super::retrieval::Search;
 use super::{Device, DeviceBackend, Precision};
@@ -70,6 +70,9 @@ impl ResidentBatch {
             dim: self.dim,
             precision: Precision::of(&self.dtype.empty(), exact),
             reference_gradient: self.references.is_some_and(|rows| rows.gradient != 0),
+            total: self.anchors.count,
+            identity: false,
+            numbers: false,
         }
     }
 
@@ -156,10 +159,11 @@ impl<D: Device> DeviceBackend<D> {
         };
         let both = [ends(&batch.anchors), ends(batch.references.as_ref().unwrap_or(&batch.anchors))];
         let check = batch.row_check();
+        let input = Input { ends: both, check, identity: IdentityAt::default() };
         let Self { device, loss: workspace, .. } = self;
         let buffer = workspace.lay(device, &loss.layout.layout)?;
         let base = device.address(buffer);
-        issue(&mut Launcher { device: &mut *device, shape }, base, &loss, both, check)?;
+        issue(&mut Launcher { device: &mut *device, shape }, base, &loss, &input)?;
         *output = LossOutput::default();
         download_scalars(device, buffer, &loss, check.tolerance, output)?;
         self.remembered = Some(loss);
