@@ -88,6 +88,7 @@ typedef struct Settings {
     double beta;
     double lambda_pos;
     double lambda_neg;
+    uint64_t lambda;             /* address of two doubles in place of lambda_pos and lambda_neg; or 0 */
     double sum_scale;            /* fixed-point units of RowSums in 1.0, a power of two */
     double term_limit;           /* most of one term, in units: a row's terms do not overflow its sum */
     uint32_t adaptive;           /* AT-ASMS, otherwise the tolerances stay */
@@ -178,7 +179,7 @@ typedef struct Pairs {
     /* Null where references select nothing. */
     RowNumbers *columns;         /* [N] */
     RowWeights *column_weights;  /* [reference tiles * TILE]; in the square form those of the anchors */
-    const uint64_t *totals;      /* [2], n_neg of the probe and N_pos, of the whole batch */
+    uint64_t *totals;            /* [2], n_neg of the probe and N_pos, of the whole batch */
     /* Candidates: every positive, and the negatives above either row's candidate bound. */
     uint32_t *tile_counts;       /* [tiles]; above `tile_capacity`: not stored, to be recomputed */
     float *tile_values;          /* [tiles, tile_capacity], S */
@@ -220,6 +221,7 @@ typedef struct TakeParams {
     const void *anchors_neg;     /* [B], |N| */
     const void *references;      /* [given], likewise */
     const void *references_neg;
+    const uint64_t *totals;      /* [2], to be copied to those of the pairs; or null */
 } TakeParams;
 
 /* report_numbers: what a step found, in original order. */

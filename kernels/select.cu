@@ -266,7 +266,9 @@ KERNEL(weigh, WeighParams, 1) {
     if (thread_index() != 0) return;
     const Counters &counters = *pairs.counters;
     LossScalars &out = *p.scalars;
-    out.loss = loss;
+    // A caller that does not wait sees it by the loss.
+    bool bad = counters.bad_anchor != NO_ROW || counters.bad_reference != NO_ROW;
+    out.loss = bad ? static_cast<double>(NAN) : loss;
     out.dloss_dlambda_pos = lambda_pos;
     out.dloss_dlambda_neg = lambda_neg;
     out.mean_pos = sum_pos / static_cast<double>(counters.total_pos);  // 0 / 0 is the NaN that is wanted

@@ -33,6 +33,10 @@ DEVICE uint32_t max_neg_key(float max_neg) { return max_neg == -INFINITE ? 0 : o
 KERNEL(take_numbers, TakeParams, 1) {
     const Pairs &pairs = p.pairs;
     uint32_t i = block_x() * THREADS + thread_index();
+    if (i == 0 && p.totals != nullptr) {
+        pairs.totals[0] = p.totals[0];
+        pairs.totals[1] = p.totals[1];
+    }
     if (i < pairs.anchors.count) {
         uint32_t row = pairs.anchors.order[i];
         if (p.which == NUMBERS_MIN_POS) {

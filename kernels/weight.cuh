@@ -24,6 +24,7 @@ DEVICE float pair_share(const Pairs &pairs, uint32_t i, uint32_t j, float s, boo
 // The pair's term of the loss is softplus of this (SPEC 4).
 DEVICE float pair_argument(const Settings &settings, bool positive, float s) {
     double lambda = positive ? settings.lambda_pos : settings.lambda_neg;
+    if (settings.lambda != 0) lambda = reinterpret_cast<const double *>(settings.lambda)[positive ? 0 : 1];
     double sharpness = positive ? -settings.beta : settings.alpha;
     return static_cast<float>(sharpness * (static_cast<double>(s) - lambda));
 }

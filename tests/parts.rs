@@ -5,8 +5,7 @@ use ddtas::Error;
 use ddtas::backend::Backend;
 use ddtas::backend::cpu::CpuBackend;
 use ddtas::loss::{
-    Batch, Embeddings, Hypergradient, Identity, LossOutput, LossSettings, Mining, PartReference, RowNumbers,
-    Rows, reference,
+    Batch, Embeddings, Hypergradient, Identity, LossOutput, LossSettings, Mining, RowNumbers, Rows, reference,
 };
 use ddtas_cases::parts::{
     Together, check_identity, check_memory, loss_in_parts, run_all, slice, split, truth_in_parts, with_memory,

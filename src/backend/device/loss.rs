@@ -468,6 +468,7 @@ fn device_settings(settings: &LossSettings, shape: &Shape) -> Settings {
         beta: settings.beta,
         lambda_pos: settings.lambda_pos,
         lambda_neg: settings.lambda_neg,
+        lambda: 0,
         sum_scale: sum_scale(settings, shape.reference_count()),
         term_limit: term_limit(shape.reference_count()),
         adaptive: u32::from(settings.mining == Mining::AtAsms),
@@ -615,7 +616,17 @@ pub(super) fn issue_gradients<D: Device>(
     loss: &Remembered,
     targets: [u64; 2],
 ) -> Result<()> {
-    issue_weigh(launcher, base, loss)?;
+    issue_weigh(launcher, base, loss, pointer(base, loss.layout.scalars))?;
+    issue_sums(launcher, base, loss, targets)
+}
+
+/// The gradients alone, once rows have their weights.
+pub(super) fn issue_sums<D: Device>(
+    launcher: &mut Launcher<'_, D>,
+    base: u64,
+    loss: &Remembered,
+    targets: [u64; 2],
+) -> Result<()> {
     issue_gradient(launcher, base, loss, targets[0], false)?;
     if loss.shape.reference_gradient {
         issue_gradient(launcher, base, loss, targets[1], true)?;
@@ -623,7 +634,13 @@ pub(super) fn issue_gradients<D: Device>(
     Ok(())
 }
 
-fn issue_weigh<D: Device>(launcher: &mut Launcher<'_, D>, base: u64, loss: &Remembered) -> Result<()> {
+/// Row weights and the results of each anchor, and the scalars to an address.
+pub(super) fn issue_weigh<D: Device>(
+    launcher: &mut Launcher<'_, D>,
+    base: u64,
+    loss: &Remembered,
+    scalars: *mut LossScalars,
+) -> Result<()> {
     let Remembered { layout, .. } = loss;
     let params = PairsParams { pairs: loss.pairs(base) };
     let weigh = WeighParams {
@@ -632,7 +649,7 @@ fn issue_weigh<D: Device>(launcher: &mut Launcher<'_, D>, base: u64, loss: &Reme
         reference_column_sums: pointer::<f32>(base, layout.references.column_sums),
         anchor_square_sums: pointer::<f64>(base, layout.anchors.square_sums),
         reference_square_sums: pointer::<f64>(base, layout.references.square_sums),
-        scalars: pointer(base, layout.scalars),
+        scalars,
         min_pos: pointer(base, layout.min_pos),
         max_neg: pointer(base, layout.max_neg_out),
         count_pos: pointer(base, layout.count_pos),

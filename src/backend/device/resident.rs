@@ -63,7 +63,7 @@ impl ResidentType {
 }
 
 impl ResidentBatch {
-    fn shape(&self, exact: bool) -> Shape {
+    pub(super) fn shape(&self, exact: bool) -> Shape {
         Shape {
             anchors: self.anchors.count,
             references: self.references.map(|rows| rows.count),
@@ -76,7 +76,7 @@ impl ResidentBatch {
         }
     }
 
-    fn row_check(&self) -> RowCheck {
+    pub(super) fn row_check(&self) -> RowCheck {
         RowCheck { check: self.check, tolerance: self.dtype.empty().norm_tolerance() }
     }
 
@@ -105,7 +105,7 @@ impl ResidentBatch {
         })
     }
 
-    fn validate(&self) -> Result<()> {
+    pub(super) fn validate(&self) -> Result<()> {
         self.validate_rows("anchors")?;
         for (name, rows) in self.sides("anchors") {
             aligned("labels", rows.labels, 8)?;
@@ -117,7 +117,7 @@ impl ResidentBatch {
     }
 }
 
-fn aligned(name: &'static str, address: u64, alignment: u64) -> Result<()> {
+pub(super) fn aligned(name: &'static str, address: u64, alignment: u64) -> Result<()> {
     if address != 0 && address.is_multiple_of(alignment) {
         return Ok(());
     }

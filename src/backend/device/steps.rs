@@ -4,7 +4,7 @@ use bytemuck::{Pod, cast_slice, cast_slice_mut};
 
 use super::loss::{
     Input, Launcher, Remembered, download_gradients, download_scalars, issue_gradients, issue_order,
-    issue_same_class, issue_selection, issue_sweep, pointer, same_type, upload,
+    issue_same_class, issue_selection, issue_sweep, same_type, upload,
 };
 use super::params::{Counters, NUMBERS_COUNTS, NUMBERS_MAX_NEG, NUMBERS_MIN_POS, ReportParams, TakeParams};
 use super::plan::Shape;
@@ -25,7 +25,7 @@ pub(super) enum Step {
 
 /// Which numbers go in or out: a list, or two for the sizes of the sets.
 #[derive(Debug, Clone, Copy)]
-enum Which {
+pub(super) enum Which {
     MinPos,
     MaxNeg,
     Counts,
@@ -43,10 +43,12 @@ impl Which {
 
 /// Addresses of numbers, in original order: of anchors, then of references, two lists each.
 #[derive(Debug, Clone, Copy)]
-struct Given {
-    lists: [u64; 4],
+pub(super) struct Given {
+    pub(super) lists: [u64; 4],
     /// References that have numbers.
-    references: usize,
+    pub(super) references: usize,
+    /// The address of the batch's totals where they have to be copied, or 0.
+    pub(super) totals: u64,
 }
 
 impl<D: Device> DeviceBackend<D> {
@@ -186,17 +188,8 @@ impl<D: Device> DeviceBackend<D> {
     }
 
     /// What the step before left, if `step` is the next one and `part` still the same.
-    fn go_on(&mut self, part: &Batch<'_>, step: Step) -> Result<Remembered> {
-        let (before, needs) = match step {
-            Step::SameClass | Step::Sweep => {
-                (Step::SameClass, "the sweep needs the same-class step before it")
-            }
-            Step::Select => (Step::Sweep, "the selection needs the sweep before it"),
-            Step::Gradient => (Step::Select, "the gradient needs the selection before it"),
-        };
-        // Whatever goes wrong from here on, the steps begin anew.
-        let last = self.remembered.take().filter(|last| last.step == Some(before));
-        let last = last.ok_or(Error::OutOfOrder(needs))?;
+    pub(super) fn go_on(&mut self, part: &Batch<'_>, step: Step) -> Result<Remembered> {
+        let last = self.last(step)?;
         part.validate()?;
         same_type(part)?;
         let shape = Shape { numbers: last.shape.numbers, ..self.shape(part) };
@@ -209,7 +202,20 @@ impl<D: Device> DeviceBackend<D> {
         Ok(Remembered { step: Some(step), ..last })
     }
 
-    fn resumed(&mut self, loss: &Remembered) -> Result<(Shape, &mut D::Buffer, &mut D)> {
+    /// What the step before `step` left. Whatever goes wrong from here on, the steps begin anew.
+    pub(super) fn last(&mut self, step: Step) -> Result<Remembered> {
+        let (before, needs) = match step {
+            Step::SameClass | Step::Sweep => {
+                (Step::SameClass, "the sweep needs the same-class step before it")
+            }
+            Step::Select => (Step::Sweep, "the selection needs the sweep before it"),
+            Step::Gradient => (Step::Select, "the gradient needs the selection before it"),
+        };
+        let last = self.remembered.take().filter(|last| last.step == Some(before));
+        last.ok_or(Error::OutOfOrder(needs))
+    }
+
+    pub(super) fn resumed(&mut self, loss: &Remembered) -> Result<(Shape, &mut D::Buffer, &mut D)> {
         let Self { device, loss: workspace, .. } = self;
         let buffer = workspace.lay(device, &loss.layout.layout)?;
         Ok((loss.shape, buffer, device))
@@ -230,11 +236,11 @@ fn upload_numbers<D: Device, T: Pod>(
         device.upload(buffer, region.offset, cast_slice(values))?;
         *list = device.address(buffer) + region.offset as u64;
     }
-    Ok(Given { lists, references: references[0].len() })
+    Ok(Given { lists, references: references[0].len(), totals: 0 })
 }
 
 /// Puts the caller's numbers in the place of those found here.
-fn take<D: Device>(
+pub(super) fn take<D: Device>(
     launcher: &mut Launcher<'_, D>,
     base: u64,
     loss: &Remembered,
@@ -251,11 +257,12 @@ fn take<D: Device>(
         anchors_neg,
         references,
         references_neg,
+        totals: given.totals as usize as *const u64,
     };
     launcher.launch(Kernel::TakeNumbers, false, &params)
 }
 
-/// Puts what was found in the caller's order.
+/// Puts what was found into the workspace's lists, in the caller's order.
 fn report<D: Device>(
     launcher: &mut Launcher<'_, D>,
     base: u64,
@@ -263,18 +270,30 @@ fn report<D: Device>(
     which: Which,
 ) -> Result<()> {
     let layout = &loss.layout;
-    let (anchors, anchors_neg) = match which {
-        Which::MinPos => (layout.min_pos, layout.min_pos),
-        Which::MaxNeg => (layout.max_neg_out, layout.max_neg_out),
-        Which::Counts => (layout.count_pos, layout.count_neg),
+    let lists = match which {
+        Which::MinPos => [layout.min_pos, layout.min_pos],
+        Which::MaxNeg => [layout.max_neg_out, layout.max_neg_out],
+        Which::Counts => [layout.count_pos, layout.count_neg],
     };
+    report_to(launcher, base, loss, which, lists.map(|region| base + region.offset as u64), 0)
+}
+
+/// The same to two lists of the caller's, and n_neg and N_pos to `totals` unless that is 0.
+pub(super) fn report_to<D: Device>(
+    launcher: &mut Launcher<'_, D>,
+    base: u64,
+    loss: &Remembered,
+    which: Which,
+    lists: [u64; 2],
+    totals: u64,
+) -> Result<()> {
     let params = ReportParams {
         pairs: loss.pairs(base),
         which: which.code(),
         reserved: 0,
-        anchors: pointer(base, anchors),
-        anchors_neg: pointer(base, anchors_neg),
-        totals: std::ptr::null_mut(),
+        anchors: lists[0] as usize as *mut std::ffi::c_void,
+        anchors_neg: lists[1] as usize as *mut std::ffi::c_void,
+        totals: totals as usize as *mut u64,
     };
     launcher.launch(Kernel::ReportNumbers, false, &params)
 }
