@@ -11,7 +11,9 @@ use std::sync::Arc;
 
 use ddtas::backend::{Backend, Nearest};
 use ddtas::capi::*;
-use ddtas::loss::{Batch, Embeddings, Hypergradient, LossOutput, LossSettings, Mining, UnitCheck};
+use ddtas::loss::{
+    Batch, Embeddings, Hypergradient, LossOutput, LossSettings, Mining, RowNumbers, UnitCheck,
+};
 use ddtas::{Error, Result};
 use ddtas_cases as cases;
 use ndarray::{Array2, ArrayView2};
@@ -200,6 +202,11 @@ fn empty_result() -> LossResult {
     result
 }
 
+/// The ABI evaluates whole batches.
+fn no_steps() -> Error {
+    Error::Unavailable("the C ABI has no steps".into())
+}
+
 impl Backend for Abi {
     fn name(&self) -> String {
         let mut name = [0u8; 16];
@@ -259,6 +266,34 @@ impl Backend for Abi {
         output.mean_neg = result.mean_neg;
         assert_eq!(output.mined(), (result.mined_pos, result.mined_neg));
         Ok(())
+    }
+
+    fn same_class(&mut self, _: &Batch<'_>, _: &LossSettings, _: &mut LossOutput) -> Result<()> {
+        Err(no_steps())
+    }
+
+    fn sweep(&mut self, _: &Batch<'_>, _: RowNumbers<'_, f32>, _: &mut LossOutput) -> Result<()> {
+        Err(no_steps())
+    }
+
+    fn select(
+        &mut self,
+        _: &Batch<'_>,
+        _: RowNumbers<'_, f32>,
+        _: (u64, u64),
+        _: &mut LossOutput,
+    ) -> Result<()> {
+        Err(no_steps())
+    }
+
+    fn gradient(
+        &mut self,
+        _: &Batch<'_>,
+        _: RowNumbers<'_, u32>,
+        _: RowNumbers<'_, u32>,
+        _: &mut LossOutput,
+    ) -> Result<()> {
+        Err(no_steps())
     }
 
     fn hypergradient(

@@ -2,7 +2,7 @@
 
 use ddtas::Result;
 use ddtas::loss::select::{initial_tolerances, probe_tolerance};
-use ddtas::loss::{Batch, LossSettings, Reference, Rows, UnitCheck};
+use ddtas::loss::{Batch, Identity, LossSettings, Reference, Rows, UnitCheck};
 use ndarray::Array2;
 
 use crate::{Dtype, Expected, Matrix};
@@ -76,6 +76,8 @@ fn batch<'a>(anchors: &'a Side, references: Option<&'a Side>) -> Batch<'a> {
         anchors: anchors.view(),
         references: references.map(Side::view),
         reference_gradient: references.is_some(),
+        identity: Identity::ByValue,
+        total: None,
         check: UnitCheck::Check,
     }
 }

@@ -7,6 +7,7 @@
 //! | `expected.rs` | the truth's answer, how far another is from it, and how far it may be |
 //! | `file.rs` | the reference cases of SPEC 7, in `.safetensors` files |
 //! | `table.rs` | the table: reference cases and shapes that those do not have, in every type, form and way of mining |
+//! | `parts.rs` | a batch in parts, a backend each |
 //! | `random.rs` | batches to draw at random |
 //! | `run.rs` | a case through a backend |
 //!
@@ -15,6 +16,7 @@
 mod case;
 mod expected;
 mod file;
+pub mod parts;
 pub mod random;
 mod rows;
 mod run;

@@ -125,6 +125,7 @@ pub fn evaluate(
         gamma_neg: selection.tolerances.neg,
         probe_neg: selection.probe_neg,
         total_pos: selection.total_pos,
+        total_neg: truth.total_neg,
         min_pos: narrow(&selection.min_pos),
         max_neg: narrow(&selection.max_neg),
         count_pos: sizes(&selection.positives),
