@@ -66,7 +66,7 @@ impl Overrides {
 ///
 /// # Errors
 /// Settings out of range, data that cannot be used, a file that cannot be written, or a run that diverged.
-/// What cuts a run short that could go on is [`Error::Interrupted`].
+/// What cuts a run short that could go on is [`Error::Interrupted`](crate::Error::Interrupted).
 pub fn train(
     settings: &TrainSettings,
     stop: &AtomicBool,
@@ -101,7 +101,7 @@ pub fn train(
 /// weights, metrics and checkpoints become the same, bit for bit, as if it had never been cut short.
 ///
 /// # Errors
-/// As [`train`]; [`Error::Format`] if a file of the folder is not what it should be.
+/// As [`train`]; [`Error::Format`](crate::Error::Format) if a file of the folder is not what it should be.
 pub fn resume(
     folder: &Path,
     overrides: &Overrides,
