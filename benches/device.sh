@@ -32,7 +32,6 @@ densities=${DENSITIES:-0.004,late,middle,start}
 dtype=${DTYPE:-bf16}
 budget=${BUDGET:-$((16 << 30))}
 skip=" ${SKIP:-} "
-features=(--no-default-features --features "cli,cuda")
 
 fail() {
     echo "device.sh: $*" >&2
@@ -67,7 +66,7 @@ trap 'rm -rf "$scratch"' EXIT
 
 # Lines for compute-sanitizer; they cost nothing at run time.
 export NVCC_APPEND_FLAGS=-lineinfo
-cargo build --release "${features[@]}" --bin ddtas-bench
+cargo build --release -p ddtas-bench --features cuda
 bench=target/release/ddtas-bench
 
 if ! skipped verify; then
@@ -75,7 +74,7 @@ if ! skipped verify; then
     "$bench" verify tests/golden --backend cuda --json >"$out/verify.json" ||
         fail "a reference case fails on the GPU: see $out/verify.json"
     # The tests add dtypes, the rectangular form and random shapes; here a skip is a failure.
-    DDTAS_REQUIRE_GPU=1 cargo test --release "${features[@]}" --test cuda -- --nocapture
+    DDTAS_REQUIRE_GPU=1 cargo test --release -p ddtas --features cuda --test cuda -- --nocapture
 fi
 
 if ! skipped sanitize; then
@@ -86,7 +85,7 @@ if ! skipped sanitize; then
         echo "== compute-sanitizer $tool"
         # Through the tests' program, for the reference cases are f32 and square: every type and form.
         env "$runner=$sanitizer --tool $tool --error-exitcode 1" DDTAS_REQUIRE_GPU=1 \
-            cargo test --release "${features[@]}" --test cuda -- agree >"$out/$tool.txt" 2>&1 ||
+            cargo test --release -p ddtas --features cuda --test cuda -- agree >"$out/$tool.txt" 2>&1 ||
             fail "compute-sanitizer $tool complains: see $out/$tool.txt"
         grep 'ERROR SUMMARY\|RACECHECK SUMMARY' "$out/$tool.txt" || true
     done
@@ -98,7 +97,7 @@ if ! skipped throughput; then
     products=("")
     [[ $dtype != f32 ]] || products+=(--tf32)
     # Built before anything is timed.
-    cargo bench --quiet --no-run "${features[@]}" --bench resident
+    cargo bench --quiet --no-run -p ddtas-bench --features cuda --bench resident
     for dim in ${dims//,/ }; do
         for density in ${densities//,/ }; do
             for batch in ${batches//,/ }; do
@@ -111,7 +110,7 @@ if ! skipped throughput; then
                         --json >"$scratch/$name.host${tf32#-}.json"
                     given=(--embeddings "$rows")
                     # Without the copies between host and GPU, as a training step on the GPU calls it.
-                    cargo bench --quiet "${features[@]}" --bench resident -- "${given[@]}" --dtype "$dtype" $tf32 \
+                    cargo bench --quiet -p ddtas-bench --features cuda --bench resident -- "${given[@]}" --dtype "$dtype" $tf32 \
                         --budget "$budget" >"$scratch/$name.ddtas${tf32#-}.json"
                 done
                 python3 benches/device/baselines.py "$rows" --dtype "$dtype" >"$scratch/$name.peers.json"

@@ -3,15 +3,14 @@
 //! Without a GPU the table is skipped, and says so; with DDTAS_REQUIRE_GPU set
 //! (benches/device.sh) a skip is a failure.
 
-mod cases;
-
 use ddtas::backend::cuda::{self, CudaBackend, CudaDevice};
 use ddtas::backend::device::{Device, Options, ResidentBatch, ResidentRows, ResidentType};
 use ddtas::backend::{AutoDevice, Backend, DeviceSpec, auto, open};
-use ddtas::cases::{Case, find};
 use ddtas::loss::{Embeddings, LossOutput, LossSettings, UnitCheck};
-use ddtas::verify::{TF32, run_tf32};
 use ddtas::{Error, Result};
+use ddtas_cases::file::{Case, find};
+use ddtas_cases::table as cases;
+use ddtas_cases::verify::{TF32, run_tf32};
 
 /// What a test opens on the first GPU; without one the reason why it is skipped is printed.
 fn gpu<T>(opened: Result<T>) -> Option<T> {

@@ -3,18 +3,17 @@
 //! With sanitizers, whose runtime must be loaded first:
 //! `export DDTAS_SANITIZE=address,undefined ASAN_OPTIONS=detect_leaks=0`,
 //! `export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="env LD_PRELOAD=$(g++ -print-file-name=libasan.so)"`,
-//! `cargo test --release --no-default-features --features cli,emulated --test emulated`.
+//! `cargo test --release -p ddtas --features emulated --test emulated`.
 //! ThreadSanitizer likewise: `DDTAS_SANITIZE=thread`, libtsan.so, and
 //! `TSAN_OPTIONS="halt_on_error=1 exitcode=66 ignore_interceptors_accesses=1"` (kernels/emulation/races.h). All
 //! tests take a quarter of an hour there; `every_kernel` runs each kernel in half a minute.
 
-mod cases;
-
-use cases::{Case, Dtype};
 use ddtas::backend::device::{DeviceBackend, Options};
 use ddtas::backend::emulated::{self, EmulatedDevice};
 use ddtas::backend::{Backend, Nearest};
 use ddtas::loss::{Batch, Hypergradient, LossOutput, LossSettings, Mining, Rows, UnitCheck, reference};
+use ddtas_cases::table as cases;
+use ddtas_cases::table::{Case, Dtype};
 use ndarray::Array2;
 
 fn golden_case(name: &str) -> Case {

@@ -1,8 +1,5 @@
 //! The loss of a batch in parts: whoever has which rows, each row's numbers and gradient are those of one process.
-#![cfg(feature = "cli")]
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
-
-mod support;
 
 use ddtas::Error;
 use ddtas::backend::Backend;
@@ -11,12 +8,12 @@ use ddtas::loss::{
     Batch, Embeddings, Hypergradient, Identity, LossOutput, LossSettings, Mining, PartReference, RowNumbers,
     Rows, reference,
 };
+use ddtas_cases::parts::{Together, loss_in_parts, slice};
+use ddtas_cases::random::{Draw, draw, golden_cases, tangent};
 use half::{bf16, f16};
 use ndarray::{Array2, concatenate, s};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use support::parts::{Together, loss_in_parts, slice};
-use support::{Draw, draw, golden_cases, tangent};
 
 /// A backend for each of so many parts, the first with no room for candidates.
 fn backends(parts: usize) -> Vec<Box<dyn Backend>> {

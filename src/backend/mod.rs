@@ -9,8 +9,6 @@ use ndarray::{Array2, ArrayView2};
 use crate::loss::{Batch, Hypergradient, LossOutput, LossSettings, RowNumbers, Rows};
 use crate::{Error, Result};
 
-#[cfg(feature = "cli")]
-mod arguments;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
@@ -20,8 +18,6 @@ pub mod device;
 pub mod emulated;
 mod open;
 
-#[cfg(feature = "cli")]
-pub use arguments::DeviceArguments;
 pub use open::{AutoDevice, DeviceSpec, auto, open, open_with};
 
 /// One device with one workspace, which is allocated once and reused.

@@ -7,7 +7,7 @@ use ndarray::{Array2, ArrayView2};
 use super::batch::{check_unit, validate_dims, validate_shape};
 use super::reference::{Reference, evaluate, hypergradient_along};
 use super::similarity::Similarities;
-use super::{Hypergradient, Identity, LossSettings, UnitCheck};
+use super::{Hypergradient, LossSettings, UnitCheck};
 use crate::Result;
 
 /// How far a row's norm may be from 1: as for float32, so that a difference quotient may step off the sphere.
@@ -49,8 +49,7 @@ impl DoubleBatch<'_> {
         }
         let reference_side =
             references.as_ref().zip(self.references).map(|(embeddings, rows)| (embeddings, rows.labels));
-        let similarities =
-            Similarities::new((&anchors, self.anchors.labels), reference_side, &Identity::ByValue);
+        let similarities = Similarities::new((&anchors, self.anchors.labels), reference_side);
         let total = anchors.nrows();
         Ok(evaluate(similarities, (&anchors, references.as_ref()), total, self.reference_gradient, settings))
     }

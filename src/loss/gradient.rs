@@ -36,10 +36,16 @@ pub struct Weighted {
     pub dloss_dlambda_neg: f64,
 }
 
+/// Evaluates SPEC 4 on the mined pairs of a batch.
+#[must_use]
+pub fn weigh(similarities: &Similarities, selection: &Selection, settings: &LossSettings) -> Weighted {
+    weigh_part(similarities, selection, &selection.sizes(), settings, similarities.anchors())
+}
+
 /// Evaluates SPEC 4 on the mined pairs of anchors of a batch of `total`, where each anchor's sets have `sizes`
 /// (positives, negatives). Mining is constant under differentiation.
 #[must_use]
-pub fn weigh(
+pub fn weigh_part(
     similarities: &Similarities,
     selection: &Selection,
     sizes: &[[u32; 2]],

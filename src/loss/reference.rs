@@ -3,7 +3,7 @@
 use ndarray::Array2;
 
 use super::batch::check_unit;
-use super::gradient::{Weighted, weigh};
+use super::gradient::{Weighted, weigh_part};
 use super::select::Selection;
 use super::similarity::Similarities;
 use super::{Batch, Hypergradient, LossSettings, Rows, UnitCheck, threshold};
@@ -51,7 +51,10 @@ pub fn reference(batch: &Batch<'_>, settings: &LossSettings) -> Result<Reference
     let references = batch.references.map(|rows| read(batch, "references", &rows)).transpose()?;
     let reference_side =
         references.as_ref().zip(batch.references).map(|(embeddings, rows)| (embeddings, rows.labels));
-    let similarities = Similarities::new((&anchors, batch.anchors.labels), reference_side, &batch.identity);
+    let mut similarities = Similarities::new((&anchors, batch.anchors.labels), reference_side);
+    if !batch.is_square() {
+        similarities = similarities.with_identity(&batch.identity);
+    }
     let rows = (&anchors, references.as_ref());
     Ok(evaluate(similarities, rows, batch.total(), batch.reference_gradient, settings))
 }
@@ -65,7 +68,7 @@ pub(super) fn evaluate(
     settings: &LossSettings,
 ) -> Reference {
     let selection = Selection::new(&similarities, settings);
-    let weighted = weigh(&similarities, &selection, &selection.sizes(), settings, total);
+    let weighted = weigh_part(&similarities, &selection, &selection.sizes(), settings, total);
 
     let g = &weighted.weights;
     let (gradient, reference_gradient) = match references {
@@ -149,13 +152,10 @@ pub(super) fn hypergradient_along(
         same_shape("reference tangent", references, moving)?;
         tilt += &anchors.dot(&moving.t());
     }
-    Ok(threshold::hypergradient(
-        &evaluated.similarities,
-        &evaluated.selection,
-        settings,
-        evaluated.total,
-        &tilt,
-    ))
+    let sums = threshold::hypergradient(&evaluated.similarities, &evaluated.selection, settings, &tilt);
+    // Of a part of a batch.
+    let share = evaluated.similarities.anchors() as f64 / evaluated.total as f64;
+    Ok(Hypergradient { pos: sums.pos * share, neg: sums.neg * share })
 }
 
 pub(super) fn read(batch: &Batch<'_>, name: &'static str, rows: &Rows<'_>) -> Result<Array2<f64>> {

@@ -22,15 +22,10 @@ pub struct Similarities {
 }
 
 impl Similarities {
-    /// Computes S of `anchors` `[B, D]` against `references` `[N, D]`, or against themselves, which `identity` then
-    /// has no need to say.
+    /// Computes S of `anchors` `[B, D]` against `references` `[N, D]`, or against themselves.
     #[must_use]
-    pub fn new(
-        anchors: (&Array2<f64>, &[i64]),
-        references: Option<(&Array2<f64>, &[i64])>,
-        identity: &Identity<'_>,
-    ) -> Self {
-        let identity = if references.is_none() { &Identity::From(0) } else { identity };
+    pub fn new(anchors: (&Array2<f64>, &[i64]), references: Option<(&Array2<f64>, &[i64])>) -> Self {
+        let identity = if references.is_none() { Identity::From(0) } else { Identity::ByValue };
         let (reference_embeddings, reference_labels) = references.unwrap_or(anchors);
         let squares = |rows: &Array2<f64>| rows.outer_iter().map(|row| row.dot(&row)).collect();
         Self {
@@ -41,6 +36,13 @@ impl Similarities {
             reference_labels: reference_labels.to_vec(),
             itself: (0..anchors.1.len()).map(|i| identity.of(i)).collect(),
         }
+    }
+
+    /// Leaves out each anchor's pair with the reference that `identity` says it is.
+    #[must_use]
+    pub fn with_identity(self, identity: &Identity<'_>) -> Self {
+        let itself = (0..self.anchors()).map(|i| identity.of(i)).collect();
+        Self { itself, ..self }
     }
 
     /// The same similarities with the references as anchors.

@@ -2,7 +2,7 @@
 
 use ndarray::Array2;
 
-use super::gradient::{Weighted, weigh};
+use super::gradient::{Weighted, weigh_part};
 use super::reference::read;
 use super::select::{Selection, adapt, probe};
 use super::similarity::Similarities;
@@ -33,7 +33,7 @@ impl PartReference {
         let anchors = read(part, "anchors", &part.anchors)?;
         let references = read(part, "references", &rows)?;
         let (own, other) = ((&anchors, part.anchors.labels), (&references, rows.labels));
-        let similarities = Similarities::new(own, Some(other), &part.identity);
+        let similarities = Similarities::new(own, Some(other)).with_identity(&part.identity);
         let elsewhere = similarities.turned();
         Ok(Self { similarities, elsewhere, references, settings: *settings, total: part.total() })
     }
@@ -71,13 +71,13 @@ impl PartReference {
         (min_pos, max_neg): (&[f64], &[f64]),
         sizes: RowNumbers<'_, [u32; 2]>,
     ) -> (Weighted, Array2<f64>) {
-        let own = weigh(&self.similarities, selection, sizes.anchors, &self.settings, self.total);
+        let own = weigh_part(&self.similarities, selection, sizes.anchors, &self.settings, self.total);
         let rows = self.elsewhere.anchors();
         let extremes = (padded(min_pos, rows, f64::INFINITY), padded(max_neg, rows, f64::NEG_INFINITY));
         let totals = (selection.probe_neg, selection.total_pos);
         let kept = Selection::keep(&self.elsewhere, selection.tolerances, extremes, totals);
         let sizes = padded(sizes.references, rows, [0; 2]);
-        let back = weigh(&self.elsewhere, &kept, &sizes, &self.settings, self.total);
+        let back = weigh_part(&self.elsewhere, &kept, &sizes, &self.settings, self.total);
         let gradient = (&own.weights + &back.weights.t()).dot(&self.references);
         (own, gradient)
     }

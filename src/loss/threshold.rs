@@ -8,17 +8,16 @@ use super::similarity::Similarities;
 use super::{Hypergradient, LossSettings};
 
 /// `sum_ij (dG_ij/dlambda) tilt_ij` with `tilt_ij = edot_i . e_j + e_i . edot_j`, `[B, N]`:
-/// how fast each similarity moves along the tangent. The anchors are of a batch of `total`.
+/// how fast each similarity moves along the tangent.
 #[must_use]
 pub fn hypergradient(
     similarities: &Similarities,
     selection: &Selection,
     settings: &LossSettings,
-    total: usize,
     tilt: &Array2<f64>,
 ) -> Hypergradient {
     let s = &similarities.values;
-    let batch = total as f64;
+    let batch = similarities.anchors() as f64;
     let LossSettings { alpha, beta, lambda_pos, lambda_neg, .. } = *settings;
     let mut sums = Hypergradient::default();
     for i in (0..similarities.anchors()).filter(|&i| selection.is_active(i)) {
