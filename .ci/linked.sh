@@ -55,7 +55,7 @@ say "tests/capi under AddressSanitizer and UndefinedBehaviorSanitizer"
 sanitize=(-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer)
 read -ra include < <(pkg-config --cflags ddtas)
 read -ra system < <(sed -n 's/^Libs.private: //p' "$prefix/lib/pkgconfig/ddtas.pc")
-for test in hostile memory threads; do
+for test in hostile memory parts threads; do
     gcc -std=c11 "${warnings[@]}" "${sanitize[@]}" "${include[@]}" "tests/capi/$test.c" -o "$work/$test" \
         "$prefix/lib/libddtas.a" "${system[@]}"
     "$work/$test"
