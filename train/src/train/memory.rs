@@ -2,8 +2,8 @@
 //!
 //! The anchors are the batch's rows; the references are the batch's rows and,
 //! after them, the memory's. The memory is constant: it takes no gradient. The batch's own rows
-//! do, on both sides, so that an empty memory gives the loss and gradient of the square form. A row's
-//! pair with itself is an exact duplicate, which SPEC 1 leaves out of the positives.
+//! do, on both sides, so that an empty memory gives the loss and gradient of the square form. They are the first references:
+//! no row is a pair of itself.
 
 use ndarray::{Array2, ArrayView2, s};
 
@@ -11,7 +11,7 @@ use super::checkpoint::archive::Archive;
 use crate::{Error, Result};
 use ddtas::backend::Backend;
 use ddtas::loss::baseline::{self, PairLoss};
-use ddtas::loss::{Batch, Hypergradient, LossOutput, LossSettings, Rows};
+use ddtas::loss::{Batch, Hypergradient, Identity, LossOutput, LossSettings, Rows};
 
 /// Embeddings and labels of the last batches, oldest first.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -157,5 +157,6 @@ impl References {
     fn batch<'a>(&'a self, embeddings: ArrayView2<'a, f32>, labels: &'a [i64]) -> Batch<'a> {
         let anchors = Rows::new(embeddings, labels);
         Batch::rectangular(anchors, Rows::new(self.embeddings.view(), &self.labels))
+            .with_identity(Identity::From(0))
     }
 }
