@@ -48,8 +48,8 @@ cmake --build "$work/cpp" >>"$work/cmake.log" || { cat "$work/cmake.log"; exit 1
 "$work/cpp/memory_bank"
 "$work/cpp/memory_bank_static" | diff - <("$work/cpp/memory_bank")
 
-say "examples/loss.rs"
-cargo run --release --quiet -p ddtas --example loss
+say "examples in Rust"
+for example in loss reference_blocks chunked_batch; do cargo run --release --quiet -p ddtas --example "$example"; done
 
 say "tests/capi under AddressSanitizer and UndefinedBehaviorSanitizer"
 sanitize=(-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer)

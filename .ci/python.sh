@@ -26,6 +26,8 @@ if ! "$python" -c 'import torch, pytorch_metric_learning' 2>/dev/null; then
     fi
 fi
 "$python" -m pytest -q
+"$python" examples/python/reference_blocks.py
+if "$python" -c 'import torch' 2>/dev/null; then "$python" examples/python/chunked_batch.py; fi
 echo "tested (${SECONDS}s)"
 
 cargo fmt --check --manifest-path python/Cargo.toml
