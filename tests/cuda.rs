@@ -9,6 +9,7 @@ use ddtas::backend::{AutoDevice, Backend, DeviceSpec, auto, open};
 use ddtas::loss::{Embeddings, LossOutput, LossSettings, UnitCheck};
 use ddtas::{Error, Result};
 use ddtas_cases::file::{Case, find};
+use ddtas_cases::parts;
 use ddtas_cases::table as cases;
 use ddtas_cases::verify::{TF32, run_tf32};
 
@@ -34,6 +35,21 @@ fn golden_cases_agree() {
 fn every_type_and_form_agrees() {
     let Some(mut backend) = gpu(cuda::open(0, Options::default())) else { return };
     cases::run_all(&mut *backend, cases::generated());
+}
+
+#[test]
+fn the_table_of_cases_agrees_in_parts() {
+    if gpu(cuda::open(0, Options::default())).is_none() {
+        return;
+    }
+    let open = |part: usize| {
+        let budget = if part == 0 { 0 } else { Options::default().budget };
+        cuda::open(0, Options { budget, ..Options::default() }).expect("opened above")
+    };
+    parts::run_all(open, cases::generated());
+    parts::check_memory(open);
+    parts::check_identity(&mut *open(0));
+    parts::check_identity(&mut *open(1));
 }
 
 #[test]

@@ -5,14 +5,15 @@ use ddtas::Error;
 use ddtas::backend::Backend;
 use ddtas::backend::cpu::CpuBackend;
 use ddtas::loss::{
-    Batch, Embeddings, Hypergradient, Identity, LossOutput, LossSettings, Mining, PartReference, RowNumbers,
-    Rows, reference,
+    Batch, Embeddings, Hypergradient, Identity, LossOutput, LossSettings, Mining, RowNumbers, Rows, reference,
 };
-use ddtas_cases::parts::{Together, loss_in_parts, slice};
+use ddtas_cases::parts::{
+    Together, check_identity, check_memory, loss_in_parts, run_all, slice, split, truth_in_parts, with_memory,
+};
 use ddtas_cases::random::{Draw, draw, golden_cases, tangent};
 use half::{bf16, f16};
-use ndarray::{Array2, concatenate, s};
-use rand::{RngExt, SeedableRng};
+use ndarray::{Array2, s};
+use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
 /// A backend for each of so many parts, the first with no room for candidates.
@@ -21,16 +22,6 @@ fn backends(parts: usize) -> Vec<Box<dyn Backend>> {
         if p == 0 { Box::new(CpuBackend::with_budget(0)) } else { Box::new(CpuBackend::new()) }
     };
     (0..parts).map(of).collect()
-}
-
-/// Lengths of 1 to 5 parts of `rows` rows, some of them perhaps 0.
-fn split(rows: usize, random: &mut ChaCha8Rng) -> Vec<usize> {
-    let parts = random.random_range(1..6);
-    let mut ends: Vec<usize> = (1..parts).map(|_| random.random_range(0..rows + 1)).collect();
-    ends.sort_unstable();
-    ends.push(rows);
-    let mut before = 0;
-    ends.into_iter().map(|end| end - std::mem::replace(&mut before, end)).collect()
 }
 
 /// The whole batch at once, in the square form.
@@ -143,16 +134,6 @@ fn reference_cases_split_at_random_places() {
     }
 }
 
-/// A batch and, behind it, a memory which holds its first rows once more.
-fn with_memory() -> (Array2<f32>, Vec<i64>) {
-    let how = Draw { rows: 90, dim: 20, classes: 18, noise: 1.8, ignored: 12, duplicates: 15 };
-    let (embeddings, labels) = draw(how, 21);
-    let (memory, memory_labels) = draw(Draw { rows: 150, ..how }, 22);
-    let held = embeddings.slice(s![..10, ..]);
-    let all = concatenate(ndarray::Axis(0), &[embeddings.view(), memory.view(), held]).unwrap();
-    (all, [&labels[..], &memory_labels, &labels[..10]].concat())
-}
-
 #[test]
 fn a_memory_behind_the_batch_selects_nothing() {
     let (embeddings, labels) = with_memory();
@@ -180,45 +161,6 @@ fn a_memory_behind_the_batch_selects_nothing() {
     }
 }
 
-/// The parts of a batch in float64, and put together: loss, gradient and |P|, |N|.
-fn truth_in_parts(
-    all: &Rows<'_>,
-    lengths: &[usize],
-    settings: &LossSettings,
-) -> (f64, Array2<f64>, Vec<[u32; 2]>) {
-    let total = lengths.iter().sum();
-    let mut first = 0;
-    let parts: Vec<PartReference> = lengths
-        .iter()
-        .map(|length| {
-            let own = slice(all, first, first + length);
-            let part = Batch::part(own, all.view(), Identity::From(first), total);
-            first += length;
-            PartReference::new(&part, settings).unwrap()
-        })
-        .collect();
-    let same_class: Vec<_> = parts.iter().map(PartReference::same_class).collect();
-    let min_pos: Vec<f64> = same_class.iter().flat_map(|(min_pos, _)| min_pos.clone()).collect();
-    let swept: Vec<_> = parts.iter().zip(&same_class).map(|(part, (own, _))| part.sweep(own)).collect();
-    let max_neg: Vec<f64> = swept.iter().flat_map(|(max_neg, _)| max_neg.clone()).collect();
-    let probe_neg = swept.iter().map(|(_, probe)| probe).sum();
-    let totals = (probe_neg, same_class.iter().map(|(_, positives)| positives).sum());
-    let own = same_class.iter().zip(&swept);
-    let selected: Vec<_> =
-        parts.iter().zip(own).map(|(part, (low, high))| part.select(&low.0, &high.0, totals)).collect();
-    let sizes: Vec<[u32; 2]> = selected.iter().flat_map(|selection| selection.sizes()).collect();
-    let (mut loss, mut gradients) = (0.0, Vec::new());
-    for (part, selection) in parts.iter().zip(&selected) {
-        let of_own = selection.sizes();
-        let numbers = RowNumbers::new(&of_own[..], &sizes[..]);
-        let (weighted, gradient) = part.gradient(selection, (&min_pos, &max_neg), numbers);
-        loss += weighted.loss;
-        gradients.push(gradient);
-    }
-    let views: Vec<_> = gradients.iter().map(|gradient| gradient.view()).collect();
-    (loss, concatenate(ndarray::Axis(0), &views).unwrap(), sizes)
-}
-
 #[test]
 fn the_truth_in_steps_is_the_truth_and_the_cpu_agrees_with_it() {
     let mut random = ChaCha8Rng::seed_from_u64(13);
@@ -242,18 +184,7 @@ fn the_truth_in_steps_is_the_truth_and_the_cpu_agrees_with_it() {
         assert!(error.fold(0.0, f64::max) <= 1e-5 * largest, "{}", case.name);
     }
     // With a memory, which no reference case has.
-    let (embeddings, labels) = with_memory();
-    let all = Rows::new(embeddings.view(), &labels);
-    let settings = LossSettings { mining: Mining::None, ..LossSettings::default() };
-    let (loss, gradient, sizes) = truth_in_parts(&all, &[30, 0, 60], &settings);
-    let tangent = tangent(90, 20, 4);
-    let parts = loss_in_parts(&mut backends(2), &all, &[50, 40], &settings, tangent.view()).unwrap().output;
-    let counts: Vec<[u32; 2]> = parts.count_pos.iter().zip(&parts.count_neg).map(|(p, n)| [*p, *n]).collect();
-    assert_eq!(counts, sizes);
-    assert!((parts.loss - loss).abs() <= 1e-6 * loss);
-    let largest = gradient.iter().fold(0.0f64, |most, x| most.max(x.abs()));
-    let error = gradient.iter().zip(&parts.gradient).map(|(a, b)| (a - f64::from(*b)).abs());
-    assert!(error.fold(0.0, f64::max) <= 1e-5 * largest);
+    check_memory(|part| backends(part + 1).remove(part));
 }
 
 /// References that never lie in memory together, block by block: the anchors' numbers are gathered over the blocks,
@@ -329,6 +260,16 @@ fn references_in_blocks() {
     let largest = whole.gradient.iter().fold(0.0f32, |most, x| most.max(x.abs()));
     let error = (&got.gradient - &whole.gradient).mapv(f32::abs).into_iter().fold(0.0, f32::max);
     assert!(error <= 1e-6 * largest, "{error} of {largest}");
+}
+
+#[test]
+fn the_table_of_cases_in_parts() {
+    run_all(|part| backends(part + 1).remove(part), ddtas_cases::table::generated());
+}
+
+#[test]
+fn identity_by_index_agrees_with_the_truth() {
+    check_identity(&mut CpuBackend::new());
 }
 
 #[test]

@@ -149,9 +149,8 @@ pub struct Side<'a> {
     direct: &'a [f32],
     /// Sum of all rows that take part in pairs, `[D]`.
     pub sum: &'a [f64],
-    /// Sum of their squares, and each by position.
+    /// Sum of their squares.
     pub square_sum: f64,
-    pub squares: &'a [f32],
     /// A pair of one class that reaches this of both its rows is a duplicate (SPEC 1), by position.
     pub duplicate: &'a [f32],
 }
@@ -317,7 +316,6 @@ impl SideBuffers {
             direct: &self.direct,
             sum: &self.sum,
             square_sum: self.square_sum,
-            squares: &self.squares,
             duplicate: &self.duplicate,
         })
     }

@@ -224,10 +224,7 @@ impl Tiles {
             let visit = |row: usize, first: usize, similarities: &[f32]| {
                 let itself = pairs.itself(rows.start + row, tile.1);
                 for (column, &s) in (first..).zip(similarities) {
-                    if itself == Some(column) {
-                        continue;
-                    }
-                    let positive = s < duplicate[0][row].max(duplicate[1][column]);
+                    let positive = itself != Some(column) && s < duplicate[0][row].max(duplicate[1][column]);
                     same_class.add(s, positive);
                     if positive {
                         let least = &mut extremes[rows.start + row];

@@ -4,7 +4,6 @@
 //! cannot change them. So nothing is kept for every tile, and memory is linear in the batch.
 
 use super::pairs::Pairs;
-use super::rows::NOWHERE;
 use super::select::negative_bound;
 use super::tile::Bounds;
 use crate::loss::LossSettings;
@@ -27,7 +26,7 @@ fn from_units(sum: i128) -> f64 {
 pub struct SameClass {
     pub positives: u64,
     positive_sum: i128,
-    /// Duplicates included.
+    /// Duplicates included, and rows with themselves in the rectangular form.
     pairs: u64,
     sum: i128,
 }
@@ -210,14 +209,8 @@ impl Statistics {
     pub fn means(&self, pairs: &Pairs<'_>) -> (u64, f64, f64) {
         let all: f64 = pairs.rows.sum.iter().zip(pairs.columns.sum).map(|(a, b)| a * b).sum();
         let (rows, columns) = (pairs.rows.order.rows.len() as u64, pairs.columns.order.rows.len() as u64);
-        let (mut own, mut with_themselves) = (0.0, 0);
-        if pairs.square {
-            (own, with_themselves) = (pairs.rows.square_sum, rows);
-        }
-        for (square, _) in pairs.rows.squares.iter().zip(pairs.identity).filter(|(_, at)| **at != NOWHERE) {
-            own += f64::from(*square);
-            with_themselves += 1;
-        }
+        // Those of the rectangular form are pairs of one class.
+        let (own, with_themselves) = if pairs.square { (pairs.rows.square_sum, rows) } else { (0.0, 0) };
         let SameClass { positives, positive_sum, pairs, sum } = self.same_class;
         let negatives = rows * columns - with_themselves - pairs;
         let of_negatives = (all - own - from_units(sum)) / negatives as f64;

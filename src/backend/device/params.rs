@@ -21,6 +21,10 @@ kernel_parameters!(
     PrepareParams,
     ClassesParams,
     DuplicateParams,
+    InvertParams,
+    IdentityParams,
+    TakeParams,
+    ReportParams,
     PairsParams,
     WeighParams,
     WaysParams,
@@ -31,6 +35,14 @@ kernel_parameters!(
     ThresholdSumParams,
     RetrievalParams,
 );
+
+impl Counters {
+    /// Reads the struct from the bytes that kernels wrote.
+    pub(super) fn from_words(words: &[u64; size_of::<Self>() / 8]) -> Self {
+        // SAFETY: as many bytes, as aligned, and every bit pattern is a value of its numbers.
+        unsafe { words.as_ptr().cast::<Self>().read() }
+    }
+}
 
 impl LossScalars {
     /// Reads the struct from the bytes that a kernel wrote.
