@@ -15,7 +15,7 @@ use ddtas::loss::{
     self, Batch, Embeddings, Hypergradient, LossOutput, LossSettings, Mining, RowNumbers, UnitCheck,
 };
 use ddtas::{Error, Result};
-use ddtas_cases::parts::loss_in_parts;
+use ddtas_cases::parts::{self, loss_in_parts};
 use ddtas_cases::random::{Draw, draw, tangent};
 use ddtas_cases::table as cases;
 use half::{bf16, f16};
@@ -545,10 +545,10 @@ fn parts_through_the_c_abi_have_the_bits_of_the_whole() {
                 let open =
                     |_: &usize| -> Box<dyn Backend> { Box::new(Abi::open("cpu", 1, gap, Memory::Host)) };
                 let mut backends: Vec<_> = lengths.iter().map(open).collect();
-                let parts = loss_in_parts(&mut backends, &all, &lengths, &settings, tangent.view()).unwrap();
+                let found = loss_in_parts(&mut backends, &all, &lengths, &settings, tangent.view()).unwrap();
                 let near = |got: f64, wanted: f64| (got - wanted).abs() <= 1e-6 * wanted.abs();
-                assert!(near(parts.output.loss, whole.loss) && whole.active > 0, "{lengths:?}");
-                assert!(near(parts.hyper.pos, hyper.pos) && near(parts.hyper.neg, hyper.neg), "{lengths:?}");
+                assert!(near(found.output.loss, whole.loss) && whole.active > 0, "{lengths:?}");
+                assert!(near(found.hyper.pos, hyper.pos) && near(found.hyper.neg, hyper.neg), "{lengths:?}");
                 // Sums over the batch, in another order: to rounding. Everything else is the same bits.
                 let sums = LossOutput {
                     loss: whole.loss,
@@ -556,12 +556,20 @@ fn parts_through_the_c_abi_have_the_bits_of_the_whole() {
                     dloss_dlambda_neg: whole.dloss_dlambda_neg,
                     mean_pos: whole.mean_pos,
                     mean_neg: whole.mean_neg,
-                    ..parts.output
+                    ..found.output
                 };
                 assert_eq!(sums, whole, "{mining:?}, {lengths:?}, gap {gap}");
             }
         }
     }
+}
+
+#[test]
+fn parts_and_identity_through_the_c_abi_agree_with_the_truth() {
+    let open = |part| -> Box<dyn Backend> { Box::new(Abi::open("cpu", 1 + part % 2, part, Memory::Host)) };
+    parts::run_all(open, cases::generated().into_iter().chain(cases::golden()));
+    parts::check_memory(open);
+    parts::check_identity(&mut *open(3));
 }
 
 #[test]

@@ -221,7 +221,6 @@ pub unsafe extern "C" fn ddtas_loss(
         let target = unsafe { LossTarget::read(result, &anchors, references.as_ref()) }?;
 
         let (pool, engine, buffers) = state.parts();
-        *buffers.total = None;
         if anchors.memory == Memory::Device {
             let gradients = target.gradients();
             let batch = DeviceBatch { gradients, check, ..DeviceBatch::new(anchors, references) };
@@ -235,6 +234,7 @@ pub unsafe extern "C" fn ddtas_loss(
             let output = &mut *buffers.output;
             State::compute(pool, engine, |backend| backend.loss(&batch, &settings, output))?;
         }
+        *buffers.total = None;
         let mined = buffers.output.mined();
         let found = [Found::SameClass, Found::Sweep, Found::Select, Found::Gradient(mined)];
         // SAFETY: handed on to the caller.

@@ -128,7 +128,6 @@ unsafe fn run(
 
         let (pool, engine, buffers) = state.parts();
         let (output, lengths) = (&mut *buffers.output, (anchors.extent.count, known));
-        *buffers.total = Some(part.total);
         // SAFETY: as above.
         let batch = unsafe { input::batch(&anchors, Some(&references), buffers.rows) }?;
         let mut batch = Batch { total: Some(part.total), check: UnitCheck::Trust, ..batch };
@@ -162,6 +161,7 @@ unsafe fn run(
                 Found::Gradient(mined(output, (pos.anchors, neg.anchors)))
             }
         };
+        *buffers.total = Some(part.total);
         // SAFETY: as above.
         unsafe { target.write(output, Memory::Host, &[found]) };
         Ok(())

@@ -160,3 +160,23 @@ impl References {
             .with_identity(Identity::From(0))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ndarray::array;
+
+    #[test]
+    fn every_row_of_the_batch_is_the_reference_that_its_identity_names() {
+        let mut memory = Memory::new(3, 0, 2);
+        memory.push(0, array![[0.0, 1.0], [1.0, 0.0]].view(), &[4, 5]);
+        let (rows, labels) = (array![[0.6, 0.8], [0.8, 0.6]], [5, 6]);
+        let references = memory.references(rows.view(), &labels).unwrap();
+        let batch = references.batch(rows.view(), &labels);
+        batch.validate().unwrap();
+        for (i, row) in rows.outer_iter().enumerate() {
+            let named = batch.identity.of(i).unwrap();
+            assert_eq!((references.embeddings.row(named), references.labels[named]), (row, labels[i]));
+        }
+    }
+}
