@@ -48,14 +48,14 @@ cmake --build "$work/cpp" >>"$work/cmake.log" || { cat "$work/cmake.log"; exit 1
 "$work/cpp/memory_bank"
 "$work/cpp/memory_bank_static" | diff - <("$work/cpp/memory_bank")
 
-say "examples/loss.rs"
-cargo run --release --quiet -p ddtas --example loss
+say "examples in Rust"
+for example in loss reference_blocks chunked_batch; do cargo run --release --quiet -p ddtas --example "$example"; done
 
 say "tests/capi under AddressSanitizer and UndefinedBehaviorSanitizer"
 sanitize=(-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer)
 read -ra include < <(pkg-config --cflags ddtas)
 read -ra system < <(sed -n 's/^Libs.private: //p' "$prefix/lib/pkgconfig/ddtas.pc")
-for test in hostile memory threads; do
+for test in hostile memory parts threads; do
     gcc -std=c11 "${warnings[@]}" "${sanitize[@]}" "${include[@]}" "tests/capi/$test.c" -o "$work/$test" \
         "$prefix/lib/libddtas.a" "${system[@]}"
     "$work/$test"

@@ -26,11 +26,13 @@ if ! "$python" -c 'import torch, pytorch_metric_learning' 2>/dev/null; then
     fi
 fi
 "$python" -m pytest -q
+"$python" examples/python/reference_blocks.py
+if "$python" -c 'import torch' 2>/dev/null; then "$python" examples/python/chunked_batch.py; fi
 echo "tested (${SECONDS}s)"
 
 cargo fmt --check --manifest-path python/Cargo.toml
 cargo clippy --release --quiet --manifest-path python/Cargo.toml -- -D warnings
-modules=(python/ddtas/{__init__,functional,settings}.py)
+modules=(python/ddtas/{__init__,functional,part,settings}.py)
 if "$python" -c 'import torch' 2>/dev/null; then modules+=(python/ddtas/torch/{__init__,engine,loss,memory}.py); fi
 "$python" -m mypy --strict --follow-imports=silent "${modules[@]}"
 "$python" -m mypy.stubtest ddtas._ddtas

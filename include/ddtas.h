@@ -26,6 +26,11 @@
 #define DDTAS_NO_NEIGHBOUR UINT32_MAX
 
 /**
+ * Entry of ddtas_rows.identity_list for an anchor that is not among the references.
+ */
+#define DDTAS_ABSENT UINT32_MAX
+
+/**
  * What a call came to. The context keeps a message for everything but DDTAS_STATUS_OK and
  * a context that is itself unusable: see ddtas_context_message.
  */
@@ -63,7 +68,7 @@ typedef enum ddtas_status {
      */
     DDTAS_STATUS_NOT_UNIT = 7,
     /**
-     * ddtas_threshold_gradient without the ddtas_loss it continues.
+     * ddtas_threshold_gradient without the loss it continues, or a step of a part without the step before it.
      */
     DDTAS_STATUS_OUT_OF_ORDER = 8,
     /**
@@ -101,6 +106,24 @@ typedef enum ddtas_dtype {
      */
     DDTAS_DTYPE_BF16 = 2,
 } ddtas_dtype;
+
+/**
+ * Which reference is an anchor itself, and so never a pair of it.
+ */
+typedef enum ddtas_identity {
+    /**
+     * Nobody says. An anchor that also stands among the references is left out of the positives by its value.
+     */
+    DDTAS_IDENTITY_BY_VALUE = 0,
+    /**
+     * Reference ddtas_rows.identity_first + i is anchor i.
+     */
+    DDTAS_IDENTITY_FROM = 1,
+    /**
+     * Reference ddtas_rows.identity_list[i] is anchor i.
+     */
+    DDTAS_IDENTITY_LIST = 2,
+} ddtas_identity;
 
 /**
  * Where rows lie.
@@ -275,7 +298,7 @@ typedef struct ddtas_rows {
      */
     const int64_t *labels;
     /**
-     * Number of rows: 1 to 2^31 - 1.
+     * Number of rows: 1 to 2^31 - 1. The anchors of a part may be none: 0, and no embeddings or labels.
      */
     size_t count;
     /**
@@ -295,10 +318,22 @@ typedef struct ddtas_rows {
      * A ddtas_memory; the same for all rows of a call.
      */
     int32_t memory;
+    /**
+     * References of a loss only: a ddtas_identity, how this call's anchors are known among them.
+     */
+    int32_t identity;
+    /**
+     * With DDTAS_IDENTITY_FROM: the reference that is the first anchor; the others follow it.
+     */
+    uint32_t identity_first;
+    /**
+     * With DDTAS_IDENTITY_LIST: a reference for each anchor, or DDTAS_ABSENT. Host memory.
+     */
+    const uint32_t *identity_list;
 } ddtas_rows;
 
 /**
- * What ddtas_loss returns. The caller sets struct_size and the pointers (NULL for what it does
+ * What ddtas_loss returns, and the four steps of a part together. The caller sets struct_size and the pointers (NULL for what it does
  * not want, which all-zero bytes say); the library sets the rest, and only if the call works.
  */
 typedef struct ddtas_loss_result {
@@ -387,6 +422,10 @@ typedef struct ddtas_loss_result {
      * Negative pairs that enter the loss.
      */
     uint64_t mined_neg;
+    /**
+     * Ordered negative pairs of the batch.
+     */
+    uint64_t total_neg;
 } ddtas_loss_result;
 
 /**
@@ -414,6 +453,66 @@ typedef struct ddtas_tangents {
      */
     size_t reference_stride;
 } ddtas_tangents;
+
+/**
+ * A part of a batch, and what the caller has gathered from all parts: each step reads the fields its comment
+ * names, and ignores the others. Arrays are in host memory. All bytes zero but struct_size and `total` for the first.
+ */
+typedef struct ddtas_part {
+    /**
+     * sizeof(ddtas_part).
+     */
+    size_t struct_size;
+    /**
+     * Every step: the number of anchors of all parts, B of the factor 1/B. At least 1.
+     */
+    size_t total;
+    /**
+     * From the sweep on: how many references are anchors of some part, the first ones. The arrays below named
+     * `reference_...` have as many entries. References behind them, of a memory bank, select nothing. 0 to their number.
+     */
+    size_t reference_numbers;
+    /**
+     * ddtas_sweep: ddtas_loss_result.min_pos of each anchor, over all of its pairs.
+     */
+    const float *min_pos;
+    /**
+     * ddtas_sweep: the same of the references.
+     */
+    const float *reference_min_pos;
+    /**
+     * ddtas_select: ddtas_loss_result.max_neg of each anchor, over all of its pairs.
+     */
+    const float *max_neg;
+    /**
+     * ddtas_select: the same of the references.
+     */
+    const float *reference_max_neg;
+    /**
+     * ddtas_select: the sum of ddtas_loss_result.probe_neg of all parts.
+     */
+    uint64_t probe_neg;
+    /**
+     * ddtas_select: the sum of ddtas_loss_result.total_pos of all parts.
+     */
+    uint64_t total_pos;
+    /**
+     * ddtas_gradient: ddtas_loss_result.count_pos of each anchor, over all of its pairs.
+     */
+    const uint32_t *count_pos;
+    /**
+     * ddtas_gradient: the same of the references.
+     */
+    const uint32_t *reference_count_pos;
+    /**
+     * ddtas_gradient: ddtas_loss_result.count_neg of each anchor, over all of its pairs.
+     */
+    const uint32_t *count_neg;
+    /**
+     * ddtas_gradient: the same of the references.
+     */
+    const uint32_t *reference_count_neg;
+} ddtas_part;
 
 #ifdef __cplusplus
 extern "C" {
@@ -495,8 +594,8 @@ enum ddtas_status ddtas_settings_init(struct ddtas_settings *settings, size_t st
  * Mines pairs and evaluates the loss and its gradient.
  *
  * `settings` may be NULL: the paper's. `references` NULL is the square form, every row of `anchors`
- * against every other; else it is anchors against references (a memory bank). `result` is written only
- * if the call works. The context remembers the pairs for ddtas_threshold_gradient.
+ * against every other; else it is anchors against references (a memory bank), whose `identity` says which of them
+ * are anchors themselves. `result` is written only if the call works. The context remembers the pairs for ddtas_threshold_gradient.
  *
  * # Safety
  * Every pointer, those within structs too, is NULL or leads to memory of the length its comment
@@ -510,7 +609,9 @@ enum ddtas_status ddtas_loss(struct ddtas_context *context,
 
 /**
  * How the loss gradient's product with a direction changes with the two loss thresholds: the sums over
- * all mined pairs of dG_ij/dlambda * (t_i . e_j + e_i . t_j), for the pairs of the context's last ddtas_loss.
+ * all mined pairs of dG_ij/dlambda * (t_i . e_j + e_i . t_j), for the pairs of the context's last ddtas_loss, or
+ * of the part of its last ddtas_gradient: its share, along the tangent of its anchors, and of references that are no
+ * anchors.
  *
  * `anchors` and `references` are those of that call. Times minus the learning rate, the sums are
  * dL_meta/dlambda of the threshold generator when the tangent is the motion of the embeddings along
@@ -561,6 +662,138 @@ enum ddtas_status ddtas_recall_at_k(struct ddtas_context *context,
                                     size_t k_count,
                                     double *recall_at,
                                     uint64_t *queries);
+
+/**
+ * First step of the loss of a part of a batch: fills in `min_pos`, `total_pos`, `total_neg`, `mean_pos` and
+ * `mean_neg` of `result`. ddtas_sweep, ddtas_select and ddtas_gradient follow.
+ *
+ * The four steps together do what ddtas_loss does. `anchors` are some rows of a batch of `part->total`, perhaps none;
+ * `references` are all rows of the batch, in one order for every part, and behind them rows that are anchors of no part,
+ * if there are any. `identity` of the references says which of them the anchors are. Between the steps the parts, a context each, tell
+ * each other what they found; the caller carries it, and hands it in by `part`. The references' numbers let
+ * a part sum its own rows of the gradient: no gradient travels.
+ *
+ * `settings` NULL: the paper's; they hold for all four steps. Each step takes the rows of the first. A step that fails, and a
+ * ddtas_loss between two of them, end the row. A `result` that is the same for all steps has in the end
+ * what ddtas_loss writes there, of the part's own pairs. On the CPU each row's numbers and gradient are the bits of the whole
+ * batch's, however it is split; the losses of all parts add up to its loss but for rounding. Rows lie in host memory.
+ *
+ * # Safety
+ * As ddtas_loss.
+ */
+enum ddtas_status ddtas_same_class(struct ddtas_context *context,
+                                   const struct ddtas_settings *settings,
+                                   const struct ddtas_rows *anchors,
+                                   const struct ddtas_rows *references,
+                                   const struct ddtas_part *part,
+                                   struct ddtas_loss_result *result);
+
+/**
+ * Second step: `max_neg` and `probe_neg` of `result`, from `min_pos` in `part`.
+ *
+ * # Safety
+ * As ddtas_loss.
+ */
+enum ddtas_status ddtas_sweep(struct ddtas_context *context,
+                              const struct ddtas_rows *anchors,
+                              const struct ddtas_rows *references,
+                              const struct ddtas_part *part,
+                              struct ddtas_loss_result *result);
+
+/**
+ * Third step: `count_pos`, `count_neg`, `gamma_pos` and `gamma_neg` of `result`, from `max_neg`, `probe_neg` and
+ * `total_pos` in `part`.
+ *
+ * # Safety
+ * As ddtas_loss.
+ */
+enum ddtas_status ddtas_select(struct ddtas_context *context,
+                               const struct ddtas_rows *anchors,
+                               const struct ddtas_rows *references,
+                               const struct ddtas_part *part,
+                               struct ddtas_loss_result *result);
+
+/**
+ * Last step: the part's share of the loss and of its derivatives, `active`, `mined_pos` and `mined_neg` of `result`, and the
+ * whole gradient of its anchors, from `count_pos` and `count_neg` in `part`. `reference_gradient` must be NULL.
+ *
+ * The gradient of an anchor is complete: its row of (G + G^T) E, where the references that are anchors have their numbers in
+ * `part`. ddtas_threshold_gradient then answers the part's share.
+ *
+ * # Safety
+ * As ddtas_loss.
+ */
+enum ddtas_status ddtas_gradient(struct ddtas_context *context,
+                                 const struct ddtas_rows *anchors,
+                                 const struct ddtas_rows *references,
+                                 const struct ddtas_part *part,
+                                 struct ddtas_loss_result *result);
+
+/**
+ * First step of the loss of a part of a batch: fills in `min_pos`, `total_pos`, `total_neg`, `mean_pos` and
+ * `mean_neg` of `result`. ddtas_sweep, ddtas_select and ddtas_gradient follow.
+ *
+ * The four steps together do what ddtas_loss does. `anchors` are some rows of a batch of `part->total`, perhaps none;
+ * `references` are all rows of the batch, in one order for every part, and behind them rows that are anchors of no part,
+ * if there are any. `identity` of the references says which of them the anchors are. Between the steps the parts, a context each, tell
+ * each other what they found; the caller carries it, and hands it in by `part`. The references' numbers let
+ * a part sum its own rows of the gradient: no gradient travels.
+ *
+ * `settings` NULL: the paper's; they hold for all four steps. Each step takes the rows of the first. A step that fails, and a
+ * ddtas_loss between two of them, end the row. A `result` that is the same for all steps has in the end
+ * what ddtas_loss writes there, of the part's own pairs. On the CPU each row's numbers and gradient are the bits of the whole
+ * batch's, however it is split; the losses of all parts add up to its loss but for rounding. Rows lie in host memory.
+ *
+ * # Safety
+ * As ddtas_loss.
+ */
+enum ddtas_status ddtas_same_class(struct ddtas_context *context,
+                                   const struct ddtas_settings *settings,
+                                   const struct ddtas_rows *anchors,
+                                   const struct ddtas_rows *references,
+                                   const struct ddtas_part *part,
+                                   struct ddtas_loss_result *result);
+
+/**
+ * Second step: `max_neg` and `probe_neg` of `result`, from `min_pos` in `part`.
+ *
+ * # Safety
+ * As ddtas_loss.
+ */
+enum ddtas_status ddtas_sweep(struct ddtas_context *context,
+                              const struct ddtas_rows *anchors,
+                              const struct ddtas_rows *references,
+                              const struct ddtas_part *part,
+                              struct ddtas_loss_result *result);
+
+/**
+ * Third step: `count_pos`, `count_neg`, `gamma_pos` and `gamma_neg` of `result`, from `max_neg`, `probe_neg` and
+ * `total_pos` in `part`.
+ *
+ * # Safety
+ * As ddtas_loss.
+ */
+enum ddtas_status ddtas_select(struct ddtas_context *context,
+                               const struct ddtas_rows *anchors,
+                               const struct ddtas_rows *references,
+                               const struct ddtas_part *part,
+                               struct ddtas_loss_result *result);
+
+/**
+ * Last step: the part's share of the loss and of its derivatives, `active`, `mined_pos` and `mined_neg` of `result`, and the
+ * whole gradient of its anchors, from `count_pos` and `count_neg` in `part`. `reference_gradient` must be NULL.
+ *
+ * The gradient of an anchor is complete: its row of (G + G^T) E, where the references that are anchors have their numbers in
+ * `part`. ddtas_threshold_gradient then answers the part's share.
+ *
+ * # Safety
+ * As ddtas_loss.
+ */
+enum ddtas_status ddtas_gradient(struct ddtas_context *context,
+                                 const struct ddtas_rows *anchors,
+                                 const struct ddtas_rows *references,
+                                 const struct ddtas_part *part,
+                                 struct ddtas_loss_result *result);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -12,11 +12,14 @@ use std::sync::Arc;
 use ddtas::backend::{Backend, Nearest};
 use ddtas::capi::*;
 use ddtas::loss::{
-    Batch, Embeddings, Hypergradient, LossOutput, LossSettings, Mining, RowNumbers, UnitCheck,
+    self, Batch, Embeddings, Hypergradient, LossOutput, LossSettings, Mining, RowNumbers, UnitCheck,
 };
 use ddtas::{Error, Result};
 use ddtas_cases as cases;
-use ndarray::{Array2, ArrayView2};
+use ddtas_cases::parts::{self, loss_in_parts};
+use ddtas_cases::random::{Draw, draw, tangent};
+use half::{bf16, f16};
+use ndarray::{Array2, ArrayView2, s};
 
 /// A context, destroyed by the last who has it.
 struct Handle(*mut Context);
@@ -38,6 +41,33 @@ struct Abi {
     /// Elements between the end of a row and the next one.
     gap: usize,
     memory: Memory,
+}
+
+/// What an entry wrote.
+struct Answer {
+    min_pos: Vec<f32>,
+    max_neg: Vec<f32>,
+    count_pos: Vec<u32>,
+    count_neg: Vec<u32>,
+    gradient: Array2<f32>,
+    reference_gradient: Option<Array2<f32>>,
+    result: LossResult,
+}
+
+/// Numbers that no loss gives an anchor: nothing was written.
+const UNTOUCHED: (f32, u32) = (-7.0, u32::MAX);
+
+impl Answer {
+    /// Which of m+, m-, both counts and the gradient were written.
+    fn written(&self) -> [bool; 4] {
+        let floats = |values: &[f32]| values.iter().any(|value| *value != UNTOUCHED.0);
+        let counts = |values: &[u32]| values.iter().any(|value| *value != UNTOUCHED.1);
+        let counted = counts(&self.count_pos);
+        assert_eq!(counted, counts(&self.count_neg));
+        // Between rows, and in rows that were not written, there is GAP: a NaN.
+        let gradient = self.gradient.iter().any(|value| !value.is_nan());
+        [floats(&self.min_pos), floats(&self.max_neg), counted, gradient]
+    }
 }
 
 /// What lies between rows: NaN in every type, so that reading it shows; writing it is looked for.
@@ -135,8 +165,74 @@ impl Abi {
             row_stride: stride,
             dtype: dtype as i32,
             memory: self.memory as i32,
+            identity: Identity::ByValue as i32,
+            identity_first: 0,
+            identity_list: null(),
         };
         Laid { bytes, rows }
+    }
+
+    /// The references with what says which of them are anchors.
+    fn lay_references(&self, batch: &Batch<'_>) -> Option<Laid> {
+        let mut laid = self.lay(batch.references.as_ref()?);
+        match batch.identity {
+            loss::Identity::ByValue => {}
+            loss::Identity::From(first) => {
+                laid.rows.identity = Identity::From as i32;
+                laid.rows.identity_first = first as u32;
+            }
+            loss::Identity::List(list) => {
+                laid.rows.identity = Identity::List as i32;
+                laid.rows.identity_list = list.as_ptr();
+            }
+        }
+        Some(laid)
+    }
+
+    /// Lets an entry fill in a result that asks for everything `batch` has.
+    fn evaluate(
+        &self,
+        batch: &Batch<'_>,
+        call: impl FnOnce(*const Rows, *const Rows, *mut LossResult) -> Status,
+    ) -> Result<Answer> {
+        let anchors = self.lay(&batch.anchors);
+        let references = self.lay_references(batch);
+        let shape = |rows: &Laid| (rows.rows.count, rows.rows.dim);
+        let count = anchors.rows.count;
+        let mut gradient = Target::new(shape(&anchors), self.gap);
+        let mut reference_gradient = references
+            .as_ref()
+            .filter(|_| batch.reference_gradient)
+            .map(|rows| Target::new(shape(rows), self.gap));
+        let mut min_pos = vec![UNTOUCHED.0; count];
+        let mut max_neg = vec![UNTOUCHED.0; count];
+        let mut count_pos = vec![UNTOUCHED.1; count];
+        let mut count_neg = vec![UNTOUCHED.1; count];
+        let mut result = LossResult {
+            gradient: gradient.pointer(),
+            gradient_stride: gradient.stride,
+            reference_gradient: reference_gradient.as_mut().map_or(null_mut(), Target::pointer),
+            reference_gradient_stride: reference_gradient.as_ref().map_or(0, |target| target.stride),
+            min_pos: min_pos.as_mut_ptr(),
+            max_neg: max_neg.as_mut_ptr(),
+            count_pos: count_pos.as_mut_ptr(),
+            count_neg: count_neg.as_mut_ptr(),
+            ..empty_result()
+        };
+        let other = references.as_ref().map_or(null(), |rows| &raw const rows.rows);
+        let status = call(&raw const anchors.rows, other, &raw mut result);
+        assert_eq!(anchors.bytes.is_empty(), count == 0);
+        self.check(status)?;
+        let reference_gradient = reference_gradient.map(|target| target.read());
+        Ok(Answer {
+            min_pos,
+            max_neg,
+            count_pos,
+            count_neg,
+            gradient: gradient.read(),
+            reference_gradient,
+            result,
+        })
     }
 
     fn message(&self) -> String {
@@ -202,9 +298,10 @@ fn empty_result() -> LossResult {
     result
 }
 
-/// The ABI evaluates whole batches.
-fn no_steps() -> Error {
-    Error::Unavailable("the C ABI has no steps".into())
+fn empty_part(batch: &Batch<'_>) -> Part {
+    let mut part: Part = unsafe { std::mem::zeroed() };
+    (part.struct_size, part.total) = (size_of::<Part>(), batch.total());
+    part
 }
 
 impl Backend for Abi {
@@ -216,84 +313,130 @@ impl Backend for Abi {
 
     fn loss(&mut self, batch: &Batch<'_>, settings: &LossSettings, output: &mut LossOutput) -> Result<()> {
         let settings = settings_of(settings, batch.check);
-        let anchors = self.lay(&batch.anchors);
-        let references = batch.references.as_ref().map(|rows| self.lay(rows));
-        let shape = |rows: &Laid| (rows.rows.count, rows.rows.dim);
-        let count = anchors.rows.count;
-        let mut gradient = Target::new(shape(&anchors), self.gap);
-        let mut reference_gradient = references
-            .as_ref()
-            .filter(|_| batch.reference_gradient)
-            .map(|rows| Target::new(shape(rows), self.gap));
-        output.min_pos = vec![f32::NAN; count];
-        output.max_neg = vec![f32::NAN; count];
-        output.count_pos = vec![u32::MAX; count];
-        output.count_neg = vec![u32::MAX; count];
-        let mut result = LossResult {
-            gradient: gradient.pointer(),
-            gradient_stride: gradient.stride,
-            reference_gradient: reference_gradient.as_mut().map_or(null_mut(), Target::pointer),
-            reference_gradient_stride: reference_gradient.as_ref().map_or(0, |target| target.stride),
-            min_pos: output.min_pos.as_mut_ptr(),
-            max_neg: output.max_neg.as_mut_ptr(),
-            count_pos: output.count_pos.as_mut_ptr(),
-            count_neg: output.count_neg.as_mut_ptr(),
-            ..empty_result()
+        let handle = self.handle.0;
+        let answer = self.evaluate(batch, |anchors, references, result| unsafe {
+            ddtas_loss(handle, &raw const settings, anchors, references, result)
+        })?;
+        let result = answer.result;
+        *output = LossOutput {
+            loss: result.loss,
+            gradient: answer.gradient,
+            reference_gradient: answer.reference_gradient,
+            gamma_pos: result.gamma_pos,
+            gamma_neg: result.gamma_neg,
+            probe_neg: result.probe_neg,
+            total_pos: result.total_pos,
+            total_neg: result.total_neg,
+            min_pos: answer.min_pos,
+            max_neg: answer.max_neg,
+            count_pos: answer.count_pos,
+            count_neg: answer.count_neg,
+            active: result.active,
+            dloss_dlambda_pos: result.dloss_dlambda_pos,
+            dloss_dlambda_neg: result.dloss_dlambda_neg,
+            mean_pos: result.mean_pos,
+            mean_neg: result.mean_neg,
         };
-        let references = references.as_ref().map_or(null(), |rows| &raw const rows.rows);
-        let status = unsafe {
-            ddtas_loss(
-                self.handle.0,
-                &raw const settings,
-                &raw const anchors.rows,
-                references,
-                &raw mut result,
-            )
-        };
-        assert!(!anchors.bytes.is_empty());
-        self.check(status)?;
-        output.gradient = gradient.read();
-        output.reference_gradient = reference_gradient.map(|target| target.read());
-        output.loss = result.loss;
-        output.gamma_pos = result.gamma_pos;
-        output.gamma_neg = result.gamma_neg;
-        output.probe_neg = result.probe_neg;
-        output.total_pos = result.total_pos;
-        output.active = result.active;
-        output.dloss_dlambda_pos = result.dloss_dlambda_pos;
-        output.dloss_dlambda_neg = result.dloss_dlambda_neg;
-        output.mean_pos = result.mean_pos;
-        output.mean_neg = result.mean_neg;
         assert_eq!(output.mined(), (result.mined_pos, result.mined_neg));
         Ok(())
     }
 
-    fn same_class(&mut self, _: &Batch<'_>, _: &LossSettings, _: &mut LossOutput) -> Result<()> {
-        Err(no_steps())
+    fn same_class(
+        &mut self,
+        part: &Batch<'_>,
+        settings: &LossSettings,
+        output: &mut LossOutput,
+    ) -> Result<()> {
+        let settings = settings_of(settings, part.check);
+        let given = empty_part(part);
+        let handle = self.handle.0;
+        let answer = self.evaluate(part, |anchors, references, result| unsafe {
+            ddtas_same_class(handle, &raw const settings, anchors, references, &raw const given, result)
+        })?;
+        assert_eq!(answer.written()[1..], [false; 3]);
+        output.min_pos = answer.min_pos;
+        output.total_pos = answer.result.total_pos;
+        output.total_neg = answer.result.total_neg;
+        output.mean_pos = answer.result.mean_pos;
+        output.mean_neg = answer.result.mean_neg;
+        Ok(())
     }
 
-    fn sweep(&mut self, _: &Batch<'_>, _: RowNumbers<'_, f32>, _: &mut LossOutput) -> Result<()> {
-        Err(no_steps())
+    fn sweep(
+        &mut self,
+        part: &Batch<'_>,
+        min_pos: RowNumbers<'_, f32>,
+        output: &mut LossOutput,
+    ) -> Result<()> {
+        let given = Part {
+            reference_numbers: min_pos.references.len(),
+            min_pos: min_pos.anchors.as_ptr(),
+            reference_min_pos: min_pos.references.as_ptr(),
+            ..empty_part(part)
+        };
+        let handle = self.handle.0;
+        let answer = self.evaluate(part, |anchors, references, result| unsafe {
+            ddtas_sweep(handle, anchors, references, &raw const given, result)
+        })?;
+        assert_eq!(answer.written().map(u8::from), [0, u8::from(!answer.max_neg.is_empty()), 0, 0]);
+        output.max_neg = answer.max_neg;
+        output.probe_neg = answer.result.probe_neg;
+        Ok(())
     }
 
     fn select(
         &mut self,
-        _: &Batch<'_>,
-        _: RowNumbers<'_, f32>,
-        _: (u64, u64),
-        _: &mut LossOutput,
+        part: &Batch<'_>,
+        max_neg: RowNumbers<'_, f32>,
+        (probe_neg, total_pos): (u64, u64),
+        output: &mut LossOutput,
     ) -> Result<()> {
-        Err(no_steps())
+        let given = Part {
+            reference_numbers: max_neg.references.len(),
+            max_neg: max_neg.anchors.as_ptr(),
+            reference_max_neg: max_neg.references.as_ptr(),
+            probe_neg,
+            total_pos,
+            ..empty_part(part)
+        };
+        let handle = self.handle.0;
+        let answer = self.evaluate(part, |anchors, references, result| unsafe {
+            ddtas_select(handle, anchors, references, &raw const given, result)
+        })?;
+        assert_eq!(answer.written()[..2], [false; 2]);
+        (output.count_pos, output.count_neg) = (answer.count_pos, answer.count_neg);
+        (output.gamma_pos, output.gamma_neg) = (answer.result.gamma_pos, answer.result.gamma_neg);
+        Ok(())
     }
 
     fn gradient(
         &mut self,
-        _: &Batch<'_>,
-        _: RowNumbers<'_, u32>,
-        _: RowNumbers<'_, u32>,
-        _: &mut LossOutput,
+        part: &Batch<'_>,
+        count_pos: RowNumbers<'_, u32>,
+        count_neg: RowNumbers<'_, u32>,
+        output: &mut LossOutput,
     ) -> Result<()> {
-        Err(no_steps())
+        assert_eq!(count_pos.references.len(), count_neg.references.len());
+        let given = Part {
+            reference_numbers: count_pos.references.len(),
+            count_pos: count_pos.anchors.as_ptr(),
+            reference_count_pos: count_pos.references.as_ptr(),
+            count_neg: count_neg.anchors.as_ptr(),
+            reference_count_neg: count_neg.references.as_ptr(),
+            ..empty_part(part)
+        };
+        let handle = self.handle.0;
+        let answer = self.evaluate(part, |anchors, references, result| unsafe {
+            ddtas_gradient(handle, anchors, references, &raw const given, result)
+        })?;
+        assert_eq!(answer.written()[..3], [false; 3]);
+        let result = answer.result;
+        output.gradient = answer.gradient;
+        (output.loss, output.active) = (result.loss, result.active);
+        output.dloss_dlambda_pos = result.dloss_dlambda_pos;
+        output.dloss_dlambda_neg = result.dloss_dlambda_neg;
+        assert_eq!(output.mined(), (result.mined_pos, result.mined_neg));
+        Ok(())
     }
 
     fn hypergradient(
@@ -303,7 +446,7 @@ impl Backend for Abi {
         reference_tangent: Option<ArrayView2<'_, f32>>,
     ) -> Result<Hypergradient> {
         let anchors = self.lay(&batch.anchors);
-        let references = batch.references.as_ref().map(|rows| self.lay(rows));
+        let references = self.lay_references(batch);
         let stride = tangent.ncols() + self.gap;
         let spread = |m: ArrayView2<'_, f32>| {
             spread(bytemuck::cast_slice(m.as_slice().unwrap()), m.ncols() * 4, stride * 4)
@@ -377,6 +520,112 @@ fn every_type_and_form_agrees_with_packed_rows() {
 #[test]
 fn every_type_and_form_agrees_with_strided_rows() {
     cases::run_all(&mut Abi::open("cpu", 1, 3, Memory::Host), cases::generated());
+}
+
+fn random_batch(seed: u64) -> (Array2<f32>, Vec<i64>) {
+    draw(Draw { rows: 120, dim: 40, classes: 20, noise: 1.8, ignored: 9, duplicates: 13 }, seed)
+}
+
+#[test]
+fn parts_through_the_c_abi_have_the_bits_of_the_whole() {
+    let (rows, labels) = random_batch(61);
+    let (half, brain) = (rows.mapv(f16::from_f32), rows.mapv(bf16::from_f32));
+    let tangent = tangent(120, 40, 3);
+    let types = [Embeddings::F32(rows.view()), Embeddings::F16(half.view()), Embeddings::Bf16(brain.view())];
+    for (gap, embeddings) in [0, 3, 1].into_iter().zip(types) {
+        for mining in [Mining::AtAsms, Mining::None] {
+            let settings = LossSettings { mining, ..LossSettings::default() };
+            let all = loss::Rows { embeddings, labels: &labels };
+            let mut whole = LossOutput::default();
+            let mut abi = Abi::open("cpu", 2, gap, Memory::Host);
+            let batch = Batch::square(embeddings, &labels);
+            abi.loss(&batch, &settings, &mut whole).unwrap();
+            let hyper = abi.hypergradient(&batch, tangent.view(), None).unwrap();
+            for lengths in [vec![120], vec![50, 70], vec![0, 1, 79, 0, 40]] {
+                let open =
+                    |_: &usize| -> Box<dyn Backend> { Box::new(Abi::open("cpu", 1, gap, Memory::Host)) };
+                let mut backends: Vec<_> = lengths.iter().map(open).collect();
+                let found = loss_in_parts(&mut backends, &all, &lengths, &settings, tangent.view()).unwrap();
+                let near = |got: f64, wanted: f64| (got - wanted).abs() <= 1e-6 * wanted.abs();
+                assert!(near(found.output.loss, whole.loss) && whole.active > 0, "{lengths:?}");
+                assert!(near(found.hyper.pos, hyper.pos) && near(found.hyper.neg, hyper.neg), "{lengths:?}");
+                // Sums over the batch, in another order: to rounding. Everything else is the same bits.
+                let sums = LossOutput {
+                    loss: whole.loss,
+                    dloss_dlambda_pos: whole.dloss_dlambda_pos,
+                    dloss_dlambda_neg: whole.dloss_dlambda_neg,
+                    mean_pos: whole.mean_pos,
+                    mean_neg: whole.mean_neg,
+                    ..found.output
+                };
+                assert_eq!(sums, whole, "{mining:?}, {lengths:?}, gap {gap}");
+            }
+        }
+    }
+}
+
+#[test]
+fn parts_and_identity_through_the_c_abi_agree_with_the_truth() {
+    let open = |part| -> Box<dyn Backend> { Box::new(Abi::open("cpu", 1 + part % 2, part, Memory::Host)) };
+    parts::run_all(open, cases::generated().into_iter().chain(cases::golden()));
+    parts::check_memory(open);
+    parts::check_identity(&mut *open(3));
+}
+
+#[test]
+fn identity_by_index_through_the_c_abi_is_that_of_the_library() {
+    let (rows, labels) = random_batch(62);
+    // The batch among the references, but rounded otherwise: no value tells.
+    let (mut references, mut reference_labels) = random_batch(63);
+    references
+        .slice_mut(s![20..60, ..])
+        .assign(&rows.slice(s![..40, ..]).mapv(|x| bf16::from_f32(x).to_f32()));
+    reference_labels[20..60].copy_from_slice(&labels[..40]);
+    let list: Vec<u32> = (20..60).map(|j| if j % 3 == 0 { DDTAS_ABSENT } else { j }).collect();
+    let anchors = loss::Rows::new(rows.slice(s![..40, ..]), &labels[..40]);
+    let against = loss::Rows::new(references.view(), &reference_labels);
+    let batch = Batch::rectangular(anchors, against).with_reference_gradient().trusted();
+    let settings = LossSettings::default();
+    let mut positives = Vec::new();
+    for identity in [loss::Identity::ByValue, loss::Identity::List(&list), loss::Identity::From(20)] {
+        let batch = batch.with_identity(identity);
+        let (mut got, mut wanted) = (LossOutput::default(), LossOutput::default());
+        let (mut abi, mut cpu) =
+            (Abi::open("cpu", 1, 2, Memory::Host), ddtas::backend::cpu::CpuBackend::new());
+        abi.loss(&batch, &settings, &mut got).unwrap();
+        cpu.loss(&batch, &settings, &mut wanted).unwrap();
+        assert_eq!(got, wanted, "{identity:?}");
+        let total_pos = got.total_pos;
+        let tangent = tangent(40, 40, 5);
+        let hyper =
+            [&mut abi as &mut dyn Backend, &mut cpu].map(|b| b.hypergradient(&batch, tangent.view(), None));
+        let [got, wanted] = hyper.map(Result::unwrap);
+        assert_eq!(got, wanted, "{identity:?}");
+        positives.push(total_pos);
+    }
+    let known = |count: usize| labels[..40].iter().take(count).filter(|label| **label >= 0).count() as u64;
+    assert_eq!(positives[0] - positives[2], known(40), "each anchor is one positive less");
+    assert!(positives[2] < positives[1] && positives[1] < positives[0], "{positives:?}");
+}
+
+#[test]
+fn a_program_with_the_first_header_goes_on_working() {
+    // The structs as they were: what lies behind them is the program's own, and anything.
+    let (rows, labels) = random_batch(64);
+    let abi = Abi::open("cpu", 1, 0, Memory::Host);
+    let mut laid = abi.lay(&loss::Rows::new(rows.view(), &labels)).rows;
+    let mut result = empty_result();
+    let whole = unsafe { ddtas_loss(abi.handle.0, null(), &raw const laid, null(), &raw mut result) };
+    assert!(whole == Status::Ok && result.total_neg > 0);
+    laid.struct_size = std::mem::offset_of!(Rows, identity);
+    (laid.identity, laid.identity_first, laid.identity_list) = (-1, 99, std::ptr::without_provenance(1));
+    let mut old = empty_result();
+    (old.struct_size, old.total_neg) = (std::mem::offset_of!(LossResult, total_neg), 77);
+    for references in [null(), &raw const laid] {
+        let status = unsafe { ddtas_loss(abi.handle.0, null(), &raw const laid, references, &raw mut old) };
+        assert_eq!((status, old.total_neg), (Status::Ok, 77), "{}", abi.message());
+        assert!((old.loss - result.loss).abs() < 1e-6 * result.loss);
+    }
 }
 
 #[test]

@@ -13,7 +13,8 @@ fn the_committed_header_is_the_one_the_source_gives() {
         .with_config(config)
         .with_src(root.join("src/capi/types.rs"))
         .with_src(root.join("src/capi/context.rs"))
-        .with_src(root.join("src/capi/mod.rs"));
+        .with_src(root.join("src/capi/mod.rs"))
+        .with_src(root.join("src/capi/steps.rs"));
     let mut made = Vec::new();
     builder.generate().unwrap().write(&mut made);
     let made = String::from_utf8(made).unwrap();

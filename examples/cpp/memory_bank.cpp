@@ -104,10 +104,13 @@ int main() try {
     std::vector<float> gradient;
     for (std::size_t step = 0; step < batches; step++) {
         Rows batch = draw(random, classes, each, dim);
-        // The batch is part of what it is compared with; SPEC 1 leaves a row's own copy out.
+        // The batch is part of what it is compared with, and no row a pair of itself.
+        std::size_t before = memory.labels.size();
         memory.values.insert(memory.values.end(), batch.values.begin(), batch.values.end());
         memory.labels.insert(memory.labels.end(), batch.labels.begin(), batch.labels.end());
         ddtas_rows references = memory.view();
+        references.identity = DDTAS_IDENTITY_FROM;
+        references.identity_first = static_cast<std::uint32_t>(before);
         auto result = context.loss(batch.view(), &references, gradient);
         std::printf("step %zu: %4zu references, loss %.6f, %3llu active, %5llu negatives mined\n", step,
                     references.count, result.loss, (unsigned long long)result.active,

@@ -1,6 +1,6 @@
 """Fused deep metric learning: mining, loss and gradient in passes that never store a B x B matrix.
 
-`loss`, `threshold_gradient` and `recall_at_k` take NumPy arrays, and tensors by DLPack, without a copy; `ddtas.torch`
+`loss`, `threshold_gradient`, `recall_at_k` and `Part` take NumPy arrays, and tensors by DLPack, without a copy; `ddtas.torch`
 has the loss as a module of PyTorch. Rows must have unit length here; the module normalises.
 """
 
@@ -16,11 +16,13 @@ except ModuleNotFoundError as error:
         "then import ddtas from another folder"
     ) from None
 from .functional import Recall, ThresholdGradient, loss, recall_at_k, threshold_gradient
+from .part import Part
 from .settings import Settings
 
 __all__ = [
     "Context",
     "LossOutput",
+    "Part",
     "Recall",
     "Settings",
     "ThresholdGradient",

@@ -3,7 +3,8 @@ from typing import final
 import numpy as np
 import numpy.typing as npt
 
-from .functional import Labels, Matrix
+from .functional import Identity, Labels, Matrix
+from .part import Counts, Part, Similarities
 from .settings import Settings
 
 __all__ = ["Context", "LossOutput", "__version__", "address_of", "check_settings", "has_cuda"]
@@ -34,6 +35,7 @@ class Context:
         labels: Labels,
         references: Matrix | None,
         reference_labels: Labels | None,
+        identity: Identity | None,
         settings: Settings,
         reference_gradient: bool,
         check: bool,
@@ -46,8 +48,32 @@ class Context:
         references: Matrix | None,
         reference_labels: Labels | None,
         reference_tangent: Matrix | None,
+        identity: Identity | None,
         settings: Settings,
         check: bool,
+    ) -> tuple[float, float]: ...
+    def same_class(self, part: Part) -> tuple[npt.NDArray[np.float32], int, int, float, float]: ...
+    def sweep(
+        self, part: Part, min_pos: Similarities, reference_min_pos: Similarities | None
+    ) -> tuple[npt.NDArray[np.float32], int]: ...
+    def select(
+        self,
+        part: Part,
+        max_neg: Similarities,
+        reference_max_neg: Similarities | None,
+        probe_neg: int,
+        total_pos: int,
+    ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32], float, float]: ...
+    def gradient(
+        self,
+        part: Part,
+        count_pos: Counts,
+        count_neg: Counts,
+        reference_count_pos: Counts | None,
+        reference_count_neg: Counts | None,
+    ) -> tuple[float, npt.NDArray[np.float32], int, float, float]: ...
+    def part_threshold_gradient(
+        self, part: Part, tangent: Matrix, reference_tangent: Matrix | None
     ) -> tuple[float, float]: ...
     def recall_at_k(
         self, embeddings: Matrix, labels: Labels, ks: list[int]
@@ -78,6 +104,9 @@ class LossOutput:
     @property
     def total_pos(self) -> int:
         """Ordered positive pairs of the batch."""
+    @property
+    def total_neg(self) -> int:
+        """Ordered negative pairs of the batch."""
     @property
     def min_pos(self) -> npt.NDArray[np.floating]:
         """Smallest similarity to a positive, an entry per anchor; inf without one."""

@@ -24,6 +24,10 @@ Matrix = Union[npt.NDArray[np.floating], SupportsDlpack]
 Labels = Union[npt.NDArray[np.integer], SupportsDlpack]
 """`[rows]`, integers; a negative label takes its row out of every pair."""
 
+Identity = Union[int, npt.NDArray[np.integer], SupportsDlpack]
+"""Which references are the anchors themselves: the number of the one that is anchor 0, if the others follow it; or `[B]`
+numbers, -1 for an anchor that is not among the references."""
+
 
 class ThresholdGradient(NamedTuple):
     """d/dlambda of <dL/dE, tangent>, the mined pairs held fixed."""
@@ -58,7 +62,7 @@ def recall_of(found: tuple[list[tuple[int, float]], int, int]) -> Recall:
     return recall
 
 
-DEFAULTS = Settings()
+DEFAULTS: Settings = Settings()
 _of_thread = threading.local()
 
 
@@ -81,6 +85,7 @@ def loss(
     references: Matrix | None = None,
     reference_labels: Labels | None = None,
     *,
+    identity: Identity | None = None,
     settings: Settings = DEFAULTS,
     reference_gradient: bool = False,
     check: bool = True,
@@ -89,7 +94,9 @@ def loss(
     """Mines the batch, and evaluates the soft contrastive loss and its gradient.
 
     `embeddings` `[B, D]`, rows of unit length, are compared with each other, or with `references` `[N, D]` of the same
-    type (a memory bank). The output's `gradient` is `[B, D]` float32; `reference_gradient=True` also gives `[N, D]`.
+    type (a memory bank). `identity` says which references are anchors themselves, and so no pairs of themselves: the number of
+    the reference that is anchor 0, if the others follow it, or `[B]` numbers with -1 for none. Without it they are known by their value,
+    which serves where both sides hold the same bits; with float64 rows it is always so. The output's `gradient` is `[B, D]` float32; `reference_gradient=True` also gives `[N, D]`.
     float64 rows are served in float64 by the scalar reference, which stores B x N matrices: for gradient checks.
     `check=False` skips the check for NaN and unit length; other rows then give a meaningless loss.
 
@@ -97,7 +104,9 @@ def loss(
     """
     _check_settings(settings)
     context = context or default_context()
-    return context.loss(embeddings, labels, references, reference_labels, settings, reference_gradient, check)
+    return context.loss(
+        embeddings, labels, references, reference_labels, identity, settings, reference_gradient, check
+    )
 
 
 def threshold_gradient(
@@ -108,6 +117,7 @@ def threshold_gradient(
     reference_labels: Labels | None = None,
     reference_tangent: Matrix | None = None,
     *,
+    identity: Identity | None = None,
     settings: Settings = DEFAULTS,
     check: bool = True,
     context: Context | None = None,
@@ -123,7 +133,7 @@ def threshold_gradient(
     context = context or default_context()
     return ThresholdGradient(
         *context.threshold_gradient(
-            embeddings, labels, tangent, references, reference_labels, reference_tangent, settings, check
+            embeddings, labels, tangent, references, reference_labels, reference_tangent, identity, settings, check
         )
     )
 

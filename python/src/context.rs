@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 
 use ddtas::backend::Backend;
 use ddtas::backend::cpu::CpuBackend;
-use ddtas::loss::{self, Batch, Identity, Rows, UnitCheck};
+use ddtas::loss::{self, Batch, Rows, UnitCheck};
 use ddtas::process::PerProcess;
 use ddtas::retrieval::{Recall, recall};
 use ddtas::threads::{MOST_THREADS, Threads, available};
@@ -15,8 +15,9 @@ use pyo3::prelude::*;
 
 use crate::double;
 use crate::error::raise;
-use crate::input::{Labels, Matrix};
+use crate::input::{Known, Labels, Matrix};
 use crate::output::LossOutput;
+use crate::part::{self, Part};
 use crate::settings::Settings;
 
 /// A workspace on the processor, and the threads that compute in it.
@@ -47,12 +48,14 @@ impl Workspace {
 pub struct Sides<'py> {
     pub anchors: (Matrix<'py>, Labels<'py>),
     pub references: Option<(Matrix<'py>, Labels<'py>)>,
+    identity: Known,
 }
 
 impl<'py> Sides<'py> {
-    fn new(
+    pub fn new(
         anchors: (&Bound<'py, PyAny>, &Bound<'py, PyAny>),
         references: (Option<&Bound<'py, PyAny>>, Option<&Bound<'py, PyAny>>),
+        identity: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Self> {
         let references = match references {
             (None, None) => None,
@@ -65,19 +68,33 @@ impl<'py> Sides<'py> {
             }
         };
         let labels = Labels::new("labels", anchors.1)?;
-        Ok(Self { anchors: (Matrix::new("anchors", anchors.0)?, labels), references })
+        let sides = Self {
+            anchors: (Matrix::new("anchors", anchors.0)?, labels),
+            references,
+            identity: Known::new(identity)?,
+        };
+        if identity.is_some() && sides.references.is_none() {
+            let message = "identity says which references are anchors, and there are no references";
+            return Err(PyValueError::new_err(message));
+        }
+        if identity.is_some() && sides.is_double() {
+            let message =
+                "identity is served for float32, float16 and bfloat16 rows: float64 ones are known by value";
+            return Err(PyTypeError::new_err(message));
+        }
+        Ok(sides)
     }
 
     fn is_double(&self) -> bool {
         self.anchors.0.is_double()
     }
 
-    fn batch(&self, reference_gradient: bool, check: UnitCheck) -> PyResult<Batch<'_>> {
+    pub fn batch(&self, reference_gradient: bool, check: UnitCheck) -> PyResult<Batch<'_>> {
         let references = self.references.as_ref().map(rows).transpose()?;
         Ok(Batch {
             anchors: rows(&self.anchors)?,
             references,
-            identity: Identity::ByValue,
+            identity: self.identity.as_library(),
             reference_gradient,
             total: None,
             check,
@@ -99,7 +116,7 @@ impl Context {
     }
 
     /// Runs `work` on the workspace and the threads, the interpreter let go of.
-    fn compute<T: Send>(
+    pub fn compute<T: Send>(
         &self,
         py: Python<'_>,
         work: impl FnOnce(&mut CpuBackend) -> ddtas::Result<T> + Send,
@@ -150,7 +167,7 @@ impl Context {
     }
 
     /// Mines, and evaluates the loss and its gradient.
-    #[pyo3(signature = (embeddings, labels, references, reference_labels, settings, reference_gradient, check))]
+    #[pyo3(signature = (embeddings, labels, references, reference_labels, identity, settings, reference_gradient, check))]
     #[allow(clippy::too_many_arguments)]
     fn loss<'py>(
         &self,
@@ -159,12 +176,13 @@ impl Context {
         labels: &Bound<'py, PyAny>,
         references: Option<&Bound<'py, PyAny>>,
         reference_labels: Option<&Bound<'py, PyAny>>,
+        identity: Option<&Bound<'py, PyAny>>,
         settings: Settings,
         reference_gradient: bool,
         check: bool,
     ) -> PyResult<LossOutput> {
         let settings = settings.to_library()?;
-        let sides = Sides::new((embeddings, labels), (references, reference_labels))?;
+        let sides = Sides::new((embeddings, labels), (references, reference_labels), identity)?;
         let check = unit_check(check);
         if sides.is_double() {
             return double::loss(py, &sides, &settings, reference_gradient, check);
@@ -179,7 +197,7 @@ impl Context {
     }
 
     /// The two hyper-gradient sums along a tangent of the rows.
-    #[pyo3(signature = (embeddings, labels, tangent, references, reference_labels, reference_tangent, settings, check))]
+    #[pyo3(signature = (embeddings, labels, tangent, references, reference_labels, reference_tangent, identity, settings, check))]
     #[allow(clippy::too_many_arguments)]
     fn threshold_gradient<'py>(
         &self,
@@ -190,11 +208,12 @@ impl Context {
         references: Option<&Bound<'py, PyAny>>,
         reference_labels: Option<&Bound<'py, PyAny>>,
         reference_tangent: Option<&Bound<'py, PyAny>>,
+        identity: Option<&Bound<'py, PyAny>>,
         settings: Settings,
         check: bool,
     ) -> PyResult<(f64, f64)> {
         let settings = settings.to_library()?;
-        let sides = Sides::new((embeddings, labels), (references, reference_labels))?;
+        let sides = Sides::new((embeddings, labels), (references, reference_labels), identity)?;
         let tangent = Matrix::new("tangent", tangent)?;
         let reference_tangent =
             reference_tangent.map(|rows| Matrix::new("tangent of the references", rows)).transpose()?;
@@ -212,6 +231,63 @@ impl Context {
             })?
         };
         Ok((sums.pos, sums.neg))
+    }
+
+    /// First step of a part: m+, positive and negative pairs, and their mean similarities.
+    fn same_class(&self, py: Python<'_>, part: Part<'_>) -> PyResult<part::SameClass> {
+        part.same_class(py, self)
+    }
+
+    /// Second step: m- and the probe's count.
+    #[pyo3(signature = (part, min_pos, reference_min_pos))]
+    fn sweep(
+        &self,
+        py: Python<'_>,
+        part: Part<'_>,
+        min_pos: &Bound<'_, PyAny>,
+        reference_min_pos: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<part::Sweep> {
+        part.sweep(py, self, (min_pos, reference_min_pos))
+    }
+
+    /// Third step: the sizes of both sets, and the tolerances.
+    #[pyo3(signature = (part, max_neg, reference_max_neg, probe_neg, total_pos))]
+    fn select(
+        &self,
+        py: Python<'_>,
+        part: Part<'_>,
+        max_neg: &Bound<'_, PyAny>,
+        reference_max_neg: Option<&Bound<'_, PyAny>>,
+        probe_neg: u64,
+        total_pos: u64,
+    ) -> PyResult<part::Selection> {
+        part.select(py, self, (max_neg, reference_max_neg), (probe_neg, total_pos))
+    }
+
+    /// Last step: the part's share of the loss, the gradient of its anchors, active ones, and dL/dlambda.
+    #[pyo3(signature = (part, count_pos, count_neg, reference_count_pos, reference_count_neg))]
+    fn gradient(
+        &self,
+        py: Python<'_>,
+        part: Part<'_>,
+        count_pos: &Bound<'_, PyAny>,
+        count_neg: &Bound<'_, PyAny>,
+        reference_count_pos: Option<&Bound<'_, PyAny>>,
+        reference_count_neg: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<part::PartLoss> {
+        part.gradient(py, self, (count_pos, reference_count_pos), (count_neg, reference_count_neg))
+    }
+
+    /// After the last step: the part's share of both hyper-gradient sums.
+    #[pyo3(signature = (part, tangent, reference_tangent))]
+    fn part_threshold_gradient<'py>(
+        &self,
+        py: Python<'py>,
+        part: Part<'py>,
+        tangent: &Bound<'py, PyAny>,
+        reference_tangent: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<(f64, f64)> {
+        part.threshold_gradient(py, self, tangent, reference_tangent)
     }
 
     /// Recall@K of every row searched among the others: pairs of K and the share of answered queries, how many

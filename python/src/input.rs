@@ -4,7 +4,7 @@
 //! else through DLPack. Labels of another width than int64 are converted: they are small.
 
 use ddtas::Error;
-use ddtas::loss::Embeddings;
+use ddtas::loss::{Embeddings, Identity};
 use dlpark::DlpackElement;
 use dlpark::ffi::{DLDataType, DLDataTypeCode, DLDeviceType};
 use dlpark::python::{ImportedDlpack, from_dlpack};
@@ -307,6 +307,72 @@ impl<'py> Labels<'py> {
             Self::Converted(labels) => Ok(labels),
         }
     }
+}
+
+/// Which reference is an anchor itself.
+pub enum Known {
+    ByValue,
+    From(usize),
+    List(Vec<u32>),
+}
+
+impl Known {
+    /// Reads `None`, the number of the reference that is anchor 0, or a number for each anchor, -1 for one that is not among the references.
+    ///
+    /// # Errors
+    /// `TypeError` for anything else, `ValueError` for what is no number of a row.
+    pub fn new(object: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
+        let Some(object) = object else { return Ok(Self::ByValue) };
+        let is_array = object.cast::<PyUntypedArray>().is_ok() || object.hasattr("__dlpack__")?;
+        if !is_array && object.hasattr("__index__")? {
+            let refused = |_| {
+                let message = format!("identity = {object} is out of range: the reference that is anchor 0");
+                PyValueError::new_err(message)
+            };
+            return object.extract().map(Self::From).map_err(refused);
+        }
+        let absent = |row: &i64| if *row == -1 { Ok(Identity::ABSENT) } else { row_number("identity", *row) };
+        let list = Labels::new("identity", object)?;
+        list.as_slice()?.iter().map(absent).collect::<PyResult<_>>().map(Self::List)
+    }
+
+    /// The same for the library.
+    pub fn as_library(&self) -> Identity<'_> {
+        match self {
+            Self::ByValue => Identity::ByValue,
+            Self::From(first) => Identity::From(*first),
+            Self::List(list) => Identity::List(list),
+        }
+    }
+}
+
+fn row_number(name: &str, value: i64) -> PyResult<u32> {
+    let refused = |_| PyValueError::new_err(format!("{name} holds {value}: it must be 0 to 2^32 - 1"));
+    u32::try_from(value).map_err(refused)
+}
+
+/// Numbers of rows that a step has found: nothing for `None`.
+///
+/// # Errors
+/// `TypeError` for anything but a 1-D NumPy array of float32, whose bits must not change on the way.
+pub fn similarities(name: &str, object: Option<&Bound<'_, PyAny>>) -> PyResult<Vec<f32>> {
+    let Some(object) = object else { return Ok(Vec::new()) };
+    let refused = |_| {
+        let got = object.getattr("dtype").and_then(|dtype| dtype.str()).or_else(|_| object.get_type().str());
+        let got = got.map_or_else(|_| "another type".to_owned(), |got| got.to_string());
+        PyTypeError::new_err(format!("{name} must be a NumPy array of float32 in 1 dimension, not {got}"))
+    };
+    let array = object.cast::<PyArray1<f32>>().map_err(refused)?;
+    Ok(array.try_readonly()?.as_array().to_vec())
+}
+
+/// Sizes of sets that a step has found: nothing for `None`.
+///
+/// # Errors
+/// `TypeError` for what are no integers, `ValueError` for one that is no size.
+pub fn sizes(name: &'static str, object: Option<&Bound<'_, PyAny>>) -> PyResult<Vec<u32>> {
+    let Some(object) = object else { return Ok(Vec::new()) };
+    Labels::new(name, object)?.as_slice()?.iter().map(|size| row_number(name, *size)).collect()
 }
 
 fn one_dimensional(name: &str, got: usize) -> PyResult<()> {

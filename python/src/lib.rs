@@ -5,6 +5,7 @@
 //! | `input.rs` | matrices and labels where Python keeps them: NumPy arrays, DLPack tensors |
 //! | `settings.rs` | `ddtas.Settings` as the library's settings |
 //! | `context.rs` | `Context`: a workspace and its threads, and the calls that compute |
+//! | `part.rs` | `ddtas.Part` and the steps of its loss |
 //! | `double.rs` | the same calls on float64 rows |
 //! | `output.rs` | `LossOutput`: what a loss returns, without a copy |
 //! | `cuda.rs` | `CudaContext`: the loss and Recall@K on tensors in the GPU's memory (feature `cuda`) |
@@ -21,6 +22,7 @@ mod double;
 mod error;
 mod input;
 mod output;
+mod part;
 mod settings;
 
 /// Checks every range of a `ddtas.Settings`.

@@ -15,6 +15,7 @@ pub struct LossOutput {
     gamma_neg: f64,
     probe_neg: u64,
     total_pos: u64,
+    total_neg: u64,
     min_pos: Py<PyAny>,
     max_neg: Py<PyAny>,
     count_pos: Py<PyAny>,
@@ -28,11 +29,13 @@ pub struct LossOutput {
     mean_neg: f64,
 }
 
-fn vector<T: Element>(py: Python<'_>, values: Vec<T>) -> Py<PyAny> {
+/// An array that owns the library's memory.
+pub fn vector<T: Element>(py: Python<'_>, values: Vec<T>) -> Py<PyAny> {
     PyArray1::from_vec(py, values).into_any().unbind()
 }
 
-fn matrix<T: Element>(py: Python<'_>, values: Array2<T>) -> Py<PyAny> {
+/// As [`vector`], with rows.
+pub fn matrix<T: Element>(py: Python<'_>, values: Array2<T>) -> Py<PyAny> {
     PyArray2::from_owned_array(py, values).into_any().unbind()
 }
 
@@ -49,6 +52,7 @@ impl LossOutput {
             gamma_neg: output.gamma_neg,
             probe_neg: output.probe_neg,
             total_pos: output.total_pos,
+            total_neg: output.total_neg,
             min_pos: vector(py, output.min_pos),
             max_neg: vector(py, output.max_neg),
             count_pos: vector(py, output.count_pos),
@@ -66,6 +70,7 @@ impl LossOutput {
     pub fn of_reference(py: Python<'_>, truth: Reference) -> Self {
         let active = truth.active();
         let Reference { selection, weighted, gradient, reference_gradient, mean_pos, mean_neg, .. } = truth;
+        let total_neg = truth.total_neg;
         let mined =
             (0..selection.positives.len()).filter(|&i| selection.is_active(i)).fold((0, 0), |sum, i| {
                 (sum.0 + selection.positives[i].len() as u64, sum.1 + selection.negatives[i].len() as u64)
@@ -79,6 +84,7 @@ impl LossOutput {
             gamma_neg: selection.tolerances.neg,
             probe_neg: selection.probe_neg,
             total_pos: selection.total_pos,
+            total_neg,
             count_pos: sizes(&selection.positives),
             count_neg: sizes(&selection.negatives),
             min_pos: vector(py, selection.min_pos),

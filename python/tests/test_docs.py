@@ -3,7 +3,10 @@
 import re
 from pathlib import Path
 
+import ddtas
+import numpy as np
 import pytest
+from formula import unit_rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -17,6 +20,18 @@ def test_the_functional_example_runs():
     names = {}
     exec(block, names)
     assert names["output"].loss > 0
+
+
+def test_the_steps_of_a_part_run():
+    (block,) = blocks("docs/parts.md")
+    rows, labels = unit_rows(50, 8, seed=31)
+    rows = rows.astype(np.float32)
+    # One process alone, which has all rows.
+    names = {"ddtas": ddtas, "rows": rows, "labels": labels, "own": slice(0, 50), "gather": np.copy, "total": lambda found: found}
+    exec(block, names)
+    whole = ddtas.loss(rows, labels)
+    assert names["loss"] == pytest.approx(whole.loss, rel=1e-6) and whole.loss > 0
+    np.testing.assert_array_equal(names["gradient"], whole.gradient)
 
 
 @pytest.mark.parametrize("document, mark", [("docs/python.md", "# before"), ("docs/python.md", "# after"), ("python/README.md", "from ddtas.torch")])

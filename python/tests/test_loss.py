@@ -89,6 +89,35 @@ def test_rectangular_form_is_the_formula(count, dtype):
     close(output.reference_gradient, want.reference_gradient, factor(dtype))
 
 
+@pytest.mark.parametrize("width", [np.int64, np.uint8])
+def test_identity_by_index_leaves_out_what_the_value_does_not_tell(width):
+    rows, labels = unit_rows(60, 32, seed=13)
+    rows = rows.astype(np.float32)
+    # The same rows in half precision: close to the anchors, and no duplicates of them.
+    references = np.concatenate([rows[:7], rows.astype(np.float16).astype(np.float32)])
+    reference_labels = np.concatenate([labels[:7], labels])
+    own = np.arange(67)[None, :] == 7 + np.arange(60)[:, None]
+    given = [rows, labels, references, reference_labels]
+    want = formula.expected(*given, own=own)
+    for identity in (7, np.int64(7), np.arange(7, 67).astype(width)):
+        output = ddtas.loss(*given, identity=identity, check=False)
+        check_against_formula(output, want)
+    by_value = ddtas.loss(*given, check=False)
+    assert by_value.total_pos - output.total_pos == (labels >= 0).sum()
+    # An anchor that is nowhere among the references.
+    some = np.where(np.arange(60) % 2, np.arange(7, 67), -1)
+    output = ddtas.loss(*given, identity=some, check=False)
+    check_against_formula(output, formula.expected(*given, own=own & (some >= 0)[:, None]))
+    tangent = np.random.default_rng(14).normal(size=rows.shape).astype(np.float32)
+    every = ddtas.Settings(mining="none")
+    check_against_formula(ddtas.loss(*given, identity=7, settings=every, check=False), formula.expected(*given, own=own, settings=every))
+    sums = [
+        ddtas.threshold_gradient(rows, labels, tangent, *given[2:], identity=identity, settings=every, check=False)
+        for identity in (7, some, None)
+    ]
+    assert len(set(sums)) == 3
+
+
 def factor(dtype) -> float:
     return 1e-12 if dtype == np.float64 else 1e-5
 

@@ -119,6 +119,26 @@ def test_singletons_in_batch_and_memory_are_no_positives_of_themselves(dtype, di
     assert math.isnan(memory.loss.statistics["mean_pos"])
 
 
+class Coarse(CrossBatchMemory):
+    """Keeps rows in bfloat16 whatever it compares: what lies in the queue is no duplicate of the batch."""
+
+    def _enqueue(self, places, rows, labels):
+        super()._enqueue(places, rows.bfloat16().to(rows.dtype), labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_that_changed_on_the_way_into_the_queue_are_known_by_their_place(dtype):
+    memory = Coarse(SoftContrastiveLoss(check=False), 64, 40, dtype=dtype)
+    for step in range(4):  # The third batch wraps around the queue's end.
+        rows = torch.randn(16, 64, generator=torch.Generator().manual_seed(step)).to(dtype)
+        memory(rows, torch.arange(16 * step, 16 * step + 16))
+        # Every row is alone in its class: a positive of any kind is itself.
+        assert math.isnan(memory.loss.statistics["mean_pos"])
+    # By their value they are not.
+    memory.loss(rows, torch.arange(16), ref_emb=rows.bfloat16().to(dtype), ref_labels=torch.arange(16))
+    assert not math.isnan(memory.loss.statistics["mean_pos"])
+
+
 def test_a_memory_of_integers_is_refused():
     with pytest.raises(ValueError, match="the memory must be float32, float16, bfloat16 or float64, not torch.int32"):
         CrossBatchMemory(SoftContrastiveLoss(), DIM, 8, dtype=torch.int32)

@@ -44,6 +44,8 @@ pub struct State {
     pool: Option<Threads>,
     pub engine: Box<dyn Engine>,
     pub output: LossOutput,
+    /// B of the last loss, if that is the loss of a part.
+    pub total: Option<usize>,
     pub anchors: RowBuffer,
     pub references: RowBuffer,
     pub tangents: [Vec<f32>; 2],
@@ -64,16 +66,18 @@ impl State {
 
     /// The fields a call needs at the same time.
     pub fn parts(&mut self) -> (&Option<Threads>, &mut dyn Engine, Buffers<'_>) {
-        let Self { pool, engine, output, anchors, references, tangents } = self;
-        (pool, &mut **engine, Buffers { output, anchors, references, tangents })
+        let Self { pool, engine, output, total, anchors, references, tangents } = self;
+        let rows = [anchors, references];
+        (pool, &mut **engine, Buffers { output, total, rows, tangents })
     }
 }
 
 /// The buffers of a context.
 pub struct Buffers<'a> {
     pub output: &'a mut LossOutput,
-    pub anchors: &'a mut RowBuffer,
-    pub references: &'a mut RowBuffer,
+    pub total: &'a mut Option<usize>,
+    /// Of anchors and references.
+    pub rows: [&'a mut RowBuffer; 2],
     pub tangents: &'a mut [Vec<f32>; 2],
 }
 
@@ -138,6 +142,7 @@ impl Recipe {
             pool,
             engine,
             output: LossOutput::default(),
+            total: None,
             anchors: RowBuffer::default(),
             references: RowBuffer::default(),
             tangents: [Vec::new(), Vec::new()],

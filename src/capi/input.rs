@@ -6,8 +6,8 @@ use half::{bf16, f16};
 use ndarray::ArrayView2;
 
 use super::failure::{Failure, Outcome};
-use super::types::{Dtype, Memory, MiningMode, RowCheck, Rows, Settings, Status};
-use crate::loss::{Embeddings, LossSettings, Mining, UnitCheck};
+use super::types::{Dtype, Identity, Memory, MiningMode, RowCheck, Rows, Settings, Status};
+use crate::loss::{self, Embeddings, LossSettings, Mining, UnitCheck};
 
 /// A struct whose first field is its size in the caller's header, a `usize`.
 ///
@@ -163,6 +163,11 @@ impl Extent {
         }
         Ok(Self { count, dim, stride })
     }
+
+    /// As [`Extent::new`], for a matrix that may have no rows.
+    pub fn or_none(name: &str, count: usize, dim: usize, stride: usize, element: usize) -> Outcome<Self> {
+        Ok(Self { count, ..Self::new(name, count.max(1), dim, stride, element)? })
+    }
 }
 
 /// One side of a batch, checked but for the contents of its memory.
@@ -174,14 +179,46 @@ pub struct CheckedRows {
     pub extent: Extent,
     pub dtype: Dtype,
     pub memory: Memory,
+    identity: CheckedIdentity,
+}
+
+/// How the anchors are known among the references.
+#[derive(Debug, Clone, Copy)]
+enum CheckedIdentity {
+    ByValue,
+    From(usize),
+    List(*const u32),
+}
+
+/// What a call asks of its rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Labels are not looked at.
+    Unlabelled,
+    /// One side of a loss, or rows of which there is no other side.
+    Labelled,
+    /// The anchors of a part: there may be none.
+    OfPart,
 }
 
 impl CheckedRows {
-    /// Reads and checks rows. `labelled`: whether labels are needed.
+    /// Reads and checks rows.
     ///
     /// # Safety
     /// As [`read`].
-    pub unsafe fn read(name: &str, pointer: *const Rows, labelled: bool) -> Outcome<Self> {
+    pub unsafe fn read(name: &str, pointer: *const Rows, role: Role) -> Outcome<Self> {
+        // SAFETY: handed on to the caller.
+        let rows = unsafe { Self::read_side(name, pointer, role) }?;
+        if !matches!(rows.identity, CheckedIdentity::ByValue) {
+            let message = format!("identity is set in the {name}: it belongs to the references of a loss");
+            return Err(Failure::new(Status::InvalidValue, message));
+        }
+        Ok(rows)
+    }
+
+    /// # Safety
+    /// As [`read`].
+    unsafe fn read_side(name: &str, pointer: *const Rows, role: Role) -> Outcome<Self> {
         if pointer.is_null() {
             return Err(Failure::new(Status::NullPointer, format!("{name} is NULL")));
         }
@@ -193,29 +230,48 @@ impl CheckedRows {
             Dtype::F32 => size_of::<f32>(),
             Dtype::F16 | Dtype::Bf16 => size_of::<f16>(),
         };
-        let extent = Extent::new(name, rows.count, rows.dim, rows.row_stride, element)?;
-        check_pointer(&format!("{name}.embeddings"), rows.embeddings, element)?;
-        if labelled || !rows.labels.is_null() {
+        let none = role == Role::OfPart && rows.count == 0;
+        let sized = if none { Extent::or_none } else { Extent::new };
+        let extent = sized(name, rows.count, rows.dim, rows.row_stride, element)?;
+        if !none {
+            check_pointer(&format!("{name}.embeddings"), rows.embeddings, element)?;
+        }
+        if !none && (role != Role::Unlabelled || !rows.labels.is_null()) {
             check_typed(&format!("{name}.labels"), rows.labels)?;
         }
+        let ways = [Identity::ByValue, Identity::From, Identity::List];
+        let identity = match choose("identity", rows.identity, &ways)? {
+            Identity::ByValue => CheckedIdentity::ByValue,
+            Identity::From => CheckedIdentity::From(rows.identity_first as usize),
+            Identity::List => {
+                check_typed(&format!("{name}.identity_list"), rows.identity_list)?;
+                CheckedIdentity::List(rows.identity_list)
+            }
+        };
         if memory == Memory::Device && extent.stride != extent.dim {
             let message =
                 format!("the {name} lie in device memory: their row stride must be their dimension");
             return Err(Failure::new(Status::InvalidShape, message));
         }
-        Ok(Self { embeddings: rows.embeddings, labels: rows.labels, extent, dtype, memory })
+        Ok(Self { embeddings: rows.embeddings, labels: rows.labels, extent, dtype, memory, identity })
     }
 
     /// The second side of a call, or none for NULL; it must fit the first.
     ///
     /// # Safety
     /// As [`read`], or NULL.
-    pub unsafe fn read_against(first: &Self, pointer: *const Rows, labelled: bool) -> Outcome<Option<Self>> {
+    pub unsafe fn read_against(first: &Self, pointer: *const Rows, role: Role) -> Outcome<Option<Self>> {
         if pointer.is_null() {
             return Ok(None);
         }
-        // SAFETY: handed on to the caller.
-        let rows = unsafe { Self::read("references", pointer, labelled) }?;
+        let rows = match role {
+            // SAFETY: handed on to the caller.
+            Role::Unlabelled => unsafe { Self::read("references", pointer, role) },
+            // SAFETY: as above.
+            Role::Labelled | Role::OfPart => unsafe {
+                Self::read_side("references", pointer, Role::Labelled)
+            },
+        }?;
         if rows.memory != first.memory || rows.dtype != first.dtype {
             let message = "the references have another dtype or memory than the rows compared with them";
             return Err(Failure::new(Status::InvalidValue, message));
@@ -225,14 +281,31 @@ impl CheckedRows {
             let message = format!("dimension of the references: expected {expected}, got {got}");
             return Err(Failure::new(Status::InvalidShape, message));
         }
+        if rows.memory == Memory::Device && !matches!(rows.identity, CheckedIdentity::ByValue) {
+            let message = "identity by index takes rows in host memory only: rows in device memory are not supported yet";
+            return Err(Failure::new(Status::Unavailable, message));
+        }
         Ok(Some(rows))
+    }
+
+    /// Which of these references the `count` anchors are.
+    ///
+    /// # Safety
+    /// A list leads to `count` entries, and nobody writes to it during `'a`.
+    pub unsafe fn identity<'a>(&self, count: usize) -> loss::Identity<'a> {
+        match self.identity {
+            CheckedIdentity::ByValue => loss::Identity::ByValue,
+            CheckedIdentity::From(first) => loss::Identity::From(first),
+            // SAFETY: the caller's promise.
+            CheckedIdentity::List(list) => loss::Identity::List(unsafe { slice(list, count) }),
+        }
     }
 
     /// The rows as a backend takes them: in place, or gathered if they are strided.
     ///
     /// # Safety
     /// The memory is the host's, as long as the extent says, and nobody writes to it during `'a`.
-    pub unsafe fn view<'a>(&self, buffer: &'a mut RowBuffer) -> Outcome<crate::loss::Rows<'a>> {
+    pub unsafe fn view<'a>(&self, buffer: &'a mut RowBuffer) -> Outcome<loss::Rows<'a>> {
         let first = self.embeddings;
         let embeddings = match self.dtype {
             Dtype::F32 => {
@@ -257,10 +330,39 @@ impl CheckedRows {
             &buffer.no_labels
         } else {
             // SAFETY: the caller's promise; alignment and length were checked when it was read.
-            unsafe { std::slice::from_raw_parts(self.labels, self.extent.count) }
+            unsafe { slice(self.labels, self.extent.count) }
         };
-        Ok(crate::loss::Rows { embeddings, labels })
+        Ok(loss::Rows { embeddings, labels })
     }
+}
+
+/// Values of the caller; where there are none, the pointer may be NULL.
+///
+/// # Safety
+/// With a length, `first` is aligned and leads to as many values, and nobody writes to them during `'a`.
+pub unsafe fn slice<'a, T>(first: *const T, length: usize) -> &'a [T] {
+    // SAFETY: handed on to the caller.
+    if length == 0 { &[] } else { unsafe { std::slice::from_raw_parts(first, length) } }
+}
+
+/// Both sides of a batch as a backend takes them.
+///
+/// # Safety
+/// As [`CheckedRows::view`] and [`CheckedRows::identity`].
+pub unsafe fn batch<'a>(
+    anchors: &CheckedRows,
+    references: Option<&CheckedRows>,
+    buffers: [&'a mut RowBuffer; 2],
+) -> Outcome<loss::Batch<'a>> {
+    let [own, other] = buffers;
+    // SAFETY: handed on to the caller.
+    let rows = unsafe { anchors.view(own) }?;
+    let Some(references) = references else { return Ok(loss::Batch::square(rows.embeddings, rows.labels)) };
+    // SAFETY: as above.
+    let against = unsafe { references.view(other) }?;
+    // SAFETY: as above.
+    let identity = unsafe { references.identity(anchors.extent.count) };
+    Ok(loss::Batch::rectangular(rows, against).with_identity(identity))
 }
 
 /// Where strided rows are gathered; kept from call to call.
@@ -284,7 +386,7 @@ pub unsafe fn matrix<'a, T: Copy>(
     let Extent { count, dim, stride } = extent;
     let values = if stride == dim {
         // SAFETY: the caller's promise; `Extent` has checked that the length fits the address space.
-        unsafe { std::slice::from_raw_parts(first, count * dim) }
+        unsafe { slice(first, count * dim) }
     } else {
         buffer.clear();
         reserve(buffer, count * dim)?;

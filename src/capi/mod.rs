@@ -5,6 +5,7 @@
 //! | `types.rs` | the structs and enums that cross the border |
 //! | `input.rs` | from C to Rust: every pointer, size and enum is checked |
 //! | `output.rs` | from Rust to C |
+//! | `steps.rs` | the four steps of a part of a batch |
 //! | `context.rs` | one device, its threads, its workspace, its message; the lock around them |
 //! | `engine/` | the backends, and rows in device memory |
 //! | `failure.rs` | a status and its text |
@@ -19,22 +20,24 @@ mod engine;
 mod failure;
 mod input;
 mod output;
+mod steps;
 mod types;
 
 pub use context::Context;
+pub use steps::{ddtas_gradient, ddtas_same_class, ddtas_select, ddtas_sweep};
 pub use types::{
-    ContextOptions, DDTAS_ABI_VERSION, DDTAS_NO_NEIGHBOUR, Dtype, LossResult, Memory, MiningMode, RowCheck,
-    Rows, Settings, Status, StreamMode, Tangents,
+    ContextOptions, DDTAS_ABI_VERSION, DDTAS_ABSENT, DDTAS_NO_NEIGHBOUR, Dtype, Identity, LossResult, Memory,
+    MiningMode, Part, RowCheck, Rows, Settings, Status, StreamMode, Tangents,
 };
 
 use crate::backend::Nearest;
-use crate::loss::{Batch, Identity, UnitCheck};
+use crate::loss::{Batch, UnitCheck};
 use crate::retrieval::{recall, recall_by};
 use context::{State, enter, guard};
 use engine::DeviceBatch;
 use failure::{Failure, Outcome};
-use input::{CheckedRows, Extent, Versioned, check_typed, matrix};
-use output::{LossTarget, write_slice};
+use input::{CheckedRows, Extent, Role, Versioned, check_typed, matrix};
+use output::{Found, LossTarget, write_slice};
 
 /// Version of the binary interface of the library that is linked: compare it with DDTAS_ABI_VERSION,
 /// that of the header.
@@ -193,8 +196,8 @@ pub unsafe extern "C" fn ddtas_settings_init(settings: *mut Settings, struct_siz
 /// Mines pairs and evaluates the loss and its gradient.
 ///
 /// `settings` may be NULL: the paper's. `references` NULL is the square form, every row of `anchors`
-/// against every other; else it is anchors against references (a memory bank). `result` is written only
-/// if the call works. The context remembers the pairs for ddtas_threshold_gradient.
+/// against every other; else it is anchors against references (a memory bank), whose `identity` says which of them
+/// are anchors themselves. `result` is written only if the call works. The context remembers the pairs for ddtas_threshold_gradient.
 ///
 /// # Safety
 /// Every pointer, those within structs too, is NULL or leads to memory of the length its comment
@@ -211,9 +214,9 @@ pub unsafe extern "C" fn ddtas_loss(
         // SAFETY: handed on to the caller.
         let (settings, check) = unsafe { input::settings(settings) }?;
         // SAFETY: as above.
-        let anchors = unsafe { CheckedRows::read("anchors", anchors, true) }?;
+        let anchors = unsafe { CheckedRows::read("anchors", anchors, Role::Labelled) }?;
         // SAFETY: as above.
-        let references = unsafe { CheckedRows::read_against(&anchors, references, true) }?;
+        let references = unsafe { CheckedRows::read_against(&anchors, references, Role::Labelled) }?;
         // SAFETY: as above.
         let target = unsafe { LossTarget::read(result, &anchors, references.as_ref()) }?;
 
@@ -224,21 +227,18 @@ pub unsafe extern "C" fn ddtas_loss(
             // SAFETY: handed on to the caller.
             unsafe { engine.device_loss(&batch, &settings, buffers.output) }?;
         } else {
-            let batch = Batch {
-                // SAFETY: handed on to the caller.
-                anchors: unsafe { anchors.view(buffers.anchors) }?,
-                // SAFETY: as above.
-                references: references.map(|rows| unsafe { rows.view(buffers.references) }).transpose()?,
-                identity: Identity::ByValue,
-                reference_gradient: target.wants_reference_gradient(),
-                total: None,
-                check,
-            };
+            // SAFETY: handed on to the caller.
+            let batch = unsafe { input::batch(&anchors, references.as_ref(), buffers.rows) }?;
+            let reference_gradient = target.wants_reference_gradient();
+            let batch = Batch { reference_gradient, check, ..batch };
             let output = &mut *buffers.output;
             State::compute(pool, engine, |backend| backend.loss(&batch, &settings, output))?;
         }
+        *buffers.total = None;
+        let mined = buffers.output.mined();
+        let found = [Found::SameClass, Found::Sweep, Found::Select, Found::Gradient(mined)];
         // SAFETY: handed on to the caller.
-        unsafe { target.write(buffers.output, anchors.memory) };
+        unsafe { target.write(buffers.output, anchors.memory, &found) };
         Ok(())
     };
     // SAFETY: handed on to the caller.
@@ -246,7 +246,9 @@ pub unsafe extern "C" fn ddtas_loss(
 }
 
 /// How the loss gradient's product with a direction changes with the two loss thresholds: the sums over
-/// all mined pairs of dG_ij/dlambda * (t_i . e_j + e_i . t_j), for the pairs of the context's last ddtas_loss.
+/// all mined pairs of dG_ij/dlambda * (t_i . e_j + e_i . t_j), for the pairs of the context's last ddtas_loss, or
+/// of the part of its last ddtas_gradient: its share, along the tangent of its anchors, and of references that are no
+/// anchors.
 ///
 /// `anchors` and `references` are those of that call. Times minus the learning rate, the sums are
 /// dL_meta/dlambda of the threshold generator when the tangent is the motion of the embeddings along
@@ -264,15 +266,18 @@ pub unsafe extern "C" fn ddtas_threshold_gradient(
     gradient_lambda_neg: *mut f64,
 ) -> Status {
     let work = |state: &mut State| {
+        let role = if state.total.is_some() { Role::OfPart } else { Role::Labelled };
         // SAFETY: handed on to the caller.
-        let anchors = unsafe { CheckedRows::read("anchors", anchors, true) }?;
+        let anchors = unsafe { CheckedRows::read("anchors", anchors, role) }?;
         // SAFETY: as above.
-        let references = unsafe { CheckedRows::read_against(&anchors, references, true) }?;
+        let references = unsafe { CheckedRows::read_against(&anchors, references, role) }?;
         // SAFETY: as above.
         let tangents = unsafe { input::read(tangents) }?;
         check_typed("gradient_lambda_pos", gradient_lambda_pos.cast_const())?;
         check_typed("gradient_lambda_neg", gradient_lambda_neg.cast_const())?;
-        check_typed("tangents.anchors", tangents.anchors)?;
+        if anchors.extent.count > 0 {
+            check_typed("tangents.anchors", tangents.anchors)?;
+        }
         let tangent = tangent_extent("anchors", &anchors, tangents.anchor_stride)?;
         let moving = references.filter(|_| !tangents.references.is_null());
         if moving.is_some() {
@@ -289,16 +294,9 @@ pub unsafe extern "C" fn ddtas_threshold_gradient(
             unsafe { engine.device_hypergradient(&batch, [tangents.anchors, reference]) }?
         } else {
             let [own, other] = buffers.tangents;
-            let batch = Batch {
-                // SAFETY: handed on to the caller.
-                anchors: unsafe { anchors.view(buffers.anchors) }?,
-                // SAFETY: as above.
-                references: references.map(|rows| unsafe { rows.view(buffers.references) }).transpose()?,
-                identity: Identity::ByValue,
-                reference_gradient: false,
-                total: None,
-                check: UnitCheck::Trust,
-            };
+            // SAFETY: handed on to the caller.
+            let batch = unsafe { input::batch(&anchors, references.as_ref(), buffers.rows) }?;
+            let batch = Batch { total: *buffers.total, check: UnitCheck::Trust, ..batch };
             // SAFETY: as above.
             let tangent = unsafe { matrix(tangents.anchors, tangent, own) }?;
             // SAFETY: as above.
@@ -336,9 +334,9 @@ pub unsafe extern "C" fn ddtas_nearest(
 ) -> Status {
     let work = |state: &mut State| {
         // SAFETY: handed on to the caller.
-        let queries = unsafe { CheckedRows::read("queries", queries, false) }?;
+        let queries = unsafe { CheckedRows::read("queries", queries, Role::Unlabelled) }?;
         // SAFETY: as above.
-        let references = unsafe { CheckedRows::read_against(&queries, references, false) }?;
+        let references = unsafe { CheckedRows::read_against(&queries, references, Role::Unlabelled) }?;
         Extent::new("neighbours", queries.extent.count, k, 0, size_of::<u32>())?;
         check_typed("indices", indices.cast_const())?;
         check_typed("similarities", similarities.cast_const())?;
@@ -351,10 +349,11 @@ pub unsafe extern "C" fn ddtas_nearest(
             // SAFETY: handed on to the caller.
             unsafe { engine.device_nearest(&DeviceBatch::new(queries, references), None, depth) }?
         } else {
+            let [own, other] = buffers.rows;
             // SAFETY: handed on to the caller.
-            let rows = unsafe { queries.view(buffers.anchors) }?;
+            let rows = unsafe { queries.view(own) }?;
             // SAFETY: as above.
-            let others = references.map(|rows| unsafe { rows.view(buffers.references) }).transpose()?;
+            let others = references.map(|rows| unsafe { rows.view(other) }).transpose()?;
             State::compute(pool, engine, |backend| backend.nearest(&rows, others.as_ref(), depth))?
         };
         let lists = nearest.indices.outer_iter().zip(nearest.similarities.outer_iter());
@@ -396,7 +395,7 @@ pub unsafe extern "C" fn ddtas_recall_at_k(
 ) -> Status {
     let work = |state: &mut State| {
         // SAFETY: handed on to the caller.
-        let rows = unsafe { CheckedRows::read("rows", rows, true) }?;
+        let rows = unsafe { CheckedRows::read("rows", rows, Role::Labelled) }?;
         check_typed("ks", ks)?;
         check_typed("recall_at", recall_at.cast_const())?;
         if !queries.is_null() {
@@ -417,7 +416,7 @@ pub unsafe extern "C" fn ddtas_recall_at_k(
             recall_by(&labels, ks, |picked, depth| unsafe { engine.device_nearest(&batch, picked, depth) })?
         } else {
             // SAFETY: handed on to the caller.
-            let view = unsafe { rows.view(buffers.anchors) }?;
+            let view = unsafe { rows.view(buffers.rows[0]) }?;
             State::compute(pool, engine, |backend| recall(backend, &view, None, ks))?.0
         };
         let values: Vec<f64> = ks.iter().map(|&k| found.get(k).unwrap_or(f64::NAN)).collect();
@@ -433,7 +432,7 @@ pub unsafe extern "C" fn ddtas_recall_at_k(
 
 fn tangent_extent(name: &str, rows: &CheckedRows, stride: usize) -> Outcome<Extent> {
     let extent = rows.extent;
-    let extent = Extent::new(name, extent.count, extent.dim, stride, size_of::<f32>())?;
+    let extent = Extent::or_none(name, extent.count, extent.dim, stride, size_of::<f32>())?;
     if rows.memory == Memory::Device && extent.stride != extent.dim {
         let message = "the tangents lie in device memory: their row stride must be the dimension";
         return Err(Failure::new(Status::InvalidShape, message));

@@ -6,6 +6,16 @@ use super::types::{LossResult, Memory, Status};
 use crate::loss::LossOutput;
 use ndarray::Array2;
 
+/// What a call has found: everything, or what one step of a part fills in.
+#[derive(Debug, Clone, Copy)]
+pub enum Found {
+    SameClass,
+    Sweep,
+    Select,
+    /// With the pairs that enter the loss, positive and negative.
+    Gradient((u64, u64)),
+}
+
 /// Where a loss goes: the caller's struct, checked.
 pub struct LossTarget {
     pointer: *mut LossResult,
@@ -34,7 +44,7 @@ impl LossTarget {
             }
             None if result.reference_gradient.is_null() => None,
             None => {
-                let message = "the square form has no references: set reference_gradient to NULL";
+                let message = "the square form, and a part, has no gradient of references: set reference_gradient to NULL";
                 return Err(Failure::new(Status::InvalidValue, message));
             }
         };
@@ -55,43 +65,57 @@ impl LossTarget {
         self.reference_gradient.is_some()
     }
 
-    /// Writes everything; the gradients only if they lie in host memory, else they are there already.
+    /// Writes what was found; the gradients only if they lie in host memory, else they are there already.
     ///
     /// # Safety
     /// Every pointer is NULL or leads to memory of the length its comment states.
-    pub unsafe fn write(mut self, output: &LossOutput, memory: Memory) {
-        if memory == Memory::Host {
-            let references = output.reference_gradient.as_ref();
-            // SAFETY: handed on to the caller.
-            unsafe { write_matrix(self.result.gradient, self.gradient, Some(&output.gradient)) };
-            // SAFETY: as above.
-            unsafe { write_matrix(self.result.reference_gradient, self.reference_gradient, references) };
+    pub unsafe fn write(mut self, output: &LossOutput, memory: Memory, found: &[Found]) {
+        let result = self.result;
+        for found in found {
+            match *found {
+                Found::SameClass => {
+                    // SAFETY: handed on to the caller.
+                    unsafe { write_slice(result.min_pos, &output.min_pos) };
+                    self.result.total_pos = output.total_pos;
+                    self.result.total_neg = output.total_neg;
+                    self.result.mean_pos = output.mean_pos;
+                    self.result.mean_neg = output.mean_neg;
+                }
+                Found::Sweep => {
+                    // SAFETY: as above.
+                    unsafe { write_slice(result.max_neg, &output.max_neg) };
+                    self.result.probe_neg = output.probe_neg;
+                }
+                Found::Select => {
+                    // SAFETY: as above.
+                    unsafe { write_slice(result.count_pos, &output.count_pos) };
+                    // SAFETY: as above.
+                    unsafe { write_slice(result.count_neg, &output.count_neg) };
+                    self.result.gamma_pos = output.gamma_pos;
+                    self.result.gamma_neg = output.gamma_neg;
+                }
+                Found::Gradient((mined_pos, mined_neg)) => {
+                    if memory == Memory::Host {
+                        let references = output.reference_gradient.as_ref();
+                        // SAFETY: as above.
+                        unsafe { write_matrix(result.gradient, self.gradient, Some(&output.gradient)) };
+                        // SAFETY: as above.
+                        unsafe {
+                            write_matrix(result.reference_gradient, self.reference_gradient, references)
+                        };
+                    }
+                    self.result = LossResult {
+                        loss: output.loss,
+                        dloss_dlambda_pos: output.dloss_dlambda_pos,
+                        dloss_dlambda_neg: output.dloss_dlambda_neg,
+                        active: output.active,
+                        mined_pos,
+                        mined_neg,
+                        ..self.result
+                    };
+                }
+            }
         }
-        // SAFETY: handed on to the caller.
-        unsafe { write_slice(self.result.min_pos, &output.min_pos) };
-        // SAFETY: as above.
-        unsafe { write_slice(self.result.max_neg, &output.max_neg) };
-        // SAFETY: as above.
-        unsafe { write_slice(self.result.count_pos, &output.count_pos) };
-        // SAFETY: as above.
-        unsafe { write_slice(self.result.count_neg, &output.count_neg) };
-
-        let (mined_pos, mined_neg) = output.mined();
-        self.result = LossResult {
-            loss: output.loss,
-            dloss_dlambda_pos: output.dloss_dlambda_pos,
-            dloss_dlambda_neg: output.dloss_dlambda_neg,
-            gamma_pos: output.gamma_pos,
-            gamma_neg: output.gamma_neg,
-            mean_pos: output.mean_pos,
-            mean_neg: output.mean_neg,
-            total_pos: output.total_pos,
-            probe_neg: output.probe_neg,
-            active: output.active,
-            mined_pos,
-            mined_neg,
-            ..self.result
-        };
         // SAFETY: `read` accepted the pointer.
         unsafe { write_back(self.pointer, &self.result) };
     }
@@ -111,7 +135,7 @@ fn gradient_extent(
     if pointer.is_null() {
         return Ok(None);
     }
-    let extent = Extent::new(name, rows.extent.count, rows.extent.dim, stride, size_of::<f32>())?;
+    let extent = Extent::or_none(name, rows.extent.count, rows.extent.dim, stride, size_of::<f32>())?;
     if rows.memory == Memory::Device && extent.stride != extent.dim {
         let message = format!("{name} lies in device memory: its row stride must be the dimension");
         return Err(Failure::new(Status::InvalidShape, message));

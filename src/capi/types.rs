@@ -14,6 +14,9 @@ pub const DDTAS_ABI_VERSION: u32 = 1;
 /// Index that stands for "no reference left" in what ddtas_nearest writes.
 pub const DDTAS_NO_NEIGHBOUR: u32 = u32::MAX;
 
+/// Entry of ddtas_rows.identity_list for an anchor that is not among the references.
+pub const DDTAS_ABSENT: u32 = u32::MAX;
+
 /// What a call came to. The context keeps a message for everything but DDTAS_STATUS_OK and
 /// a context that is itself unusable: see ddtas_context_message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,7 +38,7 @@ pub enum Status {
     NotFinite = 6,
     /// A row is not of unit L2 norm.
     NotUnit = 7,
-    /// ddtas_threshold_gradient without the ddtas_loss it continues.
+    /// ddtas_threshold_gradient without the loss it continues, or a step of a part without the step before it.
     OutOfOrder = 8,
     /// A device that this build or this machine does not have, or that cannot do what was asked.
     Unavailable = 9,
@@ -67,6 +70,18 @@ pub enum Memory {
     Host = 0,
     /// The memory of the context's GPU. Nothing is copied; gradients are written there.
     Device = 1,
+}
+
+/// Which reference is an anchor itself, and so never a pair of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
+pub enum Identity {
+    /// Nobody says. An anchor that also stands among the references is left out of the positives by its value.
+    ByValue = 0,
+    /// Reference ddtas_rows.identity_first + i is anchor i.
+    From = 1,
+    /// Reference ddtas_rows.identity_list[i] is anchor i.
+    List = 2,
 }
 
 /// Which pairs enter the loss.
@@ -164,7 +179,7 @@ pub struct Rows {
     pub embeddings: *const c_void,
     /// `count` labels. A row with a negative label takes part in no pair.
     pub labels: *const i64,
-    /// Number of rows: 1 to 2^31 - 1.
+    /// Number of rows: 1 to 2^31 - 1. The anchors of a part may be none: 0, and no embeddings or labels.
     pub count: usize,
     /// Values of a row: 1 to 2^31 - 1.
     pub dim: usize,
@@ -175,9 +190,15 @@ pub struct Rows {
     pub dtype: i32,
     /// A ddtas_memory; the same for all rows of a call.
     pub memory: i32,
+    /// References of a loss only: a ddtas_identity, how this call's anchors are known among them.
+    pub identity: i32,
+    /// With DDTAS_IDENTITY_FROM: the reference that is the first anchor; the others follow it.
+    pub identity_first: u32,
+    /// With DDTAS_IDENTITY_LIST: a reference for each anchor, or DDTAS_ABSENT. Host memory.
+    pub identity_list: *const u32,
 }
 
-/// What ddtas_loss returns. The caller sets struct_size and the pointers (NULL for what it does
+/// What ddtas_loss returns, and the four steps of a part together. The caller sets struct_size and the pointers (NULL for what it does
 /// not want, which all-zero bytes say); the library sets the rest, and only if the call works.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
@@ -225,6 +246,42 @@ pub struct LossResult {
     pub mined_pos: u64,
     /// Negative pairs that enter the loss.
     pub mined_neg: u64,
+    /// Ordered negative pairs of the batch.
+    pub total_neg: u64,
+}
+
+/// A part of a batch, and what the caller has gathered from all parts: each step reads the fields its comment
+/// names, and ignores the others. Arrays are in host memory. All bytes zero but struct_size and `total` for the first.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct Part {
+    /// sizeof(ddtas_part).
+    pub struct_size: usize,
+    /// Every step: the number of anchors of all parts, B of the factor 1/B. At least 1.
+    pub total: usize,
+    /// From the sweep on: how many references are anchors of some part, the first ones. The arrays below named
+    /// `reference_...` have as many entries. References behind them, of a memory bank, select nothing. 0 to their number.
+    pub reference_numbers: usize,
+    /// ddtas_sweep: ddtas_loss_result.min_pos of each anchor, over all of its pairs.
+    pub min_pos: *const f32,
+    /// ddtas_sweep: the same of the references.
+    pub reference_min_pos: *const f32,
+    /// ddtas_select: ddtas_loss_result.max_neg of each anchor, over all of its pairs.
+    pub max_neg: *const f32,
+    /// ddtas_select: the same of the references.
+    pub reference_max_neg: *const f32,
+    /// ddtas_select: the sum of ddtas_loss_result.probe_neg of all parts.
+    pub probe_neg: u64,
+    /// ddtas_select: the sum of ddtas_loss_result.total_pos of all parts.
+    pub total_pos: u64,
+    /// ddtas_gradient: ddtas_loss_result.count_pos of each anchor, over all of its pairs.
+    pub count_pos: *const u32,
+    /// ddtas_gradient: the same of the references.
+    pub reference_count_pos: *const u32,
+    /// ddtas_gradient: ddtas_loss_result.count_neg of each anchor, over all of its pairs.
+    pub count_neg: *const u32,
+    /// ddtas_gradient: the same of the references.
+    pub reference_count_neg: *const u32,
 }
 
 /// How fast the embeddings move along a direction, for ddtas_threshold_gradient. In the same memory as the rows.
@@ -302,6 +359,9 @@ unsafe impl Versioned for Rows {
             row_stride: 0,
             dtype: 0,
             memory: 0,
+            identity: 0,
+            identity_first: 0,
+            identity_list: std::ptr::null(),
         }
     }
 }
@@ -334,6 +394,31 @@ unsafe impl Versioned for LossResult {
             active: 0,
             mined_pos: 0,
             mined_neg: 0,
+            total_neg: 0,
+        }
+    }
+}
+
+// SAFETY: #[repr(C)], struct_size first, any bits are valid.
+unsafe impl Versioned for Part {
+    const NAME: &'static str = "ddtas_part";
+    const FIRST_BYTES: usize = offset_of!(Self, reference_count_neg) + size_of::<*const u32>();
+
+    fn initial() -> Self {
+        Self {
+            struct_size: size_of::<Self>(),
+            total: 0,
+            reference_numbers: 0,
+            min_pos: std::ptr::null(),
+            reference_min_pos: std::ptr::null(),
+            max_neg: std::ptr::null(),
+            reference_max_neg: std::ptr::null(),
+            probe_neg: 0,
+            total_pos: 0,
+            count_pos: std::ptr::null(),
+            reference_count_pos: std::ptr::null(),
+            count_neg: std::ptr::null(),
+            reference_count_neg: std::ptr::null(),
         }
     }
 }

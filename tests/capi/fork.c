@@ -16,6 +16,8 @@ static float rows[ROWS * WIDTH], gradient[ROWS * WIDTH];
 static int64_t labels[ROWS];
 static uint32_t indices[ROWS * 3];
 static float similarities[ROWS * 3];
+static float numbers[2][ROWS];
+static uint32_t counts[2][ROWS];
 
 static void draw_rows(void) {
     uint64_t seed = 5;
@@ -34,7 +36,7 @@ static void draw_rows(void) {
 }
 
 typedef struct {
-    double loss, pos, neg, recall;
+    double loss, in_steps, pos, neg, recall;
     float gradient, similarity;
     uint32_t index;
 } answers;
@@ -51,12 +53,30 @@ static answers compute(ddtas_context *context) {
     char name[8];
     CHECK(ddtas_loss(context, NULL, &view, NULL, &result) == DDTAS_STATUS_OK);
     CHECK(ddtas_threshold_gradient(context, &view, NULL, &tangents, &found.pos, &found.neg) == DDTAS_STATUS_OK);
+    /* The whole batch as its only part: what each step finds is what the next one takes. */
+    ddtas_rows known = view;
+    known.identity = DDTAS_IDENTITY_FROM;
+    ddtas_loss_result steps = {.struct_size = sizeof steps, .min_pos = numbers[0], .max_neg = numbers[1],
+                               .count_pos = counts[0], .count_neg = counts[1]};
+    ddtas_part part = {.struct_size = sizeof part, .total = ROWS, .reference_numbers = ROWS,
+                       .min_pos = numbers[0], .reference_min_pos = numbers[0],
+                       .max_neg = numbers[1], .reference_max_neg = numbers[1],
+                       .count_pos = counts[0], .reference_count_pos = counts[0],
+                       .count_neg = counts[1], .reference_count_neg = counts[1]};
+    CHECK(ddtas_same_class(context, NULL, &view, &known, &part, &steps) == DDTAS_STATUS_OK);
+    CHECK(ddtas_sweep(context, &view, &known, &part, &steps) == DDTAS_STATUS_OK);
+    part.probe_neg = steps.probe_neg;
+    part.total_pos = steps.total_pos;
+    CHECK(ddtas_select(context, &view, &known, &part, &steps) == DDTAS_STATUS_OK);
+    CHECK(ddtas_gradient(context, &view, &known, &part, &steps) == DDTAS_STATUS_OK);
     CHECK(ddtas_recall_at_k(context, &view, &k, 1, &found.recall, NULL) == DDTAS_STATUS_OK);
     CHECK(ddtas_nearest(context, &view, NULL, 3, indices, similarities) == DDTAS_STATUS_OK);
     CHECK(ddtas_workspace_bytes(context, &bytes) == DDTAS_STATUS_OK && bytes > 0);
     CHECK(ddtas_context_device(context, name, sizeof name) == 3 && strcmp(name, "cpu") == 0);
     CHECK(ddtas_context_message(context, NULL, 0) == 0);
     found.loss = result.loss;
+    found.in_steps = steps.loss;
+    CHECK(fabs(steps.loss - result.loss) <= 1e-6 * result.loss);
     found.gradient = gradient[7];
     found.index = indices[5];
     found.similarity = similarities[5];
@@ -64,7 +84,7 @@ static answers compute(ddtas_context *context) {
 }
 
 static int same(answers a, answers b) {
-    return a.loss == b.loss && a.pos == b.pos && a.neg == b.neg && a.recall == b.recall && a.gradient == b.gradient &&
+    return a.loss == b.loss && a.in_steps == b.in_steps && a.pos == b.pos && a.neg == b.neg && a.recall == b.recall && a.gradient == b.gradient &&
            a.index == b.index && a.similarity == b.similarity;
 }
 

@@ -164,7 +164,8 @@ static void sizes(void) {
 }
 
 static void struct_sizes(void) {
-    size_t bad[] = {0, 1, sizeof f.view - 1, 4097, SIZE_MAX};
+    /* The second to last: a byte less than the first header's smaller struct. */
+    size_t bad[] = {0, 1, offsetof(ddtas_rows, identity) - 1, 4097, SIZE_MAX};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         f.view.struct_size = bad[i];
         REFUSED(context, loss(NULL), DDTAS_STATUS_STRUCT_SIZE, "ddtas_rows.struct_size");
@@ -307,6 +308,226 @@ static void threshold(void) {
     again();
 }
 
+static void identity(void) {
+    static fixture bank;
+    static uint32_t list[COUNT];
+    fill(&bank, 1);
+    for (int i = 0; i < COUNT; i++)
+        list[i] = i % 2 ? (uint32_t)i : DDTAS_ABSENT;
+    ddtas_rows known = bank.view;
+    known.identity = DDTAS_IDENTITY_LIST;
+    known.identity_list = list;
+    CHECK(ddtas_loss(context, NULL, &f.view, &known, &f.result) == DDTAS_STATUS_OK);
+    again();
+
+    int32_t bad[] = {-1, 3, INT32_MIN, INT32_MAX};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        known.identity = bad[i];
+        REFUSED(context, ddtas_loss(context, NULL, &f.view, &known, &f.result), DDTAS_STATUS_INVALID_VALUE,
+                "identity = ");
+        untouched();
+    }
+    known.identity = DDTAS_IDENTITY_LIST;
+    known.identity_list = NULL;
+    REFUSED(context, ddtas_loss(context, NULL, &f.view, &known, &f.result), DDTAS_STATUS_NULL_POINTER,
+            "references.identity_list");
+    untouched();
+    known.identity_list = (const uint32_t *)(const void *)((const char *)list + 2);
+    REFUSED(context, ddtas_loss(context, NULL, &f.view, &known, &f.result), DDTAS_STATUS_MISALIGNED,
+            "references.identity_list");
+    untouched();
+    uint32_t wrong[] = {COUNT, UINT32_MAX - 1, 2 /* another class than row 1 */};
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        known.identity_list = list;
+        list[1] = wrong[i];
+        REFUSED(context, ddtas_loss(context, NULL, &f.view, &known, &f.result), DDTAS_STATUS_INVALID_VALUE,
+                "for anchor 1 ");
+        untouched();
+    }
+    known.identity = DDTAS_IDENTITY_FROM;
+    uint32_t first[] = {1, COUNT, UINT32_MAX};
+    for (size_t i = 0; i < sizeof first / sizeof *first; i++) {
+        known.identity_first = first[i];
+        REFUSED(context, ddtas_loss(context, NULL, &f.view, &known, &f.result), DDTAS_STATUS_INVALID_VALUE,
+                "identity = reference");
+        untouched();
+    }
+    /* Where it means nothing, it is a mistake. */
+    known.identity_first = 0;
+    REFUSED(context, ddtas_loss(context, NULL, &known, NULL, &f.result), DDTAS_STATUS_INVALID_VALUE,
+            "belongs to the references");
+    untouched();
+    uint32_t index;
+    float similarity;
+    f.view.count = 1;
+    REFUSED(context, ddtas_nearest(context, &f.view, &known, 1, &index, &similarity), DDTAS_STATUS_INVALID_VALUE,
+            "belongs to the references");
+    f.view.memory = known.memory = DDTAS_MEMORY_DEVICE;
+    REFUSED(context, ddtas_loss(context, NULL, &f.view, &known, &f.result), DDTAS_STATUS_UNAVAILABLE,
+            "host memory only");
+    again();
+}
+
+/* The steps of rows 10 to 40 of the fixture. */
+static ddtas_rows own, all;
+static ddtas_part part;
+static float numbers[COUNT];
+static uint32_t counts[COUNT];
+
+static ddtas_status step(int which) {
+    switch (which) {
+    case 0:
+        return ddtas_same_class(context, NULL, &own, &all, &part, &f.result);
+    case 1:
+        return ddtas_sweep(context, &own, &all, &part, &f.result);
+    case 2:
+        return ddtas_select(context, &own, &all, &part, &f.result);
+    default:
+        return ddtas_gradient(context, &own, &all, &part, &f.result);
+    }
+}
+
+/* Everything as it should be before step `which`, and the steps before it done. */
+static void up_to(int which) {
+    fill(&f, 1);
+    f.gradient[0] = 77;
+    own = all = f.view;
+    own.embeddings = f.rows + 10 * DIM;
+    own.labels = f.labels + 10;
+    own.count = 30;
+    all.identity = DDTAS_IDENTITY_FROM;
+    all.identity_first = 10;
+    part = (ddtas_part){.struct_size = sizeof part,
+                        .total = COUNT,
+                        .reference_numbers = COUNT,
+                        .min_pos = numbers,
+                        .reference_min_pos = numbers,
+                        .max_neg = numbers,
+                        .reference_max_neg = numbers,
+                        .probe_neg = 5,
+                        .total_pos = 5,
+                        .count_pos = counts,
+                        .reference_count_pos = counts,
+                        .count_neg = counts,
+                        .reference_count_neg = counts};
+    for (int i = 0; i < COUNT; i++) {
+        numbers[i] = 0.5f;
+        counts[i] = 3;
+    }
+    for (int before = 0; before < which; before++)
+        CHECK(step(before) == DDTAS_STATUS_OK);
+    f.result = (ddtas_loss_result){.struct_size = sizeof f.result, .gradient = f.gradient};
+}
+
+static void steps(void) {
+    for (int which = 0; which < 4; which++) {
+        up_to(which);
+        CHECK(step(which) == DDTAS_STATUS_OK && (which == 3) == (f.gradient[0] != 77));
+        /* The step after the next, this one again, and one that a loss came before. */
+        up_to(which);
+        if (which > 0)
+            REFUSED(context, step(which < 3 ? which + 1 : 1), DDTAS_STATUS_OUT_OF_ORDER, "needs the");
+        untouched();
+        up_to(which);
+        CHECK(step(which) == DDTAS_STATUS_OK);
+        if (which > 0)
+            REFUSED(context, step(which), DDTAS_STATUS_OUT_OF_ORDER, "needs the");
+        up_to(which);
+        CHECK(loss(NULL) == DDTAS_STATUS_OK);
+        if (which > 0)
+            REFUSED(context, step(which), DDTAS_STATUS_OUT_OF_ORDER, "needs the");
+        /* Rows of another part. */
+        up_to(which);
+        own.labels++;
+        all.identity_first++;
+        if (which > 0)
+            REFUSED(context, step(which), DDTAS_STATUS_OUT_OF_ORDER, "labels differ");
+        untouched();
+
+        ddtas_rows good_own, good_all;
+        ddtas_part good_part;
+#define WRONG(change, status, text)                                                                                    \
+    do {                                                                                                               \
+        up_to(which);                                                                                                  \
+        good_own = own, good_all = all, good_part = part;                                                              \
+        change;                                                                                                        \
+        REFUSED(context, step(which), status, text);                                                                   \
+        own = good_own, all = good_all, part = good_part;                                                              \
+        untouched();                                                                                                   \
+    } while (0)
+        size_t sizes[] = {0, sizeof part - 1, 4097, SIZE_MAX};
+        for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+            WRONG(part.struct_size = sizes[i], DDTAS_STATUS_STRUCT_SIZE, "ddtas_part.struct_size");
+            WRONG(own.struct_size = sizes[i] - (i == 1) * 60, DDTAS_STATUS_STRUCT_SIZE, "ddtas_rows.struct_size");
+            WRONG(f.result.struct_size = i == 1 ? offsetof(ddtas_loss_result, total_neg) - 1 : sizes[i],
+                  DDTAS_STATUS_STRUCT_SIZE, "ddtas_loss_result.struct_size");
+        }
+        WRONG(part.total = 0, DDTAS_STATUS_INVALID_VALUE, "total = 0");
+        WRONG(part.total = 29, DDTAS_STATUS_INVALID_VALUE, "total = 29");
+        WRONG(part.reference_numbers = COUNT + 1, DDTAS_STATUS_INVALID_SHAPE, "reference_numbers = 61");
+        WRONG(part.reference_numbers = SIZE_MAX, DDTAS_STATUS_INVALID_SHAPE, "reference_numbers");
+        WRONG(f.result.reference_gradient = f.gradient, DDTAS_STATUS_INVALID_VALUE, "reference_gradient");
+        WRONG(own.embeddings = NULL, DDTAS_STATUS_NULL_POINTER, "anchors.embeddings");
+        WRONG(own.labels = NULL, DDTAS_STATUS_NULL_POINTER, "anchors.labels");
+        WRONG(own.dim = 0, DDTAS_STATUS_INVALID_SHAPE, "empty");
+        WRONG(all.count = 0, DDTAS_STATUS_INVALID_SHAPE, "references are empty");
+        WRONG(own.identity = 1, DDTAS_STATUS_INVALID_VALUE, "belongs to the references");
+        WRONG(own.memory = all.memory = DDTAS_MEMORY_DEVICE, DDTAS_STATUS_UNAVAILABLE, "host memory only");
+        if (which == 1) {
+            WRONG(part.min_pos = NULL, DDTAS_STATUS_NULL_POINTER, "part.min_pos");
+            WRONG(part.reference_min_pos = NULL, DDTAS_STATUS_NULL_POINTER, "part.reference_min_pos");
+        }
+        if (which == 2)
+            WRONG(part.max_neg = NULL, DDTAS_STATUS_NULL_POINTER, "part.max_neg");
+        if (which == 3) {
+            WRONG(part.count_pos = NULL, DDTAS_STATUS_NULL_POINTER, "part.count_pos");
+            WRONG(part.reference_count_neg = (const uint32_t *)(const void *)((const char *)counts + 1),
+                  DDTAS_STATUS_MISALIGNED, "part.reference_count_neg");
+        }
+        up_to(which);
+        ddtas_rows rows = all;
+        all.struct_size = 1;
+        CHECK(step(which) == DDTAS_STATUS_STRUCT_SIZE);
+        all = rows;
+    }
+    up_to(0);
+    CHECK(ddtas_same_class(NULL, NULL, &own, &all, &part, &f.result) == DDTAS_STATUS_NULL_POINTER);
+    REFUSED(context, ddtas_same_class(context, NULL, &own, NULL, &part, &f.result), DDTAS_STATUS_NULL_POINTER,
+            "references is NULL");
+    REFUSED(context, ddtas_same_class(context, NULL, NULL, &all, &part, &f.result), DDTAS_STATUS_NULL_POINTER,
+            "anchors is NULL");
+    REFUSED(context, ddtas_same_class(context, NULL, &own, &all, NULL, &f.result), DDTAS_STATUS_NULL_POINTER,
+            "ddtas_part is NULL");
+    REFUSED(context, ddtas_same_class(context, NULL, &own, &all, &part, NULL), DDTAS_STATUS_NULL_POINTER,
+            "ddtas_loss_result is NULL");
+    f.rows[12 * DIM] = NAN;
+    REFUSED(context, step(0), DDTAS_STATUS_NOT_FINITE, "row 2 of the anchors");
+    /* Rows that are none are served in a part alone, and only as anchors. */
+    up_to(0);
+    own = (ddtas_rows){.struct_size = sizeof own, .dim = DIM};
+    for (int which = 0; which < 4; which++)
+        CHECK(step(which) == DDTAS_STATUS_OK && f.result.loss == 0);
+    double pos = 5, neg = 5;
+    ddtas_tangents tangents = {.struct_size = sizeof tangents};
+    CHECK(ddtas_threshold_gradient(context, &own, &all, &tangents, &pos, &neg) == DDTAS_STATUS_OK);
+    CHECK(pos == 0 && neg == 0);
+    REFUSED(context, ddtas_loss(context, NULL, &own, &all, &f.result), DDTAS_STATUS_INVALID_SHAPE, "empty");
+    /* Numbers that no step finds: a meaningless loss, and nothing worse. */
+    float strange[] = {NAN, INFINITY, -INFINITY, -7};
+    for (int which = 0; which < 4; which++) {
+        up_to(0);
+        part.probe_neg = UINT64_MAX;
+        part.total_pos = (uint64_t)(which % 2);
+        for (int i = 0; i < COUNT; i++) {
+            numbers[i] = strange[(i + which) % 4];
+            counts[i] = i % 3 ? UINT32_MAX : 0;
+        }
+        for (int now = 0; now < 4; now++)
+            CHECK(step(now) == DDTAS_STATUS_OK);
+    }
+    again();
+}
+
 static void search(void) {
     size_t ks[] = {1, 0};
     double recall[2] = {5, 5};
@@ -357,6 +578,8 @@ int main(void) {
     values();
     contents();
     threshold();
+    identity();
+    steps();
     search();
     ddtas_context_destroy(context);
     return report("hostile");

@@ -23,6 +23,7 @@ class _Call:
     reference_labels: Tensor | None
     settings: Settings
     check: bool
+    identity: Tensor | None = None
     output: _ddtas.LossOutput | None = None
 
     def run(
@@ -32,7 +33,9 @@ class _Call:
         if rows.is_cuda:
             return self._run_on_gpu(rows, references, reference_gradient)
         sides = (rows, self.labels, references, self.reference_labels)
-        output = self.output = self.engine.host.loss(*sides, self.settings, reference_gradient, self.check)
+        output = self.output = self.engine.host.loss(
+            *sides, self.identity, self.settings, reference_gradient, self.check
+        )
         back = output.reference_gradient
         return output, torch.from_numpy(output.gradient), None if back is None else torch.from_numpy(back)
 
@@ -186,9 +189,18 @@ class SoftContrastiveLoss(nn.Module):
         return nn.functional.normalize(rows, dim=1).to(embeddings.dtype)
 
     def evaluate(
-        self, rows: Tensor, labels: Tensor, references: Tensor | None = None, reference_labels: Tensor | None = None
+        self,
+        rows: Tensor,
+        labels: Tensor,
+        references: Tensor | None = None,
+        reference_labels: Tensor | None = None,
+        identity: Tensor | None = None,
     ) -> Tensor:
-        """`forward` on rows that have unit length, and arguments that fit."""
+        """`forward` on rows that have unit length, and arguments that fit.
+
+        `identity`, `[B]`, numbers the references that are the rows themselves. A GPU's rows and those of float64 are known by
+        their value, as they are without it.
+        """
         if references is not None and references.dtype != rows.dtype:
             wide = torch.promote_types(rows.dtype, references.dtype)
             rows, references = rows.to(wide), references.to(wide)
@@ -202,7 +214,9 @@ class SoftContrastiveLoss(nn.Module):
         if rows.shape[0] == 0 or (references is not None and references.shape[0] == 0):
             self.statistics = self._of_nothing(labels)
             return _nothing(rows, references, *lambdas)
-        call = _Call(self._engine, labels.to(rows.device).contiguous(), reference_labels, settings, self.check)
+        if rows.dtype == torch.float64:
+            identity = None
+        call = _Call(self._engine, labels.to(rows.device).contiguous(), reference_labels, settings, self.check, identity)
         if references is not None:
             references = references.contiguous()
         loss: Tensor = _Loss.apply(rows.contiguous(), references, *lambdas, call)

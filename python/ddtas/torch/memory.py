@@ -37,7 +37,7 @@ class CrossBatchMemory(nn.Module):
     """Compares a batch with the last `memory_size` rows, its own among them (Wang et al., CVPR 2020).
 
     Called as pytorch-metric-learning's: rows go into the queue, first in, first out, and the batch is then compared with
-    all of it; a row is no pair of itself. Rows in the queue are constants. They are part of the state_dict.
+    all of it; a row is no pair of itself, known by its place in the queue. Rows in the queue are constants. They are part of the state_dict.
 
     `loss` is a `SoftContrastiveLoss`. The memory is held, and rows are compared, in `dtype`: float32, float16 or bfloat16 for
     half the memory, or float64 for `gradcheck`. A call that raises leaves the queue as it was.
@@ -116,7 +116,9 @@ class CrossBatchMemory(nn.Module):
         try:
             self._enqueue(places, queued, queued_labels)
             count = self.memory_size if self.has_been_filled else self.queue_idx
-            return self.loss.evaluate(rows, labels, self.embedding_memory[:count], self.label_memory[:count])
+            # Rows that were queued are compared as well, unless a mask parts them.
+            known = places if enqueue_mask is None else None
+            return self.loss.evaluate(rows, labels, self.embedding_memory[:count], self.label_memory[:count], known)
         except BaseException:
             self.embedding_memory[places], self.label_memory[places], self.queue_idx, self.has_been_filled = before
             raise

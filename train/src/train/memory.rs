@@ -2,8 +2,8 @@
 //!
 //! The anchors are the batch's rows; the references are the batch's rows and,
 //! after them, the memory's. The memory is constant: it takes no gradient. The batch's own rows
-//! do, on both sides, so that an empty memory gives the loss and gradient of the square form. A row's
-//! pair with itself is an exact duplicate, which SPEC 1 leaves out of the positives.
+//! do, on both sides, so that an empty memory gives the loss and gradient of the square form. They are the first references:
+//! no row is a pair of itself.
 
 use ndarray::{Array2, ArrayView2, s};
 
@@ -11,7 +11,7 @@ use super::checkpoint::archive::Archive;
 use crate::{Error, Result};
 use ddtas::backend::Backend;
 use ddtas::loss::baseline::{self, PairLoss};
-use ddtas::loss::{Batch, Hypergradient, LossOutput, LossSettings, Rows};
+use ddtas::loss::{Batch, Hypergradient, Identity, LossOutput, LossSettings, Rows};
 
 /// Embeddings and labels of the last batches, oldest first.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -157,5 +157,26 @@ impl References {
     fn batch<'a>(&'a self, embeddings: ArrayView2<'a, f32>, labels: &'a [i64]) -> Batch<'a> {
         let anchors = Rows::new(embeddings, labels);
         Batch::rectangular(anchors, Rows::new(self.embeddings.view(), &self.labels))
+            .with_identity(Identity::From(0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ndarray::array;
+
+    #[test]
+    fn every_row_of_the_batch_is_the_reference_that_its_identity_names() {
+        let mut memory = Memory::new(3, 0, 2);
+        memory.push(0, array![[0.0, 1.0], [1.0, 0.0]].view(), &[4, 5]);
+        let (rows, labels) = (array![[0.6, 0.8], [0.8, 0.6]], [5, 6]);
+        let references = memory.references(rows.view(), &labels).unwrap();
+        let batch = references.batch(rows.view(), &labels);
+        batch.validate().unwrap();
+        for (i, row) in rows.outer_iter().enumerate() {
+            let named = batch.identity.of(i).unwrap();
+            assert_eq!((references.embeddings.row(named), references.labels[named]), (row, labels[i]));
+        }
     }
 }
