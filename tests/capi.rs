@@ -613,7 +613,9 @@ fn a_program_with_the_first_header_goes_on_working() {
     // The structs as they were: what lies behind them is the program's own, and anything.
     let (rows, labels) = random_batch(64);
     let abi = Abi::open("cpu", 1, 0, Memory::Host);
-    let mut laid = abi.lay(&loss::Rows::new(rows.view(), &labels)).rows;
+    // Holds the memory that its `rows` point to.
+    let held = abi.lay(&loss::Rows::new(rows.view(), &labels));
+    let mut laid = held.rows;
     let mut result = empty_result();
     let whole = unsafe { ddtas_loss(abi.handle.0, null(), &raw const laid, null(), &raw mut result) };
     assert!(whole == Status::Ok && result.total_neg > 0);

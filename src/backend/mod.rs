@@ -46,10 +46,10 @@ pub trait Backend: Send {
     ///
     /// | step | fills in | which the next step takes |
     /// | --- | --- | --- |
-    /// | `same_class` | `min_pos`, `total_pos` | `min_pos` of all anchors |
+    /// | `same_class` | `min_pos`, `total_pos`, `total_neg`, means | `min_pos` of all anchors |
     /// | [`sweep`](Backend::sweep) | `max_neg`, `probe_neg` | `max_neg` of all anchors, sums of `probe_neg` and `total_pos` |
     /// | [`select`](Backend::select) | `count_pos`, `count_neg`, `gamma_pos`, `gamma_neg` | both counts of all anchors |
-    /// | [`gradient`](Backend::gradient) | `loss`, `gradient`, `active`, `total_neg`, means, derivatives by lambda | |
+    /// | [`gradient`](Backend::gradient) | `loss`, `gradient`, `active`, derivatives by lambda | |
     ///
     /// Totals are those of the part's own pairs: [`LossOutput::add_part`] adds them up. Each step must get the
     /// rows of the first; a step that fails, and a loss between two of them, end the row. On the CPU each

@@ -120,6 +120,7 @@ impl CpuBackend {
         let statistics = &self.statistics;
         report(pairs.rows.order, batch, &statistics.min_pos, f32::INFINITY, &mut output.min_pos);
         output.total_pos = statistics.same_class.positives;
+        (output.total_neg, output.mean_pos, output.mean_neg) = statistics.means(&pairs);
         self.times.same_class = watch.lap();
         Ok(())
     }
@@ -203,7 +204,6 @@ impl CpuBackend {
         output.loss = softplus[0] / settings.beta + softplus[1] / settings.alpha;
         output.dloss_dlambda_pos = sigmoid[0];
         output.dloss_dlambda_neg = -sigmoid[1];
-        (output.total_neg, output.mean_pos, output.mean_neg) = self.statistics.means(&pairs);
         self.times.gradient = watch.lap();
         Ok(())
     }

@@ -83,7 +83,7 @@ pub(super) struct LossLayout {
     /// A list of the anchors' references as the caller wrote it, and positions of the references.
     identity_list: Region,
     positions: Region,
-    columns: Region,
+    pub(super) columns: Region,
     column_weights: Region,
     pub(super) totals: Region,
     /// Numbers as the caller gives them: of anchors, then of references, two lists each.

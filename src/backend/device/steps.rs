@@ -3,15 +3,15 @@
 use bytemuck::{Pod, cast_slice, cast_slice_mut};
 
 use super::loss::{
-    Input, Launcher, Remembered, download_gradients, download_scalars, issue_gradients, issue_order,
-    issue_same_class, issue_selection, issue_sweep, same_type, upload,
+    Launcher, Remembered, download_gradients, download_scalars, issue_gradients, issue_order,
+    issue_same_class, issue_selection, issue_sweep, issue_weigh, pointer, same_type, upload,
 };
 use super::params::{Counters, NUMBERS_COUNTS, NUMBERS_MAX_NEG, NUMBERS_MIN_POS, ReportParams, TakeParams};
 use super::plan::Shape;
 use super::workspace::Region;
 use super::{Device, DeviceBackend, Kernel};
 use crate::loss::select::adapt;
-use crate::loss::{Batch, LossOutput, LossSettings, RowNumbers, check_unit};
+use crate::loss::{Batch, LossOutput, LossSettings, RowNumbers};
 use crate::{Error, Result};
 
 /// The steps of a loss.
@@ -67,23 +67,24 @@ impl<D: Device> DeviceBackend<D> {
             [part.anchors.labels.to_vec(), part.references.map_or(vec![], |rows| rows.labels.to_vec())];
         if shape.anchors == 0 {
             self.remembered = Some(Remembered::of_nothing(shape, settings, labels));
-            output.min_pos.clear();
-            output.total_pos = 0;
+            *output = LossOutput::default();
             return Ok(());
         }
         let begun = self.begin(shape, settings, false)?;
         let loss = Remembered { step: Some(Step::SameClass), labels, ..begun };
         let Self { device, loss: workspace, .. } = self;
         let buffer = workspace.lay(device, &loss.layout.layout)?;
+        for region in [loss.layout.columns, loss.layout.totals] {
+            device.fill(buffer, region.offset, region.bytes, 0)?;
+        }
         let input = upload(device, buffer, &loss.layout, part)?;
         let base = device.address(buffer);
         let mut launcher = Launcher { device: &mut *device, shape };
         issue_order(&mut launcher, base, &loss, &input)?;
         issue_same_class(&mut launcher, base, &loss)?;
-        report(&mut launcher, base, &loss, Which::MinPos)?;
-        let counters = download_counters(device, buffer, &loss)?;
-        refuse_bad_rows(device, buffer, &loss, &counters, &input)?;
-        output.total_pos = counters.total_pos;
+        // For the totals and means, and for bad rows; nothing is mined yet.
+        issue_weigh(&mut launcher, base, &loss, pointer(base, loss.layout.scalars))?;
+        download_scalars(device, buffer, &loss, input.check.tolerance, output)?;
         download_list(device, buffer, loss.layout.min_pos, shape.anchors, &mut output.min_pos)?;
         self.remembered = Some(loss);
         Ok(())
@@ -303,29 +304,6 @@ fn download_counters<D: Device>(device: &mut D, buffer: &D::Buffer, loss: &Remem
     let mut words = [0u64; size_of::<Counters>() / size_of::<u64>()];
     device.download(buffer, loss.layout.counters.offset, cast_slice_mut(&mut words))?;
     Ok(Counters::from_words(&words))
-}
-
-fn refuse_bad_rows<D: Device>(
-    device: &mut D,
-    buffer: &D::Buffer,
-    loss: &Remembered,
-    counters: &Counters,
-    input: &Input,
-) -> Result<()> {
-    let sides = [
-        ("anchors", counters.bad_anchor, loss.layout.anchors.square_sums),
-        ("references", counters.bad_reference, loss.layout.references.square_sums),
-    ];
-    for (rows, row, square_sums) in sides {
-        if row == super::loss::NO_ROW {
-            continue;
-        }
-        let mut square_sum = [0.0f64];
-        let at = square_sums.offset + row as usize * size_of::<f64>();
-        device.download(buffer, at, cast_slice_mut(&mut square_sum))?;
-        check_unit(rows, row as usize, square_sum[0], input.check.tolerance)?;
-    }
-    Ok(())
 }
 
 fn download_list<D: Device, T: Pod>(
