@@ -11,7 +11,7 @@ say() { printf -- '-- %s (%ss)\n' "$1" "$SECONDS"; }
 
 features=(--no-default-features --features "capi,cli,emulated")
 verify=(cargo run --release --quiet "${features[@]}" --bin ddtas-bench -- verify --backend emulated)
-cargo test --release "${features[@]}" --test emulation --test emulated --test resident --test comparison --test capi --test verify
+cargo test --release "${features[@]}" --test emulation --test emulated --test resident --test comparison --test spot_check --test capi --test verify
 "${verify[@]}" tests/golden
 
 # DDTAS_SANITIZE has build.rs compile the kernels anew, and so this crate, but none of its dependencies.

@@ -31,6 +31,8 @@ pub mod loss;
 pub mod model;
 pub mod process;
 pub mod retrieval;
+#[cfg(all(feature = "cli", feature = "kernels"))]
+pub mod spot_check;
 #[cfg(feature = "cli")]
 mod tensors;
 pub mod threads;

@@ -20,7 +20,7 @@ pub use crate::tensors::EmbeddedRows;
 pub use density::Density;
 pub use embeddings::{CLASS_SIZE, Embeddings, draw, find_noise};
 pub use file::read;
-pub use measure::{Row, measure, measure_on};
+pub use measure::{Row, measure, measure_on, with_batch};
 pub use plot::plot;
 pub use settings::{Dtype, ThroughputSettings};
 
