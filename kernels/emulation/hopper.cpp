@@ -179,6 +179,51 @@ void cp_async_bulk(void *to, const void *from, uint32_t bytes, Barrier *barrier)
     machine->bulks.push_back(Bulk{to, from, bytes, barrier, machine->random.below(2) == 0});
 }
 
+namespace {
+void carry_out(const BulkStore &store) {
+    Unwatched whole_call;
+    std::memcpy(store.to, async_view_of(store.from, store.bytes), store.bytes);
+}
+}  // namespace
+
+void land_store() {
+    size_t index = machine->random.below(static_cast<uint32_t>(machine->stores.size()));
+    if (machine->stores[index].late) return;
+    carry_out(machine->stores[index]);
+    machine->stores.erase(machine->stores.begin() + static_cast<ptrdiff_t>(index));
+}
+
+void bulk_store(void *to, const void *from, uint32_t bytes) {
+    if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) % 16) die("bulk_store is not aligned", "");
+    lanes_apart();
+    async_view_of(from, bytes);  // within shared memory
+    reads(from, bytes);
+    uint64_t group = machine->self().store_group;
+    machine->stores.push_back(BulkStore{to, from, bytes, machine->current, group, machine->random.below(2) == 0});
+}
+
+void bulk_store_commit() { ++machine->self().store_group; }
+
+void bulk_store_wait_read() {
+    std::vector<BulkStore> left;
+    for (const BulkStore &store : machine->stores) {
+        if (store.thread != machine->current || store.group >= machine->self().store_group) {
+            left.push_back(store);
+            continue;
+        }
+        reads(store.from, store.bytes);  // at any time up to now
+        carry_out(store);
+    }
+    machine->stores = std::move(left);
+    lanes_apart();
+}
+
+float *shared_float(uint32_t address) {
+    size_t offset = address - kSharedBase;
+    if (address < kSharedBase || offset + 4 > machine->async_view.size()) die("a store outside of shared memory", "");
+    return reinterpret_cast<float *>(machine->shared + offset);
+}
+
 template <Numbers numbers>
 void wgmma(void **lanes) {
     const auto &first = *static_cast<GroupMultiply *>(lanes[0]);

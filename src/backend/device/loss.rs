@@ -238,9 +238,10 @@ impl<D: Device> Launcher<'_, D> {
         of_references: bool,
         params: &P,
     ) -> Result<()> {
-        let splits = self.shape.splits(of_references, self.device.multiprocessors());
+        let multiprocessors = self.device.multiprocessors();
+        let splits = self.shape.splits(of_references, multiprocessors);
         let kernel = self.shape.variant(kernel, self.device.has_warpgroup_products());
-        let plan = self.shape.plan(kernel, of_references, splits);
+        let plan = self.shape.plan(kernel, of_references, splits, multiprocessors);
         // SAFETY: `params` is built in this folder from regions of a layout for this very shape, laid over
         // a buffer that lives in the backend; tests/emulated.rs runs every kernel with the gaps watched.
         unsafe { self.device.launch(kernel, plan, params) }
