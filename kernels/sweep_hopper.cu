@@ -106,9 +106,9 @@ DEVICE void copy_operands(const Pairs &pairs, SweepHopperShared &shared, SweepWa
     }
 }
 
-// Bounds of one side's rows; padding and ignored rows get none that anything passes.
-DEVICE float sweep_bound(const Pairs &pairs, uint32_t i, double tolerance) {
-    return negative_bound(i < pairs.counters->valid_anchors ? pairs.same[i].min_pos : INFINITE, tolerance);
+// m+ of a row; padding and ignored rows have none, and nothing passes a bound that is made of it.
+DEVICE float valid_min_pos(const Pairs &pairs, uint32_t i) {
+    return i < pairs.counters->valid_anchors ? pairs.same[i].min_pos : INFINITE;
 }
 
 // What a thread knows of its two rows.
@@ -144,7 +144,7 @@ DEVICE void look_at(const Pairs &pairs, SweepHopperShared &shared, uint32_t team
     uint32_t negative[2] = {~0u, ~0u}, positive[2] = {0, 0}, by_row[2] = {0, 0}, by_column[2] = {0, 0};
     [[maybe_unused]] float row_probe[2];
     if constexpr (apart) {
-        for (int r = 0; r < 2; ++r) row_probe[r] = sweep_bound(pairs, rows.first + place.row_of(r), pairs.settings.probe);
+        for (int r = 0; r < 2; ++r) row_probe[r] = negative_bound(valid_min_pos(pairs, rows.first + place.row_of(r)), pairs.settings.probe);
     }
     if constexpr (!plain) {
         negative[0] = negative[1] = 0;
@@ -263,16 +263,17 @@ struct SweepTeam {
 
     // One tile, with the team's own barrier before what the whole team has written.
     DEVICE void tile(const SweepWalk &walk, SweepRows &rows, uint32_t &probe) const {
+        // On its way while the team multiplies.
+        float min_pos = pairs.square && thread < TILE ? valid_min_pos(pairs, walk.tile.column * TILE + thread) : INFINITE;
+        GroupAccumulators acc;
+        multiply(acc, walk);
         // The last tile's have been read: its candidates are counted.
         if (thread < TILE) {
-            uint32_t j = pairs.square ? walk.tile.column * TILE + thread : NO_ROW;
-            shared.candidate[team][thread] = sweep_bound(pairs, j, pairs.settings.candidate);
-            shared.probe[team][thread] = sweep_bound(pairs, j, pairs.settings.probe);
+            shared.candidate[team][thread] = negative_bound(min_pos, pairs.settings.candidate);
+            shared.probe[team][thread] = negative_bound(min_pos, pairs.settings.probe);
         }
         warp_sync();
         sync();
-        GroupAccumulators acc;
-        multiply(acc, walk);
 
         uint32_t candidates[2];
         // Ranges ascend: the tile is free of positives if its columns end before the first range or begin after the last.
@@ -359,7 +360,7 @@ struct SweepTeam {
                 rows.first = walk.tile.row * TILE;
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
-                    rows.candidate[r] = sweep_bound(pairs, rows.first + place.row_of(r), pairs.settings.candidate);
+                    rows.candidate[r] = negative_bound(valid_min_pos(pairs, rows.first + place.row_of(r)), pairs.settings.candidate);
                     rows.largest[r] = -INFINITE;
                 }
                 if (walk.resident()) mbarrier_wait(&shared.rows_full, changes % 2);

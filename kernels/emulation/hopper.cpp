@@ -181,12 +181,12 @@ void cp_async_bulk(void *to, const void *from, uint32_t bytes, Barrier *barrier)
 
 namespace {
 void carry_out(const BulkStore &store) {
-    Unwatched whole_call;
     std::memcpy(store.to, async_view_of(store.from, store.bytes), store.bytes);
 }
 }  // namespace
 
 void land_store() {
+    Unwatched whole_call;
     size_t index = machine->random.below(static_cast<uint32_t>(machine->stores.size()));
     if (machine->stores[index].late) return;
     carry_out(machine->stores[index]);
@@ -198,6 +198,7 @@ void bulk_store(void *to, const void *from, uint32_t bytes) {
     lanes_apart();
     async_view_of(from, bytes);  // within shared memory
     reads(from, bytes);
+    Unwatched rest_of_call;
     uint64_t group = machine->self().store_group;
     machine->stores.push_back(BulkStore{to, from, bytes, machine->current, group, machine->random.below(2) == 0});
 }
@@ -205,17 +206,18 @@ void bulk_store(void *to, const void *from, uint32_t bytes) {
 void bulk_store_commit() { ++machine->self().store_group; }
 
 void bulk_store_wait_read() {
-    std::vector<BulkStore> left;
-    for (const BulkStore &store : machine->stores) {
-        if (store.thread != machine->current || store.group >= machine->self().store_group) {
-            left.push_back(store);
-            continue;
-        }
-        reads(store.from, store.bytes);  // at any time up to now
-        carry_out(store);
-    }
-    machine->stores = std::move(left);
     lanes_apart();
+    auto waited_for = [](const BulkStore &store) {
+        return store.thread == machine->current && store.group < machine->self().store_group;
+    };
+    for (const BulkStore &store : machine->stores) {
+        if (waited_for(store)) reads(store.from, store.bytes);  // at any time up to now
+    }
+    Unwatched rest_of_call;
+    auto first = std::stable_partition(machine->stores.begin(), machine->stores.end(),
+                                       [&](const BulkStore &store) { return !waited_for(store); });
+    std::for_each(first, machine->stores.end(), carry_out);
+    machine->stores.erase(first, machine->stores.end());
 }
 
 float *shared_float(uint32_t address) {
