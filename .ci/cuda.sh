@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 
 source .ci/tools.sh
 
-features=(--no-default-features --features "cli,cuda")
+features=(-p ddtas --features cuda)
 # The messages name the folder this very build wrote to; older ones may lie beside it.
 out=$(cargo build --release "${features[@]}" --message-format=json-render-diagnostics |
     python3 -c '
@@ -23,4 +23,4 @@ python3 .ci/kernel_budgets.py "$out" --table
 cargo test --release "${features[@]}" --test cuda -- --nocapture
 
 # What the backend asks of the driver, told by one that computes nothing.
-cargo test --release --no-default-features --features "capi,cli,cuda" --test driver
+cargo test --release "${features[@]}" --test driver

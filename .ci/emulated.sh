@@ -9,22 +9,27 @@ cd "$(dirname "$0")/.."
 source .ci/tools.sh
 say() { printf -- '-- %s (%ss)\n' "$1" "$SECONDS"; }
 
-features=(--no-default-features --features "capi,cli,emulated")
-verify=(cargo run --release --quiet "${features[@]}" --bin ddtas-bench -- verify --backend emulated)
-cargo test --release "${features[@]}" --test emulation --test emulated --test resident --test comparison --test spot_check --test capi --test verify
-"${verify[@]}" tests/golden
+packages=(-p ddtas -p ddtas-bench -p ddtas-cases --features emulated)
+# Builds the program as its tests do, so that the library is compiled once for both.
+verify() {
+    cargo test --release --quiet --no-run "${packages[@]}" --test verify
+    env ${preload:+LD_PRELOAD="$preload"} target/release/ddtas-bench verify --backend emulated "$@"
+}
+cargo test --release "${packages[@]}" --test emulation --test emulated --test resident --test comparison --test spot_check --test capi --test verify
+verify tests/golden
 
 # DDTAS_SANITIZE has build.rs compile the kernels anew, and so this crate, but none of its dependencies.
 # The runtime of the sanitizers must be loaded before Rust's.
 sanitize() {
     export DDTAS_SANITIZE=$1
-    export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="env LD_PRELOAD=$(g++ -print-file-name="$2")"
+    preload=$(g++ -print-file-name="$2")
+    export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="env LD_PRELOAD=$preload"
 }
 
 say "AddressSanitizer and UndefinedBehaviorSanitizer"
 sanitize address,undefined libasan.so
 export ASAN_OPTIONS=detect_leaks=0
-"${verify[@]}" tests/golden
+verify tests/golden
 
 say "ThreadSanitizer: a barrier taken out of select.cu is noticed"
 sanitize thread libtsan.so
@@ -35,13 +40,13 @@ trap 'rm -rf "$faulty"' EXIT
 cp -r kernels/. "$faulty"
 sed -i '/^DEVICE void select_end/,/^}/s/block_sync();//' "$faulty/select.cu"
 status=0
-said=$(DDTAS_KERNELS=$faulty "${verify[@]}" tests/golden/paper_batch80.safetensors 2>&1) || status=$?
+said=$(DDTAS_KERNELS=$faulty verify tests/golden/paper_batch80.safetensors 2>&1) || status=$?
 if [[ $status != 66 || $said != *"data race"*select.cu* ]]; then
     echo "the race went unnoticed, exit code $status: $said"
     exit 1
 fi
 
 say "ThreadSanitizer: every kernel"
-cargo test --release "${features[@]}" --test emulated every_kernel -- --test-threads 1
-"${verify[@]}" tests/golden
+cargo test --release "${packages[@]}" --test emulated every_kernel -- --test-threads 1
+verify tests/golden
 say "done"

@@ -16,4 +16,4 @@ if [[ -z $python ]]; then
     python=$environment/bin/python3
 fi
 source .ci/train.sh
-"$python" tests/evaluation.py --binary "$DDTAS_TRAIN"
+"$python" train/tests/evaluation.py --binary "$DDTAS_TRAIN"

@@ -49,7 +49,7 @@ cmake --build "$work/cpp" >>"$work/cmake.log" || { cat "$work/cmake.log"; exit 1
 "$work/cpp/memory_bank_static" | diff - <("$work/cpp/memory_bank")
 
 say "examples/loss.rs"
-cargo run --release --quiet --no-default-features --features capi --example loss
+cargo run --release --quiet -p ddtas --example loss
 
 say "tests/capi under AddressSanitizer and UndefinedBehaviorSanitizer"
 sanitize=(-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer)

@@ -5,5 +5,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export PROPTEST_CASES=${1:-20000} PROPTEST_RNG_SEED=${2:-$(date +%s)}
 echo "$PROPTEST_CASES cases of each test, seed $PROPTEST_RNG_SEED"
-cargo test --release --no-default-features --features cli --test cpu any_batch
+cargo test --release -p ddtas --test cpu any_batch
 cargo test --release --test data --test mat

@@ -59,7 +59,6 @@ batches=${batches:-1024,4096,16384,65536,262144} dims=${dims:-128,512} densities
 dtype=${DTYPE:-bf16}
 budget=${BUDGET:-$((16 << 30))}
 skip=" ${SKIP:-} "
-features=(--no-default-features --features "cli,cuda")
 seconds=${quick:+0.2} seconds=${seconds:-1} quick_seconds=${QUICK_SECONDS:-215}
 skipped() { [[ $skip == *" $1 "* ]]; }
 
@@ -126,13 +125,13 @@ if [[ -n $prebuilt ]]; then
 else
     # Lines for compute-sanitizer; they cost nothing at run time.
     export NVCC_APPEND_FLAGS=-lineinfo
-    cargo build --release "${features[@]}" --bin ddtas-bench
+    cargo build --release -p ddtas-bench --features cuda
     bench=target/release/ddtas-bench
-    resident=(cargo bench --quiet "${features[@]}" --bench resident --)
-    tests=(cargo test --release "${features[@]}" --test cuda --)
+    resident=(cargo bench --quiet -p ddtas-bench --features cuda --bench resident --)
+    tests=(cargo test --release -p ddtas --features cuda --test cuda --)
     # Built before anything is timed.
-    cargo bench --quiet --no-run "${features[@]}" --bench resident
-    cargo test --quiet --no-run --release "${features[@]}" --test cuda
+    cargo bench --quiet --no-run -p ddtas-bench --features cuda --bench resident
+    cargo test --quiet --no-run --release -p ddtas --features cuda --test cuda
 fi
 # The time of compiling is not counted.
 SECONDS=0

@@ -1,6 +1,6 @@
 """ddtas on the CPU beside what it is compared with, on the same embeddings, in one run; prints one Markdown table.
 
-    cargo build --release --no-default-features --features cli
+    cargo build --release -p ddtas-bench
     python3 benches/peers.py --batch 80,1280 --out results.json
 
 loop             the authors' formula, anchor by anchor, as their code runs it (small B only)
@@ -215,7 +215,7 @@ def main() -> None:
         print(json.dumps(measure_peer(options.peer, options.file, options.seconds, options.threads)))
         return
     if not options.binary.is_file():
-        sys.exit(f"there is no {options.binary}: cargo build --release --no-default-features --features cli")
+        sys.exit(f"there is no {options.binary}: cargo build --release -p ddtas-bench")
     entries = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "embeddings.safetensors"

@@ -3,7 +3,7 @@
 #
 #     benches/prebuilt.sh DIR
 #
-# DIR holds then `ddtas-bench`, `resident` (benches/resident.rs), `tests` (tests/cuda.rs), the Python wheel and `commit`,
+# DIR holds then `ddtas-bench`, `resident` (bench/benches/resident.rs), `tests` (tests/cuda.rs), the Python wheel and `commit`,
 # the state of the sources: some 12 MB, stripped and without line tables. The other machine wants this repository at that
 # commit, and a glibc no older than here.
 # Needs Rust, gcc and Python 3.11; nvcc comes from PyPI, as in .ci/cuda.sh.
@@ -24,7 +24,6 @@ export CARGO_TARGET_DIR CARGO_PROFILE_BENCH_DEBUG=false CARGO_PROFILE_BENCH_STRI
 # Where pip builds, its own Python comes first in PATH.
 LIBCLANG_PATH=$(python3 -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/clang/native NVCC=$(command -v nvcc)
 export LIBCLANG_PATH NVCC
-features=(--no-default-features --features "cli,cuda")
 
 # The program that a build of this name has just made.
 program() {
@@ -33,10 +32,10 @@ import json, sys
 made = [json.loads(line) for line in sys.stdin]
 print([one["executable"] for one in made if one.get("executable") and one["target"]["name"] == sys.argv[1]][-1])' "$1"
 }
-cargo build --release "${features[@]}" --bin ddtas-bench
+cargo build --release -p ddtas-bench --features cuda
 cp "$CARGO_TARGET_DIR/release/ddtas-bench" "$out/ddtas-bench"
-cp "$(cargo bench --no-run "${features[@]}" --bench resident --message-format=json-render-diagnostics | program resident)" "$out/resident"
-cp "$(cargo test --no-run --release "${features[@]}" --test cuda --message-format=json-render-diagnostics | program cuda)" "$out/tests"
+cp "$(cargo bench --no-run -p ddtas-bench --features cuda --bench resident --message-format=json-render-diagnostics | program resident)" "$out/resident"
+cp "$(cargo test --no-run --release -p ddtas --features cuda --test cuda --message-format=json-render-diagnostics | program cuda)" "$out/tests"
 rm -f "$out"/*.whl
 python3 -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir "$out" . --config-settings=build-args='--features cuda'
 echo "$(git rev-parse HEAD)$(git diff --quiet HEAD || echo ', with changes'), $(rustc --version)" >"$out/commit"

@@ -3,7 +3,7 @@
     cargo build --release
     python3 benches/step.py --image-size 48,64
 
-Both run the network of src/model (a residual network without bias in its convolutions, BatchNorm, a linear head, unit rows), the DDTAS loss,
+Both run the network of train/src/model (a residual network without bias in its convolutions, BatchNorm, a linear head, unit rows), the DDTAS loss,
 its gradient and AdamW. ddtas-train's step is its time of training over its steps, so batches are drawn and augmented
 within it; torch's has one batch, given. They take turns, several rounds, and the fastest round of each counts. Needs torch.
 """
@@ -57,7 +57,7 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
-    """src/model/backbone.rs and head.rs."""
+    """train/src/model/backbone.rs and head.rs."""
 
     def __init__(self):
         super().__init__()

@@ -1,6 +1,6 @@
 //! The loss from Rust, in its two forms, checked against the float64 truth.
 //!
-//! `cargo run --release --no-default-features --example loss`
+//! `cargo run --release -p ddtas --example loss`
 
 use std::io::{Write, stdout};
 

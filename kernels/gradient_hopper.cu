@@ -176,9 +176,10 @@ struct Building {
         if (!there || !turn.stored || granule * Words::count >= turn.count) return Words{};
         return words_of(turn)[granule];
     }
-    DEVICE Scales scales_of(bool anchors, uint64_t row) const {
-        if (!anchors) return Scales{0.0f, 0.0f};
-        RowWeights weights = p.pairs.weights[row];
+    DEVICE Scales scales_of(bool references, uint64_t row) const {
+        const RowWeights *of_side = references ? p.pairs.column_weights : p.pairs.weights;
+        if (of_side == nullptr) return Scales{0.0f, 0.0f};
+        RowWeights weights = of_side[row];
         float scale = p.weight_scale / kSigmoidScale;
         return Scales{weights.neg_scale * scale, -weights.pos_scale * scale};
     }
@@ -235,9 +236,8 @@ DEVICE void build_recomputed(const Building &my, const Turn &turn, uint32_t x, u
 
 template <class Numbers>
 DEVICE void build_matrices(const GradientParams &p, GradientHopperShared &shared, Walk walk) {
-    const Pairs &pairs = p.pairs;
     Building my{p, shared, thread_index() - kMultipliers * 32};
-    bool other_anchors = pairs.square || p.of_references;
+    bool other_references = !p.of_references;
     Words ahead[kAhead];
     bool there = walk.next();
     auto load_ahead = [&] {
@@ -252,7 +252,7 @@ DEVICE void build_matrices(const GradientParams &p, GradientHopperShared &shared
 #pragma unroll
         for (uint32_t s = 0; s < kScales; ++s) {
             uint32_t row = my.thread + s * kBuilderThreads;
-            if (turn.stored && row < TILE) scales[s] = my.scales_of(other_anchors, turn.y * TILE + row);
+            if (turn.stored && row < TILE) scales[s] = my.scales_of(other_references, turn.y * TILE + row);
         }
         if (turn.index >= 2) mbarrier_wait(&shared.taken[turn.matrix()], turn.matrix_parity() ^ 1);
         warp_sync();
@@ -415,8 +415,7 @@ DEVICE void gradient_tiles_hopper_body([[maybe_unused]] const GradientParams &p)
         for (Barrier &barrier : shared.valued) mbarrier_init(&barrier, kMultipliers);
     }
     if (thread_index() < TILE) {
-        bool anchors = pairs.square || !p.of_references;
-        shared.own[thread_index()] = Building{p, shared, 0}.scales_of(anchors, x * TILE + thread_index());
+        shared.own[thread_index()] = Building{p, shared, 0}.scales_of(p.of_references, x * TILE + thread_index());
     }
     block_sync();  // barriers and scales are there
     Range range = split_range(p.of_references ? pairs.anchors.tiles : pairs.references.tiles, block_z(), p.splits);

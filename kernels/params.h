@@ -102,6 +102,7 @@ typedef struct Settings {
     double beta;
     double lambda_pos;
     double lambda_neg;
+    uint64_t lambda;             /* address of two doubles in place of lambda_pos and lambda_neg; or 0 */
     double sum_scale;            /* fixed-point units of RowSums in 1.0, a power of two */
     double term_limit;           /* most of one term, in units: a row's terms do not overflow its sum */
     uint32_t adaptive;           /* AT-ASMS, otherwise the tolerances stay */
@@ -144,6 +145,14 @@ typedef struct RowSame {
     float sum_same;              /* over all valid references of the class, itself and duplicates included */
 } RowSame;
 
+/* Per reference that is an anchor of the whole batch elsewhere: what that anchor's mining needs. */
+typedef struct RowNumbers {
+    float min_pos;               /* m+, +inf without a positive */
+    uint32_t max_neg;            /* ordered key of m-, 0 without a negative */
+    uint32_t count_pos;          /* |P| */
+    uint32_t count_neg;          /* |N| */
+} RowNumbers;
+
 /* The scalars of LossOutput. */
 typedef struct LossScalars {
     double loss;
@@ -155,6 +164,7 @@ typedef struct LossScalars {
     double gamma_neg;
     uint64_t probe_neg;
     uint64_t total_pos;
+    uint64_t total_neg;
     uint64_t active;
     double bad_square_sum;       /* of the bad row, if there is one */
     uint32_t bad_anchor;         /* original index or NO_ROW */
@@ -170,12 +180,20 @@ typedef struct Pairs {
     uint32_t dim;                /* D */
     uint32_t tile_capacity;      /* candidates that a tile's segment holds, a multiple of 4: 0, or TILE_MASK_WORDS and more */
     uint64_t tiles;              /* of S: upper triangle, or all */
+    uint32_t total;              /* B of 1/B: these anchors may be a part of a batch */
+    uint32_t reserved;
     ClassRange *classes;         /* [B] */
     RowSame *same;               /* [B] */
     uint32_t *max_neg;           /* [B], ordered key of m-, 0 without a negative */
     Counters *counters;          /* [1] */
     RowSums *sums;               /* [B] */
     RowWeights *weights;         /* [anchor tiles * TILE] */
+    /* The rectangular form. Null where nobody says which reference is an anchor; NO_ROW where none is. */
+    const uint32_t *identity;    /* [B], positions of references */
+    /* Null where references select nothing. */
+    RowNumbers *columns;         /* [N] */
+    RowWeights *column_weights;  /* [reference tiles * TILE]; in the square form those of the anchors */
+    uint64_t *totals;            /* [2], n_neg of the probe and N_pos, of the whole batch */
     /* Candidates: every positive, and the negatives above either row's candidate bound, in the order of the sweep's threads
      * and of each one's bits. The sweep leaves these bits where the selection writes the words. */
     uint32_t *tile_counts;       /* [tiles]; above `tile_capacity`: not stored, to be recomputed */
@@ -183,6 +201,53 @@ typedef struct Pairs {
     uint32_t *tile_words;        /* [tiles, tile_capacity], from the selection on: place and fate, word.cuh */
     Settings settings;
 } Pairs;
+
+/* invert_order: the position of each of the caller's rows. */
+typedef struct InvertParams {
+    const uint32_t *order;       /* [count] */
+    uint32_t *positions;         /* [count] */
+    uint32_t count;
+    uint32_t reserved;
+} InvertParams;
+
+/* identity: which reference is each anchor, by position. */
+typedef struct IdentityParams {
+    const uint32_t *order;       /* [count], of the anchors */
+    const uint32_t *positions;   /* [references], of the references, by original index */
+    const uint32_t *list;        /* [count], original order, NO_ROW where none is; or null: first + i */
+    const uint64_t *first_at;    /* [1], in place of `first`; or null */
+    uint64_t first;
+    uint32_t *identity;          /* [count] */
+    uint32_t count;
+    uint32_t references;
+} IdentityParams;
+
+/* Which of a row's numbers go in or out between two steps. */
+#define NUMBERS_MIN_POS 0
+#define NUMBERS_MAX_NEG 1
+#define NUMBERS_COUNTS 2
+
+/* take_numbers: numbers from outside in place of those found here, for anchors and references. */
+typedef struct TakeParams {
+    Pairs pairs;
+    uint32_t which;
+    uint32_t given;              /* references that have numbers: the first ones of the original order */
+    const void *anchors;         /* [B] f32, or |P| as u32, original order */
+    const void *anchors_neg;     /* [B], |N| */
+    const void *references;      /* [given], likewise */
+    const void *references_neg;
+    const uint64_t *totals;      /* [2], to be copied to those of the pairs; or null */
+} TakeParams;
+
+/* report_numbers: what a step found, in original order. */
+typedef struct ReportParams {
+    Pairs pairs;
+    uint32_t which;
+    uint32_t reserved;
+    void *anchors;               /* [B] f32, or |P| as u32 */
+    void *anchors_neg;           /* [B], |N| */
+    uint64_t *totals;            /* [2], n_neg of the probe and N_pos, of these anchors; or null */
+} ReportParams;
 
 /* order_tiles: sorts ORDER_TILE keys a block. order_merge: their place among all. */
 typedef struct OrderParams {

@@ -1,5 +1,5 @@
 // retrieval.cu: the k most similar references of each query, without the Q x N matrix (SPEC 6).
-// Truth: a full sort (tests/cases). Launcher: src/backend/device/retrieval.rs.
+// Truth: a full sort (cases/src/table). Launcher: src/backend/device/retrieval.rs.
 //
 // One block a query tile walks all reference tiles. Each query has a buffer of `capacity`
 // keys in global memory (it stays in L2): what beats the k-th best so far is appended;

@@ -21,7 +21,7 @@ struct Tolerances {
 // SPEC 3; src/loss/select.rs adapt().
 DEVICE Tolerances adapt(const Pairs &pairs) {
     const Settings &settings = pairs.settings;
-    uint64_t probe = pairs.counters->probe_neg, total = pairs.counters->total_pos;
+    uint64_t probe = pairs.totals[0], total = pairs.totals[1];
     if (!settings.adaptive || total == 0 || probe <= total) return Tolerances{settings.gamma_pos, settings.gamma_neg};
     double rho = static_cast<double>(probe) / static_cast<double>(total);
     double t = settings.tolerance / (1.0 + exp(-rho));
@@ -44,9 +44,12 @@ DEVICE void select_begin(const Pairs &pairs, TileIndex tile, SelectShared &share
     bool row = entry < TILE;
     uint32_t i = row ? tile.row * TILE + entry : tile.column * TILE + entry - TILE;
     bool anchor = (row || pairs.square) && i < pairs.counters->valid_anchors;
+    bool elsewhere = !row && pairs.columns != nullptr && i < pairs.counters->valid_references;
+    uint32_t max_neg = anchor ? pairs.max_neg[i] : elsewhere ? pairs.columns[i].max_neg : 0;
+    float min_pos = anchor ? pairs.same[i].min_pos : elsewhere ? pairs.columns[i].min_pos : INFINITE;
     Tolerances tolerances = adapt(pairs);
-    shared.pos_bound[entry] = anchor ? positive_bound(pairs.max_neg[i], tolerances.pos) : -INFINITE;
-    shared.neg_bound[entry] = anchor ? negative_bound(pairs.same[i].min_pos, tolerances.neg) : INFINITE;
+    shared.pos_bound[entry] = positive_bound(max_neg, tolerances.pos);
+    shared.neg_bound[entry] = negative_bound(min_pos, tolerances.neg);
     if (row) shared.range[entry] = anchor ? pairs.classes[i] : ClassRange{1, 0};
     for (int kind = 0; kind < 4; ++kind) shared.sums[kind][entry] = 0;
     shared.counts[0][entry] = shared.counts[1][entry] = 0;
@@ -82,7 +85,7 @@ DEVICE uint32_t select_pair(const Pairs &pairs, SelectShared &shared, TileIndex 
     Terms terms = terms_of(pairs.settings, x);
     int kind = positive ? 0 : 1;
     for (int side = 0; side < 2; ++side) {
-        if (!kept[side]) continue;
+        if (!kept[side] || (side == 1 && !pairs.square)) continue;  // a reference's sums are another part's
         atomic_add(&shared.counts[kind][entries[side]], 1u);
         atomic_add_shared(&shared.sums[kind][entries[side]], terms.softplus);
         atomic_add_shared(&shared.sums[2 + kind][entries[side]], terms.sigmoid);
@@ -221,6 +224,16 @@ KERNEL_IN_EVERY_PRECISION(select_recomputed, PairsParams, 1)
 KERNEL(select_recomputed_hopper_f16, PairsParams, 1) { select_recomputed_hopper_body<HalfF16>(p); }
 KERNEL(select_recomputed_hopper_bf16, PairsParams, 1) { select_recomputed_hopper_body<HalfBf16>(p); }
 
+// 2 / (B |set|), and the bounds (SPEC 4); nothing for a row without pairs of both kinds.
+DEVICE RowWeights weights_of(const Pairs &pairs, Tolerances tolerances, const RowNumbers &row) {
+    if (row.count_pos == 0 || row.count_neg == 0) return RowWeights{-INFINITE, INFINITE, 0.0f, 0.0f};
+    auto factor = [&](uint32_t count) {
+        return static_cast<float>(2.0 / (static_cast<double>(pairs.total) * static_cast<double>(count)));
+    };
+    return RowWeights{positive_bound(row.max_neg, tolerances.pos), negative_bound(row.min_pos, tolerances.neg),
+                      factor(row.count_pos), factor(row.count_neg)};
+}
+
 // Loss, its derivatives and weights of one row (SPEC 4).
 KERNEL(weigh, WeighParams, 1) {
     SHARED_MEMORY(bytes);
@@ -231,7 +244,7 @@ KERNEL(weigh, WeighParams, 1) {
     uint32_t anchors = pairs.anchors.count;
     double loss = 0.0, lambda_pos = 0.0, lambda_neg = 0.0, sum_pos = 0.0, sum_same = 0.0, negatives = 0.0, active = 0.0;
     for (uint32_t i = thread_index(); i < pairs.anchors.tiles * TILE; i += THREADS) {
-        RowWeights weights{-INFINITE, INFINITE, 0.0f, 0.0f};
+        RowNumbers numbers{INFINITE, 0, 0, 0};
         if (i < anchors) {
             RowSums sums = pairs.sums[i];
             RowSame same = pairs.same[i];
@@ -246,11 +259,10 @@ KERNEL(weigh, WeighParams, 1) {
             if (i < pairs.counters->valid_anchors) {
                 negatives += static_cast<double>(pairs.counters->valid_references - (range.end - range.begin));
             }
+            numbers = RowNumbers{same.min_pos, key, sums.count_pos, sums.count_neg};
             if (sums.count_pos != 0 && sums.count_neg != 0) {
-                double pos = 2.0 / (static_cast<double>(anchors) * static_cast<double>(sums.count_pos));
-                double neg = 2.0 / (static_cast<double>(anchors) * static_cast<double>(sums.count_neg));
-                weights = RowWeights{positive_bound(key, tolerances.pos), negative_bound(same.min_pos, tolerances.neg),
-                                     static_cast<float>(pos), static_cast<float>(neg)};
+                double pos = 2.0 / (static_cast<double>(pairs.total) * static_cast<double>(sums.count_pos));
+                double neg = 2.0 / (static_cast<double>(pairs.total) * static_cast<double>(sums.count_neg));
                 loss += pos / settings.beta * static_cast<double>(sums.softplus_pos) / settings.sum_scale +
                         neg / settings.alpha * static_cast<double>(sums.softplus_neg) / settings.sum_scale;
                 lambda_pos += pos * static_cast<double>(sums.sigmoid_pos) / settings.sum_scale;
@@ -258,7 +270,14 @@ KERNEL(weigh, WeighParams, 1) {
                 active += 1.0;
             }
         }
-        pairs.weights[i] = weights;
+        pairs.weights[i] = weights_of(pairs, tolerances, numbers);
+    }
+    if (pairs.columns != nullptr) {
+        for (uint32_t j = thread_index(); j < pairs.references.tiles * TILE; j += THREADS) {
+            bool there = j < pairs.references.count;
+            RowNumbers numbers = there ? pairs.columns[j] : RowNumbers{INFINITE, 0, 0, 0};
+            pairs.column_weights[j] = weights_of(pairs, tolerances, numbers);
+        }
     }
     // The sum of all similarities is the product of the column sums.
     double sum_all = 0.0;
@@ -277,7 +296,9 @@ KERNEL(weigh, WeighParams, 1) {
     if (thread_index() != 0) return;
     const Counters &counters = *pairs.counters;
     LossScalars &out = *p.scalars;
-    out.loss = loss;
+    // A caller that does not wait sees it by the loss.
+    bool bad = counters.bad_anchor != NO_ROW || counters.bad_reference != NO_ROW;
+    out.loss = bad ? static_cast<double>(NAN) : loss;
     out.dloss_dlambda_pos = lambda_pos;
     out.dloss_dlambda_neg = lambda_neg;
     out.mean_pos = sum_pos / static_cast<double>(counters.total_pos);  // 0 / 0 is the NaN that is wanted
@@ -286,6 +307,7 @@ KERNEL(weigh, WeighParams, 1) {
     out.gamma_neg = tolerances.neg;
     out.probe_neg = counters.probe_neg;
     out.total_pos = counters.total_pos;
+    out.total_neg = static_cast<uint64_t>(negatives);
     out.active = static_cast<uint64_t>(active);
     out.bad_anchor = counters.bad_anchor;
     out.bad_reference = counters.bad_reference;

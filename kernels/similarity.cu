@@ -238,7 +238,7 @@ DEVICE void sweep_epilogue(const Pairs &pairs, TileIndex tile, uint64_t index, S
                 probe += s > bounds.probe;
                 if (mirrored) probe += s > shared.column_probe[c];
             }
-            bool candidate = negative ? s > bounds.candidate || (mirrored && s > shared.column_candidate[c])
+            bool candidate = negative ? s > bounds.candidate || s > shared.column_candidate[c]
                                       : counts && !is_duplicate(pairs, i, j, s);
             int bit = row * Where::columns + column;
             candidates[bit / 32] |= static_cast<uint32_t>(candidate) << bit % 32;
@@ -305,9 +305,15 @@ DEVICE void sweep_begin(const Pairs &pairs, TileIndex tile, Shared &shared) {
         SweepRow &row = shared.rows[thread_index()];
         row.range = i < pairs.counters->valid_anchors ? pairs.classes[i] : ClassRange{1, 0};
         sweep_bounds(pairs, i, row.candidate, row.probe);
-    } else if (pairs.square) {
-        uint32_t c = thread_index() - TILE;
-        sweep_bounds(pairs, tile.column * TILE + c, shared.column_candidate[c], shared.column_probe[c]);
+    } else {
+        uint32_t c = thread_index() - TILE, j = tile.column * TILE + c;
+        if (pairs.square) {
+            sweep_bounds(pairs, j, shared.column_candidate[c], shared.column_probe[c]);
+        } else {
+            bool asked = pairs.columns != nullptr && j < pairs.counters->valid_references;
+            float min_pos = asked ? pairs.columns[j].min_pos : INFINITE;
+            shared.column_candidate[c] = negative_bound(min_pos, pairs.settings.candidate);
+        }
     }
 }
 

@@ -111,6 +111,12 @@ DEVICE float valid_min_pos(const Pairs &pairs, uint32_t i) {
     return i < pairs.counters->valid_anchors ? pairs.same[i].min_pos : INFINITE;
 }
 
+// The same of a column, which in the rectangular form may be an anchor elsewhere.
+DEVICE float column_min_pos(const Pairs &pairs, uint32_t j) {
+    if (pairs.square) return valid_min_pos(pairs, j);
+    return pairs.columns != nullptr && j < pairs.counters->valid_references ? pairs.columns[j].min_pos : INFINITE;
+}
+
 // What a thread knows of its two rows.
 struct SweepRows {
     uint32_t first;  // of the tile
@@ -195,7 +201,7 @@ DEVICE void look_at(const Pairs &pairs, SweepHopperShared &shared, uint32_t team
     warp_sync();
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        if constexpr (!apart) probe += static_cast<uint32_t>(popc(by_row[r]) + popc(by_column[r]));
+        if constexpr (!apart) probe += static_cast<uint32_t>(popc(by_row[r]) + (mirrored ? popc(by_column[r]) : 0));
         candidates[r] = by_row[r] | by_column[r] | positive[r];
     }
 }
@@ -264,13 +270,14 @@ struct SweepTeam {
     // One tile, with the team's own barrier before what the whole team has written.
     DEVICE void tile(const SweepWalk &walk, SweepRows &rows, uint32_t &probe) const {
         // On its way while the team multiplies.
-        float min_pos = pairs.square && thread < TILE ? valid_min_pos(pairs, walk.tile.column * TILE + thread) : INFINITE;
+        float min_pos = thread < TILE ? column_min_pos(pairs, walk.tile.column * TILE + thread) : INFINITE;
         GroupAccumulators acc;
         multiply(acc, walk);
         // The last tile's have been read: its candidates are counted.
         if (thread < TILE) {
             shared.candidate[team][thread] = negative_bound(min_pos, pairs.settings.candidate);
-            shared.probe[team][thread] = negative_bound(min_pos, pairs.settings.probe);
+            // A reference that is an anchor elsewhere is counted there.
+            shared.probe[team][thread] = pairs.square ? negative_bound(min_pos, pairs.settings.probe) : INFINITE;
         }
         warp_sync();
         sync();

@@ -283,6 +283,7 @@ DEVICE bool same_class(ClassRange range, uint32_t j) { return range.begin <= j &
 
 // Whether a pair of one class carries no signal: the rows are the same, or one is the other's copy (SPEC 1).
 DEVICE bool is_duplicate(const Pairs &pairs, uint32_t i, uint32_t j, float s) {
+    if (pairs.identity != nullptr && pairs.identity[i] == j) return true;
     return s >= fmaxf(pairs.anchors.duplicate[i], pairs.references.duplicate[j]);
 }
 

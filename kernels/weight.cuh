@@ -11,19 +11,20 @@ DEVICE float kept_share(const RowWeights &weights, bool positive, float s) {
     return s > weights.neg_bound ? weights.neg_scale : 0.0f;
 }
 
-// Both anchors' shares of the pair of anchor i and reference j. The square form adds those of
-// both rows, i before j, whoever asks: M is symmetric to the last bit.
+// Both anchors' shares of the pair of anchor i and reference j, where reference j is an anchor too. The square form adds
+// those of both rows, i before j, whoever asks: M is symmetric to the last bit.
 DEVICE float pair_share(const Pairs &pairs, uint32_t i, uint32_t j, float s, bool &positive) {
     positive = same_class(pairs.classes[i], j);
     if (positive && is_duplicate(pairs, i, j, s)) return 0.0f;
     float share = kept_share(pairs.weights[i], positive, s);
-    if (pairs.square) share += kept_share(pairs.weights[j], positive, s);
+    if (pairs.column_weights != nullptr) share += kept_share(pairs.column_weights[j], positive, s);
     return share;
 }
 
 // The pair's term of the loss is softplus of this (SPEC 4).
 DEVICE float pair_argument(const Settings &settings, bool positive, float s) {
     double lambda = positive ? settings.lambda_pos : settings.lambda_neg;
+    if (settings.lambda != 0) lambda = reinterpret_cast<const double *>(settings.lambda)[positive ? 0 : 1];
     double sharpness = positive ? -settings.beta : settings.alpha;
     return static_cast<float>(sharpness * (static_cast<double>(s) - lambda));
 }
@@ -42,7 +43,7 @@ DEVICE float pair_slope(const Settings &settings, bool positive, float s) {
     return e / ((1.0f + e) * (1.0f + e));
 }
 
-// Element of M: G_ij, plus G_ji in the square form.
+// Element of M: G_ij, plus G_ji where reference j is an anchor too.
 DEVICE float pair_weight(const Pairs &pairs, uint32_t i, uint32_t j, float s) {
     bool positive;
     float share = pair_share(pairs, i, j, s, positive);

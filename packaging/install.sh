@@ -21,7 +21,7 @@ version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 abi=$(sed -n 's/^#define DDTAS_ABI_VERSION \([0-9]*\)$/\1/p' include/ddtas.h)
 soname=libddtas.so.$abi
 shared=$soname.$version
-cargo rustc --release --lib --no-default-features --features "$features" \
+cargo rustc --release -p ddtas --lib --no-default-features --features "$features" \
     --crate-type staticlib,cdylib -- -C "link-arg=-Wl,-soname,$soname"
 built=${CARGO_TARGET_DIR:-target}/release
 # What Rust's own library needs of the system when it is linked statically.

@@ -5,8 +5,6 @@
 #![allow(clippy::undocumented_unsafe_blocks, reason = "every call below hands in live memory of its own")]
 #![allow(clippy::unwrap_used, reason = "test code outside #[test] functions")]
 
-mod cases;
-
 use std::ffi::{CString, c_void};
 use std::ptr::{null, null_mut};
 use std::sync::Arc;
@@ -15,6 +13,7 @@ use ddtas::backend::{Backend, Nearest};
 use ddtas::capi::*;
 use ddtas::loss::{Batch, Embeddings, Hypergradient, LossOutput, LossSettings, Mining, UnitCheck};
 use ddtas::{Error, Result};
+use ddtas_cases::table as cases;
 use ndarray::{Array2, ArrayView2};
 
 /// A context, destroyed by the last who has it.

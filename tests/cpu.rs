@@ -1,33 +1,30 @@
 //! The CPU backend against the scalar truth.
-#![cfg(feature = "cli")]
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
-
-mod support;
 
 use ddtas::Error;
 use ddtas::backend::Backend;
 use ddtas::backend::cpu::CpuBackend;
 use ddtas::loss::{Batch, Embeddings, LossOutput, LossSettings, Mining, Rows, reference};
-use ddtas::verify::{Expected, Report, SINGLE_PRECISION};
+use ddtas_cases::random::{self, Draw, compare, draw, tangent};
+use ddtas_cases::verify::{Expected, Report, SINGLE_PRECISION};
 use half::{bf16, f16};
 use ndarray::{Array2, Axis};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
-use support::{Draw, compare, draw, tangent};
 
 #[test]
 fn the_cpu_backend_reproduces_every_golden_case() {
-    support::check_golden(&mut CpuBackend::new());
+    random::check_golden(&mut CpuBackend::new());
 }
 
 #[test]
 fn the_cpu_backend_agrees_with_the_truth_on_the_table_of_cases() {
-    support::check_table(&mut CpuBackend::new());
+    random::check_table(&mut CpuBackend::new());
 }
 
 #[test]
 fn without_a_budget_every_tile_is_recomputed_and_nothing_changes() {
-    support::check_table(&mut CpuBackend::with_budget(0));
+    random::check_table(&mut CpuBackend::with_budget(0));
 }
 
 prop_compose! {

@@ -3,15 +3,15 @@
 //! Without a GPU the table is skipped, and says so; with DDTAS_REQUIRE_GPU set
 //! (benches/device.sh) a skip is a failure.
 
-mod cases;
-
 use ddtas::backend::cuda::{self, CudaBackend, CudaDevice};
 use ddtas::backend::device::{Device, Options, ResidentBatch, ResidentRows, ResidentType};
 use ddtas::backend::{AutoDevice, Backend, DeviceSpec, auto, open};
-use ddtas::cases::{Case, find};
 use ddtas::loss::{Embeddings, LossOutput, LossSettings, UnitCheck};
-use ddtas::verify::{TF32, run_tf32};
 use ddtas::{Error, Result};
+use ddtas_cases::file::{Case, find};
+use ddtas_cases::parts;
+use ddtas_cases::table as cases;
+use ddtas_cases::verify::{TF32, run_tf32};
 
 /// What a test opens on the first GPU; without one the reason why it is skipped is printed.
 fn gpu<T>(opened: Result<T>) -> Option<T> {
@@ -35,6 +35,21 @@ fn golden_cases_agree() {
 fn every_type_and_form_agrees() {
     let Some(mut backend) = gpu(cuda::open(0, Options::default())) else { return };
     cases::run_all(&mut *backend, cases::generated());
+}
+
+#[test]
+fn the_table_of_cases_agrees_in_parts() {
+    if gpu(cuda::open(0, Options::default())).is_none() {
+        return;
+    }
+    let open = |part: usize| {
+        let budget = if part == 0 { 0 } else { Options::default().budget };
+        cuda::open(0, Options { budget, ..Options::default() }).expect("opened above")
+    };
+    parts::run_all(open, cases::generated());
+    parts::check_memory(open);
+    parts::check_identity(&mut *open(0));
+    parts::check_identity(&mut *open(1));
 }
 
 #[test]

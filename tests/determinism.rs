@@ -1,13 +1,10 @@
 //! The same bits, whatever the thread count and the budget.
-#![cfg(feature = "cli")]
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
-
-mod support;
 
 use ddtas::backend::Backend;
 use ddtas::backend::cpu::CpuBackend;
 use ddtas::loss::{Batch, LossOutput, LossSettings, Mining, Rows};
-use support::{Draw, draw, tangent};
+use ddtas_cases::random::{Draw, draw, tangent};
 
 /// Every number of a loss, a hyper-gradient and a search, as text that shows all bits.
 fn everything(threads: usize, budget: usize, mining: Mining) -> String {

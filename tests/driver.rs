@@ -14,7 +14,10 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use ddtas::Error;
 use ddtas::backend::cuda::{self, CudaBackend, CudaDevice};
-use ddtas::backend::device::{Options, ResidentBatch, ResidentRows, ResidentType};
+use ddtas::backend::device::{
+    Options, ResidentBatch, ResidentIdentity, ResidentNumbers, ResidentPart, ResidentRows, ResidentSettings,
+    ResidentType,
+};
 use ddtas::backend::{AutoDevice, Backend, DeviceSpec, auto};
 use ddtas::capi::*;
 use ddtas::loss::{Batch, LossOutput, LossSettings, Rows, UnitCheck};
@@ -162,6 +165,47 @@ fn the_calling_thread_s_context_is_its_own_again_after_every_call() {
     assert!(fake.get("fake_launches") > 20, "the passes were launched");
     assert_eq!(fake.get("fake_failures"), 0, "no call was refused, and none asked for what is not there");
     assert_eq!(fake.get("fake_retained"), 0, "every share in the context was given back");
+}
+
+#[test]
+fn after_the_first_call_of_a_shape_nothing_is_allocated_copied_waited_for_or_looked_up() {
+    let fake = Fake::load();
+    let mut backend = CudaBackend::new(CudaDevice::new(0).unwrap(), Options::default());
+    let (e, labels) = rows();
+    // The driver computes nothing, so that all lists may be one.
+    let mut list = vec![0u64; 400];
+    let address = list.as_mut_ptr() as u64;
+    let (dtype, check) = (ResidentType::F32, UnitCheck::Check);
+    let side = |count, gradient| ResidentRows {
+        count,
+        embeddings: e.as_ptr() as u64,
+        labels: labels.as_ptr() as u64,
+        gradient,
+    };
+    let (anchors, references) = (side(90, address), Some(side(200, 0)));
+    let batch = ResidentBatch { dim: 2, dtype, anchors, references, check };
+    let part = ResidentPart { batch, identity: ResidentIdentity::FromAt(address), total: 200 };
+    let square = ResidentBatch { anchors: side(200, address), references: None, ..batch };
+    let whole = ResidentPart { batch: square, ..part };
+    let settings = ResidentSettings { settings: LossSettings::default(), lambda: address };
+    let numbers = ResidentNumbers { anchors: address, references: address, count: 200 };
+    let run = |part: &ResidentPart, backend: &mut CudaBackend| unsafe {
+        backend.enqueue_loss(part, &settings, address).unwrap();
+        backend.enqueue_same_class(part, &settings, address).unwrap();
+        let numbers = ResidentNumbers { count: part.batch.references.map_or(0, |_| 200), ..numbers };
+        backend.enqueue_sweep(part, numbers, address, address).unwrap();
+        backend.enqueue_select(part, numbers, address, [address; 2]).unwrap();
+        backend.enqueue_gradient(part, [numbers; 2], address).unwrap();
+    };
+    run(&whole, &mut backend);
+    run(&part, &mut backend);
+    let (asked, launches) = (fake.get("fake_asked"), fake.get("fake_launches"));
+    assert!(asked > 0);
+    run(&part, &mut backend);
+    run(&whole, &mut backend);
+    assert_eq!(fake.get("fake_asked"), asked);
+    assert!(fake.get("fake_launches") > launches + 40);
+    assert_eq!(fake.get("fake_failures"), 0);
 }
 
 #[test]

@@ -3,18 +3,18 @@
 //! With sanitizers, whose runtime must be loaded first:
 //! `export DDTAS_SANITIZE=address,undefined ASAN_OPTIONS=detect_leaks=0`,
 //! `export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="env LD_PRELOAD=$(g++ -print-file-name=libasan.so)"`,
-//! `cargo test --release --no-default-features --features cli,emulated --test emulated`.
+//! `cargo test --release -p ddtas --features emulated --test emulated`.
 //! ThreadSanitizer likewise: `DDTAS_SANITIZE=thread`, libtsan.so, and
 //! `TSAN_OPTIONS="halt_on_error=1 exitcode=66 ignore_interceptors_accesses=1"` (kernels/emulation/races.h). All
 //! tests take a quarter of an hour there; `every_kernel` runs each kernel in half a minute.
 
-mod cases;
-
-use cases::{Case, Dtype};
 use ddtas::backend::device::{DeviceBackend, Options};
 use ddtas::backend::emulated::{self, EmulatedDevice};
 use ddtas::backend::{Backend, Nearest};
 use ddtas::loss::{Batch, Hypergradient, LossOutput, LossSettings, Mining, Rows, UnitCheck, reference};
+use ddtas_cases::parts;
+use ddtas_cases::table as cases;
+use ddtas_cases::table::{Case, Dtype};
 use ndarray::Array2;
 
 fn golden_case(name: &str) -> Case {
@@ -94,6 +94,36 @@ fn every_width_agrees_on_hopper_s_kernels_stored_or_not() {
 fn golden_cases_in_16_bits_agree_on_hopper_s_kernels() {
     let mut backend = DeviceBackend::new(EmulatedDevice::new(15).as_hopper(), Options::default());
     cases::run_all(&mut backend, cases::golden_in(Dtype::F16));
+}
+
+/// A backend for each part of a batch; `hopper`: with the kernels of that GPU, which serve 16-bit rows.
+fn parts_on(first_seed: u64, hopper: bool) -> impl FnMut(usize) -> Box<dyn Backend> {
+    move |part| {
+        let device = EmulatedDevice::new(first_seed + part as u64);
+        let device = if hopper { device.as_hopper() } else { device };
+        // The first part stores nothing.
+        let options =
+            if part == 0 { Options { budget: 0, ..Options::default() } } else { Options::default() };
+        Box::new(DeviceBackend::new(device, options))
+    }
+}
+
+#[test]
+fn the_table_of_cases_agrees_in_parts() {
+    parts::run_all(parts_on(60, false), cases::generated());
+    parts::check_memory(parts_on(65, false));
+}
+
+#[test]
+fn the_table_of_cases_agrees_in_parts_on_hopper_s_kernels() {
+    let narrow = |case: &Case| case.dtype != Dtype::F32;
+    parts::run_all(parts_on(70, true), cases::generated().into_iter().filter(narrow));
+}
+
+#[test]
+fn identity_by_index_agrees() {
+    parts::check_identity(&mut *emulated::open(Options::default(), 80));
+    parts::check_identity(&mut *emulated::open(Options { budget: 0, ..Options::default() }, 81));
 }
 
 #[test]

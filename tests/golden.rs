@@ -1,13 +1,11 @@
 //! The scalar truth against the reference cases in `tests/golden` (SPEC 7).
-#![cfg(feature = "cli")]
-
-mod support;
 
 use std::path::PathBuf;
 
-use ddtas::cases::{Case, find};
 use ddtas::loss::{Batch, reference};
-use ddtas::verify::{Expected, to_tf32};
+use ddtas_cases::file::{Case, find};
+use ddtas_cases::random;
+use ddtas_cases::verify::{Expected, to_tf32};
 
 fn close(name: &str, what: &str, got: f64, wanted: f64, scale: f64) {
     let error = if got == wanted { 0.0 } else { (got - wanted).abs() };
@@ -59,6 +57,6 @@ fn no_pair_comes_near_a_threshold_when_rows_are_rounded_to_tf32() {
         let case = Case::read(&file).unwrap();
         let rounded = case.embeddings.mapv(to_tf32);
         let truth = reference(&Batch::square(rounded.view(), &case.labels), &case.settings).unwrap();
-        assert!(support::is_clear_by(SLACK, &truth, &case.settings), "{}", case.name);
+        assert!(random::is_clear_by(SLACK, &truth, &case.settings), "{}", case.name);
     }
 }

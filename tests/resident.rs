@@ -3,12 +3,17 @@
 //! On the emulated device, whose memory is the host's.
 
 use ddtas::backend::cpu::CpuBackend;
-use ddtas::backend::device::{DeviceBackend, Options, ResidentBatch, ResidentRows, ResidentType};
+use ddtas::backend::device::params::LossScalars;
+use ddtas::backend::device::{
+    DeviceBackend, Options, ResidentBatch, ResidentIdentity, ResidentNumbers, ResidentPart, ResidentRows,
+    ResidentSettings, ResidentType,
+};
 use ddtas::backend::emulated::EmulatedDevice;
 use ddtas::backend::{Backend, Nearest};
 use ddtas::loss::{Batch, Embeddings, LossOutput, LossSettings, Rows, UnitCheck};
 use ddtas::retrieval::{recall, recall_by};
 use ddtas::{Error, Result};
+use ddtas_cases::parts::loss_in_parts;
 use half::{bf16, f16};
 use ndarray::Array2;
 
@@ -235,4 +240,152 @@ fn recall_of_resident_rows_leaves_ignored_ones_out() {
     }
     let error = among(Some(&[4, 5, 6]), 1).unwrap_err();
     assert!(matches!(error, Error::NotFinite { rows: "queries", row: 5 }), "the caller's row: {error}");
+}
+
+/// Every address of a part: rows as they lie, numbers in lists of its own.
+fn part_of<'a>(
+    all: (&'a Array2<f32>, &'a [i64]),
+    range: std::ops::Range<usize>,
+    gradient: &mut Array2<f32>,
+    identity: ResidentIdentity,
+) -> ResidentPart {
+    let (rows, labels) = all;
+    let whole = ResidentRows {
+        count: labels.len(),
+        embeddings: rows.as_ptr() as u64,
+        labels: labels.as_ptr() as u64,
+        gradient: 0,
+    };
+    let own = ResidentRows {
+        count: range.len(),
+        embeddings: whole.embeddings + (range.start * 2 * size_of::<f32>()) as u64,
+        labels: whole.labels + (range.start * size_of::<i64>()) as u64,
+        gradient: gradient.as_mut_ptr() as u64,
+    };
+    ResidentPart { batch: batch(own, Some(whole)), identity, total: labels.len() }
+}
+
+#[test]
+fn parts_that_nobody_waits_for_give_the_bits_of_parts_from_the_host() {
+    let (e, labels) = rows(140, 0.0);
+    let all = Rows::new(e.view(), &labels);
+    let settings = LossSettings { lambda_pos: 0.6, lambda_neg: 0.4, ..LossSettings::default() };
+    let lengths = [50, 90];
+    let mut host: Vec<Box<dyn Backend>> = vec![Box::new(backend()), Box::new(backend())];
+    let tangent = Array2::zeros((140, 2));
+    let wanted = loss_in_parts(&mut host, &all, &lengths, &settings, tangent.view()).unwrap().output;
+    assert!(wanted.active > 0, "a batch that mines something");
+
+    // Thresholds and `first` in device memory, which differ from those in the settings.
+    let (lambda, first, list) = ([0.6f64, 0.4], 50u64, (0..50).collect::<Vec<u32>>());
+    let given = ResidentSettings { settings: LossSettings::default(), lambda: lambda.as_ptr() as u64 };
+    let mut gradients = [Array2::zeros((50, 2)), Array2::zeros((90, 2))];
+    let identities =
+        [ResidentIdentity::List(list.as_ptr() as u64), ResidentIdentity::FromAt(&raw const first as u64)];
+    let ranges = [0..50, 50..140];
+    let parts: Vec<ResidentPart> =
+        (0..2).map(|p| part_of((&e, &labels), ranges[p].clone(), &mut gradients[p], identities[p])).collect();
+    let mut backends = [backend(), backend()];
+    let (mut min_pos, mut max_neg) = (vec![0.0f32; 140], vec![0.0f32; 140]);
+    let (mut count_pos, mut count_neg) = (vec![0u32; 140], vec![0u32; 140]);
+    let (mut totals, mut sums) = ([[0u64; 2]; 2], [0u64; 2]);
+    let mut scalars = [[0u64; size_of::<LossScalars>() / 8]; 2];
+    let at = |base: u64, row: usize| base + 4 * row as u64;
+    let numbers = |base: u64, p: usize| ResidentNumbers {
+        anchors: at(base, ranges[p].start),
+        references: base,
+        count: 140,
+    };
+    let lists = [min_pos.as_mut_ptr() as u64, max_neg.as_mut_ptr() as u64];
+    let counts = [count_pos.as_mut_ptr() as u64, count_neg.as_mut_ptr() as u64];
+    // SAFETY: every address is that of a list of this test, as long as it says.
+    unsafe {
+        for p in 0..2 {
+            let to = at(lists[0], ranges[p].start);
+            backends[p].enqueue_same_class(&parts[p], &given, to).unwrap();
+        }
+        for p in 0..2 {
+            let (to, found) = (at(lists[1], ranges[p].start), totals[p].as_mut_ptr() as u64);
+            backends[p].enqueue_sweep(&parts[p], numbers(lists[0], p), to, found).unwrap();
+        }
+        // The emulated device is through when a call returns.
+        sums[0] = totals[0][0] + totals[1][0];
+        sums[1] = totals[0][1] + totals[1][1];
+        for p in 0..2 {
+            let to = counts.map(|list| at(list, ranges[p].start));
+            let sums = sums.as_ptr() as u64;
+            backends[p].enqueue_select(&parts[p], numbers(lists[1], p), sums, to).unwrap();
+        }
+        for p in 0..2 {
+            let given = counts.map(|list| numbers(list, p));
+            backends[p].enqueue_gradient(&parts[p], given, scalars[p].as_mut_ptr() as u64).unwrap();
+        }
+    }
+    assert_eq!((min_pos, max_neg), (wanted.min_pos, wanted.max_neg));
+    assert_eq!((count_pos, count_neg), (wanted.count_pos, wanted.count_neg));
+    assert_eq!(sums, [wanted.probe_neg, wanted.total_pos]);
+    let [first, second] = gradients;
+    assert_eq!(ndarray::concatenate![ndarray::Axis(0), first, second], wanted.gradient);
+    // SAFETY: as many bytes, as aligned, and every bit pattern is a value of its numbers.
+    let scalars = scalars.map(|words| unsafe { words.as_ptr().cast::<LossScalars>().read() });
+    // The sums are rounded to units that allow for any threshold.
+    let loss = scalars[0].loss + scalars[1].loss;
+    assert!((loss - wanted.loss).abs() < 1e-9, "{loss} {}", wanted.loss);
+    assert_eq!(scalars[0].active + scalars[1].active, wanted.active);
+}
+
+#[test]
+fn a_whole_loss_that_nobody_waits_for_gives_the_same_bits_and_nan_for_a_bad_row() {
+    let (mut e, labels) = rows(140, 0.0);
+    let mut host = LossOutput::default();
+    backend().loss(&Batch::square(e.view(), &labels), &LossSettings::default(), &mut host).unwrap();
+    let mut gradient = Array2::zeros((140, 2));
+    let given = ResidentSettings { settings: LossSettings::default(), lambda: 0 };
+    let enqueue = |e: &Array2<f32>, gradient: &mut Array2<f32>| {
+        let whole = batch(resident(e, &labels, gradient), None);
+        let part = ResidentPart { batch: whole, identity: ResidentIdentity::ByValue, total: 140 };
+        let mut scalars = [0u64; size_of::<LossScalars>() / 8];
+        // SAFETY: the addresses of matrices that outlive the call, and of the scalars.
+        unsafe { backend().enqueue_loss(&part, &given, scalars.as_mut_ptr() as u64) }.unwrap();
+        // SAFETY: as many bytes, as aligned, and every bit pattern is a value of its numbers.
+        unsafe { scalars.as_ptr().cast::<LossScalars>().read() }
+    };
+    let scalars = enqueue(&e, &mut gradient);
+    assert_eq!(gradient, host.gradient);
+    assert_eq!((scalars.loss, scalars.total_neg), (host.loss, host.total_neg));
+    e[[77, 0]] = 3.0;
+    let scalars = enqueue(&e, &mut gradient);
+    assert!(scalars.loss.is_nan());
+    assert_eq!(scalars.bad_anchor, 77);
+}
+
+#[test]
+fn parts_of_another_shape_or_out_of_order_are_refused() {
+    let (e, labels) = rows(30, 0.0);
+    let mut gradient = Array2::zeros((20, 2));
+    let part = part_of((&e, &labels), 0..20, &mut gradient, ResidentIdentity::From(0));
+    let given = ResidentSettings { settings: LossSettings::default(), lambda: 0 };
+    let mut list = [0.5f32; 31];
+    let address = list.as_mut_ptr() as u64;
+    let numbers = ResidentNumbers { anchors: address, references: address, count: 30 };
+    let mut backend = backend();
+    // SAFETY: every address is that of a list of this test, as long as it says; refused calls use none.
+    unsafe {
+        let early = backend.enqueue_sweep(&part, numbers, address, address);
+        assert!(matches!(early, Err(Error::OutOfOrder(_))));
+        backend.enqueue_same_class(&part, &given, address).unwrap();
+        let other = part_of((&e, &labels), 0..19, &mut gradient, ResidentIdentity::From(0));
+        let refused = backend.enqueue_sweep(&other, numbers, address, address);
+        assert!(matches!(refused, Err(Error::OutOfOrder(_))));
+        backend.enqueue_same_class(&part, &given, address).unwrap();
+        let many = ResidentNumbers { count: 31, ..numbers };
+        let refused = backend.enqueue_sweep(&part, many, address, address);
+        assert!(matches!(refused, Err(Error::LengthMismatch { .. })));
+        let odd = ResidentSettings { lambda: 4, ..given };
+        let refused = backend.enqueue_same_class(&part, &odd, address);
+        assert!(matches!(refused, Err(Error::InvalidSetting { name: "lambda", .. })));
+        let none = ResidentPart { total: 19, ..part };
+        let refused = backend.enqueue_same_class(&none, &given, address);
+        assert!(matches!(refused, Err(Error::InvalidSetting { name: "total", .. })));
+    }
 }

@@ -2,7 +2,7 @@
 
     python3 benches/device/report.py FOLDER OUT
 
-FOLDER holds for every BATCH-DIM-DENSITY the files .ddtas.json (benches/resident.rs: rows and
+FOLDER holds for every BATCH-DIM-DENSITY the files .ddtas.json (bench/benches/resident.rs: rows and
 gradient stay on the GPU, as they do for the peers), .host.json (`ddtas-bench throughput
 --json`: with the copies) and .peers.json (baselines.py); for f32 also .ddtas-tf32.json and
 .host-tf32.json, with --tf32. The peers multiply f32 in TF32.

@@ -12,7 +12,7 @@ use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use ddtas::backend::Backend;
 use ddtas::backend::cpu::{CpuBackend, PassTimes};
 use ddtas::loss::LossOutput;
-use ddtas::throughput::{Density, Embeddings, draw, find_noise};
+use ddtas_bench::{Density, Embeddings, draw, find_noise};
 
 const DIM: usize = 512;
 const SEED: u64 = 0;

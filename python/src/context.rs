@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 
 use ddtas::backend::Backend;
 use ddtas::backend::cpu::CpuBackend;
-use ddtas::loss::{self, Batch, Rows, UnitCheck};
+use ddtas::loss::{self, Batch, Identity, Rows, UnitCheck};
 use ddtas::process::PerProcess;
 use ddtas::retrieval::{Recall, recall};
 use ddtas::threads::{MOST_THREADS, Threads, available};
@@ -74,7 +74,14 @@ impl<'py> Sides<'py> {
 
     fn batch(&self, reference_gradient: bool, check: UnitCheck) -> PyResult<Batch<'_>> {
         let references = self.references.as_ref().map(rows).transpose()?;
-        Ok(Batch { anchors: rows(&self.anchors)?, references, reference_gradient, check })
+        Ok(Batch {
+            anchors: rows(&self.anchors)?,
+            references,
+            identity: Identity::ByValue,
+            reference_gradient,
+            total: None,
+            check,
+        })
     }
 }
 

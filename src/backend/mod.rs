@@ -6,11 +6,9 @@
 
 use ndarray::{Array2, ArrayView2};
 
-use crate::loss::{Batch, Hypergradient, LossOutput, LossSettings, Rows};
+use crate::loss::{Batch, Hypergradient, LossOutput, LossSettings, RowNumbers, Rows};
 use crate::{Error, Result};
 
-#[cfg(feature = "cli")]
-mod arguments;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
@@ -20,8 +18,6 @@ pub mod device;
 pub mod emulated;
 mod open;
 
-#[cfg(feature = "cli")]
-pub use arguments::DeviceArguments;
 pub use open::{AutoDevice, DeviceSpec, auto, open, open_with};
 
 /// One device with one workspace, which is allocated once and reused.
@@ -41,6 +37,72 @@ pub trait Backend: Send {
     /// rows ([`Error::NotFinite`], [`Error::NotUnit`]).
     /// After an error `output` is unspecified and nothing is remembered.
     fn loss(&mut self, batch: &Batch<'_>, settings: &LossSettings, output: &mut LossOutput) -> Result<()>;
+
+    /// First step of the loss of a part of a batch ([`Batch::part`]): m+ and the positive pairs of its anchors.
+    ///
+    /// The four steps together do what [`loss`](Backend::loss) does. Between them the parts of a batch, on as many
+    /// backends, tell each other what they found; the caller carries it. The numbers of the references let a part
+    /// sum its own rows of `(G + Gᵀ) E`: no gradient travels.
+    ///
+    /// | step | fills in | which the next step takes |
+    /// | --- | --- | --- |
+    /// | `same_class` | `min_pos`, `total_pos`, `total_neg`, means | `min_pos` of all anchors |
+    /// | [`sweep`](Backend::sweep) | `max_neg`, `probe_neg` | `max_neg` of all anchors, sums of `probe_neg` and `total_pos` |
+    /// | [`select`](Backend::select) | `count_pos`, `count_neg`, `gamma_pos`, `gamma_neg` | both counts of all anchors |
+    /// | [`gradient`](Backend::gradient) | `loss`, `gradient`, `active`, derivatives by lambda | |
+    ///
+    /// Totals are those of the part's own pairs: [`LossOutput::add_part`] adds them up. Each step must get the
+    /// rows of the first; a step that fails, and a loss between two of them, end the row. On the CPU each
+    /// row's numbers and gradient are the bits of the whole batch's, however it is split, and the loss agrees to
+    /// rounding.
+    ///
+    /// # Errors
+    /// As [`loss`](Backend::loss).
+    fn same_class(
+        &mut self,
+        part: &Batch<'_>,
+        settings: &LossSettings,
+        output: &mut LossOutput,
+    ) -> Result<()>;
+
+    /// Second step: m-, the probe's count and the candidates, from m+ of the anchors and of the references.
+    ///
+    /// # Errors
+    /// [`Error::OutOfOrder`] without the step before it, or if shape or labels are not those of that step;
+    /// [`Error::LengthMismatch`] if numbers are missing or there are too many; as [`loss`](Backend::loss).
+    fn sweep(
+        &mut self,
+        part: &Batch<'_>,
+        min_pos: RowNumbers<'_, f32>,
+        output: &mut LossOutput,
+    ) -> Result<()>;
+
+    /// Third step: |P_i| and |N_i|, from m- of the anchors and of the references and from `totals`, the sums over all
+    /// parts of `probe_neg` and `total_pos`.
+    ///
+    /// # Errors
+    /// As [`sweep`](Backend::sweep).
+    fn select(
+        &mut self,
+        part: &Batch<'_>,
+        max_neg: RowNumbers<'_, f32>,
+        totals: (u64, u64),
+        output: &mut LossOutput,
+    ) -> Result<()>;
+
+    /// Last step: the part's share of the loss, and the whole gradient of its anchors, from the sizes of the sets of
+    /// the anchors and of the references. Then [`hypergradient`](Backend::hypergradient) answers the part's share:
+    /// along the tangent of its anchors, and of references that are no anchors.
+    ///
+    /// # Errors
+    /// As [`sweep`](Backend::sweep).
+    fn gradient(
+        &mut self,
+        part: &Batch<'_>,
+        count_pos: RowNumbers<'_, u32>,
+        count_neg: RowNumbers<'_, u32>,
+        output: &mut LossOutput,
+    ) -> Result<()>;
 
     /// The two sums of SPEC 5 over the pairs of the last [`loss`](Backend::loss), at its thresholds.
     ///

@@ -28,7 +28,7 @@ pub use types::{
 };
 
 use crate::backend::Nearest;
-use crate::loss::{Batch, UnitCheck};
+use crate::loss::{Batch, Identity, UnitCheck};
 use crate::retrieval::{recall, recall_by};
 use context::{State, enter, guard};
 use engine::DeviceBatch;
@@ -229,7 +229,9 @@ pub unsafe extern "C" fn ddtas_loss(
                 anchors: unsafe { anchors.view(buffers.anchors) }?,
                 // SAFETY: as above.
                 references: references.map(|rows| unsafe { rows.view(buffers.references) }).transpose()?,
+                identity: Identity::ByValue,
                 reference_gradient: target.wants_reference_gradient(),
+                total: None,
                 check,
             };
             let output = &mut *buffers.output;
@@ -292,7 +294,9 @@ pub unsafe extern "C" fn ddtas_threshold_gradient(
                 anchors: unsafe { anchors.view(buffers.anchors) }?,
                 // SAFETY: as above.
                 references: references.map(|rows| unsafe { rows.view(buffers.references) }).transpose()?,
+                identity: Identity::ByValue,
                 reference_gradient: false,
+                total: None,
                 check: UnitCheck::Trust,
             };
             // SAFETY: as above.

@@ -9,17 +9,20 @@
 //! * multi-similarity (Wang et al., CVPR 2019, eq. 14): alpha 2, beta 50, base 0.5, mean over anchors. Its
 //!   miner is [`Mining::Symmetric`](super::Mining::Symmetric) with the miner's epsilon as gamma (0.1).
 
+use std::fmt;
+use std::str::FromStr;
+
 use ndarray::Array2;
 
 use super::select::Selection;
 use super::similarity::Similarities;
 use super::{Batch, LossOutput, LossSettings, reference};
-use crate::Result;
+use crate::{Error, Result};
 
 /// The pair loss of a training run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[cfg_attr(feature = "cli", derive(clap::ValueEnum, serde::Serialize, serde::Deserialize))]
-#[cfg_attr(feature = "cli", serde(rename_all = "kebab-case"))]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
 pub enum PairLoss {
     /// DDTAS's own (SPEC 4); backends compute it, fused.
     #[default]
@@ -28,6 +31,40 @@ pub enum PairLoss {
     Contrastive,
     /// Log-sum-exp over the pairs of each anchor.
     MultiSimilarity,
+}
+
+impl PairLoss {
+    /// Every loss, DDTAS's own first.
+    pub const ALL: [Self; 3] = [Self::SoftContrastive, Self::Contrastive, Self::MultiSimilarity];
+
+    /// As the programs and files spell it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::SoftContrastive => "soft-contrastive",
+            Self::Contrastive => "contrastive",
+            Self::MultiSimilarity => "multi-similarity",
+        }
+    }
+}
+
+impl fmt::Display for PairLoss {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for PairLoss {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let found = Self::ALL.into_iter().find(|loss| loss.name() == text);
+        found.ok_or_else(|| Error::InvalidSetting {
+            name: "loss",
+            value: text.to_owned(),
+            range: "soft-contrastive, contrastive or multi-similarity",
+        })
+    }
 }
 
 /// Similarity at which the contrastive loss stops pulling positives.
@@ -88,6 +125,7 @@ pub fn evaluate(
         gamma_neg: selection.tolerances.neg,
         probe_neg: selection.probe_neg,
         total_pos: selection.total_pos,
+        total_neg: truth.total_neg,
         min_pos: narrow(&selection.min_pos),
         max_neg: narrow(&selection.max_neg),
         count_pos: sizes(&selection.positives),

@@ -115,21 +115,56 @@ pub enum UnitCheck {
     Trust,
 }
 
+/// Which reference of the rectangular form is an anchor itself, and so never a pair of it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Identity<'a> {
+    /// Nobody says. An image that stands on both sides is left out of the positives by its value, by SPEC 1's rule
+    /// on exact duplicates.
+    #[default]
+    ByValue,
+    /// Reference `first + i` is anchor i.
+    From(usize),
+    /// Reference `list[i]` is anchor i; [`Identity::ABSENT`] where none is.
+    List(&'a [u32]),
+}
+
+impl Identity<'_> {
+    /// Entry of a list whose anchor is not among the references.
+    pub const ABSENT: u32 = u32::MAX;
+
+    /// The reference that is anchor `i`.
+    #[must_use]
+    pub fn of(&self, i: usize) -> Option<usize> {
+        match self {
+            Self::ByValue => None,
+            Self::From(first) => Some(first.saturating_add(i)),
+            Self::List(list) => {
+                list.get(i).filter(|entry| **entry != Self::ABSENT).map(|entry| *entry as usize)
+            }
+        }
+    }
+}
+
 /// Anchors against references: the input of a loss evaluation.
 ///
 /// The square form, [`Batch::square`], has the anchors themselves as references;
 /// row i is never a pair of itself. The rectangular form has rows of its own on the
-/// other side: a memory bank, or the batch gathered from many devices. There an
-/// image that stands on both sides is left out of the positives by SPEC 1's rule
-/// on exact duplicates.
+/// other side: a memory bank, or the batch gathered from many devices. There
+/// [`Identity`] says which reference is an anchor itself.
+///
+/// A part of a batch, [`Batch::part`], is the rectangular form of some of its anchors against all of its rows.
 #[derive(Debug, Clone, Copy)]
 pub struct Batch<'a> {
     /// The rows the loss is averaged over.
     pub anchors: Rows<'a>,
     /// The rows they are compared with; `None` means the anchors.
     pub references: Option<Rows<'a>>,
+    /// Rectangular form only: which references are anchors.
+    pub identity: Identity<'a>,
     /// Rectangular form only: also compute dL/d(references).
     pub reference_gradient: bool,
+    /// B of the factor 1/B, where it is not the number of these anchors: they are a part of a batch.
+    pub total: Option<usize>,
     /// Whether rows are checked first.
     pub check: UnitCheck,
 }
@@ -140,7 +175,9 @@ impl<'a> Batch<'a> {
         Self {
             anchors: Rows::new(embeddings, labels),
             references: None,
+            identity: Identity::ByValue,
             reference_gradient: false,
+            total: None,
             check: UnitCheck::Check,
         }
     }
@@ -148,7 +185,23 @@ impl<'a> Batch<'a> {
     /// Anchors against references of their own.
     #[must_use]
     pub fn rectangular(anchors: Rows<'a>, references: Rows<'a>) -> Self {
-        Self { anchors, references: Some(references), reference_gradient: false, check: UnitCheck::Check }
+        Self { references: Some(references), ..Self::square(anchors.embeddings, anchors.labels) }
+    }
+
+    /// Some anchors of a batch of `total` anchors, against its references: all anchors, in one order for every
+    /// part, and behind them further references if there are any. There may be no anchor at all.
+    ///
+    /// The loss of a part is evaluated in steps, between which the parts tell each other what they found:
+    /// [`Backend::same_class`](crate::backend::Backend::same_class) and the three after it.
+    #[must_use]
+    pub fn part(anchors: Rows<'a>, references: Rows<'a>, identity: Identity<'a>, total: usize) -> Self {
+        Self { identity, total: Some(total), ..Self::rectangular(anchors, references) }
+    }
+
+    /// Says which references are anchors; without effect in the square form.
+    #[must_use]
+    pub fn with_identity(self, identity: Identity<'a>) -> Self {
+        Self { identity, ..self }
     }
 
     /// Also asks for dL/d(references); without effect in the square form.
@@ -169,6 +222,12 @@ impl<'a> Batch<'a> {
         self.references.unwrap_or(self.anchors)
     }
 
+    /// B of the factor 1/B.
+    #[must_use]
+    pub fn total(&self) -> usize {
+        self.total.unwrap_or(self.anchors.labels.len())
+    }
+
     /// Whether both sides are the same rows.
     #[must_use]
     pub fn is_square(&self) -> bool {
@@ -179,15 +238,49 @@ impl<'a> Batch<'a> {
     /// checked by the backends while they read the rows.
     ///
     /// # Errors
-    /// [`Error::Empty`], [`Error::LengthMismatch`], [`Error::NotContiguous`].
+    /// [`Error::Empty`], [`Error::LengthMismatch`], [`Error::NotContiguous`]; [`Error::InvalidSetting`] for a total below
+    /// the number of anchors, or an identity that is no reference or has another label than its anchor.
     pub fn validate(&self) -> Result<()> {
-        validate_rows("anchors", &self.anchors)?;
+        let anchors = self.anchors.labels.len();
+        // A process may have no row of the batch that it takes part in.
+        if self.total.is_none() || anchors > 0 || self.references.is_none() {
+            validate_rows("anchors", &self.anchors)?;
+        }
         if let Some(references) = &self.references {
             validate_rows("references", references)?;
             validate_dims(self.anchors.embeddings.dim(), references.embeddings.dim())?;
+            validate_identity(&self.identity, self.anchors.labels, references.labels)?;
         }
-        Ok(())
+        match self.total {
+            Some(total) if total < anchors.max(1) => Err(Error::InvalidSetting {
+                name: "total",
+                value: total.to_string(),
+                range: "at least 1, and at least the number of anchors",
+            }),
+            _ => Ok(()),
+        }
     }
+}
+
+fn validate_identity(identity: &Identity<'_>, anchors: &[i64], references: &[i64]) -> Result<()> {
+    if let Identity::List(list) = identity
+        && list.len() != anchors.len()
+    {
+        let (expected, got) = (anchors.len(), list.len());
+        return Err(Error::LengthMismatch { what: "list of the anchors' references", expected, got });
+    }
+    for (i, label) in anchors.iter().enumerate() {
+        if let Some(reference) = identity.of(i)
+            && references.get(reference) != Some(label)
+        {
+            return Err(Error::InvalidSetting {
+                name: "identity",
+                value: format!("reference {reference} for anchor {i}"),
+                range: "a reference of the anchor's label",
+            });
+        }
+    }
+    Ok(())
 }
 
 /// Checks the shape of one side.

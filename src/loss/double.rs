@@ -6,6 +6,7 @@ use ndarray::{Array2, ArrayView2};
 
 use super::batch::{check_unit, validate_dims, validate_shape};
 use super::reference::{Reference, evaluate, hypergradient_along};
+use super::similarity::Similarities;
 use super::{Hypergradient, LossSettings, UnitCheck};
 use crate::Result;
 
@@ -48,7 +49,9 @@ impl DoubleBatch<'_> {
         }
         let reference_side =
             references.as_ref().zip(self.references).map(|(embeddings, rows)| (embeddings, rows.labels));
-        Ok(evaluate((&anchors, self.anchors.labels), reference_side, self.reference_gradient, settings))
+        let similarities = Similarities::new((&anchors, self.anchors.labels), reference_side);
+        let total = anchors.nrows();
+        Ok(evaluate(similarities, (&anchors, references.as_ref()), total, self.reference_gradient, settings))
     }
 
     /// Evaluates the hyper-gradient sums (SPEC 5) along tangents of the anchors and of the references.

@@ -36,11 +36,24 @@ pub struct Weighted {
     pub dloss_dlambda_neg: f64,
 }
 
-/// Evaluates SPEC 4 on the mined pairs. Mining is constant under differentiation.
+/// Evaluates SPEC 4 on the mined pairs of a batch.
 #[must_use]
 pub fn weigh(similarities: &Similarities, selection: &Selection, settings: &LossSettings) -> Weighted {
+    weigh_part(similarities, selection, &selection.sizes(), settings, similarities.anchors())
+}
+
+/// Evaluates SPEC 4 on the mined pairs of anchors of a batch of `total`, where each anchor's sets have `sizes`
+/// (positives, negatives). Mining is constant under differentiation.
+#[must_use]
+pub fn weigh_part(
+    similarities: &Similarities,
+    selection: &Selection,
+    sizes: &[[u32; 2]],
+    settings: &LossSettings,
+    total: usize,
+) -> Weighted {
     let s = &similarities.values;
-    let batch = similarities.anchors() as f64;
+    let batch = total as f64;
     let LossSettings { alpha, beta, lambda_pos, lambda_neg, .. } = *settings;
     let mut out = Weighted {
         loss: 0.0,
@@ -48,20 +61,18 @@ pub fn weigh(similarities: &Similarities, selection: &Selection, settings: &Loss
         dloss_dlambda_pos: 0.0,
         dloss_dlambda_neg: 0.0,
     };
-    for i in (0..similarities.anchors()).filter(|&i| selection.is_active(i)) {
-        let (positives, negatives) = (&selection.positives[i], &selection.negatives[i]);
-        for &j in positives {
+    for (i, size) in sizes.iter().enumerate().filter(|(_, size)| !size.contains(&0)) {
+        let [of_positives, of_negatives] = size.map(|size| 2.0 / (batch * f64::from(size)));
+        for &j in &selection.positives[i] {
             let x = -beta * (s[[i, j]] - lambda_pos);
-            let share = 2.0 / (batch * positives.len() as f64);
-            out.loss += share / beta * softplus(x);
-            out.weights[[i, j]] = -share * sigmoid(x);
+            out.loss += of_positives / beta * softplus(x);
+            out.weights[[i, j]] = -of_positives * sigmoid(x);
             out.dloss_dlambda_pos -= out.weights[[i, j]];
         }
-        for &j in negatives {
+        for &j in &selection.negatives[i] {
             let x = alpha * (s[[i, j]] - lambda_neg);
-            let share = 2.0 / (batch * negatives.len() as f64);
-            out.loss += share / alpha * softplus(x);
-            out.weights[[i, j]] = share * sigmoid(x);
+            out.loss += of_negatives / alpha * softplus(x);
+            out.weights[[i, j]] = of_negatives * sigmoid(x);
             out.dloss_dlambda_neg -= out.weights[[i, j]];
         }
     }

@@ -20,6 +20,8 @@ pub struct LossOutput {
     pub probe_neg: u64,
     /// Ordered positive pairs, N_pos.
     pub total_pos: u64,
+    /// Ordered negative pairs.
+    pub total_neg: u64,
     /// Smallest similarity to a positive, an entry per anchor; `+inf` if it has none.
     pub min_pos: Vec<f32>,
     /// Largest similarity to a negative, an entry per anchor; `-inf` if it has none.
@@ -50,6 +52,7 @@ impl Default for LossOutput {
             gamma_neg: 0.0,
             probe_neg: 0,
             total_pos: 0,
+            total_neg: 0,
             min_pos: Vec::new(),
             max_neg: Vec::new(),
             count_pos: Vec::new(),

@@ -3,7 +3,7 @@
 use ndarray::Array2;
 
 use super::batch::check_unit;
-use super::gradient::{Weighted, weigh};
+use super::gradient::{Weighted, weigh_part};
 use super::select::Selection;
 use super::similarity::Similarities;
 use super::{Batch, Hypergradient, LossSettings, Rows, UnitCheck, threshold};
@@ -26,6 +26,10 @@ pub struct Reference {
     pub mean_pos: f64,
     /// Mean similarity over all negative pairs; NaN if there is none.
     pub mean_neg: f64,
+    /// Ordered negative pairs.
+    pub total_neg: u64,
+    /// B of the factor 1/B.
+    total: usize,
 }
 
 impl Reference {
@@ -47,38 +51,43 @@ pub fn reference(batch: &Batch<'_>, settings: &LossSettings) -> Result<Reference
     let references = batch.references.map(|rows| read(batch, "references", &rows)).transpose()?;
     let reference_side =
         references.as_ref().zip(batch.references).map(|(embeddings, rows)| (embeddings, rows.labels));
-    Ok(evaluate((&anchors, batch.anchors.labels), reference_side, batch.reference_gradient, settings))
+    let mut similarities = Similarities::new((&anchors, batch.anchors.labels), reference_side);
+    if !batch.is_square() {
+        similarities = similarities.with_identity(&batch.identity);
+    }
+    let rows = (&anchors, references.as_ref());
+    Ok(evaluate(similarities, rows, batch.total(), batch.reference_gradient, settings))
 }
 
-/// Rows of one side with their labels, in float64.
-pub(super) type Side<'a> = (&'a Array2<f64>, &'a [i64]);
-
-/// The passes in order, on rows that were checked.
+/// The passes in order, on rows that were checked: anchors, and references in the rectangular form.
 pub(super) fn evaluate(
-    anchors: Side<'_>,
-    references: Option<Side<'_>>,
+    similarities: Similarities,
+    (anchors, references): (&Array2<f64>, Option<&Array2<f64>>),
+    total: usize,
     reference_gradient: bool,
     settings: &LossSettings,
 ) -> Reference {
-    let similarities = Similarities::new(anchors, references);
     let selection = Selection::new(&similarities, settings);
-    let weighted = weigh(&similarities, &selection, settings);
+    let weighted = weigh_part(&similarities, &selection, &selection.sizes(), settings, total);
 
     let g = &weighted.weights;
     let (gradient, reference_gradient) = match references {
-        None => ((g + &g.t()).dot(anchors.0), None),
-        Some(references) => (g.dot(references.0), reference_gradient.then(|| g.t().dot(anchors.0))),
+        None => ((g + &g.t()).dot(anchors), None),
+        Some(references) => (g.dot(references), reference_gradient.then(|| g.t().dot(anchors))),
     };
-    let anchor_indices = || 0..similarities.anchors();
-    let mean_pos = mean(
-        anchor_indices().flat_map(|i| similarities.positives(i).map(move |j| (i, j)).collect::<Vec<_>>()),
-        &similarities.values,
-    );
-    let mean_neg = mean(
-        anchor_indices().flat_map(|i| similarities.negatives(i).map(move |j| (i, j)).collect::<Vec<_>>()),
-        &similarities.values,
-    );
-    Reference { similarities, selection, weighted, gradient, reference_gradient, mean_pos, mean_neg }
+    let (_, mean_pos) = mean(&similarities, |i| similarities.positives(i).collect());
+    let (total_neg, mean_neg) = mean(&similarities, |i| similarities.negatives(i).collect());
+    Reference {
+        similarities,
+        selection,
+        weighted,
+        gradient,
+        reference_gradient,
+        mean_pos,
+        mean_neg,
+        total_neg,
+        total,
+    }
 }
 
 /// Evaluates the hyper-gradient sums of SPEC 5 in float64.
@@ -143,10 +152,13 @@ pub(super) fn hypergradient_along(
         same_shape("reference tangent", references, moving)?;
         tilt += &anchors.dot(&moving.t());
     }
-    Ok(threshold::hypergradient(&evaluated.similarities, &evaluated.selection, settings, &tilt))
+    let sums = threshold::hypergradient(&evaluated.similarities, &evaluated.selection, settings, &tilt);
+    // Of a part of a batch.
+    let share = evaluated.similarities.anchors() as f64 / evaluated.total as f64;
+    Ok(Hypergradient { pos: sums.pos * share, neg: sums.neg * share })
 }
 
-fn read(batch: &Batch<'_>, name: &'static str, rows: &Rows<'_>) -> Result<Array2<f64>> {
+pub(super) fn read(batch: &Batch<'_>, name: &'static str, rows: &Rows<'_>) -> Result<Array2<f64>> {
     let values = rows.embeddings.to_f64();
     if batch.check == UnitCheck::Check {
         for (row, vector) in values.outer_iter().enumerate() {
@@ -163,7 +175,10 @@ fn same_shape(what: &'static str, expected: &Array2<f64>, got: &Array2<f64>) -> 
     Err(Error::LengthMismatch { what, expected: expected.len(), got: got.len() })
 }
 
-fn mean(pairs: impl Iterator<Item = (usize, usize)>, values: &Array2<f64>) -> f64 {
-    let (sum, count) = pairs.fold((0.0, 0u64), |(sum, count), pair| (sum + values[pair], count + 1));
-    sum / count as f64
+/// Number of the pairs of all anchors, and their mean similarity.
+fn mean(similarities: &Similarities, pairs: impl Fn(usize) -> Vec<usize>) -> (u64, f64) {
+    let of = |i: usize| pairs(i).into_iter().map(move |j| similarities.values[[i, j]]);
+    let all = (0..similarities.anchors()).flat_map(of);
+    let (count, sum) = all.fold((0, 0.0), |(count, sum), s| (count + 1, sum + s));
+    (count, sum / count as f64)
 }

@@ -19,6 +19,16 @@ pub struct Tolerances {
 impl Tolerances {
     /// Keeps every pair of an anchor that has pairs of both kinds.
     const EVERYTHING: Self = Self { pos: f64::INFINITY, neg: f64::INFINITY };
+
+    /// Whether an anchor of this m- keeps a positive of similarity `s`.
+    pub(super) fn keep_positive(&self, s: f64, max_neg: f64) -> bool {
+        s < upper_bound(max_neg, self.pos)
+    }
+
+    /// Whether an anchor of this m+ keeps a negative of similarity `s`.
+    pub(super) fn keep_negative(&self, s: f64, min_pos: f64) -> bool {
+        s > lower_bound(min_pos, self.neg)
+    }
 }
 
 /// The tolerances before adaptation.
@@ -54,6 +64,14 @@ pub fn adapt(settings: &LossSettings, probe_neg: u64, total_pos: u64) -> Toleran
     Tolerances { pos: initial.pos * (1.0 + t), neg: initial.neg * (1.0 - t) }
 }
 
+/// n_neg of the probe: negatives above m+ minus its tolerance.
+pub(super) fn probe(similarities: &Similarities, settings: &LossSettings, min_pos: &[f64]) -> u64 {
+    let tolerances = Tolerances { neg: probe_tolerance(settings), pos: 0.0 };
+    let passes = |i: usize, j: usize| tolerances.keep_negative(similarities.values[[i, j]], min_pos[i]);
+    let of = |i: usize| similarities.negatives(i).filter(|&j| passes(i, j)).count() as u64;
+    (0..similarities.anchors()).map(of).sum()
+}
+
 /// The mined pairs of a batch.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Selection {
@@ -77,29 +95,41 @@ impl Selection {
     /// Mines a batch: probe, adapt, keep.
     #[must_use]
     pub fn new(similarities: &Similarities, settings: &LossSettings) -> Self {
-        let s = &similarities.values;
         let anchors = 0..similarities.anchors();
         let min_pos: Vec<f64> = anchors.clone().map(|i| similarities.min_pos(i)).collect();
-        let max_neg: Vec<f64> = anchors.clone().map(|i| similarities.max_neg(i)).collect();
-        let total_pos = anchors.clone().map(|i| similarities.positives(i).count() as u64).sum();
-
-        let harder_than = |i: usize, tolerance: f64| {
-            let bound = lower_bound(min_pos[i], tolerance);
-            similarities.negatives(i).filter(move |&j| s[[i, j]] > bound)
-        };
-        let probe = probe_tolerance(settings);
-        let probe_neg = anchors.clone().map(|i| harder_than(i, probe).count() as u64).sum();
-
+        let max_neg = anchors.clone().map(|i| similarities.max_neg(i)).collect();
+        let total_pos = anchors.map(|i| similarities.positives(i).count() as u64).sum();
+        let probe_neg = probe(similarities, settings, &min_pos);
         let tolerances = adapt(settings, probe_neg, total_pos);
-        let positives = anchors
-            .clone()
-            .map(|i| {
-                let bound = upper_bound(max_neg[i], tolerances.pos);
-                similarities.positives(i).filter(|&j| s[[i, j]] < bound).collect()
-            })
-            .collect();
-        let negatives = anchors.map(|i| harder_than(i, tolerances.neg).collect()).collect();
+        Self::keep(similarities, tolerances, (min_pos, max_neg), (probe_neg, total_pos))
+    }
+
+    /// The pairs that tolerances keep, given m+ and m- of every anchor.
+    pub(super) fn keep(
+        similarities: &Similarities,
+        tolerances: Tolerances,
+        (min_pos, max_neg): (Vec<f64>, Vec<f64>),
+        (probe_neg, total_pos): (u64, u64),
+    ) -> Self {
+        let s = &similarities.values;
+        let positives = |i: usize| {
+            let kept = |&j: &usize| tolerances.keep_positive(s[[i, j]], max_neg[i]);
+            similarities.positives(i).filter(kept).collect()
+        };
+        let negatives = |i: usize| {
+            let kept = |&j: &usize| tolerances.keep_negative(s[[i, j]], min_pos[i]);
+            similarities.negatives(i).filter(kept).collect()
+        };
+        let anchors = 0..similarities.anchors();
+        let (positives, negatives) =
+            (anchors.clone().map(positives).collect(), anchors.map(negatives).collect());
         Self { min_pos, max_neg, positives, negatives, tolerances, probe_neg, total_pos }
+    }
+
+    /// |P_i| and |N_i| of every anchor.
+    #[must_use]
+    pub fn sizes(&self) -> Vec<[u32; 2]> {
+        self.positives.iter().zip(&self.negatives).map(|(p, n)| [p.len() as u32, n.len() as u32]).collect()
     }
 
     /// Whether anchor i enters the loss: both sets are non-empty.

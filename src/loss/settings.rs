@@ -1,11 +1,14 @@
 //! Settings of mining and loss, with the paper's defaults.
 
+use std::fmt;
+use std::str::FromStr;
+
 use crate::{Error, Result};
 
 /// How the pairs that enter the loss are chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[cfg_attr(feature = "cli", derive(clap::ValueEnum, serde::Serialize, serde::Deserialize))]
-#[cfg_attr(feature = "cli", serde(rename_all = "kebab-case"))]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
 pub enum Mining {
     /// Every positive and every negative pair.
     None,
@@ -16,6 +19,41 @@ pub enum Mining {
     /// Adaptive asymmetric sample mining (SPEC 3).
     #[default]
     AtAsms,
+}
+
+impl Mining {
+    /// Every way, from all pairs to the paper's.
+    pub const ALL: [Self; 4] = [Self::None, Self::Symmetric, Self::Asms, Self::AtAsms];
+
+    /// As the programs and files spell it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Symmetric => "symmetric",
+            Self::Asms => "asms",
+            Self::AtAsms => "at-asms",
+        }
+    }
+}
+
+impl fmt::Display for Mining {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Mining {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let found = Self::ALL.into_iter().find(|mining| mining.name() == text);
+        found.ok_or_else(|| Error::InvalidSetting {
+            name: "mining",
+            value: text.to_owned(),
+            range: "none, symmetric, asms or at-asms",
+        })
+    }
 }
 
 /// Settings of one loss evaluation (SPEC 2-4). [`Default`] is the paper's.

@@ -2,6 +2,8 @@
 
 use ndarray::Array2;
 
+use super::Identity;
+
 /// Share of the longer row's squared norm from which a positive counts as an exact duplicate and carries no signal.
 pub const DUPLICATE: f64 = 1.0 - 1e-6;
 
@@ -15,14 +17,15 @@ pub struct Similarities {
     reference_squares: Vec<f64>,
     anchor_labels: Vec<i64>,
     reference_labels: Vec<i64>,
-    square: bool,
+    /// Which reference is each anchor itself.
+    itself: Vec<Option<usize>>,
 }
 
 impl Similarities {
     /// Computes S of `anchors` `[B, D]` against `references` `[N, D]`, or against themselves.
     #[must_use]
     pub fn new(anchors: (&Array2<f64>, &[i64]), references: Option<(&Array2<f64>, &[i64])>) -> Self {
-        let square = references.is_none();
+        let identity = if references.is_none() { Identity::From(0) } else { Identity::ByValue };
         let (reference_embeddings, reference_labels) = references.unwrap_or(anchors);
         let squares = |rows: &Array2<f64>| rows.outer_iter().map(|row| row.dot(&row)).collect();
         Self {
@@ -31,7 +34,32 @@ impl Similarities {
             values: anchors.0.dot(&reference_embeddings.t()),
             anchor_labels: anchors.1.to_vec(),
             reference_labels: reference_labels.to_vec(),
-            square,
+            itself: (0..anchors.1.len()).map(|i| identity.of(i)).collect(),
+        }
+    }
+
+    /// Leaves out each anchor's pair with the reference that `identity` says it is.
+    #[must_use]
+    pub fn with_identity(self, identity: &Identity<'_>) -> Self {
+        let itself = (0..self.anchors()).map(|i| identity.of(i)).collect();
+        Self { itself, ..self }
+    }
+
+    /// The same similarities with the references as anchors.
+    pub(super) fn turned(&self) -> Self {
+        let mut itself = vec![None; self.reference_labels.len()];
+        for (i, reference) in self.itself.iter().enumerate() {
+            if let Some(j) = reference {
+                itself[*j] = Some(i);
+            }
+        }
+        Self {
+            values: self.values.t().to_owned(),
+            anchor_squares: self.reference_squares.clone(),
+            reference_squares: self.anchor_squares.clone(),
+            anchor_labels: self.reference_labels.clone(),
+            reference_labels: self.anchor_labels.clone(),
+            itself,
         }
     }
 
@@ -77,6 +105,6 @@ impl Similarities {
     fn compared(&self, i: usize) -> impl Iterator<Item = usize> + '_ {
         let anchor_counts = self.anchor_labels[i] >= 0;
         (0..self.reference_labels.len())
-            .filter(move |&j| anchor_counts && self.reference_labels[j] >= 0 && !(self.square && i == j))
+            .filter(move |&j| anchor_counts && self.reference_labels[j] >= 0 && self.itself[i] != Some(j))
     }
 }

@@ -30,10 +30,10 @@ const ROOM: Room = Room { entries: 1 << 23, queries: 1 << 13 };
 
 /// What a test set is judged by. All figures are 0 to 1, means over the queries counted.
 #[derive(Debug, Clone, PartialEq)]
-#[cfg_attr(feature = "cli", derive(serde::Serialize))]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct Metrics {
     /// Recall@K, and how many queries were counted.
-    #[cfg_attr(feature = "cli", serde(flatten))]
+    #[cfg_attr(feature = "serde", serde(flatten))]
     pub recall: Recall,
     /// R-precision.
     pub r_precision: f64,

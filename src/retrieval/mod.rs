@@ -6,23 +6,16 @@
 //! | `evaluate.rs` | Recall@K, R-precision and MAP@R, queries searched in turns |
 //! | `k_means.rs` | k-means of unit rows |
 //! | `mutual_information.rs` | how far clusters agree with classes: NMI |
-//! | `file.rs` | embeddings in .safetensors and .npy files |
 //!
 //! A search goes through [`Backend::nearest`](crate::backend::Backend::nearest) and never holds a Q x N matrix. Queries are
 //! searched among themselves, each left out of its own list, or in a gallery of their own.
 
 mod evaluate;
-#[cfg(feature = "cli")]
-mod file;
 mod k_means;
 mod mutual_information;
 mod recall;
 
-#[cfg(feature = "cli")]
-pub use crate::tensors::EmbeddedRows;
 pub use evaluate::{Metrics, evaluate};
-#[cfg(feature = "cli")]
-pub use file::{EmbeddingsFile, Format};
 pub use k_means::{Clusters, KMeansSettings, k_means};
 pub use mutual_information::{classes, nmi, normalized_mutual_information};
 pub use recall::{Recall, recall, recall_by};

@@ -7,7 +7,7 @@ use crate::{Error, Result};
 
 /// Share of queries whose K nearest neighbours hold one of their class.
 #[derive(Debug, Clone, PartialEq)]
-#[cfg_attr(feature = "cli", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Recall {
     /// K and Recall@K in 0 to 1, ascending in K.
     pub at: Vec<(usize, f64)>,

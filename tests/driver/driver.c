@@ -12,6 +12,10 @@ static char *kernels[KERNELS];
 static int kernel_count, images;
 /* What a test sets and reads. */
 int fake_major = 8, fake_failures, fake_retained, fake_launches;
+/* Allocations, waits, copies between host and GPU, and look-ups of kernels. */
+int fake_asked;
+
+static void ask(void) { __atomic_add_fetch(&fake_asked, 1, __ATOMIC_RELAXED); }
 
 void fake_kernel(const char *name) { kernels[kernel_count++] = strdup(name); }
 
@@ -38,9 +42,9 @@ result cuDevicePrimaryCtxRetain(void **context, int device) {
 result cuDevicePrimaryCtxRelease_v2(int device) { return (void)device, fake_retained--, OK; }
 result cuCtxGetCurrent(void **context) { return *context = current, OK; }
 result cuCtxSetCurrent(void *context) { return current = context, OK; }
-result cuCtxSynchronize(void) { return here(); }
+result cuCtxSynchronize(void) { return ask(), here(); }
 result cuStreamCreate(void **stream, unsigned flags) { return (void)flags, *stream = &primary, here(); }
-result cuStreamSynchronize(void *stream) { return (void)stream, here(); }
+result cuStreamSynchronize(void *stream) { return ask(), (void)stream, here(); }
 result cuStreamDestroy_v2(void *stream) { return (void)stream, here(); }
 result cuModuleLoadData(void **module, const void *image) {
     return (void)image, *module = (void *)(uintptr_t)++images, here();
@@ -48,7 +52,7 @@ result cuModuleLoadData(void **module, const void *image) {
 result cuModuleUnload(void *module) { return (void)module, images--, here(); }
 /* All kernels are in the first image. */
 result cuModuleGetFunctionCount(unsigned *count, void *module) {
-    return *count = (uintptr_t)module == 1 ? (unsigned)kernel_count : 0, here();
+    return ask(), *count = (uintptr_t)module == 1 ? (unsigned)kernel_count : 0, here();
 }
 result cuModuleEnumerateFunctions(void **functions, unsigned count, void *module) {
     (void)module;
@@ -61,7 +65,7 @@ result cuModuleGetFunction(void **function, void *module, const char *name) {
 }
 result cuFuncGetName(const char **name, void *function) { return *name = function, OK; }
 result cuFuncSetAttribute(void *function, int attribute, int value) {
-    return (void)function, (void)attribute, (void)value, here();
+    return ask(), (void)function, (void)attribute, (void)value, here();
 }
 result cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned tx, unsigned ty, unsigned tz,
                       unsigned shared, void *stream, void **parameters, void **extra) {
@@ -72,16 +76,17 @@ result cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsign
 }
 /* All bits set: no row is bad. */
 result cuMemAlloc_v2(uint64_t *address, size_t bytes) {
+    ask();
     void *memory = malloc(bytes);
     *address = (uintptr_t)memory;
     return memory ? memset(memory, 0xff, bytes), here() : fail(2);
 }
-result cuMemFree_v2(uint64_t address) { return free((void *)(uintptr_t)address), here(); }
+result cuMemFree_v2(uint64_t address) { return ask(), free((void *)(uintptr_t)address), here(); }
 result cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t bytes, void *stream) {
-    return (void)stream, memcpy((void *)(uintptr_t)to, from, bytes), here();
+    return ask(), (void)stream, memcpy((void *)(uintptr_t)to, from, bytes), here();
 }
 result cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t bytes, void *stream) {
-    return (void)stream, memcpy(to, (void *)(uintptr_t)from, bytes), here();
+    return ask(), (void)stream, memcpy(to, (void *)(uintptr_t)from, bytes), here();
 }
 result cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, void *stream) {
     return (void)stream, memset((void *)(uintptr_t)to, value, bytes), here();

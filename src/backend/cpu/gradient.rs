@@ -3,13 +3,15 @@
 //! Each block of rows is owned by one task, or by one for every few dimensions, which visits its tiles in
 //! order of the other side and sums into rows of its own. So every sum has one order,
 //! whatever the thread count and whichever tiles were kept. A tile's weights
-//! are applied as lists of pairs or, where it is dense, as a matrix product.
+//! are applied as lists of pairs or, where it is dense, as a matrix product, with the same bits: which of the two is
+//! quicker depends on the rows of the owner, and those of a part of a batch are others.
 
 use super::buffer::Buffer;
-use super::product::{STRIP, product};
+use super::pairs::Pairs;
+use super::product::{DEPTH, STRIP, product};
 use super::rows::{Block, MAX_BLOCK, Side};
 use super::simd::{GROUP, Lanes, Work, padded};
-use super::tile::{Candidates, MAX_GROUPS, Pairs};
+use super::tile::{Candidates, MAX_GROUPS};
 
 /// Share of a tile's pairs from which a product beats lists. A listed pair costs about three times
 /// one in a product: it loads its row anew, where the product keeps rows in registers.
@@ -20,12 +22,12 @@ const SPARSE: f64 = 4.0;
 
 /// Groups of 16 dimensions: what of the gradient one task sums.
 #[derive(Debug, Clone, Copy)]
-pub struct Part {
+pub struct Dimensions {
     pub first: usize,
     pub end: usize,
 }
 
-impl Part {
+impl Dimensions {
     fn groups(self) -> usize {
         self.end - self.first
     }
@@ -50,6 +52,9 @@ pub struct GradientScratch {
 fn stride(dim: usize) -> usize {
     (dim.div_ceil(GROUP) | 1) * GROUP
 }
+
+// The product of a tile's weights is one chain a row.
+const _: () = assert!(MAX_BLOCK <= DEPTH);
 
 /// Room in the list of a row: lists are written 16 entries at a time.
 const LIST: usize = MAX_BLOCK + GROUP;
@@ -76,14 +81,14 @@ impl GradientScratch {
     }
 
     /// Starts part of the sums of a block of `rows` rows.
-    pub fn begin(&mut self, rows: usize, part: Part) {
+    pub fn begin(&mut self, rows: usize, part: Dimensions) {
         let length = rows.next_multiple_of(STRIP) * stride(part.groups() * GROUP);
         self.sums.grow(length);
         self.sums[..length].fill(0.0);
     }
 
     /// That part of a row's sum; of `dim` dimensions.
-    pub fn sum(&self, row: usize, part: Part, dim: usize) -> &[f32] {
+    pub fn sum(&self, row: usize, part: Dimensions, dim: usize) -> &[f32] {
         let length = dim.min(part.end * GROUP) - part.first * GROUP;
         &self.sums[row * stride(part.groups() * GROUP)..][..length]
     }
@@ -128,7 +133,7 @@ pub struct AddTile<'a, 'b> {
     /// The owner is the block of rows, of columns, or (on the diagonal) both.
     pub owner_rows: bool,
     pub owner_columns: bool,
-    pub part: Part,
+    pub part: Dimensions,
     pub scratch: &'b mut GradientScratch,
 }
 
@@ -330,7 +335,7 @@ fn add_sparse<S: Lanes>(
     owner: Block,
     other: Block,
     side: Side<'_>,
-    part: Part,
+    part: Dimensions,
 ) {
     let dim = side.dim;
     let stride = stride(part.groups() * GROUP);
@@ -399,7 +404,8 @@ fn add_groups<S: Lanes, const P: usize>(
     }
 }
 
-/// The same as a product of the matrix of the tile's weights with the other side's rows.
+/// The same as a product of the matrix of the tile's weights with the other side's rows: zeros change no bit of a chain
+/// that begins at 0, so the sums are those of the lists.
 #[inline(always)]
 fn add_dense<S: Lanes>(simd: S, scratch: &mut GradientScratch, owner: Block, depth: usize, panels: &[f32]) {
     let stride = stride(panels.len() / depth);

@@ -9,7 +9,8 @@ use super::simd::{GROUP, Lanes, Level, Work};
 /// Rows of one call.
 pub const STRIP: usize = 8;
 
-/// `out[r][c] = sum_k rows[k][first + r] panels[c / 16][k][c % 16]`, or `+=` if `add`.
+/// `out[r][c] = sum_k rows[k][first + r] panels[c / 16][k][c % 16]`, or `+=` if `add`: the sum of the chain, which
+/// itself begins at 0, so that zeros among the factors change no bit (up to [`DEPTH`] of them).
 ///
 /// `rows` is one panel, `first` 0 or 8; `panels` are whole panels as deep as `rows`; `out` is `[STRIP, stride]`.
 #[inline(always)]
@@ -74,11 +75,6 @@ fn wide<S: Lanes, const FIRST: usize, const P: usize>(
     // One iterator per panel and no index: a bounds check a step would cost a tenth.
     let mut columns = panels.map(|panel| S::as_simd_f32s(panel).0.iter());
     let mut sums = [[simd.splat_f32s(0.0); P]; STRIP];
-    if add {
-        for (r, sums) in sums.iter_mut().enumerate() {
-            sums.copy_from_slice(&S::as_simd_f32s(&out[r * stride..][..P * GROUP]).0[..P]);
-        }
-    }
     for row in rows {
         let mut column = [simd.splat_f32s(0.0); P];
         for (column, columns) in column.iter_mut().zip(&mut columns) {
@@ -93,13 +89,27 @@ fn wide<S: Lanes, const FIRST: usize, const P: usize>(
         }
     }
     for (r, sums) in sums.iter().enumerate() {
-        S::as_mut_simd_f32s(&mut out[r * stride..][..P * GROUP]).0.copy_from_slice(sums);
+        let out = S::as_mut_simd_f32s(&mut out[r * stride..][..P * GROUP]).0;
+        for (out, sum) in out.iter_mut().zip(sums) {
+            *out = if add { simd.add_f32s(*out, *sum) } else { *sum };
+        }
     }
 }
 
 /// Depth multiplied at a time by vectors of 8: the parts of the rows and of three vectors of columns then stay
 /// in the first-level cache. Sums go on from where they were, so an entry is the same single chain.
-const DEPTH: usize = 128;
+pub const DEPTH: usize = 128;
+
+/// What a product starts from and leaves.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Sum {
+    /// 0; the chain.
+    Set,
+    /// What is there; the chain that goes on from it.
+    Continue,
+    /// 0; the chain added to what is there.
+    Add,
+}
 
 #[inline(always)]
 fn narrow_panels<S: Lanes, const LOWER: usize, const UPPER: usize>(
@@ -116,19 +126,23 @@ fn narrow_panels<S: Lanes, const LOWER: usize, const UPPER: usize>(
         let part = start * GROUP..(start + DEPTH).min(depth) * GROUP;
         let rows = &rows[part.clone()];
         let panel = |v: usize| &panels[v / 2 * depth * GROUP..][part.clone()];
-        let add = add || start > 0;
+        let sum = match start {
+            0 if add => Sum::Add,
+            0 => Sum::Set,
+            _ => Sum::Continue,
+        };
         let mut v = 0;
         while v < vectors {
             let out = &mut out[v * S::F32_LANES..];
             v += if vectors - v == 2 || vectors - v == 4 {
                 let two = [panel(v), panel(v + 1)];
-                strip::<S, LOWER, UPPER, 0, 2>(simd, rows, two, out, stride, add)
+                strip::<S, LOWER, UPPER, 0, 2>(simd, rows, two, out, stride, sum)
             } else {
                 let three = [panel(v), panel(v + 1), panel(v + 2)];
                 if v.is_multiple_of(2) {
-                    strip::<S, LOWER, UPPER, 0, 3>(simd, rows, three, out, stride, add)
+                    strip::<S, LOWER, UPPER, 0, 3>(simd, rows, three, out, stride, sum)
                 } else {
-                    strip::<S, LOWER, UPPER, 1, 3>(simd, rows, three, out, stride, add)
+                    strip::<S, LOWER, UPPER, 1, 3>(simd, rows, three, out, stride, sum)
                 }
             };
         }
@@ -143,10 +157,10 @@ fn strip<S: Lanes, const LOWER: usize, const UPPER: usize, const HALF: usize, co
     panels: [&[f32]; P],
     out: &mut [f32],
     stride: usize,
-    add: bool,
+    sum: Sum,
 ) -> usize {
-    narrow::<S, LOWER, HALF, P>(simd, rows, panels, out, stride, add);
-    narrow::<S, UPPER, HALF, P>(simd, rows, panels, &mut out[STRIP / 2 * stride..], stride, add);
+    narrow::<S, LOWER, HALF, P>(simd, rows, panels, out, stride, sum);
+    narrow::<S, UPPER, HALF, P>(simd, rows, panels, &mut out[STRIP / 2 * stride..], stride, sum);
     P
 }
 
@@ -159,11 +173,11 @@ fn narrow<S: Lanes, const FIRST: usize, const HALF: usize, const P: usize>(
     panels: [&[f32]; P],
     out: &mut [f32],
     stride: usize,
-    add: bool,
+    sum: Sum,
 ) {
     let width = P * S::F32_LANES;
     let mut sums = [[simd.splat_f32s(0.0); P]; STRIP / 2];
-    if add {
+    if sum == Sum::Continue {
         for (r, sums) in sums.iter_mut().enumerate() {
             sums.copy_from_slice(S::as_simd_f32s(&out[r * stride..][..width]).0);
         }
@@ -185,7 +199,10 @@ fn narrow<S: Lanes, const FIRST: usize, const HALF: usize, const P: usize>(
         }
     }
     for (r, sums) in sums.iter().enumerate() {
-        S::as_mut_simd_f32s(&mut out[r * stride..][..width]).0.copy_from_slice(sums);
+        let out = S::as_mut_simd_f32s(&mut out[r * stride..][..width]).0;
+        for (out, total) in out.iter_mut().zip(sums) {
+            *out = if sum == Sum::Add { simd.add_f32s(*out, *total) } else { *total };
+        }
     }
 }
 

@@ -20,6 +20,9 @@ pub const MAX_BLOCK: usize = 96;
 /// (a memory bank is not copied).
 const PACKED_BYTES: usize = 128 << 20;
 
+/// The position of a row that takes part in no pair.
+pub const NOWHERE: u32 = u32::MAX;
+
 /// A run of rows in class order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Block {
@@ -87,6 +90,15 @@ impl Order {
         }
     }
 
+    /// The position of each of the caller's rows, by row; [`NOWHERE`] for rows that have none.
+    pub fn positions(&self) -> Vec<u32> {
+        let mut positions = vec![NOWHERE; self.labels.len()];
+        for (position, &row) in (0..).zip(&self.rows) {
+            positions[row as usize] = position;
+        }
+        positions
+    }
+
     /// Caller's rows that have no position.
     fn ignored(&self) -> impl Iterator<Item = usize> {
         self.labels.iter().enumerate().filter(|(_, label)| **label < 0).map(|(row, _)| row)
@@ -123,6 +135,8 @@ pub struct SideBuffers {
     /// Sums of the rows of each block, `[blocks, D]`, and of all rows that take part in pairs.
     block_sums: Vec<f64>,
     sum: Vec<f64>,
+    /// Sum of the squares.
+    square_sum: f64,
 }
 
 /// Rows ready for the passes.
@@ -136,7 +150,7 @@ pub struct Side<'a> {
     /// Sum of all rows that take part in pairs, `[D]`.
     pub sum: &'a [f64],
     /// Sum of their squares.
-    pub squares: f64,
+    pub square_sum: f64,
     /// A pair of one class that reaches this of both its rows is a duplicate (SPEC 1), by position.
     pub duplicate: &'a [f32],
 }
@@ -218,27 +232,27 @@ impl SideBuffers {
     ///
     /// # Errors
     /// `NotFinite` or `NotUnit` of the first bad row.
-    pub fn prepare<'a>(
-        &'a mut self,
+    pub fn prepare(
+        &mut self,
         name: &'static str,
-        rows: &'a Rows<'_>,
+        rows: &Rows<'_>,
         check: UnitCheck,
         workers: &Workers,
-    ) -> Result<Side<'a>> {
-        let (count, dim) = (rows.embeddings.rows(), rows.embeddings.dim());
-        let values: &[f32] = match &rows.embeddings {
-            Embeddings::F32(view) => contiguous(name, view)?,
+    ) -> Result<()> {
+        let size = rows.embeddings.rows() * rows.embeddings.dim();
+        let dim = rows.embeddings.dim();
+        match &rows.embeddings {
+            Embeddings::F32(_) => {}
             Embeddings::F16(view) => {
-                grow(&mut self.converted, count * dim);
-                contiguous(name, view)?.convert_to_f32_slice(&mut self.converted[..count * dim]);
-                &self.converted[..count * dim]
+                grow(&mut self.converted, size);
+                contiguous(name, view)?.convert_to_f32_slice(&mut self.converted[..size]);
             }
             Embeddings::Bf16(view) => {
-                grow(&mut self.converted, count * dim);
-                contiguous(name, view)?.convert_to_f32_slice(&mut self.converted[..count * dim]);
-                &self.converted[..count * dim]
+                grow(&mut self.converted, size);
+                contiguous(name, view)?.convert_to_f32_slice(&mut self.converted[..size]);
             }
-        };
+        }
+        let values = values(name, rows, &self.converted)?;
         let order = &self.order;
         let panel_floats = order.block_rows.div_ceil(GROUP) * GROUP * dim;
         let stride = dim.next_multiple_of(GROUP);
@@ -285,14 +299,23 @@ impl SideBuffers {
         let bound = |square: &f32| (DUPLICATE * f64::from(*square)) as f32;
         self.duplicate.clear();
         self.duplicate.extend(self.squares.iter().map(bound));
+        self.square_sum = self.squares.iter().map(|&square| f64::from(square)).sum();
+        Ok(())
+    }
+
+    /// The rows as they were prepared last; `rows` are the same.
+    ///
+    /// # Errors
+    /// `NotContiguous`.
+    pub fn prepared<'a>(&'a self, name: &'static str, rows: &'a Rows<'_>) -> Result<Side<'a>> {
         Ok(Side {
             order: &self.order,
-            dim,
-            values,
+            dim: rows.embeddings.dim(),
+            values: values(name, rows, &self.converted)?,
             packed: &self.packed,
             direct: &self.direct,
             sum: &self.sum,
-            squares: self.squares.iter().map(|&square| f64::from(square)).sum(),
+            square_sum: self.square_sum,
             duplicate: &self.duplicate,
         })
     }
@@ -379,6 +402,15 @@ fn squares<S: Lanes>(simd: S, panel: &[f32]) -> [f32; GROUP] {
         }
     }
     sums
+}
+
+/// All values in single precision: the caller's, or what they were converted to.
+fn values<'a>(name: &'static str, rows: &'a Rows<'_>, converted: &'a [f32]) -> Result<&'a [f32]> {
+    match &rows.embeddings {
+        Embeddings::F32(view) => contiguous(name, view),
+        Embeddings::F16(view) => Ok(&converted[..view.len()]),
+        Embeddings::Bf16(view) => Ok(&converted[..view.len()]),
+    }
 }
 
 /// The rows one behind the other.

@@ -1,8 +1,10 @@
 //! Who selects which candidate (SPEC 2-3), and what a selected pair weighs (SPEC 4).
 
+use super::pairs::Pairs;
 use super::rows::{Block, MAX_BLOCK};
 use super::simd::{GROUP, Lanes, Work};
-use super::tile::{Candidates, MAX_GROUPS, Pairs, bits};
+use super::statistics::Statistics;
+use super::tile::{Candidates, MAX_GROUPS, bits};
 use crate::loss::LossSettings;
 use crate::loss::select::Tolerances;
 
@@ -10,8 +12,8 @@ use crate::loss::select::Tolerances;
 #[derive(Debug, Default)]
 pub struct Shares {
     rows: ShareList,
-    /// Of the columns in the rectangular form: they select nothing.
-    idle: ShareList,
+    /// Of the columns in the rectangular form: those that are no anchors select nothing.
+    columns: ShareList,
 }
 
 /// The fields of [`Share`], each in an array of its own so that runs of them load as vectors.
@@ -22,9 +24,12 @@ struct ShareList {
 }
 
 impl ShareList {
-    fn clear(&mut self) {
+    /// Sets the bounds; all factors are 0 until the sets have been counted.
+    fn reset(&mut self, bounds: impl Iterator<Item = f32>) {
         self.bounds.clear();
+        self.bounds.extend(bounds);
         self.factors.clear();
+        self.factors.resize(self.bounds.len(), 0.0);
     }
 
     fn bytes(&self) -> usize {
@@ -56,21 +61,8 @@ impl Shares {
 
     /// The shares of a block of columns.
     pub fn columns(&self, pairs: &Pairs<'_>, block: Block) -> ShareRun<'_> {
-        let list = if pairs.square { &self.rows } else { &self.idle };
+        let list = if pairs.square { &self.rows } else { &self.columns };
         ShareRun { bounds: &list.bounds[block.range()], factors: &list.factors[block.range()] }
-    }
-
-    /// Sets the bounds; all factors are 0 until the sets have been counted.
-    fn reset(&mut self, pairs: &Pairs<'_>, bounds: impl Iterator<Item = f32>, idle_bound: f32) {
-        self.rows.clear();
-        self.rows.bounds.extend(bounds);
-        self.rows.factors.resize(self.rows.bounds.len(), 0.0);
-        self.idle.clear();
-        if !pairs.square {
-            let columns = pairs.columns.order.rows.len();
-            self.idle.bounds.resize(columns, idle_bound);
-            self.idle.factors.resize(columns, 0.0);
-        }
     }
 }
 
@@ -87,49 +79,55 @@ pub struct Weights {
 
 impl Weights {
     /// Sets the bounds of selection; factors follow when the sets have been counted.
-    pub fn set_bounds(
-        &mut self,
-        pairs: &Pairs<'_>,
-        settings: &LossSettings,
-        tolerances: Tolerances,
-        min_pos: &[f32],
-        max_neg: &[f32],
-    ) {
+    pub fn set_bounds(&mut self, settings: &LossSettings, tolerances: Tolerances, statistics: &Statistics) {
         self.alpha = settings.alpha as f32;
         self.beta = settings.beta as f32;
         self.lambda_pos = settings.lambda_pos as f32;
         self.lambda_neg = settings.lambda_neg as f32;
-        let negatives = min_pos.iter().map(|&m| negative_bound(m, tolerances.neg));
-        self.negatives.reset(pairs, negatives, f32::INFINITY);
-        let positive_bound = |&m: &f32| {
-            if m == f32::NEG_INFINITY { m } else { (f64::from(m) + tolerances.pos) as f32 }
-        };
-        self.positives.reset(pairs, max_neg.iter().map(positive_bound), f32::NEG_INFINITY);
+        let negative = |m: &f32| negative_bound(*m, tolerances.neg);
+        let positive = |m: &f32| positive_bound(*m, tolerances.pos);
+        let Statistics { min_pos, max_neg, columns, .. } = statistics;
+        self.negatives.rows.reset(min_pos.iter().map(negative));
+        self.positives.rows.reset(max_neg.iter().map(positive));
+        self.negatives.columns.reset(columns.min_pos.iter().map(negative));
+        self.positives.columns.reset(columns.max_neg.iter().map(positive));
     }
 
     /// Sets the factors 2 / (B |set|) from the sizes of the sets; returns the number of active anchors.
-    pub fn set_factors(&mut self, counts: &[[u32; 2]], batch: usize) -> u64 {
-        let mut active = 0;
-        for (i, &[pos, neg]) in counts.iter().enumerate() {
-            let enters = pos > 0 && neg > 0;
-            active += u64::from(enters);
-            let factor =
-                |count: u32| if enters { (2.0 / (batch as f64 * f64::from(count))) as f32 } else { 0.0 };
-            self.positives.rows.factors[i] = factor(pos);
-            self.negatives.rows.factors[i] = factor(neg);
-        }
-        active
+    pub fn set_factors(&mut self, statistics: &Statistics, batch: usize) -> u64 {
+        let Self { positives, negatives, .. } = self;
+        set_factors(&statistics.columns.counts, batch, [&mut positives.columns, &mut negatives.columns]);
+        set_factors(&statistics.counts, batch, [&mut positives.rows, &mut negatives.rows])
     }
 
     pub fn bytes(&self) -> usize {
-        let lists = [&self.positives.rows, &self.positives.idle, &self.negatives.rows, &self.negatives.idle];
-        lists.iter().map(|list| list.bytes()).sum()
+        let kinds = [&self.positives, &self.negatives];
+        kinds.iter().map(|shares| shares.rows.bytes() + shares.columns.bytes()).sum()
     }
+}
+
+/// Sets the factors of one side's positives and negatives; returns how many of its rows are active.
+fn set_factors(counts: &[[u32; 2]], batch: usize, lists: [&mut ShareList; 2]) -> u64 {
+    let mut active = 0;
+    let [positives, negatives] = lists;
+    for (i, &[pos, neg]) in counts.iter().enumerate() {
+        let enters = pos > 0 && neg > 0;
+        active += u64::from(enters);
+        let factor = |count: u32| if enters { (2.0 / (batch as f64 * f64::from(count))) as f32 } else { 0.0 };
+        positives.factors[i] = factor(pos);
+        negatives.factors[i] = factor(neg);
+    }
+    active
 }
 
 /// m+ minus a tolerance; without a positive (+inf) nothing is above it, whatever the tolerance.
 pub fn negative_bound(min_pos: f32, tolerance: f64) -> f32 {
     if min_pos == f32::INFINITY { min_pos } else { (f64::from(min_pos) - tolerance) as f32 }
+}
+
+/// m- plus a tolerance; without a negative (-inf) nothing is below it, whatever the tolerance.
+fn positive_bound(max_neg: f32, tolerance: f64) -> f32 {
+    if max_neg == f32::NEG_INFINITY { max_neg } else { (f64::from(max_neg) + tolerance) as f32 }
 }
 
 /// Sizes of the sets within one tile, `[positives, negatives]` by local row and column.

@@ -3,13 +3,15 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock};
 
+use super::Scratch;
 use super::buffer::Buffer;
+use super::pairs::Pairs;
 use super::select::{CountTile, Counts, Weights};
 use super::statistics::{Statistics, TileSameClass};
 use super::tasks::{Workers, lock};
-use super::tile::{Candidates, Pairs, SameClass, Sweep, TileScratch};
+use super::tile::{Candidates, SameClass, Sweep, TileScratch};
+use super::walk::Owner;
 use super::weigh::{Kind, WeighTile, Weighed};
-use super::{Owner, Scratch};
 
 /// One tile between the passes.
 #[derive(Debug, Default)]
@@ -220,8 +222,9 @@ impl Tiles {
             let (mut same_class, gathered) = (TileSameClass::default(), &mut scratch.gathered);
             let extremes = &mut gathered.extremes;
             let visit = |row: usize, first: usize, similarities: &[f32]| {
+                let itself = pairs.itself(rows.start + row, tile.1);
                 for (column, &s) in (first..).zip(similarities) {
-                    let positive = s < duplicate[0][row].max(duplicate[1][column]);
+                    let positive = itself != Some(column) && s < duplicate[0][row].max(duplicate[1][column]);
                     same_class.add(s, positive);
                     if positive {
                         let least = &mut extremes[rows.start + row];

@@ -3,8 +3,9 @@
 //! A thread gathers minima, maxima and integers: the order in which tiles come to it, and threads are merged in,
 //! cannot change them. So nothing is kept for every tile, and memory is linear in the batch.
 
+use super::pairs::Pairs;
 use super::select::negative_bound;
-use super::tile::{Bounds, Pairs};
+use super::tile::Bounds;
 use crate::loss::LossSettings;
 use crate::loss::select::{initial_tolerances, probe_tolerance};
 
@@ -25,7 +26,7 @@ fn from_units(sum: i128) -> f64 {
 pub struct SameClass {
     pub positives: u64,
     positive_sum: i128,
-    /// Duplicates included.
+    /// Duplicates included, and rows with themselves in the rectangular form.
     pairs: u64,
     sum: i128,
 }
@@ -115,6 +116,16 @@ fn merge(values: &mut [f32], others: &[f32], of: impl Fn(f32, f32) -> f32) {
     }
 }
 
+/// What the caller says of the columns of the rectangular form, by position in class order. Those that are no anchors
+/// of the whole batch have the numbers of a row without a pair, and so select nothing.
+#[derive(Debug, Default)]
+pub struct ColumnNumbers {
+    pub min_pos: Vec<f32>,
+    pub max_neg: Vec<f32>,
+    /// `[|P_j|, |N_j|]`.
+    pub counts: Vec<[u32; 2]>,
+}
+
 /// What the passes know of each row and of the whole batch, by position in class order.
 #[derive(Debug, Default)]
 pub struct Statistics {
@@ -122,24 +133,33 @@ pub struct Statistics {
     pub max_neg: Vec<f32>,
     /// `[|P_i|, |N_i|]`.
     pub counts: Vec<[u32; 2]>,
+    /// Empty in the square form.
+    pub columns: ColumnNumbers,
     pub probe_neg: u64,
     /// Ordered pairs of one class.
     pub same_class: SameClass,
     keep: Vec<f32>,
+    column_keep: Vec<f32>,
     probe: Vec<f32>,
 }
 
+/// Makes it `rows` times a value.
+fn refill<T: Clone>(values: &mut Vec<T>, rows: usize, value: T) {
+    values.clear();
+    values.resize(rows, value);
+}
+
 impl Statistics {
+    /// Begins a batch, of whose rows and columns nothing is known.
     pub fn reset(&mut self, pairs: &Pairs<'_>) {
         let rows = pairs.rows.order.rows.len();
-        let refill = |values: &mut Vec<f32>, value| {
-            values.clear();
-            values.resize(rows, value);
-        };
-        refill(&mut self.min_pos, f32::INFINITY);
-        refill(&mut self.max_neg, f32::NEG_INFINITY);
-        self.counts.clear();
-        self.counts.resize(rows, [0; 2]);
+        refill(&mut self.min_pos, rows, f32::INFINITY);
+        refill(&mut self.max_neg, rows, f32::NEG_INFINITY);
+        refill(&mut self.counts, rows, [0; 2]);
+        let columns = if pairs.square { 0 } else { pairs.columns.order.rows.len() };
+        refill(&mut self.columns.min_pos, columns, f32::INFINITY);
+        refill(&mut self.columns.max_neg, columns, f32::NEG_INFINITY);
+        refill(&mut self.columns.counts, columns, [0; 2]);
         (self.probe_neg, self.same_class) = Default::default();
     }
 
@@ -173,32 +193,35 @@ impl Statistics {
         self.probe.extend(self.min_pos.iter().map(|&m| negative_bound(m, probe)));
         self.keep.clear();
         self.keep.extend(self.min_pos.iter().map(|&m| negative_bound(m, keep)));
+        self.column_keep.clear();
+        self.column_keep.extend(self.columns.min_pos.iter().map(|&m| negative_bound(m, keep)));
     }
 
+    /// Of candidates, and of the probe, which counts for each row of a tile, and in the square form for each column.
     pub fn bounds(&self, square: bool) -> (Bounds<'_>, Bounds<'_>) {
-        let keep = Bounds { rows: &self.keep, columns: square.then_some(self.keep.as_slice()) };
+        let columns = if square { &self.keep } else { &self.column_keep };
+        let keep = Bounds { rows: &self.keep, columns: Some(columns) };
         (keep, Bounds { rows: &self.probe, columns: square.then_some(self.probe.as_slice()) })
     }
 
-    /// Mean similarity of all positives and of all negatives. The sum over all pairs is closed: that of
-    /// e_i . e_j over i and j is the product of the sums of e_i and of e_j.
-    pub fn means(&self, pairs: &Pairs<'_>) -> (f64, f64) {
+    /// Number of ordered negative pairs, and mean similarity of all positives and of all negatives. The sum over
+    /// all pairs is closed: that of e_i . e_j over i and j is the product of the sums of e_i and of e_j.
+    pub fn means(&self, pairs: &Pairs<'_>) -> (u64, f64, f64) {
         let all: f64 = pairs.rows.sum.iter().zip(pairs.columns.sum).map(|(a, b)| a * b).sum();
         let (rows, columns) = (pairs.rows.order.rows.len() as u64, pairs.columns.order.rows.len() as u64);
-        let (all, count) = if pairs.square {
-            (all - pairs.rows.squares, rows * columns.saturating_sub(1))
-        } else {
-            (all, rows * columns)
-        };
+        // Those of the rectangular form are pairs of one class.
+        let (own, with_themselves) = if pairs.square { (pairs.rows.square_sum, rows) } else { (0.0, 0) };
         let SameClass { positives, positive_sum, pairs, sum } = self.same_class;
-        let negatives = count - pairs;
-        let mean_neg = if negatives == 0 { f64::NAN } else { (all - from_units(sum)) / negatives as f64 };
-        (from_units(positive_sum) / positives as f64, mean_neg)
+        let negatives = rows * columns - with_themselves - pairs;
+        let of_negatives = (all - own - from_units(sum)) / negatives as f64;
+        let mean_neg = if negatives == 0 { f64::NAN } else { of_negatives };
+        (negatives, from_units(positive_sum) / positives as f64, mean_neg)
     }
 
     pub fn bytes(&self) -> usize {
-        let floats =
-            self.min_pos.capacity() + self.max_neg.capacity() + self.keep.capacity() + self.probe.capacity();
-        floats * 4 + self.counts.capacity() * 8
+        let Self { min_pos, max_neg, keep, column_keep, probe, columns, .. } = self;
+        let lists = [min_pos, max_neg, keep, column_keep, probe, &columns.min_pos, &columns.max_neg];
+        let floats: usize = lists.iter().map(|list| list.capacity()).sum();
+        floats * 4 + (self.counts.capacity() + columns.counts.capacity()) * 8
     }
 }

@@ -5,14 +5,15 @@
 
 use ndarray::ArrayView2;
 
+use super::steps::Remembered;
+use super::walk::{Owner, Walk};
 use super::weigh::Kind;
-use super::{Owner, Remembered, Walk};
 use crate::loss::Hypergradient;
 use crate::{Error, Result};
 
 /// Checks that batch and tangents have the shape of the last loss.
 pub fn check_shapes(
-    remembered: Remembered,
+    remembered: &Remembered,
     batch: &Remembered,
     tangent: &ArrayView2<'_, f32>,
     reference_tangent: Option<&ArrayView2<'_, f32>>,

@@ -6,31 +6,20 @@
 //! That is 4 bytes a candidate and at most 1/8 byte a pair.
 
 use super::buffer::Buffer;
+use super::pairs::Pairs;
 use super::product::{STRIP, product};
-use super::rows::{MAX_BLOCK, PanelBuffer, Side, grow};
-use super::simd::{GROUP, Lanes, Level, Work, padded};
+use super::rows::{MAX_BLOCK, PanelBuffer, grow};
+use super::simd::{GROUP, Lanes, Work, padded};
 
 /// Groups of 16 columns in a tile, at most; a row's word has a bit for each.
 pub const MAX_GROUPS: usize = MAX_BLOCK.div_ceil(GROUP);
 const _: () = assert!(MAX_GROUPS <= 16 && MAX_BLOCK.is_multiple_of(GROUP));
 
-/// Which pairs a batch is made of, and where to find their rows.
-#[derive(Clone, Copy)]
-pub struct Pairs<'a> {
-    pub rows: Side<'a>,
-    pub columns: Side<'a>,
-    /// Both sides are the same rows: only tiles and entries above the diagonal are visited.
-    pub square: bool,
-    /// Positions of the columns of each row's class, by position of the row.
-    pub classes: &'a [(u32, u32)],
-    pub level: Level,
-}
-
 /// Bounds that a similarity must exceed, by position.
 #[derive(Clone, Copy)]
 pub struct Bounds<'a> {
     pub rows: &'a [f32],
-    /// The same for columns; absent in the rectangular form, where columns select nothing.
+    /// The same for columns, where they are asked.
     pub columns: Option<&'a [f32]>,
 }
 
@@ -99,26 +88,6 @@ impl TileScratch {
     /// Candidates of the tile swept last, and room for their weights.
     pub fn swept(&mut self) -> (Candidates<'_>, &mut Vec<f32>) {
         (Candidates { words: &self.words, values: &self.values[..self.found.filled] }, &mut self.weighed)
-    }
-}
-
-impl<'a> Pairs<'a> {
-    /// Local columns of tile (`_`, `column`) that are of the class of row position `i`.
-    pub fn class_columns(&self, i: usize, column: usize) -> (usize, usize) {
-        let block = self.columns.order.blocks[column];
-        let (first, last) = self.classes[i];
-        let local =
-            |position: u32| (position as usize).clamp(block.start, block.start + block.rows) - block.start;
-        (local(first), local(last))
-    }
-
-    /// Whether a tile holds pairs of one class.
-    pub fn has_positives(&self, row: usize, column: usize) -> bool {
-        let rows = self.rows.order.blocks[row].range();
-        // Classes ascend with the rows, so the first and the last row bound the columns.
-        let (first, _) = self.class_columns(rows.start, column);
-        let (_, last) = self.class_columns(rows.end - 1, column);
-        first < last
     }
 }
 
@@ -241,9 +210,10 @@ impl Work for Sweep<'_, '_> {
             duplicate: [f32::INFINITY; MAX_BLOCK],
             cap: [f32::NEG_INFINITY; MAX_BLOCK],
         };
-        if let (Some(keep), Some(probe)) = (keep.columns, probe.columns) {
-            columns.keep[..across.rows].copy_from_slice(&keep[across.range()]);
-            columns.probe[..across.rows].copy_from_slice(&probe[across.range()]);
+        for (bounds, local) in [(keep.columns, &mut columns.keep), (probe.columns, &mut columns.probe)] {
+            if let Some(bounds) = bounds {
+                local[..across.rows].copy_from_slice(&bounds[across.range()]);
+            }
         }
         columns.duplicate[..across.rows].copy_from_slice(&pairs.columns.duplicate[across.range()]);
         columns.cap[..across.rows].fill(f32::INFINITY);
@@ -311,6 +281,9 @@ impl Work for Sweep<'_, '_> {
                 {
                     let bounds = other.map(|other| own.max(other));
                     masks[group] |= simd.above_group(&bounds, line) & bits(begin, end, group);
+                }
+                if let Some(itself) = pairs.itself(position, column) {
+                    masks[itself / GROUP] &= !bits(itself, itself + 1, itself / GROUP);
                 }
                 let head = words.len();
                 words.push(0);

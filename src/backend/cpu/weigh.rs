@@ -2,10 +2,11 @@
 //!
 //! The gradient's matrix G + G^T is symmetric: a pair has one weight, whichever of its rows is summed into.
 
+use super::pairs::Pairs;
 use super::rows::{MAX_BLOCK, grow};
 use super::select::{Share, ShareRun, Weights};
 use super::simd::{GROUP, Lanes, Work, padded};
-use super::tile::{Candidates, Pairs};
+use super::tile::Candidates;
 
 /// Which function of the similarity weighs a pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,7 +100,8 @@ impl Work for WeighTile<'_, '_> {
             }
             let others = &others;
             let own = w.negatives.row(position);
-            let negative = Curve { kind, positive: false, scale: w.alpha, lambda: w.lambda_neg, own };
+            let both = pairs.square;
+            let negative = Curve { kind, positive: false, scale: w.alpha, lambda: w.lambda_neg, own, both };
             for range in [0..first, last..count] {
                 if kind == Kind::LambdaPos {
                     out[range].fill(0.0);
@@ -108,7 +110,7 @@ impl Work for WeighTile<'_, '_> {
                 }
             }
             let own = w.positives.row(position);
-            let positive = Curve { kind, positive: true, scale: -w.beta, lambda: w.lambda_pos, own };
+            let positive = Curve { kind, positive: true, scale: -w.beta, lambda: w.lambda_pos, own, both };
             if kind == Kind::LambdaNeg {
                 out[first..last].fill(0.0);
             } else {
@@ -178,7 +180,7 @@ fn weigh_vectors<S: Lanes, const N: usize>(
     totals: &mut GroupTotals,
     out: &mut [f32],
 ) -> usize {
-    let Curve { kind, positive, scale, lambda, own } = curve;
+    let Curve { kind, positive, scale, lambda, own, both: of_both } = curve;
     let splat = |value: f32| simd.splat_f32s(value);
     let zero = splat(0.0);
     let count = out.len();
@@ -189,7 +191,7 @@ fn weigh_vectors<S: Lanes, const N: usize>(
     };
     let sign = splat(if positive { -1.0 } else { 1.0 });
     let (own_bound, own_factor) = (splat(own.bound), splat(own.factor));
-    let (mut x, mut both) = ([zero; N], [zero; N]);
+    let (mut x, mut both, mut counted) = ([zero; N], [zero; N], [zero; N]);
     for n in 0..N {
         let [s, bound, factor] =
             [lists[0], lists[1], lists[2]].map(|list| simd.partial_load_f32s(&list[lanes(n)]));
@@ -197,6 +199,7 @@ fn weigh_vectors<S: Lanes, const N: usize>(
         let by_column = simd.select_f32s(beyond(s, bound), factor, zero);
         let there = simd.greater_than_f32s(splat(lanes(n).len() as f32), S::as_simd_f32s(&LANE).0[0]);
         both[n] = simd.select_f32s(there, simd.add_f32s(by_row, by_column), zero);
+        counted[n] = if of_both { both[n] } else { simd.select_f32s(there, by_row, zero) };
         x[n] = simd.mul_f32s(splat(scale), simd.sub_f32s(s, splat(lambda)));
     }
     let (sigmoid, softplus) = logistic(simd, x);
@@ -214,9 +217,9 @@ fn weigh_vectors<S: Lanes, const N: usize>(
         let weight = if kind == Kind::Gradient {
             let [softplus_sum, sigmoid_sum] = &mut totals.0;
             let softplus_sum = &mut S::as_mut_simd_f32s(softplus_sum).0[0];
-            *softplus_sum = simd.mul_add_e_f32s(both[n], softplus[n], *softplus_sum);
+            *softplus_sum = simd.mul_add_e_f32s(counted[n], softplus[n], *softplus_sum);
             let sigmoid_sum = &mut S::as_mut_simd_f32s(sigmoid_sum).0[0];
-            *sigmoid_sum = simd.add_f32s(*sigmoid_sum, weighed);
+            *sigmoid_sum = simd.mul_add_e_f32s(counted[n], sigmoid[n], *sigmoid_sum);
             simd.mul_f32s(sign, weighed)
         } else {
             // d sigmoid(x) / d lambda = -scale * p (1 - p).
@@ -242,6 +245,8 @@ struct Curve {
     scale: f32,
     lambda: f32,
     own: Share,
+    /// Whether the totals hold what the pair weighs for both of its rows, or for the tile's row alone.
+    both: bool,
 }
 
 /// Sums of softplus and sigmoid of one kind of pair in a tile, by lane.

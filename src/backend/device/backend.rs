@@ -7,7 +7,7 @@ use super::workspace::Workspace;
 use super::{Device, Precision};
 use crate::Result;
 use crate::backend::{Backend, Nearest};
-use crate::loss::{Batch, Hypergradient, LossOutput, LossSettings, Rows};
+use crate::loss::{Batch, Hypergradient, LossOutput, LossSettings, RowNumbers, Rows};
 
 /// How a device backend works.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,6 +70,45 @@ impl<D: Device> Backend for DeviceBackend<D> {
     fn loss(&mut self, batch: &Batch<'_>, settings: &LossSettings, output: &mut LossOutput) -> Result<()> {
         self.remembered = None;
         self.run_loss(batch, settings, output)
+    }
+
+    fn same_class(
+        &mut self,
+        part: &Batch<'_>,
+        settings: &LossSettings,
+        output: &mut LossOutput,
+    ) -> Result<()> {
+        self.remembered = None;
+        self.run_same_class(part, settings, output)
+    }
+
+    fn sweep(
+        &mut self,
+        part: &Batch<'_>,
+        min_pos: RowNumbers<'_, f32>,
+        output: &mut LossOutput,
+    ) -> Result<()> {
+        self.run_sweep(part, min_pos, output)
+    }
+
+    fn select(
+        &mut self,
+        part: &Batch<'_>,
+        max_neg: RowNumbers<'_, f32>,
+        totals: (u64, u64),
+        output: &mut LossOutput,
+    ) -> Result<()> {
+        self.run_select(part, max_neg, totals, output)
+    }
+
+    fn gradient(
+        &mut self,
+        part: &Batch<'_>,
+        count_pos: RowNumbers<'_, u32>,
+        count_neg: RowNumbers<'_, u32>,
+        output: &mut LossOutput,
+    ) -> Result<()> {
+        self.run_gradient(part, count_pos, count_neg, output)
     }
 
     fn hypergradient(

@@ -13,6 +13,14 @@ pub enum Kernel {
     Prepare(Precision),
     /// order.cu: where each anchor's class stands among the references.
     Classes,
+    /// steps.cu: the position of each of the caller's rows.
+    InvertOrder,
+    /// steps.cu: which reference is each anchor itself.
+    Identity,
+    /// steps.cu: numbers of rows from outside.
+    TakeNumbers,
+    /// steps.cu: numbers of anchors that a step found.
+    ReportNumbers,
     /// similarity.cu: what a positive of each row must stay below.
     DuplicateBounds(Precision),
     /// The same on Hopper's warpgroup products; 16-bit types only.
@@ -76,6 +84,10 @@ impl Kernel {
             Self::OrderMerge => "order_merge",
             Self::Prepare(precision) => precise!(precision, "prepare"),
             Self::Classes => "classes",
+            Self::InvertOrder => "invert_order",
+            Self::Identity => "identity",
+            Self::TakeNumbers => "take_numbers",
+            Self::ReportNumbers => "report_numbers",
             Self::DuplicateBounds(precision) => precise!(precision, "duplicate_bounds"),
             Self::DuplicateBoundsHopper(precision) => precise!(precision, "duplicate_bounds_hopper"),
             Self::SameClassHopper(precision) => precise!(precision, "same_class_hopper"),

@@ -9,22 +9,23 @@ use bytemuck::{cast_slice, cast_slice_mut};
 use ndarray::Array2;
 
 use super::params::{
-    ClassRange, ClassesParams, Counters, DuplicateParams, GradientParams, GradientSumParams, LossScalars,
-    ORDER_TILE, OrderParams, Pairs, PairsParams, PrepareParams, RowSame, RowSums, RowWeights, Settings, Side,
-    TILE, WaysParams, WeighParams,
+    ClassRange, ClassesParams, Counters, DuplicateParams, GradientParams, GradientSumParams, IdentityParams,
+    InvertParams, LossScalars, ORDER_TILE, OrderParams, Pairs, PairsParams, PrepareParams, RowNumbers,
+    RowSame, RowSums, RowWeights, Settings, Side, TILE, WaysParams, WeighParams,
 };
 use super::plan::{Shape, order_tiles, sum_scale, term_limit, tiles};
+use super::steps::Step;
 use super::workspace::{Layout, Region};
 use super::{Device, DeviceBackend, Kernel, Params};
 use crate::loss::check_unit;
 use crate::loss::{
-    Batch, Embeddings, LossOutput, LossSettings, Mining, Rows, UnitCheck, select::initial_tolerances,
-    select::probe_tolerance,
+    Batch, Embeddings, Identity, LossOutput, LossSettings, Mining, Rows, UnitCheck,
+    select::initial_tolerances, select::probe_tolerance,
 };
 use crate::{Error, Result};
 
 /// The `NO_ROW` of params.h, which C writes as an unsigned literal.
-const NO_ROW: u32 = u32::MAX;
+pub(super) const NO_ROW: u32 = u32::MAX;
 
 /// Regions of one side's rows.
 #[derive(Debug, Clone, Copy, Default)]
@@ -36,7 +37,7 @@ pub(super) struct SideRegions {
     keys: Region,
     pub(super) order: Region,
     pub(super) rows: Region,
-    square_sums: Region,
+    pub(super) square_sums: Region,
     duplicate: Region,
     column_sums: Region,
     ways: Region,
@@ -53,7 +54,7 @@ pub(super) struct Ends {
 }
 
 impl SideRegions {
-    fn ends(&self, base: u64) -> Ends {
+    pub(super) fn ends(&self, base: u64) -> Ends {
         let address = |region: Region| base + region.offset as u64;
         Ends { rows: address(self.input), labels: address(self.labels), gradient: address(self.gradient) }
     }
@@ -75,17 +76,26 @@ pub(super) struct LossLayout {
     classes: Region,
     same: Region,
     max_neg: Region,
-    counters: Region,
+    pub(super) counters: Region,
     sums: Region,
     weights: Region,
+    identity: Region,
+    /// A list of the anchors' references as the caller wrote it, and positions of the references.
+    identity_list: Region,
+    positions: Region,
+    columns: Region,
+    column_weights: Region,
+    pub(super) totals: Region,
+    /// Numbers as the caller gives them: of anchors, then of references, two lists each.
+    pub(super) given: [Region; 4],
     tile_counts: Region,
     tile_values: Region,
     tile_words: Region,
-    scalars: Region,
-    min_pos: Region,
-    max_neg_out: Region,
-    count_pos: Region,
-    count_neg: Region,
+    pub(super) scalars: Region,
+    pub(super) min_pos: Region,
+    pub(super) max_neg_out: Region,
+    pub(super) count_pos: Region,
+    pub(super) count_neg: Region,
     capacity: usize,
 }
 
@@ -107,7 +117,8 @@ impl LossLayout {
             Some(_) => side(true, shape.reference_gradient),
             None => anchors,
         };
-        let (rows, capacity) = (shape.anchors, shape.tile_capacity(budget));
+        let (rows, others) = (shape.anchors, shape.reference_count());
+        let capacity = shape.tile_capacity(budget);
         Self {
             anchors,
             references,
@@ -117,6 +128,18 @@ impl LossLayout {
             counters: layout.region::<Counters>(1),
             sums: layout.region::<RowSums>(rows),
             weights: layout.region::<RowWeights>(tiles(rows) * TILE as usize),
+            identity: layout.region::<u32>(if shape.identity { rows } else { 0 }),
+            identity_list: layout.region::<u32>(if shape.identity && !resident { rows } else { 0 }),
+            positions: layout.region::<u32>(if shape.identity { others } else { 0 }),
+            columns: layout.region::<RowNumbers>(if shape.numbers { others } else { 0 }),
+            column_weights: layout.region::<RowWeights>(if shape.numbers {
+                tiles(others) * TILE as usize
+            } else {
+                0
+            }),
+            totals: layout.region::<u64>(2),
+            given: [rows, rows, others, others]
+                .map(|count| layout.region::<u32>(if shape.numbers && !resident { count } else { 0 })),
             tile_counts: layout.region::<u32>(shape.tiles()),
             tile_values: layout.region::<f32>(shape.tiles() * capacity),
             tile_words: layout.region::<u32>(shape.tiles() * capacity),
@@ -175,9 +198,28 @@ pub(super) struct Remembered {
     pub(super) shape: Shape,
     pub(super) layout: LossLayout,
     pub(super) settings: Settings,
+    pub(super) host_settings: LossSettings,
+    /// How far the steps of a part have come; `None` for a loss at once.
+    pub(super) step: Option<Step>,
+    /// Labels of both sides, where the host has them: those of the next step must be the same.
+    pub(super) labels: [Vec<i64>; 2],
 }
 
+const _: () = assert!(offset_of!(Counters, probe_neg) == 0 && offset_of!(Counters, total_pos) == 8);
+
 impl Remembered {
+    /// The first step of a part without anchors, which no kernel is asked for.
+    pub(super) fn of_nothing(shape: Shape, settings: &LossSettings, labels: [Vec<i64>; 2]) -> Self {
+        Self {
+            shape,
+            layout: LossLayout::default(),
+            settings: device_settings(settings, &shape),
+            host_settings: *settings,
+            step: Some(Step::SameClass),
+            labels,
+        }
+    }
+
     /// The parameter that all passes share, for a workspace at `base`.
     pub(super) fn pairs(&self, base: u64) -> Pairs {
         let (shape, layout) = (&self.shape, &self.layout);
@@ -191,6 +233,8 @@ impl Remembered {
         Pairs {
             anchors: side(&layout.anchors, shape.anchors),
             references: side(&layout.references, shape.reference_count()),
+            total: shape.total as u32,
+            reserved: 0,
             square: u32::from(shape.references.is_none()),
             stride: shape.stride() as u32,
             dim: shape.dim as u32,
@@ -202,6 +246,17 @@ impl Remembered {
             counters: pointer(base, layout.counters),
             sums: pointer(base, layout.sums),
             weights: pointer(base, layout.weights),
+            identity: unless_empty::<u32>(base, layout.identity),
+            columns: unless_empty(base, layout.columns),
+            column_weights: match shape.references {
+                None => pointer(base, layout.weights),
+                Some(_) => unless_empty(base, layout.column_weights),
+            },
+            // In one process the whole batch's are those that its sweep counts.
+            totals: match self.step {
+                None => pointer::<u64>(base, layout.counters),
+                Some(_) => pointer(base, layout.totals),
+            },
             tile_counts: pointer(base, layout.tile_counts),
             tile_values: pointer(base, layout.tile_values),
             tile_words: pointer(base, layout.tile_words),
@@ -213,6 +268,11 @@ impl Remembered {
 /// The device address of a region, as the type params.h gives it.
 pub(super) fn pointer<T>(base: u64, region: Region) -> *mut T {
     (base as usize + region.offset) as *mut T
+}
+
+/// The same, or null for a region of nothing.
+fn unless_empty<T>(base: u64, region: Region) -> *mut T {
+    if region.bytes == 0 { std::ptr::null_mut() } else { pointer(base, region) }
 }
 
 /// The bytes of a matrix whose rows lie one behind the other.
@@ -263,6 +323,9 @@ impl<D: Device> DeviceBackend<D> {
             dim: batch.anchors.embeddings.dim(),
             precision: self.precision(&batch.anchors),
             reference_gradient: batch.reference_gradient && !batch.is_square(),
+            total: batch.total(),
+            identity: !batch.is_square() && batch.identity != Identity::ByValue,
+            numbers: false,
         }
     }
 
@@ -281,14 +344,9 @@ impl<D: Device> DeviceBackend<D> {
         let layout = &loss.layout;
         let Self { device, loss: workspace, .. } = self;
         let buffer = workspace.lay(device, &layout.layout)?;
-        upload_rows(device, buffer, &layout.anchors, &batch.anchors, "anchors")?;
-        if let Some(references) = &batch.references {
-            upload_rows(device, buffer, &layout.references, references, "references")?;
-        }
-        let base = device.address(buffer);
-        let ends = [layout.anchors.ends(base), layout.references.ends(base)];
-        let check = RowCheck { check: batch.check, tolerance: batch.anchors.embeddings.norm_tolerance() };
-        issue(&mut Launcher { device: &mut *device, shape }, base, &loss, ends, check)?;
+        let input = upload(device, buffer, layout, batch)?;
+        let (base, check) = (device.address(buffer), input.check);
+        issue(&mut Launcher { device: &mut *device, shape }, base, &loss, &input)?;
         download_scalars(device, buffer, &loss, check.tolerance, output)?;
         download_anchors(device, buffer, &loss, output)?;
         download_gradients(device, buffer, &loss, output)?;
@@ -312,25 +370,74 @@ impl<D: Device> DeviceBackend<D> {
         // NO_ROW in both fields, which are the last two.
         let bad = offset_of!(Counters, bad_anchor);
         device.fill(buffer, layout.counters.offset + bad, 2 * size_of::<u32>(), 0xff)?;
-        Ok(Remembered { shape, layout, settings: device_settings(settings, &shape) })
+        Ok(Remembered {
+            shape,
+            layout,
+            settings: device_settings(settings, &shape),
+            host_settings: *settings,
+            step: None,
+            labels: Default::default(),
+        })
     }
 }
 
-/// Every kernel of one loss, on input and gradients at `ends` (anchors, references).
+/// Where a loss finds its rows, and what is said of them.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Input {
+    /// Of the anchors, and of the references.
+    pub(super) ends: [Ends; 2],
+    pub(super) check: RowCheck,
+    pub(super) identity: IdentityAt,
+}
+
+/// Where to read which reference is an anchor.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct IdentityAt {
+    /// Reference `first + i` is anchor i; or the address of `first`.
+    pub(super) first: u64,
+    pub(super) first_at: u64,
+    /// The address of a list, which goes before both.
+    pub(super) list: u64,
+}
+
+/// Copies rows, labels and identity to the device.
+pub(super) fn upload<D: Device>(
+    device: &mut D,
+    buffer: &mut D::Buffer,
+    layout: &LossLayout,
+    batch: &Batch<'_>,
+) -> Result<Input> {
+    upload_rows(device, buffer, &layout.anchors, &batch.anchors, "anchors")?;
+    if let Some(references) = &batch.references {
+        upload_rows(device, buffer, &layout.references, references, "references")?;
+    }
+    let base = device.address(buffer);
+    let mut identity = IdentityAt::default();
+    match batch.identity {
+        Identity::ByValue => {}
+        Identity::From(first) => identity.first = first as u64,
+        Identity::List(list) if layout.identity_list.bytes > 0 => {
+            device.upload(buffer, layout.identity_list.offset, cast_slice(list))?;
+            identity.list = base + layout.identity_list.offset as u64;
+        }
+        Identity::List(_) => {}
+    }
+    let check = RowCheck { check: batch.check, tolerance: batch.anchors.embeddings.norm_tolerance() };
+    Ok(Input { ends: [layout.anchors.ends(base), layout.references.ends(base)], check, identity })
+}
+
+/// Every kernel of one loss.
 pub(super) fn issue<D: Device>(
     launcher: &mut Launcher<'_, D>,
     base: u64,
     loss: &Remembered,
-    ends: [Ends; 2],
-    check: RowCheck,
+    input: &Input,
 ) -> Result<()> {
-    issue_order(launcher, base, loss, ends, check)?;
-    issue_mining(launcher, base, loss)?;
-    issue_gradient(launcher, base, loss, ends[0].gradient, false)?;
-    if loss.shape.reference_gradient {
-        issue_gradient(launcher, base, loss, ends[1].gradient, true)?;
-    }
-    Ok(())
+    issue_order(launcher, base, loss, input)?;
+    issue_same_class(launcher, base, loss)?;
+    issue_sweep(launcher, base, loss)?;
+    issue_selection(launcher, base, loss)?;
+    issue_gradients(launcher, base, loss, input.ends.map(|end| end.gradient))
 }
 
 /// Both sides must be multiplied in one type.
@@ -362,6 +469,7 @@ fn device_settings(settings: &LossSettings, shape: &Shape) -> Settings {
         beta: settings.beta,
         lambda_pos: settings.lambda_pos,
         lambda_neg: settings.lambda_neg,
+        lambda: 0,
         sum_scale: sum_scale(settings, shape.reference_count()),
         term_limit: term_limit(shape.reference_count()),
         adaptive: u32::from(settings.mining == Mining::AtAsms),
@@ -381,14 +489,14 @@ fn upload_rows<D: Device>(
 }
 
 /// Class order of both sides, prepared rows, class ranges.
-fn issue_order<D: Device>(
+pub(super) fn issue_order<D: Device>(
     launcher: &mut Launcher<'_, D>,
     base: u64,
     loss: &Remembered,
-    ends: [Ends; 2],
-    check: RowCheck,
+    input: &Input,
 ) -> Result<()> {
     let Remembered { shape, layout, .. } = loss;
+    let Input { ends, check, identity } = *input;
     let precision = shape.precision;
     let square = shape.references.is_none();
     let counter = |field: usize| pointer::<u32>(base + field as u64, layout.counters);
@@ -442,27 +550,107 @@ fn issue_order<D: Device>(
         anchors: shape.anchors as u32,
         references: shape.reference_count() as u32,
     };
-    launcher.launch(Kernel::Classes, false, &classes)
+    launcher.launch(Kernel::Classes, false, &classes)?;
+    if !shape.identity {
+        return Ok(());
+    }
+    let references = shape.reference_count() as u32;
+    let invert = InvertParams {
+        order: pointer::<u32>(base, layout.references.order),
+        positions: pointer(base, layout.positions),
+        count: references,
+        reserved: 0,
+    };
+    launcher.launch(Kernel::InvertOrder, true, &invert)?;
+    let params = IdentityParams {
+        order: pointer::<u32>(base, layout.anchors.order),
+        positions: pointer::<u32>(base, layout.positions),
+        list: identity.list as usize as *const u32,
+        first_at: identity.first_at as usize as *const u64,
+        first: identity.first,
+        identity: pointer(base, layout.identity),
+        count: shape.anchors as u32,
+        references,
+    };
+    launcher.launch(Kernel::Identity, false, &params)
 }
 
-/// The one sweep and the selection.
-fn issue_mining<D: Device>(launcher: &mut Launcher<'_, D>, base: u64, loss: &Remembered) -> Result<()> {
-    let Remembered { shape, layout, .. } = loss;
+/// m+ and the positives.
+pub(super) fn issue_same_class<D: Device>(
+    launcher: &mut Launcher<'_, D>,
+    base: u64,
+    loss: &Remembered,
+) -> Result<()> {
     let params = PairsParams { pairs: loss.pairs(base) };
-    launcher.launch(Kernel::SameClass(shape.precision), false, &params)?;
-    launcher.launch(Kernel::Sweep(shape.precision), false, &params)?;
+    launcher.launch(Kernel::SameClass(loss.shape.precision), false, &params)
+}
+
+/// m-, the probe and the candidates.
+pub(super) fn issue_sweep<D: Device>(
+    launcher: &mut Launcher<'_, D>,
+    base: u64,
+    loss: &Remembered,
+) -> Result<()> {
+    let params = PairsParams { pairs: loss.pairs(base) };
+    launcher.launch(Kernel::Sweep(loss.shape.precision), false, &params)
+}
+
+/// The mined sets and the sums over them.
+pub(super) fn issue_selection<D: Device>(
+    launcher: &mut Launcher<'_, D>,
+    base: u64,
+    loss: &Remembered,
+) -> Result<()> {
+    let params = PairsParams { pairs: loss.pairs(base) };
     launcher.launch(Kernel::SelectStored, false, &params)?;
     // With a full segment for every tile there is nothing to recompute.
-    if !layout.stores_everything() {
-        launcher.launch(Kernel::SelectRecomputed(shape.precision), false, &params)?;
+    if loss.layout.stores_everything() {
+        return Ok(());
     }
+    launcher.launch(Kernel::SelectRecomputed(loss.shape.precision), false, &params)
+}
+
+/// Row weights, the scalars and the results of each anchor; then the gradients, to `targets` (of anchors, of references).
+pub(super) fn issue_gradients<D: Device>(
+    launcher: &mut Launcher<'_, D>,
+    base: u64,
+    loss: &Remembered,
+    targets: [u64; 2],
+) -> Result<()> {
+    issue_weigh(launcher, base, loss, pointer(base, loss.layout.scalars))?;
+    issue_sums(launcher, base, loss, targets)
+}
+
+/// The gradients alone, once rows have their weights.
+pub(super) fn issue_sums<D: Device>(
+    launcher: &mut Launcher<'_, D>,
+    base: u64,
+    loss: &Remembered,
+    targets: [u64; 2],
+) -> Result<()> {
+    issue_gradient(launcher, base, loss, targets[0], false)?;
+    if loss.shape.reference_gradient {
+        issue_gradient(launcher, base, loss, targets[1], true)?;
+    }
+    Ok(())
+}
+
+/// Row weights and the results of each anchor, and the scalars to an address.
+pub(super) fn issue_weigh<D: Device>(
+    launcher: &mut Launcher<'_, D>,
+    base: u64,
+    loss: &Remembered,
+    scalars: *mut LossScalars,
+) -> Result<()> {
+    let Remembered { layout, .. } = loss;
+    let params = PairsParams { pairs: loss.pairs(base) };
     let weigh = WeighParams {
         pairs: params.pairs,
         anchor_column_sums: pointer::<f32>(base, layout.anchors.column_sums),
         reference_column_sums: pointer::<f32>(base, layout.references.column_sums),
         anchor_square_sums: pointer::<f64>(base, layout.anchors.square_sums),
         reference_square_sums: pointer::<f64>(base, layout.references.square_sums),
-        scalars: pointer(base, layout.scalars),
+        scalars,
         min_pos: pointer(base, layout.min_pos),
         max_neg: pointer(base, layout.max_neg_out),
         count_pos: pointer(base, layout.count_pos),
@@ -538,6 +726,7 @@ pub(super) fn download_scalars<D: Device>(
     output.gamma_neg = scalars.gamma_neg;
     output.probe_neg = scalars.probe_neg;
     output.total_pos = scalars.total_pos;
+    output.total_neg = scalars.total_neg;
     output.active = scalars.active;
     output.dloss_dlambda_pos = scalars.dloss_dlambda_pos;
     output.dloss_dlambda_neg = scalars.dloss_dlambda_neg;
@@ -571,7 +760,7 @@ pub(super) fn download_terms<D: Device>(
     buffer: &D::Buffer,
     loss: &Remembered,
 ) -> Result<(Vec<f64>, Vec<bool>)> {
-    let Remembered { shape, layout, settings } = loss;
+    let Remembered { shape, layout, settings, .. } = loss;
     let rows = shape.anchors;
     const WORDS: usize = size_of::<RowSums>() / size_of::<u64>();
     let mut sums = vec![[0u64; WORDS]; rows];
@@ -590,7 +779,7 @@ pub(super) fn download_terms<D: Device>(
         }
         // As the kernel `weigh`.
         let part = |count: u32, sharpness: f64, sum: i64| {
-            2.0 / (rows as f64 * f64::from(count)) / sharpness * sum as f64 / settings.sum_scale
+            2.0 / (shape.total as f64 * f64::from(count)) / sharpness * sum as f64 / settings.sum_scale
         };
         terms[original] = part(sums.count_pos, settings.beta, sums.softplus_pos)
             + part(sums.count_neg, settings.alpha, sums.softplus_neg);
@@ -598,7 +787,7 @@ pub(super) fn download_terms<D: Device>(
     Ok((terms, by_tiles))
 }
 
-fn download_gradients<D: Device>(
+pub(super) fn download_gradients<D: Device>(
     device: &mut D,
     buffer: &D::Buffer,
     loss: &Remembered,

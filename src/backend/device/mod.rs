@@ -5,16 +5,19 @@
 //! workspace's layout are pure functions, tested without a device.
 
 mod backend;
+mod enqueue;
 mod kernel;
 mod loss;
 pub mod params;
 mod plan;
 mod resident;
 mod retrieval;
+mod steps;
 mod threshold;
 mod workspace;
 
 pub use backend::{DeviceBackend, Options};
+pub use enqueue::{ResidentIdentity, ResidentNumbers, ResidentPart, ResidentSettings};
 pub use kernel::Kernel;
 pub use resident::{ResidentBatch, ResidentRows, ResidentType};
 pub use workspace::Region;

@@ -21,6 +21,10 @@ kernel_parameters!(
     PrepareParams,
     ClassesParams,
     DuplicateParams,
+    InvertParams,
+    IdentityParams,
+    TakeParams,
+    ReportParams,
     PairsParams,
     WeighParams,
     WaysParams,
@@ -46,4 +50,4 @@ macro_rules! read_from_words {
     };
 }
 
-read_from_words!(LossScalars, RowSums);
+read_from_words!(Counters, LossScalars, RowSums);

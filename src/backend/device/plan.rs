@@ -60,6 +60,12 @@ pub(super) struct Shape {
     pub precision: Precision,
     /// Whether the references' gradient is wanted; never in the square form.
     pub reference_gradient: bool,
+    /// B of 1/B.
+    pub total: usize,
+    /// Whether somebody says which reference is an anchor; never in the square form.
+    pub identity: bool,
+    /// Whether references may be anchors of the whole batch, with numbers of their own; never in the square form.
+    pub numbers: bool,
 }
 
 impl Shape {
@@ -138,7 +144,7 @@ impl Shape {
         match self.precision {
             Precision::F32 | Precision::Tf32 => 1.0,
             Precision::F16 | Precision::Bf16 => {
-                let log2 = i32::try_from(self.anchors.ilog2()).unwrap_or(0);
+                let log2 = i32::try_from(self.total.ilog2()).unwrap_or(0);
                 2.0f32.powi(log2 + 11)
             }
         }
@@ -177,7 +183,9 @@ impl Shape {
                 ([order_tiles(self.sides(of_references).0), 1, 1], ORDER_SHARED_BYTES)
             }
             Kernel::Prepare(_) | Kernel::ThresholdPrepare(_) | Kernel::GradientSum => ([own, 1, 1], 0),
-            Kernel::Classes => ([self.anchors.div_ceil(THREADS as usize), 1, 1], 0),
+            Kernel::Classes | Kernel::Identity | Kernel::ReportNumbers => (threads_for(self.anchors), 0),
+            Kernel::InvertOrder => (threads_for(self.sides(of_references).0), 0),
+            Kernel::TakeNumbers => (threads_for(self.anchors.max(self.reference_count())), 0),
             Kernel::DuplicateBounds(_) | Kernel::SameClass(_) => ([own, 1, 1], SIMILARITY_STAGES_BYTES),
             Kernel::DuplicateBoundsHopper(_) | Kernel::SameClassHopper(_) => {
                 ([own, 1, 1], HOPPER_SHARED_BYTES)
@@ -216,6 +224,11 @@ impl Shape {
     }
 }
 
+/// Blocks of a thread a row.
+fn threads_for(rows: usize) -> [usize; 3] {
+    [rows.div_ceil(THREADS as usize), 1, 1]
+}
+
 /// Keys that the retrieval buffer of a query holds: k and what one tile may append, a power of two.
 pub(super) fn retrieval_capacity(k: usize, references: usize) -> usize {
     (k.min(references) + RETRIEVAL_SLACK as usize).next_power_of_two()
@@ -242,7 +255,16 @@ mod tests {
     use super::*;
 
     fn square(anchors: usize, dim: usize, precision: Precision) -> Shape {
-        Shape { anchors, references: None, dim, precision, reference_gradient: false }
+        Shape {
+            anchors,
+            references: None,
+            dim,
+            precision,
+            reference_gradient: false,
+            total: anchors,
+            identity: false,
+            numbers: false,
+        }
     }
 
     #[test]

@@ -4,7 +4,9 @@ use bytemuck::cast_slice_mut;
 use half::{bf16, f16};
 use ndarray::aview2;
 
-use super::loss::{Ends, Launcher, RowCheck, download_anchors, download_scalars, download_terms, issue};
+use super::loss::{
+    Ends, IdentityAt, Input, Launcher, RowCheck, download_anchors, download_scalars, download_terms, issue,
+};
 use super::plan::Shape;
 use super::retrieval::Search;
 use super::{Device, DeviceBackend, Precision};
@@ -63,17 +65,20 @@ impl ResidentType {
 }
 
 impl ResidentBatch {
-    fn shape(&self, exact: bool) -> Shape {
+    pub(super) fn shape(&self, exact: bool) -> Shape {
         Shape {
             anchors: self.anchors.count,
             references: self.references.map(|rows| rows.count),
             dim: self.dim,
             precision: Precision::of(&self.dtype.empty(), exact),
             reference_gradient: self.references.is_some_and(|rows| rows.gradient != 0),
+            total: self.anchors.count,
+            identity: false,
+            numbers: false,
         }
     }
 
-    fn row_check(&self) -> RowCheck {
+    pub(super) fn row_check(&self) -> RowCheck {
         RowCheck { check: self.check, tolerance: self.dtype.empty().norm_tolerance() }
     }
 
@@ -102,7 +107,7 @@ impl ResidentBatch {
         })
     }
 
-    fn validate(&self) -> Result<()> {
+    pub(super) fn validate(&self) -> Result<()> {
         self.validate_rows("anchors")?;
         for (name, rows) in self.sides("anchors") {
             aligned("labels", rows.labels, 8)?;
@@ -114,7 +119,7 @@ impl ResidentBatch {
     }
 }
 
-fn aligned(name: &'static str, address: u64, alignment: u64) -> Result<()> {
+pub(super) fn aligned(name: &'static str, address: u64, alignment: u64) -> Result<()> {
     if address != 0 && address.is_multiple_of(alignment) {
         return Ok(());
     }
@@ -156,10 +161,11 @@ impl<D: Device> DeviceBackend<D> {
         };
         let both = [ends(&batch.anchors), ends(batch.references.as_ref().unwrap_or(&batch.anchors))];
         let check = batch.row_check();
+        let input = Input { ends: both, check, identity: IdentityAt::default() };
         let Self { device, loss: workspace, .. } = self;
         let buffer = workspace.lay(device, &loss.layout.layout)?;
         let base = device.address(buffer);
-        issue(&mut Launcher { device: &mut *device, shape }, base, &loss, both, check)?;
+        issue(&mut Launcher { device: &mut *device, shape }, base, &loss, &input)?;
         *output = LossOutput::default();
         download_scalars(device, buffer, &loss, check.tolerance, output)?;
         self.remembered = Some(loss);

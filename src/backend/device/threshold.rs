@@ -6,6 +6,7 @@ use ndarray::ArrayView2;
 use super::loss::{Launcher, Remembered, SideRegions, pointer};
 use super::params::{STAGE_BYTES, TILE, ThresholdParams, ThresholdPrepareParams, ThresholdSumParams};
 use super::plan::{Shape, tiles};
+use super::steps::Step;
 use super::workspace::{Layout, Region};
 use super::{Device, DeviceBackend, Kernel};
 use crate::loss::{Batch, Hypergradient};
@@ -48,6 +49,11 @@ impl<D: Device> DeviceBackend<D> {
         reference_tangent: Option<ArrayView2<'_, f32>>,
     ) -> Result<Hypergradient> {
         let shape = self.shape(batch);
+        if shape.anchors == 0
+            && self.remembered.as_ref().is_some_and(|last| last.step == Some(Step::Gradient))
+        {
+            return Ok(Hypergradient::default());
+        }
         // In the square form both sides move alike.
         let reference_tangent = if batch.is_square() { None } else { reference_tangent };
         self.sum_threshold(shape, |device, buffer, regions| {
@@ -77,6 +83,9 @@ impl<D: Device> DeviceBackend<D> {
         let (Some(remembered), Some(pairs_buffer)) = (remembered, loss.buffer()) else {
             return Err(Error::OutOfOrder("the threshold pass needs a loss before it"));
         };
+        if remembered.step.is_some_and(|step| step != Step::Gradient) {
+            return Err(Error::OutOfOrder("the threshold pass needs the last step of the loss before it"));
+        }
         same_shape(&remembered.shape, &shape)?;
         let layout = ThresholdLayout::new(&shape);
         let buffer = threshold.lay(device, &layout.layout)?;

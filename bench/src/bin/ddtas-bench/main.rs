@@ -1,0 +1,126 @@
+//! `ddtas-bench`: holds backends to the reference cases, and times them.
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
+mod throughput;
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use ddtas::backend::Backend;
+use ddtas_bench::DeviceArguments;
+use ddtas_cases::file::{Case, find};
+use ddtas_cases::verify::{Report, SINGLE_PRECISION, TF32, run, run_tf32};
+use ddtas_io::console::{self, print, print_json, say};
+use peak_alloc::PeakAlloc;
+use throughput::{ThroughputArguments, throughput};
+
+/// Counts, for the memory that `throughput` reports.
+#[global_allocator]
+static ALLOCATOR: PeakAlloc = PeakAlloc;
+
+#[derive(Parser)]
+#[command(version, about = "Checks and times the DDTAS loss")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Runs reference cases through a backend; exit code 0 only if all pass. With --tf32 the truth is that of the
+    /// rows rounded to TF32, counts exact, and the bound 1e-3 instead of 1e-5.
+    Verify(VerifyArguments),
+    /// Times loss and gradient on rows of which a stated share is mined.
+    Throughput(ThroughputArguments),
+}
+
+#[derive(clap::Args)]
+struct VerifyArguments {
+    /// Case files (.safetensors) or folders of them.
+    #[arg(required = true)]
+    paths: Vec<PathBuf>,
+    #[command(flatten)]
+    device: DeviceArguments,
+    /// Print one JSON array, an object a case.
+    #[arg(long)]
+    json: bool,
+}
+
+fn main() -> ExitCode {
+    let outcome = match Arguments::parse().command {
+        Command::Verify(arguments) => verify(&arguments),
+        Command::Throughput(arguments) => throughput(arguments).map(|()| true),
+    };
+    match outcome {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => console::failed("ddtas-bench", &error),
+    }
+}
+
+/// The device to compute on; says so where it is not the GPU that a build for GPUs looks for.
+fn resolved(device: DeviceArguments) -> DeviceArguments {
+    let (device, reason) = device.resolve();
+    if let Some(reason) = reason {
+        say(format_args!("computing on {}: {reason}", device.backend));
+    }
+    device
+}
+
+/// One line of `verify`.
+#[derive(serde::Serialize)]
+struct Row {
+    case: String,
+    backend: String,
+    passed: bool,
+    #[serde(flatten)]
+    report: Report,
+}
+
+fn verify(arguments: &VerifyArguments) -> ddtas::Result<bool> {
+    let files = find(&arguments.paths)?;
+    let device = resolved(arguments.device);
+    let mut backend = device.open()?;
+    let run = if device.tf32 { run_tf32 } else { run };
+    let bound = if device.tf32 { TF32 } else { SINGLE_PRECISION };
+    let mut rows = Vec::with_capacity(files.len());
+    for file in &files {
+        let case = Case::read(file)?;
+        let report = run(&case, &mut *backend)?;
+        let passed = report.passes(bound);
+        rows.push(Row { case: case.name, backend: backend.name(), passed, report });
+    }
+    if arguments.json {
+        print_json(&rows)?;
+    } else {
+        print(|out| table(out, &*backend, &rows, bound))?;
+    }
+    Ok(rows.iter().all(|row| row.passed))
+}
+
+fn table(out: &mut impl Write, backend: &dyn Backend, rows: &[Row], bound: f64) -> io::Result<()> {
+    writeln!(
+        out,
+        "{:<22} {:>9} {:>9} {:>10} {:>13} {:>7}",
+        "case", "loss", "gradient", "thresholds", "hypergradient", "counts"
+    )?;
+    for Row { case, passed, report, .. } in rows {
+        let counts = if report.wrong_counts.is_empty() { "exact" } else { "WRONG" };
+        writeln!(
+            out,
+            "{case:<22} {:>9.1e} {:>9.1e} {:>10.1e} {:>13.1e} {counts:>7}{}",
+            report.loss,
+            report.gradient,
+            report.thresholds,
+            report.hypergradient,
+            if *passed { "" } else { "  FAILED" }
+        )?;
+        for wrong in report.wrong_counts.iter().take(5) {
+            writeln!(out, "    {wrong}")?;
+        }
+    }
+    let passed = rows.iter().filter(|row| row.passed).count();
+    writeln!(out, "{passed} of {} cases passed on {} (bound {bound:.0e})", rows.len(), backend.name())
+}

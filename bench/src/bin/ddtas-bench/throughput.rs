@@ -1,0 +1,111 @@
+//! `ddtas-bench throughput`: prints what [`ddtas_bench`] measures.
+
+use std::io::{self, IsTerminal, Write};
+use std::path::PathBuf;
+
+use ddtas_bench::{Row, ThroughputSettings, plot, run};
+use ddtas_io::console::{print, print_json, say};
+use ddtas_io::files::{check_place, write_atomic};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::resolved;
+
+#[derive(clap::Args)]
+pub struct ThroughputArguments {
+    #[command(flatten)]
+    settings: ThroughputSettings,
+    /// Print one JSON array, an object a row.
+    #[arg(long)]
+    json: bool,
+    /// Draw time and memory against the batch into this SVG file.
+    #[arg(long, value_name = "FILE")]
+    plot: Option<PathBuf>,
+}
+
+pub fn throughput(mut arguments: ThroughputArguments) -> ddtas::Result<()> {
+    arguments.plot.as_deref().map_or(Ok(()), |path| check_place("plot", path))?;
+    arguments.settings.device = resolved(arguments.settings.device);
+    let progress = Progress::new(arguments.json);
+    let rows = run(&arguments.settings, &mut |index, count, name| progress.show(index, count, name));
+    progress.bar.finish_and_clear();
+    let rows = rows?;
+    if let Some(path) = &arguments.plot {
+        let svg = plot(&rows).map_err(|reason| ddtas::Error::format(path, reason))?;
+        write_atomic(path, svg.as_bytes())?;
+    }
+    if arguments.json {
+        return print_json(&rows);
+    }
+    print(|out| table(out, &rows))
+}
+
+/// A bar on a terminal, a line a row elsewhere, nothing beside JSON.
+struct Progress {
+    bar: ProgressBar,
+    lines: bool,
+}
+
+impl Progress {
+    fn new(silent: bool) -> Self {
+        let terminal = std::io::stderr().is_terminal();
+        let bar = if terminal && !silent { ProgressBar::new(0) } else { ProgressBar::hidden() };
+        if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len} [{elapsed}] {msg}") {
+            bar.set_style(style);
+        }
+        Self { bar, lines: !terminal && !silent }
+    }
+
+    fn show(&self, index: usize, count: usize, name: &str) {
+        self.bar.set_length(count as u64);
+        self.bar.set_position(index as u64);
+        self.bar.set_message(name.to_owned());
+        if self.lines {
+            say(format_args!("{} of {count}: {name}", index + 1));
+        }
+    }
+}
+
+fn table(out: &mut impl Write, rows: &[Row]) -> io::Result<()> {
+    writeln!(
+        out,
+        "{:>7} {:>7} {:>5} {:>8} {:>6} {:>8} {:>10} {:>9} {:>9} {:>8} {:>9}",
+        "B",
+        "N",
+        "D",
+        "density",
+        "noise",
+        "mined, %",
+        "time, ms",
+        "spread",
+        "GFLOP/s",
+        "of floor",
+        "extra, MB"
+    )?;
+    let optional = |value: Option<String>| value.unwrap_or_else(|| "-".to_owned());
+    for row in rows {
+        writeln!(
+            out,
+            "{:>7} {:>7} {:>5} {:>8} {:>6} {:>8.2} {:>10.3} {:>9.3} {:>9.1} {:>8} {:>9}",
+            row.batch,
+            row.references.unwrap_or(row.batch),
+            row.dim,
+            row.density.as_deref().unwrap_or("-"),
+            optional(row.noise.map(|noise| format!("{noise:.3}"))),
+            100.0 * row.mined_share,
+            row.time_ms,
+            row.time_spread_ms,
+            row.gflops,
+            optional(row.floor_share.map(|share| format!("{share:.2}"))),
+            optional(row.peak_extra_bytes.map(|bytes| format!("{:.2}", bytes as f64 / 1e6))),
+        )?;
+    }
+    if let Some(row) = rows.first() {
+        let products = if row.tf32 { ", multiplied in TF32" } else { "" };
+        writeln!(
+            out,
+            "{} on {} threads of the CPU, {:?} rows{products}",
+            row.backend, row.threads, row.dtype
+        )?;
+    }
+    Ok(())
+}

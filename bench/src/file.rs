@@ -1,0 +1,86 @@
+//! Embeddings in .safetensors files, with the settings they are to be mined with.
+//!
+//! `embeddings` [B, D] f32 and `labels` [B] i64; in the rectangular form `references` [N, D] f32 and
+//! `reference_labels` [N] i64. Metadata: those of SPEC 7 for other settings than the defaults, `density`, `noise`.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use super::embeddings::Embeddings;
+use ddtas::loss::{LossSettings, Mining};
+use ddtas::{Error, Result};
+use ddtas_cases::file::settings_of;
+use ddtas_io::tensors::{TensorFile, write_rows};
+
+/// Reads rows, their labels, and the settings they are to be mined with.
+///
+/// # Errors
+/// [`Error::Io`] if the file cannot be read, [`Error::Format`] if it does not hold what it should.
+pub fn read(path: &Path) -> Result<Embeddings> {
+    let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
+    let file = TensorFile::parse(path, &bytes)?;
+    let references = file.has("references").then(|| file.rows("references", "reference_labels"));
+    let noise = file.metadata.get("noise").and_then(|noise| noise.parse().ok());
+    let stated = file.metadata.contains_key("gamma");
+    Ok(Embeddings {
+        anchors: file.rows("embeddings", "labels")?,
+        references: references.transpose()?,
+        settings: if stated { settings_of(path, &file.metadata)? } else { LossSettings::default() },
+        density: file.metadata.get("density").cloned(),
+        noise,
+    })
+}
+
+pub(super) fn write(path: &Path, embeddings: &Embeddings) -> Result<()> {
+    let anchors = &embeddings.anchors;
+    let mut sides = vec![("embeddings", &anchors.values, Some(("labels", anchors.labels.as_slice())))];
+    sides.extend(embeddings.references.as_ref().map(|references| {
+        ("references", &references.values, Some(("reference_labels", references.labels.as_slice())))
+    }));
+    write_rows(path, &sides, metadata(embeddings))
+}
+
+fn metadata(embeddings: &Embeddings) -> HashMap<String, String> {
+    let settings = &embeddings.settings;
+    let mut entries = vec![
+        ("adaptive", (settings.mining == Mining::AtAsms).to_string()),
+        ("gamma", settings.gamma.to_string()),
+        ("neg_ratio", settings.negative_ratio.to_string()),
+        ("probe_neg_ratio", settings.probe_ratio.to_string()),
+        ("tolerance", settings.tolerance.to_string()),
+        ("alpha", settings.alpha.to_string()),
+        ("beta", settings.beta.to_string()),
+        ("lam_pos", settings.lambda_pos.to_string()),
+        ("lam_neg", settings.lambda_neg.to_string()),
+    ];
+    entries.extend(embeddings.density.clone().map(|density| ("density", density)));
+    entries.extend(embeddings.noise.map(|noise| ("noise", noise.to_string())));
+    entries.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Density, EmbeddedRows, draw};
+    use super::*;
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("rows.safetensors");
+        for references in [None, Some(11)] {
+            let written = draw(7, references, 3, Density::All, 0.25, 5);
+            write(&path, &written).unwrap();
+            let got = read(&path).unwrap();
+            assert_eq!(
+                (got.anchors.values, got.anchors.labels),
+                (written.anchors.values, written.anchors.labels)
+            );
+            let values = |rows: Option<EmbeddedRows>| rows.map(|rows| (rows.values, rows.labels));
+            assert_eq!(values(got.references), values(written.references));
+            assert_eq!(
+                (got.settings, got.density, got.noise),
+                (written.settings, written.density, written.noise)
+            );
+        }
+    }
+}

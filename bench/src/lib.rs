@@ -1,0 +1,71 @@
+//! How fast a backend evaluates the loss, and in how much memory: `ddtas-bench throughput`.
+//!
+//! | file | what |
+//! | --- | --- |
+//! | `settings.rs`, `arguments.rs` | what to measure, and where; the arguments of the program |
+//! | `density.rs` | named shares of mined negatives |
+//! | `embeddings.rs` | drawing rows at such a share |
+//! | `file.rs` | rows read from and written to .safetensors |
+//! | `measure.rs` | one row of the table: time, floor, memory |
+//! | `spot_check.rs` | a device's answer on a batch of any size held to float64, for some of its anchors |
+//! | `plot.rs` | time and memory against B, as SVG |
+
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
+mod arguments;
+mod density;
+mod embeddings;
+mod file;
+mod measure;
+mod plot;
+mod settings;
+#[cfg(any(feature = "cuda", feature = "emulated"))]
+pub mod spot_check;
+
+pub use arguments::DeviceArguments;
+pub use ddtas_io::tensors::EmbeddedRows;
+pub use density::Density;
+pub use embeddings::{CLASS_SIZE, Embeddings, draw, find_noise};
+pub use file::read;
+pub use measure::{Row, measure, measure_on, with_batch};
+pub use plot::plot;
+pub use settings::{Dtype, ThroughputSettings};
+
+use ddtas::Result;
+
+/// Measures every combination that `settings` ask for, in order of dimension, density and batch.
+///
+/// `progress` is called before each with its number, from 0, the count of all, and its name.
+///
+/// # Errors
+/// Settings out of range, files that cannot be read or written, and what the backend answers.
+pub fn run(settings: &ThroughputSettings, progress: &mut dyn FnMut(usize, usize, &str)) -> Result<Vec<Row>> {
+    let plan = settings.plan()?;
+    if let Some(path) = &settings.embeddings {
+        let embeddings = file::read(path)?;
+        plan.check_shape(path, &embeddings)?;
+        progress(0, 1, &embeddings.name());
+        return Ok(vec![measure(&embeddings, settings)?]);
+    }
+    // A device that is not there, or a share that no noise gives, is found before the first file and figure.
+    drop(settings.device.open()?);
+    let mut noises = Vec::new();
+    for &dim in &plan.dims {
+        for &density in &plan.densities {
+            noises.push((dim, density, find_noise(density, dim, settings.references, settings.seed)?));
+        }
+    }
+    let count = noises.len() * plan.batches.len();
+    let mut rows = Vec::with_capacity(count);
+    for (dim, density, noise) in noises {
+        for &batch in &plan.batches {
+            let embeddings = draw(batch, settings.references, dim, density, noise, settings.seed);
+            progress(rows.len(), count, &embeddings.name());
+            if let Some(path) = &settings.save_embeddings {
+                file::write(path, &embeddings)?;
+            }
+            rows.push(measure(&embeddings, settings)?);
+        }
+    }
+    Ok(rows)
+}

@@ -1,0 +1,233 @@
+//! One measurement: the loss and its gradient, and beside it the floor of a loss that is not fused.
+
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use half::{bf16, f16};
+use ndarray::linalg::general_mat_mul;
+use ndarray::{Array2, ArrayView2, Axis, s};
+use peak_alloc::PeakAlloc;
+use rayon::prelude::*;
+
+use super::EmbeddedRows;
+use super::embeddings::{Embeddings, mined_share};
+use super::settings::{Dtype, ThroughputSettings};
+use ddtas::Result;
+use ddtas::backend::{Backend, DeviceSpec};
+use ddtas::loss::{self, Batch, LossOutput, Rows};
+
+/// Calls before the clock starts: buffers grow in the first, and caches settle.
+const WARM_UP: usize = 2;
+const FEWEST: usize = 5;
+const MOST: usize = 10_000;
+
+/// Rows of S the floor computes at a time. All of S at once would be slower, for want of cache.
+const STRIPE: usize = 256;
+
+/// What was measured of one batch. Field names are those of `--json`.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct Row {
+    /// Rows of the batch, B.
+    pub batch: usize,
+    /// References of their own, N; none in the square form.
+    pub references: Option<usize>,
+    /// Dimensions of a row, D.
+    pub dim: usize,
+    /// Type of the rows.
+    pub dtype: Dtype,
+    /// Whether f32 rows were multiplied in TF32.
+    pub tf32: bool,
+    /// Backend that ran.
+    pub backend: String,
+    /// Threads of the CPU that could be used.
+    pub threads: usize,
+    /// Name of the density, if the rows have one.
+    pub density: Option<String>,
+    /// Length of the noise over that of a class centre, if rows were drawn so.
+    pub noise: Option<f64>,
+    /// Mined negatives of active anchors over all negative pairs, 0 to 1.
+    pub mined_share: f64,
+    /// Median time of loss and gradient, rows and gradient in the host's memory, milliseconds.
+    pub time_ms: f64,
+    /// The shortest of the times, milliseconds: what is left of it on a machine that others use too.
+    pub time_best_ms: f64,
+    /// 90th less 10th percentile of the times, milliseconds.
+    pub time_spread_ms: f64,
+    /// `4 B N D` operations of an unfused loss over the time, whatever was really multiplied.
+    pub gflops: f64,
+    /// Time over that of two bare products of the same shape, S = E Rᵀ and dE = S R in float32, in the same
+    /// run. Only on the CPU: a GPU's products are cuBLAS's, measured by `benches/device.sh`.
+    pub floor_share: Option<f64>,
+    /// Most bytes allocated at any time beyond the rows and the gradient, on host and device; none where
+    /// the program's allocator does not count.
+    pub peak_extra_bytes: Option<usize>,
+}
+
+/// Rows as the backend gets them.
+enum Typed<'a> {
+    F32(ArrayView2<'a, f32>),
+    F16(Array2<f16>),
+    Bf16(Array2<bf16>),
+}
+
+impl<'a> Typed<'a> {
+    fn new(rows: &'a EmbeddedRows, dtype: Dtype) -> Self {
+        match dtype {
+            Dtype::F32 => Self::F32(rows.values.view()),
+            Dtype::F16 => Self::F16(rows.values.mapv(f16::from_f32)),
+            Dtype::Bf16 => Self::Bf16(rows.values.mapv(bf16::from_f32)),
+        }
+    }
+
+    fn view(&self) -> loss::Embeddings<'_> {
+        match self {
+            Self::F32(rows) => loss::Embeddings::F32(rows.view()),
+            Self::F16(rows) => loss::Embeddings::F16(rows.view()),
+            Self::Bf16(rows) => loss::Embeddings::Bf16(rows.view()),
+        }
+    }
+}
+
+/// Measures one batch: time, the floor's time, memory.
+///
+/// # Errors
+/// What the backend answers, [`Error::NotUnit`](ddtas::Error::NotUnit) for one.
+pub fn measure(embeddings: &Embeddings, settings: &ThroughputSettings) -> Result<Row> {
+    measure_on(|| settings.device.open(), embeddings, settings)
+}
+
+/// The same on a backend that `opened` gives, whose memory counts from then on.
+///
+/// # Errors
+/// As [`measure`], and those of `opened`.
+pub fn measure_on(
+    opened: impl FnOnce() -> Result<Box<dyn Backend>>,
+    embeddings: &Embeddings,
+    settings: &ThroughputSettings,
+) -> Result<Row> {
+    with_batch(embeddings, settings, |batch| measure_batch(opened, embeddings, batch, settings))
+}
+
+/// Calls `work` with the rows in the type that `settings` ask for.
+///
+/// # Errors
+/// Settings out of range, rows that are no batch, and what `work` answers.
+pub fn with_batch<T>(
+    embeddings: &Embeddings,
+    settings: &ThroughputSettings,
+    work: impl FnOnce(&Batch<'_>) -> Result<T>,
+) -> Result<T> {
+    settings.check_products()?;
+    let anchors = Typed::new(&embeddings.anchors, settings.dtype);
+    let references =
+        embeddings.references.as_ref().map(|rows| (Typed::new(rows, settings.dtype), &rows.labels));
+    let rows = Rows::new(anchors.view(), &embeddings.anchors.labels);
+    let batch = match &references {
+        None => Batch { anchors: rows, ..embeddings.batch() },
+        Some((values, labels)) => Batch::rectangular(rows, Rows::new(values.view(), labels)),
+    };
+    batch.validate()?;
+    work(&batch)
+}
+
+fn measure_batch(
+    opened: impl FnOnce() -> Result<Box<dyn Backend>>,
+    embeddings: &Embeddings,
+    batch: &Batch<'_>,
+    settings: &ThroughputSettings,
+) -> Result<Row> {
+    let (count, dim) = embeddings.anchors.values.dim();
+    let against = embeddings.references.as_ref().map_or(count, |rows| rows.labels.len());
+
+    // The gradient is what is asked for: its room is not extra.
+    let mut output = LossOutput { gradient: Array2::zeros((count, dim)), ..LossOutput::default() };
+    let before = PeakAlloc.current_usage();
+    PeakAlloc.reset_peak_usage();
+    let mut backend = opened()?;
+    let loss = || backend.loss(batch, &embeddings.settings, &mut output);
+    let times = time(settings.seconds, loss)?;
+    // 0 bytes in use: nobody counts.
+    let counted = (before > 0).then(|| PeakAlloc.peak_usage().saturating_sub(before));
+    let on_device = if is_gpu(&*backend) { backend.workspace_bytes() } else { 0 };
+    let name = backend.name();
+    drop(backend);
+
+    let mut floor_share = None;
+    if name == DeviceSpec::Cpu.to_string() {
+        let floor = floor(embeddings, settings.seconds)?;
+        floor_share = Some(times.median / floor.median);
+    }
+    Ok(Row {
+        batch: count,
+        references: embeddings.references.as_ref().map(|rows| rows.labels.len()),
+        dim,
+        dtype: settings.dtype,
+        tf32: settings.device.tf32,
+        backend: name,
+        threads: rayon::current_num_threads(),
+        density: embeddings.density.clone(),
+        noise: embeddings.noise,
+        mined_share: mined_share(embeddings, &output),
+        time_ms: times.median,
+        time_best_ms: times.best,
+        time_spread_ms: times.spread,
+        gflops: 4.0 * count as f64 * against as f64 * dim as f64 / times.median / 1e6,
+        floor_share,
+        peak_extra_bytes: counted.map(|bytes| bytes + on_device),
+    })
+}
+
+/// Whether the workspace lies where the host's allocator does not see it.
+fn is_gpu(backend: &dyn Backend) -> bool {
+    backend.name().starts_with("cuda")
+}
+
+/// Milliseconds a call.
+struct Times {
+    best: f64,
+    median: f64,
+    /// 90th less 10th percentile.
+    spread: f64,
+}
+
+fn time(seconds: f64, mut step: impl FnMut() -> Result<()>) -> Result<Times> {
+    for _ in 0..WARM_UP {
+        step()?;
+    }
+    let mut times = Vec::new();
+    let begin = Instant::now();
+    let enough = Duration::from_secs_f64(seconds);
+    while times.len() < FEWEST || (begin.elapsed() < enough && times.len() < MOST) {
+        let start = Instant::now();
+        step()?;
+        times.push(start.elapsed().as_secs_f64() * 1e3);
+    }
+    times.sort_by(f64::total_cmp);
+    let at = |part: usize| times[(times.len() * part / 10).min(times.len() - 1)];
+    Ok(Times { best: at(0), median: at(5), spread: at(9) - at(1) })
+}
+
+/// Two bare products, by stripes of rows shared out among the threads.
+fn floor(embeddings: &Embeddings, seconds: f64) -> Result<Times> {
+    let anchors = &embeddings.anchors.values;
+    let references = embeddings.references.as_ref().map_or(anchors, |rows| &rows.values);
+    let (count, dim) = anchors.dim();
+    let threads = rayon::current_num_threads();
+    let stripe = count.div_ceil(threads).clamp(1, STRIPE);
+    let similarities: Vec<_> =
+        (0..threads).map(|_| Mutex::new(Array2::<f32>::zeros((stripe, references.nrows())))).collect();
+    let mut gradient = Array2::<f32>::zeros((count, dim));
+    let transposed = references.t();
+    time(seconds, || {
+        let parts = gradient.axis_chunks_iter_mut(Axis(0), stripe);
+        let parts = parts.zip(anchors.axis_chunks_iter(Axis(0), stripe));
+        parts.par_bridge().for_each(|(mut gradient, rows)| {
+            let mine = &similarities[rayon::current_thread_index().unwrap_or(0) % threads];
+            let mut product = mine.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let mut product = product.slice_mut(s![..rows.nrows(), ..]);
+            general_mat_mul(1.0, &rows, &transposed, 0.0, &mut product);
+            general_mat_mul(1.0, &product, references, 0.0, &mut gradient);
+        });
+        Ok(())
+    })
+}

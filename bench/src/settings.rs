@@ -1,0 +1,145 @@
+//! What to measure; the arguments of `ddtas-bench throughput`.
+
+use std::path::{Path, PathBuf};
+
+use super::Density;
+use super::embeddings::Embeddings;
+use crate::arguments::DeviceArguments;
+use ddtas::{Error, Result};
+use ddtas_io::files::check_place;
+
+/// Type the rows are rounded to before they are given to the backend.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Dtype {
+    /// Single precision.
+    #[default]
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// Brain floating point.
+    Bf16,
+}
+
+/// Settings of a measurement. Lists are measured in all combinations.
+#[derive(Debug, Clone, clap::Args)]
+pub struct ThroughputSettings {
+    /// Rows of the batch, separated by commas; 80,1280,5120 if not given.
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    pub batch: Vec<usize>,
+    /// Dimensions of a row, separated by commas; 512 if not given.
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    pub dim: Vec<usize>,
+    /// Share of the negatives that is mined: late (0.01), middle (0.08), start (0.3), all (nearly every
+    /// pair), or a number; several separated by commas. The four names if not given.
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    pub density: Vec<String>,
+    /// References of their own for the batch's rows (rectangular form).
+    #[arg(long, value_name = "N")]
+    pub references: Option<usize>,
+    /// Type of the rows.
+    #[arg(long, value_enum, default_value_t)]
+    pub dtype: Dtype,
+    /// Where to measure.
+    #[command(flatten)]
+    pub device: DeviceArguments,
+    /// Measure the rows of this file instead of drawing them; --batch, --dim and --references, if given, must fit it.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["density", "save_embeddings"])]
+    pub embeddings: Option<PathBuf>,
+    /// Write the rows that were drawn, for one batch, dimension and density.
+    #[arg(long, value_name = "FILE")]
+    pub save_embeddings: Option<PathBuf>,
+    /// Seed of the rows.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Time spent on each figure, at least; five calls are timed however long they take.
+    #[arg(long, default_value_t = 1.0)]
+    pub seconds: f64,
+}
+
+/// Most rows, and most dimensions of one.
+const MOST_ROWS: (usize, &str) = (1 << 24, "1 to 16777216");
+const MOST_DIMS: (usize, &str) = (1 << 16, "1 to 65536");
+
+/// Settings that have been checked.
+pub(super) struct Plan {
+    pub batches: Vec<usize>,
+    pub dims: Vec<usize>,
+    pub densities: Vec<Density>,
+    given: [(&'static str, Option<usize>); 3],
+}
+
+impl ThroughputSettings {
+    /// # Errors
+    /// [`Error::InvalidSetting`] for TF32 products of other rows than f32: those of 16 bits are exact.
+    pub(super) fn check_products(&self) -> Result<()> {
+        if !self.device.tf32 || self.dtype == Dtype::F32 {
+            return Ok(());
+        }
+        let value = format!("{:?}", self.dtype).to_lowercase();
+        Err(Error::InvalidSetting { name: "dtype", value, range: "f32, where --tf32 is given" })
+    }
+
+    /// # Errors
+    /// [`Error::InvalidSetting`] for the first setting out of range.
+    pub(super) fn plan(&self) -> Result<Plan> {
+        let sizes =
+            [("batch", &self.batch[..]), ("dim", &self.dim[..]), ("references", self.references.as_slice())];
+        for (name, values) in sizes {
+            let (most, range) = if name == "dim" { MOST_DIMS } else { MOST_ROWS };
+            if let Some(value) = values.iter().find(|value| !(1..=most).contains(*value)) {
+                return Err(Error::InvalidSetting { name, value: value.to_string(), range });
+            }
+        }
+        self.check_products()?;
+        self.save_embeddings.as_deref().map_or(Ok(()), |path| check_place("save-embeddings", path))?;
+        if !(0.0..=3600.0).contains(&self.seconds) {
+            let value = self.seconds.to_string();
+            return Err(Error::InvalidSetting { name: "seconds", value, range: "0 to 3600" });
+        }
+        let or = |given: &[usize], usual: &[usize]| if given.is_empty() { usual } else { given }.to_vec();
+        let mut densities = vec![Density::Late, Density::Middle, Density::Start, Density::All];
+        if !self.density.is_empty() {
+            densities = self.density.iter().map(|text| text.parse()).collect::<Result<_>>()?;
+        }
+        let plan = Plan {
+            batches: or(&self.batch, &[80, 1280, 5120]),
+            dims: or(&self.dim, &[512]),
+            densities,
+            given: [
+                ("batch", self.batch.first().copied()),
+                ("dim", self.dim.first().copied()),
+                ("references", self.references),
+            ],
+        };
+        let combinations = plan.batches.len() * plan.dims.len() * plan.densities.len();
+        if let (Some(path), 2..) = (&self.save_embeddings, combinations) {
+            return Err(Error::InvalidSetting {
+                name: "save-embeddings",
+                value: path.display().to_string(),
+                range: "a file holds one --batch, one --dim and one --density",
+            });
+        }
+        if self.embeddings.is_some() && (self.batch.len() > 1 || self.dim.len() > 1) {
+            let value = format!("{:?}", if self.batch.len() > 1 { &self.batch } else { &self.dim });
+            let range = "one --batch and one --dim, those of the file, or none";
+            return Err(Error::InvalidSetting { name: "embeddings", value, range });
+        }
+        Ok(plan)
+    }
+}
+
+impl Plan {
+    /// Holds a file's shape against the sizes that were given.
+    pub fn check_shape(&self, path: &Path, embeddings: &Embeddings) -> Result<()> {
+        let (batch, dim) = embeddings.anchors.values.dim();
+        let references = embeddings.references.as_ref().map(|rows| rows.labels.len());
+        for ((name, wanted), got) in self.given.iter().zip([Some(batch), Some(dim), references]) {
+            if wanted.is_some() && *wanted != got {
+                let (wanted, got) = (wanted.unwrap_or_default(), got.unwrap_or_default());
+                return Err(Error::format(path, format!("--{name} is {wanted}, but the file has {got}")));
+            }
+        }
+        Ok(())
+    }
+}

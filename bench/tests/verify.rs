@@ -1,0 +1,99 @@
+//! `ddtas-bench verify` from the outside: exit codes and messages.
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
+
+use assert_cmd::Command;
+use ddtas::backend::{AutoDevice, auto};
+
+/// One that is quick.
+const CASE: &str = "../tests/golden/one_class.safetensors";
+
+fn verify(arguments: &[&str]) -> assert_cmd::assert::Assert {
+    Command::cargo_bin("ddtas-bench").unwrap().arg("verify").args(arguments).assert()
+}
+
+/// The one line a failed run on a device prints.
+fn complaint(device: &str, arguments: &[&str]) -> String {
+    let output = verify(&[&["--device", device], arguments].concat()).failure().get_output().clone();
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(text.lines().count(), 1, "{text}");
+    text
+}
+
+#[test]
+fn the_golden_cases_pass() {
+    let output = verify(&["--backend", "cpu", "../tests/golden"]).success().get_output().clone();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains("12 of 12 cases passed on cpu (bound 1e-5)"), "{text}");
+}
+
+#[test]
+fn the_default_is_a_gpu_if_there_is_one_and_says_why_not() {
+    let output = verify(&["--json", CASE]).success().get_output().clone();
+    let rows: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let AutoDevice { spec, reason } = auto();
+    assert_eq!(rows[0]["backend"], spec.to_string());
+    let said = reason.map_or(String::new(), |reason| format!("computing on {spec}: {reason}\n"));
+    assert_eq!(String::from_utf8(output.stderr).unwrap(), said);
+}
+
+#[test]
+fn the_cpu_refuses_tf32() {
+    let text = complaint("cpu", &["--tf32", CASE]);
+    assert!(text.contains("the CPU does not multiply in TF32"), "{text}");
+}
+
+#[cfg(feature = "emulated")]
+#[test]
+fn tf32_products_are_those_of_the_rounded_rows() {
+    let output =
+        verify(&["--backend", "emulated", "--tf32", "../tests/golden"]).success().get_output().clone();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains("12 of 12 cases passed on emulated (bound 1e-3)"), "{text}");
+}
+
+#[test]
+fn json_is_an_array_with_an_object_a_case() {
+    let output = verify(&["--json", CASE]).success().get_output().clone();
+    let rows: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(rows.as_array().unwrap().len(), 1);
+    assert_eq!(rows[0]["case"], "one_class");
+    assert_eq!(rows[0]["passed"], true);
+    assert!(rows[0]["gradient"].is_number());
+}
+
+#[test]
+fn a_case_with_a_wrong_expectation_fails() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut bytes = std::fs::read("../tests/golden/paper_batch80.safetensors").unwrap();
+    let header_length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: serde_json::Value = serde_json::from_slice(&bytes[8..8 + header_length]).unwrap();
+    let offset = header["expected.count_neg"]["data_offsets"][0].as_u64().unwrap() as usize;
+    bytes[8 + header_length + offset] ^= 1;
+    let path = folder.path().join("wrong.safetensors");
+    std::fs::write(&path, &bytes).unwrap();
+    let output = verify(&[path.to_str().unwrap()]).failure().get_output().clone();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains("count_neg[0]") && text.contains("0 of 1 cases passed"), "{text}");
+
+    // Cut short: not a safetensors file any more.
+    std::fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
+    assert!(complaint("cpu", &[path.to_str().unwrap()]).contains("not a safetensors file"));
+}
+
+#[test]
+fn device_is_another_word_for_backend() {
+    for device in ["cpu", "auto"] {
+        verify(&["--device", device, CASE]).success();
+    }
+    // Whatever this machine has: there is no such GPU, and one line says so.
+    let text = complaint("cuda:4096", &[CASE]);
+    assert!(text.contains("cuda"), "{text}");
+}
+
+#[test]
+fn what_cannot_be_read_is_named() {
+    assert!(complaint("cpu", &["no/such/folder"]).contains("no/such/folder"));
+    assert!(complaint("cpu", &["Cargo.toml"]).contains("Cargo.toml: not a safetensors file"));
+    let empty = tempfile::tempdir().unwrap();
+    assert!(complaint("cpu", &[empty.path().to_str().unwrap()]).contains("no .safetensors file"));
+}

@@ -1,0 +1,252 @@
+//! A batch in parts: a backend each, in threads of their own, which tell each other what they found.
+#![allow(clippy::unwrap_used, reason = "for tests, which stop where something is off")]
+
+use ddtas::Result;
+use ddtas::backend::Backend;
+use ddtas::loss::{
+    Batch, Embeddings, Hypergradient, Identity, LossOutput, LossSettings, Mining, PartReference, RowNumbers,
+    Rows,
+};
+use ndarray::{Array2, ArrayView2, Axis, concatenate, s};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::random::{self, Draw, draw};
+use crate::table::{self, Case};
+use crate::verify::SINGLE_PRECISION;
+
+/// Rows of any type from `first` to `end`.
+pub fn slice<'a>(rows: &'a Rows<'_>, first: usize, end: usize) -> Rows<'a> {
+    let embeddings = match &rows.embeddings {
+        Embeddings::F32(m) => Embeddings::F32(m.slice(s![first..end, ..])),
+        Embeddings::F16(m) => Embeddings::F16(m.slice(s![first..end, ..])),
+        Embeddings::Bf16(m) => Embeddings::Bf16(m.slice(s![first..end, ..])),
+    };
+    Rows { embeddings, labels: &rows.labels[first..end] }
+}
+
+/// What all parts found, put together: totals added up, rows one behind the other.
+#[derive(Debug, Default)]
+pub struct Together {
+    pub output: LossOutput,
+    pub hyper: Hypergradient,
+}
+
+/// The loss of the first `anchors` of `all`, whose rows behind them are a memory, in parts of these `lengths`.
+///
+/// `tangent` is edot of the anchors.
+pub fn loss_in_parts(
+    backends: &mut [Box<dyn Backend>],
+    all: &Rows<'_>,
+    lengths: &[usize],
+    settings: &LossSettings,
+    tangent: ArrayView2<'_, f32>,
+) -> Result<Together> {
+    let anchors = lengths.iter().sum();
+    let ends = lengths.iter().scan(0, |end, length| {
+        *end += length;
+        Some(*end)
+    });
+    let ranges: Vec<(usize, usize)> = ends.zip(lengths).map(|(end, length)| (end - length, end)).collect();
+    let part = |(first, end): (usize, usize)| {
+        Batch::part(slice(all, first, end), all.view(), Identity::From(first), anchors)
+    };
+    let mut outputs: Vec<LossOutput> = lengths.iter().map(|_| LossOutput::default()).collect();
+
+    each(backends, &mut outputs, |p, backend, output| {
+        backend.same_class(&part(ranges[p]), settings, output)
+    })?;
+    let min_pos: Vec<f32> = outputs.iter().flat_map(|part| part.min_pos.clone()).collect();
+    each(backends, &mut outputs, |p, backend, output| {
+        let own = &min_pos[ranges[p].0..ranges[p].1];
+        backend.sweep(&part(ranges[p]), RowNumbers::new(own, &min_pos), output)
+    })?;
+    let max_neg: Vec<f32> = outputs.iter().flat_map(|part| part.max_neg.clone()).collect();
+    let totals = outputs.iter().fold((0, 0), |sum, part| (sum.0 + part.probe_neg, sum.1 + part.total_pos));
+    each(backends, &mut outputs, |p, backend, output| {
+        let own = &max_neg[ranges[p].0..ranges[p].1];
+        backend.select(&part(ranges[p]), RowNumbers::new(own, &max_neg), totals, output)
+    })?;
+    let count_pos: Vec<u32> = outputs.iter().flat_map(|part| part.count_pos.clone()).collect();
+    let count_neg: Vec<u32> = outputs.iter().flat_map(|part| part.count_neg.clone()).collect();
+    each(backends, &mut outputs, |p, backend, output| {
+        let (first, end) = ranges[p];
+        let positives = RowNumbers::new(&count_pos[first..end], &count_pos);
+        let negatives = RowNumbers::new(&count_neg[first..end], &count_neg);
+        backend.gradient(&part(ranges[p]), positives, negatives, output)
+    })?;
+
+    let mut together = Together::default();
+    for (p, backend) in backends.iter_mut().enumerate() {
+        let (first, end) = ranges[p];
+        let hyper = backend.hypergradient(&part(ranges[p]), tangent.slice(s![first..end, ..]), None)?;
+        together.hyper.pos += hyper.pos;
+        together.hyper.neg += hyper.neg;
+        together.output.add_part(&outputs[p]);
+    }
+    let gradients: Vec<ArrayView2<'_, f32>> = outputs.iter().map(|part| part.gradient.view()).collect();
+    let gradient: Array2<f32> = concatenate(Axis(0), &gradients).unwrap();
+    let (gamma_pos, gamma_neg) = (outputs[0].gamma_pos, outputs[0].gamma_neg);
+    for part in &outputs {
+        assert_eq!((part.gamma_pos, part.gamma_neg), (gamma_pos, gamma_neg), "tolerances are the batch's");
+    }
+    together.output = LossOutput {
+        gradient,
+        min_pos,
+        max_neg,
+        count_pos,
+        count_neg,
+        gamma_pos,
+        gamma_neg,
+        ..together.output
+    };
+    Ok(together)
+}
+
+/// One step of all parts at once, each in a plain thread; a pool of its own for every part, of as many threads as its
+/// number says.
+fn each(
+    backends: &mut [Box<dyn Backend>],
+    outputs: &mut [LossOutput],
+    step: impl Fn(usize, &mut dyn Backend, &mut LossOutput) -> Result<()> + Sync,
+) -> Result<()> {
+    let step = &step;
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = backends
+            .iter_mut()
+            .zip(outputs)
+            .enumerate()
+            .map(|(p, (backend, output))| {
+                scope.spawn(move || {
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(1 + p % 3).build().unwrap();
+                    pool.install(|| step(p, backend.as_mut(), output))
+                })
+            })
+            .collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+/// Lengths of 1 to 5 parts of `rows` rows, some of them perhaps 0.
+pub fn split(rows: usize, random: &mut ChaCha8Rng) -> Vec<usize> {
+    let parts = random.random_range(1..6);
+    let mut ends: Vec<usize> = (1..parts).map(|_| random.random_range(0..rows + 1)).collect();
+    ends.sort_unstable();
+    ends.push(rows);
+    let mut before = 0;
+    ends.into_iter().map(|end| end - std::mem::replace(&mut before, end)).collect()
+}
+
+/// Holds a backend to every square case of a table, split at random places.
+///
+/// `open` makes the backend of the part of a number.
+pub fn run_all(mut open: impl FnMut(usize) -> Box<dyn Backend>, cases: impl IntoIterator<Item = Case>) {
+    let mut random = ChaCha8Rng::seed_from_u64(17);
+    let (mut count, mut failures) = (0, Vec::new());
+    for case in cases.into_iter().filter(|case| case.references.is_none()) {
+        count += 1;
+        let rows = case.batch().anchors;
+        let lengths = split(rows.labels.len(), &mut random);
+        let mut backends: Vec<_> = (0..lengths.len()).map(&mut open).collect();
+        let tangent = case.anchors.tangent.view();
+        let found = loss_in_parts(&mut backends, &rows, &lengths, &case.settings, tangent).unwrap();
+        if let Err(difference) = table::compare(&case.expected, &found.output, found.hyper) {
+            failures.push(format!("{} {:?} {lengths:?}: {difference}", case.name, case.dtype));
+        }
+    }
+    println!("{count} cases in parts, {} failed", failures.len());
+    assert!(count > 0, "an empty table proves nothing");
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+/// Holds a backend to the truth where references are anchors, and copies of others, by a list of indices.
+pub fn check_identity(backend: &mut dyn Backend) {
+    let how = Draw { rows: 150, dim: 40, classes: 20, noise: 1.5, ignored: 9, duplicates: 8 };
+    for (seed, settings) in (0..40).zip([LossSettings::default(); 40]) {
+        let (anchors, labels) = draw(how, seed);
+        let (mut references, mut reference_labels) = draw(Draw { rows: 300, ..how }, seed + 100);
+        let mut list = vec![Identity::ABSENT; 150];
+        for i in 0..100 {
+            // Another row than the anchor: by value nothing would tell.
+            let at = 299 - 2 * i;
+            reference_labels[at] = labels[i];
+            list[i] = at as u32;
+            references.row_mut(at).assign(&anchors.row((i + 1) % 100));
+        }
+        let own = Rows::new(anchors.view(), &labels);
+        let others = Rows::new(references.view(), &reference_labels);
+        let batch =
+            Batch::rectangular(own, others).with_identity(Identity::List(&list)).with_reference_gradient();
+        if let Some((report, _)) = random::compare(backend, &batch, &settings, seed) {
+            assert!(report.passes(SINGLE_PRECISION), "seed {seed}: {report:#?}");
+            return;
+        }
+    }
+    panic!("no draw clear of the thresholds");
+}
+
+/// A batch of 90 rows and, behind it, a memory which holds its first rows once more.
+pub fn with_memory() -> (Array2<f32>, Vec<i64>) {
+    let how = Draw { rows: 90, dim: 20, classes: 18, noise: 1.8, ignored: 12, duplicates: 15 };
+    let (embeddings, labels) = draw(how, 21);
+    let (memory, memory_labels) = draw(Draw { rows: 150, ..how }, 22);
+    let held = embeddings.slice(s![..10, ..]);
+    let all = concatenate(Axis(0), &[embeddings.view(), memory.view(), held]).unwrap();
+    (all, [&labels[..], &memory_labels, &labels[..10]].concat())
+}
+
+/// The parts of a batch in float64, and put together: loss, gradient and |P|, |N|.
+pub fn truth_in_parts(
+    all: &Rows<'_>,
+    lengths: &[usize],
+    settings: &LossSettings,
+) -> (f64, Array2<f64>, Vec<[u32; 2]>) {
+    let total = lengths.iter().sum();
+    let mut first = 0;
+    let parts: Vec<PartReference> = lengths
+        .iter()
+        .map(|length| {
+            let own = slice(all, first, first + length);
+            let part = Batch::part(own, all.view(), Identity::From(first), total);
+            first += length;
+            PartReference::new(&part, settings).unwrap()
+        })
+        .collect();
+    let same_class: Vec<_> = parts.iter().map(PartReference::same_class).collect();
+    let min_pos: Vec<f64> = same_class.iter().flat_map(|(min_pos, _)| min_pos.clone()).collect();
+    let swept: Vec<_> = parts.iter().zip(&same_class).map(|(part, (own, _))| part.sweep(own)).collect();
+    let max_neg: Vec<f64> = swept.iter().flat_map(|(max_neg, _)| max_neg.clone()).collect();
+    let probe_neg = swept.iter().map(|(_, probe)| probe).sum();
+    let totals = (probe_neg, same_class.iter().map(|(_, positives)| positives).sum());
+    let own = same_class.iter().zip(&swept);
+    let selected: Vec<_> =
+        parts.iter().zip(own).map(|(part, (low, high))| part.select(&low.0, &high.0, totals)).collect();
+    let sizes: Vec<[u32; 2]> = selected.iter().flat_map(|selection| selection.sizes()).collect();
+    let (mut loss, mut gradients) = (0.0, Vec::new());
+    for (part, selection) in parts.iter().zip(&selected) {
+        let of_own = selection.sizes();
+        let numbers = RowNumbers::new(&of_own[..], &sizes[..]);
+        let (weighted, gradient) = part.gradient(selection, (&min_pos, &max_neg), numbers);
+        loss += weighted.loss;
+        gradients.push(gradient);
+    }
+    let views: Vec<_> = gradients.iter().map(|gradient| gradient.view()).collect();
+    (loss, concatenate(Axis(0), &views).unwrap(), sizes)
+}
+
+/// Holds a backend to the truth in steps where a memory stands behind the batch.
+pub fn check_memory(mut open: impl FnMut(usize) -> Box<dyn Backend>) {
+    let (embeddings, labels) = with_memory();
+    let all = Rows::new(embeddings.view(), &labels);
+    let settings = LossSettings { mining: Mining::None, ..LossSettings::default() };
+    let (loss, gradient, sizes) = truth_in_parts(&all, &[30, 0, 60], &settings);
+    let tangent = random::tangent(90, 20, 4);
+    let mut backends: Vec<_> = (0..2).map(&mut open).collect();
+    let parts = loss_in_parts(&mut backends, &all, &[50, 40], &settings, tangent.view()).unwrap().output;
+    let counts: Vec<[u32; 2]> = parts.count_pos.iter().zip(&parts.count_neg).map(|(p, n)| [*p, *n]).collect();
+    assert_eq!(counts, sizes);
+    assert!((parts.loss - loss).abs() <= 1e-6 * loss, "{} {loss}", parts.loss);
+    let largest = gradient.iter().fold(0.0f64, |most, x| most.max(x.abs()));
+    let error = gradient.iter().zip(&parts.gradient).map(|(a, b)| (a - f64::from(*b)).abs());
+    assert!(error.fold(0.0, f64::max) <= 1e-5 * largest);
+}

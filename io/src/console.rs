@@ -1,0 +1,52 @@
+//! What the programs print, where standard output or standard error may be a closed pipe or a file on a full disk:
+//! `println!` and `eprintln!` would panic there.
+
+use std::fmt::Display;
+use std::io::{self, ErrorKind, Write};
+use std::process::ExitCode;
+
+use ddtas::{Error, Result};
+
+/// A line of progress or a warning, to standard error. It is lost where it cannot be written: no work ends for want
+/// of a reader.
+pub fn say(line: impl Display) {
+    // One write, so that the lines of two threads or programs do not mix.
+    let line = format!("{line}\n");
+    let _ = io::stderr().write_all(line.as_bytes());
+}
+
+/// A program's result, to standard output. `write` gets a buffer, which is printed as a whole.
+///
+/// # Errors
+/// [`Error::Output`] if it cannot be written.
+pub fn print(write: impl FnOnce(&mut Vec<u8>) -> io::Result<()>) -> Result<()> {
+    let mut text = Vec::new();
+    let mut output = io::stdout().lock();
+    let printed = write(&mut text).and_then(|()| output.write_all(&text)).and_then(|()| output.flush());
+    printed.map_err(Error::Output)
+}
+
+/// A program's result as JSON.
+///
+/// # Errors
+/// As [`print()`]; [`Error::Unavailable`] if `value` has no JSON form.
+pub fn print_json(value: &impl serde::Serialize) -> Result<()> {
+    let text = serde_json::to_string_pretty(value)
+        .map_err(|error| Error::Unavailable(format!("cannot write JSON: {error}")))?;
+    print(|out| writeln!(out, "{text}"))
+}
+
+/// Whether the reader of standard output has gone, `head` for one: nothing is to be said about that.
+#[must_use]
+pub fn reader_has_gone(error: &Error) -> bool {
+    matches!(error, Error::Output(source) if source.kind() == ErrorKind::BrokenPipe)
+}
+
+/// Says what ended `program`, in a line, and returns its exit code.
+#[must_use]
+pub fn failed(program: &str, error: &Error) -> ExitCode {
+    if !reader_has_gone(error) {
+        say(format_args!("{program}: {error}"));
+    }
+    ExitCode::FAILURE
+}

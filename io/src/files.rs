@@ -1,0 +1,43 @@
+//! Files that are either whole or not there.
+
+use std::io::Write;
+use std::path::Path;
+
+use ddtas::{Error, Result};
+
+/// Writes `bytes` to a temporary file beside `path` and renames it: a full disk or a killed
+/// process leaves the old file, or none, never half of one.
+///
+/// # Errors
+/// [`Error::Io`] if the file cannot be written, flushed or renamed.
+pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(".partial");
+    let partial = path.with_file_name(name);
+    let written = std::fs::File::create(&partial).and_then(|mut file| {
+        file.write_all(bytes)?;
+        file.sync_all()
+    });
+    let renamed = written.and_then(|()| std::fs::rename(&partial, path));
+    renamed.map_err(|source| {
+        // Best effort: what is left of a failed write is of no use.
+        let _ = std::fs::remove_file(&partial);
+        Error::Io { action: "write", path: path.to_path_buf(), source }
+    })
+}
+
+/// Refuses a place where no file can be written, before the work begins whose result goes there. `name` is the setting.
+///
+/// # Errors
+/// [`Error::InvalidSetting`] unless `path` is a file's name in a folder that is there.
+pub fn check_place(name: &'static str, path: &Path) -> Result<()> {
+    let folder = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    if path.file_name().is_some() && folder.is_dir() && !path.is_dir() {
+        return Ok(());
+    }
+    let value = path.display().to_string();
+    Err(Error::InvalidSetting { name, value, range: "a file's name, in a folder that is there" })
+}

@@ -1,0 +1,12 @@
+//! What the programs of ddtas read, write and print.
+//!
+//! | module | what |
+//! | --- | --- |
+//! | [`console`] | results and progress, where the reader may have gone or the disk be full |
+//! | [`files`] | files that are either whole or not there |
+//! | [`tensors`] | matrices and labels in .safetensors files |
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
+pub mod console;
+pub mod files;
+pub mod tensors;

@@ -1,0 +1,265 @@
+//! The passes of one loss in their order. Between them the caller may take over what other parts of the batch found.
+
+use std::sync::Mutex;
+
+use ndarray::ArrayView2;
+
+use super::rows::Order;
+use super::similarity::Known;
+use super::tasks::{Workers, lock};
+use super::threshold;
+use super::times::Stopwatch;
+use super::walk::{Owner, Walk, write_gradient};
+use super::weigh::Totals;
+use super::{BUDGET_OF_A_ROW, CpuBackend, Scratch, workers_for};
+use crate::loss::select::adapt;
+use crate::loss::{Batch, Hypergradient, LossOutput, LossSettings, RowNumbers, UnitCheck};
+use crate::{Error, Result};
+
+/// The steps of a loss.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    SameClass,
+    Sweep,
+    Select,
+    Gradient,
+}
+
+/// How far the last loss came, and of what shape and settings it is.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Remembered {
+    pub anchors: (usize, usize),
+    pub references: Option<usize>,
+    settings: LossSettings,
+    step: Step,
+}
+
+impl Remembered {
+    pub fn new(batch: &Batch<'_>, settings: &LossSettings, step: Step) -> Self {
+        let embeddings = &batch.anchors.embeddings;
+        Self {
+            anchors: (embeddings.rows(), embeddings.dim()),
+            references: batch.references.map(|rows| rows.embeddings.rows()),
+            settings: *settings,
+            step,
+        }
+    }
+}
+
+impl CpuBackend {
+    /// Whether `step` is the next one, and `part` still the same; its settings.
+    pub(super) fn go_on(&mut self, part: &Batch<'_>, step: Step) -> Result<LossSettings> {
+        let before = match step {
+            Step::SameClass | Step::Sweep => Step::SameClass,
+            Step::Select => Step::Sweep,
+            Step::Gradient => Step::Select,
+        };
+        // Whatever goes wrong from here on, the steps begin anew.
+        let remembered = self.remembered.take().filter(|last| last.step == before);
+        let remembered = remembered.ok_or(Error::OutOfOrder(match step {
+            Step::SameClass | Step::Sweep => "the sweep needs the same-class step before it",
+            Step::Select => "the selection needs the sweep before it",
+            Step::Gradient => "the gradient needs the selection before it",
+        }))?;
+        part.validate()?;
+        let settings = remembered.settings;
+        if remembered != Remembered::new(part, &settings, before) || !self.sides.are_of(part) {
+            return Err(Error::OutOfOrder(
+                "a step needs the part of the step before it: shape or labels differ",
+            ));
+        }
+        Ok(settings)
+    }
+
+    pub(super) fn take_min_pos(&mut self, numbers: &RowNumbers<'_, f32>) {
+        let (rows, columns) = self.sides.orders();
+        let statistics = &mut self.statistics;
+        by_position(rows, numbers.anchors, f32::INFINITY, &mut statistics.min_pos);
+        by_position(columns, numbers.references, f32::INFINITY, &mut statistics.columns.min_pos);
+    }
+
+    pub(super) fn take_max_neg(&mut self, numbers: &RowNumbers<'_, f32>) {
+        let (rows, columns) = self.sides.orders();
+        let statistics = &mut self.statistics;
+        by_position(rows, numbers.anchors, f32::NEG_INFINITY, &mut statistics.max_neg);
+        by_position(columns, numbers.references, f32::NEG_INFINITY, &mut statistics.columns.max_neg);
+    }
+
+    pub(super) fn take_counts(&mut self, pos: &RowNumbers<'_, u32>, neg: &RowNumbers<'_, u32>) {
+        let (rows, columns) = self.sides.orders();
+        let sides = [
+            (rows, pos.anchors, neg.anchors, &mut self.statistics.counts),
+            (columns, pos.references, neg.references, &mut self.statistics.columns.counts),
+        ];
+        for (order, pos, neg, counts) in sides {
+            for (counts, &row) in counts.iter_mut().zip(&order.rows) {
+                *counts = [pos, neg].map(|list| list.get(row as usize).copied().unwrap_or(0));
+            }
+        }
+    }
+
+    /// Rows in class order; m+ and the positives.
+    pub(super) fn find_same_class(
+        &mut self,
+        batch: &Batch<'_>,
+        workers: Workers<'_>,
+        output: &mut LossOutput,
+    ) -> Result<()> {
+        let mut watch = Stopwatch::start();
+        self.scratch.resize_with(workers.count(), Mutex::default);
+        self.sides.set(batch, &workers)?;
+        let pairs = self.sides.pairs(batch, self.level)?;
+        self.times.rows = watch.lap();
+
+        let against = if pairs.square { 0 } else { pairs.columns.order.rows.len() };
+        let of_rows = BUDGET_OF_A_ROW.saturating_mul(pairs.rows.order.rows.len() + against);
+        self.tiles.set(&pairs, self.budget.unwrap_or(of_rows));
+        self.statistics.reset(&pairs);
+        forget_panels(&self.scratch);
+        self.tiles.same_class_pass(&pairs, &workers, &self.scratch, &mut self.statistics);
+        let statistics = &self.statistics;
+        report(pairs.rows.order, batch, &statistics.min_pos, f32::INFINITY, &mut output.min_pos);
+        output.total_pos = statistics.same_class.positives;
+        (output.total_neg, output.mean_pos, output.mean_neg) = statistics.means(&pairs);
+        self.times.same_class = watch.lap();
+        Ok(())
+    }
+
+    /// m-, the probe's count and the candidates, from m+ of both sides.
+    pub(super) fn sweep_tiles(
+        &mut self,
+        batch: &Batch<'_>,
+        settings: &LossSettings,
+        workers: Workers<'_>,
+        output: &mut LossOutput,
+    ) -> Result<()> {
+        let mut watch = Stopwatch::start();
+        self.scratch.resize_with(workers.count(), Mutex::default);
+        let pairs = self.sides.pairs(batch, self.level)?;
+        self.statistics.set_bounds(settings);
+        forget_panels(&self.scratch);
+        self.tiles.sweep(&pairs, &workers, &self.scratch, &mut self.statistics);
+        let statistics = &self.statistics;
+        report(pairs.rows.order, batch, &statistics.max_neg, f32::NEG_INFINITY, &mut output.max_neg);
+        output.probe_neg = statistics.probe_neg;
+        self.times.sweep = watch.lap();
+        Ok(())
+    }
+
+    /// The sizes of the mined sets, from m- of both sides and the totals of the batch: negatives that passed the
+    /// probe, and positives.
+    pub(super) fn select_pairs(
+        &mut self,
+        batch: &Batch<'_>,
+        settings: &LossSettings,
+        (probe_neg, total_pos): (u64, u64),
+        workers: Workers<'_>,
+        output: &mut LossOutput,
+    ) -> Result<()> {
+        let mut watch = Stopwatch::start();
+        self.scratch.resize_with(workers.count(), Mutex::default);
+        let pairs = self.sides.pairs(batch, self.level)?;
+        let tolerances = adapt(settings, probe_neg, total_pos);
+        self.weights.set_bounds(settings, tolerances, &self.statistics);
+        forget_panels(&self.scratch);
+        self.tiles.count(&pairs, &workers, &self.scratch, &self.weights, &mut self.statistics);
+        (output.gamma_pos, output.gamma_neg) = (tolerances.pos, tolerances.neg);
+        for (kind, counts) in [&mut output.count_pos, &mut output.count_neg].into_iter().enumerate() {
+            counts.clear();
+            counts.resize(batch.anchors.labels.len(), 0);
+            for (&row, count) in pairs.rows.order.rows.iter().zip(&self.statistics.counts) {
+                counts[row as usize] = count[kind];
+            }
+        }
+        self.times.select = watch.lap();
+        Ok(())
+    }
+
+    /// Loss and gradient, from the sizes of both sides' sets.
+    pub(super) fn sum_gradient(
+        &mut self,
+        batch: &Batch<'_>,
+        settings: &LossSettings,
+        workers: Workers<'_>,
+        output: &mut LossOutput,
+    ) -> Result<()> {
+        let mut watch = Stopwatch::start();
+        self.scratch.resize_with(workers.count(), Mutex::default);
+        let pairs = self.sides.pairs(batch, self.level)?;
+        output.active = self.weights.set_factors(&self.statistics, batch.total());
+        forget_panels(&self.scratch);
+        let known = Known { pairs, statistics: &self.statistics, weights: &self.weights };
+        self.tiles.weigh(&known, &workers, &self.scratch);
+        let mut walk =
+            Walk { known, tiles: &self.tiles, workers, scratch: &self.scratch, answers: &mut self.answers };
+        let anchors = batch.anchors.labels.len();
+        let Totals { softplus, sigmoid } =
+            write_gradient(&mut walk, Owner::Rows, &mut output.gradient, anchors);
+        if batch.reference_gradient && !pairs.square {
+            let gradient = output.reference_gradient.get_or_insert_default();
+            write_gradient(&mut walk, Owner::Columns, gradient, batch.reference_rows().labels.len());
+        } else {
+            output.reference_gradient = None;
+        }
+        output.loss = softplus[0] / settings.beta + softplus[1] / settings.alpha;
+        output.dloss_dlambda_pos = sigmoid[0];
+        output.dloss_dlambda_neg = -sigmoid[1];
+        self.times.gradient = watch.lap();
+        Ok(())
+    }
+
+    /// See [`Backend::hypergradient`](crate::backend::Backend::hypergradient).
+    pub(super) fn sum_hypergradient(
+        &mut self,
+        batch: &Batch<'_>,
+        tangent: ArrayView2<'_, f32>,
+        reference_tangent: Option<ArrayView2<'_, f32>>,
+    ) -> Result<Hypergradient> {
+        batch.validate()?;
+        let remembered = self.remembered.filter(|last| last.step == Step::Gradient);
+        let remembered = remembered.ok_or(Error::OutOfOrder("hypergradient needs a loss before it"))?;
+        let given = Remembered::new(batch, &remembered.settings, Step::Gradient);
+        threshold::check_shapes(&remembered, &given, &tangent, reference_tangent.as_ref())?;
+        let workers = workers_for(batch);
+        self.scratch.resize_with(workers.count(), Mutex::default);
+        if !self.sides.are_of(batch) {
+            return Err(Error::OutOfOrder(
+                "hypergradient needs the batch of the last loss: its labels differ",
+            ));
+        }
+        self.sides.prepare(batch, UnitCheck::Trust, &workers)?;
+        let pairs = self.sides.pairs(batch, self.level)?;
+        forget_panels(&self.scratch);
+        let mut walk = Walk {
+            known: Known { pairs, statistics: &self.statistics, weights: &self.weights },
+            tiles: &self.tiles,
+            workers,
+            scratch: &self.scratch,
+            answers: &mut self.answers,
+        };
+        Ok(threshold::hypergradient(&mut walk, tangent, reference_tangent))
+    }
+}
+
+/// Threads hold the panels of the blocks they packed last: other rows come next.
+fn forget_panels(scratch: &[Mutex<Scratch>]) {
+    for scratch in scratch {
+        lock(scratch).tile.reset();
+    }
+}
+
+/// Puts the caller's numbers in class order; rows behind the last number have that of a row without a pair.
+fn by_position(order: &Order, numbers: &[f32], without: f32, positions: &mut [f32]) {
+    for (number, &row) in positions.iter_mut().zip(&order.rows) {
+        *number = numbers.get(row as usize).copied().unwrap_or(without);
+    }
+}
+
+/// Puts numbers in the caller's order; ignored rows have that of a row without a pair.
+fn report(order: &Order, batch: &Batch<'_>, positions: &[f32], without: f32, numbers: &mut Vec<f32>) {
+    numbers.clear();
+    numbers.resize(batch.anchors.labels.len(), without);
+    for (&row, &number) in order.rows.iter().zip(positions) {
+        numbers[row as usize] = number;
+    }
+}

@@ -1,0 +1,152 @@
+//! The walk over all weighted pairs, block by block of the rows they are summed into: the gradient, and the
+//! hyper-gradient of the loss threshold.
+
+use std::sync::Mutex;
+
+use ndarray::Array2;
+
+use super::Scratch;
+use super::gradient::{AddTile, Dimensions};
+use super::rows::Side;
+use super::simd::GROUP;
+use super::similarity::{Known, Tiles};
+use super::tasks::{Workers, lock};
+use super::weigh::{Kind, Totals};
+
+/// Fewest dimensions that are worth a task of their own.
+const TASK_DIMENSIONS: usize = 64;
+
+/// Whose rows a walk sums into.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Owner {
+    Rows,
+    Columns,
+}
+
+/// A walk over all weighted pairs, block by block of their owner.
+pub struct Walk<'a> {
+    pub known: Known<'a>,
+    pub tiles: &'a Tiles,
+    pub workers: Workers<'a>,
+    pub scratch: &'a [Mutex<Scratch>],
+    pub answers: &'a mut Vec<Mutex<Answer>>,
+}
+
+/// What a task of a walk, or the whole walk, adds up to.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Answer {
+    /// Of what its rows were finished with.
+    pub sum: f64,
+    /// Of the pairs, each once; over the owner's rows in the rectangular form.
+    pub totals: Totals,
+}
+
+impl Walk<'_> {
+    fn side(&self, owner: Owner) -> Side<'_> {
+        match owner {
+            Owner::Rows => self.known.pairs.rows,
+            Owner::Columns => self.known.pairs.columns,
+        }
+    }
+
+    /// Parts of the dimensions that are summed as tasks of their own, so that a small batch keeps all threads busy.
+    fn parts(&self, owner: Owner) -> usize {
+        let Side { order, dim, .. } = self.side(owner);
+        let blocks = order.blocks.len().max(1);
+        // A tile that is not kept would be swept again for each part.
+        if self.workers.count() <= blocks || !self.tiles.all_kept() {
+            return 1;
+        }
+        self.workers.count().div_ceil(blocks).min(dim.div_ceil(TASK_DIMENSIONS))
+    }
+
+    /// Sums weighted rows for every row of the owner, in `parts` parts of the dimensions each. `finish` gets
+    /// position, first dimension and sum; what it answers is added up, and so are the tiles' totals, in one order.
+    pub fn run(
+        &mut self,
+        owner: Owner,
+        kind: Kind,
+        parts: usize,
+        finish: impl Fn(usize, usize, &[f32]) -> f64 + Sync,
+    ) -> Answer {
+        let tasks = self.side(owner).order.blocks.len() * parts;
+        self.answers.resize_with(tasks, Mutex::default);
+        let Self { known, tiles, workers, scratch, answers } = &*self;
+        let (side, pairs) = (self.side(owner), known.pairs);
+        let groups = side.dim.div_ceil(GROUP);
+        let size = groups.div_ceil(parts).next_multiple_of(TASK_DIMENSIONS / GROUP);
+        workers.for_each(tasks, scratch, |task, scratch| {
+            let block = task / parts;
+            let first = (task % parts * size).min(groups);
+            let part = Dimensions { first, end: (first + size).min(groups) };
+            let rows = side.order.blocks[block];
+            scratch.gradient.begin(rows.rows, part);
+            let mut answer = Answer::default();
+            tiles.each_of(&pairs, owner, block, |index, owner_rows, owner_columns| {
+                let tile = tiles.position(index);
+                if kind == Kind::LambdaPos && !pairs.has_positives(tile.0, tile.1) {
+                    return;
+                }
+                let Scratch { tile: tile_scratch, gradient: scratch, .. } = scratch;
+                tiles.with_weights(known, kind, index, tile_scratch, |candidates, weighed| {
+                    let selected = weighed.pairs;
+                    // A tile of the square form is met by its rows and by its columns.
+                    if part.first == 0 && (owner_columns || !pairs.square) {
+                        answer.totals.add(&weighed.totals);
+                    }
+                    pairs.level.dispatch(AddTile {
+                        pairs,
+                        tile,
+                        candidates,
+                        selected,
+                        owner_rows,
+                        owner_columns,
+                        part,
+                        scratch,
+                    });
+                });
+            });
+            for r in 0..rows.rows {
+                let sum = scratch.gradient.sum(r, part, side.dim);
+                answer.sum += finish(rows.start + r, part.first * GROUP, sum);
+            }
+            *lock(&answers[task]) = answer;
+        });
+        let mut all = Answer::default();
+        for answer in &*self.answers {
+            let answer = lock(answer);
+            all.sum += answer.sum;
+            all.totals.add(&answer.totals);
+        }
+        all
+    }
+}
+
+/// Fills the gradient of one side; rows that take part in no pair get 0. Returns the sums over the pairs.
+pub fn write_gradient(walk: &mut Walk<'_>, owner: Owner, gradient: &mut Array2<f32>, count: usize) -> Totals {
+    let dim = walk.side(owner).dim;
+    if gradient.dim() != (count, dim) || !gradient.is_standard_layout() {
+        *gradient = Array2::zeros((count, dim));
+    }
+    let order = walk.side(owner).order;
+    if order.rows.len() < count {
+        gradient.fill(0.0);
+    }
+    let mut slots: Vec<Option<&mut [f32]>> = match gradient.as_slice_mut() {
+        Some(values) => values.chunks_exact_mut(dim).map(Some).collect(),
+        None => Vec::new(),
+    };
+    let slots: Vec<Mutex<Option<&mut [f32]>>> = order
+        .rows
+        .iter()
+        .map(|&row| Mutex::new(slots.get_mut(row as usize).and_then(Option::take)))
+        .collect();
+    let parts = walk.parts(owner);
+    let answer = walk.run(owner, Kind::Gradient, parts, |position, first, sum| {
+        if let Some(row) = lock(&slots[position]).as_mut() {
+            row[first..first + sum.len()].copy_from_slice(sum);
+        }
+        0.0
+    });
+    answer.totals
+}

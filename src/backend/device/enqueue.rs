@@ -1,0 +1,320 @@
+//! Losses that are issued and not waited for, whole or in steps: everything that goes in and out lies in device memory.
+//!
+//! After the first call of a shape nothing is allocated, looked up or copied between host and device, so that a
+//! caller can capture the calls in a graph. A bad row shows by a loss of NaN, and by its index in the scalars.
+
+use super::loss::{
+    Ends, IdentityAt, Input, Launcher, Remembered, issue_order, issue_same_class, issue_selection,
+    issue_sums, issue_sweep, issue_weigh,
+};
+use super::params::LossScalars;
+use super::plan::{Shape, sum_scale};
+use super::resident::{ResidentBatch, ResidentRows, aligned};
+use super::steps::{Given, Step, Which, report_to, take};
+use super::{Device, DeviceBackend};
+use crate::loss::LossSettings;
+use crate::{Error, Result};
+
+/// Which reference is an anchor itself; see [`Identity`](crate::loss::Identity).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ResidentIdentity {
+    /// Nobody says: by value.
+    #[default]
+    ByValue,
+    /// Reference `first + i` is anchor i.
+    From(usize),
+    /// The address of `first`, a u64.
+    FromAt(u64),
+    /// The address of a list, `[B]`, u32; [`Identity::ABSENT`](crate::loss::Identity::ABSENT) where none is.
+    List(u64),
+}
+
+/// A part of a batch in device memory, see [`Batch::part`](crate::loss::Batch::part); or a whole one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ResidentPart {
+    /// Anchors and references.
+    pub batch: ResidentBatch,
+    /// Rectangular form only.
+    pub identity: ResidentIdentity,
+    /// B of 1/B.
+    pub total: usize,
+}
+
+/// Settings of a loss, of which the thresholds may lie in device memory.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ResidentSettings {
+    /// All of them.
+    pub settings: LossSettings,
+    /// The address of lambda_pos and lambda_neg, two f64 that go before those of `settings`; or 0. They are
+    /// read by the kernels, unchecked: -2 to 2.
+    pub lambda: u64,
+}
+
+/// Addresses of numbers, see [`RowNumbers`](crate::loss::RowNumbers): f32, or u32 for the sizes of sets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ResidentNumbers {
+    /// `[B]`.
+    pub anchors: u64,
+    /// `[count]`; 0 with a count of 0.
+    pub references: u64,
+    /// References that have a number: the first ones.
+    pub count: usize,
+}
+
+impl ResidentPart {
+    fn validate(&self) -> Result<()> {
+        self.batch.validate()?;
+        match self.identity {
+            ResidentIdentity::FromAt(address) => aligned("identity", address, 8)?,
+            ResidentIdentity::List(address) => aligned("identity", address, 4)?,
+            ResidentIdentity::ByValue | ResidentIdentity::From(_) => {}
+        }
+        if self.total < self.batch.anchors.count {
+            return Err(Error::InvalidSetting {
+                name: "total",
+                value: self.total.to_string(),
+                range: "at least 1, and at least the number of anchors",
+            });
+        }
+        Ok(())
+    }
+
+    fn shape(&self, exact: bool, numbers: bool) -> Shape {
+        let rectangular = self.batch.references.is_some();
+        Shape {
+            total: self.total,
+            identity: rectangular && self.identity != ResidentIdentity::ByValue,
+            numbers: rectangular && numbers,
+            ..self.batch.shape(exact)
+        }
+    }
+
+    fn input(&self) -> Input {
+        let batch = &self.batch;
+        let ends = |rows: &ResidentRows| Ends {
+            rows: rows.embeddings,
+            labels: rows.labels,
+            gradient: rows.gradient,
+        };
+        let mut identity = IdentityAt::default();
+        match self.identity {
+            ResidentIdentity::ByValue => {}
+            ResidentIdentity::From(first) => identity.first = first as u64,
+            ResidentIdentity::FromAt(address) => identity.first_at = address,
+            ResidentIdentity::List(address) => identity.list = address,
+        }
+        let references = batch.references.as_ref().unwrap_or(&batch.anchors);
+        Input { ends: [ends(&batch.anchors), ends(references)], check: batch.row_check(), identity }
+    }
+}
+
+impl ResidentNumbers {
+    fn validate(&self, part: &ResidentPart) -> Result<()> {
+        aligned("numbers of the anchors", self.anchors, 4)?;
+        let expected = part.batch.references.map_or(0, |rows| rows.count);
+        if self.count > expected {
+            let got = self.count;
+            return Err(Error::LengthMismatch { what: "numbers of the references", expected, got });
+        }
+        if self.count > 0 { aligned("numbers of the references", self.references, 4) } else { Ok(()) }
+    }
+}
+
+impl<D: Device> DeviceBackend<D> {
+    /// Issues a whole loss: the gradients go where the batch says, the scalars to `scalars`, as
+    /// [`LossScalars`].
+    ///
+    /// # Errors
+    /// As [`loss_resident`](Self::loss_resident), but for bad rows, which nobody waits for.
+    ///
+    /// # Safety
+    /// As [`loss_resident`](Self::loss_resident), for all addresses; and what lies there must stay until
+    /// the device is through.
+    pub unsafe fn enqueue_loss(
+        &mut self,
+        part: &ResidentPart,
+        settings: &ResidentSettings,
+        scalars: u64,
+    ) -> Result<()> {
+        aligned("scalars", scalars, 8)?;
+        let mut loss = self.begin_resident(part, settings, false)?;
+        let (input, targets) = (part.input(), part.targets());
+        self.issuing(&mut loss, |launcher, base, loss| {
+            issue_order(launcher, base, loss, &input)?;
+            issue_same_class(launcher, base, loss)?;
+            issue_sweep(launcher, base, loss)?;
+            issue_selection(launcher, base, loss)?;
+            issue_weigh(launcher, base, loss, scalars as usize as *mut LossScalars)?;
+            issue_sums(launcher, base, loss, targets)
+        })?;
+        self.remembered = Some(loss);
+        Ok(())
+    }
+
+    /// Issues the first step of a part, see [`Backend::same_class`](crate::backend::Backend::same_class): m+ goes to `min_pos`, `[B]`.
+    ///
+    /// # Errors
+    /// As [`enqueue_loss`](Self::enqueue_loss).
+    ///
+    /// # Safety
+    /// As [`enqueue_loss`](Self::enqueue_loss).
+    pub unsafe fn enqueue_same_class(
+        &mut self,
+        part: &ResidentPart,
+        settings: &ResidentSettings,
+        min_pos: u64,
+    ) -> Result<()> {
+        aligned("min_pos", min_pos, 4)?;
+        let mut loss = self.begin_resident(part, settings, true)?;
+        loss.step = Some(Step::SameClass);
+        let input = part.input();
+        self.issuing(&mut loss, |launcher, base, loss| {
+            issue_order(launcher, base, loss, &input)?;
+            issue_same_class(launcher, base, loss)?;
+            report_to(launcher, base, loss, Which::MinPos, [min_pos; 2], 0)
+        })?;
+        self.remembered = Some(loss);
+        Ok(())
+    }
+
+    /// Issues the second step: m- goes to `max_neg`, `[B]`, and the part's n_neg of the probe and N_pos to `totals`, two u64.
+    ///
+    /// # Errors
+    /// [`Error::OutOfOrder`] without the step before it, or for another shape; as [`enqueue_loss`](Self::enqueue_loss).
+    ///
+    /// # Safety
+    /// As [`enqueue_loss`](Self::enqueue_loss), and rows, labels and identity must be those of the first step.
+    pub unsafe fn enqueue_sweep(
+        &mut self,
+        part: &ResidentPart,
+        min_pos: ResidentNumbers,
+        max_neg: u64,
+        totals: u64,
+    ) -> Result<()> {
+        aligned("max_neg", max_neg, 4)?;
+        aligned("totals", totals, 8)?;
+        let mut loss = self.go_on_resident(part, Step::Sweep)?;
+        let given = given(part, [min_pos; 2], 0)?;
+        self.issuing(&mut loss, |launcher, base, loss| {
+            take(launcher, base, loss, Which::MinPos, given)?;
+            issue_sweep(launcher, base, loss)?;
+            report_to(launcher, base, loss, Which::MaxNeg, [max_neg; 2], totals)
+        })?;
+        self.remembered = Some(loss);
+        Ok(())
+    }
+
+    /// Issues the third step, for the sums of `totals` over all parts: |P_i| and |N_i| go to `counts`, `[B]`, u32 each.
+    ///
+    /// # Errors
+    /// As [`enqueue_sweep`](Self::enqueue_sweep).
+    ///
+    /// # Safety
+    /// As [`enqueue_sweep`](Self::enqueue_sweep).
+    pub unsafe fn enqueue_select(
+        &mut self,
+        part: &ResidentPart,
+        max_neg: ResidentNumbers,
+        totals: u64,
+        counts: [u64; 2],
+    ) -> Result<()> {
+        aligned("totals", totals, 8)?;
+        counts.iter().try_for_each(|&address| aligned("counts", address, 4))?;
+        let mut loss = self.go_on_resident(part, Step::Select)?;
+        let given = given(part, [max_neg; 2], totals)?;
+        self.issuing(&mut loss, |launcher, base, loss| {
+            take(launcher, base, loss, Which::MaxNeg, given)?;
+            issue_selection(launcher, base, loss)?;
+            report_to(launcher, base, loss, Which::Counts, counts, 0)
+        })?;
+        self.remembered = Some(loss);
+        Ok(())
+    }
+
+    /// Issues the last step: the gradient of the anchors goes where the batch says, the part's scalars to
+    /// `scalars`, as [`LossScalars`].
+    ///
+    /// # Errors
+    /// As [`enqueue_sweep`](Self::enqueue_sweep).
+    ///
+    /// # Safety
+    /// As [`enqueue_sweep`](Self::enqueue_sweep).
+    pub unsafe fn enqueue_gradient(
+        &mut self,
+        part: &ResidentPart,
+        counts: [ResidentNumbers; 2],
+        scalars: u64,
+    ) -> Result<()> {
+        aligned("scalars", scalars, 8)?;
+        let mut loss = self.go_on_resident(part, Step::Gradient)?;
+        let given = given(part, counts, 0)?;
+        let targets = part.targets();
+        self.issuing(&mut loss, |launcher, base, loss| {
+            take(launcher, base, loss, Which::Counts, given)?;
+            issue_weigh(launcher, base, loss, scalars as usize as *mut LossScalars)?;
+            issue_sums(launcher, base, loss, targets)
+        })?;
+        self.remembered = Some(loss);
+        Ok(())
+    }
+
+    fn begin_resident(
+        &mut self,
+        part: &ResidentPart,
+        settings: &ResidentSettings,
+        numbers: bool,
+    ) -> Result<Remembered> {
+        self.remembered = None;
+        settings.settings.validate()?;
+        part.validate()?;
+        let shape = part.shape(self.options.exact, numbers);
+        shape.check()?;
+        let mut loss = self.begin(shape, &settings.settings, true)?;
+        if settings.lambda != 0 {
+            aligned("lambda", settings.lambda, 8)?;
+            loss.settings.lambda = settings.lambda;
+            // The largest there may be.
+            let widest = settings.settings.with_lambda(-2.0);
+            loss.settings.sum_scale = sum_scale(&widest, shape.reference_count());
+        }
+        Ok(loss)
+    }
+
+    fn go_on_resident(&mut self, part: &ResidentPart, step: Step) -> Result<Remembered> {
+        let last = self.last(step)?;
+        part.validate()?;
+        if last.shape != part.shape(self.options.exact, true) {
+            return Err(Error::OutOfOrder("a step needs the part of the step before it: its shape differs"));
+        }
+        Ok(Remembered { step: Some(step), ..last })
+    }
+
+    fn issuing(
+        &mut self,
+        loss: &mut Remembered,
+        issue: impl FnOnce(&mut Launcher<'_, D>, u64, &Remembered) -> Result<()>,
+    ) -> Result<()> {
+        let (shape, buffer, device) = self.resumed(loss)?;
+        let base = device.address(buffer);
+        issue(&mut Launcher { device, shape }, base, loss)
+    }
+}
+
+impl ResidentPart {
+    /// Where the gradients go.
+    fn targets(&self) -> [u64; 2] {
+        [self.batch.anchors.gradient, self.batch.references.map_or(0, |rows| rows.gradient)]
+    }
+}
+
+fn given(part: &ResidentPart, lists: [ResidentNumbers; 2], totals: u64) -> Result<Given> {
+    for list in &lists {
+        list.validate(part)?;
+    }
+    if lists[0].count != lists[1].count {
+        let (expected, got) = (lists[0].count, lists[1].count);
+        return Err(Error::LengthMismatch { what: "numbers of the references", expected, got });
+    }
+    let addresses = [lists[0].anchors, lists[1].anchors, lists[0].references, lists[1].references];
+    Ok(Given { lists: addresses, references: lists[0].count, totals })
+}

@@ -1,0 +1,50 @@
+//! Five 3 x 3 convolutions, each normalised: features of every pixel of a scene.
+
+use burn::module::{Initializer, Module, Param};
+use burn::tensor::{Device, Tensor};
+use ddtas_train::model::{BatchNorm, Normalise, layers};
+
+/// Channels of the features.
+pub const WIDTH: usize = 24;
+/// Convolutions; a pixel sees 11 x 11 others.
+const DEPTH: usize = 5;
+
+/// A convolution, normalised and cut at zero.
+#[derive(Module, Debug)]
+struct Layer {
+    weight: Param<Tensor<4>>,
+    norm: BatchNorm,
+}
+
+/// Scenes to features of their pixels.
+#[derive(Module, Debug)]
+pub struct Backbone {
+    layers: Vec<Layer>,
+}
+
+impl Backbone {
+    /// A backbone with random weights, drawn from the device's generator.
+    pub fn new(device: &Device) -> Self {
+        let layer = |index: usize| {
+            let channels = if index == 0 { 3 } else { WIDTH };
+            let initializer = Initializer::KaimingNormal { gain: 2f64.sqrt(), fan_out_only: true };
+            let fans = [channels, WIDTH].map(|channels| Some(channels * 9));
+            let shape = [WIDTH, channels, 3, 3];
+            Layer {
+                weight: initializer.init_with(shape, fans[0], fans[1], device),
+                norm: BatchNorm::new(WIDTH, true, device),
+            }
+        };
+        Self { layers: (0..DEPTH).map(layer).collect() }
+    }
+
+    /// `[N, 3, H, W]` to `[N, H * W, WIDTH]`, pixels row by row.
+    pub fn forward(&self, scenes: Tensor<4>, mode: Normalise) -> Tensor<3> {
+        let mut activation = scenes;
+        for layer in &self.layers {
+            activation = layer.norm.forward(layers::convolution(activation, layer.weight.val(), 1), mode);
+        }
+        let [count, channels, height, width] = activation.dims();
+        activation.permute([0, 2, 3, 1]).reshape([count, height * width, channels])
+    }
+}

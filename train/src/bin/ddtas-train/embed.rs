@@ -1,0 +1,38 @@
+//! `ddtas-train embed`: says what [`ddtas_train::inference::embed`] wrote.
+
+use std::io::Write;
+
+use ddtas_io::console::{print, print_json};
+use ddtas_train::inference::{EmbedSettings, embed as embed_folder};
+
+use super::progress::{Progress, warn_of_skipped};
+
+#[derive(clap::Args)]
+pub struct EmbedArguments {
+    #[command(flatten)]
+    settings: EmbedSettings,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn embed(arguments: &EmbedArguments) -> ddtas_train::Result<()> {
+    let settings = &arguments.settings;
+    let export = Progress::during(|progress| embed_folder(settings, &mut |event| progress.show(event)))?;
+    warn_of_skipped(&export.skipped);
+    if arguments.json {
+        return print_json(&export);
+    }
+    print(|out| {
+        writeln!(
+            out,
+            "{}: {} pictures of {} folders in {} dimensions, {} left out, {:.1} s",
+            export.path.display(),
+            export.pictures,
+            export.folders,
+            export.dim,
+            export.skipped.len(),
+            export.seconds
+        )
+    })
+}

@@ -1,0 +1,71 @@
+//! `ddtas-train eval`: prints what [`ddtas_train::inference::evaluate`] measures.
+
+use std::io::{self, Write};
+
+use ddtas_io::console::{print, print_json};
+use ddtas_train::inference::{EvalSettings, Evaluation, evaluate};
+
+use super::progress::{Progress, warn_of_skipped};
+
+#[derive(clap::Args)]
+pub struct EvalArguments {
+    #[command(flatten)]
+    settings: EvalSettings,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn eval(arguments: &EvalArguments) -> ddtas_train::Result<()> {
+    let settings = &arguments.settings;
+    let evaluation = Progress::during(|progress| evaluate(settings, &mut |event| progress.show(event)))?;
+    warn_of_skipped(&evaluation.skipped);
+    if arguments.json {
+        return print_json(&evaluation);
+    }
+    print(|out| table(out, &evaluation))
+}
+
+fn table(out: &mut impl Write, evaluation: &Evaluation) -> io::Result<()> {
+    let recall = &evaluation.metrics.recall;
+    let name = evaluation.dataset.clone().unwrap_or_else(|| evaluation.source.display().to_string());
+    let against = match evaluation.gallery {
+        Some(gallery) => format!("searched in a gallery of {gallery}"),
+        None => "searched among themselves".to_owned(),
+    };
+    writeln!(
+        out,
+        "{name}: {} queries of {} classes, {against}; {} dimensions",
+        recall.queries, evaluation.classes, evaluation.dim
+    )?;
+    if recall.without_match > 0 {
+        writeln!(
+            out,
+            "{} more are ignored or have no other picture of their class to be found",
+            recall.without_match
+        )?;
+    }
+    writeln!(out)?;
+    let mut figures: Vec<(String, f64)> =
+        recall.at.iter().map(|(k, share)| (format!("Recall@{k}"), *share)).collect();
+    figures.push(("R-precision".into(), evaluation.metrics.r_precision));
+    figures.push(("MAP@R".into(), evaluation.metrics.map_at_r));
+    figures.extend(evaluation.nmi.map(|nmi| ("NMI".into(), nmi)));
+    for (name, share) in figures {
+        writeln!(out, "{name:<14}{:>8.2}", 100.0 * share)?;
+    }
+    writeln!(out, "\nin per cent; {}", times(evaluation))
+}
+
+/// `12.3 s to embed, 4.5 s to search on cpu`
+fn times(evaluation: &Evaluation) -> String {
+    let mut parts = Vec::new();
+    if evaluation.embedding_seconds > 0.0 {
+        parts.push(format!("{:.1} s to embed", evaluation.embedding_seconds));
+    }
+    parts.push(format!("{:.1} s to search", evaluation.search_seconds));
+    if evaluation.nmi.is_some() {
+        parts.push(format!("{:.1} s to cluster", evaluation.clustering_seconds));
+    }
+    format!("{} on {}", parts.join(", "), evaluation.backend)
+}

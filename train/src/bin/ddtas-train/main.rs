@@ -1,0 +1,66 @@
+//! `ddtas-train`: trains an image-retrieval network and writes a run folder; evaluates it, embeds and searches with it.
+#![warn(clippy::print_stdout, clippy::print_stderr)]
+
+mod embed;
+mod eval;
+mod heap;
+mod make_fixture;
+mod progress;
+mod resume;
+mod search;
+mod signals;
+mod train;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use ddtas_io::console;
+use ddtas_train::train::TrainSettings;
+
+/// Trains an image-retrieval network with DDTAS and measures Recall@K on classes it never saw.
+///
+/// Without arguments it trains on car silhouettes drawn in memory, in a few minutes on two cores.
+#[derive(Parser)]
+#[command(version, args_override_self = true, args_conflicts_with_subcommands = true)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Option<Command>,
+    /// Go on with the run in this folder, by its own settings.
+    #[arg(long, value_name = "RUN")]
+    resume: Option<PathBuf>,
+    #[command(flatten)]
+    settings: TrainSettings,
+}
+
+/// What else it does.
+#[derive(Subcommand)]
+enum Command {
+    /// Measures a checkpoint on a data set's unseen classes, or embeddings in a file.
+    Eval(eval::EvalArguments),
+    /// Embeds the pictures of a folder tree into a file.
+    Embed(embed::EmbedArguments),
+    /// Finds the pictures of a collection that are most similar to a picture.
+    Search(search::SearchArguments),
+    /// Writes a small copy of a published data set, drawn, in its official layout.
+    MakeFixture(make_fixture::MakeFixtureArguments),
+}
+
+fn main() -> ExitCode {
+    heap::keep();
+    let matches = Arguments::command().get_matches();
+    let Arguments { command, resume, settings } =
+        Arguments::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
+    let done = |()| ExitCode::SUCCESS;
+    let code = match (command, resume) {
+        (Some(Command::Eval(arguments)), _) => eval::eval(&arguments).map(done),
+        (Some(Command::Embed(arguments)), _) => embed::embed(&arguments).map(done),
+        (Some(Command::Search(arguments)), _) => search::search(&arguments).map(done),
+        (Some(Command::MakeFixture(arguments)), _) => make_fixture::make_fixture(&arguments).map(done),
+        (None, None) => train::train(&settings),
+        (None, Some(folder)) => {
+            resume::overrides(&matches, &settings).and_then(|overrides| train::resume(&folder, &overrides))
+        }
+    };
+    code.unwrap_or_else(|error| console::failed("ddtas-train", &error))
+}

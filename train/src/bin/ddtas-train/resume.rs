@@ -1,0 +1,39 @@
+//! What may be given beside --resume.
+
+use clap::ArgMatches;
+use clap::parser::ValueSource;
+use ddtas_train::train::{Overrides, TrainSettings};
+use ddtas_train::{Error, Result};
+
+/// The settings that may change when a run goes on.
+const CHANGEABLE: [&str; 4] = ["device", "workers", "checkpoint_every", "max_bad_images"];
+
+/// The changes that were asked for on the command line.
+///
+/// # Errors
+/// [`Error::Training`] if one is given that the run's result depends on.
+pub fn overrides(matches: &ArgMatches, settings: &TrainSettings) -> Result<Overrides> {
+    let given = |id: &str| matches.value_source(id) == Some(ValueSource::CommandLine);
+    let mut ids = matches.ids().map(clap::Id::as_str);
+    let allowed = |id: &str| id == "resume" || CHANGEABLE.contains(&id);
+    // Groups of arguments have ids as well, in the case of their types.
+    let argument = |id: &str| id.chars().all(|letter| letter.is_ascii_lowercase() || letter == '_');
+    if let Some(fixed) = ids.find(|&id| argument(id) && given(id) && !allowed(id)) {
+        return Err(Error::Training(format!(
+            "--resume goes on by the settings in the run's config.toml: leave out --{} (only --device, --workers, \
+             --checkpoint-every and --max-bad-images may change)",
+            flag(fixed)
+        )));
+    }
+    Ok(Overrides {
+        device: given("device").then(|| settings.device.clone()),
+        workers: given("workers").then_some(settings.workers),
+        checkpoint_every: given("checkpoint_every").then_some(settings.checkpoint_every),
+        max_bad_images: given("max_bad_images").then_some(settings.max_bad_images),
+    })
+}
+
+/// The argument as it is typed: its field's name, except where that says too little alone.
+fn flag(id: &str) -> String {
+    if id == "kind" { "generator".into() } else { id.replace('_', "-") }
+}

@@ -1,0 +1,46 @@
+//! `ddtas-train search`: prints what [`ddtas_train::inference::search`] finds.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+
+use ddtas_io::console::{print, print_json};
+use ddtas_io::files::check_place;
+use ddtas_train::inference::{Found, SearchSettings, search as search_pictures, write_sheet};
+
+use super::progress::{Progress, warn_of_skipped};
+
+#[derive(clap::Args)]
+pub struct SearchArguments {
+    #[command(flatten)]
+    settings: SearchSettings,
+    /// Also write a contact sheet, one HTML file with the pictures inside.
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn search(arguments: &SearchArguments) -> ddtas_train::Result<()> {
+    let settings = &arguments.settings;
+    arguments.html.as_deref().map_or(Ok(()), |path| check_place("html", path))?;
+    let found = Progress::during(|progress| search_pictures(settings, &mut |event| progress.show(event)))?;
+    warn_of_skipped(&found.skipped);
+    if let Some(path) = &arguments.html {
+        write_sheet(&found, path)?;
+    }
+    if arguments.json {
+        return print_json(&found);
+    }
+    print(|out| lists(out, &found))
+}
+
+fn lists(out: &mut impl Write, found: &Found) -> io::Result<()> {
+    for query in &found.queries {
+        writeln!(out, "{} among {} pictures:", query.path.display(), found.gallery)?;
+        for (rank, answer) in query.answers.iter().enumerate() {
+            writeln!(out, "{:>4}  {:>6.3}  {}", rank + 1, answer.similarity, answer.name)?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,218 @@
+//! Training: progress while it runs, the table when it is done.
+
+use std::io::{self, IsTerminal, Write};
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use ddtas::retrieval::Recall;
+use ddtas_io::console::{print, reader_has_gone, say};
+use ddtas_train::Result;
+use ddtas_train::train::{
+    EvaluationRecord, Event, Outcome, Overrides, Phase, StepRecord, Summary, TrainSettings,
+};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::signals::Signals;
+
+/// Trains by `settings` and prints what it came to.
+pub fn train(settings: &TrainSettings) -> Result<ExitCode> {
+    let signals = Signals::listen()?;
+    let mut progress = Progress::new();
+    let outcome = ddtas_train::train::train(settings, signals.stop(), &mut |event| progress.show(event));
+    progress.end(&outcome);
+    Ok(print_outcome(&outcome?, &signals))
+}
+
+/// Goes on with the run in `folder` and prints what it came to.
+pub fn resume(folder: &Path, overrides: &Overrides) -> Result<ExitCode> {
+    let signals = Signals::listen()?;
+    let mut progress = Progress::new();
+    let outcome =
+        ddtas_train::train::resume(folder, overrides, signals.stop(), &mut |event| progress.show(event));
+    progress.end(&outcome);
+    Ok(print_outcome(&outcome?, &signals))
+}
+
+fn print_outcome(outcome: &Outcome, signals: &Signals) -> ExitCode {
+    match outcome {
+        Outcome::Finished(summary) => {
+            // The run folder is the result, and whole: the table only shows it.
+            match print(|out| table(out, summary)) {
+                Err(error) if !reader_has_gone(&error) => {
+                    let folder = summary.folder.display();
+                    say(format_args!("warning: {error}; {folder}/report.html has the table"));
+                }
+                _ => {}
+            }
+            ExitCode::SUCCESS
+        }
+        Outcome::Stopped { folder, phase, step } => {
+            let folder = folder.display();
+            let of = of(*phase);
+            say(format_args!("stopped after {step} steps{of}; to go on: ddtas-train --resume {folder}"));
+            signals.exit_code()
+        }
+        Outcome::FinishedBefore { folder, step } => {
+            let folder = folder.display();
+            say(format_args!(
+                "the run in {folder} has finished all its {step} steps; {folder}/report.html tells of it"
+            ));
+            ExitCode::SUCCESS
+        }
+        _ => ExitCode::SUCCESS,
+    }
+}
+
+/// A bar on a terminal, a line every few seconds elsewhere.
+struct Progress {
+    bar: ProgressBar,
+    phase: Phase,
+    steps: usize,
+    terminal: bool,
+    last_line: Option<Instant>,
+}
+
+/// Time between two lines where there is no terminal.
+const LINE_EVERY: Duration = Duration::from_secs(5);
+
+impl Progress {
+    fn new() -> Self {
+        let terminal = std::io::stderr().is_terminal();
+        let bar = if terminal { ProgressBar::new(0) } else { ProgressBar::hidden() };
+        if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len} [{elapsed}<{eta}] {msg}") {
+            bar.set_style(style);
+        }
+        Self { bar, phase: Phase::Training, steps: 0, terminal, last_line: None }
+    }
+
+    fn end(&self, outcome: &Result<Outcome>) {
+        if !matches!(outcome, Ok(Outcome::Finished(_))) {
+            self.bar.finish_and_clear();
+        }
+    }
+
+    fn show(&mut self, event: Event<'_>) {
+        match event {
+            Event::Computing { device, reason: None } => self.line(&format!("computing on {device}")),
+            Event::Computing { device, reason: Some(reason) } => {
+                self.line(&format!("computing on {device}: {reason}"));
+            }
+            Event::Started { dataset, folder, steps_per_epoch, phase, steps, resumed } => {
+                self.begin(phase, steps);
+                self.line(&format!(
+                    "{}: {} training pictures of {} classes, {} test pictures of {} unseen classes{}; {} steps an epoch; results in {}",
+                    dataset.name,
+                    dataset.train.len(),
+                    dataset.train.class_names().len(),
+                    dataset.test.len(),
+                    dataset.test.class_names().len(),
+                    dataset.gallery.as_ref().map_or_else(String::new, |gallery| {
+                        format!(", searched in a gallery of {}", gallery.len())
+                    }),
+                    steps_per_epoch,
+                    folder.display(),
+                ));
+                if let Some(done) = resumed {
+                    // So that the remaining time is estimated from this process's steps alone.
+                    self.bar.set_position(done as u64);
+                    self.bar.reset_eta();
+                    self.line(&format!("going on after {done} of {steps} steps{}", of(phase)));
+                }
+            }
+            Event::Note(note) => self.line(note),
+            Event::Warning(warning) => self.line(&format!("warning: {warning}")),
+            Event::Rehearsed { lambda, steps } => {
+                let learned = lambda_text(lambda.pos, lambda.neg);
+                self.line(&format!("lambda {learned} learned in the rehearsal; the run begins"));
+                self.begin(Phase::Training, steps);
+            }
+            Event::Step { record, images_per_second } => self.step(record, images_per_second),
+            Event::Evaluating { done, total } => {
+                self.bar.set_message(format!("evaluating: {done} of {total} pictures"));
+            }
+            Event::Evaluated(record) => self.line(&evaluation_line(record)),
+            _ => {}
+        }
+    }
+
+    fn begin(&mut self, phase: Phase, steps: usize) {
+        (self.phase, self.steps) = (phase, steps);
+        self.bar.set_length(steps as u64);
+        self.bar.set_position(0);
+        self.bar.reset_eta();
+    }
+
+    fn step(&mut self, record: &StepRecord, images_per_second: f64) {
+        let gamma = |value: Option<f64>| value.map_or_else(|| "-".into(), |value| format!("{value:.3}"));
+        let lambda = lambda_text(record.lambda_pos, record.lambda_neg);
+        let message = format!(
+            "loss {:.3}  gamma+ {}  gamma- {}  lambda {lambda}  mined {}+{}  {images_per_second:.0} images/s",
+            record.loss,
+            gamma(record.gamma_pos),
+            gamma(record.gamma_neg),
+            record.mined_pos,
+            record.mined_neg,
+        );
+        let done = record.step + 1;
+        self.bar.set_position(done as u64);
+        let due = self.last_line.is_none_or(|last| last.elapsed() > LINE_EVERY) || done == self.steps;
+        if !self.terminal && due {
+            self.last_line = Some(Instant::now());
+            say(format_args!("step {done}/{}{}: {message}", self.steps, of(self.phase)));
+        }
+        self.bar.set_message(message);
+    }
+
+    fn line(&self, line: &str) {
+        if self.terminal {
+            self.bar.println(line);
+        } else {
+            say(line);
+        }
+    }
+}
+
+/// " of the rehearsal", where steps are.
+fn of(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Rehearsal => " of the rehearsal",
+        Phase::Training => "",
+    }
+}
+
+/// One value if both thresholds are the same.
+fn lambda_text(pos: f64, neg: f64) -> String {
+    if pos == neg { format!("{pos:.3}") } else { format!("{pos:.3}/{neg:.3}") }
+}
+
+fn evaluation_line(record: &EvaluationRecord) -> String {
+    let recalls: Vec<String> =
+        record.recall.iter().map(|(k, recall)| format!("R@{k} {:.1}", 100.0 * recall)).collect();
+    format!("after {} steps: {}", record.step, recalls.join("  "))
+}
+
+fn table(out: &mut impl Write, summary: &Summary) -> io::Result<()> {
+    let header: String = summary.before.at.iter().map(|(k, _)| format!("{:>8}", format!("R@{k}"))).collect();
+    writeln!(out, "\n{:<28}{header}", "Recall@K on unseen classes")?;
+    row(out, "raw pixels", &summary.pixels)?;
+    row(out, "untrained network", &summary.before)?;
+    row(out, &format!("trained, {} steps", summary.steps), &summary.after)?;
+    if summary.best_step != summary.steps {
+        row(out, &format!("best, after {} steps", summary.best_step), &summary.best)?;
+    }
+    writeln!(
+        out,
+        "\n{} queries, seed {}, {:.0} s of training, {:.0} s in all; run folder: {}",
+        summary.before.queries,
+        summary.seed,
+        summary.training_seconds,
+        summary.total_seconds,
+        summary.folder.display(),
+    )
+}
+
+fn row(out: &mut impl Write, name: &str, recall: &Recall) -> io::Result<()> {
+    let cells: String = recall.at.iter().map(|(_, recall)| format!("{:8.1}", 100.0 * recall)).collect();
+    writeln!(out, "{name:<28}{cells}")
+}

@@ -1,0 +1,229 @@
+//! The figures of a checkpoint on a data set's unseen classes, or of embeddings in a file.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use super::embedder::{self, Embedder, check_image_size};
+use super::file::EmbeddingsFile;
+use super::{Event, Skipped};
+use crate::data::{Dataset, DatasetKind, DatasetSettings, RECALL_AT};
+use crate::train::TrainSettings;
+use crate::{Error, Result};
+use ddtas::backend::{self, Backend, DeviceSpec};
+use ddtas::loss::Rows;
+use ddtas::retrieval::{self, Metrics};
+
+/// What to evaluate, and how.
+#[derive(Debug, Clone, PartialEq, clap::Args)]
+pub struct EvalSettings {
+    /// A checkpoint of ddtas-train.
+    #[arg(long, value_name = "FILE", required_unless_present = "embeddings")]
+    pub checkpoint: Option<PathBuf>,
+    /// Embeddings in a .safetensors file instead: `embeddings` and `labels`; `references` and `reference_labels` if queries have a gallery of their own.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["checkpoint", "dataset", "data_root", "image_size"])]
+    pub embeddings: Option<PathBuf>,
+
+    /// Data set whose unseen classes are searched; that of the checkpoint's run if not given.
+    #[arg(long, value_enum)]
+    pub dataset: Option<DatasetKind>,
+    /// Folder of the data set, or its archive as it was downloaded.
+    #[arg(long, value_name = "PATH")]
+    pub data_root: Option<PathBuf>,
+    /// Classes that trained, in sorted order (--dataset folder).
+    #[arg(long, value_name = "N", requires = "dataset")]
+    pub train_classes: Option<usize>,
+    /// Seed of the cars of --dataset synthetic.
+    #[arg(long, value_name = "SEED", requires = "dataset")]
+    pub data_seed: Option<u64>,
+    /// Cut every picture to its bounding box, as in training (cars196, cub200, in-shop).
+    #[arg(long, requires = "dataset")]
+    pub crop_to_box: bool,
+    /// Side of the pictures the network sees; what the checkpoint says if not given.
+    #[arg(long, value_name = "PIXELS")]
+    pub image_size: Option<usize>,
+
+    /// The values of K in Recall@K, separated by commas; the data set's own if not given, or 1,2,4,8.
+    #[arg(long, value_name = "K", value_delimiter = ',')]
+    pub recall_at: Vec<usize>,
+    /// Also cluster the queries by k-means, into as many clusters as they have classes, and measure NMI.
+    #[arg(long)]
+    pub nmi: bool,
+    /// Most steps of k-means.
+    #[arg(long, value_name = "N", default_value_t = 20)]
+    pub nmi_steps: usize,
+    /// Seed of k-means.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Where to search: auto, cpu, cuda:N.
+    #[arg(long, default_value = "auto")]
+    pub device: String,
+}
+
+impl EvalSettings {
+    /// Checks what can be told before any picture is embedded.
+    fn validate(&self) -> Result<()> {
+        let invalid =
+            |name, value: usize, range| Err(Error::InvalidSetting { name, value: value.to_string(), range });
+        if self.recall_at.contains(&0) {
+            return invalid("recall-at", 0, "1 or more");
+        }
+        if self.nmi_steps == 0 {
+            return invalid("nmi-steps", 0, "1 or more");
+        }
+        self.image_size.map_or(Ok(()), check_image_size)?;
+        self.given_dataset().map_or(Ok(()), |given| given.validate())
+    }
+
+    /// The data set asked for, if one is.
+    fn given_dataset(&self) -> Option<DatasetSettings> {
+        self.dataset.map(|dataset| DatasetSettings {
+            dataset,
+            data_root: self.data_root.clone(),
+            train_classes: self.train_classes,
+            crop_to_box: self.crop_to_box,
+            data_seed: self.data_seed.unwrap_or(0),
+        })
+    }
+}
+
+/// What was measured. Field names are those of `--json`.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct Evaluation {
+    /// The file that was evaluated.
+    pub source: PathBuf,
+    /// The data set, where there is one.
+    pub dataset: Option<String>,
+    /// Dimensions of an embedding.
+    pub dim: usize,
+    /// Classes of the queries.
+    pub classes: usize,
+    /// Rows of the gallery; none where the queries are searched among themselves.
+    pub gallery: Option<usize>,
+    /// Recall@K, R-precision, MAP@R.
+    #[serde(flatten)]
+    pub metrics: Metrics,
+    /// Normalised mutual information of classes and k-means clusters, if it was asked for.
+    pub nmi: Option<f64>,
+    /// Pictures left out because they cannot be read.
+    pub skipped: Vec<Skipped>,
+    /// Backend that searched.
+    pub backend: String,
+    /// Seconds it took to embed the pictures.
+    pub embedding_seconds: f64,
+    /// Seconds of the search.
+    pub search_seconds: f64,
+    /// Seconds of k-means.
+    pub clustering_seconds: f64,
+}
+
+/// Evaluates a checkpoint or a file of embeddings.
+///
+/// # Errors
+/// Files or data that cannot be read or used, settings out of range, [`Error::Dataset`] if no query has an answer.
+pub fn evaluate(settings: &EvalSettings, tell: &mut dyn FnMut(Event<'_>)) -> Result<Evaluation> {
+    settings.validate()?;
+    let spec: DeviceSpec = settings.device.parse()?;
+    let mut backend = backend::open(&spec)?;
+    match (&settings.embeddings, &settings.checkpoint) {
+        (Some(path), _) => {
+            let file = EmbeddingsFile::read(path)?;
+            let labels =
+                file.labels.as_ref().ok_or_else(|| Error::format(path, "there is no tensor `labels`"))?;
+            let queries = Rows::new(file.values.view(), labels);
+            let gallery = file.gallery.as_ref().map(|rows| Rows::new(rows.values.view(), &rows.labels));
+            measure(settings, path, &mut *backend, (&queries, gallery.as_ref()), RECALL_AT, tell)
+        }
+        (None, Some(path)) => evaluate_checkpoint(settings, path, &mut *backend, tell),
+        (None, None) => Err(Error::InvalidSetting {
+            name: "checkpoint",
+            value: "missing".into(),
+            range: "give --checkpoint FILE or --embeddings FILE",
+        }),
+    }
+}
+
+fn evaluate_checkpoint(
+    settings: &EvalSettings,
+    path: &Path,
+    backend: &mut dyn Backend,
+    tell: &mut dyn FnMut(Event<'_>),
+) -> Result<Evaluation> {
+    let embedder = Embedder::open(path, settings.image_size)?;
+    let dataset = open(settings, path, &mut |note| tell(Event::Note(note)))?;
+    dataset.warnings.iter().for_each(|warning| tell(Event::Warning(warning)));
+    let begun = Instant::now();
+    let queries = embedder.embed(&dataset.test, tell)?;
+    let gallery = dataset.gallery.as_ref().map(|gallery| embedder.embed(gallery, tell)).transpose()?;
+    let embedding_seconds = begun.elapsed().as_secs_f64();
+    let rows = Rows::new(queries.view()?, &queries.labels);
+    let searched = gallery.as_ref().map(|side| Ok::<_, Error>(Rows::new(side.view()?, &side.labels)));
+    let searched = searched.transpose()?;
+    let ks = dataset.recall_at;
+    let evaluation = measure(settings, path, backend, (&rows, searched.as_ref()), ks, tell)?;
+    let mut skipped = embedder::skipped(&dataset.test);
+    skipped.extend(dataset.gallery.iter().flat_map(|gallery| embedder::skipped(gallery)));
+    Ok(Evaluation { dataset: Some(dataset.name), skipped, embedding_seconds, ..evaluation })
+}
+
+/// The data set asked for, or that of the run whose folder holds the checkpoint.
+fn open(settings: &EvalSettings, checkpoint: &Path, tell: &mut dyn FnMut(&str)) -> Result<Dataset> {
+    if let Some(given) = settings.given_dataset() {
+        return given.open(tell);
+    }
+    let config = checkpoint.with_file_name("config.toml");
+    if !config.is_file() {
+        return Err(Error::InvalidSetting {
+            name: "dataset",
+            value: "missing".into(),
+            range: "give --dataset: there is no config.toml of a run beside the checkpoint",
+        });
+    }
+    let text = std::fs::read_to_string(&config).map_err(Error::io("read", &config))?;
+    let run: TrainSettings =
+        toml::from_str(&text).map_err(|error| Error::format(&config, error.message().to_owned()))?;
+    let data_root = settings.data_root.clone().or_else(|| run.data.data_root.clone());
+    DatasetSettings { data_root, ..run.data }.open(tell)
+}
+
+fn measure(
+    settings: &EvalSettings,
+    source: &Path,
+    backend: &mut dyn Backend,
+    (queries, gallery): (&Rows<'_>, Option<&Rows<'_>>),
+    recall_at: &[usize],
+    tell: &mut dyn FnMut(Event<'_>),
+) -> Result<Evaluation> {
+    let ks = if settings.recall_at.is_empty() { recall_at } else { &settings.recall_at };
+    let begun = Instant::now();
+    let metrics = retrieval::evaluate(backend, queries, gallery, ks, &mut |done, total| {
+        tell(Event::Searching { done, total });
+    })?;
+    let search_seconds = begun.elapsed().as_secs_f64();
+    if metrics.recall.queries == 0 {
+        return Err(Error::Dataset(format!(
+            "{}: no query has an answer, another row of its class, to be found",
+            source.display()
+        )));
+    }
+    let begun = Instant::now();
+    let steps = settings.nmi_steps;
+    let mut clustering = |step| tell(Event::Clustering { step, steps });
+    let nmi = settings
+        .nmi
+        .then(|| retrieval::nmi(backend, queries, steps, settings.seed, &mut clustering))
+        .transpose()?;
+    Ok(Evaluation {
+        source: source.to_path_buf(),
+        dataset: None,
+        dim: queries.embeddings.dim(),
+        classes: retrieval::classes(queries.labels),
+        gallery: gallery.map(|rows| rows.labels.len()),
+        metrics,
+        nmi,
+        skipped: Vec::new(),
+        backend: backend.name(),
+        embedding_seconds: 0.0,
+        search_seconds,
+        clustering_seconds: begun.elapsed().as_secs_f64(),
+    })
+}

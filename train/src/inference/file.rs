@@ -1,0 +1,258 @@
+//! Embeddings on disk, in forms that any vector index reads.
+//!
+//! .safetensors: `embeddings` [N, D] f32 and `labels` [N] i64; where queries have a gallery of their own, `references` [M, D] and
+//! `reference_labels` [M]; the metadata may hold `names`, a JSON array with a name for each row. Other floats and
+//! i32 labels are read as well.
+//!
+//! .npy: the matrix alone; everything else in a .json of the same name beside it.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use ndarray::Array2;
+
+use crate::{Error, Result};
+use ddtas_io::files::write_atomic;
+use ddtas_io::tensors::{EmbeddedRows, TensorFile, write_rows};
+
+/// Key of the rows' names in the metadata.
+const NAMES: &str = "names";
+
+/// How far a norm may be from 1 to count as 1: what the backends accept of float32 rows.
+const UNIT: f64 = 1e-3;
+
+/// Embeddings of a test set or a collection of pictures.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EmbeddingsFile {
+    /// `[N, D]`.
+    pub values: Array2<f32>,
+    /// Label of each row, if they are known.
+    pub labels: Option<Vec<i64>>,
+    /// What the rows are searched in; themselves if there is nothing else.
+    pub gallery: Option<EmbeddedRows>,
+    /// Name of each row; empty if they have none.
+    pub names: Vec<String>,
+    /// Anything else, as the header holds it.
+    pub metadata: HashMap<String, String>,
+}
+
+/// The form of a file, by its extension.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// `.safetensors`
+    Safetensors,
+    /// `.npy`, with a `.json` beside it.
+    Npy,
+}
+
+impl Format {
+    /// The form that `path` asks for.
+    ///
+    /// # Errors
+    /// [`Error::Format`] if it ends otherwise.
+    pub fn of(path: &Path) -> Result<Self> {
+        let extension = path.extension().unwrap_or_default();
+        if extension.eq_ignore_ascii_case("safetensors") {
+            Ok(Self::Safetensors)
+        } else if extension.eq_ignore_ascii_case("npy") {
+            Ok(Self::Npy)
+        } else {
+            Err(Error::format(path, "give a name that ends in .safetensors or .npy"))
+        }
+    }
+}
+
+impl EmbeddingsFile {
+    /// Reads a .safetensors file. Rows that are not of unit length are scaled to it, since similarities are cosines.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be read; [`Error::Format`] if it holds something else, or a row that has no direction
+    /// (zero, NaN or infinite).
+    pub fn read(path: &Path) -> Result<Self> {
+        let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
+        let file = TensorFile::parse(path, &bytes)?;
+        let mut values = file.matrix("embeddings")?;
+        if values.is_empty() {
+            return Err(Error::format(path, "tensor `embeddings` is empty"));
+        }
+        to_unit_rows(path, "embeddings", &mut values)?;
+        let labels = file.has("labels").then(|| file.integers("labels", values.nrows())).transpose()?;
+        let mut gallery =
+            file.has("references").then(|| file.rows("references", "reference_labels")).transpose()?;
+        if let Some(gallery) = &mut gallery {
+            if gallery.values.ncols() != values.ncols() || gallery.values.is_empty() {
+                let (rows, dim) = gallery.values.dim();
+                let reason =
+                    format!("`references` is {rows} x {dim}; `embeddings` has {} dimensions", values.ncols());
+                return Err(Error::format(path, reason));
+            }
+            to_unit_rows(path, "references", &mut gallery.values)?;
+        }
+        let mut metadata = file.metadata;
+        let names: Vec<String> = match metadata.remove(NAMES) {
+            Some(text) => serde_json::from_str(&text)
+                .map_err(|_| Error::format(path, "metadata `names` is not a JSON array of names"))?,
+            None => Vec::new(),
+        };
+        if !names.is_empty() && names.len() != values.nrows() {
+            let reason = format!("holds {} names for {} rows", names.len(), values.nrows());
+            return Err(Error::format(path, reason));
+        }
+        Ok(Self { values, labels, gallery, names, metadata })
+    }
+
+    /// Writes the file in the form its extension asks for; whole or not at all. A .npy has its .json written first.
+    ///
+    /// # Errors
+    /// [`Error::Format`] for another extension, or a gallery in a .npy; [`Error::Io`], for example if the disk is full.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        match Format::of(path)? {
+            Format::Safetensors => self.write_safetensors(path),
+            Format::Npy => self.write_npy(path),
+        }
+    }
+
+    fn write_safetensors(&self, path: &Path) -> Result<()> {
+        let mut metadata = self.metadata.clone();
+        if !self.names.is_empty() {
+            let names = serde_json::to_string(&self.names).map_err(|e| Error::format(path, e.to_string()))?;
+            metadata.insert(NAMES.into(), names);
+        }
+        let labels = self.labels.as_deref().map(|labels| ("labels", labels));
+        let mut sides = vec![("embeddings", &self.values, labels)];
+        sides.extend(self.gallery.as_ref().map(|gallery| {
+            ("references", &gallery.values, Some(("reference_labels", gallery.labels.as_slice())))
+        }));
+        write_rows(path, &sides, metadata)
+    }
+
+    fn write_npy(&self, path: &Path) -> Result<()> {
+        if self.gallery.is_some() {
+            return Err(Error::format(
+                path,
+                "a .npy holds one matrix: write queries and gallery as .safetensors",
+            ));
+        }
+        let cannot = |reason: String| Error::format(path, format!("cannot be written as .npy ({reason})"));
+        let beside =
+            serde_json::json!({ "names": self.names, "labels": self.labels, "metadata": self.metadata });
+        let text = serde_json::to_vec(&beside).map_err(|e| cannot(e.to_string()))?;
+        write_atomic(&path.with_extension("json"), &text)?;
+        write_atomic(path, &npy(&self.values))
+    }
+}
+
+/// A matrix in NumPy's format 1.0, little-endian float32 in C order. The crates for it bring a parser of Python literals
+/// and a dozen crates with it; writing needs one line of text.
+fn npy(values: &Array2<f32>) -> Vec<u8> {
+    let (rows, dim) = values.dim();
+    let mut header = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {dim}), }}");
+    // The data begin at a multiple of 64; the text ends in a line feed. 10 bytes stand before it.
+    let length = (10 + header.len() + 1).next_multiple_of(64) - 10;
+    header.extend(std::iter::repeat_n(' ', length - 1 - header.len()));
+    header.push('\n');
+    let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
+    // Two numbers of 20 digits at most: far below the 65,535 bytes of format 1.0.
+    bytes.extend((length as u16).to_le_bytes());
+    bytes.extend(header.bytes());
+    bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+    bytes
+}
+
+/// Scales every row to unit length; those that are near enough stay as they are, to the bit.
+fn to_unit_rows(path: &Path, tensor: &str, values: &mut Array2<f32>) -> Result<()> {
+    for (index, mut row) in values.outer_iter_mut().enumerate() {
+        let norm = row.iter().map(|&value| f64::from(value).powi(2)).sum::<f64>().sqrt();
+        if !norm.is_finite() || norm < f64::from(f32::MIN_POSITIVE) {
+            let what = if norm.is_finite() { "is zero" } else { "holds a NaN or an infinity" };
+            return Err(Error::format(path, format!("row {index} of tensor `{tensor}` {what}")));
+        }
+        if (norm - 1.0).abs() > UNIT {
+            row.mapv_inplace(|value| (f64::from(value) / norm) as f32);
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ndarray::array;
+
+    fn example() -> EmbeddingsFile {
+        EmbeddingsFile {
+            values: array![[1.0, 0.0], [0.6, 0.8], [0.0, -1.0]],
+            labels: Some(vec![4, -1, 4]),
+            gallery: Some(EmbeddedRows { values: array![[0.0, 1.0]], labels: vec![4] }),
+            names: vec!["a.jpg".into(), "b/ü \"x\".png".into(), "c\nd.jpg".into()],
+            metadata: HashMap::from([("root".to_owned(), "pictures".to_owned())]),
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("e.safetensors");
+        example().write(&path).unwrap();
+        assert_eq!(EmbeddingsFile::read(&path).unwrap(), example());
+    }
+
+    #[test]
+    fn npy_holds_the_matrix_and_json_the_rest() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("e.npy");
+        assert!(example().write(&path).is_err(), "a gallery has no place in a .npy");
+        let single = EmbeddingsFile { gallery: None, ..example() };
+        single.write(&path).unwrap();
+        // numpy.save's own bytes for this matrix.
+        let header = "{'descr': '<f4', 'fortran_order': False, 'shape': (3, 2), }";
+        let mut wanted = b"\x93NUMPY\x01\x00\x76\x00".to_vec();
+        wanted.extend(format!("{header:<117}\n").bytes());
+        wanted.extend([1.0f32, 0.0, 0.6, 0.8, 0.0, -1.0].iter().flat_map(|value| value.to_le_bytes()));
+        assert_eq!(std::fs::read(&path).unwrap(), wanted);
+        let text = std::fs::read_to_string(folder.path().join("e.json")).unwrap();
+        let beside: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(beside["names"][2], "c\nd.jpg");
+        assert_eq!(beside["labels"][1], -1);
+        assert_eq!(beside["metadata"]["root"], "pictures");
+        assert!(single.write(&folder.path().join("e.csv")).is_err());
+    }
+
+    #[test]
+    fn rows_of_any_length_become_unit_rows_and_rows_without_direction_are_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("e.safetensors");
+        let with = |values| EmbeddingsFile { values, gallery: None, ..example() };
+        with(array![[3.0, 4.0], [0.6, 0.8], [0.0, 1e-20]]).write(&path).unwrap();
+        let read = EmbeddingsFile::read(&path).unwrap();
+        assert_eq!(read.values, array![[0.6, 0.8], [0.6, 0.8], [0.0, 1.0]]);
+        for bad in [0.0, f32::NAN, f32::INFINITY] {
+            with(array![[1.0, 0.0], [bad, 0.0], [1.0, 0.0]]).write(&path).unwrap();
+            let said = EmbeddingsFile::read(&path).unwrap_err().to_string();
+            assert!(said.contains("row 1 of tensor `embeddings`"), "{said}");
+        }
+    }
+
+    #[test]
+    fn files_that_hold_something_else_are_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("e.safetensors");
+        let wrong = [
+            EmbeddingsFile { names: vec!["one".into()], ..example() },
+            EmbeddingsFile { labels: Some(vec![1]), ..example() },
+            EmbeddingsFile {
+                gallery: Some(EmbeddedRows { values: array![[1.0]], labels: vec![0] }),
+                ..example()
+            },
+        ];
+        for (file, what) in wrong.iter().zip(["1 names for 3 rows", "one entry for each", "has 2 dimensions"])
+        {
+            file.write(&path).unwrap();
+            let said = EmbeddingsFile::read(&path).unwrap_err().to_string();
+            assert!(said.contains(what) && said.contains("e.safetensors"), "{said}");
+        }
+        std::fs::write(&path, b"nothing").unwrap();
+        assert!(EmbeddingsFile::read(&path).unwrap_err().to_string().contains("not a safetensors file"));
+        assert!(matches!(EmbeddingsFile::read(&folder.path().join("none")), Err(Error::Io { .. })));
+    }
+}

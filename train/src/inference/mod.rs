@@ -1,0 +1,67 @@
+//! A trained network at work: `ddtas-train eval`, `embed` and `search`.
+//!
+//! | file | what |
+//! | --- | --- |
+//! | `embedder.rs` | a checkpoint, ready to embed pictures |
+//! | `evaluation.rs` | the figures of a checkpoint on a data set, or of embeddings in a file |
+//! | `pictures.rs` | the pictures of a folder tree |
+//! | `export.rs` | embeddings of a folder tree, into a file |
+//! | `search.rs` | the nearest pictures of a collection |
+//! | `sheet.rs` | what was found as a page |
+
+mod embedder;
+mod evaluation;
+mod export;
+mod file;
+mod pictures;
+mod search;
+mod sheet;
+
+pub use embedder::Embedder;
+pub use evaluation::{EvalSettings, Evaluation, evaluate};
+pub use export::{EmbedSettings, Export, embed};
+pub use file::{EmbeddingsFile, Format};
+pub use search::{Answer, Found, Query, SearchSettings, search};
+pub use sheet::write as write_sheet;
+
+use std::path::PathBuf;
+
+/// What goes on.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Event<'a> {
+    /// Pictures are being embedded.
+    Embedding {
+        /// Pictures done.
+        done: usize,
+        /// Pictures in all.
+        total: usize,
+    },
+    /// Queries are being searched.
+    Searching {
+        /// Queries done.
+        done: usize,
+        /// Queries in all.
+        total: usize,
+    },
+    /// A step of k-means is done.
+    Clustering {
+        /// The step, from 1.
+        step: usize,
+        /// Most steps there will be.
+        steps: usize,
+    },
+    /// Something that takes long has begun.
+    Note(&'a str),
+    /// Something the user should know.
+    Warning(&'a str),
+}
+
+/// A picture that could not be read.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Skipped {
+    /// The file.
+    pub path: PathBuf,
+    /// What the decoder said.
+    pub reason: String,
+}

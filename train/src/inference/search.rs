@@ -1,0 +1,134 @@
+//! The nearest pictures of a collection.
+
+use std::path::{Path, PathBuf};
+
+use super::embedder::{Embedder, skipped};
+use super::export::{CHECKPOINT, ROOT, embed_folder};
+use super::file::EmbeddingsFile;
+use super::pictures::Pictures;
+use super::{Event, Skipped};
+use crate::{Error, Result};
+use ddtas::backend::{self, DeviceSpec, Nearest};
+use ddtas::loss::Rows;
+
+/// What to look for, and where.
+#[derive(Debug, Clone, PartialEq, Eq, clap::Args)]
+pub struct SearchSettings {
+    /// A checkpoint of ddtas-train.
+    #[arg(long, value_name = "FILE")]
+    pub checkpoint: PathBuf,
+    /// The pictures to search: a folder tree, or what `embed` wrote of one.
+    #[arg(long, value_name = "DIR|FILE")]
+    pub gallery: PathBuf,
+    /// The pictures to look for, one or more.
+    #[arg(long, value_name = "PICTURE", required = true, num_args = 1..)]
+    pub query: Vec<PathBuf>,
+    /// How many pictures to find for each.
+    #[arg(long, value_name = "K", default_value_t = 10)]
+    pub top: usize,
+    /// Side of the pictures the network sees; what the checkpoint says if not given.
+    #[arg(long, value_name = "PIXELS")]
+    pub image_size: Option<usize>,
+    /// Where to search: auto, cpu, cuda:N.
+    #[arg(long, default_value = "auto")]
+    pub device: String,
+}
+
+/// What was found.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct Found {
+    /// Pictures that were searched.
+    pub gallery: usize,
+    /// A list for each picture that was looked for.
+    pub queries: Vec<Query>,
+    /// Pictures of the gallery left out because they cannot be read.
+    pub skipped: Vec<Skipped>,
+}
+
+/// A picture and its nearest neighbours.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct Query {
+    /// The picture that was looked for.
+    pub path: PathBuf,
+    /// The most similar first.
+    pub answers: Vec<Answer>,
+}
+
+/// A neighbour.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct Answer {
+    /// Its name in the gallery; its number where it has no name.
+    pub name: String,
+    /// Where it lies, if the gallery says so.
+    pub path: Option<PathBuf>,
+    /// Cosine similarity, -1 to 1.
+    pub similarity: f32,
+}
+
+/// Embeds the queries, and the gallery where it is a folder, and finds the nearest pictures of each. A query that
+/// stands in the gallery finds itself.
+///
+/// # Errors
+/// A checkpoint, gallery or query that cannot be used; a gallery whose embeddings another checkpoint made.
+pub fn search(settings: &SearchSettings, tell: &mut dyn FnMut(Event<'_>)) -> Result<Found> {
+    let spec: DeviceSpec = settings.device.parse()?;
+    if settings.top == 0 {
+        return Err(Error::InvalidSetting { name: "top", value: "0".into(), range: "1 or more" });
+    }
+    let embedder = Embedder::open(&settings.checkpoint, settings.image_size)?;
+    let pictures = Pictures::of(&settings.query);
+    let queries = embedder.embed(&pictures.split, &mut |_| {});
+    // One that cannot be read is what the user asked for: no list without it.
+    if let Some(bad) = skipped(&pictures.split).into_iter().next() {
+        return Err(Error::Image { path: bad.path, reason: bad.reason });
+    }
+    let queries = queries?;
+
+    let (gallery, skipped) = if settings.gallery.is_dir() {
+        embed_folder(&embedder, &settings.gallery, tell)?
+    } else {
+        (EmbeddingsFile::read(&settings.gallery)?, Vec::new())
+    };
+    check_origin(&settings.gallery, &gallery, &embedder)?;
+    let count = gallery.values.nrows();
+    let labels = vec![0; count.max(queries.labels.len())];
+    let rows = Rows::new(queries.view()?, &labels[..queries.labels.len()]);
+    let references = Rows::new(gallery.values.view(), &labels[..count]);
+    let nearest = backend::open(&spec)?.nearest(&rows, Some(&references), settings.top.min(count))?;
+
+    let root = gallery.metadata.get(ROOT).map(Path::new);
+    let answer = |(&index, &similarity): (&u32, &f32)| {
+        let name = gallery.names.get(index as usize);
+        Answer {
+            path: root.zip(name).map(|(root, name)| root.join(name)),
+            name: name.cloned().unwrap_or_else(|| index.to_string()),
+            similarity,
+        }
+    };
+    let lists = nearest.indices.outer_iter().zip(nearest.similarities.outer_iter());
+    let queries = settings.query.iter().zip(lists).map(|(path, (indices, similarities))| {
+        let found = indices.into_iter().zip(similarities).filter(|(index, _)| **index != Nearest::NONE);
+        Query { path: path.clone(), answers: found.map(&answer).collect() }
+    });
+    Ok(Found { gallery: count, queries: queries.collect(), skipped })
+}
+
+/// Embeddings of two networks have nothing to do with each other.
+fn check_origin(path: &Path, gallery: &EmbeddingsFile, embedder: &Embedder) -> Result<()> {
+    let checkpoint = embedder.checkpoint().display();
+    if gallery.values.ncols() != embedder.dim() {
+        let (got, want) = (gallery.values.ncols(), embedder.dim());
+        return Err(Error::format(
+            path,
+            format!("holds {got} dimensions, but {checkpoint} embeds into {want}"),
+        ));
+    }
+    match gallery.metadata.get(CHECKPOINT) {
+        Some(made_by) if made_by != embedder.fingerprint() => {
+            let reason =
+                format!("was made by another checkpoint than {checkpoint}: embed the pictures again");
+            Err(Error::format(path, reason))
+        }
+        _ => Ok(()),
+    }
+}

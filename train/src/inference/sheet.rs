@@ -1,0 +1,85 @@
+//! What was found as a page: one file, thumbnails inside.
+
+use std::path::Path;
+
+use super::pictures::Pictures;
+use super::search::{Found, Query};
+use crate::Result;
+use crate::train::report::page::{document, escape, grouped, push};
+use crate::train::report::pictures::Thumbnails;
+use ddtas_io::files::write_atomic;
+
+/// Sides of the thumbnails, in pixels.
+const QUERY: usize = 240;
+const ANSWER: usize = 160;
+
+const STYLE: &str = include_str!("sheet.css");
+
+/// Writes the contact sheet of a search. A picture that no longer lies where the gallery says is shown as a frame with its name.
+///
+/// # Errors
+/// [`Error::Image`](crate::Error::Image) if a query can no longer be read; [`Error::Io`](crate::Error::Io) if the file cannot be written.
+pub fn write(found: &Found, path: &Path) -> Result<()> {
+    let mut thumbnails = (Thumbnails::new(QUERY)?, Thumbnails::new(ANSWER)?);
+    let title = match &found.queries[..] {
+        [query] => format!("Nearest to {}", file_name(&query.path)),
+        queries => format!("Nearest to {} pictures", queries.len()),
+    };
+    let mut body = format!("<style>\n{STYLE}</style>\n");
+    push(&mut body, &format!("<header><h1>{}</h1>", escape(&title)));
+    push(
+        &mut body,
+        &format!(
+            "<p>Among {} pictures, the most similar first, with the cosine similarity of their embeddings.</p></header>",
+            grouped(found.gallery)
+        ),
+    );
+    for query in &found.queries {
+        section(&mut body, query, &mut thumbnails)?;
+    }
+    write_atomic(path, document(&title, &body).as_bytes())
+}
+
+fn section(body: &mut String, query: &Query, thumbnails: &mut (Thumbnails, Thumbnails)) -> Result<()> {
+    let name = escape(&query.path.display().to_string());
+    let picture = Pictures::of(std::slice::from_ref(&query.path)).split.picture(0)?;
+    push(body, "<section class=\"sheet\">");
+    push(
+        body,
+        &format!(
+            "<figure class=\"wanted\">{}<figcaption>{name}</figcaption></figure>",
+            image(&thumbnails.0.png(&picture)?, "query")
+        ),
+    );
+    push(body, "<div class=\"answers\">");
+    for (rank, answer) in query.answers.iter().enumerate() {
+        let picture = answer
+            .path
+            .as_ref()
+            .and_then(|path| Pictures::of(std::slice::from_ref(path)).split.picture(0).ok());
+        let shown = match &picture {
+            Some(picture) => image(&thumbnails.1.png(picture)?, ""),
+            None => "<div class=\"missing\">no picture</div>".to_owned(),
+        };
+        let (name, share) = (escape(&answer.name), 100.0 * answer.similarity.clamp(0.0, 1.0));
+        push(
+            body,
+            &format!(
+                "<figure>{shown}<div class=\"bar\"><i style=\"width:{share:.1}%\"></i></div>\
+                 <figcaption title=\"{name}\"><b>{}</b> <span>{:.3}</span> {name}</figcaption></figure>",
+                rank + 1,
+                answer.similarity
+            ),
+        );
+    }
+    push(body, "</div></section>");
+    Ok(())
+}
+
+fn image(png: &str, alt: &str) -> String {
+    format!("<img alt=\"{alt}\" src=\"data:image/png;base64,{png}\">")
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
+}

@@ -1,0 +1,124 @@
+//! Where a run computes: network and loss on the same device.
+
+use burn::module::Module;
+use burn::tensor::Device;
+
+use crate::Result;
+use crate::model::EmbeddingNetwork;
+use ddtas::backend::{self, AutoDevice, DeviceSpec};
+
+/// The device of a run.
+pub(super) struct Place {
+    /// Never [`DeviceSpec::Auto`]; for the backends of the loss.
+    pub spec: DeviceSpec,
+    /// For the network, with gradients.
+    pub network: Device,
+    /// Why `auto` came to the CPU, where a GPU was to be expected.
+    pub reason: Option<String>,
+}
+
+/// Finds the device for `asked`; does not open it yet.
+///
+/// # Errors
+/// [`Error::Unavailable`](crate::Error::Unavailable) if this build has no network on that device.
+pub(super) fn place(asked: DeviceSpec) -> Result<Place> {
+    let (spec, reason) = match asked {
+        DeviceSpec::Auto => automatic(backend::auto()),
+        other => (other, None),
+    };
+    let network = match spec {
+        DeviceSpec::Cuda(index) => gpu::device(index)?,
+        // The emulated kernels compute the loss alone, for tests.
+        DeviceSpec::Auto | DeviceSpec::Cpu | DeviceSpec::Emulated => Device::flex(),
+    };
+    Ok(Place { spec, network: network.autodiff(), reason })
+}
+
+/// `network` on `device`, its weights drawn where it was made.
+pub(super) fn moved(network: EmbeddingNetwork, device: &Device) -> EmbeddingNetwork {
+    // Burn draws a weight when it is first used, and one that is not drawn yet would be drawn on `device`, from
+    // another sequence. Weights that a clone shares are drawn first and then moved.
+    let shared = network.clone();
+    let moved = network.fork(device);
+    drop(shared);
+    moved
+}
+
+/// A GPU only if the network can go there too: the loss of a training batch is too small a part of the step
+/// to be worth the way to the GPU and back.
+fn automatic(found: AutoDevice) -> (DeviceSpec, Option<String>) {
+    match found.spec {
+        DeviceSpec::Cuda(_) if !gpu::HAS_NETWORK => {
+            (DeviceSpec::Cpu, Some(format!("{} is there, but {}", found.spec, gpu::NEEDS_FEATURE)))
+        }
+        spec => (spec, found.reason),
+    }
+}
+
+#[cfg(feature = "train-cuda")]
+mod gpu {
+    use burn::tensor::Device;
+
+    use crate::Result;
+
+    pub const HAS_NETWORK: bool = true;
+    pub const NEEDS_FEATURE: &str = "";
+
+    pub fn device(index: usize) -> Result<Device> {
+        Ok(Device::cuda(index))
+    }
+}
+
+#[cfg(not(feature = "train-cuda"))]
+mod gpu {
+    use burn::tensor::Device;
+
+    use crate::{Error, Result};
+
+    pub const HAS_NETWORK: bool = false;
+    pub const NEEDS_FEATURE: &str =
+        "this build trains on the CPU only: build with `cargo build --release --features train-cuda`";
+
+    pub fn device(_index: usize) -> Result<Device> {
+        Err(Error::Unavailable(format!("{NEEDS_FEATURE}, or use --device cpu")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::NetworkShape;
+
+    #[test]
+    fn weights_are_drawn_before_they_move() {
+        let cpu = Device::flex().autodiff();
+        let network = EmbeddingNetwork::new(&NetworkShape { width: 2, depth: 1, embedding_dim: 3 }, &cpu);
+        assert!(!network.head.weight.is_initialized(), "Burn draws at once: `moved` needs no clone any more");
+        let network = moved(network, &cpu);
+        assert!(network.head.weight.is_initialized());
+    }
+
+    #[test]
+    fn auto_takes_a_gpu_only_with_the_network() {
+        let gpu = AutoDevice { spec: DeviceSpec::Cuda(0), reason: None };
+        let (spec, reason) = automatic(gpu);
+        if cfg!(feature = "train-cuda") {
+            assert_eq!((spec, reason), (DeviceSpec::Cuda(0), None));
+        } else {
+            assert_eq!(spec, DeviceSpec::Cpu);
+            assert!(reason.unwrap().contains("--features train-cuda"));
+        }
+    }
+
+    #[test]
+    fn network_and_loss_are_on_the_same_device() {
+        let cpu = place(DeviceSpec::Cpu).unwrap();
+        assert_eq!((cpu.spec, cpu.network, cpu.reason), (DeviceSpec::Cpu, Device::flex(), None));
+        let auto = place(DeviceSpec::Auto).unwrap();
+        assert_eq!(auto.network == Device::flex(), auto.spec == DeviceSpec::Cpu);
+        match place(DeviceSpec::Cuda(1)) {
+            Ok(place) => assert!(place.network != Device::flex() && place.spec == DeviceSpec::Cuda(1)),
+            Err(error) => assert!(error.to_string().contains("--features train-cuda"), "{error}"),
+        }
+    }
+}

@@ -1,0 +1,372 @@
+//! One training step: forward, loss, backward, update; and embedding a whole split.
+//!
+//! The kernels return L and dL/dE; the network's backward pass starts from the
+//! surrogate `sum(E * dL/dE)`, so that autodiff never sees the loss.
+
+use burn::module::Module;
+use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
+use burn::tensor::{Device, Tensor, TensorData};
+use ndarray::{ArrayView2, Axis};
+
+use super::checkpoint::EngineState;
+use super::checkpoint::archive::Archive;
+use super::checkpoint::optimizer as moments;
+use super::generator::Generator;
+use super::memory::Memory;
+use super::schedule::Schedule;
+use super::settings::{BatchNorm, TrainSettings};
+use crate::data::ImageBatch;
+use crate::generator::{GeneratorKind, Lambda};
+use crate::model::{EmbeddingNetwork, Normalise, to_array};
+use crate::{Error, Result};
+use ddtas::backend::Backend;
+use ddtas::loss::baseline::PairLoss;
+use ddtas::loss::{LossOutput, LossSettings};
+
+/// PyTorch's. Burn's own default, 1e-5, is as large as many of these gradients and would brake the steps.
+const ADAM_EPSILON: f32 = 1e-8;
+
+/// A network in training.
+pub struct Engine {
+    /// The network as it stands.
+    pub network: EmbeddingNetwork,
+    /// What the loss said last.
+    pub output: LossOutput,
+    device: Device,
+    optimizer: ModuleOptimizer,
+    schedule: Schedule,
+    mode: Normalise,
+    backend: Box<dyn Backend>,
+    pair_loss: PairLoss,
+    loss: LossSettings,
+    memory: Memory,
+    generator: Option<Generator>,
+    /// Learned in the last step, in force from the next one on.
+    pending: Option<Lambda>,
+    spread: f64,
+}
+
+impl Engine {
+    /// An engine for `network`, whose loss is computed by `backend` and whose lambda comes from `generator`, if any.
+    pub fn new(
+        network: EmbeddingNetwork,
+        settings: &TrainSettings,
+        backend: Box<dyn Backend>,
+        generator: Option<Generator>,
+        device: Device,
+    ) -> Self {
+        let mut loss = settings.loss_settings();
+        if let Some(generator) = &generator {
+            loss = generator.lambda().applied_to(&loss);
+        }
+        Self {
+            network,
+            output: LossOutput::default(),
+            device,
+            optimizer: optimizer(settings),
+            schedule: settings.schedule(),
+            mode: match settings.batch_norm {
+                BatchNorm::Trainable => Normalise::Training,
+                BatchNorm::Frozen => Normalise::Running,
+            },
+            backend,
+            pair_loss: settings.loss,
+            loss,
+            memory: memory(settings),
+            generator,
+            pending: None,
+            spread: f64::NAN,
+        }
+    }
+
+    /// Begins a rehearsal: its learning rate rises as the run's does, and falls to 0 over its own steps.
+    pub fn rehearse(&mut self, steps: usize) {
+        self.schedule = Schedule { warm_up: self.schedule.warm_up.min(steps / 2), steps, ..self.schedule };
+    }
+
+    /// Begins anew with `network`: of what was, only lambda remains, and is held.
+    pub fn restart(&mut self, network: EmbeddingNetwork, settings: &TrainSettings) {
+        self.network = network;
+        self.output = LossOutput::default();
+        self.optimizer = optimizer(settings);
+        self.schedule = settings.schedule();
+        self.memory = memory(settings);
+        self.pending = None;
+        if let Some(generator) = &self.generator {
+            self.loss = generator.lambda().applied_to(&self.loss);
+        }
+        self.hold_lambda();
+    }
+
+    /// From now on lambda stays what it is.
+    pub fn hold_lambda(&mut self) {
+        if let Some(generator) = &mut self.generator {
+            generator.hold();
+        }
+    }
+
+    /// Adds everything that the next step depends on to a checkpoint, the network's own weights excepted.
+    pub(super) fn put(&self, archive: &mut Archive) -> std::result::Result<EngineState, String> {
+        moments::put(archive, &self.optimizer, &self.network)?;
+        self.memory.put(archive);
+        Ok(EngineState {
+            lambda: Lambda { pos: self.loss.lambda_pos, neg: self.loss.lambda_neg },
+            pending: self.pending,
+            generator: self.generator.as_ref().map(|generator| generator.put(archive)),
+        })
+    }
+
+    /// Goes on from a checkpoint whose weights the network already has; says what does not fit.
+    pub(super) fn take(
+        &mut self,
+        archive: &mut Archive,
+        state: &EngineState,
+    ) -> std::result::Result<(), String> {
+        let fresh = self.optimizer.clone();
+        self.optimizer = moments::take(archive, fresh, &self.network)?;
+        self.memory.take(archive)?;
+        self.loss = state.lambda.applied_to(&self.loss);
+        self.pending = state.pending;
+        match (&mut self.generator, &state.generator) {
+            (Some(generator), Some(state)) => generator.take(archive, state),
+            (None, None) => Ok(()),
+            _ => Err("--generator is another one than in config.toml".into()),
+        }
+    }
+
+    /// Loss settings in force.
+    pub fn loss_settings(&self) -> &LossSettings {
+        &self.loss
+    }
+
+    /// Learning rate of a step.
+    pub fn learning_rate(&self, step: usize) -> f64 {
+        self.schedule.learning_rate(step)
+    }
+
+    /// How far the embeddings of the last step were from their mean, root mean square.
+    pub fn spread(&self) -> f64 {
+        self.spread
+    }
+
+    /// The threshold generator, if there is one.
+    pub fn generator(&self) -> Option<&Generator> {
+        self.generator.as_ref()
+    }
+
+    /// One step on a batch; `meta` is the generator's batch where it draws a fresh one.
+    /// Returns whether the weights moved: a batch that mines nothing leaves them alone.
+    ///
+    /// # Errors
+    /// [`Error::Training`] if the embeddings are no longer finite.
+    pub fn step(&mut self, step: usize, batch: &ImageBatch, meta: Option<&ImageBatch>) -> Result<bool> {
+        if let Some(lambda) = self.pending.take() {
+            self.loss = lambda.applied_to(&self.loss);
+        }
+        let images = image_tensor(batch, &self.device);
+        let features = self.network.backbone.forward(images.clone(), self.mode);
+        let embeddings = self.network.head.forward(features.clone());
+        let learns = self.generator.as_mut().is_some_and(|generator| generator.begin(step));
+        let meta = meta.filter(|_| learns);
+        if learns {
+            self.learn_by_head(features, &batch.labels, meta).map_err(|error| diverged(error, step))?;
+        }
+        let values = to_array(embeddings.clone())?;
+        self.spread = spread(values.view());
+        self.evaluate_loss(values.view(), &batch.labels).map_err(|error| diverged(error, step))?;
+        let moved = self.update(step, (images, embeddings, values.view()), &batch.labels, meta)?;
+        self.memory.push(step, values.view(), &batch.labels);
+        Ok(moved)
+    }
+
+    /// Moves the weights along the gradient found last, and lets a generator of the whole network learn.
+    fn update(
+        &mut self,
+        step: usize,
+        (images, embeddings, values): (Tensor<4>, Tensor<2>, ArrayView2<'_, f32>),
+        labels: &[i64],
+        meta: Option<&ImageBatch>,
+    ) -> Result<bool> {
+        if self.output.gradient.iter().all(|&entry| entry == 0.0) {
+            return Ok(false);
+        }
+        let shape = self.output.gradient.dim();
+        let gradient = self.output.gradient.iter().copied().collect::<Vec<f32>>();
+        let gradient = Tensor::<2>::from_data(TensorData::new(gradient, [shape.0, shape.1]), &self.device);
+        let gradients = (embeddings * gradient).sum().backward();
+        let gradients = GradientsParams::from_grads(gradients, &self.network);
+        let meta_images = meta.map(|meta| (image_tensor(meta, &self.device), meta.labels.as_slice()));
+        if let (Some(generator), Some((meta_images, meta_labels))) = (&mut self.generator, meta_images)
+            && generator.kind() == GeneratorKind::Full
+        {
+            let images = (images.inner(), meta_images);
+            let learned = generator
+                .learn_full(
+                    (&self.network, self.mode),
+                    &gradients,
+                    images,
+                    (values, labels),
+                    meta_labels,
+                    (&mut *self.backend, &self.memory),
+                    &self.loss,
+                )
+                .map_err(|error| diverged(error, step))?;
+            self.pending = Some(learned);
+        }
+        let rate = self.schedule.learning_rate(step);
+        let network = self.network.clone();
+        self.network = self.optimizer.step(rate, network, gradients);
+        Ok(true)
+    }
+
+    /// Lets a generator of the head's learn, and puts its lambda in force.
+    fn learn_by_head(
+        &mut self,
+        features: Tensor<2>,
+        labels: &[i64],
+        meta: Option<&ImageBatch>,
+    ) -> Result<()> {
+        let Some(generator) = &mut self.generator else { return Ok(()) };
+        if generator.kind() != GeneratorKind::Head {
+            return Ok(());
+        }
+        let features = to_array(features)?.mapv(f64::from);
+        let fresh = match meta {
+            Some(meta) => {
+                let images = image_tensor(meta, &self.device.clone().inner());
+                let features =
+                    to_array(self.network.valid().backbone.forward(images, self.mode.without_moving()))?;
+                Some((features.mapv(f64::from), meta.labels.as_slice()))
+            }
+            None => None,
+        };
+        let lambda = generator.learn_head(
+            &self.network.head,
+            (features, labels),
+            fresh,
+            (&mut *self.backend, &self.memory),
+            &self.loss,
+        )?;
+        self.loss = lambda.applied_to(&self.loss);
+        Ok(())
+    }
+
+    fn evaluate_loss(&mut self, embeddings: ArrayView2<'_, f32>, labels: &[i64]) -> Result<()> {
+        let rows = (embeddings, labels);
+        self.memory.loss(&mut *self.backend, self.pair_loss, rows, &self.loss, &mut self.output)
+    }
+
+    /// Where the network is.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// The backend, for retrieval between steps.
+    pub fn backend(&mut self) -> &mut dyn Backend {
+        self.backend.as_mut()
+    }
+
+    /// Embeds batches of pictures by the running statistics: `[N, dim]` and the labels.
+    ///
+    /// # Errors
+    /// What `batches` returns; [`Error::Training`] if an embedding is not finite.
+    pub fn embed(
+        &self,
+        batches: impl Iterator<Item = Result<ImageBatch>>,
+        progress: impl FnMut(usize),
+    ) -> Result<Embedded> {
+        embed_batches(&self.network.valid(), &self.device.clone().inner(), batches, progress)
+    }
+}
+
+/// Embeds batches of pictures by the running statistics; `progress` hears how many are done.
+///
+/// # Errors
+/// What `batches` returns; [`Error::Training`] if an embedding is not finite.
+pub fn embed_batches(
+    network: &EmbeddingNetwork,
+    device: &Device,
+    batches: impl Iterator<Item = Result<ImageBatch>>,
+    mut progress: impl FnMut(usize),
+) -> Result<Embedded> {
+    let mut embedded = Embedded::default();
+    let mut dim = 0;
+    for batch in batches {
+        let batch = batch?;
+        embedded.skipped += batch.skipped;
+        if batch.labels.is_empty() {
+            continue;
+        }
+        let values = to_array(network.forward(image_tensor(&batch, device), Normalise::Running))?;
+        dim = values.ncols();
+        embedded.values.extend(values.iter());
+        embedded.labels.extend(&batch.labels);
+        embedded.indices.extend(&batch.indices);
+        progress(embedded.labels.len());
+    }
+    if let Some(row) = embedded.values.iter().position(|value| !value.is_finite()) {
+        let row = row / dim;
+        return Err(Error::Training(format!(
+            "the network maps picture {row} to NaN: lower --learning-rate, or start from another checkpoint"
+        )));
+    }
+    Ok(embedded)
+}
+
+/// A split, embedded.
+#[derive(Debug, Clone, Default)]
+pub struct Embedded {
+    values: Vec<f32>,
+    /// Label of each row.
+    pub labels: Vec<i64>,
+    /// Picture of each row, an index into the split.
+    pub indices: Vec<usize>,
+    /// Pictures left out because they cannot be read.
+    pub skipped: usize,
+}
+
+impl Embedded {
+    /// The embeddings, `[N, dim]`.
+    ///
+    /// # Errors
+    /// [`Error::Dataset`] if no picture could be read.
+    pub fn view(&self) -> Result<ArrayView2<'_, f32>> {
+        let rows = self.labels.len();
+        let dim = self.values.len().checked_div(rows).unwrap_or(0);
+        ArrayView2::from_shape((rows, dim), &self.values)
+            .ok()
+            .filter(|view| !view.is_empty())
+            .ok_or_else(|| Error::Dataset("no picture of the test classes could be read".into()))
+    }
+}
+
+/// Root mean square of the rows' distances from their mean; NaN without rows.
+fn spread(rows: ArrayView2<'_, f32>) -> f64 {
+    let rows = rows.mapv(f64::from);
+    let Some(mean) = rows.mean_axis(Axis(0)) else { return f64::NAN };
+    let squares = (&rows - &mean).iter().map(|distance| distance * distance).sum::<f64>();
+    (squares / rows.nrows() as f64).sqrt()
+}
+
+fn optimizer(settings: &TrainSettings) -> ModuleOptimizer {
+    AdamWConfig::new().with_epsilon(ADAM_EPSILON).with_weight_decay(settings.weight_decay).init()
+}
+
+fn memory(settings: &TrainSettings) -> Memory {
+    Memory::new(settings.memory_size, settings.memory_start_step(), settings.embedding_dim)
+}
+
+fn image_tensor(batch: &ImageBatch, device: &Device) -> Tensor<4> {
+    let shape = [batch.labels.len(), 3, batch.image_size, batch.image_size];
+    Tensor::from_data(TensorData::new(batch.pixels.clone(), shape), device)
+}
+
+/// Embeddings that stop being finite or unit mean that the weights ran away.
+fn diverged(error: Error, step: usize) -> Error {
+    match error {
+        Error::NotFinite { .. } | Error::NotUnit { .. } => {
+            Error::Training(format!("training diverged at step {step} ({error}): lower --learning-rate"))
+        }
+        other => other,
+    }
+}

@@ -1,0 +1,295 @@
+//! The threshold generator within a training step: its batches, its backend, its state.
+
+use std::collections::VecDeque;
+
+use burn::optim::GradientsParams;
+use burn::tensor::Tensor;
+use ndarray::{Array2, ArrayView2, Axis, concatenate};
+
+use super::checkpoint::GeneratorState;
+use super::checkpoint::archive::Archive;
+use super::memory::Memory;
+use crate::generator::head::{Head, Losses, hypergradient};
+use crate::generator::{
+    GeneratorKind, GeneratorSettings, Lambda, MetaObjective, MetaSource, Thresholds, UpdateRule, full,
+    neighbours,
+};
+use crate::model::{EmbeddingHead, EmbeddingNetwork, Normalise, to_array};
+use crate::{Error, Result};
+use ddtas::backend::Backend;
+use ddtas::loss::baseline::PairLoss;
+use ddtas::loss::{Batch, Hypergradient, LossOutput, LossSettings};
+
+/// Learns lambda beside the training steps.
+pub struct Generator {
+    settings: GeneratorSettings,
+    thresholds: Thresholds,
+    /// How lambda moves in the step at hand.
+    rule: UpdateRule,
+    /// Lambda stays what it is.
+    held: bool,
+    meta: MetaLoss,
+    /// Features and labels of the last batches (`--meta recent`).
+    recent: VecDeque<(Array2<f64>, Vec<i64>)>,
+    /// dL^m/dlambda as last found.
+    hypergradient: Option<Hypergradient>,
+}
+
+/// The meta batch's loss, on a backend of its own: the training batch's pairs must outlive it.
+struct MetaLoss {
+    backend: Box<dyn Backend>,
+    output: LossOutput,
+    objective: MetaObjective,
+    /// lambda_ref.
+    reference: f64,
+}
+
+impl Generator {
+    /// A generator in state `thresholds`, with a backend of its own for meta batches.
+    #[must_use]
+    pub fn new(settings: GeneratorSettings, thresholds: Thresholds, backend: Box<dyn Backend>) -> Self {
+        let (objective, reference) = (settings.meta_objective, settings.lambda_reference);
+        let meta = MetaLoss { backend, output: LossOutput::default(), objective, reference };
+        let rule = UpdateRule::at(0, &settings);
+        Self { settings, thresholds, rule, held: false, meta, recent: VecDeque::new(), hypergradient: None }
+    }
+
+    /// From now on lambda stays as learned so far.
+    pub fn hold(&mut self) {
+        self.held = true;
+        self.hypergradient = None;
+        self.recent.clear();
+    }
+
+    /// Begins a step. Returns whether lambda moves in it.
+    pub fn begin(&mut self, step: usize) -> bool {
+        self.rule = UpdateRule::at(step, &self.settings);
+        !self.held
+    }
+
+    /// Which parameters take the virtual step.
+    #[must_use]
+    pub fn kind(&self) -> GeneratorKind {
+        self.settings.kind
+    }
+
+    /// The thresholds as learned so far.
+    #[must_use]
+    pub fn lambda(&self) -> Lambda {
+        self.thresholds.lambda()
+    }
+
+    /// State of the members, for checkpoints.
+    #[must_use]
+    pub fn thresholds(&self) -> &Thresholds {
+        &self.thresholds
+    }
+
+    /// Adds what the next step depends on to a checkpoint.
+    pub(super) fn put(&self, archive: &mut Archive) -> GeneratorState {
+        for (age, (features, labels)) in self.recent.iter().enumerate() {
+            let values: Vec<f64> = features.iter().copied().collect();
+            archive.put_numbers(recent_features(age), &[features.nrows(), features.ncols()], &values);
+            archive.put_numbers(recent_labels(age), &[labels.len()], labels);
+        }
+        GeneratorState {
+            thresholds: self.thresholds.clone(),
+            hypergradient: self.hypergradient.map(|gradient| Lambda { pos: gradient.pos, neg: gradient.neg }),
+            recent: self.recent.len(),
+        }
+    }
+
+    /// Goes on from a checkpoint; says what does not fit.
+    pub(super) fn take(
+        &mut self,
+        archive: &mut Archive,
+        state: &GeneratorState,
+    ) -> std::result::Result<(), String> {
+        state.thresholds.check(&self.settings)?;
+        self.thresholds = state.thresholds.clone();
+        self.hypergradient = state.hypergradient.map(|Lambda { pos, neg }| Hypergradient { pos, neg });
+        self.recent.clear();
+        for age in 0..state.recent {
+            let features = archive.take_numbers::<f64>(&recent_features(age));
+            let labels = archive.take_numbers::<i64>(&recent_labels(age));
+            let batch = features.zip(labels).and_then(|((shape, values), (_, labels))| {
+                let [rows, columns] = shape.as_slice().try_into().ok()?;
+                let features = Array2::from_shape_vec((rows, columns), values).ok()?;
+                (labels.len() == rows).then_some((features, labels))
+            });
+            self.recent.push_back(batch.ok_or("the features of the generator's last batches are not whole")?);
+        }
+        Ok(())
+    }
+
+    /// dL^m/dlambda of the last step; the members' mean.
+    #[must_use]
+    pub fn last_hypergradient(&self) -> Option<Hypergradient> {
+        self.hypergradient
+    }
+
+    /// Learns from the features `[B, F]` of a batch, with a fresh meta batch or the last batches' features.
+    /// Returns the thresholds to use now.
+    ///
+    /// # Errors
+    /// Those of the backends.
+    pub fn learn_head(
+        &mut self,
+        head: &EmbeddingHead,
+        train: (Array2<f64>, &[i64]),
+        fresh: Option<(Array2<f64>, &[i64])>,
+        (backend, memory): (&mut dyn Backend, &Memory),
+        loss: &LossSettings,
+    ) -> Result<Lambda> {
+        let (features, labels) = train;
+        let meta = match (self.settings.meta, fresh) {
+            (MetaSource::Fresh, Some((features, labels))) => Some((features, labels.to_vec())),
+            (MetaSource::Fresh, None) => None,
+            (MetaSource::Recent, _) => self.recent_batches()?,
+        };
+        if let Some((meta_features, meta_labels)) = meta {
+            let weights = Head {
+                weight: to_array(head.weight.val())?.mapv(f64::from),
+                bias: to_array(head.bias.val().unsqueeze())?.remove_axis(Axis(0)).mapv(f64::from),
+            };
+            let mut sum = Hypergradient::default();
+            let mut output = LossOutput::default();
+            for member in &mut self.thresholds.members {
+                let mut losses = BackendLosses {
+                    backend: &mut *backend,
+                    memory,
+                    output: &mut output,
+                    labels,
+                    loss: *loss,
+                    meta: &mut self.meta,
+                    meta_labels: &meta_labels,
+                };
+                let (train, meta) = (features.view(), meta_features.view());
+                let gradient =
+                    hypergradient(&weights, train, meta, self.settings.step(), member.lambda, &mut losses)?;
+                member.update(gradient, &self.rule);
+                sum = Hypergradient { pos: sum.pos + gradient.pos, neg: sum.neg + gradient.neg };
+            }
+            let count = self.thresholds.members.len() as f64;
+            self.hypergradient = Some(Hypergradient { pos: sum.pos / count, neg: sum.neg / count });
+        }
+        if self.settings.meta == MetaSource::Recent {
+            self.recent.push_back((features, labels.to_vec()));
+            if self.recent.len() > self.settings.meta_recent {
+                self.recent.pop_front();
+            }
+        }
+        Ok(self.thresholds.lambda())
+    }
+
+    /// Learns from a virtual step of the whole network along `gradients`, those of the loss that `backend` evaluated last,
+    /// on `rows` and the memory, with the network in `mode`. `images` are those of the batch and of the meta batch. Returns the thresholds of the next step.
+    ///
+    /// # Errors
+    /// Those of the backends.
+    #[expect(clippy::too_many_arguments, reason = "what a step has at hand, from four owners")]
+    pub fn learn_full(
+        &mut self,
+        (network, mode): (&EmbeddingNetwork, Normalise),
+        gradients: &GradientsParams,
+        images: (Tensor<4>, Tensor<4>),
+        rows: (ArrayView2<'_, f32>, &[i64]),
+        meta_labels: &[i64],
+        (backend, memory): (&mut dyn Backend, &Memory),
+        loss: &LossSettings,
+    ) -> Result<Lambda> {
+        let meta = &mut self.meta;
+        let mut meta_gradient =
+            |embeddings: Array2<f32>| Ok(meta.evaluate(embeddings.view(), meta_labels, loss)?.clone());
+        let step = self.settings.step();
+        let found = full::tangent((network, mode), gradients, step, images.0, images.1, &mut meta_gradient)?;
+        if let Some(full::Tangent { tangent, factor }) = found {
+            let Hypergradient { pos, neg } = memory.hypergradient(backend, rows, tangent.view())?;
+            let gradient = Hypergradient { pos: factor * pos, neg: factor * neg };
+            let rule = &self.rule;
+            self.thresholds.members.iter_mut().for_each(|member| member.update(gradient, rule));
+            self.hypergradient = Some(gradient);
+        }
+        Ok(self.thresholds.lambda())
+    }
+
+    /// The features of the last batches in one; none before the first.
+    fn recent_batches(&self) -> Result<Option<(Array2<f64>, Vec<i64>)>> {
+        if self.recent.is_empty() {
+            return Ok(None);
+        }
+        let views: Vec<_> = self.recent.iter().map(|(features, _)| features.view()).collect();
+        let features = concatenate(Axis(0), &views)
+            .map_err(|error| Error::Training(format!("features of two batches differ in shape: {error}")))?;
+        let labels = self.recent.iter().flat_map(|(_, labels)| labels).copied().collect();
+        Ok(Some((features, labels)))
+    }
+}
+
+/// Name in a checkpoint of the features of one of the last batches; 0 is the oldest.
+fn recent_features(age: usize) -> String {
+    format!("generator.recent.{age}.features")
+}
+
+fn recent_labels(age: usize) -> String {
+    format!("generator.recent.{age}.labels")
+}
+
+impl MetaLoss {
+    /// dL^m/dE.
+    fn evaluate(
+        &mut self,
+        embeddings: ArrayView2<'_, f32>,
+        labels: &[i64],
+        loss: &LossSettings,
+    ) -> Result<&Array2<f32>> {
+        match self.objective {
+            MetaObjective::Loss => {
+                let settings = loss.with_lambda(self.reference);
+                self.backend.loss(&Batch::square(embeddings, labels), &settings, &mut self.output)?;
+            }
+            MetaObjective::Neighbours => {
+                let (value, gradient) = neighbours(embeddings.mapv(f64::from).view(), labels);
+                self.output.loss = value;
+                self.output.gradient = gradient.mapv(|value| value as f32);
+            }
+        }
+        Ok(&self.output.gradient)
+    }
+}
+
+/// The losses of a step of the head's, on the backends.
+struct BackendLosses<'a> {
+    backend: &'a mut dyn Backend,
+    memory: &'a Memory,
+    output: &'a mut LossOutput,
+    labels: &'a [i64],
+    loss: LossSettings,
+    meta: &'a mut MetaLoss,
+    meta_labels: &'a [i64],
+}
+
+impl Losses for BackendLosses<'_> {
+    fn train(&mut self, embeddings: &Array2<f64>, lambda: Lambda) -> Result<Array2<f64>> {
+        let embeddings = single(embeddings);
+        let settings = lambda.applied_to(&self.loss);
+        let rows = (embeddings.view(), self.labels);
+        self.memory.loss(self.backend, PairLoss::SoftContrastive, rows, &settings, self.output)?;
+        Ok(self.output.gradient.mapv(f64::from))
+    }
+
+    fn meta(&mut self, embeddings: &Array2<f64>) -> Result<Array2<f64>> {
+        let gradient = self.meta.evaluate(single(embeddings).view(), self.meta_labels, &self.loss)?;
+        Ok(gradient.mapv(f64::from))
+    }
+
+    fn hypergradient(&mut self, embeddings: &Array2<f64>, tangent: &Array2<f64>) -> Result<Hypergradient> {
+        let embeddings = single(embeddings);
+        let rows = (embeddings.view(), self.labels);
+        self.memory.hypergradient(self.backend, rows, single(tangent).view())
+    }
+}
+
+fn single(values: &Array2<f64>) -> Array2<f32> {
+    values.mapv(|value| value as f32)
+}

@@ -1,0 +1,161 @@
+//! Cross-batch memory: the last embeddings as further references of a batch (Wang et al., CVPR 2020).
+//!
+//! The anchors are the batch's rows; the references are the batch's rows and,
+//! after them, the memory's. The memory is constant: it takes no gradient. The batch's own rows
+//! do, on both sides, so that an empty memory gives the loss and gradient of the square form. A row's
+//! pair with itself is an exact duplicate, which SPEC 1 leaves out of the positives.
+
+use ndarray::{Array2, ArrayView2, s};
+
+use super::checkpoint::archive::Archive;
+use crate::{Error, Result};
+use ddtas::backend::Backend;
+use ddtas::loss::baseline::{self, PairLoss};
+use ddtas::loss::{Batch, Hypergradient, LossOutput, LossSettings, Rows};
+
+/// Embeddings and labels of the last batches, oldest first.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Memory {
+    capacity: usize,
+    /// Step from which rows are kept.
+    start: usize,
+    dim: usize,
+    /// `[rows, dim]`, row-major.
+    embeddings: Vec<f32>,
+    labels: Vec<i64>,
+}
+
+/// A batch's rows and, after them, the memory's.
+struct References {
+    embeddings: Array2<f32>,
+    labels: Vec<i64>,
+}
+
+impl Memory {
+    /// An empty memory of at most `capacity` rows of `dim` dimensions, filled from step `start` on. With
+    /// capacity 0 it stays empty.
+    #[must_use]
+    pub fn new(capacity: usize, start: usize, dim: usize) -> Self {
+        Self { capacity, start, dim, ..Self::default() }
+    }
+
+    /// Number of rows.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.labels.len()
+    }
+
+    /// Whether there is no row.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.labels.is_empty()
+    }
+
+    /// Keeps the rows of the batch of `step`, and forgets the oldest beyond the capacity.
+    pub fn push(&mut self, step: usize, embeddings: ArrayView2<'_, f32>, labels: &[i64]) {
+        if self.capacity == 0 || step < self.start {
+            return;
+        }
+        self.embeddings.extend(embeddings.iter());
+        self.labels.extend(labels);
+        let surplus = self.labels.len().saturating_sub(self.capacity);
+        self.labels.drain(..surplus);
+        self.embeddings.drain(..surplus * self.dim);
+    }
+
+    /// The loss of a batch against itself and the memory; its gradient is that of the batch's rows, `[B, dim]`.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn loss(
+        &self,
+        backend: &mut dyn Backend,
+        pair_loss: PairLoss,
+        rows: (ArrayView2<'_, f32>, &[i64]),
+        settings: &LossSettings,
+        output: &mut LossOutput,
+    ) -> Result<()> {
+        let mut evaluate = |batch: &Batch<'_>, output: &mut LossOutput| match pair_loss {
+            PairLoss::SoftContrastive => backend.loss(batch, settings, output),
+            baseline => baseline::evaluate(baseline, batch, settings, output),
+        };
+        let (embeddings, labels) = rows;
+        if self.is_empty() {
+            return evaluate(&Batch::square(embeddings, labels), output);
+        }
+        let references = self.references(embeddings, labels)?;
+        evaluate(&references.batch(embeddings, labels).with_reference_gradient(), output)?;
+        if let Some(back) = &output.reference_gradient {
+            output.gradient += &back.slice(s![..labels.len(), ..]);
+        }
+        Ok(())
+    }
+
+    /// The sums of SPEC 5 over the pairs of the last [`loss`](Memory::loss), whose batch this must be. `tangent` is
+    /// edot of the batch's rows, `[B, dim]`; the memory does not move.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn hypergradient(
+        &self,
+        backend: &mut dyn Backend,
+        rows: (ArrayView2<'_, f32>, &[i64]),
+        tangent: ArrayView2<'_, f32>,
+    ) -> Result<Hypergradient> {
+        let (embeddings, labels) = rows;
+        if self.is_empty() {
+            return backend.hypergradient(&Batch::square(embeddings, labels), tangent, None);
+        }
+        let references = self.references(embeddings, labels)?;
+        let mut moving = Array2::zeros(references.embeddings.dim());
+        moving.slice_mut(s![..labels.len(), ..]).assign(&tangent);
+        let batch = references.batch(embeddings, labels).with_reference_gradient();
+        backend.hypergradient(&batch, tangent, Some(moving.view()))
+    }
+
+    fn references(&self, embeddings: ArrayView2<'_, f32>, labels: &[i64]) -> Result<References> {
+        let rows = labels.len() + self.len();
+        let values = embeddings.iter().chain(&self.embeddings).copied().collect();
+        let joined = Array2::from_shape_vec((rows, self.dim), values);
+        let embeddings = joined.map_err(|_| Error::LengthMismatch {
+            what: "dimensions of the embeddings beside the memory",
+            expected: self.dim,
+            got: embeddings.ncols(),
+        })?;
+        Ok(References { embeddings, labels: [labels, self.labels.as_slice()].concat() })
+    }
+
+    /// Adds the rows to a checkpoint.
+    pub(super) fn put(&self, archive: &mut Archive) {
+        if !self.is_empty() {
+            archive.put_numbers(EMBEDDINGS, &[self.len(), self.dim], &self.embeddings);
+            archive.put_numbers(LABELS, &[self.len()], &self.labels);
+        }
+    }
+
+    /// Takes the rows from a checkpoint; says what is wrong with them.
+    pub(super) fn take(&mut self, archive: &mut Archive) -> std::result::Result<(), String> {
+        let found = (archive.take_numbers::<f32>(EMBEDDINGS), archive.take_numbers::<i64>(LABELS));
+        match found {
+            (None, None) => Ok(()),
+            (Some((shape, embeddings)), Some((_, labels)))
+                if shape == [labels.len(), self.dim] && labels.len() <= self.capacity =>
+            {
+                (self.embeddings, self.labels) = (embeddings, labels);
+                Ok(())
+            }
+            _ => Err("the cross-batch memory does not fit --memory-size and --embedding-dim".into()),
+        }
+    }
+}
+
+/// Names of the rows and labels in a checkpoint.
+const EMBEDDINGS: &str = "memory.embeddings";
+const LABELS: &str = "memory.labels";
+
+impl References {
+    fn batch<'a>(&'a self, embeddings: ArrayView2<'a, f32>, labels: &'a [i64]) -> Batch<'a> {
+        let anchors = Rows::new(embeddings, labels);
+        Batch::rectangular(anchors, Rows::new(self.embeddings.view(), &self.labels))
+    }
+}

@@ -1,0 +1,125 @@
+//! report.html of a run folder: one file, nothing fetched.
+//!
+//! The run leaves config.toml, metrics.jsonl and report.json ([`Findings`]); [`write()`]
+//! turns them into report.html, at the end of a run or any time later. neighbours.png
+//! is the strip of queries alone, for a README.
+
+mod html;
+pub(crate) mod page;
+pub(crate) mod pictures;
+mod plots;
+mod strip;
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::records::{self, EvaluationRecord, Record, StepRecord};
+use crate::{Error, Result};
+use ddtas_io::files;
+
+pub use strip::{Answer, Query, Shown, choose, queries};
+
+/// What metrics.jsonl and config.toml do not tell: written once, at the end of a run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Findings {
+    /// Name of the data set.
+    pub dataset: String,
+    /// Classes and pictures that trained.
+    pub train: Extent,
+    /// Classes and pictures that tested.
+    pub test: Extent,
+    /// Recall of what did not learn, to compare with: raw pixels, other runs.
+    pub baselines: Vec<Baseline>,
+    /// Seconds of training, without evaluations.
+    pub training_seconds: f64,
+    /// Test pictures and what the best network finds for them.
+    pub queries: Vec<Query>,
+}
+
+/// The size of a split.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Extent {
+    /// Classes.
+    pub classes: usize,
+    /// Pictures.
+    pub pictures: usize,
+}
+
+/// Recall@K of something to compare with.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Baseline {
+    /// As the table names it: `raw pixels`.
+    pub name: String,
+    /// K and Recall@K, ascending in K, in 0 to 1.
+    pub recall: Vec<(usize, f64)>,
+}
+
+impl Findings {
+    /// Writes report.json, and neighbours.png if there are queries.
+    ///
+    /// # Errors
+    /// [`Error::Io`], for example if the disk is full.
+    pub fn save(&self, folder: &Path) -> Result<()> {
+        let path = folder.join("report.json");
+        let text = serde_json::to_vec(self).map_err(|error| Error::format(&path, error.to_string()))?;
+        files::write_atomic(&path, &text)?;
+        if !self.queries.is_empty() {
+            let path = folder.join("neighbours.png");
+            let png = strip::png(&self.queries).map_err(|reason| Error::format(&path, reason))?;
+            files::write_atomic(&path, &png)?;
+        }
+        Ok(())
+    }
+
+    /// Reads report.json; `None` where there is none yet, because the run goes on or was killed.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Format`] if it is something else.
+    pub fn read(folder: &Path) -> Result<Option<Self>> {
+        let path = folder.join("report.json");
+        let text = match std::fs::read(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(Error::io("read", &path)(error)),
+        };
+        serde_json::from_slice(&text).map(Some).map_err(|error| Error::format(&path, error.to_string()))
+    }
+}
+
+/// All that a report shows.
+struct Report {
+    name: String,
+    settings: toml::Table,
+    rehearsal: Vec<StepRecord>,
+    steps: Vec<StepRecord>,
+    evaluations: Vec<EvaluationRecord>,
+    findings: Option<Findings>,
+}
+
+/// Writes report.html from the files of a run folder, and returns its path.
+///
+/// A run that was cut short gets a report of what there is.
+///
+/// # Errors
+/// [`Error::Io`] if a file is missing or cannot be written; [`Error::Format`] if one is not what it should be.
+pub fn write(folder: &Path) -> Result<PathBuf> {
+    let config = folder.join("config.toml");
+    let text = std::fs::read_to_string(&config).map_err(Error::io("read", &config))?;
+    let settings = text.parse().map_err(|error: toml::de::Error| Error::format(&config, error.message()))?;
+    let (mut rehearsal, mut steps, mut evaluations) = (Vec::new(), Vec::new(), Vec::new());
+    for record in records::read(&folder.join("metrics.jsonl"))? {
+        match record {
+            Record::Rehearsal(step) => rehearsal.push(step),
+            Record::Step(step) => steps.push(step),
+            Record::Evaluation(evaluation) => evaluations.push(evaluation),
+        }
+    }
+    let folder_name = folder.canonicalize().unwrap_or_else(|_| folder.to_path_buf());
+    let name = folder_name.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let report = Report { name, settings, rehearsal, steps, evaluations, findings: Findings::read(folder)? };
+    let path = folder.join("report.html");
+    let page = html::page(&report).map_err(|reason| Error::format(&path, reason))?;
+    files::write_atomic(&path, page.as_bytes())?;
+    Ok(path)
+}

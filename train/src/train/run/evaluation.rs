@@ -1,0 +1,165 @@
+//! Evaluations between steps: the network's on the test classes, and that of raw pixels to compare with.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use ndarray::ArrayView2;
+
+use crate::data::{self, Dataset, EvaluationBatches, ImageBatch, Split, TestCrop};
+use crate::train::engine::{Embedded, Engine};
+use crate::{Error, Result};
+use ddtas::backend::{Backend, Nearest};
+use ddtas::loss::{Embeddings, Rows};
+use ddtas::retrieval::{Recall, recall};
+
+/// Pictures embedded at once.
+pub const EVALUATION_CHUNK: usize = 128;
+
+/// Raw pixels are compared at this side at most: they tell no more at a larger one.
+const LARGEST_PIXELS: usize = 48;
+/// Multiplications that raw pixels may cost, about a minute on two cores: large sets are compared at a smaller side.
+const PIXEL_PRODUCTS: f64 = 4e12;
+
+/// The test classes, at the network's size: queries, and what they are searched in.
+pub(super) struct Test<'a> {
+    pub dataset: &'a Dataset,
+    pub image_size: usize,
+    /// Set from outside to end the run: an evaluation is then given up.
+    pub stop: &'a AtomicBool,
+}
+
+/// The pictures that could be read, by their indices in their splits.
+pub(super) struct Readable {
+    pub queries: Vec<usize>,
+    /// Of the gallery, where the set has one.
+    pub gallery: Option<Vec<usize>>,
+}
+
+impl Readable {
+    /// On both sides.
+    pub fn len(&self) -> usize {
+        self.queries.len() + self.gallery.as_ref().map_or(0, Vec::len)
+    }
+
+    /// What the indices of [`Nearest`] count.
+    pub fn searched(&self) -> &[usize] {
+        self.gallery.as_ref().unwrap_or(&self.queries)
+    }
+}
+
+/// What an evaluation found.
+pub(super) struct Evaluated {
+    pub recall: Recall,
+    pub nearest: Nearest,
+    pub readable: Readable,
+}
+
+impl Test<'_> {
+    /// Pictures on both sides.
+    pub fn len(&self) -> usize {
+        self.dataset.test.len() + self.dataset.gallery.as_ref().map_or(0, |gallery| gallery.len())
+    }
+
+    /// Recall of the network as it stands; `None` if the run is to end.
+    pub fn recall(&self, engine: &mut Engine, progress: &mut dyn FnMut(usize)) -> Result<Option<Evaluated>> {
+        fn rows(embedded: &Embedded) -> Result<Rows<'_>> {
+            Ok(Rows::new(Embeddings::from(embedded.view()?), &embedded.labels))
+        }
+        let Dataset { test, gallery, recall_at, .. } = self.dataset;
+        let queries = engine.embed(self.batches(test, self.image_size)?, &mut *progress)?;
+        if self.stopped() {
+            return Ok(None);
+        }
+        let mut embed =
+            |split| engine.embed(self.batches(split, self.image_size)?, |done| progress(test.len() + done));
+        let gallery = gallery.as_ref().map(&mut embed).transpose()?;
+        if self.stopped() {
+            return Ok(None);
+        }
+        let searched = gallery.as_ref().map(rows).transpose()?;
+        let (recall, nearest) = recall(engine.backend(), &rows(&queries)?, searched.as_ref(), recall_at)?;
+        let readable = Readable { queries: queries.indices, gallery: gallery.map(|side| side.indices) };
+        Ok(Some(Evaluated { recall, nearest, readable }))
+    }
+
+    /// Recall of nearest neighbours among the pictures themselves, cut as for the network but not larger than
+    /// [`LARGEST_PIXELS`], by the cosine of their pixels less their mean, and the pictures that could be read; `None` if
+    /// the run is to end.
+    pub fn recall_by_pixels(&self, backend: &mut dyn Backend) -> Result<Option<(Recall, Readable)>> {
+        let Dataset { test, gallery, recall_at, .. } = self.dataset;
+        let pairs = test.len() as f64 * gallery.as_ref().unwrap_or(test).len() as f64;
+        let affordable = (PIXEL_PRODUCTS / (3.0 * pairs.max(1.0))).sqrt() as usize;
+        let side = affordable.clamp(8, LARGEST_PIXELS).min(self.image_size);
+        let queries = self.pixel_rows(test, side)?;
+        let gallery = gallery.as_ref().map(|gallery| self.pixel_rows(gallery, side)).transpose()?;
+        if self.stopped() {
+            return Ok(None);
+        }
+        let searched = gallery.as_ref().map(PixelRows::rows).transpose()?;
+        let (recall, _) = recall(backend, &queries.rows()?, searched.as_ref(), recall_at)?;
+        let readable = Readable { queries: queries.pictures, gallery: gallery.map(|side| side.pictures) };
+        Ok(Some((recall, readable)))
+    }
+
+    fn pixel_rows(&self, split: &Arc<Split>, side: usize) -> Result<PixelRows> {
+        let area = side * side;
+        let mut rows = PixelRows { dim: 3 * area, ..PixelRows::default() };
+        for batch in self.batches(split, side)? {
+            let batch = batch?;
+            rows.values.extend(batch.pixels);
+            rows.labels.extend(batch.labels);
+            rows.pictures.extend(batch.indices);
+        }
+        for picture in rows.values.chunks_exact_mut(rows.dim) {
+            for (plane, (mean, deviation)) in picture.chunks_exact_mut(area).zip(channels()) {
+                plane.iter_mut().for_each(|value| *value = *value * deviation + mean);
+            }
+            to_unit_row(picture);
+        }
+        Ok(rows)
+    }
+
+    /// The pictures in order, to the end or until the run is to end.
+    fn batches(&self, split: &Arc<Split>, side: usize) -> Result<impl Iterator<Item = Result<ImageBatch>>> {
+        let batches = EvaluationBatches::new(Arc::clone(split), side, TestCrop::default(), EVALUATION_CHUNK)?;
+        Ok(batches.take_while(|_| !self.stopped()))
+    }
+
+    fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+}
+
+/// Pictures as rows of unit norm.
+#[derive(Default)]
+struct PixelRows {
+    values: Vec<f32>,
+    labels: Vec<i64>,
+    pictures: Vec<usize>,
+    dim: usize,
+}
+
+impl PixelRows {
+    fn rows(&self) -> Result<Rows<'_>> {
+        let view = ArrayView2::from_shape((self.labels.len(), self.dim), &self.values)
+            .map_err(|error| Error::Dataset(error.to_string()))?;
+        Ok(Rows::new(Embeddings::from(view), &self.labels))
+    }
+}
+
+/// Mean and deviation that the data module normalised each channel by.
+fn channels() -> impl Iterator<Item = (f32, f32)> {
+    data::MEAN.into_iter().zip(data::STANDARD_DEVIATION)
+}
+
+/// Takes the mean off a picture and scales it to unit norm, so that brightness and contrast do not decide.
+fn to_unit_row(picture: &mut [f32]) {
+    let mean = picture.iter().map(|&value| f64::from(value)).sum::<f64>() / picture.len() as f64;
+    let norm = picture.iter().map(|&value| (f64::from(value) - mean).powi(2)).sum::<f64>().sqrt();
+    if norm < 1e-6 {
+        // A picture of one colour resembles no other.
+        picture.fill((picture.len() as f32).sqrt().recip());
+    } else {
+        picture.iter_mut().for_each(|value| *value = ((f64::from(*value) - mean) / norm) as f32);
+    }
+}

@@ -1,0 +1,121 @@
+//! The run folder: where a run's files are, and the settings it was begun with.
+
+use std::path::{Path, PathBuf};
+
+use crate::train::settings::TrainSettings;
+use crate::{Error, Result};
+use ddtas_io::files;
+
+/// A folder that belongs to one run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct RunFolder {
+    path: PathBuf,
+}
+
+impl RunFolder {
+    /// Refuses a folder that cannot become the run's, and makes none.
+    pub fn check(settings: &TrainSettings) -> Result<()> {
+        match &settings.output {
+            Some(path) if path.exists() => empty(path),
+            _ => Ok(()),
+        }
+    }
+
+    /// Creates the run folder: the one asked for, which must be new or empty, or the next free number under
+    /// runs/. Writes config.toml.
+    pub fn create(settings: &TrainSettings, dataset: &str) -> Result<Self> {
+        let config = toml::to_string(&settings.clone().with_absolute_paths()?)
+            .map_err(|error| Error::Training(format!("config.toml cannot hold the settings: {error}")))?;
+        let path = match &settings.output {
+            Some(path) => {
+                std::fs::create_dir_all(path).map_err(Error::io("create", path))?;
+                empty(path)?;
+                path.to_path_buf()
+            }
+            None => numbered(Path::new("runs"), dataset)?,
+        };
+        let folder = Self { path };
+        files::write_atomic(&folder.config(), config.as_bytes())?;
+        Ok(folder)
+    }
+
+    /// Opens the folder of an earlier run, and reads the settings it was begun with.
+    pub fn open(path: &Path) -> Result<(Self, TrainSettings)> {
+        let folder = Self { path: path.to_path_buf() };
+        let config = folder.config();
+        if path.is_dir() && !config.exists() {
+            return Err(Error::format(path, "no run of ddtas-train: it holds no config.toml"));
+        }
+        let text = std::fs::read_to_string(&config).map_err(Error::io("read", &config))?;
+        let settings = toml::from_str(&text).map_err(|error| Error::format(&config, error.message()))?;
+        Ok((folder, settings))
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub fn config(&self) -> PathBuf {
+        self.path.join("config.toml")
+    }
+
+    pub fn metrics(&self) -> PathBuf {
+        self.path.join("metrics.jsonl")
+    }
+
+    /// Weights of the best evaluation.
+    pub fn best(&self) -> PathBuf {
+        self.path.join("best.safetensors")
+    }
+
+    /// What the run goes on from.
+    pub fn last(&self) -> PathBuf {
+        self.path.join("last.safetensors")
+    }
+
+    /// Seconds of training so far. A file of its own: the checkpoint is to be the same bytes in every run.
+    pub fn seconds(&self) -> PathBuf {
+        self.path.join("seconds.txt")
+    }
+
+    /// Seconds of training up to the last checkpoint; 0 if they are not known.
+    pub fn read_seconds(&self) -> f64 {
+        let text = std::fs::read_to_string(self.seconds()).unwrap_or_default();
+        text.trim().parse().ok().filter(|seconds: &f64| *seconds >= 0.0 && seconds.is_finite()).unwrap_or(0.0)
+    }
+
+    /// Notes the seconds of training up to a checkpoint.
+    pub fn write_seconds(&self, seconds: f64) -> Result<()> {
+        files::write_atomic(&self.seconds(), format!("{seconds:.3}\n").as_bytes())
+    }
+}
+
+/// Refuses a folder that has anything in it.
+fn empty(path: &Path) -> Result<()> {
+    if !path.is_dir() {
+        return Err(Error::format(path, "is no folder: give another --output"));
+    }
+    let mut entries = std::fs::read_dir(path).map_err(Error::io("read", path))?;
+    if entries.next().is_some() {
+        return Err(Error::format(
+            path,
+            "the run folder is not empty: give another --output, or go on with its run by --resume",
+        ));
+    }
+    Ok(())
+}
+
+/// A new folder `root/dataset-NUMBER`.
+fn numbered(root: &Path, dataset: &str) -> Result<PathBuf> {
+    std::fs::create_dir_all(root).map_err(Error::io("create", root))?;
+    for number in 1.. {
+        let folder = root.join(format!("{dataset}-{number:03}"));
+        // Creating is the test: of two runs that start at once, one gets the number.
+        match std::fs::create_dir(&folder) {
+            Ok(()) => return Ok(folder),
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+            Err(source) => return Err(Error::Io { action: "create", path: folder, source }),
+        }
+    }
+    unreachable!("the loop ends only by returning")
+}

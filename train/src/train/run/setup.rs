@@ -1,0 +1,146 @@
+//! Data, network, generator and loaders from the settings of a run.
+
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+use burn::tensor::Device;
+
+use crate::data::{Dataset, ImageBatch, Loader, LoaderSettings, PkSampler};
+use crate::generator::{GeneratorKind, MetaSource, Thresholds};
+use crate::model::EmbeddingNetwork;
+use crate::train::checkpoint;
+use crate::train::device::{Place, moved};
+use crate::train::engine::Engine;
+use crate::train::generator::Generator;
+use crate::train::settings::TrainSettings;
+use crate::{Error, Result};
+use ddtas::backend::{self, Backend, DeviceSpec};
+
+/// Sets the meta batches' draws apart from the training batches'.
+const META_SEED: u64 = 0x6d65_7461;
+
+/// What trains, and who draws its batches.
+pub(super) struct Setup {
+    pub engine: Engine,
+    pub sampler: PkSampler,
+    /// Draws the generator's batches, if it takes fresh ones.
+    pub meta_sampler: Option<PkSampler>,
+}
+
+impl Setup {
+    /// Adds the samplers of `dataset` to an engine.
+    pub fn new(settings: &TrainSettings, dataset: &Dataset, engine: Engine) -> Result<Self> {
+        let (classes, pictures) = (settings.classes_per_batch, settings.images_per_class);
+        let sampler = PkSampler::new(dataset.train.by_class(), classes, pictures, settings.seed)?;
+        let fresh_meta = engine.generator().is_some() && settings.generator.meta == MetaSource::Fresh;
+        let meta_sampler = fresh_meta.then(|| meta_sampler(settings, dataset)).transpose()?;
+        Ok(Self { engine, sampler, meta_sampler })
+    }
+}
+
+/// An engine whose network has first weights, those of `--init`, or those of the checkpoint `last` of the run. It needs
+/// no data: files that do not fit are found before a data set is unpacked.
+pub(super) fn make_engine(
+    settings: &TrainSettings,
+    (place, backend): (&Place, Box<dyn Backend>),
+    last: Option<&Path>,
+) -> Result<Engine> {
+    let network = make_network(settings, last.or(settings.init.as_deref()), &place.network)?;
+    let generator = make_generator(settings, &place.spec, last.is_some())?;
+    Ok(Engine::new(network, settings, backend, generator, place.network.clone()))
+}
+
+/// The batches of some steps of a run, each with the generator's batch where it takes fresh ones; an iterator.
+pub(super) struct Batches {
+    train: Loader,
+    meta: Option<Loader>,
+}
+
+impl Batches {
+    /// Starts the loaders.
+    pub fn new(
+        settings: &TrainSettings,
+        dataset: &Dataset,
+        sampler: &PkSampler,
+        meta_sampler: Option<&PkSampler>,
+        steps: Range<usize>,
+    ) -> Result<Self> {
+        let mut loader = LoaderSettings::new(settings.image_size, steps.len() as u64, settings.seed);
+        loader.first_step = steps.start as u64;
+        loader.workers = settings.workers;
+        loader.augment.crop_area = (settings.smallest_crop, 1.0);
+        let meta = meta_sampler.map(|sampler| {
+            let settings = LoaderSettings { seed: settings.seed ^ META_SEED, ..loader.clone() };
+            Loader::new(Arc::clone(&dataset.train), sampler.clone(), settings)
+        });
+        let train = Loader::new(Arc::clone(&dataset.train), sampler.clone(), loader)?;
+        Ok(Self { train, meta: meta.transpose()? })
+    }
+}
+
+impl Iterator for Batches {
+    type Item = Result<(ImageBatch, Option<ImageBatch>)>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let batch = self.train.next()?;
+        let meta = self.meta.as_mut().and_then(Iterator::next).transpose();
+        Some(batch.and_then(|batch| Ok((batch, meta?))))
+    }
+}
+
+/// A network with the weights of `stored`, or first ones drawn from the seed: read or drawn on the CPU and then
+/// moved, so that a seed means the same weights on every device.
+pub(super) fn make_network(
+    settings: &TrainSettings,
+    stored: Option<&Path>,
+    device: &Device,
+) -> Result<EmbeddingNetwork> {
+    let cpu = Device::flex().autodiff();
+    cpu.seed(settings.seed);
+    let shape = settings.network_shape();
+    let mut network = EmbeddingNetwork::new(&shape, &cpu);
+    if let Some(path) = stored {
+        let found = checkpoint::shape(path)?;
+        if found != shape {
+            return Err(Error::format(
+                path,
+                format!(
+                    "holds a network of --width {} --depth {} --embedding-dim {}: give the same",
+                    found.width, found.depth, found.embedding_dim
+                ),
+            ));
+        }
+        network = checkpoint::load(network, path)?;
+    }
+    Ok(moved(network, device))
+}
+
+/// The generator in its first state; that of `resumed` runs is put in its place afterwards.
+fn make_generator(settings: &TrainSettings, spec: &DeviceSpec, resumed: bool) -> Result<Option<Generator>> {
+    let generator = &settings.generator;
+    if generator.kind == GeneratorKind::Off {
+        return Ok(None);
+    }
+    let thresholds = match &generator.generator_init {
+        Some(path) if !resumed => checkpoint::thresholds(path, generator)?,
+        _ => Thresholds::new(settings.first_lambda(), generator),
+    };
+    Ok(Some(Generator::new(generator.clone(), thresholds, backend::open(spec)?)))
+}
+
+fn meta_sampler(settings: &TrainSettings, dataset: &Dataset) -> Result<PkSampler> {
+    let generator = &settings.generator;
+    let (wanted, there) = (generator.meta_classes, dataset.train.by_class().len());
+    if wanted > there {
+        return Err(Error::Dataset(format!(
+            "--meta-classes {wanted} asks for more than the {there} training classes there are: give at most that"
+        )));
+    }
+    PkSampler::new(
+        dataset.train.by_class(),
+        generator.meta_classes,
+        generator.meta_images,
+        settings.seed ^ META_SEED,
+    )
+}

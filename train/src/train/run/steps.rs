@@ -1,0 +1,369 @@
+//! The steps of a run with its evaluations and checkpoints, to the end or until told to stop.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use super::evaluation::{Evaluated, Test};
+use super::folder::RunFolder;
+use super::setup::{Batches, Setup, make_network};
+use super::{Event, Outcome, Phase, Summary, cut_short};
+use crate::data::{Dataset, ImageBatch, PkSampler};
+use crate::generator::Lambda;
+use crate::train::checkpoint::{self, Best, RunState};
+use crate::train::engine::Engine;
+use crate::train::generator::Generator;
+use crate::train::records::{EvaluationRecord, Record, RecordWriter, StepRecord};
+use crate::train::report::{self, Baseline, Extent, Findings};
+use crate::train::settings::TrainSettings;
+use crate::train::tensorboard::EventWriter;
+use crate::{Error, Result};
+use ddtas::retrieval::Recall;
+
+/// Test pictures whose neighbours the report shows, and how many of them.
+const QUERIES: usize = 10;
+const NEIGHBOURS: usize = 8;
+
+/// Spread of a batch's embeddings, at most 1, below which the network maps every picture to one place.
+const COLLAPSED: f64 = 1e-4;
+
+/// What a run holds from its first to its last step.
+pub(super) struct Run<'a> {
+    pub state: RunState,
+    pub settings: &'a TrainSettings,
+    pub dataset: &'a Dataset,
+    folder: RunFolder,
+    engine: Engine,
+    pub sampler: PkSampler,
+    pub meta_sampler: Option<PkSampler>,
+    test: Test<'a>,
+    metrics: RecordWriter,
+    events: EventWriter,
+    /// Of training, without evaluations.
+    seconds: f64,
+    /// A collapse is told once.
+    told_of_collapse: bool,
+    stop: &'a AtomicBool,
+    pub tell: &'a mut dyn FnMut(Event<'_>),
+}
+
+/// Whether the run goes on or was told to stop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Progress {
+    Done,
+    Stopped,
+}
+
+impl<'a> Run<'a> {
+    pub fn new(
+        settings: &'a TrainSettings,
+        dataset: &'a Dataset,
+        folder: RunFolder,
+        setup: Setup,
+        (metrics, events): (RecordWriter, EventWriter),
+        stop: &'a AtomicBool,
+        tell: &'a mut dyn FnMut(Event<'_>),
+    ) -> Self {
+        let Setup { engine, sampler, meta_sampler } = setup;
+        let test = Test { dataset, image_size: settings.image_size, stop };
+        let seconds = folder.read_seconds();
+        let state = RunState { extents: Some(extents(dataset)), ..RunState::default() };
+        Self {
+            state,
+            settings,
+            dataset,
+            folder,
+            engine,
+            sampler,
+            meta_sampler,
+            test,
+            metrics,
+            events,
+            seconds,
+            told_of_collapse: false,
+            stop,
+            tell,
+        }
+    }
+
+    /// Goes on from `state` to the end.
+    pub fn train(mut self, begun: Instant) -> Result<Outcome> {
+        let ended = self.steps().and_then(|progress| match progress {
+            Progress::Done => self.finish(begun).map(|summary| Outcome::Finished(Box::new(summary))),
+            Progress::Stopped => {
+                self.save()?;
+                let folder = self.folder.path().to_path_buf();
+                Ok(Outcome::Stopped { folder, phase: self.phase(), step: self.state.step })
+            }
+        });
+        ended.map_err(|error| cut_short(error, &self.folder, &self.state))
+    }
+
+    fn steps(&mut self) -> Result<Progress> {
+        if self.measure_pixels()? == Progress::Stopped {
+            return Ok(Progress::Stopped);
+        }
+        if self.rehearse()? == Progress::Stopped {
+            return Ok(Progress::Stopped);
+        }
+        let learns = self.settings.generator.rehearsal_steps() == 0;
+        let meta_sampler = self.meta_sampler.as_ref().filter(|_| learns);
+        let steps = self.state.step..self.settings.steps;
+        let mut batches = Batches::new(self.settings, self.dataset, &self.sampler, meta_sampler, steps)?;
+        let mut clock = Instant::now();
+        loop {
+            if self.evaluation_is_due() {
+                if self.evaluate()? == Progress::Stopped {
+                    return Ok(Progress::Stopped);
+                }
+                clock = Instant::now();
+            }
+            if self.stop.load(Ordering::Relaxed) {
+                return Ok(Progress::Stopped);
+            }
+            let Some((batch, meta)) = batches.next().transpose()? else { return Ok(Progress::Done) };
+            self.step(&batch, meta.as_ref(), &mut clock)?;
+        }
+    }
+
+    /// Learns lambda on a network of its own, if that is wanted and not done yet, and begins the run with it.
+    fn rehearse(&mut self) -> Result<Progress> {
+        let steps = self.settings.generator.rehearsal_steps();
+        if self.state.rehearsed {
+            self.engine.hold_lambda();
+        }
+        if self.phase() == Phase::Training {
+            return Ok(Progress::Done);
+        }
+        self.engine.rehearse(steps);
+        let (sampler, meta_sampler) = (&self.sampler, self.meta_sampler.as_ref());
+        let steps = self.state.step..steps;
+        let mut batches = Batches::new(self.settings, self.dataset, sampler, meta_sampler, steps)?;
+        let mut clock = Instant::now();
+        loop {
+            if self.stop.load(Ordering::Relaxed) {
+                return Ok(Progress::Stopped);
+            }
+            let Some((batch, meta)) = batches.next().transpose()? else { break };
+            self.step(&batch, meta.as_ref(), &mut clock)?;
+        }
+        let (init, device) = (self.settings.init.as_deref(), self.engine.device());
+        let network = make_network(self.settings, init, device)?;
+        self.engine.restart(network, self.settings);
+        (self.state.step, self.state.rehearsed, self.state.steps_without_pairs) = (0, true, 0);
+        let loss = self.engine.loss_settings();
+        let lambda = Lambda { pos: loss.lambda_pos, neg: loss.lambda_neg };
+        (self.tell)(Event::Rehearsed { lambda, steps: self.settings.steps });
+        Ok(Progress::Done)
+    }
+
+    /// Which part of the run the next step belongs to.
+    fn phase(&self) -> Phase {
+        self.state.phase(self.settings)
+    }
+
+    /// One step on a batch, with its record, and a checkpoint where one is due.
+    fn step(&mut self, batch: &ImageBatch, meta: Option<&ImageBatch>, clock: &mut Instant) -> Result<()> {
+        let step = self.state.step;
+        self.note_unread(step, batch, meta)?;
+        let moved = self.engine.step(step, batch, meta)?;
+        self.state.steps_without_pairs += usize::from(!moved);
+        self.warn_of_collapse(step);
+        let seconds = clock.elapsed().as_secs_f64();
+        *clock = Instant::now();
+        self.seconds += seconds;
+        self.record_step(step, batch.labels.len() as f64 / seconds)?;
+        self.state.step += 1;
+        let every = self.settings.checkpoint_every;
+        if every > 0 && self.state.step.is_multiple_of(every) {
+            self.save()?;
+        }
+        Ok(())
+    }
+
+    fn warn_of_collapse(&mut self, step: usize) {
+        let spread = self.engine.spread();
+        let collapsed = spread < COLLAPSED;
+        if !collapsed || self.told_of_collapse {
+            return;
+        }
+        self.told_of_collapse = true;
+        (self.tell)(Event::Warning(&format!(
+            "the embeddings of step {step} have collapsed (their spread is {spread:.0e}): pictures that are all alike teach \
+             nothing; if it stays so, begin anew with a lower --learning-rate or another --init"
+        )));
+    }
+
+    /// Before the first step, after the last, and between whole numbers of epochs, the last of these unless the run
+    /// is about to end.
+    fn evaluation_is_due(&self) -> bool {
+        let (done, steps) = (self.state.step, self.settings.steps);
+        let every = self.settings.evaluate_every * self.sampler.steps_per_epoch();
+        let between = every > 0 && done.is_multiple_of(every) && 4 * steps.abs_diff(done) >= every;
+        let wanted = done == 0 || done == steps || between;
+        wanted && self.state.evaluated != Some(done)
+    }
+
+    /// Finds what the pixels alone are worth, once in a run.
+    fn measure_pixels(&mut self) -> Result<Progress> {
+        if self.state.pixels.is_some() {
+            return Ok(Progress::Done);
+        }
+        let Some((recall, readable)) = self.test.recall_by_pixels(self.engine.backend())? else {
+            return Ok(Progress::Stopped);
+        };
+        self.note_unread_in_test(&readable)?;
+        let skipped = self.test.len() - readable.len();
+        if skipped > 0 {
+            (self.tell)(Event::Warning(&format!("{skipped} test pictures cannot be read and are left out")));
+        }
+        (self.state.pixels, self.state.skipped) = (Some(recall), skipped);
+        Ok(Progress::Done)
+    }
+
+    /// Measures Recall@K, keeps the weights if they are the best so far, and writes a checkpoint.
+    fn evaluate(&mut self) -> Result<Progress> {
+        let (step, total) = (self.state.step, self.test.len());
+        let tell = &mut self.tell;
+        let mut progress = |done| tell(Event::Evaluating { done, total });
+        let evaluated = self.test.recall(&mut self.engine, &mut progress)?;
+        let Some(Evaluated { recall, nearest, readable }) = evaluated else { return Ok(Progress::Stopped) };
+        self.note_unread_in_test(&readable)?;
+        let record = EvaluationRecord { step, recall: recall.at.clone() };
+        self.append(&Record::Evaluation(record.clone()))?;
+        (self.tell)(Event::Evaluated(&record));
+        let first = |recall: &Recall| recall.get(1).unwrap_or(0.0);
+        if self.state.best.as_ref().is_none_or(|best| first(&recall) > first(&best.recall)) {
+            let mut facts = self.facts()?;
+            facts.push(("ddtas.recall@1", format!("{:.4}", first(&recall))));
+            let shape = self.settings.network_shape();
+            checkpoint::save(&self.engine.network, &shape, &facts, &self.folder.best())?;
+            let (queries, searched) = (&readable.queries, readable.searched());
+            let shown = report::choose(queries, searched, &nearest, QUERIES, NEIGHBOURS)?;
+            self.state.best = Some(Best { step, recall: recall.clone(), shown });
+        }
+        if step == 0 {
+            self.state.before = Some(recall.clone());
+        }
+        (self.state.after, self.state.evaluated) = (Some(recall), Some(step));
+        self.save()?;
+        Ok(Progress::Done)
+    }
+
+    /// Writes the checkpoint that the run can go on from.
+    fn save(&mut self) -> Result<()> {
+        // First what the checkpoint speaks of, then the checkpoint.
+        self.state.metrics_bytes = self.metrics.sync()?;
+        self.folder.write_seconds(self.seconds)?;
+        let shape = self.settings.network_shape();
+        checkpoint::save_run(&self.engine, &shape, &self.facts()?, &self.state, &self.folder.last())
+    }
+
+    /// What every checkpoint says of itself.
+    fn facts(&self) -> Result<Vec<(&'static str, String)>> {
+        let (step, seed) = (self.state.step, self.settings.seed);
+        let mut facts = vec![
+            ("ddtas.step", step.to_string()),
+            ("ddtas.seed", seed.to_string()),
+            (checkpoint::IMAGE_SIZE, self.settings.image_size.to_string()),
+        ];
+        if let Some(generator) = self.engine.generator() {
+            let state = serde_json::to_string(generator.thresholds())
+                .map_err(|error| Error::format(self.folder.path(), error.to_string()))?;
+            facts.push((checkpoint::GENERATOR, state));
+        }
+        Ok(facts)
+    }
+
+    fn record_step(&mut self, step: usize, images_per_second: f64) -> Result<()> {
+        let output = &self.engine.output;
+        let (mined_pos, mined_neg) = output.mined();
+        let loss = self.engine.loss_settings();
+        let finite = |value: f64| value.is_finite().then_some(value);
+        let record = StepRecord {
+            step,
+            epoch: (step + 1) as f64 / self.sampler.steps_per_epoch() as f64,
+            loss: output.loss,
+            gamma_pos: finite(output.gamma_pos),
+            gamma_neg: finite(output.gamma_neg),
+            lambda_pos: loss.lambda_pos,
+            lambda_neg: loss.lambda_neg,
+            mined_pos,
+            mined_neg,
+            active: output.active,
+            mean_pos: finite(output.mean_pos),
+            mean_neg: finite(output.mean_neg),
+            learning_rate: self.engine.learning_rate(step),
+            hypergradient: self
+                .engine
+                .generator()
+                .and_then(Generator::last_hypergradient)
+                .map(|gradient| [gradient.pos, gradient.neg]),
+        };
+        self.append(&match self.phase() {
+            Phase::Rehearsal => Record::Rehearsal(record.clone()),
+            Phase::Training => Record::Step(record.clone()),
+        })?;
+        (self.tell)(Event::Step { record: &record, images_per_second });
+        Ok(())
+    }
+
+    fn append(&mut self, record: &Record) -> Result<()> {
+        self.metrics.append(record)?;
+        self.events.append(record)
+    }
+
+    /// Writes the report and the last checkpoint.
+    fn finish(&mut self, begun: Instant) -> Result<Summary> {
+        if self.state.replaced > 0 {
+            (self.tell)(Event::Warning(&format!(
+                "{} unreadable training pictures were met; another of the class stood in each time",
+                self.state.replaced
+            )));
+        }
+        if self.state.steps_without_pairs > 0 {
+            (self.tell)(Event::Warning(&format!(
+                "{} of {} batches mined no pair and left the weights alone",
+                self.state.steps_without_pairs, self.settings.steps
+            )));
+        }
+        let RunState { pixels, before, after, best, .. } = &self.state;
+        let (Some(pixels), Some(before), Some(after), Some(best)) = (pixels, before, after, best) else {
+            return Err(Error::Training("no evaluation took place".into()));
+        };
+        let [train, test] = extents(self.dataset);
+        let findings = Findings {
+            dataset: self.dataset.name.clone(),
+            train,
+            test,
+            baselines: vec![Baseline { name: "raw pixels".into(), recall: pixels.at.clone() }],
+            training_seconds: self.seconds,
+            queries: report::queries(&self.dataset.test, self.dataset.searched(), &best.shown)?,
+        };
+        findings.save(self.folder.path())?;
+        report::write(self.folder.path())?;
+        let summary = Summary {
+            folder: self.folder.path().to_path_buf(),
+            pixels: pixels.clone(),
+            before: before.clone(),
+            best: best.recall.clone(),
+            best_step: best.step,
+            after: after.clone(),
+            steps: self.settings.steps,
+            seed: self.settings.seed,
+            steps_without_pairs: self.state.steps_without_pairs,
+            replaced: self.state.replaced,
+            skipped: self.state.skipped,
+            training_seconds: self.seconds,
+            total_seconds: begun.elapsed().as_secs_f64(),
+        };
+        self.state.finished = true;
+        self.save()?;
+        Ok(summary)
+    }
+}
+
+/// Sizes of the training and the test split.
+pub(super) fn extents(dataset: &Dataset) -> [Extent; 2] {
+    [&dataset.train, &dataset.test]
+        .map(|split| Extent { classes: split.class_names().len(), pictures: split.len() })
+}

@@ -1,0 +1,309 @@
+//! Everything a training run can be told; the arguments of `ddtas-train` and the run's config.toml.
+
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+use serde::{Deserialize, Serialize};
+
+use crate::data::DatasetSettings;
+use crate::generator::{GeneratorKind, GeneratorSettings, Lambda};
+use crate::model::NetworkShape;
+use crate::train::schedule::Schedule;
+use crate::{Error, Result};
+use ddtas::loss::baseline::PairLoss;
+use ddtas::loss::{LossSettings, Mining};
+
+/// More than anybody counts to; sums and products of two such numbers of steps stay far from overflow.
+const MOST_STEPS: usize = 1 << 31;
+const STEPS: &str = "1 to 2147483648";
+const COUNT: &str = "0 to 2147483648";
+
+/// What BatchNorm does while training.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BatchNorm {
+    /// Normalises by the batch and learns scale and shift.
+    #[default]
+    Trainable,
+    /// Normalises by the statistics of the checkpoint it started from and learns nothing.
+    Frozen,
+}
+
+/// Settings of a training run. The defaults are those of `ddtas-train` without arguments.
+#[derive(Debug, Clone, PartialEq, clap::Args, Serialize, Deserialize)]
+pub struct TrainSettings {
+    /// The data set.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub data: DatasetSettings,
+
+    /// Side of the pictures the network sees, in pixels.
+    #[arg(long, default_value_t = 48)]
+    pub image_size: usize,
+    /// Dimensions of an embedding.
+    #[arg(long, default_value_t = 128)]
+    pub embedding_dim: usize,
+    /// Channels of the network's first stage; the next two have twice and four times as many.
+    #[arg(long, default_value_t = 32)]
+    pub width: usize,
+    /// Residual blocks a stage.
+    #[arg(long, default_value_t = 1)]
+    pub depth: usize,
+    /// What BatchNorm does while training; frozen needs --init.
+    #[arg(long, value_enum, default_value_t)]
+    pub batch_norm: BatchNorm,
+    /// Start from the weights of this checkpoint.
+    #[arg(long, value_name = "FILE")]
+    pub init: Option<PathBuf>,
+
+    /// The loss.
+    #[arg(long, default_value_t, value_parser = one_of(PairLoss::ALL, PairLoss::name, about_loss))]
+    pub loss: PairLoss,
+    /// Which pairs enter the loss.
+    #[arg(long, default_value_t, value_parser = one_of(Mining::ALL, Mining::name, about_mining))]
+    pub mining: Mining,
+    /// Mining tolerance gamma, in units of cosine similarity.
+    #[arg(long, default_value_t = 0.1)]
+    pub gamma: f64,
+    /// Negative tolerance over gamma.
+    #[arg(long, default_value_t = 0.1)]
+    pub negative_ratio: f64,
+    /// The probe's tolerance over gamma (AT-ASMS).
+    #[arg(long, default_value_t = 0.1)]
+    pub probe_ratio: f64,
+    /// How far AT-ASMS moves the tolerances.
+    #[arg(long, default_value_t = 0.5)]
+    pub tolerance: f64,
+    /// Sharpness of the loss on negatives.
+    #[arg(long, default_value_t = 40.0)]
+    pub alpha: f64,
+    /// Sharpness of the loss on positives.
+    #[arg(long, default_value_t = 2.0)]
+    pub beta: f64,
+    /// Loss threshold lambda, a cosine similarity.
+    #[arg(long, default_value_t = 0.7, allow_negative_numbers = true)]
+    pub lambda: f64,
+    /// Loss threshold of positives, where it differs from --lambda.
+    #[arg(long, allow_negative_numbers = true)]
+    pub lambda_pos: Option<f64>,
+    /// Loss threshold of negatives, where it differs from --lambda.
+    #[arg(long, allow_negative_numbers = true)]
+    pub lambda_neg: Option<f64>,
+
+    /// Classes in a batch (P).
+    #[arg(long, default_value_t = 16)]
+    pub classes_per_batch: usize,
+    /// Pictures of each class in a batch (K).
+    #[arg(long, default_value_t = 5)]
+    pub images_per_class: usize,
+    /// Least share of a picture's area that a random crop takes; 1 crops no more than the shape asks.
+    #[arg(long, default_value_t = 0.6)]
+    pub smallest_crop: f64,
+    /// Steps of the run.
+    #[arg(long, default_value_t = 200)]
+    pub steps: usize,
+    /// Highest learning rate (AdamW).
+    #[arg(long, default_value_t = 2e-3)]
+    pub learning_rate: f64,
+    /// Share of the steps in which the learning rate rises.
+    #[arg(long, default_value_t = 0.2)]
+    pub warm_up: f64,
+    /// Decoupled weight decay.
+    #[arg(long, default_value_t = 1e-2)]
+    pub weight_decay: f32,
+    /// Epochs between evaluations; 0 evaluates only before and after.
+    #[arg(long, default_value_t = 2)]
+    pub evaluate_every: usize,
+    /// Embeddings of earlier batches that are further references of the loss (cross-batch memory); 0 for none.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub memory_size: usize,
+    /// Step from which the memory is filled; the end of the warm-up if not given.
+    #[arg(long, value_name = "STEP")]
+    pub memory_start: Option<usize>,
+
+    /// Seed of weights, batches and augmentation.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Where network and loss compute: auto (a GPU if there is one), cpu, cuda:N.
+    #[arg(long, default_value = "auto")]
+    pub device: String,
+    /// Threads that prepare batches beside the step.
+    #[arg(long, default_value_t = 1)]
+    pub workers: usize,
+    /// Steps between two checkpoints to resume from; 0 writes them only beside evaluations and when stopped.
+    #[arg(long, value_name = "STEPS", default_value_t = 100)]
+    pub checkpoint_every: usize,
+    /// Unreadable pictures that a run puts up with; one more stops it.
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    pub max_bad_images: usize,
+    /// Run folder to create; runs/NAME-NUMBER if not given.
+    #[arg(long, value_name = "DIR")]
+    pub output: Option<PathBuf>,
+
+    /// The threshold generator.
+    #[command(flatten)]
+    pub generator: GeneratorSettings,
+}
+
+/// A parser of one of the library's enums, by the names it gives itself; `about` is what `--help` says of each.
+fn one_of<T>(
+    all: impl IntoIterator<Item = T>,
+    name: fn(T) -> &'static str,
+    about: fn(T) -> &'static str,
+) -> impl TypedValueParser<Value = T>
+where
+    T: FromStr<Err = Error> + Copy + Send + Sync + 'static,
+{
+    let values = all.into_iter().map(|value| PossibleValue::new(name(value)).help(about(value)));
+    PossibleValuesParser::new(values).try_map(|text| text.parse::<T>())
+}
+
+fn about_loss(loss: PairLoss) -> &'static str {
+    match loss {
+        PairLoss::SoftContrastive => "DDTAS's own",
+        PairLoss::Contrastive => "Hinge on negatives, linear on positives",
+        PairLoss::MultiSimilarity => "Log-sum-exp over the pairs of each anchor",
+    }
+}
+
+fn about_mining(mining: Mining) -> &'static str {
+    match mining {
+        Mining::None => "Every positive and every negative pair",
+        Mining::Symmetric => "One tolerance for both kinds: gamma_pos = gamma_neg = gamma",
+        Mining::Asms => "Asymmetric sample mining: gamma_neg = gamma * negative-ratio",
+        Mining::AtAsms => "Adaptive asymmetric sample mining",
+    }
+}
+
+impl TrainSettings {
+    /// Settings of the loss.
+    #[must_use]
+    pub fn loss_settings(&self) -> LossSettings {
+        LossSettings {
+            mining: self.mining,
+            gamma: self.gamma,
+            negative_ratio: self.negative_ratio,
+            probe_ratio: self.probe_ratio,
+            tolerance: self.tolerance,
+            alpha: self.alpha,
+            beta: self.beta,
+            lambda_pos: self.lambda_pos.unwrap_or(self.lambda),
+            lambda_neg: self.lambda_neg.unwrap_or(self.lambda),
+        }
+    }
+
+    /// Where the loss thresholds begin.
+    #[must_use]
+    pub fn first_lambda(&self) -> Lambda {
+        let LossSettings { lambda_pos, lambda_neg, .. } = self.loss_settings();
+        Lambda { pos: lambda_pos, neg: lambda_neg }
+    }
+
+    /// Shape of the network.
+    #[must_use]
+    pub fn network_shape(&self) -> NetworkShape {
+        NetworkShape { width: self.width, depth: self.depth, embedding_dim: self.embedding_dim }
+    }
+
+    /// Steps in which the learning rate rises.
+    #[must_use]
+    pub fn warm_up_steps(&self) -> usize {
+        (self.warm_up * self.steps as f64).round() as usize
+    }
+
+    /// Learning rate over the steps of the run.
+    #[must_use]
+    pub(super) fn schedule(&self) -> Schedule {
+        Schedule { peak: self.learning_rate, warm_up: self.warm_up_steps(), steps: self.steps }
+    }
+
+    /// Step from which the cross-batch memory is filled.
+    #[must_use]
+    pub fn memory_start_step(&self) -> usize {
+        self.memory_start.unwrap_or_else(|| self.warm_up_steps())
+    }
+
+    /// The same settings with paths that hold from any working directory.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if there is no working directory.
+    pub fn with_absolute_paths(mut self) -> Result<Self> {
+        let paths = [&mut self.data.data_root, &mut self.init, &mut self.generator.generator_init];
+        for path in paths.into_iter().flatten() {
+            *path = std::path::absolute(&*path).map_err(Error::io("find", &*path))?;
+        }
+        Ok(self)
+    }
+
+    /// Checks that the checkpoints it begins from are there. A run that goes on may have lost them: it needs none.
+    ///
+    /// # Errors
+    /// [`Error::InvalidSetting`] names the setting.
+    pub(super) fn check_files(&self) -> Result<()> {
+        let files = [("init", &self.init), ("generator-init", &self.generator.generator_init)];
+        for (name, path) in files {
+            if let Some(path) = path.as_ref().filter(|path| !path.exists()) {
+                let value = path.display().to_string();
+                return Err(Error::InvalidSetting { name, value, range: "a checkpoint that is there" });
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks everything that can be told without data and files: a run calls it before it makes anything.
+    ///
+    /// # Errors
+    /// [`Error::InvalidSetting`] names the first setting that is off.
+    pub fn validate(&self) -> Result<()> {
+        let check = |good: bool, name, value: String, range| {
+            if good { Ok(()) } else { Err(Error::InvalidSetting { name, value, range }) }
+        };
+        self.data.validate()?;
+        check((-2.0..=2.0).contains(&self.lambda), "lambda", self.lambda.to_string(), "-2 to 2")?;
+        self.loss_settings().validate()?;
+        self.generator.validate(self.first_lambda())?;
+        let crop = self.smallest_crop;
+        check(crop > 0.0 && crop <= 1.0, "smallest-crop", crop.to_string(), "above 0, at most 1")?;
+        let sizes = [
+            ("image-size", self.image_size, 8, 1024, "8 to 1024"),
+            ("embedding-dim", self.embedding_dim, 1, 65_536, "1 to 65536"),
+            ("width", self.width, 1, 4096, "1 to 4096"),
+            ("depth", self.depth, 1, 64, "1 to 64"),
+            ("classes-per-batch", self.classes_per_batch, 1, 1 << 20, "1 to 1048576"),
+            ("images-per-class", self.images_per_class, 1, 1 << 20, "1 to 1048576"),
+            ("steps", self.steps, 1, MOST_STEPS, STEPS),
+            ("evaluate-every", self.evaluate_every, 0, MOST_STEPS, COUNT),
+            ("checkpoint-every", self.checkpoint_every, 0, MOST_STEPS, COUNT),
+            ("max-bad-images", self.max_bad_images, 0, MOST_STEPS, COUNT),
+            ("memory-start", self.memory_start.unwrap_or(0), 0, MOST_STEPS, COUNT),
+            ("workers", self.workers, 1, 256, "1 to 256"),
+            ("memory-size", self.memory_size, 0, 1 << 24, "0 to 16777216"),
+        ];
+        for (name, value, low, high, range) in sizes {
+            check((low..=high).contains(&value), name, value.to_string(), range)?;
+        }
+        for (name, seed) in [("seed", self.seed), ("data-seed", self.data.data_seed)] {
+            // What config.toml can hold.
+            check(i64::try_from(seed).is_ok(), name, seed.to_string(), "0 to 9223372036854775807")?;
+        }
+        check(self.output.as_deref() != Some(Path::new("")), "output", "nothing".into(), "a folder's name")?;
+        let rate = self.learning_rate;
+        check(rate > 0.0 && rate.is_finite(), "learning-rate", rate.to_string(), "above 0")?;
+        check((0.0..=1.0).contains(&self.warm_up), "warm-up", self.warm_up.to_string(), "0 to 1")?;
+        let decay = self.weight_decay;
+        check((0.0..1.0).contains(&decay), "weight-decay", decay.to_string(), "0 to 1, 1 excluded")?;
+        check(
+            self.batch_norm == BatchNorm::Trainable || self.init.is_some(),
+            "batch-norm",
+            "frozen".into(),
+            "needs --init FILE: without trained statistics there is nothing to freeze",
+        )?;
+        check(
+            self.generator.kind == GeneratorKind::Off || self.loss == PairLoss::SoftContrastive,
+            "generator",
+            "on".into(),
+            "needs --loss soft-contrastive: the other losses have no lambda to learn",
+        )
+    }
+}

@@ -1,0 +1,258 @@
+//! The threshold generator: the closed form of the head, and what runs do with it. `tests/meta_gradient.rs` holds whole
+//! training steps to the meta loss.
+#![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
+
+use assert_cmd::Command;
+use ddtas::loss::gradient::weigh;
+use ddtas::loss::select::Selection;
+use ddtas::loss::similarity::Similarities;
+use ddtas::loss::{Hypergradient, LossSettings, Mining, threshold};
+use ddtas_train::Result;
+use ddtas_train::generator::head::{Head, Losses, hypergradient};
+use ddtas_train::generator::{Lambda, VirtualStep, VirtualStepKind};
+use ddtas_train::train::{Record, read_records};
+use ndarray::{Array1, Array2, arr1};
+use rand::{Rng, RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+const STEPS: [VirtualStep; 2] = [
+    VirtualStep { kind: VirtualStepKind::Plain, rate: 0.5 },
+    VirtualStep { kind: VirtualStepKind::Unit, rate: 0.3 },
+];
+
+fn uniform(shape: (usize, usize), rng: &mut impl Rng) -> Array2<f64> {
+    Array2::from_shape_fn(shape, |_| rng.random_range(-1.0..1.0))
+}
+
+fn labels(classes: usize, images: usize) -> Vec<i64> {
+    (0..classes * images).map(|row| (row / images) as i64).collect()
+}
+
+/// The losses in scalar float64.
+struct Truth {
+    labels: Vec<i64>,
+    meta_labels: Vec<i64>,
+    settings: LossSettings,
+    lambda: Lambda,
+    meta_loss: f64,
+}
+
+fn scalar(
+    embeddings: &Array2<f64>,
+    labels: &[i64],
+    settings: &LossSettings,
+) -> (Similarities, Selection, f64, Array2<f64>) {
+    let similarities = Similarities::new((embeddings, labels), None);
+    let selection = Selection::new(&similarities, settings);
+    let weighted = weigh(&similarities, &selection, settings);
+    let gradient = (&weighted.weights + &weighted.weights.t()).dot(embeddings);
+    (similarities, selection, weighted.loss, gradient)
+}
+
+impl Losses for Truth {
+    fn train(&mut self, embeddings: &Array2<f64>, lambda: Lambda) -> Result<Array2<f64>> {
+        self.lambda = lambda;
+        Ok(scalar(embeddings, &self.labels, &lambda.applied_to(&self.settings)).3)
+    }
+
+    fn meta(&mut self, embeddings: &Array2<f64>) -> Result<Array2<f64>> {
+        let (_, _, loss, gradient) = scalar(embeddings, &self.meta_labels, &self.settings.with_lambda(0.6));
+        self.meta_loss = loss;
+        Ok(gradient)
+    }
+
+    fn hypergradient(&mut self, embeddings: &Array2<f64>, tangent: &Array2<f64>) -> Result<Hypergradient> {
+        let settings = self.lambda.applied_to(&self.settings);
+        let (similarities, selection, ..) = scalar(embeddings, &self.labels, &settings);
+        let tilt = tangent.dot(&embeddings.t()) + embeddings.dot(&tangent.t());
+        Ok(threshold::hypergradient(&similarities, &selection, &settings, &tilt))
+    }
+}
+
+#[test]
+fn closed_form_of_the_head_is_the_derivative_of_the_meta_loss() {
+    for (seed, mining) in [(1, Mining::AtAsms), (2, Mining::Asms), (3, Mining::None)] {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let head = Head { weight: uniform((9, 7), &mut rng), bias: arr1(&[0.1; 7]) };
+        let (train, meta) = (uniform((12, 9), &mut rng), uniform((6, 9), &mut rng));
+        let mut truth = Truth {
+            labels: labels(4, 3),
+            meta_labels: labels(3, 2),
+            settings: LossSettings { mining, alpha: 4.0, ..LossSettings::default() },
+            lambda: Lambda::default(),
+            meta_loss: 0.0,
+        };
+        for step in STEPS {
+            let lambda = Lambda { pos: 0.5, neg: 0.4 };
+            let found = hypergradient(&head, train.view(), meta.view(), step, lambda, &mut truth).unwrap();
+            // The whole bilevel quantity again, from the virtual step on, at lambda +- h.
+            let mut meta_loss = |lambda: Lambda| {
+                hypergradient(&head, train.view(), meta.view(), step, lambda, &mut truth).unwrap();
+                truth.meta_loss
+            };
+            let h = 1e-5;
+            let pos = (meta_loss(Lambda { pos: lambda.pos + h, ..lambda })
+                - meta_loss(Lambda { pos: lambda.pos - h, ..lambda }))
+                / (2.0 * h);
+            let neg = (meta_loss(Lambda { neg: lambda.neg + h, ..lambda })
+                - meta_loss(Lambda { neg: lambda.neg - h, ..lambda }))
+                / (2.0 * h);
+            assert!(
+                pos.abs() > 1e-6 && neg.abs() > 1e-6,
+                "{mining:?} {step:?}: nothing to compare: {pos} {neg}"
+            );
+            for (what, got, want) in [("pos", found.pos, pos), ("neg", found.neg, neg)] {
+                let error = (got - want).abs() / want.abs();
+                assert!(error < 1e-4, "{mining:?} {step:?} {what}: {got} is not {want}, off by {error:.1e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn virtual_step_without_a_gradient_leaves_lambda_alone() {
+    let mut rng = ChaCha8Rng::seed_from_u64(5);
+    let head = Head { weight: uniform((4, 3), &mut rng), bias: Array1::zeros(3) };
+    let (train, meta) = (uniform((4, 4), &mut rng), uniform((4, 4), &mut rng));
+    // Every row a class of its own: nothing is mined.
+    let mut truth = Truth {
+        labels: labels(4, 1),
+        meta_labels: labels(2, 2),
+        settings: LossSettings::default(),
+        lambda: Lambda::default(),
+        meta_loss: 0.0,
+    };
+    let lambda = Lambda { pos: 0.5, neg: 0.5 };
+    let found = hypergradient(&head, train.view(), meta.view(), STEPS[1], lambda, &mut truth).unwrap();
+    assert_eq!(found, Hypergradient::default());
+}
+
+fn run(output: &std::path::Path, more: &[&str]) -> Command {
+    let mut command = Command::cargo_bin("ddtas-train").unwrap();
+    command.args(["--image-size", "16", "--width", "8", "--embedding-dim", "32", "--evaluate-every", "0"]);
+    command.args(["--classes-per-batch", "8", "--images-per-class", "4", "--steps", "6", "--output"]);
+    command.arg(output).args(more);
+    command
+}
+
+fn lambdas(run: &std::path::Path) -> Vec<(f64, f64)> {
+    let records = read_records(&run.join("metrics.jsonl")).unwrap();
+    let step = |record| match record {
+        Record::Step(step) => Some((step.lambda_pos, step.lambda_neg)),
+        Record::Rehearsal(_) | Record::Evaluation(_) => None,
+    };
+    records.into_iter().filter_map(step).collect()
+}
+
+#[test]
+fn every_generator_moves_lambda_within_its_range() {
+    let place = tempfile::tempdir().unwrap();
+    let cases: [(&str, &[&str]); 6] = [
+        ("head", &["--generator", "head"]),
+        ("neighbours", &["--generator", "head", "--meta-objective", "neighbours"]),
+        ("recent", &["--generator", "head", "--meta", "recent"]),
+        ("ensemble", &["--generator", "head", "--lambda-ensemble", "3", "--lambda-l2", "0.1"]),
+        ("pair", &["--generator", "head", "--lambda-pair", "--virtual-step", "plain"]),
+        ("full", &["--generator", "full"]),
+    ];
+    for (name, arguments) in cases {
+        let output = place.path().join(name);
+        run(&output, arguments).args(["--lambda-min", "0.65", "--lambda-max", "0.75"]).assert().success();
+        let lambdas = lambdas(&output);
+        assert_eq!(lambdas.len(), 6);
+        assert!(lambdas.iter().any(|&(_, neg)| neg != 0.7), "{name}: lambda never moved");
+        assert!(lambdas.iter().all(|(pos, neg)| (0.65..=0.75).contains(pos) && (0.65..=0.75).contains(neg)));
+        if name == "pair" {
+            assert!(lambdas.iter().any(|(pos, neg)| pos != neg), "one lambda moved for both");
+        } else {
+            assert!(lambdas.iter().all(|(pos, neg)| pos == neg), "{name}: two lambdas");
+        }
+    }
+}
+
+/// The lines of a kind in metrics.jsonl.
+fn lines(run: &std::path::Path, kind: &str) -> Vec<String> {
+    let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    let kind = format!("\"kind\":\"{kind}\"");
+    text.lines().filter(|line| line.contains(&kind)).map(str::to_owned).collect()
+}
+
+#[test]
+fn after_a_rehearsal_the_run_is_that_of_a_fixed_lambda() {
+    let place = tempfile::tempdir().unwrap();
+    for kind in ["head", "full"] {
+        let (rehearsed, fixed) = (place.path().join(kind), place.path().join(format!("{kind}-fixed")));
+        run(&rehearsed, &["--generator", kind, "--rehearsal", "5", "--lambda", "0.4"]).assert().success();
+        assert_eq!(lines(&rehearsed, "rehearsal").len(), 5);
+        let learned = lambdas(&rehearsed);
+        assert!(learned[0].0 != 0.4 && learned.iter().all(|&lambda| lambda == learned[0]), "{learned:?}");
+        run(&fixed, &["--lambda", &learned[0].0.to_string()]).assert().success();
+        for kind in ["step", "evaluation"] {
+            assert_eq!(lines(&rehearsed, kind), lines(&fixed, kind));
+        }
+        assert!(lines(&fixed, "rehearsal").is_empty());
+        let page = std::fs::read_to_string(rehearsed.join("report.html")).unwrap();
+        assert!(page.contains("steps of the rehearsal"));
+    }
+}
+
+#[test]
+fn generator_starts_warm_from_a_checkpoint() {
+    let place = tempfile::tempdir().unwrap();
+    let (cold, warm) = (place.path().join("cold"), place.path().join("warm"));
+    run(&cold, &["--generator", "head", "--lambda", "0.4"]).assert().success();
+    let checkpoint = cold.join("best.safetensors");
+    let checkpoint = checkpoint.to_str().unwrap();
+    run(&warm, &["--generator", "head", "--generator-init", checkpoint]).assert().success();
+    let first = lambdas(&warm)[0].0;
+    assert!((first - 0.4).abs() < 0.1, "starts at {first}, not where the first run was");
+
+    let off = place.path().join("off");
+    run(&off, &[]).assert().success();
+    let without = off.join("best.safetensors");
+    let refused =
+        run(&place.path().join("x"), &["--generator", "head", "--generator-init", without.to_str().unwrap()])
+            .assert()
+            .failure();
+    let said = String::from_utf8(refused.get_output().stderr.clone()).unwrap();
+    assert!(said.contains("--generator off"), "{said}");
+
+    // What the file holds must go with the other settings.
+    let init = ["--generator-init", checkpoint];
+    let pair = place.path().join("pair");
+    run(&pair, &["--generator", "head", "--lambda-pair"]).assert().success();
+    let apart = pair.join("last.safetensors");
+    let apart = ["--generator-init", apart.to_str().unwrap()];
+    let cases: [(&[&str], &[&str], &str); 4] = [
+        (&init, &["--generator", "head", "--lambda-min", "0.6"], "outside of --lambda-min 0.6"),
+        (&init, &["--generator", "head", "--lambda-ensemble", "2"], "give --lambda-ensemble 1"),
+        (&init, &[], "generator-init"),
+        (&apart, &["--generator", "head"], "give --lambda-pair"),
+    ];
+    for (init, more, what) in cases {
+        let output = place.path().join("refused");
+        let refused = run(&output, &[init, more].concat()).assert().code(1);
+        let said = String::from_utf8(refused.get_output().stderr.clone()).unwrap();
+        assert!(said.contains(what) && said.lines().count() == 1, "expected {what:?} in: {said}");
+        assert!(!output.exists());
+    }
+}
+
+#[test]
+fn settings_that_cannot_work_are_refused() {
+    let place = tempfile::tempdir().unwrap();
+    let cases: [(&[&str], &str); 6] = [
+        (&["--generator", "head", "--loss", "contrastive"], "soft-contrastive"),
+        (&["--generator", "full", "--lambda-ensemble", "2"], "--generator head"),
+        (&["--generator", "full", "--meta", "recent"], "--generator head"),
+        (&["--generator", "head", "--meta-images", "1"], "nothing can be mined"),
+        (&["--generator", "head", "--lambda", "0.9", "--lambda-max", "0.8"], "lambda-pos = 0.9"),
+        (&["--generator", "head", "--lambda-neg", "0.5"], "--lambda-pair"),
+    ];
+    for (arguments, what) in cases {
+        let refused = run(&place.path().join("run"), arguments).assert().code(1);
+        let said = String::from_utf8(refused.get_output().stderr.clone()).unwrap();
+        assert!(said.contains(what), "expected {what:?} in: {said}");
+        assert_eq!(said.lines().count(), 1, "{said}");
+    }
+}

@@ -1,0 +1,97 @@
+//! The hand-written layers agree with Burn's own operations, forward and backward.
+
+use burn::tensor::ops::ConvOptions;
+use burn::tensor::{Device, Distribution, Tensor, Tolerance, activation};
+use ddtas_train::model::layers::{self, NormaliseOptions};
+
+fn random<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
+    Tensor::random(shape, Distribution::Normal(0.0, 1.0), device)
+}
+
+fn assert_close<const D: usize>(what: &str, got: Tensor<D>, want: Tensor<D>) {
+    let scale = want.clone().abs().max().into_scalar::<f32>().max(1e-3);
+    let difference = (got - want).abs().max().into_scalar::<f32>();
+    assert!(difference <= 2e-5 * scale, "{what}: off by {difference}, largest entry {scale}");
+}
+
+/// Images, channels in and out, height, width, kernel, stride.
+const CONVOLUTIONS: [[usize; 7]; 9] = [
+    [2, 3, 16, 12, 12, 3, 1],
+    [3, 8, 8, 9, 7, 3, 1],
+    [1, 5, 11, 13, 17, 3, 2],
+    [20, 4, 6, 6, 6, 3, 2],
+    [2, 16, 32, 24, 24, 1, 2],
+    [2, 7, 9, 5, 11, 1, 1],
+    [1, 1, 1, 1, 1, 3, 1],
+    [33, 2, 3, 3, 3, 3, 1],
+    [2, 3, 4, 20, 50, 5, 1],
+];
+
+#[test]
+fn convolution_and_its_gradients_equal_burns() {
+    for [images, channels_in, channels_out, height, width, kernel, stride] in CONVOLUTIONS {
+        let device = Device::flex().autodiff();
+        let input = random([images, channels_in, height, width], &device).require_grad();
+        let weight = random([channels_out, channels_in, kernel, kernel], &device).require_grad();
+        let padding = kernel / 2;
+        let options = ConvOptions::new([stride, stride], [padding, padding], [1, 1], 1);
+        let want = burn::tensor::module::conv2d(input.clone(), weight.clone(), None, options);
+        let got = layers::convolution(input.clone(), weight.clone(), stride);
+        let probe = random(want.dims(), &device);
+        assert_close("output", got.clone(), want.clone());
+
+        let want = (want * probe.clone()).sum().backward();
+        let got = (got * probe).sum().backward();
+        let case = format!("{images} x {channels_in} x {height} x {width}, kernel {kernel}, stride {stride}");
+        assert_close(&format!("dL/dinput, {case}"), input.grad(&got).unwrap(), input.grad(&want).unwrap());
+        assert_close(&format!("dL/dweight, {case}"), weight.grad(&got).unwrap(), weight.grad(&want).unwrap());
+    }
+}
+
+#[test]
+fn normalisation_and_its_gradients_equal_burns() {
+    for (relu, from_batch) in [(true, true), (false, true), (true, false), (false, false)] {
+        let device = Device::flex().autodiff();
+        let input = (random([5, 7, 6, 9], &device) * 2.0 + 0.7).require_grad();
+        let gamma = random([7], &device).require_grad();
+        let beta = random([7], &device).require_grad();
+        let options = NormaliseOptions { epsilon: 1e-5, relu, from_batch };
+
+        let statistics = if from_batch {
+            layers::batch_statistics(input.clone())
+        } else {
+            Tensor::cat(vec![random([1, 7], &device), random([1, 7], &device).abs() + 0.5], 0)
+        };
+        let got = layers::normalise(input.clone(), statistics.clone(), gamma.clone(), beta.clone(), options);
+        let want = if from_batch {
+            burn::tensor::module::batch_norm_train(input.clone(), gamma.clone(), beta.clone(), 1e-5).output
+        } else {
+            let row = |row: usize| statistics.clone().slice([row..row + 1, 0..7]).reshape([7]);
+            burn::tensor::module::batch_norm(input.clone(), gamma.clone(), beta.clone(), row(0), row(1), 1e-5)
+        };
+        let want = if relu { activation::relu(want) } else { want };
+        let probe = random(want.dims(), &device);
+        assert_close("output", got.clone(), want.clone());
+
+        let want = (want * probe.clone()).sum().backward();
+        let got = (got * probe).sum().backward();
+        assert_close("dL/dinput", input.grad(&got).unwrap(), input.grad(&want).unwrap());
+        assert_close("dL/dgamma", gamma.grad(&got).unwrap(), gamma.grad(&want).unwrap());
+        assert_close("dL/dbeta", beta.grad(&got).unwrap(), beta.grad(&want).unwrap());
+    }
+}
+
+#[test]
+fn residual_sum_and_its_gradient_equal_burns() {
+    let device = Device::flex().autodiff();
+    let a = random([3, 4, 5, 6], &device).require_grad();
+    let b = random([3, 4, 5, 6], &device).require_grad();
+    let probe = random([3, 4, 5, 6], &device);
+    let want = activation::relu(a.clone() + b.clone());
+    let got = layers::add_relu(a.clone(), b.clone());
+    got.to_data().assert_approx_eq::<f32>(&want.to_data(), Tolerance::default());
+    let want = (want * probe.clone()).sum().backward();
+    let got = (got * probe).sum().backward();
+    assert_close("dL/da", a.grad(&got).unwrap(), a.grad(&want).unwrap());
+    assert_close("dL/db", b.grad(&got).unwrap(), b.grad(&want).unwrap());
+}

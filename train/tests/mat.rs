@@ -1,0 +1,261 @@
+//! MAT-files: what SciPy writes is read as SciPy reads it, what we write SciPy reads, and no bytes whatever do harm.
+#![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use ddtas_train::data::mat::{Array, ByteOrder, Values, Variables, encode, parse, read};
+use proptest::prelude::*;
+use proptest::test_runner::RngSeed;
+use serde_json::{Value, json};
+
+const FILES: &str = "tests/mat";
+
+/// Whether `array` is what tests/mat/scipy_files.py printed; numbers come as text, to the last bit.
+fn is_same(array: &Array, expected: &Value) -> bool {
+    let all = |arrays: &[Array], key: &str| {
+        let expected = expected[key].as_array();
+        expected.is_some_and(|expected| {
+            expected.len() == arrays.len()
+                && arrays.iter().zip(expected).all(|(array, expected)| is_same(array, expected))
+        })
+    };
+    let content = match &array.values {
+        Values::Other(_) => return expected["other"] == json!(true),
+        Values::Numbers(numbers) => {
+            let number = |value: &Value| value.as_str().unwrap().parse::<f64>().unwrap();
+            let expected = expected["numbers"].as_array();
+            expected.is_some_and(|expected| expected.iter().map(number).eq(numbers.iter().copied()))
+        }
+        Values::Text(rows) => expected["text"] == json!(rows),
+        Values::Cells(cells) => all(cells, "cells"),
+        Values::Structs { fields, values } => expected["fields"] == json!(fields) && all(values, "values"),
+    };
+    content && expected["shape"] == json!(array.shape)
+}
+
+fn assert_same(variables: &Variables, expected: &Value, what: &str) {
+    let expected = expected.as_object().unwrap();
+    assert_eq!(variables.0.len(), expected.len(), "{what}");
+    for (name, array) in &variables.0 {
+        assert!(
+            is_same(array, &expected[name]),
+            "{what}, {name}: read {array:?}, expected {}",
+            expected[name]
+        );
+    }
+}
+
+fn mat_files(folder: &Path) -> Vec<PathBuf> {
+    let mut files: Vec<_> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.retain(|file| file.extension().is_some_and(|extension| extension == "mat"));
+    files.sort();
+    files
+}
+
+/// Checks every file of a folder that `scipy_files.py write` made.
+fn check_folder(folder: &Path) {
+    let mut checked = 0;
+    for file in mat_files(folder) {
+        let name = file.file_stem().unwrap().to_str().unwrap();
+        if name == "complex" {
+            assert!(read(&file).unwrap_err().to_string().contains("variable c holds complex numbers"));
+            continue;
+        }
+        let expected = file.with_file_name(format!("{}.json", name.trim_end_matches("_compressed")));
+        let expected = serde_json::from_slice(&fs::read(expected).unwrap()).unwrap();
+        assert_same(&read(&file).unwrap(), &expected, name);
+        checked += 1;
+    }
+    assert_eq!(checked, 12);
+}
+
+/// A Python that has SciPy: the one DDTAS_PYTHON names, or python3.
+fn scipy(arguments: &[&str]) -> Option<Vec<u8>> {
+    let python = std::env::var("DDTAS_PYTHON").unwrap_or_else(|_| "python3".into());
+    let there = Command::new(&python).args(["-c", "import numpy, scipy.io"]).output();
+    if !there.is_ok_and(|output| output.status.success()) {
+        println!("skipped: {python} cannot import scipy");
+        return None;
+    }
+    let output =
+        Command::new(&python).arg(format!("{FILES}/scipy_files.py")).args(arguments).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    Some(output.stdout)
+}
+
+#[test]
+fn files_by_scipy_are_read_as_scipy_reads_them() {
+    check_folder(Path::new(FILES));
+}
+
+#[test]
+fn files_by_the_present_scipy_are_read_too() {
+    let place = tempfile::tempdir().unwrap();
+    if scipy(&["write", place.path().to_str().unwrap()]).is_some() {
+        check_folder(place.path());
+    }
+}
+
+#[test]
+fn scipy_reads_what_is_written_in_both_byte_orders() {
+    let place = tempfile::tempdir().unwrap();
+    let file = place.path().join("ours.mat");
+    let variables = Variables(vec![
+        ("small".into(), Array::number(7.0)),
+        (
+            "negative".into(),
+            Array { shape: vec![2, 2], values: Values::Numbers(vec![-1.5, 300.0, 1e300, 0.0]) },
+        ),
+        ("halves".into(), Array { shape: vec![1, 3], values: Values::Numbers(vec![300.0, 0.0, 65_535.0]) }),
+        ("name".into(), Array::text("Citroën")),
+        ("rows".into(), Array { shape: vec![2, 3], values: Values::Text(vec!["abc".into(), "xyz".into()]) }),
+        ("cells".into(), Array::cells(vec![Array::text("a"), Array::number(1.0), Array::cells(vec![])])),
+        (
+            "records".into(),
+            Array::structs(
+                &["x", "longer"],
+                vec![Array::number(1.0), Array::text("one"), Array::number(2.0), Array::text("two")],
+            ),
+        ),
+    ]);
+    for (order, compressed) in [
+        (ByteOrder::Little, false),
+        (ByteOrder::Little, true),
+        (ByteOrder::Big, false),
+        (ByteOrder::Big, true),
+    ] {
+        let bytes = encode(&variables, order, compressed);
+        assert_eq!(parse(&bytes).unwrap(), variables, "{order:?} {compressed}");
+        fs::write(&file, bytes).unwrap();
+        let Some(read) = scipy(&["read", file.to_str().unwrap()]) else { return };
+        assert_same(&variables, &serde_json::from_slice(&read).unwrap(), &format!("{order:?} {compressed}"));
+    }
+}
+
+#[test]
+fn what_is_no_level_5_file_is_named() {
+    let refused = |bytes: &[u8]| parse(bytes).unwrap_err();
+    assert!(refused(b"").contains("shorter than its header"));
+    assert!(refused(&[b' '; 200]).contains("no byte-order mark"));
+    assert!(refused(b"MATLAB 7.3 MAT-file, Platform: GLNXA64").contains("save it with -v7"));
+    assert!(refused(b"\x89HDF\r\n\x1a\n").contains("level 7.3"));
+    let mut other = encode(&Variables::default(), ByteOrder::Little, false);
+    other[124] = 2;
+    assert!(refused(&other).contains("version"));
+    let place = tempfile::tempdir().unwrap();
+    let error = read(&place.path().join("none.mat")).unwrap_err().to_string();
+    assert!(error.contains("none.mat"), "{error}");
+}
+
+/// Little-endian words behind a header.
+fn file_of(words: &[u32]) -> Vec<u8> {
+    let mut file = encode(&Variables::default(), ByteOrder::Little, false);
+    file.extend(words.iter().flat_map(|word| word.to_le_bytes()));
+    file
+}
+
+#[test]
+fn sizes_that_the_file_cannot_hold_are_refused_before_memory_is_taken() {
+    // A matrix of 4 GB in a file of 144 bytes.
+    assert!(parse(&file_of(&[14, u32::MAX - 7, 0, 0])).unwrap_err().contains("the file ends within"));
+    // 2^31-1 x 2^31-1 cells, of 65536 x 65536 structs with one field, of 2^60 numbers.
+    let side = i32::MAX as u32;
+    let header = |class: u32, sides: [u32; 2]| vec![6, 8, class, 0, 5, 8, sides[0], sides[1], 1, 0];
+    let matrix = |mut parts: Vec<u32>| {
+        parts.splice(0..0, [14, 4 * parts.len() as u32]);
+        parse(&file_of(&parts)).unwrap_err()
+    };
+    assert!(matrix(header(1, [side, side])).contains("ends before cell 1"));
+    let mut structs = header(2, [1 << 16, 1 << 16]);
+    structs.extend([4 << 16 | 5, 1, 1, 1, 97, 0]);
+    assert!(matrix(structs).contains("ends before field a of struct 1"));
+    let mut numbers = header(6, [1 << 30, 1 << 30]);
+    numbers.extend([9, 8, 0, 0]);
+    assert!(matrix(numbers).contains("has 1 values"));
+    assert!(matrix(header(1, [u32::MAX, 1])).contains("dimensions"));
+    let mut sides = header(1, [side, side]);
+    sides.splice(4..8, [5, 16, side, side, side, side]);
+    assert!(matrix(sides).contains("more elements than can be counted"));
+}
+
+#[test]
+fn deep_nests_and_bombs_are_refused() {
+    let nest = (0..40).fold(Array::number(1.0), |inner, _| Array::cells(vec![inner]));
+    let bytes = encode(&Variables(vec![("nest".into(), nest)]), ByteOrder::Little, false);
+    assert!(parse(&bytes).unwrap_err().contains("nested more than 32 deep"));
+
+    let zeros = Array { shape: vec![1, 70 << 20], values: Values::Numbers(vec![0.0; 70 << 20]) };
+    let bytes = encode(&Variables(vec![("zeros".into(), zeros)]), ByteOrder::Little, true);
+    assert!(bytes.len() < 1 << 20, "70 MiB of zeros deflate well");
+    assert!(parse(&bytes).unwrap_err().contains("inflates to more than"));
+}
+
+fn array() -> impl Strategy<Value = Array> {
+    let numbers = (0usize..4, 0usize..4).prop_flat_map(|(rows, columns)| {
+        let number = prop_oneof![(0u8..).prop_map(f64::from), (0u16..).prop_map(f64::from), -1e300..1e300f64];
+        proptest::collection::vec(number, rows * columns)
+            .prop_map(move |values| Array { shape: vec![rows, columns], values: Values::Numbers(values) })
+    });
+    let leaf = prop_oneof![numbers, "[ -~]{0,20}|[À-ÿ一-三]{1,5}".prop_map(|text| Array::text(&text))];
+    leaf.prop_recursive(3, 40, 5, |inner| {
+        prop_oneof![
+            proptest::collection::vec(inner.clone(), 0..5).prop_map(Array::cells),
+            (1usize..4, 0usize..3).prop_flat_map(move |(fields, count)| {
+                let names = ["a", "longer_name", "c"];
+                proptest::collection::vec(inner.clone(), fields * count)
+                    .prop_map(move |values| Array::structs(&names[..fields], values))
+            }),
+        ]
+    })
+}
+
+/// The same files in every run; `.ci/random.sh` draws others.
+fn cases(cases: u32) -> ProptestConfig {
+    ProptestConfig { cases, rng_seed: RngSeed::Fixed(1), ..ProptestConfig::default() }
+}
+
+proptest! {
+    #![proptest_config(cases(256))]
+
+    #[test]
+    fn what_is_written_is_read_again(arrays in proptest::collection::vec(array(), 0..4), big: bool, compressed: bool) {
+        let named = arrays.into_iter().enumerate().map(|(i, array)| (format!("v{i}"), array)).collect();
+        let variables = Variables(named);
+        let order = if big { ByteOrder::Big } else { ByteOrder::Little };
+        prop_assert_eq!(parse(&encode(&variables, order, compressed)), Ok(variables));
+    }
+}
+
+proptest! {
+    #![proptest_config(cases(3000))]
+
+    /// Bytes changed, words set to extremes, ends cut off: an answer or an error, no panic, no great memory.
+    #[test]
+    fn mutated_files_are_read_or_refused(
+        which: prop::sample::Index,
+        changes in proptest::collection::vec((any::<prop::sample::Index>(), 0u8..4, any::<u8>()), 1..6),
+        cut: prop::sample::Index,
+        is_cut: bool,
+    ) {
+        let files = mat_files(Path::new(FILES));
+        let mut bytes = fs::read(which.get(&files)).unwrap();
+        for (place, kind, value) in changes {
+            let place = place.index(bytes.len());
+            let word = place.min(bytes.len() - 4) / 4 * 4;
+            match kind {
+                0 => bytes[place] = value,
+                1 => bytes[place] ^= 1 << (value % 8),
+                2 => bytes[word..word + 4].copy_from_slice(&u32::MAX.to_le_bytes()),
+                _ => bytes[word..word + 4].copy_from_slice(&u32::from(value).to_le_bytes()),
+            }
+        }
+        if is_cut {
+            bytes.truncate(cut.index(bytes.len()));
+        }
+        if let Err(reason) = parse(&bytes) {
+            prop_assert!(!reason.is_empty() && !reason.contains('\n') && reason.len() < 500, "{}", reason);
+        }
+    }
+}

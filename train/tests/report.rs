@@ -1,0 +1,158 @@
+//! report.html from the files of a run folder, whole or cut short.
+#![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
+
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use ddtas::backend::Nearest;
+use ddtas_train::Error;
+use ddtas_train::data::synthetic::{SyntheticSettings, synthetic};
+use ddtas_train::train::report::{self, Baseline, Extent, Findings};
+use ddtas_train::train::{EvaluationRecord, Record, StepRecord};
+use ndarray::Array2;
+
+fn step(step: usize) -> Record {
+    let way = step as f64 / 200.0;
+    Record::Step(StepRecord {
+        step,
+        epoch: step as f64 / 49.0,
+        loss: 1.2 - 0.6 * way + 0.1 * (step as f64 * 1.7).sin(),
+        gamma_pos: Some(if step.is_multiple_of(7) { 0.1 } else { 0.14 }),
+        gamma_neg: Some(0.006),
+        lambda_pos: 0.7,
+        lambda_neg: 0.7,
+        mined_pos: 300 - step as u64,
+        mined_neg: if step == 199 { 0 } else { 4000 - 15 * step as u64 },
+        active: 80,
+        mean_pos: Some(0.8),
+        mean_neg: (step != 3).then_some(0.4 - 0.2 * way),
+        hypergradient: None,
+        learning_rate: 2e-3 * (1.0 - way),
+    })
+}
+
+fn evaluation(step: usize, at_1: f64) -> Record {
+    let recall = [1, 2, 4, 8].into_iter().enumerate().map(|(i, k)| (k, at_1 + 0.08 * i as f64)).collect();
+    Record::Evaluation(EvaluationRecord { step, recall })
+}
+
+fn write_run(folder: &Path, records: &[Record]) {
+    fs::write(folder.join("config.toml"), "seed = 5\nloss = \"a<b>\"\n[augment]\nflip = 0.5\n").unwrap();
+    let lines: String = records.iter().map(|r| serde_json::to_string(r).unwrap() + "\n").collect();
+    fs::write(folder.join("metrics.jsonl"), lines).unwrap();
+}
+
+fn whole_run() -> Vec<Record> {
+    let mut records = vec![evaluation(0, 0.013)];
+    records.extend((0..200).map(step));
+    records.insert(101, evaluation(100, 0.31));
+    records.push(evaluation(200, 0.284));
+    records
+}
+
+fn findings() -> Findings {
+    let settings =
+        SyntheticSettings { classes: 20, train_pictures: 2, test_pictures: 4, ..Default::default() };
+    let cars = synthetic(&settings).unwrap();
+    let n = cars.test.len();
+    // The next pictures in the set: some of the same class, some of the next one.
+    let nearest = Nearest {
+        indices: Array2::from_shape_fn((n, 8), |(i, j)| ((i + j + 1) % n) as u32),
+        similarities: Array2::from_shape_fn((n, 8), |(_, j)| 0.95 - 0.06 * j as f32),
+    };
+    let rows: Vec<usize> = (0..n).collect();
+    let shown = report::choose(&rows, &rows, &nearest, 8, 8).unwrap();
+    let queries = report::queries(&cars.test, &cars.test, &shown).unwrap();
+    let extent = |split: &Arc<ddtas_train::data::Split>| Extent {
+        classes: split.class_names().len(),
+        pictures: split.len(),
+    };
+    Findings {
+        dataset: "synthetic".into(),
+        train: extent(&cars.train),
+        test: extent(&cars.test),
+        baselines: vec![Baseline {
+            name: "raw pixels".into(),
+            recall: vec![(1, 0.02), (2, 0.04), (4, 0.06), (8, 0.1)],
+        }],
+        training_seconds: 127.4,
+        queries,
+    }
+}
+
+#[test]
+fn report_shows_recall_plots_neighbours_and_settings() {
+    let folder = tempfile::tempdir().unwrap();
+    write_run(folder.path(), &whole_run());
+    findings().save(folder.path()).unwrap();
+    let path = report::write(folder.path()).unwrap();
+    let page = fs::read_to_string(&path).unwrap();
+    for part in [
+        "R@8",
+        "raw pixels",
+        "untrained network",
+        "best, after 100 steps",
+        ">31.0</b>",
+        ">28.4</td>",
+        "2:07 ",
+    ] {
+        assert!(page.contains(part), "{part}");
+    }
+    assert_eq!(page.matches("<svg").count(), 7);
+    for svg in page.split("<svg").skip(1).filter_map(|rest| rest.split("</svg>").next()) {
+        assert!(!svg.contains("NaN") && !svg.contains("#010203"), "{svg}");
+    }
+    assert!(page.contains("a&#60;b&#62;") && !page.contains("a<b>"), "settings are escaped");
+    assert!(page.contains("augment.flip"));
+    assert!(!page.contains("src=\"http") && !page.contains("href="), "nothing is fetched");
+    assert_eq!(page.matches("data:image/png;base64,").count(), 8 * 9);
+    assert_eq!(
+        page.matches("<figure class=\"right\">").count() + page.matches("<figure class=\"wrong\">").count(),
+        64
+    );
+
+    let strip = image::open(folder.path().join("neighbours.png")).unwrap().into_rgb8();
+    let frame = |column: u32, row: u32| strip.get_pixel(130 + 8 + column * 114, 8 + row * 114).0;
+    let query = &findings().queries[0];
+    for (column, answer) in query.answers.iter().enumerate() {
+        let green = frame(column as u32, 0)[1] > 128;
+        assert_eq!(green, answer.right, "frame of answer {column}");
+    }
+    if let Some(kept) = option_env!("DDTAS_KEEP_REPORT") {
+        fs::copy(&path, Path::new(kept).join("report.html")).unwrap();
+        strip.save(Path::new(kept).join("neighbours.png")).unwrap();
+    }
+
+    let again = report::write(folder.path()).unwrap();
+    assert_eq!(fs::read_to_string(again).unwrap(), page, "the same files give the same report");
+}
+
+#[test]
+fn a_run_cut_short_gets_a_report_of_what_there_is() {
+    let folder = tempfile::tempdir().unwrap();
+    write_run(folder.path(), &[]);
+    let page = fs::read_to_string(report::write(folder.path()).unwrap()).unwrap();
+    assert!(page.contains("has not ended") && !page.contains("<svg"));
+
+    write_run(folder.path(), &whole_run()[..20]);
+    let metrics = folder.path().join("metrics.jsonl");
+    let torn = fs::read_to_string(&metrics).unwrap() + "{\"kind\":\"st";
+    fs::write(&metrics, torn).unwrap();
+    let page = fs::read_to_string(report::write(folder.path()).unwrap()).unwrap();
+    assert!(page.contains("<svg") && page.contains("untrained network"));
+}
+
+#[test]
+fn files_that_are_missing_or_something_else_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let error = report::write(folder.path()).unwrap_err();
+    assert!(matches!(&error, Error::Io { path, .. } if path.ends_with("config.toml")), "{error}");
+    write_run(folder.path(), &whole_run());
+    fs::write(folder.path().join("report.json"), "{}").unwrap();
+    let error = report::write(folder.path()).unwrap_err();
+    assert!(matches!(&error, Error::Format { path, .. } if path.ends_with("report.json")), "{error}");
+    fs::remove_file(folder.path().join("report.json")).unwrap();
+    fs::write(folder.path().join("config.toml"), "= nonsense").unwrap();
+    assert!(matches!(report::write(folder.path()), Err(Error::Format { .. })));
+}

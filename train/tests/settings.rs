@@ -1,0 +1,233 @@
+//! Settings that cannot work: each is refused before anything is made, by a line that names it.
+#![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
+
+mod runs;
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use assert_cmd::Command;
+use clap::{ArgAction, Args};
+use ddtas_train::inference::{EmbedSettings, EvalSettings, SearchSettings};
+use ddtas_train::train::TrainSettings;
+use runs::small_run;
+
+/// Arguments of training, and the flag that the refusal has to name.
+const TRAIN: [(&str, &str); 72] = [
+    ("--dataset cars", "--dataset"),
+    ("--dataset folder", "data-root"),
+    ("--dataset folder --data-root nowhere", "--data-root"),
+    ("--dataset folder --data-root DATA --train-classes 1", "train-classes"),
+    ("--dataset folder --data-root DATA --train-classes 8", "train-classes"),
+    ("--train-classes 4", "train-classes"),
+    ("--crop-to-box", "crop-to-box"),
+    ("--data-seed 9223372036854775808", "data-seed"),
+    ("--image-size 0", "image-size"),
+    ("--image-size 1025", "image-size"),
+    ("--embedding-dim 0", "embedding-dim"),
+    ("--width 0", "width"),
+    ("--depth 0", "depth"),
+    ("--batch-norm thawed", "--batch-norm"),
+    ("--batch-norm frozen", "batch-norm"),
+    ("--init nowhere", "init"),
+    ("--loss triplet", "--loss"),
+    ("--mining hard", "--mining"),
+    ("--gamma=-0.1", "gamma"),
+    ("--gamma NaN", "gamma"),
+    ("--negative-ratio 11", "negative-ratio"),
+    ("--probe-ratio inf", "probe-ratio"),
+    ("--tolerance 2", "tolerance"),
+    ("--alpha 0", "alpha"),
+    ("--beta=-1", "beta"),
+    ("--lambda 9", "lambda = 9"),
+    ("--lambda 9 --lambda-pos 0.5 --lambda-neg 0.5", "lambda = 9"),
+    ("--lambda-pos 3", "lambda-pos"),
+    ("--lambda-neg=-3", "lambda-neg"),
+    ("--classes-per-batch 0", "classes-per-batch"),
+    ("--classes-per-batch 99", "--classes-per-batch"),
+    ("--images-per-class 0", "images-per-class"),
+    ("--smallest-crop 0", "smallest-crop"),
+    ("--smallest-crop 1.5", "smallest-crop"),
+    ("--smallest-crop NaN", "smallest-crop"),
+    ("--steps 0", "steps"),
+    ("--steps 99999999999", "steps"),
+    ("--learning-rate 0", "learning-rate"),
+    ("--learning-rate inf", "learning-rate"),
+    ("--warm-up 1.1", "warm-up"),
+    ("--weight-decay 1", "weight-decay"),
+    ("--evaluate-every 18446744073709551615", "evaluate-every"),
+    ("--memory-size 99999999999", "memory-size"),
+    ("--memory-start 18446744073709551615", "memory-start"),
+    ("--seed 18446744073709551615", "seed"),
+    ("--device toaster", "device"),
+    ("--workers 0", "workers"),
+    ("--workers 257", "workers"),
+    ("--checkpoint-every 18446744073709551615", "checkpoint-every"),
+    ("--max-bad-images 18446744073709551615", "max-bad-images"),
+    ("--generator all", "--generator"),
+    ("--generator head --loss contrastive", "generator"),
+    ("--lambda-pair=yes", "--lambda-pair"),
+    ("--meta old", "--meta"),
+    ("--meta recent --generator full", "meta"),
+    ("--meta-classes 1", "meta-classes"),
+    ("--meta-classes 99 --generator head", "--meta-classes"),
+    ("--meta-images 0", "meta-images"),
+    ("--meta-recent 0", "meta-recent"),
+    ("--meta-objective none", "--meta-objective"),
+    ("--lambda-reference 2.5", "lambda-reference"),
+    ("--virtual-step long", "--virtual-step"),
+    ("--virtual-rate 0", "virtual-rate"),
+    ("--lambda-optimizer lbfgs", "--lambda-optimizer"),
+    ("--lambda-rate NaN", "lambda-rate"),
+    ("--rehearsal 99999999999 --generator head", "rehearsal"),
+    ("--rehearsal 10", "rehearsal"),
+    ("--lambda-l1=-1 --lambda-l2=-1", "lambda-l1"),
+    ("--lambda-l2=-1", "lambda-l2"),
+    ("--lambda-min 0.8 --generator head", "--lambda-min"),
+    ("--lambda-max 3", "lambda-max"),
+    ("--lambda-ensemble 2 --generator full", "lambda-ensemble"),
+];
+
+/// The same for what needs files of its own.
+const GENERATOR_INIT: [&str; 2] =
+    ["--generator-init nowhere --generator head", "--generator-init DATA/class00/0.png"];
+
+fn refusal(command: &mut Command, arguments: &str, flag: &str) -> String {
+    let output = command.output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(matches!(output.status.code(), Some(1 | 2)), "{arguments}: {said}");
+    assert!(said.contains(flag) && !said.contains("panicked"), "{arguments} does not name {flag}: {said}");
+    assert!(output.stdout.is_empty());
+    said
+}
+
+fn split<'a>(arguments: &'a str, data: &'a str) -> impl Iterator<Item = String> + 'a {
+    arguments.split(' ').map(move |part| part.replace("DATA", data))
+}
+
+/// The long names of the settings, but for those in `except`.
+fn flags<T: Args>(except: &[&str]) -> BTreeSet<String> {
+    let command = T::augment_args(clap::Command::new("test"));
+    let all = command.get_arguments().filter_map(|argument| argument.get_long().map(str::to_owned));
+    all.filter(|flag| !except.contains(&flag.as_str())).collect()
+}
+
+/// Every setting has a bad value in the table: a new one without a check is noticed here.
+fn assert_complete<T: Args>(tried: &[&str], except: &[&str]) {
+    let tried: String = tried.join(" ") + " ";
+    for flag in flags::<T>(except) {
+        assert!(
+            tried.contains(&format!("--{flag} ")) || tried.contains(&format!("--{flag}=")),
+            "no bad value of --{flag} is tried"
+        );
+    }
+}
+
+#[test]
+fn training_refuses_what_cannot_work_and_leaves_no_folder() {
+    let place = tempfile::tempdir().unwrap();
+    let (data, run) = (place.path().join("data"), place.path().join("mine"));
+    runs::folder_of_pictures(&data, 8, 2);
+    let data = data.to_str().unwrap();
+    let init = GENERATOR_INIT.map(|arguments| (arguments, "generator-init"));
+    for (arguments, flag) in TRAIN.into_iter().chain(init) {
+        let mut command = small_run(&run, 2);
+        command.current_dir(place.path());
+        // The last of two wins, and a flag of the small run may be the one at hand.
+        command.args(split(arguments, data));
+        refusal(&mut command, arguments, flag);
+        assert!(!run.exists(), "{arguments} leaves a folder");
+    }
+    let mut empty = small_run(Path::new(""), 2);
+    refusal(&mut empty, "--output ''", "output");
+    let tried: Vec<&str> = TRAIN.iter().map(|row| row.0).chain(GENERATOR_INIT).collect();
+    assert_complete::<TrainSettings>(&tried, &["output"]);
+    // The mended command has its folder to itself.
+    small_run(&run, 2).assert().success();
+    refusal(&mut small_run(&run, 2), "--output RUN", "--output");
+    refusal(&mut small_run(&run.join("config.toml"), 2), "--output FILE", "--output");
+    let mut resumed = Command::cargo_bin("ddtas-train").unwrap();
+    resumed.arg("--resume").arg(&run).args(["--workers", "0"]);
+    refusal(&mut resumed, "--workers 0", "workers");
+}
+
+#[test]
+fn the_other_commands_refuse_what_cannot_work_and_leave_no_file() {
+    let place = tempfile::tempdir().unwrap();
+    let data = place.path().join("data");
+    runs::folder_of_pictures(&data, 8, 2);
+    small_run(&place.path().join("run"), 1).assert().success();
+    let checkpoint = "run/best.safetensors";
+    let eval = format!("eval --checkpoint {checkpoint}");
+    let embed = format!("embed --checkpoint {checkpoint} --images DATA --out out.npy");
+    let search = format!("search --checkpoint {checkpoint} --gallery DATA --query DATA/class00/0.png");
+    let fixture = "make-fixture --dataset cars196 --out out";
+    let table: [(&str, &str, &str); 36] = [
+        (&eval, "--recall-at 1,0", "recall-at"),
+        (&eval, "--nmi --nmi-steps 0", "nmi-steps"),
+        (&eval, "--image-size 7", "image-size"),
+        (&eval, "--device toaster", "device"),
+        (&eval, "--dataset cars", "--dataset"),
+        (&eval, "--dataset cub200", "data-root"),
+        (&eval, "--dataset folder --data-root nowhere", "--data-root"),
+        (&eval, "--dataset folder --data-root DATA --train-classes 0", "train-classes"),
+        (&eval, "--dataset sop --data-root DATA --crop-to-box", "crop-to-box"),
+        (&eval, "--dataset synthetic --data-seed=-1", "--data-seed"),
+        (&eval, "--seed=-1", "--seed"),
+        ("eval", "--checkpoint nowhere", "nowhere"),
+        ("eval", "--embeddings nowhere", "nowhere"),
+        (&embed.replace(checkpoint, "nowhere"), "", "nowhere"),
+        (&embed, "--image-size 0", "image-size"),
+        (&embed.replace("out.npy", "out.txt"), "", "out = out.txt"),
+        (&embed.replace("out.npy", "nowhere/out.npy"), "", "out = nowhere/out.npy"),
+        (&embed.replace("--images DATA", "--images nowhere"), "", "nowhere"),
+        (&search, "--top 0", "top"),
+        (&search, "--image-size 2000", "image-size"),
+        (&search, "--device toaster", "device"),
+        (&search, "--html nowhere/out.html", "html"),
+        (&search, "--html run", "html"),
+        (&search.replace("--gallery DATA", "--gallery nowhere"), "", "nowhere"),
+        (&search.replace("class00/0.png", "nowhere"), "", "nowhere"),
+        (&search.replace(checkpoint, "nowhere"), "", "nowhere"),
+        (fixture, "--classes 3", "classes"),
+        (fixture, "--images-per-class 1", "images-per-class"),
+        (fixture, "--picture-width 8", "picture-width"),
+        (fixture, "--layout round", "--layout"),
+        (fixture, "--seed=-1", "--seed"),
+        ("make-fixture --dataset sop --out out", "--layout devkit", "layout"),
+        ("make-fixture --dataset synthetic --out out", "", "dataset"),
+        ("make-fixture --dataset cars196 --out run", "", "--out"),
+        ("make-fixture --dataset cars196 --out run/config.toml", "", "run/config.toml"),
+        ("make-fixture --dataset cars196", "", "--out"),
+    ];
+    let before = names(place.path());
+    for (command, more, flag) in table {
+        let arguments = format!("{command} {more}");
+        let mut program = Command::cargo_bin("ddtas-train").unwrap();
+        program.current_dir(place.path()).args(split(arguments.trim(), "data"));
+        refusal(&mut program, &arguments, flag);
+        assert_eq!(names(place.path()), before, "{arguments} leaves something");
+    }
+    let tried = |command: &str| -> Vec<&str> {
+        table.iter().filter(|row| row.0.starts_with(command)).flat_map(|row| [row.0, row.1]).collect()
+    };
+    // Flags without a value have no bad one.
+    assert_complete::<EvalSettings>(&tried("eval"), &switches::<EvalSettings>());
+    assert_complete::<EmbedSettings>(&tried("embed"), &switches::<EmbedSettings>());
+    assert_complete::<SearchSettings>(&tried("search"), &switches::<SearchSettings>());
+}
+
+fn names(folder: &Path) -> BTreeSet<std::ffi::OsString> {
+    std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name()).collect()
+}
+
+/// Flags that take no value.
+fn switches<T: Args>() -> Vec<&'static str> {
+    let command = T::augment_args(clap::Command::new("test"));
+    let switch = |argument: &&clap::Arg| matches!(argument.get_action(), ArgAction::SetTrue);
+    command
+        .get_arguments()
+        .filter(switch)
+        .filter_map(|argument| argument.get_long().map(|long| &*long.to_owned().leak()))
+        .collect()
+}
