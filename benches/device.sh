@@ -1,42 +1,65 @@
 #!/usr/bin/env bash
 # Everything there is to know about ddtas on one GPU, in one command:
 #
-#     benches/device.sh [OUT]            OUT: benches/records/DATE-GPU-cuda by default
+#     benches/device.sh [--quick] [--prebuilt DIR] [OUT]
 #
 # 1. the reference cases, every dtype, both forms, on the GPU
 # 2. compute-sanitizer memcheck, racecheck and initcheck over them
 # 3. throughput at several densities beside, in the same run on the same rows,
 #    the floor (two bare cuBLAS GEMMs), dense torch eager and compiled, and
-#    pytorch-metric-learning: table.md, plot.svg, results.json
+#    pytorch-metric-learning: table.md, plot.svg, results.json. Before a shape is timed its
+#    answer is compared: m+, m-, counts, terms of the loss and gradient of 128 anchors with float64,
+#    counts with the kernels that are not Hopper's, and budget 0 bit for bit. What is wrong ends the run.
+# 4. the module of PyTorch on tensors of the GPU, compared with dense torch in float64: python.json
+#
+#     --quick          4 minutes at most: two batches and densities, fewer peers, memcheck alone, each
+#                      step only as long as there is time; what was left out is named
+#     --prebuilt DIR   run what `benches/prebuilt.sh DIR` built elsewhere: `ddtas-bench`, `resident`, `tests`
+#                      and a wheel. Then neither Rust nor nvcc is needed.
+#     OUT              benches/records/DATE-GPU-cuda by default
 #
 # Needs an NVIDIA GPU (8.0 or newer) with driver 580 or newer, Rust, CUDA 13 (nvcc,
 # compute-sanitizer), libclang, and Python with torch; pytorch-metric-learning if it
-# is to be measured. Environment:
+# is to be measured, ddtas (docs/python.md) for step 4. Environment:
 #     BATCHES, DIMS   rows and dimensions, separated by commas
 #     DENSITIES       late (1 % of the negatives mined), middle (8 %), start (30 %), or shares as numbers;
 #                     0.004 and these three by default, what the aims and the CPU's table are about
 #     DTYPE           bf16 (default), f16 or f32, which is measured twice: exact, and in TF32 as its peers are
 #     BUDGET          bytes for candidates (16 GiB); a batch takes no more than it can use
-#     SKIP            any of "verify sanitize throughput", to leave out steps
+#     SKIP            any of "verify sanitize throughput python", to leave out steps
+#     QUICK_SECONDS   after which --quick starts nothing and waits for nothing (215)
 set -euo pipefail
 cd "$(dirname "$0")/.."
-
-if [[ ${1:-} == --help || ${1:-} == -h ]]; then
-    sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' benches/device.sh
-    exit
-fi
-
-batches=${BATCHES:-1024,4096,16384,65536,262144}
-dims=${DIMS:-128,512}
-densities=${DENSITIES:-0.004,late,middle,start}
-dtype=${DTYPE:-bf16}
-budget=${BUDGET:-$((16 << 30))}
-skip=" ${SKIP:-} "
 
 fail() {
     echo "device.sh: $*" >&2
     exit 1
 }
+
+quick="" prebuilt="" out=""
+while (($#)); do
+    case $1 in
+        --help | -h)
+            sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' benches/device.sh
+            exit
+            ;;
+        --quick) quick=1 ;;
+        --prebuilt)
+            prebuilt=${2:?device.sh: --prebuilt names a folder}
+            shift
+            ;;
+        -*) fail "$1: --help names the options" ;;
+        *) out=$1 ;;
+    esac
+    shift
+done
+
+batches=${BATCHES:-${quick:+1024,16384}} dims=${DIMS:-${quick:+512}} densities=${DENSITIES:-${quick:+0.004,middle}}
+batches=${batches:-1024,4096,16384,65536,262144} dims=${dims:-128,512} densities=${densities:-0.004,late,middle,start}
+dtype=${DTYPE:-bf16}
+budget=${BUDGET:-$((16 << 30))}
+skip=" ${SKIP:-} "
+seconds=${quick:+0.2} seconds=${seconds:-1} quick_seconds=${QUICK_SECONDS:-215}
 skipped() { [[ $skip == *" $1 "* ]]; }
 
 command -v nvidia-smi >/dev/null || fail "no nvidia-smi: this needs an NVIDIA GPU and its driver"
@@ -48,8 +71,14 @@ sanitizer=$(command -v compute-sanitizer || true)
     sanitizer=${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer
 skipped sanitize || [[ -n $sanitizer ]] ||
     fail "no compute-sanitizer: install the CUDA 13 toolkit and set CUDA_HOME, or SKIP=sanitize"
+if [[ -n $prebuilt ]]; then
+    prebuilt=$(cd "$prebuilt" 2>/dev/null && pwd) || fail "--prebuilt $prebuilt is no folder"
+    for program in ddtas-bench resident tests; do
+        [[ -x $prebuilt/$program ]] || fail "--prebuilt $prebuilt holds no $program: benches/prebuilt.sh makes it"
+    done
+fi
 
-out=${1:-benches/records/$(date +%Y-%m-%d)-$(tr -cs '[:alnum:]\n' - <<<"$gpu")-cuda}
+out=${out:-benches/records/$(date +%Y-%m-%d)-$(tr -cs '[:alnum:]\n' - <<<"$gpu")-cuda}
 mkdir -p "$out"
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
@@ -57,38 +86,63 @@ trap 'rm -rf "$scratch"' EXIT
 {
     echo "# ddtas on $gpu"
     echo
-    echo "- command: BATCHES=$batches DIMS=$dims DENSITIES=$densities DTYPE=$dtype BUDGET=$budget SKIP=\"${SKIP:-}\" benches/device.sh"
-    echo "- commit: $(git rev-parse HEAD)$(git diff --quiet HEAD || echo ', with changes')"
+    echo "- command: BATCHES=$batches DIMS=$dims DENSITIES=$densities DTYPE=$dtype BUDGET=$budget SKIP=\"${SKIP:-}\"" \
+        "benches/device.sh${quick:+ --quick}${prebuilt:+ --prebuilt DIR}"
+    if [[ -n $prebuilt ]]; then
+        echo "- built elsewhere from commit $(cat "$prebuilt/commit")"
+    else
+        echo "- commit: $(git rev-parse HEAD)$(git diff --quiet HEAD || echo ', with changes')"
+        echo "- $(rustc --version)"
+    fi
     echo "- GPU, driver, clocks, power limit: $(nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,clocks.max.mem,power.limit --format=csv,noheader | head -n 1)"
     echo "- $(python3 -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda)' 2>/dev/null || echo 'no torch')"
-    echo "- $(rustc --version)"
 } >"$out/README.md"
 
-# Lines for compute-sanitizer; they cost nothing at run time.
-export NVCC_APPEND_FLAGS=-lineinfo
-cargo build --release -p ddtas-bench --features cuda
-bench=target/release/ddtas-bench
+left_out() {
+    echo "left out for want of time: $1" | tee -a "$out/README.md" >&2
+}
+# `limited NAME COMMAND...` runs a command; with --quick as long as there is time, and says if there was not enough (124).
+limited() {
+    local name=$1 status=0
+    shift
+    [[ -n $quick ]] || {
+        "$@"
+        return
+    }
+    local left=$((quick_seconds - SECONDS))
+    ((left > 0)) && timeout --kill-after 5 "$left" "$@" || status=$?
+    ((left > 0 && status != 124 && status != 137)) && return "$status"
+    left_out "$name"
+    return 124
+}
+
+if [[ -n $prebuilt ]]; then
+    bench=$prebuilt/ddtas-bench resident=("$prebuilt/resident") tests=("$prebuilt/tests")
+    for wheel in "$prebuilt"/*.whl; do
+        [[ ! -e $wheel ]] || python3 -m pip install --quiet --disable-pip-version-check --no-deps --target "$scratch/python" "$wheel"
+    done
+    export PYTHONPATH=$scratch/python${PYTHONPATH:+:$PYTHONPATH}
+else
+    # Lines for compute-sanitizer; they cost nothing at run time.
+    export NVCC_APPEND_FLAGS=-lineinfo
+    cargo build --release -p ddtas-bench --features cuda
+    bench=target/release/ddtas-bench
+    resident=(cargo bench --quiet -p ddtas-bench --features cuda --bench resident --)
+    tests=(cargo test --release -p ddtas --features cuda --test cuda --)
+    # Built before anything is timed.
+    cargo bench --quiet --no-run -p ddtas-bench --features cuda --bench resident
+    cargo test --quiet --no-run --release -p ddtas --features cuda --test cuda
+fi
+# The time of compiling is not counted.
+SECONDS=0
 
 if ! skipped verify; then
     echo "== reference cases on the GPU"
     "$bench" verify tests/golden --backend cuda --json >"$out/verify.json" ||
         fail "a reference case fails on the GPU: see $out/verify.json"
     # The tests add dtypes, the rectangular form and random shapes; here a skip is a failure.
-    DDTAS_REQUIRE_GPU=1 cargo test --release -p ddtas --features cuda --test cuda -- --nocapture
-fi
-
-if ! skipped sanitize; then
-    # Cargo's variable for what starts a program of this machine's kind.
-    host=$(rustc -vV | sed -n 's/^host: //p')
-    runner=CARGO_TARGET_$(tr 'a-z-' 'A-Z_' <<<"$host")_RUNNER
-    for tool in memcheck racecheck initcheck; do
-        echo "== compute-sanitizer $tool"
-        # Through the tests' program, for the reference cases are f32 and square: every type and form.
-        env "$runner=$sanitizer --tool $tool --error-exitcode 1" DDTAS_REQUIRE_GPU=1 \
-            cargo test --release -p ddtas --features cuda --test cuda -- agree >"$out/$tool.txt" 2>&1 ||
-            fail "compute-sanitizer $tool complains: see $out/$tool.txt"
-        grep 'ERROR SUMMARY\|RACECHECK SUMMARY' "$out/$tool.txt" || true
-    done
+    DDTAS_REQUIRE_GPU=1 limited "tests of every type and form" "${tests[@]}" --nocapture || (($? == 124)) ||
+        fail "the GPU's answers are wrong: see above"
 fi
 
 if ! skipped throughput; then
@@ -96,8 +150,7 @@ if ! skipped throughput; then
     # Exact products, and for f32 those in TF32: no argument more, or one.
     products=("")
     [[ $dtype != f32 ]] || products+=(--tf32)
-    # Built before anything is timed.
-    cargo bench --quiet --no-run -p ddtas-bench --features cuda --bench resident
+    peers=(--seconds "$seconds" ${quick:+--peers gemms,compiled})
     for dim in ${dims//,/ }; do
         for density in ${densities//,/ }; do
             for batch in ${batches//,/ }; do
@@ -106,18 +159,53 @@ if ! skipped throughput; then
                 given=(--batch "$batch" --dim "$dim" --density "$density" --save-embeddings "$rows")
                 for tf32 in "${products[@]}"; do
                     # From the host, copies included.
-                    "$bench" throughput --backend cuda "${given[@]}" --dtype "$dtype" $tf32 \
-                        --json >"$scratch/$name.host${tf32#-}.json"
+                    limited "$name from the host" "$bench" throughput --backend cuda "${given[@]}" --dtype "$dtype" $tf32 \
+                        --seconds "$seconds" --json >"$scratch/host" || { (($? == 124)) && continue 2 || fail "$name from the host failed: see above"; }
                     given=(--embeddings "$rows")
-                    # Without the copies between host and GPU, as a training step on the GPU calls it.
-                    cargo bench --quiet -p ddtas-bench --features cuda --bench resident -- "${given[@]}" --dtype "$dtype" $tf32 \
-                        --budget "$budget" >"$scratch/$name.ddtas${tf32#-}.json"
+                    # Compared; then without the copies between host and GPU, as a training step on the GPU calls it.
+                    limited "$name" "${resident[@]}" "${given[@]}" --dtype "$dtype" $tf32 --compare 128 \
+                        --budget "$budget" --seconds "$seconds" >"$scratch/ours" || { (($? == 124)) && continue 2 || fail "$name was refused: see above"; }
+                    mv "$scratch/host" "$scratch/$name.host${tf32#-}.json"
+                    mv "$scratch/ours" "$scratch/$name.ddtas${tf32#-}.json"
                 done
-                python3 benches/device/baselines.py "$rows" --dtype "$dtype" >"$scratch/$name.peers.json"
-                rm "$rows"
+                limited "the peers of $name" python3 benches/device/baselines.py "$rows" --dtype "$dtype" "${peers[@]}" \
+                    >"$scratch/peers" || { (($? == 124)) && echo '[]' >"$scratch/peers" || fail "the peers of $name failed: see above"; }
+                mv "$scratch/peers" "$scratch/$name.peers.json"
+                rm -f "$rows"
             done
         done
     done
-    python3 benches/device/report.py "$scratch" "$out"
+    if compgen -G "$scratch/*.peers.json" >/dev/null; then python3 benches/device/report.py "$scratch" "$out"; fi
 fi
-echo "device.sh: done, results in $out"
+
+if ! skipped python; then
+    echo "== the module of PyTorch"
+    if python3 -c 'import ddtas.torch' 2>/dev/null; then
+        limited "python" python3 benches/device/module.py --batch "$batches" --dtype "$dtype" --seconds "$seconds" >"$out/python.json" ||
+            (($? == 124)) || fail "the module is wrong on the GPU: see above"
+    else
+        echo "skipped: python3 has no ddtas (docs/python.md)" | tee -a "$out/README.md"
+    fi
+fi
+
+if ! skipped sanitize; then
+    # Cargo's variable for what starts a program of this machine's kind.
+    host=$(rustc -vV 2>/dev/null | sed -n 's/^host: //p') || host=""
+    runner=CARGO_TARGET_$(tr 'a-z-' 'A-Z_' <<<"$host")_RUNNER
+    # Through the tests' program, for the reference cases are f32 and square: every type and form.
+    tools=(memcheck)
+    [[ -n $quick ]] || tools+=(racecheck initcheck)
+    for tool in "${tools[@]}"; do
+        echo "== compute-sanitizer $tool"
+        command=("$sanitizer" --tool "$tool" --error-exitcode 1)
+        if [[ -n $prebuilt ]]; then
+            run=("${command[@]}" "${tests[@]}" agree)
+        else
+            run=(env "$runner=${command[*]}" "${tests[@]}" agree)
+        fi
+        DDTAS_REQUIRE_GPU=1 limited "compute-sanitizer $tool" "${run[@]}" >"$out/$tool.txt" 2>&1 || (($? == 124)) ||
+            fail "compute-sanitizer $tool complains: see $out/$tool.txt"
+        grep 'ERROR SUMMARY\|RACECHECK SUMMARY' "$out/$tool.txt" || true
+    done
+fi
+echo "device.sh: done, results in $out (${SECONDS}s)"

@@ -185,6 +185,15 @@ DEVICE T warp_sum(T value) {
     return value;
 }
 
+// Sum over the lanes up to this one.
+DEVICE uint32_t warp_scan(uint32_t value) {
+    for (uint32_t by = 1; by < 32; by *= 2) {
+        uint32_t other = shuffle_up(value, static_cast<int>(by));
+        if (lane_index() >= by) value += other;
+    }
+    return value;
+}
+
 // Sum over the block in a fixed order; every thread gets it. `scratch` holds THREADS / 32 values.
 template <class T>
 DEVICE T block_sum(T value, T *scratch) {

@@ -13,21 +13,21 @@
 
 #include "tile.cuh"
 
+using GroupAccumulators = float[16][4];  // [columns / 8, ...] of m64n128
+
+// Where a thread's accumulators stand in the tile, as Place has it; the same for any width. 8 warps share a tile.
+struct GroupPlace {
+    static constexpr int rows = 2, columns = 32, quarters = 4;
+    DEVICE uint32_t first_quarter() const { return 0; }
+    DEVICE uint32_t row_of(int r) const { return warp_index() % 8 * 16 + r * 8 + lane_index() / 4; }
+    DEVICE uint32_t column_of(int c) const { return c / 2 * 8 + lane_index() % 4 * 2 + c % 2; }
+    static DEVICE float value(const GroupAccumulators &acc, int r, int c) { return acc[c / 2][r * 2 + c % 2]; }
+};
+
 #ifdef HAS_WARPGROUP_PRODUCTS
 
 constexpr int kHopperStages = 4;
 static_assert(HOPPER_STAGES_BYTES == kHopperStages * 2 * TILE * STAGE_BYTES, "the launch plan's shared memory");
-
-using GroupAccumulators = float[16][4];  // [columns / 8, ...] of m64n128
-
-// Where a thread's accumulators stand in the tile, as Place has it; the same for any width.
-struct GroupPlace {
-    static constexpr int rows = 2, columns = 32, quarters = 4;
-    DEVICE uint32_t first_quarter() const { return 0; }
-    DEVICE uint32_t row_of(int r) const { return warp_index() * 16 + r * 8 + lane_index() / 4; }
-    DEVICE uint32_t column_of(int c) const { return c / 2 * 8 + lane_index() % 4 * 2 + c % 2; }
-    static DEVICE float value(const GroupAccumulators &acc, int r, int c) { return acc[c / 2][r * 2 + c % 2]; }
-};
 
 // c += a b in the rows' type, asynchronously.
 template <bool transposed, int n>

@@ -27,13 +27,27 @@
 /* On Hopper: 4 stages with a barrier each, which leaves one block a multiprocessor. */
 #define HOPPER_STAGES_BYTES (4 * 2 * TILE * STAGE_BYTES)
 #define HOPPER_SHARED_BYTES (HOPPER_STAGES_BYTES + 4 * 8)
-#define SWEEP_HOPPER_SHARED_BYTES (HOPPER_STAGES_BYTES + TILE * 24 + 4 * 8)
+/* The sweep on Hopper: two teams of 8 warps multiply in turns, 1 warp copies (its group of 4 is whole). A row tile of up to
+ * 512 dimensions, 4 stages of 16 KB for column tiles (both together serve wider rows), room for the values of
+ * each team's candidates, bounds and maxima of its columns, counts of its warps; 12 barriers. */
+#define SWEEP_HOPPER_THREADS 640
+#define SWEEP_HOPPER_RESIDENT 8
+#define SWEEP_HOPPER_STAGES 4
+#define SWEEP_HOPPER_STAGED 3840
+#define SWEEP_HOPPER_SHARED_BYTES                                                                                       \
+    ((SWEEP_HOPPER_RESIDENT + SWEEP_HOPPER_STAGES) * TILE * STAGE_BYTES + 2 * (SWEEP_HOPPER_STAGED * 4 + TILE * 12 + 32) + \
+     12 * 8)
 /* Keys that one block sorts. */
 #define ORDER_TILE 1024
 #define RETRIEVAL_SHARED_BYTES (SIMILARITY_STAGES_BYTES + TILE * 8)
 #define ORDER_SHARED_BYTES (ORDER_TILE * 12)
 /* Bounds, ranges, counts and sums of the 128 rows and 128 columns of a tile. */
 #define SELECT_SHARED_BYTES (TILE * (2 * (8 + 8 + 32) + 8))
+/* Of stored candidates also the places of so many, and a count a warp. */
+#define SELECT_PLACES 4096
+#define SELECT_STORED_SHARED_BYTES (SELECT_SHARED_BYTES + SELECT_PLACES * 2 + THREADS / 32 * 4)
+/* Words that say with a bit a pair which pairs of a tile are candidates: 64 bits a thread of the sweep. */
+#define TILE_MASK_WORDS (TILE * TILE / 32)
 /* One f64 a warp, to sum over a block. */
 #define SUM_SHARED_BYTES (THREADS / 32 * 8)
 /* The tile way of the gradient: a block owns as many rows as its 128 sums a thread allow beside
@@ -164,7 +178,7 @@ typedef struct Pairs {
     uint32_t square;
     uint32_t stride;             /* elements between rows, a multiple of STAGE_BYTES */
     uint32_t dim;                /* D */
-    uint32_t tile_capacity;      /* candidates that a tile's segment holds, a multiple of 4 */
+    uint32_t tile_capacity;      /* candidates that a tile's segment holds, a multiple of 4: 0, or TILE_MASK_WORDS and more */
     uint64_t tiles;              /* of S: upper triangle, or all */
     uint32_t total;              /* B of 1/B: these anchors may be a part of a batch */
     uint32_t reserved;
@@ -180,10 +194,11 @@ typedef struct Pairs {
     RowNumbers *columns;         /* [N] */
     RowWeights *column_weights;  /* [reference tiles * TILE]; in the square form those of the anchors */
     uint64_t *totals;            /* [2], n_neg of the probe and N_pos, of the whole batch */
-    /* Candidates: every positive, and the negatives above either row's candidate bound. */
+    /* Candidates: every positive, and the negatives above either row's candidate bound, in the order of the sweep's threads
+     * and of each one's bits. The sweep leaves these bits where the selection writes the words. */
     uint32_t *tile_counts;       /* [tiles]; above `tile_capacity`: not stored, to be recomputed */
     float *tile_values;          /* [tiles, tile_capacity], S */
-    uint32_t *tile_words;        /* [tiles, tile_capacity], place and, from the selection on, fate: word.cuh */
+    uint32_t *tile_words;        /* [tiles, tile_capacity], from the selection on: place and fate, word.cuh */
     Settings settings;
 } Pairs;
 

@@ -4,8 +4,8 @@
 // select_stored, select_recomputed: the AT-ASMS decision is taken anew by every block from
 //   the counters of the sweep (no round trip to the host); then each candidate is held
 //   against the final thresholds of its row and its column. One block a tile, the one
-//   kernel for tiles whose candidates were stored, and it leaves the fate of each in its word; the
-//   other (on Hopper with wgmma) for those that did not fit.
+//   kernel for tiles whose candidates were stored, and it leaves place and fate of each in its word (on Hopper the
+//   sweep's threads stood otherwise); the other (on Hopper with wgmma) for those that did not fit.
 // weigh: per-row weights from the counts, the scalars, results in original order. One block.
 // Sync: integer atomics alone. The sums of the loss are 64-bit fixed point, so that the
 //   order of blocks and the way a tile took cannot change a bit.
@@ -112,23 +112,53 @@ DEVICE void select_end(const Pairs &pairs, TileIndex tile, const SelectShared &s
     }
 }
 
-KERNEL(select_stored, PairsParams, 2) {
+// Candidates in one walk: their places from the bits that the sweep left, first into shared memory, so that values are
+// read and words written side by side. `Where` is how the sweep's threads stood in the tile.
+template <class Where>
+DEVICE void select_stored_body(const PairsParams &p) {
     SHARED_MEMORY(bytes);
-    auto &shared = *reinterpret_cast<SelectShared *>(bytes);
+    struct Shared : SelectShared {
+        uint16_t places[SELECT_PLACES];
+        uint32_t warp_counts[THREADS / 32];
+    };
+    static_assert(sizeof(Shared) == SELECT_STORED_SHARED_BYTES, "the launch plan's shared memory");
+    auto &shared = *reinterpret_cast<Shared *>(bytes);
     const Pairs &pairs = p.pairs;
     uint64_t index = block_x();
     uint32_t count = pairs.tile_counts[index];
     if (count == 0 || count > pairs.tile_capacity) return;
     TileIndex tile = tile_of(pairs, index);
-    select_begin(pairs, tile, shared);
-    uint64_t at = index * pairs.tile_capacity;
-    for (uint32_t k = thread_index(); k < count; k += THREADS) {
-        uint32_t place = pairs.tile_words[at + k];
-        uint32_t fate = select_pair(pairs, shared, tile, place / TILE, place % TILE, pairs.tile_values[at + k]);
-        pairs.tile_words[at + k] = place | fate;
+    const float *values = pairs.tile_values + index * pairs.tile_capacity;
+    uint32_t *words = pairs.tile_words + index * pairs.tile_capacity;
+    const uint32_t masks[2] = {words[thread_index() * 2], words[thread_index() * 2 + 1]};
+    uint32_t own = static_cast<uint32_t>(popc(masks[0]) + popc(masks[1]));
+    uint32_t before = warp_scan(own);
+    if (lane_index() == 31) shared.warp_counts[warp_index()] = before;
+    before -= own;
+    select_begin(pairs, tile, shared);  // its barrier: the counts are there, and every mask is read
+    for (uint32_t warp = 0; warp < warp_index(); ++warp) before += shared.warp_counts[warp];
+    Where place;
+    for (uint32_t window = 0; window < count; window += SELECT_PLACES) {
+        if (window != 0) block_sync();  // the places before are read
+        uint32_t at = before - window;
+        for (int word = 0; word < 2; ++word) {
+            for (uint32_t left = masks[word]; left != 0; left &= left - 1, ++at) {
+                int bit = word * 32 + lowest_bit(left);
+                uint32_t row = place.row_of(bit / Where::columns), column = place.column_of(bit % Where::columns);
+                if (at < SELECT_PLACES) shared.places[at] = static_cast<uint16_t>(row * TILE + column);
+            }
+        }
+        block_sync();
+        uint32_t end = count - window < SELECT_PLACES ? count : window + SELECT_PLACES;
+        for (uint32_t k = window + thread_index(); k < end; k += THREADS) {
+            uint32_t at_place = shared.places[k - window];
+            words[k] = at_place | select_pair(pairs, shared, tile, at_place / TILE, at_place % TILE, values[k]);
+        }
     }
     select_end(pairs, tile, shared);
 }
+KERNEL(select_stored, PairsParams, 2) { select_stored_body<Place<4>>(p); }
+KERNEL(select_stored_hopper, PairsParams, 2) { select_stored_body<GroupPlace>(p); }
 
 static_assert(SELECT_SHARED_BYTES + TILE * kValuesStride * sizeof(float) <= SIMILARITY_STAGES_BYTES,
               "the values of a tile fit where its rows were streamed through");

@@ -9,7 +9,8 @@
 // sweep: every tile once, the upper triangle alone in the square form, each tile
 //   serving its rows and its columns. m-, the count of the probe, and the candidates:
 //   all that mining can keep. One block a tile.
-// Each has a kernel ..._hopper that multiplies 16-bit rows with wgmma: S has one value in all passes.
+// Each has a kernel ..._hopper that multiplies 16-bit rows with wgmma: S has one value in all passes. That of
+//   the sweep is in sweep_hopper.cu.
 // Sync: integer atomics (max, add) whose order cannot change the result; candidates
 //   in thread order to the tile's own segment.
 // Cost: 2 B^2 D / 2 operations, O(B) memory and the candidates.
@@ -259,11 +260,7 @@ DEVICE void sweep_epilogue(const Pairs &pairs, TileIndex tile, uint64_t index, S
 
     // Every thread's place in the segment: a scan over the warp, then over the warps.
     uint32_t count = static_cast<uint32_t>(popc(candidates[0]) + popc(candidates[1]));
-    uint32_t before = count;
-    for (int by = 1; by < 32; by *= 2) {
-        uint32_t other = shuffle_up(before, by);
-        if (lane_index() >= static_cast<uint32_t>(by)) before += other;
-    }
+    uint32_t before = warp_scan(count);
     if (lane_index() == 31) reduction.warp_counts[warp_index()] = before;
     before -= count;
     block_sync();
@@ -283,17 +280,18 @@ DEVICE void sweep_epilogue(const Pairs &pairs, TileIndex tile, uint64_t index, S
         pairs.tile_counts[index] = total;
         if (reduction.probe != 0) atomic_add(&pairs.counters->probe_neg, static_cast<uint64_t>(reduction.probe));
     }
-    if (total > pairs.tile_capacity) return;  // the count says so: to be recomputed
-    uint64_t at = index * pairs.tile_capacity + before;
+    if (total == 0 || total > pairs.tile_capacity) return;  // the count says so: to be recomputed
+    uint64_t segment = index * pairs.tile_capacity, at = segment + before;
+    uint32_t *masks = pairs.tile_words + segment + thread_index() * 2;
+    masks[0] = candidates[0];
+    masks[1] = candidates[1];
 #pragma unroll
     for (int row = 0; row < Where::rows; ++row) {
 #pragma unroll
         for (int column = 0; column < Where::columns; ++column) {
             int bit = row * Where::columns + column;
             if (candidates[bit / 32] >> bit % 32 & 1u) {
-                pairs.tile_values[at] = Where::value(acc, row, column);
-                pairs.tile_words[at] = place.row_of(row) * TILE + place.column_of(column);
-                ++at;
+                pairs.tile_values[at++] = Where::value(acc, row, column);
             }
         }
     }
@@ -355,33 +353,6 @@ DEVICE void sweep_body(const PairsParams &p) {
     sweep_end<Place<4>>(pairs, tile, index, shared, acc);
 }
 
-// The same on Hopper's warpgroup products.
-template <class Numbers>
-DEVICE void sweep_hopper_body([[maybe_unused]] const PairsParams &p) {
-#ifdef HAS_WARPGROUP_PRODUCTS
-    SHARED_MEMORY(bytes);
-    struct Shared : SweepShared<HOPPER_STAGES_BYTES> {
-        Barrier barriers[kHopperStages];
-    };
-    auto &shared = *reinterpret_cast<Shared *>(bytes);
-    static_assert(sizeof(shared) == SWEEP_HOPPER_SHARED_BYTES, "the launch plan's shared memory");
-    const Pairs &pairs = p.pairs;
-    uint64_t index = block_x();
-    TileIndex tile = tile_of(pairs, index);
-    if (sweep_leaves_out(pairs, tile, index)) return;
-    sweep_begin(pairs, tile, shared);
-    GroupStages<kHopperStages> stages{shared.stages, shared.barriers};
-    stages.begin();
-    GroupAccumulators acc;
-    group_multiply_tile<Numbers>(acc, tile_rows<Numbers>(pairs.anchors, tile.row, pairs.stride),
-                                 tile_rows<Numbers>(pairs.references, tile.column, pairs.stride),
-                                 stride_bytes<Numbers>(pairs), stages);
-    sweep_end<GroupPlace>(pairs, tile, index, shared, acc);
-#else
-    trap();
-#endif
-}
-
 KERNEL_IN_EVERY_PRECISION(duplicate_bounds, DuplicateParams, 1)
 KERNEL_IN_EVERY_PRECISION(same_class, PairsParams, 1)
 KERNEL_IN_EVERY_PRECISION(sweep, PairsParams, 1)
@@ -389,5 +360,3 @@ KERNEL(duplicate_bounds_hopper_f16, DuplicateParams, 1) { duplicate_bounds_hoppe
 KERNEL(duplicate_bounds_hopper_bf16, DuplicateParams, 1) { duplicate_bounds_hopper_body<HalfBf16>(p); }
 KERNEL(same_class_hopper_f16, PairsParams, 1) { same_class_hopper_body<HalfF16>(p); }
 KERNEL(same_class_hopper_bf16, PairsParams, 1) { same_class_hopper_body<HalfBf16>(p); }
-KERNEL(sweep_hopper_f16, PairsParams, 1) { sweep_hopper_body<HalfF16>(p); }
-KERNEL(sweep_hopper_bf16, PairsParams, 1) { sweep_hopper_body<HalfBf16>(p); }

@@ -134,5 +134,49 @@ DEVICE void cp_async_bulk(void *to, const void *from, uint32_t bytes, Barrier *b
                  : "memory");
 }
 
+// `bytes` bytes from shared to global memory, by the copy engine, in a group of this thread's: 16-byte pieces, aligned.
+// What threads wrote there wants their fence_proxy_async() and a barrier first.
+DEVICE void bulk_store(void *to, const void *from, uint32_t bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)), "r"(bytes)
+                 : "memory");
+}
+DEVICE void bulk_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Waits until what this thread's groups store has been read, and may be overwritten.
+DEVICE void bulk_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
+// Stores `value` at shared address `at` and steps on, if `bit` of `bits` is set: one predicate and no branch, which the
+// compiler makes of neither an `if` nor its likes.
+DEVICE void append_if(uint32_t &at, uint32_t bits, uint32_t bit, float value) {
+    asm volatile(
+        "{\n"
+        ".reg .pred there;\n"
+        ".reg .b32 one;\n"
+        "and.b32 one, %1, %2;\n"
+        "setp.ne.b32 there, one, 0;\n"
+        "@there st.shared.f32 [%0], %3;\n"
+        "@there add.u32 %0, %0, 4;\n"
+        "}\n"
+        : "+r"(at)
+        : "r"(bits), "r"(bit), "f"(value)
+        : "memory");
+}
+// The same, but what does not belong into the `bytes` bytes from `first` on is stepped over.
+DEVICE void append_within(uint32_t &at, uint32_t bits, uint32_t bit, float value, uint32_t first, uint32_t bytes) {
+    asm volatile(
+        "{\n"
+        ".reg .pred there, within;\n"
+        ".reg .b32 one;\n"
+        "and.b32 one, %1, %2;\n"
+        "setp.ne.b32 there, one, 0;\n"
+        "sub.u32 one, %0, %4;\n"
+        "setp.lt.and.u32 within, one, %5, there;\n"
+        "@within st.shared.f32 [%0], %3;\n"
+        "@there add.u32 %0, %0, 4;\n"
+        "}\n"
+        : "+r"(at)
+        : "r"(bits), "r"(bit), "f"(value), "r"(first), "r"(bytes)
+        : "memory");
+}
+
 #endif
 #endif

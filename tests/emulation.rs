@@ -94,6 +94,14 @@ fn run_faulty_hopper_twice(faults: [Fault; 2]) -> String {
     said(&output)
 }
 
+/// What Hopper's sweep says with a fault in it.
+fn run_faulty_sweep(from: &'static str, to: &'static str) -> String {
+    let fault = Fault { file: "sweep_hopper.cu", from, to };
+    let output = run("sweep", &["sweep_hopper.cu"], Some(&fault), &[]);
+    assert!(!output.status.success(), "the fault went unnoticed");
+    said(&output)
+}
+
 fn run_faulty(from: &'static str, to: &'static str, flags: &[&str]) -> String {
     let fault = Fault { file: "tile.cuh", from, to };
     let output = run("retrieval", &["retrieval.cu"], Some(&fault), flags);
@@ -108,6 +116,7 @@ fn run_racing(program: &str, file: &'static str, from: &'static str, to: &'stati
     let kernel = match program {
         "order" => "order.cu",
         "retrieval" => "retrieval.cu",
+        "sweep" => "sweep_hopper.cu",
         _ => "gradient_hopper.cu",
     };
     let output = run(program, &[kernel], Some(&Fault { file, from, to }), THREADS);
@@ -139,8 +148,69 @@ fn kernels_without_a_fault_pass() {
 #[test]
 fn hopper_s_kernel_without_a_fault_passes() {
     let flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"];
-    let output = run("gradient", &["gradient_hopper.cu"], None, &flags);
-    assert!(output.status.success(), "{}", said(&output));
+    for (program, kernel) in [("gradient", "gradient_hopper.cu"), ("sweep", "sweep_hopper.cu")] {
+        let output = run(program, &[kernel], None, &flags);
+        assert!(output.status.success(), "{program}: {}", said(&output));
+    }
+}
+
+#[test]
+fn a_team_that_waits_by_parity_alone_is_caught() {
+    // It takes the phase before the other team's for its own stage's.
+    let turn = "if (walk.turn > 0) mbarrier_wait(&shared.turn[team]";
+    assert_caught(&run_faulty_sweep(turn, "if (false) mbarrier_wait(&shared.turn[team]"));
+}
+
+#[test]
+fn a_team_s_stage_that_is_given_back_too_early_is_caught() {
+    let release = "arrive_as_warp(&shared.empty[(fill - 1) % SWEEP_HOPPER_STAGES]);";
+    assert_caught(&run_faulty_sweep(release, "arrive_as_warp(&shared.empty[fill % SWEEP_HOPPER_STAGES]);"));
+    // All of them, but before the products that read them are through.
+    let wait = "wgmma_wait<1>();  // this product goes on, that before it is done";
+    assert_caught(&run_faulty_sweep(wait, ""));
+}
+
+#[test]
+fn a_row_tile_that_is_overwritten_is_caught() {
+    let wait = "if (have != NO_ROW) mbarrier_wait(&shared.rows_empty";
+    assert_caught(&run_faulty_sweep(wait, "if (false) mbarrier_wait(&shared.rows_empty"));
+}
+
+#[test]
+fn values_staged_over_those_that_are_still_being_stored_are_caught() {
+    assert_caught(&run_faulty_sweep(
+        "if (thread == 0) bulk_store_wait_read();  // of the last tile's values",
+        "",
+    ));
+    let next_window = "if (thread == 0) bulk_store_wait_read();\n                warp_sync();";
+    assert_caught(&run_faulty_sweep(next_window, "warp_sync();"));
+}
+
+#[test]
+fn a_bulk_store_without_a_proxy_fence_is_caught() {
+    let fenced = "fence_proxy_async();\n            warp_sync();\n            sync();";
+    assert_caught(&run_faulty_sweep(fenced, "warp_sync();\n            sync();"));
+}
+
+#[test]
+fn a_bulk_store_before_the_team_has_met_is_caught() {
+    let met = "fence_proxy_async();\n            warp_sync();\n            sync();";
+    assert_caught(&run_faulty_sweep(met, "fence_proxy_async();\n            warp_sync();"));
+}
+
+#[test]
+fn a_block_that_ends_before_its_bulk_stores_have_been_read_is_caught() {
+    let last = "if (thread == 0) bulk_store_wait_read();\n    }\n};";
+    let message = run_faulty_sweep(last, "}\n};");
+    assert!(message.contains("left with bulk stores nobody waited for"), "{message}");
+}
+
+#[test]
+fn a_team_s_missing_barrier_is_named_by_the_thread_sanitizer() {
+    let bounds = "warp_sync();\n        sync();\n\n        uint32_t candidates[2];";
+    let without = "warp_sync();\n\n        uint32_t candidates[2];";
+    let message = run_racing("sweep", "sweep_hopper.cu", bounds, without);
+    assert!(message.contains("data race") && message.contains("sweep_hopper.cu"), "{message}");
 }
 
 /// Where the gradient on Hopper waits for the rows that a bulk copy brings.
@@ -148,8 +218,13 @@ const LANDED: &str = "mbarrier_wait(full_of(shared, fill), parity_of(fill));\n  
 
 /// The faults that a pipeline of roles invites: each gives wrong sums, stops, or breaks a barrier's count.
 fn assert_caught(message: &str) {
-    let signs =
-        ["want", "a phase that nobody ends", "more arrivals at a barrier", "bulk copies nobody waited for"];
+    let signs = [
+        "want",
+        "bulk stores nobody waited for",
+        "a phase that nobody ends",
+        "more arrivals at a barrier",
+        "bulk copies nobody waited for",
+    ];
     assert!(signs.iter().any(|sign| message.contains(sign)), "{message}");
 }
 
@@ -298,7 +373,12 @@ fn a_read_past_the_rows_is_caught_by_the_address_sanitizer() {
 
 #[test]
 fn the_thread_sanitizer_sees_no_race_in_kernels_without_a_fault() {
-    let programs = [("retrieval", "retrieval.cu"), ("gradient", "gradient_hopper.cu"), ("order", "order.cu")];
+    let programs = [
+        ("retrieval", "retrieval.cu"),
+        ("gradient", "gradient_hopper.cu"),
+        ("sweep", "sweep_hopper.cu"),
+        ("order", "order.cu"),
+    ];
     for (program, kernel) in programs {
         let output = run(program, &[kernel], None, THREADS);
         assert!(output.status.success(), "{program}: {}", said(&output));

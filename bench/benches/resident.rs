@@ -12,8 +12,9 @@ use ddtas::Result;
 use ddtas::backend::cuda::{self, CudaBackend, CudaDevice};
 use ddtas::backend::device::{Device, Options, ResidentBatch, ResidentRows, ResidentType};
 use ddtas::backend::{Backend, Nearest};
-use ddtas::loss::{Batch, Embeddings, Hypergradient, LossOutput, LossSettings, Rows};
-use ddtas_bench::{ThroughputSettings, measure_on, read};
+use ddtas::loss::{Batch, Embeddings, Hypergradient, LossOutput, LossSettings, RowNumbers, Rows};
+use ddtas_bench::spot_check::{Figures, Way, compare};
+use ddtas_bench::{Embeddings as Drawn, ThroughputSettings, measure_on, read, with_batch};
 use ndarray::ArrayView2;
 
 #[derive(Parser)]
@@ -23,6 +24,10 @@ struct Arguments {
     /// Bytes for candidates; the rest is recomputed.
     #[arg(long, default_value_t = Options::default().budget)]
     budget: usize,
+    /// Before timing, hold so many anchors to float64, and the answers of budget 0 and of the kernels that are
+    /// not Hopper's to this one.
+    #[arg(long, value_name = "ANCHORS")]
+    compare: Option<usize>,
     /// Given by cargo.
     #[arg(long, hide = true)]
     bench: bool,
@@ -58,8 +63,31 @@ fn time(arguments: &Arguments) -> std::result::Result<String, Box<dyn std::error
     let file = arguments.settings.embeddings.as_ref().ok_or("name a file of rows: --embeddings FILE")?;
     let options = Options { budget: arguments.budget, exact: !arguments.settings.device.tf32 };
     let opened = || -> Result<Box<dyn Backend>> { Ok(Box::new(Resident::new(options)?)) };
-    let row = measure_on(opened, &read(file)?, &arguments.settings)?;
+    let embeddings = read(file)?;
+    let compared =
+        arguments.compare.map(|anchors| hold(arguments, &embeddings, options, anchors)).transpose()?;
+    let mut row = serde_json::to_value(measure_on(opened, &embeddings, &arguments.settings)?)?;
+    row["compared"] = serde_json::to_value(compared)?;
     Ok(serde_json::to_string_pretty(&[row])?)
+}
+
+/// Refuses to time what is wrong.
+fn hold(
+    arguments: &Arguments,
+    embeddings: &Drawn,
+    options: Options,
+    anchors: usize,
+) -> std::result::Result<Figures, Box<dyn std::error::Error>> {
+    let open = |way| {
+        let device = CudaDevice::new(0)?;
+        let device = if way == Way::EveryGpu { device.without_warpgroup_products() } else { device };
+        let budget = if way == Way::NothingStored { 0 } else { options.budget };
+        Ok(CudaBackend::new(device, Options { budget, ..options }))
+    };
+    let (settings, tf32) = (&embeddings.settings, arguments.settings.device.tf32);
+    let compared =
+        with_batch(embeddings, &arguments.settings, |batch| compare(open, batch, settings, tf32, anchors))?;
+    Ok(compared.map_err(|wrong| format!("the GPU's answer is wrong, and is not timed: {wrong}"))?)
 }
 
 /// The CUDA backend, with the batch of its first call kept on the GPU: every call is taken to be about it.
@@ -119,6 +147,44 @@ impl Backend for Resident {
         let mut scalars = LossOutput::default();
         // SAFETY: the three buffers of `keep` are complete, of these lengths, and live in `self`.
         unsafe { self.backend.loss_resident(kept, settings, &mut scalars) }
+    }
+
+    fn same_class(
+        &mut self,
+        part: &Batch<'_>,
+        settings: &LossSettings,
+        output: &mut LossOutput,
+    ) -> Result<()> {
+        self.backend.same_class(part, settings, output)
+    }
+
+    fn sweep(
+        &mut self,
+        part: &Batch<'_>,
+        min_pos: RowNumbers<'_, f32>,
+        output: &mut LossOutput,
+    ) -> Result<()> {
+        self.backend.sweep(part, min_pos, output)
+    }
+
+    fn select(
+        &mut self,
+        part: &Batch<'_>,
+        max_neg: RowNumbers<'_, f32>,
+        totals: (u64, u64),
+        output: &mut LossOutput,
+    ) -> Result<()> {
+        self.backend.select(part, max_neg, totals, output)
+    }
+
+    fn gradient(
+        &mut self,
+        part: &Batch<'_>,
+        count_pos: RowNumbers<'_, u32>,
+        count_neg: RowNumbers<'_, u32>,
+        output: &mut LossOutput,
+    ) -> Result<()> {
+        self.backend.gradient(part, count_pos, count_neg, output)
     }
 
     fn hypergradient(

@@ -7,6 +7,7 @@
 //! | `embeddings.rs` | drawing rows at such a share |
 //! | `file.rs` | rows read from and written to .safetensors |
 //! | `measure.rs` | one row of the table: time, floor, memory |
+//! | `spot_check.rs` | a device's answer on a batch of any size held to float64, for some of its anchors |
 //! | `plot.rs` | time and memory against B, as SVG |
 
 #![warn(clippy::print_stdout, clippy::print_stderr)]
@@ -18,13 +19,15 @@ mod file;
 mod measure;
 mod plot;
 mod settings;
+#[cfg(any(feature = "cuda", feature = "emulated"))]
+pub mod spot_check;
 
 pub use arguments::DeviceArguments;
 pub use ddtas_io::tensors::EmbeddedRows;
 pub use density::Density;
 pub use embeddings::{CLASS_SIZE, Embeddings, draw, find_noise};
 pub use file::read;
-pub use measure::{Row, measure, measure_on};
+pub use measure::{Row, measure, measure_on, with_batch};
 pub use plot::plot;
 pub use settings::{Dtype, ThroughputSettings};
 

@@ -105,6 +105,18 @@ pub fn measure_on(
     embeddings: &Embeddings,
     settings: &ThroughputSettings,
 ) -> Result<Row> {
+    with_batch(embeddings, settings, |batch| measure_batch(opened, embeddings, batch, settings))
+}
+
+/// Calls `work` with the rows in the type that `settings` ask for.
+///
+/// # Errors
+/// Settings out of range, rows that are no batch, and what `work` answers.
+pub fn with_batch<T>(
+    embeddings: &Embeddings,
+    settings: &ThroughputSettings,
+    work: impl FnOnce(&Batch<'_>) -> Result<T>,
+) -> Result<T> {
     settings.check_products()?;
     let anchors = Typed::new(&embeddings.anchors, settings.dtype);
     let references =
@@ -115,6 +127,15 @@ pub fn measure_on(
         Some((values, labels)) => Batch::rectangular(rows, Rows::new(values.view(), labels)),
     };
     batch.validate()?;
+    work(&batch)
+}
+
+fn measure_batch(
+    opened: impl FnOnce() -> Result<Box<dyn Backend>>,
+    embeddings: &Embeddings,
+    batch: &Batch<'_>,
+    settings: &ThroughputSettings,
+) -> Result<Row> {
     let (count, dim) = embeddings.anchors.values.dim();
     let against = embeddings.references.as_ref().map_or(count, |rows| rows.labels.len());
 
@@ -123,7 +144,7 @@ pub fn measure_on(
     let before = PeakAlloc.current_usage();
     PeakAlloc.reset_peak_usage();
     let mut backend = opened()?;
-    let loss = || backend.loss(&batch, &embeddings.settings, &mut output);
+    let loss = || backend.loss(batch, &embeddings.settings, &mut output);
     let times = time(settings.seconds, loss)?;
     // 0 bytes in use: nobody counts.
     let counted = (before > 0).then(|| PeakAlloc.peak_usage().saturating_sub(before));

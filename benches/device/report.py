@@ -54,6 +54,8 @@ def cell(value: float | None, digits: int = 2) -> str:
 def table(entries: list[dict]) -> str:
     titles = ["D", "density", "B", "products", "mined, %", "ddtas, ms", "TFLOP/s", "of two GEMMs", "with copies, ms"]
     titles += [f"{PEERS[name]}, ms" for name in PEERS] + ["compiled / ddtas", "ddtas extra, MB", "dense extra, MB"]
+    # How far 128 anchors are from float64, as a share of what rounding allows: benches/resident.rs.
+    titles += ["m+ and m- off", "terms off", "gradient off"]
     lines = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
     for entry in entries:
         ours, batch, dim = entry["ddtas"], entry["batch"], entry["dim"]
@@ -67,6 +69,7 @@ def table(entries: list[dict]) -> str:
         cells += [cell(peer_time(entry, name), 3) for name in PEERS]
         cells += [cell(ratio(peer_time(entry, "compiled"), time)), cell(ours["peak_extra_bytes"] / 1e6, 1)]
         cells += [cell(dense_bytes / 1e6 if dense_bytes else None, 1)]
+        cells += [cell((ours.get("compared") or {}).get(name)) for name in ("thresholds", "terms", "gradient")]
         lines.append("| " + " | ".join(cells) + " |")
     reasons = sorted({f"{row['name']} at B = {row['batch']}: {row['reason']}"
                       for entry in entries for row in entry["peers"].values() if row.get("reason")})

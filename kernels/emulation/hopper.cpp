@@ -179,6 +179,53 @@ void cp_async_bulk(void *to, const void *from, uint32_t bytes, Barrier *barrier)
     machine->bulks.push_back(Bulk{to, from, bytes, barrier, machine->random.below(2) == 0});
 }
 
+namespace {
+void carry_out(const BulkStore &store) {
+    std::memcpy(store.to, async_view_of(store.from, store.bytes), store.bytes);
+}
+}  // namespace
+
+void land_store() {
+    Unwatched whole_call;
+    size_t index = machine->random.below(static_cast<uint32_t>(machine->stores.size()));
+    if (machine->stores[index].late) return;
+    carry_out(machine->stores[index]);
+    machine->stores.erase(machine->stores.begin() + static_cast<ptrdiff_t>(index));
+}
+
+void bulk_store(void *to, const void *from, uint32_t bytes) {
+    if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) % 16) die("bulk_store is not aligned", "");
+    lanes_apart();
+    async_view_of(from, bytes);  // within shared memory
+    reads(from, bytes);
+    Unwatched rest_of_call;
+    uint64_t group = machine->self().store_group;
+    machine->stores.push_back(BulkStore{to, from, bytes, machine->current, group, machine->random.below(2) == 0});
+}
+
+void bulk_store_commit() { ++machine->self().store_group; }
+
+void bulk_store_wait_read() {
+    lanes_apart();
+    auto waited_for = [](const BulkStore &store) {
+        return store.thread == machine->current && store.group < machine->self().store_group;
+    };
+    for (const BulkStore &store : machine->stores) {
+        if (waited_for(store)) reads(store.from, store.bytes);  // at any time up to now
+    }
+    Unwatched rest_of_call;
+    auto first = std::stable_partition(machine->stores.begin(), machine->stores.end(),
+                                       [&](const BulkStore &store) { return !waited_for(store); });
+    std::for_each(first, machine->stores.end(), carry_out);
+    machine->stores.erase(first, machine->stores.end());
+}
+
+float *shared_float(uint32_t address) {
+    size_t offset = address - kSharedBase;
+    if (address < kSharedBase || offset + 4 > machine->async_view.size()) die("a store outside of shared memory", "");
+    return reinterpret_cast<float *>(machine->shared + offset);
+}
+
 template <Numbers numbers>
 void wgmma(void **lanes) {
     const auto &first = *static_cast<GroupMultiply *>(lanes[0]);

@@ -22,6 +22,7 @@ void die(const char *message, const std::string &detail) {
 
 void yield() {
     if (!machine->bulks.empty() && machine->random.below(16) == 0) land_bulk(false);
+    if (!machine->stores.empty() && machine->random.below(16) == 0) land_store();
     Thread &self = machine->self();
     if (!self.copies.empty()) land_some(self);
     switch_fiber(self.fiber, machine->scheduler, false);
@@ -134,7 +135,7 @@ void run_block(uint32_t shared_bytes) {
     }
     for (Thread &thread : machine->threads()) {
         thread.state = State::ready;
-        thread.group = 0;
+        thread.group = thread.store_group = 0;
         start_fiber(thread.fiber, fiber_main);
     }
     release(&machine->begun);
@@ -150,6 +151,7 @@ void run_block(uint32_t shared_bytes) {
     } while (anybody_ready() || wake_last() || release_barrier());
     end_roles();
     if (!machine->bulks.empty()) die("left with bulk copies nobody waited for", "");
+    if (!machine->stores.empty()) die("left with bulk stores nobody waited for", "");
 }
 
 }  // namespace

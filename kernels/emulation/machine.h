@@ -108,6 +108,12 @@ void mbarrier_arrive(Barrier *barrier);
 void mbarrier_arrive_expect_tx(Barrier *barrier, uint32_t bytes);
 void mbarrier_wait(Barrier *barrier, uint32_t parity);
 void cp_async_bulk(void *to, const void *from, uint32_t bytes, Barrier *barrier);
+// Bulk stores read what their proxy sees of shared memory at any time up to the wait, every other one not before.
+void bulk_store(void *to, const void *from, uint32_t bytes);
+void bulk_store_commit();
+void bulk_store_wait_read();
+// The shared memory at an address of the block's own space.
+float *shared_float(uint32_t address);
 
 uint16_t f16_bits(float value);
 float f16_value(uint16_t bits);
@@ -252,6 +258,15 @@ using emulation::mbarrier_init;
 using emulation::mbarrier_arrive_expect_tx;
 using emulation::mbarrier_wait;
 using emulation::cp_async_bulk;
+using emulation::bulk_store;
+using emulation::bulk_store_commit;
+using emulation::bulk_store_wait_read;
+inline void append_within(uint32_t &at, uint32_t bits, uint32_t bit, float value, uint32_t first, uint32_t bytes) {
+    if (!(bits & bit)) return;
+    if (at - first < bytes) *emulation::shared_float(at) = value;
+    at += 4;
+}
+inline void append_if(uint32_t &at, uint32_t bits, uint32_t bit, float value) { append_within(at, bits, bit, value, at, 4); }
 using emulation::shared_address;
 inline void wgmma_fence() { emulation::aligned("wgmma_fence"); }
 template <int n>

@@ -50,6 +50,16 @@ struct Bulk {
     bool late;  // not before somebody waits and nobody else can run
 };
 
+// A copy the other way, in a group of the thread that issued it.
+struct BulkStore {
+    void *to;
+    const void *from;
+    uint32_t bytes;
+    uint32_t thread;
+    uint64_t group;
+    bool late;  // not before it is waited for
+};
+
 struct SharedBarrier {
     uint32_t count, arrived = 0;
     int64_t bytes = 0;  // announced and not there yet; copies may come before they are announced
@@ -73,6 +83,7 @@ struct Thread {
     int barrier_line = 0;
     uint64_t group = 0;  // cp.async groups committed so far
     std::vector<Copy> copies;
+    uint64_t store_group = 0;  // groups of bulk stores committed so far
     uint64_t *shared_barrier = nullptr;  // waited for, and the parity of the phase
     uint32_t parity = 0;
     uint32_t named_barrier = 0;  // waited for
@@ -106,6 +117,7 @@ struct Machine {
     std::map<uint64_t *, SharedBarrier> barriers;
     NamedBarrier named[kNamedBarriers];
     std::vector<Bulk> bulks;
+    std::vector<BulkStore> stores;
     Warp warps[kMostWarps];
     Meeting meeting;                    // of all threads of a block
     char begun = 0, launched[2] = {};   // tokens: of a block, of this launch and the one before
@@ -147,6 +159,8 @@ float truncate(double value);
 
 // hopper.cpp
 void land_bulk(bool late_too);
+// Carries out one bulk store, any of them that need not be late.
+void land_store();
 // Wakes whoever's phase is over, but nobody that is late; true if there was somebody.
 bool wake_at_shared_barriers();
 // When nobody can go on: lands copies until somebody's phase is over, and only then looks at those that are late.

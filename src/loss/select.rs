@@ -140,11 +140,13 @@ impl Selection {
 }
 
 /// m- + tolerance. Without a negative (m- = -inf) nothing is below it, whatever the tolerance.
-fn upper_bound(max_neg: f64, tolerance: f64) -> f64 {
+#[must_use]
+pub fn upper_bound(max_neg: f64, tolerance: f64) -> f64 {
     if max_neg == f64::NEG_INFINITY { max_neg } else { max_neg + tolerance }
 }
 
 /// m+ - tolerance. Without a positive (m+ = +inf) nothing is above it, whatever the tolerance.
-fn lower_bound(min_pos: f64, tolerance: f64) -> f64 {
+#[must_use]
+pub fn lower_bound(min_pos: f64, tolerance: f64) -> f64 {
     if min_pos == f64::INFINITY { min_pos } else { min_pos - tolerance }
 }

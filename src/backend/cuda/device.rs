@@ -60,6 +60,12 @@ impl CudaDevice {
         Self::with(context, stream)
     }
 
+    /// The same without the kernels that only Hopper has: what they are compared with.
+    #[must_use]
+    pub fn without_warpgroup_products(self) -> Self {
+        Self { hopper: false, ..self }
+    }
+
     fn with(context: Primary, stream: Stream) -> Result<Self> {
         let module = Module::load(context.clone())?;
         let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;

@@ -31,10 +31,12 @@ pub enum Kernel {
     SameClassHopper(Precision),
     /// similarity.cu: m-, the probe and the candidates, in one sweep.
     Sweep(Precision),
-    /// The same on Hopper's warpgroup products; 16-bit types only.
+    /// sweep_hopper.cu: the same on Hopper's warpgroup products; 16-bit types only.
     SweepHopper(Precision),
     /// select.cu: final sets and sums of tiles whose candidates were stored.
     SelectStored,
+    /// The same of tiles that Hopper's sweep has left.
+    SelectStoredHopper,
     /// select.cu: the same of tiles whose candidates were not.
     SelectRecomputed(Precision),
     /// The same on Hopper's warpgroup products; 16-bit types only.
@@ -93,6 +95,7 @@ impl Kernel {
             Self::Sweep(precision) => precise!(precision, "sweep"),
             Self::SweepHopper(precision) => precise!(precision, "sweep_hopper"),
             Self::SelectStored => "select_stored",
+            Self::SelectStoredHopper => "select_stored_hopper",
             Self::SelectRecomputed(precision) => precise!(precision, "select_recomputed"),
             Self::SelectRecomputedHopper(precision) => precise!(precision, "select_recomputed_hopper"),
             Self::Weigh => "weigh",

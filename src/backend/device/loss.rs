@@ -298,9 +298,10 @@ impl<D: Device> Launcher<'_, D> {
         of_references: bool,
         params: &P,
     ) -> Result<()> {
-        let splits = self.shape.splits(of_references, self.device.multiprocessors());
+        let multiprocessors = self.device.multiprocessors();
+        let splits = self.shape.splits(of_references, multiprocessors);
         let kernel = self.shape.variant(kernel, self.device.has_warpgroup_products());
-        let plan = self.shape.plan(kernel, of_references, splits);
+        let plan = self.shape.plan(kernel, of_references, splits, multiprocessors);
         // SAFETY: `params` is built in this folder from regions of a layout for this very shape, laid over
         // a buffer that lives in the backend; tests/emulated.rs runs every kernel with the gaps watched.
         unsafe { self.device.launch(kernel, plan, params) }
@@ -751,6 +752,39 @@ pub(super) fn download_anchors<D: Device>(
     device.download(buffer, layout.max_neg_out.offset, cast_slice_mut(&mut output.max_neg))?;
     device.download(buffer, layout.count_pos.offset, cast_slice_mut(&mut output.count_pos))?;
     device.download(buffer, layout.count_neg.offset, cast_slice_mut(&mut output.count_neg))
+}
+
+/// What each anchor adds to the loss, and whether its row tile took the gradient's way of tiles; in the caller's order.
+pub(super) fn download_terms<D: Device>(
+    device: &mut D,
+    buffer: &D::Buffer,
+    loss: &Remembered,
+) -> Result<(Vec<f64>, Vec<bool>)> {
+    let Remembered { shape, layout, settings, .. } = loss;
+    let rows = shape.anchors;
+    const WORDS: usize = size_of::<RowSums>() / size_of::<u64>();
+    let mut sums = vec![[0u64; WORDS]; rows];
+    device.download(buffer, layout.sums.offset, cast_slice_mut(sums.as_flattened_mut()))?;
+    let mut order = vec![0u32; rows];
+    device.download(buffer, layout.anchors.order.offset, cast_slice_mut(&mut order))?;
+    let mut ways = vec![0u8; tiles(rows)];
+    device.download(buffer, layout.anchors.ways.offset, &mut ways)?;
+    let (mut terms, mut by_tiles) = (vec![0.0; rows], vec![false; rows]);
+    for (row, (words, original)) in sums.iter().zip(order).enumerate() {
+        let sums = RowSums::from_words(words);
+        let original = original as usize;
+        by_tiles[original] = ways[row / TILE as usize] == 0;
+        if sums.count_pos == 0 || sums.count_neg == 0 {
+            continue;
+        }
+        // As the kernel `weigh`.
+        let part = |count: u32, sharpness: f64, sum: i64| {
+            2.0 / (shape.total as f64 * f64::from(count)) / sharpness * sum as f64 / settings.sum_scale
+        };
+        terms[original] = part(sums.count_pos, settings.beta, sums.softplus_pos)
+            + part(sums.count_neg, settings.alpha, sums.softplus_neg);
+    }
+    Ok((terms, by_tiles))
 }
 
 pub(super) fn download_gradients<D: Device>(

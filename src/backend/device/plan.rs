@@ -4,8 +4,8 @@ use super::params::{
     GRADIENT_COLUMNS, GRADIENT_HOPPER_SHARED_BYTES, GRADIENT_HOPPER_THREADS, GRADIENT_ROWS_16BIT,
     GRADIENT_ROWS_32BIT, GRADIENT_STAGES_BYTES, HOPPER_SHARED_BYTES, LISTS_COLUMNS, LISTS_ROWS,
     LISTS_SHARED_BYTES, ORDER_SHARED_BYTES, ORDER_TILE, RETRIEVAL_SHARED_BYTES, RETRIEVAL_SLACK,
-    SELECT_SHARED_BYTES, SIMILARITY_STAGES_BYTES, STAGE_BYTES, SUM_SHARED_BYTES, SWEEP_HOPPER_SHARED_BYTES,
-    SWEEP_SHARED_BYTES, THREADS, TILE,
+    SELECT_STORED_SHARED_BYTES, SIMILARITY_STAGES_BYTES, STAGE_BYTES, SUM_SHARED_BYTES,
+    SWEEP_HOPPER_SHARED_BYTES, SWEEP_HOPPER_THREADS, SWEEP_SHARED_BYTES, THREADS, TILE, TILE_MASK_WORDS,
 };
 use super::{Kernel, LaunchPlan, Precision};
 use crate::loss::{Embeddings, LossSettings};
@@ -105,9 +105,11 @@ impl Shape {
 
     /// Candidates that each tile's segment holds under a budget of bytes for all of them.
     /// An even share, so that which tiles are stored depends on the batch alone; kernels read four words at a time.
+    /// 0 where it does not hold the bits that say which pairs are candidates.
     pub fn tile_capacity(&self, budget: usize) -> usize {
         let candidate = size_of::<f32>() + size_of::<u32>();
-        (budget / candidate / self.tiles()).min((TILE * TILE) as usize) / 4 * 4
+        let share = (budget / candidate / self.tiles()).min((TILE * TILE) as usize) / 4 * 4;
+        if share < TILE_MASK_WORDS as usize { 0 } else { share }
     }
 
     /// Blocks that share the other side's tiles of one block of gradient rows, so that a
@@ -158,6 +160,7 @@ impl Shape {
             Kernel::DuplicateBounds(precision) => Kernel::DuplicateBoundsHopper(precision),
             Kernel::SameClass(precision) => Kernel::SameClassHopper(precision),
             Kernel::Sweep(precision) => Kernel::SweepHopper(precision),
+            Kernel::SelectStored => Kernel::SelectStoredHopper,
             Kernel::SelectRecomputed(precision) => Kernel::SelectRecomputedHopper(precision),
             Kernel::GradientTiles(precision) => Kernel::GradientTilesHopper(precision),
             other => other,
@@ -165,7 +168,13 @@ impl Shape {
     }
 
     /// How a kernel of the loss or the threshold pass is launched.
-    pub fn plan(&self, kernel: Kernel, of_references: bool, splits: usize) -> LaunchPlan {
+    pub fn plan(
+        &self,
+        kernel: Kernel,
+        of_references: bool,
+        splits: usize,
+        multiprocessors: u32,
+    ) -> LaunchPlan {
         let own = tiles(self.sides(of_references).0);
         let row_blocks = |rows: u32| own * (TILE / rows) as usize;
         let gradient_grid = [row_blocks(self.gradient_rows()), self.column_blocks(), splits];
@@ -182,8 +191,12 @@ impl Shape {
                 ([own, 1, 1], HOPPER_SHARED_BYTES)
             }
             Kernel::Sweep(_) => ([self.tiles(), 1, 1], SWEEP_SHARED_BYTES),
-            Kernel::SweepHopper(_) => ([self.tiles(), 1, 1], SWEEP_HOPPER_SHARED_BYTES),
-            Kernel::SelectStored => ([self.tiles(), 1, 1], SELECT_SHARED_BYTES),
+            Kernel::SweepHopper(_) => {
+                ([self.tiles().min(multiprocessors as usize), 1, 1], SWEEP_HOPPER_SHARED_BYTES)
+            }
+            Kernel::SelectStored | Kernel::SelectStoredHopper => {
+                ([self.tiles(), 1, 1], SELECT_STORED_SHARED_BYTES)
+            }
             Kernel::SelectRecomputedHopper(_) => ([self.tiles(), 1, 1], HOPPER_SHARED_BYTES),
             Kernel::SelectRecomputed(_) | Kernel::Threshold(_) => {
                 ([self.tiles(), 1, 1], SIMILARITY_STAGES_BYTES)
@@ -203,6 +216,7 @@ impl Shape {
         };
         let threads = match kernel {
             Kernel::GradientTilesHopper(_) => GRADIENT_HOPPER_THREADS,
+            Kernel::SweepHopper(_) => SWEEP_HOPPER_THREADS,
             _ => THREADS,
         };
         // `check` has bounded them.
@@ -288,10 +302,13 @@ mod tests {
     #[test]
     fn segments_stay_within_the_budget() {
         let shape = square(16_384, 512, Precision::Bf16);
-        for budget in [0, 5, 1 << 20, 1 << 30, usize::MAX / 2] {
+        for budget in [0, 5, 1 << 20, 1 << 25, 1 << 26, 1 << 30, usize::MAX / 2] {
             let capacity = shape.tile_capacity(budget);
             assert!(capacity * shape.tiles() * 8 <= budget);
             assert!(capacity <= 16_384 && capacity.is_multiple_of(4));
+            // Or the bits of its candidates would not fit.
+            assert!(capacity == 0 || capacity >= 512);
+            assert_eq!(capacity == 0, budget <= 1 << 25);
         }
         assert_eq!(shape.tile_capacity(2 << 30), 16_384);
     }
@@ -317,7 +334,7 @@ mod tests {
                 Kernel::GradientLists(precision),
                 Kernel::Retrieval(precision),
             ] {
-                assert!(shape.plan(kernel, false, 1).shared_bytes <= 99 * 1024, "{kernel:?}");
+                assert!(shape.plan(kernel, false, 1, 132).shared_bytes <= 99 * 1024, "{kernel:?}");
             }
         }
     }
@@ -337,11 +354,21 @@ mod tests {
                 let variant = shape.variant(kernel, true);
                 assert_eq!(shape.variant(kernel, false), kernel);
                 // A block of sm_90 may have 227 KiB.
-                assert!(shape.plan(variant, false, 1).shared_bytes <= 227 * 1024, "{variant:?}");
-                let threads = if matches!(variant, Kernel::GradientTilesHopper(_)) { 384 } else { THREADS };
-                assert_eq!(shape.plan(variant, false, 1).threads, threads, "{variant:?}");
-                // Both variants compute the same part of the result in the same block.
-                assert_eq!(shape.plan(variant, false, 3).grid, shape.plan(kernel, false, 3).grid);
+                let plan = |kernel| shape.plan(kernel, false, 3, 7);
+                assert!(plan(variant).shared_bytes <= 227 * 1024, "{variant:?}");
+                let threads = match variant {
+                    Kernel::GradientTilesHopper(_) => 384,
+                    Kernel::SweepHopper(_) => 640,
+                    _ => THREADS,
+                };
+                assert_eq!(plan(variant).threads, threads, "{variant:?}");
+                if let Kernel::SweepHopper(_) = variant {
+                    // Its blocks walk the tiles that there are.
+                    assert_eq!((plan(variant).grid, plan(kernel).grid), ([7, 1, 1], [36, 1, 1]));
+                } else {
+                    // Both variants compute the same part of the result in the same block.
+                    assert_eq!(plan(variant).grid, plan(kernel).grid);
+                }
                 let own = precision.bytes() == 2 && !matches!(kernel, Kernel::GradientLists(_));
                 assert_eq!(variant != kernel, own, "{variant:?}");
             }

@@ -4,7 +4,9 @@ use bytemuck::cast_slice_mut;
 use half::{bf16, f16};
 use ndarray::aview2;
 
-use super::loss::{Ends, IdentityAt, Input, Launcher, RowCheck, download_anchors, download_scalars, issue};
+use super::loss::{
+    Ends, IdentityAt, Input, Launcher, RowCheck, download_anchors, download_scalars, download_terms, issue,
+};
 use super::plan::Shape;
 use super::retrieval::Search;
 use super::{Device, DeviceBackend, Precision};
@@ -181,6 +183,19 @@ impl<D: Device> DeviceBackend<D> {
             return Err(Error::OutOfOrder("the values of the anchors need a loss before them"));
         };
         download_anchors(device, buffer, remembered, output)
+    }
+
+    /// What each anchor of the last loss adds to it, and whether its gradient is a product of tiles; otherwise it was
+    /// summed pair by pair.
+    ///
+    /// # Errors
+    /// [`Error::OutOfOrder`] without a loss before it; [`Error::Device`] if a copy fails.
+    pub fn terms_of_last_loss(&mut self) -> Result<(Vec<f64>, Vec<bool>)> {
+        let Self { device, loss, remembered, .. } = self;
+        let (Some(remembered), Some(buffer)) = (remembered, loss.buffer()) else {
+            return Err(Error::OutOfOrder("the terms of the loss need a loss before them"));
+        };
+        download_terms(device, buffer, remembered)
     }
 
     /// [`Backend::hypergradient`](crate::backend::Backend::hypergradient) with f32 tangents in device memory, `[B, D]` and `[N, D]`;

@@ -1,0 +1,161 @@
+// sweep.cpp: Hopper's sweep, of a copy of kernels/, under many schedules, against a double loop. tests/emulation.rs plants
+// faults in the copy. Prints what differs and exits 1. Five row tiles, the last of ignored rows alone, walked by two
+// blocks, so that both teams' stages, the row tile and the staged values are filled again and again; one tile has more
+// candidates than are staged at once. All numbers are small integers: every sum is exact.
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "tile.cuh"
+
+namespace {
+
+constexpr uint32_t kRows = 5 * TILE - 40, kValid = 4 * TILE - 30, kTiles = 5, kClass = 5;
+constexpr uint32_t kAll = kTiles * (kTiles + 1) / 2, kCapacity = TILE * TILE / 2;
+
+uint32_t stride = 0;  // of this turn's rows
+
+// Place of an element of a prepared row of 16-bit numbers: [tile, stage of 128 bytes, row, swizzled granule of 16].
+size_t place(size_t row, size_t d) {
+    size_t granule = (d % 64 / 8) ^ (row % 8);
+    return row / TILE * TILE * stride + d / 64 * TILE * 64 + row % TILE * 64 + granule * 8 + d % 8;
+}
+
+struct Want {
+    std::vector<uint32_t> counts, masks, max_neg;
+    std::vector<float> values;
+    uint64_t probe = 0;
+};
+
+// Candidates in the order of the threads and of each one's bits.
+Want expect(const std::vector<float> &s, const Pairs &pairs) {
+    Want want;
+    want.max_neg.assign(kRows, 0);
+    want.masks.assign(kAll * TILE_MASK_WORDS, 0);
+    want.values.assign(size_t{kAll} * kCapacity, 0.0f);
+    auto bound = [&](uint32_t i, double tolerance) { return static_cast<float>(static_cast<double>(pairs.same[i].min_pos) - tolerance); };
+    for (uint32_t x = 0; x < kTiles; ++x) {
+        for (uint32_t y = x; y < kTiles; ++y) {
+            uint32_t tile = static_cast<uint32_t>(want.counts.size()), count = 0;
+            for (uint32_t thread = 0; thread < THREADS; ++thread) {
+                for (uint32_t bit = 0; bit < 64; ++bit) {
+                    uint32_t c = bit % 32;
+                    uint32_t i = x * TILE + thread / 32 * 16 + bit / 32 * 8 + thread % 32 / 4;
+                    uint32_t j = y * TILE + c / 2 * 8 + thread % 4 * 2 + c % 2;
+                    if (i >= j || j >= kValid) continue;
+                    float value = s[size_t{i} * kRows + j];
+                    bool candidate = true;
+                    if (i / kClass != j / kClass) {
+                        for (uint32_t row : {i, j}) want.max_neg[row] = std::max(want.max_neg[row], ordered_key(value));
+                        want.probe += (value > bound(i, pairs.settings.probe)) + (value > bound(j, pairs.settings.probe));
+                        candidate = value > bound(i, pairs.settings.candidate) || value > bound(j, pairs.settings.candidate);
+                    }
+                    if (!candidate) continue;
+                    want.masks[tile * TILE_MASK_WORDS + thread * 2 + bit / 32] |= 1u << c;
+                    if (count < kCapacity) want.values[size_t{tile} * kCapacity + count] = value;
+                    ++count;
+                }
+            }
+            want.counts.push_back(count);
+        }
+    }
+    return want;
+}
+
+int differ(const char *what, size_t at, double got, double want, uint64_t seed) {
+    std::printf("stride %u, seed %llu, %s %zu: got %g, want %g\n", stride, static_cast<unsigned long long>(seed), what, at, got, want);
+    return 1;
+}
+
+int check(uint64_t seeds) {
+    std::vector<uint16_t> prepared(size_t{kTiles} * TILE * stride);
+    std::vector<float> rows(size_t{kRows} * stride);
+    uint32_t random = 1;
+    for (size_t i = 0; i < rows.size(); ++i) {
+        random = random * 1664525u + 1013904223u;
+        rows[i] = static_cast<float>(static_cast<int>(random >> 29) - 4);  // -4 to 3
+        prepared[place(i / stride, i % stride)] = to_bf16_bits(rows[i]);
+    }
+    std::vector<float> s(size_t{kRows} * kRows, 0.0f);
+    for (size_t i = 0; i < kRows; ++i) {
+        for (size_t j = i; j < kRows; ++j) {
+            float sum = 0.0f;
+            for (size_t d = 0; d < stride; ++d) sum += rows[i * stride + d] * rows[j * stride + d];
+            s[i * kRows + j] = sum;
+        }
+    }
+    std::vector<ClassRange> classes(kRows, ClassRange{1, 0});
+    std::vector<RowSame> same(kRows, RowSame{INFINITE, 0, 0.0f, 0.0f});
+    for (uint32_t i = 0; i < kValid; ++i) {
+        uint32_t begin = i / kClass * kClass;
+        classes[i] = ClassRange{begin, std::min(begin + kClass, kValid)};
+        // Few candidates, but for the second row tile.
+        same[i].min_pos = static_cast<float>(i / TILE == 1 ? stride / 4 : stride + i % 50);
+    }
+    for (uint64_t seed = 0; seed < seeds; ++seed) {
+        std::vector<uint32_t> counts(kAll, 77), words(size_t{kAll} * kCapacity, 77), max_neg(kRows, 0);
+        std::vector<float> values(size_t{kAll} * kCapacity, -1.0f);
+        Counters counters{};
+        counters.valid_anchors = counters.valid_references = kValid;
+        PairsParams params{};
+        Pairs &pairs = params.pairs;
+        pairs.anchors = pairs.references = Side{prepared.data(), nullptr, nullptr, kRows, kTiles};
+        pairs.square = 1;
+        pairs.stride = pairs.dim = stride;
+        pairs.tile_capacity = kCapacity;
+        pairs.tiles = kAll;
+        pairs.classes = classes.data();
+        pairs.same = same.data();
+        pairs.max_neg = max_neg.data();
+        pairs.counters = &counters;
+        pairs.tile_counts = counts.data();
+        pairs.tile_words = words.data();
+        pairs.tile_values = values.data();
+        // The probe's bound is the candidates', or another.
+        pairs.settings.candidate = 0.5;
+        pairs.settings.probe = seed % 2 ? 0.5 : -4.5;
+        const uint32_t grid[3] = {2, 1, 1};
+        if (emulation::launch("sweep_hopper_bf16", grid, SWEEP_HOPPER_THREADS, SWEEP_HOPPER_SHARED_BYTES, &params, sizeof params,
+                              seed)) {
+            return 2;
+        }
+        Want want = expect(s, pairs);
+        bool windows = false;
+        for (uint32_t tile = 0; tile < kAll; ++tile) {
+            uint32_t count = want.counts[tile];
+            windows |= count > SWEEP_HOPPER_STAGED && count <= kCapacity;
+            if (counts[tile] != count) return differ("count", tile, counts[tile], count, seed);
+            if (count == 0 || count > kCapacity) continue;
+            for (uint32_t word = 0; word < TILE_MASK_WORDS; ++word) {
+                uint32_t got = words[size_t{tile} * kCapacity + word], mask = want.masks[tile * TILE_MASK_WORDS + word];
+                if (got != mask) return differ("mask", tile * TILE_MASK_WORDS + word, got, mask, seed);
+            }
+            for (uint32_t k = 0; k < count; ++k) {
+                size_t at = size_t{tile} * kCapacity + k;
+                if (values[at] != want.values[at]) return differ("value", at, values[at], want.values[at], seed);
+            }
+        }
+        if (!windows) return 3;
+        for (uint32_t i = 0; i < kRows; ++i) {
+            if (max_neg[i] != want.max_neg[i]) return differ("m-", i, key_value(max_neg[i]), key_value(want.max_neg[i]), seed);
+        }
+        if (counters.probe_neg != want.probe) {
+            return differ("probe", 0, static_cast<double>(counters.probe_neg), static_cast<double>(want.probe), seed);
+        }
+    }
+    return 0;
+}
+
+}  // namespace
+
+int main(int argc, char **argv) {
+    uint64_t seeds = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 1;
+    // A row tile that stays, of fewer stages than there are and of more; and one that does not fit.
+    for (uint32_t width : {192u, 320u, 576u}) {
+        stride = width;
+        if (int failed = check(width > 512 ? (seeds + 3) / 4 : seeds)) return failed;
+    }
+    return 0;
+}
