@@ -120,7 +120,7 @@ typedef enum ddtas_identity {
      */
     DDTAS_IDENTITY_FROM = 1,
     /**
-     * Reference ddtas_rows.identity_list[i] is anchor i.
+     * Entry i of ddtas_rows.identity_list is the reference that is anchor i.
      */
     DDTAS_IDENTITY_LIST = 2,
 } ddtas_identity;

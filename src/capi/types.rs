@@ -80,7 +80,7 @@ pub enum Identity {
     ByValue = 0,
     /// Reference ddtas_rows.identity_first + i is anchor i.
     From = 1,
-    /// Reference ddtas_rows.identity_list[i] is anchor i.
+    /// Entry i of ddtas_rows.identity_list is the reference that is anchor i.
     List = 2,
 }
 
