@@ -322,6 +322,9 @@ fn steps_out_of_order_and_numbers_of_another_length_are_refused() {
     // An error ends the row: the same-class step has to be made again.
     out_of_order(backend.sweep(&part, numbers, &mut output));
     backend.same_class(&part, &settings, &mut output).unwrap();
+    let larger = Batch { total: Some(13), ..part };
+    out_of_order(backend.sweep(&larger, numbers, &mut output));
+    backend.same_class(&part, &settings, &mut output).unwrap();
     let elsewhere = Batch::part(slice(&all, 3, 7), all, Identity::From(3), 12);
     out_of_order(backend.sweep(&elsewhere, numbers, &mut output));
     backend.same_class(&part, &settings, &mut output).unwrap();

@@ -30,6 +30,8 @@ pub enum Step {
 pub struct Remembered {
     pub anchors: (usize, usize),
     pub references: Option<usize>,
+    /// B of 1/B.
+    total: usize,
     settings: LossSettings,
     step: Step,
 }
@@ -40,6 +42,7 @@ impl Remembered {
         Self {
             anchors: (embeddings.rows(), embeddings.dim()),
             references: batch.references.map(|rows| rows.embeddings.rows()),
+            total: batch.total(),
             settings: *settings,
             step,
         }
@@ -65,7 +68,7 @@ impl CpuBackend {
         let settings = remembered.settings;
         if remembered != Remembered::new(part, &settings, before) || !self.sides.are_of(part) {
             return Err(Error::OutOfOrder(
-                "a step needs the part of the step before it: shape or labels differ",
+                "a step needs the part of the step before it: shape, total or labels differ",
             ));
         }
         Ok(settings)
