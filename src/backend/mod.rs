@@ -17,6 +17,7 @@ pub mod device;
 #[cfg(feature = "emulated")]
 pub mod emulated;
 mod open;
+mod step;
 
 pub use open::{AutoDevice, DeviceSpec, auto, open, open_with};
 

@@ -18,6 +18,7 @@ use std::sync::Mutex;
 
 use ndarray::ArrayView2;
 
+use super::step::Step;
 use super::{Backend, Nearest};
 use crate::Result;
 use crate::loss::{Batch, Hypergradient, LossOutput, LossSettings, RowNumbers, Rows};
@@ -46,7 +47,7 @@ use select::Weights;
 use simd::Level;
 use similarity::Tiles;
 use statistics::{Gathered, Statistics};
-use steps::{Remembered, Step};
+use steps::Remembered;
 use tasks::{Workers, lock};
 use tile::TileScratch;
 use walk::Answer;

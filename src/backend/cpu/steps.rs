@@ -11,19 +11,11 @@ use super::threshold;
 use super::times::Stopwatch;
 use super::walk::{Owner, Walk, write_gradient};
 use super::weigh::Totals;
-use super::{BUDGET_OF_A_ROW, CpuBackend, Scratch, workers_for};
+use super::{BUDGET_OF_A_ROW, CpuBackend, workers_for};
+use crate::backend::step::Step;
 use crate::loss::select::adapt;
 use crate::loss::{Batch, Hypergradient, LossOutput, LossSettings, RowNumbers, UnitCheck};
 use crate::{Error, Result};
-
-/// The steps of a loss.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Step {
-    SameClass,
-    Sweep,
-    Select,
-    Gradient,
-}
 
 /// How far the last loss came, and of what shape and settings it is.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -52,21 +44,10 @@ impl Remembered {
 impl CpuBackend {
     /// Whether `step` is the next one, and `part` still the same; its settings.
     pub(super) fn go_on(&mut self, part: &Batch<'_>, step: Step) -> Result<LossSettings> {
-        let before = match step {
-            Step::SameClass | Step::Sweep => Step::SameClass,
-            Step::Select => Step::Sweep,
-            Step::Gradient => Step::Select,
-        };
-        // Whatever goes wrong from here on, the steps begin anew.
-        let remembered = self.remembered.take().filter(|last| last.step == before);
-        let remembered = remembered.ok_or(Error::OutOfOrder(match step {
-            Step::SameClass | Step::Sweep => "the sweep needs the same-class step before it",
-            Step::Select => "the selection needs the sweep before it",
-            Step::Gradient => "the gradient needs the selection before it",
-        }))?;
+        let remembered = step.take_last(&mut self.remembered, |last| Some(last.step))?;
         part.validate()?;
         let settings = remembered.settings;
-        if remembered != Remembered::new(part, &settings, before) || !self.sides.are_of(part) {
+        if remembered != Remembered::new(part, &settings, remembered.step) || !self.sides.are_of(part) {
             return Err(Error::OutOfOrder(
                 "a step needs the part of the step before it: shape, total or labels differ",
             ));
@@ -101,6 +82,14 @@ impl CpuBackend {
         }
     }
 
+    /// Buffers for each thread, which forget the panels they packed last: other rows come next.
+    fn ready_scratch(&mut self, workers: Workers<'_>) {
+        self.scratch.resize_with(workers.count(), Mutex::default);
+        for scratch in &self.scratch {
+            lock(scratch).tile.reset();
+        }
+    }
+
     /// Rows in class order; m+ and the positives.
     pub(super) fn find_same_class(
         &mut self,
@@ -109,7 +98,7 @@ impl CpuBackend {
         output: &mut LossOutput,
     ) -> Result<()> {
         let mut watch = Stopwatch::start();
-        self.scratch.resize_with(workers.count(), Mutex::default);
+        self.ready_scratch(workers);
         self.sides.set(batch, &workers)?;
         let pairs = self.sides.pairs(batch, self.level)?;
         self.times.rows = watch.lap();
@@ -118,7 +107,6 @@ impl CpuBackend {
         let of_rows = BUDGET_OF_A_ROW.saturating_mul(pairs.rows.order.rows.len() + against);
         self.tiles.set(&pairs, self.budget.unwrap_or(of_rows));
         self.statistics.reset(&pairs);
-        forget_panels(&self.scratch);
         self.tiles.same_class_pass(&pairs, &workers, &self.scratch, &mut self.statistics);
         let statistics = &self.statistics;
         report(pairs.rows.order, batch, &statistics.min_pos, f32::INFINITY, &mut output.min_pos);
@@ -137,10 +125,9 @@ impl CpuBackend {
         output: &mut LossOutput,
     ) -> Result<()> {
         let mut watch = Stopwatch::start();
-        self.scratch.resize_with(workers.count(), Mutex::default);
+        self.ready_scratch(workers);
         let pairs = self.sides.pairs(batch, self.level)?;
         self.statistics.set_bounds(settings);
-        forget_panels(&self.scratch);
         self.tiles.sweep(&pairs, &workers, &self.scratch, &mut self.statistics);
         let statistics = &self.statistics;
         report(pairs.rows.order, batch, &statistics.max_neg, f32::NEG_INFINITY, &mut output.max_neg);
@@ -160,11 +147,10 @@ impl CpuBackend {
         output: &mut LossOutput,
     ) -> Result<()> {
         let mut watch = Stopwatch::start();
-        self.scratch.resize_with(workers.count(), Mutex::default);
+        self.ready_scratch(workers);
         let pairs = self.sides.pairs(batch, self.level)?;
         let tolerances = adapt(settings, probe_neg, total_pos);
         self.weights.set_bounds(settings, tolerances, &self.statistics);
-        forget_panels(&self.scratch);
         self.tiles.count(&pairs, &workers, &self.scratch, &self.weights, &mut self.statistics);
         (output.gamma_pos, output.gamma_neg) = (tolerances.pos, tolerances.neg);
         for (kind, counts) in [&mut output.count_pos, &mut output.count_neg].into_iter().enumerate() {
@@ -187,10 +173,9 @@ impl CpuBackend {
         output: &mut LossOutput,
     ) -> Result<()> {
         let mut watch = Stopwatch::start();
-        self.scratch.resize_with(workers.count(), Mutex::default);
+        self.ready_scratch(workers);
         let pairs = self.sides.pairs(batch, self.level)?;
         output.active = self.weights.set_factors(&self.statistics, batch.total());
-        forget_panels(&self.scratch);
         let known = Known { pairs, statistics: &self.statistics, weights: &self.weights };
         self.tiles.weigh(&known, &workers, &self.scratch);
         let mut walk =
@@ -224,7 +209,7 @@ impl CpuBackend {
         let given = Remembered::new(batch, &remembered.settings, Step::Gradient);
         threshold::check_shapes(&remembered, &given, &tangent, reference_tangent.as_ref())?;
         let workers = workers_for(batch);
-        self.scratch.resize_with(workers.count(), Mutex::default);
+        self.ready_scratch(workers);
         if !self.sides.are_of(batch) {
             return Err(Error::OutOfOrder(
                 "hypergradient needs the batch of the last loss: its labels differ",
@@ -232,7 +217,6 @@ impl CpuBackend {
         }
         self.sides.prepare(batch, UnitCheck::Trust, &workers)?;
         let pairs = self.sides.pairs(batch, self.level)?;
-        forget_panels(&self.scratch);
         let mut walk = Walk {
             known: Known { pairs, statistics: &self.statistics, weights: &self.weights },
             tiles: &self.tiles,
@@ -241,13 +225,6 @@ impl CpuBackend {
             answers: &mut self.answers,
         };
         Ok(threshold::hypergradient(&mut walk, tangent, reference_tangent))
-    }
-}
-
-/// Threads hold the panels of the blocks they packed last: other rows come next.
-fn forget_panels(scratch: &[Mutex<Scratch>]) {
-    for scratch in scratch {
-        lock(scratch).tile.reset();
     }
 }
 

@@ -10,8 +10,9 @@ use super::loss::{
 use super::params::LossScalars;
 use super::plan::{Shape, sum_scale};
 use super::resident::{ResidentBatch, ResidentRows, aligned};
-use super::steps::{Given, Step, Which, report_to, take};
+use super::steps::{Given, Which, report_to, take};
 use super::{Device, DeviceBackend};
+use crate::backend::step::Step;
 use crate::loss::LossSettings;
 use crate::{Error, Result};
 
@@ -281,7 +282,7 @@ impl<D: Device> DeviceBackend<D> {
     }
 
     fn go_on_resident(&mut self, part: &ResidentPart, step: Step) -> Result<Remembered> {
-        let last = self.last(step)?;
+        let last = step.take_last(&mut self.remembered, |last| last.step)?;
         part.validate()?;
         if last.shape != part.shape(self.options.exact, true) {
             return Err(Error::OutOfOrder("a step needs the part of the step before it: its shape differs"));

@@ -14,9 +14,9 @@ use super::params::{
     RowSame, RowSums, RowWeights, Settings, Side, TILE, WaysParams, WeighParams,
 };
 use super::plan::{Shape, order_tiles, sum_scale, term_limit, tiles};
-use super::steps::Step;
 use super::workspace::{Layout, Region};
 use super::{Device, DeviceBackend, Kernel, Params};
+use crate::backend::step::Step;
 use crate::loss::check_unit;
 use crate::loss::{
     Batch, Embeddings, Identity, LossOutput, LossSettings, Mining, Rows, UnitCheck,

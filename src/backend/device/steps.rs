@@ -10,18 +10,10 @@ use super::params::{Counters, NUMBERS_COUNTS, NUMBERS_MAX_NEG, NUMBERS_MIN_POS, 
 use super::plan::Shape;
 use super::workspace::Region;
 use super::{Device, DeviceBackend, Kernel};
+use crate::backend::step::Step;
 use crate::loss::select::adapt;
 use crate::loss::{Batch, LossOutput, LossSettings, RowNumbers};
 use crate::{Error, Result};
-
-/// The steps of a loss.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Step {
-    SameClass,
-    Sweep,
-    Select,
-    Gradient,
-}
 
 /// Which numbers go in or out: a list, or two for the sizes of the sets.
 #[derive(Debug, Clone, Copy)]
@@ -190,7 +182,7 @@ impl<D: Device> DeviceBackend<D> {
 
     /// What the step before left, if `step` is the next one and `part` still the same.
     pub(super) fn go_on(&mut self, part: &Batch<'_>, step: Step) -> Result<Remembered> {
-        let last = self.last(step)?;
+        let last = step.take_last(&mut self.remembered, |last| last.step)?;
         part.validate()?;
         same_type(part)?;
         let shape = Shape { numbers: last.shape.numbers, ..self.shape(part) };
@@ -201,19 +193,6 @@ impl<D: Device> DeviceBackend<D> {
             ));
         }
         Ok(Remembered { step: Some(step), ..last })
-    }
-
-    /// What the step before `step` left. Whatever goes wrong from here on, the steps begin anew.
-    pub(super) fn last(&mut self, step: Step) -> Result<Remembered> {
-        let (before, needs) = match step {
-            Step::SameClass | Step::Sweep => {
-                (Step::SameClass, "the sweep needs the same-class step before it")
-            }
-            Step::Select => (Step::Sweep, "the selection needs the sweep before it"),
-            Step::Gradient => (Step::Select, "the gradient needs the selection before it"),
-        };
-        let last = self.remembered.take().filter(|last| last.step == Some(before));
-        last.ok_or(Error::OutOfOrder(needs))
     }
 
     pub(super) fn resumed(&mut self, loss: &Remembered) -> Result<(Shape, &mut D::Buffer, &mut D)> {

@@ -6,9 +6,9 @@ use ndarray::ArrayView2;
 use super::loss::{Launcher, Remembered, SideRegions, pointer};
 use super::params::{STAGE_BYTES, TILE, ThresholdParams, ThresholdPrepareParams, ThresholdSumParams};
 use super::plan::{Shape, tiles};
-use super::steps::Step;
 use super::workspace::{Layout, Region};
 use super::{Device, DeviceBackend, Kernel};
+use crate::backend::step::Step;
 use crate::loss::{Batch, Hypergradient};
 use crate::{Error, Result};
 

@@ -1,0 +1,34 @@
+//! The order of the steps of a loss, which every backend keeps.
+
+use crate::{Error, Result};
+
+/// The steps of a loss.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// m+ and the positives.
+    SameClass,
+    /// m-, the probe and the candidates.
+    Sweep,
+    /// The sizes of the mined sets.
+    Select,
+    /// Loss and gradient.
+    Gradient,
+}
+
+impl Step {
+    /// Takes what the step before this one has left, if the last one was that; `step_of` says which it was.
+    /// Whatever goes wrong from there on, the steps begin anew.
+    ///
+    /// # Errors
+    /// [`Error::OutOfOrder`].
+    pub fn take_last<T>(self, last: &mut Option<T>, step_of: impl Fn(&T) -> Option<Self>) -> Result<T> {
+        let (before, needs) = match self {
+            Self::SameClass | Self::Sweep => {
+                (Self::SameClass, "the sweep needs the same-class step before it")
+            }
+            Self::Select => (Self::Sweep, "the selection needs the sweep before it"),
+            Self::Gradient => (Self::Select, "the gradient needs the selection before it"),
+        };
+        last.take().filter(|last| step_of(last) == Some(before)).ok_or(Error::OutOfOrder(needs))
+    }
+}
