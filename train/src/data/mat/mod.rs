@@ -127,7 +127,7 @@ impl Array {
 /// Reads a file.
 ///
 /// # Errors
-/// [`Error::Io`]; [`Error::Format`] as [`parse`].
+/// [`Io`](ddtas_io::Error::Io); [`Format`](ddtas_io::Error::Format) as [`parse`].
 pub fn read(path: &Path) -> Result<Variables> {
     let size = std::fs::metadata(path).map_err(Error::io("read", path))?.len();
     if size > MAX_BYTES as u64 {
