@@ -138,6 +138,9 @@ fn the_calling_thread_s_context_is_its_own_again_after_every_call() {
         unchanged("hypergradient");
         backend.nearest(&Rows::new(e.view(), &labels), None, 3).unwrap();
         unchanged("nearest");
+        let rows = Rows::new(e.view(), &labels);
+        backend.search(&rows, &mut |search| search.nearest(&rows, 3).map(drop)).unwrap();
+        unchanged("search");
         unsafe { backend.loss_resident(&resident, &settings, &mut output) }.unwrap();
         unchanged("loss_resident");
         backend.anchors_of_last_loss(&mut output).unwrap();

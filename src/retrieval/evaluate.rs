@@ -9,7 +9,7 @@
 
 use super::recall::{Hits, Recall, sorted};
 use super::rows::{Gathered, Kept, answers};
-use crate::backend::{Backend, Nearest};
+use crate::backend::{Backend, Nearest, Search};
 use crate::loss::{Rows, validate_rows};
 use crate::{Error, Result};
 
@@ -78,25 +78,34 @@ fn evaluate_within(
 
     let kept = gallery.map_or_else(|| Kept::new(queries), Kept::new);
     let mut score = Score { hits: Hits::new(ks), r_precision: 0.0, average_precision: 0.0 };
-    let mut done = 0;
     progress(0, order.len());
-    while done < order.len() {
-        let length = |query: u32| deepest.max(answers[query as usize] as usize).min(kept.len());
-        let turn = room.turn(&order[done..], length);
-        // One more than asked for: where a query searches its own set, it is found there too, and passed over.
-        let longest = (length(turn[turn.len() - 1]) + usize::from(itself)).min(kept.len());
-        let gathered = Gathered::new(queries, turn);
-        let nearest = backend
-            .nearest(&gathered.rows(), Some(&kept.rows()), longest)
-            .map_err(|error| with_original_row(error, itself, turn, &kept))?;
-        for (list, &query) in nearest.indices.outer_iter().zip(turn) {
-            let others = list.iter().filter(|&&index| index != Nearest::NONE);
-            let others = others.filter(|&&index| !itself || kept.original(index) != query);
-            let label = queries.labels[query as usize];
-            score.add(others.map(|&index| kept.label(index) == label), answers[query as usize] as usize);
+    let mut in_turns = |search: &mut dyn Search| {
+        let mut done = 0;
+        while done < order.len() {
+            let length = |query: u32| deepest.max(answers[query as usize] as usize).min(kept.len());
+            let turn = room.turn(&order[done..], length);
+            // One more than asked for: where a query searches its own set, it is found there too, and passed over.
+            let longest = (length(turn[turn.len() - 1]) + usize::from(itself)).min(kept.len());
+            let gathered = Gathered::new(queries, turn);
+            let nearest = search
+                .nearest(&gathered.rows(), longest)
+                .map_err(|error| with_row(error, "queries", "queries", |row| turn[row]))?;
+            for (list, &query) in nearest.indices.outer_iter().zip(turn) {
+                let others = list.iter().filter(|&&index| index != Nearest::NONE);
+                let others = others.filter(|&&index| !itself || kept.original(index) != query);
+                let label = queries.labels[query as usize];
+                score.add(others.map(|&index| kept.label(index) == label), answers[query as usize] as usize);
+            }
+            done += turn.len();
+            progress(done, order.len());
         }
-        done += turn.len();
-        progress(done, order.len());
+        Ok(())
+    };
+    if !order.is_empty() {
+        let whose = if itself { "queries" } else { "references" };
+        backend
+            .search(&kept.rows(), &mut in_turns)
+            .map_err(|error| with_row(error, "references", whose, |row| kept.original(row as u32)))?;
     }
     let share = |sum: f64| sum / order.len().max(1) as f64;
     Ok(Metrics {
@@ -144,21 +153,14 @@ impl Score {
     }
 }
 
-/// A bad row by its place in the caller's matrix, not in the turn's.
-fn with_original_row(error: Error, itself: bool, turn: &[u32], kept: &Kept<'_>) -> Error {
-    let place = |rows: &'static str, row: usize| match rows {
-        "queries" => (rows, turn[row] as usize),
-        _ if itself => ("queries", kept.original(row as u32) as usize),
-        _ => (rows, kept.original(row as u32) as usize),
-    };
+/// A bad row of `rows` by its place in the caller's matrix, which is called `whose`.
+fn with_row(error: Error, rows: &str, whose: &'static str, place: impl Fn(usize) -> u32) -> Error {
     match error {
-        Error::NotFinite { rows, row } => {
-            let (rows, row) = place(rows, row);
-            Error::NotFinite { rows, row }
+        Error::NotFinite { rows: bad, row } if bad == rows => {
+            Error::NotFinite { rows: whose, row: place(row) as usize }
         }
-        Error::NotUnit { rows, row, norm } => {
-            let (rows, row) = place(rows, row);
-            Error::NotUnit { rows, row, norm }
+        Error::NotUnit { rows: bad, row, norm } if bad == rows => {
+            Error::NotUnit { rows: whose, row: place(row) as usize, norm }
         }
         other => other,
     }
