@@ -341,9 +341,11 @@ fn a_gallery_is_prepared_once_for_several_sets_of_queries() {
     let labels = vec![0; 300];
     let queries = [&first, &second].map(|rows| Rows::new(rows.view(), &labels[..rows.nrows()]));
     let gallery = Rows::new(gallery.view(), &labels);
-    let mut backend = emulated::open(Options::default(), 4);
-    let apart = queries.each_ref().map(|queries| backend.nearest(queries, Some(&gallery), 5).unwrap());
-    let launched = backend.device().launches();
+    let mut backend = DeviceBackend::new(EmulatedDevice::new(4), Options::default());
+    let apart = queries
+        .each_ref()
+        .map(|queries| backend.nearest(queries, Some(&gallery), 5).expect("the rows are valid"));
+    let launched = backend.device().launched().len();
     let mut together = Vec::new();
     backend
         .search(&gallery, &mut |search| {
@@ -352,10 +354,10 @@ fn a_gallery_is_prepared_once_for_several_sets_of_queries() {
             }
             Ok(())
         })
-        .unwrap();
+        .expect("the rows are valid");
     assert_eq!(together, apart);
     // The gallery, and for each set its rows and its lists.
-    assert_eq!(backend.device().launches() - launched, 5);
+    assert_eq!(backend.device().launched().len() - launched, 5);
     let other = random_rows(3, 16, 1);
     let other = Rows::new(other.view(), &labels[..3]);
     let refused = backend.search(&gallery, &mut |search| search.nearest(&other, 5).map(drop));

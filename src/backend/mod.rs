@@ -144,7 +144,7 @@ pub trait Backend: Send {
         gallery: &Rows<'_>,
         work: &mut dyn FnMut(&mut dyn Search) -> Result<()>,
     ) -> Result<()> {
-        work(&mut Unprepared { backend: self, gallery })
+        work(&mut Unprepared { backend: self, gallery: gallery.view() })
     }
 
     /// Bytes the workspace holds now.
@@ -162,12 +162,12 @@ pub trait Search {
 
 struct Unprepared<'a, 'g, B: ?Sized> {
     backend: &'a mut B,
-    gallery: &'g Rows<'g>,
+    gallery: Rows<'g>,
 }
 
 impl<B: Backend + ?Sized> Search for Unprepared<'_, '_, B> {
     fn nearest(&mut self, queries: &Rows<'_>, k: usize) -> Result<Nearest> {
-        self.backend.nearest(queries, Some(self.gallery), k)
+        self.backend.nearest(queries, Some(&self.gallery), k)
     }
 }
 
