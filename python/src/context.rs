@@ -19,6 +19,7 @@ use crate::input::{Known, Labels, Matrix};
 use crate::output::LossOutput;
 use crate::part::{self, Part};
 use crate::settings::Settings;
+use crate::tensors;
 
 /// A workspace on the processor, and the threads that compute in it.
 ///
@@ -48,7 +49,7 @@ impl Workspace {
 pub struct Sides<'py> {
     pub anchors: (Matrix<'py>, Labels<'py>),
     pub references: Option<(Matrix<'py>, Labels<'py>)>,
-    identity: Known,
+    pub identity: Known,
 }
 
 impl<'py> Sides<'py> {
@@ -76,11 +77,6 @@ impl<'py> Sides<'py> {
         if identity.is_some() && sides.references.is_none() {
             let message = "identity says which references are anchors, and there are no references";
             return Err(PyValueError::new_err(message));
-        }
-        if identity.is_some() && sides.is_double() {
-            let message =
-                "identity is served for float32, float16 and bfloat16 rows: float64 ones are known by value";
-            return Err(PyTypeError::new_err(message));
         }
         Ok(sides)
     }
@@ -194,6 +190,25 @@ impl Context {
             backend.loss(&batch, &settings, &mut output).map(|()| output)
         })?;
         Ok(LossOutput::of_backend(py, output))
+    }
+
+    /// The loss of tensors by their addresses: see `tensors.rs`, which `ddtas.torch` alone calls.
+    #[pyo3(signature = (rows, references, identity, mining, numbers, flags, answers))]
+    #[allow(clippy::too_many_arguments)]
+    fn loss_at(
+        &self,
+        py: Python<'_>,
+        rows: tensors::Place,
+        references: Option<tensors::Place>,
+        identity: usize,
+        mining: &str,
+        numbers: [f64; 8],
+        flags: tensors::Flags,
+        answers: [usize; 2],
+    ) -> PyResult<tensors::Gradients> {
+        let settings = Settings::of_numbers(mining, numbers).to_library()?;
+        // SAFETY: `ddtas.torch` holds the tensors and has checked them.
+        unsafe { tensors::loss(py, self, (rows, references), identity, &settings, flags, answers) }
     }
 
     /// The two hyper-gradient sums along a tangent of the rows.
