@@ -127,6 +127,77 @@ def _on_cpu(
     return loss, gradient, back, statistics
 
 
+def _on_gpu(
+    rows: Tensor,
+    labels: Tensor,
+    references: Tensor | None,
+    reference_labels: Tensor | None,
+    identity: Tensor | None,
+    lambda_pos: Tensor | None,
+    lambda_neg: Tensor | None,
+    mining: str,
+    numbers: Sequence[float],
+    normalize: bool,
+    reference_gradient: bool,
+    check: int,
+    engine: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Issues the loss, and waits for nothing."""
+    where = engine_of(engine)
+    gpu, stream = where.on_gpu(rows)
+    if rows.shape[0] == 0 or (references is not None and references.shape[0] == 0):
+        return _of_nothing(where, rows, labels, references, numbers, reference_gradient)
+    sides = [side for side in (rows, references) if side is not None]
+    unit = [unit_rows(side) for side in sides] if normalize else []
+    # Held until everything is issued: torch gives memory away in the order of the stream.
+    held = [(unit[place][0].to(side.dtype) if unit else side).contiguous() for place, side in enumerate(sides)]
+    marks = [mark.contiguous() for mark in (labels, reference_labels) if mark is not None]
+    loss, gradient, back, statistics = _answers(rows, references, reference_gradient)
+    thresholds = _on_device(rows, numbers, lambda_pos, lambda_neg)
+    if thresholds is None:
+        numbers = _with_lambdas(numbers, lambda_pos, lambda_neg)
+    named = None if identity is None else identity.to(torch.int32).contiguous()
+    written = (gradient, back) if reference_gradient else (gradient,)
+    places = [
+        (side.data_ptr(), mark.data_ptr(), *side.shape, TYPES[side.dtype], out.data_ptr() if out is not None else 0)
+        for side, mark, out in zip(held, marks, (*written, None))
+    ]
+    gpu.enqueue_loss(
+        (rows.device.index, stream),
+        places,
+        0 if named is None else named.data_ptr(),
+        0 if thresholds is None else thresholds.data_ptr(),
+        mining,
+        numbers,
+        check != UNCHECKED,
+        statistics.data_ptr(),
+    )
+    loss.copy_(statistics[0])
+    if unit:
+        gradient = led_back(gradient, *unit[0])
+        back = led_back(back, *unit[1]) if reference_gradient else back
+    where.last = (statistics, labels)
+    if check == WAITED_FOR:
+        where.found()
+    return loss, gradient, back, statistics
+
+
+def _on_device(
+    rows: Tensor, numbers: Sequence[float], lambda_pos: Tensor | None, lambda_neg: Tensor | None
+) -> Tensor | None:
+    """Both thresholds where the rows are, if one is there already: nobody waits for it."""
+    given = [lambda_pos, lambda_neg]
+    if not any(value is not None and value.device == rows.device for value in given):
+        return None
+    both = [
+        torch.full((1,), number, dtype=torch.float64, device=rows.device)
+        if value is None
+        else value.detach().reshape(1).to(rows.device, torch.float64)
+        for value, number in zip(given, numbers[6:])
+    ]
+    return torch.cat(both)
+
+
 def _of_nothing(
     where: Engine,
     rows: Tensor,
@@ -156,6 +227,7 @@ def _with_lambdas(numbers: Sequence[float], lambda_pos: Tensor | None, lambda_ne
 
 
 _library.impl("loss", _on_cpu, "CPU")
+_library.impl("loss", _on_gpu, "CUDA")
 
 
 _library.define("good_rows(Tensor rows) -> Tensor")
