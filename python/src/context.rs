@@ -205,7 +205,7 @@ impl Context {
         numbers: [f64; 8],
         flags: tensors::Flags,
         answers: [usize; 2],
-    ) -> PyResult<tensors::Gradients> {
+    ) -> PyResult<tensors::Found> {
         let settings = Settings::of_numbers(mining, numbers).to_library()?;
         // SAFETY: `ddtas.torch` holds the tensors and has checked them.
         unsafe { tensors::loss(py, self, (rows, references), identity, &settings, flags, answers) }

@@ -22,8 +22,8 @@ pub type Place = (usize, usize, usize, usize, u8);
 /// Whether rows are normalised first, whether the references get a gradient, and whether rows are checked.
 pub type Flags = (bool, bool, bool);
 
-/// dL/d(rows) and dL/d(references), as arrays that own the library's memory.
-pub type Gradients = (Py<PyAny>, Option<Py<PyAny>>);
+/// dL/d(rows) and dL/d(references), as arrays that own the library's memory, and the statistics once more.
+pub type Found = (Py<PyAny>, Option<Py<PyAny>>, [f64; STATISTICS]);
 
 /// Entries of the statistics: `ddtas/torch/operator.py` names them.
 pub const STATISTICS: usize = 14;
@@ -88,7 +88,7 @@ pub unsafe fn loss(
     settings: &LossSettings,
     (normalize, reference_gradient, check): Flags,
     [loss_at, statistics_at]: [usize; 2],
-) -> PyResult<Gradients> {
+) -> PyResult<Found> {
     let known = match identity {
         0 => Known::ByValue,
         // SAFETY: the caller's promise.
@@ -132,7 +132,8 @@ pub unsafe fn loss(
     };
     // SAFETY: the caller's promise.
     unsafe { answer.cast::<[f64; STATISTICS]>().write(statistics) };
-    Ok(gradients)
+    let (gradient, reference_gradient) = gradients;
+    Ok((gradient, reference_gradient, statistics))
 }
 
 fn ignored(labels: &[i64]) -> f64 {

@@ -134,7 +134,12 @@ class SoftContrastiveLoss(nn.Module):
             reference_labels = reference_labels.to(rows.device, torch.int64)
         settings, pos, neg = self.settings, self.lambda_pos, self.lambda_neg
         numbers = (
-            *(settings.gamma, settings.negative_ratio, settings.probe_ratio, settings.tolerance, settings.alpha, settings.beta),
+            settings.gamma,
+            settings.negative_ratio,
+            settings.probe_ratio,
+            settings.tolerance,
+            settings.alpha,
+            settings.beta,
             settings.lambda_pos if isinstance(pos, Tensor) else float(pos),
             settings.lambda_neg if isinstance(neg, Tensor) else float(neg),
         )
@@ -152,8 +157,11 @@ class SoftContrastiveLoss(nn.Module):
             check,
             self._engine.key,
         )
-        if not torch.compiler.is_compiling() and isinstance(self._engine.last, list):
-            self._warn(self._engine.last)
+        if not torch.compiler.is_compiling():
+            last = self._engine.last
+            # Cheaper than `_warn`, and true of most batches.
+            if isinstance(last, list) and (last[-1] or not (last[3] < NEARLY_ONE or last[4] < NEARLY_ONE)):
+                self._warn(last)
         return loss
 
     @property
@@ -193,6 +201,7 @@ class SoftContrastiveLoss(nn.Module):
 
 COLLAPSED = 1e-4
 """A spread below this is a collapse."""
+NEARLY_ONE = 1 - COLLAPSED
 
 
 def _number(value: float | Tensor) -> float:

@@ -108,8 +108,8 @@ def _on_cpu(
             named = identity.data_ptr()
     wide = torch.float64 if kind == 3 else torch.float32
     loss = torch.empty((), dtype=wide, device="cpu")
-    statistics = torch.empty(len(STATISTICS), dtype=torch.float64, device="cpu")
-    found = where.host.loss_at(
+    statistics = torch.empty(14, dtype=torch.float64, device="cpu")
+    own, other, where.last = where.host.loss_at(
         anchors,
         others,
         named,
@@ -118,12 +118,11 @@ def _on_cpu(
         (normalize, reference_gradient, check != UNCHECKED),
         (loss.data_ptr(), statistics.data_ptr()),
     )
-    gradient = torch.from_numpy(found[0])
-    back = torch.empty(0, dtype=wide, device="cpu") if found[1] is None else torch.from_numpy(found[1])
+    gradient = torch.from_numpy(own)
+    back = torch.empty(0, dtype=wide, device="cpu") if other is None else torch.from_numpy(other)
     if unit:
         gradient = led_back(gradient, *unit[0])
-        back = back if found[1] is None else led_back(back, *unit[1])
-    where.last = statistics.tolist()
+        back = back if other is None else led_back(back, *unit[1])
     return loss, gradient, back, statistics
 
 
@@ -270,26 +269,32 @@ class _Once(torch.autograd.Function):
         raise RuntimeError("the loss of ddtas can be differentiated once, not twice")
 
 
-def _backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, upstream: Tensor | None, eager: bool) -> list[Tensor | None]:
     """The gradient was computed with the loss, and is only scaled: of rows, references and both thresholds."""
+    needed = ctx.needs_input_grad
+    answers: list[Tensor | None] = [None] * len(needed)
+    if upstream is None:
+        return answers
     rows, references, lambda_pos, lambda_neg, gradient, back, statistics = ctx.saved_tensors
-    inputs, answers = (rows, references, lambda_pos, lambda_neg), []
+    inputs = (rows, references, lambda_pos, lambda_neg)
     # Under create_graph: a second derivative would otherwise be wrong and not an error.
     once = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    for place, needed in enumerate(ctx.needs_input_grad[:4]):
-        if not needed or upstream is None:
-            answers.append(None)
+    # `loss.backward()` scales by 1. Nobody waits for a GPU to say so.
+    one = eager and upstream.device.type == "cpu" and upstream.item() == 1
+    for place, given in enumerate(inputs):
+        if not needed[place]:
             continue
-        given = inputs[place]
         if place < 2:
-            answer = (back if place else gradient) * upstream
+            answer = back if place else gradient
+            if not one:
+                answer = answer * upstream
             if answer.dtype != given.dtype:
                 answer = answer.to(given.dtype)
         else:
             # A threshold's derivative is a number, and the threshold any tensor of one element.
             answer = (statistics[place - 1] * upstream).to(dtype=given.dtype, device=given.device).reshape(given.shape)
-        answers.append(_Once.apply(answer, *inputs) if once else answer)
-    return (*answers, *(None for _ in ctx.needs_input_grad[4:]))
+        answers[place] = _Once.apply(answer, *inputs) if once else answer
+    return answers
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
@@ -320,23 +325,30 @@ class _Traced(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, upstream)
+        return tuple(_backward(ctx, upstream, False))
 
 
 class _Eager(torch.autograd.Function):
     """The same with one output, which spares eager calls a third of their overhead."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        rows, references, lambda_pos, lambda_neg, labels, reference_labels, identity, *rest = inputs
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        references: Tensor | None,
+        lambda_pos: Tensor | None,
+        lambda_neg: Tensor | None,
+        given: tuple[Any, ...],
+    ) -> Tensor:
+        labels, reference_labels, identity, *rest = given
         answers = _operator(rows, labels, references, reference_labels, identity, lambda_pos, lambda_neg, *rest)
-        _save(ctx, inputs, answers)
+        _save(ctx, (rows, references, lambda_pos, lambda_neg), answers)
         loss: Tensor = answers[0]
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, upstream)
+        return tuple(_backward(ctx, upstream, True))
 
 
 def loss_of(
@@ -355,10 +367,9 @@ def loss_of(
 ) -> Tensor:
     """The loss, differentiable by the first four."""
     reference_gradient = references is not None and references.requires_grad
-    given = (rows, references, lambda_pos, lambda_neg, labels, reference_labels, identity)
-    rest = (mining, numbers, normalize, reference_gradient, check, engine)
+    given = (labels, reference_labels, identity, mining, numbers, normalize, reference_gradient, check, engine)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        answers: tuple[Tensor, ...] = _Traced.apply(*given, *rest)
+        answers: tuple[Tensor, ...] = _Traced.apply(rows, references, lambda_pos, lambda_neg, *given)
         return answers[0]
-    loss: Tensor = _Eager.apply(*given, *rest)
+    loss: Tensor = _Eager.apply(rows, references, lambda_pos, lambda_neg, given)
     return loss
