@@ -28,7 +28,7 @@ fn draw(seed: u64) -> (Array2<f32>, Vec<i64>) {
     (rows, labels)
 }
 
-fn main() -> ddtas::Result<()> {
+fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut backend = open(&DeviceSpec::Auto)?;
     let settings = LossSettings::default();
     let mut output = LossOutput::default();
@@ -55,8 +55,7 @@ fn main() -> ddtas::Result<()> {
             truth.weighted.loss,
             output.active,
             labels.len(),
-        )
-        .map_err(ddtas::Error::Output)?;
+        )?;
     }
     Ok(())
 }

@@ -1,9 +1,7 @@
 //! The one error type of the library.
 //!
 //! Variants are cut by what the caller can do about them, and carry the values
-//! (row, label, path) that a message needs.
-
-use std::path::{Path, PathBuf};
+//! (row, length, setting) that a message needs.
 
 /// What can go wrong in ddtas. Every message is one line.
 #[derive(Debug, thiserror::Error)]
@@ -81,62 +79,6 @@ pub enum Error {
         /// The driver's name of the error.
         code: String,
     },
-    /// A data set cannot be used as it is.
-    #[error("{0}")]
-    Dataset(String),
-    /// An image cannot be read.
-    #[error("cannot read the image {path}: {reason}", path = path.display())]
-    Image {
-        /// The file.
-        path: PathBuf,
-        /// What the decoder said.
-        reason: String,
-    },
-    /// A file holds something else than what was expected of it.
-    #[error("{path}: {reason}", path = path.display())]
-    Format {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        reason: String,
-    },
-    /// The operating system refused to read or write.
-    #[error("cannot {action} {path}: {source}", path = path.display())]
-    Io {
-        /// `"read"`, `"write"`, `"create"`, ...
-        action: &'static str,
-        /// The file or folder.
-        path: PathBuf,
-        /// The system's answer.
-        source: std::io::Error,
-    },
-    /// A program's result cannot be printed: the pipe behind standard output is closed, or its disk is full.
-    #[error("cannot write to standard output: {0}")]
-    Output(std::io::Error),
-    /// A run was cut short by something that can be mended, and can then go on.
-    #[error("{cause}; mend that, then: ddtas-train --resume {folder}", folder = folder.display())]
-    Interrupted {
-        /// What went wrong.
-        cause: Box<Error>,
-        /// The run folder.
-        folder: PathBuf,
-    },
-    /// Training went wrong in a way that more steps will not mend.
-    #[error("{0}")]
-    Training(String),
-}
-
-impl Error {
-    /// An [`Error::Io`], for use in `map_err`.
-    pub fn io(action: &'static str, path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Self {
-        let path = path.as_ref().to_path_buf();
-        move |source| Self::Io { action, path, source }
-    }
-
-    /// An [`Error::Format`].
-    pub fn format(path: impl AsRef<Path>, reason: impl Into<String>) -> Self {
-        Self::Format { path: path.as_ref().to_path_buf(), reason: reason.into() }
-    }
 }
 
 /// The library's result.

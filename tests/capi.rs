@@ -265,7 +265,7 @@ impl Abi {
             assert_eq!(self.message(), "", "a call that worked leaves no message");
             return Ok(());
         }
-        Err(Error::Training(format!("{status:?}: {}", self.message())))
+        Err(Error::Unavailable(format!("{status:?}: {}", self.message())))
     }
 }
 

@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use ddtas::loss::{LossSettings, Mining};
-use ddtas::{Error, Result};
+use ddtas_io::{Error, Result};
 
 /// Share of all negative pairs that is finally mined.
 #[derive(Debug, Clone, Copy, PartialEq)]

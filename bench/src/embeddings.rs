@@ -12,8 +12,8 @@ use rayon::prelude::*;
 use super::Density;
 use ddtas::backend::{Backend, cpu::CpuBackend};
 use ddtas::loss::{Batch, LossOutput, LossSettings, Rows, UnitCheck};
-use ddtas::{Error, Result};
 use ddtas_io::tensors::EmbeddedRows;
+use ddtas_io::{Error, Result};
 
 /// Instances a class, as in the paper's batches.
 pub const CLASS_SIZE: usize = 5;
@@ -174,7 +174,7 @@ pub fn find_noise(density: Density, dim: usize, references: Option<usize>, seed:
         };
         let batch = Batch { check: UnitCheck::Trust, ..sample.batch() };
         backend.loss(&batch, &sample.settings, &mut output)?;
-        Ok(mined_share(&sample, &output))
+        Ok::<_, Error>(mined_share(&sample, &output))
     };
     let wanted = density.share();
     let (mut low, mut high) = (0.0, MOST_NOISE);

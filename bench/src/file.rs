@@ -8,9 +8,9 @@ use std::path::Path;
 
 use super::embeddings::Embeddings;
 use ddtas::loss::{LossSettings, Mining};
-use ddtas::{Error, Result};
 use ddtas_cases::settings_of;
 use ddtas_io::tensors::{TensorFile, write_rows};
+use ddtas_io::{Error, Result};
 
 /// Reads rows, their labels, and the settings they are to be mined with.
 ///

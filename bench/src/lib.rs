@@ -31,7 +31,7 @@ pub use measure::{Row, measure, measure_on, with_batch};
 pub use plot::plot;
 pub use settings::{Dtype, ThroughputSettings};
 
-use ddtas::Result;
+use ddtas_io::Result;
 
 /// Measures every combination that `settings` ask for, in order of dimension, density and batch.
 ///

@@ -12,9 +12,9 @@ use rayon::prelude::*;
 use super::EmbeddedRows;
 use super::embeddings::{Embeddings, mined_share};
 use super::settings::{Dtype, ThroughputSettings};
-use ddtas::Result;
 use ddtas::backend::{Backend, DeviceSpec};
 use ddtas::loss::{self, Batch, LossOutput, Rows};
+use ddtas_io::Result;
 
 /// Calls before the clock starts: buffers grow in the first, and caches settle.
 const WARM_UP: usize = 2;
@@ -93,7 +93,7 @@ impl<'a> Typed<'a> {
 /// # Errors
 /// What the backend answers, [`Error::NotUnit`](ddtas::Error::NotUnit) for one.
 pub fn measure(embeddings: &Embeddings, settings: &ThroughputSettings) -> Result<Row> {
-    measure_on(|| settings.device.open(), embeddings, settings)
+    measure_on(|| Ok(settings.device.open()?), embeddings, settings)
 }
 
 /// The same on a backend that `opened` gives, whose memory counts from then on.
@@ -190,7 +190,7 @@ struct Times {
     spread: f64,
 }
 
-fn time(seconds: f64, mut step: impl FnMut() -> Result<()>) -> Result<Times> {
+fn time(seconds: f64, mut step: impl FnMut() -> ddtas::Result<()>) -> Result<Times> {
     for _ in 0..WARM_UP {
         step()?;
     }

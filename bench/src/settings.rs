@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use super::Density;
 use super::embeddings::Embeddings;
 use crate::arguments::DeviceArguments;
-use ddtas::{Error, Result};
 use ddtas_io::files::check_place;
+use ddtas_io::{Error, Result};
 
 /// Type the rows are rounded to before they are given to the backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, serde::Serialize)]

@@ -10,7 +10,7 @@ use std::ops::Range;
 use ddtas::Result;
 use ddtas::backend::Backend;
 use ddtas::backend::device::{Device, DeviceBackend};
-use ddtas::loss::gradient::{sigmoid, softplus};
+use ddtas::loss::logistic::{sigmoid, softplus};
 use ddtas::loss::select::{Tolerances, adapt, lower_bound, upper_bound};
 use ddtas::loss::similarity::DUPLICATE;
 use ddtas::loss::{Batch, Embeddings, LossOutput, LossSettings};

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use ddtas::loss::{Hypergradient, LossSettings, Mining};
-use ddtas::{Error, Result};
 use ddtas_io::tensors::TensorFile;
+use ddtas_io::{Error, Result};
 
 use crate::{Case, Matrix, Side};
 
@@ -64,7 +64,7 @@ impl Case {
 /// The case files that `paths` name: files as they are, folders by their `.safetensors` in order of name.
 ///
 /// # Errors
-/// [`Error::Io`] for a path that cannot be read, [`Error::Dataset`] for a folder without cases.
+/// [`Error::Io`] for a path that cannot be read, [`Error::Format`] for a folder without cases.
 pub fn find(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for path in paths {
@@ -80,7 +80,7 @@ pub fn find(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
             }
         }
         if found.is_empty() {
-            return Err(Error::Dataset(format!("{}: the folder holds no .safetensors file", path.display())));
+            return Err(Error::format(path, "the folder holds no .safetensors file"));
         }
         found.sort();
         files.append(&mut found);

@@ -3,9 +3,10 @@
 
 use std::fmt::Display;
 use std::io::{self, ErrorKind, Write};
+use std::iter;
 use std::process::ExitCode;
 
-use ddtas::{Error, Result};
+use crate::{Error, Result};
 
 /// A line of progress or a warning, to standard error. It is lost where it cannot be written: no work ends for want
 /// of a reader.
@@ -29,22 +30,24 @@ pub fn print(write: impl FnOnce(&mut Vec<u8>) -> io::Result<()>) -> Result<()> {
 /// A program's result as JSON.
 ///
 /// # Errors
-/// As [`print()`]; [`Error::Unavailable`] if `value` has no JSON form.
+/// As [`print()`]; also if `value` has no JSON form.
 pub fn print_json(value: &impl serde::Serialize) -> Result<()> {
-    let text = serde_json::to_string_pretty(value)
-        .map_err(|error| Error::Unavailable(format!("cannot write JSON: {error}")))?;
+    let text = serde_json::to_string_pretty(value).map_err(|error| Error::Output(error.into()))?;
     print(|out| writeln!(out, "{text}"))
 }
 
 /// Whether the reader of standard output has gone, `head` for one: nothing is to be said about that.
 #[must_use]
-pub fn reader_has_gone(error: &Error) -> bool {
-    matches!(error, Error::Output(source) if source.kind() == ErrorKind::BrokenPipe)
+pub fn reader_has_gone(error: &(dyn std::error::Error + 'static)) -> bool {
+    iter::successors(Some(error), |error| error.source()).any(|error| {
+        let pipe = |source: &io::Error| source.kind() == ErrorKind::BrokenPipe;
+        matches!(error.downcast_ref(), Some(Error::Output(source)) if pipe(source))
+    })
 }
 
 /// Says what ended `program`, in a line, and returns its exit code.
 #[must_use]
-pub fn failed(program: &str, error: &Error) -> ExitCode {
+pub fn failed(program: &str, error: &(dyn std::error::Error + 'static)) -> ExitCode {
     if !reader_has_gone(error) {
         say(format_args!("{program}: {error}"));
     }

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::path::Path;
 
-use ddtas::{Error, Result};
+use crate::{Error, Result};
 
 /// Writes `bytes` to a temporary file beside `path` and renames it: a full disk or a killed
 /// process leaves the old file, or none, never half of one.

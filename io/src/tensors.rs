@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use ddtas::{Error, Result};
+use crate::{Error, Result};
 use half::{bf16, f16};
 use ndarray::Array2;
 pub use safetensors::Dtype;

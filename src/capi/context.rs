@@ -88,7 +88,7 @@ impl Context {
     /// As `read` or NULL; the device is NULL or a string that ends; the stream is as its comment says.
     pub unsafe fn new(options: *const ContextOptions) -> Outcome<Self> {
         let given = if options.is_null() {
-            super::input::Versioned::initial()
+            super::types::Versioned::initial()
         } else {
             // SAFETY: handed on to the caller.
             unsafe { read(options) }?

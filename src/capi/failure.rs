@@ -42,8 +42,6 @@ impl From<Error> for Failure {
             Error::OutOfOrder(_) => Status::OutOfOrder,
             Error::Unavailable(_) => Status::Unavailable,
             Error::Device { .. } => Status::Device,
-            // Files, data sets and training: nothing here reaches them.
-            _ => Status::Internal,
         };
         Self::new(status, error.to_string())
     }

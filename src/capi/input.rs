@@ -6,22 +6,8 @@ use half::{bf16, f16};
 use ndarray::ArrayView2;
 
 use super::failure::{Failure, Outcome};
-use super::types::{Dtype, Identity, Memory, MiningMode, RowCheck, Rows, Settings, Status};
+use super::types::{Dtype, Identity, Memory, MiningMode, RowCheck, Rows, Settings, Status, Versioned};
 use crate::loss::{self, Embeddings, LossSettings, Mining, UnitCheck};
-
-/// A struct whose first field is its size in the caller's header, a `usize`.
-///
-/// # Safety
-/// The struct must be `#[repr(C)]`, begin with that `usize`, and hold any bits.
-pub unsafe trait Versioned: Copy {
-    /// Its name in C.
-    const NAME: &'static str;
-    /// Its size in the first published header: no caller has a smaller one.
-    const FIRST_BYTES: usize;
-
-    /// What the fields mean that an older header does not have.
-    fn initial() -> Self;
-}
 
 /// No struct will grow beyond this: a larger size is memory that nobody initialised.
 const LARGEST_STRUCT: usize = 4096;

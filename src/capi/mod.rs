@@ -36,8 +36,9 @@ use crate::retrieval::{recall, recall_by};
 use context::{State, enter, guard};
 use engine::DeviceBatch;
 use failure::{Failure, Outcome};
-use input::{CheckedRows, Extent, Role, Versioned, check_typed, matrix};
+use input::{CheckedRows, Extent, Role, check_typed, matrix};
 use output::{Found, LossTarget, write_slice};
+use types::Versioned;
 
 /// Version of the binary interface of the library that is linked: compare it with DDTAS_ABI_VERSION,
 /// that of the header.

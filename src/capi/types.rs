@@ -4,8 +4,21 @@
 use std::ffi::{c_char, c_void};
 use std::mem::offset_of;
 
-use super::input::Versioned;
 use crate::loss::LossSettings;
+
+/// A struct whose first field is its size in the caller's header, a `usize`.
+///
+/// # Safety
+/// The struct must be `#[repr(C)]`, begin with that `usize`, and hold any bits.
+pub unsafe trait Versioned: Copy {
+    /// Its name in C.
+    const NAME: &'static str;
+    /// Its size in the first published header: no caller has a smaller one.
+    const FIRST_BYTES: usize;
+
+    /// What the fields mean that an older header does not have.
+    fn initial() -> Self;
+}
 
 /// Version of the binary interface these headers describe. It changes when a program built against an
 /// older header could no longer run; structs that grow at their end do not change it.

@@ -18,6 +18,7 @@ pub mod baseline;
 mod batch;
 mod double;
 pub mod gradient;
+pub mod logistic;
 mod output;
 mod part;
 mod reference;

@@ -4,6 +4,7 @@
 //! tolerance, and a negative more similar than its hardest positive minus one.
 //! Comparisons are strict; an empty set is not an error.
 
+use super::logistic::sigmoid;
 use super::similarity::Similarities;
 use super::{LossSettings, Mining};
 
@@ -60,7 +61,7 @@ pub fn adapt(settings: &LossSettings, probe_neg: u64, total_pos: u64) -> Toleran
         return initial;
     }
     let rho = probe_neg as f64 / total_pos as f64;
-    let t = settings.tolerance * super::gradient::sigmoid(rho);
+    let t = settings.tolerance * sigmoid(rho);
     Tolerances { pos: initial.pos * (1.0 + t), neg: initial.neg * (1.0 - t) }
 }
 

@@ -2,7 +2,7 @@
 
 use ndarray::Array2;
 
-use super::gradient::sigmoid;
+use super::logistic::sigmoid;
 use super::select::Selection;
 use super::similarity::Similarities;
 use super::{Hypergradient, LossSettings};

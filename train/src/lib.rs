@@ -4,10 +4,11 @@
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod data;
+mod error;
 pub mod generator;
 pub mod inference;
 pub mod model;
 mod pages;
 pub mod train;
 
-pub use ddtas::{Error, Result};
+pub use error::{Error, Result};

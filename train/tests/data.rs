@@ -72,7 +72,10 @@ fn train_classes_moves_the_border() {
     let with = |n| folder(root.path(), &FolderSettings { train_classes: Some(n), ..Default::default() });
     assert_eq!(with(4).unwrap().train.class_names().len(), 4);
     for out_of_range in [0, 1, 5, 6, 1000] {
-        assert!(matches!(with(out_of_range), Err(Error::InvalidSetting { .. })), "{out_of_range}");
+        assert!(
+            matches!(with(out_of_range), Err(Error::Program(ddtas_io::Error::InvalidSetting { .. }))),
+            "{out_of_range}"
+        );
     }
 }
 
@@ -327,7 +330,7 @@ fn settings_out_of_range_are_named() {
         let sampler = PkSampler::new(dataset.train.by_class(), 2, 2, 0).unwrap();
         matches!(
             Loader::new(Arc::clone(&dataset.train), sampler, settings),
-            Err(Error::InvalidSetting { .. })
+            Err(Error::Program(ddtas_io::Error::InvalidSetting { .. }))
         )
     };
     assert!(refused(|s| s.image_size = 0));

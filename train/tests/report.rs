@@ -144,12 +144,18 @@ fn a_run_cut_short_gets_a_report_of_what_there_is() {
 fn files_that_are_missing_or_something_else_are_named() {
     let folder = tempfile::tempdir().unwrap();
     let error = report::write(folder.path()).unwrap_err();
-    assert!(matches!(&error, Error::Io { path, .. } if path.ends_with("config.toml")), "{error}");
+    assert!(
+        matches!(&error, Error::Program(ddtas_io::Error::Io { path, .. }) if path.ends_with("config.toml")),
+        "{error}"
+    );
     write_run(folder.path(), &whole_run());
     fs::write(folder.path().join("report.json"), "{}").unwrap();
     let error = report::write(folder.path()).unwrap_err();
-    assert!(matches!(&error, Error::Format { path, .. } if path.ends_with("report.json")), "{error}");
+    assert!(
+        matches!(&error, Error::Program(ddtas_io::Error::Format { path, .. }) if path.ends_with("report.json")),
+        "{error}"
+    );
     fs::remove_file(folder.path().join("report.json")).unwrap();
     fs::write(folder.path().join("config.toml"), "= nonsense").unwrap();
-    assert!(matches!(report::write(folder.path()), Err(Error::Format { .. })));
+    assert!(matches!(report::write(folder.path()), Err(Error::Program(ddtas_io::Error::Format { .. }))));
 }

@@ -45,7 +45,10 @@ fn counts_out_of_range_are_refused() {
     for change in change {
         let mut settings = small();
         change(&mut settings);
-        assert!(matches!(synthetic(&settings), Err(Error::InvalidSetting { .. })), "{settings:?}");
+        assert!(
+            matches!(synthetic(&settings), Err(Error::Program(ddtas_io::Error::InvalidSetting { .. }))),
+            "{settings:?}"
+        );
     }
 }
 

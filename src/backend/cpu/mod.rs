@@ -10,7 +10,7 @@
 //! | top-K search | `retrieval.rs` |
 //! | rows of any length, and their gradient | `unit.rs` |
 //!
-//! `steps.rs` has the order of the passes and `walk.rs` what gradient and hyper-gradient have in common; `product.rs` is the one matrix product, `simd.rs` the choice of instruction
+//! `steps.rs` has the order of the passes, `remembered.rs` what stays between them and `walk.rs` what gradient and hyper-gradient have in common; `product.rs` is the one matrix product, `simd.rs` the choice of instruction
 //! set, `tasks.rs` the sharing-out of work, `buffer.rs` memory in whole cache lines, `times.rs` what each pass took. S is computed tile by tile, once for
 //! both triangles; of a tile only the candidates are kept, within a budget, and
 //! tiles beyond it are computed again with the same bits.
@@ -28,6 +28,7 @@ mod buffer;
 mod gradient;
 mod pairs;
 mod product;
+mod remembered;
 mod retrieval;
 mod rows;
 mod select;
@@ -45,11 +46,11 @@ mod weigh;
 
 use gradient::GradientScratch;
 use pairs::Sides;
+use remembered::Remembered;
 use select::Weights;
 use simd::Level;
 use similarity::Tiles;
 use statistics::{Gathered, Statistics};
-use steps::Remembered;
 use tasks::{Workers, lock};
 use tile::TileScratch;
 use unit::UnitRows;

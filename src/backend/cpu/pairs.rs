@@ -20,7 +20,21 @@ pub struct Pairs<'a> {
     pub level: Level,
 }
 
+/// Whose rows pairs are walked along.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Owner {
+    Rows,
+    Columns,
+}
+
 impl<'a> Pairs<'a> {
+    pub fn side(&self, owner: Owner) -> Side<'a> {
+        match owner {
+            Owner::Rows => self.rows,
+            Owner::Columns => self.columns,
+        }
+    }
+
     /// Local columns of tile (`_`, `column`) that are of the class of row position `i`.
     pub fn class_columns(&self, i: usize, column: usize) -> (usize, usize) {
         let block = self.columns.order.blocks[column];

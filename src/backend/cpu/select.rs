@@ -4,7 +4,7 @@ use super::pairs::Pairs;
 use super::rows::{Block, MAX_BLOCK};
 use super::simd::{GROUP, Lanes, Work};
 use super::statistics::Statistics;
-use super::tile::{Candidates, MAX_GROUPS, bits};
+use super::tile::{Candidates, MAX_GROUPS, bits, negative_bound, positive_bound};
 use crate::loss::LossSettings;
 use crate::loss::select::Tolerances;
 
@@ -118,16 +118,6 @@ fn set_factors(counts: &[[u32; 2]], batch: usize, lists: [&mut ShareList; 2]) ->
         negatives.factors[i] = factor(neg);
     }
     active
-}
-
-/// m+ minus a tolerance; without a positive (+inf) nothing is above it, whatever the tolerance.
-pub fn negative_bound(min_pos: f32, tolerance: f64) -> f32 {
-    if min_pos == f32::INFINITY { min_pos } else { (f64::from(min_pos) - tolerance) as f32 }
-}
-
-/// m- plus a tolerance; without a negative (-inf) nothing is below it, whatever the tolerance.
-fn positive_bound(max_neg: f32, tolerance: f64) -> f32 {
-    if max_neg == f32::NEG_INFINITY { max_neg } else { (f64::from(max_neg) + tolerance) as f32 }
 }
 
 /// Sizes of the sets within one tile, `[positives, negatives]` by local row and column.

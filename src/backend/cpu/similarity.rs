@@ -5,12 +5,11 @@ use std::sync::{Mutex, PoisonError, RwLock};
 
 use super::Scratch;
 use super::buffer::Buffer;
-use super::pairs::Pairs;
+use super::pairs::{Owner, Pairs};
 use super::select::{CountTile, Counts, Weights};
 use super::statistics::{Statistics, TileSameClass};
 use super::tasks::{Workers, lock};
 use super::tile::{Candidates, SameClass, Sweep, TileScratch};
-use super::walk::Owner;
 use super::weigh::{Kind, WeighTile, Weighed};
 
 /// One tile between the passes.

@@ -4,8 +4,7 @@
 //! cannot change them. So nothing is kept for every tile, and memory is linear in the batch.
 
 use super::pairs::Pairs;
-use super::select::negative_bound;
-use super::tile::Bounds;
+use super::tile::{Bounds, negative_bound};
 use crate::loss::LossSettings;
 use crate::loss::select::{initial_tolerances, probe_tolerance};
 

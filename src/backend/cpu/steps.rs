@@ -4,42 +4,20 @@ use std::sync::Mutex;
 
 use ndarray::ArrayView2;
 
+use super::pairs::Owner;
+use super::remembered::Remembered;
 use super::rows::Order;
 use super::similarity::Known;
 use super::tasks::{Workers, lock};
 use super::threshold;
 use super::times::Stopwatch;
-use super::walk::{Owner, Walk, write_gradient};
+use super::walk::{Walk, write_gradient};
 use super::weigh::Totals;
 use super::{BUDGET_OF_A_ROW, CpuBackend, workers_for};
 use crate::backend::step::Step;
 use crate::loss::select::adapt;
 use crate::loss::{Batch, Hypergradient, LossOutput, LossSettings, RowNumbers, UnitCheck};
 use crate::{Error, Result};
-
-/// How far the last loss came, and of what shape and settings it is.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Remembered {
-    pub anchors: (usize, usize),
-    pub references: Option<usize>,
-    /// B of 1/B.
-    total: usize,
-    settings: LossSettings,
-    step: Step,
-}
-
-impl Remembered {
-    pub fn new(batch: &Batch<'_>, settings: &LossSettings, step: Step) -> Self {
-        let embeddings = &batch.anchors.embeddings;
-        Self {
-            anchors: (embeddings.rows(), embeddings.dim()),
-            references: batch.references.map(|rows| rows.embeddings.rows()),
-            total: batch.total(),
-            settings: *settings,
-            step,
-        }
-    }
-}
 
 impl CpuBackend {
     /// Whether `step` is the next one, and `part` still the same; its settings.

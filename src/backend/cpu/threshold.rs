@@ -5,8 +5,9 @@
 
 use ndarray::ArrayView2;
 
-use super::steps::Remembered;
-use super::walk::{Owner, Walk};
+use super::pairs::Owner;
+use super::remembered::Remembered;
+use super::walk::Walk;
 use super::weigh::Kind;
 use crate::loss::Hypergradient;
 use crate::{Error, Result};
@@ -61,10 +62,7 @@ pub fn hypergradient(
 }
 
 fn along(walk: &mut Walk<'_>, owner: Owner, kind: Kind, tangent: ArrayView2<'_, f32>) -> f64 {
-    let rows = match owner {
-        Owner::Rows => walk.known.pairs.rows.order,
-        Owner::Columns => walk.known.pairs.columns.order,
-    };
+    let rows = walk.known.pairs.side(owner).order;
     let dot = |position: usize, _: usize, sum: &[f32]| {
         let tangent = tangent.row(rows.rows[position] as usize);
         sum.iter().zip(tangent).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()

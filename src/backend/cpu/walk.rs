@@ -7,6 +7,7 @@ use ndarray::Array2;
 
 use super::Scratch;
 use super::gradient::{AddTile, Dimensions};
+use super::pairs::Owner;
 use super::rows::Side;
 use super::simd::GROUP;
 use super::similarity::{Known, Tiles};
@@ -15,13 +16,6 @@ use super::weigh::{Kind, Totals};
 
 /// Fewest dimensions that are worth a task of their own.
 const TASK_DIMENSIONS: usize = 64;
-
-/// Whose rows a walk sums into.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Owner {
-    Rows,
-    Columns,
-}
 
 /// A walk over all weighted pairs, block by block of their owner.
 pub struct Walk<'a> {
@@ -42,16 +36,9 @@ pub struct Answer {
 }
 
 impl Walk<'_> {
-    fn side(&self, owner: Owner) -> Side<'_> {
-        match owner {
-            Owner::Rows => self.known.pairs.rows,
-            Owner::Columns => self.known.pairs.columns,
-        }
-    }
-
     /// Parts of the dimensions that are summed as tasks of their own, so that a small batch keeps all threads busy.
     fn parts(&self, owner: Owner) -> usize {
-        let Side { order, dim, .. } = self.side(owner);
+        let Side { order, dim, .. } = self.known.pairs.side(owner);
         let blocks = order.blocks.len().max(1);
         // A tile that is not kept would be swept again for each part.
         if self.workers.count() <= blocks || !self.tiles.all_kept() {
@@ -69,10 +56,10 @@ impl Walk<'_> {
         parts: usize,
         finish: impl Fn(usize, usize, &[f32]) -> f64 + Sync,
     ) -> Answer {
-        let tasks = self.side(owner).order.blocks.len() * parts;
+        let tasks = self.known.pairs.side(owner).order.blocks.len() * parts;
         self.answers.resize_with(tasks, Mutex::default);
         let Self { known, tiles, workers, scratch, answers } = &*self;
-        let (side, pairs) = (self.side(owner), known.pairs);
+        let (side, pairs) = (self.known.pairs.side(owner), known.pairs);
         let groups = side.dim.div_ceil(GROUP);
         let size = groups.div_ceil(parts).next_multiple_of(TASK_DIMENSIONS / GROUP);
         workers.for_each(tasks, scratch, |task, scratch| {
@@ -124,11 +111,11 @@ impl Walk<'_> {
 
 /// Fills the gradient of one side; rows that take part in no pair get 0. Returns the sums over the pairs.
 pub fn write_gradient(walk: &mut Walk<'_>, owner: Owner, gradient: &mut Array2<f32>, count: usize) -> Totals {
-    let dim = walk.side(owner).dim;
+    let dim = walk.known.pairs.side(owner).dim;
     if gradient.dim() != (count, dim) || !gradient.is_standard_layout() {
         *gradient = Array2::zeros((count, dim));
     }
-    let order = walk.side(owner).order;
+    let order = walk.known.pairs.side(owner).order;
     if order.rows.len() < count {
         gradient.fill(0.0);
     }

@@ -330,7 +330,7 @@ fn polynomial<S: Lanes, const N: usize>(simd: S, x: [S::f32s; N], c: [f32; 8]) -
 mod tests {
     use super::*;
     use crate::backend::cpu::simd::Level;
-    use crate::loss::gradient as truth;
+    use crate::loss::logistic as truth;
 
     struct Logistic(f32);
 

@@ -231,7 +231,7 @@ impl Test {
 }
 
 impl Answers {
-    fn report(&self, name: &str) -> ddtas_train::Result<()> {
+    fn report(&self, name: &str) -> ddtas_io::Result<()> {
         print(|out| writeln!(out, "{name:<32} {:>19.1} % {:>26.1} %", 100.0 * self.kind, 100.0 * self.told))
     }
 }

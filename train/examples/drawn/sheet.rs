@@ -15,5 +15,5 @@ pub fn write(path: &Path, sheet: &RgbImage) -> Result<()> {
     sheet
         .write_to(&mut bytes, ImageFormat::Png)
         .map_err(|error| Error::format(path, format!("the picture cannot be encoded: {error}")))?;
-    ddtas_io::files::write_atomic(path, &bytes.into_inner())
+    Ok(ddtas_io::files::write_atomic(path, &bytes.into_inner())?)
 }

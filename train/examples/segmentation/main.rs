@@ -128,7 +128,7 @@ fn run(arguments: &Arguments) -> ddtas_train::Result<()> {
     Ok(())
 }
 
-fn report(name: &str, accuracy: &Accuracy) -> ddtas_train::Result<()> {
+fn report(name: &str, accuracy: &Accuracy) -> ddtas_io::Result<()> {
     print(|out| {
         writeln!(
             out,

@@ -38,8 +38,8 @@ pub(super) fn is_archive(path: &Path) -> bool {
 /// `tell` gets a line before anything that takes long.
 ///
 /// # Errors
-/// [`Error::Format`] for an archive that is damaged, encrypted, or holds links or paths that lead out of it;
-/// [`Error::Io`], for example if the disk is full. Either way nothing of it is left.
+/// [`Format`](ddtas_io::Error::Format) for an archive that is damaged, encrypted, or holds links or paths that lead out of it;
+/// [`Io`](ddtas_io::Error::Io), for example if the disk is full. Either way nothing of it is left.
 pub(super) fn unpack(archive: &Path, tell: &mut dyn FnMut(&str)) -> Result<PathBuf> {
     unpack_within(archive, LIMITS, tell)
 }

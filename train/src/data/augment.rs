@@ -35,9 +35,9 @@ impl AugmentSettings {
     /// Checks the ranges.
     ///
     /// # Errors
-    /// [`Error::InvalidSetting`] names the first setting that is off.
+    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) names the first setting that is off.
     pub fn validate(&self) -> Result<()> {
-        let invalid = |name, value, range| Err(Error::InvalidSetting { name, value, range });
+        let invalid = |name, value, range| Err(Error::setting(name, value, range));
         let (least, most) = self.crop_area;
         if !(least > 0.0 && least <= most && most <= 1.0) {
             return invalid("crop area", format!("{least}..{most}"), "0 < least <= most <= 1");
@@ -73,12 +73,12 @@ impl TestCrop {
     /// Checks the range.
     ///
     /// # Errors
-    /// [`Error::InvalidSetting`] unless the side is in (0, 1].
+    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) unless the side is in (0, 1].
     pub fn validate(self) -> Result<()> {
         if self.side > 0.0 && self.side <= 1.0 {
             return Ok(());
         }
-        Err(Error::InvalidSetting { name: "test crop", value: self.side.to_string(), range: "0 < side <= 1" })
+        Err(Error::setting("test crop", self.side, "0 < side <= 1"))
     }
 }
 
@@ -97,14 +97,10 @@ impl Cropper {
     /// A cropper to `size` x `size` pixels.
     ///
     /// # Errors
-    /// [`Error::InvalidSetting`] unless `size` is in 8..=1024.
+    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) unless `size` is in 8..=1024.
     pub fn new(size: usize) -> Result<Self> {
         if !(8..=1024).contains(&size) {
-            return Err(Error::InvalidSetting {
-                name: "--image-size",
-                value: size.to_string(),
-                range: "8 to 1024 pixels",
-            });
+            return Err(Error::setting("--image-size", size, "8 to 1024 pixels"));
         }
         Ok(Self::with_side(size as u32))
     }
@@ -152,7 +148,7 @@ impl Cropper {
     /// The middle of the picture, appended to `pixels`.
     ///
     /// # Errors
-    /// As [`train`](Self::train); [`Error::InvalidSetting`] if the crop's side is not in (0, 1].
+    /// As [`train`](Self::train); [`InvalidSetting`](ddtas_io::Error::InvalidSetting) if the crop's side is not in (0, 1].
     pub fn test(&mut self, picture: &RgbImage, crop: TestCrop, pixels: &mut Vec<f32>) -> Result<()> {
         crop.validate()?;
         let (width, height) = (f64::from(picture.width()), f64::from(picture.height()));

@@ -35,7 +35,7 @@ const LAST_CLASS: usize = 196;
 /// Opens the set at `path`; `crop` cuts every picture to its bounding box.
 ///
 /// # Errors
-/// [`Error::Dataset`] if a file is missing, [`Error::Format`] if annotations are not what they should be, those
+/// [`Error::Dataset`] if a file is missing, [`Format`](ddtas_io::Error::Format) if annotations are not what they should be, those
 /// of unpacking.
 pub(super) fn open(path: &Path, crop: bool, tell: &mut dyn FnMut(&str)) -> Result<Dataset> {
     let root = Root::open(path, &CARS196, tell)?;

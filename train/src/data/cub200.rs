@@ -26,7 +26,7 @@ const LAST_TRAINING_CLASS: usize = 100;
 /// Opens the set at `path`; `crop` cuts every picture to its bounding box.
 ///
 /// # Errors
-/// [`Error::Dataset`](crate::Error::Dataset) if a file is missing, [`Error::Format`](crate::Error::Format) if a list is not what it should be, those of unpacking.
+/// [`Error::Dataset`](crate::Error::Dataset) if a file is missing, [`Format`](ddtas_io::Error::Format)(crate::Error::Format) if a list is not what it should be, those of unpacking.
 pub(super) fn open(path: &Path, crop: bool, tell: &mut dyn FnMut(&str)) -> Result<Dataset> {
     let root = Root::open(path, &CUB200, tell)?;
     let images = root.table::<2>(&["images.txt"], 0)?;

@@ -27,14 +27,10 @@ impl EvaluationBatches {
     /// Starts at the first picture.
     ///
     /// # Errors
-    /// [`Error::InvalidSetting`] if `chunk` is 0, or the size or crop is out of range.
+    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) if `chunk` is 0, or the size or crop is out of range.
     pub fn new(split: Arc<Split>, image_size: usize, crop: TestCrop, chunk: usize) -> Result<Self> {
         if chunk == 0 {
-            return Err(Error::InvalidSetting {
-                name: "evaluation chunk",
-                value: "0".into(),
-                range: "at least 1",
-            });
+            return Err(Error::setting("evaluation chunk", "0", "at least 1"));
         }
         crop.validate()?;
         let readable = vec![0; split.class_names().len()];

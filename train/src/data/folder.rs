@@ -31,8 +31,8 @@ const WANTED: &str = "give a folder that holds one folder of JPEG or PNG picture
 ///
 /// # Errors
 /// [`Error::Dataset`] if the folder is missing, holds no pictures, leaves fewer than two classes on a side, or
-/// leaves a test side where no class has two pictures; [`Error::InvalidSetting`] for a `train_classes` out of range;
-/// [`Error::Io`] if a folder cannot be listed.
+/// leaves a test side where no class has two pictures; [`InvalidSetting`](ddtas_io::Error::InvalidSetting) for a `train_classes` out of range;
+/// [`Io`](ddtas_io::Error::Io) if a folder cannot be listed.
 pub fn folder(root: &Path, settings: &FolderSettings) -> Result<Dataset> {
     let shown = root.display();
     if !root.is_dir() {
@@ -84,11 +84,11 @@ pub fn folder(root: &Path, settings: &FolderSettings) -> Result<Dataset> {
     }
     let train_classes = settings.train_classes.unwrap_or(classes.len() / 2);
     if train_classes < 2 || train_classes + 2 > classes.len() {
-        return Err(Error::InvalidSetting {
-            name: "--train-classes",
-            value: train_classes.to_string(),
-            range: "at least 2, and at least 2 of the classes must remain to test",
-        });
+        return Err(Error::setting(
+            "--train-classes",
+            train_classes,
+            "at least 2, and at least 2 of the classes must remain to test",
+        ));
     }
     let test = classes.split_off(train_classes);
     if test.iter().all(|(_, pictures)| pictures.len() < 2) {

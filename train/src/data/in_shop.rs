@@ -30,7 +30,7 @@ enum Side {
 /// Opens the set at `path`; `crop` cuts every picture to its bounding box.
 ///
 /// # Errors
-/// [`Error::Dataset`](crate::Error::Dataset) if a file is missing or an item is on both sides, [`Error::Format`](crate::Error::Format) if a list is not
+/// [`Error::Dataset`](crate::Error::Dataset) if a file is missing or an item is on both sides, [`Format`](ddtas_io::Error::Format)(crate::Error::Format) if a list is not
 /// what it should be, those of unpacking.
 pub(super) fn open(path: &Path, crop: bool, tell: &mut dyn FnMut(&str)) -> Result<Dataset> {
     let root = Root::open(path, &IN_SHOP, tell)?;

@@ -91,13 +91,13 @@ impl Loader {
     /// Starts the workers.
     ///
     /// # Errors
-    /// [`Error::InvalidSetting`] for sizes, shares or counts out of range;
-    /// [`Error::Unavailable`] if the system gives no thread.
+    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) for sizes, shares or counts out of range;
+    /// [`ddtas::Error::Unavailable`] if the system gives no thread.
     pub fn new(split: Arc<Split>, sampler: PkSampler, settings: LoaderSettings) -> Result<Self> {
         settings.augment.validate()?;
         for (name, value) in [("--workers", settings.workers), ("loader queue", settings.queue)] {
             if value == 0 {
-                return Err(Error::InvalidSetting { name, value: "0".into(), range: "at least 1" });
+                return Err(Error::setting(name, "0", "at least 1"));
             }
         }
         let croppers: Vec<_> =
@@ -119,7 +119,7 @@ impl Loader {
             let worker = thread::Builder::new()
                 .name(format!("loader-{i}"))
                 .spawn(move || shared.work(cropper))
-                .map_err(|e| Error::Unavailable(format!("cannot start a loader thread: {e}")))?;
+                .map_err(|e| ddtas::Error::Unavailable(format!("cannot start a loader thread: {e}")))?;
             loader.workers.push(worker);
         }
         Ok(loader)

@@ -105,7 +105,7 @@ impl Root {
     /// The lines of the list `names[0]`, without `headings` at its top, each split into `columns` words.
     ///
     /// # Errors
-    /// [`Error::Dataset`] if the file is missing; [`Error::Format`] for a line of other length.
+    /// [`Error::Dataset`] if the file is missing; [`Format`](ddtas_io::Error::Format) for a line of other length.
     pub fn table<const COLUMNS: usize>(&self, names: &[&str], headings: usize) -> Result<Table<COLUMNS>> {
         let path = self.need(names)?;
         let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
@@ -202,7 +202,7 @@ impl<const COLUMNS: usize> Table<COLUMNS> {
     /// Each row as `read` understands it, which returns what is wrong with it otherwise.
     ///
     /// # Errors
-    /// [`Error::Format`] with the line's number.
+    /// [`Format`](ddtas_io::Error::Format) with the line's number.
     pub fn read<T>(&self, mut read: impl FnMut(&[String; COLUMNS]) -> Result<T, String>) -> Result<Vec<T>> {
         let row = |(number, row): &(usize, [String; COLUMNS])| {
             read(row).map_err(|reason| Error::format(&self.path, format!("line {number}: {reason}")))

@@ -24,11 +24,10 @@ impl PkSampler {
     /// A sampler of `classes` x `pictures` from the picture indices of each class.
     ///
     /// # Errors
-    /// [`Error::InvalidSetting`] if one of the two is 0; [`Error::Dataset`] if there are fewer
+    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) if one of the two is 0; [`Error::Dataset`] if there are fewer
     /// classes than asked for, or one without pictures.
     pub fn new(by_class: &[Vec<usize>], classes: usize, pictures: usize, seed: u64) -> Result<Self> {
-        let invalid =
-            |name, value: usize, range| Err(Error::InvalidSetting { name, value: value.to_string(), range });
+        let invalid = |name, value: usize, range| Err(Error::setting(name, value, range));
         if classes == 0 {
             return invalid("--classes-per-batch", classes, "at least 1");
         }

@@ -70,7 +70,7 @@ impl DatasetSettings {
     /// Checks what can be told without looking at the disk.
     ///
     /// # Errors
-    /// [`Error::InvalidSetting`] names the first setting that is off.
+    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) names the first setting that is off.
     pub fn validate(&self) -> Result<()> {
         let kind = self.dataset;
         let checks = [
@@ -95,7 +95,7 @@ impl DatasetSettings {
             ),
         ];
         match checks.into_iter().find(|(good, ..)| !good) {
-            Some((_, name, value, range)) => Err(Error::InvalidSetting { name, value: value.into(), range }),
+            Some((_, name, value, range)) => Err(Error::setting(name, value, range)),
             None => Ok(()),
         }
     }
@@ -106,7 +106,7 @@ impl DatasetSettings {
     ///
     /// # Errors
     /// Those of [`validate`](Self::validate); [`Error::Dataset`] if it is missing or not whole;
-    /// [`Error::Format`] for a list or archive that is damaged; [`Error::Io`].
+    /// [`Format`](ddtas_io::Error::Format) for a list or archive that is damaged; [`Io`](ddtas_io::Error::Io).
     pub fn open(&self, tell: &mut dyn FnMut(&str)) -> Result<Dataset> {
         self.validate()?;
         let root = self.data_root.clone().unwrap_or_default();

@@ -19,7 +19,7 @@ pub(super) const SOP: Published = Published {
 /// Opens the set at `path`.
 ///
 /// # Errors
-/// [`Error::Dataset`](crate::Error::Dataset) if a file is missing or a class is on both sides, [`Error::Format`](crate::Error::Format) if a list is not
+/// [`Error::Dataset`](crate::Error::Dataset) if a file is missing or a class is on both sides, [`Format`](ddtas_io::Error::Format)(crate::Error::Format) if a list is not
 /// what it should be, those of unpacking.
 pub(super) fn open(path: &Path, tell: &mut dyn FnMut(&str)) -> Result<Dataset> {
     let root = Root::open(path, &SOP, tell)?;

@@ -163,7 +163,7 @@ impl GeneratorSettings {
     /// Checks every range, and whether the settings go together; `start` is where lambda begins.
     ///
     /// # Errors
-    /// [`Error::InvalidSetting`] names the first setting that is off.
+    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) names the first setting that is off.
     pub fn validate(&self, start: Lambda) -> Result<()> {
         self.check_ranges()?;
         let head = self.kind == GeneratorKind::Head;
@@ -227,5 +227,5 @@ impl GeneratorSettings {
 }
 
 fn check(good: bool, name: &'static str, value: String, range: &'static str) -> Result<()> {
-    if good { Ok(()) } else { Err(Error::InvalidSetting { name, value, range }) }
+    if good { Ok(()) } else { Err(Error::setting(name, value, range)) }
 }

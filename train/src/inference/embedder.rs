@@ -26,7 +26,7 @@ impl Embedder {
     /// Opens a checkpoint. `image_size` is needed where the file does not say it itself.
     ///
     /// # Errors
-    /// [`Error::Io`] or [`Error::Format`] if the file cannot be read or is no checkpoint; [`Error::InvalidSetting`] if
+    /// [`Io`](ddtas_io::Error::Io) or [`Format`](ddtas_io::Error::Format) if the file cannot be read or is no checkpoint; [`InvalidSetting`](ddtas_io::Error::InvalidSetting) if
     /// nobody says the size of the pictures, or it is out of range.
     pub fn open(checkpoint: &Path, image_size: Option<usize>) -> Result<Self> {
         image_size.map_or(Ok(()), check_image_size)?;
@@ -34,10 +34,12 @@ impl Embedder {
         let shape = file.shape()?;
         let image_size = match image_size {
             Some(size) => size,
-            None => file.image_size()?.ok_or_else(|| Error::InvalidSetting {
-                name: "image-size",
-                value: "unknown".into(),
-                range: "this checkpoint does not say which pictures it was trained on: give --image-size",
+            None => file.image_size()?.ok_or_else(|| {
+                Error::setting(
+                    "image-size",
+                    "unknown",
+                    "this checkpoint does not say which pictures it was trained on: give --image-size",
+                )
             })?,
         };
         check_image_size(image_size)?;
@@ -89,12 +91,12 @@ impl Embedder {
 }
 
 /// # Errors
-/// [`Error::InvalidSetting`] for a size that no network is made for.
+/// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) for a size that no network is made for.
 pub(super) fn check_image_size(size: usize) -> Result<()> {
     if (8..=1024).contains(&size) {
         return Ok(());
     }
-    Err(Error::InvalidSetting { name: "image-size", value: size.to_string(), range: "8 to 1024" })
+    Err(Error::setting("image-size", size, "8 to 1024"))
 }
 
 /// The pictures of a split that could not be read so far.

@@ -62,8 +62,7 @@ pub struct EvalSettings {
 impl EvalSettings {
     /// Checks what can be told before any picture is embedded.
     fn validate(&self) -> Result<()> {
-        let invalid =
-            |name, value: usize, range| Err(Error::InvalidSetting { name, value: value.to_string(), range });
+        let invalid = |name, value: usize, range| Err(Error::setting(name, value, range));
         if self.recall_at.contains(&0) {
             return invalid("recall-at", 0, "1 or more");
         }
@@ -134,11 +133,9 @@ pub fn evaluate(settings: &EvalSettings, tell: &mut dyn FnMut(Event<'_>)) -> Res
             measure(settings, path, &mut *backend, (&queries, gallery.as_ref()), RECALL_AT, tell)
         }
         (None, Some(path)) => evaluate_checkpoint(settings, path, &mut *backend, tell),
-        (None, None) => Err(Error::InvalidSetting {
-            name: "checkpoint",
-            value: "missing".into(),
-            range: "give --checkpoint FILE or --embeddings FILE",
-        }),
+        (None, None) => {
+            Err(Error::setting("checkpoint", "missing", "give --checkpoint FILE or --embeddings FILE"))
+        }
     }
 }
 
@@ -172,11 +169,11 @@ fn open(settings: &EvalSettings, checkpoint: &Path, tell: &mut dyn FnMut(&str)) 
     }
     let config = checkpoint.with_file_name("config.toml");
     if !config.is_file() {
-        return Err(Error::InvalidSetting {
-            name: "dataset",
-            value: "missing".into(),
-            range: "give --dataset: there is no config.toml of a run beside the checkpoint",
-        });
+        return Err(Error::setting(
+            "dataset",
+            "missing",
+            "give --dataset: there is no config.toml of a run beside the checkpoint",
+        ));
     }
     let text = std::fs::read_to_string(&config).map_err(Error::io("read", &config))?;
     let run: TrainSettings =

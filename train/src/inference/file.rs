@@ -49,7 +49,7 @@ impl Format {
     /// The form that `path` asks for.
     ///
     /// # Errors
-    /// [`Error::Format`] if it ends otherwise.
+    /// [`Format`](ddtas_io::Error::Format) if it ends otherwise.
     pub fn of(path: &Path) -> Result<Self> {
         let extension = path.extension().unwrap_or_default();
         if extension.eq_ignore_ascii_case("safetensors") {
@@ -66,7 +66,7 @@ impl EmbeddingsFile {
     /// Reads a .safetensors file. Rows that are not of unit length are scaled to it, since similarities are cosines.
     ///
     /// # Errors
-    /// [`Error::Io`] if it cannot be read; [`Error::Format`] if it holds something else, or a row that has no direction
+    /// [`Io`](ddtas_io::Error::Io) if it cannot be read; [`Format`](ddtas_io::Error::Format) if it holds something else, or a row that has no direction
     /// (zero, NaN or infinite).
     pub fn read(path: &Path) -> Result<Self> {
         let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
@@ -104,7 +104,7 @@ impl EmbeddingsFile {
     /// Writes the file in the form its extension asks for; whole or not at all. A .npy has its .json written first.
     ///
     /// # Errors
-    /// [`Error::Format`] for another extension, or a gallery in a .npy; [`Error::Io`], for example if the disk is full.
+    /// [`Format`](ddtas_io::Error::Format) for another extension, or a gallery in a .npy; [`Io`](ddtas_io::Error::Io), for example if the disk is full.
     pub fn write(&self, path: &Path) -> Result<()> {
         match Format::of(path)? {
             Format::Safetensors => self.write_safetensors(path),
@@ -123,7 +123,7 @@ impl EmbeddingsFile {
         sides.extend(self.gallery.as_ref().map(|gallery| {
             ("references", &gallery.values, Some(("reference_labels", gallery.labels.as_slice())))
         }));
-        write_rows(path, &sides, &metadata)
+        Ok(write_rows(path, &sides, &metadata)?)
     }
 
     fn write_npy(&self, path: &Path) -> Result<()> {
@@ -138,7 +138,7 @@ impl EmbeddingsFile {
             serde_json::json!({ "names": self.names, "labels": self.labels, "metadata": self.metadata });
         let text = serde_json::to_vec(&beside).map_err(|e| cannot(e.to_string()))?;
         write_atomic(&path.with_extension("json"), &text)?;
-        write_atomic(path, &npy(&self.values))
+        Ok(write_atomic(path, &npy(&self.values))?)
     }
 }
 
@@ -253,6 +253,9 @@ mod tests {
         }
         std::fs::write(&path, b"nothing").unwrap();
         assert!(EmbeddingsFile::read(&path).unwrap_err().to_string().contains("not a safetensors file"));
-        assert!(matches!(EmbeddingsFile::read(&folder.path().join("none")), Err(Error::Io { .. })));
+        assert!(matches!(
+            EmbeddingsFile::read(&folder.path().join("none")),
+            Err(Error::Program(ddtas_io::Error::Io { .. }))
+        ));
     }
 }

@@ -18,7 +18,7 @@ impl Pictures {
     /// All JPEG and PNG files below `root`, by extension; names that start with a dot are passed over.
     ///
     /// # Errors
-    /// [`Error::Dataset`] if there are none; [`Error::Io`] if a folder cannot be listed.
+    /// [`Error::Dataset`] if there are none; [`Io`](ddtas_io::Error::Io) if a folder cannot be listed.
     pub(super) fn below(root: &Path) -> Result<Self> {
         if !root.is_dir() {
             let state = if root.exists() { "is not a folder" } else { "does not exist" };
@@ -36,7 +36,7 @@ impl Pictures {
         for entry in entries.filter_entry(visible) {
             let entry = entry.map_err(|error| {
                 let path = error.path().unwrap_or(root).to_path_buf();
-                Error::Io { action: "list", path, source: error.into() }
+                Error::io("list", path)(error.into())
             })?;
             if entry.file_type().is_file() && is_picture(entry.path()) {
                 paths.push(entry.into_path());

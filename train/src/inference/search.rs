@@ -73,7 +73,7 @@ pub struct Answer {
 pub fn search(settings: &SearchSettings, tell: &mut dyn FnMut(Event<'_>)) -> Result<Found> {
     let spec: DeviceSpec = settings.device.parse()?;
     if settings.top == 0 {
-        return Err(Error::InvalidSetting { name: "top", value: "0".into(), range: "1 or more" });
+        return Err(Error::setting("top", "0", "1 or more"));
     }
     let embedder = Embedder::open(&settings.checkpoint, settings.image_size)?;
     let pictures = Pictures::of(&settings.query);

@@ -17,7 +17,7 @@ const STYLE: &str = include_str!("sheet.css");
 /// Writes the contact sheet of a search. A picture that no longer lies where the gallery says is shown as a frame with its name.
 ///
 /// # Errors
-/// [`Error::Image`](crate::Error::Image) if a query can no longer be read; [`Error::Io`](crate::Error::Io) if the file cannot be written.
+/// [`Error::Image`](crate::Error::Image) if a query can no longer be read; [`Io`](ddtas_io::Error::Io)(crate::Error::Io) if the file cannot be written.
 pub fn write(found: &Found, path: &Path) -> Result<()> {
     let mut thumbnails = (Thumbnails::new(QUERY)?, Thumbnails::new(ANSWER)?);
     let title = match &found.queries[..] {
@@ -36,7 +36,7 @@ pub fn write(found: &Found, path: &Path) -> Result<()> {
     for query in &found.queries {
         section(&mut body, query, &mut thumbnails)?;
     }
-    write_atomic(path, document(&title, &body).as_bytes())
+    Ok(write_atomic(path, document(&title, &body).as_bytes())?)
 }
 
 fn section(body: &mut String, query: &Query, thumbnails: &mut (Thumbnails, Thumbnails)) -> Result<()> {

@@ -16,7 +16,7 @@ impl Thumbnails {
     /// Thumbnails of `side` x `side` pixels.
     ///
     /// # Errors
-    /// [`Error::InvalidSetting`] for a side out of range.
+    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) for a side out of range.
     pub(crate) fn new(side: usize) -> Result<Self> {
         Ok(Self { cropper: Cropper::new(side)? })
     }

@@ -73,14 +73,14 @@ mod gpu {
 mod gpu {
     use burn::tensor::Device;
 
-    use crate::{Error, Result};
+    use crate::Result;
 
     pub const HAS_NETWORK: bool = false;
     pub const NEEDS_FEATURE: &str =
         "this build trains on the CPU only: build with `cargo build --release --features train-cuda`";
 
     pub fn device(_index: usize) -> Result<Device> {
-        Err(Error::Unavailable(format!("{NEEDS_FEATURE}, or use --device cpu")))
+        Err(ddtas::Error::Unavailable(format!("{NEEDS_FEATURE}, or use --device cpu")).into())
     }
 }
 

@@ -21,6 +21,7 @@ use crate::{Error, Result};
 use ddtas::backend::Backend;
 use ddtas::loss::baseline::PairLoss;
 use ddtas::loss::{LossOutput, LossSettings};
+use ddtas_io::Error as Program;
 
 /// PyTorch's. Burn's own default, 1e-5, is as large as many of these gradients and would brake the steps.
 const ADAM_EPSILON: f32 = 1e-8;
@@ -370,7 +371,7 @@ fn image_tensor(batch: &ImageBatch, device: &Device) -> Tensor<4> {
 /// Embeddings that stop being finite or unit mean that the weights ran away.
 fn diverged(error: Error, step: usize) -> Error {
     match error {
-        Error::NotFinite { .. } | Error::NotUnit { .. } => {
+        Error::Program(Program::Library(ddtas::Error::NotFinite { .. } | ddtas::Error::NotUnit { .. })) => {
             Error::Training(format!("training diverged at step {step} ({error}): lower --learning-rate"))
         }
         other => other,

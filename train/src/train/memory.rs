@@ -8,7 +8,7 @@
 use ndarray::{Array2, ArrayView2, s};
 
 use super::checkpoint::archive::Archive;
-use crate::{Error, Result};
+use crate::Result;
 use ddtas::backend::Backend;
 use ddtas::loss::baseline::{self, PairLoss};
 use ddtas::loss::{Batch, Hypergradient, Identity, LossOutput, LossSettings, Rows};
@@ -81,7 +81,7 @@ impl Memory {
         };
         let (embeddings, labels) = rows;
         if self.is_empty() {
-            return evaluate(&Batch::square(embeddings, labels), output);
+            return Ok(evaluate(&Batch::square(embeddings, labels), output)?);
         }
         let references = self.references(embeddings, labels)?;
         evaluate(&references.batch(embeddings, labels).with_reference_gradient(), output)?;
@@ -104,20 +104,20 @@ impl Memory {
     ) -> Result<Hypergradient> {
         let (embeddings, labels) = rows;
         if self.is_empty() {
-            return backend.hypergradient(&Batch::square(embeddings, labels), tangent, None);
+            return Ok(backend.hypergradient(&Batch::square(embeddings, labels), tangent, None)?);
         }
         let references = self.references(embeddings, labels)?;
         let mut moving = Array2::zeros(references.embeddings.dim());
         moving.slice_mut(s![..labels.len(), ..]).assign(&tangent);
         let batch = references.batch(embeddings, labels).with_reference_gradient();
-        backend.hypergradient(&batch, tangent, Some(moving.view()))
+        Ok(backend.hypergradient(&batch, tangent, Some(moving.view()))?)
     }
 
     fn references(&self, embeddings: ArrayView2<'_, f32>, labels: &[i64]) -> Result<References> {
         let rows = labels.len() + self.len();
         let values = embeddings.iter().chain(&self.embeddings).copied().collect();
         let joined = Array2::from_shape_vec((rows, self.dim), values);
-        let embeddings = joined.map_err(|_| Error::LengthMismatch {
+        let embeddings = joined.map_err(|_| ddtas::Error::LengthMismatch {
             what: "dimensions of the embeddings beside the memory",
             expected: self.dim,
             got: embeddings.ncols(),

@@ -96,7 +96,7 @@ impl RecordWriter {
     /// Creates the file, which must not be there.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// [`Io`](ddtas_io::Error::Io).
     pub fn create(path: &Path) -> Result<Self> {
         let file = File::create_new(path).map_err(Error::io("create", path))?;
         Self::locked(file, path, 0)
@@ -105,7 +105,7 @@ impl RecordWriter {
     /// Opens the file of an earlier process, or creates it; [`cut`](Self::cut) says where to go on.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Training`] if another process is writing to it.
+    /// [`Io`](ddtas_io::Error::Io); [`Error::Training`] if another process is writing to it.
     pub fn reopen(path: &Path) -> Result<Self> {
         let file =
             OpenOptions::new().append(true).create(true).open(path).map_err(Error::io("open", path))?;
@@ -116,7 +116,7 @@ impl RecordWriter {
     /// Cuts the file off after its first `bytes` bytes.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Format`] if the file is shorter.
+    /// [`Io`](ddtas_io::Error::Io); [`Format`](ddtas_io::Error::Format) if the file is shorter.
     pub fn cut(&mut self, bytes: u64) -> Result<()> {
         if self.bytes < bytes {
             let reason = format!("holds {} bytes, but the checkpoint was written after {bytes}", self.bytes);
@@ -134,16 +134,14 @@ impl RecordWriter {
                 let path = path.display();
                 Err(Error::Training(format!("another process is writing to {path}: the run has not ended")))
             }
-            Err(TryLockError::Error(source)) => {
-                Err(Error::Io { action: "lock", path: path.to_path_buf(), source })
-            }
+            Err(TryLockError::Error(source)) => Err(Error::io("lock", path.to_path_buf())(source)),
         }
     }
 
     /// Appends a record.
     ///
     /// # Errors
-    /// [`Error::Io`], for example if the disk is full.
+    /// [`Io`](ddtas_io::Error::Io), for example if the disk is full.
     pub fn append(&mut self, record: &Record) -> Result<()> {
         let mut line =
             serde_json::to_string(record).map_err(|error| Error::format(&self.path, error.to_string()))?;
@@ -156,7 +154,7 @@ impl RecordWriter {
     /// Waits until the disk has every record, and returns the length of the file.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// [`Io`](ddtas_io::Error::Io).
     pub fn sync(&self) -> Result<u64> {
         self.file.sync_data().map_err(Error::io("write", &self.path))?;
         Ok(self.bytes)
@@ -166,7 +164,7 @@ impl RecordWriter {
 /// Reads the records of a run; a torn last line, left by a killed process, is passed over.
 ///
 /// # Errors
-/// [`Error::Io`], or [`Error::Format`] if a line before the last is not a record.
+/// [`Io`](ddtas_io::Error::Io), or [`Format`](ddtas_io::Error::Format) if a line before the last is not a record.
 pub fn read(path: &Path) -> Result<Vec<Record>> {
     let file = File::open(path).map_err(Error::io("read", path))?;
     let lines =

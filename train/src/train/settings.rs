@@ -153,7 +153,7 @@ fn one_of<T>(
     about: fn(T) -> &'static str,
 ) -> impl TypedValueParser<Value = T>
 where
-    T: FromStr<Err = Error> + Copy + Send + Sync + 'static,
+    T: FromStr<Err = ddtas::Error> + Copy + Send + Sync + 'static,
 {
     let values = all.into_iter().map(|value| PossibleValue::new(name(value)).help(about(value)));
     PossibleValuesParser::new(values).try_map(|text| text.parse::<T>())
@@ -227,7 +227,7 @@ impl TrainSettings {
     /// The same settings with paths that hold from any working directory.
     ///
     /// # Errors
-    /// [`Error::Io`] if there is no working directory.
+    /// [`Io`](ddtas_io::Error::Io) if there is no working directory.
     pub fn with_absolute_paths(mut self) -> Result<Self> {
         let paths = [&mut self.data.data_root, &mut self.init, &mut self.generator.generator_init];
         for path in paths.into_iter().flatten() {
@@ -239,13 +239,13 @@ impl TrainSettings {
     /// Checks that the checkpoints it begins from are there. A run that goes on may have lost them: it needs none.
     ///
     /// # Errors
-    /// [`Error::InvalidSetting`] names the setting.
+    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) names the setting.
     pub(super) fn check_files(&self) -> Result<()> {
         let files = [("init", &self.init), ("generator-init", &self.generator.generator_init)];
         for (name, path) in files {
             if let Some(path) = path.as_ref().filter(|path| !path.exists()) {
                 let value = path.display().to_string();
-                return Err(Error::InvalidSetting { name, value, range: "a checkpoint that is there" });
+                return Err(Error::setting(name, value, "a checkpoint that is there"));
             }
         }
         Ok(())
@@ -254,10 +254,10 @@ impl TrainSettings {
     /// Checks everything that can be told without data and files: a run calls it before it makes anything.
     ///
     /// # Errors
-    /// [`Error::InvalidSetting`] names the first setting that is off.
+    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) names the first setting that is off.
     pub fn validate(&self) -> Result<()> {
         let check = |good: bool, name, value: String, range| {
-            if good { Ok(()) } else { Err(Error::InvalidSetting { name, value, range }) }
+            if good { Ok(()) } else { Err(Error::setting(name, value, range)) }
         };
         self.data.validate()?;
         check((-2.0..=2.0).contains(&self.lambda), "lambda", self.lambda.to_string(), "-2 to 2")?;

@@ -4,7 +4,7 @@
 use ddtas::backend::Nearest;
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Result};
+use crate::Result;
 
 /// A test picture and its nearest neighbours, by their indices in their splits.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -22,7 +22,7 @@ pub struct Shown {
 /// indices in `nearest`, which count another split where the set has a gallery.
 ///
 /// # Errors
-/// [`Error::LengthMismatch`] if `rows` and `nearest` differ in length.
+/// [`ddtas::Error::LengthMismatch`] if `rows` and `nearest` differ in length.
 pub fn choose(
     rows: &[usize],
     searched: &[usize],
@@ -32,7 +32,9 @@ pub fn choose(
 ) -> Result<Vec<Shown>> {
     if rows.len() != nearest.indices.nrows() {
         let (expected, got) = (nearest.indices.nrows(), rows.len());
-        return Err(Error::LengthMismatch { what: "pictures of the neighbour lists", expected, got });
+        return Err(
+            ddtas::Error::LengthMismatch { what: "pictures of the neighbour lists", expected, got }.into()
+        );
     }
     let count = count.min(rows.len());
     let shown = (0..count).map(|i| {

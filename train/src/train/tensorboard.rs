@@ -31,7 +31,7 @@ impl EventWriter {
     /// from `resumed` on.
     ///
     /// # Errors
-    /// [`Error::Io`].
+    /// [`Io`](ddtas_io::Error::Io).
     pub fn create(folder: &Path, rehearsal: usize, resumed: Option<(Phase, usize)>) -> Result<Self> {
         let now = seconds() as u64;
         // Two files never share a number, even if a run is killed and continued within a second.
@@ -56,7 +56,7 @@ impl EventWriter {
     /// Appends the figures of a record: `rehearsal/loss`, `train/loss`, `test/recall@1`.
     ///
     /// # Errors
-    /// [`Error::Io`], for example if the disk is full.
+    /// [`Io`](ddtas_io::Error::Io), for example if the disk is full.
     pub fn append(&mut self, record: &Record) -> Result<()> {
         let (step, group, value) = match record {
             Record::Rehearsal(step) => {

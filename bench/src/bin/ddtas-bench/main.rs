@@ -78,7 +78,7 @@ struct Row {
     report: Report,
 }
 
-fn verify(arguments: &VerifyArguments) -> ddtas::Result<bool> {
+fn verify(arguments: &VerifyArguments) -> ddtas_io::Result<bool> {
     let files = find(&arguments.paths)?;
     let device = resolved(arguments.device);
     let mut backend = device.open()?;

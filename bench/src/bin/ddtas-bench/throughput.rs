@@ -22,7 +22,7 @@ pub struct ThroughputArguments {
     plot: Option<PathBuf>,
 }
 
-pub fn throughput(mut arguments: ThroughputArguments) -> ddtas::Result<()> {
+pub fn throughput(mut arguments: ThroughputArguments) -> ddtas_io::Result<()> {
     arguments.plot.as_deref().map_or(Ok(()), |path| check_place("plot", path))?;
     arguments.settings.device = resolved(arguments.settings.device);
     let progress = Progress::new(arguments.json);
@@ -30,7 +30,7 @@ pub fn throughput(mut arguments: ThroughputArguments) -> ddtas::Result<()> {
     progress.bar.finish_and_clear();
     let rows = rows?;
     if let Some(path) = &arguments.plot {
-        let svg = plot(&rows).map_err(|reason| ddtas::Error::format(path, reason))?;
+        let svg = plot(&rows).map_err(|reason| ddtas_io::Error::format(path, reason))?;
         write_atomic(path, svg.as_bytes())?;
     }
     if arguments.json {

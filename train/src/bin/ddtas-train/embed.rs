@@ -21,9 +21,9 @@ pub fn embed(arguments: &EmbedArguments) -> ddtas_train::Result<()> {
     let export = Progress::during(|progress| embed_folder(settings, &mut |event| progress.show(event)))?;
     warn_of_skipped(&export.skipped);
     if arguments.json {
-        return print_json(&export);
+        return Ok(print_json(&export)?);
     }
-    print(|out| {
+    Ok(print(|out| {
         writeln!(
             out,
             "{}: {} pictures of {} folders in {} dimensions, {} left out, {:.1} s",
@@ -34,5 +34,5 @@ pub fn embed(arguments: &EmbedArguments) -> ddtas_train::Result<()> {
             export.skipped.len(),
             export.seconds
         )
-    })
+    })?)
 }

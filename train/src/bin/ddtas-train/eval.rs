@@ -21,9 +21,9 @@ pub fn eval(arguments: &EvalArguments) -> ddtas_train::Result<()> {
     let evaluation = Progress::during(|progress| evaluate(settings, &mut |event| progress.show(event)))?;
     warn_of_skipped(&evaluation.skipped);
     if arguments.json {
-        return print_json(&evaluation);
+        return Ok(print_json(&evaluation)?);
     }
-    print(|out| table(out, &evaluation))
+    Ok(print(|out| table(out, &evaluation))?)
 }
 
 fn table(out: &mut impl Write, evaluation: &Evaluation) -> io::Result<()> {

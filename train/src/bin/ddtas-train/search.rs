@@ -30,9 +30,9 @@ pub fn search(arguments: &SearchArguments) -> ddtas_train::Result<()> {
         write_sheet(&found, path)?;
     }
     if arguments.json {
-        return print_json(&found);
+        return Ok(print_json(&found)?);
     }
-    print(|out| lists(out, &found))
+    Ok(print(|out| lists(out, &found))?)
 }
 
 fn lists(out: &mut impl Write, found: &Found) -> io::Result<()> {

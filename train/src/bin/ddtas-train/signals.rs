@@ -58,7 +58,7 @@ impl Signals {
 }
 
 fn deaf(error: std::io::Error) -> Error {
-    Error::Unavailable(format!("cannot listen for signals: {error}"))
+    ddtas::Error::Unavailable(format!("cannot listen for signals: {error}")).into()
 }
 
 /// What a closed terminal sends.

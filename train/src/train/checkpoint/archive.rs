@@ -65,7 +65,7 @@ impl Archive {
 
     /// Writes it, replacing what is there only once the new file is complete.
     pub fn write(&self, path: &Path) -> Result<()> {
-        write_atomic(path, &self.to_bytes().map_err(|reason| Error::format(path, reason))?)
+        Ok(write_atomic(path, &self.to_bytes().map_err(|reason| Error::format(path, reason))?)?)
     }
 
     /// Adds a tensor.

@@ -28,7 +28,7 @@ pub const GENERATOR: &str = "ddtas.generator";
 /// Writes `network` to `path`, replacing what is there only once the new file is complete.
 ///
 /// # Errors
-/// [`Error::Io`] if the file cannot be written.
+/// [`Io`](ddtas_io::Error::Io) if the file cannot be written.
 pub fn save(
     network: &EmbeddingNetwork,
     shape: &NetworkShape,
@@ -66,7 +66,7 @@ impl Checkpoint {
     /// Reads a file.
     ///
     /// # Errors
-    /// [`Error::Io`] if it cannot be read, [`Error::Format`] if it is no safetensors file.
+    /// [`Io`](ddtas_io::Error::Io) if it cannot be read, [`Format`](ddtas_io::Error::Format) if it is no safetensors file.
     pub fn open(path: &Path) -> Result<Self> {
         let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
         let archive = Archive::from_bytes(path, &bytes)?;
@@ -88,7 +88,7 @@ impl Checkpoint {
     /// Shape of the network.
     ///
     /// # Errors
-    /// [`Error::Format`] if it is no checkpoint of ddtas.
+    /// [`Format`](ddtas_io::Error::Format) if it is no checkpoint of ddtas.
     pub fn shape(&self) -> Result<NetworkShape> {
         let text = self.fact(SHAPE, "not a checkpoint of ddtas-train: no network shape")?;
         serde_json::from_str(text).map_err(|error| self.bad(format!("unknown network shape: {error}")))
@@ -97,7 +97,7 @@ impl Checkpoint {
     /// Side of the pictures that the network was trained on; `None` in checkpoints that do not hold it.
     ///
     /// # Errors
-    /// [`Error::Format`] if it holds something else than a number.
+    /// [`Format`](ddtas_io::Error::Format) if it holds something else than a number.
     pub fn image_size(&self) -> Result<Option<usize>> {
         let Some(text) = self.archive.facts.get(IMAGE_SIZE) else { return Ok(None) };
         text.parse().map(Some).map_err(|_| self.bad(format!("unknown size of pictures: {text}")))
@@ -106,7 +106,7 @@ impl Checkpoint {
     /// State of the threshold generator, for one of these `settings`.
     ///
     /// # Errors
-    /// [`Error::Format`] if it holds none, or one that other settings made.
+    /// [`Format`](ddtas_io::Error::Format) if it holds none, or one that other settings made.
     pub fn thresholds(&self, settings: &GeneratorSettings) -> Result<Thresholds> {
         let text = self.fact(GENERATOR, "holds no generator state: its run had --generator off")?;
         let state: Thresholds = serde_json::from_str(text)
@@ -118,7 +118,7 @@ impl Checkpoint {
     /// Fills `network`.
     ///
     /// # Errors
-    /// [`Error::Format`] if the weights do not fit it.
+    /// [`Format`](ddtas_io::Error::Format) if the weights do not fit it.
     pub fn fill(&self, mut network: EmbeddingNetwork) -> Result<EmbeddingNetwork> {
         let mut store = SafetensorsStore::from_bytes(Some(self.bytes.clone()));
         network.load_from(&mut store).map_err(|error| {

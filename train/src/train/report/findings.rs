@@ -42,7 +42,7 @@ impl Findings {
     /// Writes report.json, and neighbours.png if there are queries: `sheet`.
     ///
     /// # Errors
-    /// [`Error::Io`], for example if the disk is full.
+    /// [`Io`](ddtas_io::Error::Io), for example if the disk is full.
     pub fn save(&self, folder: &Path, sheet: &RgbImage) -> Result<()> {
         let path = folder.join("report.json");
         let text = serde_json::to_vec(self).map_err(|error| Error::format(&path, error.to_string()))?;
@@ -58,7 +58,7 @@ impl Findings {
     /// Reads report.json; `None` where there is none yet, because the run goes on or was killed.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Format`] if it is something else.
+    /// [`Io`](ddtas_io::Error::Io); [`Format`](ddtas_io::Error::Format) if it is something else.
     pub fn read(folder: &Path) -> Result<Option<Self>> {
         let path = folder.join("report.json");
         let text = match std::fs::read(&path) {

@@ -86,7 +86,7 @@ impl RunFolder {
 
     /// Notes the seconds of training up to a checkpoint.
     pub fn write_seconds(&self, seconds: f64) -> Result<()> {
-        files::write_atomic(&self.seconds(), format!("{seconds:.3}\n").as_bytes())
+        Ok(files::write_atomic(&self.seconds(), format!("{seconds:.3}\n").as_bytes())?)
     }
 }
 
@@ -114,7 +114,7 @@ fn numbered(root: &Path, dataset: &str) -> Result<PathBuf> {
         match std::fs::create_dir(&folder) {
             Ok(()) => return Ok(folder),
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
-            Err(source) => return Err(Error::Io { action: "create", path: folder, source }),
+            Err(source) => return Err(Error::io("create", folder)(source)),
         }
     }
     unreachable!("the loop ends only by returning")

@@ -101,7 +101,7 @@ pub fn train(
 /// weights, metrics and checkpoints become the same, bit for bit, as if it had never been cut short.
 ///
 /// # Errors
-/// As [`train`]; [`Error::Format`](crate::Error::Format) if a file of the folder is not what it should be.
+/// As [`train`]; [`Format`](ddtas_io::Error::Format)(crate::Error::Format) if a file of the folder is not what it should be.
 pub fn resume(
     folder: &Path,
     overrides: &Overrides,

@@ -70,7 +70,7 @@ impl RunState {
     /// The state that a checkpoint holds.
     ///
     /// # Errors
-    /// [`Error::Format`] if it is none of a run.
+    /// [`Format`](ddtas_io::Error::Format) if it is none of a run.
     pub fn of(checkpoint: &Checkpoint) -> Result<Self> {
         let text = checkpoint.fact(RUN, "holds weights alone: a run cannot go on from it")?;
         toml::from_str(text).map_err(|error| {
@@ -81,7 +81,7 @@ impl RunState {
     /// Puts `engine`, whose network has the weights of `checkpoint`, where this run stood.
     ///
     /// # Errors
-    /// [`Error::Format`] if what the file holds does not fit the settings.
+    /// [`Format`](ddtas_io::Error::Format) if what the file holds does not fit the settings.
     pub fn put_back(&self, engine: &mut Engine, checkpoint: Checkpoint) -> Result<()> {
         let path = checkpoint.path().to_path_buf();
         let bad = |reason: String| Error::format(&path, reason);
@@ -93,7 +93,7 @@ impl RunState {
     /// file is complete. The engine's part of the state is filled in here.
     ///
     /// # Errors
-    /// [`Error::Io`] if the file cannot be written; [`Error::Training`] if a weight is no longer finite: such a
+    /// [`Io`](ddtas_io::Error::Io) if the file cannot be written; [`Error::Training`] if a weight is no longer finite: such a
     /// checkpoint would serve nobody.
     pub fn save(
         &self,

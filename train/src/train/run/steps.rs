@@ -20,6 +20,7 @@ use crate::train::shown::choose;
 use crate::train::tensorboard::EventWriter;
 use crate::{Error, Result};
 use ddtas::retrieval::Recall;
+use ddtas_io::Error as Program;
 
 /// Test pictures whose neighbours the report shows, and how many of them.
 const QUERIES: usize = 10;
@@ -375,7 +376,9 @@ fn cut_short(error: Error, folder: &RunFolder, state: &RunState) -> Error {
             )),
             None => Error::Training(reason),
         },
-        Error::Io { .. } | Error::Dataset(_) | Error::Image { .. } | Error::Device { .. } => {
+        Error::Program(Program::Io { .. } | Program::Library(ddtas::Error::Device { .. }))
+        | Error::Dataset(_)
+        | Error::Image { .. } => {
             Error::Interrupted { cause: Box::new(error), folder: folder.path().to_path_buf() }
         }
         other => other,

@@ -1,0 +1,65 @@
+//! The error of the programs, their files and their output: one line each, as the library's.
+
+use std::fmt::Display;
+use std::path::{Path, PathBuf};
+
+/// What can go wrong around the library.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The library's.
+    #[error(transparent)]
+    Library(#[from] ddtas::Error),
+    /// A setting of a program outside its range.
+    #[error("{name} = {value} is out of range: {range}")]
+    InvalidSetting {
+        /// The setting, as the programs spell it.
+        name: &'static str,
+        /// The value given.
+        value: String,
+        /// The values that are allowed.
+        range: &'static str,
+    },
+    /// A file holds something else than what was expected of it.
+    #[error("{path}: {reason}", path = path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The operating system refused to read or write.
+    #[error("cannot {action} {path}: {source}", path = path.display())]
+    Io {
+        /// `"read"`, `"write"`, `"create"`, ...
+        action: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+    /// A program's result cannot be printed: the pipe behind standard output is closed, or its disk is full.
+    #[error("cannot write to standard output: {0}")]
+    Output(std::io::Error),
+}
+
+impl Error {
+    /// An [`Error::Io`], for use in `map_err`.
+    pub fn io(action: &'static str, path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.as_ref().to_path_buf();
+        move |source| Self::Io { action, path, source }
+    }
+
+    /// An [`Error::Format`].
+    pub fn format(path: impl AsRef<Path>, reason: impl Into<String>) -> Self {
+        Self::Format { path: path.as_ref().to_path_buf(), reason: reason.into() }
+    }
+
+    /// An [`Error::InvalidSetting`].
+    pub fn setting(name: &'static str, value: impl Display, range: &'static str) -> Self {
+        Self::InvalidSetting { name, value: value.to_string(), range }
+    }
+}
+
+/// The programs' result.
+pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -1,0 +1,327 @@
+//! MAT-files of level 5, as far as Cars196's annotations use them: numbers, lines of text, cells and arrays of structs,
+//! compressed or not, little-endian. Anything else in a file is refused by name.
+//!
+//! A size in a file is a claim: nothing is allocated on its word that the bytes at hand could not fill.
+
+use std::io::Read;
+use std::path::Path;
+
+use flate2::read::ZlibDecoder;
+
+use crate::{Error, Result};
+
+/// Bytes a file may have, and what it may inflate to: the largest known one, Cars196's, has some 7 MB.
+pub const MAX_BYTES: usize = 64 << 20;
+
+/// Arrays in arrays: deeper ones are refused, so that a hostile file cannot exhaust the stack.
+const MAX_DEPTH: usize = 32;
+const HEADER: usize = 128;
+
+/// Characters of a name, and of a whole error, that are shown: a file may hold any nonsense.
+const LONGEST_NAME: usize = 40;
+const LONGEST_REASON: usize = 300;
+
+/// What an element's bytes are, the format's `mi` types.
+const I8: u32 = 1;
+const I32: u32 = 5;
+const U32: u32 = 6;
+const MATRIX: u32 = 14;
+const COMPRESSED: u32 = 15;
+
+/// A MATLAB array, its elements in column-major order.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Array {
+    /// Numbers of any type, and logicals as 0 and 1. 64-bit integers past 2^53 are rounded.
+    Numbers(Vec<f64>),
+    /// One row of text, or none.
+    Text(String),
+    /// A cell array.
+    Cells(Vec<Array>),
+    /// An array of structs.
+    Structs {
+        /// Names of the fields.
+        fields: Vec<String>,
+        /// The fields of the first struct in the order of `fields`, then those of the second, ...
+        values: Vec<Array>,
+    },
+}
+
+/// The variables of a file, in its order.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Variables(pub Vec<(String, Array)>);
+
+impl Variables {
+    /// The variable `name`.
+    #[must_use]
+    pub fn get(&self, name: &str) -> Option<&Array> {
+        self.0.iter().find(|(known, _)| known == name).map(|(_, array)| array)
+    }
+}
+
+impl Array {
+    /// The number, if it is just one.
+    #[must_use]
+    pub fn as_number(&self) -> Option<f64> {
+        match self {
+            Self::Numbers(values) if values.len() == 1 => Some(values[0]),
+            _ => None,
+        }
+    }
+
+    /// The text.
+    #[must_use]
+    pub fn as_text(&self) -> Option<&str> {
+        match self {
+            Self::Text(text) => Some(text),
+            _ => None,
+        }
+    }
+
+    /// The elements of a cell array.
+    #[must_use]
+    pub fn as_cells(&self) -> Option<&[Self]> {
+        match self {
+            Self::Cells(cells) => Some(cells),
+            _ => None,
+        }
+    }
+
+    /// The field `name` of every struct of an array of them, in order.
+    #[must_use]
+    pub fn column(&self, name: &str) -> Option<Vec<&Self>> {
+        let Self::Structs { fields, values } = self else { return None };
+        let place = fields.iter().position(|field| field == name)?;
+        Some(values.iter().skip(place).step_by(fields.len()).collect())
+    }
+}
+
+/// Reads a file.
+///
+/// # Errors
+/// [`Io`](ddtas_io::Error::Io); [`Format`](ddtas_io::Error::Format) as [`parse`].
+pub fn read(path: &Path) -> Result<Variables> {
+    let size = std::fs::metadata(path).map_err(Error::io("read", path))?.len();
+    if size > MAX_BYTES as u64 {
+        let reason = format!("a MAT-file of {size} bytes: more than {MAX_BYTES} are not read");
+        return Err(Error::format(path, reason));
+    }
+    let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
+    parse(&bytes).map_err(|reason| Error::format(path, reason))
+}
+
+/// Parses a whole file.
+///
+/// # Errors
+/// What is wrong with the file, in one line.
+pub fn parse(bytes: &[u8]) -> Result<Variables, String> {
+    parse_file(bytes).map_err(|reason| first(&reason, LONGEST_REASON))
+}
+
+fn parse_file(bytes: &[u8]) -> Result<Variables, String> {
+    if bytes.starts_with(b"\x89HDF") || bytes.starts_with(b"MATLAB 7.3 MAT-file") {
+        return Err(
+            "a MAT-file of level 7.3 (HDF5), of which only levels 5 to 7 are read: save it with -v7".into()
+        );
+    }
+    let (header, body) = bytes.split_at_checked(HEADER).ok_or("not a MAT-file: shorter than its header")?;
+    if header[124..] != [0, 1, b'I', b'M'] {
+        return Err("not a little-endian MAT-file of level 5".into());
+    }
+    let mut inflatable = MAX_BYTES;
+    let mut elements = Elements(body);
+    let mut variables = Variables::default();
+    while !elements.0.is_empty() {
+        let what = format!("variable {}", variables.0.len() + 1);
+        let (kind, bytes) = elements.next(&what)?;
+        let inflated;
+        let bytes = match kind {
+            MATRIX => bytes,
+            COMPRESSED => {
+                inflated = inflate(bytes, &mut inflatable, &what)?;
+                Elements(&inflated).expect(MATRIX, &what)?
+            }
+            other => return Err(format!("{what} is of type {other}, no matrix")),
+        };
+        variables.0.push(matrix(Elements(bytes), &what, 0)?);
+    }
+    Ok(variables)
+}
+
+fn inflate(bytes: &[u8], inflatable: &mut usize, what: &str) -> Result<Vec<u8>, String> {
+    let mut inflated = Vec::new();
+    // One more than allowed, to tell a file at the limit from one past it.
+    let mut decoder = ZlibDecoder::new(bytes).take(*inflatable as u64 + 1);
+    decoder.read_to_end(&mut inflated).map_err(|error| format!("{what} cannot be inflated: {error}"))?;
+    *inflatable = inflatable.checked_sub(inflated.len()).ok_or_else(|| {
+        format!("{what} inflates to more than the {MAX_BYTES} bytes that are read of a file")
+    })?;
+    Ok(inflated)
+}
+
+/// Takes data elements, a type, a size and as many bytes, off the front.
+struct Elements<'a>(&'a [u8]);
+
+impl<'a> Elements<'a> {
+    /// Type and bytes of the next element; `what` names it in errors.
+    fn next(&mut self, what: &str) -> Result<(u32, &'a [u8]), String> {
+        let cut = || format!("the file ends within {what}");
+        let (tag, rest) = self.0.split_at_checked(8).ok_or_else(cut)?;
+        let (first, size) = (word(&tag[..4]), word(&tag[4..]) as usize);
+        // A small element has its size in the upper half of the type's word, and its bytes in the tag.
+        if first >> 16 != 0 {
+            let size = (first >> 16) as usize;
+            let small = tag[4..].get(..size);
+            self.0 = rest;
+            let bytes = small.ok_or_else(|| format!("{what} claims {size} bytes in a tag that has 4"))?;
+            return Ok((first & 0xffff, bytes));
+        }
+        let bytes = rest.get(..size).ok_or_else(cut)?;
+        // The next element starts at a multiple of 8; some writers leave the last one unpadded.
+        let padded = if first == COMPRESSED { size } else { size.next_multiple_of(8) };
+        self.0 = &rest[padded.min(rest.len())..];
+        Ok((first, bytes))
+    }
+
+    /// The bytes of the next element, which must be of `kind`.
+    fn expect(&mut self, kind: u32, what: &str) -> Result<&'a [u8], String> {
+        match self.next(what)? {
+            (found, bytes) if found == kind => Ok(bytes),
+            (found, _) => Err(format!("{what} is of type {found}, not {kind}")),
+        }
+    }
+}
+
+fn word(bytes: &[u8]) -> u32 {
+    u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
+}
+
+/// The name and the array of the matrix that is made of `parts`.
+fn matrix(mut parts: Elements<'_>, what: &str, depth: usize) -> Result<(String, Array), String> {
+    if parts.0.is_empty() {
+        // What MATLAB stores for a field or cell that nothing was put in.
+        return Ok((String::new(), Array::Numbers(Vec::new())));
+    }
+    if depth > MAX_DEPTH {
+        return Err(format!("arrays nested more than {MAX_DEPTH} deep: {what}"));
+    }
+    let flags = parts.expect(U32, &format!("the flags of {what}"))?;
+    let class = flags.first().copied().unwrap_or(0);
+    let is_complex = flags.get(1).is_some_and(|bits| bits & 8 != 0);
+    let sides = parts.expect(I32, &format!("the dimensions of {what}"))?;
+    let sides: Vec<usize> = sides.as_chunks::<4>().0.iter().map(|side| word(side) as usize).collect();
+    let count = sides.iter().try_fold(1usize, |count, &side| count.checked_mul(side));
+    let count = count.ok_or_else(|| format!("{what} claims more elements than can be counted: {sides:?}"))?;
+    let name = text_of(I8, parts.expect(I8, &format!("the name of {what}"))?, what)?;
+    let what = if depth == 0 && !name.is_empty() { &format!("variable {}", shown(&name)) } else { what };
+    let array = match class {
+        _ if is_complex => return Err(format!("{what} holds complex numbers, which are not read")),
+        1 => Array::Cells(arrays(&mut parts, count, &|i| format!("cell {} of {what}", i + 1), depth)?),
+        2 => structs(&mut parts, count, what, depth)?,
+        4 => {
+            let (kind, bytes) = parts.next(&format!("the text of {what}"))?;
+            if count > 0 && sides.first() != Some(&1) {
+                return Err(format!("{what} is a block of text, of which only lines are read"));
+            }
+            Array::Text(text_of(kind, bytes, what)?)
+        }
+        6..=15 => {
+            let (kind, bytes) = parts.next(&format!("the values of {what}"))?;
+            let values = numbers_of(kind, bytes, what)?;
+            if values.len() != count {
+                return Err(format!(
+                    "{what} has {} values where its dimensions ask for {count}",
+                    values.len()
+                ));
+            }
+            Array::Numbers(values)
+        }
+        other => return Err(format!("{what} is of class {other}, which is not read")),
+    };
+    Ok((name, array))
+}
+
+/// `count` matrices, one behind the other.
+fn arrays(
+    parts: &mut Elements<'_>,
+    count: usize,
+    name: &dyn Fn(usize) -> String,
+    depth: usize,
+) -> Result<Vec<Array>, String> {
+    // Each takes at least a tag.
+    if count > parts.0.len() / 8 {
+        return Err(format!("the file ends before {}", name(parts.0.len() / 8)));
+    }
+    let array = |i| Ok(matrix(Elements(parts.expect(MATRIX, &name(i))?), &name(i), depth + 1)?.1);
+    (0..count).map(array).collect()
+}
+
+fn structs(parts: &mut Elements<'_>, count: usize, what: &str, depth: usize) -> Result<Array, String> {
+    let width = parts.expect(I32, &format!("the field-name length of {what}"))?;
+    let width = if width.len() == 4 { word(width) as usize } else { 0 };
+    let names = parts.expect(I8, &format!("the field names of {what}"))?;
+    if width == 0 || names.is_empty() || !names.len().is_multiple_of(width) {
+        return Err(format!("{what}: {} bytes of field names of {width} each", names.len()));
+    }
+    let name =
+        |bytes: &[u8]| bytes.iter().take_while(|&&byte| byte != 0).map(|&byte| char::from(byte)).collect();
+    let fields: Vec<String> = names.chunks_exact(width).map(name).collect();
+    let total = count
+        .checked_mul(fields.len())
+        .ok_or_else(|| format!("{what} claims {count} structs of {} fields", fields.len()))?;
+    let label = |i: usize| {
+        let field = shown(&fields[i % fields.len()]);
+        format!("field {field} of struct {} of {what}", i / fields.len() + 1)
+    };
+    let values = arrays(parts, total, &label, depth)?;
+    Ok(Array::Structs { fields, values })
+}
+
+/// The values as numbers, whatever they are stored as.
+fn numbers_of(kind: u32, bytes: &[u8], what: &str) -> Result<Vec<f64>, String> {
+    fn each<const N: usize>(bytes: &[u8], number: impl Fn([u8; N]) -> f64) -> Option<Vec<f64>> {
+        let (chunks, rest) = bytes.as_chunks::<N>();
+        rest.is_empty().then(|| chunks.iter().map(|&chunk| number(chunk)).collect())
+    }
+    let values = match kind {
+        I8 => each(bytes, |[byte]| f64::from(byte.cast_signed())),
+        2 => each(bytes, |[byte]| f64::from(byte)),
+        3 => each(bytes, |chunk| f64::from(i16::from_le_bytes(chunk))),
+        4 => each(bytes, |chunk| f64::from(u16::from_le_bytes(chunk))),
+        I32 => each(bytes, |chunk| f64::from(i32::from_le_bytes(chunk))),
+        U32 => each(bytes, |chunk| f64::from(u32::from_le_bytes(chunk))),
+        7 => each(bytes, |chunk| f64::from(f32::from_le_bytes(chunk))),
+        9 => each(bytes, f64::from_le_bytes),
+        12 => each(bytes, |chunk| i64::from_le_bytes(chunk) as f64),
+        13 => each(bytes, |chunk| u64::from_le_bytes(chunk) as f64),
+        other => return Err(format!("{what}: numbers of type {other}")),
+    };
+    values.ok_or_else(|| format!("{what}: {} bytes are no whole number of values", bytes.len()))
+}
+
+/// The values as text: Latin-1, UTF-8 or UTF-16.
+fn text_of(kind: u32, bytes: &[u8], what: &str) -> Result<String, String> {
+    let bad = || format!("{what}: text that is not valid");
+    match kind {
+        I8 | 2 => Ok(bytes.iter().map(|&byte| char::from(byte)).collect()),
+        16 => Ok(std::str::from_utf8(bytes).map_err(|_| bad())?.to_owned()),
+        4 | 17 => {
+            let (units, rest) = bytes.as_chunks::<2>();
+            let units = units.iter().map(|&unit| u16::from_le_bytes(unit));
+            let text = char::decode_utf16(units).collect::<Result<String, _>>().map_err(|_| bad())?;
+            if rest.is_empty() { Ok(text) } else { Err(bad()) }
+        }
+        other => Err(format!("{what}: text of type {other}")),
+    }
+}
+
+/// The first `most` characters of `text`.
+fn first(text: &str, most: usize) -> String {
+    let end = text.char_indices().nth(most).map_or(text.len(), |(end, _)| end);
+    let dots = if end < text.len() { "..." } else { "" };
+    format!("{}{dots}", &text[..end])
+}
+
+/// A name out of a file, on one line.
+fn shown(name: &str) -> String {
+    first(name, LONGEST_NAME).escape_debug().to_string()
+}

@@ -1,0 +1,62 @@
+//! The error of training and of what comes after it.
+
+use std::fmt::Display;
+use std::path::{Path, PathBuf};
+
+/// What can go wrong in `ddtas-train`. Every message is one line.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A setting, a file, the output, or the library's.
+    #[error("{0}")]
+    Program(#[from] ddtas_io::Error),
+    /// A data set cannot be used as it is.
+    #[error("{0}")]
+    Dataset(String),
+    /// An image cannot be read.
+    #[error("cannot read the image {path}: {reason}", path = path.display())]
+    Image {
+        /// The file.
+        path: PathBuf,
+        /// What the decoder said.
+        reason: String,
+    },
+    /// A run was cut short by something that can be mended, and can then go on.
+    #[error("{cause}; mend that, then: ddtas-train --resume {folder}", folder = folder.display())]
+    Interrupted {
+        /// What went wrong.
+        cause: Box<Error>,
+        /// The run folder.
+        folder: PathBuf,
+    },
+    /// Training went wrong in a way that more steps will not mend.
+    #[error("{0}")]
+    Training(String),
+}
+
+impl Error {
+    /// A [`ddtas_io::Error::Io`], for use in `map_err`.
+    pub fn io(action: &'static str, path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Self {
+        let made = ddtas_io::Error::io(action, path);
+        move |source| made(source).into()
+    }
+
+    /// A [`ddtas_io::Error::Format`].
+    pub fn format(path: impl AsRef<Path>, reason: impl Into<String>) -> Self {
+        ddtas_io::Error::format(path, reason).into()
+    }
+
+    /// A [`ddtas_io::Error::InvalidSetting`].
+    pub fn setting(name: &'static str, value: impl Display, range: &'static str) -> Self {
+        ddtas_io::Error::setting(name, value, range).into()
+    }
+}
+
+impl From<ddtas::Error> for Error {
+    fn from(error: ddtas::Error) -> Self {
+        Self::Program(error.into())
+    }
+}
+
+/// The trainer's result.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
