@@ -7,6 +7,6 @@ the feature `cuda`, on the GPU.
 
 from .loss import SoftContrastiveLoss
 from .memory import CrossBatchMemory
-from .search import recall_at_k
+from .search import evaluate, recall_at_k, threshold_gradient
 
-__all__ = ["CrossBatchMemory", "SoftContrastiveLoss", "recall_at_k"]
+__all__ = ["CrossBatchMemory", "SoftContrastiveLoss", "evaluate", "recall_at_k", "threshold_gradient"]
