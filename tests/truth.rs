@@ -6,7 +6,8 @@ use ddtas::loss::select::Selection;
 use ddtas::loss::similarity::Similarities;
 use ddtas::loss::threshold::hypergradient;
 use ddtas::loss::{
-    Batch, DoubleBatch, DoubleRows, LossSettings, Mining, Rows, UnitCheck, reference, reference_hypergradient,
+    Batch, DoubleBatch, DoubleRows, Identity, LossSettings, Mining, Rows, UnitCheck, reference,
+    reference_hypergradient,
 };
 use ndarray::{Array2, s};
 use rand::{RngExt, SeedableRng};
@@ -120,7 +121,14 @@ fn float64_rows_give_the_truth_of_the_same_rows_in_float32() {
         (
             Batch::rectangular(Rows::new(left, &labels[..split]), Rows::new(right, &labels[split..]))
                 .with_reference_gradient(),
-            Some(split),
+            Some((split, split)),
+        ),
+        // The anchors are among the references.
+        (
+            Batch::rectangular(Rows::new(left, &labels[..split]), Rows::new(narrow.view(), &labels))
+                .with_reference_gradient()
+                .with_identity(Identity::From(0)),
+            Some((split, 0)),
         ),
     ];
     for (single, split) in cases {
@@ -129,8 +137,9 @@ fn float64_rows_give_the_truth_of_the_same_rows_in_float32() {
             labels: &labels[from..to],
         };
         let double = DoubleBatch {
-            anchors: side(0, split.unwrap_or(ROWS)),
-            references: split.map(|split| side(split, ROWS)),
+            anchors: side(0, split.map_or(ROWS, |(anchors, _)| anchors)),
+            references: split.map(|(_, first)| side(first, ROWS)),
+            identity: single.identity,
             reference_gradient: true,
             check: UnitCheck::Check,
         };
@@ -149,8 +158,13 @@ fn float64_rows_give_the_truth_of_the_same_rows_in_float32() {
 fn float64_rows_that_do_not_fit_are_refused() {
     let (rows, labels) = batch();
     let fine = DoubleRows { embeddings: rows.view(), labels: &labels };
-    let square =
-        DoubleBatch { anchors: fine, references: None, reference_gradient: false, check: UnitCheck::Check };
+    let square = DoubleBatch {
+        anchors: fine,
+        references: None,
+        identity: Identity::ByValue,
+        reference_gradient: false,
+        check: UnitCheck::Check,
+    };
     let fails = |batch: DoubleBatch<'_>| batch.reference(&LossSettings::default()).unwrap_err();
     let short = DoubleRows { labels: &labels[1..], ..fine };
     assert!(matches!(fails(DoubleBatch { anchors: short, ..square }), Error::LengthMismatch { .. }));
@@ -160,4 +174,6 @@ fn float64_rows_that_do_not_fit_are_refused() {
     let doubled = &rows * 2.0;
     let long = DoubleRows { embeddings: doubled.view(), ..fine };
     assert!(matches!(fails(DoubleBatch { anchors: long, ..square }), Error::NotUnit { row: 0, .. }));
+    let absent = DoubleBatch { references: Some(fine), identity: Identity::From(1), ..square };
+    assert!(matches!(fails(absent), Error::InvalidSetting { name: "identity", .. }));
 }

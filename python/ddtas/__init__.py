@@ -1,6 +1,6 @@
 """Fused deep metric learning: mining, loss and gradient in passes that never store a B x B matrix.
 
-`loss`, `threshold_gradient`, `recall_at_k` and `Part` take NumPy arrays, and tensors by DLPack, without a copy; `ddtas.torch`
+`loss`, `threshold_gradient`, `evaluate`, `recall_at_k` and `Part` take NumPy arrays, and tensors by DLPack, without a copy; `ddtas.torch`
 has the loss as a module of PyTorch. Rows must have unit length here; the module normalises.
 """
 
@@ -15,18 +15,21 @@ except ModuleNotFoundError as error:
         f"{__path__[0]} is ddtas's source folder, without the compiled module: run `pip install .` in the clone, "
         "then import ddtas from another folder"
     ) from None
+from .evaluation import Evaluation, evaluate
 from .functional import Recall, ThresholdGradient, loss, recall_at_k, threshold_gradient
 from .part import Part
 from .settings import Settings
 
 __all__ = [
     "Context",
+    "Evaluation",
     "LossOutput",
     "Part",
     "Recall",
     "Settings",
     "ThresholdGradient",
     "__version__",
+    "evaluate",
     "has_cuda",
     "loss",
     "recall_at_k",

@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from typing import final
 
 import numpy as np
@@ -8,6 +9,8 @@ from .part import Counts, Part, Similarities
 from .settings import Settings
 
 __all__ = ["Context", "LossOutput", "__version__", "address_of", "check_settings", "has_cuda"]
+
+Place = tuple[int, int, int, int, int]
 
 __version__: str
 has_cuda: bool
@@ -40,6 +43,26 @@ class Context:
         reference_gradient: bool,
         check: bool,
     ) -> LossOutput: ...
+    def loss_at(
+        self,
+        rows: Place,
+        references: Place | None,
+        identity: int,
+        mining: str,
+        numbers: Sequence[float],
+        flags: tuple[bool, bool, bool],
+        answers: Sequence[int],
+    ) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.floating] | None, list[float]]: ...
+    def judge(
+        self,
+        queries: Matrix,
+        labels: Labels,
+        gallery: Matrix | None,
+        gallery_labels: Labels | None,
+        identity: Identity | None,
+        deepest: int,
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]: ...
+    def nmi(self, rows: Matrix, labels: Labels, steps: int, seed: int) -> float: ...
     def threshold_gradient(
         self,
         embeddings: Matrix,

@@ -8,7 +8,7 @@ use ddtas::backend::Backend;
 use ddtas::backend::cpu::CpuBackend;
 use ddtas::loss::{self, Batch, Rows, UnitCheck};
 use ddtas::process::PerProcess;
-use ddtas::retrieval::{Recall, recall};
+use ddtas::retrieval::{Recall, Search, judge, recall};
 use ddtas::threads::{MOST_THREADS, Threads, available};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -16,9 +16,10 @@ use pyo3::prelude::*;
 use crate::double;
 use crate::error::raise;
 use crate::input::{Known, Labels, Matrix};
-use crate::output::LossOutput;
+use crate::output::{LossOutput, vector};
 use crate::part::{self, Part};
 use crate::settings::Settings;
+use crate::tensors;
 
 /// A workspace on the processor, and the threads that compute in it.
 ///
@@ -48,7 +49,7 @@ impl Workspace {
 pub struct Sides<'py> {
     pub anchors: (Matrix<'py>, Labels<'py>),
     pub references: Option<(Matrix<'py>, Labels<'py>)>,
-    identity: Known,
+    pub identity: Known,
 }
 
 impl<'py> Sides<'py> {
@@ -76,11 +77,6 @@ impl<'py> Sides<'py> {
         if identity.is_some() && sides.references.is_none() {
             let message = "identity says which references are anchors, and there are no references";
             return Err(PyValueError::new_err(message));
-        }
-        if identity.is_some() && sides.is_double() {
-            let message =
-                "identity is served for float32, float16 and bfloat16 rows: float64 ones are known by value";
-            return Err(PyTypeError::new_err(message));
         }
         Ok(sides)
     }
@@ -196,6 +192,25 @@ impl Context {
         Ok(LossOutput::of_backend(py, output))
     }
 
+    /// The loss of tensors by their addresses: see `tensors.rs`, which `ddtas.torch` alone calls.
+    #[pyo3(signature = (rows, references, identity, mining, numbers, flags, answers))]
+    #[allow(clippy::too_many_arguments)]
+    fn loss_at(
+        &self,
+        py: Python<'_>,
+        rows: tensors::Place,
+        references: Option<tensors::Place>,
+        identity: usize,
+        mining: &str,
+        numbers: [f64; 8],
+        flags: tensors::Flags,
+        answers: [usize; 2],
+    ) -> PyResult<tensors::Found> {
+        let settings = Settings::of_numbers(mining, numbers).to_library()?;
+        // SAFETY: `ddtas.torch` holds the tensors and has checked them.
+        unsafe { tensors::loss(py, self, (rows, references), identity, &settings, flags, answers) }
+    }
+
     /// The two hyper-gradient sums along a tangent of the rows.
     #[pyo3(signature = (embeddings, labels, tangent, references, reference_labels, reference_tangent, identity, settings, check))]
     #[allow(clippy::too_many_arguments)]
@@ -290,6 +305,42 @@ impl Context {
         part.threshold_gradient(py, self, tangent, reference_tangent)
     }
 
+    /// What each query's list is worth: the place of the first answer, R-precision and average precision at R. NaN where a
+    /// query has no answer, and -1 for a place beyond its list.
+    #[pyo3(signature = (queries, labels, gallery, gallery_labels, identity, deepest))]
+    #[allow(clippy::too_many_arguments)]
+    fn judge<'py>(
+        &self,
+        py: Python<'py>,
+        queries: &Bound<'py, PyAny>,
+        labels: &Bound<'py, PyAny>,
+        gallery: Option<&Bound<'py, PyAny>>,
+        gallery_labels: Option<&Bound<'py, PyAny>>,
+        identity: Option<&Bound<'py, PyAny>>,
+        deepest: Bound<'py, PyAny>,
+    ) -> PyResult<Worth> {
+        let deepest = positive(&[deepest])?;
+        let sides = Sides::new((queries, labels), (gallery, gallery_labels), identity)?;
+        let batch = sides.batch(false, unit_check(true))?;
+        let worth = self.compute(py, |backend| judge_batch(backend, &batch, &deepest))?;
+        Ok(worth.into_python(py))
+    }
+
+    /// NMI of the rows' classes and as many clusters, by k-means.
+    fn nmi<'py>(
+        &self,
+        py: Python<'py>,
+        rows: &Bound<'py, PyAny>,
+        labels: &Bound<'py, PyAny>,
+        steps: usize,
+        seed: u64,
+    ) -> PyResult<f64> {
+        let side = (Matrix::new("queries", rows)?, Labels::new("labels of the queries", labels)?);
+        side.0.float()?;
+        let rows = self::rows(&side)?;
+        self.compute(py, |backend| ddtas::retrieval::nmi(backend, &rows, steps, seed, &mut |_| {}))
+    }
+
     /// Recall@K of every row searched among the others: pairs of K and the share of answered queries, how many
     /// queries were counted, and how many had nothing to find.
     fn recall_at_k<'py>(
@@ -303,6 +354,41 @@ impl Context {
         let side = (Matrix::new("queries", embeddings)?, Labels::new("labels of the queries", labels)?);
         let rows = rows(&side)?;
         self.compute(py, |backend| recall(backend, &rows, None, &ks).map(|(recall, _)| found(recall)))
+    }
+}
+
+/// Places of first answers, R-precision, average precision at R.
+pub type Worth = (Py<PyAny>, Py<PyAny>, Py<PyAny>);
+
+/// The same before Python has it.
+pub struct Judgements {
+    first: Vec<f64>,
+    r_precision: Vec<f64>,
+    average_precision: Vec<f64>,
+}
+
+/// Judges the anchors of a batch as queries, against its references as their gallery.
+pub fn judge_batch(
+    backend: &mut dyn Backend,
+    batch: &Batch<'_>,
+    deepest: &[usize],
+) -> ddtas::Result<Judgements> {
+    let nothing = vec![f64::NAN; batch.anchors.labels.len()];
+    let mut all =
+        Judgements { first: nothing.clone(), r_precision: nothing.clone(), average_precision: nothing };
+    let gallery = batch.references.as_ref().map(Rows::view);
+    let search = Search { queries: batch.anchors.view(), gallery, identity: batch.identity };
+    judge(backend, &search, deepest, &mut |judged| {
+        all.first[judged.query] = judged.first.map_or(-1.0, |place| place as f64);
+        all.r_precision[judged.query] = judged.r_precision;
+        all.average_precision[judged.query] = judged.average_precision;
+    })?;
+    Ok(all)
+}
+
+impl Judgements {
+    pub fn into_python(self, py: Python<'_>) -> Worth {
+        (vector(py, self.first), vector(py, self.r_precision), vector(py, self.average_precision))
     }
 }
 

@@ -16,6 +16,7 @@ fn batch<'a>(sides: &'a Sides<'_>, reference_gradient: bool, check: UnitCheck) -
     Ok(DoubleBatch {
         anchors: rows(&sides.anchors)?,
         references: sides.references.as_ref().map(rows).transpose()?,
+        identity: sides.identity.as_library(),
         reference_gradient,
         check,
     })

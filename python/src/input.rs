@@ -331,9 +331,13 @@ impl Known {
             };
             return object.extract().map(Self::From).map_err(refused);
         }
+        Self::list(Labels::new("identity", object)?.as_slice()?)
+    }
+
+    /// A number for each anchor, -1 for one that is not among the references.
+    pub fn list(rows: &[i64]) -> PyResult<Self> {
         let absent = |row: &i64| if *row == -1 { Ok(Identity::ABSENT) } else { row_number("identity", *row) };
-        let list = Labels::new("identity", object)?;
-        list.as_slice()?.iter().map(absent).collect::<PyResult<_>>().map(Self::List)
+        rows.iter().map(absent).collect::<PyResult<_>>().map(Self::List)
     }
 
     /// The same for the library.

@@ -7,6 +7,7 @@
 //! | `context.rs` | `Context`: a workspace and its threads, and the calls that compute |
 //! | `part.rs` | `ddtas.Part` and the steps of its loss |
 //! | `double.rs` | the same calls on float64 rows |
+//! | `tensors.rs` | the loss of tensors by their addresses, for `ddtas.torch` |
 //! | `output.rs` | `LossOutput`: what a loss returns, without a copy |
 //! | `cuda.rs` | `CudaContext`: the loss and Recall@K on tensors in the GPU's memory (feature `cuda`) |
 //! | `error.rs` | the library's errors as Python's exceptions |
@@ -24,6 +25,7 @@ mod input;
 mod output;
 mod part;
 mod settings;
+mod tensors;
 
 /// Checks every range of a `ddtas.Settings`.
 #[pyfunction]

@@ -1,5 +1,6 @@
 //! What a loss returns, as NumPy arrays that own the library's memory.
 
+use ddtas::loss::select::Selection;
 use ddtas::loss::{self, Reference};
 use ndarray::Array2;
 use numpy::{Element, PyArray1, PyArray2};
@@ -39,6 +40,13 @@ pub fn matrix<T: Element>(py: Python<'_>, values: Array2<T>) -> Py<PyAny> {
     PyArray2::from_owned_array(py, values).into_any().unbind()
 }
 
+/// Pairs of active anchors, positive and negative.
+pub fn mined(selection: &Selection) -> (u64, u64) {
+    (0..selection.positives.len()).filter(|&i| selection.is_active(i)).fold((0, 0), |sum, i| {
+        (sum.0 + selection.positives[i].len() as u64, sum.1 + selection.negatives[i].len() as u64)
+    })
+}
+
 impl LossOutput {
     /// Takes a backend's output. A gradient that stayed on the device is `None`.
     pub fn of_backend(py: Python<'_>, output: loss::LossOutput) -> Self {
@@ -71,10 +79,7 @@ impl LossOutput {
         let active = truth.active();
         let Reference { selection, weighted, gradient, reference_gradient, mean_pos, mean_neg, .. } = truth;
         let total_neg = truth.total_neg;
-        let mined =
-            (0..selection.positives.len()).filter(|&i| selection.is_active(i)).fold((0, 0), |sum, i| {
-                (sum.0 + selection.positives[i].len() as u64, sum.1 + selection.negatives[i].len() as u64)
-            });
+        let mined = mined(&selection);
         let sizes = |sets: &[Vec<usize>]| vector(py, sets.iter().map(|set| set.len() as u32).collect());
         Self {
             loss: weighted.loss,

@@ -21,6 +21,13 @@ pub struct Settings {
 }
 
 impl Settings {
+    /// The numbers in the order of the fields.
+    pub fn of_numbers(mining: &str, numbers: [f64; 8]) -> Self {
+        let [gamma, negative_ratio, probe_ratio, tolerance, alpha, beta, lambda_pos, lambda_neg] = numbers;
+        let mining = mining.to_owned();
+        Self { mining, gamma, negative_ratio, probe_ratio, tolerance, alpha, beta, lambda_pos, lambda_neg }
+    }
+
     /// # Errors
     /// `ValueError` for a kind of mining that does not exist, or a value out of its range.
     pub fn to_library(&self) -> PyResult<LossSettings> {

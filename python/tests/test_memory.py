@@ -179,7 +179,7 @@ def test_losses_of_several_batches_go_back_together():
 def failing(memory):
     """The same memory with a loss that fails after the batch was queued."""
 
-    def fail(*_):
+    def fail(*_, **others):
         raise RuntimeError("while it computes")
 
     broken = copy.copy(memory)
@@ -216,3 +216,54 @@ def test_a_bad_batch_is_refused_and_not_queued():
     assert torch.equal(memory.embedding_memory, before) and memory.queue_idx == 16
     assert memory.label_memory.tolist() == [*given[0][1].tolist(), -1, -1, -1, -1] and not memory.has_been_filled
     memory(rows, labels)
+
+
+def test_a_memory_starts_later_and_can_be_filled_first():
+    memory = CrossBatchMemory(SoftContrastiveLoss(), DIM, 40, start_after=2)
+    given = list(batches(5, 16, seed=11))
+    for rows, labels in given[:2]:
+        assert not memory.started
+        assert memory(rows, labels) == memory.loss(rows, labels) and memory.filled == 0
+    assert memory.started
+    filled = CrossBatchMemory(SoftContrastiveLoss(), DIM, 40)
+    for rows, labels in given[2:4]:
+        memory(rows, labels)
+        assert filled.fill(rows, labels) is None
+    assert memory.filled == filled.filled == 32 and not filled.has_been_filled
+    assert memory(*given[4]) == filled(*given[4]) > 0
+    assert filled.filled == 40 and filled.has_been_filled
+    resumed = CrossBatchMemory(SoftContrastiveLoss(), DIM, 40, start_after=2)
+    resumed.load_state_dict(memory.state_dict())
+    assert resumed.started and resumed(*given[0]) == memory(*given[0])
+    bad = given[0][0] * torch.nan
+    with pytest.raises(ValueError, match="row 0 of the embeddings"):
+        filled.fill(bad, given[0][1])
+    with pytest.raises(ValueError, match="start_after = -1 must be at least 0"):
+        CrossBatchMemory(SoftContrastiveLoss(), DIM, 40, start_after=-1)
+
+
+def test_a_state_dict_of_the_first_version_is_taken_up():
+    memory = CrossBatchMemory(SoftContrastiveLoss(), DIM, 40)
+    given = list(batches(2, 16, seed=12))
+    memory(*given[0])
+    old = dict(memory.state_dict())
+    # It kept zeros, or what was there before, behind the rows of a queue that is not full.
+    old["embedding_memory"] = torch.cat([old["embedding_memory"][:16], torch.zeros(24, DIM)])
+    old["label_memory"] = torch.cat([old["label_memory"][:16], torch.arange(24) % 5])
+    old["_extra_state"] = {"queue_idx": 16, "has_been_filled": 0}
+    again = CrossBatchMemory(SoftContrastiveLoss(), DIM, 40)
+    again.load_state_dict(old)
+    assert again.filled == 16 and again(*given[1]) == memory(*given[1])
+
+
+def test_what_the_other_library_s_arguments_are_replaced_by_is_said():
+    for argument, instead in [
+        ("reducer", "the loss is the mean over the anchors"),
+        ("distance", "cosine"),
+        ("miner", "take the miner out"),
+        ("other", "no argument other$"),
+    ]:
+        for make in (lambda **others: CrossBatchMemory(SoftContrastiveLoss(), DIM, **others), SoftContrastiveLoss):
+            with pytest.raises(TypeError, match=f"has no argument {argument}.*" if argument != "other" else "other$") as told:
+                make(**{argument: None})
+            assert argument == "other" or instead in str(told.value)

@@ -262,7 +262,11 @@ impl<'a> Batch<'a> {
     }
 }
 
-fn validate_identity(identity: &Identity<'_>, anchors: &[i64], references: &[i64]) -> Result<()> {
+/// Checks that every anchor's own reference is there, and of its label.
+///
+/// # Errors
+/// As [`Batch::validate`].
+pub(crate) fn validate_identity(identity: &Identity<'_>, anchors: &[i64], references: &[i64]) -> Result<()> {
     if let Identity::List(list) = identity
         && list.len() != anchors.len()
     {

@@ -4,10 +4,10 @@
 
 use ndarray::{Array2, ArrayView2};
 
-use super::batch::{check_unit, validate_dims, validate_shape};
+use super::batch::{check_unit, validate_dims, validate_identity, validate_shape};
 use super::reference::{Reference, evaluate, hypergradient_along};
 use super::similarity::Similarities;
-use super::{Hypergradient, LossSettings, UnitCheck};
+use super::{Hypergradient, Identity, LossSettings, UnitCheck};
 use crate::Result;
 
 /// How far a row's norm may be from 1: as for float32, so that a difference quotient may step off the sphere.
@@ -29,6 +29,8 @@ pub struct DoubleBatch<'a> {
     pub anchors: DoubleRows<'a>,
     /// The rows they are compared with; `None` means the anchors.
     pub references: Option<DoubleRows<'a>>,
+    /// Rectangular form only: which references are anchors.
+    pub identity: Identity<'a>,
     /// Rectangular form only: also compute dL/d(references).
     pub reference_gradient: bool,
     /// Whether rows are checked first.
@@ -47,9 +49,15 @@ impl DoubleBatch<'_> {
         if let Some(references) = &references {
             validate_dims(anchors.ncols(), references.ncols())?;
         }
+        if let Some(rows) = &self.references {
+            validate_identity(&self.identity, self.anchors.labels, rows.labels)?;
+        }
         let reference_side =
             references.as_ref().zip(self.references).map(|(embeddings, rows)| (embeddings, rows.labels));
-        let similarities = Similarities::new((&anchors, self.anchors.labels), reference_side);
+        let mut similarities = Similarities::new((&anchors, self.anchors.labels), reference_side);
+        if self.references.is_some() {
+            similarities = similarities.with_identity(&self.identity);
+        }
         let total = anchors.nrows();
         Ok(evaluate(similarities, (&anchors, references.as_ref()), total, self.reference_gradient, settings))
     }

@@ -29,7 +29,7 @@ mod steps;
 pub mod threshold;
 
 pub use batch::{Batch, Embeddings, Identity, Rows, UnitCheck};
-pub(crate) use batch::{check_unit, validate_rows};
+pub(crate) use batch::{check_unit, validate_identity, validate_rows};
 pub use double::{DoubleBatch, DoubleRows};
 pub use output::{Hypergradient, LossOutput};
 pub use part::RowNumbers;

@@ -9,8 +9,8 @@
 
 use super::recall::{Hits, Recall, sorted};
 use super::rows::{Gathered, Kept, answers};
-use crate::backend::{Backend, Nearest, Search};
-use crate::loss::{Rows, validate_rows};
+use crate::backend::{Backend, Nearest, PreparedGallery};
+use crate::loss::{Identity, Rows, validate_identity, validate_rows};
 use crate::{Error, Result};
 
 /// What one turn has room for.
@@ -53,48 +53,120 @@ pub fn evaluate(
     ks: &[usize],
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Metrics> {
-    evaluate_within(&ROOM, backend, queries, gallery, ks, progress)
+    let mut totals = Totals { hits: Hits::new(sorted(ks)?), r_precision: 0.0, average_precision: 0.0 };
+    let search =
+        Search { queries: queries.view(), gallery: gallery.map(Rows::view), identity: Identity::ByValue };
+    let add = &mut |judged: &Judged| totals.add(judged);
+    judge_within(&ROOM, backend, &search, ks, add, progress)?;
+    Ok(totals.finish(queries.labels.len()))
 }
 
-fn evaluate_within(
+/// Queries, and what they are searched in: a gallery, or each other.
+#[derive(Debug, Clone, Copy)]
+pub struct Search<'a> {
+    /// What is searched for.
+    pub queries: Rows<'a>,
+    /// `None`: the queries, each left out of its own list.
+    pub gallery: Option<Rows<'a>>,
+    /// Which row of the gallery is a query itself: it is left out of the query's list. Without effect among the queries.
+    pub identity: Identity<'a>,
+}
+
+impl Search<'_> {
+    fn validate(&self) -> Result<()> {
+        validate_rows("queries", &self.queries)?;
+        let Some(gallery) = &self.gallery else { return Ok(()) };
+        validate_rows("references", gallery)?;
+        validate_identity(&self.identity, self.queries.labels, gallery.labels)
+    }
+
+    /// Whether a query may be found in what is searched.
+    fn has_queries(&self) -> bool {
+        self.gallery.is_none() || self.identity != Identity::ByValue
+    }
+
+    /// The row that is the query itself.
+    fn itself(&self, query: u32) -> Option<u32> {
+        match self.gallery {
+            None => Some(query),
+            Some(_) => self.identity.of(query as usize).map(|row| row as u32),
+        }
+    }
+
+    fn answers(&self) -> Vec<u32> {
+        let mut answers = answers(self.queries.labels, self.gallery.map(|gallery| gallery.labels));
+        if self.gallery.is_some() {
+            for (query, answers) in answers.iter_mut().enumerate() {
+                *answers -= u32::from(*answers > 0 && self.identity.of(query).is_some());
+            }
+        }
+        answers
+    }
+}
+
+/// What one query's list is worth.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Judged {
+    /// Which query.
+    pub query: usize,
+    /// The place of the first answer, from 0, if it stands in the list.
+    pub first: Option<usize>,
+    /// R-precision.
+    pub r_precision: f64,
+    /// Average precision at R.
+    pub average_precision: f64,
+}
+
+/// As [`evaluate`], query by query: `each` hears of every query that has an answer, in no order. Lists are long enough for
+/// the largest of `ks`.
+///
+/// # Errors
+/// As [`evaluate`]; [`Error::InvalidSetting`] for an identity that is no row of the gallery or has another label than its query.
+pub fn judge(
+    backend: &mut dyn Backend,
+    search: &Search<'_>,
+    ks: &[usize],
+    each: &mut dyn FnMut(&Judged),
+) -> Result<()> {
+    judge_within(&ROOM, backend, search, ks, each, &mut |_, _| {})
+}
+
+fn judge_within(
     room: &Room,
     backend: &mut dyn Backend,
-    queries: &Rows<'_>,
-    gallery: Option<&Rows<'_>>,
+    search: &Search<'_>,
     ks: &[usize],
+    each: &mut dyn FnMut(&Judged),
     progress: &mut dyn FnMut(usize, usize),
-) -> Result<Metrics> {
-    validate_rows("queries", queries)?;
-    if let Some(gallery) = gallery {
-        validate_rows("references", gallery)?;
-    }
+) -> Result<()> {
+    search.validate()?;
+    let (queries, gallery) = (&search.queries, search.gallery.as_ref());
     let ks = sorted(ks)?;
     let deepest = ks[ks.len() - 1];
-    let itself = gallery.is_none();
-    let answers = answers(queries.labels, gallery.map(|gallery| gallery.labels));
+    let answers = search.answers();
     let mut order: Vec<u32> =
         (0..answers.len() as u32).filter(|&query| answers[query as usize] > 0).collect();
     order.sort_by_key(|&query| answers[query as usize]);
 
     let kept = gallery.map_or_else(|| Kept::new(queries), Kept::new);
-    let mut score = Score { hits: Hits::new(ks), r_precision: 0.0, average_precision: 0.0 };
     progress(0, order.len());
-    let mut in_turns = |search: &mut dyn Search| {
+    let mut in_turns = |prepared: &mut dyn PreparedGallery| {
         let mut done = 0;
         while done < order.len() {
             let length = |query: u32| deepest.max(answers[query as usize] as usize).min(kept.len());
             let turn = room.turn(&order[done..], length);
             // One more than asked for: where a query searches its own set, it is found there too, and passed over.
-            let longest = (length(turn[turn.len() - 1]) + usize::from(itself)).min(kept.len());
+            let longest = (length(turn[turn.len() - 1]) + usize::from(search.has_queries())).min(kept.len());
             let gathered = Gathered::new(queries, turn);
-            let nearest = search
+            let nearest = prepared
                 .nearest(&gathered.rows(), longest)
                 .map_err(|error| with_row(error, "queries", "queries", |row| turn[row]))?;
             for (list, &query) in nearest.indices.outer_iter().zip(turn) {
                 let others = list.iter().filter(|&&index| index != Nearest::NONE);
-                let others = others.filter(|&&index| !itself || kept.original(index) != query);
+                let others = others.filter(|&&index| search.itself(query) != Some(kept.original(index)));
                 let label = queries.labels[query as usize];
-                score.add(others.map(|&index| kept.label(index) == label), answers[query as usize] as usize);
+                let right = others.map(|&index| kept.label(index) == label);
+                each(&Judged::new(query as usize, right, answers[query as usize] as usize));
             }
             done += turn.len();
             progress(done, order.len());
@@ -102,17 +174,12 @@ fn evaluate_within(
         Ok(())
     };
     if !order.is_empty() {
-        let whose = if itself { "queries" } else { "references" };
+        let whose = if gallery.is_none() { "queries" } else { "references" };
         backend
             .search(&kept.rows(), &mut in_turns)
             .map_err(|error| with_row(error, "references", whose, |row| kept.original(row as u32)))?;
     }
-    let share = |sum: f64| sum / order.len().max(1) as f64;
-    Ok(Metrics {
-        r_precision: share(score.r_precision),
-        map_at_r: share(score.average_precision),
-        recall: score.hits.finish(queries.labels.len()),
-    })
+    Ok(())
 }
 
 impl Room {
@@ -124,16 +191,9 @@ impl Room {
     }
 }
 
-/// Sums over the queries so far.
-struct Score {
-    hits: Hits,
-    r_precision: f64,
-    average_precision: f64,
-}
-
-impl Score {
-    /// Adds a query with `answers` answers, at least 1, whose list is right or wrong at each rank.
-    fn add(&mut self, list: impl Iterator<Item = bool>, answers: usize) {
+impl Judged {
+    /// Judges the list, right or wrong at each rank, of a query with `answers` answers, at least 1.
+    fn new(query: usize, list: impl Iterator<Item = bool>, answers: usize) -> Self {
         let (mut first, mut found, mut precisions) = (None, 0, 0.0);
         for (rank, right) in list.enumerate() {
             if right {
@@ -147,9 +207,30 @@ impl Score {
                 break;
             }
         }
-        self.hits.add(first);
-        self.r_precision += f64::from(found) / answers as f64;
-        self.average_precision += precisions / answers as f64;
+        let r = answers as f64;
+        Self { query, first, r_precision: f64::from(found) / r, average_precision: precisions / r }
+    }
+}
+
+/// Sums over the queries so far.
+struct Totals {
+    hits: Hits,
+    r_precision: f64,
+    average_precision: f64,
+}
+
+impl Totals {
+    fn add(&mut self, judged: &Judged) {
+        self.hits.add(judged.first);
+        self.r_precision += judged.r_precision;
+        self.average_precision += judged.average_precision;
+    }
+
+    /// The means, of `count` queries.
+    fn finish(self, count: usize) -> Metrics {
+        let recall = self.hits.finish(count);
+        let share = |sum: f64| sum / recall.queries.max(1) as f64;
+        Metrics { r_precision: share(self.r_precision), map_at_r: share(self.average_precision), recall }
     }
 }
 
@@ -231,11 +312,14 @@ mod tests {
 
     fn check(room: &Room, queries: &Rows<'_>, gallery: Option<&Rows<'_>>) -> Metrics {
         let (recall, precision, average, counted) = plain(queries, gallery);
-        let mut heard = Vec::new();
-        let got = evaluate_within(room, &mut CpuBackend::new(), queries, gallery, &KS, &mut |done, total| {
-            heard.push((done, total));
-        })
-        .unwrap();
+        let (mut heard, mut backend) = (Vec::new(), CpuBackend::new());
+        let mut totals = Totals { hits: Hits::new(KS.to_vec()), r_precision: 0.0, average_precision: 0.0 };
+        let mut add = |judged: &Judged| totals.add(judged);
+        let mut hear = |done, total| heard.push((done, total));
+        let search =
+            Search { queries: queries.view(), gallery: gallery.map(Rows::view), identity: Identity::ByValue };
+        judge_within(room, &mut backend, &search, &KS, &mut add, &mut hear).unwrap();
+        let got = totals.finish(queries.labels.len());
         assert_eq!((got.recall.queries, got.recall.without_match), (counted, queries.labels.len() - counted));
         for ((k, got), want) in got.recall.at.iter().zip(recall) {
             assert!((got - want).abs() < 1e-12, "Recall@{k}: {got}, want {want}");
@@ -262,6 +346,29 @@ mod tests {
                 assert!(apart.recall.without_match > 0 && alone.recall.without_match > 0);
             }
         }
+    }
+
+    #[test]
+    fn queries_that_stand_in_the_gallery_are_left_out_of_their_lists() {
+        let mut rng = ChaCha8Rng::seed_from_u64(8);
+        let labels = ragged(20, true, &mut rng);
+        let rows = corners(&labels, &mut rng);
+        let all = Rows::new(rows.view(), &labels);
+        let alone = evaluate(&mut CpuBackend::new(), &all, None, &KS, &mut |_, _| {}).unwrap();
+        let list: Vec<u32> = (0..labels.len() as u32).collect();
+        for identity in [Identity::From(0), Identity::List(&list)] {
+            let search = Search { queries: all.view(), gallery: Some(all.view()), identity };
+            let mut totals =
+                Totals { hits: Hits::new(KS.to_vec()), r_precision: 0.0, average_precision: 0.0 };
+            judge(&mut CpuBackend::new(), &search, &KS, &mut |judged| totals.add(judged)).unwrap();
+            let got = totals.finish(labels.len());
+            assert_eq!(got.recall, alone.recall);
+            assert!((got.r_precision - alone.r_precision).abs() < 1e-12);
+            assert!((got.map_at_r - alone.map_at_r).abs() < 1e-12);
+        }
+        let wrong = Search { queries: all.view(), gallery: Some(all.view()), identity: Identity::From(1) };
+        let refused = judge(&mut CpuBackend::new(), &wrong, &KS, &mut |_| {});
+        assert!(matches!(refused, Err(Error::InvalidSetting { name: "identity", .. })));
     }
 
     #[test]

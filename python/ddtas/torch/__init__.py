@@ -5,8 +5,8 @@ ones. Tensors are read where they lie, and gradients handed over without a copy,
 the feature `cuda`, on the GPU.
 """
 
-from .engine import recall_at_k
 from .loss import SoftContrastiveLoss
 from .memory import CrossBatchMemory
+from .search import evaluate, recall_at_k, threshold_gradient
 
-__all__ = ["CrossBatchMemory", "SoftContrastiveLoss", "recall_at_k"]
+__all__ = ["CrossBatchMemory", "SoftContrastiveLoss", "evaluate", "recall_at_k", "threshold_gradient"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import threading
-from typing import Any, Iterable
+import itertools
+import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import _ddtas, functional
+from .. import _ddtas
 
 NO_INDICES = "indices_tuple must be None: this loss mines its own pairs, take the miner out"
 _NO_CUDA = (
@@ -16,15 +17,23 @@ _NO_CUDA = (
     "`pip install . --config-settings=build-args='--features cuda'`, or move the embeddings to the CPU"
 )
 
+_keys = itertools.count()
+_engines: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary()
+
 
 class Engine:
-    """Where calls compute. A copy or a pickle starts with an empty workspace."""
+    """Where calls compute, freed with the module that has it. A copy or a pickle starts with an empty workspace."""
 
     def __init__(self, threads: int | None) -> None:
         self.threads = threads
         self.host = _ddtas.Context(threads)
         # Made for the first tensor in a GPU's memory; only a build with the feature `cuda` has the type.
         self.gpu: Any = None
+        # What the last loss found: numbers, or where they will be.
+        self.last: Any = None
+        # An operator takes numbers and tensors: this stands for the engine.
+        self.key = next(_keys)
+        _engines[self.key] = self
 
     def on_gpu(self, rows: Tensor) -> tuple[Any, int]:
         """Where rows in a GPU's memory are computed with, and torch's stream there."""
@@ -34,23 +43,59 @@ class Engine:
             self.gpu = getattr(_ddtas, "CudaContext")()
         return self.gpu, torch.cuda.current_stream(rows.device).cuda_stream
 
+    def found(self) -> list[float] | None:
+        """The statistics of the last loss; `None` before the first.
+
+        Raises ValueError for a bad row, which on a GPU nobody has waited for.
+        """
+        found: list[float] | None = self.last
+        return found
+
     def __reduce__(self) -> tuple[Any, ...]:
         return Engine, (self.threads,)
 
 
-_of_thread = threading.local()
+SHARED = Engine(None)
+"""For calls without a module, and for exported programs, whose module is gone."""
 
 
-def recall_at_k(embeddings: Tensor, labels: Tensor, ks: Iterable[int] = (1, 2, 4, 8)) -> functional.Recall:
-    """`ddtas.recall_at_k` of rows of unit length, which on a GPU are searched where they lie."""
-    rows = embeddings.detach()
-    check_labels("labels of the queries", labels)
-    if not rows.is_cuda:
-        return functional.recall_at_k(rows, labels, ks)
-    if getattr(_of_thread, "engine", None) is None:
-        _of_thread.engine = Engine(None)
-    gpu, stream = _of_thread.engine.on_gpu(rows)
-    return functional.recall_of(gpu.recall_at_k((rows, labels.long(), None), list(ks), stream))
+def engine_of(key: int) -> Engine:
+    """The engine with that number, if its module still lives."""
+    return _engines.get(key, SHARED)
+
+
+def unit_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows at unit length in float32 at least, and the two factors of their lengths, `[B, 1]`."""
+    wide = rows if rows.dtype == torch.float64 else rows.float()
+    # Squares of large or small entries would overflow or vanish: by the largest entry first, a constant that the
+    # result does not depend on. A row of zeros or with a NaN stays one, for the check to name.
+    largest = wide.detach().abs().amax(dim=1, keepdim=True)
+    largest = torch.where(torch.isfinite(largest) & (largest > 0), largest, 1)
+    scaled = wide / largest
+    length = torch.linalg.vector_norm(scaled, dim=1, keepdim=True).clamp_min(1e-12)
+    return scaled / length, length, largest
+
+
+def led_back(gradient: Tensor, unit: Tensor, length: Tensor, largest: Tensor) -> Tensor:
+    """dL/d(rows) from the gradient by the rows at unit length: (g - (g . u) u) / |x|."""
+    return (gradient - (gradient * unit).sum(1, keepdim=True) * unit) / length / largest
+
+
+_INSTEAD = {
+    "reducer": "the loss is the mean over the anchors; for another weight of rows leave some out by a negative label",
+    "distance": "rows are compared by the cosine of their angle alone: take the distance out",
+    "collector": "take it out: statistics are in the attribute `statistics`",
+    "embedding_regularizer": "add the regularizer's loss to this one yourself",
+    "embedding_reg_weight": "add the regularizer's loss to this one yourself",
+    "miner": "this loss mines its own pairs, take the miner out",
+}
+
+
+def refuse_arguments(name: str, others: dict[str, Any]) -> None:
+    """Says of pytorch-metric-learning's arguments what to use."""
+    for argument in others:
+        instead = _INSTEAD.get(argument)
+        raise TypeError(f"{name} has no argument {argument}" + (f": {instead}" if instead else ""))
 
 
 def check_labels(name: str, labels: Tensor) -> None:
@@ -65,5 +110,5 @@ def check_side(name: str, embeddings: Tensor, labels: Tensor, labels_name: str) 
     check_labels(labels_name, labels)
     if labels.ndim != 1:
         raise ValueError(f"the {labels_name} must have 1 dimension, not {labels.ndim}")
-    if len(labels) != len(embeddings):
-        raise ValueError(f"labels of the {name}: expected {len(embeddings)}, got {len(labels)}")
+    if labels.shape[0] != embeddings.shape[0]:
+        raise ValueError(f"labels of the {name}: expected {embeddings.shape[0]}, got {labels.shape[0]}")

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from .engine import NO_INDICES, check_labels
+from .engine import NO_INDICES, check_labels, refuse_arguments
 from .loss import SoftContrastiveLoss
-
-
-def _refuse_bad_rows(rows: Tensor) -> None:
-    """A bad row in the queue would fail every later call, so none gets there."""
-    tolerance = {torch.float16: 2e-3, torch.bfloat16: 1e-2}.get(rows.dtype, 1e-3)
-    wide = rows if rows.dtype == torch.float64 else rows.float()
-    good = (torch.linalg.vector_norm(wide, dim=1) - 1).abs() <= tolerance
-    if not good.all():
-        row = int((~good).nonzero()[0])
-        raise ValueError(f"row {row} of the embeddings is not finite or has no unit length: nothing was queued")
+from .operator import UNCHECKED, good_rows
 
 
 def _check_memory_type(dtype: torch.dtype) -> None:
@@ -41,10 +34,17 @@ class CrossBatchMemory(nn.Module):
 
     `loss` is a `SoftContrastiveLoss`. The memory is held, and rows are compared, in `dtype`: float32, float16 or bfloat16 for
     half the memory, or float64 for `gradcheck`. A call that raises leaves the queue as it was.
+
+    Embeddings move fast at first, and old rows mislead then: the first `start_after` calls are the loss of the batch alone and
+    queue nothing. `start()` begins at once, which a compiled call needs, since it does not count; `fill(embeddings, labels)` queues rows
+    before; `filled` says how many there are.
     """
 
     embedding_memory: Tensor
     label_memory: Tensor
+    queue_idx: Tensor
+    """The place of the next row."""
+    _count: Tensor
 
     def __init__(
         self,
@@ -52,8 +52,11 @@ class CrossBatchMemory(nn.Module):
         embedding_size: int,
         memory_size: int = 1024,
         dtype: torch.dtype = torch.float32,
+        start_after: int = 0,
+        **others: Any,
     ) -> None:
         super().__init__()
+        refuse_arguments("CrossBatchMemory", others)
         if not isinstance(loss, SoftContrastiveLoss):
             raise TypeError(
                 f"CrossBatchMemory takes a ddtas.torch.SoftContrastiveLoss, not {type(loss).__name__}: "
@@ -65,14 +68,48 @@ class CrossBatchMemory(nn.Module):
         self.loss = loss
         self.embedding_size = embedding_size
         self.memory_size = memory_size
+        if start_after < 0:
+            raise ValueError(f"start_after = {start_after} must be at least 0")
+        self.start_after = start_after
+        self.calls = 0
         self.register_buffer("embedding_memory", torch.zeros(memory_size, embedding_size, dtype=dtype))
         self.register_buffer("label_memory", torch.full((memory_size,), -1))
+        # In the state_dict they are numbers, as they always were.
+        self.register_buffer("queue_idx", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.register_buffer("_count", torch.zeros((), dtype=torch.int64), persistent=False)
         self.reset_queue()
 
+    @torch.no_grad()
     def reset_queue(self) -> None:
         """Forgets every row."""
-        self.queue_idx = 0
-        self.has_been_filled = False
+        self.queue_idx.zero_()
+        self._count.zero_()
+        self._forget(0)
+
+    def _forget(self, first: int) -> None:
+        """Takes rows out of every pair. They have unit length: a GPU checks those as well."""
+        self.label_memory[first:] = -1
+        self.embedding_memory[first:] = 0
+        self.embedding_memory[first:, 0] = 1
+
+    @property
+    def filled(self) -> int:
+        """Rows in the queue."""
+        return int(self._count)
+
+    @property
+    def has_been_filled(self) -> bool:
+        """Whether the queue is full."""
+        return self.filled == self.memory_size
+
+    @property
+    def started(self) -> bool:
+        """Whether batches are compared with the queue."""
+        return self.calls >= self.start_after
+
+    def start(self) -> None:
+        """Compares the next batch with the queue."""
+        self.calls = max(self.calls, self.start_after)
 
     def forward(
         self, embeddings: Tensor, labels: Tensor, indices_tuple: None = None, enqueue_mask: Tensor | None = None
@@ -87,58 +124,101 @@ class CrossBatchMemory(nn.Module):
         """
         if indices_tuple is not None:
             raise ValueError(NO_INDICES)
+        if not self.started:
+            if not torch.compiler.is_compiling():
+                self.calls += 1
+            loss: Tensor = self.loss(embeddings, labels)
+            return loss
+        rows, labels = self._compared(embeddings, labels)
+        queued, queued_labels = rows, labels
+        if enqueue_mask is not None:
+            _check_mask(enqueue_mask, rows.shape[0])
+            enqueue_mask = enqueue_mask.to(rows.device)
+            queued, queued_labels = rows[enqueue_mask], labels[enqueue_mask]
+            rows, labels = rows[~enqueue_mask], labels[~enqueue_mask]
+        places = self._places(queued.shape[0])
+        # Rows that were queued are compared as well, unless a mask parts them.
+        known = places if enqueue_mask is None else None
+        if torch.compiler.is_compiling():
+            self._enqueue(places, queued, queued_labels)
+            return self._against_queue(rows, labels, known)
+        before = self.embedding_memory[places], self.label_memory[places], self.queue_idx.clone(), self._count.clone()
+        try:
+            self._enqueue(places, queued, queued_labels)
+            return self._against_queue(rows, labels, known)
+        except BaseException:
+            self.embedding_memory[places], self.label_memory[places] = before[:2]
+            self.queue_idx.copy_(before[2])
+            self._count.copy_(before[3])
+            raise
+
+    def fill(self, embeddings: Tensor, labels: Tensor) -> None:
+        """Queues rows, for the batches to come to be compared with. Raises what a call does."""
+        with torch.no_grad():
+            rows, labels = self._compared(embeddings, labels)
+            self._enqueue(self._places(rows.shape[0]), rows, labels)
+
+    def _compared(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and labels as the queue holds them. A bad row there would fail every later call, so none gets there."""
         if embeddings.ndim != 2 or embeddings.shape[1] != self.embedding_size:
             raise ValueError(f"embeddings must be [B, {self.embedding_size}], not {list(embeddings.shape)}")
         check_labels("labels", labels)
         if labels.shape != embeddings.shape[:1]:
-            raise ValueError(f"labels must be [{len(embeddings)}], not {list(labels.shape)}")
-        _check_memory_type(self.embedding_memory.dtype)
-        if enqueue_mask is not None:
-            _check_mask(enqueue_mask, len(embeddings))
-            enqueue_mask = enqueue_mask.to(embeddings.device)
-        self.embedding_memory = self.embedding_memory.to(embeddings.device)
-        self.label_memory = self.label_memory.to(embeddings.device)
-        labels = labels.to(embeddings.device)
+            raise ValueError(f"labels must be [{embeddings.shape[0]}], not {list(labels.shape)}")
         memory_type = self.embedding_memory.dtype
+        _check_memory_type(memory_type)
+        if self.embedding_memory.device != embeddings.device:
+            self.to(embeddings.device)
         # Normalised in the wider of both types.
         wide = embeddings.to(torch.promote_types(embeddings.dtype, memory_type))
         rows = self.loss.unit_rows(wide).to(memory_type)
-        if self.loss.check:
-            _refuse_bad_rows(rows.detach())
-        queued, queued_labels = rows, labels
-        if enqueue_mask is not None:
-            queued, queued_labels = rows[enqueue_mask], labels[enqueue_mask]
-            rows, labels = rows[~enqueue_mask], labels[~enqueue_mask]
-        if len(queued) > self.memory_size:
-            raise ValueError(f"{len(queued)} rows do not fit a memory of {self.memory_size}")
-        places = torch.arange(self.queue_idx, self.queue_idx + len(queued), device=rows.device) % self.memory_size
-        before = self.embedding_memory[places], self.label_memory[places], self.queue_idx, self.has_been_filled
-        try:
-            self._enqueue(places, queued, queued_labels)
-            count = self.memory_size if self.has_been_filled else self.queue_idx
-            # Rows that were queued are compared as well, unless a mask parts them.
-            known = places if enqueue_mask is None else None
-            return self.loss.evaluate(rows, labels, self.embedding_memory[:count], self.label_memory[:count], known)
-        except BaseException:
-            self.embedding_memory[places], self.label_memory[places], self.queue_idx, self.has_been_filled = before
-            raise
+        labels = labels.to(rows.device, torch.int64)
+        if self.loss._check != UNCHECKED:
+            good = good_rows(rows.detach())
+            labels = torch.where(good, labels, -1)
+        return rows, labels
+
+    def _places(self, count: int) -> Tensor:
+        if count > self.memory_size:
+            raise ValueError(f"{count} rows do not fit a memory of {self.memory_size}")
+        return (self.queue_idx + torch.arange(count, device=self.queue_idx.device)) % self.memory_size
+
+    def _against_queue(self, rows: Tensor, labels: Tensor, known: Tensor | None) -> Tensor:
+        # The processor has checked the rows by now; what is in the queue was checked when it came there.
+        return self.loss.evaluate(
+            rows, labels, self.embedding_memory, self.label_memory, known, check=rows.device.type != "cpu"
+        )
 
     @torch.no_grad()
     def _enqueue(self, places: Tensor, rows: Tensor, labels: Tensor) -> None:
-        self.embedding_memory[places] = rows
-        self.label_memory[places] = labels.long()
-        self.has_been_filled |= self.queue_idx + len(rows) >= self.memory_size
-        self.queue_idx = (self.queue_idx + len(rows)) % self.memory_size
+        rows = rows.detach()
+        if self.loss._check != UNCHECKED and rows.device.type != "cpu":
+            # A bad row that nobody has waited for: it is no row of unit length, and must not fail later calls.
+            axis = torch.zeros_like(rows[:1])
+            axis[:, 0] = 1
+            rows = torch.where(good_rows(rows)[:, None], rows, axis)
+        self.embedding_memory.index_copy_(0, places, rows)
+        self.label_memory.index_copy_(0, places, labels)
+        self._count.copy_((self._count + rows.shape[0]).clamp_max(self.memory_size))
+        self.queue_idx.copy_((self.queue_idx + rows.shape[0]) % self.memory_size)
 
     def get_extra_state(self) -> dict[str, int]:
         """How far the queue is filled, for the state_dict."""
-        return {"queue_idx": self.queue_idx, "has_been_filled": int(self.has_been_filled)}
+        full, calls = int(self.has_been_filled), self.calls
+        return {"queue_idx": int(self.queue_idx), "has_been_filled": full, "calls": calls}
 
+    @torch.no_grad()
     def set_extra_state(self, state: dict[str, int]) -> None:
         """Takes the queue up where the state_dict left it."""
-        self.queue_idx = state["queue_idx"]
-        self.has_been_filled = bool(state["has_been_filled"])
+        index, full = state["queue_idx"], bool(state["has_been_filled"])
+        self.queue_idx.fill_(index)
+        self._count.fill_(self.memory_size if full else index)
+        # From before 0.2, which had no calls and did not look at the rest of the queue.
+        self.calls = state.get("calls", self.calls)
+        if not full:
+            self._forget(index)
 
     def extra_repr(self) -> str:
         """Sizes as `print(model)` shows them."""
-        return f"embedding_size={self.embedding_size}, memory_size={self.memory_size}"
+        sizes = f"embedding_size={self.embedding_size}, memory_size={self.memory_size}"
+        return sizes + (f", start_after={self.start_after}" if self.start_after else "")

@@ -8,6 +8,7 @@
 //! | weights and loss, gradient | `weigh.rs`, `gradient.rs` |
 //! | hyper-gradient of the loss threshold | `threshold.rs` |
 //! | top-K search | `retrieval.rs` |
+//! | rows of any length, and their gradient | `unit.rs` |
 //!
 //! `steps.rs` has the order of the passes, `remembered.rs` what stays between them and `walk.rs` what gradient and hyper-gradient have in common; `product.rs` is the one matrix product, `simd.rs` the choice of instruction
 //! set, `tasks.rs` the sharing-out of work, `buffer.rs` memory in whole cache lines, `times.rs` what each pass took. S is computed tile by tile, once for
@@ -19,7 +20,7 @@ use std::sync::Mutex;
 use ndarray::ArrayView2;
 
 use super::step::Step;
-use super::{Backend, Nearest, Search};
+use super::{Backend, Nearest, PreparedGallery};
 use crate::Result;
 use crate::loss::{Batch, Hypergradient, LossOutput, LossSettings, RowNumbers, Rows};
 
@@ -39,6 +40,7 @@ mod tasks;
 mod threshold;
 mod tile;
 mod times;
+mod unit;
 mod walk;
 mod weigh;
 
@@ -52,6 +54,7 @@ use similarity::Tiles;
 use statistics::{Gathered, Statistics};
 use tasks::{Workers, lock};
 use tile::TileScratch;
+use unit::UnitRows;
 use walk::Answer;
 
 pub use times::PassTimes;
@@ -73,6 +76,7 @@ pub struct CpuBackend {
     weights: Weights,
     scratch: Vec<Mutex<Scratch>>,
     answers: Vec<Mutex<Answer>>,
+    unit: UnitRows,
     remembered: Option<Remembered>,
     times: PassTimes,
 }
@@ -115,9 +119,48 @@ impl CpuBackend {
             weights: Weights::default(),
             scratch: Vec::new(),
             answers: Vec::new(),
+            unit: UnitRows::default(),
             remembered: None,
             times: PassTimes::default(),
         }
+    }
+
+    /// [`Backend::loss`] of rows of any length but 0: they are compared at unit length, and the gradients are those of the
+    /// rows as they are given. Nothing is remembered for [`Backend::hypergradient`].
+    ///
+    /// # Errors
+    /// As [`Backend::loss`]; [`Error::NotUnit`](crate::Error::NotUnit) for a row of zeros.
+    pub fn loss_of_any_length(
+        &mut self,
+        batch: &Batch<'_>,
+        settings: &LossSettings,
+        output: &mut LossOutput,
+    ) -> Result<()> {
+        self.remembered = None;
+        settings.validate()?;
+        batch.validate()?;
+        let (mut rows, level) = (std::mem::take(&mut self.unit), self.level);
+        let done = workers_for(batch).stay(|workers| {
+            rows.set(batch, level, workers)?;
+            self.make_all_steps(&rows.batch(batch)?, settings, workers, output)?;
+            rows.lead_back(batch, level, workers, output)
+        });
+        self.unit = rows;
+        done
+    }
+
+    fn make_all_steps(
+        &mut self,
+        batch: &Batch<'_>,
+        settings: &LossSettings,
+        workers: Workers<'_>,
+        output: &mut LossOutput,
+    ) -> Result<()> {
+        self.find_same_class(batch, workers, output)?;
+        self.sweep_tiles(batch, settings, workers, output)?;
+        let totals = (output.probe_neg, output.total_pos);
+        self.select_pairs(batch, settings, totals, workers, output)?;
+        self.sum_gradient(batch, settings, workers, output)
     }
 
     /// Time of each pass of the last loss.
@@ -142,13 +185,7 @@ impl Backend for CpuBackend {
         self.remembered = None;
         settings.validate()?;
         batch.validate()?;
-        workers_for(batch).stay(|workers| {
-            self.find_same_class(batch, workers, output)?;
-            self.sweep_tiles(batch, settings, workers, output)?;
-            let totals = (output.probe_neg, output.total_pos);
-            self.select_pairs(batch, settings, totals, workers, output)?;
-            self.sum_gradient(batch, settings, workers, output)
-        })?;
+        workers_for(batch).stay(|workers| self.make_all_steps(batch, settings, workers, output))?;
         self.remembered = Some(Remembered::new(batch, settings, Step::Gradient));
         Ok(())
     }
@@ -228,7 +265,7 @@ impl Backend for CpuBackend {
     fn search(
         &mut self,
         gallery: &Rows<'_>,
-        work: &mut dyn FnMut(&mut dyn Search) -> Result<()>,
+        work: &mut dyn FnMut(&mut dyn PreparedGallery) -> Result<()>,
     ) -> Result<()> {
         work(&mut Gallery::new(self, gallery)?)
     }
@@ -244,5 +281,6 @@ impl Backend for CpuBackend {
             + self.weights.bytes()
             + self.scratch.iter().map(scratch).sum::<usize>()
             + self.answers.capacity() * size_of::<Mutex<Answer>>()
+            + self.unit.bytes()
     }
 }

@@ -1,0 +1,375 @@
+"""`torch.ops.ddtas.loss`: the loss as an operator that torch's compiler, export and transforms know, and its derivative.
+
+The operator answers tensors alone: the loss, dL/d(rows), dL/d(references) (without an entry unless it was asked for) and the
+statistics, which hold dL/dlambda. It is not differentiable itself: `loss_of` is.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Sequence
+
+import torch
+from torch import Tensor
+
+from .engine import Engine, engine_of, led_back, unit_rows
+
+STATISTICS = (
+    "loss", "dloss_dlambda_pos", "dloss_dlambda_neg", "mean_pos", "mean_neg", "gamma_pos", "gamma_neg",
+    "probe_neg", "total_pos", "total_neg", "active", "positives", "negatives", "ignored",
+)  # fmt: skip
+"""What the statistics are on the processor; on a GPU they are `LossScalars` of kernels/params.h."""
+
+UNCHECKED, CHECKED, WAITED_FOR = 0, 1, 2
+"""Whether rows are checked; a GPU's are waited for in the last case alone."""
+
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+
+_library = torch.library.Library("ddtas", "DEF")
+_library.define(
+    "loss(Tensor rows, Tensor labels, Tensor? references, Tensor? reference_labels, Tensor? identity,"
+    " Tensor? lambda_pos, Tensor? lambda_neg, str mining, float[] numbers, bool normalize, bool reference_gradient,"
+    " int check, int engine) -> (Tensor loss, Tensor gradient, Tensor reference_gradient, Tensor statistics)"
+)
+_operator = torch.ops.ddtas.loss.default
+
+
+def _wide(rows: Tensor) -> torch.dtype:
+    return torch.float64 if rows.dtype == torch.float64 else torch.float32
+
+
+def _answers(rows: Tensor, references: Tensor | None, reference_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Room for the answers."""
+    wide, device = _wide(rows), rows.device
+    back = references.shape if references is not None and reference_gradient else (0,)
+    return (
+        torch.empty((), dtype=wide, device=device),
+        torch.empty(rows.shape, dtype=wide, device=device),
+        torch.empty(back, dtype=wide, device=device),
+        torch.empty(len(STATISTICS), dtype=torch.float64, device=device),
+    )
+
+
+@torch.library.register_fake("ddtas::loss", lib=_library)
+def _fake(
+    rows: Tensor,
+    labels: Tensor,
+    references: Tensor | None,
+    reference_labels: Tensor | None,
+    identity: Tensor | None,
+    lambda_pos: Tensor | None,
+    lambda_neg: Tensor | None,
+    mining: str,
+    numbers: Sequence[float],
+    normalize: bool,
+    reference_gradient: bool,
+    check: int,
+    engine: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _answers(rows, references, reference_gradient)
+
+
+def _on_cpu(
+    rows: Tensor,
+    labels: Tensor,
+    references: Tensor | None,
+    reference_labels: Tensor | None,
+    identity: Tensor | None,
+    lambda_pos: Tensor | None,
+    lambda_neg: Tensor | None,
+    mining: str,
+    numbers: Sequence[float],
+    normalize: bool,
+    reference_gradient: bool,
+    check: int,
+    engine: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    where = engine_of(engine)
+    if lambda_pos is not None or lambda_neg is not None:
+        numbers = _with_lambdas(numbers, lambda_pos, lambda_neg)
+    kind = TYPES.get(rows.dtype)
+    if kind is None:
+        got = str(rows.dtype).removeprefix("torch.")
+        raise TypeError(f"the anchors must be float32, float16, bfloat16 or float64, not {got}")
+    if rows.shape[0] == 0 or (references is not None and references.shape[0] == 0):
+        return _of_nothing(where, rows, labels, references, numbers, reference_gradient)
+    unit: list[tuple[Tensor, Tensor, Tensor]] = []
+    if kind == 3 and normalize and rows.shape[1]:
+        # The scalar reference takes unit rows.
+        unit = [unit_rows(side) for side in (rows, references) if side is not None]
+        rows, references, normalize = unit[0][0], unit[-1][0] if len(unit) > 1 else None, False
+    rows, labels = rows.contiguous(), labels.contiguous()
+    anchors = (rows.data_ptr(), labels.data_ptr(), *rows.shape, kind)
+    others, named = None, 0
+    if references is not None and reference_labels is not None:
+        references, reference_labels = references.contiguous(), reference_labels.contiguous()
+        others = (references.data_ptr(), reference_labels.data_ptr(), *references.shape, TYPES[references.dtype])
+        if identity is not None:
+            identity = identity.contiguous()
+            named = identity.data_ptr()
+    wide = torch.float64 if kind == 3 else torch.float32
+    loss = torch.empty((), dtype=wide, device="cpu")
+    statistics = torch.empty(14, dtype=torch.float64, device="cpu")
+    own, other, where.last = where.host.loss_at(
+        anchors,
+        others,
+        named,
+        mining,
+        numbers,
+        (normalize, reference_gradient, check != UNCHECKED),
+        (loss.data_ptr(), statistics.data_ptr()),
+    )
+    gradient = torch.from_numpy(own)
+    back = torch.empty(0, dtype=wide, device="cpu") if other is None else torch.from_numpy(other)
+    if unit:
+        gradient = led_back(gradient, *unit[0])
+        back = back if other is None else led_back(back, *unit[1])
+    return loss, gradient, back, statistics
+
+
+def _on_gpu(
+    rows: Tensor,
+    labels: Tensor,
+    references: Tensor | None,
+    reference_labels: Tensor | None,
+    identity: Tensor | None,
+    lambda_pos: Tensor | None,
+    lambda_neg: Tensor | None,
+    mining: str,
+    numbers: Sequence[float],
+    normalize: bool,
+    reference_gradient: bool,
+    check: int,
+    engine: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Issues the loss, and waits for nothing."""
+    where = engine_of(engine)
+    gpu, stream = where.on_gpu(rows)
+    if rows.shape[0] == 0 or (references is not None and references.shape[0] == 0):
+        return _of_nothing(where, rows, labels, references, numbers, reference_gradient)
+    sides = [side for side in (rows, references) if side is not None]
+    unit = [unit_rows(side) for side in sides] if normalize else []
+    # Held until everything is issued: torch gives memory away in the order of the stream.
+    held = [(unit[place][0].to(side.dtype) if unit else side).contiguous() for place, side in enumerate(sides)]
+    marks = [mark.contiguous() for mark in (labels, reference_labels) if mark is not None]
+    loss, gradient, back, statistics = _answers(rows, references, reference_gradient)
+    thresholds = _on_device(rows, numbers, lambda_pos, lambda_neg)
+    if thresholds is None:
+        numbers = _with_lambdas(numbers, lambda_pos, lambda_neg)
+    named = None if identity is None else identity.to(torch.int32).contiguous()
+    written = (gradient, back) if reference_gradient else (gradient,)
+    places = [
+        (side.data_ptr(), mark.data_ptr(), *side.shape, TYPES[side.dtype], out.data_ptr() if out is not None else 0)
+        for side, mark, out in zip(held, marks, (*written, None))
+    ]
+    gpu.enqueue_loss(
+        (rows.device.index, stream),
+        places,
+        0 if named is None else named.data_ptr(),
+        0 if thresholds is None else thresholds.data_ptr(),
+        mining,
+        numbers,
+        check != UNCHECKED,
+        statistics.data_ptr(),
+    )
+    loss.copy_(statistics[0])
+    if unit:
+        gradient = led_back(gradient, *unit[0])
+        back = led_back(back, *unit[1]) if reference_gradient else back
+    where.last = (statistics, labels)
+    if check == WAITED_FOR:
+        where.found()
+    return loss, gradient, back, statistics
+
+
+def _on_device(
+    rows: Tensor, numbers: Sequence[float], lambda_pos: Tensor | None, lambda_neg: Tensor | None
+) -> Tensor | None:
+    """Both thresholds where the rows are, if one is there already: nobody waits for it."""
+    given = [lambda_pos, lambda_neg]
+    if not any(value is not None and value.device == rows.device for value in given):
+        return None
+    both = [
+        torch.full((1,), number, dtype=torch.float64, device=rows.device)
+        if value is None
+        else value.detach().reshape(1).to(rows.device, torch.float64)
+        for value, number in zip(given, numbers[6:])
+    ]
+    return torch.cat(both)
+
+
+def _of_nothing(
+    where: Engine,
+    rows: Tensor,
+    labels: Tensor,
+    references: Tensor | None,
+    numbers: Sequence[float],
+    reference_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss without a pair: 0, and gradients of zeros."""
+    loss, gradient, back, statistics = (answer.zero_() for answer in _answers(rows, references, reference_gradient))
+    gamma, negative_ratio = numbers[:2]
+    nan = float("nan")
+    known = {"mean_pos": nan, "mean_neg": nan, "gamma_pos": gamma, "gamma_neg": gamma * negative_ratio}
+    where.last = [known.get(name, 0.0) for name in STATISTICS]
+    where.last[-1] = float((labels < 0).sum())
+    statistics.copy_(torch.tensor(where.last, dtype=torch.float64))
+    return loss, gradient, back, statistics
+
+
+def _with_lambdas(numbers: Sequence[float], lambda_pos: Tensor | None, lambda_neg: Tensor | None) -> list[float]:
+    pos, neg = numbers[6:]
+    return [
+        *numbers[:6],
+        pos if lambda_pos is None else float(lambda_pos),
+        neg if lambda_neg is None else float(lambda_neg),
+    ]
+
+
+_library.impl("loss", _on_cpu, "CPU")
+_library.impl("loss", _on_gpu, "CUDA")
+
+
+_library.define("good_rows(Tensor rows) -> Tensor")
+good_rows = torch.ops.ddtas.good_rows.default
+"""Which rows are of unit length, `[B]` of booleans; on the processor one that is not raises ValueError."""
+
+
+@torch.library.register_fake("ddtas::good_rows", lib=_library)
+def _which(rows: Tensor) -> Tensor:
+    tolerance = {torch.float16: 2e-3, torch.bfloat16: 1e-2}.get(rows.dtype, 1e-3)
+    wide = rows if rows.dtype == torch.float64 else rows.float()
+    return (torch.linalg.vector_norm(wide, dim=1) - 1).abs() <= tolerance
+
+
+def _refuse_bad_rows(rows: Tensor) -> Tensor:
+    good = _which(rows)
+    if not good.all():
+        row = int((~good).nonzero()[0])
+        raise ValueError(f"row {row} of the embeddings is not finite or has no unit length: nothing was queued")
+    return good
+
+
+_library.impl("good_rows", _refuse_bad_rows, "CPU")
+_library.impl("good_rows", _which, "CUDA")
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that depends on the inputs, and cannot be differentiated with respect to them."""
+
+    @staticmethod
+    def forward(gradient: Tensor, *inputs: Tensor | None) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError("the loss of ddtas can be differentiated once, not twice")
+
+
+def _backward(ctx: Any, upstream: Tensor | None, eager: bool) -> list[Tensor | None]:
+    """The gradient was computed with the loss, and is only scaled: of rows, references and both thresholds."""
+    needed = ctx.needs_input_grad
+    answers: list[Tensor | None] = [None] * len(needed)
+    if upstream is None:
+        return answers
+    rows, references, lambda_pos, lambda_neg, gradient, back, statistics = ctx.saved_tensors
+    inputs = (rows, references, lambda_pos, lambda_neg)
+    # Under create_graph: a second derivative would otherwise be wrong and not an error.
+    once = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    # `loss.backward()` scales by 1. Nobody waits for a GPU to say so.
+    one = eager and upstream.device.type == "cpu" and upstream.item() == 1
+    for place, given in enumerate(inputs):
+        if not needed[place]:
+            continue
+        if place < 2:
+            answer = back if place else gradient
+            if not one:
+                answer = answer * upstream
+            if answer.dtype != given.dtype:
+                answer = answer.to(given.dtype)
+        else:
+            # A threshold's derivative is a number, and the threshold any tensor of one element.
+            answer = (statistics[place - 1] * upstream).to(dtype=given.dtype, device=given.device).reshape(given.shape)
+        answers[place] = _Once.apply(answer, *inputs) if once else answer
+    return answers
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    rows, references, lambda_pos, lambda_neg = inputs[:4]
+    # References that are constants may change before the way back: the queue of a memory does.
+    kept = references if ctx.needs_input_grad[1] else None
+    ctx.save_for_backward(rows, kept, lambda_pos, lambda_neg, *output[1:])
+
+
+class _Traced(torch.autograd.Function):
+    """The loss for torch's compiler and transforms, which must see all that is saved as an output."""
+
+    @staticmethod
+    def forward(
+        rows: Tensor, references: Tensor | None, lambda_pos: Tensor | None, lambda_neg: Tensor | None, *given: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        labels, reference_labels, identity, *rest = given
+        answers: tuple[Tensor, Tensor, Tensor, Tensor] = _operator(
+            rows, labels, references, reference_labels, identity, lambda_pos, lambda_neg, *rest
+        )
+        return answers
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+        _save(ctx, inputs, output)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(_backward(ctx, upstream, False))
+
+
+class _Eager(torch.autograd.Function):
+    """The same with one output, which spares eager calls a third of their overhead."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        references: Tensor | None,
+        lambda_pos: Tensor | None,
+        lambda_neg: Tensor | None,
+        given: tuple[Any, ...],
+    ) -> Tensor:
+        labels, reference_labels, identity, *rest = given
+        answers = _operator(rows, labels, references, reference_labels, identity, lambda_pos, lambda_neg, *rest)
+        _save(ctx, (rows, references, lambda_pos, lambda_neg), answers)
+        loss: Tensor = answers[0]
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return tuple(_backward(ctx, upstream, True))
+
+
+def loss_of(
+    rows: Tensor,
+    references: Tensor | None,
+    lambda_pos: Tensor | None,
+    lambda_neg: Tensor | None,
+    labels: Tensor,
+    reference_labels: Tensor | None,
+    identity: Tensor | None,
+    mining: str,
+    numbers: Sequence[float],
+    normalize: bool,
+    check: int,
+    engine: int,
+) -> Tensor:
+    """The loss, differentiable by the first four."""
+    reference_gradient = references is not None and references.requires_grad
+    given = (labels, reference_labels, identity, mining, numbers, normalize, reference_gradient, check, engine)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        answers: tuple[Tensor, ...] = _Traced.apply(rows, references, lambda_pos, lambda_neg, *given)
+        return answers[0]
+    loss: Tensor = _Eager.apply(rows, references, lambda_pos, lambda_neg, given)
+    return loss

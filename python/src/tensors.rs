@@ -1,0 +1,182 @@
+//! The loss of tensors by their addresses: what `ddtas.torch` calls on the processor.
+//!
+//! An exchange by DLPack takes some microseconds a tensor, as long as a tenth of the loss at 80 rows. `ddtas/torch/operator.py`
+//! is the only caller, and checks types, shapes, layout and device.
+
+use ddtas::loss::{
+    Batch, DoubleBatch, DoubleRows, Embeddings, Identity, LossOutput, LossSettings, Reference, Rows,
+};
+use half::{bf16, f16};
+use ndarray::ArrayView2;
+use pyo3::exceptions::PyTypeError;
+use pyo3::prelude::*;
+
+use crate::context::{Context, unit_check};
+use crate::error::raise;
+use crate::input::Known;
+use crate::output::{matrix, mined};
+
+/// Address of the rows and of their int64 labels, how many there are and of how many dimensions, and their type.
+pub type Place = (usize, usize, usize, usize, u8);
+
+/// Whether rows are normalised first, whether the references get a gradient, and whether rows are checked.
+pub type Flags = (bool, bool, bool);
+
+/// dL/d(rows) and dL/d(references), as arrays that own the library's memory, and the statistics once more.
+pub type Found = (Py<PyAny>, Option<Py<PyAny>>, [f64; STATISTICS]);
+
+/// Entries of the statistics: `ddtas/torch/operator.py` names them.
+pub const STATISTICS: usize = 14;
+
+const SINGLE: u8 = 0;
+const HALF: u8 = 1;
+const BRAIN: u8 = 2;
+const DOUBLE: u8 = 3;
+
+/// # Safety
+/// `count * dim` elements of `T` lie there, initialised and aligned, and stay as they are for `'a`.
+unsafe fn view<'a, T>((address, _, count, dim, _): Place) -> PyResult<ArrayView2<'a, T>> {
+    // SAFETY: the caller's promise.
+    let values = unsafe { slice(address, count * dim) };
+    ArrayView2::from_shape((count, dim), values).map_err(|error| PyTypeError::new_err(error.to_string()))
+}
+
+/// # Safety
+/// As [`view`], for `count` elements.
+unsafe fn slice<'a, T>(address: usize, count: usize) -> &'a [T] {
+    if count == 0 {
+        return &[];
+    }
+    // SAFETY: the caller's promise.
+    unsafe { std::slice::from_raw_parts(std::ptr::with_exposed_provenance(address), count) }
+}
+
+/// # Safety
+/// As [`view`].
+unsafe fn rows<'a>(place: Place) -> PyResult<Rows<'a>> {
+    // SAFETY: handed on to the caller, here and below.
+    let embeddings = match place.4 {
+        SINGLE => Embeddings::F32(unsafe { view::<f32>(place) }?),
+        HALF => Embeddings::F16(unsafe { view::<f16>(place) }?),
+        BRAIN => Embeddings::Bf16(unsafe { view::<bf16>(place) }?),
+        _ => return Err(PyTypeError::new_err("rows of both sides must have one type")),
+    };
+    // SAFETY: as above.
+    Ok(Rows { embeddings, labels: unsafe { slice(place.1, place.2) } })
+}
+
+/// # Safety
+/// As [`view`].
+unsafe fn double_rows<'a>(place: Place) -> PyResult<DoubleRows<'a>> {
+    // SAFETY: handed on to the caller.
+    let embeddings = unsafe { view::<f64>(place) }?;
+    // SAFETY: as above.
+    Ok(DoubleRows { embeddings, labels: unsafe { slice(place.1, place.2) } })
+}
+
+/// Evaluates the loss, and writes it and the statistics to the two addresses of `answers`. `identity` is the address of an
+/// int64 for each row, or 0.
+///
+/// # Safety
+/// Every address leads to live memory of the host, of the length and type that its place states; that of the loss to a
+/// float32 (float64 for float64 rows), that of the statistics to [`STATISTICS`] float64. Nobody writes there meanwhile, or reads the answers.
+pub unsafe fn loss(
+    py: Python<'_>,
+    context: &Context,
+    (anchors, references): (Place, Option<Place>),
+    identity: usize,
+    settings: &LossSettings,
+    (normalize, reference_gradient, check): Flags,
+    [loss_at, statistics_at]: [usize; 2],
+) -> PyResult<Found> {
+    let known = match identity {
+        0 => Known::ByValue,
+        // SAFETY: the caller's promise.
+        address => Known::list(unsafe { slice::<i64>(address, anchors.2) })?,
+    };
+    let (identity, check) = (known.as_library(), unit_check(check));
+    // SAFETY: the caller's promise.
+    let labels: &[i64] = unsafe { slice(anchors.1, anchors.2) };
+    let answer: *mut f64 = std::ptr::with_exposed_provenance_mut(statistics_at);
+    let (gradients, statistics) = if anchors.4 == DOUBLE {
+        // SAFETY: handed on to the caller, twice.
+        let (anchors, references) =
+            unsafe { (double_rows(anchors)?, references.map(|place| double_rows(place)).transpose()?) };
+        let batch = DoubleBatch { anchors, references, identity, reference_gradient, check };
+        let truth = py.detach(|| batch.reference(settings)).map_err(raise)?;
+        let statistics = of_reference(&truth, labels);
+        let Reference { gradient, reference_gradient, .. } = truth;
+        // SAFETY: the caller's promise.
+        unsafe { std::ptr::with_exposed_provenance_mut::<f64>(loss_at).write(statistics[0]) };
+        ((matrix(py, gradient), reference_gradient.map(|rows| matrix(py, rows))), statistics)
+    } else {
+        // SAFETY: handed on to the caller, twice.
+        let (anchors, references) =
+            unsafe { (rows(anchors)?, references.map(|place| rows(place)).transpose()?) };
+        let identity = if references.is_some() { identity } else { Identity::ByValue };
+        let batch = Batch { anchors, references, identity, reference_gradient, total: None, check };
+        let output = context.compute(py, |backend| {
+            let mut output = LossOutput::default();
+            if normalize {
+                backend.loss_of_any_length(&batch, settings, &mut output)?;
+            } else {
+                ddtas::backend::Backend::loss(backend, &batch, settings, &mut output)?;
+            }
+            Ok(output)
+        })?;
+        let statistics = of_backend(&output, labels);
+        let LossOutput { gradient, reference_gradient, loss, .. } = output;
+        // SAFETY: the caller's promise.
+        unsafe { std::ptr::with_exposed_provenance_mut::<f32>(loss_at).write(loss as f32) };
+        ((matrix(py, gradient), reference_gradient.map(|rows| matrix(py, rows))), statistics)
+    };
+    // SAFETY: the caller's promise.
+    unsafe { answer.cast::<[f64; STATISTICS]>().write(statistics) };
+    let (gradient, reference_gradient) = gradients;
+    Ok((gradient, reference_gradient, statistics))
+}
+
+fn ignored(labels: &[i64]) -> f64 {
+    labels.iter().filter(|label| **label < 0).count() as f64
+}
+
+fn of_backend(output: &LossOutput, labels: &[i64]) -> [f64; STATISTICS] {
+    let (positives, negatives) = output.mined();
+    [
+        output.loss,
+        output.dloss_dlambda_pos,
+        output.dloss_dlambda_neg,
+        output.mean_pos,
+        output.mean_neg,
+        output.gamma_pos,
+        output.gamma_neg,
+        output.probe_neg as f64,
+        output.total_pos as f64,
+        output.total_neg as f64,
+        output.active as f64,
+        positives as f64,
+        negatives as f64,
+        ignored(labels),
+    ]
+}
+
+fn of_reference(truth: &Reference, labels: &[i64]) -> [f64; STATISTICS] {
+    let (selection, weighted) = (&truth.selection, &truth.weighted);
+    let (positives, negatives) = mined(selection);
+    [
+        weighted.loss,
+        weighted.dloss_dlambda_pos,
+        weighted.dloss_dlambda_neg,
+        truth.mean_pos,
+        truth.mean_neg,
+        selection.tolerances.pos,
+        selection.tolerances.neg,
+        selection.probe_neg as f64,
+        selection.total_pos as f64,
+        truth.total_neg as f64,
+        truth.active() as f64,
+        positives as f64,
+        negatives as f64,
+        ignored(labels),
+    ]
+}

@@ -1,0 +1,137 @@
+"""`ddtas.evaluate` against the definitions, and against pytorch-metric-learning's AccuracyCalculator."""
+
+import ddtas
+import numpy as np
+import pytest
+from formula import unit_rows
+
+
+def drawn(count, seed, classes=12):
+    rows, labels = unit_rows(count, 16, seed, classes=classes, noise=1.2)
+    return rows.astype(np.float32), np.abs(labels)
+
+
+KS = (1, 2, 5, 40)
+
+
+def plain(queries, labels, gallery, gallery_labels, own):
+    """Query by query: hits by K, R-precision, average precision at R; None without an answer. `own[i]` is row i's own, or -1."""
+    answers = []
+    for i, label in enumerate(labels):
+        order = [j for j in np.argsort(-(gallery @ queries[i]), kind="stable") if j != own[i] and gallery_labels[j] >= 0]
+        right = gallery_labels[order] == label
+        r = right.sum()
+        if label < 0 or r == 0:
+            answers.append(None)
+            continue
+        precision = np.cumsum(right[:r]) / np.arange(1, r + 1)
+        answers.append(([right[:k].any() for k in KS], right[:r].mean(), (precision * right[:r]).mean()))
+    return answers
+
+
+def test_figures_are_those_of_the_definitions():
+    (rows, labels), (gallery, gallery_labels) = drawn(90, 1), drawn(130, 2, classes=15)
+    labels[::9], gallery_labels[::7] = -1, -2
+    some = np.where(np.arange(90) % 3 == 0, -1, np.arange(90))
+    mixed, mixed_labels = np.concatenate([rows, gallery]), np.concatenate([labels, gallery_labels])
+    for given, own in [
+        ((rows, labels, None, None, None), np.arange(90)),
+        ((rows, labels, gallery, gallery_labels, None), np.full(90, -1)),
+        ((rows, labels, mixed, mixed_labels, 0), np.arange(90)),
+        ((rows, labels, mixed, mixed_labels, some), some),
+    ]:
+        found = ddtas.evaluate(*given[:4], KS, identity=given[4])
+        searched = (rows, labels) if given[2] is None else given[2:4]
+        want = plain(rows.astype(float), labels, searched[0].astype(float), searched[1], own)
+        counted = [answer for answer in want if answer is not None]
+        assert found.recall.queries == len(counted) and found.recall.without_match == 90 - len(counted)
+        assert found.recall == pytest.approx(dict(zip(KS, np.mean([hits for hits, *_ in counted], axis=0))))
+        assert found.r_precision == pytest.approx(np.mean([r for _, r, _ in counted]))
+        assert found.map_at_r == pytest.approx(np.mean([a for *_, a in counted])) and 0.05 < found.map_at_r < 0.95
+        per_class = found.per_class
+        for place, label in enumerate(per_class.labels):
+            own_class = [answer for answer, other in zip(want, labels) if other == label and answer is not None]
+            assert per_class.queries[place] == len(own_class)
+            assert per_class.r_precision[place] == pytest.approx(np.mean([r for _, r, _ in own_class]))
+            assert per_class.map_at_r[place] == pytest.approx(np.mean([a for *_, a in own_class]))
+            assert per_class.recall[5][place] == pytest.approx(np.mean([hits[2] for hits, *_ in own_class]))
+        assert found.nmi is None and set(per_class.labels) == {l for l, a in zip(labels, want) if a is not None}
+
+
+def test_nmi_is_that_of_clusters_that_are_the_classes():
+    random = np.random.default_rng(3)
+    labels = np.arange(120) % 6
+    rows = (np.eye(6)[labels] + 0.05 * random.normal(size=(120, 6))).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    assert ddtas.evaluate(rows, labels, nmi=True).nmi == pytest.approx(1)
+    assert ddtas.evaluate(rows, random.permutation(labels), nmi=True).nmi < 0.3
+    with pytest.raises(TypeError, match="must be float32"):
+        ddtas.evaluate(rows.astype(np.float16), labels, nmi=True)
+
+
+def test_what_cannot_be_judged_is_refused():
+    rows, labels = drawn(30, 4)
+    for call, message in [
+        (lambda: ddtas.evaluate(rows, labels, ks=()), "at least one K"),
+        (lambda: ddtas.evaluate(rows, labels, ks=(0, 3)), "recall-at = 0 is out of range"),
+        (lambda: ddtas.evaluate(rows, labels, rows), "belong together"),
+        (lambda: ddtas.evaluate(rows, labels, rows, labels, identity=1), "identity"),
+        (lambda: ddtas.evaluate(2 * rows, labels), r"row \d+ of the queries has L2 norm 2"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.warns(UserWarning, match="none of 30 queries has an answer"):
+        assert ddtas.evaluate(rows, np.arange(30)).map_at_r == 0
+
+
+torch = pytest.importorskip("torch", reason="torch is not installed: its tests do not run")
+pytest.importorskip("pytorch_metric_learning", reason="pytorch-metric-learning is not installed: nothing to compare with")
+
+import ddtas.torch  # noqa: E402
+from pytorch_metric_learning.distances import CosineSimilarity  # noqa: E402
+from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator  # noqa: E402
+from pytorch_metric_learning.utils.inference import CustomKNN  # noqa: E402
+
+FIGURES = ("precision_at_1", "r_precision", "mean_average_precision_at_r")
+
+
+@pytest.mark.parametrize("form", ["among themselves", "gallery", "gallery with the queries"])
+@pytest.mark.parametrize("averages", ["of all", "of averages", "per class"])
+def test_figures_are_those_of_the_accuracy_calculator(form, averages):
+    rows, labels = (torch.from_numpy(array) for array in drawn(150, 5))
+    gallery, gallery_labels = (torch.from_numpy(array) for array in drawn(170, 6))
+    calculator = AccuracyCalculator(
+        include=FIGURES,
+        k="max_bin_count",
+        avg_of_avgs=averages == "of averages",
+        return_per_class=averages == "per class",
+        device=torch.device("cpu"),
+        knn_func=CustomKNN(CosineSimilarity()),
+    )
+    if form == "among themselves":
+        want = calculator.get_accuracy(rows, labels)
+        found = ddtas.torch.evaluate(rows, labels)
+    elif form == "gallery":
+        want = calculator.get_accuracy(rows, labels, gallery, gallery_labels)
+        found = ddtas.torch.evaluate(rows, labels, gallery, gallery_labels)
+    else:
+        both, both_labels = torch.cat([rows, gallery]), torch.cat([labels, gallery_labels])
+        want = calculator.get_accuracy(rows, labels, both, both_labels, ref_includes_query=True)
+        found = ddtas.torch.evaluate(rows, labels, both, both_labels, identity=0)
+    per_class = found.per_class
+    got = {
+        "of all": (found.recall[1], found.r_precision, found.map_at_r),
+        "of averages": (per_class.recall[1].mean(), per_class.r_precision.mean(), per_class.map_at_r.mean()),
+        "per class": (per_class.recall[1], per_class.r_precision, per_class.map_at_r),
+    }[averages]
+    for name, value in zip(FIGURES, got):
+        assert np.asarray(value) == pytest.approx(np.asarray(want[name]), abs=1e-9), name
+        assert 0.1 < np.mean(value) < 0.95
+
+
+def test_the_threshold_gradient_of_tensors_is_that_of_arrays():
+    rows, labels = drawn(40, 7)
+    tangent = np.random.default_rng(8).normal(size=rows.shape).astype(np.float32)
+    want = ddtas.threshold_gradient(rows, labels, tangent)
+    got = ddtas.torch.threshold_gradient(torch.from_numpy(rows).requires_grad_(), torch.from_numpy(labels), torch.from_numpy(tangent))
+    assert got == want and want.neg != 0

@@ -1,0 +1,200 @@
+"""torch's compiler, export and transforms see the loss as an operator: no break in the graph, no second compilation."""
+
+import copy
+
+import pytest
+from formula import unit_rows
+
+torch = pytest.importorskip("torch", reason="torch is not installed: its tests do not run")
+
+import ddtas  # noqa: E402
+import torch._dynamo.testing  # noqa: E402
+from ddtas.torch import CrossBatchMemory, SoftContrastiveLoss  # noqa: E402
+from torch.nn.functional import normalize  # noqa: E402
+
+DIM = 12
+NUMBERS = (0.1, 0.1, 0.1, 0.5, 40.0, 2.0, 0.7, 0.7)
+
+
+def batch(count=40, seed=0, dtype=torch.float32):
+    rows, labels = unit_rows(count, DIM, seed)
+    return torch.tensor(3 * rows, dtype=dtype), torch.tensor(labels)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+
+
+def arguments(dtype, references, normalized):
+    rows, labels = batch(dtype=dtype)
+    others, other_labels = batch(23, seed=1, dtype=dtype)
+    if not normalized:
+        rows, others = normalize(rows, dim=1), normalize(others, dim=1)
+    given = (rows, labels, others, other_labels, None) if references else (rows, labels, None, None, None)
+    half = torch.tensor(0.5)
+    return (*given, half if references else None, half, "at-asms", NUMBERS, normalized, references, 1, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("references", [False, True], ids=["square", "rectangular"])
+def test_the_operator_passes_opcheck(dtype, references):
+    for normalized in (False, True):
+        given = arguments(dtype, references, normalized)
+        loss, gradient, back, statistics = torch.ops.ddtas.loss.default(*given)
+        assert loss > 0 and gradient.any() and back.any() == references and statistics.isfinite().all()
+        torch.library.opcheck(torch.ops.ddtas.loss.default, given)
+    nothing = (given[0][:0], given[1][:0], *given[2:])
+    # The means of no pair are NaN, which the fourth check compares as unequal.
+    torch.library.opcheck(torch.ops.ddtas.loss.default, nothing, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(torch.ops.ddtas.good_rows.default, (normalize(given[0], dim=1),))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_whole_step_compiles_in_one_graph_with_the_bits_of_eager(backend):
+    threshold = torch.nn.Parameter(torch.tensor([0.6]))
+    loss = SoftContrastiveLoss(lambda_pos=threshold, lambda_neg=0.65)
+
+    def step(rows, labels):
+        return 2 * loss(normalize(rows, dim=1), labels)
+
+    count = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    compiled = torch.compile(step, fullgraph=True, backend=count, dynamic=False)
+    for seed in range(3):
+        results = []
+        for run in (step, compiled):
+            rows, labels = batch(seed=seed)
+            threshold.grad = None
+            value = run(rows.requires_grad_(), labels)
+            value.backward()
+            results.append((value.detach(), rows.grad, threshold.grad, loss.statistics))
+        assert results[0][3] == pytest.approx(results[1][3]) and results[0][3]["active"] > 0
+        for got, want in zip(results[1][:3], results[0][:3]):
+            torch.testing.assert_close(got, want, rtol=0 if backend == "aot_eager" else 1e-5, atol=0 if backend == "aot_eager" else 1e-7)
+        with torch.no_grad():
+            threshold.add_(0.01)
+    assert count.frame_count == 1
+
+
+def test_batches_of_any_size_compile_once_more():
+    loss = SoftContrastiveLoss()
+    count = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend=count)
+    for rows in (40, 23, 31, 60, 11):
+        embeddings, labels = batch(rows)
+        assert compiled(embeddings, labels) == loss(embeddings, labels)
+    assert count.frame_count == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fifty_steps_of_a_memory_compile_once(dtype):
+    memory = CrossBatchMemory(SoftContrastiveLoss(), DIM, 100, dtype=dtype)
+    eager = copy.deepcopy(memory)
+    count = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(memory, fullgraph=True, backend=count, dynamic=False)
+    for step in range(50):
+        grads = []
+        for run in (compiled, eager):
+            rows, labels = batch(16, seed=step)
+            value = run(rows.requires_grad_(), labels)
+            value.backward()
+            grads.append((value.detach(), rows.grad))
+        assert torch.equal(grads[0][0], grads[1][0]) and torch.equal(grads[0][1], grads[1][1])
+    assert count.frame_count == 1 and grads[0][0] > 0
+    assert torch.equal(memory.embedding_memory, eager.embedding_memory) and memory.filled == 100
+    before, bad = memory.embedding_memory.clone(), rows.detach().clone()
+    bad[3] = torch.nan
+    with pytest.raises(ValueError, match="row 3 of the embeddings"):
+        compiled(bad.requires_grad_(), labels)
+    assert torch.equal(memory.embedding_memory, before)
+
+
+def test_a_memory_that_has_not_started_is_compiled_again_when_it_does():
+    memory = CrossBatchMemory(SoftContrastiveLoss(), DIM, 100, start_after=5)
+    count = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(memory, fullgraph=True, backend=count, dynamic=False)
+    rows, labels = batch(16)
+    for _ in range(3):
+        assert compiled(rows, labels) == memory.loss(rows, labels)
+    memory.start()
+    for _ in range(3):
+        compiled(rows, labels)
+    assert count.frame_count == 2 and memory.filled == 48
+
+
+def test_functional_gradients_are_those_of_backward():
+    loss = SoftContrastiveLoss()
+    rows, labels = batch()
+    others, other_labels = batch(23, seed=1)
+    want = rows.clone().requires_grad_(), others.clone().requires_grad_()
+    loss(want[0], labels, ref_emb=want[1], ref_labels=other_labels).backward()
+    against = lambda a, b: loss(a, labels, ref_emb=b, ref_labels=other_labels)  # noqa: E731
+    got = torch.func.grad(against, argnums=(0, 1))(rows, others)
+    assert torch.equal(got[0], want[0].grad) and torch.equal(got[1], want[1].grad)
+    gradient, value = torch.func.grad_and_value(lambda rows: loss(rows, labels))(rows)
+    assert value == loss(rows, labels) and gradient.any()
+    with pytest.raises(RuntimeError, match="once, not twice"):
+        torch.func.grad(lambda rows: torch.func.grad(lambda rows: loss(rows, labels))(rows).sum())(rows)
+
+
+class Network(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.loss = torch.nn.Linear(DIM, 8), SoftContrastiveLoss()
+
+    def forward(self, rows, labels):
+        return self.loss(self.layer(rows), labels)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_program_computes_the_same_wherever_it_is_loaded(strict, tmp_path):
+    torch.manual_seed(0)
+    network, given = Network(), batch()
+    program = torch.export.export(network, given, strict=strict)
+    torch.export.save(program, tmp_path / "program.pt2")
+    again = torch.export.load(tmp_path / "program.pt2").module()
+    want = network(*given)
+    del network
+    assert want > 0 and again(*given) == want
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_mixed_precision_and_a_gradient_scaler_train(compiled):
+    torch.manual_seed(0)
+    network = Network()
+    step = torch.compile(network, fullgraph=True, backend="aot_eager") if compiled else network
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = step(*batch(60))
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+    assert loss.dtype == torch.float32 and losses[-1] < 0.8 * losses[0]
+
+
+def test_engines_go_with_their_modules():
+    import gc
+
+    from ddtas.torch.engine import _engines
+
+    gc.collect()
+    before = len(_engines)
+    losses = [SoftContrastiveLoss() for _ in range(5)]
+    assert len(_engines) == before + 5
+    losses[0](*batch())
+    del losses
+    gc.collect()
+    assert len(_engines) == before
+
+
+def test_other_tensors_of_the_process_default_do_not_matter():
+    rows, labels = batch()
+    want = SoftContrastiveLoss()(rows, labels)
+    with torch.device("meta"):
+        assert SoftContrastiveLoss()(rows, labels) == want
+    assert ddtas.__version__
