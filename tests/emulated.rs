@@ -336,6 +336,35 @@ fn the_threshold_pass_needs_its_loss() {
 }
 
 #[test]
+fn a_gallery_is_prepared_once_for_several_sets_of_queries() {
+    let (first, second, gallery) = (random_rows(130, 24, 1), random_rows(7, 24, 2), random_rows(300, 24, 3));
+    let labels = vec![0; 300];
+    let queries = [&first, &second].map(|rows| Rows::new(rows.view(), &labels[..rows.nrows()]));
+    let gallery = Rows::new(gallery.view(), &labels);
+    let mut backend = DeviceBackend::new(EmulatedDevice::new(4), Options::default());
+    let apart = queries
+        .each_ref()
+        .map(|queries| backend.nearest(queries, Some(&gallery), 5).expect("the rows are valid"));
+    let launched = backend.device().launched().len();
+    let mut together = Vec::new();
+    backend
+        .search(&gallery, &mut |search| {
+            for queries in &queries {
+                together.push(search.nearest(queries, 5)?);
+            }
+            Ok(())
+        })
+        .expect("the rows are valid");
+    assert_eq!(together, apart);
+    // The gallery, and for each set its rows and its lists.
+    assert_eq!(backend.device().launched().len() - launched, 5);
+    let other = random_rows(3, 16, 1);
+    let other = Rows::new(other.view(), &labels[..3]);
+    let refused = backend.search(&gallery, &mut |search| search.nearest(&other, 5).map(drop));
+    assert!(matches!(refused, Err(ddtas::Error::LengthMismatch { .. })));
+}
+
+#[test]
 fn more_neighbours_than_references_are_none() {
     let rows = random_rows(3, 5, 3);
     let queries = Rows::new(rows.view(), &[0, 1, 2]);

@@ -8,7 +8,7 @@ use ddtas::backend::Backend;
 use ddtas::backend::cpu::CpuBackend;
 use ddtas::loss::{self, Batch, Rows, UnitCheck};
 use ddtas::process::PerProcess;
-use ddtas::retrieval::{Recall, Search, judge, recall};
+use ddtas::retrieval::{Recall, Sought, judge, recall};
 use ddtas::threads::{MOST_THREADS, Threads, available};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -29,6 +29,8 @@ use crate::tensors;
 pub struct Context {
     /// `None`: the process's own pool, as many threads as cores.
     threads: Option<usize>,
+    /// Bytes for candidates; `None`: the library's.
+    budget: Option<usize>,
     workspace: PerProcess<Workspace>,
 }
 
@@ -39,9 +41,10 @@ struct Workspace {
 }
 
 impl Workspace {
-    fn new(threads: Option<usize>) -> ddtas::Result<Self> {
+    fn new(threads: Option<usize>, budget: Option<usize>) -> ddtas::Result<Self> {
         let pool = threads.map(Threads::new).transpose()?;
-        Ok(Self { backend: Mutex::new(CpuBackend::new()), pool })
+        let backend = budget.map_or_else(CpuBackend::new, CpuBackend::with_budget);
+        Ok(Self { backend: Mutex::new(backend), pool })
     }
 }
 
@@ -108,7 +111,7 @@ pub fn unit_check(check: bool) -> UnitCheck {
 
 impl Context {
     fn here(&self) -> ddtas::Result<&Workspace> {
-        self.workspace.get_or_make(|| Workspace::new(self.threads))
+        self.workspace.get_or_make(|| Workspace::new(self.threads, self.budget))
     }
 
     /// Runs `work` on the workspace and the threads, the interpreter let go of.
@@ -134,15 +137,15 @@ impl Context {
 #[pymethods]
 impl Context {
     #[new]
-    #[pyo3(signature = (threads = None))]
-    fn new(threads: Option<usize>) -> PyResult<Self> {
+    #[pyo3(signature = (threads = None, budget = None))]
+    fn new(threads: Option<usize>, budget: Option<usize>) -> PyResult<Self> {
         if threads.is_some_and(|count| count == 0 || count > MOST_THREADS) {
             let count = threads.unwrap_or_default();
             let message = format!("threads = {count} is out of range: 1 to {MOST_THREADS}");
             return Err(PyValueError::new_err(message));
         }
-        let workspace = Workspace::new(threads).map_err(raise)?;
-        Ok(Self { threads, workspace: PerProcess::new(workspace) })
+        let workspace = Workspace::new(threads, budget).map_err(raise)?;
+        Ok(Self { threads, budget, workspace: PerProcess::new(workspace) })
     }
 
     /// Threads that compute.
@@ -158,8 +161,8 @@ impl Context {
     }
 
     /// A copy or a pickle is a new context: the workspace holds nothing that outlives a call.
-    fn __reduce__(slf: &Bound<'_, Self>) -> PyResult<(Py<PyAny>, (Option<usize>,))> {
-        Ok((slf.get_type().into_any().unbind(), (slf.get().threads,)))
+    fn __reduce__(slf: &Bound<'_, Self>) -> PyResult<(Py<PyAny>, Made)> {
+        Ok((slf.get_type().into_any().unbind(), (slf.get().threads, slf.get().budget)))
     }
 
     /// Mines, and evaluates the loss and its gradient.
@@ -377,8 +380,8 @@ pub fn judge_batch(
     let mut all =
         Judgements { first: nothing.clone(), r_precision: nothing.clone(), average_precision: nothing };
     let gallery = batch.references.as_ref().map(Rows::view);
-    let search = Search { queries: batch.anchors.view(), gallery, identity: batch.identity };
-    judge(backend, &search, deepest, &mut |judged| {
+    let sought = Sought { queries: batch.anchors.view(), gallery, identity: batch.identity };
+    judge(backend, &sought, deepest, &mut |judged| {
         all.first[judged.query] = judged.first.map_or(-1.0, |place| place as f64);
         all.r_precision[judged.query] = judged.r_precision;
         all.average_precision[judged.query] = judged.average_precision;
@@ -391,6 +394,9 @@ impl Judgements {
         (vector(py, self.first), vector(py, self.r_precision), vector(py, self.average_precision))
     }
 }
+
+/// Threads and budget, of which a context is made.
+type Made = (Option<usize>, Option<usize>);
 
 /// K and the shares, queries counted, queries without anything to find.
 pub type Found = (Vec<(usize, f64)>, usize, usize);

@@ -10,6 +10,7 @@
 //! | `tensors.rs` | the loss of tensors by their addresses, for `ddtas.torch` |
 //! | `output.rs` | `LossOutput`: what a loss returns, without a copy |
 //! | `cuda.rs` | `CudaContext`: the loss and Recall@K on tensors in the GPU's memory (feature `cuda`) |
+//! | `resident.rs` | the loss issued on a GPU and not waited for, and the workspaces there |
 //! | `error.rs` | the library's errors as Python's exceptions |
 //!
 //! Python waits for no lock while something is computed: the interpreter is let go of.
@@ -24,6 +25,8 @@ mod error;
 mod input;
 mod output;
 mod part;
+#[cfg(feature = "cuda")]
+mod resident;
 mod settings;
 mod tensors;
 

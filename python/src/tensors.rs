@@ -54,10 +54,12 @@ unsafe fn slice<'a, T>(address: usize, count: usize) -> &'a [T] {
 /// # Safety
 /// As [`view`].
 unsafe fn rows<'a>(place: Place) -> PyResult<Rows<'a>> {
-    // SAFETY: handed on to the caller, here and below.
     let embeddings = match place.4 {
+        // SAFETY: handed on to the caller.
         SINGLE => Embeddings::F32(unsafe { view::<f32>(place) }?),
+        // SAFETY: as above.
         HALF => Embeddings::F16(unsafe { view::<f16>(place) }?),
+        // SAFETY: as above.
         BRAIN => Embeddings::Bf16(unsafe { view::<bf16>(place) }?),
         _ => return Err(PyTypeError::new_err("rows of both sides must have one type")),
     };

@@ -134,8 +134,41 @@ pub trait Backend: Send {
     /// cannot hold the lists.
     fn nearest(&mut self, queries: &Rows<'_>, references: Option<&Rows<'_>>, k: usize) -> Result<Nearest>;
 
+    /// Reads, checks and prepares a gallery once, for as many searches as `work` makes in it: several sets of queries
+    /// then do not take it to a GPU again. A backend that prepares nothing reads it in each.
+    ///
+    /// # Errors
+    /// As [`nearest`](Backend::nearest), and what `work` answers.
+    fn search(
+        &mut self,
+        gallery: &Rows<'_>,
+        work: &mut dyn FnMut(&mut dyn Search) -> Result<()>,
+    ) -> Result<()> {
+        work(&mut Unprepared { backend: self, gallery: gallery.view() })
+    }
+
     /// Bytes the workspace holds now.
     fn workspace_bytes(&self) -> usize;
+}
+
+/// A gallery that [`Backend::search`] has prepared.
+pub trait Search {
+    /// The `k` most similar rows of the gallery of every query, as [`Backend::nearest`] answers them.
+    ///
+    /// # Errors
+    /// As [`Backend::nearest`].
+    fn nearest(&mut self, queries: &Rows<'_>, k: usize) -> Result<Nearest>;
+}
+
+struct Unprepared<'a, 'g, B: ?Sized> {
+    backend: &'a mut B,
+    gallery: Rows<'g>,
+}
+
+impl<B: Backend + ?Sized> Search for Unprepared<'_, '_, B> {
+    fn nearest(&mut self, queries: &Rows<'_>, k: usize) -> Result<Nearest> {
+        self.backend.nearest(queries, Some(&self.gallery), k)
+    }
 }
 
 /// Most similar references of each query, most similar first.

@@ -136,19 +136,22 @@ fn assign(
     let references = Rows::new(references.view(), &labels[..centres.nrows()]);
     let mut changed = false;
     let half = std::f32::consts::FRAC_1_SQRT_2;
-    for start in (0..rows.nrows()).step_by(TURN) {
-        let end = (start + TURN).min(rows.nrows());
-        let part = rows.slice(s![start..end, ..]);
-        let mut queries = Array2::<f32>::zeros((end - start, dim + 2));
-        queries.slice_mut(s![.., ..dim]).zip_mut_with(&part, |to, &from| *to = from * half);
-        queries.column_mut(dim).fill(half);
-        let queries = Rows::new(queries.view(), &labels[..end - start]);
-        let nearest = backend.nearest(&queries, Some(&references), 1)?;
-        for (row, &cluster) in nearest.indices.column(0).iter().enumerate() {
-            changed |= assignment[start + row] != cluster;
-            assignment[start + row] = cluster;
+    backend.search(&references, &mut |search| {
+        for start in (0..rows.nrows()).step_by(TURN) {
+            let end = (start + TURN).min(rows.nrows());
+            let part = rows.slice(s![start..end, ..]);
+            let mut queries = Array2::<f32>::zeros((end - start, dim + 2));
+            queries.slice_mut(s![.., ..dim]).zip_mut_with(&part, |to, &from| *to = from * half);
+            queries.column_mut(dim).fill(half);
+            let queries = Rows::new(queries.view(), &labels[..end - start]);
+            let nearest = search.nearest(&queries, 1)?;
+            for (row, &cluster) in nearest.indices.column(0).iter().enumerate() {
+                changed |= assignment[start + row] != cluster;
+                assignment[start + row] = cluster;
+            }
         }
-    }
+        Ok(())
+    })?;
     threads::run(|| {
         distances.par_iter_mut().enumerate().for_each(|(row, distance)| {
             let centre = centres.row(assignment[row] as usize);

@@ -20,7 +20,7 @@ use std::sync::Mutex;
 use ndarray::ArrayView2;
 
 use super::step::Step;
-use super::{Backend, Nearest};
+use super::{Backend, Nearest, Search};
 use crate::Result;
 use crate::loss::{Batch, Hypergradient, LossOutput, LossSettings, RowNumbers, Rows};
 
@@ -47,6 +47,7 @@ mod weigh;
 use gradient::GradientScratch;
 use pairs::Sides;
 use remembered::Remembered;
+use retrieval::Gallery;
 use select::Weights;
 use simd::Level;
 use similarity::Tiles;
@@ -259,6 +260,14 @@ impl Backend for CpuBackend {
 
     fn nearest(&mut self, queries: &Rows<'_>, references: Option<&Rows<'_>>, k: usize) -> Result<Nearest> {
         retrieval::nearest(self, queries, references, k)
+    }
+
+    fn search(
+        &mut self,
+        gallery: &Rows<'_>,
+        work: &mut dyn FnMut(&mut dyn Search) -> Result<()>,
+    ) -> Result<()> {
+        work(&mut Gallery::new(self, gallery)?)
     }
 
     fn workspace_bytes(&self) -> usize {

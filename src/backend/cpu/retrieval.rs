@@ -17,7 +17,7 @@ use super::product::{STRIP, pack_transposed, product};
 use super::rows::{MAX_BLOCK, contiguous, grow, square_sum};
 use super::simd::{GROUP, Lanes, Work};
 use super::tasks::{Workers, lock};
-use crate::backend::Nearest;
+use crate::backend::{Nearest, Search};
 use crate::loss::{Embeddings, Rows, check_unit, validate_rows};
 use crate::{Error, Result};
 
@@ -35,24 +35,47 @@ pub fn nearest(
     references: Option<&Rows<'_>>,
     k: usize,
 ) -> Result<Nearest> {
-    validate_rows("queries", queries)?;
-    let (count, dim) = (queries.embeddings.rows(), queries.embeddings.dim());
-    if let Some(references) = references {
-        validate_rows("references", references)?;
-        let (expected, got) = (dim, references.embeddings.dim());
+    match references {
+        None => find(backend, &Matrix::checked("queries", queries)?, None, k),
+        Some(references) => Gallery::new(backend, references)?.nearest(queries, k),
+    }
+}
+
+/// Rows that have been checked, to be searched.
+pub struct Gallery<'a> {
+    backend: &'a CpuBackend,
+    rows: Matrix<'a>,
+}
+
+impl<'a> Gallery<'a> {
+    pub fn new(backend: &'a CpuBackend, rows: &'a Rows<'_>) -> Result<Self> {
+        Ok(Self { backend, rows: Matrix::checked("references", rows)? })
+    }
+}
+
+impl Search for Gallery<'_> {
+    fn nearest(&mut self, queries: &Rows<'_>, k: usize) -> Result<Nearest> {
+        let queries = Matrix::checked("queries", queries)?;
+        let (expected, got) = (queries.dim, self.rows.dim);
         if expected != got {
             return Err(Error::LengthMismatch { what: "dimension of the references", expected, got });
         }
+        find(self.backend, &queries, Some(&self.rows), k)
     }
-    let against = references.map_or(count, |references| references.embeddings.rows());
+}
+
+/// The lists of queries in a gallery, or among themselves.
+fn find(
+    backend: &CpuBackend,
+    queries: &Matrix<'_>,
+    gallery: Option<&Matrix<'_>>,
+    k: usize,
+) -> Result<Nearest> {
+    let itself = gallery.is_none();
+    let (queries, references) = (*queries, *gallery.unwrap_or(queries));
+    let (count, against) = (queries.rows, references.rows);
     let mut nearest = Nearest::of_search(count, against, k)?;
-    let workers = Workers::new(count.saturating_mul(against).saturating_mul(dim));
-    let queries = Matrix::checked("queries", queries, &workers)?;
-    let itself = references.is_none();
-    let references = match references {
-        None => queries,
-        Some(references) => Matrix::checked("references", references, &workers)?,
-    };
+    let workers = Workers::new(count.saturating_mul(against).saturating_mul(queries.dim));
 
     let capacity = k.saturating_mul(2).saturating_add(GROUP).min(against);
     let plan = Plan { itself, k, capacity, group: group_rows(count, capacity, workers.count()) };
@@ -65,7 +88,7 @@ pub fn nearest(
         let (indices, similarities) = &mut *found;
         let first = group * plan.group;
         let (plan, count) = (&plan, plan.group.min(queries.rows - first));
-        backend.level.dispatch(Search { plan, queries, references, first, count, scratch: &mut *scratch });
+        backend.level.dispatch(Pass { plan, queries, references, first, count, scratch: &mut *scratch });
         scratch.lists.write(plan, indices.view_mut(), similarities.view_mut());
     });
     drop(found);
@@ -107,13 +130,15 @@ enum Values<'a> {
 impl<'a> Matrix<'a> {
     /// # Errors
     /// `NotFinite` or `NotUnit` of the first bad row.
-    fn checked(name: &'static str, rows: &'a Rows<'_>, workers: &Workers) -> Result<Self> {
+    fn checked(name: &'static str, rows: &'a Rows<'_>) -> Result<Self> {
+        validate_rows(name, rows)?;
         let values = match &rows.embeddings {
             Embeddings::F32(view) => Values::F32(contiguous(name, view)?),
             Embeddings::F16(view) => Values::F16(contiguous(name, view)?),
             Embeddings::Bf16(view) => Values::Bf16(contiguous(name, view)?),
         };
         let matrix = Self { values, rows: rows.embeddings.rows(), dim: rows.embeddings.dim() };
+        let workers = Workers::new(matrix.rows.saturating_mul(matrix.dim));
         let mut squares = vec![0.0; matrix.rows];
         workers.for_each_chunk(&mut squares, MAX_BLOCK, |chunk, squares| {
             let mut converted = Vec::new();
@@ -255,7 +280,7 @@ impl Lists {
 }
 
 /// Takes one group of queries past all references.
-struct Search<'a> {
+struct Pass<'a> {
     plan: &'a Plan,
     queries: Matrix<'a>,
     references: Matrix<'a>,
@@ -264,7 +289,7 @@ struct Search<'a> {
     scratch: &'a mut Scratch,
 }
 
-impl Work for Search<'_> {
+impl Work for Pass<'_> {
     type Output = ();
 
     #[inline(always)]

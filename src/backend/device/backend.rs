@@ -6,7 +6,7 @@ use super::loss::Remembered;
 use super::workspace::Workspace;
 use super::{Device, Precision};
 use crate::Result;
-use crate::backend::{Backend, Nearest};
+use crate::backend::{Backend, Nearest, Search};
 use crate::loss::{Batch, Hypergradient, LossOutput, LossSettings, RowNumbers, Rows};
 
 /// How a device backend works.
@@ -28,12 +28,14 @@ impl Default for Options {
 ///
 /// The workspace of the loss is allocated on the first call and again only for a
 /// larger batch. Its size is [`DeviceBackend::loss_bytes`]. The threshold and the retrieval pass have
-/// one each of their own, from their first use on, since the pairs of the last loss outlive them.
+/// their own, from their first use on, since the pairs of the last loss outlive them.
 pub struct DeviceBackend<D: Device> {
     pub(super) device: D,
     pub(super) options: Options,
     pub(super) loss: Workspace<D>,
     pub(super) threshold: Workspace<D>,
+    /// What is searched, while it is.
+    pub(super) gallery: Workspace<D>,
     pub(super) retrieval: Workspace<D>,
     /// The last loss, while its pairs are in the workspace.
     pub(super) remembered: Option<Remembered>,
@@ -47,6 +49,7 @@ impl<D: Device> DeviceBackend<D> {
             options,
             loss: Workspace::default(),
             threshold: Workspace::default(),
+            gallery: Workspace::default(),
             retrieval: Workspace::default(),
             remembered: None,
         }
@@ -55,6 +58,11 @@ impl<D: Device> DeviceBackend<D> {
     /// The device.
     pub fn device(&self) -> &D {
         &self.device
+    }
+
+    /// The device, to be told which stream to work on.
+    pub fn device_mut(&mut self) -> &mut D {
+        &mut self.device
     }
 
     pub(super) fn precision(&self, rows: &Rows<'_>) -> Precision {
@@ -124,8 +132,16 @@ impl<D: Device> Backend for DeviceBackend<D> {
         self.run_retrieval(queries, references, k)
     }
 
+    fn search(
+        &mut self,
+        gallery: &Rows<'_>,
+        work: &mut dyn FnMut(&mut dyn Search) -> Result<()>,
+    ) -> Result<()> {
+        self.run_search(gallery, work)
+    }
+
     fn workspace_bytes(&self) -> usize {
-        [&self.loss, &self.threshold, &self.retrieval]
+        [&self.loss, &self.threshold, &self.gallery, &self.retrieval]
             .iter()
             .map(|workspace| workspace.bytes(&self.device))
             .sum()

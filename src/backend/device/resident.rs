@@ -8,7 +8,7 @@ use super::loss::{
     Ends, IdentityAt, Input, Launcher, RowCheck, download_anchors, download_scalars, download_terms, issue,
 };
 use super::plan::Shape;
-use super::retrieval::Search;
+use super::retrieval::Searched;
 use super::{Device, DeviceBackend, Precision};
 use crate::backend::Nearest;
 use crate::loss::{Embeddings, Hypergradient, LossOutput, LossSettings, UnitCheck};
@@ -245,9 +245,18 @@ impl<D: Device> DeviceBackend<D> {
             return Err(Error::Empty { rows: "queries" });
         }
         let picked = picked.map(|rows| (rows, all.anchors));
-        let search = Search { shape, check: batch.row_check(), resident: true, picked };
-        let addresses = [batch.anchors.embeddings, batch.references.map_or(0, |rows| rows.embeddings)];
-        self.search(&search, k, |_, _, _| Ok(addresses))
+        let check = batch.row_check();
+        let side = |name, shape, picked| Searched { name, shape, check, resident: true, picked };
+        let queries = side("queries", Shape { references: None, ..shape }, picked);
+        let there = |address: u64| move |_: &mut D, _: &mut D::Buffer, _| Ok(address);
+        let place = there(batch.anchors.embeddings);
+        let Some(references) = batch.references else { return self.find(&queries, None, k, &place) };
+        let gallery = Shape { anchors: references.count, references: None, ..shape };
+        self.with_gallery(
+            &side("references", gallery, None),
+            &there(references.embeddings),
+            |backend, gallery| backend.find(&queries, Some(gallery), k, &place),
+        )
     }
 
     /// Copies the labels of rows in device memory to the host.

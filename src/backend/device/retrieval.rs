@@ -8,36 +8,63 @@ use super::plan::{Shape, retrieval_capacity, tiles};
 use super::workspace::{Layout, Region};
 use super::{Device, DeviceBackend, Kernel};
 use crate::Result;
-use crate::backend::Nearest;
-use crate::loss::{Batch, Rows, UnitCheck, check_unit};
+use crate::backend::{Nearest, Search};
+use crate::loss::{Batch, Rows, UnitCheck, check_unit, validate_rows};
 
 /// Bytes of query buffers that are alive at once; more queries are searched in turns.
 /// A multiple of what all multiprocessors of one GPU work on (132 tiles of 128 queries, k = 1,000: 277 MB).
 const BUFFER_BYTES: usize = 1 << 29;
 
-/// What is searched, whichever memory the rows are in.
-pub(super) struct Search<'a> {
-    /// Of the rows that are searched.
+/// Rows of one side of a search, whichever memory they are in.
+pub(super) struct Searched<'a> {
+    /// What messages call them.
+    pub(super) name: &'static str,
+    /// Of these rows among themselves.
     pub(super) shape: Shape,
     pub(super) check: RowCheck,
     /// Whether the rows stay in the caller's memory, so that none is set aside for them.
     pub(super) resident: bool,
-    /// Square form only: the rows that take part, of how many.
+    /// The rows that take part, of how many.
     pub(super) picked: Option<(&'a [u32], usize)>,
 }
 
-/// What messages call the sides.
-const NAMES: [&str; 2] = ["queries", "references"];
+/// A gallery in device memory, checked, in the kernels' layout.
+#[derive(Clone, Copy)]
+pub(super) struct Gallery {
+    rows: u64,
+    count: usize,
+}
 
-struct RetrievalLayout {
-    layout: Layout,
-    inputs: [Region; 2],
+/// Where the rows of one side are read from and prepared to.
+struct SideRegions {
+    input: Region,
     /// Of the rows that take part, where not all do.
     picked: Region,
-    rows: [Region; 2],
-    square_sums: [Region; 2],
-    /// As in [`Counters`]; of its fields only the bad rows are used.
+    rows: Region,
+    square_sums: Region,
+    /// As in [`Counters`]; of its fields only the bad row is used.
     counters: Region,
+}
+
+impl SideRegions {
+    fn new(layout: &mut Layout, side: &Searched<'_>) -> Self {
+        let Searched { shape, resident, picked, .. } = side;
+        let (count, bytes) = (shape.anchors, shape.precision.bytes());
+        let copied = if *resident { 0 } else { count * shape.dim * bytes };
+        Self {
+            input: layout.region::<u8>(copied),
+            picked: layout.region::<u32>(picked.map_or(0, |(rows, _)| rows.len())),
+            rows: layout.region::<u8>(tiles(count) * TILE as usize * shape.stride() * bytes),
+            // The check writes to the caller's index of a row.
+            square_sums: layout.region::<f64>(picked.map_or(count, |(_, all)| all)),
+            counters: layout.region::<Counters>(1),
+        }
+    }
+}
+
+struct SearchLayout {
+    layout: Layout,
+    queries: SideRegions,
     buffer: Region,
     indices: Region,
     similarities: Region,
@@ -46,30 +73,19 @@ struct RetrievalLayout {
     turn: usize,
 }
 
-impl RetrievalLayout {
-    /// Inputs, prepared rows, results, and up to [`BUFFER_BYTES`] of buffers.
-    fn new(search: &Search<'_>, k: usize) -> Self {
-        let Search { shape, resident, picked, .. } = search;
+impl SearchLayout {
+    /// Queries, results, and up to [`BUFFER_BYTES`] of buffers.
+    fn new(queries: &Searched<'_>, references: usize, k: usize) -> Self {
         let mut layout = Layout::default();
-        // Queries that search among themselves are their own references.
-        let counts = [shape.anchors, shape.references.unwrap_or(0)];
-        let capacity = retrieval_capacity(k, shape.reference_count());
+        let count = queries.shape.anchors;
+        let capacity = retrieval_capacity(k, references);
         let tile_bytes = capacity * TILE as usize * size_of::<u64>();
-        let turn = (BUFFER_BYTES / tile_bytes).clamp(1, tiles(shape.anchors));
-        let bytes = shape.precision.bytes();
-        let if_copied = |elements: usize| if *resident { 0 } else { elements };
-        // The check writes to the caller's index of a row.
-        let checked = [picked.map_or(counts[0], |(_, all)| all), counts[1]];
+        let turn = (BUFFER_BYTES / tile_bytes).clamp(1, tiles(count));
         Self {
-            inputs: counts.map(|count| layout.region::<u8>(if_copied(count * shape.dim * bytes))),
-            picked: layout.region::<u32>(picked.map_or(0, |(rows, _)| rows.len())),
-            rows: counts
-                .map(|count| layout.region::<u8>(tiles(count) * TILE as usize * shape.stride() * bytes)),
-            square_sums: checked.map(|count| layout.region::<f64>(count)),
-            counters: layout.region::<Counters>(1),
+            queries: SideRegions::new(&mut layout, queries),
             buffer: layout.region::<u64>(turn * TILE as usize * capacity),
-            indices: layout.region::<u32>(shape.anchors * k),
-            similarities: layout.region::<f32>(shape.anchors * k),
+            indices: layout.region::<u32>(count * k),
+            similarities: layout.region::<f32>(count * k),
             capacity,
             turn,
             layout,
@@ -77,106 +93,179 @@ impl RetrievalLayout {
     }
 }
 
+/// Puts rows into their region and answers their address, or where they lie already.
+type Place<'a, D> = &'a dyn Fn(&mut D, &mut <D as Device>::Buffer, Region) -> Result<u64>;
+
+/// Prepares rows; what is wrong with one of them, [`check`] says once the device has come so far.
+fn prepare<D: Device>(
+    device: &mut D,
+    buffer: &mut D::Buffer,
+    side: &Searched<'_>,
+    regions: &SideRegions,
+    place: Place<'_, D>,
+) -> Result<()> {
+    let shape = side.shape;
+    device.fill(buffer, regions.counters.offset, regions.counters.bytes, 0xff)?;
+    let input = place(device, buffer, regions.input)?;
+    if let Some((rows, _)) = side.picked {
+        device.upload(buffer, regions.picked.offset, cast_slice(rows))?;
+    }
+    let base = device.address(buffer);
+    let params = PrepareParams {
+        input: input as usize as *const std::ffi::c_void,
+        rows: pointer(base, regions.rows),
+        order: side.picked.map_or(std::ptr::null(), |_| pointer::<u32>(base, regions.picked)),
+        valid: std::ptr::null(),
+        count: shape.anchors as u32,
+        dim: shape.dim as u32,
+        stride: shape.stride() as u32,
+        check: u32::from(side.check.check == UnitCheck::Check),
+        norm_tolerance: side.check.tolerance,
+        square_sums: pointer(base, regions.square_sums),
+        bad: pointer::<u32>(base + BAD_ROW as u64, regions.counters),
+        column_sums: std::ptr::null_mut(),
+    };
+    Launcher { device, shape }.launch(Kernel::Prepare(shape.precision), false, &params)
+}
+
+/// Where [`prepare`] reports a bad row.
+const BAD_ROW: usize = std::mem::offset_of!(Counters, bad_anchor);
+
+/// Waits for [`prepare`], and names the first bad row.
+fn check<D: Device>(
+    device: &mut D,
+    buffer: &D::Buffer,
+    side: &Searched<'_>,
+    regions: &SideRegions,
+) -> Result<()> {
+    let mut row = [0u32];
+    device.download(buffer, regions.counters.offset + BAD_ROW, cast_slice_mut(&mut row))?;
+    if row[0] == u32::MAX {
+        return Ok(());
+    }
+    let mut square_sum = [0.0f64];
+    let offset = regions.square_sums.offset + row[0] as usize * size_of::<f64>();
+    device.download(buffer, offset, cast_slice_mut(&mut square_sum))?;
+    check_unit(side.name, row[0] as usize, square_sum[0], side.check.tolerance)
+}
+
+/// A gallery in the host's memory, copied and prepared.
+struct HostGallery<'a, 'r, D: Device> {
+    backend: &'a mut DeviceBackend<D>,
+    rows: Rows<'r>,
+    prepared: Gallery,
+}
+
+impl<D: Device> Search for HostGallery<'_, '_, D> {
+    fn nearest(&mut self, queries: &Rows<'_>, k: usize) -> Result<Nearest> {
+        let batch = Batch::rectangular(queries.view(), self.rows.view());
+        batch.validate()?;
+        super::loss::same_type(&batch)?;
+        self.backend.find_host_rows(queries, Some(self.prepared), k)
+    }
+}
+
 impl<D: Device> DeviceBackend<D> {
+    pub(super) fn run_search(
+        &mut self,
+        gallery: &Rows<'_>,
+        work: &mut dyn FnMut(&mut dyn Search) -> Result<()>,
+    ) -> Result<()> {
+        let side = self.host_side("references", gallery)?;
+        self.with_gallery(&side, &place_host(gallery, "references"), |backend, prepared| {
+            work(&mut HostGallery { backend, rows: gallery.view(), prepared })
+        })
+    }
+
     pub(super) fn run_retrieval(
         &mut self,
         queries: &Rows<'_>,
         references: Option<&Rows<'_>>,
         k: usize,
     ) -> Result<Nearest> {
-        let queries = &queries.view();
-        let references = references.map(Rows::view);
-        let references = references.as_ref();
-        let batch =
-            Batch { references: references.copied(), ..Batch::square(queries.embeddings, queries.labels) };
-        batch.validate()?;
-        super::loss::same_type(&batch)?;
-        let check = RowCheck { check: UnitCheck::Check, tolerance: queries.embeddings.norm_tolerance() };
-        let search = Search { shape: self.shape(&batch), check, resident: false, picked: None };
-        self.search(&search, k, |device, buffer, regions| {
-            let mut addresses = [0; 2];
-            for (side, rows) in [Some(queries), references].into_iter().enumerate() {
-                let Some(rows) = rows else { continue };
-                device.upload(buffer, regions[side].offset, matrix_bytes(&rows.embeddings, NAMES[side])?)?;
-                addresses[side] = device.address(buffer) + regions[side].offset as u64;
-            }
-            Ok(addresses)
-        })
+        let Some(references) = references else { return self.find_host_rows(queries, None, k) };
+        let mut found = None;
+        self.run_search(references, &mut |search| {
+            found = Some(search.nearest(queries, k)?);
+            Ok(())
+        })?;
+        let Some(found) = found else { unreachable!("the work was done") };
+        Ok(found)
     }
 
-    /// The lists, of rows at the addresses that `place` answers (queries, references); it may put them
-    /// into its buffer's regions.
-    pub(super) fn search(
+    fn host_side(&self, name: &'static str, rows: &Rows<'_>) -> Result<Searched<'static>> {
+        validate_rows(name, rows)?;
+        let check = RowCheck { check: UnitCheck::Check, tolerance: rows.embeddings.norm_tolerance() };
+        let shape = self.shape(&Batch::square(rows.embeddings, rows.labels));
+        Ok(Searched { name, shape, check, resident: false, picked: None })
+    }
+
+    fn find_host_rows(&mut self, queries: &Rows<'_>, gallery: Option<Gallery>, k: usize) -> Result<Nearest> {
+        let side = self.host_side("queries", queries)?;
+        self.find(&side, gallery, k, &place_host(queries, "queries"))
+    }
+
+    /// Prepares a gallery for the length of `work`.
+    pub(super) fn with_gallery<T>(
         &mut self,
-        search: &Search<'_>,
+        side: &Searched<'_>,
+        place: Place<'_, D>,
+        work: impl FnOnce(&mut Self, Gallery) -> Result<T>,
+    ) -> Result<T> {
+        side.shape.check()?;
+        let mut layout = Layout::default();
+        let regions = SideRegions::new(&mut layout, side);
+        let Self { device, gallery, .. } = self;
+        let buffer = gallery.lay(device, &layout)?;
+        prepare(device, buffer, side, &regions, place)?;
+        check(device, buffer, side, &regions)?;
+        let rows = device.address(buffer) + regions.rows.offset as u64;
+        work(self, Gallery { rows, count: side.shape.anchors })
+    }
+
+    /// The lists of queries in a gallery, or among themselves.
+    pub(super) fn find(
+        &mut self,
+        queries: &Searched<'_>,
+        gallery: Option<Gallery>,
         k: usize,
-        place: impl FnOnce(&mut D, &mut D::Buffer, &[Region; 2]) -> Result<[u64; 2]>,
+        place: Place<'_, D>,
     ) -> Result<Nearest> {
-        let Search { shape, check, picked, .. } = *search;
+        let count = queries.shape.anchors;
+        let shape = Shape { references: gallery.map(|gallery| gallery.count), ..queries.shape };
         shape.check()?;
-        let mut nearest = Nearest::of_search(shape.anchors, shape.reference_count(), k)?;
-        let layout = RetrievalLayout::new(search, k);
+        let mut nearest = Nearest::of_search(count, shape.reference_count(), k)?;
+        let layout = SearchLayout::new(queries, shape.reference_count(), k);
         let Self { device, retrieval, .. } = self;
         let buffer = retrieval.lay(device, &layout.layout)?;
-        device.fill(buffer, layout.counters.offset, layout.counters.bytes, 0xff)?;
-        let inputs = place(device, buffer, &layout.inputs)?;
-        if let Some((rows, _)) = picked {
-            device.upload(buffer, layout.picked.offset, cast_slice(rows))?;
-        }
-
+        prepare(device, buffer, queries, &layout.queries, place)?;
         let base = device.address(buffer);
-        let mut launcher = Launcher { device: &mut *device, shape };
-        let bad = [std::mem::offset_of!(Counters, bad_anchor), std::mem::offset_of!(Counters, bad_reference)];
-        let sides = if shape.references.is_none() { 1 } else { 2 };
-        for side in 0..sides {
-            let params = PrepareParams {
-                input: inputs[side] as usize as *const std::ffi::c_void,
-                rows: pointer(base, layout.rows[side]),
-                order: picked.map_or(std::ptr::null(), |_| pointer::<u32>(base, layout.picked)),
-                valid: std::ptr::null(),
-                count: shape.sides(side == 1).0 as u32,
-                dim: shape.dim as u32,
-                stride: shape.stride() as u32,
-                check: u32::from(check.check == UnitCheck::Check),
-                norm_tolerance: check.tolerance,
-                square_sums: pointer(base, layout.square_sums[side]),
-                bad: pointer::<u32>(base + bad[side] as u64, layout.counters),
-                column_sums: std::ptr::null_mut(),
-            };
-            launcher.launch(Kernel::Prepare(shape.precision), side == 1, &params)?;
-        }
-        for first_tile in (0..tiles(shape.anchors)).step_by(layout.turn) {
-            let rows_left = shape.anchors - first_tile * TILE as usize;
-            launcher.shape = Shape { anchors: rows_left.min(layout.turn * TILE as usize), ..shape };
+        let rows = pointer::<std::ffi::c_void>(base, layout.queries.rows);
+        for first_tile in (0..tiles(count)).step_by(layout.turn) {
+            let rows_left = count - first_tile * TILE as usize;
+            let shape = Shape { anchors: rows_left.min(layout.turn * TILE as usize), ..shape };
             let params = RetrievalParams {
-                queries: pointer::<std::ffi::c_void>(base, layout.rows[0]),
-                references: pointer::<std::ffi::c_void>(base, layout.rows[sides - 1]),
-                query_count: shape.anchors as u32,
+                queries: rows,
+                references: gallery.map_or(rows.cast_const(), |gallery| gallery.rows as usize as *const _),
+                query_count: count as u32,
                 reference_count: shape.reference_count() as u32,
                 stride: shape.stride() as u32,
                 k: k as u32,
                 capacity: layout.capacity as u32,
-                leave_self_out: u32::from(shape.references.is_none()),
+                leave_self_out: u32::from(gallery.is_none()),
                 first_tile: first_tile as u32,
                 reserved: 0,
                 buffer: pointer(base, layout.buffer),
                 indices: pointer(base, layout.indices),
                 similarities: pointer(base, layout.similarities),
             };
-            launcher.launch(Kernel::Retrieval(shape.precision), false, &params)?;
+            Launcher { device: &mut *device, shape }.launch(
+                Kernel::Retrieval(shape.precision),
+                false,
+                &params,
+            )?;
         }
-
-        for side in 0..sides {
-            let mut row = [0u32];
-            device.download(buffer, layout.counters.offset + bad[side], cast_slice_mut(&mut row))?;
-            if row[0] == u32::MAX {
-                continue;
-            }
-            let mut square_sum = [0.0f64];
-            let offset = layout.square_sums[side].offset + row[0] as usize * size_of::<f64>();
-            device.download(buffer, offset, cast_slice_mut(&mut square_sum))?;
-            check_unit(NAMES[side], row[0] as usize, square_sum[0], check.tolerance)?;
-        }
+        check(device, buffer, queries, &layout.queries)?;
         let (Some(indices), Some(similarities)) =
             (nearest.indices.as_slice_mut(), nearest.similarities.as_slice_mut())
         else {
@@ -185,5 +274,16 @@ impl<D: Device> DeviceBackend<D> {
         device.download(buffer, layout.indices.offset, cast_slice_mut(indices))?;
         device.download(buffer, layout.similarities.offset, cast_slice_mut(similarities))?;
         Ok(nearest)
+    }
+}
+
+/// Copies rows from the host.
+fn place_host<D: Device>(
+    rows: &Rows<'_>,
+    name: &'static str,
+) -> impl Fn(&mut D, &mut D::Buffer, Region) -> Result<u64> {
+    move |device, buffer, region| {
+        device.upload(buffer, region.offset, matrix_bytes(&rows.embeddings, name)?)?;
+        Ok(device.address(buffer) + region.offset as u64)
     }
 }

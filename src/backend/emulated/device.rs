@@ -25,7 +25,8 @@ unsafe extern "C" {
 /// The emulated machine. Every launch has a schedule of its own, drawn from the seed.
 pub struct EmulatedDevice {
     seed: u64,
-    launches: u64,
+    launched: Vec<&'static str>,
+    fills: usize,
     multiprocessors: u32,
     hopper: bool,
 }
@@ -47,7 +48,7 @@ impl EmulatedDevice {
     #[must_use]
     pub fn new(seed: u64) -> Self {
         // Two, so that small batches are split among blocks as on a GPU.
-        Self { seed, launches: 0, multiprocessors: 2, hopper: false }
+        Self { seed, launched: Vec::new(), fills: 0, multiprocessors: 2, hopper: false }
     }
 
     /// The same with the kernels of Hopper in place of those for all GPUs.
@@ -60,6 +61,18 @@ impl EmulatedDevice {
     #[must_use]
     pub fn with_multiprocessors(self, multiprocessors: u32) -> Self {
         Self { multiprocessors: multiprocessors.max(1), ..self }
+    }
+
+    /// The kernels launched so far, in order.
+    #[must_use]
+    pub fn launched(&self) -> &[&'static str] {
+        &self.launched
+    }
+
+    /// Fills of memory so far, which on a GPU are launches too.
+    #[must_use]
+    pub fn fills(&self) -> usize {
+        self.fills
     }
 }
 
@@ -145,6 +158,7 @@ impl Device for EmulatedDevice {
     }
 
     fn fill(&mut self, buffer: &mut EmulatedBuffer, offset: usize, bytes: usize, value: u8) -> Result<()> {
+        self.fills += 1;
         let first = buffer.within(offset, bytes);
         // SAFETY: `within` has checked the length.
         unsafe { first.write_bytes(value, bytes) };
@@ -159,8 +173,8 @@ impl Device for EmulatedDevice {
     }
 
     unsafe fn launch<P: Params>(&mut self, kernel: Kernel, plan: LaunchPlan, params: &P) -> Result<()> {
-        self.launches += 1;
-        let seed = self.seed.wrapping_mul(1_000_003).wrapping_add(self.launches);
+        self.launched.push(kernel.name());
+        let seed = self.seed.wrapping_mul(1_000_003).wrapping_add(self.launched.len() as u64);
         let refused = || Error::Device { call: "launch", code: format!("no kernel {}", kernel.name()) };
         let name = CString::new(kernel.name()).map_err(|_| refused())?;
         // SAFETY: name, grid and parameters outlive the call; what the parameters

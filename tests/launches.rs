@@ -1,0 +1,137 @@
+//! How many kernels a loss launches, in every form: each costs its start whatever the batch, and a small batch little else.
+
+use ddtas::backend::Backend;
+use ddtas::backend::device::params::LossScalars;
+use ddtas::backend::device::{
+    DeviceBackend, Options, ResidentBatch, ResidentIdentity, ResidentNumbers, ResidentPart, ResidentRows,
+    ResidentSettings, ResidentType,
+};
+use ddtas::backend::emulated::EmulatedDevice;
+use ddtas::loss::{Batch, LossOutput, LossSettings, Rows, UnitCheck};
+use ndarray::Array2;
+
+/// Unit rows on a circle, and labels of three rows a class.
+fn rows(count: usize) -> (Array2<f32>, Vec<i64>) {
+    let angle = |i: usize| (i as f32 * 0.37).sin() * 3.0;
+    let m = Array2::from_shape_fn((count, 2), |(i, d)| if d == 0 { angle(i).cos() } else { angle(i).sin() });
+    (m, (0..count).map(|i| (i / 3) as i64).collect())
+}
+
+type Emulated = DeviceBackend<EmulatedDevice>;
+
+fn backend(budget: usize) -> Emulated {
+    let device = EmulatedDevice::new(7).with_multiprocessors(16);
+    DeviceBackend::new(device, Options { budget, ..Options::default() })
+}
+
+/// What `call` launches, and how often it fills memory.
+fn launched(backend: &mut Emulated, call: impl FnOnce(&mut Emulated)) -> (Vec<&'static str>, usize) {
+    let (kernels, fills) = (backend.device().launched().len(), backend.device().fills());
+    call(backend);
+    let device = backend.device();
+    (device.launched()[kernels..].to_vec(), device.fills() - fills)
+}
+
+/// A square loss of rows on the host.
+fn of_square(count: usize, budget: usize) -> (Vec<&'static str>, usize) {
+    let (e, labels) = rows(count);
+    launched(&mut backend(budget), |backend| {
+        let batch = Batch::square(e.view(), &labels);
+        backend.loss(&batch, &LossSettings::default(), &mut LossOutput::default()).unwrap();
+    })
+}
+
+fn assert_launches((kernels, fills): &(Vec<&'static str>, usize), wanted: (usize, usize)) {
+    assert_eq!((kernels.len(), *fills), wanted, "{kernels:?}");
+}
+
+const EVERYTHING: usize = 1 << 30;
+
+#[test]
+fn a_square_loss() {
+    assert_launches(&of_square(80, EVERYTHING), (12, 4));
+    // Splits, whose parts are added.
+    assert_launches(&of_square(200, EVERYTHING), (13, 4));
+    assert_launches(&of_square(2_100, EVERYTHING), (12, 4));
+    // Tiles that may have to be recomputed.
+    assert_launches(&of_square(200, 0), (14, 4));
+}
+
+#[test]
+fn a_loss_against_a_memory() {
+    let ((e, labels), (r, reference_labels)) = (rows(90), rows(200));
+    let (anchors, references) = (Rows::new(e.view(), &labels), Rows::new(r.view(), &reference_labels));
+    let batch = Batch::rectangular(anchors, references);
+    let loss = |batch: Batch<'_>| {
+        launched(&mut backend(EVERYTHING), |backend| {
+            backend.loss(&batch, &LossSettings::default(), &mut LossOutput::default()).unwrap();
+        })
+    };
+    assert_launches(&loss(batch), (17, 4));
+    assert_launches(&loss(batch.with_reference_gradient()), (20, 4));
+}
+
+fn resident(rows: &Array2<f32>, labels: &[i64], gradient: u64) -> ResidentRows {
+    let (embeddings, labels, count) = (rows.as_ptr() as u64, labels.as_ptr() as u64, labels.len());
+    ResidentRows { count, embeddings, labels, gradient }
+}
+
+#[test]
+fn a_loss_of_resident_rows_and_one_that_nobody_waits_for() {
+    let (e, labels) = rows(200);
+    let mut gradient = Array2::<f32>::zeros((200, 2));
+    let anchors = resident(&e, &labels, gradient.as_mut_ptr() as u64);
+    let (dtype, check) = (ResidentType::F32, UnitCheck::Check);
+    let batch = ResidentBatch { dim: 2, dtype, anchors, references: None, check };
+    let waited = launched(&mut backend(EVERYTHING), |backend| {
+        let (settings, mut output) = (LossSettings::default(), LossOutput::default());
+        // SAFETY: the rows, the labels and the gradient outlive the call.
+        unsafe { backend.loss_resident(&batch, &settings, &mut output) }.unwrap();
+    });
+    assert_launches(&waited, (13, 4));
+    let enqueued = launched(&mut backend(EVERYTHING), |backend| {
+        let part = ResidentPart { batch, identity: ResidentIdentity::ByValue, total: 200 };
+        let settings = ResidentSettings { settings: LossSettings::default(), lambda: 0 };
+        let mut scalars = [0u64; size_of::<LossScalars>() / 8];
+        // SAFETY: as above, and the scalars too.
+        unsafe { backend.enqueue_loss(&part, &settings, scalars.as_mut_ptr() as u64) }.unwrap();
+    });
+    assert_eq!(enqueued, waited);
+}
+
+#[test]
+fn the_steps_of_a_part() {
+    let (e, labels) = rows(200);
+    let mut gradient = Array2::<f32>::zeros((90, 2));
+    let anchors = resident(&e, &labels[..90], gradient.as_mut_ptr() as u64);
+    let (dtype, check) = (ResidentType::F32, UnitCheck::Check);
+    let references = Some(resident(&e, &labels, 0));
+    let batch = ResidentBatch { dim: 2, dtype, anchors, references, check };
+    let part = ResidentPart { batch, identity: ResidentIdentity::From(0), total: 200 };
+    let settings = ResidentSettings { settings: LossSettings::default(), lambda: 0 };
+    // Numbers of 0 are as good as any: every list may be one.
+    let mut list = vec![0u64; 400];
+    let address = list.as_mut_ptr() as u64;
+    let numbers = ResidentNumbers { anchors: address, references: address, count: 200 };
+    let mut backend = backend(EVERYTHING);
+    // SAFETY: every address is that of a list of this test, as long as it says.
+    let same_class = launched(&mut backend, |backend| {
+        unsafe { backend.enqueue_same_class(&part, &settings, address) }.unwrap();
+    });
+    assert_launches(&same_class, (13, 4));
+    // SAFETY: as above.
+    let sweep = launched(&mut backend, |backend| {
+        unsafe { backend.enqueue_sweep(&part, numbers, address, address) }.unwrap();
+    });
+    assert_launches(&sweep, (3, 0));
+    // SAFETY: as above.
+    let select = launched(&mut backend, |backend| {
+        unsafe { backend.enqueue_select(&part, numbers, address, [address; 2]) }.unwrap();
+    });
+    assert_launches(&select, (3, 0));
+    // SAFETY: as above.
+    let gradient = launched(&mut backend, |backend| {
+        unsafe { backend.enqueue_gradient(&part, [numbers; 2], address) }.unwrap();
+    });
+    assert_launches(&gradient, (6, 0));
+}
