@@ -82,6 +82,10 @@ impl Fake {
         unsafe { symbol(self.library, name).cast::<c_int>().write(value) };
     }
 
+    fn set_pointer(&self, name: &str, value: *mut c_void) {
+        unsafe { symbol(self.library, name).cast::<*mut c_void>().write(value) };
+    }
+
     fn set_current(&self, context: *mut c_void) {
         let set: extern "C" fn(*mut c_void) -> c_int =
             unsafe { std::mem::transmute(symbol(self.library, "cuCtxSetCurrent")) };
@@ -208,6 +212,58 @@ fn after_the_first_call_of_a_shape_nothing_is_allocated_copied_waited_for_or_loo
     run(&whole, &mut backend);
     assert_eq!(fake.get("fake_asked"), asked);
     assert!(fake.get("fake_launches") > launches + 40);
+    assert_eq!(fake.get("fake_failures"), 0);
+}
+
+#[test]
+fn a_device_follows_its_caller_from_stream_to_stream_and_into_a_capture() {
+    let fake = Fake::load();
+    let streams: [*mut c_void; 3] = [0x10, 0x20, 0x30].map(std::ptr::without_provenance_mut);
+    let device = unsafe { CudaDevice::on_stream(0, streams[0]) }.unwrap();
+    let mut backend = CudaBackend::new(device, Options::default());
+    let (e, labels) = rows();
+    let mut list = vec![0u64; 400];
+    let address = list.as_mut_ptr() as u64;
+    let part = |count| {
+        let anchors = ResidentRows {
+            count,
+            embeddings: e.as_ptr() as u64,
+            labels: labels.as_ptr() as u64,
+            gradient: address,
+        };
+        let (dtype, check) = (ResidentType::F32, UnitCheck::Check);
+        let batch = ResidentBatch { dim: 2, dtype, anchors, references: None, check };
+        ResidentPart { batch, identity: ResidentIdentity::ByValue, total: count }
+    };
+    let settings = ResidentSettings { settings: LossSettings::default(), lambda: 0 };
+    let mut run = |stream, count| {
+        unsafe { backend.device_mut().follow(stream) }.unwrap();
+        let issued = unsafe { backend.enqueue_loss(&part(count), &settings, address) };
+        backend.device_mut().mark().unwrap();
+        issued
+    };
+    let waits = || fake.get("fake_waits");
+    run(streams[0], 150).unwrap();
+    run(streams[0], 150).unwrap();
+    assert_eq!(waits(), 0, "the same stream");
+    run(streams[1], 150).unwrap();
+    assert_eq!(waits(), 1, "another one");
+    fake.set_pointer("fake_captured", streams[2]);
+    let asked = fake.get("fake_asked");
+    run(streams[2], 150).unwrap();
+    assert_eq!(
+        (waits(), fake.get("fake_asked")),
+        (1, asked),
+        "a capture waits for nothing and asks for nothing"
+    );
+    assert_eq!(unsafe { CudaDevice::capture(0, streams[2]) }.unwrap(), Some(7));
+    let refused = run(streams[2], 200).unwrap_err();
+    assert!(refused.to_string().contains("while a graph is captured: call it once with this shape"));
+    assert_eq!(fake.get("fake_asked"), asked);
+    run(streams[2], 150).unwrap();
+    fake.set_pointer("fake_captured", null_mut());
+    run(streams[0], 200).unwrap();
+    drop(backend);
     assert_eq!(fake.get("fake_failures"), 0);
 }
 

@@ -21,11 +21,12 @@ class Context:
     """A workspace on the processor, and the threads that compute in it.
 
     Calls on one context take turns; two contexts compute side by side. `threads=None` shares the process's pool, as
-    many threads as cores. The result does not depend on the number of threads. A forked process computes in a workspace
+    many threads as cores. `budget` is the most bytes that are kept between the passes of a loss, 6 KiB for each row of either side if left out;
+    what does not fit is computed again. The result depends on neither. A forked process computes in a workspace
     and with threads of its own.
     """
 
-    def __new__(cls, threads: int | None = None) -> Context: ...
+    def __new__(cls, threads: int | None = None, budget: int | None = None) -> Context: ...
     @property
     def threads(self) -> int:
         """Threads that compute."""

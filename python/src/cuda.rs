@@ -2,15 +2,11 @@
 //!
 //! Everything is ordered on the caller's stream: torch's current one.
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::ffi::c_void;
-use std::sync::{Mutex, PoisonError};
 
-use ddtas::backend::cuda::{CudaBackend, CudaDevice};
-use ddtas::backend::device::{Options, ResidentBatch, ResidentRows, ResidentType};
+use ddtas::backend::cuda::CudaBackend;
+use ddtas::backend::device::{ResidentBatch, ResidentRows, ResidentType};
 use ddtas::loss;
-use ddtas::process::PerProcess;
 use ddtas::retrieval::recall_by;
 use dlpark::DlpackFlags;
 use dlpark::ffi::{DLDataType, DLDevice, DLDeviceType};
@@ -20,21 +16,16 @@ use half::{bf16, f16};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
-use crate::context::{Found, found, positive, unit_check};
+use crate::context::{Found, Worth, found, judge_batch, positive};
 use crate::error::raise;
 use crate::input::dtype_name;
-use crate::output::LossOutput;
+use crate::resident::{Issued, Place, Spaces, Where};
 use crate::settings::Settings;
+use crate::sides::{Sides, unit_check};
 
-/// Workspaces on GPUs, one for every stream that was computed on. Streams of torch live as long as the process.
+/// Workspaces on GPUs. `budget`: bytes for the candidates of all tiles; the library's if left out.
 #[pyclass(frozen, module = "ddtas")]
-pub struct CudaContext {
-    /// A forked process has none of its parent's: the driver refuses it, with a line that says so.
-    backends: PerProcess<Backends>,
-}
-
-/// By ordinal of the GPU and address of the stream.
-type Backends = Mutex<HashMap<(usize, usize), CudaBackend>>;
+pub struct CudaContext(Spaces);
 
 /// The stream that the tensors must be ready on.
 struct Stream(usize);
@@ -187,58 +178,115 @@ impl CudaContext {
         stream: usize,
         work: impl FnOnce(&mut CudaBackend) -> ddtas::Result<T> + Send,
     ) -> PyResult<T> {
-        let run = || {
-            let backends = self.backends.get_or_make(|| Ok::<_, ddtas::Error>(Backends::default()))?;
-            let mut backends = backends.lock().unwrap_or_else(PoisonError::into_inner);
-            let backend = match backends.entry((ordinal, stream)) {
-                Entry::Occupied(entry) => entry.into_mut(),
-                Entry::Vacant(entry) => {
-                    // SAFETY: the stream is torch's, of that GPU's primary context, and torch never destroys one.
-                    let device = unsafe { CudaDevice::on_stream(ordinal, stream as *mut c_void) }?;
-                    entry.insert(CudaBackend::new(device, Options::default()))
-                }
-            };
-            work(backend)
-        };
-        py.detach(run).map_err(raise)
+        py.detach(|| self.0.compute((ordinal, stream), work)).map_err(raise)
     }
 }
 
 #[pymethods]
 impl CudaContext {
     #[new]
-    fn new() -> Self {
-        Self { backends: PerProcess::empty() }
+    #[pyo3(signature = (budget = None))]
+    fn new(budget: Option<usize>) -> Self {
+        Self(Spaces::new(budget))
     }
 
-    /// The loss of one side among itself, or of the first against the second. Gradients are written where the
-    /// sides say, and complete on return; of the output only the scalars are filled.
-    fn loss(
+    /// Issues the loss of one side among itself, or of the first against the second, and waits for nothing: gradients
+    /// and scalars are written where the addresses say. See `resident.rs`, which `ddtas.torch` alone calls.
+    #[pyo3(signature = (place, sides, identity, lambdas, mining, numbers, check, scalars))]
+    #[allow(clippy::too_many_arguments)]
+    fn enqueue_loss(
+        &self,
+        py: Python<'_>,
+        place: Where,
+        sides: Vec<Place>,
+        identity: usize,
+        lambdas: usize,
+        mining: &str,
+        numbers: [f64; 8],
+        check: bool,
+        scalars: usize,
+    ) -> PyResult<()> {
+        let settings = Settings::of_numbers(mining, numbers);
+        let issued = Issued::new(&sides, (identity, lambdas, scalars), &settings, check)?;
+        // SAFETY: `ddtas.torch` has checked the tensors and holds them until everything is issued; torch gives their memory to
+        // nobody before this stream is through.
+        self.compute(py, place.0, place.1, |backend| unsafe { issued.issue(backend) })
+    }
+
+    /// Positive and negative pairs of active anchors of the last loss there, for which this waits; `None` if it was
+    /// another's, or a graph's.
+    fn mined(&self, py: Python<'_>, place: Where) -> PyResult<Option<(u64, u64)>> {
+        self.compute(py, place.0, place.1, |backend| {
+            let mut output = loss::LossOutput::default();
+            match backend.anchors_of_last_loss(&mut output) {
+                Ok(()) => Ok(Some(output.mined())),
+                Err(ddtas::Error::OutOfOrder(_)) => Ok(None),
+                Err(error) => Err(error),
+            }
+        })
+    }
+
+    /// Both hyper-gradient sums along tangents, `[B, D]` and perhaps `[N, D]`, in float32.
+    fn threshold_gradient(
         &self,
         py: Python<'_>,
         sides: Vec<PythonSide<'_>>,
+        tangents: (Bound<'_, PyAny>, Option<Bound<'_, PyAny>>),
         settings: Settings,
         check: bool,
         stream: usize,
-    ) -> PyResult<LossOutput> {
+    ) -> PyResult<(f64, f64)> {
         let settings = settings.to_library()?;
-        let names = ["anchors", "references"];
         let on = Stream(stream);
         let sides: Vec<Side> = sides
             .iter()
-            .zip(names)
+            .zip(["anchors", "references"])
             .map(|(side, name)| Side::new(name, side, &on))
             .collect::<PyResult<_>>()?;
         let batch = batch_of(&sides, check)?;
+        let given = [Some(&tangents.0), tangents.1.as_ref()];
+        let mut held = Vec::new();
+        let mut addresses = [0; 2];
+        for ((tangent, side), address) in given.into_iter().zip(&sides).zip(&mut addresses) {
+            if let Some(tangent) = tangent {
+                let tangent = Resident::new("tangent", tangent, &on)?;
+                tangent.expect(DLDataType::F32, &side.rows.shape)?;
+                *address = tangent.address;
+                held.push(tangent);
+            }
+        }
         let ordinal = sides[0].rows.device.device_id as usize;
-        let output = self.compute(py, ordinal, stream, |backend| {
+        let sums = self.compute(py, ordinal, stream, |backend| {
             let mut output = loss::LossOutput::default();
-            // SAFETY: types, shapes and device of every tensor were checked above; `sides` holds them until the call
-            // has waited for the GPU; the protocol made them ready on this stream; the gradients are fresh tensors.
-            unsafe { backend.loss_resident(&batch, &settings, &mut output) }.map(|()| output)
+            // SAFETY: types, shapes and device of every tensor were checked above; `sides` and `held` hold them until the call
+            // has waited for the GPU; the protocol made them ready on this stream; the gradient is a fresh tensor.
+            unsafe { backend.loss_resident(&batch, &settings, &mut output) }?;
+            // SAFETY: as above.
+            unsafe { backend.hypergradient_resident(&batch, addresses) }
         })?;
-        drop(sides);
-        Ok(LossOutput::of_backend(py, output))
+        drop((sides, held));
+        Ok((sums.pos, sums.neg))
+    }
+
+    /// As `Context.judge`, on rows in the host's memory that go to the GPU in turns.
+    #[pyo3(signature = (place, queries, labels, gallery, gallery_labels, identity, deepest))]
+    #[allow(clippy::too_many_arguments)]
+    fn judge<'py>(
+        &self,
+        py: Python<'py>,
+        place: Where,
+        queries: &Bound<'py, PyAny>,
+        labels: &Bound<'py, PyAny>,
+        gallery: Option<&Bound<'py, PyAny>>,
+        gallery_labels: Option<&Bound<'py, PyAny>>,
+        identity: Option<&Bound<'py, PyAny>>,
+        deepest: Bound<'py, PyAny>,
+    ) -> PyResult<Worth> {
+        let deepest = positive(&[deepest])?;
+        let sides = Sides::new((queries, labels), (gallery, gallery_labels), identity)?;
+        let batch = sides.batch(false, unit_check(true))?;
+        let worth = self.compute(py, place.0, place.1, |backend| judge_batch(backend, &batch, &deepest))?;
+        Ok(worth.into_python(py))
     }
 
     /// Recall@K of rows searched among themselves where they lie; labels and lists go to the host.

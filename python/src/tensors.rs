@@ -11,10 +11,11 @@ use ndarray::ArrayView2;
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 
-use crate::context::{Context, unit_check};
 use crate::error::raise;
 use crate::input::Known;
 use crate::output::{matrix, mined};
+use crate::sides::unit_check;
+use crate::workspace::Context;
 
 /// Address of the rows and of their int64 labels, how many there are and of how many dimensions, and their type.
 pub type Place = (usize, usize, usize, usize, u8);
@@ -54,10 +55,12 @@ unsafe fn slice<'a, T>(address: usize, count: usize) -> &'a [T] {
 /// # Safety
 /// As [`view`].
 unsafe fn rows<'a>(place: Place) -> PyResult<Rows<'a>> {
-    // SAFETY: handed on to the caller, here and below.
     let embeddings = match place.4 {
+        // SAFETY: handed on to the caller.
         SINGLE => Embeddings::F32(unsafe { view::<f32>(place) }?),
+        // SAFETY: as above.
         HALF => Embeddings::F16(unsafe { view::<f16>(place) }?),
+        // SAFETY: as above.
         BRAIN => Embeddings::Bf16(unsafe { view::<bf16>(place) }?),
         _ => return Err(PyTypeError::new_err("rows of both sides must have one type")),
     };

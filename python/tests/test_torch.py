@@ -338,3 +338,44 @@ def test_recall_of_tensors_is_that_of_arrays():
     got = recall_at_k(torch.tensor(rows, requires_grad=True), torch.tensor(labels), (1, 4))
     assert got == ddtas.recall_at_k(rows, labels, (1, 4))
     assert 0 < got[1] < got[4]
+
+
+def test_what_a_gpu_has_written_is_read_as_the_processor_s_numbers():
+    from ddtas.torch.engine import Engine
+
+    class Gpu:
+        def mined(self, place):
+            return 20, 30
+
+    engine = Engine()
+    engine.on_gpu = lambda rows: (Gpu(), 0)
+    # LossScalars of kernels/params.h.
+    words = torch.zeros(14, dtype=torch.float64)
+    words[:7] = torch.tensor([1.5, -0.5, 0.25, 0.6, 0.1, 0.1, 0.01])
+    words.view(torch.int64)[7:11] = torch.tensor([5, 6, 7, 8])
+    words[12:13].view(torch.int32).fill_(-1)
+    labels = torch.tensor([0, 0, -1])
+    engine.last = words, labels
+    assert engine.found() == [*words[:7].tolist(), 5, 6, 7, 8, 20, 30, 1]
+    words[11] = 4.0
+    words[12:13].view(torch.int32)[1] = 17
+    with pytest.raises(ValueError, match="row 17 of the references has L2 norm 2.000000, not 1"):
+        engine.found()
+    words[11], words[12:13].view(torch.int32)[0] = torch.nan, 3
+    with pytest.raises(ValueError, match="row 3 of the anchors holds a value that is not finite"):
+        engine.found()
+
+
+def test_a_budget_changes_no_bit():
+    embeddings, labels = batch(300, 32)
+    small = SoftContrastiveLoss(workspace_budget=0)
+    assert small(embeddings, labels) == SoftContrastiveLoss()(embeddings, labels) > 0
+    assert pickle.loads(pickle.dumps(small))._engine.budget == 0
+    with pytest.raises(ValueError, match='check must be True, False or "wait", not 2'):
+        SoftContrastiveLoss(check=2)
+    bad = embeddings.clone()
+    bad[7] = 0
+    for check in (True, "wait"):
+        with pytest.raises(ValueError, match="row 7 of the anchors"):
+            SoftContrastiveLoss(check=check)(bad, labels)
+    small.check()

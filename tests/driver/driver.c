@@ -46,6 +46,26 @@ result cuCtxSynchronize(void) { return ask(), here(); }
 result cuStreamCreate(void **stream, unsigned flags) { return (void)flags, *stream = &primary, here(); }
 result cuStreamSynchronize(void *stream) { return ask(), (void)stream, here(); }
 result cuStreamDestroy_v2(void *stream) { return (void)stream, here(); }
+/* A stream that is captured is one that a test has named so. */
+void *fake_captured;
+int fake_waits;
+result cuStreamGetCaptureInfo_v3(void *stream, int *status, uint64_t *number, void *graph, void *nodes, void *edges,
+                                 void *count) {
+    (void)graph, (void)nodes, (void)edges, (void)count;
+    *status = fake_captured && stream == fake_captured, *number = 7;
+    return here();
+}
+result cuStreamWaitEvent(void *stream, void *event, unsigned flags) {
+    return (void)stream, (void)flags, fake_waits++, event ? here() : fail(INVALID_VALUE);
+}
+result cuEventCreate(void **event, unsigned flags) { return (void)flags, *event = &fake_waits, here(); }
+result cuEventRecord(void *event, void *stream) {
+    /* In a capture the event would be one of the graph. */
+    if (fake_captured && stream == fake_captured)
+        return fail(INVALID_VALUE);
+    return event ? here() : fail(INVALID_VALUE);
+}
+result cuEventDestroy_v2(void *event) { return (void)event, here(); }
 result cuModuleLoadData(void **module, const void *image) {
     return (void)image, *module = (void *)(uintptr_t)++images, here();
 }

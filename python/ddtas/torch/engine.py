@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import weakref
 from typing import Any
 
@@ -24,13 +25,13 @@ _engines: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary
 class Engine:
     """Where calls compute, freed with the module that has it. A copy or a pickle starts with an empty workspace."""
 
-    def __init__(self, threads: int | None) -> None:
-        self.threads = threads
-        self.host = _ddtas.Context(threads)
+    def __init__(self, threads: int | None = None, budget: int | None = None) -> None:
+        self.threads, self.budget = threads, budget
+        self.host = _ddtas.Context(threads, budget)
         # Made for the first tensor in a GPU's memory; only a build with the feature `cuda` has the type.
         self.gpu: Any = None
-        # What the last loss found: numbers, or where they will be.
-        self.last: Any = None
+        # What the last loss found: numbers, or where a GPU writes them, and the labels of the anchors.
+        self.last: list[float] | tuple[Tensor, Tensor] | None = None
         # An operator takes numbers and tensors: this stands for the engine.
         self.key = next(_keys)
         _engines[self.key] = self
@@ -40,7 +41,7 @@ class Engine:
         if not _ddtas.has_cuda:
             raise RuntimeError(_NO_CUDA)
         if self.gpu is None:
-            self.gpu = getattr(_ddtas, "CudaContext")()
+            self.gpu = getattr(_ddtas, "CudaContext")(self.budget)
         return self.gpu, torch.cuda.current_stream(rows.device).cuda_stream
 
     def found(self) -> list[float] | None:
@@ -48,14 +49,46 @@ class Engine:
 
         Raises ValueError for a bad row, which on a GPU nobody has waited for.
         """
-        found: list[float] | None = self.last
-        return found
+        if not isinstance(self.last, tuple):
+            return self.last
+        written, labels = self.last
+        words = written.cpu()
+        anchor, reference = words[12:13].view(torch.int32).tolist()
+        for name, row in (("anchors", anchor), ("references", reference)):
+            if row != _NO_ROW:
+                raise ValueError(_bad_row(name, row, float(words[11])))
+        real, whole = words.tolist(), words.view(torch.int64).tolist()
+        gpu, stream = self.on_gpu(written)
+        mined = gpu.mined((written.device.index, stream)) or (math.nan, math.nan)
+        return [*real[:7], *(float(number) for number in whole[7:11]), *mined, float((labels < 0).sum())]
+
+    def searcher(self, rows: Tensor) -> Any:
+        """What stands where a `Context` does in an evaluation, and searches on the GPU of the rows."""
+        return _Searcher(self, rows)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Engine, (self.threads,)
+        return Engine, (self.threads, self.budget)
 
 
-SHARED = Engine(None)
+_NO_ROW = -1
+
+
+def _bad_row(name: str, row: int, square_sum: float) -> str:
+    if not math.isfinite(square_sum):
+        return f"row {row} of the {name} holds a value that is not finite (NaN or infinity)"
+    return f"row {row} of the {name} has L2 norm {math.sqrt(square_sum):.6f}, not 1: normalise the embeddings first"
+
+
+class _Searcher:
+    def __init__(self, engine: Engine, rows: Tensor) -> None:
+        self.gpu, stream = engine.on_gpu(rows)
+        self.place, self.nmi = (rows.device.index, stream), engine.host.nmi
+
+    def judge(self, *given: Any) -> Any:
+        return self.gpu.judge(self.place, *given)
+
+
+SHARED = Engine()
 """For calls without a module, and for exported programs, whose module is gone."""
 
 

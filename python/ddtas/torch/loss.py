@@ -30,6 +30,9 @@ class SoftContrastiveLoss(nn.Module):
     unit length: under a gradient scaler, which expects NaN to pass through, rather than a ValueError. On a GPU nobody waits for the
     check: a bad row makes loss and gradient NaN, and `check()` or reading `statistics` raises; `check="wait"` raises at once.
 
+    `workspace_budget` is the most bytes that a loss keeps between its passes: 6 KiB for each row on the processor, 1 GiB on a GPU
+    if left out. What does not fit is computed again, with the same result.
+
     A batch without rows, or without references, has a loss of 0 and a gradient of zeros.
 
     `statistics` holds what the last call mined: active anchors, pairs, tolerances, mean similarities, how many rows had a
@@ -53,6 +56,7 @@ class SoftContrastiveLoss(nn.Module):
         normalize_embeddings: bool = True,
         check: Check = True,
         threads: int | None = None,
+        workspace_budget: int | None = None,
         **others: Any,
     ) -> None:
         super().__init__()
@@ -68,7 +72,7 @@ class SoftContrastiveLoss(nn.Module):
         self.normalize_embeddings = normalize_embeddings
         self._check = WAITED_FOR if check == "wait" else CHECKED if check else UNCHECKED
         self._warned: set[str] = set()
-        self._engine = Engine(threads)
+        self._engine = Engine(threads, workspace_budget)
 
     def forward(
         self,
@@ -172,7 +176,9 @@ class SoftContrastiveLoss(nn.Module):
             return {}
         self._warn(last)
         found = dict(zip(STATISTICS, last))
-        whole = {name: int(found[name]) for name in ("active", "positives", "negatives", "ignored")}
+        whole = {name: found[name] for name in ("active", "positives", "negatives", "ignored")}
+        # Of a graph that was replayed nobody knows the pairs.
+        whole = {name: int(value) if value == value else value for name, value in whole.items()}
         real = {name: found[name] for name in ("gamma_pos", "gamma_neg", "mean_pos", "mean_neg")}
         return whole | real | {"spread": _spread(last)}
 

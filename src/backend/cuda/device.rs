@@ -5,6 +5,7 @@ use std::ffi::c_void;
 use cudarc::driver::{result, sys};
 
 use super::driver::{self, Kept, Primary, Stream, check};
+use super::follow::{Event, capture_of};
 use super::module::Module;
 use crate::backend::device::{Device, Kernel, LaunchPlan, Params};
 use crate::{Error, Result};
@@ -13,7 +14,9 @@ use crate::{Error, Result};
 ///
 /// Fields are dropped in this order: the stream waits for the kernels, then the kernels go.
 pub struct CudaDevice {
-    stream: Stream,
+    pub(super) stream: Stream,
+    /// Behind what was issued last.
+    pub(super) issued: Event,
     module: Module,
     context: Primary,
     multiprocessors: u32,
@@ -68,15 +71,16 @@ impl CudaDevice {
 
     fn with(context: Primary, stream: Stream) -> Result<Self> {
         let module = Module::load(context.clone())?;
+        let issued = Event::new(context.clone())?;
         let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let count = check("cuDeviceGetAttribute", context.attribute(attribute))?;
         let multiprocessors = u32::try_from(count).unwrap_or(1).max(1);
         let (major, _) = check("cuDeviceGetAttribute", context.compute_capability())?;
-        Ok(Self { stream, module, context, multiprocessors, hopper: major == 9 })
+        Ok(Self { stream, issued, module, context, multiprocessors, hopper: major == 9 })
     }
 
     /// Makes the context current in the calling thread for a call; then the caller's is again.
-    fn enter(&self) -> Result<Kept> {
+    pub(super) fn enter(&self) -> Result<Kept> {
         self.context.enter()
     }
 }
@@ -104,6 +108,16 @@ impl Device for CudaDevice {
 
     fn has_warpgroup_products(&self) -> bool {
         self.hopper
+    }
+
+    fn may_allocate(&self) -> Result<()> {
+        let _kept = self.enter()?;
+        if capture_of(self.stream.raw())?.is_some() {
+            let reason =
+                "memory cannot be had while a graph is captured: call it once with this shape before";
+            return Err(Error::Unavailable(reason.into()));
+        }
+        Ok(())
     }
 
     fn allocate(&mut self, bytes: usize) -> Result<CudaBuffer> {

@@ -200,6 +200,18 @@ impl Stream {
         Self { raw: raw.cast(), owned: false, context }
     }
 
+    /// Takes the caller's stream in the place of this one.
+    ///
+    /// # Safety
+    /// As [`borrowed`](Self::borrowed).
+    pub(super) unsafe fn borrow(&mut self, raw: sys::CUstream) {
+        if self.owned {
+            // SAFETY: handed on to the caller.
+            *self = unsafe { Self::borrowed(self.context.clone(), raw.cast()) };
+        }
+        self.raw = raw;
+    }
+
     pub(super) fn raw(&self) -> sys::CUstream {
         self.raw
     }
@@ -218,10 +230,13 @@ impl Drop for Stream {
     fn drop(&mut self) {
         // Nobody is left to hear of an error.
         let Ok(_kept) = self.context.enter() else { return };
-        let _ = self.synchronize();
         if self.owned {
+            let _ = self.synchronize();
             // SAFETY: created in `new`, and nothing can use it after this.
             let _ = unsafe { result::stream::destroy(self.raw) };
+        } else {
+            // The caller's stream may be gone.
+            let _ = self.context.synchronize();
         }
     }
 }

@@ -7,6 +7,7 @@
 
 mod device;
 mod driver;
+mod follow;
 mod module;
 
 pub use device::{CudaBuffer, CudaDevice};

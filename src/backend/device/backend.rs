@@ -60,6 +60,11 @@ impl<D: Device> DeviceBackend<D> {
         &self.device
     }
 
+    /// The device, to be told which stream to work on.
+    pub fn device_mut(&mut self) -> &mut D {
+        &mut self.device
+    }
+
     pub(super) fn precision(&self, rows: &Rows<'_>) -> Precision {
         Precision::of(&rows.embeddings, self.options.exact)
     }

@@ -112,6 +112,14 @@ pub trait Device: Send {
     /// [`Error::Device`](crate::Error::Device) if the device refuses.
     fn fill(&mut self, buffer: &mut Self::Buffer, offset: usize, bytes: usize, value: u8) -> Result<()>;
 
+    /// Whether memory may be allocated and freed now.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`](crate::Error::Unavailable) while what is issued is captured, not run.
+    fn may_allocate(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Says that kernels may touch these regions of the buffer and nothing between them.
     /// A device that can watch for it does.
     fn watch(&mut self, buffer: &Self::Buffer, regions: &[Region]) {

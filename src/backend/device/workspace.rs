@@ -64,6 +64,7 @@ impl<D: Device> Workspace<D> {
         }
         let large_enough = |buffer: &D::Buffer| device.bytes(buffer) >= layout.bytes();
         if !self.buffer.as_ref().is_some_and(large_enough) {
+            device.may_allocate()?;
             // Freed first: both at once may not fit.
             self.buffer = None;
             self.buffer = Some(device.allocate(layout.bytes())?);

@@ -1,0 +1,153 @@
+//! The loss of tensors in a GPU's memory by their addresses, issued and not waited for: what `ddtas.torch` calls there.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use ddtas::Error;
+use ddtas::backend::cuda::{CudaBackend, CudaDevice};
+use ddtas::backend::device::{
+    Options, ResidentBatch, ResidentIdentity, ResidentPart, ResidentRows, ResidentSettings, ResidentType,
+};
+use ddtas::process::PerProcess;
+use pyo3::exceptions::PyTypeError;
+use pyo3::prelude::*;
+
+use crate::settings::Settings;
+use crate::sides::unit_check;
+
+/// Address of the rows and of their int64 labels, how many there are and of how many dimensions, their type, and the address
+/// of the gradient, or 0.
+pub type Place = (usize, usize, usize, usize, u8, usize);
+
+/// A GPU's number, and a stream there.
+pub type Where = (usize, usize);
+
+/// What a workspace is for: calls that run as they are issued, or those of a graph, which must find it as they left it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Purpose {
+    Calls(usize),
+    Graph(usize, u64),
+}
+
+/// Workspaces on GPUs: one for each GPU, and one for each graph that was captured there.
+pub struct Spaces {
+    budget: Option<usize>,
+    /// A forked process has none of its parent's: the driver refuses it, with a line that says so. The lock is held for a
+    /// look-up, never for a computation.
+    found: PerProcess<Mutex<HashMap<Purpose, Arc<Mutex<CudaBackend>>>>>,
+}
+
+impl Spaces {
+    pub fn new(budget: Option<usize>) -> Self {
+        Self { budget, found: PerProcess::empty() }
+    }
+
+    /// Runs `work` in a workspace of that GPU, behind what was issued there before, on `stream`.
+    pub fn compute<T>(
+        &self,
+        (ordinal, stream): Where,
+        work: impl FnOnce(&mut CudaBackend) -> ddtas::Result<T>,
+    ) -> ddtas::Result<T> {
+        let stream: *mut c_void = std::ptr::with_exposed_provenance_mut(stream);
+        let space = self.space(ordinal, stream)?;
+        let mut backend = lock(&space);
+        // SAFETY: torch's current stream of that GPU, which lives while the call is made; `mark` ends the need of it.
+        unsafe { backend.device_mut().follow(stream) }?;
+        let done = work(&mut backend);
+        backend.device_mut().mark()?;
+        done
+    }
+
+    fn space(&self, ordinal: usize, stream: *mut c_void) -> ddtas::Result<Arc<Mutex<CudaBackend>>> {
+        // SAFETY: as in `compute`.
+        let capture = unsafe { CudaDevice::capture(ordinal, stream) }?;
+        let found = self.found.get_or_make(|| Ok::<_, Error>(Mutex::default()))?;
+        let mut found = lock(found);
+        let calls = Purpose::Calls(ordinal);
+        let purpose = capture.map_or(calls, |graph| Purpose::Graph(ordinal, graph));
+        if let Some(space) = found.get(&purpose) {
+            return Ok(space.clone());
+        }
+        let space = match (capture, found.remove(&calls)) {
+            // What the calls have filled is the graph's from now on: a replay must not meet another call's.
+            (Some(_), Some(space)) => space,
+            (Some(_), None) => {
+                let reason =
+                    "no memory can be had while a graph is captured: call it once with this shape before";
+                return Err(Error::Unavailable(reason.into()));
+            }
+            (None, _) => {
+                // SAFETY: as in `compute`.
+                let device = unsafe { CudaDevice::on_stream(ordinal, stream) }?;
+                let default = Options::default();
+                let budget = self.budget.unwrap_or(default.budget);
+                Arc::new(Mutex::new(CudaBackend::new(device, Options { budget, ..default })))
+            }
+        };
+        found.insert(purpose, space.clone());
+        Ok(space)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn side((embeddings, labels, count, _, _, gradient): Place) -> ResidentRows {
+    ResidentRows { count, embeddings: embeddings as u64, labels: labels as u64, gradient: gradient as u64 }
+}
+
+/// A loss to be issued.
+pub struct Issued {
+    part: ResidentPart,
+    settings: ResidentSettings,
+    scalars: u64,
+}
+
+impl Issued {
+    /// `identity`: the address of a uint32 for each anchor, or 0; `lambdas`: that of both thresholds in float64, or 0.
+    pub fn new(
+        sides: &[Place],
+        (identity, lambdas, scalars): (usize, usize, usize),
+        settings: &Settings,
+        check: bool,
+    ) -> PyResult<Self> {
+        let (anchors, references) = match sides {
+            [anchors] => (anchors, None),
+            [anchors, references] if (anchors.3, anchors.4) == (references.3, references.4) => {
+                (anchors, Some(*references))
+            }
+            _ => return Err(PyTypeError::new_err("rows of both sides must have one type and one dimension")),
+        };
+        let dtype = match anchors.4 {
+            0 => ResidentType::F32,
+            1 => ResidentType::F16,
+            2 => ResidentType::Bf16,
+            _ => {
+                return Err(PyTypeError::new_err("embeddings on a GPU must be float32, float16 or bfloat16"));
+            }
+        };
+        let identity = match identity {
+            0 => ResidentIdentity::ByValue,
+            address => ResidentIdentity::List(address as u64),
+        };
+        let batch = ResidentBatch {
+            dim: anchors.3,
+            dtype,
+            anchors: side(*anchors),
+            references: references.map(side),
+            check: unit_check(check),
+        };
+        let part = ResidentPart { batch, identity, total: anchors.2 };
+        let settings = ResidentSettings { settings: settings.to_library()?, lambda: lambdas as u64 };
+        Ok(Self { part, settings, scalars: scalars as u64 })
+    }
+
+    /// # Safety
+    /// As [`CudaBackend::enqueue_loss`].
+    pub unsafe fn issue(&self, backend: &mut CudaBackend) -> ddtas::Result<()> {
+        // SAFETY: handed on to the caller.
+        unsafe { backend.enqueue_loss(&self.part, &self.settings, self.scalars) }
+    }
+}
