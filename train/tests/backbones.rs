@@ -162,4 +162,8 @@ fn feature_maps_have_the_fields_shapes() {
             assert_eq!(map.dims(), [1, features, side, side], "{kind:?} at {size}");
         }
     }
+    let network = Backbone::new(&shape(BackboneKind::VitS16), &device);
+    let images = Tensor::random([1, 3, 96, 64], Distribution::Normal(0.0, 1.0), &device);
+    let Features::Tokens(tokens) = network.forward(images, Normalise::Running) else { panic!("no tokens") };
+    assert_eq!(tokens.dims(), [1, 1 + 6 * 4, 384]);
 }
