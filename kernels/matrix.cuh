@@ -18,13 +18,6 @@ DEVICE Range split_range(uint32_t tiles, uint32_t split, uint32_t splits) {
                  static_cast<uint32_t>(static_cast<uint64_t>(tiles) * (split + 1) / splits)};
 }
 
-// 16 bytes of a row.
-template <class Element>
-struct alignas(16) Granule {
-    static constexpr int count = 16 / sizeof(Element);
-    Element values[count];
-};
-
 // Rows of M that a block has.
 template <class Numbers>
 constexpr uint32_t kMatrixRows = sizeof(typename Numbers::Element) == 2 ? GRADIENT_ROWS_16BIT : GRADIENT_ROWS_32BIT;

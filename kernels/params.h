@@ -37,10 +37,12 @@
 #define SWEEP_HOPPER_SHARED_BYTES                                                                                       \
     ((SWEEP_HOPPER_RESIDENT + SWEEP_HOPPER_STAGES) * TILE * STAGE_BYTES + 2 * (SWEEP_HOPPER_STAGED * 4 + TILE * 12 + 32) + \
      12 * 8)
-/* Keys that one block sorts. */
-#define ORDER_TILE 1024
+/* Keys that one block sorts, and sorted runs that one launch merges into one; powers of two. */
+#define ORDER_TILE 2048
+#define ORDER_RUNS 32
 #define RETRIEVAL_SHARED_BYTES (SIMILARITY_STAGES_BYTES + TILE * 8)
-#define ORDER_SHARED_BYTES (ORDER_TILE * 12)
+/* A key of 12 bytes each, with a gap behind every 8. */
+#define ORDER_SHARED_BYTES ((ORDER_TILE + ORDER_TILE / 8) * 12)
 /* Bounds, ranges, counts and sums of the 128 rows and 128 columns of a tile. */
 #define SELECT_SHARED_BYTES (TILE * (2 * (8 + 8 + 32) + 8))
 /* Of stored candidates also the places of so many, and a count a warp. */
@@ -249,20 +251,39 @@ typedef struct ReportParams {
     uint64_t *totals;            /* [2], n_neg of the probe and N_pos, of these anchors; or null */
 } ReportParams;
 
-/* order_tiles: sorts ORDER_TILE keys a block. order_merge: their place among all. */
+/* Words that are 0 when a loss begins. */
+typedef struct Zeroed {
+    uint32_t *words;
+    uint64_t count;
+} Zeroed;
+#define ZEROED 8
+
+/* order_tiles: sorts ORDER_TILE keys a block, and begins the loss: counters and sums that later passes count up in. */
 typedef struct OrderParams {
     const int64_t *labels;       /* [count], original order */
     uint32_t count;
-    uint32_t tiles;              /* ceil(count / ORDER_TILE) */
-    uint64_t *sorted_labels;     /* [tiles * ORDER_TILE], sorted within each tile */
-    uint32_t *sorted_indices;
-    uint64_t *keys;              /* [count], labels in class order; ignored ones are UINT64_MAX */
-    uint32_t *order;             /* [count] */
-    uint32_t *valid;             /* out: rows that are not ignored, counted up from 0 */
+    uint32_t reserved;
+    uint64_t *keys;              /* [count], labels sorted within each tile; ignored ones are UINT64_MAX */
+    uint32_t *order;             /* [count], their original indices */
+    uint32_t *valid;             /* out: rows that are not ignored; null where tiles are merged, which counts them */
     uint32_t *valid_too;         /* out, the same for the other side; null in the rectangular form */
+    Counters *counters;          /* null where another launch begins them */
+    Zeroed zeroed[ZEROED];
 } OrderParams;
 
-/* prepare: rows into class order with zero padding, and their norms checked. One block a row tile. */
+/* order_merge: the place of each key of ORDER_RUNS sorted runs among all of theirs. A thread a key. */
+typedef struct MergeParams {
+    const uint64_t *from_keys;   /* [count], sorted within each run */
+    const uint32_t *from_order;
+    uint64_t *keys;              /* [count], sorted within each ORDER_RUNS runs */
+    uint32_t *order;
+    uint32_t count;
+    uint32_t run;                /* keys of a run, a power of two; the last one may have fewer */
+    uint32_t *valid;             /* counted up from 0, by the last launch; otherwise null */
+    uint32_t *valid_too;         /* the same for the other side; null in the rectangular form */
+} MergeParams;
+
+/* prepare: rows into class order with zero padding, and what is known of each by itself. One block a row tile. */
 typedef struct PrepareParams {
     const void *input;           /* [count, dim], original order */
     void *rows;                  /* as in Side */
@@ -273,27 +294,16 @@ typedef struct PrepareParams {
     uint32_t stride;
     uint32_t check;              /* whether norms are checked */
     double norm_tolerance;
-    double *square_sums;         /* [count], original order */
+    double *square_sums;         /* [count], original order; written for rows that may be bad */
     uint32_t *bad;               /* smallest index of a bad row */
     float *column_sums;          /* [tiles, stride], sums of the valid rows of each tile; null: not wanted */
-} PrepareParams;
-
-/* duplicate_bounds: (1 - 1e-6) |e|^2 of each row, multiplied as S is. One block a row tile. */
-typedef struct DuplicateParams {
-    const void *rows;            /* as in Side */
-    float *bounds;               /* [tiles * TILE] */
-    uint32_t stride;
-    uint32_t reserved;
-} DuplicateParams;
-
-/* classes: where each anchor's class stands among the references. */
-typedef struct ClassesParams {
-    const uint64_t *anchor_keys;
+    float *duplicate;            /* as in Side: (1 - 1e-6) |e|^2, multiplied as S is; null: not wanted */
+    const uint64_t *keys;        /* [count], in class order; null: no classes are wanted */
     const uint64_t *reference_keys;
-    ClassRange *classes;
-    uint32_t anchors;
+    ClassRange *classes;         /* [count], where each row's class stands among the references */
     uint32_t references;
-} ClassesParams;
+    uint32_t reserved;
+} PrepareParams;
 
 /* same_class, sweep, select_stored, select_recomputed. */
 typedef struct PairsParams {

@@ -104,6 +104,13 @@ using HalfBf16 = Narrow<Bf16>;
     KERNEL(name##_f16, Params, blocks) { name##_body<HalfF16>(p); }   \
     KERNEL(name##_bf16, Params, blocks) { name##_body<HalfBf16>(p); }
 
+// 16 bytes of a row.
+template <class Element>
+struct alignas(16) Granule {
+    static constexpr int count = 16 / sizeof(Element);
+    Element values[count];
+};
+
 // The place of granule `granule` of row `row` in a stage.
 DEVICE uint32_t swizzled(uint32_t row, uint32_t granule) {
     return row * STAGE_BYTES + ((granule ^ (row % 8)) << 4);

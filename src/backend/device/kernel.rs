@@ -7,12 +7,12 @@ use super::Precision;
 pub enum Kernel {
     /// order.cu: sorts the labels of one tile.
     OrderTiles,
-    /// order.cu: places each label among all.
+    /// order.cu: merges what is sorted.
     OrderMerge,
-    /// order.cu: rows into class order, norms checked.
+    /// prepare.cu: rows into class order, norms checked, classes, and what a positive of each row must stay below.
     Prepare(Precision),
-    /// order.cu: where each anchor's class stands among the references.
-    Classes,
+    /// The same on Hopper's warpgroup products; 16-bit types only.
+    PrepareHopper(Precision),
     /// steps.cu: the position of each of the caller's rows.
     InvertOrder,
     /// steps.cu: which reference is each anchor itself.
@@ -21,10 +21,6 @@ pub enum Kernel {
     TakeNumbers,
     /// steps.cu: numbers of anchors that a step found.
     ReportNumbers,
-    /// similarity.cu: what a positive of each row must stay below.
-    DuplicateBounds(Precision),
-    /// The same on Hopper's warpgroup products; 16-bit types only.
-    DuplicateBoundsHopper(Precision),
     /// similarity.cu: m+ of every anchor.
     SameClass(Precision),
     /// The same on Hopper's warpgroup products; 16-bit types only.
@@ -83,13 +79,11 @@ impl Kernel {
             Self::OrderTiles => "order_tiles",
             Self::OrderMerge => "order_merge",
             Self::Prepare(precision) => precise!(precision, "prepare"),
-            Self::Classes => "classes",
+            Self::PrepareHopper(precision) => precise!(precision, "prepare_hopper"),
             Self::InvertOrder => "invert_order",
             Self::Identity => "identity",
             Self::TakeNumbers => "take_numbers",
             Self::ReportNumbers => "report_numbers",
-            Self::DuplicateBounds(precision) => precise!(precision, "duplicate_bounds"),
-            Self::DuplicateBoundsHopper(precision) => precise!(precision, "duplicate_bounds_hopper"),
             Self::SameClassHopper(precision) => precise!(precision, "same_class_hopper"),
             Self::SameClass(precision) => precise!(precision, "same_class"),
             Self::Sweep(precision) => precise!(precision, "sweep"),

@@ -9,11 +9,11 @@ use bytemuck::{cast_slice, cast_slice_mut};
 use ndarray::Array2;
 
 use super::params::{
-    ClassRange, ClassesParams, Counters, DuplicateParams, GradientParams, GradientSumParams, IdentityParams,
-    InvertParams, LossScalars, ORDER_TILE, OrderParams, Pairs, PairsParams, PrepareParams, RowNumbers,
-    RowSame, RowSums, RowWeights, Settings, Side, TILE, WaysParams, WeighParams,
+    ClassRange, Counters, GradientParams, GradientSumParams, IdentityParams, InvertParams, LossScalars,
+    MergeParams, OrderParams, Pairs, PairsParams, PrepareParams, RowNumbers, RowSame, RowSums, RowWeights,
+    Settings, Side, TILE, WaysParams, WeighParams, ZEROED, Zeroed,
 };
-use super::plan::{Shape, order_tiles, sum_scale, term_limit, tiles};
+use super::plan::{Shape, order_runs, sum_scale, term_limit, tiles};
 use super::workspace::{Layout, Region};
 use super::{Device, DeviceBackend, Kernel, Params};
 use crate::backend::step::Step;
@@ -32,10 +32,11 @@ pub(super) const NO_ROW: u32 = u32::MAX;
 pub(super) struct SideRegions {
     input: Region,
     labels: Region,
-    sorted_labels: Region,
-    sorted_indices: Region,
     keys: Region,
     pub(super) order: Region,
+    /// What the merges of the class order go to and fro between.
+    run_keys: Region,
+    run_order: Region,
     pub(super) rows: Region,
     pub(super) square_sums: Region,
     duplicate: Region,
@@ -153,6 +154,15 @@ impl LossLayout {
         }
     }
 
+    /// What a loss begins with as 0.
+    fn zeroed(&self, base: u64) -> [Zeroed; ZEROED as usize] {
+        let mut all = [Zeroed { words: std::ptr::null_mut(), count: 0 }; ZEROED as usize];
+        for (zeroed, region) in all.iter_mut().zip([self.max_neg, self.sums, self.columns, self.totals]) {
+            *zeroed = Zeroed { words: pointer(base, region), count: (region.bytes / size_of::<u32>()) as u64 };
+        }
+        all
+    }
+
     fn stores_everything(&self) -> bool {
         self.capacity == (TILE * TILE) as usize
     }
@@ -167,7 +177,7 @@ impl LossLayout {
     ) -> SideRegions {
         let (count, _) = shape.sides(of_references);
         let (padded, stride) = (tiles(count) * TILE as usize, shape.stride());
-        let keys = order_tiles(count) * ORDER_TILE as usize;
+        let merged = if order_runs(count).next().is_some() { count } else { 0 };
         let splits = match shape.splits(of_references, multiprocessors) {
             1 => 0,
             several => several,
@@ -178,10 +188,10 @@ impl LossLayout {
         SideRegions {
             input: layout.region::<u8>(if_copied(count * shape.dim * shape.precision.bytes())),
             labels: layout.region::<i64>(if_copied(count)),
-            sorted_labels: layout.region::<u64>(keys),
-            sorted_indices: layout.region::<u32>(keys),
             keys: layout.region::<u64>(count),
             order: layout.region::<u32>(count),
+            run_keys: layout.region::<u64>(merged),
+            run_order: layout.region::<u32>(merged),
             rows: layout.region::<u8>(padded * stride * shape.precision.bytes()),
             square_sums: layout.region::<f64>(count),
             duplicate: layout.region::<f32>(padded),
@@ -354,7 +364,7 @@ impl<D: Device> DeviceBackend<D> {
         Ok(())
     }
 
-    /// Lays out the workspace and zeroes what the passes count up in.
+    /// Lays out the workspace; the first kernel zeroes what the passes count up in.
     pub(super) fn begin(
         &mut self,
         shape: Shape,
@@ -363,13 +373,7 @@ impl<D: Device> DeviceBackend<D> {
     ) -> Result<Remembered> {
         let layout = LossLayout::new(&shape, self.options.budget, self.device.multiprocessors(), resident);
         let Self { device, loss, .. } = self;
-        let buffer = loss.lay(device, &layout.layout)?;
-        for region in [layout.max_neg, layout.sums, layout.counters] {
-            device.fill(buffer, region.offset, region.bytes, 0)?;
-        }
-        // NO_ROW in both fields, which are the last two.
-        let bad = offset_of!(Counters, bad_anchor);
-        device.fill(buffer, layout.counters.offset + bad, 2 * size_of::<u32>(), 0xff)?;
+        loss.lay(device, &layout.layout)?;
         Ok(Remembered {
             shape,
             layout,
@@ -488,6 +492,64 @@ fn upload_rows<D: Device>(
     device.upload(buffer, regions.labels.offset, cast_slice(rows.labels))
 }
 
+/// What the sort of one side's labels needs.
+struct OrderedSide<'a> {
+    regions: &'a SideRegions,
+    labels: u64,
+    of_references: bool,
+    valid: *mut u32,
+    valid_too: *mut u32,
+}
+
+/// One side's labels into class order; with `zeroed` the loss begins there.
+fn sort<D: Device>(
+    launcher: &mut Launcher<'_, D>,
+    base: u64,
+    loss: &Remembered,
+    side: &OrderedSide<'_>,
+    zeroed: Option<[Zeroed; ZEROED as usize]>,
+) -> Result<()> {
+    let regions = side.regions;
+    let count = loss.shape.sides(side.of_references).0 as u32;
+    let runs: Vec<usize> = order_runs(count as usize).collect();
+    let [keys, run_keys] = [regions.keys, regions.run_keys].map(|region| pointer::<u64>(base, region));
+    let [order, run_order] = [regions.order, regions.run_order].map(|region| pointer::<u32>(base, region));
+    // To and fro, so that the last one writes where the order is wanted.
+    let place = |left: usize| if left.is_multiple_of(2) { (keys, order) } else { (run_keys, run_order) };
+    let valid = |left: usize| match left {
+        0 => (side.valid, side.valid_too),
+        _ => (std::ptr::null_mut(), std::ptr::null_mut()),
+    };
+    let nothing = Zeroed { words: std::ptr::null_mut(), count: 0 };
+    let tiles = OrderParams {
+        labels: side.labels as usize as *const i64,
+        count,
+        reserved: 0,
+        keys: place(runs.len()).0,
+        order: place(runs.len()).1,
+        valid: valid(runs.len()).0,
+        valid_too: valid(runs.len()).1,
+        counters: zeroed.map_or(std::ptr::null_mut(), |_| pointer(base, loss.layout.counters)),
+        zeroed: zeroed.unwrap_or([nothing; ZEROED as usize]),
+    };
+    launcher.launch(Kernel::OrderTiles, side.of_references, &tiles)?;
+    for (merge, &run) in runs.iter().enumerate() {
+        let left = runs.len() - merge - 1;
+        let merge = MergeParams {
+            from_keys: place(left + 1).0,
+            from_order: place(left + 1).1,
+            keys: place(left).0,
+            order: place(left).1,
+            count,
+            run: run as u32,
+            valid: valid(left).0,
+            valid_too: valid(left).1,
+        };
+        launcher.launch(Kernel::OrderMerge, side.of_references, &merge)?;
+    }
+    Ok(())
+}
+
 /// Class order of both sides, prepared rows, class ranges.
 pub(super) fn issue_order<D: Device>(
     launcher: &mut Launcher<'_, D>,
@@ -503,54 +565,44 @@ pub(super) fn issue_order<D: Device>(
     let valid =
         [counter(offset_of!(Counters, valid_anchors)), counter(offset_of!(Counters, valid_references))];
     let bad = [counter(offset_of!(Counters, bad_anchor)), counter(offset_of!(Counters, bad_reference))];
-    let sides = if square { 1 } else { 2 };
-    for (index, regions) in [&layout.anchors, &layout.references].into_iter().take(sides).enumerate() {
-        let of_references = index == 1;
-        let (count, _) = shape.sides(of_references);
-        let order = OrderParams {
-            labels: ends[index].labels as usize as *const i64,
-            count: count as u32,
-            tiles: order_tiles(count) as u32,
-            sorted_labels: pointer(base, regions.sorted_labels),
-            sorted_indices: pointer(base, regions.sorted_indices),
-            keys: pointer(base, regions.keys),
-            order: pointer(base, regions.order),
-            valid: valid[index],
+    let sides: &[usize] = if square { &[0] } else { &[0, 1] };
+    let regions = [&layout.anchors, &layout.references];
+    for &side in sides {
+        let zeroed = (side == 0).then(|| layout.zeroed(base));
+        let side = OrderedSide {
+            regions: regions[side],
+            labels: ends[side].labels,
+            of_references: side == 1,
+            valid: valid[side],
             valid_too: if square { valid[1] } else { std::ptr::null_mut() },
         };
-        launcher.launch(Kernel::OrderTiles, of_references, &order)?;
-        launcher.launch(Kernel::OrderMerge, of_references, &order)?;
+        sort(launcher, base, loss, &side, zeroed)?;
+    }
+    // An anchor's class is a range of references, which are in order now.
+    for &side in sides {
+        let of_anchors = side == 0;
         let prepare = PrepareParams {
-            input: ends[index].rows as usize as *const std::ffi::c_void,
-            rows: pointer(base, regions.rows),
-            order: pointer::<u32>(base, regions.order),
-            valid: valid[index],
-            count: count as u32,
+            input: ends[side].rows as usize as *const std::ffi::c_void,
+            rows: pointer(base, regions[side].rows),
+            order: pointer::<u32>(base, regions[side].order),
+            valid: valid[side],
+            count: shape.sides(!of_anchors).0 as u32,
             dim: shape.dim as u32,
             stride: shape.stride() as u32,
             check: u32::from(check.check == UnitCheck::Check),
             norm_tolerance: check.tolerance,
-            square_sums: pointer(base, regions.square_sums),
-            bad: bad[index],
-            column_sums: pointer(base, regions.column_sums),
-        };
-        launcher.launch(Kernel::Prepare(precision), of_references, &prepare)?;
-        let duplicate = DuplicateParams {
-            rows: prepare.rows,
-            bounds: pointer(base, regions.duplicate),
-            stride: prepare.stride,
+            square_sums: pointer(base, regions[side].square_sums),
+            bad: bad[side],
+            column_sums: pointer(base, regions[side].column_sums),
+            duplicate: pointer(base, regions[side].duplicate),
+            keys: if of_anchors { pointer::<u64>(base, layout.anchors.keys) } else { std::ptr::null_mut() },
+            reference_keys: pointer::<u64>(base, layout.references.keys),
+            classes: pointer(base, layout.classes),
+            references: shape.reference_count() as u32,
             reserved: 0,
         };
-        launcher.launch(Kernel::DuplicateBounds(precision), of_references, &duplicate)?;
+        launcher.launch(Kernel::Prepare(precision), !of_anchors, &prepare)?;
     }
-    let classes = ClassesParams {
-        anchor_keys: pointer::<u64>(base, layout.anchors.keys),
-        reference_keys: pointer::<u64>(base, layout.references.keys),
-        classes: pointer(base, layout.classes),
-        anchors: shape.anchors as u32,
-        references: shape.reference_count() as u32,
-    };
-    launcher.launch(Kernel::Classes, false, &classes)?;
     if !shape.identity {
         return Ok(());
     }

@@ -18,9 +18,8 @@ macro_rules! kernel_parameters {
 
 kernel_parameters!(
     OrderParams,
+    MergeParams,
     PrepareParams,
-    ClassesParams,
-    DuplicateParams,
     InvertParams,
     IdentityParams,
     TakeParams,

@@ -3,7 +3,7 @@
 use super::params::{
     GRADIENT_COLUMNS, GRADIENT_HOPPER_SHARED_BYTES, GRADIENT_HOPPER_THREADS, GRADIENT_ROWS_16BIT,
     GRADIENT_ROWS_32BIT, GRADIENT_STAGES_BYTES, HOPPER_SHARED_BYTES, LISTS_COLUMNS, LISTS_ROWS,
-    LISTS_SHARED_BYTES, ORDER_SHARED_BYTES, ORDER_TILE, RETRIEVAL_SHARED_BYTES, RETRIEVAL_SLACK,
+    LISTS_SHARED_BYTES, ORDER_RUNS, ORDER_SHARED_BYTES, ORDER_TILE, RETRIEVAL_SHARED_BYTES, RETRIEVAL_SLACK,
     SELECT_STORED_SHARED_BYTES, SIMILARITY_STAGES_BYTES, STAGE_BYTES, SUM_SHARED_BYTES,
     SWEEP_HOPPER_SHARED_BYTES, SWEEP_HOPPER_THREADS, SWEEP_SHARED_BYTES, THREADS, TILE, TILE_MASK_WORDS,
 };
@@ -38,9 +38,10 @@ pub(super) fn tiles(rows: usize) -> usize {
     rows.div_ceil(TILE as usize)
 }
 
-/// Tiles one kernel sorts for the class order.
-pub(super) fn order_tiles(rows: usize) -> usize {
-    rows.div_ceil(ORDER_TILE as usize)
+/// Keys of the runs that each merge of the class order begins with; none where one block sorts all of them.
+pub(super) fn order_runs(rows: usize) -> impl Iterator<Item = usize> {
+    let longer = |run: &usize| Some(run * ORDER_RUNS as usize);
+    std::iter::successors(Some(ORDER_TILE as usize), longer).take_while(move |&run| run < rows)
 }
 
 /// Elements between two prepared rows: whole pipeline stages.
@@ -157,7 +158,7 @@ impl Shape {
             return kernel;
         }
         match kernel {
-            Kernel::DuplicateBounds(precision) => Kernel::DuplicateBoundsHopper(precision),
+            Kernel::Prepare(precision) => Kernel::PrepareHopper(precision),
             Kernel::SameClass(precision) => Kernel::SameClassHopper(precision),
             Kernel::Sweep(precision) => Kernel::SweepHopper(precision),
             Kernel::SelectStored => Kernel::SelectStoredHopper,
@@ -179,15 +180,16 @@ impl Shape {
         let row_blocks = |rows: u32| own * (TILE / rows) as usize;
         let gradient_grid = [row_blocks(self.gradient_rows()), self.column_blocks(), splits];
         let (grid, shared_bytes) = match kernel {
-            Kernel::OrderTiles | Kernel::OrderMerge => {
-                ([order_tiles(self.sides(of_references).0), 1, 1], ORDER_SHARED_BYTES)
+            Kernel::OrderTiles => {
+                ([self.sides(of_references).0.div_ceil(ORDER_TILE as usize), 1, 1], ORDER_SHARED_BYTES)
             }
-            Kernel::Prepare(_) | Kernel::ThresholdPrepare(_) | Kernel::GradientSum => ([own, 1, 1], 0),
-            Kernel::Classes | Kernel::Identity | Kernel::ReportNumbers => (threads_for(self.anchors), 0),
+            Kernel::OrderMerge => (threads_for(self.sides(of_references).0), 0),
+            Kernel::ThresholdPrepare(_) | Kernel::GradientSum => ([own, 1, 1], 0),
+            Kernel::Identity | Kernel::ReportNumbers => (threads_for(self.anchors), 0),
             Kernel::InvertOrder => (threads_for(self.sides(of_references).0), 0),
             Kernel::TakeNumbers => (threads_for(self.anchors.max(self.reference_count())), 0),
-            Kernel::DuplicateBounds(_) | Kernel::SameClass(_) => ([own, 1, 1], SIMILARITY_STAGES_BYTES),
-            Kernel::DuplicateBoundsHopper(_) | Kernel::SameClassHopper(_) => {
+            Kernel::Prepare(_) | Kernel::SameClass(_) => ([own, 1, 1], SIMILARITY_STAGES_BYTES),
+            Kernel::PrepareHopper(_) | Kernel::SameClassHopper(_) => {
                 ([own, 1, 1], HOPPER_SHARED_BYTES)
             }
             Kernel::Sweep(_) => ([self.tiles(), 1, 1], SWEEP_SHARED_BYTES),
@@ -293,6 +295,18 @@ mod tests {
     }
 
     #[test]
+    fn few_launches_merge_what_is_sorted() {
+        let runs = |rows| order_runs(rows).collect::<Vec<_>>();
+        assert_eq!(runs(1), [0usize; 0]);
+        assert_eq!(runs(2_048), [0usize; 0]);
+        assert_eq!(runs(2_049), [2_048]);
+        assert_eq!(runs(65_536), [2_048]);
+        assert_eq!(runs(262_144), [2_048, 65_536]);
+        // The largest batch there is: a run still is a number of 32 bits.
+        assert_eq!(runs((1 << 31) - 128), [2_048, 65_536, 1 << 21, 1 << 26]);
+    }
+
+    #[test]
     fn rows_are_padded_to_whole_stages() {
         assert_eq!(stride(130, Precision::F32), 160);
         assert_eq!(stride(130, Precision::Bf16), 192);
@@ -327,7 +341,7 @@ mod tests {
         let shape = square(1000, 512, Precision::F32);
         for precision in [Precision::F32, Precision::Tf32, Precision::F16, Precision::Bf16] {
             for kernel in [
-                Kernel::DuplicateBounds(precision),
+                Kernel::Prepare(precision),
                 Kernel::Sweep(precision),
                 Kernel::SameClass(precision),
                 Kernel::GradientTiles(precision),
@@ -344,7 +358,7 @@ mod tests {
         for precision in [Precision::F32, Precision::Tf32, Precision::F16, Precision::Bf16] {
             let shape = square(1000, 512, precision);
             for kernel in [
-                Kernel::DuplicateBounds(precision),
+                Kernel::Prepare(precision),
                 Kernel::SameClass(precision),
                 Kernel::Sweep(precision),
                 Kernel::SelectRecomputed(precision),

@@ -142,6 +142,12 @@ impl<D: Device> DeviceBackend<D> {
                 square_sums: pointer(base, layout.square_sums[side]),
                 bad: pointer::<u32>(base + bad[side] as u64, layout.counters),
                 column_sums: std::ptr::null_mut(),
+                duplicate: std::ptr::null_mut(),
+                keys: std::ptr::null(),
+                reference_keys: std::ptr::null(),
+                classes: std::ptr::null_mut(),
+                references: 0,
+                reserved: 0,
             };
             launcher.launch(Kernel::Prepare(shape.precision), side == 1, &params)?;
         }

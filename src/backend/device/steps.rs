@@ -66,9 +66,6 @@ impl<D: Device> DeviceBackend<D> {
         let loss = Remembered { step: Some(Step::SameClass), labels, ..begun };
         let Self { device, loss: workspace, .. } = self;
         let buffer = workspace.lay(device, &loss.layout.layout)?;
-        for region in [loss.layout.columns, loss.layout.totals] {
-            device.fill(buffer, region.offset, region.bytes, 0)?;
-        }
         let input = upload(device, buffer, &loss.layout, part)?;
         let base = device.address(buffer);
         let mut launcher = Launcher { device: &mut *device, shape };
