@@ -1,4 +1,4 @@
-// gradient_hopper.cu: gradient_tiles.cu on Hopper's warpgroup products (wgmma, sm_90a); 16-bit types.
+// gradient_hopper.cu: gradient.cu on Hopper's warpgroup products (wgmma, sm_90a); 16-bit types.
 // Truth: src/loss/reference.rs. Launcher: src/backend/device/loss.rs.
 //
 // dE += M R, a block 128 rows and 256 columns of dE. Its warps have roles: two warpgroups multiply, 64 rows
@@ -8,11 +8,11 @@
 // registers. A tile of S that was not stored is recomputed by the warps that multiply, 64 columns at a time, since
 // the sums of dE leave no registers for more: its operands come through the stages, its values go back to one, and
 // half of M is built from these.
-// Rows, columns, splits and the order of every sum are those of gradient_tiles.cu.
+// Rows, columns, splits and the order of every sum are those of gradient.cu; all warps alike sum what goes by lists.
 // Sync: barriers in shared memory alone (full, empty, built, taken, valued); all roles walk the same tiles.
 
 #include "hopper.cuh"
-#include "matrix.cuh"
+#include "lists.cuh"
 
 #ifdef HAS_WARPGROUP_PRODUCTS
 
@@ -40,6 +40,7 @@ struct GradientHopperShared {
     Barrier full[GRADIENT_HOPPER_STAGES], empty[GRADIENT_HOPPER_STAGES];
     Barrier built[2], taken[2];  // of the matrices
     Barrier valued[2];           // a half of a recomputed tile's S is in its stage
+    uint32_t last, unused;       // whether this block is the last of its splits
 };
 static_assert(sizeof(GradientHopperShared) == GRADIENT_HOPPER_SHARED_BYTES, "the launch plan's shared memory");
 
@@ -207,7 +208,7 @@ DEVICE void scatter(GradientHopperShared &shared, const Turn &turn, const Words 
     }
 }
 
-constexpr uint32_t kBuildersBarrier = 1;
+constexpr uint32_t kBuildersBarrier = 1, kMultipliersBarrier = 2;
 
 // M from the values of a recomputed tile.
 template <class Numbers>
@@ -394,16 +395,36 @@ DEVICE void multiply_matrices(const GradientParams &p, GradientHopperShared &sha
         }
     }
 }
+
+// As finish_splits(), by the warps that multiply alone.
+DEVICE void finish_multiplied(const GradientParams &p, GradientHopperShared &shared, uint32_t x) {
+    if (p.splits == 1) return;
+    constexpr uint32_t threads = kMultipliers * 32;
+    warp_sync();
+    named_sync(kMultipliersBarrier, threads);
+    if (thread_index() == 0) shared.last = arrive_at(arrivals(p)) == p.splits - 1;
+    warp_sync();
+    named_sync(kMultipliersBarrier, threads);
+    if (shared.last) add_splits(p, static_cast<uint64_t>(x) * TILE, TILE, thread_index(), threads);
+}
+
+constexpr uint32_t kListsWarps = GRADIENT_HOPPER_THREADS / 32, kListsRows = (TILE + kListsWarps - 1) / kListsWarps;
+static_assert(kListsWarps * kListsRows * LISTS_COLUMNS * 4 <= sizeof(GradientHopperShared), "where the stages are");
+static_assert(LISTS_COLUMNS == GRADIENT_COLUMNS, "one grid for both");
 #endif
 
 template <class Numbers>
-DEVICE void gradient_tiles_hopper_body([[maybe_unused]] const GradientParams &p) {
+DEVICE void gradient_hopper_body([[maybe_unused]] const GradientParams &p) {
 #ifdef HAS_WARPGROUP_PRODUCTS
     SHARED_MEMORY(bytes);
     auto &shared = *reinterpret_cast<GradientHopperShared *>(bytes);
     const Pairs &pairs = p.pairs;
     uint32_t x = block_x();
-    if (p.ways[x]) return;
+    if (p.ways[x]) {
+        gradient_lists<Numbers, kListsWarps, kListsRows>(p, bytes, x, 0);
+        finish_splits(p, bytes, static_cast<uint64_t>(x) * TILE, TILE, GRADIENT_HOPPER_THREADS);
+        return;
+    }
     uint32_t first_column = block_y() * GRADIENT_COLUMNS;
     uint32_t left = pairs.stride - first_column;
     uint32_t columns = left < GRADIENT_COLUMNS ? left : GRADIENT_COLUMNS;
@@ -436,10 +457,11 @@ DEVICE void gradient_tiles_hopper_body([[maybe_unused]] const GradientParams &p)
         } else {
             multiply_matrices<Numbers, GRADIENT_COLUMNS / 8>(p, shared, walk, first_column, columns);
         }
+        finish_multiplied(p, shared, x);
     }
 #else
     trap();
 #endif
 }
-ROLE_KERNEL(gradient_tiles_hopper_f16, GradientParams, GRADIENT_HOPPER_THREADS) { gradient_tiles_hopper_body<HalfF16>(p); }
-ROLE_KERNEL(gradient_tiles_hopper_bf16, GradientParams, GRADIENT_HOPPER_THREADS) { gradient_tiles_hopper_body<HalfBf16>(p); }
+ROLE_KERNEL(gradient_hopper_f16, GradientParams, GRADIENT_HOPPER_THREADS) { gradient_hopper_body<HalfF16>(p); }
+ROLE_KERNEL(gradient_hopper_bf16, GradientParams, GRADIENT_HOPPER_THREADS) { gradient_hopper_body<HalfBf16>(p); }

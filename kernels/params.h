@@ -50,8 +50,11 @@
 #define SELECT_STORED_SHARED_BYTES (SELECT_SHARED_BYTES + SELECT_PLACES * 2 + THREADS / 32 * 4)
 /* Words that say with a bit a pair which pairs of a tile are candidates: 64 bits a thread of the sweep. */
 #define TILE_MASK_WORDS (TILE * TILE / 32)
-/* One f64 a warp, to sum over a block. */
+/* One f64 a warp, to sum over a block; of `weigh` also one for each warp and 32 columns of both sides, and a flag. */
 #define SUM_SHARED_BYTES (THREADS / 32 * 8)
+#define WEIGH_SHARED_BYTES (SUM_SHARED_BYTES + 2 * THREADS / 32 * 32 * 8 + 8)
+/* Sums that the blocks of `weigh` add up. */
+#define WEIGH_SUMS 10
 /* The tile way of the gradient: a block owns as many rows as its 128 sums a thread allow beside
  * the fragments (16-bit types; f32 needs twice the fragments), and these columns of each. Every
  * block reads the other side once for its columns: more rows, less traffic. */
@@ -64,15 +67,13 @@
 #define GRADIENT_STAGES_BYTES (4 * GRADIENT_DEPTH * GRADIENT_COLUMNS * 2)
 /* On Hopper warps have roles: 8 multiply, 3 build M, 1 copies; more threads would leave the product of 256 columns too
  * few registers (ptxas wants 154 for the whole kernel). 4 stages of half a tile's rows (32 KB), two
- * tiles of M (32 KB), the scales of the block's rows and, for each tile of M, of the other side's; 14 barriers. */
+ * tiles of M (32 KB), the scales of the block's rows and, for each tile of M, of the other side's; 14 barriers, and a flag. */
 #define GRADIENT_HOPPER_THREADS 384
 #define GRADIENT_HOPPER_STAGES 4
 #define GRADIENT_HOPPER_SHARED_BYTES \
-    (GRADIENT_HOPPER_STAGES * TILE / 2 * GRADIENT_COLUMNS * 2 + 2 * TILE * TILE * 2 + 3 * TILE * 8 + 14 * 8)
-/* Rows and columns of the gradient that one block of the list way keeps as f32. */
-#define LISTS_ROWS 64
+    (GRADIENT_HOPPER_STAGES * TILE / 2 * GRADIENT_COLUMNS * 2 + 2 * TILE * TILE * 2 + 3 * TILE * 8 + 15 * 8)
+/* Columns of the gradient that a block of the list way keeps as f32. */
 #define LISTS_COLUMNS 256
-#define LISTS_SHARED_BYTES (LISTS_ROWS * LISTS_COLUMNS * 4)
 /* References that the retrieval buffer of a query takes between two compactions. */
 #define RETRIEVAL_SLACK TILE
 /* Stands for "no row". */
@@ -171,6 +172,8 @@ typedef struct LossScalars {
     double bad_square_sum;       /* of the bad row, if there is one */
     uint32_t bad_anchor;         /* original index or NO_ROW */
     uint32_t bad_reference;
+    uint64_t mined_pos;          /* sum of |P_i| */
+    uint64_t mined_neg;          /* sum of |N_i| */
 } LossScalars;
 
 /* The pairs of one batch and everything known of them. All passes of a loss share it. */
@@ -310,7 +313,8 @@ typedef struct PairsParams {
     Pairs pairs;
 } PairsParams;
 
-/* weigh: per-row weights, then the scalars and the results in original order. One block. */
+/* weigh: per-row weights, the scalars, the results in original order, ways of the gradient. One block a row tile, of the
+ * references too where they have weights or ways. */
 typedef struct WeighParams {
     Pairs pairs;
     const float *anchor_column_sums;     /* [anchor tiles, stride] */
@@ -322,9 +326,12 @@ typedef struct WeighParams {
     float *max_neg;
     uint32_t *count_pos;
     uint32_t *count_neg;
+    double *parts;               /* [blocks, WEIGH_SUMS] */
+    uint32_t *arrived;           /* [1], 0 before and after */
+    uint8_t *ways[2];            /* [tiles] of the anchors, of the references, 1: lists; null: not wanted */
 } WeighParams;
 
-/* gradient_lists, gradient_tiles: M R for one side, M = G + G^T (square), G or G^T. */
+/* gradient: M R for one side, M = G + G^T (square), G or G^T. */
 typedef struct GradientParams {
     Pairs pairs;
     uint32_t of_references;      /* the rows of the result are the references (rectangular form) */
@@ -333,29 +340,9 @@ typedef struct GradientParams {
     uint32_t reserved;
     const uint8_t *ways;         /* [tiles of the result's side], 1: lists */
     float *partial;              /* [splits, padded_rows, stride]; with one split unused */
-    float *gradient;             /* [count, dim], original order, written where there is one split */
-} GradientParams;
-
-/* gradient_ways: which way each row tile's gradient takes, by the candidates of its tiles. */
-typedef struct WaysParams {
-    Pairs pairs;
-    uint32_t of_references;
-    uint32_t reserved;
-    uint8_t *ways;               /* [tiles of the result's side] */
-} WaysParams;
-
-/* gradient_sum: sums the splits, undoes the class order. Not launched for one split. */
-typedef struct GradientSumParams {
-    const float *partial;        /* [splits, padded_rows, stride] */
-    const uint32_t *order;
+    uint32_t *arrived;           /* [row blocks, column blocks], 0 before and after; with one split unused */
     float *gradient;             /* [count, dim], original order */
-    uint32_t splits;
-    uint32_t padded_rows;
-    uint32_t stride;
-    uint32_t count;
-    uint32_t dim;
-    uint32_t reserved;
-} GradientSumParams;
+} GradientParams;
 
 /* threshold_prepare: [edot | e] or [e | edot] as f32 rows in class order. One block a row tile. */
 typedef struct ThresholdPrepareParams {

@@ -115,6 +115,9 @@ void bulk_store_wait_read();
 // The shared memory at an address of the block's own space.
 float *shared_float(uint32_t address);
 
+// A block's arrival: what it did before is done before what those do that come later.
+uint32_t arrive_at(uint32_t *arrived);
+
 uint16_t f16_bits(float value);
 float f16_value(uint16_t bits);
 
@@ -251,6 +254,7 @@ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
     emulation::collective("mma_tf32", &one, emulation::multiply<emulation::Numbers::tf32>);
 }
 
+using emulation::arrive_at;
 using emulation::fence_proxy_async;
 // Bulk copies read global memory as it is.
 inline void fence_proxy_async_global() {}

@@ -37,18 +37,12 @@ pub enum Kernel {
     SelectRecomputed(Precision),
     /// The same on Hopper's warpgroup products; 16-bit types only.
     SelectRecomputedHopper(Precision),
-    /// select.cu: row weights, loss, results in original order.
+    /// select.cu: row weights, loss, results in original order, lists or tiles for each row tile's gradient.
     Weigh,
-    /// gradient.cu: lists or tiles, for each row block.
-    GradientWays,
-    /// gradient.cu: row blocks with few mined pairs.
-    GradientLists(Precision),
-    /// gradient_tiles.cu: the other row blocks, on tensor cores.
-    GradientTiles(Precision),
+    /// gradient.cu: the gradient of one side.
+    Gradient(Precision),
     /// gradient_hopper.cu: the same on Hopper's warpgroup products; 16-bit types only.
-    GradientTilesHopper(Precision),
-    /// gradient.cu: sums partial results into original order.
-    GradientSum,
+    GradientHopper(Precision),
     /// threshold.cu: joins rows and tangents.
     ThresholdPrepare(Precision),
     /// threshold.cu: the hyper-gradient's sums over each tile.
@@ -93,11 +87,8 @@ impl Kernel {
             Self::SelectRecomputed(precision) => precise!(precision, "select_recomputed"),
             Self::SelectRecomputedHopper(precision) => precise!(precision, "select_recomputed_hopper"),
             Self::Weigh => "weigh",
-            Self::GradientWays => "gradient_ways",
-            Self::GradientLists(precision) => precise!(precision, "gradient_lists"),
-            Self::GradientTiles(precision) => precise!(precision, "gradient_tiles"),
-            Self::GradientTilesHopper(precision) => precise!(precision, "gradient_tiles_hopper"),
-            Self::GradientSum => "gradient_sum",
+            Self::Gradient(precision) => precise!(precision, "gradient"),
+            Self::GradientHopper(precision) => precise!(precision, "gradient_hopper"),
             Self::ThresholdPrepare(precision) => precise!(precision, "threshold_prepare"),
             Self::Threshold(precision) => precise!(precision, "threshold"),
             Self::ThresholdSum => "threshold_sum",

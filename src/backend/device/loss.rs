@@ -9,9 +9,9 @@ use bytemuck::{cast_slice, cast_slice_mut};
 use ndarray::Array2;
 
 use super::params::{
-    ClassRange, Counters, GradientParams, GradientSumParams, IdentityParams, InvertParams, LossScalars,
-    MergeParams, OrderParams, Pairs, PairsParams, PrepareParams, RowNumbers, RowSame, RowSums, RowWeights,
-    Settings, Side, TILE, WaysParams, WeighParams, ZEROED, Zeroed,
+    ClassRange, Counters, GradientParams, IdentityParams, InvertParams, LossScalars, MergeParams,
+    OrderParams, Pairs, PairsParams, PrepareParams, RowNumbers, RowSame, RowSums, RowWeights, Settings, Side,
+    TILE, WEIGH_SUMS, WeighParams, ZEROED, Zeroed,
 };
 use super::plan::{Shape, order_runs, sum_scale, term_limit, tiles};
 use super::workspace::{Layout, Region};
@@ -43,6 +43,7 @@ pub(super) struct SideRegions {
     column_sums: Region,
     ways: Region,
     partial: Region,
+    arrived: Region,
     gradient: Region,
 }
 
@@ -93,6 +94,8 @@ pub(super) struct LossLayout {
     tile_values: Region,
     tile_words: Region,
     pub(super) scalars: Region,
+    weigh_parts: Region,
+    weigh_arrived: Region,
     pub(super) min_pos: Region,
     pub(super) max_neg_out: Region,
     pub(super) count_pos: Region,
@@ -145,6 +148,8 @@ impl LossLayout {
             tile_values: layout.region::<f32>(shape.tiles() * capacity),
             tile_words: layout.region::<u32>(shape.tiles() * capacity),
             scalars: layout.region::<LossScalars>(1),
+            weigh_parts: layout.region::<f64>(shape.weigh_blocks() * WEIGH_SUMS as usize),
+            weigh_arrived: layout.region::<u32>(1),
             min_pos: layout.region::<f32>(rows),
             max_neg_out: layout.region::<f32>(rows),
             count_pos: layout.region::<u32>(rows),
@@ -157,8 +162,11 @@ impl LossLayout {
     /// What a loss begins with as 0.
     fn zeroed(&self, base: u64) -> [Zeroed; ZEROED as usize] {
         let mut all = [Zeroed { words: std::ptr::null_mut(), count: 0 }; ZEROED as usize];
-        for (zeroed, region) in all.iter_mut().zip([self.max_neg, self.sums, self.columns, self.totals]) {
-            *zeroed = Zeroed { words: pointer(base, region), count: (region.bytes / size_of::<u32>()) as u64 };
+        let arrived = [self.weigh_arrived, self.anchors.arrived, self.references.arrived];
+        let counted = [self.max_neg, self.sums, self.columns, self.totals];
+        for (zeroed, region) in all.iter_mut().zip(counted.into_iter().chain(arrived)) {
+            *zeroed =
+                Zeroed { words: pointer(base, region), count: (region.bytes / size_of::<u32>()) as u64 };
         }
         all
     }
@@ -198,6 +206,7 @@ impl LossLayout {
             column_sums: layout.region::<f32>(tiles(count) * stride),
             ways: layout.region::<u8>(if_wanted(tiles(count))),
             partial: layout.region::<f32>(if_wanted(splits * padded * stride)),
+            arrived: layout.region::<u32>(if_wanted(splits.min(1) * shape.gradient_blocks(of_references))),
             gradient: layout.region::<f32>(if_copied(if_wanted(count * shape.dim))),
         }
     }
@@ -669,7 +678,7 @@ pub(super) fn issue_gradients<D: Device>(
     loss: &Remembered,
     targets: [u64; 2],
 ) -> Result<()> {
-    issue_weigh(launcher, base, loss, pointer(base, loss.layout.scalars))?;
+    issue_weigh(launcher, base, loss, pointer(base, loss.layout.scalars), true)?;
     issue_sums(launcher, base, loss, targets)
 }
 
@@ -687,12 +696,13 @@ pub(super) fn issue_sums<D: Device>(
     Ok(())
 }
 
-/// Row weights and the results of each anchor, and the scalars to an address.
+/// Row weights and the results of each anchor, and the scalars to an address. `swept`: how the gradient goes, too.
 pub(super) fn issue_weigh<D: Device>(
     launcher: &mut Launcher<'_, D>,
     base: u64,
     loss: &Remembered,
     scalars: *mut LossScalars,
+    swept: bool,
 ) -> Result<()> {
     let Remembered { layout, .. } = loss;
     let params = PairsParams { pairs: loss.pairs(base) };
@@ -707,6 +717,16 @@ pub(super) fn issue_weigh<D: Device>(
         max_neg: pointer(base, layout.max_neg_out),
         count_pos: pointer(base, layout.count_pos),
         count_neg: pointer(base, layout.count_neg),
+        parts: pointer(base, layout.weigh_parts),
+        arrived: pointer(base, layout.weigh_arrived),
+        ways: [
+            if swept { pointer(base, layout.anchors.ways) } else { std::ptr::null_mut() },
+            if swept && loss.shape.reference_gradient {
+                pointer(base, layout.references.ways)
+            } else {
+                std::ptr::null_mut()
+            },
+        ],
     };
     launcher.launch(Kernel::Weigh, false, &weigh)
 }
@@ -721,38 +741,18 @@ fn issue_gradient<D: Device>(
 ) -> Result<()> {
     let Remembered { shape, layout, .. } = loss;
     let regions = if of_references { &layout.references } else { &layout.anchors };
-    let (pairs, side) = (loss.pairs(base), u32::from(of_references));
-    let ways = WaysParams { pairs, of_references: side, reserved: 0, ways: pointer(base, regions.ways) };
-    launcher.launch(Kernel::GradientWays, of_references, &ways)?;
-    let splits = shape.splits(of_references, launcher.device.multiprocessors()) as u32;
     let gradient = GradientParams {
-        pairs,
-        of_references: side,
-        splits,
+        pairs: loss.pairs(base),
+        of_references: u32::from(of_references),
+        splits: shape.splits(of_references, launcher.device.multiprocessors()) as u32,
         weight_scale: shape.weight_scale(),
         reserved: 0,
         ways: pointer::<u8>(base, regions.ways),
         partial: pointer(base, regions.partial),
+        arrived: pointer(base, regions.arrived),
         gradient: target as usize as *mut f32,
     };
-    launcher.launch(Kernel::GradientLists(shape.precision), of_references, &gradient)?;
-    launcher.launch(Kernel::GradientTiles(shape.precision), of_references, &gradient)?;
-    if splits == 1 {
-        return Ok(());
-    }
-    let (count, _) = shape.sides(of_references);
-    let sum = GradientSumParams {
-        partial: pointer::<f32>(base, regions.partial),
-        order: pointer::<u32>(base, regions.order),
-        gradient: target as usize as *mut f32,
-        splits,
-        padded_rows: (tiles(count) * TILE as usize) as u32,
-        stride: shape.stride() as u32,
-        count: count as u32,
-        dim: shape.dim as u32,
-        reserved: 0,
-    };
-    launcher.launch(Kernel::GradientSum, of_references, &sum)
+    launcher.launch(Kernel::Gradient(shape.precision), of_references, &gradient)
 }
 
 /// Waits for the scalars; refuses bad rows.

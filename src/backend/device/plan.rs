@@ -2,10 +2,10 @@
 
 use super::params::{
     GRADIENT_COLUMNS, GRADIENT_HOPPER_SHARED_BYTES, GRADIENT_HOPPER_THREADS, GRADIENT_ROWS_16BIT,
-    GRADIENT_ROWS_32BIT, GRADIENT_STAGES_BYTES, HOPPER_SHARED_BYTES, LISTS_COLUMNS, LISTS_ROWS,
-    LISTS_SHARED_BYTES, ORDER_RUNS, ORDER_SHARED_BYTES, ORDER_TILE, RETRIEVAL_SHARED_BYTES, RETRIEVAL_SLACK,
-    SELECT_STORED_SHARED_BYTES, SIMILARITY_STAGES_BYTES, STAGE_BYTES, SUM_SHARED_BYTES,
-    SWEEP_HOPPER_SHARED_BYTES, SWEEP_HOPPER_THREADS, SWEEP_SHARED_BYTES, THREADS, TILE, TILE_MASK_WORDS,
+    GRADIENT_ROWS_32BIT, GRADIENT_STAGES_BYTES, HOPPER_SHARED_BYTES, ORDER_RUNS, ORDER_SHARED_BYTES,
+    ORDER_TILE, RETRIEVAL_SHARED_BYTES, RETRIEVAL_SLACK, SELECT_STORED_SHARED_BYTES, SIMILARITY_STAGES_BYTES,
+    STAGE_BYTES, SUM_SHARED_BYTES, SWEEP_HOPPER_SHARED_BYTES, SWEEP_HOPPER_THREADS, SWEEP_SHARED_BYTES,
+    THREADS, TILE, TILE_MASK_WORDS, WEIGH_SHARED_BYTES,
 };
 use super::{Kernel, LaunchPlan, Precision};
 use crate::loss::{Embeddings, LossSettings};
@@ -113,12 +113,28 @@ impl Shape {
         if share < TILE_MASK_WORDS as usize { 0 } else { share }
     }
 
-    /// Blocks that share the other side's tiles of one block of gradient rows, so that a
-    /// small batch fills the GPU. Each has a partial result of its own.
+    /// Blocks that share the other side's tiles of one block of gradient rows, so that a small batch fills the GPU. Each
+    /// has a partial result of its own, and the last one adds all: at most the root of the tiles, for by then a block
+    /// reads as much of the parts as of the other side.
     pub fn splits(&self, of_references: bool, multiprocessors: u32) -> usize {
-        let (own, other) = self.sides(of_references);
-        let blocks = tiles(own) * (TILE / self.gradient_rows()) as usize * self.column_blocks();
-        (multiprocessors as usize).div_ceil(blocks).clamp(1, tiles(other))
+        let others = tiles(self.sides(of_references).1);
+        let blocks = self.row_blocks(of_references) * self.column_blocks();
+        (multiprocessors as usize).div_ceil(blocks).clamp(1, others.isqrt().max(1))
+    }
+
+    /// Counters of the blocks that share rows and columns of a gradient.
+    pub fn gradient_blocks(&self, of_references: bool) -> usize {
+        self.row_blocks(of_references) * self.column_blocks()
+    }
+
+    /// Blocks that weigh: one for each row tile of whichever side has more, where references are asked for.
+    pub fn weigh_blocks(&self) -> usize {
+        let both = self.numbers || self.reference_gradient;
+        tiles(if both { self.anchors.max(self.reference_count()) } else { self.anchors })
+    }
+
+    fn row_blocks(&self, of_references: bool) -> usize {
+        tiles(self.sides(of_references).0) * (TILE / self.gradient_rows()) as usize
     }
 
     /// Rows of the result's side, and of the side it sums over.
@@ -163,7 +179,7 @@ impl Shape {
             Kernel::Sweep(precision) => Kernel::SweepHopper(precision),
             Kernel::SelectStored => Kernel::SelectStoredHopper,
             Kernel::SelectRecomputed(precision) => Kernel::SelectRecomputedHopper(precision),
-            Kernel::GradientTiles(precision) => Kernel::GradientTilesHopper(precision),
+            Kernel::Gradient(precision) => Kernel::GradientHopper(precision),
             other => other,
         }
     }
@@ -177,21 +193,18 @@ impl Shape {
         multiprocessors: u32,
     ) -> LaunchPlan {
         let own = tiles(self.sides(of_references).0);
-        let row_blocks = |rows: u32| own * (TILE / rows) as usize;
-        let gradient_grid = [row_blocks(self.gradient_rows()), self.column_blocks(), splits];
+        let gradient_grid = [self.row_blocks(of_references), self.column_blocks(), splits];
         let (grid, shared_bytes) = match kernel {
             Kernel::OrderTiles => {
                 ([self.sides(of_references).0.div_ceil(ORDER_TILE as usize), 1, 1], ORDER_SHARED_BYTES)
             }
             Kernel::OrderMerge => (threads_for(self.sides(of_references).0), 0),
-            Kernel::ThresholdPrepare(_) | Kernel::GradientSum => ([own, 1, 1], 0),
+            Kernel::ThresholdPrepare(_) => ([own, 1, 1], 0),
             Kernel::Identity | Kernel::ReportNumbers => (threads_for(self.anchors), 0),
             Kernel::InvertOrder => (threads_for(self.sides(of_references).0), 0),
             Kernel::TakeNumbers => (threads_for(self.anchors.max(self.reference_count())), 0),
             Kernel::Prepare(_) | Kernel::SameClass(_) => ([own, 1, 1], SIMILARITY_STAGES_BYTES),
-            Kernel::PrepareHopper(_) | Kernel::SameClassHopper(_) => {
-                ([own, 1, 1], HOPPER_SHARED_BYTES)
-            }
+            Kernel::PrepareHopper(_) | Kernel::SameClassHopper(_) => ([own, 1, 1], HOPPER_SHARED_BYTES),
             Kernel::Sweep(_) => ([self.tiles(), 1, 1], SWEEP_SHARED_BYTES),
             Kernel::SweepHopper(_) => {
                 ([self.tiles().min(multiprocessors as usize), 1, 1], SWEEP_HOPPER_SHARED_BYTES)
@@ -203,21 +216,17 @@ impl Shape {
             Kernel::SelectRecomputed(_) | Kernel::Threshold(_) => {
                 ([self.tiles(), 1, 1], SIMILARITY_STAGES_BYTES)
             }
-            Kernel::Weigh | Kernel::ThresholdSum => ([1, 1, 1], SUM_SHARED_BYTES),
-            Kernel::GradientWays => ([own, 1, 1], SUM_SHARED_BYTES),
-            Kernel::GradientLists(_) => {
-                let columns = self.stride().div_ceil(LISTS_COLUMNS as usize);
-                ([row_blocks(LISTS_ROWS), columns, splits], LISTS_SHARED_BYTES)
-            }
-            Kernel::GradientTiles(precision) => {
+            Kernel::Weigh => ([self.weigh_blocks(), 1, 1], WEIGH_SHARED_BYTES),
+            Kernel::ThresholdSum => ([1, 1, 1], SUM_SHARED_BYTES),
+            Kernel::Gradient(precision) => {
                 let matrix = self.gradient_rows() * TILE * precision.bytes() as u32;
                 (gradient_grid, GRADIENT_STAGES_BYTES + matrix)
             }
-            Kernel::GradientTilesHopper(_) => (gradient_grid, GRADIENT_HOPPER_SHARED_BYTES),
+            Kernel::GradientHopper(_) => (gradient_grid, GRADIENT_HOPPER_SHARED_BYTES),
             Kernel::Retrieval(_) => ([own, 1, 1], RETRIEVAL_SHARED_BYTES),
         };
         let threads = match kernel {
-            Kernel::GradientTilesHopper(_) => GRADIENT_HOPPER_THREADS,
+            Kernel::GradientHopper(_) => GRADIENT_HOPPER_THREADS,
             Kernel::SweepHopper(_) => SWEEP_HOPPER_THREADS,
             _ => THREADS,
         };
@@ -331,7 +340,8 @@ mod tests {
     fn small_batches_are_split_and_large_ones_are_not() {
         assert_eq!(square(16_384, 512, Precision::Bf16).splits(false, 132), 1);
         let small = square(1024, 512, Precision::Bf16);
-        assert_eq!(small.splits(false, 132), 8);
+        assert_eq!(small.splits(false, 132), 2);
+        assert_eq!(square(4096, 512, Precision::Bf16).splits(false, 132), 3);
         assert_eq!(square(64, 512, Precision::Bf16).splits(false, 132), 1, "there is but one tile to share");
     }
 
@@ -344,8 +354,7 @@ mod tests {
                 Kernel::Prepare(precision),
                 Kernel::Sweep(precision),
                 Kernel::SameClass(precision),
-                Kernel::GradientTiles(precision),
-                Kernel::GradientLists(precision),
+                Kernel::Gradient(precision),
                 Kernel::Retrieval(precision),
             ] {
                 assert!(shape.plan(kernel, false, 1, 132).shared_bytes <= 99 * 1024, "{kernel:?}");
@@ -362,8 +371,7 @@ mod tests {
                 Kernel::SameClass(precision),
                 Kernel::Sweep(precision),
                 Kernel::SelectRecomputed(precision),
-                Kernel::GradientTiles(precision),
-                Kernel::GradientLists(precision),
+                Kernel::Gradient(precision),
             ] {
                 let variant = shape.variant(kernel, true);
                 assert_eq!(shape.variant(kernel, false), kernel);
@@ -371,7 +379,7 @@ mod tests {
                 let plan = |kernel| shape.plan(kernel, false, 3, 7);
                 assert!(plan(variant).shared_bytes <= 227 * 1024, "{variant:?}");
                 let threads = match variant {
-                    Kernel::GradientTilesHopper(_) => 384,
+                    Kernel::GradientHopper(_) => 384,
                     Kernel::SweepHopper(_) => 640,
                     _ => THREADS,
                 };
@@ -383,7 +391,7 @@ mod tests {
                     // Both variants compute the same part of the result in the same block.
                     assert_eq!(plan(variant).grid, plan(kernel).grid);
                 }
-                let own = precision.bytes() == 2 && !matches!(kernel, Kernel::GradientLists(_));
+                let own = precision.bytes() == 2;
                 assert_eq!(variant != kernel, own, "{variant:?}");
             }
         }

@@ -72,7 +72,7 @@ impl<D: Device> DeviceBackend<D> {
         issue_order(&mut launcher, base, &loss, &input)?;
         issue_same_class(&mut launcher, base, &loss)?;
         // For the totals and means, and for bad rows; nothing is mined yet.
-        issue_weigh(&mut launcher, base, &loss, pointer(base, loss.layout.scalars))?;
+        issue_weigh(&mut launcher, base, &loss, pointer(base, loss.layout.scalars), false)?;
         download_scalars(device, buffer, &loss, input.check.tolerance, output)?;
         download_list(device, buffer, loss.layout.min_pos, shape.anchors, &mut output.min_pos)?;
         self.remembered = Some(loss);
