@@ -88,6 +88,9 @@ DEVICE uint32_t arrive_at(uint32_t *arrived) {
     __threadfence();
     return before;
 }
+DEVICE uint64_t atomic_take(uint64_t *target, uint64_t value) {
+    return atomicAdd(reinterpret_cast<unsigned long long *>(target), static_cast<unsigned long long>(value));
+}
 DEVICE uint32_t atomic_next(uint32_t *target) { return atomicAdd(target, 1u); }
 DEVICE void atomic_max(uint32_t *target, uint32_t value) { atomicMax(target, value); }
 DEVICE void atomic_min(uint32_t *target, uint32_t value) { atomicMin(target, value); }

@@ -167,7 +167,7 @@ DEVICE void gradient_tiles(const GradientParams &p, unsigned char *stages, uint3
         auto copy_first = [&] {
             for (uint32_t step = 0; step < Shape::stages - 1; ++step) copy(step);
         };
-        if (count > pairs.tile_capacity) {
+        if (!is_stored(pairs, tile.index)) {
             recompute_matrix<Numbers>(p, matrix, stages, x, y, offset, tile);
             copy_first();
         } else {

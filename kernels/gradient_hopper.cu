@@ -49,6 +49,7 @@ struct Turn {
     PairTile tile;
     uint32_t y;           // of the other side
     uint32_t count;       // candidates
+    uint32_t segment;     // where they are
     uint32_t index;       // so many tiles before
     uint32_t recomputed;  // of which recomputed
     uint32_t fill;        // and so many stages filled before
@@ -65,7 +66,7 @@ struct Turn {
 struct Walk {
     const GradientParams &p;
     uint32_t x, steps, group, end;
-    uint32_t counts = 0, left = 0;  // of the lane's tile of this group; tiles with candidates, a bit each
+    uint32_t counts = 0, segments = 0, left = 0;  // of the lane's tile of this group; tiles with candidates, a bit each
     Turn turn{};
 
     DEVICE Walk(const GradientParams &params, uint32_t row_tile, Range range)
@@ -82,7 +83,9 @@ struct Walk {
             group += 32;  // from below 0 at first
             if (static_cast<int32_t>(end - group) <= 0) return false;
             uint32_t y = group + lane_index();
-            counts = y < end ? p.pairs.tile_counts[pair_tile(p.pairs, p.of_references, x, y).index] : 0;
+            uint64_t index = y < end ? pair_tile(p.pairs, p.of_references, x, y).index : 0;
+            counts = y < end ? p.pairs.tile_counts[index] : 0;
+            segments = y < end ? p.pairs.tile_segments[index] : NO_ROW;
             left = ballot_sync(counts != 0);
         }
         int lane = lowest_bit(left);
@@ -90,7 +93,8 @@ struct Walk {
         turn.y = group + static_cast<uint32_t>(lane);
         turn.count = shuffle(counts, lane);
         turn.tile = pair_tile(p.pairs, p.of_references, x, turn.y);
-        turn.stored = turn.count <= p.pairs.tile_capacity;
+        turn.segment = shuffle(segments, lane);
+        turn.stored = turn.segment != NO_ROW;
         return true;
     }
 };
@@ -170,7 +174,7 @@ struct Building {
     uint32_t thread;  // of theirs
 
     DEVICE const Words *words_of(const Turn &turn) const {
-        return reinterpret_cast<const Words *>(p.pairs.tile_words + turn.tile.index * p.pairs.tile_capacity);
+        return reinterpret_cast<const Words *>(p.pairs.pool_words + static_cast<uint64_t>(turn.segment) * 4);
     }
     // Granule `granule` of a stored tile's words, or none.
     DEVICE Words load(const Turn &turn, uint32_t granule, bool there) const {

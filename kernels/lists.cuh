@@ -37,11 +37,12 @@ DEVICE void gradient_lists(const GradientParams &p, unsigned char *bytes, uint32
     for (uint32_t y = range.begin; y < range.end; ++y) {
         PairTile tile = pair_tile(pairs, p.of_references, x, y);
         uint32_t count = pairs.tile_counts[tile.index];
-        uint64_t at = tile.index * pairs.tile_capacity;
+        if (count == 0) continue;
+        uint64_t at = segment_of(pairs, tile.index);
         for (uint32_t base = 0; base < count; base += 32) {
             bool there = base + lane_index() < count;
-            uint32_t place = there ? word_place(pairs.tile_words[at + base + lane_index()]) : 0;
-            float s = there ? pairs.tile_values[at + base + lane_index()] : 0.0f;
+            uint32_t place = there ? word_place(pairs.pool_words[at + base + lane_index()]) : 0;
+            float s = there ? pairs.pool_values[at + base + lane_index()] : 0.0f;
             for (int turn = 0; turn < (tile.diagonal ? 2 : 1); ++turn) {
                 bool transposed = tile.transposed || turn == 1;
                 uint32_t of_x = transposed ? place % TILE : place / TILE, of_y = transposed ? place / TILE : place % TILE;

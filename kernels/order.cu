@@ -36,7 +36,7 @@ DEVICE void begin_loss(const OrderParams &p) {
     for (const Zeroed &zeroed : p.zeroed) {
         for (uint64_t i = block_x() * THREADS + thread_index(); i < zeroed.count; i += grid_x() * THREADS) zeroed.words[i] = 0;
     }
-    if (p.counters != nullptr && block_x() == 0 && thread_index() == 0) *p.counters = Counters{0, 0, 0, 0, NO_ROW, NO_ROW};
+    if (p.counters != nullptr && block_x() == 0 && thread_index() == 0) *p.counters = Counters{0, 0, 0, 0, NO_ROW, NO_ROW, 0};
 }
 
 KERNEL(order_tiles, OrderParams, 1) {

@@ -34,8 +34,10 @@
 #define SWEEP_HOPPER_RESIDENT 8
 #define SWEEP_HOPPER_STAGES 4
 #define SWEEP_HOPPER_STAGED 3840
+/* Tiles in a row that a block takes before all go on to the next part of S together, at most. */
+#define SWEEP_HOPPER_RUN 64
 #define SWEEP_HOPPER_SHARED_BYTES                                                                                       \
-    ((SWEEP_HOPPER_RESIDENT + SWEEP_HOPPER_STAGES) * TILE * STAGE_BYTES + 2 * (SWEEP_HOPPER_STAGED * 4 + TILE * 12 + 32) + \
+    ((SWEEP_HOPPER_RESIDENT + SWEEP_HOPPER_STAGES) * TILE * STAGE_BYTES + 2 * (SWEEP_HOPPER_STAGED * 4 + TILE * 12 + 36) + \
      12 * 8)
 /* Keys that one block sorts, and sorted runs that one launch merges into one; powers of two. */
 #define ORDER_TILE 2048
@@ -120,6 +122,7 @@ typedef struct Counters {
     uint32_t valid_references;
     uint32_t bad_anchor;         /* smallest original index that is no unit row, or NO_ROW */
     uint32_t bad_reference;
+    uint64_t reserved;           /* units of the pool that tiles have asked for; more than there are: some are recomputed */
 } Counters;
 
 /* Per anchor, from the selection. The sums are fixed point: order-independent. */
@@ -183,10 +186,10 @@ typedef struct Pairs {
     uint32_t square;
     uint32_t stride;             /* elements between rows, a multiple of STAGE_BYTES */
     uint32_t dim;                /* D */
-    uint32_t tile_capacity;      /* candidates that a tile's segment holds, a multiple of 4: 0, or TILE_MASK_WORDS and more */
+    uint32_t pool;               /* of candidates, in units of 4 */
     uint64_t tiles;              /* of S: upper triangle, or all */
     uint32_t total;              /* B of 1/B: these anchors may be a part of a batch */
-    uint32_t reserved;
+    uint32_t band;               /* columns of tiles that are swept together, a power of two: tile_at() in tile.cuh */
     ClassRange *classes;         /* [B] */
     RowSame *same;               /* [B] */
     uint32_t *max_neg;           /* [B], ordered key of m-, 0 without a negative */
@@ -201,9 +204,11 @@ typedef struct Pairs {
     uint64_t *totals;            /* [2], n_neg of the probe and N_pos, of the whole batch */
     /* Candidates: every positive, and the negatives above either row's candidate bound, in the order of the sweep's threads
      * and of each one's bits. The sweep leaves these bits where the selection writes the words. */
-    uint32_t *tile_counts;       /* [tiles]; above `tile_capacity`: not stored, to be recomputed */
-    float *tile_values;          /* [tiles, tile_capacity], S */
-    uint32_t *tile_words;        /* [tiles, tile_capacity], from the selection on: place and fate, word.cuh */
+    uint32_t *tile_counts;       /* [tiles] */
+    uint32_t *tile_segments;     /* [tiles], of a tile with candidates: where in the pool, in units of 4; NO_ROW: not stored,
+                                  * to be recomputed */
+    float *pool_values;          /* [4 * pool], S */
+    uint32_t *pool_words;        /* [4 * pool], from the selection on: place and fate, word.cuh */
     Settings settings;
 } Pairs;
 

@@ -127,10 +127,10 @@ DEVICE void select_stored_body(const PairsParams &p) {
     const Pairs &pairs = p.pairs;
     uint64_t index = block_x();
     uint32_t count = pairs.tile_counts[index];
-    if (count == 0 || count > pairs.tile_capacity) return;
+    if (count == 0 || !is_stored(pairs, index)) return;
     TileIndex tile = tile_of(pairs, index);
-    const float *values = pairs.tile_values + index * pairs.tile_capacity;
-    uint32_t *words = pairs.tile_words + index * pairs.tile_capacity;
+    const float *values = pairs.pool_values + segment_of(pairs, index);
+    uint32_t *words = pairs.pool_words + segment_of(pairs, index);
     const uint32_t masks[2] = {words[thread_index() * 2], words[thread_index() * 2 + 1]};
     uint32_t own = static_cast<uint32_t>(popc(masks[0]) + popc(masks[1]));
     uint32_t before = warp_scan(own);
@@ -192,7 +192,7 @@ DEVICE void select_recomputed_body(const PairsParams &p) {
     SHARED_MEMORY(bytes);
     const Pairs &pairs = p.pairs;
     uint64_t index = block_x();
-    if (pairs.tile_counts[index] <= pairs.tile_capacity) return;
+    if (pairs.tile_counts[index] == 0 || is_stored(pairs, index)) return;
     TileIndex tile = tile_of(pairs, index);
     Accumulators<4> acc;
     multiply_tile<Numbers, 4>(acc, tile_rows<Numbers>(pairs.anchors, tile.row, pairs.stride),
@@ -208,7 +208,7 @@ DEVICE void select_recomputed_hopper_body([[maybe_unused]] const PairsParams &p)
     SHARED_MEMORY(bytes);
     const Pairs &pairs = p.pairs;
     uint64_t index = block_x();
-    if (pairs.tile_counts[index] <= pairs.tile_capacity) return;
+    if (pairs.tile_counts[index] == 0 || is_stored(pairs, index)) return;
     TileIndex tile = tile_of(pairs, index);
     GroupStages<kHopperStages> stages = hopper_stages(bytes);
     GroupAccumulators acc;
@@ -241,19 +241,17 @@ DEVICE RowWeights weights_of(const Pairs &pairs, Tolerances tolerances, const Ro
 // 32 pairs of 8,192 are 0.4 %.
 constexpr uint64_t kListsShare = 256;
 
-// Lists or tiles, for row tile x of one side.
+// Lists or tiles, for row tile x of one side. Lists want every tile stored: where some are not, which ones is by chance, and
+// the sums of the two ways have other last bits, so that no row tile goes by lists there.
 DEVICE void find_way(const Pairs &pairs, bool of_references, uint32_t x, uint8_t *ways, uint64_t *scratch) {
     uint32_t others = of_references ? pairs.anchors.tiles : pairs.references.tiles;
-    uint64_t candidates = 0, missing = 0;
+    uint64_t candidates = 0;
     for (uint32_t y = thread_index(); y < others; y += THREADS) {
-        uint32_t count = pairs.tile_counts[pair_tile(pairs, of_references, x, y).index];
-        candidates += count;
-        missing += count > pairs.tile_capacity;
+        candidates += pairs.tile_counts[pair_tile(pairs, of_references, x, y).index];
     }
     candidates = block_sum(candidates, scratch);
-    missing = block_sum(missing, scratch);
     if (thread_index() == 0) {
-        ways[x] = missing == 0 && candidates * kListsShare < static_cast<uint64_t>(others) * TILE * TILE;
+        ways[x] = stores_all(pairs) && candidates * kListsShare < static_cast<uint64_t>(others) * TILE * TILE;
     }
 }
 

@@ -146,6 +146,7 @@ struct SweepReduction {
     uint32_t column_max[TILE];
     uint32_t warp_counts[THREADS / 32];
     uint32_t probe;
+    uint32_t segment;
 };
 
 // Bounds of one side's rows; padding and ignored rows get none that anything passes.
@@ -237,9 +238,12 @@ DEVICE void sweep_epilogue(const Pairs &pairs, TileIndex tile, uint64_t index, S
         pairs.tile_counts[index] = total;
         if (reduction.probe != 0) atomic_add(&pairs.counters->probe_neg, static_cast<uint64_t>(reduction.probe));
     }
-    if (total == 0 || total > pairs.tile_capacity) return;  // the count says so: to be recomputed
-    uint64_t segment = index * pairs.tile_capacity, at = segment + before;
-    uint32_t *masks = pairs.tile_words + segment + thread_index() * 2;
+    if (total == 0) return;
+    if (thread_index() == 0) reduction.segment = pairs.tile_segments[index] = reserve(pairs, total);
+    block_sync();
+    if (reduction.segment == NO_ROW) return;
+    uint64_t segment = static_cast<uint64_t>(reduction.segment) * 4, at = segment + before;
+    uint32_t *masks = pairs.pool_words + segment + thread_index() * 2;
     masks[0] = candidates[0];
     masks[1] = candidates[1];
 #pragma unroll
@@ -248,7 +252,7 @@ DEVICE void sweep_epilogue(const Pairs &pairs, TileIndex tile, uint64_t index, S
         for (int column = 0; column < Where::columns; ++column) {
             int bit = row * Where::columns + column;
             if (candidates[bit / 32] >> bit % 32 & 1u) {
-                pairs.tile_values[at++] = Where::value(acc, row, column);
+                pairs.pool_values[at++] = Where::value(acc, row, column);
             }
         }
     }
@@ -299,8 +303,8 @@ DEVICE void sweep_body(const PairsParams &p) {
     SHARED_MEMORY(bytes);
     auto &shared = *reinterpret_cast<SweepShared<SIMILARITY_STAGES_BYTES> *>(bytes);
     const Pairs &pairs = p.pairs;
-    uint64_t index = block_x();
-    TileIndex tile = tile_of(pairs, index);
+    TileIndex tile = tile_at(pairs, block_x());
+    uint64_t index = index_of(pairs, tile.row, tile.column);
     if (sweep_leaves_out(pairs, tile, index)) return;
     sweep_begin(pairs, tile, shared);
     Accumulators<4> acc;

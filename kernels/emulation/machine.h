@@ -214,6 +214,11 @@ inline void atomic_add(T *target, T value) {
     atomic_store(target, static_cast<T>(static_cast<Bits>(atomic_load(target)) + static_cast<Bits>(value)));
 }
 inline void atomic_add_shared(int64_t *target, int64_t value) { atomic_add(target, value); }
+inline uint64_t atomic_take(uint64_t *target, uint64_t value) {
+    uint64_t before = atomic_load(target);
+    atomic_store(target, before + value);
+    return before;
+}
 inline uint32_t atomic_next(uint32_t *target) {
     uint32_t before = atomic_load(target);
     atomic_store(target, before + 1);

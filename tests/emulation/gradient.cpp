@@ -50,7 +50,7 @@ int check(uint64_t seeds) {
     std::vector<RowWeights> weights(TILE);
     for (uint32_t i = 0; i < TILE; ++i) weights[i] = RowWeights{-INFINITE, bound, 0.0f, static_cast<float>(2 * (i % 3 + 1))};
     std::vector<uint32_t> counts(kTiles, 0);
-    std::vector<uint32_t> words(kTiles * kCapacity);
+    std::vector<uint32_t> words(kTiles * kCapacity), segments(kTiles);
     std::vector<float> want(static_cast<size_t>(kAnchors) * stride, 0.0f);
     for (uint32_t i = 0; i < kAnchors; ++i) {
         for (uint32_t j = 0; j < kReferences; ++j) {
@@ -63,7 +63,8 @@ int check(uint64_t seeds) {
             for (uint32_t d = 0; d < stride; ++d) want[i * stride + d] += weight * references.values[j * stride + d];
         }
     }
-    for (uint32_t tile : kRecomputed) counts[tile] = kCapacity + 1;
+    for (uint32_t tile = 0; tile < kTiles; ++tile) segments[tile] = tile * kCapacity / 4;
+    for (uint32_t tile : kRecomputed) segments[tile] = NO_ROW;
     std::vector<uint32_t> order(kAnchors);
     for (uint32_t i = 0; i < kAnchors; ++i) order[i] = kAnchors - 1 - i;
 
@@ -75,13 +76,13 @@ int check(uint64_t seeds) {
     params.pairs.references = Side{references.prepared.data(), nullptr, nullptr, kReferences, kTiles};
     params.pairs.stride = stride;
     params.pairs.dim = stride;
-    params.pairs.tile_capacity = kCapacity;
     params.pairs.tiles = kTiles;
     params.pairs.classes = classes.data();
     params.pairs.counters = &counters;
     params.pairs.weights = weights.data();
     params.pairs.tile_counts = counts.data();
-    params.pairs.tile_words = words.data();
+    params.pairs.tile_segments = segments.data();
+    params.pairs.pool_words = words.data();
     params.weight_scale = 1.0f;
     const uint8_t ways[1] = {0};
     params.ways = ways;

@@ -108,6 +108,12 @@ impl Device for CudaDevice {
         self.hopper
     }
 
+    fn free_memory(&self) -> usize {
+        // A GPU that does not say has little: the allocation then says what is wrong.
+        let Ok(_kept) = self.enter() else { return 0 };
+        result::mem_get_info().map_or(0, |(free, _)| free)
+    }
+
     fn allocate(&mut self, bytes: usize) -> Result<CudaBuffer> {
         let _kept = self.enter()?;
         // The driver refuses an allocation of nothing; what it returns is aligned to 256 bytes.

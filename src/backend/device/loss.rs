@@ -13,7 +13,7 @@ use super::params::{
     OrderParams, Pairs, PairsParams, PrepareParams, RowNumbers, RowSame, RowSums, RowWeights, Settings, Side,
     TILE, WEIGH_SUMS, WeighParams, ZEROED, Zeroed,
 };
-use super::plan::{Shape, order_runs, sum_scale, term_limit, tiles};
+use super::plan::{POOL_UNIT, Shape, order_runs, sum_scale, term_limit, tiles};
 use super::workspace::{Layout, Region};
 use super::{Device, DeviceBackend, Kernel, Params};
 use crate::backend::step::Step;
@@ -91,8 +91,9 @@ pub(super) struct LossLayout {
     /// Numbers as the caller gives them: of anchors, then of references, two lists each.
     pub(super) given: [Region; 4],
     tile_counts: Region,
-    tile_values: Region,
-    tile_words: Region,
+    tile_segments: Region,
+    pool_values: Region,
+    pool_words: Region,
     pub(super) scalars: Region,
     weigh_parts: Region,
     weigh_arrived: Region,
@@ -100,14 +101,16 @@ pub(super) struct LossLayout {
     pub(super) max_neg_out: Region,
     pub(super) count_pos: Region,
     pub(super) count_neg: Region,
-    capacity: usize,
+    pool: usize,
+    /// There is room for every pair.
+    stores_everything: bool,
 }
 
 impl LossLayout {
     /// The workspace as a function of the shape, the budget for candidates and the GPU's size.
     ///
     /// For B anchors of D dimensions in the square form, with stride D' and s splits (0 for one, whose
-    /// kernels write the gradient itself), about `B D e + B D' (e + 4 s) + 4 B D + 164 B + 4 tiles` bytes with
+    /// kernels write the gradient itself), about `B D e + B D' (e + 4 s) + 4 B D + 164 B + 8 tiles` bytes with
     /// elements of e bytes, and the budget.
     ///
     /// `resident`: input and gradients stay in the caller's memory, so none is set aside for them.
@@ -122,7 +125,7 @@ impl LossLayout {
             None => anchors,
         };
         let (rows, others) = (shape.anchors, shape.reference_count());
-        let capacity = shape.tile_capacity(budget);
+        let pool = shape.pool(budget);
         Self {
             anchors,
             references,
@@ -145,8 +148,9 @@ impl LossLayout {
             given: [rows, rows, others, others]
                 .map(|count| layout.region::<u32>(if shape.numbers && !resident { count } else { 0 })),
             tile_counts: layout.region::<u32>(shape.tiles()),
-            tile_values: layout.region::<f32>(shape.tiles() * capacity),
-            tile_words: layout.region::<u32>(shape.tiles() * capacity),
+            tile_segments: layout.region::<u32>(shape.tiles()),
+            pool_values: layout.region::<f32>(pool * POOL_UNIT),
+            pool_words: layout.region::<u32>(pool * POOL_UNIT),
             scalars: layout.region::<LossScalars>(1),
             weigh_parts: layout.region::<f64>(shape.weigh_blocks() * WEIGH_SUMS as usize),
             weigh_arrived: layout.region::<u32>(1),
@@ -154,7 +158,8 @@ impl LossLayout {
             max_neg_out: layout.region::<f32>(rows),
             count_pos: layout.region::<u32>(rows),
             count_neg: layout.region::<u32>(rows),
-            capacity,
+            pool,
+            stores_everything: pool == shape.most_units(),
             layout,
         }
     }
@@ -169,10 +174,6 @@ impl LossLayout {
                 Zeroed { words: pointer(base, region), count: (region.bytes / size_of::<u32>()) as u64 };
         }
         all
-    }
-
-    fn stores_everything(&self) -> bool {
-        self.capacity == (TILE * TILE) as usize
     }
 
     fn side(
@@ -253,11 +254,11 @@ impl Remembered {
             anchors: side(&layout.anchors, shape.anchors),
             references: side(&layout.references, shape.reference_count()),
             total: shape.total as u32,
-            reserved: 0,
+            band: shape.band() as u32,
             square: u32::from(shape.references.is_none()),
             stride: shape.stride() as u32,
             dim: shape.dim as u32,
-            tile_capacity: layout.capacity as u32,
+            pool: layout.pool as u32,
             tiles: shape.tiles() as u64,
             classes: pointer(base, layout.classes),
             same: pointer(base, layout.same),
@@ -277,8 +278,9 @@ impl Remembered {
                 Some(_) => pointer(base, layout.totals),
             },
             tile_counts: pointer(base, layout.tile_counts),
-            tile_values: pointer(base, layout.tile_values),
-            tile_words: pointer(base, layout.tile_words),
+            tile_segments: pointer(base, layout.tile_segments),
+            pool_values: pointer(base, layout.pool_values),
+            pool_words: pointer(base, layout.pool_words),
             settings: self.settings,
         }
     }
@@ -664,8 +666,8 @@ pub(super) fn issue_selection<D: Device>(
 ) -> Result<()> {
     let params = PairsParams { pairs: loss.pairs(base) };
     launcher.launch(Kernel::SelectStored, false, &params)?;
-    // With a full segment for every tile there is nothing to recompute.
-    if loss.layout.stores_everything() {
+    // With room for every pair there is nothing to recompute.
+    if loss.layout.stores_everything {
         return Ok(());
     }
     launcher.launch(Kernel::SelectRecomputed(loss.shape.precision), false, &params)

@@ -11,6 +11,13 @@ use super::{Kernel, LaunchPlan, Precision};
 use crate::loss::{Embeddings, LossSettings};
 use crate::{Error, Result};
 
+/// Candidates that kernels read at once.
+pub(super) const POOL_UNIT: usize = 4;
+/// Bytes of a candidate: its similarity and its word.
+const CANDIDATE: usize = size_of::<f32>() + size_of::<u32>();
+/// Bytes of the rows of a band of the sweep.
+const BAND_BYTES: usize = 16 << 20;
+
 impl Precision {
     /// How rows of this type are multiplied.
     #[must_use]
@@ -104,13 +111,24 @@ impl Shape {
         })
     }
 
-    /// Candidates that each tile's segment holds under a budget of bytes for all of them.
-    /// An even share, so that which tiles are stored depends on the batch alone; kernels read four words at a time.
-    /// 0 where it does not hold the bits that say which pairs are candidates.
-    pub fn tile_capacity(&self, budget: usize) -> usize {
-        let candidate = size_of::<f32>() + size_of::<u32>();
-        let share = (budget / candidate / self.tiles()).min((TILE * TILE) as usize) / 4 * 4;
-        if share < TILE_MASK_WORDS as usize { 0 } else { share }
+    /// Units of [`POOL_UNIT`] candidates in the pool of all tiles, under a budget of bytes. 0 where it does not hold the bits
+    /// that say which pairs of a tile are candidates.
+    pub fn pool(&self, budget: usize) -> usize {
+        let units = (budget / POOL_UNIT / CANDIDATE).min(self.most_units()).min(u32::MAX as usize);
+        if units * POOL_UNIT < TILE_MASK_WORDS as usize { 0 } else { units }
+    }
+
+    /// Units of all pairs: with as many nothing is ever recomputed.
+    pub fn most_units(&self) -> usize {
+        self.tiles() * (TILE * TILE) as usize / POOL_UNIT
+    }
+
+    /// Columns of tiles whose rows are read again and again while the sweep is in their band: 16 MiB, which L2 holds beside
+    /// the rows of the blocks that are under way.
+    pub fn band(&self) -> usize {
+        let tile = TILE as usize * self.stride() * self.precision.bytes();
+        let columns = (BAND_BYTES / tile).max(1);
+        1 << columns.ilog2()
     }
 
     /// Blocks that share the other side's tiles of one block of gradient rows, so that a small batch fills the GPU. Each
@@ -263,6 +281,7 @@ pub(super) fn term_limit(references: usize) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::params::SWEEP_HOPPER_RUN;
     use super::*;
 
     fn square(anchors: usize, dim: usize, precision: Precision) -> Shape {
@@ -323,17 +342,104 @@ mod tests {
     }
 
     #[test]
-    fn segments_stay_within_the_budget() {
+    fn the_pool_stays_within_the_budget() {
         let shape = square(16_384, 512, Precision::Bf16);
-        for budget in [0, 5, 1 << 20, 1 << 25, 1 << 26, 1 << 30, usize::MAX / 2] {
-            let capacity = shape.tile_capacity(budget);
-            assert!(capacity * shape.tiles() * 8 <= budget);
-            assert!(capacity <= 16_384 && capacity.is_multiple_of(4));
-            // Or the bits of its candidates would not fit.
-            assert!(capacity == 0 || capacity >= 512);
-            assert_eq!(capacity == 0, budget <= 1 << 25);
+        for budget in [0, 5, 4095, 4096, 1 << 20, 1 << 30, usize::MAX / 2] {
+            let units = shape.pool(budget);
+            assert!(units * 32 <= budget);
+            // Or the bits of a tile's candidates would not fit.
+            assert_eq!(units == 0, budget < 4096);
         }
-        assert_eq!(shape.tile_capacity(2 << 30), 16_384);
+        assert_eq!(shape.pool(2 << 30), shape.most_units());
+        // A unit's number has 32 bits.
+        assert_eq!(square(1 << 20, 512, Precision::Bf16).pool(usize::MAX), u32::MAX as usize);
+    }
+
+    #[test]
+    fn a_band_s_rows_fit_l2_and_there_is_always_one() {
+        assert_eq!(square(1, 512, Precision::Bf16).band(), 128);
+        assert_eq!(square(1, 130, Precision::F32).band(), 128);
+        assert_eq!(square(1, 64, Precision::Bf16).band(), 1024);
+        assert_eq!(square(1, 1 << 20, Precision::Bf16).band(), 1);
+    }
+
+    /// The tiles of the sweep in the order of `tile_at` in tile.cuh, of a square form of `tiles` row tiles.
+    fn order_of_tiles(tiles: usize, band: usize) -> Vec<(usize, usize)> {
+        let firsts = (0..tiles).step_by(band);
+        let in_band = |first: usize| {
+            let end = tiles.min(first + band);
+            (0..end).flat_map(move |row| (row.max(first)..end).map(move |column| (row, column)))
+        };
+        firsts.flat_map(in_band).collect()
+    }
+
+    /// Bytes that a cache of `lines` tiles' rows, the least recently used leaving, fetches for Hopper's sweep of 132 blocks,
+    /// one tile each at a time: a column tile for every tile, a row tile where the row changes.
+    fn fetched(
+        order: &[(usize, usize)],
+        waves: usize,
+        tiles: usize,
+        tile_bytes: usize,
+        lines: usize,
+    ) -> usize {
+        const BLOCKS: usize = 132;
+        let share = |first: usize, end: usize, part: usize, of: usize| first + (end - first) * part / of;
+        let (mut used, mut queue) = (vec![0usize; tiles], std::collections::VecDeque::new());
+        let (mut now, mut held, mut misses) = (0, 0, 0);
+        let mut touch = |tile: usize| {
+            now += 1;
+            if used[tile] == 0 {
+                misses += 1;
+                held += 1;
+            }
+            used[tile] = now;
+            queue.push_back((tile, now));
+            while held > lines {
+                let Some((oldest, when)) = queue.pop_front() else { unreachable!("held tiles are queued") };
+                if used[oldest] == when {
+                    used[oldest] = 0;
+                    held -= 1;
+                }
+            }
+        };
+        let mut rows = [usize::MAX; BLOCKS];
+        for wave in 0..waves {
+            let (first, end) = (share(0, order.len(), wave, waves), share(0, order.len(), wave + 1, waves));
+            let runs: Vec<_> =
+                (0..BLOCKS).map(|b| share(first, end, b, BLOCKS)..share(first, end, b + 1, BLOCKS)).collect();
+            for step in 0..runs.iter().map(ExactSizeIterator::len).max().unwrap_or(0) {
+                for (run, row) in runs.iter().zip(&mut rows) {
+                    let Some(&tile) = run.clone().nth(step).and_then(|at| order.get(at)) else { continue };
+                    if *row != tile.0 {
+                        *row = tile.0;
+                        touch(tile.0);
+                    }
+                    touch(tile.1);
+                }
+            }
+        }
+        misses * tile_bytes
+    }
+
+    #[test]
+    fn bands_keep_rows_in_l2() {
+        // 50 MB of L2, rows of 512 dimensions in 16 bits.
+        for (anchors, least, most_megabytes) in [(65_536, 10, 500), (262_144, 40, 6_000)] {
+            let shape = square(anchors, 512, Precision::Bf16);
+            let (tiles, tile_bytes) = (tiles(anchors), TILE as usize * 1024);
+            let waves = shape.tiles().div_ceil(132 * SWEEP_HOPPER_RUN as usize);
+            let banded = fetched(
+                &order_of_tiles(tiles, shape.band()),
+                waves,
+                tiles,
+                tile_bytes,
+                50_000_000 / tile_bytes,
+            );
+            let by_rows =
+                fetched(&order_of_tiles(tiles, tiles), 1, tiles, tile_bytes, 50_000_000 / tile_bytes);
+            println!("{anchors}: {} MB in bands, {} MB by rows", banded / 1_000_000, by_rows / 1_000_000);
+            assert!(banded / 1_000_000 < most_megabytes && by_rows > least * banded, "{banded} {by_rows}");
+        }
     }
 
     #[test]
