@@ -62,11 +62,14 @@ struct Turn {
     DEVICE uint32_t matrix_parity() const { return index / 2 % 2; }
 };
 
-// The tiles that hold candidates of the block's rows, in order. The lanes of a warp look at 32 counts at once.
+// The tiles that hold candidates of the block's rows, in order. The lanes of a warp look at 32 counts at once. `words`: with
+// how many there are and where, which only those that build ask; the others have no registers for it.
+template <bool words>
 struct Walk {
     const GradientParams &p;
     uint32_t x, steps, group, end;
-    uint32_t counts = 0, segments = 0, left = 0;  // of the lane's tile of this group; tiles with candidates, a bit each
+    uint32_t left = 0, stored = 0;       // tiles of this group with candidates, those that are stored: a bit each
+    uint32_t counts = 0, segments = 0;   // of the lane's tile
     Turn turn{};
 
     DEVICE Walk(const GradientParams &params, uint32_t row_tile, Range range)
@@ -84,17 +87,24 @@ struct Walk {
             if (static_cast<int32_t>(end - group) <= 0) return false;
             uint32_t y = group + lane_index();
             uint64_t index = y < end ? pair_tile(p.pairs, p.of_references, x, y).index : 0;
-            counts = y < end ? p.pairs.tile_counts[index] : 0;
-            segments = y < end ? p.pairs.tile_segments[index] : NO_ROW;
-            left = ballot_sync(counts != 0);
+            uint32_t count = y < end ? p.pairs.tile_counts[index] : 0, segment = y < end ? p.pairs.tile_segments[index] : NO_ROW;
+            left = ballot_sync(count != 0);
+            stored = ballot_sync(segment != NO_ROW);
+            if constexpr (words) {
+                counts = count;
+                segments = segment;
+            }
         }
         int lane = lowest_bit(left);
         left &= left - 1;
         turn.y = group + static_cast<uint32_t>(lane);
-        turn.count = shuffle(counts, lane);
         turn.tile = pair_tile(p.pairs, p.of_references, x, turn.y);
-        turn.segment = shuffle(segments, lane);
-        turn.stored = turn.segment != NO_ROW;
+        turn.stored = stored >> lane & 1;
+        turn.count = 1;
+        if constexpr (words) {
+            turn.count = shuffle(counts, lane);
+            turn.segment = shuffle(segments, lane);
+        }
         return true;
     }
 };
@@ -113,7 +123,7 @@ DEVICE uint32_t parity_of(uint32_t fill) { return fill / GRADIENT_HOPPER_STAGES 
 
 // The warp that copies: R of every tile, before it the operands of a recomputed one.
 template <class Numbers>
-DEVICE void copy_rows(const GradientParams &p, GradientHopperShared &shared, Walk walk, uint32_t first_column, uint32_t panels) {
+DEVICE void copy_rows(const GradientParams &p, GradientHopperShared &shared, Walk<false> walk, uint32_t first_column, uint32_t panels) {
     const Pairs &pairs = p.pairs;
     const Side &own = p.of_references ? pairs.references : pairs.anchors;
     const Side &other = p.of_references ? pairs.anchors : pairs.references;
@@ -240,7 +250,7 @@ DEVICE void build_recomputed(const Building &my, const Turn &turn, uint32_t x, u
 }
 
 template <class Numbers>
-DEVICE void build_matrices(const GradientParams &p, GradientHopperShared &shared, Walk walk) {
+DEVICE void build_matrices(const GradientParams &p, GradientHopperShared &shared, Walk<true> walk) {
     Building my{p, shared, thread_index() - kMultipliers * 32};
     bool other_references = !p.of_references;
     Words ahead[kAhead];
@@ -335,8 +345,8 @@ DEVICE void recompute_values(GradientHopperShared &shared, Barrier *valued, uint
 
 // The two warpgroups that multiply: 64 rows each and at most 8 n columns.
 template <class Numbers, int n>
-DEVICE void multiply_matrices(const GradientParams &p, GradientHopperShared &shared, Walk walk, uint32_t first_column,
-                              uint32_t columns) {
+DEVICE void multiply_matrices(const GradientParams &p, GradientHopperShared &shared, Walk<false> walk,
+                              uint32_t first_column, uint32_t columns) {
     uint32_t group = shuffle(warp_index(), 0) / 4;  // which the compiler then knows to be the warp's
     float sums[n][4];
 #pragma unroll
@@ -444,17 +454,17 @@ DEVICE void gradient_hopper_body([[maybe_unused]] const GradientParams &p) {
     }
     block_sync();  // barriers and scales are there
     Range range = split_range(p.of_references ? pairs.anchors.tiles : pairs.references.tiles, block_z(), p.splits);
-    Walk walk(p, x, range);
+    Walk<false> walk(p, x, range);
     uint32_t warp = shuffle(warp_index(), 0);
     if (warp >= kMultipliers) {
-        setmaxnreg_dec<88>();
+        setmaxnreg_dec<104>();
         if (warp == kMultipliers + kBuilders) {
             copy_rows<Numbers>(p, shared, walk, first_column, columns / kPanelColumns);
         } else {
-            build_matrices<Numbers>(p, shared, walk);
+            build_matrices<Numbers>(p, shared, Walk<true>(p, x, range));
         }
     } else {
-        setmaxnreg_inc<208>();
+        setmaxnreg_inc<200>();
         // The narrow product for what it holds: it takes half the time.
         if (columns <= GRADIENT_COLUMNS / 2) {
             multiply_matrices<Numbers, GRADIENT_COLUMNS / 16>(p, shared, walk, first_column, columns);

@@ -325,7 +325,7 @@ fn a_named_barrier_that_is_missing_is_caught() {
 
 #[test]
 fn more_registers_than_a_block_has_are_caught() {
-    let message = run_faulty_hopper("gradient_hopper.cu", "setmaxnreg_inc<208>()", "setmaxnreg_inc<216>()");
+    let message = run_faulty_hopper("gradient_hopper.cu", "setmaxnreg_inc<200>()", "setmaxnreg_inc<208>()");
     assert!(message.contains("more registers than the block has"), "{message}");
 }
 
