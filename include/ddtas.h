@@ -213,7 +213,7 @@ typedef struct ddtas_context_options {
     size_t threads;
     /**
      * Bytes for the pairs kept between passes; what does not fit is computed again, with the same
-     * result bit for bit on the CPU. 0 for the default: 6 KiB a row on the CPU, 1 GiB on a GPU.
+     * result bit for bit on the CPU. 0 for the default: 6 KiB a row on the CPU, a quarter of the free memory on a GPU.
      */
     size_t workspace_bytes;
     /**

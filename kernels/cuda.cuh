@@ -22,12 +22,26 @@ struct Bf16 {
 #ifdef __CUDACC__
 
 #define DEVICE __device__ __forceinline__
+// The next kernel may be put in place from now on (all blocks of this one are), and this one goes on when the one before
+// is through and what it wrote is there: starts of kernels overlap, and nothing else (programmatic dependent launch, from
+// sm_90 on; launched otherwise, neither does anything).
+DEVICE void begin_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+#define KERNEL_OF(name, Params, threads, blocks)                                                                          \
+    static DEVICE void name##_kernel(const Params &p);                                                                    \
+    extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Params p) {                \
+        begin_kernel();                                                                                                   \
+        name##_kernel(p);                                                                                                 \
+    }                                                                                                                     \
+    static DEVICE void name##_kernel(const Params &p)
 // One argument, the parameter struct; `blocks` a multiprocessor should hold (bounds registers).
-#define KERNEL(name, Params, blocks) \
-    extern "C" __global__ void __launch_bounds__(THREADS, blocks) name(const __grid_constant__ Params p)
+#define KERNEL(name, Params, blocks) KERNEL_OF(name, Params, THREADS, blocks)
 // A kernel whose warps have roles, one block a multiprocessor.
-#define ROLE_KERNEL(name, Params, threads) \
-    extern "C" __global__ void __launch_bounds__(threads, 1) name(const __grid_constant__ Params p)
+#define ROLE_KERNEL(name, Params, threads) KERNEL_OF(name, Params, threads, 1)
 // Dynamic shared memory; the launch plan states its size.
 extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
 #define SHARED_MEMORY(name) unsigned char *name = dynamic_shared_memory
@@ -65,6 +79,17 @@ DEVICE void atomic_add_shared(int64_t *target, int64_t value) {
     uint32_t before = atomicAdd(halves, low);
     high += before + low < low;
     if (high != 0) atomicAdd(halves + 1, high);
+}
+// One of several blocks is here: what it wrote before (what its other threads wrote before a barrier, too) is seen by those
+// that come later, and so by the last of them. How many came before.
+DEVICE uint32_t arrive_at(uint32_t *arrived) {
+    __threadfence();
+    uint32_t before = atomicAdd(arrived, 1u);
+    __threadfence();
+    return before;
+}
+DEVICE uint64_t atomic_take(uint64_t *target, uint64_t value) {
+    return atomicAdd(reinterpret_cast<unsigned long long *>(target), static_cast<unsigned long long>(value));
 }
 DEVICE uint32_t atomic_next(uint32_t *target) { return atomicAdd(target, 1u); }
 DEVICE void atomic_max(uint32_t *target, uint32_t value) { atomicMax(target, value); }
@@ -204,6 +229,15 @@ DEVICE T block_sum(T value, T *scratch) {
     for (uint32_t warp = 1; warp < THREADS / 32; ++warp) total += scratch[warp];
     block_sync();  // the scratch may be written again
     return total;
+}
+
+// Whether this block is the last of `blocks` to come here: it sees what the others wrote before. No block waits for
+// another. By the whole block; `last` is shared memory.
+DEVICE bool is_last_block(uint32_t *arrived, uint32_t blocks, uint32_t *last) {
+    block_sync();
+    if (thread_index() == 0) *last = arrive_at(arrived) == blocks - 1;
+    block_sync();
+    return *last != 0;
 }
 
 #endif

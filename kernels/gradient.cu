@@ -1,119 +1,235 @@
 // gradient.cu: dE = M R, M = G + G^T, or one side's part in the rectangular form (SPEC 4).
 // Truth: src/loss/reference.rs. Launcher: src/backend/device/loss.rs.
 //
-// gradient_ways: lists or tiles, for each row tile, by the density of its candidates.
-// gradient_lists: few mined pairs. A warp owns 8 rows and adds r_j for every pair of theirs.
-// gradient_tiles: gradient_tiles.cu, on Hopper gradient_hopper.cu.
-// gradient_sum: adds the splits and undoes the class order; with one split the kernels above do that.
-// One block owns some rows of the result and walks the other side's tiles in order, so that
-// every sum has one order: no atomics. Small batches share a row block among `splits`.
-// Numbers: sums are f32.
+// Row tiles with few mined pairs are summed from lists (lists.cuh), the others on tensor cores; `weigh` has said which.
+// The tile of M is rebuilt in shared memory, from the stored candidates or from a recomputed tile
+// of S (matrix.cuh), and multiplied with the other side's rows, which stream through stages.
+// One block owns 128 rows (f32: 64) and 256 columns of the result and walks the other side's tiles
+// in order, or a split's range of them, so that every sum has one order: no atomics. The last split to come adds all.
+// Numbers: 16-bit types hold M scaled by a power of two; sums are f32.
 
-#include "matrix.cuh"
+#include "lists.cuh"
 
-// Below this share of candidates a row tile's gradient is summed from lists. A pair costs
-// the list way 1 KB read and 2 x 1 KB of shared memory for 256 columns, some 32 cycles; a
-// 64 x 128 tile of M costs the tensor cores about 1,000 for as many, whatever is in it.
-// 32 pairs of 8,192 are 0.4 %.
-constexpr uint64_t kListsShare = 256;
+// Shapes of the tile way. 8 warps, 2 x 4: a warp has half the rows and every fourth group of 16 columns.
+template <class Numbers>
+struct GradientShape {
+    using Element = typename Numbers::Element;
+    static constexpr int rows = kMatrixRows<Numbers>;
+    static constexpr int row_tiles = rows / 32;                          // of 16 rows, of a warp
+    static constexpr int groups = GRADIENT_COLUMNS / 64;                 // of a warp
+    static constexpr int depth = 32 / sizeof(Element);                   // inner dimension of one mma
+    static constexpr int row_bytes = GRADIENT_COLUMNS * sizeof(Element); // of a row of a stage
+    static constexpr int stage_bytes = GRADIENT_DEPTH * row_bytes;
+    static constexpr int stages = GRADIENT_STAGES_BYTES / stage_bytes;
+};
+static_assert(2 * (kRecomputedRows + TILE) * STAGE_BYTES <= GRADIENT_STAGES_BYTES,
+              "it streams through the stages of the product");
+static_assert(kRecomputedRows * kValuesStride * sizeof(float) <= GRADIENT_STAGES_BYTES,
+              "and its values stand there afterwards");
 
-KERNEL(gradient_ways, WaysParams, 2) {
-    SHARED_MEMORY(bytes);
-    auto *scratch = reinterpret_cast<uint64_t *>(bytes);
-    const Pairs &pairs = p.pairs;
-    uint32_t others = p.of_references ? pairs.anchors.tiles : pairs.references.tiles;
-    uint64_t candidates = 0, missing = 0;
-    for (uint32_t y = thread_index(); y < others; y += THREADS) {
-        uint32_t count = pairs.tile_counts[pair_tile(pairs, p.of_references, block_x(), y).index];
-        candidates += count;
-        missing += count > pairs.tile_capacity;
-    }
-    candidates = block_sum(candidates, scratch);
-    missing = block_sum(missing, scratch);
-    if (thread_index() == 0) {
-        p.ways[block_x()] = missing == 0 && candidates * kListsShare < static_cast<uint64_t>(others) * TILE * TILE;
+// Byte of granule `granule` of row k of a stage. 16-bit types read 8 rows of one granule at a
+// time (ldmatrix), f32 reads 2 granules of 4 rows: either way all 32 banks once.
+template <class Numbers>
+DEVICE uint32_t stage_place(uint32_t k, uint32_t granule) {
+    uint32_t twist = sizeof(typename Numbers::Element) == 2 ? k % 8 : k % 4 * 2;
+    return k * GradientShape<Numbers>::row_bytes + ((granule ^ twist) << 4);
+}
+
+// The two column fragments of the 16 columns from `column` on, inner dimension from k on.
+template <class Numbers>
+DEVICE void load_columns(uint32_t (&raw)[4], const unsigned char *stage, uint32_t k, uint32_t column) {
+    uint32_t lane = lane_index();
+    if constexpr (sizeof(typename Numbers::Element) == 2) {
+        ldmatrix_transposed(raw, stage + stage_place<Numbers>(k + lane % 16, column / 8 + lane / 16));
+    } else {
+        // There is no transposing load of 32-bit elements.
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            uint32_t row = k + lane % 4 + i % 2 * 4, at = column + i / 2 * 8 + lane / 4;
+            raw[i] = *reinterpret_cast<const uint32_t *>(stage + stage_place<Numbers>(row, at / 4) + at % 4 * 4);
+        }
     }
 }
 
 template <class Numbers>
-DEVICE void gradient_lists_body(const GradientParams &p) {
-    using Element = typename Numbers::Element;
-    using Vector = Granule<Element>;
-    SHARED_MEMORY(bytes);
-    auto *sums = reinterpret_cast<float *>(bytes);  // [LISTS_ROWS, LISTS_COLUMNS]
+using GradientSums = float[GradientShape<Numbers>::row_tiles][GradientShape<Numbers>::groups * 2][4];
+
+// sums += M[:, the stage's rows] times the stage. `columns` that there are may be fewer than the shape's.
+template <class Numbers>
+DEVICE void multiply_gradient_stage(GradientSums<Numbers> &sums, const unsigned char *matrix, const unsigned char *stage,
+                                    uint32_t first_k, uint32_t columns) {
+    using Shape = GradientShape<Numbers>;
+    uint32_t lane = lane_index(), warp_row = warp_index() / 4 * 16 * Shape::row_tiles;
+#pragma unroll
+    for (int k = 0; k < GRADIENT_DEPTH; k += Shape::depth) {
+        typename Numbers::template Fragment<4> rows[Shape::row_tiles];
+#pragma unroll
+        for (int tile = 0; tile < Shape::row_tiles; ++tile) {
+            uint32_t raw[4];
+            uint32_t at = first_k + k + lane / 16 * (Shape::depth / 2);
+            ldmatrix(raw, matrix + matrix_place<Numbers>(warp_row + tile * 16 + lane % 16, at));
+            Numbers::prepare(rows[tile], raw);
+        }
+#pragma unroll
+        for (int group = 0; group < Shape::groups; ++group) {
+            uint32_t column = (group * 4 + warp_index() % 4) * 16;
+            if (column >= columns) break;  // the same for the whole warp
+            uint32_t raw[4];
+            load_columns<Numbers>(raw, stage, k, column);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                typename Numbers::template Fragment<2> fragment;
+                Numbers::prepare(fragment, raw + half * 2);
+#pragma unroll
+                for (int tile = 0; tile < Shape::row_tiles; ++tile) {
+                    Numbers::multiply(sums[tile][group * 2 + half], rows[tile], fragment, false);
+                }
+            }
+        }
+    }
+}
+
+// M of the block's rows and tile y from a recomputed tile of S, whose bits are those of the sweep.
+template <class Numbers>
+DEVICE void recompute_matrix(const GradientParams &p, unsigned char *matrix, unsigned char *stages, uint32_t x, uint32_t y,
+                             uint32_t offset, PairTile tile) {
     const Pairs &pairs = p.pairs;
     const Side &own = p.of_references ? pairs.references : pairs.anchors;
     const Side &other = p.of_references ? pairs.anchors : pairs.references;
-    uint32_t x = block_x() / (TILE / LISTS_ROWS), offset = block_x() % (TILE / LISTS_ROWS) * LISTS_ROWS;
-    if (!p.ways[x]) return;
-    uint32_t first_column = block_y() * LISTS_COLUMNS;
-    uint32_t columns = pairs.stride - first_column < LISTS_COLUMNS ? pairs.stride - first_column : LISTS_COLUMNS;
-    auto rows = static_cast<const unsigned char *>(other.rows);
+    auto rows = static_cast<const unsigned char *>(tile_rows<Numbers>(own, x, pairs.stride)) + offset * STAGE_BYTES;
+    auto *values = reinterpret_cast<float *>(stages);  // [kRecomputedRows, kValuesStride]
+    Place<2> place;
+    for (uint32_t first = 0; first < kMatrixRows<Numbers>; first += kRecomputedRows) {
+        // The sweep multiplied the row of the smaller index with the column of the larger. On the
+        // diagonal both orders occur, and exact sums depend on it: there the product is taken twice.
+        for (int turn = tile.transposed; turn <= (tile.transposed || tile.diagonal); ++turn) {
+            Accumulators<2> acc;
+            multiply_tile<Numbers, 2, 2>(acc, rows + first * STAGE_BYTES,
+                                         tile_rows<Numbers>(other, y, pairs.stride), stride_bytes<Numbers>(pairs), stages,
+                                         turn == 1);
+#pragma unroll
+            for (int r = 0; r < Place<2>::rows; ++r) {
+#pragma unroll
+                for (int c = 0; c < Place<2>::columns; ++c) {
+                    values[place.row_of(r) * kValuesStride + place.column_of(c)] = Place<2>::value(acc, r, c);
+                }
+            }
+            block_sync();
+            weigh_values<Numbers>(p, matrix, values, x, y, offset, first, tile, turn == 1 ? Part::lower : Part::upper);
+            block_sync();  // the stages are filled again
+        }
+    }
+}
 
-    // A warp touches its own 8 rows only: no barrier, just its lanes.
-    constexpr uint32_t kWarpRows = LISTS_ROWS / (THREADS / 32);
-    float *warp_sums = sums + warp_index() * kWarpRows * LISTS_COLUMNS;
-    for (uint32_t i = lane_index(); i < kWarpRows * LISTS_COLUMNS; i += 32) warp_sums[i] = 0.0f;
-    warp_sync();
+constexpr uint32_t kListsRows = 8;  // of a warp
+static_assert(THREADS / 32 * kListsRows * LISTS_COLUMNS * 4 <= GRADIENT_STAGES_BYTES, "where the stages are");
+static_assert(LISTS_COLUMNS == GRADIENT_COLUMNS, "one grid for both");
+
+template <class Numbers>
+DEVICE void gradient_tiles(const GradientParams &p, unsigned char *stages, uint32_t x, uint32_t offset) {
+    using Shape = GradientShape<Numbers>;
+    using Element = typename Numbers::Element;
+    unsigned char *matrix = stages + GRADIENT_STAGES_BYTES;
+    const Pairs &pairs = p.pairs;
+    const Side &own = p.of_references ? pairs.references : pairs.anchors;
+    const Side &other = p.of_references ? pairs.anchors : pairs.references;
+    uint32_t first_column = block_y() * GRADIENT_COLUMNS;
+    uint32_t columns = pairs.stride - first_column < GRADIENT_COLUMNS ? pairs.stride - first_column : GRADIENT_COLUMNS;
+
+    GradientSums<Numbers> sums;
+#pragma unroll
+    for (int tile = 0; tile < Shape::row_tiles; ++tile) {
+#pragma unroll
+        for (int column = 0; column < Shape::groups * 2; ++column) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sums[tile][column][i] = 0.0f;
+        }
+    }
     Range range = split_range(other.tiles, block_z(), p.splits);
     for (uint32_t y = range.begin; y < range.end; ++y) {
         PairTile tile = pair_tile(pairs, p.of_references, x, y);
         uint32_t count = pairs.tile_counts[tile.index];
-        uint64_t at = tile.index * pairs.tile_capacity;
-        for (uint32_t base = 0; base < count; base += 32) {
-            bool there = base + lane_index() < count;
-            uint32_t place = there ? word_place(pairs.tile_words[at + base + lane_index()]) : 0;
-            float s = there ? pairs.tile_values[at + base + lane_index()] : 0.0f;
-            for (int turn = 0; turn < (tile.diagonal ? 2 : 1); ++turn) {
-                bool transposed = tile.transposed || turn == 1;
-                uint32_t of_x = transposed ? place % TILE : place / TILE, of_y = transposed ? place / TILE : place % TILE;
-                uint32_t local = of_x - offset - warp_index() * kWarpRows;  // wraps around for rows of others
-                float weight = 0.0f;
-                if (there && local < kWarpRows) {
-                    uint32_t row = x * TILE + of_x, column = y * TILE + of_y;
-                    weight = transposed ? pair_weight(pairs, column, row, s) : pair_weight(pairs, row, column, s);
-                }
-                for (uint32_t left = ballot_sync(weight != 0.0f); left != 0; left &= left - 1) {
-                    int lane = lowest_bit(left);
-                    float pair = shuffle(weight, lane);
-                    uint32_t to = shuffle(local, lane), from = y * TILE + shuffle(of_y, lane);
-                    for (uint32_t column = lane_index() * Vector::count; column < columns; column += 32 * Vector::count) {
-                        uint32_t byte = (first_column + column) * static_cast<uint32_t>(sizeof(Element));
-                        Vector values = *reinterpret_cast<const Vector *>(
-                            rows + prepared_place(from, byte, stride_bytes<Numbers>(pairs)));
-                        float *target = warp_sums + to * LISTS_COLUMNS + column;
+        if (count == 0) continue;  // the same for the whole block
+        auto rows = static_cast<const unsigned char *>(tile_rows<Numbers>(other, y, pairs.stride));
+        constexpr uint32_t kSteps = TILE / GRADIENT_DEPTH;
+        // A group a step, empty or not: the waits below count them.
+        auto copy = [&](uint32_t step) {
+            uint32_t granules = columns * sizeof(Element) / 16;
+            for (uint32_t i = thread_index(); step < kSteps && i < GRADIENT_DEPTH * granules; i += THREADS) {
+                uint32_t k = i / granules, granule = i % granules;
+                cp_async(stages + step % Shape::stages * Shape::stage_bytes + stage_place<Numbers>(k, granule),
+                           rows + prepared_place(step * GRADIENT_DEPTH + k,
+                                                 first_column * static_cast<uint32_t>(sizeof(Element)) + granule * 16,
+                                                 stride_bytes<Numbers>(pairs)));
+            }
+            cp_async_commit();
+        };
+        auto copy_first = [&] {
+            for (uint32_t step = 0; step < Shape::stages - 1; ++step) copy(step);
+        };
+        if (!is_stored(pairs, tile.index)) {
+            recompute_matrix<Numbers>(p, matrix, stages, x, y, offset, tile);
+            copy_first();
+        } else {
+            copy_first();  // lands while M is rebuilt
+            rebuild_matrix<Numbers>(p, matrix, x, y, offset, tile, count);
+        }
+        for (uint32_t step = 0; step < kSteps; ++step) {
+            cp_async_wait<Shape::stages - 2>();
+            block_sync();  // M and this stage are there, the stage before is read
+            copy(step + Shape::stages - 1);
+            const unsigned char *stage = stages + step % Shape::stages * Shape::stage_bytes;
+            if constexpr (Numbers::exact) {
+                GradientSums<Numbers> part = {};
+                multiply_gradient_stage<Numbers>(part, matrix, stage, step * GRADIENT_DEPTH, columns);
 #pragma unroll
-                        for (int i = 0; i < Vector::count; ++i) target[i] += pair * to_float(values.values[i]);
+                for (int r = 0; r < Shape::row_tiles; ++r) {
+#pragma unroll
+                    for (int column = 0; column < Shape::groups * 2; ++column) {
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) sums[r][column][i] += part[r][column][i];
                     }
                 }
+            } else {
+                multiply_gradient_stage<Numbers>(sums, matrix, stage, step * GRADIENT_DEPTH, columns);
             }
         }
+        block_sync();  // M and the stages are read
     }
-    warp_sync();
-    for (uint32_t r = 0; r < kWarpRows; ++r) {
-        ResultRow result = result_row(p, own, x * TILE + offset + warp_index() * kWarpRows + r);
-        for (uint32_t column = lane_index(); column < columns && first_column + column < result.columns; column += 32) {
-            result.to[first_column + column] = warp_sums[r * LISTS_COLUMNS + column];
-        }
-    }
-}
-KERNEL(gradient_lists_f32, GradientParams, 1) { gradient_lists_body<ExactF32>(p); }
-KERNEL(gradient_lists_tf32, GradientParams, 1) { gradient_lists_body<FastF32>(p); }
-KERNEL(gradient_lists_f16, GradientParams, 1) { gradient_lists_body<HalfF16>(p); }
-KERNEL(gradient_lists_bf16, GradientParams, 1) { gradient_lists_body<HalfBf16>(p); }
 
-// One block a row tile.
-KERNEL(gradient_sum, GradientSumParams, 1) {
-    for (uint32_t r = warp_index(); r < TILE; r += THREADS / 32) {
-        uint32_t row = block_x() * TILE + r;
-        if (row >= p.count) break;
-        float *to = p.gradient + static_cast<uint64_t>(p.order[row]) * p.dim;
-        for (uint32_t d = lane_index(); d < p.dim; d += 32) {
-            float sum = 0.0f;
-            for (uint32_t split = 0; split < p.splits; ++split) {
-                sum += p.partial[(static_cast<uint64_t>(split) * p.padded_rows + row) * p.stride + d];
+    float unscale = 1.0f / p.weight_scale;
+#pragma unroll
+    for (int tile = 0; tile < Shape::row_tiles; ++tile) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            uint32_t row = (warp_index() / 4 * Shape::row_tiles + tile) * 16 + half * 8 + lane_index() / 4;
+            ResultRow result = result_row(p, own, x * TILE + offset + row);
+#pragma unroll
+            for (int group = 0; group < Shape::groups; ++group) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    uint32_t column = (group * 4 + warp_index() % 4) * 16 + i / 2 * 8 + lane_index() % 4 * 2 + i % 2;
+                    if (column >= columns || first_column + column >= result.columns) continue;
+                    result.to[first_column + column] = sums[tile][group * 2 + i / 2][half * 2 + i % 2] * unscale;
+                }
             }
-            to[d] = sum;
         }
     }
 }
+
+template <class Numbers>
+DEVICE void gradient_body(const GradientParams &p) {
+    SHARED_MEMORY(bytes);
+    constexpr uint32_t rows = kMatrixRows<Numbers>;
+    uint32_t x = block_x() / (TILE / rows), offset = block_x() % (TILE / rows) * rows;
+    if (p.ways[x]) {
+        constexpr uint32_t part = THREADS / 32 * kListsRows;
+        for (uint32_t first = 0; first < rows; first += part) {
+            gradient_lists<Numbers, THREADS / 32, kListsRows>(p, bytes, x, offset + first);
+        }
+    } else {
+        gradient_tiles<Numbers>(p, bytes, x, offset);
+    }
+    finish_splits(p, bytes, static_cast<uint64_t>(x) * TILE + offset, rows, THREADS);
+}
+KERNEL_IN_EVERY_PRECISION(gradient, GradientParams, 1)

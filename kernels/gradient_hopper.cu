@@ -1,4 +1,4 @@
-// gradient_hopper.cu: gradient_tiles.cu on Hopper's warpgroup products (wgmma, sm_90a); 16-bit types.
+// gradient_hopper.cu: gradient.cu on Hopper's warpgroup products (wgmma, sm_90a); 16-bit types.
 // Truth: src/loss/reference.rs. Launcher: src/backend/device/loss.rs.
 //
 // dE += M R, a block 128 rows and 256 columns of dE. Its warps have roles: two warpgroups multiply, 64 rows
@@ -8,11 +8,11 @@
 // registers. A tile of S that was not stored is recomputed by the warps that multiply, 64 columns at a time, since
 // the sums of dE leave no registers for more: its operands come through the stages, its values go back to one, and
 // half of M is built from these.
-// Rows, columns, splits and the order of every sum are those of gradient_tiles.cu.
+// Rows, columns, splits and the order of every sum are those of gradient.cu; all warps alike sum what goes by lists.
 // Sync: barriers in shared memory alone (full, empty, built, taken, valued); all roles walk the same tiles.
 
 #include "hopper.cuh"
-#include "matrix.cuh"
+#include "lists.cuh"
 
 #ifdef HAS_WARPGROUP_PRODUCTS
 
@@ -40,6 +40,7 @@ struct GradientHopperShared {
     Barrier full[GRADIENT_HOPPER_STAGES], empty[GRADIENT_HOPPER_STAGES];
     Barrier built[2], taken[2];  // of the matrices
     Barrier valued[2];           // a half of a recomputed tile's S is in its stage
+    uint32_t last, unused;       // whether this block is the last of its splits
 };
 static_assert(sizeof(GradientHopperShared) == GRADIENT_HOPPER_SHARED_BYTES, "the launch plan's shared memory");
 
@@ -48,6 +49,7 @@ struct Turn {
     PairTile tile;
     uint32_t y;           // of the other side
     uint32_t count;       // candidates
+    uint32_t segment;     // where they are
     uint32_t index;       // so many tiles before
     uint32_t recomputed;  // of which recomputed
     uint32_t fill;        // and so many stages filled before
@@ -60,11 +62,14 @@ struct Turn {
     DEVICE uint32_t matrix_parity() const { return index / 2 % 2; }
 };
 
-// The tiles that hold candidates of the block's rows, in order. The lanes of a warp look at 32 counts at once.
+// The tiles that hold candidates of the block's rows, in order. The lanes of a warp look at 32 counts at once. `words`: with
+// how many there are and where, which only those that build ask; the others have no registers for it.
+template <bool words>
 struct Walk {
     const GradientParams &p;
     uint32_t x, steps, group, end;
-    uint32_t counts = 0, left = 0;  // of the lane's tile of this group; tiles with candidates, a bit each
+    uint32_t left = 0, stored = 0;       // tiles of this group with candidates, those that are stored: a bit each
+    uint32_t counts = 0, segments = 0;   // of the lane's tile
     Turn turn{};
 
     DEVICE Walk(const GradientParams &params, uint32_t row_tile, Range range)
@@ -81,15 +86,25 @@ struct Walk {
             group += 32;  // from below 0 at first
             if (static_cast<int32_t>(end - group) <= 0) return false;
             uint32_t y = group + lane_index();
-            counts = y < end ? p.pairs.tile_counts[pair_tile(p.pairs, p.of_references, x, y).index] : 0;
-            left = ballot_sync(counts != 0);
+            uint64_t index = y < end ? pair_tile(p.pairs, p.of_references, x, y).index : 0;
+            uint32_t count = y < end ? p.pairs.tile_counts[index] : 0, segment = y < end ? p.pairs.tile_segments[index] : NO_ROW;
+            left = ballot_sync(count != 0);
+            stored = ballot_sync(segment != NO_ROW);
+            if constexpr (words) {
+                counts = count;
+                segments = segment;
+            }
         }
         int lane = lowest_bit(left);
         left &= left - 1;
         turn.y = group + static_cast<uint32_t>(lane);
-        turn.count = shuffle(counts, lane);
         turn.tile = pair_tile(p.pairs, p.of_references, x, turn.y);
-        turn.stored = turn.count <= p.pairs.tile_capacity;
+        turn.stored = stored >> lane & 1;
+        turn.count = 1;
+        if constexpr (words) {
+            turn.count = shuffle(counts, lane);
+            turn.segment = shuffle(segments, lane);
+        }
         return true;
     }
 };
@@ -108,7 +123,7 @@ DEVICE uint32_t parity_of(uint32_t fill) { return fill / GRADIENT_HOPPER_STAGES 
 
 // The warp that copies: R of every tile, before it the operands of a recomputed one.
 template <class Numbers>
-DEVICE void copy_rows(const GradientParams &p, GradientHopperShared &shared, Walk walk, uint32_t first_column, uint32_t panels) {
+DEVICE void copy_rows(const GradientParams &p, GradientHopperShared &shared, Walk<false> walk, uint32_t first_column, uint32_t panels) {
     const Pairs &pairs = p.pairs;
     const Side &own = p.of_references ? pairs.references : pairs.anchors;
     const Side &other = p.of_references ? pairs.anchors : pairs.references;
@@ -169,7 +184,7 @@ struct Building {
     uint32_t thread;  // of theirs
 
     DEVICE const Words *words_of(const Turn &turn) const {
-        return reinterpret_cast<const Words *>(p.pairs.tile_words + turn.tile.index * p.pairs.tile_capacity);
+        return reinterpret_cast<const Words *>(p.pairs.pool_words + static_cast<uint64_t>(turn.segment) * 4);
     }
     // Granule `granule` of a stored tile's words, or none.
     DEVICE Words load(const Turn &turn, uint32_t granule, bool there) const {
@@ -207,7 +222,7 @@ DEVICE void scatter(GradientHopperShared &shared, const Turn &turn, const Words 
     }
 }
 
-constexpr uint32_t kBuildersBarrier = 1;
+constexpr uint32_t kBuildersBarrier = 1, kMultipliersBarrier = 2;
 
 // M from the values of a recomputed tile.
 template <class Numbers>
@@ -235,7 +250,7 @@ DEVICE void build_recomputed(const Building &my, const Turn &turn, uint32_t x, u
 }
 
 template <class Numbers>
-DEVICE void build_matrices(const GradientParams &p, GradientHopperShared &shared, Walk walk) {
+DEVICE void build_matrices(const GradientParams &p, GradientHopperShared &shared, Walk<true> walk) {
     Building my{p, shared, thread_index() - kMultipliers * 32};
     bool other_references = !p.of_references;
     Words ahead[kAhead];
@@ -330,8 +345,8 @@ DEVICE void recompute_values(GradientHopperShared &shared, Barrier *valued, uint
 
 // The two warpgroups that multiply: 64 rows each and at most 8 n columns.
 template <class Numbers, int n>
-DEVICE void multiply_matrices(const GradientParams &p, GradientHopperShared &shared, Walk walk, uint32_t first_column,
-                              uint32_t columns) {
+DEVICE void multiply_matrices(const GradientParams &p, GradientHopperShared &shared, Walk<false> walk,
+                              uint32_t first_column, uint32_t columns) {
     uint32_t group = shuffle(warp_index(), 0) / 4;  // which the compiler then knows to be the warp's
     float sums[n][4];
 #pragma unroll
@@ -394,16 +409,36 @@ DEVICE void multiply_matrices(const GradientParams &p, GradientHopperShared &sha
         }
     }
 }
+
+// As finish_splits(), by the warps that multiply alone.
+DEVICE void finish_multiplied(const GradientParams &p, GradientHopperShared &shared, uint32_t x) {
+    if (p.splits == 1) return;
+    constexpr uint32_t threads = kMultipliers * 32;
+    warp_sync();
+    named_sync(kMultipliersBarrier, threads);
+    if (thread_index() == 0) shared.last = arrive_at(arrivals(p)) == p.splits - 1;
+    warp_sync();
+    named_sync(kMultipliersBarrier, threads);
+    if (shared.last) add_splits(p, static_cast<uint64_t>(x) * TILE, TILE, thread_index(), threads);
+}
+
+constexpr uint32_t kListsWarps = GRADIENT_HOPPER_THREADS / 32, kListsRows = (TILE + kListsWarps - 1) / kListsWarps;
+static_assert(kListsWarps * kListsRows * LISTS_COLUMNS * 4 <= sizeof(GradientHopperShared), "where the stages are");
+static_assert(LISTS_COLUMNS == GRADIENT_COLUMNS, "one grid for both");
 #endif
 
 template <class Numbers>
-DEVICE void gradient_tiles_hopper_body([[maybe_unused]] const GradientParams &p) {
+DEVICE void gradient_hopper_body([[maybe_unused]] const GradientParams &p) {
 #ifdef HAS_WARPGROUP_PRODUCTS
     SHARED_MEMORY(bytes);
     auto &shared = *reinterpret_cast<GradientHopperShared *>(bytes);
     const Pairs &pairs = p.pairs;
     uint32_t x = block_x();
-    if (p.ways[x]) return;
+    if (p.ways[x]) {
+        gradient_lists<Numbers, kListsWarps, kListsRows>(p, bytes, x, 0);
+        finish_splits(p, bytes, static_cast<uint64_t>(x) * TILE, TILE, GRADIENT_HOPPER_THREADS);
+        return;
+    }
     uint32_t first_column = block_y() * GRADIENT_COLUMNS;
     uint32_t left = pairs.stride - first_column;
     uint32_t columns = left < GRADIENT_COLUMNS ? left : GRADIENT_COLUMNS;
@@ -419,27 +454,28 @@ DEVICE void gradient_tiles_hopper_body([[maybe_unused]] const GradientParams &p)
     }
     block_sync();  // barriers and scales are there
     Range range = split_range(p.of_references ? pairs.anchors.tiles : pairs.references.tiles, block_z(), p.splits);
-    Walk walk(p, x, range);
+    Walk<false> walk(p, x, range);
     uint32_t warp = shuffle(warp_index(), 0);
     if (warp >= kMultipliers) {
-        setmaxnreg_dec<88>();
+        setmaxnreg_dec<104>();
         if (warp == kMultipliers + kBuilders) {
             copy_rows<Numbers>(p, shared, walk, first_column, columns / kPanelColumns);
         } else {
-            build_matrices<Numbers>(p, shared, walk);
+            build_matrices<Numbers>(p, shared, Walk<true>(p, x, range));
         }
     } else {
-        setmaxnreg_inc<208>();
+        setmaxnreg_inc<200>();
         // The narrow product for what it holds: it takes half the time.
         if (columns <= GRADIENT_COLUMNS / 2) {
             multiply_matrices<Numbers, GRADIENT_COLUMNS / 16>(p, shared, walk, first_column, columns);
         } else {
             multiply_matrices<Numbers, GRADIENT_COLUMNS / 8>(p, shared, walk, first_column, columns);
         }
+        finish_multiplied(p, shared, x);
     }
 #else
     trap();
 #endif
 }
-ROLE_KERNEL(gradient_tiles_hopper_f16, GradientParams, GRADIENT_HOPPER_THREADS) { gradient_tiles_hopper_body<HalfF16>(p); }
-ROLE_KERNEL(gradient_tiles_hopper_bf16, GradientParams, GRADIENT_HOPPER_THREADS) { gradient_tiles_hopper_body<HalfBf16>(p); }
+ROLE_KERNEL(gradient_hopper_f16, GradientParams, GRADIENT_HOPPER_THREADS) { gradient_hopper_body<HalfF16>(p); }
+ROLE_KERNEL(gradient_hopper_bf16, GradientParams, GRADIENT_HOPPER_THREADS) { gradient_hopper_body<HalfBf16>(p); }

@@ -18,13 +18,6 @@ DEVICE Range split_range(uint32_t tiles, uint32_t split, uint32_t splits) {
                  static_cast<uint32_t>(static_cast<uint64_t>(tiles) * (split + 1) / splits)};
 }
 
-// 16 bytes of a row.
-template <class Element>
-struct alignas(16) Granule {
-    static constexpr int count = 16 / sizeof(Element);
-    Element values[count];
-};
-
 // Rows of M that a block has.
 template <class Numbers>
 constexpr uint32_t kMatrixRows = sizeof(typename Numbers::Element) == 2 ? GRADIENT_ROWS_16BIT : GRADIENT_ROWS_32BIT;
@@ -82,10 +75,10 @@ DEVICE void rebuild_matrix(const GradientParams &p, unsigned char *matrix, uint3
     auto *words = reinterpret_cast<Granule<uint32_t> *>(matrix);
     for (uint32_t i = thread_index(); i < kMatrixBytes<Numbers> / 16; i += THREADS) words[i] = Granule<uint32_t>{};
     block_sync();
-    uint64_t at = tile.index * pairs.tile_capacity;
+    uint64_t at = segment_of(pairs, tile.index);
     for (uint32_t k = thread_index(); k < count; k += THREADS) {
-        uint32_t place = word_place(pairs.tile_words[at + k]);
-        float s = pairs.tile_values[at + k];
+        uint32_t place = word_place(pairs.pool_words[at + k]);
+        float s = pairs.pool_values[at + k];
         // Row and column of the stored tile; x and y in the order of M.
         uint32_t row = (tile.transposed ? y : x) * TILE + place / TILE;
         uint32_t column = (tile.transposed ? x : y) * TILE + place % TILE;

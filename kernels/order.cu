@@ -1,146 +1,156 @@
-// order.cu: rows into class order, padded for the tiles, and checked (SPEC 1).
+// order.cu: rows into class order (SPEC 1).
 // Launcher: src/backend/device/loss.rs.
 //
-// order_tiles, order_merge: a sort of (label, index). Tiles of ORDER_TILE keys are sorted
-//   in shared memory; then each key's place is the sum of its places in all tiles, found
-//   by binary search. B^2 / ORDER_TILE * 10 steps: nothing beside B^2 D, and no passes
-//   that wait for each other.
-// prepare: gathers the rows, zeros the padding, sums squares (f64) and columns.
-// classes: the range of references that have an anchor's label.
+// order_tiles, order_merge: a sort of (label, index). Tiles of ORDER_TILE keys are sorted in shared memory; then
+//   ORDER_RUNS sorted runs at a time become one: a key's place is the sum of its places in all of them, found by
+//   binary search, several runs at once. 2,048 rows want no merge, 65,536 one, two million two.
+// order_tiles also sets to 0 what later passes count up in.
 // Ignored labels get the largest key: their rows come last and in no range.
 
 #include "tile.cuh"
 
 constexpr uint64_t kIgnored = ~static_cast<uint64_t>(0);
+constexpr uint32_t kKeys = ORDER_TILE / THREADS;  // of a thread
 
+// (label, index) pairs are unique, so every sort gives the same order.
+struct Key {
+    uint64_t label;
+    uint32_t index;
+};
+DEVICE bool is_before(const Key &a, const Key &b) { return a.label < b.label || (a.label == b.label && a.index < b.index); }
+
+// The gap behind every 8 keys: a warp whose threads have 8 in a row each meets no bank twice.
 struct OrderShared {
-    uint64_t keys[ORDER_TILE];
-    uint32_t indices[ORDER_TILE];
+    uint64_t labels[ORDER_TILE + ORDER_TILE / 8];
+    uint32_t indices[ORDER_TILE + ORDER_TILE / 8];
+    DEVICE Key get(uint32_t i) const { return Key{labels[i + i / 8], indices[i + i / 8]}; }
+    DEVICE void set(uint32_t i, const Key &key) {
+        labels[i + i / 8] = key.label;
+        indices[i + i / 8] = key.index;
+    }
 };
 static_assert(sizeof(OrderShared) == ORDER_SHARED_BYTES, "the launch plan's shared memory");
 
-// (label, index) pairs are unique, so every sort gives the same order.
+DEVICE void begin_loss(const OrderParams &p) {
+#pragma unroll 1
+    for (const Zeroed &zeroed : p.zeroed) {
+        for (uint64_t i = block_x() * THREADS + thread_index(); i < zeroed.count; i += grid_x() * THREADS) zeroed.words[i] = 0;
+    }
+    if (p.counters != nullptr && block_x() == 0 && thread_index() == 0) *p.counters = Counters{0, 0, 0, 0, NO_ROW, NO_ROW, 0};
+}
+
 KERNEL(order_tiles, OrderParams, 1) {
     SHARED_MEMORY(bytes);
     auto &shared = *reinterpret_cast<OrderShared *>(bytes);
+    begin_loss(p);
     uint32_t first = block_x() * ORDER_TILE;
+    uint32_t count = p.count - first < ORDER_TILE ? p.count - first : ORDER_TILE;
     for (uint32_t i = thread_index(); i < ORDER_TILE; i += THREADS) {
-        uint32_t index = first + i;
-        int64_t label = index < p.count ? p.labels[index] : -1;
-        shared.keys[i] = label < 0 ? kIgnored : static_cast<uint64_t>(label);
-        shared.indices[i] = index;
+        int64_t label = i < count ? p.labels[first + i] : -1;
+        shared.set(i, Key{label < 0 ? kIgnored : static_cast<uint64_t>(label), first + i});
     }
     block_sync();
-    // Bitonic: runs of `width` become sorted runs of twice the length.
-    for (uint32_t width = 2; width <= ORDER_TILE; width *= 2) {
-        for (uint32_t distance = width / 2; distance > 0; distance /= 2) {
-            for (uint32_t pair = thread_index(); pair < ORDER_TILE / 2; pair += THREADS) {
-                uint32_t low = pair / distance * 2 * distance + pair % distance, high = low + distance;
-                bool ascending = (low & width) == 0;
-                uint64_t low_key = shared.keys[low], high_key = shared.keys[high];
-                uint32_t low_index = shared.indices[low], high_index = shared.indices[high];
-                bool greater = low_key > high_key || (low_key == high_key && low_index > high_index);
-                if (greater == ascending) {
-                    shared.keys[low] = high_key;
-                    shared.keys[high] = low_key;
-                    shared.indices[low] = high_index;
-                    shared.indices[high] = low_index;
-                }
-            }
-            block_sync();
+    uint32_t at = thread_index() * kKeys;
+    Key own[kKeys];
+#pragma unroll
+    for (uint32_t k = 0; k < kKeys; ++k) own[k] = shared.get(at + k);
+    // A thread's own keys, by exchange of neighbours.
+#pragma unroll
+    for (uint32_t round = 0; round < kKeys; ++round) {
+#pragma unroll
+        for (uint32_t k = round % 2; k + 1 < kKeys; k += 2) {
+            if (!is_before(own[k + 1], own[k])) continue;
+            Key larger = own[k];
+            own[k] = own[k + 1];
+            own[k + 1] = larger;
         }
     }
-    for (uint32_t i = thread_index(); i < ORDER_TILE; i += THREADS) {
-        p.sorted_labels[first + i] = shared.keys[i];
-        p.sorted_indices[first + i] = shared.indices[i];
-    }
-}
-
-// Number of keys below `key`, or up to it.
-DEVICE uint32_t keys_before(const uint64_t *keys, uint32_t count, uint64_t key, bool equal_too) {
-    uint32_t begin = 0, end = count;
-    while (begin < end) {
-        uint32_t middle = (begin + end) / 2;
-        if (keys[middle] < key || (equal_too && keys[middle] == key)) {
-            begin = middle + 1;
-        } else {
-            end = middle;
-        }
-    }
-    return begin;
-}
-
-// One block a tile. Indices ascend over tiles: equal keys of earlier tiles come first.
-KERNEL(order_merge, OrderParams, 1) {
-    uint32_t own = block_x();
-    for (uint32_t i = thread_index(); i < ORDER_TILE; i += THREADS) {
-        uint64_t key = p.sorted_labels[own * ORDER_TILE + i];
-        uint32_t index = p.sorted_indices[own * ORDER_TILE + i];
-        if (index >= p.count) continue;  // the last tile's padding
-        uint32_t place = i;
-        for (uint32_t tile = 0; tile < p.tiles; ++tile) {
-            if (tile != own) place += keys_before(p.sorted_labels + tile * ORDER_TILE, ORDER_TILE, key, tile < own);
-        }
-        p.keys[place] = key;
-        p.order[place] = index;
-        if (key == kIgnored) continue;
-        atomic_add(p.valid, 1u);
-        if (p.valid_too != nullptr) atomic_add(p.valid_too, 1u);
-    }
-}
-
-template <class Element>
-DEVICE void prepare_body(const PrepareParams &p) {
-    auto input = static_cast<const Element *>(p.input);
-    uint64_t stride_bytes = static_cast<uint64_t>(p.stride) * sizeof(Element);
-    auto rows = static_cast<unsigned char *>(p.rows) + static_cast<uint64_t>(block_x()) * TILE * stride_bytes;
-    auto at = [&](uint32_t r, uint32_t d) {
-        return reinterpret_cast<Element *>(rows + prepared_place(r, d * sizeof(Element), stride_bytes));
+    auto publish = [&] {
+        block_sync();  // what was there is read
+#pragma unroll
+        for (uint32_t k = 0; k < kKeys; ++k) shared.set(at + k, own[k]);
+        block_sync();
     };
-    uint32_t first = block_x() * TILE;
-    for (uint32_t r = warp_index(); r < TILE; r += THREADS / 32) {
-        bool real = first + r < p.count;
-        uint32_t index = !real ? 0 : p.order == nullptr ? first + r : p.order[first + r];
-        double square_sum = 0.0;
-        for (uint32_t d = lane_index(); d < p.stride; d += 32) {
-            Element value = from_float<Element>(0.0f);
-            if (real && d < p.dim) value = input[static_cast<uint64_t>(index) * p.dim + d];
-            *at(r, d) = value;
-            square_sum += static_cast<double>(to_float(value)) * static_cast<double>(to_float(value));
+    // Two runs become one: every thread finds where its part of the result begins in both. Padding comes last.
+#pragma unroll 1
+    for (uint32_t run = kKeys; run < count; run *= 2) {
+        publish();
+        uint32_t left = at / (2 * run) * (2 * run), right = left + run, before = at - left;
+        uint32_t low = before > run ? before - run : 0, high = before < run ? before : run;
+        while (low < high) {
+            uint32_t middle = (low + high) / 2;
+            if (is_before(shared.get(right + before - 1 - middle), shared.get(left + middle))) {
+                high = middle;
+            } else {
+                low = middle + 1;
+            }
         }
-        square_sum = warp_sum(square_sum);
-        if (real && lane_index() == 0) {
-            p.square_sums[index] = square_sum;
-            // Written so that a NaN is bad too.
-            bool unit = fabs(sqrt(square_sum) - 1.0) <= p.norm_tolerance;
-            if (p.check && !unit) atomic_min(p.bad, index);
+        uint32_t left_end = right, right_end = right + run;
+        right += before - low;
+        left += low;
+#pragma unroll 1
+        for (uint32_t k = 0; k < kKeys; ++k) {
+            bool there = left < left_end, other = right < right_end;
+            Key a = shared.get(there ? left : left_end - 1), b = shared.get(other ? right : right_end - 1);
+            bool take = there && (!other || is_before(a, b));
+            // A register each: they are not indexed at run time.
+#pragma unroll
+            for (uint32_t to = 0; to < kKeys; ++to) {
+                if (to == k) own[to] = take ? a : b;
+            }
+            left += take;
+            right += !take;
         }
     }
-    block_sync();
-    if (p.column_sums == nullptr) return;
-    uint32_t valid = *p.valid;
-    uint32_t end = valid < first ? 0 : valid - first < TILE ? valid - first : TILE;
-    for (uint32_t d = thread_index(); d < p.stride; d += THREADS) {
-        float sum = 0.0f;
-        for (uint32_t r = 0; r < end; ++r) sum += to_float(*at(r, d));
-        p.column_sums[static_cast<uint64_t>(block_x()) * p.stride + d] = sum;
+    publish();
+    for (uint32_t i = thread_index(); i < count; i += THREADS) {
+        Key key = shared.get(i);
+        p.keys[first + i] = key.label;
+        p.order[first + i] = key.index;
+        bool last = key.label != kIgnored && (i + 1 == count || shared.get(i + 1).label == kIgnored);
+        if (p.valid == nullptr) continue;
+        // By whoever has the last of them, or the first if there is none.
+        if (!last && (i != 0 || key.label != kIgnored)) continue;
+        uint32_t valid = last ? i + 1 : 0;
+        *p.valid = valid;
+        if (p.valid_too != nullptr) *p.valid_too = valid;
     }
 }
-// TF32 is a way to multiply, not a type: its rows are f32.
-KERNEL(prepare_f32, PrepareParams, 1) { prepare_body<float>(p); }
-KERNEL(prepare_tf32, PrepareParams, 1) { prepare_body<float>(p); }
-KERNEL(prepare_f16, PrepareParams, 1) { prepare_body<F16>(p); }
-KERNEL(prepare_bf16, PrepareParams, 1) { prepare_body<Bf16>(p); }
 
-// A thread an anchor, padding included.
-KERNEL(classes, ClassesParams, 1) {
+// Runs whose searches go on at once: each step waits for memory.
+constexpr uint32_t kAtOnce = 8;
+
+// Indices ascend over runs: equal keys of earlier runs come first.
+KERNEL(order_merge, MergeParams, 4) {
     uint32_t i = block_x() * THREADS + thread_index();
-    if (i >= p.anchors) return;
-    uint64_t key = p.anchor_keys[i];
-    ClassRange range{1, 0};
-    if (key != kIgnored) {
-        range.begin = keys_before(p.reference_keys, p.references, key, false);
-        range.end = keys_before(p.reference_keys, p.references, key, true);
+    if (i >= p.count) return;
+    uint64_t key = p.from_keys[i];
+    uint32_t own = i / p.run, first = own / ORDER_RUNS * ORDER_RUNS, runs = (p.count - 1) / p.run + 1;
+    uint32_t end = runs - first < ORDER_RUNS ? runs : first + ORDER_RUNS;
+    auto length = [&](uint32_t run) { return p.count - run * p.run < p.run ? p.count - run * p.run : p.run; };
+    uint32_t place = first * p.run + i % p.run;
+    for (uint32_t base = first; base < end; base += kAtOnce) {
+        uint32_t found[kAtOnce];
+#pragma unroll
+        for (uint32_t a = 0; a < kAtOnce; ++a) found[a] = 0;
+        for (uint32_t step = p.run; step > 0; step /= 2) {
+#pragma unroll
+            for (uint32_t a = 0; a < kAtOnce; ++a) {
+                uint32_t run = base + a, keys = found[a] + step;
+                if (run >= end || run == own || keys > length(run)) continue;
+                uint64_t other = p.from_keys[run * p.run + keys - 1];
+                if (other < key || (run < own && other == key)) found[a] = keys;
+            }
+        }
+#pragma unroll
+        for (uint32_t a = 0; a < kAtOnce; ++a) place += found[a];
     }
-    p.classes[i] = range;
+    p.keys[place] = key;
+    p.order[place] = p.from_order[i];
+    if (p.valid == nullptr || key == kIgnored) return;
+    // One thread of each run that has valid rows counts all of them.
+    uint32_t in_run = i % p.run + 1;
+    if (in_run != length(own) && p.from_keys[i + 1] != kIgnored) return;
+    atomic_add(p.valid, in_run);
+    if (p.valid_too != nullptr) atomic_add(p.valid_too, in_run);
 }

@@ -34,13 +34,17 @@
 #define SWEEP_HOPPER_RESIDENT 8
 #define SWEEP_HOPPER_STAGES 4
 #define SWEEP_HOPPER_STAGED 3840
+/* Tiles in a row that a block takes before all go on to the next part of S together, at most. */
+#define SWEEP_HOPPER_RUN 64
 #define SWEEP_HOPPER_SHARED_BYTES                                                                                       \
-    ((SWEEP_HOPPER_RESIDENT + SWEEP_HOPPER_STAGES) * TILE * STAGE_BYTES + 2 * (SWEEP_HOPPER_STAGED * 4 + TILE * 12 + 32) + \
+    ((SWEEP_HOPPER_RESIDENT + SWEEP_HOPPER_STAGES) * TILE * STAGE_BYTES + 2 * (SWEEP_HOPPER_STAGED * 4 + TILE * 12 + 36) + \
      12 * 8)
-/* Keys that one block sorts. */
-#define ORDER_TILE 1024
+/* Keys that one block sorts, and sorted runs that one launch merges into one; powers of two. */
+#define ORDER_TILE 2048
+#define ORDER_RUNS 32
 #define RETRIEVAL_SHARED_BYTES (SIMILARITY_STAGES_BYTES + TILE * 8)
-#define ORDER_SHARED_BYTES (ORDER_TILE * 12)
+/* A key of 12 bytes each, with a gap behind every 8. */
+#define ORDER_SHARED_BYTES ((ORDER_TILE + ORDER_TILE / 8) * 12)
 /* Bounds, ranges, counts and sums of the 128 rows and 128 columns of a tile. */
 #define SELECT_SHARED_BYTES (TILE * (2 * (8 + 8 + 32) + 8))
 /* Of stored candidates also the places of so many, and a count a warp. */
@@ -48,8 +52,11 @@
 #define SELECT_STORED_SHARED_BYTES (SELECT_SHARED_BYTES + SELECT_PLACES * 2 + THREADS / 32 * 4)
 /* Words that say with a bit a pair which pairs of a tile are candidates: 64 bits a thread of the sweep. */
 #define TILE_MASK_WORDS (TILE * TILE / 32)
-/* One f64 a warp, to sum over a block. */
+/* One f64 a warp, to sum over a block; of `weigh` also one for each warp and 32 columns of both sides, and a flag. */
 #define SUM_SHARED_BYTES (THREADS / 32 * 8)
+#define WEIGH_SHARED_BYTES (SUM_SHARED_BYTES + 2 * THREADS / 32 * 32 * 8 + 8)
+/* Sums that the blocks of `weigh` add up. */
+#define WEIGH_SUMS 10
 /* The tile way of the gradient: a block owns as many rows as its 128 sums a thread allow beside
  * the fragments (16-bit types; f32 needs twice the fragments), and these columns of each. Every
  * block reads the other side once for its columns: more rows, less traffic. */
@@ -62,15 +69,13 @@
 #define GRADIENT_STAGES_BYTES (4 * GRADIENT_DEPTH * GRADIENT_COLUMNS * 2)
 /* On Hopper warps have roles: 8 multiply, 3 build M, 1 copies; more threads would leave the product of 256 columns too
  * few registers (ptxas wants 154 for the whole kernel). 4 stages of half a tile's rows (32 KB), two
- * tiles of M (32 KB), the scales of the block's rows and, for each tile of M, of the other side's; 14 barriers. */
+ * tiles of M (32 KB), the scales of the block's rows and, for each tile of M, of the other side's; 14 barriers, and a flag. */
 #define GRADIENT_HOPPER_THREADS 384
 #define GRADIENT_HOPPER_STAGES 4
 #define GRADIENT_HOPPER_SHARED_BYTES \
-    (GRADIENT_HOPPER_STAGES * TILE / 2 * GRADIENT_COLUMNS * 2 + 2 * TILE * TILE * 2 + 3 * TILE * 8 + 14 * 8)
-/* Rows and columns of the gradient that one block of the list way keeps as f32. */
-#define LISTS_ROWS 64
+    (GRADIENT_HOPPER_STAGES * TILE / 2 * GRADIENT_COLUMNS * 2 + 2 * TILE * TILE * 2 + 3 * TILE * 8 + 15 * 8)
+/* Columns of the gradient that a block of the list way keeps as f32. */
 #define LISTS_COLUMNS 256
-#define LISTS_SHARED_BYTES (LISTS_ROWS * LISTS_COLUMNS * 4)
 /* References that the retrieval buffer of a query takes between two compactions. */
 #define RETRIEVAL_SLACK TILE
 /* Stands for "no row". */
@@ -117,6 +122,7 @@ typedef struct Counters {
     uint32_t valid_references;
     uint32_t bad_anchor;         /* smallest original index that is no unit row, or NO_ROW */
     uint32_t bad_reference;
+    uint64_t reserved;           /* units of the pool that tiles have asked for; more than there are: some are recomputed */
 } Counters;
 
 /* Per anchor, from the selection. The sums are fixed point: order-independent. */
@@ -169,6 +175,8 @@ typedef struct LossScalars {
     double bad_square_sum;       /* of the bad row, if there is one */
     uint32_t bad_anchor;         /* original index or NO_ROW */
     uint32_t bad_reference;
+    uint64_t mined_pos;          /* sum of |P_i| */
+    uint64_t mined_neg;          /* sum of |N_i| */
 } LossScalars;
 
 /* The pairs of one batch and everything known of them. All passes of a loss share it. */
@@ -178,10 +186,10 @@ typedef struct Pairs {
     uint32_t square;
     uint32_t stride;             /* elements between rows, a multiple of STAGE_BYTES */
     uint32_t dim;                /* D */
-    uint32_t tile_capacity;      /* candidates that a tile's segment holds, a multiple of 4: 0, or TILE_MASK_WORDS and more */
+    uint32_t pool;               /* of candidates, in units of 4 */
     uint64_t tiles;              /* of S: upper triangle, or all */
     uint32_t total;              /* B of 1/B: these anchors may be a part of a batch */
-    uint32_t reserved;
+    uint32_t band;               /* columns of tiles that are swept together, a power of two: tile_at() in tile.cuh */
     ClassRange *classes;         /* [B] */
     RowSame *same;               /* [B] */
     uint32_t *max_neg;           /* [B], ordered key of m-, 0 without a negative */
@@ -196,9 +204,11 @@ typedef struct Pairs {
     uint64_t *totals;            /* [2], n_neg of the probe and N_pos, of the whole batch */
     /* Candidates: every positive, and the negatives above either row's candidate bound, in the order of the sweep's threads
      * and of each one's bits. The sweep leaves these bits where the selection writes the words. */
-    uint32_t *tile_counts;       /* [tiles]; above `tile_capacity`: not stored, to be recomputed */
-    float *tile_values;          /* [tiles, tile_capacity], S */
-    uint32_t *tile_words;        /* [tiles, tile_capacity], from the selection on: place and fate, word.cuh */
+    uint32_t *tile_counts;       /* [tiles] */
+    uint32_t *tile_segments;     /* [tiles], of a tile with candidates: where in the pool, in units of 4; NO_ROW: not stored,
+                                  * to be recomputed */
+    float *pool_values;          /* [4 * pool], S */
+    uint32_t *pool_words;        /* [4 * pool], from the selection on: place and fate, word.cuh */
     Settings settings;
 } Pairs;
 
@@ -249,20 +259,39 @@ typedef struct ReportParams {
     uint64_t *totals;            /* [2], n_neg of the probe and N_pos, of these anchors; or null */
 } ReportParams;
 
-/* order_tiles: sorts ORDER_TILE keys a block. order_merge: their place among all. */
+/* Words that are 0 when a loss begins. */
+typedef struct Zeroed {
+    uint32_t *words;
+    uint64_t count;
+} Zeroed;
+#define ZEROED 8
+
+/* order_tiles: sorts ORDER_TILE keys a block, and begins the loss: counters and sums that later passes count up in. */
 typedef struct OrderParams {
     const int64_t *labels;       /* [count], original order */
     uint32_t count;
-    uint32_t tiles;              /* ceil(count / ORDER_TILE) */
-    uint64_t *sorted_labels;     /* [tiles * ORDER_TILE], sorted within each tile */
-    uint32_t *sorted_indices;
-    uint64_t *keys;              /* [count], labels in class order; ignored ones are UINT64_MAX */
-    uint32_t *order;             /* [count] */
-    uint32_t *valid;             /* out: rows that are not ignored, counted up from 0 */
+    uint32_t reserved;
+    uint64_t *keys;              /* [count], labels sorted within each tile; ignored ones are UINT64_MAX */
+    uint32_t *order;             /* [count], their original indices */
+    uint32_t *valid;             /* out: rows that are not ignored; null where tiles are merged, which counts them */
     uint32_t *valid_too;         /* out, the same for the other side; null in the rectangular form */
+    Counters *counters;          /* null where another launch begins them */
+    Zeroed zeroed[ZEROED];
 } OrderParams;
 
-/* prepare: rows into class order with zero padding, and their norms checked. One block a row tile. */
+/* order_merge: the place of each key of ORDER_RUNS sorted runs among all of theirs. A thread a key. */
+typedef struct MergeParams {
+    const uint64_t *from_keys;   /* [count], sorted within each run */
+    const uint32_t *from_order;
+    uint64_t *keys;              /* [count], sorted within each ORDER_RUNS runs */
+    uint32_t *order;
+    uint32_t count;
+    uint32_t run;                /* keys of a run, a power of two; the last one may have fewer */
+    uint32_t *valid;             /* counted up from 0, by the last launch; otherwise null */
+    uint32_t *valid_too;         /* the same for the other side; null in the rectangular form */
+} MergeParams;
+
+/* prepare: rows into class order with zero padding, and what is known of each by itself. One block a row tile. */
 typedef struct PrepareParams {
     const void *input;           /* [count, dim], original order */
     void *rows;                  /* as in Side */
@@ -273,34 +302,24 @@ typedef struct PrepareParams {
     uint32_t stride;
     uint32_t check;              /* whether norms are checked */
     double norm_tolerance;
-    double *square_sums;         /* [count], original order */
+    double *square_sums;         /* [count], original order; written for rows that may be bad */
     uint32_t *bad;               /* smallest index of a bad row */
     float *column_sums;          /* [tiles, stride], sums of the valid rows of each tile; null: not wanted */
-} PrepareParams;
-
-/* duplicate_bounds: (1 - 1e-6) |e|^2 of each row, multiplied as S is. One block a row tile. */
-typedef struct DuplicateParams {
-    const void *rows;            /* as in Side */
-    float *bounds;               /* [tiles * TILE] */
-    uint32_t stride;
-    uint32_t reserved;
-} DuplicateParams;
-
-/* classes: where each anchor's class stands among the references. */
-typedef struct ClassesParams {
-    const uint64_t *anchor_keys;
+    float *duplicate;            /* as in Side: (1 - 1e-6) |e|^2, multiplied as S is; null: not wanted */
+    const uint64_t *keys;        /* [count], in class order; null: no classes are wanted */
     const uint64_t *reference_keys;
-    ClassRange *classes;
-    uint32_t anchors;
+    ClassRange *classes;         /* [count], where each row's class stands among the references */
     uint32_t references;
-} ClassesParams;
+    uint32_t reserved;
+} PrepareParams;
 
 /* same_class, sweep, select_stored, select_recomputed. */
 typedef struct PairsParams {
     Pairs pairs;
 } PairsParams;
 
-/* weigh: per-row weights, then the scalars and the results in original order. One block. */
+/* weigh: per-row weights, the scalars, the results in original order, ways of the gradient. One block a row tile, of the
+ * references too where they have weights or ways. */
 typedef struct WeighParams {
     Pairs pairs;
     const float *anchor_column_sums;     /* [anchor tiles, stride] */
@@ -312,9 +331,12 @@ typedef struct WeighParams {
     float *max_neg;
     uint32_t *count_pos;
     uint32_t *count_neg;
+    double *parts;               /* [blocks, WEIGH_SUMS] */
+    uint32_t *arrived;           /* [1], 0 before and after */
+    uint8_t *ways[2];            /* [tiles] of the anchors, of the references, 1: lists; null: not wanted */
 } WeighParams;
 
-/* gradient_lists, gradient_tiles: M R for one side, M = G + G^T (square), G or G^T. */
+/* gradient: M R for one side, M = G + G^T (square), G or G^T. */
 typedef struct GradientParams {
     Pairs pairs;
     uint32_t of_references;      /* the rows of the result are the references (rectangular form) */
@@ -323,29 +345,9 @@ typedef struct GradientParams {
     uint32_t reserved;
     const uint8_t *ways;         /* [tiles of the result's side], 1: lists */
     float *partial;              /* [splits, padded_rows, stride]; with one split unused */
-    float *gradient;             /* [count, dim], original order, written where there is one split */
-} GradientParams;
-
-/* gradient_ways: which way each row tile's gradient takes, by the candidates of its tiles. */
-typedef struct WaysParams {
-    Pairs pairs;
-    uint32_t of_references;
-    uint32_t reserved;
-    uint8_t *ways;               /* [tiles of the result's side] */
-} WaysParams;
-
-/* gradient_sum: sums the splits, undoes the class order. Not launched for one split. */
-typedef struct GradientSumParams {
-    const float *partial;        /* [splits, padded_rows, stride] */
-    const uint32_t *order;
+    uint32_t *arrived;           /* [row blocks, column blocks], 0 before and after; with one split unused */
     float *gradient;             /* [count, dim], original order */
-    uint32_t splits;
-    uint32_t padded_rows;
-    uint32_t stride;
-    uint32_t count;
-    uint32_t dim;
-    uint32_t reserved;
-} GradientSumParams;
+} GradientParams;
 
 /* threshold_prepare: [edot | e] or [e | edot] as f32 rows in class order. One block a row tile. */
 typedef struct ThresholdPrepareParams {

@@ -6,7 +6,8 @@
 //   against the final thresholds of its row and its column. One block a tile, the one
 //   kernel for tiles whose candidates were stored, and it leaves place and fate of each in its word (on Hopper the
 //   sweep's threads stood otherwise); the other (on Hopper with wgmma) for those that did not fit.
-// weigh: per-row weights from the counts, the scalars, results in original order. One block.
+// weigh: per-row weights from the counts, the scalars, results in original order, and which way each row tile's gradient
+//   goes. One block a row tile; the last to come adds their sums, in order.
 // Sync: integer atomics alone. The sums of the loss are 64-bit fixed point, so that the
 //   order of blocks and the way a tile took cannot change a bit.
 
@@ -126,10 +127,10 @@ DEVICE void select_stored_body(const PairsParams &p) {
     const Pairs &pairs = p.pairs;
     uint64_t index = block_x();
     uint32_t count = pairs.tile_counts[index];
-    if (count == 0 || count > pairs.tile_capacity) return;
+    if (count == 0 || !is_stored(pairs, index)) return;
     TileIndex tile = tile_of(pairs, index);
-    const float *values = pairs.tile_values + index * pairs.tile_capacity;
-    uint32_t *words = pairs.tile_words + index * pairs.tile_capacity;
+    const float *values = pairs.pool_values + segment_of(pairs, index);
+    uint32_t *words = pairs.pool_words + segment_of(pairs, index);
     const uint32_t masks[2] = {words[thread_index() * 2], words[thread_index() * 2 + 1]};
     uint32_t own = static_cast<uint32_t>(popc(masks[0]) + popc(masks[1]));
     uint32_t before = warp_scan(own);
@@ -191,7 +192,7 @@ DEVICE void select_recomputed_body(const PairsParams &p) {
     SHARED_MEMORY(bytes);
     const Pairs &pairs = p.pairs;
     uint64_t index = block_x();
-    if (pairs.tile_counts[index] <= pairs.tile_capacity) return;
+    if (pairs.tile_counts[index] == 0 || is_stored(pairs, index)) return;
     TileIndex tile = tile_of(pairs, index);
     Accumulators<4> acc;
     multiply_tile<Numbers, 4>(acc, tile_rows<Numbers>(pairs.anchors, tile.row, pairs.stride),
@@ -207,7 +208,7 @@ DEVICE void select_recomputed_hopper_body([[maybe_unused]] const PairsParams &p)
     SHARED_MEMORY(bytes);
     const Pairs &pairs = p.pairs;
     uint64_t index = block_x();
-    if (pairs.tile_counts[index] <= pairs.tile_capacity) return;
+    if (pairs.tile_counts[index] == 0 || is_stored(pairs, index)) return;
     TileIndex tile = tile_of(pairs, index);
     GroupStages<kHopperStages> stages = hopper_stages(bytes);
     GroupAccumulators acc;
@@ -234,84 +235,160 @@ DEVICE RowWeights weights_of(const Pairs &pairs, Tolerances tolerances, const Ro
                       factor(row.count_pos), factor(row.count_neg)};
 }
 
-// Loss, its derivatives and weights of one row (SPEC 4).
-KERNEL(weigh, WeighParams, 1) {
-    SHARED_MEMORY(bytes);
-    auto *scratch = reinterpret_cast<double *>(bytes);
+// Below this share of candidates a row tile's gradient is summed from lists. A pair costs
+// the list way 1 KB read and 2 x 1 KB of shared memory for 256 columns, some 32 cycles; a
+// 64 x 128 tile of M costs the tensor cores about 1,000 for as many, whatever is in it.
+// 32 pairs of 8,192 are 0.4 %.
+constexpr uint64_t kListsShare = 256;
+
+// Lists or tiles, for row tile x of one side. Lists want every tile stored: where some are not, which ones is by chance, and
+// the sums of the two ways have other last bits, so that no row tile goes by lists there.
+DEVICE void find_way(const Pairs &pairs, bool of_references, uint32_t x, uint8_t *ways, uint64_t *scratch) {
+    uint32_t others = of_references ? pairs.anchors.tiles : pairs.references.tiles;
+    uint64_t candidates = 0;
+    for (uint32_t y = thread_index(); y < others; y += THREADS) {
+        candidates += pairs.tile_counts[pair_tile(pairs, of_references, x, y).index];
+    }
+    candidates = block_sum(candidates, scratch);
+    if (thread_index() == 0) {
+        ways[x] = stores_all(pairs) && candidates * kListsShare < static_cast<uint64_t>(others) * TILE * TILE;
+    }
+}
+
+// Where each of the sums stands that blocks add.
+enum WeighSum { kLoss, kLambdaPos, kLambdaNeg, kSumPos, kSumSame, kNegatives, kActive, kMinedPos, kMinedNeg, kSumAll };
+static_assert(kSumAll + 1 == WEIGH_SUMS, "params.h");
+
+struct WeighShared {
+    double scratch[THREADS / 32];
+    double columns[2][THREADS / 32][32];
+    uint32_t last;
+};
+static_assert(sizeof(WeighShared) <= WEIGH_SHARED_BYTES, "the launch plan's shared memory");
+
+// One anchor's results, its weights and what it adds to the sums (SPEC 4); `i` may be padding.
+DEVICE void weigh_anchor(const WeighParams &p, Tolerances tolerances, uint32_t i, double (&sums)[WEIGH_SUMS]) {
     const Pairs &pairs = p.pairs;
     const Settings &settings = pairs.settings;
-    Tolerances tolerances = adapt(pairs);
-    uint32_t anchors = pairs.anchors.count;
-    double loss = 0.0, lambda_pos = 0.0, lambda_neg = 0.0, sum_pos = 0.0, sum_same = 0.0, negatives = 0.0, active = 0.0;
-    for (uint32_t i = thread_index(); i < pairs.anchors.tiles * TILE; i += THREADS) {
-        RowNumbers numbers{INFINITE, 0, 0, 0};
-        if (i < anchors) {
-            RowSums sums = pairs.sums[i];
-            RowSame same = pairs.same[i];
-            ClassRange range = pairs.classes[i];
-            uint32_t key = pairs.max_neg[i], original = pairs.anchors.order[i];
-            p.min_pos[original] = same.min_pos;
-            p.max_neg[original] = key == 0 ? -INFINITE : key_value(key);
-            p.count_pos[original] = sums.count_pos;
-            p.count_neg[original] = sums.count_neg;
-            sum_pos += static_cast<double>(same.sum_pos);
-            sum_same += static_cast<double>(same.sum_same);
-            if (i < pairs.counters->valid_anchors) {
-                negatives += static_cast<double>(pairs.counters->valid_references - (range.end - range.begin));
+    RowNumbers numbers{INFINITE, 0, 0, 0};
+    if (i < pairs.anchors.count) {
+        RowSums row = pairs.sums[i];
+        RowSame same = pairs.same[i];
+        ClassRange range = pairs.classes[i];
+        uint32_t key = pairs.max_neg[i], original = pairs.anchors.order[i];
+        p.min_pos[original] = same.min_pos;
+        p.max_neg[original] = key == 0 ? -INFINITE : key_value(key);
+        p.count_pos[original] = row.count_pos;
+        p.count_neg[original] = row.count_neg;
+        sums[kSumPos] = static_cast<double>(same.sum_pos);
+        sums[kSumSame] = static_cast<double>(same.sum_same);
+        sums[kMinedPos] = static_cast<double>(row.count_pos);
+        sums[kMinedNeg] = static_cast<double>(row.count_neg);
+        if (i < pairs.counters->valid_anchors) {
+            sums[kNegatives] = static_cast<double>(pairs.counters->valid_references - (range.end - range.begin));
+        }
+        numbers = RowNumbers{same.min_pos, key, row.count_pos, row.count_neg};
+        if (row.count_pos != 0 && row.count_neg != 0) {
+            double pos = 2.0 / (static_cast<double>(pairs.total) * static_cast<double>(row.count_pos));
+            double neg = 2.0 / (static_cast<double>(pairs.total) * static_cast<double>(row.count_neg));
+            sums[kLoss] = pos / settings.beta * static_cast<double>(row.softplus_pos) / settings.sum_scale +
+                          neg / settings.alpha * static_cast<double>(row.softplus_neg) / settings.sum_scale;
+            sums[kLambdaPos] = pos * static_cast<double>(row.sigmoid_pos) / settings.sum_scale;
+            sums[kLambdaNeg] = -neg * static_cast<double>(row.sigmoid_neg) / settings.sum_scale;
+            sums[kActive] = 1.0;
+        }
+    }
+    pairs.weights[i] = weights_of(pairs, tolerances, numbers);
+}
+
+// The sum of all similarities is the product of the column sums: that of every grid_x()th 32 columns, by the first warp.
+DEVICE double sum_of_columns(const WeighParams &p, WeighShared &shared) {
+    const Pairs &pairs = p.pairs;
+    double sum = 0.0;
+    auto add = [&](const float *sums, uint32_t tiles, uint32_t d) {
+        double total = 0.0;
+        for (uint32_t tile = warp_index(); tile < tiles; tile += THREADS / 32) {
+            total += static_cast<double>(sums[static_cast<uint64_t>(tile) * pairs.stride + d]);
+        }
+        return total;
+    };
+    for (uint32_t d = block_x() * 32 + lane_index(); d - lane_index() < pairs.stride; d += grid_x() * 32) {
+        double left = add(p.anchor_column_sums, pairs.anchors.tiles, d);
+        shared.columns[0][warp_index()][lane_index()] = left;
+        shared.columns[1][warp_index()][lane_index()] =
+            pairs.square ? left : add(p.reference_column_sums, pairs.references.tiles, d);
+        block_sync();
+        if (warp_index() == 0) {
+            double both[2] = {0.0, 0.0};
+            for (int side = 0; side < 2; ++side) {
+                for (uint32_t warp = 0; warp < THREADS / 32; ++warp) both[side] += shared.columns[side][warp][lane_index()];
             }
-            numbers = RowNumbers{same.min_pos, key, sums.count_pos, sums.count_neg};
-            if (sums.count_pos != 0 && sums.count_neg != 0) {
-                double pos = 2.0 / (static_cast<double>(pairs.total) * static_cast<double>(sums.count_pos));
-                double neg = 2.0 / (static_cast<double>(pairs.total) * static_cast<double>(sums.count_neg));
-                loss += pos / settings.beta * static_cast<double>(sums.softplus_pos) / settings.sum_scale +
-                        neg / settings.alpha * static_cast<double>(sums.softplus_neg) / settings.sum_scale;
-                lambda_pos += pos * static_cast<double>(sums.sigmoid_pos) / settings.sum_scale;
-                lambda_neg -= neg * static_cast<double>(sums.sigmoid_neg) / settings.sum_scale;
-                active += 1.0;
-            }
+            sum += both[0] * both[1];
         }
-        pairs.weights[i] = weights_of(pairs, tolerances, numbers);
+        block_sync();  // they are read
     }
-    if (pairs.columns != nullptr) {
-        for (uint32_t j = thread_index(); j < pairs.references.tiles * TILE; j += THREADS) {
-            bool there = j < pairs.references.count;
-            RowNumbers numbers = there ? pairs.columns[j] : RowNumbers{INFINITE, 0, 0, 0};
-            pairs.column_weights[j] = weights_of(pairs, tolerances, numbers);
-        }
-    }
-    // The sum of all similarities is the product of the column sums.
-    double sum_all = 0.0;
-    for (uint32_t d = thread_index(); d < pairs.stride; d += THREADS) {
-        double left = 0.0, right = 0.0;
-        for (uint32_t tile = 0; tile < pairs.anchors.tiles; ++tile) {
-            left += static_cast<double>(p.anchor_column_sums[static_cast<uint64_t>(tile) * pairs.stride + d]);
-        }
-        for (uint32_t tile = 0; tile < pairs.references.tiles; ++tile) {
-            right += static_cast<double>(p.reference_column_sums[static_cast<uint64_t>(tile) * pairs.stride + d]);
-        }
-        sum_all += left * right;
-    }
-    double *totals[] = {&loss, &lambda_pos, &lambda_neg, &sum_pos, &sum_same, &negatives, &active, &sum_all};
-    for (double *total : totals) *total = block_sum(*total, scratch);
-    if (thread_index() != 0) return;
-    const Counters &counters = *pairs.counters;
+    return sum;
+}
+
+DEVICE void write_scalars(const WeighParams &p, Tolerances tolerances, const double (&sums)[WEIGH_SUMS]) {
+    const Counters &counters = *p.pairs.counters;
     LossScalars &out = *p.scalars;
     // A caller that does not wait sees it by the loss.
     bool bad = counters.bad_anchor != NO_ROW || counters.bad_reference != NO_ROW;
-    out.loss = bad ? static_cast<double>(NAN) : loss;
-    out.dloss_dlambda_pos = lambda_pos;
-    out.dloss_dlambda_neg = lambda_neg;
-    out.mean_pos = sum_pos / static_cast<double>(counters.total_pos);  // 0 / 0 is the NaN that is wanted
-    out.mean_neg = negatives == 0.0 ? 0.0 / negatives : (sum_all - sum_same) / negatives;
+    double negatives = sums[kNegatives];
+    out.loss = bad ? static_cast<double>(NAN) : sums[kLoss];
+    out.dloss_dlambda_pos = sums[kLambdaPos];
+    out.dloss_dlambda_neg = sums[kLambdaNeg];
+    out.mean_pos = sums[kSumPos] / static_cast<double>(counters.total_pos);  // 0 / 0 is the NaN that is wanted
+    out.mean_neg = negatives == 0.0 ? 0.0 / negatives : (sums[kSumAll] - sums[kSumSame]) / negatives;
     out.gamma_pos = tolerances.pos;
     out.gamma_neg = tolerances.neg;
     out.probe_neg = counters.probe_neg;
     out.total_pos = counters.total_pos;
     out.total_neg = static_cast<uint64_t>(negatives);
-    out.active = static_cast<uint64_t>(active);
+    out.active = static_cast<uint64_t>(sums[kActive]);
     out.bad_anchor = counters.bad_anchor;
     out.bad_reference = counters.bad_reference;
     out.bad_square_sum = counters.bad_anchor != NO_ROW      ? p.anchor_square_sums[counters.bad_anchor]
                          : counters.bad_reference != NO_ROW ? p.reference_square_sums[counters.bad_reference]
                                                             : 1.0;
+    out.mined_pos = static_cast<uint64_t>(sums[kMinedPos]);
+    out.mined_neg = static_cast<uint64_t>(sums[kMinedNeg]);
+}
+
+KERNEL(weigh, WeighParams, 1) {
+    SHARED_MEMORY(bytes);
+    auto &shared = *reinterpret_cast<WeighShared *>(bytes);
+    const Pairs &pairs = p.pairs;
+    Tolerances tolerances = adapt(pairs);
+    uint32_t x = block_x(), row = x * TILE + thread_index() % TILE;
+    double sums[WEIGH_SUMS];
+#pragma unroll
+    for (double &sum : sums) sum = 0.0;
+    if (thread_index() < TILE) {
+        if (x < pairs.anchors.tiles) weigh_anchor(p, tolerances, row, sums);
+    } else if (pairs.columns != nullptr && x < pairs.references.tiles) {
+        RowNumbers numbers = row < pairs.references.count ? pairs.columns[row] : RowNumbers{INFINITE, 0, 0, 0};
+        pairs.column_weights[row] = weights_of(pairs, tolerances, numbers);
+    }
+    auto *scratch = reinterpret_cast<uint64_t *>(shared.scratch);
+    if (p.ways[0] != nullptr && x < pairs.anchors.tiles) find_way(pairs, false, x, p.ways[0], scratch);
+    if (p.ways[1] != nullptr && x < pairs.references.tiles) find_way(pairs, true, x, p.ways[1], scratch);
+    sums[kSumAll] = sum_of_columns(p, shared);
+#pragma unroll
+    for (int k = 0; k < WEIGH_SUMS; ++k) {
+        double sum = block_sum(sums[k], shared.scratch);
+        if (thread_index() == 0) p.parts[x * WEIGH_SUMS + k] = sum;
+    }
+    if (!is_last_block(p.arrived, grid_x(), &shared.last)) return;
+    // The blocks' sums, in order.
+#pragma unroll
+    for (int k = 0; k < WEIGH_SUMS; ++k) {
+        double sum = 0.0;
+        for (uint32_t block = thread_index(); block < grid_x(); block += THREADS) sum += p.parts[block * WEIGH_SUMS + k];
+        sums[k] = block_sum(sum, shared.scratch);
+    }
+    if (thread_index() != 0) return;
+    write_scalars(p, tolerances, sums);
+    *p.arrived = 0;
 }

@@ -1,8 +1,6 @@
 // similarity.cu: S = E E^T, tile by tile, never stored (SPEC 1, 3).
 // Truth: src/loss/similarity.rs. Launcher: src/backend/device/loss.rs.
 //
-// duplicate_bounds: what a positive of a row must stay below (SPEC 1), from the tile of a row tile
-//   with itself. One block a row tile.
 // same_class: m+ and the sums over positives of every anchor. Rows stand in class
 //   order, so an anchor's class is a range of references, and only the tiles near
 //   the diagonal are computed. One block a row tile; a class may hold the whole batch.
@@ -16,31 +14,6 @@
 // Cost: 2 B^2 D / 2 operations, O(B) memory and the candidates.
 
 #include "hopper.cuh"
-
-template <class Where, class Sums>
-DEVICE void write_duplicate_bounds(const DuplicateParams &p, const Sums &acc) {
-    Where place;
-#pragma unroll
-    for (int row = 0; row < Where::rows; ++row) {
-#pragma unroll
-        for (int column = 0; column < Where::columns; ++column) {
-            uint32_t r = place.row_of(row);
-            if (r != place.column_of(column)) continue;
-            double square = static_cast<double>(Where::value(acc, row, column));
-            p.bounds[block_x() * TILE + r] = static_cast<float>(kDuplicate * square);
-        }
-    }
-}
-
-template <class Numbers>
-DEVICE void duplicate_bounds_body(const DuplicateParams &p) {
-    SHARED_MEMORY(stages);
-    uint64_t stride_bytes = static_cast<uint64_t>(p.stride) * sizeof(typename Numbers::Element);
-    auto rows = static_cast<const unsigned char *>(p.rows) + block_x() * TILE * stride_bytes;
-    Accumulators<4> acc;
-    multiply_tile<Numbers, 4>(acc, rows, rows, stride_bytes, stages, false);
-    write_duplicate_bounds<Place<4>>(p, acc);
-}
 
 // m+ and the sums of the block's rows over their classes; `multiply(acc, tile)` makes S with a tile of references.
 template <class Where, class Sums, class Multiply>
@@ -135,23 +108,7 @@ DEVICE void same_class_body(const PairsParams &p) {
     });
 }
 
-// Both on Hopper's warpgroup products, whose sums may have other last bits than those of a warp: a row must meet
-// itself with the bits of its own bound.
-template <class Numbers>
-DEVICE void duplicate_bounds_hopper_body([[maybe_unused]] const DuplicateParams &p) {
-#ifdef HAS_WARPGROUP_PRODUCTS
-    SHARED_MEMORY(bytes);
-    GroupStages<kHopperStages> stages = hopper_stages(bytes);
-    uint64_t stride_bytes = static_cast<uint64_t>(p.stride) * sizeof(typename Numbers::Element);
-    auto rows = static_cast<const unsigned char *>(p.rows) + block_x() * TILE * stride_bytes;
-    GroupAccumulators acc;
-    group_multiply_tile<Numbers>(acc, rows, rows, stride_bytes, stages);
-    write_duplicate_bounds<GroupPlace>(p, acc);
-#else
-    trap();
-#endif
-}
-
+// The same on Hopper's warpgroup products.
 template <class Numbers>
 DEVICE void same_class_hopper_body([[maybe_unused]] const PairsParams &p) {
 #ifdef HAS_WARPGROUP_PRODUCTS
@@ -189,6 +146,7 @@ struct SweepReduction {
     uint32_t column_max[TILE];
     uint32_t warp_counts[THREADS / 32];
     uint32_t probe;
+    uint32_t segment;
 };
 
 // Bounds of one side's rows; padding and ignored rows get none that anything passes.
@@ -280,9 +238,12 @@ DEVICE void sweep_epilogue(const Pairs &pairs, TileIndex tile, uint64_t index, S
         pairs.tile_counts[index] = total;
         if (reduction.probe != 0) atomic_add(&pairs.counters->probe_neg, static_cast<uint64_t>(reduction.probe));
     }
-    if (total == 0 || total > pairs.tile_capacity) return;  // the count says so: to be recomputed
-    uint64_t segment = index * pairs.tile_capacity, at = segment + before;
-    uint32_t *masks = pairs.tile_words + segment + thread_index() * 2;
+    if (total == 0) return;
+    if (thread_index() == 0) reduction.segment = pairs.tile_segments[index] = reserve(pairs, total);
+    block_sync();
+    if (reduction.segment == NO_ROW) return;
+    uint64_t segment = static_cast<uint64_t>(reduction.segment) * 4, at = segment + before;
+    uint32_t *masks = pairs.pool_words + segment + thread_index() * 2;
     masks[0] = candidates[0];
     masks[1] = candidates[1];
 #pragma unroll
@@ -291,7 +252,7 @@ DEVICE void sweep_epilogue(const Pairs &pairs, TileIndex tile, uint64_t index, S
         for (int column = 0; column < Where::columns; ++column) {
             int bit = row * Where::columns + column;
             if (candidates[bit / 32] >> bit % 32 & 1u) {
-                pairs.tile_values[at++] = Where::value(acc, row, column);
+                pairs.pool_values[at++] = Where::value(acc, row, column);
             }
         }
     }
@@ -342,8 +303,8 @@ DEVICE void sweep_body(const PairsParams &p) {
     SHARED_MEMORY(bytes);
     auto &shared = *reinterpret_cast<SweepShared<SIMILARITY_STAGES_BYTES> *>(bytes);
     const Pairs &pairs = p.pairs;
-    uint64_t index = block_x();
-    TileIndex tile = tile_of(pairs, index);
+    TileIndex tile = tile_at(pairs, block_x());
+    uint64_t index = index_of(pairs, tile.row, tile.column);
     if (sweep_leaves_out(pairs, tile, index)) return;
     sweep_begin(pairs, tile, shared);
     Accumulators<4> acc;
@@ -353,10 +314,7 @@ DEVICE void sweep_body(const PairsParams &p) {
     sweep_end<Place<4>>(pairs, tile, index, shared, acc);
 }
 
-KERNEL_IN_EVERY_PRECISION(duplicate_bounds, DuplicateParams, 1)
 KERNEL_IN_EVERY_PRECISION(same_class, PairsParams, 1)
 KERNEL_IN_EVERY_PRECISION(sweep, PairsParams, 1)
-KERNEL(duplicate_bounds_hopper_f16, DuplicateParams, 1) { duplicate_bounds_hopper_body<HalfF16>(p); }
-KERNEL(duplicate_bounds_hopper_bf16, DuplicateParams, 1) { duplicate_bounds_hopper_body<HalfBf16>(p); }
 KERNEL(same_class_hopper_f16, PairsParams, 1) { same_class_hopper_body<HalfF16>(p); }
 KERNEL(same_class_hopper_bf16, PairsParams, 1) { same_class_hopper_body<HalfBf16>(p); }

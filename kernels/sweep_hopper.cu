@@ -1,7 +1,7 @@
 // sweep_hopper.cu: the sweep of similarity.cu on Hopper (sm_90a); 16-bit types.
 // Truth: src/loss/similarity.rs. Launcher: src/backend/device/loss.rs.
 //
-// Persistent blocks: each takes a contiguous run of the tiles of S, row by row, and its warps have roles. The row tile
+// Persistent blocks: each takes contiguous runs of the tiles of S, and its warps have roles. The row tile
 // stays in shared memory as long as the run stays in its row (up to 512 dimensions; wider ones stream both operands);
 // one thread copies it and the column tiles, in stages of 16 KB. Two teams of 8 warps take turns: while one
 // multiplies, the other looks at its products, so that the tensor cores do not wait for maxima and candidates. A
@@ -27,6 +27,7 @@ struct SweepHopperShared {
     float candidate[kTeams][TILE], probe[kTeams][TILE];  // bounds of the columns
     uint32_t column_max[kTeams][TILE];                   // keys
     uint32_t warp_counts[kTeams][kTeamWarps];
+    uint32_t segment[kTeams];  // of the tile's candidates
     Barrier full[SWEEP_HOPPER_STAGES], empty[SWEEP_HOPPER_STAGES];
     Barrier rows_full, rows_empty;
     Barrier turn[kTeams];  // the other team has issued its products
@@ -34,18 +35,20 @@ struct SweepHopperShared {
 static_assert(sizeof(SweepHopperShared) == SWEEP_HOPPER_SHARED_BYTES, "the launch plan's shared memory");
 static_assert(SWEEP_HOPPER_STAGES <= SWEEP_HOPPER_RESIDENT, "stages of rows where the row tile is");
 
-// The block's tiles of S in order; every role walks them by itself.
+// The block's tiles of S in order; every role walks them by itself. All blocks go through S together, a run of each at
+// a time: what they read stays in L2.
 struct SweepWalk {
     const Pairs &pairs;
-    uint32_t index, end;
+    uint32_t waves, wave = 0;
+    uint32_t position = 0, end = 0;  // of the run
     TileIndex tile{};
     uint32_t turn = NO_ROW;  // tiles with pairs before this one; nothing before the first
 
     DEVICE SweepWalk(const Pairs &of)
-        : pairs(of), index(static_cast<uint32_t>(of.tiles * block_x() / grid_x())),
-          end(static_cast<uint32_t>(of.tiles * (block_x() + 1) / grid_x())) {
-        if (index < end) tile = tile_of(pairs, index);
+        : pairs(of), waves(static_cast<uint32_t>((of.tiles - 1) / (static_cast<uint64_t>(grid_x()) * SWEEP_HOPPER_RUN)) + 1) {
+        begin_run();
     }
+    DEVICE uint64_t index() const { return index_of(pairs, tile.row, tile.column); }
     DEVICE uint32_t chunks() const { return pairs.stride / (STAGE_BYTES / 2); }
     // Stages filled before those of this tile.
     DEVICE uint32_t filled() const { return turn * chunks(); }
@@ -58,22 +61,34 @@ struct SweepWalk {
     template <class LeaveOut>
     DEVICE bool next(LeaveOut leave_out) {
         if (turn++ != NO_ROW) step();
-        for (; index < end; step()) {
+        for (; position < end; step()) {
             if (has_pairs()) return true;
-            leave_out(index);
+            leave_out(index());
         }
         return false;
     }
     DEVICE bool next() {
-        return next([](uint32_t) {});
+        return next([](uint64_t) {});
     }
 
   private:
+    // The block's share of a wave, and of the next one where it has none.
+    DEVICE void begin_run() {
+        for (; wave < waves; ++wave) {
+            uint64_t first = pairs.tiles * wave / waves, count = pairs.tiles * (wave + 1) / waves - first;
+            position = static_cast<uint32_t>(first + count * block_x() / grid_x());
+            end = static_cast<uint32_t>(first + count * (block_x() + 1) / grid_x());
+            if (position == end) continue;
+            tile = tile_at(pairs, position);
+            return;
+        }
+    }
     DEVICE void step() {
-        ++index;
-        if (++tile.column == pairs.references.tiles) {
-            ++tile.row;
-            tile.column = pairs.square ? tile.row : 0;
+        if (++position == end) {
+            ++wave;
+            begin_run();
+        } else {
+            tile = next_tile(pairs, tile);
         }
     }
 };
@@ -83,7 +98,7 @@ template <class Numbers>
 DEVICE void copy_operands(const Pairs &pairs, SweepHopperShared &shared, SweepWalk walk) {
     uint32_t have = NO_ROW, changes = 0;
     bool resident = walk.resident();
-    while (walk.next([&](uint32_t index) { pairs.tile_counts[index] = 0; })) {
+    while (walk.next([&](uint64_t index) { pairs.tile_counts[index] = 0; })) {
         auto rows = static_cast<const unsigned char *>(tile_rows<Numbers>(pairs.anchors, walk.tile.row, pairs.stride));
         auto columns =
             static_cast<const unsigned char *>(tile_rows<Numbers>(pairs.references, walk.tile.column, pairs.stride));
@@ -310,18 +325,17 @@ struct SweepTeam {
             shared.column_max[team][thread] = 0;
             if (key != 0) atomic_max(&pairs.max_neg[walk.tile.column * TILE + thread], key);
         }
-        if (thread == 0) pairs.tile_counts[walk.index] = total;
+        if (thread == 0) {
+            pairs.tile_counts[walk.index()] = total;
+            // Known to the others from the barrier on that follows their staging.
+            if (total != 0) shared.segment[team] = pairs.tile_segments[walk.index()] = reserve(pairs, total);
+        }
         warp_sync();
-        if (total != 0 && total <= pairs.tile_capacity) store(walk.index, candidates, acc, before, total);
+        if (total != 0) store(candidates, acc, before, total);
     }
 
     // Masks and values of a tile's candidates: by windows, if there are too many for one.
-    DEVICE void store(uint64_t index, const uint32_t (&candidates)[2], const GroupAccumulators &acc, uint32_t before,
-                      uint32_t total) const {
-        uint64_t segment = index * pairs.tile_capacity;
-        uint32_t *masks = pairs.tile_words + segment + thread * 2;
-        masks[0] = candidates[0];
-        masks[1] = candidates[1];
+    DEVICE void store(const uint32_t (&candidates)[2], const GroupAccumulators &acc, uint32_t before, uint32_t total) const {
         uint32_t staged = shared_address(shared.staged[team]);
         for (uint32_t window = 0; window < total; window += SWEEP_HOPPER_STAGED) {
             if (window != 0) {
@@ -345,9 +359,17 @@ struct SweepTeam {
             fence_proxy_async();
             warp_sync();
             sync();
+            uint32_t unit = shared.segment[team];
+            if (unit == NO_ROW) return;  // there is no room: the same for the whole team
+            uint64_t segment = static_cast<uint64_t>(unit) * 4;
+            if (window == 0) {
+                uint32_t *masks = pairs.pool_words + segment + thread * 2;
+                masks[0] = candidates[0];
+                masks[1] = candidates[1];
+            }
             if (thread == 0) {
                 uint32_t left = total - window, count = left < SWEEP_HOPPER_STAGED ? left : SWEEP_HOPPER_STAGED;
-                bulk_store(pairs.tile_values + segment + window, shared.staged[team], (count + 3) / 4 * 16);
+                bulk_store(pairs.pool_values + segment + window, shared.staged[team], (count + 3) / 4 * 16);
                 bulk_store_commit();
             }
             warp_sync();

@@ -62,7 +62,8 @@ DEVICE void threshold_body(const ThresholdParams &p) {
     double pos = 0.0, neg = 0.0;
     if (count != 0) {
         TileIndex tile = tile_of(pairs, index);
-        bool stored = count <= pairs.tile_capacity;
+        // All or none: the two ways add the same terms in another order.
+        bool stored = stores_all(pairs);
         uint64_t joined = 2 * static_cast<uint64_t>(p.joined_half);
         auto rows = static_cast<const unsigned char *>(tile_rows<Numbers>(pairs.anchors, tile.row, pairs.stride));
         auto left = reinterpret_cast<const unsigned char *>(p.left + static_cast<uint64_t>(tile.row) * TILE * joined);
@@ -103,11 +104,11 @@ DEVICE void threshold_body(const ThresholdParams &p) {
                 }
             }
             block_sync();
-            uint64_t at = index * pairs.tile_capacity;
+            uint64_t at = segment_of(pairs, index);
             for (uint32_t k = thread_index(); k < count; k += THREADS) {
-                uint32_t place = word_place(pairs.tile_words[at + k]), row = place / TILE, column = place % TILE;
+                uint32_t place = word_place(pairs.pool_words[at + k]), row = place / TILE, column = place % TILE;
                 if (row - half >= TILE / 2) continue;
-                add_slope(pairs, tile.row * TILE + row, tile.column * TILE + column, pairs.tile_values[at + k],
+                add_slope(pairs, tile.row * TILE + row, tile.column * TILE + column, pairs.pool_values[at + k],
                           tilts[(row - half) * TILE + column], pos, neg);
             }
             block_sync();  // the tilts are read

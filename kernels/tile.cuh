@@ -104,6 +104,13 @@ using HalfBf16 = Narrow<Bf16>;
     KERNEL(name##_f16, Params, blocks) { name##_body<HalfF16>(p); }   \
     KERNEL(name##_bf16, Params, blocks) { name##_body<HalfBf16>(p); }
 
+// 16 bytes of a row.
+template <class Element>
+struct alignas(16) Granule {
+    static constexpr int count = 16 / sizeof(Element);
+    Element values[count];
+};
+
 // The place of granule `granule` of row `row` in a stage.
 DEVICE uint32_t swizzled(uint32_t row, uint32_t granule) {
     return row * STAGE_BYTES + ((granule ^ (row % 8)) << 4);
@@ -250,9 +257,7 @@ struct TileIndex {
     uint32_t column;
 };
 DEVICE uint64_t triangle_before(uint64_t row, uint64_t tiles) { return row * (2 * tiles - row + 1) / 2; }
-DEVICE TileIndex tile_of(const Pairs &pairs, uint64_t index) {
-    uint64_t tiles = pairs.references.tiles;
-    if (!pairs.square) return TileIndex{static_cast<uint32_t>(index / tiles), static_cast<uint32_t>(index % tiles)};
+DEVICE TileIndex triangle_at(uint64_t index, uint64_t tiles) {
     // The root of the quadratic is off by rounding at most: then one step mends it.
     double side = 2.0 * static_cast<double>(tiles) + 1.0;
     auto row = static_cast<uint64_t>((side - sqrt(side * side - 8.0 * static_cast<double>(index))) / 2.0);
@@ -260,6 +265,50 @@ DEVICE TileIndex tile_of(const Pairs &pairs, uint64_t index) {
     while (triangle_before(row + 1, tiles) <= index) ++row;
     return TileIndex{static_cast<uint32_t>(row), static_cast<uint32_t>(index - triangle_before(row, tiles) + row)};
 }
+DEVICE TileIndex tile_of(const Pairs &pairs, uint64_t index) {
+    uint64_t tiles = pairs.references.tiles;
+    if (pairs.square) return triangle_at(index, tiles);
+    return TileIndex{static_cast<uint32_t>(index / tiles), static_cast<uint32_t>(index % tiles)};
+}
+
+// The tiles in the order of the sweep: by bands of columns whose rows stay in L2, in a band row by row.
+DEVICE TileIndex tile_at(const Pairs &pairs, uint64_t position) {
+    uint64_t tiles = pairs.references.tiles, first = 0;
+    auto before = [&](uint64_t column) { return pairs.square ? column * (column + 1) / 2 : column * pairs.anchors.tiles; };
+    while (first + pairs.band < tiles && before(first + pairs.band) <= position) first += pairs.band;
+    uint64_t width = tiles - first < pairs.band ? tiles - first : pairs.band, left = position - before(first);
+    if (!pairs.square || left < first * width) {
+        return TileIndex{static_cast<uint32_t>(left / width), static_cast<uint32_t>(first + left % width)};
+    }
+    TileIndex tile = triangle_at(left - first * width, width);
+    return TileIndex{tile.row + static_cast<uint32_t>(first), tile.column + static_cast<uint32_t>(first)};
+}
+// The tile that follows.
+DEVICE TileIndex next_tile(const Pairs &pairs, TileIndex tile) {
+    uint32_t end = ++tile.column;
+    if (end != pairs.references.tiles && end % pairs.band != 0) return tile;
+    uint32_t first = (end - 1) / pairs.band * pairs.band;
+    if (++tile.row == (pairs.square ? end : pairs.anchors.tiles)) {
+        tile.row = 0;
+        first = end;
+    }
+    tile.column = pairs.square && tile.row > first ? tile.row : first;
+    return tile;
+}
+
+// Room for a tile's candidates, and for the bits that say which they are: where it begins, or NO_ROW. Which tiles get room
+// is by chance where there is not enough for all; a tile has the same bits stored or not, and whatever else depends on it
+// asks stores_all(), which is by no chance: the sum of what was asked for.
+DEVICE uint32_t reserve(const Pairs &pairs, uint32_t count) {
+    uint32_t units = ((count < TILE_MASK_WORDS ? TILE_MASK_WORDS : count) + 3) / 4;
+    uint64_t first = atomic_take(&pairs.counters->reserved, static_cast<uint64_t>(units));
+    return first + units <= pairs.pool ? static_cast<uint32_t>(first) : NO_ROW;
+}
+DEVICE bool stores_all(const Pairs &pairs) { return pairs.counters->reserved <= pairs.pool; }
+DEVICE bool is_stored(const Pairs &pairs, uint64_t tile) { return pairs.tile_segments[tile] != NO_ROW; }
+// The first candidate of a tile that is stored.
+DEVICE uint64_t segment_of(const Pairs &pairs, uint64_t tile) { return static_cast<uint64_t>(pairs.tile_segments[tile]) * 4; }
+
 DEVICE uint64_t index_of(const Pairs &pairs, uint32_t row, uint32_t column) {
     uint64_t tiles = pairs.references.tiles;
     if (!pairs.square) return row * tiles + column;

@@ -211,7 +211,24 @@ fn after_the_first_call_of_a_shape_nothing_is_allocated_copied_waited_for_or_loo
     run(&part, &mut backend);
     run(&whole, &mut backend);
     assert_eq!(fake.get("fake_asked"), asked);
-    assert!(fake.get("fake_launches") > launches + 40);
+    assert!(fake.get("fake_launches") > launches + 30);
+    assert_eq!(fake.get("fake_failures"), 0);
+}
+
+#[test]
+fn kernels_overlap_their_starts_where_the_gpu_can() {
+    let fake = Fake::load();
+    let (e, labels) = rows();
+    for (major, all) in [(8, false), (9, true), (10, true)] {
+        fake.set("fake_major", major);
+        let mut backend = cuda::open(0, Options::default()).unwrap();
+        let (before, overlapped) = (fake.get("fake_launches"), fake.get("fake_overlapped"));
+        let mut output = LossOutput::default();
+        backend.loss(&Batch::square(e.view(), &labels), &LossSettings::default(), &mut output).unwrap();
+        let launches = fake.get("fake_launches") - before;
+        assert!(launches >= 7, "{launches}");
+        assert_eq!(fake.get("fake_overlapped") - overlapped, if all { launches } else { 0 }, "sm_{major}0");
+    }
     assert_eq!(fake.get("fake_failures"), 0);
 }
 

@@ -61,6 +61,24 @@ fn square_form_gives_the_same_bits() {
 }
 
 #[test]
+fn the_scalars_of_a_resident_loss_are_left_on_the_device() {
+    let (e, labels) = rows(140, 0.0);
+    let mut gradient = Array2::zeros((140, 2));
+    let batch = batch(resident(&e, &labels, &mut gradient), None);
+    let (mut backend, mut output) = (backend(), LossOutput::default());
+    assert!(matches!(backend.scalars_of_last_loss(), Err(Error::OutOfOrder(_))));
+    // SAFETY: as in `run`.
+    unsafe { backend.loss_resident(&batch, &LossSettings::default(), &mut output) }.unwrap();
+    let address = backend.scalars_of_last_loss().unwrap();
+    // SAFETY: the emulated device's memory is the host's, and nothing writes to it now.
+    let scalars = unsafe { std::ptr::with_exposed_provenance::<LossScalars>(address as usize).read() };
+    backend.anchors_of_last_loss(&mut output).unwrap();
+    assert_eq!((scalars.loss, scalars.dloss_dlambda_pos), (output.loss, output.dloss_dlambda_pos));
+    assert_eq!((scalars.total_pos, scalars.total_neg), (output.total_pos, output.total_neg));
+    assert_eq!((scalars.mined_pos, scalars.mined_neg), output.mined());
+}
+
+#[test]
 fn rectangular_form_gives_the_same_bits_on_both_sides() {
     let ((e, labels), (r, reference_labels)) = (rows(30, 0.0), rows(150, 0.1));
     let rectangular =
@@ -353,6 +371,8 @@ fn a_whole_loss_that_nobody_waits_for_gives_the_same_bits_and_nan_for_a_bad_row(
     let scalars = enqueue(&e, &mut gradient);
     assert_eq!(gradient, host.gradient);
     assert_eq!((scalars.loss, scalars.total_neg), (host.loss, host.total_neg));
+    assert_eq!((scalars.mined_pos, scalars.mined_neg), host.mined());
+    assert!(scalars.mined_pos > 0 && scalars.mined_neg > 0);
     e[[77, 0]] = 3.0;
     let scalars = enqueue(&e, &mut gradient);
     assert!(scalars.loss.is_nan());

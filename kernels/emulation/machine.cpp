@@ -179,6 +179,13 @@ void block_barrier(const char *file, int line) {
     lanes_together();
 }
 
+uint32_t arrive_at(uint32_t *arrived) {
+    acquire(arrived);
+    uint32_t before = (*arrived)++;
+    release(arrived);
+    return before;
+}
+
 void collective(const char *what, void *operands, Operation operation) {
     uint32_t index = machine->current;
     Warp &warp = machine->warps[index / 32];

@@ -115,6 +115,9 @@ void bulk_store_wait_read();
 // The shared memory at an address of the block's own space.
 float *shared_float(uint32_t address);
 
+// A block's arrival: what it did before is done before what those do that come later.
+uint32_t arrive_at(uint32_t *arrived);
+
 uint16_t f16_bits(float value);
 float f16_value(uint16_t bits);
 
@@ -211,6 +214,11 @@ inline void atomic_add(T *target, T value) {
     atomic_store(target, static_cast<T>(static_cast<Bits>(atomic_load(target)) + static_cast<Bits>(value)));
 }
 inline void atomic_add_shared(int64_t *target, int64_t value) { atomic_add(target, value); }
+inline uint64_t atomic_take(uint64_t *target, uint64_t value) {
+    uint64_t before = atomic_load(target);
+    atomic_store(target, before + value);
+    return before;
+}
 inline uint32_t atomic_next(uint32_t *target) {
     uint32_t before = atomic_load(target);
     atomic_store(target, before + 1);
@@ -251,7 +259,10 @@ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
     emulation::collective("mma_tf32", &one, emulation::multiply<emulation::Numbers::tf32>);
 }
 
+using emulation::arrive_at;
 using emulation::fence_proxy_async;
+// Bulk copies read global memory as it is.
+inline void fence_proxy_async_global() {}
 using emulation::Barrier;
 using emulation::mbarrier_arrive;
 using emulation::mbarrier_init;

@@ -143,7 +143,7 @@ pub struct ContextOptions {
     /// The result is the same bit for bit whatever their number.
     pub threads: usize,
     /// Bytes for the pairs kept between passes; what does not fit is computed again, with the same
-    /// result bit for bit on the CPU. 0 for the default: 6 KiB a row on the CPU, 1 GiB on a GPU.
+    /// result bit for bit on the CPU. 0 for the default: 6 KiB a row on the CPU, a quarter of the free memory on a GPU.
     pub workspace_bytes: usize,
     /// A CUstream or cudaStream_t of that GPU's primary context, with DDTAS_STREAM_MODE_GIVEN;
     /// NULL is then the default stream. It must outlive the context.

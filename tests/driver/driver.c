@@ -11,7 +11,7 @@ static _Thread_local void *current;
 static char *kernels[KERNELS];
 static int kernel_count, images;
 /* What a test sets and reads. */
-int fake_major = 8, fake_failures, fake_retained, fake_launches;
+int fake_major = 8, fake_failures, fake_retained, fake_launches, fake_overlapped;
 /* Allocations, waits, copies between host and GPU, and look-ups of kernels. */
 int fake_asked;
 
@@ -87,11 +87,29 @@ result cuFuncGetName(const char **name, void *function) { return *name = functio
 result cuFuncSetAttribute(void *function, int attribute, int value) {
     return ask(), (void)function, (void)attribute, (void)value, here();
 }
-result cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned tx, unsigned ty, unsigned tz,
-                      unsigned shared, void *stream, void **parameters, void **extra) {
-    (void)function, (void)x, (void)y, (void)z, (void)tx, (void)ty, (void)tz, (void)shared, (void)stream;
-    (void)parameters, (void)extra;
+/* As the driver's header has them. */
+struct attribute {
+    int id;
+    char pad[4];
+    int value[16];
+};
+struct config {
+    unsigned x, y, z, tx, ty, tz, shared;
+    void *stream;
+    struct attribute *attributes;
+    unsigned count;
+};
+/* Programmatic stream serialization: allowed from sm_90 on, the only attribute there is. */
+result cuLaunchKernelEx(const struct config *config, void *function, void **parameters, void **extra) {
+    (void)function, (void)parameters, (void)extra;
     fake_launches++;
+    if (config->count > (fake_major >= 9) || !config->x || !config->tx)
+        return fail(INVALID_VALUE);
+    if (config->count) {
+        if (config->attributes->id != 6 || config->attributes->value[0] != 1)
+            return fail(INVALID_VALUE);
+        fake_overlapped++;
+    }
     return here();
 }
 /* All bits set: no row is bad. */
@@ -101,6 +119,7 @@ result cuMemAlloc_v2(uint64_t *address, size_t bytes) {
     *address = (uintptr_t)memory;
     return memory ? memset(memory, 0xff, bytes), here() : fail(2);
 }
+result cuMemGetInfo_v2(size_t *free, size_t *total) { return *free = *total = (size_t)1 << 30, here(); }
 result cuMemFree_v2(uint64_t address) { return ask(), free((void *)(uintptr_t)address), here(); }
 result cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t bytes, void *stream) {
     return ask(), (void)stream, memcpy((void *)(uintptr_t)to, from, bytes), here();

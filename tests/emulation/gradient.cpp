@@ -2,7 +2,7 @@
 // against a double loop. tests/emulation.rs plants faults in the copy. Prints what differs and
 // exits 1. Nine tiles of references, so that all buffers are filled again; two of them are
 // recomputed and one has no candidates. All numbers are small integers: every sum is exact.
-// Once in one split, which writes the caller's rows, here in reverse order, and once in two.
+// Once in one split, which writes the caller's rows, here in reverse order, and once in two, which the later one adds.
 
 #include <cstdio>
 #include <cstdlib>
@@ -50,7 +50,7 @@ int check(uint64_t seeds) {
     std::vector<RowWeights> weights(TILE);
     for (uint32_t i = 0; i < TILE; ++i) weights[i] = RowWeights{-INFINITE, bound, 0.0f, static_cast<float>(2 * (i % 3 + 1))};
     std::vector<uint32_t> counts(kTiles, 0);
-    std::vector<uint32_t> words(kTiles * kCapacity);
+    std::vector<uint32_t> words(kTiles * kCapacity), segments(kTiles);
     std::vector<float> want(static_cast<size_t>(kAnchors) * stride, 0.0f);
     for (uint32_t i = 0; i < kAnchors; ++i) {
         for (uint32_t j = 0; j < kReferences; ++j) {
@@ -63,7 +63,8 @@ int check(uint64_t seeds) {
             for (uint32_t d = 0; d < stride; ++d) want[i * stride + d] += weight * references.values[j * stride + d];
         }
     }
-    for (uint32_t tile : kRecomputed) counts[tile] = kCapacity + 1;
+    for (uint32_t tile = 0; tile < kTiles; ++tile) segments[tile] = tile * kCapacity / 4;
+    for (uint32_t tile : kRecomputed) segments[tile] = NO_ROW;
     std::vector<uint32_t> order(kAnchors);
     for (uint32_t i = 0; i < kAnchors; ++i) order[i] = kAnchors - 1 - i;
 
@@ -75,13 +76,13 @@ int check(uint64_t seeds) {
     params.pairs.references = Side{references.prepared.data(), nullptr, nullptr, kReferences, kTiles};
     params.pairs.stride = stride;
     params.pairs.dim = stride;
-    params.pairs.tile_capacity = kCapacity;
     params.pairs.tiles = kTiles;
     params.pairs.classes = classes.data();
     params.pairs.counters = &counters;
     params.pairs.weights = weights.data();
     params.pairs.tile_counts = counts.data();
-    params.pairs.tile_words = words.data();
+    params.pairs.tile_segments = segments.data();
+    params.pairs.pool_words = words.data();
     params.weight_scale = 1.0f;
     const uint8_t ways[1] = {0};
     params.ways = ways;
@@ -89,16 +90,17 @@ int check(uint64_t seeds) {
         std::vector<float> gradient(want.size(), -1.0f), partial(2 * static_cast<size_t>(TILE) * stride, -1.0f);
         params.gradient = gradient.data();
         params.partial = partial.data();
+        uint32_t arrived = 0;
+        params.arrived = &arrived;
         params.splits = 1 + static_cast<uint32_t>(seed % 2);
         const uint32_t grid[3] = {1, 1, params.splits};
-        if (emulation::launch("gradient_tiles_hopper_bf16", grid, GRADIENT_HOPPER_THREADS, GRADIENT_HOPPER_SHARED_BYTES, &params,
+        if (emulation::launch("gradient_hopper_bf16", grid, GRADIENT_HOPPER_THREADS, GRADIENT_HOPPER_SHARED_BYTES, &params,
                               sizeof params, seed)) {
             return 2;
         }
         for (size_t i = 0; i < want.size(); ++i) {
             size_t row = i / stride, column = i % stride;
-            float got = params.splits == 1 ? gradient[order[row] * stride + column]
-                                           : partial[i] + partial[TILE * stride + i];
+            float got = gradient[order[row] * stride + column];
             if (got == want[i]) continue;
             std::printf("seed %llu, row %zu, column %zu: got %g, want %g\n", static_cast<unsigned long long>(seed), row, column,
                         static_cast<double>(got), static_cast<double>(want[i]));

@@ -1,4 +1,5 @@
-// order.cpp: the class order of a copy of kernels/ under many schedules, against a stable sort.
+// order.cpp: the class order of a copy of kernels/ under many schedules, against a stable sort: of one tile, of several,
+// and of more than one launch merges.
 // tests/emulation.rs plants a fault in the copy: blocks that count without an atomic instruction,
 // which the emulation's blocks, one after the other, get right. Prints what differs and exits 1.
 
@@ -10,11 +11,9 @@
 #include "emulation/machine.h"
 #include "params.h"
 
-int main(int argc, char **argv) {
-    uint64_t seeds = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 1;
-    const uint32_t count = 2100, tiles = (count + ORDER_TILE - 1) / ORDER_TILE;
+int check(uint32_t count, uint64_t seeds) {
     std::vector<int64_t> labels(count);
-    for (uint32_t i = 0; i < count; ++i) labels[i] = static_cast<int64_t>(i * 7919 % 41) - 3;
+    for (uint32_t i = 0; i < count; ++i) labels[i] = static_cast<int64_t>(static_cast<uint64_t>(i) * 7919 % 41) - 3;
     std::vector<uint32_t> want(count);
     for (uint32_t i = 0; i < count; ++i) want[i] = i;
     // Ignored labels, which are negative, come last: as unsigned numbers they are the largest.
@@ -22,26 +21,43 @@ int main(int argc, char **argv) {
     std::stable_sort(want.begin(), want.end(), [&](uint32_t a, uint32_t b) { return key(a) < key(b); });
     auto valid_rows = static_cast<uint32_t>(std::count_if(labels.begin(), labels.end(), [](int64_t label) { return label >= 0; }));
     for (uint64_t seed = 0; seed < seeds; ++seed) {
-        std::vector<uint64_t> sorted_labels(tiles * ORDER_TILE), keys(count);
-        std::vector<uint32_t> sorted_indices(tiles * ORDER_TILE), order(count);
-        uint32_t valid = 0;
-        OrderParams params{};
-        params.labels = labels.data();
-        params.count = count;
-        params.tiles = tiles;
-        params.sorted_labels = sorted_labels.data();
-        params.sorted_indices = sorted_indices.data();
-        params.keys = keys.data();
-        params.order = order.data();
-        params.valid = &valid;
-        const uint32_t grid[3] = {tiles, 1, 1};
-        for (const char *kernel : {"order_tiles", "order_merge"}) {
-            if (emulation::launch(kernel, grid, THREADS, ORDER_SHARED_BYTES, &params, sizeof params, seed)) return 2;
+        std::vector<uint64_t> keys(count), others(count);
+        std::vector<uint32_t> order(count), other_order(count);
+        uint32_t valid = 1, dirty[3] = {1, 2, 3};
+        Counters counters{};
+        OrderParams tiles{};
+        tiles.labels = labels.data();
+        tiles.count = count;
+        tiles.keys = others.data();
+        tiles.order = other_order.data();
+        tiles.counters = &counters;
+        tiles.zeroed[0] = Zeroed{dirty, 3};
+        tiles.zeroed[1] = Zeroed{&valid, 1};
+        if (count <= ORDER_TILE) tiles.valid = &valid;
+        const uint32_t tile_grid[3] = {(count + ORDER_TILE - 1) / ORDER_TILE, 1, 1}, grid[3] = {(count + THREADS - 1) / THREADS, 1, 1};
+        if (emulation::launch("order_tiles", tile_grid, THREADS, ORDER_SHARED_BYTES, &tiles, sizeof tiles, seed)) return 2;
+        for (uint64_t run = ORDER_TILE; run < count; run *= ORDER_RUNS) {
+            keys.swap(others);
+            order.swap(other_order);
+            MergeParams merge{keys.data(), order.data(), others.data(), other_order.data(), count, static_cast<uint32_t>(run), nullptr, nullptr};
+            if (run * ORDER_RUNS >= count) merge.valid = &valid;
+            if (emulation::launch("order_merge", grid, THREADS, 0, &merge, sizeof merge, seed)) return 2;
         }
-        if (order == want && valid == valid_rows) continue;
-        std::printf("seed %llu: another order than want, or %u valid rows, want %u\n", static_cast<unsigned long long>(seed), valid,
-                    valid_rows);
+        bool begun = dirty[0] == 0 && dirty[2] == 0 && counters.bad_anchor == NO_ROW;
+        bool sorted = true;
+        for (uint32_t i = 0; i < count; ++i) sorted = sorted && others[i] == key(want[i]);
+        if (other_order == want && sorted && valid == valid_rows && begun) continue;
+        std::printf("%u rows, seed %llu: another order than want, or %u valid rows, want %u\n", count,
+                    static_cast<unsigned long long>(seed), valid, valid_rows);
         return 1;
     }
     return 0;
+}
+
+int main(int argc, char **argv) {
+    uint64_t seeds = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 1;
+    for (uint32_t count : {1u, 130u, 2048u, 5000u}) {
+        if (int failed = check(count, seeds)) return failed;
+    }
+    return check(ORDER_TILE * ORDER_RUNS + 3000, 1);
 }

@@ -1,7 +1,7 @@
 // sweep.cpp: Hopper's sweep, of a copy of kernels/, under many schedules, against a double loop. tests/emulation.rs plants
 // faults in the copy. Prints what differs and exits 1. Five row tiles, the last of ignored rows alone, walked by two
 // blocks, so that both teams' stages, the row tile and the staged values are filled again and again; one tile has more
-// candidates than are staged at once. All numbers are small integers: every sum is exact.
+// candidates than are staged at once, and the pool has no room for all. First the order of the tiles. All numbers are small integers: every sum is exact.
 
 #include <algorithm>
 #include <cstdio>
@@ -13,7 +13,7 @@
 namespace {
 
 constexpr uint32_t kRows = 5 * TILE - 40, kValid = 4 * TILE - 30, kTiles = 5, kClass = 5;
-constexpr uint32_t kAll = kTiles * (kTiles + 1) / 2, kCapacity = TILE * TILE / 2;
+constexpr uint32_t kAll = kTiles * (kTiles + 1) / 2, kCapacity = TILE * TILE, kBand = 2;
 
 uint32_t stride = 0;  // of this turn's rows
 
@@ -95,8 +95,7 @@ int check(uint64_t seeds) {
         same[i].min_pos = static_cast<float>(i / TILE == 1 ? stride / 4 : stride + i % 50);
     }
     for (uint64_t seed = 0; seed < seeds; ++seed) {
-        std::vector<uint32_t> counts(kAll, 77), words(size_t{kAll} * kCapacity, 77), max_neg(kRows, 0);
-        std::vector<float> values(size_t{kAll} * kCapacity, -1.0f);
+        std::vector<uint32_t> counts(kAll, 77), segments(kAll, 77), max_neg(kRows, 0);
         Counters counters{};
         counters.valid_anchors = counters.valid_references = kValid;
         PairsParams params{};
@@ -104,40 +103,52 @@ int check(uint64_t seeds) {
         pairs.anchors = pairs.references = Side{prepared.data(), nullptr, nullptr, kRows, kTiles};
         pairs.square = 1;
         pairs.stride = pairs.dim = stride;
-        pairs.tile_capacity = kCapacity;
+        pairs.band = kBand;
         pairs.tiles = kAll;
         pairs.classes = classes.data();
         pairs.same = same.data();
         pairs.max_neg = max_neg.data();
         pairs.counters = &counters;
         pairs.tile_counts = counts.data();
-        pairs.tile_words = words.data();
-        pairs.tile_values = values.data();
+        pairs.tile_segments = segments.data();
         // The probe's bound is the candidates', or another.
         pairs.settings.candidate = 0.5;
         pairs.settings.probe = seed % 2 ? 0.5 : -4.5;
+        Want want = expect(s, pairs);
+        uint64_t asked = 0;
+        for (uint32_t count : want.counts) asked += count == 0 ? 0 : (std::max<uint32_t>(count, TILE_MASK_WORDS) + 3) / 4;
+        // All of it, or half.
+        pairs.pool = static_cast<uint32_t>(seed % 4 < 2 ? asked : asked / 2);
+        std::vector<uint32_t> words(size_t{pairs.pool} * 4, 77);
+        std::vector<float> values(words.size(), -1.0f);
+        pairs.pool_words = words.data();
+        pairs.pool_values = values.data();
         const uint32_t grid[3] = {2, 1, 1};
         if (emulation::launch("sweep_hopper_bf16", grid, SWEEP_HOPPER_THREADS, SWEEP_HOPPER_SHARED_BYTES, &params, sizeof params,
                               seed)) {
             return 2;
         }
-        Want want = expect(s, pairs);
         bool windows = false;
+        uint64_t stored = 0;
+        if (counters.reserved != asked) return differ("units", 0, static_cast<double>(counters.reserved), static_cast<double>(asked), seed);
         for (uint32_t tile = 0; tile < kAll; ++tile) {
             uint32_t count = want.counts[tile];
-            windows |= count > SWEEP_HOPPER_STAGED && count <= kCapacity;
+            windows |= count > SWEEP_HOPPER_STAGED;
             if (counts[tile] != count) return differ("count", tile, counts[tile], count, seed);
-            if (count == 0 || count > kCapacity) continue;
+            if (count == 0 || segments[tile] == NO_ROW) continue;
+            ++stored;
+            size_t segment = size_t{segments[tile]} * 4;
             for (uint32_t word = 0; word < TILE_MASK_WORDS; ++word) {
-                uint32_t got = words[size_t{tile} * kCapacity + word], mask = want.masks[tile * TILE_MASK_WORDS + word];
+                uint32_t got = words[segment + word], mask = want.masks[tile * TILE_MASK_WORDS + word];
                 if (got != mask) return differ("mask", tile * TILE_MASK_WORDS + word, got, mask, seed);
             }
             for (uint32_t k = 0; k < count; ++k) {
                 size_t at = size_t{tile} * kCapacity + k;
-                if (values[at] != want.values[at]) return differ("value", at, values[at], want.values[at], seed);
+                if (values[segment + k] != want.values[at]) return differ("value", at, values[segment + k], want.values[at], seed);
             }
         }
-        if (!windows) return 3;
+        auto with_any = static_cast<uint64_t>(kAll - std::count(counts.begin(), counts.end(), 0u));
+        if (!windows || stored == 0 || (stored == with_any) != (pairs.pool == asked)) return 3;
         for (uint32_t i = 0; i < kRows; ++i) {
             if (max_neg[i] != want.max_neg[i]) return differ("m-", i, key_value(max_neg[i]), key_value(want.max_neg[i]), seed);
         }
@@ -148,10 +159,39 @@ int check(uint64_t seeds) {
     return 0;
 }
 
+// Every tile once, by place and by steps, whatever the band.
+int check_order() {
+    for (uint32_t square : {0u, 1u}) {
+        for (uint32_t band : {1u, 2u, 4u, 8u, 16u}) {
+            for (uint32_t columns : {1u, 5u, 8u, 13u}) {
+                Pairs pairs{};
+                pairs.square = square;
+                pairs.band = band;
+                pairs.references.tiles = columns;
+                pairs.anchors.tiles = square ? columns : 3;
+                uint32_t all = square ? columns * (columns + 1) / 2 : 3 * columns;
+                std::vector<uint32_t> seen(all, 0);
+                TileIndex tile = tile_at(pairs, 0);
+                for (uint32_t position = 0; position < all; ++position) {
+                    TileIndex here = tile_at(pairs, position);
+                    bool there = here.row < pairs.anchors.tiles && here.column < columns && (!square || here.row <= here.column);
+                    if (!there || here.row != tile.row || here.column != tile.column || seen[index_of(pairs, here.row, here.column)]++) {
+                        std::printf("square %u, band %u, %u columns, place %u: got another tile than want\n", square, band, columns, position);
+                        return 1;
+                    }
+                    tile = next_tile(pairs, tile);
+                }
+            }
+        }
+    }
+    return 0;
+}
+
 }  // namespace
 
 int main(int argc, char **argv) {
     uint64_t seeds = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 1;
+    if (int failed = check_order()) return failed;
     // A row tile that stays, of fewer stages than there are and of more; and one that does not fit.
     for (uint32_t width : {192u, 320u, 576u}) {
         stride = width;

@@ -20,6 +20,8 @@ pub struct CudaDevice {
     module: Module,
     context: Primary,
     multiprocessors: u32,
+    /// Of the compute capability.
+    major: i32,
     hopper: bool,
 }
 
@@ -76,7 +78,7 @@ impl CudaDevice {
         let count = check("cuDeviceGetAttribute", context.attribute(attribute))?;
         let multiprocessors = u32::try_from(count).unwrap_or(1).max(1);
         let (major, _) = check("cuDeviceGetAttribute", context.compute_capability())?;
-        Ok(Self { stream, issued, module, context, multiprocessors, hopper: major == 9 })
+        Ok(Self { stream, issued, module, context, multiprocessors, major, hopper: major == 9 })
     }
 
     /// Makes the context current in the calling thread for a call; then the caller's is again.
@@ -118,6 +120,12 @@ impl Device for CudaDevice {
             return Err(Error::Unavailable(reason.into()));
         }
         Ok(())
+    }
+
+    fn free_memory(&self) -> usize {
+        // A GPU that does not say has little: the allocation then says what is wrong.
+        let Ok(_kept) = self.enter() else { return 0 };
+        result::mem_get_info().map_or(0, |(free, _)| free)
     }
 
     fn allocate(&mut self, bytes: usize) -> Result<CudaBuffer> {
@@ -173,18 +181,31 @@ impl Device for CudaDevice {
         let [x, y, z] = plan.grid;
         // The driver copies the struct before it returns, and never writes to it.
         let mut arguments = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
-        // SAFETY: the caller vouches for `P` and its pointers, `Module` for the function.
-        let launched = unsafe {
-            result::launch_kernel(
-                function,
-                (x, y, z),
-                (plan.threads, 1, 1),
-                plan.shared_bytes,
-                self.stream.raw(),
-                &mut arguments,
-            )
+        // From sm_90 on a kernel may be put in place while the one before still runs, whose end it waits for by itself
+        // (`begin_kernel` in kernels/cuda.cuh).
+        let mut overlap = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
         };
-        check("cuLaunchKernel", launched).map_err(|error| match error {
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: plan.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: plan.shared_bytes,
+            hStream: self.stream.raw(),
+            attrs: &raw mut overlap,
+            numAttrs: u32::from(self.major >= 9),
+        };
+        // SAFETY: the caller vouches for `P` and its pointers, `Module` for the function; what `config` points to
+        // outlives the call.
+        let launched = unsafe {
+            sys::cuLaunchKernelEx(&raw const config, function, arguments.as_mut_ptr(), std::ptr::null_mut())
+        };
+        check("cuLaunchKernelEx", launched.result()).map_err(|error| match error {
             // The call is the same for all of them: say which kernel it was.
             Error::Device { call, code } => {
                 Error::Device { call, code: format!("{code} ({})", kernel.name()) }

@@ -12,15 +12,21 @@ use crate::loss::{Batch, Hypergradient, LossOutput, LossSettings, RowNumbers, Ro
 /// How a device backend works.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Options {
-    /// Bytes for the candidates of all tiles; tiles that do not fit are recomputed. Default 1 GiB.
+    /// Bytes for the candidates of all tiles; tiles that do not fit are recomputed. Default [`Options::SHARE_OF_FREE`].
     pub budget: usize,
     /// Whether f32 rows are multiplied to f32's precision (the default) or rounded to TF32.
     pub exact: bool,
 }
 
+impl Options {
+    /// The budget that is a quarter of the memory free when the backend is made. Of it a loss takes what all pairs of its
+    /// batch would, at most: 8 bytes each.
+    pub const SHARE_OF_FREE: usize = usize::MAX;
+}
+
 impl Default for Options {
     fn default() -> Self {
-        Self { budget: 1 << 30, exact: true }
+        Self { budget: Self::SHARE_OF_FREE, exact: true }
     }
 }
 
@@ -44,9 +50,13 @@ pub struct DeviceBackend<D: Device> {
 impl<D: Device> DeviceBackend<D> {
     /// A backend without any memory yet.
     pub fn new(device: D, options: Options) -> Self {
+        let budget = match options.budget {
+            Options::SHARE_OF_FREE => device.free_memory() / 4,
+            bytes => bytes,
+        };
         Self {
             device,
-            options,
+            options: Options { budget, ..options },
             loss: Workspace::default(),
             threshold: Workspace::default(),
             gallery: Workspace::default(),

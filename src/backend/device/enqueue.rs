@@ -145,7 +145,7 @@ impl<D: Device> DeviceBackend<D> {
             issue_same_class(launcher, base, loss)?;
             issue_sweep(launcher, base, loss)?;
             issue_selection(launcher, base, loss)?;
-            issue_weigh(launcher, base, loss, scalars as usize as *mut LossScalars)?;
+            issue_weigh(launcher, base, loss, scalars as usize as *mut LossScalars, true)?;
             issue_sums(launcher, base, loss, targets)
         })?;
         self.remembered = Some(loss);
@@ -252,7 +252,7 @@ impl<D: Device> DeviceBackend<D> {
         let targets = part.targets();
         self.issuing(&mut loss, |launcher, base, loss| {
             take(launcher, base, loss, Which::Counts, given)?;
-            issue_weigh(launcher, base, loss, scalars as usize as *mut LossScalars)?;
+            issue_weigh(launcher, base, loss, scalars as usize as *mut LossScalars, true)?;
             issue_sums(launcher, base, loss, targets)
         })?;
         self.remembered = Some(loss);

@@ -7,12 +7,12 @@ use super::Precision;
 pub enum Kernel {
     /// order.cu: sorts the labels of one tile.
     OrderTiles,
-    /// order.cu: places each label among all.
+    /// order.cu: merges what is sorted.
     OrderMerge,
-    /// order.cu: rows into class order, norms checked.
+    /// prepare.cu: rows into class order, norms checked, classes, and what a positive of each row must stay below.
     Prepare(Precision),
-    /// order.cu: where each anchor's class stands among the references.
-    Classes,
+    /// The same on Hopper's warpgroup products; 16-bit types only.
+    PrepareHopper(Precision),
     /// steps.cu: the position of each of the caller's rows.
     InvertOrder,
     /// steps.cu: which reference is each anchor itself.
@@ -21,10 +21,6 @@ pub enum Kernel {
     TakeNumbers,
     /// steps.cu: numbers of anchors that a step found.
     ReportNumbers,
-    /// similarity.cu: what a positive of each row must stay below.
-    DuplicateBounds(Precision),
-    /// The same on Hopper's warpgroup products; 16-bit types only.
-    DuplicateBoundsHopper(Precision),
     /// similarity.cu: m+ of every anchor.
     SameClass(Precision),
     /// The same on Hopper's warpgroup products; 16-bit types only.
@@ -41,18 +37,12 @@ pub enum Kernel {
     SelectRecomputed(Precision),
     /// The same on Hopper's warpgroup products; 16-bit types only.
     SelectRecomputedHopper(Precision),
-    /// select.cu: row weights, loss, results in original order.
+    /// select.cu: row weights, loss, results in original order, lists or tiles for each row tile's gradient.
     Weigh,
-    /// gradient.cu: lists or tiles, for each row block.
-    GradientWays,
-    /// gradient.cu: row blocks with few mined pairs.
-    GradientLists(Precision),
-    /// gradient_tiles.cu: the other row blocks, on tensor cores.
-    GradientTiles(Precision),
+    /// gradient.cu: the gradient of one side.
+    Gradient(Precision),
     /// gradient_hopper.cu: the same on Hopper's warpgroup products; 16-bit types only.
-    GradientTilesHopper(Precision),
-    /// gradient.cu: sums partial results into original order.
-    GradientSum,
+    GradientHopper(Precision),
     /// threshold.cu: joins rows and tangents.
     ThresholdPrepare(Precision),
     /// threshold.cu: the hyper-gradient's sums over each tile.
@@ -83,13 +73,11 @@ impl Kernel {
             Self::OrderTiles => "order_tiles",
             Self::OrderMerge => "order_merge",
             Self::Prepare(precision) => precise!(precision, "prepare"),
-            Self::Classes => "classes",
+            Self::PrepareHopper(precision) => precise!(precision, "prepare_hopper"),
             Self::InvertOrder => "invert_order",
             Self::Identity => "identity",
             Self::TakeNumbers => "take_numbers",
             Self::ReportNumbers => "report_numbers",
-            Self::DuplicateBounds(precision) => precise!(precision, "duplicate_bounds"),
-            Self::DuplicateBoundsHopper(precision) => precise!(precision, "duplicate_bounds_hopper"),
             Self::SameClassHopper(precision) => precise!(precision, "same_class_hopper"),
             Self::SameClass(precision) => precise!(precision, "same_class"),
             Self::Sweep(precision) => precise!(precision, "sweep"),
@@ -99,11 +87,8 @@ impl Kernel {
             Self::SelectRecomputed(precision) => precise!(precision, "select_recomputed"),
             Self::SelectRecomputedHopper(precision) => precise!(precision, "select_recomputed_hopper"),
             Self::Weigh => "weigh",
-            Self::GradientWays => "gradient_ways",
-            Self::GradientLists(precision) => precise!(precision, "gradient_lists"),
-            Self::GradientTiles(precision) => precise!(precision, "gradient_tiles"),
-            Self::GradientTilesHopper(precision) => precise!(precision, "gradient_tiles_hopper"),
-            Self::GradientSum => "gradient_sum",
+            Self::Gradient(precision) => precise!(precision, "gradient"),
+            Self::GradientHopper(precision) => precise!(precision, "gradient_hopper"),
             Self::ThresholdPrepare(precision) => precise!(precision, "threshold_prepare"),
             Self::Threshold(precision) => precise!(precision, "threshold"),
             Self::ThresholdSum => "threshold_sum",

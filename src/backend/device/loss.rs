@@ -9,11 +9,11 @@ use bytemuck::{cast_slice, cast_slice_mut};
 use ndarray::Array2;
 
 use super::params::{
-    ClassRange, ClassesParams, Counters, DuplicateParams, GradientParams, GradientSumParams, IdentityParams,
-    InvertParams, LossScalars, ORDER_TILE, OrderParams, Pairs, PairsParams, PrepareParams, RowNumbers,
-    RowSame, RowSums, RowWeights, Settings, Side, TILE, WaysParams, WeighParams,
+    ClassRange, Counters, GradientParams, IdentityParams, InvertParams, LossScalars, MergeParams,
+    OrderParams, Pairs, PairsParams, PrepareParams, RowNumbers, RowSame, RowSums, RowWeights, Settings, Side,
+    TILE, WEIGH_SUMS, WeighParams, ZEROED, Zeroed,
 };
-use super::plan::{Shape, order_tiles, sum_scale, term_limit, tiles};
+use super::plan::{POOL_UNIT, Shape, order_runs, sum_scale, term_limit, tiles};
 use super::workspace::{Layout, Region};
 use super::{Device, DeviceBackend, Kernel, Params};
 use crate::backend::step::Step;
@@ -32,16 +32,18 @@ pub(super) const NO_ROW: u32 = u32::MAX;
 pub(super) struct SideRegions {
     input: Region,
     labels: Region,
-    sorted_labels: Region,
-    sorted_indices: Region,
     keys: Region,
     pub(super) order: Region,
+    /// What the merges of the class order go to and fro between.
+    run_keys: Region,
+    run_order: Region,
     pub(super) rows: Region,
     pub(super) square_sums: Region,
     duplicate: Region,
     column_sums: Region,
     ways: Region,
     partial: Region,
+    arrived: Region,
     gradient: Region,
 }
 
@@ -89,21 +91,26 @@ pub(super) struct LossLayout {
     /// Numbers as the caller gives them: of anchors, then of references, two lists each.
     pub(super) given: [Region; 4],
     tile_counts: Region,
-    tile_values: Region,
-    tile_words: Region,
+    tile_segments: Region,
+    pool_values: Region,
+    pool_words: Region,
     pub(super) scalars: Region,
+    weigh_parts: Region,
+    weigh_arrived: Region,
     pub(super) min_pos: Region,
     pub(super) max_neg_out: Region,
     pub(super) count_pos: Region,
     pub(super) count_neg: Region,
-    capacity: usize,
+    pool: usize,
+    /// There is room for every pair.
+    stores_everything: bool,
 }
 
 impl LossLayout {
     /// The workspace as a function of the shape, the budget for candidates and the GPU's size.
     ///
     /// For B anchors of D dimensions in the square form, with stride D' and s splits (0 for one, whose
-    /// kernels write the gradient itself), about `B D e + B D' (e + 4 s) + 4 B D + 164 B + 4 tiles` bytes with
+    /// kernels write the gradient itself), about `B D e + B D' (e + 4 s) + 4 B D + 164 B + 8 tiles` bytes with
     /// elements of e bytes, and the budget.
     ///
     /// `resident`: input and gradients stay in the caller's memory, so none is set aside for them.
@@ -118,7 +125,7 @@ impl LossLayout {
             None => anchors,
         };
         let (rows, others) = (shape.anchors, shape.reference_count());
-        let capacity = shape.tile_capacity(budget);
+        let pool = shape.pool(budget);
         Self {
             anchors,
             references,
@@ -141,20 +148,32 @@ impl LossLayout {
             given: [rows, rows, others, others]
                 .map(|count| layout.region::<u32>(if shape.numbers && !resident { count } else { 0 })),
             tile_counts: layout.region::<u32>(shape.tiles()),
-            tile_values: layout.region::<f32>(shape.tiles() * capacity),
-            tile_words: layout.region::<u32>(shape.tiles() * capacity),
+            tile_segments: layout.region::<u32>(shape.tiles()),
+            pool_values: layout.region::<f32>(pool * POOL_UNIT),
+            pool_words: layout.region::<u32>(pool * POOL_UNIT),
             scalars: layout.region::<LossScalars>(1),
+            weigh_parts: layout.region::<f64>(shape.weigh_blocks() * WEIGH_SUMS as usize),
+            weigh_arrived: layout.region::<u32>(1),
             min_pos: layout.region::<f32>(rows),
             max_neg_out: layout.region::<f32>(rows),
             count_pos: layout.region::<u32>(rows),
             count_neg: layout.region::<u32>(rows),
-            capacity,
+            pool,
+            stores_everything: pool == shape.most_units(),
             layout,
         }
     }
 
-    fn stores_everything(&self) -> bool {
-        self.capacity == (TILE * TILE) as usize
+    /// What a loss begins with as 0.
+    fn zeroed(&self, base: u64) -> [Zeroed; ZEROED as usize] {
+        let mut all = [Zeroed { words: std::ptr::null_mut(), count: 0 }; ZEROED as usize];
+        let arrived = [self.weigh_arrived, self.anchors.arrived, self.references.arrived];
+        let counted = [self.max_neg, self.sums, self.columns, self.totals];
+        for (zeroed, region) in all.iter_mut().zip(counted.into_iter().chain(arrived)) {
+            *zeroed =
+                Zeroed { words: pointer(base, region), count: (region.bytes / size_of::<u32>()) as u64 };
+        }
+        all
     }
 
     fn side(
@@ -167,7 +186,7 @@ impl LossLayout {
     ) -> SideRegions {
         let (count, _) = shape.sides(of_references);
         let (padded, stride) = (tiles(count) * TILE as usize, shape.stride());
-        let keys = order_tiles(count) * ORDER_TILE as usize;
+        let merged = if order_runs(count).next().is_some() { count } else { 0 };
         let splits = match shape.splits(of_references, multiprocessors) {
             1 => 0,
             several => several,
@@ -178,16 +197,17 @@ impl LossLayout {
         SideRegions {
             input: layout.region::<u8>(if_copied(count * shape.dim * shape.precision.bytes())),
             labels: layout.region::<i64>(if_copied(count)),
-            sorted_labels: layout.region::<u64>(keys),
-            sorted_indices: layout.region::<u32>(keys),
             keys: layout.region::<u64>(count),
             order: layout.region::<u32>(count),
+            run_keys: layout.region::<u64>(merged),
+            run_order: layout.region::<u32>(merged),
             rows: layout.region::<u8>(padded * stride * shape.precision.bytes()),
             square_sums: layout.region::<f64>(count),
             duplicate: layout.region::<f32>(padded),
             column_sums: layout.region::<f32>(tiles(count) * stride),
             ways: layout.region::<u8>(if_wanted(tiles(count))),
             partial: layout.region::<f32>(if_wanted(splits * padded * stride)),
+            arrived: layout.region::<u32>(if_wanted(splits.min(1) * shape.gradient_blocks(of_references))),
             gradient: layout.region::<f32>(if_copied(if_wanted(count * shape.dim))),
         }
     }
@@ -234,11 +254,11 @@ impl Remembered {
             anchors: side(&layout.anchors, shape.anchors),
             references: side(&layout.references, shape.reference_count()),
             total: shape.total as u32,
-            reserved: 0,
+            band: shape.band() as u32,
             square: u32::from(shape.references.is_none()),
             stride: shape.stride() as u32,
             dim: shape.dim as u32,
-            tile_capacity: layout.capacity as u32,
+            pool: layout.pool as u32,
             tiles: shape.tiles() as u64,
             classes: pointer(base, layout.classes),
             same: pointer(base, layout.same),
@@ -258,8 +278,9 @@ impl Remembered {
                 Some(_) => pointer(base, layout.totals),
             },
             tile_counts: pointer(base, layout.tile_counts),
-            tile_values: pointer(base, layout.tile_values),
-            tile_words: pointer(base, layout.tile_words),
+            tile_segments: pointer(base, layout.tile_segments),
+            pool_values: pointer(base, layout.pool_values),
+            pool_words: pointer(base, layout.pool_words),
             settings: self.settings,
         }
     }
@@ -354,7 +375,7 @@ impl<D: Device> DeviceBackend<D> {
         Ok(())
     }
 
-    /// Lays out the workspace and zeroes what the passes count up in.
+    /// Lays out the workspace; the first kernel zeroes what the passes count up in.
     pub(super) fn begin(
         &mut self,
         shape: Shape,
@@ -363,13 +384,7 @@ impl<D: Device> DeviceBackend<D> {
     ) -> Result<Remembered> {
         let layout = LossLayout::new(&shape, self.options.budget, self.device.multiprocessors(), resident);
         let Self { device, loss, .. } = self;
-        let buffer = loss.lay(device, &layout.layout)?;
-        for region in [layout.max_neg, layout.sums, layout.counters] {
-            device.fill(buffer, region.offset, region.bytes, 0)?;
-        }
-        // NO_ROW in both fields, which are the last two.
-        let bad = offset_of!(Counters, bad_anchor);
-        device.fill(buffer, layout.counters.offset + bad, 2 * size_of::<u32>(), 0xff)?;
+        loss.lay(device, &layout.layout)?;
         Ok(Remembered {
             shape,
             layout,
@@ -488,6 +503,64 @@ fn upload_rows<D: Device>(
     device.upload(buffer, regions.labels.offset, cast_slice(rows.labels))
 }
 
+/// What the sort of one side's labels needs.
+struct OrderedSide<'a> {
+    regions: &'a SideRegions,
+    labels: u64,
+    of_references: bool,
+    valid: *mut u32,
+    valid_too: *mut u32,
+}
+
+/// One side's labels into class order; with `zeroed` the loss begins there.
+fn sort<D: Device>(
+    launcher: &mut Launcher<'_, D>,
+    base: u64,
+    loss: &Remembered,
+    side: &OrderedSide<'_>,
+    zeroed: Option<[Zeroed; ZEROED as usize]>,
+) -> Result<()> {
+    let regions = side.regions;
+    let count = loss.shape.sides(side.of_references).0 as u32;
+    let runs: Vec<usize> = order_runs(count as usize).collect();
+    let [keys, run_keys] = [regions.keys, regions.run_keys].map(|region| pointer::<u64>(base, region));
+    let [order, run_order] = [regions.order, regions.run_order].map(|region| pointer::<u32>(base, region));
+    // To and fro, so that the last one writes where the order is wanted.
+    let place = |left: usize| if left.is_multiple_of(2) { (keys, order) } else { (run_keys, run_order) };
+    let valid = |left: usize| match left {
+        0 => (side.valid, side.valid_too),
+        _ => (std::ptr::null_mut(), std::ptr::null_mut()),
+    };
+    let nothing = Zeroed { words: std::ptr::null_mut(), count: 0 };
+    let tiles = OrderParams {
+        labels: side.labels as usize as *const i64,
+        count,
+        reserved: 0,
+        keys: place(runs.len()).0,
+        order: place(runs.len()).1,
+        valid: valid(runs.len()).0,
+        valid_too: valid(runs.len()).1,
+        counters: zeroed.map_or(std::ptr::null_mut(), |_| pointer(base, loss.layout.counters)),
+        zeroed: zeroed.unwrap_or([nothing; ZEROED as usize]),
+    };
+    launcher.launch(Kernel::OrderTiles, side.of_references, &tiles)?;
+    for (merge, &run) in runs.iter().enumerate() {
+        let left = runs.len() - merge - 1;
+        let merge = MergeParams {
+            from_keys: place(left + 1).0,
+            from_order: place(left + 1).1,
+            keys: place(left).0,
+            order: place(left).1,
+            count,
+            run: run as u32,
+            valid: valid(left).0,
+            valid_too: valid(left).1,
+        };
+        launcher.launch(Kernel::OrderMerge, side.of_references, &merge)?;
+    }
+    Ok(())
+}
+
 /// Class order of both sides, prepared rows, class ranges.
 pub(super) fn issue_order<D: Device>(
     launcher: &mut Launcher<'_, D>,
@@ -503,54 +576,44 @@ pub(super) fn issue_order<D: Device>(
     let valid =
         [counter(offset_of!(Counters, valid_anchors)), counter(offset_of!(Counters, valid_references))];
     let bad = [counter(offset_of!(Counters, bad_anchor)), counter(offset_of!(Counters, bad_reference))];
-    let sides = if square { 1 } else { 2 };
-    for (index, regions) in [&layout.anchors, &layout.references].into_iter().take(sides).enumerate() {
-        let of_references = index == 1;
-        let (count, _) = shape.sides(of_references);
-        let order = OrderParams {
-            labels: ends[index].labels as usize as *const i64,
-            count: count as u32,
-            tiles: order_tiles(count) as u32,
-            sorted_labels: pointer(base, regions.sorted_labels),
-            sorted_indices: pointer(base, regions.sorted_indices),
-            keys: pointer(base, regions.keys),
-            order: pointer(base, regions.order),
-            valid: valid[index],
+    let sides: &[usize] = if square { &[0] } else { &[0, 1] };
+    let regions = [&layout.anchors, &layout.references];
+    for &side in sides {
+        let zeroed = (side == 0).then(|| layout.zeroed(base));
+        let side = OrderedSide {
+            regions: regions[side],
+            labels: ends[side].labels,
+            of_references: side == 1,
+            valid: valid[side],
             valid_too: if square { valid[1] } else { std::ptr::null_mut() },
         };
-        launcher.launch(Kernel::OrderTiles, of_references, &order)?;
-        launcher.launch(Kernel::OrderMerge, of_references, &order)?;
+        sort(launcher, base, loss, &side, zeroed)?;
+    }
+    // An anchor's class is a range of references, which are in order now.
+    for &side in sides {
+        let of_anchors = side == 0;
         let prepare = PrepareParams {
-            input: ends[index].rows as usize as *const std::ffi::c_void,
-            rows: pointer(base, regions.rows),
-            order: pointer::<u32>(base, regions.order),
-            valid: valid[index],
-            count: count as u32,
+            input: ends[side].rows as usize as *const std::ffi::c_void,
+            rows: pointer(base, regions[side].rows),
+            order: pointer::<u32>(base, regions[side].order),
+            valid: valid[side],
+            count: shape.sides(!of_anchors).0 as u32,
             dim: shape.dim as u32,
             stride: shape.stride() as u32,
             check: u32::from(check.check == UnitCheck::Check),
             norm_tolerance: check.tolerance,
-            square_sums: pointer(base, regions.square_sums),
-            bad: bad[index],
-            column_sums: pointer(base, regions.column_sums),
-        };
-        launcher.launch(Kernel::Prepare(precision), of_references, &prepare)?;
-        let duplicate = DuplicateParams {
-            rows: prepare.rows,
-            bounds: pointer(base, regions.duplicate),
-            stride: prepare.stride,
+            square_sums: pointer(base, regions[side].square_sums),
+            bad: bad[side],
+            column_sums: pointer(base, regions[side].column_sums),
+            duplicate: pointer(base, regions[side].duplicate),
+            keys: if of_anchors { pointer::<u64>(base, layout.anchors.keys) } else { std::ptr::null_mut() },
+            reference_keys: pointer::<u64>(base, layout.references.keys),
+            classes: pointer(base, layout.classes),
+            references: shape.reference_count() as u32,
             reserved: 0,
         };
-        launcher.launch(Kernel::DuplicateBounds(precision), of_references, &duplicate)?;
+        launcher.launch(Kernel::Prepare(precision), !of_anchors, &prepare)?;
     }
-    let classes = ClassesParams {
-        anchor_keys: pointer::<u64>(base, layout.anchors.keys),
-        reference_keys: pointer::<u64>(base, layout.references.keys),
-        classes: pointer(base, layout.classes),
-        anchors: shape.anchors as u32,
-        references: shape.reference_count() as u32,
-    };
-    launcher.launch(Kernel::Classes, false, &classes)?;
     if !shape.identity {
         return Ok(());
     }
@@ -603,8 +666,8 @@ pub(super) fn issue_selection<D: Device>(
 ) -> Result<()> {
     let params = PairsParams { pairs: loss.pairs(base) };
     launcher.launch(Kernel::SelectStored, false, &params)?;
-    // With a full segment for every tile there is nothing to recompute.
-    if loss.layout.stores_everything() {
+    // With room for every pair there is nothing to recompute.
+    if loss.layout.stores_everything {
         return Ok(());
     }
     launcher.launch(Kernel::SelectRecomputed(loss.shape.precision), false, &params)
@@ -617,7 +680,7 @@ pub(super) fn issue_gradients<D: Device>(
     loss: &Remembered,
     targets: [u64; 2],
 ) -> Result<()> {
-    issue_weigh(launcher, base, loss, pointer(base, loss.layout.scalars))?;
+    issue_weigh(launcher, base, loss, pointer(base, loss.layout.scalars), true)?;
     issue_sums(launcher, base, loss, targets)
 }
 
@@ -635,12 +698,13 @@ pub(super) fn issue_sums<D: Device>(
     Ok(())
 }
 
-/// Row weights and the results of each anchor, and the scalars to an address.
+/// Row weights and the results of each anchor, and the scalars to an address. `swept`: how the gradient goes, too.
 pub(super) fn issue_weigh<D: Device>(
     launcher: &mut Launcher<'_, D>,
     base: u64,
     loss: &Remembered,
     scalars: *mut LossScalars,
+    swept: bool,
 ) -> Result<()> {
     let Remembered { layout, .. } = loss;
     let params = PairsParams { pairs: loss.pairs(base) };
@@ -655,6 +719,16 @@ pub(super) fn issue_weigh<D: Device>(
         max_neg: pointer(base, layout.max_neg_out),
         count_pos: pointer(base, layout.count_pos),
         count_neg: pointer(base, layout.count_neg),
+        parts: pointer(base, layout.weigh_parts),
+        arrived: pointer(base, layout.weigh_arrived),
+        ways: [
+            if swept { pointer(base, layout.anchors.ways) } else { std::ptr::null_mut() },
+            if swept && loss.shape.reference_gradient {
+                pointer(base, layout.references.ways)
+            } else {
+                std::ptr::null_mut()
+            },
+        ],
     };
     launcher.launch(Kernel::Weigh, false, &weigh)
 }
@@ -669,38 +743,18 @@ fn issue_gradient<D: Device>(
 ) -> Result<()> {
     let Remembered { shape, layout, .. } = loss;
     let regions = if of_references { &layout.references } else { &layout.anchors };
-    let (pairs, side) = (loss.pairs(base), u32::from(of_references));
-    let ways = WaysParams { pairs, of_references: side, reserved: 0, ways: pointer(base, regions.ways) };
-    launcher.launch(Kernel::GradientWays, of_references, &ways)?;
-    let splits = shape.splits(of_references, launcher.device.multiprocessors()) as u32;
     let gradient = GradientParams {
-        pairs,
-        of_references: side,
-        splits,
+        pairs: loss.pairs(base),
+        of_references: u32::from(of_references),
+        splits: shape.splits(of_references, launcher.device.multiprocessors()) as u32,
         weight_scale: shape.weight_scale(),
         reserved: 0,
         ways: pointer::<u8>(base, regions.ways),
         partial: pointer(base, regions.partial),
+        arrived: pointer(base, regions.arrived),
         gradient: target as usize as *mut f32,
     };
-    launcher.launch(Kernel::GradientLists(shape.precision), of_references, &gradient)?;
-    launcher.launch(Kernel::GradientTiles(shape.precision), of_references, &gradient)?;
-    if splits == 1 {
-        return Ok(());
-    }
-    let (count, _) = shape.sides(of_references);
-    let sum = GradientSumParams {
-        partial: pointer::<f32>(base, regions.partial),
-        order: pointer::<u32>(base, regions.order),
-        gradient: target as usize as *mut f32,
-        splits,
-        padded_rows: (tiles(count) * TILE as usize) as u32,
-        stride: shape.stride() as u32,
-        count: count as u32,
-        dim: shape.dim as u32,
-        reserved: 0,
-    };
-    launcher.launch(Kernel::GradientSum, of_references, &sum)
+    launcher.launch(Kernel::Gradient(shape.precision), of_references, &gradient)
 }
 
 /// Waits for the scalars; refuses bad rows.

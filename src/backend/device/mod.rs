@@ -72,6 +72,9 @@ pub trait Device: Send {
         false
     }
 
+    /// Bytes of memory that nobody has, about.
+    fn free_memory(&self) -> usize;
+
     /// Bytes of uninitialised memory, at least 256-byte aligned.
     ///
     /// # Errors

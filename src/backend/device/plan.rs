@@ -2,14 +2,21 @@
 
 use super::params::{
     GRADIENT_COLUMNS, GRADIENT_HOPPER_SHARED_BYTES, GRADIENT_HOPPER_THREADS, GRADIENT_ROWS_16BIT,
-    GRADIENT_ROWS_32BIT, GRADIENT_STAGES_BYTES, HOPPER_SHARED_BYTES, LISTS_COLUMNS, LISTS_ROWS,
-    LISTS_SHARED_BYTES, ORDER_SHARED_BYTES, ORDER_TILE, RETRIEVAL_SHARED_BYTES, RETRIEVAL_SLACK,
-    SELECT_STORED_SHARED_BYTES, SIMILARITY_STAGES_BYTES, STAGE_BYTES, SUM_SHARED_BYTES,
-    SWEEP_HOPPER_SHARED_BYTES, SWEEP_HOPPER_THREADS, SWEEP_SHARED_BYTES, THREADS, TILE, TILE_MASK_WORDS,
+    GRADIENT_ROWS_32BIT, GRADIENT_STAGES_BYTES, HOPPER_SHARED_BYTES, ORDER_RUNS, ORDER_SHARED_BYTES,
+    ORDER_TILE, RETRIEVAL_SHARED_BYTES, RETRIEVAL_SLACK, SELECT_STORED_SHARED_BYTES, SIMILARITY_STAGES_BYTES,
+    STAGE_BYTES, SUM_SHARED_BYTES, SWEEP_HOPPER_SHARED_BYTES, SWEEP_HOPPER_THREADS, SWEEP_SHARED_BYTES,
+    THREADS, TILE, TILE_MASK_WORDS, WEIGH_SHARED_BYTES,
 };
 use super::{Kernel, LaunchPlan, Precision};
 use crate::loss::{Embeddings, LossSettings};
 use crate::{Error, Result};
+
+/// Candidates that kernels read at once.
+pub(super) const POOL_UNIT: usize = 4;
+/// Bytes of a candidate: its similarity and its word.
+const CANDIDATE: usize = size_of::<f32>() + size_of::<u32>();
+/// Bytes of the rows of a band of the sweep.
+const BAND_BYTES: usize = 16 << 20;
 
 impl Precision {
     /// How rows of this type are multiplied.
@@ -38,9 +45,10 @@ pub(super) fn tiles(rows: usize) -> usize {
     rows.div_ceil(TILE as usize)
 }
 
-/// Tiles one kernel sorts for the class order.
-pub(super) fn order_tiles(rows: usize) -> usize {
-    rows.div_ceil(ORDER_TILE as usize)
+/// Keys of the runs that each merge of the class order begins with; none where one block sorts all of them.
+pub(super) fn order_runs(rows: usize) -> impl Iterator<Item = usize> {
+    let longer = |run: &usize| Some(run * ORDER_RUNS as usize);
+    std::iter::successors(Some(ORDER_TILE as usize), longer).take_while(move |&run| run < rows)
 }
 
 /// Elements between two prepared rows: whole pipeline stages.
@@ -103,21 +111,48 @@ impl Shape {
         })
     }
 
-    /// Candidates that each tile's segment holds under a budget of bytes for all of them.
-    /// An even share, so that which tiles are stored depends on the batch alone; kernels read four words at a time.
-    /// 0 where it does not hold the bits that say which pairs are candidates.
-    pub fn tile_capacity(&self, budget: usize) -> usize {
-        let candidate = size_of::<f32>() + size_of::<u32>();
-        let share = (budget / candidate / self.tiles()).min((TILE * TILE) as usize) / 4 * 4;
-        if share < TILE_MASK_WORDS as usize { 0 } else { share }
+    /// Units of [`POOL_UNIT`] candidates in the pool of all tiles, under a budget of bytes. 0 where it does not hold the bits
+    /// that say which pairs of a tile are candidates.
+    pub fn pool(&self, budget: usize) -> usize {
+        let units = (budget / POOL_UNIT / CANDIDATE).min(self.most_units()).min(u32::MAX as usize);
+        if units * POOL_UNIT < TILE_MASK_WORDS as usize { 0 } else { units }
     }
 
-    /// Blocks that share the other side's tiles of one block of gradient rows, so that a
-    /// small batch fills the GPU. Each has a partial result of its own.
+    /// Units of all pairs: with as many nothing is ever recomputed.
+    pub fn most_units(&self) -> usize {
+        self.tiles() * (TILE * TILE) as usize / POOL_UNIT
+    }
+
+    /// Columns of tiles whose rows are read again and again while the sweep is in their band: 16 MiB, which L2 holds beside
+    /// the rows of the blocks that are under way.
+    pub fn band(&self) -> usize {
+        let tile = TILE as usize * self.stride() * self.precision.bytes();
+        let columns = (BAND_BYTES / tile).max(1);
+        1 << columns.ilog2()
+    }
+
+    /// Blocks that share the other side's tiles of one block of gradient rows, so that a small batch fills the GPU. Each
+    /// has a partial result of its own, and the last one adds all: at most the root of the tiles, for by then a block
+    /// reads as much of the parts as of the other side.
     pub fn splits(&self, of_references: bool, multiprocessors: u32) -> usize {
-        let (own, other) = self.sides(of_references);
-        let blocks = tiles(own) * (TILE / self.gradient_rows()) as usize * self.column_blocks();
-        (multiprocessors as usize).div_ceil(blocks).clamp(1, tiles(other))
+        let others = tiles(self.sides(of_references).1);
+        let blocks = self.row_blocks(of_references) * self.column_blocks();
+        (multiprocessors as usize).div_ceil(blocks).clamp(1, others.isqrt().max(1))
+    }
+
+    /// Counters of the blocks that share rows and columns of a gradient.
+    pub fn gradient_blocks(&self, of_references: bool) -> usize {
+        self.row_blocks(of_references) * self.column_blocks()
+    }
+
+    /// Blocks that weigh: one for each row tile of whichever side has more, where references are asked for.
+    pub fn weigh_blocks(&self) -> usize {
+        let both = self.numbers || self.reference_gradient;
+        tiles(if both { self.anchors.max(self.reference_count()) } else { self.anchors })
+    }
+
+    fn row_blocks(&self, of_references: bool) -> usize {
+        tiles(self.sides(of_references).0) * (TILE / self.gradient_rows()) as usize
     }
 
     /// Rows of the result's side, and of the side it sums over.
@@ -157,12 +192,12 @@ impl Shape {
             return kernel;
         }
         match kernel {
-            Kernel::DuplicateBounds(precision) => Kernel::DuplicateBoundsHopper(precision),
+            Kernel::Prepare(precision) => Kernel::PrepareHopper(precision),
             Kernel::SameClass(precision) => Kernel::SameClassHopper(precision),
             Kernel::Sweep(precision) => Kernel::SweepHopper(precision),
             Kernel::SelectStored => Kernel::SelectStoredHopper,
             Kernel::SelectRecomputed(precision) => Kernel::SelectRecomputedHopper(precision),
-            Kernel::GradientTiles(precision) => Kernel::GradientTilesHopper(precision),
+            Kernel::Gradient(precision) => Kernel::GradientHopper(precision),
             other => other,
         }
     }
@@ -176,20 +211,18 @@ impl Shape {
         multiprocessors: u32,
     ) -> LaunchPlan {
         let own = tiles(self.sides(of_references).0);
-        let row_blocks = |rows: u32| own * (TILE / rows) as usize;
-        let gradient_grid = [row_blocks(self.gradient_rows()), self.column_blocks(), splits];
+        let gradient_grid = [self.row_blocks(of_references), self.column_blocks(), splits];
         let (grid, shared_bytes) = match kernel {
-            Kernel::OrderTiles | Kernel::OrderMerge => {
-                ([order_tiles(self.sides(of_references).0), 1, 1], ORDER_SHARED_BYTES)
+            Kernel::OrderTiles => {
+                ([self.sides(of_references).0.div_ceil(ORDER_TILE as usize), 1, 1], ORDER_SHARED_BYTES)
             }
-            Kernel::Prepare(_) | Kernel::ThresholdPrepare(_) | Kernel::GradientSum => ([own, 1, 1], 0),
-            Kernel::Classes | Kernel::Identity | Kernel::ReportNumbers => (threads_for(self.anchors), 0),
+            Kernel::OrderMerge => (threads_for(self.sides(of_references).0), 0),
+            Kernel::ThresholdPrepare(_) => ([own, 1, 1], 0),
+            Kernel::Identity | Kernel::ReportNumbers => (threads_for(self.anchors), 0),
             Kernel::InvertOrder => (threads_for(self.sides(of_references).0), 0),
             Kernel::TakeNumbers => (threads_for(self.anchors.max(self.reference_count())), 0),
-            Kernel::DuplicateBounds(_) | Kernel::SameClass(_) => ([own, 1, 1], SIMILARITY_STAGES_BYTES),
-            Kernel::DuplicateBoundsHopper(_) | Kernel::SameClassHopper(_) => {
-                ([own, 1, 1], HOPPER_SHARED_BYTES)
-            }
+            Kernel::Prepare(_) | Kernel::SameClass(_) => ([own, 1, 1], SIMILARITY_STAGES_BYTES),
+            Kernel::PrepareHopper(_) | Kernel::SameClassHopper(_) => ([own, 1, 1], HOPPER_SHARED_BYTES),
             Kernel::Sweep(_) => ([self.tiles(), 1, 1], SWEEP_SHARED_BYTES),
             Kernel::SweepHopper(_) => {
                 ([self.tiles().min(multiprocessors as usize), 1, 1], SWEEP_HOPPER_SHARED_BYTES)
@@ -201,21 +234,17 @@ impl Shape {
             Kernel::SelectRecomputed(_) | Kernel::Threshold(_) => {
                 ([self.tiles(), 1, 1], SIMILARITY_STAGES_BYTES)
             }
-            Kernel::Weigh | Kernel::ThresholdSum => ([1, 1, 1], SUM_SHARED_BYTES),
-            Kernel::GradientWays => ([own, 1, 1], SUM_SHARED_BYTES),
-            Kernel::GradientLists(_) => {
-                let columns = self.stride().div_ceil(LISTS_COLUMNS as usize);
-                ([row_blocks(LISTS_ROWS), columns, splits], LISTS_SHARED_BYTES)
-            }
-            Kernel::GradientTiles(precision) => {
+            Kernel::Weigh => ([self.weigh_blocks(), 1, 1], WEIGH_SHARED_BYTES),
+            Kernel::ThresholdSum => ([1, 1, 1], SUM_SHARED_BYTES),
+            Kernel::Gradient(precision) => {
                 let matrix = self.gradient_rows() * TILE * precision.bytes() as u32;
                 (gradient_grid, GRADIENT_STAGES_BYTES + matrix)
             }
-            Kernel::GradientTilesHopper(_) => (gradient_grid, GRADIENT_HOPPER_SHARED_BYTES),
+            Kernel::GradientHopper(_) => (gradient_grid, GRADIENT_HOPPER_SHARED_BYTES),
             Kernel::Retrieval(_) => ([own, 1, 1], RETRIEVAL_SHARED_BYTES),
         };
         let threads = match kernel {
-            Kernel::GradientTilesHopper(_) => GRADIENT_HOPPER_THREADS,
+            Kernel::GradientHopper(_) => GRADIENT_HOPPER_THREADS,
             Kernel::SweepHopper(_) => SWEEP_HOPPER_THREADS,
             _ => THREADS,
         };
@@ -252,6 +281,7 @@ pub(super) fn term_limit(references: usize) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::params::SWEEP_HOPPER_RUN;
     use super::*;
 
     fn square(anchors: usize, dim: usize, precision: Precision) -> Shape {
@@ -293,6 +323,18 @@ mod tests {
     }
 
     #[test]
+    fn few_launches_merge_what_is_sorted() {
+        let runs = |rows| order_runs(rows).collect::<Vec<_>>();
+        assert_eq!(runs(1), [0usize; 0]);
+        assert_eq!(runs(2_048), [0usize; 0]);
+        assert_eq!(runs(2_049), [2_048]);
+        assert_eq!(runs(65_536), [2_048]);
+        assert_eq!(runs(262_144), [2_048, 65_536]);
+        // The largest batch there is: a run still is a number of 32 bits.
+        assert_eq!(runs((1 << 31) - 128), [2_048, 65_536, 1 << 21, 1 << 26]);
+    }
+
+    #[test]
     fn rows_are_padded_to_whole_stages() {
         assert_eq!(stride(130, Precision::F32), 160);
         assert_eq!(stride(130, Precision::Bf16), 192);
@@ -300,24 +342,112 @@ mod tests {
     }
 
     #[test]
-    fn segments_stay_within_the_budget() {
+    fn the_pool_stays_within_the_budget() {
         let shape = square(16_384, 512, Precision::Bf16);
-        for budget in [0, 5, 1 << 20, 1 << 25, 1 << 26, 1 << 30, usize::MAX / 2] {
-            let capacity = shape.tile_capacity(budget);
-            assert!(capacity * shape.tiles() * 8 <= budget);
-            assert!(capacity <= 16_384 && capacity.is_multiple_of(4));
-            // Or the bits of its candidates would not fit.
-            assert!(capacity == 0 || capacity >= 512);
-            assert_eq!(capacity == 0, budget <= 1 << 25);
+        for budget in [0, 5, 4095, 4096, 1 << 20, 1 << 30, usize::MAX / 2] {
+            let units = shape.pool(budget);
+            assert!(units * 32 <= budget);
+            // Or the bits of a tile's candidates would not fit.
+            assert_eq!(units == 0, budget < 4096);
         }
-        assert_eq!(shape.tile_capacity(2 << 30), 16_384);
+        assert_eq!(shape.pool(2 << 30), shape.most_units());
+        // A unit's number has 32 bits.
+        assert_eq!(square(1 << 20, 512, Precision::Bf16).pool(usize::MAX), u32::MAX as usize);
+    }
+
+    #[test]
+    fn a_band_s_rows_fit_l2_and_there_is_always_one() {
+        assert_eq!(square(1, 512, Precision::Bf16).band(), 128);
+        assert_eq!(square(1, 130, Precision::F32).band(), 128);
+        assert_eq!(square(1, 64, Precision::Bf16).band(), 1024);
+        assert_eq!(square(1, 1 << 20, Precision::Bf16).band(), 1);
+    }
+
+    /// The tiles of the sweep in the order of `tile_at` in tile.cuh, of a square form of `tiles` row tiles.
+    fn order_of_tiles(tiles: usize, band: usize) -> Vec<(usize, usize)> {
+        let firsts = (0..tiles).step_by(band);
+        let in_band = |first: usize| {
+            let end = tiles.min(first + band);
+            (0..end).flat_map(move |row| (row.max(first)..end).map(move |column| (row, column)))
+        };
+        firsts.flat_map(in_band).collect()
+    }
+
+    /// Bytes that a cache of `lines` tiles' rows, the least recently used leaving, fetches for Hopper's sweep of 132 blocks,
+    /// one tile each at a time: a column tile for every tile, a row tile where the row changes.
+    fn fetched(
+        order: &[(usize, usize)],
+        waves: usize,
+        tiles: usize,
+        tile_bytes: usize,
+        lines: usize,
+    ) -> usize {
+        const BLOCKS: usize = 132;
+        let share = |first: usize, end: usize, part: usize, of: usize| first + (end - first) * part / of;
+        let (mut used, mut queue) = (vec![0usize; tiles], std::collections::VecDeque::new());
+        let (mut now, mut held, mut misses) = (0, 0, 0);
+        let mut touch = |tile: usize| {
+            now += 1;
+            if used[tile] == 0 {
+                misses += 1;
+                held += 1;
+            }
+            used[tile] = now;
+            queue.push_back((tile, now));
+            while held > lines {
+                let Some((oldest, when)) = queue.pop_front() else { unreachable!("held tiles are queued") };
+                if used[oldest] == when {
+                    used[oldest] = 0;
+                    held -= 1;
+                }
+            }
+        };
+        let mut rows = [usize::MAX; BLOCKS];
+        for wave in 0..waves {
+            let (first, end) = (share(0, order.len(), wave, waves), share(0, order.len(), wave + 1, waves));
+            let runs: Vec<_> =
+                (0..BLOCKS).map(|b| share(first, end, b, BLOCKS)..share(first, end, b + 1, BLOCKS)).collect();
+            for step in 0..runs.iter().map(ExactSizeIterator::len).max().unwrap_or(0) {
+                for (run, row) in runs.iter().zip(&mut rows) {
+                    let Some(&tile) = run.clone().nth(step).and_then(|at| order.get(at)) else { continue };
+                    if *row != tile.0 {
+                        *row = tile.0;
+                        touch(tile.0);
+                    }
+                    touch(tile.1);
+                }
+            }
+        }
+        misses * tile_bytes
+    }
+
+    #[test]
+    fn bands_keep_rows_in_l2() {
+        // 50 MB of L2, rows of 512 dimensions in 16 bits.
+        for (anchors, least, most_megabytes) in [(65_536, 10, 500), (262_144, 40, 6_000)] {
+            let shape = square(anchors, 512, Precision::Bf16);
+            let (tiles, tile_bytes) = (tiles(anchors), TILE as usize * 1024);
+            let waves = shape.tiles().div_ceil(132 * SWEEP_HOPPER_RUN as usize);
+            let banded = fetched(
+                &order_of_tiles(tiles, shape.band()),
+                waves,
+                tiles,
+                tile_bytes,
+                50_000_000 / tile_bytes,
+            );
+            let by_rows =
+                fetched(&order_of_tiles(tiles, tiles), 1, tiles, tile_bytes, 50_000_000 / tile_bytes);
+            let megabytes = [banded, by_rows].map(|bytes| bytes / 1_000_000);
+            assert!(megabytes[0] < most_megabytes && by_rows > least * banded, "{anchors}: {megabytes:?} MB");
+        }
     }
 
     #[test]
     fn small_batches_are_split_and_large_ones_are_not() {
         assert_eq!(square(16_384, 512, Precision::Bf16).splits(false, 132), 1);
         let small = square(1024, 512, Precision::Bf16);
-        assert_eq!(small.splits(false, 132), 8);
+        assert_eq!(small.splits(false, 132), 2);
+        assert_eq!(square(4096, 512, Precision::Bf16).splits(false, 132), 3);
         assert_eq!(square(64, 512, Precision::Bf16).splits(false, 132), 1, "there is but one tile to share");
     }
 
@@ -327,11 +457,10 @@ mod tests {
         let shape = square(1000, 512, Precision::F32);
         for precision in [Precision::F32, Precision::Tf32, Precision::F16, Precision::Bf16] {
             for kernel in [
-                Kernel::DuplicateBounds(precision),
+                Kernel::Prepare(precision),
                 Kernel::Sweep(precision),
                 Kernel::SameClass(precision),
-                Kernel::GradientTiles(precision),
-                Kernel::GradientLists(precision),
+                Kernel::Gradient(precision),
                 Kernel::Retrieval(precision),
             ] {
                 assert!(shape.plan(kernel, false, 1, 132).shared_bytes <= 99 * 1024, "{kernel:?}");
@@ -344,12 +473,11 @@ mod tests {
         for precision in [Precision::F32, Precision::Tf32, Precision::F16, Precision::Bf16] {
             let shape = square(1000, 512, precision);
             for kernel in [
-                Kernel::DuplicateBounds(precision),
+                Kernel::Prepare(precision),
                 Kernel::SameClass(precision),
                 Kernel::Sweep(precision),
                 Kernel::SelectRecomputed(precision),
-                Kernel::GradientTiles(precision),
-                Kernel::GradientLists(precision),
+                Kernel::Gradient(precision),
             ] {
                 let variant = shape.variant(kernel, true);
                 assert_eq!(shape.variant(kernel, false), kernel);
@@ -357,7 +485,7 @@ mod tests {
                 let plan = |kernel| shape.plan(kernel, false, 3, 7);
                 assert!(plan(variant).shared_bytes <= 227 * 1024, "{variant:?}");
                 let threads = match variant {
-                    Kernel::GradientTilesHopper(_) => 384,
+                    Kernel::GradientHopper(_) => 384,
                     Kernel::SweepHopper(_) => 640,
                     _ => THREADS,
                 };
@@ -369,7 +497,7 @@ mod tests {
                     // Both variants compute the same part of the result in the same block.
                     assert_eq!(plan(variant).grid, plan(kernel).grid);
                 }
-                let own = precision.bytes() == 2 && !matches!(kernel, Kernel::GradientLists(_));
+                let own = precision.bytes() == 2;
                 assert_eq!(variant != kernel, own, "{variant:?}");
             }
         }

@@ -172,6 +172,18 @@ impl<D: Device> DeviceBackend<D> {
         Ok(())
     }
 
+    /// The device address of the scalars of the last loss that was waited for, a
+    /// [`LossScalars`](super::params::LossScalars); until the next call. One that was enqueued has them where its caller said.
+    ///
+    /// # Errors
+    /// [`Error::OutOfOrder`] without a loss before it.
+    pub fn scalars_of_last_loss(&mut self) -> Result<u64> {
+        let (Some(remembered), Some(buffer)) = (&self.remembered, self.loss.buffer()) else {
+            return Err(Error::OutOfOrder("the scalars need a loss before them"));
+        };
+        Ok(self.device.address(buffer) + remembered.layout.scalars.offset as u64)
+    }
+
     /// Fills in the values per anchor (`min_pos`, `max_neg`, `count_pos`, `count_neg`) of the last loss,
     /// which [`loss_resident`](Self::loss_resident) leaves on the device.
     ///

@@ -124,6 +124,12 @@ fn prepare<D: Device>(
         square_sums: pointer(base, regions.square_sums),
         bad: pointer::<u32>(base + BAD_ROW as u64, regions.counters),
         column_sums: std::ptr::null_mut(),
+        duplicate: std::ptr::null_mut(),
+        keys: std::ptr::null(),
+        reference_keys: std::ptr::null(),
+        classes: std::ptr::null_mut(),
+        references: 0,
+        reserved: 0,
     };
     Launcher { device, shape }.launch(Kernel::Prepare(shape.precision), false, &params)
 }

@@ -66,16 +66,13 @@ impl<D: Device> DeviceBackend<D> {
         let loss = Remembered { step: Some(Step::SameClass), labels, ..begun };
         let Self { device, loss: workspace, .. } = self;
         let buffer = workspace.lay(device, &loss.layout.layout)?;
-        for region in [loss.layout.columns, loss.layout.totals] {
-            device.fill(buffer, region.offset, region.bytes, 0)?;
-        }
         let input = upload(device, buffer, &loss.layout, part)?;
         let base = device.address(buffer);
         let mut launcher = Launcher { device: &mut *device, shape };
         issue_order(&mut launcher, base, &loss, &input)?;
         issue_same_class(&mut launcher, base, &loss)?;
         // For the totals and means, and for bad rows; nothing is mined yet.
-        issue_weigh(&mut launcher, base, &loss, pointer(base, loss.layout.scalars))?;
+        issue_weigh(&mut launcher, base, &loss, pointer(base, loss.layout.scalars), false)?;
         download_scalars(device, buffer, &loss, input.check.tolerance, output)?;
         download_list(device, buffer, loss.layout.min_pos, shape.anchors, &mut output.min_pos)?;
         self.remembered = Some(loss);

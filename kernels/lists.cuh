@@ -1,0 +1,139 @@
+// lists.cuh: rows of the gradient that have few mined pairs: a warp adds r_j for every pair of its rows (SPEC 4).
+// Where the kernels of the gradient end: the parts of several splits are added by the block that comes last.
+#ifndef DDTAS_LISTS_CUH
+#define DDTAS_LISTS_CUH
+
+#include "matrix.cuh"
+
+// Pairs whose rows are read at once, and then added one after the other: each read waits for memory.
+constexpr uint32_t kPairsAtOnce = 4;
+
+// A pair that the whole warp adds: its weight, and two rows.
+struct ListedPair {
+    float weight;
+    uint32_t to;    // of the warp's
+    uint32_t from;  // of the other side
+};
+
+// The rows from `offset` of tile x on, `kWarpRows` for each of `warps` warps, and 256 columns. `bytes` holds
+// LISTS_COLUMNS floats for each.
+template <class Numbers, uint32_t warps, uint32_t kWarpRows>
+DEVICE void gradient_lists(const GradientParams &p, unsigned char *bytes, uint32_t x, uint32_t offset) {
+    using Element = typename Numbers::Element;
+    using Vector = Granule<Element>;
+    auto *sums = reinterpret_cast<float *>(bytes);  // [warps * kWarpRows, LISTS_COLUMNS]
+    const Pairs &pairs = p.pairs;
+    const Side &own = p.of_references ? pairs.references : pairs.anchors;
+    const Side &other = p.of_references ? pairs.anchors : pairs.references;
+    uint32_t first_column = block_y() * LISTS_COLUMNS;
+    uint32_t columns = pairs.stride - first_column < LISTS_COLUMNS ? pairs.stride - first_column : LISTS_COLUMNS;
+    auto rows = static_cast<const unsigned char *>(other.rows);
+
+    // A warp touches its own rows only: no barrier, just its lanes.
+    float *warp_sums = sums + warp_index() * kWarpRows * LISTS_COLUMNS;
+    for (uint32_t i = lane_index(); i < kWarpRows * LISTS_COLUMNS; i += 32) warp_sums[i] = 0.0f;
+    warp_sync();
+    Range range = split_range(other.tiles, block_z(), p.splits);
+    for (uint32_t y = range.begin; y < range.end; ++y) {
+        PairTile tile = pair_tile(pairs, p.of_references, x, y);
+        uint32_t count = pairs.tile_counts[tile.index];
+        if (count == 0) continue;
+        uint64_t at = segment_of(pairs, tile.index);
+        for (uint32_t base = 0; base < count; base += 32) {
+            bool there = base + lane_index() < count;
+            uint32_t place = there ? word_place(pairs.pool_words[at + base + lane_index()]) : 0;
+            float s = there ? pairs.pool_values[at + base + lane_index()] : 0.0f;
+            for (int turn = 0; turn < (tile.diagonal ? 2 : 1); ++turn) {
+                bool transposed = tile.transposed || turn == 1;
+                uint32_t of_x = transposed ? place % TILE : place / TILE, of_y = transposed ? place / TILE : place % TILE;
+                uint32_t local = of_x - offset - warp_index() * kWarpRows;  // wraps around for rows of others
+                float weight = 0.0f;
+                if (there && local < kWarpRows) {
+                    uint32_t row = x * TILE + of_x, column = y * TILE + of_y;
+                    weight = transposed ? pair_weight(pairs, column, row, s) : pair_weight(pairs, row, column, s);
+                }
+                uint32_t left = ballot_sync(weight != 0.0f);
+                while (left != 0) {
+                    ListedPair listed[kPairsAtOnce];
+                    uint32_t found = 0;
+#pragma unroll
+                    for (uint32_t a = 0; a < kPairsAtOnce; ++a) {
+                        int lane = left == 0 ? 0 : lowest_bit(left);
+                        found += left != 0;
+                        left &= left - 1;  // 0 stays 0
+                        listed[a] = ListedPair{shuffle(weight, lane), shuffle(local, lane), y * TILE + shuffle(of_y, lane)};
+                    }
+                    for (uint32_t column = lane_index() * Vector::count; column < columns; column += 32 * Vector::count) {
+                        uint32_t byte = (first_column + column) * static_cast<uint32_t>(sizeof(Element));
+                        Vector values[kPairsAtOnce];
+#pragma unroll
+                        for (uint32_t a = 0; a < kPairsAtOnce; ++a) {
+                            // Beyond those found it is some row that there is.
+                            uint64_t from = prepared_place(listed[a].from, byte, stride_bytes<Numbers>(pairs));
+                            values[a] = *reinterpret_cast<const Vector *>(rows + from);
+                        }
+#pragma unroll
+                        for (uint32_t a = 0; a < kPairsAtOnce; ++a) {
+                            if (a >= found) continue;  // the same for the whole warp
+                            float *target = warp_sums + listed[a].to * LISTS_COLUMNS + column;
+#pragma unroll
+                            for (int i = 0; i < Vector::count; ++i) target[i] += listed[a].weight * to_float(values[a].values[i]);
+                        }
+                    }
+                }
+            }
+        }
+    }
+    warp_sync();
+    for (uint32_t r = 0; r < kWarpRows; ++r) {
+        uint32_t row = offset + warp_index() * kWarpRows + r;
+        if (row >= TILE) break;
+        ResultRow result = result_row(p, own, x * TILE + row);
+        for (uint32_t column = lane_index(); column < columns && first_column + column < result.columns; column += 32) {
+            result.to[first_column + column] = warp_sums[r * LISTS_COLUMNS + column];
+        }
+    }
+    warp_sync();
+}
+
+// The counter of the blocks that share this one's rows and columns.
+DEVICE uint32_t *arrivals(const GradientParams &p) {
+    return p.arrived + block_x() * ((p.pairs.stride + GRADIENT_COLUMNS - 1) / GRADIENT_COLUMNS) + block_y();
+}
+
+// Their parts of `rows` rows from `first_row` on, added in order, by `threads` threads of the block that came last.
+DEVICE void add_splits(const GradientParams &p, uint64_t first_row, uint32_t rows, uint32_t thread, uint32_t threads) {
+    using Vector = Granule<float>;
+    const Side &own = p.of_references ? p.pairs.references : p.pairs.anchors;
+    uint64_t stride = p.pairs.stride, part = static_cast<uint64_t>(own.tiles) * TILE * stride;
+    uint32_t first_column = block_y() * GRADIENT_COLUMNS, left = p.pairs.stride - first_column;
+    uint32_t vectors = (left < GRADIENT_COLUMNS ? left : GRADIENT_COLUMNS) / Vector::count;
+    for (uint32_t i = thread; i < rows * vectors; i += threads) {
+        uint64_t row = first_row + i / vectors;
+        uint32_t column = first_column + i % vectors * Vector::count;
+        if (row >= own.count) break;
+        auto from = p.partial + row * stride + column;
+        Vector sum{};
+        for (uint32_t split = 0; split < p.splits; ++split) {
+            Vector value = *reinterpret_cast<const Vector *>(from + split * part);
+#pragma unroll
+            for (int k = 0; k < Vector::count; ++k) sum.values[k] += value.values[k];
+        }
+        float *to = p.gradient + static_cast<uint64_t>(own.order[row]) * p.pairs.dim;
+#pragma unroll
+        for (int k = 0; k < Vector::count; ++k) {
+            if (column + k < p.pairs.dim) to[column + k] = sum.values[k];
+        }
+    }
+    if (thread == 0) *arrivals(p) = 0;
+}
+
+// The end of a block whose threads have all written their part. `bytes` is shared memory that nobody uses any more.
+DEVICE void finish_splits(const GradientParams &p, unsigned char *bytes, uint64_t first_row, uint32_t rows, uint32_t threads) {
+    if (p.splits == 1) return;
+    if (is_last_block(arrivals(p), p.splits, reinterpret_cast<uint32_t *>(bytes))) {
+        add_splits(p, first_row, rows, thread_index(), threads);
+    }
+}
+
+#endif
