@@ -375,7 +375,11 @@ def loss_of(
     reference_gradient = references is not None and references.requires_grad
     given = (labels, reference_labels, identity, mining, numbers, normalize, reference_gradient, check, engine)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if not any(side is not None and side.requires_grad for side in (rows, references, lambda_pos, lambda_neg)):
+            # torch 2.11 cannot trace a function whose inputs require no gradient.
+            loss: Tensor = _operator(rows, labels, references, reference_labels, identity, lambda_pos, lambda_neg, *given[3:])[0]
+            return loss
         answers: tuple[Tensor, ...] = _Traced.apply(rows, references, lambda_pos, lambda_neg, *given)
         return answers[0]
-    loss: Tensor = _Eager.apply(rows, references, lambda_pos, lambda_neg, given)
+    loss = _Eager.apply(rows, references, lambda_pos, lambda_neg, given)
     return loss
