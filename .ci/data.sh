@@ -4,14 +4,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-environment=target/scipy-tools
-packages=(numpy==2.4.6 scipy==1.17.1)
-if [[ "$(cat "$environment/packages" 2>/dev/null)" != "${packages[*]}" ]]; then
-    python3 -m venv --clear "$environment"
-    "$environment/bin/pip" install --quiet --disable-pip-version-check "${packages[@]}"
-    echo "${packages[*]}" >"$environment/packages"
-fi
-DDTAS_PYTHON="$PWD/$environment/bin/python3" cargo test --release --test mat
+source .ci/environment.sh
+install numpy==2.4.6 scipy==1.17.1
+DDTAS_PYTHON="$PWD/$python" cargo test --release --test mat
 
 place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT

@@ -6,20 +6,16 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-environment=target/python
-packages=(pytest mypy numpy ml_dtypes)
-python="$environment/bin/python"
-pip=("$python" -m pip install --quiet --disable-pip-version-check --no-compile)
+source .ci/environment.sh
 export CARGO_TARGET_DIR=$PWD/target/python-build TQDM_DISABLE=1
 
-[ -x "$python" ] || python3 -m venv "$environment"
-"${pip[@]}" "${packages[@]}"
-"${pip[@]}" --force-reinstall --no-deps .
+install pytest mypy numpy ml_dtypes
+install --force-reinstall --no-deps .
 echo "installed (${SECONDS}s)"
 
 # What was made last time is kept, if it still starts.
-if ! "$python" -c 'import torch, pytorch_metric_learning' 2>/dev/null; then
-    if "${pip[@]}" scikit-learn tqdm && "$python" .ci/torch_cpu.py && "${pip[@]}" --no-deps pytorch-metric-learning==2.9.0; then
+if ! has "torch, pytorch_metric_learning"; then
+    if install scikit-learn tqdm && "$python" .ci/torch_cpu.py && install --no-deps pytorch-metric-learning==2.9.0; then
         echo "torch installed (${SECONDS}s)"
     else
         echo "torch cannot be installed here: its tests are skipped and counted below"
@@ -27,13 +23,13 @@ if ! "$python" -c 'import torch, pytorch_metric_learning' 2>/dev/null; then
 fi
 "$python" -m pytest -q
 "$python" examples/python/reference_blocks.py
-if "$python" -c 'import torch' 2>/dev/null; then "$python" examples/python/chunked_batch.py; fi
+if has torch; then "$python" examples/python/chunked_batch.py; fi
 echo "tested (${SECONDS}s)"
 
 cargo fmt --check --manifest-path python/Cargo.toml
 cargo clippy --release --quiet --manifest-path python/Cargo.toml -- -D warnings
 modules=(python/ddtas/{__init__,functional,part,settings}.py)
-if "$python" -c 'import torch' 2>/dev/null; then modules+=(python/ddtas/torch/{__init__,engine,loss,memory}.py); fi
+if has torch; then modules+=(python/ddtas/torch/{__init__,engine,loss,memory}.py); fi
 "$python" -m mypy --strict --follow-imports=silent "${modules[@]}"
 "$python" -m mypy.stubtest ddtas._ddtas
 echo "checked (${SECONDS}s)"

@@ -3,11 +3,8 @@
 # Needs the release build and Python 3.11 or later; without network it says so and passes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-tools=target/tensorboard
-if [ ! -x "$tools/bin/python" ]; then
-    python3 -m venv "$tools"
-fi
-if ! "$tools/bin/pip" install --quiet --disable-pip-version-check "tensorboard>=2.20,<3" "setuptools<81"; then
+source .ci/environment.sh
+if ! install "tensorboard>=2.20,<3" "setuptools<81"; then
     echo "skipped: the tensorboard package cannot be installed here"
     exit 0
 fi
@@ -22,4 +19,4 @@ until [ "$(cat "$run/metrics.jsonl" 2> /dev/null | wc -l)" -ge 40 ]; do sleep 0.
 kill -9 "$process"
 wait "$process" 2> /dev/null || true
 "$DDTAS_TRAIN" --resume "$run" > "$run.table" 2>> "$run.log" || { cat "$run.log"; exit 1; }
-"$tools/bin/python" .ci/event_files.py "$run"
+"$python" .ci/event_files.py "$run"

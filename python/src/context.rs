@@ -8,7 +8,7 @@ use ddtas::backend::Backend;
 use ddtas::backend::cpu::CpuBackend;
 use ddtas::loss::{self, Batch, Rows, UnitCheck};
 use ddtas::process::PerProcess;
-use ddtas::retrieval::{Recall, Sought, judge, recall};
+use ddtas::retrieval::{Recall, Search, judge, recall};
 use ddtas::threads::{MOST_THREADS, Threads, available};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -380,8 +380,8 @@ pub fn judge_batch(
     let mut all =
         Judgements { first: nothing.clone(), r_precision: nothing.clone(), average_precision: nothing };
     let gallery = batch.references.as_ref().map(Rows::view);
-    let sought = Sought { queries: batch.anchors.view(), gallery, identity: batch.identity };
-    judge(backend, &sought, deepest, &mut |judged| {
+    let search = Search { queries: batch.anchors.view(), gallery, identity: batch.identity };
+    judge(backend, &search, deepest, &mut |judged| {
         all.first[judged.query] = judged.first.map_or(-1.0, |place| place as f64);
         all.r_precision[judged.query] = judged.r_precision;
         all.average_precision[judged.query] = judged.average_precision;

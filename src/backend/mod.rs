@@ -142,7 +142,7 @@ pub trait Backend: Send {
     fn search(
         &mut self,
         gallery: &Rows<'_>,
-        work: &mut dyn FnMut(&mut dyn Search) -> Result<()>,
+        work: &mut dyn FnMut(&mut dyn PreparedGallery) -> Result<()>,
     ) -> Result<()> {
         work(&mut Unprepared { backend: self, gallery: gallery.view() })
     }
@@ -152,7 +152,7 @@ pub trait Backend: Send {
 }
 
 /// A gallery that [`Backend::search`] has prepared.
-pub trait Search {
+pub trait PreparedGallery {
     /// The `k` most similar rows of the gallery of every query, as [`Backend::nearest`] answers them.
     ///
     /// # Errors
@@ -165,7 +165,7 @@ struct Unprepared<'a, 'g, B: ?Sized> {
     gallery: Rows<'g>,
 }
 
-impl<B: Backend + ?Sized> Search for Unprepared<'_, '_, B> {
+impl<B: Backend + ?Sized> PreparedGallery for Unprepared<'_, '_, B> {
     fn nearest(&mut self, queries: &Rows<'_>, k: usize) -> Result<Nearest> {
         self.backend.nearest(queries, Some(&self.gallery), k)
     }

@@ -20,7 +20,7 @@ use std::sync::Mutex;
 use ndarray::ArrayView2;
 
 use super::step::Step;
-use super::{Backend, Nearest, Search};
+use super::{Backend, Nearest, PreparedGallery};
 use crate::Result;
 use crate::loss::{Batch, Hypergradient, LossOutput, LossSettings, RowNumbers, Rows};
 
@@ -265,7 +265,7 @@ impl Backend for CpuBackend {
     fn search(
         &mut self,
         gallery: &Rows<'_>,
-        work: &mut dyn FnMut(&mut dyn Search) -> Result<()>,
+        work: &mut dyn FnMut(&mut dyn PreparedGallery) -> Result<()>,
     ) -> Result<()> {
         work(&mut Gallery::new(self, gallery)?)
     }

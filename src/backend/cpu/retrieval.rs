@@ -17,7 +17,7 @@ use super::product::{STRIP, pack_transposed, product};
 use super::rows::{MAX_BLOCK, contiguous, grow, square_sum};
 use super::simd::{GROUP, Lanes, Work};
 use super::tasks::{Workers, lock};
-use crate::backend::{Nearest, Search};
+use crate::backend::{Nearest, PreparedGallery};
 use crate::loss::{Embeddings, Rows, check_unit, validate_rows};
 use crate::{Error, Result};
 
@@ -53,7 +53,7 @@ impl<'a> Gallery<'a> {
     }
 }
 
-impl Search for Gallery<'_> {
+impl PreparedGallery for Gallery<'_> {
     fn nearest(&mut self, queries: &Rows<'_>, k: usize) -> Result<Nearest> {
         let queries = Matrix::checked("queries", queries)?;
         let (expected, got) = (queries.dim, self.rows.dim);

@@ -6,7 +6,7 @@ use super::loss::Remembered;
 use super::workspace::Workspace;
 use super::{Device, Precision};
 use crate::Result;
-use crate::backend::{Backend, Nearest, Search};
+use crate::backend::{Backend, Nearest, PreparedGallery};
 use crate::loss::{Batch, Hypergradient, LossOutput, LossSettings, RowNumbers, Rows};
 
 /// How a device backend works.
@@ -135,7 +135,7 @@ impl<D: Device> Backend for DeviceBackend<D> {
     fn search(
         &mut self,
         gallery: &Rows<'_>,
-        work: &mut dyn FnMut(&mut dyn Search) -> Result<()>,
+        work: &mut dyn FnMut(&mut dyn PreparedGallery) -> Result<()>,
     ) -> Result<()> {
         self.run_search(gallery, work)
     }

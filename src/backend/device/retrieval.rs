@@ -8,7 +8,7 @@ use super::plan::{Shape, retrieval_capacity, tiles};
 use super::workspace::{Layout, Region};
 use super::{Device, DeviceBackend, Kernel};
 use crate::Result;
-use crate::backend::{Nearest, Search};
+use crate::backend::{Nearest, PreparedGallery};
 use crate::loss::{Batch, Rows, UnitCheck, check_unit, validate_rows};
 
 /// Bytes of query buffers that are alive at once; more queries are searched in turns.
@@ -156,7 +156,7 @@ struct HostGallery<'a, 'r, D: Device> {
     prepared: Gallery,
 }
 
-impl<D: Device> Search for HostGallery<'_, '_, D> {
+impl<D: Device> PreparedGallery for HostGallery<'_, '_, D> {
     fn nearest(&mut self, queries: &Rows<'_>, k: usize) -> Result<Nearest> {
         let batch = Batch::rectangular(queries.view(), self.rows.view());
         batch.validate()?;
@@ -169,7 +169,7 @@ impl<D: Device> DeviceBackend<D> {
     pub(super) fn run_search(
         &mut self,
         gallery: &Rows<'_>,
-        work: &mut dyn FnMut(&mut dyn Search) -> Result<()>,
+        work: &mut dyn FnMut(&mut dyn PreparedGallery) -> Result<()>,
     ) -> Result<()> {
         let side = self.host_side("references", gallery)?;
         self.with_gallery(&side, &place_host(gallery, "references"), |backend, prepared| {
