@@ -1,151 +1,27 @@
-//! `Context`: a workspace that is allocated once, the threads that fill it, and the calls that compute.
-//!
-//! A forked process (a DataLoader's worker) makes both anew: the parent's threads stayed there, and its lock may be held.
-
-use std::sync::{Mutex, PoisonError};
+//! The calls of `Context`.
 
 use ddtas::backend::Backend;
-use ddtas::backend::cpu::CpuBackend;
-use ddtas::loss::{self, Batch, Rows, UnitCheck};
-use ddtas::process::PerProcess;
-use ddtas::retrieval::{Recall, Search, judge, recall};
-use ddtas::threads::{MOST_THREADS, Threads, available};
+use ddtas::loss::{self, Batch, Rows};
+use ddtas::retrieval::{Recall, Sought, judge, recall};
+use ddtas::threads::available;
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
 use crate::double;
-use crate::error::raise;
-use crate::input::{Known, Labels, Matrix};
+use crate::input::{Labels, Matrix};
 use crate::output::{LossOutput, vector};
 use crate::part::{self, Part};
 use crate::settings::Settings;
+use crate::sides::{self, Sides, unit_check};
 use crate::tensors;
-
-/// A workspace on the processor, and the threads that compute in it.
-///
-/// Calls on one context take turns, without the interpreter's lock; whoever wants them side by
-/// side makes two.
-#[pyclass(frozen, module = "ddtas")]
-pub struct Context {
-    /// `None`: the process's own pool, as many threads as cores.
-    threads: Option<usize>,
-    /// Bytes for candidates; `None`: the library's.
-    budget: Option<usize>,
-    workspace: PerProcess<Workspace>,
-}
-
-/// What one process computes with.
-struct Workspace {
-    backend: Mutex<CpuBackend>,
-    pool: Option<Threads>,
-}
-
-impl Workspace {
-    fn new(threads: Option<usize>, budget: Option<usize>) -> ddtas::Result<Self> {
-        let pool = threads.map(Threads::new).transpose()?;
-        let backend = budget.map_or_else(CpuBackend::new, CpuBackend::with_budget);
-        Ok(Self { backend: Mutex::new(backend), pool })
-    }
-}
-
-/// Both sides of a batch, each with its labels.
-pub struct Sides<'py> {
-    pub anchors: (Matrix<'py>, Labels<'py>),
-    pub references: Option<(Matrix<'py>, Labels<'py>)>,
-    pub identity: Known,
-}
-
-impl<'py> Sides<'py> {
-    pub fn new(
-        anchors: (&Bound<'py, PyAny>, &Bound<'py, PyAny>),
-        references: (Option<&Bound<'py, PyAny>>, Option<&Bound<'py, PyAny>>),
-        identity: Option<&Bound<'py, PyAny>>,
-    ) -> PyResult<Self> {
-        let references = match references {
-            (None, None) => None,
-            (Some(rows), Some(labels)) => {
-                Some((Matrix::new("references", rows)?, Labels::new("labels of the references", labels)?))
-            }
-            _ => {
-                let message = "references and reference_labels belong together: give both or neither";
-                return Err(PyValueError::new_err(message));
-            }
-        };
-        let labels = Labels::new("labels", anchors.1)?;
-        let sides = Self {
-            anchors: (Matrix::new("anchors", anchors.0)?, labels),
-            references,
-            identity: Known::new(identity)?,
-        };
-        if identity.is_some() && sides.references.is_none() {
-            let message = "identity says which references are anchors, and there are no references";
-            return Err(PyValueError::new_err(message));
-        }
-        Ok(sides)
-    }
-
-    fn is_double(&self) -> bool {
-        self.anchors.0.is_double()
-    }
-
-    pub fn batch(&self, reference_gradient: bool, check: UnitCheck) -> PyResult<Batch<'_>> {
-        let references = self.references.as_ref().map(rows).transpose()?;
-        Ok(Batch {
-            anchors: rows(&self.anchors)?,
-            references,
-            identity: self.identity.as_library(),
-            reference_gradient,
-            total: None,
-            check,
-        })
-    }
-}
-
-fn rows<'a>((matrix, labels): &'a (Matrix<'_>, Labels<'_>)) -> PyResult<Rows<'a>> {
-    Ok(Rows { embeddings: matrix.single()?, labels: labels.as_slice()? })
-}
-
-pub fn unit_check(check: bool) -> UnitCheck {
-    if check { UnitCheck::Check } else { UnitCheck::Trust }
-}
-
-impl Context {
-    fn here(&self) -> ddtas::Result<&Workspace> {
-        self.workspace.get_or_make(|| Workspace::new(self.threads, self.budget))
-    }
-
-    /// Runs `work` on the workspace and the threads, the interpreter let go of.
-    pub fn compute<T: Send>(
-        &self,
-        py: Python<'_>,
-        work: impl FnOnce(&mut CpuBackend) -> ddtas::Result<T> + Send,
-    ) -> PyResult<T> {
-        let run = || {
-            let workspace = self.here()?;
-            // What an earlier call left half-written, the next one writes anew.
-            let mut guard = workspace.backend.lock().unwrap_or_else(PoisonError::into_inner);
-            let backend = &mut *guard;
-            match &workspace.pool {
-                Some(pool) => pool.install(|| work(backend)),
-                None => work(backend),
-            }
-        };
-        py.detach(run).map_err(raise)
-    }
-}
+use crate::workspace::Context;
 
 #[pymethods]
 impl Context {
     #[new]
     #[pyo3(signature = (threads = None, budget = None))]
     fn new(threads: Option<usize>, budget: Option<usize>) -> PyResult<Self> {
-        if threads.is_some_and(|count| count == 0 || count > MOST_THREADS) {
-            let count = threads.unwrap_or_default();
-            let message = format!("threads = {count} is out of range: 1 to {MOST_THREADS}");
-            return Err(PyValueError::new_err(message));
-        }
-        let workspace = Workspace::new(threads, budget).map_err(raise)?;
-        Ok(Self { threads, budget, workspace: PerProcess::new(workspace) })
+        Self::make(threads, budget)
     }
 
     /// Threads that compute.
@@ -340,7 +216,7 @@ impl Context {
     ) -> PyResult<f64> {
         let side = (Matrix::new("queries", rows)?, Labels::new("labels of the queries", labels)?);
         side.0.float()?;
-        let rows = self::rows(&side)?;
+        let rows = sides::rows(&side)?;
         self.compute(py, |backend| ddtas::retrieval::nmi(backend, &rows, steps, seed, &mut |_| {}))
     }
 
@@ -355,7 +231,7 @@ impl Context {
     ) -> PyResult<Found> {
         let ks = positive(&ks)?;
         let side = (Matrix::new("queries", embeddings)?, Labels::new("labels of the queries", labels)?);
-        let rows = rows(&side)?;
+        let rows = sides::rows(&side)?;
         self.compute(py, |backend| recall(backend, &rows, None, &ks).map(|(recall, _)| found(recall)))
     }
 }
@@ -380,8 +256,8 @@ pub fn judge_batch(
     let mut all =
         Judgements { first: nothing.clone(), r_precision: nothing.clone(), average_precision: nothing };
     let gallery = batch.references.as_ref().map(Rows::view);
-    let search = Search { queries: batch.anchors.view(), gallery, identity: batch.identity };
-    judge(backend, &search, deepest, &mut |judged| {
+    let sought = Sought { queries: batch.anchors.view(), gallery, identity: batch.identity };
+    judge(backend, &sought, deepest, &mut |judged| {
         all.first[judged.query] = judged.first.map_or(-1.0, |place| place as f64);
         all.r_precision[judged.query] = judged.r_precision;
         all.average_precision[judged.query] = judged.average_precision;

@@ -16,11 +16,12 @@ use half::{bf16, f16};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
-use crate::context::{Found, Sides, Worth, found, judge_batch, positive, unit_check};
+use crate::context::{Found, Worth, found, judge_batch, positive};
 use crate::error::raise;
 use crate::input::dtype_name;
 use crate::resident::{Issued, Place, Spaces, Where};
 use crate::settings::Settings;
+use crate::sides::{Sides, unit_check};
 
 /// Workspaces on GPUs. `budget`: bytes for the candidates of all tiles; the library's if left out.
 #[pyclass(frozen, module = "ddtas")]

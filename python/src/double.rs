@@ -3,10 +3,10 @@
 use ddtas::loss::{DoubleBatch, DoubleRows, Hypergradient, LossSettings, UnitCheck};
 use pyo3::prelude::*;
 
-use crate::context::Sides;
 use crate::error::raise;
 use crate::input::Matrix;
 use crate::output::LossOutput;
+use crate::sides::Sides;
 
 fn batch<'a>(sides: &'a Sides<'_>, reference_gradient: bool, check: UnitCheck) -> PyResult<DoubleBatch<'a>> {
     let rows = |(matrix, labels): &'a (Matrix<'_>, _)| -> PyResult<DoubleRows<'a>> {

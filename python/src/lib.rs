@@ -4,7 +4,9 @@
 //! | --- | --- |
 //! | `input.rs` | matrices and labels where Python keeps them: NumPy arrays, DLPack tensors |
 //! | `settings.rs` | `ddtas.Settings` as the library's settings |
-//! | `context.rs` | `Context`: a workspace and its threads, and the calls that compute |
+//! | `sides.rs` | both sides of a batch |
+//! | `workspace.rs` | `Context`: a workspace and its threads |
+//! | `context.rs` | the calls of `Context` |
 //! | `part.rs` | `ddtas.Part` and the steps of its loss |
 //! | `double.rs` | the same calls on float64 rows |
 //! | `tensors.rs` | the loss of tensors by their addresses, for `ddtas.torch` |
@@ -28,7 +30,9 @@ mod part;
 #[cfg(feature = "cuda")]
 mod resident;
 mod settings;
+mod sides;
 mod tensors;
+mod workspace;
 
 /// Checks every range of a `ddtas.Settings`.
 #[pyfunction]
@@ -47,7 +51,7 @@ fn address_of(embeddings: &Bound<'_, PyAny>) -> PyResult<usize> {
 fn _ddtas(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add("has_cuda", cfg!(feature = "cuda"))?;
-    module.add_class::<context::Context>()?;
+    module.add_class::<workspace::Context>()?;
     module.add_class::<output::LossOutput>()?;
     #[cfg(feature = "cuda")]
     module.add_class::<cuda::CudaContext>()?;

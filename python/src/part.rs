@@ -5,10 +5,11 @@ use ddtas::loss::{self, Batch, RowNumbers};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use crate::context::{Context, Sides, unit_check};
 use crate::input::{Matrix, similarities, sizes};
 use crate::output::{matrix, vector};
 use crate::settings::Settings;
+use crate::sides::{Sides, unit_check};
+use crate::workspace::Context;
 
 /// The fields of `ddtas.Part`, read by name.
 #[derive(FromPyObject)]

@@ -13,8 +13,8 @@ use ddtas::process::PerProcess;
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 
-use crate::context::unit_check;
 use crate::settings::Settings;
+use crate::sides::unit_check;
 
 /// Address of the rows and of their int64 labels, how many there are and of how many dimensions, their type, and the address
 /// of the gradient, or 0.

@@ -11,10 +11,11 @@ use ndarray::ArrayView2;
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 
-use crate::context::{Context, unit_check};
 use crate::error::raise;
 use crate::input::Known;
 use crate::output::{matrix, mined};
+use crate::sides::unit_check;
+use crate::workspace::Context;
 
 /// Address of the rows and of their int64 labels, how many there are and of how many dimensions, and their type.
 pub type Place = (usize, usize, usize, usize, u8);

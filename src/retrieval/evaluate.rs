@@ -54,16 +54,16 @@ pub fn evaluate(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Metrics> {
     let mut totals = Totals { hits: Hits::new(sorted(ks)?), r_precision: 0.0, average_precision: 0.0 };
-    let search =
-        Search { queries: queries.view(), gallery: gallery.map(Rows::view), identity: Identity::ByValue };
+    let sought =
+        Sought { queries: queries.view(), gallery: gallery.map(Rows::view), identity: Identity::ByValue };
     let add = &mut |judged: &Judged| totals.add(judged);
-    judge_within(&ROOM, backend, &search, ks, add, progress)?;
+    judge_within(&ROOM, backend, &sought, ks, add, progress)?;
     Ok(totals.finish(queries.labels.len()))
 }
 
 /// Queries, and what they are searched in: a gallery, or each other.
 #[derive(Debug, Clone, Copy)]
-pub struct Search<'a> {
+pub struct Sought<'a> {
     /// What is searched for.
     pub queries: Rows<'a>,
     /// `None`: the queries, each left out of its own list.
@@ -72,7 +72,7 @@ pub struct Search<'a> {
     pub identity: Identity<'a>,
 }
 
-impl Search<'_> {
+impl Sought<'_> {
     fn validate(&self) -> Result<()> {
         validate_rows("queries", &self.queries)?;
         let Some(gallery) = &self.gallery else { return Ok(()) };
@@ -124,46 +124,46 @@ pub struct Judged {
 /// As [`evaluate`]; [`Error::InvalidSetting`] for an identity that is no row of the gallery or has another label than its query.
 pub fn judge(
     backend: &mut dyn Backend,
-    search: &Search<'_>,
+    sought: &Sought<'_>,
     ks: &[usize],
     each: &mut dyn FnMut(&Judged),
 ) -> Result<()> {
-    judge_within(&ROOM, backend, search, ks, each, &mut |_, _| {})
+    judge_within(&ROOM, backend, sought, ks, each, &mut |_, _| {})
 }
 
 fn judge_within(
     room: &Room,
     backend: &mut dyn Backend,
-    search: &Search<'_>,
+    sought: &Sought<'_>,
     ks: &[usize],
     each: &mut dyn FnMut(&Judged),
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<()> {
-    search.validate()?;
-    let (queries, gallery) = (&search.queries, search.gallery.as_ref());
+    sought.validate()?;
+    let (queries, gallery) = (&sought.queries, sought.gallery.as_ref());
     let ks = sorted(ks)?;
     let deepest = ks[ks.len() - 1];
-    let answers = search.answers();
+    let answers = sought.answers();
     let mut order: Vec<u32> =
         (0..answers.len() as u32).filter(|&query| answers[query as usize] > 0).collect();
     order.sort_by_key(|&query| answers[query as usize]);
 
     let kept = gallery.map_or_else(|| Kept::new(queries), Kept::new);
     progress(0, order.len());
-    let mut in_turns = |prepared: &mut dyn PreparedGallery| {
+    let mut in_turns = |search: &mut dyn PreparedGallery| {
         let mut done = 0;
         while done < order.len() {
             let length = |query: u32| deepest.max(answers[query as usize] as usize).min(kept.len());
             let turn = room.turn(&order[done..], length);
-            // One more than asked for: where a query searches its own set, it is found there too, and passed over.
-            let longest = (length(turn[turn.len() - 1]) + usize::from(search.has_queries())).min(kept.len());
+            // One more than asked for: where a query is in the set that it searches, it is found there too, and passed over.
+            let longest = (length(turn[turn.len() - 1]) + usize::from(sought.has_queries())).min(kept.len());
             let gathered = Gathered::new(queries, turn);
-            let nearest = prepared
+            let nearest = search
                 .nearest(&gathered.rows(), longest)
                 .map_err(|error| with_row(error, "queries", "queries", |row| turn[row]))?;
             for (list, &query) in nearest.indices.outer_iter().zip(turn) {
                 let others = list.iter().filter(|&&index| index != Nearest::NONE);
-                let others = others.filter(|&&index| search.itself(query) != Some(kept.original(index)));
+                let others = others.filter(|&&index| sought.itself(query) != Some(kept.original(index)));
                 let label = queries.labels[query as usize];
                 let right = others.map(|&index| kept.label(index) == label);
                 each(&Judged::new(query as usize, right, answers[query as usize] as usize));
@@ -316,9 +316,9 @@ mod tests {
         let mut totals = Totals { hits: Hits::new(KS.to_vec()), r_precision: 0.0, average_precision: 0.0 };
         let mut add = |judged: &Judged| totals.add(judged);
         let mut hear = |done, total| heard.push((done, total));
-        let search =
-            Search { queries: queries.view(), gallery: gallery.map(Rows::view), identity: Identity::ByValue };
-        judge_within(room, &mut backend, &search, &KS, &mut add, &mut hear).unwrap();
+        let sought =
+            Sought { queries: queries.view(), gallery: gallery.map(Rows::view), identity: Identity::ByValue };
+        judge_within(room, &mut backend, &sought, &KS, &mut add, &mut hear).unwrap();
         let got = totals.finish(queries.labels.len());
         assert_eq!((got.recall.queries, got.recall.without_match), (counted, queries.labels.len() - counted));
         for ((k, got), want) in got.recall.at.iter().zip(recall) {
@@ -357,16 +357,16 @@ mod tests {
         let alone = evaluate(&mut CpuBackend::new(), &all, None, &KS, &mut |_, _| {}).unwrap();
         let list: Vec<u32> = (0..labels.len() as u32).collect();
         for identity in [Identity::From(0), Identity::List(&list)] {
-            let search = Search { queries: all.view(), gallery: Some(all.view()), identity };
+            let sought = Sought { queries: all.view(), gallery: Some(all.view()), identity };
             let mut totals =
                 Totals { hits: Hits::new(KS.to_vec()), r_precision: 0.0, average_precision: 0.0 };
-            judge(&mut CpuBackend::new(), &search, &KS, &mut |judged| totals.add(judged)).unwrap();
+            judge(&mut CpuBackend::new(), &sought, &KS, &mut |judged| totals.add(judged)).unwrap();
             let got = totals.finish(labels.len());
             assert_eq!(got.recall, alone.recall);
             assert!((got.r_precision - alone.r_precision).abs() < 1e-12);
             assert!((got.map_at_r - alone.map_at_r).abs() < 1e-12);
         }
-        let wrong = Search { queries: all.view(), gallery: Some(all.view()), identity: Identity::From(1) };
+        let wrong = Sought { queries: all.view(), gallery: Some(all.view()), identity: Identity::From(1) };
         let refused = judge(&mut CpuBackend::new(), &wrong, &KS, &mut |_| {});
         assert!(matches!(refused, Err(Error::InvalidSetting { name: "identity", .. })));
     }

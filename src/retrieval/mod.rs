@@ -17,7 +17,7 @@ mod mutual_information;
 mod recall;
 mod rows;
 
-pub use evaluate::{Judged, Metrics, Search, evaluate, judge};
+pub use evaluate::{Judged, Metrics, Sought, evaluate, judge};
 pub use k_means::{Clusters, KMeansSettings, k_means};
 pub use mutual_information::{classes, nmi, normalized_mutual_information};
 pub use recall::{Recall, recall, recall_by};

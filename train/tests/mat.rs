@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use ddtas_fixtures::mat::encode;
+use ddtas_fixtures::mat::{encode, number, structs, text};
 use ddtas_train::data::mat::{Array, Variables, parse, read};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
@@ -96,18 +96,6 @@ fn files_by_the_present_scipy_are_read_too() {
     if scipy(&["write", place.path().to_str().unwrap()]).is_some() {
         check_folder(place.path());
     }
-}
-
-fn number(value: f64) -> Array {
-    Array::Numbers(vec![value])
-}
-
-fn text(text: &str) -> Array {
-    Array::Text(text.into())
-}
-
-fn structs(fields: &[&str], values: Vec<Array>) -> Array {
-    Array::Structs { fields: fields.iter().map(ToString::to_string).collect(), values }
 }
 
 #[test]

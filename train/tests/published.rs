@@ -5,9 +5,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use assert_cmd::Command;
-use ddtas_fixtures::mat::{ByteOrder, encode};
+use ddtas_fixtures::mat::{encode, number, text};
 use ddtas_fixtures::{FixtureSettings, Layout, write};
-use ddtas_train::data::mat::{Array, Values, Variables, read};
+use ddtas_train::data::mat::{Array, Variables, read};
 use ddtas_train::data::synthetic::Fleet;
 use ddtas_train::data::{Artist, Dataset, DatasetKind, DatasetSettings, Split};
 
@@ -275,21 +275,21 @@ fn annotations_that_are_off_are_refused_by_their_number() {
     let whole = read(&path).unwrap();
     let change = |field: &str, value: Array, expected: &str| {
         let mut changed = whole.clone();
-        let Values::Structs { fields, values } = &mut changed.0[0].1.values else { panic!("no structs") };
+        let Array::Structs { fields, values } = &mut changed.0[0].1 else { panic!("no structs") };
         let place = fields.iter().position(|known| known == field).unwrap();
         values[place + 2 * fields.len()] = value;
-        fs::write(&path, encode(&changed, ByteOrder::Big, false)).unwrap();
+        fs::write(&path, encode(&changed, false)).unwrap();
         let crop = DatasetSettings { crop_to_box: true, ..settings(DatasetKind::Cars196, &root) };
         let said = crop.open(&mut |_| ()).unwrap_err().to_string();
         assert!(said.contains("annotation 3: ") && said.contains(expected), "{said}");
     };
-    change("class", Array::number(197.0), "not one of 1 to 196");
-    change("class", Array::number(1.5), "not one of 1 to 196");
-    change("class", Array::text("three"), "not one of 1 to 196");
-    change("relative_im_path", Array::number(3.0), "is no text");
-    change("relative_im_path", Array::text("/etc/passwd"), "leads out");
-    change("bbox_x2", Array::number(0.0), "bounding box is empty");
-    fs::write(&path, encode(&Variables::default(), ByteOrder::Little, true)).unwrap();
+    change("class", number(197.0), "not one of 1 to 196");
+    change("class", number(1.5), "not one of 1 to 196");
+    change("class", text("three"), "not one of 1 to 196");
+    change("relative_im_path", number(3.0), "is no text");
+    change("relative_im_path", text("/etc/passwd"), "leads out");
+    change("bbox_x2", number(0.0), "bounding box is empty");
+    fs::write(&path, encode(&Variables::default(), true)).unwrap();
     assert!(refusal(DatasetKind::Cars196, &root).contains("no variable named annotations"));
     fs::write(&path, "<html>404</html>").unwrap();
     assert!(refusal(DatasetKind::Cars196, &root).contains("not a MAT-file"));

@@ -13,7 +13,7 @@ use ddtas_train::train::TrainSettings;
 use runs::small_run;
 
 /// Arguments of training, and the flag that the refusal has to name.
-const TRAIN: [(&str, &str); 72] = [
+const TRAIN: [(&str, &str); 80] = [
     ("--dataset cars", "--dataset"),
     ("--dataset folder", "data-root"),
     ("--dataset folder --data-root nowhere", "--data-root"),
@@ -25,6 +25,14 @@ const TRAIN: [(&str, &str); 72] = [
     ("--image-size 0", "image-size"),
     ("--image-size 1025", "image-size"),
     ("--embedding-dim 0", "embedding-dim"),
+    ("--backbone alexnet", "--backbone"),
+    ("--backbone vit-s16 --image-size 100", "image-size"),
+    ("--backbone bn-inception --image-size 112", "image-size"),
+    ("--weights DATA/class00/0.png", "weights"),
+    ("--backbone resnet18 --weights nowhere", "weights"),
+    ("--backbone resnet18 --weights DATA/class00/0.png --init DATA/class00/0.png", "weights"),
+    ("--backbone resnet18 --weights DATA/class00/0.png", "0.png"),
+    ("--pooling cls", "pooling"),
     ("--width 0", "width"),
     ("--depth 0", "depth"),
     ("--batch-norm thawed", "--batch-norm"),
@@ -161,7 +169,7 @@ fn the_other_commands_refuse_what_cannot_work_and_leave_no_file() {
     let eval = format!("eval --checkpoint {checkpoint}");
     let embed = format!("embed --checkpoint {checkpoint} --images DATA --out out.npy");
     let search = format!("search --checkpoint {checkpoint} --gallery DATA --query DATA/class00/0.png");
-    let table: [(&str, &str, &str); 26] = [
+    let table: [(&str, &str, &str); 31] = [
         (&eval, "--recall-at 1,0", "recall-at"),
         (&eval, "--nmi --nmi-steps 0", "nmi-steps"),
         (&eval, "--image-size 7", "image-size"),
@@ -175,6 +183,11 @@ fn the_other_commands_refuse_what_cannot_work_and_leave_no_file() {
         (&eval, "--seed=-1", "--seed"),
         ("eval", "--checkpoint nowhere", "nowhere"),
         ("eval", "--embeddings nowhere", "nowhere"),
+        ("eval", "--backbone resnet18", "--weights"),
+        ("eval", "--weights nowhere", "--backbone"),
+        ("eval", "--backbone resnet18 --weights nowhere", "nowhere"),
+        ("eval", "--backbone resnet18 --weights nowhere --pooling cls", "pooling"),
+        (&eval, "--backbone resnet18 --weights nowhere", "--backbone"),
         (&embed.replace(checkpoint, "nowhere"), "", "nowhere"),
         (&embed, "--image-size 0", "image-size"),
         (&embed.replace("out.npy", "out.txt"), "", "out = out.txt"),

@@ -8,6 +8,7 @@
 pub(super) mod archive;
 pub(super) mod optimizer;
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use burn::store::{ModuleSnapshot, SafetensorsStore};
@@ -44,15 +45,21 @@ pub(super) fn weights(
     shape: &NetworkShape,
     facts: &[(&str, String)],
 ) -> std::result::Result<Archive, String> {
-    let mut store = SafetensorsStore::from_bytes(None);
+    let mut store = SafetensorsStore::from_bytes(None).skip_enum_variants(true);
     network.save_into(&mut store).map_err(|error| error.to_string())?;
     let bytes = store.get_bytes().map_err(|error| error.to_string())?;
     let written = Archive::from_bytes(Path::new("weights"), &bytes);
-    let mut archive = written.map_err(|error| error.to_string())?;
+    let mut archive = written.map_err(|error| error.to_string())?.renamed(|path| network.file_name(path));
     let shape = serde_json::to_string(shape).map_err(|error| error.to_string())?;
     archive.facts.insert(SHAPE.to_owned(), shape);
     archive.facts.extend(facts.iter().map(|(key, value)| ((*key).to_owned(), value.clone())));
     Ok(archive)
+}
+
+/// Tells files apart: CRC-32 of their bytes.
+#[must_use]
+pub fn fingerprint(bytes: &[u8]) -> String {
+    format!("{:08x}", crc32fast::hash(bytes))
 }
 
 /// A checkpoint's file, read once.
@@ -82,7 +89,7 @@ impl Checkpoint {
     /// Tells checkpoints apart: CRC-32 of the file.
     #[must_use]
     pub fn fingerprint(&self) -> String {
-        format!("{:08x}", crc32fast::hash(&self.bytes))
+        fingerprint(&self.bytes)
     }
 
     /// Shape of the network.
@@ -120,7 +127,15 @@ impl Checkpoint {
     /// # Errors
     /// [`Format`](ddtas_io::Error::Format) if the weights do not fit it.
     pub fn fill(&self, mut network: EmbeddingNetwork) -> Result<EmbeddingNetwork> {
-        let mut store = SafetensorsStore::from_bytes(Some(self.bytes.clone()));
+        let names: HashMap<String, String> = network
+            .collect(None, None, true)
+            .into_iter()
+            .map(|tensor| (network.file_name(&tensor.name), tensor.name))
+            .collect();
+        // What a run keeps beside the weights stays behind.
+        let stored = self.archive.clone().selected(|name| names.get(name).cloned());
+        let bytes = stored.to_bytes().map_err(|reason| self.bad(reason))?;
+        let mut store = SafetensorsStore::from_bytes(Some(bytes)).skip_enum_variants(true);
         network.load_from(&mut store).map_err(|error| {
             let reason = error.to_string();
             let line = reason.lines().next().unwrap_or("unreadable").to_owned();

