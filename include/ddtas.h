@@ -429,6 +429,76 @@ typedef struct ddtas_loss_result {
 } ddtas_loss_result;
 
 /**
+ * What ddtas_enqueue_loss writes, in device memory, aligned to 8 bytes.
+ */
+typedef struct ddtas_loss_scalars {
+    /**
+     * The loss L; NaN if a row is bad.
+     */
+    double loss;
+    /**
+     * dL/d(lambda_pos).
+     */
+    double dloss_dlambda_pos;
+    /**
+     * dL/d(lambda_neg).
+     */
+    double dloss_dlambda_neg;
+    /**
+     * Mean similarity over all positive pairs; NaN if there is none.
+     */
+    double mean_pos;
+    /**
+     * Mean similarity over all negative pairs; NaN if there is none.
+     */
+    double mean_neg;
+    /**
+     * The positive tolerance in force, after adaptation.
+     */
+    double gamma_pos;
+    /**
+     * The negative tolerance in force, after adaptation.
+     */
+    double gamma_neg;
+    /**
+     * Negatives that passed the probe.
+     */
+    uint64_t probe_neg;
+    /**
+     * Ordered positive pairs of the batch.
+     */
+    uint64_t total_pos;
+    /**
+     * Ordered negative pairs of the batch.
+     */
+    uint64_t total_neg;
+    /**
+     * Anchors that enter the loss.
+     */
+    uint64_t active;
+    /**
+     * Sum of the squares of the bad row, if there is one.
+     */
+    double bad_square_sum;
+    /**
+     * The first anchor that is not finite or not of unit length; DDTAS_ABSENT if all are.
+     */
+    uint32_t bad_anchor;
+    /**
+     * The same of the references.
+     */
+    uint32_t bad_reference;
+    /**
+     * Positive pairs that were mined.
+     */
+    uint64_t mined_pos;
+    /**
+     * Negative pairs that were mined.
+     */
+    uint64_t mined_neg;
+} ddtas_loss_scalars;
+
+/**
  * How fast the embeddings move along a direction, for ddtas_threshold_gradient. In the same memory as the rows.
  */
 typedef struct ddtas_tangents {
@@ -606,6 +676,27 @@ enum ddtas_status ddtas_loss(struct ddtas_context *context,
                              const struct ddtas_rows *anchors,
                              const struct ddtas_rows *references,
                              struct ddtas_loss_result *result);
+
+/**
+ * Issues a loss and its gradient on the context's stream, and waits for nothing: rows, gradients, thresholds and scalars lie in device
+ * memory, and must stay there until the stream is through.
+ *
+ * As ddtas_loss otherwise. `gradient` takes `count` rows of `dim` of the anchors; `reference_gradient` those of the references, and may
+ * be NULL. `lambda`, if not NULL, has lambda_pos and lambda_neg, which go before those of `settings` and are not checked: -2 to 2. A bad
+ * row is no error of this call: it makes the loss NaN, and stands in `scalars`. After the first call of a shape nothing is allocated, so
+ * that calls can be captured in a graph.
+ *
+ * # Safety
+ * As ddtas_loss, until the stream is through.
+ */
+enum ddtas_status ddtas_enqueue_loss(struct ddtas_context *context,
+                                     const struct ddtas_settings *settings,
+                                     const struct ddtas_rows *anchors,
+                                     const struct ddtas_rows *references,
+                                     float *gradient,
+                                     float *reference_gradient,
+                                     const double *lambda,
+                                     struct ddtas_loss_scalars *scalars);
 
 /**
  * How the loss gradient's product with a direction changes with the two loss thresholds: the sums over

@@ -695,6 +695,48 @@ fn rows_in_device_memory_agree_in_every_type_and_form() {
 
 #[cfg(feature = "emulated")]
 #[test]
+fn a_loss_that_is_issued_writes_what_the_loss_answers() {
+    let case = cases::golden().into_iter().find(|case| case.name == "hard_many_mined").unwrap();
+    let abi = Abi::open("emulated", 0, 0, Memory::Device);
+    let batch = case.batch();
+    let settings = settings_of(&case.settings, UnitCheck::Check);
+    let want = abi
+        .evaluate(&batch, |anchors, references, result| unsafe {
+            ddtas_loss(abi.handle.0, &raw const settings, anchors, references, result)
+        })
+        .unwrap();
+    let laid = abi.lay(&batch.anchors);
+    let mut gradient = Target::new((laid.rows.count, laid.rows.dim), 0);
+    let mut scalars: LossScalars = unsafe { std::mem::zeroed() };
+    let lambdas = [settings.lambda_pos, settings.lambda_neg];
+    // Thresholds in device memory go before those of the settings.
+    let others = Settings { lambda_pos: 0.1, lambda_neg: 0.2, ..settings };
+    for (settings, lambda) in [(settings, null()), (others, lambdas.as_ptr())] {
+        scalars.loss = 0.0;
+        let status = unsafe {
+            let (settings, anchors) = (&raw const settings, &raw const laid.rows);
+            let to = (gradient.pointer(), &raw mut scalars);
+            ddtas_enqueue_loss(abi.handle.0, settings, anchors, null(), to.0, null_mut(), lambda, to.1)
+        };
+        abi.check(status).unwrap();
+        assert!((scalars.loss - want.result.loss).abs() < 1e-6 * want.result.loss && scalars.loss > 0.0);
+        assert_eq!((scalars.active, scalars.total_pos), (want.result.active, want.result.total_pos));
+        assert_eq!((scalars.bad_anchor, scalars.bad_reference), (DDTAS_ABSENT, DDTAS_ABSENT));
+        let worst = (&gradient.read() - &want.gradient).fold(0.0f32, |most, x| most.max(x.abs()));
+        assert!(worst < 1e-6, "{worst}");
+    }
+    let host = Abi { memory: Memory::Host, ..abi.clone() };
+    let laid = host.lay(&batch.anchors);
+    let status = unsafe {
+        let to = (gradient.pointer(), &raw mut scalars);
+        let anchors = &raw const laid.rows;
+        ddtas_enqueue_loss(abi.handle.0, null(), anchors, null(), to.0, null_mut(), null(), to.1)
+    };
+    assert!(abi.check(status).unwrap_err().to_string().contains("takes rows in device memory"));
+}
+
+#[cfg(feature = "emulated")]
+#[test]
 fn recall_of_rows_in_device_memory_is_that_of_the_host_s() {
     let mut case = cases::golden().into_iter().find(|case| case.name == "hard_many_mined").unwrap();
     let device = Abi::open("emulated", 0, 0, Memory::Device);

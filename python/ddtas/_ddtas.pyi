@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import final
+from typing import TypeAlias, final
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +10,7 @@ from .settings import Settings
 
 __all__ = ["Context", "LossOutput", "__version__", "address_of", "check_settings", "has_cuda"]
 
-Place = tuple[int, int, int, int, int]
+_Place: TypeAlias = tuple[int, int, int, int, int]
 
 __version__: str
 has_cuda: bool
@@ -46,8 +46,8 @@ class Context:
     ) -> LossOutput: ...
     def loss_at(
         self,
-        rows: Place,
-        references: Place | None,
+        rows: _Place,
+        references: _Place | None,
         identity: int,
         mining: str,
         numbers: Sequence[float],

@@ -26,8 +26,8 @@ mod types;
 pub use context::Context;
 pub use steps::{ddtas_gradient, ddtas_same_class, ddtas_select, ddtas_sweep};
 pub use types::{
-    ContextOptions, DDTAS_ABI_VERSION, DDTAS_ABSENT, DDTAS_NO_NEIGHBOUR, Dtype, Identity, LossResult, Memory,
-    MiningMode, Part, RowCheck, Rows, Settings, Status, StreamMode, Tangents,
+    ContextOptions, DDTAS_ABI_VERSION, DDTAS_ABSENT, DDTAS_NO_NEIGHBOUR, Dtype, Identity, LossResult,
+    LossScalars, Memory, MiningMode, Part, RowCheck, Rows, Settings, Status, StreamMode, Tangents,
 };
 
 use crate::backend::Nearest;
@@ -241,6 +241,59 @@ pub unsafe extern "C" fn ddtas_loss(
         // SAFETY: handed on to the caller.
         unsafe { target.write(buffers.output, anchors.memory, &found) };
         Ok(())
+    };
+    // SAFETY: handed on to the caller.
+    unsafe { enter(context, work) }
+}
+
+/// Issues a loss and its gradient on the context's stream, and waits for nothing: rows, gradients, thresholds and scalars lie in device
+/// memory, and must stay there until the stream is through.
+///
+/// As ddtas_loss otherwise. `gradient` takes `count` rows of `dim` of the anchors; `reference_gradient` those of the references, and may
+/// be NULL. `lambda`, if not NULL, has lambda_pos and lambda_neg, which go before those of `settings` and are not checked: -2 to 2. A bad
+/// row is no error of this call: it makes the loss NaN, and stands in `scalars`. After the first call of a shape nothing is allocated, so
+/// that calls can be captured in a graph.
+///
+/// # Safety
+/// As ddtas_loss, until the stream is through.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ddtas_enqueue_loss(
+    context: *mut Context,
+    settings: *const Settings,
+    anchors: *const Rows,
+    references: *const Rows,
+    gradient: *mut f32,
+    reference_gradient: *mut f32,
+    lambda: *const f64,
+    scalars: *mut LossScalars,
+) -> Status {
+    let work = |state: &mut State| {
+        // SAFETY: handed on to the caller.
+        let (settings, check) = unsafe { input::settings(settings) }?;
+        // SAFETY: as above.
+        let anchors = unsafe { CheckedRows::read("anchors", anchors, Role::Labelled) }?;
+        // SAFETY: as above.
+        let references = unsafe { CheckedRows::read_against(&anchors, references, Role::Labelled) }?;
+        if anchors.memory != Memory::Device {
+            let message =
+                "ddtas_enqueue_loss takes rows in device memory: ddtas_loss takes those of the host";
+            return Err(Failure::new(Status::InvalidValue, message));
+        }
+        check_typed("gradient", gradient.cast_const())?;
+        check_typed("scalars", scalars.cast_const())?;
+        if !lambda.is_null() {
+            check_typed("lambda", lambda)?;
+        }
+        if references.is_none() && !reference_gradient.is_null() {
+            let message = "the square form has no gradient of references: set reference_gradient to NULL";
+            return Err(Failure::new(Status::InvalidValue, message));
+        }
+        let (_, engine, buffers) = state.parts();
+        let gradients = [gradient, reference_gradient];
+        let batch = DeviceBatch { gradients, check, ..DeviceBatch::new(anchors, references) };
+        *buffers.total = None;
+        // SAFETY: handed on to the caller.
+        unsafe { engine.device_enqueue(&batch, &settings, lambda, scalars) }
     };
     // SAFETY: handed on to the caller.
     unsafe { enter(context, work) }

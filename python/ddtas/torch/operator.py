@@ -24,7 +24,8 @@ UNCHECKED, CHECKED, WAITED_FOR = 0, 1, 2
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 
-_library = torch.library.Library("ddtas", "DEF")
+# torch has no types for it.
+_library: Any = getattr(torch.library, "Library")("ddtas", "DEF")
 _library.define(
     "loss(Tensor rows, Tensor labels, Tensor? references, Tensor? reference_labels, Tensor? identity,"
     " Tensor? lambda_pos, Tensor? lambda_neg, str mining, float[] numbers, bool normalize, bool reference_gradient,"
@@ -49,7 +50,6 @@ def _answers(rows: Tensor, references: Tensor | None, reference_gradient: bool) 
     )
 
 
-@torch.library.register_fake("ddtas::loss", lib=_library)
 def _fake(
     rows: Tensor,
     labels: Tensor,
@@ -225,6 +225,8 @@ def _with_lambdas(numbers: Sequence[float], lambda_pos: Tensor | None, lambda_ne
     ]
 
 
+_register_fake: Any = getattr(torch.library, "register_fake")
+_register_fake("ddtas::loss", _fake, lib=_library)
 _library.impl("loss", _on_cpu, "CPU")
 _library.impl("loss", _on_gpu, "CUDA")
 
@@ -234,11 +236,11 @@ good_rows = torch.ops.ddtas.good_rows.default
 """Which rows are of unit length, `[B]` of booleans; on the processor one that is not raises ValueError."""
 
 
-@torch.library.register_fake("ddtas::good_rows", lib=_library)
 def _which(rows: Tensor) -> Tensor:
     tolerance = {torch.float16: 2e-3, torch.bfloat16: 1e-2}.get(rows.dtype, 1e-3)
     wide = rows if rows.dtype == torch.float64 else rows.float()
-    return (torch.linalg.vector_norm(wide, dim=1) - 1).abs() <= tolerance
+    distance: Tensor = (torch.linalg.vector_norm(wide, dim=1) - 1).abs()
+    return distance <= tolerance
 
 
 def _refuse_bad_rows(rows: Tensor) -> Tensor:
@@ -249,6 +251,7 @@ def _refuse_bad_rows(rows: Tensor) -> Tensor:
     return good
 
 
+_register_fake("ddtas::good_rows", _which, lib=_library)
 _library.impl("good_rows", _refuse_bad_rows, "CPU")
 _library.impl("good_rows", _which, "CUDA")
 
@@ -372,7 +375,11 @@ def loss_of(
     reference_gradient = references is not None and references.requires_grad
     given = (labels, reference_labels, identity, mining, numbers, normalize, reference_gradient, check, engine)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if not any(side is not None and side.requires_grad for side in (rows, references, lambda_pos, lambda_neg)):
+            # torch 2.11 cannot trace a function whose inputs require no gradient.
+            loss: Tensor = _operator(rows, labels, references, reference_labels, identity, lambda_pos, lambda_neg, *given[3:])[0]
+            return loss
         answers: tuple[Tensor, ...] = _Traced.apply(rows, references, lambda_pos, lambda_neg, *given)
         return answers[0]
-    loss: Tensor = _Eager.apply(rows, references, lambda_pos, lambda_neg, given)
+    loss = _Eager.apply(rows, references, lambda_pos, lambda_neg, given)
     return loss

@@ -76,7 +76,7 @@ def threshold_gradient(
         raise ValueError("references and reference_labels belong together: give both or neither")
     gpu, stream = SHARED.on_gpu(rows)
     room = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
-    sides = [(rows, labels.to(rows.device, torch.int64), room)]
+    sides: list[tuple[Tensor, Tensor, Tensor | None]] = [(rows, labels.to(rows.device, torch.int64), room)]
     if others is not None and reference_labels is not None:
         sides.append((others, reference_labels.to(rows.device, torch.int64), None))
     sums = gpu.threshold_gradient(sides, (moved, other_moved), settings, check, stream)

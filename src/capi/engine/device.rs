@@ -2,10 +2,15 @@
 
 use super::super::failure::{Failure, Outcome};
 use super::super::input::CheckedRows;
-use super::super::types::{Dtype, Status};
+use std::mem::offset_of;
+
+use super::super::types::{Dtype, LossScalars, Status};
 use super::{DeviceBatch, Engine, EngineOptions};
 use crate::backend::Nearest;
-use crate::backend::device::{Device, DeviceBackend, Options, ResidentBatch, ResidentRows, ResidentType};
+use crate::backend::device::{
+    Device, DeviceBackend, Options, ResidentBatch, ResidentIdentity, ResidentPart, ResidentRows,
+    ResidentSettings, ResidentType, params,
+};
 use crate::loss::{Hypergradient, LossOutput, LossSettings};
 
 /// The backend's options from the caller's.
@@ -53,6 +58,24 @@ impl<D: Device> Engine for DeviceBackend<D> {
         // SAFETY: handed on to the caller.
         unsafe { self.loss_resident(&resident(batch), settings, output) }?;
         Ok(self.anchors_of_last_loss(output)?)
+    }
+
+    unsafe fn device_enqueue(
+        &mut self,
+        batch: &DeviceBatch,
+        settings: &LossSettings,
+        lambda: *const f64,
+        scalars: *mut LossScalars,
+    ) -> Outcome<()> {
+        // What the kernels write is what the header says.
+        const _: () = assert!(size_of::<LossScalars>() == size_of::<params::LossScalars>());
+        const _: () =
+            assert!(offset_of!(LossScalars, mined_neg) == offset_of!(params::LossScalars, mined_neg));
+        let (identity, total) = (ResidentIdentity::ByValue, batch.anchors.extent.count);
+        let part = ResidentPart { batch: resident(batch), identity, total };
+        let settings = ResidentSettings { settings: *settings, lambda: lambda.expose_provenance() as u64 };
+        // SAFETY: handed on to the caller.
+        Ok(unsafe { self.enqueue_loss(&part, &settings, scalars.expose_provenance() as u64) }?)
     }
 
     unsafe fn device_hypergradient(

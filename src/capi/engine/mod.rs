@@ -4,7 +4,7 @@ use std::ffi::c_void;
 
 use super::failure::{Failure, Outcome};
 use super::input::CheckedRows;
-use super::types::Status;
+use super::types::{LossScalars, Status};
 use crate::backend::cpu::CpuBackend;
 use crate::backend::{Backend, DeviceSpec, Nearest, auto};
 use crate::loss::{Hypergradient, LossOutput, LossSettings, UnitCheck};
@@ -61,6 +61,22 @@ pub trait Engine: Backend {
         output: &mut LossOutput,
     ) -> Outcome<()> {
         let _ = (batch, settings, output);
+        Err(no_device_memory(&self.name()))
+    }
+
+    /// The same issued and not waited for; the scalars go to device memory, and the thresholds come from there
+    /// unless `lambda` is NULL.
+    ///
+    /// # Safety
+    /// As [`Engine::device_loss`], until the device is through.
+    unsafe fn device_enqueue(
+        &mut self,
+        batch: &DeviceBatch,
+        settings: &LossSettings,
+        lambda: *const f64,
+        scalars: *mut LossScalars,
+    ) -> Outcome<()> {
+        let _ = (batch, settings, lambda, scalars);
         Err(no_device_memory(&self.name()))
     }
 

@@ -1,0 +1,126 @@
+"""`ddtas.torch` on a GPU; every test is skipped, and counted, without one or in a build for the CPU."""
+
+import ddtas
+import numpy as np
+import pytest
+from formula import close, unit_rows
+
+torch = pytest.importorskip("torch", reason="torch is not installed: its tests do not run")
+
+from ddtas.torch import CrossBatchMemory, SoftContrastiveLoss, evaluate, threshold_gradient  # noqa: E402
+
+pytestmark = [
+    pytest.mark.skipif(not ddtas.has_cuda, reason="this build serves the CPU only"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+]
+
+
+def batch(count=200, dim=64, seed=0, device="cuda"):
+    rows, labels = unit_rows(count, dim, seed, classes=20)
+    return torch.tensor(3 * rows, dtype=torch.float32, device=device), torch.tensor(labels, device=device)
+
+
+@pytest.mark.parametrize("references", [False, True])
+def test_loss_gradients_and_statistics_are_the_processor_s(references):
+    found = []
+    for device in ("cpu", "cuda"):
+        rows, labels = batch(device=device)
+        others, other_labels = batch(90, seed=1, device=device)
+        threshold = torch.nn.Parameter(torch.tensor(0.6, device=device))
+        loss = SoftContrastiveLoss(lambda_pos=threshold)
+        more = {"ref_emb": others.requires_grad_(), "ref_labels": other_labels} if references else {}
+        value = loss(rows.requires_grad_(), labels, **more)
+        (2 * value).backward()
+        found.append((value.item(), rows.grad, others.grad, threshold.grad.item(), loss.statistics))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5) and found[1][3] == pytest.approx(found[0][3], rel=1e-4)
+    assert found[1][4] == pytest.approx(found[0][4], rel=1e-4)
+    for mine, want in zip(found[1][1:3], found[0][1:3]):
+        if want is not None:
+            close(mine.cpu(), want, 2e-5)
+
+
+def test_nobody_waits_until_statistics_are_read():
+    rows, labels = batch()
+    loss = SoftContrastiveLoss()
+    loss(rows.requires_grad_(), labels).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss(rows, labels).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert loss.statistics["active"] > 0
+
+
+def test_a_bad_row_makes_the_loss_nan_and_is_named_when_it_is_asked_for():
+    rows, labels = batch()
+    rows[17] = torch.nan
+    loss = SoftContrastiveLoss()
+    value = loss(rows.requires_grad_(), labels)
+    value.backward()
+    assert value.isnan() and rows.grad.isnan().all()
+    for ask in (loss.check, lambda: loss.statistics):
+        with pytest.raises(ValueError, match="row 17 of the anchors"):
+            ask()
+    with pytest.raises(ValueError, match="row 17 of the anchors"):
+        SoftContrastiveLoss(check="wait")(rows, labels)
+
+
+def test_a_captured_step_replays_the_bits_of_eager():
+    loss = SoftContrastiveLoss()
+    rows, labels = batch()
+    given = rows.clone().requires_grad_()
+
+    def step():
+        value = loss(given, labels)
+        (gradient,) = torch.autograd.grad(value, given)
+        return value, gradient
+
+    refused = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="call it once with this shape"), torch.cuda.graph(refused):
+        step()
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in range(3):
+        with torch.no_grad():
+            given.copy_(batch(seed=seed)[0])
+        want = step()
+        graph.replay()
+        assert torch.equal(captured[0], want[0]) and torch.equal(captured[1], want[1])
+
+
+def test_a_stream_may_die_and_the_current_device_stays():
+    loss = SoftContrastiveLoss()
+    rows, labels = batch()
+    want = loss(rows, labels)
+    before = torch.cuda.current_device()
+    for _ in range(5):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            value = loss(rows, labels)
+        torch.cuda.current_stream().wait_stream(stream)
+        assert value == want
+        del stream
+    assert torch.cuda.current_device() == before
+
+
+def test_a_step_and_a_memory_compile_in_one_graph():
+    loss, memory = SoftContrastiveLoss(), CrossBatchMemory(SoftContrastiveLoss(), 64, 300).cuda()
+    rows, labels = batch()
+    for module in (loss, memory):
+        compiled = torch.compile(module, fullgraph=True)
+        for _ in range(3):
+            compiled(rows.requires_grad_(), labels).backward()
+    assert memory.filled == 300
+
+
+def test_searches_and_threshold_gradients_are_the_processor_s():
+    rows, labels = batch(length := 200)
+    rows = torch.nn.functional.normalize(rows, dim=1)
+    mine, want = evaluate(rows, labels), evaluate(rows.cpu(), labels.cpu())
+    assert mine.recall == pytest.approx(want.recall) and mine.map_at_r == pytest.approx(want.map_at_r, abs=1e-6)
+    tangent = torch.randn(length, 64, device="cuda")
+    got = threshold_gradient(rows, labels, tangent)
+    np.testing.assert_allclose(got, threshold_gradient(rows.cpu(), labels.cpu(), tangent.cpu()), rtol=1e-3)
