@@ -13,7 +13,7 @@ use ddtas_train::train::TrainSettings;
 use runs::small_run;
 
 /// Arguments of training, and the flag that the refusal has to name.
-const TRAIN: [(&str, &str); 72] = [
+const TRAIN: [(&str, &str); 87] = [
     ("--dataset cars", "--dataset"),
     ("--dataset folder", "data-root"),
     ("--dataset folder --data-root nowhere", "--data-root"),
@@ -29,6 +29,8 @@ const TRAIN: [(&str, &str); 72] = [
     ("--depth 0", "depth"),
     ("--batch-norm thawed", "--batch-norm"),
     ("--batch-norm frozen", "batch-norm"),
+    ("--batch-norm frozen-statistics", "batch-norm"),
+    ("--head mlp", "--head"),
     ("--init nowhere", "init"),
     ("--loss triplet", "--loss"),
     ("--mining hard", "--mining"),
@@ -55,6 +57,19 @@ const TRAIN: [(&str, &str); 72] = [
     ("--learning-rate inf", "learning-rate"),
     ("--warm-up 1.1", "warm-up"),
     ("--weight-decay 1", "weight-decay"),
+    ("--optimizer lion", "--optimizer"),
+    ("--weight-decay-on biases", "--weight-decay-on"),
+    ("--head-learning-rate 0", "head-learning-rate"),
+    ("--head-steps 99999999999", "head-steps"),
+    ("--head-steps 5 --generator full", "head-steps"),
+    ("--schedule exponential", "--schedule"),
+    ("--schedule step", "milestones"),
+    ("--schedule step --milestones 8,8", "milestones = 8,8"),
+    ("--milestones 8", "--schedule step"),
+    ("--milestone-factor 0", "milestone-factor"),
+    ("--ema 1", "ema"),
+    ("--chunk-size 99999999999", "chunk-size"),
+    ("--chunk-size 8 --generator full", "chunk-size"),
     ("--evaluate-every 18446744073709551615", "evaluate-every"),
     ("--memory-size 99999999999", "memory-size"),
     ("--memory-start 18446744073709551615", "memory-start"),

@@ -12,7 +12,7 @@ use ndarray::Array2;
 
 pub use backbone::Backbone;
 pub use batch_norm::{BatchNorm, Normalise};
-pub use head::EmbeddingHead;
+pub use head::{EmbeddingHead, HeadKind};
 
 use crate::{Error, Result};
 
@@ -34,6 +34,9 @@ pub struct NetworkShape {
     pub depth: usize,
     /// Dimensions of an embedding.
     pub embedding_dim: usize,
+    /// What lies between features and embedding.
+    #[serde(default)]
+    pub head: HeadKind,
 }
 
 impl EmbeddingNetwork {
@@ -41,7 +44,7 @@ impl EmbeddingNetwork {
     #[must_use]
     pub fn new(shape: &NetworkShape, device: &Device) -> Self {
         let backbone = Backbone::new(shape.width, shape.depth, device);
-        let head = EmbeddingHead::new(backbone.features(), shape.embedding_dim, device);
+        let head = EmbeddingHead::new(backbone.features(), shape.embedding_dim, device).with_kind(shape.head);
         Self { backbone, head }
     }
 

@@ -87,12 +87,13 @@ mod gpu {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::NetworkShape;
+    use crate::model::{HeadKind, NetworkShape};
 
     #[test]
     fn weights_are_drawn_before_they_move() {
         let cpu = Device::flex().autodiff();
-        let network = EmbeddingNetwork::new(&NetworkShape { width: 2, depth: 1, embedding_dim: 3 }, &cpu);
+        let shape = NetworkShape { width: 2, depth: 1, embedding_dim: 3, head: HeadKind::default() };
+        let network = EmbeddingNetwork::new(&shape, &cpu);
         assert!(!network.head.weight.is_initialized(), "Burn draws at once: `moved` needs no clone any more");
         let network = moved(network, &cpu);
         assert!(network.head.weight.is_initialized());

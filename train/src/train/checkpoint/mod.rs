@@ -44,15 +44,32 @@ pub(super) fn weights(
     shape: &NetworkShape,
     facts: &[(&str, String)],
 ) -> std::result::Result<Archive, String> {
-    let mut store = SafetensorsStore::from_bytes(None);
-    network.save_into(&mut store).map_err(|error| error.to_string())?;
-    let bytes = store.get_bytes().map_err(|error| error.to_string())?;
-    let written = Archive::from_bytes(Path::new("weights"), &bytes);
-    let mut archive = written.map_err(|error| error.to_string())?;
+    let mut archive = tensors(network)?;
     let shape = serde_json::to_string(shape).map_err(|error| error.to_string())?;
     archive.facts.insert(SHAPE.to_owned(), shape);
     archive.facts.extend(facts.iter().map(|(key, value)| ((*key).to_owned(), value.clone())));
     Ok(archive)
+}
+
+/// The network's weights and running statistics alone.
+pub(super) fn tensors(network: &EmbeddingNetwork) -> std::result::Result<Archive, String> {
+    let mut store = SafetensorsStore::from_bytes(None);
+    network.save_into(&mut store).map_err(|error| error.to_string())?;
+    let bytes = store.get_bytes().map_err(|error| error.to_string())?;
+    Archive::from_bytes(Path::new("weights"), &bytes).map_err(|error| error.to_string())
+}
+
+/// `network` with the weights and running statistics of a safetensors file; the reason in one line if they do not fit.
+pub(super) fn filled(
+    mut network: EmbeddingNetwork,
+    bytes: Vec<u8>,
+) -> std::result::Result<EmbeddingNetwork, String> {
+    let mut store = SafetensorsStore::from_bytes(Some(bytes));
+    network.load_from(&mut store).map_err(|error| {
+        let reason = error.to_string();
+        reason.lines().next().unwrap_or("unreadable").to_owned()
+    })?;
+    Ok(network)
 }
 
 /// A checkpoint's file, read once.
@@ -119,14 +136,9 @@ impl Checkpoint {
     ///
     /// # Errors
     /// [`Error::Format`] if the weights do not fit it.
-    pub fn fill(&self, mut network: EmbeddingNetwork) -> Result<EmbeddingNetwork> {
-        let mut store = SafetensorsStore::from_bytes(Some(self.bytes.clone()));
-        network.load_from(&mut store).map_err(|error| {
-            let reason = error.to_string();
-            let line = reason.lines().next().unwrap_or("unreadable").to_owned();
-            self.bad(format!("does not fit the network: {line}"))
-        })?;
-        Ok(network)
+    pub fn fill(&self, network: EmbeddingNetwork) -> Result<EmbeddingNetwork> {
+        filled(network, self.bytes.clone())
+            .map_err(|reason| self.bad(format!("does not fit the network: {reason}")))
     }
 
     /// What the metadata say of `key`; `missing` is the reason of the error where they say nothing.

@@ -114,8 +114,11 @@ fn make_network(
             return Err(Error::format(
                 stored.path(),
                 format!(
-                    "holds a network of --width {} --depth {} --embedding-dim {}: give the same",
-                    found.width, found.depth, found.embedding_dim
+                    "holds a network of --width {} --depth {} --embedding-dim {} --head {}: give the same",
+                    found.width,
+                    found.depth,
+                    found.embedding_dim,
+                    found.head.name()
                 ),
             ));
         }
