@@ -297,3 +297,28 @@ fn a_head_of_another_kind_is_another_network() {
     let best = evaluations.iter().map(|evaluation| evaluation.recall[0].1).fold(0.0, f64::max);
     assert!(found.to_string().contains(&best.to_string()), "{best} in {said}");
 }
+
+#[test]
+fn flags_beat_a_preset_and_a_preset_beats_the_defaults() {
+    let place = tempfile::tempdir().unwrap();
+    let (first, run) = (place.path().join("first"), place.path().join("run"));
+    small_run(&first, 2).assert().success();
+    for preset in ["paper", "fine-tune"] {
+        let mut without = small_run(&run, 2);
+        assert_refused(without.args(["--preset", preset]), "--weights FILE");
+        assert!(!run.exists());
+    }
+    let mut command = small_run(&run, 2);
+    command
+        .args(["--preset", "paper", "--learning-rate", "3e-4", "--init"])
+        .arg(first.join("best.safetensors"));
+    command.assert().success();
+    let config: toml::Table =
+        toml::from_str(&std::fs::read_to_string(run.join("config.toml")).unwrap()).unwrap();
+    let text = |name: &str| config[name].to_string();
+    assert_eq!((text("learning_rate"), text("image_size")), ("0.0003".into(), "16".into()));
+    assert_eq!((text("optimizer"), text("schedule")), ("\"adam\"".into(), "\"constant\"".into()));
+    assert_eq!((text("batch_norm"), text("warm_up")), ("\"frozen\"".into(), "0.0".into()));
+    let mut again = assert_cmd::Command::cargo_bin("ddtas-train").unwrap();
+    assert_refused(again.arg("--resume").arg(&run).args(["--preset", "paper"]), "leave out --preset ");
+}

@@ -3,6 +3,7 @@
 //! | file | what |
 //! | --- | --- |
 //! | `settings.rs` | every setting, its default and range |
+//! | `preset.rs` | settings by one name |
 //! | `run/` | the run: data, steps, evaluations, files; stopped and gone on with |
 //! | `device.rs` | where network and loss compute |
 //! | `engine.rs` | one step, and embedding a split |
@@ -26,6 +27,7 @@ mod engine;
 mod generator;
 mod memory;
 mod optimizer;
+mod preset;
 mod records;
 pub mod report;
 mod run;
@@ -38,6 +40,7 @@ pub use engine::{Embedded, Engine, embed_batches};
 pub use generator::Generator;
 pub use memory::Memory;
 pub use optimizer::{Decayed, OptimizerKind, OptimizerSettings};
+pub use preset::Preset;
 pub use records::{EvaluationRecord, Phase, Record, StepRecord, read as read_records};
 pub use run::{EVALUATION_CHUNK, Event, Outcome, Overrides, Summary, resume, train};
 pub use schedule::{Schedule, ScheduleKind};
