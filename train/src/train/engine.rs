@@ -37,9 +37,10 @@ pub(super) struct EngineState {
 }
 
 /// How the gradient of a step goes back from dL/dE.
+#[derive(Clone, Copy)]
 enum Way {
-    /// Through the network, from the images of the batch.
-    Whole(Tensor<4>),
+    /// Through the network.
+    Whole,
     /// Through the network in chunks, each forward once more.
     Chunks,
     /// Through the embedding head alone.
@@ -231,8 +232,8 @@ impl Engine {
             (features.clone(), self.network.head.valid().forward(features), Way::Chunks)
         } else {
             let images = image_tensor(batch, &self.device);
-            let features = self.network.backbone.forward(images.clone(), self.mode);
-            (features.clone(), self.network.head.forward(features), Way::Whole(images))
+            let features = self.network.backbone.forward(images, self.mode);
+            (features.clone(), self.network.head.forward(features), Way::Whole)
         }
     }
 
@@ -248,27 +249,26 @@ impl Engine {
         if gradient.iter().all(|&entry| entry == 0.0) {
             return Ok(false);
         }
-        let gradients = match &way {
-            Way::Whole(_) => backward(embeddings, gradient, &self.network),
+        let gradients = match way {
+            Way::Whole => backward(embeddings, gradient, &self.network),
             Way::Head => backward(embeddings, gradient, &self.network.head),
             Way::Chunks => {
                 let size = self.chunk_size;
                 chunks::gradients(&self.network, batch, gradient, size, self.mode, &self.device)
             }
         };
-        let meta_images = meta.map(|meta| (image_tensor(meta, &self.device), meta.labels.as_slice()));
-        if let (Some(generator), Some((meta_images, meta_labels)), Way::Whole(images)) =
-            (&mut self.generator, meta_images, way)
+        if let (Some(generator), Some(meta)) = (&mut self.generator, meta)
             && generator.kind() == GeneratorKind::Full
         {
-            let images = (images.inner(), meta_images);
+            let device = self.device.clone().inner();
+            let images = (image_tensor(batch, &device), image_tensor(meta, &self.device));
             let learned = generator
                 .learn_full(
                     (&self.network, self.mode),
                     &gradients,
                     images,
                     (values, &batch.labels),
-                    meta_labels,
+                    &meta.labels,
                     (&mut *self.backend, &self.memory),
                     &self.loss,
                 )
