@@ -11,7 +11,7 @@ use std::time::Instant;
 use clap::Parser;
 use ddtas_train::Result;
 use ddtas_train::data::{
-    AugmentSettings, Cropper, FolderSettings, Loader, LoaderSettings, PkSampler, folder,
+    AugmentSettings, Cropper, FolderSettings, Loader, LoaderSettings, PkSampler, Preprocessing, folder,
 };
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -76,7 +76,8 @@ fn run(arguments: &Arguments) -> Result<()> {
     let images_per_second = images as f64 / begun.elapsed().as_secs_f64();
 
     let (mut decoding, mut cutting) = (0.0, 0.0);
-    let (mut cropper, mut rng) = (Cropper::new(arguments.image_size)?, ChaCha8Rng::seed_from_u64(0));
+    let (mut cropper, mut rng) =
+        (Cropper::new(arguments.image_size, Preprocessing::default())?, ChaCha8Rng::seed_from_u64(0));
     let mut pixels = Vec::with_capacity(cropper.floats());
     for index in (0..split.len()).cycle().take(STAGED) {
         let begun = Instant::now();

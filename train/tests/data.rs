@@ -9,7 +9,7 @@ use std::sync::Arc;
 use ddtas_train::Error;
 use ddtas_train::data::{
     AugmentSettings, Cropper, Dataset, EvaluationBatches, FolderSettings, ImageBatch, Loader, LoaderSettings,
-    PkSampler, Split, TestCrop, folder,
+    PkSampler, Preprocessing, Split, TestCrop, folder,
 };
 use image::{Rgb, RgbImage};
 use proptest::prelude::*;
@@ -228,7 +228,13 @@ fn evaluation_leaves_broken_pictures_out_and_counts_them() {
     fs::write(root.path().join("c3/0.png"), "x").unwrap();
     let split = folder(root.path(), &FolderSettings::default()).unwrap().test;
     for chunk in [1, 2, 3, 100] {
-        let walk = EvaluationBatches::new(Arc::clone(&split), 16, TestCrop::default(), chunk).unwrap();
+        let walk = EvaluationBatches::new(
+            Arc::clone(&split),
+            (16, Preprocessing::default()),
+            TestCrop::default(),
+            chunk,
+        )
+        .unwrap();
         let got: Vec<ImageBatch> = walk.map(|batch| batch.unwrap()).collect();
         assert_eq!(got.len(), 7usize.div_ceil(chunk));
         let indices: Vec<usize> = got.iter().flat_map(|batch| batch.indices.clone()).collect();
@@ -240,7 +246,8 @@ fn evaluation_leaves_broken_pictures_out_and_counts_them() {
     fs::write(root.path().join("c2/1.png"), "x").unwrap();
     fs::write(root.path().join("c2/2.png"), "x").unwrap();
     let split = folder(root.path(), &FolderSettings::default()).unwrap().test;
-    let mut walk = EvaluationBatches::new(split, 16, TestCrop::default(), 2).unwrap();
+    let mut walk =
+        EvaluationBatches::new(split, (16, Preprocessing::default()), TestCrop::default(), 2).unwrap();
     assert!(walk.next().unwrap().is_ok(), "the class may still turn out readable");
     let error = walk.next().unwrap().unwrap_err().to_string();
     assert!(error.contains("class c2 of the test split has no readable picture"), "{error}");
@@ -267,7 +274,7 @@ fn pictures_stay_within_the_memory_budget() {
 fn crops_stay_inside_whatever_the_picture_is() {
     let settings = AugmentSettings::default();
     let mut rng = ChaCha8Rng::seed_from_u64(1);
-    let mut cropper = Cropper::new(16).unwrap();
+    let mut cropper = Cropper::new(16, Preprocessing::default()).unwrap();
     for (width, height) in [(1, 1), (1, 300), (300, 1), (7, 5), (64, 64), (200, 90)] {
         let picture = RgbImage::from_pixel(width, height, Rgb([255, 128, 0]));
         for _ in 0..50 {
@@ -286,12 +293,13 @@ fn test_crop_is_the_normalised_middle() {
     let picture = RgbImage::from_fn(64, 32, |x, y| {
         if (24..40).contains(&x) && (8..24).contains(&y) { Rgb([255, 0, 0]) } else { Rgb([128; 3]) }
     });
-    let mut cropper = Cropper::new(16).unwrap();
+    let mut cropper = Cropper::new(16, Preprocessing::default()).unwrap();
     let mut pixels = Vec::new();
     cropper.test(&picture, TestCrop { side: 0.5 }, &mut pixels).unwrap();
     let plane = 16 * 16;
     for (c, value) in [1.0, 0.0, 0.0].into_iter().enumerate() {
-        let want = (value - ddtas_train::data::MEAN[c]) / ddtas_train::data::STANDARD_DEVIATION[c];
+        let Preprocessing { mean, deviation, .. } = Preprocessing::default();
+        let want = (value - mean[c]) / deviation[c];
         assert!(pixels[c * plane..][..plane].iter().all(|got| (got - want).abs() < 1e-5), "channel {c}");
     }
 }
@@ -300,7 +308,7 @@ fn test_crop_is_the_normalised_middle() {
 fn flips_mirror_half_of_the_pictures() {
     let ramp = RgbImage::from_fn(16, 16, |x, _| Rgb([x as u8 * 16; 3]));
     let settings = AugmentSettings { crop_area: (1.0, 1.0), crop_aspect: (1.0, 1.0), flip: 0.5, jitter: 0.0 };
-    let mut cropper = Cropper::new(16).unwrap();
+    let mut cropper = Cropper::new(16, Preprocessing::default()).unwrap();
     let mut rng = ChaCha8Rng::seed_from_u64(2);
     let mut seen = BTreeMap::new();
     let mut plain = Vec::new();
@@ -340,5 +348,7 @@ fn settings_out_of_range_are_named() {
     assert!(!refused(|_| ()));
     assert!(PkSampler::new(dataset.train.by_class(), 2, 0, 0).is_err());
     let crop = TestCrop { side: 0.0 };
-    assert!(EvaluationBatches::new(Arc::clone(&dataset.test), 16, crop, 1).is_err());
+    assert!(
+        EvaluationBatches::new(Arc::clone(&dataset.test), (16, Preprocessing::default()), crop, 1).is_err()
+    );
 }

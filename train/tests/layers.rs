@@ -1,8 +1,9 @@
 //! The hand-written layers agree with Burn's own operations, forward and backward.
 
-use burn::tensor::ops::ConvOptions;
-use burn::tensor::{Device, Distribution, Tensor, Tolerance, activation};
-use ddtas_train::model::layers::{self, NormaliseOptions};
+use burn::tensor::activation::relu;
+use burn::tensor::ops::{ConvOptions, PadMode};
+use burn::tensor::{Device, Distribution, Tensor, Tolerance};
+use ddtas_train::model::layers::{self, Activation, ConvolutionOptions, NormaliseOptions};
 
 fn random<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
     Tensor::random(shape, Distribution::Normal(0.0, 1.0), device)
@@ -36,7 +37,8 @@ fn convolution_and_its_gradients_equal_burns() {
         let padding = kernel / 2;
         let options = ConvOptions::new([stride, stride], [padding, padding], [1, 1], 1);
         let want = burn::tensor::module::conv2d(input.clone(), weight.clone(), None, options);
-        let got = layers::convolution(input.clone(), weight.clone(), stride);
+        let got =
+            layers::convolution(input.clone(), weight.clone(), ConvolutionOptions::new(stride, padding));
         let probe = random(want.dims(), &device);
         assert_close("output", got.clone(), want.clone());
 
@@ -48,14 +50,51 @@ fn convolution_and_its_gradients_equal_burns() {
     }
 }
 
+/// Images, channels, height, width, kernel, stride, and zeros before and behind: of the height, of the width.
+const DEPTHWISE: [[usize; 10]; 7] = [
+    [2, 5, 12, 12, 3, 1, 1, 1, 1, 1],
+    [3, 8, 9, 7, 5, 1, 2, 2, 2, 2],
+    [2, 3, 12, 16, 3, 2, 0, 1, 0, 1],
+    [2, 3, 13, 16, 3, 2, 1, 1, 0, 1],
+    [1, 4, 12, 9, 5, 2, 1, 2, 2, 2],
+    [3, 33, 3, 3, 5, 1, 2, 2, 2, 2],
+    [1, 1, 1, 1, 3, 1, 1, 1, 1, 1],
+];
+
+#[test]
+fn depthwise_and_uneven_convolutions_and_their_gradients_equal_burns() {
+    for ([images, channels, height, width, kernel, stride, top, bottom, left, right], depthwise) in
+        DEPTHWISE.into_iter().flat_map(|case| [(case, true), (case, false)])
+    {
+        let device = Device::flex().autodiff();
+        let input = random([images, channels, height, width], &device).require_grad();
+        let per_group = if depthwise { 1 } else { channels };
+        let weight = random([channels, per_group, kernel, kernel], &device).require_grad();
+        let padded = input.clone().pad((left, right, top, bottom), PadMode::Constant(0.0));
+        let options = ConvOptions::new([stride, stride], [0, 0], [1, 1], channels / per_group);
+        let want = burn::tensor::module::conv2d(padded, weight.clone(), None, options);
+        let options = ConvolutionOptions { stride, padding: [[top, bottom], [left, right]], depthwise };
+        let got = layers::convolution(input.clone(), weight.clone(), options);
+        let probe = random(want.dims(), &device);
+        assert_close("output", got.clone(), want.clone());
+
+        let want = (want * probe.clone()).sum().backward();
+        let got = (got * probe).sum().backward();
+        let case = format!("{channels} x {height} x {width}, kernel {kernel}, stride {stride}, {depthwise}");
+        assert_close(&format!("dL/dinput, {case}"), input.grad(&got).unwrap(), input.grad(&want).unwrap());
+        assert_close(&format!("dL/dweight, {case}"), weight.grad(&got).unwrap(), weight.grad(&want).unwrap());
+    }
+}
+
 #[test]
 fn normalisation_and_its_gradients_equal_burns() {
-    for (relu, from_batch) in [(true, true), (false, true), (true, false), (false, false)] {
+    let activations = [Activation::None, Activation::Relu, Activation::Relu6];
+    for (activation, from_batch) in activations.into_iter().flat_map(|a| [(a, true), (a, false)]) {
         let device = Device::flex().autodiff();
-        let input = (random([5, 7, 6, 9], &device) * 2.0 + 0.7).require_grad();
-        let gamma = random([7], &device).require_grad();
+        let input = (random([5, 7, 6, 9], &device) * 6.0 + 0.7).require_grad();
+        let gamma = (random([7], &device) * 3.0).require_grad();
         let beta = random([7], &device).require_grad();
-        let options = NormaliseOptions { epsilon: 1e-5, relu, from_batch };
+        let options = NormaliseOptions { epsilon: 1e-5, activation, from_batch };
 
         let statistics = if from_batch {
             layers::batch_statistics(input.clone())
@@ -69,7 +108,11 @@ fn normalisation_and_its_gradients_equal_burns() {
             let row = |row: usize| statistics.clone().slice([row..row + 1, 0..7]).reshape([7]);
             burn::tensor::module::batch_norm(input.clone(), gamma.clone(), beta.clone(), row(0), row(1), 1e-5)
         };
-        let want = if relu { activation::relu(want) } else { want };
+        let want = match activation {
+            Activation::None => want,
+            Activation::Relu => relu(want),
+            Activation::Relu6 => want.clamp(0.0, 6.0),
+        };
         let probe = random(want.dims(), &device);
         assert_close("output", got.clone(), want.clone());
 
@@ -87,7 +130,7 @@ fn residual_sum_and_its_gradient_equal_burns() {
     let a = random([3, 4, 5, 6], &device).require_grad();
     let b = random([3, 4, 5, 6], &device).require_grad();
     let probe = random([3, 4, 5, 6], &device);
-    let want = activation::relu(a.clone() + b.clone());
+    let want = relu(a.clone() + b.clone());
     let got = layers::add_relu(a.clone(), b.clone());
     got.to_data().assert_approx_eq::<f32>(&want.to_data(), Tolerance::default());
     let want = (want * probe.clone()).sum().backward();

@@ -70,7 +70,7 @@ fn meta_loss(
         BatchNorm::FrozenStatistics => Normalise::Affine,
         BatchNorm::Frozen => Normalise::Running,
     };
-    let features = network.backbone.forward(tensor(train, device), mode);
+    let features = network.features(tensor(train, device), mode);
     let whole = settings.generator.kind == GeneratorKind::Full;
     let embeddings = network.head.forward(if whole { features } else { features.detach() });
     let values = to_array(embeddings.clone()).unwrap();

@@ -5,12 +5,8 @@ use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer
 use image::RgbImage;
 use rand::{Rng, RngExt};
 
+use super::preprocessing::Preprocessing;
 use crate::{Error, Result};
-
-/// Mean of ImageNet's red, green and blue, of 1: what pretrained networks expect.
-pub const MEAN: [f32; 3] = [0.485, 0.456, 0.406];
-/// Standard deviation of ImageNet's red, green and blue, of 1.
-pub const STANDARD_DEVIATION: [f32; 3] = [0.229, 0.224, 0.225];
 
 /// How training pictures are varied.
 #[derive(Debug, Clone, PartialEq)]
@@ -88,17 +84,20 @@ impl TestCrop {
 pub struct Cropper {
     resizer: Resizer,
     resized: Image<'static>,
+    /// The picture as floats, where it is resized so.
+    source: Vec<f32>,
     /// One row of the picture, red, green and blue apart.
     row: [Vec<f32>; 3],
     size: u32,
+    preprocessing: Preprocessing,
 }
 
 impl Cropper {
-    /// A cropper to `size` x `size` pixels.
+    /// A cropper to `size` x `size` pixels, scaled for `preprocessing`.
     ///
     /// # Errors
     /// [`Error::InvalidSetting`] unless `size` is in 8..=1024.
-    pub fn new(size: usize) -> Result<Self> {
+    pub fn new(size: usize, preprocessing: Preprocessing) -> Result<Self> {
         if !(8..=1024).contains(&size) {
             return Err(Error::InvalidSetting {
                 name: "--image-size",
@@ -106,17 +105,25 @@ impl Cropper {
                 range: "8 to 1024 pixels",
             });
         }
-        Ok(Self::with_side(size as u32))
+        Ok(Self::with_side(size as u32, preprocessing))
     }
 
-    fn with_side(size: u32) -> Self {
-        let (resized, row) = (Image::new(size, size, PixelType::U8x3), vec![0.0; size as usize]);
-        Self { resizer: Resizer::new(), resized, row: [row.clone(), row.clone(), row], size }
+    fn with_side(size: u32, preprocessing: Preprocessing) -> Self {
+        let pixel_type = if preprocessing.floats { PixelType::F32x3 } else { PixelType::U8x3 };
+        let (resized, row) = (Image::new(size, size, pixel_type), vec![0.0; size as usize]);
+        Self {
+            resizer: Resizer::new(),
+            resized,
+            source: Vec::new(),
+            row: [row.clone(), row.clone(), row],
+            size,
+            preprocessing,
+        }
     }
 
     /// One of the same size, for another thread.
     pub fn another(&self) -> Self {
-        Self::with_side(self.size)
+        Self::with_side(self.size, self.preprocessing)
     }
 
     /// Side of the pictures that come out.
@@ -175,7 +182,14 @@ impl Cropper {
 
     fn resize(&mut self, picture: &RgbImage, [left, top, width, height]: [f64; 4]) -> Result<()> {
         let failed = |reason: String| Error::Dataset(format!("cannot resize a picture: {reason}"));
-        let source = ImageRef::new(picture.width(), picture.height(), picture.as_raw(), PixelType::U8x3)
+        let bytes = if self.resized.pixel_type() == PixelType::F32x3 {
+            self.source.clear();
+            self.source.extend(picture.as_raw().iter().map(|&byte| f32::from(byte)));
+            bytemuck::cast_slice(&self.source)
+        } else {
+            picture.as_raw()
+        };
+        let source = ImageRef::new(picture.width(), picture.height(), bytes, self.resized.pixel_type())
             .map_err(|e| failed(e.to_string()))?;
         let options = ResizeOptions::new()
             .resize_alg(ResizeAlg::Convolution(FilterType::Bilinear))
@@ -183,36 +197,67 @@ impl Cropper {
         self.resizer.resize(&source, &mut self.resized, &options).map_err(|e| failed(e.to_string()))
     }
 
-    /// Bytes in rows of RGB to normalised planes.
+    /// Rows of RGB to normalised planes.
     fn write(&mut self, flip: bool, jitter: Option<[f32; 3]>, pixels: &mut Vec<f32>) {
         let (size, start) = (self.size as usize, pixels.len());
         pixels.resize(start + 3 * size * size, 0.0);
-        let (bytes, row) = (self.resized.buffer(), &mut self.row);
+        let (row, preprocessing) = (&mut self.row, &self.preprocessing);
         let target = &mut pixels[start..];
         // The widest vectors that the processor has; lanes do what one value at a time would, to the last bit.
-        pulp::Arch::new().dispatch(|| write_planes(bytes, size, flip, jitter, row, target));
+        let arch = pulp::Arch::new();
+        if self.resized.pixel_type() == PixelType::F32x3 {
+            let floats: Vec<f32> = bytemuck::pod_collect_to_vec(self.resized.buffer());
+            arch.dispatch(|| write_planes(&floats, size, flip, jitter, preprocessing, row, target));
+        } else {
+            let bytes = self.resized.buffer();
+            arch.dispatch(|| write_planes(bytes, size, flip, jitter, preprocessing, row, target));
+        }
+    }
+}
+
+/// A channel's value in a picture, 0 to 255.
+trait Level: Copy {
+    fn value(self) -> f32;
+    fn sum(values: &[Self]) -> f32;
+}
+
+impl Level for u8 {
+    fn value(self) -> f32 {
+        f32::from(self)
+    }
+
+    fn sum(values: &[Self]) -> f32 {
+        values.iter().map(|&byte| u64::from(byte)).sum::<u64>() as f32
+    }
+}
+
+impl Level for f32 {
+    fn value(self) -> f32 {
+        self
+    }
+
+    fn sum(values: &[Self]) -> f32 {
+        values.iter().map(|&value| f64::from(value)).sum::<f64>() as f32
     }
 }
 
 /// PERF: rows of one channel each, which vectorise; benches/records/2026-11-24-cpu-loader, benches/loader.py.
 #[inline(always)]
-fn write_planes(
-    bytes: &[u8],
+fn write_planes<T: Level>(
+    levels: &[T],
     size: usize,
     flip: bool,
     jitter: Option<[f32; 3]>,
+    preprocessing: &Preprocessing,
     row: &mut [Vec<f32>; 3],
     target: &mut [f32],
 ) {
-    let grey_mean = jitter.map_or(0.0, |_| {
-        let sum: u64 = bytes.iter().map(|&byte| u64::from(byte)).sum();
-        sum as f32 / (255 * bytes.len()) as f32
-    });
+    let grey_mean = jitter.map_or(0.0, |_| T::sum(levels) / (255 * levels.len()) as f32);
     let [red, green, blue] = row;
-    for (y, bytes) in bytes.chunks_exact(3 * size).enumerate() {
+    for (y, levels) in levels.chunks_exact(3 * size).enumerate() {
         let values = red.iter_mut().zip(green.iter_mut()).zip(blue.iter_mut());
-        for (rgb, ((red, green), blue)) in bytes.as_chunks::<3>().0.iter().zip(values) {
-            [*red, *green, *blue] = rgb.map(|byte| f32::from(byte) / 255.0);
+        for (rgb, ((red, green), blue)) in levels.as_chunks::<3>().0.iter().zip(values) {
+            [*red, *green, *blue] = rgb.map(|level| level.value() / 255.0);
         }
         if let Some([brightness, contrast, saturation]) = jitter {
             for ((red, green), blue) in red.iter_mut().zip(green.iter_mut()).zip(blue.iter_mut()) {
@@ -225,9 +270,10 @@ fn write_planes(
             }
         }
         for (c, values) in [&*red, &*green, &*blue].into_iter().enumerate() {
-            let target = &mut target[(c * size + y) * size..][..size];
+            let target = &mut target[(preprocessing.place(c) * size + y) * size..][..size];
+            let (mean, deviation) = (preprocessing.mean[c], preprocessing.deviation[c]);
             for (target, &value) in target.iter_mut().zip(values) {
-                *target = (value - MEAN[c]) / STANDARD_DEVIATION[c];
+                *target = (value - mean) / deviation;
             }
             if flip {
                 target.reverse();

@@ -7,6 +7,7 @@ use rayon::prelude::*;
 use super::augment::{Cropper, TestCrop};
 use super::dataset::Split;
 use super::loader::ImageBatch;
+use super::preprocessing::Preprocessing;
 use crate::{Error, Result};
 
 /// Walks a split in chunks of `chunk` pictures, centre-cropped, each once; an iterator.
@@ -24,11 +25,16 @@ pub struct EvaluationBatches {
 }
 
 impl EvaluationBatches {
-    /// Starts at the first picture.
+    /// Starts at the first picture, which is cut to `image_size` and scaled for `preprocessing`.
     ///
     /// # Errors
     /// [`Error::InvalidSetting`] if `chunk` is 0, or the size or crop is out of range.
-    pub fn new(split: Arc<Split>, image_size: usize, crop: TestCrop, chunk: usize) -> Result<Self> {
+    pub fn new(
+        split: Arc<Split>,
+        (image_size, preprocessing): (usize, Preprocessing),
+        crop: TestCrop,
+        chunk: usize,
+    ) -> Result<Self> {
         if chunk == 0 {
             return Err(Error::InvalidSetting {
                 name: "evaluation chunk",
@@ -38,7 +44,8 @@ impl EvaluationBatches {
         }
         crop.validate()?;
         let readable = vec![0; split.class_names().len()];
-        Ok(Self { split, cropper: Cropper::new(image_size)?, crop, chunk, next: 0, readable })
+        let cropper = Cropper::new(image_size, preprocessing)?;
+        Ok(Self { split, cropper, crop, chunk, next: 0, readable })
     }
 
     /// The next chunk; its pictures are decoded and cut on all cores.

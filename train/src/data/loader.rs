@@ -9,6 +9,7 @@ use image::RgbImage;
 
 use super::augment::{AugmentSettings, Cropper};
 use super::dataset::Split;
+use super::preprocessing::Preprocessing;
 use super::random::{Purpose, generator};
 use super::sampler::PkSampler;
 use crate::{Error, Result};
@@ -35,6 +36,8 @@ pub struct ImageBatch {
 pub struct LoaderSettings {
     /// Side of the network's input, 8 to 1024 pixels.
     pub image_size: usize,
+    /// How pictures are scaled.
+    pub preprocessing: Preprocessing,
     /// How pictures are varied.
     pub augment: AugmentSettings,
     /// Threads, at least 1. Default 1: a second one pays only where pictures are large.
@@ -53,7 +56,8 @@ impl LoaderSettings {
     /// Defaults for `steps` batches of pictures of side `image_size`.
     pub fn new(image_size: usize, steps: u64, seed: u64) -> Self {
         let augment = AugmentSettings::default();
-        Self { image_size, augment, workers: 1, queue: 4, seed, first_step: 0, steps }
+        let preprocessing = Preprocessing::default();
+        Self { image_size, preprocessing, augment, workers: 1, queue: 4, seed, first_step: 0, steps }
     }
 }
 
@@ -100,8 +104,9 @@ impl Loader {
                 return Err(Error::InvalidSetting { name, value: "0".into(), range: "at least 1" });
             }
         }
-        let croppers: Vec<_> =
-            (0..settings.workers).map(|_| Cropper::new(settings.image_size)).collect::<Result<_>>()?;
+        let croppers: Vec<_> = (0..settings.workers)
+            .map(|_| Cropper::new(settings.image_size, settings.preprocessing))
+            .collect::<Result<_>>()?;
         let first = settings.first_step;
         let state =
             State { next_claimed: first, next_delivered: first, finished: BTreeMap::new(), closed: false };

@@ -3,22 +3,43 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use burn::tensor::Device;
+use burn::tensor::{Device, Tensor};
 
 use super::{Event, Skipped};
-use crate::data::{EvaluationBatches, Split, TestCrop};
-use crate::model::{EmbeddingNetwork, NetworkShape};
-use crate::train::checkpoint::Checkpoint;
+use crate::data::{EvaluationBatches, Preprocessing, Split, TestCrop};
+use crate::model::{
+    Backbone, BackboneKind, EmbeddingHead, EmbeddingNetwork, HeadKind, NetworkShape, Normalise, Pooling,
+    PoolingKind, to_unit_rows,
+};
+use crate::train::checkpoint::{Checkpoint, fingerprint};
 use crate::train::{EVALUATION_CHUNK, Embedded, embed_batches};
 use crate::{Error, Result};
 
-/// A network from a checkpoint, and the size of the pictures it was trained on.
+/// Published weights instead of a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Default, clap::Args)]
+pub struct PretrainedSettings {
+    /// A network with published weights instead of a checkpoint; without a head, its pooled features are the embeddings.
+    #[arg(long, value_enum, requires = "weights", conflicts_with = "checkpoint")]
+    pub backbone: Option<BackboneKind>,
+    /// The weights of --backbone: .safetensors, .pth or .pt.
+    #[arg(long, value_name = "FILE", requires = "backbone")]
+    pub weights: Option<PathBuf>,
+    /// How features are pooled over the picture; the network's own way if not given, avg or cls.
+    #[arg(long, value_enum, requires = "backbone")]
+    pub pooling: Option<PoolingKind>,
+}
+
+/// A network from a file, and how its pictures are to be.
 pub struct Embedder {
-    network: EmbeddingNetwork,
+    backbone: Backbone,
+    pooling: Pooling,
+    /// None where published weights are taken as they are: the embeddings are the features, scaled to unit norm.
+    head: Option<EmbeddingHead>,
     device: Device,
-    shape: NetworkShape,
+    dim: usize,
     image_size: usize,
-    checkpoint: PathBuf,
+    preprocessing: Preprocessing,
+    file: PathBuf,
     fingerprint: String,
 }
 
@@ -41,16 +62,64 @@ impl Embedder {
             })?,
         };
         check_image_size(image_size)?;
+        shape.backbone.validate(Some(shape.pooling), false, image_size)?;
         let device = Device::flex();
         let network = file.fill(EmbeddingNetwork::new(&shape, &device))?;
-        let fingerprint = file.fingerprint();
-        Ok(Self { network, device, shape, image_size, checkpoint: checkpoint.to_path_buf(), fingerprint })
+        let EmbeddingNetwork { backbone, pooling, head } = network;
+        Ok(Self {
+            backbone,
+            pooling,
+            head: Some(head),
+            device,
+            dim: shape.embedding_dim,
+            image_size,
+            preprocessing: shape.backbone.preprocessing(),
+            file: checkpoint.to_path_buf(),
+            fingerprint: file.fingerprint(),
+        })
+    }
+
+    /// A network with published weights and no head.
+    ///
+    /// # Errors
+    /// [`Error::Io`] or [`Error::Format`] if the file cannot be read or does not fit; [`Error::InvalidSetting`].
+    pub fn pretrained(settings: &PretrainedSettings, image_size: Option<usize>) -> Result<Self> {
+        let invalid = |name, range| Error::InvalidSetting { name, value: "missing".into(), range };
+        let kind = settings.backbone.ok_or_else(|| invalid("backbone", "--weights needs --backbone NAME"))?;
+        let weights = settings.weights.as_deref();
+        let weights = weights.ok_or_else(|| invalid("weights", "--backbone needs --weights FILE"))?;
+        let image_size = image_size.or(kind.image_size()).unwrap_or_default();
+        kind.validate(settings.pooling, true, image_size)?;
+        check_image_size(image_size)?;
+        let device = Device::flex();
+        let pooling = settings.pooling.unwrap_or_else(|| kind.pooling());
+        let shape = NetworkShape {
+            backbone: kind,
+            pooling,
+            width: 0,
+            depth: 0,
+            embedding_dim: 0,
+            head: HeadKind::default(),
+        };
+        let backbone = Backbone::new(&shape, &device).with_weights(weights)?;
+        let bytes = std::fs::read(weights).map_err(Error::io("read", weights))?;
+        Ok(Self {
+            dim: backbone.features(),
+            backbone,
+            pooling: Pooling::new(pooling, &device),
+            head: None,
+            device,
+            image_size,
+            preprocessing: kind.preprocessing(),
+            file: weights.to_path_buf(),
+            fingerprint: fingerprint(&bytes),
+        })
     }
 
     /// Dimensions of an embedding.
     #[must_use]
     pub fn dim(&self) -> usize {
-        self.shape.embedding_dim
+        self.dim
     }
 
     /// Side of the pictures the network sees.
@@ -61,11 +130,11 @@ impl Embedder {
 
     /// The file it came from.
     #[must_use]
-    pub fn checkpoint(&self) -> &Path {
-        &self.checkpoint
+    pub fn file(&self) -> &Path {
+        &self.file
     }
 
-    /// Tells checkpoints apart: CRC-32 of the file.
+    /// Tells files apart: CRC-32.
     #[must_use]
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
@@ -77,14 +146,19 @@ impl Embedder {
     /// [`Error::Dataset`] if a class has no readable picture; [`Error::Training`] if an embedding is not finite.
     pub fn embed(&self, split: &Arc<Split>, tell: &mut dyn FnMut(Event<'_>)) -> Result<Embedded> {
         let total = split.len();
-        let batches = EvaluationBatches::new(
-            Arc::clone(split),
-            self.image_size,
-            TestCrop::default(),
-            EVALUATION_CHUNK,
-        )?;
+        let shown = (self.image_size, self.preprocessing);
+        let batches =
+            EvaluationBatches::new(Arc::clone(split), shown, TestCrop::default(), EVALUATION_CHUNK)?;
         let progress = |done| tell(Event::Embedding { done, total });
-        embed_batches(&self.network, &self.device, batches, progress)
+        embed_batches(|images| self.forward(images), &self.device, batches, progress)
+    }
+
+    fn forward(&self, images: Tensor<4>) -> Tensor<2> {
+        let features = self.pooling.forward(self.backbone.forward(images, Normalise::Running));
+        match &self.head {
+            Some(head) => head.forward(features),
+            None => to_unit_rows(features),
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::embedder::{self, Embedder, check_image_size};
+use super::embedder::{self, Embedder, PretrainedSettings, check_image_size};
 use super::file::EmbeddingsFile;
 use super::{Event, Skipped};
 use crate::data::{Dataset, DatasetKind, DatasetSettings, RECALL_AT};
@@ -17,10 +17,13 @@ use ddtas::retrieval::{self, Metrics};
 #[derive(Debug, Clone, PartialEq, clap::Args)]
 pub struct EvalSettings {
     /// A checkpoint of ddtas-train.
-    #[arg(long, value_name = "FILE", required_unless_present = "embeddings")]
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["embeddings", "backbone"])]
     pub checkpoint: Option<PathBuf>,
+    /// Published weights instead.
+    #[command(flatten)]
+    pub pretrained: PretrainedSettings,
     /// Embeddings in a .safetensors file instead: `embeddings` and `labels`; `references` and `reference_labels` if queries have a gallery of their own.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["checkpoint", "dataset", "data_root", "image_size"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["checkpoint", "backbone", "dataset", "data_root", "image_size"])]
     pub embeddings: Option<PathBuf>,
 
     /// Data set whose unseen classes are searched; that of the checkpoint's run if not given.
@@ -38,7 +41,7 @@ pub struct EvalSettings {
     /// Cut every picture to its bounding box, as in training (cars196, cub200, in-shop).
     #[arg(long, requires = "dataset")]
     pub crop_to_box: bool,
-    /// Side of the pictures the network sees; what the checkpoint says if not given.
+    /// Side of the pictures the network sees; what the checkpoint says, or what --backbone was made for, if not given.
     #[arg(long, value_name = "PIXELS")]
     pub image_size: Option<usize>,
 
@@ -124,8 +127,8 @@ pub fn evaluate(settings: &EvalSettings, tell: &mut dyn FnMut(Event<'_>)) -> Res
     settings.validate()?;
     let spec: DeviceSpec = settings.device.parse()?;
     let mut backend = backend::open(&spec)?;
-    match (&settings.embeddings, &settings.checkpoint) {
-        (Some(path), _) => {
+    match (&settings.embeddings, &settings.checkpoint, &settings.pretrained.weights) {
+        (Some(path), ..) => {
             let file = EmbeddingsFile::read(path)?;
             let labels =
                 file.labels.as_ref().ok_or_else(|| Error::format(path, "there is no tensor `labels`"))?;
@@ -133,23 +136,29 @@ pub fn evaluate(settings: &EvalSettings, tell: &mut dyn FnMut(Event<'_>)) -> Res
             let gallery = file.gallery.as_ref().map(|rows| Rows::new(rows.values.view(), &rows.labels));
             measure(settings, path, &mut *backend, (&queries, gallery.as_ref()), RECALL_AT, tell)
         }
-        (None, Some(path)) => evaluate_checkpoint(settings, path, &mut *backend, tell),
-        (None, None) => Err(Error::InvalidSetting {
+        (None, Some(path), _) => {
+            let embedder = Embedder::open(path, settings.image_size)?;
+            evaluate_network(settings, &embedder, &mut *backend, tell)
+        }
+        (None, None, Some(_)) => {
+            let embedder = Embedder::pretrained(&settings.pretrained, settings.image_size)?;
+            evaluate_network(settings, &embedder, &mut *backend, tell)
+        }
+        (None, None, None) => Err(Error::InvalidSetting {
             name: "checkpoint",
             value: "missing".into(),
-            range: "give --checkpoint FILE or --embeddings FILE",
+            range: "give --checkpoint FILE, --backbone NAME --weights FILE, or --embeddings FILE",
         }),
     }
 }
 
-fn evaluate_checkpoint(
+fn evaluate_network(
     settings: &EvalSettings,
-    path: &Path,
+    embedder: &Embedder,
     backend: &mut dyn Backend,
     tell: &mut dyn FnMut(Event<'_>),
 ) -> Result<Evaluation> {
-    let embedder = Embedder::open(path, settings.image_size)?;
-    let dataset = open(settings, path, &mut |note| tell(Event::Note(note)))?;
+    let dataset = open(settings, embedder.file(), &mut |note| tell(Event::Note(note)))?;
     dataset.warnings.iter().for_each(|warning| tell(Event::Warning(warning)));
     let begun = Instant::now();
     let queries = embedder.embed(&dataset.test, tell)?;
@@ -159,7 +168,7 @@ fn evaluate_checkpoint(
     let searched = gallery.as_ref().map(|side| Ok::<_, Error>(Rows::new(side.view()?, &side.labels)));
     let searched = searched.transpose()?;
     let ks = dataset.recall_at;
-    let evaluation = measure(settings, path, backend, (&rows, searched.as_ref()), ks, tell)?;
+    let evaluation = measure(settings, embedder.file(), backend, (&rows, searched.as_ref()), ks, tell)?;
     let mut skipped = embedder::skipped(&dataset.test);
     skipped.extend(dataset.gallery.iter().flat_map(|gallery| embedder::skipped(gallery)));
     Ok(Evaluation { dataset: Some(dataset.name), skipped, embedding_seconds, ..evaluation })

@@ -2,7 +2,7 @@
 //!
 //! | file | what |
 //! | --- | --- |
-//! | `embedder.rs` | a checkpoint, ready to embed pictures |
+//! | `embedder.rs` | a checkpoint, or published weights, ready to embed pictures |
 //! | `evaluation.rs` | the figures of a checkpoint on a data set, or of embeddings in a file |
 //! | `pictures.rs` | the pictures of a folder tree |
 //! | `export.rs` | embeddings of a folder tree, into a file |
@@ -17,7 +17,7 @@ mod pictures;
 mod search;
 mod sheet;
 
-pub use embedder::Embedder;
+pub use embedder::{Embedder, PretrainedSettings};
 pub use evaluation::{EvalSettings, Evaluation, evaluate};
 pub use export::{EmbedSettings, Export, embed};
 pub use file::{EmbeddingsFile, Format};

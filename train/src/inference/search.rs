@@ -115,7 +115,7 @@ pub fn search(settings: &SearchSettings, tell: &mut dyn FnMut(Event<'_>)) -> Res
 
 /// Embeddings of two networks have nothing to do with each other.
 fn check_origin(path: &Path, gallery: &EmbeddingsFile, embedder: &Embedder) -> Result<()> {
-    let checkpoint = embedder.checkpoint().display();
+    let checkpoint = embedder.file().display();
     if gallery.values.ncols() != embedder.dim() {
         let (got, want) = (gallery.values.ncols(), embedder.dim());
         return Err(Error::format(

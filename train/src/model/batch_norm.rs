@@ -1,15 +1,30 @@
-//! Batch normalisation of channels, joined with ReLU on request.
+//! Batch normalisation of channels, joined with an activation.
 
 use burn::module::{Initializer, Module, Param, RunningState};
 use burn::tensor::{Device, Tensor};
 
 use super::layers::{self, NormaliseOptions};
 
-/// Share of the batch in the running statistics after one step.
-const MOMENTUM: f64 = 0.1;
+pub use super::layers::Activation;
 
-/// Added to the variance before its root.
-const EPSILON: f32 = 1e-5;
+/// What a normalisation does beside normalising.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct NormOptions {
+    /// Added to the variance before its root.
+    pub epsilon: f32,
+    /// Share of the batch in the running statistics after one step.
+    pub momentum: f64,
+    /// What follows.
+    pub activation: Activation,
+}
+
+impl NormOptions {
+    /// PyTorch's, followed by `activation`.
+    #[must_use]
+    pub const fn new(activation: Activation) -> Self {
+        Self { epsilon: 1e-5, momentum: 0.1, activation }
+    }
+}
 
 /// How batch normalisation behaves in a forward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,19 +54,37 @@ pub struct BatchNorm {
     beta: Param<Tensor<1>>,
     running_mean: RunningState<Tensor<1>>,
     running_variance: RunningState<Tensor<1>>,
-    relu: bool,
+    #[module(skip)]
+    options: NormOptions,
 }
 
 impl BatchNorm {
-    /// A normalisation of `channels`, followed by ReLU if asked for.
+    /// A normalisation of `channels` as PyTorch's, followed by `activation`.
     #[must_use]
-    pub fn new(channels: usize, relu: bool, device: &Device) -> Self {
+    pub fn new(channels: usize, activation: Activation, device: &Device) -> Self {
+        Self::with_options(channels, NormOptions::new(activation), device)
+    }
+
+    /// A normalisation of `channels`.
+    #[must_use]
+    pub fn with_options(channels: usize, options: NormOptions, device: &Device) -> Self {
         Self {
             gamma: Initializer::Ones.init([channels], device),
             beta: Initializer::Zeros.init([channels], device),
             running_mean: RunningState::new(Tensor::zeros([channels], device)),
             running_variance: RunningState::new(Tensor::ones([channels], device)),
-            relu,
+            options,
+        }
+    }
+
+    /// PyTorch's name of the tensor that is called `name` here.
+    #[must_use]
+    pub fn file_name(name: &str) -> &str {
+        match name {
+            "gamma" => "weight",
+            "beta" => "bias",
+            "running_variance" => "running_var",
+            other => other,
         }
     }
 
@@ -72,7 +105,8 @@ impl BatchNorm {
             Normalise::Running => (self.gamma.val().detach(), self.beta.val().detach()),
             Normalise::Affine | Normalise::Batch | Normalise::Training => (self.gamma.val(), self.beta.val()),
         };
-        let options = NormaliseOptions { epsilon: EPSILON, relu: self.relu, from_batch };
+        let NormOptions { epsilon, activation, .. } = self.options;
+        let options = NormaliseOptions { epsilon, activation, from_batch };
         layers::normalise(input, statistics, gamma, beta, options)
     }
 
@@ -82,9 +116,10 @@ impl BatchNorm {
         // The running variance is the unbiased one, as everywhere in the field.
         let unbiased = count as f64 / (count.max(2) - 1) as f64;
         let row = |row: usize| statistics.clone().slice([row..row + 1, 0..channels]).reshape([channels]);
+        let momentum = self.options.momentum;
         let update = |running: &RunningState<Tensor<1>>, batch: Tensor<1>| {
-            let kept = running.value_sync().detach().mul_scalar(1.0 - MOMENTUM);
-            running.update(kept.add(batch.detach().mul_scalar(MOMENTUM)));
+            let kept = running.value_sync().detach().mul_scalar(1.0 - momentum);
+            running.update(kept.add(batch.detach().mul_scalar(momentum)));
         };
         update(&self.running_mean, row(0));
         update(&self.running_variance, row(1).mul_scalar(unbiased));

@@ -82,8 +82,13 @@ impl EmbeddingHead {
     /// Features `[N, features]` to embeddings `[N, dim]`, rows of unit norm.
     #[must_use]
     pub fn forward(&self, features: Tensor<2>) -> Tensor<2> {
-        let raw = self.input(features).matmul(self.weight.val()).add(self.bias.val().unsqueeze());
-        let norm = raw.clone().powi_scalar(2).sum_dim(1).sqrt().clamp_min(SMALLEST_NORM);
-        raw.div(norm)
+        to_unit_rows(self.input(features).matmul(self.weight.val()).add(self.bias.val().unsqueeze()))
     }
+}
+
+/// Rows scaled to unit norm.
+#[must_use]
+pub fn to_unit_rows(rows: Tensor<2>) -> Tensor<2> {
+    let norm = rows.clone().powi_scalar(2).sum_dim(1).sqrt().clamp_min(SMALLEST_NORM);
+    rows.div(norm)
 }

@@ -1,18 +1,21 @@
-//! Networks: a residual backbone and an embedding head, as Burn modules.
+//! Networks: a backbone, a pooling and an embedding head, as Burn modules.
 
 mod backbone;
 mod batch_norm;
 mod head;
 pub mod layers;
+mod pooling;
+mod weights;
 
 use burn::module::Module;
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Tensor, TensorData};
 use ndarray::Array2;
 
-pub use backbone::Backbone;
-pub use batch_norm::{BatchNorm, Normalise};
-pub use head::{EmbeddingHead, HeadKind};
+pub use backbone::{Backbone, BackboneKind, Features};
+pub use batch_norm::{Activation, BatchNorm, NormOptions, Normalise};
+pub use head::{EmbeddingHead, HeadKind, to_unit_rows};
+pub use pooling::{Pooling, PoolingKind};
 
 use crate::{Error, Result};
 
@@ -21,37 +24,85 @@ use crate::{Error, Result};
 pub struct EmbeddingNetwork {
     /// Images to features.
     pub backbone: Backbone,
-    /// Features to embeddings.
+    /// Features to one vector a picture.
+    pub pooling: Pooling,
+    /// Vectors to embeddings.
     pub head: EmbeddingHead,
 }
 
 /// Shape of an [`EmbeddingNetwork`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct NetworkShape {
-    /// Channels of the first of three stages; the later ones have two and four times as many.
+    /// Which network.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub backbone: BackboneKind,
+    /// How its features are pooled.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub pooling: PoolingKind,
+    /// Channels of the first of three stages; the later ones have two and four times as many. Of the small network
+    /// alone, 0 in the others.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub width: usize,
-    /// Residual blocks a stage.
+    /// Residual blocks a stage. Of the small network alone, 0 in the others.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub depth: usize,
     /// Dimensions of an embedding.
     pub embedding_dim: usize,
     /// What lies between features and embedding.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub head: HeadKind,
+}
+
+impl std::fmt::Display for NetworkShape {
+    /// As the flags that make it.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.backbone {
+            BackboneKind::Residual => write!(f, "--width {} --depth {}", self.width, self.depth)?,
+            other => write!(f, "--backbone {}", other.name())?,
+        }
+        if self.pooling != self.backbone.pooling() {
+            write!(f, " --pooling {}", self.pooling.name())?;
+        }
+        if self.head != HeadKind::default() {
+            write!(f, " --head {}", self.head.name())?;
+        }
+        write!(f, " --embedding-dim {}", self.embedding_dim)
+    }
+}
+
+/// Whether files leave a field out: those of versions that did not know it yet read, and are written, as they were.
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 impl EmbeddingNetwork {
     /// A network with random weights, drawn from the device's generator (seed it first).
     #[must_use]
     pub fn new(shape: &NetworkShape, device: &Device) -> Self {
-        let backbone = Backbone::new(shape.width, shape.depth, device);
+        let backbone = Backbone::new(shape, device);
         let head = EmbeddingHead::new(backbone.features(), shape.embedding_dim, device).with_kind(shape.head);
-        Self { backbone, head }
+        Self { backbone, pooling: Pooling::new(shape.pooling, device), head }
+    }
+
+    /// Images `[N, 3, H, W]` to feature vectors `[N, features]`, which the head takes.
+    #[must_use]
+    pub fn features(&self, images: Tensor<4>, mode: Normalise) -> Tensor<2> {
+        self.pooling.forward(self.backbone.forward(images, mode))
     }
 
     /// Images `[N, 3, H, W]` to embeddings `[N, dim]`, rows of unit norm.
     #[must_use]
     pub fn forward(&self, images: Tensor<4>, mode: Normalise) -> Tensor<2> {
-        self.head.forward(self.backbone.forward(images, mode))
+        self.head.forward(self.features(images, mode))
+    }
+
+    /// What files call the tensor that Burn calls `path`.
+    #[must_use]
+    pub fn file_name(&self, path: &str) -> String {
+        match path.strip_prefix("backbone.") {
+            Some(path) => format!("backbone.{}", self.backbone.file_name(path)),
+            None => path.to_owned(),
+        }
     }
 }
 

@@ -4,7 +4,7 @@ use std::io::Cursor;
 
 use image::{ImageFormat, RgbImage};
 
-use crate::data::Cropper;
+use crate::data::{Cropper, Preprocessing};
 use crate::{Error, Result};
 
 /// Makes thumbnails of one size.
@@ -18,7 +18,7 @@ impl Thumbnails {
     /// # Errors
     /// [`Error::InvalidSetting`] for a side out of range.
     pub(crate) fn new(side: usize) -> Result<Self> {
-        Ok(Self { cropper: Cropper::new(side)? })
+        Ok(Self { cropper: Cropper::new(side, Preprocessing::default())? })
     }
 
     /// The middle of a picture.

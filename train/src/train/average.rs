@@ -52,7 +52,7 @@ impl Average {
     pub fn take(&mut self, archive: &mut Archive) -> Result<(), String> {
         let mut tensors = Archive::default();
         archive.take_all(PREFIX).into_iter().for_each(|(name, entry)| tensors.put(name, entry));
-        self.network = checkpoint::filled(self.network.clone(), tensors.to_bytes()?)
+        self.network = checkpoint::filled(self.network.clone(), tensors)
             .map_err(|reason| format!("its mean weights do not fit the network: {reason}"))?;
         Ok(())
     }

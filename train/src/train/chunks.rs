@@ -28,10 +28,10 @@ pub fn features(
     mode: Normalise,
     device: &Device,
 ) -> Tensor<2> {
-    let (backbone, device) = (network.backbone.valid(), device.clone().inner());
+    let (network, device) = (network.valid(), device.clone().inner());
     let mode = mode.without_moving();
     let chunks = chunks(batch.labels.len(), size);
-    Tensor::cat(chunks.map(|rows| backbone.forward(images(batch, rows, &device), mode)).collect(), 0)
+    Tensor::cat(chunks.map(|rows| network.features(images(batch, rows, &device), mode)).collect(), 0)
 }
 
 /// Gradients of the weights of `network` from dL/dE of a batch, `size` pictures at a time.

@@ -232,7 +232,7 @@ impl Engine {
             (features.clone(), self.network.head.valid().forward(features), Way::Chunks)
         } else {
             let images = image_tensor(batch, &self.device);
-            let features = self.network.backbone.forward(images, self.mode);
+            let features = self.network.features(images, self.mode);
             (features.clone(), self.network.head.forward(features), Way::Whole)
         }
     }
@@ -298,7 +298,7 @@ impl Engine {
         let fresh = match meta {
             Some(meta) => {
                 let images = image_tensor(meta, &self.device.clone().inner());
-                let features = self.network.valid().backbone.forward(images, self.mode.without_moving());
+                let features = self.network.valid().features(images, self.mode.without_moving());
                 let features = to_array(head.input(features))?;
                 Some((features.mapv(f64::from), meta.labels.as_slice()))
             }
@@ -339,16 +339,18 @@ impl Engine {
         batches: impl Iterator<Item = Result<ImageBatch>>,
         progress: impl FnMut(usize),
     ) -> Result<Embedded> {
-        embed_batches(&self.evaluated(), &self.device.clone().inner(), batches, progress)
+        let network = self.evaluated();
+        let embed = |images| network.forward(images, Normalise::Running);
+        embed_batches(embed, &self.device.clone().inner(), batches, progress)
     }
 }
 
-/// Embeds batches of pictures by the running statistics; `progress` hears how many are done.
+/// Embeds batches of pictures by `network`; `progress` hears how many are done.
 ///
 /// # Errors
 /// What `batches` returns; [`Error::Training`] if an embedding is not finite.
 pub fn embed_batches(
-    network: &EmbeddingNetwork,
+    network: impl Fn(Tensor<4>) -> Tensor<2>,
     device: &Device,
     batches: impl Iterator<Item = Result<ImageBatch>>,
     mut progress: impl FnMut(usize),
@@ -361,7 +363,7 @@ pub fn embed_batches(
         if batch.labels.is_empty() {
             continue;
         }
-        let values = to_array(network.forward(image_tensor(&batch, device), Normalise::Running))?;
+        let values = to_array(network(image_tensor(&batch, device)))?;
         dim = values.ncols();
         embedded.values.extend(values.iter());
         embedded.labels.extend(&batch.labels);

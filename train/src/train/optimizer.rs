@@ -155,13 +155,12 @@ fn grouped<O: Optimizer>(
     let on_vectors = if settings.optimizer.weight_decay_on == Decayed::All { decay } else { 0.0 };
     let head_rate = settings.optimizer.head_learning_rate.unwrap_or(settings.learning_rate);
     let of_head = head_rate / settings.learning_rate;
-    let (backbone, head) = (Numbers::of(&network.backbone), Numbers::of(&network.head));
+    let (all, head) = (Numbers::of(network), Numbers::of(&network.head));
     let mut optimizer = ModuleOptimizer::from(build(decay));
-    for (numbers, decay, factor) in [
-        (backbone.vectors, on_vectors, 1.0),
-        (head.others, decay, of_head),
-        (head.vectors, on_vectors, of_head),
-    ] {
+    // The last group that a parameter is in counts.
+    for (numbers, decay, factor) in
+        [(all.vectors, on_vectors, 1.0), (head.others, decay, of_head), (head.vectors, on_vectors, of_head)]
+    {
         let scaled = Scaled { optimizer: build(decay), factor };
         optimizer = optimizer.with_group(ParamGroup::from_ids(numbers), scaled, None);
     }

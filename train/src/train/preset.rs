@@ -30,6 +30,7 @@ impl Preset {
     pub fn values(self) -> &'static [(&'static str, &'static str)] {
         match self {
             Self::Paper => &[
+                ("backbone", "bn-inception"),
                 ("image_size", "227"),
                 ("embedding_dim", "512"),
                 ("batch_norm", "frozen"),
@@ -43,6 +44,8 @@ impl Preset {
                 ("weight_decay", "0"),
             ],
             Self::FineTune => &[
+                ("backbone", "efficientnet-lite0"),
+                ("pooling", "avg+max"),
                 ("image_size", "96"),
                 ("embedding_dim", "512"),
                 ("batch_norm", "frozen"),
@@ -69,7 +72,7 @@ impl Preset {
     /// # Errors
     /// [`Error::InvalidSetting`] says where to get them.
     pub fn check(self, settings: &TrainSettings) -> Result<()> {
-        if settings.init.is_some() {
+        if settings.init.is_some() || settings.weights.is_some() {
             return Ok(());
         }
         let (value, range) = (

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::DatasetSettings;
 use crate::generator::{GeneratorKind, GeneratorSettings, Lambda};
-use crate::model::{HeadKind, NetworkShape};
+use crate::model::{BackboneKind, HeadKind, NetworkShape, PoolingKind};
 use crate::train::optimizer::OptimizerSettings;
 use crate::train::schedule::Schedule;
 use crate::{Error, Result};
@@ -47,20 +47,32 @@ pub struct TrainSettings {
     /// Dimensions of an embedding.
     #[arg(long, default_value_t = 128)]
     pub embedding_dim: usize,
-    /// Channels of the network's first stage; the next two have twice and four times as many.
+    /// The network that makes features of pictures.
+    #[arg(long, value_enum, default_value_t)]
+    #[serde(default)]
+    pub backbone: BackboneKind,
+    /// Start that network from these published weights: .safetensors, .pth or .pt.
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weights: Option<PathBuf>,
+    /// How features are pooled over the picture; the network's own way if not given, avg or cls.
+    #[arg(long, value_enum)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pooling: Option<PoolingKind>,
+    /// Channels of the first stage of --backbone residual; the next two have twice and four times as many.
     #[arg(long, default_value_t = 32)]
     pub width: usize,
-    /// Residual blocks a stage.
+    /// Residual blocks a stage (--backbone residual).
     #[arg(long, default_value_t = 1)]
     pub depth: usize,
     /// What lies between the backbone's features and the embedding.
     #[arg(long, value_enum, default_value_t)]
     #[serde(default)]
     pub head: HeadKind,
-    /// What BatchNorm does while training; the frozen ones need --init.
+    /// What BatchNorm does while training; the frozen ones need --weights or --init.
     #[arg(long, value_enum, default_value_t)]
     pub batch_norm: BatchNorm,
-    /// Start from the weights of this checkpoint.
+    /// Start from the weights of this checkpoint of ddtas-train.
     #[arg(long, value_name = "FILE")]
     pub init: Option<PathBuf>,
 
@@ -214,9 +226,13 @@ impl TrainSettings {
     /// Shape of the network.
     #[must_use]
     pub fn network_shape(&self) -> NetworkShape {
+        let small = self.backbone == BackboneKind::Residual;
+        let only_small = |value| if small { value } else { 0 };
         NetworkShape {
-            width: self.width,
-            depth: self.depth,
+            backbone: self.backbone,
+            pooling: self.pooling.unwrap_or_else(|| self.backbone.pooling()),
+            width: only_small(self.width),
+            depth: only_small(self.depth),
             embedding_dim: self.embedding_dim,
             head: self.head,
         }
@@ -251,7 +267,8 @@ impl TrainSettings {
     /// # Errors
     /// [`Error::Io`] if there is no working directory.
     pub fn with_absolute_paths(mut self) -> Result<Self> {
-        let paths = [&mut self.data.data_root, &mut self.init, &mut self.generator.generator_init];
+        let paths =
+            [&mut self.data.data_root, &mut self.weights, &mut self.init, &mut self.generator.generator_init];
         for path in paths.into_iter().flatten() {
             *path = std::path::absolute(&*path).map_err(Error::io("find", &*path))?;
         }
@@ -263,11 +280,15 @@ impl TrainSettings {
     /// # Errors
     /// [`Error::InvalidSetting`] names the setting.
     pub(super) fn check_files(&self) -> Result<()> {
-        let files = [("init", &self.init), ("generator-init", &self.generator.generator_init)];
+        let files = [
+            ("weights", &self.weights),
+            ("init", &self.init),
+            ("generator-init", &self.generator.generator_init),
+        ];
         for (name, path) in files {
             if let Some(path) = path.as_ref().filter(|path| !path.exists()) {
                 let value = path.display().to_string();
-                return Err(Error::InvalidSetting { name, value, range: "a checkpoint that is there" });
+                return Err(Error::InvalidSetting { name, value, range: "a file that is there" });
             }
         }
         Ok(())
@@ -317,11 +338,18 @@ impl TrainSettings {
         check((0.0..1.0).contains(&decay), "weight-decay", decay.to_string(), "0 to 1, 1 excluded")?;
         self.optimizer.validate(self.generator.kind)?;
         check(
-            self.batch_norm == BatchNorm::Trainable || self.init.is_some(),
+            self.batch_norm == BatchNorm::Trainable || self.init.is_some() || self.weights.is_some(),
             "batch-norm",
             "frozen".into(),
-            "needs --init FILE: without trained statistics there is nothing to freeze",
+            "needs --weights FILE or --init FILE: without trained statistics there is nothing to freeze",
         )?;
+        check(
+            self.weights.is_none() || self.init.is_none(),
+            "weights",
+            "given".into(),
+            "leave out --weights or --init: a network starts from one of them",
+        )?;
+        self.backbone.validate(self.pooling, self.weights.is_some(), self.image_size)?;
         check(
             self.generator.kind == GeneratorKind::Off || self.loss == PairLoss::SoftContrastive,
             "generator",

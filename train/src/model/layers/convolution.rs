@@ -18,7 +18,7 @@ use rayon::prelude::*;
 use super::buffer::written;
 
 /// Positions are computed in steps of at most this many (three vectors of 16 lanes).
-const STEP: usize = 48;
+pub(super) const STEP: usize = 48;
 
 /// Images are summed in this many groups for the weight gradient, whatever the thread count.
 const WEIGHT_GROUPS: usize = 16;
@@ -26,7 +26,7 @@ const WEIGHT_GROUPS: usize = 16;
 /// Flattened length from which a reduction is long enough to hide its horizontal sums.
 const LONG_REDUCTION: usize = 2048;
 
-/// Shape of a convolution with a square kernel and equal padding on all sides.
+/// Shape of a convolution with a square kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Geometry {
     /// Images.
@@ -41,32 +41,40 @@ pub struct Geometry {
     pub kernel: usize,
     /// Step between output positions.
     pub stride: usize,
-    /// Zeros around the input.
-    pub padding: usize,
+    /// Zeros before and behind: of the height, of the width.
+    pub padding: [[usize; 2]; 2],
 }
 
 impl Geometry {
     /// Output height and width.
     pub fn output(&self) -> [usize; 2] {
-        self.input.map(|side| (side + 2 * self.padding - self.kernel) / self.stride + 1)
+        std::array::from_fn(|axis| {
+            let padded = self.input[axis] + self.padding[axis].iter().sum::<usize>();
+            (padded - self.kernel) / self.stride + 1
+        })
+    }
+
+    /// Zeros above and to the left.
+    fn before(&self) -> [usize; 2] {
+        self.padding.map(|[before, _]| before)
     }
 
     /// How far a tap reaches inside its phase.
-    fn reach(&self) -> usize {
+    pub(super) fn reach(&self) -> usize {
         (self.kernel - 1) / self.stride
     }
 
     /// Rows and row stride of an input plane of one phase.
-    fn phase_plane(&self) -> [usize; 2] {
+    pub(super) fn phase_plane(&self) -> [usize; 2] {
         self.output().map(|side| side + self.reach())
     }
 
     /// Floats a kernel may read behind the last position of a plane.
-    fn slack(&self) -> usize {
-        STEP + self.kernel + self.padding
+    pub(super) fn slack(&self) -> usize {
+        STEP + self.kernel + self.before()[1]
     }
 
-    fn phases(&self) -> usize {
+    pub(super) fn phases(&self) -> usize {
         // A kernel shorter than the stride never touches the later phases.
         self.stride.min(self.kernel)
     }
@@ -78,17 +86,17 @@ impl Geometry {
     }
 
     /// Length of all phases of one channel.
-    fn channel_length(&self) -> usize {
+    pub(super) fn channel_length(&self) -> usize {
         self.phases() * self.phases() * self.plane_length()
     }
 
     /// Flattened output positions, the junk behind each row included.
-    fn positions(&self) -> usize {
+    pub(super) fn positions(&self) -> usize {
         self.output()[0] * self.phase_plane()[1]
     }
 
     /// Offset of every tap, row by row, from an output position into a channel.
-    fn taps(&self) -> Vec<usize> {
+    pub(super) fn taps(&self) -> Vec<usize> {
         let columns = self.phase_plane()[1];
         (0..self.kernel * self.kernel)
             .map(|tap| {
@@ -99,7 +107,7 @@ impl Geometry {
             .collect()
     }
 
-    fn input_length(&self) -> usize {
+    pub(super) fn input_length(&self) -> usize {
         self.channels_in * self.input[0] * self.input[1]
     }
 
@@ -251,31 +259,32 @@ struct Scratch {
     accumulators: Vec<f32>,
 }
 
-fn zeroed(buffer: &mut Vec<f32>, length: usize) -> &mut [f32] {
+pub(super) fn zeroed(buffer: &mut Vec<f32>, length: usize) -> &mut [f32] {
     buffer.clear();
     buffer.resize(length, 0.0);
     buffer
 }
 
 /// Copies an image into zeroed phase planes; channel c starts at `c * channel_length`.
-fn split_phases(g: &Geometry, input: &[f32], planes: &mut [f32], channel_length: usize) {
+pub(super) fn split_phases(g: &Geometry, input: &[f32], planes: &mut [f32], channel_length: usize) {
     let [height, width] = g.input;
     let [rows, columns] = g.phase_plane();
+    let [above, left] = g.before();
     for (c, source) in input.chunks_exact(height * width).enumerate() {
         for phase_y in 0..g.phases() {
             for phase_x in 0..g.phases() {
                 let phase = phase_y * g.phases() + phase_x;
                 let plane = &mut planes[c * channel_length + phase * g.plane_length()..][..rows * columns];
                 for (y, row) in plane.chunks_exact_mut(columns).enumerate() {
-                    let Some(source_y) = (g.stride * y + phase_y).checked_sub(g.padding) else { continue };
+                    let Some(source_y) = (g.stride * y + phase_y).checked_sub(above) else { continue };
                     if source_y >= height {
                         continue;
                     }
                     let source = &source[source_y * width..][..width];
                     // First column inside the image.
-                    let first = g.padding.saturating_sub(phase_x).div_ceil(g.stride);
+                    let first = left.saturating_sub(phase_x).div_ceil(g.stride);
                     let Some(row) = row.get_mut(first..) else { continue };
-                    let from = g.stride * first + phase_x - g.padding;
+                    let from = g.stride * first + phase_x - left;
                     let Some(source) = source.get(from..) else { continue };
                     if g.stride == 1 {
                         let length = row.len().min(source.len());
@@ -292,19 +301,19 @@ fn split_phases(g: &Geometry, input: &[f32], planes: &mut [f32], channel_length:
 }
 
 /// One phase of the input, seen from the padded output gradient.
-struct InputPhase {
+pub(super) struct InputPhase {
     /// Kernel taps that touch this phase.
-    kernel_taps: Vec<usize>,
+    pub(super) kernel_taps: Vec<usize>,
     /// Their offsets into the padded gradient, for every channel of it.
-    offsets: Vec<usize>,
+    pub(super) offsets: Vec<usize>,
     /// First input row and column of the phase that lie inside the image.
     first: [usize; 2],
     /// Rows and columns of the phase inside the image.
-    count: [usize; 2],
+    pub(super) count: [usize; 2],
 }
 
 impl InputPhase {
-    fn new(g: &Geometry, phase: [usize; 2], columns: usize, channel_length: usize) -> Self {
+    pub(super) fn new(g: &Geometry, phase: [usize; 2], columns: usize, channel_length: usize) -> Self {
         let reach = g.reach();
         let (mut kernel_taps, mut taps) = (Vec::new(), Vec::new());
         for y in (phase[0]..g.kernel).step_by(g.stride) {
@@ -318,8 +327,8 @@ impl InputPhase {
         let mut within = [0; 2];
         for axis in 0..2 {
             // Position q of the phase is input row stride * q + phase - padding.
-            within[axis] = g.padding.saturating_sub(phase[axis]).div_ceil(g.stride);
-            first[axis] = g.stride * within[axis] + phase[axis] - g.padding;
+            within[axis] = g.before()[axis].saturating_sub(phase[axis]).div_ceil(g.stride);
+            first[axis] = g.stride * within[axis] + phase[axis] - g.before()[axis];
             let last = g.output()[axis] + reach;
             let inside = g.input[axis].saturating_sub(first[axis]).div_ceil(g.stride);
             count[axis] = inside.min(last.saturating_sub(within[axis]));
@@ -329,7 +338,7 @@ impl InputPhase {
         Self { kernel_taps, offsets, first, count }
     }
 
-    fn scatter(&self, g: &Geometry, plane: &mut [f32], flat: &[f32], columns: usize) {
+    pub(super) fn scatter(&self, g: &Geometry, plane: &mut [f32], flat: &[f32], columns: usize) {
         for (y, flat) in flat.chunks(columns).take(self.count[0]).enumerate() {
             let row = &mut plane[(self.first[0] + y * g.stride) * g.input[1]..][..g.input[1]];
             let values = flat.iter().take(self.count[1]);

@@ -7,25 +7,25 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 
-use super::{LayerOps, NormaliseOptions};
+use super::{ConvolutionOptions, LayerOps, NormaliseOptions};
 
 #[derive(Debug)]
 struct Convolution;
 
 impl<B: LayerOps> Backward<B, 2> for Convolution {
-    type State = (FloatTensor<B>, FloatTensor<B>, usize);
+    type State = (FloatTensor<B>, FloatTensor<B>, ConvolutionOptions);
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _checkpointer: &mut Checkpointer) {
         let [input_node, weight_node] = ops.parents;
         let gradient = grads.consume::<B>(&ops.node);
-        let (input, weight, stride) = ops.state;
+        let (input, weight, options) = ops.state;
         if let Some(node) = input_node {
             let value =
-                B::convolution_input_gradient(input.clone(), weight.clone(), gradient.clone(), stride);
+                B::convolution_input_gradient(input.clone(), weight.clone(), gradient.clone(), options);
             grads.register::<B>(node.id, value);
         }
         if let Some(node) = weight_node {
-            grads.register::<B>(node.id, B::convolution_weight_gradient(input, weight, gradient, stride));
+            grads.register::<B>(node.id, B::convolution_weight_gradient(input, weight, gradient, options));
         }
     }
 }
@@ -79,11 +79,15 @@ impl<B: LayerOps> Backward<B, 2> for AddRelu {
 }
 
 impl<B: LayerOps, C: CheckpointStrategy> LayerOps for Autodiff<B, C> {
-    fn convolution(input: FloatTensor<Self>, weight: FloatTensor<Self>, stride: usize) -> FloatTensor<Self> {
+    fn convolution(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        options: ConvolutionOptions,
+    ) -> FloatTensor<Self> {
         let ((input, input_node), (weight, weight_node)) = (input.into_parts(), weight.into_parts());
-        let output = B::convolution(input.clone(), weight.clone(), stride);
+        let output = B::convolution(input.clone(), weight.clone(), options);
         match Convolution.prepare::<C>([input_node, weight_node]).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish((input, weight, stride), output),
+            OpsKind::Tracked(prep) => prep.finish((input, weight, options), output),
             OpsKind::UnTracked(prep) => prep.finish(output),
         }
     }

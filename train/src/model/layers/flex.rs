@@ -5,8 +5,9 @@ use burn::backend::{Flex, TensorMetadata};
 use burn::tensor::{Shape, TensorData};
 
 use super::convolution::{self, Geometry};
+use super::depthwise;
 use super::normalisation::{self, Normalisation, Planes};
-use super::{LayerOps, NormaliseOptions};
+use super::{ConvolutionOptions, LayerOps, NormaliseOptions};
 
 type CpuTensor = FloatTensor<Flex>;
 
@@ -28,16 +29,21 @@ fn tensor(values: Vec<f32>, shape: impl Into<Shape>) -> CpuTensor {
     CpuTensor::from_data(TensorData::new(values, shape))
 }
 
-fn geometry(input: &Shape, weight: &Shape, stride: usize) -> Geometry {
+fn geometry(input: &Shape, weight: &Shape, options: ConvolutionOptions) -> Geometry {
     Geometry {
         images: input[0],
         channels_in: input[1],
         channels_out: weight[0],
         input: [input[2], input[3]],
         kernel: weight[2],
-        stride,
-        padding: weight[2] / 2,
+        stride: options.stride,
+        padding: options.padding,
     }
+}
+
+/// The geometry of one plane of a depthwise convolution.
+fn plane(g: Geometry) -> Geometry {
+    Geometry { images: 1, channels_in: 1, channels_out: 1, ..g }
 }
 
 fn planes(input: &Shape) -> Planes {
@@ -55,23 +61,28 @@ struct Inputs {
 impl Inputs {
     fn settings(&self) -> Normalisation<'_> {
         let (mean, variance) = self.statistics.get().split_at(self.gamma.get().len());
-        let NormaliseOptions { epsilon, relu, from_batch } = self.options;
+        let NormaliseOptions { epsilon, activation, from_batch } = self.options;
         Normalisation {
             mean,
             variance,
             gamma: self.gamma.get(),
             beta: self.beta.get(),
             epsilon,
-            relu,
+            activation,
             from_batch,
         }
     }
 }
 
 impl LayerOps for Flex {
-    fn convolution(input: CpuTensor, weight: CpuTensor, stride: usize) -> CpuTensor {
-        let g = geometry(&input.shape(), &weight.shape(), stride);
-        let values = convolution::forward(&g, Values::new(input).get(), Values::new(weight).get());
+    fn convolution(input: CpuTensor, weight: CpuTensor, options: ConvolutionOptions) -> CpuTensor {
+        let g = geometry(&input.shape(), &weight.shape(), options);
+        let (input, weight) = (Values::new(input), Values::new(weight));
+        let values = if options.depthwise {
+            depthwise::forward(&plane(g), g.channels_in, input.get(), weight.get())
+        } else {
+            convolution::forward(&g, input.get(), weight.get())
+        };
         let [height, width] = g.output();
         tensor(values, [g.images, g.channels_out, height, width])
     }
@@ -80,23 +91,33 @@ impl LayerOps for Flex {
         input: CpuTensor,
         weight: CpuTensor,
         output_gradient: CpuTensor,
-        stride: usize,
+        options: ConvolutionOptions,
     ) -> CpuTensor {
         let shape = input.shape();
-        let g = geometry(&shape, &weight.shape(), stride);
-        let gradient = Values::new(output_gradient);
-        tensor(convolution::input_gradient(&g, gradient.get(), Values::new(weight).get()), shape)
+        let g = geometry(&shape, &weight.shape(), options);
+        let (gradient, weight) = (Values::new(output_gradient), Values::new(weight));
+        let values = if options.depthwise {
+            depthwise::input_gradient(&plane(g), g.channels_in, gradient.get(), weight.get())
+        } else {
+            convolution::input_gradient(&g, gradient.get(), weight.get())
+        };
+        tensor(values, shape)
     }
 
     fn convolution_weight_gradient(
         input: CpuTensor,
         weight: CpuTensor,
         output_gradient: CpuTensor,
-        stride: usize,
+        options: ConvolutionOptions,
     ) -> CpuTensor {
-        let g = geometry(&input.shape(), &weight.shape(), stride);
+        let g = geometry(&input.shape(), &weight.shape(), options);
         let (input, gradient) = (Values::new(input), Values::new(output_gradient));
-        tensor(convolution::weight_gradient(&g, input.get(), gradient.get()), weight.shape())
+        let values = if options.depthwise {
+            depthwise::weight_gradient(&plane(g), g.channels_in, input.get(), gradient.get())
+        } else {
+            convolution::weight_gradient(&g, input.get(), gradient.get())
+        };
+        tensor(values, weight.shape())
     }
 
     fn batch_statistics(input: CpuTensor) -> CpuTensor {

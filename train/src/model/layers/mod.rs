@@ -7,8 +7,8 @@
 //!
 //! | file | operations |
 //! | --- | --- |
-//! | `convolution.rs` | convolution and its two gradients |
-//! | `normalisation.rs` | batch normalisation + ReLU, residual sum + ReLU |
+//! | `convolution.rs`, `depthwise.rs` | convolution and its two gradients |
+//! | `normalisation.rs` | batch normalisation + activation, residual sum + ReLU |
 //! | `buffer.rs` | what both write their results into |
 //! | `differentiation.rs` | the same under autodiff |
 //! | `flex.rs`, `cube.rs` | Burn's CPU backend with the operations above, its GPU backend with the default bodies |
@@ -17,6 +17,7 @@ pub mod buffer;
 mod convolution;
 #[cfg(feature = "train-cuda")]
 mod cube;
+mod depthwise;
 mod differentiation;
 mod flex;
 pub mod normalisation;
@@ -27,12 +28,12 @@ use burn::tensor::Tensor;
 
 pub use ops::LayerOps;
 
-/// Convolution without bias: `[N, in, H, W]` and `[out, in, k, k]` to `[N, out, H', W']`, padding `k / 2`.
-pub fn convolution(input: Tensor<4>, weight: Tensor<4>, stride: usize) -> Tensor<4> {
+/// Convolution without bias: `[N, in, H, W]` and `[out, in, k, k]` (depthwise: `[in, 1, k, k]`) to `[N, out, H', W']`.
+pub fn convolution(input: Tensor<4>, weight: Tensor<4>, options: ConvolutionOptions) -> Tensor<4> {
     Tensor::from_dispatch(<Dispatch as LayerOps>::convolution(
         input.into_dispatch(),
         weight.into_dispatch(),
-        stride,
+        options,
     ))
 }
 
@@ -41,7 +42,7 @@ pub fn batch_statistics(input: Tensor<4>) -> Tensor<2> {
     Tensor::from_dispatch(<Dispatch as LayerOps>::batch_statistics(input.detach().into_dispatch()))
 }
 
-/// Normalises every channel by `statistics` (`[2, C]`: mean, variance), then scales, shifts and, on request, cuts at zero.
+/// Normalises every channel by `statistics` (`[2, C]`: mean, variance), then scales, shifts and activates.
 ///
 /// With `from_batch`, the statistics are taken to be those of `input`, and the
 /// gradient accounts for it; otherwise they are constants.
@@ -66,13 +67,55 @@ pub fn add_relu(a: Tensor<4>, b: Tensor<4>) -> Tensor<4> {
     Tensor::from_dispatch(<Dispatch as LayerOps>::add_relu(a.into_dispatch(), b.into_dispatch()))
 }
 
+/// Options of [`convolution`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ConvolutionOptions {
+    /// Step between output positions.
+    pub stride: usize,
+    /// Zeros before and behind: of the height, of the width.
+    pub padding: [[usize; 2]; 2],
+    /// Whether every channel has a kernel of its own and sees no other.
+    pub depthwise: bool,
+}
+
+impl ConvolutionOptions {
+    /// An ordinary convolution with `padding` zeros on all sides.
+    #[must_use]
+    pub fn new(stride: usize, padding: usize) -> Self {
+        Self { stride, padding: [[padding; 2]; 2], depthwise: false }
+    }
+}
+
+/// What follows a normalisation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// Nothing.
+    None,
+    /// `max(x, 0)`.
+    Relu,
+    /// `min(max(x, 0), 6)`.
+    Relu6,
+}
+
+impl Activation {
+    /// What results are cut to; a gradient runs through within.
+    #[must_use]
+    pub fn range(self) -> [f32; 2] {
+        match self {
+            Self::None => [f32::NEG_INFINITY, f32::INFINITY],
+            Self::Relu => [0.0, f32::INFINITY],
+            Self::Relu6 => [0.0, 6.0],
+        }
+    }
+}
+
 /// Options of [`normalise`].
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct NormaliseOptions {
     /// Added to the variance.
     pub epsilon: f32,
-    /// Whether negative results become zero.
-    pub relu: bool,
+    /// What follows.
+    pub activation: Activation,
     /// Whether the statistics are the batch's own.
     pub from_batch: bool,
 }

@@ -1,4 +1,4 @@
-//! Batch normalisation joined with ReLU, and the residual sum joined with ReLU, on the CPU.
+//! Batch normalisation joined with its activation, and the residual sum joined with ReLU, on the CPU.
 //!
 //! A chain of separate operations would read and write every activation once
 //! an operation; these passes touch it once forward and twice backward. Sums
@@ -7,6 +7,7 @@
 use pulp::Arch;
 use rayon::prelude::*;
 
+use super::Activation;
 use super::buffer::written;
 
 /// Activations `[N, C, H, W]` seen as planes of H * W.
@@ -50,8 +51,8 @@ pub struct Normalisation<'a> {
     pub beta: &'a [f32],
     /// Added to the variance.
     pub epsilon: f32,
-    /// Whether negative results become zero.
-    pub relu: bool,
+    /// What follows.
+    pub activation: Activation,
     /// Whether the statistics are the batch's own, so that a gradient runs through them.
     pub from_batch: bool,
 }
@@ -110,17 +111,17 @@ pub fn statistics(planes: Planes, input: &[f32]) -> Vec<f32> {
     [means, variances].concat()
 }
 
-/// `y = relu(gamma * (x - mean) / sqrt(variance + epsilon) + beta)`.
+/// `y = activation(gamma * (x - mean) / sqrt(variance + epsilon) + beta)`.
 pub fn forward(planes: Planes, input: &[f32], n: &Normalisation<'_>) -> Vec<f32> {
     written(input.len(), planes.area, |_: &mut (), plane, output| {
         let Affine { scale, shift } = n.affine(plane % planes.channels);
-        let floor = if n.relu { 0.0 } else { f32::NEG_INFINITY };
+        let [floor, ceiling] = n.activation.range();
         let input = &input[plane * planes.area..][..planes.area];
-        output.iter_mut().zip(input).for_each(|(y, x)| *y = (scale * x + shift).max(floor));
+        output.iter_mut().zip(input).for_each(|(y, x)| *y = (scale * x + shift).max(floor).min(ceiling));
     })
 }
 
-/// Gradients of gamma and beta, `[2, C]`. Which outputs were cut by the ReLU is computed again from the input.
+/// Gradients of gamma and beta, `[2, C]`. Which outputs the activation cut is computed again from the input.
 pub fn parameter_gradient(
     planes: Planes,
     input: &[f32],
@@ -131,13 +132,13 @@ pub fn parameter_gradient(
     let (gamma, beta): (Vec<f32>, Vec<f32>) = (0..planes.channels)
         .into_par_iter()
         .map(|channel| {
-            let (affine, mean) = (n.affine(channel), n.mean[channel]);
+            let (affine, mean, range) = (n.affine(channel), n.mean[channel], n.activation.range());
             let pairs = planes.channel(input, channel).zip(planes.channel(output_gradient, channel));
             let (mut sum, mut dot) = (0.0, 0.0);
             for (x, dy) in pairs {
                 let both = arch.dispatch(|| {
                     sums(x, dy, |x, dy| {
-                        let passed = passed(n.relu, affine, x, dy);
+                        let passed = passed(range, affine, x, dy);
                         [passed, passed * (x - mean)]
                     })
                 });
@@ -162,7 +163,7 @@ pub fn input_gradient(
     let (gamma, beta) = parameter_gradient.split_at(planes.channels);
     written(input.len(), planes.area, |_: &mut (), plane, gradient| {
         let channel = plane % planes.channels;
-        let (affine, mean) = (n.affine(channel), n.mean[channel]);
+        let (affine, mean, range) = (n.affine(channel), n.mean[channel], n.activation.range());
         // Through the batch's own statistics, the mean of the gradient and
         // its projection on the normalised input drop out.
         let (mean_gradient, projection) = if n.from_batch {
@@ -173,16 +174,17 @@ pub fn input_gradient(
         let within = plane * planes.area..(plane + 1) * planes.area;
         let (input, output_gradient) = (&input[within.clone()], &output_gradient[within]);
         for ((to, &x), &dy) in gradient.iter_mut().zip(input).zip(output_gradient) {
-            let dz = passed(n.relu, affine, x, dy);
+            let dz = passed(range, affine, x, dy);
             *to = affine.scale * (dz - mean_gradient - (x - mean) * projection);
         }
     })
 }
 
-/// The gradient that comes through the ReLU.
+/// The gradient that comes through the activation.
 #[inline(always)]
-fn passed(relu: bool, affine: Affine, x: f32, dy: f32) -> f32 {
-    if relu && affine.scale * x + affine.shift <= 0.0 { 0.0 } else { dy }
+fn passed([floor, ceiling]: [f32; 2], affine: Affine, x: f32, dy: f32) -> f32 {
+    let output = affine.scale * x + affine.shift;
+    if output <= floor || output >= ceiling { 0.0 } else { dy }
 }
 
 /// `relu(a + b)`.

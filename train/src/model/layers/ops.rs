@@ -3,16 +3,21 @@
 use burn::backend::ops::ConvOptions;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, TensorMetadata, backend_extension};
+use burn::tensor::ops::PadMode;
 use burn::tensor::{Scalar, Shape};
 
-use super::NormaliseOptions;
+use super::{Activation, ConvolutionOptions, NormaliseOptions};
 
 /// Heavy operations of the network. Shapes are those of the functions in the [parent module](super).
 #[backend_extension(Flex, Cube: cfg(feature = "train-cuda"), Autodiff)]
 pub trait LayerOps: Backend {
-    /// Convolution without bias, padding `k / 2`.
-    fn convolution(input: FloatTensor<Self>, weight: FloatTensor<Self>, stride: usize) -> FloatTensor<Self> {
-        let options = options(&weight.shape(), stride);
+    /// Convolution without bias.
+    fn convolution(
+        input: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        options: ConvolutionOptions,
+    ) -> FloatTensor<Self> {
+        let (input, options) = padded::<Self>(input, options);
         Self::conv2d(input, weight, None, options)
     }
 
@@ -21,10 +26,17 @@ pub trait LayerOps: Backend {
         input: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         output_gradient: FloatTensor<Self>,
-        stride: usize,
+        options: ConvolutionOptions,
     ) -> FloatTensor<Self> {
-        let options = options(&weight.shape(), stride);
-        Self::conv2d_x_backward(input, weight, output_gradient, options)
+        let shape = input.shape();
+        let [[top, _], [left, _]] = options.padding;
+        let (input, uniform) = padded::<Self>(input, options);
+        let gradient = Self::conv2d_x_backward(input, weight, output_gradient, uniform.clone());
+        if gradient.shape() == shape {
+            return gradient;
+        }
+        let within = [0..shape[0], 0..shape[1], top..top + shape[2], left..left + shape[3]];
+        Self::float_slice(gradient, &within.map(Into::into))
     }
 
     /// dL/d(weight) of [`convolution`](LayerOps::convolution).
@@ -32,9 +44,9 @@ pub trait LayerOps: Backend {
         input: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         output_gradient: FloatTensor<Self>,
-        stride: usize,
+        options: ConvolutionOptions,
     ) -> FloatTensor<Self> {
-        let options = options(&weight.shape(), stride);
+        let (input, options) = padded::<Self>(input, options);
         Self::conv2d_weight_backward(input, weight, output_gradient, options)
     }
 
@@ -50,7 +62,7 @@ pub trait LayerOps: Backend {
         Self::float_cat(vec![row(mean), row(variance)], 0)
     }
 
-    /// Batch normalisation with given statistics, and ReLU on request.
+    /// Batch normalisation with given statistics, and the activation.
     fn normalise(
         input: FloatTensor<Self>,
         statistics: FloatTensor<Self>,
@@ -61,7 +73,7 @@ pub trait LayerOps: Backend {
         let terms = Terms::<Self>::new(&input, statistics, gamma, &options);
         let shift = Self::float_reshape(beta, terms.per_channel.clone());
         let output = Self::float_add(Self::float_mul(terms.normalised, terms.gamma), shift);
-        if options.relu { Self::relu(output) } else { output }
+        activate::<Self>(output, options.activation)
     }
 
     /// Gradients of [`normalise`](LayerOps::normalise): of the input, `[N, C, H, W]`.
@@ -79,7 +91,7 @@ pub trait LayerOps: Backend {
         let shape = input.shape();
         let terms = Terms::<Self>::new(&input, statistics, gamma, &options);
         let scale = Self::float_mul(terms.gamma.clone(), terms.inverse_deviation.clone());
-        let passed = terms.through_relu(beta, output_gradient, &options);
+        let passed = terms.through_activation(beta, output_gradient, &options);
         let inner = if options.from_batch {
             let count = (shape.num_elements() / shape[1]) as f64;
             let row = |row: usize| {
@@ -109,7 +121,7 @@ pub trait LayerOps: Backend {
         let channels = shape[1];
         let terms = Terms::<Self>::new(&input, statistics, gamma, &options);
         let normalised = terms.normalised.clone();
-        let passed = terms.through_relu(beta, output_gradient, &options);
+        let passed = terms.through_activation(beta, output_gradient, &options);
         let row = |values| {
             let flat = Shape::new([channels, shape.num_elements() / channels]);
             let rows = Self::float_reshape(Self::float_swap_dims(values, 0, 1), flat);
@@ -129,9 +141,27 @@ pub trait LayerOps: Backend {
     }
 }
 
-fn options(weight: &Shape, stride: usize) -> ConvOptions<2> {
-    let padding = weight[2] / 2;
-    ConvOptions::new([stride, stride], [padding, padding], [1, 1], 1)
+/// The input as Burn's convolution takes it, which pads both ends of a side alike: the odd zero is added here.
+fn padded<B: Backend>(
+    input: FloatTensor<B>,
+    ConvolutionOptions { stride, padding, depthwise }: ConvolutionOptions,
+) -> (FloatTensor<B>, ConvOptions<2>) {
+    let groups = if depthwise { input.shape()[1] } else { 1 };
+    let options = |padding| ConvOptions::new([stride, stride], padding, [1, 1], groups);
+    if padding.iter().all(|[before, behind]| before == behind) {
+        return (input, options(padding.map(|[before, _]| before)));
+    }
+    let [height, width] = padding.map(|[before, behind]| (before, behind));
+    let zeros = PadMode::Constant(0.0);
+    (B::float_pad(input, &[(0, 0), (0, 0), height, width], zeros), options([0, 0]))
+}
+
+fn activate<B: Backend>(output: FloatTensor<B>, activation: Activation) -> FloatTensor<B> {
+    match activation {
+        Activation::None => output,
+        Activation::Relu => B::relu(output),
+        Activation::Relu6 => B::float_clamp(output, Scalar::Float(0.0), Scalar::Float(6.0)),
+    }
 }
 
 /// Terms that forward and backward of a normalisation share, shaped to broadcast.
@@ -162,17 +192,27 @@ impl<B: Backend> Terms<B> {
         Self { per_channel, normalised, inverse_deviation, gamma }
     }
 
-    fn through_relu(
+    fn through_activation(
         &self,
         beta: FloatTensor<B>,
         output_gradient: FloatTensor<B>,
         options: &NormaliseOptions,
     ) -> FloatTensor<B> {
-        if !options.relu {
+        if options.activation == Activation::None {
             return output_gradient;
         }
         let beta = B::float_reshape(beta, self.per_channel.clone());
         let scaled = B::float_mul(self.normalised.clone(), self.gamma.clone());
-        B::relu_backward(B::relu(B::float_add(scaled, beta)), output_gradient)
+        let output = B::float_add(scaled, beta);
+        let above = |output, gradient| B::relu_backward(B::relu(output), gradient);
+        let passed = above(output.clone(), output_gradient.clone());
+        match options.activation {
+            Activation::None | Activation::Relu => passed,
+            // Less what runs through above the ceiling: the same value, so 0 remains.
+            Activation::Relu6 => {
+                let cut = B::float_sub_scalar(output, Scalar::Float(6.0));
+                B::float_sub(passed, above(cut, output_gradient))
+            }
+        }
     }
 }

@@ -93,6 +93,17 @@ impl Archive {
         named.into_iter().filter_map(take).collect()
     }
 
+    /// The same with other names.
+    pub fn renamed(self, name: impl Fn(&str) -> String) -> Self {
+        self.selected(|old| Some(name(old)))
+    }
+
+    /// The tensors that `name` names, under their new names.
+    pub fn selected(self, name: impl Fn(&str) -> Option<String>) -> Self {
+        let tensors = self.tensors.into_iter().filter_map(|(old, entry)| Some((name(&old)?, entry)));
+        Self { facts: self.facts, tensors: tensors.collect() }
+    }
+
     /// Name of the first tensor with an entry that is NaN or infinite.
     pub fn first_not_finite(&self) -> Option<&str> {
         let finite = |entry: &Entry| match entry.dtype {

@@ -8,6 +8,7 @@
 pub(super) mod archive;
 pub(super) mod optimizer;
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use burn::store::{ModuleSnapshot, SafetensorsStore};
@@ -51,25 +52,39 @@ pub(super) fn weights(
     Ok(archive)
 }
 
-/// The network's weights and running statistics alone.
+/// The network's weights and running statistics alone, by their names in files.
 pub(super) fn tensors(network: &EmbeddingNetwork) -> std::result::Result<Archive, String> {
-    let mut store = SafetensorsStore::from_bytes(None);
+    let mut store = SafetensorsStore::from_bytes(None).skip_enum_variants(true);
     network.save_into(&mut store).map_err(|error| error.to_string())?;
     let bytes = store.get_bytes().map_err(|error| error.to_string())?;
-    Archive::from_bytes(Path::new("weights"), &bytes).map_err(|error| error.to_string())
+    let written = Archive::from_bytes(Path::new("weights"), &bytes);
+    Ok(written.map_err(|error| error.to_string())?.renamed(|path| network.file_name(path)))
 }
 
-/// `network` with the weights and running statistics of a safetensors file; the reason in one line if they do not fit.
+/// `network` with the weights and running statistics of `stored`; the reason in one line if they do not fit. What a run keeps
+/// beside the weights stays behind.
 pub(super) fn filled(
     mut network: EmbeddingNetwork,
-    bytes: Vec<u8>,
+    stored: Archive,
 ) -> std::result::Result<EmbeddingNetwork, String> {
-    let mut store = SafetensorsStore::from_bytes(Some(bytes));
+    let names: HashMap<String, String> = network
+        .collect(None, None, true)
+        .into_iter()
+        .map(|tensor| (network.file_name(&tensor.name), tensor.name))
+        .collect();
+    let bytes = stored.selected(|name| names.get(name).cloned()).to_bytes()?;
+    let mut store = SafetensorsStore::from_bytes(Some(bytes)).skip_enum_variants(true);
     network.load_from(&mut store).map_err(|error| {
         let reason = error.to_string();
         reason.lines().next().unwrap_or("unreadable").to_owned()
     })?;
     Ok(network)
+}
+
+/// Tells files apart: CRC-32 of their bytes.
+#[must_use]
+pub fn fingerprint(bytes: &[u8]) -> String {
+    format!("{:08x}", crc32fast::hash(bytes))
 }
 
 /// A checkpoint's file, read once.
@@ -99,7 +114,7 @@ impl Checkpoint {
     /// Tells checkpoints apart: CRC-32 of the file.
     #[must_use]
     pub fn fingerprint(&self) -> String {
-        format!("{:08x}", crc32fast::hash(&self.bytes))
+        fingerprint(&self.bytes)
     }
 
     /// Shape of the network.
@@ -137,7 +152,7 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Format`] if the weights do not fit it.
     pub fn fill(&self, network: EmbeddingNetwork) -> Result<EmbeddingNetwork> {
-        filled(network, self.bytes.clone())
+        filled(network, self.archive.clone())
             .map_err(|reason| self.bad(format!("does not fit the network: {reason}")))
     }
 

@@ -84,7 +84,7 @@ pub(in crate::train) fn take(
 }
 
 /// Name and Burn's number of each weight.
-fn weights(network: &EmbeddingNetwork) -> impl Iterator<Item = (String, u64)> {
+fn weights(network: &EmbeddingNetwork) -> impl Iterator<Item = (String, u64)> + use<'_> {
     let tensors = network.collect(None, None, true).into_iter();
-    tensors.filter_map(|tensor| tensor.param_id.map(|number| (tensor.name, number)))
+    tensors.filter_map(|tensor| tensor.param_id.map(|number| (network.file_name(&tensor.name), number)))
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use ndarray::ArrayView2;
 
-use crate::data::{self, Dataset, EvaluationBatches, ImageBatch, Split, TestCrop};
+use crate::data::{Dataset, EvaluationBatches, ImageBatch, Preprocessing, Split, TestCrop};
 use crate::train::engine::{Embedded, Engine};
 use crate::{Error, Result};
 use ddtas::backend::{Backend, Nearest};
@@ -24,6 +24,8 @@ const PIXEL_PRODUCTS: f64 = 4e12;
 pub(super) struct Test<'a> {
     pub dataset: &'a Dataset,
     pub image_size: usize,
+    /// How the network wants its pictures.
+    pub preprocessing: Preprocessing,
     /// Set from outside to end the run: an evaluation is then given up.
     pub stop: &'a AtomicBool,
 }
@@ -66,12 +68,16 @@ impl Test<'_> {
             Ok(Rows::new(Embeddings::from(embedded.view()?), &embedded.labels))
         }
         let Dataset { test, gallery, recall_at, .. } = self.dataset;
-        let queries = engine.embed(self.batches(test, self.image_size)?, &mut *progress)?;
+        let queries =
+            engine.embed(self.batches(test, (self.image_size, self.preprocessing))?, &mut *progress)?;
         if self.stopped() {
             return Ok(None);
         }
-        let mut embed =
-            |split| engine.embed(self.batches(split, self.image_size)?, |done| progress(test.len() + done));
+        let mut embed = |split| {
+            engine.embed(self.batches(split, (self.image_size, self.preprocessing))?, |done| {
+                progress(test.len() + done)
+            })
+        };
         let gallery = gallery.as_ref().map(&mut embed).transpose()?;
         if self.stopped() {
             return Ok(None);
@@ -104,7 +110,7 @@ impl Test<'_> {
     fn pixel_rows(&self, split: &Arc<Split>, side: usize) -> Result<PixelRows> {
         let area = side * side;
         let mut rows = PixelRows { dim: 3 * area, ..PixelRows::default() };
-        for batch in self.batches(split, side)? {
+        for batch in self.batches(split, (side, Preprocessing::default()))? {
             let batch = batch?;
             rows.values.extend(batch.pixels);
             rows.labels.extend(batch.labels);
@@ -120,8 +126,13 @@ impl Test<'_> {
     }
 
     /// The pictures in order, to the end or until the run is to end.
-    fn batches(&self, split: &Arc<Split>, side: usize) -> Result<impl Iterator<Item = Result<ImageBatch>>> {
-        let batches = EvaluationBatches::new(Arc::clone(split), side, TestCrop::default(), EVALUATION_CHUNK)?;
+    fn batches(
+        &self,
+        split: &Arc<Split>,
+        shown: (usize, Preprocessing),
+    ) -> Result<impl Iterator<Item = Result<ImageBatch>>> {
+        let batches =
+            EvaluationBatches::new(Arc::clone(split), shown, TestCrop::default(), EVALUATION_CHUNK)?;
         Ok(batches.take_while(|_| !self.stopped()))
     }
 
@@ -147,9 +158,10 @@ impl PixelRows {
     }
 }
 
-/// Mean and deviation that the data module normalised each channel by.
+/// Mean and deviation that pixels were normalised by.
 fn channels() -> impl Iterator<Item = (f32, f32)> {
-    data::MEAN.into_iter().zip(data::STANDARD_DEVIATION)
+    let Preprocessing { mean, deviation, .. } = Preprocessing::default();
+    mean.into_iter().zip(deviation)
 }
 
 /// Takes the mean off a picture and scales it to unit norm, so that brightness and contrast do not decide.

@@ -69,6 +69,7 @@ impl Batches {
         steps: Range<usize>,
     ) -> Result<Self> {
         let mut loader = LoaderSettings::new(settings.image_size, steps.len() as u64, settings.seed);
+        loader.preprocessing = settings.backbone.preprocessing();
         loader.first_step = steps.start as u64;
         loader.workers = settings.workers;
         loader.augment.crop_area = (settings.smallest_crop, 1.0);
@@ -97,7 +98,7 @@ pub(super) fn first_network(settings: &TrainSettings, device: &Device) -> Result
     make_network(settings, init.as_ref(), device)
 }
 
-/// A network with the weights of `stored`, or first ones drawn from the seed: read or drawn on the CPU and then
+/// A network with the weights of `stored`, or first ones, those of `--weights` or drawn from the seed: read or drawn on the CPU and then
 /// moved, so that a seed means the same weights on every device.
 fn make_network(
     settings: &TrainSettings,
@@ -111,18 +112,11 @@ fn make_network(
     if let Some(stored) = stored {
         let found = stored.shape()?;
         if found != shape {
-            return Err(Error::format(
-                stored.path(),
-                format!(
-                    "holds a network of --width {} --depth {} --embedding-dim {} --head {}: give the same",
-                    found.width,
-                    found.depth,
-                    found.embedding_dim,
-                    found.head.name()
-                ),
-            ));
+            return Err(Error::format(stored.path(), format!("holds a network of {found}: give the same")));
         }
         network = stored.fill(network)?;
+    } else if let Some(path) = &settings.weights {
+        network.backbone = network.backbone.with_weights(path)?;
     }
     Ok(moved(network, device))
 }

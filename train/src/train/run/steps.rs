@@ -66,7 +66,8 @@ impl<'a> Run<'a> {
         tell: &'a mut dyn FnMut(Event<'_>),
     ) -> Self {
         let Setup { engine, sampler, meta_sampler } = setup;
-        let test = Test { dataset, image_size: settings.image_size, stop };
+        let preprocessing = settings.backbone.preprocessing();
+        let test = Test { dataset, image_size: settings.image_size, preprocessing, stop };
         let seconds = folder.read_seconds();
         let state = RunState { extents: Some(dataset.extents()), ..RunState::default() };
         Self {

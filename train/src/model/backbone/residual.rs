@@ -3,32 +3,41 @@
 use burn::module::{Initializer, Module, Param};
 use burn::tensor::{Device, Tensor};
 
-use super::batch_norm::{BatchNorm, Normalise};
-use super::layers;
+use crate::model::batch_norm::{Activation, BatchNorm, Normalise};
+use crate::model::layers::{self, ConvolutionOptions};
 
 /// A convolution with batch normalisation, and ReLU on request.
 #[derive(Module, Debug)]
 pub struct NormalisedConvolution {
     weight: Param<Tensor<4>>,
     norm: BatchNorm,
+    kernel: usize,
     stride: usize,
 }
 
 impl NormalisedConvolution {
-    fn new(channels: [usize; 2], kernel: usize, stride: usize, relu: bool, device: &Device) -> Self {
+    fn new(
+        channels: [usize; 2],
+        kernel: usize,
+        stride: usize,
+        activation: Activation,
+        device: &Device,
+    ) -> Self {
         let [channels_in, channels_out] = channels;
         let (fan_in, fan_out) = (channels_in * kernel * kernel, channels_out * kernel * kernel);
         let initializer = Initializer::KaimingNormal { gain: 2f64.sqrt(), fan_out_only: true };
         let shape = [channels_out, channels_in, kernel, kernel];
         Self {
             weight: initializer.init_with(shape, Some(fan_in), Some(fan_out), device),
-            norm: BatchNorm::new(channels_out, relu, device),
+            norm: BatchNorm::new(channels_out, activation, device),
+            kernel,
             stride,
         }
     }
 
     fn forward(&self, input: Tensor<4>, mode: Normalise) -> Tensor<4> {
-        self.norm.forward(layers::convolution(input, self.weight.val(), self.stride), mode)
+        let options = ConvolutionOptions::new(self.stride, self.kernel / 2);
+        self.norm.forward(layers::convolution(input, self.weight.val(), options), mode)
     }
 }
 
@@ -46,9 +55,10 @@ impl ResidualBlock {
         let [channels_in, channels_out] = channels;
         let projects = stride != 1 || channels_in != channels_out;
         Self {
-            first: NormalisedConvolution::new(channels, 3, stride, true, device),
-            second: NormalisedConvolution::new([channels_out, channels_out], 3, 1, false, device),
-            shortcut: projects.then(|| NormalisedConvolution::new(channels, 1, stride, false, device)),
+            first: NormalisedConvolution::new(channels, 3, stride, Activation::Relu, device),
+            second: NormalisedConvolution::new([channels_out, channels_out], 3, 1, Activation::None, device),
+            shortcut: projects
+                .then(|| NormalisedConvolution::new(channels, 1, stride, Activation::None, device)),
         }
     }
 
@@ -62,9 +72,9 @@ impl ResidualBlock {
     }
 }
 
-/// A residual network: a stem, three stages that double the width and halve the size, a global average.
+/// A residual network: a stem, then three stages that double the width and halve the size.
 #[derive(Module, Debug)]
-pub struct Backbone {
+pub struct Residual {
     stem: NormalisedConvolution,
     blocks: Vec<ResidualBlock>,
     features: usize,
@@ -73,7 +83,7 @@ pub struct Backbone {
 /// Number of stages.
 const STAGES: usize = 3;
 
-impl Backbone {
+impl Residual {
     /// A network with `width` channels in the first stage and `depth` blocks a stage.
     #[must_use]
     pub fn new(width: usize, depth: usize, device: &Device) -> Self {
@@ -87,23 +97,26 @@ impl Backbone {
                 channels = channels_out;
             }
         }
-        Self { stem: NormalisedConvolution::new([3, width], 3, 1, true, device), blocks, features: channels }
+        Self {
+            stem: NormalisedConvolution::new([3, width], 3, 1, Activation::Relu, device),
+            blocks,
+            features: channels,
+        }
     }
 
-    /// Length of a feature vector.
+    /// Channels of the feature map.
     #[must_use]
     pub fn features(&self) -> usize {
         self.features
     }
 
-    /// Images `[N, 3, H, W]` to feature vectors `[N, features]`.
+    /// Images `[N, 3, H, W]` to a feature map `[N, features, H / 4, W / 4]`.
     #[must_use]
-    pub fn forward(&self, images: Tensor<4>, mode: Normalise) -> Tensor<2> {
+    pub fn forward(&self, images: Tensor<4>, mode: Normalise) -> Tensor<4> {
         let mut activation = self.stem.forward(images, mode);
         for block in &self.blocks {
             activation = block.forward(activation, mode);
         }
-        let [count, channels, height, width] = activation.dims();
-        activation.reshape([count, channels, height * width]).mean_dim(2).reshape([count, channels])
+        activation
     }
 }

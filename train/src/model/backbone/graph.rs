@@ -1,0 +1,307 @@
+//! Convolutional networks as lists of steps.
+//!
+//! A [`Builder`] writes down what a network does, step by step, and with each
+//! convolution the names under which the field's files hold it. That list is
+//! the network: [`Graph`] walks it forward, autodiff walks back.
+
+use burn::module::{Initializer, Module, Param};
+use burn::tensor::module::{avg_pool2d, max_pool2d};
+use burn::tensor::ops::{AvgPoolOptions, MaxPoolOptions};
+use burn::tensor::{Device, Tensor};
+
+use crate::model::batch_norm::{Activation, BatchNorm, NormOptions, Normalise};
+use crate::model::layers::{self, ConvolutionOptions};
+
+/// Zeros around the input of a convolution.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Padding {
+    /// As many on all sides.
+    Even(usize),
+    /// As TensorFlow pads: as many as make the output `ceil(side / stride)` long, the odd one behind.
+    TensorFlow,
+}
+
+impl Padding {
+    /// Zeros before and behind a side.
+    fn around(self, side: usize, kernel: usize, stride: usize) -> [usize; 2] {
+        match self {
+            Self::Even(padding) => [padding, padding],
+            Self::TensorFlow => {
+                let reach = (side.div_ceil(stride) - 1) * stride + kernel;
+                let total = reach.saturating_sub(side);
+                [total / 2, total - total / 2]
+            }
+        }
+    }
+}
+
+/// A convolution with batch normalisation and an activation.
+#[derive(Module, Debug)]
+pub struct Unit {
+    weight: Param<Tensor<4>>,
+    bias: Option<Param<Tensor<1>>>,
+    norm: BatchNorm,
+    stride: usize,
+    depthwise: bool,
+    #[module(skip)]
+    padding: Padding,
+}
+
+impl Unit {
+    fn forward(&self, input: Tensor<4>, mode: Normalise) -> Tensor<4> {
+        let [_, _, height, width] = input.dims();
+        let [_, _, kernel, _] = self.weight.shape().dims();
+        let around = |side| self.padding.around(side, kernel, self.stride);
+        let options = ConvolutionOptions {
+            stride: self.stride,
+            padding: [around(height), around(width)],
+            depthwise: self.depthwise,
+        };
+        let mut output = layers::convolution(input, self.weight.val(), options);
+        if let Some(bias) = &self.bias {
+            let bias = bias.val();
+            let [channels] = bias.dims();
+            output = output + bias.reshape([1, channels, 1, 1]);
+        }
+        self.norm.forward(output, mode)
+    }
+}
+
+/// The result of a step.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Value {
+    index: usize,
+    /// Its channels.
+    pub channels: usize,
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    /// A unit, on the result of a step.
+    Unit { unit: usize, input: usize },
+    /// The sum of two results.
+    Add { terms: [usize; 2], relu: bool },
+    /// A pooling with windows of 3 x 3.
+    Pool { pool: Pool, input: usize },
+    /// Results one behind the other, by channel.
+    Concat { inputs: Vec<usize> },
+}
+
+/// A pooling with windows of 3 x 3.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Pool {
+    /// The maximum of each window.
+    Max {
+        stride: usize,
+        padding: usize,
+        /// Whether a window that reaches past the end counts.
+        ceil: bool,
+    },
+    /// The average at every position, zeros around counted.
+    Average,
+}
+
+/// Side of the windows.
+const WINDOW: [usize; 2] = [3, 3];
+
+impl Pool {
+    fn forward(self, input: Tensor<4>) -> Tensor<4> {
+        match self {
+            Self::Max { stride, padding, ceil } => {
+                let options = MaxPoolOptions::new(WINDOW)
+                    .with_stride([stride, stride])
+                    .with_padding([padding, padding])
+                    .with_ceil_mode(ceil);
+                max_pool2d(input, options)
+            }
+            Self::Average => {
+                avg_pool2d(input, AvgPoolOptions::new(WINDOW).with_stride([1, 1]).with_padding([1, 1]))
+            }
+        }
+    }
+}
+
+/// Where the field's files hold a unit.
+#[derive(Debug, Clone)]
+struct Names {
+    convolution: String,
+    norm: String,
+}
+
+/// A network from images to a feature map.
+#[derive(Module, Debug)]
+pub struct Graph {
+    units: Vec<Unit>,
+    /// Result 0 are the images, result n is that of step n - 1.
+    #[module(skip)]
+    steps: Vec<Step>,
+    #[module(skip)]
+    names: Vec<Names>,
+    features: usize,
+}
+
+impl Graph {
+    /// Channels of the feature map.
+    #[must_use]
+    pub fn features(&self) -> usize {
+        self.features
+    }
+
+    /// Images `[N, 3, H, W]` to a feature map, the result of the last step.
+    #[must_use]
+    pub fn forward(&self, images: Tensor<4>, mode: Normalise) -> Tensor<4> {
+        let mut last_use = vec![0; self.steps.len() + 1];
+        for (at, step) in self.steps.iter().enumerate() {
+            step.inputs().iter().for_each(|&input| last_use[input] = at);
+        }
+        // A result goes as soon as nothing needs it any more: without gradients, memory is what two layers take.
+        let mut results: Vec<Option<Tensor<4>>> = vec![Some(images)];
+        for (at, step) in self.steps.iter().enumerate() {
+            let mut take = |input: usize| {
+                let result =
+                    if last_use[input] == at { results[input].take() } else { results[input].clone() };
+                result.expect("a step uses results of earlier steps, and each is kept up to its last use")
+            };
+            let result = match step {
+                Step::Unit { unit, input } => self.units[*unit].forward(take(*input), mode),
+                Step::Add { terms: [a, b], relu } => {
+                    let (a, b) = (take(*a), take(*b));
+                    if *relu { layers::add_relu(a, b) } else { a + b }
+                }
+                Step::Pool { pool, input } => pool.forward(take(*input)),
+                Step::Concat { inputs } => Tensor::cat(inputs.iter().map(|&input| take(input)).collect(), 1),
+            };
+            results.push(Some(result));
+        }
+        results.pop().flatten().expect("the last result is there")
+    }
+
+    /// The field's name of the tensor that Burn calls `path`, `units.N.weight` or `units.N.norm.gamma`.
+    #[must_use]
+    pub fn file_name(&self, path: &str) -> String {
+        let known = || {
+            let (number, tensor) = path.strip_prefix("units.")?.split_once('.')?;
+            let names = self.names.get(number.parse::<usize>().ok()?)?;
+            Some(match tensor.strip_prefix("norm.") {
+                Some(tensor) => format!("{}.{}", names.norm, BatchNorm::file_name(tensor)),
+                None => format!("{}.{tensor}", names.convolution),
+            })
+        };
+        known().unwrap_or_else(|| path.to_owned())
+    }
+}
+
+impl Step {
+    fn inputs(&self) -> &[usize] {
+        match self {
+            Self::Unit { input, .. } | Self::Pool { input, .. } => std::slice::from_ref(input),
+            Self::Add { terms, .. } => terms,
+            Self::Concat { inputs } => inputs,
+        }
+    }
+}
+
+/// A convolution to be added.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Convolution {
+    pub channels: usize,
+    pub kernel: usize,
+    pub stride: usize,
+    pub depthwise: bool,
+    pub bias: bool,
+    pub activation: Activation,
+}
+
+impl Convolution {
+    /// Of stride 1, with ReLU or what the network has in its place.
+    pub fn new(channels: usize, kernel: usize) -> Self {
+        Self { channels, kernel, stride: 1, depthwise: false, bias: false, activation: Activation::Relu }
+    }
+}
+
+/// Writes down a network.
+pub(super) struct Builder {
+    graph: Graph,
+    norm: NormOptions,
+    tensorflow: bool,
+    device: Device,
+}
+
+impl Builder {
+    /// Nothing yet, and the images.
+    pub fn new(norm: NormOptions, device: &Device) -> (Self, Value) {
+        let graph = Graph { units: Vec::new(), steps: Vec::new(), names: Vec::new(), features: 0 };
+        let images = Value { index: 0, channels: 3 };
+        (Self { graph, norm, tensorflow: false, device: device.clone() }, images)
+    }
+
+    /// Pads as TensorFlow does.
+    pub fn with_tensorflow_padding(mut self) -> Self {
+        self.tensorflow = true;
+        self
+    }
+
+    /// A convolution and its normalisation, under the names of the files.
+    pub fn unit(&mut self, convolution: String, norm: String, c: Convolution, input: Value) -> Value {
+        let groups = if c.depthwise { input.channels } else { 1 };
+        let (channels_in, area) = (input.channels / groups, c.kernel * c.kernel);
+        let initializer = Initializer::KaimingNormal { gain: 2f64.sqrt(), fan_out_only: true };
+        let fans = [channels_in * area, c.channels / groups * area];
+        let shape = [c.channels, channels_in, c.kernel, c.kernel];
+        let options = NormOptions { activation: c.activation, ..self.norm };
+        self.graph.units.push(Unit {
+            weight: initializer.init_with(shape, Some(fans[0]), Some(fans[1]), &self.device),
+            bias: c.bias.then(|| Initializer::Zeros.init([c.channels], &self.device)),
+            norm: BatchNorm::with_options(c.channels, options, &self.device),
+            stride: c.stride,
+            depthwise: c.depthwise,
+            padding: if self.tensorflow { Padding::TensorFlow } else { Padding::Even(c.kernel / 2) },
+        });
+        self.graph.names.push(Names { convolution, norm });
+        let unit = self.graph.units.len() - 1;
+        self.step(Step::Unit { unit, input: input.index }, c.channels)
+    }
+
+    /// The sum of two results, with ReLU on request.
+    pub fn add(&mut self, a: Value, b: Value, relu: bool) -> Value {
+        self.step(Step::Add { terms: [a.index, b.index], relu }, a.channels)
+    }
+
+    /// A pooling with windows of 3 x 3.
+    pub fn pool(&mut self, pool: Pool, input: Value) -> Value {
+        self.step(Step::Pool { pool, input: input.index }, input.channels)
+    }
+
+    /// Results one behind the other, by channel.
+    pub fn concat(&mut self, inputs: &[Value]) -> Value {
+        let channels = inputs.iter().map(|input| input.channels).sum();
+        self.step(Step::Concat { inputs: inputs.iter().map(|input| input.index).collect() }, channels)
+    }
+
+    fn step(&mut self, step: Step, channels: usize) -> Value {
+        self.graph.steps.push(step);
+        Value { index: self.graph.steps.len(), channels }
+    }
+
+    /// The network whose feature map is `last`, the result of the last step.
+    pub fn build(mut self, last: Value) -> Graph {
+        self.graph.features = last.channels;
+        self.graph
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tensorflow_puts_the_odd_zero_behind() {
+        let around = |side, kernel, stride| Padding::TensorFlow.around(side, kernel, stride);
+        assert_eq!(around(96, 3, 2), [0, 1]);
+        assert_eq!(around(97, 3, 2), [1, 1]);
+        assert_eq!(around(96, 5, 2), [1, 2]);
+        assert_eq!(around(7, 5, 1), [2, 2]);
+        assert_eq!(around(1, 1, 2), [0, 0]);
+        assert_eq!(Padding::Even(3).around(96, 7, 2), [3, 3]);
+    }
+}

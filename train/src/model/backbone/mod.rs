@@ -1,0 +1,173 @@
+//! Networks from images to features, by name.
+//!
+//! | file | what |
+//! | --- | --- |
+//! | `residual.rs` | the small residual network, which is trained from random weights |
+//! | `graph.rs` | convolutional networks as lists of steps, with the names of the files that hold their weights |
+//! | `efficientnet.rs`, `resnet.rs`, `bn_inception.rs` | such lists |
+
+mod bn_inception;
+mod efficientnet;
+mod graph;
+mod residual;
+mod resnet;
+
+use burn::module::Module;
+use burn::tensor::{Device, Tensor};
+
+use graph::Graph;
+use residual::Residual;
+
+use super::batch_norm::Normalise;
+use super::{NetworkShape, PoolingKind};
+use crate::data::Preprocessing;
+use crate::{Error, Result};
+
+/// Which network.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, serde::Serialize, serde::Deserialize,
+)]
+#[serde(rename_all = "kebab-case")]
+pub enum BackboneKind {
+    /// A small residual network (--width, --depth), trained from random weights.
+    #[default]
+    Residual,
+    /// EfficientNet-Lite0, 3.4 M weights.
+    #[value(name = "efficientnet-lite0")]
+    #[serde(rename = "efficientnet-lite0")]
+    EfficientNetLite0,
+    /// ResNet-18 as torchvision's, 11.2 M weights.
+    #[value(name = "resnet18")]
+    #[serde(rename = "resnet18")]
+    ResNet18,
+    /// ResNet-50 as torchvision's, 23.5 M weights.
+    #[value(name = "resnet50")]
+    #[serde(rename = "resnet50")]
+    ResNet50,
+    /// BN-Inception as pretrainedmodels', 10.3 M weights.
+    #[value(name = "bn-inception")]
+    #[serde(rename = "bn-inception")]
+    BnInception,
+}
+
+impl BackboneKind {
+    /// The name as it is typed.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Residual => "residual",
+            Self::EfficientNetLite0 => "efficientnet-lite0",
+            Self::ResNet18 => "resnet18",
+            Self::ResNet50 => "resnet50",
+            Self::BnInception => "bn-inception",
+        }
+    }
+
+    /// What its pictures look like.
+    #[must_use]
+    pub fn preprocessing(self) -> Preprocessing {
+        match self {
+            Self::Residual | Self::ResNet18 | Self::ResNet50 => Preprocessing::default(),
+            Self::EfficientNetLite0 => Preprocessing::centred(),
+            Self::BnInception => Preprocessing::caffe(),
+        }
+    }
+
+    /// How its features are pooled unless told otherwise.
+    #[must_use]
+    pub fn pooling(self) -> PoolingKind {
+        PoolingKind::Avg
+    }
+
+    /// Checks what it is combined with.
+    ///
+    /// # Errors
+    /// [`Error::InvalidSetting`] names the setting that does not go with it.
+    pub fn validate(self, pooling: Option<PoolingKind>, has_weights: bool, image_size: usize) -> Result<()> {
+        if self == Self::BnInception && !bn_inception::takes(image_size) {
+            return Err(Error::InvalidSetting {
+                name: "image-size",
+                value: image_size.to_string(),
+                range: "a size that bn-inception can halve: 96, 128, 160, 192, 224 or 227, for example",
+            });
+        }
+        let invalid =
+            |name, value: &str, range| Err(Error::InvalidSetting { name, value: value.into(), range });
+        if has_weights && self == Self::Residual {
+            return invalid(
+                "weights",
+                "given",
+                "needs --backbone NAME; the small network starts from --init",
+            );
+        }
+        if pooling == Some(PoolingKind::Cls) {
+            return invalid("pooling", "cls", "avg, max, avg+max or gem: this network has no class token");
+        }
+        Ok(())
+    }
+
+    /// Side of the pictures that its published weights were trained on; none for the small network.
+    #[must_use]
+    pub fn image_size(self) -> Option<usize> {
+        (self != Self::Residual).then_some(224)
+    }
+}
+
+/// What a backbone makes of images.
+#[derive(Debug, Clone)]
+pub enum Features {
+    /// `[N, C, H, W]`.
+    Map(Tensor<4>),
+    /// `[N, 1 + T, C]`: the class token, then one for each patch.
+    Tokens(Tensor<3>),
+}
+
+/// A network from images to features.
+#[derive(Module, Debug)]
+pub enum Backbone {
+    /// The small residual network.
+    Residual(Residual),
+    /// A convolutional network with the weights of a file.
+    Graph(Graph),
+}
+
+impl Backbone {
+    /// The network that `shape` names, with random weights.
+    #[must_use]
+    pub fn new(shape: &NetworkShape, device: &Device) -> Self {
+        match shape.backbone {
+            BackboneKind::Residual => Self::Residual(Residual::new(shape.width, shape.depth, device)),
+            BackboneKind::EfficientNetLite0 => Self::Graph(efficientnet::lite0(device)),
+            BackboneKind::ResNet18 => Self::Graph(resnet::resnet18(device)),
+            BackboneKind::ResNet50 => Self::Graph(resnet::resnet50(device)),
+            BackboneKind::BnInception => Self::Graph(bn_inception::bn_inception(device)),
+        }
+    }
+
+    /// Length of a feature vector.
+    #[must_use]
+    pub fn features(&self) -> usize {
+        match self {
+            Self::Residual(network) => network.features(),
+            Self::Graph(network) => network.features(),
+        }
+    }
+
+    /// Images `[N, 3, H, W]` to features.
+    #[must_use]
+    pub fn forward(&self, images: Tensor<4>, mode: Normalise) -> Features {
+        match self {
+            Self::Residual(network) => Features::Map(network.forward(images, mode)),
+            Self::Graph(network) => Features::Map(network.forward(images, mode)),
+        }
+    }
+
+    /// What files call the tensor that Burn calls `path`: the field's own name where there is one.
+    #[must_use]
+    pub fn file_name(&self, path: &str) -> String {
+        match self {
+            Self::Residual(_) => path.to_owned(),
+            Self::Graph(network) => network.file_name(path),
+        }
+    }
+}

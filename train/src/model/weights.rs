@@ -1,0 +1,164 @@
+//! Published weights, as PyTorch and safetensors keep them, into a backbone.
+
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+
+use burn::store::ModuleSnapshot;
+use burn::store::burn_pack::Tensor as Packed;
+use burn::tensor::{Bytes, DType};
+use ddtas_io::tensors::{Dtype, TensorFile};
+use half::{bf16, f16};
+use pytorch_reader::{DType as TorchType, PytorchReader};
+
+use super::Backbone;
+use crate::{Error, Result};
+
+/// What other programs put before all names: of a module in a module, of a dictionary in a dictionary.
+const WRAPPERS: [&str; 6] = ["state_dict.", "model.", "module.", "backbone.", "encoder.", "teacher."];
+
+/// Parts of names that belong to the classifier a network was trained with, and to its optimizer: left out.
+const CLASSIFIERS: [&str; 5] = ["fc.", "_fc.", "classifier.", "last_linear.", "head."];
+
+/// A tensor of a file; PyTorch's are read when they are asked for.
+enum Stored {
+    Torch(pytorch_reader::Tensor),
+    Safetensors { dtype: Dtype, shape: Vec<usize>, bytes: Vec<u8> },
+}
+
+/// Widths of floats.
+enum Width {
+    F64,
+    F32,
+    F16,
+    Bf16,
+}
+
+impl Stored {
+    fn shape(&self) -> &[usize] {
+        match self {
+            Self::Torch(tensor) => tensor.shape(),
+            Self::Safetensors { shape, .. } => shape,
+        }
+    }
+
+    fn width(&self) -> Option<Width> {
+        Some(match self {
+            Self::Torch(tensor) => match tensor.dtype() {
+                TorchType::F64 => Width::F64,
+                TorchType::F32 => Width::F32,
+                TorchType::F16 => Width::F16,
+                TorchType::BF16 => Width::Bf16,
+                _ => return None,
+            },
+            Self::Safetensors { dtype, .. } => match dtype {
+                Dtype::F64 => Width::F64,
+                Dtype::F32 => Width::F32,
+                Dtype::F16 => Width::F16,
+                Dtype::BF16 => Width::Bf16,
+                _ => return None,
+            },
+        })
+    }
+
+    /// Its values, row by row; says what is wrong with them.
+    fn values(self) -> std::result::Result<Vec<f32>, String> {
+        fn words<const N: usize>(bytes: &[u8]) -> impl Iterator<Item = [u8; N]> {
+            bytes.as_chunks::<N>().0.iter().copied()
+        }
+        let width = self.width().ok_or("holds no floats")?;
+        let bytes = match self {
+            Self::Torch(tensor) => tensor.read().map_err(|error| one_line(&error))?,
+            Self::Safetensors { bytes, .. } => bytes,
+        };
+        let values: Vec<f32> = match width {
+            Width::F64 => words(&bytes).map(|word| f64::from_le_bytes(word) as f32).collect(),
+            Width::F32 => words(&bytes).map(f32::from_le_bytes).collect(),
+            Width::F16 => words(&bytes).map(|word| f16::from_le_bytes(word).to_f32()).collect(),
+            Width::Bf16 => words(&bytes).map(|word| bf16::from_le_bytes(word).to_f32()).collect(),
+        };
+        match values.iter().find(|value| !value.is_finite()) {
+            Some(value) => Err(format!("holds {value}")),
+            None => Ok(values),
+        }
+    }
+}
+
+impl Backbone {
+    /// The same network with the weights of the file `path`: .safetensors, .pth or .pt.
+    ///
+    /// # Errors
+    /// [`Error::Io`] or [`Error::Format`] if the file cannot be read; [`Error::Format`] names a tensor that is missing,
+    /// is none of the network's, or has another shape.
+    pub fn with_weights(mut self, path: &Path) -> Result<Self> {
+        let bad = |reason: String| Error::format(path, reason);
+        let mut stored = read(path)?;
+        let mut tensors = Vec::new();
+        for wanted in self.collect(None, None, true) {
+            let name = self.file_name(&wanted.name);
+            let found = stored.remove(&name).ok_or_else(|| bad(format!("there is no tensor `{name}`")))?;
+            let shape: Vec<usize> = wanted.shape.iter().copied().collect();
+            if found.shape() != shape {
+                return Err(bad(format!("tensor `{name}` has shape {:?}, not {shape:?}", found.shape())));
+            }
+            let values = guarded(|| found.values()).map_err(|why| bad(format!("tensor `{name}`: {why}")))?;
+            let bytes = Bytes::from_bytes_vec(bytemuck::cast_slice(&values).to_vec());
+            tensors.push(Packed::new(wanted.name, DType::F32, shape, None, bytes));
+        }
+        if let Some(surplus) = stored.keys().find(|name| !is_left_out(name)) {
+            return Err(bad(format!("tensor `{surplus}` is none of this network's: another --backbone?")));
+        }
+        let applied = self.apply(tensors, None, None, true);
+        match applied.errors.first() {
+            Some(error) => Err(bad(format!("does not fit the network: {error}"))),
+            None => Ok(self),
+        }
+    }
+}
+
+fn is_left_out(name: &str) -> bool {
+    name.ends_with(".num_batches_tracked") || CLASSIFIERS.iter().any(|prefix| name.starts_with(prefix))
+}
+
+/// Every tensor of a file, without what all names begin with.
+fn read(path: &Path) -> Result<BTreeMap<String, Stored>> {
+    let mut start = [0; 8];
+    let mut file = std::fs::File::open(path).map_err(Error::io("read", path))?;
+    let is_torch = match std::io::Read::read_exact(&mut file, &mut start) {
+        // A pickle begins with its version, a zip archive with its mark; a safetensors file with the length of a header.
+        Ok(()) => start[0] == 0x80 || start.starts_with(b"PK") || &start[..2] == b"\x8a\x0a",
+        Err(_) => return Err(Error::format(path, "is too short to hold weights")),
+    };
+    let mut tensors = if is_torch { read_torch(path)? } else { read_safetensors(path)? };
+    for wrapper in WRAPPERS {
+        if !tensors.is_empty() && tensors.keys().all(|name| name.starts_with(wrapper)) {
+            tensors = tensors.into_iter().map(|(name, t)| (name[wrapper.len()..].to_owned(), t)).collect();
+        }
+    }
+    Ok(tensors)
+}
+
+fn read_safetensors(path: &Path) -> Result<BTreeMap<String, Stored>> {
+    let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
+    let file = TensorFile::parse(path, &bytes)?;
+    let stored = |(name, dtype, shape, bytes): (String, Dtype, Vec<usize>, &[u8])| {
+        (name, Stored::Safetensors { dtype, shape, bytes: bytes.to_vec() })
+    };
+    Ok(file.tensors().map(stored).collect())
+}
+
+fn read_torch(path: &Path) -> Result<BTreeMap<String, Stored>> {
+    let open = || PytorchReader::new(path).map_err(|error| one_line(&error));
+    let file = guarded(open)
+        .map_err(|why| Error::format(path, format!("is no file of weights of PyTorch's: {why}")))?;
+    Ok(file.into_tensors().into_iter().map(|(name, tensor)| (name, Stored::Torch(tensor))).collect())
+}
+
+/// Runs the reader, other people's code at a file that may be anybody's.
+fn guarded<T>(read: impl FnOnce() -> std::result::Result<T, String>) -> std::result::Result<T, String> {
+    catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(|_| Err("it is damaged".into()))
+}
+
+fn one_line(error: &dyn std::fmt::Display) -> String {
+    error.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
+}

@@ -1,0 +1,165 @@
+//! Published weights into named backbones, and those backbones' checkpoints.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use burn::store::ModuleSnapshot;
+use burn::tensor::{Device, Distribution, Tensor};
+use ddtas_io::tensors::{Dtype, TensorFile, to_bytes};
+use ddtas_train::model::{
+    Backbone, BackboneKind, EmbeddingNetwork, Features, NetworkShape, Normalise, PoolingKind, to_array,
+};
+use ddtas_train::train::checkpoint::{self, Checkpoint};
+
+type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
+
+fn shape(backbone: BackboneKind) -> NetworkShape {
+    NetworkShape { backbone, pooling: backbone.pooling(), width: 0, depth: 0, embedding_dim: 8 }
+}
+
+/// What a file of a network's weights holds, a classifier's and counts of batches among them.
+fn published(backbone: &Backbone) -> Tensors {
+    let mut draw = 0u32;
+    let mut values = |count: usize| -> Vec<f32> {
+        (0..count)
+            .map(|_| {
+                draw = draw.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                0.5 + (draw >> 8) as f32 / (1 << 24) as f32
+            })
+            .collect()
+    };
+    let mut tensors: Tensors = backbone
+        .collect(None, None, true)
+        .into_iter()
+        .map(|tensor| {
+            let shape: Vec<usize> = tensor.shape.iter().copied().collect();
+            let count = shape.iter().product();
+            (backbone.file_name(&tensor.name), (shape, values(count)))
+        })
+        .collect();
+    tensors.insert("fc.weight".into(), (vec![2, 2], values(4)));
+    tensors.insert("bn1.num_batches_tracked".into(), (vec![1], values(1)));
+    tensors
+}
+
+fn write(path: &Path, tensors: &Tensors) {
+    let bytes: Vec<Vec<u8>> =
+        tensors.values().map(|(_, values)| values.iter().flat_map(|v| v.to_le_bytes()).collect()).collect();
+    let entries = tensors
+        .iter()
+        .zip(&bytes)
+        .map(|((name, (shape, _)), bytes)| (name.as_str(), Dtype::F32, &shape[..], &bytes[..]));
+    std::fs::write(path, to_bytes(&BTreeMap::new(), entries.collect()).unwrap()).unwrap();
+}
+
+#[test]
+fn weights_that_fit_are_taken_and_others_are_named() {
+    let (folder, device) = (tempfile::tempdir().unwrap(), Device::flex());
+    let path = folder.path().join("weights.safetensors");
+    let network = || Backbone::new(&shape(BackboneKind::ResNet18), &device);
+    let good = published(&network());
+    write(&path, &good);
+    let filled = network().with_weights(&path).unwrap();
+    for tensor in filled.collect(None, None, true) {
+        let bytes = tensor.clone().into_parts().unwrap().4;
+        let values: Vec<f32> = bytemuck::pod_collect_to_vec(&bytes);
+        assert_eq!(values, good[&filled.file_name(&tensor.name)].1, "{}", tensor.name);
+    }
+    // As DataParallel writes them.
+    let wrapped = good.iter().map(|(name, tensor)| (format!("module.{name}"), tensor.clone()));
+    write(&path, &wrapped.collect());
+    network().with_weights(&path).unwrap();
+
+    let refused = |change: &dyn Fn(&mut Tensors)| {
+        let mut tensors = good.clone();
+        change(&mut tensors);
+        write(&path, &tensors);
+        network().with_weights(&path).map(|_| ()).unwrap_err().to_string()
+    };
+    let name = "layer3.1.bn2.running_var";
+    let said = refused(&|tensors| drop(tensors.remove(name)));
+    assert!(said.contains(name) && said.contains("no tensor"), "{said}");
+    let said = refused(&|tensors| drop(tensors.insert("layer5.weight".into(), (vec![1], vec![1.0]))));
+    assert!(said.contains("layer5.weight") && said.contains("--backbone"), "{said}");
+    let said = refused(&|tensors| tensors.get_mut(name).unwrap().0 = vec![2, 128]);
+    assert!(said.contains(name) && said.contains("[2, 128]") && said.contains("[256]"), "{said}");
+    let said = refused(&|tensors| tensors.get_mut(name).unwrap().1[7] = f32::NAN);
+    assert!(said.contains(name) && said.contains("NaN"), "{said}");
+    for line in said.lines().skip(1) {
+        panic!("more than one line: {line}");
+    }
+}
+
+#[test]
+fn damaged_files_are_one_line_each() {
+    let (folder, device) = (tempfile::tempdir().unwrap(), Device::flex());
+    let path = folder.path().join("weights.pth");
+    let refused = |bytes: &[u8]| {
+        std::fs::write(&path, bytes).unwrap();
+        let network = Backbone::new(&shape(BackboneKind::ResNet18), &device);
+        let said = network.with_weights(&path).map(|_| ()).unwrap_err().to_string();
+        assert!(said.lines().count() == 1 && said.contains("weights.pth"), "{said}");
+    };
+    refused(b"");
+    refused(b"PK");
+    refused(&[0x80, 2, b'}', b'q', 0, b'.', 0, 0, 0]);
+    // A pickle that asks for four gigabytes of text.
+    refused(&[0x80, 2, b'X', 0xff, 0xff, 0xff, 0xff, b'a', b'b', b'.']);
+    refused(&[b'P', b'K', 3, 4, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff]);
+    refused(&[0xff; 64]);
+    refused(b"nothing of the kind, but long enough to look at");
+    assert!(
+        Backbone::new(&shape(BackboneKind::ResNet18), &device)
+            .with_weights(&folder.path().join("none"))
+            .is_err()
+    );
+}
+
+#[test]
+fn checkpoints_bear_the_fields_names_and_come_back() {
+    let (folder, device) = (tempfile::tempdir().unwrap(), Device::flex());
+    let path = folder.path().join("checkpoint.safetensors");
+    let shape = NetworkShape { pooling: PoolingKind::Gem, ..shape(BackboneKind::EfficientNetLite0) };
+    device.seed(1);
+    let network = EmbeddingNetwork::new(&shape, &device);
+    checkpoint::save(&network, &shape, &[], &path).unwrap();
+
+    let bytes = std::fs::read(&path).unwrap();
+    let file = TensorFile::parse(&path, &bytes).unwrap();
+    for name in [
+        "backbone._conv_stem.weight",
+        "backbone._blocks.15._bn2.running_var",
+        "pooling.exponent",
+        "head.weight",
+    ] {
+        assert!(file.has(name), "{name}");
+    }
+    let back = Checkpoint::open(&path).unwrap();
+    assert_eq!(back.shape().unwrap(), shape);
+    device.seed(2);
+    let again = back.fill(EmbeddingNetwork::new(&shape, &device)).unwrap();
+    let images = Tensor::random([2, 3, 33, 33], Distribution::Normal(0.0, 1.0), &device);
+    let embed =
+        |network: &EmbeddingNetwork| to_array(network.forward(images.clone(), Normalise::Running)).unwrap();
+    assert_eq!(embed(&network), embed(&again));
+}
+
+#[test]
+fn feature_maps_have_the_fields_shapes() {
+    let device = Device::flex();
+    for (kind, features, sides) in [
+        (BackboneKind::EfficientNetLite0, 1280, [3, 4]),
+        (BackboneKind::ResNet18, 512, [3, 4]),
+        (BackboneKind::ResNet50, 2048, [3, 4]),
+        (BackboneKind::BnInception, 1024, [3, 3]),
+    ] {
+        for (size, side) in [96, 97].into_iter().zip(sides) {
+            let network = Backbone::new(&shape(kind), &device);
+            let images = Tensor::random([1, 3, size, size], Distribution::Normal(0.0, 1.0), &device);
+            let Features::Map(map) = network.forward(images, Normalise::Running) else {
+                panic!("{kind:?} answers no map")
+            };
+            assert_eq!(map.dims(), [1, features, side, side], "{kind:?} at {size}");
+        }
+    }
+}
