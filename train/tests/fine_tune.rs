@@ -310,7 +310,7 @@ fn flags_beat_a_preset_and_a_preset_beats_the_defaults() {
     }
     let mut command = small_run(&run, 2);
     command
-        .args(["--preset", "paper", "--learning-rate", "3e-4", "--init"])
+        .args(["--preset", "paper", "--backbone", "residual", "--learning-rate", "3e-4", "--init"])
         .arg(first.join("best.safetensors"));
     command.assert().success();
     let config: toml::Table =

@@ -13,7 +13,7 @@ use ddtas_train::train::TrainSettings;
 use runs::small_run;
 
 /// Arguments of training, and the flag that the refusal has to name.
-const TRAIN: [(&str, &str); 87] = [
+const TRAIN: [(&str, &str); 93] = [
     ("--dataset cars", "--dataset"),
     ("--dataset folder", "data-root"),
     ("--dataset folder --data-root nowhere", "--data-root"),
@@ -25,6 +25,12 @@ const TRAIN: [(&str, &str); 87] = [
     ("--image-size 0", "image-size"),
     ("--image-size 1025", "image-size"),
     ("--embedding-dim 0", "embedding-dim"),
+    ("--backbone vgg", "--backbone"),
+    ("--weights nowhere", "weights"),
+    ("--backbone resnet18 --weights nowhere", "weights"),
+    ("--pooling sum", "--pooling"),
+    ("--pooling cls", "pooling"),
+    ("--preset large", "--preset"),
     ("--width 0", "width"),
     ("--depth 0", "depth"),
     ("--batch-norm thawed", "--batch-norm"),
@@ -176,7 +182,7 @@ fn the_other_commands_refuse_what_cannot_work_and_leave_no_file() {
     let eval = format!("eval --checkpoint {checkpoint}");
     let embed = format!("embed --checkpoint {checkpoint} --images DATA --out out.npy");
     let search = format!("search --checkpoint {checkpoint} --gallery DATA --query DATA/class00/0.png");
-    let table: [(&str, &str, &str); 26] = [
+    let table: [(&str, &str, &str); 29] = [
         (&eval, "--recall-at 1,0", "recall-at"),
         (&eval, "--nmi --nmi-steps 0", "nmi-steps"),
         (&eval, "--image-size 7", "image-size"),
@@ -190,6 +196,9 @@ fn the_other_commands_refuse_what_cannot_work_and_leave_no_file() {
         (&eval, "--seed=-1", "--seed"),
         ("eval", "--checkpoint nowhere", "nowhere"),
         ("eval", "--embeddings nowhere", "nowhere"),
+        ("eval", "--backbone vgg --weights nowhere", "--backbone"),
+        ("eval", "--backbone resnet18 --weights nowhere --dataset synthetic", "nowhere"),
+        ("eval", "--backbone resnet18 --weights nowhere --pooling sum", "--pooling"),
         (&embed.replace(checkpoint, "nowhere"), "", "nowhere"),
         (&embed, "--image-size 0", "image-size"),
         (&embed.replace("out.npy", "out.txt"), "", "out = out.txt"),
