@@ -14,7 +14,14 @@ use ddtas_train::train::checkpoint::{self, Checkpoint};
 type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
 
 fn shape(backbone: BackboneKind) -> NetworkShape {
-    NetworkShape { backbone, pooling: backbone.pooling(), width: 0, depth: 0, embedding_dim: 8 }
+    NetworkShape {
+        backbone,
+        pooling: backbone.pooling(),
+        width: 0,
+        depth: 0,
+        embedding_dim: 8,
+        head: ddtas_train::model::HeadKind::Linear,
+    }
 }
 
 /// What a file of a network's weights holds, a classifier's and counts of batches among them.
@@ -162,4 +169,8 @@ fn feature_maps_have_the_fields_shapes() {
             assert_eq!(map.dims(), [1, features, side, side], "{kind:?} at {size}");
         }
     }
+    let network = Backbone::new(&shape(BackboneKind::VitS16), &device);
+    let images = Tensor::random([1, 3, 96, 64], Distribution::Normal(0.0, 1.0), &device);
+    let Features::Tokens(tokens) = network.forward(images, Normalise::Running) else { panic!("no tokens") };
+    assert_eq!(tokens.dims(), [1, 1 + 6 * 4, 384]);
 }

@@ -16,7 +16,7 @@ fn assert_close<const D: usize>(what: &str, got: Tensor<D>, want: Tensor<D>) {
 }
 
 /// Images, channels in and out, height, width, kernel, stride.
-const CONVOLUTIONS: [[usize; 7]; 9] = [
+const CONVOLUTIONS: [[usize; 7]; 13] = [
     [2, 3, 16, 12, 12, 3, 1],
     [3, 8, 8, 9, 7, 3, 1],
     [1, 5, 11, 13, 17, 3, 2],
@@ -26,6 +26,11 @@ const CONVOLUTIONS: [[usize; 7]; 9] = [
     [1, 1, 1, 1, 1, 3, 1],
     [33, 2, 3, 3, 3, 3, 1],
     [2, 3, 4, 20, 50, 5, 1],
+    // Products of matrices: 1 x 1, and wide ones of small pictures.
+    [40, 6, 10, 3, 3, 1, 1],
+    [3, 6, 10, 24, 20, 1, 1],
+    [30, 256, 20, 4, 3, 3, 1],
+    [7, 260, 9, 7, 8, 3, 2],
 ];
 
 #[test]

@@ -13,7 +13,7 @@ use ddtas_train::train::TrainSettings;
 use runs::small_run;
 
 /// Arguments of training, and the flag that the refusal has to name.
-const TRAIN: [(&str, &str); 93] = [
+const TRAIN: [(&str, &str); 96] = [
     ("--dataset cars", "--dataset"),
     ("--dataset folder", "data-root"),
     ("--dataset folder --data-root nowhere", "--data-root"),
@@ -25,10 +25,13 @@ const TRAIN: [(&str, &str); 93] = [
     ("--image-size 0", "image-size"),
     ("--image-size 1025", "image-size"),
     ("--embedding-dim 0", "embedding-dim"),
-    ("--backbone vgg", "--backbone"),
-    ("--weights nowhere", "weights"),
+    ("--backbone alexnet", "--backbone"),
+    ("--backbone vit-s16 --image-size 100", "image-size"),
+    ("--backbone bn-inception --image-size 112", "image-size"),
+    ("--weights DATA/class00/0.png", "weights"),
     ("--backbone resnet18 --weights nowhere", "weights"),
-    ("--pooling sum", "--pooling"),
+    ("--backbone resnet18 --weights DATA/class00/0.png --init DATA/class00/0.png", "weights"),
+    ("--backbone resnet18 --weights DATA/class00/0.png", "0.png"),
     ("--pooling cls", "pooling"),
     ("--preset large", "--preset"),
     ("--width 0", "width"),
@@ -182,7 +185,7 @@ fn the_other_commands_refuse_what_cannot_work_and_leave_no_file() {
     let eval = format!("eval --checkpoint {checkpoint}");
     let embed = format!("embed --checkpoint {checkpoint} --images DATA --out out.npy");
     let search = format!("search --checkpoint {checkpoint} --gallery DATA --query DATA/class00/0.png");
-    let table: [(&str, &str, &str); 29] = [
+    let table: [(&str, &str, &str); 31] = [
         (&eval, "--recall-at 1,0", "recall-at"),
         (&eval, "--nmi --nmi-steps 0", "nmi-steps"),
         (&eval, "--image-size 7", "image-size"),
@@ -196,9 +199,11 @@ fn the_other_commands_refuse_what_cannot_work_and_leave_no_file() {
         (&eval, "--seed=-1", "--seed"),
         ("eval", "--checkpoint nowhere", "nowhere"),
         ("eval", "--embeddings nowhere", "nowhere"),
-        ("eval", "--backbone vgg --weights nowhere", "--backbone"),
-        ("eval", "--backbone resnet18 --weights nowhere --dataset synthetic", "nowhere"),
-        ("eval", "--backbone resnet18 --weights nowhere --pooling sum", "--pooling"),
+        ("eval", "--backbone resnet18", "--weights"),
+        ("eval", "--weights nowhere", "--backbone"),
+        ("eval", "--backbone resnet18 --weights nowhere", "nowhere"),
+        ("eval", "--backbone resnet18 --weights nowhere --pooling cls", "pooling"),
+        (&eval, "--backbone resnet18 --weights nowhere", "--backbone"),
         (&embed.replace(checkpoint, "nowhere"), "", "nowhere"),
         (&embed, "--image-size 0", "image-size"),
         (&embed.replace("out.npy", "out.txt"), "", "out = out.txt"),

@@ -2,7 +2,8 @@
 
 use burn::module::{Initializer, Module, Param};
 use burn::tensor::{Device, Tensor};
-use ddtas_train::model::{BatchNorm, Normalise, layers};
+use ddtas_train::model::layers::{self, ConvolutionOptions};
+use ddtas_train::model::{Activation, BatchNorm, Normalise};
 
 /// Channels of the features.
 pub const WIDTH: usize = 24;
@@ -32,7 +33,7 @@ impl Backbone {
             let shape = [WIDTH, channels, 3, 3];
             Layer {
                 weight: initializer.init_with(shape, fans[0], fans[1], device),
-                norm: BatchNorm::new(WIDTH, true, device),
+                norm: BatchNorm::new(WIDTH, Activation::Relu, device),
             }
         };
         Self { layers: (0..DEPTH).map(layer).collect() }
@@ -42,7 +43,9 @@ impl Backbone {
     pub fn forward(&self, scenes: Tensor<4>, mode: Normalise) -> Tensor<3> {
         let mut activation = scenes;
         for layer in &self.layers {
-            activation = layer.norm.forward(layers::convolution(activation, layer.weight.val(), 1), mode);
+            let options = ConvolutionOptions::new(1, 1);
+            activation =
+                layer.norm.forward(layers::convolution(activation, layer.weight.val(), options), mode);
         }
         let [count, channels, height, width] = activation.dims();
         activation.permute([0, 2, 3, 1]).reshape([count, height * width, channels])

@@ -5,18 +5,21 @@
 //! | `residual.rs` | the small residual network, which is trained from random weights |
 //! | `graph.rs` | convolutional networks as lists of steps, with the names of the files that hold their weights |
 //! | `efficientnet.rs`, `resnet.rs`, `bn_inception.rs` | such lists |
+//! | `vision_transformer.rs` | ViT-S/16 |
 
 mod bn_inception;
 mod efficientnet;
 mod graph;
 mod residual;
 mod resnet;
+mod vision_transformer;
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 
 use graph::Graph;
 use residual::Residual;
+use vision_transformer::VisionTransformer;
 
 use super::batch_norm::Normalise;
 use super::{NetworkShape, PoolingKind};
@@ -48,6 +51,10 @@ pub enum BackboneKind {
     #[value(name = "bn-inception")]
     #[serde(rename = "bn-inception")]
     BnInception,
+    /// The vision transformer ViT-S/16 as timm's and DINO's, 21.7 M weights.
+    #[value(name = "vit-s16")]
+    #[serde(rename = "vit-s16")]
+    VitS16,
 }
 
 impl BackboneKind {
@@ -60,6 +67,7 @@ impl BackboneKind {
             Self::ResNet18 => "resnet18",
             Self::ResNet50 => "resnet50",
             Self::BnInception => "bn-inception",
+            Self::VitS16 => "vit-s16",
         }
     }
 
@@ -67,7 +75,7 @@ impl BackboneKind {
     #[must_use]
     pub fn preprocessing(self) -> Preprocessing {
         match self {
-            Self::Residual | Self::ResNet18 | Self::ResNet50 => Preprocessing::default(),
+            Self::Residual | Self::ResNet18 | Self::ResNet50 | Self::VitS16 => Preprocessing::default(),
             Self::EfficientNetLite0 => Preprocessing::centred(),
             Self::BnInception => Preprocessing::caffe(),
         }
@@ -76,7 +84,10 @@ impl BackboneKind {
     /// How its features are pooled unless told otherwise.
     #[must_use]
     pub fn pooling(self) -> PoolingKind {
-        PoolingKind::Avg
+        match self {
+            Self::VitS16 => PoolingKind::Cls,
+            _ => PoolingKind::Avg,
+        }
     }
 
     /// Checks what it is combined with.
@@ -100,7 +111,14 @@ impl BackboneKind {
                 "needs --backbone NAME; the small network starts from --init",
             );
         }
-        if pooling == Some(PoolingKind::Cls) {
+        if self == Self::VitS16 && !image_size.is_multiple_of(vision_transformer::PATCH) {
+            return Err(Error::InvalidSetting {
+                name: "image-size",
+                value: image_size.to_string(),
+                range: "a multiple of 16: vit-s16 cuts pictures into patches of 16 x 16",
+            });
+        }
+        if self != Self::VitS16 && pooling == Some(PoolingKind::Cls) {
             return invalid("pooling", "cls", "avg, max, avg+max or gem: this network has no class token");
         }
         Ok(())
@@ -129,6 +147,8 @@ pub enum Backbone {
     Residual(Residual),
     /// A convolutional network with the weights of a file.
     Graph(Graph),
+    /// The vision transformer.
+    VisionTransformer(VisionTransformer),
 }
 
 impl Backbone {
@@ -140,6 +160,7 @@ impl Backbone {
             BackboneKind::EfficientNetLite0 => Self::Graph(efficientnet::lite0(device)),
             BackboneKind::ResNet18 => Self::Graph(resnet::resnet18(device)),
             BackboneKind::ResNet50 => Self::Graph(resnet::resnet50(device)),
+            BackboneKind::VitS16 => Self::VisionTransformer(VisionTransformer::small(device)),
             BackboneKind::BnInception => Self::Graph(bn_inception::bn_inception(device)),
         }
     }
@@ -150,6 +171,7 @@ impl Backbone {
         match self {
             Self::Residual(network) => network.features(),
             Self::Graph(network) => network.features(),
+            Self::VisionTransformer(network) => network.features(),
         }
     }
 
@@ -159,6 +181,7 @@ impl Backbone {
         match self {
             Self::Residual(network) => Features::Map(network.forward(images, mode)),
             Self::Graph(network) => Features::Map(network.forward(images, mode)),
+            Self::VisionTransformer(network) => Features::Tokens(network.forward(images)),
         }
     }
 
@@ -166,7 +189,8 @@ impl Backbone {
     #[must_use]
     pub fn file_name(&self, path: &str) -> String {
         match self {
-            Self::Residual(_) => path.to_owned(),
+            // The transformer's fields are named as timm's.
+            Self::Residual(_) | Self::VisionTransformer(_) => path.to_owned(),
             Self::Graph(network) => network.file_name(path),
         }
     }

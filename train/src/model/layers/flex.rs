@@ -5,9 +5,9 @@ use burn::backend::{Flex, TensorMetadata};
 use burn::tensor::{Shape, TensorData};
 
 use super::convolution::{self, Geometry};
-use super::depthwise;
 use super::normalisation::{self, Normalisation, Planes};
 use super::{ConvolutionOptions, LayerOps, NormaliseOptions};
+use super::{depthwise, matrix};
 
 type CpuTensor = FloatTensor<Flex>;
 
@@ -80,6 +80,8 @@ impl LayerOps for Flex {
         let (input, weight) = (Values::new(input), Values::new(weight));
         let values = if options.depthwise {
             depthwise::forward(&plane(g), g.channels_in, input.get(), weight.get())
+        } else if matrix::fits(&g) {
+            matrix::forward(&g, input.get(), weight.get())
         } else {
             convolution::forward(&g, input.get(), weight.get())
         };
@@ -98,6 +100,8 @@ impl LayerOps for Flex {
         let (gradient, weight) = (Values::new(output_gradient), Values::new(weight));
         let values = if options.depthwise {
             depthwise::input_gradient(&plane(g), g.channels_in, gradient.get(), weight.get())
+        } else if matrix::fits(&g) {
+            matrix::input_gradient(&g, gradient.get(), weight.get())
         } else {
             convolution::input_gradient(&g, gradient.get(), weight.get())
         };
@@ -114,6 +118,8 @@ impl LayerOps for Flex {
         let (input, gradient) = (Values::new(input), Values::new(output_gradient));
         let values = if options.depthwise {
             depthwise::weight_gradient(&plane(g), g.channels_in, input.get(), gradient.get())
+        } else if matrix::fits(&g) {
+            matrix::weight_gradient(&g, input.get(), gradient.get())
         } else {
             convolution::weight_gradient(&g, input.get(), gradient.get())
         };

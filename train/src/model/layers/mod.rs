@@ -7,7 +7,7 @@
 //!
 //! | file | operations |
 //! | --- | --- |
-//! | `convolution.rs`, `depthwise.rs` | convolution and its two gradients |
+//! | `convolution.rs`, `matrix.rs`, `depthwise.rs` | convolution and its two gradients |
 //! | `normalisation.rs` | batch normalisation + activation, residual sum + ReLU |
 //! | `buffer.rs` | what both write their results into |
 //! | `differentiation.rs` | the same under autodiff |
@@ -20,6 +20,7 @@ mod cube;
 mod depthwise;
 mod differentiation;
 mod flex;
+mod matrix;
 pub mod normalisation;
 mod ops;
 
