@@ -213,19 +213,6 @@ impl CudaContext {
         self.compute(py, place.0, place.1, |backend| unsafe { issued.issue(backend) })
     }
 
-    /// Positive and negative pairs of active anchors of the last loss there, for which this waits; `None` if it was
-    /// another's, or a graph's.
-    fn mined(&self, py: Python<'_>, place: Where) -> PyResult<Option<(u64, u64)>> {
-        self.compute(py, place.0, place.1, |backend| {
-            let mut output = loss::LossOutput::default();
-            match backend.anchors_of_last_loss(&mut output) {
-                Ok(()) => Ok(Some(output.mined())),
-                Err(ddtas::Error::OutOfOrder(_)) => Ok(None),
-                Err(error) => Err(error),
-            }
-        })
-    }
-
     /// Both hyper-gradient sums along tangents, `[B, D]` and perhaps `[N, D]`, in float32.
     fn threshold_gradient(
         &self,

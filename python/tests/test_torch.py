@@ -343,17 +343,13 @@ def test_recall_of_tensors_is_that_of_arrays():
 def test_what_a_gpu_has_written_is_read_as_the_processor_s_numbers():
     from ddtas.torch.engine import Engine
 
-    class Gpu:
-        def mined(self, place):
-            return 20, 30
-
     engine = Engine()
-    engine.on_gpu = lambda rows: (Gpu(), 0)
     # LossScalars of kernels/params.h.
-    words = torch.zeros(14, dtype=torch.float64)
+    words = torch.zeros(15, dtype=torch.float64)
     words[:7] = torch.tensor([1.5, -0.5, 0.25, 0.6, 0.1, 0.1, 0.01])
     words.view(torch.int64)[7:11] = torch.tensor([5, 6, 7, 8])
     words[12:13].view(torch.int32).fill_(-1)
+    words.view(torch.int64)[13:] = torch.tensor([20, 30])
     labels = torch.tensor([0, 0, -1])
     engine.last = words, labels
     assert engine.found() == [*words[:7].tolist(), 5, 6, 7, 8, 20, 30, 1]

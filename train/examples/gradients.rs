@@ -40,8 +40,14 @@ fn main() -> Result<()> {
     let arguments = Arguments::parse();
     let device = Device::flex().autodiff();
     let kind = arguments.backbone;
-    let shape =
-        NetworkShape { backbone: kind, pooling: kind.pooling(), width: 0, depth: 0, embedding_dim: 8 };
+    let shape = NetworkShape {
+        backbone: kind,
+        pooling: kind.pooling(),
+        width: 0,
+        depth: 0,
+        embedding_dim: 8,
+        head: ddtas_train::model::HeadKind::Linear,
+    };
     let mut network = EmbeddingNetwork::new(&shape, &device);
     network.backbone = network.backbone.with_weights(&arguments.weights)?;
     if let Some(path) = &arguments.checkpoint {

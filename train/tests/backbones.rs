@@ -14,7 +14,14 @@ use ddtas_train::train::checkpoint::{self, Checkpoint};
 type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
 
 fn shape(backbone: BackboneKind) -> NetworkShape {
-    NetworkShape { backbone, pooling: backbone.pooling(), width: 0, depth: 0, embedding_dim: 8 }
+    NetworkShape {
+        backbone,
+        pooling: backbone.pooling(),
+        width: 0,
+        depth: 0,
+        embedding_dim: 8,
+        head: ddtas_train::model::HeadKind::Linear,
+    }
 }
 
 /// What a file of a network's weights holds, a classifier's and counts of batches among them.

@@ -13,7 +13,7 @@ use ddtas_train::train::TrainSettings;
 use runs::small_run;
 
 /// Arguments of training, and the flag that the refusal has to name.
-const TRAIN: [(&str, &str); 80] = [
+const TRAIN: [(&str, &str); 96] = [
     ("--dataset cars", "--dataset"),
     ("--dataset folder", "data-root"),
     ("--dataset folder --data-root nowhere", "--data-root"),
@@ -33,10 +33,13 @@ const TRAIN: [(&str, &str); 80] = [
     ("--backbone resnet18 --weights DATA/class00/0.png --init DATA/class00/0.png", "weights"),
     ("--backbone resnet18 --weights DATA/class00/0.png", "0.png"),
     ("--pooling cls", "pooling"),
+    ("--preset large", "--preset"),
     ("--width 0", "width"),
     ("--depth 0", "depth"),
     ("--batch-norm thawed", "--batch-norm"),
     ("--batch-norm frozen", "batch-norm"),
+    ("--batch-norm frozen-statistics", "batch-norm"),
+    ("--head mlp", "--head"),
     ("--init nowhere", "init"),
     ("--loss triplet", "--loss"),
     ("--mining hard", "--mining"),
@@ -63,6 +66,19 @@ const TRAIN: [(&str, &str); 80] = [
     ("--learning-rate inf", "learning-rate"),
     ("--warm-up 1.1", "warm-up"),
     ("--weight-decay 1", "weight-decay"),
+    ("--optimizer lion", "--optimizer"),
+    ("--weight-decay-on biases", "--weight-decay-on"),
+    ("--head-learning-rate 0", "head-learning-rate"),
+    ("--head-steps 99999999999", "head-steps"),
+    ("--head-steps 5 --generator full", "head-steps"),
+    ("--schedule exponential", "--schedule"),
+    ("--schedule step", "milestones"),
+    ("--schedule step --milestones 8,8", "milestones = 8,8"),
+    ("--milestones 8", "--schedule step"),
+    ("--milestone-factor 0", "milestone-factor"),
+    ("--ema 1", "ema"),
+    ("--chunk-size 99999999999", "chunk-size"),
+    ("--chunk-size 8 --generator full", "chunk-size"),
     ("--evaluate-every 18446744073709551615", "evaluate-every"),
     ("--memory-size 99999999999", "memory-size"),
     ("--memory-start 18446744073709551615", "memory-start"),

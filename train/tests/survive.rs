@@ -55,12 +55,17 @@ fn killed_runs_go_on_to_the_same_bytes_as_unbroken_ones() {
     let seed = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos() as u64;
     println!("moments of killing drawn from seed {seed}");
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let ways: [(&str, &[&str]); 6] = [
+    let ways: [(&str, &[&str]); 8] = [
         ("off", &[]),
         ("head", &["--generator", "head", "--lambda-pair", "--lambda-ensemble", "3"]),
         ("recent", &["--generator", "head", "--meta", "recent"]),
         ("rehearsal", &["--generator", "head", "--rehearsal", "40"]),
         ("full", &["--generator", "full", "--checkpoint-every", "1"]),
+        (
+            "mean",
+            &["--ema", "0.9", "--head-steps", "30", "--head-learning-rate", "0.02", "--optimizer", "adam"],
+        ),
+        ("chunks", &["--chunk-size", "5", "--ema", "0.9", "--weight-decay-on", "weights"]),
         ("memory", &["--memory-size", "50", "--memory-start", "7", "--workers", "3"]),
     ];
     for (name, more) in ways {

@@ -58,9 +58,8 @@ class Engine:
             if row != _NO_ROW:
                 raise ValueError(_bad_row(name, row, float(words[11])))
         real, whole = words.tolist(), words.view(torch.int64).tolist()
-        gpu, stream = self.on_gpu(written)
-        mined = gpu.mined((written.device.index, stream)) or (math.nan, math.nan)
-        return [*real[:7], *(float(number) for number in whole[7:11]), *mined, float((labels < 0).sum())]
+        counts = [float(number) for number in (*whole[7:11], *whole[13:15])]
+        return [*real[:7], *counts, float((labels < 0).sum())]
 
     def searcher(self, rows: Tensor) -> Any:
         """What stands where a `Context` does in an evaluation, and searches on the GPU of the rows."""

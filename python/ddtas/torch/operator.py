@@ -19,6 +19,9 @@ STATISTICS = (
 )  # fmt: skip
 """What the statistics are on the processor; on a GPU they are `LossScalars` of kernels/params.h."""
 
+WORDS = 15
+"""Room for either."""
+
 UNCHECKED, CHECKED, WAITED_FOR = 0, 1, 2
 """Whether rows are checked; a GPU's are waited for in the last case alone."""
 
@@ -46,7 +49,7 @@ def _answers(rows: Tensor, references: Tensor | None, reference_gradient: bool) 
         torch.empty((), dtype=wide, device=device),
         torch.empty(rows.shape, dtype=wide, device=device),
         torch.empty(back, dtype=wide, device=device),
-        torch.empty(len(STATISTICS), dtype=torch.float64, device=device),
+        torch.zeros(WORDS, dtype=torch.float64, device=device),
     )
 
 
@@ -108,7 +111,7 @@ def _on_cpu(
             named = identity.data_ptr()
     wide = torch.float64 if kind == 3 else torch.float32
     loss = torch.empty((), dtype=wide, device="cpu")
-    statistics = torch.empty(14, dtype=torch.float64, device="cpu")
+    statistics = torch.zeros(WORDS, dtype=torch.float64, device="cpu")
     own, other, where.last = where.host.loss_at(
         anchors,
         others,
@@ -212,7 +215,7 @@ def _of_nothing(
     known = {"mean_pos": nan, "mean_neg": nan, "gamma_pos": gamma, "gamma_neg": gamma * negative_ratio}
     where.last = [known.get(name, 0.0) for name in STATISTICS]
     where.last[-1] = float((labels < 0).sum())
-    statistics.copy_(torch.tensor(where.last, dtype=torch.float64))
+    statistics[: len(STATISTICS)] = torch.tensor(where.last, dtype=torch.float64)
     return loss, gradient, back, statistics
 
 

@@ -8,8 +8,8 @@ use burn::tensor::{Device, Tensor};
 use super::{Event, Skipped};
 use crate::data::{EvaluationBatches, Preprocessing, Split, TestCrop};
 use crate::model::{
-    Backbone, BackboneKind, EmbeddingHead, EmbeddingNetwork, NetworkShape, Normalise, Pooling, PoolingKind,
-    to_unit_rows,
+    Backbone, BackboneKind, EmbeddingHead, EmbeddingNetwork, HeadKind, NetworkShape, Normalise, Pooling,
+    PoolingKind, to_unit_rows,
 };
 use crate::train::checkpoint::{Checkpoint, fingerprint};
 use crate::train::{EVALUATION_CHUNK, Embedded, embed_batches};
@@ -95,7 +95,14 @@ impl Embedder {
         check_image_size(image_size)?;
         let device = Device::flex();
         let pooling = settings.pooling.unwrap_or_else(|| kind.pooling());
-        let shape = NetworkShape { backbone: kind, pooling, width: 0, depth: 0, embedding_dim: 0 };
+        let shape = NetworkShape {
+            backbone: kind,
+            pooling,
+            width: 0,
+            depth: 0,
+            embedding_dim: 0,
+            head: HeadKind::default(),
+        };
         let backbone = Backbone::new(&shape, &device).with_weights(weights)?;
         let bytes = std::fs::read(weights).map_err(Error::io("read", weights))?;
         Ok(Self {

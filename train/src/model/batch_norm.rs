@@ -33,6 +33,8 @@ pub enum Normalise {
     Training,
     /// By the batch's statistics, leaving the running ones alone: a virtual step.
     Batch,
+    /// By the running statistics, while scale and shift learn.
+    Affine,
     /// By the running statistics, with scale and shift held fixed: evaluation, or training with BatchNorm frozen.
     Running,
 }
@@ -89,7 +91,7 @@ impl BatchNorm {
     /// `[N, C, H, W]` to the same shape.
     #[must_use]
     pub fn forward(&self, input: Tensor<4>, mode: Normalise) -> Tensor<4> {
-        let from_batch = mode != Normalise::Running;
+        let from_batch = matches!(mode, Normalise::Training | Normalise::Batch);
         let statistics = if from_batch {
             layers::batch_statistics(input.clone())
         } else {
@@ -101,7 +103,7 @@ impl BatchNorm {
         }
         let (gamma, beta) = match mode {
             Normalise::Running => (self.gamma.val().detach(), self.beta.val().detach()),
-            Normalise::Batch | Normalise::Training => (self.gamma.val(), self.beta.val()),
+            Normalise::Affine | Normalise::Batch | Normalise::Training => (self.gamma.val(), self.beta.val()),
         };
         let NormOptions { epsilon, activation, .. } = self.options;
         let options = NormaliseOptions { epsilon, activation, from_batch };

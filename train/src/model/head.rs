@@ -1,4 +1,4 @@
-//! The embedding head: a linear map of the features, then L2 normalisation.
+//! The embedding head: a linear map of the features, normalised before on request, then L2 normalisation.
 //!
 //! The features are averages of ReLU outputs, all positive, so that an untrained
 //! network starts with similarities near 0.87. That is where the soft
@@ -7,9 +7,38 @@
 
 use burn::module::{Initializer, Module, Param};
 use burn::tensor::{Device, Tensor};
+use serde::{Deserialize, Serialize};
 
 /// Kept under the norm, so that a zero row has a direction-less but finite embedding.
 const SMALLEST_NORM: f32 = 1e-12;
+
+/// Added to the variance before its root.
+const EPSILON: f64 = 1e-5;
+
+/// What lies between features and embedding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
+pub enum HeadKind {
+    /// A linear map.
+    #[default]
+    #[value(name = "linear")]
+    #[serde(rename = "linear")]
+    Linear,
+    /// A linear map of the features less their mean, over their deviation (a layer norm that learns nothing).
+    #[value(name = "layer-norm+linear")]
+    #[serde(rename = "layer-norm+linear")]
+    LayerNormLinear,
+}
+
+impl HeadKind {
+    /// Its name, on the command line and in files.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Linear => "linear",
+            Self::LayerNormLinear => "layer-norm+linear",
+        }
+    }
+}
 
 /// Maps features to unit embeddings.
 #[derive(Module, Debug)]
@@ -18,6 +47,7 @@ pub struct EmbeddingHead {
     pub weight: Param<Tensor<2>>,
     /// `[dim]`.
     pub bias: Param<Tensor<1>>,
+    layer_norm: bool,
 }
 
 impl EmbeddingHead {
@@ -28,13 +58,31 @@ impl EmbeddingHead {
         Self {
             weight: initializer.init_with([features, dim], Some(features), Some(dim), device),
             bias: Initializer::Zeros.init([dim], device),
+            layer_norm: false,
         }
+    }
+
+    /// The same weights as a head of `kind`.
+    #[must_use]
+    pub fn with_kind(self, kind: HeadKind) -> Self {
+        Self { layer_norm: kind == HeadKind::LayerNormLinear, ..self }
+    }
+
+    /// What the linear map sees of features `[N, features]`.
+    #[must_use]
+    pub fn input(&self, features: Tensor<2>) -> Tensor<2> {
+        if !self.layer_norm {
+            return features;
+        }
+        let centred = features.clone().sub(features.mean_dim(1));
+        let variance = centred.clone().powi_scalar(2).mean_dim(1);
+        centred.div(variance.add_scalar(EPSILON).sqrt())
     }
 
     /// Features `[N, features]` to embeddings `[N, dim]`, rows of unit norm.
     #[must_use]
     pub fn forward(&self, features: Tensor<2>) -> Tensor<2> {
-        to_unit_rows(features.matmul(self.weight.val()).add(self.bias.val().unsqueeze()))
+        to_unit_rows(self.input(features).matmul(self.weight.val()).add(self.bias.val().unsqueeze()))
     }
 }
 

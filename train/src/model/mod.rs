@@ -14,7 +14,7 @@ use ndarray::Array2;
 
 pub use backbone::{Backbone, BackboneKind, Features};
 pub use batch_norm::{Activation, BatchNorm, NormOptions, Normalise};
-pub use head::{EmbeddingHead, to_unit_rows};
+pub use head::{EmbeddingHead, HeadKind, to_unit_rows};
 pub use pooling::{Pooling, PoolingKind};
 
 use crate::{Error, Result};
@@ -48,6 +48,9 @@ pub struct NetworkShape {
     pub depth: usize,
     /// Dimensions of an embedding.
     pub embedding_dim: usize,
+    /// What lies between features and embedding.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub head: HeadKind,
 }
 
 impl std::fmt::Display for NetworkShape {
@@ -59,6 +62,9 @@ impl std::fmt::Display for NetworkShape {
         }
         if self.pooling != self.backbone.pooling() {
             write!(f, " --pooling {}", self.pooling.name())?;
+        }
+        if self.head != HeadKind::default() {
+            write!(f, " --head {}", self.head.name())?;
         }
         write!(f, " --embedding-dim {}", self.embedding_dim)
     }
@@ -74,7 +80,7 @@ impl EmbeddingNetwork {
     #[must_use]
     pub fn new(shape: &NetworkShape, device: &Device) -> Self {
         let backbone = Backbone::new(shape, device);
-        let head = EmbeddingHead::new(backbone.features(), shape.embedding_dim, device);
+        let head = EmbeddingHead::new(backbone.features(), shape.embedding_dim, device).with_kind(shape.head);
         Self { backbone, pooling: Pooling::new(shape.pooling, device), head }
     }
 

@@ -87,7 +87,7 @@ mod gpu {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{BackboneKind, NetworkShape, PoolingKind};
+    use crate::model::{BackboneKind, HeadKind, NetworkShape, PoolingKind};
 
     #[test]
     fn weights_are_drawn_before_they_move() {
@@ -98,6 +98,7 @@ mod tests {
             width: 2,
             depth: 1,
             embedding_dim: 3,
+            head: HeadKind::Linear,
         };
         let network = EmbeddingNetwork::new(&shape, &cpu);
         assert!(!network.head.weight.is_initialized(), "Burn draws at once: `moved` needs no clone any more");

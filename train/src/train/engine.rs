@@ -3,15 +3,18 @@
 //! The kernels return L and dL/dE; the network's backward pass starts from there ([`backward`]).
 
 use burn::module::Module;
-use burn::optim::{AdamWConfig, ModuleOptimizer};
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::optim::ModuleOptimizer;
+use burn::tensor::{Device, Tensor};
 use ndarray::{ArrayView2, Axis};
 use serde::{Deserialize, Serialize};
 
+use super::average::Average;
 use super::checkpoint::archive::Archive;
 use super::checkpoint::optimizer as moments;
+use super::chunks;
 use super::generator::{Generator, GeneratorState};
 use super::memory::Memory;
+use super::optimizer::optimizer;
 use super::schedule::Schedule;
 use super::settings::{BatchNorm, TrainSettings};
 use crate::data::ImageBatch;
@@ -22,9 +25,6 @@ use ddtas::backend::Backend;
 use ddtas::loss::baseline::PairLoss;
 use ddtas::loss::{LossOutput, LossSettings};
 use ddtas_io::Error as Program;
-
-/// PyTorch's. Burn's own default, 1e-5, is as large as many of these gradients and would brake the steps.
-const ADAM_EPSILON: f32 = 1e-8;
 
 /// What a step depends on beside weights, moments and memory.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -37,6 +37,17 @@ pub(super) struct EngineState {
     pub generator: Option<GeneratorState>,
 }
 
+/// How the gradient of a step goes back from dL/dE.
+#[derive(Clone, Copy)]
+enum Way {
+    /// Through the network.
+    Whole,
+    /// Through the network in chunks, each forward once more.
+    Chunks,
+    /// Through the embedding head alone.
+    Head,
+}
+
 /// A network in training.
 pub struct Engine {
     /// The network as it stands.
@@ -46,7 +57,12 @@ pub struct Engine {
     device: Device,
     optimizer: ModuleOptimizer,
     schedule: Schedule,
+    /// Steps in which the head learns alone.
+    head_steps: usize,
+    /// Pictures that go through the network at a time; 0 for all.
+    chunk_size: usize,
     mode: Normalise,
+    average: Option<Average>,
     backend: Box<dyn Backend>,
     pair_loss: PairLoss,
     loss: LossSettings,
@@ -71,13 +87,17 @@ impl Engine {
             loss = generator.lambda().applied_to(&loss);
         }
         Self {
+            optimizer: optimizer(settings, &network),
+            average: average(settings, &network),
             network,
             output: LossOutput::default(),
             device,
-            optimizer: optimizer(settings),
             schedule: settings.schedule(),
+            head_steps: settings.optimizer.head_steps,
+            chunk_size: settings.optimizer.chunk_size,
             mode: match settings.batch_norm {
                 BatchNorm::Trainable => Normalise::Training,
+                BatchNorm::FrozenStatistics => Normalise::Affine,
                 BatchNorm::Frozen => Normalise::Running,
             },
             backend,
@@ -90,16 +110,19 @@ impl Engine {
         }
     }
 
-    /// Begins a rehearsal: its learning rate rises as the run's does, and falls to 0 over its own steps.
+    /// Begins a rehearsal: its learning rate rises as the run's does, and where that is a cosine falls to 0 over its own
+    /// steps.
     pub fn rehearse(&mut self, steps: usize) {
-        self.schedule = Schedule { warm_up: self.schedule.warm_up.min(steps / 2), steps, ..self.schedule };
+        let schedule = self.schedule.clone();
+        self.schedule = Schedule { warm_up: schedule.warm_up.min(steps / 2), steps, ..schedule };
     }
 
     /// Begins anew with `network`: of what was, only lambda remains, and is held.
     pub fn restart(&mut self, network: EmbeddingNetwork, settings: &TrainSettings) {
+        self.optimizer = optimizer(settings, &network);
+        self.average = average(settings, &network);
         self.network = network;
         self.output = LossOutput::default();
-        self.optimizer = optimizer(settings);
         self.schedule = settings.schedule();
         self.memory = memory(settings);
         self.pending = None;
@@ -120,6 +143,7 @@ impl Engine {
     pub(super) fn put(&self, archive: &mut Archive) -> std::result::Result<EngineState, String> {
         moments::put(archive, &self.optimizer, &self.network)?;
         self.memory.put(archive);
+        self.average.as_ref().map_or(Ok(()), |average| average.put(archive))?;
         Ok(EngineState {
             lambda: Lambda { pos: self.loss.lambda_pos, neg: self.loss.lambda_neg },
             pending: self.pending,
@@ -136,6 +160,7 @@ impl Engine {
         let fresh = self.optimizer.clone();
         self.optimizer = moments::take(archive, fresh, &self.network)?;
         self.memory.take(archive)?;
+        self.average.as_mut().map_or(Ok(()), |average| average.take(archive))?;
         self.loss = state.lambda.applied_to(&self.loss);
         self.pending = state.pending;
         match (&mut self.generator, &state.generator) {
@@ -150,7 +175,12 @@ impl Engine {
         &self.loss
     }
 
-    /// Learning rate of a step.
+    /// The network that is evaluated and kept: the running mean of the weights, if there is one.
+    pub fn evaluated(&self) -> EmbeddingNetwork {
+        self.average.as_ref().map_or_else(|| self.network.valid(), |average| average.network().clone())
+    }
+
+    /// Learning rate of a step; the backbone's, where the head has its own.
     pub fn learning_rate(&self, step: usize) -> f64 {
         self.schedule.learning_rate(step)
     }
@@ -174,9 +204,7 @@ impl Engine {
         if let Some(lambda) = self.pending.take() {
             self.loss = lambda.applied_to(&self.loss);
         }
-        let images = image_tensor(batch, &self.device);
-        let features = self.network.features(images.clone(), self.mode);
-        let embeddings = self.network.head.forward(features.clone());
+        let (features, embeddings, way) = self.forward(step, batch);
         let learns = self.generator.as_mut().is_some_and(|generator| generator.begin(step));
         let meta = meta.filter(|_| learns);
         if learns {
@@ -185,35 +213,63 @@ impl Engine {
         let values = to_array(embeddings.clone())?;
         self.spread = spread(values.view());
         self.evaluate_loss(values.view(), &batch.labels).map_err(|error| diverged(error, step))?;
-        let moved = self.update(step, (images, embeddings, values.view()), &batch.labels, meta)?;
+        let moved = self.update(step, batch, (embeddings, way, values.view()), meta)?;
         self.memory.push(step, values.view(), &batch.labels);
+        if let Some(average) = &mut self.average {
+            average.update(&self.network, step);
+        }
         Ok(moved)
+    }
+
+    /// Features and embeddings of a batch, and how the gradient goes back from there.
+    fn forward(&self, step: usize, batch: &ImageBatch) -> (Tensor<2>, Tensor<2>, Way) {
+        let rows = batch.labels.len();
+        let constant = || chunks::features(&self.network, batch, self.chunk_size, self.mode, &self.device);
+        if step < self.head_steps {
+            let features = Tensor::from_inner(constant());
+            (features.clone(), self.network.head.forward(features), Way::Head)
+        } else if (1..rows).contains(&self.chunk_size) {
+            let features = constant();
+            (features.clone(), self.network.head.valid().forward(features), Way::Chunks)
+        } else {
+            let images = image_tensor(batch, &self.device);
+            let features = self.network.features(images, self.mode);
+            (features.clone(), self.network.head.forward(features), Way::Whole)
+        }
     }
 
     /// Moves the weights along the gradient found last, and lets a generator of the whole network learn.
     fn update(
         &mut self,
         step: usize,
-        (images, embeddings, values): (Tensor<4>, Tensor<2>, ArrayView2<'_, f32>),
-        labels: &[i64],
+        batch: &ImageBatch,
+        (embeddings, way, values): (Tensor<2>, Way, ArrayView2<'_, f32>),
         meta: Option<&ImageBatch>,
     ) -> Result<bool> {
-        if self.output.gradient.iter().all(|&entry| entry == 0.0) {
+        let gradient = &self.output.gradient;
+        if gradient.iter().all(|&entry| entry == 0.0) {
             return Ok(false);
         }
-        let gradients = backward(embeddings, &self.output.gradient, &self.network);
-        let meta_images = meta.map(|meta| (image_tensor(meta, &self.device), meta.labels.as_slice()));
-        if let (Some(generator), Some((meta_images, meta_labels))) = (&mut self.generator, meta_images)
+        let gradients = match way {
+            Way::Whole => backward(embeddings, gradient, &self.network),
+            Way::Head => backward(embeddings, gradient, &self.network.head),
+            Way::Chunks => {
+                let size = self.chunk_size;
+                chunks::gradients(&self.network, batch, gradient, size, self.mode, &self.device)
+            }
+        };
+        if let (Some(generator), Some(meta)) = (&mut self.generator, meta)
             && generator.kind() == GeneratorKind::Full
         {
-            let images = (images.inner(), meta_images);
+            let device = self.device.clone().inner();
+            let images = (image_tensor(batch, &device), image_tensor(meta, &self.device));
             let learned = generator
                 .learn_full(
                     (&self.network, self.mode),
                     &gradients,
                     images,
-                    (values, labels),
-                    meta_labels,
+                    (values, &batch.labels),
+                    &meta.labels,
                     (&mut *self.backend, &self.memory),
                     &self.loss,
                 )
@@ -237,17 +293,20 @@ impl Engine {
         if generator.kind() != GeneratorKind::Head {
             return Ok(());
         }
-        let features = to_array(features)?.mapv(f64::from);
+        // The virtual step is the linear map's.
+        let head = self.network.head.clone();
+        let features = to_array(head.input(features))?.mapv(f64::from);
         let fresh = match meta {
             Some(meta) => {
                 let images = image_tensor(meta, &self.device.clone().inner());
-                let features = to_array(self.network.valid().features(images, self.mode.without_moving()))?;
+                let features = self.network.valid().features(images, self.mode.without_moving());
+                let features = to_array(head.input(features))?;
                 Some((features.mapv(f64::from), meta.labels.as_slice()))
             }
             None => None,
         };
         let lambda = generator.learn_head(
-            &self.network.head,
+            &head,
             (features, labels),
             fresh,
             (&mut *self.backend, &self.memory),
@@ -281,7 +340,7 @@ impl Engine {
         batches: impl Iterator<Item = Result<ImageBatch>>,
         progress: impl FnMut(usize),
     ) -> Result<Embedded> {
-        let network = self.network.valid();
+        let network = self.evaluated();
         let embed = |images| network.forward(images, Normalise::Running);
         embed_batches(embed, &self.device.clone().inner(), batches, progress)
     }
@@ -356,8 +415,9 @@ fn spread(rows: ArrayView2<'_, f32>) -> f64 {
     (squares / rows.nrows() as f64).sqrt()
 }
 
-fn optimizer(settings: &TrainSettings) -> ModuleOptimizer {
-    AdamWConfig::new().with_epsilon(ADAM_EPSILON).with_weight_decay(settings.weight_decay).init()
+fn average(settings: &TrainSettings, network: &EmbeddingNetwork) -> Option<Average> {
+    let decay = settings.optimizer.ema;
+    (decay > 0.0).then(|| Average::new(network, decay))
 }
 
 fn memory(settings: &TrainSettings) -> Memory {
@@ -365,8 +425,7 @@ fn memory(settings: &TrainSettings) -> Memory {
 }
 
 fn image_tensor(batch: &ImageBatch, device: &Device) -> Tensor<4> {
-    let shape = [batch.labels.len(), 3, batch.image_size, batch.image_size];
-    Tensor::from_data(TensorData::new(batch.pixels.clone(), shape), device)
+    chunks::images(batch, 0..batch.labels.len(), device)
 }
 
 /// Embeddings that stop being finite or unit mean that the weights ran away.

@@ -1,14 +1,33 @@
-//! Learning rate over a run: linear warm-up, then half a cosine down to zero.
+//! Learning rate over a run: a linear warm-up, then the way down.
+
+use serde::{Deserialize, Serialize};
+
+/// The way down from the highest learning rate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ScheduleKind {
+    /// Half a cosine, to 0 at the end.
+    #[default]
+    Cosine,
+    /// Times --milestone-factor at every one of --milestones.
+    Step,
+    /// It stays.
+    Constant,
+}
 
 /// A schedule over a known number of steps.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Schedule {
+    /// The way down.
+    pub kind: ScheduleKind,
     /// Learning rate at the end of the warm-up.
     pub peak: f64,
     /// Steps of the warm-up.
     pub warm_up: usize,
     /// Steps of the run.
     pub steps: usize,
+    /// Steps at which the rate falls, and what it is multiplied by there ([`ScheduleKind::Step`]).
+    pub milestones: (Vec<usize>, f64),
 }
 
 impl Schedule {
@@ -18,9 +37,21 @@ impl Schedule {
         if step < self.warm_up {
             return self.peak * (step + 1) as f64 / self.warm_up as f64;
         }
-        let rest = (self.steps - self.warm_up.min(self.steps)).max(1) as f64;
-        let progress = ((step - self.warm_up) as f64 / rest).min(1.0);
-        self.peak * 0.5 * (1.0 + (std::f64::consts::PI * progress).cos())
+        match self.kind {
+            ScheduleKind::Cosine => {
+                let rest = (self.steps - self.warm_up.min(self.steps)).max(1) as f64;
+                let progress = ((step - self.warm_up) as f64 / rest).min(1.0);
+                self.peak * 0.5 * (1.0 + (std::f64::consts::PI * progress).cos())
+            }
+            ScheduleKind::Step => {
+                let (milestones, factor) = &self.milestones;
+                milestones
+                    .iter()
+                    .filter(|&&milestone| step >= milestone)
+                    .fold(self.peak, |rate, _| rate * factor)
+            }
+            ScheduleKind::Constant => self.peak,
+        }
     }
 }
 
@@ -28,9 +59,13 @@ impl Schedule {
 mod tests {
     use super::*;
 
+    fn schedule(kind: ScheduleKind, warm_up: usize, steps: usize) -> Schedule {
+        Schedule { kind, peak: 1.0, warm_up, steps, milestones: (vec![40, 60], 0.1) }
+    }
+
     #[test]
     fn rate_rises_to_the_peak_and_falls_towards_zero() {
-        let schedule = Schedule { peak: 1.0, warm_up: 10, steps: 110 };
+        let schedule = schedule(ScheduleKind::Cosine, 10, 110);
         assert_eq!(schedule.learning_rate(0), 0.1);
         assert_eq!(schedule.learning_rate(9), 1.0);
         assert_eq!(schedule.learning_rate(10), 1.0);
@@ -40,6 +75,15 @@ mod tests {
 
     #[test]
     fn run_of_one_step_has_a_rate() {
-        assert!(Schedule { peak: 1.0, warm_up: 0, steps: 1 }.learning_rate(0) > 0.0);
+        assert!(schedule(ScheduleKind::Cosine, 0, 1).learning_rate(0) > 0.0);
+    }
+
+    #[test]
+    fn rate_falls_at_the_milestones_or_not_at_all() {
+        let step = schedule(ScheduleKind::Step, 10, 110);
+        let rates = [4, 10, 39, 40, 59, 60, 109].map(|at| step.learning_rate(at));
+        assert_eq!(rates, [0.5, 1.0, 1.0, 0.1, 0.1, 0.1 * 0.1, 0.1 * 0.1]);
+        let constant = schedule(ScheduleKind::Constant, 10, 110);
+        assert_eq!([4, 10, 109].map(|at| constant.learning_rate(at)), [0.5, 1.0, 1.0]);
     }
 }

@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::DatasetSettings;
 use crate::generator::{GeneratorKind, GeneratorSettings, Lambda};
-use crate::model::{BackboneKind, NetworkShape, PoolingKind};
+use crate::model::{BackboneKind, HeadKind, NetworkShape, PoolingKind};
+use crate::train::optimizer::OptimizerSettings;
 use crate::train::schedule::Schedule;
 use crate::{Error, Result};
 use ddtas::loss::baseline::PairLoss;
@@ -26,6 +27,8 @@ pub enum BatchNorm {
     /// Normalises by the batch and learns scale and shift.
     #[default]
     Trainable,
+    /// Normalises by the statistics of the checkpoint it started from, while scale and shift learn.
+    FrozenStatistics,
     /// Normalises by the statistics of the checkpoint it started from and learns nothing.
     Frozen,
 }
@@ -62,7 +65,11 @@ pub struct TrainSettings {
     /// Residual blocks a stage (--backbone residual).
     #[arg(long, default_value_t = 1)]
     pub depth: usize,
-    /// What BatchNorm does while training; frozen needs --weights or --init.
+    /// What lies between the backbone's features and the embedding.
+    #[arg(long, value_enum, default_value_t)]
+    #[serde(default)]
+    pub head: HeadKind,
+    /// What BatchNorm does while training; the frozen ones need --weights or --init.
     #[arg(long, value_enum, default_value_t)]
     pub batch_norm: BatchNorm,
     /// Start from the weights of this checkpoint of ddtas-train.
@@ -115,15 +122,19 @@ pub struct TrainSettings {
     /// Steps of the run.
     #[arg(long, default_value_t = 200)]
     pub steps: usize,
-    /// Highest learning rate (AdamW).
+    /// Highest learning rate.
     #[arg(long, default_value_t = 2e-3)]
     pub learning_rate: f64,
     /// Share of the steps in which the learning rate rises.
     #[arg(long, default_value_t = 0.2)]
     pub warm_up: f64,
-    /// Decoupled weight decay.
+    /// Weight decay.
     #[arg(long, default_value_t = 1e-2)]
     pub weight_decay: f32,
+    /// How weights move.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub optimizer: OptimizerSettings,
     /// Epochs between evaluations; 0 evaluates only before and after.
     #[arg(long, default_value_t = 2)]
     pub evaluate_every: usize,
@@ -223,6 +234,7 @@ impl TrainSettings {
             width: only_small(self.width),
             depth: only_small(self.depth),
             embedding_dim: self.embedding_dim,
+            head: self.head,
         }
     }
 
@@ -235,7 +247,13 @@ impl TrainSettings {
     /// Learning rate over the steps of the run.
     #[must_use]
     pub(super) fn schedule(&self) -> Schedule {
-        Schedule { peak: self.learning_rate, warm_up: self.warm_up_steps(), steps: self.steps }
+        Schedule {
+            kind: self.optimizer.schedule,
+            peak: self.learning_rate,
+            warm_up: self.warm_up_steps(),
+            steps: self.steps,
+            milestones: (self.optimizer.milestones.clone(), self.optimizer.milestone_factor),
+        }
     }
 
     /// Step from which the cross-batch memory is filled.
@@ -318,6 +336,7 @@ impl TrainSettings {
         check((0.0..=1.0).contains(&self.warm_up), "warm-up", self.warm_up.to_string(), "0 to 1")?;
         let decay = self.weight_decay;
         check((0.0..1.0).contains(&decay), "weight-decay", decay.to_string(), "0 to 1, 1 excluded")?;
+        self.optimizer.validate(self.generator.kind)?;
         check(
             self.batch_norm == BatchNorm::Trainable || self.init.is_some() || self.weights.is_some(),
             "batch-norm",

@@ -15,7 +15,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use ddtas_io::console;
-use ddtas_train::train::TrainSettings;
+use ddtas_train::train::{Preset, TrainSettings};
 
 /// Trains an image-retrieval network with DDTAS and measures Recall@K on classes it never saw.
 ///
@@ -28,6 +28,9 @@ struct Arguments {
     /// Go on with the run in this folder, by its own settings.
     #[arg(long, value_name = "RUN")]
     resume: Option<PathBuf>,
+    /// Settings by one name; what is given beside it goes before.
+    #[arg(long, value_enum)]
+    preset: Option<Preset>,
     #[command(flatten)]
     settings: TrainSettings,
 }
@@ -45,15 +48,20 @@ enum Command {
 
 fn main() -> ExitCode {
     heap::keep();
-    let matches = Arguments::command().get_matches();
-    let Arguments { command, resume, settings } =
+    let mut matches = Arguments::command().get_matches();
+    if let Some(preset) = matches.get_one::<Preset>("preset") {
+        matches = preset.apply(Arguments::command()).get_matches();
+    }
+    let Arguments { command, resume, preset, settings } =
         Arguments::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
     let done = |()| ExitCode::SUCCESS;
     let code = match (command, resume) {
         (Some(Command::Eval(arguments)), _) => eval::eval(&arguments).map(done),
         (Some(Command::Embed(arguments)), _) => embed::embed(&arguments).map(done),
         (Some(Command::Search(arguments)), _) => search::search(&arguments).map(done),
-        (None, None) => train::train(&settings),
+        (None, None) => {
+            preset.map_or(Ok(()), |preset| preset.check(&settings)).and_then(|()| train::train(&settings))
+        }
         (None, Some(folder)) => {
             resume::overrides(&matches, &settings).and_then(|overrides| train::resume(&folder, &overrides))
         }

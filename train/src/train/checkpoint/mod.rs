@@ -45,15 +45,40 @@ pub(super) fn weights(
     shape: &NetworkShape,
     facts: &[(&str, String)],
 ) -> std::result::Result<Archive, String> {
-    let mut store = SafetensorsStore::from_bytes(None).skip_enum_variants(true);
-    network.save_into(&mut store).map_err(|error| error.to_string())?;
-    let bytes = store.get_bytes().map_err(|error| error.to_string())?;
-    let written = Archive::from_bytes(Path::new("weights"), &bytes);
-    let mut archive = written.map_err(|error| error.to_string())?.renamed(|path| network.file_name(path));
+    let mut archive = tensors(network)?;
     let shape = serde_json::to_string(shape).map_err(|error| error.to_string())?;
     archive.facts.insert(SHAPE.to_owned(), shape);
     archive.facts.extend(facts.iter().map(|(key, value)| ((*key).to_owned(), value.clone())));
     Ok(archive)
+}
+
+/// The network's weights and running statistics alone, by their names in files.
+pub(super) fn tensors(network: &EmbeddingNetwork) -> std::result::Result<Archive, String> {
+    let mut store = SafetensorsStore::from_bytes(None).skip_enum_variants(true);
+    network.save_into(&mut store).map_err(|error| error.to_string())?;
+    let bytes = store.get_bytes().map_err(|error| error.to_string())?;
+    let written = Archive::from_bytes(Path::new("weights"), &bytes);
+    Ok(written.map_err(|error| error.to_string())?.renamed(|path| network.file_name(path)))
+}
+
+/// `network` with the weights and running statistics of `stored`; the reason in one line if they do not fit. What a run keeps
+/// beside the weights stays behind.
+pub(super) fn filled(
+    mut network: EmbeddingNetwork,
+    stored: Archive,
+) -> std::result::Result<EmbeddingNetwork, String> {
+    let names: HashMap<String, String> = network
+        .collect(None, None, true)
+        .into_iter()
+        .map(|tensor| (network.file_name(&tensor.name), tensor.name))
+        .collect();
+    let bytes = stored.selected(|name| names.get(name).cloned()).to_bytes()?;
+    let mut store = SafetensorsStore::from_bytes(Some(bytes)).skip_enum_variants(true);
+    network.load_from(&mut store).map_err(|error| {
+        let reason = error.to_string();
+        reason.lines().next().unwrap_or("unreadable").to_owned()
+    })?;
+    Ok(network)
 }
 
 /// Tells files apart: CRC-32 of their bytes.
@@ -126,22 +151,9 @@ impl Checkpoint {
     ///
     /// # Errors
     /// [`Format`](ddtas_io::Error::Format) if the weights do not fit it.
-    pub fn fill(&self, mut network: EmbeddingNetwork) -> Result<EmbeddingNetwork> {
-        let names: HashMap<String, String> = network
-            .collect(None, None, true)
-            .into_iter()
-            .map(|tensor| (network.file_name(&tensor.name), tensor.name))
-            .collect();
-        // What a run keeps beside the weights stays behind.
-        let stored = self.archive.clone().selected(|name| names.get(name).cloned());
-        let bytes = stored.to_bytes().map_err(|reason| self.bad(reason))?;
-        let mut store = SafetensorsStore::from_bytes(Some(bytes)).skip_enum_variants(true);
-        network.load_from(&mut store).map_err(|error| {
-            let reason = error.to_string();
-            let line = reason.lines().next().unwrap_or("unreadable").to_owned();
-            self.bad(format!("does not fit the network: {line}"))
-        })?;
-        Ok(network)
+    pub fn fill(&self, network: EmbeddingNetwork) -> Result<EmbeddingNetwork> {
+        filled(network, self.archive.clone())
+            .map_err(|reason| self.bad(format!("does not fit the network: {reason}")))
     }
 
     /// What the metadata say of `key`; `missing` is the reason of the error where they say nothing.

@@ -239,7 +239,7 @@ impl<'a> Run<'a> {
             let mut facts = self.facts()?;
             facts.push(("ddtas.recall@1", format!("{:.4}", first(&recall))));
             let shape = self.settings.network_shape();
-            checkpoint::save(&self.engine.network, &shape, &facts, &self.folder.best())?;
+            checkpoint::save(&self.engine.evaluated(), &shape, &facts, &self.folder.best())?;
             let (queries, searched) = (&readable.queries, readable.searched());
             let shown = choose(queries, searched, &nearest, QUERIES, NEIGHBOURS)?;
             self.state.best = Some(Best { step, recall: recall.clone(), shown });

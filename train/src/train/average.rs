@@ -1,0 +1,84 @@
+//! A running mean of the weights over the steps (EMA): it is what a run evaluates and keeps.
+
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::optim::GradientsParams;
+use burn::tensor::Tensor;
+
+use super::checkpoint;
+use super::checkpoint::archive::Archive;
+use crate::model::EmbeddingNetwork;
+
+/// What the names of its tensors begin with in a checkpoint.
+const PREFIX: &str = "ema.";
+
+/// The running mean of a network's weights and running statistics.
+pub(super) struct Average {
+    network: EmbeddingNetwork,
+    decay: f64,
+}
+
+impl Average {
+    /// A mean that begins with `network` as it is.
+    pub fn new(network: &EmbeddingNetwork, decay: f64) -> Self {
+        Self { network: network.valid(), decay }
+    }
+
+    /// Takes `network` in, as it is after `step`. The first steps count for more, so that the mean forgets the weights it
+    /// began with.
+    pub fn update(&mut self, network: &EmbeddingNetwork, step: usize) {
+        let decay = self.decay.min((1 + step) as f64 / (10 + step) as f64);
+        let mut latest = Latest(GradientsParams::new());
+        // Evaluation mode brings the running statistics up to this step.
+        network.valid().visit(&mut latest);
+        self.network = self.network.clone().map(&mut Mix { latest: latest.0, share: 1.0 - decay });
+    }
+
+    /// The network with the mean weights.
+    pub fn network(&self) -> &EmbeddingNetwork {
+        &self.network
+    }
+
+    /// Adds it to a checkpoint.
+    pub fn put(&self, archive: &mut Archive) -> Result<(), String> {
+        let mut tensors = checkpoint::tensors(&self.network)?;
+        tensors
+            .take_all("")
+            .into_iter()
+            .for_each(|(name, entry)| archive.put(format!("{PREFIX}{name}"), entry));
+        Ok(())
+    }
+
+    /// Takes it from a checkpoint; says what does not fit.
+    pub fn take(&mut self, archive: &mut Archive) -> Result<(), String> {
+        let mut tensors = Archive::default();
+        archive.take_all(PREFIX).into_iter().for_each(|(name, entry)| tensors.put(name, entry));
+        self.network = checkpoint::filled(self.network.clone(), tensors)
+            .map_err(|reason| format!("its mean weights do not fit the network: {reason}"))?;
+        Ok(())
+    }
+}
+
+/// Every float tensor of a module, by its number.
+struct Latest(GradientsParams);
+
+impl ModuleVisitor for Latest {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        self.0.register(param.id, param.val());
+    }
+}
+
+/// Moves every tensor a share of the way to the latest: one that stays is the same to the bit.
+struct Mix {
+    latest: GradientsParams,
+    share: f64,
+}
+
+impl ModuleMapper for Mix {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        let latest = self.latest.remove::<D>(param.id);
+        param.map(|mean| match latest {
+            Some(latest) => mean.clone().add(latest.sub(mean).mul_scalar(self.share)),
+            None => mean,
+        })
+    }
+}

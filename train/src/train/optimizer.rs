@@ -1,0 +1,216 @@
+//! How weights move: the optimizer, rates of head and backbone, what decays.
+
+use burn::module::{Module, ModuleVisitor, Param, ParamGroup, ParamId};
+use burn::optim::decay::WeightDecayConfig;
+use burn::optim::{AdamConfig, AdamWConfig, LearningRate, ModuleOptimizer, Optimizer};
+use burn::tensor::{Device, Tensor};
+use serde::{Deserialize, Serialize};
+
+use super::schedule::ScheduleKind;
+use super::settings::TrainSettings;
+use crate::generator::GeneratorKind;
+use crate::model::EmbeddingNetwork;
+use crate::{Error, Result};
+
+/// PyTorch's. Burn's own default, 1e-5, is as large as many of these gradients and would brake the steps.
+const ADAM_EPSILON: f32 = 1e-8;
+
+/// How weights move.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OptimizerKind {
+    /// Adam, with weight decay as a part of the gradient.
+    Adam,
+    /// Adam, with weight decay apart from the gradient.
+    #[default]
+    #[value(name = "adamw")]
+    #[serde(rename = "adamw")]
+    AdamW,
+}
+
+/// Which weights decay.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Decayed {
+    /// All of them.
+    #[default]
+    All,
+    /// Those of convolutions and linear maps: not biases, nor scale and shift of a normalisation.
+    Weights,
+}
+
+/// Settings of the optimizer beside rate and decay.
+#[derive(Debug, Clone, PartialEq, clap::Args, Serialize, Deserialize)]
+#[serde(default)]
+pub struct OptimizerSettings {
+    /// How weights move.
+    #[arg(long, value_enum, default_value_t)]
+    pub optimizer: OptimizerKind,
+    /// Which weights --weight-decay shrinks.
+    #[arg(long, value_enum, default_value_t)]
+    pub weight_decay_on: Decayed,
+    /// Highest learning rate of the embedding head; --learning-rate if not given.
+    #[arg(long, value_name = "RATE")]
+    pub head_learning_rate: Option<f64>,
+    /// First steps in which the embedding head learns alone, and the backbone stays as it is.
+    #[arg(long, value_name = "STEPS", default_value_t = 0)]
+    pub head_steps: usize,
+    /// The learning rate after the warm-up.
+    #[arg(long, value_enum, default_value_t)]
+    pub schedule: ScheduleKind,
+    /// Steps at which the learning rate falls (--schedule step), separated by commas.
+    #[arg(long, value_name = "STEP", value_delimiter = ',')]
+    pub milestones: Vec<usize>,
+    /// What the learning rate is multiplied by at a milestone.
+    #[arg(long, value_name = "FACTOR", default_value_t = MILESTONE_FACTOR)]
+    pub milestone_factor: f64,
+    /// Decay of a running mean of the weights (EMA), which is what is evaluated and kept; 0 for none.
+    #[arg(long, value_name = "DECAY", default_value_t = 0.0)]
+    pub ema: f64,
+    /// Pictures that go through the network at a time, with the loss over the whole batch (GradCache); 0 for all.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub chunk_size: usize,
+}
+
+const MILESTONE_FACTOR: f64 = 0.1;
+
+impl Default for OptimizerSettings {
+    fn default() -> Self {
+        Self {
+            optimizer: OptimizerKind::default(),
+            weight_decay_on: Decayed::default(),
+            head_learning_rate: None,
+            head_steps: 0,
+            schedule: ScheduleKind::default(),
+            milestones: Vec::new(),
+            milestone_factor: MILESTONE_FACTOR,
+            ema: 0.0,
+            chunk_size: 0,
+        }
+    }
+}
+
+impl OptimizerSettings {
+    /// Checks every range, and whether the settings go together with `generator` and each other.
+    ///
+    /// # Errors
+    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) names the first setting that is off.
+    pub(super) fn validate(&self, generator: GeneratorKind) -> Result<()> {
+        let check = |good: bool, name, value: String, range| {
+            if good { Ok(()) } else { Err(Error::setting(name, value, range)) }
+        };
+        let rate = self.head_learning_rate.unwrap_or(1.0);
+        check(rate > 0.0 && rate.is_finite(), "head-learning-rate", rate.to_string(), "above 0")?;
+        let alone = self.head_steps;
+        check(alone <= 1 << 31, "head-steps", alone.to_string(), "0 to 2147483648")?;
+        check(
+            alone == 0 || generator != GeneratorKind::Full,
+            "head-steps",
+            alone.to_string(),
+            "0 with --generator full, whose virtual step moves the whole network: use --generator head",
+        )?;
+        check((0.0..1.0).contains(&self.ema), "ema", self.ema.to_string(), "0 to 1, 1 excluded")?;
+        let chunk = self.chunk_size;
+        check(chunk <= 1 << 20, "chunk-size", chunk.to_string(), "0 to 1048576")?;
+        check(
+            chunk == 0 || generator != GeneratorKind::Full,
+            "chunk-size",
+            chunk.to_string(),
+            "0 with --generator full, which passes the whole batch at once: use --generator head",
+        )?;
+        let milestones = self.milestones.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
+        let range = match self.schedule {
+            ScheduleKind::Step => "steps of 1 or more, one after the other: --schedule step needs them",
+            _ => "steps for --schedule step",
+        };
+        let rising = self.milestones.is_sorted_by(|a, b| a < b) && self.milestones.first() > Some(&0);
+        let good = if self.schedule == ScheduleKind::Step { rising } else { self.milestones.is_empty() };
+        check(good, "milestones", if milestones.is_empty() { "none".into() } else { milestones }, range)?;
+        let factor = self.milestone_factor;
+        check(factor > 0.0 && factor <= 1.0, "milestone-factor", factor.to_string(), "above 0, at most 1")
+    }
+}
+
+/// An optimizer for `network`. Its parameters are told apart by their numbers, not their paths: those are what a
+/// resumed run's moments are found by.
+pub(super) fn optimizer(settings: &TrainSettings, network: &EmbeddingNetwork) -> ModuleOptimizer {
+    match settings.optimizer.optimizer {
+        OptimizerKind::AdamW => grouped(settings, network, |decay| {
+            AdamWConfig::new().with_epsilon(ADAM_EPSILON).with_weight_decay(decay).build()
+        }),
+        OptimizerKind::Adam => grouped(settings, network, |decay| {
+            let decay = (decay > 0.0).then(|| WeightDecayConfig::new(decay));
+            AdamConfig::new().with_epsilon(ADAM_EPSILON).with_weight_decay(decay).build()
+        }),
+    }
+}
+
+/// An optimizer made of `build`'s, which takes a weight decay, with the rate of the backbone.
+fn grouped<O: Optimizer>(
+    settings: &TrainSettings,
+    network: &EmbeddingNetwork,
+    build: impl Fn(f32) -> O,
+) -> ModuleOptimizer {
+    let decay = settings.weight_decay;
+    let on_vectors = if settings.optimizer.weight_decay_on == Decayed::All { decay } else { 0.0 };
+    let head_rate = settings.optimizer.head_learning_rate.unwrap_or(settings.learning_rate);
+    let of_head = head_rate / settings.learning_rate;
+    let (all, head) = (Numbers::of(network), Numbers::of(&network.head));
+    let mut optimizer = ModuleOptimizer::from(build(decay));
+    // The last group that a parameter is in counts.
+    for (numbers, decay, factor) in
+        [(all.vectors, on_vectors, 1.0), (head.others, decay, of_head), (head.vectors, on_vectors, of_head)]
+    {
+        let scaled = Scaled { optimizer: build(decay), factor };
+        optimizer = optimizer.with_group(ParamGroup::from_ids(numbers), scaled, None);
+    }
+    optimizer
+}
+
+/// Numbers of a module's parameters.
+#[derive(Default)]
+struct Numbers {
+    /// Of one dimension: biases, scale and shift of normalisations.
+    vectors: Vec<ParamId>,
+    others: Vec<ParamId>,
+}
+
+impl Numbers {
+    fn of(module: &impl Module) -> Self {
+        let mut numbers = Self::default();
+        module.visit(&mut numbers);
+        numbers
+    }
+}
+
+impl ModuleVisitor for Numbers {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let numbers = if D == 1 { &mut self.vectors } else { &mut self.others };
+        numbers.push(param.id);
+    }
+}
+
+/// An optimizer whose rate is a multiple of the one given: Burn's module optimizer takes one rate for all groups.
+#[derive(Clone)]
+struct Scaled<O> {
+    optimizer: O,
+    factor: f64,
+}
+
+impl<O: Optimizer> Optimizer for Scaled<O> {
+    type State<const D: usize> = O::State<D>;
+
+    fn step<const D: usize>(
+        &self,
+        rate: LearningRate,
+        tensor: Tensor<D>,
+        gradient: Tensor<D>,
+        state: Option<Self::State<D>>,
+    ) -> (Tensor<D>, Option<Self::State<D>>) {
+        self.optimizer.step(rate * self.factor, tensor, gradient, state)
+    }
+
+    fn to_device<const D: usize>(state: Self::State<D>, device: &Device) -> Self::State<D> {
+        O::to_device(state, device)
+    }
+}

@@ -1,0 +1,97 @@
+//! Settings by one name: what they set stands between the defaults and what is given on the command line.
+
+use clap::builder::PossibleValue;
+use clap::{Command, ValueEnum};
+
+use super::settings::TrainSettings;
+use crate::{Error, Result};
+
+/// A named set of settings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Preset {
+    /// The paper's.
+    Paper,
+    /// For pretrained weights and little time.
+    FineTune,
+}
+
+impl Preset {
+    /// Its name and what it is for.
+    fn about(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Paper => ("paper", "What the paper trains with"),
+            Self::FineTune => ("fine-tune", "Pretrained weights to a good retrieval network in little time"),
+        }
+    }
+
+    /// What it sets: names of arguments and their values. What the paper leaves open (steps, margin of the crop, decay) is not
+    /// the paper's.
+    #[must_use]
+    pub fn values(self) -> &'static [(&'static str, &'static str)] {
+        match self {
+            Self::Paper => &[
+                ("backbone", "bn-inception"),
+                ("image_size", "227"),
+                ("embedding_dim", "512"),
+                ("batch_norm", "frozen"),
+                ("gamma", "0.1"),
+                ("classes_per_batch", "16"),
+                ("images_per_class", "5"),
+                ("optimizer", "adam"),
+                ("learning_rate", "1e-5"),
+                ("schedule", "constant"),
+                ("warm_up", "0"),
+                ("weight_decay", "0"),
+            ],
+            Self::FineTune => &[
+                ("backbone", "efficientnet-lite0"),
+                ("pooling", "avg+max"),
+                ("image_size", "96"),
+                ("embedding_dim", "512"),
+                ("batch_norm", "frozen"),
+                ("optimizer", "adam"),
+                ("learning_rate", "1e-4"),
+                ("head_learning_rate", "5e-4"),
+                ("schedule", "constant"),
+                ("warm_up", "0"),
+                ("weight_decay", "0"),
+            ],
+        }
+    }
+
+    /// `command` with its values in place of the defaults.
+    #[must_use]
+    pub fn apply(self, command: Command) -> Command {
+        self.values().iter().fold(command, |command, &(id, value)| {
+            command.mut_arg(id, |argument| argument.default_value(value))
+        })
+    }
+
+    /// Checks that there are weights to begin with.
+    ///
+    /// # Errors
+    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) says where to get them.
+    pub fn check(self, settings: &TrainSettings) -> Result<()> {
+        if settings.init.is_some() || settings.weights.is_some() {
+            return Ok(());
+        }
+        let (value, range) = (
+            self.about().0.to_owned(),
+            "needs pretrained weights, --weights FILE: docs/training.md says where to get them",
+        );
+        Err(Error::setting("preset", value, range))
+    }
+}
+
+impl ValueEnum for Preset {
+    fn value_variants<'a>() -> &'a [Self] {
+        &[Self::Paper, Self::FineTune]
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        let (name, about) = self.about();
+        let flags: Vec<_> =
+            self.values().iter().map(|(id, value)| format!("--{} {value}", id.replace('_', "-"))).collect();
+        Some(PossibleValue::new(name).help(format!("{about}: {}", flags.join(" "))))
+    }
+}

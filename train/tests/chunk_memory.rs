@@ -1,0 +1,48 @@
+//! A batch in chunks takes the memory of a chunk. By itself in its process: what other tests take would count.
+#![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
+
+use burn::tensor::Device;
+use clap::Parser;
+use ddtas::backend::cpu::CpuBackend;
+use ddtas_train::data::ImageBatch;
+use ddtas_train::model::EmbeddingNetwork;
+use ddtas_train::train::{Engine, TrainSettings};
+use peak_alloc::PeakAlloc;
+
+#[global_allocator]
+static ALLOCATOR: PeakAlloc = PeakAlloc;
+
+const SIDE: usize = 24;
+
+#[derive(Parser)]
+struct Arguments {
+    #[command(flatten)]
+    settings: TrainSettings,
+}
+
+#[test]
+fn a_step_in_chunks_takes_less_memory() {
+    let device = Device::flex().autodiff();
+    let peak = |size: &str| {
+        let arguments = ["test", "--width", "8", "--embedding-dim", "10", "--chunk-size", size];
+        let settings = Arguments::parse_from(arguments).settings;
+        let network = EmbeddingNetwork::new(&settings.network_shape(), &device);
+        let mut engine = Engine::new(network, &settings, Box::new(CpuBackend::new()), None, device.clone());
+        let values = 96 * 3 * SIDE * SIDE;
+        let batch = ImageBatch {
+            pixels: (0..values).map(|at| (at as f32 * 0.7).sin()).collect(),
+            labels: (0..96).map(|row| row / 4).collect(),
+            indices: (0..96).collect(),
+            image_size: SIDE,
+            replaced: 0,
+            skipped: 0,
+        };
+        let before = PeakAlloc.current_usage();
+        PeakAlloc.reset_peak_usage();
+        assert!(engine.step(0, &batch, None).unwrap());
+        PeakAlloc.peak_usage() - before
+    };
+    let (whole, chunked) = (peak("0"), peak("8"));
+    println!("peak of a step of 96 pictures: {whole} bytes, {chunked} in chunks of 8");
+    assert!(3 * chunked < whole, "{chunked} of {whole} bytes");
+}
