@@ -5,7 +5,7 @@ use std::ffi::c_void;
 use cudarc::driver::{result, sys};
 
 use super::driver::{self, Kept, Primary, Stream, check};
-use super::follow::{Event, capture_of};
+use super::event::{Event, capture_of};
 use super::module::Module;
 use crate::backend::device::{Device, Kernel, LaunchPlan, Params};
 use crate::{Error, Result};
@@ -95,6 +95,60 @@ fn within(buffer: &CudaBuffer, offset: usize, bytes: usize) -> Result<sys::CUdev
         return Err(Error::LengthMismatch { what: "device memory", expected: buffer.bytes, got });
     }
     Ok(buffer.address + offset as u64)
+}
+
+impl CudaDevice {
+    /// Works on `stream` from now on, behind what was issued before [`mark`](Self::mark) was last called.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) if the driver refuses.
+    ///
+    /// # Safety
+    /// `stream` must be a stream of the primary context of this GPU, or null, and live until it is followed no more: another one is,
+    /// or `mark` was called.
+    pub unsafe fn follow(&mut self, stream: *mut c_void) -> Result<()> {
+        let _kept = self.enter()?;
+        let raw: sys::CUstream = stream.cast();
+        // In a capture there is nothing to wait for: whoever begins one has waited, and replays it in order.
+        if raw != self.stream.raw() && self.issued.recorded && capture_of(raw)?.is_none() {
+            let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+            // SAFETY: the caller's promise; the event lives as long as `self`.
+            let waited = unsafe { result::stream::wait_event(raw, self.issued.raw, flags) };
+            check("cuStreamWaitEvent", waited)?;
+        }
+        // SAFETY: handed on to the caller.
+        unsafe { self.stream.borrow(raw) };
+        Ok(())
+    }
+
+    /// Notes that everything issued so far comes before what another stream will be given.
+    ///
+    /// # Errors
+    /// [`Error::Device`](crate::Error::Device) if the driver refuses.
+    pub fn mark(&mut self) -> Result<()> {
+        let _kept = self.enter()?;
+        // An event that is recorded in a capture means nothing outside.
+        if capture_of(self.stream.raw())?.is_none() {
+            // SAFETY: both live as long as `self`.
+            let recorded = unsafe { result::event::record(self.issued.raw, self.stream.raw()) };
+            check("cuEventRecord", recorded)?;
+            self.issued.recorded = true;
+        }
+        Ok(())
+    }
+
+    /// The number of the capture that `stream` is in, if it is in one.
+    ///
+    /// # Errors
+    /// As [`CudaDevice::new`].
+    ///
+    /// # Safety
+    /// As [`CudaDevice::on_stream`].
+    pub unsafe fn capture(ordinal: usize, stream: *mut c_void) -> Result<Option<u64>> {
+        let context = super::driver::context(ordinal)?;
+        let _kept = context.enter()?;
+        capture_of(stream.cast())
+    }
 }
 
 impl Device for CudaDevice {

@@ -7,7 +7,7 @@
 
 mod device;
 mod driver;
-mod follow;
+mod event;
 mod module;
 
 pub use device::{CudaBuffer, CudaDevice};

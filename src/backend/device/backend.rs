@@ -2,7 +2,7 @@
 
 use ndarray::ArrayView2;
 
-use super::loss::Remembered;
+use super::layout::Remembered;
 use super::workspace::Workspace;
 use super::{Device, Precision};
 use crate::Result;

@@ -3,9 +3,10 @@
 //! After the first call of a shape nothing is allocated, looked up or copied between host and device, so that a
 //! caller can capture the calls in a graph. A bad row shows by a loss of NaN, and by its index in the scalars.
 
+use super::layout::{Ends, Remembered};
 use super::loss::{
-    Ends, IdentityAt, Input, Launcher, Remembered, issue_order, issue_same_class, issue_selection,
-    issue_sums, issue_sweep, issue_weigh,
+    IdentityAt, Input, Launcher, issue_order, issue_same_class, issue_selection, issue_sums, issue_sweep,
+    issue_weigh,
 };
 use super::params::LossScalars;
 use super::plan::{Shape, sum_scale};

@@ -7,6 +7,7 @@
 mod backend;
 mod enqueue;
 mod kernel;
+mod layout;
 mod loss;
 pub mod params;
 mod plan;

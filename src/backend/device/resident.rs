@@ -4,9 +4,8 @@ use bytemuck::cast_slice_mut;
 use half::{bf16, f16};
 use ndarray::aview2;
 
-use super::loss::{
-    Ends, IdentityAt, Input, Launcher, RowCheck, download_anchors, download_scalars, download_terms, issue,
-};
+use super::layout::{Ends, RowCheck};
+use super::loss::{IdentityAt, Input, Launcher, download_anchors, download_scalars, download_terms, issue};
 use super::plan::Shape;
 use super::retrieval::Searched;
 use super::{Device, DeviceBackend, Precision};

@@ -2,7 +2,8 @@
 
 use bytemuck::{cast_slice, cast_slice_mut};
 
-use super::loss::{Launcher, RowCheck, matrix_bytes, pointer};
+use super::layout::{RowCheck, pointer};
+use super::loss::{Launcher, matrix_bytes};
 use super::params::{Counters, PrepareParams, RetrievalParams, TILE};
 use super::plan::{Shape, retrieval_capacity, tiles};
 use super::workspace::{Layout, Region};

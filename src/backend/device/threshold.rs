@@ -3,7 +3,8 @@
 use bytemuck::{cast_slice, cast_slice_mut};
 use ndarray::ArrayView2;
 
-use super::loss::{Launcher, Remembered, SideRegions, pointer};
+use super::layout::{Remembered, SideRegions, pointer};
+use super::loss::Launcher;
 use super::params::{STAGE_BYTES, TILE, ThresholdParams, ThresholdPrepareParams, ThresholdSumParams};
 use super::plan::{Shape, tiles};
 use super::workspace::{Layout, Region};

@@ -1,0 +1,304 @@
+//! Where everything of a loss lies in its workspace, and what is remembered of the last one.
+
+use std::mem::offset_of;
+
+use super::params::{
+    ClassRange, Counters, LossScalars, Pairs, RowNumbers, RowSame, RowSums, RowWeights, Settings, Side, TILE,
+    WEIGH_SUMS, ZEROED, Zeroed,
+};
+use super::plan::{POOL_UNIT, Shape, order_runs, sum_scale, term_limit, tiles};
+use super::workspace::{Layout, Region};
+use crate::backend::step::Step;
+use crate::loss::select::{initial_tolerances, probe_tolerance};
+use crate::loss::{LossSettings, Mining, UnitCheck};
+
+/// Regions of one side's rows.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct SideRegions {
+    pub(super) input: Region,
+    pub(super) labels: Region,
+    pub(super) keys: Region,
+    pub(super) order: Region,
+    /// What the merges of the class order go to and fro between.
+    pub(super) run_keys: Region,
+    pub(super) run_order: Region,
+    pub(super) rows: Region,
+    pub(super) square_sums: Region,
+    pub(super) duplicate: Region,
+    pub(super) column_sums: Region,
+    pub(super) ways: Region,
+    pub(super) partial: Region,
+    pub(super) arrived: Region,
+    pub(super) gradient: Region,
+}
+
+/// Addresses of one side's input and gradient, in the workspace or wherever the caller has them.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Ends {
+    pub(super) rows: u64,
+    pub(super) labels: u64,
+    pub(super) gradient: u64,
+}
+
+impl SideRegions {
+    pub(super) fn ends(&self, base: u64) -> Ends {
+        let address = |region: Region| base + region.offset as u64;
+        Ends { rows: address(self.input), labels: address(self.labels), gradient: address(self.gradient) }
+    }
+}
+
+/// Whether rows are checked, and how far their norms may be from 1.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct RowCheck {
+    pub(super) check: UnitCheck,
+    pub(super) tolerance: f64,
+}
+
+/// The workspace of a loss: everything in it, and where.
+#[derive(Debug, Clone, Default)]
+pub(super) struct LossLayout {
+    pub(super) layout: Layout,
+    pub(super) anchors: SideRegions,
+    pub(super) references: SideRegions,
+    pub(super) classes: Region,
+    pub(super) same: Region,
+    pub(super) max_neg: Region,
+    pub(super) counters: Region,
+    pub(super) sums: Region,
+    pub(super) weights: Region,
+    pub(super) identity: Region,
+    /// A list of the anchors' references as the caller wrote it, and positions of the references.
+    pub(super) identity_list: Region,
+    pub(super) positions: Region,
+    pub(super) columns: Region,
+    pub(super) column_weights: Region,
+    pub(super) totals: Region,
+    /// Numbers as the caller gives them: of anchors, then of references, two lists each.
+    pub(super) given: [Region; 4],
+    pub(super) tile_counts: Region,
+    pub(super) tile_segments: Region,
+    pub(super) pool_values: Region,
+    pub(super) pool_words: Region,
+    pub(super) scalars: Region,
+    pub(super) weigh_parts: Region,
+    pub(super) weigh_arrived: Region,
+    pub(super) min_pos: Region,
+    pub(super) max_neg_out: Region,
+    pub(super) count_pos: Region,
+    pub(super) count_neg: Region,
+    pub(super) pool: usize,
+    /// There is room for every pair.
+    pub(super) stores_everything: bool,
+}
+
+impl LossLayout {
+    /// The workspace as a function of the shape, the budget for candidates and the GPU's size.
+    ///
+    /// For B anchors of D dimensions in the square form, with stride D' and s splits (0 for one, whose
+    /// kernels write the gradient itself), about `B D e + B D' (e + 4 s) + 4 B D + 164 B + 8 tiles` bytes with
+    /// elements of e bytes, and the budget.
+    ///
+    /// `resident`: input and gradients stay in the caller's memory, so none is set aside for them.
+    pub(super) fn new(shape: &Shape, budget: usize, multiprocessors: u32, resident: bool) -> Self {
+        let mut layout = Layout::default();
+        let mut side = |of_references, gradient| {
+            Self::side(&mut layout, shape, of_references, gradient, multiprocessors, resident)
+        };
+        let anchors = side(false, true);
+        let references = match shape.references {
+            Some(_) => side(true, shape.reference_gradient),
+            None => anchors,
+        };
+        let (rows, others) = (shape.anchors, shape.reference_count());
+        let pool = shape.pool(budget);
+        Self {
+            anchors,
+            references,
+            classes: layout.region::<ClassRange>(rows),
+            same: layout.region::<RowSame>(rows),
+            max_neg: layout.region::<u32>(rows),
+            counters: layout.region::<Counters>(1),
+            sums: layout.region::<RowSums>(rows),
+            weights: layout.region::<RowWeights>(tiles(rows) * TILE as usize),
+            identity: layout.region::<u32>(if shape.identity { rows } else { 0 }),
+            identity_list: layout.region::<u32>(if shape.identity && !resident { rows } else { 0 }),
+            positions: layout.region::<u32>(if shape.identity { others } else { 0 }),
+            columns: layout.region::<RowNumbers>(if shape.numbers { others } else { 0 }),
+            column_weights: layout.region::<RowWeights>(if shape.numbers {
+                tiles(others) * TILE as usize
+            } else {
+                0
+            }),
+            totals: layout.region::<u64>(2),
+            given: [rows, rows, others, others]
+                .map(|count| layout.region::<u32>(if shape.numbers && !resident { count } else { 0 })),
+            tile_counts: layout.region::<u32>(shape.tiles()),
+            tile_segments: layout.region::<u32>(shape.tiles()),
+            pool_values: layout.region::<f32>(pool * POOL_UNIT),
+            pool_words: layout.region::<u32>(pool * POOL_UNIT),
+            scalars: layout.region::<LossScalars>(1),
+            weigh_parts: layout.region::<f64>(shape.weigh_blocks() * WEIGH_SUMS as usize),
+            weigh_arrived: layout.region::<u32>(1),
+            min_pos: layout.region::<f32>(rows),
+            max_neg_out: layout.region::<f32>(rows),
+            count_pos: layout.region::<u32>(rows),
+            count_neg: layout.region::<u32>(rows),
+            pool,
+            stores_everything: pool == shape.most_units(),
+            layout,
+        }
+    }
+
+    /// What a loss begins with as 0.
+    pub(super) fn zeroed(&self, base: u64) -> [Zeroed; ZEROED as usize] {
+        let mut all = [Zeroed { words: std::ptr::null_mut(), count: 0 }; ZEROED as usize];
+        let arrived = [self.weigh_arrived, self.anchors.arrived, self.references.arrived];
+        let counted = [self.max_neg, self.sums, self.columns, self.totals];
+        for (zeroed, region) in all.iter_mut().zip(counted.into_iter().chain(arrived)) {
+            *zeroed =
+                Zeroed { words: pointer(base, region), count: (region.bytes / size_of::<u32>()) as u64 };
+        }
+        all
+    }
+
+    fn side(
+        layout: &mut Layout,
+        shape: &Shape,
+        of_references: bool,
+        gradient: bool,
+        multiprocessors: u32,
+        resident: bool,
+    ) -> SideRegions {
+        let (count, _) = shape.sides(of_references);
+        let (padded, stride) = (tiles(count) * TILE as usize, shape.stride());
+        let merged = if order_runs(count).next().is_some() { count } else { 0 };
+        let splits = match shape.splits(of_references, multiprocessors) {
+            1 => 0,
+            several => several,
+        };
+        // Without a gradient its regions are empty.
+        let if_wanted = |elements: usize| if gradient { elements } else { 0 };
+        let if_copied = |elements: usize| if resident { 0 } else { elements };
+        SideRegions {
+            input: layout.region::<u8>(if_copied(count * shape.dim * shape.precision.bytes())),
+            labels: layout.region::<i64>(if_copied(count)),
+            keys: layout.region::<u64>(count),
+            order: layout.region::<u32>(count),
+            run_keys: layout.region::<u64>(merged),
+            run_order: layout.region::<u32>(merged),
+            rows: layout.region::<u8>(padded * stride * shape.precision.bytes()),
+            square_sums: layout.region::<f64>(count),
+            duplicate: layout.region::<f32>(padded),
+            column_sums: layout.region::<f32>(tiles(count) * stride),
+            ways: layout.region::<u8>(if_wanted(tiles(count))),
+            partial: layout.region::<f32>(if_wanted(splits * padded * stride)),
+            arrived: layout.region::<u32>(if_wanted(splits.min(1) * shape.gradient_blocks(of_references))),
+            gradient: layout.region::<f32>(if_copied(if_wanted(count * shape.dim))),
+        }
+    }
+}
+
+/// The last loss: where its pairs are.
+pub(super) struct Remembered {
+    pub(super) shape: Shape,
+    pub(super) layout: LossLayout,
+    pub(super) settings: Settings,
+    pub(super) host_settings: LossSettings,
+    /// How far the steps of a part have come; `None` for a loss at once.
+    pub(super) step: Option<Step>,
+    /// Labels of both sides, where the host has them: those of the next step must be the same.
+    pub(super) labels: [Vec<i64>; 2],
+}
+
+const _: () = assert!(offset_of!(Counters, probe_neg) == 0 && offset_of!(Counters, total_pos) == 8);
+
+impl Remembered {
+    /// The first step of a part without anchors, which no kernel is asked for.
+    pub(super) fn of_nothing(shape: Shape, settings: &LossSettings, labels: [Vec<i64>; 2]) -> Self {
+        Self {
+            shape,
+            layout: LossLayout::default(),
+            settings: device_settings(settings, &shape),
+            host_settings: *settings,
+            step: Some(Step::SameClass),
+            labels,
+        }
+    }
+
+    /// The parameter that all passes share, for a workspace at `base`.
+    pub(super) fn pairs(&self, base: u64) -> Pairs {
+        let (shape, layout) = (&self.shape, &self.layout);
+        let side = |regions: &SideRegions, count: usize| Side {
+            rows: pointer(base, regions.rows),
+            order: pointer(base, regions.order),
+            duplicate: pointer(base, regions.duplicate),
+            count: count as u32,
+            tiles: tiles(count) as u32,
+        };
+        Pairs {
+            anchors: side(&layout.anchors, shape.anchors),
+            references: side(&layout.references, shape.reference_count()),
+            total: shape.total as u32,
+            band: shape.band() as u32,
+            square: u32::from(shape.references.is_none()),
+            stride: shape.stride() as u32,
+            dim: shape.dim as u32,
+            pool: layout.pool as u32,
+            tiles: shape.tiles() as u64,
+            classes: pointer(base, layout.classes),
+            same: pointer(base, layout.same),
+            max_neg: pointer(base, layout.max_neg),
+            counters: pointer(base, layout.counters),
+            sums: pointer(base, layout.sums),
+            weights: pointer(base, layout.weights),
+            identity: unless_empty::<u32>(base, layout.identity),
+            columns: unless_empty(base, layout.columns),
+            column_weights: match shape.references {
+                None => pointer(base, layout.weights),
+                Some(_) => unless_empty(base, layout.column_weights),
+            },
+            // In one process the whole batch's are those that its sweep counts.
+            totals: match self.step {
+                None => pointer::<u64>(base, layout.counters),
+                Some(_) => pointer(base, layout.totals),
+            },
+            tile_counts: pointer(base, layout.tile_counts),
+            tile_segments: pointer(base, layout.tile_segments),
+            pool_values: pointer(base, layout.pool_values),
+            pool_words: pointer(base, layout.pool_words),
+            settings: self.settings,
+        }
+    }
+}
+
+/// The device address of a region, as the type params.h gives it.
+pub(super) fn pointer<T>(base: u64, region: Region) -> *mut T {
+    (base as usize + region.offset) as *mut T
+}
+
+/// The same, or null for a region of nothing.
+pub(super) fn unless_empty<T>(base: u64, region: Region) -> *mut T {
+    if region.bytes == 0 { std::ptr::null_mut() } else { pointer(base, region) }
+}
+
+pub(super) fn device_settings(settings: &LossSettings, shape: &Shape) -> Settings {
+    let tolerances = initial_tolerances(settings);
+    let probe = probe_tolerance(settings);
+    Settings {
+        gamma_pos: tolerances.pos,
+        gamma_neg: tolerances.neg,
+        probe,
+        // The negative tolerance only ever shrinks: nothing below this one is ever mined.
+        candidate: probe.max(tolerances.neg),
+        tolerance: settings.tolerance,
+        alpha: settings.alpha,
+        beta: settings.beta,
+        lambda_pos: settings.lambda_pos,
+        lambda_neg: settings.lambda_neg,
+        lambda: 0,
+        sum_scale: sum_scale(settings, shape.reference_count()),
+        term_limit: term_limit(shape.reference_count()),
+        adaptive: u32::from(settings.mining == Mining::AtAsms),
+        reserved: 0,
+    }
+}
