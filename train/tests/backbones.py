@@ -210,7 +210,8 @@ def main() -> None:
                 worst = max(best, key=best.get)
                 if best[worst] <= 1:
                     break
-            print(f"| {name} | {size} | {"published" if isinstance(form, Path) else form} | {len(best)} | {draw + 1} | {best[worst]:.2f}, {worst} |", flush=True)
+            how = "published" if isinstance(form, Path) else form
+            print(f"| {name} | {size} | {how} | {len(best)} | {draw + 1} | {best[worst]:.2f}, {worst} |", flush=True)
             if not best[worst] <= 1:
                 sys.exit(f"{name} at {size}: the error of {worst} is {FACTOR * best[worst]:.1f} times torch's in each of {DRAWS} draws")
 
