@@ -2,45 +2,35 @@
 
 use std::ops::Range;
 
-use plotters::prelude::*;
+use ddtas_io::chart::{self, Axis, Chart, Ground, Line};
 
 use super::Row;
 
 const SIZE: (u32, u32) = (960, 400);
 
-/// Told apart on white by those who see fewer colours, too.
-const COLOURS: [RGBColor; 6] = [
-    RGBColor(59, 130, 246),
-    RGBColor(234, 118, 40),
-    RGBColor(34, 160, 84),
-    RGBColor(168, 85, 247),
-    RGBColor(200, 60, 60),
-    RGBColor(90, 90, 90),
-];
-
-/// Rows that differ in their batch alone.
-struct Line {
-    name: String,
-    /// B, milliseconds, megabytes.
-    points: Vec<(f64, f64, Option<f64>)>,
-}
-
 /// The figure as SVG.
 ///
 /// # Errors
 /// What the plotting library says.
-pub fn plot(rows: &[Row]) -> std::result::Result<String, String> {
-    draw(rows).map_err(|error| format!("cannot draw the plot: {error}"))
+pub fn plot(rows: &[Row]) -> Result<String, String> {
+    let time = lines(rows, |row| Some(row.time_ms));
+    let memory = lines(rows, |row| row.peak_extra_bytes.map(|bytes| bytes as f64 / 1e6));
+    let panels = [panel("loss and gradient, ms", &time), panel("extra memory, MB", &memory)];
+    chart::svg(&panels, SIZE, Ground::White)
 }
 
-fn lines(rows: &[Row]) -> Vec<Line> {
+/// A line for the rows that differ in their batch alone, in order of it.
+fn lines(rows: &[Row], value: impl Fn(&Row) -> Option<f64>) -> Vec<Line> {
     let mut lines: Vec<Line> = Vec::new();
     for row in rows {
         let name = format!("{}, D = {}", row.density.as_deref().unwrap_or("file"), row.dim);
-        let point = (row.batch as f64, row.time_ms, row.peak_extra_bytes.map(|bytes| bytes as f64 / 1e6));
+        let point = value(row).map(|value| (row.batch as f64, value));
         match lines.iter_mut().find(|line| line.name == name) {
-            Some(line) => line.points.push(point),
-            None => lines.push(Line { name, points: vec![point] }),
+            Some(line) => line.points.extend(point),
+            None => {
+                let points = point.into_iter().collect();
+                lines.push(Line { name, points, is_noisy: false, is_marked: true });
+            }
         }
     }
     for line in &mut lines {
@@ -49,60 +39,17 @@ fn lines(rows: &[Row]) -> Vec<Line> {
     lines
 }
 
-fn draw(rows: &[Row]) -> std::result::Result<String, Box<dyn std::error::Error>> {
-    let lines = lines(rows);
-    let mut svg = String::new();
-    {
-        let area = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
-        area.fill(&WHITE)?;
-        let halves = area.split_evenly((1, 2));
-        let time = |line: &Line| line.points.iter().map(|p| (p.0, p.1)).collect();
-        let memory = |line: &Line| line.points.iter().filter_map(|p| p.2.map(|bytes| (p.0, bytes))).collect();
-        panel(&halves[0], "loss and gradient, ms", &lines, &time)?;
-        panel(&halves[1], "extra memory, MB", &lines, &memory)?;
-        area.present()?;
+fn panel<'a>(title: &'a str, lines: &'a [Line]) -> Chart<'a> {
+    let of = |part: fn(&(f64, f64)) -> f64| range(lines.iter().flat_map(|line| &line.points).map(part));
+    let axis = |range, label| Axis { range, is_logarithmic: true, label };
+    Chart {
+        title: Some(title),
+        x: axis(of(|point| point.0), &|value: &f64| format!("{value:.0}")),
+        x_title: Some("rows of the batch"),
+        y: axis(of(|point| point.1), &|value: &f64| format!("{value}")),
+        lines,
+        has_legend: true,
     }
-    Ok(svg)
-}
-
-type Points = Vec<(f64, f64)>;
-
-fn panel(
-    area: &DrawingArea<SVGBackend<'_>, plotters::coord::Shift>,
-    title: &str,
-    lines: &[Line],
-    points: &dyn Fn(&Line) -> Points,
-) -> std::result::Result<(), Box<dyn std::error::Error>> {
-    let all: Points = lines.iter().flat_map(points).collect();
-    let (x, y) = (range(all.iter().map(|p| p.0)), range(all.iter().map(|p| p.1)));
-    let mut chart = ChartBuilder::on(area)
-        .caption(title, ("sans-serif", 15))
-        .margin(10)
-        .x_label_area_size(34)
-        .y_label_area_size(56)
-        .build_cartesian_2d(x.log_scale(), y.log_scale())?;
-    chart
-        .configure_mesh()
-        .light_line_style(TRANSPARENT)
-        .x_desc("rows of the batch")
-        .x_label_formatter(&|value| format!("{value:.0}"))
-        .y_label_formatter(&|value| format!("{value}"))
-        .draw()?;
-    for (line, colour) in lines.iter().zip(COLOURS.into_iter().cycle()) {
-        let points = points(line);
-        chart.draw_series(points.iter().map(|&point| Circle::new(point, 3, colour.filled())))?;
-        chart
-            .draw_series(LineSeries::new(points, colour.stroke_width(2)))?
-            .label(&line.name)
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], colour.stroke_width(2)));
-    }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::UpperLeft)
-        .background_style(WHITE.mix(0.8))
-        .border_style(TRANSPARENT)
-        .draw()?;
-    Ok(())
 }
 
 /// From below the least to above the most; a single value has room on both sides.
@@ -140,7 +87,7 @@ mod tests {
 
     #[test]
     fn lines_have_their_points_in_order_of_the_batch() {
-        let lines = lines(&[row(30, Some(1)), row(10, None), row(20, Some(3))]);
+        let lines = lines(&[row(30, Some(1)), row(10, None), row(20, Some(3))], |row| Some(row.time_ms));
         let batches: Vec<f64> = lines[0].points.iter().map(|point| point.0).collect();
         assert_eq!((lines.len(), batches), (1, vec![10.0, 20.0, 30.0]));
     }
