@@ -12,10 +12,10 @@ use burn::optim::GradientsParams;
 use burn::tensor::{Device, Tensor, TensorData};
 use ndarray::Array2;
 
-pub use backbone::{Backbone, BackboneKind, Features};
+pub use backbone::{Backbone, BackboneKind};
 pub use batch_norm::{Activation, BatchNorm, NormOptions, Normalise};
 pub use head::{EmbeddingHead, HeadKind, to_unit_rows};
-pub use pooling::{Pooling, PoolingKind};
+pub use pooling::{Features, Pooling, PoolingKind};
 
 use crate::{Error, Result};
 

@@ -3,13 +3,20 @@
 use burn::module::{Initializer, Module, Param};
 use burn::tensor::{Device, Tensor};
 
-use super::backbone::Features;
-
 /// Kept under what the generalised mean takes to a power.
 const SMALLEST: f32 = 1e-6;
 
 /// The generalised mean's first exponent; 1 would be the average, infinity the maximum.
 const EXPONENT: f64 = 3.0;
+
+/// What a backbone makes of images.
+#[derive(Debug, Clone)]
+pub enum Features {
+    /// `[N, C, H, W]`.
+    Map(Tensor<4>),
+    /// `[N, 1 + T, C]`: the class token, then one for each patch.
+    Tokens(Tensor<3>),
+}
 
 /// How features are pooled over the picture.
 #[derive(

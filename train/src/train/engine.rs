@@ -14,7 +14,6 @@ use super::checkpoint::optimizer as moments;
 use super::chunks;
 use super::generator::{Generator, GeneratorState};
 use super::memory::Memory;
-use super::optimizer::optimizer;
 use super::schedule::Schedule;
 use super::settings::{BatchNorm, TrainSettings};
 use crate::data::ImageBatch;
@@ -87,7 +86,7 @@ impl Engine {
             loss = generator.lambda().applied_to(&loss);
         }
         Self {
-            optimizer: optimizer(settings, &network),
+            optimizer: settings.optimizer.optimizer(&network, settings.learning_rate, settings.weight_decay),
             average: average(settings, &network),
             network,
             output: LossOutput::default(),
@@ -119,7 +118,8 @@ impl Engine {
 
     /// Begins anew with `network`: of what was, only lambda remains, and is held.
     pub fn restart(&mut self, network: EmbeddingNetwork, settings: &TrainSettings) {
-        self.optimizer = optimizer(settings, &network);
+        self.optimizer =
+            settings.optimizer.optimizer(&network, settings.learning_rate, settings.weight_decay);
         self.average = average(settings, &network);
         self.network = network;
         self.output = LossOutput::default();

@@ -7,7 +7,6 @@ use burn::tensor::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::schedule::ScheduleKind;
-use super::settings::TrainSettings;
 use crate::generator::GeneratorKind;
 use crate::model::EmbeddingNetwork;
 use crate::{Error, Result};
@@ -131,40 +130,44 @@ impl OptimizerSettings {
     }
 }
 
-/// An optimizer for `network`. Its parameters are told apart by their numbers, not their paths: those are what a
-/// resumed run's moments are found by.
-pub(super) fn optimizer(settings: &TrainSettings, network: &EmbeddingNetwork) -> ModuleOptimizer {
-    match settings.optimizer.optimizer {
-        OptimizerKind::AdamW => grouped(settings, network, |decay| {
-            AdamWConfig::new().with_epsilon(ADAM_EPSILON).with_weight_decay(decay).build()
-        }),
-        OptimizerKind::Adam => grouped(settings, network, |decay| {
-            let decay = (decay > 0.0).then(|| WeightDecayConfig::new(decay));
-            AdamConfig::new().with_epsilon(ADAM_EPSILON).with_weight_decay(decay).build()
-        }),
+impl OptimizerSettings {
+    /// An optimizer for `network`, by the rate of the backbone and the decay of weights. Its parameters are told apart by their numbers, not their
+    /// paths: those are what a resumed run's moments are found by.
+    pub(super) fn optimizer(&self, network: &EmbeddingNetwork, rate: f64, decay: f32) -> ModuleOptimizer {
+        match self.optimizer {
+            OptimizerKind::AdamW => self.grouped(network, rate, decay, |decay| {
+                AdamWConfig::new().with_epsilon(ADAM_EPSILON).with_weight_decay(decay).build()
+            }),
+            OptimizerKind::Adam => self.grouped(network, rate, decay, |decay| {
+                let decay = (decay > 0.0).then(|| WeightDecayConfig::new(decay));
+                AdamConfig::new().with_epsilon(ADAM_EPSILON).with_weight_decay(decay).build()
+            }),
+        }
     }
-}
 
-/// An optimizer made of `build`'s, which takes a weight decay, with the rate of the backbone.
-fn grouped<O: Optimizer>(
-    settings: &TrainSettings,
-    network: &EmbeddingNetwork,
-    build: impl Fn(f32) -> O,
-) -> ModuleOptimizer {
-    let decay = settings.weight_decay;
-    let on_vectors = if settings.optimizer.weight_decay_on == Decayed::All { decay } else { 0.0 };
-    let head_rate = settings.optimizer.head_learning_rate.unwrap_or(settings.learning_rate);
-    let of_head = head_rate / settings.learning_rate;
-    let (all, head) = (Numbers::of(network), Numbers::of(&network.head));
-    let mut optimizer = ModuleOptimizer::from(build(decay));
-    // The last group that a parameter is in counts.
-    for (numbers, decay, factor) in
-        [(all.vectors, on_vectors, 1.0), (head.others, decay, of_head), (head.vectors, on_vectors, of_head)]
-    {
-        let scaled = Scaled { optimizer: build(decay), factor };
-        optimizer = optimizer.with_group(ParamGroup::from_ids(numbers), scaled, None);
+    /// An optimizer made of `build`'s, which takes a weight decay, with the rate of the backbone.
+    fn grouped<O: Optimizer>(
+        &self,
+        network: &EmbeddingNetwork,
+        rate: f64,
+        decay: f32,
+        build: impl Fn(f32) -> O,
+    ) -> ModuleOptimizer {
+        let on_vectors = if self.weight_decay_on == Decayed::All { decay } else { 0.0 };
+        let of_head = self.head_learning_rate.unwrap_or(rate) / rate;
+        let (all, head) = (Numbers::of(network), Numbers::of(&network.head));
+        let mut optimizer = ModuleOptimizer::from(build(decay));
+        // The last group that a parameter is in counts.
+        for (numbers, decay, factor) in [
+            (all.vectors, on_vectors, 1.0),
+            (head.others, decay, of_head),
+            (head.vectors, on_vectors, of_head),
+        ] {
+            let scaled = Scaled { optimizer: build(decay), factor };
+            optimizer = optimizer.with_group(ParamGroup::from_ids(numbers), scaled, None);
+        }
+        optimizer
     }
-    optimizer
 }
 
 /// Numbers of a module's parameters.

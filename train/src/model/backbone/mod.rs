@@ -21,8 +21,9 @@ use graph::Graph;
 use residual::Residual;
 use vision_transformer::VisionTransformer;
 
+use super::NetworkShape;
 use super::batch_norm::Normalise;
-use super::{NetworkShape, PoolingKind};
+use super::pooling::{Features, PoolingKind};
 use crate::data::Preprocessing;
 use crate::{Error, Result};
 
@@ -128,15 +129,6 @@ impl BackboneKind {
     pub fn image_size(self) -> Option<usize> {
         (self != Self::Residual).then_some(224)
     }
-}
-
-/// What a backbone makes of images.
-#[derive(Debug, Clone)]
-pub enum Features {
-    /// `[N, C, H, W]`.
-    Map(Tensor<4>),
-    /// `[N, 1 + T, C]`: the class token, then one for each patch.
-    Tokens(Tensor<3>),
 }
 
 /// A network from images to features.
