@@ -30,8 +30,8 @@ class SoftContrastiveLoss(nn.Module):
     unit length: under a gradient scaler, which expects NaN to pass through, rather than a ValueError. On a GPU nobody waits for the
     check: a bad row makes loss and gradient NaN, and `check()` or reading `statistics` raises; `check="wait"` raises at once.
 
-    `workspace_budget` is the most bytes that a loss keeps between its passes: 6 KiB for each row on the processor, 1 GiB on a GPU
-    if left out. What does not fit is computed again, with the same result.
+    `workspace_budget` is the most bytes that a loss keeps between its passes: 6 KiB for each row on the processor, a quarter
+    of the free memory on a GPU if left out. What does not fit is computed again, with the same result.
 
     A batch without rows, or without references, has a loss of 0 and a gradient of zeros.
 

@@ -49,7 +49,7 @@ def _answers(rows: Tensor, references: Tensor | None, reference_gradient: bool) 
         torch.empty((), dtype=wide, device=device),
         torch.empty(rows.shape, dtype=wide, device=device),
         torch.empty(back, dtype=wide, device=device),
-        torch.zeros(WORDS, dtype=torch.float64, device=device),
+        torch.empty(WORDS, dtype=torch.float64, device=device),
     )
 
 
