@@ -165,10 +165,7 @@ struct HostGallery<'a, 'r, D: Device> {
 
 impl<D: Device> PreparedGallery for HostGallery<'_, '_, D> {
     fn nearest(&mut self, queries: &Rows<'_>, k: usize) -> Result<Nearest> {
-        let batch = Batch::rectangular(queries.view(), self.rows.view());
-        batch.validate()?;
-        super::loss::same_type(&batch)?;
-        self.backend.find_host_rows(queries, Some(self.prepared), k)
+        self.backend.find_in(queries, &self.rows, self.prepared, k)
     }
 }
 
@@ -191,13 +188,24 @@ impl<D: Device> DeviceBackend<D> {
         k: usize,
     ) -> Result<Nearest> {
         let Some(references) = references else { return self.find_host_rows(queries, None, k) };
-        let mut found = None;
-        self.run_search(references, &mut |search| {
-            found = Some(search.nearest(queries, k)?);
-            Ok(())
-        })?;
-        let Some(found) = found else { unreachable!("the work was done") };
-        Ok(found)
+        let side = self.host_side("references", references)?;
+        self.with_gallery(&side, &place_host(references, "references"), |backend, prepared| {
+            backend.find_in(queries, references, prepared, k)
+        })
+    }
+
+    /// The lists of queries in a gallery of the host's, once it is prepared.
+    fn find_in(
+        &mut self,
+        queries: &Rows<'_>,
+        gallery: &Rows<'_>,
+        prepared: Gallery,
+        k: usize,
+    ) -> Result<Nearest> {
+        let batch = Batch::rectangular(queries.view(), gallery.view());
+        batch.validate()?;
+        super::loss::same_type(&batch)?;
+        self.find_host_rows(queries, Some(prepared), k)
     }
 
     fn host_side(&self, name: &'static str, rows: &Rows<'_>) -> Result<Searched<'static>> {
