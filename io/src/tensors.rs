@@ -133,14 +133,8 @@ impl<'a> TensorFile<'a> {
 
     fn values<T: Float>(&self, name: &str) -> Result<Vec<T>> {
         let tensor = self.tensor(name)?;
-        let data = self.bytes(tensor);
-        Ok(match tensor.dtype {
-            Dtype::F32 => words(data).map(|word| T::of(f32::from_le_bytes(word).into())).collect(),
-            Dtype::F64 => words(data).map(|word| T::of(f64::from_le_bytes(word))).collect(),
-            Dtype::F16 => words(data).map(|word| T::of(f16::from_le_bytes(word).into())).collect(),
-            Dtype::BF16 => words(data).map(|word| T::of(bf16::from_le_bytes(word).into())).collect(),
-            other => return Err(self.bad(format!("tensor `{name}` holds {other:?}, not floats"))),
-        })
+        floats_of(tensor.dtype, self.bytes(tensor))
+            .ok_or_else(|| self.bad(format!("tensor `{name}` holds {:?}, not floats", tensor.dtype)))
     }
 
     fn tensor(&self, name: &str) -> Result<&TensorInfo> {
@@ -155,6 +149,18 @@ impl<'a> TensorFile<'a> {
     fn bad(&self, reason: String) -> Error {
         Error::format(self.path, reason)
     }
+}
+
+/// Little-endian values of a type of floats; `None` for another type.
+#[must_use]
+pub fn floats_of<T: Float>(dtype: Dtype, bytes: &[u8]) -> Option<Vec<T>> {
+    Some(match dtype {
+        Dtype::F32 => words(bytes).map(|word| T::of(f32::from_le_bytes(word).into())).collect(),
+        Dtype::F64 => words(bytes).map(|word| T::of(f64::from_le_bytes(word))).collect(),
+        Dtype::F16 => words(bytes).map(|word| T::of(f16::from_le_bytes(word).into())).collect(),
+        Dtype::BF16 => words(bytes).map(|word| T::of(bf16::from_le_bytes(word).into())).collect(),
+        _ => return None,
+    })
 }
 
 fn words<const N: usize>(data: &[u8]) -> impl Iterator<Item = [u8; N]> + '_ {

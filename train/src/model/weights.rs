@@ -7,8 +7,7 @@ use std::path::Path;
 use burn::store::ModuleSnapshot;
 use burn::store::burn_pack::Tensor as Packed;
 use burn::tensor::{Bytes, DType};
-use ddtas_io::tensors::{Dtype, TensorFile};
-use half::{bf16, f16};
+use ddtas_io::tensors::{Dtype, TensorFile, floats_of};
 use pytorch_reader::{DType as TorchType, PytorchReader};
 
 use super::Backbone;
@@ -26,14 +25,6 @@ enum Stored {
     Safetensors { dtype: Dtype, shape: Vec<usize>, bytes: Vec<u8> },
 }
 
-/// Widths of floats.
-enum Width {
-    F64,
-    F32,
-    F16,
-    Bf16,
-}
-
 impl Stored {
     fn shape(&self) -> &[usize] {
         match self {
@@ -42,41 +33,29 @@ impl Stored {
         }
     }
 
-    fn width(&self) -> Option<Width> {
-        Some(match self {
+    /// The type of its values, if that is one of floats.
+    fn dtype(&self) -> Option<Dtype> {
+        match self {
+            Self::Safetensors { dtype, .. } => Some(*dtype),
             Self::Torch(tensor) => match tensor.dtype() {
-                TorchType::F64 => Width::F64,
-                TorchType::F32 => Width::F32,
-                TorchType::F16 => Width::F16,
-                TorchType::BF16 => Width::Bf16,
-                _ => return None,
+                TorchType::F64 => Some(Dtype::F64),
+                TorchType::F32 => Some(Dtype::F32),
+                TorchType::F16 => Some(Dtype::F16),
+                TorchType::BF16 => Some(Dtype::BF16),
+                _ => None,
             },
-            Self::Safetensors { dtype, .. } => match dtype {
-                Dtype::F64 => Width::F64,
-                Dtype::F32 => Width::F32,
-                Dtype::F16 => Width::F16,
-                Dtype::BF16 => Width::Bf16,
-                _ => return None,
-            },
-        })
+        }
     }
 
     /// Its values, row by row; says what is wrong with them.
     fn values(self) -> std::result::Result<Vec<f32>, String> {
-        fn words<const N: usize>(bytes: &[u8]) -> impl Iterator<Item = [u8; N]> {
-            bytes.as_chunks::<N>().0.iter().copied()
-        }
-        let width = self.width().ok_or("holds no floats")?;
+        let no_floats = "holds no floats";
+        let dtype = self.dtype().ok_or(no_floats)?;
         let bytes = match self {
             Self::Torch(tensor) => tensor.read().map_err(|error| one_line(&error))?,
             Self::Safetensors { bytes, .. } => bytes,
         };
-        let values: Vec<f32> = match width {
-            Width::F64 => words(&bytes).map(|word| f64::from_le_bytes(word) as f32).collect(),
-            Width::F32 => words(&bytes).map(f32::from_le_bytes).collect(),
-            Width::F16 => words(&bytes).map(|word| f16::from_le_bytes(word).to_f32()).collect(),
-            Width::Bf16 => words(&bytes).map(|word| bf16::from_le_bytes(word).to_f32()).collect(),
-        };
+        let values: Vec<f32> = floats_of(dtype, &bytes).ok_or(no_floats)?;
         match values.iter().find(|value| !value.is_finite()) {
             Some(value) => Err(format!("holds {value}")),
             None => Ok(values),
