@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Holds the named backbones to PyTorch's: features and the gradients of all weights, drawn by torch; reads what torch writes and lets
 # torch read what a checkpoint holds.
-# Needs Rust, gcc and Python 3.10 or newer; the rest comes from PyPI into target/. Sizes may be given: .ci/backbones.sh 96,97,224
+# Needs Rust, gcc and Python 3.10 or newer; the rest comes from PyPI into target/. Sides of pictures may be given: .ci/backbones.sh 224
+# (two minutes); by default all networks see 96 and 97 pixels, and those that take least time 224.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -15,5 +16,7 @@ if ! has "torch, torchvision, timm, pretrainedmodels, efficientnet_lite_pytorch,
 fi
 echo "installed (${SECONDS}s)"
 cargo build --release --quiet -p ddtas-train --example gradients
-"$python" train/tests/backbones.py target/release/examples/gradients --size "${1:-96,97}"
+compare() { "$python" train/tests/backbones.py target/release/examples/gradients "$@"; }
+compare --size "${1:-96,97}"
+[[ $# -gt 0 ]] || compare --size 224 --backbone resnet18,vit-s16
 echo "compared (${SECONDS}s)"

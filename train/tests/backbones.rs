@@ -1,9 +1,12 @@
 //! Published weights into named backbones, and those backbones' checkpoints.
 #![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
 
+mod runs;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use assert_cmd::Command;
 use burn::store::ModuleSnapshot;
 use burn::tensor::{Device, Distribution, Tensor};
 use ddtas_io::tensors::{Dtype, TensorFile, to_bytes};
@@ -96,29 +99,63 @@ fn weights_that_fit_are_taken_and_others_are_named() {
     assert_eq!(said.lines().count(), 1, "{said}");
 }
 
+/// What the program prints with `--json`.
+fn json(command: &str, more: &[(&str, &Path)]) -> serde_json::Value {
+    let mut program = Command::cargo_bin("ddtas-train").unwrap();
+    program.args(command.split(' ')).arg("--json");
+    for (flag, path) in more {
+        program.arg(flag).arg(path);
+    }
+    serde_json::from_slice(&program.assert().success().get_output().stdout).unwrap()
+}
+
 #[test]
-fn damaged_files_are_one_line_each() {
-    let (folder, device) = (tempfile::tempdir().unwrap(), Device::flex());
-    let path = folder.path().join("weights.pth");
-    let refused = |bytes: &[u8]| {
-        std::fs::write(&path, bytes).unwrap();
-        let network = Backbone::new(&shape(BackboneKind::ResNet18), &device);
-        let said = network.with_weights(&path).map(|_| ()).unwrap_err().to_string();
-        assert!(said.lines().count() == 1 && said.contains("weights.pth"), "{said}");
-    };
-    refused(b"");
-    refused(b"PK");
-    refused(&[0x80, 2, b'}', b'q', 0, b'.', 0, 0, 0]);
-    // A pickle that asks for four gigabytes of text.
-    refused(&[0x80, 2, b'X', 0xff, 0xff, 0xff, 0xff, b'a', b'b', b'.']);
-    refused(&[b'P', b'K', 3, 4, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff]);
-    refused(&[0xff; 64]);
-    refused(b"nothing of the kind, but long enough to look at");
-    assert!(
-        Backbone::new(&shape(BackboneKind::ResNet18), &device)
-            .with_weights(&folder.path().join("none"))
-            .is_err()
+fn published_weights_embed_and_search_without_a_checkpoint() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let (weights, pictures, out) = (at("weights.safetensors"), at("data"), at("out.safetensors"));
+    let mut tensors = published(&Backbone::new(&shape(BackboneKind::ResNet18), &Device::flex()));
+    // Of either sign, so that values stay small.
+    let convolutions = tensors.values_mut().filter(|(shape, _)| shape.len() == 4);
+    convolutions.flat_map(|(_, values)| values).for_each(|value| *value = 0.1 * (*value - 1.0));
+    write(&weights, &tensors);
+    runs::folder_of_pictures(&pictures, 3, 2);
+    let query = pictures.join("class01/0.png");
+    let network = "--backbone resnet18 --image-size 32";
+
+    let export = json(
+        &format!("embed {network}"),
+        &[("--weights", &weights), ("--images", &pictures), ("--out", &out)],
     );
+    assert_eq!((&export["dim"], &export["pictures"]), (&512.into(), &6.into()));
+    let find = |pooling: &str, gallery: &Path| {
+        let command = format!("search --pooling {pooling} {network}");
+        json(&command, &[("--weights", &weights), ("--query", &query), ("--gallery", gallery)])
+    };
+    let found = find("avg", &out);
+    assert_eq!(found["queries"][0]["answers"][0]["name"], "class01/0.png");
+    assert_eq!(found, find("avg", &pictures));
+    // What another pooling made is something else.
+    let mut other = Command::cargo_bin("ddtas-train").unwrap();
+    other.args(["search", "--pooling", "max", "--backbone", "resnet18", "--image-size", "32", "--weights"]);
+    other.arg(&weights).arg("--query").arg(&query).arg("--gallery").arg(&out);
+    runs::assert_refused(&mut other, "another network");
+}
+
+#[test]
+fn a_start_from_random_weights_is_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    let mut program = runs::small_run(&run, 1);
+    program.args(["--backbone", "resnet18", "--classes-per-batch", "2", "--image-size", "32"]);
+    let said = String::from_utf8(program.assert().success().get_output().stderr.clone()).unwrap();
+    let line = "resnet18 starts from random weights";
+    assert_eq!(
+        said.lines().filter(|said| said.contains(line) && said.contains("--weights")).count(),
+        1,
+        "{said}"
+    );
+    assert!(std::fs::read_to_string(run.join("config.toml")).unwrap().contains(line));
 }
 
 #[test]

@@ -182,10 +182,11 @@ fn the_other_commands_refuse_what_cannot_work_and_leave_no_file() {
     runs::folder_of_pictures(&data, 8, 2);
     small_run(&place.path().join("run"), 1).assert().success();
     let checkpoint = "run/best.safetensors";
+    let given = format!("--checkpoint {checkpoint}");
     let eval = format!("eval --checkpoint {checkpoint}");
     let embed = format!("embed --checkpoint {checkpoint} --images DATA --out out.npy");
     let search = format!("search --checkpoint {checkpoint} --gallery DATA --query DATA/class00/0.png");
-    let table: [(&str, &str, &str); 31] = [
+    let table: [(&str, &str, &str); 35] = [
         (&eval, "--recall-at 1,0", "recall-at"),
         (&eval, "--nmi --nmi-steps 0", "nmi-steps"),
         (&eval, "--image-size 7", "image-size"),
@@ -205,6 +206,8 @@ fn the_other_commands_refuse_what_cannot_work_and_leave_no_file() {
         ("eval", "--backbone resnet18 --weights nowhere --pooling cls", "pooling"),
         (&eval, "--backbone resnet18 --weights nowhere", "--backbone"),
         (&embed.replace(checkpoint, "nowhere"), "", "nowhere"),
+        (&embed, "--backbone resnet18 --weights nowhere", "--backbone"),
+        (&embed.replace(&given, "--backbone resnet18"), "--weights nowhere --pooling avg", "nowhere"),
         (&embed, "--image-size 0", "image-size"),
         (&embed.replace("out.npy", "out.txt"), "", "out = out.txt"),
         (&embed.replace("out.npy", "nowhere/out.npy"), "", "out = nowhere/out.npy"),
@@ -217,6 +220,8 @@ fn the_other_commands_refuse_what_cannot_work_and_leave_no_file() {
         (&search.replace("--gallery DATA", "--gallery nowhere"), "", "nowhere"),
         (&search.replace("class00/0.png", "nowhere"), "", "nowhere"),
         (&search.replace(checkpoint, "nowhere"), "", "nowhere"),
+        (&search, "--backbone resnet18 --weights nowhere", "--backbone"),
+        (&search.replace(&given, "--backbone resnet18"), "--weights nowhere --pooling avg", "nowhere"),
     ];
     let before = names(place.path());
     for (command, more, flag) in table {

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use burn::store::ModuleSnapshot;
 use burn::tensor::{Device, Tensor};
 
 use super::{Event, Skipped};
@@ -11,7 +12,7 @@ use crate::model::{
     Backbone, BackboneKind, EmbeddingHead, EmbeddingNetwork, HeadKind, NetworkShape, Normalise, Pooling,
     PoolingKind, to_unit_rows,
 };
-use crate::train::checkpoint::{Checkpoint, fingerprint};
+use crate::train::checkpoint::Checkpoint;
 use crate::train::{EVALUATION_CHUNK, Embedded, embed_batches};
 use crate::{Error, Result};
 
@@ -44,6 +45,21 @@ pub struct Embedder {
 }
 
 impl Embedder {
+    /// Opens a checkpoint, or takes published weights instead.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open) and [`pretrained`](Self::pretrained).
+    pub fn new(
+        checkpoint: Option<&Path>,
+        pretrained: &PretrainedSettings,
+        image_size: Option<usize>,
+    ) -> Result<Self> {
+        match checkpoint {
+            Some(path) => Self::open(path, image_size),
+            None => Self::pretrained(pretrained, image_size),
+        }
+    }
+
     /// Opens a checkpoint. `image_size` is needed where the file does not say it itself.
     ///
     /// # Errors
@@ -87,7 +103,9 @@ impl Embedder {
     /// [`Io`](ddtas_io::Error::Io) or [`Format`](ddtas_io::Error::Format) if the file cannot be read or does not fit; [`InvalidSetting`](ddtas_io::Error::InvalidSetting).
     pub fn pretrained(settings: &PretrainedSettings, image_size: Option<usize>) -> Result<Self> {
         let invalid = |name, range| Error::setting(name, "missing", range);
-        let kind = settings.backbone.ok_or_else(|| invalid("backbone", "--weights needs --backbone NAME"))?;
+        let kind = settings.backbone.ok_or_else(|| {
+            invalid("backbone", "give --checkpoint FILE, or --backbone NAME --weights FILE")
+        })?;
         let weights = settings.weights.as_deref();
         let weights = weights.ok_or_else(|| invalid("weights", "--backbone needs --weights FILE"))?;
         let image_size = image_size.or(kind.image_size()).unwrap_or_default();
@@ -104,7 +122,7 @@ impl Embedder {
             head: HeadKind::default(),
         };
         let backbone = Backbone::new(&shape, &device).with_weights(weights)?;
-        let bytes = std::fs::read(weights).map_err(Error::io("read", weights))?;
+        let fingerprint = format!("{}-{}", fingerprint(&backbone)?, pooling.name());
         Ok(Self {
             dim: backbone.features(),
             backbone,
@@ -114,7 +132,7 @@ impl Embedder {
             image_size,
             preprocessing: kind.preprocessing(),
             file: weights.to_path_buf(),
-            fingerprint: fingerprint(&bytes),
+            fingerprint,
         })
     }
 
@@ -136,7 +154,7 @@ impl Embedder {
         &self.file
     }
 
-    /// Tells files apart: CRC-32.
+    /// Tells networks apart: CRC-32 of the checkpoint, or of the published weights, with the pooling.
     #[must_use]
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
@@ -162,6 +180,18 @@ impl Embedder {
             None => to_unit_rows(features),
         }
     }
+}
+
+/// CRC-32 of a backbone's weights: the same in whatever form they are kept.
+fn fingerprint(backbone: &Backbone) -> Result<String> {
+    let mut sum = crc32fast::Hasher::new();
+    for tensor in backbone.collect(None, None, true) {
+        let (.., bytes) = tensor
+            .into_parts()
+            .map_err(|error| Error::Training(format!("weights cannot be read: {error}")))?;
+        sum.update(&bytes);
+    }
+    Ok(format!("{:08x}", sum.finalize()))
 }
 
 /// # Errors

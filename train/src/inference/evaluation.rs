@@ -126,8 +126,8 @@ pub fn evaluate(settings: &EvalSettings, tell: &mut dyn FnMut(Event<'_>)) -> Res
     settings.validate()?;
     let spec: DeviceSpec = settings.device.parse()?;
     let mut backend = backend::open(&spec)?;
-    match (&settings.embeddings, &settings.checkpoint, &settings.pretrained.weights) {
-        (Some(path), ..) => {
+    match &settings.embeddings {
+        Some(path) => {
             let file = EmbeddingsFile::read(path)?;
             let labels =
                 file.labels.as_ref().ok_or_else(|| Error::format(path, "there is no tensor `labels`"))?;
@@ -135,19 +135,11 @@ pub fn evaluate(settings: &EvalSettings, tell: &mut dyn FnMut(Event<'_>)) -> Res
             let gallery = file.gallery.as_ref().map(|rows| Rows::new(rows.values.view(), &rows.labels));
             measure(settings, path, &mut *backend, (&queries, gallery.as_ref()), RECALL_AT, tell)
         }
-        (None, Some(path), _) => {
-            let embedder = Embedder::open(path, settings.image_size)?;
+        None => {
+            let checkpoint = settings.checkpoint.as_deref();
+            let embedder = Embedder::new(checkpoint, &settings.pretrained, settings.image_size)?;
             evaluate_network(settings, &embedder, &mut *backend, tell)
         }
-        (None, None, Some(_)) => {
-            let embedder = Embedder::pretrained(&settings.pretrained, settings.image_size)?;
-            evaluate_network(settings, &embedder, &mut *backend, tell)
-        }
-        (None, None, None) => Err(Error::setting(
-            "checkpoint",
-            "missing",
-            "give --checkpoint FILE, --backbone NAME --weights FILE, or --embeddings FILE",
-        )),
     }
 }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::embedder::{Embedder, skipped};
+use super::embedder::{Embedder, PretrainedSettings, skipped};
 use super::file::{EmbeddingsFile, Format};
 use super::pictures::Pictures;
 use super::{Event, Skipped};
@@ -20,15 +20,18 @@ const CLASSES: &str = "ddtas.classes";
 #[derive(Debug, Clone, PartialEq, Eq, clap::Args)]
 pub struct EmbedSettings {
     /// A checkpoint of ddtas-train.
-    #[arg(long, value_name = "FILE")]
-    pub checkpoint: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "backbone")]
+    pub checkpoint: Option<PathBuf>,
+    /// Published weights instead.
+    #[command(flatten)]
+    pub pretrained: PretrainedSettings,
     /// A folder of JPEG or PNG pictures, in folders of any depth.
     #[arg(long, value_name = "DIR")]
     pub images: PathBuf,
     /// The file to write: .safetensors, or .npy with a .json of the same name beside it.
     #[arg(long, value_name = "FILE")]
     pub out: PathBuf,
-    /// Side of the pictures the network sees; what the checkpoint says if not given.
+    /// Side of the pictures the network sees; what the checkpoint says, or what --backbone was made for, if not given.
     #[arg(long, value_name = "PIXELS")]
     pub image_size: Option<usize>,
 }
@@ -63,7 +66,7 @@ pub fn embed(settings: &EmbedSettings, tell: &mut dyn FnMut(Event<'_>)) -> Resul
     }
     check_place("out", &settings.out)?;
     let begun = Instant::now();
-    let embedder = Embedder::open(&settings.checkpoint, settings.image_size)?;
+    let embedder = Embedder::new(settings.checkpoint.as_deref(), &settings.pretrained, settings.image_size)?;
     let (file, skipped) = embed_folder(&embedder, &settings.images, tell)?;
     file.write(&settings.out)?;
     let folders = file.labels.iter().flatten().max().map_or(0, |&label| label as usize + 1);

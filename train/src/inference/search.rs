@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::embedder::{Embedder, skipped};
+use super::embedder::{Embedder, PretrainedSettings, skipped};
 use super::export::{CHECKPOINT, ROOT, embed_folder};
 use super::file::EmbeddingsFile;
 use super::pictures::Pictures;
@@ -15,8 +15,11 @@ use ddtas::loss::Rows;
 #[derive(Debug, Clone, PartialEq, Eq, clap::Args)]
 pub struct SearchSettings {
     /// A checkpoint of ddtas-train.
-    #[arg(long, value_name = "FILE")]
-    pub checkpoint: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "backbone")]
+    pub checkpoint: Option<PathBuf>,
+    /// Published weights instead.
+    #[command(flatten)]
+    pub pretrained: PretrainedSettings,
     /// The pictures to search: a folder tree, or what `embed` wrote of one.
     #[arg(long, value_name = "DIR|FILE")]
     pub gallery: PathBuf,
@@ -26,7 +29,7 @@ pub struct SearchSettings {
     /// How many pictures to find for each.
     #[arg(long, value_name = "K", default_value_t = 10)]
     pub top: usize,
-    /// Side of the pictures the network sees; what the checkpoint says if not given.
+    /// Side of the pictures the network sees; what the checkpoint says, or what --backbone was made for, if not given.
     #[arg(long, value_name = "PIXELS")]
     pub image_size: Option<usize>,
     /// Where to search: auto, cpu, cuda:N.
@@ -75,7 +78,7 @@ pub fn search(settings: &SearchSettings, tell: &mut dyn FnMut(Event<'_>)) -> Res
     if settings.top == 0 {
         return Err(Error::setting("top", "0", "1 or more"));
     }
-    let embedder = Embedder::open(&settings.checkpoint, settings.image_size)?;
+    let embedder = Embedder::new(settings.checkpoint.as_deref(), &settings.pretrained, settings.image_size)?;
     let pictures = Pictures::of(&settings.query);
     let queries = embedder.embed(&pictures.split, &mut |_| {});
     // One that cannot be read is what the user asked for: no list without it.
@@ -125,8 +128,7 @@ fn check_origin(path: &Path, gallery: &EmbeddingsFile, embedder: &Embedder) -> R
     }
     match gallery.metadata.get(CHECKPOINT) {
         Some(made_by) if made_by != embedder.fingerprint() => {
-            let reason =
-                format!("was made by another checkpoint than {checkpoint}: embed the pictures again");
+            let reason = format!("was made by another network than {checkpoint}'s: embed the pictures again");
             Err(Error::format(path, reason))
         }
         _ => Ok(()),

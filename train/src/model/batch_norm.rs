@@ -91,7 +91,20 @@ impl BatchNorm {
     /// `[N, C, H, W]` to the same shape.
     #[must_use]
     pub fn forward(&self, input: Tensor<4>, mode: Normalise) -> Tensor<4> {
+        self.forward_biased(input, None, mode)
+    }
+
+    /// The same of an input that has yet to be given the bias `[C]` of its convolution.
+    #[must_use]
+    pub fn forward_biased(&self, input: Tensor<4>, bias: Option<Tensor<1>>, mode: Normalise) -> Tensor<4> {
         let from_batch = matches!(mode, Normalise::Training | Normalise::Batch);
+        let (input, shift) = match bias {
+            Some(bias) if from_batch => {
+                let [_, channels, _, _] = input.dims();
+                (input + bias.reshape([1, channels, 1, 1]), None)
+            }
+            bias => (input, bias),
+        };
         let statistics = if from_batch {
             layers::batch_statistics(input.clone())
         } else {
@@ -106,6 +119,14 @@ impl BatchNorm {
             Normalise::Affine | Normalise::Batch | Normalise::Training => (self.gamma.val(), self.beta.val()),
         };
         let NormOptions { epsilon, activation, .. } = self.options;
+        // Through given statistics a bias is one more shift: no pass over the input, and its gradient comes out of the sums of beta's.
+        let beta = match shift {
+            Some(bias) => {
+                let variance = self.running_variance.value_sync().detach();
+                beta + bias * gamma.clone() / variance.add_scalar(epsilon).sqrt()
+            }
+            None => beta,
+        };
         let options = NormaliseOptions { epsilon, activation, from_batch };
         layers::normalise(input, statistics, gamma, beta, options)
     }

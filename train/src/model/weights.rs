@@ -126,7 +126,26 @@ fn read_safetensors(path: &Path) -> Result<BTreeMap<String, Stored>> {
     Ok(file.tensors().map(stored).collect())
 }
 
+/// How much larger than its file an archive may say its parts are: torch.save compresses nothing.
+const MOST_EXPANSION: u128 = 4;
+
+/// Refuses an archive that would fill the memory.
+fn check_archive(path: &Path) -> Result<()> {
+    let file = std::fs::File::open(path).map_err(Error::io("read", path))?;
+    let length = file.metadata().map_err(Error::io("read", path))?.len();
+    // What is no archive is told by the reader.
+    let Ok(mut archive) = zip::ZipArchive::new(std::io::BufReader::new(file)) else { return Ok(()) };
+    let parts = archive.len();
+    let size = |part| archive.by_index_raw(part).map_or(0, |part| u128::from(part.size()));
+    let total: u128 = (0..parts).map(size).sum();
+    if total > MOST_EXPANSION * u128::from(length) {
+        return Err(Error::format(path, "is compressed, which weights of PyTorch's are not"));
+    }
+    Ok(())
+}
+
 fn read_torch(path: &Path) -> Result<BTreeMap<String, Stored>> {
+    check_archive(path)?;
     let open = || PytorchReader::new(path).map_err(|error| one_line(&error));
     let file = guarded(open)
         .map_err(|why| Error::format(path, format!("is no file of weights of PyTorch's: {why}")))?;

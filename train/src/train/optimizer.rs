@@ -34,7 +34,7 @@ pub enum Decayed {
     /// All of them.
     #[default]
     All,
-    /// Those of convolutions and linear maps: not biases, nor scale and shift of a normalisation.
+    /// Those of convolutions and linear maps: not biases, scale and shift of a normalisation, class token or position table.
     Weights,
 }
 
@@ -153,16 +153,14 @@ impl OptimizerSettings {
         decay: f32,
         build: impl Fn(f32) -> O,
     ) -> ModuleOptimizer {
-        let on_vectors = if self.weight_decay_on == Decayed::All { decay } else { 0.0 };
+        let on_others = if self.weight_decay_on == Decayed::All { decay } else { 0.0 };
         let of_head = self.head_learning_rate.unwrap_or(rate) / rate;
         let (all, head) = (Numbers::of(network), Numbers::of(&network.head));
         let mut optimizer = ModuleOptimizer::from(build(decay));
         // The last group that a parameter is in counts.
-        for (numbers, decay, factor) in [
-            (all.vectors, on_vectors, 1.0),
-            (head.others, decay, of_head),
-            (head.vectors, on_vectors, of_head),
-        ] {
+        for (numbers, decay, factor) in
+            [(all.others, on_others, 1.0), (head.weights, decay, of_head), (head.others, on_others, of_head)]
+        {
             let scaled = Scaled { optimizer: build(decay), factor };
             optimizer = optimizer.with_group(ParamGroup::from_ids(numbers), scaled, None);
         }
@@ -173,9 +171,11 @@ impl OptimizerSettings {
 /// Numbers of a module's parameters.
 #[derive(Default)]
 struct Numbers {
-    /// Of one dimension: biases, scale and shift of normalisations.
-    vectors: Vec<ParamId>,
+    /// Of convolutions and linear maps.
+    weights: Vec<ParamId>,
     others: Vec<ParamId>,
+    /// Fields that lead to the one being visited.
+    path: Vec<String>,
 }
 
 impl Numbers {
@@ -187,8 +187,20 @@ impl Numbers {
 }
 
 impl ModuleVisitor for Numbers {
+    fn enter_module(&mut self, name: &str, _kind: &str) {
+        self.path.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _name: &str, _kind: &str) {
+        self.path.pop();
+    }
+
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let numbers = if D == 1 { &mut self.vectors } else { &mut self.others };
+        // By name: a position table has as many dimensions as a weight, the scale of a layer norm is called one.
+        let mut names = self.path.iter().rev();
+        let is_weight = names.next().is_some_and(|name| name == "weight");
+        let of_norm = names.next().is_some_and(|name| name.starts_with("norm"));
+        let numbers = if is_weight && !of_norm { &mut self.weights } else { &mut self.others };
         numbers.push(param.id);
     }
 }
@@ -215,5 +227,57 @@ impl<O: Optimizer> Optimizer for Scaled<O> {
 
     fn to_device<const D: usize>(state: Self::State<D>, device: &Device) -> Self::State<D> {
         O::to_device(state, device)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use burn::store::ModuleSnapshot;
+    use clap::Parser;
+
+    use super::*;
+    use crate::train::TrainSettings;
+
+    #[derive(Parser)]
+    struct Arguments {
+        #[command(flatten)]
+        settings: TrainSettings,
+    }
+
+    #[test]
+    fn decay_is_for_convolutions_and_linear_maps() {
+        for (arguments, kept, decayed) in [
+            (
+                "test --backbone vit-s16 --image-size 96",
+                &["cls_token", "pos_embed", "norm.weight", "blocks.3.norm1.weight", "blocks.3.mlp.fc1.bias"]
+                    [..],
+                &["patch_embed.proj.weight", "blocks.3.attn.qkv.weight"][..],
+            ),
+            (
+                "test --backbone bn-inception --image-size 96 --pooling gem",
+                &["units.0.bias", "units.0.norm.gamma", "units.0.norm.beta"],
+                &["units.0.weight"],
+            ),
+            ("test --width 8", &["stem.norm.gamma"], &["stem.weight", "blocks.1.shortcut.weight"]),
+        ] {
+            let settings = Arguments::parse_from(arguments.split(' ')).settings;
+            let network = EmbeddingNetwork::new(&settings.network_shape(), &Device::flex());
+            let numbers = Numbers::of(&network);
+            let named = |ids: &[ParamId]| -> BTreeSet<String> {
+                let tensors = network.collect(None, None, true).into_iter();
+                let known = |tensor: &burn::store::burn_pack::Tensor| {
+                    tensor.param_id.is_some_and(|id| ids.iter().any(|known| known.val() == id))
+                };
+                tensors.filter(known).map(|tensor| tensor.name).collect()
+            };
+            let (weights, others) = (named(&numbers.weights), named(&numbers.others));
+            let name = |name: &&str| format!("backbone.{name}");
+            assert!(kept.iter().all(|kept| others.contains(&name(kept))), "{others:?}");
+            assert!(decayed.iter().all(|decayed| weights.contains(&name(decayed))), "{weights:?}");
+            assert!(weights.contains("head.weight") && others.contains("head.bias"), "{weights:?}");
+            assert_eq!(others.contains("pooling.exponent"), arguments.contains("gem"));
+        }
     }
 }

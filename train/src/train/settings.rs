@@ -357,4 +357,13 @@ impl TrainSettings {
             "needs --loss soft-contrastive: the other losses have no lambda to learn",
         )
     }
+
+    /// A line for who means to start from published weights and does not.
+    pub(super) fn random_start(&self) -> Option<String> {
+        let random = self.backbone != BackboneKind::Residual && self.weights.is_none() && self.init.is_none();
+        random.then(|| {
+            let name = self.backbone.name();
+            format!("{name} starts from random weights: published ones come by --weights FILE, a run's by --init FILE")
+        })
+    }
 }

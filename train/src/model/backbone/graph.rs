@@ -57,13 +57,8 @@ impl Unit {
             padding: [around(height), around(width)],
             depthwise: self.depthwise,
         };
-        let mut output = layers::convolution(input, self.weight.val(), options);
-        if let Some(bias) = &self.bias {
-            let bias = bias.val();
-            let [channels] = bias.dims();
-            output = output + bias.reshape([1, channels, 1, 1]);
-        }
-        self.norm.forward(output, mode)
+        let output = layers::convolution(input, self.weight.val(), options);
+        self.norm.forward_biased(output, self.bias.as_ref().map(Param::val), mode)
     }
 }
 

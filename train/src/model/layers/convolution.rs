@@ -26,6 +26,9 @@ const WEIGHT_GROUPS: usize = 16;
 /// Flattened length from which a reduction is long enough to hide its horizontal sums.
 const LONG_REDUCTION: usize = 2048;
 
+/// Terms that are summed in one run: the sum of many rounds less if it is made of sums of some.
+const RUN: usize = 144;
+
 /// Shape of a convolution with a square kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Geometry {
@@ -474,20 +477,28 @@ impl TapBlock<'_, '_> {
         position: usize,
     ) -> [[S::f32s; VECTORS]; OUTPUTS] {
         let width = VECTORS * S::F32_LANES;
-        let mut sums = [[simd.splat_f32s(0.0); VECTORS]; OUTPUTS];
+        let mut totals = [[simd.splat_f32s(0.0); VECTORS]; OUTPUTS];
         let planes = &self.product.planes[position..];
-        for (&offset, weights) in self.product.offsets.iter().zip(self.weights) {
-            let Some(values) = planes.get(offset..offset + width) else { break };
-            let Ok(values) = <&[S::f32s; VECTORS]>::try_from(S::as_simd_f32s(values).0) else { break };
-            let Some(weights) = weights.first_chunk::<OUTPUTS>() else { break };
+        for (offsets, weights) in self.product.offsets.chunks(RUN).zip(self.weights.chunks(RUN)) {
+            let mut sums = [[simd.splat_f32s(0.0); VECTORS]; OUTPUTS];
+            for (&offset, weights) in offsets.iter().zip(weights) {
+                let Some(values) = planes.get(offset..offset + width) else { break };
+                let Ok(values) = <&[S::f32s; VECTORS]>::try_from(S::as_simd_f32s(values).0) else { break };
+                let Some(weights) = weights.first_chunk::<OUTPUTS>() else { break };
+                for o in 0..OUTPUTS {
+                    let weight = simd.splat_f32s(weights[o]);
+                    for v in 0..VECTORS {
+                        sums[o][v] = simd.mul_add_f32s(weight, values[v], sums[o][v]);
+                    }
+                }
+            }
             for o in 0..OUTPUTS {
-                let weight = simd.splat_f32s(weights[o]);
                 for v in 0..VECTORS {
-                    sums[o][v] = simd.mul_add_f32s(weight, values[v], sums[o][v]);
+                    totals[o][v] = simd.add_f32s(totals[o][v], sums[o][v]);
                 }
             }
         }
-        sums
+        totals
     }
 }
 

@@ -41,14 +41,19 @@ impl<B: LayerOps> Backward<B, 3> for Normalise {
         let gradient = grads.consume::<B>(&ops.node);
         let ([input, statistics, gamma, beta], options) = ops.state;
         let channels = burn::backend::TensorMetadata::shape(&gamma)[0];
-        let parameters = B::normalise_parameter_gradient(
-            input.clone(),
-            statistics.clone(),
-            gamma.clone(),
-            beta.clone(),
-            gradient.clone(),
-            options,
-        );
+        // Where scale and shift are frozen and statistics given, nobody reads it; what has its shape stands in.
+        let parameters = if gamma_node.is_none() && beta_node.is_none() && !options.from_batch {
+            statistics.clone()
+        } else {
+            B::normalise_parameter_gradient(
+                input.clone(),
+                statistics.clone(),
+                gamma.clone(),
+                beta.clone(),
+                gradient.clone(),
+                options,
+            )
+        };
         for (row, node) in [gamma_node, beta_node].into_iter().enumerate() {
             if let Some(node) = node {
                 let slice = [row..row + 1, 0..channels].map(Into::into);

@@ -78,7 +78,8 @@ pub trait LayerOps: Backend {
 
     /// Gradients of [`normalise`](LayerOps::normalise): of the input, `[N, C, H, W]`.
     ///
-    /// `parameter_gradient` is what [`normalise_parameter_gradient`](LayerOps::normalise_parameter_gradient) returned.
+    /// `parameter_gradient` is what [`normalise_parameter_gradient`](LayerOps::normalise_parameter_gradient) returned; it
+    /// is read only where the statistics are the batch's.
     fn normalise_input_gradient(
         input: FloatTensor<Self>,
         statistics: FloatTensor<Self>,

@@ -81,12 +81,6 @@ pub(super) fn filled(
     Ok(network)
 }
 
-/// Tells files apart: CRC-32 of their bytes.
-#[must_use]
-pub fn fingerprint(bytes: &[u8]) -> String {
-    format!("{:08x}", crc32fast::hash(bytes))
-}
-
 /// A checkpoint's file, read once.
 pub struct Checkpoint {
     path: PathBuf,
@@ -114,7 +108,7 @@ impl Checkpoint {
     /// Tells checkpoints apart: CRC-32 of the file.
     #[must_use]
     pub fn fingerprint(&self) -> String {
-        fingerprint(&self.bytes)
+        format!("{:08x}", crc32fast::hash(&self.bytes))
     }
 
     /// Shape of the network.

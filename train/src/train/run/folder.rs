@@ -26,6 +26,7 @@ impl RunFolder {
     pub fn create(settings: &TrainSettings, dataset: &str) -> Result<Self> {
         let config = toml::to_string(&settings.clone().with_absolute_paths()?)
             .map_err(|error| Error::Training(format!("config.toml cannot hold the settings: {error}")))?;
+        let remark = settings.random_start().map_or(String::new(), |line| format!("# {line}\n"));
         let path = match &settings.output {
             Some(path) => {
                 std::fs::create_dir_all(path).map_err(Error::io("create", path))?;
@@ -35,7 +36,7 @@ impl RunFolder {
             None => numbered(Path::new("runs"), dataset)?,
         };
         let folder = Self { path };
-        files::write_atomic(&folder.config(), config.as_bytes())?;
+        files::write_atomic(&folder.config(), (remark + &config).as_bytes())?;
         Ok(folder)
     }
 

@@ -93,7 +93,8 @@ pub fn train(
         steps: steps_of(phase, settings),
         resumed: None,
     });
-    dataset.warnings.iter().for_each(|warning| tell(Event::Warning(warning)));
+    let random = settings.random_start();
+    dataset.warnings.iter().chain(&random).for_each(|warning| tell(Event::Warning(warning)));
     Run::new(settings, &dataset, folder, setup, (metrics, events), stop, tell).train(begun)
 }
 

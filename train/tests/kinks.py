@@ -1,0 +1,117 @@
+"""Weights at which a network's gradients are smooth: no value stands near a kink.
+
+A value within rounding of the kink of a ReLU, or of its neighbour in the window of a maximum, falls on either side by its last bit,
+and the gradients of its whole column of the network change by far more than any rounding. So weights are moved until float64 itself,
+and nothing else, says that every value is further from every kink than float32 errs by.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+# How far a shift of a normalisation may be moved, in units of about a value's deviation.
+REACH = 0.1
+# How far from 0 (and, of ReLU6, from 6) values are kept, times how many a channel has: few lie far apart, and few are deep in a
+# network, where float32 has erred most.
+MARGIN = 1.0
+# How far the largest value in a window is kept from the next, times the windows of a channel.
+TIE = 0.02
+# How far a filter is moved, in parts of its deviation.
+NUDGE = 0.05
+PASSES = 40
+
+
+class Changed(Exception):
+    """A filter was moved: what was computed from it is old."""
+
+
+def settle(network: nn.Module, run: Callable[[], torch.Tensor]) -> None:
+    """Moves the weights of a network in float64 until `run`, a pass forward, meets no kink. They stay numbers of float32."""
+    with torch.no_grad():
+        for _ in range(PASSES):
+            watch = Watch(network)
+            try:
+                run()
+            except Changed:
+                continue
+            finally:
+                watch.end()
+            return
+    raise RuntimeError(f"values stand near a kink after {PASSES} passes")
+
+
+class Watch:
+    """Looks at what comes to every kink of a pass forward, and moves what made it."""
+
+    def __init__(self, network: nn.Module):
+        self.convolution = self.norm = None
+        self.made: list[tuple[nn.Conv2d, torch.Tensor]] = []
+        self.hooks = []
+        for module in network.modules():
+            if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
+                self.hooks.append(module.register_forward_hook(self.passed))
+            elif isinstance(module, (nn.ReLU, nn.ReLU6)):
+                self.hooks.append(module.register_forward_pre_hook(self.before_relu))
+                self.hooks.append(module.register_forward_hook(self.after_relu))
+            elif isinstance(module, nn.MaxPool2d):
+                self.hooks.append(module.register_forward_pre_hook(self.before_maximum))
+
+    def end(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def passed(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        if isinstance(module, nn.Conv2d):
+            self.convolution = module
+        else:
+            self.norm = module
+
+    def before_relu(self, module: nn.Module, inputs: tuple) -> tuple:
+        """Shifts each channel to the middle of the widest gap between its values."""
+        (x,) = inputs
+        kinks = [0.0, 6.0] if isinstance(module, nn.ReLU6) else [0.0]
+        bias, old = self.norm.bias, self.norm.bias.clone()
+        margin = min(MARGIN / x[:, 0].numel(), REACH / 4)
+        for channel, values in enumerate(x.transpose(0, 1).flatten(1)):
+            # Shifts that would put a value on a kink.
+            hits = torch.cat([kink - values for kink in kinks])
+            if hits.abs().min() < margin:
+                ends = hits.new_tensor([-REACH, REACH])
+                hits = torch.cat([hits[hits.abs() < REACH], ends]).sort().values
+                widest = hits.diff().argmax()
+                bias[channel] += (hits[widest] + hits[widest + 1]) / 2
+        bias.copy_(bias.float())
+        return (x + (bias - old)[:, None, None],)
+
+    def after_relu(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        self.made.append((self.convolution, output.clone()))
+
+    def before_maximum(self, module: nn.Module, inputs: tuple) -> None:
+        """Moves the filters of channels of which two values in a window are nearly the same, both above 0."""
+        (x,) = inputs
+        kernel, stride, padding = (one(value) for value in (module.kernel_size, module.stride, module.padding))
+        # Below what a ReLU lets through; windows may reach past the end.
+        padded = nn.functional.pad(x, [padding, padding + kernel - 1] * 2, value=-1.0)
+        largest = padded.unfold(2, kernel, stride).unfold(3, kernel, stride).flatten(4).topk(2, -1).values
+        near = (largest[..., 1] > 0) & (largest[..., 0] - largest[..., 1] < TIE / largest[:, 0, ..., 0].numel())
+        channels = near.any(3).any(2).any(0).nonzero().flatten().tolist()
+        for channel in channels:
+            filters = self.filter_of(x[:, channel])
+            filters += NUDGE * filters.std() * torch.randn_like(filters)
+            filters.copy_(filters.float())
+        if channels:
+            raise Changed
+
+    def filter_of(self, plane: torch.Tensor) -> torch.Tensor:
+        """The filter that made a channel, which may have been put beside others since."""
+        for convolution, output in reversed(self.made):
+            if output.shape[2:] == plane.shape[1:]:
+                for channel in range(output.shape[1]):
+                    if torch.equal(output[:, channel], plane):
+                        return convolution.weight[channel]
+        raise RuntimeError("no convolution made a channel that a maximum is taken of")
+
+
+def one(value: int | tuple[int, int]) -> int:
+    return value if isinstance(value, int) else value[0]
