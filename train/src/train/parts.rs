@@ -126,3 +126,125 @@ impl Part<'_> {
         Ok(all.iter().any(|entry| entry[9] != 0))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::rc::Rc;
+
+    use super::*;
+    use crate::Error;
+    use crate::ranks::{gather_rows, on_threads, share, together};
+    use crate::train::Memory;
+    use ddtas::backend::cpu::CpuBackend;
+    use ddtas::loss::Mining;
+    use ddtas::loss::baseline::PairLoss;
+    use ndarray::Array2;
+    use rand::{RngExt, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    const ROWS: usize = 61;
+    const DIM: usize = 24;
+
+    /// Unit rows of nine classes with a common part, and their labels, one of them ignored.
+    fn rows(seed: u64) -> (Array2<f32>, Vec<i64>) {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let labels: Vec<i64> = (0..ROWS).map(|row| if row == 7 { -1 } else { (row % 9) as i64 }).collect();
+        let centres = Array2::from_shape_fn((9, DIM), |_| rng.random_range(-1.0f32..1.0));
+        let mut rows = Array2::from_shape_fn((ROWS, DIM), |(row, at)| {
+            centres[[row % 9, at]] + rng.random_range(-1.2f32..1.2)
+        });
+        for mut row in rows.outer_iter_mut() {
+            let norm = row.dot(&row).sqrt();
+            row /= norm;
+        }
+        (rows, labels)
+    }
+
+    /// Loss and hyper-gradient on `ranks` as all of them see it, with the gradient and the tangent of all rows.
+    fn on_ranks(count: usize, memory: &Memory, settings: &LossSettings) -> (LossOutput, Hypergradient) {
+        let ((rows, labels), (tangent, _)) = (rows(1), rows(2));
+        let mut seen = Vec::new();
+        for asked in 0..count {
+            let found = on_threads(count, |ranks| {
+                let own = share(ROWS, ranks.rank(), count);
+                let (mut backend, mut output) = (CpuBackend::new(), LossOutput::default());
+                together(&ranks, || {
+                    let (on, batch) = ((&*ranks, own.clone()), (rows.view(), labels.as_slice()));
+                    let any = memory.loss_on_ranks(on.clone(), &mut backend, batch, settings, &mut output)?;
+                    let own = tangent.slice(s![own, ..]);
+                    let sums = memory.hypergradient_on_ranks(on, &mut backend, batch, own)?;
+                    output.gradient = gather_rows(&*ranks, output.gradient.clone())?;
+                    assert!(any);
+                    // Rank 0 answers for the rank that is asked.
+                    let bits: Vec<u64> =
+                        [output.loss, output.mean_pos, sums.pos, sums.neg].map(f64::to_bits).into();
+                    let all: Vec<u64> = gather(&*ranks, &bits)?;
+                    assert!(all[4 * asked..][..4] == bits, "rank {asked} has other sums");
+                    Ok((output.clone(), sums))
+                })
+            });
+            seen.push(found.unwrap());
+        }
+        seen.swap_remove(0)
+    }
+
+    fn close(got: f64, want: f64) {
+        assert!((got - want).abs() <= 1e-6 * want.abs(), "{got} is not {want}");
+    }
+
+    #[test]
+    fn ranks_find_the_loss_of_one_process_and_its_rows_bits() {
+        let ((rows, labels), (tangent, _)) = (rows(1), rows(2));
+        let mut full = Memory::new(100, 0, DIM);
+        full.push(0, rows.slice(s![3.., ..]).as_standard_layout().view(), &labels[3..]);
+        for mining in [Mining::None, Mining::AtAsms] {
+            let settings = LossSettings { mining, ..LossSettings::default() };
+            for memory in [Memory::new(0, 0, DIM), full.clone()] {
+                let (mut backend, mut want) = (CpuBackend::new(), LossOutput::default());
+                let batch = (rows.view(), labels.as_slice());
+                memory.loss(&mut backend, PairLoss::SoftContrastive, batch, &settings, &mut want).unwrap();
+                let sums = memory.hypergradient(&mut backend, batch, tangent.view()).unwrap();
+                for count in 2..5 {
+                    let (got, got_sums) = on_ranks(count, &memory, &settings);
+                    close(got.loss, want.loss);
+                    close(got.mean_pos, want.mean_pos);
+                    close(got.mean_neg, want.mean_neg);
+                    close(got_sums.pos, sums.pos);
+                    close(got_sums.neg, sums.neg);
+                    assert_eq!(
+                        (got.count_pos, got.count_neg),
+                        (want.count_pos.clone(), want.count_neg.clone())
+                    );
+                    assert_eq!((got.min_pos, got.max_neg), (want.min_pos.clone(), want.max_neg.clone()));
+                    assert_eq!((got.active, got.total_neg), (want.active, want.total_neg));
+                    if memory.is_empty() {
+                        assert!(
+                            got.gradient == want.gradient,
+                            "{count} ranks: a row's gradient has other bits"
+                        );
+                    } else {
+                        let off =
+                            (&got.gradient - &want.gradient).mapv(f32::abs).fold(0.0f32, |a, &b| a.max(b));
+                        assert!(off < 1e-7, "{count} ranks: a row's gradient is off by {off}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_bad_row_ends_all_ranks() {
+        let (mut rows, labels) = rows(1);
+        rows[[40, 3]] = f32::NAN;
+        let done = on_threads(3, |ranks| {
+            let own = share(ROWS, ranks.rank(), 3);
+            let memory = Memory::new(0, 0, DIM);
+            let (settings, batch) = (LossSettings::default(), (rows.view(), labels.as_slice()));
+            let (mut backend, mut output) = (CpuBackend::new(), LossOutput::default());
+            let on = (&*Rc::clone(&ranks), own);
+            together(&ranks, || memory.loss_on_ranks(on, &mut backend, batch, &settings, &mut output))
+        });
+        let error = done.unwrap_err();
+        assert!(error.to_string().contains("row 40") || matches!(error, Error::Rank { .. }), "{error}");
+    }
+}

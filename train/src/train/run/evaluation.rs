@@ -108,8 +108,7 @@ impl Test<'_> {
         }
         let TestRows { queries, gallery } = rows;
         let searched = gallery.as_ref().map(view).transpose()?;
-        let (recall, nearest) =
-            recall(backend, &view(&queries)?, searched.as_ref(), &self.dataset.recall_at)?;
+        let (recall, nearest) = recall(backend, &view(&queries)?, searched.as_ref(), self.dataset.recall_at)?;
         let readable = Readable { queries: queries.indices, gallery: gallery.map(|side| side.indices) };
         Ok(Evaluated { recall, nearest, readable })
     }
