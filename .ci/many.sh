@@ -62,15 +62,16 @@ trainer() {
     cmp "$place/stopped/last.safetensors" "$place/unbroken/last.safetensors"
 
     echo "an error on one rank is one line"
-    for picture in "$place"/set/CUB_200_2011/images/012.*/*; do echo "no picture" >"$picture"; done
-    if mpi 3 "${settings[@]}" --output "$place/bad" &>"$place/log"; then said; fi
-    [[ $(grep -c "^ddtas-train: " "$place/log") == 1 ]] && grep -q "^ddtas-train: rank 2: class 012" "$place/log" || said
-    if mpirun --oversubscribe -n 2 "$train" "${settings[@]}" --output "$place/apart" &>"$place/log"; then said; fi
+    run=("$train" --ranks mpi "${settings[@]}" --output "$place/bad")
+    if "${launch[@]}" -n 2 "${run[@]}" : -n 1 "${run[@]}" --data-root "$place/nowhere" &>"$place/log"; then said; fi
+    [[ $(grep -c "^ddtas-train: " "$place/log") == 1 ]] && grep -q "^ddtas-train: rank 2: .*$place/nowhere" "$place/log" || said
+    if "${launch[@]}" -n 2 "$train" "${settings[@]}" --output "$place/apart" &>"$place/log"; then said; fi
     grep -q "add --ranks mpi" "$place/log" || said
 }
 
-# ddtas-train on so many ranks; the processors are shared out among their threads, not the ranks among the processors.
-mpi() { mpirun --oversubscribe --bind-to none -n "$1" "$train" --ranks mpi "${@:2}"; }
+# The processors are shared out among the threads of all ranks, not the ranks among the processors.
+launch=(mpirun --oversubscribe --bind-to none)
+mpi() { "${launch[@]}" -n "$1" "$train" --ranks mpi "${@:2}"; }
 
 # What the last program said, and the end.
 said() {
@@ -80,7 +81,8 @@ said() {
 
 # A run of three ranks in the background that does not end by itself, ten steps old: $mpirun is its process.
 started() {
-    mpi 3 "${settings[@]}" "${endless[@]}" --output "$place/$1" &>"$place/log" &
+    # Not by a function, whose process would be a shell.
+    "${launch[@]}" -n 3 "$train" --ranks mpi "${settings[@]}" "${endless[@]}" --output "$place/$1" &>"$place/log" &
     mpirun=$!
     until [[ $(wc -l <"$place/$1/metrics.jsonl") -ge 12 ]]; do
         kill -0 "$mpirun" || said
@@ -116,7 +118,8 @@ ended() {
 }
 
 place=$(mktemp -d)
-trap 'rm -rf "$place"' EXIT
+mpirun=
+trap '[[ -z $mpirun ]] || kill "$mpirun" 2>/dev/null || true; rm -rf "$place"' EXIT
 parts=("$@")
 [[ $# -gt 0 ]] || parts=(trainer)
 for part in "${parts[@]}"; do "$part"; done
