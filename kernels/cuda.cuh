@@ -40,7 +40,7 @@ DEVICE void begin_kernel() {
     static DEVICE void name##_kernel(const Params &p)
 // One argument, the parameter struct; `blocks` a multiprocessor should hold (bounds registers).
 #define KERNEL(name, Params, blocks) KERNEL_OF(name, Params, THREADS, blocks)
-// A kernel whose warps have roles, one block a multiprocessor.
+// A kernel of another number of threads, one block a multiprocessor.
 #define ROLE_KERNEL(name, Params, threads) KERNEL_OF(name, Params, threads, 1)
 // Dynamic shared memory; the launch plan states its size.
 extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];

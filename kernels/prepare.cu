@@ -56,11 +56,12 @@ DEVICE double exact_square_sum(const PrepareParams &p, uint32_t index) {
 }
 
 // `scratch` holds a float for each warp, lane and element of a granule.
-template <class Element>
+template <class Numbers>
 DEVICE void prepare_rows(const PrepareParams &p, unsigned char *scratch) {
+    using Element = typename Numbers::Element;
     using Vector = Granule<Element>;
     constexpr uint32_t kColumns = 32 * Vector::count;
-    uint64_t stride_bytes = static_cast<uint64_t>(p.stride) * sizeof(Element);
+    uint64_t stride_bytes = static_cast<uint64_t>(p.stride) * Numbers::stored_bytes;
     auto rows = static_cast<unsigned char *>(p.rows) + static_cast<uint64_t>(block_x()) * TILE * stride_bytes;
     auto *parts = reinterpret_cast<float *>(scratch);  // [warps, kColumns]
     uint32_t lane = lane_index(), first_row = warp_index() * kWarpRows, first = block_x() * TILE + first_row;
@@ -88,7 +89,7 @@ DEVICE void prepare_rows(const PrepareParams &p, unsigned char *scratch) {
             }
 #pragma unroll
             for (uint32_t r = 0; r < kRowsAtOnce; ++r) {
-                if (there) *reinterpret_cast<Vector *>(rows + prepared_place(first_row + half + r, granule * 16, stride_bytes)) = values[r];
+                if (there) store_prepared<Numbers>(rows, first_row + half + r, granule * Vector::count, values[r], stride_bytes);
                 bool counts = first + half + r < valid;
 #pragma unroll
                 for (int i = 0; i < Vector::count; ++i) {
@@ -150,32 +151,30 @@ DEVICE void write_duplicate_bounds(const PrepareParams &p, const Sums &acc) {
 
 template <class Numbers>
 DEVICE void prepare_body(const PrepareParams &p) {
-    using Element = typename Numbers::Element;
     SHARED_MEMORY(stages);
     prepare_classes(p);
-    prepare_rows<Element>(p, stages);
+    prepare_rows<Numbers>(p, stages);
     if (p.duplicate == nullptr) return;
     block_sync();  // the rows are there
-    uint64_t stride_bytes = static_cast<uint64_t>(p.stride) * sizeof(Element);
+    uint64_t stride_bytes = static_cast<uint64_t>(p.stride) * Numbers::stored_bytes;
     auto rows = static_cast<const unsigned char *>(p.rows) + block_x() * TILE * stride_bytes;
     Accumulators<4> acc;
-    multiply_tile<Numbers, 4>(acc, rows, rows, stride_bytes, stages, false);
+    multiply_tile<Numbers, 4>(acc, rows, rows, stride_bytes, stages);
     write_duplicate_bounds<Place<4>>(p, acc);
 }
 
 template <class Numbers>
 DEVICE void prepare_hopper_body([[maybe_unused]] const PrepareParams &p) {
 #ifdef HAS_WARPGROUP_PRODUCTS
-    using Element = typename Numbers::Element;
     SHARED_MEMORY(bytes);
     prepare_classes(p);
-    prepare_rows<Element>(p, bytes);
+    prepare_rows<Numbers>(p, bytes);
     if (p.duplicate == nullptr) return;
     fence_proxy_async_global();  // bulk copies read the rows,
     fence_proxy_async();         // and write where the column sums were added
     block_sync();
     GroupStages<kHopperStages> stages = hopper_stages(bytes);
-    uint64_t stride_bytes = static_cast<uint64_t>(p.stride) * sizeof(Element);
+    uint64_t stride_bytes = static_cast<uint64_t>(p.stride) * Numbers::stored_bytes;
     auto rows = static_cast<const unsigned char *>(p.rows) + block_x() * TILE * stride_bytes;
     GroupAccumulators acc;
     group_multiply_tile<Numbers>(acc, rows, rows, stride_bytes, stages);
@@ -186,5 +185,6 @@ DEVICE void prepare_hopper_body([[maybe_unused]] const PrepareParams &p) {
 }
 
 KERNEL_IN_EVERY_PRECISION(prepare, PrepareParams, 1)
+KERNEL(prepare_hopper_tf32, PrepareParams, 1) { prepare_hopper_body<FastF32>(p); }
 KERNEL(prepare_hopper_f16, PrepareParams, 1) { prepare_hopper_body<HalfF16>(p); }
 KERNEL(prepare_hopper_bf16, PrepareParams, 1) { prepare_hopper_body<HalfBf16>(p); }

@@ -77,6 +77,19 @@ fn a_loss_against_a_memory() {
     assert_launches(&loss(batch.with_reference_gradient()), (10, 0));
 }
 
+#[test]
+fn more_rows_than_one_merge_of_small_tiles_takes() {
+    // A memory, for a square batch of so many rows takes minutes here: one merge, of larger tiles.
+    let ((e, labels), (r, reference_labels)) = (rows(10), rows(65_600));
+    let (anchors, references) = (Rows::new(e.view(), &labels), Rows::new(r.view(), &reference_labels));
+    let batch = Batch::rectangular(anchors, references);
+    let (kernels, fills) = launched(&mut backend(EVERYTHING), |backend| {
+        backend.loss(&batch, &LossSettings::default(), &mut LossOutput::default()).unwrap();
+    });
+    assert_eq!(kernels[..3], ["order_tiles", "order_tiles_wide", "order_merge"]);
+    assert_launches(&(kernels, fills), (10, 0));
+}
+
 fn resident(rows: &Array2<f32>, labels: &[i64], gradient: u64) -> ResidentRows {
     let (embeddings, labels, count) = (rows.as_ptr() as u64, labels.as_ptr() as u64, labels.len());
     ResidentRows { count, embeddings, labels, gradient }

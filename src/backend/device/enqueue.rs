@@ -296,9 +296,9 @@ impl<D: Device> DeviceBackend<D> {
         loss: &mut Remembered,
         issue: impl FnOnce(&mut Launcher<'_, D>, u64, &Remembered) -> Result<()>,
     ) -> Result<()> {
-        let (shape, buffer, device) = self.resumed(loss)?;
+        let (_, buffer, device) = self.resumed(loss)?;
         let base = device.address(buffer);
-        issue(&mut Launcher { device, shape }, base, loss)
+        issue(&mut Launcher::new(device, loss), base, loss)
     }
 }
 

@@ -10,10 +10,10 @@ use ndarray::Array2;
 
 use super::layout::{Ends, LossLayout, Remembered, RowCheck, SideRegions, device_settings, pointer};
 use super::params::{
-    Counters, GradientParams, IdentityParams, InvertParams, LossScalars, MergeParams, OrderParams,
-    PairsParams, PrepareParams, RowSums, TILE, WeighParams, ZEROED, Zeroed,
+    Counters, GradientParams, IdentityParams, InvertParams, LossScalars, MergeParams, ORDER_TILE,
+    OrderParams, PairsParams, PrepareParams, RowSums, TILE, WeighParams, ZEROED, Zeroed,
 };
-use super::plan::{Shape, order_runs, tiles};
+use super::plan::{Shape, order_runs, order_tile, tiles};
 use super::workspace::Region;
 use super::{Device, DeviceBackend, Kernel, Params};
 use crate::loss::check_unit;
@@ -37,9 +37,17 @@ pub(super) fn matrix_bytes<'a>(embeddings: &'a Embeddings<'_>, rows: &'static st
 pub(super) struct Launcher<'a, D: Device> {
     pub(super) device: &'a mut D,
     pub(super) shape: Shape,
+    /// A loss at once that has room for all its pairs: no tile of S is ever multiplied twice, in one kernel or another.
+    pub(super) whole: bool,
 }
 
-impl<D: Device> Launcher<'_, D> {
+impl<'a, D: Device> Launcher<'a, D> {
+    /// For the kernels of one loss.
+    pub(super) fn new(device: &'a mut D, loss: &Remembered) -> Self {
+        let whole = loss.layout.stores_everything && loss.step.is_none();
+        Self { device, shape: loss.shape, whole }
+    }
+
     pub(super) fn launch<P: Params>(
         &mut self,
         kernel: Kernel,
@@ -48,7 +56,7 @@ impl<D: Device> Launcher<'_, D> {
     ) -> Result<()> {
         let multiprocessors = self.device.multiprocessors();
         let splits = self.shape.splits(of_references, multiprocessors);
-        let kernel = self.shape.variant(kernel, self.device.has_warpgroup_products());
+        let kernel = self.shape.variant(kernel, self.device.has_warpgroup_products(), self.whole);
         let plan = self.shape.plan(kernel, of_references, splits, multiprocessors);
         // SAFETY: `params` is built in this folder from regions of a layout for this very shape, laid over
         // a buffer that lives in the backend; tests/emulated.rs runs every kernel with the gaps watched.
@@ -94,7 +102,7 @@ impl<D: Device> DeviceBackend<D> {
         let buffer = workspace.lay(device, &layout.layout)?;
         let input = upload(device, buffer, layout, batch)?;
         let (base, check) = (device.address(buffer), input.check);
-        issue(&mut Launcher { device: &mut *device, shape }, base, &loss, &input)?;
+        issue(&mut Launcher::new(&mut *device, &loss), base, &loss, &input)?;
         download_scalars(device, buffer, &loss, check.tolerance, output)?;
         download_anchors(device, buffer, &loss, output)?;
         download_gradients(device, buffer, &loss, output)?;
@@ -248,7 +256,11 @@ fn sort<D: Device>(
         counters: zeroed.map_or(std::ptr::null_mut(), |_| pointer(base, loss.layout.counters)),
         zeroed: zeroed.unwrap_or([nothing; ZEROED as usize]),
     };
-    launcher.launch(Kernel::OrderTiles, side.of_references, &tiles)?;
+    let kernel = match order_tile(count as usize) as u32 {
+        ORDER_TILE => Kernel::OrderTiles,
+        _ => Kernel::OrderTilesWide,
+    };
+    launcher.launch(kernel, side.of_references, &tiles)?;
     for (merge, &run) in runs.iter().enumerate() {
         let left = runs.len() - merge - 1;
         let merge = MergeParams {

@@ -27,7 +27,6 @@ kernel_parameters!(
     PairsParams,
     WeighParams,
     GradientParams,
-    ThresholdPrepareParams,
     ThresholdParams,
     ThresholdSumParams,
     RetrievalParams,
