@@ -2,11 +2,57 @@
 # Many processes that train together.
 #
 #     .ci/many.sh              everything
-#     .ci/many.sh NAME...      parts of it: trainer (ddtas-train by mpirun)
+#     .ci/many.sh NAME...      parts of it: python (ddtas.torch over gloo, by torchrun), trainer (ddtas-train by mpirun)
 #
-# Needs Rust, g++ and Python 3.11; installs Open MPI where it is missing, libclang into target/.
+# Needs Rust, g++ and Python 3.11; installs Open MPI where it is missing, libclang and Python packages into target/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+
+# The loss of a process group in 1 to 4 processes, and the recipe in three: one process's losses, a killed rank, resume with two.
+python() {
+    source .ci/environment.sh
+    install pytest numpy pillow
+    CARGO_TARGET_DIR=$PWD/target/python-build install --force-reinstall --no-deps .
+    if ! has torch && ! "$python" .ci/torch_cpu.py; then
+        echo "torch cannot be installed here: its processes are skipped"
+        return
+    fi
+    "$python" -m pytest -q python/tests/many_group.py
+    cargo build --release --quiet --bin make-fixture --bin ddtas-train
+    local root
+    root=$(target/release/make-fixture --dataset cub200 --classes 12 --picture-width 40 --out "$place/birds")
+    target/release/ddtas-train splits --dataset cub200 --data-root "$root" >"$place/splits.tsv"
+    recipe=(examples/python/train.py "$place/splits.tsv" --size 32 --dim 32 --classes 5 --pictures 4 --rate 0.003 --workers 0)
+    torchrun=("$python" -m torch.distributed.run --standalone --nproc-per-node)
+    export OMP_NUM_THREADS=1 RAYON_NUM_THREADS=1
+
+    echo "three processes train as one does"
+    "$python" "${recipe[@]}" --steps 30 --out "$place/one" >"$place/one.txt"
+    "${torchrun[@]}" 3 "${recipe[@]}" --steps 30 --out "$place/three" >"$place/three.txt" 2>"$place/log" || said
+    paste -d ' ' <(sed -n 's/.*loss //p' "$place/one.txt") <(sed -n 's/.*loss //p' "$place/three.txt") | awk '
+        { if ($1 <= 0 || ($2 - $1) ^ 2 > (0.01 * $1) ^ 2) { print "step " 10 * NR ": " $1 " and " $2; wrong = 1 } }
+        END { exit wrong || NR != 3 }'
+    tail -n 1 "$place/three.txt"
+
+    echo "a killed process ends the others, and the run goes on with two"
+    "${torchrun[@]}" 3 "${recipe[@]}" --steps 100000 --save-every 5 --out "$place/killed" &>"$place/log" &
+    mpirun=$!
+    until grep -q "step 10," "$place/log"; do
+        kill -0 "$mpirun" || said
+        sleep 0.1
+    done
+    kill -9 "$(rank_of 1)"
+    ended killed "exitcode.*-9"
+    "${torchrun[@]}" 2 "${recipe[@]}" --steps 100000 --save-every 5 --out "$place/killed" --resume &>"$place/log" &
+    mpirun=$!
+    until grep -q "step 20," "$place/log"; do
+        kill -0 "$mpirun" || said
+        sleep 0.1
+    done
+    ! grep -q "step 10," "$place/log" || said
+    kill "$mpirun"
+    wait "$mpirun" || true
+}
 
 # ddtas-train by Open MPI: two and three processes, the same bytes as threads; killed, stopped, resumed with other ranks, bad data.
 # The threads against one process: train/tests/ranks.rs.
@@ -99,7 +145,7 @@ ten_more() {
 # The process of a rank of that run.
 rank_of() {
     for process in $(pgrep -P "$mpirun"); do
-        if tr '\0' '\n' <"/proc/$process/environ" | grep -qx "OMPI_COMM_WORLD_RANK=$1"; then echo "$process"; fi
+        if tr '\0' '\n' <"/proc/$process/environ" | grep -qEx "(OMPI_COMM_WORLD_)?RANK=$1"; then echo "$process"; fi
     done
 }
 
@@ -121,5 +167,5 @@ place=$(mktemp -d)
 mpirun=
 trap '[[ -z $mpirun ]] || kill "$mpirun" 2>/dev/null || true; rm -rf "$place"' EXIT
 parts=("$@")
-[[ $# -gt 0 ]] || parts=(trainer)
+[[ $# -gt 0 ]] || parts=(python trainer)
 for part in "${parts[@]}"; do "$part"; done

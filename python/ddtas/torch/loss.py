@@ -15,7 +15,7 @@ from ..settings import Mining, Settings
 from .engine import NO_INDICES, Engine, check_side, refuse_arguments, unit_rows
 from .operator import CHECKED, STATISTICS, UNCHECKED, WAITED_FOR, loss_of
 from .parts import loss_of_ranks
-from .ranks import Ranks, Scale, between_graphs, telling
+from .ranks import Ranks, Scale, between_graphs
 
 Check = bool | Literal["wait"]
 
@@ -104,7 +104,7 @@ class SoftContrastiveLoss(nn.Module):
         """
         if ref_emb is embeddings and ref_labels is labels:
             ref_emb = ref_labels = None
-        with telling(self.ranks, embeddings):
+        try:
             if indices_tuple is not None:
                 raise ValueError(NO_INDICES)
             check_side("anchors", embeddings, labels, "labels")
@@ -112,6 +112,10 @@ class SoftContrastiveLoss(nn.Module):
                 raise ValueError("references and reference_labels belong together: give both or neither")
             if ref_emb is not None and ref_labels is not None:
                 check_side("references", ref_emb, ref_labels, "labels of the references")
+        except (TypeError, ValueError) as error:
+            if self.ranks is not None:
+                self.ranks.fail(embeddings, error)
+            raise
         return self._loss(embeddings, labels, ref_emb, ref_labels, None, self.normalize_embeddings, self._check)
 
     def unit_rows(self, embeddings: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """The loss of a batch whose rows are in several processes: four steps, and between them what each has found of its own rows
 (docs/parts.md, "Four steps"). Only the own rows' gradient is computed, and no gradient travels.
+
+On a GPU each process computes the loss of all gathered rows, and keeps the gradient of its own.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from ..part import Part
 from ..settings import Mining, Settings
-from .engine import Engine, bad_row, engine_of
+from .engine import Engine, bad_row, engine_of, unit_rows
 from .operator import STATISTICS, TYPES, UNCHECKED, WORDS, Answers, Call, of_nothing, which_are_unit, with_lambdas
 from .ranks import Meeting, Ranks
 
@@ -34,6 +36,8 @@ def loss_of_ranks(ranks: Ranks, call: Call) -> Answers:
     references = call.references
     if meeting.total == 0 or (references is not None and references.shape[0] == 0):
         return of_nothing(where, rows, call.labels, references, numbers, False)
+    if rows.device.type != "cpu":
+        return whole_in_each(ranks, meeting, call)
     batch = _batch_of(call, meeting, unit)
     steps = _HostSteps(where, batch, settings)
     min_pos, _ = meeting.tell(steps.same_class, 1, 0, unit)
@@ -56,15 +60,15 @@ def _unit_rows(where: Engine, call: Call) -> Tensor:
     if rows.dtype not in TYPES or rows.dtype == torch.float64:
         got = str(rows.dtype).removeprefix("torch.")
         raise TypeError(f"with a process group the anchors must be float32, float16 or bfloat16, not {got}")
-    if rows.device.type != "cpu":
-        raise TypeError(f"with a process group the embeddings must be on the CPU, not on {rows.device}")
     if call.references is not None and call.references.requires_grad:
         raise ValueError("references must not require a gradient with a process group: they are constants, the same everywhere")
     rows = rows.detach().contiguous()
     if rows.numel() == 0:
         return rows
     unit = rows
-    if call.normalize:
+    if call.normalize and rows.device.type != "cpu":
+        unit = unit_rows(rows)[0].to(rows.dtype)
+    elif call.normalize:
         unit = torch.empty_like(rows)
         where.host.unit_rows_at((rows.data_ptr(), 0, *rows.shape, TYPES[rows.dtype]), unit.data_ptr())
     if call.check != UNCHECKED:
@@ -73,6 +77,19 @@ def _unit_rows(where: Engine, call: Call) -> Tensor:
             row = int((~good).nonzero()[0])
             raise ValueError(bad_row("anchors", row, float(unit[row].double().square().sum())))
     return unit
+
+
+def whole_in_each(ranks: Ranks, meeting: Meeting, call: Call) -> Answers:
+    """The loss of all rows in every process, whose rows were checked."""
+    rows, labels = meeting.rows(call.rows.detach()), meeting.rows(call.labels)
+    identity = None if call.identity is None else meeting.rows(call.identity)
+    whole = call._replace(rows=rows, labels=labels, identity=identity, check=UNCHECKED, reference_gradient=False)
+    loss, gradient, back, statistics = torch.ops.ddtas.loss.default(*whole)
+    if ranks.gradient == "sum":
+        # The last statistics are read from this tensor later.
+        statistics = statistics.clone()
+        statistics[1:3] /= ranks.size
+    return loss, gradient[meeting.own] * ranks.scale, back, statistics
 
 
 class _Batch(NamedTuple):

@@ -80,6 +80,10 @@ class Ranks:
                 )
         return Meeting(self, counts)
 
+    def fail(self, rows: Any, error: Exception) -> None:
+        """Tells the others of an error before the first exchange, and raises as they do."""
+        self.meet(rows if isinstance(rows, Tensor) else torch.empty(0), "", error)
+
     def _all(self, tensor: Tensor) -> Tensor:
         """`[W, ...]` from `[...]` of bytes, the same size everywhere."""
         everyone = tensor.new_empty((self.size, *tensor.shape))
@@ -96,7 +100,7 @@ def telling(ranks: Ranks | None, rows: Any) -> Iterator[None]:
     except (TypeError, ValueError, RuntimeError) as error:
         if ranks is None:
             raise
-        ranks.meet(rows if isinstance(rows, Tensor) else torch.empty(0), "", error)
+        ranks.fail(rows, error)
 
 
 class Meeting:

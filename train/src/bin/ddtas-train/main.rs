@@ -9,6 +9,7 @@ mod ranks;
 mod resume;
 mod search;
 mod signals;
+mod splits;
 mod train;
 
 use std::path::PathBuf;
@@ -48,6 +49,8 @@ enum Command {
     Embed(embed::EmbedArguments),
     /// Finds the pictures of a collection that are most similar to a picture.
     Search(search::SearchArguments),
+    /// Prints the pictures of a data set: class, split and path a line, apart by tabs.
+    Splits(splits::SplitsArguments),
 }
 
 fn main() -> ExitCode {
