@@ -312,6 +312,8 @@ typedef struct PrepareParams {
     uint32_t *bad;               /* smallest index of a bad row */
     float *column_sums;          /* [tiles, stride], sums of the valid rows of each tile; null: not wanted */
     float *duplicate;            /* as in Side: (1 - 1e-6) |e|^2, multiplied as S is; null: not wanted */
+    double *lengths;             /* [count], original order, out: of the rows, which are brought to unit length; null: they
+                                  * are as they are */
     const uint64_t *keys;        /* [count], in class order; null: no classes are wanted */
     const uint64_t *reference_keys;
     ClassRange *classes;         /* [count], where each row's class stands among the references */
@@ -370,6 +372,15 @@ typedef struct ThresholdSumParams {
     uint64_t blocks;
     double *sums;                /* [2] */
 } ThresholdSumParams;
+
+/* lead_back: dL/d(unit rows) into dL/d(rows). A warp a row. */
+typedef struct LeadBackParams {
+    const void *rows;            /* [count, dim], as they were given */
+    const double *lengths;       /* [count] */
+    float *gradient;             /* [count, dim], in and out */
+    uint32_t count;
+    uint32_t dim;
+} LeadBackParams;
 
 /* retrieval: the k most similar references of each query. One block a query tile. */
 typedef struct RetrievalParams {

@@ -1,13 +1,14 @@
 // prepare.cu: rows in class order, padded for the tiles, and what is known of each by itself (SPEC 1).
 // Launcher: src/backend/device/loss.rs.
 //
-// prepare: gathers the rows, zeros the padding, checks norms, sums columns; then the range of references that have an
+// prepare: gathers the rows, brings them to unit length where that is wanted, zeros the padding, checks norms, sums columns; then the range of references that have an
 //   anchor's label, and what a positive of a row must stay below, from the product of the tile with itself. On Hopper
 //   16-bit rows are multiplied with wgmma there too: a row must meet itself with the bits of its own bound.
 // Numbers: norms by chains of f32; where that leaves a doubt, and for bad rows, in f64. Column sums in f32, 16 rows
 //   of a warp, then the warps in order.
 
 #include "hopper.cuh"
+#include "unit.cuh"
 
 // Keys below `key`, and up to it: both searches at once, since each step waits for memory.
 DEVICE ClassRange range_of(const uint64_t *keys, uint32_t count, uint64_t key) {
@@ -55,6 +56,55 @@ DEVICE double exact_square_sum(const PrepareParams &p, uint32_t index) {
     return warp_sum(sum);
 }
 
+// What brings a warp's rows to unit length: an inverse each, and a bit for those of unusual lengths, which the lengths say.
+struct Inverses {
+    float of_row[kWarpRows];
+    uint32_t unusual;
+};
+
+// The lengths of a warp's rows, whose original indices the lanes have in `own`.
+template <class Element>
+DEVICE Inverses find_lengths(const PrepareParams &p, uint32_t own, bool aligned) {
+    using Vector = Granule<Element>;
+    Inverses inverses{};
+    float squares[kWarpRows];
+#pragma unroll
+    for (uint32_t r = 0; r < kWarpRows; ++r) squares[r] = 0.0f;
+#pragma unroll 1
+    for (uint32_t granule = lane_index(); granule - lane_index() < p.stride / Vector::count; granule += 32) {
+#pragma unroll
+        for (uint32_t half = 0; half < kWarpRows; half += kRowsAtOnce) {
+            Vector values[kRowsAtOnce];
+#pragma unroll
+            for (uint32_t r = 0; r < kRowsAtOnce; ++r) {
+                values[r] = input_granule<Element>(p, shuffle(own, static_cast<int>(half + r)), granule, aligned);
+            }
+#pragma unroll
+            for (uint32_t r = 0; r < kRowsAtOnce; ++r) {
+#pragma unroll
+                for (int i = 0; i < Vector::count; ++i) {
+                    float value = to_float(values[r].values[i]);
+                    squares[half + r] += value * value;
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (uint32_t r = 0; r < kWarpRows; ++r) {
+        uint32_t index = shuffle(own, static_cast<int>(r));
+        double length = sqrt(static_cast<double>(warp_sum(squares[r])));
+        if (index == NO_ROW) continue;  // the same for the whole warp
+        if (!is_usual(length)) {
+            length = sqrt(exact_square_sum<Element>(p, index));
+            if (!is_usual(length)) inverses.unusual |= 1u << r;
+        }
+        inverses.of_row[r] = static_cast<float>(1.0 / length);
+        if (lane_index() == 0) p.lengths[index] = length;
+    }
+    warp_sync();  // the lengths are there
+    return inverses;
+}
+
 // `scratch` holds a float for each warp, lane and element of a granule.
 template <class Numbers>
 DEVICE void prepare_rows(const PrepareParams &p, unsigned char *scratch) {
@@ -69,6 +119,8 @@ DEVICE void prepare_rows(const PrepareParams &p, unsigned char *scratch) {
     uint32_t own = !real ? NO_ROW : p.order == nullptr ? first + lane : p.order[first + lane];
     bool aligned = (reinterpret_cast<uintptr_t>(p.input) | static_cast<uint64_t>(p.dim) * sizeof(Element)) % 16 == 0;
     uint32_t valid = p.column_sums == nullptr ? 0 : *p.valid, granules = p.stride / Vector::count;
+    Inverses inverses{};
+    if (p.lengths != nullptr) inverses = find_lengths<Element>(p, own, aligned);
     float squares[kWarpRows];
 #pragma unroll
     for (uint32_t r = 0; r < kWarpRows; ++r) squares[r] = 0.0f;
@@ -86,6 +138,15 @@ DEVICE void prepare_rows(const PrepareParams &p, unsigned char *scratch) {
             for (uint32_t r = 0; r < kRowsAtOnce; ++r) {
                 uint32_t index = shuffle(own, static_cast<int>(half + r));
                 values[r] = input_granule<Element>(p, there ? index : NO_ROW, granule, aligned);
+                if (p.lengths == nullptr) continue;
+                bool usual = index == NO_ROW || !(inverses.unusual >> (half + r) & 1);
+                double length = usual ? 1.0 : p.lengths[index];
+#pragma unroll
+                for (int i = 0; i < Vector::count; ++i) {
+                    float value = to_float(values[r].values[i]);
+                    value = usual ? value * inverses.of_row[half + r] : unit_entry(value, length);
+                    values[r].values[i] = from_float<Element>(value);
+                }
             }
 #pragma unroll
             for (uint32_t r = 0; r < kRowsAtOnce; ++r) {
@@ -117,7 +178,16 @@ DEVICE void prepare_rows(const PrepareParams &p, unsigned char *scratch) {
         float square = warp_sum(squares[r]);
         // Half the tolerance is more than chains of f32 err by, up to 2^19 dimensions. A NaN is not near.
         bool near = static_cast<double>(fabsf(sqrtf(square) - 1.0f)) <= p.norm_tolerance / 2.0 && p.stride <= 1u << 19;
-        if (index == NO_ROW || near) continue;  // the same for the whole warp
+        if (index == NO_ROW) continue;  // the same for the whole warp
+        if (p.lengths != nullptr) {
+            // What was brought to unit length has it, if it had a direction.
+            double length = p.lengths[index];
+            if (has_direction(length) || lane != 0) continue;
+            p.square_sums[index] = length * length;
+            if (p.check) atomic_min(p.bad, index);
+            continue;
+        }
+        if (near) continue;
         double exact = exact_square_sum<Element>(p, index);
         if (lane != 0) continue;
         p.square_sums[index] = exact;

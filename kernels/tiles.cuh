@@ -220,6 +220,7 @@ DEVICE void walk_tiles(const GradientParams &p, TileMemory<Numbers> &memory, con
             for (uint32_t step = 0; step < Shape::stages - 1; ++step) copy(step);
         };
         bool stored = is_stored(pairs, tile.index);
+#pragma unroll 1
         for (uint32_t part = 0; part < Job::parts; ++part) {
             // Whether any element is not 0, where that is asked for.
             auto weigh = [&](uint32_t i, uint32_t j, float s) {

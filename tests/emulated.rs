@@ -363,6 +363,79 @@ fn similarities_at_the_bounds_count_alike_in_all_passes() {
 }
 
 #[test]
+fn rows_of_any_length_agree_with_the_cpu() {
+    for (name, scale) in
+        [("odd_sizes_257x130", 1.0f32), ("rectangular_ignored_labels", 3.0), ("a_tile_and_one", 1e28)]
+    {
+        for dtype in Dtype::ALL {
+            let case = generated_case(name, dtype);
+            // Lengths from 1 to 4, or beyond what f32 squares hold where the type does.
+            let scale = if dtype == Dtype::F16 { scale.min(3.0) } else { scale };
+            let stretched = |rows: &cases::Matrix| {
+                let mut wide = rows.view().to_f64().mapv(|value| value as f32);
+                for (i, mut row) in wide.outer_iter_mut().enumerate() {
+                    row *= scale * (1 + i % 4) as f32;
+                }
+                dtype.cast(&wide)
+            };
+            let anchors = stretched(&case.anchors.rows);
+            let references = case.references.as_ref().map(|side| stretched(&side.rows));
+            let rows = Rows { embeddings: anchors.view(), labels: &case.anchors.labels };
+            let batch = match (&references, &case.references) {
+                (Some(others), Some(side)) => {
+                    let others = Rows { embeddings: others.view(), labels: &side.labels };
+                    Batch::rectangular(rows, others).with_reference_gradient()
+                }
+                _ => Batch::square(rows.embeddings, rows.labels),
+            };
+            let mut truth = LossOutput::default();
+            let mut cpu = ddtas::backend::cpu::CpuBackend::new();
+            cpu.loss_of_any_length(&batch, &case.settings, &mut truth).unwrap();
+            for hopper in [false, true] {
+                let device = EmulatedDevice::new(33);
+                let device = if hopper { device.as_hopper() } else { device };
+                let (mut backend, mut output) =
+                    (DeviceBackend::new(device, Options::default()), LossOutput::default());
+                backend.loss_of_any_length(&batch, &case.settings, &mut output).unwrap();
+                let what = format!("{name}, {dtype:?}, hopper {hopper}");
+                // Unit rows may differ in the last bit, and 16-bit ones with it.
+                let bound = if dtype == Dtype::F32 { 1e-5 } else { 3e-2 };
+                assert!((output.loss - truth.loss).abs() <= bound * truth.loss, "{what}");
+                let pairs = [(&output.gradient, &truth.gradient)]
+                    .into_iter()
+                    .chain(output.reference_gradient.as_ref().zip(truth.reference_gradient.as_ref()));
+                for (got, want) in pairs {
+                    let most = want.fold(0.0f32, |most, value| most.max(value.abs()));
+                    let worst = got.iter().zip(want).fold(0.0f32, |worst, (g, w)| worst.max((g - w).abs()));
+                    assert!(most > 0.0 && f64::from(worst / most) <= bound, "{what}: {}", worst / most);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn rows_without_a_direction_are_named_as_on_the_cpu() {
+    let mut rows = random_rows(150, 24, 8) * 5.0;
+    let labels: Vec<i64> = (0..150).map(|row| row / 3).collect();
+    let settings = LossSettings::default();
+    for (value, message) in
+        [(0.0, "row 70 of the anchors has L2 norm 0.000000"), (f32::NAN, "row 70 of the anchors holds")]
+    {
+        rows.row_mut(70).fill(value);
+        let mut backend = DeviceBackend::new(EmulatedDevice::new(34), Options::default());
+        let mut output = LossOutput::default();
+        let batch = Batch::square(rows.view(), &labels);
+        let error = backend.loss_of_any_length(&batch, &settings, &mut output).unwrap_err();
+        assert!(error.to_string().starts_with(message), "{error}");
+        // Trusted, it is computed; a row of zeros has no derivative.
+        backend.loss_of_any_length(&batch.trusted(), &settings, &mut output).unwrap();
+        let own = output.gradient.row(70);
+        assert!(if value == 0.0 { own.iter().all(|&g| g == 0.0) } else { own.iter().all(|g| g.is_nan()) });
+    }
+}
+
+#[test]
 fn small_batches_split_among_many_blocks_agree() {
     let device = EmulatedDevice::new(8).with_multiprocessors(64);
     let mut backend = DeviceBackend::new(device, Options::default());

@@ -45,6 +45,8 @@ pub enum Kernel {
     Gradient(Precision),
     /// gradient_hopper.cu: the same on Hopper's warpgroup products; 16-bit types only.
     GradientHopper(Precision),
+    /// unit.cu: the gradient of rows of any length from that of the unit rows.
+    LeadBack(Precision),
     /// threshold.cu: the hyper-gradient's sums of each block.
     Threshold(Precision),
     /// The same where S was multiplied on Hopper's warpgroup products; 16-bit types only.
@@ -92,6 +94,9 @@ impl Kernel {
             Self::Weigh => "weigh",
             Self::Gradient(precision) => precise!(precision, "gradient"),
             Self::GradientHopper(precision) => precise!(precision, "gradient_hopper"),
+            Self::LeadBack(Precision::F32 | Precision::Tf32) => "lead_back_f32",
+            Self::LeadBack(Precision::F16) => "lead_back_f16",
+            Self::LeadBack(Precision::Bf16) => "lead_back_bf16",
             Self::Threshold(precision) => precise!(precision, "threshold"),
             Self::ThresholdHopper(precision) => precise!(precision, "threshold_hopper"),
             Self::ThresholdSum => "threshold_sum",

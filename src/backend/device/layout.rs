@@ -24,6 +24,8 @@ pub(super) struct SideRegions {
     pub(super) run_order: Region,
     pub(super) rows: Region,
     pub(super) square_sums: Region,
+    /// Of rows of any length.
+    pub(super) lengths: Region,
     pub(super) duplicate: Region,
     pub(super) column_sums: Region,
     pub(super) ways: Region,
@@ -188,6 +190,7 @@ impl LossLayout {
             run_order: layout.region::<u32>(merged),
             rows: layout.region::<u8>(padded * stride * shape.precision.stored_bytes()),
             square_sums: layout.region::<f64>(count),
+            lengths: layout.region::<f64>(if shape.any_length { count } else { 0 }),
             duplicate: layout.region::<f32>(padded),
             column_sums: layout.region::<f32>(tiles(count) * stride),
             ways: layout.region::<u8>(if_wanted(tiles(count))),

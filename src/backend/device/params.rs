@@ -27,6 +27,7 @@ kernel_parameters!(
     PairsParams,
     WeighParams,
     GradientParams,
+    LeadBackParams,
     ThresholdParams,
     ThresholdSumParams,
     RetrievalParams,

@@ -91,6 +91,8 @@ pub(super) struct Shape {
     pub identity: bool,
     /// Whether references may be anchors of the whole batch, with numbers of their own; never in the square form.
     pub numbers: bool,
+    /// Whether rows are brought to unit length first, and their gradients led back.
+    pub any_length: bool,
 }
 
 impl Shape {
@@ -274,6 +276,7 @@ impl Shape {
             }
             Kernel::SelectRecomputedHopper(_) => ([self.tiles(), 1, 1], HOPPER_SHARED_BYTES),
             Kernel::SelectRecomputed(_) => ([self.tiles(), 1, 1], SIMILARITY_STAGES_BYTES),
+            Kernel::LeadBack(_) => ([self.sides(of_references).0.div_ceil(THREADS as usize / 32), 1, 1], 0),
             Kernel::Weigh => ([self.weigh_blocks(), 1, 1], WEIGH_SHARED_BYTES),
             Kernel::ThresholdSum => ([1, 1, 1], SUM_SHARED_BYTES),
             Kernel::Gradient(precision) => (gradient_grid, gradient_bytes(precision)),
@@ -337,6 +340,7 @@ mod tests {
             total: anchors,
             identity: false,
             numbers: false,
+            any_length: false,
         }
     }
 

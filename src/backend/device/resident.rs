@@ -74,6 +74,7 @@ impl ResidentBatch {
             total: self.anchors.count,
             identity: false,
             numbers: false,
+            any_length: false,
         }
     }
 

@@ -126,6 +126,7 @@ fn prepare<D: Device>(
         bad: pointer::<u32>(base + BAD_ROW as u64, regions.counters),
         column_sums: std::ptr::null_mut(),
         duplicate: std::ptr::null_mut(),
+        lengths: std::ptr::null_mut(),
         keys: std::ptr::null(),
         reference_keys: std::ptr::null(),
         classes: std::ptr::null_mut(),

@@ -101,7 +101,7 @@ impl<D: Device> Engine for DeviceBackend<D> {
         scalars: *mut LossScalars,
     ) -> Outcome<()> {
         let (identity, total) = (ResidentIdentity::ByValue, batch.anchors.extent.count);
-        let part = ResidentPart { batch: resident(batch), identity, total };
+        let part = ResidentPart { batch: resident(batch), identity, total, any_length: false };
         let settings = ResidentSettings { settings: *settings, lambda: lambda.expose_provenance() as u64 };
         // SAFETY: handed on to the caller.
         Ok(unsafe { self.enqueue_loss(&part, &settings, scalars.expose_provenance() as u64) }?)
