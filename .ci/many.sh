@@ -70,6 +70,7 @@ trainer() {
     export LIBCLANG_PATH BINDGEN_EXTRA_CLANG_ARGS
     # As a test, so that only this package is built once more.
     cargo test --release --quiet --no-run --features ddtas-train/mpi --test ranks
+    cargo clippy --release --quiet --features ddtas-train/mpi --lib --bins --test ranks -- -D warnings
     cargo run --release --quiet --bin make-fixture -- --dataset cub200 --classes 12 --picture-width 40 --out "$place/set" >/dev/null
     train=$PWD/target/release/ddtas-train
     settings=(--dataset folder --data-root "$place/set/CUB_200_2011/images" --image-size 16 --width 4 --embedding-dim 16 --evaluate-every 0
