@@ -1,6 +1,6 @@
 """Times the loss of a process group, forward and backward: 2 processes of one thread beside 1 process of two threads.
 
-    python benches/python_ranks.py [--batches 1280,5120] [--dim 512] [--repeats 9]
+    python benches/python_ranks.py [--batches 1280,5120] [--dim 512] [--repeats 9] [--share 0.08]
 
 One line of JSON a batch: milliseconds (median of the turns, which alternate), and the bytes that a process gathers in a step.
 """
@@ -17,7 +17,7 @@ import time
 import torch
 import torch.distributed as dist
 from ddtas.torch import SoftContrastiveLoss
-from python_loss import draw
+from python_loss import calibrate, draw
 
 
 def step(loss, rows, labels) -> float:
@@ -31,11 +31,13 @@ def main() -> None:
     parser.add_argument("--batches", default="1280,5120")
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--share", type=float, default=0.08, help="of the negatives that are mined")
     options = parser.parse_args()
     if "RANK" not in os.environ:
         with tempfile.TemporaryDirectory() as folder:
             again = [sys.executable, *sys.argv]
-            here = os.environ | {"WORLD_SIZE": "2", "STORE": f"{folder}/store"}
+            noise = calibrate(options.dim, options.share)
+            here = os.environ | {"STORE": f"{folder}/store", "NOISE": str(noise)}
             both = [subprocess.Popen(again, env=here | {"RANK": str(rank)}) for rank in range(2)]
             sys.exit(max(process.wait() for process in both))
     rank = int(os.environ["RANK"])
@@ -43,7 +45,7 @@ def main() -> None:
     dist.init_process_group("gloo", init_method=f"file://{os.environ['STORE']}", rank=rank, world_size=2)
     many, one = SoftContrastiveLoss(group=dist.group.WORLD, threads=1), SoftContrastiveLoss(threads=2)
     for batch in map(int, options.batches.split(",")):
-        rows, labels = draw(batch, options.dim, 1.0)
+        rows, labels = draw(batch, options.dim, float(os.environ["NOISE"]))
         own = slice(rank * batch // 2, (rank + 1) * batch // 2)
         mine, whole = (side.clone().requires_grad_() for side in (rows[own], rows))
         times = {"two_processes_ms": [], "one_process_ms": []}
