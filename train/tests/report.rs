@@ -27,6 +27,7 @@ fn step(step: usize) -> Record {
         mean_pos: Some(0.8),
         mean_neg: (step != 3).then_some(0.4 - 0.2 * way),
         hypergradient: None,
+        sent_bytes: None,
         learning_rate: 2e-3 * (1.0 - way),
     })
 }

@@ -13,7 +13,7 @@ use ddtas_train::train::TrainSettings;
 use runs::small_run;
 
 /// Arguments of training, and the flag that the refusal has to name.
-const TRAIN: [(&str, &str); 96] = [
+const TRAIN: [(&str, &str); 98] = [
     ("--dataset cars", "--dataset"),
     ("--dataset folder", "data-root"),
     ("--dataset folder --data-root nowhere", "--data-root"),
@@ -54,6 +54,8 @@ const TRAIN: [(&str, &str); 96] = [
     ("--lambda 9 --lambda-pos 0.5 --lambda-neg 0.5", "lambda = 9"),
     ("--lambda-pos 3", "lambda-pos"),
     ("--lambda-neg=-3", "lambda-neg"),
+    ("--margin 0.4", "margin"),
+    ("--margin 2 --loss contrastive", "margin = 2"),
     ("--classes-per-batch 0", "classes-per-batch"),
     ("--classes-per-batch 99", "--classes-per-batch"),
     ("--images-per-class 0", "images-per-class"),

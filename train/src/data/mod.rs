@@ -32,7 +32,7 @@ pub mod synthetic;
 pub use augment::{AugmentSettings, Cropper, TestCrop};
 pub use dataset::{Artist, DEFAULT_CACHE_BYTES, Dataset, Extent, RECALL_AT, Source, Split, Unreadable};
 pub use decode::PixelBox;
-pub use evaluation::EvaluationBatches;
+pub use evaluation::{EvaluationBatches, check_classes};
 pub(crate) use folder::is_picture;
 pub use folder::{FolderSettings, folder};
 pub use loader::{ImageBatch, Loader, LoaderSettings};

@@ -49,6 +49,9 @@ pub struct StepRecord {
     /// dL^m/dlambda, of lambda_pos and lambda_neg; absent without a generator.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hypergradient: Option<[f64; 2]>,
+    /// Bytes that rank 0 sent to others in the step; absent without other ranks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sent_bytes: Option<u64>,
 }
 
 /// One evaluation on the test classes.

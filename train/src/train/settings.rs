@@ -109,6 +109,10 @@ pub struct TrainSettings {
     /// Loss threshold of negatives, where it differs from --lambda.
     #[arg(long, allow_negative_numbers = true)]
     pub lambda_neg: Option<f64>,
+    /// Margin of the other losses, a cosine similarity: contrastive pushes negatives above it, multi-similarity weighs
+    /// pairs around it [default: 0.5].
+    #[arg(long, allow_negative_numbers = true)]
+    pub margin: Option<f64>,
 
     /// Classes in a batch (P).
     #[arg(long, default_value_t = 16)]
@@ -203,6 +207,12 @@ impl TrainSettings {
     /// Settings of the loss.
     #[must_use]
     pub fn loss_settings(&self) -> LossSettings {
+        let (lambda_pos, lambda_neg) = match self.loss {
+            PairLoss::SoftContrastive => {
+                (self.lambda_pos.unwrap_or(self.lambda), self.lambda_neg.unwrap_or(self.lambda))
+            }
+            PairLoss::Contrastive | PairLoss::MultiSimilarity => (self.margin(), self.margin()),
+        };
         LossSettings {
             mining: self.mining,
             gamma: self.gamma,
@@ -211,9 +221,13 @@ impl TrainSettings {
             tolerance: self.tolerance,
             alpha: self.alpha,
             beta: self.beta,
-            lambda_pos: self.lambda_pos.unwrap_or(self.lambda),
-            lambda_neg: self.lambda_neg.unwrap_or(self.lambda),
+            lambda_pos,
+            lambda_neg,
         }
+    }
+
+    fn margin(&self) -> f64 {
+        self.margin.unwrap_or(0.5)
     }
 
     /// Where the loss thresholds begin.
@@ -304,6 +318,14 @@ impl TrainSettings {
         };
         self.data.validate()?;
         check((-2.0..=2.0).contains(&self.lambda), "lambda", self.lambda.to_string(), "-2 to 2")?;
+        let margin = self.margin();
+        check((-1.0..=1.0).contains(&margin), "margin", margin.to_string(), "-1 to 1")?;
+        check(
+            self.loss != PairLoss::SoftContrastive || self.margin.is_none(),
+            "margin",
+            margin.to_string(),
+            "needs --loss contrastive or multi-similarity: the threshold of soft-contrastive is --lambda",
+        )?;
         self.loss_settings().validate()?;
         self.generator.validate(self.first_lambda())?;
         let crop = self.smallest_crop;

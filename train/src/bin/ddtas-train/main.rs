@@ -5,9 +5,11 @@ mod embed;
 mod eval;
 mod heap;
 mod progress;
+mod ranks;
 mod resume;
 mod search;
 mod signals;
+mod splits;
 mod train;
 
 use std::path::PathBuf;
@@ -28,6 +30,9 @@ struct Arguments {
     /// Go on with the run in this folder, by its own settings.
     #[arg(long, value_name = "RUN")]
     resume: Option<PathBuf>,
+    /// Ranks that share each batch: threads of this process, or `mpi`, the processes that mpirun started.
+    #[arg(long, value_name = "N|mpi", default_value = "1")]
+    ranks: ranks::Ranks,
     /// Settings by one name; what is given beside it goes before.
     #[arg(long, value_enum)]
     preset: Option<Preset>,
@@ -44,6 +49,8 @@ enum Command {
     Embed(embed::EmbedArguments),
     /// Finds the pictures of a collection that are most similar to a picture.
     Search(search::SearchArguments),
+    /// Prints the pictures of a data set: class, split and path a line, apart by tabs.
+    Splits(splits::SplitsArguments),
 }
 
 fn main() -> ExitCode {
@@ -52,19 +59,18 @@ fn main() -> ExitCode {
     if let Some(preset) = matches.get_one::<Preset>("preset") {
         matches = preset.apply(Arguments::command()).get_matches();
     }
-    let Arguments { command, resume, preset, settings } =
+    let Arguments { command, resume, ranks, preset, settings } =
         Arguments::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
     let done = |()| ExitCode::SUCCESS;
     let code = match (command, resume) {
         (Some(Command::Eval(arguments)), _) => eval::eval(&arguments).map(done),
         (Some(Command::Embed(arguments)), _) => embed::embed(&arguments).map(done),
         (Some(Command::Search(arguments)), _) => search::search(&arguments).map(done),
-        (None, None) => {
-            preset.map_or(Ok(()), |preset| preset.check(&settings)).and_then(|()| train::train(&settings))
-        }
-        (None, Some(folder)) => {
-            resume::overrides(&matches, &settings).and_then(|overrides| train::resume(&folder, &overrides))
-        }
+        (None, None) => preset
+            .map_or(Ok(()), |preset| preset.check(&settings))
+            .and_then(|()| train::train(&settings, ranks)),
+        (None, Some(folder)) => resume::overrides(&matches, &settings)
+            .and_then(|overrides| train::resume(&folder, &overrides, ranks)),
     };
     code.unwrap_or_else(|error| console::failed("ddtas-train", &error))
 }

@@ -6,7 +6,7 @@ use ddtas_train::train::{Overrides, TrainSettings};
 use ddtas_train::{Error, Result};
 
 /// The settings that may change when a run goes on.
-const CHANGEABLE: [&str; 4] = ["device", "workers", "checkpoint_every", "max_bad_images"];
+const CHANGEABLE: [&str; 5] = ["device", "workers", "checkpoint_every", "max_bad_images", "ranks"];
 
 /// The changes that were asked for on the command line.
 ///
@@ -20,8 +20,8 @@ pub fn overrides(matches: &ArgMatches, settings: &TrainSettings) -> Result<Overr
     let argument = |id: &str| id.chars().all(|letter| letter.is_ascii_lowercase() || letter == '_');
     if let Some(fixed) = ids.find(|&id| argument(id) && given(id) && !allowed(id)) {
         return Err(Error::Training(format!(
-            "--resume goes on by the settings in the run's config.toml: leave out --{} (only --device, --workers, \
-             --checkpoint-every and --max-bad-images may change)",
+            "--resume goes on by the settings in the run's config.toml: leave out --{} (only --device, --ranks, \
+             --workers, --checkpoint-every and --max-bad-images may change)",
             flag(fixed)
         )));
     }

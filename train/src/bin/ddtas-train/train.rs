@@ -3,35 +3,48 @@
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
+use std::rc::Rc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use ddtas::retrieval::Recall;
 use ddtas_io::console::{print, reader_has_gone, say};
 use ddtas_train::Result;
+use ddtas_train::ranks::Collective;
 use ddtas_train::train::{
     EvaluationRecord, Event, Outcome, Overrides, Phase, StepRecord, Summary, TrainSettings,
 };
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::ranks::Ranks;
 use crate::signals::Signals;
 
 /// Trains by `settings` and prints what it came to.
-pub fn train(settings: &TrainSettings) -> Result<ExitCode> {
-    let signals = Signals::listen()?;
-    let mut progress = Progress::new();
-    let outcome = ddtas_train::train::train(settings, signals.stop(), &mut |event| progress.show(event));
-    progress.end(&outcome);
-    Ok(print_outcome(&outcome?, &signals))
+pub fn train(settings: &TrainSettings, ranks: Ranks) -> Result<ExitCode> {
+    on_ranks(ranks, |ranks, stop, tell| ddtas_train::train::train(settings, ranks, stop, tell))
 }
 
 /// Goes on with the run in `folder` and prints what it came to.
-pub fn resume(folder: &Path, overrides: &Overrides) -> Result<ExitCode> {
+pub fn resume(folder: &Path, overrides: &Overrides, ranks: Ranks) -> Result<ExitCode> {
+    on_ranks(ranks, |ranks, stop, tell| ddtas_train::train::resume(folder, overrides, ranks, stop, tell))
+}
+
+/// Does `work` on all ranks; rank 0 prints.
+fn on_ranks(
+    ranks: Ranks,
+    work: impl Fn(&Rc<dyn Collective>, &AtomicBool, &mut dyn FnMut(Event<'_>)) -> Result<Outcome> + Sync,
+) -> Result<ExitCode> {
     let signals = Signals::listen()?;
-    let mut progress = Progress::new();
-    let outcome =
-        ddtas_train::train::resume(folder, overrides, signals.stop(), &mut |event| progress.show(event));
-    progress.end(&outcome);
-    Ok(print_outcome(&outcome?, &signals))
+    ranks.run(|ranks| {
+        let mut progress = Progress::new();
+        let outcome = work(&ranks, signals.stop(), &mut |event| progress.show(event));
+        progress.end(&outcome);
+        match outcome {
+            // Rank 0 names the error of any.
+            Err(_) if ranks.rank() > 0 => Ok(ExitCode::FAILURE),
+            outcome => Ok(print_outcome(&outcome?, &signals)),
+        }
+    })
 }
 
 fn print_outcome(outcome: &Outcome, signals: &Signals) -> ExitCode {
@@ -94,9 +107,10 @@ impl Progress {
 
     fn show(&mut self, event: Event<'_>) {
         match event {
-            Event::Computing { device, reason: None } => self.line(&format!("computing on {device}")),
-            Event::Computing { device, reason: Some(reason) } => {
-                self.line(&format!("computing on {device}: {reason}"));
+            Event::Computing { device, reason, ranks } => {
+                let ranks = if ranks > 1 { format!(", {ranks} ranks") } else { String::new() };
+                let reason = reason.map_or_else(String::new, |reason| format!(": {reason}"));
+                self.line(&format!("computing on {device}{ranks}{reason}"));
             }
             Event::Started { dataset, folder, steps_per_epoch, phase, steps, resumed } => {
                 self.begin(phase, steps);

@@ -100,7 +100,14 @@ impl Checkpoint {
     /// # Errors
     /// [`Io`](ddtas_io::Error::Io) if it cannot be read, [`Format`](ddtas_io::Error::Format) if it is no safetensors file.
     pub fn open(path: &Path) -> Result<Self> {
-        let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
+        Self::parse(path, std::fs::read(path).map_err(Error::io("read", path))?)
+    }
+
+    /// Takes the bytes of the file `path`.
+    ///
+    /// # Errors
+    /// [`Format`](ddtas_io::Error::Format) if they are no safetensors file.
+    pub(super) fn parse(path: &Path, bytes: Vec<u8>) -> Result<Self> {
         let archive = Archive::from_bytes(path, &bytes)?;
         Ok(Self { path: path.to_path_buf(), bytes, archive })
     }

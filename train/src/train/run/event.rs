@@ -18,6 +18,8 @@ pub enum Event<'a> {
         device: &'a str,
         /// Why `auto` came to the CPU, where a GPU was to be expected.
         reason: Option<&'a str>,
+        /// Ranks that share each batch.
+        ranks: usize,
     },
     /// The data set is open and the run folder made.
     Started {
@@ -78,6 +80,8 @@ pub enum Outcome {
         /// Steps of it that are done.
         step: usize,
     },
+    /// This rank has done its share; rank 0 has the run folder, and tells what it came to.
+    OnRank0,
     /// It was to go on, but had finished before.
     FinishedBefore {
         /// The run folder.

@@ -39,16 +39,18 @@ impl RunFolder {
         Ok(folder)
     }
 
-    /// Opens the folder of an earlier run, and reads the settings it was begun with.
-    pub fn open(path: &Path) -> Result<(Self, TrainSettings)> {
+    /// The folder of an earlier run.
+    pub fn open(path: &Path) -> Result<Self> {
         let folder = Self { path: path.to_path_buf() };
-        let config = folder.config();
-        if path.is_dir() && !config.exists() {
+        if path.is_dir() && !folder.config().exists() {
             return Err(Error::format(path, "no run of ddtas-train: it holds no config.toml"));
         }
-        let text = std::fs::read_to_string(&config).map_err(Error::io("read", &config))?;
-        let settings = toml::from_str(&text).map_err(|error| Error::format(&config, error.message()))?;
-        Ok((folder, settings))
+        Ok(folder)
+    }
+
+    /// The settings that the run was begun with, from the bytes of its config.toml.
+    pub fn settings(&self, config: &[u8]) -> Result<TrainSettings> {
+        toml::from_slice(config).map_err(|error| Error::format(self.config(), error.message()))
     }
 
     pub fn path(&self) -> &Path {

@@ -1,13 +1,15 @@
 //! Data, network, generator and loaders from the settings of a run.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::rc::Rc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::tensor::Device;
 
 use crate::data::{Dataset, ImageBatch, Loader, LoaderSettings, PkSampler};
 use crate::generator::{GeneratorKind, MetaSource, Thresholds};
 use crate::model::EmbeddingNetwork;
+use crate::ranks::Collective;
 use crate::train::checkpoint::Checkpoint;
 use crate::train::device::{Place, moved};
 use crate::train::engine::Engine;
@@ -32,8 +34,12 @@ impl Setup {
     pub fn new(settings: &TrainSettings, dataset: &Dataset, engine: Engine) -> Result<Self> {
         let (classes, pictures) = (settings.classes_per_batch, settings.images_per_class);
         let sampler = PkSampler::new(dataset.train.by_class(), classes, pictures, settings.seed)?;
+        engine.check_batch(("classes-per-batch times --images-per-class", sampler.batch_size()))?;
         let fresh_meta = engine.generator().is_some() && settings.generator.meta == MetaSource::Fresh;
         let meta_sampler = fresh_meta.then(|| meta_sampler(settings, dataset)).transpose()?;
+        if let Some(sampler) = &meta_sampler {
+            engine.check_batch(("meta-classes times --meta-images", sampler.batch_size()))?;
+        }
         Ok(Self { engine, sampler, meta_sampler })
     }
 }
@@ -44,13 +50,15 @@ pub(super) fn make_engine(
     settings: &TrainSettings,
     (place, backend): (&Place, Box<dyn Backend>),
     last: Option<&Checkpoint>,
+    ranks: &Rc<dyn Collective>,
 ) -> Result<Engine> {
     let network = match last {
         Some(last) => make_network(settings, Some(last), &place.network)?,
         None => first_network(settings, &place.network)?,
     };
     let generator = make_generator(settings, &place.spec, last.is_some())?;
-    Ok(Engine::new(network, settings, backend, generator, place.network.clone()))
+    let engine = Engine::new(network, settings, backend, generator, place.network.clone());
+    Ok(engine.with_ranks(Rc::clone(ranks)))
 }
 
 /// The batches of some steps of a run, each with the generator's batch where it takes fresh ones; an iterator.
@@ -67,11 +75,13 @@ impl Batches {
         sampler: &PkSampler,
         meta_sampler: Option<&PkSampler>,
         steps: Range<usize>,
+        ranks: &dyn Collective,
     ) -> Result<Self> {
         let mut loader = LoaderSettings::new(settings.image_size, steps.len() as u64, settings.seed);
         loader.preprocessing = settings.backbone.preprocessing();
         loader.first_step = steps.start as u64;
         loader.workers = settings.workers;
+        loader.rank = (ranks.rank(), ranks.size());
         loader.augment.crop_area = (settings.smallest_crop, 1.0);
         let meta = meta_sampler.map(|sampler| {
             let settings = LoaderSettings { seed: settings.seed ^ META_SEED, ..loader.clone() };
@@ -98,6 +108,9 @@ pub(super) fn first_network(settings: &TrainSettings, device: &Device) -> Result
     make_network(settings, init.as_ref(), device)
 }
 
+/// Held while weights are drawn.
+static DRAWING: Mutex<()> = Mutex::new(());
+
 /// A network with the weights of `stored`, or first ones, those of `--weights` or drawn from the seed: read or drawn on the CPU and then
 /// moved, so that a seed means the same weights on every device.
 fn make_network(
@@ -106,6 +119,8 @@ fn make_network(
     device: &Device,
 ) -> Result<EmbeddingNetwork> {
     let cpu = Device::flex().autodiff();
+    // The device has one generator for all threads, and ranks may be threads.
+    let _alone = DRAWING.lock().unwrap_or_else(PoisonError::into_inner);
     cpu.seed(settings.seed);
     let shape = settings.network_shape();
     let mut network = EmbeddingNetwork::new(&shape, &cpu);
