@@ -141,6 +141,9 @@ DEVICE void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// What is read behind this line is not read before it: reads that are all under way at once want a register each.
+DEVICE void reads_below() { asm volatile("" ::: "memory"); }
+
 // Ends the program: a kernel was launched on a GPU that it is not made for.
 DEVICE void trap() { __trap(); }
 

@@ -59,6 +59,7 @@ struct Slopes {
     DEVICE void flush(GradientSums<Numbers> &sums) {
         double total = 0.0;
         each_sum<Numbers>(sums, [&](uint32_t row) {
+            reads_below();  // of this row's tangent
             const float *tangent = tangent_of(static_cast<uint64_t>(block.x) * TILE + block.offset + row);
             return [this, tangent, &total](uint32_t column, float &sum) {
                 if (column < block.columns) total += static_cast<double>(sum * moving(tangent, block.first_column + column));
