@@ -77,25 +77,31 @@ impl DatasetSettings {
             (
                 !kind.is_on_disk() || self.data_root.is_some(),
                 "data-root",
-                "missing",
-                "--dataset other than synthetic needs --data-root DIR: a folder with one folder of images a class \
+                "",
+                "missing: --dataset other than synthetic needs --data-root DIR: a folder with one folder of images a class \
                  (folder), or a data set as docs/datasets.md says",
             ),
             (
                 !self.crop_to_box || kind.has_boxes(),
                 "crop-to-box",
-                "on",
+                "",
                 "only cars196, cub200 and in-shop have boxes",
             ),
             (
                 self.train_classes.is_none() || kind == DatasetKind::Folder,
                 "train-classes",
-                "given",
+                "",
                 "for --dataset folder only: the others have a split of their own",
+            ),
+            (
+                self.data_seed == 0 || !kind.is_on_disk(),
+                "data-seed",
+                "",
+                "for --dataset synthetic only: the others draw no pictures",
             ),
         ];
         match checks.into_iter().find(|(good, ..)| !good) {
-            Some((_, name, value, range)) => Err(Error::setting(name, value, range)),
+            Some((_, name, value, range)) => Err(Error::misuse(name, value, range)),
             None => Ok(()),
         }
     }

@@ -56,10 +56,10 @@ impl Embedder {
         let image_size = match image_size {
             Some(size) => size,
             None => file.image_size()?.ok_or_else(|| {
-                Error::setting(
+                Error::misuse(
                     "image-size",
-                    "unknown",
-                    "this checkpoint does not say which pictures it was trained on: give --image-size",
+                    "",
+                    "missing: this checkpoint does not say which pictures it was trained on",
                 )
             })?,
         };
@@ -86,10 +86,13 @@ impl Embedder {
     /// # Errors
     /// [`Io`](ddtas_io::Error::Io) or [`Format`](ddtas_io::Error::Format) if the file cannot be read or does not fit; [`InvalidSetting`](ddtas_io::Error::InvalidSetting).
     pub fn pretrained(settings: &PretrainedSettings, image_size: Option<usize>) -> Result<Self> {
-        let invalid = |name, range| Error::setting(name, "missing", range);
-        let kind = settings.backbone.ok_or_else(|| invalid("backbone", "--weights needs --backbone NAME"))?;
+        let invalid = |name, reason| Error::misuse(name, "", reason);
+        let kind = settings
+            .backbone
+            .ok_or_else(|| invalid("backbone", "missing: --weights needs --backbone NAME"))?;
         let weights = settings.weights.as_deref();
-        let weights = weights.ok_or_else(|| invalid("weights", "--backbone needs --weights FILE"))?;
+        let weights =
+            weights.ok_or_else(|| invalid("weights", "missing: --backbone needs --weights FILE"))?;
         let image_size = image_size.or(kind.image_size()).unwrap_or_default();
         kind.validate(settings.pooling, true, image_size)?;
         check_image_size(image_size)?;

@@ -52,10 +52,10 @@ pub struct EvalSettings {
     #[arg(long)]
     pub nmi: bool,
     /// Most steps of k-means.
-    #[arg(long, value_name = "N", default_value_t = 20)]
+    #[arg(long, value_name = "N", default_value_t = 20, requires = "nmi")]
     pub nmi_steps: usize,
     /// Seed of k-means.
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, requires = "nmi")]
     pub seed: u64,
     /// Where to search: auto, cpu, cuda:N.
     #[arg(long, default_value = "auto")]
@@ -143,10 +143,10 @@ pub fn evaluate(settings: &EvalSettings, tell: &mut dyn FnMut(Event<'_>)) -> Res
             let embedder = Embedder::pretrained(&settings.pretrained, settings.image_size)?;
             evaluate_network(settings, &embedder, &mut *backend, tell)
         }
-        (None, None, None) => Err(Error::setting(
+        (None, None, None) => Err(Error::misuse(
             "checkpoint",
-            "missing",
-            "give --checkpoint FILE, --backbone NAME --weights FILE, or --embeddings FILE",
+            "",
+            "missing: give --checkpoint FILE, --backbone NAME --weights FILE, or --embeddings FILE",
         )),
     }
 }
@@ -180,10 +180,10 @@ fn open(settings: &EvalSettings, checkpoint: &Path, tell: &mut dyn FnMut(&str)) 
     }
     let config = checkpoint.with_file_name("config.toml");
     if !config.is_file() {
-        return Err(Error::setting(
+        return Err(Error::misuse(
             "dataset",
-            "missing",
-            "give --dataset: there is no config.toml of a run beside the checkpoint",
+            "",
+            "missing: there is no config.toml of a run beside the checkpoint",
         ));
     }
     let text = std::fs::read_to_string(&config).map_err(Error::io("read", &config))?;

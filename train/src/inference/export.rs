@@ -59,7 +59,7 @@ pub fn embed(settings: &EmbedSettings, tell: &mut dyn FnMut(Event<'_>)) -> Resul
     // Before the work begins.
     if Format::of(&settings.out).is_err() {
         let value = settings.out.display().to_string();
-        return Err(Error::setting("out", value, "a name that ends in .safetensors or .npy"));
+        return Err(Error::misuse("out", value, "needs a name that ends in .safetensors or .npy"));
     }
     check_place("out", &settings.out)?;
     let begun = Instant::now();

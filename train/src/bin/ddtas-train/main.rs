@@ -9,6 +9,7 @@ mod resume;
 mod search;
 mod signals;
 mod train;
+mod unused;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -46,11 +47,17 @@ enum Command {
     Search(search::SearchArguments),
 }
 
+/// The arguments; what begins with a minus and a digit is a value, so that the flag before it is named where it is off.
+fn command() -> clap::Command {
+    let numbers = |argument: clap::Arg| argument.allow_negative_numbers(true);
+    Arguments::command().mut_args(numbers).mut_subcommands(|command| command.mut_args(numbers))
+}
+
 fn main() -> ExitCode {
     heap::keep();
-    let mut matches = Arguments::command().get_matches();
+    let mut matches = command().get_matches();
     if let Some(preset) = matches.get_one::<Preset>("preset") {
-        matches = preset.apply(Arguments::command()).get_matches();
+        matches = preset.apply(command()).get_matches();
     }
     let Arguments { command, resume, preset, settings } =
         Arguments::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
@@ -60,7 +67,10 @@ fn main() -> ExitCode {
         (Some(Command::Embed(arguments)), _) => embed::embed(&arguments).map(done),
         (Some(Command::Search(arguments)), _) => search::search(&arguments).map(done),
         (None, None) => {
-            preset.map_or(Ok(()), |preset| preset.check(&settings)).and_then(|()| train::train(&settings))
+            let unused = unused::unused(&matches, &settings);
+            preset
+                .map_or(Ok(()), |preset| preset.check(&settings))
+                .and_then(|()| train::train(&settings, unused))
         }
         (None, Some(folder)) => {
             resume::overrides(&matches, &settings).and_then(|overrides| train::resume(&folder, &overrides))

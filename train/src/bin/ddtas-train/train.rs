@@ -15,10 +15,10 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::signals::Signals;
 
-/// Trains by `settings` and prints what it came to.
-pub fn train(settings: &TrainSettings) -> Result<ExitCode> {
+/// Trains by `settings` and prints what it came to; `warnings` are said where the run begins.
+pub fn train(settings: &TrainSettings, warnings: Vec<String>) -> Result<ExitCode> {
     let signals = Signals::listen()?;
-    let mut progress = Progress::new();
+    let mut progress = Progress { warnings, ..Progress::new() };
     let outcome = ddtas_train::train::train(settings, signals.stop(), &mut |event| progress.show(event));
     progress.end(&outcome);
     Ok(print_outcome(&outcome?, &signals))
@@ -71,6 +71,8 @@ struct Progress {
     steps: usize,
     terminal: bool,
     last_line: Option<Instant>,
+    /// To be said once the run has begun.
+    warnings: Vec<String>,
 }
 
 /// Time between two lines where there is no terminal.
@@ -83,7 +85,7 @@ impl Progress {
         if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len} [{elapsed}<{eta}] {msg}") {
             bar.set_style(style);
         }
-        Self { bar, phase: Phase::Training, steps: 0, terminal, last_line: None }
+        Self { bar, phase: Phase::Training, steps: 0, terminal, last_line: None, warnings: Vec::new() }
     }
 
     fn end(&self, outcome: &Result<Outcome>) {
@@ -113,6 +115,9 @@ impl Progress {
                     steps_per_epoch,
                     folder.display(),
                 ));
+                for warning in std::mem::take(&mut self.warnings) {
+                    self.line(&format!("warning: {warning}"));
+                }
                 if let Some(done) = resumed {
                     // So that the remaining time is estimated from this process's steps alone.
                     self.bar.set_position(done as u64);

@@ -79,6 +79,7 @@ pub fn train(
     let (place, backend) = open_device(settings)?;
     let engine = make_engine(settings, (&place, backend), None)?;
     let dataset = settings.data.open(&mut |note| tell(Event::Note(note)))?;
+    let (settings, note) = &settings.fitted(dataset.train.by_class().len());
     let setup = Setup::new(settings, &dataset, engine)?;
     let folder = RunFolder::create(settings, &dataset.name)?;
     let metrics = RecordWriter::create(&folder.metrics())?;
@@ -93,7 +94,9 @@ pub fn train(
         steps: steps_of(phase, settings),
         resumed: None,
     });
-    dataset.warnings.iter().for_each(|warning| tell(Event::Warning(warning)));
+    note.iter().for_each(|note| tell(Event::Note(note)));
+    let memory = settings.warning_of_memory();
+    dataset.warnings.iter().chain(&memory).for_each(|warning| tell(Event::Warning(warning)));
     Run::new(settings, &dataset, folder, setup, (metrics, events), stop, tell).train(begun)
 }
 

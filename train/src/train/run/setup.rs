@@ -30,8 +30,9 @@ pub(super) struct Setup {
 impl Setup {
     /// Adds the samplers of `dataset` to an engine.
     pub fn new(settings: &TrainSettings, dataset: &Dataset, engine: Engine) -> Result<Self> {
-        let (classes, pictures) = (settings.classes_per_batch, settings.images_per_class);
-        let sampler = PkSampler::new(dataset.train.by_class(), classes, pictures, settings.seed)?;
+        let by_class = dataset.train.by_class();
+        let classes = settings.classes_per_batch.unwrap_or(by_class.len());
+        let sampler = PkSampler::new(by_class, classes, settings.images_per_class, settings.seed)?;
         let fresh_meta = engine.generator().is_some() && settings.generator.meta == MetaSource::Fresh;
         let meta_sampler = fresh_meta.then(|| meta_sampler(settings, dataset)).transpose()?;
         Ok(Self { engine, sampler, meta_sampler })
@@ -136,16 +137,12 @@ fn make_generator(settings: &TrainSettings, spec: &DeviceSpec, resumed: bool) ->
 
 fn meta_sampler(settings: &TrainSettings, dataset: &Dataset) -> Result<PkSampler> {
     let generator = &settings.generator;
-    let (wanted, there) = (generator.meta_classes, dataset.train.by_class().len());
+    let there = dataset.train.by_class().len();
+    let wanted = generator.classes_of(there);
     if wanted > there {
         return Err(Error::Dataset(format!(
             "--meta-classes {wanted} asks for more than the {there} training classes there are: give at most that"
         )));
     }
-    PkSampler::new(
-        dataset.train.by_class(),
-        generator.meta_classes,
-        generator.meta_images,
-        settings.seed ^ META_SEED,
-    )
+    PkSampler::new(dataset.train.by_class(), wanted, generator.meta_images, settings.seed ^ META_SEED)
 }
