@@ -9,7 +9,9 @@ use ddtas_io::files::check_place;
 use ddtas_io::{Error, Result};
 
 /// Type the rows are rounded to before they are given to the backend.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, serde::Serialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, serde::Serialize, serde::Deserialize,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Dtype {
     /// Single precision.

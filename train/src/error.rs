@@ -29,6 +29,14 @@ pub enum Error {
         /// The run folder.
         folder: PathBuf,
     },
+    /// Another rank of the run has failed, and this one ends with it.
+    #[error("rank {rank}: {reason}")]
+    Rank {
+        /// The rank.
+        rank: usize,
+        /// What it said.
+        reason: String,
+    },
     /// Training went wrong in a way that more steps will not mend.
     #[error("{0}")]
     Training(String),

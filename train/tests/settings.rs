@@ -55,6 +55,8 @@ const TRAIN: &[(&str, &str)] = &[
     ("--lambda 9 --lambda-pos 0.5 --lambda-neg 0.5", "--lambda 9"),
     ("--lambda-pos 3", "lambda-pos"),
     ("--lambda-neg=-3", "lambda-neg"),
+    ("--margin 0.4", "margin"),
+    ("--margin 2 --loss contrastive", "--margin 2"),
     ("--classes-per-batch 0", "classes-per-batch"),
     ("--classes-per-batch 99", "--classes-per-batch"),
     ("--classes-per-batch 1", "--classes-per-batch 1: a batch of one class has no negative pair"),

@@ -6,7 +6,7 @@ statistics, which hold dL/dlambda. It is not differentiable itself: `loss_of` is
 
 from __future__ import annotations
 
-from typing import Any, Sequence
+from typing import Any, NamedTuple, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -37,11 +37,32 @@ _library.define(
 _operator = torch.ops.ddtas.loss.default
 
 
+class _Call(NamedTuple):
+    """What the operator is called with, in the order of its schema."""
+
+    rows: Tensor
+    labels: Tensor
+    references: Tensor | None
+    reference_labels: Tensor | None
+    identity: Tensor | None
+    lambda_pos: Tensor | None
+    lambda_neg: Tensor | None
+    mining: str
+    numbers: Sequence[float]
+    normalize: bool
+    reference_gradient: bool
+    check: int
+    engine: int
+
+
+_Answers = Tuple[Tensor, Tensor, Tensor, Tensor]
+
+
 def _wide(rows: Tensor) -> torch.dtype:
     return torch.float64 if rows.dtype == torch.float64 else torch.float32
 
 
-def _answers(rows: Tensor, references: Tensor | None, reference_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _answers(rows: Tensor, references: Tensor | None, reference_gradient: bool) -> _Answers:
     """Room for the answers."""
     wide, device = _wide(rows), rows.device
     back = references.shape if references is not None and reference_gradient else (0,)
@@ -53,39 +74,13 @@ def _answers(rows: Tensor, references: Tensor | None, reference_gradient: bool) 
     )
 
 
-def _fake(
-    rows: Tensor,
-    labels: Tensor,
-    references: Tensor | None,
-    reference_labels: Tensor | None,
-    identity: Tensor | None,
-    lambda_pos: Tensor | None,
-    lambda_neg: Tensor | None,
-    mining: str,
-    numbers: Sequence[float],
-    normalize: bool,
-    reference_gradient: bool,
-    check: int,
-    engine: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _answers(rows, references, reference_gradient)
+def _fake(call: _Call) -> _Answers:
+    return _answers(call.rows, call.references, call.reference_gradient)
 
 
-def _on_cpu(
-    rows: Tensor,
-    labels: Tensor,
-    references: Tensor | None,
-    reference_labels: Tensor | None,
-    identity: Tensor | None,
-    lambda_pos: Tensor | None,
-    lambda_neg: Tensor | None,
-    mining: str,
-    numbers: Sequence[float],
-    normalize: bool,
-    reference_gradient: bool,
-    check: int,
-    engine: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _on_cpu(call: _Call) -> _Answers:
+    rows, labels, references, reference_labels, identity, lambda_pos, lambda_neg = call[:7]
+    mining, numbers, normalize, reference_gradient, check, engine = call[7:]
     where = engine_of(engine)
     if lambda_pos is not None or lambda_neg is not None:
         numbers = _with_lambdas(numbers, lambda_pos, lambda_neg)
@@ -129,22 +124,10 @@ def _on_cpu(
     return loss, gradient, back, statistics
 
 
-def _on_gpu(
-    rows: Tensor,
-    labels: Tensor,
-    references: Tensor | None,
-    reference_labels: Tensor | None,
-    identity: Tensor | None,
-    lambda_pos: Tensor | None,
-    lambda_neg: Tensor | None,
-    mining: str,
-    numbers: Sequence[float],
-    normalize: bool,
-    reference_gradient: bool,
-    check: int,
-    engine: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _on_gpu(call: _Call) -> _Answers:
     """Issues the loss, and waits for nothing."""
+    rows, labels, references, reference_labels, identity, lambda_pos, lambda_neg = call[:7]
+    mining, numbers, normalize, reference_gradient, check, engine = call[7:]
     where = engine_of(engine)
     gpu, stream = where.on_gpu(rows)
     if rows.shape[0] == 0 or (references is not None and references.shape[0] == 0):
@@ -207,7 +190,7 @@ def _of_nothing(
     references: Tensor | None,
     numbers: Sequence[float],
     reference_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> _Answers:
     """The loss without a pair: 0, and gradients of zeros."""
     loss, gradient, back, statistics = (answer.zero_() for answer in _answers(rows, references, reference_gradient))
     gamma, negative_ratio = numbers[:2]
@@ -229,9 +212,9 @@ def _with_lambdas(numbers: Sequence[float], lambda_pos: Tensor | None, lambda_ne
 
 
 _register_fake: Any = getattr(torch.library, "register_fake")
-_register_fake("ddtas::loss", _fake, lib=_library)
-_library.impl("loss", _on_cpu, "CPU")
-_library.impl("loss", _on_gpu, "CUDA")
+_register_fake("ddtas::loss", lambda *given: _fake(_Call(*given)), lib=_library)
+_library.impl("loss", lambda *given: _on_cpu(_Call(*given)), "CPU")
+_library.impl("loss", lambda *given: _on_gpu(_Call(*given)), "CUDA")
 
 
 _library.define("good_rows(Tensor rows) -> Tensor")
@@ -306,7 +289,7 @@ def _backward(ctx: Any, upstream: Tensor | None, eager: bool) -> list[Tensor | N
     return answers
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: _Answers) -> None:
     rows, references, lambda_pos, lambda_neg = inputs[:4]
     # References that are constants may change before the way back: the queue of a memory does.
     kept = references if ctx.needs_input_grad[1] else None
@@ -319,15 +302,15 @@ class _Traced(torch.autograd.Function):
     @staticmethod
     def forward(
         rows: Tensor, references: Tensor | None, lambda_pos: Tensor | None, lambda_neg: Tensor | None, *given: Any
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> _Answers:
         labels, reference_labels, identity, *rest = given
-        answers: tuple[Tensor, Tensor, Tensor, Tensor] = _operator(
+        answers: _Answers = _operator(
             rows, labels, references, reference_labels, identity, lambda_pos, lambda_neg, *rest
         )
         return answers
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: _Answers) -> None:
         _save(ctx, inputs, output)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)

@@ -41,6 +41,7 @@ pub struct Embedder {
     preprocessing: Preprocessing,
     file: PathBuf,
     fingerprint: String,
+    flips: bool,
 }
 
 impl Embedder {
@@ -76,8 +77,9 @@ impl Embedder {
             dim: shape.embedding_dim,
             image_size,
             preprocessing: shape.backbone.preprocessing(),
-            file: checkpoint.to_path_buf(),
+            file: file.path().to_path_buf(),
             fingerprint: file.fingerprint(),
+            flips: false,
         })
     }
 
@@ -118,7 +120,20 @@ impl Embedder {
             preprocessing: kind.preprocessing(),
             file: weights.to_path_buf(),
             fingerprint: fingerprint(&bytes),
+            flips: false,
         })
+    }
+
+    /// Whether an embedding is the mean of those of the picture and its mirror image, scaled to unit norm.
+    #[must_use]
+    pub fn with_flips(self, flips: bool) -> Self {
+        Self { flips, ..self }
+    }
+
+    /// Whether pictures are mirrored as well.
+    #[must_use]
+    pub fn flips(&self) -> bool {
+        self.flips
     }
 
     /// Dimensions of an embedding.
@@ -159,6 +174,15 @@ impl Embedder {
     }
 
     fn forward(&self, images: Tensor<4>) -> Tensor<2> {
+        if self.flips {
+            let mirrored = self.embedding(images.clone().flip([3]));
+            to_unit_rows(self.embedding(images) + mirrored)
+        } else {
+            self.embedding(images)
+        }
+    }
+
+    fn embedding(&self, images: Tensor<4>) -> Tensor<2> {
         let features = self.pooling.forward(self.backbone.forward(images, Normalise::Running));
         match &self.head {
             Some(head) => head.forward(features),

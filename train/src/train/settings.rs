@@ -74,8 +74,8 @@ pub struct TrainSettings {
     /// What BatchNorm does while training; the frozen ones need --weights or --init.
     #[arg(long, value_enum, default_value_t)]
     pub batch_norm: BatchNorm,
-    /// Start from the weights of this checkpoint of ddtas-train.
-    #[arg(long, value_name = "FILE")]
+    /// Start from the weights of this checkpoint of ddtas-train, or of the best of a run folder.
+    #[arg(long, value_name = "FILE|RUN")]
     pub init: Option<PathBuf>,
 
     /// The loss.
@@ -111,6 +111,10 @@ pub struct TrainSettings {
     /// Loss threshold of negatives, where it differs from --lambda.
     #[arg(long, allow_negative_numbers = true)]
     pub lambda_neg: Option<f64>,
+    /// Margin of the other losses, a cosine similarity: contrastive pushes negatives above it, multi-similarity weighs
+    /// pairs around it [default: 0.5].
+    #[arg(long, allow_negative_numbers = true)]
+    pub margin: Option<f64>,
 
     /// Classes in a batch (P); 16 if not given, or all there are.
     #[arg(long, value_name = "P")]
@@ -206,6 +210,12 @@ impl TrainSettings {
     /// Settings of the loss.
     #[must_use]
     pub fn loss_settings(&self) -> LossSettings {
+        let (lambda_pos, lambda_neg) = match self.loss {
+            PairLoss::SoftContrastive => {
+                (self.lambda_pos.unwrap_or(self.lambda), self.lambda_neg.unwrap_or(self.lambda))
+            }
+            PairLoss::Contrastive | PairLoss::MultiSimilarity => (self.margin(), self.margin()),
+        };
         LossSettings {
             mining: self.mining,
             gamma: self.gamma,
@@ -214,9 +224,13 @@ impl TrainSettings {
             tolerance: self.tolerance,
             alpha: self.alpha,
             beta: self.beta,
-            lambda_pos: self.lambda_pos.unwrap_or(self.lambda),
-            lambda_neg: self.lambda_neg.unwrap_or(self.lambda),
+            lambda_pos,
+            lambda_neg,
         }
+    }
+
+    fn margin(&self) -> f64 {
+        self.margin.unwrap_or(0.5)
     }
 
     /// Where the loss thresholds begin.
@@ -354,6 +368,14 @@ impl TrainSettings {
         };
         self.data.validate()?;
         check((-2.0..=2.0).contains(&self.lambda), "lambda", self.lambda.to_string(), "-2 to 2")?;
+        let margin = self.margin();
+        check((-1.0..=1.0).contains(&margin), "margin", margin.to_string(), "-1 to 1")?;
+        fits(
+            self.loss != PairLoss::SoftContrastive || self.margin.is_none(),
+            "margin",
+            margin.to_string(),
+            "needs --loss contrastive or multi-similarity: the threshold of soft-contrastive is --lambda",
+        )?;
         self.loss_settings().validate()?;
         self.generator.validate(self.first_lambda())?;
         let crop = self.smallest_crop;
