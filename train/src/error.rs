@@ -58,6 +58,11 @@ impl Error {
     pub fn setting(name: &'static str, value: impl Display, range: &'static str) -> Self {
         ddtas_io::Error::setting(name, value, range).into()
     }
+
+    /// A [`ddtas_io::Error::Misused`].
+    pub fn misuse(name: &'static str, value: impl Display, reason: &'static str) -> Self {
+        ddtas_io::Error::misuse(name, value, reason).into()
+    }
 }
 
 impl From<ddtas::Error> for Error {

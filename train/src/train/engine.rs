@@ -29,6 +29,9 @@ use ddtas::loss::baseline::PairLoss;
 use ddtas::loss::{LossOutput, LossSettings};
 use ddtas_io::Error as Program;
 
+/// What a user can do about a run that diverged.
+pub(super) const REMEDY: &str = "begin anew with a lower --learning-rate or a longer --warm-up";
+
 /// What a step depends on beside weights, moments and memory.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct EngineState {
@@ -183,6 +186,15 @@ impl Engine {
             pending: self.pending,
             generator: self.generator.as_ref().map(|generator| generator.put(archive)),
         })
+    }
+
+    /// Takes over the optimizer's moments of a checkpoint whose weights the network already has, if it holds any; says
+    /// what does not fit.
+    pub(super) fn take_optimizer(&mut self, archive: &mut Archive) -> std::result::Result<(), String> {
+        if moments::are_in(archive) {
+            self.optimizer = moments::take(archive, self.optimizer.clone(), &self.network)?;
+        }
+        Ok(())
     }
 
     /// Goes on from a checkpoint whose weights the network already has; says what does not fit.
@@ -426,7 +438,7 @@ pub fn embed_batches(
     if let Some(row) = embedded.values.iter().position(|value| !value.is_finite()) {
         let row = row / dim;
         return Err(Error::Training(format!(
-            "the network maps picture {row} to NaN: lower --learning-rate, or start from another checkpoint"
+            "the network maps picture {row} to NaN: training diverged; {REMEDY}"
         )));
     }
     Ok(embedded)
@@ -498,7 +510,9 @@ fn image_tensor(batch: &ImageBatch, device: &Device) -> Tensor<4> {
 fn diverged(error: Error, step: usize) -> Error {
     match error {
         Error::Program(Program::Library(ddtas::Error::NotFinite { .. } | ddtas::Error::NotUnit { .. })) => {
-            Error::Training(format!("training diverged at step {step} ({error}): lower --learning-rate"))
+            Error::Training(format!(
+                "training diverged at step {step}: an embedding is no longer a finite unit vector; {REMEDY}"
+            ))
         }
         other => other,
     }

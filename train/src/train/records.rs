@@ -61,6 +61,12 @@ pub struct EvaluationRecord {
     pub step: usize,
     /// K and Recall@K, ascending in K, in 0 to 1.
     pub recall: Vec<(usize, f64)>,
+    /// R-precision; absent in runs of earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub r_precision: Option<f64>,
+    /// MAP@R; absent in runs of earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub map_at_r: Option<f64>,
 }
 
 /// A line of metrics.jsonl.

@@ -13,7 +13,7 @@ use crate::train::engine::{Embedded, Engine};
 use crate::{Error, Result};
 use ddtas::backend::{Backend, Nearest};
 use ddtas::loss::{Embeddings, Rows};
-use ddtas::retrieval::{Recall, recall};
+use ddtas::retrieval::{Metrics, Recall, evaluate, recall};
 
 /// Pictures embedded at once.
 pub const EVALUATION_CHUNK: usize = 128;
@@ -63,6 +63,8 @@ impl Readable {
 /// What an evaluation found.
 pub(super) struct Evaluated {
     pub recall: Recall,
+    pub r_precision: f64,
+    pub map_at_r: f64,
     pub nearest: Nearest,
     pub readable: Readable,
 }
@@ -108,9 +110,13 @@ impl Test<'_> {
         }
         let TestRows { queries, gallery } = rows;
         let searched = gallery.as_ref().map(view).transpose()?;
-        let (recall, nearest) = recall(backend, &view(&queries)?, searched.as_ref(), self.dataset.recall_at)?;
+        let rows = view(&queries)?;
+        let (recall, nearest) = recall(backend, &rows, searched.as_ref(), self.dataset.recall_at)?;
+        // Their lists are as long as a query's class is large: a search of its own.
+        let Metrics { r_precision, map_at_r, .. } =
+            evaluate(backend, &rows, searched.as_ref(), &[1], &mut |_, _| {})?;
         let readable = Readable { queries: queries.indices, gallery: gallery.map(|side| side.indices) };
-        Ok(Evaluated { recall, nearest, readable })
+        Ok(Evaluated { recall, r_precision, map_at_r, nearest, readable })
     }
 
     /// Recall of nearest neighbours among the pictures themselves, cut as for the network but not larger than

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use ddtas::retrieval::Recall;
 
-use crate::data::Dataset;
+use crate::data::{Dataset, as_text};
 use crate::generator::Lambda;
 use crate::train::records::{EvaluationRecord, Phase, StepRecord};
 
@@ -92,10 +92,15 @@ pub enum Outcome {
 }
 
 /// What a run came to.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct Summary {
     /// The run folder.
+    #[serde(serialize_with = "as_text")]
     pub folder: PathBuf,
+    /// Whether test classes are among those that trained.
+    pub seen: bool,
+    /// Whether it began from a checkpoint, by `--init`.
+    pub continued: bool,
     /// Recall of nearest neighbours by raw pixels.
     pub pixels: Recall,
     /// Recall of the network before training.
@@ -118,6 +123,6 @@ pub struct Summary {
     pub skipped: usize,
     /// Seconds of training, without evaluations.
     pub training_seconds: f64,
-    /// Seconds of this process.
+    /// Seconds in all, those of processes that it went on from among them.
     pub total_seconds: f64,
 }

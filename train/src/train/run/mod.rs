@@ -20,7 +20,7 @@ mod state;
 mod steps;
 mod unread;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
@@ -53,6 +53,8 @@ pub struct Overrides {
     pub checkpoint_every: Option<usize>,
     /// Unreadable pictures that the run puts up with.
     pub max_bad_images: Option<usize>,
+    /// Where the same pictures lie now; from then on the run's config.toml says so.
+    pub data_root: Option<PathBuf>,
 }
 
 impl Overrides {
@@ -61,6 +63,7 @@ impl Overrides {
         settings.workers = self.workers.unwrap_or(settings.workers);
         settings.checkpoint_every = self.checkpoint_every.unwrap_or(settings.checkpoint_every);
         settings.max_bad_images = self.max_bad_images.unwrap_or(settings.max_bad_images);
+        settings.data.data_root = self.data_root.clone().or_else(|| settings.data.data_root.take());
     }
 }
 
@@ -100,10 +103,14 @@ fn begin(
     let (place, backend) = open_device(settings, &**ranks)?;
     let engine = make_engine(settings, (&place, backend), None, ranks)?;
     let dataset = settings.data.open(&mut |note| tell(Event::Note(note)))?;
+    let (settings, note) = &settings.fitted(dataset.train.by_class().len());
     let setup = Setup::new(settings, &dataset, engine)?;
+    let memory = settings.warning_of_memory();
     let files = writes.then(|| Files::create(settings, &dataset.name)).transpose()?;
     let run = Run::new(settings, &dataset, files, setup, ranks, stop, tell);
-    run.train(&place, None, begun)
+    let said =
+        note.iter().map(|note| Event::Note(note)).chain(memory.iter().map(|line| Event::Warning(line)));
+    run.train(&place, None, begun, said.collect())
 }
 
 /// Goes on with the run in `folder` from its last checkpoint, or from the beginning if it has none yet: the
@@ -145,6 +152,7 @@ fn go_on(
     let bytes = ranks.broadcast(if there { read(&last)? } else { Vec::new() })?;
     let last = (there || !bytes.is_empty()).then(|| Checkpoint::parse(&last, bytes)).transpose()?;
     let state = last.as_ref().map(RunState::of).transpose()?.unwrap_or_default();
+    state.check_settings(&settings, &folder.config())?;
     if state.finished {
         return Ok(Outcome::FinishedBefore { folder: folder.path().to_path_buf(), step: state.step });
     }
@@ -155,7 +163,11 @@ fn go_on(
         state.put_back(&mut engine, last)?;
     }
     let dataset = settings.data.open(&mut |note| tell(Event::Note(note)))?;
-    state.check_extents(&dataset)?;
+    state.check_data(&dataset)?;
+    if writes && overrides.data_root.is_some() {
+        folder.write_config(&settings)?;
+    }
+    let (settings, _) = settings.fitted(dataset.train.by_class().len());
     let setup = Setup::new(&settings, &dataset, engine)?;
     let files = metrics.map(|metrics| Files::reopen(folder, metrics, &settings, &state)).transpose()?;
     let mut run = Run::new(&settings, &dataset, files, setup, ranks, stop, tell);
@@ -163,7 +175,7 @@ fn go_on(
     if resumed {
         run.state = state;
     }
-    run.train(&place, Some(done), begun)
+    run.train(&place, Some(done), begun, Vec::new())
 }
 
 /// Finds the device and opens the loss's backend there.

@@ -32,8 +32,9 @@ pub(super) struct Setup {
 impl Setup {
     /// Adds the samplers of `dataset` to an engine.
     pub fn new(settings: &TrainSettings, dataset: &Dataset, engine: Engine) -> Result<Self> {
-        let (classes, pictures) = (settings.classes_per_batch, settings.images_per_class);
-        let sampler = PkSampler::new(dataset.train.by_class(), classes, pictures, settings.seed)?;
+        let by_class = dataset.train.by_class();
+        let classes = settings.classes_per_batch.unwrap_or(by_class.len());
+        let sampler = PkSampler::new(by_class, classes, settings.images_per_class, settings.seed)?;
         engine.check_batch(("classes-per-batch times --images-per-class", sampler.batch_size()))?;
         let fresh_meta = engine.generator().is_some() && settings.generator.meta == MetaSource::Fresh;
         let meta_sampler = fresh_meta.then(|| meta_sampler(settings, dataset)).transpose()?;
@@ -58,7 +59,18 @@ pub(super) fn make_engine(
     };
     let generator = make_generator(settings, &place.spec, last.is_some())?;
     let engine = Engine::new(network, settings, backend, generator, place.network.clone());
-    Ok(engine.with_ranks(Rc::clone(ranks)))
+    let mut engine = engine.with_ranks(Rc::clone(ranks));
+    if last.is_none() {
+        first_optimizer(settings, &mut engine)?;
+    }
+    Ok(engine)
+}
+
+/// Puts the moments of the optimizer in their place where `--init` is the last checkpoint of a run, which holds them.
+pub(super) fn first_optimizer(settings: &TrainSettings, engine: &mut Engine) -> Result<()> {
+    let Some(init) = settings.init.as_deref().filter(|path| !path.is_dir()) else { return Ok(()) };
+    let mut archive = Checkpoint::open(init)?.into_archive();
+    engine.take_optimizer(&mut archive).map_err(|reason| Error::format(init, reason))
 }
 
 /// The batches of some steps of a run, each with the generator's batch where it takes fresh ones; an iterator.
@@ -151,16 +163,12 @@ fn make_generator(settings: &TrainSettings, spec: &DeviceSpec, resumed: bool) ->
 
 fn meta_sampler(settings: &TrainSettings, dataset: &Dataset) -> Result<PkSampler> {
     let generator = &settings.generator;
-    let (wanted, there) = (generator.meta_classes, dataset.train.by_class().len());
+    let there = dataset.train.by_class().len();
+    let wanted = generator.classes_of(there);
     if wanted > there {
         return Err(Error::Dataset(format!(
             "--meta-classes {wanted} asks for more than the {there} training classes there are: give at most that"
         )));
     }
-    PkSampler::new(
-        dataset.train.by_class(),
-        generator.meta_classes,
-        generator.meta_images,
-        settings.seed ^ META_SEED,
-    )
+    PkSampler::new(dataset.train.by_class(), wanted, generator.meta_images, settings.seed ^ META_SEED)
 }

@@ -8,7 +8,7 @@ use std::time::Instant;
 use super::evaluation::{Evaluated, Test};
 use super::event::{Event, Outcome, Summary};
 use super::files::Files;
-use super::setup::{Batches, Setup, first_network};
+use super::setup::{Batches, Setup, first_network, first_optimizer};
 use super::state::{Best, RunState, steps_of};
 use crate::data::{Dataset, ImageBatch, PkSampler};
 use crate::generator::Lambda;
@@ -46,6 +46,9 @@ pub(super) struct Run<'a> {
     pub ranks: Rc<dyn Collective>,
     /// Of training, without evaluations.
     seconds: f64,
+    /// Of earlier processes, in all.
+    earlier: f64,
+    begun: Instant,
     /// A collapse is told once.
     told_of_collapse: bool,
     stop: &'a AtomicBool,
@@ -74,8 +77,13 @@ impl<'a> Run<'a> {
         let ranks = Rc::clone(ranks);
         let test =
             Test { dataset, image_size: settings.image_size, preprocessing, stop, ranks: Rc::clone(&ranks) };
-        let seconds = files.as_ref().map_or(0.0, |files| files.folder.read_seconds());
-        let state = RunState { extents: Some(dataset.extents()), ..RunState::default() };
+        let [seconds, earlier] = files.as_ref().map_or([0.0; 2], |files| files.folder.read_seconds());
+        let state = RunState {
+            extents: Some(dataset.extents()),
+            data: Some(dataset.fingerprint()),
+            settings: Some(super::state::fixed(settings).to_string()),
+            ..RunState::default()
+        };
         Self {
             state,
             settings,
@@ -87,17 +95,30 @@ impl<'a> Run<'a> {
             test,
             ranks,
             seconds,
+            earlier,
+            begun: Instant::now(),
             told_of_collapse: false,
             stop,
             tell,
         }
     }
 
-    /// Goes on from `state` to the end. `resumed` are the steps that an earlier process has done, if one began the run.
-    pub fn train(mut self, place: &Place, resumed: Option<usize>, begun: Instant) -> Result<Outcome> {
+    /// Goes on from `state` to the end. `resumed` are the steps that an earlier process has done, if one began the run;
+    /// `said` is told once it has begun.
+    pub fn train(
+        mut self,
+        place: &Place,
+        resumed: Option<usize>,
+        begun: Instant,
+        said: Vec<Event<'_>>,
+    ) -> Result<Outcome> {
+        self.begun = begun;
         self.announce(place, resumed);
+        if self.files.is_some() {
+            said.into_iter().for_each(|event| (self.tell)(event));
+        }
         let ended = self.steps().and_then(|progress| match progress {
-            Progress::Done => self.finish(begun),
+            Progress::Done => self.finish(),
             Progress::Stopped => {
                 self.save()?;
                 let stopped = |files: &Files| Outcome::Stopped {
@@ -189,6 +210,7 @@ impl<'a> Run<'a> {
         }
         let network = first_network(self.settings, self.engine.device())?;
         self.engine.restart(network, self.settings);
+        first_optimizer(self.settings, &mut self.engine)?;
         (self.state.step, self.state.rehearsed, self.state.steps_without_pairs) = (0, true, 0);
         let loss = self.engine.loss_settings();
         let lambda = Lambda { pos: loss.lambda_pos, neg: loss.lambda_neg };
@@ -282,9 +304,10 @@ impl<'a> Run<'a> {
 
     /// Tells what an evaluation has found, and keeps the weights if they are the best so far.
     fn keep(&mut self, step: usize, evaluated: Evaluated) -> Result<()> {
-        let Evaluated { recall, nearest, readable } = evaluated;
+        let Evaluated { recall, r_precision, map_at_r, nearest, readable } = evaluated;
         self.note_unread_in_test(&readable)?;
-        let record = EvaluationRecord { step, recall: recall.at.clone() };
+        let (r_precision, map_at_r) = (Some(r_precision), Some(map_at_r));
+        let record = EvaluationRecord { step, recall: recall.at.clone(), r_precision, map_at_r };
         self.append(&Record::Evaluation(record.clone()))?;
         (self.tell)(Event::Evaluated(&record));
         let first = |recall: &Recall| recall.get(1).unwrap_or(0.0);
@@ -305,13 +328,19 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
+    /// Seconds of this process and of those that this run went on from.
+    fn total_seconds(&self) -> f64 {
+        self.earlier + self.begun.elapsed().as_secs_f64()
+    }
+
     /// Writes the checkpoint that the run can go on from.
     fn save(&mut self) -> Result<()> {
         self.engine.check_weights(self.state.step)?;
+        let total = self.total_seconds();
         let Some(files) = &self.files else { return Ok(()) };
         // First what the checkpoint speaks of, then the checkpoint.
         self.state.metrics_bytes = files.metrics.sync()?;
-        files.folder.write_seconds(self.seconds)?;
+        files.folder.write_seconds([self.seconds, total])?;
         self.state.save(&self.engine, self.settings, &self.facts()?, &files.folder.last())
     }
 
@@ -371,16 +400,16 @@ impl<'a> Run<'a> {
     }
 
     /// Writes the report and the last checkpoint.
-    fn finish(&mut self, begun: Instant) -> Result<Outcome> {
+    fn finish(&mut self) -> Result<Outcome> {
         let folder = self.files.as_ref().map(|files| files.path().to_path_buf());
-        let summary = folder.map(|folder| self.report(&folder, begun)).transpose()?;
+        let summary = folder.map(|folder| self.report(&folder)).transpose()?;
         self.state.finished = true;
         self.save()?;
         Ok(summary.map_or(Outcome::OnRank0, |summary| Outcome::Finished(Box::new(summary))))
     }
 
     /// Writes the report.
-    fn report(&mut self, folder: &Path, begun: Instant) -> Result<Summary> {
+    fn report(&mut self, folder: &Path) -> Result<Summary> {
         if self.state.replaced > 0 {
             (self.tell)(Event::Warning(&format!(
                 "{} unreadable training pictures were met; another of the class stood in each time",
@@ -403,6 +432,7 @@ impl<'a> Run<'a> {
             dataset: self.dataset.name.clone(),
             train,
             test,
+            seen: self.dataset.seen,
             baselines: vec![Baseline { name: "raw pixels".into(), recall: pixels.at.clone() }],
             training_seconds: self.seconds,
             queries,
@@ -411,6 +441,8 @@ impl<'a> Run<'a> {
         report::write(folder)?;
         Ok(Summary {
             folder: folder.to_path_buf(),
+            seen: self.dataset.seen,
+            continued: self.settings.init.is_some(),
             pixels: pixels.clone(),
             before: before.clone(),
             best: best.recall.clone(),
@@ -422,7 +454,7 @@ impl<'a> Run<'a> {
             replaced: self.state.replaced,
             skipped: self.state.skipped,
             training_seconds: self.seconds,
-            total_seconds: begun.elapsed().as_secs_f64(),
+            total_seconds: self.total_seconds(),
         })
     }
 }
