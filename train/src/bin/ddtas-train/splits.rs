@@ -26,8 +26,8 @@ pub fn splits(arguments: &SplitsArguments) -> Result<()> {
         for (index, source) in split.iter().flat_map(|split| split.sources().iter().enumerate()) {
             let class = split.map_or("", |split| split.class_name(index));
             let Source::File(path) = source else {
-                let range = "pictures that are whole files: not synthetic, and without --crop-to-box";
-                return Err(Error::setting("dataset", "not made of files", range));
+                let reason = "splits lists pictures that are whole files: another data set than synthetic, and no --crop-to-box";
+                return Err(Error::misuse("dataset", arguments.dataset.dataset, reason));
             };
             lines.push(format!("{class}\t{name}\t{}", path.display()));
         }
