@@ -254,6 +254,7 @@ DEVICE void walk_tiles(const GradientParams &p, TileMemory<Numbers> &memory, con
             } else if (!stored) {
                 copy_first();
             }
+#pragma unroll 1
             for (uint32_t step = 0; step < kSteps; ++step) {
                 cp_async_wait<Shape::stages - 2>();
                 block_sync();  // M and this stage are there, the stage before is read
