@@ -70,7 +70,7 @@ DEVICE void multiply_gradient_stage(GradientSums<Numbers> &sums, const unsigned 
                                     uint32_t first_k, uint32_t columns) {
     using Shape = GradientShape<Numbers>;
     uint32_t lane = lane_index(), warp_row = warp_index() / 4 * 16 * Shape::row_tiles;
-#pragma unroll
+#pragma unroll 2  // at most: more do not fit in registers
     for (int k = 0; k < Shape::step_rows; k += Shape::depth) {
         typename Numbers::template Fragment<4> rows[Shape::row_tiles];
 #pragma unroll
@@ -254,7 +254,6 @@ DEVICE void walk_tiles(const GradientParams &p, TileMemory<Numbers> &memory, con
             } else if (!stored) {
                 copy_first();
             }
-#pragma unroll 1
             for (uint32_t step = 0; step < kSteps; ++step) {
                 cp_async_wait<Shape::stages - 2>();
                 block_sync();  // M and this stage are there, the stage before is read
