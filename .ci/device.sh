@@ -17,7 +17,7 @@ row='[{"batch": 64, "dim": 8, "time_ms": 1.0, "mined_share": 0.08, "peak_extra_b
 stub "$work/bin/nvidia-smi" 'echo "A GPU, 1, 2, 3, 4"'
 stub "$work/bin/compute-sanitizer" 'while [[ $1 == --* ]]; do shift 2; done; echo "ERROR SUMMARY: 0 errors"; exec "$@"'
 # Python without torch: what asks for it gets an answer, the report is the real one's.
-stub "$work/bin/python3" "case \"\$*\" in *report.py*) exec $(command -v python3) \"\$@\" ;; *baselines.py*) echo '[{\"name\": \"gemms\", \"time_ms\": 2.0}]' ;; *module.py*) echo '[]' ;; esac"
+stub "$work/bin/python3" "case \"\$*\" in *report.py*) exec $(command -v python3) \"\$@\" ;; *baselines.py*) echo '[{\"name\": \"gemms\", \"time_ms\": 2.0}]' ;; *module.py*) echo '[]' ;; *test_gpu.py*) echo '6 passed, 2 skipped' ;; esac"
 stub "$work/built/ddtas-bench" "case \$1 in verify) echo '[]' ;; throughput) echo '$row' ;; esac"
 stub "$work/built/tests" 'exit 0'
 stub "$work/built/resident" "echo '$row'"
@@ -46,6 +46,8 @@ for quick in "" --quick; do
     expect "compared before timed" "--compare 128" "$work/calls"
     expect "the wheel" "--target" "$work/calls"
     expect "the module" "module.py --batch 64" "$work/calls"
+    expect "the module's tests" "test_gpu.py" "$work/calls"
+    expect "what was skipped" "tests of the module: 6 passed, 2 skipped" "$work/out/README.md"
     expect "the record" "built elsewhere from commit 0123abc" "$work/out/README.md"
     expect "the table" "| 8 | middle | 64 |" "$work/out/table.md"
     expect "memcheck" "ERROR SUMMARY: 0 errors" "$work/out/memcheck.txt"

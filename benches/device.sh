@@ -10,7 +10,8 @@
 #    pytorch-metric-learning: table.md, plot.svg, results.json. Before a shape is timed its
 #    answer is compared: m+, m-, counts, terms of the loss and gradient of 128 anchors with float64,
 #    counts with the kernels that are not Hopper's, and budget 0 bit for bit. What is wrong ends the run.
-# 4. the module of PyTorch on tensors of the GPU, compared with dense torch in float64: python.json
+# 4. the module of PyTorch on tensors of the GPU: its tests (python/tests/test_gpu.py), then compared with dense torch
+#    in float64 and timed: python.json
 #
 #     --quick          4 minutes at most: two batches and densities, fewer peers, memcheck alone, each
 #                      step only as long as there is time; what was left out is named
@@ -20,7 +21,7 @@
 #
 # Needs an NVIDIA GPU (8.0 or newer) with driver 580 or newer, Rust, CUDA 13 (nvcc,
 # compute-sanitizer), libclang, and Python with torch; pytorch-metric-learning if it
-# is to be measured, ddtas (docs/python.md) for step 4. Environment:
+# is to be measured, ddtas (docs/python.md) and pytest for step 4. Environment:
 #     BATCHES, DIMS   rows and dimensions, separated by commas
 #     DENSITIES       late (1 % of the negatives mined), middle (8 %), start (30 %), or shares as numbers;
 #                     0.004 and these three by default, what the aims and the CPU's table are about
@@ -181,6 +182,14 @@ fi
 if ! skipped python; then
     echo "== the module of PyTorch"
     if python3 -c 'import ddtas.torch' 2>/dev/null; then
+        if python3 -c 'import pytest' 2>/dev/null; then
+            limited "tests of the module" python3 -m pytest -q -rs -p no:cacheprovider python/tests/test_gpu.py >"$out/python_tests.txt" 2>&1 ||
+                (($? == 124)) || fail "the module is wrong on the GPU: see $out/python_tests.txt"
+            # Passed and skipped are counted there.
+            echo "tests of the module: $(tail -n 1 "$out/python_tests.txt")" | tee -a "$out/README.md"
+        else
+            echo "tests of the module: all skipped, python3 has no pytest" | tee -a "$out/README.md"
+        fi
         limited "python" python3 benches/device/module.py --batch "$batches" --dtype "$dtype" --seconds "$seconds" >"$out/python.json" ||
             (($? == 124)) || fail "the module is wrong on the GPU: see above"
     else

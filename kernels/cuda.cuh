@@ -40,7 +40,7 @@ DEVICE void begin_kernel() {
     static DEVICE void name##_kernel(const Params &p)
 // One argument, the parameter struct; `blocks` a multiprocessor should hold (bounds registers).
 #define KERNEL(name, Params, blocks) KERNEL_OF(name, Params, THREADS, blocks)
-// A kernel whose warps have roles, one block a multiprocessor.
+// A kernel of another number of threads, one block a multiprocessor.
 #define ROLE_KERNEL(name, Params, threads) KERNEL_OF(name, Params, threads, 1)
 // Dynamic shared memory; the launch plan states its size.
 extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
@@ -140,6 +140,9 @@ DEVICE void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+
+// What is read behind this line is not read before it: reads that are all under way at once want a register each.
+DEVICE void reads_below() { asm volatile("" ::: "memory"); }
 
 // Ends the program: a kernel was launched on a GPU that it is not made for.
 DEVICE void trap() { __trap(); }

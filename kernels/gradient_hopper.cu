@@ -237,7 +237,11 @@ DEVICE void build_recomputed(const Building &my, const Turn &turn, uint32_t x, u
             uint32_t own = k / kHalf, other = half * kHalf + k % kHalf;
             uint32_t i = x * TILE + own, j = turn.y * TILE + other;
             bool swapped = turn.tile.diagonal ? i > j : turn.tile.transposed;
-            float weight = recomputed_weight<Numbers>(my.p, i, j, swapped, values[value_place(own, k % kHalf)]);
+            uint32_t anchor = swapped ? j : i, reference = swapped ? i : j;
+            float weight = 0.0f;
+            if (is_pair(my.p.pairs, anchor, reference)) {
+                weight = matrix_weight<Numbers>(my.p.pairs, anchor, reference, values[value_place(own, k % kHalf)]) * my.p.weight_scale;
+            }
             store_weight<Numbers>(my.shared.matrices[turn.matrix()], own, other, weight);
         }
         fence_proxy_async();  // bulk copies fill the stage next

@@ -4,9 +4,9 @@
 // descriptors: both operands are read straight from the stages, without ldmatrix. A stage of a
 // prepared tile is 16 KB in a row, so one thread starts one bulk copy for each operand, and a
 // barrier in shared memory tells when both are there. Two warpgroups take 64 rows of the tile
-// each. 16-bit types only: splitting f32 needs registers.
+// each. 16-bit types, and f32 that was rounded to TF32: exact f32 wants sums of its own for each kind of product.
 //
-// Every S of 16-bit rows that mining sees comes from here on Hopper, whether its tile was stored
+// Every S of these that mining sees comes from here on Hopper, whether its tile was stored
 // or is recomputed: both ways have the same bits.
 #ifndef DDTAS_HOPPER_CUH
 #define DDTAS_HOPPER_CUH
@@ -37,6 +37,11 @@ DEVICE void wgmma(HalfF16, float (&c)[n][4], Descriptor a, Descriptor b) {
 template <bool transposed, int n>
 DEVICE void wgmma(HalfBf16, float (&c)[n][4], Descriptor a, Descriptor b) {
     wgmma_bf16<transposed>(c, a, b);
+}
+template <bool transposed, int n>
+DEVICE void wgmma(FastF32, float (&c)[n][4], Descriptor a, Descriptor b) {
+    static_assert(!transposed, "no such operand of 32-bit elements");
+    wgmma_tf32(c, a, b);
 }
 
 // Stages that are filled in turn, each with a barrier that counts one arrival.

@@ -15,15 +15,15 @@ struct ListedPair {
     uint32_t from;  // of the other side
 };
 
-// The rows from `offset` of tile x on, `kWarpRows` for each of `warps` warps, and 256 columns. `bytes` holds
-// LISTS_COLUMNS floats for each.
-template <class Numbers, uint32_t warps, uint32_t kWarpRows>
-DEVICE void gradient_lists(const GradientParams &p, unsigned char *bytes, uint32_t x, uint32_t offset) {
+// The rows from `offset` of tile x on, `kWarpRows` for each of `warps` warps, and 256 columns: `weigh(i, j, s)` is the weight of
+// a pair, `finish(row of the tile, column of the block, sum)` takes the sums. `bytes` holds LISTS_COLUMNS floats for each row.
+template <class Numbers, uint32_t warps, uint32_t kWarpRows, class Weigh, class Finish>
+DEVICE void sum_lists(const GradientParams &p, unsigned char *bytes, uint32_t x, uint32_t offset, Range range, Weigh weigh,
+                      Finish finish) {
     using Element = typename Numbers::Element;
     using Vector = Granule<Element>;
     auto *sums = reinterpret_cast<float *>(bytes);  // [warps * kWarpRows, LISTS_COLUMNS]
     const Pairs &pairs = p.pairs;
-    const Side &own = p.of_references ? pairs.references : pairs.anchors;
     const Side &other = p.of_references ? pairs.anchors : pairs.references;
     uint32_t first_column = block_y() * LISTS_COLUMNS;
     uint32_t columns = pairs.stride - first_column < LISTS_COLUMNS ? pairs.stride - first_column : LISTS_COLUMNS;
@@ -33,7 +33,6 @@ DEVICE void gradient_lists(const GradientParams &p, unsigned char *bytes, uint32
     float *warp_sums = sums + warp_index() * kWarpRows * LISTS_COLUMNS;
     for (uint32_t i = lane_index(); i < kWarpRows * LISTS_COLUMNS; i += 32) warp_sums[i] = 0.0f;
     warp_sync();
-    Range range = split_range(other.tiles, block_z(), p.splits);
     for (uint32_t y = range.begin; y < range.end; ++y) {
         PairTile tile = pair_tile(pairs, p.of_references, x, y);
         uint32_t count = pairs.tile_counts[tile.index];
@@ -50,7 +49,7 @@ DEVICE void gradient_lists(const GradientParams &p, unsigned char *bytes, uint32
                 float weight = 0.0f;
                 if (there && local < kWarpRows) {
                     uint32_t row = x * TILE + of_x, column = y * TILE + of_y;
-                    weight = transposed ? pair_weight(pairs, column, row, s) : pair_weight(pairs, row, column, s);
+                    weight = transposed ? weigh(column, row, s) : weigh(row, column, s);
                 }
                 uint32_t left = ballot_sync(weight != 0.0f);
                 while (left != 0) {
@@ -64,13 +63,11 @@ DEVICE void gradient_lists(const GradientParams &p, unsigned char *bytes, uint32
                         listed[a] = ListedPair{shuffle(weight, lane), shuffle(local, lane), y * TILE + shuffle(of_y, lane)};
                     }
                     for (uint32_t column = lane_index() * Vector::count; column < columns; column += 32 * Vector::count) {
-                        uint32_t byte = (first_column + column) * static_cast<uint32_t>(sizeof(Element));
                         Vector values[kPairsAtOnce];
 #pragma unroll
                         for (uint32_t a = 0; a < kPairsAtOnce; ++a) {
                             // Beyond those found it is some row that there is.
-                            uint64_t from = prepared_place(listed[a].from, byte, stride_bytes<Numbers>(pairs));
-                            values[a] = *reinterpret_cast<const Vector *>(rows + from);
+                            values[a] = load_prepared<Numbers>(rows, listed[a].from, first_column + column, stride_bytes<Numbers>(pairs));
                         }
 #pragma unroll
                         for (uint32_t a = 0; a < kPairsAtOnce; ++a) {
@@ -88,12 +85,24 @@ DEVICE void gradient_lists(const GradientParams &p, unsigned char *bytes, uint32
     for (uint32_t r = 0; r < kWarpRows; ++r) {
         uint32_t row = offset + warp_index() * kWarpRows + r;
         if (row >= TILE) break;
-        ResultRow result = result_row(p, own, x * TILE + row);
-        for (uint32_t column = lane_index(); column < columns && first_column + column < result.columns; column += 32) {
-            result.to[first_column + column] = warp_sums[r * LISTS_COLUMNS + column];
-        }
+        for (uint32_t column = lane_index(); column < columns; column += 32) finish(row, column, warp_sums[r * LISTS_COLUMNS + column]);
     }
     warp_sync();
+}
+
+// The gradient's.
+template <class Numbers, uint32_t warps, uint32_t kWarpRows>
+DEVICE void gradient_lists(const GradientParams &p, unsigned char *bytes, uint32_t x, uint32_t offset) {
+    const Side &own = p.of_references ? p.pairs.references : p.pairs.anchors;
+    const Side &other = p.of_references ? p.pairs.anchors : p.pairs.references;
+    uint32_t first_column = block_y() * LISTS_COLUMNS;
+    sum_lists<Numbers, warps, kWarpRows>(
+        p, bytes, x, offset, split_range(other.tiles, block_z(), p.splits),
+        [&](uint32_t i, uint32_t j, float s) { return pair_weight(p.pairs, i, j, s); },
+        [&](uint32_t row, uint32_t column, float sum) {
+            ResultRow result = result_row(p, own, x * TILE + row);
+            if (first_column + column < result.columns) result.to[first_column + column] = sum;
+        });
 }
 
 // The counter of the blocks that share this one's rows and columns.

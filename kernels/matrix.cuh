@@ -36,6 +36,8 @@ DEVICE uint32_t matrix_place(uint32_t row, uint32_t k) {
 template <class Numbers>
 DEVICE void store_weight(unsigned char *matrix, uint32_t row, uint32_t k, float weight) {
     using Element = typename Numbers::Element;
+    // TF32 is rounded here: products cut the rest off.
+    if constexpr (sizeof(Element) == 4 && !Numbers::exact) weight = float_of(to_tf32(weight));
     *reinterpret_cast<Element *>(matrix + matrix_place<Numbers>(row, k)) = from_float<Element>(weight);
 }
 
@@ -67,56 +69,73 @@ DEVICE ResultRow result_row(const GradientParams &p, const Side &own, uint64_t r
     return ResultRow{p.gradient + static_cast<uint64_t>(own.order[row]) * pairs.dim, pairs.dim};
 }
 
-// M of the block's rows (`offset` in tile x) and tile y, from the stored candidates.
-template <class Numbers>
-DEVICE void rebuild_matrix(const GradientParams &p, unsigned char *matrix, uint32_t x, uint32_t y, uint32_t offset,
-                           PairTile tile, uint32_t count) {
-    const Pairs &pairs = p.pairs;
-    auto *words = reinterpret_cast<Granule<uint32_t> *>(matrix);
-    for (uint32_t i = thread_index(); i < kMatrixBytes<Numbers> / 16; i += THREADS) words[i] = Granule<uint32_t>{};
-    block_sync();
-    uint64_t at = segment_of(pairs, tile.index);
-    for (uint32_t k = thread_index(); k < count; k += THREADS) {
-        uint32_t place = word_place(pairs.pool_words[at + k]);
-        float s = pairs.pool_values[at + k];
-        // Row and column of the stored tile; x and y in the order of M.
-        uint32_t row = (tile.transposed ? y : x) * TILE + place / TILE;
-        uint32_t column = (tile.transposed ? x : y) * TILE + place % TILE;
-        uint32_t of_x = tile.transposed ? place % TILE : place / TILE;
-        uint32_t of_y = tile.transposed ? place / TILE : place % TILE;
-        constexpr uint32_t rows = kMatrixRows<Numbers>;  // rows of other blocks wrap around
-        bool first = of_x - offset < rows, second = tile.diagonal && of_y - offset < rows;
-        if (!first && !second) continue;
-        float weight = matrix_weight<Numbers>(pairs, row, column, s) * p.weight_scale;
-        if (first) store_weight<Numbers>(matrix, of_x - offset, of_y, weight);
-        if (second) store_weight<Numbers>(matrix, of_y - offset, of_x, weight);
-    }
+// Element of M from a candidate's word, with the bits of the above; 16-bit types.
+DEVICE float word_weight(const Pairs &pairs, uint32_t i, uint32_t j, uint32_t word) {
+    bool positive = word >> kPositive & 1;
+    auto scale = [&](const RowWeights &weights) { return positive ? -weights.pos_scale : weights.neg_scale; };
+    float share = word >> kKeptByRow & 1 ? scale(pairs.weights[i]) : 0.0f;
+    if (pairs.column_weights != nullptr) share += word >> kKeptByColumn & 1 ? scale(pairs.column_weights[j]) : 0.0f;
+    return share * (word_sigmoid(word) / kSigmoidScale);
 }
 
-// Element of M of row i of the result's side and row j of the other, from a recomputed similarity.
-template <class Numbers>
-DEVICE float recomputed_weight(const GradientParams &p, uint32_t i, uint32_t j, bool swapped, float s) {
-    uint32_t anchor = swapped ? j : i, reference = swapped ? i : j;
-    if (!is_pair(p.pairs, anchor, reference)) return 0.0f;
-    return matrix_weight<Numbers>(p.pairs, anchor, reference, s) * p.weight_scale;
+// M of the block's rows (`offset` in tile x) and tile y, from the stored candidates; `weigh(i, j, word, s)` is the element of
+// anchor i and reference j. Four candidates a thread and turn, whose loads are under way while M is cleared or the turn before
+// is scattered; `values`: with their similarities.
+template <class Numbers, bool values, class Weigh>
+DEVICE void rebuild_matrix(const Pairs &pairs, unsigned char *matrix, uint32_t x, uint32_t y, uint32_t offset, PairTile tile,
+                           uint32_t count, Weigh weigh) {
+    struct Turn {
+        Granule<uint32_t> words;
+        Granule<float> similarities;
+    };
+    constexpr uint32_t kTurn = Granule<uint32_t>::count;
+    uint64_t at = segment_of(pairs, tile.index);
+    auto load = [&](uint32_t first) {
+        Turn turn{};
+        if (first >= count) return turn;
+        turn.words = *reinterpret_cast<const Granule<uint32_t> *>(pairs.pool_words + at + first);
+        if constexpr (values) turn.similarities = *reinterpret_cast<const Granule<float> *>(pairs.pool_values + at + first);
+        return turn;
+    };
+    Turn next = load(thread_index() * kTurn);
+    auto *zeros = reinterpret_cast<Granule<uint32_t> *>(matrix);
+    for (uint32_t i = thread_index(); i < kMatrixBytes<Numbers> / 16; i += THREADS) zeros[i] = Granule<uint32_t>{};
+    block_sync();
+    for (uint32_t first = thread_index() * kTurn; first < count; first += THREADS * kTurn) {
+        Turn turn = next;
+        next = load(first + THREADS * kTurn);
+#pragma unroll
+        for (uint32_t k = 0; k < kTurn; ++k) {
+            uint32_t place = word_place(turn.words.values[k]);
+            // Row and column of the stored tile; x and y in the order of M.
+            uint32_t row = (tile.transposed ? y : x) * TILE + place / TILE;
+            uint32_t column = (tile.transposed ? x : y) * TILE + place % TILE;
+            uint32_t of_x = tile.transposed ? place % TILE : place / TILE;
+            uint32_t of_y = tile.transposed ? place / TILE : place % TILE;
+            constexpr uint32_t rows = kMatrixRows<Numbers>;  // rows of other blocks wrap around
+            bool mine = of_x - offset < rows, second = tile.diagonal && of_y - offset < rows;
+            if (first + k >= count || (!mine && !second)) continue;
+            float weight = weigh(row, column, turn.words.values[k], turn.similarities.values[k]);
+            if (mine) store_weight<Numbers>(matrix, of_x - offset, of_y, weight);
+            if (second) store_weight<Numbers>(matrix, of_y - offset, of_x, weight);
+        }
+    }
 }
 
 // A recomputed tile of S comes this many rows at a time, through shared memory: from registers
 // the loop below would have to be unrolled.
 constexpr uint32_t kRecomputedRows = 64;
-// Which elements of a tile on the diagonal: those below it, those above it, or all.
-enum class Part { upper, lower, all };
 
 // M of kRecomputedRows rows from the block's row `first` on, from `values` [kRecomputedRows, kValuesStride] of S.
-template <class Numbers>
-DEVICE void weigh_values(const GradientParams &p, unsigned char *matrix, const float *values, uint32_t x, uint32_t y,
-                         uint32_t offset, uint32_t first, PairTile tile, Part part) {
+template <class Numbers, class Weigh>
+DEVICE void weigh_values(const Pairs &pairs, unsigned char *matrix, const float *values, uint32_t x, uint32_t y, uint32_t offset,
+                         uint32_t first, PairTile tile, Weigh weigh) {
     for (uint32_t k = thread_index(); k < kRecomputedRows * TILE; k += THREADS) {
         uint32_t of_x = first + k / TILE, of_y = k % TILE;
         uint32_t i = x * TILE + offset + of_x, j = y * TILE + of_y;
         bool swapped = tile.diagonal ? i > j : tile.transposed;
-        if (part != Part::all && swapped != (part == Part::lower)) continue;
-        float weight = recomputed_weight<Numbers>(p, i, j, swapped, values[k / TILE * kValuesStride + of_y]);
+        uint32_t anchor = swapped ? j : i, reference = swapped ? i : j;
+        float weight = is_pair(pairs, anchor, reference) ? weigh(anchor, reference, values[k / TILE * kValuesStride + of_y]) : 0.0f;
         store_weight<Numbers>(matrix, of_x, of_y, weight);
     }
 }

@@ -1,9 +1,10 @@
 // order.cu: rows into class order (SPEC 1).
 // Launcher: src/backend/device/loss.rs.
 //
-// order_tiles, order_merge: a sort of (label, index). Tiles of ORDER_TILE keys are sorted in shared memory; then
+// order_tiles, order_tiles_wide, order_merge: a sort of (label, index). Tiles of 2,048 keys are sorted in shared memory, or of
+//   8,192 by four times the threads; then
 //   ORDER_RUNS sorted runs at a time become one: a key's place is the sum of its places in all of them, found by
-//   binary search, several runs at once. 2,048 rows want no merge, 65,536 one, two million two.
+//   binary search, several runs at once. 2,048 rows want no merge, 65,536 one, and with wide tiles 262,144.
 // order_tiles also sets to 0 what later passes count up in.
 // Ignored labels get the largest key: their rows come last and in no range.
 
@@ -11,6 +12,7 @@
 
 constexpr uint64_t kIgnored = ~static_cast<uint64_t>(0);
 constexpr uint32_t kKeys = ORDER_TILE / THREADS;  // of a thread
+static_assert(kKeys == 8 && ORDER_WIDE_TILE == kKeys * ORDER_WIDE_THREADS, "the gaps below");
 
 // (label, index) pairs are unique, so every sort gives the same order.
 struct Key {
@@ -19,35 +21,39 @@ struct Key {
 };
 DEVICE bool is_before(const Key &a, const Key &b) { return a.label < b.label || (a.label == b.label && a.index < b.index); }
 
-// The gap behind every 8 keys: a warp whose threads have 8 in a row each meets no bank twice.
+// The gap behind every 8 keys: a warp whose threads have 8 in a row each meets no bank twice. Indices are by tile.
+template <uint32_t tile>
 struct OrderShared {
-    uint64_t labels[ORDER_TILE + ORDER_TILE / 8];
-    uint32_t indices[ORDER_TILE + ORDER_TILE / 8];
+    uint64_t labels[tile + tile / 8];
+    uint16_t indices[tile + tile / 8];
     DEVICE Key get(uint32_t i) const { return Key{labels[i + i / 8], indices[i + i / 8]}; }
     DEVICE void set(uint32_t i, const Key &key) {
         labels[i + i / 8] = key.label;
-        indices[i + i / 8] = key.index;
+        indices[i + i / 8] = static_cast<uint16_t>(key.index);
     }
 };
-static_assert(sizeof(OrderShared) == ORDER_SHARED_BYTES, "the launch plan's shared memory");
+static_assert(sizeof(OrderShared<ORDER_TILE>) == ORDER_SHARED_BYTES, "the launch plan's shared memory");
+static_assert(sizeof(OrderShared<ORDER_WIDE_TILE>) == ORDER_WIDE_SHARED_BYTES, "the launch plan's shared memory");
 
-DEVICE void begin_loss(const OrderParams &p) {
+DEVICE void begin_loss(const OrderParams &p, uint32_t threads) {
 #pragma unroll 1
     for (const Zeroed &zeroed : p.zeroed) {
-        for (uint64_t i = block_x() * THREADS + thread_index(); i < zeroed.count; i += grid_x() * THREADS) zeroed.words[i] = 0;
+        for (uint64_t i = block_x() * threads + thread_index(); i < zeroed.count; i += grid_x() * threads) zeroed.words[i] = 0;
     }
     if (p.counters != nullptr && block_x() == 0 && thread_index() == 0) *p.counters = Counters{0, 0, 0, 0, NO_ROW, NO_ROW, 0};
 }
 
-KERNEL(order_tiles, OrderParams, 1) {
+template <uint32_t tile>
+DEVICE void sort_tile(const OrderParams &p) {
+    constexpr uint32_t threads = tile / kKeys;
     SHARED_MEMORY(bytes);
-    auto &shared = *reinterpret_cast<OrderShared *>(bytes);
-    begin_loss(p);
-    uint32_t first = block_x() * ORDER_TILE;
-    uint32_t count = p.count - first < ORDER_TILE ? p.count - first : ORDER_TILE;
-    for (uint32_t i = thread_index(); i < ORDER_TILE; i += THREADS) {
+    auto &shared = *reinterpret_cast<OrderShared<tile> *>(bytes);
+    begin_loss(p, threads);
+    uint32_t first = block_x() * tile;
+    uint32_t count = p.count - first < tile ? p.count - first : tile;
+    for (uint32_t i = thread_index(); i < tile; i += threads) {
         int64_t label = i < count ? p.labels[first + i] : -1;
-        shared.set(i, Key{label < 0 ? kIgnored : static_cast<uint64_t>(label), first + i});
+        shared.set(i, Key{label < 0 ? kIgnored : static_cast<uint64_t>(label), i});
     }
     block_sync();
     uint32_t at = thread_index() * kKeys;
@@ -103,10 +109,10 @@ KERNEL(order_tiles, OrderParams, 1) {
         }
     }
     publish();
-    for (uint32_t i = thread_index(); i < count; i += THREADS) {
+    for (uint32_t i = thread_index(); i < count; i += threads) {
         Key key = shared.get(i);
         p.keys[first + i] = key.label;
-        p.order[first + i] = key.index;
+        p.order[first + i] = first + key.index;
         bool last = key.label != kIgnored && (i + 1 == count || shared.get(i + 1).label == kIgnored);
         if (p.valid == nullptr) continue;
         // By whoever has the last of them, or the first if there is none.
@@ -116,6 +122,8 @@ KERNEL(order_tiles, OrderParams, 1) {
         if (p.valid_too != nullptr) *p.valid_too = valid;
     }
 }
+KERNEL(order_tiles, OrderParams, 1) { sort_tile<ORDER_TILE>(p); }
+ROLE_KERNEL(order_tiles_wide, OrderParams, ORDER_WIDE_THREADS) { sort_tile<ORDER_WIDE_TILE>(p); }
 
 // Runs whose searches go on at once: each step waits for memory.
 constexpr uint32_t kAtOnce = 8;

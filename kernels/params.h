@@ -43,8 +43,12 @@
 #define ORDER_TILE 2048
 #define ORDER_RUNS 32
 #define RETRIEVAL_SHARED_BYTES (SIMILARITY_STAGES_BYTES + TILE * 8)
-/* A key of 12 bytes each, with a gap behind every 8. */
-#define ORDER_SHARED_BYTES ((ORDER_TILE + ORDER_TILE / 8) * 12)
+/* Where one merge of such tiles would not do: four times the keys and the threads. */
+#define ORDER_WIDE_TILE 8192
+#define ORDER_WIDE_THREADS 1024
+/* A key of 10 bytes each, with a gap behind every 8. */
+#define ORDER_SHARED_BYTES ((ORDER_TILE + ORDER_TILE / 8) * 10)
+#define ORDER_WIDE_SHARED_BYTES ((ORDER_WIDE_TILE + ORDER_WIDE_TILE / 8) * 10)
 /* Bounds, ranges, counts and sums of the 128 rows and 128 columns of a tile. */
 #define SELECT_SHARED_BYTES (TILE * (2 * (8 + 8 + 32) + 8))
 /* Of stored candidates also the places of so many, and a count a warp. */
@@ -67,6 +71,8 @@
  * four of 16-bit types, two of f32. */
 #define GRADIENT_DEPTH 32
 #define GRADIENT_STAGES_BYTES (4 * GRADIENT_DEPTH * GRADIENT_COLUMNS * 2)
+/* A flag and two barriers of the same, behind the tile of M. */
+#define GRADIENT_EXTRA_BYTES 24
 /* On Hopper warps have roles: 8 multiply, 3 build M, 1 copies; more threads would leave the product of 256 columns too
  * few registers (ptxas wants 154 for the whole kernel). 4 stages of half a tile's rows (32 KB), two
  * tiles of M (32 KB), the scales of the block's rows and, for each tile of M, of the other side's; 14 barriers, and a flag. */
@@ -184,7 +190,7 @@ typedef struct Pairs {
     Side anchors;
     Side references;             /* the anchors in the square form */
     uint32_t square;
-    uint32_t stride;             /* elements between rows, a multiple of STAGE_BYTES */
+    uint32_t stride;             /* elements between rows: whole stages of STAGE_BYTES */
     uint32_t dim;                /* D */
     uint32_t pool;               /* of candidates, in units of 4 */
     uint64_t tiles;              /* of S: upper triangle, or all */
@@ -266,7 +272,7 @@ typedef struct Zeroed {
 } Zeroed;
 #define ZEROED 8
 
-/* order_tiles: sorts ORDER_TILE keys a block, and begins the loss: counters and sums that later passes count up in. */
+/* order_tiles, order_tiles_wide: sorts the keys of a tile a block, and begins the loss: counters and sums that later passes count up in. */
 typedef struct OrderParams {
     const int64_t *labels;       /* [count], original order */
     uint32_t count;
@@ -306,6 +312,8 @@ typedef struct PrepareParams {
     uint32_t *bad;               /* smallest index of a bad row */
     float *column_sums;          /* [tiles, stride], sums of the valid rows of each tile; null: not wanted */
     float *duplicate;            /* as in Side: (1 - 1e-6) |e|^2, multiplied as S is; null: not wanted */
+    double *lengths;             /* [count], original order, out: of the rows, which are brought to unit length; null: they
+                                  * are as they are */
     const uint64_t *keys;        /* [count], in class order; null: no classes are wanted */
     const uint64_t *reference_keys;
     ClassRange *classes;         /* [count], where each row's class stands among the references */
@@ -349,36 +357,30 @@ typedef struct GradientParams {
     float *gradient;             /* [count, dim], original order */
 } GradientParams;
 
-/* threshold_prepare: [edot | e] or [e | edot] as f32 rows in class order. One block a row tile. */
-typedef struct ThresholdPrepareParams {
-    const void *rows;            /* prepared rows */
-    const float *tangent;        /* [count, dim], original order, or null: zero */
-    const uint32_t *order;
-    float *joined;               /* prepared rows of 2 * joined_half elements */
-    uint32_t count;
-    uint32_t dim;
-    uint32_t stride;
-    uint32_t joined_half;
-    uint32_t tangent_first;
-    uint32_t reserved;
-} ThresholdPrepareParams;
-
-/* threshold: sums over pairs of dG/dlambda * tilt, tilt = [edot_i | e_i] . [e_j | edot_j]. */
+/* threshold: <dM/dlambda R, tangent> of one side, for both lambdas. A block as in the gradient, for each lambda. */
 typedef struct ThresholdParams {
-    Pairs pairs;
-    const float *left;           /* joined rows of the anchors */
-    const float *right;          /* and of the references */
-    uint32_t joined_half;
-    uint32_t reserved;
-    double *partial;             /* [tiles, 2], positive and negative sum of each tile */
+    GradientParams walk;         /* its ways may be null; nothing is written through it */
+    const float *tangent;        /* [count, dim], original order */
+    double *partial;             /* [2, blocks]: positives', then negatives' lambda */
+    uint64_t blocks;             /* of all launches */
+    uint64_t first;              /* of this one */
 } ThresholdParams;
 
-/* threshold_sum: the partial sums of all tiles. One block. */
+/* threshold_sum: the partial sums of all blocks. One block. */
 typedef struct ThresholdSumParams {
-    const double *partial;       /* [tiles, 2] */
-    uint64_t tiles;
+    const double *partial;       /* [2, blocks] */
+    uint64_t blocks;
     double *sums;                /* [2] */
 } ThresholdSumParams;
+
+/* lead_back: dL/d(unit rows) into dL/d(rows). A warp a row. */
+typedef struct LeadBackParams {
+    const void *rows;            /* [count, dim], as they were given */
+    const double *lengths;       /* [count] */
+    float *gradient;             /* [count, dim], in and out */
+    uint32_t count;
+    uint32_t dim;
+} LeadBackParams;
 
 /* retrieval: the k most similar references of each query. One block a query tile. */
 typedef struct RetrievalParams {

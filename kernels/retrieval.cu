@@ -65,7 +65,6 @@ DEVICE void compact_row(const RetrievalParams &p, RetrievalShared &shared, uint6
 
 template <class Numbers>
 DEVICE void retrieval_body(const RetrievalParams &p) {
-    using Element = typename Numbers::Element;
     SHARED_MEMORY(bytes);
     auto &shared = *reinterpret_cast<RetrievalShared *>(bytes);
     uint32_t first_query = (p.first_tile + block_x()) * TILE;
@@ -77,13 +76,13 @@ DEVICE void retrieval_body(const RetrievalParams &p) {
     block_sync();
 
     Place<4> place;
-    uint64_t row_bytes = static_cast<uint64_t>(p.stride) * sizeof(Element);
+    uint64_t row_bytes = static_cast<uint64_t>(p.stride) * Numbers::stored_bytes;
     auto queries = static_cast<const unsigned char *>(p.queries) + first_query * row_bytes;
     auto references = static_cast<const unsigned char *>(p.references);
     for (uint32_t tile = 0; tile * TILE < p.reference_count; ++tile) {
         Accumulators<4> acc;
         multiply_tile<Numbers, 4>(acc, queries, references + static_cast<uint64_t>(tile) * TILE * row_bytes, row_bytes,
-                                  shared.stages, false);
+                                  shared.stages);
 #pragma unroll
         for (int row = 0; row < 8; ++row) {
             uint32_t r = place.row(row / 2, row % 2);

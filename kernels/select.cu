@@ -197,7 +197,7 @@ DEVICE void select_recomputed_body(const PairsParams &p) {
     Accumulators<4> acc;
     multiply_tile<Numbers, 4>(acc, tile_rows<Numbers>(pairs.anchors, tile.row, pairs.stride),
                               tile_rows<Numbers>(pairs.references, tile.column, pairs.stride),
-                              stride_bytes<Numbers>(pairs), bytes, false);
+                              stride_bytes<Numbers>(pairs), bytes);
     select_tile<Place<4>>(pairs, tile, bytes, acc);
 }
 
@@ -307,7 +307,7 @@ DEVICE double sum_of_columns(const WeighParams &p, WeighShared &shared) {
     double sum = 0.0;
     auto add = [&](const float *sums, uint32_t tiles, uint32_t d) {
         double total = 0.0;
-        for (uint32_t tile = warp_index(); tile < tiles; tile += THREADS / 32) {
+        for (uint32_t tile = warp_index(); tile < tiles && d < pairs.stride; tile += THREADS / 32) {
             total += static_cast<double>(sums[static_cast<uint64_t>(tile) * pairs.stride + d]);
         }
         return total;

@@ -104,7 +104,7 @@ DEVICE void same_class_body(const PairsParams &p) {
     const void *rows = tile_rows<Numbers>(pairs.anchors, block_x(), pairs.stride);
     same_class_rows<Place<4>, Accumulators<4>>(pairs, stages, [&](Accumulators<4> &acc, uint32_t tile) {
         multiply_tile<Numbers, 4>(acc, rows, tile_rows<Numbers>(pairs.references, tile, pairs.stride),
-                                  stride_bytes<Numbers>(pairs), stages, false);
+                                  stride_bytes<Numbers>(pairs), stages);
     });
 }
 
@@ -310,11 +310,12 @@ DEVICE void sweep_body(const PairsParams &p) {
     Accumulators<4> acc;
     multiply_tile<Numbers, 4>(acc, tile_rows<Numbers>(pairs.anchors, tile.row, pairs.stride),
                               tile_rows<Numbers>(pairs.references, tile.column, pairs.stride),
-                              stride_bytes<Numbers>(pairs), shared.stages, false);
+                              stride_bytes<Numbers>(pairs), shared.stages);
     sweep_end<Place<4>>(pairs, tile, index, shared, acc);
 }
 
 KERNEL_IN_EVERY_PRECISION(same_class, PairsParams, 1)
 KERNEL_IN_EVERY_PRECISION(sweep, PairsParams, 1)
+KERNEL(same_class_hopper_tf32, PairsParams, 1) { same_class_hopper_body<FastF32>(p); }
 KERNEL(same_class_hopper_f16, PairsParams, 1) { same_class_hopper_body<HalfF16>(p); }
 KERNEL(same_class_hopper_bf16, PairsParams, 1) { same_class_hopper_body<HalfBf16>(p); }

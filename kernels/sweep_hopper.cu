@@ -1,8 +1,8 @@
-// sweep_hopper.cu: the sweep of similarity.cu on Hopper (sm_90a); 16-bit types.
+// sweep_hopper.cu: the sweep of similarity.cu on Hopper (sm_90a); 16-bit types and TF32.
 // Truth: src/loss/similarity.rs. Launcher: src/backend/device/loss.rs.
 //
 // Persistent blocks: each takes contiguous runs of the tiles of S, and its warps have roles. The row tile
-// stays in shared memory as long as the run stays in its row (up to 512 dimensions; wider ones stream both operands);
+// stays in shared memory as long as the run stays in its row (up to 512 dimensions of 16 bits, 256 of TF32; wider ones stream both operands);
 // one thread copies it and the column tiles, in stages of 16 KB. Two teams of 8 warps take turns: while one
 // multiplies, the other looks at its products, so that the tensor cores do not wait for maxima and candidates. A
 // team begins when the other has issued all its products (`turn`): it skips that one's stages, and the parity of a
@@ -39,17 +39,18 @@ static_assert(SWEEP_HOPPER_STAGES <= SWEEP_HOPPER_RESIDENT, "stages of rows wher
 // a time: what they read stays in L2.
 struct SweepWalk {
     const Pairs &pairs;
+    uint32_t element;  // its bytes
     uint32_t waves, wave = 0;
     uint32_t position = 0, end = 0;  // of the run
     TileIndex tile{};
     uint32_t turn = NO_ROW;  // tiles with pairs before this one; nothing before the first
 
-    DEVICE SweepWalk(const Pairs &of)
-        : pairs(of), waves(static_cast<uint32_t>((of.tiles - 1) / (static_cast<uint64_t>(grid_x()) * SWEEP_HOPPER_RUN)) + 1) {
+    DEVICE SweepWalk(const Pairs &of, uint32_t stored_bytes)
+        : pairs(of), element(stored_bytes), waves(static_cast<uint32_t>((of.tiles - 1) / (static_cast<uint64_t>(grid_x()) * SWEEP_HOPPER_RUN)) + 1) {
         begin_run();
     }
     DEVICE uint64_t index() const { return index_of(pairs, tile.row, tile.column); }
-    DEVICE uint32_t chunks() const { return pairs.stride / (STAGE_BYTES / 2); }
+    DEVICE uint32_t chunks() const { return pairs.stride * element / STAGE_BYTES; }
     // Stages filled before those of this tile.
     DEVICE uint32_t filled() const { return turn * chunks(); }
     DEVICE bool resident() const { return chunks() <= SWEEP_HOPPER_RESIDENT; }
@@ -421,7 +422,7 @@ DEVICE void sweep_hopper_body([[maybe_unused]] const PairsParams &p) {
     }
     if (thread_index() < kTeams * TILE) shared.column_max[thread_index() / TILE][thread_index() % TILE] = 0;
     block_sync();  // barriers and maxima are there
-    SweepWalk walk(pairs);
+    SweepWalk walk(pairs, Numbers::stored_bytes);
     uint32_t warp = shuffle(warp_index(), 0);
     if (warp >= kTeams * kTeamWarps) {
         setmaxnreg_dec<24>();
@@ -434,5 +435,6 @@ DEVICE void sweep_hopper_body([[maybe_unused]] const PairsParams &p) {
     trap();
 #endif
 }
+ROLE_KERNEL(sweep_hopper_tf32, PairsParams, SWEEP_HOPPER_THREADS) { sweep_hopper_body<FastF32>(p); }
 ROLE_KERNEL(sweep_hopper_f16, PairsParams, SWEEP_HOPPER_THREADS) { sweep_hopper_body<HalfF16>(p); }
 ROLE_KERNEL(sweep_hopper_bf16, PairsParams, SWEEP_HOPPER_THREADS) { sweep_hopper_body<HalfBf16>(p); }

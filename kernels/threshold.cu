@@ -1,142 +1,138 @@
 // threshold.cu: the two sums of the threshold generator's hyper-gradient (SPEC 5).
 // Truth: src/loss/threshold.rs. Launcher: src/backend/device/threshold.rs.
 //
-// sum_ij (dG_ij/dlambda) tilt_ij, tilt_ij = edot_i . e_j + e_i . edot_j, over the mined pairs
-// of the last loss. tilt is one product: the rows [edot | e] times the rows [e | edot].
-// threshold_prepare: these rows, in f32 and class order. One block a row tile.
-// threshold: a tile of tilt on tensor cores, then the tile's candidates, or its recomputed S.
-//   One block a tile; tiles without candidates cost nothing.
-// threshold_sum: the sum over tiles. One block.
-// Numbers: tilt in three TF32 products whatever the type, since edot is f32; sums in f64, one order.
+// sum_ij W_ij (edot_i . e_j + e_i . edot_j) with W = dG/dlambda is <(W + W^T) E, edot>: the gradient's product with other
+// weights, and a dot product at its end (of each side with its own tangent in the rectangular form). S is that of the loss,
+// stored, or multiplied as its sweep did.
+// threshold: a block as in gradient.cu, for the positives or for the negatives. Tiles without any cost no product: of
+//   positives nearly all.
+// threshold_sum: the sum over blocks. One block.
+// Numbers: W in as many parts of the rows' type as f32 has digits for; a tile's sums are f32, all else f64, in one order.
 
-#include "weight.cuh"
+#include "tiles.cuh"
 
-template <class Element>
-DEVICE void threshold_prepare_body(const ThresholdPrepareParams &p) {
-    auto rows = static_cast<const unsigned char *>(p.rows);
-    auto joined = reinterpret_cast<unsigned char *>(p.joined);
-    uint64_t stride_bytes = static_cast<uint64_t>(p.stride) * sizeof(Element);
-    uint64_t joined_bytes = 2 * static_cast<uint64_t>(p.joined_half) * sizeof(float);
-    for (uint32_t r = warp_index(); r < TILE; r += THREADS / 32) {
-        uint64_t row = static_cast<uint64_t>(block_x()) * TILE + r;
-        uint32_t original = row < p.count ? p.order[row] : 0;
-        auto to = [&](uint32_t d) {
-            return reinterpret_cast<float *>(joined + prepared_place(row, d * sizeof(float), joined_bytes));
-        };
-        for (uint32_t d = lane_index(); d < p.joined_half; d += 32) {
-            bool there = row < p.count && d < p.dim;
-            float value = 0.0f;
-            if (there) {
-                value = to_float(*reinterpret_cast<const Element *>(rows + prepared_place(row, d * sizeof(Element), stride_bytes)));
-            }
-            float moving = there && p.tangent != nullptr ? p.tangent[static_cast<uint64_t>(original) * p.dim + d] : 0.0f;
-            *to(d) = p.tangent_first ? moving : value;
-            *to(p.joined_half + d) = p.tangent_first ? value : moving;
-        }
-    }
-}
-KERNEL(threshold_prepare_f32, ThresholdPrepareParams, 1) { threshold_prepare_body<float>(p); }
-KERNEL(threshold_prepare_tf32, ThresholdPrepareParams, 1) { threshold_prepare_body<float>(p); }
-KERNEL(threshold_prepare_f16, ThresholdPrepareParams, 1) { threshold_prepare_body<F16>(p); }
-KERNEL(threshold_prepare_bf16, ThresholdPrepareParams, 1) { threshold_prepare_body<Bf16>(p); }
-
-// Adds dM/dlambda * tilt of one pair: the derivative of its weight is its share times the sharpness and
-// the slope of its sigmoid.
-DEVICE void add_slope(const Pairs &pairs, uint32_t i, uint32_t j, float s, float tilt, double &pos, double &neg) {
-    bool positive;
-    float share = pair_share(pairs, i, j, s, positive);
-    if (share == 0.0f) return;
-    // The share is negative for positives: both derivatives are below 0 (SPEC 5).
-    auto sharpness = static_cast<float>(positive ? pairs.settings.beta : -pairs.settings.alpha);
-    double slope = static_cast<double>(share * sharpness * pair_slope(pairs.settings, positive, s));
-    pos += positive ? slope * static_cast<double>(tilt) : 0.0;
-    neg += positive ? 0.0 : slope * static_cast<double>(tilt);
-}
-
+// A number as M's type holds it.
 template <class Numbers>
-DEVICE void threshold_body(const ThresholdParams &p) {
+DEVICE float rounded(float value) {
+    using Element = typename Numbers::Element;
+    if constexpr (sizeof(Element) == 2) return to_float(from_float<Element>(value));
+    return float_of(to_tf32(value));
+}
+
+constexpr uint32_t kTilesAtOnce = 8;  // whose sums are added in f32, before they meet the tangent
+
+// dM/dlambda, of the positives' lambda or of the negatives'.
+template <class Numbers>
+struct Slopes {
+    // 8 or 11 bits each; exact products split f32 themselves.
+    static constexpr uint32_t parts = Numbers::exact ? 1 : sizeof(typename Numbers::Element) == 2 ? 3 : 2;
+    static constexpr bool may_be_nothing = true, from_words = false;
+    const ThresholdParams &p;
+    const TileBlock &block;
+    bool positives;
+    uint32_t tiles = 0;
+    double dot = 0.0;
+
+    // The derivative of a pair's weight is its share times the sharpness and the slope of its sigmoid.
+    DEVICE float slope(uint32_t i, uint32_t j, float s) const {
+        const Pairs &pairs = p.walk.pairs;
+        bool positive;
+        float share = pair_share(pairs, i, j, s, positive);
+        if (share == 0.0f || positive != positives) return 0.0f;
+        // The share is negative for positives: both derivatives are below 0 (SPEC 5).
+        auto sharpness = static_cast<float>(positive ? pairs.settings.beta : -pairs.settings.alpha);
+        return share * sharpness * pair_slope(pairs.settings, positive, s);
+    }
+    DEVICE float weigh(uint32_t i, uint32_t j, float s, uint32_t part) const {
+        float left = slope(i, j, s) * p.walk.weight_scale;
+        for (uint32_t before = 0; before < part; ++before) left -= rounded<Numbers>(left);
+        return left;
+    }
+    // Row `row` of the result's side meets the tangent: what answers for a column, and 0 beyond the rows' end.
+    DEVICE const float *tangent_of(uint64_t row) const {
+        const Side &own = p.walk.of_references ? p.walk.pairs.references : p.walk.pairs.anchors;
+        return row < own.count ? p.tangent + static_cast<uint64_t>(own.order[row]) * p.walk.pairs.dim : nullptr;
+    }
+    DEVICE float moving(const float *tangent, uint32_t column) const {
+        return tangent != nullptr && column < p.walk.pairs.dim ? tangent[column] : 0.0f;
+    }
+    DEVICE void flush(GradientSums<Numbers> &sums) {
+        double total = 0.0;
+        each_sum<Numbers>(sums, [&](uint32_t row) {
+            reads_below();  // of this row's tangent
+            const float *tangent = tangent_of(static_cast<uint64_t>(block.x) * TILE + block.offset + row);
+            return [this, tangent, &total](uint32_t column, float &sum) {
+                if (column < block.columns) total += static_cast<double>(sum * moving(tangent, block.first_column + column));
+                sum = 0.0f;
+            };
+        });
+        dot += total / static_cast<double>(p.walk.weight_scale);
+    }
+    DEVICE void after(GradientSums<Numbers> &sums) {
+        if (++tiles % kTilesAtOnce == 0) flush(sums);
+    }
+};
+
+template <class Numbers, bool group>
+DEVICE void threshold_walk(const ThresholdParams &p) {
     SHARED_MEMORY(bytes);
-    const Pairs &pairs = p.pairs;
-    uint64_t index = block_x();
-    uint32_t count = pairs.tile_counts[index];
-    double pos = 0.0, neg = 0.0;
-    if (count != 0) {
-        TileIndex tile = tile_of(pairs, index);
-        // All or none: the two ways add the same terms in another order.
-        bool stored = stores_all(pairs);
-        uint64_t joined = 2 * static_cast<uint64_t>(p.joined_half);
-        auto rows = static_cast<const unsigned char *>(tile_rows<Numbers>(pairs.anchors, tile.row, pairs.stride));
-        auto left = reinterpret_cast<const unsigned char *>(p.left + static_cast<uint64_t>(tile.row) * TILE * joined);
-        Place<2> place;
-        // Half the rows at a time: tilt and S together are too many registers for all.
-        for (uint32_t half = 0; half < TILE; half += TILE / 2) {
-            Accumulators<2> similarity, tilt;
-            if (!stored) {
-                multiply_tile<Numbers, 2>(similarity, rows + half * STAGE_BYTES,
-                                          tile_rows<Numbers>(pairs.references, tile.column, pairs.stride),
-                                          stride_bytes<Numbers>(pairs), bytes, false);
-            }
-            multiply_tile<ExactF32, 2>(tilt, left + half * STAGE_BYTES,
-                                       p.right + static_cast<uint64_t>(tile.column) * TILE * joined,
-                                       joined * sizeof(float), bytes, false);
-            if (!stored) {
-#pragma unroll
-                for (int row = 0; row < 4; ++row) {
-#pragma unroll
-                    for (int column = 0; column < 8; ++column) {
-                        uint32_t i = tile.row * TILE + half + place.row(row / 2, row % 2);
-                        uint32_t j = tile.column * TILE + place.column(column / 2, column % 2);
-                        if (!is_pair(pairs, i, j)) continue;
-                        int at = row % 2 * 2 + column % 2;
-                        add_slope(pairs, i, j, similarity[row / 2][column / 2][at], tilt[row / 2][column / 2][at], pos, neg);
-                    }
-                }
-                continue;
-            }
-            // Candidates may stand anywhere in the tile: through shared memory, over the stages.
-            auto *tilts = reinterpret_cast<float *>(bytes);  // [TILE / 2, TILE]
-#pragma unroll
-            for (int row = 0; row < 4; ++row) {
-#pragma unroll
-                for (int column = 0; column < 8; ++column) {
-                    tilts[place.row(row / 2, row % 2) * TILE + place.column(column / 2, column % 2)] =
-                        tilt[row / 2][column / 2][row % 2 * 2 + column % 2];
-                }
-            }
-            block_sync();
-            uint64_t at = segment_of(pairs, index);
-            for (uint32_t k = thread_index(); k < count; k += THREADS) {
-                uint32_t place = word_place(pairs.pool_words[at + k]), row = place / TILE, column = place % TILE;
-                if (row - half >= TILE / 2) continue;
-                add_slope(pairs, tile.row * TILE + row, tile.column * TILE + column, pairs.pool_values[at + k],
-                          tilts[(row - half) * TILE + column], pos, neg);
-            }
-            block_sync();  // the tilts are read
+    const GradientParams &walk = p.walk;
+    const Side &other = walk.of_references ? walk.pairs.anchors : walk.pairs.references;
+    uint32_t split = block_z() % walk.splits, of_negatives = block_z() / walk.splits;
+    TileBlock block = tile_block<Numbers>(walk);
+    Slopes<Numbers> job{p, block, of_negatives == 0};
+    Range range = split_range(other.tiles, split, walk.splits);
+    if (walk.ways != nullptr && walk.ways[block.x]) {
+        for (uint32_t first = 0; first < kMatrixRows<Numbers>; first += kListsPart) {
+            sum_lists<Numbers, THREADS / 32, kListsRows>(
+                walk, bytes, block.x, block.offset + first, range, [&](uint32_t i, uint32_t j, float s) { return job.slope(i, j, s); },
+                [&](uint32_t row, uint32_t column, float sum) {
+                    const float *tangent = job.tangent_of(static_cast<uint64_t>(block.x) * TILE + row);
+                    job.dot += static_cast<double>(sum) * static_cast<double>(job.moving(tangent, block.first_column + column));
+                });
         }
+    } else {
+        TileMemory<Numbers> memory(bytes);
+#ifdef HAS_WARPGROUP_PRODUCTS
+        if constexpr (group) memory.group.begin();
+#endif
+        GradientSums<Numbers> sums;
+        clear_sums<Numbers>(sums);
+        walk_tiles<Numbers, group>(walk, memory, block, range, job, sums);
+        job.flush(sums);
     }
     block_sync();  // nobody is left in the stages
-    auto *scratch = reinterpret_cast<double *>(bytes);
-    pos = block_sum(pos, scratch);
-    neg = block_sum(neg, scratch);
+    double dot = block_sum(job.dot, reinterpret_cast<double *>(bytes));
     if (thread_index() == 0) {
-        p.partial[2 * index] = pos;
-        p.partial[2 * index + 1] = neg;
+        uint32_t columns = (walk.pairs.stride + GRADIENT_COLUMNS - 1) / GRADIENT_COLUMNS;
+        p.partial[static_cast<uint64_t>(of_negatives) * p.blocks + p.first +
+                  (static_cast<uint64_t>(split) * columns + block_y()) * grid_x() + block_x()] = dot;
     }
 }
+template <class Numbers>
+DEVICE void threshold_body(const ThresholdParams &p) {
+    threshold_walk<Numbers, false>(p);
+}
 KERNEL_IN_EVERY_PRECISION(threshold, ThresholdParams, 1)
+
+template <class Numbers>
+DEVICE void threshold_hopper_body([[maybe_unused]] const ThresholdParams &p) {
+#ifdef HAS_WARPGROUP_PRODUCTS
+    threshold_walk<Numbers, true>(p);
+#else
+    trap();
+#endif
+}
+KERNEL(threshold_hopper_f16, ThresholdParams, 1) { threshold_hopper_body<HalfF16>(p); }
+KERNEL(threshold_hopper_bf16, ThresholdParams, 1) { threshold_hopper_body<HalfBf16>(p); }
 
 KERNEL(threshold_sum, ThresholdSumParams, 1) {
     SHARED_MEMORY(bytes);
     auto *scratch = reinterpret_cast<double *>(bytes);
-    double pos = 0.0, neg = 0.0;
-    for (uint64_t tile = thread_index(); tile < p.tiles; tile += THREADS) {
-        pos += p.partial[2 * tile];
-        neg += p.partial[2 * tile + 1];
-    }
-    pos = block_sum(pos, scratch);
-    neg = block_sum(neg, scratch);
-    if (thread_index() == 0) {
-        p.sums[0] = pos;
-        p.sums[1] = neg;
+    for (uint32_t kind = 0; kind < 2; ++kind) {
+        double sum = 0.0;
+        for (uint64_t block = thread_index(); block < p.blocks; block += THREADS) sum += p.partial[kind * p.blocks + block];
+        sum = block_sum(sum, scratch);
+        if (thread_index() == 0) p.sums[kind] = sum;
     }
 }

@@ -25,14 +25,15 @@ static_assert(SIMILARITY_STAGES_BYTES == kStages * 2 * TILE * STAGE_BYTES, "the 
 // Share of the longer row's square sum from which a positive is an exact duplicate (SPEC 1).
 constexpr double kDuplicate = 1.0 - 1e-6;
 
-// The four ways to multiply. `Fragment` is an operand as its `multiply` wants it; `swapped`
-// says that a and b stand exchanged, and keeps the order of the sums: the tile (j, i) of a
-// symmetric S has the bits of (i, j).
+// The four ways to multiply. `Fragment` is an operand as its `multiply` wants it, `stored_bytes` what an element of a
+// prepared row takes. S_ij and S_ji have the same bits in every one: products commute, and so does what adds them.
 
-// f32 as three TF32 products: x = high + low, the product of the low parts is below f32's last bit.
+// f32 as three TF32 products: x = high + low, the product of the low parts is below f32's last bit. Prepared rows hold
+// both, split once: of 16 elements first the high parts, then the low ones.
 struct ExactF32 {
     using Element = float;
     static constexpr bool exact = true;
+    static constexpr uint32_t stored_bytes = 8;
     template <int n>
     struct Fragment {
         uint32_t high[n], low[n];
@@ -44,38 +45,18 @@ struct ExactF32 {
             to.low[i] = to_tf32(float_of(from[i]) - float_of(to.high[i]));
         }
     }
-    static DEVICE void multiply(float (&c)[4], const Fragment<4> &a, const Fragment<2> &b, bool swapped) {
-        if (swapped) {
-            mma_tf32(c, a.high, b.low);
-            mma_tf32(c, a.low, b.high);
-        } else {
-            mma_tf32(c, a.low, b.high);
-            mma_tf32(c, a.high, b.low);
-        }
+    static DEVICE void multiply(float (&c)[4], const Fragment<4> &a, const Fragment<2> &b) {
+        mma_tf32(c, a.low, b.high);
+        mma_tf32(c, a.high, b.low);
         mma_tf32(c, a.high, b.high);
     }
 };
 
+// f32 rounded to TF32, when rows are prepared and when weights are stored.
 struct FastF32 {
     using Element = float;
     static constexpr bool exact = false;
-    template <int n>
-    struct Fragment {
-        uint32_t value[n];
-    };
-    template <int n>
-    static DEVICE void prepare(Fragment<n> &to, const uint32_t *from) {
-        for (int i = 0; i < n; ++i) to.value[i] = to_tf32(float_of(from[i]));
-    }
-    static DEVICE void multiply(float (&c)[4], const Fragment<4> &a, const Fragment<2> &b, bool) {
-        mma_tf32(c, a.value, b.value);
-    }
-};
-
-template <class T>
-struct Narrow {
-    using Element = T;
-    static constexpr bool exact = false;
+    static constexpr uint32_t stored_bytes = 4;
     template <int n>
     struct Fragment {
         uint32_t value[n];
@@ -84,14 +65,32 @@ struct Narrow {
     static DEVICE void prepare(Fragment<n> &to, const uint32_t *from) {
         for (int i = 0; i < n; ++i) to.value[i] = from[i];
     }
-    static DEVICE void multiply(float (&c)[4], const Fragment<4> &a, const Fragment<2> &b, bool);
+    static DEVICE void multiply(float (&c)[4], const Fragment<4> &a, const Fragment<2> &b) {
+        mma_tf32(c, a.value, b.value);
+    }
+};
+
+template <class T>
+struct Narrow {
+    using Element = T;
+    static constexpr bool exact = false;
+    static constexpr uint32_t stored_bytes = 2;
+    template <int n>
+    struct Fragment {
+        uint32_t value[n];
+    };
+    template <int n>
+    static DEVICE void prepare(Fragment<n> &to, const uint32_t *from) {
+        for (int i = 0; i < n; ++i) to.value[i] = from[i];
+    }
+    static DEVICE void multiply(float (&c)[4], const Fragment<4> &a, const Fragment<2> &b);
 };
 template <>
-DEVICE void Narrow<F16>::multiply(float (&c)[4], const Fragment<4> &a, const Fragment<2> &b, bool) {
+DEVICE void Narrow<F16>::multiply(float (&c)[4], const Fragment<4> &a, const Fragment<2> &b) {
     mma_f16(c, a.value, b.value);
 }
 template <>
-DEVICE void Narrow<Bf16>::multiply(float (&c)[4], const Fragment<4> &a, const Fragment<2> &b, bool) {
+DEVICE void Narrow<Bf16>::multiply(float (&c)[4], const Fragment<4> &a, const Fragment<2> &b) {
     mma_bf16(c, a.value, b.value);
 }
 using HalfF16 = Narrow<F16>;
@@ -120,6 +119,51 @@ DEVICE uint32_t swizzled(uint32_t row, uint32_t granule) {
 DEVICE uint64_t prepared_place(uint64_t row, uint32_t byte, uint64_t stride_bytes) {
     return row / TILE * TILE * stride_bytes + static_cast<uint64_t>(byte / STAGE_BYTES) * TILE * STAGE_BYTES +
            swizzled(static_cast<uint32_t>(row % TILE), byte % STAGE_BYTES / 16) + byte % 16;
+}
+
+// Byte of element `d` of a prepared row; of f32 split into two that of the high part, whose low one is a fixed way off.
+template <class Numbers>
+DEVICE uint32_t stored_byte(uint32_t d) {
+    constexpr uint32_t half = STAGE_BYTES / 2 / sizeof(float);
+    if constexpr (Numbers::exact) return d / half * STAGE_BYTES + d % half * static_cast<uint32_t>(sizeof(float));
+    return d * Numbers::stored_bytes;
+}
+constexpr uint32_t kLowBytes = STAGE_BYTES / 2;  // from a high part to its low one
+
+// The elements from `first` on, a granule of them, as products want them.
+template <class Numbers>
+DEVICE void store_prepared(unsigned char *rows, uint64_t row, uint32_t first, const Granule<typename Numbers::Element> &values,
+                           uint64_t stride_bytes) {
+    using Vector = Granule<typename Numbers::Element>;
+    auto to = [&](uint32_t byte) { return reinterpret_cast<Vector *>(rows + prepared_place(row, byte, stride_bytes)); };
+    uint32_t byte = stored_byte<Numbers>(first);
+    if constexpr (sizeof(typename Numbers::Element) == 2) {
+        *to(byte) = values;
+    } else {
+        Vector high, low;
+#pragma unroll
+        for (int i = 0; i < Vector::count; ++i) {
+            high.values[i] = float_of(to_tf32(values.values[i]));
+            low.values[i] = float_of(to_tf32(values.values[i] - high.values[i]));
+        }
+        *to(byte) = high;
+        if constexpr (Numbers::exact) *to(byte + kLowBytes) = low;
+    }
+}
+
+// The same back; the sum of both parts has all but the last bit of an f32.
+template <class Numbers>
+DEVICE Granule<typename Numbers::Element> load_prepared(const unsigned char *rows, uint64_t row, uint32_t first, uint64_t stride_bytes) {
+    using Vector = Granule<typename Numbers::Element>;
+    auto at = [&](uint32_t byte) { return *reinterpret_cast<const Vector *>(rows + prepared_place(row, byte, stride_bytes)); };
+    uint32_t byte = stored_byte<Numbers>(first);
+    Vector values = at(byte);
+    if constexpr (Numbers::exact) {
+        Vector low = at(byte + kLowBytes);
+#pragma unroll
+        for (int i = 0; i < Vector::count; ++i) values.values[i] += low.values[i];
+    }
+    return values;
 }
 
 // Where this thread's accumulators stand in the tile.
@@ -154,37 +198,6 @@ DEVICE void copy_stage(unsigned char *to, const unsigned char *from, int rows) {
     }
 }
 
-// Adds a stage's products to `acc`: its row tiles from `first` on.
-template <class Numbers, int row_tiles>
-DEVICE void multiply_stage(Accumulators<row_tiles> &acc, const unsigned char *a, const unsigned char *b,
-                           uint32_t a_row, uint32_t b_row, bool swapped) {
-    uint32_t lane = lane_index();
-    // Exact products have work enough in one step, and no registers for two.
-    [[maybe_unused]] constexpr int kUnroll = Numbers::exact ? 1 : kGranules / 2;
-#pragma unroll kUnroll
-    for (int step = 0; step < kGranules / 2; ++step) {
-        typename Numbers::template Fragment<2> columns[kColumnTiles];
-#pragma unroll
-        for (int pair = 0; pair < kColumnTiles / 2; ++pair) {
-            uint32_t raw[4];
-            ldmatrix(raw, b + swizzled(b_row + pair * 16 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2));
-            Numbers::prepare(columns[pair * 2], raw);
-            Numbers::prepare(columns[pair * 2 + 1], raw + 2);
-        }
-#pragma unroll
-        for (int tile = 0; tile < row_tiles; ++tile) {
-            uint32_t raw[4];
-            ldmatrix(raw, a + swizzled(a_row + tile * 16 + lane % 16, step * 2 + lane / 16));
-            typename Numbers::template Fragment<4> rows;
-            Numbers::prepare(rows, raw);
-#pragma unroll
-            for (int column = 0; column < kColumnTiles; ++column) {
-                Numbers::multiply(acc[tile][column], rows, columns[column], swapped);
-            }
-        }
-    }
-}
-
 template <int row_tiles>
 DEVICE void clear(Accumulators<row_tiles> &acc) {
 #pragma unroll
@@ -197,12 +210,92 @@ DEVICE void clear(Accumulators<row_tiles> &acc) {
     }
 }
 
+// Granules of the rows of 16 from `row` on, as operand b of two products wants them, and of those as operand a.
+DEVICE void load_columns(uint32_t (&raw)[4], const unsigned char *stage, uint32_t row, uint32_t granule) {
+    uint32_t lane = lane_index();
+    ldmatrix(raw, stage + swizzled(row + lane % 8 + lane / 16 * 8, granule + lane / 8 % 2));
+}
+DEVICE void load_rows(uint32_t (&raw)[4], const unsigned char *stage, uint32_t row, uint32_t granule) {
+    uint32_t lane = lane_index();
+    ldmatrix(raw, stage + swizzled(row + lane % 16, granule + lane / 16));
+}
+
+// Adds a stage's products to `acc`: its rows from `a_row` on.
+template <class Numbers, int row_tiles>
+DEVICE void multiply_stage(Accumulators<row_tiles> &acc, const unsigned char *a, const unsigned char *b, uint32_t a_row,
+                           uint32_t b_row) {
+#pragma unroll
+    for (int step = 0; step < kGranules / 2; ++step) {
+        uint32_t columns[kColumnTiles / 2][4];
+#pragma unroll
+        for (int pair = 0; pair < kColumnTiles / 2; ++pair) load_columns(columns[pair], b, b_row + pair * 16, step * 2);
+#pragma unroll
+        for (int tile = 0; tile < row_tiles; ++tile) {
+            uint32_t raw[4];
+            load_rows(raw, a, a_row + tile * 16, step * 2);
+            typename Numbers::template Fragment<4> rows;
+            Numbers::prepare(rows, raw);
+#pragma unroll
+            for (int column = 0; column < kColumnTiles; ++column) {
+                typename Numbers::template Fragment<2> fragment;
+                Numbers::prepare(fragment, columns[column / 2] + column % 2 * 2);
+                Numbers::multiply(acc[tile][column], rows, fragment);
+            }
+        }
+    }
+}
+
+// The same of rows split into high and low parts. Each kind of product has sums of its own, from 0, and the adder that
+// rounds adds them: with a and b exchanged two of them change places, and their sum has the same bits.
+template <int row_tiles>
+DEVICE void multiply_split_stage(float (*acc)[kColumnTiles][4], const unsigned char *a, const unsigned char *b, uint32_t a_row,
+                                 uint32_t b_row) {
+    Accumulators<row_tiles> low_high, high_low, high;
+    clear<row_tiles>(low_high);
+    clear<row_tiles>(high_low);
+    clear<row_tiles>(high);
+#pragma unroll 1
+    for (int step = 0; step < kGranules / 4; ++step) {
+        ExactF32::Fragment<4> columns[kColumnTiles / 2];  // of two products each
+#pragma unroll
+        for (int pair = 0; pair < kColumnTiles / 2; ++pair) {
+            load_columns(columns[pair].high, b, b_row + pair * 16, step * 2);
+            load_columns(columns[pair].low, b, b_row + pair * 16, step * 2 + kGranules / 2);
+        }
+#pragma unroll
+        for (int tile = 0; tile < row_tiles; ++tile) {
+            ExactF32::Fragment<4> rows;
+            load_rows(rows.high, a, a_row + tile * 16, step * 2);
+            load_rows(rows.low, a, a_row + tile * 16, step * 2 + kGranules / 2);
+#pragma unroll
+            for (int column = 0; column < kColumnTiles; ++column) {
+                const auto &two = columns[column / 2];
+                const uint32_t b_high[2] = {two.high[column % 2 * 2], two.high[column % 2 * 2 + 1]};
+                const uint32_t b_low[2] = {two.low[column % 2 * 2], two.low[column % 2 * 2 + 1]};
+                mma_tf32(low_high[tile][column], rows.low, b_high);
+                mma_tf32(high_low[tile][column], rows.high, b_low);
+                mma_tf32(high[tile][column], rows.high, b_high);
+            }
+        }
+    }
+#pragma unroll
+    for (int tile = 0; tile < row_tiles; ++tile) {
+#pragma unroll
+        for (int column = 0; column < kColumnTiles; ++column) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                acc[tile][column][i] += high[tile][column][i] + (low_high[tile][column][i] + high_low[tile][column][i]);
+            }
+        }
+    }
+}
+
 // acc = the products of 32 row_tiles rows from `a` on with the TILE rows from `b` on: `b` begins
 // a tile of prepared rows, `a` one or, STAGE_BYTES a row later, a part of it.
 // `stages` holds kStages * (32 row_tiles + TILE) * STAGE_BYTES bytes, free on entry and on return.
 template <class Numbers, int row_tiles, int stage_count = kStages>
 DEVICE void multiply_tile(Accumulators<row_tiles> &acc, const void *a, const void *b, uint64_t stride_bytes,
-                          unsigned char *stages, bool swapped = false) {
+                          unsigned char *stages) {
     constexpr int rows = 32 * row_tiles;
     constexpr uint32_t stage_bytes = (rows + TILE) * STAGE_BYTES;
     auto a_bytes = static_cast<const unsigned char *>(a);
@@ -228,23 +321,13 @@ DEVICE void multiply_tile(Accumulators<row_tiles> &acc, const void *a, const voi
         const unsigned char *stage = stages + index % stage_count * stage_bytes;
         const unsigned char *other = stage + rows * STAGE_BYTES;
         if constexpr (Numbers::exact) {
-            // Two row tiles at a time bound the registers of the second set of sums.
+            // Two row tiles at a time bound the registers of the further sums.
 #pragma unroll
             for (int first = 0; first < row_tiles; first += 2) {
-                Accumulators<2> part;
-                clear<2>(part);
-                multiply_stage<Numbers, 2>(part, stage, other, place.warp_row + first * 16, place.warp_column, swapped);
-#pragma unroll
-                for (int tile = 0; tile < 2; ++tile) {
-#pragma unroll
-                    for (int column = 0; column < kColumnTiles; ++column) {
-#pragma unroll
-                        for (int i = 0; i < 4; ++i) acc[first + tile][column][i] += part[tile][column][i];
-                    }
-                }
+                multiply_split_stage<2>(acc + first, stage, other, place.warp_row + first * 16, place.warp_column);
             }
         } else {
-            multiply_stage<Numbers, row_tiles>(acc, stage, other, place.warp_row, place.warp_column, swapped);
+            multiply_stage<Numbers, row_tiles>(acc, stage, other, place.warp_row, place.warp_column);
         }
     }
     cp_async_wait<0>();
@@ -317,11 +400,11 @@ DEVICE uint64_t index_of(const Pairs &pairs, uint32_t row, uint32_t column) {
 
 template <class Numbers>
 DEVICE const void *tile_rows(const Side &side, uint32_t tile, uint32_t stride) {
-    return static_cast<const typename Numbers::Element *>(side.rows) + static_cast<uint64_t>(tile) * TILE * stride;
+    return static_cast<const unsigned char *>(side.rows) + static_cast<uint64_t>(tile) * TILE * stride * Numbers::stored_bytes;
 }
 template <class Numbers>
 DEVICE uint64_t stride_bytes(const Pairs &pairs) {
-    return static_cast<uint64_t>(pairs.stride) * sizeof(typename Numbers::Element);
+    return static_cast<uint64_t>(pairs.stride) * Numbers::stored_bytes;
 }
 
 // Whether anchor i and reference j form a pair; in the square form each pair once, i < j.

@@ -193,9 +193,7 @@ fn stored_and_recomputed_tiles_give_the_same_bits() {
     let options = Options { budget: 0, ..Options::default() };
     let none = answers(&mut *emulated::open(options, 7), &case);
     assert!(bits(&full) == bits(&none));
-    // The threshold pass adds the same f64 terms, in the order of the list or of the tile.
-    assert!((full.1.pos - none.1.pos).abs() <= 1e-12 * full.1.pos.abs(), "{full:?} {none:?}");
-    assert!((full.1.neg - none.1.neg).abs() <= 1e-12 * full.1.neg.abs(), "{full:?} {none:?}");
+    assert_eq!(full.1, none.1);
 }
 
 fn generated_case(name: &str, dtype: Dtype) -> Case {
@@ -214,9 +212,12 @@ fn run_every_kernel(dtype: Dtype) {
     let dense = generated_case("rectangular_everything_mined", dtype);
     let sparse = cases::golden_in(dtype).into_iter().find(|case| case.name == "easy_few_mined");
     let sparse = sparse.expect("the case is clear of the thresholds in every type");
-    for variant in [false, true] {
-        // Hopper has its own kernels for 16-bit rows; f32 has TF32.
-        let (hopper, exact) = (variant && dtype != Dtype::F32, !(variant && dtype == Dtype::F32));
+    // Hopper has its own kernels for 16-bit rows; f32 has TF32, where Hopper's have stored everything.
+    let variants: &[(bool, bool)] = match dtype {
+        Dtype::F32 => &[(false, true), (false, false)],
+        _ => &[(false, true), (true, true)],
+    };
+    for &(hopper, exact) in variants {
         let answer = |case: &Case, budget: usize| {
             let device = EmulatedDevice::new(20);
             let device = if hopper { device.as_hopper() } else { device };
@@ -262,13 +263,176 @@ fn hopper_s_kernels_sum_in_the_order_of_the_others() {
 }
 
 #[test]
+fn hopper_s_kernels_of_tf32_give_the_bits_of_the_others() {
+    for name in ["everything_mined_140x330", "rectangular_everything_mined"] {
+        let case = generated_case(name, Dtype::F32);
+        let options = Options { exact: false, ..Options::default() };
+        let mut hopper = DeviceBackend::new(EmulatedDevice::new(25).as_hopper(), options);
+        let mut other = DeviceBackend::new(EmulatedDevice::new(26), options);
+        assert!(bits(&answers(&mut hopper, &case)) == bits(&answers(&mut other, &case)), "{name}");
+        assert!(hopper.device().launched().contains(&"sweep_hopper_tf32"));
+    }
+}
+
+#[test]
 fn hopper_s_stored_and_recomputed_tiles_give_the_same_bits() {
     let case = narrow_case("everything_mined_140x330");
     let answer = |budget, seed| {
         let options = Options { budget, ..Options::default() };
         answers(&mut DeviceBackend::new(EmulatedDevice::new(seed).as_hopper(), options), &case)
     };
-    assert!(bits(&answer(1 << 30, 18)) == bits(&answer(0, 19)));
+    let (stored, none) = (answer(1 << 30, 18), answer(0, 19));
+    assert!(bits(&stored) == bits(&none));
+    assert_eq!(stored.1, none.1);
+}
+
+/// Rows of 16 entries of about 1/4 with random signs, `jitter` units of the last place off, in classes of two: similarities are
+/// multiples of 1/8, or a few units of the last place beside them, and so are the bounds.
+fn rows_at_the_bounds(count: usize, jitter: i32) -> (Array2<f32>, Vec<i64>) {
+    let mut state = 7u64;
+    let rows = Array2::from_shape_simple_fn((count, 16), || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let off = ((state >> 33) as i32).rem_euclid(2 * jitter + 1) - jitter;
+        let value = 0.25 * (1.0 + off as f32 * f32::EPSILON);
+        if state >> 63 == 0 { value } else { -value }
+    });
+    (rows, (0..count as i64).map(|row| row / 2).collect())
+}
+
+#[test]
+fn similarities_at_the_bounds_count_alike_in_all_passes() {
+    // A million pairs.
+    const COUNT: usize = 1440;
+    let settings = LossSettings { mining: Mining::Symmetric, gamma: 0.25, ..LossSettings::default() };
+    for jitter in [0, 3] {
+        let (rows, labels) = rows_at_the_bounds(COUNT, jitter);
+        let batch = Batch::square(rows.view(), &labels);
+        // As the bounds of the kernels.
+        let above = |value: f32, tolerance: f64| (f64::from(value) + tolerance) as f32;
+        for (exact, hopper, seed) in [(true, false, 30), (false, false, 31), (false, true, 32)] {
+            let answer = |rows: &Array2<f32>, budget| {
+                let device = EmulatedDevice::new(seed);
+                let device = if hopper { device.as_hopper() } else { device };
+                let mut backend = DeviceBackend::new(device, Options { budget, exact });
+                let (mut output, batch) = (LossOutput::default(), Batch::square(rows.view(), &labels));
+                backend.loss(&batch, &settings, &mut output).unwrap();
+                let tangent = random_rows(COUNT, 16, 6);
+                let hyper = backend.hypergradient(&batch, tangent.view(), None).unwrap();
+                (output, hyper)
+            };
+            let (output, hyper) = answer(&rows, 1 << 30);
+            let what = format!("jitter {jitter}, exact {exact}, hopper {hopper}");
+            let LossOutput { min_pos, max_neg, count_pos, count_neg, .. } = &output;
+            assert!(output.active > 1000, "{what}");
+            for row in 0..COUNT {
+                let (low, high) = (min_pos[row], max_neg[row]);
+                // m+ of a class of two is one similarity, whichever of its rows asks.
+                assert_eq!(low.to_bits(), min_pos[row ^ 1].to_bits(), "{what}: row {row}");
+                // The same-class pass's similarity, held against the sweep's, is the selection's against it.
+                assert_eq!(count_pos[row] == 1, low < above(high, 0.25), "{what}: row {row}");
+                assert_eq!(count_neg[row] > 0, high > above(low, -0.25), "{what}: row {row}");
+            }
+            // Multiples of 1/8 are exact everywhere, and so is TF32 of them.
+            if jitter == 0 {
+                let mut cpu = LossOutput::default();
+                ddtas::backend::cpu::CpuBackend::new().loss(&batch, &settings, &mut cpu).unwrap();
+                assert!(cpu.count_neg == output.count_neg && cpu.count_pos == output.count_pos, "{what}");
+                assert_eq!((cpu.min_pos, cpu.max_neg), (output.min_pos, output.max_neg), "{what}");
+                continue;
+            }
+            // S_ji in place of S_ij: rows and classes in reverse order.
+            let reverse = Array2::from_shape_fn((COUNT, 16), |(row, d)| rows[[COUNT - 1 - row, d]]);
+            let (reversed, _) = answer(&reverse, 1 << 30);
+            let back = |values: &[u32]| values.iter().rev().copied().collect::<Vec<_>>();
+            assert!(
+                back(&reversed.count_neg) == *count_neg && back(&reversed.count_pos) == *count_pos,
+                "{what}"
+            );
+            assert!(
+                reversed.min_pos.iter().rev().eq(min_pos) && reversed.max_neg.iter().rev().eq(max_neg),
+                "{what}"
+            );
+            // Nothing stored: every pass multiplies anew. Hopper's then are not those of a whole loss.
+            if !hopper {
+                let (recomputed, same) = answer(&rows, 0);
+                assert!(recomputed.count_neg == *count_neg && recomputed.count_pos == *count_pos, "{what}");
+                assert_eq!((hyper, output.gradient), (same, recomputed.gradient), "{what}");
+            }
+        }
+    }
+}
+
+#[test]
+fn rows_of_any_length_agree_with_the_cpu() {
+    for (name, scale) in
+        [("odd_sizes_257x130", 1.0f32), ("rectangular_ignored_labels", 3.0), ("a_tile_and_one", 1e28)]
+    {
+        for dtype in Dtype::ALL {
+            let case = generated_case(name, dtype);
+            // Lengths from 1 to 4, or beyond what f32 squares hold where the type does.
+            let scale = if dtype == Dtype::F16 { scale.min(3.0) } else { scale };
+            let stretched = |rows: &cases::Matrix| {
+                let mut wide = rows.view().to_f64().mapv(|value| value as f32);
+                for (i, mut row) in wide.outer_iter_mut().enumerate() {
+                    row *= scale * (1 + i % 4) as f32;
+                }
+                dtype.cast(&wide)
+            };
+            let anchors = stretched(&case.anchors.rows);
+            let references = case.references.as_ref().map(|side| stretched(&side.rows));
+            let rows = Rows { embeddings: anchors.view(), labels: &case.anchors.labels };
+            let batch = match (&references, &case.references) {
+                (Some(others), Some(side)) => {
+                    let others = Rows { embeddings: others.view(), labels: &side.labels };
+                    Batch::rectangular(rows, others).with_reference_gradient()
+                }
+                _ => Batch::square(rows.embeddings, rows.labels),
+            };
+            let mut truth = LossOutput::default();
+            let mut cpu = ddtas::backend::cpu::CpuBackend::new();
+            cpu.loss_of_any_length(&batch, &case.settings, &mut truth).unwrap();
+            for hopper in [false, true] {
+                let device = EmulatedDevice::new(33);
+                let device = if hopper { device.as_hopper() } else { device };
+                let (mut backend, mut output) =
+                    (DeviceBackend::new(device, Options::default()), LossOutput::default());
+                backend.loss_of_any_length(&batch, &case.settings, &mut output).unwrap();
+                let what = format!("{name}, {dtype:?}, hopper {hopper}");
+                // Unit rows may differ in the last bit, and 16-bit ones with it.
+                let bound = if dtype == Dtype::F32 { 1e-5 } else { 3e-2 };
+                assert!((output.loss - truth.loss).abs() <= bound * truth.loss, "{what}");
+                let pairs = [(&output.gradient, &truth.gradient)]
+                    .into_iter()
+                    .chain(output.reference_gradient.as_ref().zip(truth.reference_gradient.as_ref()));
+                for (got, want) in pairs {
+                    let most = want.fold(0.0f32, |most, value| most.max(value.abs()));
+                    let worst = got.iter().zip(want).fold(0.0f32, |worst, (g, w)| worst.max((g - w).abs()));
+                    assert!(most > 0.0 && f64::from(worst / most) <= bound, "{what}: {}", worst / most);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn rows_without_a_direction_are_named_as_on_the_cpu() {
+    let mut rows = random_rows(150, 24, 8) * 5.0;
+    let labels: Vec<i64> = (0..150).map(|row| row / 3).collect();
+    let settings = LossSettings::default();
+    for (value, message) in
+        [(0.0, "row 70 of the anchors has L2 norm 0.000000"), (f32::NAN, "row 70 of the anchors holds")]
+    {
+        rows.row_mut(70).fill(value);
+        let mut backend = DeviceBackend::new(EmulatedDevice::new(34), Options::default());
+        let mut output = LossOutput::default();
+        let batch = Batch::square(rows.view(), &labels);
+        let error = backend.loss_of_any_length(&batch, &settings, &mut output).unwrap_err();
+        assert!(error.to_string().starts_with(message), "{error}");
+        // Trusted, it is computed; a row of zeros has no derivative.
+        backend.loss_of_any_length(&batch.trusted(), &settings, &mut output).unwrap();
+        let own = output.gradient.row(70);
+        assert!(if value == 0.0 { own.iter().all(|&g| g == 0.0) } else { own.iter().all(|g| g.is_nan()) });
+    }
 }
 
 #[test]

@@ -77,6 +77,19 @@ fn a_loss_against_a_memory() {
     assert_launches(&loss(batch.with_reference_gradient()), (10, 0));
 }
 
+#[test]
+fn more_rows_than_one_merge_of_small_tiles_takes() {
+    // A memory, for a square batch of so many rows takes minutes here: one merge, of larger tiles.
+    let ((e, labels), (r, reference_labels)) = (rows(10), rows(65_600));
+    let (anchors, references) = (Rows::new(e.view(), &labels), Rows::new(r.view(), &reference_labels));
+    let batch = Batch::rectangular(anchors, references);
+    let (kernels, fills) = launched(&mut backend(EVERYTHING), |backend| {
+        backend.loss(&batch, &LossSettings::default(), &mut LossOutput::default()).unwrap();
+    });
+    assert_eq!(kernels[..3], ["order_tiles", "order_tiles_wide", "order_merge"]);
+    assert_launches(&(kernels, fills), (10, 0));
+}
+
 fn resident(rows: &Array2<f32>, labels: &[i64], gradient: u64) -> ResidentRows {
     let (embeddings, labels, count) = (rows.as_ptr() as u64, labels.as_ptr() as u64, labels.len());
     ResidentRows { count, embeddings, labels, gradient }
@@ -95,14 +108,19 @@ fn a_loss_of_resident_rows_and_one_that_nobody_waits_for() {
         unsafe { backend.loss_resident(&batch, &settings, &mut output) }.unwrap();
     });
     assert_launches(&waited, (7, 0));
-    let enqueued = launched(&mut backend(EVERYTHING), |backend| {
-        let part = ResidentPart { batch, identity: ResidentIdentity::ByValue, total: 200 };
-        let settings = ResidentSettings { settings: LossSettings::default(), lambda: 0 };
-        let mut scalars = [0u64; size_of::<LossScalars>() / 8];
-        // SAFETY: as above, and the scalars too.
-        unsafe { backend.enqueue_loss(&part, &settings, scalars.as_mut_ptr() as u64) }.unwrap();
-    });
-    assert_eq!(enqueued, waited);
+    let enqueued = |any_length| {
+        launched(&mut backend(EVERYTHING), |backend| {
+            let part = ResidentPart { batch, identity: ResidentIdentity::ByValue, total: 200, any_length };
+            let settings = ResidentSettings { settings: LossSettings::default(), lambda: 0 };
+            let mut scalars = [0u64; size_of::<LossScalars>() / 8];
+            // SAFETY: as above, and the scalars too.
+            unsafe { backend.enqueue_loss(&part, &settings, scalars.as_mut_ptr() as u64) }.unwrap();
+        })
+    };
+    assert_eq!(enqueued(false), waited);
+    let (kernels, fills) = enqueued(true);
+    assert_eq!(kernels.last(), Some(&"lead_back_f32"));
+    assert_launches(&(kernels, fills), (8, 0));
 }
 
 #[test]
@@ -113,7 +131,7 @@ fn the_steps_of_a_part() {
     let (dtype, check) = (ResidentType::F32, UnitCheck::Check);
     let references = Some(resident(&e, &labels, 0));
     let batch = ResidentBatch { dim: 2, dtype, anchors, references, check };
-    let part = ResidentPart { batch, identity: ResidentIdentity::From(0), total: 200 };
+    let part = ResidentPart { batch, identity: ResidentIdentity::From(0), total: 200, any_length: false };
     let settings = ResidentSettings { settings: LossSettings::default(), lambda: 0 };
     // Numbers of 0 are as good as any: every list may be one.
     let mut list = vec![0u64; 400];

@@ -280,7 +280,7 @@ fn part_of<'a>(
         labels: whole.labels + (range.start * size_of::<i64>()) as u64,
         gradient: gradient.as_mut_ptr() as u64,
     };
-    ResidentPart { batch: batch(own, Some(whole)), identity, total: labels.len() }
+    ResidentPart { batch: batch(own, Some(whole)), identity, total: labels.len(), any_length: false }
 }
 
 #[test]
@@ -361,7 +361,8 @@ fn a_whole_loss_that_nobody_waits_for_gives_the_same_bits_and_nan_for_a_bad_row(
     let given = ResidentSettings { settings: LossSettings::default(), lambda: 0 };
     let enqueue = |e: &Array2<f32>, gradient: &mut Array2<f32>| {
         let whole = batch(resident(e, &labels, gradient), None);
-        let part = ResidentPart { batch: whole, identity: ResidentIdentity::ByValue, total: 140 };
+        let part =
+            ResidentPart { batch: whole, identity: ResidentIdentity::ByValue, total: 140, any_length: false };
         let mut scalars = [0u64; size_of::<LossScalars>() / 8];
         // SAFETY: the addresses of matrices that outlive the call, and of the scalars.
         unsafe { backend().enqueue_loss(&part, &given, scalars.as_mut_ptr() as u64) }.unwrap();

@@ -8,11 +8,13 @@
 //! | `file.rs` | rows read from and written to .safetensors |
 //! | `measure.rs` | one row of the table: time, floor, memory |
 //! | `spot_check.rs` | a device's answer on a batch of any size held to float64, for some of its anchors |
+//! | `compare.rs` | two runs, held against each other |
 //! | `plot.rs` | time and memory against B, as SVG |
 
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
 mod arguments;
+mod compare;
 mod density;
 mod embeddings;
 mod file;
@@ -23,6 +25,7 @@ mod settings;
 pub mod spot_check;
 
 pub use arguments::DeviceArguments;
+pub use compare::{Comparison, Ratio, compare, read_rows};
 pub use ddtas_io::tensors::EmbeddedRows;
 pub use density::Density;
 pub use embeddings::{CLASS_SIZE, Embeddings, draw, find_noise};

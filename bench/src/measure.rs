@@ -25,7 +25,7 @@ const MOST: usize = 10_000;
 const STRIPE: usize = 256;
 
 /// What was measured of one batch. Field names are those of `--json`.
-#[derive(Debug, Clone, serde::Serialize)]
+#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
 pub struct Row {
     /// Rows of the batch, B.
     pub batch: usize,

@@ -9,7 +9,9 @@ use ddtas_io::files::check_place;
 use ddtas_io::{Error, Result};
 
 /// Type the rows are rounded to before they are given to the backend.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, serde::Serialize)]
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, serde::Serialize, serde::Deserialize,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Dtype {
     /// Single precision.
@@ -77,7 +79,7 @@ impl ThroughputSettings {
             return Ok(());
         }
         let value = format!("{:?}", self.dtype).to_lowercase();
-        Err(Error::InvalidSetting { name: "dtype", value, range: "f32, where --tf32 is given" })
+        Err(Error::misuse("dtype", value, "--tf32 is for f32 rows"))
     }
 
     /// # Errors
@@ -114,16 +116,17 @@ impl ThroughputSettings {
         };
         let combinations = plan.batches.len() * plan.dims.len() * plan.densities.len();
         if let (Some(path), 2..) = (&self.save_embeddings, combinations) {
-            return Err(Error::InvalidSetting {
+            return Err(Error::Misused {
                 name: "save-embeddings",
                 value: path.display().to_string(),
-                range: "a file holds one --batch, one --dim and one --density",
+                reason: "a file holds one --batch, one --dim and one --density",
             });
         }
         if self.embeddings.is_some() && (self.batch.len() > 1 || self.dim.len() > 1) {
-            let value = format!("{:?}", if self.batch.len() > 1 { &self.batch } else { &self.dim });
-            let range = "one --batch and one --dim, those of the file, or none";
-            return Err(Error::InvalidSetting { name: "embeddings", value, range });
+            let (name, values) =
+                if self.batch.len() > 1 { ("batch", &self.batch) } else { ("dim", &self.dim) };
+            let value = values.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
+            return Err(Error::misuse(name, value, "--embeddings goes with one, that of the file, or none"));
         }
         Ok(plan)
     }

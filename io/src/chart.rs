@@ -2,7 +2,8 @@
 
 use std::ops::Range;
 
-use plotters::coord::ranged1d::ValueFormatter;
+use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint, ValueFormatter};
+use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 
 /// Told apart on white and on black, by those who see fewer colours, too.
@@ -17,6 +18,10 @@ const COLOURS: [RGBColor; 6] = [
 
 /// Points that a line without marks has at most; more are averaged in groups, to keep the file small.
 const MOST_POINTS: usize = 300;
+
+/// Ticks that an axis with equal steps has at most.
+const X_TICKS: usize = 6;
+const Y_TICKS: usize = 6;
 
 /// plotters writes fixed colours; these two stand for the page's own and are replaced afterwards.
 const INK: RGBColor = RGBColor(1, 2, 3);
@@ -120,10 +125,43 @@ fn panel<'a>(area: &Area<'a>, chart: &Chart<'_>) -> Result<(), Failure> {
         builder.x_label_area_size(38).margin_bottom(6);
     }
     let (x, y) = (chart.x.range.clone(), chart.y.range.clone());
-    match (chart.x.is_logarithmic, chart.y.is_logarithmic) {
-        (true, _) => lines_on(&mut builder.build_cartesian_2d(x.log_scale(), y.log_scale())?, chart),
-        (false, true) => lines_on(&mut builder.build_cartesian_2d(x, y.log_scale())?, chart),
-        (false, false) => lines_on(&mut builder.build_cartesian_2d(x, y)?, chart),
+    if chart.x.is_logarithmic {
+        return lines_on(&mut builder.build_cartesian_2d(x.log_scale(), y.log_scale())?, chart);
+    }
+    let x = Ticked::new(x, X_TICKS);
+    if chart.y.is_logarithmic {
+        lines_on(&mut builder.build_cartesian_2d(x, y.log_scale())?, chart)
+    } else {
+        lines_on(&mut builder.build_cartesian_2d(x, Ticked::new(y, Y_TICKS))?, chart)
+    }
+}
+
+/// An axis with the ticks of [`ticks`]: plotters' own are as dense as their number is given.
+struct Ticked {
+    axis: RangedCoordf64,
+    ticks: Vec<f64>,
+}
+
+impl Ticked {
+    fn new(range: Range<f64>, most: usize) -> Self {
+        Self { ticks: ticks(&range, most).0, axis: range.into() }
+    }
+}
+
+impl Ranged for Ticked {
+    type FormatOption = DefaultFormatting;
+    type ValueType = f64;
+
+    fn map(&self, value: &f64, limit: (i32, i32)) -> i32 {
+        self.axis.map(value, limit)
+    }
+
+    fn key_points<Hint: KeyPointHint>(&self, _: Hint) -> Vec<f64> {
+        self.ticks.clone()
+    }
+
+    fn range(&self) -> Range<f64> {
+        self.axis.range()
     }
 }
 
@@ -177,17 +215,46 @@ where
     Ok(())
 }
 
-/// Exponential mean whose memory is a twentieth of the line; starts at the first value.
+/// Mean over as many points before as after, a twentieth of the line in all; near the ends over fewer, so that it does
+/// not lag behind.
 fn running_mean(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
-    let weight = (20.0 / points.len().max(1) as f64).min(1.0);
-    let mut mean = points.first().map_or(0.0, |point| point.1);
-    points
-        .iter()
-        .map(|&(x, y)| {
-            mean += weight * (y - mean);
-            (x, mean)
-        })
-        .collect()
+    let reach = points.len() / 40;
+    let sums: Vec<f64> = std::iter::once(0.0)
+        .chain(points.iter().scan(0.0, |sum, point| {
+            *sum += point.1;
+            Some(*sum)
+        }))
+        .collect();
+    let mean = |(i, &(x, _)): (usize, &(f64, f64))| {
+        let reach = reach.min(i).min(points.len() - 1 - i);
+        let (first, last) = (i - reach, i + reach + 1);
+        (x, (sums[last] - sums[first]) / (last - first) as f64)
+    };
+    points.iter().enumerate().map(mean).collect()
+}
+
+/// The text at the ticks of an upright axis over `range`, with the same digits at all of them.
+pub fn tick_label(range: &Range<f64>) -> impl Fn(&f64) -> String + use<> {
+    let digits = ticks(range, Y_TICKS).1;
+    move |value| if digits > 4 { format!("{value:.1e}") } else { format!("{value:.digits$}") }
+}
+
+/// Ticks at equal distances of 1, 2 or 5 times a power of ten, from `range`, at most `most`, and the digits behind the point
+/// that tell them apart.
+#[must_use]
+pub fn ticks(range: &Range<f64>, most: usize) -> (Vec<f64>, usize) {
+    let span = range.end - range.start;
+    if span.is_nan() || span <= 0.0 || most < 2 {
+        return (Vec::new(), 0);
+    }
+    let magnitude = 10f64.powf((span / most as f64).log10().floor());
+    let fits = |step: f64| (range.end / step).floor() - (range.start / step).ceil() < most as f64;
+    let factors = [1.0, 2.0, 5.0, 10.0, 20.0, 50.0];
+    let step = factors.map(|factor| factor * magnitude).into_iter().find(|&step| fits(step)).unwrap_or(span);
+    let (first, last) = ((range.start / step).ceil() as i64, (range.end / step).floor() as i64);
+    let digits = (-step.log10().floor()).max(0.0) as usize;
+    // Of a product, so that no rounding adds up; none is -0.
+    ((first..=last).map(|i| i as f64 * step + 0.0).collect(), digits)
 }
 
 /// At most about `most` points: means of equal groups.
@@ -203,6 +270,28 @@ fn thinned(points: &[(f64, f64)], most: usize) -> Vec<(f64, f64)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_running_mean_does_not_lag() {
+        let ramp: Vec<_> = (0..400).map(|i| (f64::from(i), 3.0 * f64::from(i))).collect();
+        for (mean, point) in running_mean(&ramp).iter().zip(&ramp) {
+            assert!((mean.1 - point.1).abs() < 1e-9, "{mean:?} of {point:?}");
+        }
+        let noisy: Vec<_> = (0..400).map(|i| (f64::from(i), f64::from(i % 2))).collect();
+        assert!(running_mean(&noisy)[50..350].iter().all(|mean| (mean.1 - 0.5).abs() < 0.05));
+        assert!(running_mean(&[]).is_empty());
+    }
+
+    #[test]
+    fn ticks_are_equal_and_round() {
+        assert_eq!(ticks(&(0.0..199.0), 6), (vec![0.0, 50.0, 100.0, 150.0], 0));
+        assert_eq!(ticks(&(-0.1..0.62), 5), (vec![0.0, 0.2, 0.4, 0.6000000000000001], 1));
+        let (small, digits) = ticks(&(0.0..0.0021), 5);
+        let wanted = [0.0, 0.0005, 0.001, 0.0015, 0.002];
+        assert!(small.iter().zip(wanted).all(|(got, want)| (got - want).abs() < 1e-12) && small.len() == 5);
+        assert_eq!(digits, 4);
+        assert_eq!(ticks(&(1.0..1.0), 5), (vec![], 0));
+    }
 
     #[test]
     fn long_lines_are_thinned_to_group_means() {

@@ -8,6 +8,29 @@ use std::process::ExitCode;
 
 use crate::{Error, Result};
 
+/// The instruction set that the CPU's passes choose on this machine.
+fn instruction_set() -> &'static str {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if std::arch::is_x86_feature_detected!("avx512bw") && std::arch::is_x86_feature_detected!("avx512vl")
+        {
+            return "AVX-512";
+        }
+        if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
+            return "AVX2";
+        }
+    }
+    "baseline"
+}
+
+/// What `--version` says behind the program's name.
+#[must_use]
+pub fn version(number: &str, features: &[(&str, bool)]) -> String {
+    let on: Vec<&str> = features.iter().filter(|(_, on)| *on).map(|(name, _)| *name).collect();
+    let features = if on.is_empty() { "none".to_owned() } else { on.join(", ") };
+    format!("{number} (features: {features}; instruction set: {})", instruction_set())
+}
+
 /// A line of progress or a warning, to standard error. It is lost where it cannot be written: no work ends for want
 /// of a reader.
 pub fn say(line: impl Display) {

@@ -9,9 +9,9 @@ use std::path::{Path, PathBuf};
 pub enum Error {
     /// The library's.
     #[error(transparent)]
-    Library(#[from] ddtas::Error),
+    Library(ddtas::Error),
     /// A setting of a program outside its range.
-    #[error("{name} = {value} is out of range: {range}")]
+    #[error("{} is out of range: {range}", flag(name, value))]
     InvalidSetting {
         /// The setting, as the programs spell it.
         name: &'static str,
@@ -19,6 +19,16 @@ pub enum Error {
         value: String,
         /// The values that are allowed.
         range: &'static str,
+    },
+    /// A setting that is missing, or that others leave no use for.
+    #[error("{}: {reason}", flag(name, value))]
+    Misused {
+        /// The setting, as the programs spell it.
+        name: &'static str,
+        /// The value given; empty if there is none.
+        value: String,
+        /// What it needs, or what is to be given instead.
+        reason: &'static str,
     },
     /// A file holds something else than what was expected of it.
     #[error("{path}: {reason}", path = path.display())]
@@ -59,6 +69,30 @@ impl Error {
     pub fn setting(name: &'static str, value: impl Display, range: &'static str) -> Self {
         Self::InvalidSetting { name, value: value.to_string(), range }
     }
+
+    /// An [`Error::Misused`].
+    pub fn misuse(name: &'static str, value: impl Display, reason: &'static str) -> Self {
+        Self::Misused { name, value: value.to_string(), reason }
+    }
+}
+
+impl From<ddtas::Error> for Error {
+    /// A setting of the library has the name of the flag that sets it.
+    fn from(error: ddtas::Error) -> Self {
+        match error {
+            ddtas::Error::InvalidSetting { name, value, range } => {
+                Self::InvalidSetting { name, value, range }
+            }
+            other => Self::Library(other),
+        }
+    }
+}
+
+/// A setting as it is typed; what no flag sets is called by its words.
+fn flag(name: &str, value: &str) -> String {
+    let dashes = if name.starts_with("--") || name.contains(' ') { "" } else { "--" };
+    let space = if value.is_empty() { "" } else { " " };
+    format!("{dashes}{name}{space}{value}")
 }
 
 /// The programs' result.

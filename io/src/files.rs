@@ -38,6 +38,5 @@ pub fn check_place(name: &'static str, path: &Path) -> Result<()> {
     if path.file_name().is_some() && folder.is_dir() && !path.is_dir() {
         return Ok(());
     }
-    let value = path.display().to_string();
-    Err(Error::InvalidSetting { name, value, range: "a file's name, in a folder that is there" })
+    Err(Error::misuse(name, path.display(), "needs to be a file's name, in a folder that is there"))
 }

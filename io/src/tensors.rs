@@ -113,12 +113,9 @@ impl<'a> TensorFile<'a> {
         if *tensor.shape != [count] && !(tensor.shape.is_empty() && count == 1) {
             return Err(self.bad(format!("tensor `{name}` must have one entry for each of the {count} rows")));
         }
-        let data = self.bytes(tensor);
-        match tensor.dtype {
-            Dtype::I64 => Ok(words(data).map(i64::from_le_bytes).collect()),
-            Dtype::I32 => Ok(words(data).map(|word| i32::from_le_bytes(word).into()).collect()),
-            other => Err(self.bad(format!("tensor `{name}` holds {other:?}, not I64 or I32"))),
-        }
+        integers_of(tensor.dtype, self.bytes(tensor)).ok_or_else(|| {
+            self.bad(format!("tensor `{name}` holds {:?}, not integers of 64 bits at most", tensor.dtype))
+        })
     }
 
     /// A matrix and the labels of its rows.
@@ -159,6 +156,24 @@ pub fn floats_of<T: Float>(dtype: Dtype, bytes: &[u8]) -> Option<Vec<T>> {
         Dtype::F64 => words(bytes).map(|word| T::of(f64::from_le_bytes(word))).collect(),
         Dtype::F16 => words(bytes).map(|word| T::of(f16::from_le_bytes(word).into())).collect(),
         Dtype::BF16 => words(bytes).map(|word| T::of(bf16::from_le_bytes(word).into())).collect(),
+        _ => return None,
+    })
+}
+
+/// Little-endian values of a type of integers; `None` for another type, and where one is beyond 64 bits with a sign.
+#[must_use]
+pub fn integers_of(dtype: Dtype, bytes: &[u8]) -> Option<Vec<i64>> {
+    Some(match dtype {
+        Dtype::I8 => words(bytes).map(|word| i8::from_le_bytes(word).into()).collect(),
+        Dtype::U8 => words(bytes).map(|word| u8::from_le_bytes(word).into()).collect(),
+        Dtype::I16 => words(bytes).map(|word| i16::from_le_bytes(word).into()).collect(),
+        Dtype::U16 => words(bytes).map(|word| u16::from_le_bytes(word).into()).collect(),
+        Dtype::I32 => words(bytes).map(|word| i32::from_le_bytes(word).into()).collect(),
+        Dtype::U32 => words(bytes).map(|word| u32::from_le_bytes(word).into()).collect(),
+        Dtype::I64 => words(bytes).map(i64::from_le_bytes).collect(),
+        Dtype::U64 => {
+            words(bytes).map(|word| i64::try_from(u64::from_le_bytes(word)).ok()).collect::<Option<_>>()?
+        }
         _ => return None,
     })
 }

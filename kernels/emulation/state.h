@@ -14,7 +14,7 @@
 
 namespace emulation {
 
-constexpr uint32_t kMostThreads = 640, kMostWarps = kMostThreads / 32;
+constexpr uint32_t kMostThreads = 1024, kMostWarps = kMostThreads / 32;
 // Where a block's shared memory begins in its own address space; the first KiB is the system's on Hopper.
 constexpr uint32_t kSharedBase = 1024;
 

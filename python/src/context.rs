@@ -90,6 +90,17 @@ impl Context {
         unsafe { tensors::loss(py, self, (rows, references), identity, &settings, flags, answers) }
     }
 
+    /// Rows at unit length, and the way back of their gradient, by addresses: see `tensors.rs`.
+    fn unit_rows_at(&self, py: Python<'_>, rows: tensors::Place, unit: usize) -> PyResult<()> {
+        // SAFETY: `ddtas.torch` holds the tensors and has made them of one size.
+        unsafe { tensors::unit_rows(py, self, rows, unit) }
+    }
+
+    fn lead_back_at(&self, py: Python<'_>, rows: tensors::Place, gradient: usize) -> PyResult<()> {
+        // SAFETY: as above.
+        unsafe { tensors::lead_back(py, self, rows, gradient) }
+    }
+
     /// The two hyper-gradient sums along a tangent of the rows.
     #[pyo3(signature = (embeddings, labels, tangent, references, reference_labels, reference_tangent, identity, settings, check))]
     #[allow(clippy::too_many_arguments)]

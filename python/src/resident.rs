@@ -106,12 +106,13 @@ pub struct Issued {
 }
 
 impl Issued {
-    /// `identity`: the address of a uint32 for each anchor, or 0; `lambdas`: that of both thresholds in float64, or 0.
+    /// `identity`: the address of a uint32 for each anchor, or 0; `lambdas`: that of both thresholds in float64, or 0;
+    /// `normalize`: rows are of any length, and the gradients are theirs as they are given.
     pub fn new(
         sides: &[Place],
         (identity, lambdas, scalars): (usize, usize, usize),
         settings: &Settings,
-        check: bool,
+        (check, normalize): (bool, bool),
     ) -> PyResult<Self> {
         let (anchors, references) = match sides {
             [anchors] => (anchors, None),
@@ -139,7 +140,7 @@ impl Issued {
             references: references.map(side),
             check: unit_check(check),
         };
-        let part = ResidentPart { batch, identity, total: anchors.2 };
+        let part = ResidentPart { batch, identity, total: anchors.2, any_length: normalize };
         let settings = ResidentSettings { settings: settings.to_library()?, lambda: lambdas as u64 };
         Ok(Self { part, settings, scalars: scalars as u64 })
     }

@@ -55,17 +55,22 @@ unsafe fn slice<'a, T>(address: usize, count: usize) -> &'a [T] {
 /// # Safety
 /// As [`view`].
 unsafe fn rows<'a>(place: Place) -> PyResult<Rows<'a>> {
-    let embeddings = match place.4 {
+    // SAFETY: handed on to the caller, twice.
+    Ok(unsafe { Rows { embeddings: embeddings(place)?, labels: slice(place.1, place.2) } })
+}
+
+/// # Safety
+/// As [`view`].
+unsafe fn embeddings<'a>(place: Place) -> PyResult<Embeddings<'a>> {
+    match place.4 {
         // SAFETY: handed on to the caller.
-        SINGLE => Embeddings::F32(unsafe { view::<f32>(place) }?),
+        SINGLE => Ok(Embeddings::F32(unsafe { view::<f32>(place) }?)),
         // SAFETY: as above.
-        HALF => Embeddings::F16(unsafe { view::<f16>(place) }?),
+        HALF => Ok(Embeddings::F16(unsafe { view::<f16>(place) }?)),
         // SAFETY: as above.
-        BRAIN => Embeddings::Bf16(unsafe { view::<bf16>(place) }?),
-        _ => return Err(PyTypeError::new_err("rows of both sides must have one type")),
-    };
-    // SAFETY: as above.
-    Ok(Rows { embeddings, labels: unsafe { slice(place.1, place.2) } })
+        BRAIN => Ok(Embeddings::Bf16(unsafe { view::<bf16>(place) }?)),
+        _ => Err(PyTypeError::new_err("rows of both sides must have one type")),
+    }
 }
 
 /// # Safety
@@ -137,6 +142,59 @@ pub unsafe fn loss(
     unsafe { answer.cast::<[f64; STATISTICS]>().write(statistics) };
     let (gradient, reference_gradient) = gradients;
     Ok((gradient, reference_gradient, statistics))
+}
+
+/// Writes the rows at unit length to the address `unit`, in their type.
+///
+/// # Safety
+/// As [`loss`], for as many entries there as the rows have.
+pub unsafe fn unit_rows(py: Python<'_>, context: &Context, place: Place, unit: usize) -> PyResult<()> {
+    // SAFETY: the caller's promise.
+    let given = unsafe { unlabelled(place) }?;
+    context.compute(py, |backend| {
+        let found = backend.unit_rows(&given)?;
+        // SAFETY: the caller's promise: three of them, one is true.
+        match &found {
+            Embeddings::F32(rows) => unsafe { copy(rows, unit) },
+            Embeddings::F16(rows) => unsafe { copy(rows, unit) },
+            Embeddings::Bf16(rows) => unsafe { copy(rows, unit) },
+        }
+        Ok(())
+    })
+}
+
+/// Turns the gradient by unit rows at that address into the one by the rows as they are.
+///
+/// # Safety
+/// As [`loss`], for as many float32 there as the rows have entries.
+pub unsafe fn lead_back(py: Python<'_>, context: &Context, place: Place, gradient: usize) -> PyResult<()> {
+    // SAFETY: the caller's promise.
+    let given = unsafe { unlabelled(place) }?;
+    let count = place.2 * place.3;
+    if count == 0 {
+        return Ok(());
+    }
+    // SAFETY: the caller's promise; there is an entry, so the address is one.
+    let gradient =
+        unsafe { std::slice::from_raw_parts_mut(std::ptr::with_exposed_provenance_mut(gradient), count) };
+    context.compute(py, |backend| backend.lead_back(&given, gradient))
+}
+
+/// # Safety
+/// As [`view`].
+unsafe fn unlabelled<'a>(place: Place) -> PyResult<Rows<'a>> {
+    // SAFETY: the caller's promise.
+    Ok(Rows { embeddings: unsafe { embeddings(place) }?, labels: &[] })
+}
+
+/// # Safety
+/// There is room for the rows.
+unsafe fn copy<T: Copy>(rows: &ArrayView2<'_, T>, to: usize) {
+    if let Some(entries) = rows.as_slice() {
+        let to: *mut T = std::ptr::with_exposed_provenance_mut(to);
+        // SAFETY: the caller's promise; the library's own buffer overlaps nothing.
+        unsafe { std::ptr::copy_nonoverlapping(entries.as_ptr(), to, entries.len()) };
+    }
 }
 
 fn ignored(labels: &[i64]) -> f64 {

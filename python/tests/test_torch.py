@@ -285,7 +285,7 @@ def test_a_build_for_the_cpu_says_how_to_get_the_gpu():
     numbers = (0.1, 0.1, 0.1, 0.5, 40.0, 2.0, 0.7, 0.7)
     with pytest.raises(RuntimeError, match="serves the CPU only: install it with"):
         # What torch calls for a GPU's tensors.
-        operator._on_gpu(embeddings, labels, *[None] * 5, "at-asms", numbers, True, False, 1, 0)
+        operator._on_gpu(operator.Call(embeddings, labels, *[None] * 5, "at-asms", numbers, True, False, 1, 0))
 
 
 def test_unchecked_rows_pass_through():

@@ -4,9 +4,9 @@
 //! float64 on top of [`reference()`](super::reference()), B x N matrices and all.
 //! [`evaluate`] fills the same [`LossOutput`] as a backend, so a trainer does not care which it runs.
 //!
-//! * contrastive: positives `1 - S`, negatives `max(0, S - 0.5)`, each kind averaged over its non-zero
+//! * contrastive: positives `1 - S`, negatives `max(0, S - lambda_neg)`, each kind averaged over its non-zero
 //!   terms (ContrastiveLoss of pytorch-metric-learning on cosine similarity, margins 1 and 0.5);
-//! * multi-similarity (Wang et al., CVPR 2019, eq. 14): alpha 2, beta 50, base 0.5, mean over anchors. Its
+//! * multi-similarity (Wang et al., CVPR 2019, eq. 14): alpha 2, beta 50, base `lambda_neg`, mean over anchors. Its
 //!   miner is [`Mining::Symmetric`](super::Mining::Symmetric) with the miner's epsilon as gamma (0.1).
 
 use std::fmt;
@@ -69,13 +69,10 @@ impl FromStr for PairLoss {
 
 /// Similarity at which the contrastive loss stops pulling positives.
 const POSITIVE_MARGIN: f64 = 1.0;
-/// Similarity above which it pushes negatives.
-const NEGATIVE_MARGIN: f64 = 0.5;
 
-/// Sharpness of multi-similarity's positive and negative terms, and the similarity they are centred on.
+/// Sharpness of multi-similarity's positive and negative terms.
 const MS_ALPHA: f64 = 2.0;
 const MS_BETA: f64 = 50.0;
-const MS_BASE: f64 = 0.5;
 
 /// A loss and its pair weights dL/dS.
 struct Evaluated {
@@ -85,8 +82,8 @@ struct Evaluated {
 
 /// Mines a batch with `settings` and evaluates `loss` and its gradient into `output`.
 ///
-/// Mining, counts and thresholds are those of the DDTAS loss. The baselines have no lambda, so their
-/// derivatives with respect to it are 0. [`PairLoss::SoftContrastive`] gives the scalar truth.
+/// Mining, counts and thresholds are those of the DDTAS loss. The baselines take their margin from
+/// `lambda_neg` (both papers' is 0.5), and their derivatives with respect to it are given as 0. [`PairLoss::SoftContrastive`] gives the scalar truth.
 ///
 /// # Errors
 /// As [`reference()`].
@@ -102,8 +99,8 @@ pub fn evaluate(
         PairLoss::SoftContrastive => {
             Evaluated { loss: truth.weighted.loss, weights: truth.weighted.weights.clone() }
         }
-        PairLoss::Contrastive => contrastive(similarities, selection),
-        PairLoss::MultiSimilarity => multi_similarity(similarities, selection),
+        PairLoss::Contrastive => contrastive(similarities, selection, settings.lambda_neg),
+        PairLoss::MultiSimilarity => multi_similarity(similarities, selection, settings.lambda_neg),
     };
     let own = loss == PairLoss::SoftContrastive;
     let anchors = batch.anchors.embeddings.to_f64();
@@ -144,7 +141,7 @@ fn pairs(sets: &[Vec<usize>]) -> impl Iterator<Item = (usize, usize)> + Clone + 
     sets.iter().enumerate().flat_map(|(i, set)| set.iter().map(move |&j| (i, j)))
 }
 
-fn contrastive(similarities: &Similarities, selection: &Selection) -> Evaluated {
+fn contrastive(similarities: &Similarities, selection: &Selection, margin: f64) -> Evaluated {
     let s = &similarities.values;
     let mut out = Evaluated { loss: 0.0, weights: Array2::zeros(s.dim()) };
     let mut add_kind = |sets, slope: f64, margin: f64| {
@@ -157,18 +154,18 @@ fn contrastive(similarities: &Similarities, selection: &Selection) -> Evaluated 
         }
     };
     add_kind(&selection.positives, -1.0, POSITIVE_MARGIN);
-    add_kind(&selection.negatives, 1.0, NEGATIVE_MARGIN);
+    add_kind(&selection.negatives, 1.0, margin);
     out
 }
 
-fn multi_similarity(similarities: &Similarities, selection: &Selection) -> Evaluated {
+fn multi_similarity(similarities: &Similarities, selection: &Selection, base: f64) -> Evaluated {
     let s = &similarities.values;
     let anchors = similarities.anchors();
     let mut out = Evaluated { loss: 0.0, weights: Array2::zeros(s.dim()) };
     for i in 0..anchors {
         for (set, slope) in [(&selection.positives[i], -MS_ALPHA), (&selection.negatives[i], MS_BETA)] {
             // log(1 + sum exp(x)), the largest exponent taken out first.
-            let x = |j: usize| slope * (s[[i, j]] - MS_BASE);
+            let x = |j: usize| slope * (s[[i, j]] - base);
             let largest = set.iter().map(|&j| x(j)).fold(0.0, f64::max);
             let sum: f64 = (-largest).exp() + set.iter().map(|&j| (x(j) - largest).exp()).sum::<f64>();
             let share = 1.0 / (anchors as f64 * slope.abs());
@@ -198,10 +195,14 @@ mod tests {
     const ANGLES: [f64; 6] = [0.0, 0.7, 0.3, 1.1, 1.4, 0.9];
     const LABELS: [i64; 6] = [0, 0, 1, 1, 2, 2];
 
+    fn settings(margin: f64) -> LossSettings {
+        LossSettings { mining: Mining::None, lambda_neg: margin, ..LossSettings::default() }
+    }
+
     fn loss_at(loss: PairLoss, angles: &[f64]) -> LossOutput {
         let embeddings = rows(angles);
         let mut output = LossOutput::default();
-        let settings = LossSettings { mining: Mining::None, ..LossSettings::default() };
+        let settings = settings(0.5);
         evaluate(loss, &Batch::square(embeddings.view(), &LABELS), &settings, &mut output).unwrap();
         output
     }
@@ -231,21 +232,22 @@ mod tests {
 
     #[test]
     fn contrastive_is_the_mean_over_violated_pairs() {
-        // Negatives at S = 1 violate the margin by 0.5; those at cos 1.2 = 0.36 do not, and are not averaged over.
+        // Negatives at S = 1 violate the margin; those at cos 1.2 = 0.36 do not, and are not averaged over.
         let embeddings = rows(&[0.0, 1.2, 0.0, 1.2]);
-        let mut output = LossOutput::default();
-        let settings = LossSettings { mining: Mining::None, ..LossSettings::default() };
         let batch = Batch::square(embeddings.view(), &[0, 0, 1, 1]);
-        evaluate(PairLoss::Contrastive, &batch, &settings, &mut output).unwrap();
-        let wanted = (1.0 - 1.2f64.cos()) + 0.5;
-        assert!((output.loss - wanted).abs() < 1e-6, "{} {wanted}", output.loss);
+        for margin in [0.5, 0.8] {
+            let mut output = LossOutput::default();
+            evaluate(PairLoss::Contrastive, &batch, &settings(margin), &mut output).unwrap();
+            let wanted = (1.0 - 1.2f64.cos()) + (1.0 - margin);
+            assert!((output.loss - wanted).abs() < 1e-6, "{} {wanted}", output.loss);
+        }
     }
 
     #[test]
     fn multi_similarity_of_one_pair_of_each_kind_is_its_formula() {
         let embeddings = rows(&[0.0, 1.0, 0.5]);
         let mut output = LossOutput::default();
-        let settings = LossSettings { mining: Mining::None, ..LossSettings::default() };
+        let settings = settings(0.4);
         evaluate(
             PairLoss::MultiSimilarity,
             &Batch::square(embeddings.view(), &[0, 0, -1]),
@@ -264,7 +266,7 @@ mod tests {
         .unwrap();
         let (p, n) = (1f64.cos(), 0.5f64.cos());
         let anchor =
-            (1.0 + (-2.0 * (p - 0.5)).exp()).ln() / 2.0 + (1.0 + (50.0 * (n - 0.5)).exp()).ln() / 50.0;
+            (1.0 + (-2.0 * (p - 0.4)).exp()).ln() / 2.0 + (1.0 + (50.0 * (n - 0.4)).exp()).ln() / 50.0;
         assert!((output.loss - 2.0 * anchor / 3.0).abs() < 1e-6, "{} {}", output.loss, 2.0 * anchor / 3.0);
     }
 }

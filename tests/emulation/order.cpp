@@ -34,9 +34,14 @@ int check(uint32_t count, uint64_t seeds) {
         tiles.zeroed[0] = Zeroed{dirty, 3};
         tiles.zeroed[1] = Zeroed{&valid, 1};
         if (count <= ORDER_TILE) tiles.valid = &valid;
-        const uint32_t tile_grid[3] = {(count + ORDER_TILE - 1) / ORDER_TILE, 1, 1}, grid[3] = {(count + THREADS - 1) / THREADS, 1, 1};
-        if (emulation::launch("order_tiles", tile_grid, THREADS, ORDER_SHARED_BYTES, &tiles, sizeof tiles, seed)) return 2;
-        for (uint64_t run = ORDER_TILE; run < count; run *= ORDER_RUNS) {
+        bool wide = count > ORDER_TILE * ORDER_RUNS;  // as order_tile() in plan.rs
+        const uint32_t tile = wide ? ORDER_WIDE_TILE : ORDER_TILE;
+        const uint32_t tile_grid[3] = {(count + tile - 1) / tile, 1, 1}, grid[3] = {(count + THREADS - 1) / THREADS, 1, 1};
+        if (emulation::launch(wide ? "order_tiles_wide" : "order_tiles", tile_grid, wide ? ORDER_WIDE_THREADS : THREADS,
+                              wide ? ORDER_WIDE_SHARED_BYTES : ORDER_SHARED_BYTES, &tiles, sizeof tiles, seed)) {
+            return 2;
+        }
+        for (uint64_t run = tile; run < count; run *= ORDER_RUNS) {
             keys.swap(others);
             order.swap(other_order);
             MergeParams merge{keys.data(), order.data(), others.data(), other_order.data(), count, static_cast<uint32_t>(run), nullptr, nullptr};
@@ -59,5 +64,7 @@ int main(int argc, char **argv) {
     for (uint32_t count : {1u, 130u, 2048u, 5000u}) {
         if (int failed = check(count, seeds)) return failed;
     }
-    return check(ORDER_TILE * ORDER_RUNS + 3000, 1);
+    // Wide tiles: one merge, and two.
+    if (int failed = check(ORDER_TILE * ORDER_RUNS + 3000, 1)) return failed;
+    return check(ORDER_WIDE_TILE * ORDER_RUNS + 3000, 1);
 }

@@ -29,6 +29,14 @@ pub enum Error {
         /// The run folder.
         folder: PathBuf,
     },
+    /// Another rank of the run has failed, and this one ends with it.
+    #[error("rank {rank}: {reason}")]
+    Rank {
+        /// The rank.
+        rank: usize,
+        /// What it said.
+        reason: String,
+    },
     /// Training went wrong in a way that more steps will not mend.
     #[error("{0}")]
     Training(String),
@@ -49,6 +57,11 @@ impl Error {
     /// A [`ddtas_io::Error::InvalidSetting`].
     pub fn setting(name: &'static str, value: impl Display, range: &'static str) -> Self {
         ddtas_io::Error::setting(name, value, range).into()
+    }
+
+    /// A [`ddtas_io::Error::Misused`].
+    pub fn misuse(name: &'static str, value: impl Display, reason: &'static str) -> Self {
+        ddtas_io::Error::misuse(name, value, reason).into()
     }
 }
 

@@ -1,6 +1,7 @@
 //! The training engine over `ddtas`: data sets, network, threshold generator, training, and a trained network at work.
 //!
-//! Modules depend one way: [`inference`] on [`train`] and `pages`; [`train`] on [`model`], [`data`], [`generator`] and `pages`.
+//! Modules depend one way: [`inference`] on [`train`] and `pages`; [`train`] on [`model`], [`data`], [`generator`] and `pages`; all
+//! of them on [`ranks`].
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod data;
@@ -9,6 +10,7 @@ pub mod generator;
 pub mod inference;
 pub mod model;
 mod pages;
+pub mod ranks;
 pub mod train;
 
 pub use error::{Error, Result};

@@ -33,6 +33,7 @@ fn a_step_in_chunks_takes_less_memory() {
             pixels: (0..values).map(|at| (at as f32 * 0.7).sin()).collect(),
             labels: (0..96).map(|row| row / 4).collect(),
             indices: (0..96).collect(),
+            own: 0..96,
             image_size: SIDE,
             replaced: 0,
             skipped: 0,

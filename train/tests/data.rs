@@ -9,7 +9,7 @@ use std::sync::Arc;
 use ddtas_train::Error;
 use ddtas_train::data::{
     AugmentSettings, Cropper, Dataset, EvaluationBatches, FolderSettings, ImageBatch, Loader, LoaderSettings,
-    PkSampler, Preprocessing, Split, TestCrop, folder,
+    PkSampler, Preprocessing, Split, TestCrop, TrainClasses, folder,
 };
 use image::{Rgb, RgbImage};
 use proptest::prelude::*;
@@ -69,7 +69,12 @@ fn classes_are_sorted_and_halved() {
 fn train_classes_moves_the_border() {
     let root = tempfile::tempdir().unwrap();
     write_classes(root.path(), &[2; 6]);
-    let with = |n| folder(root.path(), &FolderSettings { train_classes: Some(n), ..Default::default() });
+    let with = |n| {
+        folder(
+            root.path(),
+            &FolderSettings { train_classes: Some(TrainClasses::First(n)), ..Default::default() },
+        )
+    };
     assert_eq!(with(4).unwrap().train.class_names().len(), 4);
     for out_of_range in [0, 1, 5, 6, 1000] {
         assert!(
@@ -88,7 +93,7 @@ fn unusable_folders_are_explained() {
 
     fs::create_dir(root.path().join("hollow")).unwrap();
     fs::write(root.path().join("hollow/notes.txt"), "no picture").unwrap();
-    assert!(message(root.path(), &settings).contains("none of its 1 folders holds a JPEG or PNG"));
+    assert!(message(root.path(), &settings).contains("none of its 1 folders holds a picture"));
 
     write_picture(&root.path().join("loose.png"), 0, 0);
     assert!(message(root.path(), &settings).contains("1 pictures lie beside each other"));

@@ -267,10 +267,10 @@ fn wrong_input_is_refused_in_one_line_that_says_what_to_do() {
     // A checkpoint without its run's folder.
     let alone = place.path().join("alone.safetensors");
     std::fs::copy(checkpoint(), &alone).unwrap();
-    refused(&[&"eval", &"--checkpoint", &alone], "give --dataset");
+    refused(&[&"eval", &"--checkpoint", &alone], "--dataset: missing");
     refused(&[&"eval", &"--checkpoint", &none], "none");
-    refused(&[&"eval", &"--checkpoint", &checkpoint(), &"--recall-at", &"0"], "recall-at = 0");
-    refused(&[&"eval", &"--checkpoint", &checkpoint(), &"--image-size", &"4"], "image-size = 4");
+    refused(&[&"eval", &"--checkpoint", &checkpoint(), &"--recall-at", &"0"], "--recall-at 0");
+    refused(&[&"eval", &"--checkpoint", &checkpoint(), &"--image-size", &"4"], "--image-size 4");
     refused(&[&"eval", &"--checkpoint", &checkpoint(), &"--device", &"toaster"], "toaster");
     refused(&[&"eval", &"--embeddings", &checkpoint()], "no tensor `embeddings`");
     refused(&[&"eval", &"--embeddings", &query], "not a safetensors file");
@@ -294,7 +294,7 @@ fn wrong_input_is_refused_in_one_line_that_says_what_to_do() {
     embed(&pictures, &none.join("e.safetensors"), "in a folder that is there");
     let broken = place.path().join("broken");
     std::fs::create_dir_all(&broken).unwrap();
-    embed(&broken, &out, "no JPEG or PNG");
+    embed(&broken, &out, "no JPEG, PNG, WebP");
     std::fs::write(broken.join("a.png"), b"").unwrap();
     embed(&broken, &out, "none of the 1 pictures");
     assert!(!out.exists());

@@ -246,7 +246,7 @@ fn settings_that_cannot_work_are_refused() {
         (&["--generator", "full", "--lambda-ensemble", "2"], "--generator head"),
         (&["--generator", "full", "--meta", "recent"], "--generator head"),
         (&["--generator", "head", "--meta-images", "1"], "nothing can be mined"),
-        (&["--generator", "head", "--lambda", "0.9", "--lambda-max", "0.8"], "lambda-pos = 0.9"),
+        (&["--generator", "head", "--lambda", "0.9", "--lambda-max", "0.8"], "--lambda-pos 0.9"),
         (&["--generator", "head", "--lambda-neg", "0.5"], "--lambda-pair"),
     ];
     for (arguments, what) in cases {

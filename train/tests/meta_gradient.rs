@@ -41,6 +41,7 @@ fn batch(classes: usize, images: usize, rng: &mut ChaCha8Rng) -> ImageBatch {
         pixels: (0..count * 3 * SIDE * SIDE).map(|_| rng.random_range(-1.0..1.0)).collect(),
         labels: (0..count).map(|row| (row / images) as i64).collect(),
         indices: (0..count).collect(),
+        own: 0..count,
         image_size: SIDE,
         replaced: 0,
         skipped: 0,

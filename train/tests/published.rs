@@ -322,7 +322,10 @@ fn settings_that_do_not_go_together_are_named() {
     let root = Some(PathBuf::from("x"));
     let sop = DatasetSettings { dataset: DatasetKind::Sop, data_root: root, ..Default::default() };
     assert!(refused(DatasetSettings { crop_to_box: true, ..sop.clone() }).contains("crop-to-box"));
-    assert!(refused(DatasetSettings { train_classes: Some(3), ..sop }).contains("train-classes"));
+    assert!(
+        refused(DatasetSettings { train_classes: Some(ddtas_train::data::TrainClasses::First(3)), ..sop })
+            .contains("train-classes")
+    );
     let place = tempfile::tempdir().unwrap();
     for (change, name) in [
         ((|s| s.classes = 3) as fn(&mut FixtureSettings), "classes"),

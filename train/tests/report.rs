@@ -27,13 +27,19 @@ fn step(step: usize) -> Record {
         mean_pos: Some(0.8),
         mean_neg: (step != 3).then_some(0.4 - 0.2 * way),
         hypergradient: None,
+        sent_bytes: None,
         learning_rate: 2e-3 * (1.0 - way),
     })
 }
 
 fn evaluation(step: usize, at_1: f64) -> Record {
     let recall = [1, 2, 4, 8].into_iter().enumerate().map(|(i, k)| (k, at_1 + 0.08 * i as f64)).collect();
-    Record::Evaluation(EvaluationRecord { step, recall })
+    Record::Evaluation(EvaluationRecord {
+        step,
+        recall,
+        r_precision: Some(at_1 / 2.0),
+        map_at_r: Some(at_1 / 3.0),
+    })
 }
 
 fn write_run(folder: &Path, records: &[Record]) {
@@ -67,6 +73,7 @@ fn findings() -> (Findings, image::RgbImage) {
         dataset: "synthetic".into(),
         train: cars.train.extent(),
         test: cars.test.extent(),
+        seen: false,
         baselines: vec![Baseline {
             name: "raw pixels".into(),
             recall: vec![(1, 0.02), (2, 0.04), (4, 0.06), (8, 0.1)],
@@ -96,7 +103,15 @@ fn report_shows_recall_plots_neighbours_and_settings() {
     ] {
         assert!(page.contains(part), "{part}");
     }
-    assert_eq!(page.matches("<svg").count(), 7);
+    assert_eq!(page.matches("<svg").count(), 6);
+    assert!(
+        page.contains("Unchanged throughout. Loss thresholds: lambda positive 0.7, lambda negative 0.7.")
+    );
+    assert!(
+        page.contains("<th>R-P</th>")
+            && page.contains("<td><b>15.5</b></td>")
+            && page.contains("<td><b>10.3</b></td>")
+    );
     for svg in page.split("<svg").skip(1).filter_map(|rest| rest.split("</svg>").next()) {
         assert!(!svg.contains("NaN") && !svg.contains("#010203"), "{svg}");
     }
@@ -115,6 +130,9 @@ fn report_shows_recall_plots_neighbours_and_settings() {
     for (column, answer) in query.answers.iter().enumerate() {
         let green = frame(column as u32, 0)[1] > 128;
         assert_eq!(green, answer.right, "frame of answer {column}");
+        let whole =
+            (0..100).all(|along| strip.get_pixel(130 + 8 + column as u32 * 114 + along, 8).0 != [255; 3]);
+        assert_eq!(whole, answer.right, "a broken frame says wrong");
     }
     if let Some(kept) = option_env!("DDTAS_KEEP_REPORT") {
         fs::copy(&path, Path::new(kept).join("report.html")).unwrap();

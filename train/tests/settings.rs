@@ -13,15 +13,16 @@ use ddtas_train::train::TrainSettings;
 use runs::small_run;
 
 /// Arguments of training, and the flag that the refusal has to name.
-const TRAIN: [(&str, &str); 96] = [
+const TRAIN: &[(&str, &str)] = &[
     ("--dataset cars", "--dataset"),
-    ("--dataset folder", "data-root"),
+    ("--dataset folder", "--data-root: missing"),
     ("--dataset folder --data-root nowhere", "--data-root"),
     ("--dataset folder --data-root DATA --train-classes 1", "train-classes"),
     ("--dataset folder --data-root DATA --train-classes 8", "train-classes"),
     ("--train-classes 4", "train-classes"),
     ("--crop-to-box", "crop-to-box"),
-    ("--data-seed 9223372036854775808", "data-seed"),
+    ("--data-seed 9223372036854775808", "--data-seed 9223372036854775808 is out of range"),
+    ("--data-seed 3 --dataset folder --data-root DATA", "--data-seed"),
     ("--image-size 0", "image-size"),
     ("--image-size 1025", "image-size"),
     ("--embedding-dim 0", "embedding-dim"),
@@ -50,17 +51,24 @@ const TRAIN: [(&str, &str); 96] = [
     ("--tolerance 2", "tolerance"),
     ("--alpha 0", "alpha"),
     ("--beta=-1", "beta"),
-    ("--lambda 9", "lambda = 9"),
-    ("--lambda 9 --lambda-pos 0.5 --lambda-neg 0.5", "lambda = 9"),
+    ("--lambda 9", "--lambda 9"),
+    ("--lambda 9 --lambda-pos 0.5 --lambda-neg 0.5", "--lambda 9"),
     ("--lambda-pos 3", "lambda-pos"),
     ("--lambda-neg=-3", "lambda-neg"),
+    ("--margin 0.4", "margin"),
+    ("--margin 2 --loss contrastive", "--margin 2"),
     ("--classes-per-batch 0", "classes-per-batch"),
     ("--classes-per-batch 99", "--classes-per-batch"),
+    ("--classes-per-batch 1", "--classes-per-batch 1: a batch of one class has no negative pair"),
     ("--images-per-class 0", "images-per-class"),
+    ("--images-per-class 1", "--images-per-class 1: a batch with one picture a class has no positive pair"),
     ("--smallest-crop 0", "smallest-crop"),
     ("--smallest-crop 1.5", "smallest-crop"),
     ("--smallest-crop NaN", "smallest-crop"),
-    ("--steps 0", "steps"),
+    ("--steps 0", "--steps 0 is out of range"),
+    ("--steps -1", "'-1' for '--steps"),
+    ("--width -4", "'-4' for '--width"),
+    ("--warm-up -0.5", "--warm-up -0.5"),
     ("--steps 99999999999", "steps"),
     ("--learning-rate 0", "learning-rate"),
     ("--learning-rate inf", "learning-rate"),
@@ -73,7 +81,7 @@ const TRAIN: [(&str, &str); 96] = [
     ("--head-steps 5 --generator full", "head-steps"),
     ("--schedule exponential", "--schedule"),
     ("--schedule step", "milestones"),
-    ("--schedule step --milestones 8,8", "milestones = 8,8"),
+    ("--schedule step --milestones 8,8", "--milestones 8,8"),
     ("--milestones 8", "--schedule step"),
     ("--milestone-factor 0", "milestone-factor"),
     ("--ema 1", "ema"),
@@ -81,7 +89,8 @@ const TRAIN: [(&str, &str); 96] = [
     ("--chunk-size 8 --generator full", "chunk-size"),
     ("--evaluate-every 18446744073709551615", "evaluate-every"),
     ("--memory-size 99999999999", "memory-size"),
-    ("--memory-start 18446744073709551615", "memory-start"),
+    ("--memory-start 18446744073709551615 --memory-size 9", "memory-start"),
+    ("--memory-start 4", "--memory-start 4: needs --memory-size"),
     ("--seed 18446744073709551615", "seed"),
     ("--device toaster", "device"),
     ("--workers 0", "workers"),
@@ -95,6 +104,10 @@ const TRAIN: [(&str, &str); 96] = [
     ("--meta recent --generator full", "meta"),
     ("--meta-classes 1", "meta-classes"),
     ("--meta-classes 99 --generator head", "--meta-classes"),
+    (
+        "--meta-classes 5 --classes-per-batch 4 --generator head --dataset folder --data-root DATA",
+        "--meta-classes 5",
+    ),
     ("--meta-images 0", "meta-images"),
     ("--meta-recent 0", "meta-recent"),
     ("--meta-objective none", "--meta-objective"),
@@ -154,7 +167,7 @@ fn training_refuses_what_cannot_work_and_leaves_no_folder() {
     runs::folder_of_pictures(&data, 8, 2);
     let data = data.to_str().unwrap();
     let init = GENERATOR_INIT.map(|arguments| (arguments, "generator-init"));
-    for (arguments, flag) in TRAIN.into_iter().chain(init) {
+    for (arguments, flag) in TRAIN.iter().copied().chain(init) {
         let mut command = small_run(&run, 2);
         command.current_dir(place.path());
         // The last of two wins, and a flag of the small run may be the one at hand.
@@ -186,7 +199,7 @@ fn the_other_commands_refuse_what_cannot_work_and_leave_no_file() {
     let eval = format!("eval --checkpoint {checkpoint}");
     let embed = format!("embed --checkpoint {checkpoint} --images DATA --out out.npy");
     let search = format!("search --checkpoint {checkpoint} --gallery DATA --query DATA/class00/0.png");
-    let table: [(&str, &str, &str); 35] = [
+    let table: &[(&str, &str, &str)] = &[
         (&eval, "--recall-at 1,0", "recall-at"),
         (&eval, "--nmi --nmi-steps 0", "nmi-steps"),
         (&eval, "--image-size 7", "image-size"),
@@ -197,7 +210,8 @@ fn the_other_commands_refuse_what_cannot_work_and_leave_no_file() {
         (&eval, "--dataset folder --data-root DATA --train-classes 0", "train-classes"),
         (&eval, "--dataset sop --data-root DATA --crop-to-box", "crop-to-box"),
         (&eval, "--dataset synthetic --data-seed=-1", "--data-seed"),
-        (&eval, "--seed=-1", "--seed"),
+        (&eval, "--seed -1", "'-1' for '--seed"),
+        (&eval, "--nmi-steps 3", "--nmi"),
         ("eval", "--checkpoint nowhere", "nowhere"),
         ("eval", "--embeddings nowhere", "nowhere"),
         ("eval", "--backbone resnet18", "--weights"),
@@ -209,8 +223,8 @@ fn the_other_commands_refuse_what_cannot_work_and_leave_no_file() {
         (&embed, "--backbone resnet18 --weights nowhere", "--backbone"),
         (&embed.replace(&given, "--backbone resnet18"), "--weights nowhere --pooling avg", "nowhere"),
         (&embed, "--image-size 0", "image-size"),
-        (&embed.replace("out.npy", "out.txt"), "", "out = out.txt"),
-        (&embed.replace("out.npy", "nowhere/out.npy"), "", "out = nowhere/out.npy"),
+        (&embed.replace("out.npy", "out.txt"), "", "--out out.txt"),
+        (&embed.replace("out.npy", "nowhere/out.npy"), "", "--out nowhere/out.npy"),
         (&embed.replace("--images DATA", "--images nowhere"), "", "nowhere"),
         (&search, "--top 0", "top"),
         (&search, "--image-size 2000", "image-size"),
@@ -224,7 +238,7 @@ fn the_other_commands_refuse_what_cannot_work_and_leave_no_file() {
         (&search.replace(&given, "--backbone resnet18"), "--weights nowhere --pooling avg", "nowhere"),
     ];
     let before = names(place.path());
-    for (command, more, flag) in table {
+    for &(command, more, flag) in table {
         let arguments = format!("{command} {more}");
         let mut program = Command::cargo_bin("ddtas-train").unwrap();
         program.current_dir(place.path()).args(split(arguments.trim(), "data"));
@@ -253,4 +267,59 @@ fn switches<T: Args>() -> Vec<&'static str> {
         .filter(switch)
         .filter_map(|argument| argument.get_long().map(|long| &*long.to_owned().leak()))
         .collect()
+}
+
+/// What `ddtas-train` says while it trains by `arguments` beside those of a small run.
+fn said_of(arguments: &str, place: &Path) -> String {
+    let run = place.join(format!("run {arguments}").replace('/', "-"));
+    let mut command = small_run(&run, 2);
+    command.current_dir(place).args(split(arguments, "data"));
+    let output = command.output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{arguments}: {said}");
+    said
+}
+
+#[test]
+fn flags_that_change_nothing_are_named_once() {
+    let place = tempfile::tempdir().unwrap();
+    runs::folder_of_pictures(&place.path().join("data"), 8, 3);
+    let usual = "--dataset folder --data-root DATA --classes-per-batch 4";
+    for (arguments, flag) in [
+        ("--meta-classes 3 --lambda-rate 0.1", "--lambda-rate changes nothing here: it is for --generator"),
+        ("--mining none --gamma 0.2", "--gamma changes nothing"),
+        ("--mining asms --probe-ratio 0.2", "--probe-ratio changes nothing here: it is for --mining at-asms"),
+        (
+            "--generator head --meta recent --meta-images 3",
+            "--meta-images changes nothing here: it is for --meta fresh",
+        ),
+        ("--memory-size 8 --memory-start 2", "--memory-start 2 lies behind the last step, 1"),
+    ] {
+        let said = said_of(&format!("{usual} {arguments}"), place.path());
+        assert_eq!(said.matches(flag).count(), 1, "{arguments}: {said}");
+    }
+    // A memory holds what a batch of one class lacks.
+    let said = said_of(&format!("{usual} --classes-per-batch 1 --memory-size 50"), place.path());
+    assert!(!said.contains("changes nothing"), "{said}");
+}
+
+#[test]
+fn batches_fit_a_set_of_few_classes() {
+    let place = tempfile::tempdir().unwrap();
+    runs::folder_of_pictures(&place.path().join("data"), 8, 3);
+    let run = place.path().join("run");
+    let mut command = Command::cargo_bin("ddtas-train").unwrap();
+    command.current_dir(place.path()).args(["--dataset", "folder", "--data-root", "data", "--output", "run"]);
+    // The README's command, but for its length and size; with a generator, whose batches shrink as well.
+    command.args(["--steps", "2", "--image-size", "16", "--width", "4", "--generator", "head"]);
+    let output = command.output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{said}");
+    assert_eq!(
+        said.matches("4 classes train: a batch has pictures of all of them, not of 16").count(),
+        1,
+        "{said}"
+    );
+    let config = std::fs::read_to_string(run.join("config.toml")).unwrap();
+    assert!(config.contains("classes_per_batch = 4") && config.contains("meta_classes = 4"), "{config}");
 }

@@ -56,7 +56,7 @@ class Engine:
         anchor, reference = words[12:13].view(torch.int32).tolist()
         for name, row in (("anchors", anchor), ("references", reference)):
             if row != _NO_ROW:
-                raise ValueError(_bad_row(name, row, float(words[11])))
+                raise ValueError(bad_row(name, row, float(words[11])))
         real, whole = words.tolist(), words.view(torch.int64).tolist()
         counts = [float(number) for number in (*whole[7:11], *whole[13:15])]
         return [*real[:7], *counts, float((labels < 0).sum())]
@@ -72,7 +72,7 @@ class Engine:
 _NO_ROW = -1
 
 
-def _bad_row(name: str, row: int, square_sum: float) -> str:
+def bad_row(name: str, row: int, square_sum: float) -> str:
     if not math.isfinite(square_sum):
         return f"row {row} of the {name} holds a value that is not finite (NaN or infinity)"
     return f"row {row} of the {name} has L2 norm {math.sqrt(square_sum):.6f}, not 1: normalise the embeddings first"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import warnings
+from functools import partial
 from typing import Any, Literal, SupportsFloat, SupportsIndex
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from ..settings import Mining, Settings
 from .engine import NO_INDICES, Engine, check_side, refuse_arguments, unit_rows
 from .operator import CHECKED, STATISTICS, UNCHECKED, WAITED_FOR, loss_of
+from .parts import loss_of_ranks
+from .ranks import Ranks, Scale, between_graphs
 
 Check = bool | Literal["wait"]
 
@@ -34,6 +37,11 @@ class SoftContrastiveLoss(nn.Module):
     of the free memory on a GPU if left out. What does not fit is computed again, with the same result.
 
     A batch without rows, or without references, has a loss of 0 and a gradient of zeros.
+
+    `group`, a `torch.distributed.ProcessGroup`, makes one batch of the rows of all its processes: each calls the loss with its own,
+    as many as the others have (`uneven=True`: any number, perhaps none), and gets the loss of the whole batch. Its rows get the
+    gradient times the number of processes, so that the mean that DistributedDataParallel takes is one process's gradient; with
+    `gradient="sum"` the gradient itself. What is wrong in one process raises in all of them. A group of one is no group.
 
     `statistics` holds what the last call mined: active anchors, pairs, tolerances, mean similarities, how many rows had a
     negative label (`ignored`), and 1 minus the smaller mean similarity (`spread`): below 1e-4 all rows are nearly equal, and the
@@ -57,6 +65,9 @@ class SoftContrastiveLoss(nn.Module):
         check: Check = True,
         threads: int | None = None,
         workspace_budget: int | None = None,
+        group: Any = None,
+        uneven: bool = False,
+        gradient: Scale = "mean",
         **others: Any,
     ) -> None:
         super().__init__()
@@ -71,6 +82,8 @@ class SoftContrastiveLoss(nn.Module):
         self.lambda_neg = lambda_neg
         self.normalize_embeddings = normalize_embeddings
         self._check = WAITED_FOR if check == "wait" else CHECKED if check else UNCHECKED
+        ranks = None if group is None else Ranks(group, uneven, gradient)
+        self.ranks = ranks if ranks and ranks.size > 1 else None
         self._warned: set[str] = set()
         self._engine = Engine(threads, workspace_budget)
 
@@ -89,15 +102,20 @@ class SoftContrastiveLoss(nn.Module):
 
         Raises ValueError for shapes and rows that do not fit, RuntimeError for a GPU's tensor in a build for the CPU.
         """
-        if indices_tuple is not None:
-            raise ValueError(NO_INDICES)
         if ref_emb is embeddings and ref_labels is labels:
             ref_emb = ref_labels = None
-        check_side("anchors", embeddings, labels, "labels")
-        if (ref_emb is None) != (ref_labels is None):
-            raise ValueError("references and reference_labels belong together: give both or neither")
-        if ref_emb is not None and ref_labels is not None:
-            check_side("references", ref_emb, ref_labels, "labels of the references")
+        try:
+            if indices_tuple is not None:
+                raise ValueError(NO_INDICES)
+            check_side("anchors", embeddings, labels, "labels")
+            if (ref_emb is None) != (ref_labels is None):
+                raise ValueError("references and reference_labels belong together: give both or neither")
+            if ref_emb is not None and ref_labels is not None:
+                check_side("references", ref_emb, ref_labels, "labels of the references")
+        except (TypeError, ValueError) as error:
+            if self.ranks is not None:
+                self.ranks.fail(embeddings, error)
+            raise
         return self._loss(embeddings, labels, ref_emb, ref_labels, None, self.normalize_embeddings, self._check)
 
     def unit_rows(self, embeddings: Tensor) -> Tensor:
@@ -147,7 +165,8 @@ class SoftContrastiveLoss(nn.Module):
             settings.lambda_pos if isinstance(pos, Tensor) else float(pos),
             settings.lambda_neg if isinstance(neg, Tensor) else float(neg),
         )
-        loss = loss_of(
+        evaluate = loss_of if self.ranks is None else _loss_of_ranks
+        loss = evaluate(
             rows,
             references,
             pos if isinstance(pos, Tensor) else None,
@@ -160,6 +179,7 @@ class SoftContrastiveLoss(nn.Module):
             normalize,
             check,
             self._engine.key,
+            None if self.ranks is None else partial(loss_of_ranks, self.ranks),
         )
         if not torch.compiler.is_compiling():
             last = self._engine.last
@@ -204,6 +224,8 @@ class SoftContrastiveLoss(nn.Module):
         values = dataclasses.asdict(self.settings) | {"normalize_embeddings": self.normalize_embeddings}
         return ", ".join(f"{name}={value}" for name, value in values.items())
 
+
+_loss_of_ranks = between_graphs(loss_of)
 
 COLLAPSED = 1e-4
 """A spread below this is a collapse."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .engine import NO_INDICES, check_labels, refuse_arguments
 from .loss import SoftContrastiveLoss
 from .operator import UNCHECKED, good_rows
+from .ranks import Ranks, between_graphs, telling
 
 
 def _check_memory_type(dtype: torch.dtype) -> None:
@@ -38,6 +39,8 @@ class CrossBatchMemory(nn.Module):
     Embeddings move fast at first, and old rows mislead then: the first `start_after` calls are the loss of the batch alone and
     queue nothing. `start()` begins at once, which a compiled call needs, since it does not count; `fill(embeddings, labels)` queues rows
     before; `filled` says how many there are.
+
+    If the loss has a process group, the rows of all processes are queued, in the order of ranks, and the queues stay alike.
     """
 
     embedding_memory: Tensor
@@ -122,23 +125,28 @@ class CrossBatchMemory(nn.Module):
         Raises what the loss does, and ValueError for more rows than the queue holds or of another width. Nothing is
         queued then.
         """
-        if indices_tuple is not None:
-            raise ValueError(NO_INDICES)
         if not self.started:
             if not torch.compiler.is_compiling():
                 self.calls += 1
-            loss: Tensor = self.loss(embeddings, labels)
+            loss: Tensor = self.loss(embeddings, labels, indices_tuple)
             return loss
-        rows, labels = self._compared(embeddings, labels)
-        queued, queued_labels = rows, labels
-        if enqueue_mask is not None:
-            _check_mask(enqueue_mask, rows.shape[0])
-            enqueue_mask = enqueue_mask.to(rows.device)
-            queued, queued_labels = rows[enqueue_mask], labels[enqueue_mask]
-            rows, labels = rows[~enqueue_mask], labels[~enqueue_mask]
+        ranks = self.loss.ranks
+        with telling(ranks, embeddings):
+            if indices_tuple is not None:
+                raise ValueError(NO_INDICES)
+            rows, labels = self._compared(embeddings, labels)
+            queued, queued_labels = rows, labels
+            if enqueue_mask is not None:
+                _check_mask(enqueue_mask, rows.shape[0])
+                enqueue_mask = enqueue_mask.to(rows.device)
+                queued, queued_labels = rows[enqueue_mask], labels[enqueue_mask]
+                rows, labels = rows[~enqueue_mask], labels[~enqueue_mask]
+        own = slice(0, queued.shape[0])
+        if ranks is not None:
+            queued, queued_labels, own = self._of_all_ranks(ranks, queued, queued_labels, enqueue_mask is not None)
         places = self._places(queued.shape[0])
         # Rows that were queued are compared as well, unless a mask parts them.
-        known = places if enqueue_mask is None else None
+        known = places[own] if enqueue_mask is None else None
         if torch.compiler.is_compiling():
             self._enqueue(places, queued, queued_labels)
             return self._against_queue(rows, labels, known)
@@ -154,8 +162,12 @@ class CrossBatchMemory(nn.Module):
 
     def fill(self, embeddings: Tensor, labels: Tensor) -> None:
         """Queues rows, for the batches to come to be compared with. Raises what a call does."""
+        ranks = self.loss.ranks
         with torch.no_grad():
-            rows, labels = self._compared(embeddings, labels)
+            with telling(ranks, embeddings):
+                rows, labels = self._compared(embeddings, labels)
+            if ranks is not None:
+                rows, labels, _ = self._of_all_ranks(ranks, rows, labels, False)
             self._enqueue(self._places(rows.shape[0]), rows, labels)
 
     def _compared(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,6 +189,14 @@ class CrossBatchMemory(nn.Module):
             good = good_rows(rows.detach())
             labels = torch.where(good, labels, -1)
         return rows, labels
+
+    @between_graphs
+    @torch.no_grad()
+    def _of_all_ranks(self, ranks: Ranks, rows: Tensor, labels: Tensor, masked: bool) -> tuple[Tensor, Tensor, slice]:
+        """The rows of all processes, which every queue takes in the same order, and which of them are this one's."""
+        about = f"a memory of {list(self.embedding_memory.shape)} {rows.dtype}, masked: {masked}"
+        meeting = ranks.meet(rows, about)
+        return meeting.rows(rows.detach()), meeting.rows(labels), meeting.own
 
     def _places(self, count: int) -> Tensor:
         if count > self.memory_size:

@@ -6,7 +6,7 @@ statistics, which hold dL/dlambda. It is not differentiable itself: `loss_of` is
 
 from __future__ import annotations
 
-from typing import Any, Sequence
+from typing import Any, Callable, NamedTuple, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -37,11 +37,32 @@ _library.define(
 _operator = torch.ops.ddtas.loss.default
 
 
+class Call(NamedTuple):
+    """What the operator is called with, in the order of its schema."""
+
+    rows: Tensor
+    labels: Tensor
+    references: Tensor | None
+    reference_labels: Tensor | None
+    identity: Tensor | None
+    lambda_pos: Tensor | None
+    lambda_neg: Tensor | None
+    mining: str
+    numbers: Sequence[float]
+    normalize: bool
+    reference_gradient: bool
+    check: int
+    engine: int
+
+
+Answers = Tuple[Tensor, Tensor, Tensor, Tensor]
+
+
 def _wide(rows: Tensor) -> torch.dtype:
     return torch.float64 if rows.dtype == torch.float64 else torch.float32
 
 
-def _answers(rows: Tensor, references: Tensor | None, reference_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _answers(rows: Tensor, references: Tensor | None, reference_gradient: bool) -> Answers:
     """Room for the answers."""
     wide, device = _wide(rows), rows.device
     back = references.shape if references is not None and reference_gradient else (0,)
@@ -53,48 +74,22 @@ def _answers(rows: Tensor, references: Tensor | None, reference_gradient: bool) 
     )
 
 
-def _fake(
-    rows: Tensor,
-    labels: Tensor,
-    references: Tensor | None,
-    reference_labels: Tensor | None,
-    identity: Tensor | None,
-    lambda_pos: Tensor | None,
-    lambda_neg: Tensor | None,
-    mining: str,
-    numbers: Sequence[float],
-    normalize: bool,
-    reference_gradient: bool,
-    check: int,
-    engine: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _answers(rows, references, reference_gradient)
+def _fake(call: Call) -> Answers:
+    return _answers(call.rows, call.references, call.reference_gradient)
 
 
-def _on_cpu(
-    rows: Tensor,
-    labels: Tensor,
-    references: Tensor | None,
-    reference_labels: Tensor | None,
-    identity: Tensor | None,
-    lambda_pos: Tensor | None,
-    lambda_neg: Tensor | None,
-    mining: str,
-    numbers: Sequence[float],
-    normalize: bool,
-    reference_gradient: bool,
-    check: int,
-    engine: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _on_cpu(call: Call) -> Answers:
+    rows, labels, references, reference_labels, identity, lambda_pos, lambda_neg = call[:7]
+    mining, numbers, normalize, reference_gradient, check, engine = call[7:]
     where = engine_of(engine)
     if lambda_pos is not None or lambda_neg is not None:
-        numbers = _with_lambdas(numbers, lambda_pos, lambda_neg)
+        numbers = with_lambdas(numbers, lambda_pos, lambda_neg)
     kind = TYPES.get(rows.dtype)
     if kind is None:
         got = str(rows.dtype).removeprefix("torch.")
         raise TypeError(f"the anchors must be float32, float16, bfloat16 or float64, not {got}")
     if rows.shape[0] == 0 or (references is not None and references.shape[0] == 0):
-        return _of_nothing(where, rows, labels, references, numbers, reference_gradient)
+        return of_nothing(where, rows, labels, references, numbers, reference_gradient)
     unit: list[tuple[Tensor, Tensor, Tensor]] = []
     if kind == 3 and normalize and rows.shape[1]:
         # The scalar reference takes unit rows.
@@ -129,26 +124,14 @@ def _on_cpu(
     return loss, gradient, back, statistics
 
 
-def _on_gpu(
-    rows: Tensor,
-    labels: Tensor,
-    references: Tensor | None,
-    reference_labels: Tensor | None,
-    identity: Tensor | None,
-    lambda_pos: Tensor | None,
-    lambda_neg: Tensor | None,
-    mining: str,
-    numbers: Sequence[float],
-    normalize: bool,
-    reference_gradient: bool,
-    check: int,
-    engine: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _on_gpu(call: Call) -> Answers:
     """Issues the loss, and waits for nothing."""
+    rows, labels, references, reference_labels, identity, lambda_pos, lambda_neg = call[:7]
+    mining, numbers, normalize, reference_gradient, check, engine = call[7:]
     where = engine_of(engine)
     gpu, stream = where.on_gpu(rows)
     if rows.shape[0] == 0 or (references is not None and references.shape[0] == 0):
-        return _of_nothing(where, rows, labels, references, numbers, reference_gradient)
+        return of_nothing(where, rows, labels, references, numbers, reference_gradient)
     sides = [side for side in (rows, references) if side is not None]
     unit = [unit_rows(side) for side in sides] if normalize else []
     # Held until everything is issued: torch gives memory away in the order of the stream.
@@ -157,7 +140,7 @@ def _on_gpu(
     loss, gradient, back, statistics = _answers(rows, references, reference_gradient)
     thresholds = _on_device(rows, numbers, lambda_pos, lambda_neg)
     if thresholds is None:
-        numbers = _with_lambdas(numbers, lambda_pos, lambda_neg)
+        numbers = with_lambdas(numbers, lambda_pos, lambda_neg)
     named = None if identity is None else identity.to(torch.int32).contiguous()
     written = (gradient, back) if reference_gradient else (gradient,)
     places = [
@@ -200,14 +183,14 @@ def _on_device(
     return torch.cat(both)
 
 
-def _of_nothing(
+def of_nothing(
     where: Engine,
     rows: Tensor,
     labels: Tensor,
     references: Tensor | None,
     numbers: Sequence[float],
     reference_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Answers:
     """The loss without a pair: 0, and gradients of zeros."""
     loss, gradient, back, statistics = (answer.zero_() for answer in _answers(rows, references, reference_gradient))
     gamma, negative_ratio = numbers[:2]
@@ -219,7 +202,7 @@ def _of_nothing(
     return loss, gradient, back, statistics
 
 
-def _with_lambdas(numbers: Sequence[float], lambda_pos: Tensor | None, lambda_neg: Tensor | None) -> list[float]:
+def with_lambdas(numbers: Sequence[float], lambda_pos: Tensor | None, lambda_neg: Tensor | None) -> list[float]:
     pos, neg = numbers[6:]
     return [
         *numbers[:6],
@@ -229,9 +212,9 @@ def _with_lambdas(numbers: Sequence[float], lambda_pos: Tensor | None, lambda_ne
 
 
 _register_fake: Any = getattr(torch.library, "register_fake")
-_register_fake("ddtas::loss", _fake, lib=_library)
-_library.impl("loss", _on_cpu, "CPU")
-_library.impl("loss", _on_gpu, "CUDA")
+_register_fake("ddtas::loss", lambda *given: _fake(Call(*given)), lib=_library)
+_library.impl("loss", lambda *given: _on_cpu(Call(*given)), "CPU")
+_library.impl("loss", lambda *given: _on_gpu(Call(*given)), "CUDA")
 
 
 _library.define("good_rows(Tensor rows) -> Tensor")
@@ -239,7 +222,7 @@ good_rows = torch.ops.ddtas.good_rows.default
 """Which rows are of unit length, `[B]` of booleans; on the processor one that is not raises ValueError."""
 
 
-def _which(rows: Tensor) -> Tensor:
+def which_are_unit(rows: Tensor) -> Tensor:
     tolerance = {torch.float16: 2e-3, torch.bfloat16: 1e-2}.get(rows.dtype, 1e-3)
     wide = rows if rows.dtype == torch.float64 else rows.float()
     distance: Tensor = (torch.linalg.vector_norm(wide, dim=1) - 1).abs()
@@ -247,16 +230,16 @@ def _which(rows: Tensor) -> Tensor:
 
 
 def _refuse_bad_rows(rows: Tensor) -> Tensor:
-    good = _which(rows)
+    good = which_are_unit(rows)
     if not good.all():
         row = int((~good).nonzero()[0])
         raise ValueError(f"row {row} of the embeddings is not finite or has no unit length: nothing was queued")
     return good
 
 
-_register_fake("ddtas::good_rows", _which, lib=_library)
+_register_fake("ddtas::good_rows", which_are_unit, lib=_library)
 _library.impl("good_rows", _refuse_bad_rows, "CPU")
-_library.impl("good_rows", _which, "CUDA")
+_library.impl("good_rows", which_are_unit, "CUDA")
 
 
 class _Once(torch.autograd.Function):
@@ -306,7 +289,7 @@ def _backward(ctx: Any, upstream: Tensor | None, eager: bool) -> list[Tensor | N
     return answers
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Answers) -> None:
     rows, references, lambda_pos, lambda_neg = inputs[:4]
     # References that are constants may change before the way back: the queue of a memory does.
     kept = references if ctx.needs_input_grad[1] else None
@@ -319,15 +302,15 @@ class _Traced(torch.autograd.Function):
     @staticmethod
     def forward(
         rows: Tensor, references: Tensor | None, lambda_pos: Tensor | None, lambda_neg: Tensor | None, *given: Any
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> Answers:
         labels, reference_labels, identity, *rest = given
-        answers: tuple[Tensor, Tensor, Tensor, Tensor] = _operator(
+        answers: Answers = _operator(
             rows, labels, references, reference_labels, identity, lambda_pos, lambda_neg, *rest
         )
         return answers
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Answers) -> None:
         _save(ctx, inputs, output)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
@@ -348,9 +331,11 @@ class _Eager(torch.autograd.Function):
         lambda_pos: Tensor | None,
         lambda_neg: Tensor | None,
         given: tuple[Any, ...],
+        compute: Callable[[Call], Answers] | None,
     ) -> Tensor:
         labels, reference_labels, identity, *rest = given
-        answers = _operator(rows, labels, references, reference_labels, identity, lambda_pos, lambda_neg, *rest)
+        call = Call(rows, labels, references, reference_labels, identity, lambda_pos, lambda_neg, *rest)
+        answers = compute(call) if compute else _operator(*call)
         _save(ctx, (rows, references, lambda_pos, lambda_neg), answers)
         loss: Tensor = answers[0]
         return loss
@@ -373,16 +358,17 @@ def loss_of(
     normalize: bool,
     check: int,
     engine: int,
+    compute: Callable[[Call], Answers] | None = None,
 ) -> Tensor:
-    """The loss, differentiable by the first four."""
+    """The loss, differentiable by the first four; `compute` stands for the operator, which a compiler does not see then."""
     reference_gradient = references is not None and references.requires_grad
     given = (labels, reference_labels, identity, mining, numbers, normalize, reference_gradient, check, engine)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if compute is None and (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
         if not any(side is not None and side.requires_grad for side in (rows, references, lambda_pos, lambda_neg)):
             # torch 2.11 cannot trace a function whose inputs require no gradient.
             loss: Tensor = _operator(rows, labels, references, reference_labels, identity, lambda_pos, lambda_neg, *given[3:])[0]
             return loss
         answers: tuple[Tensor, ...] = _Traced.apply(rows, references, lambda_pos, lambda_neg, *given)
         return answers[0]
-    loss = _Eager.apply(rows, references, lambda_pos, lambda_neg, given)
+    loss = _Eager.apply(rows, references, lambda_pos, lambda_neg, given, compute)
     return loss

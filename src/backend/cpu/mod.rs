@@ -22,7 +22,7 @@ use ndarray::ArrayView2;
 use super::step::Step;
 use super::{Backend, Nearest, PreparedGallery};
 use crate::Result;
-use crate::loss::{Batch, Hypergradient, LossOutput, LossSettings, RowNumbers, Rows};
+use crate::loss::{Batch, Embeddings, Hypergradient, LossOutput, LossSettings, RowNumbers, Rows};
 
 mod buffer;
 mod gradient;
@@ -149,6 +149,29 @@ impl CpuBackend {
         done
     }
 
+    /// Rows at unit length, as [`loss_of_any_length`](Self::loss_of_any_length) compares them: for batches in parts. A row
+    /// without a direction is left for a check to name.
+    ///
+    /// # Errors
+    /// [`Error::NotContiguous`](crate::Error::NotContiguous).
+    pub fn unit_rows<'a>(&'a mut self, rows: &'a Rows<'_>) -> Result<Embeddings<'a>> {
+        let (level, workers) = (self.level, workers_of_rows(rows));
+        workers.stay(|workers| self.unit.set_anchors(rows, level, workers))?;
+        self.unit.anchors(rows)
+    }
+
+    /// Turns a gradient by unit rows, row by row without gaps, into the one by `rows`.
+    ///
+    /// # Errors
+    /// As [`unit_rows`](Self::unit_rows).
+    pub fn lead_back(&mut self, rows: &Rows<'_>, gradient: &mut [f32]) -> Result<()> {
+        let level = self.level;
+        workers_of_rows(rows).stay(|workers| {
+            self.unit.set_anchors(rows, level, workers)?;
+            self.unit.lead_anchors_back(rows, gradient, level, workers)
+        })
+    }
+
     fn make_all_steps(
         &mut self,
         batch: &Batch<'_>,
@@ -168,6 +191,10 @@ impl CpuBackend {
     pub fn pass_times(&self) -> PassTimes {
         self.times
     }
+}
+
+fn workers_of_rows(rows: &Rows<'_>) -> Workers<'static> {
+    Workers::new(rows.embeddings.rows().saturating_mul(rows.embeddings.dim()))
 }
 
 fn workers_for(batch: &Batch<'_>) -> Workers<'static> {

@@ -38,9 +38,19 @@ struct UnitSide {
 impl UnitRows {
     /// Normalises the rows of a batch whose shapes were checked.
     pub fn set(&mut self, batch: &Batch<'_>, level: Level, workers: Workers<'_>) -> Result<()> {
-        self.anchors.set("anchors", &batch.anchors.embeddings, level, workers)?;
+        self.set_anchors(&batch.anchors, level, workers)?;
         let references = batch.references.as_ref();
         references.map_or(Ok(()), |rows| self.references.set("references", &rows.embeddings, level, workers))
+    }
+
+    /// Normalises rows that have no references.
+    pub fn set_anchors(&mut self, rows: &Rows<'_>, level: Level, workers: Workers<'_>) -> Result<()> {
+        self.anchors.set("anchors", &rows.embeddings, level, workers)
+    }
+
+    /// The rows that were set.
+    pub fn anchors<'a>(&'a self, rows: &'a Rows<'_>) -> Result<Embeddings<'a>> {
+        Ok(self.anchors.rows(rows)?.embeddings)
     }
 
     /// The batch of the rows that were set.
@@ -64,13 +74,24 @@ impl UnitRows {
         workers: Workers<'_>,
         output: &mut LossOutput,
     ) -> Result<()> {
-        self.anchors.lead_back(&batch.anchors.embeddings, &mut output.gradient, level, workers)?;
+        self.lead_anchors_back(&batch.anchors, entries(&mut output.gradient)?, level, workers)?;
         match (&batch.references, &mut output.reference_gradient) {
             (Some(rows), Some(gradient)) => {
-                self.references.lead_back(&rows.embeddings, gradient, level, workers)
+                self.references.lead_back(&rows.embeddings, entries(gradient)?, level, workers)
             }
             _ => Ok(()),
         }
+    }
+
+    /// The same for the anchors alone.
+    pub fn lead_anchors_back(
+        &self,
+        rows: &Rows<'_>,
+        gradient: &mut [f32],
+        level: Level,
+        workers: Workers<'_>,
+    ) -> Result<()> {
+        self.anchors.lead_back(&rows.embeddings, gradient, level, workers)
     }
 
     /// Bytes its buffers hold.
@@ -115,22 +136,20 @@ impl UnitSide {
     fn lead_back(
         &self,
         rows: &Embeddings<'_>,
-        gradient: &mut Array2<f32>,
+        gradient: &mut [f32],
         level: Level,
         workers: Workers<'_>,
     ) -> Result<()> {
-        const NAME: &str = "gradient";
-        let gradient = gradient.as_slice_mut().ok_or(Error::NotContiguous { rows: NAME })?;
         let (dim, lengths) = (rows.dim(), &self.lengths);
         match rows {
             Embeddings::F32(view) => {
-                lead_back(contiguous(NAME, view)?, dim, lengths, gradient, level, workers)
+                lead_back(contiguous(GRADIENT, view)?, dim, lengths, gradient, level, workers)
             }
             Embeddings::F16(view) => {
-                lead_back(contiguous(NAME, view)?, dim, lengths, gradient, level, workers)
+                lead_back(contiguous(GRADIENT, view)?, dim, lengths, gradient, level, workers)
             }
             Embeddings::Bf16(view) => {
-                lead_back(contiguous(NAME, view)?, dim, lengths, gradient, level, workers)
+                lead_back(contiguous(GRADIENT, view)?, dim, lengths, gradient, level, workers)
             }
         }
         Ok(())
@@ -140,6 +159,12 @@ impl UnitSide {
         let narrow = self.half.capacity() + self.brain.capacity();
         self.single.capacity() * 4 + narrow * 2 + self.lengths.capacity() * 8
     }
+}
+
+const GRADIENT: &str = "gradient";
+
+fn entries(gradient: &mut Array2<f32>) -> Result<&mut [f32]> {
+    gradient.as_slice_mut().ok_or(Error::NotContiguous { rows: GRADIENT })
 }
 
 fn matrix<T>((rows, dim): (usize, usize), values: &[T]) -> Result<ArrayView2<'_, T>> {

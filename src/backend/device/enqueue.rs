@@ -5,8 +5,8 @@
 
 use super::layout::{Ends, Remembered};
 use super::loss::{
-    IdentityAt, Input, Launcher, issue_order, issue_same_class, issue_selection, issue_sums, issue_sweep,
-    issue_weigh,
+    IdentityAt, Input, Launcher, issue_lead_back, issue_order, issue_same_class, issue_selection, issue_sums,
+    issue_sweep, issue_weigh,
 };
 use super::params::LossScalars;
 use super::plan::{Shape, sum_scale};
@@ -40,6 +40,9 @@ pub struct ResidentPart {
     pub identity: ResidentIdentity,
     /// B of 1/B.
     pub total: usize,
+    /// Whether rows are of any length but 0: they are compared at unit length, and the gradients are theirs as they are given.
+    /// Of a whole loss alone; tangents of a hypergradient after it are those of the unit rows.
+    pub any_length: bool,
 }
 
 /// Settings of a loss, of which the thresholds may lie in device memory.
@@ -87,6 +90,7 @@ impl ResidentPart {
             total: self.total,
             identity: rectangular && self.identity != ResidentIdentity::ByValue,
             numbers: rectangular && numbers,
+            any_length: self.any_length,
             ..self.batch.shape(exact)
         }
     }
@@ -147,7 +151,8 @@ impl<D: Device> DeviceBackend<D> {
             issue_sweep(launcher, base, loss)?;
             issue_selection(launcher, base, loss)?;
             issue_weigh(launcher, base, loss, scalars as usize as *mut LossScalars, true)?;
-            issue_sums(launcher, base, loss, targets)
+            issue_sums(launcher, base, loss, targets)?;
+            issue_lead_back(launcher, base, loss, &input)
         })?;
         self.remembered = Some(loss);
         Ok(())
@@ -167,6 +172,10 @@ impl<D: Device> DeviceBackend<D> {
         min_pos: u64,
     ) -> Result<()> {
         aligned("min_pos", min_pos, 4)?;
+        if part.any_length {
+            let (value, range) = ("true".into(), "false for a part of a batch");
+            return Err(Error::InvalidSetting { name: "any_length", value, range });
+        }
         let mut loss = self.begin_resident(part, settings, true)?;
         loss.step = Some(Step::SameClass);
         let input = part.input();
@@ -296,9 +305,9 @@ impl<D: Device> DeviceBackend<D> {
         loss: &mut Remembered,
         issue: impl FnOnce(&mut Launcher<'_, D>, u64, &Remembered) -> Result<()>,
     ) -> Result<()> {
-        let (shape, buffer, device) = self.resumed(loss)?;
+        let (_, buffer, device) = self.resumed(loss)?;
         let base = device.address(buffer);
-        issue(&mut Launcher { device, shape }, base, loss)
+        issue(&mut Launcher::new(device, loss), base, loss)
     }
 }
 

@@ -7,11 +7,13 @@ use super::Precision;
 pub enum Kernel {
     /// order.cu: sorts the labels of one tile.
     OrderTiles,
+    /// The same of larger tiles.
+    OrderTilesWide,
     /// order.cu: merges what is sorted.
     OrderMerge,
     /// prepare.cu: rows into class order, norms checked, classes, and what a positive of each row must stay below.
     Prepare(Precision),
-    /// The same on Hopper's warpgroup products; 16-bit types only.
+    /// The same on Hopper's warpgroup products; 16-bit types, and TF32 in a whole loss.
     PrepareHopper(Precision),
     /// steps.cu: the position of each of the caller's rows.
     InvertOrder,
@@ -23,11 +25,11 @@ pub enum Kernel {
     ReportNumbers,
     /// similarity.cu: m+ of every anchor.
     SameClass(Precision),
-    /// The same on Hopper's warpgroup products; 16-bit types only.
+    /// The same on Hopper's warpgroup products; 16-bit types, and TF32 in a whole loss.
     SameClassHopper(Precision),
     /// similarity.cu: m-, the probe and the candidates, in one sweep.
     Sweep(Precision),
-    /// sweep_hopper.cu: the same on Hopper's warpgroup products; 16-bit types only.
+    /// sweep_hopper.cu: the same on Hopper's warpgroup products; 16-bit types, and TF32 in a whole loss.
     SweepHopper(Precision),
     /// select.cu: final sets and sums of tiles whose candidates were stored.
     SelectStored,
@@ -43,10 +45,12 @@ pub enum Kernel {
     Gradient(Precision),
     /// gradient_hopper.cu: the same on Hopper's warpgroup products; 16-bit types only.
     GradientHopper(Precision),
-    /// threshold.cu: joins rows and tangents.
-    ThresholdPrepare(Precision),
-    /// threshold.cu: the hyper-gradient's sums over each tile.
+    /// unit.cu: the gradient of rows of any length from that of the unit rows.
+    LeadBack(Precision),
+    /// threshold.cu: the hyper-gradient's sums of each block.
     Threshold(Precision),
+    /// The same where S was multiplied on Hopper's warpgroup products; 16-bit types only.
+    ThresholdHopper(Precision),
     /// threshold.cu: their sum.
     ThresholdSum,
     /// retrieval.cu: the k most similar references of each query.
@@ -71,6 +75,7 @@ impl Kernel {
     pub fn name(self) -> &'static str {
         match self {
             Self::OrderTiles => "order_tiles",
+            Self::OrderTilesWide => "order_tiles_wide",
             Self::OrderMerge => "order_merge",
             Self::Prepare(precision) => precise!(precision, "prepare"),
             Self::PrepareHopper(precision) => precise!(precision, "prepare_hopper"),
@@ -89,8 +94,11 @@ impl Kernel {
             Self::Weigh => "weigh",
             Self::Gradient(precision) => precise!(precision, "gradient"),
             Self::GradientHopper(precision) => precise!(precision, "gradient_hopper"),
-            Self::ThresholdPrepare(precision) => precise!(precision, "threshold_prepare"),
+            Self::LeadBack(Precision::F32 | Precision::Tf32) => "lead_back_f32",
+            Self::LeadBack(Precision::F16) => "lead_back_f16",
+            Self::LeadBack(Precision::Bf16) => "lead_back_bf16",
             Self::Threshold(precision) => precise!(precision, "threshold"),
+            Self::ThresholdHopper(precision) => precise!(precision, "threshold_hopper"),
             Self::ThresholdSum => "threshold_sum",
             Self::Retrieval(precision) => precise!(precision, "retrieval"),
         }

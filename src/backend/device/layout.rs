@@ -24,6 +24,8 @@ pub(super) struct SideRegions {
     pub(super) run_order: Region,
     pub(super) rows: Region,
     pub(super) square_sums: Region,
+    /// Of rows of any length.
+    pub(super) lengths: Region,
     pub(super) duplicate: Region,
     pub(super) column_sums: Region,
     pub(super) ways: Region,
@@ -96,7 +98,7 @@ impl LossLayout {
     ///
     /// For B anchors of D dimensions in the square form, with stride D' and s splits (0 for one, whose
     /// kernels write the gradient itself), about `B D e + B D' (e + 4 s) + 4 B D + 164 B + 8 tiles` bytes with
-    /// elements of e bytes, and the budget.
+    /// elements of e bytes (8 of f32 to its own precision, prepared), and the budget.
     ///
     /// `resident`: input and gradients stay in the caller's memory, so none is set aside for them.
     pub(super) fn new(shape: &Shape, budget: usize, multiprocessors: u32, resident: bool) -> Self {
@@ -186,8 +188,9 @@ impl LossLayout {
             order: layout.region::<u32>(count),
             run_keys: layout.region::<u64>(merged),
             run_order: layout.region::<u32>(merged),
-            rows: layout.region::<u8>(padded * stride * shape.precision.bytes()),
+            rows: layout.region::<u8>(padded * stride * shape.precision.stored_bytes()),
             square_sums: layout.region::<f64>(count),
+            lengths: layout.region::<f64>(if shape.any_length { count } else { 0 }),
             duplicate: layout.region::<f32>(padded),
             column_sums: layout.region::<f32>(tiles(count) * stride),
             ways: layout.region::<u8>(if_wanted(tiles(count))),

@@ -8,12 +8,14 @@ use std::mem::offset_of;
 use bytemuck::{cast_slice, cast_slice_mut};
 use ndarray::Array2;
 
-use super::layout::{Ends, LossLayout, Remembered, RowCheck, SideRegions, device_settings, pointer};
-use super::params::{
-    Counters, GradientParams, IdentityParams, InvertParams, LossScalars, MergeParams, OrderParams,
-    PairsParams, PrepareParams, RowSums, TILE, WeighParams, ZEROED, Zeroed,
+use super::layout::{
+    Ends, LossLayout, Remembered, RowCheck, SideRegions, device_settings, pointer, unless_empty,
 };
-use super::plan::{Shape, order_runs, tiles};
+use super::params::{
+    Counters, GradientParams, IdentityParams, InvertParams, LeadBackParams, LossScalars, MergeParams,
+    ORDER_TILE, OrderParams, PairsParams, PrepareParams, RowSums, TILE, WeighParams, ZEROED, Zeroed,
+};
+use super::plan::{Shape, order_runs, order_tile, tiles};
 use super::workspace::Region;
 use super::{Device, DeviceBackend, Kernel, Params};
 use crate::loss::check_unit;
@@ -37,9 +39,17 @@ pub(super) fn matrix_bytes<'a>(embeddings: &'a Embeddings<'_>, rows: &'static st
 pub(super) struct Launcher<'a, D: Device> {
     pub(super) device: &'a mut D,
     pub(super) shape: Shape,
+    /// A loss at once that has room for all its pairs: no tile of S is ever multiplied twice, in one kernel or another.
+    pub(super) whole: bool,
 }
 
-impl<D: Device> Launcher<'_, D> {
+impl<'a, D: Device> Launcher<'a, D> {
+    /// For the kernels of one loss.
+    pub(super) fn new(device: &'a mut D, loss: &Remembered) -> Self {
+        let whole = loss.layout.stores_everything && loss.step.is_none();
+        Self { device, shape: loss.shape, whole }
+    }
+
     pub(super) fn launch<P: Params>(
         &mut self,
         kernel: Kernel,
@@ -48,7 +58,7 @@ impl<D: Device> Launcher<'_, D> {
     ) -> Result<()> {
         let multiprocessors = self.device.multiprocessors();
         let splits = self.shape.splits(of_references, multiprocessors);
-        let kernel = self.shape.variant(kernel, self.device.has_warpgroup_products());
+        let kernel = self.shape.variant(kernel, self.device.has_warpgroup_products(), self.whole);
         let plan = self.shape.plan(kernel, of_references, splits, multiprocessors);
         // SAFETY: `params` is built in this folder from regions of a layout for this very shape, laid over
         // a buffer that lives in the backend; tests/emulated.rs runs every kernel with the gaps watched.
@@ -74,6 +84,7 @@ impl<D: Device> DeviceBackend<D> {
             total: batch.total(),
             identity: !batch.is_square() && batch.identity != Identity::ByValue,
             numbers: false,
+            any_length: false,
         }
     }
 
@@ -83,10 +94,34 @@ impl<D: Device> DeviceBackend<D> {
         settings: &LossSettings,
         output: &mut LossOutput,
     ) -> Result<()> {
+        self.run_loss_of(self.shape(batch), batch, settings, output)
+    }
+
+    /// [`Backend::loss`](crate::backend::Backend::loss) of rows of any length but 0: they are compared at unit length, and the
+    /// gradients are those of the rows as they are given. A hypergradient after it takes tangents of the unit rows.
+    ///
+    /// # Errors
+    /// As [`Backend::loss`](crate::backend::Backend::loss); [`Error::NotUnit`] for a row of zeros.
+    pub fn loss_of_any_length(
+        &mut self,
+        batch: &Batch<'_>,
+        settings: &LossSettings,
+        output: &mut LossOutput,
+    ) -> Result<()> {
+        self.remembered = None;
+        self.run_loss_of(Shape { any_length: true, ..self.shape(batch) }, batch, settings, output)
+    }
+
+    fn run_loss_of(
+        &mut self,
+        shape: Shape,
+        batch: &Batch<'_>,
+        settings: &LossSettings,
+        output: &mut LossOutput,
+    ) -> Result<()> {
         settings.validate()?;
         batch.validate()?;
         same_type(batch)?;
-        let shape = self.shape(batch);
         shape.check()?;
         let loss = self.begin(shape, settings, false)?;
         let layout = &loss.layout;
@@ -94,7 +129,7 @@ impl<D: Device> DeviceBackend<D> {
         let buffer = workspace.lay(device, &layout.layout)?;
         let input = upload(device, buffer, layout, batch)?;
         let (base, check) = (device.address(buffer), input.check);
-        issue(&mut Launcher { device: &mut *device, shape }, base, &loss, &input)?;
+        issue(&mut Launcher::new(&mut *device, &loss), base, &loss, &input)?;
         download_scalars(device, buffer, &loss, check.tolerance, output)?;
         download_anchors(device, buffer, &loss, output)?;
         download_gradients(device, buffer, &loss, output)?;
@@ -179,7 +214,33 @@ pub(super) fn issue<D: Device>(
     issue_same_class(launcher, base, loss)?;
     issue_sweep(launcher, base, loss)?;
     issue_selection(launcher, base, loss)?;
-    issue_gradients(launcher, base, loss, input.ends.map(|end| end.gradient))
+    issue_gradients(launcher, base, loss, input.ends.map(|end| end.gradient))?;
+    issue_lead_back(launcher, base, loss, input)
+}
+
+/// The gradients of rows of any length, in place of those of the unit rows.
+pub(super) fn issue_lead_back<D: Device>(
+    launcher: &mut Launcher<'_, D>,
+    base: u64,
+    loss: &Remembered,
+    input: &Input,
+) -> Result<()> {
+    let Remembered { shape, layout, .. } = loss;
+    let wanted = [shape.any_length, shape.any_length && shape.reference_gradient];
+    for (side, regions) in [&layout.anchors, &layout.references].into_iter().enumerate() {
+        if !wanted[side] {
+            continue;
+        }
+        let params = LeadBackParams {
+            rows: input.ends[side].rows as usize as *const std::ffi::c_void,
+            lengths: pointer::<f64>(base, regions.lengths),
+            gradient: input.ends[side].gradient as usize as *mut f32,
+            count: shape.sides(side == 1).0 as u32,
+            dim: shape.dim as u32,
+        };
+        launcher.launch(Kernel::LeadBack(shape.precision), side == 1, &params)?;
+    }
+    Ok(())
 }
 
 /// Both sides must be multiplied in one type.
@@ -248,7 +309,11 @@ fn sort<D: Device>(
         counters: zeroed.map_or(std::ptr::null_mut(), |_| pointer(base, loss.layout.counters)),
         zeroed: zeroed.unwrap_or([nothing; ZEROED as usize]),
     };
-    launcher.launch(Kernel::OrderTiles, side.of_references, &tiles)?;
+    let kernel = match order_tile(count as usize) as u32 {
+        ORDER_TILE => Kernel::OrderTiles,
+        _ => Kernel::OrderTilesWide,
+    };
+    launcher.launch(kernel, side.of_references, &tiles)?;
     for (merge, &run) in runs.iter().enumerate() {
         let left = runs.len() - merge - 1;
         let merge = MergeParams {
@@ -311,6 +376,7 @@ pub(super) fn issue_order<D: Device>(
             bad: bad[side],
             column_sums: pointer(base, regions[side].column_sums),
             duplicate: pointer(base, regions[side].duplicate),
+            lengths: unless_empty(base, regions[side].lengths),
             keys: if of_anchors { pointer::<u64>(base, layout.anchors.keys) } else { std::ptr::null_mut() },
             reference_keys: pointer::<u64>(base, layout.references.keys),
             classes: pointer(base, layout.classes),

@@ -27,7 +27,7 @@ kernel_parameters!(
     PairsParams,
     WeighParams,
     GradientParams,
-    ThresholdPrepareParams,
+    LeadBackParams,
     ThresholdParams,
     ThresholdSumParams,
     RetrievalParams,

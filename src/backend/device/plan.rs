@@ -1,9 +1,10 @@
 //! Launch plans: how many blocks, how much shared memory. Pure functions of the shape.
 
 use super::params::{
-    GRADIENT_COLUMNS, GRADIENT_HOPPER_SHARED_BYTES, GRADIENT_HOPPER_THREADS, GRADIENT_ROWS_16BIT,
-    GRADIENT_ROWS_32BIT, GRADIENT_STAGES_BYTES, HOPPER_SHARED_BYTES, ORDER_RUNS, ORDER_SHARED_BYTES,
-    ORDER_TILE, RETRIEVAL_SHARED_BYTES, RETRIEVAL_SLACK, SELECT_STORED_SHARED_BYTES, SIMILARITY_STAGES_BYTES,
+    GRADIENT_COLUMNS, GRADIENT_EXTRA_BYTES, GRADIENT_HOPPER_SHARED_BYTES, GRADIENT_HOPPER_THREADS,
+    GRADIENT_ROWS_16BIT, GRADIENT_ROWS_32BIT, GRADIENT_STAGES_BYTES, HOPPER_SHARED_BYTES, ORDER_RUNS,
+    ORDER_SHARED_BYTES, ORDER_TILE, ORDER_WIDE_SHARED_BYTES, ORDER_WIDE_THREADS, ORDER_WIDE_TILE,
+    RETRIEVAL_SHARED_BYTES, RETRIEVAL_SLACK, SELECT_STORED_SHARED_BYTES, SIMILARITY_STAGES_BYTES,
     STAGE_BYTES, SUM_SHARED_BYTES, SWEEP_HOPPER_SHARED_BYTES, SWEEP_HOPPER_THREADS, SWEEP_SHARED_BYTES,
     THREADS, TILE, TILE_MASK_WORDS, WEIGH_SHARED_BYTES,
 };
@@ -38,6 +39,16 @@ impl Precision {
             Self::F16 | Self::Bf16 => 2,
         }
     }
+
+    /// Bytes of one element of prepared rows: f32 to its own precision is split into two TF32 numbers.
+    #[must_use]
+    pub fn stored_bytes(self) -> usize {
+        match self {
+            Self::F32 => 8,
+            Self::Tf32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
 }
 
 /// Tiles of `rows` rows.
@@ -45,15 +56,21 @@ pub(super) fn tiles(rows: usize) -> usize {
     rows.div_ceil(TILE as usize)
 }
 
+/// Keys that one block sorts: more where one merge of the usual ones would not do.
+pub(super) fn order_tile(rows: usize) -> usize {
+    let wide = rows > (ORDER_TILE * ORDER_RUNS) as usize;
+    if wide { ORDER_WIDE_TILE as usize } else { ORDER_TILE as usize }
+}
+
 /// Keys of the runs that each merge of the class order begins with; none where one block sorts all of them.
 pub(super) fn order_runs(rows: usize) -> impl Iterator<Item = usize> {
     let longer = |run: &usize| Some(run * ORDER_RUNS as usize);
-    std::iter::successors(Some(ORDER_TILE as usize), longer).take_while(move |&run| run < rows)
+    std::iter::successors(Some(order_tile(rows)), longer).take_while(move |&run| run < rows)
 }
 
 /// Elements between two prepared rows: whole pipeline stages.
 pub(super) fn stride(dim: usize, precision: Precision) -> usize {
-    dim.next_multiple_of(STAGE_BYTES as usize / precision.bytes())
+    dim.next_multiple_of(STAGE_BYTES as usize / precision.stored_bytes())
 }
 
 /// What the passes of one loss work on.
@@ -74,6 +91,8 @@ pub(super) struct Shape {
     pub identity: bool,
     /// Whether references may be anchors of the whole batch, with numbers of their own; never in the square form.
     pub numbers: bool,
+    /// Whether rows are brought to unit length first, and their gradients led back.
+    pub any_length: bool,
 }
 
 impl Shape {
@@ -126,7 +145,7 @@ impl Shape {
     /// Columns of tiles whose rows are read again and again while the sweep is in their band: 16 MiB, which L2 holds beside
     /// the rows of the blocks that are under way.
     pub fn band(&self) -> usize {
-        let tile = TILE as usize * self.stride() * self.precision.bytes();
+        let tile = TILE as usize * self.stride() * self.precision.stored_bytes();
         let columns = (BAND_BYTES / tile).max(1);
         1 << columns.ilog2()
     }
@@ -185,13 +204,31 @@ impl Shape {
         }
     }
 
+    /// The same for the slopes of the weights by a lambda, which are up to a quarter of the sharpness as large.
+    pub fn slope_scale(&self, sharpness: f64) -> f32 {
+        match self.precision {
+            Precision::F32 | Precision::Tf32 => 1.0,
+            Precision::F16 | Precision::Bf16 => {
+                self.weight_scale() / 2.0f64.powi((sharpness / 4.0).max(1.0).log2().ceil() as i32) as f32
+            }
+        }
+    }
+
     /// The kernel that does `kernel`'s work on this GPU. Hopper has its own where S or the gradient is
-    /// multiplied, for 16-bit types: f32 is split in registers, which its products do not take on both sides.
-    pub fn variant(&self, kernel: Kernel, warpgroup_products: bool) -> Kernel {
-        if !warpgroup_products || self.precision.bytes() != 2 {
+    /// multiplied, for 16-bit types; and for S of TF32 in a `whole` loss, since the gradient of TF32 would multiply a tile that
+    /// was not stored otherwise than the sweep. f32 to its own precision wants sums for each kind of product.
+    pub fn variant(&self, kernel: Kernel, warpgroup_products: bool, whole: bool) -> Kernel {
+        let served = match self.precision {
+            Precision::F16 | Precision::Bf16 => true,
+            Precision::Tf32 => whole,
+            Precision::F32 => false,
+        };
+        if !warpgroup_products || !served {
             return kernel;
         }
         match kernel {
+            Kernel::Gradient(Precision::Tf32) | Kernel::Threshold(Precision::Tf32) => kernel,
+            Kernel::Threshold(precision) => Kernel::ThresholdHopper(precision),
             Kernel::Prepare(precision) => Kernel::PrepareHopper(precision),
             Kernel::SameClass(precision) => Kernel::SameClassHopper(precision),
             Kernel::Sweep(precision) => Kernel::SweepHopper(precision),
@@ -212,12 +249,19 @@ impl Shape {
     ) -> LaunchPlan {
         let own = tiles(self.sides(of_references).0);
         let gradient_grid = [self.row_blocks(of_references), self.column_blocks(), splits];
+        let gradient_bytes = |precision: Precision| {
+            let matrix = self.gradient_rows() * TILE * precision.bytes() as u32;
+            GRADIENT_STAGES_BYTES + matrix + GRADIENT_EXTRA_BYTES
+        };
         let (grid, shared_bytes) = match kernel {
             Kernel::OrderTiles => {
                 ([self.sides(of_references).0.div_ceil(ORDER_TILE as usize), 1, 1], ORDER_SHARED_BYTES)
             }
+            Kernel::OrderTilesWide => {
+                let blocks = self.sides(of_references).0.div_ceil(ORDER_WIDE_TILE as usize);
+                ([blocks, 1, 1], ORDER_WIDE_SHARED_BYTES)
+            }
             Kernel::OrderMerge => (threads_for(self.sides(of_references).0), 0),
-            Kernel::ThresholdPrepare(_) => ([own, 1, 1], 0),
             Kernel::Identity | Kernel::ReportNumbers => (threads_for(self.anchors), 0),
             Kernel::InvertOrder => (threads_for(self.sides(of_references).0), 0),
             Kernel::TakeNumbers => (threads_for(self.anchors.max(self.reference_count())), 0),
@@ -231,14 +275,15 @@ impl Shape {
                 ([self.tiles(), 1, 1], SELECT_STORED_SHARED_BYTES)
             }
             Kernel::SelectRecomputedHopper(_) => ([self.tiles(), 1, 1], HOPPER_SHARED_BYTES),
-            Kernel::SelectRecomputed(_) | Kernel::Threshold(_) => {
-                ([self.tiles(), 1, 1], SIMILARITY_STAGES_BYTES)
-            }
+            Kernel::SelectRecomputed(_) => ([self.tiles(), 1, 1], SIMILARITY_STAGES_BYTES),
+            Kernel::LeadBack(_) => ([self.sides(of_references).0.div_ceil(THREADS as usize / 32), 1, 1], 0),
             Kernel::Weigh => ([self.weigh_blocks(), 1, 1], WEIGH_SHARED_BYTES),
             Kernel::ThresholdSum => ([1, 1, 1], SUM_SHARED_BYTES),
-            Kernel::Gradient(precision) => {
-                let matrix = self.gradient_rows() * TILE * precision.bytes() as u32;
-                (gradient_grid, GRADIENT_STAGES_BYTES + matrix)
+            Kernel::Gradient(precision) => (gradient_grid, gradient_bytes(precision)),
+            // A block for each lambda.
+            Kernel::Threshold(precision) | Kernel::ThresholdHopper(precision) => {
+                let [rows, columns, splits] = gradient_grid;
+                ([rows, columns, 2 * splits], gradient_bytes(precision))
             }
             Kernel::GradientHopper(_) => (gradient_grid, GRADIENT_HOPPER_SHARED_BYTES),
             Kernel::Retrieval(_) => ([own, 1, 1], RETRIEVAL_SHARED_BYTES),
@@ -246,6 +291,7 @@ impl Shape {
         let threads = match kernel {
             Kernel::GradientHopper(_) => GRADIENT_HOPPER_THREADS,
             Kernel::SweepHopper(_) => SWEEP_HOPPER_THREADS,
+            Kernel::OrderTilesWide => ORDER_WIDE_THREADS,
             _ => THREADS,
         };
         // `check` has bounded them.
@@ -294,6 +340,7 @@ mod tests {
             total: anchors,
             identity: false,
             numbers: false,
+            any_length: false,
         }
     }
 
@@ -329,14 +376,17 @@ mod tests {
         assert_eq!(runs(2_048), [0usize; 0]);
         assert_eq!(runs(2_049), [2_048]);
         assert_eq!(runs(65_536), [2_048]);
-        assert_eq!(runs(262_144), [2_048, 65_536]);
+        assert_eq!(runs(65_537), [8_192]);
+        assert_eq!(runs(262_144), [8_192]);
+        assert_eq!(runs(262_145), [8_192, 262_144]);
         // The largest batch there is: a run still is a number of 32 bits.
-        assert_eq!(runs((1 << 31) - 128), [2_048, 65_536, 1 << 21, 1 << 26]);
+        assert_eq!(runs((1 << 31) - 128), [8_192, 1 << 18, 1 << 23, 1 << 28]);
     }
 
     #[test]
     fn rows_are_padded_to_whole_stages() {
-        assert_eq!(stride(130, Precision::F32), 160);
+        assert_eq!(stride(130, Precision::F32), 144);
+        assert_eq!(stride(130, Precision::Tf32), 160);
         assert_eq!(stride(130, Precision::Bf16), 192);
         assert_eq!(stride(512, Precision::F16), 512);
     }
@@ -358,7 +408,7 @@ mod tests {
     #[test]
     fn a_band_s_rows_fit_l2_and_there_is_always_one() {
         assert_eq!(square(1, 512, Precision::Bf16).band(), 128);
-        assert_eq!(square(1, 130, Precision::F32).band(), 128);
+        assert_eq!(square(1, 130, Precision::F32).band(), 64);
         assert_eq!(square(1, 64, Precision::Bf16).band(), 1024);
         assert_eq!(square(1, 1 << 20, Precision::Bf16).band(), 1);
     }
@@ -479,8 +529,8 @@ mod tests {
                 Kernel::SelectRecomputed(precision),
                 Kernel::Gradient(precision),
             ] {
-                let variant = shape.variant(kernel, true);
-                assert_eq!(shape.variant(kernel, false), kernel);
+                let variant = shape.variant(kernel, true, false);
+                assert_eq!(shape.variant(kernel, false, true), kernel);
                 // A block of sm_90 may have 227 KiB.
                 let plan = |kernel| shape.plan(kernel, false, 3, 7);
                 assert!(plan(variant).shared_bytes <= 227 * 1024, "{variant:?}");

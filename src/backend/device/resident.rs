@@ -74,6 +74,7 @@ impl ResidentBatch {
             total: self.anchors.count,
             identity: false,
             numbers: false,
+            any_length: false,
         }
     }
 
@@ -164,7 +165,7 @@ impl<D: Device> DeviceBackend<D> {
         let Self { device, loss: workspace, .. } = self;
         let buffer = workspace.lay(device, &loss.layout.layout)?;
         let base = device.address(buffer);
-        issue(&mut Launcher { device: &mut *device, shape }, base, &loss, &input)?;
+        issue(&mut Launcher::new(&mut *device, &loss), base, &loss, &input)?;
         *output = LossOutput::default();
         download_scalars(device, buffer, &loss, check.tolerance, output)?;
         self.remembered = Some(loss);
@@ -227,7 +228,9 @@ impl<D: Device> DeviceBackend<D> {
         if tangents[1] != 0 {
             aligned("reference tangent", tangents[1], 4)?;
         }
-        self.sum_threshold(batch.shape(self.options.exact), |_, _, _| Ok(tangents))
+        // In the square form both sides move alike.
+        let tangents = [tangents[0], if batch.references.is_some() { tangents[1] } else { 0 }];
+        self.sum_threshold(batch.shape(self.options.exact), true, |_, _, _| Ok(tangents))
     }
 
     /// [`Backend::nearest`](crate::backend::Backend::nearest) on device memory, without a copy of the rows; the lists

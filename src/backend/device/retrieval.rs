@@ -50,12 +50,12 @@ struct SideRegions {
 impl SideRegions {
     fn new(layout: &mut Layout, side: &Searched<'_>) -> Self {
         let Searched { shape, resident, picked, .. } = side;
-        let (count, bytes) = (shape.anchors, shape.precision.bytes());
-        let copied = if *resident { 0 } else { count * shape.dim * bytes };
+        let (count, stored) = (shape.anchors, shape.precision.stored_bytes());
+        let copied = if *resident { 0 } else { count * shape.dim * shape.precision.bytes() };
         Self {
             input: layout.region::<u8>(copied),
             picked: layout.region::<u32>(picked.map_or(0, |(rows, _)| rows.len())),
-            rows: layout.region::<u8>(tiles(count) * TILE as usize * shape.stride() * bytes),
+            rows: layout.region::<u8>(tiles(count) * TILE as usize * shape.stride() * stored),
             // The check writes to the caller's index of a row.
             square_sums: layout.region::<f64>(picked.map_or(count, |(_, all)| all)),
             counters: layout.region::<Counters>(1),
@@ -126,13 +126,14 @@ fn prepare<D: Device>(
         bad: pointer::<u32>(base + BAD_ROW as u64, regions.counters),
         column_sums: std::ptr::null_mut(),
         duplicate: std::ptr::null_mut(),
+        lengths: std::ptr::null_mut(),
         keys: std::ptr::null(),
         reference_keys: std::ptr::null(),
         classes: std::ptr::null_mut(),
         references: 0,
         reserved: 0,
     };
-    Launcher { device, shape }.launch(Kernel::Prepare(shape.precision), false, &params)
+    Launcher { device, shape, whole: false }.launch(Kernel::Prepare(shape.precision), false, &params)
 }
 
 /// Where [`prepare`] reports a bad row.
@@ -274,7 +275,7 @@ impl<D: Device> DeviceBackend<D> {
                 indices: pointer(base, layout.indices),
                 similarities: pointer(base, layout.similarities),
             };
-            Launcher { device: &mut *device, shape }.launch(
+            Launcher { device: &mut *device, shape, whole: false }.launch(
                 Kernel::Retrieval(shape.precision),
                 false,
                 &params,

@@ -69,7 +69,7 @@ impl<D: Device> DeviceBackend<D> {
         let buffer = workspace.lay(device, &loss.layout.layout)?;
         let input = upload(device, buffer, &loss.layout, part)?;
         let base = device.address(buffer);
-        let mut launcher = Launcher { device: &mut *device, shape };
+        let mut launcher = Launcher::new(&mut *device, &loss);
         issue_order(&mut launcher, base, &loss, &input)?;
         issue_same_class(&mut launcher, base, &loss)?;
         // For the totals and means, and for bad rows; nothing is mined yet.
@@ -97,7 +97,7 @@ impl<D: Device> DeviceBackend<D> {
         let (shape, buffer, device) = self.resumed(&loss)?;
         let given = upload_numbers(device, buffer, &loss, [min_pos.anchors, &[]], [min_pos.references, &[]])?;
         let base = device.address(buffer);
-        let mut launcher = Launcher { device: &mut *device, shape };
+        let mut launcher = Launcher::new(&mut *device, &loss);
         take(&mut launcher, base, &loss, Which::MinPos, given)?;
         issue_sweep(&mut launcher, base, &loss)?;
         report(&mut launcher, base, &loss, Which::MaxNeg)?;
@@ -129,7 +129,7 @@ impl<D: Device> DeviceBackend<D> {
         let given = upload_numbers(device, buffer, &loss, [max_neg.anchors, &[]], [max_neg.references, &[]])?;
         device.upload(buffer, loss.layout.totals.offset, cast_slice(&[probe_neg, total_pos]))?;
         let base = device.address(buffer);
-        let mut launcher = Launcher { device: &mut *device, shape };
+        let mut launcher = Launcher::new(&mut *device, &loss);
         take(&mut launcher, base, &loss, Which::MaxNeg, given)?;
         issue_selection(&mut launcher, base, &loss)?;
         report(&mut launcher, base, &loss, Which::Counts)?;
@@ -164,11 +164,11 @@ impl<D: Device> DeviceBackend<D> {
             self.remembered = Some(loss);
             return Ok(());
         }
-        let (shape, buffer, device) = self.resumed(&loss)?;
+        let (_, buffer, device) = self.resumed(&loss)?;
         let anchors = [pos.anchors, neg.anchors];
         let given = upload_numbers(device, buffer, &loss, anchors, [pos.references, neg.references])?;
         let base = device.address(buffer);
-        let mut launcher = Launcher { device: &mut *device, shape };
+        let mut launcher = Launcher::new(&mut *device, &loss);
         take(&mut launcher, base, &loss, Which::Counts, given)?;
         let targets = [loss.layout.anchors, loss.layout.references].map(|side| side.ends(base).gradient);
         issue_gradients(&mut launcher, base, &loss, targets)?;

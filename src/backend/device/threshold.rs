@@ -3,10 +3,10 @@
 use bytemuck::{cast_slice, cast_slice_mut};
 use ndarray::ArrayView2;
 
-use super::layout::{Remembered, SideRegions, pointer};
+use super::layout::{Remembered, pointer, unless_empty};
 use super::loss::Launcher;
-use super::params::{STAGE_BYTES, TILE, ThresholdParams, ThresholdPrepareParams, ThresholdSumParams};
-use super::plan::{Shape, tiles};
+use super::params::{GradientParams, ThresholdParams, ThresholdSumParams};
+use super::plan::Shape;
 use super::workspace::{Layout, Region};
 use super::{Device, DeviceBackend, Kernel};
 use crate::backend::step::Step;
@@ -18,25 +18,28 @@ struct ThresholdLayout {
     layout: Layout,
     /// Tangents as they come, `[B, D]` and `[N, D]`.
     tangents: [Region; 2],
-    /// `[edot | e]` of the anchors, `[e | edot]` of the references.
-    joined: [Region; 2],
+    /// Of each lambda and each block, of both sides.
     partial: Region,
     sums: Region,
-    half: usize,
+    /// Blocks of a lambda on each side.
+    blocks: [usize; 2],
 }
 
 impl ThresholdLayout {
-    /// About `8 (B + N) D` bytes for joined rows, `4 (B + N) D` for tangents and 16 a tile.
-    fn new(shape: &Shape) -> Self {
+    /// About `4 (B + N) D` bytes for tangents, and 16 for each block of a gradient.
+    fn new(shape: &Shape, multiprocessors: u32, resident: bool) -> Self {
         let mut layout = Layout::default();
-        let half = shape.dim.next_multiple_of(STAGE_BYTES as usize / size_of::<f32>());
-        let counts = [shape.anchors, shape.reference_count()];
+        let counts = [shape.anchors, shape.references.unwrap_or(0)];
+        let blocks = [false, true].map(|of_references| {
+            let there = !of_references || shape.references.is_some();
+            let splits = shape.splits(of_references, multiprocessors);
+            if there { shape.gradient_blocks(of_references) * splits } else { 0 }
+        });
         Self {
-            tangents: counts.map(|count| layout.region::<f32>(count * shape.dim)),
-            joined: counts.map(|count| layout.region::<f32>(tiles(count) * TILE as usize * 2 * half)),
-            partial: layout.region::<f64>(2 * shape.tiles()),
+            tangents: counts.map(|count| layout.region::<f32>(if resident { 0 } else { count * shape.dim })),
+            partial: layout.region::<f64>(2 * (blocks[0] + blocks[1])),
             sums: layout.region::<f64>(2),
-            half,
+            blocks,
             layout,
         }
     }
@@ -57,7 +60,7 @@ impl<D: Device> DeviceBackend<D> {
         }
         // In the square form both sides move alike.
         let reference_tangent = if batch.is_square() { None } else { reference_tangent };
-        self.sum_threshold(shape, |device, buffer, regions| {
+        self.sum_threshold(shape, false, |device, buffer, regions| {
             let names = ["tangent", "reference tangent"];
             let counts = [shape.anchors, shape.reference_count()];
             let mut addresses = [0; 2];
@@ -73,11 +76,12 @@ impl<D: Device> DeviceBackend<D> {
         })
     }
 
-    /// The sums, with tangents at the addresses that `place` answers (0 for a reference tangent of
-    /// zero); it may put them into its buffer's regions.
+    /// The sums, with tangents at the addresses that `place` answers (0 for a reference tangent of zero, or where the
+    /// form is square); unless they are `resident`, it puts them into its buffer's regions.
     pub(super) fn sum_threshold(
         &mut self,
         shape: Shape,
+        resident: bool,
         place: impl FnOnce(&mut D, &mut D::Buffer, &[Region; 2]) -> Result<[u64; 2]>,
     ) -> Result<Hypergradient> {
         let Self { device, loss, threshold, remembered, .. } = self;
@@ -88,32 +92,27 @@ impl<D: Device> DeviceBackend<D> {
             return Err(Error::OutOfOrder("the threshold pass needs the last step of the loss before it"));
         }
         same_shape(&remembered.shape, &shape)?;
-        let layout = ThresholdLayout::new(&shape);
+        let layout = ThresholdLayout::new(&shape, device.multiprocessors(), resident);
         let buffer = threshold.lay(device, &layout.layout)?;
-        let [own, other] = place(device, buffer, &layout.tangents)?;
-        let tangents = [own, if shape.references.is_none() { own } else { other }];
-
+        let tangents = place(device, buffer, &layout.tangents)?;
         let (pairs_base, base) = (device.address(pairs_buffer), device.address(buffer));
-        let mut launcher = Launcher { device: &mut *device, shape };
-        let Remembered { layout: pairs_layout, .. } = &*remembered;
-        for (index, regions) in [&pairs_layout.anchors, &pairs_layout.references].into_iter().enumerate() {
-            let tangent = tangents[index] as usize as *const f32;
-            let params = prepare_params(&shape, regions, pairs_base, index == 1, tangent)
-                .writing(pointer(base, layout.joined[index]), layout.half);
-            launcher.launch(Kernel::ThresholdPrepare(shape.precision), index == 1, &params)?;
+        let mut launcher = Launcher::new(&mut *device, remembered);
+        // Where there is but one tangent, its side has all the blocks.
+        let of_sides: &[bool] = if tangents[1] == 0 { &[false] } else { &[false, true] };
+        let blocks = layout.blocks[..of_sides.len()].iter().sum::<usize>() as u64;
+        for &of_references in of_sides {
+            let params = ThresholdParams {
+                walk: walk(&launcher, remembered, pairs_base, of_references),
+                tangent: tangents[usize::from(of_references)] as usize as *const f32,
+                partial: pointer(base, layout.partial),
+                blocks,
+                first: if of_references { layout.blocks[0] as u64 } else { 0 },
+            };
+            launcher.launch(Kernel::Threshold(shape.precision), of_references, &params)?;
         }
-        let params = ThresholdParams {
-            pairs: remembered.pairs(pairs_base),
-            left: pointer::<f32>(base, layout.joined[0]),
-            right: pointer::<f32>(base, layout.joined[1]),
-            joined_half: layout.half as u32,
-            reserved: 0,
-            partial: pointer(base, layout.partial),
-        };
-        launcher.launch(Kernel::Threshold(shape.precision), false, &params)?;
         let sum = ThresholdSumParams {
             partial: pointer::<f64>(base, layout.partial),
-            tiles: shape.tiles() as u64,
+            blocks,
             sums: pointer(base, layout.sums),
         };
         launcher.launch(Kernel::ThresholdSum, false, &sum)?;
@@ -123,31 +122,26 @@ impl<D: Device> DeviceBackend<D> {
     }
 }
 
-fn prepare_params(
-    shape: &Shape,
-    regions: &SideRegions,
+/// The gradient's walk over the pairs of the last loss, which writes nothing.
+fn walk<D: Device>(
+    launcher: &Launcher<'_, D>,
+    loss: &Remembered,
     base: u64,
     of_references: bool,
-    tangent: *const f32,
-) -> ThresholdPrepareParams {
-    ThresholdPrepareParams {
-        rows: pointer::<std::ffi::c_void>(base, regions.rows),
-        tangent,
-        order: pointer::<u32>(base, regions.order),
-        joined: std::ptr::null_mut(),
-        count: shape.sides(of_references).0 as u32,
-        dim: shape.dim as u32,
-        stride: shape.stride() as u32,
-        joined_half: 0,
-        tangent_first: u32::from(!of_references),
+) -> GradientParams {
+    let shape = &loss.shape;
+    let regions = if of_references { &loss.layout.references } else { &loss.layout.anchors };
+    let sharpness = loss.settings.alpha.max(loss.settings.beta);
+    GradientParams {
+        pairs: loss.pairs(base),
+        of_references: u32::from(of_references),
+        splits: shape.splits(of_references, launcher.device.multiprocessors()) as u32,
+        weight_scale: shape.slope_scale(sharpness),
         reserved: 0,
-    }
-}
-
-impl ThresholdPrepareParams {
-    /// The same, with its result's place.
-    fn writing(self, joined: *mut f32, half: usize) -> Self {
-        Self { joined, joined_half: half as u32, ..self }
+        ways: unless_empty::<u8>(base, regions.ways),
+        partial: std::ptr::null_mut(),
+        arrived: std::ptr::null_mut(),
+        gradient: std::ptr::null_mut(),
     }
 }
 

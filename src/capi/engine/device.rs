@@ -13,6 +13,39 @@ use crate::backend::device::{
 };
 use crate::loss::{Hypergradient, LossOutput, LossSettings};
 
+/// What the kernels write is what the header says: every field of theirs, of the same type, in the same place.
+macro_rules! same_scalars {
+    ($($field:ident),* $(,)?) => {
+        const _: () = {
+            assert!(size_of::<LossScalars>() == size_of::<params::LossScalars>());
+            $(assert!(offset_of!(LossScalars, $field) == offset_of!(params::LossScalars, $field));)*
+        };
+        // Naming all fields, and giving each to the other's, fails for another type or one that is missing.
+        #[allow(dead_code, reason = "it is compiled, and that is the check")]
+        fn header_scalars(params::LossScalars { $($field),* }: params::LossScalars) -> LossScalars {
+            LossScalars { $($field),* }
+        }
+    };
+}
+same_scalars!(
+    loss,
+    dloss_dlambda_pos,
+    dloss_dlambda_neg,
+    mean_pos,
+    mean_neg,
+    gamma_pos,
+    gamma_neg,
+    probe_neg,
+    total_pos,
+    total_neg,
+    active,
+    bad_square_sum,
+    bad_anchor,
+    bad_reference,
+    mined_pos,
+    mined_neg,
+);
+
 /// The backend's options from the caller's.
 pub fn backend_options(options: EngineOptions) -> Options {
     let default = Options::default();
@@ -67,12 +100,8 @@ impl<D: Device> Engine for DeviceBackend<D> {
         lambda: *const f64,
         scalars: *mut LossScalars,
     ) -> Outcome<()> {
-        // What the kernels write is what the header says.
-        const _: () = assert!(size_of::<LossScalars>() == size_of::<params::LossScalars>());
-        const _: () =
-            assert!(offset_of!(LossScalars, mined_neg) == offset_of!(params::LossScalars, mined_neg));
         let (identity, total) = (ResidentIdentity::ByValue, batch.anchors.extent.count);
-        let part = ResidentPart { batch: resident(batch), identity, total };
+        let part = ResidentPart { batch: resident(batch), identity, total, any_length: false };
         let settings = ResidentSettings { settings: *settings, lambda: lambda.expose_provenance() as u64 };
         // SAFETY: handed on to the caller.
         Ok(unsafe { self.enqueue_loss(&part, &settings, scalars.expose_provenance() as u64) }?)

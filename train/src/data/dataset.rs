@@ -30,6 +30,8 @@ pub struct Dataset {
     /// What the queries are searched in where that is another set of pictures (In-Shop). Its labels and class names
     /// are those of `test`; a class may lack pictures on either side.
     pub gallery: Option<Arc<Split>>,
+    /// Whether test classes are among those that train: what is measured then is not of unseen classes.
+    pub seen: bool,
     /// The values of K in Recall@K that the set is judged by, ascending.
     pub recall_at: &'static [usize],
     /// What a user should know before training, one line each (classes with one picture, empty folders).
@@ -43,6 +45,22 @@ impl Dataset {
         [&self.train, &self.test].map(|split| split.extent())
     }
 
+    /// Tells sets apart by the names of their classes and pictures, wherever they lie.
+    #[must_use]
+    pub fn fingerprint(&self) -> String {
+        let mut sum = crc32fast::Hasher::new();
+        for split in [Some(&self.train), Some(&self.test), self.gallery.as_ref()].into_iter().flatten() {
+            for (source, label) in split.sources.iter().zip(&split.labels) {
+                let name = source.path().file_name().unwrap_or_default();
+                for part in [split.class_names[*label as usize].as_bytes(), name.as_encoded_bytes()] {
+                    sum.update(part);
+                    sum.update(b"\0");
+                }
+            }
+        }
+        format!("{:08x}", sum.finalize())
+    }
+
     /// What the queries are searched in: the gallery, or the test split itself.
     #[must_use]
     pub fn searched(&self) -> &Split {
@@ -53,9 +71,9 @@ impl Dataset {
 /// Where one picture comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source {
-    /// A JPEG or PNG file.
+    /// A picture file.
     File(PathBuf),
-    /// A part of a JPEG or PNG file.
+    /// A part of a picture file.
     Part {
         /// The file.
         path: PathBuf,

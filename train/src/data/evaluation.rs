@@ -1,5 +1,6 @@
 //! A split in order, in chunks, for embedding and retrieval.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use rayon::prelude::*;
@@ -19,6 +20,8 @@ pub struct EvaluationBatches {
     cropper: Cropper,
     crop: TestCrop,
     chunk: usize,
+    /// The pictures to walk, and the next of them.
+    range: Range<usize>,
     next: usize,
     /// Readable pictures of each class so far.
     readable: Vec<usize>,
@@ -41,12 +44,20 @@ impl EvaluationBatches {
         crop.validate()?;
         let readable = vec![0; split.class_names().len()];
         let cropper = Cropper::new(image_size, preprocessing)?;
-        Ok(Self { split, cropper, crop, chunk, next: 0, readable })
+        let range = 0..split.len();
+        Ok(Self { split, cropper, crop, chunk, range, next: 0, readable })
+    }
+
+    /// The same for the pictures `range` alone. Of classes that begin or end elsewhere nothing is known here: [`check_classes`] asks
+    /// once all are together.
+    #[must_use]
+    pub fn within(self, range: Range<usize>) -> Self {
+        Self { next: range.start, range, ..self }
     }
 
     /// The next chunk; its pictures are decoded and cut on all cores.
     fn read(&mut self) -> Result<ImageBatch> {
-        let range = self.next..self.split.len().min(self.next + self.chunk);
+        let range = self.next..self.range.end.min(self.next + self.chunk);
         let (split, cropper, crop) = (&self.split, &self.cropper, self.crop);
         let cut = |cropper: &mut Cropper, index| match split.picture(index) {
             Ok(picture) => {
@@ -63,6 +74,7 @@ impl EvaluationBatches {
             pixels: Vec::with_capacity(range.len() * cropper.floats()),
             labels: Vec::with_capacity(range.len()),
             indices: Vec::with_capacity(range.len()),
+            own: 0..0,
             image_size: cropper.size(),
             replaced: 0,
             skipped: 0,
@@ -78,38 +90,55 @@ impl EvaluationBatches {
             batch.labels.push(label);
             batch.indices.push(index);
         }
+        batch.own = 0..batch.labels.len();
         self.next = range.end;
-        self.check_classes(range)?;
+        self.check_ended(range)?;
         Ok(batch)
     }
 
-    /// Every class that ended within `range` gave a picture.
-    fn check_classes(&self, range: std::ops::Range<usize>) -> Result<()> {
+    /// Every class that began here and ended within `range` gave a picture.
+    fn check_ended(&self, range: Range<usize>) -> Result<()> {
         for (label, class) in self.split.by_class().iter().enumerate() {
             let ended = class.last().is_some_and(|last| range.contains(last));
-            if ended && self.readable[label] == 0 {
-                let (name, count) = (&self.split.class_names()[label], class.len());
-                let reason =
-                    self.split.picture(class[0]).err().map_or_else(String::new, |e| format!(": {e}"));
-                return Err(Error::Dataset(format!(
-                    "class {name} of the test split has no readable picture ({count} tried){reason}"
-                )));
+            let began = class.first().is_some_and(|first| self.range.contains(first));
+            if ended && began && self.readable[label] == 0 {
+                return Err(unreadable(&self.split, label));
             }
         }
         Ok(())
     }
 }
 
+/// Refuses a split of which a class has no picture among `labels`, those of the pictures that could be read.
+///
+/// # Errors
+/// [`Error::Dataset`] names the class.
+pub fn check_classes(split: &Split, labels: &[i64]) -> Result<()> {
+    let mut readable = vec![false; split.class_names().len()];
+    labels.iter().for_each(|&label| readable[label as usize] = true);
+    let missing = |label: &usize| !readable[*label] && !split.by_class()[*label].is_empty();
+    (0..readable.len()).find(missing).map_or(Ok(()), |label| Err(unreadable(split, label)))
+}
+
+/// A class of a test split without a readable picture.
+fn unreadable(split: &Split, label: usize) -> Error {
+    let class = &split.by_class()[label];
+    let (name, count) = (&split.class_names()[label], class.len());
+    let reason = class.first().and_then(|&first| split.picture(first).err());
+    let reason = reason.map_or_else(String::new, |error| format!(": {error}"));
+    Error::Dataset(format!("class {name} of the test split has no readable picture ({count} tried){reason}"))
+}
+
 impl Iterator for EvaluationBatches {
     type Item = Result<ImageBatch>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if self.next == self.split.len() {
+        if self.next >= self.range.end {
             return None;
         }
         let batch = self.read();
         if batch.is_err() {
-            self.next = self.split.len();
+            self.next = self.range.end;
         }
         Some(batch)
     }

@@ -1,17 +1,74 @@
-//! `--dataset folder`: a class per folder (SPEC 6 protocol: test classes are unseen).
+//! `--dataset folder`: pictures of one's own, a class per folder, or by lists; test classes are unseen unless the user
+//! wants it otherwise.
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use super::dataset::{DEFAULT_CACHE_BYTES, Dataset, RECALL_AT, Split};
+use super::files::{PassedOver, is_hidden, is_picture};
+use super::lists;
 use crate::{Error, Result};
+
+/// How many of the sorted classes train.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Written", into = "Written")]
+pub enum TrainClasses {
+    /// The first ones.
+    First(usize),
+    /// All of them: what is measured is then measured on classes that were seen.
+    All,
+}
+
+/// The same in files: a number, or `all`.
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(untagged)]
+enum Written {
+    Number(usize),
+    Text(String),
+}
+
+impl TryFrom<Written> for TrainClasses {
+    type Error = String;
+
+    fn try_from(written: Written) -> Result<Self, String> {
+        match written {
+            Written::Number(first) => Ok(Self::First(first)),
+            Written::Text(text) => text.parse(),
+        }
+    }
+}
+
+impl From<TrainClasses> for Written {
+    fn from(classes: TrainClasses) -> Self {
+        match classes {
+            TrainClasses::First(first) => Self::Number(first),
+            TrainClasses::All => Self::Text("all".into()),
+        }
+    }
+}
+
+impl FromStr for TrainClasses {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "all" => Ok(Self::All),
+            _ => text.parse().map(Self::First).map_err(|_| "a number of classes, or all".into()),
+        }
+    }
+}
 
 /// Which classes train, and how much memory pictures may take.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FolderSettings {
-    /// Classes that train, the first of the sorted ones; `None` is half of them, rounded down.
-    pub train_classes: Option<usize>,
+    /// Classes that train; `None` is half of them, rounded down, or what the folder says itself.
+    pub train_classes: Option<TrainClasses>,
     /// Budget for decoded pictures, each split. Default [`DEFAULT_CACHE_BYTES`].
     pub cache_bytes: usize,
 }
@@ -22,12 +79,25 @@ impl Default for FolderSettings {
     }
 }
 
-const WANTED: &str = "give a folder that holds one folder of JPEG or PNG pictures per class";
+/// Names and pictures of classes, sorted by name.
+pub(super) type Files = BTreeMap<OsString, Vec<PathBuf>>;
 
-/// Opens `root/<class>/<picture>`: classes sorted by name, the first ones train, the rest test.
+/// The sides of a data set.
+pub(super) struct Sides {
+    pub train: Files,
+    pub test: Files,
+    pub gallery: Option<Files>,
+}
+
+const WANTED: &str = "give a folder that holds one folder of pictures per class";
+
+/// Opens `root`:
 ///
-/// Pictures are files ending in .jpg, .jpeg or .png, in any case; names that start with a dot are passed over. They are
-/// not opened yet.
+/// - `root/<class>/<picture>`: classes sorted by name, the first ones train, the rest test;
+/// - `root/train/<class>/<picture>` and `root/test/<class>/<picture>`, or `query` and `gallery` in place of `test`;
+/// - lists of pictures, `root/train.txt` and `root/test.txt`, or `query.txt` and `gallery.txt`.
+///
+/// Pictures are told by their extensions; names that start with a dot are passed over. They are not opened yet.
 ///
 /// # Errors
 /// [`Error::Dataset`] if the folder is missing, holds no pictures, leaves fewer than two classes on a side, or
@@ -39,71 +109,206 @@ pub fn folder(root: &Path, settings: &FolderSettings) -> Result<Dataset> {
         let state = if root.exists() { "is not a folder" } else { "does not exist" };
         return Err(Error::Dataset(format!("--data-root {shown} {state}: {WANTED}")));
     }
-    let mut warnings = Vec::new();
-    let mut classes = Vec::new();
-    let (mut empty, mut single, mut loose) = (Vec::new(), Vec::new(), 0);
-    for path in sorted_entries(root)? {
-        if !path.is_dir() {
-            loose += usize::from(is_picture(&path));
-            continue;
+    let mut notes = Notes::default();
+    let own = match lists::sides(root)? {
+        Some(sides) => Some(sides),
+        None => split_folders(root, &mut notes)?,
+    };
+    if own.is_some() && settings.train_classes.is_some() {
+        let reason =
+            "--data-root has a split of its own, by train and test, or query and gallery: leave it out";
+        return Err(Error::misuse("train-classes", "", reason));
+    }
+    let (mut sides, seen) = match own {
+        Some(sides) => (sides, false),
+        None => {
+            let classes = classes_in(root, root, &mut notes)?;
+            divide(classes, settings.train_classes, root)?
         }
-        let name = file_name(&path);
-        let pictures = pictures_of(&path)?;
-        match pictures.len() {
-            0 => empty.push(name),
-            1 => {
-                single.push(name.clone());
-                classes.push((name, pictures));
-            }
-            _ => classes.push((name, pictures)),
-        }
-    }
-    if classes.is_empty() {
-        let found = match (loose, empty.len()) {
-            (0, 0) => "it is empty".to_string(),
-            (0, n) => format!("none of its {n} folders holds a JPEG or PNG"),
-            (n, _) => format!("its {n} pictures lie beside each other, not in a folder per class"),
-        };
-        return Err(Error::Dataset(format!("no pictures in --data-root {shown}: {found}; {WANTED}")));
-    }
-    if !empty.is_empty() {
-        warnings.push(format!("{} left out, no picture inside: {}", counted(empty.len()), some_of(&empty)));
-    }
-    if !single.is_empty() {
-        warnings.push(format!(
-            "{} with one picture only, without positives: {}",
-            counted(single.len()),
-            some_of(&single)
+    };
+    let shared = sides.test.keys().filter(|name| sides.train.contains_key(*name)).count();
+    let seen = seen || shared > 0;
+    if seen {
+        notes.warnings.push(format!(
+            "{} of the {} test classes train as well: what is measured is not of unseen classes",
+            shared,
+            sides.test.len()
         ));
     }
-    if classes.len() < 4 {
-        return Err(Error::Dataset(format!(
-            "--data-root {shown} holds {} with pictures: at least 4 are needed, 2 to train and 2 unseen ones to test",
-            counted(classes.len())
-        )));
+    if let Some(gallery) = &mut sides.gallery {
+        // Labels are to mean the same on both sides.
+        let names: Vec<OsString> = sides.test.keys().chain(gallery.keys()).cloned().collect();
+        for side in [&mut sides.test, gallery] {
+            names.iter().for_each(|name| _ = side.entry(name.clone()).or_default());
+        }
     }
-    let train_classes = settings.train_classes.unwrap_or(classes.len() / 2);
-    if train_classes < 2 || train_classes + 2 > classes.len() {
-        return Err(Error::setting(
-            "--train-classes",
-            train_classes,
-            "at least 2, and at least 2 of the classes must remain to test",
-        ));
-    }
-    let test = classes.split_off(train_classes);
-    if test.iter().all(|(_, pictures)| pictures.len() < 2) {
+    let searched = sides.gallery.as_ref().unwrap_or(&sides.test);
+    let least = if sides.gallery.is_some() { 1 } else { 2 };
+    let found = |(name, queries): (&OsString, &Vec<PathBuf>)| {
+        !queries.is_empty() && searched.get(name).is_some_and(|pictures| pictures.len() >= least)
+    };
+    if !sides.test.iter().any(found) {
         return Err(Error::Dataset(format!(
             "no test class of --data-root {shown} has two pictures: there is nothing to retrieve"
         )));
     }
+    let split = |files: Files| {
+        let named = files.into_iter().map(|(name, files)| (name.to_string_lossy().into_owned(), files));
+        Arc::new(Split::from_files(named.collect(), settings.cache_bytes))
+    };
     Ok(Dataset {
         name: root.canonicalize().map_or_else(|_| file_name(root), |path| file_name(&path)),
-        train: Arc::new(Split::from_files(classes, settings.cache_bytes)),
-        test: Arc::new(Split::from_files(test, settings.cache_bytes)),
-        gallery: None,
+        train: split(sides.train),
+        test: split(sides.test),
+        gallery: sides.gallery.map(split),
+        seen,
         recall_at: RECALL_AT,
-        warnings,
+        warnings: notes.lines(),
     })
+}
+
+/// Halves, or what was asked for; whether the test classes were seen.
+fn divide(mut classes: Files, wanted: Option<TrainClasses>, root: &Path) -> Result<(Sides, bool)> {
+    let shown = root.display();
+    let count = classes.len();
+    let holds = format!("--data-root {shown} holds {} with pictures", counted(count));
+    if wanted == Some(TrainClasses::All) {
+        if count < 2 {
+            return Err(Error::Dataset(format!("{holds}: at least 2 are needed to train")));
+        }
+        return Ok((Sides { test: classes.clone(), train: classes, gallery: None }, true));
+    }
+    if count < 4 {
+        return Err(Error::Dataset(format!(
+            "{holds}: at least 4 are needed, 2 to train and 2 unseen ones to test (--train-classes all trains all)"
+        )));
+    }
+    let first = match wanted {
+        Some(TrainClasses::First(first)) => first,
+        _ => count / 2,
+    };
+    if first < 2 || first + 2 > count {
+        return Err(Error::setting(
+            "train-classes",
+            first,
+            "at least 2, and at least 2 of the classes must remain to test; or all",
+        ));
+    }
+    let border = classes.keys().nth(first).cloned().unwrap_or_default();
+    let test = classes.split_off(&border);
+    Ok((Sides { train: classes, test, gallery: None }, false))
+}
+
+/// The sides by folders of `root`, where it has them: `train`, and `test` or `query` and `gallery`.
+fn split_folders(root: &Path, notes: &mut Notes) -> Result<Option<Sides>> {
+    let holds_classes = |name: &str| {
+        let folder = root.join(name);
+        let entries = fs::read_dir(&folder).into_iter().flatten().flatten();
+        let is_class =
+            entries.map(|entry| entry.path()).filter(|path| !is_hidden(path)).any(|path| path.is_dir());
+        is_class.then_some(folder)
+    };
+    let (Some(train), test) = (holds_classes("train"), holds_classes("test")) else { return Ok(None) };
+    let (test, gallery) = match (test, holds_classes("query"), holds_classes("gallery")) {
+        (_, Some(query), Some(gallery)) => (query, Some(gallery)),
+        (Some(test), ..) => (test, None),
+        _ => return Ok(None),
+    };
+    for path in sorted_entries(root)? {
+        let taken =
+            [Some(&train), Some(&test), gallery.as_ref()].into_iter().flatten().any(|side| *side == path);
+        if !taken {
+            notes.passed.count(if path.is_dir() {
+                "folders beside train and test"
+            } else {
+                "files beside train and test"
+            });
+        }
+    }
+    let mut side = |folder: &Path| classes_in(folder, root, notes);
+    let sides = Sides {
+        train: side(&train)?,
+        test: side(&test)?,
+        gallery: gallery.as_deref().map(&mut side).transpose()?,
+    };
+    for (name, side) in [("train", &sides.train), ("test", &sides.test)] {
+        if side.len() < 2 {
+            let (shown, holds) = (root.display(), counted(side.len()));
+            return Err(Error::Dataset(format!(
+                "{shown}: its {name} side holds {holds}, at least 2 are needed"
+            )));
+        }
+    }
+    Ok(Some(sides))
+}
+
+/// The class folders of `folder`, which is `root` or a side of it.
+fn classes_in(folder: &Path, root: &Path, notes: &mut Notes) -> Result<Files> {
+    let mut classes = Files::new();
+    let (mut loose, mut folders) = (0, 0);
+    for path in sorted_entries(folder)? {
+        if !path.is_dir() {
+            loose += usize::from(is_picture(&path));
+            notes.passed.note(&path);
+            continue;
+        }
+        folders += 1;
+        let mut pictures = Vec::new();
+        for file in sorted_entries(&path)? {
+            if is_picture(&file) && file.is_file() {
+                pictures.push(file);
+            } else {
+                notes.passed.note(&file);
+            }
+        }
+        let name = path.file_name().unwrap_or_default().to_owned();
+        match pictures.len() {
+            0 => notes.empty.push(file_name(&path)),
+            1 => notes.single.push(file_name(&path)),
+            _ => {}
+        }
+        if !pictures.is_empty() {
+            classes.insert(name, pictures);
+        }
+    }
+    if classes.is_empty() {
+        let found = match (loose, folders) {
+            (0, 0) => "it is empty".to_string(),
+            (0, n) => format!("none of its {n} folders holds a picture"),
+            (n, _) => format!("its {n} pictures lie beside each other, not in a folder per class"),
+        };
+        let shown = root.display();
+        return Err(Error::Dataset(format!("no pictures in --data-root {shown}: {found}; {WANTED}")));
+    }
+    Ok(classes)
+}
+
+/// What a user should know of a folder.
+#[derive(Default)]
+struct Notes {
+    warnings: Vec<String>,
+    empty: Vec<String>,
+    single: Vec<String>,
+    passed: PassedOver,
+}
+
+impl Notes {
+    fn lines(self) -> Vec<String> {
+        let Self { mut warnings, empty, single, passed } = self;
+        if !empty.is_empty() {
+            warnings.push(format!(
+                "{} left out, no picture inside: {}",
+                counted(empty.len()),
+                some_of(&empty)
+            ));
+        }
+        if !single.is_empty() {
+            let (count, names) = (counted(single.len()), some_of(&single));
+            warnings.push(format!("{count} with one picture only, without positives: {names}"));
+        }
+        warnings.extend(passed.line());
+        warnings
+    }
 }
 
 /// The pictures that lie in `folder`, sorted by name.
@@ -111,26 +316,14 @@ pub(super) fn pictures_of(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(sorted_entries(folder)?.into_iter().filter(|file| is_picture(file) && file.is_file()).collect())
 }
 
-fn sorted_entries(folder: &Path) -> Result<Vec<PathBuf>> {
-    let mut paths = Vec::new();
-    for entry in fs::read_dir(folder).map_err(Error::io("list", folder))? {
-        let path = entry.map_err(Error::io("list", folder))?.path();
-        if !file_name(&path).starts_with('.') {
-            paths.push(path);
-        }
-    }
-    paths.sort();
-    Ok(paths)
+fn sorted_entries(folder: &Path) -> Result<BTreeSet<PathBuf>> {
+    let entries = fs::read_dir(folder).map_err(Error::io("list", folder))?;
+    let paths = entries.map(|entry| entry.map(|entry| entry.path()).map_err(Error::io("list", folder)));
+    paths.filter(|path| !path.as_ref().is_ok_and(|path| is_hidden(path))).collect()
 }
 
 fn file_name(path: &Path) -> String {
     path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
-}
-
-/// Whether a file is taken for a picture, by its extension.
-pub(crate) fn is_picture(path: &Path) -> bool {
-    let extension = path.extension().unwrap_or_default();
-    ["jpg", "jpeg", "png"].iter().any(|known| extension.eq_ignore_ascii_case(known))
 }
 
 fn counted(classes: usize) -> String {

@@ -1,6 +1,7 @@
 //! Batches prepared ahead of the step, in order, by worker threads.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -12,17 +13,20 @@ use super::dataset::Split;
 use super::preprocessing::Preprocessing;
 use super::random::{Purpose, generator};
 use super::sampler::PkSampler;
+use crate::ranks::share;
 use crate::{Error, Result};
 
 /// Pictures ready for the network.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ImageBatch {
-    /// Normalised pixels, `[B, 3, image_size, image_size]`, row-major.
+    /// Normalised pixels of the pictures `own`, `[own, 3, image_size, image_size]`, row-major.
     pub pixels: Vec<f32>,
-    /// Labels within the split, `[B]`.
+    /// Labels within the split, of the whole batch, `[B]`.
     pub labels: Vec<i64>,
     /// Indices of the pictures in the split, `[B]`.
     pub indices: Vec<usize>,
+    /// The pictures of the batch that are here: all but where several ranks share it.
+    pub own: Range<usize>,
     /// Side of a picture.
     pub image_size: usize,
     /// Unreadable pictures that another one of the class stands in for (training).
@@ -50,6 +54,8 @@ pub struct LoaderSettings {
     pub first_step: u64,
     /// Batches to deliver.
     pub steps: u64,
+    /// Rank and number of ranks: a rank prepares its share of every batch. Default 0 of 1, which is all of it.
+    pub rank: (usize, usize),
 }
 
 impl LoaderSettings {
@@ -57,7 +63,8 @@ impl LoaderSettings {
     pub fn new(image_size: usize, steps: u64, seed: u64) -> Self {
         let augment = AugmentSettings::default();
         let preprocessing = Preprocessing::default();
-        Self { image_size, preprocessing, augment, workers: 1, queue: 4, seed, first_step: 0, steps }
+        let (first_step, rank) = (0, (0, 1));
+        Self { image_size, preprocessing, augment, workers: 1, queue: 4, seed, first_step, steps, rank }
     }
 }
 
@@ -208,9 +215,11 @@ impl Shared {
     /// Batch `step`; `None` if the loader was closed meanwhile.
     fn prepare(&self, step: u64, cropper: &mut Cropper) -> Option<Result<ImageBatch>> {
         let mut indices = self.sampler.batch(step);
-        let mut pixels = Vec::with_capacity(indices.len() * cropper.floats());
+        let (rank, size) = self.settings.rank;
+        let own = share(indices.len(), rank, size);
+        let mut pixels = Vec::with_capacity(own.len() * cropper.floats());
         let mut replaced = 0;
-        for place in 0..indices.len() {
+        for place in own.clone() {
             if self.lock().closed {
                 return None;
             }
@@ -227,7 +236,7 @@ impl Shared {
         }
         let labels = indices.iter().map(|&index| self.split.labels()[index]).collect();
         let image_size = self.settings.image_size;
-        Some(Ok(ImageBatch { pixels, labels, indices, image_size, replaced, skipped: 0 }))
+        Some(Ok(ImageBatch { pixels, labels, indices, own, image_size, replaced, skipped: 0 }))
     }
 
     /// The picture at `place` of the batch, or another of its class if it cannot be read:

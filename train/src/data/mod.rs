@@ -1,7 +1,7 @@
 //! Data: sets of labelled pictures, P-K batches, augmentation, and a loader
 //! that prepares batches ahead of the step.
 //!
-//! [`DatasetSettings`] says which set and where: one drawn in memory ([`synthetic`]), a folder per class, or one of the
+//! [`DatasetSettings`] says which set and where: one drawn in memory ([`synthetic`]), pictures of one's own, or one of the
 //! field's four, each in a file of its name, found through `root.rs` and unpacked by `archive.rs` where need be.
 //!
 //! A [`Dataset`] has two [`Split`]s whose classes are disjoint (SPEC 6). A
@@ -17,8 +17,10 @@ mod cub200;
 mod dataset;
 mod decode;
 mod evaluation;
+mod files;
 mod folder;
 mod in_shop;
+mod lists;
 mod loader;
 pub mod mat;
 mod preprocessing;
@@ -32,9 +34,9 @@ pub mod synthetic;
 pub use augment::{AugmentSettings, Cropper, TestCrop};
 pub use dataset::{Artist, DEFAULT_CACHE_BYTES, Dataset, Extent, RECALL_AT, Source, Split, Unreadable};
 pub use decode::PixelBox;
-pub use evaluation::EvaluationBatches;
-pub(crate) use folder::is_picture;
-pub use folder::{FolderSettings, folder};
+pub use evaluation::{EvaluationBatches, check_classes};
+pub(crate) use files::{KINDS, PassedOver, as_text, is_hidden, is_picture};
+pub use folder::{FolderSettings, TrainClasses, folder};
 pub use loader::{ImageBatch, Loader, LoaderSettings};
 pub use preprocessing::{ChannelOrder, Preprocessing};
 pub use sampler::PkSampler;

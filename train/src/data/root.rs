@@ -185,6 +185,7 @@ impl Root {
             train: split(train),
             test: split(test),
             gallery: gallery.map(split),
+            seen: false,
             recall_at: self.set.recall_at,
             warnings,
         })

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::dataset::Dataset;
-use super::folder::{FolderSettings, folder};
+use super::folder::{FolderSettings, TrainClasses, folder};
 use super::synthetic::{SyntheticSettings, synthetic};
 use super::{cars196, cub200, in_shop, sop};
 use crate::{Error, Result};
@@ -17,7 +17,7 @@ pub enum DatasetKind {
     /// Car silhouettes drawn in memory from a seed: 98 classes to train, 98 unseen ones to test.
     #[default]
     Synthetic,
-    /// A folder of folders, one a class: the first half of the sorted classes trains, the rest tests.
+    /// Pictures of your own: a folder a class, the first half of which trains; or folders or lists named train and test.
     Folder,
     /// Stanford Cars: classes 1 to 98 train, 99 to 196 test.
     Cars196,
@@ -53,10 +53,10 @@ pub struct DatasetSettings {
     #[arg(long, value_name = "PATH")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub data_root: Option<PathBuf>,
-    /// Classes that train, in sorted order; half of them if not given (--dataset folder).
-    #[arg(long, value_name = "N")]
+    /// Classes that train, in sorted order, or all; half of them if not given (--dataset folder).
+    #[arg(long, value_name = "N|all")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub train_classes: Option<usize>,
+    pub train_classes: Option<TrainClasses>,
     /// Cut every picture to its bounding box (cars196, cub200, in-shop).
     #[arg(long)]
     #[serde(default)]
@@ -77,25 +77,37 @@ impl DatasetSettings {
             (
                 !kind.is_on_disk() || self.data_root.is_some(),
                 "data-root",
-                "missing",
-                "--dataset other than synthetic needs --data-root DIR: a folder with one folder of images a class \
+                "",
+                "missing: --dataset other than synthetic needs --data-root DIR: a folder with one folder of pictures a class \
                  (folder), or a data set as docs/datasets.md says",
+            ),
+            (
+                self.data_root.is_none() || kind.is_on_disk(),
+                "data-root",
+                "",
+                "needs --dataset folder, or the name of the set that lies there: the default is drawn and reads nothing",
             ),
             (
                 !self.crop_to_box || kind.has_boxes(),
                 "crop-to-box",
-                "on",
+                "",
                 "only cars196, cub200 and in-shop have boxes",
             ),
             (
                 self.train_classes.is_none() || kind == DatasetKind::Folder,
                 "train-classes",
-                "given",
+                "",
                 "for --dataset folder only: the others have a split of their own",
+            ),
+            (
+                self.data_seed == 0 || !kind.is_on_disk(),
+                "data-seed",
+                "",
+                "for --dataset synthetic only: the others draw no pictures",
             ),
         ];
         match checks.into_iter().find(|(good, ..)| !good) {
-            Some((_, name, value, range)) => Err(Error::setting(name, value, range)),
+            Some((_, name, value, range)) => Err(Error::misuse(name, value, range)),
             None => Ok(()),
         }
     }

@@ -7,7 +7,8 @@ use ndarray::Array2;
 
 use super::{VirtualStep, VirtualStepKind};
 use crate::Result;
-use crate::model::{EmbeddingNetwork, Normalise, backward, read, to_array};
+use crate::model::{EmbeddingNetwork, Normalise, backward, ranks::sum_gradients, read, to_array};
+use crate::ranks::Collective;
 
 /// How far the weights move to either side for the difference. Small enough for the curvature of the network
 /// not to show, large enough for f32 to resolve it.
@@ -25,7 +26,8 @@ pub struct Tangent {
 /// Takes the virtual step, evaluates the meta gradient there, and returns the tangent of `images` along it (SPEC 5).
 ///
 /// `gradients` is that of the training loss, found in `mode`; `meta_gradient` maps embeddings of `meta_images` to dL^m/dE.
-/// Running statistics stay as they are. `None` if nothing was mined on either side.
+/// Running statistics stay as they are. `None` if nothing was mined on either side. Of several `ranks` each has its own images, embeddings
+/// and tangent, and all have the same gradients.
 ///
 /// # Errors
 /// Those of `meta_gradient`.
@@ -36,6 +38,7 @@ pub fn tangent(
     images: Tensor<4>,
     meta_images: Tensor<4>,
     meta_gradient: &mut dyn FnMut(Array2<f32>) -> Result<Array2<f32>>,
+    ranks: &dyn Collective,
 ) -> Result<Option<Tangent>> {
     let mode = mode.without_moving();
     let length = dot(network, gradients, gradients)?.sqrt();
@@ -49,7 +52,7 @@ pub fn tangent(
     let virtual_network = moved(network, -rate, gradients);
     let embeddings = virtual_network.forward(meta_images, mode);
     let gradient = meta_gradient(to_array(embeddings.clone())?)?;
-    let mut direction = backward(embeddings, &gradient, &virtual_network);
+    let mut direction = sum_gradients(ranks, network, backward(embeddings, &gradient, &virtual_network))?;
     if step.kind == VirtualStepKind::Unit {
         let along = dot(network, &direction, gradients)? / (length * length);
         direction = combined(network, &direction, -along, gradients);

@@ -74,6 +74,9 @@ pub enum MetaObjective {
     Neighbours,
 }
 
+/// Classes in a meta batch, where there are so many.
+const META_CLASSES: usize = 5;
+
 /// Settings of the threshold generator.
 #[derive(Debug, Clone, PartialEq, clap::Args, Serialize, Deserialize)]
 pub struct GeneratorSettings {
@@ -86,9 +89,10 @@ pub struct GeneratorSettings {
     /// Where meta batches come from.
     #[arg(long, value_enum, default_value_t)]
     pub meta: MetaSource,
-    /// Classes in a fresh meta batch.
-    #[arg(long, default_value_t = 5)]
-    pub meta_classes: usize,
+    /// Classes in a fresh meta batch; 5 if not given, or all there are.
+    #[arg(long, value_name = "P")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub meta_classes: Option<usize>,
     /// Pictures of each class in a fresh meta batch.
     #[arg(long, default_value_t = 2)]
     pub meta_images: usize,
@@ -145,6 +149,12 @@ impl GeneratorSettings {
         if self.kind == GeneratorKind::Off { 0 } else { self.rehearsal }
     }
 
+    /// Classes in a fresh meta batch from `there` that train: as given, or as many as fit.
+    #[must_use]
+    pub fn classes_of(&self, there: usize) -> usize {
+        self.meta_classes.unwrap_or(META_CLASSES.min(there))
+    }
+
     /// What lambda's rate is multiplied by in a step: in a rehearsal it falls to 0, so that lambda settles.
     #[must_use]
     pub fn pace(&self, step: usize) -> f64 {
@@ -171,33 +181,38 @@ impl GeneratorSettings {
         if self.kind == GeneratorKind::Off {
             let needs_one = "needs --generator head or full";
             let init = self.generator_init.as_deref().unwrap_or(Path::new("")).display().to_string();
-            check(self.generator_init.is_none(), "generator-init", init, needs_one)?;
-            return check(self.rehearsal == 0, "rehearsal", self.rehearsal.to_string(), needs_one);
+            fits(self.generator_init.is_none(), "generator-init", init, needs_one)?;
+            return fits(self.rehearsal == 0, "rehearsal", self.rehearsal.to_string(), needs_one);
         }
-        check(
+        fits(
             head || self.lambda_ensemble == 1,
             "lambda-ensemble",
             self.lambda_ensemble.to_string(),
             needs_head,
         )?;
-        check(head || self.meta == MetaSource::Fresh, "meta", "recent".into(), needs_head)?;
+        fits(head || self.meta == MetaSource::Fresh, "meta", "recent".into(), needs_head)?;
         let range = "--lambda-min to --lambda-max; it is what --lambda says where it is not given itself";
         for (name, value) in [("lambda-pos", start.pos), ("lambda-neg", start.neg)] {
             let (low, high) = (self.lambda_min, self.lambda_max);
             check((low..=high).contains(&value), name, value.to_string(), range)?;
         }
-        check(
+        fits(
             self.lambda_pair || start.pos == start.neg,
             "lambda-neg",
             start.neg.to_string(),
-            "the same as --lambda-pos, or --lambda-pair to learn them apart",
+            "give the same as --lambda-pos, or --lambda-pair to learn them apart",
         )
     }
 
     /// Each setting on its own, whether or not there is a generator.
     fn check_ranges(&self) -> Result<()> {
         let counts = [
-            ("meta-classes", self.meta_classes, 2, "2 to 65536: with one class nothing can be mined"),
+            (
+                "meta-classes",
+                self.meta_classes.unwrap_or(META_CLASSES),
+                2,
+                "2 to 65536: with one class nothing can be mined",
+            ),
             ("meta-images", self.meta_images, 2, "2 to 65536: with one picture a class nothing can be mined"),
             ("meta-recent", self.meta_recent, 1, "1 to 65536"),
             ("lambda-ensemble", self.lambda_ensemble, 1, "1 to 65536"),
@@ -228,4 +243,8 @@ impl GeneratorSettings {
 
 fn check(good: bool, name: &'static str, value: String, range: &'static str) -> Result<()> {
     if good { Ok(()) } else { Err(Error::setting(name, value, range)) }
+}
+
+fn fits(good: bool, name: &'static str, value: String, reason: &'static str) -> Result<()> {
+    if good { Ok(()) } else { Err(Error::misuse(name, value, reason)) }
 }

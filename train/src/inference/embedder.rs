@@ -42,6 +42,7 @@ pub struct Embedder {
     preprocessing: Preprocessing,
     file: PathBuf,
     fingerprint: String,
+    flips: bool,
 }
 
 impl Embedder {
@@ -72,10 +73,10 @@ impl Embedder {
         let image_size = match image_size {
             Some(size) => size,
             None => file.image_size()?.ok_or_else(|| {
-                Error::setting(
+                Error::misuse(
                     "image-size",
-                    "unknown",
-                    "this checkpoint does not say which pictures it was trained on: give --image-size",
+                    "",
+                    "missing: this checkpoint does not say which pictures it was trained on",
                 )
             })?,
         };
@@ -92,8 +93,9 @@ impl Embedder {
             dim: shape.embedding_dim,
             image_size,
             preprocessing: shape.backbone.preprocessing(),
-            file: checkpoint.to_path_buf(),
+            file: file.path().to_path_buf(),
             fingerprint: file.fingerprint(),
+            flips: false,
         })
     }
 
@@ -102,12 +104,13 @@ impl Embedder {
     /// # Errors
     /// [`Io`](ddtas_io::Error::Io) or [`Format`](ddtas_io::Error::Format) if the file cannot be read or does not fit; [`InvalidSetting`](ddtas_io::Error::InvalidSetting).
     pub fn pretrained(settings: &PretrainedSettings, image_size: Option<usize>) -> Result<Self> {
-        let invalid = |name, range| Error::setting(name, "missing", range);
+        let invalid = |name, reason| Error::misuse(name, "", reason);
         let kind = settings.backbone.ok_or_else(|| {
-            invalid("backbone", "give --checkpoint FILE, or --backbone NAME --weights FILE")
+            invalid("checkpoint", "missing: give --checkpoint FILE, or --backbone NAME --weights FILE")
         })?;
         let weights = settings.weights.as_deref();
-        let weights = weights.ok_or_else(|| invalid("weights", "--backbone needs --weights FILE"))?;
+        let weights =
+            weights.ok_or_else(|| invalid("weights", "missing: --backbone needs --weights FILE"))?;
         let image_size = image_size.or(kind.image_size()).unwrap_or_default();
         kind.validate(settings.pooling, true, image_size)?;
         check_image_size(image_size)?;
@@ -133,7 +136,20 @@ impl Embedder {
             preprocessing: kind.preprocessing(),
             file: weights.to_path_buf(),
             fingerprint,
+            flips: false,
         })
+    }
+
+    /// Whether an embedding is the mean of those of the picture and its mirror image, scaled to unit norm.
+    #[must_use]
+    pub fn with_flips(self, flips: bool) -> Self {
+        Self { flips, ..self }
+    }
+
+    /// Whether pictures are mirrored as well.
+    #[must_use]
+    pub fn flips(&self) -> bool {
+        self.flips
     }
 
     /// Dimensions of an embedding.
@@ -174,6 +190,15 @@ impl Embedder {
     }
 
     fn forward(&self, images: Tensor<4>) -> Tensor<2> {
+        if self.flips {
+            let mirrored = self.embedding(images.clone().flip([3]));
+            to_unit_rows(self.embedding(images) + mirrored)
+        } else {
+            self.embedding(images)
+        }
+    }
+
+    fn embedding(&self, images: Tensor<4>) -> Tensor<2> {
         let features = self.pooling.forward(self.backbone.forward(images, Normalise::Running));
         match &self.head {
             Some(head) => head.forward(features),

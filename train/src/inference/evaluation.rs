@@ -1,29 +1,31 @@
 //! The figures of a checkpoint on a data set's unseen classes, or of embeddings in a file.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use super::embedder::{self, Embedder, PretrainedSettings, check_image_size};
-use super::file::EmbeddingsFile;
+use super::file::{EmbeddingsFile, Format};
 use super::{Event, Skipped};
-use crate::data::{Dataset, DatasetKind, DatasetSettings, RECALL_AT};
+use crate::data::{Dataset, DatasetKind, DatasetSettings, RECALL_AT, TrainClasses, as_text};
 use crate::train::TrainSettings;
 use crate::{Error, Result};
 use ddtas::backend::{self, Backend, DeviceSpec};
-use ddtas::loss::Rows;
+use ddtas::loss::{Embeddings, Rows};
 use ddtas::retrieval::{self, Metrics};
+use ndarray::ArrayView1;
 
 /// What to evaluate, and how.
 #[derive(Debug, Clone, PartialEq, clap::Args)]
 pub struct EvalSettings {
-    /// A checkpoint of ddtas-train.
-    #[arg(long, value_name = "FILE", required_unless_present_any = ["embeddings", "backbone"])]
+    /// A checkpoint of ddtas-train, or a run folder, whose best is meant.
+    #[arg(long, value_name = "FILE|RUN", required_unless_present_any = ["embeddings", "backbone"])]
     pub checkpoint: Option<PathBuf>,
     /// Published weights instead.
     #[command(flatten)]
     pub pretrained: PretrainedSettings,
-    /// Embeddings in a .safetensors file instead: `embeddings` and `labels`; `references` and `reference_labels` if queries have a gallery of their own.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["checkpoint", "backbone", "dataset", "data_root", "image_size"])]
+    /// Embeddings in a file instead: .npy with labels in .json or .labels.npy beside it, or .safetensors with `embeddings` and `labels`, and `references` and `reference_labels` if queries have a gallery of their own.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["checkpoint", "backbone", "dataset", "data_root", "image_size", "flips"])]
     pub embeddings: Option<PathBuf>,
 
     /// Data set whose unseen classes are searched; that of the checkpoint's run if not given.
@@ -32,9 +34,9 @@ pub struct EvalSettings {
     /// Folder of the data set, or its archive as it was downloaded.
     #[arg(long, value_name = "PATH")]
     pub data_root: Option<PathBuf>,
-    /// Classes that trained, in sorted order (--dataset folder).
-    #[arg(long, value_name = "N", requires = "dataset")]
-    pub train_classes: Option<usize>,
+    /// Classes that trained, in sorted order, or all (--dataset folder).
+    #[arg(long, value_name = "N|all", requires = "dataset")]
+    pub train_classes: Option<TrainClasses>,
     /// Seed of the cars of --dataset synthetic.
     #[arg(long, value_name = "SEED", requires = "dataset")]
     pub data_seed: Option<u64>,
@@ -44,6 +46,9 @@ pub struct EvalSettings {
     /// Side of the pictures the network sees; what the checkpoint says, or what --backbone was made for, if not given.
     #[arg(long, value_name = "PIXELS")]
     pub image_size: Option<usize>,
+    /// Embed every picture and its mirror image, and take the mean.
+    #[arg(long)]
+    pub flips: bool,
 
     /// The values of K in Recall@K, separated by commas; the data set's own if not given, or 1,2,4,8.
     #[arg(long, value_name = "K", value_delimiter = ',')]
@@ -52,10 +57,10 @@ pub struct EvalSettings {
     #[arg(long)]
     pub nmi: bool,
     /// Most steps of k-means.
-    #[arg(long, value_name = "N", default_value_t = 20)]
+    #[arg(long, value_name = "N", default_value_t = 20, requires = "nmi")]
     pub nmi_steps: usize,
     /// Seed of k-means.
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, requires = "nmi")]
     pub seed: u64,
     /// Where to search: auto, cpu, cuda:N.
     #[arg(long, default_value = "auto")]
@@ -92,6 +97,7 @@ impl EvalSettings {
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct Evaluation {
     /// The file that was evaluated.
+    #[serde(serialize_with = "as_text")]
     pub source: PathBuf,
     /// The data set, where there is one.
     pub dataset: Option<String>,
@@ -129,15 +135,15 @@ pub fn evaluate(settings: &EvalSettings, tell: &mut dyn FnMut(Event<'_>)) -> Res
     match &settings.embeddings {
         Some(path) => {
             let file = EmbeddingsFile::read(path)?;
-            let labels =
-                file.labels.as_ref().ok_or_else(|| Error::format(path, "there is no tensor `labels`"))?;
+            let labels = file.labels.as_ref().ok_or_else(|| Error::format(path, no_labels(path)))?;
             let queries = Rows::new(file.values.view(), labels);
             let gallery = file.gallery.as_ref().map(|rows| Rows::new(rows.values.view(), &rows.labels));
             measure(settings, path, &mut *backend, (&queries, gallery.as_ref()), RECALL_AT, tell)
         }
         None => {
             let checkpoint = settings.checkpoint.as_deref();
-            let embedder = Embedder::new(checkpoint, &settings.pretrained, settings.image_size)?;
+            let embedder = Embedder::new(checkpoint, &settings.pretrained, settings.image_size)?
+                .with_flips(settings.flips);
             evaluate_network(settings, &embedder, &mut *backend, tell)
         }
     }
@@ -172,10 +178,10 @@ fn open(settings: &EvalSettings, checkpoint: &Path, tell: &mut dyn FnMut(&str)) 
     }
     let config = checkpoint.with_file_name("config.toml");
     if !config.is_file() {
-        return Err(Error::setting(
+        return Err(Error::misuse(
             "dataset",
-            "missing",
-            "give --dataset: there is no config.toml of a run beside the checkpoint",
+            "",
+            "missing: there is no config.toml of a run beside the checkpoint",
         ));
     }
     let text = std::fs::read_to_string(&config).map_err(Error::io("read", &config))?;
@@ -183,6 +189,32 @@ fn open(settings: &EvalSettings, checkpoint: &Path, tell: &mut dyn FnMut(&str)) 
         toml::from_str(&text).map_err(|error| Error::format(&config, error.message().to_owned()))?;
     let data_root = settings.data_root.clone().or_else(|| run.data.data_root.clone());
     DatasetSettings { data_root, ..run.data }.open(tell)
+}
+
+/// What is missing of a file without labels.
+fn no_labels(path: &Path) -> String {
+    match Format::of(path) {
+        Ok(Format::Npy) => {
+            let (json, npy) = (path.with_extension("json"), path.with_extension("labels.npy"));
+            format!(
+                "has no labels beside it: neither {} holds some nor is there {}",
+                json.display(),
+                npy.display()
+            )
+        }
+        _ => "there is no tensor `labels`".into(),
+    }
+}
+
+/// Queries that are bit for bit in the gallery as well.
+fn in_gallery(queries: &Rows<'_>, gallery: &Rows<'_>) -> usize {
+    let (Embeddings::F32(queries), Embeddings::F32(gallery)) = (queries.embeddings, gallery.embeddings)
+    else {
+        return 0;
+    };
+    let bits = |row: ArrayView1<'_, f32>| row.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+    let known: HashSet<Vec<u32>> = gallery.outer_iter().map(bits).collect();
+    queries.outer_iter().filter(|row| known.contains(&bits(*row))).count()
 }
 
 fn measure(
@@ -193,6 +225,13 @@ fn measure(
     recall_at: &[usize],
     tell: &mut dyn FnMut(Event<'_>),
 ) -> Result<Evaluation> {
+    let found = gallery.map_or(0, |gallery| in_gallery(queries, gallery));
+    if found > 0 {
+        let all = queries.labels.len();
+        tell(Event::Warning(&format!(
+            "{found} of the {all} queries stand in the gallery as well: they find themselves, and all figures are too high"
+        )));
+    }
     let ks = if settings.recall_at.is_empty() { recall_at } else { &settings.recall_at };
     let begun = Instant::now();
     let metrics = retrieval::evaluate(backend, queries, gallery, ks, &mut |done, total| {

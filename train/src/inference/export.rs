@@ -1,31 +1,38 @@
 //! Embeddings of a folder tree, into a file.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use super::embedder::{Embedder, PretrainedSettings, skipped};
 use super::file::{EmbeddingsFile, Format};
-use super::pictures::Pictures;
+use super::pictures::{Pictures, bytes_of, name_of};
 use super::{Event, Skipped};
+use crate::data::as_text;
 use crate::{Error, Result};
 use ddtas_io::files::check_place;
 
 /// Metadata of embeddings: the folder they came from, the checkpoint they came by, the names of the labels.
 pub(super) const ROOT: &str = "ddtas.root";
 pub(super) const CHECKPOINT: &str = "ddtas.checkpoint";
+/// There if every picture was mirrored as well.
+pub(super) const FLIPS: &str = "ddtas.flips";
+/// Root, and names by their rows, as bytes where they are no text.
+pub(super) const ROOT_BYTES: &str = "ddtas.root.bytes";
+pub(super) const NAME_BYTES: &str = "ddtas.names.bytes";
 const CLASSES: &str = "ddtas.classes";
 
 /// What to embed, and where the result goes.
 #[derive(Debug, Clone, PartialEq, Eq, clap::Args)]
 pub struct EmbedSettings {
-    /// A checkpoint of ddtas-train.
-    #[arg(long, value_name = "FILE", required_unless_present = "backbone")]
+    /// A checkpoint of ddtas-train, or a run folder, whose best is meant.
+    #[arg(long, value_name = "FILE|RUN", required_unless_present = "backbone")]
     pub checkpoint: Option<PathBuf>,
     /// Published weights instead.
     #[command(flatten)]
     pub pretrained: PretrainedSettings,
-    /// A folder of JPEG or PNG pictures, in folders of any depth.
+    /// A folder of pictures, in folders of any depth.
     #[arg(long, value_name = "DIR")]
     pub images: PathBuf,
     /// The file to write: .safetensors, or .npy with a .json of the same name beside it.
@@ -34,12 +41,16 @@ pub struct EmbedSettings {
     /// Side of the pictures the network sees; what the checkpoint says, or what --backbone was made for, if not given.
     #[arg(long, value_name = "PIXELS")]
     pub image_size: Option<usize>,
+    /// Embed every picture and its mirror image, and take the mean.
+    #[arg(long)]
+    pub flips: bool,
 }
 
 /// What was written.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct Export {
     /// The file.
+    #[serde(serialize_with = "as_text")]
     pub path: PathBuf,
     /// Pictures embedded.
     pub pictures: usize,
@@ -62,11 +73,12 @@ pub fn embed(settings: &EmbedSettings, tell: &mut dyn FnMut(Event<'_>)) -> Resul
     // Before the work begins.
     if Format::of(&settings.out).is_err() {
         let value = settings.out.display().to_string();
-        return Err(Error::setting("out", value, "a name that ends in .safetensors or .npy"));
+        return Err(Error::misuse("out", value, "needs a name that ends in .safetensors or .npy"));
     }
     check_place("out", &settings.out)?;
     let begun = Instant::now();
-    let embedder = Embedder::new(settings.checkpoint.as_deref(), &settings.pretrained, settings.image_size)?;
+    let embedder = Embedder::new(settings.checkpoint.as_deref(), &settings.pretrained, settings.image_size)?
+        .with_flips(settings.flips);
     let (file, skipped) = embed_folder(&embedder, &settings.images, tell)?;
     file.write(&settings.out)?;
     let folders = file.labels.iter().flatten().max().map_or(0, |&label| label as usize + 1);
@@ -87,26 +99,40 @@ pub(super) fn embed_folder(
     tell: &mut dyn FnMut(Event<'_>),
 ) -> Result<(EmbeddingsFile, Vec<Skipped>)> {
     let pictures = Pictures::below(root)?;
+    pictures.passed_over.iter().for_each(|line| tell(Event::Warning(line)));
     let embedded = embedder.embed(&pictures.split, tell);
     let skipped = skipped(&pictures.split);
-    if skipped.len() == pictures.names.len() {
+    if skipped.len() == pictures.paths.len() {
         let (count, shown, reason) = (skipped.len(), root.display(), &skipped[0].reason);
         return Err(Error::Dataset(format!(
             "none of the {count} pictures below {shown} can be read: {reason}"
         )));
     }
     let embedded = embedded?;
-    let names: Vec<String> = embedded.indices.iter().map(|&index| pictures.names[index].clone()).collect();
-    let folder = |name: &String| name.rsplit_once('/').map_or("", |(folder, _)| folder).to_owned();
-    let mut folders: BTreeMap<String, i64> = names.iter().map(|name| (folder(name), 0)).collect();
+    let paths: Vec<&Path> = embedded.indices.iter().map(|&index| pictures.paths[index].as_path()).collect();
+    let folder = |path: &&Path| path.parent().unwrap_or(Path::new("")).to_path_buf();
+    // In the order of their bytes: that of the names in files.
+    let mut folders: BTreeMap<OsString, i64> =
+        paths.iter().map(|path| (folder(path).into_os_string(), 0)).collect();
     folders.values_mut().zip(0..).for_each(|(label, index)| *label = index);
-    let labels = names.iter().map(|name| folders[&folder(name)]).collect();
-    let classes: Vec<&String> = folders.keys().collect();
-    let metadata = BTreeMap::from([
+    let labels = paths.iter().map(|path| folders[folder(path).as_os_str()]).collect();
+    let classes: Vec<String> = folders.keys().map(|folder| name_of(Path::new(folder))).collect();
+    let mut metadata = BTreeMap::from([
         (ROOT.to_owned(), root.display().to_string()),
         (CHECKPOINT.to_owned(), embedder.fingerprint().to_owned()),
         (CLASSES.to_owned(), serde_json::json!(classes).to_string()),
     ]);
+    if embedder.flips() {
+        metadata.insert(FLIPS.to_owned(), "true".to_owned());
+    }
+    let bytes = bytes_of(paths.iter().copied());
+    if !bytes.is_empty() {
+        metadata.insert(NAME_BYTES.to_owned(), serde_json::json!(bytes).to_string());
+    }
+    if let Some(bytes) = bytes_of(std::iter::once(root)).get(&0) {
+        metadata.insert(ROOT_BYTES.to_owned(), serde_json::json!(bytes).to_string());
+    }
+    let names = paths.iter().map(|path| name_of(path)).collect();
     let file = EmbeddingsFile {
         values: embedded.view()?.to_owned(),
         labels: Some(labels),

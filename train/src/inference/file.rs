@@ -2,15 +2,16 @@
 //!
 //! .safetensors: `embeddings` [N, D] f32 and `labels` [N] i64; where queries have a gallery of their own, `references` [M, D] and
 //! `reference_labels` [M]; the metadata may hold `names`, a JSON array with a name for each row. Other floats and
-//! i32 labels are read as well.
+//! integers are read as well.
 //!
-//! .npy: the matrix alone; everything else in a .json of the same name beside it.
+//! .npy: the matrix alone; everything else in a .json of the same name beside it, or the labels in `NAME.labels.npy`.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use ndarray::Array2;
 
+use super::npy;
 use crate::{Error, Result};
 use ddtas_io::files::write_atomic;
 use ddtas_io::tensors::{EmbeddedRows, TensorFile, write_rows};
@@ -34,6 +35,15 @@ pub struct EmbeddingsFile {
     pub names: Vec<String>,
     /// Anything else, as the header holds it.
     pub metadata: BTreeMap<String, String>,
+}
+
+/// What lies in the .json beside a .npy.
+#[derive(Default, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
+struct Beside {
+    names: Vec<String>,
+    labels: Option<Vec<i64>>,
+    metadata: BTreeMap<String, String>,
 }
 
 /// The form of a file, by its extension.
@@ -63,13 +73,16 @@ impl Format {
 }
 
 impl EmbeddingsFile {
-    /// Reads a .safetensors file. Rows that are not of unit length are scaled to it, since similarities are cosines.
+    /// Reads a .npy or a .safetensors file. Rows that are not of unit length are scaled to it, since similarities are cosines.
     ///
     /// # Errors
     /// [`Io`](ddtas_io::Error::Io) if it cannot be read; [`Format`](ddtas_io::Error::Format) if it holds something else, or a row that has no direction
     /// (zero, NaN or infinite).
     pub fn read(path: &Path) -> Result<Self> {
         let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
+        if Format::of(path).is_ok_and(|format| format == Format::Npy) {
+            return Self::read_npy(path, &bytes);
+        }
         let file = TensorFile::parse(path, &bytes)?;
         let mut values = file.matrix("embeddings")?;
         if values.is_empty() {
@@ -89,16 +102,50 @@ impl EmbeddingsFile {
             to_unit_rows(path, "references", &mut gallery.values)?;
         }
         let mut metadata = file.metadata;
-        let names: Vec<String> = match metadata.remove(NAMES) {
+        let names = match metadata.remove(NAMES) {
             Some(text) => serde_json::from_str(&text)
                 .map_err(|_| Error::format(path, "metadata `names` is not a JSON array of names"))?,
             None => Vec::new(),
         };
-        if !names.is_empty() && names.len() != values.nrows() {
-            let reason = format!("holds {} names for {} rows", names.len(), values.nrows());
-            return Err(Error::format(path, reason));
+        Self { values, labels, gallery, names, metadata }.checked(path)
+    }
+
+    fn read_npy(path: &Path, bytes: &[u8]) -> Result<Self> {
+        let mut values = npy::matrix(path, bytes)?;
+        if values.is_empty() {
+            return Err(Error::format(path, "the matrix is empty"));
         }
-        Ok(Self { values, labels, gallery, names, metadata })
+        to_unit_rows(path, "embeddings", &mut values)?;
+        let beside = path.with_extension("json");
+        let beside: Beside = match std::fs::read(&beside) {
+            Ok(text) => serde_json::from_slice(&text)
+                .map_err(|error| Error::format(&beside, format!("not what `embed` writes: {error}")))?,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Beside::default(),
+            Err(error) => return Err(Error::io("read", &beside)(error)),
+        };
+        let labels = path.with_extension("labels.npy");
+        let labels = match beside.labels {
+            None if labels.is_file() => {
+                let bytes = std::fs::read(&labels).map_err(Error::io("read", &labels))?;
+                Some(npy::integers(&labels, &bytes)?)
+            }
+            known => known,
+        };
+        let Beside { names, metadata, .. } = beside;
+        Self { values, labels, gallery: None, names, metadata }.checked(path)
+    }
+
+    /// Holds names and labels to the number of rows.
+    fn checked(self, path: &Path) -> Result<Self> {
+        let rows = self.values.nrows();
+        let labels = self.labels.as_ref().map_or(rows, Vec::len);
+        let names = if self.names.is_empty() { rows } else { self.names.len() };
+        for (what, count) in [("names", names), ("labels", labels)] {
+            if count != rows {
+                return Err(Error::format(path, format!("holds {count} {what} for {rows} rows")));
+            }
+        }
+        Ok(self)
     }
 
     /// Writes the file in the form its extension asks for; whole or not at all. A .npy has its .json written first.
@@ -134,29 +181,12 @@ impl EmbeddingsFile {
             ));
         }
         let cannot = |reason: String| Error::format(path, format!("cannot be written as .npy ({reason})"));
-        let beside =
-            serde_json::json!({ "names": self.names, "labels": self.labels, "metadata": self.metadata });
+        let Self { names, labels, metadata, .. } = self.clone();
+        let beside = Beside { names, labels, metadata };
         let text = serde_json::to_vec(&beside).map_err(|e| cannot(e.to_string()))?;
         write_atomic(&path.with_extension("json"), &text)?;
-        Ok(write_atomic(path, &npy(&self.values))?)
+        Ok(write_atomic(path, &npy::write(&self.values))?)
     }
-}
-
-/// A matrix in NumPy's format 1.0, little-endian float32 in C order. The crates for it bring a parser of Python literals
-/// and a dozen crates with it; writing needs one line of text.
-fn npy(values: &Array2<f32>) -> Vec<u8> {
-    let (rows, dim) = values.dim();
-    let mut header = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {dim}), }}");
-    // The data begin at a multiple of 64; the text ends in a line feed. 10 bytes stand before it.
-    let length = (10 + header.len() + 1).next_multiple_of(64) - 10;
-    header.extend(std::iter::repeat_n(' ', length - 1 - header.len()));
-    header.push('\n');
-    let mut bytes = b"\x93NUMPY\x01\x00".to_vec();
-    // Two numbers of 20 digits at most: far below the 65,535 bytes of format 1.0.
-    bytes.extend((length as u16).to_le_bytes());
-    bytes.extend(header.bytes());
-    bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
-    bytes
 }
 
 /// Scales every row to unit length; those that are near enough stay as they are, to the bit.
@@ -204,6 +234,7 @@ mod tests {
         assert!(example().write(&path).is_err(), "a gallery has no place in a .npy");
         let single = EmbeddingsFile { gallery: None, ..example() };
         single.write(&path).unwrap();
+        assert_eq!(EmbeddingsFile::read(&path).unwrap(), single);
         // numpy.save's own bytes for this matrix.
         let header = "{'descr': '<f4', 'fortran_order': False, 'shape': (3, 2), }";
         let mut wanted = b"\x93NUMPY\x01\x00\x76\x00".to_vec();

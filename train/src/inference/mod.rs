@@ -6,13 +6,17 @@
 //! | `evaluation.rs` | the figures of a checkpoint on a data set, or of embeddings in a file |
 //! | `pictures.rs` | the pictures of a folder tree |
 //! | `export.rs` | embeddings of a folder tree, into a file |
+//! | `file.rs`, `npy.rs` | embeddings on disk |
 //! | `search.rs` | the nearest pictures of a collection |
+//! | `page.rs` | what was measured as a page |
 //! | `sheet.rs` | what was found as a page |
 
 mod embedder;
 mod evaluation;
 mod export;
 mod file;
+mod npy;
+mod page;
 mod pictures;
 mod search;
 mod sheet;
@@ -21,6 +25,7 @@ pub use embedder::{Embedder, PretrainedSettings};
 pub use evaluation::{EvalSettings, Evaluation, evaluate};
 pub use export::{EmbedSettings, Export, embed};
 pub use file::{EmbeddingsFile, Format};
+pub use page::write as write_page;
 pub use search::{Answer, Found, Query, SearchSettings, search};
 pub use sheet::write as write_sheet;
 
@@ -61,6 +66,7 @@ pub enum Event<'a> {
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct Skipped {
     /// The file.
+    #[serde(serialize_with = "crate::data::as_text")]
     pub path: PathBuf,
     /// What the decoder said.
     pub reason: String,

@@ -1,69 +1,93 @@
 //! The pictures of a folder tree.
 
+use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::data::{Split, is_picture};
+use crate::data::{KINDS, PassedOver, Split, is_hidden, is_picture};
 use crate::{Error, Result};
 
 /// Pictures by path, in sorted order.
 pub(super) struct Pictures {
-    /// Names: paths below the folder, with `/` between their parts.
-    pub(super) names: Vec<String>,
+    /// Paths below the folder.
+    pub(super) paths: Vec<PathBuf>,
     /// One class that holds them all: their classes, if they have any, are the caller's business.
     pub(super) split: Arc<Split>,
+    /// What else was found there, in a line.
+    pub(super) passed_over: Option<String>,
 }
 
 impl Pictures {
-    /// All JPEG and PNG files below `root`, by extension; names that start with a dot are passed over.
+    /// All pictures below `root`, by extension; names that start with a dot are passed over.
     ///
     /// # Errors
     /// [`Error::Dataset`] if there are none; [`Io`](ddtas_io::Error::Io) if a folder cannot be listed.
     pub(super) fn below(root: &Path) -> Result<Self> {
         if !root.is_dir() {
             let state = if root.exists() { "is not a folder" } else { "does not exist" };
-            return Err(Error::Dataset(format!(
-                "{} {state}: give a folder of JPEG or PNG pictures",
-                root.display()
-            )));
+            return Err(Error::Dataset(format!("{} {state}: give a folder of pictures", root.display())));
         }
-        let mut paths = Vec::new();
-        let visible = |entry: &walkdir::DirEntry| {
-            entry.depth() == 0 || !entry.file_name().to_string_lossy().starts_with('.')
-        };
-        // Links are followed: collections are often links to where the pictures lie. A loop is an error.
+        let (mut paths, mut passed) = (Vec::new(), PassedOver::default());
+        let visible = |entry: &walkdir::DirEntry| entry.depth() == 0 || !is_hidden(entry.path());
+        // Links are followed: collections are often links to where the pictures lie.
         let entries = walkdir::WalkDir::new(root).follow_links(true).sort_by_file_name().into_iter();
         for entry in entries.filter_entry(visible) {
-            let entry = entry.map_err(|error| {
-                let path = error.path().unwrap_or(root).to_path_buf();
-                Error::io("list", path)(error.into())
-            })?;
-            if entry.file_type().is_file() && is_picture(entry.path()) {
-                paths.push(entry.into_path());
+            match entry {
+                Ok(entry) if entry.file_type().is_dir() => {}
+                Ok(entry) if is_picture(entry.path()) => paths.push(entry.into_path()),
+                Ok(entry) => passed.note(entry.path()),
+                Err(error) if error.loop_ancestor().is_some() => passed.count("links in a circle"),
+                // Hidden names are not asked for where there is no entry.
+                Err(error) if error.path().is_some_and(|path| path.is_symlink() && !path.exists()) => {
+                    passed.count("broken links");
+                }
+                Err(error) => {
+                    let path = error.path().unwrap_or(root).to_path_buf();
+                    return Err(Error::io("list", path)(error.into()));
+                }
             }
         }
+        let passed_over = passed.line();
         if paths.is_empty() {
-            return Err(Error::Dataset(format!("no JPEG or PNG picture below {}", root.display())));
+            let also = passed_over.map_or_else(String::new, |line| format!(" ({line})"));
+            return Err(Error::Dataset(format!("no {KINDS} picture below {}{also}", root.display())));
         }
-        let name = |path: &PathBuf| {
-            let below = path.strip_prefix(root).unwrap_or(path);
-            let parts: Vec<_> = below.iter().map(|part| part.to_string_lossy()).collect();
-            parts.join("/")
-        };
-        let names = paths.iter().map(name).collect();
-        Ok(Self { names, split: split(root, paths) })
+        let split = split(root, paths.clone());
+        let below = |path: PathBuf| path.strip_prefix(root).map(Path::to_path_buf).unwrap_or(path);
+        Ok(Self { paths: paths.into_iter().map(below).collect(), split, passed_over })
     }
 
     /// These files.
     pub(super) fn of(paths: &[PathBuf]) -> Self {
-        let names = paths.iter().map(|path| path.display().to_string()).collect();
-        Self { names, split: split(Path::new("query"), paths.to_vec()) }
+        let split = split(Path::new("query"), paths.to_vec());
+        Self { paths: paths.to_vec(), split, passed_over: None }
     }
 }
 
 /// Pictures are read once, so none is kept in memory.
 fn split(root: &Path, paths: Vec<PathBuf>) -> Arc<Split> {
     Arc::new(Split::from_files(vec![(root.display().to_string(), paths)], 0))
+}
+
+/// A path with `/` between its parts, as text.
+pub(super) fn name_of(path: &Path) -> String {
+    let parts: Vec<_> = path.iter().map(|part| part.to_string_lossy()).collect();
+    parts.join("/")
+}
+
+/// The bytes of the paths that are no text, by their rows: what names in a file cannot hold. Rows of `None` are other paths.
+pub(super) fn bytes_of<'a>(paths: impl Iterator<Item = &'a Path>) -> BTreeMap<usize, Vec<u8>> {
+    let no_text = paths.enumerate().filter(|(_, path)| path.to_str().is_none());
+    no_text.map(|(row, path)| (row, path.as_os_str().as_encoded_bytes().to_vec())).collect()
+}
+
+/// A path of such bytes.
+pub(super) fn path_of(bytes: &[u8]) -> PathBuf {
+    #[cfg(unix)]
+    return <OsString as std::os::unix::ffi::OsStringExt>::from_vec(bytes.to_vec()).into();
+    #[cfg(not(unix))]
+    OsString::from(String::from_utf8_lossy(bytes).into_owned()).into()
 }
 
 #[cfg(test)]
@@ -76,18 +100,53 @@ mod tests {
         let root = folder.path();
         std::fs::create_dir_all(root.join("b/deep")).unwrap();
         std::fs::create_dir_all(root.join(".hidden")).unwrap();
-        for name in
-            ["z.PNG", "b/deep/2.jpeg", "b/deep/10.jpg", "a.txt", ".hidden/1.png", "b/.x.png", "b/1.Jpg"]
-        {
+        for name in [
+            "z.PNG",
+            "b/deep/2.jpeg",
+            "b/deep/10.jpg",
+            "a.txt",
+            ".hidden/1.png",
+            "b/.x.png",
+            "b/1.Jpg",
+            "b/2.HEIC",
+            "b/3.heic",
+            "b/none",
+        ] {
             std::fs::write(root.join(name), b"").unwrap();
         }
         let pictures = Pictures::below(root).unwrap();
-        assert_eq!(pictures.names, ["b/1.Jpg", "b/deep/10.jpg", "b/deep/2.jpeg", "z.PNG"]);
+        let names: Vec<String> = pictures.paths.iter().map(|path| name_of(path)).collect();
+        assert_eq!(names, ["b/1.Jpg", "b/deep/10.jpg", "b/deep/2.jpeg", "z.PNG"]);
         assert_eq!(pictures.split.len(), 4);
+        let passed = "passed over, not read as pictures: 2 .heic, 1 .txt, 1 without extension";
+        assert_eq!(pictures.passed_over.as_deref(), Some(passed));
         assert!(Pictures::below(&root.join("a.txt")).is_err());
         assert!(Pictures::below(&root.join("none")).is_err());
         assert!(Pictures::below(&root.join(".hidden")).is_ok(), "what was asked for by name is looked into");
         std::fs::remove_file(root.join(".hidden/1.png")).unwrap();
         assert!(Pictures::below(&root.join(".hidden")).is_err(), "no picture");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn links_in_a_circle_and_broken_ones_are_counted_and_names_of_any_bytes_survive() {
+        use std::os::unix::ffi::OsStrExt;
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path();
+        let name = std::ffi::OsStr::from_bytes(b"caf\xe9");
+        std::fs::create_dir_all(root.join(name)).unwrap();
+        std::fs::write(root.join(name).join("1.png"), b"").unwrap();
+        std::fs::write(root.join("2.png"), b"").unwrap();
+        std::os::unix::fs::symlink(root, root.join("again")).unwrap();
+        std::os::unix::fs::symlink(root.join("nowhere"), root.join("gone.png")).unwrap();
+        let pictures = Pictures::below(root).unwrap();
+        assert_eq!(
+            pictures.passed_over.as_deref(),
+            Some("passed over, not read as pictures: 1 broken links, 1 links in a circle")
+        );
+        let kept = bytes_of(pictures.paths.iter().map(PathBuf::as_path));
+        assert_eq!(kept.keys().collect::<Vec<_>>(), [&1]);
+        assert!(root.join(path_of(&kept[&1])).is_file());
+        assert_eq!(name_of(&pictures.paths[1]), "caf\u{fffd}/1.png");
     }
 }

@@ -1,12 +1,14 @@
 //! The nearest pictures of a collection.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::embedder::{Embedder, PretrainedSettings, skipped};
-use super::export::{CHECKPOINT, ROOT, embed_folder};
+use super::export::{CHECKPOINT, FLIPS, NAME_BYTES, ROOT, ROOT_BYTES, embed_folder};
 use super::file::EmbeddingsFile;
-use super::pictures::Pictures;
+use super::pictures::{Pictures, path_of};
 use super::{Event, Skipped};
+use crate::data::as_text;
 use crate::{Error, Result};
 use ddtas::backend::{self, DeviceSpec, Nearest};
 use ddtas::loss::Rows;
@@ -14,8 +16,8 @@ use ddtas::loss::Rows;
 /// What to look for, and where.
 #[derive(Debug, Clone, PartialEq, Eq, clap::Args)]
 pub struct SearchSettings {
-    /// A checkpoint of ddtas-train.
-    #[arg(long, value_name = "FILE", required_unless_present = "backbone")]
+    /// A checkpoint of ddtas-train, or a run folder, whose best is meant.
+    #[arg(long, value_name = "FILE|RUN", required_unless_present = "backbone")]
     pub checkpoint: Option<PathBuf>,
     /// Published weights instead.
     #[command(flatten)]
@@ -32,6 +34,9 @@ pub struct SearchSettings {
     /// Side of the pictures the network sees; what the checkpoint says, or what --backbone was made for, if not given.
     #[arg(long, value_name = "PIXELS")]
     pub image_size: Option<usize>,
+    /// Embed every picture and its mirror image, and take the mean.
+    #[arg(long)]
+    pub flips: bool,
     /// Where to search: auto, cpu, cuda:N.
     #[arg(long, default_value = "auto")]
     pub device: String,
@@ -52,6 +57,7 @@ pub struct Found {
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct Query {
     /// The picture that was looked for.
+    #[serde(serialize_with = "as_text")]
     pub path: PathBuf,
     /// The most similar first.
     pub answers: Vec<Answer>,
@@ -63,13 +69,23 @@ pub struct Answer {
     /// Its name in the gallery; its number where it has no name.
     pub name: String,
     /// Where it lies, if the gallery says so.
+    #[serde(serialize_with = "optional")]
     pub path: Option<PathBuf>,
+    /// Whether it is the file that was looked for.
+    pub itself: bool,
     /// Cosine similarity, -1 to 1.
     pub similarity: f32,
 }
 
+fn optional<S: serde::Serializer>(path: &Option<PathBuf>, serializer: S) -> Result<S::Ok, S::Error> {
+    match path {
+        Some(path) => as_text(path, serializer),
+        None => serializer.serialize_none(),
+    }
+}
+
 /// Embeds the queries, and the gallery where it is a folder, and finds the nearest pictures of each. A query that
-/// stands in the gallery finds itself.
+/// stands in the gallery finds itself, and the answer says so.
 ///
 /// # Errors
 /// A checkpoint, gallery or query that cannot be used; a gallery whose embeddings another checkpoint made.
@@ -78,7 +94,8 @@ pub fn search(settings: &SearchSettings, tell: &mut dyn FnMut(Event<'_>)) -> Res
     if settings.top == 0 {
         return Err(Error::setting("top", "0", "1 or more"));
     }
-    let embedder = Embedder::new(settings.checkpoint.as_deref(), &settings.pretrained, settings.image_size)?;
+    let embedder = Embedder::new(settings.checkpoint.as_deref(), &settings.pretrained, settings.image_size)?
+        .with_flips(settings.flips);
     let pictures = Pictures::of(&settings.query);
     let queries = embedder.embed(&pictures.split, &mut |_| {});
     // One that cannot be read is what the user asked for: no list without it.
@@ -99,19 +116,36 @@ pub fn search(settings: &SearchSettings, tell: &mut dyn FnMut(Event<'_>)) -> Res
     let references = Rows::new(gallery.values.view(), &labels[..count]);
     let nearest = backend::open(&spec)?.nearest(&rows, Some(&references), settings.top.min(count))?;
 
-    let root = gallery.metadata.get(ROOT).map(Path::new);
-    let answer = |(&index, &similarity): (&u32, &f32)| {
+    let bytes_of = |key: &str| gallery.metadata.get(key).map_or("null", String::as_str);
+    let root_bytes: Option<Vec<u8>> = serde_json::from_str(bytes_of(ROOT_BYTES)).unwrap_or_default();
+    let name_bytes: Option<BTreeMap<usize, Vec<u8>>> =
+        serde_json::from_str(bytes_of(NAME_BYTES)).unwrap_or_default();
+    let root = match root_bytes {
+        Some(bytes) => Some(path_of(&bytes)),
+        None => gallery.metadata.get(ROOT).map(PathBuf::from),
+    };
+    let file_of = |row: usize, name: &String| {
+        name_bytes
+            .as_ref()
+            .and_then(|bytes| bytes.get(&row))
+            .map_or_else(|| name.into(), |bytes| path_of(bytes))
+    };
+    let answer = |query: Option<&PathBuf>, (&index, &similarity): (&u32, &f32)| {
         let name = gallery.names.get(index as usize);
+        let path = root.as_ref().zip(name).map(|(root, name)| root.join(file_of(index as usize, name)));
+        let real = path.as_ref().and_then(|path| path.canonicalize().ok());
         Answer {
-            path: root.zip(name).map(|(root, name)| root.join(name)),
             name: name.cloned().unwrap_or_else(|| index.to_string()),
+            itself: real.is_some() && real.as_ref() == query,
+            path,
             similarity,
         }
     };
     let lists = nearest.indices.outer_iter().zip(nearest.similarities.outer_iter());
     let queries = settings.query.iter().zip(lists).map(|(path, (indices, similarities))| {
+        let real = path.canonicalize().ok();
         let found = indices.into_iter().zip(similarities).filter(|(index, _)| **index != Nearest::NONE);
-        Query { path: path.clone(), answers: found.map(&answer).collect() }
+        Query { path: path.clone(), answers: found.map(|found| answer(real.as_ref(), found)).collect() }
     });
     Ok(Found { gallery: count, queries: queries.collect(), skipped })
 }
@@ -125,6 +159,12 @@ fn check_origin(path: &Path, gallery: &EmbeddingsFile, embedder: &Embedder) -> R
             path,
             format!("holds {got} dimensions, but {checkpoint} embeds into {want}"),
         ));
+    }
+    let known = gallery.metadata.contains_key(CHECKPOINT);
+    if known && gallery.metadata.contains_key(FLIPS) != embedder.flips() {
+        let how =
+            if embedder.flips() { "without --flips: leave it out" } else { "with --flips: give it here too" };
+        return Err(Error::format(path, format!("was embedded {how}, or embed the pictures again")));
     }
     match gallery.metadata.get(CHECKPOINT) {
         Some(made_by) if made_by != embedder.fingerprint() => {

@@ -65,9 +65,10 @@ fn section(body: &mut String, query: &Query, thumbnails: &mut (Thumbnails, Thumb
             body,
             &format!(
                 "<figure>{shown}<div class=\"bar\"><i style=\"width:{share:.1}%\"></i></div>\
-                 <figcaption title=\"{name}\"><b>{}</b> <span>{:.3}</span> {name}</figcaption></figure>",
+                 <figcaption title=\"{name}\"><b>{}</b> <span>{:.3}</span> {name}{}</figcaption></figure>",
                 rank + 1,
-                answer.similarity
+                answer.similarity,
+                if answer.itself { " (the query itself)" } else { "" }
             ),
         );
     }

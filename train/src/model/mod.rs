@@ -5,6 +5,7 @@ mod batch_norm;
 mod head;
 pub mod layers;
 mod pooling;
+pub(crate) mod ranks;
 mod weights;
 
 use burn::module::Module;

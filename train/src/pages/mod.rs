@@ -31,6 +31,36 @@ pub(crate) fn push(body: &mut String, text: &str) {
     body.push('\n');
 }
 
+/// A table of shares: heads, and rows of a name and a figure for each, the highest of a column in bold.
+pub(crate) fn figures(body: &mut String, heads: &[String], rows: &[(String, Vec<Option<f64>>)]) {
+    push(body, "<div class=\"scroll\"><table class=\"recall\"><thead><tr><th></th>");
+    heads.iter().for_each(|head| push(body, &format!("<th>{}</th>", escape(head))));
+    push(body, "</tr></thead><tbody>");
+    let highest = |column: usize| rows.iter().filter_map(|row| row.1[column]).fold(0.0, f64::max);
+    for (name, values) in rows {
+        push(body, &format!("<tr><th>{}</th>", escape(name)));
+        for (column, value) in values.iter().enumerate() {
+            push(
+                body,
+                &match value {
+                    Some(value) if *value >= highest(column) => {
+                        format!("<td><b>{}</b></td>", percent(*value))
+                    }
+                    Some(value) => format!("<td>{}</td>", percent(*value)),
+                    None => "<td></td>".to_owned(),
+                },
+            );
+        }
+        push(body, "</tr>");
+    }
+    push(body, "</tbody></table></div>");
+}
+
+/// A share in per cent.
+pub(crate) fn percent(share: f64) -> String {
+    format!("{:.1}", 100.0 * share)
+}
+
 /// 12345 as 12,345.
 pub(crate) fn grouped(number: usize) -> String {
     let digits = number.to_string();

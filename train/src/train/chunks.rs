@@ -20,7 +20,7 @@ fn chunks(rows: usize, size: usize) -> impl Iterator<Item = Range<usize>> {
     (0..rows).step_by(size).map(move |start| start..(start + size).min(rows))
 }
 
-/// Features `[B, F]` of a batch, `size` pictures at a time, on the device of `device` without autodiff. Running statistics stay as they are.
+/// Features `[B, F]` of the pictures of a batch that are here, `size` pictures at a time, on the device of `device` without autodiff. Running statistics stay as they are.
 pub fn features(
     network: &EmbeddingNetwork,
     batch: &ImageBatch,
@@ -30,11 +30,11 @@ pub fn features(
 ) -> Tensor<2> {
     let (network, device) = (network.valid(), device.clone().inner());
     let mode = mode.without_moving();
-    let chunks = chunks(batch.labels.len(), size);
+    let chunks = chunks(batch.own.len(), size);
     Tensor::cat(chunks.map(|rows| network.features(images(batch, rows, &device), mode)).collect(), 0)
 }
 
-/// Gradients of the weights of `network` from dL/dE of a batch, `size` pictures at a time.
+/// Gradients of the weights of `network` from dL/dE of the pictures of a batch that are here, `size` pictures at a time.
 pub fn gradients(
     network: &EmbeddingNetwork,
     batch: &ImageBatch,
@@ -44,7 +44,7 @@ pub fn gradients(
     device: &Device,
 ) -> GradientsParams {
     let mut sum = GradientsAccumulator::new();
-    for rows in chunks(batch.labels.len(), size) {
+    for rows in chunks(batch.own.len(), size) {
         let embeddings = network.forward(images(batch, rows.clone(), device), mode);
         let gradient = gradient.slice(s![rows, ..]).to_owned();
         sum.accumulate(network, backward(embeddings, &gradient, network));
@@ -52,7 +52,7 @@ pub fn gradients(
     sum.grads()
 }
 
-/// Some pictures of a batch, `[rows, 3, S, S]`.
+/// Some of the pictures of a batch that are here, `[rows, 3, S, S]`.
 pub(super) fn images(batch: &ImageBatch, rows: Range<usize>, device: &Device) -> Tensor<4> {
     let side = batch.image_size;
     let picture = 3 * side * side;

@@ -17,13 +17,13 @@ pub(super) struct Place {
     pub reason: Option<String>,
 }
 
-/// Finds the device for `asked`; does not open it yet.
+/// Finds the device for `asked`; does not open it yet. Ranks of one machine take a GPU each.
 ///
 /// # Errors
 /// [`Error::Unavailable`](crate::Error::Unavailable) if this build has no network on that device.
-pub(super) fn place(asked: DeviceSpec) -> Result<Place> {
+pub(super) fn place(asked: DeviceSpec, local_rank: usize) -> Result<Place> {
     let (spec, reason) = match asked {
-        DeviceSpec::Auto => automatic(backend::auto()),
+        DeviceSpec::Auto => automatic(backend::auto(), local_rank),
         other => (other, None),
     };
     let network = match spec {
@@ -46,11 +46,12 @@ pub(super) fn moved(network: EmbeddingNetwork, device: &Device) -> EmbeddingNetw
 
 /// A GPU only if the network can go there too: the loss of a training batch is too small a part of the step
 /// to be worth the way to the GPU and back.
-fn automatic(found: AutoDevice) -> (DeviceSpec, Option<String>) {
+fn automatic(found: AutoDevice, local_rank: usize) -> (DeviceSpec, Option<String>) {
     match found.spec {
         DeviceSpec::Cuda(_) if !gpu::HAS_NETWORK => {
             (DeviceSpec::Cpu, Some(format!("{} is there, but {}", found.spec, gpu::NEEDS_FEATURE)))
         }
+        DeviceSpec::Cuda(first) => (DeviceSpec::Cuda(first + local_rank), found.reason),
         spec => (spec, found.reason),
     }
 }
@@ -109,9 +110,9 @@ mod tests {
     #[test]
     fn auto_takes_a_gpu_only_with_the_network() {
         let gpu = AutoDevice { spec: DeviceSpec::Cuda(0), reason: None };
-        let (spec, reason) = automatic(gpu);
+        let (spec, reason) = automatic(gpu, 2);
         if cfg!(feature = "train-cuda") {
-            assert_eq!((spec, reason), (DeviceSpec::Cuda(0), None));
+            assert_eq!((spec, reason), (DeviceSpec::Cuda(2), None));
         } else {
             assert_eq!(spec, DeviceSpec::Cpu);
             assert!(reason.unwrap().contains("--features train-cuda"));
@@ -120,11 +121,11 @@ mod tests {
 
     #[test]
     fn network_and_loss_are_on_the_same_device() {
-        let cpu = place(DeviceSpec::Cpu).unwrap();
+        let cpu = place(DeviceSpec::Cpu, 0).unwrap();
         assert_eq!((cpu.spec, cpu.network, cpu.reason), (DeviceSpec::Cpu, Device::flex(), None));
-        let auto = place(DeviceSpec::Auto).unwrap();
+        let auto = place(DeviceSpec::Auto, 0).unwrap();
         assert_eq!(auto.network == Device::flex(), auto.spec == DeviceSpec::Cpu);
-        match place(DeviceSpec::Cuda(1)) {
+        match place(DeviceSpec::Cuda(1), 0) {
             Ok(place) => assert!(place.network != Device::flex() && place.spec == DeviceSpec::Cuda(1)),
             Err(error) => assert!(error.to_string().contains("--features train-cuda"), "{error}"),
         }

@@ -2,10 +2,12 @@
 //!
 //! The kernels return L and dL/dE; the network's backward pass starts from there ([`backward`]).
 
+use std::rc::Rc;
+
 use burn::module::Module;
 use burn::optim::ModuleOptimizer;
 use burn::tensor::{Device, Tensor};
-use ndarray::{ArrayView2, Axis};
+use ndarray::{ArrayView2, Axis, s};
 use serde::{Deserialize, Serialize};
 
 use super::average::Average;
@@ -18,12 +20,17 @@ use super::schedule::Schedule;
 use super::settings::{BatchNorm, TrainSettings};
 use crate::data::ImageBatch;
 use crate::generator::{GeneratorKind, Lambda};
+use crate::model::ranks::{check_same_weights, mean_statistics, sum_gradients};
 use crate::model::{EmbeddingNetwork, Normalise, backward, to_array};
+use crate::ranks::{Collective, One, gather, gather_rows};
 use crate::{Error, Result};
 use ddtas::backend::Backend;
 use ddtas::loss::baseline::PairLoss;
 use ddtas::loss::{LossOutput, LossSettings};
 use ddtas_io::Error as Program;
+
+/// What a user can do about a run that diverged.
+pub(super) const REMEDY: &str = "begin anew with a lower --learning-rate or a longer --warm-up";
 
 /// What a step depends on beside weights, moments and memory.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -70,6 +77,10 @@ pub struct Engine {
     /// Learned in the last step, in force from the next one on.
     pending: Option<Lambda>,
     spread: f64,
+    /// Who else works on each batch.
+    ranks: Rc<dyn Collective>,
+    /// Bytes that this rank sent to others in the last step.
+    sent: u64,
 }
 
 impl Engine {
@@ -106,7 +117,33 @@ impl Engine {
             generator,
             pending: None,
             spread: f64::NAN,
+            ranks: Rc::new(One),
+            sent: 0,
         }
+    }
+
+    /// The same, with each batch shared among `ranks`.
+    #[must_use]
+    pub fn with_ranks(self, ranks: Rc<dyn Collective>) -> Self {
+        Self { ranks, ..self }
+    }
+
+    /// Bytes that this rank sent to others in the last step; `None` if there are no others.
+    pub fn sent(&self) -> Option<u64> {
+        (self.ranks.size() > 1).then_some(self.sent)
+    }
+
+    /// Refuses to go on where the ranks have different weights; `step` is the next.
+    pub(super) fn check_weights(&self, step: usize) -> Result<()> {
+        check_same_weights(&*self.ranks, &self.network, step)
+    }
+
+    /// Refuses a batch, of the settings that are named and the product of their values, of which some rank would have no picture.
+    pub(super) fn check_batch(&self, (names, pictures): (&'static str, usize)) -> Result<()> {
+        if pictures < self.ranks.size() {
+            return Err(Error::setting(names, pictures, "at least one picture for each rank"));
+        }
+        Ok(())
     }
 
     /// Begins a rehearsal: its learning rate rises as the run's does, and where that is a cosine falls to 0 over its own
@@ -149,6 +186,15 @@ impl Engine {
             pending: self.pending,
             generator: self.generator.as_ref().map(|generator| generator.put(archive)),
         })
+    }
+
+    /// Takes over the optimizer's moments of a checkpoint whose weights the network already has, if it holds any; says
+    /// what does not fit.
+    pub(super) fn take_optimizer(&mut self, archive: &mut Archive) -> std::result::Result<(), String> {
+        if moments::are_in(archive) {
+            self.optimizer = moments::take(archive, self.optimizer.clone(), &self.network)?;
+        }
+        Ok(())
     }
 
     /// Goes on from a checkpoint whose weights the network already has; says what does not fit.
@@ -195,12 +241,13 @@ impl Engine {
         self.generator.as_ref()
     }
 
-    /// One step on a batch; `meta` is the generator's batch where it draws a fresh one.
+    /// One step on a batch, of which each rank has its own pictures; `meta` is the generator's batch where it draws a fresh one.
     /// Returns whether the weights moved: a batch that mines nothing leaves them alone.
     ///
     /// # Errors
-    /// [`Error::Training`] if the embeddings are no longer finite.
+    /// [`Error::Training`] if the embeddings are no longer finite; [`Error::Rank`] if another rank has failed.
     pub fn step(&mut self, step: usize, batch: &ImageBatch, meta: Option<&ImageBatch>) -> Result<bool> {
+        let sent = self.ranks.sent();
         if let Some(lambda) = self.pending.take() {
             self.loss = lambda.applied_to(&self.loss);
         }
@@ -210,20 +257,27 @@ impl Engine {
         if learns {
             self.learn_by_head(features, &batch.labels, meta).map_err(|error| diverged(error, step))?;
         }
-        let values = to_array(embeddings.clone())?;
+        let values = gather_rows(&*self.ranks, to_array(embeddings.clone())?)?;
         self.spread = spread(values.view());
-        self.evaluate_loss(values.view(), &batch.labels).map_err(|error| diverged(error, step))?;
-        let moved = self.update(step, batch, (embeddings, way, values.view()), meta)?;
+        let moved = self.evaluate_loss(values.view(), batch).map_err(|error| diverged(error, step))?;
+        if moved {
+            self.update(step, batch, (embeddings, way, values.view()), meta)?;
+        }
+        if self.mode == Normalise::Training && self.ranks.size() > 1 {
+            let share = batch.own.len() as f64 / batch.labels.len() as f64;
+            self.network = mean_statistics(&*self.ranks, self.network.clone(), share)?;
+        }
         self.memory.push(step, values.view(), &batch.labels);
         if let Some(average) = &mut self.average {
             average.update(&self.network, step);
         }
+        self.sent = self.ranks.sent() - sent;
         Ok(moved)
     }
 
-    /// Features and embeddings of a batch, and how the gradient goes back from there.
+    /// Features and embeddings of the pictures that are here, and how the gradient goes back from there.
     fn forward(&self, step: usize, batch: &ImageBatch) -> (Tensor<2>, Tensor<2>, Way) {
-        let rows = batch.labels.len();
+        let rows = batch.own.len();
         let constant = || chunks::features(&self.network, batch, self.chunk_size, self.mode, &self.device);
         if step < self.head_steps {
             let features = Tensor::from_inner(constant());
@@ -245,11 +299,8 @@ impl Engine {
         batch: &ImageBatch,
         (embeddings, way, values): (Tensor<2>, Way, ArrayView2<'_, f32>),
         meta: Option<&ImageBatch>,
-    ) -> Result<bool> {
+    ) -> Result<()> {
         let gradient = &self.output.gradient;
-        if gradient.iter().all(|&entry| entry == 0.0) {
-            return Ok(false);
-        }
         let gradients = match way {
             Way::Whole => backward(embeddings, gradient, &self.network),
             Way::Head => backward(embeddings, gradient, &self.network.head),
@@ -258,6 +309,7 @@ impl Engine {
                 chunks::gradients(&self.network, batch, gradient, size, self.mode, &self.device)
             }
         };
+        let gradients = sum_gradients(&*self.ranks, &self.network, gradients)?;
         if let (Some(generator), Some(meta)) = (&mut self.generator, meta)
             && generator.kind() == GeneratorKind::Full
         {
@@ -268,10 +320,11 @@ impl Engine {
                     (&self.network, self.mode),
                     &gradients,
                     images,
-                    (values, &batch.labels),
-                    &meta.labels,
+                    (values, batch),
+                    meta,
                     (&mut *self.backend, &self.memory),
                     &self.loss,
+                    &*self.ranks,
                 )
                 .map_err(|error| diverged(error, step))?;
             self.pending = Some(learned);
@@ -279,7 +332,7 @@ impl Engine {
         let rate = self.schedule.learning_rate(step);
         let network = self.network.clone();
         self.network = self.optimizer.step(rate, network, gradients);
-        Ok(true)
+        Ok(())
     }
 
     /// Lets a generator of the head's learn, and puts its lambda in force.
@@ -295,12 +348,12 @@ impl Engine {
         }
         // The virtual step is the linear map's.
         let head = self.network.head.clone();
-        let features = to_array(head.input(features))?.mapv(f64::from);
+        let features = gather_rows(&*self.ranks, to_array(head.input(features))?)?.mapv(f64::from);
         let fresh = match meta {
             Some(meta) => {
                 let images = image_tensor(meta, &self.device.clone().inner());
                 let features = self.network.valid().features(images, self.mode.without_moving());
-                let features = to_array(head.input(features))?;
+                let features = gather_rows(&*self.ranks, to_array(head.input(features))?)?;
                 Some((features.mapv(f64::from), meta.labels.as_slice()))
             }
             None => None,
@@ -316,9 +369,20 @@ impl Engine {
         Ok(())
     }
 
-    fn evaluate_loss(&mut self, embeddings: ArrayView2<'_, f32>, labels: &[i64]) -> Result<()> {
-        let rows = (embeddings, labels);
-        self.memory.loss(&mut *self.backend, self.pair_loss, rows, &self.loss, &mut self.output)
+    /// The loss of the whole batch, with the gradient of the rows that are here. Returns whether any row's is other than zero.
+    fn evaluate_loss(&mut self, embeddings: ArrayView2<'_, f32>, batch: &ImageBatch) -> Result<bool> {
+        let (rows, own) = ((embeddings, batch.labels.as_slice()), batch.own.clone());
+        let (backend, output) = (&mut *self.backend, &mut self.output);
+        if self.ranks.size() > 1 && self.pair_loss == PairLoss::SoftContrastive {
+            return self.memory.loss_on_ranks((&*self.ranks, own), backend, rows, &self.loss, output);
+        }
+        self.memory.loss(backend, self.pair_loss, rows, &self.loss, output)?;
+        let any = output.gradient.iter().any(|&entry| entry != 0.0);
+        if own.len() < batch.labels.len() {
+            // The losses to compare with have no parts: every rank evaluates all of it.
+            output.gradient = output.gradient.slice(s![own, ..]).to_owned();
+        }
+        Ok(any)
     }
 
     /// Where the network is.
@@ -331,7 +395,7 @@ impl Engine {
         self.backend.as_mut()
     }
 
-    /// Embeds batches of pictures by the running statistics: `[N, dim]` and the labels.
+    /// Embeds batches of pictures by the running statistics: `[N, dim]` and the labels. Each rank has its own batches.
     ///
     /// # Errors
     /// What `batches` returns; [`Error::Training`] if an embedding is not finite.
@@ -374,7 +438,7 @@ pub fn embed_batches(
     if let Some(row) = embedded.values.iter().position(|value| !value.is_finite()) {
         let row = row / dim;
         return Err(Error::Training(format!(
-            "the network maps picture {row} to NaN: lower --learning-rate, or start from another checkpoint"
+            "the network maps picture {row} to NaN: training diverged; {REMEDY}"
         )));
     }
     Ok(embedded)
@@ -393,6 +457,19 @@ pub struct Embedded {
 }
 
 impl Embedded {
+    /// What all ranks have embedded, in their order.
+    ///
+    /// # Errors
+    /// [`Error::Rank`] if another rank has failed.
+    pub fn of_all(self, ranks: &dyn Collective) -> Result<Self> {
+        if ranks.size() == 1 {
+            return Ok(self);
+        }
+        let skipped = gather(ranks, &[self.skipped])?.into_iter().sum();
+        let (labels, indices) = (gather(ranks, &self.labels)?, gather(ranks, &self.indices)?);
+        Ok(Self { values: gather(ranks, &self.values)?, labels, indices, skipped })
+    }
+
     /// The embeddings, `[N, dim]`.
     ///
     /// # Errors
@@ -424,15 +501,18 @@ fn memory(settings: &TrainSettings) -> Memory {
     Memory::new(settings.memory_size, settings.memory_start_step(), settings.embedding_dim)
 }
 
+/// The pictures of a batch that are here.
 fn image_tensor(batch: &ImageBatch, device: &Device) -> Tensor<4> {
-    chunks::images(batch, 0..batch.labels.len(), device)
+    chunks::images(batch, 0..batch.own.len(), device)
 }
 
 /// Embeddings that stop being finite or unit mean that the weights ran away.
 fn diverged(error: Error, step: usize) -> Error {
     match error {
         Error::Program(Program::Library(ddtas::Error::NotFinite { .. } | ddtas::Error::NotUnit { .. })) => {
-            Error::Training(format!("training diverged at step {step} ({error}): lower --learning-rate"))
+            Error::Training(format!(
+                "training diverged at step {step}: an embedding is no longer a finite unit vector; {REMEDY}"
+            ))
         }
         other => other,
     }

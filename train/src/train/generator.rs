@@ -4,17 +4,19 @@ use std::collections::VecDeque;
 
 use burn::optim::GradientsParams;
 use burn::tensor::Tensor;
-use ndarray::{Array2, ArrayView2, Axis, concatenate};
+use ndarray::{Array2, ArrayView2, Axis, concatenate, s};
 use serde::{Deserialize, Serialize};
 
 use super::checkpoint::archive::Archive;
 use super::memory::Memory;
+use crate::data::ImageBatch;
 use crate::generator::head::{Head, Losses, hypergradient};
 use crate::generator::{
     GeneratorKind, GeneratorSettings, Lambda, MetaObjective, MetaSource, Thresholds, UpdateRule, full,
     neighbours,
 };
 use crate::model::{EmbeddingHead, EmbeddingNetwork, Normalise, to_array};
+use crate::ranks::{Collective, gather_rows};
 use crate::{Error, Result};
 use ddtas::backend::Backend;
 use ddtas::loss::baseline::PairLoss;
@@ -194,28 +196,40 @@ impl Generator {
     }
 
     /// Learns from a virtual step of the whole network along `gradients`, those of the loss that `backend` evaluated last,
-    /// on `rows` and the memory, with the network in `mode`. `images` are those of the batch and of the meta batch. Returns the thresholds of the next step.
+    /// on the embeddings of `batch` and the memory, with the network in `mode`. `images` are those of the batch and of the meta batch that are
+    /// here. Returns the thresholds of the next step.
     ///
     /// # Errors
-    /// Those of the backends.
+    /// Those of the backends and of the ranks.
     #[expect(clippy::too_many_arguments, reason = "what a step has at hand, from four owners")]
     pub fn learn_full(
         &mut self,
         (network, mode): (&EmbeddingNetwork, Normalise),
         gradients: &GradientsParams,
         images: (Tensor<4>, Tensor<4>),
-        rows: (ArrayView2<'_, f32>, &[i64]),
-        meta_labels: &[i64],
+        (embeddings, batch): (ArrayView2<'_, f32>, &ImageBatch),
+        meta_batch: &ImageBatch,
         (backend, memory): (&mut dyn Backend, &Memory),
         loss: &LossSettings,
+        ranks: &dyn Collective,
     ) -> Result<Lambda> {
         let meta = &mut self.meta;
-        let mut meta_gradient =
-            |embeddings: Array2<f32>| Ok(meta.evaluate(embeddings.view(), meta_labels, loss)?.clone());
+        let mut meta_gradient = |own: Array2<f32>| {
+            let embeddings = gather_rows(ranks, own)?;
+            let gradient = meta.evaluate(embeddings.view(), &meta_batch.labels, loss)?;
+            Ok(gradient.slice(s![meta_batch.own.clone(), ..]).to_owned())
+        };
         let step = self.settings.step();
-        let found = full::tangent((network, mode), gradients, step, images.0, images.1, &mut meta_gradient)?;
+        let (images, meta_images) = images;
+        let found =
+            full::tangent((network, mode), gradients, step, images, meta_images, &mut meta_gradient, ranks)?;
         if let Some(full::Tangent { tangent, factor }) = found {
-            let Hypergradient { pos, neg } = memory.hypergradient(backend, rows, tangent.view())?;
+            let rows = (embeddings, batch.labels.as_slice());
+            let Hypergradient { pos, neg } = if ranks.size() == 1 {
+                memory.hypergradient(backend, rows, tangent.view())?
+            } else {
+                memory.hypergradient_on_ranks((ranks, batch.own.clone()), backend, rows, tangent.view())?
+            };
             let gradient = Hypergradient { pos: factor * pos, neg: factor * neg };
             let rule = &self.rule;
             self.thresholds.members.iter_mut().for_each(|member| member.update(gradient, rule));

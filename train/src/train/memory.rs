@@ -5,10 +5,14 @@
 //! do, on both sides, so that an empty memory gives the loss and gradient of the square form. They are the first references:
 //! no row is a pair of itself.
 
+use std::ops::Range;
+
 use ndarray::{Array2, ArrayView2, s};
 
 use super::checkpoint::archive::Archive;
+use super::parts::Part;
 use crate::Result;
+use crate::ranks::Collective;
 use ddtas::backend::Backend;
 use ddtas::loss::baseline::{self, PairLoss};
 use ddtas::loss::{Batch, Hypergradient, Identity, LossOutput, LossSettings, Rows};
@@ -113,6 +117,38 @@ impl Memory {
         Ok(backend.hypergradient(&batch, tangent, Some(moving.view()))?)
     }
 
+    /// [`loss`](Memory::loss) on several ranks, each with the rows `own` of the batch: the gradient is that of these. Returns whether any
+    /// rank's is other than zero.
+    ///
+    /// # Errors
+    /// Those of the backend and of the ranks.
+    pub(super) fn loss_on_ranks(
+        &self,
+        (ranks, own): (&dyn Collective, Range<usize>),
+        backend: &mut dyn Backend,
+        (embeddings, labels): (ArrayView2<'_, f32>, &[i64]),
+        settings: &LossSettings,
+        output: &mut LossOutput,
+    ) -> Result<bool> {
+        let references = self.references(embeddings, labels)?;
+        references.part(labels.len(), own, ranks).loss(backend, settings, output)
+    }
+
+    /// [`hypergradient`](Memory::hypergradient) after [`loss_on_ranks`](Memory::loss_on_ranks); `tangent` is that of the rows `own`.
+    ///
+    /// # Errors
+    /// Those of the backend and of the ranks.
+    pub(super) fn hypergradient_on_ranks(
+        &self,
+        (ranks, own): (&dyn Collective, Range<usize>),
+        backend: &mut dyn Backend,
+        (embeddings, labels): (ArrayView2<'_, f32>, &[i64]),
+        tangent: ArrayView2<'_, f32>,
+    ) -> Result<Hypergradient> {
+        let references = self.references(embeddings, labels)?;
+        references.part(labels.len(), own, ranks).hypergradient(backend, tangent)
+    }
+
     fn references(&self, embeddings: ArrayView2<'_, f32>, labels: &[i64]) -> Result<References> {
         let rows = labels.len() + self.len();
         let values = embeddings.iter().chain(&self.embeddings).copied().collect();
@@ -158,6 +194,10 @@ impl References {
         let anchors = Rows::new(embeddings, labels);
         Batch::rectangular(anchors, Rows::new(self.embeddings.view(), &self.labels))
             .with_identity(Identity::From(0))
+    }
+
+    fn part<'a>(&'a self, total: usize, own: Range<usize>, ranks: &'a dyn Collective) -> Part<'a> {
+        Part { references: (self.embeddings.view(), &self.labels), total, own, ranks }
     }
 }
 

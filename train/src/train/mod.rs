@@ -8,6 +8,7 @@
 //! | `device.rs` | where network and loss compute |
 //! | `engine.rs` | one step, and embedding a split |
 //! | `generator.rs` | lambda learned beside the steps |
+//! | `parts.rs` | the loss of a batch that several ranks share |
 //! | `chunks.rs` | a large batch in chunks through the network, its loss over the whole |
 //! | `average.rs` | a running mean of the weights |
 //! | `optimizer.rs` | how weights move: optimizer, rates of head and backbone, what decays |
@@ -27,6 +28,7 @@ mod engine;
 mod generator;
 mod memory;
 mod optimizer;
+mod parts;
 mod preset;
 mod records;
 pub mod report;

@@ -98,33 +98,36 @@ impl OptimizerSettings {
         let check = |good: bool, name, value: String, range| {
             if good { Ok(()) } else { Err(Error::setting(name, value, range)) }
         };
+        let fits = |good: bool, name, value: String, reason| {
+            if good { Ok(()) } else { Err(Error::misuse(name, value, reason)) }
+        };
         let rate = self.head_learning_rate.unwrap_or(1.0);
         check(rate > 0.0 && rate.is_finite(), "head-learning-rate", rate.to_string(), "above 0")?;
         let alone = self.head_steps;
         check(alone <= 1 << 31, "head-steps", alone.to_string(), "0 to 2147483648")?;
-        check(
+        fits(
             alone == 0 || generator != GeneratorKind::Full,
             "head-steps",
             alone.to_string(),
-            "0 with --generator full, whose virtual step moves the whole network: use --generator head",
+            "does not go with --generator full, whose virtual step moves the whole network: use --generator head",
         )?;
         check((0.0..1.0).contains(&self.ema), "ema", self.ema.to_string(), "0 to 1, 1 excluded")?;
         let chunk = self.chunk_size;
         check(chunk <= 1 << 20, "chunk-size", chunk.to_string(), "0 to 1048576")?;
-        check(
+        fits(
             chunk == 0 || generator != GeneratorKind::Full,
             "chunk-size",
             chunk.to_string(),
-            "0 with --generator full, which passes the whole batch at once: use --generator head",
+            "does not go with --generator full, which passes the whole batch at once: use --generator head",
         )?;
         let milestones = self.milestones.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
         let range = match self.schedule {
-            ScheduleKind::Step => "steps of 1 or more, one after the other: --schedule step needs them",
-            _ => "steps for --schedule step",
+            ScheduleKind::Step => "--schedule step needs steps of 1 or more, one after the other",
+            _ => "needs --schedule step",
         };
         let rising = self.milestones.is_sorted_by(|a, b| a < b) && self.milestones.first() > Some(&0);
         let good = if self.schedule == ScheduleKind::Step { rising } else { self.milestones.is_empty() };
-        check(good, "milestones", if milestones.is_empty() { "none".into() } else { milestones }, range)?;
+        fits(good, "milestones", milestones, range)?;
         let factor = self.milestone_factor;
         check(factor > 0.0 && factor <= 1.0, "milestone-factor", factor.to_string(), "above 0, at most 1")
     }

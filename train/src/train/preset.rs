@@ -35,7 +35,6 @@ impl Preset {
                 ("embedding_dim", "512"),
                 ("batch_norm", "frozen"),
                 ("gamma", "0.1"),
-                ("classes_per_batch", "16"),
                 ("images_per_class", "5"),
                 ("optimizer", "adam"),
                 ("learning_rate", "1e-5"),
@@ -79,7 +78,7 @@ impl Preset {
             self.about().0.to_owned(),
             "needs pretrained weights, --weights FILE: docs/training.md says where to get them",
         );
-        Err(Error::setting("preset", value, range))
+        Err(Error::misuse("preset", value, range))
     }
 }
 

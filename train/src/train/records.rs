@@ -49,6 +49,9 @@ pub struct StepRecord {
     /// dL^m/dlambda, of lambda_pos and lambda_neg; absent without a generator.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hypergradient: Option<[f64; 2]>,
+    /// Bytes that rank 0 sent to others in the step; absent without other ranks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sent_bytes: Option<u64>,
 }
 
 /// One evaluation on the test classes.
@@ -58,6 +61,12 @@ pub struct EvaluationRecord {
     pub step: usize,
     /// K and Recall@K, ascending in K, in 0 to 1.
     pub recall: Vec<(usize, f64)>,
+    /// R-precision; absent in runs of earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub r_precision: Option<f64>,
+    /// MAP@R; absent in runs of earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub map_at_r: Option<f64>,
 }
 
 /// A line of metrics.jsonl.

@@ -18,6 +18,8 @@ use ddtas::loss::{LossSettings, Mining};
 /// More than anybody counts to; sums and products of two such numbers of steps stay far from overflow.
 const MOST_STEPS: usize = 1 << 31;
 const STEPS: &str = "1 to 2147483648";
+/// Classes in a batch, where so many train.
+const CLASSES_PER_BATCH: usize = 16;
 const COUNT: &str = "0 to 2147483648";
 
 /// What BatchNorm does while training.
@@ -72,8 +74,8 @@ pub struct TrainSettings {
     /// What BatchNorm does while training; the frozen ones need --weights or --init.
     #[arg(long, value_enum, default_value_t)]
     pub batch_norm: BatchNorm,
-    /// Start from the weights of this checkpoint of ddtas-train.
-    #[arg(long, value_name = "FILE")]
+    /// Start from the weights of this checkpoint of ddtas-train, or of the best of a run folder.
+    #[arg(long, value_name = "FILE|RUN")]
     pub init: Option<PathBuf>,
 
     /// The loss.
@@ -109,12 +111,17 @@ pub struct TrainSettings {
     /// Loss threshold of negatives, where it differs from --lambda.
     #[arg(long, allow_negative_numbers = true)]
     pub lambda_neg: Option<f64>,
+    /// Margin of the other losses, a cosine similarity: contrastive pushes negatives above it, multi-similarity weighs
+    /// pairs around it [default: 0.5].
+    #[arg(long, allow_negative_numbers = true)]
+    pub margin: Option<f64>,
 
-    /// Classes in a batch (P).
-    #[arg(long, default_value_t = 16)]
-    pub classes_per_batch: usize,
+    /// Classes in a batch (P); 16 if not given, or all there are.
+    #[arg(long, value_name = "P")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub classes_per_batch: Option<usize>,
     /// Pictures of each class in a batch (K).
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, value_name = "K", default_value_t = 5)]
     pub images_per_class: usize,
     /// Least share of a picture's area that a random crop takes; 1 crops no more than the shape asks.
     #[arg(long, default_value_t = 0.6)]
@@ -203,6 +210,12 @@ impl TrainSettings {
     /// Settings of the loss.
     #[must_use]
     pub fn loss_settings(&self) -> LossSettings {
+        let (lambda_pos, lambda_neg) = match self.loss {
+            PairLoss::SoftContrastive => {
+                (self.lambda_pos.unwrap_or(self.lambda), self.lambda_neg.unwrap_or(self.lambda))
+            }
+            PairLoss::Contrastive | PairLoss::MultiSimilarity => (self.margin(), self.margin()),
+        };
         LossSettings {
             mining: self.mining,
             gamma: self.gamma,
@@ -211,9 +224,13 @@ impl TrainSettings {
             tolerance: self.tolerance,
             alpha: self.alpha,
             beta: self.beta,
-            lambda_pos: self.lambda_pos.unwrap_or(self.lambda),
-            lambda_neg: self.lambda_neg.unwrap_or(self.lambda),
+            lambda_pos,
+            lambda_neg,
         }
+    }
+
+    fn margin(&self) -> f64 {
+        self.margin.unwrap_or(0.5)
     }
 
     /// Where the loss thresholds begin.
@@ -288,10 +305,54 @@ impl TrainSettings {
         for (name, path) in files {
             if let Some(path) = path.as_ref().filter(|path| !path.exists()) {
                 let value = path.display().to_string();
-                return Err(Error::setting(name, value, "a file that is there"));
+                return Err(Error::misuse(name, value, "there is no such file"));
             }
         }
         Ok(())
+    }
+
+    /// The same settings with what the data set decides where it was not given: batches of all classes that train, if they
+    /// are fewer than usual. Also a line that says so.
+    #[must_use]
+    pub(super) fn fitted(&self, there: usize) -> (Self, Option<String>) {
+        let classes = self.classes_per_batch.unwrap_or(CLASSES_PER_BATCH.min(there));
+        let note = (self.classes_per_batch.is_none() && there < CLASSES_PER_BATCH).then(|| {
+            format!("{there} classes train: a batch has pictures of all of them, not of {CLASSES_PER_BATCH}")
+        });
+        let meta_classes = Some(self.generator.classes_of(there));
+        let generator = GeneratorSettings { meta_classes, ..self.generator.clone() };
+        (Self { classes_per_batch: Some(classes), generator, ..self.clone() }, note)
+    }
+
+    /// Steps that none follows in which the memory could be filled: what a user should know of them.
+    pub(super) fn warning_of_memory(&self) -> Option<String> {
+        let start = self.memory_start_step();
+        (self.memory_size > 0 && start >= self.steps).then(|| {
+            format!(
+                "--memory-start {start} lies behind the last step, {}: the memory stays empty",
+                self.steps - 1
+            )
+        })
+    }
+
+    /// Whether a batch can hold a pair of either kind; a memory may hold the other half.
+    fn check_batch(&self) -> Result<()> {
+        let fits = |good: bool, name, value: usize, reason| {
+            if good { Ok(()) } else { Err(Error::misuse(name, value, reason)) }
+        };
+        let remembers = self.memory_size > 0;
+        fits(
+            self.memory_start.is_none() || remembers,
+            "memory-start",
+            self.memory_start.unwrap_or(0),
+            "needs --memory-size N: there is no memory to fill",
+        )?;
+        let classes = self.classes_per_batch.unwrap_or(CLASSES_PER_BATCH);
+        let reason = "a batch of one class has no negative pair, and mines nothing: give 2 or more";
+        fits(classes > 1 || remembers, "classes-per-batch", classes, reason)?;
+        let reason =
+            "a batch with one picture a class has no positive pair, and mines nothing: give 2 or more";
+        fits(self.images_per_class > 1 || remembers, "images-per-class", self.images_per_class, reason)
     }
 
     /// Checks everything that can be told without data and files: a run calls it before it makes anything.
@@ -302,8 +363,19 @@ impl TrainSettings {
         let check = |good: bool, name, value: String, range| {
             if good { Ok(()) } else { Err(Error::setting(name, value, range)) }
         };
+        let fits = |good: bool, name, value: String, reason| {
+            if good { Ok(()) } else { Err(Error::misuse(name, value, reason)) }
+        };
         self.data.validate()?;
         check((-2.0..=2.0).contains(&self.lambda), "lambda", self.lambda.to_string(), "-2 to 2")?;
+        let margin = self.margin();
+        check((-1.0..=1.0).contains(&margin), "margin", margin.to_string(), "-1 to 1")?;
+        fits(
+            self.loss != PairLoss::SoftContrastive || self.margin.is_none(),
+            "margin",
+            margin.to_string(),
+            "needs --loss contrastive or multi-similarity: the threshold of soft-contrastive is --lambda",
+        )?;
         self.loss_settings().validate()?;
         self.generator.validate(self.first_lambda())?;
         let crop = self.smallest_crop;
@@ -313,7 +385,13 @@ impl TrainSettings {
             ("embedding-dim", self.embedding_dim, 1, 65_536, "1 to 65536"),
             ("width", self.width, 1, 4096, "1 to 4096"),
             ("depth", self.depth, 1, 64, "1 to 64"),
-            ("classes-per-batch", self.classes_per_batch, 1, 1 << 20, "1 to 1048576"),
+            (
+                "classes-per-batch",
+                self.classes_per_batch.unwrap_or(CLASSES_PER_BATCH),
+                1,
+                1 << 20,
+                "1 to 1048576",
+            ),
             ("images-per-class", self.images_per_class, 1, 1 << 20, "1 to 1048576"),
             ("steps", self.steps, 1, MOST_STEPS, STEPS),
             ("evaluate-every", self.evaluate_every, 0, MOST_STEPS, COUNT),
@@ -330,30 +408,31 @@ impl TrainSettings {
             // What config.toml can hold.
             check(i64::try_from(seed).is_ok(), name, seed.to_string(), "0 to 9223372036854775807")?;
         }
-        check(self.output.as_deref() != Some(Path::new("")), "output", "nothing".into(), "a folder's name")?;
+        fits(self.output.as_deref() != Some(Path::new("")), "output", "''".into(), "needs a folder's name")?;
         let rate = self.learning_rate;
         check(rate > 0.0 && rate.is_finite(), "learning-rate", rate.to_string(), "above 0")?;
         check((0.0..=1.0).contains(&self.warm_up), "warm-up", self.warm_up.to_string(), "0 to 1")?;
         let decay = self.weight_decay;
         check((0.0..1.0).contains(&decay), "weight-decay", decay.to_string(), "0 to 1, 1 excluded")?;
         self.optimizer.validate(self.generator.kind)?;
-        check(
+        self.check_batch()?;
+        fits(
             self.batch_norm == BatchNorm::Trainable || self.init.is_some() || self.weights.is_some(),
             "batch-norm",
             "frozen".into(),
             "needs --weights FILE or --init FILE: without trained statistics there is nothing to freeze",
         )?;
-        check(
+        fits(
             self.weights.is_none() || self.init.is_none(),
             "weights",
-            "given".into(),
+            String::new(),
             "leave out --weights or --init: a network starts from one of them",
         )?;
         self.backbone.validate(self.pooling, self.weights.is_some(), self.image_size)?;
-        check(
+        fits(
             self.generator.kind == GeneratorKind::Off || self.loss == PairLoss::SoftContrastive,
             "generator",
-            "on".into(),
+            String::new(),
             "needs --loss soft-contrastive: the other losses have no lambda to learn",
         )
     }

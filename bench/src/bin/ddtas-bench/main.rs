@@ -1,13 +1,15 @@
 //! `ddtas-bench`: holds backends to the reference cases, and times them.
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
+mod compare;
 mod throughput;
 
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use compare::{CompareArguments, compare};
 use ddtas::backend::Backend;
 use ddtas_bench::DeviceArguments;
 use ddtas_cases::{Case, Report, SINGLE_PRECISION, TF32, find, run, run_tf32};
@@ -33,6 +35,15 @@ enum Command {
     Verify(VerifyArguments),
     /// Times loss and gradient on rows of which a stated share is mined.
     Throughput(ThroughputArguments),
+    /// Holds two runs of throughput against each other, by what --json printed.
+    Compare(CompareArguments),
+    /// Prints a script that completes commands and flags in a shell.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+    /// Prints the manual page.
+    Man,
 }
 
 #[derive(clap::Args)]
@@ -47,10 +58,28 @@ struct VerifyArguments {
     json: bool,
 }
 
+/// The arguments, with features and the instruction set beside the version; what begins with a minus and a digit is a value.
+fn command() -> clap::Command {
+    let features = [("cuda", cfg!(feature = "cuda")), ("emulated", cfg!(feature = "emulated"))];
+    let version = console::version(env!("CARGO_PKG_VERSION"), &features);
+    let numbers = |argument: clap::Arg| argument.allow_negative_numbers(true);
+    Arguments::command().version(&*version.leak()).mut_subcommands(|command| command.mut_args(numbers))
+}
+
 fn main() -> ExitCode {
-    let outcome = match Arguments::parse().command {
+    let mut command = command();
+    let arguments =
+        Arguments::from_arg_matches(&command.get_matches_mut()).unwrap_or_else(|error| error.exit());
+    let outcome = match arguments.command {
         Command::Verify(arguments) => verify(&arguments),
         Command::Throughput(arguments) => throughput(arguments).map(|()| true),
+        Command::Compare(arguments) => compare(&arguments).map(|()| true),
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut command, "ddtas-bench", &mut script);
+            print(|out| out.write_all(&script)).map(|()| true)
+        }
+        Command::Man => print(|out| clap_mangen::Man::new(command).render(out)).map(|()| true),
     };
     match outcome {
         Ok(true) => ExitCode::SUCCESS,

@@ -14,6 +14,9 @@ use crate::resolved;
 pub struct ThroughputArguments {
     #[command(flatten)]
     settings: ThroughputSettings,
+    /// Say nothing of the progress.
+    #[arg(long, short)]
+    quiet: bool,
     /// Print one JSON array, an object a row.
     #[arg(long)]
     json: bool,
@@ -25,7 +28,7 @@ pub struct ThroughputArguments {
 pub fn throughput(mut arguments: ThroughputArguments) -> ddtas_io::Result<()> {
     arguments.plot.as_deref().map_or(Ok(()), |path| check_place("plot", path))?;
     arguments.settings.device = resolved(arguments.settings.device);
-    let progress = Progress::new(arguments.json);
+    let progress = Progress::new(arguments.json || arguments.quiet);
     let rows = run(&arguments.settings, &mut |index, count, name| progress.show(index, count, name));
     progress.bar.finish_and_clear();
     let rows = rows?;

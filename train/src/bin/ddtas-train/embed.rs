@@ -16,9 +16,10 @@ pub struct EmbedArguments {
     json: bool,
 }
 
-pub fn embed(arguments: &EmbedArguments) -> ddtas_train::Result<()> {
+pub fn embed(arguments: &EmbedArguments, quiet: bool) -> ddtas_train::Result<()> {
     let settings = &arguments.settings;
-    let export = Progress::during(|progress| embed_folder(settings, &mut |event| progress.show(event)))?;
+    let export =
+        Progress::during(quiet, |progress| embed_folder(settings, &mut |event| progress.show(event)))?;
     warn_of_skipped(&export.skipped);
     if arguments.json {
         return Ok(print_json(&export)?);

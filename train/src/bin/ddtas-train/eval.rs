@@ -1,9 +1,11 @@
 //! `ddtas-train eval`: prints what [`ddtas_train::inference::evaluate`] measures.
 
 use std::io::{self, Write};
+use std::path::PathBuf;
 
 use ddtas_io::console::{print, print_json};
-use ddtas_train::inference::{EvalSettings, Evaluation, evaluate};
+use ddtas_io::files::check_place;
+use ddtas_train::inference::{EvalSettings, Evaluation, evaluate, write_page};
 
 use super::progress::{Progress, warn_of_skipped};
 
@@ -11,15 +13,23 @@ use super::progress::{Progress, warn_of_skipped};
 pub struct EvalArguments {
     #[command(flatten)]
     settings: EvalSettings,
+    /// Also write the figures as a page, one HTML file.
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
 }
 
-pub fn eval(arguments: &EvalArguments) -> ddtas_train::Result<()> {
+pub fn eval(arguments: &EvalArguments, quiet: bool) -> ddtas_train::Result<()> {
     let settings = &arguments.settings;
-    let evaluation = Progress::during(|progress| evaluate(settings, &mut |event| progress.show(event)))?;
+    arguments.html.as_deref().map_or(Ok(()), |path| check_place("html", path))?;
+    let evaluation =
+        Progress::during(quiet, |progress| evaluate(settings, &mut |event| progress.show(event)))?;
     warn_of_skipped(&evaluation.skipped);
+    if let Some(path) = &arguments.html {
+        write_page(&evaluation, path)?;
+    }
     if arguments.json {
         return Ok(print_json(&evaluation)?);
     }

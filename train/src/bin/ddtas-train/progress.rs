@@ -14,17 +14,18 @@ const LINE_EVERY: Duration = Duration::from_secs(5);
 pub struct Progress {
     bar: ProgressBar,
     terminal: bool,
+    quiet: bool,
     last_line: Instant,
 }
 
 impl Progress {
-    pub fn new() -> Self {
+    pub fn new(quiet: bool) -> Self {
         let terminal = std::io::stderr().is_terminal();
-        let bar = if terminal { ProgressBar::new(0) } else { ProgressBar::hidden() };
+        let bar = if terminal && !quiet { ProgressBar::new(0) } else { ProgressBar::hidden() };
         if let Ok(style) = ProgressStyle::with_template("{msg:11} {bar:24} {pos}/{len} [{elapsed}<{eta}]") {
             bar.set_style(style);
         }
-        Self { bar, terminal, last_line: Instant::now() }
+        Self { bar, terminal, quiet, last_line: Instant::now() }
     }
 
     pub fn show(&mut self, event: Event<'_>) {
@@ -32,6 +33,7 @@ impl Progress {
             Event::Embedding { done, total } => self.count("embedding", "pictures", done, total),
             Event::Searching { done, total } => self.count("searching", "queries", done, total),
             Event::Clustering { step, steps } => self.count("clustering", "steps at most", step, steps),
+            Event::Note(_) if self.quiet => {}
             Event::Note(note) => self.line(note),
             Event::Warning(warning) => self.line(&format!("warning: {warning}")),
             _ => {}
@@ -42,14 +44,14 @@ impl Progress {
         self.bar.set_length(total as u64);
         self.bar.set_position(done as u64);
         self.bar.set_message(what);
-        if !self.terminal && self.last_line.elapsed() > LINE_EVERY {
+        if !self.terminal && !self.quiet && self.last_line.elapsed() > LINE_EVERY {
             self.last_line = Instant::now();
             say(format_args!("{what}: {done} of {total} {unit}"));
         }
     }
 
     fn line(&self, line: &str) {
-        if self.terminal {
+        if self.terminal && !self.quiet {
             self.bar.println(line);
         } else {
             say(line);
@@ -57,8 +59,11 @@ impl Progress {
     }
 
     /// Runs `work` and takes the bar away, whatever came of it.
-    pub fn during<T>(work: impl FnOnce(&mut Self) -> ddtas_train::Result<T>) -> ddtas_train::Result<T> {
-        let mut progress = Self::new();
+    pub fn during<T>(
+        quiet: bool,
+        work: impl FnOnce(&mut Self) -> ddtas_train::Result<T>,
+    ) -> ddtas_train::Result<T> {
+        let mut progress = Self::new(quiet);
         let outcome = work(&mut progress);
         progress.bar.finish_and_clear();
         outcome

@@ -6,7 +6,8 @@ use ddtas_train::train::{Overrides, TrainSettings};
 use ddtas_train::{Error, Result};
 
 /// The settings that may change when a run goes on.
-const CHANGEABLE: [&str; 4] = ["device", "workers", "checkpoint_every", "max_bad_images"];
+const CHANGEABLE: [&str; 6] =
+    ["device", "workers", "checkpoint_every", "max_bad_images", "data_root", "ranks"];
 
 /// The changes that were asked for on the command line.
 ///
@@ -15,13 +16,13 @@ const CHANGEABLE: [&str; 4] = ["device", "workers", "checkpoint_every", "max_bad
 pub fn overrides(matches: &ArgMatches, settings: &TrainSettings) -> Result<Overrides> {
     let given = |id: &str| matches.value_source(id) == Some(ValueSource::CommandLine);
     let mut ids = matches.ids().map(clap::Id::as_str);
-    let allowed = |id: &str| id == "resume" || CHANGEABLE.contains(&id);
+    let allowed = |id: &str| ["resume", "quiet", "json"].contains(&id) || CHANGEABLE.contains(&id);
     // Groups of arguments have ids as well, in the case of their types.
     let argument = |id: &str| id.chars().all(|letter| letter.is_ascii_lowercase() || letter == '_');
     if let Some(fixed) = ids.find(|&id| argument(id) && given(id) && !allowed(id)) {
         return Err(Error::Training(format!(
-            "--resume goes on by the settings in the run's config.toml: leave out --{} (only --device, --workers, \
-             --checkpoint-every and --max-bad-images may change)",
+            "--resume goes on by the settings in the run's config.toml: leave out --{} (only --device, --ranks, \
+             --workers, --checkpoint-every, --max-bad-images and --data-root may change)",
             flag(fixed)
         )));
     }
@@ -30,6 +31,7 @@ pub fn overrides(matches: &ArgMatches, settings: &TrainSettings) -> Result<Overr
         workers: given("workers").then_some(settings.workers),
         checkpoint_every: given("checkpoint_every").then_some(settings.checkpoint_every),
         max_bad_images: given("max_bad_images").then_some(settings.max_bad_images),
+        data_root: settings.data.data_root.clone().filter(|_| given("data_root")),
     })
 }
 

@@ -21,10 +21,11 @@ pub struct SearchArguments {
     json: bool,
 }
 
-pub fn search(arguments: &SearchArguments) -> ddtas_train::Result<()> {
+pub fn search(arguments: &SearchArguments, quiet: bool) -> ddtas_train::Result<()> {
     let settings = &arguments.settings;
     arguments.html.as_deref().map_or(Ok(()), |path| check_place("html", path))?;
-    let found = Progress::during(|progress| search_pictures(settings, &mut |event| progress.show(event)))?;
+    let found =
+        Progress::during(quiet, |progress| search_pictures(settings, &mut |event| progress.show(event)))?;
     warn_of_skipped(&found.skipped);
     if let Some(path) = &arguments.html {
         write_sheet(&found, path)?;
@@ -39,7 +40,8 @@ fn lists(out: &mut impl Write, found: &Found) -> io::Result<()> {
     for query in &found.queries {
         writeln!(out, "{} among {} pictures:", query.path.display(), found.gallery)?;
         for (rank, answer) in query.answers.iter().enumerate() {
-            writeln!(out, "{:>4}  {:>6.3}  {}", rank + 1, answer.similarity, answer.name)?;
+            let itself = if answer.itself { "  (the query itself)" } else { "" };
+            writeln!(out, "{:>4}  {:>6.3}  {}{itself}", rank + 1, answer.similarity, answer.name)?;
         }
     }
     Ok(())

@@ -1,4 +1,4 @@
-//! Ctrl-C, SIGTERM and SIGHUP ask the run to stop; a second Ctrl-C or SIGTERM ends the program at once.
+//! Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 ask the run to stop; a second Ctrl-C or SIGTERM ends the program at once.
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -35,6 +35,9 @@ impl Signals {
             // No second one ends the program: shell and system each send one when a terminal closes.
             signals.stop_on(hang_up::SIGHUP)?;
         }
+        // What mpirun hands on to its processes without ending them soon after.
+        #[cfg(unix)]
+        signals.stop_on(signal_hook::consts::SIGUSR1)?;
         Ok(signals)
     }
 

@@ -3,42 +3,75 @@
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
+use std::rc::Rc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use ddtas::retrieval::Recall;
-use ddtas_io::console::{print, reader_has_gone, say};
+use ddtas_io::console::{print, print_json, reader_has_gone, say};
 use ddtas_train::Result;
+use ddtas_train::ranks::Collective;
 use ddtas_train::train::{
     EvaluationRecord, Event, Outcome, Overrides, Phase, StepRecord, Summary, TrainSettings,
 };
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::ranks::Ranks;
 use crate::signals::Signals;
 
-/// Trains by `settings` and prints what it came to.
-pub fn train(settings: &TrainSettings) -> Result<ExitCode> {
-    let signals = Signals::listen()?;
-    let mut progress = Progress::new();
-    let outcome = ddtas_train::train::train(settings, signals.stop(), &mut |event| progress.show(event));
-    progress.end(&outcome);
-    Ok(print_outcome(&outcome?, &signals))
+/// What is printed.
+#[derive(Debug, Clone, Copy)]
+pub struct Output {
+    /// No progress: warnings and the result alone.
+    pub quiet: bool,
+    /// The result as JSON.
+    pub json: bool,
+}
+
+/// Trains by `settings` and prints what it came to; `warnings` are said where the run begins.
+pub fn train(
+    settings: &TrainSettings,
+    warnings: Vec<String>,
+    output: Output,
+    ranks: Ranks,
+) -> Result<ExitCode> {
+    on_ranks(ranks, (output, &warnings), |ranks, stop, tell| {
+        ddtas_train::train::train(settings, ranks, stop, tell)
+    })
 }
 
 /// Goes on with the run in `folder` and prints what it came to.
-pub fn resume(folder: &Path, overrides: &Overrides) -> Result<ExitCode> {
-    let signals = Signals::listen()?;
-    let mut progress = Progress::new();
-    let outcome =
-        ddtas_train::train::resume(folder, overrides, signals.stop(), &mut |event| progress.show(event));
-    progress.end(&outcome);
-    Ok(print_outcome(&outcome?, &signals))
+pub fn resume(folder: &Path, overrides: &Overrides, output: Output, ranks: Ranks) -> Result<ExitCode> {
+    on_ranks(ranks, (output, &[]), |ranks, stop, tell| {
+        ddtas_train::train::resume(folder, overrides, ranks, stop, tell)
+    })
 }
 
-fn print_outcome(outcome: &Outcome, signals: &Signals) -> ExitCode {
+/// Does `work` on all ranks; rank 0 prints.
+fn on_ranks(
+    ranks: Ranks,
+    (output, warnings): (Output, &[String]),
+    work: impl Fn(&Rc<dyn Collective>, &AtomicBool, &mut dyn FnMut(Event<'_>)) -> Result<Outcome> + Sync,
+) -> Result<ExitCode> {
+    let signals = Signals::listen()?;
+    ranks.run(|ranks| {
+        let mut progress = Progress { warnings: warnings.to_vec(), ..Progress::new(output.quiet) };
+        let outcome = work(&ranks, signals.stop(), &mut |event| progress.show(event));
+        progress.end(&outcome);
+        match outcome {
+            // Rank 0 names the error of any.
+            Err(_) if ranks.rank() > 0 => Ok(ExitCode::FAILURE),
+            outcome => Ok(print_outcome(&outcome?, &signals, output)),
+        }
+    })
+}
+
+fn print_outcome(outcome: &Outcome, signals: &Signals, output: Output) -> ExitCode {
     match outcome {
         Outcome::Finished(summary) => {
             // The run folder is the result, and whole: the table only shows it.
-            match print(|out| table(out, summary)) {
+            let printed = if output.json { print_json(summary) } else { print(|out| table(out, summary)) };
+            match printed {
                 Err(error) if !reader_has_gone(&error) => {
                     let folder = summary.folder.display();
                     say(format_args!("warning: {error}; {folder}/report.html has the table"));
@@ -56,7 +89,7 @@ fn print_outcome(outcome: &Outcome, signals: &Signals) -> ExitCode {
         Outcome::FinishedBefore { folder, step } => {
             let folder = folder.display();
             say(format_args!(
-                "the run in {folder} has finished all its {step} steps; {folder}/report.html tells of it"
+                "the run in {folder} has finished all its {step} steps; {folder}/report.html tells of it; to train on in a new run: --init {folder}/last.safetensors"
             ));
             ExitCode::SUCCESS
         }
@@ -70,20 +103,23 @@ struct Progress {
     phase: Phase,
     steps: usize,
     terminal: bool,
+    quiet: bool,
     last_line: Option<Instant>,
+    /// To be said once the run has begun.
+    warnings: Vec<String>,
 }
 
 /// Time between two lines where there is no terminal.
 const LINE_EVERY: Duration = Duration::from_secs(5);
 
 impl Progress {
-    fn new() -> Self {
+    fn new(quiet: bool) -> Self {
         let terminal = std::io::stderr().is_terminal();
-        let bar = if terminal { ProgressBar::new(0) } else { ProgressBar::hidden() };
-        if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len} [{elapsed}<{eta}] {msg}") {
+        let bar = if terminal && !quiet { ProgressBar::new(0) } else { ProgressBar::hidden() };
+        if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len} [{elapsed}<{eta}] {wide_msg}") {
             bar.set_style(style);
         }
-        Self { bar, phase: Phase::Training, steps: 0, terminal, last_line: None }
+        Self { bar, phase: Phase::Training, steps: 0, terminal, quiet, last_line: None, warnings: Vec::new() }
     }
 
     fn end(&self, outcome: &Result<Outcome>) {
@@ -94,25 +130,30 @@ impl Progress {
 
     fn show(&mut self, event: Event<'_>) {
         match event {
-            Event::Computing { device, reason: None } => self.line(&format!("computing on {device}")),
-            Event::Computing { device, reason: Some(reason) } => {
-                self.line(&format!("computing on {device}: {reason}"));
+            Event::Computing { device, reason, ranks } => {
+                let ranks = if ranks > 1 { format!(", {ranks} ranks") } else { String::new() };
+                let reason = reason.map_or_else(String::new, |reason| format!(": {reason}"));
+                self.line(&format!("computing on {device}{ranks}{reason}"));
             }
             Event::Started { dataset, folder, steps_per_epoch, phase, steps, resumed } => {
                 self.begin(phase, steps);
                 self.line(&format!(
-                    "{}: {} training pictures of {} classes, {} test pictures of {} unseen classes{}; {} steps an epoch; results in {}",
+                    "{}: {} training pictures of {} classes, {} test pictures of {} {}classes{}; {} steps an epoch; results in {}",
                     dataset.name,
                     dataset.train.len(),
                     dataset.train.class_names().len(),
                     dataset.test.len(),
                     dataset.test.class_names().len(),
+                    if dataset.seen { "" } else { "unseen " },
                     dataset.gallery.as_ref().map_or_else(String::new, |gallery| {
                         format!(", searched in a gallery of {}", gallery.len())
                     }),
                     steps_per_epoch,
                     folder.display(),
                 ));
+                for warning in std::mem::take(&mut self.warnings) {
+                    self.warn(&warning);
+                }
                 if let Some(done) = resumed {
                     // So that the remaining time is estimated from this process's steps alone.
                     self.bar.set_position(done as u64);
@@ -121,7 +162,7 @@ impl Progress {
                 }
             }
             Event::Note(note) => self.line(note),
-            Event::Warning(warning) => self.line(&format!("warning: {warning}")),
+            Event::Warning(warning) => self.warn(warning),
             Event::Rehearsed { lambda, steps } => {
                 let learned = lambda_text(lambda.pos, lambda.neg);
                 self.line(&format!("lambda {learned} learned in the rehearsal; the run begins"));
@@ -157,14 +198,23 @@ impl Progress {
         let done = record.step + 1;
         self.bar.set_position(done as u64);
         let due = self.last_line.is_none_or(|last| last.elapsed() > LINE_EVERY) || done == self.steps;
-        if !self.terminal && due {
+        if !self.terminal && !self.quiet && due {
             self.last_line = Some(Instant::now());
             say(format_args!("step {done}/{}{}: {message}", self.steps, of(self.phase)));
         }
         self.bar.set_message(message);
     }
 
+    /// Said even where all else is not.
+    fn warn(&self, warning: &str) {
+        let line = format!("warning: {warning}");
+        if self.quiet { say(line) } else { self.line(&line) }
+    }
+
     fn line(&self, line: &str) {
+        if self.quiet {
+            return;
+        }
         if self.terminal {
             self.bar.println(line);
         } else {
@@ -194,9 +244,11 @@ fn evaluation_line(record: &EvaluationRecord) -> String {
 
 fn table(out: &mut impl Write, summary: &Summary) -> io::Result<()> {
     let header: String = summary.before.at.iter().map(|(k, _)| format!("{:>8}", format!("R@{k}"))).collect();
-    writeln!(out, "\n{:<28}{header}", "Recall@K on unseen classes")?;
+    let of = if summary.seen { "Recall@K on seen classes" } else { "Recall@K on unseen classes" };
+    writeln!(out, "\n{of:<28}{header}")?;
     row(out, "raw pixels", &summary.pixels)?;
-    row(out, "untrained network", &summary.before)?;
+    let before = if summary.continued { "before this run" } else { "untrained network" };
+    row(out, before, &summary.before)?;
     row(out, &format!("trained, {} steps", summary.steps), &summary.after)?;
     if summary.best_step != summary.steps {
         row(out, &format!("best, after {} steps", summary.best_step), &summary.best)?;

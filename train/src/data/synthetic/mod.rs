@@ -108,6 +108,7 @@ pub fn synthetic(settings: &SyntheticSettings) -> Result<Dataset> {
         train: split(0..half, settings.train_pictures),
         test: split(half..settings.classes, settings.test_pictures),
         gallery: None,
+        seen: false,
         recall_at: RECALL_AT,
         warnings: Vec::new(),
     })

@@ -103,13 +103,9 @@ impl BackboneKind {
                 "a size that bn-inception can halve: 96, 128, 160, 192, 224 or 227, for example",
             ));
         }
-        let invalid = |name, value: &str, range| Err(Error::setting(name, value, range));
+        let invalid = |name, value: &str, reason| Err(Error::misuse(name, value, reason));
         if has_weights && self == Self::Residual {
-            return invalid(
-                "weights",
-                "given",
-                "needs --backbone NAME; the small network starts from --init",
-            );
+            return invalid("weights", "", "needs --backbone NAME; the small network starts from --init");
         }
         if self == Self::VitS16 && !image_size.is_multiple_of(vision_transformer::PATCH) {
             return Err(Error::setting(
@@ -119,7 +115,11 @@ impl BackboneKind {
             ));
         }
         if self != Self::VitS16 && pooling == Some(PoolingKind::Cls) {
-            return invalid("pooling", "cls", "avg, max, avg+max or gem: this network has no class token");
+            return invalid(
+                "pooling",
+                "cls",
+                "give avg, max, avg+max or gem: this network has no class token",
+            );
         }
         Ok(())
     }

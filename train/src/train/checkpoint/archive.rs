@@ -68,6 +68,11 @@ impl Archive {
         Ok(write_atomic(path, &self.to_bytes().map_err(|reason| Error::format(path, reason))?)?)
     }
 
+    /// Names of the tensors.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
     /// Adds a tensor.
     pub fn put(&mut self, name: impl Into<String>, entry: Entry) {
         self.tensors.insert(name.into(), entry);

@@ -19,6 +19,8 @@ use crate::generator::{GeneratorSettings, Thresholds};
 use crate::model::{EmbeddingNetwork, NetworkShape};
 use crate::{Error, Result};
 
+/// Name of the best checkpoint in a run folder.
+pub(super) const BEST: &str = "best.safetensors";
 /// Key of the network's shape in a checkpoint's metadata.
 const SHAPE: &str = "ddtas.network";
 /// Key of the side of the pictures, in pixels.
@@ -89,12 +91,27 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Reads a file.
+    /// Reads a file, or the best checkpoint of a run folder.
     ///
     /// # Errors
     /// [`Io`](ddtas_io::Error::Io) if it cannot be read, [`Format`](ddtas_io::Error::Format) if it is no safetensors file.
     pub fn open(path: &Path) -> Result<Self> {
-        let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
+        let best = path.join(BEST);
+        let path = if path.is_dir() { best.as_path() } else { path };
+        if path == best && !path.exists() {
+            return Err(Error::format(
+                path.with_file_name(""),
+                format!("holds no {BEST}: give a checkpoint or the folder of a run"),
+            ));
+        }
+        Self::parse(path, std::fs::read(path).map_err(Error::io("read", path))?)
+    }
+
+    /// Takes the bytes of the file `path`.
+    ///
+    /// # Errors
+    /// [`Format`](ddtas_io::Error::Format) if they are no safetensors file.
+    pub(super) fn parse(path: &Path, bytes: Vec<u8>) -> Result<Self> {
         let archive = Archive::from_bytes(path, &bytes)?;
         Ok(Self { path: path.to_path_buf(), bytes, archive })
     }

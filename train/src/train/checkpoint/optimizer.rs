@@ -47,6 +47,11 @@ pub(in crate::train) fn put(
     Ok(())
 }
 
+/// Whether `archive` holds the state of an optimizer.
+pub(in crate::train) fn are_in(archive: &Archive) -> bool {
+    archive.names().any(|name| name.starts_with(PREFIX))
+}
+
 /// `optimizer` with the state that was put into `archive`, for the weights of `network`.
 pub(in crate::train) fn take(
     archive: &mut Archive,

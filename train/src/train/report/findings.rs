@@ -21,6 +21,9 @@ pub struct Findings {
     pub train: Extent,
     /// Classes and pictures that tested.
     pub test: Extent,
+    /// Whether test classes are among those that trained.
+    #[serde(default)]
+    pub seen: bool,
     /// Recall of what did not learn, to compare with: raw pixels, other runs.
     pub baselines: Vec<Baseline>,
     /// Seconds of training, without evaluations.
@@ -81,6 +84,11 @@ pub(super) struct Report {
 }
 
 impl Report {
+    /// Whether the run began from a checkpoint.
+    pub fn continued(&self) -> bool {
+        self.settings.contains_key("init")
+    }
+
     /// Reads the files of a run folder.
     pub fn read(folder: &Path) -> Result<Self> {
         let config = folder.join("config.toml");

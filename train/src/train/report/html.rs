@@ -3,7 +3,7 @@
 use super::findings::Report;
 use super::plots;
 use super::strip::{self, Query};
-use crate::pages::{document, escape, grouped, push, section};
+use crate::pages::{document, escape, figures, grouped, percent, push, section};
 use crate::train::records::EvaluationRecord;
 
 /// The whole page; everything that came from outside is escaped.
@@ -18,14 +18,21 @@ pub(super) fn page(report: &Report) -> Result<String, String> {
     if let Some(findings) = report.findings.as_ref().filter(|findings| !findings.queries.is_empty()) {
         neighbours(&mut body, &findings.queries);
     }
-    let plots = plots::plots(report)?;
-    if !plots.is_empty() {
+    let (plots, flat) = plots::plots(report)?;
+    if !plots.is_empty() || !flat.is_empty() {
         section(&mut body, "Training", "Over steps.");
         push(&mut body, "<div class=\"plots\">");
         for plot in &plots {
             figure(&mut body, plot);
         }
-        push(&mut body, "</div></section>");
+        push(&mut body, "</div>");
+        if !flat.is_empty() {
+            push(
+                &mut body,
+                &format!("<p class=\"flat\">Unchanged throughout. {}.</p>", escape(&flat.join(". "))),
+            );
+        }
+        push(&mut body, "</section>");
     }
     settings(&mut body, &report.settings);
     Ok(document(&title, &body))
@@ -37,11 +44,12 @@ fn heading(body: &mut String, report: &Report, title: &str) {
         push(
             body,
             &format!(
-                "<p>Trained on {} pictures of {} classes, tested on {} pictures of {} classes it never saw.</p>",
+                "<p>Trained on {} pictures of {} classes, tested on {} pictures of {} classes{}.</p>",
                 grouped(f.train.pictures),
                 grouped(f.train.classes),
                 grouped(f.test.pictures),
-                grouped(f.test.classes)
+                grouped(f.test.classes),
+                if f.seen { ", some of which trained" } else { " it never saw" }
             ),
         );
     } else {
@@ -54,7 +62,10 @@ fn heading(body: &mut String, report: &Report, title: &str) {
             let k = first.recall[0].0;
             cards.push((
                 format!("{after} <small>%</small>"),
-                format!("Recall@{k}, from {before} % untrained"),
+                format!(
+                    "Recall@{k}, from {before} % {}",
+                    if report.continued() { "before" } else { "untrained" }
+                ),
             ));
         }
     }
@@ -85,47 +96,63 @@ fn first_and_best(report: &Report) -> Option<(&EvaluationRecord, &EvaluationReco
 
 fn recall_table(body: &mut String, report: &Report) {
     let Some((first, best)) = first_and_best(report) else { return };
-    let mut rows: Vec<(String, &[(usize, f64)])> = Vec::new();
+    let mut rows: Vec<Row> = Vec::new();
     if let Some(findings) = &report.findings {
-        rows.extend(findings.baselines.iter().map(|b| (b.name.clone(), b.recall.as_slice())));
+        rows.extend(findings.baselines.iter().map(|b| Row::new(&b.name, &b.recall, [None, None])));
     }
-    let untrained =
-        if first.step == 0 { "untrained network".into() } else { format!("after {} steps", first.step) };
-    rows.push((untrained, &first.recall));
+    let untrained = match first.step {
+        0 if report.continued() => "before this run".into(),
+        0 => "untrained network".into(),
+        step => format!("after {step} steps"),
+    };
+    rows.push(Row::of(&untrained, first));
     if let Some(last) = report.evaluations.last().filter(|last| last.step > first.step) {
         if best.step > first.step && best.step < last.step {
-            rows.push((format!("best, after {} steps", grouped(best.step)), &best.recall));
+            rows.push(Row::of(&format!("best, after {} steps", grouped(best.step)), best));
         }
-        rows.push((format!("trained, after {} steps", grouped(last.step)), &last.recall));
+        rows.push(Row::of(&format!("trained, after {} steps", grouped(last.step)), last));
     }
+    let unseen = if report.findings.as_ref().is_some_and(|findings| findings.seen) { "" } else { "unseen " };
     section(
         body,
         "Retrieval",
-        "Recall@K on unseen classes, in per cent: a hit is one of the query's class among its K nearest.",
+        &format!(
+            "Recall@K on {unseen}classes, in per cent: a hit is one of the query's class among its K nearest; R-P is R-precision, M@R is MAP@R."
+        ),
     );
-    push(body, "<div class=\"scroll\"><table class=\"recall\"><thead><tr><th></th>");
-    for (k, _) in &first.recall {
-        push(body, &format!("<th>R@{k}</th>"));
-    }
-    push(body, "</tr></thead><tbody>");
-    let highest = |k: usize| {
-        let of = |row: &(String, &[(usize, f64)])| row.1.iter().find(|r| r.0 == k).map_or(0.0, |r| r.1);
-        rows.iter().map(of).fold(0.0, f64::max)
+    let ks = first.recall.iter().map(|(k, _)| *k).collect::<Vec<_>>();
+    let has_r = rows.iter().any(|row| row.of_r.iter().any(Option::is_some));
+    let cells = |row: &Row| -> Vec<Option<f64>> {
+        let at = |k: &usize| row.recall.iter().find(|r| r.0 == *k).map(|r| r.1);
+        ks.iter().map(at).chain(row.of_r.into_iter().filter(|_| has_r)).collect()
     };
-    for (name, recall) in &rows {
-        push(body, &format!("<tr><th>{}</th>", escape(name)));
-        for &(k, _) in &first.recall {
-            match recall.iter().find(|r| r.0 == k) {
-                Some(&(_, value)) if value >= highest(k) => {
-                    push(body, &format!("<td><b>{}</b></td>", percent(value)))
-                }
-                Some(&(_, value)) => push(body, &format!("<td>{}</td>", percent(value))),
-                None => push(body, "<td></td>"),
-            }
-        }
-        push(body, "</tr>");
+    let heads: Vec<String> = ks
+        .iter()
+        .map(|k| format!("R@{k}"))
+        .chain(has_r.then(|| "R-P".into()))
+        .chain(has_r.then(|| "M@R".into()))
+        .collect();
+    let table: Vec<(String, Vec<Option<f64>>)> =
+        rows.iter().map(|row| (row.name.clone(), cells(row))).collect();
+    figures(body, &heads, &table);
+    push(body, "</section>");
+}
+
+/// A row of the table: its name, Recall@K, and R-precision and MAP@R where they are known.
+struct Row<'a> {
+    name: String,
+    recall: &'a [(usize, f64)],
+    of_r: [Option<f64>; 2],
+}
+
+impl<'a> Row<'a> {
+    fn new(name: &str, recall: &'a [(usize, f64)], of_r: [Option<f64>; 2]) -> Self {
+        Self { name: name.to_owned(), recall, of_r }
     }
-    push(body, "</tbody></table></div></section>");
+
+    fn of(name: &str, evaluation: &'a EvaluationRecord) -> Self {
+        Self::new(name, &evaluation.recall, [evaluation.r_precision, evaluation.map_at_r])
+    }
 }
 
 fn neighbours(body: &mut String, queries: &[Query]) {
@@ -133,7 +160,7 @@ fn neighbours(body: &mut String, queries: &[Query]) {
         body,
         "Nearest neighbours",
         "Test pictures at even distances through the set, and what the best network finds for each, nearest \
-         first, with the cosine similarity. <i class=\"right\">Green</i>: the same class; <i class=\"wrong\">red</i>: another.",
+         first, with the cosine similarity. <i class=\"right\">✓, a whole frame</i>: the same class; <i class=\"wrong\">✗, a broken frame</i>: another.",
     );
     push(body, "<div class=\"scroll\"><div class=\"strip\">");
     for query in queries {
@@ -148,13 +175,13 @@ fn neighbours(body: &mut String, queries: &[Query]) {
             ),
         );
         for answer in &query.answers {
-            let (mark, word) = if answer.right { ("right", "right") } else { ("wrong", "wrong") };
+            let (word, mark) = if answer.right { ("right", '✓') } else { ("wrong", '✗') };
             let class = escape(&answer.class);
             push(
                 body,
                 &format!(
-                    "<figure class=\"{mark}\"><img alt=\"{word}: {class}\" title=\"{class}\" \
-                     src=\"data:image/png;base64,{}\"><figcaption>{class} <span>{:.2}</span></figcaption></figure>",
+                    "<figure class=\"{word}\"><img alt=\"{word}: {class}\" title=\"{class}\" \
+                     src=\"data:image/png;base64,{}\"><figcaption><i class=\"{word}\">{mark}</i> {class} <span>{:.2}</span></figcaption></figure>",
                     answer.png, answer.similarity
                 ),
             );
@@ -194,10 +221,6 @@ fn flatten(body: &mut String, prefix: &str, table: &toml::Table) {
 
 fn entry(body: &mut String, name: &str, value: &str) {
     push(body, &format!("<div><dt>{}</dt><dd>{}</dd></div>", escape(name), escape(value)));
-}
-
-fn percent(share: f64) -> String {
-    format!("{:.1}", 100.0 * share)
 }
 
 fn duration(seconds: f64) -> String {

@@ -5,7 +5,8 @@ use ddtas_io::chart::{self, Axis, Chart, Ground, Line};
 use super::findings::Report;
 use crate::train::records::{EvaluationRecord, StepRecord};
 
-const SIZE: (u32, u32) = (560, 250);
+/// As wide as a phone shows it, so that its text can be read there.
+const SIZE: (u32, u32) = (400, 230);
 
 /// A plot with its heading.
 pub(super) struct Plot {
@@ -17,8 +18,9 @@ pub(super) struct Plot {
     pub svg: String,
 }
 
-/// The plots of a run; those without data are left out.
-pub(super) fn plots(report: &Report) -> Result<Vec<Plot>, String> {
+/// The plots of a run, and what never changed in it, a line of text for each plot that would be flat; those without
+/// data are left out.
+pub(super) fn plots(report: &Report) -> Result<(Vec<Plot>, Vec<String>), String> {
     let steps = |name: &str, noisy, value: &dyn Fn(&StepRecord) -> Option<f64>| {
         let finite = |step: &StepRecord| value(step).filter(|v| v.is_finite()).map(|v| (step.step as f64, v));
         Line {
@@ -74,7 +76,7 @@ pub(super) fn plots(report: &Report) -> Result<Vec<Plot>, String> {
             ],
         ),
         (
-            "Loss thresholds",
+            LAMBDA,
             if report.rehearsal.is_empty() {
                 "lambda: the similarity at which a pair counts half."
             } else {
@@ -98,36 +100,62 @@ pub(super) fn plots(report: &Report) -> Result<Vec<Plot>, String> {
         ),
         (
             "Learning rate",
-            "Warm-up, then cosine.",
+            "Of the backbone, where the head has its own; it rises in the warm-up.",
             false,
             vec![steps("learning rate", false, &|s| Some(s.learning_rate))],
         ),
     ];
     let drawn = all.into_iter().filter(|(.., lines)| lines.iter().any(|line: &Line| line.points.len() > 1));
-    drawn
+    let (flat, moving): (Vec<_>, Vec<_>) = drawn.partition(|(.., lines)| lines.iter().all(is_flat));
+    let flat = flat.into_iter().map(|(title, .., lines)| {
+        let value =
+            |line: &Line| line.points.first().map(|point| format!("{} {}", line.name, short(&point.1)));
+        let values: Vec<String> = lines.iter().filter_map(value).collect();
+        format!("{title}: {}", values.join(", "))
+    });
+    let flat = flat.collect();
+    // One axis for all plots: what stands above each other happened at the same time.
+    let of_steps = report.steps.last().map_or(1, |step| step.step + 1);
+    let last = report.evaluations.last().map_or(of_steps, |evaluation| evaluation.step.max(of_steps)) as f64;
+    let steps = -(report.rehearsal.len() as f64)..last;
+    let plots = moving
+        .into_iter()
         .map(|(title, note, logarithmic, lines)| {
-            let svg = draw(&lines, logarithmic).map_err(|error| format!("plot \"{title}\": {error}"))?;
+            let across = if title == LAMBDA { steps.clone() } else { 0.0..last };
+            let svg =
+                draw(&lines, across, logarithmic).map_err(|error| format!("plot \"{title}\": {error}"))?;
             let legend =
                 lines.iter().enumerate().map(|(i, line)| (chart::css(i), line.name.clone())).collect();
             Ok(Plot { title, note, legend, svg })
         })
-        .collect()
+        .collect::<Result<_, String>>()?;
+    Ok((plots, flat))
 }
 
-fn draw(lines: &[Line], logarithmic: bool) -> Result<String, String> {
+/// Title of the one plot that has the steps of the rehearsal as well.
+const LAMBDA: &str = "Loss thresholds";
+
+/// Whether a line never changes.
+fn is_flat(line: &Line) -> bool {
+    let first = line.points.first().map_or(0.0, |point| point.1);
+    line.points.iter().all(|point| (point.1 - first).abs() <= 1e-9 * first.abs())
+}
+
+fn draw(lines: &[Line], across: std::ops::Range<f64>, logarithmic: bool) -> Result<String, String> {
     let values = || lines.iter().flat_map(|line| line.points.iter().copied());
-    let (first, last) = values().fold((0.0, 1.0), |(l, h): (f64, f64), (x, _)| (l.min(x), h.max(x)));
     let (low, high) = values().fold((f64::MAX, f64::MIN), |(l, h), (_, y)| (l.min(y), h.max(y)));
     let whole = |value: &f64| format!("{value:.0}");
+    // A line that never moves still needs room around it.
+    let room = ((high - low) * 0.08).max(high.abs() * 0.04).max(1e-9);
+    let from = if low >= 0.0 && low < 0.35 * high { 0.0 } else { low - room };
+    let linear = from..high + room;
+    let label = chart::tick_label(&linear);
     let y = if logarithmic {
         Axis { range: 1.0..high.max(10.0) * 1.3, is_logarithmic: true, label: &whole }
     } else {
-        // A line that never moves still needs room around it.
-        let room = ((high - low) * 0.08).max(high.abs() * 0.04).max(1e-9);
-        let from = if low >= 0.0 && low < 0.35 * high { 0.0 } else { low - room };
-        Axis { range: from..high + room, is_logarithmic: false, label: &short }
+        Axis { range: linear, is_logarithmic: false, label: &label }
     };
-    let x = Axis { range: first..last, is_logarithmic: false, label: &whole };
+    let x = Axis { range: across, is_logarithmic: false, label: &whole };
     chart::svg(&[Chart { title: None, x, x_title: None, y, lines, has_legend: false }], SIZE, Ground::Page)
 }
 

@@ -92,6 +92,21 @@ impl Sheet {
     fn answer(&mut self, row: usize, column: usize, thumbnail: &RgbImage, right: bool) {
         let x = GAP + Self::CELL + 2 * GAP + column as u32 * (Self::CELL + GAP);
         self.place(thumbnail, x, row, if right { RIGHT } else { WRONG });
+        if !right {
+            self.break_frame(x, row);
+        }
+    }
+
+    /// Gaps in the frame: right and wrong are told apart without their colours.
+    fn break_frame(&mut self, x: u32, row: usize) {
+        let y = GAP + row as u32 * (Self::CELL + GAP);
+        // Between its corners, which stay.
+        for along in (FRAME..Self::CELL - FRAME).filter(|along| along / (2 * FRAME) % 2 == 1) {
+            for across in (0..FRAME).chain(Self::CELL - FRAME..Self::CELL) {
+                self.picture.put_pixel(x + along, y + across, Rgb([255; 3]));
+                self.picture.put_pixel(x + across, y + along, Rgb([255; 3]));
+            }
+        }
     }
 
     fn place(&mut self, thumbnail: &RgbImage, x: u32, row: usize, frame: [u8; 3]) {

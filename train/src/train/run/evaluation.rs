@@ -1,16 +1,19 @@
 //! Evaluations between steps: the network's on the test classes, and that of raw pixels to compare with.
 
+use std::ops::Range;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use ndarray::ArrayView2;
 
-use crate::data::{Dataset, EvaluationBatches, ImageBatch, Preprocessing, Split, TestCrop};
+use crate::data::{Dataset, EvaluationBatches, ImageBatch, Preprocessing, Split, TestCrop, check_classes};
+use crate::ranks::{self, Collective, share};
 use crate::train::engine::{Embedded, Engine};
 use crate::{Error, Result};
 use ddtas::backend::{Backend, Nearest};
 use ddtas::loss::{Embeddings, Rows};
-use ddtas::retrieval::{Recall, recall};
+use ddtas::retrieval::{Metrics, Recall, evaluate, recall};
 
 /// Pictures embedded at once.
 pub const EVALUATION_CHUNK: usize = 128;
@@ -28,6 +31,14 @@ pub(super) struct Test<'a> {
     pub preprocessing: Preprocessing,
     /// Set from outside to end the run: an evaluation is then given up.
     pub stop: &'a AtomicBool,
+    /// Each embeds a share of the pictures.
+    pub ranks: Rc<dyn Collective>,
+}
+
+/// The test classes as the network embeds them.
+pub(super) struct TestRows {
+    queries: Embedded,
+    gallery: Option<Embedded>,
 }
 
 /// The pictures that could be read, by their indices in their splits.
@@ -52,6 +63,8 @@ impl Readable {
 /// What an evaluation found.
 pub(super) struct Evaluated {
     pub recall: Recall,
+    pub r_precision: f64,
+    pub map_at_r: f64,
     pub nearest: Nearest,
     pub readable: Readable,
 }
@@ -62,30 +75,48 @@ impl Test<'_> {
         self.dataset.test.len() + self.dataset.gallery.as_ref().map_or(0, |gallery| gallery.len())
     }
 
-    /// Recall of the network as it stands; `None` if the run is to end.
-    pub fn recall(&self, engine: &mut Engine, progress: &mut dyn FnMut(usize)) -> Result<Option<Evaluated>> {
-        fn rows(embedded: &Embedded) -> Result<Rows<'_>> {
+    /// The pictures as the network embeds them as it stands; `None` if the run is to end. Of `progress` a rank hears as if all were as
+    /// far as it is.
+    pub fn embed(&self, engine: &Engine, progress: &mut dyn FnMut(usize)) -> Result<Option<TestRows>> {
+        let Dataset { test, gallery, .. } = self.dataset;
+        let Some(queries) = self.embed_split(engine, test, progress)? else { return Ok(None) };
+        let Some(gallery) = gallery else { return Ok(Some(TestRows { queries, gallery: None })) };
+        let embedded = self.embed_split(engine, gallery, &mut |done| progress(test.len() + done))?;
+        Ok(embedded.map(|gallery| TestRows { queries, gallery: Some(gallery) }))
+    }
+
+    fn embed_split(
+        &self,
+        engine: &Engine,
+        split: &Arc<Split>,
+        progress: &mut dyn FnMut(usize),
+    ) -> Result<Option<Embedded>> {
+        let size = self.ranks.size();
+        let own = share(split.len(), self.ranks.rank(), size);
+        let batches = self.batches(split, (self.image_size, self.preprocessing), own)?;
+        let embedded = engine.embed(batches, |done| progress((done * size).min(split.len())))?;
+        if ranks::any(&*self.ranks, self.stopped())? {
+            return Ok(None);
+        }
+        let embedded = embedded.of_all(&*self.ranks)?;
+        check_classes(split, &embedded.labels)?;
+        Ok(Some(embedded))
+    }
+
+    /// Recall of what was embedded.
+    pub fn recall(&self, rows: TestRows, backend: &mut dyn Backend) -> Result<Evaluated> {
+        fn view(embedded: &Embedded) -> Result<Rows<'_>> {
             Ok(Rows::new(Embeddings::from(embedded.view()?), &embedded.labels))
         }
-        let Dataset { test, gallery, recall_at, .. } = self.dataset;
-        let queries =
-            engine.embed(self.batches(test, (self.image_size, self.preprocessing))?, &mut *progress)?;
-        if self.stopped() {
-            return Ok(None);
-        }
-        let mut embed = |split| {
-            engine.embed(self.batches(split, (self.image_size, self.preprocessing))?, |done| {
-                progress(test.len() + done)
-            })
-        };
-        let gallery = gallery.as_ref().map(&mut embed).transpose()?;
-        if self.stopped() {
-            return Ok(None);
-        }
-        let searched = gallery.as_ref().map(rows).transpose()?;
-        let (recall, nearest) = recall(engine.backend(), &rows(&queries)?, searched.as_ref(), recall_at)?;
+        let TestRows { queries, gallery } = rows;
+        let searched = gallery.as_ref().map(view).transpose()?;
+        let rows = view(&queries)?;
+        let (recall, nearest) = recall(backend, &rows, searched.as_ref(), self.dataset.recall_at)?;
+        // Their lists are as long as a query's class is large: a search of its own.
+        let Metrics { r_precision, map_at_r, .. } =
+            evaluate(backend, &rows, searched.as_ref(), &[1], &mut |_, _| {})?;
         let readable = Readable { queries: queries.indices, gallery: gallery.map(|side| side.indices) };
-        Ok(Some(Evaluated { recall, nearest, readable }))
+        Ok(Evaluated { recall, r_precision, map_at_r, nearest, readable })
     }
 
     /// Recall of nearest neighbours among the pictures themselves, cut as for the network but not larger than
@@ -110,7 +141,7 @@ impl Test<'_> {
     fn pixel_rows(&self, split: &Arc<Split>, side: usize) -> Result<PixelRows> {
         let area = side * side;
         let mut rows = PixelRows { dim: 3 * area, ..PixelRows::default() };
-        for batch in self.batches(split, (side, Preprocessing::default()))? {
+        for batch in self.batches(split, (side, Preprocessing::default()), 0..split.len())? {
             let batch = batch?;
             rows.values.extend(batch.pixels);
             rows.labels.extend(batch.labels);
@@ -125,15 +156,16 @@ impl Test<'_> {
         Ok(rows)
     }
 
-    /// The pictures in order, to the end or until the run is to end.
+    /// The pictures `range` in order, to the end or until the run is to end.
     fn batches(
         &self,
         split: &Arc<Split>,
         shown: (usize, Preprocessing),
+        range: Range<usize>,
     ) -> Result<impl Iterator<Item = Result<ImageBatch>>> {
         let batches =
             EvaluationBatches::new(Arc::clone(split), shown, TestCrop::default(), EVALUATION_CHUNK)?;
-        Ok(batches.take_while(|_| !self.stopped()))
+        Ok(batches.within(range).take_while(|_| !self.stopped()))
     }
 
     fn stopped(&self) -> bool {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use ddtas::retrieval::Recall;
 
-use crate::data::Dataset;
+use crate::data::{Dataset, as_text};
 use crate::generator::Lambda;
 use crate::train::records::{EvaluationRecord, Phase, StepRecord};
 
@@ -18,6 +18,8 @@ pub enum Event<'a> {
         device: &'a str,
         /// Why `auto` came to the CPU, where a GPU was to be expected.
         reason: Option<&'a str>,
+        /// Ranks that share each batch.
+        ranks: usize,
     },
     /// The data set is open and the run folder made.
     Started {
@@ -78,6 +80,8 @@ pub enum Outcome {
         /// Steps of it that are done.
         step: usize,
     },
+    /// This rank has done its share; rank 0 has the run folder, and tells what it came to.
+    OnRank0,
     /// It was to go on, but had finished before.
     FinishedBefore {
         /// The run folder.
@@ -88,10 +92,15 @@ pub enum Outcome {
 }
 
 /// What a run came to.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct Summary {
     /// The run folder.
+    #[serde(serialize_with = "as_text")]
     pub folder: PathBuf,
+    /// Whether test classes are among those that trained.
+    pub seen: bool,
+    /// Whether it began from a checkpoint, by `--init`.
+    pub continued: bool,
     /// Recall of nearest neighbours by raw pixels.
     pub pixels: Recall,
     /// Recall of the network before training.
@@ -114,6 +123,6 @@ pub struct Summary {
     pub skipped: usize,
     /// Seconds of training, without evaluations.
     pub training_seconds: f64,
-    /// Seconds of this process.
+    /// Seconds in all, those of processes that it went on from among them.
     pub total_seconds: f64,
 }

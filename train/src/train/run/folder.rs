@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::train::checkpoint::BEST;
 use crate::train::settings::TrainSettings;
 use crate::{Error, Result};
 use ddtas_io::files;
@@ -24,9 +25,7 @@ impl RunFolder {
     /// Creates the run folder: the one asked for, which must be new or empty, or the next free number under
     /// runs/. Writes config.toml.
     pub fn create(settings: &TrainSettings, dataset: &str) -> Result<Self> {
-        let config = toml::to_string(&settings.clone().with_absolute_paths()?)
-            .map_err(|error| Error::Training(format!("config.toml cannot hold the settings: {error}")))?;
-        let remark = settings.random_start().map_or(String::new(), |line| format!("# {line}\n"));
+        let config = text_of(settings)?;
         let path = match &settings.output {
             Some(path) => {
                 std::fs::create_dir_all(path).map_err(Error::io("create", path))?;
@@ -36,20 +35,27 @@ impl RunFolder {
             None => numbered(Path::new("runs"), dataset)?,
         };
         let folder = Self { path };
-        files::write_atomic(&folder.config(), (remark + &config).as_bytes())?;
+        files::write_atomic(&folder.config(), config.as_bytes())?;
         Ok(folder)
     }
 
-    /// Opens the folder of an earlier run, and reads the settings it was begun with.
-    pub fn open(path: &Path) -> Result<(Self, TrainSettings)> {
+    /// The folder of an earlier run.
+    pub fn open(path: &Path) -> Result<Self> {
         let folder = Self { path: path.to_path_buf() };
-        let config = folder.config();
-        if path.is_dir() && !config.exists() {
+        if path.is_dir() && !folder.config().exists() {
             return Err(Error::format(path, "no run of ddtas-train: it holds no config.toml"));
         }
-        let text = std::fs::read_to_string(&config).map_err(Error::io("read", &config))?;
-        let settings = toml::from_str(&text).map_err(|error| Error::format(&config, error.message()))?;
-        Ok((folder, settings))
+        Ok(folder)
+    }
+
+    /// The settings that the run was begun with, from the bytes of its config.toml.
+    pub fn settings(&self, config: &[u8]) -> Result<TrainSettings> {
+        toml::from_slice(config).map_err(|error| Error::format(self.config(), error.message()))
+    }
+
+    /// Writes config.toml anew.
+    pub fn write_config(&self, settings: &TrainSettings) -> Result<()> {
+        Ok(files::write_atomic(&self.config(), text_of(settings)?.as_bytes())?)
     }
 
     pub fn path(&self) -> &Path {
@@ -66,7 +72,7 @@ impl RunFolder {
 
     /// Weights of the best evaluation.
     pub fn best(&self) -> PathBuf {
-        self.path.join("best.safetensors")
+        self.path.join(BEST)
     }
 
     /// What the run goes on from.
@@ -79,16 +85,27 @@ impl RunFolder {
         self.path.join("seconds.txt")
     }
 
-    /// Seconds of training up to the last checkpoint; 0 if they are not known.
-    pub fn read_seconds(&self) -> f64 {
+    /// Seconds up to the last checkpoint, of training and in all; 0 if they are not known.
+    pub fn read_seconds(&self) -> [f64; 2] {
         let text = std::fs::read_to_string(self.seconds()).unwrap_or_default();
-        text.trim().parse().ok().filter(|seconds: &f64| *seconds >= 0.0 && seconds.is_finite()).unwrap_or(0.0)
+        let known = |seconds: &f64| *seconds >= 0.0 && seconds.is_finite();
+        let mut numbers = text.split_whitespace().map(|word| word.parse().ok().filter(known).unwrap_or(0.0));
+        let training = numbers.next().unwrap_or(0.0);
+        [training, numbers.next().unwrap_or(training)]
     }
 
-    /// Notes the seconds of training up to a checkpoint.
-    pub fn write_seconds(&self, seconds: f64) -> Result<()> {
-        Ok(files::write_atomic(&self.seconds(), format!("{seconds:.3}\n").as_bytes())?)
+    /// Notes the seconds of training up to a checkpoint, and those of everything.
+    pub fn write_seconds(&self, [training, all]: [f64; 2]) -> Result<()> {
+        Ok(files::write_atomic(&self.seconds(), format!("{training:.3} {all:.3}\n").as_bytes())?)
     }
+}
+
+/// What config.toml holds: paths in it hold from any working directory.
+fn text_of(settings: &TrainSettings) -> Result<String> {
+    let config = toml::to_string(&settings.clone().with_absolute_paths()?)
+        .map_err(|error| Error::Training(format!("config.toml cannot hold the settings: {error}")))?;
+    let remark = settings.random_start().map_or(String::new(), |line| format!("# {line}\n"));
+    Ok(remark + &config)
 }
 
 /// Refuses a folder that has anything in it.

@@ -5,6 +5,7 @@
 //! | `setup.rs` | data, network, generator and loaders from the settings |
 //! | `steps.rs` | the steps, evaluations and checkpoints, to the end or until told to stop |
 //! | `state.rs` | what a checkpoint keeps of a run beside the network |
+//! | `files.rs` | what rank 0 writes |
 //! | `event.rs` | what a run tells, and what it came to |
 //! | `unread.rs` | pictures that cannot be read |
 //! | `evaluation.rs` | Recall@K of the network, and of raw pixels |
@@ -12,13 +13,15 @@
 
 mod evaluation;
 mod event;
+mod files;
 mod folder;
 mod setup;
 mod state;
 mod steps;
 mod unread;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
@@ -28,13 +31,14 @@ use super::checkpoint::Checkpoint;
 use super::device::{self, Place};
 use super::records::RecordWriter;
 use super::settings::TrainSettings;
-use super::tensorboard::EventWriter;
-use crate::Result;
+use crate::ranks::{Collective, together};
+use crate::{Error, Result};
 pub use evaluation::EVALUATION_CHUNK;
 pub use event::{Event, Outcome, Summary};
+use files::Files;
 use folder::RunFolder;
 use setup::{Setup, make_engine};
-use state::{RunState, steps_of};
+use state::RunState;
 use steps::Run;
 
 /// Settings that may change when a run goes on: none on which its result depends, except for the last bits
@@ -49,6 +53,8 @@ pub struct Overrides {
     pub checkpoint_every: Option<usize>,
     /// Unreadable pictures that the run puts up with.
     pub max_bad_images: Option<usize>,
+    /// Where the same pictures lie now; from then on the run's config.toml says so.
+    pub data_root: Option<PathBuf>,
 }
 
 impl Overrides {
@@ -57,114 +63,124 @@ impl Overrides {
         settings.workers = self.workers.unwrap_or(settings.workers);
         settings.checkpoint_every = self.checkpoint_every.unwrap_or(settings.checkpoint_every);
         settings.max_bad_images = self.max_bad_images.unwrap_or(settings.max_bad_images);
+        settings.data.data_root = self.data_root.clone().or_else(|| settings.data.data_root.take());
     }
 }
 
 /// Trains a network and writes the run folder: config.toml, metrics.jsonl, event files, checkpoints, report.
 ///
-/// Once `stop` is set the run finishes its step, writes a checkpoint and returns.
+/// Once `stop` is set the run finishes its step, writes a checkpoint and returns. Of several `ranks` all call this, with the same settings: each
+/// takes its share of every batch, and rank 0 alone writes and tells.
 ///
 /// # Errors
 /// Settings out of range, data that cannot be used, a file that cannot be written, or a run that diverged.
-/// What cuts a run short that could go on is [`Error::Interrupted`](crate::Error::Interrupted).
+/// What cuts a run short that could go on is [`Error::Interrupted`](crate::Error::Interrupted). On one rank it ends all, the others
+/// with [`Error::Rank`](crate::Error::Rank).
 pub fn train(
     settings: &TrainSettings,
+    ranks: &Rc<dyn Collective>,
+    stop: &AtomicBool,
+    tell: &mut dyn FnMut(Event<'_>),
+) -> Result<Outcome> {
+    let mut silent = |_: Event<'_>| {};
+    let tell = if ranks.rank() == 0 { tell } else { &mut silent };
+    together(ranks, || begin(settings, ranks, stop, tell))
+}
+
+fn begin(
+    settings: &TrainSettings,
+    ranks: &Rc<dyn Collective>,
     stop: &AtomicBool,
     tell: &mut dyn FnMut(Event<'_>),
 ) -> Result<Outcome> {
     settings.validate()?;
     settings.check_files()?;
-    RunFolder::check(settings)?;
+    let writes = ranks.rank() == 0;
+    if writes {
+        RunFolder::check(settings)?;
+    }
     let begun = Instant::now();
-    let (place, backend) = open_device(settings)?;
-    let engine = make_engine(settings, (&place, backend), None)?;
+    let (place, backend) = open_device(settings, &**ranks)?;
+    let engine = make_engine(settings, (&place, backend), None, ranks)?;
     let dataset = settings.data.open(&mut |note| tell(Event::Note(note)))?;
+    let (settings, note) = &settings.fitted(dataset.train.by_class().len());
     let setup = Setup::new(settings, &dataset, engine)?;
-    let folder = RunFolder::create(settings, &dataset.name)?;
-    let metrics = RecordWriter::create(&folder.metrics())?;
-    let events = EventWriter::create(folder.path(), settings.generator.rehearsal_steps(), None)?;
-    let phase = RunState::default().phase(settings);
-    tell(Event::Computing { device: &place.spec.to_string(), reason: place.reason.as_deref() });
-    tell(Event::Started {
-        dataset: &dataset,
-        folder: folder.path(),
-        steps_per_epoch: setup.sampler.steps_per_epoch(),
-        phase,
-        steps: steps_of(phase, settings),
-        resumed: None,
-    });
-    let random = settings.random_start();
-    dataset.warnings.iter().chain(&random).for_each(|warning| tell(Event::Warning(warning)));
-    Run::new(settings, &dataset, folder, setup, (metrics, events), stop, tell).train(begun)
+    let memory = settings.warning_of_memory();
+    let files = writes.then(|| Files::create(settings, &dataset.name)).transpose()?;
+    let run = Run::new(settings, &dataset, files, setup, ranks, stop, tell);
+    let said =
+        note.iter().map(|note| Event::Note(note)).chain(memory.iter().map(|line| Event::Warning(line)));
+    run.train(&place, None, begun, said.collect())
 }
 
 /// Goes on with the run in `folder` from its last checkpoint, or from the beginning if it has none yet: the
-/// weights, metrics and checkpoints become the same, bit for bit, as if it had never been cut short.
+/// weights, metrics and checkpoints become the same, bit for bit, as if it had never been cut short, as long as there are as many `ranks`.
+/// Only rank 0 needs the folder.
 ///
 /// # Errors
 /// As [`train`]; [`Format`](ddtas_io::Error::Format)(crate::Error::Format) if a file of the folder is not what it should be.
 pub fn resume(
     folder: &Path,
     overrides: &Overrides,
+    ranks: &Rc<dyn Collective>,
+    stop: &AtomicBool,
+    tell: &mut dyn FnMut(Event<'_>),
+) -> Result<Outcome> {
+    let mut silent = |_: Event<'_>| {};
+    let tell = if ranks.rank() == 0 { tell } else { &mut silent };
+    together(ranks, || go_on(folder, overrides, ranks, stop, tell))
+}
+
+fn go_on(
+    folder: &Path,
+    overrides: &Overrides,
+    ranks: &Rc<dyn Collective>,
     stop: &AtomicBool,
     tell: &mut dyn FnMut(Event<'_>),
 ) -> Result<Outcome> {
     let begun = Instant::now();
-    let (folder, mut settings) = RunFolder::open(folder)?;
+    let writes = ranks.rank() == 0;
+    let read = |path: &Path| std::fs::read(path).map_err(Error::io("read", path));
+    let folder = RunFolder::open(folder)?;
+    let config = if writes { read(&folder.config())? } else { Vec::new() };
+    let mut settings = folder.settings(&ranks.broadcast(config)?)?;
     overrides.apply(&mut settings);
     settings.validate()?;
-    let mut metrics = RecordWriter::reopen(&folder.metrics())?;
+    let metrics = writes.then(|| RecordWriter::reopen(&folder.metrics())).transpose()?;
     let last = folder.last();
-    let last = last.exists().then(|| Checkpoint::open(&last)).transpose()?;
+    let there = writes && last.exists();
+    let bytes = ranks.broadcast(if there { read(&last)? } else { Vec::new() })?;
+    let last = (there || !bytes.is_empty()).then(|| Checkpoint::parse(&last, bytes)).transpose()?;
     let state = last.as_ref().map(RunState::of).transpose()?.unwrap_or_default();
+    state.check_settings(&settings, &folder.config())?;
     if state.finished {
         return Ok(Outcome::FinishedBefore { folder: folder.path().to_path_buf(), step: state.step });
     }
-    let (place, backend) = open_device(&settings)?;
-    let mut engine = make_engine(&settings, (&place, backend), last.as_ref())?;
+    let (place, backend) = open_device(&settings, &**ranks)?;
+    let mut engine = make_engine(&settings, (&place, backend), last.as_ref(), ranks)?;
     let resumed = last.is_some();
     if let Some(last) = last {
         state.put_back(&mut engine, last)?;
     }
     let dataset = settings.data.open(&mut |note| tell(Event::Note(note)))?;
-    state.check_extents(&dataset)?;
+    state.check_data(&dataset)?;
+    if writes && overrides.data_root.is_some() {
+        folder.write_config(&settings)?;
+    }
+    let (settings, _) = settings.fitted(dataset.train.by_class().len());
     let setup = Setup::new(&settings, &dataset, engine)?;
-    metrics.cut(state.metrics_bytes)?;
-    let events = resumed_events(&folder, &settings, &state)?;
-    let phase = state.phase(&settings);
-    tell(Event::Computing { device: &place.spec.to_string(), reason: place.reason.as_deref() });
-    tell(Event::Started {
-        dataset: &dataset,
-        folder: folder.path(),
-        steps_per_epoch: setup.sampler.steps_per_epoch(),
-        phase,
-        steps: steps_of(phase, &settings),
-        resumed: Some(state.step),
-    });
-    let mut run = Run::new(&settings, &dataset, folder, setup, (metrics, events), stop, tell);
+    let files = metrics.map(|metrics| Files::reopen(folder, metrics, &settings, &state)).transpose()?;
+    let mut run = Run::new(&settings, &dataset, files, setup, ranks, stop, tell);
+    let done = state.step;
     if resumed {
         run.state = state;
     }
-    run.train(begun)
+    run.train(&place, Some(done), begun, Vec::new())
 }
 
 /// Finds the device and opens the loss's backend there.
-fn open_device(settings: &TrainSettings) -> Result<(Place, Box<dyn Backend>)> {
-    let place = device::place(settings.device.parse()?)?;
+fn open_device(settings: &TrainSettings, ranks: &dyn Collective) -> Result<(Place, Box<dyn Backend>)> {
+    let place = device::place(settings.device.parse()?, ranks.local_rank())?;
     let backend = backend::open(&place.spec)?;
     Ok((place, backend))
-}
-
-/// Event files say of each step only what the last file does, and an evaluation bears the number of the step to
-/// come: the one made at the checkpoint is told again.
-fn resumed_events(folder: &RunFolder, settings: &TrainSettings, state: &RunState) -> Result<EventWriter> {
-    let resumed = Some((state.phase(settings), state.step));
-    let rehearsal = settings.generator.rehearsal_steps();
-    let mut events = EventWriter::create(folder.path(), rehearsal, resumed)?;
-    let records = super::records::read(&folder.metrics())?;
-    let evaluation = records.iter().rev().find(|record| record.evaluation().is_some());
-    if let Some(record) = evaluation.filter(|_| state.evaluated == Some(state.step)) {
-        events.append(record)?;
-    }
-    Ok(events)
 }

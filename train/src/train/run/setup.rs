@@ -1,13 +1,15 @@
 //! Data, network, generator and loaders from the settings of a run.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::rc::Rc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::tensor::Device;
 
 use crate::data::{Dataset, ImageBatch, Loader, LoaderSettings, PkSampler};
 use crate::generator::{GeneratorKind, MetaSource, Thresholds};
 use crate::model::EmbeddingNetwork;
+use crate::ranks::Collective;
 use crate::train::checkpoint::Checkpoint;
 use crate::train::device::{Place, moved};
 use crate::train::engine::Engine;
@@ -30,10 +32,15 @@ pub(super) struct Setup {
 impl Setup {
     /// Adds the samplers of `dataset` to an engine.
     pub fn new(settings: &TrainSettings, dataset: &Dataset, engine: Engine) -> Result<Self> {
-        let (classes, pictures) = (settings.classes_per_batch, settings.images_per_class);
-        let sampler = PkSampler::new(dataset.train.by_class(), classes, pictures, settings.seed)?;
+        let by_class = dataset.train.by_class();
+        let classes = settings.classes_per_batch.unwrap_or(by_class.len());
+        let sampler = PkSampler::new(by_class, classes, settings.images_per_class, settings.seed)?;
+        engine.check_batch(("classes-per-batch times --images-per-class", sampler.batch_size()))?;
         let fresh_meta = engine.generator().is_some() && settings.generator.meta == MetaSource::Fresh;
         let meta_sampler = fresh_meta.then(|| meta_sampler(settings, dataset)).transpose()?;
+        if let Some(sampler) = &meta_sampler {
+            engine.check_batch(("meta-classes times --meta-images", sampler.batch_size()))?;
+        }
         Ok(Self { engine, sampler, meta_sampler })
     }
 }
@@ -44,13 +51,26 @@ pub(super) fn make_engine(
     settings: &TrainSettings,
     (place, backend): (&Place, Box<dyn Backend>),
     last: Option<&Checkpoint>,
+    ranks: &Rc<dyn Collective>,
 ) -> Result<Engine> {
     let network = match last {
         Some(last) => make_network(settings, Some(last), &place.network)?,
         None => first_network(settings, &place.network)?,
     };
     let generator = make_generator(settings, &place.spec, last.is_some())?;
-    Ok(Engine::new(network, settings, backend, generator, place.network.clone()))
+    let engine = Engine::new(network, settings, backend, generator, place.network.clone());
+    let mut engine = engine.with_ranks(Rc::clone(ranks));
+    if last.is_none() {
+        first_optimizer(settings, &mut engine)?;
+    }
+    Ok(engine)
+}
+
+/// Puts the moments of the optimizer in their place where `--init` is the last checkpoint of a run, which holds them.
+pub(super) fn first_optimizer(settings: &TrainSettings, engine: &mut Engine) -> Result<()> {
+    let Some(init) = settings.init.as_deref().filter(|path| !path.is_dir()) else { return Ok(()) };
+    let mut archive = Checkpoint::open(init)?.into_archive();
+    engine.take_optimizer(&mut archive).map_err(|reason| Error::format(init, reason))
 }
 
 /// The batches of some steps of a run, each with the generator's batch where it takes fresh ones; an iterator.
@@ -67,11 +87,13 @@ impl Batches {
         sampler: &PkSampler,
         meta_sampler: Option<&PkSampler>,
         steps: Range<usize>,
+        ranks: &dyn Collective,
     ) -> Result<Self> {
         let mut loader = LoaderSettings::new(settings.image_size, steps.len() as u64, settings.seed);
         loader.preprocessing = settings.backbone.preprocessing();
         loader.first_step = steps.start as u64;
         loader.workers = settings.workers;
+        loader.rank = (ranks.rank(), ranks.size());
         loader.augment.crop_area = (settings.smallest_crop, 1.0);
         let meta = meta_sampler.map(|sampler| {
             let settings = LoaderSettings { seed: settings.seed ^ META_SEED, ..loader.clone() };
@@ -98,6 +120,9 @@ pub(super) fn first_network(settings: &TrainSettings, device: &Device) -> Result
     make_network(settings, init.as_ref(), device)
 }
 
+/// Held while weights are drawn.
+static DRAWING: Mutex<()> = Mutex::new(());
+
 /// A network with the weights of `stored`, or first ones, those of `--weights` or drawn from the seed: read or drawn on the CPU and then
 /// moved, so that a seed means the same weights on every device.
 fn make_network(
@@ -106,6 +131,8 @@ fn make_network(
     device: &Device,
 ) -> Result<EmbeddingNetwork> {
     let cpu = Device::flex().autodiff();
+    // The device has one generator for all threads, and ranks may be threads.
+    let _alone = DRAWING.lock().unwrap_or_else(PoisonError::into_inner);
     cpu.seed(settings.seed);
     let shape = settings.network_shape();
     let mut network = EmbeddingNetwork::new(&shape, &cpu);
@@ -136,16 +163,12 @@ fn make_generator(settings: &TrainSettings, spec: &DeviceSpec, resumed: bool) ->
 
 fn meta_sampler(settings: &TrainSettings, dataset: &Dataset) -> Result<PkSampler> {
     let generator = &settings.generator;
-    let (wanted, there) = (generator.meta_classes, dataset.train.by_class().len());
+    let there = dataset.train.by_class().len();
+    let wanted = generator.classes_of(there);
     if wanted > there {
         return Err(Error::Dataset(format!(
             "--meta-classes {wanted} asks for more than the {there} training classes there are: give at most that"
         )));
     }
-    PkSampler::new(
-        dataset.train.by_class(),
-        generator.meta_classes,
-        generator.meta_images,
-        settings.seed ^ META_SEED,
-    )
+    PkSampler::new(dataset.train.by_class(), wanted, generator.meta_images, settings.seed ^ META_SEED)
 }

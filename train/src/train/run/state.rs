@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::{Dataset, Extent};
 use crate::train::checkpoint::{self, Checkpoint};
-use crate::train::engine::{Engine, EngineState};
+use crate::train::engine::{Engine, EngineState, REMEDY};
 use crate::train::records::Phase;
 use crate::train::settings::TrainSettings;
 use crate::train::shown::Shown;
@@ -31,6 +31,12 @@ pub(super) struct RunState {
     pub rehearsed: bool,
     /// Classes and pictures that train and test: the run can only go on with the same.
     pub extents: Option<[Extent; 2]>,
+    /// Tells the data set from others.
+    #[serde(default)]
+    pub data: Option<String>,
+    /// The settings that its result depends on, as TOML.
+    #[serde(default)]
+    pub settings: Option<String>,
     /// Steps that were done at the last evaluation.
     pub evaluated: Option<usize>,
     /// The last step, its evaluation and the report are done.
@@ -113,7 +119,7 @@ impl RunState {
         let archive = fill().map_err(|reason: String| Error::format(path, reason))?;
         if let Some(name) = archive.first_not_finite() {
             return Err(Error::Training(format!(
-                "training diverged by step {} ({name} is no longer finite): lower --learning-rate",
+                "training diverged by step {} ({name} is no longer finite): {REMEDY}",
                 self.step
             )));
         }
@@ -124,7 +130,7 @@ impl RunState {
     ///
     /// # Errors
     /// [`Error::Dataset`].
-    pub fn check_extents(&self, dataset: &Dataset) -> Result<()> {
+    pub fn check_data(&self, dataset: &Dataset) -> Result<()> {
         let Some(before) = self.extents else { return Ok(()) };
         let now = dataset.extents();
         for (split, before, now) in [("training", before[0], now[0]), ("test", before[1], now[1])] {
@@ -135,8 +141,48 @@ impl RunState {
                 )));
             }
         }
+        if self.data.as_ref().is_some_and(|data| *data != dataset.fingerprint()) {
+            return Err(Error::Dataset(
+                "the data set has as many pictures as when the run began, but others: their names differ"
+                    .into(),
+            ));
+        }
         Ok(())
     }
+
+    /// Refuses to go on with a config.toml that was edited.
+    ///
+    /// # Errors
+    /// [`Format`](ddtas_io::Error::Format) names the first setting that differs.
+    pub fn check_settings(&self, settings: &TrainSettings, config: &Path) -> Result<()> {
+        let Some(before) = self.settings.as_deref().and_then(|text| text.parse::<toml::Table>().ok()) else {
+            return Ok(());
+        };
+        let now = fixed(settings);
+        let mut keys: Vec<_> = before.keys().chain(now.keys()).collect();
+        keys.sort();
+        // What a later version has added is not in the older table.
+        let differs = |key: &&&String| before.get(**key) != now.get(**key) && before.contains_key(**key);
+        let Some(key) = keys.iter().find(differs) else { return Ok(()) };
+        let shown = |table: &toml::Table| table.get(*key).map_or("nothing".to_owned(), ToString::to_string);
+        let (was, is) = (shown(&before), shown(&now));
+        let reason = format!(
+            "{key} is {is}, but the run began with {was}: put it back, or begin a new run with --init"
+        );
+        Err(Error::format(config, reason))
+    }
+}
+
+/// Settings that may change while a run goes on.
+const CHANGEABLE: [&str; 6] =
+    ["checkpoint_every", "data_root", "device", "max_bad_images", "output", "workers"];
+
+/// The settings that a run's result depends on.
+pub(super) fn fixed(settings: &TrainSettings) -> toml::Table {
+    let absolute = settings.clone().with_absolute_paths().unwrap_or_else(|_| settings.clone());
+    let mut table = toml::Table::try_from(absolute).unwrap_or_default();
+    table.retain(|key, _| !CHANGEABLE.contains(&key));
+    table
 }
 
 /// Steps of a part of a run.

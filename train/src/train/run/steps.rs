@@ -1,23 +1,26 @@
 //! The steps of a run with its evaluations and checkpoints, to the end or until told to stop.
 
+use std::path::Path;
+use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use super::evaluation::{Evaluated, Test};
 use super::event::{Event, Outcome, Summary};
-use super::folder::RunFolder;
-use super::setup::{Batches, Setup, first_network};
-use super::state::{Best, RunState};
+use super::files::Files;
+use super::setup::{Batches, Setup, first_network, first_optimizer};
+use super::state::{Best, RunState, steps_of};
 use crate::data::{Dataset, ImageBatch, PkSampler};
 use crate::generator::Lambda;
+use crate::ranks::{self, Collective};
 use crate::train::checkpoint;
+use crate::train::device::Place;
 use crate::train::engine::Engine;
 use crate::train::generator::Generator;
-use crate::train::records::{EvaluationRecord, Phase, Record, RecordWriter, StepRecord};
+use crate::train::records::{EvaluationRecord, Phase, Record, StepRecord};
 use crate::train::report::{self, Baseline, Findings};
 use crate::train::settings::TrainSettings;
 use crate::train::shown::choose;
-use crate::train::tensorboard::EventWriter;
 use crate::{Error, Result};
 use ddtas::retrieval::Recall;
 use ddtas_io::Error as Program;
@@ -34,15 +37,18 @@ pub(super) struct Run<'a> {
     pub state: RunState,
     pub settings: &'a TrainSettings,
     pub dataset: &'a Dataset,
-    folder: RunFolder,
+    /// On rank 0 alone.
+    files: Option<Files>,
     engine: Engine,
     pub sampler: PkSampler,
     pub meta_sampler: Option<PkSampler>,
     test: Test<'a>,
-    metrics: RecordWriter,
-    events: EventWriter,
+    pub ranks: Rc<dyn Collective>,
     /// Of training, without evaluations.
     seconds: f64,
+    /// Of earlier processes, in all.
+    earlier: f64,
+    begun: Instant,
     /// A collapse is told once.
     told_of_collapse: bool,
     stop: &'a AtomicBool,
@@ -60,49 +66,102 @@ impl<'a> Run<'a> {
     pub fn new(
         settings: &'a TrainSettings,
         dataset: &'a Dataset,
-        folder: RunFolder,
+        files: Option<Files>,
         setup: Setup,
-        (metrics, events): (RecordWriter, EventWriter),
+        ranks: &Rc<dyn Collective>,
         stop: &'a AtomicBool,
         tell: &'a mut dyn FnMut(Event<'_>),
     ) -> Self {
         let Setup { engine, sampler, meta_sampler } = setup;
         let preprocessing = settings.backbone.preprocessing();
-        let test = Test { dataset, image_size: settings.image_size, preprocessing, stop };
-        let seconds = folder.read_seconds();
-        let state = RunState { extents: Some(dataset.extents()), ..RunState::default() };
+        let ranks = Rc::clone(ranks);
+        let test =
+            Test { dataset, image_size: settings.image_size, preprocessing, stop, ranks: Rc::clone(&ranks) };
+        let [seconds, earlier] = files.as_ref().map_or([0.0; 2], |files| files.folder.read_seconds());
+        let state = RunState {
+            extents: Some(dataset.extents()),
+            data: Some(dataset.fingerprint()),
+            settings: Some(super::state::fixed(settings).to_string()),
+            ..RunState::default()
+        };
         Self {
             state,
             settings,
             dataset,
-            folder,
+            files,
             engine,
             sampler,
             meta_sampler,
             test,
-            metrics,
-            events,
+            ranks,
             seconds,
+            earlier,
+            begun: Instant::now(),
             told_of_collapse: false,
             stop,
             tell,
         }
     }
 
-    /// Goes on from `state` to the end.
-    pub fn train(mut self, begun: Instant) -> Result<Outcome> {
+    /// Goes on from `state` to the end. `resumed` are the steps that an earlier process has done, if one began the run;
+    /// `said` is told once it has begun.
+    pub fn train(
+        mut self,
+        place: &Place,
+        resumed: Option<usize>,
+        begun: Instant,
+        said: Vec<Event<'_>>,
+    ) -> Result<Outcome> {
+        self.begun = begun;
+        self.announce(place, resumed);
+        if self.files.is_some() {
+            said.into_iter().for_each(|event| (self.tell)(event));
+        }
         let ended = self.steps().and_then(|progress| match progress {
-            Progress::Done => self.finish(begun).map(|summary| Outcome::Finished(Box::new(summary))),
+            Progress::Done => self.finish(),
             Progress::Stopped => {
                 self.save()?;
-                let folder = self.folder.path().to_path_buf();
-                Ok(Outcome::Stopped { folder, phase: self.phase(), step: self.state.step })
+                let stopped = |files: &Files| Outcome::Stopped {
+                    folder: files.path().to_path_buf(),
+                    phase: self.phase(),
+                    step: self.state.step,
+                };
+                Ok(self.files.as_ref().map_or(Outcome::OnRank0, stopped))
             }
         });
-        ended.map_err(|error| cut_short(error, &self.folder, &self.state))
+        ended.map_err(|error| match &self.files {
+            Some(files) => cut_short(error, files, &self.state),
+            None => error,
+        })
+    }
+
+    fn announce(&mut self, place: &Place, resumed: Option<usize>) {
+        let Some(files) = &self.files else { return };
+        let (phase, ranks) = (self.phase(), self.ranks.size());
+        let device = place.spec.to_string();
+        (self.tell)(Event::Computing { device: &device, reason: place.reason.as_deref(), ranks });
+        (self.tell)(Event::Started {
+            dataset: self.dataset,
+            folder: files.path(),
+            steps_per_epoch: self.sampler.steps_per_epoch(),
+            phase,
+            steps: steps_of(phase, self.settings),
+            resumed,
+        });
+        if resumed.is_none() {
+            let random = self.settings.random_start();
+            let warnings = self.dataset.warnings.iter().chain(&random);
+            warnings.for_each(|warning| (self.tell)(Event::Warning(warning)));
+        }
+    }
+
+    /// Whether any rank was told to stop.
+    fn stopping(&self) -> Result<bool> {
+        ranks::any(&*self.ranks, self.stop.load(Ordering::Relaxed))
     }
 
     fn steps(&mut self) -> Result<Progress> {
+        self.engine.check_weights(self.state.step)?;
         if self.measure_pixels()? == Progress::Stopped {
             return Ok(Progress::Stopped);
         }
@@ -112,7 +171,8 @@ impl<'a> Run<'a> {
         let learns = self.settings.generator.rehearsal_steps() == 0;
         let meta_sampler = self.meta_sampler.as_ref().filter(|_| learns);
         let steps = self.state.step..self.settings.steps;
-        let mut batches = Batches::new(self.settings, self.dataset, &self.sampler, meta_sampler, steps)?;
+        let (sampler, ranks) = (&self.sampler, &*self.ranks);
+        let mut batches = Batches::new(self.settings, self.dataset, sampler, meta_sampler, steps, ranks)?;
         let mut clock = Instant::now();
         loop {
             if self.evaluation_is_due() {
@@ -121,7 +181,7 @@ impl<'a> Run<'a> {
                 }
                 clock = Instant::now();
             }
-            if self.stop.load(Ordering::Relaxed) {
+            if self.stopping()? {
                 return Ok(Progress::Stopped);
             }
             let Some((batch, meta)) = batches.next().transpose()? else { return Ok(Progress::Done) };
@@ -140,11 +200,11 @@ impl<'a> Run<'a> {
         }
         self.engine.rehearse(steps);
         let (sampler, meta_sampler) = (&self.sampler, self.meta_sampler.as_ref());
-        let steps = self.state.step..steps;
-        let mut batches = Batches::new(self.settings, self.dataset, sampler, meta_sampler, steps)?;
+        let (steps, ranks) = (self.state.step..steps, &*self.ranks);
+        let mut batches = Batches::new(self.settings, self.dataset, sampler, meta_sampler, steps, ranks)?;
         let mut clock = Instant::now();
         loop {
-            if self.stop.load(Ordering::Relaxed) {
+            if self.stopping()? {
                 return Ok(Progress::Stopped);
             }
             let Some((batch, meta)) = batches.next().transpose()? else { break };
@@ -152,6 +212,7 @@ impl<'a> Run<'a> {
         }
         let network = first_network(self.settings, self.engine.device())?;
         self.engine.restart(network, self.settings);
+        first_optimizer(self.settings, &mut self.engine)?;
         (self.state.step, self.state.rehearsed, self.state.steps_without_pairs) = (0, true, 0);
         let loss = self.engine.loss_settings();
         let lambda = Lambda { pos: loss.lambda_pos, neg: loss.lambda_neg };
@@ -206,14 +267,19 @@ impl<'a> Run<'a> {
         wanted && self.state.evaluated != Some(done)
     }
 
-    /// Finds what the pixels alone are worth, once in a run.
+    /// Finds what the pixels alone are worth, once in a run and on rank 0.
     fn measure_pixels(&mut self) -> Result<Progress> {
         if self.state.pixels.is_some() {
             return Ok(Progress::Done);
         }
-        let Some((recall, readable)) = self.test.recall_by_pixels(self.engine.backend())? else {
-            return Ok(Progress::Stopped);
+        let found = match &self.files {
+            Some(_) => self.test.recall_by_pixels(self.engine.backend())?,
+            None => None,
         };
+        if ranks::any(&*self.ranks, self.files.is_some() && found.is_none())? {
+            return Ok(Progress::Stopped);
+        }
+        let Some((recall, readable)) = found else { return Ok(Progress::Done) };
         self.note_unread_in_test(&readable)?;
         let skipped = self.test.len() - readable.len();
         if skipped > 0 {
@@ -228,18 +294,31 @@ impl<'a> Run<'a> {
         let (step, total) = (self.state.step, self.test.len());
         let tell = &mut self.tell;
         let mut progress = |done| tell(Event::Evaluating { done, total });
-        let evaluated = self.test.recall(&mut self.engine, &mut progress)?;
-        let Some(Evaluated { recall, nearest, readable }) = evaluated else { return Ok(Progress::Stopped) };
+        let Some(rows) = self.test.embed(&self.engine, &mut progress)? else { return Ok(Progress::Stopped) };
+        if self.files.is_some() {
+            let evaluated = self.test.recall(rows, self.engine.backend())?;
+            self.keep(step, evaluated)?;
+        }
+        self.state.evaluated = Some(step);
+        self.save()?;
+        Ok(Progress::Done)
+    }
+
+    /// Tells what an evaluation has found, and keeps the weights if they are the best so far.
+    fn keep(&mut self, step: usize, evaluated: Evaluated) -> Result<()> {
+        let Evaluated { recall, r_precision, map_at_r, nearest, readable } = evaluated;
         self.note_unread_in_test(&readable)?;
-        let record = EvaluationRecord { step, recall: recall.at.clone() };
+        let (r_precision, map_at_r) = (Some(r_precision), Some(map_at_r));
+        let record = EvaluationRecord { step, recall: recall.at.clone(), r_precision, map_at_r };
         self.append(&Record::Evaluation(record.clone()))?;
         (self.tell)(Event::Evaluated(&record));
         let first = |recall: &Recall| recall.get(1).unwrap_or(0.0);
-        if self.state.best.as_ref().is_none_or(|best| first(&recall) > first(&best.recall)) {
+        let better = self.state.best.as_ref().is_none_or(|best| first(&recall) > first(&best.recall));
+        if let Some(files) = self.files.as_ref().filter(|_| better) {
             let mut facts = self.facts()?;
             facts.push(("ddtas.recall@1", format!("{:.4}", first(&recall))));
             let shape = self.settings.network_shape();
-            checkpoint::save(&self.engine.evaluated(), &shape, &facts, &self.folder.best())?;
+            checkpoint::save(&self.engine.evaluated(), &shape, &facts, &files.folder.best())?;
             let (queries, searched) = (&readable.queries, readable.searched());
             let shown = choose(queries, searched, &nearest, QUERIES, NEIGHBOURS)?;
             self.state.best = Some(Best { step, recall: recall.clone(), shown });
@@ -247,17 +326,24 @@ impl<'a> Run<'a> {
         if step == 0 {
             self.state.before = Some(recall.clone());
         }
-        (self.state.after, self.state.evaluated) = (Some(recall), Some(step));
-        self.save()?;
-        Ok(Progress::Done)
+        self.state.after = Some(recall);
+        Ok(())
+    }
+
+    /// Seconds of this process and of those that this run went on from.
+    fn total_seconds(&self) -> f64 {
+        self.earlier + self.begun.elapsed().as_secs_f64()
     }
 
     /// Writes the checkpoint that the run can go on from.
     fn save(&mut self) -> Result<()> {
+        self.engine.check_weights(self.state.step)?;
+        let total = self.total_seconds();
+        let Some(files) = &self.files else { return Ok(()) };
         // First what the checkpoint speaks of, then the checkpoint.
-        self.state.metrics_bytes = self.metrics.sync()?;
-        self.folder.write_seconds(self.seconds)?;
-        self.state.save(&self.engine, self.settings, &self.facts()?, &self.folder.last())
+        self.state.metrics_bytes = files.metrics.sync()?;
+        files.folder.write_seconds([self.seconds, total])?;
+        self.state.save(&self.engine, self.settings, &self.facts()?, &files.folder.last())
     }
 
     /// What every checkpoint says of itself.
@@ -269,8 +355,9 @@ impl<'a> Run<'a> {
             (checkpoint::IMAGE_SIZE, self.settings.image_size.to_string()),
         ];
         if let Some(generator) = self.engine.generator() {
-            let state = serde_json::to_string(generator.thresholds())
-                .map_err(|error| Error::format(self.folder.path(), error.to_string()))?;
+            let state = serde_json::to_string(generator.thresholds()).map_err(|error| {
+                Error::Training(format!("a checkpoint cannot hold the generator: {error}"))
+            })?;
             facts.push((checkpoint::GENERATOR, state));
         }
         Ok(facts)
@@ -300,6 +387,7 @@ impl<'a> Run<'a> {
                 .generator()
                 .and_then(Generator::last_hypergradient)
                 .map(|gradient| [gradient.pos, gradient.neg]),
+            sent_bytes: self.engine.sent(),
         };
         self.append(&match self.phase() {
             Phase::Rehearsal => Record::Rehearsal(record.clone()),
@@ -310,12 +398,20 @@ impl<'a> Run<'a> {
     }
 
     fn append(&mut self, record: &Record) -> Result<()> {
-        self.metrics.append(record)?;
-        self.events.append(record)
+        self.files.as_mut().map_or(Ok(()), |files| files.append(record))
     }
 
     /// Writes the report and the last checkpoint.
-    fn finish(&mut self, begun: Instant) -> Result<Summary> {
+    fn finish(&mut self) -> Result<Outcome> {
+        let folder = self.files.as_ref().map(|files| files.path().to_path_buf());
+        let summary = folder.map(|folder| self.report(&folder)).transpose()?;
+        self.state.finished = true;
+        self.save()?;
+        Ok(summary.map_or(Outcome::OnRank0, |summary| Outcome::Finished(Box::new(summary))))
+    }
+
+    /// Writes the report.
+    fn report(&mut self, folder: &Path) -> Result<Summary> {
         if self.state.replaced > 0 {
             (self.tell)(Event::Warning(&format!(
                 "{} unreadable training pictures were met; another of the class stood in each time",
@@ -338,14 +434,17 @@ impl<'a> Run<'a> {
             dataset: self.dataset.name.clone(),
             train,
             test,
+            seen: self.dataset.seen,
             baselines: vec![Baseline { name: "raw pixels".into(), recall: pixels.at.clone() }],
             training_seconds: self.seconds,
             queries,
         };
-        findings.save(self.folder.path(), &sheet)?;
-        report::write(self.folder.path())?;
-        let summary = Summary {
-            folder: self.folder.path().to_path_buf(),
+        findings.save(folder, &sheet)?;
+        report::write(folder)?;
+        Ok(Summary {
+            folder: folder.to_path_buf(),
+            seen: self.dataset.seen,
+            continued: self.settings.init.is_some(),
             pixels: pixels.clone(),
             before: before.clone(),
             best: best.recall.clone(),
@@ -357,30 +456,28 @@ impl<'a> Run<'a> {
             replaced: self.state.replaced,
             skipped: self.state.skipped,
             training_seconds: self.seconds,
-            total_seconds: begun.elapsed().as_secs_f64(),
-        };
-        self.state.finished = true;
-        self.save()?;
-        Ok(summary)
+            total_seconds: self.total_seconds(),
+        })
     }
 }
 
 /// What cuts a run short that can go on once it is mended, as [`Error::Interrupted`]; of a run that diverged, which
 /// weights are still good.
-fn cut_short(error: Error, folder: &RunFolder, state: &RunState) -> Error {
+fn cut_short(error: Error, files: &Files, state: &RunState) -> Error {
     match error {
         Error::Training(reason) => match &state.best {
             Some(best) => Error::Training(format!(
                 "{reason}; {} holds the last good weights, of step {}",
-                folder.best().display(),
+                files.folder.best().display(),
                 best.step
             )),
             None => Error::Training(reason),
         },
         Error::Program(Program::Io { .. } | Program::Library(ddtas::Error::Device { .. }))
         | Error::Dataset(_)
-        | Error::Image { .. } => {
-            Error::Interrupted { cause: Box::new(error), folder: folder.path().to_path_buf() }
+        | Error::Image { .. }
+        | Error::Rank { .. } => {
+            Error::Interrupted { cause: Box::new(error), folder: files.path().to_path_buf() }
         }
         other => other,
     }

@@ -6,22 +6,26 @@ use super::evaluation::Readable;
 use super::event::Event;
 use super::steps::Run;
 use crate::data::{ImageBatch, Split};
+use crate::ranks;
 use crate::{Error, Result};
 
 impl Run<'_> {
-    /// Counts and names the pictures that another one stands in for.
+    /// Counts and names the pictures of a batch that another one stands in for, on whichever rank.
     pub fn note_unread(&mut self, step: usize, batch: &ImageBatch, meta: Option<&ImageBatch>) -> Result<()> {
         let drawn = [(Some(batch), Some(&self.sampler)), (meta, self.meta_sampler.as_ref())];
-        let mut missing = BTreeSet::new();
+        let mut missing = Vec::new();
         for (batch, sampler) in drawn {
             let (Some(batch), Some(sampler)) = (batch, sampler) else { continue };
-            self.state.replaced += batch.replaced;
             if batch.replaced > 0 {
                 let wanted = sampler.batch(step as u64);
                 missing.extend(wanted.iter().zip(&batch.indices).filter(|(a, b)| a != b).map(|(a, _)| *a));
             }
         }
-        for index in missing {
+        if self.ranks.size() > 1 {
+            missing = ranks::gather(&*self.ranks, &missing)?;
+        }
+        self.state.replaced += missing.len();
+        for index in missing.into_iter().collect::<BTreeSet<_>>() {
             if self.state.unread.train.insert(index) {
                 self.warn_unread(&self.dataset.train, index, "another of its class stands in")?;
             }

@@ -1,0 +1,401 @@
+"""What a loss with a process group must do, in each of four processes: run by many_group.py, one process a rank.
+
+    python group_cases.py RANK FILE REPORT
+
+Every case runs in the groups of the first 1, 2, 3 and 4 processes. What it finds wrong is written to REPORT.
+"""
+
+import copy
+import datetime
+import json
+import pickle
+import sys
+import traceback
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from ddtas.torch import CrossBatchMemory, SoftContrastiveLoss
+from formula import unit_rows
+from torch.nn.parallel import DistributedDataParallel
+
+SIZE, DIM = 4, 12
+STATISTICS = ("active", "positives", "negatives", "ignored", "gamma_pos", "gamma_neg", "mean_pos", "mean_neg", "spread")
+
+
+def batch(count, seed=0, dtype=torch.float32):
+    rows, labels = unit_rows(count, DIM, seed)
+    return torch.tensor(3 * rows, dtype=dtype), torch.tensor(labels)
+
+
+class World:
+    """A group, and this process's place in it."""
+
+    def __init__(self, group, size, rank):
+        self.group, self.size, self.rank = group, size, rank
+
+    def own(self, counts):
+        first = sum(counts[: self.rank])
+        return slice(first, first + counts[self.rank])
+
+    def even(self, count=15):
+        return [count] * self.size
+
+    def uneven(self):
+        return [7, 0, 19, 24][-self.size :]
+
+    def total(self, tensor):
+        """The sum over the processes."""
+        whole = tensor.detach().clone().double()
+        dist.all_reduce(whole, group=self.group)
+        return whole
+
+    def same(self, tensor):
+        """Whether all processes have the same bits."""
+        everyone = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(everyone, tensor.detach(), group=self.group)
+        return all(torch.equal(one, tensor) for one in everyone)
+
+
+@contextmanager
+def raises(kind, text):
+    try:
+        yield
+    except kind as error:
+        assert text in str(error), f"{error!r} does not say {text!r}"
+    else:
+        raise AssertionError(f"no {kind.__name__}: {text}")
+
+
+def close(got, want, factor=1e-6):
+    got, want = torch.as_tensor(got).double(), torch.as_tensor(want).double()
+    assert (got - want).abs().max() <= factor * want.abs().max(), f"got {got}, want {want}"
+
+
+def compare(world, counts, dtype=torch.float32, seed=0, labels=None, mined=True, **settings):
+    """Loss, statistics and the own rows' gradient against one process; answers the loss module."""
+    rows, drawn = batch(sum(counts), seed, dtype)
+    labels, own = drawn if labels is None else labels, world.own(counts)
+    whole, one = rows.clone().requires_grad_(), SoftContrastiveLoss(**settings)
+    want = one(whole, labels)
+    want.backward()
+    assert (want > 0 and whole.grad.any()) == mined
+    for gradient, scale in (("sum", 1), ("mean", world.size)):
+        loss = SoftContrastiveLoss(group=world.group, uneven=len(set(counts)) > 1, gradient=gradient, **settings)
+        mine = rows[own].clone().requires_grad_()
+        value = loss(mine, labels[own])
+        value.backward()
+        assert value.dtype == torch.float32 and world.same(value)
+        close(value, want.detach())
+        # In half precision the factor goes before the rounding.
+        if scale == 1 or dtype == torch.float32:
+            assert torch.equal(mine.grad, whole.grad[own] * scale), (mine.grad, whole.grad[own] * scale)
+        elif mine.numel():
+            close(mine.grad, whole.grad[own] * scale, 1e-2)
+        for name in STATISTICS:
+            got, expected = loss.statistics[name], one.statistics[name]
+            assert got == expected or abs(got - expected) <= 1e-6 or got != got and expected != expected, (name, got, expected)
+    return loss
+
+
+def rows_have_the_bits_of_one_process(world):
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        compare(world, world.even(), dtype)
+    compare(world, world.even(40), seed=2, mining="asms", gamma=0.2, threads=2, workspace_budget=0)
+
+
+def batches_may_be_uneven(world):
+    compare(world, world.uneven())
+    compare(world, world.uneven()[::-1], torch.bfloat16, seed=1)
+    compare(world, [0] * (world.size - 1) + [30], seed=2)
+    nothing = SoftContrastiveLoss(group=world.group)
+    rows = torch.empty(0, DIM, requires_grad=True)
+    value = nothing(rows, torch.empty(0, dtype=torch.int64))
+    value.backward()
+    assert value == 0 and rows.grad.shape == (0, DIM)
+
+
+def a_rank_may_mine_nothing(world):
+    counts = world.even(20)
+    labels = batch(sum(counts))[1]
+    labels[world.size * 20 - 20 :] = -1
+    compare(world, counts, labels=labels, mined=world.size > 1)
+    compare(world, counts, labels=torch.zeros_like(labels), mined=False)
+    compare(world, counts, labels=torch.arange(len(labels)), mined=False)
+
+
+def thresholds_get_their_derivative(world):
+    counts = world.even()
+    rows, labels = batch(sum(counts))
+    own = world.own(counts)
+    found = {}
+    for group, gradient in ((None, "mean"), (world.group, "mean"), (world.group, "sum")):
+        pos, neg = (torch.nn.Parameter(torch.tensor([start])) for start in (0.6, 0.65))
+        loss = SoftContrastiveLoss(lambda_pos=pos, lambda_neg=neg, group=group, gradient=gradient)
+        loss(rows[own] if group else rows, labels[own] if group else labels).backward()
+        found[group is not None, gradient] = torch.cat([pos.grad, neg.grad])
+    want = found[False, "mean"]
+    assert want.all()
+    close(found[True, "mean"], want)
+    close(world.total(found[True, "sum"]), want)
+
+
+def one_process_s_error_is_everybody_s(world):
+    if world.size == 1:
+        return
+    rows, labels = batch(8, seed=world.rank)
+    loss, bad, last = SoftContrastiveLoss(group=world.group), rows.clone(), world.rank == world.size - 1
+    bad[3, 2] = torch.nan
+    name = f"rank {world.size - 1}"
+    with raises(ValueError, f"{name}: row 3 of the anchors holds a value that is not finite"):
+        loss(bad if last else rows, labels)
+    with raises(ValueError, f"{name}: row 5 of the anchors has L2 norm 0.0"):
+        loss(rows * (torch.arange(8) != 5)[:, None] if last else rows, labels)
+    with raises(TypeError, f"{name}: the labels must be integers"):
+        loss(rows, labels.float() if last else labels)
+    with raises(ValueError, f"{name}: indices_tuple must be None"):
+        loss(rows, labels, (labels,) * 4 if last else None)
+    with raises(ValueError, f"{name} has 5 rows, and rank 0 8: say uneven=True"):
+        loss(rows[:5] if last else rows, labels[:5] if last else labels)
+    with raises(ValueError, f"{name} has rows of 6"):
+        loss(rows[:, :6] if last else rows, labels)
+    with raises(TypeError, "rank 0: with a process group the anchors must be float32"):
+        loss(rows.double(), labels)
+    other = SoftContrastiveLoss(gamma=0.2, group=world.group)
+    with raises(ValueError, "gamma=0.2"):
+        (other if last else loss)(rows, labels)
+    with raises(ValueError, "rank 0: references must not require a gradient"):
+        loss(rows, labels, ref_emb=rows.clone().requires_grad_(), ref_labels=labels)
+    # And nobody is left waiting, or a step behind.
+    assert world.same(loss(rows, labels))
+
+
+def an_error_between_the_steps_is_everybody_s(world):
+    if world.size == 1:
+        return
+    from ddtas.torch import parts
+
+    class Broken(parts._HostSteps):
+        def select(self, max_neg, totals):
+            if world.rank == 1:
+                raise MemoryError("no more")
+            return super().select(max_neg, totals)
+
+    loss, steps = SoftContrastiveLoss(group=world.group), parts._HostSteps
+    parts._HostSteps = Broken
+    try:
+        with raises(RuntimeError, "rank 1 failed"):
+            loss(*batch(8, seed=world.rank))
+    finally:
+        parts._HostSteps = steps
+    assert world.same(loss(*batch(8, seed=world.rank)))
+
+
+def references_are_the_same_everywhere(world):
+    counts = world.uneven()
+    (rows, labels), (others, other_labels), own = batch(sum(counts)), batch(33, seed=1), world.own(counts)
+    whole, mine = rows.clone().requires_grad_(), rows[own].clone().requires_grad_()
+    want = SoftContrastiveLoss(normalize_embeddings=False)(
+        torch.nn.functional.normalize(whole, dim=1), labels, ref_emb=others / 3, ref_labels=other_labels
+    )
+    loss = SoftContrastiveLoss(normalize_embeddings=False, group=world.group, uneven=True, gradient="sum")
+    value = loss(torch.nn.functional.normalize(mine, dim=1), labels[own], ref_emb=others / 3, ref_labels=other_labels)
+    want.backward(), value.backward()
+    close(value.detach(), want.detach())
+    assert want > 0 and torch.equal(mine.grad, whole.grad[own])
+
+
+def memories_are_alike(world):
+    for dtype, masked in ((torch.float32, False), (torch.bfloat16, False), (torch.float32, True)):
+        one = CrossBatchMemory(SoftContrastiveLoss(), DIM, 70, dtype=dtype, start_after=1)
+        loss = SoftContrastiveLoss(group=world.group, uneven=True, gradient="sum")
+        memory = CrossBatchMemory(loss, DIM, 70, dtype=dtype, start_after=1)
+        counts = world.uneven()
+        own = world.own(counts)
+        for step in range(5):
+            rows, labels = batch(sum(counts), seed=step)
+            mask = torch.arange(sum(counts)) % 3 == 0 if masked else None
+            whole, mine = rows.clone().requires_grad_(), rows[own].clone().requires_grad_()
+            want = one(whole, labels, enqueue_mask=mask)
+            value = memory(mine, labels[own], enqueue_mask=None if mask is None else mask[own])
+            want.backward(), value.backward()
+            close(value.detach(), want.detach())
+            assert torch.equal(mine.grad, whole.grad[own])
+            if step == 2:
+                more, more_labels = batch(3 * world.size, seed=9)
+                one.fill(more, more_labels)
+                memory.fill(more[world.own(world.even(3))], more_labels[world.own(world.even(3))])
+        assert torch.equal(memory.embedding_memory, one.embedding_memory) and memory.filled == one.filled > 0
+        assert torch.equal(memory.label_memory, one.label_memory) and memory.queue_idx == one.queue_idx
+        before = memory.embedding_memory.clone()
+        if world.size > 1:
+            bad = rows[own].clone()
+            if world.rank == 0 and len(bad):
+                bad[2] = torch.inf
+            if counts[0] > 2:
+                with raises(ValueError, "rank 0: row 2 of the embeddings is not finite"):
+                    memory(bad, labels[own])
+            assert torch.equal(memory.embedding_memory, before)
+
+
+def a_gpu_s_way_has_the_same_answers(world):
+    """There every process computes the loss of all rows; here on the processor."""
+    if world.size == 1:
+        return
+    from ddtas.torch import operator, parts
+
+    counts = world.uneven()
+    rows, labels = batch(sum(counts))
+    own, steps = world.own(counts), parts.loss_of_ranks
+
+    def whole(ranks, call):
+        return parts.whole_in_each(ranks, ranks.meet(call.rows, "a test"), call)
+
+    for gradient in ("mean", "sum"):
+        found = []
+        for way in (steps, whole):
+            threshold = torch.nn.Parameter(torch.tensor(0.6))
+            loss = SoftContrastiveLoss(lambda_pos=threshold, group=world.group, uneven=True, gradient=gradient)
+            numbers = (0.1, 0.1, 0.1, 0.5, 40.0, 2.0, 0.7, 0.7)
+            mine = rows[own].clone().requires_grad_()
+            given = (labels[own], None, None, "at-asms", numbers, True, False, operator.CHECKED, loss._engine.key)
+            value = operator._Eager.apply(mine, None, threshold, None, given, lambda call: way(loss.ranks, call))
+            value.backward()
+            derivative = world.total(threshold.grad) if gradient == "sum" else threshold.grad
+            found.append((value.detach(), mine.grad, derivative, loss.statistics["active"]))
+        close(found[1][0], found[0][0])
+        close(found[1][2], found[0][2])
+        assert torch.equal(found[1][1], found[0][1]) and found[1][3] == found[0][3] > 0
+
+
+def half_precision_travels_as_it_is(world):
+    counts = world.even(30)
+    rows, labels = batch(sum(counts))
+    own, bytes_of = world.own(counts), {}
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(DIM, 64)
+    for dtype in (torch.float32, torch.bfloat16):
+        found = []
+        for group in (None, world.group):
+            loss, net = SoftContrastiveLoss(group=group, gradient="sum"), copy.deepcopy(layer)
+            mine = slice(None) if group is None else own
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+                value = loss(net(rows[mine]), labels[mine])
+            value.backward()
+            found.append((value.detach(), world.total(net.weight.grad) if group else net.weight.grad))
+            if loss.ranks:
+                bytes_of[dtype] = loss.ranks.gathered_bytes
+        close(found[1][0], found[0][0])
+        close(found[1][1], found[0][1], 1e-5 if dtype == torch.float32 else 2e-2)
+    if world.size > 1:
+        assert bytes_of[torch.float32] - bytes_of[torch.bfloat16] == 2 * 64 * sum(counts)
+
+
+def distributed_data_parallel_trains_as_one_process(world):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(DIM, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
+    counts = world.uneven()
+    own = world.own(counts)
+    many = DistributedDataParallel(copy.deepcopy(net), process_group=world.group)
+    losses = SoftContrastiveLoss(), SoftContrastiveLoss(group=world.group, uneven=True)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.3) for model in (net, many)]
+    for step in range(6):
+        rows, labels = batch(sum(counts), seed=step)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        values = losses[0](net(rows), labels), losses[1](many(rows[own]), labels[own])
+        for value, optimizer in zip(values, optimizers):
+            value.backward()
+            optimizer.step()
+        close(values[1].detach(), values[0].detach(), 1e-5)
+        for got, want in zip(many.module.parameters(), net.parameters()):
+            close(got.detach(), want.detach(), 1e-5)
+    assert values[0] > 0
+
+
+def synchronised_batch_norm_is_torch_s_own(world):
+    """On the processor torch has none: it says so, and this case fails on the day it has."""
+    if world.size == 1:
+        return
+    norm = torch.nn.SyncBatchNorm(DIM, process_group=world.group)
+    with raises(ValueError, "SyncBatchNorm expected input tensor to be on"):
+        norm(batch(8)[0])
+
+
+def compiled_networks_have_a_break_before_the_loss(world):
+    if world.size != 2:
+        return
+    torch.manual_seed(0)
+    layer, loss = torch.nn.Linear(DIM, 8), SoftContrastiveLoss(group=world.group, gradient="sum")
+    memory = CrossBatchMemory(loss, 8, 90)
+    counts = world.even()
+    rows, labels = batch(sum(counts))
+    own = world.own(counts)
+    for module in (loss, memory):
+        def step(rows, labels):
+            return module(layer(rows), labels)
+
+        again = copy.deepcopy(memory) if module is memory else module
+        want = again(layer(rows[own]), labels[own])
+        torch._dynamo.reset()
+        with raises(torch._dynamo.exc.Unsupported, "between compiled graphs"):
+            torch.compile(step, backend="eager", fullgraph=True)(rows[own], labels[own])
+        got = torch.compile(step, backend="eager")(rows[own], labels[own])
+        got.backward()
+        assert torch.equal(got, want) and layer.weight.grad.any()
+
+
+def a_module_with_a_group_can_be_copied_but_not_pickled(world):
+    loss = SoftContrastiveLoss(group=world.group)
+    assert copy.deepcopy(loss).ranks is loss.ranks and (loss.ranks is None) == (world.size == 1)
+    if world.size > 1:
+        with raises(TypeError, "save its state_dict"):
+            pickle.dumps(loss)
+    with raises(TypeError, "group must be a torch.distributed.ProcessGroup, not str"):
+        SoftContrastiveLoss(group="all")
+    with raises(ValueError, 'gradient must be "mean" or "sum"'):
+        SoftContrastiveLoss(group=world.group, gradient="max")
+
+
+CASES = [
+    rows_have_the_bits_of_one_process,
+    batches_may_be_uneven,
+    a_rank_may_mine_nothing,
+    thresholds_get_their_derivative,
+    one_process_s_error_is_everybody_s,
+    an_error_between_the_steps_is_everybody_s,
+    references_are_the_same_everywhere,
+    memories_are_alike,
+    a_gpu_s_way_has_the_same_answers,
+    half_precision_travels_as_it_is,
+    distributed_data_parallel_trains_as_one_process,
+    synchronised_batch_norm_is_torch_s_own,
+    compiled_networks_have_a_break_before_the_loss,
+    a_module_with_a_group_can_be_copied_but_not_pickled,
+]
+
+
+def main() -> None:
+    rank, file, report = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    timeout = datetime.timedelta(seconds=20)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=SIZE, timeout=timeout)
+    groups = [dist.new_group(list(range(size))) for size in range(1, SIZE + 1)]
+    found = {}
+    for case in CASES:
+        for size, group in enumerate(groups, 1):
+            if rank < size:
+                try:
+                    case(World(group, size, rank))
+                except BaseException:
+                    found[f"{case.__name__}, {size} processes, rank {rank}"] = traceback.format_exc()
+                    report.write_text(json.dumps(found))
+    report.write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

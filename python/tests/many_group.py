@@ -1,0 +1,39 @@
+"""A loss with a process group against one process: group_cases.py in four processes at once, run by .ci/many.sh."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed: its tests do not run")
+
+import group_cases  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory):
+    """What the processes found wrong."""
+    folder = tmp_path_factory.mktemp("group")
+    environment = os.environ | {"RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, Path(group_cases.__file__)]
+    processes = [
+        subprocess.Popen([*command, str(rank), folder / "store", folder / f"{rank}.json"], env=environment)
+        for rank in range(group_cases.SIZE)
+    ]
+    try:
+        codes = [process.wait(timeout=100) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0] * group_cases.SIZE
+    reports = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(group_cases.SIZE)]
+    return {name: text for report in reports for name, text in report.items()}
+
+
+@pytest.mark.parametrize("case", group_cases.CASES, ids=lambda case: case.__name__)
+def test(case, wrong):
+    found = [f"{name}:\n{text}" for name, text in wrong.items() if name.startswith(case.__name__ + ",")]
+    assert not found, "\n".join(found)

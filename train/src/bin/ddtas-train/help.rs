@@ -1,0 +1,149 @@
+//! The settings of training in sections; `-h` shows those that a first run may need.
+
+use clap::Command;
+
+/// Headings and the arguments below them, by their fields, in order.
+const SECTIONS: &[(&str, &[&str])] = &[
+    (
+        "Runs",
+        &[
+            "preset",
+            "resume",
+            "output",
+            "seed",
+            "steps",
+            "device",
+            "workers",
+            "ranks",
+            "checkpoint_every",
+            "max_bad_images",
+            "quiet",
+            "json",
+        ],
+    ),
+    (
+        "Data",
+        &["dataset", "data_root", "train_classes", "crop_to_box", "data_seed", "image_size", "smallest_crop"],
+    ),
+    ("Batches", &["classes_per_batch", "images_per_class", "chunk_size"]),
+    (
+        "Network",
+        &["backbone", "weights", "init", "pooling", "embedding_dim", "head", "batch_norm", "width", "depth"],
+    ),
+    (
+        "Optimisation",
+        &[
+            "learning_rate",
+            "head_learning_rate",
+            "head_steps",
+            "warm_up",
+            "schedule",
+            "milestones",
+            "milestone_factor",
+            "optimizer",
+            "weight_decay",
+            "weight_decay_on",
+            "ema",
+        ],
+    ),
+    (
+        "Loss",
+        &[
+            "loss",
+            "mining",
+            "lambda",
+            "lambda_pos",
+            "lambda_neg",
+            "margin",
+            "gamma",
+            "negative_ratio",
+            "probe_ratio",
+            "tolerance",
+            "alpha",
+            "beta",
+            "memory_size",
+            "memory_start",
+        ],
+    ),
+    ("Evaluation", &["evaluate_every"]),
+    (
+        "Learned threshold",
+        &[
+            "kind",
+            "rehearsal",
+            "lambda_rate",
+            "lambda_optimizer",
+            "lambda_pair",
+            "lambda_min",
+            "lambda_max",
+            "lambda_l1",
+            "lambda_l2",
+            "lambda_ensemble",
+            "generator_init",
+            "meta",
+            "meta_classes",
+            "meta_images",
+            "meta_recent",
+            "meta_objective",
+            "lambda_reference",
+            "virtual_step",
+            "virtual_rate",
+        ],
+    ),
+];
+
+/// What `-h` shows; `--help` shows all.
+const FIRST: &[&str] = &[
+    "preset",
+    "resume",
+    "output",
+    "seed",
+    "steps",
+    "device",
+    "quiet",
+    "dataset",
+    "data_root",
+    "train_classes",
+    "image_size",
+    "classes_per_batch",
+    "images_per_class",
+    "backbone",
+    "weights",
+    "init",
+    "embedding_dim",
+    "learning_rate",
+    "loss",
+    "mining",
+    "lambda",
+    "memory_size",
+    "kind",
+];
+
+/// `command` with its arguments in sections.
+pub fn in_sections(mut command: Command) -> Command {
+    let mut order = 0;
+    for (heading, arguments) in SECTIONS {
+        for argument in *arguments {
+            order += 1;
+            let there = command.get_arguments().any(|known| known.get_id() == *argument);
+            // A build may have settings that another lacks.
+            if there {
+                command = command.mut_arg(argument, |known| {
+                    known
+                        .help_heading(*heading)
+                        .display_order(order)
+                        .hide_short_help(!FIRST.contains(argument))
+                });
+            }
+        }
+    }
+    let unlisted: Vec<String> = command
+        .get_arguments()
+        .filter(|argument| argument.get_help_heading().is_none() && argument.get_long().is_some())
+        .map(|argument| argument.get_id().to_string())
+        .collect();
+    // One that no section lists is shown all the same.
+    unlisted.into_iter().fold(command, |command, id| {
+        command.mut_arg(id, |argument| argument.help_heading("Others").hide_short_help(true))
+    })
+}

@@ -1,0 +1,51 @@
+//! What a shell and a packager want of the program: its version, completions, manual pages.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use clap_complete::Shell;
+use clap_mangen::Man;
+use ddtas_io::console::{self, print};
+use ddtas_train::{Error, Result};
+
+#[derive(clap::Args)]
+pub struct CompletionsArguments {
+    /// The shell.
+    shell: Shell,
+}
+
+#[derive(clap::Args)]
+pub struct ManArguments {
+    /// Write a page for each command into this folder, which is there.
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+}
+
+/// Version, features and the instruction set that is in use here.
+pub fn version() -> String {
+    let features = [
+        ("cuda", cfg!(feature = "cuda")),
+        ("emulated", cfg!(feature = "emulated")),
+        ("train-cuda", cfg!(feature = "train-cuda")),
+    ];
+    console::version(env!("CARGO_PKG_VERSION"), &features)
+}
+
+/// Prints a shell's script.
+pub fn completions(arguments: &CompletionsArguments, mut command: clap::Command) -> Result<()> {
+    let name = command.get_name().to_owned();
+    let mut script = Vec::new();
+    clap_complete::generate(arguments.shell, &mut command, name, &mut script);
+    Ok(print(|out| out.write_all(&script))?)
+}
+
+/// Prints the program's page, or writes all pages.
+pub fn man(arguments: &ManArguments, command: clap::Command) -> Result<()> {
+    match &arguments.out {
+        Some(folder) if !folder.is_dir() => {
+            Err(Error::misuse("out", folder.display(), "needs to be a folder that is there"))
+        }
+        Some(folder) => clap_mangen::generate_to(command, folder).map_err(Error::io("write into", folder)),
+        None => Ok(print(|out| Man::new(command).render(out))?),
+    }
+}

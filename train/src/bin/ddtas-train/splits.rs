@@ -1,0 +1,36 @@
+//! `ddtas-train splits`: the pictures of a data set as lines, for training programs of one's own.
+
+use std::io::Write;
+
+use ddtas_io::console::{print, say};
+use ddtas_train::data::{DatasetSettings, Source};
+use ddtas_train::{Error, Result};
+
+#[derive(clap::Args)]
+pub struct SplitsArguments {
+    #[command(flatten)]
+    dataset: DatasetSettings,
+}
+
+/// Prints a class, a split and a path a line, apart by tabs; warnings go to standard error.
+pub fn splits(arguments: &SplitsArguments) -> Result<()> {
+    let dataset = arguments.dataset.open(&mut |line| say(line))?;
+    dataset.warnings.iter().for_each(say);
+    let mut lines = Vec::new();
+    let splits = [
+        ("train", Some(&dataset.train)),
+        ("test", Some(&dataset.test)),
+        ("gallery", dataset.gallery.as_ref()),
+    ];
+    for (name, split) in splits {
+        for (index, source) in split.iter().flat_map(|split| split.sources().iter().enumerate()) {
+            let class = split.map_or("", |split| split.class_name(index));
+            let Source::File(path) = source else {
+                let reason = "splits lists pictures that are whole files: another data set than synthetic, and no --crop-to-box";
+                return Err(Error::misuse("dataset", arguments.dataset.dataset, reason));
+            };
+            lines.push(format!("{class}\t{name}\t{}", path.display()));
+        }
+    }
+    Ok(print(|out| lines.iter().try_for_each(|line| writeln!(out, "{line}")))?)
+}

@@ -1,0 +1,70 @@
+//! Flags that were given and change nothing: each is named once.
+
+use clap::ArgMatches;
+use clap::parser::ValueSource;
+use ddtas::loss::Mining;
+use ddtas::loss::baseline::PairLoss;
+use ddtas_train::generator::{GeneratorKind, MetaObjective, MetaSource};
+use ddtas_train::model::BackboneKind;
+use ddtas_train::train::{ScheduleKind, TrainSettings};
+
+/// Arguments, by their fields; what they are for; whether that is chosen.
+type Rule = (&'static [&'static str], &'static str, fn(&TrainSettings) -> bool);
+
+/// Of two rules for an argument the first that holds counts.
+const RULES: [Rule; 10] = [
+    (
+        &[
+            "lambda_pair",
+            "meta",
+            "meta_classes",
+            "meta_images",
+            "meta_recent",
+            "meta_objective",
+            "lambda_reference",
+            "virtual_step",
+            "virtual_rate",
+            "lambda_optimizer",
+            "lambda_rate",
+            "lambda_l1",
+            "lambda_l2",
+            "lambda_min",
+            "lambda_max",
+            "lambda_ensemble",
+        ],
+        "--generator head or full",
+        |settings| settings.generator.kind != GeneratorKind::Off,
+    ),
+    (&["meta_classes", "meta_images"], "--meta fresh", |settings| {
+        settings.generator.meta == MetaSource::Fresh
+    }),
+    (&["meta_recent"], "--meta recent", |settings| settings.generator.meta == MetaSource::Recent),
+    (&["lambda_reference"], "--meta-objective loss", |settings| {
+        settings.generator.meta_objective == MetaObjective::Loss
+    }),
+    (&["width", "depth"], "--backbone residual", |settings| settings.backbone == BackboneKind::Residual),
+    (&["gamma"], "a --mining that has tolerances", |settings| settings.mining != Mining::None),
+    (&["negative_ratio"], "--mining asms or at-asms", |settings| {
+        matches!(settings.mining, Mining::Asms | Mining::AtAsms)
+    }),
+    (&["probe_ratio", "tolerance"], "--mining at-asms", |settings| settings.mining == Mining::AtAsms),
+    (&["alpha", "beta", "lambda", "lambda_pos", "lambda_neg"], "--loss soft-contrastive", |settings| {
+        settings.loss == PairLoss::SoftContrastive
+    }),
+    (&["milestone_factor"], "--schedule step", |settings| settings.optimizer.schedule == ScheduleKind::Step),
+];
+
+/// A line for each argument of the command line that the settings leave no use for.
+pub fn unused(matches: &ArgMatches, settings: &TrainSettings) -> Vec<String> {
+    let mut told = Vec::new();
+    for (arguments, needed, _) in RULES.iter().filter(|(.., chosen)| !chosen(settings)) {
+        for argument in *arguments {
+            let given = matches.value_source(argument) == Some(ValueSource::CommandLine);
+            if given && !told.iter().any(|(other, _)| other == argument) {
+                let flag = argument.replace('_', "-");
+                told.push((*argument, format!("--{flag} changes nothing here: it is for {needed}")));
+            }
+        }
+    }
+    told.into_iter().map(|(_, line)| line).collect()
+}

@@ -1,0 +1,63 @@
+//! Which files are pictures, by their names, and what is said of the others.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// Extensions of pictures, in any case.
+const PICTURES: [&str; 9] = ["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jfif"];
+
+/// What is asked for where there is none.
+pub(crate) const KINDS: &str = "JPEG, PNG, WebP, GIF, BMP or TIFF";
+
+/// Whether a file is taken for a picture, by its extension.
+pub(crate) fn is_picture(path: &Path) -> bool {
+    let extension = path.extension().unwrap_or_default();
+    PICTURES.iter().any(|known| extension.eq_ignore_ascii_case(known))
+}
+
+/// Whether a name begins with a dot.
+pub(crate) fn is_hidden(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."))
+}
+
+/// A path as JSON holds it.
+pub(crate) fn as_text<S: serde::Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&path.display())
+}
+
+/// Files and folders that were found and not taken, counted by kind.
+#[derive(Debug, Default)]
+pub(crate) struct PassedOver {
+    kinds: BTreeMap<String, usize>,
+}
+
+impl PassedOver {
+    /// Counts a file that is no picture, or a folder where only files are looked at.
+    pub(crate) fn note(&mut self, path: &Path) {
+        if path.is_dir() {
+            self.count("folders within class folders");
+        } else if path.exists() {
+            match path.extension() {
+                Some(extension) => self.count(&format!(".{}", extension.to_string_lossy().to_lowercase())),
+                None => self.count("without extension"),
+            }
+        } else {
+            self.count("broken links");
+        }
+    }
+
+    /// Counts something by another name.
+    pub(crate) fn count(&mut self, kind: &str) {
+        *self.kinds.entry(kind.to_owned()).or_default() += 1;
+    }
+
+    /// `passed over, not read as pictures: 3 .heic, 1 .txt`, the most frequent first; none if there was nothing.
+    pub(crate) fn line(&self) -> Option<String> {
+        let mut kinds: Vec<_> = self.kinds.iter().collect();
+        kinds.sort_by(|a, b| b.1.cmp(a.1).then(a.0.cmp(b.0)));
+        let more = kinds.len().saturating_sub(8);
+        let mut named: Vec<_> = kinds.iter().take(8).map(|(kind, count)| format!("{count} {kind}")).collect();
+        named.extend((more > 0).then(|| format!("{more} other kinds")));
+        (!named.is_empty()).then(|| format!("passed over, not read as pictures: {}", named.join(", ")))
+    }
+}

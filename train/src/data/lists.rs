@@ -1,0 +1,77 @@
+//! A split by lists of pictures: `train.txt`, and `test.txt` or `query.txt` and `gallery.txt`.
+//!
+//! A line is a picture's path, from the folder of the list or absolute, and its class, apart by a tab, a comma or blanks;
+//! without a class it is the picture's folder. Empty lines, and those that begin with `#`, say nothing.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::folder::{Files, Sides};
+use crate::{Error, Result};
+
+/// The sides that the lists in `root` name; none where there are no lists.
+///
+/// # Errors
+/// [`Format`](ddtas_io::Error::Format) for a line whose picture is not there or that has no class, and for a list that names
+/// fewer than two classes.
+pub(super) fn sides(root: &Path) -> Result<Option<Sides>> {
+    let list = |name: &str| Some(root.join(name)).filter(|path| path.is_file());
+    let Some(train) = list("train.txt") else { return Ok(None) };
+    let (test, gallery) = match (list("test.txt"), list("query.txt"), list("gallery.txt")) {
+        (_, Some(query), Some(gallery)) => (query, Some(gallery)),
+        (Some(test), ..) => (test, None),
+        _ => return Ok(None),
+    };
+    let read = |list: &PathBuf| classes(root, list);
+    Ok(Some(Sides {
+        train: read(&train)?,
+        test: read(&test)?,
+        gallery: gallery.as_ref().map(read).transpose()?,
+    }))
+}
+
+fn classes(root: &Path, list: &Path) -> Result<Files> {
+    let text = fs::read(list).map_err(Error::io("read", list))?;
+    let mut classes = Files::new();
+    for (number, line) in text.split(|&byte| byte == b'\n').enumerate() {
+        let line = line.trim_ascii();
+        if line.is_empty() || line.starts_with(b"#") {
+            continue;
+        }
+        let bad = |reason: String| Error::format(list, format!("line {}: {reason}", number + 1));
+        let (path, class) = parts(line);
+        let path = root.join(text_of(path));
+        if !path.is_file() {
+            return Err(bad(format!("there is no picture {}", path.display())));
+        }
+        let folder = || path.parent().and_then(Path::file_name).map(OsString::from);
+        let class = class.map(text_of).or_else(folder).ok_or_else(|| bad("names no class".into()))?;
+        classes.entry(class).or_default().push(path);
+    }
+    if classes.len() < 2 {
+        let count = classes.len();
+        return Err(Error::format(list, format!("names {count} classes: at least 2 are needed")));
+    }
+    Ok(classes)
+}
+
+/// Path and class of a line: at a tab, else at the last comma, else at the last blank.
+fn parts(line: &[u8]) -> (&[u8], Option<&[u8]>) {
+    let separators: [fn(u8) -> bool; 3] = [|byte| byte == b'\t', |byte| byte == b',', |byte| byte == b' '];
+    for separates in separators {
+        if let Some(place) = line.iter().rposition(|&byte| separates(byte)) {
+            let (path, class) = (line[..place].trim_ascii(), line[place + 1..].trim_ascii());
+            return (path, Some(class).filter(|class| !class.is_empty()));
+        }
+    }
+    (line, None)
+}
+
+/// A name as the system spells it, UTF-8 or not.
+fn text_of(bytes: &[u8]) -> OsString {
+    #[cfg(unix)]
+    return std::os::unix::ffi::OsStringExt::from_vec(bytes.to_vec());
+    #[cfg(not(unix))]
+    String::from_utf8_lossy(bytes).into_owned().into()
+}

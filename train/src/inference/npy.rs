@@ -1,0 +1,187 @@
+//! NumPy's array files: what `embed` writes, and matrices and labels of others.
+//!
+//! The crates for it bring a parser of Python literals and a dozen crates with it; the header is one line whose words NumPy
+//! itself has written the same since its first version.
+
+use std::path::Path;
+
+use ndarray::{Array2, ShapeBuilder};
+
+use crate::{Error, Result};
+use ddtas_io::tensors::{Dtype, floats_of, integers_of};
+
+const MAGIC: &[u8] = b"\x93NUMPY";
+
+/// A matrix in format 1.0, little-endian float32 in C order.
+pub(super) fn write(values: &Array2<f32>) -> Vec<u8> {
+    let (rows, dim) = values.dim();
+    let mut header = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {dim}), }}");
+    // The data begin at a multiple of 64; the text ends in a line feed. 10 bytes stand before it.
+    let length = (10 + header.len() + 1).next_multiple_of(64) - 10;
+    header.extend(std::iter::repeat_n(' ', length - 1 - header.len()));
+    header.push('\n');
+    let mut bytes = [MAGIC, b"\x01\x00"].concat();
+    // Two numbers of 20 digits at most: far below the 65,535 bytes of format 1.0.
+    bytes.extend((length as u16).to_le_bytes());
+    bytes.extend(header.bytes());
+    bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+    bytes
+}
+
+/// An array as its header describes it.
+struct Array<'a> {
+    path: &'a Path,
+    dtype: Dtype,
+    /// Columns lie one after the other.
+    by_columns: bool,
+    shape: Vec<usize>,
+    data: &'a [u8],
+}
+
+/// A matrix of floats of any width.
+///
+/// # Errors
+/// [`Format`](ddtas_io::Error::Format) if it is something else.
+pub(super) fn matrix(path: &Path, bytes: &[u8]) -> Result<Array2<f32>> {
+    let array = Array::parse(path, bytes)?;
+    let [rows, dim] = array.shape[..] else {
+        return Err(array.bad(format!("has {} dimensions, not 2", array.shape.len())));
+    };
+    let values = floats_of(array.dtype, array.data)
+        .ok_or_else(|| array.bad(format!("holds {:?}, not floats", array.dtype)))?;
+    let shape = (rows, dim).set_f(array.by_columns);
+    let values = Array2::from_shape_vec(shape, values).map_err(|error| array.bad(error.to_string()))?;
+    Ok(values.as_standard_layout().into_owned())
+}
+
+/// Integers of any width, in one dimension.
+///
+/// # Errors
+/// [`Format`](ddtas_io::Error::Format) if it is something else.
+pub(super) fn integers(path: &Path, bytes: &[u8]) -> Result<Vec<i64>> {
+    let array = Array::parse(path, bytes)?;
+    if array.shape.len() != 1 {
+        return Err(array.bad(format!("has {} dimensions, not 1", array.shape.len())));
+    }
+    integers_of(array.dtype, array.data)
+        .ok_or_else(|| array.bad(format!("holds {:?}, not integers of 64 bits at most", array.dtype)))
+}
+
+impl<'a> Array<'a> {
+    fn parse(path: &'a Path, bytes: &'a [u8]) -> Result<Self> {
+        let bad = |reason: &str| Error::format(path, reason);
+        let rest = bytes.strip_prefix(MAGIC).ok_or_else(|| bad("not a .npy file"))?;
+        let cut = || bad("the header of the .npy is cut short");
+        let (length, rest) = match rest.first_chunk::<4>().ok_or_else(cut)? {
+            [1, _, low, high] => (usize::from(u16::from_le_bytes([*low, *high])), &rest[4..]),
+            _ => {
+                let length = rest[2..].first_chunk::<4>().ok_or_else(cut)?;
+                (u32::from_le_bytes(*length) as usize, &rest[6..])
+            }
+        };
+        let (header, data) = rest.split_at_checked(length).ok_or_else(cut)?;
+        let header = String::from_utf8_lossy(header);
+        let after = |key: &str| header.split_once(&format!("'{key}':")).map(|(_, rest)| rest.trim_start());
+        let unknown = || bad(&format!("unknown header of a .npy: {}", header.trim()));
+        let descr = after("descr").and_then(|rest| rest.split('\'').nth(1)).ok_or_else(unknown)?;
+        let dtype = dtype(descr).ok_or_else(|| bad(&format!("holds {descr}: give little-endian numbers")))?;
+        let by_columns = after("fortran_order").ok_or_else(unknown)?.starts_with("True");
+        let shape =
+            after("shape").and_then(|rest| rest.strip_prefix('(')?.split_once(')')).ok_or_else(unknown)?.0;
+        let shape: Option<Vec<usize>> = shape
+            .split(',')
+            .map(str::trim)
+            .filter(|part| !part.is_empty())
+            .map(|part| part.parse().ok())
+            .collect();
+        let shape = shape.ok_or_else(unknown)?;
+        let count = shape.iter().try_fold(1usize, |all, &side| all.checked_mul(side));
+        if count.and_then(|count| count.checked_mul(dtype.bitsize() / 8)) != Some(data.len()) {
+            return Err(bad(&format!("the .npy has {} bytes of data, not those of its shape", data.len())));
+        }
+        Ok(Self { path, dtype, by_columns, shape, data })
+    }
+
+    fn bad(&self, reason: String) -> Error {
+        Error::format(self.path, reason)
+    }
+}
+
+/// NumPy's name of a type.
+fn dtype(descr: &str) -> Option<Dtype> {
+    Some(match descr {
+        "<f2" => Dtype::F16,
+        "<f4" => Dtype::F32,
+        "<f8" => Dtype::F64,
+        "|i1" => Dtype::I8,
+        "|u1" => Dtype::U8,
+        "<i2" => Dtype::I16,
+        "<u2" => Dtype::U16,
+        "<i4" => Dtype::I32,
+        "<u4" => Dtype::U32,
+        "<i8" => Dtype::I64,
+        "<u8" => Dtype::U64,
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ndarray::array;
+
+    /// As numpy.save writes it.
+    fn saved(version: u8, descr: &str, order: &str, shape: &str, data: &[u8]) -> Vec<u8> {
+        let header = format!("{{'descr': '{descr}', 'fortran_order': {order}, 'shape': {shape}, }}   \n");
+        let length = (header.len() as u32).to_le_bytes();
+        let length = if version == 1 { &length[..2] } else { &length[..] };
+        [MAGIC, &[version, 0], length, header.as_bytes(), data].concat()
+    }
+
+    #[test]
+    fn matrices_are_read_in_either_order_and_width() {
+        let path = Path::new("m.npy");
+        let wanted = array![[1.0f32, 2.0, 3.0], [4.0, 5.0, 6.0]];
+        assert_eq!(matrix(path, &write(&wanted)).unwrap(), wanted);
+        let doubles = |values: [f64; 6]| values.map(f64::to_le_bytes).concat();
+        let rows = saved(2, "<f8", "False", "(2, 3)", &doubles([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]));
+        assert_eq!(matrix(path, &rows).unwrap(), wanted);
+        let columns = saved(1, "<f8", "True", "(2, 3)", &doubles([1.0, 4.0, 2.0, 5.0, 3.0, 6.0]));
+        assert_eq!(matrix(path, &columns).unwrap(), wanted);
+        for (bytes, what) in [
+            (saved(1, ">f4", "False", "(1, 1)", &[0; 4]), "little-endian"),
+            (saved(1, "<f4", "False", "(2, 1)", &[0; 4]), "not those of its shape"),
+            (saved(1, "<f4", "False", "(1,)", &[0; 4]), "1 dimensions"),
+            (saved(1, "<i4", "False", "(1, 1)", &[0; 4]), "not floats"),
+            (rows[..20].to_vec(), "cut short"),
+            (b"text".to_vec(), "not a .npy"),
+        ] {
+            let said = matrix(path, &bytes).unwrap_err().to_string();
+            assert!(said.contains(what) && said.contains("m.npy"), "{said}");
+        }
+    }
+
+    #[test]
+    fn labels_are_integers_of_any_type() {
+        let path = Path::new("l.npy");
+        for (descr, data) in [
+            ("|i1", vec![7, 0xfe]),
+            ("<i2", vec![7, 0, 0xfe, 0xff]),
+            ("<i8", [7i64, -2].map(i64::to_le_bytes).concat()),
+        ] {
+            assert_eq!(integers(path, &saved(1, descr, "False", "(2,)", &data)).unwrap(), [7, -2], "{descr}");
+        }
+        for (descr, data) in
+            [("|u1", vec![7, 0xfe]), ("<u2", vec![7, 0, 0xfe, 0]), ("<u4", vec![7, 0, 0, 0, 0xfe, 0, 0, 0])]
+        {
+            assert_eq!(
+                integers(path, &saved(1, descr, "False", "(2,)", &data)).unwrap(),
+                [7, 254],
+                "{descr}"
+            );
+        }
+        let beyond = saved(1, "<u8", "False", "(1,)", &u64::MAX.to_le_bytes());
+        assert!(integers(path, &beyond).is_err());
+        assert!(integers(path, &saved(1, "<f4", "False", "(1,)", &[0; 4])).is_err());
+    }
+}

@@ -1,0 +1,149 @@
+//! Gradients, running statistics and weights of a network over all ranks.
+
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::optim::GradientsParams;
+use burn::tensor::{Tensor, TensorData};
+
+use super::{EmbeddingNetwork, read};
+use crate::ranks::{Collective, gather};
+use crate::{Error, Result};
+
+/// The gradients of the weights of `module`, added up over all ranks; each must have some of the same weights.
+pub(crate) fn sum_gradients<M: Module>(
+    ranks: &dyn Collective,
+    module: &M,
+    gradients: GradientsParams,
+) -> Result<GradientsParams> {
+    if ranks.size() == 1 {
+        return Ok(gradients);
+    }
+    let mut flat = Flat { gradients: &gradients, values: Ok(Vec::new()) };
+    module.visit(&mut flat);
+    let mut values = flat.values?;
+    ranks.all_reduce(&mut values)?;
+    let mut sums = Sums { gradients: &gradients, values: values.into_iter(), sums: GradientsParams::new() };
+    module.visit(&mut sums);
+    Ok(sums.sums)
+}
+
+/// Puts the mean over all ranks in the place of every running statistic; a rank counts for as much as its `share` of the batch.
+pub(crate) fn mean_statistics(
+    ranks: &dyn Collective,
+    network: EmbeddingNetwork,
+    share: f64,
+) -> Result<EmbeddingNetwork> {
+    if ranks.size() == 1 {
+        return Ok(network);
+    }
+    // Evaluation mode brings them up to this step.
+    drop(network.valid());
+    let mut found = Values { values: Ok(Vec::new()), wanted: Wanted::Statistics };
+    network.visit(&mut found);
+    let mut values: Vec<f32> =
+        found.values?.into_iter().map(|value| (f64::from(value) * share) as f32).collect();
+    ranks.all_reduce(&mut values)?;
+    Ok(network.map(&mut Replace { values: values.into_iter() }))
+}
+
+/// Refuses to go on where ranks have different weights.
+pub(crate) fn check_same_weights(
+    ranks: &dyn Collective,
+    network: &EmbeddingNetwork,
+    step: usize,
+) -> Result<()> {
+    if ranks.size() == 1 {
+        return Ok(());
+    }
+    let mut found = Values { values: Ok(Vec::new()), wanted: Wanted::All };
+    network.valid().visit(&mut found);
+    let own = crc32fast::hash(bytemuck::cast_slice(&found.values?));
+    let all: Vec<u32> = gather(ranks, &[own])?;
+    match all.iter().position(|&other| other != all[0]) {
+        Some(rank) => Err(Error::Training(format!(
+            "rank {rank} has other weights than rank 0 before step {step}: all ranks need the same program, the same kind of processor, \
+             and the same files"
+        ))),
+        None => Ok(()),
+    }
+}
+
+/// Copies the gradients of a module out, one behind the other.
+struct Flat<'a> {
+    gradients: &'a GradientsParams,
+    values: Result<Vec<f32>>,
+}
+
+impl ModuleVisitor for Flat<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if let (Ok(values), Some(gradient)) = (&mut self.values, self.gradients.get::<D>(param.id)) {
+            match read(gradient) {
+                Ok(found) => values.extend(found),
+                Err(error) => self.values = Err(error),
+            }
+        }
+    }
+}
+
+/// Makes gradients of values in the order of [`Flat`].
+struct Sums<'a> {
+    gradients: &'a GradientsParams,
+    values: std::vec::IntoIter<f32>,
+    sums: GradientsParams,
+}
+
+impl ModuleVisitor for Sums<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let Some(own) = self.gradients.get::<D>(param.id) else { return };
+        self.sums.register(param.id, like(&own, &mut self.values));
+    }
+}
+
+/// Which tensors of a module.
+#[derive(Clone, Copy, PartialEq)]
+enum Wanted {
+    All,
+    /// Those that no gradient moves.
+    Statistics,
+}
+
+/// Copies tensors of a module out, one behind the other.
+struct Values {
+    values: Result<Vec<f32>>,
+    wanted: Wanted,
+}
+
+impl ModuleVisitor for Values {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let tensor = param.val();
+        if self.wanted == Wanted::Statistics && tensor.is_require_grad() {
+            return;
+        }
+        if let Ok(values) = &mut self.values {
+            match read(tensor) {
+                Ok(found) => values.extend(found),
+                Err(error) => self.values = Err(error),
+            }
+        }
+    }
+}
+
+/// Puts values in the place of the tensors that no gradient moves.
+struct Replace {
+    values: std::vec::IntoIter<f32>,
+}
+
+impl ModuleMapper for Replace {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        if param.val().is_require_grad() {
+            return param;
+        }
+        param.map(|old| like(&old, &mut self.values))
+    }
+}
+
+/// The next values as a tensor of the shape and on the device of another.
+fn like<const D: usize>(tensor: &Tensor<D>, values: &mut impl Iterator<Item = f32>) -> Tensor<D> {
+    let shape = tensor.shape();
+    let values: Vec<f32> = values.take(shape.num_elements()).collect();
+    Tensor::from_data(TensorData::new(values, shape), &tensor.device())
+}

@@ -1,0 +1,275 @@
+//! What a person at a terminal meets: help, versions, checkpoints by their run, embeddings of others, runs that go on.
+#![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
+
+mod runs;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use assert_cmd::Command;
+use runs::{assert_refused, folder_of_pictures, small_run};
+use serde_json::Value;
+
+fn ddtas_train(arguments: &str) -> Command {
+    let mut command = Command::cargo_bin("ddtas-train").unwrap();
+    command.current_dir(place()).args(arguments.split_whitespace());
+    command
+}
+
+fn printed(arguments: &str) -> String {
+    let output = ddtas_train(arguments).output().unwrap();
+    assert!(output.status.success(), "{arguments}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn said(arguments: &str) -> String {
+    let output = ddtas_train(arguments).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{arguments}: {said}");
+    said
+}
+
+fn json(arguments: &str) -> Value {
+    serde_json::from_str(&printed(arguments)).unwrap()
+}
+
+/// A folder with pictures, `data`, and a finished run on them, `run`.
+fn place() -> &'static Path {
+    static PLACE: OnceLock<PathBuf> = OnceLock::new();
+    PLACE.get_or_init(|| {
+        let place = Path::new(env!("CARGO_TARGET_TMPDIR")).join("programs");
+        let _ = fs::remove_dir_all(&place);
+        folder_of_pictures(&place.join("data"), 8, 4);
+        let mut command = small_run(&place.join("run"), 4);
+        command
+            .args(["--dataset", "folder", "--classes-per-batch", "4", "--data-root"])
+            .arg(place.join("data"));
+        command.assert().success();
+        place
+    })
+}
+
+#[test]
+fn help_is_in_sections_and_short_help_is_short() {
+    for (command, most) in [("", 60), ("eval ", 60), ("embed ", 60), ("search ", 60)] {
+        let short = printed(&format!("{command}-h"));
+        assert!(short.lines().count() <= most, "{command}-h has {} lines", short.lines().count());
+        let long = printed(&format!("{command}--help"));
+        for text in [&short, &long] {
+            assert!(!text.contains("SPEC"), "{command}: {text}");
+        }
+    }
+    let long = printed("--help");
+    for heading in ["Runs:", "Data:", "Batches:", "Network:", "Optimisation:", "Loss:", "Learned threshold:"]
+    {
+        assert_eq!(long.lines().filter(|line| *line == heading).count(), 1, "{heading}");
+    }
+    assert!(!long.contains("Others:"), "an argument is in no section");
+}
+
+#[test]
+fn version_completions_and_manual_pages_are_there() {
+    let version = printed("--version");
+    assert!(version.contains("features: ") && version.contains("instruction set: "), "{version}");
+    for shell in ["bash", "zsh", "fish"] {
+        let script = printed(&format!("completions {shell}"));
+        assert!(script.contains("data-root") && script.contains("embed"), "{shell}");
+    }
+    assert!(printed("man").contains(".TH ddtas-train"));
+    let pages = tempfile::tempdir().unwrap();
+    ddtas_train("man --out").arg(pages.path()).assert().success();
+    for page in ["ddtas-train.1", "ddtas-train-eval.1", "ddtas-train-search.1"] {
+        assert!(pages.path().join(page).is_file(), "{page}");
+    }
+    assert_refused(&mut ddtas_train("man --out nowhere"), "--out nowhere");
+}
+
+#[test]
+fn quiet_says_the_result_alone_and_json_is_one_object() {
+    let again = "--dataset folder --data-root data --image-size 16 --width 4 --steps 2 --evaluate-every 0";
+    let output = ddtas_train(&format!("{again} --quiet --json --output quiet")).output().unwrap();
+    assert_eq!(String::from_utf8(output.stderr).unwrap(), "");
+    let summary: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((summary["steps"].as_u64(), summary["folder"].as_str()), (Some(2), Some("quiet")));
+    assert!(summary["after"]["at"][0][1].is_number());
+    assert_eq!(said("eval --checkpoint run --quiet"), "");
+}
+
+#[test]
+fn the_folder_of_a_run_means_its_best_checkpoint() {
+    let of = |checkpoint: &str| {
+        let mut evaluation = json(&format!("eval --checkpoint {checkpoint} --json"));
+        evaluation.as_object_mut().unwrap().retain(|key, _| !key.ends_with("seconds"));
+        evaluation
+    };
+    assert_eq!(of("run"), of("run/best.safetensors"));
+    printed("eval --checkpoint run --html eval.html");
+    let page = fs::read_to_string(place().join("eval.html")).unwrap();
+    assert!(
+        page.contains("<th>R@1</th>") && page.contains("<th>M@R</th>") && page.contains("16 queries"),
+        "{page}"
+    );
+    assert_refused(&mut ddtas_train("eval --checkpoint run --html nowhere/eval.html"), "--html nowhere");
+    assert_refused(&mut ddtas_train("eval --checkpoint data"), "holds no best.safetensors");
+}
+
+#[test]
+fn npy_files_are_evaluated_and_searched_with_labels_beside_them() {
+    let figures = |file: &str| json(&format!("eval --embeddings {file} --json"))["at"].clone();
+    printed("embed --checkpoint run --images data --out e.npy");
+    printed("embed --checkpoint run --images data --out e.safetensors");
+    assert_eq!(figures("e.npy"), figures("e.safetensors"));
+    let search = |gallery: &str| {
+        printed(&format!("search --checkpoint run --gallery {gallery} --query data/class00/0.png"))
+    };
+    assert_eq!(search("e.npy"), search("data"));
+    assert!(
+        search("e.npy").lines().nth(1).unwrap().ends_with("class00/0.png  (the query itself)"),
+        "{}",
+        search("e.npy")
+    );
+
+    // Somebody else's: no .json, labels as NumPy saves them.
+    fs::copy(place().join("e.npy"), place().join("bare.npy")).unwrap();
+    assert_refused(&mut ddtas_train("eval --embeddings bare.npy"), "bare.labels.npy");
+    let mut labels =
+        b"\x93NUMPY\x01\0\x46\0{'descr': '|u1', 'fortran_order': False, 'shape': (32,), }".to_vec();
+    labels.resize(10 + 0x45, b' ');
+    labels.push(b'\n');
+    labels.extend((0..32).map(|row| row / 4));
+    fs::write(place().join("bare.labels.npy"), &labels).unwrap();
+    assert_eq!(figures("bare.npy"), figures("e.npy"));
+    labels.truncate(labels.len() - 1);
+    fs::write(place().join("bare.labels.npy"), labels).unwrap();
+    assert_refused(&mut ddtas_train("eval --embeddings bare.npy"), "not those of its shape");
+}
+
+#[test]
+fn flips_change_embeddings_and_files_remember_them() {
+    printed("embed --checkpoint run --images data --out f.safetensors --flips");
+    let search = "search --checkpoint run --gallery f.safetensors --query data/class00/0.png";
+    assert_refused(&mut ddtas_train(search), "with --flips: give it here too");
+    assert!(printed(&format!("{search} --flips")).contains("1.000"));
+    let (plain, flipped) =
+        (json("eval --checkpoint run --json"), json("eval --checkpoint run --flips --json"));
+    assert_eq!(plain["queries"], flipped["queries"]);
+}
+
+#[test]
+fn queries_that_stand_in_the_gallery_are_noticed() {
+    for side in ["query", "gallery"] {
+        folder_of_pictures(&place().join("own").join(side), 4, 3);
+    }
+    folder_of_pictures(&place().join("own/train"), 4, 3);
+    let said = said("eval --checkpoint run --dataset folder --data-root own");
+    assert!(said.contains("12 of the 12 queries stand in the gallery as well"), "{said}");
+}
+
+#[cfg(unix)]
+#[test]
+fn names_that_are_no_text_survive() {
+    use std::os::unix::ffi::OsStrExt;
+    let folder = place().join("odd");
+    let odd = folder.join(std::ffi::OsStr::from_bytes(b"caf\xe9.png"));
+    fs::create_dir_all(&folder).unwrap();
+    fs::copy(place().join("data/class01/0.png"), &odd).unwrap();
+    fs::copy(place().join("data/class02/0.png"), folder.join("plain.png")).unwrap();
+    fs::write(folder.join("cut.png"), b"").unwrap();
+    fs::write(folder.join("more.heic"), b"").unwrap();
+    let output = ddtas_train("embed --checkpoint run --images odd --out odd.npy --json").output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("passed over, not read as pictures: 1 .heic"), "{said}");
+    assert_eq!(serde_json::from_slice::<Value>(&output.stdout).unwrap()["pictures"], 2);
+    let page = place().join("odd.html");
+    let mut search = ddtas_train("search --checkpoint run --gallery odd.npy --top 2 --html odd.html --query");
+    let output = search.arg(&odd).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(String::from_utf8(output.stdout).unwrap().contains("(the query itself)"));
+    assert!(!fs::read_to_string(page).unwrap().contains("no picture"), "the file was found again");
+}
+
+/// A copy of the run that can go on: its last two steps are still to come.
+fn unfinished(name: &str) -> String {
+    let run = place().join(name);
+    let mut command = small_run(&run, 60);
+    command.args([
+        "--dataset",
+        "folder",
+        "--classes-per-batch",
+        "4",
+        "--checkpoint-every",
+        "2",
+        "--max-bad-images",
+        "0",
+    ]);
+    // The pictures of its last class are broken: it stops there, with a checkpoint before.
+    let data = place().join(format!("{name} data"));
+    folder_of_pictures(&data, 8, 4);
+    fs::write(data.join("class07/0.png"), b"").unwrap();
+    command.arg("--data-root").arg(&data).assert().failure();
+    folder_of_pictures(&data, 8, 4);
+    name.to_owned()
+}
+
+#[test]
+fn a_run_goes_on_with_pictures_that_moved_and_not_with_an_edited_config() {
+    let name = unfinished("moved");
+    let (old, new) = (place().join("moved data"), place().join("elsewhere"));
+    fs::rename(&old, &new).unwrap();
+    let resume = format!("--resume {name}");
+    assert_refused(&mut ddtas_train(&resume), "does not exist");
+    said(&format!("{resume} --data-root elsewhere"));
+    let config = fs::read_to_string(place().join(&name).join("config.toml")).unwrap();
+    assert!(config.contains("elsewhere") && !config.contains("moved data"), "{config}");
+    json(&format!("eval --checkpoint {name} --json"));
+
+    // A run's state speaks of the settings that it was begun with.
+    let edited = place().join("edited");
+    fs::create_dir_all(&edited).unwrap();
+    for file in ["config.toml", "last.safetensors", "metrics.jsonl"] {
+        fs::copy(place().join("run").join(file), edited.join(file)).unwrap();
+    }
+    let text = fs::read_to_string(edited.join("config.toml")).unwrap();
+    fs::write(edited.join("config.toml"), text.replace("gamma = 0.1", "gamma = 0.2")).unwrap();
+    assert_refused(&mut ddtas_train("--resume edited"), "gamma is 0.2, but the run began with 0.1");
+}
+
+#[test]
+fn a_finished_run_goes_on_in_a_new_folder_with_its_optimizer() {
+    assert!(said("--resume run").contains("--init run/last.safetensors"));
+    let first_steps = |init: &str, name: &str| {
+        let mut command = small_run(&place().join(name), 3);
+        command.args([
+            "--dataset",
+            "folder",
+            "--classes-per-batch",
+            "4",
+            "--schedule",
+            "constant",
+            "--warm-up",
+            "0",
+        ]);
+        command.args(["--data-root", "data", "--init", init]).current_dir(place());
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let table = String::from_utf8(output.stdout).unwrap();
+        assert!(table.contains("before this run") && !table.contains("untrained"), "{table}");
+        runs::records(&place().join(name)).0.iter().map(|step| step.loss).collect::<Vec<_>>()
+    };
+    // The same weights without moments: a checkpoint of the same step that holds nothing else.
+    let with = first_steps("run/last.safetensors", "goes on");
+    let bytes = fs::read(place().join("run/last.safetensors")).unwrap();
+    assert!(String::from_utf8_lossy(&bytes).contains("optimizer."));
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header =
+        String::from_utf8(bytes[8..8 + length].to_vec()).unwrap().replace("\"optimizer.", "\"forgotten.");
+    fs::write(
+        place().join("bare.safetensors"),
+        [&bytes[..8], header.as_bytes(), &bytes[8 + length..]].concat(),
+    )
+    .unwrap();
+    let without = first_steps("bare.safetensors", "without");
+    assert_eq!(with[0], without[0]);
+    assert_ne!(with[2], without[2], "the moments count");
+}
