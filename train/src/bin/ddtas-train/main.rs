@@ -88,6 +88,7 @@ fn main() -> ExitCode {
         (Some(Command::Eval(arguments)), _) => eval::eval(&arguments, quiet).map(done),
         (Some(Command::Embed(arguments)), _) => embed::embed(&arguments, quiet).map(done),
         (Some(Command::Search(arguments)), _) => search::search(&arguments, quiet).map(done),
+        (Some(Command::Splits(arguments)), _) => splits::splits(&arguments).map(done),
         (Some(Command::Completions(arguments)), _) => shell::completions(&arguments, command()).map(done),
         (Some(Command::Man(arguments)), _) => shell::man(&arguments, command()).map(done),
         (None, None) => {

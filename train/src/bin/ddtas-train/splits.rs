@@ -27,7 +27,7 @@ pub fn splits(arguments: &SplitsArguments) -> Result<()> {
             let class = split.map_or("", |split| split.class_name(index));
             let Source::File(path) = source else {
                 let reason = "splits lists pictures that are whole files: another data set than synthetic, and no --crop-to-box";
-                return Err(Error::misuse("dataset", arguments.dataset.dataset, reason));
+                return Err(Error::misuse("dataset", "", reason));
             };
             lines.push(format!("{class}\t{name}\t{}", path.display()));
         }
