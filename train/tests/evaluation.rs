@@ -313,7 +313,7 @@ fn wrong_input_is_refused_in_one_line_that_says_what_to_do() {
     let mut other = EmbeddingsFile::read(&out).unwrap();
     other.metadata.insert("ddtas.checkpoint".into(), "00000000".into());
     other.write(&out).unwrap();
-    search(&out, &query, "another checkpoint");
+    search(&out, &query, "another network");
 
     // Arguments of training have no business before a subcommand.
     let mut mixed = run(&[&"--steps", &"3", &"eval", &"--embeddings", &out]);

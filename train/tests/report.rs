@@ -130,8 +130,7 @@ fn report_shows_recall_plots_neighbours_and_settings() {
     for (column, answer) in query.answers.iter().enumerate() {
         let green = frame(column as u32, 0)[1] > 128;
         assert_eq!(green, answer.right, "frame of answer {column}");
-        let whole =
-            (0..100).all(|along| strip.get_pixel(130 + 8 + column as u32 * 114 + along, 8).0 != [255; 3]);
+        let whole = (0..106).all(|along| strip.get_pixel(130 + column as u32 * 114 + along, 8).0 != [255; 3]);
         assert_eq!(whole, answer.right, "a broken frame says wrong");
     }
     if let Some(kept) = option_env!("DDTAS_KEEP_REPORT") {
