@@ -153,10 +153,12 @@ pub unsafe fn unit_rows(py: Python<'_>, context: &Context, place: Place, unit: u
     let given = unsafe { unlabelled(place) }?;
     context.compute(py, |backend| {
         let found = backend.unit_rows(&given)?;
-        // SAFETY: the caller's promise: three of them, one is true.
         match &found {
+            // SAFETY: the caller's promise.
             Embeddings::F32(rows) => unsafe { copy(rows, unit) },
+            // SAFETY: as above.
             Embeddings::F16(rows) => unsafe { copy(rows, unit) },
+            // SAFETY: as above.
             Embeddings::Bf16(rows) => unsafe { copy(rows, unit) },
         }
         Ok(())
