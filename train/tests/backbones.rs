@@ -159,6 +159,31 @@ fn a_start_from_random_weights_is_told() {
 }
 
 #[test]
+fn damaged_files_are_one_line_each() {
+    let (folder, device) = (tempfile::tempdir().unwrap(), Device::flex());
+    let path = folder.path().join("weights.pth");
+    let refused = |bytes: &[u8]| {
+        std::fs::write(&path, bytes).unwrap();
+        let network = Backbone::new(&shape(BackboneKind::ResNet18), &device);
+        let said = network.with_weights(&path).map(|_| ()).unwrap_err().to_string();
+        assert!(said.lines().count() == 1 && said.contains("weights.pth"), "{said}");
+    };
+    refused(b"");
+    refused(b"PK");
+    refused(&[0x80, 2, b'}', b'q', 0, b'.', 0, 0, 0]);
+    // A pickle that asks for four gigabytes of text.
+    refused(&[0x80, 2, b'X', 0xff, 0xff, 0xff, 0xff, b'a', b'b', b'.']);
+    refused(&[b'P', b'K', 3, 4, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff]);
+    refused(&[0xff; 64]);
+    refused(b"nothing of the kind, but long enough to look at");
+    assert!(
+        Backbone::new(&shape(BackboneKind::ResNet18), &device)
+            .with_weights(&folder.path().join("none"))
+            .is_err()
+    );
+}
+
+#[test]
 fn checkpoints_bear_the_fields_names_and_come_back() {
     let (folder, device) = (tempfile::tempdir().unwrap(), Device::flex());
     let path = folder.path().join("checkpoint.safetensors");
