@@ -33,6 +33,7 @@ float truncate(double value) {
 void cp_async(void *to, const void *from) {
     if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16) die("cp_async is not aligned", "");
     Thread &self = machine->self();
+    Called called(__builtin_return_address(0));
     // Whoever still reads the old bytes, or already the new ones, gets NaN.
     std::memset(to, 0xff, 16);
     writes(to, 16);
@@ -42,6 +43,7 @@ void cp_async(void *to, const void *from) {
 void cp_async_commit() { ++machine->self().group; }
 
 void cp_async_wait(int pending) {
+    Called called(__builtin_return_address(0));
     Thread &self = machine->self();
     std::vector<Copy> later;
     for (Copy &copy : self.copies) {
@@ -55,7 +57,10 @@ void cp_async_wait(int pending) {
     self.copies = std::move(later);
 }
 
-void reads_matrix(const void *row) { reads(row, 16); }
+void reads_matrix(const void *row) {
+    Called called(__builtin_return_address(0));
+    reads(row, 16);
+}
 
 template <Numbers numbers>
 void multiply(void **lanes) {

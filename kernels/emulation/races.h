@@ -13,6 +13,8 @@
 
 #ifdef DDTAS_EMULATION_RACES
 #include <sanitizer/tsan_interface.h>
+extern "C" void __tsan_func_entry(void *from);
+extern "C" void __tsan_func_exit();
 extern "C" void __tsan_read_range(void *first, size_t bytes);
 extern "C" void __tsan_write_range(void *first, size_t bytes);
 extern "C" void AnnotateIgnoreReadsBegin(const char *file, int line);
@@ -30,6 +32,12 @@ inline void release(void *token) { __tsan_release(token); }
 // What an instruction touches that the emulation carries out, as an access of the thread that issued it.
 inline void reads(const void *from, size_t bytes) { __tsan_read_range(const_cast<void *>(from), bytes); }
 inline void writes(void *to, size_t bytes) { __tsan_write_range(to, bytes); }
+// A function of the emulation that a kernel calls, `from` its return address: it is not compiled for the sanitizer, which
+// would else not know the line of the kernel.
+struct Called {
+    explicit Called(void *from) { __tsan_func_entry(from); }
+    ~Called() { __tsan_func_exit(); }
+};
 // The machine's own copies: intercepted in the C library, though this code is not watched.
 struct Unwatched {
     Unwatched() {
@@ -46,6 +54,9 @@ inline void acquire(void *) {}
 inline void release(void *) {}
 inline void reads(const void *, size_t) {}
 inline void writes(void *, size_t) {}
+struct Called {
+    explicit Called(void *) {}
+};
 struct Unwatched {
     Unwatched() {}
 };
