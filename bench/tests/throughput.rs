@@ -139,7 +139,10 @@ fn files_that_do_not_fit_are_named() {
         let line = complaint(&["--embeddings", text(&path), flag, given]);
         assert!(line.contains("the file has"), "{line}");
     }
-    assert!(complaint(&["--embeddings", text(&path), "--batch", "10,20"]).contains("--batch 10,20"));
+    assert!(
+        complaint(&["--embeddings", text(&path), "--batch", "10,20"])
+            .contains("--batch 10,20: --embeddings goes with one")
+    );
 
     // Doubles one value of the first row.
     let mut bytes = std::fs::read(&path).unwrap();

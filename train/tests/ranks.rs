@@ -19,7 +19,11 @@ use runs::{assert_refused, folder_of_pictures, records, small_run};
 fn run_on(data: &Path, output: &Path, steps: usize, more: &[&str]) -> Command {
     let mut command = small_run(output, steps);
     command.args(["--dataset", "folder", "--classes-per-batch", "5", "--images-per-class", "3"]);
-    command.args(["--generator", "off", "--meta-classes", "3"]).args(more).arg("--data-root").arg(data);
+    command
+        .args(["--generator", "off", "--meta-classes", "3", "--learning-rate", "0.004"])
+        .args(more)
+        .arg("--data-root")
+        .arg(data);
     command
 }
 
@@ -43,12 +47,13 @@ fn any_number_of_ranks_goes_the_way_of_one_process() {
     let run = |name: &str, ranks: &str, more: &[&str], steps: usize| {
         let folder = place.path().join(name);
         let mut command = run_on(&data, &folder, steps, more);
+        command.args(["--smallest-crop", "1", "--learning-rate", "0.004"]);
         command.args(["--batch-norm", "frozen", "--ranks", ranks, "--init"]).arg(&weights).assert().success();
         folder
     };
     let one = records(&run("one", "1", &[], 30)).0;
     assert!(
-        one[0].loss > 1.02 * one[29].loss,
+        one[0].loss > 1.05 * one[29].loss,
         "nothing is learned: from {} to {}",
         one[0].loss,
         one[29].loss
