@@ -17,14 +17,10 @@ pub fn splits(arguments: &SplitsArguments) -> Result<()> {
     let dataset = arguments.dataset.open(&mut |line| say(line))?;
     dataset.warnings.iter().for_each(say);
     let mut lines = Vec::new();
-    let splits = [
-        ("train", Some(&dataset.train)),
-        ("test", Some(&dataset.test)),
-        ("gallery", dataset.gallery.as_ref()),
-    ];
-    for (name, split) in splits {
-        for (index, source) in split.iter().flat_map(|split| split.sources().iter().enumerate()) {
-            let class = split.map_or("", |split| split.class_name(index));
+    let gallery = dataset.gallery.as_ref().map(|gallery| ("gallery", gallery));
+    for (name, split) in [("train", &dataset.train), ("test", &dataset.test)].into_iter().chain(gallery) {
+        for (index, source) in split.sources().iter().enumerate() {
+            let class = split.class_name(index);
             let Source::File(path) = source else {
                 let reason = "splits lists pictures that are whole files: another data set than synthetic, and no --crop-to-box";
                 return Err(Error::misuse("dataset", "", reason));

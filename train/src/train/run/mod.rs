@@ -82,9 +82,18 @@ pub fn train(
     stop: &AtomicBool,
     tell: &mut dyn FnMut(Event<'_>),
 ) -> Result<Outcome> {
+    on_every_rank(ranks, tell, |tell| begin(settings, ranks, stop, tell))
+}
+
+/// Does `work` on this rank, of which rank 0 alone tells; an error on one rank ends all.
+fn on_every_rank<T>(
+    ranks: &Rc<dyn Collective>,
+    tell: &mut dyn FnMut(Event<'_>),
+    work: impl FnOnce(&mut dyn FnMut(Event<'_>)) -> Result<T>,
+) -> Result<T> {
     let mut silent = |_: Event<'_>| {};
     let tell = if ranks.rank() == 0 { tell } else { &mut silent };
-    together(ranks, || begin(settings, ranks, stop, tell))
+    together(ranks, || work(tell))
 }
 
 fn begin(
@@ -126,9 +135,7 @@ pub fn resume(
     stop: &AtomicBool,
     tell: &mut dyn FnMut(Event<'_>),
 ) -> Result<Outcome> {
-    let mut silent = |_: Event<'_>| {};
-    let tell = if ranks.rank() == 0 { tell } else { &mut silent };
-    together(ranks, || go_on(folder, overrides, ranks, stop, tell))
+    on_every_rank(ranks, tell, |tell| go_on(folder, overrides, ranks, stop, tell))
 }
 
 fn go_on(
