@@ -62,12 +62,12 @@ fn findings() -> (Findings, image::RgbImage) {
     let cars = synthetic(&settings).unwrap();
     let n = cars.test.len();
     // The next pictures in the set: some of the same class, some of the next one.
-    let nearest = Nearest {
-        indices: Array2::from_shape_fn((n, 8), |(i, j)| ((i + j + 1) % n) as u32),
-        similarities: Array2::from_shape_fn((n, 8), |(_, j)| 0.95 - 0.06 * j as f32),
+    let nearest = |chosen: &[usize]| Nearest {
+        indices: Array2::from_shape_fn((chosen.len(), 8), |(i, j)| ((chosen[i] + j + 1) % n) as u32),
+        similarities: Array2::from_shape_fn((chosen.len(), 8), |(_, j)| 0.95 - 0.06 * j as f32),
     };
     let rows: Vec<usize> = (0..n).collect();
-    let shown = choose(&rows, &rows, &nearest, 8, 8).unwrap();
+    let shown = choose(&rows, &rows, 8, |chosen| Ok(nearest(chosen))).unwrap();
     let (queries, sheet) = report::queries(&cars.test, &cars.test, &shown).unwrap();
     let findings = Findings {
         dataset: "synthetic".into(),

@@ -15,33 +15,27 @@ pub struct Shown {
     pub answers: Vec<(usize, f32)>,
 }
 
-/// `count` queries with their first `depth` neighbours, at even distances through the split:
-/// chosen before the answers are known.
+/// `count` queries at even distances through the split, chosen before the answers are known, with what `nearest` finds for them, by
+/// their rows.
 ///
-/// `rows[i]` is the index in its split of the picture behind row `i` of `nearest`; `searched` is the same for the
-/// indices in `nearest`, which count another split where the set has a gallery.
+/// `rows[i]` is the index in its split of the picture behind query `i`; `searched` is the same for the indices that
+/// `nearest` answers, which count another split where the set has a gallery.
 ///
 /// # Errors
-/// [`ddtas::Error::LengthMismatch`] if `rows` and `nearest` differ in length.
+/// Those of `nearest`.
 pub fn choose(
     rows: &[usize],
     searched: &[usize],
-    nearest: &Nearest,
     count: usize,
-    depth: usize,
+    nearest: impl FnOnce(&[usize]) -> Result<Nearest>,
 ) -> Result<Vec<Shown>> {
-    if rows.len() != nearest.indices.nrows() {
-        let (expected, got) = (nearest.indices.nrows(), rows.len());
-        return Err(
-            ddtas::Error::LengthMismatch { what: "pictures of the neighbour lists", expected, got }.into()
-        );
-    }
     let count = count.min(rows.len());
-    let shown = (0..count).map(|i| {
-        // The middle of each of `count` equal stretches.
-        let row = (2 * i + 1) * rows.len() / (2 * count);
-        let found = nearest.indices.row(row).into_iter().zip(nearest.similarities.row(row)).take(depth);
-        let found = found.take_while(|(answer, _)| **answer != Nearest::NONE);
+    // The middle of each of `count` equal stretches.
+    let chosen: Vec<usize> = (0..count).map(|i| (2 * i + 1) * rows.len() / (2 * count)).collect();
+    let nearest = nearest(&chosen)?;
+    let lists = nearest.indices.outer_iter().zip(nearest.similarities.outer_iter());
+    let shown = chosen.iter().zip(lists).map(|(&row, (indices, similarities))| {
+        let found = indices.into_iter().zip(similarities).take_while(|(answer, _)| **answer != Nearest::NONE);
         let answers = found.map(|(&answer, &similarity)| (searched[answer as usize], similarity)).collect();
         Shown { picture: rows[row], answers }
     });

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use ndarray::ArrayView2;
+use ndarray::{ArrayView2, Axis};
 
 use crate::data::{Dataset, EvaluationBatches, ImageBatch, Preprocessing, Split, TestCrop, check_classes};
 use crate::ranks::{self, Collective, share};
@@ -60,13 +60,46 @@ impl Readable {
     }
 }
 
-/// What an evaluation found.
-pub(super) struct Evaluated {
-    pub recall: Recall,
-    pub r_precision: f64,
-    pub map_at_r: f64,
-    pub nearest: Nearest,
-    pub readable: Readable,
+impl TestRows {
+    /// The queries, and the gallery where the set has one.
+    fn sides(&self) -> Result<(Rows<'_>, Option<Rows<'_>>)> {
+        fn view(embedded: &Embedded) -> Result<Rows<'_>> {
+            Ok(Rows::new(Embeddings::from(embedded.view()?), &embedded.labels))
+        }
+        Ok((view(&self.queries)?, self.gallery.as_ref().map(view).transpose()?))
+    }
+
+    pub fn readable(&self) -> Readable {
+        let gallery = self.gallery.as_ref().map(|side| side.indices.clone());
+        Readable { queries: self.queries.indices.clone(), gallery }
+    }
+
+    /// What the test set is worth, Recall@K for `ks`.
+    pub fn measure(&self, backend: &mut dyn Backend, ks: &[usize]) -> Result<Metrics> {
+        let (queries, gallery) = self.sides()?;
+        Ok(evaluate(backend, &queries, gallery.as_ref(), ks, &mut |_, _| {})?)
+    }
+
+    /// The `depth` nearest of the queries `chosen`, as rows of what is searched.
+    pub fn nearest(&self, backend: &mut dyn Backend, chosen: &[usize], depth: usize) -> Result<Nearest> {
+        let (queries, gallery) = self.sides()?;
+        let among_queries = gallery.is_none();
+        let searched = gallery.unwrap_or(queries);
+        let rows = self.queries.view()?.select(Axis(0), chosen);
+        let labels: Vec<i64> = chosen.iter().map(|&row| queries.labels[row]).collect();
+        // One more than wanted: among the queries each finds itself as well.
+        let found = backend.nearest(&Rows::new(rows.view(), &labels), Some(&searched), depth + 1)?;
+        let mut nearest = Nearest::none(chosen.len(), depth)?;
+        for (row, &query) in chosen.iter().enumerate() {
+            let list = found.indices.row(row).into_iter().zip(found.similarities.row(row));
+            let others = list.filter(|(index, _)| !among_queries || **index as usize != query);
+            for (place, (&index, &similarity)) in others.take(depth).enumerate() {
+                nearest.indices[[row, place]] = index;
+                nearest.similarities[[row, place]] = similarity;
+            }
+        }
+        Ok(nearest)
+    }
 }
 
 impl Test<'_> {
@@ -101,22 +134,6 @@ impl Test<'_> {
         let embedded = embedded.of_all(&*self.ranks)?;
         check_classes(split, &embedded.labels)?;
         Ok(Some(embedded))
-    }
-
-    /// Recall of what was embedded.
-    pub fn recall(&self, rows: TestRows, backend: &mut dyn Backend) -> Result<Evaluated> {
-        fn view(embedded: &Embedded) -> Result<Rows<'_>> {
-            Ok(Rows::new(Embeddings::from(embedded.view()?), &embedded.labels))
-        }
-        let TestRows { queries, gallery } = rows;
-        let searched = gallery.as_ref().map(view).transpose()?;
-        let rows = view(&queries)?;
-        let (recall, nearest) = recall(backend, &rows, searched.as_ref(), self.dataset.recall_at)?;
-        // Their lists are as long as a query's class is large: a search of its own.
-        let Metrics { r_precision, map_at_r, .. } =
-            evaluate(backend, &rows, searched.as_ref(), &[1], &mut |_, _| {})?;
-        let readable = Readable { queries: queries.indices, gallery: gallery.map(|side| side.indices) };
-        Ok(Evaluated { recall, r_precision, map_at_r, nearest, readable })
     }
 
     /// Recall of nearest neighbours among the pictures themselves, cut as for the network but not larger than

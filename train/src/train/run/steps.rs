@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use super::evaluation::{Evaluated, Test};
+use super::evaluation::{Test, TestRows};
 use super::event::{Event, Outcome, Summary};
 use super::files::Files;
 use super::setup::{Batches, Setup, first_network, first_optimizer};
@@ -22,7 +22,7 @@ use crate::train::report::{self, Baseline, Findings};
 use crate::train::settings::TrainSettings;
 use crate::train::shown::choose;
 use crate::{Error, Result};
-use ddtas::retrieval::Recall;
+use ddtas::retrieval::{Metrics, Recall};
 use ddtas_io::Error as Program;
 
 /// Test pictures whose neighbours the report shows, and how many of them.
@@ -296,8 +296,7 @@ impl<'a> Run<'a> {
         let mut progress = |done| tell(Event::Evaluating { done, total });
         let Some(rows) = self.test.embed(&self.engine, &mut progress)? else { return Ok(Progress::Stopped) };
         if self.files.is_some() {
-            let evaluated = self.test.recall(rows, self.engine.backend())?;
-            self.keep(step, evaluated)?;
+            self.keep(step, &rows)?;
         }
         self.state.evaluated = Some(step);
         self.save()?;
@@ -305,8 +304,10 @@ impl<'a> Run<'a> {
     }
 
     /// Tells what an evaluation has found, and keeps the weights if they are the best so far.
-    fn keep(&mut self, step: usize, evaluated: Evaluated) -> Result<()> {
-        let Evaluated { recall, r_precision, map_at_r, nearest, readable } = evaluated;
+    fn keep(&mut self, step: usize, rows: &TestRows) -> Result<()> {
+        let ks = self.test.dataset.recall_at;
+        let Metrics { recall, r_precision, map_at_r } = rows.measure(self.engine.backend(), ks)?;
+        let readable = rows.readable();
         self.note_unread_in_test(&readable)?;
         let (r_precision, map_at_r) = (Some(r_precision), Some(map_at_r));
         let record = EvaluationRecord { step, recall: recall.at.clone(), r_precision, map_at_r };
@@ -319,8 +320,9 @@ impl<'a> Run<'a> {
             facts.push(("ddtas.recall@1", format!("{:.4}", first(&recall))));
             let shape = self.settings.network_shape();
             checkpoint::save(&self.engine.evaluated(), &shape, &facts, &files.folder.best())?;
-            let (queries, searched) = (&readable.queries, readable.searched());
-            let shown = choose(queries, searched, &nearest, QUERIES, NEIGHBOURS)?;
+            let shown = choose(&readable.queries, readable.searched(), QUERIES, |chosen| {
+                rows.nearest(self.engine.backend(), chosen, NEIGHBOURS)
+            })?;
             self.state.best = Some(Best { step, recall: recall.clone(), shown });
         }
         if step == 0 {
