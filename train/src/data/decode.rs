@@ -90,7 +90,8 @@ const END: [u8; 2] = [0xff, 0xd9];
 
 /// Whether an end marker is in these coded data: there, another byte cannot follow 0xff.
 fn ends(coded: &[u8]) -> bool {
-    coded.windows(2).any(|pair| pair == END)
+    // From the back, where it stands in nearly all files.
+    coded.windows(2).rev().any(|pair| pair == END)
 }
 
 /// The first pass of a JPEG's coded data.

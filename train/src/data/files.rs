@@ -1,6 +1,7 @@
 //! Which files are pictures, by their names, and what is said of the others.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::path::Path;
 
 /// Extensions of pictures, in any case.
@@ -18,6 +19,14 @@ pub(crate) fn is_picture(path: &Path) -> bool {
 /// Whether a name begins with a dot.
 pub(crate) fn is_hidden(path: &Path) -> bool {
     path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."))
+}
+
+/// A name as the system spells it, UTF-8 or not.
+pub(crate) fn name_of_bytes(bytes: &[u8]) -> OsString {
+    #[cfg(unix)]
+    return std::os::unix::ffi::OsStringExt::from_vec(bytes.to_vec());
+    #[cfg(not(unix))]
+    String::from_utf8_lossy(bytes).into_owned().into()
 }
 
 /// A path as JSON holds it.

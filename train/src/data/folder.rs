@@ -89,6 +89,40 @@ pub(super) struct Sides {
     pub gallery: Option<Files>,
 }
 
+/// Where the sides of a split of one's own are.
+pub(super) struct Places {
+    train: PathBuf,
+    test: PathBuf,
+    gallery: Option<PathBuf>,
+}
+
+impl Places {
+    /// By their names, `train`, and `query` and `gallery` or else `test`; none if `find` lacks one.
+    pub(super) fn of(find: impl Fn(&str) -> Option<PathBuf>) -> Option<Self> {
+        let train = find("train")?;
+        let (test, gallery) = match (find("query"), find("gallery")) {
+            (Some(query), Some(gallery)) => (query, Some(gallery)),
+            _ => (find("test")?, None),
+        };
+        Some(Self { train, test, gallery })
+    }
+
+    pub(super) fn read(&self, mut side: impl FnMut(&Path) -> Result<Files>) -> Result<Sides> {
+        Ok(Sides {
+            train: side(&self.train)?,
+            test: side(&self.test)?,
+            gallery: self.gallery.as_deref().map(side).transpose()?,
+        })
+    }
+
+    fn contain(&self, path: &Path) -> bool {
+        [Some(&self.train), Some(&self.test), self.gallery.as_ref()]
+            .into_iter()
+            .flatten()
+            .any(|side| side == path)
+    }
+}
+
 const WANTED: &str = "give a folder that holds one folder of pictures per class";
 
 /// Opens `root`:
@@ -208,16 +242,9 @@ fn split_folders(root: &Path, notes: &mut Notes) -> Result<Option<Sides>> {
             entries.map(|entry| entry.path()).filter(|path| !is_hidden(path)).any(|path| path.is_dir());
         is_class.then_some(folder)
     };
-    let (Some(train), test) = (holds_classes("train"), holds_classes("test")) else { return Ok(None) };
-    let (test, gallery) = match (test, holds_classes("query"), holds_classes("gallery")) {
-        (_, Some(query), Some(gallery)) => (query, Some(gallery)),
-        (Some(test), ..) => (test, None),
-        _ => return Ok(None),
-    };
+    let Some(places) = Places::of(holds_classes) else { return Ok(None) };
     for path in sorted_entries(root)? {
-        let taken =
-            [Some(&train), Some(&test), gallery.as_ref()].into_iter().flatten().any(|side| *side == path);
-        if !taken {
+        if !places.contain(&path) {
             notes.passed.count(if path.is_dir() {
                 "folders beside train and test"
             } else {
@@ -225,12 +252,7 @@ fn split_folders(root: &Path, notes: &mut Notes) -> Result<Option<Sides>> {
             });
         }
     }
-    let mut side = |folder: &Path| classes_in(folder, root, notes);
-    let sides = Sides {
-        train: side(&train)?,
-        test: side(&test)?,
-        gallery: gallery.as_deref().map(&mut side).transpose()?,
-    };
+    let sides = places.read(|folder| classes_in(folder, root, notes))?;
     for (name, side) in [("train", &sides.train), ("test", &sides.test)] {
         if side.len() < 2 {
             let (shown, holds) = (root.display(), counted(side.len()));

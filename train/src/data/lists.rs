@@ -5,9 +5,10 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use super::folder::{Files, Sides};
+use super::files::name_of_bytes;
+use super::folder::{Files, Places, Sides};
 use crate::{Error, Result};
 
 /// The sides that the lists in `root` name; none where there are no lists.
@@ -16,19 +17,9 @@ use crate::{Error, Result};
 /// [`Format`](ddtas_io::Error::Format) for a line whose picture is not there or that has no class, and for a list that names
 /// fewer than two classes.
 pub(super) fn sides(root: &Path) -> Result<Option<Sides>> {
-    let list = |name: &str| Some(root.join(name)).filter(|path| path.is_file());
-    let Some(train) = list("train.txt") else { return Ok(None) };
-    let (test, gallery) = match (list("test.txt"), list("query.txt"), list("gallery.txt")) {
-        (_, Some(query), Some(gallery)) => (query, Some(gallery)),
-        (Some(test), ..) => (test, None),
-        _ => return Ok(None),
-    };
-    let read = |list: &PathBuf| classes(root, list);
-    Ok(Some(Sides {
-        train: read(&train)?,
-        test: read(&test)?,
-        gallery: gallery.as_ref().map(read).transpose()?,
-    }))
+    let list = |name: &str| Some(root.join(format!("{name}.txt"))).filter(|path| path.is_file());
+    let Some(places) = Places::of(list) else { return Ok(None) };
+    places.read(|list| classes(root, list)).map(Some)
 }
 
 fn classes(root: &Path, list: &Path) -> Result<Files> {
@@ -41,12 +32,12 @@ fn classes(root: &Path, list: &Path) -> Result<Files> {
         }
         let bad = |reason: String| Error::format(list, format!("line {}: {reason}", number + 1));
         let (path, class) = parts(line);
-        let path = root.join(text_of(path));
+        let path = root.join(name_of_bytes(path));
         if !path.is_file() {
             return Err(bad(format!("there is no picture {}", path.display())));
         }
         let folder = || path.parent().and_then(Path::file_name).map(OsString::from);
-        let class = class.map(text_of).or_else(folder).ok_or_else(|| bad("names no class".into()))?;
+        let class = class.map(name_of_bytes).or_else(folder).ok_or_else(|| bad("names no class".into()))?;
         classes.entry(class).or_default().push(path);
     }
     if classes.len() < 2 {
@@ -66,12 +57,4 @@ fn parts(line: &[u8]) -> (&[u8], Option<&[u8]>) {
         }
     }
     (line, None)
-}
-
-/// A name as the system spells it, UTF-8 or not.
-fn text_of(bytes: &[u8]) -> OsString {
-    #[cfg(unix)]
-    return std::os::unix::ffi::OsStringExt::from_vec(bytes.to_vec());
-    #[cfg(not(unix))]
-    String::from_utf8_lossy(bytes).into_owned().into()
 }

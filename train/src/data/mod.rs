@@ -35,7 +35,7 @@ pub use augment::{AugmentSettings, Cropper, TestCrop};
 pub use dataset::{Artist, DEFAULT_CACHE_BYTES, Dataset, Extent, RECALL_AT, Source, Split, Unreadable};
 pub use decode::PixelBox;
 pub use evaluation::{EvaluationBatches, check_classes};
-pub(crate) use files::{KINDS, PassedOver, as_text, is_hidden, is_picture};
+pub(crate) use files::{KINDS, PassedOver, as_text, is_hidden, is_picture, name_of_bytes};
 pub use folder::{FolderSettings, TrainClasses, folder};
 pub use loader::{ImageBatch, Loader, LoaderSettings};
 pub use preprocessing::{ChannelOrder, Preprocessing};

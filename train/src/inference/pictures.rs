@@ -1,7 +1,6 @@
 //! The pictures of a folder tree.
 
 use std::collections::BTreeMap;
-use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -82,14 +81,6 @@ pub(super) fn bytes_of<'a>(paths: impl Iterator<Item = &'a Path>) -> BTreeMap<us
     no_text.map(|(row, path)| (row, path.as_os_str().as_encoded_bytes().to_vec())).collect()
 }
 
-/// A path of such bytes.
-pub(super) fn path_of(bytes: &[u8]) -> PathBuf {
-    #[cfg(unix)]
-    return <OsString as std::os::unix::ffi::OsStringExt>::from_vec(bytes.to_vec()).into();
-    #[cfg(not(unix))]
-    OsString::from(String::from_utf8_lossy(bytes).into_owned()).into()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -146,7 +137,7 @@ mod tests {
         );
         let kept = bytes_of(pictures.paths.iter().map(PathBuf::as_path));
         assert_eq!(kept.keys().collect::<Vec<_>>(), [&1]);
-        assert!(root.join(path_of(&kept[&1])).is_file());
+        assert!(root.join(crate::data::name_of_bytes(&kept[&1])).is_file());
         assert_eq!(name_of(&pictures.paths[1]), "caf\u{fffd}/1.png");
     }
 }

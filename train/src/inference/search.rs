@@ -1,14 +1,15 @@
 //! The nearest pictures of a collection.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use super::embedder::{Embedder, PretrainedSettings, skipped};
 use super::export::{CHECKPOINT, FLIPS, NAME_BYTES, ROOT, ROOT_BYTES, embed_folder};
 use super::file::EmbeddingsFile;
-use super::pictures::{Pictures, path_of};
+use super::pictures::Pictures;
 use super::{Event, Skipped};
-use crate::data::as_text;
+use crate::data::{as_text, name_of_bytes};
 use crate::{Error, Result};
 use ddtas::backend::{self, DeviceSpec, Nearest};
 use ddtas::loss::Rows;
@@ -121,14 +122,14 @@ pub fn search(settings: &SearchSettings, tell: &mut dyn FnMut(Event<'_>)) -> Res
     let name_bytes: Option<BTreeMap<usize, Vec<u8>>> =
         serde_json::from_str(bytes_of(NAME_BYTES)).unwrap_or_default();
     let root = match root_bytes {
-        Some(bytes) => Some(path_of(&bytes)),
+        Some(bytes) => Some(name_of_bytes(&bytes).into()),
         None => gallery.metadata.get(ROOT).map(PathBuf::from),
     };
-    let file_of = |row: usize, name: &String| {
+    let file_of = |row: usize, name: &String| -> OsString {
         name_bytes
             .as_ref()
             .and_then(|bytes| bytes.get(&row))
-            .map_or_else(|| name.into(), |bytes| path_of(bytes))
+            .map_or_else(|| name.into(), |bytes| name_of_bytes(bytes))
     };
     let answer = |query: Option<&PathBuf>, (&index, &similarity): (&u32, &f32)| {
         let name = gallery.names.get(index as usize);
