@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
 
 use std::path::Path;
+use std::process::Output;
 
 use assert_cmd::Command;
 use serde_json::{Value, json};
@@ -63,25 +64,17 @@ fn ratios_have_their_spread_and_other_shapes_are_refused() {
     }
 }
 
+/// One row of `throughput`, in no time.
+fn measured(flag: &str) -> Output {
+    let small = ["--batch", "40", "--dim", "8", "--density", "all", "--seconds", "0", "--backend", "cpu"];
+    bench(&[&["throughput", flag], &small[..]].concat()).output().unwrap()
+}
+
 #[test]
 fn what_throughput_prints_can_be_compared() {
     let place = tempfile::tempdir().unwrap();
     let path = place.path().join("run.json");
-    let small = [
-        "throughput",
-        "--json",
-        "--batch",
-        "40",
-        "--dim",
-        "8",
-        "--density",
-        "all",
-        "--seconds",
-        "0",
-        "--backend",
-        "cpu",
-    ];
-    let output = bench(&small).output().unwrap();
+    let output = measured("--json");
     std::fs::write(&path, output.stdout).unwrap();
     let path = path.to_str().unwrap();
     let output = bench(&["compare", path, path]).output().unwrap();
@@ -98,20 +91,6 @@ fn version_completions_and_manual_page_are_there() {
     assert!(printed(&["--version"]).contains("instruction set: "));
     assert!(printed(&["completions", "bash"]).contains("throughput"));
     assert!(printed(&["man"]).contains(".TH ddtas-bench"));
-    let quiet = [
-        "throughput",
-        "--quiet",
-        "--batch",
-        "20",
-        "--dim",
-        "8",
-        "--density",
-        "all",
-        "--seconds",
-        "0",
-        "--backend",
-        "cpu",
-    ];
-    let output = bench(&quiet).output().unwrap();
+    let output = measured("--quiet");
     assert!(output.stderr.is_empty() && !output.stdout.is_empty());
 }
