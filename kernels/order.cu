@@ -1,5 +1,5 @@
 // order.cu: rows into class order (SPEC 1).
-// Launcher: src/backend/device/loss.rs.
+// Launcher: src/backend/device/order.rs.
 //
 // order_tiles, order_tiles_wide, order_merge: a sort of (label, index). Tiles of 2,048 keys are sorted in shared memory, or of
 //   8,192 by four times the threads; then

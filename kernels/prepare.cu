@@ -1,5 +1,5 @@
 // prepare.cu: rows in class order, padded for the tiles, and what is known of each by itself (SPEC 1).
-// Launcher: src/backend/device/loss.rs.
+// Launcher: src/backend/device/order.rs.
 //
 // prepare: gathers the rows, brings them to unit length where that is wanted, zeros the padding, checks norms, sums columns; then the range of references that have an
 //   anchor's label, and what a positive of a row must stay below, from the product of the tile with itself. On Hopper

@@ -5,9 +5,10 @@
 
 use super::layout::{Ends, Remembered};
 use super::loss::{
-    IdentityAt, Input, Launcher, issue_lead_back, issue_order, issue_same_class, issue_selection, issue_sums,
-    issue_sweep, issue_weigh,
+    IdentityAt, Input, Launcher, issue_lead_back, issue_same_class, issue_selection, issue_sums, issue_sweep,
+    issue_weigh,
 };
+use super::order::issue_order;
 use super::params::LossScalars;
 use super::plan::{Shape, sum_scale};
 use super::resident::{ResidentBatch, ResidentRows, aligned};

@@ -1,25 +1,19 @@
-//! The passes of one loss, in order: class order, same-class, sweep, selection, gradient.
+//! The passes of one loss, in order: class order (order.rs), same-class, sweep, selection, gradient.
 //!
 //! The host issues all of them and waits once, for the results. Every decision
 //! on the way (adaptation, lists or tiles) is taken on the device.
 
-use std::mem::offset_of;
-
 use bytemuck::{cast_slice, cast_slice_mut};
 use ndarray::Array2;
 
-use super::layout::{
-    Ends, LossLayout, Remembered, RowCheck, SideRegions, device_settings, pointer, unless_empty,
-};
-use super::params::{
-    Counters, GradientParams, IdentityParams, InvertParams, LeadBackParams, LossScalars, MergeParams,
-    ORDER_TILE, OrderParams, PairsParams, PrepareParams, RowSums, TILE, WeighParams, ZEROED, Zeroed,
-};
-use super::plan::{Shape, order_runs, order_tile, tiles};
+use super::layout::{Ends, LossLayout, Remembered, RowCheck, SideRegions, device_settings, pointer};
+use super::order::issue_order;
+use super::params::{GradientParams, LeadBackParams, LossScalars, PairsParams, RowSums, TILE, WeighParams};
+use super::plan::{Shape, tiles};
 use super::workspace::Region;
 use super::{Device, DeviceBackend, Kernel, Params};
 use crate::loss::check_unit;
-use crate::loss::{Batch, Embeddings, Identity, LossOutput, LossSettings, Rows, UnitCheck};
+use crate::loss::{Batch, Embeddings, Identity, LossOutput, LossSettings, Rows};
 use crate::{Error, Result};
 
 /// The `NO_ROW` of params.h, which C writes as an unsigned literal.
@@ -267,146 +261,6 @@ fn upload_rows<D: Device>(
 ) -> Result<()> {
     device.upload(buffer, regions.input.offset, matrix_bytes(&rows.embeddings, name)?)?;
     device.upload(buffer, regions.labels.offset, cast_slice(rows.labels))
-}
-
-/// What the sort of one side's labels needs.
-struct OrderedSide<'a> {
-    regions: &'a SideRegions,
-    labels: u64,
-    of_references: bool,
-    valid: *mut u32,
-    valid_too: *mut u32,
-}
-
-/// One side's labels into class order; with `zeroed` the loss begins there.
-fn sort<D: Device>(
-    launcher: &mut Launcher<'_, D>,
-    base: u64,
-    loss: &Remembered,
-    side: &OrderedSide<'_>,
-    zeroed: Option<[Zeroed; ZEROED as usize]>,
-) -> Result<()> {
-    let regions = side.regions;
-    let count = loss.shape.sides(side.of_references).0 as u32;
-    let runs: Vec<usize> = order_runs(count as usize).collect();
-    let [keys, run_keys] = [regions.keys, regions.run_keys].map(|region| pointer::<u64>(base, region));
-    let [order, run_order] = [regions.order, regions.run_order].map(|region| pointer::<u32>(base, region));
-    // To and fro, so that the last one writes where the order is wanted.
-    let place = |left: usize| if left.is_multiple_of(2) { (keys, order) } else { (run_keys, run_order) };
-    let valid = |left: usize| match left {
-        0 => (side.valid, side.valid_too),
-        _ => (std::ptr::null_mut(), std::ptr::null_mut()),
-    };
-    let nothing = Zeroed { words: std::ptr::null_mut(), count: 0 };
-    let tiles = OrderParams {
-        labels: side.labels as usize as *const i64,
-        count,
-        reserved: 0,
-        keys: place(runs.len()).0,
-        order: place(runs.len()).1,
-        valid: valid(runs.len()).0,
-        valid_too: valid(runs.len()).1,
-        counters: zeroed.map_or(std::ptr::null_mut(), |_| pointer(base, loss.layout.counters)),
-        zeroed: zeroed.unwrap_or([nothing; ZEROED as usize]),
-    };
-    let kernel = match order_tile(count as usize) as u32 {
-        ORDER_TILE => Kernel::OrderTiles,
-        _ => Kernel::OrderTilesWide,
-    };
-    launcher.launch(kernel, side.of_references, &tiles)?;
-    for (merge, &run) in runs.iter().enumerate() {
-        let left = runs.len() - merge - 1;
-        let merge = MergeParams {
-            from_keys: place(left + 1).0,
-            from_order: place(left + 1).1,
-            keys: place(left).0,
-            order: place(left).1,
-            count,
-            run: run as u32,
-            valid: valid(left).0,
-            valid_too: valid(left).1,
-        };
-        launcher.launch(Kernel::OrderMerge, side.of_references, &merge)?;
-    }
-    Ok(())
-}
-
-/// Class order of both sides, prepared rows, class ranges.
-pub(super) fn issue_order<D: Device>(
-    launcher: &mut Launcher<'_, D>,
-    base: u64,
-    loss: &Remembered,
-    input: &Input,
-) -> Result<()> {
-    let Remembered { shape, layout, .. } = loss;
-    let Input { ends, check, identity } = *input;
-    let precision = shape.precision;
-    let square = shape.references.is_none();
-    let counter = |field: usize| pointer::<u32>(base + field as u64, layout.counters);
-    let valid =
-        [counter(offset_of!(Counters, valid_anchors)), counter(offset_of!(Counters, valid_references))];
-    let bad = [counter(offset_of!(Counters, bad_anchor)), counter(offset_of!(Counters, bad_reference))];
-    let sides: &[usize] = if square { &[0] } else { &[0, 1] };
-    let regions = [&layout.anchors, &layout.references];
-    for &side in sides {
-        let zeroed = (side == 0).then(|| layout.zeroed(base));
-        let side = OrderedSide {
-            regions: regions[side],
-            labels: ends[side].labels,
-            of_references: side == 1,
-            valid: valid[side],
-            valid_too: if square { valid[1] } else { std::ptr::null_mut() },
-        };
-        sort(launcher, base, loss, &side, zeroed)?;
-    }
-    // An anchor's class is a range of references, which are in order now.
-    for &side in sides {
-        let of_anchors = side == 0;
-        let prepare = PrepareParams {
-            input: ends[side].rows as usize as *const std::ffi::c_void,
-            rows: pointer(base, regions[side].rows),
-            order: pointer::<u32>(base, regions[side].order),
-            valid: valid[side],
-            count: shape.sides(!of_anchors).0 as u32,
-            dim: shape.dim as u32,
-            stride: shape.stride() as u32,
-            check: u32::from(check.check == UnitCheck::Check),
-            norm_tolerance: check.tolerance,
-            square_sums: pointer(base, regions[side].square_sums),
-            bad: bad[side],
-            column_sums: pointer(base, regions[side].column_sums),
-            duplicate: pointer(base, regions[side].duplicate),
-            lengths: unless_empty(base, regions[side].lengths),
-            keys: if of_anchors { pointer::<u64>(base, layout.anchors.keys) } else { std::ptr::null_mut() },
-            reference_keys: pointer::<u64>(base, layout.references.keys),
-            classes: pointer(base, layout.classes),
-            references: shape.reference_count() as u32,
-            reserved: 0,
-        };
-        launcher.launch(Kernel::Prepare(precision), !of_anchors, &prepare)?;
-    }
-    if !shape.identity {
-        return Ok(());
-    }
-    let references = shape.reference_count() as u32;
-    let invert = InvertParams {
-        order: pointer::<u32>(base, layout.references.order),
-        positions: pointer(base, layout.positions),
-        count: references,
-        reserved: 0,
-    };
-    launcher.launch(Kernel::InvertOrder, true, &invert)?;
-    let params = IdentityParams {
-        order: pointer::<u32>(base, layout.anchors.order),
-        positions: pointer::<u32>(base, layout.positions),
-        list: identity.list as usize as *const u32,
-        first_at: identity.first_at as usize as *const u64,
-        first: identity.first,
-        identity: pointer(base, layout.identity),
-        count: shape.anchors as u32,
-        references,
-    };
-    launcher.launch(Kernel::Identity, false, &params)
 }
 
 /// m+ and the positives.

@@ -9,6 +9,7 @@ mod enqueue;
 mod kernel;
 mod layout;
 mod loss;
+mod order;
 pub mod params;
 mod plan;
 mod resident;

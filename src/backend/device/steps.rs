@@ -4,9 +4,10 @@ use bytemuck::{Pod, cast_slice, cast_slice_mut};
 
 use super::layout::{Remembered, pointer};
 use super::loss::{
-    Launcher, download_gradients, download_scalars, issue_gradients, issue_order, issue_same_class,
-    issue_selection, issue_sweep, issue_weigh, same_type, upload,
+    Launcher, download_gradients, download_scalars, issue_gradients, issue_same_class, issue_selection,
+    issue_sweep, issue_weigh, same_type, upload,
 };
+use super::order::issue_order;
 use super::params::{Counters, NUMBERS_COUNTS, NUMBERS_MAX_NEG, NUMBERS_MIN_POS, ReportParams, TakeParams};
 use super::plan::Shape;
 use super::workspace::Region;
