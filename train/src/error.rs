@@ -65,6 +65,16 @@ impl Error {
     }
 }
 
+/// An [`Error::setting`] unless `good`.
+pub(crate) fn check(good: bool, name: &'static str, value: impl Display, range: &'static str) -> Result<()> {
+    if good { Ok(()) } else { Err(Error::setting(name, value, range)) }
+}
+
+/// An [`Error::misuse`] unless `good`.
+pub(crate) fn fits(good: bool, name: &'static str, value: impl Display, reason: &'static str) -> Result<()> {
+    if good { Ok(()) } else { Err(Error::misuse(name, value, reason)) }
+}
+
 impl From<ddtas::Error> for Error {
     fn from(error: ddtas::Error) -> Self {
         Self::Program(error.into())

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::Lambda;
-use crate::{Error, Result};
+use crate::Result;
+use crate::error::{check, fits};
 
 /// Which parameters take the virtual step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
@@ -190,7 +191,7 @@ impl GeneratorSettings {
             self.lambda_ensemble.to_string(),
             needs_head,
         )?;
-        fits(head || self.meta == MetaSource::Fresh, "meta", "recent".into(), needs_head)?;
+        fits(head || self.meta == MetaSource::Fresh, "meta", "recent", needs_head)?;
         let range = "--lambda-min to --lambda-max; it is what --lambda says where it is not given itself";
         for (name, value) in [("lambda-pos", start.pos), ("lambda-neg", start.neg)] {
             let (low, high) = (self.lambda_min, self.lambda_max);
@@ -239,12 +240,4 @@ impl GeneratorSettings {
         }
         Ok(())
     }
-}
-
-fn check(good: bool, name: &'static str, value: String, range: &'static str) -> Result<()> {
-    if good { Ok(()) } else { Err(Error::setting(name, value, range)) }
-}
-
-fn fits(good: bool, name: &'static str, value: String, reason: &'static str) -> Result<()> {
-    if good { Ok(()) } else { Err(Error::misuse(name, value, reason)) }
 }

@@ -7,9 +7,10 @@ use burn::tensor::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::schedule::ScheduleKind;
+use crate::Result;
+use crate::error::{check, fits};
 use crate::generator::GeneratorKind;
 use crate::model::EmbeddingNetwork;
-use crate::{Error, Result};
 
 /// PyTorch's. Burn's own default, 1e-5, is as large as many of these gradients and would brake the steps.
 const ADAM_EPSILON: f32 = 1e-8;
@@ -95,12 +96,6 @@ impl OptimizerSettings {
     /// # Errors
     /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) names the first setting that is off.
     pub(super) fn validate(&self, generator: GeneratorKind) -> Result<()> {
-        let check = |good: bool, name, value: String, range| {
-            if good { Ok(()) } else { Err(Error::setting(name, value, range)) }
-        };
-        let fits = |good: bool, name, value: String, reason| {
-            if good { Ok(()) } else { Err(Error::misuse(name, value, reason)) }
-        };
         let rate = self.head_learning_rate.unwrap_or(1.0);
         check(rate > 0.0 && rate.is_finite(), "head-learning-rate", rate.to_string(), "above 0")?;
         let alone = self.head_steps;

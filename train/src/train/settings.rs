@@ -7,6 +7,7 @@ use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use serde::{Deserialize, Serialize};
 
 use crate::data::DatasetSettings;
+use crate::error::{check, fits};
 use crate::generator::{GeneratorKind, GeneratorSettings, Lambda};
 use crate::model::{BackboneKind, HeadKind, NetworkShape, PoolingKind};
 use crate::train::optimizer::OptimizerSettings;
@@ -337,9 +338,6 @@ impl TrainSettings {
 
     /// Whether a batch can hold a pair of either kind; a memory may hold the other half.
     fn check_batch(&self) -> Result<()> {
-        let fits = |good: bool, name, value: usize, reason| {
-            if good { Ok(()) } else { Err(Error::misuse(name, value, reason)) }
-        };
         let remembers = self.memory_size > 0;
         fits(
             self.memory_start.is_none() || remembers,
@@ -360,12 +358,6 @@ impl TrainSettings {
     /// # Errors
     /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) names the first setting that is off.
     pub fn validate(&self) -> Result<()> {
-        let check = |good: bool, name, value: String, range| {
-            if good { Ok(()) } else { Err(Error::setting(name, value, range)) }
-        };
-        let fits = |good: bool, name, value: String, reason| {
-            if good { Ok(()) } else { Err(Error::misuse(name, value, reason)) }
-        };
         self.data.validate()?;
         check((-2.0..=2.0).contains(&self.lambda), "lambda", self.lambda.to_string(), "-2 to 2")?;
         let margin = self.margin();
@@ -408,7 +400,7 @@ impl TrainSettings {
             // What config.toml can hold.
             check(i64::try_from(seed).is_ok(), name, seed.to_string(), "0 to 9223372036854775807")?;
         }
-        fits(self.output.as_deref() != Some(Path::new("")), "output", "''".into(), "needs a folder's name")?;
+        fits(self.output.as_deref() != Some(Path::new("")), "output", "''", "needs a folder's name")?;
         let rate = self.learning_rate;
         check(rate > 0.0 && rate.is_finite(), "learning-rate", rate.to_string(), "above 0")?;
         check((0.0..=1.0).contains(&self.warm_up), "warm-up", self.warm_up.to_string(), "0 to 1")?;
@@ -419,7 +411,7 @@ impl TrainSettings {
         fits(
             self.batch_norm == BatchNorm::Trainable || self.init.is_some() || self.weights.is_some(),
             "batch-norm",
-            "frozen".into(),
+            "frozen",
             "needs --weights FILE or --init FILE: without trained statistics there is nothing to freeze",
         )?;
         fits(
