@@ -24,3 +24,6 @@ cargo test --release "${features[@]}" --test cuda -- --nocapture
 
 # What the backend asks of the driver, told by one that computes nothing.
 cargo test --release "${features[@]}" --test driver
+
+# Programs and benches that run on a GPU compile, too.
+cargo check --release -p ddtas-bench --features cuda --all-targets

@@ -62,7 +62,7 @@ fn main() -> ExitCode {
 fn time(arguments: &Arguments) -> std::result::Result<String, Box<dyn std::error::Error>> {
     let file = arguments.settings.embeddings.as_ref().ok_or("name a file of rows: --embeddings FILE")?;
     let options = Options { budget: arguments.budget, exact: !arguments.settings.device.tf32 };
-    let opened = || -> Result<Box<dyn Backend>> { Ok(Box::new(Resident::new(options)?)) };
+    let opened = || Ok(Box::new(Resident::new(options)?) as Box<dyn Backend>);
     let embeddings = read(file)?;
     let compared =
         arguments.compare.map(|anchors| hold(arguments, &embeddings, options, anchors)).transpose()?;
@@ -85,8 +85,9 @@ fn hold(
         Ok(CudaBackend::new(device, Options { budget, ..options }))
     };
     let (settings, tf32) = (&embeddings.settings, arguments.settings.device.tf32);
-    let compared =
-        with_batch(embeddings, &arguments.settings, |batch| compare(open, batch, settings, tf32, anchors))?;
+    let compared = with_batch(embeddings, &arguments.settings, |batch| {
+        Ok(compare(open, batch, settings, tf32, anchors)?)
+    })?;
     Ok(compared.map_err(|wrong| format!("the GPU's answer is wrong, and is not timed: {wrong}"))?)
 }
 
