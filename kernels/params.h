@@ -297,7 +297,8 @@ typedef struct MergeParams {
     uint32_t *valid_too;         /* the same for the other side; null in the rectangular form */
 } MergeParams;
 
-/* prepare: rows into class order with zero padding, and what is known of each by itself. One block a row tile. */
+/* prepare: rows into class order with zero padding, and what is known of each by itself. One block a row tile,
+ * and behind them, where classes are wanted, one for each THREADS anchors. */
 typedef struct PrepareParams {
     const void *input;           /* [count, dim], original order */
     void *rows;                  /* as in Side */

@@ -265,8 +265,13 @@ impl Shape {
             Kernel::Identity | Kernel::ReportNumbers => (threads_for(self.anchors), 0),
             Kernel::InvertOrder => (threads_for(self.sides(of_references).0), 0),
             Kernel::TakeNumbers => (threads_for(self.anchors.max(self.reference_count())), 0),
-            Kernel::Prepare(_) | Kernel::SameClass(_) => ([own, 1, 1], SIMILARITY_STAGES_BYTES),
-            Kernel::PrepareHopper(_) | Kernel::SameClassHopper(_) => ([own, 1, 1], HOPPER_SHARED_BYTES),
+            Kernel::Prepare(_) | Kernel::PrepareHopper(_) => {
+                // Behind the row tiles' blocks those that find the anchors' classes.
+                let [classes, ..] = if of_references { [0; 3] } else { threads_for(self.anchors) };
+                ([own + classes, 1, 1], SIMILARITY_STAGES_BYTES)
+            }
+            Kernel::SameClass(_) => ([own, 1, 1], SIMILARITY_STAGES_BYTES),
+            Kernel::SameClassHopper(_) => ([own, 1, 1], HOPPER_SHARED_BYTES),
             Kernel::Sweep(_) => ([self.tiles(), 1, 1], SWEEP_SHARED_BYTES),
             Kernel::SweepHopper(_) => {
                 ([self.tiles().min(multiprocessors as usize), 1, 1], SWEEP_HOPPER_SHARED_BYTES)
