@@ -2,10 +2,10 @@
 // Truth: src/loss/reference.rs. Launcher: src/backend/device/loss.rs.
 //
 // dE += M R, a block 128 rows and 256 columns of dE. Its warps have roles: two warpgroups multiply, 64 rows
-// each; three warps build the next tile of M in shared memory, from the words the selection left of its
-// candidates; one warp copies R, the other side's rows, half a tile at a time (64 rows, 256 columns), in
+// each; three warps build the next tile of M in shared memory, a store for every word that `weigh` left of
+// a candidate; one warp copies R, the other side's rows, half a tile at a time (64 rows, 256 columns), in
 // four stages. Prepared rows lie in memory as wgmma's transposed operand lies: no operand passes through
-// registers. A tile of S that was not stored is recomputed by the warps that multiply, 64 columns at a time, since
+// registers. M lies as its tile of S does; where that is the other way round the product transposes it. A tile of S that was not stored is recomputed by the warps that multiply, 64 columns at a time, since
 // the sums of dE leave no registers for more: its operands come through the stages, its values go back to one, and
 // half of M is built from these.
 // Rows, columns, splits and the order of every sum are those of gradient.cu; all warps alike sum what goes by lists.
@@ -29,14 +29,9 @@ static_assert(GRADIENT_ROWS_16BIT == TILE, "two warpgroups of 64 rows");
 static_assert((TILE + kHalf) * STAGE_BYTES <= kStageBytes, "a step of half a recomputed tile");
 static_assert(TILE * kHalf * sizeof(float) == kStageBytes, "and its values");
 
-// What an anchor adds to an element of M of a pair it keeps, times the scale of M and for a sigmoid as a word holds it.
-struct Scales {
-    float neg, pos;
-};
 struct GradientHopperShared {
     unsigned char stages[GRADIENT_HOPPER_STAGES][kStageBytes];  // [columns / 64, kDepth, STAGE_BYTES]
     unsigned char matrices[2][TILE * TILE * 2];
-    Scales own[TILE], other[2][TILE];
     Barrier full[GRADIENT_HOPPER_STAGES], empty[GRADIENT_HOPPER_STAGES];
     Barrier built[2], taken[2];  // of the matrices
     Barrier valued[2];           // a half of a recomputed tile's S is in its stage
@@ -60,6 +55,8 @@ struct Turn {
     DEVICE uint32_t values(uint32_t steps, uint32_t half) const { return fill + half * (steps + 1) + steps; }
     DEVICE uint32_t matrix() const { return index % 2; }
     DEVICE uint32_t matrix_parity() const { return index / 2 % 2; }
+    // M lies [other side, own]: as its tile of S, whereas a recomputed one is built the right way round.
+    DEVICE bool transposed() const { return stored && tile.transposed; }
 };
 
 // The tiles that hold candidates of the block's rows, in order. The lanes of a warp look at 32 counts at once. `words`: with
@@ -172,53 +169,48 @@ DEVICE void copy_rows(const GradientParams &p, GradientHopperShared &shared, Wal
 // Where a recomputed similarity stands in the stage of its half: the rows of half a warp's store meet no bank twice.
 DEVICE uint32_t value_place(uint32_t row, uint32_t column) { return row * kHalf + (column ^ row % 4 * 8); }
 
-// Granules of 4 words of candidates that a thread has under way while M's place is waited for.
-constexpr uint32_t kAhead = 6;
+// Granules of 4 words of candidates that a thread has under way: those of the next tile while M's place is waited for.
+constexpr uint32_t kAhead = 8;
 using Words = Granule<uint32_t>;
-constexpr uint32_t kScales = (TILE + kBuilderThreads - 1) / kBuilderThreads;  // of the other side's rows, a thread
 
 // What the warps that build know of their block.
 struct Building {
     const GradientParams &p;
     GradientHopperShared &shared;
     uint32_t thread;  // of theirs
+};
 
-    DEVICE const Words *words_of(const Turn &turn) const {
-        return reinterpret_cast<const Words *>(p.pairs.pool_words + static_cast<uint64_t>(turn.segment) * 4);
+// This thread's granules of a tile's words, kBuilderThreads apart: none of a tile that is not stored.
+struct Source {
+    const Words *first = nullptr;
+    uint32_t count = 0;
+    DEVICE Source() {}
+    DEVICE Source(const Building &my, const Turn &turn) {
+        if (!turn.stored) return;
+        first = reinterpret_cast<const Words *>(my.p.pairs.pool_words + static_cast<uint64_t>(turn.segment) * 4) + my.thread;
+        count = ((turn.count + Words::count - 1) / Words::count + kBuilderThreads - 1 - my.thread) / kBuilderThreads;
     }
-    // Granule `granule` of a stored tile's words, or none.
-    DEVICE Words load(const Turn &turn, uint32_t granule, bool there) const {
-        if (!there || !turn.stored || granule * Words::count >= turn.count) return Words{};
-        return words_of(turn)[granule];
-    }
-    DEVICE Scales scales_of(bool references, uint64_t row) const {
-        const RowWeights *of_side = references ? p.pairs.column_weights : p.pairs.weights;
-        if (of_side == nullptr) return Scales{0.0f, 0.0f};
-        RowWeights weights = of_side[row];
-        float scale = p.weight_scale / kSigmoidScale;
-        return Scales{weights.neg_scale * scale, -weights.pos_scale * scale};
+    // Of kAhead from the first on; zeros where there are fewer.
+    DEVICE Words at(uint32_t index) const { return index < count ? first[index * kBuilderThreads] : Words{}; }
+    // What is left behind kAhead.
+    DEVICE Source rest() const {
+        Source rest;
+        if (count > kAhead) {
+            rest.first = first + kAhead * kBuilderThreads;
+            rest.count = count - kAhead;
+        }
+        return rest;
     }
 };
 
-// Four elements of M, of those candidates from `first` on that are there.
+// The other triangle of a tile of the diagonal, which holds each of its pairs once.
 template <class Numbers>
-DEVICE void scatter(GradientHopperShared &shared, const Turn &turn, const Words &words, uint32_t first) {
-    unsigned char *matrix = shared.matrices[turn.matrix()];
-    auto own_scales = reinterpret_cast<const float *>(shared.own);
-    auto other_scales = reinterpret_cast<const float *>(shared.other[turn.matrix()]);
-    // A word's place and its keepers are by row and column of the stored tile.
-    uint32_t own_shift = turn.tile.transposed ? 0 : 7, own_bit = turn.tile.transposed ? kKeptByColumn : kKeptByRow;
-#pragma unroll
-    for (uint32_t i = 0; i < Words::count; ++i) {
-        uint32_t word = words.values[i];
-        uint32_t own = word >> own_shift & (TILE - 1), other = word >> (7 - own_shift) & (TILE - 1);
-        uint32_t positive = word >> kPositive & 1;
-        float of_own = own_scales[own * 2 + positive], of_other = other_scales[other * 2 + positive];
-        float share = (word >> own_bit & 1 ? of_own : 0.0f) + (word >> (kKeptByRow + kKeptByColumn - own_bit) & 1 ? of_other : 0.0f);
-        if (first + i >= turn.count) continue;
-        float weight = share * word_sigmoid(word);
-        store_weight<Numbers>(matrix, own, other, weight);
-        if (turn.tile.diagonal) store_weight<Numbers>(matrix, other, own, weight);
+DEVICE void mirror(const GradientParams &p, unsigned char *matrix, const Turn &turn, uint32_t thread) {
+    const uint32_t *words = p.pairs.pool_words + static_cast<uint64_t>(turn.segment) * 4;
+#pragma unroll 1
+    for (uint32_t k = thread; k < turn.count; k += kBuilderThreads) {
+        uint32_t word = words[k], place = stored_place<Numbers>(word);
+        *reinterpret_cast<uint16_t *>(matrix + matrix_place<Numbers>(place % TILE, place / TILE)) = word_element(word);
     }
 }
 
@@ -256,51 +248,39 @@ DEVICE void build_recomputed(const Building &my, const Turn &turn, uint32_t x, u
 template <class Numbers>
 DEVICE void build_matrices(const GradientParams &p, GradientHopperShared &shared, Walk<true> walk) {
     Building my{p, shared, thread_index() - kMultipliers * 32};
-    bool other_references = !p.of_references;
     Words ahead[kAhead];
     bool there = walk.next();
-    auto load_ahead = [&] {
+    Source source = there ? Source(my, walk.turn) : Source();
 #pragma unroll
-        for (uint32_t a = 0; a < kAhead; ++a) ahead[a] = my.load(walk.turn, my.thread + a * kBuilderThreads, there);
-    };
-    load_ahead();
+    for (uint32_t a = 0; a < kAhead; ++a) ahead[a] = source.at(a);
     while (there) {
         Turn turn = walk.turn;
         there = walk.next();  // its words are loaded where this tile's are used up
-        Scales scales[kScales];
-#pragma unroll
-        for (uint32_t s = 0; s < kScales; ++s) {
-            uint32_t row = my.thread + s * kBuilderThreads;
-            if (turn.stored && row < TILE) scales[s] = my.scales_of(other_references, turn.y * TILE + row);
-        }
+        Source next = there ? Source(my, walk.turn) : Source();
         if (turn.index >= 2) mbarrier_wait(&shared.taken[turn.matrix()], turn.matrix_parity() ^ 1);
         warp_sync();
+        unsigned char *matrix = shared.matrices[turn.matrix()];
         if (turn.stored) {
-#pragma unroll
-            for (uint32_t s = 0; s < kScales; ++s) {
-                uint32_t row = my.thread + s * kBuilderThreads;
-                if (row < TILE) shared.other[turn.matrix()][row] = scales[s];
-            }
-            auto *matrix = reinterpret_cast<Words *>(shared.matrices[turn.matrix()]);
-            for (uint32_t i = my.thread; i < sizeof(shared.matrices[0]) / sizeof(Words); i += kBuilderThreads) matrix[i] = Words{};
+            auto *zeros = reinterpret_cast<Words *>(matrix);
+            for (uint32_t i = my.thread; i < sizeof(shared.matrices[0]) / sizeof(Words); i += kBuilderThreads) zeros[i] = Words{};
             warp_sync();
-            named_sync(kBuildersBarrier, kBuilderThreads);  // zeros and scales are there
-#pragma unroll
-            for (uint32_t a = 0; a < kAhead; ++a) {
-                uint32_t granule = my.thread + a * kBuilderThreads;
-                if (a * kBuilderThreads * Words::count < turn.count) {
-                    scatter<Numbers>(shared, turn, ahead[a], granule * Words::count);
-                }
-                ahead[a] = my.load(walk.turn, granule, there);
-            }
-            for (uint32_t granule = my.thread + kAhead * kBuilderThreads; granule * Words::count < turn.count;
-                 granule += kBuilderThreads) {
-                scatter<Numbers>(shared, turn, my.words_of(turn)[granule], granule * Words::count);
-            }
+            named_sync(kBuildersBarrier, kBuilderThreads);  // zeros are there
         } else {
             build_recomputed<Numbers>(my, turn, walk.x, walk.steps);
-            load_ahead();
         }
+        uint32_t address = shared_address(matrix);
+        for (bool last = false; !last;) {
+            source = source.rest();
+            last = source.count == 0;
+            if (last) source = next;
+#pragma unroll
+            for (uint32_t a = 0; a < kAhead; ++a) {
+#pragma unroll
+                for (uint32_t word : ahead[a].values) store_element(address, word);
+                ahead[a] = source.at(a);
+            }
+        }
+        if (turn.stored && turn.tile.diagonal) mirror<Numbers>(p, matrix, turn, my.thread);
         fence_proxy_async();
         warp_sync();
         arrive_as_warp(&shared.built[turn.matrix()]);
@@ -347,6 +327,19 @@ DEVICE void recompute_values(GradientHopperShared &shared, Barrier *valued, uint
     arrive_as_warp(valued);
 }
 
+// The product with one stage; `weights` are 64 rows of M's tile, or 64 columns.
+template <class Numbers, bool transposed, int n>
+DEVICE void multiply_half(float (&sums)[n][4], const unsigned char *weights, Descriptor rows) {
+    Descriptor m = transposed ? panels_descriptor(weights, kPanelBytes<Numbers>) : stage_descriptor(weights);
+    wgmma_fence();
+#pragma unroll
+    for (uint32_t k = 0; k < kDepth; k += 16) {
+        wgmma<true, transposed>(Numbers{}, sums, advanced(m, k * (transposed ? STAGE_BYTES : 2)), advanced(rows, k * STAGE_BYTES));
+    }
+    wgmma_commit();
+    wgmma_wait<1>();  // this product goes on, that before it is done
+}
+
 // The two warpgroups that multiply: 64 rows each and at most 8 n columns.
 template <class Numbers, int n>
 DEVICE void multiply_matrices(const GradientParams &p, GradientHopperShared &shared, Walk<false> walk,
@@ -379,16 +372,13 @@ DEVICE void multiply_matrices(const GradientParams &p, GradientHopperShared &sha
         for (uint32_t half = 0; half < 2; ++half, ++fill) {
             mbarrier_wait(full_of(shared, fill), parity_of(fill));
             warp_sync();
-            unsigned char *matrix = shared.matrices[turn.matrix()] + half * kPanelBytes<Numbers>;
-            Descriptor weights = stage_descriptor(matrix + group * kDepth * STAGE_BYTES);
+            unsigned char *matrix = shared.matrices[turn.matrix()];
             Descriptor rows = panels_descriptor(stage_of(shared, fill), kStagePanel);
-            wgmma_fence();
-#pragma unroll
-            for (uint32_t k = 0; k < kDepth; k += 16) {
-                wgmma<true>(Numbers{}, sums, advanced(weights, k * 2), advanced(rows, k * STAGE_BYTES));
+            if (turn.transposed()) {
+                multiply_half<Numbers, true>(sums, matrix + group * kPanelBytes<Numbers> + half * kDepth * STAGE_BYTES, rows);
+            } else {
+                multiply_half<Numbers, false>(sums, matrix + half * kPanelBytes<Numbers> + group * kDepth * STAGE_BYTES, rows);
             }
-            wgmma_commit();
-            wgmma_wait<1>();  // this product goes on, that before it is done
             if (open) {
                 arrive_as_warp(empty_of(shared, fill - 1));
                 if (half == 0) arrive_as_warp(&shared.taken[turn.matrix() ^ 1]);
@@ -453,10 +443,7 @@ DEVICE void gradient_hopper_body([[maybe_unused]] const GradientParams &p) {
         for (Barrier &barrier : shared.taken) mbarrier_init(&barrier, kMultipliers);
         for (Barrier &barrier : shared.valued) mbarrier_init(&barrier, kMultipliers);
     }
-    if (thread_index() < TILE) {
-        shared.own[thread_index()] = Building{p, shared, 0}.scales_of(p.of_references, x * TILE + thread_index());
-    }
-    block_sync();  // barriers and scales are there
+    block_sync();  // the barriers are there
     Range range = split_range(p.of_references ? pairs.anchors.tiles : pairs.references.tiles, block_z(), p.splits);
     Walk<false> walk(p, x, range);
     uint32_t warp = shuffle(warp_index(), 0);

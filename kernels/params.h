@@ -61,6 +61,10 @@
 #define WEIGH_SHARED_BYTES (SUM_SHARED_BYTES + 2 * THREADS / 32 * 32 * 8 + 8)
 /* Sums that the blocks of `weigh` add up. */
 #define WEIGH_SUMS 10
+/* Whether it finishes words, and for which type of rows. */
+#define WEIGH_NO_WORDS 0
+#define WEIGH_WORDS_F16 1
+#define WEIGH_WORDS_BF16 2
 /* The tile way of the gradient: a block owns as many rows as its 128 sums a thread allow beside
  * the fragments (16-bit types; f32 needs twice the fragments), and these columns of each. Every
  * block reads the other side once for its columns: more rows, less traffic. */
@@ -75,11 +79,11 @@
 #define GRADIENT_EXTRA_BYTES 24
 /* On Hopper warps have roles: 8 multiply, 3 build M, 1 copies; more threads would leave the product of 256 columns too
  * few registers (ptxas wants 154 for the whole kernel). 4 stages of half a tile's rows (32 KB), two
- * tiles of M (32 KB), the scales of the block's rows and, for each tile of M, of the other side's; 14 barriers, and a flag. */
+ * tiles of M (32 KB); 14 barriers, and a flag. */
 #define GRADIENT_HOPPER_THREADS 384
 #define GRADIENT_HOPPER_STAGES 4
 #define GRADIENT_HOPPER_SHARED_BYTES \
-    (GRADIENT_HOPPER_STAGES * TILE / 2 * GRADIENT_COLUMNS * 2 + 2 * TILE * TILE * 2 + 3 * TILE * 8 + 15 * 8)
+    (GRADIENT_HOPPER_STAGES * TILE / 2 * GRADIENT_COLUMNS * 2 + 2 * TILE * TILE * 2 + 15 * 8)
 /* Columns of the gradient that a block of the list way keeps as f32. */
 #define LISTS_COLUMNS 256
 /* References that the retrieval buffer of a query takes between two compactions. */
@@ -214,7 +218,7 @@ typedef struct Pairs {
     uint32_t *tile_segments;     /* [tiles], of a tile with candidates: where in the pool, in units of 4; NO_ROW: not stored,
                                   * to be recomputed */
     float *pool_values;          /* [4 * pool], S */
-    uint32_t *pool_words;        /* [4 * pool], from the selection on: place and fate, word.cuh */
+    uint32_t *pool_words;        /* [4 * pool], from the selection on: word.cuh */
     Settings settings;
 } Pairs;
 
@@ -328,7 +332,7 @@ typedef struct PairsParams {
 } PairsParams;
 
 /* weigh: per-row weights, the scalars, the results in original order, ways of the gradient. One block a row tile, of the
- * references too where they have weights or ways. */
+ * references too where they have weights or ways, and where words are finished one a tile of S. */
 typedef struct WeighParams {
     Pairs pairs;
     const float *anchor_column_sums;     /* [anchor tiles, stride] */
@@ -343,6 +347,10 @@ typedef struct WeighParams {
     double *parts;               /* [blocks, WEIGH_SUMS] */
     uint32_t *arrived;           /* [1], 0 before and after */
     uint8_t *ways[2];            /* [tiles] of the anchors, of the references, 1: lists; null: not wanted */
+    uint32_t blocks;             /* that weigh a row tile */
+    uint32_t words;              /* WEIGH_NO_WORDS, or what type the elements of M have */
+    float weight_scale;          /* as in GradientParams */
+    uint32_t reserved;
 } WeighParams;
 
 /* gradient: M R for one side, M = G + G^T (square), G or G^T. */

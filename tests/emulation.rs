@@ -319,7 +319,7 @@ fn a_named_barrier_of_too_many_threads_is_caught() {
 
 #[test]
 fn a_named_barrier_that_is_missing_is_caught() {
-    let zeros = "named_sync(kBuildersBarrier, kBuilderThreads);  // zeros and scales are there";
+    let zeros = "named_sync(kBuildersBarrier, kBuilderThreads);  // zeros are there";
     assert_caught(&run_faulty_hopper("gradient_hopper.cu", zeros, ""));
 }
 
@@ -402,7 +402,7 @@ fn a_plain_access_that_races_another_block_is_caught_by_the_thread_sanitizer() {
 
 #[test]
 fn a_race_within_a_block_is_named_by_the_thread_sanitizer() {
-    let zeroed = "named_sync(kBuildersBarrier, kBuilderThreads);  // zeros and scales are there";
+    let zeroed = "named_sync(kBuildersBarrier, kBuilderThreads);  // zeros are there";
     let message = run_racing("gradient", "gradient_hopper.cu", zeroed, "");
     assert!(message.contains("data race") && message.contains("gradient_hopper.cu"), "{message}");
 }

@@ -6,7 +6,7 @@ use super::params::{
     ORDER_SHARED_BYTES, ORDER_TILE, ORDER_WIDE_SHARED_BYTES, ORDER_WIDE_THREADS, ORDER_WIDE_TILE,
     RETRIEVAL_SHARED_BYTES, RETRIEVAL_SLACK, SELECT_STORED_SHARED_BYTES, SIMILARITY_STAGES_BYTES,
     STAGE_BYTES, SUM_SHARED_BYTES, SWEEP_HOPPER_SHARED_BYTES, SWEEP_HOPPER_THREADS, SWEEP_SHARED_BYTES,
-    THREADS, TILE, TILE_MASK_WORDS, WEIGH_SHARED_BYTES,
+    THREADS, TILE, TILE_MASK_WORDS, WEIGH_NO_WORDS, WEIGH_SHARED_BYTES, WEIGH_WORDS_BF16, WEIGH_WORDS_F16,
 };
 use super::{Kernel, LaunchPlan, Precision};
 use crate::loss::{Embeddings, LossSettings};
@@ -170,6 +170,15 @@ impl Shape {
         tiles(if both { self.anchors.max(self.reference_count()) } else { self.anchors })
     }
 
+    /// The type of M's elements that `weigh` makes of words, a block for each tile of S.
+    pub fn finished_words(&self) -> u32 {
+        match self.precision {
+            Precision::F32 | Precision::Tf32 => WEIGH_NO_WORDS,
+            Precision::F16 => WEIGH_WORDS_F16,
+            Precision::Bf16 => WEIGH_WORDS_BF16,
+        }
+    }
+
     fn row_blocks(&self, of_references: bool) -> usize {
         tiles(self.sides(of_references).0) * (TILE / self.gradient_rows()) as usize
     }
@@ -282,7 +291,10 @@ impl Shape {
             Kernel::SelectRecomputedHopper(_) => ([self.tiles(), 1, 1], HOPPER_SHARED_BYTES),
             Kernel::SelectRecomputed(_) => ([self.tiles(), 1, 1], SIMILARITY_STAGES_BYTES),
             Kernel::LeadBack(_) => ([self.sides(of_references).0.div_ceil(THREADS as usize / 32), 1, 1], 0),
-            Kernel::Weigh => ([self.weigh_blocks(), 1, 1], WEIGH_SHARED_BYTES),
+            Kernel::Weigh => {
+                let finished = if self.finished_words() == WEIGH_NO_WORDS { 0 } else { self.tiles() };
+                ([self.weigh_blocks().max(finished), 1, 1], WEIGH_SHARED_BYTES)
+            }
             Kernel::ThresholdSum => ([1, 1, 1], SUM_SHARED_BYTES),
             Kernel::Gradient(precision) => (gradient_grid, gradient_bytes(precision)),
             // A block for each lambda.
