@@ -62,59 +62,63 @@ DEVICE uint32_t index_at(const PrepareParams &p, uint32_t place) {
     return place >= p.count ? NO_ROW : p.order == nullptr ? place : p.order[place];
 }
 
-// Where rows are read: whole granules, or element by element where they are not aligned to these.
+// The caller's rows of this thread, from its first granule on, read a stage further on each time.
 template <class Element>
 struct Source {
     using Vector = Granule<Element>;
-    const Element *rows;
-    uint32_t dim;
-    bool aligned;
+    const Element *rows[kOwnRows];
+    bool there[kOwnRows];
+    uint32_t element = thread_index() % kGranules * Vector::count, dim;
+    bool aligned;                   // whole granules may be read
 
     explicit DEVICE Source(const PrepareParams &p)
-        : rows(static_cast<const Element *>(p.input)),
-          dim(p.dim),
-          aligned((reinterpret_cast<uintptr_t>(p.input) | static_cast<uint64_t>(p.dim) * sizeof(Element)) % 16 == 0) {}
-    DEVICE bool has(uint32_t index, uint32_t granule) const { return index != NO_ROW && granule * Vector::count < dim; }
-    DEVICE const Element *at(uint32_t index, uint32_t granule) const {
-        return rows + static_cast<uint64_t>(index) * dim + granule * Vector::count;
-    }
-    // Zeros beyond the row's end.
-    DEVICE Vector pieces(uint32_t index, uint32_t granule) const {
-        Vector value{};
-        const Element *from = at(index, granule);
+        : dim(p.dim),
+          aligned((reinterpret_cast<uintptr_t>(p.input) | static_cast<uint64_t>(p.dim) * sizeof(Element)) % 16 == 0) {
 #pragma unroll
-        for (int i = 0; i < Vector::count; ++i) {
-            if (has(index, granule) && granule * Vector::count + i < dim) value.values[i] = from[i];
+        for (uint32_t i = 0; i < kOwnRows; ++i) {
+            uint32_t index = index_at(p, block_x() * TILE + thread_index() / kGranules + i * kRowsApart);
+            there[i] = index != NO_ROW;
+            rows[i] = static_cast<const Element *>(p.input) + static_cast<uint64_t>(there[i] ? index : 0) * dim + element;
+        }
+    }
+    DEVICE void step() {
+        element += kGranules * Vector::count;
+#pragma unroll
+        for (const Element *&row : rows) row += kGranules * Vector::count;
+    }
+    // Element by element, zeros beyond the row's end.
+    DEVICE Vector pieces(uint32_t i) const {
+        Vector value{};
+#pragma unroll
+        for (uint32_t k = 0; k < Vector::count; ++k) {
+            if (there[i] && element + k < dim) value.values[k] = rows[i][k];
         }
         return value;
     }
-    // One granule of each of a thread's rows.
-    DEVICE void load(Vector (&to)[kOwnRows], const uint32_t (&own)[kOwnRows], uint32_t granule) const {
+    // A granule of each row.
+    DEVICE void load(Vector (&to)[kOwnRows]) const {
         if (aligned) {
 #pragma unroll
             for (uint32_t i = 0; i < kOwnRows; ++i) {
-                to[i] = has(own[i], granule) ? *reinterpret_cast<const Vector *>(at(own[i], granule)) : Vector{};
+                to[i] = there[i] && element < dim ? *reinterpret_cast<const Vector *>(rows[i]) : Vector{};
             }
         } else {
 #pragma unroll
-            for (uint32_t i = 0; i < kOwnRows; ++i) to[i] = pieces(own[i], granule);
+            for (uint32_t i = 0; i < kOwnRows; ++i) to[i] = pieces(i);
         }
     }
     // The same to shared memory, kRowsApart rows apart; done by the next wait for asynchronous copies that covers it.
-    DEVICE void copy(unsigned char *to, const uint32_t (&own)[kOwnRows], uint32_t granule) const {
-        auto place = [&](uint32_t i) { return to + i * kRowsApart * STAGE_BYTES; };
+    DEVICE void copy(unsigned char *to) const {
         if (aligned) {
 #pragma unroll
             for (uint32_t i = 0; i < kOwnRows; ++i) {
-                if (has(own[i], granule)) {
-                    cp_async(place(i), at(own[i], granule));
-                } else {
-                    *reinterpret_cast<Vector *>(place(i)) = Vector{};
-                }
+                cp_async_if(there[i] && element < dim, to + i * kRowsApart * STAGE_BYTES, rows[i]);
             }
         } else {
 #pragma unroll
-            for (uint32_t i = 0; i < kOwnRows; ++i) *reinterpret_cast<Vector *>(place(i)) = pieces(own[i], granule);
+            for (uint32_t i = 0; i < kOwnRows; ++i) {
+                *reinterpret_cast<Vector *>(to + i * kRowsApart * STAGE_BYTES) = pieces(i);
+            }
         }
     }
 };
@@ -166,14 +170,13 @@ struct Inverses {
 
 // The lengths of a warp's rows.
 template <class Element>
-DEVICE Inverses find_lengths(const PrepareParams &p, const uint32_t (&own)[kOwnRows]) {
+DEVICE Inverses find_lengths(const PrepareParams &p, Source<Element> source) {
     using Vector = Granule<Element>;
-    Source<Element> source(p);
     float squares[kOwnRows] = {};
 #pragma unroll 2
-    for (uint32_t granule = lane_index() % kGranules; granule < p.stride / Vector::count; granule += kGranules) {
+    for (uint32_t begin = 0; begin < p.dim; begin += kGranules * Vector::count, source.step()) {
         Vector values[kOwnRows];
-        source.load(values, own, granule);
+        source.load(values);
 #pragma unroll
         for (uint32_t i = 0; i < kOwnRows; ++i) {
             float numbers[Vector::count];
@@ -187,18 +190,64 @@ DEVICE Inverses find_lengths(const PrepareParams &p, const uint32_t (&own)[kOwnR
     each_exact<Element>(p, index != NO_ROW && !is_usual(length), index, [&](uint32_t lane, double exact) {
         if (lane == lane_index()) length = sqrt(exact);
     });
-    bool unusual = !is_usual(length);
+    bool unusual = index != NO_ROW && !is_usual(length);
     if (index != NO_ROW) p.lengths[index] = length;
     auto inverse = static_cast<float>(unusual ? 1.0 : 1.0 / length);
+    uint32_t all_unusual = ballot_sync(unusual);
     warp_sync();  // the lengths are there
     Inverses inverses{};
 #pragma unroll
     for (uint32_t i = 0; i < kOwnRows; ++i) {
-        int lane = static_cast<int>(i * 4 + lane_index() / kGranules);
-        inverses.of_row[i] = shuffle(inverse, lane);
-        inverses.unusual |= static_cast<uint32_t>(own[i] != NO_ROW && shuffle(static_cast<uint32_t>(unusual), lane) != 0) << i;
+        uint32_t lane = i * 4 + lane_index() / kGranules;
+        inverses.of_row[i] = shuffle(inverse, static_cast<int>(lane));
+        inverses.unusual |= (all_unusual >> lane & 1) << i;
     }
     return inverses;
+}
+
+// What stands in this thread's place of a stage, at unit length.
+template <class Element>
+DEVICE void bring_to_unit_length(const PrepareParams &p, const Inverses &inverses, unsigned char *to) {
+    using Vector = Granule<Element>;
+    auto place = [&](uint32_t i) { return reinterpret_cast<Vector *>(to + i * kRowsApart * STAGE_BYTES); };
+#pragma unroll
+    for (uint32_t i = 0; i < kOwnRows; ++i) {
+        if (inverses.unusual >> i & 1) continue;
+        float numbers[Vector::count];
+        unpack(numbers, *place(i));
+#pragma unroll
+        for (float &number : numbers) number *= inverses.of_row[i];
+        *place(i) = packed<Element>(numbers);
+    }
+#pragma unroll 1
+    for (uint32_t left = inverses.unusual; left != 0; left &= left - 1) {
+        auto i = static_cast<uint32_t>(lowest_bit(left));
+        double length = p.lengths[index_at(p, block_x() * TILE + thread_index() / kGranules + i * kRowsApart)];
+#pragma unroll 1
+        for (Element &value : place(i)->values) value = from_float<Element>(unit_entry(to_float(value), length));
+    }
+}
+
+// Adds the sums of the four lanes that have the same granule: each gets a quarter of its elements, from `first_of_quarter()` on.
+template <int count>
+DEVICE void add_lanes(float (&quarter)[count / 4], const float (&sums)[count]) {
+    constexpr int half = count / 2;
+    bool upper = lane_index() & kGranules, odd = lane_index() & 2 * kGranules;
+    float halves[half];
+#pragma unroll
+    for (int k = 0; k < half; ++k) {
+        float given = upper ? sums[k] : sums[half + k];
+        halves[k] = (upper ? sums[half + k] : sums[k]) + shuffle_xor(given, kGranules);
+    }
+#pragma unroll
+    for (int k = 0; k < half / 2; ++k) {
+        float given = odd ? halves[k] : halves[half / 2 + k];
+        quarter[k] = (odd ? halves[half / 2 + k] : halves[k]) + shuffle_xor(given, 2 * kGranules);
+    }
+}
+template <int count>
+DEVICE uint32_t first_of_quarter() {
+    return (lane_index() / kGranules % 2 * 2 + lane_index() / kGranules / 2) * (count / 4);
 }
 
 // Norms, or lengths, of the rows of a warp's lanes: what is no unit row is told.
@@ -227,91 +276,83 @@ DEVICE void check_rows(const PrepareParams &p, const float (&squares)[kOwnRows])
     });
 }
 
-// A tile's rows, prepared. `products.add(stage)` sees each stage of them as it lies in shared memory, if it asks for them;
-// `shared` has room for the ring, and for a float for each warp, lane and element of a granule.
+// A tile's rows, prepared. `products.add(stage)` sees each stage of them as it lies in shared memory; `shared` has room for the ring, and twice for a float for each warp and element of a stage.
 template <class Numbers, class Products>
 DEVICE void prepare_rows(const PrepareParams &p, unsigned char *shared, Products products) {
     using Element = typename Numbers::Element;
     using Vector = Granule<Element>;
     constexpr uint32_t kColumns = kGranules * Vector::count;  // of a stage
-    static_assert(kRing * kRingStage + 2 * THREADS / 32 * kColumns * sizeof(float) <= SIMILARITY_STAGES_BYTES);
+    constexpr uint32_t kParts = THREADS / 32 * kColumns;
+    static_assert(kRing * kRingStage + 2 * kParts * sizeof(float) <= SIMILARITY_STAGES_BYTES);
     uint64_t stride_bytes = static_cast<uint64_t>(p.stride) * Numbers::stored_bytes;
     auto rows = static_cast<unsigned char *>(p.rows) + static_cast<uint64_t>(block_x()) * TILE * stride_bytes;
     auto *parts = reinterpret_cast<float *>(shared + kRing * kRingStage);  // [2, warps, kColumns]
-    uint32_t first = block_x() * TILE, row = thread_index() / kGranules, own_granule = thread_index() % kGranules;
-    uint32_t own[kOwnRows];
+    uint32_t row = thread_index() / kGranules, element = thread_index() % kGranules * Vector::count;
+    uint32_t own_place = swizzled(row, thread_index() % kGranules);
+    uint32_t valid = p.column_sums == nullptr ? 0 : *p.valid, before = block_x() * TILE + row;
+    bool counts[kOwnRows];
 #pragma unroll
-    for (uint32_t i = 0; i < kOwnRows; ++i) own[i] = index_at(p, first + row + i * kRowsApart);
-    uint32_t valid = p.column_sums == nullptr ? 0 : *p.valid, granules = p.stride / Vector::count;
-    Inverses inverses{};
-    if (p.lengths != nullptr) inverses = find_lengths<Element>(p, own);
+    for (uint32_t i = 0; i < kOwnRows; ++i) counts[i] = before + i * kRowsApart < valid;
     Source<Element> source(p);
-    uint32_t own_place = swizzled(row, own_granule);
+    Inverses inverses{};
+    if (p.lengths != nullptr) inverses = find_lengths(p, source);
+    uint32_t stages = (p.stride + kColumns - 1) / kColumns;
     auto copy = [&](uint32_t stage) {
-        uint32_t granule = stage * kGranules + own_granule;
-        if (granule < granules) source.copy(shared + stage % kRing * kRingStage + own_place, own, granule);
+        if (stage < stages) source.copy(shared + stage % kRing * kRingStage + own_place);
+        source.step();
         cp_async_commit();  // a group a stage, empty or not: the waits below count them
     };
+#pragma unroll 1
     for (uint32_t stage = 0; stage < kAhead; ++stage) copy(stage);
     float squares[kOwnRows] = {};
 #pragma unroll 1
-    for (uint32_t stage = 0; stage * kGranules < granules; ++stage) {
-        cp_async_wait<kAhead - 1>();  // each reads what it has copied itself
-        unsigned char *at = shared + stage % kRing * kRingStage;
-        auto place = [&](uint32_t i) { return reinterpret_cast<Vector *>(at + own_place + i * kRowsApart * STAGE_BYTES); };
-        uint32_t granule = stage * kGranules + own_granule;
-        bool there = granule < granules;
-#pragma unroll 1
-        for (uint32_t left = there ? inverses.unusual : 0; left != 0; left &= left - 1) {
-            auto i = static_cast<uint32_t>(lowest_bit(left));
-            double length = p.lengths[index_at(p, first + row + i * kRowsApart)];
-#pragma unroll 1
-            for (Element &value : place(i)->values) value = from_float<Element>(unit_entry(to_float(value), length));
-        }
+    for (uint32_t stage = 0; stage < stages; ++stage) {
+        unsigned char *ring = shared + stage % kRing * kRingStage;
+        auto place = [&](uint32_t i) { return reinterpret_cast<Vector *>(ring + own_place + i * kRowsApart * STAGE_BYTES); };
+        cp_async_wait<kAhead - 1>();  // each thread reads what it has copied itself
+        if (p.lengths != nullptr) bring_to_unit_length<Element>(p, inverses, ring + own_place);
         float sums[Vector::count] = {};
 #pragma unroll
         for (uint32_t i = 0; i < kOwnRows; ++i) {
-            Vector values = there ? *place(i) : Vector{};
+            Vector values = *place(i);
             float numbers[Vector::count];
             unpack(numbers, values);
-            if (p.lengths != nullptr) {
-#pragma unroll
-                for (float &number : numbers) number *= inverses.of_row[i];
-                values = packed<Element>(numbers);
-                unpack(numbers, values);
-            }
-            bool counts = first + row + i * kRowsApart < valid;
 #pragma unroll
             for (int k = 0; k < Vector::count; ++k) {
                 squares[i] += numbers[k] * numbers[k];
-                if (counts) sums[k] += numbers[k];
+                if (counts[i]) sums[k] += numbers[k];
             }
-            if (there) store_prepared<Numbers>(rows, row + i * kRowsApart, granule * Vector::count, values, stride_bytes);
-            products.put(place(i), values, p.lengths != nullptr);
+            if constexpr (Numbers::exact) {
+                // A stage of the ring has two of prepared rows, the last one perhaps but one.
+                uint32_t first = stage * kColumns + element;
+                if (first < p.stride) store_prepared<Numbers>(rows, row + i * kRowsApart, first, values, stride_bytes);
+            } else {
+                constexpr bool rounded = sizeof(Element) == 4;
+                if constexpr (rounded) values = rounded_to_tf32(values);
+                if constexpr (rounded && Products::any) *place(i) = values;
+                *reinterpret_cast<Vector *>(rows + own_place + i * kRowsApart * STAGE_BYTES) = values;
+            }
         }
-        if (p.column_sums == nullptr && !Products::any) {
-            copy(stage + kAhead);
-            continue;
-        }
-        float *part = parts + (stage % 2 * (THREADS / 32) + warp_index()) * kColumns;
+        if (p.column_sums != nullptr) {
+            float quarter[Vector::count / 4];
+            add_lanes(quarter, sums);
+            float *part = parts + stage % 2 * kParts + warp_index() * kColumns + element + first_of_quarter<Vector::count>();
 #pragma unroll
-        for (int k = 0; k < Vector::count; ++k) {
-            for (int mask = kGranules; mask < 32; mask *= 2) sums[k] += shuffle_xor(sums[k], mask);
-            if (lane_index() < kGranules) part[own_granule * Vector::count + k] = sums[k];
+            for (int k = 0; k < Vector::count / 4; ++k) part[k] = quarter[k];
         }
+        if constexpr (!Numbers::exact) rows += kRingStage;
         if constexpr (Products::any) fence_proxy_async();
-        block_sync();  // the stage and the parts are there, and what read those two before is through
+        block_sync();  // the stage and the parts are there, and the products of the stage two before are through
         copy(stage + kAhead);
-        products.add(at);
+        products.add(ring);
         uint32_t column = stage * kColumns + thread_index();
         if (p.column_sums != nullptr && thread_index() < kColumns && column < p.stride) {
-            const float *of_stage = parts + stage % 2 * (THREADS / 32) * kColumns + thread_index();
+            const float *of_stage = parts + stage % 2 * kParts + thread_index();
             float sum = of_stage[0];
 #pragma unroll
             for (uint32_t warp = 1; warp < THREADS / 32; ++warp) sum += of_stage[warp * kColumns];
             p.column_sums[static_cast<uint64_t>(block_x()) * p.stride + column] = sum;
         }
-        warp_sync();
     }
     check_rows<Element>(p, squares);
 }
@@ -346,8 +387,6 @@ DEVICE void write_duplicate_bounds(const PrepareParams &p, const Sums &acc) {
 
 struct NoProducts {
     static constexpr bool any = false;
-    template <class Vector>
-    DEVICE void put(Vector *, const Vector &, bool) const {}
     DEVICE void add(const unsigned char *) const {}
 };
 
@@ -379,15 +418,6 @@ struct DiagonalProducts {
     static constexpr bool any = true;
     DiagonalSums &acc;
 
-    // What stands in the ring as products want it, if that is not how it was copied.
-    template <class Vector>
-    DEVICE void put(Vector *to, const Vector &values, bool changed) const {
-        if constexpr (sizeof(typename Numbers::Element) == 2) {
-            if (changed) *to = values;
-        } else {
-            *to = rounded_to_tf32(values);
-        }
-    }
     DEVICE void add(const unsigned char *stage) const {
         Descriptor rows = stage_descriptor(stage + warp_index() / 4 * (TILE / 2) * STAGE_BYTES);
         wgmma_fence();
