@@ -17,6 +17,8 @@ use crate::{Error, Result};
 pub(super) const POOL_UNIT: usize = 4;
 /// Bytes of a candidate: its similarity and its word.
 const CANDIDATE: usize = size_of::<f32>() + size_of::<u32>();
+/// Blocks that may share one block of gradient rows.
+const MOST_SPLITS: usize = 64;
 /// Bytes of the rows of a band of the sweep.
 const BAND_BYTES: usize = 16 << 20;
 
@@ -151,13 +153,18 @@ impl Shape {
         1 << columns.ilog2()
     }
 
-    /// Blocks that share the other side's tiles of one block of gradient rows, so that a small batch fills the GPU. Each
-    /// has a partial result of its own, and the last one adds all: at most the root of the tiles, for by then a block
-    /// reads as much of the parts as of the other side.
+    /// Blocks that share the other side's tiles of one block of gradient rows, so that few blocks fill the GPU, and the last
+    /// of more do not leave most of it idle. Each has a partial result of its own, and the last one adds all. The least
+    /// of: rounds of blocks, times what one takes, in thirds of a tile. A part is written in the time of two tiles, and
+    /// read again in that of two thirds (H200: a tile 1.7 us, a part 128 KB).
     pub fn splits(&self, of_references: bool, multiprocessors: u32) -> usize {
         let others = tiles(self.sides(of_references).1);
         let blocks = self.row_blocks(of_references) * self.column_blocks();
-        (multiprocessors as usize).div_ceil(blocks).clamp(1, others.isqrt().max(1))
+        let cost = |&splits: &usize| {
+            let parts = if splits == 1 { 0 } else { 6 + 2 * splits };
+            (blocks * splits).div_ceil(multiprocessors as usize) * (3 * others.div_ceil(splits) + parts)
+        };
+        (1..=others.min(MOST_SPLITS)).min_by_key(cost).unwrap_or(1)
     }
 
     /// Counters of the blocks that share rows and columns of a gradient.
@@ -516,10 +523,21 @@ mod tests {
     #[test]
     fn small_batches_are_split_and_large_ones_are_not() {
         assert_eq!(square(16_384, 512, Precision::Bf16).splits(false, 132), 1);
-        let small = square(1024, 512, Precision::Bf16);
-        assert_eq!(small.splits(false, 132), 2);
-        assert_eq!(square(4096, 512, Precision::Bf16).splits(false, 132), 3);
+        assert_eq!(square(1024, 512, Precision::Bf16).splits(false, 132), 4);
+        assert_eq!(
+            square(4096, 512, Precision::Bf16).splits(false, 132),
+            2,
+            "64 blocks, twice, are one round"
+        );
+        assert_eq!(square(8192, 512, Precision::Bf16).splits(false, 132), 1);
+        assert_eq!(
+            square(10_240, 512, Precision::Bf16).splits(false, 132),
+            4,
+            "160 blocks would be two rounds"
+        );
         assert_eq!(square(64, 512, Precision::Bf16).splits(false, 132), 1, "there is but one tile to share");
+        let bank = Shape { references: Some(65_536), ..square(80, 512, Precision::Bf16) };
+        assert!((16..=MOST_SPLITS).contains(&bank.splits(false, 132)));
     }
 
     #[test]
