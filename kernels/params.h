@@ -39,16 +39,20 @@
 #define SWEEP_HOPPER_RUN 64
 #define SWEEP_HOPPER_SHARED_BYTES                                                                                       \
     ((SWEEP_HOPPER_RESIDENT + SWEEP_HOPPER_STAGES) * TILE * STAGE_BYTES + 2 * (SWEEP_HOPPER_STAGED * 4 + TILE * 12 + 36) + \
-     11 * 8)
-/* Keys that one block sorts, and sorted runs that one launch merges into one; powers of two. */
+    11 * 8)
+/* Keys of a tile, of which each block places some; sorted runs that one launch merges into one. Powers of two. */
 #define ORDER_TILE 2048
+#define ORDER_OWN 64
 #define ORDER_RUNS 32
 #define RETRIEVAL_SHARED_BYTES (SIMILARITY_STAGES_BYTES + TILE * 8)
-/* Where one merge of such tiles would not do: four times the keys and the threads. */
+/* Where one merge of such tiles would not do: four times the keys, sorted by one block. */
 #define ORDER_WIDE_TILE 8192
 #define ORDER_WIDE_THREADS 1024
-/* A key of 10 bytes each, with a gap behind every 8. */
-#define ORDER_SHARED_BYTES ((ORDER_TILE + ORDER_TILE / 8) * 10)
+/* The labels, and what each warp has counted for each own key. Where a block sorts, keys of 10 bytes with a gap behind every 8. */
+#define ORDER_SHARED_BYTES (ORDER_TILE * 8 + THREADS / 32 * ORDER_OWN * 4)
+/* Keys of a block that merges, and what each warp has found for each. */
+#define ORDER_MERGED 32
+#define ORDER_MERGE_SHARED_BYTES (THREADS / 32 * ORDER_MERGED * 4)
 #define ORDER_WIDE_SHARED_BYTES ((ORDER_WIDE_TILE + ORDER_WIDE_TILE / 8) * 10)
 /* Bounds, ranges, counts and sums of the 128 rows and 128 columns of a tile. */
 #define SELECT_SHARED_BYTES (TILE * (2 * (8 + 8 + 32) + 8))
@@ -277,20 +281,21 @@ typedef struct Zeroed {
 } Zeroed;
 #define ZEROED 8
 
-/* order_tiles, order_tiles_wide: sorts the keys of a tile a block, and begins the loss: counters and sums that later passes count up in. */
+/* order_tiles, order_tiles_wide: sorts the keys of each tile, a block for every ORDER_OWN keys or for a wide tile, and begins the
+ * loss: counters and sums that later passes count up in. */
 typedef struct OrderParams {
     const int64_t *labels;       /* [count], original order */
     uint32_t count;
     uint32_t reserved;
     uint64_t *keys;              /* [count], labels sorted within each tile; ignored ones are UINT64_MAX */
     uint32_t *order;             /* [count], their original indices */
-    uint32_t *valid;             /* out: rows that are not ignored; null where tiles are merged, which counts them */
+    uint32_t *valid;             /* out: rows that are not ignored; null where tiles are merged, which counts them, so of wide ones */
     uint32_t *valid_too;         /* out, the same for the other side; null in the rectangular form */
     Counters *counters;          /* null where another launch begins them */
     Zeroed zeroed[ZEROED];
 } OrderParams;
 
-/* order_merge: the place of each key of ORDER_RUNS sorted runs among all of theirs. A thread a key. */
+/* order_merge: the place of each key of ORDER_RUNS sorted runs among all of theirs. One block for every ORDER_MERGED keys. */
 typedef struct MergeParams {
     const uint64_t *from_keys;   /* [count], sorted within each run */
     const uint32_t *from_order;
@@ -302,7 +307,8 @@ typedef struct MergeParams {
     uint32_t *valid_too;         /* the same for the other side; null in the rectangular form */
 } MergeParams;
 
-/* prepare: rows into class order with zero padding, and what is known of each by itself. One block a row tile. */
+/* prepare: rows into class order with zero padding, and what is known of each by itself. One block a row tile,
+ * and behind them, where classes are wanted, one for each THREADS anchors. */
 typedef struct PrepareParams {
     const void *input;           /* [count, dim], original order */
     void *rows;                  /* as in Side */

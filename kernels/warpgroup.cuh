@@ -106,6 +106,7 @@ WGMMA(wgmma_f16, "f16", 32, "m64n256k16", PLACES_128, SUMS_128, "%128", "%129", 
                      : sums(c, 0)                                                                                \
                      : "l"(a), "l"(b));                                                                          \
     }
+WGMMA_TF32(8, "m64n64k8", PLACES_32, SUMS_32, "%32", "%33")
 WGMMA_TF32(16, "m64n128k8", PLACES_64, SUMS_64, "%64", "%65")
 
 // A barrier in shared memory whose phase ends when `count` threads have arrived and all bytes

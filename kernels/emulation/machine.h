@@ -232,6 +232,10 @@ inline void atomic_min(uint32_t *target, uint32_t value) {
 }
 
 inline void cp_async(void *to, const void *from) { emulation::cp_async(to, from); }
+inline void cp_async_if(bool there, void *to, const void *from) {
+    alignas(16) static const unsigned char zeros[16] = {};
+    emulation::cp_async(to, there ? from : zeros);
+}
 inline void cp_async_commit() { emulation::cp_async_commit(); }
 template <int pending>
 inline void cp_async_wait() { emulation::cp_async_wait(pending); }
