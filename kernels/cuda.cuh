@@ -91,6 +91,12 @@ DEVICE uint32_t arrive_at(uint32_t *arrived) {
 DEVICE uint64_t atomic_take(uint64_t *target, uint64_t value) {
     return atomicAdd(reinterpret_cast<unsigned long long *>(target), static_cast<unsigned long long>(value));
 }
+// What others may be adding to or raising.
+DEVICE uint32_t atomic_load(const uint32_t *from) {
+    uint32_t value;
+    asm volatile("ld.relaxed.gpu.u32 %0, [%1];" : "=r"(value) : "l"(from));
+    return value;
+}
 DEVICE uint32_t atomic_next(uint32_t *target) { return atomicAdd(target, 1u); }
 DEVICE void atomic_max(uint32_t *target, uint32_t value) { atomicMax(target, value); }
 DEVICE void atomic_min(uint32_t *target, uint32_t value) { atomicMin(target, value); }
@@ -174,6 +180,8 @@ DEVICE float from_f16_bits(uint16_t bits) {
 }
 DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
 DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
+// The sign of `value` becomes the lowest bit, the others move up.
+DEVICE void shift_in_sign(uint32_t &bits, float value) { bits = __funnelshift_l(bits_of(value), bits, 1); }
 DEVICE int popc(uint32_t bits) { return __popc(bits); }
 // Index of the lowest bit that is set; `bits` must not be 0.
 DEVICE int lowest_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }

@@ -29,7 +29,8 @@
 #define HOPPER_SHARED_BYTES (HOPPER_STAGES_BYTES + 4 * 8)
 /* The sweep on Hopper: two teams of 8 warps multiply in turns, 1 warp copies (its group of 4 is whole). A row tile of up to
  * 512 dimensions, 4 stages of 16 KB for column tiles (both together serve wider rows), room for the values of
- * each team's candidates, bounds and maxima of its columns, counts of its warps; 12 barriers. */
+ * each team's candidates, bounds of its columns, counts of its warps; 10 barriers;
+ * together whole 16 bytes. */
 #define SWEEP_HOPPER_THREADS 640
 #define SWEEP_HOPPER_RESIDENT 8
 #define SWEEP_HOPPER_STAGES 4
@@ -38,7 +39,7 @@
 #define SWEEP_HOPPER_RUN 64
 #define SWEEP_HOPPER_SHARED_BYTES                                                                                       \
     ((SWEEP_HOPPER_RESIDENT + SWEEP_HOPPER_STAGES) * TILE * STAGE_BYTES + 2 * (SWEEP_HOPPER_STAGED * 4 + TILE * 12 + 36) + \
-     12 * 8)
+    11 * 8)
 /* Keys of a tile, of which each block places some; sorted runs that one launch merges into one. Powers of two. */
 #define ORDER_TILE 2048
 #define ORDER_OWN 64

@@ -179,8 +179,12 @@ fn a_team_s_stage_that_is_given_back_too_early_is_caught() {
 
 #[test]
 fn a_row_tile_that_is_overwritten_is_caught() {
-    let wait = "if (have != NO_ROW) mbarrier_wait(&shared.rows_empty";
-    assert_caught(&run_faulty_sweep(wait, "if (false) mbarrier_wait(&shared.rows_empty"));
+    // Of fewer parts than there are stages: products may still read it.
+    let wait = "back <= filled; ++back) wait_until_empty(filled - back);";
+    assert_caught(&run_faulty_sweep(wait, "false; ++back) wait_until_empty(filled - back);"));
+    // A stage, and with it a part of the row tile.
+    let wait = "if (fill >= SWEEP_HOPPER_STAGES) wait_until_empty(fill - SWEEP_HOPPER_STAGES);";
+    assert_caught(&run_faulty_sweep(wait, ""));
 }
 
 #[test]
@@ -214,8 +218,8 @@ fn a_block_that_ends_before_its_bulk_stores_have_been_read_is_caught() {
 
 #[test]
 fn a_team_s_missing_barrier_is_named_by_the_thread_sanitizer() {
-    let bounds = "warp_sync();\n        sync();\n\n        uint32_t candidates[2];";
-    let without = "warp_sync();\n\n        uint32_t candidates[2];";
+    let bounds = "            warp_sync();\n            sync();\n        });";
+    let without = "            warp_sync();\n        });";
     let message = run_racing("sweep", "sweep_hopper.cu", bounds, without);
     assert!(message.contains("data race") && message.contains("sweep_hopper.cu"), "{message}");
 }
@@ -230,6 +234,7 @@ fn assert_caught(message: &str) {
         "bulk stores nobody waited for",
         "a phase that nobody ends",
         "more arrivals at a barrier",
+        "waits at a named barrier for threads that never come",
         "bulk copies nobody waited for",
     ];
     assert!(signs.iter().any(|sign| message.contains(sign)), "{message}");

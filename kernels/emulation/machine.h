@@ -330,6 +330,7 @@ inline float float_of(uint32_t bits) {
     std::memcpy(&value, &bits, sizeof value);
     return value;
 }
+inline void shift_in_sign(uint32_t &bits, float value) { bits = bits << 1 | bits_of(value) >> 31; }
 inline int popc(uint32_t bits) { return __builtin_popcount(bits); }
 inline int lowest_bit(uint32_t bits) { return __builtin_ctz(bits); }
 // Ties away from zero in magnitude: half a unit is added below the bits that are kept.
