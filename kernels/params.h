@@ -27,6 +27,9 @@
 /* On Hopper: 4 stages with a barrier each, which leaves one block a multiprocessor. */
 #define HOPPER_STAGES_BYTES (4 * 2 * TILE * STAGE_BYTES)
 #define HOPPER_SHARED_BYTES (HOPPER_STAGES_BYTES + 4 * 8)
+/* The same-class pass: also what duplicates reach of a tile's references, on Hopper with 32 on either side of it. */
+#define SAME_CLASS_SHARED_BYTES (SIMILARITY_STAGES_BYTES + TILE * 4)
+#define SAME_CLASS_HOPPER_SHARED_BYTES (HOPPER_SHARED_BYTES + (TILE + 2 * 32) * 4)
 /* The sweep on Hopper: two teams of 8 warps multiply in turns, 1 warp copies (its group of 4 is whole). A row tile of up to
  * 512 dimensions, 4 stages of 16 KB for column tiles (both together serve wider rows), room for the values of
  * each team's candidates, bounds of its columns, counts of its warps; 10 barriers;
@@ -48,8 +51,9 @@
 /* Where one merge of such tiles would not do: four times the keys, sorted by one block. */
 #define ORDER_WIDE_TILE 8192
 #define ORDER_WIDE_THREADS 1024
-/* The labels, and what each warp has counted for each own key. Where a block sorts, keys of 10 bytes with a gap behind every 8. */
-#define ORDER_SHARED_BYTES (ORDER_TILE * 8 + THREADS / 32 * ORDER_OWN * 4)
+/* The labels, as they are and as f32, what each warp has counted for each own key, and a flag a warp. Where a block sorts, keys of
+ * 10 bytes with a gap behind every 8. */
+#define ORDER_SHARED_BYTES (ORDER_TILE * (8 + 4) + THREADS / 32 * (ORDER_OWN + 1) * 4)
 #define ORDER_WIDE_SHARED_BYTES ((ORDER_WIDE_TILE + ORDER_WIDE_TILE / 8) * 10)
 /* Bounds, ranges, counts and sums of the 128 rows and 128 columns of a tile. */
 #define SELECT_SHARED_BYTES (TILE * (2 * (8 + 8 + 32) + 8))
