@@ -83,12 +83,13 @@
 /* A flag and two barriers of the same, behind the tile of M. */
 #define GRADIENT_EXTRA_BYTES 24
 /* On Hopper warps have roles: 8 multiply, 3 build M, 1 copies; more threads would leave the product of 256 columns too
- * few registers (ptxas wants 154 for the whole kernel). 4 stages of half a tile's rows (32 KB), two
- * tiles of M (32 KB); 14 barriers, and a flag. */
+ * few registers (ptxas wants 154 for the whole kernel). 4 stages of half a tile's rows (32 KB), three
+ * tiles of M (32 KB), which are cleared, built and multiplied at a time; 19 barriers, and a flag. */
 #define GRADIENT_HOPPER_THREADS 384
 #define GRADIENT_HOPPER_STAGES 4
+#define GRADIENT_HOPPER_MATRICES 3
 #define GRADIENT_HOPPER_SHARED_BYTES \
-    (GRADIENT_HOPPER_STAGES * TILE / 2 * GRADIENT_COLUMNS * 2 + 2 * TILE * TILE * 2 + 15 * 8)
+    (GRADIENT_HOPPER_STAGES * TILE / 2 * GRADIENT_COLUMNS * 2 + GRADIENT_HOPPER_MATRICES * TILE * TILE * 2 + 20 * 8)
 /* Columns of the gradient that a block of the list way keeps as f32. */
 #define LISTS_COLUMNS 256
 /* References that the retrieval buffer of a query takes between two compactions. */
@@ -190,7 +191,7 @@ typedef struct LossScalars {
     double bad_square_sum;       /* of the bad row, if there is one */
     uint32_t bad_anchor;         /* original index or NO_ROW */
     uint32_t bad_reference;
-    uint64_t mined_pos;          /* sum of |P_i| */
+    uint64_t mined_pos;          /* sum of |P_i| over active anchors */
     uint64_t mined_neg;          /* sum of |N_i| */
 } LossScalars;
 
@@ -370,6 +371,7 @@ typedef struct GradientParams {
     float *partial;              /* [splits, padded_rows, stride]; with one split unused */
     uint32_t *arrived;           /* [row blocks, column blocks], 0 before and after; with one split unused */
     float *gradient;             /* [count, dim], original order */
+    const void *zeros;           /* [TILE, TILE] of 16-bit zeros; of wider types null */
 } GradientParams;
 
 /* threshold: <dM/dlambda R, tangent> of one side, for both lambdas. A block as in the gradient, for each lambda. */

@@ -280,8 +280,6 @@ DEVICE void weigh_anchor(const WeighParams &p, Tolerances tolerances, uint32_t i
         p.count_neg[original] = row.count_neg;
         sums[kSumPos] = static_cast<double>(same.sum_pos);
         sums[kSumSame] = static_cast<double>(same.sum_same);
-        sums[kMinedPos] = static_cast<double>(row.count_pos);
-        sums[kMinedNeg] = static_cast<double>(row.count_neg);
         if (i < pairs.counters->valid_anchors) {
             sums[kNegatives] = static_cast<double>(pairs.counters->valid_references - (range.end - range.begin));
         }
@@ -294,6 +292,8 @@ DEVICE void weigh_anchor(const WeighParams &p, Tolerances tolerances, uint32_t i
             sums[kLambdaPos] = pos * static_cast<double>(row.sigmoid_pos) / settings.sum_scale;
             sums[kLambdaNeg] = -neg * static_cast<double>(row.sigmoid_neg) / settings.sum_scale;
             sums[kActive] = 1.0;
+            sums[kMinedPos] = static_cast<double>(row.count_pos);
+            sums[kMinedNeg] = static_cast<double>(row.count_neg);
         }
     }
     pairs.weights[i] = weights_of(pairs, tolerances, numbers);
