@@ -54,11 +54,12 @@
 #define ORDER_MERGED 32
 #define ORDER_MERGE_SHARED_BYTES (THREADS / 32 * ORDER_MERGED * 4)
 #define ORDER_WIDE_SHARED_BYTES ((ORDER_WIDE_TILE + ORDER_WIDE_TILE / 8) * 10)
-/* Bounds, ranges, counts and sums of the 128 rows and 128 columns of a tile. */
-#define SELECT_SHARED_BYTES (TILE * (2 * (8 + 8 + 32) + 8))
-/* Of stored candidates also the places of so many, and a count a warp. */
+/* Bounds, ranges and sums of the 128 rows and 128 columns of a tile. */
+#define SELECT_SHARED_BYTES (TILE * (2 * (8 + 32) + 8))
+/* Of stored candidates also the values and places of so many, and a count a warp. Blocks a multiprocessor, which walk the tiles. */
 #define SELECT_PLACES 4096
-#define SELECT_STORED_SHARED_BYTES (SELECT_SHARED_BYTES + SELECT_PLACES * 2 + THREADS / 32 * 4)
+#define SELECT_STORED_SHARED_BYTES (SELECT_SHARED_BYTES + SELECT_PLACES * 6 + 16 + THREADS / 32 * 4)
+#define SELECT_BLOCKS 6
 /* Words that say with a bit a pair which pairs of a tile are candidates: 64 bits a thread of the sweep. */
 #define TILE_MASK_WORDS (TILE * TILE / 32)
 /* One f64 a warp, to sum over a block; of `weigh` also one for each warp and 32 columns of both sides, and a flag. */
@@ -125,7 +126,7 @@ typedef struct Settings {
     double lambda_neg;
     uint64_t lambda;             /* address of two doubles in place of lambda_pos and lambda_neg; or 0 */
     double sum_scale;            /* fixed-point units of RowSums in 1.0, a power of two */
-    double term_limit;           /* most of one term, in units: a row's terms do not overflow its sum */
+    double more_scale;           /* the same, at most as many, of what softplus is more than the sigmoid: 2^41 hold a term */
     uint32_t adaptive;           /* AT-ASMS, otherwise the tolerances stay */
     uint32_t reserved;
 } Settings;

@@ -6,7 +6,7 @@ use super::params::{
     ClassRange, Counters, LossScalars, Pairs, RowNumbers, RowSame, RowSums, RowWeights, Settings, Side, TILE,
     WEIGH_SUMS, ZEROED, Zeroed,
 };
-use super::plan::{POOL_UNIT, Shape, order_runs, sum_scale, term_limit, tiles};
+use super::plan::{POOL_UNIT, Shape, more_scale, order_runs, sum_scale, tiles};
 use super::workspace::{Layout, Region};
 use crate::backend::step::Step;
 use crate::loss::select::{initial_tolerances, probe_tolerance};
@@ -307,7 +307,7 @@ pub(super) fn device_settings(settings: &LossSettings, shape: &Shape) -> Setting
         lambda_neg: settings.lambda_neg,
         lambda: 0,
         sum_scale: sum_scale(settings, shape.reference_count()),
-        term_limit: term_limit(shape.reference_count()),
+        more_scale: more_scale(settings, shape.reference_count()),
         adaptive: u32::from(settings.mining == Mining::AtAsms),
         reserved: 0,
     }
