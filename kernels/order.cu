@@ -5,7 +5,7 @@
 //   come before it, counted by a block for every 64: a sort by one block would wait for itself. Beyond 65,536 rows a block
 //   sorts 8,192 in shared memory. Then
 //   ORDER_RUNS sorted runs at a time become one: a key's place is the sum of its places in all of them, found by
-//   binary search, a lane a run. 2,048 rows want no merge, 65,536 one, and with wide tiles 262,144.
+//   binary search, several runs at once. 2,048 rows want no merge, 65,536 one, and with wide tiles 262,144.
 // order_tiles also sets to 0 what later passes count up in.
 // Ignored labels get the largest key: their rows come last and in no range.
 
@@ -198,41 +198,36 @@ ROLE_KERNEL(order_tiles_wide, OrderParams, ORDER_WIDE_THREADS) {
     }
 }
 
-// A block has 32 keys that follow each other, and each warp searches for them in some of the runs: neighbours read the same
-// lines of memory. Indices ascend over runs: equal keys of earlier runs come first.
-static_assert(ORDER_MERGED == 32, "a lane a key");
+// Runs whose searches go on at once: each step waits for memory.
+constexpr uint32_t kAtOnce = 8;
+
+// Indices ascend over runs: equal keys of earlier runs come first.
 KERNEL(order_merge, MergeParams, 4) {
-    SHARED_MEMORY(bytes);
-    auto *found = reinterpret_cast<uint32_t *>(bytes);  // [warps, 32]
-    uint32_t i = block_x() * ORDER_MERGED + lane_index();
-    bool there = i < p.count;
-    uint64_t key = there ? p.from_keys[i] : kIgnored;
-    uint32_t index = there ? p.from_order[i] : 0;
-    uint32_t own = block_x() * ORDER_MERGED / p.run, first = own / ORDER_RUNS * ORDER_RUNS, runs = (p.count - 1) / p.run + 1;
+    uint32_t i = block_x() * THREADS + thread_index();
+    if (i >= p.count) return;
+    uint64_t key = p.from_keys[i];
+    uint32_t own = i / p.run, first = own / ORDER_RUNS * ORDER_RUNS, runs = (p.count - 1) / p.run + 1;
     uint32_t end = runs - first < ORDER_RUNS ? runs : first + ORDER_RUNS;
     auto length = [&](uint32_t run) { return p.count - run * p.run < p.run ? p.count - run * p.run : p.run; };
-    uint32_t place = 0;
-    for (uint32_t run = first + warp_index(); run < end; run += THREADS / 32) {
-        if (run == own) {
-            place += i % p.run;
-            continue;
-        }
-        const uint64_t *keys = p.from_keys + static_cast<uint64_t>(run) * p.run;
-        uint32_t before = 0, most = length(run);
+    uint32_t place = first * p.run + i % p.run;
+    for (uint32_t base = first; base < end; base += kAtOnce) {
+        uint32_t found[kAtOnce];
+#pragma unroll
+        for (uint32_t a = 0; a < kAtOnce; ++a) found[a] = 0;
         for (uint32_t step = p.run; step > 0; step /= 2) {
-            if (before + step > most) continue;
-            uint64_t other = keys[before + step - 1];
-            if (other < key || (run < own && other == key)) before += step;
+#pragma unroll
+            for (uint32_t a = 0; a < kAtOnce; ++a) {
+                uint32_t run = base + a, keys = found[a] + step;
+                if (run >= end || run == own || keys > length(run)) continue;
+                uint64_t other = p.from_keys[run * p.run + keys - 1];
+                if (other < key || (run < own && other == key)) found[a] = keys;
+            }
         }
-        place += before;
+#pragma unroll
+        for (uint32_t a = 0; a < kAtOnce; ++a) place += found[a];
     }
-    found[warp_index() * 32 + lane_index()] = place;
-    block_sync();
-    if (warp_index() != 0 || !there) return;
-    for (uint32_t warp = 1; warp < THREADS / 32; ++warp) place += found[warp * 32 + lane_index()];
-    place += first * p.run;
     p.keys[place] = key;
-    p.order[place] = index;
+    p.order[place] = p.from_order[i];
     if (p.valid == nullptr || key == kIgnored) return;
     // One thread of each run that has valid rows counts all of them.
     uint32_t in_run = i % p.run + 1;

@@ -341,7 +341,7 @@ DEVICE void prepare_rows(const PrepareParams &p, unsigned char *shared, Products
             for (int k = 0; k < Vector::count / 4; ++k) part[k] = quarter[k];
         }
         if constexpr (!Numbers::exact) rows += kRingStage;
-        if constexpr (Products::any) fence_proxy_async();
+        products.publish();
         block_sync();  // the stage and the parts are there, and the products of the stage two before are through
         copy(stage + kAhead);
         products.add(ring);
@@ -387,6 +387,7 @@ DEVICE void write_duplicate_bounds(const PrepareParams &p, const Sums &acc) {
 
 struct NoProducts {
     static constexpr bool any = false;
+    DEVICE void publish() const {}
     DEVICE void add(const unsigned char *) const {}
 };
 
@@ -418,6 +419,7 @@ struct DiagonalProducts {
     static constexpr bool any = true;
     DiagonalSums &acc;
 
+    DEVICE void publish() const { fence_proxy_async(); }
     DEVICE void add(const unsigned char *stage) const {
         Descriptor rows = stage_descriptor(stage + warp_index() / 4 * (TILE / 2) * STAGE_BYTES);
         wgmma_fence();

@@ -2,12 +2,12 @@
 
 use super::params::{
     GRADIENT_COLUMNS, GRADIENT_EXTRA_BYTES, GRADIENT_HOPPER_SHARED_BYTES, GRADIENT_HOPPER_THREADS,
-    GRADIENT_ROWS_16BIT, GRADIENT_ROWS_32BIT, GRADIENT_STAGES_BYTES, HOPPER_SHARED_BYTES,
-    ORDER_MERGE_SHARED_BYTES, ORDER_MERGED, ORDER_OWN, ORDER_RUNS, ORDER_SHARED_BYTES, ORDER_TILE,
-    ORDER_WIDE_SHARED_BYTES, ORDER_WIDE_THREADS, ORDER_WIDE_TILE, RETRIEVAL_SHARED_BYTES, RETRIEVAL_SLACK,
-    SELECT_BLOCKS, SELECT_STORED_SHARED_BYTES, SIMILARITY_STAGES_BYTES, STAGE_BYTES, SUM_SHARED_BYTES,
-    SWEEP_HOPPER_SHARED_BYTES, SWEEP_HOPPER_THREADS, SWEEP_SHARED_BYTES, THREADS, TILE, TILE_MASK_WORDS,
-    WEIGH_NO_WORDS, WEIGH_SHARED_BYTES, WEIGH_WORDS_BF16, WEIGH_WORDS_F16,
+    GRADIENT_ROWS_16BIT, GRADIENT_ROWS_32BIT, GRADIENT_STAGES_BYTES, HOPPER_SHARED_BYTES, ORDER_OWN,
+    ORDER_RUNS, ORDER_SHARED_BYTES, ORDER_TILE, ORDER_WIDE_SHARED_BYTES, ORDER_WIDE_THREADS, ORDER_WIDE_TILE,
+    RETRIEVAL_SHARED_BYTES, RETRIEVAL_SLACK, SELECT_BLOCKS, SELECT_STORED_SHARED_BYTES,
+    SIMILARITY_STAGES_BYTES, STAGE_BYTES, SUM_SHARED_BYTES, SWEEP_HOPPER_SHARED_BYTES, SWEEP_HOPPER_THREADS,
+    SWEEP_SHARED_BYTES, THREADS, TILE, TILE_MASK_WORDS, WEIGH_NO_WORDS, WEIGH_SHARED_BYTES, WEIGH_WORDS_BF16,
+    WEIGH_WORDS_F16,
 };
 use super::{Kernel, LaunchPlan, Precision};
 use crate::loss::{Embeddings, LossSettings};
@@ -278,10 +278,7 @@ impl Shape {
                 let blocks = self.sides(of_references).0.div_ceil(ORDER_WIDE_TILE as usize);
                 ([blocks, 1, 1], ORDER_WIDE_SHARED_BYTES)
             }
-            Kernel::OrderMerge => {
-                let blocks = self.sides(of_references).0.div_ceil(ORDER_MERGED as usize);
-                ([blocks, 1, 1], ORDER_MERGE_SHARED_BYTES)
-            }
+            Kernel::OrderMerge => (threads_for(self.sides(of_references).0), 0),
             Kernel::Identity | Kernel::ReportNumbers => (threads_for(self.anchors), 0),
             Kernel::InvertOrder => (threads_for(self.sides(of_references).0), 0),
             Kernel::TakeNumbers => (threads_for(self.anchors.max(self.reference_count())), 0),
