@@ -27,19 +27,21 @@
 /* On Hopper: 4 stages with a barrier each, which leaves one block a multiprocessor. */
 #define HOPPER_STAGES_BYTES (4 * 2 * TILE * STAGE_BYTES)
 #define HOPPER_SHARED_BYTES (HOPPER_STAGES_BYTES + 4 * 8)
-/* The sweep on Hopper: two teams of 8 warps multiply in turns, 1 warp copies (its group of 4 is whole). A row tile of up to
- * 512 dimensions, 4 stages of 16 KB for column tiles (both together serve wider rows), room for the values of
- * each team's candidates, bounds of its columns, counts of its warps; 10 barriers;
- * together whole 16 bytes. */
+/* Words that say with a bit a pair which pairs of a tile are candidates: 64 bits a thread of the sweep. */
+#define TILE_MASK_WORDS (TILE * TILE / 32)
+/* The sweep on Hopper: two teams of 8 warps multiply in turns, of 3 more warps one thread copies and one stores for each
+ * team (a group of 4 is whole). A row tile of up to 512 dimensions, 4 stages of 16 KB for column tiles (both together serve
+ * wider rows), room for the values of each team's candidates and for their masks, bounds of its columns, counts of its
+ * warps and of the tile; 14 barriers; together whole 16 bytes. */
 #define SWEEP_HOPPER_THREADS 640
 #define SWEEP_HOPPER_RESIDENT 8
 #define SWEEP_HOPPER_STAGES 4
-#define SWEEP_HOPPER_STAGED 3840
+#define SWEEP_HOPPER_STAGED 3520
 /* Tiles in a row that a block takes before all go on to the next part of S together, at most. */
 #define SWEEP_HOPPER_RUN 64
-#define SWEEP_HOPPER_SHARED_BYTES                                                                                       \
-    ((SWEEP_HOPPER_RESIDENT + SWEEP_HOPPER_STAGES) * TILE * STAGE_BYTES + 2 * (SWEEP_HOPPER_STAGED * 4 + TILE * 12 + 36) + \
-    11 * 8)
+#define SWEEP_HOPPER_SHARED_BYTES                                                                                        \
+    ((SWEEP_HOPPER_RESIDENT + SWEEP_HOPPER_STAGES) * TILE * STAGE_BYTES +                                                \
+     2 * (SWEEP_HOPPER_STAGED * 4 + TILE_MASK_WORDS * 4 + TILE * 12 + 44) + 15 * 8)
 /* Keys of a tile, of which each block places some; sorted runs that one launch merges into one. Powers of two. */
 #define ORDER_TILE 2048
 #define ORDER_OWN 64
@@ -57,8 +59,6 @@
 #define SELECT_PLACES 4096
 #define SELECT_STORED_SHARED_BYTES (SELECT_SHARED_BYTES + SELECT_PLACES * 6 + 16 + THREADS / 32 * 4)
 #define SELECT_BLOCKS 6
-/* Words that say with a bit a pair which pairs of a tile are candidates: 64 bits a thread of the sweep. */
-#define TILE_MASK_WORDS (TILE * TILE / 32)
 /* One f64 a warp, to sum over a block; of `weigh` also one for each warp and 32 columns of both sides, and a flag. */
 #define SUM_SHARED_BYTES (THREADS / 32 * 8)
 #define WEIGH_SHARED_BYTES (SUM_SHARED_BYTES + 2 * THREADS / 32 * 32 * 8 + 8)

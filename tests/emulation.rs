@@ -189,30 +189,31 @@ fn a_row_tile_that_is_overwritten_is_caught() {
 
 #[test]
 fn values_staged_over_those_that_are_still_being_stored_are_caught() {
-    assert_caught(&run_faulty_sweep(
-        "if (thread == 0) bulk_store_wait_read();  // of the last tile's values",
-        "",
-    ));
-    let next_window = "if (thread == 0) bulk_store_wait_read();\n                warp_sync();";
-    assert_caught(&run_faulty_sweep(next_window, "warp_sync();"));
+    let wait = "if (windows > 0) mbarrier_wait(&shared.stored[team], (windows - 1) % 2);";
+    assert_caught(&run_faulty_sweep(wait, ""));
+    // The team waits, but for a store that may still be reading.
+    let read = "bulk_store_wait_read();\n        }\n        mbarrier_arrive(&shared.stored[team]);";
+    assert_caught(&run_faulty_sweep(read, "}\n        mbarrier_arrive(&shared.stored[team]);"));
 }
 
 #[test]
 fn a_bulk_store_without_a_proxy_fence_is_caught() {
-    let fenced = "fence_proxy_async();\n            warp_sync();\n            sync();";
-    assert_caught(&run_faulty_sweep(fenced, "warp_sync();\n            sync();"));
+    assert_caught(&run_faulty_sweep("fence_proxy_async();\n            warp_sync();", "warp_sync();"));
 }
 
 #[test]
-fn a_bulk_store_before_the_team_has_met_is_caught() {
-    let met = "fence_proxy_async();\n            warp_sync();\n            sync();";
-    assert_caught(&run_faulty_sweep(met, "fence_proxy_async();\n            warp_sync();"));
+fn a_bulk_store_before_the_team_has_staged_all_is_caught() {
+    assert_caught(&run_faulty_sweep(
+        "for (Barrier &barrier : shared.filled) mbarrier_init(&barrier, kTeamWarps);",
+        "for (Barrier &barrier : shared.filled) mbarrier_init(&barrier, 1);",
+    ));
 }
 
 #[test]
 fn a_block_that_ends_before_its_bulk_stores_have_been_read_is_caught() {
-    let last = "if (thread == 0) bulk_store_wait_read();\n    }\n};";
-    let message = run_faulty_sweep(last, "}\n};");
+    let read = "bulk_store_wait_read();\n        }\n        mbarrier_arrive(&shared.stored[team]);";
+    let at_once = "}\n        mbarrier_arrive(&shared.stored[team]);\n        if (windows == 0) bulk_store_wait_read();";
+    let message = run_faulty_sweep(read, at_once);
     assert!(message.contains("left with bulk stores nobody waited for"), "{message}");
 }
 
