@@ -2,14 +2,14 @@
 // Truth: src/loss/reference.rs. Launcher: src/backend/device/loss.rs.
 //
 // dE += M R, a block 128 rows and 256 columns of dE. Its warps have roles: two warpgroups multiply, 64 rows
-// each; three warps build the next tile of M in shared memory, a store for every word that `weigh` left of
-// a candidate; one warp copies R, the other side's rows, half a tile at a time (64 rows, 256 columns), in
+// each; three warps build the next tiles of M in shared memory, a store for every word that `weigh` left of
+// a candidate; one warp copies zeros to where they will stand, and R, the other side's rows, half a tile at a time (64 rows, 256 columns), in
 // four stages. Prepared rows lie in memory as wgmma's transposed operand lies: no operand passes through
 // registers. M lies as its tile of S does; where that is the other way round the product transposes it. A tile of S that was not stored is recomputed by the warps that multiply, 64 columns at a time, since
 // the sums of dE leave no registers for more: its operands come through the stages, its values go back to one, and
 // half of M is built from these.
 // Rows, columns, splits and the order of every sum are those of gradient.cu; all warps alike sum what goes by lists.
-// Sync: barriers in shared memory alone (full, empty, built, taken, valued); all roles walk the same tiles.
+// Sync: barriers in shared memory alone (full, empty, zeroed, built, taken, valued); all roles walk the same tiles.
 
 #include "hopper.cuh"
 #include "lists.cuh"
@@ -21,6 +21,7 @@ constexpr uint32_t kStagePanel = kDepth * STAGE_BYTES;            // of them, 64
 constexpr uint32_t kStageBytes = kDepth * GRADIENT_COLUMNS * 2;
 constexpr uint32_t kOperandBytes = TILE * STAGE_BYTES;            // a tile's rows, 64 of the inner dimension
 constexpr uint32_t kHalf = TILE / 2;                              // columns of S that are recomputed at a time
+constexpr uint32_t kMatrices = GRADIENT_HOPPER_MATRICES, kTileBytes = TILE * TILE * 2;  // tiles of M
 constexpr uint32_t kPanelColumns = STAGE_BYTES / 2;
 constexpr uint32_t kMultipliers = 8, kBuilders = 3;               // warps; the last one copies
 constexpr uint32_t kBuilderThreads = kBuilders * 32;
@@ -31,9 +32,9 @@ static_assert(TILE * kHalf * sizeof(float) == kStageBytes, "and its values");
 
 struct GradientHopperShared {
     unsigned char stages[GRADIENT_HOPPER_STAGES][kStageBytes];  // [columns / 64, kDepth, STAGE_BYTES]
-    unsigned char matrices[2][TILE * TILE * 2];
+    unsigned char matrices[kMatrices][kTileBytes];
     Barrier full[GRADIENT_HOPPER_STAGES], empty[GRADIENT_HOPPER_STAGES];
-    Barrier built[2], taken[2];  // of the matrices
+    Barrier zeroed[kMatrices], built[kMatrices], taken[kMatrices];
     Barrier valued[2];           // a half of a recomputed tile's S is in its stage
     uint32_t last, unused;       // whether this block is the last of its splits
 };
@@ -53,8 +54,9 @@ struct Turn {
     // Stages filled for this tile before those of R: for each half of S its steps, then its values.
     DEVICE uint32_t before_rows(uint32_t steps) const { return stored ? 0 : 2 * (steps + 1); }
     DEVICE uint32_t values(uint32_t steps, uint32_t half) const { return fill + half * (steps + 1) + steps; }
-    DEVICE uint32_t matrix() const { return index % 2; }
-    DEVICE uint32_t matrix_parity() const { return index / 2 % 2; }
+    DEVICE uint32_t matrix() const { return index % kMatrices; }
+    DEVICE uint32_t matrix_before() const { return (index - 1) % kMatrices; }
+    DEVICE uint32_t matrix_parity() const { return index / kMatrices % 2; }
     // M lies [other side, own]: as its tile of S, whereas a recomputed one is built the right way round.
     DEVICE bool transposed() const { return stored && tile.transposed; }
 };
@@ -118,7 +120,7 @@ DEVICE unsigned char *stage_of(GradientHopperShared &shared, uint32_t fill) {
 }
 DEVICE uint32_t parity_of(uint32_t fill) { return fill / GRADIENT_HOPPER_STAGES % 2; }
 
-// The warp that copies: R of every tile, before it the operands of a recomputed one.
+// The warp that copies: R of every tile, before it zeros for its M or, of a recomputed one, the operands of S.
 template <class Numbers>
 DEVICE void copy_rows(const GradientParams &p, GradientHopperShared &shared, Walk<false> walk, uint32_t first_column, uint32_t panels) {
     const Pairs &pairs = p.pairs;
@@ -133,7 +135,16 @@ DEVICE void copy_rows(const GradientParams &p, GradientHopperShared &shared, Wal
         const Turn &turn = walk.turn;
         auto rows = static_cast<const unsigned char *>(tile_rows<Numbers>(other, turn.y, pairs.stride));
         uint32_t fill = turn.fill;
+        if (turn.index >= kMatrices) mbarrier_wait(&shared.taken[turn.matrix()], turn.matrix_parity() ^ 1);
+        warp_sync();
+        if (turn.stored && lane_index() == 0) {
+            Barrier *zeroed = &shared.zeroed[turn.matrix()];
+            mbarrier_arrive_expect_tx(zeroed, kTileBytes);
+            cp_async_bulk(shared.matrices[turn.matrix()], p.zeros, kTileBytes, zeroed);
+        }
+        warp_sync();
         if (!turn.stored) {
+            arrive_as_warp(&shared.zeroed[turn.matrix()]);
             for (uint32_t half = 0; half < 2; ++half) {
                 for (uint32_t step = 0; step < walk.steps; ++step, ++fill) {
                     begin_stage(fill);
@@ -169,7 +180,7 @@ DEVICE void copy_rows(const GradientParams &p, GradientHopperShared &shared, Wal
 // Where a recomputed similarity stands in the stage of its half: the rows of half a warp's store meet no bank twice.
 DEVICE uint32_t value_place(uint32_t row, uint32_t column) { return row * kHalf + (column ^ row % 4 * 8); }
 
-// Granules of 4 words of candidates that a thread has under way: those of the next tile while M's place is waited for.
+// Granules of 4 words of candidates that a thread has under way: those of the next tile while this one is waited for.
 constexpr uint32_t kAhead = 8;
 using Words = Granule<uint32_t>;
 
@@ -238,7 +249,7 @@ DEVICE void build_recomputed(const Building &my, const Turn &turn, uint32_t x, u
         }
         fence_proxy_async();  // bulk copies fill the stage next
         warp_sync();
-        named_sync(kBuildersBarrier, kBuilderThreads);
+        named_sync(kBuildersBarrier, kBuilderThreads);  // the values are read
         // In place of the warps that multiply, which do not know when its values are read.
         if (my.thread < kMultipliers) mbarrier_arrive(empty_of(my.shared, fill));
         warp_sync();
@@ -257,17 +268,10 @@ DEVICE void build_matrices(const GradientParams &p, GradientHopperShared &shared
         Turn turn = walk.turn;
         there = walk.next();  // its words are loaded where this tile's are used up
         Source next = there ? Source(my, walk.turn) : Source();
-        if (turn.index >= 2) mbarrier_wait(&shared.taken[turn.matrix()], turn.matrix_parity() ^ 1);
+        mbarrier_wait(&shared.zeroed[turn.matrix()], turn.matrix_parity());  // and nobody reads the matrix any more
         warp_sync();
         unsigned char *matrix = shared.matrices[turn.matrix()];
-        if (turn.stored) {
-            auto *zeros = reinterpret_cast<Words *>(matrix);
-            for (uint32_t i = my.thread; i < sizeof(shared.matrices[0]) / sizeof(Words); i += kBuilderThreads) zeros[i] = Words{};
-            warp_sync();
-            named_sync(kBuildersBarrier, kBuilderThreads);  // zeros are there
-        } else {
-            build_recomputed<Numbers>(my, turn, walk.x, walk.steps);
-        }
+        if (!turn.stored) build_recomputed<Numbers>(my, turn, walk.x, walk.steps);
         uint32_t address = shared_address(matrix);
         for (bool last = false; !last;) {
             source = source.rest();
@@ -360,7 +364,7 @@ DEVICE void multiply_matrices(const GradientParams &p, GradientHopperShared &sha
             wgmma_wait<0>();
             if (open) {
                 arrive_as_warp(empty_of(shared, turn.fill - 1));
-                arrive_as_warp(&shared.taken[turn.matrix() ^ 1]);
+                arrive_as_warp(&shared.taken[turn.matrix_before()]);
                 open = false;
             }
             for (uint32_t part = 0; part < 2; ++part) {
@@ -381,7 +385,7 @@ DEVICE void multiply_matrices(const GradientParams &p, GradientHopperShared &sha
             }
             if (open) {
                 arrive_as_warp(empty_of(shared, fill - 1));
-                if (half == 0) arrive_as_warp(&shared.taken[turn.matrix() ^ 1]);
+                if (half == 0) arrive_as_warp(&shared.taken[turn.matrix_before()]);
             }
             open = true;
         }
@@ -439,6 +443,7 @@ DEVICE void gradient_hopper_body([[maybe_unused]] const GradientParams &p) {
     if (thread_index() == 0) {
         for (Barrier &barrier : shared.full) mbarrier_init(&barrier, 1);
         for (Barrier &barrier : shared.empty) mbarrier_init(&barrier, kMultipliers);
+        for (Barrier &barrier : shared.zeroed) mbarrier_init(&barrier, 1);
         for (Barrier &barrier : shared.built) mbarrier_init(&barrier, kBuilders);
         for (Barrier &barrier : shared.taken) mbarrier_init(&barrier, kMultipliers);
         for (Barrier &barrier : shared.valued) mbarrier_init(&barrier, kMultipliers);

@@ -30,19 +30,21 @@
 /* The same-class pass: also what duplicates reach of a tile's references, on Hopper with 32 on either side of it. */
 #define SAME_CLASS_SHARED_BYTES (SIMILARITY_STAGES_BYTES + TILE * 4)
 #define SAME_CLASS_HOPPER_SHARED_BYTES (HOPPER_SHARED_BYTES + (TILE + 2 * 32) * 4)
-/* The sweep on Hopper: two teams of 8 warps multiply in turns, 1 warp copies (its group of 4 is whole). A row tile of up to
- * 512 dimensions, 4 stages of 16 KB for column tiles (both together serve wider rows), room for the values of
- * each team's candidates, bounds of its columns, counts of its warps; 10 barriers;
- * together whole 16 bytes. */
+/* Words that say with a bit a pair which pairs of a tile are candidates: 64 bits a thread of the sweep. */
+#define TILE_MASK_WORDS (TILE * TILE / 32)
+/* The sweep on Hopper: two teams of 8 warps multiply in turns, of 3 more warps one thread copies and one stores for each
+ * team (a group of 4 is whole). A row tile of up to 512 dimensions, 4 stages of 16 KB for column tiles (both together serve
+ * wider rows), room for the values of each team's candidates and for their masks, bounds of its columns, counts of its
+ * warps and of the tile; 14 barriers; together whole 16 bytes. */
 #define SWEEP_HOPPER_THREADS 640
 #define SWEEP_HOPPER_RESIDENT 8
 #define SWEEP_HOPPER_STAGES 4
-#define SWEEP_HOPPER_STAGED 3840
+#define SWEEP_HOPPER_STAGED 3520
 /* Tiles in a row that a block takes before all go on to the next part of S together, at most. */
 #define SWEEP_HOPPER_RUN 64
-#define SWEEP_HOPPER_SHARED_BYTES                                                                                       \
-    ((SWEEP_HOPPER_RESIDENT + SWEEP_HOPPER_STAGES) * TILE * STAGE_BYTES + 2 * (SWEEP_HOPPER_STAGED * 4 + TILE * 12 + 36) + \
-    11 * 8)
+#define SWEEP_HOPPER_SHARED_BYTES                                                                                        \
+    ((SWEEP_HOPPER_RESIDENT + SWEEP_HOPPER_STAGES) * TILE * STAGE_BYTES +                                                \
+     2 * (SWEEP_HOPPER_STAGED * 4 + TILE_MASK_WORDS * 4 + TILE * 12 + 44) + 15 * 8)
 /* Keys of a tile, of which each block places some; sorted runs that one launch merges into one. Powers of two. */
 #define ORDER_TILE 2048
 #define ORDER_OWN 64
@@ -55,13 +57,12 @@
  * 10 bytes with a gap behind every 8. */
 #define ORDER_SHARED_BYTES (ORDER_TILE * (8 + 4) + THREADS / 32 * (ORDER_OWN + 1) * 4)
 #define ORDER_WIDE_SHARED_BYTES ((ORDER_WIDE_TILE + ORDER_WIDE_TILE / 8) * 10)
-/* Bounds, ranges, counts and sums of the 128 rows and 128 columns of a tile. */
-#define SELECT_SHARED_BYTES (TILE * (2 * (8 + 8 + 32) + 8))
-/* Of stored candidates also the places of so many, and a count a warp. */
+/* Bounds, ranges and sums of the 128 rows and 128 columns of a tile. */
+#define SELECT_SHARED_BYTES (TILE * (2 * (8 + 32) + 8))
+/* Of stored candidates also the values and places of so many, and a count a warp. Blocks a multiprocessor, which walk the tiles. */
 #define SELECT_PLACES 4096
-#define SELECT_STORED_SHARED_BYTES (SELECT_SHARED_BYTES + SELECT_PLACES * 2 + THREADS / 32 * 4)
-/* Words that say with a bit a pair which pairs of a tile are candidates: 64 bits a thread of the sweep. */
-#define TILE_MASK_WORDS (TILE * TILE / 32)
+#define SELECT_STORED_SHARED_BYTES (SELECT_SHARED_BYTES + SELECT_PLACES * 6 + 16 + THREADS / 32 * 4)
+#define SELECT_BLOCKS 6
 /* One f64 a warp, to sum over a block; of `weigh` also one for each warp and 32 columns of both sides, and a flag. */
 #define SUM_SHARED_BYTES (THREADS / 32 * 8)
 #define WEIGH_SHARED_BYTES (SUM_SHARED_BYTES + 2 * THREADS / 32 * 32 * 8 + 8)
@@ -84,12 +85,13 @@
 /* A flag and two barriers of the same, behind the tile of M. */
 #define GRADIENT_EXTRA_BYTES 24
 /* On Hopper warps have roles: 8 multiply, 3 build M, 1 copies; more threads would leave the product of 256 columns too
- * few registers (ptxas wants 154 for the whole kernel). 4 stages of half a tile's rows (32 KB), two
- * tiles of M (32 KB); 14 barriers, and a flag. */
+ * few registers (ptxas wants 154 for the whole kernel). 4 stages of half a tile's rows (32 KB), three
+ * tiles of M (32 KB), which are cleared, built and multiplied at a time; 19 barriers, and a flag. */
 #define GRADIENT_HOPPER_THREADS 384
 #define GRADIENT_HOPPER_STAGES 4
+#define GRADIENT_HOPPER_MATRICES 3
 #define GRADIENT_HOPPER_SHARED_BYTES \
-    (GRADIENT_HOPPER_STAGES * TILE / 2 * GRADIENT_COLUMNS * 2 + 2 * TILE * TILE * 2 + 15 * 8)
+    (GRADIENT_HOPPER_STAGES * TILE / 2 * GRADIENT_COLUMNS * 2 + GRADIENT_HOPPER_MATRICES * TILE * TILE * 2 + 20 * 8)
 /* Columns of the gradient that a block of the list way keeps as f32. */
 #define LISTS_COLUMNS 256
 /* References that the retrieval buffer of a query takes between two compactions. */
@@ -125,7 +127,7 @@ typedef struct Settings {
     double lambda_neg;
     uint64_t lambda;             /* address of two doubles in place of lambda_pos and lambda_neg; or 0 */
     double sum_scale;            /* fixed-point units of RowSums in 1.0, a power of two */
-    double term_limit;           /* most of one term, in units: a row's terms do not overflow its sum */
+    double more_scale;           /* the same, at most as many, of what softplus is more than the sigmoid: 2^41 hold a term */
     uint32_t adaptive;           /* AT-ASMS, otherwise the tolerances stay */
     uint32_t reserved;
 } Settings;
@@ -191,7 +193,7 @@ typedef struct LossScalars {
     double bad_square_sum;       /* of the bad row, if there is one */
     uint32_t bad_anchor;         /* original index or NO_ROW */
     uint32_t bad_reference;
-    uint64_t mined_pos;          /* sum of |P_i| */
+    uint64_t mined_pos;          /* sum of |P_i| over active anchors */
     uint64_t mined_neg;          /* sum of |N_i| */
 } LossScalars;
 
@@ -371,6 +373,7 @@ typedef struct GradientParams {
     float *partial;              /* [splits, padded_rows, stride]; with one split unused */
     uint32_t *arrived;           /* [row blocks, column blocks], 0 before and after; with one split unused */
     float *gradient;             /* [count, dim], original order */
+    const void *zeros;           /* [TILE, TILE] of 16-bit zeros; of wider types null */
 } GradientParams;
 
 /* threshold: <dM/dlambda R, tangent> of one side, for both lambdas. A block as in the gradient, for each lambda. */

@@ -25,14 +25,22 @@ struct alignas(16) TwoColumns {
     float candidate[2], max_neg[2];
 };
 
+// What is staged of: the tile, and how many candidates it has. NO_ROW: there is none any more.
+struct StagedTile {
+    TileIndex tile;
+    uint32_t total;
+};
+
 struct SweepHopperShared {
     unsigned char rows[SWEEP_HOPPER_RESIDENT][kStageBytes];  // the row tile, or its stages
     unsigned char columns[SWEEP_HOPPER_STAGES][kStageBytes];
-    float staged[kTeams][SWEEP_HOPPER_STAGED];
+    float staged[kTeams][SWEEP_HOPPER_STAGED];  // values of candidates
+    uint32_t masks[kTeams][TILE_MASK_WORDS];
     TwoColumns columns_of[kTeams][TILE / 2];
     float probe[kTeams][TILE];  // bounds of the columns
     uint32_t warp_counts[kTeams][kTeamWarps];
-    uint32_t segment[kTeams];  // of the tile's candidates
+    StagedTile staged_tile[kTeams];
+    Barrier filled[kTeams], stored[kTeams];  // what is staged
     Barrier full[SWEEP_HOPPER_STAGES], empty[SWEEP_HOPPER_STAGES];
     Barrier turn[kTeams];  // the other team has issued its products
 };
@@ -127,6 +135,37 @@ DEVICE void copy_operands(const Pairs &pairs, SweepHopperShared &shared, SweepWa
                 cp_async_bulk(shared.rows[resident ? k : stage], rows + k * kStageBytes, kStageBytes, &shared.full[stage]);
             }
         }
+    }
+}
+
+// The thread that stores what a team has staged: no team waits for room in the pool, or for a store.
+DEVICE void store_candidates(const Pairs &pairs, SweepHopperShared &shared, uint32_t team) {
+    uint32_t windows = 0, window = 0;  // of all tiles, and the place of that of this one
+    uint64_t segment = 0;
+    bool room = false;
+    for (;; ++windows) {
+        mbarrier_wait(&shared.filled[team], windows % 2);
+        StagedTile staged = shared.staged_tile[team];
+        if (staged.tile.row == NO_ROW) return;
+        if (window == 0) {
+            uint64_t index = index_of(pairs, staged.tile.row, staged.tile.column);
+            pairs.tile_counts[index] = staged.total;
+            room = false;
+            if (staged.total != 0) {
+                uint32_t unit = pairs.tile_segments[index] = reserve(pairs, staged.total);
+                room = unit != NO_ROW;
+                segment = static_cast<uint64_t>(unit) * 4;
+            }
+        }
+        if (room) {
+            uint32_t left = staged.total - window, count = left < SWEEP_HOPPER_STAGED ? left : SWEEP_HOPPER_STAGED;
+            if (window == 0) bulk_store(pairs.pool_words + segment, shared.masks[team], TILE_MASK_WORDS * 4);
+            bulk_store(pairs.pool_values + segment + window, shared.staged[team], (count + 3) / 4 * 16);
+            bulk_store_commit();
+            bulk_store_wait_read();
+        }
+        mbarrier_arrive(&shared.stored[team]);
+        window = window + SWEEP_HOPPER_STAGED < staged.total ? window + SWEEP_HOPPER_STAGED : 0;
     }
 }
 
@@ -330,7 +369,7 @@ struct SweepTeam {
     }
 
     // One tile, with the team's own barrier before what the whole team has written.
-    DEVICE void tile(const SweepWalk &walk, SweepRows &rows, uint32_t &probe) const {
+    DEVICE void tile(const SweepWalk &walk, SweepRows &rows, uint32_t &probe, uint32_t &windows) const {
         // On their way while the team multiplies.
         uint32_t begin = walk.tile.column * TILE, end = begin + TILE;
         float min_pos = thread < TILE ? column_min_pos(walk, begin + thread) : INFINITE;
@@ -364,74 +403,70 @@ struct SweepTeam {
         uint32_t own = static_cast<uint32_t>(popc(candidates[0]) + popc(candidates[1])), before = warp_scan(own), total = 0;
         if (lane_index() == 31) shared.warp_counts[team][warp] = before;
         before -= own;
-        if (thread == 0) bulk_store_wait_read();  // of the last tile's values
         warp_sync();
         sync();
         for (uint32_t w = 0; w < kTeamWarps; ++w) {
             if (w == warp) before += total;
             total += shared.warp_counts[team][w];
         }
-        if (thread == 0) {
-            pairs.tile_counts[walk.index()] = total;
-            // Known to the others from the barrier on that follows their staging.
-            if (total != 0) shared.segment[team] = pairs.tile_segments[walk.index()] = reserve(pairs, total);
-        }
-        warp_sync();
-        if (total != 0) store(candidates, acc, before, total);
+        stage(StagedTile{walk.tile, total}, candidates, acc, before, windows);
     }
 
-    // Masks and values of a tile's candidates: by windows, if there are too many for one.
-    DEVICE void store(const uint32_t (&candidates)[2], const GroupAccumulators &acc, uint32_t before, uint32_t total) const {
-        uint32_t staged = shared_address(shared.staged[team]);
-        for (uint32_t window = 0; window < total; window += SWEEP_HOPPER_STAGED) {
-            if (window != 0) {
-                if (thread == 0) bulk_store_wait_read();
-                warp_sync();
-                sync();
+    // What was staged before is stored.
+    DEVICE void begin_window(StagedTile tile, uint32_t &windows) const {
+        if (windows > 0) mbarrier_wait(&shared.stored[team], (windows - 1) % 2);
+        warp_sync();
+        ++windows;
+        if (thread == 0) shared.staged_tile[team] = tile;
+    }
+
+    // Masks and values of a tile's candidates, for the thread that stores them: by windows, if there are too many for one.
+    // `windows` is counted up.
+    DEVICE void stage(StagedTile tile, const uint32_t (&candidates)[2], const GroupAccumulators &acc, uint32_t before,
+                      uint32_t &windows) const {
+        uint32_t staged = shared_address(shared.staged[team]), total = tile.total, window = 0;
+        do {
+            begin_window(tile, windows);
+            if (window == 0) {
+                shared.masks[team][thread * 2] = candidates[0];
+                shared.masks[team][thread * 2 + 1] = candidates[1];
             }
-            uint32_t at = staged + (before - window) * 4;  // wraps around where the place is of an earlier window
+            // Of both rows, side by side; it wraps around where the place is of an earlier window.
+            uint32_t at[2] = {staged + (before - window) * 4, 0};
+            at[1] = at[0] + static_cast<uint32_t>(popc(candidates[0])) * 4;
             if (total <= SWEEP_HOPPER_STAGED) {
 #pragma unroll
-                for (int bit = 0; bit < 64; ++bit) {
-                    append_if(at, candidates[bit / 32], 1u << bit % 32, GroupPlace::value(acc, bit / 32, bit % 32));
+                for (int c = 0; c < 32; ++c) {
+#pragma unroll
+                    for (int r = 0; r < 2; ++r) append_if(at[r], candidates[r], 1u << c, GroupPlace::value(acc, r, c));
                 }
             } else {
 #pragma unroll
-                for (int bit = 0; bit < 64; ++bit) {
-                    append_within(at, candidates[bit / 32], 1u << bit % 32, GroupPlace::value(acc, bit / 32, bit % 32),
-                                  staged, SWEEP_HOPPER_STAGED * 4);
+                for (int c = 0; c < 32; ++c) {
+#pragma unroll
+                    for (int r = 0; r < 2; ++r) {
+                        append_within(at[r], candidates[r], 1u << c, GroupPlace::value(acc, r, c), staged, SWEEP_HOPPER_STAGED * 4);
+                    }
                 }
             }
             fence_proxy_async();
             warp_sync();
-            sync();
-            uint32_t unit = shared.segment[team];
-            if (unit == NO_ROW) return;  // there is no room: the same for the whole team
-            uint64_t segment = static_cast<uint64_t>(unit) * 4;
-            if (window == 0) {
-                uint32_t *masks = pairs.pool_words + segment + thread * 2;
-                masks[0] = candidates[0];
-                masks[1] = candidates[1];
-            }
-            if (thread == 0) {
-                uint32_t left = total - window, count = left < SWEEP_HOPPER_STAGED ? left : SWEEP_HOPPER_STAGED;
-                bulk_store(pairs.pool_values + segment + window, shared.staged[team], (count + 3) / 4 * 16);
-                bulk_store_commit();
-            }
-            warp_sync();
-        }
+            arrive_as_warp(&shared.filled[team]);
+            window += SWEEP_HOPPER_STAGED;
+        } while (window < total);
     }
 
     DEVICE void run(SweepWalk walk) const {
         SweepRows rows;
-        uint32_t probe = 0;
+        uint32_t probe = 0, windows = 0;
         while (walk.next()) {
-            if (walk.turn % kTeams == team) tile(walk, rows, probe);
+            if (walk.turn % kTeams == team) tile(walk, rows, probe, windows);
         }
+        begin_window(StagedTile{{NO_ROW, NO_ROW}, 0}, windows);
+        arrive_as_warp(&shared.filled[team]);
         if (rows.first != NO_ROW) flush(rows);
         uint64_t passed = warp_sum(static_cast<uint64_t>(probe));
         if (lane_index() == 0 && passed != 0) atomic_add(&pairs.counters->probe_neg, passed);
-        if (thread == 0) bulk_store_wait_read();
     }
 };
 #endif
@@ -446,13 +481,18 @@ DEVICE void sweep_hopper_body([[maybe_unused]] const PairsParams &p) {
         for (Barrier &barrier : shared.full) mbarrier_init(&barrier, 1);
         for (Barrier &barrier : shared.empty) mbarrier_init(&barrier, kTeamWarps);
         for (Barrier &barrier : shared.turn) mbarrier_init(&barrier, kTeamWarps);
+        for (Barrier &barrier : shared.filled) mbarrier_init(&barrier, kTeamWarps);
+        for (Barrier &barrier : shared.stored) mbarrier_init(&barrier, 1);
     }
     block_sync();  // the barriers are there
     SweepWalk walk(pairs, Numbers::stored_bytes);
     uint32_t warp = shuffle(warp_index(), 0);
     if (warp >= kTeams * kTeamWarps) {
         setmaxnreg_dec<24>();
-        if (thread_index() == kTeams * kTeamThreads) copy_operands<Numbers>(pairs, shared, walk);
+        // The first threads of three warps, whose registers are few.
+        if (lane_index() != 0) return;
+        if (warp == kTeams * kTeamWarps) copy_operands<Numbers>(pairs, shared, walk);
+        if (warp - kTeams * kTeamWarps - 1 < kTeams) store_candidates(pairs, shared, warp - kTeams * kTeamWarps - 1);
     } else {
         setmaxnreg_inc<112>();
         SweepTeam<Numbers>{pairs, shared, warp / kTeamWarps}.run(walk);

@@ -34,29 +34,50 @@ DEVICE Scales entry_scales(const Pairs &pairs, TileIndex tile, uint32_t entry) {
 
 constexpr uint32_t kWeighWordsBytes = 2 * TILE * sizeof(Scales);
 
+// What the gradient wants of a word; `scales` are those of the tile's rows, then of its columns.
+template <class Numbers>
+DEVICE uint32_t finished_word(uint32_t word, const Scales *scales, float weight_scale) {
+    uint32_t row = word_place(word) / TILE, column = word_place(word) % TILE, kind = word >> kPositive & 1;
+    float share = word >> kKeptByRow & 1 ? scales[row].of_kind[kind] : 0.0f;
+    share += word >> kKeptByColumn & 1 ? scales[TILE + column].of_kind[kind] : 0.0f;
+    float weight = share * (word_sigmoid(word) / kSigmoidScale) * weight_scale;
+    return matrix_place<Numbers>(row, column) << 16 | from_float<typename Numbers::Element>(weight).bits;
+}
+
 // Those of a tile, by the whole block; `scales` is kWeighWordsBytes of shared memory.
 template <class Numbers>
 DEVICE void weigh_words(const Pairs &pairs, uint64_t index, float weight_scale, Scales *scales) {
     using Words = Granule<uint32_t>;
     static_assert(THREADS == 2 * TILE, "a thread for every row and column");
-    uint32_t count = pairs.tile_counts[index];
-    if (count == 0 || !is_stored(pairs, index)) return;
+    constexpr uint32_t kAhead = 4;
+    uint32_t count = pairs.tile_counts[index], segment = pairs.tile_segments[index];
+    if (count == 0 || segment == NO_ROW) return;
+    auto *granules = reinterpret_cast<Words *>(pairs.pool_words + static_cast<uint64_t>(segment) * 4);
+    auto there = [&](uint32_t granule) { return granule * Words::count < count; };
+    // On their way while the scales are made.
+    Words ahead[kAhead];
+#pragma unroll
+    for (uint32_t a = 0; a < kAhead; ++a) {
+        uint32_t granule = thread_index() + a * THREADS;
+        if (there(granule)) ahead[a] = granules[granule];
+    }
     scales[thread_index()] = entry_scales(pairs, tile_of(pairs, index), thread_index());
     block_sync();
-    auto *granules = reinterpret_cast<Words *>(pairs.pool_words + segment_of(pairs, index));
-    for (uint32_t granule = thread_index(); granule * Words::count < count; granule += THREADS) {
-        Words words = granules[granule];
+    for (uint32_t first = thread_index(); there(first); first += kAhead * THREADS) {
 #pragma unroll
-        for (uint32_t i = 0; i < Words::count; ++i) {
-            uint32_t word = words.values[i], row = word_place(word) / TILE, column = word_place(word) % TILE, kind = word >> kPositive & 1;
-            float share = word >> kKeptByRow & 1 ? scales[row].of_kind[kind] : 0.0f;
-            share += word >> kKeptByColumn & 1 ? scales[TILE + column].of_kind[kind] : 0.0f;
-            float weight = share * (word_sigmoid(word) / kSigmoidScale) * weight_scale;
-            uint32_t element = from_float<typename Numbers::Element>(weight).bits;
-            // The room behind the last one is this tile's too: nobody's words are read there.
-            words.values[i] = granule * Words::count + i < count ? matrix_place<Numbers>(row, column) << 16 | element : 0;
+        for (uint32_t a = 0; a < kAhead; ++a) {
+            uint32_t granule = first + a * THREADS, next = granule + kAhead * THREADS;
+            if (!there(granule)) break;
+            Words words = ahead[a];
+            if (there(next)) ahead[a] = granules[next];
+#pragma unroll
+            for (uint32_t i = 0; i < Words::count; ++i) {
+                uint32_t finished = finished_word<Numbers>(words.values[i], scales, weight_scale);
+                // The room behind the last one is this tile's too: nobody's words are read there.
+                words.values[i] = granule * Words::count + i < count ? finished : 0;
+            }
+            granules[granule] = words;
         }
-        granules[granule] = words;
     }
 }
 

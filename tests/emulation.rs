@@ -189,30 +189,31 @@ fn a_row_tile_that_is_overwritten_is_caught() {
 
 #[test]
 fn values_staged_over_those_that_are_still_being_stored_are_caught() {
-    assert_caught(&run_faulty_sweep(
-        "if (thread == 0) bulk_store_wait_read();  // of the last tile's values",
-        "",
-    ));
-    let next_window = "if (thread == 0) bulk_store_wait_read();\n                warp_sync();";
-    assert_caught(&run_faulty_sweep(next_window, "warp_sync();"));
+    let wait = "if (windows > 0) mbarrier_wait(&shared.stored[team], (windows - 1) % 2);";
+    assert_caught(&run_faulty_sweep(wait, ""));
+    // The team waits, but for a store that may still be reading.
+    let read = "bulk_store_wait_read();\n        }\n        mbarrier_arrive(&shared.stored[team]);";
+    assert_caught(&run_faulty_sweep(read, "}\n        mbarrier_arrive(&shared.stored[team]);"));
 }
 
 #[test]
 fn a_bulk_store_without_a_proxy_fence_is_caught() {
-    let fenced = "fence_proxy_async();\n            warp_sync();\n            sync();";
-    assert_caught(&run_faulty_sweep(fenced, "warp_sync();\n            sync();"));
+    assert_caught(&run_faulty_sweep("fence_proxy_async();\n            warp_sync();", "warp_sync();"));
 }
 
 #[test]
-fn a_bulk_store_before_the_team_has_met_is_caught() {
-    let met = "fence_proxy_async();\n            warp_sync();\n            sync();";
-    assert_caught(&run_faulty_sweep(met, "fence_proxy_async();\n            warp_sync();"));
+fn a_bulk_store_before_the_team_has_staged_all_is_caught() {
+    assert_caught(&run_faulty_sweep(
+        "for (Barrier &barrier : shared.filled) mbarrier_init(&barrier, kTeamWarps);",
+        "for (Barrier &barrier : shared.filled) mbarrier_init(&barrier, 1);",
+    ));
 }
 
 #[test]
 fn a_block_that_ends_before_its_bulk_stores_have_been_read_is_caught() {
-    let last = "if (thread == 0) bulk_store_wait_read();\n    }\n};";
-    let message = run_faulty_sweep(last, "}\n};");
+    let read = "bulk_store_wait_read();\n        }\n        mbarrier_arrive(&shared.stored[team]);";
+    let at_once = "}\n        mbarrier_arrive(&shared.stored[team]);\n        if (windows == 0) bulk_store_wait_read();";
+    let message = run_faulty_sweep(read, at_once);
     assert!(message.contains("left with bulk stores nobody waited for"), "{message}");
 }
 
@@ -280,7 +281,7 @@ fn a_stage_that_is_given_back_too_early_is_caught() {
 
 #[test]
 fn filling_a_matrix_before_it_is_given_back_is_caught() {
-    let wait = "if (turn.index >= 2) mbarrier_wait(&shared.taken";
+    let wait = "if (turn.index >= kMatrices) mbarrier_wait(&shared.taken";
     assert_caught(&run_faulty_hopper("gradient_hopper.cu", wait, "if (false) mbarrier_wait(&shared.taken"));
 }
 
@@ -312,11 +313,11 @@ fn an_aligned_instruction_after_a_wait_without_a_warp_sync_is_caught() {
 
 #[test]
 fn a_named_barrier_of_too_many_threads_is_caught() {
-    let zeros = "named_sync(kBuildersBarrier, kBuilderThreads);  // zeros";
+    let read = "named_sync(kBuildersBarrier, kBuilderThreads);  // the values are read";
     let message = run_faulty_hopper(
         "gradient_hopper.cu",
-        zeros,
-        "named_sync(kBuildersBarrier, kBuilderThreads + 32);  // zeros",
+        read,
+        "named_sync(kBuildersBarrier, kBuilderThreads + 32);  // the values are read",
     );
     let caught = message.contains("a named barrier") || message.contains("a phase that nobody ends");
     assert!(caught, "{message}");
@@ -324,8 +325,14 @@ fn a_named_barrier_of_too_many_threads_is_caught() {
 
 #[test]
 fn a_named_barrier_that_is_missing_is_caught() {
-    let zeros = "named_sync(kBuildersBarrier, kBuilderThreads);  // zeros are there";
-    assert_caught(&run_faulty_hopper("gradient_hopper.cu", zeros, ""));
+    let read = "named_sync(kBuildersBarrier, kBuilderThreads);  // the values are read";
+    assert_caught(&run_faulty_hopper("gradient_hopper.cu", read, ""));
+}
+
+#[test]
+fn storing_before_zeros_have_landed_is_caught() {
+    let wait = "mbarrier_wait(&shared.zeroed[turn.matrix()], turn.matrix_parity());";
+    assert_caught(&run_faulty_hopper("gradient_hopper.cu", wait, ""));
 }
 
 #[test]
@@ -407,8 +414,8 @@ fn a_plain_access_that_races_another_block_is_caught_by_the_thread_sanitizer() {
 
 #[test]
 fn a_race_within_a_block_is_named_by_the_thread_sanitizer() {
-    let zeroed = "named_sync(kBuildersBarrier, kBuilderThreads);  // zeros are there";
-    let message = run_racing("gradient", "gradient_hopper.cu", zeroed, "");
+    let read = "named_sync(kBuildersBarrier, kBuilderThreads);  // the values are read";
+    let message = run_racing("gradient", "gradient_hopper.cu", read, "");
     assert!(message.contains("data race") && message.contains("gradient_hopper.cu"), "{message}");
 }
 

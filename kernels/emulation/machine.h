@@ -22,7 +22,6 @@ using std::fabs;
 using std::fmax;
 using std::fmin;
 using std::isfinite;
-using std::log1p;
 using std::sqrt;
 
 #define DEVICE inline
@@ -213,7 +212,6 @@ inline void atomic_add(T *target, T value) {
     using Bits = std::make_unsigned_t<T>;  // which wraps around
     atomic_store(target, static_cast<T>(static_cast<Bits>(atomic_load(target)) + static_cast<Bits>(value)));
 }
-inline void atomic_add_shared(int64_t *target, int64_t value) { atomic_add(target, value); }
 inline uint64_t atomic_take(uint64_t *target, uint64_t value) {
     uint64_t before = atomic_load(target);
     atomic_store(target, before + value);
@@ -346,6 +344,12 @@ inline uint16_t to_bf16_bits(float value) {
 }
 inline uint16_t to_f16_bits(float value) { return emulation::f16_bits(value); }
 inline float from_f16_bits(uint16_t bits) { return emulation::f16_value(bits); }
-inline int64_t round_to_integer(double value) { return std::llrint(value); }
+inline uint64_t bits_of(double value) {
+    uint64_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+inline float exp2_fast(float value) { return std::exp2(value); }
+inline float reciprocal_fast(float value) { return 1.0f / value; }
 
 #endif

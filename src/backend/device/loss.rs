@@ -6,7 +6,9 @@
 use bytemuck::{cast_slice, cast_slice_mut};
 use ndarray::Array2;
 
-use super::layout::{Ends, LossLayout, Remembered, RowCheck, SideRegions, device_settings, pointer};
+use super::layout::{
+    Ends, LossLayout, Remembered, RowCheck, SideRegions, device_settings, pointer, unless_empty,
+};
 use super::order::issue_order;
 use super::params::{
     GradientParams, LeadBackParams, LossScalars, PairsParams, RowSums, TILE, WEIGH_NO_WORDS, WeighParams,
@@ -384,6 +386,7 @@ fn issue_gradient<D: Device>(
         partial: pointer(base, regions.partial),
         arrived: pointer(base, regions.arrived),
         gradient: target as usize as *mut f32,
+        zeros: unless_empty::<std::ffi::c_void>(base, layout.zeros),
     };
     launcher.launch(Kernel::Gradient(shape.precision), of_references, &gradient)
 }

@@ -5,7 +5,7 @@ use super::params::{
     GRADIENT_ROWS_16BIT, GRADIENT_ROWS_32BIT, GRADIENT_STAGES_BYTES, HOPPER_SHARED_BYTES, ORDER_OWN,
     ORDER_RUNS, ORDER_SHARED_BYTES, ORDER_TILE, ORDER_WIDE_SHARED_BYTES, ORDER_WIDE_THREADS, ORDER_WIDE_TILE,
     RETRIEVAL_SHARED_BYTES, RETRIEVAL_SLACK, SAME_CLASS_HOPPER_SHARED_BYTES, SAME_CLASS_SHARED_BYTES,
-    SELECT_STORED_SHARED_BYTES, SIMILARITY_STAGES_BYTES, STAGE_BYTES, SUM_SHARED_BYTES,
+    SELECT_BLOCKS, SELECT_STORED_SHARED_BYTES, SIMILARITY_STAGES_BYTES, STAGE_BYTES, SUM_SHARED_BYTES,
     SWEEP_HOPPER_SHARED_BYTES, SWEEP_HOPPER_THREADS, SWEEP_SHARED_BYTES, THREADS, TILE, TILE_MASK_WORDS,
     WEIGH_NO_WORDS, WEIGH_SHARED_BYTES, WEIGH_WORDS_BF16, WEIGH_WORDS_F16,
 };
@@ -294,7 +294,8 @@ impl Shape {
                 ([self.tiles().min(multiprocessors as usize), 1, 1], SWEEP_HOPPER_SHARED_BYTES)
             }
             Kernel::SelectStored | Kernel::SelectStoredHopper => {
-                ([self.tiles(), 1, 1], SELECT_STORED_SHARED_BYTES)
+                let blocks = (multiprocessors * SELECT_BLOCKS) as usize;
+                ([self.tiles().min(blocks), 1, 1], SELECT_STORED_SHARED_BYTES)
             }
             Kernel::SelectRecomputedHopper(_) => ([self.tiles(), 1, 1], HOPPER_SHARED_BYTES),
             Kernel::SelectRecomputed(_) => ([self.tiles(), 1, 1], SIMILARITY_STAGES_BYTES),
@@ -334,20 +335,24 @@ pub(super) fn retrieval_capacity(k: usize, references: usize) -> usize {
     (k.min(references) + RETRIEVAL_SLACK as usize).next_power_of_two()
 }
 
-/// Fixed-point units in 1.0 for a row's sums: as many as 62 bits hold of N terms.
+/// Most of one term of the loss.
 ///
 /// softplus(x) <= max(x, 0) + 1 with x <= sharpness * (1 + |lambda|), and a margin for
 /// rows that are not quite of unit length.
-pub(super) fn sum_scale(settings: &LossSettings, references: usize) -> f64 {
+fn largest_term(settings: &LossSettings) -> f64 {
     let largest = |sharpness: f64, lambda: f64| sharpness * (1.1 + lambda.abs()) + 1.0;
-    let term = largest(settings.alpha, settings.lambda_neg).max(largest(settings.beta, settings.lambda_pos));
-    // 2^53 is all that an f64 term can fill.
-    2.0f64.powi((62 - (term * references as f64).log2().ceil() as i32).min(53))
+    largest(settings.alpha, settings.lambda_neg).max(largest(settings.beta, settings.lambda_pos))
 }
 
-/// Most units of one term: N of them fill 62 bits.
-pub(super) fn term_limit(references: usize) -> f64 {
-    2.0f64.powi(62) / references as f64
+/// Fixed-point units in 1.0 for a row's sums: as many as 62 bits hold of N terms; 2^50 of a sigmoid fit the words of a
+/// tile's sums (select.cu).
+pub(super) fn sum_scale(settings: &LossSettings, references: usize) -> f64 {
+    2.0f64.powi((62 - (largest_term(settings) * references as f64).log2().ceil() as i32).min(50))
+}
+
+/// The same for what a term is more than its sigmoid: 2^41 of them hold one.
+pub(super) fn more_scale(settings: &LossSettings, references: usize) -> f64 {
+    2.0f64.powi(41 - largest_term(settings).log2().ceil() as i32).min(sum_scale(settings, references))
 }
 
 #[cfg(test)]
@@ -594,7 +599,10 @@ mod tests {
         let settings = LossSettings { alpha: 1e4, lambda_neg: -2.0, ..LossSettings::default() };
         let scale = sum_scale(&settings, 1 << 30);
         assert!(scale * 1e4 * 3.1 * f64::from(1 << 30) < 2.0f64.powi(63));
-        assert!(scale * 1e4 * 3.1 < term_limit(1 << 30), "the limit is out of reach of unit rows");
+        assert!(
+            more_scale(&settings, 1 << 30) * 1e4 * 3.1 < 2.0f64.powi(41),
+            "the limit is out of reach of unit rows"
+        );
         assert!(sum_scale(&LossSettings::default(), 16_384) > 2.0f64.powi(40));
     }
 
