@@ -70,16 +70,6 @@ DEVICE void atomic_add(uint64_t *target, uint64_t value) {
 DEVICE void atomic_add(int64_t *target, int64_t value) {
     atomic_add(reinterpret_cast<uint64_t *>(target), static_cast<uint64_t>(value));
 }
-// To shared memory, which has no 64-bit add: the compiler would make a loop of compare and swap.
-// The add that wraps the low half carries into the high one, so the order still does not matter.
-DEVICE void atomic_add_shared(int64_t *target, int64_t value) {
-    auto *halves = reinterpret_cast<uint32_t *>(target);
-    auto low = static_cast<uint32_t>(value);
-    auto high = static_cast<uint32_t>(static_cast<uint64_t>(value) >> 32);
-    uint32_t before = atomicAdd(halves, low);
-    high += before + low < low;
-    if (high != 0) atomicAdd(halves + 1, high);
-}
 // One of several blocks is here: what it wrote before (what its other threads wrote before a barrier, too) is seen by those
 // that come later, and so by the last of them. How many came before.
 DEVICE uint32_t arrive_at(uint32_t *arrived) {
@@ -108,6 +98,10 @@ DEVICE uint32_t shared_address(const void *pointer) {
 // 16 bytes from global to shared memory, both 16-byte aligned, done by the next wait that covers it.
 DEVICE void cp_async(void *to, const void *from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+// The same, or zeros.
+DEVICE void cp_async_if(bool there, void *to, const void *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
 DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most `pending` of this thread's groups are under way.
@@ -159,10 +153,11 @@ DEVICE uint32_t to_tf32(float value) {
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
     return bits;
 }
+// Two at once, of which one is thrown away: that is the faster instruction.
 DEVICE uint16_t to_f16_bits(float value) {
-    uint16_t bits;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-    return bits;
+    uint32_t pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(0.0f), "f"(value));
+    return static_cast<uint16_t>(pair);
 }
 DEVICE uint16_t to_bf16_bits(float value) {
     uint16_t bits;
@@ -181,7 +176,18 @@ DEVICE void shift_in_sign(uint32_t &bits, float value) { bits = __funnelshift_l(
 DEVICE int popc(uint32_t bits) { return __popc(bits); }
 // Index of the lowest bit that is set; `bits` must not be 0.
 DEVICE int lowest_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
-DEVICE int64_t round_to_integer(double value) { return __double2ll_rn(value); }
+DEVICE uint64_t bits_of(double value) { return static_cast<uint64_t>(__double_as_longlong(value)); }
+// One instruction each, to 2^-22 of the result; what is too small for an f32 is 0.
+DEVICE float exp2_fast(float value) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+    return result;
+}
+DEVICE float reciprocal_fast(float value) {
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+    return result;
+}
 #define INFINITE __int_as_float(0x7f800000)
 
 #else

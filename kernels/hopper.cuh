@@ -36,17 +36,17 @@ constexpr int kHopperStages = 4;
 static_assert(HOPPER_STAGES_BYTES == kHopperStages * 2 * TILE * STAGE_BYTES, "the launch plan's shared memory");
 
 // c += a b in the rows' type, asynchronously.
-template <bool transposed, int n>
+template <bool transposed, bool transposed_a = false, int n>
 DEVICE void wgmma(HalfF16, float (&c)[n][4], Descriptor a, Descriptor b) {
-    wgmma_f16<transposed>(c, a, b);
+    wgmma_f16<transposed, transposed_a>(c, a, b);
 }
-template <bool transposed, int n>
+template <bool transposed, bool transposed_a = false, int n>
 DEVICE void wgmma(HalfBf16, float (&c)[n][4], Descriptor a, Descriptor b) {
-    wgmma_bf16<transposed>(c, a, b);
+    wgmma_bf16<transposed, transposed_a>(c, a, b);
 }
-template <bool transposed, int n>
+template <bool transposed, bool transposed_a = false, int n>
 DEVICE void wgmma(FastF32, float (&c)[n][4], Descriptor a, Descriptor b) {
-    static_assert(!transposed, "no such operand of 32-bit elements");
+    static_assert(!transposed && !transposed_a, "no such operand of 32-bit elements");
     wgmma_tf32(c, a, b);
 }
 

@@ -7,12 +7,13 @@
 //   kernel for tiles whose candidates were stored, and it leaves place and fate of each in its word (on Hopper the
 //   sweep's threads stood otherwise); the other (on Hopper with wgmma) for those that did not fit.
 // weigh: per-row weights from the counts, the scalars, results in original order, and which way each row tile's gradient
-//   goes. One block a row tile; the last to come adds their sums, in order.
+//   goes, one block a row tile; the last to come adds their sums, in order. Of 16-bit rows a block for each tile of S finishes
+//   its words (weigh_words.cuh), and the first of these blocks do the rest.
 // Sync: integer atomics alone. The sums of the loss are 64-bit fixed point, so that the
 //   order of blocks and the way a tile took cannot change a bit.
 
 #include "hopper.cuh"
-#include "weight.cuh"
+#include "weigh_words.cuh"
 
 struct Tolerances {
     double pos;
@@ -29,18 +30,54 @@ DEVICE Tolerances adapt(const Pairs &pairs) {
     return Tolerances{settings.gamma_pos * (1.0 + t), settings.gamma_neg * (1.0 - t)};
 }
 
+// Sums of one kind of pair over a tile's row or column, in fixed point of two words each: every term's lowest bits, and the
+// rest; neither overflows with TILE terms, and adding is one native instruction. Softplus is kept as what it is more than the
+// sigmoid, of which most pairs have no high word. Bits of the low words, and where one of them counts the pairs:
+constexpr uint32_t kSigmoidBits = 25, kMoreBits = 17, kCountBit = 24;
+struct SelectSums {
+    uint32_t sigmoid_low[2 * TILE], sigmoid_high[2 * TILE];
+    uint32_t more_low[2 * TILE], more_high[2 * TILE];
+};
 // Rows of the tile first, then its columns.
 struct SelectShared {
     float pos_bound[2 * TILE];
     float neg_bound[2 * TILE];
     ClassRange range[TILE];
-    int64_t sums[4][2 * TILE];  // as in RowSums
-    uint32_t counts[2][2 * TILE];
+    SelectSums sums[2];  // of positives, of negatives
 };
 static_assert(sizeof(SelectShared) == SELECT_SHARED_BYTES, "the launch plan's shared memory");
 
-// `i` is the row of the batch that entry thread_index() of the bounds belongs to.
-DEVICE void select_begin(const Pairs &pairs, TileIndex tile, SelectShared &shared) {
+// A number below 2^50 in fixed point: 2^33 leaves 19 bits behind the point, and the five bits of its exponent that high_of() sees are 0.
+constexpr double kFixedBase = 8589934592.0, kFixedUnit = 1.0 / 524288.0;
+DEVICE uint64_t fixed_of(float term, double scale) {
+    return bits_of(static_cast<double>(term) * scale + kFixedBase);
+}
+DEVICE uint32_t low_of(uint64_t fixed, uint32_t bits) { return static_cast<uint32_t>(fixed) & ((1u << bits) - 1); }
+DEVICE uint32_t high_of(uint64_t fixed, uint32_t bits) { return static_cast<uint32_t>(fixed >> bits); }
+DEVICE int64_t joined(uint32_t low, uint32_t high, uint32_t bits) {
+    return static_cast<int64_t>((static_cast<uint64_t>(high) << bits) + low);
+}
+
+// What is the same for every pair.
+struct SelectConstants {
+    Argument positive, negative;
+    double sigmoid_scale, more_scale;  // of fixed_of()
+    float limit;                       // only rows that are not of unit length, and were not checked, come to it
+    DEVICE explicit SelectConstants(const Settings &settings)
+        : positive(argument_of(settings, true)),
+          negative(argument_of(settings, false)),
+          sigmoid_scale(settings.sum_scale * kFixedUnit),
+          more_scale(settings.more_scale * kFixedUnit),
+          limit(static_cast<float>(kLog2E * (1ull << 41) / settings.more_scale)) {}
+};
+
+DEVICE void clear_sums(SelectShared &shared, int kind, uint32_t entry) {
+    SelectSums &sums = shared.sums[kind];
+    sums.sigmoid_low[entry] = sums.sigmoid_high[entry] = sums.more_low[entry] = sums.more_high[entry] = 0;
+}
+
+// Bounds of this thread's entry, and where a positive of it may be; the barrier that publishes them is the caller's.
+DEVICE void select_begin(const Pairs &pairs, Tolerances tolerances, TileIndex tile, SelectShared &shared) {
     uint32_t entry = thread_index();
     bool row = entry < TILE;
     uint32_t i = row ? tile.row * TILE + entry : tile.column * TILE + entry - TILE;
@@ -48,118 +85,175 @@ DEVICE void select_begin(const Pairs &pairs, TileIndex tile, SelectShared &share
     bool elsewhere = !row && pairs.columns != nullptr && i < pairs.counters->valid_references;
     uint32_t max_neg = anchor ? pairs.max_neg[i] : elsewhere ? pairs.columns[i].max_neg : 0;
     float min_pos = anchor ? pairs.same[i].min_pos : elsewhere ? pairs.columns[i].min_pos : INFINITE;
-    Tolerances tolerances = adapt(pairs);
     shared.pos_bound[entry] = positive_bound(max_neg, tolerances.pos);
     shared.neg_bound[entry] = negative_bound(min_pos, tolerances.neg);
     if (row) shared.range[entry] = anchor ? pairs.classes[i] : ClassRange{1, 0};
-    for (int kind = 0; kind < 4; ++kind) shared.sums[kind][entry] = 0;
-    shared.counts[0][entry] = shared.counts[1][entry] = 0;
-    block_sync();
 }
 
-// What one pair adds to an anchor's sums, in fixed point.
-struct Terms {
-    int64_t softplus;
-    int64_t sigmoid;
-};
-DEVICE Terms terms_of(const Settings &settings, float x) {
-    // Only rows that are not of unit length, and were not checked, come to the limit.
-    auto units = [&](float term) {
-        return round_to_integer(fmin(static_cast<double>(term) * settings.sum_scale, settings.term_limit));
-    };
-    return Terms{units(softplus(x)), units(sigmoid(x))};
-}
-
-// Adds the pair to the sums of whom it is kept by; its fate, as in a word.
-DEVICE uint32_t select_pair(const Pairs &pairs, SelectShared &shared, TileIndex tile, uint32_t row, uint32_t column,
-                            float s) {
-    uint32_t i = tile.row * TILE + row, j = tile.column * TILE + column;
-    bool positive = same_class(shared.range[row], j);
-    if (positive && is_duplicate(pairs, i, j, s)) return 0;
+// Adds the pair to the sums of whom it is kept by; its fate, as in a word. `plain`: no two rows of the tile are of one class.
+template <bool plain>
+DEVICE uint32_t select_pair(const Pairs &pairs, SelectShared &shared, const SelectConstants &constants, TileIndex tile,
+                            uint32_t row, uint32_t column, float s) {
+    bool positive = false;
+    if constexpr (!plain) {
+        uint32_t i = tile.row * TILE + row, j = tile.column * TILE + column;
+        positive = same_class(shared.range[row], j);
+        if (positive && is_duplicate(pairs, i, j, s)) return 0;
+    }
     uint32_t entries[2] = {row, TILE + column};
     bool kept[2];
     for (int side = 0; side < 2; ++side) {
         kept[side] = positive ? s < shared.pos_bound[entries[side]] : s > shared.neg_bound[entries[side]];
     }
-    if (!kept[0] && !kept[1]) return 0;
-    float x = pair_argument(pairs.settings, positive, s);
-    Terms terms = terms_of(pairs.settings, x);
-    int kind = positive ? 0 : 1;
-    for (int side = 0; side < 2; ++side) {
-        if (!kept[side] || (side == 1 && !pairs.square)) continue;  // a reference's sums are another part's
-        atomic_add(&shared.counts[kind][entries[side]], 1u);
-        atomic_add_shared(&shared.sums[kind][entries[side]], terms.softplus);
-        atomic_add_shared(&shared.sums[2 + kind][entries[side]], terms.sigmoid);
+    Logistic logistic(fminf((positive ? constants.positive : constants.negative).at(s), constants.limit));
+    float sigmoid = logistic.sigmoid();
+    uint64_t share = fixed_of(sigmoid, constants.sigmoid_scale);
+    uint64_t more = fixed_of(logistic.softplus_less_sigmoid(), constants.more_scale);
+    uint32_t more_high = high_of(more, kMoreBits);
+    SelectSums &sums = shared.sums[positive ? 0 : 1];
+    auto add = [&](bool wanted, uint32_t entry) {
+        if (!wanted) return;
+        atomic_add(&sums.sigmoid_low[entry], low_of(share, kSigmoidBits));
+        atomic_add(&sums.sigmoid_high[entry], high_of(share, kSigmoidBits));
+        atomic_add(&sums.more_low[entry], low_of(more, kMoreBits) | 1u << kCountBit);
+    };
+    bool by_column = kept[1] && pairs.square;  // a reference's sums are another part's
+    add(kept[0], row);
+    add(by_column, TILE + column);
+    if (more_high != 0) {
+        if (kept[0]) atomic_add(&sums.more_high[row], more_high);
+        if (by_column) atomic_add(&sums.more_high[TILE + column], more_high);
     }
-    return word_fate(kept[0], kept[1], positive, sigmoid(x));
+    return kept[0] || kept[1] ? word_fate(kept[0], kept[1], positive, sigmoid) : 0;
 }
 
-DEVICE void select_end(const Pairs &pairs, TileIndex tile, const SelectShared &shared) {
-    block_sync();
+// Adds the tile's sums of this thread's entry to the anchor's and clears them; behind a barrier.
+DEVICE void select_end(const Pairs &pairs, TileIndex tile, SelectShared &shared) {
     uint32_t entry = thread_index();
     uint32_t i = entry < TILE ? tile.row * TILE + entry : tile.column * TILE + entry - TILE;
-    uint32_t pos = shared.counts[0][entry], neg = shared.counts[1][entry];
-    if (pos + neg == 0) return;  // also all entries that are no anchor's
-    RowSums &sums = pairs.sums[i];
-    if (pos != 0) {
-        atomic_add(&sums.count_pos, pos);
-        atomic_add(&sums.softplus_pos, shared.sums[0][entry]);
-        atomic_add(&sums.sigmoid_pos, shared.sums[2][entry]);
-    }
-    if (neg != 0) {
-        atomic_add(&sums.count_neg, neg);
-        atomic_add(&sums.softplus_neg, shared.sums[1][entry]);
-        atomic_add(&sums.sigmoid_neg, shared.sums[3][entry]);
+    for (int kind = 0; kind < 2; ++kind) {
+        const SelectSums &sums = shared.sums[kind];
+        uint32_t low = sums.more_low[entry], count = low >> kCountBit;
+        if (count == 0) continue;  // also all entries that are no anchor's
+        int64_t sigmoid = joined(sums.sigmoid_low[entry], sums.sigmoid_high[entry], kSigmoidBits);
+        int64_t more = joined(low & ((1u << kCountBit) - 1), sums.more_high[entry], kMoreBits);
+        int64_t softplus = sigmoid + more * static_cast<int64_t>(pairs.settings.sum_scale / pairs.settings.more_scale);
+        RowSums &of = pairs.sums[i];
+        atomic_add(kind == 0 ? &of.count_pos : &of.count_neg, count);
+        atomic_add(kind == 0 ? &of.softplus_pos : &of.softplus_neg, softplus);
+        atomic_add(kind == 0 ? &of.sigmoid_pos : &of.sigmoid_neg, sigmoid);
+        clear_sums(shared, kind, entry);
     }
 }
 
-// Candidates in one walk: their places from the bits that the sweep left, first into shared memory, so that values are
-// read and words written side by side. `Where` is how the sweep's threads stood in the tile.
+// Whether no two rows of the tile are of one class: ranges ascend, its columns end before the first or begin after the last.
+DEVICE bool is_plain(const SelectShared &shared, TileIndex tile) {
+    ClassRange first = shared.range[0], last = shared.range[TILE - 1];
+    if (first.begin > first.end || last.begin > last.end) return false;  // rows without a class among them
+    return (tile.column + 1) * TILE <= first.begin || tile.column * TILE >= last.end;
+}
+
+struct SelectStoredShared : SelectShared {
+    alignas(16) uint32_t words[SELECT_PLACES];  // values first
+    uint16_t places[SELECT_PLACES + 8];
+    uint32_t warp_counts[THREADS / 32];
+};
+static_assert(sizeof(SelectStoredShared) == SELECT_STORED_SHARED_BYTES, "the launch plan's shared memory");
+
+// The places of this thread's bits, from the `at`th of the window on; those of other windows go where nobody reads.
+template <class Where>
+DEVICE void expand(SelectStoredShared &shared, const uint32_t (&masks)[2], uint32_t at) {
+    Where place;
+    uint32_t first = place.row_of(0) * TILE + place.column_of(0);
+#pragma unroll
+    for (uint32_t word = 0; word < 2; ++word) {
+#pragma unroll 1
+        for (uint32_t left = masks[word]; left != 0; left &= left - 1, ++at) {
+            // Rows are 8 apart, columns in pairs, 8 from one to the next.
+            uint32_t bit = word * 32 + static_cast<uint32_t>(lowest_bit(left));
+            uint32_t row = bit / Where::columns * 8, column = bit % Where::columns;
+            shared.places[at < SELECT_PLACES ? at : SELECT_PLACES] = static_cast<uint16_t>(first + row * TILE + column + column / 2 * 6);
+        }
+    }
+}
+
+// Values become words. A thread walks an odd number of candidates side by side: they lie in few rows, which neighbours do not
+// share, and in as many banks as there are lanes.
+template <bool plain>
+DEVICE void select_run(const Pairs &pairs, SelectStoredShared &shared, const SelectConstants &constants, TileIndex tile,
+                       uint32_t count) {
+    uint32_t run = ((count + THREADS - 1) / THREADS) | 1, k = thread_index() * run, end = k + run < count ? k + run : count;
+#pragma unroll 1
+    for (; k < end; ++k) {
+        uint32_t place = shared.places[k];
+        float s = float_of(shared.words[k]);
+        shared.words[k] = place | select_pair<plain>(pairs, shared, constants, tile, place / TILE, place % TILE, s);
+    }
+}
+
+// The tile that follows in the order of indices.
+DEVICE TileIndex tile_after(const Pairs &pairs, TileIndex tile) {
+    if (++tile.column == pairs.references.tiles) {
+        ++tile.row;
+        tile.column = pairs.square ? tile.row : 0;
+    }
+    return tile;
+}
+
+// Candidates in one walk: their places from the bits that the sweep left, first into shared memory, where values come and
+// words leave side by side. `Where` is how the sweep's threads stood in the tile. Persistent blocks: each takes tiles in a row.
 template <class Where>
 DEVICE void select_stored_body(const PairsParams &p) {
     SHARED_MEMORY(bytes);
-    struct Shared : SelectShared {
-        uint16_t places[SELECT_PLACES];
-        uint32_t warp_counts[THREADS / 32];
-    };
-    static_assert(sizeof(Shared) == SELECT_STORED_SHARED_BYTES, "the launch plan's shared memory");
-    auto &shared = *reinterpret_cast<Shared *>(bytes);
+    auto &shared = *reinterpret_cast<SelectStoredShared *>(bytes);
     const Pairs &pairs = p.pairs;
-    uint64_t index = block_x();
-    uint32_t count = pairs.tile_counts[index];
-    if (count == 0 || !is_stored(pairs, index)) return;
-    TileIndex tile = tile_of(pairs, index);
-    const float *values = pairs.pool_values + segment_of(pairs, index);
-    uint32_t *words = pairs.pool_words + segment_of(pairs, index);
-    const uint32_t masks[2] = {words[thread_index() * 2], words[thread_index() * 2 + 1]};
-    uint32_t own = static_cast<uint32_t>(popc(masks[0]) + popc(masks[1]));
-    uint32_t before = warp_scan(own);
-    if (lane_index() == 31) shared.warp_counts[warp_index()] = before;
-    before -= own;
-    select_begin(pairs, tile, shared);  // its barrier: the counts are there, and every mask is read
-    for (uint32_t warp = 0; warp < warp_index(); ++warp) before += shared.warp_counts[warp];
-    Where place;
-    for (uint32_t window = 0; window < count; window += SELECT_PLACES) {
-        if (window != 0) block_sync();  // the places before are read
-        uint32_t at = before - window;
-        for (int word = 0; word < 2; ++word) {
-            for (uint32_t left = masks[word]; left != 0; left &= left - 1, ++at) {
-                int bit = word * 32 + lowest_bit(left);
-                uint32_t row = place.row_of(bit / Where::columns), column = place.column_of(bit % Where::columns);
-                if (at < SELECT_PLACES) shared.places[at] = static_cast<uint16_t>(row * TILE + column);
+    uint64_t index = pairs.tiles * block_x() / grid_x(), end = pairs.tiles * (block_x() + 1) / grid_x();
+    Tolerances tolerances = adapt(pairs);
+    SelectConstants constants(pairs.settings);
+    for (int kind = 0; kind < 2; ++kind) clear_sums(shared, kind, thread_index());
+    for (TileIndex tile = tile_of(pairs, index); index < end; ++index, tile = tile_after(pairs, tile)) {
+        uint32_t count = pairs.tile_counts[index];
+        if (count == 0 || !is_stored(pairs, index)) continue;
+        const float *values = pairs.pool_values + segment_of(pairs, index);
+        uint32_t *words = pairs.pool_words + segment_of(pairs, index);
+        const uint32_t masks[2] = {words[thread_index() * 2], words[thread_index() * 2 + 1]};
+        uint32_t own = static_cast<uint32_t>(popc(masks[0]) + popc(masks[1]));
+        uint32_t before = warp_scan(own);
+        if (lane_index() == 31) shared.warp_counts[warp_index()] = before;
+        before -= own;
+        select_begin(pairs, tolerances, tile, shared);
+        block_sync();  // the counts and bounds are there, every mask is read, the last tile's words and sums too
+        #pragma unroll
+        for (uint32_t warp = 0; warp < THREADS / 32; ++warp) before += warp < warp_index() ? shared.warp_counts[warp] : 0;
+        for (uint32_t window = 0; window < count; window += SELECT_PLACES) {
+            uint32_t left = count - window < SELECT_PLACES ? count - window : SELECT_PLACES;
+            uint32_t granules = (left + 3) / 4;
+            if (window != 0) block_sync();  // the words before are read
+#pragma unroll 1
+            for (uint32_t k = thread_index(); k < granules; k += THREADS) {
+                cp_async(shared.words + k * 4, values + window + k * 4);
+            }
+            cp_async_commit();
+            expand<Where>(shared, masks, before - window);
+            cp_async_wait<0>();
+            block_sync();
+            if (is_plain(shared, tile)) {
+                select_run<true>(pairs, shared, constants, tile, left);
+            } else {
+                select_run<false>(pairs, shared, constants, tile, left);
+            }
+            block_sync();
+#pragma unroll 1
+            for (uint32_t k = thread_index(); k < granules; k += THREADS) {
+                *reinterpret_cast<Granule<uint32_t> *>(words + window + k * 4) =
+                    *reinterpret_cast<const Granule<uint32_t> *>(shared.words + k * 4);
             }
         }
-        block_sync();
-        uint32_t end = count - window < SELECT_PLACES ? count : window + SELECT_PLACES;
-        for (uint32_t k = window + thread_index(); k < end; k += THREADS) {
-            uint32_t at_place = shared.places[k - window];
-            words[k] = at_place | select_pair(pairs, shared, tile, at_place / TILE, at_place % TILE, values[k]);
-        }
+        select_end(pairs, tile, shared);
     }
-    select_end(pairs, tile, shared);
 }
-KERNEL(select_stored, PairsParams, 2) { select_stored_body<Place<4>>(p); }
-KERNEL(select_stored_hopper, PairsParams, 2) { select_stored_body<GroupPlace>(p); }
+KERNEL(select_stored, PairsParams, SELECT_BLOCKS) { select_stored_body<Place<4>>(p); }
+KERNEL(select_stored_hopper, PairsParams, SELECT_BLOCKS) { select_stored_body<GroupPlace>(p); }
 
 static_assert(SELECT_SHARED_BYTES + TILE * kValuesStride * sizeof(float) <= SIMILARITY_STAGES_BYTES,
               "the values of a tile fit where its rows were streamed through");
@@ -178,12 +272,16 @@ DEVICE void select_tile(const Pairs &pairs, TileIndex tile, unsigned char *bytes
             values[place.row_of(row) * kValuesStride + place.column_of(column)] = Where::value(acc, row, column);
         }
     }
-    select_begin(pairs, tile, shared);  // its barrier publishes the values too
+    select_begin(pairs, adapt(pairs), tile, shared);
+    for (int kind = 0; kind < 2; ++kind) clear_sums(shared, kind, thread_index());
+    SelectConstants constants(pairs.settings);
+    block_sync();
     for (uint32_t k = thread_index(); k < TILE * TILE; k += THREADS) {
         uint32_t r = k / TILE, c = k % TILE;
         if (!is_pair(pairs, tile.row * TILE + r, tile.column * TILE + c)) continue;
-        select_pair(pairs, shared, tile, r, c, values[r * kValuesStride + c]);
+        select_pair<false>(pairs, shared, constants, tile, r, c, values[r * kValuesStride + c]);
     }
+    block_sync();
     select_end(pairs, tile, shared);
 }
 
@@ -228,11 +326,8 @@ KERNEL(select_recomputed_hopper_bf16, PairsParams, 1) { select_recomputed_hopper
 // 2 / (B |set|), and the bounds (SPEC 4); nothing for a row without pairs of both kinds.
 DEVICE RowWeights weights_of(const Pairs &pairs, Tolerances tolerances, const RowNumbers &row) {
     if (row.count_pos == 0 || row.count_neg == 0) return RowWeights{-INFINITE, INFINITE, 0.0f, 0.0f};
-    auto factor = [&](uint32_t count) {
-        return static_cast<float>(2.0 / (static_cast<double>(pairs.total) * static_cast<double>(count)));
-    };
     return RowWeights{positive_bound(row.max_neg, tolerances.pos), negative_bound(row.min_pos, tolerances.neg),
-                      factor(row.count_pos), factor(row.count_neg)};
+                      set_scale(pairs, row.count_pos), set_scale(pairs, row.count_neg)};
 }
 
 // Below this share of candidates a row tile's gradient is summed from lists. A pair costs
@@ -264,7 +359,7 @@ struct WeighShared {
     double columns[2][THREADS / 32][32];
     uint32_t last;
 };
-static_assert(sizeof(WeighShared) <= WEIGH_SHARED_BYTES, "the launch plan's shared memory");
+static_assert(sizeof(WeighShared) <= WEIGH_SHARED_BYTES && kWeighWordsBytes <= WEIGH_SHARED_BYTES, "the launch plan's shared memory");
 
 // One anchor's results, its weights and what it adds to the sums (SPEC 4); `i` may be padding.
 DEVICE void weigh_anchor(const WeighParams &p, Tolerances tolerances, uint32_t i, double (&sums)[WEIGH_SUMS]) {
@@ -282,8 +377,6 @@ DEVICE void weigh_anchor(const WeighParams &p, Tolerances tolerances, uint32_t i
         p.count_neg[original] = row.count_neg;
         sums[kSumPos] = static_cast<double>(same.sum_pos);
         sums[kSumSame] = static_cast<double>(same.sum_same);
-        sums[kMinedPos] = static_cast<double>(row.count_pos);
-        sums[kMinedNeg] = static_cast<double>(row.count_neg);
         if (i < pairs.counters->valid_anchors) {
             sums[kNegatives] = static_cast<double>(pairs.counters->valid_references - (range.end - range.begin));
         }
@@ -296,12 +389,14 @@ DEVICE void weigh_anchor(const WeighParams &p, Tolerances tolerances, uint32_t i
             sums[kLambdaPos] = pos * static_cast<double>(row.sigmoid_pos) / settings.sum_scale;
             sums[kLambdaNeg] = -neg * static_cast<double>(row.sigmoid_neg) / settings.sum_scale;
             sums[kActive] = 1.0;
+            sums[kMinedPos] = static_cast<double>(row.count_pos);
+            sums[kMinedNeg] = static_cast<double>(row.count_neg);
         }
     }
     pairs.weights[i] = weights_of(pairs, tolerances, numbers);
 }
 
-// The sum of all similarities is the product of the column sums: that of every grid_x()th 32 columns, by the first warp.
+// The sum of all similarities is the product of the column sums: that of every p.blocks-th 32 columns, by the first warp.
 DEVICE double sum_of_columns(const WeighParams &p, WeighShared &shared) {
     const Pairs &pairs = p.pairs;
     double sum = 0.0;
@@ -312,7 +407,7 @@ DEVICE double sum_of_columns(const WeighParams &p, WeighShared &shared) {
         }
         return total;
     };
-    for (uint32_t d = block_x() * 32 + lane_index(); d - lane_index() < pairs.stride; d += grid_x() * 32) {
+    for (uint32_t d = block_x() * 32 + lane_index(); d - lane_index() < pairs.stride; d += p.blocks * 32) {
         double left = add(p.anchor_column_sums, pairs.anchors.tiles, d);
         shared.columns[0][warp_index()][lane_index()] = left;
         shared.columns[1][warp_index()][lane_index()] =
@@ -360,8 +455,15 @@ KERNEL(weigh, WeighParams, 1) {
     SHARED_MEMORY(bytes);
     auto &shared = *reinterpret_cast<WeighShared *>(bytes);
     const Pairs &pairs = p.pairs;
-    Tolerances tolerances = adapt(pairs);
     uint32_t x = block_x(), row = x * TILE + thread_index() % TILE;
+    if (p.words != WEIGH_NO_WORDS && x < pairs.tiles) {
+        auto scales = reinterpret_cast<Scales *>(bytes);
+        if (p.words == WEIGH_WORDS_F16) weigh_words<HalfF16>(pairs, x, p.weight_scale, scales);
+        if (p.words == WEIGH_WORDS_BF16) weigh_words<HalfBf16>(pairs, x, p.weight_scale, scales);
+    }
+    if (x >= p.blocks) return;
+    block_sync();  // the scales are read
+    Tolerances tolerances = adapt(pairs);
     double sums[WEIGH_SUMS];
 #pragma unroll
     for (double &sum : sums) sum = 0.0;
@@ -380,12 +482,12 @@ KERNEL(weigh, WeighParams, 1) {
         double sum = block_sum(sums[k], shared.scratch);
         if (thread_index() == 0) p.parts[x * WEIGH_SUMS + k] = sum;
     }
-    if (!is_last_block(p.arrived, grid_x(), &shared.last)) return;
+    if (!is_last_block(p.arrived, p.blocks, &shared.last)) return;
     // The blocks' sums, in order.
 #pragma unroll
     for (int k = 0; k < WEIGH_SUMS; ++k) {
         double sum = 0.0;
-        for (uint32_t block = thread_index(); block < grid_x(); block += THREADS) sum += p.parts[block * WEIGH_SUMS + k];
+        for (uint32_t block = thread_index(); block < p.blocks; block += THREADS) sum += p.parts[block * WEIGH_SUMS + k];
         sums[k] = block_sum(sum, shared.scratch);
     }
     if (thread_index() != 0) return;

@@ -281,7 +281,7 @@ fn a_stage_that_is_given_back_too_early_is_caught() {
 
 #[test]
 fn filling_a_matrix_before_it_is_given_back_is_caught() {
-    let wait = "if (turn.index >= 2) mbarrier_wait(&shared.taken";
+    let wait = "if (turn.index >= kMatrices) mbarrier_wait(&shared.taken";
     assert_caught(&run_faulty_hopper("gradient_hopper.cu", wait, "if (false) mbarrier_wait(&shared.taken"));
 }
 
@@ -313,11 +313,11 @@ fn an_aligned_instruction_after_a_wait_without_a_warp_sync_is_caught() {
 
 #[test]
 fn a_named_barrier_of_too_many_threads_is_caught() {
-    let zeros = "named_sync(kBuildersBarrier, kBuilderThreads);  // zeros";
+    let read = "named_sync(kBuildersBarrier, kBuilderThreads);  // the values are read";
     let message = run_faulty_hopper(
         "gradient_hopper.cu",
-        zeros,
-        "named_sync(kBuildersBarrier, kBuilderThreads + 32);  // zeros",
+        read,
+        "named_sync(kBuildersBarrier, kBuilderThreads + 32);  // the values are read",
     );
     let caught = message.contains("a named barrier") || message.contains("a phase that nobody ends");
     assert!(caught, "{message}");
@@ -325,8 +325,14 @@ fn a_named_barrier_of_too_many_threads_is_caught() {
 
 #[test]
 fn a_named_barrier_that_is_missing_is_caught() {
-    let zeros = "named_sync(kBuildersBarrier, kBuilderThreads);  // zeros and scales are there";
-    assert_caught(&run_faulty_hopper("gradient_hopper.cu", zeros, ""));
+    let read = "named_sync(kBuildersBarrier, kBuilderThreads);  // the values are read";
+    assert_caught(&run_faulty_hopper("gradient_hopper.cu", read, ""));
+}
+
+#[test]
+fn storing_before_zeros_have_landed_is_caught() {
+    let wait = "mbarrier_wait(&shared.zeroed[turn.matrix()], turn.matrix_parity());";
+    assert_caught(&run_faulty_hopper("gradient_hopper.cu", wait, ""));
 }
 
 #[test]
@@ -408,8 +414,8 @@ fn a_plain_access_that_races_another_block_is_caught_by_the_thread_sanitizer() {
 
 #[test]
 fn a_race_within_a_block_is_named_by_the_thread_sanitizer() {
-    let zeroed = "named_sync(kBuildersBarrier, kBuilderThreads);  // zeros and scales are there";
-    let message = run_racing("gradient", "gradient_hopper.cu", zeroed, "");
+    let read = "named_sync(kBuildersBarrier, kBuilderThreads);  // the values are read";
+    let message = run_racing("gradient", "gradient_hopper.cu", read, "");
     assert!(message.contains("data race") && message.contains("gradient_hopper.cu"), "{message}");
 }
 

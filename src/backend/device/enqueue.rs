@@ -10,7 +10,7 @@ use super::loss::{
 };
 use super::order::issue_order;
 use super::params::LossScalars;
-use super::plan::{Shape, sum_scale};
+use super::plan::{Shape, more_scale, sum_scale};
 use super::resident::{ResidentBatch, ResidentRows, aligned};
 use super::steps::{Given, Which, report_to, take};
 use super::{Device, DeviceBackend};
@@ -288,6 +288,7 @@ impl<D: Device> DeviceBackend<D> {
             // The largest there may be.
             let widest = settings.settings.with_lambda(-2.0);
             loss.settings.sum_scale = sum_scale(&widest, shape.reference_count());
+            loss.settings.more_scale = more_scale(&widest, shape.reference_count());
         }
         Ok(loss)
     }
