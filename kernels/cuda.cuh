@@ -169,6 +169,12 @@ DEVICE float from_f16_bits(uint16_t bits) {
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
     return value;
 }
+// a - b, at least 0 and at most 1.
+DEVICE float saturated_difference(float a, float b) {
+    float value;
+    asm("sub.sat.f32 %0, %1, %2;" : "=f"(value) : "f"(a), "f"(b));
+    return value;
+}
 DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
 DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 // The sign of `value` becomes the lowest bit, the others move up.

@@ -23,21 +23,75 @@ DEVICE void begin_loss(const OrderParams &p, uint32_t threads) {
     if (p.counters != nullptr && block_x() == 0 && thread_index() == 0) *p.counters = Counters{0, 0, 0, 0, NO_ROW, NO_ROW, 0};
 }
 
-DEVICE void write_valid(const OrderParams &p, uint32_t valid) {
-    *p.valid = valid;
-    if (p.valid_too != nullptr) *p.valid_too = valid;
-}
+// Counting: ignored labels are above all others, padding is above them, and 1 may be added to either. Labels as they come are
+// compared in five instructions, half of them at half rate; small ones as f32, which holds them, in two.
+struct WideLabels {
+    using Label = uint64_t;
+    static constexpr Label kIgnoredLabel = uint64_t{1} << 63;
+    static constexpr Label kPadding = kIgnored;
+    static DEVICE uint32_t less(Label a, Label b) { return a < b; }
+};
+struct SmallLabels {
+    using Label = float;
+    static constexpr Label kIgnoredLabel = 1 << 23;
+    static constexpr Label kPadding = 1 << 24;
+    static DEVICE float less(Label a, Label b) { return saturated_difference(b, a); }  // of whole numbers
+};
 
-// Counting: ignored labels are above all others, padding is above them, and 1 may be added to either.
-constexpr uint64_t kIgnoredLabel = uint64_t{1} << 63;
 constexpr uint32_t kLoads = ORDER_TILE / THREADS;
 constexpr uint32_t kOwnKeys = ORDER_OWN / 32;  // of a lane; each warp counts in a part of the tile
 struct CountShared {
-    uint64_t labels[ORDER_TILE];
+    alignas(16) uint64_t wide[ORDER_TILE];
+    alignas(16) float small[ORDER_TILE];
     uint32_t before[THREADS / 32][ORDER_OWN];
+    uint32_t some_wide[THREADS / 32];
 };
 static_assert(sizeof(CountShared) == ORDER_SHARED_BYTES, "the launch plan's shared memory");
 static_assert(ORDER_TILE % ORDER_OWN == 0 && ORDER_OWN % 32 == 0 && ORDER_OWN <= THREADS, "a thread an own key");
+
+// For each of this lane's own keys, from `own` on, how many of the warp's part of the labels come before it.
+template <class Kind>
+DEVICE void count_before(CountShared &shared, const typename Kind::Label *labels, uint32_t own, uint32_t count) {
+    using Label = typename Kind::Label;
+    using Count = decltype(Kind::less(Label{}, Label{}));
+    using Labels = Granule<Label>;
+    Label keys[kOwnKeys];
+    Count before[kOwnKeys];
+#pragma unroll
+    for (uint32_t k = 0; k < kOwnKeys; ++k) {
+        keys[k] = labels[own + k * 32 + lane_index()];
+        before[k] = 0;
+    }
+    // Those that are less; or, of smaller indices than the own ones, no more.
+    auto compare = [&](uint32_t begin, uint32_t end, uint32_t or_equal) {
+        Label bounds[kOwnKeys];
+#pragma unroll
+        for (uint32_t k = 0; k < kOwnKeys; ++k) bounds[k] = keys[k] + static_cast<Label>(or_equal);
+#pragma unroll 4
+        for (uint32_t i = begin; i < end; i += Labels::count) {
+            Labels others = *reinterpret_cast<const Labels *>(labels + i);
+#pragma unroll
+            for (Label other : others.values) {
+#pragma unroll
+                for (uint32_t k = 0; k < kOwnKeys; ++k) before[k] += Kind::less(other, bounds[k]);
+            }
+        }
+    };
+    constexpr uint32_t kWarps = THREADS / 32;
+    uint32_t part = (count + kWarps * 4 - 1) / (kWarps * 4) * 4, begin = warp_index() * part, end = begin + part;
+    auto within = [&](uint32_t i) { return i < begin ? begin : i < end ? i : end; };
+    compare(begin, within(own), 1);
+    compare(within(own + ORDER_OWN), end, 0);
+#pragma unroll 4
+    for (uint32_t i = within(own); i < within(own + ORDER_OWN); ++i) {
+#pragma unroll
+        for (uint32_t k = 0; k < kOwnKeys; ++k) {
+            before[k] += Kind::less(labels[i], keys[k] + static_cast<Label>(i < own + k * 32 + lane_index()));
+        }
+    }
+#pragma unroll
+    for (uint32_t k = 0; k < kOwnKeys; ++k) shared.before[warp_index()][k * 32 + lane_index()] = static_cast<uint32_t>(before[k]);
+}
 
 KERNEL(order_tiles, OrderParams, 4) {
     SHARED_MEMORY(bytes);
@@ -45,66 +99,48 @@ KERNEL(order_tiles, OrderParams, 4) {
     constexpr uint32_t kBlocks = ORDER_TILE / ORDER_OWN;
     uint32_t first = block_x() / kBlocks * ORDER_TILE, own = block_x() % kBlocks * ORDER_OWN;
     uint32_t count = p.count - first < ORDER_TILE ? p.count - first : ORDER_TILE;
-    uint64_t labels[kLoads];
+    int64_t labels[kLoads];
 #pragma unroll
     for (uint32_t k = 0; k < kLoads; ++k) {
         uint32_t i = k * THREADS + thread_index();
-        labels[k] = i < count ? static_cast<uint64_t>(p.labels[first + i]) : kIgnored;
+        labels[k] = i < count ? p.labels[first + i] : -1;
     }
-    begin_loss(p, THREADS);
+    begin_loss(p, THREADS);  // while they come
     uint32_t valid = 0;
+    bool wide = false;
 #pragma unroll
     for (uint32_t k = 0; k < kLoads; ++k) {
         uint32_t i = k * THREADS + thread_index();
-        bool ignored = labels[k] >= kIgnoredLabel;
-        shared.labels[i] = i < count && ignored ? kIgnoredLabel : labels[k];
+        bool ignored = labels[k] < 0;
+        shared.wide[i] = i >= count ? WideLabels::kPadding : ignored ? WideLabels::kIgnoredLabel : static_cast<uint64_t>(labels[k]);
+        shared.small[i] = i >= count ? SmallLabels::kPadding : ignored ? SmallLabels::kIgnoredLabel : static_cast<float>(labels[k]);
+        wide = wide || labels[k] >= 1 << 23;
         valid += !ignored;
     }
+    bool some_wide = ballot_sync(wide) != 0;
+    if (lane_index() == 0) shared.some_wide[warp_index()] = some_wide;
     block_sync();
-
-    uint64_t keys[kOwnKeys];
-    uint32_t before[kOwnKeys];
-#pragma unroll
-    for (uint32_t k = 0; k < kOwnKeys; ++k) {
-        keys[k] = shared.labels[own + k * 32 + lane_index()];
-        before[k] = 0;
+    for (uint32_t one : shared.some_wide) some_wide = some_wide || one != 0;
+    if (some_wide) {
+        count_before<WideLabels>(shared, shared.wide, own, count);
+    } else {
+        count_before<SmallLabels>(shared, shared.small, own, count);
     }
-    // Of the labels from `begin` on, an even number of them, those that are less; or, for indices below the own ones, no more.
-    auto compare = [&](uint32_t begin, uint32_t end, uint32_t or_equal) {
-        struct alignas(16) Two {
-            uint64_t labels[2];
-        };
-#pragma unroll 4
-        for (uint32_t i = begin; i < end; i += 2) {
-            Two two = *reinterpret_cast<const Two *>(&shared.labels[i]);
-#pragma unroll
-            for (uint32_t k = 0; k < kOwnKeys; ++k) before[k] += (two.labels[0] < keys[k] + or_equal) + (two.labels[1] < keys[k] + or_equal);
-        }
-    };
-    uint32_t part = (count + THREADS / 32 * 2 - 1) / (THREADS / 32 * 2) * 2, begin = warp_index() * part, end = begin + part;
-    auto within = [&](uint32_t i) { return i < begin ? begin : i < end ? i : end; };
-    compare(begin, within(own), 1);
-    compare(within(own + ORDER_OWN), end, 0);
-#pragma unroll 4
-    for (uint32_t i = within(own); i < within(own + ORDER_OWN); ++i) {
-#pragma unroll
-        for (uint32_t k = 0; k < kOwnKeys; ++k) before[k] += shared.labels[i] < keys[k] + (i < own + k * 32 + lane_index());
-    }
-#pragma unroll
-    for (uint32_t k = 0; k < kOwnKeys; ++k) shared.before[warp_index()][k * 32 + lane_index()] = before[k];
     block_sync();
     if (thread_index() < ORDER_OWN && own + thread_index() < count) {
         uint32_t place = first;
 #pragma unroll
         for (uint32_t warp = 0; warp < THREADS / 32; ++warp) place += shared.before[warp][thread_index()];
-        uint64_t label = shared.labels[own + thread_index()];
-        p.keys[place] = label == kIgnoredLabel ? kIgnored : label;
+        uint64_t label = shared.wide[own + thread_index()];
+        p.keys[place] = label == WideLabels::kIgnoredLabel ? kIgnored : label;
         p.order[place] = first + own + thread_index();
     }
     if (p.valid == nullptr || block_x() != 0) return;
-    block_sync();  // the places are read
+    block_sync();  // the counts are read
     valid = block_sum(valid, shared.before[0]);
-    if (thread_index() == 0) write_valid(p, valid);
+    if (thread_index() != 0) return;
+    *p.valid = valid;
+    if (p.valid_too != nullptr) *p.valid_too = valid;
 }
 
 // (label, index) pairs are unique, so every sort gives the same order.

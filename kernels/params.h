@@ -27,6 +27,9 @@
 /* On Hopper: 4 stages with a barrier each, which leaves one block a multiprocessor. */
 #define HOPPER_STAGES_BYTES (4 * 2 * TILE * STAGE_BYTES)
 #define HOPPER_SHARED_BYTES (HOPPER_STAGES_BYTES + 4 * 8)
+/* The same-class pass: also what duplicates reach of a tile's references, on Hopper with 32 on either side of it. */
+#define SAME_CLASS_SHARED_BYTES (SIMILARITY_STAGES_BYTES + TILE * 4)
+#define SAME_CLASS_HOPPER_SHARED_BYTES (HOPPER_SHARED_BYTES + (TILE + 2 * 32) * 4)
 /* Words that say with a bit a pair which pairs of a tile are candidates: 64 bits a thread of the sweep. */
 #define TILE_MASK_WORDS (TILE * TILE / 32)
 /* The sweep on Hopper: two teams of 8 warps multiply in turns, of 3 more warps one thread copies and one stores for each
@@ -50,8 +53,9 @@
 /* Where one merge of such tiles would not do: four times the keys, sorted by one block. */
 #define ORDER_WIDE_TILE 8192
 #define ORDER_WIDE_THREADS 1024
-/* The labels, and what each warp has counted for each own key. Where a block sorts, keys of 10 bytes with a gap behind every 8. */
-#define ORDER_SHARED_BYTES (ORDER_TILE * 8 + THREADS / 32 * ORDER_OWN * 4)
+/* The labels, as they are and as f32, what each warp has counted for each own key, and a flag a warp. Where a block sorts, keys of
+ * 10 bytes with a gap behind every 8. */
+#define ORDER_SHARED_BYTES (ORDER_TILE * (8 + 4) + THREADS / 32 * (ORDER_OWN + 1) * 4)
 #define ORDER_WIDE_SHARED_BYTES ((ORDER_WIDE_TILE + ORDER_WIDE_TILE / 8) * 10)
 /* Bounds, ranges and sums of the 128 rows and 128 columns of a tile. */
 #define SELECT_SHARED_BYTES (TILE * (2 * (8 + 32) + 8))

@@ -330,6 +330,7 @@ inline float float_of(uint32_t bits) {
 }
 inline void shift_in_sign(uint32_t &bits, float value) { bits = bits << 1 | bits_of(value) >> 31; }
 inline int popc(uint32_t bits) { return __builtin_popcount(bits); }
+inline float saturated_difference(float a, float b) { return a - b < 0.0f ? 0.0f : a - b > 1.0f ? 1.0f : a - b; }
 inline int lowest_bit(uint32_t bits) { return __builtin_ctz(bits); }
 // Ties away from zero in magnitude: half a unit is added below the bits that are kept.
 inline uint32_t to_tf32(float value) {

@@ -11,9 +11,12 @@
 #include "emulation/machine.h"
 #include "params.h"
 
-int check(uint32_t count, uint64_t seeds) {
+int check(uint32_t count, uint64_t seeds, int64_t largest = 37) {
     std::vector<int64_t> labels(count);
-    for (uint32_t i = 0; i < count; ++i) labels[i] = static_cast<int64_t>(static_cast<uint64_t>(i) * 7919 % 41) - 3;
+    for (uint32_t i = 0; i < count; ++i) {
+        labels[i] = static_cast<int64_t>(static_cast<uint64_t>(i) * 7919 % 41) - 3;
+        if (labels[i] >= 0) labels[i] += largest - 37;
+    }
     std::vector<uint32_t> want(count);
     for (uint32_t i = 0; i < count; ++i) want[i] = i;
     // Ignored labels, which are negative, come last: as unsigned numbers they are the largest.
@@ -64,6 +67,10 @@ int main(int argc, char **argv) {
     uint64_t seeds = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 1;
     for (uint32_t count : {1u, 130u, 2048u, 5000u}) {
         if (int failed = check(count, seeds)) return failed;
+    }
+    // The largest labels that are compared as f32, then larger ones, which f32 does not tell apart.
+    for (int64_t largest : {(int64_t{1} << 23) - 1, int64_t{1} << 23, int64_t{1} << 62}) {
+        if (int failed = check(2000, 1, largest)) return failed;
     }
     // Wide tiles: one merge, and two.
     if (int failed = check(ORDER_TILE * ORDER_RUNS + 3000, 1)) return failed;
