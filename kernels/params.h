@@ -49,11 +49,11 @@
 /* A key of 10 bytes each, with a gap behind every 8. */
 #define ORDER_SHARED_BYTES ((ORDER_TILE + ORDER_TILE / 8) * 10)
 #define ORDER_WIDE_SHARED_BYTES ((ORDER_WIDE_TILE + ORDER_WIDE_TILE / 8) * 10)
-/* Bounds, ranges and sums of the 128 rows and 128 columns of a tile. */
-#define SELECT_SHARED_BYTES (TILE * (2 * (8 + 32) + 8))
-/* Of stored candidates also the values and places of so many, and a count a warp. Blocks a multiprocessor, which walk the tiles. */
-#define SELECT_PLACES 4096
-#define SELECT_STORED_SHARED_BYTES (SELECT_SHARED_BYTES + SELECT_PLACES * 6 + 16 + THREADS / 32 * 4)
+/* Bounds, ranges and sums of the 128 rows and 128 columns of a tile, and what is the same for every pair. */
+#define SELECT_SHARED_BYTES (TILE * (2 * (8 + 32) + 8) + 80)
+/* Of stored candidates also the values and places of so many, 12 bytes a thread and a count a warp. Blocks a multiprocessor, which walk the tiles. */
+#define SELECT_PLACES 3584
+#define SELECT_STORED_SHARED_BYTES (SELECT_SHARED_BYTES + SELECT_PLACES * 6 + THREADS * 12 + THREADS / 32 * 4 + 16)
 #define SELECT_BLOCKS 6
 /* Words that say with a bit a pair which pairs of a tile are candidates: 64 bits a thread of the sweep. */
 #define TILE_MASK_WORDS (TILE * TILE / 32)

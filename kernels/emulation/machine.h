@@ -309,6 +309,7 @@ inline void wgmma_tf32(float (&c)[n][4], uint64_t a, uint64_t b) {
     emulation::collective("wgmma_tf32", &one, emulation::wgmma<emulation::Numbers::tf32>);
 }
 inline void reads_below() {}
+inline void settle(uint32_t &) {}
 [[noreturn]] inline void trap() { emulation::stop("trap"); }
 
 inline uint32_t bits_of(float value) {
@@ -323,6 +324,7 @@ inline float float_of(uint32_t bits) {
 }
 inline int popc(uint32_t bits) { return __builtin_popcount(bits); }
 inline int lowest_bit(uint32_t bits) { return __builtin_ctz(bits); }
+inline uint32_t highest_bit(uint32_t bits) { return 31u - static_cast<uint32_t>(__builtin_clz(bits)); }
 // Ties away from zero in magnitude: half a unit is added below the bits that are kept.
 inline uint32_t to_tf32(float value) {
     if (!std::isfinite(value)) return bits_of(value);
