@@ -81,6 +81,12 @@ DEVICE uint32_t arrive_at(uint32_t *arrived) {
 DEVICE uint64_t atomic_take(uint64_t *target, uint64_t value) {
     return atomicAdd(reinterpret_cast<unsigned long long *>(target), static_cast<unsigned long long>(value));
 }
+// What others may be adding to or raising.
+DEVICE uint32_t atomic_load(const uint32_t *from) {
+    uint32_t value;
+    asm volatile("ld.relaxed.gpu.u32 %0, [%1];" : "=r"(value) : "l"(from));
+    return value;
+}
 DEVICE uint32_t atomic_next(uint32_t *target) { return atomicAdd(target, 1u); }
 DEVICE void atomic_max(uint32_t *target, uint32_t value) { atomicMax(target, value); }
 DEVICE void atomic_min(uint32_t *target, uint32_t value) { atomicMin(target, value); }
@@ -92,6 +98,10 @@ DEVICE uint32_t shared_address(const void *pointer) {
 // 16 bytes from global to shared memory, both 16-byte aligned, done by the next wait that covers it.
 DEVICE void cp_async(void *to, const void *from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+// The same, or zeros.
+DEVICE void cp_async_if(bool there, void *to, const void *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
 }
 DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most `pending` of this thread's groups are under way.
@@ -164,6 +174,8 @@ DEVICE float from_f16_bits(uint16_t bits) {
 }
 DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
 DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
+// The sign of `value` becomes the lowest bit, the others move up.
+DEVICE void shift_in_sign(uint32_t &bits, float value) { bits = __funnelshift_l(bits_of(value), bits, 1); }
 DEVICE int popc(uint32_t bits) { return __popc(bits); }
 // Index of the lowest bit that is set, and of the highest; `bits` must not be 0.
 DEVICE int lowest_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }

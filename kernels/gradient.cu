@@ -14,7 +14,7 @@ struct Weights {
     static constexpr uint32_t parts = 1;
     static constexpr bool may_be_nothing = false, from_words = sizeof(typename Numbers::Element) == 2;
     const GradientParams &p;
-    DEVICE float of_word(uint32_t i, uint32_t j, uint32_t word) const { return word_weight(p.pairs, i, j, word) * p.weight_scale; }
+    DEVICE float of_word(uint32_t word) const { return to_float(typename Numbers::Element{word_element(word)}); }
     DEVICE float weigh(uint32_t i, uint32_t j, float s, uint32_t) const {
         return matrix_weight<Numbers>(p.pairs, i, j, s) * p.weight_scale;
     }

@@ -2,14 +2,14 @@
 // Truth: src/loss/reference.rs. Launcher: src/backend/device/loss.rs.
 //
 // dE += M R, a block 128 rows and 256 columns of dE. Its warps have roles: two warpgroups multiply, 64 rows
-// each; three warps build the next tile of M in shared memory, from the words the selection left of its
-// candidates; one warp copies R, the other side's rows, half a tile at a time (64 rows, 256 columns), in
+// each; three warps build the next tiles of M in shared memory, a store for every word that `weigh` left of
+// a candidate; one warp copies zeros to where they will stand, and R, the other side's rows, half a tile at a time (64 rows, 256 columns), in
 // four stages. Prepared rows lie in memory as wgmma's transposed operand lies: no operand passes through
-// registers. A tile of S that was not stored is recomputed by the warps that multiply, 64 columns at a time, since
+// registers. M lies as its tile of S does; where that is the other way round the product transposes it. A tile of S that was not stored is recomputed by the warps that multiply, 64 columns at a time, since
 // the sums of dE leave no registers for more: its operands come through the stages, its values go back to one, and
 // half of M is built from these.
 // Rows, columns, splits and the order of every sum are those of gradient.cu; all warps alike sum what goes by lists.
-// Sync: barriers in shared memory alone (full, empty, built, taken, valued); all roles walk the same tiles.
+// Sync: barriers in shared memory alone (full, empty, zeroed, built, taken, valued); all roles walk the same tiles.
 
 #include "hopper.cuh"
 #include "lists.cuh"
@@ -21,6 +21,7 @@ constexpr uint32_t kStagePanel = kDepth * STAGE_BYTES;            // of them, 64
 constexpr uint32_t kStageBytes = kDepth * GRADIENT_COLUMNS * 2;
 constexpr uint32_t kOperandBytes = TILE * STAGE_BYTES;            // a tile's rows, 64 of the inner dimension
 constexpr uint32_t kHalf = TILE / 2;                              // columns of S that are recomputed at a time
+constexpr uint32_t kMatrices = GRADIENT_HOPPER_MATRICES, kTileBytes = TILE * TILE * 2;  // tiles of M
 constexpr uint32_t kPanelColumns = STAGE_BYTES / 2;
 constexpr uint32_t kMultipliers = 8, kBuilders = 3;               // warps; the last one copies
 constexpr uint32_t kBuilderThreads = kBuilders * 32;
@@ -29,16 +30,11 @@ static_assert(GRADIENT_ROWS_16BIT == TILE, "two warpgroups of 64 rows");
 static_assert((TILE + kHalf) * STAGE_BYTES <= kStageBytes, "a step of half a recomputed tile");
 static_assert(TILE * kHalf * sizeof(float) == kStageBytes, "and its values");
 
-// What an anchor adds to an element of M of a pair it keeps, times the scale of M and for a sigmoid as a word holds it.
-struct Scales {
-    float neg, pos;
-};
 struct GradientHopperShared {
     unsigned char stages[GRADIENT_HOPPER_STAGES][kStageBytes];  // [columns / 64, kDepth, STAGE_BYTES]
-    unsigned char matrices[2][TILE * TILE * 2];
-    Scales own[TILE], other[2][TILE];
+    unsigned char matrices[kMatrices][kTileBytes];
     Barrier full[GRADIENT_HOPPER_STAGES], empty[GRADIENT_HOPPER_STAGES];
-    Barrier built[2], taken[2];  // of the matrices
+    Barrier zeroed[kMatrices], built[kMatrices], taken[kMatrices];
     Barrier valued[2];           // a half of a recomputed tile's S is in its stage
     uint32_t last, unused;       // whether this block is the last of its splits
 };
@@ -58,8 +54,11 @@ struct Turn {
     // Stages filled for this tile before those of R: for each half of S its steps, then its values.
     DEVICE uint32_t before_rows(uint32_t steps) const { return stored ? 0 : 2 * (steps + 1); }
     DEVICE uint32_t values(uint32_t steps, uint32_t half) const { return fill + half * (steps + 1) + steps; }
-    DEVICE uint32_t matrix() const { return index % 2; }
-    DEVICE uint32_t matrix_parity() const { return index / 2 % 2; }
+    DEVICE uint32_t matrix() const { return index % kMatrices; }
+    DEVICE uint32_t matrix_before() const { return (index - 1) % kMatrices; }
+    DEVICE uint32_t matrix_parity() const { return index / kMatrices % 2; }
+    // M lies [other side, own]: as its tile of S, whereas a recomputed one is built the right way round.
+    DEVICE bool transposed() const { return stored && tile.transposed; }
 };
 
 // The tiles that hold candidates of the block's rows, in order. The lanes of a warp look at 32 counts at once. `words`: with
@@ -121,7 +120,7 @@ DEVICE unsigned char *stage_of(GradientHopperShared &shared, uint32_t fill) {
 }
 DEVICE uint32_t parity_of(uint32_t fill) { return fill / GRADIENT_HOPPER_STAGES % 2; }
 
-// The warp that copies: R of every tile, before it the operands of a recomputed one.
+// The warp that copies: R of every tile, before it zeros for its M or, of a recomputed one, the operands of S.
 template <class Numbers>
 DEVICE void copy_rows(const GradientParams &p, GradientHopperShared &shared, Walk<false> walk, uint32_t first_column, uint32_t panels) {
     const Pairs &pairs = p.pairs;
@@ -136,7 +135,16 @@ DEVICE void copy_rows(const GradientParams &p, GradientHopperShared &shared, Wal
         const Turn &turn = walk.turn;
         auto rows = static_cast<const unsigned char *>(tile_rows<Numbers>(other, turn.y, pairs.stride));
         uint32_t fill = turn.fill;
+        if (turn.index >= kMatrices) mbarrier_wait(&shared.taken[turn.matrix()], turn.matrix_parity() ^ 1);
+        warp_sync();
+        if (turn.stored && lane_index() == 0) {
+            Barrier *zeroed = &shared.zeroed[turn.matrix()];
+            mbarrier_arrive_expect_tx(zeroed, kTileBytes);
+            cp_async_bulk(shared.matrices[turn.matrix()], p.zeros, kTileBytes, zeroed);
+        }
+        warp_sync();
         if (!turn.stored) {
+            arrive_as_warp(&shared.zeroed[turn.matrix()]);
             for (uint32_t half = 0; half < 2; ++half) {
                 for (uint32_t step = 0; step < walk.steps; ++step, ++fill) {
                     begin_stage(fill);
@@ -172,53 +180,48 @@ DEVICE void copy_rows(const GradientParams &p, GradientHopperShared &shared, Wal
 // Where a recomputed similarity stands in the stage of its half: the rows of half a warp's store meet no bank twice.
 DEVICE uint32_t value_place(uint32_t row, uint32_t column) { return row * kHalf + (column ^ row % 4 * 8); }
 
-// Granules of 4 words of candidates that a thread has under way while M's place is waited for.
-constexpr uint32_t kAhead = 6;
+// Granules of 4 words of candidates that a thread has under way: those of the next tile while this one is waited for.
+constexpr uint32_t kAhead = 8;
 using Words = Granule<uint32_t>;
-constexpr uint32_t kScales = (TILE + kBuilderThreads - 1) / kBuilderThreads;  // of the other side's rows, a thread
 
 // What the warps that build know of their block.
 struct Building {
     const GradientParams &p;
     GradientHopperShared &shared;
     uint32_t thread;  // of theirs
+};
 
-    DEVICE const Words *words_of(const Turn &turn) const {
-        return reinterpret_cast<const Words *>(p.pairs.pool_words + static_cast<uint64_t>(turn.segment) * 4);
+// This thread's granules of a tile's words, kBuilderThreads apart: none of a tile that is not stored.
+struct Source {
+    const Words *first = nullptr;
+    uint32_t count = 0;
+    DEVICE Source() {}
+    DEVICE Source(const Building &my, const Turn &turn) {
+        if (!turn.stored) return;
+        first = reinterpret_cast<const Words *>(my.p.pairs.pool_words + static_cast<uint64_t>(turn.segment) * 4) + my.thread;
+        count = ((turn.count + Words::count - 1) / Words::count + kBuilderThreads - 1 - my.thread) / kBuilderThreads;
     }
-    // Granule `granule` of a stored tile's words, or none.
-    DEVICE Words load(const Turn &turn, uint32_t granule, bool there) const {
-        if (!there || !turn.stored || granule * Words::count >= turn.count) return Words{};
-        return words_of(turn)[granule];
-    }
-    DEVICE Scales scales_of(bool references, uint64_t row) const {
-        const RowWeights *of_side = references ? p.pairs.column_weights : p.pairs.weights;
-        if (of_side == nullptr) return Scales{0.0f, 0.0f};
-        RowWeights weights = of_side[row];
-        float scale = p.weight_scale / kSigmoidScale;
-        return Scales{weights.neg_scale * scale, -weights.pos_scale * scale};
+    // Of kAhead from the first on; zeros where there are fewer.
+    DEVICE Words at(uint32_t index) const { return index < count ? first[index * kBuilderThreads] : Words{}; }
+    // What is left behind kAhead.
+    DEVICE Source rest() const {
+        Source rest;
+        if (count > kAhead) {
+            rest.first = first + kAhead * kBuilderThreads;
+            rest.count = count - kAhead;
+        }
+        return rest;
     }
 };
 
-// Four elements of M, of those candidates from `first` on that are there.
+// The other triangle of a tile of the diagonal, which holds each of its pairs once.
 template <class Numbers>
-DEVICE void scatter(GradientHopperShared &shared, const Turn &turn, const Words &words, uint32_t first) {
-    unsigned char *matrix = shared.matrices[turn.matrix()];
-    auto own_scales = reinterpret_cast<const float *>(shared.own);
-    auto other_scales = reinterpret_cast<const float *>(shared.other[turn.matrix()]);
-    // A word's place and its keepers are by row and column of the stored tile.
-    uint32_t own_shift = turn.tile.transposed ? 0 : 7, own_bit = turn.tile.transposed ? kKeptByColumn : kKeptByRow;
-#pragma unroll
-    for (uint32_t i = 0; i < Words::count; ++i) {
-        uint32_t word = words.values[i];
-        uint32_t own = word >> own_shift & (TILE - 1), other = word >> (7 - own_shift) & (TILE - 1);
-        uint32_t positive = word >> kPositive & 1;
-        float of_own = own_scales[own * 2 + positive], of_other = other_scales[other * 2 + positive];
-        float share = (word >> own_bit & 1 ? of_own : 0.0f) + (word >> (kKeptByRow + kKeptByColumn - own_bit) & 1 ? of_other : 0.0f);
-        if (first + i >= turn.count) continue;
-        float weight = share * word_sigmoid(word);
-        store_weight<Numbers>(matrix, own, other, weight);
-        if (turn.tile.diagonal) store_weight<Numbers>(matrix, other, own, weight);
+DEVICE void mirror(const GradientParams &p, unsigned char *matrix, const Turn &turn, uint32_t thread) {
+    const uint32_t *words = p.pairs.pool_words + static_cast<uint64_t>(turn.segment) * 4;
+#pragma unroll 1
+    for (uint32_t k = thread; k < turn.count; k += kBuilderThreads) {
+        uint32_t word = words[k], place = stored_place<Numbers>(word);
+        *reinterpret_cast<uint16_t *>(matrix + matrix_place<Numbers>(place % TILE, place / TILE)) = word_element(word);
     }
 }
 
@@ -246,7 +249,7 @@ DEVICE void build_recomputed(const Building &my, const Turn &turn, uint32_t x, u
         }
         fence_proxy_async();  // bulk copies fill the stage next
         warp_sync();
-        named_sync(kBuildersBarrier, kBuilderThreads);
+        named_sync(kBuildersBarrier, kBuilderThreads);  // the values are read
         // In place of the warps that multiply, which do not know when its values are read.
         if (my.thread < kMultipliers) mbarrier_arrive(empty_of(my.shared, fill));
         warp_sync();
@@ -256,51 +259,32 @@ DEVICE void build_recomputed(const Building &my, const Turn &turn, uint32_t x, u
 template <class Numbers>
 DEVICE void build_matrices(const GradientParams &p, GradientHopperShared &shared, Walk<true> walk) {
     Building my{p, shared, thread_index() - kMultipliers * 32};
-    bool other_references = !p.of_references;
     Words ahead[kAhead];
     bool there = walk.next();
-    auto load_ahead = [&] {
+    Source source = there ? Source(my, walk.turn) : Source();
 #pragma unroll
-        for (uint32_t a = 0; a < kAhead; ++a) ahead[a] = my.load(walk.turn, my.thread + a * kBuilderThreads, there);
-    };
-    load_ahead();
+    for (uint32_t a = 0; a < kAhead; ++a) ahead[a] = source.at(a);
     while (there) {
         Turn turn = walk.turn;
         there = walk.next();  // its words are loaded where this tile's are used up
-        Scales scales[kScales];
-#pragma unroll
-        for (uint32_t s = 0; s < kScales; ++s) {
-            uint32_t row = my.thread + s * kBuilderThreads;
-            if (turn.stored && row < TILE) scales[s] = my.scales_of(other_references, turn.y * TILE + row);
-        }
-        if (turn.index >= 2) mbarrier_wait(&shared.taken[turn.matrix()], turn.matrix_parity() ^ 1);
+        Source next = there ? Source(my, walk.turn) : Source();
+        mbarrier_wait(&shared.zeroed[turn.matrix()], turn.matrix_parity());  // and nobody reads the matrix any more
         warp_sync();
-        if (turn.stored) {
-#pragma unroll
-            for (uint32_t s = 0; s < kScales; ++s) {
-                uint32_t row = my.thread + s * kBuilderThreads;
-                if (row < TILE) shared.other[turn.matrix()][row] = scales[s];
-            }
-            auto *matrix = reinterpret_cast<Words *>(shared.matrices[turn.matrix()]);
-            for (uint32_t i = my.thread; i < sizeof(shared.matrices[0]) / sizeof(Words); i += kBuilderThreads) matrix[i] = Words{};
-            warp_sync();
-            named_sync(kBuildersBarrier, kBuilderThreads);  // zeros and scales are there
+        unsigned char *matrix = shared.matrices[turn.matrix()];
+        if (!turn.stored) build_recomputed<Numbers>(my, turn, walk.x, walk.steps);
+        uint32_t address = shared_address(matrix);
+        for (bool last = false; !last;) {
+            source = source.rest();
+            last = source.count == 0;
+            if (last) source = next;
 #pragma unroll
             for (uint32_t a = 0; a < kAhead; ++a) {
-                uint32_t granule = my.thread + a * kBuilderThreads;
-                if (a * kBuilderThreads * Words::count < turn.count) {
-                    scatter<Numbers>(shared, turn, ahead[a], granule * Words::count);
-                }
-                ahead[a] = my.load(walk.turn, granule, there);
+#pragma unroll
+                for (uint32_t word : ahead[a].values) store_element(address, word);
+                ahead[a] = source.at(a);
             }
-            for (uint32_t granule = my.thread + kAhead * kBuilderThreads; granule * Words::count < turn.count;
-                 granule += kBuilderThreads) {
-                scatter<Numbers>(shared, turn, my.words_of(turn)[granule], granule * Words::count);
-            }
-        } else {
-            build_recomputed<Numbers>(my, turn, walk.x, walk.steps);
-            load_ahead();
         }
+        if (turn.stored && turn.tile.diagonal) mirror<Numbers>(p, matrix, turn, my.thread);
         fence_proxy_async();
         warp_sync();
         arrive_as_warp(&shared.built[turn.matrix()]);
@@ -347,6 +331,19 @@ DEVICE void recompute_values(GradientHopperShared &shared, Barrier *valued, uint
     arrive_as_warp(valued);
 }
 
+// The product with one stage; `weights` are 64 rows of M's tile, or 64 columns.
+template <class Numbers, bool transposed, int n>
+DEVICE void multiply_half(float (&sums)[n][4], const unsigned char *weights, Descriptor rows) {
+    Descriptor m = transposed ? panels_descriptor(weights, kPanelBytes<Numbers>) : stage_descriptor(weights);
+    wgmma_fence();
+#pragma unroll
+    for (uint32_t k = 0; k < kDepth; k += 16) {
+        wgmma<true, transposed>(Numbers{}, sums, advanced(m, k * (transposed ? STAGE_BYTES : 2)), advanced(rows, k * STAGE_BYTES));
+    }
+    wgmma_commit();
+    wgmma_wait<1>();  // this product goes on, that before it is done
+}
+
 // The two warpgroups that multiply: 64 rows each and at most 8 n columns.
 template <class Numbers, int n>
 DEVICE void multiply_matrices(const GradientParams &p, GradientHopperShared &shared, Walk<false> walk,
@@ -367,7 +364,7 @@ DEVICE void multiply_matrices(const GradientParams &p, GradientHopperShared &sha
             wgmma_wait<0>();
             if (open) {
                 arrive_as_warp(empty_of(shared, turn.fill - 1));
-                arrive_as_warp(&shared.taken[turn.matrix() ^ 1]);
+                arrive_as_warp(&shared.taken[turn.matrix_before()]);
                 open = false;
             }
             for (uint32_t part = 0; part < 2; ++part) {
@@ -379,19 +376,16 @@ DEVICE void multiply_matrices(const GradientParams &p, GradientHopperShared &sha
         for (uint32_t half = 0; half < 2; ++half, ++fill) {
             mbarrier_wait(full_of(shared, fill), parity_of(fill));
             warp_sync();
-            unsigned char *matrix = shared.matrices[turn.matrix()] + half * kPanelBytes<Numbers>;
-            Descriptor weights = stage_descriptor(matrix + group * kDepth * STAGE_BYTES);
+            unsigned char *matrix = shared.matrices[turn.matrix()];
             Descriptor rows = panels_descriptor(stage_of(shared, fill), kStagePanel);
-            wgmma_fence();
-#pragma unroll
-            for (uint32_t k = 0; k < kDepth; k += 16) {
-                wgmma<true>(Numbers{}, sums, advanced(weights, k * 2), advanced(rows, k * STAGE_BYTES));
+            if (turn.transposed()) {
+                multiply_half<Numbers, true>(sums, matrix + group * kPanelBytes<Numbers> + half * kDepth * STAGE_BYTES, rows);
+            } else {
+                multiply_half<Numbers, false>(sums, matrix + half * kPanelBytes<Numbers> + group * kDepth * STAGE_BYTES, rows);
             }
-            wgmma_commit();
-            wgmma_wait<1>();  // this product goes on, that before it is done
             if (open) {
                 arrive_as_warp(empty_of(shared, fill - 1));
-                if (half == 0) arrive_as_warp(&shared.taken[turn.matrix() ^ 1]);
+                if (half == 0) arrive_as_warp(&shared.taken[turn.matrix_before()]);
             }
             open = true;
         }
@@ -449,14 +443,12 @@ DEVICE void gradient_hopper_body([[maybe_unused]] const GradientParams &p) {
     if (thread_index() == 0) {
         for (Barrier &barrier : shared.full) mbarrier_init(&barrier, 1);
         for (Barrier &barrier : shared.empty) mbarrier_init(&barrier, kMultipliers);
+        for (Barrier &barrier : shared.zeroed) mbarrier_init(&barrier, 1);
         for (Barrier &barrier : shared.built) mbarrier_init(&barrier, kBuilders);
         for (Barrier &barrier : shared.taken) mbarrier_init(&barrier, kMultipliers);
         for (Barrier &barrier : shared.valued) mbarrier_init(&barrier, kMultipliers);
     }
-    if (thread_index() < TILE) {
-        shared.own[thread_index()] = Building{p, shared, 0}.scales_of(p.of_references, x * TILE + thread_index());
-    }
-    block_sync();  // barriers and scales are there
+    block_sync();  // the barriers are there
     Range range = split_range(p.of_references ? pairs.anchors.tiles : pairs.references.tiles, block_z(), p.splits);
     Walk<false> walk(p, x, range);
     uint32_t warp = shuffle(warp_index(), 0);

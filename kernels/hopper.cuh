@@ -21,6 +21,12 @@ struct GroupPlace {
     DEVICE uint32_t first_quarter() const { return 0; }
     DEVICE uint32_t row_of(int r) const { return warp_index() % 8 * 16 + r * 8 + lane_index() / 4; }
     DEVICE uint32_t column_of(int c) const { return c / 2 * 8 + lane_index() % 4 * 2 + c % 2; }
+    // Of a word with a bit for each column: those of the tile's columns before `end`.
+    DEVICE uint32_t bits_before(uint32_t end) const {
+        uint32_t own = lane_index() % 4 * 2, left = end > own ? end - own : 0;
+        uint32_t count = left / 8 * 2 + (left % 8 < 2 ? left % 8 : 2);
+        return count < 32 ? (1u << count) - 1 : ~0u;
+    }
     static DEVICE float value(const GroupAccumulators &acc, int r, int c) { return acc[c / 2][r * 2 + c % 2]; }
 };
 
@@ -30,17 +36,17 @@ constexpr int kHopperStages = 4;
 static_assert(HOPPER_STAGES_BYTES == kHopperStages * 2 * TILE * STAGE_BYTES, "the launch plan's shared memory");
 
 // c += a b in the rows' type, asynchronously.
-template <bool transposed, int n>
+template <bool transposed, bool transposed_a = false, int n>
 DEVICE void wgmma(HalfF16, float (&c)[n][4], Descriptor a, Descriptor b) {
-    wgmma_f16<transposed>(c, a, b);
+    wgmma_f16<transposed, transposed_a>(c, a, b);
 }
-template <bool transposed, int n>
+template <bool transposed, bool transposed_a = false, int n>
 DEVICE void wgmma(HalfBf16, float (&c)[n][4], Descriptor a, Descriptor b) {
-    wgmma_bf16<transposed>(c, a, b);
+    wgmma_bf16<transposed, transposed_a>(c, a, b);
 }
-template <bool transposed, int n>
+template <bool transposed, bool transposed_a = false, int n>
 DEVICE void wgmma(FastF32, float (&c)[n][4], Descriptor a, Descriptor b) {
-    static_assert(!transposed, "no such operand of 32-bit elements");
+    static_assert(!transposed && !transposed_a, "no such operand of 32-bit elements");
     wgmma_tf32(c, a, b);
 }
 

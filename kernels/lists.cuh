@@ -40,7 +40,7 @@ DEVICE void sum_lists(const GradientParams &p, unsigned char *bytes, uint32_t x,
         uint64_t at = segment_of(pairs, tile.index);
         for (uint32_t base = 0; base < count; base += 32) {
             bool there = base + lane_index() < count;
-            uint32_t place = there ? word_place(pairs.pool_words[at + base + lane_index()]) : 0;
+            uint32_t place = there ? stored_place<Numbers>(pairs.pool_words[at + base + lane_index()]) : 0;
             float s = there ? pairs.pool_values[at + base + lane_index()] : 0.0f;
             for (int turn = 0; turn < (tile.diagonal ? 2 : 1); ++turn) {
                 bool transposed = tile.transposed || turn == 1;

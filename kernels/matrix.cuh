@@ -69,13 +69,16 @@ DEVICE ResultRow result_row(const GradientParams &p, const Side &own, uint64_t r
     return ResultRow{p.gradient + static_cast<uint64_t>(own.order[row]) * pairs.dim, pairs.dim};
 }
 
-// Element of M from a candidate's word, with the bits of the above; 16-bit types.
-DEVICE float word_weight(const Pairs &pairs, uint32_t i, uint32_t j, uint32_t word) {
-    bool positive = word >> kPositive & 1;
-    auto scale = [&](const RowWeights &weights) { return positive ? -weights.pos_scale : weights.neg_scale; };
-    float share = word >> kKeptByRow & 1 ? scale(pairs.weights[i]) : 0.0f;
-    if (pairs.column_weights != nullptr) share += word >> kKeptByColumn & 1 ? scale(pairs.column_weights[j]) : 0.0f;
-    return share * (word_sigmoid(word) / kSigmoidScale);
+// Where a stored candidate stands in its tile: row * TILE + column, from a word as the gradient finds it.
+template <class Numbers>
+DEVICE uint32_t stored_place(uint32_t word) {
+    if constexpr (sizeof(typename Numbers::Element) == 4) {
+        return word_place(word);
+    } else {
+        uint32_t byte = word_byte(word), row = byte / STAGE_BYTES % TILE;
+        uint32_t granule = (byte / 16 ^ row) % (STAGE_BYTES / 16) + byte / kPanelBytes<Numbers> * (STAGE_BYTES / 16);
+        return row * TILE + granule * 8 + byte % 16 / 2;
+    }
 }
 
 // M of the block's rows (`offset` in tile x) and tile y, from the stored candidates; `weigh(i, j, word, s)` is the element of
@@ -106,7 +109,7 @@ DEVICE void rebuild_matrix(const Pairs &pairs, unsigned char *matrix, uint32_t x
         next = load(first + THREADS * kTurn);
 #pragma unroll
         for (uint32_t k = 0; k < kTurn; ++k) {
-            uint32_t place = word_place(turn.words.values[k]);
+            uint32_t place = stored_place<Numbers>(turn.words.values[k]);
             // Row and column of the stored tile; x and y in the order of M.
             uint32_t row = (tile.transposed ? y : x) * TILE + place / TILE;
             uint32_t column = (tile.transposed ? x : y) * TILE + place % TILE;

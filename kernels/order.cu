@@ -1,8 +1,9 @@
 // order.cu: rows into class order (SPEC 1).
 // Launcher: src/backend/device/order.rs.
 //
-// order_tiles, order_tiles_wide, order_merge: a sort of (label, index). Tiles of 2,048 keys are sorted in shared memory, or of
-//   8,192 by four times the threads; then
+// order_tiles, order_tiles_wide, order_merge: a sort of (label, index). In tiles of 2,048 keys the place of each is how many
+//   come before it, counted by a block for every 64: a sort by one block would wait for itself. Beyond 65,536 rows a block
+//   sorts 8,192 in shared memory. Then
 //   ORDER_RUNS sorted runs at a time become one: a key's place is the sum of its places in all of them, found by
 //   binary search, several runs at once. 2,048 rows want no merge, 65,536 one, and with wide tiles 262,144.
 // order_tiles also sets to 0 what later passes count up in.
@@ -11,29 +12,8 @@
 #include "tile.cuh"
 
 constexpr uint64_t kIgnored = ~static_cast<uint64_t>(0);
-constexpr uint32_t kKeys = ORDER_TILE / THREADS;  // of a thread
-static_assert(kKeys == 8 && ORDER_WIDE_TILE == kKeys * ORDER_WIDE_THREADS, "the gaps below");
-
-// (label, index) pairs are unique, so every sort gives the same order.
-struct Key {
-    uint64_t label;
-    uint32_t index;
-};
-DEVICE bool is_before(const Key &a, const Key &b) { return a.label < b.label || (a.label == b.label && a.index < b.index); }
-
-// The gap behind every 8 keys: a warp whose threads have 8 in a row each meets no bank twice. Indices are by tile.
-template <uint32_t tile>
-struct OrderShared {
-    uint64_t labels[tile + tile / 8];
-    uint16_t indices[tile + tile / 8];
-    DEVICE Key get(uint32_t i) const { return Key{labels[i + i / 8], indices[i + i / 8]}; }
-    DEVICE void set(uint32_t i, const Key &key) {
-        labels[i + i / 8] = key.label;
-        indices[i + i / 8] = static_cast<uint16_t>(key.index);
-    }
-};
-static_assert(sizeof(OrderShared<ORDER_TILE>) == ORDER_SHARED_BYTES, "the launch plan's shared memory");
-static_assert(sizeof(OrderShared<ORDER_WIDE_TILE>) == ORDER_WIDE_SHARED_BYTES, "the launch plan's shared memory");
+constexpr uint32_t kKeys = ORDER_WIDE_TILE / ORDER_WIDE_THREADS;  // of a thread that sorts
+static_assert(kKeys == 8, "the gaps below");
 
 DEVICE void begin_loss(const OrderParams &p, uint32_t threads) {
 #pragma unroll 1
@@ -43,11 +23,113 @@ DEVICE void begin_loss(const OrderParams &p, uint32_t threads) {
     if (p.counters != nullptr && block_x() == 0 && thread_index() == 0) *p.counters = Counters{0, 0, 0, 0, NO_ROW, NO_ROW, 0};
 }
 
-template <uint32_t tile>
-DEVICE void sort_tile(const OrderParams &p) {
-    constexpr uint32_t threads = tile / kKeys;
+DEVICE void write_valid(const OrderParams &p, uint32_t valid) {
+    *p.valid = valid;
+    if (p.valid_too != nullptr) *p.valid_too = valid;
+}
+
+// Counting: ignored labels are above all others, padding is above them, and 1 may be added to either.
+constexpr uint64_t kIgnoredLabel = uint64_t{1} << 63;
+constexpr uint32_t kLoads = ORDER_TILE / THREADS;
+constexpr uint32_t kOwnKeys = ORDER_OWN / 32;  // of a lane; each warp counts in a part of the tile
+struct CountShared {
+    uint64_t labels[ORDER_TILE];
+    uint32_t before[THREADS / 32][ORDER_OWN];
+};
+static_assert(sizeof(CountShared) == ORDER_SHARED_BYTES, "the launch plan's shared memory");
+static_assert(ORDER_TILE % ORDER_OWN == 0 && ORDER_OWN % 32 == 0 && ORDER_OWN <= THREADS, "a thread an own key");
+
+KERNEL(order_tiles, OrderParams, 4) {
     SHARED_MEMORY(bytes);
-    auto &shared = *reinterpret_cast<OrderShared<tile> *>(bytes);
+    auto &shared = *reinterpret_cast<CountShared *>(bytes);
+    constexpr uint32_t kBlocks = ORDER_TILE / ORDER_OWN;
+    uint32_t first = block_x() / kBlocks * ORDER_TILE, own = block_x() % kBlocks * ORDER_OWN;
+    uint32_t count = p.count - first < ORDER_TILE ? p.count - first : ORDER_TILE;
+    uint64_t labels[kLoads];
+#pragma unroll
+    for (uint32_t k = 0; k < kLoads; ++k) {
+        uint32_t i = k * THREADS + thread_index();
+        labels[k] = i < count ? static_cast<uint64_t>(p.labels[first + i]) : kIgnored;
+    }
+    begin_loss(p, THREADS);
+    uint32_t valid = 0;
+#pragma unroll
+    for (uint32_t k = 0; k < kLoads; ++k) {
+        uint32_t i = k * THREADS + thread_index();
+        bool ignored = labels[k] >= kIgnoredLabel;
+        shared.labels[i] = i < count && ignored ? kIgnoredLabel : labels[k];
+        valid += !ignored;
+    }
+    block_sync();
+
+    uint64_t keys[kOwnKeys];
+    uint32_t before[kOwnKeys];
+#pragma unroll
+    for (uint32_t k = 0; k < kOwnKeys; ++k) {
+        keys[k] = shared.labels[own + k * 32 + lane_index()];
+        before[k] = 0;
+    }
+    // Of the labels from `begin` on, an even number of them, those that are less; or, for indices below the own ones, no more.
+    auto compare = [&](uint32_t begin, uint32_t end, uint32_t or_equal) {
+        struct alignas(16) Two {
+            uint64_t labels[2];
+        };
+#pragma unroll 4
+        for (uint32_t i = begin; i < end; i += 2) {
+            Two two = *reinterpret_cast<const Two *>(&shared.labels[i]);
+#pragma unroll
+            for (uint32_t k = 0; k < kOwnKeys; ++k) before[k] += (two.labels[0] < keys[k] + or_equal) + (two.labels[1] < keys[k] + or_equal);
+        }
+    };
+    uint32_t part = (count + THREADS / 32 * 2 - 1) / (THREADS / 32 * 2) * 2, begin = warp_index() * part, end = begin + part;
+    auto within = [&](uint32_t i) { return i < begin ? begin : i < end ? i : end; };
+    compare(begin, within(own), 1);
+    compare(within(own + ORDER_OWN), end, 0);
+#pragma unroll 4
+    for (uint32_t i = within(own); i < within(own + ORDER_OWN); ++i) {
+#pragma unroll
+        for (uint32_t k = 0; k < kOwnKeys; ++k) before[k] += shared.labels[i] < keys[k] + (i < own + k * 32 + lane_index());
+    }
+#pragma unroll
+    for (uint32_t k = 0; k < kOwnKeys; ++k) shared.before[warp_index()][k * 32 + lane_index()] = before[k];
+    block_sync();
+    if (thread_index() < ORDER_OWN && own + thread_index() < count) {
+        uint32_t place = first;
+#pragma unroll
+        for (uint32_t warp = 0; warp < THREADS / 32; ++warp) place += shared.before[warp][thread_index()];
+        uint64_t label = shared.labels[own + thread_index()];
+        p.keys[place] = label == kIgnoredLabel ? kIgnored : label;
+        p.order[place] = first + own + thread_index();
+    }
+    if (p.valid == nullptr || block_x() != 0) return;
+    block_sync();  // the places are read
+    valid = block_sum(valid, shared.before[0]);
+    if (thread_index() == 0) write_valid(p, valid);
+}
+
+// (label, index) pairs are unique, so every sort gives the same order.
+struct Key {
+    uint64_t label;
+    uint32_t index;
+};
+DEVICE bool is_before(const Key &a, const Key &b) { return a.label < b.label || (a.label == b.label && a.index < b.index); }
+
+// The gap behind every 8 keys: a warp whose threads have 8 in a row each meets no bank twice. Indices are by tile.
+struct OrderShared {
+    uint64_t labels[ORDER_WIDE_TILE + ORDER_WIDE_TILE / 8];
+    uint16_t indices[ORDER_WIDE_TILE + ORDER_WIDE_TILE / 8];
+    DEVICE Key get(uint32_t i) const { return Key{labels[i + i / 8], indices[i + i / 8]}; }
+    DEVICE void set(uint32_t i, const Key &key) {
+        labels[i + i / 8] = key.label;
+        indices[i + i / 8] = static_cast<uint16_t>(key.index);
+    }
+};
+static_assert(sizeof(OrderShared) == ORDER_WIDE_SHARED_BYTES, "the launch plan's shared memory");
+
+ROLE_KERNEL(order_tiles_wide, OrderParams, ORDER_WIDE_THREADS) {
+    constexpr uint32_t tile = ORDER_WIDE_TILE, threads = ORDER_WIDE_THREADS;
+    SHARED_MEMORY(bytes);
+    auto &shared = *reinterpret_cast<OrderShared *>(bytes);
     begin_loss(p, threads);
     uint32_t first = block_x() * tile;
     uint32_t count = p.count - first < tile ? p.count - first : tile;
@@ -113,17 +195,8 @@ DEVICE void sort_tile(const OrderParams &p) {
         Key key = shared.get(i);
         p.keys[first + i] = key.label;
         p.order[first + i] = first + key.index;
-        bool last = key.label != kIgnored && (i + 1 == count || shared.get(i + 1).label == kIgnored);
-        if (p.valid == nullptr) continue;
-        // By whoever has the last of them, or the first if there is none.
-        if (!last && (i != 0 || key.label != kIgnored)) continue;
-        uint32_t valid = last ? i + 1 : 0;
-        *p.valid = valid;
-        if (p.valid_too != nullptr) *p.valid_too = valid;
     }
 }
-KERNEL(order_tiles, OrderParams, 1) { sort_tile<ORDER_TILE>(p); }
-ROLE_KERNEL(order_tiles_wide, OrderParams, ORDER_WIDE_THREADS) { sort_tile<ORDER_WIDE_TILE>(p); }
 
 // Runs whose searches go on at once: each step waits for memory.
 constexpr uint32_t kAtOnce = 8;

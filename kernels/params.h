@@ -27,27 +27,31 @@
 /* On Hopper: 4 stages with a barrier each, which leaves one block a multiprocessor. */
 #define HOPPER_STAGES_BYTES (4 * 2 * TILE * STAGE_BYTES)
 #define HOPPER_SHARED_BYTES (HOPPER_STAGES_BYTES + 4 * 8)
-/* The sweep on Hopper: two teams of 8 warps multiply in turns, 1 warp copies (its group of 4 is whole). A row tile of up to
- * 512 dimensions, 4 stages of 16 KB for column tiles (both together serve wider rows), room for the values of
- * each team's candidates, bounds and maxima of its columns, counts of its warps; 12 barriers. */
+/* Words that say with a bit a pair which pairs of a tile are candidates: 64 bits a thread of the sweep. */
+#define TILE_MASK_WORDS (TILE * TILE / 32)
+/* The sweep on Hopper: two teams of 8 warps multiply in turns, of 3 more warps one thread copies and one stores for each
+ * team (a group of 4 is whole). A row tile of up to 512 dimensions, 4 stages of 16 KB for column tiles (both together serve
+ * wider rows), room for the values of each team's candidates and for their masks, bounds of its columns, counts of its
+ * warps and of the tile; 14 barriers; together whole 16 bytes. */
 #define SWEEP_HOPPER_THREADS 640
 #define SWEEP_HOPPER_RESIDENT 8
 #define SWEEP_HOPPER_STAGES 4
-#define SWEEP_HOPPER_STAGED 3840
+#define SWEEP_HOPPER_STAGED 3520
 /* Tiles in a row that a block takes before all go on to the next part of S together, at most. */
 #define SWEEP_HOPPER_RUN 64
-#define SWEEP_HOPPER_SHARED_BYTES                                                                                       \
-    ((SWEEP_HOPPER_RESIDENT + SWEEP_HOPPER_STAGES) * TILE * STAGE_BYTES + 2 * (SWEEP_HOPPER_STAGED * 4 + TILE * 12 + 36) + \
-     12 * 8)
-/* Keys that one block sorts, and sorted runs that one launch merges into one; powers of two. */
+#define SWEEP_HOPPER_SHARED_BYTES                                                                                        \
+    ((SWEEP_HOPPER_RESIDENT + SWEEP_HOPPER_STAGES) * TILE * STAGE_BYTES +                                                \
+     2 * (SWEEP_HOPPER_STAGED * 4 + TILE_MASK_WORDS * 4 + TILE * 12 + 44) + 15 * 8)
+/* Keys of a tile, of which each block places some; sorted runs that one launch merges into one. Powers of two. */
 #define ORDER_TILE 2048
+#define ORDER_OWN 64
 #define ORDER_RUNS 32
 #define RETRIEVAL_SHARED_BYTES (SIMILARITY_STAGES_BYTES + TILE * 8)
-/* Where one merge of such tiles would not do: four times the keys and the threads. */
+/* Where one merge of such tiles would not do: four times the keys, sorted by one block. */
 #define ORDER_WIDE_TILE 8192
 #define ORDER_WIDE_THREADS 1024
-/* A key of 10 bytes each, with a gap behind every 8. */
-#define ORDER_SHARED_BYTES ((ORDER_TILE + ORDER_TILE / 8) * 10)
+/* The labels, and what each warp has counted for each own key. Where a block sorts, keys of 10 bytes with a gap behind every 8. */
+#define ORDER_SHARED_BYTES (ORDER_TILE * 8 + THREADS / 32 * ORDER_OWN * 4)
 #define ORDER_WIDE_SHARED_BYTES ((ORDER_WIDE_TILE + ORDER_WIDE_TILE / 8) * 10)
 /* Bounds, ranges and sums of the 128 rows and 128 columns of a tile, and what is the same for every pair. */
 #define SELECT_SHARED_BYTES (TILE * (2 * (8 + 32) + 8) + 80)
@@ -55,13 +59,15 @@
 #define SELECT_PLACES 3584
 #define SELECT_STORED_SHARED_BYTES (SELECT_SHARED_BYTES + SELECT_PLACES * 6 + THREADS * 12 + THREADS / 32 * 4 + 16)
 #define SELECT_BLOCKS 6
-/* Words that say with a bit a pair which pairs of a tile are candidates: 64 bits a thread of the sweep. */
-#define TILE_MASK_WORDS (TILE * TILE / 32)
 /* One f64 a warp, to sum over a block; of `weigh` also one for each warp and 32 columns of both sides, and a flag. */
 #define SUM_SHARED_BYTES (THREADS / 32 * 8)
 #define WEIGH_SHARED_BYTES (SUM_SHARED_BYTES + 2 * THREADS / 32 * 32 * 8 + 8)
 /* Sums that the blocks of `weigh` add up. */
 #define WEIGH_SUMS 10
+/* Whether it finishes words, and for which type of rows. */
+#define WEIGH_NO_WORDS 0
+#define WEIGH_WORDS_F16 1
+#define WEIGH_WORDS_BF16 2
 /* The tile way of the gradient: a block owns as many rows as its 128 sums a thread allow beside
  * the fragments (16-bit types; f32 needs twice the fragments), and these columns of each. Every
  * block reads the other side once for its columns: more rows, less traffic. */
@@ -75,12 +81,13 @@
 /* A flag and two barriers of the same, behind the tile of M. */
 #define GRADIENT_EXTRA_BYTES 24
 /* On Hopper warps have roles: 8 multiply, 3 build M, 1 copies; more threads would leave the product of 256 columns too
- * few registers (ptxas wants 154 for the whole kernel). 4 stages of half a tile's rows (32 KB), two
- * tiles of M (32 KB), the scales of the block's rows and, for each tile of M, of the other side's; 14 barriers, and a flag. */
+ * few registers (ptxas wants 154 for the whole kernel). 4 stages of half a tile's rows (32 KB), three
+ * tiles of M (32 KB), which are cleared, built and multiplied at a time; 19 barriers, and a flag. */
 #define GRADIENT_HOPPER_THREADS 384
 #define GRADIENT_HOPPER_STAGES 4
+#define GRADIENT_HOPPER_MATRICES 3
 #define GRADIENT_HOPPER_SHARED_BYTES \
-    (GRADIENT_HOPPER_STAGES * TILE / 2 * GRADIENT_COLUMNS * 2 + 2 * TILE * TILE * 2 + 3 * TILE * 8 + 15 * 8)
+    (GRADIENT_HOPPER_STAGES * TILE / 2 * GRADIENT_COLUMNS * 2 + GRADIENT_HOPPER_MATRICES * TILE * TILE * 2 + 20 * 8)
 /* Columns of the gradient that a block of the list way keeps as f32. */
 #define LISTS_COLUMNS 256
 /* References that the retrieval buffer of a query takes between two compactions. */
@@ -182,7 +189,7 @@ typedef struct LossScalars {
     double bad_square_sum;       /* of the bad row, if there is one */
     uint32_t bad_anchor;         /* original index or NO_ROW */
     uint32_t bad_reference;
-    uint64_t mined_pos;          /* sum of |P_i| */
+    uint64_t mined_pos;          /* sum of |P_i| over active anchors */
     uint64_t mined_neg;          /* sum of |N_i| */
 } LossScalars;
 
@@ -215,7 +222,7 @@ typedef struct Pairs {
     uint32_t *tile_segments;     /* [tiles], of a tile with candidates: where in the pool, in units of 4; NO_ROW: not stored,
                                   * to be recomputed */
     float *pool_values;          /* [4 * pool], S */
-    uint32_t *pool_words;        /* [4 * pool], from the selection on: place and fate, word.cuh */
+    uint32_t *pool_words;        /* [4 * pool], from the selection on: word.cuh */
     Settings settings;
 } Pairs;
 
@@ -273,14 +280,15 @@ typedef struct Zeroed {
 } Zeroed;
 #define ZEROED 8
 
-/* order_tiles, order_tiles_wide: sorts the keys of a tile a block, and begins the loss: counters and sums that later passes count up in. */
+/* order_tiles, order_tiles_wide: sorts the keys of each tile, a block for every ORDER_OWN keys or for a wide tile, and begins the
+ * loss: counters and sums that later passes count up in. */
 typedef struct OrderParams {
     const int64_t *labels;       /* [count], original order */
     uint32_t count;
     uint32_t reserved;
     uint64_t *keys;              /* [count], labels sorted within each tile; ignored ones are UINT64_MAX */
     uint32_t *order;             /* [count], their original indices */
-    uint32_t *valid;             /* out: rows that are not ignored; null where tiles are merged, which counts them */
+    uint32_t *valid;             /* out: rows that are not ignored; null where tiles are merged, which counts them, so of wide ones */
     uint32_t *valid_too;         /* out, the same for the other side; null in the rectangular form */
     Counters *counters;          /* null where another launch begins them */
     Zeroed zeroed[ZEROED];
@@ -298,7 +306,8 @@ typedef struct MergeParams {
     uint32_t *valid_too;         /* the same for the other side; null in the rectangular form */
 } MergeParams;
 
-/* prepare: rows into class order with zero padding, and what is known of each by itself. One block a row tile. */
+/* prepare: rows into class order with zero padding, and what is known of each by itself. One block a row tile,
+ * and behind them, where classes are wanted, one for each THREADS anchors. */
 typedef struct PrepareParams {
     const void *input;           /* [count, dim], original order */
     void *rows;                  /* as in Side */
@@ -328,7 +337,7 @@ typedef struct PairsParams {
 } PairsParams;
 
 /* weigh: per-row weights, the scalars, the results in original order, ways of the gradient. One block a row tile, of the
- * references too where they have weights or ways. */
+ * references too where they have weights or ways, and where words are finished one a tile of S. */
 typedef struct WeighParams {
     Pairs pairs;
     const float *anchor_column_sums;     /* [anchor tiles, stride] */
@@ -343,6 +352,10 @@ typedef struct WeighParams {
     double *parts;               /* [blocks, WEIGH_SUMS] */
     uint32_t *arrived;           /* [1], 0 before and after */
     uint8_t *ways[2];            /* [tiles] of the anchors, of the references, 1: lists; null: not wanted */
+    uint32_t blocks;             /* that weigh a row tile */
+    uint32_t words;              /* WEIGH_NO_WORDS, or what type the elements of M have */
+    float weight_scale;          /* as in GradientParams */
+    uint32_t reserved;
 } WeighParams;
 
 /* gradient: M R for one side, M = G + G^T (square), G or G^T. */
@@ -356,6 +369,7 @@ typedef struct GradientParams {
     float *partial;              /* [splits, padded_rows, stride]; with one split unused */
     uint32_t *arrived;           /* [row blocks, column blocks], 0 before and after; with one split unused */
     float *gradient;             /* [count, dim], original order */
+    const void *zeros;           /* [TILE, TILE] of 16-bit zeros; of wider types null */
 } GradientParams;
 
 /* threshold: <dM/dlambda R, tangent> of one side, for both lambdas. A block as in the gradient, for each lambda. */

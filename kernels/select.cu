@@ -7,12 +7,13 @@
 //   kernel for tiles whose candidates were stored, and it leaves place and fate of each in its word (on Hopper the
 //   sweep's threads stood otherwise); the other (on Hopper with wgmma) for those that did not fit.
 // weigh: per-row weights from the counts, the scalars, results in original order, and which way each row tile's gradient
-//   goes. One block a row tile; the last to come adds their sums, in order.
+//   goes, one block a row tile; the last to come adds their sums, in order. Of 16-bit rows a block for each tile of S finishes
+//   its words (weigh_words.cuh), and the first of these blocks do the rest.
 // Sync: integer atomics alone. The sums of the loss are 64-bit fixed point, so that the
 //   order of blocks and the way a tile took cannot change a bit.
 
 #include "hopper.cuh"
-#include "weight.cuh"
+#include "weigh_words.cuh"
 
 struct Tolerances {
     double pos;
@@ -368,11 +369,8 @@ KERNEL(select_recomputed_hopper_bf16, PairsParams, 1) { select_recomputed_hopper
 // 2 / (B |set|), and the bounds (SPEC 4); nothing for a row without pairs of both kinds.
 DEVICE RowWeights weights_of(const Pairs &pairs, Tolerances tolerances, const RowNumbers &row) {
     if (row.count_pos == 0 || row.count_neg == 0) return RowWeights{-INFINITE, INFINITE, 0.0f, 0.0f};
-    auto factor = [&](uint32_t count) {
-        return static_cast<float>(2.0 / (static_cast<double>(pairs.total) * static_cast<double>(count)));
-    };
     return RowWeights{positive_bound(row.max_neg, tolerances.pos), negative_bound(row.min_pos, tolerances.neg),
-                      factor(row.count_pos), factor(row.count_neg)};
+                      set_scale(pairs, row.count_pos), set_scale(pairs, row.count_neg)};
 }
 
 // Below this share of candidates a row tile's gradient is summed from lists. A pair costs
@@ -404,7 +402,7 @@ struct WeighShared {
     double columns[2][THREADS / 32][32];
     uint32_t last;
 };
-static_assert(sizeof(WeighShared) <= WEIGH_SHARED_BYTES, "the launch plan's shared memory");
+static_assert(sizeof(WeighShared) <= WEIGH_SHARED_BYTES && kWeighWordsBytes <= WEIGH_SHARED_BYTES, "the launch plan's shared memory");
 
 // One anchor's results, its weights and what it adds to the sums (SPEC 4); `i` may be padding.
 DEVICE void weigh_anchor(const WeighParams &p, Tolerances tolerances, uint32_t i, double (&sums)[WEIGH_SUMS]) {
@@ -422,8 +420,6 @@ DEVICE void weigh_anchor(const WeighParams &p, Tolerances tolerances, uint32_t i
         p.count_neg[original] = row.count_neg;
         sums[kSumPos] = static_cast<double>(same.sum_pos);
         sums[kSumSame] = static_cast<double>(same.sum_same);
-        sums[kMinedPos] = static_cast<double>(row.count_pos);
-        sums[kMinedNeg] = static_cast<double>(row.count_neg);
         if (i < pairs.counters->valid_anchors) {
             sums[kNegatives] = static_cast<double>(pairs.counters->valid_references - (range.end - range.begin));
         }
@@ -436,12 +432,14 @@ DEVICE void weigh_anchor(const WeighParams &p, Tolerances tolerances, uint32_t i
             sums[kLambdaPos] = pos * static_cast<double>(row.sigmoid_pos) / settings.sum_scale;
             sums[kLambdaNeg] = -neg * static_cast<double>(row.sigmoid_neg) / settings.sum_scale;
             sums[kActive] = 1.0;
+            sums[kMinedPos] = static_cast<double>(row.count_pos);
+            sums[kMinedNeg] = static_cast<double>(row.count_neg);
         }
     }
     pairs.weights[i] = weights_of(pairs, tolerances, numbers);
 }
 
-// The sum of all similarities is the product of the column sums: that of every grid_x()th 32 columns, by the first warp.
+// The sum of all similarities is the product of the column sums: that of every p.blocks-th 32 columns, by the first warp.
 DEVICE double sum_of_columns(const WeighParams &p, WeighShared &shared) {
     const Pairs &pairs = p.pairs;
     double sum = 0.0;
@@ -452,7 +450,7 @@ DEVICE double sum_of_columns(const WeighParams &p, WeighShared &shared) {
         }
         return total;
     };
-    for (uint32_t d = block_x() * 32 + lane_index(); d - lane_index() < pairs.stride; d += grid_x() * 32) {
+    for (uint32_t d = block_x() * 32 + lane_index(); d - lane_index() < pairs.stride; d += p.blocks * 32) {
         double left = add(p.anchor_column_sums, pairs.anchors.tiles, d);
         shared.columns[0][warp_index()][lane_index()] = left;
         shared.columns[1][warp_index()][lane_index()] =
@@ -500,8 +498,15 @@ KERNEL(weigh, WeighParams, 1) {
     SHARED_MEMORY(bytes);
     auto &shared = *reinterpret_cast<WeighShared *>(bytes);
     const Pairs &pairs = p.pairs;
-    Tolerances tolerances = adapt(pairs);
     uint32_t x = block_x(), row = x * TILE + thread_index() % TILE;
+    if (p.words != WEIGH_NO_WORDS && x < pairs.tiles) {
+        auto scales = reinterpret_cast<Scales *>(bytes);
+        if (p.words == WEIGH_WORDS_F16) weigh_words<HalfF16>(pairs, x, p.weight_scale, scales);
+        if (p.words == WEIGH_WORDS_BF16) weigh_words<HalfBf16>(pairs, x, p.weight_scale, scales);
+    }
+    if (x >= p.blocks) return;
+    block_sync();  // the scales are read
+    Tolerances tolerances = adapt(pairs);
     double sums[WEIGH_SUMS];
 #pragma unroll
     for (double &sum : sums) sum = 0.0;
@@ -520,12 +525,12 @@ KERNEL(weigh, WeighParams, 1) {
         double sum = block_sum(sums[k], shared.scratch);
         if (thread_index() == 0) p.parts[x * WEIGH_SUMS + k] = sum;
     }
-    if (!is_last_block(p.arrived, grid_x(), &shared.last)) return;
+    if (!is_last_block(p.arrived, p.blocks, &shared.last)) return;
     // The blocks' sums, in order.
 #pragma unroll
     for (int k = 0; k < WEIGH_SUMS; ++k) {
         double sum = 0.0;
-        for (uint32_t block = thread_index(); block < grid_x(); block += THREADS) sum += p.parts[block * WEIGH_SUMS + k];
+        for (uint32_t block = thread_index(); block < p.blocks; block += THREADS) sum += p.parts[block * WEIGH_SUMS + k];
         sums[k] = block_sum(sum, shared.scratch);
     }
     if (thread_index() != 0) return;

@@ -20,16 +20,28 @@ constexpr uint32_t kStageBytes = TILE * STAGE_BYTES;
 constexpr uint32_t kTeams = 2, kTeamWarps = 8, kTeamThreads = kTeamWarps * 32;
 static_assert((kTeams * kTeamWarps + 4) * 32 == SWEEP_HOPPER_THREADS, "the launch plan's threads");
 
+// What passes the first is a candidate, what does not pass the second leaves m- as it is.
+struct alignas(16) TwoColumns {
+    float candidate[2], max_neg[2];
+};
+
+// What is staged of: the tile, and how many candidates it has. NO_ROW: there is none any more.
+struct StagedTile {
+    TileIndex tile;
+    uint32_t total;
+};
+
 struct SweepHopperShared {
     unsigned char rows[SWEEP_HOPPER_RESIDENT][kStageBytes];  // the row tile, or its stages
     unsigned char columns[SWEEP_HOPPER_STAGES][kStageBytes];
-    float staged[kTeams][SWEEP_HOPPER_STAGED];
-    float candidate[kTeams][TILE], probe[kTeams][TILE];  // bounds of the columns
-    uint32_t column_max[kTeams][TILE];                   // keys
+    float staged[kTeams][SWEEP_HOPPER_STAGED];  // values of candidates
+    uint32_t masks[kTeams][TILE_MASK_WORDS];
+    TwoColumns columns_of[kTeams][TILE / 2];
+    float probe[kTeams][TILE];  // bounds of the columns
     uint32_t warp_counts[kTeams][kTeamWarps];
-    uint32_t segment[kTeams];  // of the tile's candidates
+    StagedTile staged_tile[kTeams];
+    Barrier filled[kTeams], stored[kTeams];  // what is staged
     Barrier full[SWEEP_HOPPER_STAGES], empty[SWEEP_HOPPER_STAGES];
-    Barrier rows_full, rows_empty;
     Barrier turn[kTeams];  // the other team has issued its products
 };
 static_assert(sizeof(SweepHopperShared) == SWEEP_HOPPER_SHARED_BYTES, "the launch plan's shared memory");
@@ -40,13 +52,15 @@ static_assert(SWEEP_HOPPER_STAGES <= SWEEP_HOPPER_RESIDENT, "stages of rows wher
 struct SweepWalk {
     const Pairs &pairs;
     uint32_t element;  // its bytes
+    uint32_t valid_anchors, valid_references;
     uint32_t waves, wave = 0;
     uint32_t position = 0, end = 0;  // of the run
     TileIndex tile{};
     uint32_t turn = NO_ROW;  // tiles with pairs before this one; nothing before the first
 
     DEVICE SweepWalk(const Pairs &of, uint32_t stored_bytes)
-        : pairs(of), element(stored_bytes), waves(static_cast<uint32_t>((of.tiles - 1) / (static_cast<uint64_t>(grid_x()) * SWEEP_HOPPER_RUN)) + 1) {
+        : pairs(of), element(stored_bytes), valid_anchors(of.counters->valid_anchors), valid_references(of.counters->valid_references),
+          waves(static_cast<uint32_t>((of.tiles - 1) / (static_cast<uint64_t>(grid_x()) * SWEEP_HOPPER_RUN)) + 1) {
         begin_run();
     }
     DEVICE uint64_t index() const { return index_of(pairs, tile.row, tile.column); }
@@ -55,9 +69,7 @@ struct SweepWalk {
     DEVICE uint32_t filled() const { return turn * chunks(); }
     DEVICE bool resident() const { return chunks() <= SWEEP_HOPPER_RESIDENT; }
     // Tiles of ignored rows or columns alone have no pairs, and are left out.
-    DEVICE bool has_pairs() const {
-        return tile.row * TILE < pairs.counters->valid_anchors && tile.column * TILE < pairs.counters->valid_references;
-    }
+    DEVICE bool has_pairs() const { return tile.row * TILE < valid_anchors && tile.column * TILE < valid_references; }
     // Steps on to the next tile with pairs; false at the end. `leave_out(index)` is called for those between.
     template <class LeaveOut>
     DEVICE bool next(LeaveOut leave_out) {
@@ -94,49 +106,94 @@ struct SweepWalk {
     }
 };
 
-// The thread that copies.
+// The thread that copies. The first tile of a row brings the row tile with its own stages; it is there for all that follow.
 template <class Numbers>
 DEVICE void copy_operands(const Pairs &pairs, SweepHopperShared &shared, SweepWalk walk) {
-    uint32_t have = NO_ROW, changes = 0;
+    uint32_t have = NO_ROW;
     bool resident = walk.resident();
+    auto wait_until_empty = [&](uint32_t fill) {
+        mbarrier_wait(&shared.empty[fill % SWEEP_HOPPER_STAGES], fill / SWEEP_HOPPER_STAGES % 2);
+    };
     while (walk.next([&](uint64_t index) { pairs.tile_counts[index] = 0; })) {
         auto rows = static_cast<const unsigned char *>(tile_rows<Numbers>(pairs.anchors, walk.tile.row, pairs.stride));
         auto columns =
             static_cast<const unsigned char *>(tile_rows<Numbers>(pairs.references, walk.tile.column, pairs.stride));
-        if (resident && walk.tile.row != have) {
-            if (have != NO_ROW) mbarrier_wait(&shared.rows_empty, (changes - 1) % 2);
-            ++changes;
-            mbarrier_arrive_expect_tx(&shared.rows_full, walk.chunks() * kStageBytes);
-            for (uint32_t k = 0; k < walk.chunks(); ++k) {
-                cp_async_bulk(shared.rows[k], rows + k * kStageBytes, kStageBytes, &shared.rows_full);
-            }
-            have = walk.tile.row;
+        bool both = !resident || walk.tile.row != have;
+        have = walk.tile.row;
+        // A part of the row tile is overwritten when the products that read it are done: they are if the stage of this
+        // turn is empty, for then the tile before has come at least as far; unless it has fewer parts than there are stages.
+        if (resident && both && walk.chunks() < SWEEP_HOPPER_STAGES) {
+            uint32_t filled = walk.filled();
+            for (uint32_t back = 1; back <= SWEEP_HOPPER_STAGES && back <= filled; ++back) wait_until_empty(filled - back);
         }
         for (uint32_t k = 0; k < walk.chunks(); ++k) {
-            uint32_t fill = walk.filled() + k, stage = fill % SWEEP_HOPPER_STAGES, round = fill / SWEEP_HOPPER_STAGES;
-            if (round > 0) mbarrier_wait(&shared.empty[stage], (round - 1) % 2);
-            mbarrier_arrive_expect_tx(&shared.full[stage], resident ? kStageBytes : 2 * kStageBytes);
+            uint32_t fill = walk.filled() + k, stage = fill % SWEEP_HOPPER_STAGES;
+            if (fill >= SWEEP_HOPPER_STAGES) wait_until_empty(fill - SWEEP_HOPPER_STAGES);
+            mbarrier_arrive_expect_tx(&shared.full[stage], both ? 2 * kStageBytes : kStageBytes);
             cp_async_bulk(shared.columns[stage], columns + k * kStageBytes, kStageBytes, &shared.full[stage]);
-            if (!resident) cp_async_bulk(shared.rows[stage], rows + k * kStageBytes, kStageBytes, &shared.full[stage]);
+            if (both) {
+                cp_async_bulk(shared.rows[resident ? k : stage], rows + k * kStageBytes, kStageBytes, &shared.full[stage]);
+            }
         }
     }
 }
 
+// The thread that stores what a team has staged: no team waits for room in the pool, or for a store.
+DEVICE void store_candidates(const Pairs &pairs, SweepHopperShared &shared, uint32_t team) {
+    uint32_t windows = 0, window = 0;  // of all tiles, and the place of that of this one
+    uint64_t segment = 0;
+    bool room = false;
+    for (;; ++windows) {
+        mbarrier_wait(&shared.filled[team], windows % 2);
+        StagedTile staged = shared.staged_tile[team];
+        if (staged.tile.row == NO_ROW) return;
+        if (window == 0) {
+            uint64_t index = index_of(pairs, staged.tile.row, staged.tile.column);
+            pairs.tile_counts[index] = staged.total;
+            room = false;
+            if (staged.total != 0) {
+                uint32_t unit = pairs.tile_segments[index] = reserve(pairs, staged.total);
+                room = unit != NO_ROW;
+                segment = static_cast<uint64_t>(unit) * 4;
+            }
+        }
+        if (room) {
+            uint32_t left = staged.total - window, count = left < SWEEP_HOPPER_STAGED ? left : SWEEP_HOPPER_STAGED;
+            if (window == 0) bulk_store(pairs.pool_words + segment, shared.masks[team], TILE_MASK_WORDS * 4);
+            bulk_store(pairs.pool_values + segment + window, shared.staged[team], (count + 3) / 4 * 16);
+            bulk_store_commit();
+            bulk_store_wait_read();
+        }
+        mbarrier_arrive(&shared.stored[team]);
+        window = window + SWEEP_HOPPER_STAGED < staged.total ? window + SWEEP_HOPPER_STAGED : 0;
+    }
+}
+
 // m+ of a row; padding and ignored rows have none, and nothing passes a bound that is made of it.
-DEVICE float valid_min_pos(const Pairs &pairs, uint32_t i) {
-    return i < pairs.counters->valid_anchors ? pairs.same[i].min_pos : INFINITE;
+DEVICE float valid_min_pos(const SweepWalk &walk, uint32_t i) {
+    return i < walk.valid_anchors ? walk.pairs.same[i].min_pos : INFINITE;
 }
 
 // The same of a column, which in the rectangular form may be an anchor elsewhere.
-DEVICE float column_min_pos(const Pairs &pairs, uint32_t j) {
-    if (pairs.square) return valid_min_pos(pairs, j);
-    return pairs.columns != nullptr && j < pairs.counters->valid_references ? pairs.columns[j].min_pos : INFINITE;
+DEVICE float column_min_pos(const SweepWalk &walk, uint32_t j) {
+    const Pairs &pairs = walk.pairs;
+    if (pairs.square) return valid_min_pos(walk, j);
+    return pairs.columns != nullptr && j < walk.valid_references ? pairs.columns[j].min_pos : INFINITE;
 }
 
-// What a thread knows of its two rows.
+// What nothing of a column passes that would change its m-: what other tiles have made of it so far. It only grows, so that
+// one that has grown since is as good. In the rectangular form nobody asks for it.
+DEVICE float column_max_neg(const Pairs &pairs, uint32_t j) {
+    if (!pairs.square) return INFINITE;
+    uint32_t key = j < pairs.anchors.count ? atomic_load(&pairs.max_neg[j]) : 0;
+    return key == 0 ? -INFINITE : key_value(key);
+}
+
+// What a thread knows of the row tile and of its own two rows.
 struct SweepRows {
-    uint32_t first;  // of the tile
-    float candidate[2], largest[2];
+    uint32_t first = NO_ROW;  // of the tile
+    ClassRange classes{};     // the tile's references of one class with any of them; all, where rows are missing
+    float candidate[2]{}, largest[2]{};
 };
 
 DEVICE void arrive_as_warp(Barrier *barrier) {
@@ -158,65 +215,75 @@ DEVICE void exchange(float (&largest)[8], bool upper, int mask) {
 // Maxima, candidates (bit column of the word of each row) and those that pass the probe. `plain`: every pair counts and
 // none is of one class, as in most tiles; `apart`: the probe has a bound of its own.
 template <bool plain, bool apart>
-DEVICE void look_at(const Pairs &pairs, SweepHopperShared &shared, uint32_t team, TileIndex tile,
-                    const GroupAccumulators &acc, SweepRows &rows, uint32_t (&candidates)[2], uint32_t &probe) {
+DEVICE void look_at(const SweepWalk &walk, SweepHopperShared &shared, uint32_t team, const GroupAccumulators &acc, SweepRows &rows,
+                    uint32_t (&candidates)[2], uint32_t &probe) {
     GroupPlace place;
+    const Pairs &pairs = walk.pairs;
     bool mirrored = pairs.square != 0;
-    const float none = -INFINITE;
-    uint32_t negative[2] = {~0u, ~0u}, positive[2] = {0, 0}, by_row[2] = {0, 0}, by_column[2] = {0, 0};
+    [[maybe_unused]] const float none = -INFINITE;
+    uint32_t lane = lane_index(), first_column = walk.tile.column * TILE;
+    uint32_t by_row[2] = {0, 0}, by_column[2] = {0, 0};
+    [[maybe_unused]] uint32_t negative[2], positive[2] = {0, 0};
     [[maybe_unused]] float row_probe[2];
     if constexpr (apart) {
-        for (int r = 0; r < 2; ++r) row_probe[r] = negative_bound(valid_min_pos(pairs, rows.first + place.row_of(r)), pairs.settings.probe);
+        for (int r = 0; r < 2; ++r) row_probe[r] = negative_bound(valid_min_pos(walk, rows.first + place.row_of(r)), pairs.settings.probe);
     }
     if constexpr (!plain) {
-        negative[0] = negative[1] = 0;
+        auto before = [&](uint32_t j) { return place.bits_before(j > first_column ? j - first_column : 0); };
         for (int r = 0; r < 2; ++r) {
             uint32_t i = rows.first + place.row_of(r);
-            ClassRange range = i < pairs.counters->valid_anchors ? pairs.classes[i] : ClassRange{1, 0};
-#pragma unroll 1
-            for (int c = 0; c < 32; ++c) {
-                uint32_t j = tile.column * TILE + place.column_of(c);
-                if (!is_pair(pairs, i, j)) continue;
-                bool same = same_class(range, j);
-                // A duplicate among them is the selection's to find.
-                negative[r] |= static_cast<uint32_t>(!same) << c;
-                positive[r] |= static_cast<uint32_t>(same) << c;
-            }
+            bool valid = i < walk.valid_anchors;
+            ClassRange range = valid ? pairs.classes[i] : ClassRange{1, 0};
+            uint32_t counts = valid ? before(walk.valid_references) : 0, same = before(range.end) & ~before(range.begin);
+            if (mirrored) counts &= ~before(i + 1);
+            negative[r] = counts & ~same;
+            positive[r] = counts & same;  // a duplicate among them is the selection's to find
         }
     }
+    // From the last column on: the bits of the words are shifted in.
 #pragma unroll
-    for (int part = 0; part < 4; ++part) {
+    for (int part = 3; part >= 0; --part) {
         float largest[8];
+        bool over = false;
 #pragma unroll
-        for (int m = 0; m < 8; ++m) {
-            int c = part * 8 + m;
-            float bound = shared.candidate[team][place.column_of(c)];
-            largest[m] = none;
+        for (int pair = 3; pair >= 0; --pair) {
+            const TwoColumns two = shared.columns_of[team][place.column_of(part * 8 + pair * 2) / 2];
 #pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                float s = GroupPlace::value(acc, r, c);
-                if (!plain && !(negative[r] >> c & 1u)) s = none;
-                rows.largest[r] = fmaxf(rows.largest[r], s);
-                largest[m] = fmaxf(largest[m], s);
-                if (s > rows.candidate[r]) by_row[r] |= 1u << c;
-                if (s > bound) by_column[r] |= 1u << c;
-                if constexpr (apart) {
-                    probe += s > row_probe[r];
-                    probe += s > shared.probe[team][place.column_of(c)];
+            for (int odd = 1; odd >= 0; --odd) {
+                int m = pair * 2 + odd, c = part * 8 + m;
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    float s = GroupPlace::value(acc, r, c);
+                    if constexpr (!plain) s = negative[r] >> c & 1u ? s : none;
+                    rows.largest[r] = fmaxf(rows.largest[r], s);
+                    largest[m] = r == 0 ? s : fmaxf(largest[m], s);
+                    shift_in_sign(by_row[r], rows.candidate[r] - s);
+                    shift_in_sign(by_column[r], two.candidate[odd] - s);
+                    if constexpr (apart) {
+                        probe += s > row_probe[r];
+                        probe += s > shared.probe[team][place.column_of(c)];
+                    }
                 }
+                over |= largest[m] > two.max_neg[odd];
             }
         }
-        if (!mirrored) continue;
-        uint32_t lane = lane_index();
+        // The more of a column has been seen, the fewer of its pairs change its m-.
+        if (ballot_sync(over) == 0) continue;
         exchange<4>(largest, lane & 16, 16);
         exchange<2>(largest, lane & 8, 8);
         exchange<1>(largest, lane & 4, 4);
         uint32_t column = place.column_of(part * 8 + static_cast<int>(lane / 16 * 4 + lane / 8 % 2 * 2 + lane / 4 % 2));
-        if (largest[0] > none) atomic_max(&shared.column_max[team][column], ordered_key(largest[0]));
+        if (largest[0] > shared.columns_of[team][column / 2].max_neg[column % 2]) {
+            atomic_max(&pairs.max_neg[first_column + column], ordered_key(largest[0]));
+        }
+        warp_sync();
     }
-    warp_sync();
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
+        if constexpr (!plain) {
+            by_row[r] &= negative[r];
+            by_column[r] &= negative[r];
+        }
         if constexpr (!apart) probe += static_cast<uint32_t>(popc(by_row[r]) + (mirrored ? popc(by_column[r]) : 0));
         candidates[r] = by_row[r] | by_column[r] | positive[r];
     }
@@ -230,6 +297,8 @@ struct SweepTeam {
     uint32_t team;
     uint32_t warp = shuffle(warp_index(), 0) % kTeamWarps;
     uint32_t thread = thread_index() % kTeamThreads;
+    // Shuffled, or the compiler would compare again for every tile.
+    bool apart = shuffle(static_cast<uint32_t>(pairs.settings.probe != pairs.settings.candidate), 0) != 0;
 
     DEVICE void sync() const { named_sync(1 + team, kTeamThreads); }
 
@@ -247,7 +316,9 @@ struct SweepTeam {
         warp_sync();
     }
 
-    DEVICE void multiply(GroupAccumulators &acc, const SweepWalk &walk) const {
+    // `meanwhile()` is done while the last products go on.
+    template <class Meanwhile>
+    DEVICE void multiply(GroupAccumulators &acc, const SweepWalk &walk, Meanwhile meanwhile) const {
 #pragma unroll
         for (int n = 0; n < 16; ++n) {
 #pragma unroll
@@ -278,131 +349,124 @@ struct SweepTeam {
             }
         }
         arrive_as_warp(&shared.turn[team ^ 1]);
+        meanwhile();
         wgmma_wait<0>();
         settle(acc);
         arrive_as_warp(&shared.empty[(walk.filled() + walk.chunks() - 1) % SWEEP_HOPPER_STAGES]);
     }
 
-    // One tile, with the team's own barrier before what the whole team has written.
-    DEVICE void tile(const SweepWalk &walk, SweepRows &rows, uint32_t &probe) const {
-        // On its way while the team multiplies.
-        float min_pos = thread < TILE ? column_min_pos(pairs, walk.tile.column * TILE + thread) : INFINITE;
-        GroupAccumulators acc;
-        multiply(acc, walk);
-        // The last tile's have been read: its candidates are counted.
-        if (thread < TILE) {
-            shared.candidate[team][thread] = negative_bound(min_pos, pairs.settings.candidate);
-            // A reference that is an anchor elsewhere is counted there.
-            shared.probe[team][thread] = pairs.square ? negative_bound(min_pos, pairs.settings.probe) : INFINITE;
+    // The rows of the tile in place of others.
+    DEVICE void begin_rows(const SweepWalk &walk, SweepRows &rows) const {
+        if (rows.first != NO_ROW) flush(rows);
+        uint32_t first = walk.tile.row * TILE, end = first + TILE;
+        rows.first = first;
+        rows.classes = end <= walk.valid_anchors ? ClassRange{pairs.classes[first].begin, pairs.classes[end - 1].end} : ClassRange{0, NO_ROW};
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            rows.candidate[r] = negative_bound(valid_min_pos(walk, first + GroupPlace{}.row_of(r)), pairs.settings.candidate);
+            rows.largest[r] = -INFINITE;
         }
-        warp_sync();
-        sync();
+    }
+
+    // One tile, with the team's own barrier before what the whole team has written.
+    DEVICE void tile(const SweepWalk &walk, SweepRows &rows, uint32_t &probe, uint32_t &windows) const {
+        // On their way while the team multiplies.
+        uint32_t begin = walk.tile.column * TILE, end = begin + TILE;
+        float min_pos = thread < TILE ? column_min_pos(walk, begin + thread) : INFINITE;
+        float max_neg = thread < TILE ? column_max_neg(pairs, begin + thread) : INFINITE;
+        GroupAccumulators acc;
+        multiply(acc, walk, [&] {
+            if (walk.tile.row * TILE != rows.first) begin_rows(walk, rows);
+            // The last tile's have been read: its candidates are counted.
+            if (thread < TILE) {
+                TwoColumns &two = shared.columns_of[team][thread / 2];
+                two.candidate[thread % 2] = negative_bound(min_pos, pairs.settings.candidate);
+                two.max_neg[thread % 2] = max_neg;
+                // A reference that is an anchor elsewhere is counted there.
+                shared.probe[team][thread] = pairs.square ? negative_bound(min_pos, pairs.settings.probe) : INFINITE;
+            }
+            warp_sync();
+            sync();
+        });
 
         uint32_t candidates[2];
         // Ranges ascend: the tile is free of positives if its columns end before the first range or begin after the last.
-        uint32_t begin = walk.tile.column * TILE, end = begin + TILE, last = rows.first + TILE;
-        bool complete = last <= pairs.counters->valid_anchors && end <= pairs.counters->valid_references;
-        if (!complete || !(end <= pairs.classes[rows.first].begin || begin >= pairs.classes[last - 1].end)) {
-            look_at<false, true>(pairs, shared, team, walk.tile, acc, rows, candidates, probe);
-        } else if (pairs.settings.probe != pairs.settings.candidate) {
-            look_at<true, true>(pairs, shared, team, walk.tile, acc, rows, candidates, probe);
+        if (end > walk.valid_references || (end > rows.classes.begin && begin < rows.classes.end)) {
+            look_at<false, true>(walk, shared, team, acc, rows, candidates, probe);
+        } else if (apart) {
+            look_at<true, true>(walk, shared, team, acc, rows, candidates, probe);
         } else {
-            look_at<true, false>(pairs, shared, team, walk.tile, acc, rows, candidates, probe);
+            look_at<true, false>(walk, shared, team, acc, rows, candidates, probe);
         }
 
         // Every thread's place in the segment: a scan over the warp, then over the warps.
         uint32_t own = static_cast<uint32_t>(popc(candidates[0]) + popc(candidates[1])), before = warp_scan(own), total = 0;
         if (lane_index() == 31) shared.warp_counts[team][warp] = before;
         before -= own;
-        if (thread == 0) bulk_store_wait_read();  // of the last tile's values
         warp_sync();
         sync();
         for (uint32_t w = 0; w < kTeamWarps; ++w) {
             if (w == warp) before += total;
             total += shared.warp_counts[team][w];
         }
-        if (thread < TILE) {
-            uint32_t key = shared.column_max[team][thread];
-            shared.column_max[team][thread] = 0;
-            if (key != 0) atomic_max(&pairs.max_neg[walk.tile.column * TILE + thread], key);
-        }
-        if (thread == 0) {
-            pairs.tile_counts[walk.index()] = total;
-            // Known to the others from the barrier on that follows their staging.
-            if (total != 0) shared.segment[team] = pairs.tile_segments[walk.index()] = reserve(pairs, total);
-        }
-        warp_sync();
-        if (total != 0) store(candidates, acc, before, total);
+        stage(StagedTile{walk.tile, total}, candidates, acc, before, windows);
     }
 
-    // Masks and values of a tile's candidates: by windows, if there are too many for one.
-    DEVICE void store(const uint32_t (&candidates)[2], const GroupAccumulators &acc, uint32_t before, uint32_t total) const {
-        uint32_t staged = shared_address(shared.staged[team]);
-        for (uint32_t window = 0; window < total; window += SWEEP_HOPPER_STAGED) {
-            if (window != 0) {
-                if (thread == 0) bulk_store_wait_read();
-                warp_sync();
-                sync();
+    // What was staged before is stored.
+    DEVICE void begin_window(StagedTile tile, uint32_t &windows) const {
+        if (windows > 0) mbarrier_wait(&shared.stored[team], (windows - 1) % 2);
+        warp_sync();
+        ++windows;
+        if (thread == 0) shared.staged_tile[team] = tile;
+    }
+
+    // Masks and values of a tile's candidates, for the thread that stores them: by windows, if there are too many for one.
+    // `windows` is counted up.
+    DEVICE void stage(StagedTile tile, const uint32_t (&candidates)[2], const GroupAccumulators &acc, uint32_t before,
+                      uint32_t &windows) const {
+        uint32_t staged = shared_address(shared.staged[team]), total = tile.total, window = 0;
+        do {
+            begin_window(tile, windows);
+            if (window == 0) {
+                shared.masks[team][thread * 2] = candidates[0];
+                shared.masks[team][thread * 2 + 1] = candidates[1];
             }
-            uint32_t at = staged + (before - window) * 4;  // wraps around where the place is of an earlier window
+            // Of both rows, side by side; it wraps around where the place is of an earlier window.
+            uint32_t at[2] = {staged + (before - window) * 4, 0};
+            at[1] = at[0] + static_cast<uint32_t>(popc(candidates[0])) * 4;
             if (total <= SWEEP_HOPPER_STAGED) {
 #pragma unroll
-                for (int bit = 0; bit < 64; ++bit) {
-                    append_if(at, candidates[bit / 32], 1u << bit % 32, GroupPlace::value(acc, bit / 32, bit % 32));
+                for (int c = 0; c < 32; ++c) {
+#pragma unroll
+                    for (int r = 0; r < 2; ++r) append_if(at[r], candidates[r], 1u << c, GroupPlace::value(acc, r, c));
                 }
             } else {
 #pragma unroll
-                for (int bit = 0; bit < 64; ++bit) {
-                    append_within(at, candidates[bit / 32], 1u << bit % 32, GroupPlace::value(acc, bit / 32, bit % 32),
-                                  staged, SWEEP_HOPPER_STAGED * 4);
+                for (int c = 0; c < 32; ++c) {
+#pragma unroll
+                    for (int r = 0; r < 2; ++r) {
+                        append_within(at[r], candidates[r], 1u << c, GroupPlace::value(acc, r, c), staged, SWEEP_HOPPER_STAGED * 4);
+                    }
                 }
             }
             fence_proxy_async();
             warp_sync();
-            sync();
-            uint32_t unit = shared.segment[team];
-            if (unit == NO_ROW) return;  // there is no room: the same for the whole team
-            uint64_t segment = static_cast<uint64_t>(unit) * 4;
-            if (window == 0) {
-                uint32_t *masks = pairs.pool_words + segment + thread * 2;
-                masks[0] = candidates[0];
-                masks[1] = candidates[1];
-            }
-            if (thread == 0) {
-                uint32_t left = total - window, count = left < SWEEP_HOPPER_STAGED ? left : SWEEP_HOPPER_STAGED;
-                bulk_store(pairs.pool_values + segment + window, shared.staged[team], (count + 3) / 4 * 16);
-                bulk_store_commit();
-            }
-            warp_sync();
-        }
+            arrive_as_warp(&shared.filled[team]);
+            window += SWEEP_HOPPER_STAGED;
+        } while (window < total);
     }
 
     DEVICE void run(SweepWalk walk) const {
-        SweepRows rows{NO_ROW, {}, {}};
-        uint32_t changes = 0, probe = 0;
-        GroupPlace place;
+        SweepRows rows;
+        uint32_t probe = 0, windows = 0;
         while (walk.next()) {
-            if (walk.tile.row * TILE != rows.first) {
-                if (rows.first != NO_ROW) {
-                    flush(rows);
-                    if (walk.resident()) arrive_as_warp(&shared.rows_empty);
-                }
-                rows.first = walk.tile.row * TILE;
-#pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                    rows.candidate[r] = negative_bound(valid_min_pos(pairs, rows.first + place.row_of(r)), pairs.settings.candidate);
-                    rows.largest[r] = -INFINITE;
-                }
-                if (walk.resident()) mbarrier_wait(&shared.rows_full, changes % 2);
-                warp_sync();
-                ++changes;
-            }
-            if (walk.turn % kTeams == team) tile(walk, rows, probe);
+            if (walk.turn % kTeams == team) tile(walk, rows, probe, windows);
         }
+        begin_window(StagedTile{{NO_ROW, NO_ROW}, 0}, windows);
+        arrive_as_warp(&shared.filled[team]);
         if (rows.first != NO_ROW) flush(rows);
         uint64_t passed = warp_sum(static_cast<uint64_t>(probe));
         if (lane_index() == 0 && passed != 0) atomic_add(&pairs.counters->probe_neg, passed);
-        if (thread == 0) bulk_store_wait_read();
     }
 };
 #endif
@@ -416,17 +480,19 @@ DEVICE void sweep_hopper_body([[maybe_unused]] const PairsParams &p) {
     if (thread_index() == 0) {
         for (Barrier &barrier : shared.full) mbarrier_init(&barrier, 1);
         for (Barrier &barrier : shared.empty) mbarrier_init(&barrier, kTeamWarps);
-        mbarrier_init(&shared.rows_full, 1);
-        mbarrier_init(&shared.rows_empty, kTeams * kTeamWarps);
         for (Barrier &barrier : shared.turn) mbarrier_init(&barrier, kTeamWarps);
+        for (Barrier &barrier : shared.filled) mbarrier_init(&barrier, kTeamWarps);
+        for (Barrier &barrier : shared.stored) mbarrier_init(&barrier, 1);
     }
-    if (thread_index() < kTeams * TILE) shared.column_max[thread_index() / TILE][thread_index() % TILE] = 0;
-    block_sync();  // barriers and maxima are there
+    block_sync();  // the barriers are there
     SweepWalk walk(pairs, Numbers::stored_bytes);
     uint32_t warp = shuffle(warp_index(), 0);
     if (warp >= kTeams * kTeamWarps) {
         setmaxnreg_dec<24>();
-        if (thread_index() == kTeams * kTeamThreads) copy_operands<Numbers>(pairs, shared, walk);
+        // The first threads of three warps, whose registers are few.
+        if (lane_index() != 0) return;
+        if (warp == kTeams * kTeamWarps) copy_operands<Numbers>(pairs, shared, walk);
+        if (warp - kTeams * kTeamWarps - 1 < kTeams) store_candidates(pairs, shared, warp - kTeams * kTeamWarps - 1);
     } else {
         setmaxnreg_inc<112>();
         SweepTeam<Numbers>{pairs, shared, warp / kTeamWarps}.run(walk);

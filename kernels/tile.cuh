@@ -130,6 +130,14 @@ DEVICE uint32_t stored_byte(uint32_t d) {
 }
 constexpr uint32_t kLowBytes = STAGE_BYTES / 2;  // from a high part to its low one
 
+// A granule of f32 as products of TF32 want it.
+DEVICE Granule<float> rounded_to_tf32(const Granule<float> &values) {
+    Granule<float> rounded;
+#pragma unroll
+    for (int i = 0; i < Granule<float>::count; ++i) rounded.values[i] = float_of(to_tf32(values.values[i]));
+    return rounded;
+}
+
 // The elements from `first` on, a granule of them, as products want them.
 template <class Numbers>
 DEVICE void store_prepared(unsigned char *rows, uint64_t row, uint32_t first, const Granule<typename Numbers::Element> &values,
@@ -140,14 +148,14 @@ DEVICE void store_prepared(unsigned char *rows, uint64_t row, uint32_t first, co
     if constexpr (sizeof(typename Numbers::Element) == 2) {
         *to(byte) = values;
     } else {
-        Vector high, low;
-#pragma unroll
-        for (int i = 0; i < Vector::count; ++i) {
-            high.values[i] = float_of(to_tf32(values.values[i]));
-            low.values[i] = float_of(to_tf32(values.values[i] - high.values[i]));
-        }
+        Vector high = rounded_to_tf32(values);
         *to(byte) = high;
-        if constexpr (Numbers::exact) *to(byte + kLowBytes) = low;
+        if constexpr (Numbers::exact) {
+            Vector low;
+#pragma unroll
+            for (int i = 0; i < Vector::count; ++i) low.values[i] = values.values[i] - high.values[i];
+            *to(byte + kLowBytes) = rounded_to_tf32(low);
+        }
     }
 }
 

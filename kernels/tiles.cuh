@@ -191,7 +191,7 @@ DEVICE void clear_sums(GradientSums<Numbers> &sums) {
 
 // sums += M R over the tiles of a range. `job.weigh(i, j, s, part)` is a part of M's element, `Job::parts` of which add up to it;
 // `job.after(sums)` sees the sums after each tile. `Job::from_words`: of a stored tile the candidates' words say all, and
-// `job.of_word(i, j, word)` is asked instead.
+// `job.of_word(word)` is asked instead.
 template <class Numbers, bool group, class Job>
 DEVICE void walk_tiles(const GradientParams &p, TileMemory<Numbers> &memory, const TileBlock &block, Range range, Job &job,
                        GradientSums<Numbers> &sums) {
@@ -241,7 +241,7 @@ DEVICE void walk_tiles(const GradientParams &p, TileMemory<Numbers> &memory, con
                 rebuild_matrix<Numbers, !Job::from_words>(
                     pairs, memory.matrix(), block.x, y, block.offset, tile, count,
                     [&](uint32_t i, uint32_t j, [[maybe_unused]] uint32_t word, [[maybe_unused]] float s) {
-                        if constexpr (Job::from_words) return job.of_word(i, j, word);
+                        if constexpr (Job::from_words) return job.of_word(word);
                         return weigh(i, j, s);
                     });
             }

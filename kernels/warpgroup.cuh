@@ -82,21 +82,22 @@ DEVICE void setmaxnreg_dec() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;
 #define SUMS_128(c, n) SUMS_64(c, n), SUMS_64(c, n + 16)
 
 // c += a b, asynchronously: 64 rows by 8 n columns, 16 of the inner dimension; warp w of the group
-// has rows 16 w to 16 w + 15. b lies [columns, inner], or [inner, columns] if `transposed`.
-#define WGMMA(name, type, n, shape, places, sums, a_place, b_place, transposed_place)                  \
-    template <bool transposed>                                                                          \
-    DEVICE void name(float (&c)[n][4], Descriptor a, Descriptor b) {                                    \
-        asm volatile("wgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" places "}, "      \
-                     a_place ", " b_place ", 1, 1, 1, 0, " transposed_place ";"                         \
-                     : sums(c, 0)                                                                       \
-                     : "l"(a), "l"(b), "n"(transposed ? 1 : 0));                                        \
+// has rows 16 w to 16 w + 15. b lies [columns, inner], or [inner, columns] if `transposed`; a lies [rows, inner] or, if
+// `transposed_a`, [inner, rows].
+#define WGMMA(name, type, n, shape, places, sums, a_place, b_place, transposed_a_place, transposed_place) \
+    template <bool transposed, bool transposed_a>                                                          \
+    DEVICE void name(float (&c)[n][4], Descriptor a, Descriptor b) {                                       \
+        asm volatile("wgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" places "}, "         \
+                     a_place ", " b_place ", 1, 1, 1, " transposed_a_place ", " transposed_place ";"       \
+                     : sums(c, 0)                                                                          \
+                     : "l"(a), "l"(b), "n"(transposed_a ? 1 : 0), "n"(transposed ? 1 : 0));                \
     }
-WGMMA(wgmma_bf16, "bf16", 8, "m64n64k16", PLACES_32, SUMS_32, "%32", "%33", "%34")
-WGMMA(wgmma_f16, "f16", 8, "m64n64k16", PLACES_32, SUMS_32, "%32", "%33", "%34")
-WGMMA(wgmma_bf16, "bf16", 16, "m64n128k16", PLACES_64, SUMS_64, "%64", "%65", "%66")
-WGMMA(wgmma_f16, "f16", 16, "m64n128k16", PLACES_64, SUMS_64, "%64", "%65", "%66")
-WGMMA(wgmma_bf16, "bf16", 32, "m64n256k16", PLACES_128, SUMS_128, "%128", "%129", "%130")
-WGMMA(wgmma_f16, "f16", 32, "m64n256k16", PLACES_128, SUMS_128, "%128", "%129", "%130")
+WGMMA(wgmma_bf16, "bf16", 8, "m64n64k16", PLACES_32, SUMS_32, "%32", "%33", "%34", "%35")
+WGMMA(wgmma_f16, "f16", 8, "m64n64k16", PLACES_32, SUMS_32, "%32", "%33", "%34", "%35")
+WGMMA(wgmma_bf16, "bf16", 16, "m64n128k16", PLACES_64, SUMS_64, "%64", "%65", "%66", "%67")
+WGMMA(wgmma_f16, "f16", 16, "m64n128k16", PLACES_64, SUMS_64, "%64", "%65", "%66", "%67")
+WGMMA(wgmma_bf16, "bf16", 32, "m64n256k16", PLACES_128, SUMS_128, "%128", "%129", "%130", "%131")
+WGMMA(wgmma_f16, "f16", 32, "m64n256k16", PLACES_128, SUMS_128, "%128", "%129", "%130", "%131")
 
 // The same of TF32, 8 of the inner dimension, which lies along the lines in both operands: there is no other way.
 #define WGMMA_TF32(n, shape, places, sums, a_place, b_place)                                                     \
@@ -105,6 +106,7 @@ WGMMA(wgmma_f16, "f16", 32, "m64n256k16", PLACES_128, SUMS_128, "%128", "%129", 
                      : sums(c, 0)                                                                                \
                      : "l"(a), "l"(b));                                                                          \
     }
+WGMMA_TF32(8, "m64n64k8", PLACES_32, SUMS_32, "%32", "%33")
 WGMMA_TF32(16, "m64n128k8", PLACES_64, SUMS_64, "%64", "%65")
 
 // A barrier in shared memory whose phase ends when `count` threads have arrived and all bytes
@@ -171,7 +173,24 @@ DEVICE void append_if(uint32_t &at, uint32_t bits, uint32_t bit, float value) {
         : "r"(bits), "r"(bit), "f"(value)
         : "memory");
 }
-// The same, but what does not belong into the `bytes` bytes from `first` on is stepped over.
+// Stores the lower half of `word` at shared address `first` plus its upper half, unless it is 0: again no branch, and the address
+// of shared memory is not asked for anew.
+DEVICE void store_element(uint32_t first, uint32_t word) {
+    asm volatile(
+        "{\n"
+        ".reg .pred there;\n"
+        ".reg .b32 at;\n"
+        ".reg .b16 low;\n"
+        "setp.ne.b32 there, %1, 0;\n"
+        "shr.u32 at, %1, 16;\n"
+        "add.u32 at, at, %0;\n"
+        "cvt.u16.u32 low, %1;\n"
+        "@there st.shared.u16 [at], low;\n"
+        "}\n" ::"r"(first),
+        "r"(word)
+        : "memory");
+}
+// As append_if, but what does not belong into the `bytes` bytes from `first` on is stepped over.
 DEVICE void append_within(uint32_t &at, uint32_t bits, uint32_t bit, float value, uint32_t first, uint32_t bytes) {
     asm volatile(
         "{\n"

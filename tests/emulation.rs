@@ -179,43 +179,48 @@ fn a_team_s_stage_that_is_given_back_too_early_is_caught() {
 
 #[test]
 fn a_row_tile_that_is_overwritten_is_caught() {
-    let wait = "if (have != NO_ROW) mbarrier_wait(&shared.rows_empty";
-    assert_caught(&run_faulty_sweep(wait, "if (false) mbarrier_wait(&shared.rows_empty"));
+    // Of fewer parts than there are stages: products may still read it.
+    let wait = "back <= filled; ++back) wait_until_empty(filled - back);";
+    assert_caught(&run_faulty_sweep(wait, "false; ++back) wait_until_empty(filled - back);"));
+    // A stage, and with it a part of the row tile.
+    let wait = "if (fill >= SWEEP_HOPPER_STAGES) wait_until_empty(fill - SWEEP_HOPPER_STAGES);";
+    assert_caught(&run_faulty_sweep(wait, ""));
 }
 
 #[test]
 fn values_staged_over_those_that_are_still_being_stored_are_caught() {
-    assert_caught(&run_faulty_sweep(
-        "if (thread == 0) bulk_store_wait_read();  // of the last tile's values",
-        "",
-    ));
-    let next_window = "if (thread == 0) bulk_store_wait_read();\n                warp_sync();";
-    assert_caught(&run_faulty_sweep(next_window, "warp_sync();"));
+    let wait = "if (windows > 0) mbarrier_wait(&shared.stored[team], (windows - 1) % 2);";
+    assert_caught(&run_faulty_sweep(wait, ""));
+    // The team waits, but for a store that may still be reading.
+    let read = "bulk_store_wait_read();\n        }\n        mbarrier_arrive(&shared.stored[team]);";
+    assert_caught(&run_faulty_sweep(read, "}\n        mbarrier_arrive(&shared.stored[team]);"));
 }
 
 #[test]
 fn a_bulk_store_without_a_proxy_fence_is_caught() {
-    let fenced = "fence_proxy_async();\n            warp_sync();\n            sync();";
-    assert_caught(&run_faulty_sweep(fenced, "warp_sync();\n            sync();"));
+    assert_caught(&run_faulty_sweep("fence_proxy_async();\n            warp_sync();", "warp_sync();"));
 }
 
 #[test]
-fn a_bulk_store_before_the_team_has_met_is_caught() {
-    let met = "fence_proxy_async();\n            warp_sync();\n            sync();";
-    assert_caught(&run_faulty_sweep(met, "fence_proxy_async();\n            warp_sync();"));
+fn a_bulk_store_before_the_team_has_staged_all_is_caught() {
+    assert_caught(&run_faulty_sweep(
+        "for (Barrier &barrier : shared.filled) mbarrier_init(&barrier, kTeamWarps);",
+        "for (Barrier &barrier : shared.filled) mbarrier_init(&barrier, 1);",
+    ));
 }
 
 #[test]
 fn a_block_that_ends_before_its_bulk_stores_have_been_read_is_caught() {
-    let last = "if (thread == 0) bulk_store_wait_read();\n    }\n};";
-    let message = run_faulty_sweep(last, "}\n};");
+    let read = "bulk_store_wait_read();\n        }\n        mbarrier_arrive(&shared.stored[team]);";
+    let at_once = "}\n        mbarrier_arrive(&shared.stored[team]);\n        if (windows == 0) bulk_store_wait_read();";
+    let message = run_faulty_sweep(read, at_once);
     assert!(message.contains("left with bulk stores nobody waited for"), "{message}");
 }
 
 #[test]
 fn a_team_s_missing_barrier_is_named_by_the_thread_sanitizer() {
-    let bounds = "warp_sync();\n        sync();\n\n        uint32_t candidates[2];";
-    let without = "warp_sync();\n\n        uint32_t candidates[2];";
+    let bounds = "            warp_sync();\n            sync();\n        });";
+    let without = "            warp_sync();\n        });";
     let message = run_racing("sweep", "sweep_hopper.cu", bounds, without);
     assert!(message.contains("data race") && message.contains("sweep_hopper.cu"), "{message}");
 }
@@ -230,6 +235,7 @@ fn assert_caught(message: &str) {
         "bulk stores nobody waited for",
         "a phase that nobody ends",
         "more arrivals at a barrier",
+        "waits at a named barrier for threads that never come",
         "bulk copies nobody waited for",
     ];
     assert!(signs.iter().any(|sign| message.contains(sign)), "{message}");
@@ -275,7 +281,7 @@ fn a_stage_that_is_given_back_too_early_is_caught() {
 
 #[test]
 fn filling_a_matrix_before_it_is_given_back_is_caught() {
-    let wait = "if (turn.index >= 2) mbarrier_wait(&shared.taken";
+    let wait = "if (turn.index >= kMatrices) mbarrier_wait(&shared.taken";
     assert_caught(&run_faulty_hopper("gradient_hopper.cu", wait, "if (false) mbarrier_wait(&shared.taken"));
 }
 
@@ -307,11 +313,11 @@ fn an_aligned_instruction_after_a_wait_without_a_warp_sync_is_caught() {
 
 #[test]
 fn a_named_barrier_of_too_many_threads_is_caught() {
-    let zeros = "named_sync(kBuildersBarrier, kBuilderThreads);  // zeros";
+    let read = "named_sync(kBuildersBarrier, kBuilderThreads);  // the values are read";
     let message = run_faulty_hopper(
         "gradient_hopper.cu",
-        zeros,
-        "named_sync(kBuildersBarrier, kBuilderThreads + 32);  // zeros",
+        read,
+        "named_sync(kBuildersBarrier, kBuilderThreads + 32);  // the values are read",
     );
     let caught = message.contains("a named barrier") || message.contains("a phase that nobody ends");
     assert!(caught, "{message}");
@@ -319,8 +325,14 @@ fn a_named_barrier_of_too_many_threads_is_caught() {
 
 #[test]
 fn a_named_barrier_that_is_missing_is_caught() {
-    let zeros = "named_sync(kBuildersBarrier, kBuilderThreads);  // zeros and scales are there";
-    assert_caught(&run_faulty_hopper("gradient_hopper.cu", zeros, ""));
+    let read = "named_sync(kBuildersBarrier, kBuilderThreads);  // the values are read";
+    assert_caught(&run_faulty_hopper("gradient_hopper.cu", read, ""));
+}
+
+#[test]
+fn storing_before_zeros_have_landed_is_caught() {
+    let wait = "mbarrier_wait(&shared.zeroed[turn.matrix()], turn.matrix_parity());";
+    assert_caught(&run_faulty_hopper("gradient_hopper.cu", wait, ""));
 }
 
 #[test]
@@ -402,8 +414,8 @@ fn a_plain_access_that_races_another_block_is_caught_by_the_thread_sanitizer() {
 
 #[test]
 fn a_race_within_a_block_is_named_by_the_thread_sanitizer() {
-    let zeroed = "named_sync(kBuildersBarrier, kBuilderThreads);  // zeros and scales are there";
-    let message = run_racing("gradient", "gradient_hopper.cu", zeroed, "");
+    let read = "named_sync(kBuildersBarrier, kBuilderThreads);  // the values are read";
+    let message = run_racing("gradient", "gradient_hopper.cu", read, "");
     assert!(message.contains("data race") && message.contains("gradient_hopper.cu"), "{message}");
 }
 

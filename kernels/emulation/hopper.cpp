@@ -75,7 +75,10 @@ void run_product(const Product &product, int warp) {
     };
     double a[16][16];
     for (int k = 0; k < depth; ++k) {
-        for (int row = 0; row < 16; ++row) a[row][k] = value(left.straight(product.numbers, warp % 4 * 16 + row, k));
+        for (int i = 0; i < 16; ++i) {
+            uint32_t row = static_cast<uint32_t>(warp % 4 * 16 + i);
+            a[i][k] = value(product.operands.transposed_a ? left.transposed(row, k) : left.straight(product.numbers, row, k));
+        }
         for (int column = 0; column < columns; ++column) {
             b[k][column] = value(product.operands.transposed ? right.transposed(column, k)
                                                              : right.straight(product.numbers, column, k));
@@ -229,10 +232,10 @@ void bulk_store_wait_read() {
     machine->stores.erase(first, machine->stores.end());
 }
 
-float *shared_float(uint32_t address) {
+void *shared_at(uint32_t address, uint32_t bytes) {
     size_t offset = address - kSharedBase;
-    if (address < kSharedBase || offset + 4 > machine->async_view.size()) die("a store outside of shared memory", "");
-    return reinterpret_cast<float *>(machine->shared + offset);
+    if (address < kSharedBase || offset + bytes > machine->async_view.size()) die("a store outside of shared memory", "");
+    return machine->shared + offset;
 }
 
 template <Numbers numbers>

@@ -89,7 +89,7 @@ struct GroupMultiply {
     float *c;
     uint64_t a, b;
     int columns;
-    bool transposed;
+    bool transposed, transposed_a;
 };
 template <Numbers numbers>
 void wgmma(void **lanes);
@@ -112,7 +112,7 @@ void bulk_store(void *to, const void *from, uint32_t bytes);
 void bulk_store_commit();
 void bulk_store_wait_read();
 // The shared memory at an address of the block's own space.
-float *shared_float(uint32_t address);
+void *shared_at(uint32_t address, uint32_t bytes);
 
 // A block's arrival: what it did before is done before what those do that come later.
 uint32_t arrive_at(uint32_t *arrived);
@@ -230,6 +230,10 @@ inline void atomic_min(uint32_t *target, uint32_t value) {
 }
 
 inline void cp_async(void *to, const void *from) { emulation::cp_async(to, from); }
+inline void cp_async_if(bool there, void *to, const void *from) {
+    alignas(16) static const unsigned char zeros[16] = {};
+    emulation::cp_async(to, there ? from : zeros);
+}
 inline void cp_async_commit() { emulation::cp_async_commit(); }
 template <int pending>
 inline void cp_async_wait() { emulation::cp_async_wait(pending); }
@@ -272,10 +276,13 @@ using emulation::bulk_store_commit;
 using emulation::bulk_store_wait_read;
 inline void append_within(uint32_t &at, uint32_t bits, uint32_t bit, float value, uint32_t first, uint32_t bytes) {
     if (!(bits & bit)) return;
-    if (at - first < bytes) *emulation::shared_float(at) = value;
+    if (at - first < bytes) *static_cast<float *>(emulation::shared_at(at, 4)) = value;
     at += 4;
 }
 inline void append_if(uint32_t &at, uint32_t bits, uint32_t bit, float value) { append_within(at, bits, bit, value, at, 4); }
+inline void store_element(uint32_t first, uint32_t word) {
+    if (word != 0) *static_cast<uint16_t *>(emulation::shared_at(first + (word >> 16), 2)) = static_cast<uint16_t>(word);
+}
 using emulation::shared_address;
 inline void wgmma_fence() { emulation::aligned("wgmma_fence"); }
 template <int n>
@@ -290,21 +297,21 @@ inline void wgmma_wait() {
     emulation::aligned("wgmma_wait");
     emulation::collective("wgmma_wait", &operand, emulation::wgmma_wait);
 }
-template <bool transposed, int n>
+template <bool transposed, bool transposed_a, int n>
 inline void wgmma_bf16(float (&c)[n][4], uint64_t a, uint64_t b) {
-    emulation::GroupMultiply one{&c[0][0], a, b, n * 8, transposed};
+    emulation::GroupMultiply one{&c[0][0], a, b, n * 8, transposed, transposed_a};
     emulation::aligned("wgmma_bf16");
     emulation::collective("wgmma_bf16", &one, emulation::wgmma<emulation::Numbers::bf16>);
 }
-template <bool transposed, int n>
+template <bool transposed, bool transposed_a, int n>
 inline void wgmma_f16(float (&c)[n][4], uint64_t a, uint64_t b) {
-    emulation::GroupMultiply one{&c[0][0], a, b, n * 8, transposed};
+    emulation::GroupMultiply one{&c[0][0], a, b, n * 8, transposed, transposed_a};
     emulation::aligned("wgmma_f16");
     emulation::collective("wgmma_f16", &one, emulation::wgmma<emulation::Numbers::f16>);
 }
 template <int n>
 inline void wgmma_tf32(float (&c)[n][4], uint64_t a, uint64_t b) {
-    emulation::GroupMultiply one{&c[0][0], a, b, n * 8, false};
+    emulation::GroupMultiply one{&c[0][0], a, b, n * 8, false, false};
     emulation::aligned("wgmma_tf32");
     emulation::collective("wgmma_tf32", &one, emulation::wgmma<emulation::Numbers::tf32>);
 }
@@ -322,6 +329,7 @@ inline float float_of(uint32_t bits) {
     std::memcpy(&value, &bits, sizeof value);
     return value;
 }
+inline void shift_in_sign(uint32_t &bits, float value) { bits = bits << 1 | bits_of(value) >> 31; }
 inline int popc(uint32_t bits) { return __builtin_popcount(bits); }
 inline int lowest_bit(uint32_t bits) { return __builtin_ctz(bits); }
 inline uint32_t highest_bit(uint32_t bits) { return 31u - static_cast<uint32_t>(__builtin_clz(bits)); }

@@ -8,7 +8,7 @@
 #include <cstdlib>
 #include <vector>
 
-#include "word.cuh"
+#include "matrix.cuh"
 
 namespace {
 
@@ -58,8 +58,8 @@ int check(uint64_t seeds) {
             uint32_t tile = j / TILE;
             if (s <= bound || tile == kEmpty) continue;
             if (counts[tile] == kCapacity) return 3;
-            words[tile * kCapacity + counts[tile]++] = (i * TILE + j % TILE) | word_fate(true, false, false, 0.5f);
             float weight = static_cast<float>(i % 3 + 1);
+            words[tile * kCapacity + counts[tile]++] = matrix_place<HalfBf16>(i, j % TILE) << 16 | to_bf16_bits(weight);
             for (uint32_t d = 0; d < stride; ++d) want[i * stride + d] += weight * references.values[j * stride + d];
         }
     }
@@ -84,6 +84,8 @@ int check(uint64_t seeds) {
     params.pairs.tile_segments = segments.data();
     params.pairs.pool_words = words.data();
     params.weight_scale = 1.0f;
+    const std::vector<uint16_t> zeros(TILE * TILE, 0);
+    params.zeros = zeros.data();
     const uint8_t ways[1] = {0};
     params.ways = ways;
     for (uint64_t seed = 0; seed < seeds; ++seed) {

@@ -76,11 +76,12 @@ DEVICE void store_sums(float *c, const float (&sums)[n][4]) {
 }
 
 // Both warpgroups, 64 rows each, the whole depth of a stage: descriptors, swizzle, deferred products.
-// B once as rows of 64 of the inner dimension, once transposed: panels of 64 columns.
+// Both once as rows of 64 of the inner dimension, once transposed: panels of 64 columns.
 KERNEL(check_group_products, GroupCheckParams, 1) {
     SHARED_MEMORY(bytes);
     constexpr uint32_t columns = 2 * TILE, inner = 64, panel_bytes = inner * STAGE_BYTES;
     unsigned char *rows = bytes + TILE * STAGE_BYTES, *panels = rows + TILE * STAGE_BYTES;
+    unsigned char *turned_rows = panels + columns / 64 * panel_bytes;
     for (int kind = 0; kind < 2; ++kind) {
         auto store = [&](unsigned char *to, float value) {
             *reinterpret_cast<uint16_t *>(to) = kind == 0 ? to_bf16_bits(value) : to_f16_bits(value);
@@ -88,6 +89,7 @@ KERNEL(check_group_products, GroupCheckParams, 1) {
         for (uint32_t i = thread_index(); i < TILE * inner; i += THREADS) {
             uint32_t row = i / inner, k = i % inner, at = swizzled(row, k / 8) + k % 8 * 2;
             store(bytes + at, p.a[i]);
+            store(turned_rows + row / 64 * panel_bytes + swizzled(k, row % 64 / 8) + row % 8 * 2, p.a[i]);
             store(rows + at, p.b[i]);
         }
         for (uint32_t i = thread_index(); i < columns * inner; i += THREADS) {
@@ -101,16 +103,17 @@ KERNEL(check_group_products, GroupCheckParams, 1) {
         for (int i = 0; i < 128; ++i) wide[i / 4][i % 4] = 1.0f;
         Descriptor a = stage_descriptor(bytes + warp_index() / 4 * (TILE / 2) * STAGE_BYTES);
         Descriptor b = stage_descriptor(rows), turned = panels_descriptor(panels, panel_bytes);
+        Descriptor turned_a = panels_descriptor(turned_rows + warp_index() / 4 * panel_bytes, panel_bytes);
         wgmma_fence();
         for (uint32_t step = 0; step < inner / 16; ++step) {
             Descriptor left = advanced(a, step * 32), right = advanced(b, step * 32);
-            Descriptor below = advanced(turned, step * 16 * STAGE_BYTES);
+            Descriptor above = advanced(turned_a, step * 16 * STAGE_BYTES), below = advanced(turned, step * 16 * STAGE_BYTES);
             if (kind == 0) {
-                wgmma_bf16<false>(sums, left, right);
-                wgmma_bf16<true>(wide, left, below);
+                wgmma_bf16<false, false>(sums, left, right);
+                wgmma_bf16<true, true>(wide, above, below);
             } else {
-                wgmma_f16<false>(sums, left, right);
-                wgmma_f16<true>(wide, left, below);
+                wgmma_f16<false, false>(sums, left, right);
+                wgmma_f16<true, true>(wide, above, below);
             }
         }
         wgmma_commit();
@@ -144,7 +147,7 @@ int check_group_products() {
     for (size_t i = 0; i < b.size(); ++i) b[i] = static_cast<float>(static_cast<int>(i * 5 % 11) - 5);
     GroupCheckParams params{a.data(), b.data(), c.data(), wide.data()};
     const uint32_t grid[3] = {1, 1, 1};
-    uint32_t bytes = 2 * TILE * STAGE_BYTES + 4 * 64 * STAGE_BYTES;
+    uint32_t bytes = 2 * TILE * STAGE_BYTES + (4 + 2) * 64 * STAGE_BYTES;
     if (emulation::launch("check_group_products", grid, THREADS, bytes, &params, sizeof params, 1)) return 1;
     int wrong = 0;
     auto check = [&](const char *name, const std::vector<float> &got, size_t columns) {

@@ -36,7 +36,8 @@ int check(uint32_t count, uint64_t seeds) {
         if (count <= ORDER_TILE) tiles.valid = &valid;
         bool wide = count > ORDER_TILE * ORDER_RUNS;  // as order_tile() in plan.rs
         const uint32_t tile = wide ? ORDER_WIDE_TILE : ORDER_TILE;
-        const uint32_t tile_grid[3] = {(count + tile - 1) / tile, 1, 1}, grid[3] = {(count + THREADS - 1) / THREADS, 1, 1};
+        const uint32_t keys_of_block = wide ? ORDER_WIDE_TILE : ORDER_OWN;
+        const uint32_t tile_grid[3] = {(count + keys_of_block - 1) / keys_of_block, 1, 1}, grid[3] = {(count + THREADS - 1) / THREADS, 1, 1};
         if (emulation::launch(wide ? "order_tiles_wide" : "order_tiles", tile_grid, wide ? ORDER_WIDE_THREADS : THREADS,
                               wide ? ORDER_WIDE_SHARED_BYTES : ORDER_SHARED_BYTES, &tiles, sizeof tiles, seed)) {
             return 2;

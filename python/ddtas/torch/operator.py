@@ -133,9 +133,8 @@ def _on_gpu(call: Call) -> Answers:
     if rows.shape[0] == 0 or (references is not None and references.shape[0] == 0):
         return of_nothing(where, rows, labels, references, numbers, reference_gradient)
     sides = [side for side in (rows, references) if side is not None]
-    unit = [unit_rows(side) for side in sides] if normalize else []
     # Held until everything is issued: torch gives memory away in the order of the stream.
-    held = [(unit[place][0].to(side.dtype) if unit else side).contiguous() for place, side in enumerate(sides)]
+    held = [side.contiguous() for side in sides]
     marks = [mark.contiguous() for mark in (labels, reference_labels) if mark is not None]
     loss, gradient, back, statistics = _answers(rows, references, reference_gradient)
     thresholds = _on_device(rows, numbers, lambda_pos, lambda_neg)
@@ -156,11 +155,9 @@ def _on_gpu(call: Call) -> Answers:
         numbers,
         check != UNCHECKED,
         statistics.data_ptr(),
+        normalize,
     )
     loss.copy_(statistics[0])
-    if unit:
-        gradient = led_back(gradient, *unit[0])
-        back = led_back(back, *unit[1]) if reference_gradient else back
     where.last = (statistics, labels)
     if check == WAITED_FOR:
         where.found()

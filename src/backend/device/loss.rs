@@ -6,9 +6,13 @@
 use bytemuck::{cast_slice, cast_slice_mut};
 use ndarray::Array2;
 
-use super::layout::{Ends, LossLayout, Remembered, RowCheck, SideRegions, device_settings, pointer};
+use super::layout::{
+    Ends, LossLayout, Remembered, RowCheck, SideRegions, device_settings, pointer, unless_empty,
+};
 use super::order::issue_order;
-use super::params::{GradientParams, LeadBackParams, LossScalars, PairsParams, RowSums, TILE, WeighParams};
+use super::params::{
+    GradientParams, LeadBackParams, LossScalars, PairsParams, RowSums, TILE, WEIGH_NO_WORDS, WeighParams,
+};
 use super::plan::{Shape, tiles};
 use super::workspace::Region;
 use super::{Device, DeviceBackend, Kernel, Params};
@@ -354,6 +358,10 @@ pub(super) fn issue_weigh<D: Device>(
                 std::ptr::null_mut()
             },
         ],
+        blocks: loss.shape.weigh_blocks() as u32,
+        words: if swept { loss.shape.finished_words() } else { WEIGH_NO_WORDS },
+        weight_scale: loss.shape.weight_scale(),
+        reserved: 0,
     };
     launcher.launch(Kernel::Weigh, false, &weigh)
 }
@@ -378,6 +386,7 @@ fn issue_gradient<D: Device>(
         partial: pointer(base, regions.partial),
         arrived: pointer(base, regions.arrived),
         gradient: target as usize as *mut f32,
+        zeros: unless_empty::<std::ffi::c_void>(base, layout.zeros),
     };
     launcher.launch(Kernel::Gradient(shape.precision), of_references, &gradient)
 }

@@ -2,11 +2,12 @@
 
 use super::params::{
     GRADIENT_COLUMNS, GRADIENT_EXTRA_BYTES, GRADIENT_HOPPER_SHARED_BYTES, GRADIENT_HOPPER_THREADS,
-    GRADIENT_ROWS_16BIT, GRADIENT_ROWS_32BIT, GRADIENT_STAGES_BYTES, HOPPER_SHARED_BYTES, ORDER_RUNS,
-    ORDER_SHARED_BYTES, ORDER_TILE, ORDER_WIDE_SHARED_BYTES, ORDER_WIDE_THREADS, ORDER_WIDE_TILE,
+    GRADIENT_ROWS_16BIT, GRADIENT_ROWS_32BIT, GRADIENT_STAGES_BYTES, HOPPER_SHARED_BYTES, ORDER_OWN,
+    ORDER_RUNS, ORDER_SHARED_BYTES, ORDER_TILE, ORDER_WIDE_SHARED_BYTES, ORDER_WIDE_THREADS, ORDER_WIDE_TILE,
     RETRIEVAL_SHARED_BYTES, RETRIEVAL_SLACK, SELECT_BLOCKS, SELECT_STORED_SHARED_BYTES,
     SIMILARITY_STAGES_BYTES, STAGE_BYTES, SUM_SHARED_BYTES, SWEEP_HOPPER_SHARED_BYTES, SWEEP_HOPPER_THREADS,
-    SWEEP_SHARED_BYTES, THREADS, TILE, TILE_MASK_WORDS, WEIGH_SHARED_BYTES,
+    SWEEP_SHARED_BYTES, THREADS, TILE, TILE_MASK_WORDS, WEIGH_NO_WORDS, WEIGH_SHARED_BYTES, WEIGH_WORDS_BF16,
+    WEIGH_WORDS_F16,
 };
 use super::{Kernel, LaunchPlan, Precision};
 use crate::loss::{Embeddings, LossSettings};
@@ -16,6 +17,8 @@ use crate::{Error, Result};
 pub(super) const POOL_UNIT: usize = 4;
 /// Bytes of a candidate: its similarity and its word.
 const CANDIDATE: usize = size_of::<f32>() + size_of::<u32>();
+/// Blocks that may share one block of gradient rows.
+const MOST_SPLITS: usize = 64;
 /// Bytes of the rows of a band of the sweep.
 const BAND_BYTES: usize = 16 << 20;
 
@@ -150,13 +153,18 @@ impl Shape {
         1 << columns.ilog2()
     }
 
-    /// Blocks that share the other side's tiles of one block of gradient rows, so that a small batch fills the GPU. Each
-    /// has a partial result of its own, and the last one adds all: at most the root of the tiles, for by then a block
-    /// reads as much of the parts as of the other side.
+    /// Blocks that share the other side's tiles of one block of gradient rows, so that few blocks fill the GPU, and the last
+    /// of more do not leave most of it idle. Each has a partial result of its own, and the last one adds all. The least
+    /// of: rounds of blocks, times what one takes, in thirds of a tile. A part is written in the time of two tiles, and
+    /// read again in that of two thirds (H200: a tile 1.7 us, a part 128 KB).
     pub fn splits(&self, of_references: bool, multiprocessors: u32) -> usize {
         let others = tiles(self.sides(of_references).1);
         let blocks = self.row_blocks(of_references) * self.column_blocks();
-        (multiprocessors as usize).div_ceil(blocks).clamp(1, others.isqrt().max(1))
+        let cost = |&splits: &usize| {
+            let parts = if splits == 1 { 0 } else { 6 + 2 * splits };
+            (blocks * splits).div_ceil(multiprocessors as usize) * (3 * others.div_ceil(splits) + parts)
+        };
+        (1..=others.min(MOST_SPLITS)).min_by_key(cost).unwrap_or(1)
     }
 
     /// Counters of the blocks that share rows and columns of a gradient.
@@ -168,6 +176,15 @@ impl Shape {
     pub fn weigh_blocks(&self) -> usize {
         let both = self.numbers || self.reference_gradient;
         tiles(if both { self.anchors.max(self.reference_count()) } else { self.anchors })
+    }
+
+    /// The type of M's elements that `weigh` makes of words, a block for each tile of S.
+    pub fn finished_words(&self) -> u32 {
+        match self.precision {
+            Precision::F32 | Precision::Tf32 => WEIGH_NO_WORDS,
+            Precision::F16 => WEIGH_WORDS_F16,
+            Precision::Bf16 => WEIGH_WORDS_BF16,
+        }
     }
 
     fn row_blocks(&self, of_references: bool) -> usize {
@@ -255,7 +272,7 @@ impl Shape {
         };
         let (grid, shared_bytes) = match kernel {
             Kernel::OrderTiles => {
-                ([self.sides(of_references).0.div_ceil(ORDER_TILE as usize), 1, 1], ORDER_SHARED_BYTES)
+                ([self.sides(of_references).0.div_ceil(ORDER_OWN as usize), 1, 1], ORDER_SHARED_BYTES)
             }
             Kernel::OrderTilesWide => {
                 let blocks = self.sides(of_references).0.div_ceil(ORDER_WIDE_TILE as usize);
@@ -265,8 +282,13 @@ impl Shape {
             Kernel::Identity | Kernel::ReportNumbers => (threads_for(self.anchors), 0),
             Kernel::InvertOrder => (threads_for(self.sides(of_references).0), 0),
             Kernel::TakeNumbers => (threads_for(self.anchors.max(self.reference_count())), 0),
-            Kernel::Prepare(_) | Kernel::SameClass(_) => ([own, 1, 1], SIMILARITY_STAGES_BYTES),
-            Kernel::PrepareHopper(_) | Kernel::SameClassHopper(_) => ([own, 1, 1], HOPPER_SHARED_BYTES),
+            Kernel::Prepare(_) | Kernel::PrepareHopper(_) => {
+                // Behind the row tiles' blocks those that find the anchors' classes.
+                let [classes, ..] = if of_references { [0; 3] } else { threads_for(self.anchors) };
+                ([own + classes, 1, 1], SIMILARITY_STAGES_BYTES)
+            }
+            Kernel::SameClass(_) => ([own, 1, 1], SIMILARITY_STAGES_BYTES),
+            Kernel::SameClassHopper(_) => ([own, 1, 1], HOPPER_SHARED_BYTES),
             Kernel::Sweep(_) => ([self.tiles(), 1, 1], SWEEP_SHARED_BYTES),
             Kernel::SweepHopper(_) => {
                 ([self.tiles().min(multiprocessors as usize), 1, 1], SWEEP_HOPPER_SHARED_BYTES)
@@ -278,7 +300,10 @@ impl Shape {
             Kernel::SelectRecomputedHopper(_) => ([self.tiles(), 1, 1], HOPPER_SHARED_BYTES),
             Kernel::SelectRecomputed(_) => ([self.tiles(), 1, 1], SIMILARITY_STAGES_BYTES),
             Kernel::LeadBack(_) => ([self.sides(of_references).0.div_ceil(THREADS as usize / 32), 1, 1], 0),
-            Kernel::Weigh => ([self.weigh_blocks(), 1, 1], WEIGH_SHARED_BYTES),
+            Kernel::Weigh => {
+                let finished = if self.finished_words() == WEIGH_NO_WORDS { 0 } else { self.tiles() };
+                ([self.weigh_blocks().max(finished), 1, 1], WEIGH_SHARED_BYTES)
+            }
             Kernel::ThresholdSum => ([1, 1, 1], SUM_SHARED_BYTES),
             Kernel::Gradient(precision) => (gradient_grid, gradient_bytes(precision)),
             // A block for each lambda.
@@ -500,10 +525,21 @@ mod tests {
     #[test]
     fn small_batches_are_split_and_large_ones_are_not() {
         assert_eq!(square(16_384, 512, Precision::Bf16).splits(false, 132), 1);
-        let small = square(1024, 512, Precision::Bf16);
-        assert_eq!(small.splits(false, 132), 2);
-        assert_eq!(square(4096, 512, Precision::Bf16).splits(false, 132), 3);
+        assert_eq!(square(1024, 512, Precision::Bf16).splits(false, 132), 4);
+        assert_eq!(
+            square(4096, 512, Precision::Bf16).splits(false, 132),
+            2,
+            "64 blocks, twice, are one round"
+        );
+        assert_eq!(square(8192, 512, Precision::Bf16).splits(false, 132), 1);
+        assert_eq!(
+            square(10_240, 512, Precision::Bf16).splits(false, 132),
+            4,
+            "160 blocks would be two rounds"
+        );
         assert_eq!(square(64, 512, Precision::Bf16).splits(false, 132), 1, "there is but one tile to share");
+        let bank = Shape { references: Some(65_536), ..square(80, 512, Precision::Bf16) };
+        assert!((16..=MOST_SPLITS).contains(&bank.splits(false, 132)));
     }
 
     #[test]

@@ -142,6 +142,7 @@ fn walk<D: Device>(
         partial: std::ptr::null_mut(),
         arrived: std::ptr::null_mut(),
         gradient: std::ptr::null_mut(),
+        zeros: std::ptr::null(),
     }
 }
 
