@@ -212,60 +212,67 @@ DEVICE void exchange(float (&largest)[8], bool upper, int mask) {
     }
 }
 
-// Maxima, candidates (bit column of the word of each row) and those that pass the probe. `plain`: every pair counts and
-// none is of one class, as in most tiles; `apart`: the probe has a bound of its own.
-template <bool plain, bool apart>
-DEVICE void look_at(const SweepWalk &walk, SweepHopperShared &shared, uint32_t team, const GroupAccumulators &acc, SweepRows &rows,
-                    uint32_t (&candidates)[2], uint32_t &probe) {
+// Bit column of a thread's word of each row: what is above its row's bound, what above its column's. From the last column
+// on: the bits are shifted in.
+struct AboveBits {
+    uint32_t by_row[2]{}, by_column[2]{};
+
+    DEVICE void add(int r, float s, float row_bound, float column_bound) {
+        shift_in_sign(by_row[r], row_bound - s);
+        shift_in_sign(by_column[r], column_bound - s);
+    }
+    // Of those that count; a column that nobody asks for has nothing above its bound.
+    DEVICE uint32_t count(const uint32_t (&of)[2], bool mirrored) const {
+        int number = popc(by_row[0] & of[0]) + popc(by_row[1] & of[1]);
+        if (mirrored) number += popc(by_column[0] & of[0]) + popc(by_column[1] & of[1]);
+        return static_cast<uint32_t>(number);
+    }
+};
+
+// Which pairs of a thread are of two classes, and which of one; the others do not count.
+DEVICE void classify(const SweepWalk &walk, const SweepRows &rows, uint32_t (&negative)[2], uint32_t (&positive)[2]) {
+    GroupPlace place;
+    uint32_t first_column = walk.tile.column * TILE;
+    auto before = [&](uint32_t j) { return place.bits_before(j > first_column ? j - first_column : 0); };
+    for (int r = 0; r < 2; ++r) {
+        uint32_t i = rows.first + place.row_of(r);
+        bool valid = i < walk.valid_anchors;
+        ClassRange range = valid ? walk.pairs.classes[i] : ClassRange{1, 0};
+        uint32_t counts = valid ? before(walk.valid_references) : 0, same = before(range.end) & ~before(range.begin);
+        if (walk.pairs.square) counts &= ~before(i + 1);
+        negative[r] = counts & ~same;
+        positive[r] = counts & same;  // a duplicate among them is the selection's to find
+    }
+}
+
+// Maxima, candidates and those that pass the probe. `plain`: every pair counts and none is of one class, as in most tiles;
+// `apart`: the probe has bounds of its own.
+template <bool plain>
+DEVICE void look_at(const SweepWalk &walk, SweepHopperShared &shared, uint32_t team, bool apart, const GroupAccumulators &acc,
+                    SweepRows &rows, uint32_t (&candidates)[2], uint32_t &probe) {
     GroupPlace place;
     const Pairs &pairs = walk.pairs;
-    bool mirrored = pairs.square != 0;
-    [[maybe_unused]] const float none = -INFINITE;
-    uint32_t lane = lane_index(), first_column = walk.tile.column * TILE;
-    uint32_t by_row[2] = {0, 0}, by_column[2] = {0, 0};
-    [[maybe_unused]] uint32_t negative[2], positive[2] = {0, 0};
-    [[maybe_unused]] float row_probe[2];
-    if constexpr (apart) {
-        for (int r = 0; r < 2; ++r) row_probe[r] = negative_bound(valid_min_pos(walk, rows.first + place.row_of(r)), pairs.settings.probe);
-    }
-    if constexpr (!plain) {
-        auto before = [&](uint32_t j) { return place.bits_before(j > first_column ? j - first_column : 0); };
-        for (int r = 0; r < 2; ++r) {
-            uint32_t i = rows.first + place.row_of(r);
-            bool valid = i < walk.valid_anchors;
-            ClassRange range = valid ? pairs.classes[i] : ClassRange{1, 0};
-            uint32_t counts = valid ? before(walk.valid_references) : 0, same = before(range.end) & ~before(range.begin);
-            if (mirrored) counts &= ~before(i + 1);
-            negative[r] = counts & ~same;
-            positive[r] = counts & same;  // a duplicate among them is the selection's to find
-        }
-    }
-    // From the last column on: the bits of the words are shifted in.
+    uint32_t lane = lane_index();
+    uint32_t negative[2] = {~0u, ~0u}, positive[2] = {0, 0};
+    if constexpr (!plain) classify(walk, rows, negative, positive);
+    AboveBits above;
 #pragma unroll
     for (int part = 3; part >= 0; --part) {
         float largest[8];
         bool over = false;
 #pragma unroll
-        for (int pair = 3; pair >= 0; --pair) {
-            const TwoColumns two = shared.columns_of[team][place.column_of(part * 8 + pair * 2) / 2];
+        for (int m = 7; m >= 0; --m) {
+            int c = part * 8 + m;
+            const TwoColumns &two = shared.columns_of[team][place.column_of(c) / 2];
 #pragma unroll
-            for (int odd = 1; odd >= 0; --odd) {
-                int m = pair * 2 + odd, c = part * 8 + m;
-#pragma unroll
-                for (int r = 0; r < 2; ++r) {
-                    float s = GroupPlace::value(acc, r, c);
-                    if constexpr (!plain) s = negative[r] >> c & 1u ? s : none;
-                    rows.largest[r] = fmaxf(rows.largest[r], s);
-                    largest[m] = r == 0 ? s : fmaxf(largest[m], s);
-                    shift_in_sign(by_row[r], rows.candidate[r] - s);
-                    shift_in_sign(by_column[r], two.candidate[odd] - s);
-                    if constexpr (apart) {
-                        probe += s > row_probe[r];
-                        probe += s > shared.probe[team][place.column_of(c)];
-                    }
-                }
-                over |= largest[m] > two.max_neg[odd];
+            for (int r = 0; r < 2; ++r) {
+                float s = GroupPlace::value(acc, r, c);
+                above.add(r, s, rows.candidate[r], two.candidate[c % 2]);
+                if (!plain && !(negative[r] >> c & 1u)) s = -INFINITE;
+                rows.largest[r] = fmaxf(rows.largest[r], s);
+                largest[m] = r == 0 ? s : fmaxf(largest[m], s);
             }
+            over |= largest[m] > two.max_neg[c % 2];
         }
         // The more of a column has been seen, the fewer of its pairs change its m-.
         if (ballot_sync(over) == 0) continue;
@@ -274,19 +281,29 @@ DEVICE void look_at(const SweepWalk &walk, SweepHopperShared &shared, uint32_t t
         exchange<1>(largest, lane & 4, 4);
         uint32_t column = place.column_of(part * 8 + static_cast<int>(lane / 16 * 4 + lane / 8 % 2 * 2 + lane / 4 % 2));
         if (largest[0] > shared.columns_of[team][column / 2].max_neg[column % 2]) {
-            atomic_max(&pairs.max_neg[first_column + column], ordered_key(largest[0]));
+            atomic_max(&pairs.max_neg[walk.tile.column * TILE + column], ordered_key(largest[0]));
         }
         warp_sync();
     }
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        if constexpr (!plain) {
-            by_row[r] &= negative[r];
-            by_column[r] &= negative[r];
+    for (int r = 0; r < 2; ++r) candidates[r] = ((above.by_row[r] | above.by_column[r]) & negative[r]) | positive[r];
+    if (apart) {  // its bits push those out
+        float bound[2];
+        for (int r = 0; r < 2; ++r) bound[r] = negative_bound(valid_min_pos(walk, rows.first + place.row_of(r)), pairs.settings.probe);
+#pragma unroll
+        for (int c = 31; c >= 0; --c) {
+            float column_bound = shared.probe[team][place.column_of(c)];
+#pragma unroll
+            for (int r = 0; r < 2; ++r) above.add(r, GroupPlace::value(acc, r, c), bound[r], column_bound);
         }
-        if constexpr (!apart) probe += static_cast<uint32_t>(popc(by_row[r]) + (mirrored ? popc(by_column[r]) : 0));
-        candidates[r] = by_row[r] | by_column[r] | positive[r];
     }
+    probe += above.count(negative, pairs.square != 0);
+}
+
+// The operand from so many granules of 16 bytes further on. Shared memory has fewer than a descriptor can name: its upper
+// half stays as it is.
+DEVICE Descriptor advanced_granules(Descriptor descriptor, uint32_t granules) {
+    return descriptor >> 32 << 32 | static_cast<uint32_t>(static_cast<uint32_t>(descriptor) + granules);
 }
 
 // The warps of a team: their tiles' products, and what becomes of them.
@@ -330,29 +347,35 @@ struct SweepTeam {
         if (walk.turn > 0) mbarrier_wait(&shared.turn[team], team == 0 ? (own - 1) % 2 : own % 2);
         warp_sync();
         bool resident = walk.resident();
-        uint32_t group_rows = warp / 4 * (TILE / 2) * STAGE_BYTES;
+        Descriptor first_rows = stage_descriptor(shared.rows[0] + warp / 4 * (TILE / 2) * STAGE_BYTES);
+        Descriptor first_columns = stage_descriptor(shared.columns[0]);
+        uint32_t stage = walk.filled() % SWEEP_HOPPER_STAGES, parity = walk.filled() / SWEEP_HOPPER_STAGES % 2;
+#pragma unroll 8
         for (uint32_t k = 0; k < walk.chunks(); ++k) {
-            uint32_t fill = walk.filled() + k, stage = fill % SWEEP_HOPPER_STAGES;
-            mbarrier_wait(&shared.full[stage], fill / SWEEP_HOPPER_STAGES % 2);
+            mbarrier_wait(&shared.full[stage], parity);
             warp_sync();
-            Descriptor rows = stage_descriptor(shared.rows[resident ? k : stage] + group_rows);
-            Descriptor columns = stage_descriptor(shared.columns[stage]);
+            Descriptor rows = advanced_granules(first_rows, (resident ? k : stage) * (kStageBytes / 16));
+            Descriptor columns = advanced_granules(first_columns, stage * (kStageBytes / 16));
             wgmma_fence();
 #pragma unroll
             for (int step = 0; step < kGranules / 2; ++step) {
-                wgmma<false>(Numbers{}, acc, advanced(rows, step * 32), advanced(columns, step * 32));
+                wgmma<false>(Numbers{}, acc, advanced_granules(rows, step * 2), advanced_granules(columns, step * 2));
             }
             wgmma_commit();
             if (k > 0) {
                 wgmma_wait<1>();  // this product goes on, that before it is done
-                arrive_as_warp(&shared.empty[(fill - 1) % SWEEP_HOPPER_STAGES]);
+                arrive_as_warp(&shared.empty[(stage + SWEEP_HOPPER_STAGES - 1) % SWEEP_HOPPER_STAGES]);
+            }
+            if (++stage == SWEEP_HOPPER_STAGES) {
+                stage = 0;
+                parity ^= 1;
             }
         }
         arrive_as_warp(&shared.turn[team ^ 1]);
         meanwhile();
         wgmma_wait<0>();
         settle(acc);
-        arrive_as_warp(&shared.empty[(walk.filled() + walk.chunks() - 1) % SWEEP_HOPPER_STAGES]);
+        arrive_as_warp(&shared.empty[(stage + SWEEP_HOPPER_STAGES - 1) % SWEEP_HOPPER_STAGES]);
     }
 
     // The rows of the tile in place of others.
@@ -392,11 +415,9 @@ struct SweepTeam {
         uint32_t candidates[2];
         // Ranges ascend: the tile is free of positives if its columns end before the first range or begin after the last.
         if (end > walk.valid_references || (end > rows.classes.begin && begin < rows.classes.end)) {
-            look_at<false, true>(walk, shared, team, acc, rows, candidates, probe);
-        } else if (apart) {
-            look_at<true, true>(walk, shared, team, acc, rows, candidates, probe);
+            look_at<false>(walk, shared, team, apart, acc, rows, candidates, probe);
         } else {
-            look_at<true, false>(walk, shared, team, acc, rows, candidates, probe);
+            look_at<true>(walk, shared, team, apart, acc, rows, candidates, probe);
         }
 
         // Every thread's place in the segment: a scan over the warp, then over the warps.

@@ -377,8 +377,8 @@ DEVICE TileIndex tile_at(const Pairs &pairs, uint64_t position) {
 // The tile that follows.
 DEVICE TileIndex next_tile(const Pairs &pairs, TileIndex tile) {
     uint32_t end = ++tile.column;
-    if (end != pairs.references.tiles && end % pairs.band != 0) return tile;
-    uint32_t first = (end - 1) / pairs.band * pairs.band;
+    if (end != pairs.references.tiles && (end & (pairs.band - 1)) != 0) return tile;  // a power of two
+    uint32_t first = (end - 1) & ~(pairs.band - 1);
     if (++tile.row == (pairs.square ? end : pairs.anchors.tiles)) {
         tile.row = 0;
         first = end;
