@@ -144,6 +144,9 @@ DEVICE void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 // What is read behind this line is not read before it: reads that are all under way at once want a register each.
 DEVICE void reads_below() { asm volatile("" ::: "memory"); }
 
+// The value is known from here on: it is not made anew in each branch that uses it.
+DEVICE void settle(uint32_t &value) { asm volatile("" : "+r"(value)); }
+
 // Ends the program: a kernel was launched on a GPU that it is not made for.
 DEVICE void trap() { __trap(); }
 
@@ -180,8 +183,13 @@ DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 // The sign of `value` becomes the lowest bit, the others move up.
 DEVICE void shift_in_sign(uint32_t &bits, float value) { bits = __funnelshift_l(bits_of(value), bits, 1); }
 DEVICE int popc(uint32_t bits) { return __popc(bits); }
-// Index of the lowest bit that is set; `bits` must not be 0.
+// Index of the lowest bit that is set, and of the highest; `bits` must not be 0.
 DEVICE int lowest_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
+DEVICE uint32_t highest_bit(uint32_t bits) {
+    uint32_t index;
+    asm("bfind.u32 %0, %1;" : "=r"(index) : "r"(bits));
+    return index;
+}
 DEVICE uint64_t bits_of(double value) { return static_cast<uint64_t>(__double_as_longlong(value)); }
 // One instruction each, to 2^-22 of the result; what is too small for an f32 is 0.
 DEVICE float exp2_fast(float value) {

@@ -9,7 +9,7 @@
 // the sums of dE leave no registers for more: its operands come through the stages, its values go back to one, and
 // half of M is built from these.
 // Rows, columns, splits and the order of every sum are those of gradient.cu; all warps alike sum what goes by lists.
-// Sync: barriers in shared memory alone (full, empty, zeroed, built, taken, valued); all roles walk the same tiles.
+// Sync: barriers in shared memory alone (full, empty, zeroed, built, valued); all roles walk the same tiles.
 
 #include "hopper.cuh"
 #include "lists.cuh"
@@ -21,7 +21,8 @@ constexpr uint32_t kStagePanel = kDepth * STAGE_BYTES;            // of them, 64
 constexpr uint32_t kStageBytes = kDepth * GRADIENT_COLUMNS * 2;
 constexpr uint32_t kOperandBytes = TILE * STAGE_BYTES;            // a tile's rows, 64 of the inner dimension
 constexpr uint32_t kHalf = TILE / 2;                              // columns of S that are recomputed at a time
-constexpr uint32_t kMatrices = GRADIENT_HOPPER_MATRICES, kTileBytes = TILE * TILE * 2;  // tiles of M
+// Tiles of M: one more than the stages hold tiles of R, so that a stage that is given back says that a matrix is.
+constexpr uint32_t kMatrices = GRADIENT_HOPPER_STAGES / 2 + 1, kTileBytes = TILE * TILE * 2;
 constexpr uint32_t kPanelColumns = STAGE_BYTES / 2;
 constexpr uint32_t kMultipliers = 8, kBuilders = 3;               // warps; the last one copies
 constexpr uint32_t kBuilderThreads = kBuilders * 32;
@@ -34,7 +35,7 @@ struct GradientHopperShared {
     unsigned char stages[GRADIENT_HOPPER_STAGES][kStageBytes];  // [columns / 64, kDepth, STAGE_BYTES]
     unsigned char matrices[kMatrices][kTileBytes];
     Barrier full[GRADIENT_HOPPER_STAGES], empty[GRADIENT_HOPPER_STAGES];
-    Barrier zeroed[kMatrices], built[kMatrices], taken[kMatrices];
+    Barrier zeroed[kMatrices], built[kMatrices];
     Barrier valued[2];           // a half of a recomputed tile's S is in its stage
     uint32_t last, unused;       // whether this block is the last of its splits
 };
@@ -55,7 +56,6 @@ struct Turn {
     DEVICE uint32_t before_rows(uint32_t steps) const { return stored ? 0 : 2 * (steps + 1); }
     DEVICE uint32_t values(uint32_t steps, uint32_t half) const { return fill + half * (steps + 1) + steps; }
     DEVICE uint32_t matrix() const { return index % kMatrices; }
-    DEVICE uint32_t matrix_before() const { return (index - 1) % kMatrices; }
     DEVICE uint32_t matrix_parity() const { return index / kMatrices % 2; }
     // M lies [other side, own]: as its tile of S, whereas a recomputed one is built the right way round.
     DEVICE bool transposed() const { return stored && tile.transposed; }
@@ -135,8 +135,7 @@ DEVICE void copy_rows(const GradientParams &p, GradientHopperShared &shared, Wal
         const Turn &turn = walk.turn;
         auto rows = static_cast<const unsigned char *>(tile_rows<Numbers>(other, turn.y, pairs.stride));
         uint32_t fill = turn.fill;
-        if (turn.index >= kMatrices) mbarrier_wait(&shared.taken[turn.matrix()], turn.matrix_parity() ^ 1);
-        warp_sync();
+        // The matrix is free: the product that read it gave back the stage that the last of R before went to.
         if (turn.stored && lane_index() == 0) {
             Barrier *zeroed = &shared.zeroed[turn.matrix()];
             mbarrier_arrive_expect_tx(zeroed, kTileBytes);
@@ -356,7 +355,7 @@ DEVICE void multiply_matrices(const GradientParams &p, GradientHopperShared &sha
         for (int i = 0; i < 4; ++i) sums[column][i] = 0.0f;
     }
     settle(sums);
-    bool open = false;  // the last product is still under way: its stage, and its M, are not given back yet
+    bool open = false;  // the last product is still under way: its stage is not given back yet
     while (walk.next()) {
         const Turn &turn = walk.turn;
         uint32_t fill = turn.fill + turn.before_rows(walk.steps);
@@ -364,7 +363,6 @@ DEVICE void multiply_matrices(const GradientParams &p, GradientHopperShared &sha
             wgmma_wait<0>();
             if (open) {
                 arrive_as_warp(empty_of(shared, turn.fill - 1));
-                arrive_as_warp(&shared.taken[turn.matrix_before()]);
                 open = false;
             }
             for (uint32_t part = 0; part < 2; ++part) {
@@ -383,10 +381,7 @@ DEVICE void multiply_matrices(const GradientParams &p, GradientHopperShared &sha
             } else {
                 multiply_half<Numbers, false>(sums, matrix + half * kPanelBytes<Numbers> + group * kDepth * STAGE_BYTES, rows);
             }
-            if (open) {
-                arrive_as_warp(empty_of(shared, fill - 1));
-                if (half == 0) arrive_as_warp(&shared.taken[turn.matrix_before()]);
-            }
+            if (open) arrive_as_warp(empty_of(shared, fill - 1));
             open = true;
         }
     }
@@ -445,7 +440,6 @@ DEVICE void gradient_hopper_body([[maybe_unused]] const GradientParams &p) {
         for (Barrier &barrier : shared.empty) mbarrier_init(&barrier, kMultipliers);
         for (Barrier &barrier : shared.zeroed) mbarrier_init(&barrier, 1);
         for (Barrier &barrier : shared.built) mbarrier_init(&barrier, kBuilders);
-        for (Barrier &barrier : shared.taken) mbarrier_init(&barrier, kMultipliers);
         for (Barrier &barrier : shared.valued) mbarrier_init(&barrier, kMultipliers);
     }
     block_sync();  // the barriers are there

@@ -57,11 +57,11 @@
  * 10 bytes with a gap behind every 8. */
 #define ORDER_SHARED_BYTES (ORDER_TILE * (8 + 4) + THREADS / 32 * (ORDER_OWN + 1) * 4)
 #define ORDER_WIDE_SHARED_BYTES ((ORDER_WIDE_TILE + ORDER_WIDE_TILE / 8) * 10)
-/* Bounds, ranges and sums of the 128 rows and 128 columns of a tile. */
-#define SELECT_SHARED_BYTES (TILE * (2 * (8 + 32) + 8))
-/* Of stored candidates also the values and places of so many, and a count a warp. Blocks a multiprocessor, which walk the tiles. */
-#define SELECT_PLACES 4096
-#define SELECT_STORED_SHARED_BYTES (SELECT_SHARED_BYTES + SELECT_PLACES * 6 + 16 + THREADS / 32 * 4)
+/* Bounds, ranges and sums of the 128 rows and 128 columns of a tile, and what is the same for every pair. */
+#define SELECT_SHARED_BYTES (TILE * (2 * (8 + 32) + 8) + 80)
+/* Of stored candidates also the values and places of so many, 12 bytes a thread and a count a warp. Blocks a multiprocessor, which walk the tiles. */
+#define SELECT_PLACES 3584
+#define SELECT_STORED_SHARED_BYTES (SELECT_SHARED_BYTES + SELECT_PLACES * 6 + THREADS * 12 + THREADS / 32 * 4 + 16)
 #define SELECT_BLOCKS 6
 /* One f64 a warp, to sum over a block; of `weigh` also one for each warp and 32 columns of both sides, and a flag. */
 #define SUM_SHARED_BYTES (THREADS / 32 * 8)
@@ -86,12 +86,11 @@
 #define GRADIENT_EXTRA_BYTES 24
 /* On Hopper warps have roles: 8 multiply, 3 build M, 1 copies; more threads would leave the product of 256 columns too
  * few registers (ptxas wants 154 for the whole kernel). 4 stages of half a tile's rows (32 KB), three
- * tiles of M (32 KB), which are cleared, built and multiplied at a time; 19 barriers, and a flag. */
+ * tiles of M (32 KB), which are cleared, built and multiplied at a time; 16 barriers, and a flag. */
 #define GRADIENT_HOPPER_THREADS 384
 #define GRADIENT_HOPPER_STAGES 4
-#define GRADIENT_HOPPER_MATRICES 3
 #define GRADIENT_HOPPER_SHARED_BYTES \
-    (GRADIENT_HOPPER_STAGES * TILE / 2 * GRADIENT_COLUMNS * 2 + GRADIENT_HOPPER_MATRICES * TILE * TILE * 2 + 20 * 8)
+    (GRADIENT_HOPPER_STAGES * TILE / 2 * GRADIENT_COLUMNS * 2 + (GRADIENT_HOPPER_STAGES / 2 + 1) * TILE * TILE * 2 + 17 * 8)
 /* Columns of the gradient that a block of the list way keeps as f32. */
 #define LISTS_COLUMNS 256
 /* References that the retrieval buffer of a query takes between two compactions. */

@@ -192,7 +192,8 @@ DEVICE Inverses find_lengths(const PrepareParams &p, Source<Element> source) {
     });
     bool unusual = index != NO_ROW && !is_usual(length);
     if (index != NO_ROW) p.lengths[index] = length;
-    auto inverse = static_cast<float>(unusual ? 1.0 : 1.0 / length);
+    // Padding has no length, and stays zeros.
+    auto inverse = static_cast<float>(index == NO_ROW || unusual ? 1.0 : 1.0 / length);
     uint32_t all_unusual = ballot_sync(unusual);
     warp_sync();  // the lengths are there
     Inverses inverses{};

@@ -38,15 +38,6 @@ struct SelectSums {
     uint32_t sigmoid_low[2 * TILE], sigmoid_high[2 * TILE];
     uint32_t more_low[2 * TILE], more_high[2 * TILE];
 };
-// Rows of the tile first, then its columns.
-struct SelectShared {
-    float pos_bound[2 * TILE];
-    float neg_bound[2 * TILE];
-    ClassRange range[TILE];
-    SelectSums sums[2];  // of positives, of negatives
-};
-static_assert(sizeof(SelectShared) == SELECT_SHARED_BYTES, "the launch plan's shared memory");
-
 // A number below 2^50 in fixed point: 2^33 leaves 19 bits behind the point, and the five bits of its exponent that high_of() sees are 0.
 constexpr double kFixedBase = 8589934592.0, kFixedUnit = 1.0 / 524288.0;
 DEVICE uint64_t fixed_of(float term, double scale) {
@@ -62,22 +53,47 @@ DEVICE int64_t joined(uint32_t low, uint32_t high, uint32_t bits) {
 struct SelectConstants {
     Argument positive, negative;
     double sigmoid_scale, more_scale;  // of fixed_of()
+    int64_t more_unit;                 // in units of the sums
     float limit;                       // only rows that are not of unit length, and were not checked, come to it
-    DEVICE explicit SelectConstants(const Settings &settings)
-        : positive(argument_of(settings, true)),
-          negative(argument_of(settings, false)),
-          sigmoid_scale(settings.sum_scale * kFixedUnit),
-          more_scale(settings.more_scale * kFixedUnit),
-          limit(static_cast<float>(kLog2E * (1ull << 41) / settings.more_scale)) {}
+    uint32_t pair;  // the bit that counts one
+    Tolerances tolerances;
 };
+DEVICE SelectConstants constants_of(const Pairs &pairs) {
+    const Settings &settings = pairs.settings;
+    return SelectConstants{argument_of(settings, true),
+                           argument_of(settings, false),
+                           settings.sum_scale * kFixedUnit,
+                           settings.more_scale * kFixedUnit,
+                           static_cast<int64_t>(settings.sum_scale / settings.more_scale),
+                           static_cast<float>(kLog2E * (1ull << 41) / settings.more_scale),
+                           1u << kCountBit,
+                           adapt(pairs)};
+}
+
+// Rows of the tile first, then its columns.
+struct SelectShared {
+    float pos_bound[2 * TILE];
+    float neg_bound[2 * TILE];
+    ClassRange range[TILE];
+    SelectSums sums[2];  // of positives, of negatives
+    SelectConstants constants;
+};
+static_assert(sizeof(SelectShared) == SELECT_SHARED_BYTES, "the launch plan's shared memory");
 
 DEVICE void clear_sums(SelectShared &shared, int kind, uint32_t entry) {
     SelectSums &sums = shared.sums[kind];
     sums.sigmoid_low[entry] = sums.sigmoid_high[entry] = sums.more_low[entry] = sums.more_high[entry] = 0;
 }
 
+// What stands for all tiles of a block; one thread knows it, and the sums are clear.
+DEVICE void select_open(const Pairs &pairs, SelectShared &shared) {
+    if (thread_index() == 0) shared.constants = constants_of(pairs);
+    for (int kind = 0; kind < 2; ++kind) clear_sums(shared, kind, thread_index());
+    block_sync();
+}
+
 // Bounds of this thread's entry, and where a positive of it may be; the barrier that publishes them is the caller's.
-DEVICE void select_begin(const Pairs &pairs, Tolerances tolerances, TileIndex tile, SelectShared &shared) {
+DEVICE void select_begin(const Pairs &pairs, TileIndex tile, SelectShared &shared) {
     uint32_t entry = thread_index();
     bool row = entry < TILE;
     uint32_t i = row ? tile.row * TILE + entry : tile.column * TILE + entry - TILE;
@@ -85,6 +101,7 @@ DEVICE void select_begin(const Pairs &pairs, Tolerances tolerances, TileIndex ti
     bool elsewhere = !row && pairs.columns != nullptr && i < pairs.counters->valid_references;
     uint32_t max_neg = anchor ? pairs.max_neg[i] : elsewhere ? pairs.columns[i].max_neg : 0;
     float min_pos = anchor ? pairs.same[i].min_pos : elsewhere ? pairs.columns[i].min_pos : INFINITE;
+    Tolerances tolerances = shared.constants.tolerances;
     shared.pos_bound[entry] = positive_bound(max_neg, tolerances.pos);
     shared.neg_bound[entry] = negative_bound(min_pos, tolerances.neg);
     if (row) shared.range[entry] = anchor ? pairs.classes[i] : ClassRange{1, 0};
@@ -109,13 +126,17 @@ DEVICE uint32_t select_pair(const Pairs &pairs, SelectShared &shared, const Sele
     float sigmoid = logistic.sigmoid();
     uint64_t share = fixed_of(sigmoid, constants.sigmoid_scale);
     uint64_t more = fixed_of(logistic.softplus_less_sigmoid(), constants.more_scale);
-    uint32_t more_high = high_of(more, kMoreBits);
+    uint32_t sigmoid_low = low_of(share, kSigmoidBits), sigmoid_high = high_of(share, kSigmoidBits);
+    uint32_t more_low = low_of(more, kMoreBits) | constants.pair, more_high = high_of(more, kMoreBits);
+    settle(sigmoid_low);
+    settle(sigmoid_high);
+    settle(more_low);
     SelectSums &sums = shared.sums[positive ? 0 : 1];
     auto add = [&](bool wanted, uint32_t entry) {
         if (!wanted) return;
-        atomic_add(&sums.sigmoid_low[entry], low_of(share, kSigmoidBits));
-        atomic_add(&sums.sigmoid_high[entry], high_of(share, kSigmoidBits));
-        atomic_add(&sums.more_low[entry], low_of(more, kMoreBits) | 1u << kCountBit);
+        atomic_add(&sums.sigmoid_low[entry], sigmoid_low);
+        atomic_add(&sums.sigmoid_high[entry], sigmoid_high);
+        atomic_add(&sums.more_low[entry], more_low);
     };
     bool by_column = kept[1] && pairs.square;  // a reference's sums are another part's
     add(kept[0], row);
@@ -124,7 +145,7 @@ DEVICE uint32_t select_pair(const Pairs &pairs, SelectShared &shared, const Sele
         if (kept[0]) atomic_add(&sums.more_high[row], more_high);
         if (by_column) atomic_add(&sums.more_high[TILE + column], more_high);
     }
-    return kept[0] || kept[1] ? word_fate(kept[0], kept[1], positive, sigmoid) : 0;
+    return word_fate(kept[0], kept[1], positive, sigmoid);
 }
 
 // Adds the tile's sums of this thread's entry to the anchor's and clears them; behind a barrier.
@@ -137,7 +158,7 @@ DEVICE void select_end(const Pairs &pairs, TileIndex tile, SelectShared &shared)
         if (count == 0) continue;  // also all entries that are no anchor's
         int64_t sigmoid = joined(sums.sigmoid_low[entry], sums.sigmoid_high[entry], kSigmoidBits);
         int64_t more = joined(low & ((1u << kCountBit) - 1), sums.more_high[entry], kMoreBits);
-        int64_t softplus = sigmoid + more * static_cast<int64_t>(pairs.settings.sum_scale / pairs.settings.more_scale);
+        int64_t softplus = sigmoid + more * shared.constants.more_unit;
         RowSums &of = pairs.sums[i];
         atomic_add(kind == 0 ? &of.count_pos : &of.count_neg, count);
         atomic_add(kind == 0 ? &of.softplus_pos : &of.softplus_neg, softplus);
@@ -155,24 +176,36 @@ DEVICE bool is_plain(const SelectShared &shared, TileIndex tile) {
 
 struct SelectStoredShared : SelectShared {
     alignas(16) uint32_t words[SELECT_PLACES];  // values first
-    uint16_t places[SELECT_PLACES + 8];
+    uint16_t places[SELECT_PLACES];
+    uint32_t masks[THREADS][2], before[THREADS];  // each thread's own bits, and those before them
     uint32_t warp_counts[THREADS / 32];
+    uint32_t end;  // of the block's tiles
 };
 static_assert(sizeof(SelectStoredShared) == SELECT_STORED_SHARED_BYTES, "the launch plan's shared memory");
 
-// The places of this thread's bits, from the `at`th of the window on; those of other windows go where nobody reads.
-template <class Where>
-DEVICE void expand(SelectStoredShared &shared, const uint32_t (&masks)[2], uint32_t at) {
-    Where place;
-    uint32_t first = place.row_of(0) * TILE + place.column_of(0);
+// The places of this thread's bits in the window, the last one first.
+template <class Where, bool one_window>
+DEVICE void expand(SelectStoredShared &shared, uint32_t window) {
+    Where where;
+    uint32_t first = where.row_of(0) * TILE + where.column_of(0), at = shared.before[thread_index()] - window;
+    for (uint32_t mask : shared.masks[thread_index()]) at += static_cast<uint32_t>(popc(mask));
+    uint16_t *to = shared.places + at;
 #pragma unroll
-    for (uint32_t word = 0; word < 2; ++word) {
+    for (int word = 1; word >= 0; --word) {
 #pragma unroll 1
-        for (uint32_t left = masks[word]; left != 0; left &= left - 1, ++at) {
+        for (uint32_t left = shared.masks[thread_index()][word]; left != 0;) {
             // Rows are 8 apart, columns in pairs, 8 from one to the next.
-            uint32_t bit = word * 32 + static_cast<uint32_t>(lowest_bit(left));
-            uint32_t row = bit / Where::columns * 8, column = bit % Where::columns;
-            shared.places[at < SELECT_PLACES ? at : SELECT_PLACES] = static_cast<uint16_t>(first + row * TILE + column + column / 2 * 6);
+            uint32_t bit = highest_bit(left), column = bit % Where::columns;
+            uint32_t row = (static_cast<uint32_t>(word) * (32 / Where::columns) + bit % 32 / Where::columns) * 8;
+            auto place = static_cast<uint16_t>(first + row * TILE + column + column / 2 * 6);
+            left ^= 1u << bit;
+            --at;
+            --to;
+            if constexpr (one_window) {
+                *to = place;
+            } else {
+                if (at < SELECT_PLACES) *to = place;
+            }
         }
     }
 }
@@ -180,8 +213,9 @@ DEVICE void expand(SelectStoredShared &shared, const uint32_t (&masks)[2], uint3
 // Values become words. A thread walks an odd number of candidates side by side: they lie in few rows, which neighbours do not
 // share, and in as many banks as there are lanes.
 template <bool plain>
-DEVICE void select_run(const Pairs &pairs, SelectStoredShared &shared, const SelectConstants &constants, TileIndex tile,
-                       uint32_t count) {
+DEVICE void select_run(const Pairs &pairs, SelectStoredShared &shared, TileIndex tile, uint32_t count) {
+    // In registers where most pairs are.
+    std::conditional_t<plain, const SelectConstants, const SelectConstants &> constants = shared.constants;
     uint32_t run = ((count + THREADS - 1) / THREADS) | 1, k = thread_index() * run, end = k + run < count ? k + run : count;
 #pragma unroll 1
     for (; k < end; ++k) {
@@ -189,6 +223,13 @@ DEVICE void select_run(const Pairs &pairs, SelectStoredShared &shared, const Sel
         float s = float_of(shared.words[k]);
         shared.words[k] = place | select_pair<plain>(pairs, shared, constants, tile, place / TILE, place % TILE, s);
     }
+}
+
+// Every 4 of so many words, which begin at `k`, a thread each.
+template <class Job>
+DEVICE void each_granule(uint32_t count, Job job) {
+#pragma unroll 1
+    for (uint32_t k = thread_index() * 4; k < count; k += THREADS * 4) job(k);
 }
 
 // The tile that follows in the order of indices.
@@ -207,47 +248,49 @@ DEVICE void select_stored_body(const PairsParams &p) {
     SHARED_MEMORY(bytes);
     auto &shared = *reinterpret_cast<SelectStoredShared *>(bytes);
     const Pairs &pairs = p.pairs;
-    uint64_t index = pairs.tiles * block_x() / grid_x(), end = pairs.tiles * (block_x() + 1) / grid_x();
-    Tolerances tolerances = adapt(pairs);
-    SelectConstants constants(pairs.settings);
-    for (int kind = 0; kind < 2; ++kind) clear_sums(shared, kind, thread_index());
-    for (TileIndex tile = tile_of(pairs, index); index < end; ++index, tile = tile_after(pairs, tile)) {
+    auto index = static_cast<uint32_t>(pairs.tiles * block_x() / grid_x());
+    if (thread_index() == 0) shared.end = static_cast<uint32_t>(pairs.tiles * (block_x() + 1) / grid_x());
+    select_open(pairs, shared);
+    for (TileIndex tile = tile_of(pairs, index); index < shared.end; ++index, tile = tile_after(pairs, tile)) {
         uint32_t count = pairs.tile_counts[index];
         if (count == 0 || !is_stored(pairs, index)) continue;
-        const float *values = pairs.pool_values + segment_of(pairs, index);
-        uint32_t *words = pairs.pool_words + segment_of(pairs, index);
-        const uint32_t masks[2] = {words[thread_index() * 2], words[thread_index() * 2 + 1]};
-        uint32_t own = static_cast<uint32_t>(popc(masks[0]) + popc(masks[1]));
+        uint64_t segment = segment_of(pairs, index);
+        uint32_t own = 0;
+        for (uint32_t word = 0; word < 2; ++word) {
+            uint32_t mask = pairs.pool_words[segment + thread_index() * 2 + word];
+            shared.masks[thread_index()][word] = mask;
+            own += static_cast<uint32_t>(popc(mask));
+        }
         uint32_t before = warp_scan(own);
         if (lane_index() == 31) shared.warp_counts[warp_index()] = before;
         before -= own;
-        select_begin(pairs, tolerances, tile, shared);
+        select_begin(pairs, tile, shared);
         block_sync();  // the counts and bounds are there, every mask is read, the last tile's words and sums too
-        #pragma unroll
+#pragma unroll
         for (uint32_t warp = 0; warp < THREADS / 32; ++warp) before += warp < warp_index() ? shared.warp_counts[warp] : 0;
+        shared.before[thread_index()] = before;
         for (uint32_t window = 0; window < count; window += SELECT_PLACES) {
             uint32_t left = count - window < SELECT_PLACES ? count - window : SELECT_PLACES;
-            uint32_t granules = (left + 3) / 4;
             if (window != 0) block_sync();  // the words before are read
-#pragma unroll 1
-            for (uint32_t k = thread_index(); k < granules; k += THREADS) {
-                cp_async(shared.words + k * 4, values + window + k * 4);
-            }
+            each_granule(left, [&](uint32_t k) { cp_async(shared.words + k, pairs.pool_values + segment + window + k); });
             cp_async_commit();
-            expand<Where>(shared, masks, before - window);
+            if (count <= SELECT_PLACES) {
+                expand<Where, true>(shared, window);
+            } else {
+                expand<Where, false>(shared, window);
+            }
             cp_async_wait<0>();
             block_sync();
             if (is_plain(shared, tile)) {
-                select_run<true>(pairs, shared, constants, tile, left);
+                select_run<true>(pairs, shared, tile, left);
             } else {
-                select_run<false>(pairs, shared, constants, tile, left);
+                select_run<false>(pairs, shared, tile, left);
             }
             block_sync();
-#pragma unroll 1
-            for (uint32_t k = thread_index(); k < granules; k += THREADS) {
-                *reinterpret_cast<Granule<uint32_t> *>(words + window + k * 4) =
-                    *reinterpret_cast<const Granule<uint32_t> *>(shared.words + k * 4);
-            }
+            each_granule(left, [&](uint32_t k) {
+                using Words = Granule<uint32_t>;
+                *reinterpret_cast<Words *>(pairs.pool_words + segment + window + k) = *reinterpret_cast<const Words *>(shared.words + k);
+            });
         }
         select_end(pairs, tile, shared);
     }
@@ -272,9 +315,9 @@ DEVICE void select_tile(const Pairs &pairs, TileIndex tile, unsigned char *bytes
             values[place.row_of(row) * kValuesStride + place.column_of(column)] = Where::value(acc, row, column);
         }
     }
-    select_begin(pairs, adapt(pairs), tile, shared);
-    for (int kind = 0; kind < 2; ++kind) clear_sums(shared, kind, thread_index());
-    SelectConstants constants(pairs.settings);
+    select_open(pairs, shared);
+    select_begin(pairs, tile, shared);
+    const SelectConstants constants = shared.constants;
     block_sync();
     for (uint32_t k = thread_index(); k < TILE * TILE; k += THREADS) {
         uint32_t r = k / TILE, c = k % TILE;

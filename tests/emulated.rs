@@ -405,6 +405,8 @@ fn rows_of_any_length_agree_with_the_cpu() {
                     .into_iter()
                     .chain(output.reference_gradient.as_ref().zip(truth.reference_gradient.as_ref()));
                 for (got, want) in pairs {
+                    // max() below overlooks a NaN.
+                    assert!(got.iter().all(|value| value.is_finite()), "{what}");
                     let most = want.fold(0.0f32, |most, value| most.max(value.abs()));
                     let worst = got.iter().zip(want).fold(0.0f32, |worst, (g, w)| worst.max((g - w).abs()));
                     assert!(most > 0.0 && f64::from(worst / most) <= bound, "{what}: {}", worst / most);

@@ -275,15 +275,19 @@ fn copying_over_rows_that_are_read_is_caught() {
 
 #[test]
 fn a_stage_that_is_given_back_too_early_is_caught() {
-    let release = "arrive_as_warp(empty_of(shared, fill - 1));\n                if (half";
-    let early = "arrive_as_warp(empty_of(shared, fill));\n                if (half";
+    let release = "if (open) arrive_as_warp(empty_of(shared, fill - 1));";
+    let early = "if (open) arrive_as_warp(empty_of(shared, fill));";
     assert_caught(&run_faulty_hopper("gradient_hopper.cu", release, early));
 }
 
 #[test]
 fn filling_a_matrix_before_it_is_given_back_is_caught() {
-    let wait = "if (turn.index >= kMatrices) mbarrier_wait(&shared.taken";
-    assert_caught(&run_faulty_hopper("gradient_hopper.cu", wait, "if (false) mbarrier_wait(&shared.taken"));
+    // One matrix fewer: zeros land while the product before the last reads it.
+    let file = "gradient_hopper.cu";
+    assert_caught(&run_faulty_hopper_twice([
+        Fault { file, from: "return index % kMatrices;", to: "return index % 2;" },
+        Fault { file, from: "return index / kMatrices % 2;", to: "return index / 2 % 2;" },
+    ]));
 }
 
 #[test]

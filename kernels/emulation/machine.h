@@ -316,6 +316,7 @@ inline void wgmma_tf32(float (&c)[n][4], uint64_t a, uint64_t b) {
     emulation::collective("wgmma_tf32", &one, emulation::wgmma<emulation::Numbers::tf32>);
 }
 inline void reads_below() {}
+inline void settle(uint32_t &) {}
 [[noreturn]] inline void trap() { emulation::stop("trap"); }
 
 inline uint32_t bits_of(float value) {
@@ -332,6 +333,7 @@ inline void shift_in_sign(uint32_t &bits, float value) { bits = bits << 1 | bits
 inline int popc(uint32_t bits) { return __builtin_popcount(bits); }
 inline float saturated_difference(float a, float b) { return a - b < 0.0f ? 0.0f : a - b > 1.0f ? 1.0f : a - b; }
 inline int lowest_bit(uint32_t bits) { return __builtin_ctz(bits); }
+inline uint32_t highest_bit(uint32_t bits) { return 31u - static_cast<uint32_t>(__builtin_clz(bits)); }
 // Ties away from zero in magnitude: half a unit is added below the bits that are kept.
 inline uint32_t to_tf32(float value) {
     if (!std::isfinite(value)) return bits_of(value);

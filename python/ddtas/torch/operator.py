@@ -268,8 +268,8 @@ def _backward(ctx: Any, upstream: Tensor | None, eager: bool) -> list[Tensor | N
     # `loss.backward()` scales by 1. Nobody waits for a GPU to say so.
     one = eager and upstream.device.type == "cpu" and upstream.item() == 1
     if gradient.device.type == "cuda":
-        # A bad row has made the loss NaN; nobody has waited to hear of it.
-        upstream = upstream * (1 + 0 * statistics[0]).to(upstream.dtype)
+        # A bad row has made the loss NaN, and 0 times it is NaN too; nobody has waited to hear of it.
+        upstream = torch.add(upstream, statistics[0], alpha=0)
     for place, given in enumerate(inputs):
         if not needed[place]:
             continue
