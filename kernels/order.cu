@@ -5,7 +5,7 @@
 //   come before it, counted by a block for every 64: a sort by one block would wait for itself. Beyond 65,536 rows a block
 //   sorts 8,192 in shared memory. Then
 //   ORDER_RUNS sorted runs at a time become one: a key's place is the sum of its places in all of them, found by
-//   binary search, several runs at once. 2,048 rows want no merge, 65,536 one, and with wide tiles 262,144.
+//   binary search, a warp a run. 2,048 rows want no merge, 65,536 one, and with wide tiles 262,144.
 // order_tiles also sets to 0 what later passes count up in.
 // Ignored labels get the largest key: their rows come last and in no range.
 
@@ -234,40 +234,57 @@ ROLE_KERNEL(order_tiles_wide, OrderParams, ORDER_WIDE_THREADS) {
     }
 }
 
-// Runs whose searches go on at once: each step waits for memory.
-constexpr uint32_t kAtOnce = 8;
-
-// Indices ascend over runs: equal keys of earlier runs come first.
+// A block has keys that follow each other, and each warp searches for all of them in some of the runs, several at once:
+// neighbours read the same lines of memory. Indices ascend over runs: equal keys of earlier runs come first.
+constexpr uint32_t kAtOnce = ORDER_MERGED / 32;
+static_assert(ORDER_MERGED % 32 == 0 && ORDER_MERGED <= THREADS && ORDER_TILE % ORDER_MERGED == 0, "a thread a key, all of one run");
 KERNEL(order_merge, MergeParams, 4) {
-    uint32_t i = block_x() * THREADS + thread_index();
-    if (i >= p.count) return;
-    uint64_t key = p.from_keys[i];
-    uint32_t own = i / p.run, first = own / ORDER_RUNS * ORDER_RUNS, runs = (p.count - 1) / p.run + 1;
+    SHARED_MEMORY(bytes);
+    auto *found = reinterpret_cast<uint32_t *>(bytes);  // [warps, ORDER_MERGED]
+    uint32_t begin = block_x() * ORDER_MERGED;
+    uint32_t own = begin / p.run, first = own / ORDER_RUNS * ORDER_RUNS, runs = (p.count - 1) / p.run + 1;
     uint32_t end = runs - first < ORDER_RUNS ? runs : first + ORDER_RUNS;
     auto length = [&](uint32_t run) { return p.count - run * p.run < p.run ? p.count - run * p.run : p.run; };
-    uint32_t place = first * p.run + i % p.run;
-    for (uint32_t base = first; base < end; base += kAtOnce) {
-        uint32_t found[kAtOnce];
+    uint64_t keys[kAtOnce];
+    uint32_t place[kAtOnce];
 #pragma unroll
-        for (uint32_t a = 0; a < kAtOnce; ++a) found[a] = 0;
+    for (uint32_t k = 0; k < kAtOnce; ++k) {
+        uint32_t i = begin + k * 32 + lane_index();
+        keys[k] = i < p.count ? p.from_keys[i] : kIgnored;
+        place[k] = 0;
+    }
+    for (uint32_t run = first + warp_index(); run < end; run += THREADS / 32) {
+        if (run == own) continue;
+        const uint64_t *others = p.from_keys + static_cast<uint64_t>(run) * p.run;
+        uint32_t before[kAtOnce], most = length(run);
+#pragma unroll
+        for (uint32_t k = 0; k < kAtOnce; ++k) before[k] = 0;
         for (uint32_t step = p.run; step > 0; step /= 2) {
 #pragma unroll
-            for (uint32_t a = 0; a < kAtOnce; ++a) {
-                uint32_t run = base + a, keys = found[a] + step;
-                if (run >= end || run == own || keys > length(run)) continue;
-                uint64_t other = p.from_keys[run * p.run + keys - 1];
-                if (other < key || (run < own && other == key)) found[a] = keys;
+            for (uint32_t k = 0; k < kAtOnce; ++k) {
+                if (before[k] + step > most) continue;
+                uint64_t other = others[before[k] + step - 1];
+                if (other < keys[k] || (run < own && other == keys[k])) before[k] += step;
             }
         }
 #pragma unroll
-        for (uint32_t a = 0; a < kAtOnce; ++a) place += found[a];
+        for (uint32_t k = 0; k < kAtOnce; ++k) place[k] += before[k];
     }
-    p.keys[place] = key;
-    p.order[place] = p.from_order[i];
-    if (p.valid == nullptr || key == kIgnored) return;
+#pragma unroll
+    for (uint32_t k = 0; k < kAtOnce; ++k) found[warp_index() * ORDER_MERGED + k * 32 + lane_index()] = place[k];
+    uint32_t i = begin + thread_index(), in_run = i % p.run + 1;
+    bool there = thread_index() < ORDER_MERGED && i < p.count;
+    uint64_t key = there ? p.from_keys[i] : kIgnored;
+    uint32_t index = there ? p.from_order[i] : 0;
     // One thread of each run that has valid rows counts all of them.
-    uint32_t in_run = i % p.run + 1;
-    if (in_run != length(own) && p.from_keys[i + 1] != kIgnored) return;
-    atomic_add(p.valid, in_run);
-    if (p.valid_too != nullptr) atomic_add(p.valid_too, in_run);
+    if (p.valid != nullptr && key != kIgnored && (in_run == length(own) || p.from_keys[i + 1] == kIgnored)) {
+        atomic_add(p.valid, in_run);
+        if (p.valid_too != nullptr) atomic_add(p.valid_too, in_run);
+    }
+    block_sync();
+    if (!there) return;
+    uint32_t at = first * p.run + i % p.run;
+    for (uint32_t warp = 0; warp < THREADS / 32; ++warp) at += found[warp * ORDER_MERGED + thread_index()];
+    p.keys[at] = key;
+    p.order[at] = index;
 }

@@ -56,6 +56,9 @@
 /* The labels, as they are and as f32, what each warp has counted for each own key, and a flag a warp. Where a block sorts, keys of
  * 10 bytes with a gap behind every 8. */
 #define ORDER_SHARED_BYTES (ORDER_TILE * (8 + 4) + THREADS / 32 * (ORDER_OWN + 1) * 4)
+/* Keys of a block that merges, and what each warp has found for each. */
+#define ORDER_MERGED 128
+#define ORDER_MERGE_SHARED_BYTES (THREADS / 32 * ORDER_MERGED * 4)
 #define ORDER_WIDE_SHARED_BYTES ((ORDER_WIDE_TILE + ORDER_WIDE_TILE / 8) * 10)
 /* Bounds, ranges and sums of the 128 rows and 128 columns of a tile, and what is the same for every pair. */
 #define SELECT_SHARED_BYTES (TILE * (2 * (8 + 32) + 8) + 80)
@@ -297,7 +300,7 @@ typedef struct OrderParams {
     Zeroed zeroed[ZEROED];
 } OrderParams;
 
-/* order_merge: the place of each key of ORDER_RUNS sorted runs among all of theirs. A thread a key. */
+/* order_merge: the place of each key of ORDER_RUNS sorted runs among all of theirs. One block for every ORDER_MERGED keys. */
 typedef struct MergeParams {
     const uint64_t *from_keys;   /* [count], sorted within each run */
     const uint32_t *from_order;

@@ -104,6 +104,7 @@ void run_products(uint64_t pending) {
         bool due = warp.products.front().group + pending < warp.group;
         if (!due && machine->random.below(4) != 0) break;
         run_product(warp.products.front(), index);
+        Unwatched bookkeeping;
         warp.products.pop_front();
     }
 }
@@ -248,6 +249,7 @@ void wgmma(void **lanes) {
         if (one.a != first.a || one.b != first.b) die("descriptors differ within a warp", "");
         product.c[lane] = one.c;
     }
+    Unwatched bookkeeping;
     warp.products.push_back(product);
 }
 template void wgmma<Numbers::f16>(void **);

@@ -37,6 +37,7 @@ void cp_async(void *to, const void *from) {
     // Whoever still reads the old bytes, or already the new ones, gets NaN.
     std::memset(to, 0xff, 16);
     writes(to, 16);
+    Unwatched bookkeeping;
     self.copies.push_back(Copy{to, from, self.group, false});
 }
 
@@ -51,9 +52,11 @@ void cp_async_wait(int pending) {
             land(copy);
             writes(copy.to, 16);  // at any time up to now
         } else {
+            Unwatched bookkeeping;
             later.push_back(copy);
         }
     }
+    Unwatched bookkeeping;
     self.copies = std::move(later);
 }
 

@@ -133,6 +133,9 @@ void run_block(uint32_t shared_bytes) {
     for (uint32_t i = machine->thread_count; i > 1; --i) {
         std::swap(machine->all_threads[i - 1].fiber, machine->all_threads[machine->random.below(i)].fiber);
     }
+#ifdef DDTAS_EMULATION_RACES
+    if (machine->random.below(2) == 0) machine->change_crew();
+#endif
     for (Thread &thread : machine->threads()) {
         thread.state = State::ready;
         thread.group = thread.store_group = 0;
@@ -172,7 +175,7 @@ void block_barrier(const char *file, int line) {
     self.state = State::at_barrier;
     self.barrier_file = file;
     self.barrier_line = line;
-    void *token = &machine->meeting.tokens[machine->meeting.turn % 2];
+    void *token = machine->meeting.token(machine->crew);
     release(token);
     yield();
     acquire(token);
@@ -195,7 +198,7 @@ void collective(const char *what, void *operands, Operation operation) {
         die("divergent warp: ", std::string("in ") + what + " while other lanes are in " + warp.what);
     }
     warp.operands[index % 32] = operands;
-    void *token = &warp.meeting.tokens[warp.meeting.turn % 2];
+    void *token = warp.meeting.token(machine->crew);
     release(token);
     if (++warp.arrived < 32) {
         machine->all_threads[index].state = State::at_collective;

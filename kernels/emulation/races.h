@@ -63,10 +63,13 @@ struct Unwatched {
 #endif
 
 // Where threads meet again and again. Two tokens in turn: a thread that is already at the next
-// meeting must not order what it did on the way for those that are still leaving the last.
+// meeting must not order what it did on the way for those that are still leaving the last. And two for each of two crews of
+// threads: ThreadSanitizer's are used again for other blocks, where they would order at the first meeting what they did in
+// an earlier block after its last. Of two blocks of different crews it knows that nothing orders them.
 struct Meeting {
-    char tokens[2];
+    char tokens[2][2];
     unsigned turn = 0;
+    void *token(unsigned crew) { return &tokens[crew][turn % 2]; }
 };
 
 }  // namespace emulation

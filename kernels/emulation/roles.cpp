@@ -23,7 +23,7 @@ void named_sync(uint32_t barrier, uint32_t threads) {
     NamedBarrier &one = machine->named[barrier];
     if (one.arrived != 0 && one.threads != threads) die("a named barrier of different sizes: ", std::to_string(barrier));
     one.threads = threads;
-    void *token = &one.meeting.tokens[one.meeting.turn % 2];
+    void *token = one.meeting.token(machine->crew);
     release(token);
     Thread &self = machine->self();
     if (++one.arrived < threads) {

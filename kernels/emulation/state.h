@@ -77,7 +77,7 @@ constexpr uint32_t kNamedBarriers = 16;
 enum class State { ready, at_barrier, at_named_barrier, at_collective, at_shared_barrier, done };
 
 struct Thread {
-    Fiber fiber;
+    Fiber fiber, other_crew_s;
     State state = State::ready;
     const char *barrier_file = nullptr;
     int barrier_line = 0;
@@ -123,6 +123,7 @@ struct Machine {
     char begun = 0, launched[2] = {};   // tokens: of a block, of this launch and the one before
     unsigned launches = 0;
     uint32_t current = 0;
+    unsigned crew = 0;                  // of the threads of this block
     Index block{}, grid{};
     unsigned char *shared = nullptr;
     std::vector<unsigned char> async_view;  // shared memory as bulk copies and products see it
@@ -131,7 +132,14 @@ struct Machine {
     const char *name = "";
     Fiber scheduler;
     ~Machine() {
-        for (Thread &thread : all_threads) end_fiber(thread.fiber);
+        for (Thread &thread : all_threads) {
+            end_fiber(thread.fiber);
+            end_fiber(thread.other_crew_s);
+        }
+    }
+    void change_crew() {
+        crew = 1 - crew;
+        for (Thread &thread : all_threads) std::swap(thread.fiber, thread.other_crew_s);
     }
     Thread &self() { return all_threads[current]; }
     Warp &warp() { return warps[current / 32]; }

@@ -40,7 +40,7 @@ int check(uint32_t count, uint64_t seeds, int64_t largest = 37) {
         bool wide = count > ORDER_TILE * ORDER_RUNS;  // as order_tile() in plan.rs
         const uint32_t tile = wide ? ORDER_WIDE_TILE : ORDER_TILE;
         const uint32_t keys_of_block = wide ? ORDER_WIDE_TILE : ORDER_OWN;
-        const uint32_t tile_grid[3] = {(count + keys_of_block - 1) / keys_of_block, 1, 1}, grid[3] = {(count + THREADS - 1) / THREADS, 1, 1};
+        const uint32_t tile_grid[3] = {(count + keys_of_block - 1) / keys_of_block, 1, 1}, grid[3] = {(count + ORDER_MERGED - 1) / ORDER_MERGED, 1, 1};
         if (emulation::launch(wide ? "order_tiles_wide" : "order_tiles", tile_grid, wide ? ORDER_WIDE_THREADS : THREADS,
                               wide ? ORDER_WIDE_SHARED_BYTES : ORDER_SHARED_BYTES, &tiles, sizeof tiles, seed)) {
             return 2;
@@ -50,7 +50,7 @@ int check(uint32_t count, uint64_t seeds, int64_t largest = 37) {
             order.swap(other_order);
             MergeParams merge{keys.data(), order.data(), others.data(), other_order.data(), count, static_cast<uint32_t>(run), nullptr, nullptr};
             if (run * ORDER_RUNS >= count) merge.valid = &valid;
-            if (emulation::launch("order_merge", grid, THREADS, 0, &merge, sizeof merge, seed)) return 2;
+            if (emulation::launch("order_merge", grid, THREADS, ORDER_MERGE_SHARED_BYTES, &merge, sizeof merge, seed)) return 2;
         }
         bool begun = dirty[0] == 0 && dirty[2] == 0 && counters.bad_anchor == NO_ROW;
         bool sorted = true;
