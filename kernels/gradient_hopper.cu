@@ -131,19 +131,22 @@ DEVICE void copy_rows(const GradientParams &p, GradientHopperShared &shared, Wal
         if (fill >= GRADIENT_HOPPER_STAGES) mbarrier_wait(empty_of(shared, fill), parity_of(fill - GRADIENT_HOPPER_STAGES));
         warp_sync();
     };
-    while (walk.next()) {
-        const Turn &turn = walk.turn;
-        auto rows = static_cast<const unsigned char *>(tile_rows<Numbers>(other, turn.y, pairs.stride));
-        uint32_t fill = turn.fill;
-        // The matrix is free: the product that read it gave back the stage that the last of R before went to.
-        if (turn.stored && lane_index() == 0) {
-            Barrier *zeroed = &shared.zeroed[turn.matrix()];
-            mbarrier_arrive_expect_tx(zeroed, kTileBytes);
-            cp_async_bulk(shared.matrices[turn.matrix()], p.zeros, kTileBytes, zeroed);
+    // Recomputed tiles too: their matrix is written all over, and waited for alike.
+    auto clear = [&](uint32_t matrix) {
+        if (lane_index() == 0) {
+            mbarrier_arrive_expect_tx(&shared.zeroed[matrix], kTileBytes);
+            cp_async_bulk(shared.matrices[matrix], p.zeros, kTileBytes, &shared.zeroed[matrix]);
         }
         warp_sync();
+    };
+    bool there = walk.next();
+    if (there) clear(walk.turn.matrix());
+    while (there) {
+        Turn turn = walk.turn;
+        there = walk.next();
+        auto rows = static_cast<const unsigned char *>(tile_rows<Numbers>(other, turn.y, pairs.stride));
+        uint32_t fill = turn.fill;
         if (!turn.stored) {
-            arrive_as_warp(&shared.zeroed[turn.matrix()]);
             for (uint32_t half = 0; half < 2; ++half) {
                 for (uint32_t step = 0; step < walk.steps; ++step, ++fill) {
                     begin_stage(fill);
@@ -164,6 +167,8 @@ DEVICE void copy_rows(const GradientParams &p, GradientHopperShared &shared, Wal
         }
         for (uint32_t half = 0; half < 2; ++half, ++fill) {
             begin_stage(fill);
+            // The product that gave this stage back was the last to read the matrix that the next tile gets.
+            if (half == 1 && there) clear(walk.turn.matrix());
             if (lane_index() == 0) mbarrier_arrive_expect_tx(full_of(shared, fill), panels * kStagePanel);
             warp_sync();
             if (lane_index() < panels) {

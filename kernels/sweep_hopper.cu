@@ -181,12 +181,11 @@ DEVICE float column_min_pos(const SweepWalk &walk, uint32_t j) {
     return pairs.columns != nullptr && j < walk.valid_references ? pairs.columns[j].min_pos : INFINITE;
 }
 
-// What nothing of a column passes that would change its m-: what other tiles have made of it so far. It only grows, so that
-// one that has grown since is as good. In the rectangular form nobody asks for it.
-DEVICE float column_max_neg(const Pairs &pairs, uint32_t j) {
-    if (!pairs.square) return INFINITE;
-    uint32_t key = j < pairs.anchors.count ? atomic_load(&pairs.max_neg[j]) : 0;
-    return key == 0 ? -INFINITE : key_value(key);
+// Key of a column's m-, as other tiles have made it so far. It only grows: one that has grown since is as good. In the
+// rectangular form nobody asks for it, and nothing is above it.
+DEVICE uint32_t column_max_neg(const Pairs &pairs, uint32_t j) {
+    if (!pairs.square) return ordered_key(INFINITE);
+    return j < pairs.anchors.count ? atomic_load(&pairs.max_neg[j]) : 0;
 }
 
 // What a thread knows of the row tile and of its own two rows.
@@ -396,7 +395,7 @@ struct SweepTeam {
         // On their way while the team multiplies.
         uint32_t begin = walk.tile.column * TILE, end = begin + TILE;
         float min_pos = thread < TILE ? column_min_pos(walk, begin + thread) : INFINITE;
-        float max_neg = thread < TILE ? column_max_neg(pairs, begin + thread) : INFINITE;
+        uint32_t max_neg = thread < TILE ? column_max_neg(pairs, begin + thread) : 0;
         GroupAccumulators acc;
         multiply(acc, walk, [&] {
             if (walk.tile.row * TILE != rows.first) begin_rows(walk, rows);
@@ -404,7 +403,7 @@ struct SweepTeam {
             if (thread < TILE) {
                 TwoColumns &two = shared.columns_of[team][thread / 2];
                 two.candidate[thread % 2] = negative_bound(min_pos, pairs.settings.candidate);
-                two.max_neg[thread % 2] = max_neg;
+                two.max_neg[thread % 2] = max_neg == 0 ? -INFINITE : key_value(max_neg);
                 // A reference that is an anchor elsewhere is counted there.
                 shared.probe[team][thread] = pairs.square ? negative_bound(min_pos, pairs.settings.probe) : INFINITE;
             }
@@ -433,6 +432,16 @@ struct SweepTeam {
         stage(StagedTile{walk.tile, total}, candidates, acc, before, windows);
     }
 
+    // The pairs of a thread, eight chains side by side.
+    template <class Use>
+    static DEVICE void each_pair(Use use) {
+#pragma unroll
+        for (int step = 0; step < 8; ++step) {
+#pragma unroll
+            for (int chain = 0; chain < 8; ++chain) use(chain, chain / 4, chain % 4 * 8 + step);
+        }
+    }
+
     // What was staged before is stored.
     DEVICE void begin_window(StagedTile tile, uint32_t &windows) const {
         if (windows > 0) mbarrier_wait(&shared.stored[team], (windows - 1) % 2);
@@ -452,23 +461,20 @@ struct SweepTeam {
                 shared.masks[team][thread * 2] = candidates[0];
                 shared.masks[team][thread * 2 + 1] = candidates[1];
             }
-            // Of both rows, side by side; it wraps around where the place is of an earlier window.
-            uint32_t at[2] = {staged + (before - window) * 4, 0};
-            at[1] = at[0] + static_cast<uint32_t>(popc(candidates[0])) * 4;
+            // Eight chains of stores, of a quarter of a word each: what steps an address on waits until a store has read it.
+            // Places wrap around where they are of an earlier window.
+            uint32_t at[8], next = staged + (before - window) * 4;
+#pragma unroll
+            for (int chain = 0; chain < 8; ++chain) {
+                at[chain] = next;
+                next += static_cast<uint32_t>(popc(candidates[chain / 4] >> chain % 4 * 8 & 0xffu)) * 4;
+            }
             if (total <= SWEEP_HOPPER_STAGED) {
-#pragma unroll
-                for (int c = 0; c < 32; ++c) {
-#pragma unroll
-                    for (int r = 0; r < 2; ++r) append_if(at[r], candidates[r], 1u << c, GroupPlace::value(acc, r, c));
-                }
+                each_pair([&](int chain, int r, int c) { append_if(at[chain], candidates[r], 1u << c, GroupPlace::value(acc, r, c)); });
             } else {
-#pragma unroll
-                for (int c = 0; c < 32; ++c) {
-#pragma unroll
-                    for (int r = 0; r < 2; ++r) {
-                        append_within(at[r], candidates[r], 1u << c, GroupPlace::value(acc, r, c), staged, SWEEP_HOPPER_STAGED * 4);
-                    }
-                }
+                each_pair([&](int chain, int r, int c) {
+                    append_within(at[chain], candidates[r], 1u << c, GroupPlace::value(acc, r, c), staged, SWEEP_HOPPER_STAGED * 4);
+                });
             }
             fence_proxy_async();
             warp_sync();
@@ -509,7 +515,7 @@ DEVICE void sweep_hopper_body([[maybe_unused]] const PairsParams &p) {
     SweepWalk walk(pairs, Numbers::stored_bytes);
     uint32_t warp = shuffle(warp_index(), 0);
     if (warp >= kTeams * kTeamWarps) {
-        setmaxnreg_dec<24>();
+        setmaxnreg_dec<32>();
         // The first threads of three warps, whose registers are few.
         if (lane_index() != 0) return;
         if (warp == kTeams * kTeamWarps) copy_operands<Numbers>(pairs, shared, walk);

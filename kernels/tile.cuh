@@ -362,7 +362,9 @@ DEVICE TileIndex tile_of(const Pairs &pairs, uint64_t index) {
     return TileIndex{static_cast<uint32_t>(index / tiles), static_cast<uint32_t>(index % tiles)};
 }
 
-// The tiles in the order of the sweep: by bands of columns whose rows stay in L2, in a band row by row.
+// The tiles in the order of the sweep: by bands of columns whose rows stay in L2, in a band row by row. The rows of a
+// triangle come in pairs, the longest with the shortest and so on: where rows begin, and pairs of one class are, is then spread
+// evenly over the blocks that have a run each.
 DEVICE TileIndex tile_at(const Pairs &pairs, uint64_t position) {
     uint64_t tiles = pairs.references.tiles, first = 0;
     auto before = [&](uint64_t column) { return pairs.square ? column * (column + 1) / 2 : column * pairs.anchors.tiles; };
@@ -371,20 +373,24 @@ DEVICE TileIndex tile_at(const Pairs &pairs, uint64_t position) {
     if (!pairs.square || left < first * width) {
         return TileIndex{static_cast<uint32_t>(left / width), static_cast<uint32_t>(first + left % width)};
     }
-    TileIndex tile = triangle_at(left - first * width, width);
-    return TileIndex{tile.row + static_cast<uint32_t>(first), tile.column + static_cast<uint32_t>(first)};
+    // A band's triangle has fewer tiles than 2^32: its rows fit L2.
+    auto side = static_cast<uint32_t>(width), in_triangle = static_cast<uint32_t>(left - first * width);
+    uint32_t pair = in_triangle / (side + 1), at = in_triangle % (side + 1), longer = side - pair;
+    uint32_t row = static_cast<uint32_t>(first) + (at < longer ? pair : longer - 1);
+    return TileIndex{row, row + (at < longer ? at : at - longer)};
 }
 // The tile that follows.
 DEVICE TileIndex next_tile(const Pairs &pairs, TileIndex tile) {
     uint32_t end = ++tile.column;
     if (end != pairs.references.tiles && (end & (pairs.band - 1)) != 0) return tile;  // a power of two
-    uint32_t first = (end - 1) & ~(pairs.band - 1);
-    if (++tile.row == (pairs.square ? end : pairs.anchors.tiles)) {
-        tile.row = 0;
-        first = end;
+    uint32_t first = (end - 1) & ~(pairs.band - 1), row = tile.row + 1;
+    bool over = row == pairs.anchors.tiles;
+    if (pairs.square && tile.row >= first) {
+        uint32_t partner = first + end - 1 - tile.row;
+        row = tile.row < partner ? partner : partner + 1;
+        over = tile.row >= partner && 2 * row > first + end - 1;
     }
-    tile.column = pairs.square && tile.row > first ? tile.row : first;
-    return tile;
+    return over ? TileIndex{0, end} : TileIndex{row, pairs.square && row > first ? row : first};
 }
 
 // Room for a tile's candidates, and for the bits that say which they are: where it begins, or NO_ROW. Which tiles get room

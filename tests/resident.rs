@@ -64,7 +64,7 @@ fn square_form_gives_the_same_bits() {
 fn the_scalars_of_a_resident_loss_are_left_on_the_device() {
     // Classes lie apart, so that an anchor keeps positives and no negative; but two that lie together.
     let (_, labels) = rows(140, 0.0);
-    let angle = |i: usize| (i / 3).max(1) as f32 * 0.13 + i as f32 * 1e-4;
+    let angle = |i: usize| (i / 3).max(1) as f32 * 0.13 + (i % 3) as f32 * 0.01;
     let e = Array2::from_shape_fn((140, 2), |(i, d)| if d == 0 { angle(i).cos() } else { angle(i).sin() });
     let mut gradient = Array2::zeros((140, 2));
     let batch = batch(resident(&e, &labels, &mut gradient), None);

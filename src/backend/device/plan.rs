@@ -452,7 +452,11 @@ mod tests {
         let firsts = (0..tiles).step_by(band);
         let in_band = |first: usize| {
             let end = tiles.min(first + band);
-            (0..end).flat_map(move |row| (row.max(first)..end).map(move |column| (row, column)))
+            // The longest row of the triangle, the shortest, and so on.
+            let triangle =
+                (0..end - first).map(move |k| if k % 2 == 0 { first + k / 2 } else { end - 1 - k / 2 });
+            let columns = move |row: usize| (row.max(first)..end).map(move |column| (row, column));
+            (0..first).chain(triangle).flat_map(columns)
         };
         firsts.flat_map(in_band).collect()
     }
