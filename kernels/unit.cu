@@ -16,8 +16,10 @@ DEVICE void lead_back_body(const LeadBackParams &p) {
     if (is_usual(length)) {
         auto inverse = static_cast<float>(1.0 / length);
         float inward = 0.0f;
+#pragma unroll 8
         for (uint32_t d = lane_index(); d < p.dim; d += 32) inward += gradient[d] * to_float(from[d]);
         inward = warp_sum(inward) * inverse;
+#pragma unroll 8
         for (uint32_t d = lane_index(); d < p.dim; d += 32) {
             gradient[d] = (gradient[d] - inward * (to_float(from[d]) * inverse)) * inverse;
         }
