@@ -66,11 +66,12 @@
 #define SELECT_PLACES 3584
 #define SELECT_STORED_SHARED_BYTES (SELECT_SHARED_BYTES + SELECT_PLACES * 6 + THREADS * 12 + THREADS / 32 * 4 + 16)
 #define SELECT_BLOCKS 6
-/* One f64 a warp, to sum over a block; of `weigh` also one for each warp and 32 columns of both sides, and a flag. */
-#define SUM_SHARED_BYTES (THREADS / 32 * 8)
-#define WEIGH_SHARED_BYTES (SUM_SHARED_BYTES + 2 * THREADS / 32 * 32 * 8 + 8)
 /* Sums that the blocks of `weigh` add up. */
 #define WEIGH_SUMS 10
+/* One f64 a warp, to sum over a block; of `weigh` for each of its sums and for the candidates of
+ * two row tiles, also one for each warp and 32 columns of both sides, and a flag. */
+#define SUM_SHARED_BYTES (THREADS / 32 * 8)
+#define WEIGH_SHARED_BYTES ((WEIGH_SUMS + 2) * SUM_SHARED_BYTES + 2 * THREADS / 32 * 32 * 8 + 8)
 /* Whether it finishes words, and for which type of rows. */
 #define WEIGH_NO_WORDS 0
 #define WEIGH_WORDS_F16 1
@@ -343,7 +344,7 @@ typedef struct PairsParams {
 } PairsParams;
 
 /* weigh: per-row weights, the scalars, the results in original order, ways of the gradient. One block a row tile, of the
- * references too where they have weights or ways, and where words are finished one a tile of S. */
+ * references too where they have weights or ways, and behind them, where words are finished, one a tile of S. */
 typedef struct WeighParams {
     Pairs pairs;
     const float *anchor_column_sums;     /* [anchor tiles, stride] */

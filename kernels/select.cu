@@ -7,8 +7,8 @@
 //   kernel for tiles whose candidates were stored, and it leaves place and fate of each in its word (on Hopper the
 //   sweep's threads stood otherwise); the other (on Hopper with wgmma) for those that did not fit.
 // weigh: per-row weights from the counts, the scalars, results in original order, and which way each row tile's gradient
-//   goes, one block a row tile; the last to come adds their sums, in order. Of 16-bit rows a block for each tile of S finishes
-//   its words (weigh_words.cuh), and the first of these blocks do the rest.
+//   goes, one block a row tile; the last to come adds their sums, in order. Of 16-bit rows further blocks, one for each tile of
+//   S, finish its words (weigh_words.cuh).
 // Sync: integer atomics alone. The sums of the loss are 64-bit fixed point, so that the
 //   order of blocks and the way a tile took cannot change a bit.
 
@@ -380,32 +380,36 @@ DEVICE RowWeights weights_of(const Pairs &pairs, Tolerances tolerances, const Ro
 constexpr uint64_t kListsShare = 256;
 
 // Lists or tiles, for row tile x of one side. Lists want every tile stored: where some are not, which ones is by chance, and
-// the sums of the two ways have other last bits, so that no row tile goes by lists there.
-DEVICE void find_way(const Pairs &pairs, bool of_references, uint32_t x, uint8_t *ways, uint64_t *scratch) {
+// the sums of the two ways have other last bits, so that no row tile goes by lists there. This thread's share of the row tile's candidates:
+DEVICE double count_candidates(const Pairs &pairs, bool of_references, uint32_t x) {
     uint32_t others = of_references ? pairs.anchors.tiles : pairs.references.tiles;
     uint64_t candidates = 0;
+#pragma unroll 4
     for (uint32_t y = thread_index(); y < others; y += THREADS) {
         candidates += pairs.tile_counts[pair_tile(pairs, of_references, x, y).index];
     }
-    candidates = block_sum(candidates, scratch);
-    if (thread_index() == 0) {
-        ways[x] = stores_all(pairs) && candidates * kListsShare < static_cast<uint64_t>(others) * TILE * TILE;
-    }
+    return static_cast<double>(candidates);  // whole, and their sum is exact
+}
+DEVICE bool goes_by_lists(const Pairs &pairs, bool of_references, double candidates) {
+    uint32_t others = of_references ? pairs.anchors.tiles : pairs.references.tiles;
+    return stores_all(pairs) && static_cast<uint64_t>(candidates) * kListsShare < static_cast<uint64_t>(others) * TILE * TILE;
 }
 
 // Where each of the sums stands that blocks add.
 enum WeighSum { kLoss, kLambdaPos, kLambdaNeg, kSumPos, kSumSame, kNegatives, kActive, kMinedPos, kMinedNeg, kSumAll };
 static_assert(kSumAll + 1 == WEIGH_SUMS, "params.h");
+// And of a block alone: the candidates of its row tiles.
+enum WeighOwn { kCandidates = WEIGH_SUMS, kCandidatesOfReferences, kWeighAll };
 
 struct WeighShared {
-    double scratch[THREADS / 32];
+    double scratch[kWeighAll][THREADS / 32];
     double columns[2][THREADS / 32][32];
     uint32_t last;
 };
 static_assert(sizeof(WeighShared) <= WEIGH_SHARED_BYTES && kWeighWordsBytes <= WEIGH_SHARED_BYTES, "the launch plan's shared memory");
 
 // One anchor's results, its weights and what it adds to the sums (SPEC 4); `i` may be padding.
-DEVICE void weigh_anchor(const WeighParams &p, Tolerances tolerances, uint32_t i, double (&sums)[WEIGH_SUMS]) {
+DEVICE void weigh_anchor(const WeighParams &p, Tolerances tolerances, uint32_t i, double (&sums)[kWeighAll]) {
     const Pairs &pairs = p.pairs;
     const Settings &settings = pairs.settings;
     RowNumbers numbers{INFINITE, 0, 0, 0};
@@ -445,6 +449,7 @@ DEVICE double sum_of_columns(const WeighParams &p, WeighShared &shared) {
     double sum = 0.0;
     auto add = [&](const float *sums, uint32_t tiles, uint32_t d) {
         double total = 0.0;
+#pragma unroll 4
         for (uint32_t tile = warp_index(); tile < tiles && d < pairs.stride; tile += THREADS / 32) {
             total += static_cast<double>(sums[static_cast<uint64_t>(tile) * pairs.stride + d]);
         }
@@ -494,46 +499,63 @@ DEVICE void write_scalars(const WeighParams &p, Tolerances tolerances, const dou
     out.mined_neg = static_cast<uint64_t>(sums[kMinedNeg]);
 }
 
-KERNEL(weigh, WeighParams, 1) {
-    SHARED_MEMORY(bytes);
-    auto &shared = *reinterpret_cast<WeighShared *>(bytes);
-    const Pairs &pairs = p.pairs;
-    uint32_t x = block_x(), row = x * TILE + thread_index() % TILE;
-    if (p.words != WEIGH_NO_WORDS && x < pairs.tiles) {
-        auto scales = reinterpret_cast<Scales *>(bytes);
-        if (p.words == WEIGH_WORDS_F16) weigh_words<HalfF16>(pairs, x, p.weight_scale, scales);
-        if (p.words == WEIGH_WORDS_BF16) weigh_words<HalfBf16>(pairs, x, p.weight_scale, scales);
-    }
-    if (x >= p.blocks) return;
-    block_sync();  // the scales are read
-    Tolerances tolerances = adapt(pairs);
-    double sums[WEIGH_SUMS];
+// Sums over the block, each in the order of block_sum(): thread k gets that of value k. `scratch` may not be written again
+// before a barrier.
+template <int count>
+DEVICE double block_sums(double (&values)[count], double (*scratch)[THREADS / 32]) {
 #pragma unroll
-    for (double &sum : sums) sum = 0.0;
+    for (int k = 0; k < count; ++k) {
+        values[k] = warp_sum(values[k]);
+        if (lane_index() == 0) scratch[k][warp_index()] = values[k];
+    }
+    block_sync();
+    if (thread_index() >= count) return 0.0;
+    double total = scratch[thread_index()][0];
+    for (uint32_t warp = 1; warp < THREADS / 32; ++warp) total += scratch[thread_index()][warp];
+    return total;
+}
+
+// Row tile x of both sides; the last block to come here adds all.
+DEVICE void weigh_rows(const WeighParams &p, uint32_t x, WeighShared &shared) {
+    const Pairs &pairs = p.pairs;
+    uint32_t row = x * TILE + thread_index() % TILE;
+    double sums[kWeighAll] = {};
+    bool anchors = p.ways[0] != nullptr && x < pairs.anchors.tiles, references = p.ways[1] != nullptr && x < pairs.references.tiles;
+    if (anchors) sums[kCandidates] = count_candidates(pairs, false, x);
+    if (references) sums[kCandidatesOfReferences] = count_candidates(pairs, true, x);
+    Tolerances tolerances = adapt(pairs);
     if (thread_index() < TILE) {
         if (x < pairs.anchors.tiles) weigh_anchor(p, tolerances, row, sums);
     } else if (pairs.columns != nullptr && x < pairs.references.tiles) {
         RowNumbers numbers = row < pairs.references.count ? pairs.columns[row] : RowNumbers{INFINITE, 0, 0, 0};
         pairs.column_weights[row] = weights_of(pairs, tolerances, numbers);
     }
-    auto *scratch = reinterpret_cast<uint64_t *>(shared.scratch);
-    if (p.ways[0] != nullptr && x < pairs.anchors.tiles) find_way(pairs, false, x, p.ways[0], scratch);
-    if (p.ways[1] != nullptr && x < pairs.references.tiles) find_way(pairs, true, x, p.ways[1], scratch);
     sums[kSumAll] = sum_of_columns(p, shared);
-#pragma unroll
-    for (int k = 0; k < WEIGH_SUMS; ++k) {
-        double sum = block_sum(sums[k], shared.scratch);
-        if (thread_index() == 0) p.parts[x * WEIGH_SUMS + k] = sum;
-    }
+    double total = block_sums(sums, shared.scratch);
+    if (thread_index() < WEIGH_SUMS) p.parts[x * WEIGH_SUMS + thread_index()] = total;
+    if (thread_index() == kCandidates && anchors) p.ways[0][x] = goes_by_lists(pairs, false, total);
+    if (thread_index() == kCandidatesOfReferences && references) p.ways[1][x] = goes_by_lists(pairs, true, total);
     if (!is_last_block(p.arrived, p.blocks, &shared.last)) return;
     // The blocks' sums, in order.
+    double all[WEIGH_SUMS] = {};
+    for (uint32_t block = thread_index(); block < p.blocks; block += THREADS) {
 #pragma unroll
-    for (int k = 0; k < WEIGH_SUMS; ++k) {
-        double sum = 0.0;
-        for (uint32_t block = thread_index(); block < p.blocks; block += THREADS) sum += p.parts[block * WEIGH_SUMS + k];
-        sums[k] = block_sum(sum, shared.scratch);
+        for (int k = 0; k < WEIGH_SUMS; ++k) all[k] += p.parts[block * WEIGH_SUMS + k];
     }
-    if (thread_index() != 0) return;
-    write_scalars(p, tolerances, sums);
+    total = block_sums(all, shared.scratch);
+    if (warp_index() != 0) return;
+#pragma unroll
+    for (int k = 0; k < WEIGH_SUMS; ++k) all[k] = shuffle(total, k);
+    if (lane_index() != 0) return;
+    write_scalars(p, tolerances, all);
     *p.arrived = 0;
+}
+
+KERNEL(weigh, WeighParams, 1) {
+    SHARED_MEMORY(bytes);
+    if (block_x() < p.blocks) return weigh_rows(p, block_x(), *reinterpret_cast<WeighShared *>(bytes));
+    uint32_t tile = block_x() - p.blocks;
+    auto scales = reinterpret_cast<Scales *>(bytes);
+    if (p.words == WEIGH_WORDS_F16) weigh_words<HalfF16>(p.pairs, tile, p.weight_scale, scales);
+    if (p.words == WEIGH_WORDS_BF16) weigh_words<HalfBf16>(p.pairs, tile, p.weight_scale, scales);
 }

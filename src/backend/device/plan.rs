@@ -306,7 +306,7 @@ impl Shape {
             Kernel::LeadBack(_) => ([self.sides(of_references).0.div_ceil(THREADS as usize / 32), 1, 1], 0),
             Kernel::Weigh => {
                 let finished = if self.finished_words() == WEIGH_NO_WORDS { 0 } else { self.tiles() };
-                ([self.weigh_blocks().max(finished), 1, 1], WEIGH_SHARED_BYTES)
+                ([self.weigh_blocks() + finished, 1, 1], WEIGH_SHARED_BYTES)
             }
             Kernel::ThresholdSum => ([1, 1, 1], SUM_SHARED_BYTES),
             Kernel::Gradient(precision) => (gradient_grid, gradient_bytes(precision)),
