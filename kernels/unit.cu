@@ -15,14 +15,27 @@ DEVICE void lead_back_body(const LeadBackParams &p) {
     double length = p.lengths[row];
     if (is_usual(length)) {
         auto inverse = static_cast<float>(1.0 / length);
+        // Several loads at once: with the row's end asked for before each, they would be under way one after the other.
+        constexpr uint32_t kAtOnce = 8;
+        auto each = [&](auto use) {
+            for (uint32_t begin = lane_index(); begin - lane_index() < p.dim; begin += 32 * kAtOnce) {
+                float slopes[kAtOnce], entries[kAtOnce];
+#pragma unroll
+                for (uint32_t k = 0; k < kAtOnce; ++k) {
+                    uint32_t d = begin + 32 * k;
+                    slopes[k] = d < p.dim ? gradient[d] : 0.0f;
+                    entries[k] = d < p.dim ? to_float(from[d]) : 0.0f;
+                }
+#pragma unroll
+                for (uint32_t k = 0; k < kAtOnce; ++k) use(begin + 32 * k, slopes[k], entries[k]);
+            }
+        };
         float inward = 0.0f;
-#pragma unroll 8
-        for (uint32_t d = lane_index(); d < p.dim; d += 32) inward += gradient[d] * to_float(from[d]);
+        each([&](uint32_t, float slope, float entry) { inward += slope * entry; });
         inward = warp_sum(inward) * inverse;
-#pragma unroll 8
-        for (uint32_t d = lane_index(); d < p.dim; d += 32) {
-            gradient[d] = (gradient[d] - inward * (to_float(from[d]) * inverse)) * inverse;
-        }
+        each([&](uint32_t d, float slope, float entry) {
+            if (d < p.dim) gradient[d] = (slope - inward * (entry * inverse)) * inverse;
+        });
         return;
     }
     // No direction, no derivative; a NaN stays one.
