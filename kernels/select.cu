@@ -3,9 +3,9 @@
 //
 // select_stored, select_recomputed: the AT-ASMS decision is taken anew by every block from
 //   the counters of the sweep (no round trip to the host); then each candidate is held
-//   against the final thresholds of its row and its column. One block a tile, the one
-//   kernel for tiles whose candidates were stored, and it leaves place and fate of each in its word (on Hopper the
-//   sweep's threads stood otherwise); the other (on Hopper with wgmma) for those that did not fit.
+//   against the final thresholds of its row and its column. The one kernel for tiles whose candidates were stored, persistent
+//   blocks, and it leaves place and fate of each in its word (on Hopper the
+//   sweep's threads stood otherwise); the other, a block a tile (on Hopper with wgmma), for those that did not fit.
 // weigh: per-row weights from the counts, the scalars, results in original order, and which way each row tile's gradient
 //   goes, one block a row tile; the last to come adds their sums, in order. Of 16-bit rows further blocks, one for each tile of
 //   S, finish its words (weigh_words.cuh).
@@ -34,11 +34,15 @@ DEVICE Tolerances adapt(const Pairs &pairs) {
 // rest; neither overflows with TILE terms, and adding is one native instruction. Softplus is kept as what it is more than the
 // sigmoid, of which most pairs have no high word. Bits of the low words, and where one of them counts the pairs:
 constexpr uint32_t kSigmoidBits = 25, kMoreBits = 17, kCountBit = 24;
+// Lanes side by side are often at pairs of one row: its sums are as many times as kTwins, for lanes of each rest.
+constexpr uint32_t kTwins = 4;
 struct SelectSums {
-    uint32_t sigmoid_low[2 * TILE], sigmoid_high[2 * TILE];
-    uint32_t more_low[2 * TILE], more_high[2 * TILE];
+    uint32_t sigmoid_low[(kTwins + 1) * TILE], sigmoid_high[(kTwins + 1) * TILE], more_low[(kTwins + 1) * TILE];
+    uint32_t more_high[2 * TILE];
 };
-// A number below 2^50 in fixed point: 2^33 leaves 19 bits behind the point, and the five bits of its exponent that high_of() sees are 0.
+
+// A number below 2^50 in fixed point: 2^33 leaves 19 bits behind the point, and the five bits of its exponent that high_of()
+// sees are 0.
 constexpr double kFixedBase = 8589934592.0, kFixedUnit = 1.0 / 524288.0;
 DEVICE uint64_t fixed_of(float term, double scale) {
     return bits_of(static_cast<double>(term) * scale + kFixedBase);
@@ -54,8 +58,8 @@ struct SelectConstants {
     Argument positive, negative;
     double sigmoid_scale, more_scale;  // of fixed_of()
     int64_t more_unit;                 // in units of the sums
-    float limit;                       // only rows that are not of unit length, and were not checked, come to it
-    uint32_t pair;  // the bit that counts one
+    float limit;                       // of an argument: only rows that are not of unit length, and were not checked, come to it
+    uint32_t pair;                     // the bit that counts one; not known to the compiler, one instruction sets it
     Tolerances tolerances;
 };
 DEVICE SelectConstants constants_of(const Pairs &pairs) {
@@ -80,15 +84,24 @@ struct SelectShared {
 };
 static_assert(sizeof(SelectShared) == SELECT_SHARED_BYTES, "the launch plan's shared memory");
 
-DEVICE void clear_sums(SelectShared &shared, int kind, uint32_t entry) {
-    SelectSums &sums = shared.sums[kind];
-    sums.sigmoid_low[entry] = sums.sigmoid_high[entry] = sums.more_low[entry] = sums.more_high[entry] = 0;
+// The sum of entry `entry`, rows first, which is 0 from now on.
+DEVICE uint32_t take_sum(uint32_t (&sums)[(kTwins + 1) * TILE], uint32_t entry) {
+    if (entry >= TILE) {
+        uint32_t &column = sums[(kTwins - 1) * TILE + entry], sum = column;
+        column = 0;
+        return sum;
+    }
+    auto &twins = *reinterpret_cast<Granule<uint32_t> *>(sums + entry * kTwins);
+    static_assert(Granule<uint32_t>::count == kTwins, "one load");
+    Granule<uint32_t> values = twins;
+    twins = Granule<uint32_t>{};
+    return values.values[0] + values.values[1] + values.values[2] + values.values[3];
 }
 
 // What stands for all tiles of a block; one thread knows it, and the sums are clear.
 DEVICE void select_open(const Pairs &pairs, SelectShared &shared) {
     if (thread_index() == 0) shared.constants = constants_of(pairs);
-    for (int kind = 0; kind < 2; ++kind) clear_sums(shared, kind, thread_index());
+    for (uint32_t k = thread_index(); k < sizeof(shared.sums) / 4; k += THREADS) reinterpret_cast<uint32_t *>(shared.sums)[k] = 0;
     block_sync();
 }
 
@@ -107,20 +120,21 @@ DEVICE void select_begin(const Pairs &pairs, TileIndex tile, SelectShared &share
     if (row) shared.range[entry] = anchor ? pairs.classes[i] : ClassRange{1, 0};
 }
 
-// Adds the pair to the sums of whom it is kept by; its fate, as in a word. `plain`: no two rows of the tile are of one class.
+// Adds the pair to the sums of whom it is kept by, the row's `twin`th; its fate, as in a word. `plain`: no two rows of the tile
+// are of one class.
 template <bool plain>
 DEVICE uint32_t select_pair(const Pairs &pairs, SelectShared &shared, const SelectConstants &constants, TileIndex tile,
-                            uint32_t row, uint32_t column, float s) {
+                            uint32_t row, uint32_t column, float s, uint32_t twin) {
     bool positive = false;
     if constexpr (!plain) {
         uint32_t i = tile.row * TILE + row, j = tile.column * TILE + column;
         positive = same_class(shared.range[row], j);
         if (positive && is_duplicate(pairs, i, j, s)) return 0;
     }
-    uint32_t entries[2] = {row, TILE + column};
     bool kept[2];
     for (int side = 0; side < 2; ++side) {
-        kept[side] = positive ? s < shared.pos_bound[entries[side]] : s > shared.neg_bound[entries[side]];
+        uint32_t entry = side == 0 ? row : TILE + column;
+        kept[side] = positive ? s < shared.pos_bound[entry] : s > shared.neg_bound[entry];
     }
     Logistic logistic(fminf((positive ? constants.positive : constants.negative).at(s), constants.limit));
     float sigmoid = logistic.sigmoid();
@@ -139,8 +153,8 @@ DEVICE uint32_t select_pair(const Pairs &pairs, SelectShared &shared, const Sele
         atomic_add(&sums.more_low[entry], more_low);
     };
     bool by_column = kept[1] && pairs.square;  // a reference's sums are another part's
-    add(kept[0], row);
-    add(by_column, TILE + column);
+    add(kept[0], row * kTwins + twin);
+    add(by_column, kTwins * TILE + column);
     if (more_high != 0) {
         if (kept[0]) atomic_add(&sums.more_high[row], more_high);
         if (by_column) atomic_add(&sums.more_high[TILE + column], more_high);
@@ -149,21 +163,22 @@ DEVICE uint32_t select_pair(const Pairs &pairs, SelectShared &shared, const Sele
 }
 
 // Adds the tile's sums of this thread's entry to the anchor's and clears them; behind a barrier.
-DEVICE void select_end(const Pairs &pairs, TileIndex tile, SelectShared &shared) {
+DEVICE void select_end(const Pairs &pairs, TileIndex tile, SelectShared &shared, bool plain) {
     uint32_t entry = thread_index();
     uint32_t i = entry < TILE ? tile.row * TILE + entry : tile.column * TILE + entry - TILE;
-    for (int kind = 0; kind < 2; ++kind) {
-        const SelectSums &sums = shared.sums[kind];
-        uint32_t low = sums.more_low[entry], count = low >> kCountBit;
+    for (int kind = plain ? 1 : 0; kind < 2; ++kind) {
+        SelectSums &sums = shared.sums[kind];
+        uint32_t low = take_sum(sums.more_low, entry), count = low >> kCountBit;
         if (count == 0) continue;  // also all entries that are no anchor's
-        int64_t sigmoid = joined(sums.sigmoid_low[entry], sums.sigmoid_high[entry], kSigmoidBits);
+        uint32_t sigmoid_low = take_sum(sums.sigmoid_low, entry), sigmoid_high = take_sum(sums.sigmoid_high, entry);
+        int64_t sigmoid = joined(sigmoid_low, sigmoid_high, kSigmoidBits);
         int64_t more = joined(low & ((1u << kCountBit) - 1), sums.more_high[entry], kMoreBits);
         int64_t softplus = sigmoid + more * shared.constants.more_unit;
         RowSums &of = pairs.sums[i];
         atomic_add(kind == 0 ? &of.count_pos : &of.count_neg, count);
         atomic_add(kind == 0 ? &of.softplus_pos : &of.softplus_neg, softplus);
         atomic_add(kind == 0 ? &of.sigmoid_pos : &of.sigmoid_neg, sigmoid);
-        clear_sums(shared, kind, entry);
+        sums.more_high[entry] = 0;
     }
 }
 
@@ -189,7 +204,7 @@ DEVICE void expand(SelectStoredShared &shared, uint32_t window) {
     Where where;
     uint32_t first = where.row_of(0) * TILE + where.column_of(0), at = shared.before[thread_index()] - window;
     for (uint32_t mask : shared.masks[thread_index()]) at += static_cast<uint32_t>(popc(mask));
-    uint16_t *to = shared.places + at;
+    uint16_t *to = shared.places + (one_window ? at : 0);
 #pragma unroll
     for (int word = 1; word >= 0; --word) {
 #pragma unroll 1
@@ -199,12 +214,10 @@ DEVICE void expand(SelectStoredShared &shared, uint32_t window) {
             uint32_t row = (static_cast<uint32_t>(word) * (32 / Where::columns) + bit % 32 / Where::columns) * 8;
             auto place = static_cast<uint16_t>(first + row * TILE + column + column / 2 * 6);
             left ^= 1u << bit;
-            --at;
-            --to;
             if constexpr (one_window) {
-                *to = place;
+                *--to = place;
             } else {
-                if (at < SELECT_PLACES) *to = place;
+                if (--at < SELECT_PLACES) shared.places[at] = place;
             }
         }
     }
@@ -216,12 +229,14 @@ template <bool plain>
 DEVICE void select_run(const Pairs &pairs, SelectStoredShared &shared, TileIndex tile, uint32_t count) {
     // In registers where most pairs are.
     std::conditional_t<plain, const SelectConstants, const SelectConstants &> constants = shared.constants;
+    uint32_t twin = thread_index() % kTwins;
+    settle(twin);
     uint32_t run = ((count + THREADS - 1) / THREADS) | 1, k = thread_index() * run, end = k + run < count ? k + run : count;
 #pragma unroll 1
     for (; k < end; ++k) {
         uint32_t place = shared.places[k];
         float s = float_of(shared.words[k]);
-        shared.words[k] = place | select_pair<plain>(pairs, shared, constants, tile, place / TILE, place % TILE, s);
+        shared.words[k] = place | select_pair<plain>(pairs, shared, constants, tile, place / TILE, place % TILE, s, twin);
     }
 }
 
@@ -269,6 +284,7 @@ DEVICE void select_stored_body(const PairsParams &p) {
 #pragma unroll
         for (uint32_t warp = 0; warp < THREADS / 32; ++warp) before += warp < warp_index() ? shared.warp_counts[warp] : 0;
         shared.before[thread_index()] = before;
+        bool plain = is_plain(shared, tile);
         for (uint32_t window = 0; window < count; window += SELECT_PLACES) {
             uint32_t left = count - window < SELECT_PLACES ? count - window : SELECT_PLACES;
             if (window != 0) block_sync();  // the words before are read
@@ -281,18 +297,18 @@ DEVICE void select_stored_body(const PairsParams &p) {
             }
             cp_async_wait<0>();
             block_sync();
-            if (is_plain(shared, tile)) {
+            if (plain) {
                 select_run<true>(pairs, shared, tile, left);
             } else {
                 select_run<false>(pairs, shared, tile, left);
             }
-            block_sync();
+            block_sync();  // every word and sum is there
             each_granule(left, [&](uint32_t k) {
                 using Words = Granule<uint32_t>;
                 *reinterpret_cast<Words *>(pairs.pool_words + segment + window + k) = *reinterpret_cast<const Words *>(shared.words + k);
             });
         }
-        select_end(pairs, tile, shared);
+        select_end(pairs, tile, shared, plain);
     }
 }
 KERNEL(select_stored, PairsParams, SELECT_BLOCKS) { select_stored_body<Place<4>>(p); }
@@ -322,10 +338,10 @@ DEVICE void select_tile(const Pairs &pairs, TileIndex tile, unsigned char *bytes
     for (uint32_t k = thread_index(); k < TILE * TILE; k += THREADS) {
         uint32_t r = k / TILE, c = k % TILE;
         if (!is_pair(pairs, tile.row * TILE + r, tile.column * TILE + c)) continue;
-        select_pair<false>(pairs, shared, constants, tile, r, c, values[r * kValuesStride + c]);
+        select_pair<false>(pairs, shared, constants, tile, r, c, values[r * kValuesStride + c], thread_index() % kTwins);
     }
     block_sync();
-    select_end(pairs, tile, shared);
+    select_end(pairs, tile, shared, false);
 }
 
 template <class Numbers>
