@@ -372,6 +372,14 @@ impl<'a, 'b> SpotCheck<'a, 'b> {
         }
     }
 
+    /// What a sigmoid of 16-bit rows is off by at least: it is f16 of 2^15 times it, whose smallest step is 2^-24.
+    fn smallest(&self) -> f64 {
+        match self.batch.anchors.embeddings {
+            Embeddings::F32(_) => 0.0,
+            Embeddings::F16(_) | Embeddings::Bf16(_) => 2.0f64.powi(-40),
+        }
+    }
+
     /// The worst of the anchors' rows of the gradient, as a share of what is allowed.
     fn check_gradient(
         &self,
@@ -445,14 +453,18 @@ impl<'a, 'b> SpotCheck<'a, 'b> {
             }
             let pos_bound = upper_bound(f64::from(output.max_neg[i]), tolerances.pos);
             let neg_bound = lower_bound(f64::from(output.min_pos[i]), tolerances.neg);
-            let share = self.weight(counts[usize::from(!pair.positive)]) * slope;
+            let most = self.weight(counts[usize::from(!pair.positive)]);
+            let share = most * slope;
             let signed = if pair.positive { -share } else { share };
             match Kept::new(pair, pos_bound, neg_bound) {
                 Kept::No => {}
-                Kept::Yes => weight += signed,
+                Kept::Yes => {
+                    weight += signed;
+                    perhaps += most * self.smallest();
+                }
                 Kept::Perhaps => {
                     weight += signed;
-                    perhaps += share;
+                    perhaps += share + most * self.smallest();
                 }
             }
         }
