@@ -1,13 +1,13 @@
 // gradient_hopper.cu: gradient.cu on Hopper's warpgroup products (wgmma, sm_90a); 16-bit types.
 // Truth: src/loss/reference.rs. Launcher: src/backend/device/loss.rs.
 //
-// dE += M R, a block 128 rows and 256 columns of dE. Its warps have roles: two warpgroups multiply, 64 rows
-// each; three warps build the next tiles of M in shared memory, a store for every word that `weigh` left of
-// a candidate; one warp copies zeros to where they will stand, and R, the other side's rows, half a tile at a time (64 rows, 256 columns), in
-// four stages. Prepared rows lie in memory as wgmma's transposed operand lies: no operand passes through
-// registers. M lies as its tile of S does; where that is the other way round the product transposes it. A tile of S that was not stored is recomputed by the warps that multiply, 64 columns at a time, since
-// the sums of dE leave no registers for more: its operands come through the stages, its values go back to one, and
-// half of M is built from these.
+// dE += M R, a block 128 rows and 256 columns of dE. Its warps have roles: two warpgroups multiply, 64 rows each; three warps
+// build the next tiles of M in shared memory, a store for every word that `weigh` left of a candidate; one warp copies zeros
+// to where they will stand, and R, the other side's rows, half a tile at a time (64 rows, 256 columns), in four stages.
+// Prepared rows lie in memory as wgmma's transposed operand lies: no operand passes through registers. M lies as its tile of S
+// does; where that is the other way round the product transposes it. A tile of S that was not stored is recomputed by the
+// warps that multiply, 64 columns at a time, since the sums of dE leave no registers for more: its operands come through the
+// stages, its values go back to one, and half of M is built from these.
 // Rows, columns, splits and the order of every sum are those of gradient.cu; all warps alike sum what goes by lists.
 // Sync: barriers in shared memory alone (full, empty, zeroed, built, valued); all roles walk the same tiles.
 
@@ -36,8 +36,8 @@ struct GradientHopperShared {
     unsigned char matrices[kMatrices][kTileBytes];
     Barrier full[GRADIENT_HOPPER_STAGES], empty[GRADIENT_HOPPER_STAGES];
     Barrier zeroed[kMatrices], built[kMatrices];
-    Barrier valued[2];           // a half of a recomputed tile's S is in its stage
-    uint32_t last, unused;       // whether this block is the last of its splits
+    Barrier valued[2];      // a half of a recomputed tile's S is in its stage
+    uint32_t last, unused;  // whether this block is the last of its splits
 };
 static_assert(sizeof(GradientHopperShared) == GRADIENT_HOPPER_SHARED_BYTES, "the launch plan's shared memory");
 
