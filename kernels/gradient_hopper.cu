@@ -108,11 +108,6 @@ struct Walk {
     }
 };
 
-// One lane's arrival for its warp.
-DEVICE void arrive_as_warp(Barrier *barrier) {
-    if (lane_index() == 0) mbarrier_arrive(barrier);
-    warp_sync();
-}
 DEVICE Barrier *full_of(GradientHopperShared &shared, uint32_t fill) { return &shared.full[fill % GRADIENT_HOPPER_STAGES]; }
 DEVICE Barrier *empty_of(GradientHopperShared &shared, uint32_t fill) { return &shared.empty[fill % GRADIENT_HOPPER_STAGES]; }
 DEVICE unsigned char *stage_of(GradientHopperShared &shared, uint32_t fill) {

@@ -35,6 +35,12 @@ struct GroupPlace {
 constexpr int kHopperStages = 4;
 static_assert(HOPPER_STAGES_BYTES == kHopperStages * 2 * TILE * STAGE_BYTES, "the launch plan's shared memory");
 
+// One lane's arrival for its warp.
+DEVICE void arrive_as_warp(Barrier *barrier) {
+    if (lane_index() == 0) mbarrier_arrive(barrier);
+    warp_sync();
+}
+
 // c += a b in the rows' type, asynchronously.
 template <bool transposed, bool transposed_a = false, int n>
 DEVICE void wgmma(HalfF16, float (&c)[n][4], Descriptor a, Descriptor b) {

@@ -395,8 +395,7 @@ DEVICE RowWeights weights_of(const Pairs &pairs, Tolerances tolerances, const Ro
 // 32 pairs of 8,192 are 0.4 %.
 constexpr uint64_t kListsShare = 256;
 
-// Lists or tiles, for row tile x of one side. Lists want every tile stored: where some are not, which ones is by chance, and
-// the sums of the two ways have other last bits, so that no row tile goes by lists there. This thread's share of the row tile's candidates:
+// This thread's share of the candidates of row tile x of one side.
 DEVICE double count_candidates(const Pairs &pairs, bool of_references, uint32_t x) {
     uint32_t others = of_references ? pairs.anchors.tiles : pairs.references.tiles;
     uint64_t candidates = 0;
@@ -406,6 +405,8 @@ DEVICE double count_candidates(const Pairs &pairs, bool of_references, uint32_t 
     }
     return static_cast<double>(candidates);  // whole, and their sum is exact
 }
+// Lists or tiles. Lists want every tile stored: where some are not, which ones is by chance, and the sums of the two ways have
+// other last bits, so that no row tile goes by lists there.
 DEVICE bool goes_by_lists(const Pairs &pairs, bool of_references, double candidates) {
     uint32_t others = of_references ? pairs.anchors.tiles : pairs.references.tiles;
     return stores_all(pairs) && static_cast<uint64_t>(candidates) * kListsShare < static_cast<uint64_t>(others) * TILE * TILE;

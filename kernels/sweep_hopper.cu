@@ -195,11 +195,6 @@ struct SweepRows {
     float candidate[2]{}, largest[2]{};
 };
 
-DEVICE void arrive_as_warp(Barrier *barrier) {
-    if (lane_index() == 0) mbarrier_arrive(barrier);
-    warp_sync();
-}
-
 // One step of the columns' maxima over the lanes that share them: each lane gives half of its columns away and keeps the
 // other. The bounds are known to the compiler, for a loop over the steps would put the array into local memory.
 template <int n>

@@ -34,8 +34,6 @@ DEVICE Descriptor advanced(Descriptor descriptor, uint32_t bytes) { return descr
 #if defined(__CUDACC__) && defined(HAS_WARPGROUP_PRODUCTS)
 
 DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-// The same for global memory, which bulk copies read.
-DEVICE void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 // Before the first product, so that the accumulators' registers are settled.
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 // Keeps whatever sets these registers before this line: moved into the loop that follows, it would make

@@ -358,23 +358,30 @@ fn parts_that_nobody_waits_for_give_the_bits_of_parts_from_the_host() {
     assert_eq!(scalars[0].active + scalars[1].active, wanted.active);
 }
 
+/// The loss of a whole batch that nobody waits for, by default settings.
+fn enqueue(
+    e: &Array2<f32>,
+    labels: &[i64],
+    gradient: &mut Array2<f32>,
+    any_length: bool,
+) -> Result<LossScalars> {
+    let batch = batch(resident(e, labels, gradient), None);
+    let part = ResidentPart { batch, identity: ResidentIdentity::ByValue, total: labels.len(), any_length };
+    let given = ResidentSettings { settings: LossSettings::default(), lambda: 0 };
+    let mut scalars = [0u64; size_of::<LossScalars>() / 8];
+    // SAFETY: the addresses of matrices that outlive the call, and of the scalars.
+    unsafe { backend().enqueue_loss(&part, &given, scalars.as_mut_ptr() as u64) }?;
+    // SAFETY: as many bytes, as aligned, and every bit pattern is a value of its numbers.
+    Ok(unsafe { scalars.as_ptr().cast::<LossScalars>().read() })
+}
+
 #[test]
 fn a_whole_loss_that_nobody_waits_for_gives_the_same_bits_and_nan_for_a_bad_row() {
     let (mut e, labels) = rows(140, 0.0);
     let mut host = LossOutput::default();
     backend().loss(&Batch::square(e.view(), &labels), &LossSettings::default(), &mut host).unwrap();
     let mut gradient = Array2::zeros((140, 2));
-    let given = ResidentSettings { settings: LossSettings::default(), lambda: 0 };
-    let enqueue = |e: &Array2<f32>, gradient: &mut Array2<f32>| {
-        let whole = batch(resident(e, &labels, gradient), None);
-        let part =
-            ResidentPart { batch: whole, identity: ResidentIdentity::ByValue, total: 140, any_length: false };
-        let mut scalars = [0u64; size_of::<LossScalars>() / 8];
-        // SAFETY: the addresses of matrices that outlive the call, and of the scalars.
-        unsafe { backend().enqueue_loss(&part, &given, scalars.as_mut_ptr() as u64) }.unwrap();
-        // SAFETY: as many bytes, as aligned, and every bit pattern is a value of its numbers.
-        unsafe { scalars.as_ptr().cast::<LossScalars>().read() }
-    };
+    let enqueue = |e: &Array2<f32>, gradient: &mut Array2<f32>| enqueue(e, &labels, gradient, false).unwrap();
     let scalars = enqueue(&e, &mut gradient);
     assert_eq!(gradient, host.gradient);
     assert_eq!((scalars.loss, scalars.total_neg), (host.loss, host.total_neg));
@@ -394,14 +401,8 @@ fn a_loss_of_rows_of_any_length_that_nobody_waits_for_gives_the_bits_of_one_that
     let mut host = LossOutput::default();
     backend().loss_of_any_length(&Batch::square(e.view(), &labels), &settings, &mut host).unwrap();
     let mut gradient = Array2::from_elem((200, 2), f32::NAN);
-    let whole = batch(resident(&e, &labels, &mut gradient), None);
-    let part =
-        ResidentPart { batch: whole, identity: ResidentIdentity::ByValue, total: 200, any_length: true };
-    let mut scalars = [0u64; size_of::<LossScalars>() / 8];
-    let given = ResidentSettings { settings, lambda: 0 };
-    // SAFETY: the addresses of matrices that outlive the call, and of the scalars.
-    unsafe { backend().enqueue_loss(&part, &given, scalars.as_mut_ptr() as u64) }.unwrap();
-    assert_eq!(f64::from_bits(scalars[0]), host.loss);
+    let scalars = enqueue(&e, &labels, &mut gradient, true).unwrap();
+    assert_eq!(scalars.loss, host.loss);
     assert!(host.gradient.iter().all(|value| value.is_finite()), "{}", host.gradient);
     assert_eq!(gradient, host.gradient);
 }

@@ -457,16 +457,12 @@ impl<'a, 'b> SpotCheck<'a, 'b> {
             let share = most * slope;
             let signed = if pair.positive { -share } else { share };
             match Kept::new(pair, pos_bound, neg_bound) {
-                Kept::No => {}
-                Kept::Yes => {
-                    weight += signed;
-                    perhaps += most * self.smallest();
-                }
-                Kept::Perhaps => {
-                    weight += signed;
-                    perhaps += share + most * self.smallest();
-                }
+                Kept::No => continue,
+                Kept::Yes => {}
+                Kept::Perhaps => perhaps += share,
             }
+            weight += signed;
+            perhaps += most * self.smallest();
         }
         (weight, perhaps)
     }

@@ -93,7 +93,7 @@ pub fn check_nearest(batch: &Batch<'_>, k: usize, found: &Nearest) -> Result<(),
         Embeddings::F16(_) | Embeddings::Bf16(_) => embeddings.dim().div_ceil(8) as f64 * 2.0f64.powi(-24),
     };
     let bound = 2e-6 + cut;
-    let s = batch.anchors.embeddings.to_f64().dot(&batch.reference_rows().embeddings.to_f64().t());
+    let s = embeddings.to_f64().dot(&batch.reference_rows().embeddings.to_f64().t());
     if found.indices.dim() != (s.nrows(), k) || found.similarities.dim() != (s.nrows(), k) {
         return Err(format!("nearest: shape {:?}, want {:?}", found.indices.dim(), (s.nrows(), k)));
     }

@@ -263,8 +263,6 @@ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 
 using emulation::arrive_at;
 using emulation::fence_proxy_async;
-// Bulk copies read global memory as it is.
-inline void fence_proxy_async_global() {}
 using emulation::Barrier;
 using emulation::mbarrier_arrive;
 using emulation::mbarrier_init;

@@ -132,9 +132,8 @@ def _on_gpu(call: Call) -> Answers:
     gpu, stream = where.on_gpu(rows)
     if rows.shape[0] == 0 or (references is not None and references.shape[0] == 0):
         return of_nothing(where, rows, labels, references, numbers, reference_gradient)
-    sides = [side for side in (rows, references) if side is not None]
     # Held until everything is issued: torch gives memory away in the order of the stream.
-    held = [side.contiguous() for side in sides]
+    held = [side.contiguous() for side in (rows, references) if side is not None]
     marks = [mark.contiguous() for mark in (labels, reference_labels) if mark is not None]
     loss, gradient, back, statistics = _answers(rows, references, reference_gradient)
     thresholds = _on_device(rows, numbers, lambda_pos, lambda_neg)
