@@ -162,6 +162,12 @@ DEVICE uint16_t to_f16_bits(float value) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(0.0f), "f"(value));
     return static_cast<uint16_t>(pair);
 }
+// Two, the first in the lower half.
+DEVICE uint32_t to_f16_pair(float first, float second) {
+    uint32_t pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+    return pair;
+}
 DEVICE uint16_t to_bf16_bits(float value) {
     uint16_t bits;
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));

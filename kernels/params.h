@@ -83,10 +83,10 @@
 #define GRADIENT_ROWS_32BIT 64
 #define GRADIENT_COLUMNS 256
 /* Rows of the other side that a pipeline stage holds, and the bytes of all stages together:
- * four of 16-bit types, two of f32. */
+ * four of 16-bit types, two of f32 to its own precision. */
 #define GRADIENT_DEPTH 32
 #define GRADIENT_STAGES_BYTES (4 * GRADIENT_DEPTH * GRADIENT_COLUMNS * 2)
-/* A flag and two barriers of the same, behind the tile of M. */
+/* The largest element of M and two barriers of the same, behind the tile of M. */
 #define GRADIENT_EXTRA_BYTES 24
 /* On Hopper warps have roles: 8 multiply, 3 build M, 1 copies; more threads would leave the product of 256 columns too
  * few registers (ptxas wants 154 for the whole kernel). 4 stages of half a tile's rows (32 KB), three

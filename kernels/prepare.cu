@@ -324,9 +324,12 @@ DEVICE void prepare_rows(const PrepareParams &p, unsigned char *shared, Products
                 if (counts[i]) sums[k] += numbers[k];
             }
             if constexpr (Numbers::exact) {
-                // A stage of the ring has two of prepared rows, the last one perhaps but one.
-                uint32_t first = stage * kColumns + element;
-                if (first < p.stride) store_prepared<Numbers>(rows, row + i * kRowsApart, first, values, stride_bytes);
+                // Two stages of the ring are two of prepared rows, high parts and low ones.
+                SplitGranule split(values);
+                unsigned char *to =
+                    rows + prepared_place(row + i * kRowsApart, stored_byte<Numbers>(stage * kColumns + element), stride_bytes);
+                *reinterpret_cast<SplitGranule::Part *>(to) = split.high;
+                *reinterpret_cast<SplitGranule::Part *>(to + TILE * STAGE_BYTES) = split.low;
             } else {
                 constexpr bool rounded = sizeof(Element) == 4;
                 if constexpr (rounded) values = rounded_to_tf32(values);

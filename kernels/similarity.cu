@@ -156,8 +156,9 @@ DEVICE void same_class_body(const PairsParams &p) {
     auto *duplicates = reinterpret_cast<float *>(stages + SIMILARITY_STAGES_BYTES);  // [TILE]
     SameSums<Place<4>> sums(pairs);
     same_class_tiles<Place<4>, Accumulators<4>>(sums, same_class_span(pairs), duplicates, [&](Accumulators<4> &acc, uint32_t tile) {
-        multiply_tile<Numbers, 4>(acc, rows, tile_rows<Numbers>(pairs.references, tile, pairs.stride),
-                                  stride_bytes<Numbers>(pairs), stages);
+        // The rows' sums leave few registers.
+        multiply_tile<Numbers, 4, kStages, 1>(acc, rows, tile_rows<Numbers>(pairs.references, tile, pairs.stride),
+                                              stride_bytes<Numbers>(pairs), stages);
     });
     sums.write(stages);
 }

@@ -386,10 +386,10 @@ fn copying_over_a_stage_that_is_read_is_caught() {
 
 #[test]
 fn a_read_past_the_rows_is_caught_by_the_address_sanitizer() {
-    let fault = "cp_async(to + granule * 16, from + granule * 16)";
+    let fault = "cp_async(to + i * kTurn, from + i * kTurn)";
     let message = run_faulty(
         fault,
-        "cp_async(to + granule * 16, from + granule * 16 + STAGE_BYTES)",
+        "cp_async(to + i * kTurn, from + i * kTurn + STAGE_BYTES)",
         &["-fsanitize=address"],
     );
     assert!(message.contains("heap-buffer-overflow"), "{message}");

@@ -343,6 +343,9 @@ inline uint16_t to_bf16_bits(float value) {
     return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 inline uint16_t to_f16_bits(float value) { return emulation::f16_bits(value); }
+inline uint32_t to_f16_pair(float first, float second) {
+    return emulation::f16_bits(first) | static_cast<uint32_t>(emulation::f16_bits(second)) << 16;
+}
 inline float from_f16_bits(uint16_t bits) { return emulation::f16_value(bits); }
 inline uint64_t bits_of(double value) {
     uint64_t bits;

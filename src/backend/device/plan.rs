@@ -44,12 +44,11 @@ impl Precision {
         }
     }
 
-    /// Bytes of one element of prepared rows: f32 to its own precision is split into two TF32 numbers.
+    /// Bytes of one element of prepared rows: f32 to its own precision is split into two f16.
     #[must_use]
     pub fn stored_bytes(self) -> usize {
         match self {
-            Self::F32 => 8,
-            Self::Tf32 => 4,
+            Self::F32 | Self::Tf32 => 4,
             Self::F16 | Self::Bf16 => 2,
         }
     }
@@ -74,7 +73,9 @@ pub(super) fn order_runs(rows: usize) -> impl Iterator<Item = usize> {
 
 /// Elements between two prepared rows: whole pipeline stages.
 pub(super) fn stride(dim: usize, precision: Precision) -> usize {
-    dim.next_multiple_of(STAGE_BYTES as usize / precision.stored_bytes())
+    // f32 to its own precision takes a stage of high parts and one of low ones together.
+    let stages = if precision == Precision::F32 { 2 } else { 1 };
+    dim.next_multiple_of(stages * STAGE_BYTES as usize / precision.stored_bytes())
 }
 
 /// What the passes of one loss work on.
@@ -419,7 +420,7 @@ mod tests {
 
     #[test]
     fn rows_are_padded_to_whole_stages() {
-        assert_eq!(stride(130, Precision::F32), 144);
+        assert_eq!(stride(130, Precision::F32), 192);
         assert_eq!(stride(130, Precision::Tf32), 160);
         assert_eq!(stride(130, Precision::Bf16), 192);
         assert_eq!(stride(512, Precision::F16), 512);
@@ -442,7 +443,7 @@ mod tests {
     #[test]
     fn a_band_s_rows_fit_l2_and_there_is_always_one() {
         assert_eq!(square(1, 512, Precision::Bf16).band(), 128);
-        assert_eq!(square(1, 130, Precision::F32).band(), 64);
+        assert_eq!(square(1, 130, Precision::F32).band(), 128);
         assert_eq!(square(1, 64, Precision::Bf16).band(), 1024);
         assert_eq!(square(1, 1 << 20, Precision::Bf16).band(), 1);
     }
