@@ -119,14 +119,6 @@ DEVICE uint32_t stored_byte(uint32_t d) {
 }
 constexpr uint32_t kLowBytes = STAGE_BYTES;  // from a high part to its low one
 
-// A granule of f32 as products of TF32 want it.
-DEVICE Granule<float> rounded_to_tf32(const Granule<float> &values) {
-    Granule<float> rounded;
-#pragma unroll
-    for (int i = 0; i < Granule<float>::count; ++i) rounded.values[i] = float_of(to_tf32(values.values[i]));
-    return rounded;
-}
-
 // A granule of f32 split into high and low parts: half a granule of each.
 struct SplitGranule {
     struct alignas(8) Part {

@@ -12,11 +12,9 @@
 // Shapes of the tile way. 8 warps, 2 x 4: a warp has half the rows and every fourth group of 16 columns.
 template <class Numbers>
 struct GradientShape {
-    using Element = typename Numbers::Element;
     static constexpr int rows = kMatrixRows<Numbers>;
     static constexpr int row_tiles = rows / 32;                          // of 16 rows, of a warp
     static constexpr int groups = GRADIENT_COLUMNS / 64;                 // of a warp
-    static constexpr int depth = Numbers::exact ? 16 : 32 / sizeof(Element);  // inner dimension of one mma
     static constexpr int row_bytes = GRADIENT_COLUMNS * Numbers::stored_bytes;  // of a row of a stage
     static constexpr int stage_bytes = GRADIENT_DEPTH * row_bytes;
     static constexpr int stages = GRADIENT_STAGES_BYTES / stage_bytes;
@@ -26,12 +24,10 @@ static_assert(2 * (kRecomputedRows + TILE) * STAGE_BYTES <= GRADIENT_STAGES_BYTE
 static_assert(kRecomputedRows * kValuesStride * sizeof(float) <= GRADIENT_STAGES_BYTES,
               "and its values stand there afterwards");
 
-// Byte of granule `granule` of row k of a stage. f16 and bf16 read 8 rows of one granule at a
-// time (ldmatrix), TF32 reads 2 granules of 4 rows: either way all 32 banks once.
+// Byte of granule `granule` of row k of a stage: ldmatrix reads 8 rows of one granule at a time, from all 32 banks once.
 template <class Numbers>
 DEVICE uint32_t stage_place(uint32_t k, uint32_t granule) {
-    uint32_t twist = GradientShape<Numbers>::depth == 16 ? k % 8 : k % 4 * 2;
-    return k * GradientShape<Numbers>::row_bytes + ((granule ^ twist) << 4);
+    return k * GradientShape<Numbers>::row_bytes + ((granule ^ k % 8) << 4);
 }
 
 // Where the inner dimension's place of a product of exact f32 is, among 16: two neighbours of an operand are elements of M that
@@ -52,18 +48,11 @@ DEVICE void load_stage(typename Numbers::template Fragment<2> (&to)[2], const un
             to[i / 2].high[i % 2] = high[i];
             to[i / 2].low[i % 2] = low[i];
         }
-    } else if constexpr (sizeof(typename Numbers::Element) == 2) {
+    } else {
         uint32_t raw[4];
         ldmatrix_transposed(raw, stage + stage_place<Numbers>(k + lane % 16, column / 8 + lane / 16));
         Numbers::prepare(to[0], raw);
         Numbers::prepare(to[1], raw + 2);
-    } else {
-        // There is no transposing load of 32-bit elements.
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            uint32_t row = k + lane % 4 + i % 2 * 4, byte = stored_byte<Numbers>(column + i / 2 * 8 + lane / 4);
-            to[i / 2].value[i % 2] = *reinterpret_cast<const uint32_t *>(stage + stage_place<Numbers>(row, byte / 16) + byte % 16);
-        }
     }
 }
 
@@ -84,7 +73,7 @@ DEVICE void load_weights(typename Numbers::template Fragment<4> &to, const unsig
             }
         }
     } else {
-        ldmatrix(raw, matrix + matrix_place<Numbers>(row + lane % 16, k + lane / 16 * (GradientShape<Numbers>::depth / 2)));
+        ldmatrix(raw, matrix + matrix_place<Numbers>(row + lane % 16, k + lane / 16 * 8));
         Numbers::prepare(to, raw);
     }
 }
@@ -99,7 +88,7 @@ DEVICE void multiply_gradient_stage(GradientSums<Numbers> &sums, const unsigned 
     using Shape = GradientShape<Numbers>;
     uint32_t warp_row = warp_index() / 4 * 16 * Shape::row_tiles;
 #pragma unroll 2  // at most: more do not fit in registers
-    for (int k = 0; k < GRADIENT_DEPTH; k += Shape::depth) {
+    for (int k = 0; k < GRADIENT_DEPTH; k += 16) {
         typename Numbers::template Fragment<4> rows[Shape::row_tiles];
 #pragma unroll
         for (int tile = 0; tile < Shape::row_tiles; ++tile) {

@@ -291,7 +291,7 @@ fn rounded_f32_gives_the_bits_of_f16_rows() {
 fn weights_far_below_any_bound_keep_their_digits() {
     // Terms of the loss are e^-20 and less, far from their lambdas: f16 would hold nothing of a weight that is scaled by what
     // it could be at most.
-    let Case { name, settings, anchors, .. } = generated_case("everything_mined_140x330", Dtype::F32);
+    let Case { name, settings, anchors, .. } = cases::generated_case("everything_mined_140x330", Dtype::F32);
     let settings = LossSettings { alpha: 12.0, beta: 12.0, lambda_pos: -2.0, lambda_neg: 2.0, ..settings };
     let case = Case::new(name, settings, anchors, None).expect("a valid batch");
     for (budget, seed) in [(1 << 30, 50), (0, 51)] {

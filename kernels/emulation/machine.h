@@ -64,7 +64,7 @@ void cp_async(void *to, const void *from);
 void cp_async_commit();
 void cp_async_wait(int pending);
 
-enum class Numbers { f16, bf16, tf32 };
+enum class Numbers { f16, bf16 };
 struct Multiply {
     float *c;
     const uint32_t *a;
@@ -256,11 +256,6 @@ inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
     emulation::Multiply one{c, a, b};
     emulation::collective("mma_f16", &one, emulation::multiply<emulation::Numbers::f16>);
 }
-inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    emulation::Multiply one{c, a, b};
-    emulation::collective("mma_tf32", &one, emulation::multiply<emulation::Numbers::tf32>);
-}
-
 using emulation::arrive_at;
 using emulation::fence_proxy_async;
 using emulation::Barrier;
@@ -326,11 +321,6 @@ inline int popc(uint32_t bits) { return __builtin_popcount(bits); }
 inline float saturated_difference(float a, float b) { return a - b < 0.0f ? 0.0f : a - b > 1.0f ? 1.0f : a - b; }
 inline int lowest_bit(uint32_t bits) { return __builtin_ctz(bits); }
 inline uint32_t highest_bit(uint32_t bits) { return 31u - static_cast<uint32_t>(__builtin_clz(bits)); }
-// Ties away from zero in magnitude: half a unit is added below the bits that are kept.
-inline uint32_t to_tf32(float value) {
-    if (!std::isfinite(value)) return bits_of(value);
-    return (bits_of(value) + 0x1000u) & 0xffffe000u;
-}
 inline uint16_t to_bf16_bits(float value) {
     uint32_t bits = bits_of(value);
     if (std::isnan(value)) return 0x7fffu;
