@@ -45,6 +45,13 @@
 #define SWEEP_HOPPER_SHARED_BYTES                                                                                        \
     ((SWEEP_HOPPER_RESIDENT + SWEEP_HOPPER_STAGES) * TILE * STAGE_BYTES +                                                \
      2 * (SWEEP_HOPPER_STAGED * 4 + TILE_MASK_WORDS * 4 + TILE * 12 + 44) + 15 * 8)
+/* The same of f32 to its own precision: one team, a row tile's high parts, and 5 stages for the columns' parts and the rows'
+ * low ones; 29 barriers; together whole 16 bytes. */
+#define SWEEP_SPLIT_THREADS 384
+#define SWEEP_SPLIT_STAGES 5
+#define SWEEP_SPLIT_SHARED_BYTES                                                                                          \
+    ((SWEEP_HOPPER_RESIDENT + SWEEP_SPLIT_STAGES) * TILE * STAGE_BYTES + SWEEP_HOPPER_STAGED * 4 + TILE_MASK_WORDS * 4 +  \
+     TILE * 12 + 44 + 4 + (2 * (SWEEP_HOPPER_RESIDENT + SWEEP_SPLIT_STAGES) + 4) * 8)
 /* Keys of a tile, of which each block places some; sorted runs that one launch merges into one. Powers of two. */
 #define ORDER_TILE 2048
 #define ORDER_OWN 64

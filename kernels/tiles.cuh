@@ -116,7 +116,8 @@ template <class Numbers>
 struct TileMemory {
     unsigned char *stages;
 #ifdef HAS_WARPGROUP_PRODUCTS
-    GroupStages<2> group{stages, reinterpret_cast<Barrier *>(largest()) + 1};  // for products of a warpgroup, in the same stages
+    // for products of a warpgroup, in the same stages
+    GroupStages<2 / kLines<Numbers>, kLines<Numbers>> group{stages, reinterpret_cast<Barrier *>(largest()) + 1};
 #endif
 
     DEVICE unsigned char *matrix() const { return stages + GRADIENT_STAGES_BYTES; }
@@ -141,16 +142,21 @@ DEVICE void recompute_matrix(const GradientParams &p, TileMemory<Numbers> &memor
 #ifdef HAS_WARPGROUP_PRODUCTS
         fence_proxy_async();  // bulk copies write where threads did
         block_sync();
-        GroupAccumulators acc;
+        // All columns of a group's own 64 rows; where the block has no more, half of the columns.
+        constexpr bool shared = kMatrixRows<Numbers> == kRecomputedRows;
+        constexpr int n = shared ? 8 : 16;
+        float acc[n][4];
         group_multiply_tile<Numbers>(acc, rows, columns, stride_bytes<Numbers>(pairs), memory.group);
         GroupPlace place;
-        for (uint32_t first = 0; first < TILE; first += kRecomputedRows) {
-            if (warp_index() / 4 * (TILE / 2) == first) {
+        uint32_t half = warp_index() / 4 * kRecomputedRows;
+        for (uint32_t first = 0; first < kMatrixRows<Numbers>; first += kRecomputedRows) {
+            if (shared || half == first) {
 #pragma unroll
                 for (int r = 0; r < GroupPlace::rows; ++r) {
 #pragma unroll
-                    for (int c = 0; c < GroupPlace::columns; ++c) {
-                        values[(place.row_of(r) - first) * kValuesStride + place.column_of(c)] = GroupPlace::value(acc, r, c);
+                    for (int c = 0; c < 2 * n; ++c) {
+                        uint32_t column = place.column_of(c) + (shared ? half : 0);
+                        values[(place.row_of(r) - half) * kValuesStride + column] = acc[c / 2][r * 2 + c % 2];
                     }
                 }
             }

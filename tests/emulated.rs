@@ -74,8 +74,7 @@ fn every_type_and_form_agrees() {
 #[test]
 fn every_type_and_form_agrees_on_hopper_s_kernels() {
     let mut backend = DeviceBackend::new(EmulatedDevice::new(14).as_hopper(), Options::default());
-    let narrow = |case: &Case| case.dtype() != Dtype::F32;
-    cases::run_all(&mut backend, cases::generated().into_iter().filter(narrow));
+    cases::run_all(&mut backend, cases::generated());
 }
 
 #[test]
@@ -100,7 +99,7 @@ fn golden_cases_in_16_bits_agree_on_hopper_s_kernels() {
     cases::run_all(&mut backend, cases::golden_in(Dtype::F16));
 }
 
-/// A backend for each part of a batch; `hopper`: with the kernels of that GPU, which serve 16-bit rows.
+/// A backend for each part of a batch; `hopper`: with the kernels of that GPU.
 fn parts_on(first_seed: u64, hopper: bool, exact: bool) -> impl FnMut(usize) -> Box<dyn Backend> {
     move |part| {
         // The first part stores nothing.
@@ -210,7 +209,6 @@ fn run_every_kernel(dtype: Dtype) {
     let dense = cases::generated_case("rectangular_everything_mined", dtype);
     let sparse = cases::golden_in(dtype).into_iter().find(|case| case.name == "easy_few_mined");
     let sparse = sparse.expect("the case is clear of the thresholds in every type");
-    // Hopper has its own kernels for 16-bit rows.
     for hopper in [false, true] {
         let answer = |case: &Case, budget: usize| {
             let options = Options { budget, ..Options::default() };
@@ -220,9 +218,6 @@ fn run_every_kernel(dtype: Dtype) {
             // Rounded, f32 is f16 once it is prepared.
             let options = Options { exact: false, ..Options::default() };
             answers(&mut DeviceBackend::new(device(20, hopper), options), &sparse);
-            if hopper {
-                continue;
-            }
         }
         let stored = answer(&dense, 1 << 30);
         assert!(bits(&stored) == bits(&answer(&dense, 0)), "{dtype:?}, hopper {hopper}");
@@ -348,7 +343,9 @@ fn similarities_at_the_bounds_count_alike_in_all_passes() {
     // As the bounds of the kernels.
     let above = |value: f32, tolerance: f64| (f64::from(value) + tolerance) as f32;
     for jitter in [0, 3] {
-        for (exact, hopper, seed) in [(true, false, 30), (false, false, 31), (false, true, 32)] {
+        for (exact, hopper, seed) in
+            [(true, false, 30), (true, true, 33), (false, false, 31), (false, true, 32)]
+        {
             // Rounding to f16 would leave nothing of units of f32's last place.
             let unit = if exact { f32::EPSILON } else { half::f16::EPSILON.to_f32() };
             let (rows, labels) = rows_at_the_bounds(COUNT, jitter, unit);

@@ -189,6 +189,17 @@ fn a_row_tile_that_is_overwritten_is_caught() {
 }
 
 #[test]
+fn stages_of_split_rows_that_are_overwritten_are_caught() {
+    let wait = "back <= stages.fill; ++back) wait_until_empty(stages.fill - back);";
+    assert_caught(&run_faulty_sweep(wait, "false; ++back) wait_until_empty(stages.fill - back);"));
+    let wait = "if (stages.fill >= stages.count) wait_until_empty(stages.fill - stages.count);";
+    assert_caught(&run_faulty_sweep(wait, ""));
+    // The rows' low parts are read by the products that the columns' high ones wait for.
+    let release = "arrive_as_warp(&shared.empty[low_rows]);";
+    assert_caught(&run_faulty_sweep(release, "arrive_as_warp(&shared.empty[high_columns]);"));
+}
+
+#[test]
 fn values_staged_over_those_that_are_still_being_stored_are_caught() {
     let wait = "if (windows > 0) mbarrier_wait(&shared.stored[team], (windows - 1) % 2);";
     assert_caught(&run_faulty_sweep(wait, ""));

@@ -89,7 +89,7 @@ struct GroupMultiply {
     float *c;
     uint64_t a, b;
     int columns;
-    bool transposed, transposed_a;
+    bool transposed, transposed_a, fresh;
 };
 template <Numbers numbers>
 void wgmma(void **lanes);
@@ -258,6 +258,7 @@ inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
 }
 using emulation::arrive_at;
 using emulation::fence_proxy_async;
+inline void fence_proxy_async_global() {}  // bulk copies read global memory as it is
 using emulation::Barrier;
 using emulation::mbarrier_arrive;
 using emulation::mbarrier_init;
@@ -290,15 +291,15 @@ inline void wgmma_wait() {
     emulation::aligned("wgmma_wait");
     emulation::collective("wgmma_wait", &operand, emulation::wgmma_wait);
 }
-template <bool transposed, bool transposed_a, int n>
+template <bool transposed, bool transposed_a, bool fresh = false, int n>
 inline void wgmma_bf16(float (&c)[n][4], uint64_t a, uint64_t b) {
-    emulation::GroupMultiply one{&c[0][0], a, b, n * 8, transposed, transposed_a};
+    emulation::GroupMultiply one{&c[0][0], a, b, n * 8, transposed, transposed_a, fresh};
     emulation::aligned("wgmma_bf16");
     emulation::collective("wgmma_bf16", &one, emulation::wgmma<emulation::Numbers::bf16>);
 }
-template <bool transposed, bool transposed_a, int n>
+template <bool transposed, bool transposed_a, bool fresh = false, int n>
 inline void wgmma_f16(float (&c)[n][4], uint64_t a, uint64_t b) {
-    emulation::GroupMultiply one{&c[0][0], a, b, n * 8, transposed, transposed_a};
+    emulation::GroupMultiply one{&c[0][0], a, b, n * 8, transposed, transposed_a, fresh};
     emulation::aligned("wgmma_f16");
     emulation::collective("wgmma_f16", &one, emulation::wgmma<emulation::Numbers::f16>);
 }
