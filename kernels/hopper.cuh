@@ -4,7 +4,7 @@
 // descriptors: both operands are read straight from the stages, without ldmatrix. A stage of a
 // prepared tile is 16 KB in a row, so one thread starts one bulk copy for each operand, and a
 // barrier in shared memory tells when both are there. Two warpgroups take 64 rows of the tile
-// each. 16-bit types, and f32 that was rounded to TF32: exact f32 wants sums of its own for each kind of product.
+// each. 16-bit types: exact f32 wants sums of its own for each kind of product.
 //
 // Every S of these that mining sees comes from here on Hopper, whether its tile was stored
 // or is recomputed: both ways have the same bits.
@@ -49,11 +49,6 @@ DEVICE void wgmma(HalfF16, float (&c)[n][4], Descriptor a, Descriptor b) {
 template <bool transposed, bool transposed_a = false, int n>
 DEVICE void wgmma(HalfBf16, float (&c)[n][4], Descriptor a, Descriptor b) {
     wgmma_bf16<transposed, transposed_a>(c, a, b);
-}
-template <bool transposed, bool transposed_a = false, int n>
-DEVICE void wgmma(FastF32, float (&c)[n][4], Descriptor a, Descriptor b) {
-    static_assert(!transposed && !transposed_a, "no such operand of 32-bit elements");
-    wgmma_tf32(c, a, b);
 }
 
 // Stages that are filled in turn, each with a barrier that counts one arrival.

@@ -471,6 +471,5 @@ DEVICE void sweep_body(const PairsParams &p) {
 
 KERNEL_IN_EVERY_PRECISION(same_class, PairsParams, 1)
 KERNEL_IN_EVERY_PRECISION(sweep, PairsParams, 1)
-KERNEL(same_class_hopper_tf32, PairsParams, 1) { same_class_hopper_body<FastF32>(p); }
 KERNEL(same_class_hopper_f16, PairsParams, 1) { same_class_hopper_body<HalfF16>(p); }
 KERNEL(same_class_hopper_bf16, PairsParams, 1) { same_class_hopper_body<HalfBf16>(p); }

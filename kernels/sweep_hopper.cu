@@ -1,8 +1,8 @@
-// sweep_hopper.cu: the sweep of similarity.cu on Hopper (sm_90a); 16-bit types and TF32.
+// sweep_hopper.cu: the sweep of similarity.cu on Hopper (sm_90a); 16-bit types.
 // Truth: src/loss/similarity.rs. Launcher: src/backend/device/loss.rs.
 //
 // Persistent blocks: each takes contiguous runs of the tiles of S, and its warps have roles. The row tile
-// stays in shared memory as long as the run stays in its row (up to 512 dimensions of 16 bits, 256 of TF32; wider ones stream both operands);
+// stays in shared memory as long as the run stays in its row (up to 512 dimensions; wider ones stream both operands);
 // one thread copies it and the column tiles, in stages of 16 KB. Two teams of 8 warps take turns: while one
 // multiplies, the other looks at its products, so that the tensor cores do not wait for maxima and candidates. A
 // team begins when the other has issued all its products (`turn`): it skips that one's stages, and the parity of a
@@ -523,6 +523,5 @@ DEVICE void sweep_hopper_body([[maybe_unused]] const PairsParams &p) {
     trap();
 #endif
 }
-ROLE_KERNEL(sweep_hopper_tf32, PairsParams, SWEEP_HOPPER_THREADS) { sweep_hopper_body<FastF32>(p); }
 ROLE_KERNEL(sweep_hopper_f16, PairsParams, SWEEP_HOPPER_THREADS) { sweep_hopper_body<HalfF16>(p); }
 ROLE_KERNEL(sweep_hopper_bf16, PairsParams, SWEEP_HOPPER_THREADS) { sweep_hopper_body<HalfBf16>(p); }

@@ -25,7 +25,7 @@ static_assert(SIMILARITY_STAGES_BYTES == kStages * 2 * TILE * STAGE_BYTES, "the 
 // Share of the longer row's square sum from which a positive is an exact duplicate (SPEC 1).
 constexpr double kDuplicate = 1.0 - 1e-6;
 
-// The four ways to multiply. `Fragment` is an operand as its `multiply` wants it, `stored_bytes` what an element of a
+// The three ways to multiply. `Fragment` is an operand as its `multiply` wants it, `stored_bytes` what an element of a
 // prepared row takes. S_ij and S_ji have the same bits in every one: products commute, and so does what adds them.
 
 // f32 as three TF32 products: x = high + low, the product of the low parts is below f32's last bit. Prepared rows hold
@@ -52,24 +52,7 @@ struct ExactF32 {
     }
 };
 
-// f32 rounded to TF32, when rows are prepared and when weights are stored.
-struct FastF32 {
-    using Element = float;
-    static constexpr bool exact = false;
-    static constexpr uint32_t stored_bytes = 4;
-    template <int n>
-    struct Fragment {
-        uint32_t value[n];
-    };
-    template <int n>
-    static DEVICE void prepare(Fragment<n> &to, const uint32_t *from) {
-        for (int i = 0; i < n; ++i) to.value[i] = from[i];
-    }
-    static DEVICE void multiply(float (&c)[4], const Fragment<4> &a, const Fragment<2> &b) {
-        mma_tf32(c, a.value, b.value);
-    }
-};
-
+// 16-bit rows, and f32 rows that `prepare` has rounded to f16.
 template <class T>
 struct Narrow {
     using Element = T;
@@ -99,7 +82,6 @@ using HalfBf16 = Narrow<Bf16>;
 // Defines one kernel in every precision from a device function `template <class Numbers> name_body(p)`.
 #define KERNEL_IN_EVERY_PRECISION(name, Params, blocks)               \
     KERNEL(name##_f32, Params, blocks) { name##_body<ExactF32>(p); }  \
-    KERNEL(name##_tf32, Params, blocks) { name##_body<FastF32>(p); }  \
     KERNEL(name##_f16, Params, blocks) { name##_body<HalfF16>(p); }   \
     KERNEL(name##_bf16, Params, blocks) { name##_body<HalfBf16>(p); }
 

@@ -97,16 +97,6 @@ WGMMA(wgmma_f16, "f16", 16, "m64n128k16", PLACES_64, SUMS_64, "%64", "%65", "%66
 WGMMA(wgmma_bf16, "bf16", 32, "m64n256k16", PLACES_128, SUMS_128, "%128", "%129", "%130", "%131")
 WGMMA(wgmma_f16, "f16", 32, "m64n256k16", PLACES_128, SUMS_128, "%128", "%129", "%130", "%131")
 
-// The same of TF32, 8 of the inner dimension, which lies along the lines in both operands: there is no other way.
-#define WGMMA_TF32(n, shape, places, sums, a_place, b_place)                                                     \
-    DEVICE void wgmma_tf32(float (&c)[n][4], Descriptor a, Descriptor b) {                                       \
-        asm volatile("wgmma.mma_async.sync.aligned." shape ".f32.tf32.tf32 {" places "}, " a_place ", " b_place ", 1, 1, 1;" \
-                     : sums(c, 0)                                                                                \
-                     : "l"(a), "l"(b));                                                                          \
-    }
-WGMMA_TF32(8, "m64n64k8", PLACES_32, SUMS_32, "%32", "%33")
-WGMMA_TF32(16, "m64n128k8", PLACES_64, SUMS_64, "%64", "%65")
-
 // A barrier in shared memory whose phase ends when `count` threads have arrived and all bytes
 // that they announced are there.
 using Barrier = uint64_t;

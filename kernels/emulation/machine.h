@@ -307,12 +307,6 @@ inline void wgmma_f16(float (&c)[n][4], uint64_t a, uint64_t b) {
     emulation::aligned("wgmma_f16");
     emulation::collective("wgmma_f16", &one, emulation::wgmma<emulation::Numbers::f16>);
 }
-template <int n>
-inline void wgmma_tf32(float (&c)[n][4], uint64_t a, uint64_t b) {
-    emulation::GroupMultiply one{&c[0][0], a, b, n * 8, false, false};
-    emulation::aligned("wgmma_tf32");
-    emulation::collective("wgmma_tf32", &one, emulation::wgmma<emulation::Numbers::tf32>);
-}
 inline void reads_below() {}
 inline void settle(uint32_t &) {}
 [[noreturn]] inline void trap() { emulation::stop("trap"); }

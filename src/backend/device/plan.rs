@@ -29,19 +29,25 @@ impl Precision {
     pub fn of(embeddings: &Embeddings<'_>, exact: bool) -> Self {
         match embeddings {
             Embeddings::F32(_) if exact => Self::F32,
-            Embeddings::F32(_) => Self::Tf32,
+            Embeddings::F32(_) => Self::RoundedF32,
             Embeddings::F16(_) => Self::F16,
             Embeddings::Bf16(_) => Self::Bf16,
         }
     }
 
-    /// Bytes of one element of the rows.
+    /// Bytes of one element of the caller's rows.
     #[must_use]
     pub fn bytes(self) -> usize {
         match self {
-            Self::F32 | Self::Tf32 => 4,
+            Self::F32 | Self::RoundedF32 => 4,
             Self::F16 | Self::Bf16 => 2,
         }
+    }
+
+    /// Whether the kernels multiply 16-bit rows, and M in the rows' type.
+    #[must_use]
+    pub fn is_narrow(self) -> bool {
+        self != Self::F32
     }
 
     /// Bytes of one element of prepared rows: f32 to its own precision is split into two TF32 numbers.
@@ -49,8 +55,7 @@ impl Precision {
     pub fn stored_bytes(self) -> usize {
         match self {
             Self::F32 => 8,
-            Self::Tf32 => 4,
-            Self::F16 | Self::Bf16 => 2,
+            Self::RoundedF32 | Self::F16 | Self::Bf16 => 2,
         }
     }
 }
@@ -182,8 +187,8 @@ impl Shape {
     /// The type of M's elements that `weigh` makes of words, a block for each tile of S.
     pub fn finished_words(&self) -> u32 {
         match self.precision {
-            Precision::F32 | Precision::Tf32 => WEIGH_NO_WORDS,
-            Precision::F16 => WEIGH_WORDS_F16,
+            Precision::F32 => WEIGH_NO_WORDS,
+            Precision::RoundedF32 | Precision::F16 => WEIGH_WORDS_F16,
             Precision::Bf16 => WEIGH_WORDS_BF16,
         }
     }
@@ -200,10 +205,7 @@ impl Shape {
 
     /// Rows of the result that one block of the tile way owns, and blocks side by side.
     fn gradient_rows(&self) -> u32 {
-        match self.precision {
-            Precision::F32 | Precision::Tf32 => GRADIENT_ROWS_32BIT,
-            Precision::F16 | Precision::Bf16 => GRADIENT_ROWS_16BIT,
-        }
+        if self.precision.is_narrow() { GRADIENT_ROWS_16BIT } else { GRADIENT_ROWS_32BIT }
     }
 
     fn column_blocks(&self) -> usize {
@@ -213,39 +215,28 @@ impl Shape {
     /// Power of two that the tile of M is stored with. A weight is at most 4 / B, and f16 ends at
     /// 65,504 above and 6e-8 below: with the largest at 2^13 and more, what underflows is 2^-37 of it.
     pub fn weight_scale(&self) -> f32 {
-        match self.precision {
-            Precision::F32 | Precision::Tf32 => 1.0,
-            Precision::F16 | Precision::Bf16 => {
-                let log2 = i32::try_from(self.total.ilog2()).unwrap_or(0);
-                2.0f32.powi(log2 + 11)
-            }
+        if !self.precision.is_narrow() {
+            return 1.0;
         }
+        let log2 = i32::try_from(self.total.ilog2()).unwrap_or(0);
+        2.0f32.powi(log2 + 11)
     }
 
     /// The same for the slopes of the weights by a lambda, which are up to a quarter of the sharpness as large.
     pub fn slope_scale(&self, sharpness: f64) -> f32 {
-        match self.precision {
-            Precision::F32 | Precision::Tf32 => 1.0,
-            Precision::F16 | Precision::Bf16 => {
-                self.weight_scale() / 2.0f64.powi((sharpness / 4.0).max(1.0).log2().ceil() as i32) as f32
-            }
+        if !self.precision.is_narrow() {
+            return 1.0;
         }
+        self.weight_scale() / 2.0f64.powi((sharpness / 4.0).max(1.0).log2().ceil() as i32) as f32
     }
 
     /// The kernel that does `kernel`'s work on this GPU. Hopper has its own where S or the gradient is
-    /// multiplied, for 16-bit types; and for S of TF32 in a `whole` loss, since the gradient of TF32 would multiply a tile that
-    /// was not stored otherwise than the sweep. f32 to its own precision wants sums for each kind of product.
-    pub fn variant(&self, kernel: Kernel, warpgroup_products: bool, whole: bool) -> Kernel {
-        let served = match self.precision {
-            Precision::F16 | Precision::Bf16 => true,
-            Precision::Tf32 => whole,
-            Precision::F32 => false,
-        };
-        if !warpgroup_products || !served {
+    /// multiplied, for 16-bit types. f32 to its own precision wants sums for each kind of product.
+    pub fn variant(&self, kernel: Kernel, warpgroup_products: bool) -> Kernel {
+        if !warpgroup_products || !self.precision.is_narrow() {
             return kernel;
         }
         match kernel {
-            Kernel::Gradient(Precision::Tf32) | Kernel::Threshold(Precision::Tf32) => kernel,
             Kernel::Threshold(precision) => Kernel::ThresholdHopper(precision),
             Kernel::Prepare(precision) => Kernel::PrepareHopper(precision),
             Kernel::SameClass(precision) => Kernel::SameClassHopper(precision),
@@ -268,7 +259,8 @@ impl Shape {
         let own = tiles(self.sides(of_references).0);
         let gradient_grid = [self.row_blocks(of_references), self.column_blocks(), splits];
         let gradient_bytes = |precision: Precision| {
-            let matrix = self.gradient_rows() * TILE * precision.bytes() as u32;
+            let element = if precision.is_narrow() { 2 } else { 4 };
+            let matrix = self.gradient_rows() * TILE * element;
             GRADIENT_STAGES_BYTES + matrix + GRADIENT_EXTRA_BYTES
         };
         let (grid, shared_bytes) = match kernel {
@@ -420,7 +412,7 @@ mod tests {
     #[test]
     fn rows_are_padded_to_whole_stages() {
         assert_eq!(stride(130, Precision::F32), 144);
-        assert_eq!(stride(130, Precision::Tf32), 160);
+        assert_eq!(stride(130, Precision::RoundedF32), 192);
         assert_eq!(stride(130, Precision::Bf16), 192);
         assert_eq!(stride(512, Precision::F16), 512);
     }
@@ -554,7 +546,7 @@ mod tests {
     fn blocks_fit_every_gpu() {
         // A block of sm_89 may have 99 KiB.
         let shape = square(1000, 512, Precision::F32);
-        for precision in [Precision::F32, Precision::Tf32, Precision::F16, Precision::Bf16] {
+        for precision in [Precision::F32, Precision::RoundedF32, Precision::F16, Precision::Bf16] {
             for kernel in [
                 Kernel::Prepare(precision),
                 Kernel::Sweep(precision),
@@ -569,7 +561,7 @@ mod tests {
 
     #[test]
     fn hopper_s_blocks_fit_hopper_and_serve_16_bit_types_only() {
-        for precision in [Precision::F32, Precision::Tf32, Precision::F16, Precision::Bf16] {
+        for precision in [Precision::F32, Precision::RoundedF32, Precision::F16, Precision::Bf16] {
             let shape = square(1000, 512, precision);
             for kernel in [
                 Kernel::Prepare(precision),
@@ -578,8 +570,8 @@ mod tests {
                 Kernel::SelectRecomputed(precision),
                 Kernel::Gradient(precision),
             ] {
-                let variant = shape.variant(kernel, true, false);
-                assert_eq!(shape.variant(kernel, false, true), kernel);
+                let variant = shape.variant(kernel, true);
+                assert_eq!(shape.variant(kernel, false), kernel);
                 // A block of sm_90 may have 227 KiB.
                 let plan = |kernel| shape.plan(kernel, false, 3, 7);
                 assert!(plan(variant).shared_bytes <= 227 * 1024, "{variant:?}");
@@ -596,8 +588,7 @@ mod tests {
                     // Both variants compute the same part of the result in the same block.
                     assert_eq!(plan(variant).grid, plan(kernel).grid);
                 }
-                let own = precision.bytes() == 2;
-                assert_eq!(variant != kernel, own, "{variant:?}");
+                assert_eq!(variant != kernel, precision != Precision::F32, "{variant:?}");
             }
         }
     }
