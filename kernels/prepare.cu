@@ -278,17 +278,19 @@ DEVICE void check_rows(const PrepareParams &p, const float (&squares)[kOwnRows])
     });
 }
 
-// Half a granule of prepared rows, from a granule of the caller's.
+// f32 rows that are rounded to f16: norms and lengths are those of the caller's rows, column sums those of the rounded ones.
+template <class Numbers, class Given>
+constexpr bool kRounded = !Numbers::exact && sizeof(Given) != sizeof(typename Numbers::Element);
+// Half a granule of such, from a granule of the caller's.
 struct alignas(8) RoundedGranule {
     F16 values[4];
 };
 
 // A tile's rows, prepared. `products.add(stage)` sees each stage of them as it lies in shared memory; `shared` has room for the ring, and twice for a float for each warp and element of a stage.
-// f32 rows may be rounded to f16 (`rounded`): norms and lengths are those of the caller's rows, column sums of the rounded ones.
 template <class Numbers, class Given, class Products>
 DEVICE void prepare_rows(const PrepareParams &p, unsigned char *shared, Products products) {
     using Vector = Granule<Given>;
-    constexpr bool rounded = sizeof(Given) != sizeof(typename Numbers::Element);
+    constexpr bool rounded = kRounded<Numbers, Given>;
     constexpr uint32_t kColumns = kGranules * Vector::count;  // of a stage of the ring
     constexpr uint32_t kParts = THREADS / 32 * kColumns;
     static_assert(kRing * kRingStage + 2 * kParts * sizeof(float) <= SIMILARITY_STAGES_BYTES);
@@ -349,7 +351,7 @@ DEVICE void prepare_rows(const PrepareParams &p, unsigned char *shared, Products
         }
         // Two stages of the ring are one of prepared rows, which for products takes the place of the first.
         bool complete = !rounded || stage % 2 == 1;
-        unsigned char *prepared = complete && rounded ? shared + (stage - 1) % kRing * kRingStage : ring;
+        unsigned char *prepared = rounded && complete ? shared + (stage - 1) % kRing * kRingStage : ring;
         if constexpr (rounded) {
             if constexpr (Products::any) warp_sync();  // a row is read by the eight lanes that overwrite it
 #pragma unroll
@@ -474,8 +476,7 @@ DEVICE void prepare_hopper_body([[maybe_unused]] const PrepareParams &p) {
         for (float &sum : four) sum = 0.0f;
     }
     settle(acc);
-    constexpr bool rounded = sizeof(Given) != sizeof(typename Numbers::Element);
-    prepare_rows<Numbers, Given>(p, ring, DiagonalProducts<Numbers, rounded>{acc});
+    prepare_rows<Numbers, Given>(p, ring, DiagonalProducts<Numbers, kRounded<Numbers, Given>>{acc});
     wgmma_wait<0>();
     if (p.duplicate != nullptr) write_duplicate_bounds<DiagonalPlace>(p, acc);
 #else
