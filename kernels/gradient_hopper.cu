@@ -11,8 +11,7 @@
 // Rows, columns, splits and the order of every sum are those of gradient.cu; all warps alike sum what goes by lists.
 // Sync: barriers in shared memory alone (full, empty, zeroed, built, valued); all roles walk the same tiles.
 
-#include "hopper.cuh"
-#include "lists.cuh"
+#include "gradient_roles.cuh"
 
 #ifdef HAS_WARPGROUP_PRODUCTS
 
@@ -23,13 +22,15 @@ constexpr uint32_t kOperandBytes = TILE * STAGE_BYTES;            // a tile's ro
 constexpr uint32_t kHalf = TILE / 2;                              // columns of S that are recomputed at a time
 // Tiles of M: one more than the stages hold tiles of R, so that a stage that is given back says that a matrix is.
 constexpr uint32_t kMatrices = GRADIENT_HOPPER_STAGES / 2 + 1, kTileBytes = TILE * TILE * 2;
-constexpr uint32_t kPanelColumns = STAGE_BYTES / 2;
-constexpr uint32_t kMultipliers = 8, kBuilders = 3;               // warps; the last one copies
-constexpr uint32_t kBuilderThreads = kBuilders * 32;
-static_assert((kMultipliers + kBuilders + 1) * 32 == GRADIENT_HOPPER_THREADS, "the launch plan's threads");
-static_assert(GRADIENT_ROWS_16BIT == TILE, "two warpgroups of 64 rows");
 static_assert((TILE + kHalf) * STAGE_BYTES <= kStageBytes, "a step of half a recomputed tile");
 static_assert(TILE * kHalf * sizeof(float) == kStageBytes, "and its values");
+
+struct NarrowRoles {
+    static constexpr uint32_t matrices = kMatrices, parts = 2, step_fills = 1;
+};
+using Turn = RolesTurn<NarrowRoles>;
+template <bool words>
+using Walk = RolesWalk<NarrowRoles, words>;
 
 struct GradientHopperShared {
     unsigned char stages[GRADIENT_HOPPER_STAGES][kStageBytes];  // [columns / 64, kDepth, STAGE_BYTES]
@@ -40,73 +41,7 @@ struct GradientHopperShared {
     uint32_t last, unused;  // whether this block is the last of its splits
 };
 static_assert(sizeof(GradientHopperShared) == GRADIENT_HOPPER_SHARED_BYTES, "the launch plan's shared memory");
-
-// One tile of the walk below: every role knows from it which stages and which matrix are meant.
-struct Turn {
-    PairTile tile;
-    uint32_t y;           // of the other side
-    uint32_t count;       // candidates
-    uint32_t segment;     // where they are
-    uint32_t index;       // so many tiles before
-    uint32_t recomputed;  // of which recomputed
-    uint32_t fill;        // and so many stages filled before
-    bool stored;
-
-    // Stages filled for this tile before those of R: for each half of S its steps, then its values.
-    DEVICE uint32_t before_rows(uint32_t steps) const { return stored ? 0 : 2 * (steps + 1); }
-    DEVICE uint32_t values(uint32_t steps, uint32_t half) const { return fill + half * (steps + 1) + steps; }
-    DEVICE uint32_t matrix() const { return index % kMatrices; }
-    DEVICE uint32_t matrix_parity() const { return index / kMatrices % 2; }
-    // M lies [other side, own]: as its tile of S, whereas a recomputed one is built the right way round.
-    DEVICE bool transposed() const { return stored && tile.transposed; }
-};
-
-// The tiles that hold candidates of the block's rows, in order. The lanes of a warp look at 32 counts at once. `words`: with
-// how many there are and where, which only those that build ask; the others have no registers for it.
-template <bool words>
-struct Walk {
-    const GradientParams &p;
-    uint32_t x, steps, group, end;
-    uint32_t left = 0, stored = 0;       // tiles of this group with candidates, those that are stored: a bit each
-    uint32_t counts = 0, segments = 0;   // of the lane's tile
-    Turn turn{};
-
-    DEVICE Walk(const GradientParams &params, uint32_t row_tile, Range range)
-        : p(params), x(row_tile), steps(params.pairs.stride / kPanelColumns), group(range.begin - 32), end(range.end) {}
-
-    // Steps on to the next tile, by the whole warp; false at the end.
-    DEVICE bool next() {
-        if (turn.count != 0) {
-            ++turn.index;
-            turn.recomputed += !turn.stored;
-            turn.fill += turn.before_rows(steps) + 2;
-        }
-        while (left == 0) {
-            group += 32;  // from below 0 at first
-            if (static_cast<int32_t>(end - group) <= 0) return false;
-            uint32_t y = group + lane_index();
-            uint64_t index = y < end ? pair_tile(p.pairs, p.of_references, x, y).index : 0;
-            uint32_t count = y < end ? p.pairs.tile_counts[index] : 0, segment = y < end ? p.pairs.tile_segments[index] : NO_ROW;
-            left = ballot_sync(count != 0);
-            stored = ballot_sync(segment != NO_ROW);
-            if constexpr (words) {
-                counts = count;
-                segments = segment;
-            }
-        }
-        int lane = lowest_bit(left);
-        left &= left - 1;
-        turn.y = group + static_cast<uint32_t>(lane);
-        turn.tile = pair_tile(p.pairs, p.of_references, x, turn.y);
-        turn.stored = stored >> lane & 1;
-        turn.count = 1;
-        if constexpr (words) {
-            turn.count = shuffle(counts, lane);
-            turn.segment = shuffle(segments, lane);
-        }
-        return true;
-    }
-};
+static_assert(kHopperListsBytes <= sizeof(GradientHopperShared), "where the stages are");
 
 DEVICE Barrier *full_of(GradientHopperShared &shared, uint32_t fill) { return &shared.full[fill % GRADIENT_HOPPER_STAGES]; }
 DEVICE Barrier *empty_of(GradientHopperShared &shared, uint32_t fill) { return &shared.empty[fill % GRADIENT_HOPPER_STAGES]; }
@@ -223,8 +158,6 @@ DEVICE void mirror(const GradientParams &p, unsigned char *matrix, const Turn &t
         *reinterpret_cast<uint16_t *>(matrix + matrix_place<Numbers>(place % TILE, place / TILE)) = word_element(word);
     }
 }
-
-constexpr uint32_t kBuildersBarrier = 1, kMultipliersBarrier = 2;
 
 // M from the values of a recomputed tile.
 template <class Numbers>
@@ -403,21 +336,6 @@ DEVICE void multiply_matrices(const GradientParams &p, GradientHopperShared &sha
     }
 }
 
-// As finish_splits(), by the warps that multiply alone.
-DEVICE void finish_multiplied(const GradientParams &p, GradientHopperShared &shared, uint32_t x) {
-    if (p.splits == 1) return;
-    constexpr uint32_t threads = kMultipliers * 32;
-    warp_sync();
-    named_sync(kMultipliersBarrier, threads);
-    if (thread_index() == 0) shared.last = arrive_at(arrivals(p)) == p.splits - 1;
-    warp_sync();
-    named_sync(kMultipliersBarrier, threads);
-    if (shared.last) add_splits(p, static_cast<uint64_t>(x) * TILE, TILE, thread_index(), threads);
-}
-
-constexpr uint32_t kListsWarps = GRADIENT_HOPPER_THREADS / 32, kListsRows = (TILE + kListsWarps - 1) / kListsWarps;
-static_assert(kListsWarps * kListsRows * LISTS_COLUMNS * 4 <= sizeof(GradientHopperShared), "where the stages are");
-static_assert(LISTS_COLUMNS == GRADIENT_COLUMNS, "one grid for both");
 #endif
 
 template <class Numbers>
@@ -427,11 +345,7 @@ DEVICE void gradient_hopper_body([[maybe_unused]] const GradientParams &p) {
     auto &shared = *reinterpret_cast<GradientHopperShared *>(bytes);
     const Pairs &pairs = p.pairs;
     uint32_t x = block_x();
-    if (p.ways[x]) {
-        gradient_lists<Numbers, kListsWarps, kListsRows>(p, bytes, x, 0);
-        finish_splits(p, bytes, static_cast<uint64_t>(x) * TILE, TILE, GRADIENT_HOPPER_THREADS);
-        return;
-    }
+    if (p.ways[x]) return sum_by_lists<Numbers>(p, bytes, x);
     uint32_t first_column = block_y() * GRADIENT_COLUMNS;
     uint32_t left = pairs.stride - first_column;
     uint32_t columns = left < GRADIENT_COLUMNS ? left : GRADIENT_COLUMNS;
@@ -444,14 +358,15 @@ DEVICE void gradient_hopper_body([[maybe_unused]] const GradientParams &p) {
     }
     block_sync();  // the barriers are there
     Range range = split_range(p.of_references ? pairs.anchors.tiles : pairs.references.tiles, block_z(), p.splits);
-    Walk<false> walk(p, x, range);
+    constexpr uint32_t fills = TILE / kDepth;
+    Walk<false> walk(p, x, range, fills);
     uint32_t warp = shuffle(warp_index(), 0);
     if (warp >= kMultipliers) {
         setmaxnreg_dec<104>();
         if (warp == kMultipliers + kBuilders) {
             copy_rows<Numbers>(p, shared, walk, first_column, columns / kPanelColumns);
         } else {
-            build_matrices<Numbers>(p, shared, Walk<true>(p, x, range));
+            build_matrices<Numbers>(p, shared, Walk<true>(p, x, range, fills));
         }
     } else {
         setmaxnreg_inc<200>();
@@ -461,7 +376,7 @@ DEVICE void gradient_hopper_body([[maybe_unused]] const GradientParams &p) {
         } else {
             multiply_matrices<Numbers, GRADIENT_COLUMNS / 8>(p, shared, walk, first_column, columns);
         }
-        finish_multiplied(p, shared, x);
+        finish_multiplied(p, &shared.last, x);
     }
 #else
     trap();

@@ -52,6 +52,18 @@ DEVICE float matrix_weight(const Pairs &pairs, uint32_t i, uint32_t j, float s) 
     }
 }
 
+// The power of two that brings M's largest element to 2^14 and above, below 2^15, and its inverse: what f16's two parts lose of the others then is
+// 2^-22 of themselves or 2^-39 of the largest. `largest` are its bits without the sign.
+struct TileScale {
+    float up, down;
+    explicit DEVICE TileScale(uint32_t largest) {
+        uint32_t exponent = largest >> 23, most = 253;  // so that both are numbers
+        uint32_t scale = exponent < 268 - most ? most : 268 - exponent;
+        up = float_of(scale << 23);
+        down = float_of((254 - scale) << 23);
+    }
+};
+
 // Where row `row` of the result goes: with one split straight to the caller's rows, otherwise to the split's part.
 struct ResultRow {
     float *to;

@@ -20,7 +20,7 @@ DEVICE void begin_loss(const OrderParams &p, uint32_t threads) {
     for (const Zeroed &zeroed : p.zeroed) {
         for (uint64_t i = block_x() * threads + thread_index(); i < zeroed.count; i += grid_x() * threads) zeroed.words[i] = 0;
     }
-    if (p.counters != nullptr && block_x() == 0 && thread_index() == 0) *p.counters = Counters{0, 0, 0, 0, NO_ROW, NO_ROW, 0};
+    if (p.counters != nullptr && block_x() == 0 && thread_index() == 0) *p.counters = Counters{0, 0, 0, 0, NO_ROW, NO_ROW, 0, 0, 0};
 }
 
 // Counting: ignored labels are above all others, padding is above them, and 1 may be added to either. Labels as they come are

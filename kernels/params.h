@@ -102,6 +102,10 @@
 #define GRADIENT_HOPPER_STAGES 4
 #define GRADIENT_HOPPER_SHARED_BYTES \
     (GRADIENT_HOPPER_STAGES * TILE / 2 * GRADIENT_COLUMNS * 2 + (GRADIENT_HOPPER_STAGES / 2 + 1) * TILE * TILE * 2 + 17 * 8)
+/* The same of f32 to its own precision: 6 stages of 32 rows and 128 columns in two parts (16 KB), two tiles of M in two parts;
+ * 20 barriers, and a flag. */
+#define GRADIENT_SPLIT_STAGES 6
+#define GRADIENT_SPLIT_SHARED_BYTES (GRADIENT_SPLIT_STAGES * 32 * 128 * 2 * 2 + 2 * 2 * TILE * TILE * 2 + 21 * 8)
 /* Columns of the gradient that a block of the list way keeps as f32. */
 #define LISTS_COLUMNS 256
 /* References that the retrieval buffer of a query takes between two compactions. */
@@ -151,6 +155,8 @@ typedef struct Counters {
     uint32_t bad_anchor;         /* smallest original index that is no unit row, or NO_ROW */
     uint32_t bad_reference;
     uint64_t reserved;           /* units of the pool that tiles have asked for; more than there are: some are recomputed */
+    uint32_t largest_weight;     /* what one row adds to a pair's weight at most, of all rows, as the bits of an f32 */
+    uint32_t unused;
 } Counters;
 
 /* Per anchor, from the selection. The sums are fixed point: order-independent. */
@@ -383,7 +389,7 @@ typedef struct GradientParams {
     float *partial;              /* [splits, padded_rows, stride]; with one split unused */
     uint32_t *arrived;           /* [row blocks, column blocks], 0 before and after; with one split unused */
     float *gradient;             /* [count, dim], original order */
-    const void *zeros;           /* [TILE, TILE] of 16-bit zeros; of wider types null */
+    const void *zeros;           /* [TILE, TILE] of 16-bit zeros */
 } GradientParams;
 
 /* threshold: <dM/dlambda R, tangent> of one side, for both lambdas. A block as in the gradient, for each lambda. */

@@ -426,8 +426,15 @@ struct WeighShared {
 };
 static_assert(sizeof(WeighShared) <= WEIGH_SHARED_BYTES && kWeighWordsBytes <= WEIGH_SHARED_BYTES, "the launch plan's shared memory");
 
-// One anchor's results, its weights and what it adds to the sums (SPEC 4); `i` may be padding.
-DEVICE void weigh_anchor(const WeighParams &p, Tolerances tolerances, uint32_t i, double (&sums)[kWeighAll]) {
+// What a row adds to a pair's weight at most: of the positives it keeps to that of m+, of the negatives to that of m-.
+DEVICE float largest_weight(const Settings &settings, const RowWeights &weights, const RowNumbers &row) {
+    if (weights.pos_scale == 0.0f) return 0.0f;
+    return fmaxf(weights.pos_scale * pair_sigmoid(settings, true, row.min_pos),
+                 weights.neg_scale * pair_sigmoid(settings, false, key_value(row.max_neg)));
+}
+
+// One anchor's results, its weights and what it adds to the sums (SPEC 4); the largest of these weights. `i` may be padding.
+DEVICE float weigh_anchor(const WeighParams &p, Tolerances tolerances, uint32_t i, double (&sums)[kWeighAll]) {
     const Pairs &pairs = p.pairs;
     const Settings &settings = pairs.settings;
     RowNumbers numbers{INFINITE, 0, 0, 0};
@@ -459,6 +466,7 @@ DEVICE void weigh_anchor(const WeighParams &p, Tolerances tolerances, uint32_t i
         }
     }
     pairs.weights[i] = weights_of(pairs, tolerances, numbers);
+    return largest_weight(settings, pairs.weights[i], numbers);
 }
 
 // The sum of all similarities is the product of the column sums: that of every p.blocks-th 32 columns, by the first warp.
@@ -542,12 +550,16 @@ DEVICE void weigh_rows(const WeighParams &p, uint32_t x, WeighShared &shared) {
     if (anchors) sums[kCandidates] = count_candidates(pairs, false, x);
     if (references) sums[kCandidatesOfReferences] = count_candidates(pairs, true, x);
     Tolerances tolerances = adapt(pairs);
+    float largest = 0.0f;
     if (thread_index() < TILE) {
-        if (x < pairs.anchors.tiles) weigh_anchor(p, tolerances, row, sums);
+        if (x < pairs.anchors.tiles) largest = weigh_anchor(p, tolerances, row, sums);
     } else if (pairs.columns != nullptr && x < pairs.references.tiles) {
         RowNumbers numbers = row < pairs.references.count ? pairs.columns[row] : RowNumbers{INFINITE, 0, 0, 0};
         pairs.column_weights[row] = weights_of(pairs, tolerances, numbers);
+        largest = largest_weight(pairs.settings, pairs.column_weights[row], numbers);
     }
+    for (int mask = 16; mask > 0; mask /= 2) largest = fmaxf(largest, shuffle_xor(largest, mask));
+    if (lane_index() == 0 && largest > 0.0f) atomic_max(&pairs.counters->largest_weight, bits_of(largest));
     sums[kSumAll] = sum_of_columns(p, shared);
     double total = block_sums(sums, shared.scratch);
     if (thread_index() < WEIGH_SUMS) p.parts[x * WEIGH_SUMS + thread_index()] = total;

@@ -209,18 +209,6 @@ DEVICE void clear_sums(GradientSums<Numbers> &sums) {
     }
 }
 
-// The power of two that brings M's largest element to 2^14 and above, below 2^15, and its inverse: what f16's two parts lose of the others then is
-// 2^-22 of themselves or 2^-39 of the largest. `largest` are its bits without the sign.
-struct TileScale {
-    float up, down;
-    explicit DEVICE TileScale(uint32_t largest) {
-        uint32_t exponent = largest >> 23, most = 253;  // so that both are numbers
-        uint32_t scale = exponent < 268 - most ? most : 268 - exponent;
-        up = float_of(scale << 23);
-        down = float_of((254 - scale) << 23);
-    }
-};
-
 // sums += M R over the tiles of a range. `job.weigh(i, j, s, part)` is a part of M's element, `Job::parts` of which add up to it;
 // `job.after(sums)` sees the sums after each tile. `Job::from_words`: of a stored tile the candidates' words say all, and
 // `job.of_word(word)` is asked instead.

@@ -61,9 +61,10 @@ DEVICE void setmaxnreg_inc() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;
 template <int registers>
 DEVICE void setmaxnreg_dec() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers)); }
 
-// Lists of 32, 64 and 128 registers for the instructions below.
+// Lists of 16, 32, 64 and 128 registers for the instructions below.
+#define PLACES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define PLACES_32                                                                                       \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                            \
+    PLACES_16 ", "                                                                                      \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define PLACES_64                                                                                       \
     PLACES_32 ", "                                                                                      \
@@ -92,6 +93,7 @@ DEVICE void setmaxnreg_dec() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;
                      : sums(c, 0)                                                                           \
                      : "l"(a), "l"(b), "n"(transposed_a ? 1 : 0), "n"(transposed ? 1 : 0), "n"(fresh ? 0 : 1)); \
     }
+WGMMA(wgmma_f16, "f16", 4, "m64n32k16", PLACES_16, SUMS_16, "%16", "%17", "%18", "%19", "%20")
 WGMMA(wgmma_bf16, "bf16", 8, "m64n64k16", PLACES_32, SUMS_32, "%32", "%33", "%34", "%35", "%36")
 WGMMA(wgmma_f16, "f16", 8, "m64n64k16", PLACES_32, SUMS_32, "%32", "%33", "%34", "%35", "%36")
 WGMMA(wgmma_bf16, "bf16", 16, "m64n128k16", PLACES_64, SUMS_64, "%64", "%65", "%66", "%67", "%68")

@@ -155,7 +155,11 @@ fn kernels_without_a_fault_pass() {
 #[test]
 fn hopper_s_kernel_without_a_fault_passes() {
     let flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"];
-    for (program, kernel) in [("gradient", "gradient_hopper.cu"), ("sweep", "sweep_hopper.cu")] {
+    for (program, kernel) in [
+        ("gradient", "gradient_hopper.cu"),
+        ("gradient_split", "gradient_hopper_split.cu"),
+        ("sweep", "sweep_hopper.cu"),
+    ] {
         let output = run(program, &[kernel], None, &flags);
         assert!(output.status.success(), "{program}: {}", said(&output));
     }
@@ -294,11 +298,31 @@ fn a_stage_that_is_given_back_too_early_is_caught() {
 #[test]
 fn filling_a_matrix_before_it_is_given_back_is_caught() {
     // One matrix fewer: zeros land while the product before the last reads it.
-    let file = "gradient_hopper.cu";
+    let file = "gradient_roles.cuh";
     assert_caught(&run_faulty_hopper_twice([
-        Fault { file, from: "return index % kMatrices;", to: "return index % 2;" },
-        Fault { file, from: "return index / kMatrices % 2;", to: "return index / 2 % 2;" },
+        Fault { file, from: "return index % Roles::matrices;", to: "return index % 2;" },
+        Fault { file, from: "return index / Roles::matrices % 2;", to: "return index / 2 % 2;" },
     ]));
+}
+
+#[test]
+fn faults_in_the_gradient_of_split_rows_are_caught() {
+    let faults = [
+        // Stages are given back before the product that reads them is through.
+        "wgmma_wait<1>();  // this product goes on, that before it is done",
+        // Stages, and then a matrix, are filled again before they are given back.
+        "if (fill >= SplitRoles::stages) mbarrier_wait(empty_of(shared, fill), parity_of(fill - SplitRoles::stages));",
+        "if (first > 0) mbarrier_wait(empty_of(shared, first - 1), parity_of(first - 1));",
+        // Weights are stored before zeros have landed, and products read before bulk copies have.
+        "mbarrier_wait(&shared.zeroed[turn.matrix()], turn.matrix_parity());",
+        "mbarrier_wait(&shared.built[turn.matrix()], turn.matrix_parity());",
+    ];
+    for from in faults {
+        let fault = Fault { file: "gradient_hopper_split.cu", from, to: "" };
+        let output = run("gradient_split", &["gradient_hopper_split.cu"], Some(&fault), &[]);
+        assert!(!output.status.success(), "the fault went unnoticed: {from}");
+        assert_caught(&said(&output));
+    }
 }
 
 #[test]
@@ -411,6 +435,7 @@ fn the_thread_sanitizer_sees_no_race_in_kernels_without_a_fault() {
     let programs = [
         ("retrieval", "retrieval.cu"),
         ("gradient", "gradient_hopper.cu"),
+        ("gradient_split", "gradient_hopper_split.cu"),
         ("sweep", "sweep_hopper.cu"),
         ("order", "order.cu"),
     ];

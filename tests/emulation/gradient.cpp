@@ -3,6 +3,8 @@
 // exits 1. Nine tiles of references, so that all buffers are filled again; two of them are
 // recomputed and one has no candidates. All numbers are small integers: every sum is exact.
 // Once in one split, which writes the caller's rows, here in reverse order, and once in two, which the later one adds.
+// Split rows have low parts of 1/256 of such integers, and weights low ones of 2^-12: products of two low parts, which no kernel
+// makes, are left out of the sums.
 
 #include <cstdio>
 #include <cstdlib>
@@ -15,24 +17,40 @@ namespace {
 constexpr uint32_t kAnchors = 100, kTiles = 9, kReferences = kTiles * TILE - 40, kCapacity = TILE * TILE / 2;
 constexpr uint32_t kRecomputed[] = {4, 6}, kEmpty = 3;  // tiles of references
 
-uint32_t stride = 0;  // of this turn's rows
+#ifndef PARTS
+#define PARTS 1
+#endif
+constexpr uint32_t parts = PARTS;  // 2: high and low ones, gradient_split.cpp
+uint32_t stride = 0;               // of this turn's rows
 
 // Place of an element of a prepared row of 16-bit numbers: [tile, stage of 128 bytes, row, swizzled granule of 16].
-size_t place(size_t row, size_t d) {
+size_t place(size_t row, size_t d, uint32_t part) {
     size_t granule = (d % 64 / 8) ^ (row % 8);
-    return row / TILE * TILE * stride + d / 64 * TILE * 64 + row % TILE * 64 + granule * 8 + d % 8;
+    return row / TILE * TILE * stride * parts + (d / 64 * parts + part) * TILE * 64 + row % TILE * 64 + granule * 8 + d % 8;
 }
+
+// A number in two parts; products are those of all but both low ones.
+struct Number {
+    float high = 0.0f, low = 0.0f;
+    float operator*(const Number &other) const { return high * other.high + (high * other.low + low * other.high); }
+};
 
 struct Rows {
     std::vector<uint16_t> prepared;
-    std::vector<float> values;
+    std::vector<Number> values;
     Rows(uint32_t count, uint32_t seed)
-        : prepared(static_cast<size_t>((count + TILE - 1) / TILE) * TILE * stride), values(static_cast<size_t>(count) * stride) {
-        for (size_t i = 0; i < values.size(); ++i) {
+        : prepared(static_cast<size_t>((count + TILE - 1) / TILE) * TILE * stride * parts), values(static_cast<size_t>(count) * stride) {
+        auto next = [&] {
             seed = seed * 1664525u + 1013904223u;
-            values[i] = static_cast<float>(seed >> 24) / 32.0f;
-            values[i] = static_cast<float>(static_cast<int>(values[i]) - 4);  // -4 to 3
-            prepared[place(i / stride, i % stride)] = to_bf16_bits(values[i]);
+            return static_cast<float>(static_cast<int>(seed >> 29) - 4);  // -4 to 3
+        };
+        for (size_t i = 0; i < values.size(); ++i) {
+            Number &value = values[i];
+            value.high = next();
+            if (parts == 2) value.low = next() / 256.0f;
+            size_t row = i / stride, d = i % stride;
+            prepared[place(row, d, 0)] = parts == 1 ? to_bf16_bits(value.high) : to_f16_bits(value.high * kRowScale);
+            if (parts == 2) prepared[place(row, d, 1)] = to_f16_bits(value.low * kRowScale);
         }
     }
     float product(const Rows &other, size_t i, size_t j) const {
@@ -42,15 +60,22 @@ struct Rows {
     }
 };
 
+// What a pair of anchor i weighs.
+float weight_of(uint32_t i) {
+    auto whole = static_cast<float>(i % 3 + 1);
+    return parts == 1 ? whole : whole * (1.0f + 1.0f / 4096.0f);
+}
+
 int check(uint64_t seeds) {
     Rows anchors(kAnchors, 1), references(kReferences, 2);
     // No pair is of one class, alpha 0 makes every sigmoid 1/2, and a pair is mined above a bound.
     const float bound = 40.5f;
     std::vector<ClassRange> classes(kAnchors, ClassRange{1, 0});
     std::vector<RowWeights> weights(TILE);
-    for (uint32_t i = 0; i < TILE; ++i) weights[i] = RowWeights{-INFINITE, bound, 0.0f, static_cast<float>(2 * (i % 3 + 1))};
+    for (uint32_t i = 0; i < TILE; ++i) weights[i] = RowWeights{-INFINITE, bound, 0.0f, 2.0f * weight_of(i)};
     std::vector<uint32_t> counts(kTiles, 0);
     std::vector<uint32_t> words(kTiles * kCapacity), segments(kTiles);
+    std::vector<float> similarities(words.size());
     std::vector<float> want(static_cast<size_t>(kAnchors) * stride, 0.0f);
     for (uint32_t i = 0; i < kAnchors; ++i) {
         for (uint32_t j = 0; j < kReferences; ++j) {
@@ -58,8 +83,16 @@ int check(uint64_t seeds) {
             uint32_t tile = j / TILE;
             if (s <= bound || tile == kEmpty) continue;
             if (counts[tile] == kCapacity) return 3;
-            float weight = static_cast<float>(i % 3 + 1);
-            words[tile * kCapacity + counts[tile]++] = matrix_place<HalfBf16>(i, j % TILE) << 16 | to_bf16_bits(weight);
+            Number weight{weight_of(i)};
+            uint32_t at = tile * kCapacity + counts[tile]++;
+            similarities[at] = s;
+            if (parts == 1) {
+                words[at] = matrix_place<HalfBf16>(i, j % TILE) << 16 | to_bf16_bits(weight.high);
+            } else {
+                words[at] = (i * TILE + j % TILE) | 1u << kKeptByRow;
+                Halves halves = split(weight.high, 0.0f);
+                weight = Number{from_f16_bits(static_cast<uint16_t>(halves.high)), from_f16_bits(static_cast<uint16_t>(halves.low))};
+            }
             for (uint32_t d = 0; d < stride; ++d) want[i * stride + d] += weight * references.values[j * stride + d];
         }
     }
@@ -71,6 +104,7 @@ int check(uint64_t seeds) {
     Counters counters{};
     counters.valid_anchors = kAnchors;
     counters.valid_references = kReferences;
+    counters.largest_weight = bits_of(weight_of(2));
     GradientParams params{};
     params.pairs.anchors = Side{anchors.prepared.data(), order.data(), nullptr, kAnchors, 1};
     params.pairs.references = Side{references.prepared.data(), nullptr, nullptr, kReferences, kTiles};
@@ -83,6 +117,7 @@ int check(uint64_t seeds) {
     params.pairs.tile_counts = counts.data();
     params.pairs.tile_segments = segments.data();
     params.pairs.pool_words = words.data();
+    params.pairs.pool_values = similarities.data();
     params.weight_scale = 1.0f;
     const std::vector<uint16_t> zeros(TILE * TILE, 0);
     params.zeros = zeros.data();
@@ -96,10 +131,9 @@ int check(uint64_t seeds) {
         params.arrived = &arrived;
         params.splits = 1 + static_cast<uint32_t>(seed % 2);
         const uint32_t grid[3] = {1, 1, params.splits};
-        if (emulation::launch("gradient_hopper_bf16", grid, GRADIENT_HOPPER_THREADS, GRADIENT_HOPPER_SHARED_BYTES, &params,
-                              sizeof params, seed)) {
-            return 2;
-        }
+        const char *name = parts == 1 ? "gradient_hopper_bf16" : "gradient_hopper_f32";
+        uint32_t bytes = parts == 1 ? GRADIENT_HOPPER_SHARED_BYTES : GRADIENT_SPLIT_SHARED_BYTES;
+        if (emulation::launch(name, grid, GRADIENT_HOPPER_THREADS, bytes, &params, sizeof params, seed)) return 2;
         for (size_t i = 0; i < want.size(); ++i) {
             size_t row = i / stride, column = i % stride;
             float got = gradient[order[row] * stride + column];

@@ -43,7 +43,7 @@ pub enum Kernel {
     Weigh,
     /// gradient.cu: the gradient of one side.
     Gradient(Precision),
-    /// gradient_hopper.cu: the same on Hopper's warpgroup products; of f32 to its own precision those of S alone, in gradient.cu.
+    /// gradient_hopper.cu: the same on Hopper's warpgroup products; gradient_hopper_split.cu of f32 to its own precision.
     GradientHopper(Precision),
     /// unit.cu: the gradient of rows of any length from that of the unit rows.
     LeadBack(Precision),

@@ -143,7 +143,7 @@ impl LossLayout {
             scalars: layout.region::<LossScalars>(1),
             weigh_parts: layout.region::<f64>(shape.weigh_blocks() * WEIGH_SUMS as usize),
             weigh_arrived: layout.region::<u32>(1),
-            zeros: layout.region::<u16>(if shape.precision.is_narrow() { (TILE * TILE) as usize } else { 0 }),
+            zeros: layout.region::<u16>((TILE * TILE) as usize),
             min_pos: layout.region::<f32>(rows),
             max_neg_out: layout.region::<f32>(rows),
             count_pos: layout.region::<u32>(rows),

@@ -2,13 +2,14 @@
 
 use super::params::{
     GRADIENT_COLUMNS, GRADIENT_EXTRA_BYTES, GRADIENT_HOPPER_SHARED_BYTES, GRADIENT_HOPPER_THREADS,
-    GRADIENT_ROWS_16BIT, GRADIENT_ROWS_32BIT, GRADIENT_STAGES_BYTES, HOPPER_SHARED_BYTES,
-    ORDER_MERGE_SHARED_BYTES, ORDER_MERGED, ORDER_OWN, ORDER_RUNS, ORDER_SHARED_BYTES, ORDER_TILE,
-    ORDER_WIDE_SHARED_BYTES, ORDER_WIDE_THREADS, ORDER_WIDE_TILE, RETRIEVAL_SHARED_BYTES, RETRIEVAL_SLACK,
-    SAME_CLASS_HOPPER_SHARED_BYTES, SAME_CLASS_SHARED_BYTES, SELECT_BLOCKS, SELECT_STORED_SHARED_BYTES,
-    SIMILARITY_STAGES_BYTES, STAGE_BYTES, SUM_SHARED_BYTES, SWEEP_HOPPER_SHARED_BYTES, SWEEP_HOPPER_THREADS,
-    SWEEP_SHARED_BYTES, SWEEP_SPLIT_SHARED_BYTES, SWEEP_SPLIT_THREADS, THREADS, TILE, TILE_MASK_WORDS,
-    WEIGH_NO_WORDS, WEIGH_SHARED_BYTES, WEIGH_WORDS_BF16, WEIGH_WORDS_F16,
+    GRADIENT_ROWS_16BIT, GRADIENT_ROWS_32BIT, GRADIENT_SPLIT_SHARED_BYTES, GRADIENT_STAGES_BYTES,
+    HOPPER_SHARED_BYTES, ORDER_MERGE_SHARED_BYTES, ORDER_MERGED, ORDER_OWN, ORDER_RUNS, ORDER_SHARED_BYTES,
+    ORDER_TILE, ORDER_WIDE_SHARED_BYTES, ORDER_WIDE_THREADS, ORDER_WIDE_TILE, RETRIEVAL_SHARED_BYTES,
+    RETRIEVAL_SLACK, SAME_CLASS_HOPPER_SHARED_BYTES, SAME_CLASS_SHARED_BYTES, SELECT_BLOCKS,
+    SELECT_STORED_SHARED_BYTES, SIMILARITY_STAGES_BYTES, STAGE_BYTES, SUM_SHARED_BYTES,
+    SWEEP_HOPPER_SHARED_BYTES, SWEEP_HOPPER_THREADS, SWEEP_SHARED_BYTES, SWEEP_SPLIT_SHARED_BYTES,
+    SWEEP_SPLIT_THREADS, THREADS, TILE, TILE_MASK_WORDS, WEIGH_NO_WORDS, WEIGH_SHARED_BYTES,
+    WEIGH_WORDS_BF16, WEIGH_WORDS_F16,
 };
 use super::{Kernel, LaunchPlan, Precision};
 use crate::loss::{Embeddings, LossSettings};
@@ -304,19 +305,24 @@ impl Shape {
                 ([self.weigh_blocks() + finished, 1, 1], WEIGH_SHARED_BYTES)
             }
             Kernel::ThresholdSum => ([1, 1, 1], SUM_SHARED_BYTES),
-            Kernel::Gradient(precision) | Kernel::GradientHopper(precision @ Precision::F32) => {
-                (gradient_grid, gradient_bytes(precision))
-            }
+            Kernel::Gradient(precision) => (gradient_grid, gradient_bytes(precision)),
             // A block for each lambda.
             Kernel::Threshold(precision) | Kernel::ThresholdHopper(precision) => {
                 let [rows, columns, splits] = gradient_grid;
                 ([rows, columns, 2 * splits], gradient_bytes(precision))
             }
-            Kernel::GradientHopper(_) => (gradient_grid, GRADIENT_HOPPER_SHARED_BYTES),
+            Kernel::GradientHopper(precision) => {
+                let shared_bytes = if precision.is_narrow() {
+                    GRADIENT_HOPPER_SHARED_BYTES
+                } else {
+                    GRADIENT_SPLIT_SHARED_BYTES
+                };
+                ([own, self.column_blocks(), splits], shared_bytes)
+            }
             Kernel::Retrieval(_) => ([own, 1, 1], RETRIEVAL_SHARED_BYTES),
         };
         let threads = match kernel {
-            Kernel::GradientHopper(precision) if precision.is_narrow() => GRADIENT_HOPPER_THREADS,
+            Kernel::GradientHopper(_) => GRADIENT_HOPPER_THREADS,
             Kernel::SweepHopper(Precision::F32) => SWEEP_SPLIT_THREADS,
             Kernel::SweepHopper(_) => SWEEP_HOPPER_THREADS,
             Kernel::OrderTilesWide => ORDER_WIDE_THREADS,
@@ -582,7 +588,7 @@ mod tests {
                 let plan = |kernel| shape.plan(kernel, false, 3, 7);
                 assert!(plan(variant).shared_bytes <= 227 * 1024, "{variant:?}");
                 let threads = match variant {
-                    Kernel::GradientHopper(precision) if precision.is_narrow() => 384,
+                    Kernel::GradientHopper(_) => 384,
                     Kernel::SweepHopper(Precision::F32) => 384,
                     Kernel::SweepHopper(_) => 640,
                     _ => THREADS,
@@ -592,8 +598,12 @@ mod tests {
                     // Its blocks walk the tiles that there are.
                     assert_eq!((plan(variant).grid, plan(kernel).grid), ([7, 1, 1], [36, 1, 1]));
                 } else {
-                    // Both variants compute the same part of the result in the same block.
-                    assert_eq!(plan(variant).grid, plan(kernel).grid);
+                    // Both variants compute the same part of the result in the same block, but for twice the rows.
+                    let [mut rows, columns, splits] = plan(variant).grid;
+                    if variant == Kernel::GradientHopper(Precision::F32) {
+                        rows *= 2;
+                    }
+                    assert_eq!([rows, columns, splits], plan(kernel).grid);
                 }
                 assert_ne!(variant, kernel);
             }
