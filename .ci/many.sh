@@ -82,8 +82,9 @@ trainer() {
 
     echo "the same bytes as threads, uneven shares among them"
     for ranks in 2 3; do
-        "$train" "${settings[@]}" --ranks "$ranks" --output "$place/threads-$ranks" &>"$place/log" || said
-        mpi "$ranks" "${settings[@]}" --output "$place/mpi-$ranks" &>"$place/log" || said
+        normalise=(--batch-norm "$([[ $ranks == 2 ]] && echo trainable || echo synchronised)")
+        "$train" "${settings[@]}" "${normalise[@]}" --ranks "$ranks" --output "$place/threads-$ranks" &>"$place/log" || said
+        mpi "$ranks" "${settings[@]}" "${normalise[@]}" --output "$place/mpi-$ranks" &>"$place/log" || said
         for file in metrics.jsonl last.safetensors best.safetensors; do
             cmp "$place/threads-$ranks/$file" "$place/mpi-$ranks/$file"
         done

@@ -7,6 +7,7 @@
 //! | `embeddings.rs` | drawing rows at such a share |
 //! | `file.rs` | rows read from and written to .safetensors |
 //! | `measure.rs` | one row of the table: time, floor, memory |
+//! | `products.rs` | the floor on a GPU: cuBLAS's two products |
 //! | `spot_check.rs` | a device's answer on a batch of any size held to float64, for some of its anchors |
 //! | `compare.rs` | two runs, held against each other |
 //! | `plot.rs` | time and memory against B, as SVG |
@@ -20,6 +21,8 @@ mod embeddings;
 mod file;
 mod measure;
 mod plot;
+#[cfg(feature = "cuda")]
+mod products;
 mod settings;
 #[cfg(any(feature = "cuda", feature = "emulated"))]
 pub mod spot_check;

@@ -11,6 +11,8 @@ use rayon::prelude::*;
 
 use super::EmbeddedRows;
 use super::embeddings::{Embeddings, mined_share};
+#[cfg(feature = "cuda")]
+use super::products::Products;
 use super::settings::{Dtype, ThroughputSettings};
 use ddtas::backend::{Backend, DeviceSpec};
 use ddtas::loss::{self, Batch, LossOutput, Rows};
@@ -55,8 +57,8 @@ pub struct Row {
     pub time_spread_ms: f64,
     /// `4 B N D` operations of an unfused loss over the time, whatever was really multiplied.
     pub gflops: f64,
-    /// Time over that of two bare products of the same shape, S = E Rᵀ and dE = S R in float32, in the same
-    /// run. Only on the CPU: a GPU's products are cuBLAS's, measured by `benches/device.sh`.
+    /// Time over that of two bare products of the same shape, S = E Rᵀ and dE = S R, in the same run: in float32 on
+    /// the CPU, on a GPU by cuBLAS in the rows' type and on rows that lie there. None where cuBLAS is not found.
     pub floor_share: Option<f64>,
     /// Most bytes allocated at any time beyond the rows and the gradient, on host and device; none where
     /// the program's allocator does not count.
@@ -152,11 +154,11 @@ fn measure_batch(
     let name = backend.name();
     drop(backend);
 
-    let mut floor_share = None;
-    if name == DeviceSpec::Cpu.to_string() {
-        let floor = floor(embeddings, settings.seconds)?;
-        floor_share = Some(times.median / floor.median);
-    }
+    let floor = match name.parse() {
+        Ok(DeviceSpec::Cpu) => Some(floor(embeddings, settings.seconds)?),
+        Ok(DeviceSpec::Cuda(ordinal)) => floor_of_gpu(ordinal, batch, settings)?,
+        _ => None,
+    };
     Ok(Row {
         batch: count,
         references: embeddings.references.as_ref().map(|rows| rows.labels.len()),
@@ -172,7 +174,7 @@ fn measure_batch(
         time_best_ms: times.best,
         time_spread_ms: times.spread,
         gflops: 4.0 * count as f64 * against as f64 * dim as f64 / times.median / 1e6,
-        floor_share,
+        floor_share: floor.map(|floor| times.median / floor.median),
         peak_extra_bytes: counted.map(|bytes| bytes + on_device),
     })
 }
@@ -205,6 +207,18 @@ fn time(seconds: f64, mut step: impl FnMut() -> ddtas::Result<()>) -> Result<Tim
     times.sort_by(f64::total_cmp);
     let at = |part: usize| times[(times.len() * part / 10).min(times.len() - 1)];
     Ok(Times { best: at(0), median: at(5), spread: at(9) - at(1) })
+}
+
+/// Two products by cuBLAS, waited for as the loss is.
+#[cfg(feature = "cuda")]
+fn floor_of_gpu(ordinal: usize, batch: &Batch<'_>, settings: &ThroughputSettings) -> Result<Option<Times>> {
+    let products = Products::new(ordinal, batch, settings.device.tf32)?;
+    products.map(|mut products| time(settings.seconds, || products.make())).transpose()
+}
+
+#[cfg(not(feature = "cuda"))]
+fn floor_of_gpu(_: usize, _: &Batch<'_>, _: &ThroughputSettings) -> Result<Option<Times>> {
+    Ok(None)
 }
 
 /// Two bare products, by stripes of rows shared out among the threads.

@@ -23,6 +23,10 @@ const MOST_POINTS: usize = 300;
 const X_TICKS: usize = 6;
 const Y_TICKS: usize = 6;
 
+/// Sizes of text; plotters writes 1/1.24 of them as pixels.
+const TEXT: u32 = 15;
+const TITLE: u32 = 18;
+
 /// plotters writes fixed colours; these two stand for the page's own and are replaced afterwards.
 const INK: RGBColor = RGBColor(1, 2, 3);
 const GRID: RGBColor = RGBColor(4, 5, 6);
@@ -48,6 +52,15 @@ pub struct Axis<'a> {
     pub is_logarithmic: bool,
     /// The text at a tick.
     pub label: &'a dyn Fn(&f64) -> String,
+}
+
+impl Axis<'_> {
+    /// The text at a tick. On a logarithmic axis only 1, 2 and 5 times a power of ten have one: others would touch.
+    fn text(&self, value: f64) -> String {
+        let leading = (value / 10f64.powf((value * (1.0 + 1e-9)).log10().floor())).round();
+        let has_text = !self.is_logarithmic || [1.0, 2.0, 5.0].contains(&leading);
+        if has_text { (self.label)(&value) } else { String::new() }
+    }
 }
 
 /// A chart.
@@ -119,7 +132,7 @@ fn panel<'a>(area: &Area<'a>, chart: &Chart<'_>) -> Result<(), Failure> {
     let mut builder = ChartBuilder::on(area);
     builder.margin_top(8).margin_right(14).x_label_area_size(26).y_label_area_size(52);
     if let Some(title) = chart.title {
-        builder.caption(title, ("sans-serif", 15).into_font().color(&INK));
+        builder.caption(title, ("sans-serif", TITLE).into_font().color(&INK));
     }
     if chart.x_title.is_some() {
         builder.x_label_area_size(38).margin_bottom(6);
@@ -170,7 +183,7 @@ where
     X: Ranged<ValueType = f64> + ValueFormatter<f64>,
     Y: Ranged<ValueType = f64> + ValueFormatter<f64>,
 {
-    let text = ("sans-serif", 12).into_font().color(&INK);
+    let text = ("sans-serif", TEXT).into_font().color(&INK);
     context
         .configure_mesh()
         .disable_x_mesh()
@@ -182,8 +195,8 @@ where
         .x_desc(chart.x_title.unwrap_or_default())
         .x_labels(if chart.x.is_logarithmic { 10 } else { 7 })
         .y_labels(if chart.x.is_logarithmic { 10 } else { 5 })
-        .x_label_formatter(&chart.x.label)
-        .y_label_formatter(&chart.y.label)
+        .x_label_formatter(&|value| chart.x.text(*value))
+        .y_label_formatter(&|value| chart.y.text(*value))
         .draw()?;
     for (line, colour) in chart.lines.iter().zip(COLOURS.into_iter().cycle()) {
         if line.is_marked {

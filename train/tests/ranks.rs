@@ -4,11 +4,13 @@
 
 mod runs;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::process::Output;
 
 use assert_cmd::Command;
+use ddtas_io::tensors::{TensorFile, floats_of};
 use ddtas_train::train::StepRecord;
 use runs::process::{
     Place, arguments, assert_finished, assert_same, finish, resume, send, start, wait_for_lines,
@@ -87,12 +89,64 @@ fn any_number_of_ranks_goes_the_way_of_one_process() {
 }
 
 #[test]
+fn synchronised_normalisation_goes_the_way_of_one_process() {
+    let place = tempfile::tempdir().unwrap();
+    let data = place.path().join("data");
+    folder_of_pictures(&data, 12, 6);
+    let run = |name: &str, ranks: &str, more: &[&str]| {
+        let folder = place.path().join(name);
+        let mut command = run_on(&data, &folder, 20, more);
+        command.args(["--smallest-crop", "1", "--ranks", ranks]).assert().success();
+        folder
+    };
+    let statistics = |folder: &Path| {
+        let path = folder.join("last.safetensors");
+        let bytes = fs::read(&path).unwrap();
+        let file = TensorFile::parse(&path, &bytes).unwrap();
+        let tensors: BTreeMap<_, _> =
+            file.tensors().map(|(name, dtype, _, bytes)| (name, (dtype, bytes))).collect();
+        let values = tensors.into_iter().filter(|(name, _)| name.contains("running_var"));
+        values.flat_map(|(_, (dtype, bytes))| floats_of(dtype, bytes).unwrap()).collect::<Vec<f32>>()
+    };
+    let alone = run("alone", "1", &["--batch-norm", "synchronised"]);
+    let one = records(&alone).0;
+    assert_eq!(one, records(&run("trainable", "1", &[])).0, "one rank has nobody to ask");
+    let off_by = |name: &str, ranks: &str, more: &[&str]| {
+        let folder = run(name, ranks, more);
+        let got = records(&folder).0;
+        let (ours, theirs) = (statistics(&folder), statistics(&alone));
+        assert!(!ours.is_empty() && ours.len() == theirs.len());
+        // Pictures of one colour leave some variances near 0.
+        let off: Vec<f32> = ours.iter().zip(&theirs).map(|(a, b)| (a - b).abs() / (b + 0.1)).collect();
+        assert!(off.iter().all(|off| off.is_finite()));
+        let losses = [1, 20].map(|steps| apart(&got[..steps], &one[..steps], |step| step.loss));
+        (losses, off.into_iter().fold(0.0, f32::max))
+    };
+    for ranks in ["2", "3"] {
+        let (losses, statistics) = off_by(ranks, ranks, &["--batch-norm", "synchronised"]);
+        assert!(
+            losses[0] < 1e-5 && losses[1] < 0.01 && statistics < 0.01,
+            "{ranks} ranks are off by {losses:?}, {statistics}"
+        );
+    }
+    let (losses, _) = off_by("own", "3", &["--batch-norm", "trainable"]);
+    assert!(losses[0] > 1e-3, "a rank's own pictures normalise as the batch does: {losses:?}");
+    let full = ["--batch-norm", "synchronised", "--generator", "full"];
+    let want = records(&run("full-1", "1", &full)).0;
+    let got = records(&run("full-3", "3", &full)).0;
+    let off = apart(&got[..5], &want[..5], |step| step.lambda_pos);
+    assert!(off < 1e-3 && want[4].lambda_pos != want[0].lambda_pos, "lambda is off by {off}");
+}
+
+#[test]
 fn what_cannot_be_shared_is_refused_in_one_line() {
     let place = tempfile::tempdir().unwrap();
     let data = place.path().join("data");
     folder_of_pictures(&data, 10, 4);
     let run = |name: &str, more: &[&str]| run_on(&data, &place.path().join(name), 2, more);
     assert_refused(&mut run("few", &["--ranks", "16"]), "at least one picture for each rank");
+    let chunks = ["--ranks", "2", "--batch-norm", "synchronised", "--chunk-size", "4"];
+    assert_refused(&mut run("chunks", &chunks), "--chunk-size");
     // The last class of the test is all on rank 1.
     for picture in 0..4 {
         fs::write(data.join(format!("class09/{picture}.png")), b"not a picture").unwrap();

@@ -4,6 +4,7 @@ use burn::module::{Initializer, Module, Param, RunningState};
 use burn::tensor::{Device, Tensor};
 
 use super::layers::{self, NormaliseOptions};
+use super::synchronised;
 
 pub use super::layers::Activation;
 
@@ -106,14 +107,17 @@ impl BatchNorm {
             bias => (input, bias),
         };
         let statistics = if from_batch {
-            layers::batch_statistics(input.clone())
+            let [images, channels, height, width] = input.dims();
+            let own = layers::batch_statistics(input.clone());
+            let (statistics, count) = synchronised::statistics(own, images * height * width);
+            if mode == Normalise::Training {
+                self.move_running_statistics(channels, count, &statistics);
+            }
+            statistics
         } else {
             let running = vec![self.running_mean.value_sync(), self.running_variance.value_sync()];
             Tensor::stack(running, 0).detach()
         };
-        if mode == Normalise::Training {
-            self.move_running_statistics(&input, &statistics);
-        }
         let (gamma, beta) = match mode {
             Normalise::Running => (self.gamma.val().detach(), self.beta.val().detach()),
             Normalise::Affine | Normalise::Batch | Normalise::Training => (self.gamma.val(), self.beta.val()),
@@ -131,9 +135,8 @@ impl BatchNorm {
         layers::normalise(input, statistics, gamma, beta, options)
     }
 
-    fn move_running_statistics(&self, input: &Tensor<4>, statistics: &Tensor<2>) {
-        let [images, channels, height, width] = input.dims();
-        let count = images * height * width;
+    /// Moves them by those of `count` values a channel.
+    fn move_running_statistics(&self, channels: usize, count: usize, statistics: &Tensor<2>) {
         // The running variance is the unbiased one, as everywhere in the field.
         let unbiased = count as f64 / (count.max(2) - 1) as f64;
         let row = |row: usize| statistics.clone().slice([row..row + 1, 0..channels]).reshape([channels]);

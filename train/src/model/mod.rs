@@ -6,6 +6,7 @@ mod head;
 pub mod layers;
 mod pooling;
 pub(crate) mod ranks;
+pub(crate) mod synchronised;
 mod weights;
 
 use burn::module::Module;

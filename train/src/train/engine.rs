@@ -21,7 +21,7 @@ use super::settings::{BatchNorm, TrainSettings};
 use crate::data::ImageBatch;
 use crate::generator::{GeneratorKind, Lambda};
 use crate::model::ranks::{check_same_weights, mean_statistics, sum_gradients};
-use crate::model::{EmbeddingNetwork, Normalise, backward, to_array};
+use crate::model::{EmbeddingNetwork, Normalise, backward, synchronised, to_array};
 use crate::ranks::{Collective, One, gather, gather_rows};
 use crate::{Error, Result};
 use ddtas::backend::Backend;
@@ -68,6 +68,8 @@ pub struct Engine {
     /// Pictures that go through the network at a time; 0 for all.
     chunk_size: usize,
     mode: Normalise,
+    /// Whether the batch that normalises is that of all ranks.
+    is_synchronised: bool,
     average: Option<Average>,
     backend: Box<dyn Backend>,
     pair_loss: PairLoss,
@@ -106,10 +108,11 @@ impl Engine {
             head_steps: settings.optimizer.head_steps,
             chunk_size: settings.optimizer.chunk_size,
             mode: match settings.batch_norm {
-                BatchNorm::Trainable => Normalise::Training,
+                BatchNorm::Trainable | BatchNorm::Synchronised => Normalise::Training,
                 BatchNorm::FrozenStatistics => Normalise::Affine,
                 BatchNorm::Frozen => Normalise::Running,
             },
+            is_synchronised: settings.batch_norm == BatchNorm::Synchronised,
             backend,
             pair_loss: settings.loss,
             loss,
@@ -142,6 +145,11 @@ impl Engine {
     pub(super) fn check_batch(&self, (names, pictures): (&'static str, usize)) -> Result<()> {
         if pictures < self.ranks.size() {
             return Err(Error::setting(names, pictures, "at least one picture for each rank"));
+        }
+        if self.is_synchronised && self.ranks.size() > 1 && self.chunk_size > 0 {
+            // Ranks may have different numbers of chunks, and each chunk is normalised by itself.
+            let range = "leave it out beside --batch-norm synchronised and --ranks";
+            return Err(Error::setting("chunk-size", self.chunk_size, range));
         }
         Ok(())
     }
@@ -247,6 +255,14 @@ impl Engine {
     /// # Errors
     /// [`Error::Training`] if the embeddings are no longer finite; [`Error::Rank`] if another rank has failed.
     pub fn step(&mut self, step: usize, batch: &ImageBatch, meta: Option<&ImageBatch>) -> Result<bool> {
+        if self.is_synchronised {
+            let ranks = Rc::clone(&self.ranks);
+            return synchronised::over(&ranks, || self.take_step(step, batch, meta));
+        }
+        self.take_step(step, batch, meta)
+    }
+
+    fn take_step(&mut self, step: usize, batch: &ImageBatch, meta: Option<&ImageBatch>) -> Result<bool> {
         let sent = self.ranks.sent();
         if let Some(lambda) = self.pending.take() {
             self.loss = lambda.applied_to(&self.loss);
@@ -263,7 +279,7 @@ impl Engine {
         if moved {
             self.update(step, batch, (embeddings, way, values.view()), meta)?;
         }
-        if self.mode == Normalise::Training && self.ranks.size() > 1 {
+        if self.mode == Normalise::Training && !self.is_synchronised && self.ranks.size() > 1 {
             let share = batch.own.len() as f64 / batch.labels.len() as f64;
             self.network = mean_statistics(&*self.ranks, self.network.clone(), share)?;
         }

@@ -27,13 +27,22 @@ const COUNT: &str = "0 to 2147483648";
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum BatchNorm {
-    /// Normalises by the batch and learns scale and shift.
+    /// Normalises by the batch and learns scale and shift; of several ranks each by its own pictures.
     #[default]
     Trainable,
+    /// The same by the pictures of all ranks.
+    Synchronised,
     /// Normalises by the statistics of the checkpoint it started from, while scale and shift learn.
     FrozenStatistics,
     /// Normalises by the statistics of the checkpoint it started from and learns nothing.
     Frozen,
+}
+
+impl BatchNorm {
+    /// Whether it keeps the statistics it started from.
+    fn is_frozen(self) -> bool {
+        matches!(self, Self::FrozenStatistics | Self::Frozen)
+    }
 }
 
 /// Settings of a training run. The defaults are those of `ddtas-train` without arguments.
@@ -409,7 +418,7 @@ impl TrainSettings {
         self.optimizer.validate(self.generator.kind)?;
         self.check_batch()?;
         fits(
-            self.batch_norm == BatchNorm::Trainable || self.init.is_some() || self.weights.is_some(),
+            !self.batch_norm.is_frozen() || self.init.is_some() || self.weights.is_some(),
             "batch-norm",
             "frozen",
             "needs --weights FILE or --init FILE: without trained statistics there is nothing to freeze",

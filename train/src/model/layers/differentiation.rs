@@ -8,6 +8,7 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 
 use super::{ConvolutionOptions, LayerOps, NormaliseOptions};
+use crate::model::synchronised;
 
 #[derive(Debug)]
 struct Convolution;
@@ -62,6 +63,13 @@ impl<B: LayerOps> Backward<B, 3> for Normalise {
             }
         }
         if let Some(node) = input_node {
+            let parameters = if options.from_batch {
+                // By statistics of all ranks, the gradient takes its means over all of them too.
+                let count = burn::backend::TensorMetadata::shape(&input).num_elements() / channels;
+                synchronised::sums::<B>(parameters, count)
+            } else {
+                parameters
+            };
             let value =
                 B::normalise_input_gradient(input, statistics, gamma, beta, gradient, parameters, options);
             grads.register::<B>(node.id, value);

@@ -6,7 +6,7 @@ use super::findings::Report;
 use crate::train::records::{EvaluationRecord, StepRecord};
 
 /// As wide as a phone shows it, so that its text can be read there.
-const SIZE: (u32, u32) = (400, 230);
+const SIZE: (u32, u32) = (340, 210);
 
 /// A plot with its heading.
 pub(super) struct Plot {
