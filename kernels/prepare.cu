@@ -339,9 +339,12 @@ DEVICE void prepare_rows(const PrepareParams &p, unsigned char *shared, Products
                 if (counts[i]) sums[k] += numbers[k];
             }
             if constexpr (Numbers::exact) {
-                // A stage of the ring has two of prepared rows, the last one perhaps but one.
-                uint32_t first = stage * kColumns + element;
-                if (first < p.stride) store_prepared<Numbers>(rows, row + i * kRowsApart, first, values, stride_bytes);
+                // Two stages of the ring are two of prepared rows, high parts and low ones.
+                SplitGranule split(values);
+                unsigned char *to =
+                    rows + prepared_place(row + i * kRowsApart, stored_byte<Numbers>(stage * kColumns + element), stride_bytes);
+                *reinterpret_cast<SplitGranule::Part *>(to) = split.high;
+                *reinterpret_cast<SplitGranule::Part *>(to + TILE * STAGE_BYTES) = split.low;
             } else if constexpr (!rounded) {
                 *reinterpret_cast<Vector *>(rows + own_place + i * kRowsApart * STAGE_BYTES) = values;
             }
@@ -481,7 +484,33 @@ DEVICE void prepare_hopper_body([[maybe_unused]] const PrepareParams &p) {
 #endif
 }
 
+// The same of split rows, which the ring has as f32: what was prepared comes back for the product.
+DEVICE void prepare_split_hopper_body([[maybe_unused]] const PrepareParams &p) {
+#ifdef HAS_WARPGROUP_PRODUCTS
+    using Numbers = ExactF32;
+    SHARED_MEMORY(bytes);
+    if (prepare_classes(p)) return;
+    prepare_rows<Numbers, float>(p, bytes, NoProducts{});
+    if (p.duplicate == nullptr) return;
+    constexpr uint32_t stage_bytes = 2 * kLines<Numbers> * TILE * STAGE_BYTES;
+    static_assert(stage_bytes + sizeof(Barrier) <= SIMILARITY_STAGES_BYTES);
+    GroupStages<1, kLines<Numbers>> stages{bytes, reinterpret_cast<Barrier *>(bytes + stage_bytes)};
+    fence_proxy_async_global();
+    fence_proxy_async();
+    block_sync();  // the rows are there, and the ring is read
+    stages.begin();
+    uint64_t stride_bytes = static_cast<uint64_t>(p.stride) * Numbers::stored_bytes;
+    auto rows = static_cast<const unsigned char *>(p.rows) + block_x() * TILE * stride_bytes;
+    GroupAccumulators acc;
+    group_multiply_tile<Numbers>(acc, rows, rows, stride_bytes, stages);
+    write_duplicate_bounds<GroupPlace>(p, acc);
+#else
+    trap();
+#endif
+}
+
 KERNEL_IN_EVERY_PRECISION(prepare, PrepareParams, 1)
+KERNEL(prepare_hopper_f32, PrepareParams, 1) { prepare_split_hopper_body(p); }
 KERNEL(prepare_rounded_f32, PrepareParams, 1) { prepare_body<HalfF16, float>(p); }
 KERNEL(prepare_hopper_rounded_f32, PrepareParams, 1) { prepare_hopper_body<HalfF16, float>(p); }
 KERNEL(prepare_hopper_f16, PrepareParams, 1) { prepare_hopper_body<HalfF16>(p); }

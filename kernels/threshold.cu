@@ -121,6 +121,7 @@ DEVICE void threshold_hopper_body([[maybe_unused]] const ThresholdParams &p) {
     trap();
 #endif
 }
+KERNEL(threshold_hopper_f32, ThresholdParams, 1) { threshold_hopper_body<ExactF32>(p); }
 KERNEL(threshold_hopper_f16, ThresholdParams, 1) { threshold_hopper_body<HalfF16>(p); }
 KERNEL(threshold_hopper_bf16, ThresholdParams, 1) { threshold_hopper_body<HalfBf16>(p); }
 

@@ -83,7 +83,7 @@ void run_product(const Product &product, int warp) {
         }
         for (int column = 0; column < columns; ++column) {
             float &c = product.c[row % 8 * 4 + column % 8 / 2][column / 8 * 4 + row / 8 * 2 + column % 2];
-            c = truncate(static_cast<double>(c) + sums[column]);
+            c = truncate((product.operands.fresh ? 0.0 : static_cast<double>(c)) + sums[column]);
         }
     }
 }

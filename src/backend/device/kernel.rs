@@ -13,7 +13,7 @@ pub enum Kernel {
     OrderMerge,
     /// prepare.cu: rows into class order, norms checked, classes, and what a positive of each row must stay below.
     Prepare(Precision),
-    /// The same on Hopper's warpgroup products; 16-bit types only.
+    /// The same on Hopper's warpgroup products.
     PrepareHopper(Precision),
     /// steps.cu: the position of each of the caller's rows.
     InvertOrder,
@@ -25,11 +25,11 @@ pub enum Kernel {
     ReportNumbers,
     /// similarity.cu: m+ of every anchor.
     SameClass(Precision),
-    /// The same on Hopper's warpgroup products; 16-bit types only.
+    /// The same on Hopper's warpgroup products.
     SameClassHopper(Precision),
     /// similarity.cu: m-, the probe and the candidates, in one sweep.
     Sweep(Precision),
-    /// sweep_hopper.cu: the same on Hopper's warpgroup products; 16-bit types only.
+    /// sweep_hopper.cu: the same on Hopper's warpgroup products.
     SweepHopper(Precision),
     /// select.cu: final sets and sums of tiles whose candidates were stored.
     SelectStored,
@@ -37,19 +37,19 @@ pub enum Kernel {
     SelectStoredHopper,
     /// select.cu: the same of tiles whose candidates were not.
     SelectRecomputed(Precision),
-    /// The same on Hopper's warpgroup products; 16-bit types only.
+    /// The same on Hopper's warpgroup products.
     SelectRecomputedHopper(Precision),
     /// select.cu: row weights, loss, results in original order, lists or tiles for each row tile's gradient.
     Weigh,
     /// gradient.cu: the gradient of one side.
     Gradient(Precision),
-    /// gradient_hopper.cu: the same on Hopper's warpgroup products; 16-bit types only.
+    /// gradient_hopper.cu: the same on Hopper's warpgroup products; of f32 to its own precision those of S alone, in gradient.cu.
     GradientHopper(Precision),
     /// unit.cu: the gradient of rows of any length from that of the unit rows.
     LeadBack(Precision),
     /// threshold.cu: the hyper-gradient's sums of each block.
     Threshold(Precision),
-    /// The same where S was multiplied on Hopper's warpgroup products; 16-bit types only.
+    /// The same where S was multiplied on Hopper's warpgroup products.
     ThresholdHopper(Precision),
     /// threshold.cu: their sum.
     ThresholdSum,

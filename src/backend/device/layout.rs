@@ -100,7 +100,7 @@ impl LossLayout {
     ///
     /// For B anchors of D dimensions in the square form, with stride D' and s splits (0 for one, whose
     /// kernels write the gradient itself), about `B D e + B D' (e + 4 s) + 4 B D + 164 B + 8 tiles` bytes with
-    /// elements of e bytes (prepared 8 of f32 to its own precision, and 2 of f32 that is rounded), and the budget.
+    /// elements of e bytes (prepared 2 of f32 that is rounded), and the budget.
     ///
     /// `resident`: input and gradients stay in the caller's memory, so none is set aside for them.
     pub(super) fn new(shape: &Shape, budget: usize, multiprocessors: u32, resident: bool) -> Self {

@@ -7,8 +7,8 @@ use super::params::{
     ORDER_WIDE_SHARED_BYTES, ORDER_WIDE_THREADS, ORDER_WIDE_TILE, RETRIEVAL_SHARED_BYTES, RETRIEVAL_SLACK,
     SAME_CLASS_HOPPER_SHARED_BYTES, SAME_CLASS_SHARED_BYTES, SELECT_BLOCKS, SELECT_STORED_SHARED_BYTES,
     SIMILARITY_STAGES_BYTES, STAGE_BYTES, SUM_SHARED_BYTES, SWEEP_HOPPER_SHARED_BYTES, SWEEP_HOPPER_THREADS,
-    SWEEP_SHARED_BYTES, THREADS, TILE, TILE_MASK_WORDS, WEIGH_NO_WORDS, WEIGH_SHARED_BYTES, WEIGH_WORDS_BF16,
-    WEIGH_WORDS_F16,
+    SWEEP_SHARED_BYTES, SWEEP_SPLIT_SHARED_BYTES, SWEEP_SPLIT_THREADS, THREADS, TILE, TILE_MASK_WORDS,
+    WEIGH_NO_WORDS, WEIGH_SHARED_BYTES, WEIGH_WORDS_BF16, WEIGH_WORDS_F16,
 };
 use super::{Kernel, LaunchPlan, Precision};
 use crate::loss::{Embeddings, LossSettings};
@@ -50,11 +50,11 @@ impl Precision {
         self != Self::F32
     }
 
-    /// Bytes of one element of prepared rows: f32 to its own precision is split into two TF32 numbers.
+    /// Bytes of one element of prepared rows: f32 to its own precision is split into two f16.
     #[must_use]
     pub fn stored_bytes(self) -> usize {
         match self {
-            Self::F32 => 8,
+            Self::F32 => 4,
             Self::RoundedF32 | Self::F16 | Self::Bf16 => 2,
         }
     }
@@ -79,7 +79,9 @@ pub(super) fn order_runs(rows: usize) -> impl Iterator<Item = usize> {
 
 /// Elements between two prepared rows: whole pipeline stages.
 pub(super) fn stride(dim: usize, precision: Precision) -> usize {
-    dim.next_multiple_of(STAGE_BYTES as usize / precision.stored_bytes())
+    // f32 to its own precision takes a stage of high parts and one of low ones together.
+    let stages = if precision == Precision::F32 { 2 } else { 1 };
+    dim.next_multiple_of(stages * STAGE_BYTES as usize / precision.stored_bytes())
 }
 
 /// What the passes of one loss work on.
@@ -230,10 +232,9 @@ impl Shape {
         self.weight_scale() / 2.0f64.powi((sharpness / 4.0).max(1.0).log2().ceil() as i32) as f32
     }
 
-    /// The kernel that does `kernel`'s work on this GPU. Hopper has its own where S or the gradient is
-    /// multiplied, for 16-bit types. f32 to its own precision wants sums for each kind of product.
+    /// The kernel that does `kernel`'s work on this GPU. Hopper has its own where S or the gradient is multiplied.
     pub fn variant(&self, kernel: Kernel, warpgroup_products: bool) -> Kernel {
-        if !warpgroup_products || !self.precision.is_narrow() {
+        if !warpgroup_products {
             return kernel;
         }
         match kernel {
@@ -286,8 +287,10 @@ impl Shape {
             Kernel::SameClass(_) => ([own, 1, 1], SAME_CLASS_SHARED_BYTES),
             Kernel::SameClassHopper(_) => ([own, 1, 1], SAME_CLASS_HOPPER_SHARED_BYTES),
             Kernel::Sweep(_) => ([self.tiles(), 1, 1], SWEEP_SHARED_BYTES),
-            Kernel::SweepHopper(_) => {
-                ([self.tiles().min(multiprocessors as usize), 1, 1], SWEEP_HOPPER_SHARED_BYTES)
+            Kernel::SweepHopper(precision) => {
+                let shared_bytes =
+                    if precision.is_narrow() { SWEEP_HOPPER_SHARED_BYTES } else { SWEEP_SPLIT_SHARED_BYTES };
+                ([self.tiles().min(multiprocessors as usize), 1, 1], shared_bytes)
             }
             Kernel::SelectStored | Kernel::SelectStoredHopper => {
                 let blocks = (multiprocessors * SELECT_BLOCKS) as usize;
@@ -301,7 +304,9 @@ impl Shape {
                 ([self.weigh_blocks() + finished, 1, 1], WEIGH_SHARED_BYTES)
             }
             Kernel::ThresholdSum => ([1, 1, 1], SUM_SHARED_BYTES),
-            Kernel::Gradient(precision) => (gradient_grid, gradient_bytes(precision)),
+            Kernel::Gradient(precision) | Kernel::GradientHopper(precision @ Precision::F32) => {
+                (gradient_grid, gradient_bytes(precision))
+            }
             // A block for each lambda.
             Kernel::Threshold(precision) | Kernel::ThresholdHopper(precision) => {
                 let [rows, columns, splits] = gradient_grid;
@@ -311,7 +316,8 @@ impl Shape {
             Kernel::Retrieval(_) => ([own, 1, 1], RETRIEVAL_SHARED_BYTES),
         };
         let threads = match kernel {
-            Kernel::GradientHopper(_) => GRADIENT_HOPPER_THREADS,
+            Kernel::GradientHopper(precision) if precision.is_narrow() => GRADIENT_HOPPER_THREADS,
+            Kernel::SweepHopper(Precision::F32) => SWEEP_SPLIT_THREADS,
             Kernel::SweepHopper(_) => SWEEP_HOPPER_THREADS,
             Kernel::OrderTilesWide => ORDER_WIDE_THREADS,
             _ => THREADS,
@@ -411,7 +417,7 @@ mod tests {
 
     #[test]
     fn rows_are_padded_to_whole_stages() {
-        assert_eq!(stride(130, Precision::F32), 144);
+        assert_eq!(stride(130, Precision::F32), 192);
         assert_eq!(stride(130, Precision::RoundedF32), 192);
         assert_eq!(stride(130, Precision::Bf16), 192);
         assert_eq!(stride(512, Precision::F16), 512);
@@ -434,7 +440,7 @@ mod tests {
     #[test]
     fn a_band_s_rows_fit_l2_and_there_is_always_one() {
         assert_eq!(square(1, 512, Precision::Bf16).band(), 128);
-        assert_eq!(square(1, 130, Precision::F32).band(), 64);
+        assert_eq!(square(1, 130, Precision::F32).band(), 128);
         assert_eq!(square(1, 64, Precision::Bf16).band(), 1024);
         assert_eq!(square(1, 1 << 20, Precision::Bf16).band(), 1);
     }
@@ -560,7 +566,7 @@ mod tests {
     }
 
     #[test]
-    fn hopper_s_blocks_fit_hopper_and_serve_16_bit_types_only() {
+    fn hopper_s_blocks_fit_hopper() {
         for precision in [Precision::F32, Precision::RoundedF32, Precision::F16, Precision::Bf16] {
             let shape = square(1000, 512, precision);
             for kernel in [
@@ -576,7 +582,8 @@ mod tests {
                 let plan = |kernel| shape.plan(kernel, false, 3, 7);
                 assert!(plan(variant).shared_bytes <= 227 * 1024, "{variant:?}");
                 let threads = match variant {
-                    Kernel::GradientHopper(_) => 384,
+                    Kernel::GradientHopper(precision) if precision.is_narrow() => 384,
+                    Kernel::SweepHopper(Precision::F32) => 384,
                     Kernel::SweepHopper(_) => 640,
                     _ => THREADS,
                 };
@@ -588,7 +595,7 @@ mod tests {
                     // Both variants compute the same part of the result in the same block.
                     assert_eq!(plan(variant).grid, plan(kernel).grid);
                 }
-                assert_eq!(variant != kernel, precision != Precision::F32, "{variant:?}");
+                assert_ne!(variant, kernel);
             }
         }
     }
