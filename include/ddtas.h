@@ -226,7 +226,8 @@ typedef struct ddtas_context_options {
      */
     int32_t stream_mode;
     /**
-     * Not 0: a GPU rounds float rows to TF32, for a third of the work.
+     * Not 0: a GPU multiplies float rows to TF32's precision, for a third of the work or less: rounded to 11 bits (entries
+     * below 6e-5 to an absolute 3e-8), products summed in float.
      */
     int32_t allow_tf32;
 } ddtas_context_options;

@@ -135,12 +135,6 @@ DEVICE void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-DEVICE void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
 // What is read behind this line is not read before it: reads that are all under way at once want a register each.
 DEVICE void reads_below() { asm volatile("" ::: "memory"); }
 
@@ -150,17 +144,17 @@ DEVICE void settle(uint32_t &value) { asm volatile("" : "+r"(value)); }
 // Ends the program: a kernel was launched on a GPU that it is not made for.
 DEVICE void trap() { __trap(); }
 
-// Nearest TF32 number (10 bits of mantissa, ties away), as the bits of a float.
-DEVICE uint32_t to_tf32(float value) {
-    uint32_t bits;
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
-    return bits;
-}
 // Two at once, of which one is thrown away: that is the faster instruction.
 DEVICE uint16_t to_f16_bits(float value) {
     uint32_t pair;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(0.0f), "f"(value));
     return static_cast<uint16_t>(pair);
+}
+// Two, the first in the lower half.
+DEVICE uint32_t to_f16_pair(float first, float second) {
+    uint32_t pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+    return pair;
 }
 DEVICE uint16_t to_bf16_bits(float value) {
     uint16_t bits;

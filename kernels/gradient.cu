@@ -21,8 +21,9 @@ struct Weights {
     DEVICE void after(GradientSums<Numbers> &) const {}
 };
 
-template <class Numbers>
-DEVICE void gradient_body(const GradientParams &p) {
+// `group`: S of tiles that were not stored is multiplied with wgmma, as the sweep was.
+template <class Numbers, bool group>
+DEVICE void gradient_walk(const GradientParams &p) {
     SHARED_MEMORY(bytes);
     const Side &own = p.of_references ? p.pairs.references : p.pairs.anchors;
     const Side &other = p.of_references ? p.pairs.anchors : p.pairs.references;
@@ -34,10 +35,13 @@ DEVICE void gradient_body(const GradientParams &p) {
         }
     } else {
         TileMemory<Numbers> memory(bytes);
+#ifdef HAS_WARPGROUP_PRODUCTS
+        if constexpr (group) memory.group.begin();
+#endif
         Weights<Numbers> job{p};
         GradientSums<Numbers> sums;
         clear_sums<Numbers>(sums);
-        walk_tiles<Numbers, false>(p, memory, block, split_range(other.tiles, block_z(), p.splits), job, sums);
+        walk_tiles<Numbers, group>(p, memory, block, split_range(other.tiles, block_z(), p.splits), job, sums);
         float unscale = 1.0f / p.weight_scale;
         each_sum<Numbers>(sums, [&](uint32_t row) {
             ResultRow result = result_row(p, own, block.x * TILE + block.offset + row);
@@ -49,4 +53,16 @@ DEVICE void gradient_body(const GradientParams &p) {
     }
     finish_splits(p, bytes, static_cast<uint64_t>(block.x) * TILE + block.offset, rows, THREADS);
 }
+template <class Numbers>
+DEVICE void gradient_body(const GradientParams &p) {
+    gradient_walk<Numbers, false>(p);
+}
 KERNEL_IN_EVERY_PRECISION(gradient, GradientParams, 1)
+
+KERNEL(gradient_hopper_f32, GradientParams, 1) {
+#ifdef HAS_WARPGROUP_PRODUCTS
+    gradient_walk<ExactF32, true>(p);
+#else
+    trap();
+#endif
+}

@@ -36,8 +36,6 @@ DEVICE uint32_t matrix_place(uint32_t row, uint32_t k) {
 template <class Numbers>
 DEVICE void store_weight(unsigned char *matrix, uint32_t row, uint32_t k, float weight) {
     using Element = typename Numbers::Element;
-    // TF32 is rounded here: products cut the rest off.
-    if constexpr (sizeof(Element) == 4 && !Numbers::exact) weight = float_of(to_tf32(weight));
     *reinterpret_cast<Element *>(matrix + matrix_place<Numbers>(row, k)) = from_float<Element>(weight);
 }
 

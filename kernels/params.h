@@ -45,6 +45,13 @@
 #define SWEEP_HOPPER_SHARED_BYTES                                                                                        \
     ((SWEEP_HOPPER_RESIDENT + SWEEP_HOPPER_STAGES) * TILE * STAGE_BYTES +                                                \
      2 * (SWEEP_HOPPER_STAGED * 4 + TILE_MASK_WORDS * 4 + TILE * 12 + 44) + 15 * 8)
+/* The same of f32 to its own precision: one team, a row tile's high parts, and 5 stages for the columns' parts and the rows'
+ * low ones; 29 barriers; together whole 16 bytes. */
+#define SWEEP_SPLIT_THREADS 384
+#define SWEEP_SPLIT_STAGES 5
+#define SWEEP_SPLIT_SHARED_BYTES                                                                                          \
+    ((SWEEP_HOPPER_RESIDENT + SWEEP_SPLIT_STAGES) * TILE * STAGE_BYTES + SWEEP_HOPPER_STAGED * 4 + TILE_MASK_WORDS * 4 +  \
+     TILE * 12 + 44 + 4 + (2 * (SWEEP_HOPPER_RESIDENT + SWEEP_SPLIT_STAGES) + 4) * 8)
 /* Keys of a tile, of which each block places some; sorted runs that one launch merges into one. Powers of two. */
 #define ORDER_TILE 2048
 #define ORDER_OWN 64
@@ -83,10 +90,10 @@
 #define GRADIENT_ROWS_32BIT 64
 #define GRADIENT_COLUMNS 256
 /* Rows of the other side that a pipeline stage holds, and the bytes of all stages together:
- * four of 16-bit types, two of f32. */
+ * four of 16-bit types, two of f32 to its own precision. */
 #define GRADIENT_DEPTH 32
 #define GRADIENT_STAGES_BYTES (4 * GRADIENT_DEPTH * GRADIENT_COLUMNS * 2)
-/* A flag and two barriers of the same, behind the tile of M. */
+/* The largest element of M and two barriers of the same, behind the tile of M. */
 #define GRADIENT_EXTRA_BYTES 24
 /* On Hopper warps have roles: 8 multiply, 3 build M, 1 copies; more threads would leave the product of 256 columns too
  * few registers (ptxas wants 154 for the whole kernel). 4 stages of half a tile's rows (32 KB), three

@@ -2,7 +2,8 @@
 // Launcher: src/backend/device/order.rs.
 //
 // prepare: gathers the rows, brings them to unit length where that is wanted, zeros the padding, checks norms, sums columns,
-//   and finds what a positive of a row must stay below, from the product of the tile with itself. On Hopper
+//   and finds what a positive of a row must stay below, from the product of the tile with itself. Fast f32 is rounded to f16
+//   here, and from here on it is f16. On Hopper
 //   16-bit rows are multiplied with wgmma there too, while they are gathered: a row must meet itself with the bits of its own
 //   bound. One block a row tile; further blocks find the range of references that have an anchor's label.
 // Numbers: norms by chains of f32; where that leaves a doubt, and for bad rows, in f64. Column sums in f32, 16 rows
@@ -277,12 +278,20 @@ DEVICE void check_rows(const PrepareParams &p, const float (&squares)[kOwnRows])
     });
 }
 
+// f32 rows that are rounded to f16: norms and lengths are those of the caller's rows, column sums those of the rounded ones.
+template <class Numbers, class Given>
+constexpr bool kRounded = !Numbers::exact && sizeof(Given) != sizeof(typename Numbers::Element);
+// Half a granule of such, from a granule of the caller's.
+struct alignas(8) RoundedGranule {
+    F16 values[4];
+};
+
 // A tile's rows, prepared. `products.add(stage)` sees each stage of them as it lies in shared memory; `shared` has room for the ring, and twice for a float for each warp and element of a stage.
-template <class Numbers, class Products>
+template <class Numbers, class Given, class Products>
 DEVICE void prepare_rows(const PrepareParams &p, unsigned char *shared, Products products) {
-    using Element = typename Numbers::Element;
-    using Vector = Granule<Element>;
-    constexpr uint32_t kColumns = kGranules * Vector::count;  // of a stage
+    using Vector = Granule<Given>;
+    constexpr bool rounded = kRounded<Numbers, Given>;
+    constexpr uint32_t kColumns = kGranules * Vector::count;  // of a stage of the ring
     constexpr uint32_t kParts = THREADS / 32 * kColumns;
     static_assert(kRing * kRingStage + 2 * kParts * sizeof(float) <= SIMILARITY_STAGES_BYTES);
     uint64_t stride_bytes = static_cast<uint64_t>(p.stride) * Numbers::stored_bytes;
@@ -290,11 +299,12 @@ DEVICE void prepare_rows(const PrepareParams &p, unsigned char *shared, Products
     auto *parts = reinterpret_cast<float *>(shared + kRing * kRingStage);  // [2, warps, kColumns]
     uint32_t row = thread_index() / kGranules, element = thread_index() % kGranules * Vector::count;
     uint32_t own_place = swizzled(row, thread_index() % kGranules);
+    uint32_t rounded_place = swizzled(row, thread_index() % kGranules / 2) + thread_index() % 2 * sizeof(RoundedGranule);
     uint32_t valid = p.column_sums == nullptr ? 0 : *p.valid, before = block_x() * TILE + row;
     bool counts[kOwnRows];
 #pragma unroll
     for (uint32_t i = 0; i < kOwnRows; ++i) counts[i] = before + i * kRowsApart < valid;
-    Source<Element> source(p);
+    Source<Given> source(p);
     Inverses inverses{};
     if (p.lengths != nullptr) inverses = find_lengths(p, source);
     uint32_t stages = (p.stride + kColumns - 1) / kColumns;
@@ -311,8 +321,9 @@ DEVICE void prepare_rows(const PrepareParams &p, unsigned char *shared, Products
         unsigned char *ring = shared + stage % kRing * kRingStage;
         auto place = [&](uint32_t i) { return reinterpret_cast<Vector *>(ring + own_place + i * kRowsApart * STAGE_BYTES); };
         cp_async_wait<kAhead - 1>();  // each thread reads what it has copied itself
-        if (p.lengths != nullptr) bring_to_unit_length<Element>(p, inverses, ring + own_place);
+        if (p.lengths != nullptr) bring_to_unit_length<Given>(p, inverses, ring + own_place);
         float sums[Vector::count] = {};
+        [[maybe_unused]] RoundedGranule halves[kOwnRows];
 #pragma unroll
         for (uint32_t i = 0; i < kOwnRows; ++i) {
             Vector values = *place(i);
@@ -321,17 +332,33 @@ DEVICE void prepare_rows(const PrepareParams &p, unsigned char *shared, Products
 #pragma unroll
             for (int k = 0; k < Vector::count; ++k) {
                 squares[i] += numbers[k] * numbers[k];
+                if constexpr (rounded) {
+                    halves[i].values[k] = from_float<F16>(numbers[k]);
+                    numbers[k] = to_float(halves[i].values[k]);
+                }
                 if (counts[i]) sums[k] += numbers[k];
             }
             if constexpr (Numbers::exact) {
-                // A stage of the ring has two of prepared rows, the last one perhaps but one.
-                uint32_t first = stage * kColumns + element;
-                if (first < p.stride) store_prepared<Numbers>(rows, row + i * kRowsApart, first, values, stride_bytes);
-            } else {
-                constexpr bool rounded = sizeof(Element) == 4;
-                if constexpr (rounded) values = rounded_to_tf32(values);
-                if constexpr (rounded && Products::any) *place(i) = values;
+                // Two stages of the ring are two of prepared rows, high parts and low ones.
+                SplitGranule split(values);
+                unsigned char *to =
+                    rows + prepared_place(row + i * kRowsApart, stored_byte<Numbers>(stage * kColumns + element), stride_bytes);
+                *reinterpret_cast<SplitGranule::Part *>(to) = split.high;
+                *reinterpret_cast<SplitGranule::Part *>(to + TILE * STAGE_BYTES) = split.low;
+            } else if constexpr (!rounded) {
                 *reinterpret_cast<Vector *>(rows + own_place + i * kRowsApart * STAGE_BYTES) = values;
+            }
+        }
+        // Two stages of the ring are one of prepared rows, which for products takes the place of the first.
+        bool complete = !rounded || stage % 2 == 1;
+        unsigned char *prepared = rounded && complete ? shared + (stage - 1) % kRing * kRingStage : ring;
+        if constexpr (rounded) {
+            if constexpr (Products::any) warp_sync();  // a row is read by the eight lanes that overwrite it
+#pragma unroll
+            for (uint32_t i = 0; i < kOwnRows; ++i) {
+                uint32_t at = (rounded_place ^ stage % 2 * (STAGE_BYTES / 2)) + i * kRowsApart * STAGE_BYTES;
+                if constexpr (Products::any) *reinterpret_cast<RoundedGranule *>(prepared + at) = halves[i];
+                *reinterpret_cast<RoundedGranule *>(rows + at) = halves[i];
             }
         }
         if (p.column_sums != nullptr) {
@@ -341,11 +368,11 @@ DEVICE void prepare_rows(const PrepareParams &p, unsigned char *shared, Products
 #pragma unroll
             for (int k = 0; k < Vector::count / 4; ++k) part[k] = quarter[k];
         }
-        if constexpr (!Numbers::exact) rows += kRingStage;
+        if (!Numbers::exact && complete) rows += kRingStage;
         products.publish();
         block_sync();  // the stage and the parts are there, and the products of the stage two before are through
         copy(stage + kAhead);
-        products.add(ring);
+        if (complete) products.add(prepared);
         uint32_t column = stage * kColumns + thread_index();
         if (p.column_sums != nullptr && thread_index() < kColumns && column < p.stride) {
             const float *of_stage = parts + stage % 2 * kParts + thread_index();
@@ -355,7 +382,7 @@ DEVICE void prepare_rows(const PrepareParams &p, unsigned char *shared, Products
             p.column_sums[static_cast<uint64_t>(block_x()) * p.stride + column] = sum;
         }
     }
-    check_rows<Element>(p, squares);
+    check_rows<Given>(p, squares);
 }
 
 // The blocks behind those of the row tiles find classes: searches wait for memory, and would wait alone in each of those.
@@ -392,11 +419,11 @@ struct NoProducts {
     DEVICE void add(const unsigned char *) const {}
 };
 
-template <class Numbers>
+template <class Numbers, class Given = typename Numbers::Element>
 DEVICE void prepare_body(const PrepareParams &p) {
     SHARED_MEMORY(stages);
     if (prepare_classes(p)) return;
-    prepare_rows<Numbers>(p, stages, NoProducts{});
+    prepare_rows<Numbers, Given>(p, stages, NoProducts{});
     if (p.duplicate == nullptr) return;
     block_sync();  // the rows are there
     uint64_t stride_bytes = static_cast<uint64_t>(p.stride) * Numbers::stored_bytes;
@@ -415,12 +442,15 @@ struct DiagonalPlace : GroupPlace {
     static DEVICE float value(const DiagonalSums &acc, int r, int c) { return acc[c / 2][r * 2 + c % 2]; }
 };
 
-template <class Numbers>
+template <class Numbers, bool rounded>
 struct DiagonalProducts {
     static constexpr bool any = true;
     DiagonalSums &acc;
 
-    DEVICE void publish() const { fence_proxy_async(); }
+    DEVICE void publish() const {
+        if constexpr (rounded) wgmma_wait<0>();  // of two stages of the ring the first is filled again at once
+        fence_proxy_async();
+    }
     DEVICE void add(const unsigned char *stage) const {
         Descriptor rows = stage_descriptor(stage + warp_index() / 4 * (TILE / 2) * STAGE_BYTES);
         wgmma_fence();
@@ -434,7 +464,7 @@ struct DiagonalProducts {
 };
 #endif
 
-template <class Numbers>
+template <class Numbers, class Given = typename Numbers::Element>
 DEVICE void prepare_hopper_body([[maybe_unused]] const PrepareParams &p) {
 #ifdef HAS_WARPGROUP_PRODUCTS
     SHARED_MEMORY(ring);
@@ -446,7 +476,7 @@ DEVICE void prepare_hopper_body([[maybe_unused]] const PrepareParams &p) {
         for (float &sum : four) sum = 0.0f;
     }
     settle(acc);
-    prepare_rows<Numbers>(p, ring, DiagonalProducts<Numbers>{acc});
+    prepare_rows<Numbers, Given>(p, ring, DiagonalProducts<Numbers, kRounded<Numbers, Given>>{acc});
     wgmma_wait<0>();
     if (p.duplicate != nullptr) write_duplicate_bounds<DiagonalPlace>(p, acc);
 #else
@@ -454,7 +484,34 @@ DEVICE void prepare_hopper_body([[maybe_unused]] const PrepareParams &p) {
 #endif
 }
 
+// The same of split rows, which the ring has as f32: what was prepared comes back for the product.
+DEVICE void prepare_split_hopper_body([[maybe_unused]] const PrepareParams &p) {
+#ifdef HAS_WARPGROUP_PRODUCTS
+    using Numbers = ExactF32;
+    SHARED_MEMORY(bytes);
+    if (prepare_classes(p)) return;
+    prepare_rows<Numbers, float>(p, bytes, NoProducts{});
+    if (p.duplicate == nullptr) return;
+    constexpr uint32_t stage_bytes = 2 * kLines<Numbers> * TILE * STAGE_BYTES;
+    static_assert(stage_bytes + sizeof(Barrier) <= SIMILARITY_STAGES_BYTES);
+    GroupStages<1, kLines<Numbers>> stages{bytes, reinterpret_cast<Barrier *>(bytes + stage_bytes)};
+    fence_proxy_async_global();
+    fence_proxy_async();
+    block_sync();  // the rows are there, and the ring is read
+    stages.begin();
+    uint64_t stride_bytes = static_cast<uint64_t>(p.stride) * Numbers::stored_bytes;
+    auto rows = static_cast<const unsigned char *>(p.rows) + block_x() * TILE * stride_bytes;
+    GroupAccumulators acc;
+    group_multiply_tile<Numbers>(acc, rows, rows, stride_bytes, stages);
+    write_duplicate_bounds<GroupPlace>(p, acc);
+#else
+    trap();
+#endif
+}
+
 KERNEL_IN_EVERY_PRECISION(prepare, PrepareParams, 1)
-KERNEL(prepare_hopper_tf32, PrepareParams, 1) { prepare_hopper_body<FastF32>(p); }
+KERNEL(prepare_hopper_f32, PrepareParams, 1) { prepare_split_hopper_body(p); }
+KERNEL(prepare_rounded_f32, PrepareParams, 1) { prepare_body<HalfF16, float>(p); }
+KERNEL(prepare_hopper_rounded_f32, PrepareParams, 1) { prepare_hopper_body<HalfF16, float>(p); }
 KERNEL(prepare_hopper_f16, PrepareParams, 1) { prepare_hopper_body<HalfF16>(p); }
 KERNEL(prepare_hopper_bf16, PrepareParams, 1) { prepare_hopper_body<HalfBf16>(p); }

@@ -367,7 +367,7 @@ DEVICE void select_recomputed_hopper_body([[maybe_unused]] const PairsParams &p)
     uint64_t index = block_x();
     if (pairs.tile_counts[index] == 0 || is_stored(pairs, index)) return;
     TileIndex tile = tile_of(pairs, index);
-    GroupStages<kHopperStages> stages = hopper_stages(bytes);
+    auto stages = hopper_stages<Numbers>(bytes);
     GroupAccumulators acc;
     group_multiply_tile<Numbers>(acc, tile_rows<Numbers>(pairs.anchors, tile.row, pairs.stride),
                                  tile_rows<Numbers>(pairs.references, tile.column, pairs.stride),
@@ -379,6 +379,7 @@ DEVICE void select_recomputed_hopper_body([[maybe_unused]] const PairsParams &p)
 }
 
 KERNEL_IN_EVERY_PRECISION(select_recomputed, PairsParams, 1)
+KERNEL(select_recomputed_hopper_f32, PairsParams, 1) { select_recomputed_hopper_body<ExactF32>(p); }
 KERNEL(select_recomputed_hopper_f16, PairsParams, 1) { select_recomputed_hopper_body<HalfF16>(p); }
 KERNEL(select_recomputed_hopper_bf16, PairsParams, 1) { select_recomputed_hopper_body<HalfBf16>(p); }
 

@@ -156,8 +156,9 @@ DEVICE void same_class_body(const PairsParams &p) {
     auto *duplicates = reinterpret_cast<float *>(stages + SIMILARITY_STAGES_BYTES);  // [TILE]
     SameSums<Place<4>> sums(pairs);
     same_class_tiles<Place<4>, Accumulators<4>>(sums, same_class_span(pairs), duplicates, [&](Accumulators<4> &acc, uint32_t tile) {
-        multiply_tile<Numbers, 4>(acc, rows, tile_rows<Numbers>(pairs.references, tile, pairs.stride),
-                                  stride_bytes<Numbers>(pairs), stages);
+        // The rows' sums leave few registers.
+        multiply_tile<Numbers, 4, kStages, 1>(acc, rows, tile_rows<Numbers>(pairs.references, tile, pairs.stride),
+                                              stride_bytes<Numbers>(pairs), stages);
     });
     sums.write(stages);
 }
@@ -254,20 +255,23 @@ DEVICE void same_class_hopper_body([[maybe_unused]] const PairsParams &p) {
     SameSums<GroupPlace> sums(pairs);
     ClassRange span = same_class_span(pairs);
     uint32_t first = sums.first, end = first + TILE;
-    if (pairs.square && span.begin < span.end && span.begin + kEdge >= first && span.end <= end + kEdge) {
-        // Those of the rows before the tile, of its own, and of those behind it.
-        if (thread_index() < TILE + 2 * kEdge) {
-            uint32_t i = first - kEdge + thread_index();
-            duplicates[thread_index()] = i < pairs.anchors.tiles * TILE ? pairs.anchors.duplicate[i] : 0.0f;
+    bool near = pairs.square && span.begin < span.end && span.begin + kEdge >= first && span.end <= end + kEdge;
+    if (near && !Numbers::exact) {  // which has no registers for the sums of edges
+        if constexpr (!Numbers::exact) {
+            // Those of the rows before the tile, of its own, and of those behind it.
+            if (thread_index() < TILE + 2 * kEdge) {
+                uint32_t i = first - kEdge + thread_index();
+                duplicates[thread_index()] = i < pairs.anchors.tiles * TILE ? pairs.anchors.duplicate[i] : 0.0f;
+            }
+            GroupAccumulators acc;
+            EdgeSums edges;
+            multiply_near<Numbers>(acc, edges, pairs, span, bytes);
+            sums.template add<EdgeColumns<false>>(edges, first - kEdge, duplicates);
+            sums.template add<TileColumns<GroupPlace>>(acc, first, duplicates + kEdge);
+            sums.template add<EdgeColumns<true>>(edges, end, duplicates + kEdge + TILE);
         }
-        GroupAccumulators acc;
-        EdgeSums edges;
-        multiply_near<Numbers>(acc, edges, pairs, span, bytes);
-        sums.template add<EdgeColumns<false>>(edges, first - kEdge, duplicates);
-        sums.template add<TileColumns<GroupPlace>>(acc, first, duplicates + kEdge);
-        sums.template add<EdgeColumns<true>>(edges, end, duplicates + kEdge + TILE);
     } else {
-        GroupStages<kHopperStages> stages = hopper_stages(bytes);
+        auto stages = hopper_stages<Numbers>(bytes);
         const void *rows = tile_rows<Numbers>(pairs.anchors, block_x(), pairs.stride);
         same_class_tiles<GroupPlace, GroupAccumulators>(sums, span, duplicates, [&](GroupAccumulators &acc, uint32_t tile) {
             group_multiply_tile<Numbers>(acc, rows, tile_rows<Numbers>(pairs.references, tile, pairs.stride),
@@ -471,6 +475,6 @@ DEVICE void sweep_body(const PairsParams &p) {
 
 KERNEL_IN_EVERY_PRECISION(same_class, PairsParams, 1)
 KERNEL_IN_EVERY_PRECISION(sweep, PairsParams, 1)
-KERNEL(same_class_hopper_tf32, PairsParams, 1) { same_class_hopper_body<FastF32>(p); }
+KERNEL(same_class_hopper_f32, PairsParams, 1) { same_class_hopper_body<ExactF32>(p); }
 KERNEL(same_class_hopper_f16, PairsParams, 1) { same_class_hopper_body<HalfF16>(p); }
 KERNEL(same_class_hopper_bf16, PairsParams, 1) { same_class_hopper_body<HalfBf16>(p); }

@@ -1,12 +1,14 @@
-// sweep_hopper.cu: the sweep of similarity.cu on Hopper (sm_90a); 16-bit types and TF32.
+// sweep_hopper.cu: the sweep of similarity.cu on Hopper (sm_90a).
 // Truth: src/loss/similarity.rs. Launcher: src/backend/device/loss.rs.
 //
 // Persistent blocks: each takes contiguous runs of the tiles of S, and its warps have roles. The row tile
-// stays in shared memory as long as the run stays in its row (up to 512 dimensions of 16 bits, 256 of TF32; wider ones stream both operands);
+// stays in shared memory as long as the run stays in its row (up to 512 dimensions; wider ones stream both operands);
 // one thread copies it and the column tiles, in stages of 16 KB. Two teams of 8 warps take turns: while one
 // multiplies, the other looks at its products, so that the tensor cores do not wait for maxima and candidates. A
 // team begins when the other has issued all its products (`turn`): it skips that one's stages, and the parity of a
 // barrier alone would not tell a phase from the one two later.
+// Exact f32 has registers for one team, whose two warpgroups multiply while the other adds what was multiplied. The high parts of
+// the row tile stay; its low ones and the columns' are stages of their own, three for every 64 dimensions.
 // Candidates are bits, two words a thread; their values are put side by side in shared memory by stores with a
 // predicate each, and written by one bulk store: how many there are costs next to nothing.
 // Sync: barriers in shared memory, a named one for each team; integer atomics (max, add) whose order cannot change
@@ -17,8 +19,13 @@
 #ifdef HAS_WARPGROUP_PRODUCTS
 
 constexpr uint32_t kStageBytes = TILE * STAGE_BYTES;
-constexpr uint32_t kTeams = 2, kTeamWarps = 8, kTeamThreads = kTeamWarps * 32;
-static_assert((kTeams * kTeamWarps + 4) * 32 == SWEEP_HOPPER_THREADS, "the launch plan's threads");
+constexpr uint32_t kTeamWarps = 8, kTeamThreads = kTeamWarps * 32;
+template <class Numbers>
+constexpr uint32_t kTeams = Numbers::exact ? 1 : 2;
+template <class Numbers>
+constexpr uint32_t kSweepStages = Numbers::exact ? SWEEP_SPLIT_STAGES : SWEEP_HOPPER_STAGES;
+static_assert((kTeams<HalfF16> * kTeamWarps + 4) * 32 == SWEEP_HOPPER_THREADS, "the launch plan's threads");
+static_assert((kTeams<ExactF32> * kTeamWarps + 4) * 32 == SWEEP_SPLIT_THREADS, "the launch plan's threads");
 
 // What passes the first is a candidate, what does not pass the second leaves m- as it is.
 struct alignas(16) TwoColumns {
@@ -31,41 +38,46 @@ struct StagedTile {
     uint32_t total;
 };
 
+template <class Numbers>
 struct SweepHopperShared {
+    static constexpr uint32_t teams = kTeams<Numbers>;
+    // Split rows that do not fit have all of `rows` and `columns` for stages.
+    static constexpr uint32_t barriers = kSweepStages<Numbers> + (Numbers::exact ? SWEEP_HOPPER_RESIDENT : 0);
     unsigned char rows[SWEEP_HOPPER_RESIDENT][kStageBytes];  // the row tile, or its stages
-    unsigned char columns[SWEEP_HOPPER_STAGES][kStageBytes];
-    float staged[kTeams][SWEEP_HOPPER_STAGED];  // values of candidates
-    uint32_t masks[kTeams][TILE_MASK_WORDS];
-    TwoColumns columns_of[kTeams][TILE / 2];
-    float probe[kTeams][TILE];  // bounds of the columns
-    uint32_t warp_counts[kTeams][kTeamWarps];
-    StagedTile staged_tile[kTeams];
-    Barrier filled[kTeams], stored[kTeams];  // what is staged
-    Barrier full[SWEEP_HOPPER_STAGES], empty[SWEEP_HOPPER_STAGES];
-    Barrier turn[kTeams];  // the other team has issued its products
+    unsigned char columns[kSweepStages<Numbers>][kStageBytes];
+    float staged[teams][SWEEP_HOPPER_STAGED];  // values of candidates
+    uint32_t masks[teams][TILE_MASK_WORDS];
+    TwoColumns columns_of[teams][TILE / 2];
+    float probe[teams][TILE];  // bounds of the columns
+    uint32_t warp_counts[teams][kTeamWarps];
+    StagedTile staged_tile[teams];
+    Barrier filled[teams], stored[teams];  // what is staged
+    Barrier full[barriers], empty[barriers];
+    Barrier turn[teams];  // the other team has issued its products
 };
-static_assert(sizeof(SweepHopperShared) == SWEEP_HOPPER_SHARED_BYTES, "the launch plan's shared memory");
+static_assert(sizeof(SweepHopperShared<HalfF16>) == SWEEP_HOPPER_SHARED_BYTES, "the launch plan's shared memory");
+static_assert(sizeof(SweepHopperShared<ExactF32>) == SWEEP_SPLIT_SHARED_BYTES, "the launch plan's shared memory");
 static_assert(SWEEP_HOPPER_STAGES <= SWEEP_HOPPER_RESIDENT, "stages of rows where the row tile is");
 
 // The block's tiles of S in order; every role walks them by itself. All blocks go through S together, a run of each at
 // a time: what they read stays in L2.
 struct SweepWalk {
     const Pairs &pairs;
-    uint32_t element;  // its bytes
     uint32_t valid_anchors, valid_references;
     uint32_t waves, wave = 0;
     uint32_t position = 0, end = 0;  // of the run
     TileIndex tile{};
     uint32_t turn = NO_ROW;  // tiles with pairs before this one; nothing before the first
 
-    DEVICE SweepWalk(const Pairs &of, uint32_t stored_bytes)
-        : pairs(of), element(stored_bytes), valid_anchors(of.counters->valid_anchors), valid_references(of.counters->valid_references),
+    explicit DEVICE SweepWalk(const Pairs &of)
+        : pairs(of), valid_anchors(of.counters->valid_anchors), valid_references(of.counters->valid_references),
           waves(static_cast<uint32_t>((of.tiles - 1) / (static_cast<uint64_t>(grid_x()) * SWEEP_HOPPER_RUN)) + 1) {
         begin_run();
     }
     DEVICE uint64_t index() const { return index_of(pairs, tile.row, tile.column); }
-    DEVICE uint32_t chunks() const { return pairs.stride * element / STAGE_BYTES; }
-    // Stages filled before those of this tile.
+    // Of 64 dimensions.
+    DEVICE uint32_t chunks() const { return pairs.stride / (STAGE_BYTES / 2); }
+    // So many chunks before those of this tile.
     DEVICE uint32_t filled() const { return turn * chunks(); }
     DEVICE bool resident() const { return chunks() <= SWEEP_HOPPER_RESIDENT; }
     // Tiles of ignored rows or columns alone have no pairs, and are left out.
@@ -106,9 +118,67 @@ struct SweepWalk {
     }
 };
 
+// The stages of split rows in turn: behind the row tile that stays, or all there is.
+struct SplitStages {
+    bool resident;
+    uint32_t count, fill = 0, stage = 0, parity = 0;
+
+    explicit DEVICE SplitStages(bool rows_stay)
+        : resident(rows_stay), count(SWEEP_SPLIT_STAGES + (rows_stay ? 0 : SWEEP_HOPPER_RESIDENT)) {}
+    // Parts of a chunk that are stages: the columns' low ones, high ones, the rows' low ones; the rows' high ones first, if these do not stay.
+    DEVICE uint32_t parts() const { return resident ? 3 : 4; }
+    DEVICE void begin(const SweepWalk &walk) {
+        fill = walk.filled() * parts();
+        stage = fill % count;
+        parity = fill / count % 2;
+    }
+    // Bytes from the first stage of `rows`.
+    DEVICE uint32_t place(uint32_t at) const { return (at + (resident ? SWEEP_HOPPER_RESIDENT : 0)) * kStageBytes; }
+    DEVICE void step() {
+        ++fill;
+        if (++stage == count) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// The thread that copies split rows. The first tile of a row brings the row tile's high parts with the columns' low ones.
+DEVICE void copy_split_operands(const Pairs &pairs, SweepHopperShared<ExactF32> &shared, SweepWalk walk) {
+    uint32_t have = NO_ROW;
+    SplitStages stages(walk.resident());
+    auto wait_until_empty = [&](uint32_t fill) { mbarrier_wait(&shared.empty[fill % stages.count], fill / stages.count % 2); };
+    auto copy = [&](const unsigned char *from, uint32_t more) {
+        if (stages.fill >= stages.count) wait_until_empty(stages.fill - stages.count);
+        Barrier *full = &shared.full[stages.stage];
+        mbarrier_arrive_expect_tx(full, kStageBytes + more);
+        cp_async_bulk(shared.rows[0] + stages.place(stages.stage), from, kStageBytes, full);
+        stages.step();
+        return full;
+    };
+    while (walk.next([&](uint64_t index) { pairs.tile_counts[index] = 0; })) {
+        auto rows = static_cast<const unsigned char *>(tile_rows<ExactF32>(pairs.anchors, walk.tile.row, pairs.stride));
+        auto columns = static_cast<const unsigned char *>(tile_rows<ExactF32>(pairs.references, walk.tile.column, pairs.stride));
+        bool with_rows = stages.resident && walk.tile.row != have;
+        have = walk.tile.row;
+        // As copy_operands(): the stages of a tile are more than there are, or all are waited for.
+        if (with_rows && walk.chunks() * stages.parts() <= stages.count) {
+            for (uint32_t back = 1; back <= stages.count && back <= stages.fill; ++back) wait_until_empty(stages.fill - back);
+        }
+        for (uint32_t k = 0; k < walk.chunks(); ++k) {
+            const unsigned char *high_rows = rows + 2 * k * kStageBytes, *high_columns = columns + 2 * k * kStageBytes;
+            if (!stages.resident) copy(high_rows, 0);
+            Barrier *full = copy(high_columns + kStageBytes, with_rows ? kStageBytes : 0);
+            if (with_rows) cp_async_bulk(shared.rows[k], high_rows, kStageBytes, full);
+            copy(high_columns, 0);
+            copy(high_rows + kStageBytes, 0);
+        }
+    }
+}
+
 // The thread that copies. The first tile of a row brings the row tile with its own stages; it is there for all that follow.
 template <class Numbers>
-DEVICE void copy_operands(const Pairs &pairs, SweepHopperShared &shared, SweepWalk walk) {
+DEVICE void copy_operands(const Pairs &pairs, SweepHopperShared<Numbers> &shared, SweepWalk walk) {
     uint32_t have = NO_ROW;
     bool resident = walk.resident();
     auto wait_until_empty = [&](uint32_t fill) {
@@ -139,7 +209,8 @@ DEVICE void copy_operands(const Pairs &pairs, SweepHopperShared &shared, SweepWa
 }
 
 // The thread that stores what a team has staged: no team waits for room in the pool, or for a store.
-DEVICE void store_candidates(const Pairs &pairs, SweepHopperShared &shared, uint32_t team) {
+template <class Shared>
+DEVICE void store_candidates(const Pairs &pairs, Shared &shared, uint32_t team) {
     uint32_t windows = 0, window = 0;  // of all tiles, and the place of that of this one
     uint64_t segment = 0;
     bool room = false;
@@ -241,8 +312,8 @@ DEVICE void classify(const SweepWalk &walk, const SweepRows &rows, uint32_t (&ne
 
 // Maxima, candidates and those that pass the probe. `plain`: every pair counts and none is of one class, as in most tiles;
 // `apart`: the probe has bounds of its own.
-template <bool plain>
-DEVICE void look_at(const SweepWalk &walk, SweepHopperShared &shared, uint32_t team, bool apart, const GroupAccumulators &acc,
+template <bool plain, class Shared>
+DEVICE void look_at(const SweepWalk &walk, Shared &shared, uint32_t team, bool apart, const GroupAccumulators &acc,
                     SweepRows &rows, uint32_t (&candidates)[2], uint32_t &probe) {
     GroupPlace place;
     const Pairs &pairs = walk.pairs;
@@ -304,7 +375,7 @@ DEVICE Descriptor advanced_granules(Descriptor descriptor, uint32_t granules) {
 template <class Numbers>
 struct SweepTeam {
     const Pairs &pairs;
-    SweepHopperShared &shared;
+    SweepHopperShared<Numbers> &shared;
     uint32_t team;
     uint32_t warp = shuffle(warp_index(), 0) % kTeamWarps;
     uint32_t thread = thread_index() % kTeamThreads;
@@ -336,8 +407,45 @@ struct SweepTeam {
             for (int i = 0; i < 4; ++i) acc[n][i] = 0.0f;
         }
         settle(acc);
+        if constexpr (Numbers::exact) {
+            multiply_split(acc, walk);
+            return meanwhile();
+        } else {
+            multiply_in_turn(acc, walk, meanwhile);
+        }
+    }
+
+    DEVICE void multiply_split(GroupAccumulators &acc, const SweepWalk &walk) const {
+        SplitStages stages(walk.resident());
+        stages.begin(walk);
+        uint32_t own = warp / 4 * (TILE / 2) * STAGE_BYTES;
+        Descriptor first = stage_descriptor(shared.rows[0]);
+        auto at = [&](uint32_t bytes) { return advanced_granules(first, bytes / 16); };
+        auto take = [&] {
+            mbarrier_wait(&shared.full[stages.stage], stages.parity);
+            warp_sync();
+            uint32_t taken = stages.stage;
+            stages.step();
+            return taken;
+        };
+#pragma unroll 1
+        for (uint32_t k = 0; k < walk.chunks(); ++k) {
+            uint32_t high_rows = stages.resident ? k : take(), low_columns = take(), high_columns = take(), low_rows = take();
+            Descriptor a_high = at((stages.resident ? k * kStageBytes : stages.place(high_rows)) + own);
+            add_split_products(acc, a_high, at(stages.place(low_rows) + own), at(stages.place(high_columns)),
+                               at(stages.place(low_columns)), [&] {
+                                   arrive_as_warp(&shared.empty[low_columns]);
+                                   arrive_as_warp(&shared.empty[low_rows]);
+                               });
+            arrive_as_warp(&shared.empty[high_columns]);
+            if (!stages.resident) arrive_as_warp(&shared.empty[high_rows]);
+        }
+    }
+
+    template <class Meanwhile>
+    DEVICE void multiply_in_turn(GroupAccumulators &acc, const SweepWalk &walk, Meanwhile meanwhile) const {
         // The other team's products are issued: its stages are all there, and this team's are next.
-        uint32_t own = walk.turn / kTeams;
+        uint32_t own = walk.turn / kTeams<Numbers>;
         if (walk.turn > 0) mbarrier_wait(&shared.turn[team], team == 0 ? (own - 1) % 2 : own % 2);
         warp_sync();
         bool resident = walk.resident();
@@ -482,7 +590,7 @@ struct SweepTeam {
         SweepRows rows;
         uint32_t probe = 0, windows = 0;
         while (walk.next()) {
-            if (walk.turn % kTeams == team) tile(walk, rows, probe, windows);
+            if (walk.turn % kTeams<Numbers> == team) tile(walk, rows, probe, windows);
         }
         begin_window(StagedTile{{NO_ROW, NO_ROW}, 0}, windows);
         arrive_as_warp(&shared.filled[team]);
@@ -497,7 +605,7 @@ template <class Numbers>
 DEVICE void sweep_hopper_body([[maybe_unused]] const PairsParams &p) {
 #ifdef HAS_WARPGROUP_PRODUCTS
     SHARED_MEMORY(bytes);
-    auto &shared = *reinterpret_cast<SweepHopperShared *>(bytes);
+    auto &shared = *reinterpret_cast<SweepHopperShared<Numbers> *>(bytes);
     const Pairs &pairs = p.pairs;
     if (thread_index() == 0) {
         for (Barrier &barrier : shared.full) mbarrier_init(&barrier, 1);
@@ -507,22 +615,29 @@ DEVICE void sweep_hopper_body([[maybe_unused]] const PairsParams &p) {
         for (Barrier &barrier : shared.stored) mbarrier_init(&barrier, 1);
     }
     block_sync();  // the barriers are there
-    SweepWalk walk(pairs, Numbers::stored_bytes);
+    SweepWalk walk(pairs);
+    constexpr uint32_t team_warps = kTeams<Numbers> * kTeamWarps;
     uint32_t warp = shuffle(warp_index(), 0);
-    if (warp >= kTeams * kTeamWarps) {
-        setmaxnreg_dec<32>();
+    if (warp >= team_warps) {
+        setmaxnreg_dec<Numbers::exact ? 40 : 32>();
         // The first threads of three warps, whose registers are few.
         if (lane_index() != 0) return;
-        if (warp == kTeams * kTeamWarps) copy_operands<Numbers>(pairs, shared, walk);
-        if (warp - kTeams * kTeamWarps - 1 < kTeams) store_candidates(pairs, shared, warp - kTeams * kTeamWarps - 1);
+        if (warp == team_warps) {
+            if constexpr (Numbers::exact) {
+                copy_split_operands(pairs, shared, walk);
+            } else {
+                copy_operands<Numbers>(pairs, shared, walk);
+            }
+        }
+        if (warp - team_warps - 1 < kTeams<Numbers>) store_candidates(pairs, shared, warp - team_warps - 1);
     } else {
-        setmaxnreg_inc<112>();
+        setmaxnreg_inc<Numbers::exact ? 232 : 112>();
         SweepTeam<Numbers>{pairs, shared, warp / kTeamWarps}.run(walk);
     }
 #else
     trap();
 #endif
 }
-ROLE_KERNEL(sweep_hopper_tf32, PairsParams, SWEEP_HOPPER_THREADS) { sweep_hopper_body<FastF32>(p); }
+ROLE_KERNEL(sweep_hopper_f32, PairsParams, SWEEP_SPLIT_THREADS) { sweep_hopper_body<ExactF32>(p); }
 ROLE_KERNEL(sweep_hopper_f16, PairsParams, SWEEP_HOPPER_THREADS) { sweep_hopper_body<HalfF16>(p); }
 ROLE_KERNEL(sweep_hopper_bf16, PairsParams, SWEEP_HOPPER_THREADS) { sweep_hopper_body<HalfBf16>(p); }

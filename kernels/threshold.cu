@@ -14,9 +14,7 @@
 // A number as M's type holds it.
 template <class Numbers>
 DEVICE float rounded(float value) {
-    using Element = typename Numbers::Element;
-    if constexpr (sizeof(Element) == 2) return to_float(from_float<Element>(value));
-    return float_of(to_tf32(value));
+    return to_float(from_float<typename Numbers::Element>(value));
 }
 
 constexpr uint32_t kTilesAtOnce = 8;  // whose sums are added in f32, before they meet the tangent
@@ -25,7 +23,7 @@ constexpr uint32_t kTilesAtOnce = 8;  // whose sums are added in f32, before the
 template <class Numbers>
 struct Slopes {
     // 8 or 11 bits each; exact products split f32 themselves.
-    static constexpr uint32_t parts = Numbers::exact ? 1 : sizeof(typename Numbers::Element) == 2 ? 3 : 2;
+    static constexpr uint32_t parts = Numbers::exact ? 1 : 3;
     static constexpr bool may_be_nothing = true, from_words = false;
     const ThresholdParams &p;
     const TileBlock &block;
@@ -123,6 +121,7 @@ DEVICE void threshold_hopper_body([[maybe_unused]] const ThresholdParams &p) {
     trap();
 #endif
 }
+KERNEL(threshold_hopper_f32, ThresholdParams, 1) { threshold_hopper_body<ExactF32>(p); }
 KERNEL(threshold_hopper_f16, ThresholdParams, 1) { threshold_hopper_body<HalfF16>(p); }
 KERNEL(threshold_hopper_bf16, ThresholdParams, 1) { threshold_hopper_body<HalfBf16>(p); }
 

@@ -9,6 +9,7 @@
 //
 // Numbers: tensor cores truncate when they add. In the exact f32 mode each stage is
 // therefore summed from 0 and added to the total by the f32 adder, which rounds.
+// Exact f32 takes two f16 an entry: a stage has 32 dimensions, 64 bytes of high parts and 64 of low ones.
 #ifndef DDTAS_TILE_CUH
 #define DDTAS_TILE_CUH
 
@@ -25,51 +26,40 @@ static_assert(SIMILARITY_STAGES_BYTES == kStages * 2 * TILE * STAGE_BYTES, "the 
 // Share of the longer row's square sum from which a positive is an exact duplicate (SPEC 1).
 constexpr double kDuplicate = 1.0 - 1e-6;
 
-// The four ways to multiply. `Fragment` is an operand as its `multiply` wants it, `stored_bytes` what an element of a
+// The three ways to multiply. `Fragment` is an operand as its `multiply` wants it, `stored_bytes` what an element of a
 // prepared row takes. S_ij and S_ji have the same bits in every one: products commute, and so does what adds them.
 
-// f32 as three TF32 products: x = high + low, the product of the low parts is below f32's last bit. Prepared rows hold
-// both, split once: of 16 elements first the high parts, then the low ones.
+// f32 as three products of f16: kRowScale x = high + low, the product of the low parts is below f32's last bit. Prepared rows
+// hold both, split once: of 64 elements first the high parts, then the low ones.
 struct ExactF32 {
     using Element = float;
     static constexpr bool exact = true;
-    static constexpr uint32_t stored_bytes = 8;
+    static constexpr uint32_t stored_bytes = 4;
     template <int n>
     struct Fragment {
         uint32_t high[n], low[n];
     };
-    template <int n>
-    static DEVICE void prepare(Fragment<n> &to, const uint32_t *from) {
-        for (int i = 0; i < n; ++i) {
-            to.high[i] = to_tf32(float_of(from[i]));
-            to.low[i] = to_tf32(float_of(from[i]) - float_of(to.high[i]));
-        }
-    }
     static DEVICE void multiply(float (&c)[4], const Fragment<4> &a, const Fragment<2> &b) {
-        mma_tf32(c, a.low, b.high);
-        mma_tf32(c, a.high, b.low);
-        mma_tf32(c, a.high, b.high);
+        mma_f16(c, a.low, b.high);
+        mma_f16(c, a.high, b.low);
+        mma_f16(c, a.high, b.high);
     }
 };
+// Both parts together err by 2^-22 of an entry, or by 2^-30 where that is more: f16 has no numbers between multiples of 2^-24.
+// Entries up to 2,000 stay finite, should rows that nobody checks be longer than 1.
+constexpr float kRowScale = 32.0f;
 
-// f32 rounded to TF32, when rows are prepared and when weights are stored.
-struct FastF32 {
-    using Element = float;
-    static constexpr bool exact = false;
-    static constexpr uint32_t stored_bytes = 4;
-    template <int n>
-    struct Fragment {
-        uint32_t value[n];
-    };
-    template <int n>
-    static DEVICE void prepare(Fragment<n> &to, const uint32_t *from) {
-        for (int i = 0; i < n; ++i) to.value[i] = from[i];
-    }
-    static DEVICE void multiply(float (&c)[4], const Fragment<4> &a, const Fragment<2> &b) {
-        mma_tf32(c, a.value, b.value);
-    }
+// Two numbers as high and low parts, the first in the lower halves.
+struct Halves {
+    uint32_t high, low;
 };
+DEVICE Halves split(float first, float second) {
+    uint32_t high = to_f16_pair(first, second);
+    return Halves{high, to_f16_pair(first - from_f16_bits(static_cast<uint16_t>(high)),
+                                    second - from_f16_bits(static_cast<uint16_t>(high >> 16)))};
+}
 
+// 16-bit rows, and f32 rows that `prepare` has rounded to f16.
 template <class T>
 struct Narrow {
     using Element = T;
@@ -99,7 +89,6 @@ using HalfBf16 = Narrow<Bf16>;
 // Defines one kernel in every precision from a device function `template <class Numbers> name_body(p)`.
 #define KERNEL_IN_EVERY_PRECISION(name, Params, blocks)               \
     KERNEL(name##_f32, Params, blocks) { name##_body<ExactF32>(p); }  \
-    KERNEL(name##_tf32, Params, blocks) { name##_body<FastF32>(p); }  \
     KERNEL(name##_f16, Params, blocks) { name##_body<HalfF16>(p); }   \
     KERNEL(name##_bf16, Params, blocks) { name##_body<HalfBf16>(p); }
 
@@ -124,54 +113,53 @@ DEVICE uint64_t prepared_place(uint64_t row, uint32_t byte, uint64_t stride_byte
 // Byte of element `d` of a prepared row; of f32 split into two that of the high part, whose low one is a fixed way off.
 template <class Numbers>
 DEVICE uint32_t stored_byte(uint32_t d) {
-    constexpr uint32_t half = STAGE_BYTES / 2 / sizeof(float);
-    if constexpr (Numbers::exact) return d / half * STAGE_BYTES + d % half * static_cast<uint32_t>(sizeof(float));
+    constexpr uint32_t together = STAGE_BYTES / 2;  // elements
+    if constexpr (Numbers::exact) return d / together * 2 * STAGE_BYTES + d % together * 2;
     return d * Numbers::stored_bytes;
 }
-constexpr uint32_t kLowBytes = STAGE_BYTES / 2;  // from a high part to its low one
+constexpr uint32_t kLowBytes = STAGE_BYTES;  // from a high part to its low one
 
-// A granule of f32 as products of TF32 want it.
-DEVICE Granule<float> rounded_to_tf32(const Granule<float> &values) {
-    Granule<float> rounded;
-#pragma unroll
-    for (int i = 0; i < Granule<float>::count; ++i) rounded.values[i] = float_of(to_tf32(values.values[i]));
-    return rounded;
-}
+// A granule of f32 split into high and low parts: half a granule of each.
+struct SplitGranule {
+    struct alignas(8) Part {
+        uint32_t pairs[2];
+    };
+    Part high, low;
 
-// The elements from `first` on, a granule of them, as products want them.
-template <class Numbers>
-DEVICE void store_prepared(unsigned char *rows, uint64_t row, uint32_t first, const Granule<typename Numbers::Element> &values,
-                           uint64_t stride_bytes) {
-    using Vector = Granule<typename Numbers::Element>;
-    auto to = [&](uint32_t byte) { return reinterpret_cast<Vector *>(rows + prepared_place(row, byte, stride_bytes)); };
-    uint32_t byte = stored_byte<Numbers>(first);
-    if constexpr (sizeof(typename Numbers::Element) == 2) {
-        *to(byte) = values;
-    } else {
-        Vector high = rounded_to_tf32(values);
-        *to(byte) = high;
-        if constexpr (Numbers::exact) {
-            Vector low;
+    SplitGranule() = default;
+    explicit DEVICE SplitGranule(const Granule<float> &values) {
 #pragma unroll
-            for (int i = 0; i < Vector::count; ++i) low.values[i] = values.values[i] - high.values[i];
-            *to(byte + kLowBytes) = rounded_to_tf32(low);
+        for (int i = 0; i < 2; ++i) {
+            Halves halves = split(values.values[2 * i] * kRowScale, values.values[2 * i + 1] * kRowScale);
+            high.pairs[i] = halves.high;
+            low.pairs[i] = halves.low;
         }
     }
-}
+    // All but an f32's last bits.
+    DEVICE Granule<float> joined() const {
+        Granule<float> values;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            auto part = [&](const Part &of) { return from_f16_bits(static_cast<uint16_t>(of.pairs[i / 2] >> i % 2 * 16)); };
+            values.values[i] = (part(high) + part(low)) / kRowScale;
+        }
+        return values;
+    }
+};
 
-// The same back; the sum of both parts has all but the last bit of an f32.
+// The elements of a prepared row from `first` on, a granule of the caller's.
 template <class Numbers>
 DEVICE Granule<typename Numbers::Element> load_prepared(const unsigned char *rows, uint64_t row, uint32_t first, uint64_t stride_bytes) {
-    using Vector = Granule<typename Numbers::Element>;
-    auto at = [&](uint32_t byte) { return *reinterpret_cast<const Vector *>(rows + prepared_place(row, byte, stride_bytes)); };
-    uint32_t byte = stored_byte<Numbers>(first);
-    Vector values = at(byte);
+    const unsigned char *at = rows + prepared_place(row, stored_byte<Numbers>(first), stride_bytes);
     if constexpr (Numbers::exact) {
-        Vector low = at(byte + kLowBytes);
-#pragma unroll
-        for (int i = 0; i < Vector::count; ++i) values.values[i] += low.values[i];
+        // The low parts are a stage further on.
+        SplitGranule split;
+        split.high = *reinterpret_cast<const SplitGranule::Part *>(at);
+        split.low = *reinterpret_cast<const SplitGranule::Part *>(at + TILE * STAGE_BYTES);
+        return split.joined();
+    } else {
+        return *reinterpret_cast<const Granule<typename Numbers::Element> *>(at);
     }
-    return values;
 }
 
 // Where this thread's accumulators stand in the tile.
@@ -197,13 +185,21 @@ struct Place {
 template <int row_tiles>
 using Accumulators = float[row_tiles][kColumnTiles][4];
 
-// Copies one stage of `rows` rows to shared memory.
-DEVICE void copy_stage(unsigned char *to, const unsigned char *from, int rows) {
-#pragma unroll
-    for (int i = 0; i < rows * kGranules / THREADS; ++i) {
-        uint32_t granule = thread_index() + i * THREADS;
-        cp_async(to + granule * 16, from + granule * 16);
+// Copies stage `index` of `rows` rows of a tile to shared memory: of split ones a half of both parts' 64 dimensions.
+template <class Numbers>
+DEVICE void copy_stage(unsigned char *to, const unsigned char *from, uint32_t index, int rows) {
+    constexpr int kTurn = THREADS * 16;  // bytes, whole 8 rows
+    uint32_t first = thread_index() * 16;
+    to += first;
+    if constexpr (Numbers::exact) {
+        // Upper half of the granules, as products see them: the low parts, a stage further on.
+        uint32_t low = (thread_index() % kGranules ^ thread_index() / kGranules % 8) / (kGranules / 2);
+        from += static_cast<uint64_t>(index / 2 * 2 + low) * TILE * STAGE_BYTES + (first ^ (low ^ index % 2) * (STAGE_BYTES / 2));
+    } else {
+        from += static_cast<uint64_t>(index) * TILE * STAGE_BYTES + first;
     }
+#pragma unroll
+    for (int i = 0; i < rows * STAGE_BYTES / kTurn; ++i) cp_async(to + i * kTurn, from + i * kTurn);
 }
 
 template <int row_tiles>
@@ -280,9 +276,9 @@ DEVICE void multiply_split_stage(float (*acc)[kColumnTiles][4], const unsigned c
                 const auto &two = columns[column / 2];
                 const uint32_t b_high[2] = {two.high[column % 2 * 2], two.high[column % 2 * 2 + 1]};
                 const uint32_t b_low[2] = {two.low[column % 2 * 2], two.low[column % 2 * 2 + 1]};
-                mma_tf32(low_high[tile][column], rows.low, b_high);
-                mma_tf32(high_low[tile][column], rows.high, b_low);
-                mma_tf32(high[tile][column], rows.high, b_high);
+                mma_f16(low_high[tile][column], rows.low, b_high);
+                mma_f16(high_low[tile][column], rows.high, b_low);
+                mma_f16(high[tile][column], rows.high, b_high);
             }
         }
     }
@@ -292,7 +288,8 @@ DEVICE void multiply_split_stage(float (*acc)[kColumnTiles][4], const unsigned c
         for (int column = 0; column < kColumnTiles; ++column) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                acc[tile][column][i] += high[tile][column][i] + (low_high[tile][column][i] + high_low[tile][column][i]);
+                float sum = high[tile][column][i] + (low_high[tile][column][i] + high_low[tile][column][i]);
+                acc[tile][column][i] = fmaf(sum, 1.0f / (kRowScale * kRowScale), acc[tile][column][i]);
             }
         }
     }
@@ -301,7 +298,8 @@ DEVICE void multiply_split_stage(float (*acc)[kColumnTiles][4], const unsigned c
 // acc = the products of 32 row_tiles rows from `a` on with the TILE rows from `b` on: `b` begins
 // a tile of prepared rows, `a` one or, STAGE_BYTES a row later, a part of it.
 // `stages` holds kStages * (32 row_tiles + TILE) * STAGE_BYTES bytes, free on entry and on return.
-template <class Numbers, int row_tiles, int stage_count = kStages>
+// Of split rows `together` row tiles at a time, which bounds the registers of the further sums.
+template <class Numbers, int row_tiles, int stage_count = kStages, int together = 2>
 DEVICE void multiply_tile(Accumulators<row_tiles> &acc, const void *a, const void *b, uint64_t stride_bytes,
                           unsigned char *stages) {
     constexpr int rows = 32 * row_tiles;
@@ -312,9 +310,8 @@ DEVICE void multiply_tile(Accumulators<row_tiles> &acc, const void *a, const voi
     Place<row_tiles> place;
     auto copy = [&](uint32_t index) {
         unsigned char *stage = stages + index % stage_count * stage_bytes;
-        uint64_t from = static_cast<uint64_t>(index) * TILE * STAGE_BYTES;
-        copy_stage(stage, a_bytes + from, rows);
-        copy_stage(stage + rows * STAGE_BYTES, b_bytes + from, TILE);
+        copy_stage<Numbers>(stage, a_bytes, index, rows);
+        copy_stage<Numbers>(stage + rows * STAGE_BYTES, b_bytes, index, TILE);
     };
     clear<row_tiles>(acc);
     for (uint32_t index = 0; index < stage_count - 1; ++index) {
@@ -329,10 +326,9 @@ DEVICE void multiply_tile(Accumulators<row_tiles> &acc, const void *a, const voi
         const unsigned char *stage = stages + index % stage_count * stage_bytes;
         const unsigned char *other = stage + rows * STAGE_BYTES;
         if constexpr (Numbers::exact) {
-            // Two row tiles at a time bound the registers of the further sums.
 #pragma unroll
-            for (int first = 0; first < row_tiles; first += 2) {
-                multiply_split_stage<2>(acc + first, stage, other, place.warp_row + first * 16, place.warp_column);
+            for (int first = 0; first < row_tiles; first += together) {
+                multiply_split_stage<together>(acc + first, stage, other, place.warp_row + first * 16, place.warp_column);
             }
         } else {
             multiply_stage<Numbers, row_tiles>(acc, stage, other, place.warp_row, place.warp_column);

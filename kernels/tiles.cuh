@@ -12,15 +12,11 @@
 // Shapes of the tile way. 8 warps, 2 x 4: a warp has half the rows and every fourth group of 16 columns.
 template <class Numbers>
 struct GradientShape {
-    using Element = typename Numbers::Element;
     static constexpr int rows = kMatrixRows<Numbers>;
     static constexpr int row_tiles = rows / 32;                          // of 16 rows, of a warp
     static constexpr int groups = GRADIENT_COLUMNS / 64;                 // of a warp
-    static constexpr int depth = 32 / sizeof(Element);                   // inner dimension of one mma
     static constexpr int row_bytes = GRADIENT_COLUMNS * Numbers::stored_bytes;  // of a row of a stage
-    // Rows of the other side in a stage: of split ones half, for they take twice the room.
-    static constexpr int step_rows = Numbers::exact ? GRADIENT_DEPTH / 2 : GRADIENT_DEPTH;
-    static constexpr int stage_bytes = step_rows * row_bytes;
+    static constexpr int stage_bytes = GRADIENT_DEPTH * row_bytes;
     static constexpr int stages = GRADIENT_STAGES_BYTES / stage_bytes;
 };
 static_assert(2 * (kRecomputedRows + TILE) * STAGE_BYTES <= GRADIENT_STAGES_BYTES,
@@ -28,57 +24,75 @@ static_assert(2 * (kRecomputedRows + TILE) * STAGE_BYTES <= GRADIENT_STAGES_BYTE
 static_assert(kRecomputedRows * kValuesStride * sizeof(float) <= GRADIENT_STAGES_BYTES,
               "and its values stand there afterwards");
 
-// Byte of granule `granule` of row k of a stage. 16-bit types read 8 rows of one granule at a
-// time (ldmatrix), f32 reads 2 granules of 4 rows: either way all 32 banks once.
+// Byte of granule `granule` of row k of a stage: ldmatrix reads 8 rows of one granule at a time, from all 32 banks once.
 template <class Numbers>
 DEVICE uint32_t stage_place(uint32_t k, uint32_t granule) {
-    uint32_t twist = sizeof(typename Numbers::Element) == 2 ? k % 8 : k % 4 * 2;
-    return k * GradientShape<Numbers>::row_bytes + ((granule ^ twist) << 4);
+    return k * GradientShape<Numbers>::row_bytes + ((granule ^ k % 8) << 4);
 }
+
+// Where the inner dimension's place of a product of exact f32 is, among 16: two neighbours of an operand are elements of M that
+// are 4 apart, as ldmatrix gives 32-bit ones.
+DEVICE uint32_t inner_place(uint32_t k) { return k / 8 * 8 + k % 8 / 2 + k % 2 * 4; }
 
 // The two column fragments of the 16 columns from `column` on, inner dimension from k on.
 template <class Numbers>
 DEVICE void load_stage(typename Numbers::template Fragment<2> (&to)[2], const unsigned char *stage, uint32_t k, uint32_t column) {
     uint32_t lane = lane_index();
-    if constexpr (sizeof(typename Numbers::Element) == 2) {
+    if constexpr (Numbers::exact) {
+        uint32_t row = k + inner_place(lane % 16), granule = stored_byte<Numbers>(column) / 16 + lane / 16;
+        uint32_t high[4], low[4];
+        ldmatrix_transposed(high, stage + stage_place<Numbers>(row, granule));
+        ldmatrix_transposed(low, stage + stage_place<Numbers>(row, granule + kLowBytes / 16));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            to[i / 2].high[i % 2] = high[i];
+            to[i / 2].low[i % 2] = low[i];
+        }
+    } else {
         uint32_t raw[4];
         ldmatrix_transposed(raw, stage + stage_place<Numbers>(k + lane % 16, column / 8 + lane / 16));
         Numbers::prepare(to[0], raw);
         Numbers::prepare(to[1], raw + 2);
-    } else {
-        // There is no transposing load of 32-bit elements.
+    }
+}
+
+// The row fragment of M's 16 rows from `row` on, inner dimension from k on. Exact f32 is split here, `scale` times it.
+template <class Numbers>
+DEVICE void load_weights(typename Numbers::template Fragment<4> &to, const unsigned char *matrix, uint32_t row, uint32_t k, float scale) {
+    uint32_t lane = lane_index();
+    uint32_t raw[4];
+    if constexpr (Numbers::exact) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            uint32_t row = k + lane % 4 + i % 2 * 4, byte = stored_byte<Numbers>(column + i / 2 * 8 + lane / 4);
-            auto at = [&](uint32_t b) { return *reinterpret_cast<const uint32_t *>(stage + stage_place<Numbers>(row, b / 16) + b % 16); };
-            if constexpr (Numbers::exact) {
-                to[i / 2].high[i % 2] = at(byte);
-                to[i / 2].low[i % 2] = at(byte + kLowBytes);
-            } else {
-                to[i / 2].value[i % 2] = at(byte);
+        for (int half = 0; half < 2; ++half) {
+            ldmatrix(raw, matrix + matrix_place<Numbers>(row + lane % 16, k + half * 8 + lane / 16 * 4));
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                Halves halves = split(float_of(raw[i]) * scale, float_of(raw[i + 2]) * scale);
+                to.high[half * 2 + i] = halves.high;
+                to.low[half * 2 + i] = halves.low;
             }
         }
+    } else {
+        ldmatrix(raw, matrix + matrix_place<Numbers>(row + lane % 16, k + lane / 16 * 8));
+        Numbers::prepare(to, raw);
     }
 }
 
 template <class Numbers>
 using GradientSums = float[GradientShape<Numbers>::row_tiles][GradientShape<Numbers>::groups * 2][4];
 
-// sums += M[:, the stage's rows] times the stage. `columns` that there are may be fewer than the shape's.
+// sums += M[:, the stage's rows] times the stage, of exact f32 `scale` times M. `columns` that there are may be fewer than the shape's.
 template <class Numbers>
 DEVICE void multiply_gradient_stage(GradientSums<Numbers> &sums, const unsigned char *matrix, const unsigned char *stage,
-                                    uint32_t first_k, uint32_t columns) {
+                                    uint32_t first_k, uint32_t columns, float scale) {
     using Shape = GradientShape<Numbers>;
-    uint32_t lane = lane_index(), warp_row = warp_index() / 4 * 16 * Shape::row_tiles;
+    uint32_t warp_row = warp_index() / 4 * 16 * Shape::row_tiles;
 #pragma unroll 2  // at most: more do not fit in registers
-    for (int k = 0; k < Shape::step_rows; k += Shape::depth) {
+    for (int k = 0; k < GRADIENT_DEPTH; k += 16) {
         typename Numbers::template Fragment<4> rows[Shape::row_tiles];
 #pragma unroll
         for (int tile = 0; tile < Shape::row_tiles; ++tile) {
-            uint32_t raw[4];
-            uint32_t at = first_k + k + lane / 16 * (Shape::depth / 2);
-            ldmatrix(raw, matrix + matrix_place<Numbers>(warp_row + tile * 16 + lane % 16, at));
-            Numbers::prepare(rows[tile], raw);
+            load_weights<Numbers>(rows[tile], matrix, warp_row + tile * 16, first_k + k, scale);
         }
 #pragma unroll
         for (int group = 0; group < Shape::groups; ++group) {
@@ -97,20 +111,21 @@ DEVICE void multiply_gradient_stage(GradientSums<Numbers> &sums, const unsigned 
     }
 }
 
-// Where a block of the tile way has what it needs: the stages, then M, then a flag and two barriers.
+// Where a block of the tile way has what it needs: the stages, then M, then its largest element and two barriers.
 template <class Numbers>
 struct TileMemory {
     unsigned char *stages;
 #ifdef HAS_WARPGROUP_PRODUCTS
-    GroupStages<2> group{stages, reinterpret_cast<Barrier *>(flag()) + 1};  // for products of a warpgroup, in the same stages
+    // for products of a warpgroup, in the same stages
+    GroupStages<2 / kLines<Numbers>, kLines<Numbers>> group{stages, reinterpret_cast<Barrier *>(largest()) + 1};
 #endif
 
     DEVICE unsigned char *matrix() const { return stages + GRADIENT_STAGES_BYTES; }
-    DEVICE uint32_t *flag() const { return reinterpret_cast<uint32_t *>(matrix() + kMatrixBytes<Numbers>); }
+    DEVICE uint32_t *largest() const { return reinterpret_cast<uint32_t *>(matrix() + kMatrixBytes<Numbers>); }
     explicit DEVICE TileMemory(unsigned char *bytes) : stages(bytes) {}
 };
 static_assert(GRADIENT_STAGES_BYTES == 2 * 2 * TILE * STAGE_BYTES, "two stages of two tiles");
-static_assert(GRADIENT_EXTRA_BYTES == 3 * sizeof(uint64_t), "a flag and two barriers");
+static_assert(GRADIENT_EXTRA_BYTES == 3 * sizeof(uint64_t), "an element's bits and two barriers");
 
 // M of the block's rows and tile y from a recomputed tile of S, whose bits are those of the sweep: its products are of a
 // warpgroup where those were (`group`).
@@ -127,16 +142,21 @@ DEVICE void recompute_matrix(const GradientParams &p, TileMemory<Numbers> &memor
 #ifdef HAS_WARPGROUP_PRODUCTS
         fence_proxy_async();  // bulk copies write where threads did
         block_sync();
-        GroupAccumulators acc;
+        // All columns of a group's own 64 rows; where the block has no more, half of the columns.
+        constexpr bool shared = kMatrixRows<Numbers> == kRecomputedRows;
+        constexpr int n = shared ? 8 : 16;
+        float acc[n][4];
         group_multiply_tile<Numbers>(acc, rows, columns, stride_bytes<Numbers>(pairs), memory.group);
         GroupPlace place;
-        for (uint32_t first = 0; first < TILE; first += kRecomputedRows) {
-            if (warp_index() / 4 * (TILE / 2) == first) {
+        uint32_t half = warp_index() / 4 * kRecomputedRows;
+        for (uint32_t first = 0; first < kMatrixRows<Numbers>; first += kRecomputedRows) {
+            if (shared || half == first) {
 #pragma unroll
                 for (int r = 0; r < GroupPlace::rows; ++r) {
 #pragma unroll
-                    for (int c = 0; c < GroupPlace::columns; ++c) {
-                        values[(place.row_of(r) - first) * kValuesStride + place.column_of(c)] = GroupPlace::value(acc, r, c);
+                    for (int c = 0; c < 2 * n; ++c) {
+                        uint32_t column = place.column_of(c) + (shared ? half : 0);
+                        values[(place.row_of(r) - half) * kValuesStride + column] = acc[c / 2][r * 2 + c % 2];
                     }
                 }
             }
@@ -189,6 +209,18 @@ DEVICE void clear_sums(GradientSums<Numbers> &sums) {
     }
 }
 
+// The power of two that brings M's largest element to 2^14 and above, below 2^15, and its inverse: what f16's two parts lose of the others then is
+// 2^-22 of themselves or 2^-39 of the largest. `largest` are its bits without the sign.
+struct TileScale {
+    float up, down;
+    explicit DEVICE TileScale(uint32_t largest) {
+        uint32_t exponent = largest >> 23, most = 253;  // so that both are numbers
+        uint32_t scale = exponent < 268 - most ? most : 268 - exponent;
+        up = float_of(scale << 23);
+        down = float_of((254 - scale) << 23);
+    }
+};
+
 // sums += M R over the tiles of a range. `job.weigh(i, j, s, part)` is a part of M's element, `Job::parts` of which add up to it;
 // `job.after(sums)` sees the sums after each tile. `Job::from_words`: of a stored tile the candidates' words say all, and
 // `job.of_word(word)` is asked instead.
@@ -203,14 +235,14 @@ DEVICE void walk_tiles(const GradientParams &p, TileMemory<Numbers> &memory, con
         uint32_t count = pairs.tile_counts[tile.index];
         if (count == 0) continue;  // the same for the whole block
         auto rows = static_cast<const unsigned char *>(tile_rows<Numbers>(other, y, pairs.stride));
-        constexpr uint32_t kSteps = TILE / Shape::step_rows;
+        constexpr uint32_t kSteps = TILE / GRADIENT_DEPTH;
         // A group a step, empty or not: the waits below count them.
         auto copy = [&](uint32_t step) {
             uint32_t granules = block.columns * Numbers::stored_bytes / 16;
-            for (uint32_t i = thread_index(); step < kSteps && i < Shape::step_rows * granules; i += THREADS) {
+            for (uint32_t i = thread_index(); step < kSteps && i < GRADIENT_DEPTH * granules; i += THREADS) {
                 uint32_t k = i / granules, granule = i % granules;
                 cp_async(memory.stages + step % Shape::stages * Shape::stage_bytes + stage_place<Numbers>(k, granule),
-                         rows + prepared_place(step * Shape::step_rows + k,
+                         rows + prepared_place(step * GRADIENT_DEPTH + k,
                                                block.first_column * Numbers::stored_bytes + granule * 16,
                                                stride_bytes<Numbers>(pairs)));
             }
@@ -222,16 +254,19 @@ DEVICE void walk_tiles(const GradientParams &p, TileMemory<Numbers> &memory, con
         bool stored = is_stored(pairs, tile.index);
 #pragma unroll 1
         for (uint32_t part = 0; part < Job::parts; ++part) {
-            // Whether any element is not 0, where that is asked for.
+            // The largest element, where that is asked for, by its bits: a NaN is larger than all.
+            constexpr bool asked = Job::may_be_nothing || Numbers::exact;
+            uint32_t largest = 0;
             auto weigh = [&](uint32_t i, uint32_t j, float s) {
                 float weight = job.weigh(i, j, s, part);
-                if constexpr (Job::may_be_nothing) {
-                    if (weight != 0.0f) atomic_max(memory.flag(), 1u);
+                if constexpr (asked) {
+                    uint32_t bits = bits_of(fabsf(weight));
+                    largest = bits > largest ? bits : largest;
                 }
                 return weight;
             };
-            if constexpr (Job::may_be_nothing) {
-                if (thread_index() == 0) *memory.flag() = 0;
+            if constexpr (asked) {
+                if (thread_index() == 0) *memory.largest() = 0;
                 block_sync();
             }
             if (!stored) {
@@ -245,9 +280,16 @@ DEVICE void walk_tiles(const GradientParams &p, TileMemory<Numbers> &memory, con
                         return weigh(i, j, s);
                     });
             }
+            if constexpr (asked) {
+                for (int mask = 16; mask > 0; mask /= 2) {
+                    uint32_t other = shuffle_xor(largest, mask);
+                    largest = other > largest ? other : largest;
+                }
+                if (lane_index() == 0) atomic_max(memory.largest(), largest);
+            }
             if constexpr (Job::may_be_nothing) {
                 block_sync();
-                bool nothing = *memory.flag() == 0;
+                bool nothing = *memory.largest() == 0;
                 block_sync();  // it is read
                 if (nothing) continue;
                 copy_first();
@@ -260,18 +302,20 @@ DEVICE void walk_tiles(const GradientParams &p, TileMemory<Numbers> &memory, con
                 copy(step + Shape::stages - 1);
                 const unsigned char *stage = memory.stages + step % Shape::stages * Shape::stage_bytes;
                 if constexpr (Numbers::exact) {
+                    TileScale scale(*memory.largest());
                     GradientSums<Numbers> once = {};
-                    multiply_gradient_stage<Numbers>(once, memory.matrix(), stage, step * Shape::step_rows, block.columns);
+                    multiply_gradient_stage<Numbers>(once, memory.matrix(), stage, step * GRADIENT_DEPTH, block.columns, scale.up);
+                    float down = scale.down / kRowScale;
 #pragma unroll
                     for (int r = 0; r < Shape::row_tiles; ++r) {
 #pragma unroll
                         for (int column = 0; column < Shape::groups * 2; ++column) {
 #pragma unroll
-                            for (int i = 0; i < 4; ++i) sums[r][column][i] += once[r][column][i];
+                            for (int i = 0; i < 4; ++i) sums[r][column][i] = fmaf(once[r][column][i], down, sums[r][column][i]);
                         }
                     }
                 } else {
-                    multiply_gradient_stage<Numbers>(sums, memory.matrix(), stage, step * Shape::step_rows, block.columns);
+                    multiply_gradient_stage<Numbers>(sums, memory.matrix(), stage, step * GRADIENT_DEPTH, block.columns, 1.0f);
                 }
             }
             cp_async_wait<0>();

@@ -34,6 +34,8 @@ DEVICE Descriptor advanced(Descriptor descriptor, uint32_t bytes) { return descr
 #if defined(__CUDACC__) && defined(HAS_WARPGROUP_PRODUCTS)
 
 DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// The same for what was written to global memory, before this block's bulk copies read it.
+DEVICE void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 // Before the first product, so that the accumulators' registers are settled.
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 // Keeps whatever sets these registers before this line: moved into the loop that follows, it would make
@@ -81,31 +83,21 @@ DEVICE void setmaxnreg_dec() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;
 
 // c += a b, asynchronously: 64 rows by 8 n columns, 16 of the inner dimension; warp w of the group
 // has rows 16 w to 16 w + 15. b lies [columns, inner], or [inner, columns] if `transposed`; a lies [rows, inner] or, if
-// `transposed_a`, [inner, rows].
-#define WGMMA(name, type, n, shape, places, sums, a_place, b_place, transposed_a_place, transposed_place) \
-    template <bool transposed, bool transposed_a>                                                          \
-    DEVICE void name(float (&c)[n][4], Descriptor a, Descriptor b) {                                       \
-        asm volatile("wgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" places "}, "         \
-                     a_place ", " b_place ", 1, 1, 1, " transposed_a_place ", " transposed_place ";"       \
-                     : sums(c, 0)                                                                          \
-                     : "l"(a), "l"(b), "n"(transposed_a ? 1 : 0), "n"(transposed ? 1 : 0));                \
+// `transposed_a`, [inner, rows]. `fresh`: c = a b.
+#define WGMMA(name, type, n, shape, places, sums, a_place, b_place, transposed_a_place, transposed_place, adds_place) \
+    template <bool transposed, bool transposed_a, bool fresh = false>                                       \
+    DEVICE void name(float (&c)[n][4], Descriptor a, Descriptor b) {                                        \
+        asm volatile("wgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" places "}, "          \
+                     a_place ", " b_place ", " adds_place ", 1, 1, " transposed_a_place ", " transposed_place ";" \
+                     : sums(c, 0)                                                                           \
+                     : "l"(a), "l"(b), "n"(transposed_a ? 1 : 0), "n"(transposed ? 1 : 0), "n"(fresh ? 0 : 1)); \
     }
-WGMMA(wgmma_bf16, "bf16", 8, "m64n64k16", PLACES_32, SUMS_32, "%32", "%33", "%34", "%35")
-WGMMA(wgmma_f16, "f16", 8, "m64n64k16", PLACES_32, SUMS_32, "%32", "%33", "%34", "%35")
-WGMMA(wgmma_bf16, "bf16", 16, "m64n128k16", PLACES_64, SUMS_64, "%64", "%65", "%66", "%67")
-WGMMA(wgmma_f16, "f16", 16, "m64n128k16", PLACES_64, SUMS_64, "%64", "%65", "%66", "%67")
-WGMMA(wgmma_bf16, "bf16", 32, "m64n256k16", PLACES_128, SUMS_128, "%128", "%129", "%130", "%131")
-WGMMA(wgmma_f16, "f16", 32, "m64n256k16", PLACES_128, SUMS_128, "%128", "%129", "%130", "%131")
-
-// The same of TF32, 8 of the inner dimension, which lies along the lines in both operands: there is no other way.
-#define WGMMA_TF32(n, shape, places, sums, a_place, b_place)                                                     \
-    DEVICE void wgmma_tf32(float (&c)[n][4], Descriptor a, Descriptor b) {                                       \
-        asm volatile("wgmma.mma_async.sync.aligned." shape ".f32.tf32.tf32 {" places "}, " a_place ", " b_place ", 1, 1, 1;" \
-                     : sums(c, 0)                                                                                \
-                     : "l"(a), "l"(b));                                                                          \
-    }
-WGMMA_TF32(8, "m64n64k8", PLACES_32, SUMS_32, "%32", "%33")
-WGMMA_TF32(16, "m64n128k8", PLACES_64, SUMS_64, "%64", "%65")
+WGMMA(wgmma_bf16, "bf16", 8, "m64n64k16", PLACES_32, SUMS_32, "%32", "%33", "%34", "%35", "%36")
+WGMMA(wgmma_f16, "f16", 8, "m64n64k16", PLACES_32, SUMS_32, "%32", "%33", "%34", "%35", "%36")
+WGMMA(wgmma_bf16, "bf16", 16, "m64n128k16", PLACES_64, SUMS_64, "%64", "%65", "%66", "%67", "%68")
+WGMMA(wgmma_f16, "f16", 16, "m64n128k16", PLACES_64, SUMS_64, "%64", "%65", "%66", "%67", "%68")
+WGMMA(wgmma_bf16, "bf16", 32, "m64n256k16", PLACES_128, SUMS_128, "%128", "%129", "%130", "%131", "%132")
+WGMMA(wgmma_f16, "f16", 32, "m64n256k16", PLACES_128, SUMS_128, "%128", "%129", "%130", "%131", "%132")
 
 // A barrier in shared memory whose phase ends when `count` threads have arrived and all bytes
 // that they announced are there.

@@ -8,7 +8,7 @@ use ddtas::backend::device::{Device, Options, ResidentBatch, ResidentRows, Resid
 use ddtas::backend::{AutoDevice, Backend, DeviceSpec, auto, open};
 use ddtas::loss::{Embeddings, LossOutput, LossSettings, UnitCheck};
 use ddtas::{Error, Result};
-use ddtas_cases::{self as cases, TF32, parts, run_tf32};
+use ddtas_cases::{self as cases, parts};
 
 /// What a test opens on the first GPU; without one the reason why it is skipped is printed.
 fn gpu<T>(opened: Result<T>) -> Option<T> {
@@ -70,12 +70,10 @@ fn golden_cases_agree_on_a_stream_of_the_caller() {
 
 #[test]
 fn tf32_products_are_those_of_the_rounded_rows() {
-    let Some(mut backend) = gpu(cuda::open(0, Options { exact: false, ..Options::default() })) else {
-        return;
-    };
-    for case in cases::golden() {
-        let report = run_tf32(&case, &mut *backend).unwrap();
-        assert!(report.passes(TF32), "{}: {report:#?}", case.name);
+    for budget in [Options::default().budget, 0] {
+        let Some(mut backend) = gpu(cuda::open(0, Options { exact: false, budget })) else { return };
+        cases::run_all_tf32(&mut *backend, cases::golden());
+        cases::run_all_tf32(&mut *backend, cases::generated_to_round());
     }
 }
 

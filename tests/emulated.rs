@@ -15,25 +15,35 @@ use ddtas::loss::{Batch, Hypergradient, LossOutput, LossSettings, Mining, Rows, 
 use ddtas_cases::{self as cases, Case, Dtype, parts};
 use ndarray::Array2;
 
+/// An emulated GPU, perhaps Hopper.
+fn device(seed: u64, hopper: bool) -> EmulatedDevice {
+    let device = EmulatedDevice::new(seed);
+    if hopper { device.as_hopper() } else { device }
+}
+
 fn golden_case(name: &str) -> Case {
     cases::golden().into_iter().find(|case| case.name == name).expect("the case is in tests/golden")
 }
 
+/// Loss and hyper-gradient of a case.
+fn loss_of(backend: &mut dyn Backend, case: &Case) -> (LossOutput, Hypergradient) {
+    let mut output = LossOutput::default();
+    backend.loss(&case.batch(), &case.settings, &mut output).expect("the case is valid");
+    let reference_tangent = case.references.as_ref().map(|side| side.tangent.view());
+    let hyper = backend.hypergradient(&case.batch(), case.anchors.tangent.view(), reference_tangent);
+    (output, hyper.expect("the case is valid"))
+}
+
 /// Everything a backend says of a case.
 fn answers(backend: &mut dyn Backend, case: &Case) -> (LossOutput, Hypergradient, Nearest) {
+    let (output, hyper) = loss_of(backend, case);
     let batch = case.batch();
-    let mut output = LossOutput::default();
-    backend.loss(&batch, &case.settings, &mut output).expect("the case is valid");
-    let reference_tangent = case.references.as_ref().map(|side| side.tangent.view());
-    let hyper = backend
-        .hypergradient(&batch, case.anchors.tangent.view(), reference_tangent)
-        .expect("the case is valid");
     let nearest = backend.nearest(&batch.anchors, batch.references.as_ref(), 3).expect("the case is valid");
     (output, hyper, nearest)
 }
 
-/// The bits of a loss and of neighbours, so that NaN equals NaN.
-fn bits((output, _, nearest): &(LossOutput, Hypergradient, Nearest)) -> Vec<u64> {
+/// The bits of a loss, so that NaN equals NaN.
+fn loss_bits(output: &LossOutput) -> Vec<u64> {
     let mut bits: Vec<u64> = [
         output.loss,
         output.gamma_pos,
@@ -46,12 +56,18 @@ fn bits((output, _, nearest): &(LossOutput, Hypergradient, Nearest)) -> Vec<u64>
     .map(f64::to_bits)
     .into();
     bits.extend([output.probe_neg, output.total_pos, output.active]);
-    bits.extend(
-        output.count_pos.iter().chain(&output.count_neg).chain(&nearest.indices).map(|&n| u64::from(n)),
-    );
+    bits.extend(output.count_pos.iter().chain(&output.count_neg).map(|&n| u64::from(n)));
     let gradients = output.gradient.iter().chain(output.reference_gradient.iter().flatten());
-    let floats = gradients.chain(&output.min_pos).chain(&output.max_neg).chain(&nearest.similarities);
+    let floats = gradients.chain(&output.min_pos).chain(&output.max_neg);
     bits.extend(floats.map(|value| u64::from(value.to_bits())));
+    bits
+}
+
+/// The bits of a loss and of neighbours.
+fn bits((output, _, nearest): &(LossOutput, Hypergradient, Nearest)) -> Vec<u64> {
+    let mut bits = loss_bits(output);
+    bits.extend(nearest.indices.iter().map(|&n| u64::from(n)));
+    bits.extend(nearest.similarities.iter().map(|value| u64::from(value.to_bits())));
     bits
 }
 
@@ -68,24 +84,32 @@ fn every_type_and_form_agrees() {
 #[test]
 fn every_type_and_form_agrees_on_hopper_s_kernels() {
     let mut backend = DeviceBackend::new(EmulatedDevice::new(14).as_hopper(), Options::default());
-    let narrow = |case: &Case| case.dtype() != Dtype::F32;
-    cases::run_all(&mut backend, cases::generated().into_iter().filter(narrow));
+    cases::run_all(&mut backend, cases::generated());
 }
 
-#[test]
-fn every_width_agrees_on_hopper_s_kernels_stored_or_not() {
-    for (seed, case) in (40..).zip(cases::widths()) {
+/// Case by case: all stored; nothing; tiles of few candidates.
+fn agree_on_hopper_stored_or_not(first_seed: u64, cases: impl Iterator<Item = Case>) {
+    for (seed, case) in (first_seed..).zip(cases) {
         let backend = |budget| {
             let device = EmulatedDevice::new(seed).as_hopper();
             DeviceBackend::new(device, Options { budget, ..Options::default() })
         };
         cases::run_all(&mut backend(1 << 30), [&case]);
-        // All stored; nothing; tiles of few candidates.
-        let answer = |budget| bits(&answers(&mut backend(budget), &case));
+        let answer = |budget| loss_bits(&loss_of(&mut backend(budget), &case).0);
         let stored = answer(1 << 30);
         assert!(stored == answer(0), "{}", case.name);
         assert!(stored == answer(30_000), "{}", case.name);
     }
+}
+
+#[test]
+fn every_square_width_agrees_on_hopper_s_kernels_stored_or_not() {
+    agree_on_hopper_stored_or_not(40, cases::widths().into_iter().filter(|case| case.references.is_none()));
+}
+
+#[test]
+fn every_rectangular_width_agrees_on_hopper_s_kernels_stored_or_not() {
+    agree_on_hopper_stored_or_not(60, cases::widths().into_iter().filter(|case| case.references.is_some()));
 }
 
 #[test]
@@ -94,28 +118,25 @@ fn golden_cases_in_16_bits_agree_on_hopper_s_kernels() {
     cases::run_all(&mut backend, cases::golden_in(Dtype::F16));
 }
 
-/// A backend for each part of a batch; `hopper`: with the kernels of that GPU, which serve 16-bit rows.
-fn parts_on(first_seed: u64, hopper: bool) -> impl FnMut(usize) -> Box<dyn Backend> {
+/// A backend for each part of a batch; `hopper`: with the kernels of that GPU.
+fn parts_on(first_seed: u64, hopper: bool, exact: bool) -> impl FnMut(usize) -> Box<dyn Backend> {
     move |part| {
-        let device = EmulatedDevice::new(first_seed + part as u64);
-        let device = if hopper { device.as_hopper() } else { device };
         // The first part stores nothing.
-        let options =
-            if part == 0 { Options { budget: 0, ..Options::default() } } else { Options::default() };
-        Box::new(DeviceBackend::new(device, options))
+        let budget = if part == 0 { 0 } else { Options::default().budget };
+        Box::new(DeviceBackend::new(device(first_seed + part as u64, hopper), Options { budget, exact }))
     }
 }
 
 #[test]
 fn the_table_of_cases_agrees_in_parts() {
-    parts::run_all(parts_on(60, false), cases::generated());
-    parts::check_memory(parts_on(65, false));
+    parts::run_all(parts_on(60, false, true), cases::generated());
+    parts::check_memory(parts_on(65, false, true));
 }
 
 #[test]
 fn the_table_of_cases_agrees_in_parts_on_hopper_s_kernels() {
     let narrow = |case: &Case| case.dtype() != Dtype::F32;
-    parts::run_all(parts_on(70, true), cases::generated().into_iter().filter(narrow));
+    parts::run_all(parts_on(70, true, true), cases::generated().into_iter().filter(narrow));
 }
 
 #[test]
@@ -196,35 +217,29 @@ fn stored_and_recomputed_tiles_give_the_same_bits() {
     assert_eq!(full.1, none.1);
 }
 
-fn generated_case(name: &str, dtype: Dtype) -> Case {
-    let wanted = |case: &Case| case.name == name && case.dtype() == dtype;
-    cases::generated().into_iter().find(wanted).expect("the case is in the table")
-}
-
 /// A case of 16-bit rows that covers both widths of Hopper's product and tiles on and off the diagonal.
 fn narrow_case(name: &str) -> Case {
-    generated_case(name, Dtype::Bf16)
+    cases::generated_case(name, Dtype::Bf16)
 }
 
-/// The kernels that these rows are given to, those of TF32 and of Hopper included: ThreadSanitizer's programme.
+/// The kernels that these rows are given to, rounded and on Hopper as well: ThreadSanitizer's programme.
 fn run_every_kernel(dtype: Dtype) {
     // Tiles, from candidates and recomputed; lists.
-    let dense = generated_case("rectangular_everything_mined", dtype);
+    let dense = cases::generated_case("rectangular_everything_mined", dtype);
     let sparse = cases::golden_in(dtype).into_iter().find(|case| case.name == "easy_few_mined");
     let sparse = sparse.expect("the case is clear of the thresholds in every type");
-    // Hopper has its own kernels for 16-bit rows; f32 has TF32, where Hopper's have stored everything.
-    let variants: &[(bool, bool)] = match dtype {
-        Dtype::F32 => &[(false, true), (false, false)],
-        _ => &[(false, true), (true, true)],
-    };
-    for &(hopper, exact) in variants {
+    for hopper in [false, true] {
         let answer = |case: &Case, budget: usize| {
-            let device = EmulatedDevice::new(20);
-            let device = if hopper { device.as_hopper() } else { device };
-            answers(&mut DeviceBackend::new(device, Options { budget, exact }), case)
+            let options = Options { budget, ..Options::default() };
+            answers(&mut DeviceBackend::new(device(20, hopper), options), case)
         };
+        if dtype == Dtype::F32 {
+            // Rounded, f32 is f16 once it is prepared.
+            let options = Options { exact: false, ..Options::default() };
+            answers(&mut DeviceBackend::new(device(20, hopper), options), &sparse);
+        }
         let stored = answer(&dense, 1 << 30);
-        assert!(bits(&stored) == bits(&answer(&dense, 0)), "{dtype:?}, hopper {hopper}, exact {exact}");
+        assert!(bits(&stored) == bits(&answer(&dense, 0)), "{dtype:?}, hopper {hopper}");
         let (few, _, _) = answer(&sparse, 1 << 30);
         assert!(few.active > 0 && few.mined().1 < stored.0.mined().1, "{dtype:?}: {:?}", few.mined());
     }
@@ -263,15 +278,55 @@ fn hopper_s_kernels_sum_in_the_order_of_the_others() {
 }
 
 #[test]
-fn hopper_s_kernels_of_tf32_give_the_bits_of_the_others() {
-    for name in ["everything_mined_140x330", "rectangular_everything_mined"] {
-        let case = generated_case(name, Dtype::F32);
-        let options = Options { exact: false, ..Options::default() };
-        let mut hopper = DeviceBackend::new(EmulatedDevice::new(25).as_hopper(), options);
-        let mut other = DeviceBackend::new(EmulatedDevice::new(26), options);
-        assert!(bits(&answers(&mut hopper, &case)) == bits(&answers(&mut other, &case)), "{name}");
-        assert!(hopper.device().launched().contains(&"sweep_hopper_tf32"));
+fn rounded_f32_gives_the_bits_of_f16_rows() {
+    // Granules whole or not, ignored rows, another side, copies; and every tile mined.
+    let names = ["a_tile_and_one", "rectangular_ignored_labels", "duplicates", "everything_mined_140x330"];
+    for case in cases::generated_to_round().into_iter().filter(|case| names.contains(&case.name.as_str())) {
+        let narrow = case.rounded_to(Dtype::F16).expect("rows of unit length");
+        for (hopper, budget) in [(false, 1 << 30), (true, 0)] {
+            let answer = |case: &Case, exact| {
+                let mut backend = DeviceBackend::new(device(25, hopper), Options { budget, exact });
+                let answers = answers(&mut backend, case);
+                (bits(&answers), answers.1, backend.device().launched().to_vec())
+            };
+            let (rounded, given) = (answer(&case, false), answer(&narrow, true));
+            let what = format!("{}, hopper {hopper}, budget {budget}", case.name);
+            assert!((rounded.0, rounded.1) == (given.0, given.1), "{what}");
+            // The same kernels, but for that one.
+            let prepared = |name: &&'static str| name.replace("rounded_f32", "f16");
+            let kernels: Vec<String> = rounded.2.iter().map(prepared).collect();
+            assert_eq!(kernels, given.2, "{what}");
+            assert_ne!(rounded.2, given.2, "{what}");
+        }
     }
+}
+
+#[test]
+fn weights_far_below_any_bound_keep_their_digits() {
+    // Terms of the loss are e^-20 and less, far from their lambdas: f16 would hold nothing of a weight that is scaled by what
+    // it could be at most.
+    let Case { name, settings, anchors, .. } = cases::generated_case("everything_mined_140x330", Dtype::F32);
+    let settings = LossSettings { alpha: 12.0, beta: 12.0, lambda_pos: -2.0, lambda_neg: 2.0, ..settings };
+    let case = Case::new(name, settings, anchors, None).expect("a valid batch");
+    for (budget, seed) in [(1 << 30, 50), (0, 51)] {
+        cases::run_all(&mut *emulated::open(Options { budget, ..Options::default() }, seed), [&case]);
+    }
+}
+
+#[test]
+fn rounded_f32_agrees_on_hopper_s_kernels() {
+    let options = Options { exact: false, ..Options::default() };
+    let mut backend = DeviceBackend::new(device(26, true), options);
+    cases::run_all_tf32(&mut backend, cases::generated_to_round());
+}
+
+#[test]
+fn rounded_f32_agrees_in_parts_on_hopper_s_kernels() {
+    let rounded = |case: Case| {
+        let Case { expected, .. } = case.rounded_to(Dtype::F16).expect("rows of unit length");
+        Case { expected, ..case }
+    };
+    parts::run_all(parts_on(85, true, false), cases::generated_to_round().into_iter().map(rounded));
 }
 
 #[test]
@@ -287,13 +342,13 @@ fn hopper_s_stored_and_recomputed_tiles_give_the_same_bits() {
 }
 
 /// Rows of 16 entries of about 1/4 with random signs, `jitter` units of the last place off, in classes of two: similarities are
-/// multiples of 1/8, or a few units of the last place beside them, and so are the bounds.
-fn rows_at_the_bounds(count: usize, jitter: i32) -> (Array2<f32>, Vec<i64>) {
+/// multiples of 1/8, or a few units of the last place beside them, and so are the bounds. `unit` is that of 1.
+fn rows_at_the_bounds(count: usize, jitter: i32, unit: f32) -> (Array2<f32>, Vec<i64>) {
     let mut state = 7u64;
     let rows = Array2::from_shape_simple_fn((count, 16), || {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         let off = ((state >> 33) as i32).rem_euclid(2 * jitter + 1) - jitter;
-        let value = 0.25 * (1.0 + off as f32 * f32::EPSILON);
+        let value = 0.25 * (1.0 + off as f32 * unit);
         if state >> 63 == 0 { value } else { -value }
     });
     (rows, (0..count as i64).map(|row| row / 2).collect())
@@ -304,17 +359,20 @@ fn similarities_at_the_bounds_count_alike_in_all_passes() {
     // A million pairs.
     const COUNT: usize = 1440;
     let settings = LossSettings { mining: Mining::Symmetric, gamma: 0.25, ..LossSettings::default() };
+    // As the bounds of the kernels.
+    let above = |value: f32, tolerance: f64| (f64::from(value) + tolerance) as f32;
     for jitter in [0, 3] {
-        let (rows, labels) = rows_at_the_bounds(COUNT, jitter);
-        let batch = Batch::square(rows.view(), &labels);
-        // As the bounds of the kernels.
-        let above = |value: f32, tolerance: f64| (f64::from(value) + tolerance) as f32;
-        for (exact, hopper, seed) in [(true, false, 30), (false, false, 31), (false, true, 32)] {
+        for (exact, hopper, seed) in
+            [(true, false, 30), (true, true, 33), (false, false, 31), (false, true, 32)]
+        {
+            // Rounding to f16 would leave nothing of units of f32's last place.
+            let unit = if exact { f32::EPSILON } else { half::f16::EPSILON.to_f32() };
+            let (rows, labels) = rows_at_the_bounds(COUNT, jitter, unit);
+            let batch = Batch::square(rows.view(), &labels);
             let answer = |rows: &Array2<f32>, budget| {
-                let device = EmulatedDevice::new(seed);
-                let device = if hopper { device.as_hopper() } else { device };
-                let mut backend = DeviceBackend::new(device, Options { budget, exact });
-                let (mut output, batch) = (LossOutput::default(), Batch::square(rows.view(), &labels));
+                let mut backend = DeviceBackend::new(device(seed, hopper), Options { budget, exact });
+                let (mut output, batch) =
+                    (LossOutput::default(), Batch::square(rows.view(), &labels).trusted());
                 backend.loss(&batch, &settings, &mut output).unwrap();
                 let tangent = random_rows(COUNT, 16, 6);
                 let hyper = backend.hypergradient(&batch, tangent.view(), None).unwrap();
@@ -332,12 +390,16 @@ fn similarities_at_the_bounds_count_alike_in_all_passes() {
                 assert_eq!(count_pos[row] == 1, low < above(high, 0.25), "{what}: row {row}");
                 assert_eq!(count_neg[row] > 0, high > above(low, -0.25), "{what}: row {row}");
             }
-            // Multiples of 1/8 are exact everywhere, and so is TF32 of them.
+            // Multiples of 1/8 are exact everywhere, and so is f16 of them.
             if jitter == 0 {
                 let mut cpu = LossOutput::default();
                 ddtas::backend::cpu::CpuBackend::new().loss(&batch, &settings, &mut cpu).unwrap();
                 assert!(cpu.count_neg == output.count_neg && cpu.count_pos == output.count_pos, "{what}");
                 assert_eq!((cpu.min_pos, cpu.max_neg), (output.min_pos, output.max_neg), "{what}");
+                continue;
+            }
+            // f16's sums have one order on Hopper and elsewhere.
+            if !exact && !hopper {
                 continue;
             }
             // S_ji in place of S_ij: rows and classes in reverse order.
@@ -352,12 +414,10 @@ fn similarities_at_the_bounds_count_alike_in_all_passes() {
                 reversed.min_pos.iter().rev().eq(min_pos) && reversed.max_neg.iter().rev().eq(max_neg),
                 "{what}"
             );
-            // Nothing stored: every pass multiplies anew. Hopper's then are not those of a whole loss.
-            if !hopper {
-                let (recomputed, same) = answer(&rows, 0);
-                assert!(recomputed.count_neg == *count_neg && recomputed.count_pos == *count_pos, "{what}");
-                assert_eq!((hyper, output.gradient), (same, recomputed.gradient), "{what}");
-            }
+            // Nothing stored: every pass multiplies anew.
+            let (recomputed, same) = answer(&rows, 0);
+            assert!(recomputed.count_neg == *count_neg && recomputed.count_pos == *count_pos, "{what}");
+            assert_eq!((hyper, output.gradient), (same, recomputed.gradient), "{what}");
         }
     }
 }
@@ -368,7 +428,7 @@ fn rows_of_any_length_agree_with_the_cpu() {
         [("odd_sizes_257x130", 1.0f32), ("rectangular_ignored_labels", 3.0), ("a_tile_and_one", 1e28)]
     {
         for dtype in Dtype::ALL {
-            let case = generated_case(name, dtype);
+            let case = cases::generated_case(name, dtype);
             // Lengths from 1 to 4, or beyond what f32 squares hold where the type does.
             let scale = if dtype == Dtype::F16 { scale.min(3.0) } else { scale };
             let stretched = |rows: &cases::Matrix| {
@@ -411,6 +471,59 @@ fn rows_of_any_length_agree_with_the_cpu() {
                     let worst = got.iter().zip(want).fold(0.0f32, |worst, (g, w)| worst.max((g - w).abs()));
                     assert!(most > 0.0 && f64::from(worst / most) <= bound, "{what}: {}", worst / most);
                 }
+            }
+        }
+    }
+}
+
+#[test]
+fn rounded_f32_of_any_length_is_rounded_at_unit_length() {
+    for (name, scale) in
+        [("odd_sizes_257x130", 1.0f32), ("rectangular_ignored_labels", 3.0), ("a_tile_and_one", 1e28)]
+    {
+        let to_round = cases::generated_to_round().into_iter().find(|case| case.name == name);
+        let case = to_round.expect("the case is in the table");
+        let with = |rows: &dyn Fn(&cases::Side) -> Array2<f32>, dtype: Dtype| {
+            let side = |side: &cases::Side| cases::Side { rows: dtype.cast(&rows(side)), ..side.clone() };
+            let references = case.references.as_ref().map(side);
+            Case { anchors: side(&case.anchors), references, ..case.clone() }
+        };
+        let length = |i: usize| scale * (1 + i % 4) as f32;
+        let stretched = |side: &cases::Side| {
+            let unit = side.rows.view().to_f64();
+            Array2::from_shape_fn(unit.dim(), |(i, d)| unit[[i, d]] as f32 * length(i))
+        };
+        let lengths = |rows: &Array2<f64>| rows.outer_iter().map(|x| x.dot(&x).sqrt()).collect::<Vec<_>>();
+        let unit = |side: &cases::Side| {
+            let rows = stretched(side).mapv(f64::from);
+            let lengths = lengths(&rows);
+            Array2::from_shape_fn(rows.dim(), |(i, d)| (rows[[i, d]] / lengths[i]) as f32)
+        };
+        let (given, narrow) = (with(&stretched, Dtype::F32), with(&unit, Dtype::F16));
+        for hopper in [false, true] {
+            let options = Options { exact: false, ..Options::default() };
+            let mut backend = DeviceBackend::new(device(35, hopper), options);
+            let (mut output, mut plain) = (LossOutput::default(), LossOutput::default());
+            backend.loss_of_any_length(&given.batch(), &case.settings, &mut output).unwrap();
+            backend.loss(&narrow.batch(), &case.settings, &mut plain).unwrap();
+            let what = format!("{name}, hopper {hopper}");
+            assert!((output.loss - plain.loss).abs() <= 1e-6 * plain.loss, "{what}");
+            let sides = std::iter::once(&given.anchors).chain(&given.references);
+            let gradients =
+                |output: LossOutput| std::iter::once(output.gradient).chain(output.reference_gradient);
+            for (side, (got, of_unit)) in sides.zip(gradients(output).zip(gradients(plain))) {
+                let rows = side.rows.view().to_f64();
+                let (mut worst, mut most) = (0.0f64, 0.0f64);
+                for (i, length) in lengths(&rows).into_iter().enumerate() {
+                    let (u, g) = (rows.row(i).mapv(|x| x / length), of_unit.row(i).mapv(f64::from));
+                    let want = (&g - &u * g.dot(&u)) / length * f64::from(scale);
+                    for (got, want) in got.row(i).iter().zip(&want) {
+                        worst = worst.max((f64::from(*got) * f64::from(scale) - want).abs());
+                        most = most.max(want.abs());
+                    }
+                }
+                // The rows that the gradient is led back through are not rounded.
+                assert!(most > 0.0 && worst <= 1e-6 * most, "{what}: {}", worst / most);
             }
         }
     }
@@ -489,13 +602,26 @@ fn labels_of_several_sort_tiles_are_ordered() {
 fn bad_rows_are_named_in_the_caller_s_order() {
     let mut rows = random_rows(200, 24, 2);
     let labels: Vec<i64> = (0..200).map(|row| 199 - row).collect();
-    let mut backend = emulated::open(Options::default(), 10);
     let mut output = LossOutput::default();
     let settings = LossSettings::default();
+    // Rounded rows are checked as they are given.
+    let mut backends = [(false, true), (false, false), (true, false)].map(|(hopper, exact)| {
+        DeviceBackend::new(device(10, hopper), Options { exact, ..Options::default() })
+    });
     let mut message = |rows: &Array2<f32>| {
-        let error = backend.loss(&Batch::square(rows.view(), &labels), &settings, &mut output);
-        error.expect_err("a bad row").to_string()
+        let messages = backends.each_mut().map(|backend| {
+            let error = backend.loss(&Batch::square(rows.view(), &labels), &settings, &mut output);
+            error.expect_err("a bad row").to_string()
+        });
+        assert!(messages.iter().all(|other| *other == messages[0]), "{messages:?}");
+        messages[0].clone()
     };
+    // Longer than f16's numbers.
+    rows[[199, 5]] = 1e6;
+    assert!(message(&rows).starts_with("row 199 of the anchors has L2 norm 1000000"), "{}", message(&rows));
+    // Off by less than f16 rows may be, and by more than f32 rows may.
+    rows[[190, 0]] = (rows[[190, 0]].powi(2) + 2.2e-3).sqrt();
+    assert!(message(&rows).starts_with("row 190 of the anchors has L2 norm 1.0010"), "{}", message(&rows));
     rows[[150, 3]] = f32::NAN;
     rows[[170, 0]] = 9.0;
     assert_eq!(message(&rows), "row 150 of the anchors holds a value that is not finite (NaN or infinity)");
@@ -505,7 +631,9 @@ fn bad_rows_are_named_in_the_caller_s_order() {
 
     // The loss of nonsense is nonsense, but it is computed.
     let batch = Batch { check: UnitCheck::Trust, ..Batch::square(rows.view(), &labels) };
-    backend.loss(&batch, &settings, &mut output).unwrap();
+    for backend in &mut backends {
+        backend.loss(&batch, &settings, &mut output).unwrap();
+    }
 }
 
 #[test]

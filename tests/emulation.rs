@@ -189,6 +189,17 @@ fn a_row_tile_that_is_overwritten_is_caught() {
 }
 
 #[test]
+fn stages_of_split_rows_that_are_overwritten_are_caught() {
+    let wait = "back <= stages.fill; ++back) wait_until_empty(stages.fill - back);";
+    assert_caught(&run_faulty_sweep(wait, "false; ++back) wait_until_empty(stages.fill - back);"));
+    let wait = "if (stages.fill >= stages.count) wait_until_empty(stages.fill - stages.count);";
+    assert_caught(&run_faulty_sweep(wait, ""));
+    // The rows' low parts are read by the products that the columns' high ones wait for.
+    let release = "arrive_as_warp(&shared.empty[low_rows]);";
+    assert_caught(&run_faulty_sweep(release, "arrive_as_warp(&shared.empty[high_columns]);"));
+}
+
+#[test]
 fn values_staged_over_those_that_are_still_being_stored_are_caught() {
     let wait = "if (windows > 0) mbarrier_wait(&shared.stored[team], (windows - 1) % 2);";
     assert_caught(&run_faulty_sweep(wait, ""));
@@ -386,10 +397,10 @@ fn copying_over_a_stage_that_is_read_is_caught() {
 
 #[test]
 fn a_read_past_the_rows_is_caught_by_the_address_sanitizer() {
-    let fault = "cp_async(to + granule * 16, from + granule * 16)";
+    let fault = "cp_async(to + i * kTurn, from + i * kTurn)";
     let message = run_faulty(
         fault,
-        "cp_async(to + granule * 16, from + granule * 16 + STAGE_BYTES)",
+        "cp_async(to + i * kTurn, from + i * kTurn + STAGE_BYTES)",
         &["-fsanitize=address"],
     );
     assert!(message.contains("heap-buffer-overflow"), "{message}");

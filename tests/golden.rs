@@ -1,7 +1,7 @@
 //! The scalar truth against the reference cases in `tests/golden` (SPEC 7).
 
-use ddtas::loss::{Batch, reference};
-use ddtas_cases::{Case, Expected, Matrix, golden, is_clear, to_tf32};
+use ddtas::loss::reference;
+use ddtas_cases::{Case, Dtype, Expected, golden, is_clear};
 
 fn close(name: &str, what: &str, got: f64, wanted: f64, scale: f64) {
     let error = if got == wanted { 0.0 } else { (got - wanted).abs() };
@@ -45,14 +45,12 @@ fn the_float64_truth_reproduces_every_golden_case() {
 }
 
 #[test]
-fn no_pair_comes_near_a_threshold_when_rows_are_rounded_to_tf32() {
+fn no_pair_comes_near_a_threshold_when_rows_are_rounded_to_f16() {
     // Or `ddtas-bench verify --tf32` could not ask for exact counts. Sums of these products err by up to 7e-7.
     const SLACK: f64 = 1.5e-6;
     for case in golden() {
-        let Matrix::F32(rows) = &case.anchors.rows else { panic!("golden cases are f32") };
-        let rounded = rows.mapv(to_tf32);
-        let batch = Batch::square(rounded.view(), &case.anchors.labels);
-        let truth = reference(&batch, &case.settings).unwrap();
+        let rounded = case.rounded_to(Dtype::F16).unwrap();
+        let truth = reference(&rounded.batch(), &case.settings).unwrap();
         assert!(is_clear(&truth, &case.settings, SLACK), "{}", case.name);
     }
 }

@@ -64,6 +64,25 @@ fn a_square_loss() {
 }
 
 #[test]
+fn rows_that_are_rounded_are_f16_once_they_are_prepared() {
+    let (e, labels) = rows(200);
+    let of_device = |device: EmulatedDevice| {
+        let options = Options { budget: EVERYTHING, exact: false };
+        launched(&mut DeviceBackend::new(device.with_multiprocessors(16), options), |backend| {
+            let batch = Batch::square(e.view(), &labels);
+            backend.loss_of_any_length(&batch, &LossSettings::default(), &mut LossOutput::default()).unwrap();
+        })
+    };
+    let first = ["order_tiles", "prepare_rounded_f32", "same_class_f16", "sweep_f16", "select_stored"];
+    let last = ["weigh", "gradient_f16", "lead_back_f32"];
+    assert_eq!(of_device(EmulatedDevice::new(7)), ([&first[..], &last].concat(), 0));
+    let (kernels, fills) = of_device(EmulatedDevice::new(7).as_hopper());
+    let first = ["order_tiles", "prepare_hopper_rounded_f32", "same_class_hopper_f16", "sweep_hopper_f16"];
+    let last = ["select_stored_hopper", "weigh", "gradient_hopper_f16", "lead_back_f32"];
+    assert_eq!((kernels, fills), ([first, last].concat(), 0));
+}
+
+#[test]
 fn a_loss_against_a_memory() {
     let ((e, labels), (r, reference_labels)) = (rows(90), rows(200));
     let (anchors, references) = (Rows::new(e.view(), &labels), Rows::new(r.view(), &reference_labels));

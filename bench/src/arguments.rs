@@ -10,8 +10,8 @@ pub struct DeviceArguments {
     /// --device, as ddtas-train has it, is the same.
     #[arg(long, visible_alias = "device", default_value_t)]
     pub backend: DeviceSpec,
-    /// f32 rows on a GPU only: multiply them in TF32, which rounds every entry to 10 bits of mantissa, for a third
-    /// of the work. The CPU refuses it.
+    /// f32 rows on a GPU only: multiply them to TF32's precision, for a third of the work or less. Every entry is rounded to
+    /// 11 bits (f16; below 6e-5 to an absolute 3e-8), and products are summed in f32. The CPU refuses it.
     #[arg(long)]
     pub tf32: bool,
 }

@@ -37,7 +37,7 @@ pub struct Row {
     pub dim: usize,
     /// Type of the rows.
     pub dtype: Dtype,
-    /// Whether f32 rows were multiplied in TF32.
+    /// Whether f32 rows were multiplied to TF32's precision.
     pub tf32: bool,
     /// Backend that ran.
     pub backend: String,

@@ -73,7 +73,7 @@ pub(super) struct Plan {
 
 impl ThroughputSettings {
     /// # Errors
-    /// [`Error::InvalidSetting`] for TF32 products of other rows than f32: those of 16 bits are exact.
+    /// [`Error::InvalidSetting`] for TF32's precision of other rows than f32: those of 16 bits are exact.
     pub(super) fn check_products(&self) -> Result<()> {
         if !self.device.tf32 || self.dtype == Dtype::F32 {
             return Ok(());

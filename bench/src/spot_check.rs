@@ -215,7 +215,7 @@ impl Kept {
 }
 
 impl<'a, 'b> SpotCheck<'a, 'b> {
-    /// Takes at most `count` anchors, spread over the batch, whose rows count as rounded to TF32 where the device does that.
+    /// Takes at most `count` anchors, spread over the batch, whose f32 rows count as rounded where the device may do that (`tf32`).
     #[must_use]
     pub fn new(batch: &'a Batch<'b>, settings: &'a LossSettings, tf32: bool, count: usize) -> Self {
         let all = batch.anchors.embeddings.rows();
@@ -375,8 +375,8 @@ impl<'a, 'b> SpotCheck<'a, 'b> {
     /// What a sigmoid of 16-bit rows is off by at least: it is f16 of 2^15 times it, whose smallest step is 2^-24.
     fn smallest(&self) -> f64 {
         match self.batch.anchors.embeddings {
-            Embeddings::F32(_) => 0.0,
-            Embeddings::F16(_) | Embeddings::Bf16(_) => 2.0f64.powi(-40),
+            Embeddings::F32(_) if !self.tf32 => 0.0,
+            _ => 2.0f64.powi(-40),
         }
     }
 

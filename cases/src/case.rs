@@ -58,6 +58,15 @@ impl Case {
         Ok(Self { name, settings, anchors, references, expected })
     }
 
+    /// The same with its rows rounded to another type, and the truth's answer to those.
+    ///
+    /// # Errors
+    /// What the truth refuses.
+    pub fn rounded_to(&self, dtype: Dtype) -> Result<Self> {
+        let side = |side: &Side| Side { rows: side.rows.rounded_to(dtype), ..side.clone() };
+        Self::new(self.name.clone(), self.settings, side(&self.anchors), self.references.as_ref().map(side))
+    }
+
     /// The type of its rows.
     #[must_use]
     pub fn dtype(&self) -> Dtype {

@@ -12,8 +12,8 @@ use crate::Dtype;
 /// Bound on loss and gradient errors of a float32 backend, relative to the largest entry.
 pub const SINGLE_PRECISION: f64 = 1e-5;
 
-/// The same with TF32 products, against the truth of the rounded rows ([`run_tf32`](crate::run_tf32)). Their products
-/// are exact in f32, so sets, counts and thresholds are as exact as others; but the gradient's other factor, the pair
+/// The same of f32 rows where TF32 is allowed, against the truth of the rounded rows ([`run_tf32`](crate::run_tf32)). Their
+/// products are exact in f32, so sets, counts and thresholds are as exact as others; but the gradient's other factor, the pair
 /// weights, is rounded too, by up to 2^-11 of each: twice that.
 pub const TF32: f64 = 1e-3;
 

@@ -59,6 +59,12 @@ pub enum Matrix {
 }
 
 impl Matrix {
+    /// The rows in another type.
+    #[must_use]
+    pub fn rounded_to(&self, dtype: Dtype) -> Self {
+        dtype.cast(&self.view().to_f64().mapv(|value| value as f32))
+    }
+
     /// As a backend takes them.
     #[must_use]
     pub fn view(&self) -> Embeddings<'_> {

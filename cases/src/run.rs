@@ -6,8 +6,9 @@ use std::collections::HashSet;
 use ddtas::backend::{Backend, Nearest};
 use ddtas::loss::{Batch, Embeddings, Hypergradient, LossOutput};
 use ddtas::{Error, Result};
+use half::f16;
 
-use crate::{Case, Expected, Matrix, Report};
+use crate::{Case, Dtype, Report};
 
 /// Runs a case through the loss and the threshold pass of a backend.
 ///
@@ -26,25 +27,29 @@ fn answer(case: &Case, backend: &mut dyn Backend) -> Result<(LossOutput, Hypergr
     Ok((output, hyper))
 }
 
-/// Runs a square case of f32 rows through a backend that multiplies in TF32: it must answer what the truth does for
-/// rows that are rounded so. The backend gets the case's own rows.
+/// Runs a case of f32 rows through a backend that may multiply in TF32: it must answer what the truth does for
+/// rows that are rounded as it does, [`to_tf32`]. The backend gets the case's own rows.
 ///
 /// # Errors
-/// What the backend answers, or the truth of the rounded rows.
+/// What the backend answers, or the truth of the rounded rows; [`Error::Unavailable`] for rows of another type.
 pub fn run_tf32(case: &Case, backend: &mut dyn Backend) -> Result<Report> {
-    let (Matrix::F32(rows), None) = (&case.anchors.rows, &case.references) else {
-        return Err(Error::Unavailable(format!("{}: TF32 is for square cases of f32 rows", case.name)));
-    };
-    let rounded = rows.mapv(to_tf32);
-    let batch = Batch::square(rounded.view(), &case.anchors.labels);
-    let expected = Expected::evaluate(&batch, &case.settings, &case.anchors.tangent, None)?;
-    answer(case, backend).map(|(output, hyper)| Report::new(&expected, &output, hyper))
+    let rounded = rounded(case)?;
+    answer(case, backend).map(|(output, hyper)| Report::new(&rounded.expected, &output, hyper))
 }
 
-/// The nearest number of 10 bits of mantissa, ties away from zero, as GPUs round.
+/// What an entry of f32 rows is rounded to where TF32 is allowed: the nearest f16, which has TF32's 11 bits, and below 2^-14
+/// multiples of 2^-24.
 #[must_use]
 pub fn to_tf32(value: f32) -> f32 {
-    f32::from_bits(value.to_bits().wrapping_add(0x1000) & !0x1fff)
+    f16::from_f32(value).to_f32()
+}
+
+/// A case of f32 rows as [`to_tf32`] rounds them.
+fn rounded(case: &Case) -> Result<Case> {
+    if case.dtype() != Dtype::F32 {
+        return Err(Error::Unavailable(format!("{}: TF32 is for f32 rows", case.name)));
+    }
+    case.rounded_to(Dtype::F16)
 }
 
 /// Runs cases through every pass of a backend.
@@ -52,6 +57,24 @@ pub fn to_tf32(value: f32) -> f32 {
 /// # Panics
 /// With every case that differs from the truth by more than its bounds.
 pub fn run_all(backend: &mut dyn Backend, cases: impl IntoIterator<Item = impl Borrow<Case>>) {
+    check_all(backend, cases, |backend, case| check(backend, case, case));
+}
+
+/// Runs cases of f32 rows through every pass of a backend that may multiply in TF32: it is held to the truth of the rounded
+/// rows, and to the bounds of those.
+///
+/// # Panics
+/// As [`run_all`].
+pub fn run_all_tf32(backend: &mut dyn Backend, cases: impl IntoIterator<Item = impl Borrow<Case>>) {
+    let rounded = |case: &Case| rounded(case).map_err(|error| error.to_string());
+    check_all(backend, cases, |backend, case| check(backend, case, &rounded(case)?));
+}
+
+fn check_all(
+    backend: &mut dyn Backend,
+    cases: impl IntoIterator<Item = impl Borrow<Case>>,
+    check: impl Fn(&mut dyn Backend, &Case) -> Result<(), String>,
+) {
     let mut count = 0;
     let mut failures = Vec::new();
     for case in cases {
@@ -66,17 +89,18 @@ pub fn run_all(backend: &mut dyn Backend, cases: impl IntoIterator<Item = impl B
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
-fn check(backend: &mut dyn Backend, case: &Case) -> Result<(), String> {
+/// Holds the answer to a case to the truth of another, which is the same or its rows rounded.
+fn check(backend: &mut dyn Backend, case: &Case, truth: &Case) -> Result<(), String> {
     let say = |error: Error| error.to_string();
-    let report = run(case, backend).map_err(say)?;
-    let bounds = &case.expected.bounds;
+    let (output, hyper) = answer(case, backend).map_err(say)?;
+    let (report, bounds) = (Report::new(&truth.expected, &output, hyper), &truth.expected.bounds);
     if !report.is_within(bounds) {
         return Err(format!("{report:?} is not within {bounds:?}"));
     }
     let batch = case.batch();
     for k in [1, 10] {
         let found = backend.nearest(&batch.anchors, batch.references.as_ref(), k).map_err(say)?;
-        check_nearest(&batch, k, &found)?;
+        check_nearest(&truth.batch(), k, &found)?;
     }
     Ok(())
 }

@@ -8,7 +8,7 @@ use ndarray::Array2;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::{Case, Dtype, Matrix, Side, find, is_clear};
+use crate::{Case, Dtype, Side, find, is_clear};
 
 /// No pair is closer to a threshold than this; f32 sums of D products err by some 1e-7.
 const CLEARANCE: f64 = 3e-6;
@@ -34,11 +34,7 @@ pub fn golden() -> Vec<Case> {
 /// If one cannot be read.
 #[must_use]
 pub fn golden_in(dtype: Dtype) -> Vec<Case> {
-    let rounded = |case: Case| {
-        let Matrix::F32(rows) = &case.anchors.rows else { unreachable!("the files are f32") };
-        let anchors = Side { rows: dtype.cast(rows), ..case.anchors };
-        Case::new(case.name, case.settings, anchors, None).expect("rows of unit length")
-    };
+    let rounded = |case: Case| case.rounded_to(dtype).expect("rows of unit length");
     let cases: Vec<Case> = golden().into_iter().map(rounded).filter(clear).collect();
     println!("{} of the reference cases are clear of the thresholds in {dtype:?}", cases.len());
     cases
@@ -144,6 +140,22 @@ pub fn generated() -> Vec<Case> {
     recipes.iter().flat_map(|recipe| Dtype::ALL.map(|dtype| clear_case(recipe, dtype))).collect()
 }
 
+/// One of them.
+///
+/// # Panics
+/// If there is none of this name.
+#[must_use]
+pub fn generated_case(name: &str, dtype: Dtype) -> Case {
+    let recipe = recipes().into_iter().find(|recipe| recipe.name == name);
+    clear_case(&recipe.unwrap_or_else(|| panic!("{name} is not in the table")), dtype)
+}
+
+/// Every recipe in f32 rows whose pairs keep clear of the thresholds once the rows are rounded to f16.
+#[must_use]
+pub fn generated_to_round() -> Vec<Case> {
+    recipes().iter().map(|recipe| draw(recipe, Dtype::F32, clear_seed(recipe, Dtype::F16))).collect()
+}
+
 /// Every recipe in both forms and every way of mining, f32.
 #[must_use]
 pub fn in_every_way() -> Vec<Case> {
@@ -196,11 +208,14 @@ pub fn widths() -> Vec<Case> {
         .collect()
 }
 
-/// The first seed whose pairs keep clear of every threshold.
 fn clear_case(recipe: &Recipe, dtype: Dtype) -> Case {
+    draw(recipe, dtype, clear_seed(recipe, dtype))
+}
+
+/// The first seed whose pairs keep clear of every threshold.
+fn clear_seed(recipe: &Recipe, dtype: Dtype) -> u64 {
     (0..1000)
-        .map(|seed| draw(recipe, dtype, seed))
-        .find(clear)
+        .find(|&seed| clear(&draw(recipe, dtype, seed)))
         .unwrap_or_else(|| panic!("{} has no clear seed", recipe.name))
 }
 

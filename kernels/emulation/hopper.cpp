@@ -43,23 +43,19 @@ struct Operand {
     static uint32_t field(uint64_t bits) { return static_cast<uint32_t>(bits & 0x3fff) << 4; }
 
     // Lines of 128 bytes, `line` of them on and `byte` into it; 8 lines are one block.
-    template <class Bits>
-    Bits at(uint32_t block, uint32_t line, uint32_t byte) const {
+    uint16_t at(uint32_t block, uint32_t line, uint32_t byte) const {
         uint32_t address = start + block + line * 128 + byte;
         address ^= (address >> 7 & 7) << 4;  // the swizzle is of address bits
         size_t offset = address - kSharedBase;
-        if (address < kSharedBase || offset + sizeof(Bits) > machine->async_view.size()) die("a product reads outside of shared memory", "");
-        Bits bits;
+        if (address < kSharedBase || offset + sizeof(uint16_t) > machine->async_view.size()) die("a product reads outside of shared memory", "");
+        uint16_t bits;
         std::memcpy(&bits, machine->async_view.data() + offset, sizeof bits);
         return bits;
     }
     // Row (of A, or column of B) and k; or both exchanged, for an operand that lies [k, columns].
-    uint32_t straight(Numbers numbers, uint32_t row, uint32_t k) const {
-        uint32_t block = row / 8 * stride;
-        return numbers == Numbers::tf32 ? at<uint32_t>(block, row % 8, k * 4) : at<uint16_t>(block, row % 8, k * 2);
-    }
+    uint32_t straight(uint32_t row, uint32_t k) const { return at(row / 8 * stride, row % 8, k * 2); }
     uint32_t transposed(uint32_t column, uint32_t k) const {
-        return at<uint16_t>(column / 64 * leading + k / 8 * stride, k % 8, column % 64 * 2);
+        return at(column / 64 * leading + k / 8 * stride, k % 8, column % 64 * 2);
     }
 };
 
@@ -68,20 +64,16 @@ void run_product(const Product &product, int warp) {
     static thread_local double b[16][kMostColumns];  // too large for a fiber
     const int columns = product.operands.columns;
     Operand left(product.operands.a), right(product.operands.b);
-    const bool tf32 = product.numbers == Numbers::tf32;
-    const int depth = tf32 ? 8 : 16;
-    auto value = [&](uint32_t bits) {
-        return static_cast<double>(tf32 ? float_of(bits & 0xffffe000u) : element(product.numbers, bits, 0));
-    };
-    double a[16][16];
+    constexpr int depth = 16;
+    auto value = [&](uint32_t bits) { return static_cast<double>(element(product.numbers, bits, 0)); };
+    double a[16][depth];
     for (int k = 0; k < depth; ++k) {
         for (int i = 0; i < 16; ++i) {
             uint32_t row = static_cast<uint32_t>(warp % 4 * 16 + i);
-            a[i][k] = value(product.operands.transposed_a ? left.transposed(row, k) : left.straight(product.numbers, row, k));
+            a[i][k] = value(product.operands.transposed_a ? left.transposed(row, k) : left.straight(row, k));
         }
         for (int column = 0; column < columns; ++column) {
-            b[k][column] = value(product.operands.transposed ? right.transposed(column, k)
-                                                             : right.straight(product.numbers, column, k));
+            b[k][column] = value(product.operands.transposed ? right.transposed(column, k) : right.straight(column, k));
         }
     }
     for (int row = 0; row < 16; ++row) {
@@ -91,7 +83,7 @@ void run_product(const Product &product, int warp) {
         }
         for (int column = 0; column < columns; ++column) {
             float &c = product.c[row % 8 * 4 + column % 8 / 2][column / 8 * 4 + row / 8 * 2 + column % 2];
-            c = truncate(static_cast<double>(c) + sums[column]);
+            c = truncate((product.operands.fresh ? 0.0 : static_cast<double>(c)) + sums[column]);
         }
     }
 }
@@ -254,7 +246,6 @@ void wgmma(void **lanes) {
 }
 template void wgmma<Numbers::f16>(void **);
 template void wgmma<Numbers::bf16>(void **);
-template void wgmma<Numbers::tf32>(void **);
 
 void wgmma_commit(void **) {
     ++machine->warp().group;

@@ -27,7 +27,8 @@ float element(Numbers numbers, uint32_t pair, int half) {
 
 float truncate(double value) {
     float nearest = static_cast<float>(value);
-    return std::fabs(static_cast<double>(nearest)) > std::fabs(value) ? std::nextafterf(nearest, 0.0f) : nearest;
+    // The next float towards 0 has the next smaller bits, of either sign.
+    return std::fabs(static_cast<double>(nearest)) > std::fabs(value) ? float_of(bits_of(nearest) - 1) : nearest;
 }
 
 void cp_async(void *to, const void *from) {
@@ -67,34 +68,25 @@ void reads_matrix(const void *row) {
 
 template <Numbers numbers>
 void multiply(void **lanes) {
-    constexpr int k = numbers == Numbers::tf32 ? 8 : 16;
-    double a[16][k], b[k][8];
+    double a[16][16], b[16][8];
     for (int lane = 0; lane < 32; ++lane) {
         const auto &one = *static_cast<Multiply *>(lanes[lane]);
         int group = lane / 4, in_group = lane % 4;
         for (int r = 0; r < 4; ++r) {
             int row = group + (r % 2) * 8;
-            if constexpr (numbers == Numbers::tf32) {
-                a[row][in_group + r / 2 * 4] = static_cast<double>(float_of(one.a[r] & 0xffffe000u));
-            } else {
-                for (int half = 0; half < 2; ++half) {
-                    a[row][r / 2 * 8 + in_group * 2 + half] = static_cast<double>(element(numbers, one.a[r], half));
-                }
+            for (int half = 0; half < 2; ++half) {
+                a[row][r / 2 * 8 + in_group * 2 + half] = static_cast<double>(element(numbers, one.a[r], half));
             }
         }
         for (int r = 0; r < 2; ++r) {
-            if constexpr (numbers == Numbers::tf32) {
-                b[in_group + r * 4][group] = static_cast<double>(float_of(one.b[r] & 0xffffe000u));
-            } else {
-                for (int half = 0; half < 2; ++half) {
-                    b[r * 8 + in_group * 2 + half][group] = static_cast<double>(element(numbers, one.b[r], half));
-                }
+            for (int half = 0; half < 2; ++half) {
+                b[r * 8 + in_group * 2 + half][group] = static_cast<double>(element(numbers, one.b[r], half));
             }
         }
     }
     double sums[16][8] = {};
     for (int row = 0; row < 16; ++row) {
-        for (int i = 0; i < k; ++i) {
+        for (int i = 0; i < 16; ++i) {
             for (int column = 0; column < 8; ++column) sums[row][column] += a[row][i] * b[i][column];
         }
     }
@@ -107,7 +99,6 @@ void multiply(void **lanes) {
 }
 template void multiply<Numbers::f16>(void **);
 template void multiply<Numbers::bf16>(void **);
-template void multiply<Numbers::tf32>(void **);
 
 template <bool transposed>
 void ldmatrix(void **lanes) {

@@ -64,7 +64,7 @@ void cp_async(void *to, const void *from);
 void cp_async_commit();
 void cp_async_wait(int pending);
 
-enum class Numbers { f16, bf16, tf32 };
+enum class Numbers { f16, bf16 };
 struct Multiply {
     float *c;
     const uint32_t *a;
@@ -89,7 +89,7 @@ struct GroupMultiply {
     float *c;
     uint64_t a, b;
     int columns;
-    bool transposed, transposed_a;
+    bool transposed, transposed_a, fresh;
 };
 template <Numbers numbers>
 void wgmma(void **lanes);
@@ -256,13 +256,9 @@ inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
     emulation::Multiply one{c, a, b};
     emulation::collective("mma_f16", &one, emulation::multiply<emulation::Numbers::f16>);
 }
-inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    emulation::Multiply one{c, a, b};
-    emulation::collective("mma_tf32", &one, emulation::multiply<emulation::Numbers::tf32>);
-}
-
 using emulation::arrive_at;
 using emulation::fence_proxy_async;
+inline void fence_proxy_async_global() {}  // bulk copies read global memory as it is
 using emulation::Barrier;
 using emulation::mbarrier_arrive;
 using emulation::mbarrier_init;
@@ -295,23 +291,17 @@ inline void wgmma_wait() {
     emulation::aligned("wgmma_wait");
     emulation::collective("wgmma_wait", &operand, emulation::wgmma_wait);
 }
-template <bool transposed, bool transposed_a, int n>
+template <bool transposed, bool transposed_a, bool fresh = false, int n>
 inline void wgmma_bf16(float (&c)[n][4], uint64_t a, uint64_t b) {
-    emulation::GroupMultiply one{&c[0][0], a, b, n * 8, transposed, transposed_a};
+    emulation::GroupMultiply one{&c[0][0], a, b, n * 8, transposed, transposed_a, fresh};
     emulation::aligned("wgmma_bf16");
     emulation::collective("wgmma_bf16", &one, emulation::wgmma<emulation::Numbers::bf16>);
 }
-template <bool transposed, bool transposed_a, int n>
+template <bool transposed, bool transposed_a, bool fresh = false, int n>
 inline void wgmma_f16(float (&c)[n][4], uint64_t a, uint64_t b) {
-    emulation::GroupMultiply one{&c[0][0], a, b, n * 8, transposed, transposed_a};
+    emulation::GroupMultiply one{&c[0][0], a, b, n * 8, transposed, transposed_a, fresh};
     emulation::aligned("wgmma_f16");
     emulation::collective("wgmma_f16", &one, emulation::wgmma<emulation::Numbers::f16>);
-}
-template <int n>
-inline void wgmma_tf32(float (&c)[n][4], uint64_t a, uint64_t b) {
-    emulation::GroupMultiply one{&c[0][0], a, b, n * 8, false, false};
-    emulation::aligned("wgmma_tf32");
-    emulation::collective("wgmma_tf32", &one, emulation::wgmma<emulation::Numbers::tf32>);
 }
 inline void reads_below() {}
 inline void settle(uint32_t &) {}
@@ -332,17 +322,15 @@ inline int popc(uint32_t bits) { return __builtin_popcount(bits); }
 inline float saturated_difference(float a, float b) { return a - b < 0.0f ? 0.0f : a - b > 1.0f ? 1.0f : a - b; }
 inline int lowest_bit(uint32_t bits) { return __builtin_ctz(bits); }
 inline uint32_t highest_bit(uint32_t bits) { return 31u - static_cast<uint32_t>(__builtin_clz(bits)); }
-// Ties away from zero in magnitude: half a unit is added below the bits that are kept.
-inline uint32_t to_tf32(float value) {
-    if (!std::isfinite(value)) return bits_of(value);
-    return (bits_of(value) + 0x1000u) & 0xffffe000u;
-}
 inline uint16_t to_bf16_bits(float value) {
     uint32_t bits = bits_of(value);
     if (std::isnan(value)) return 0x7fffu;
     return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 inline uint16_t to_f16_bits(float value) { return emulation::f16_bits(value); }
+inline uint32_t to_f16_pair(float first, float second) {
+    return emulation::f16_bits(first) | static_cast<uint32_t>(emulation::f16_bits(second)) << 16;
+}
 inline float from_f16_bits(uint16_t bits) { return emulation::f16_value(bits); }
 inline uint64_t bits_of(double value) {
     uint64_t bits;

@@ -5,7 +5,7 @@
 use std::ffi::c_void;
 
 use ddtas::backend::cuda::CudaBackend;
-use ddtas::backend::device::{ResidentBatch, ResidentRows, ResidentType};
+use ddtas::backend::device::{Options, ResidentBatch, ResidentRows, ResidentType};
 use ddtas::loss;
 use ddtas::retrieval::recall_by;
 use dlpark::DlpackFlags;
@@ -23,7 +23,8 @@ use crate::resident::{Issued, Place, Spaces, Where};
 use crate::settings::Settings;
 use crate::sides::{Sides, unit_check};
 
-/// Workspaces on GPUs. `budget`: bytes for the candidates of all tiles; the library's if left out.
+/// Workspaces on GPUs. `budget`: bytes for the candidates of all tiles, the library's if left out; `allow_tf32`: float32 rows
+/// may be multiplied to TF32's precision.
 #[pyclass(frozen, module = "ddtas")]
 pub struct CudaContext(Spaces);
 
@@ -185,9 +186,10 @@ impl CudaContext {
 #[pymethods]
 impl CudaContext {
     #[new]
-    #[pyo3(signature = (budget = None))]
-    fn new(budget: Option<usize>) -> Self {
-        Self(Spaces::new(budget))
+    #[pyo3(signature = (budget = None, allow_tf32 = false))]
+    fn new(budget: Option<usize>, allow_tf32: bool) -> Self {
+        let budget = budget.unwrap_or(Options::default().budget);
+        Self(Spaces::new(Options { budget, exact: !allow_tf32 }))
     }
 
     /// Issues the loss of one side among itself, or of the first against the second, and waits for nothing: gradients

@@ -32,15 +32,15 @@ enum Purpose {
 
 /// Workspaces on GPUs: one for each GPU, and one for each graph that was captured there.
 pub struct Spaces {
-    budget: Option<usize>,
+    options: Options,
     /// A forked process has none of its parent's: the driver refuses it, with a line that says so. The lock is held for a
     /// look-up, never for a computation.
     found: PerProcess<Mutex<HashMap<Purpose, Arc<Mutex<CudaBackend>>>>>,
 }
 
 impl Spaces {
-    pub fn new(budget: Option<usize>) -> Self {
-        Self { budget, found: PerProcess::empty() }
+    pub fn new(options: Options) -> Self {
+        Self { options, found: PerProcess::empty() }
     }
 
     /// Runs `work` in a workspace of that GPU, behind what was issued there before, on `stream`.
@@ -80,9 +80,7 @@ impl Spaces {
             (None, _) => {
                 // SAFETY: as in `compute`.
                 let device = unsafe { CudaDevice::on_stream(ordinal, stream) }?;
-                let default = Options::default();
-                let budget = self.budget.unwrap_or(default.budget);
-                Arc::new(Mutex::new(CudaBackend::new(device, Options { budget, ..default })))
+                Arc::new(Mutex::new(CudaBackend::new(device, self.options)))
             }
         };
         found.insert(purpose, space.clone());

@@ -362,6 +362,20 @@ def test_what_a_gpu_has_written_is_read_as_the_processor_s_numbers():
         engine.found()
 
 
+def test_tf32_is_asked_of_the_gpu_alone(monkeypatch):
+    embeddings, labels = batch(300, 32)
+    fast = SoftContrastiveLoss(allow_tf32=True)
+    assert fast(embeddings, labels) == SoftContrastiveLoss()(embeddings, labels) > 0
+    asked = []
+    monkeypatch.setattr(_ddtas, "has_cuda", True)
+    monkeypatch.setattr(_ddtas, "CudaContext", lambda *given: asked.append(given), raising=False)
+    stream = type("Stream", (), {"cuda_stream": 0})
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    for module in (fast, pickle.loads(pickle.dumps(fast)), SoftContrastiveLoss(workspace_budget=7)):
+        module._engine.on_gpu(embeddings)
+    assert asked == [(None, True), (None, True), (7, False)]
+
+
 def test_a_budget_changes_no_bit():
     embeddings, labels = batch(300, 32)
     small = SoftContrastiveLoss(workspace_budget=0)

@@ -80,7 +80,7 @@ pub fn open(spec: &DeviceSpec) -> Result<Box<dyn Backend>> {
     open_with(spec, false)
 }
 
-/// Opens a backend that, if `tf32`, multiplies f32 rows in TF32.
+/// Opens a backend that, if `tf32`, multiplies f32 rows to TF32's precision: rounded to 11 bits, products summed in f32.
 ///
 /// # Errors
 /// As [`open`]; [`Error::Unavailable`] also for TF32 on the CPU.

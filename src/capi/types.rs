@@ -150,7 +150,8 @@ pub struct ContextOptions {
     pub stream: *mut c_void,
     /// A ddtas_stream_mode.
     pub stream_mode: i32,
-    /// Not 0: a GPU rounds float rows to TF32, for a third of the work.
+    /// Not 0: a GPU multiplies float rows to TF32's precision, for a third of the work or less: rounded to 11 bits (entries
+    /// below 6e-5 to an absolute 3e-8), products summed in float.
     pub allow_tf32: i32,
 }
 

@@ -9,14 +9,14 @@
 struct GroupCheckParams {
     const float *a;  // [128, 64]
     const float *b;  // [256, 64]: columns, inner dimension
-    float *c;        // [3, 128, 128]: bf16, f16, tf32 (the first 32 of the inner dimension); of the first 128 columns
+    float *c;        // [2, 128, 128]: bf16, f16; of the first 128 columns
     float *wide;     // [2, 128, 256]: the same of all columns, from a transposed operand
 };
 
 struct CheckParams {
     const float *a;  // [16, 16]
     const float *b;  // [16, 8]
-    float *c;        // [3, 16, 8]: bf16, f16, tf32 (whose inner dimension is the first 8)
+    float *c;        // [2, 16, 8]: bf16, f16
     uint32_t *rows;  // [2, 32, 4]: ldmatrix, transposed
 };
 
@@ -36,24 +36,21 @@ KERNEL(check_instructions, CheckParams, 1) {
     auto a = [&](uint32_t row, uint32_t k) { return p.a[row * 16 + k]; };
     auto b = [&](uint32_t k, uint32_t column) { return p.b[k * 8 + column]; };
     // Registers of A: rows group and group + 8, then the second half of k; pairs of k for 16 bits.
-    uint32_t wide_a[2][4], wide_b[2][2], tf32_a[4], tf32_b[2];
+    uint32_t wide_a[2][4], wide_b[2][2];
     for (uint32_t r = 0; r < 4; ++r) {
         uint32_t row = group + (r & 1 ? 8 : 0), k = member * 2 + (r & 2 ? 8 : 0);
         wide_a[0][r] = pair(to_bf16_bits(a(row, k)), to_bf16_bits(a(row, k + 1)));
         wide_a[1][r] = pair(to_f16_bits(a(row, k)), to_f16_bits(a(row, k + 1)));
-        tf32_a[r] = to_tf32(a(row, member + (r & 2 ? 4 : 0)));
     }
     for (uint32_t r = 0; r < 2; ++r) {
         uint32_t k = member * 2 + r * 8;
         wide_b[0][r] = pair(to_bf16_bits(b(k, group)), to_bf16_bits(b(k + 1, group)));
         wide_b[1][r] = pair(to_f16_bits(b(k, group)), to_f16_bits(b(k + 1, group)));
-        tf32_b[r] = to_tf32(b(member + r * 4, group));
     }
-    float c[3][4] = {{1, 1, 1, 1}, {1, 1, 1, 1}, {1, 1, 1, 1}};
+    float c[2][4] = {{1, 1, 1, 1}, {1, 1, 1, 1}};
     mma_bf16(c[0], wide_a[0], wide_b[0]);
     mma_f16(c[1], wide_a[1], wide_b[1]);
-    mma_tf32(c[2], tf32_a, tf32_b);
-    for (uint32_t kind = 0; kind < 3; ++kind) {
+    for (uint32_t kind = 0; kind < 2; ++kind) {
         for (uint32_t i = 0; i < 4; ++i) {
             p.c[kind * 128 + (group + (i & 2 ? 8 : 0)) * 8 + member * 2 + (i & 1)] = c[kind][i];
         }
@@ -122,27 +119,11 @@ KERNEL(check_group_products, GroupCheckParams, 1) {
         store_sums(p.wide + kind * TILE * columns, wide);
         block_sync();
     }
-    // TF32: a line holds 32 of the inner dimension.
-    for (uint32_t i = thread_index(); i < TILE * inner / 2; i += THREADS) {
-        uint32_t row = i / (inner / 2), k = i % (inner / 2), at = swizzled(row, k / 4) + k % 4 * 4;
-        *reinterpret_cast<uint32_t *>(bytes + at) = to_tf32(p.a[row * inner + k]);
-        *reinterpret_cast<uint32_t *>(rows + at) = to_tf32(p.b[row * inner + k]);
-    }
-    fence_proxy_async();
-    block_sync();
-    float sums[16][4];
-    for (int i = 0; i < 64; ++i) sums[i / 4][i % 4] = 1.0f;
-    Descriptor a = stage_descriptor(bytes + warp_index() / 4 * (TILE / 2) * STAGE_BYTES), b = stage_descriptor(rows);
-    wgmma_fence();
-    for (uint32_t step = 0; step < inner / 16; ++step) wgmma_tf32(sums, advanced(a, step * 32), advanced(b, step * 32));
-    wgmma_commit();
-    wgmma_wait<0>();
-    store_sums(p.c + 2 * TILE * TILE, sums);
 }
 
 // Differences of the warpgroup's products from plain ones.
 int check_group_products() {
-    std::vector<float> a(TILE * 64), b(2 * TILE * 64), c(3 * TILE * TILE, -1.0f), wide(2 * TILE * 2 * TILE, -1.0f);
+    std::vector<float> a(TILE * 64), b(2 * TILE * 64), c(2 * TILE * TILE, -1.0f), wide(2 * TILE * 2 * TILE, -1.0f);
     for (size_t i = 0; i < a.size(); ++i) a[i] = static_cast<float>(static_cast<int>(i * 7 % 13) - 6);
     for (size_t i = 0; i < b.size(); ++i) b[i] = static_cast<float>(static_cast<int>(i * 5 % 11) - 5);
     GroupCheckParams params{a.data(), b.data(), c.data(), wide.data()};
@@ -154,8 +135,7 @@ int check_group_products() {
         for (size_t i = 0; i < got.size(); ++i) {
             size_t row = i / columns % TILE, column = i % columns;
             float want = 1.0f;
-            size_t depth = i < 2 * TILE * columns ? 64 : 32;
-            for (size_t k = 0; k < depth; ++k) want += a[row * 64 + k] * b[column * 64 + k];
+            for (size_t k = 0; k < 64; ++k) want += a[row * 64 + k] * b[column * 64 + k];
             if (got[i] == want) continue;
             if (++wrong < 5) std::printf("%s (%zu, %zu): got %g, want %g\n", name, row, column, static_cast<double>(got[i]), static_cast<double>(want));
         }
@@ -167,7 +147,7 @@ int check_group_products() {
 
 int main() {
     // Small integers: exact in every type, every sum exact.
-    std::vector<float> a(16 * 16), b(16 * 8), c(3 * 128, -1.0f);
+    std::vector<float> a(16 * 16), b(16 * 8), c(2 * 128, -1.0f);
     std::vector<uint32_t> rows(256);
     for (int i = 0; i < 256; ++i) a[i] = static_cast<float>(i * 7 % 13 - 6);
     for (int i = 0; i < 128; ++i) b[i] = static_cast<float>(i * 5 % 11 - 5);
@@ -175,11 +155,11 @@ int main() {
     const uint32_t grid[3] = {1, 1, 1};
     if (emulation::launch("check_instructions", grid, THREADS, 512, &params, sizeof params, 1)) return 2;
     int wrong = check_group_products();
-    for (int kind = 0; kind < 3; ++kind) {
+    for (int kind = 0; kind < 2; ++kind) {
         for (int row = 0; row < 16; ++row) {
             for (int column = 0; column < 8; ++column) {
                 float want = 1.0f;
-                for (int k = 0; k < (kind == 2 ? 8 : 16); ++k) want += a[row * 16 + k] * b[k * 8 + column];
+                for (int k = 0; k < 16; ++k) want += a[row * 16 + k] * b[k * 8 + column];
                 float got = c[kind * 128 + row * 8 + column];
                 if (got == want) continue;
                 std::printf("product %d (%d, %d): got %g, want %g\n", kind, row, column, static_cast<double>(got), static_cast<double>(want));

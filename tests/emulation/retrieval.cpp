@@ -12,17 +12,17 @@
 
 namespace {
 
-constexpr uint32_t kQueries = 130, kReferences = 200, kStride = 160, kCount = 5;
+constexpr uint32_t kQueries = 130, kReferences = 200, kStride = 320, kCount = 5;
 
 uint32_t tiles(uint32_t rows) { return (rows + TILE - 1) / TILE; }
 
 // Place of an element of a prepared row: [tile, stage of 128 bytes, row, swizzled granule of 16].
 size_t place(size_t row, size_t d) {
-    size_t granule = (d % 32 / 4) ^ (row % 8);
-    return row / TILE * TILE * kStride + d / 32 * TILE * 32 + row % TILE * 32 + granule * 4 + d % 4;
+    size_t granule = (d % 64 / 8) ^ (row % 8);
+    return row / TILE * TILE * kStride + d / 64 * TILE * 64 + row % TILE * 64 + granule * 8 + d % 8;
 }
 
-// Rows of small integers: every sum is exact, in any order, and TF32 holds them.
+// Rows of small integers: every sum is exact, in any order, and f16 holds them.
 std::vector<float> rows(uint32_t count, uint32_t seed) {
     std::vector<float> values(static_cast<size_t>(tiles(count)) * TILE * kStride, 0.0f);
     for (size_t i = 0; i < static_cast<size_t>(count) * kStride; ++i) {
@@ -32,19 +32,26 @@ std::vector<float> rows(uint32_t count, uint32_t seed) {
     return values;
 }
 
+std::vector<uint16_t> in_f16(const std::vector<float> &values) {
+    std::vector<uint16_t> narrow(values.size());
+    std::transform(values.begin(), values.end(), narrow.begin(), to_f16_bits);
+    return narrow;
+}
+
 }  // namespace
 
 int main(int argc, char **argv) {
     uint64_t seeds = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 1;
     const uint32_t capacity = 256;
     std::vector<float> queries = rows(kQueries, 1), references = rows(kReferences, 2);
+    std::vector<uint16_t> narrow_queries = in_f16(queries), narrow_references = in_f16(references);
     for (uint64_t seed = 0; seed < seeds; ++seed) {
         std::vector<uint64_t> buffer(static_cast<size_t>(tiles(kQueries)) * TILE * capacity);
         std::vector<uint32_t> indices(kQueries * kCount);
         std::vector<float> similarities(kQueries * kCount);
         RetrievalParams params{};
-        params.queries = queries.data();
-        params.references = references.data();
+        params.queries = narrow_queries.data();
+        params.references = narrow_references.data();
         params.query_count = kQueries;
         params.reference_count = kReferences;
         params.stride = kStride;
@@ -54,7 +61,7 @@ int main(int argc, char **argv) {
         params.indices = indices.data();
         params.similarities = similarities.data();
         const uint32_t grid[3] = {tiles(kQueries), 1, 1};
-        if (emulation::launch("retrieval_tf32", grid, THREADS, RETRIEVAL_SHARED_BYTES, &params, sizeof params, seed)) return 2;
+        if (emulation::launch("retrieval_f16", grid, THREADS, RETRIEVAL_SHARED_BYTES, &params, sizeof params, seed)) return 2;
         for (uint32_t q = 0; q < kQueries; ++q) {
             std::vector<std::pair<double, uint32_t>> all;
             for (uint32_t r = 0; r < kReferences; ++r) {

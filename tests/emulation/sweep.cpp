@@ -2,6 +2,7 @@
 // faults in the copy. Prints what differs and exits 1. Five row tiles, the last of ignored rows alone, walked by two
 // blocks, so that both teams' stages, the row tile and the staged values are filled again and again; one tile has more
 // candidates than are staged at once, and the pool has no room for all. First the order of the tiles. All numbers are small integers: every sum is exact.
+// Of split rows the low parts are 1/256 of such: products of two of them, which no kernel makes, are left out of the sums.
 
 #include <algorithm>
 #include <cstdio>
@@ -15,12 +16,12 @@ namespace {
 constexpr uint32_t kRows = 5 * TILE - 40, kValid = 4 * TILE - 30, kTiles = 5, kClass = 5;
 constexpr uint32_t kAll = kTiles * (kTiles + 1) / 2, kCapacity = TILE * TILE, kBand = 2;
 
-uint32_t stride = 0;  // of this turn's rows
+uint32_t stride = 0, parts = 1;  // of this turn's rows; 2: high and low ones
 
 // Place of an element of a prepared row of 16-bit numbers: [tile, stage of 128 bytes, row, swizzled granule of 16].
-size_t place(size_t row, size_t d) {
+size_t place(size_t row, size_t d, uint32_t part) {
     size_t granule = (d % 64 / 8) ^ (row % 8);
-    return row / TILE * TILE * stride + d / 64 * TILE * 64 + row % TILE * 64 + granule * 8 + d % 8;
+    return row / TILE * TILE * stride * parts + (d / 64 * parts + part) * TILE * 64 + row % TILE * 64 + granule * 8 + d % 8;
 }
 
 struct Want {
@@ -70,19 +71,28 @@ int differ(const char *what, size_t at, double got, double want, uint64_t seed) 
 }
 
 int check(uint64_t seeds) {
-    std::vector<uint16_t> prepared(size_t{kTiles} * TILE * stride);
-    std::vector<float> rows(size_t{kRows} * stride);
+    std::vector<uint16_t> prepared(size_t{kTiles} * TILE * stride * parts);
+    std::vector<float> rows[2];
     uint32_t random = 1;
-    for (size_t i = 0; i < rows.size(); ++i) {
-        random = random * 1664525u + 1013904223u;
-        rows[i] = static_cast<float>(static_cast<int>(random >> 29) - 4);  // -4 to 3
-        prepared[place(i / stride, i % stride)] = to_bf16_bits(rows[i]);
+    for (uint32_t part = 0; part < 2; ++part) {
+        rows[part].assign(size_t{kRows} * stride, 0.0f);
+        if (part == parts) break;  // there are no low ones
+        for (size_t i = 0; i < rows[part].size(); ++i) {
+            random = random * 1664525u + 1013904223u;
+            float value = static_cast<float>(static_cast<int>(random >> 29) - 4);  // -4 to 3
+            if (part == 1) value /= 256.0f;
+            rows[part][i] = value;
+            prepared[place(i / stride, i % stride, part)] = parts == 1 ? to_bf16_bits(value) : to_f16_bits(value * kRowScale);
+        }
     }
     std::vector<float> s(size_t{kRows} * kRows, 0.0f);
     for (size_t i = 0; i < kRows; ++i) {
         for (size_t j = i; j < kRows; ++j) {
             float sum = 0.0f;
-            for (size_t d = 0; d < stride; ++d) sum += rows[i * stride + d] * rows[j * stride + d];
+            for (size_t d = 0; d < stride; ++d) {
+                size_t a = i * stride + d, b = j * stride + d;
+                sum += rows[0][a] * rows[0][b] + (rows[0][a] * rows[1][b] + rows[1][a] * rows[0][b]);
+            }
             s[i * kRows + j] = sum;
         }
     }
@@ -124,10 +134,11 @@ int check(uint64_t seeds) {
         pairs.pool_words = words.data();
         pairs.pool_values = values.data();
         const uint32_t grid[3] = {2, 1, 1};
-        if (emulation::launch("sweep_hopper_bf16", grid, SWEEP_HOPPER_THREADS, SWEEP_HOPPER_SHARED_BYTES, &params, sizeof params,
-                              seed)) {
-            return 2;
-        }
+        int failed = parts == 1 ? emulation::launch("sweep_hopper_bf16", grid, SWEEP_HOPPER_THREADS, SWEEP_HOPPER_SHARED_BYTES, &params,
+                                                    sizeof params, seed)
+                                : emulation::launch("sweep_hopper_f32", grid, SWEEP_SPLIT_THREADS, SWEEP_SPLIT_SHARED_BYTES, &params,
+                                                    sizeof params, seed);
+        if (failed) return 2;
         bool windows = false;
         uint64_t stored = 0;
         if (counters.reserved != asked) return differ("units", 0, static_cast<double>(counters.reserved), static_cast<double>(asked), seed);
@@ -196,6 +207,12 @@ int main(int argc, char **argv) {
     for (uint32_t width : {192u, 320u, 576u}) {
         stride = width;
         if (int failed = check(width > 512 ? (seeds + 3) / 4 : seeds)) return failed;
+    }
+    // Split rows: of one chunk, whose stages are fewer than there are, of more, and too wide to stay.
+    parts = 2;
+    for (uint32_t width : {64u, 192u, 576u}) {
+        stride = width;
+        if (int failed = check((seeds + 3) / 4)) return failed;
     }
     return 0;
 }

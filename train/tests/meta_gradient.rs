@@ -67,7 +67,7 @@ fn meta_loss(
     device: &Device,
 ) -> f64 {
     let mode = match settings.batch_norm {
-        BatchNorm::Trainable => Normalise::Batch,
+        BatchNorm::Trainable | BatchNorm::Synchronised => Normalise::Batch,
         BatchNorm::FrozenStatistics => Normalise::Affine,
         BatchNorm::Frozen => Normalise::Running,
     };

@@ -25,8 +25,8 @@ _engines: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary
 class Engine:
     """Where calls compute, freed with the module that has it. A copy or a pickle starts with an empty workspace."""
 
-    def __init__(self, threads: int | None = None, budget: int | None = None) -> None:
-        self.threads, self.budget = threads, budget
+    def __init__(self, threads: int | None = None, budget: int | None = None, allow_tf32: bool = False) -> None:
+        self.threads, self.budget, self.allow_tf32 = threads, budget, allow_tf32
         self.host = _ddtas.Context(threads, budget)
         # Made for the first tensor in a GPU's memory; only a build with the feature `cuda` has the type.
         self.gpu: Any = None
@@ -41,7 +41,7 @@ class Engine:
         if not _ddtas.has_cuda:
             raise RuntimeError(_NO_CUDA)
         if self.gpu is None:
-            self.gpu = getattr(_ddtas, "CudaContext")(self.budget)
+            self.gpu = getattr(_ddtas, "CudaContext")(self.budget, self.allow_tf32)
         return self.gpu, torch.cuda.current_stream(rows.device).cuda_stream
 
     def found(self) -> list[float] | None:
@@ -66,7 +66,7 @@ class Engine:
         return _Searcher(self, rows)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Engine, (self.threads, self.budget)
+        return Engine, (self.threads, self.budget, self.allow_tf32)
 
 
 _NO_ROW = -1

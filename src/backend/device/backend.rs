@@ -14,7 +14,8 @@ use crate::loss::{Batch, Hypergradient, LossOutput, LossSettings, RowNumbers, Ro
 pub struct Options {
     /// Bytes for the candidates of all tiles; tiles that do not fit are recomputed. Default [`Options::SHARE_OF_FREE`].
     pub budget: usize,
-    /// Whether f32 rows are multiplied to f32's precision (the default) or rounded to TF32.
+    /// Whether f32 rows are multiplied to f32's precision (the default), or as TF32 would: rounded to 11 bits (f16, entries below
+    /// 6e-5 to an absolute 3e-8), with products summed in f32.
     pub exact: bool,
 }
 

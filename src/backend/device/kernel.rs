@@ -13,7 +13,7 @@ pub enum Kernel {
     OrderMerge,
     /// prepare.cu: rows into class order, norms checked, classes, and what a positive of each row must stay below.
     Prepare(Precision),
-    /// The same on Hopper's warpgroup products; 16-bit types, and TF32 in a whole loss.
+    /// The same on Hopper's warpgroup products.
     PrepareHopper(Precision),
     /// steps.cu: the position of each of the caller's rows.
     InvertOrder,
@@ -25,11 +25,11 @@ pub enum Kernel {
     ReportNumbers,
     /// similarity.cu: m+ of every anchor.
     SameClass(Precision),
-    /// The same on Hopper's warpgroup products; 16-bit types, and TF32 in a whole loss.
+    /// The same on Hopper's warpgroup products.
     SameClassHopper(Precision),
     /// similarity.cu: m-, the probe and the candidates, in one sweep.
     Sweep(Precision),
-    /// sweep_hopper.cu: the same on Hopper's warpgroup products; 16-bit types, and TF32 in a whole loss.
+    /// sweep_hopper.cu: the same on Hopper's warpgroup products.
     SweepHopper(Precision),
     /// select.cu: final sets and sums of tiles whose candidates were stored.
     SelectStored,
@@ -37,19 +37,19 @@ pub enum Kernel {
     SelectStoredHopper,
     /// select.cu: the same of tiles whose candidates were not.
     SelectRecomputed(Precision),
-    /// The same on Hopper's warpgroup products; 16-bit types only.
+    /// The same on Hopper's warpgroup products.
     SelectRecomputedHopper(Precision),
     /// select.cu: row weights, loss, results in original order, lists or tiles for each row tile's gradient.
     Weigh,
     /// gradient.cu: the gradient of one side.
     Gradient(Precision),
-    /// gradient_hopper.cu: the same on Hopper's warpgroup products; 16-bit types only.
+    /// gradient_hopper.cu: the same on Hopper's warpgroup products; of f32 to its own precision those of S alone, in gradient.cu.
     GradientHopper(Precision),
     /// unit.cu: the gradient of rows of any length from that of the unit rows.
     LeadBack(Precision),
     /// threshold.cu: the hyper-gradient's sums of each block.
     Threshold(Precision),
-    /// The same where S was multiplied on Hopper's warpgroup products; 16-bit types only.
+    /// The same where S was multiplied on Hopper's warpgroup products.
     ThresholdHopper(Precision),
     /// threshold.cu: their sum.
     ThresholdSum,
@@ -57,13 +57,12 @@ pub enum Kernel {
     Retrieval(Precision),
 }
 
-/// The name of a kernel that exists in every precision.
+/// The name of a kernel that exists in every precision. Rounded rows are f16 once they are prepared.
 macro_rules! precise {
     ($precision:expr, $pass:literal) => {
         match $precision {
             Precision::F32 => concat!($pass, "_f32"),
-            Precision::Tf32 => concat!($pass, "_tf32"),
-            Precision::F16 => concat!($pass, "_f16"),
+            Precision::RoundedF32 | Precision::F16 => concat!($pass, "_f16"),
             Precision::Bf16 => concat!($pass, "_bf16"),
         }
     };
@@ -77,6 +76,8 @@ impl Kernel {
             Self::OrderTiles => "order_tiles",
             Self::OrderTilesWide => "order_tiles_wide",
             Self::OrderMerge => "order_merge",
+            Self::Prepare(Precision::RoundedF32) => "prepare_rounded_f32",
+            Self::PrepareHopper(Precision::RoundedF32) => "prepare_hopper_rounded_f32",
             Self::Prepare(precision) => precise!(precision, "prepare"),
             Self::PrepareHopper(precision) => precise!(precision, "prepare_hopper"),
             Self::InvertOrder => "invert_order",
@@ -94,7 +95,7 @@ impl Kernel {
             Self::Weigh => "weigh",
             Self::Gradient(precision) => precise!(precision, "gradient"),
             Self::GradientHopper(precision) => precise!(precision, "gradient_hopper"),
-            Self::LeadBack(Precision::F32 | Precision::Tf32) => "lead_back_f32",
+            Self::LeadBack(Precision::F32 | Precision::RoundedF32) => "lead_back_f32",
             Self::LeadBack(Precision::F16) => "lead_back_f16",
             Self::LeadBack(Precision::Bf16) => "lead_back_bf16",
             Self::Threshold(precision) => precise!(precision, "threshold"),

@@ -100,7 +100,7 @@ impl LossLayout {
     ///
     /// For B anchors of D dimensions in the square form, with stride D' and s splits (0 for one, whose
     /// kernels write the gradient itself), about `B D e + B D' (e + 4 s) + 4 B D + 164 B + 8 tiles` bytes with
-    /// elements of e bytes (8 of f32 to its own precision, prepared), and the budget.
+    /// elements of e bytes (prepared 2 of f32 that is rounded), and the budget.
     ///
     /// `resident`: input and gradients stay in the caller's memory, so none is set aside for them.
     pub(super) fn new(shape: &Shape, budget: usize, multiprocessors: u32, resident: bool) -> Self {
@@ -143,11 +143,7 @@ impl LossLayout {
             scalars: layout.region::<LossScalars>(1),
             weigh_parts: layout.region::<f64>(shape.weigh_blocks() * WEIGH_SUMS as usize),
             weigh_arrived: layout.region::<u32>(1),
-            zeros: layout.region::<u16>(if shape.precision.bytes() == 2 {
-                (TILE * TILE) as usize
-            } else {
-                0
-            }),
+            zeros: layout.region::<u16>(if shape.precision.is_narrow() { (TILE * TILE) as usize } else { 0 }),
             min_pos: layout.region::<f32>(rows),
             max_neg_out: layout.region::<f32>(rows),
             count_pos: layout.region::<u32>(rows),

@@ -37,15 +37,12 @@ pub(super) fn matrix_bytes<'a>(embeddings: &'a Embeddings<'_>, rows: &'static st
 pub(super) struct Launcher<'a, D: Device> {
     pub(super) device: &'a mut D,
     pub(super) shape: Shape,
-    /// A loss at once that has room for all its pairs: no tile of S is ever multiplied twice, in one kernel or another.
-    pub(super) whole: bool,
 }
 
 impl<'a, D: Device> Launcher<'a, D> {
     /// For the kernels of one loss.
     pub(super) fn new(device: &'a mut D, loss: &Remembered) -> Self {
-        let whole = loss.layout.stores_everything && loss.step.is_none();
-        Self { device, shape: loss.shape, whole }
+        Self { device, shape: loss.shape }
     }
 
     pub(super) fn launch<P: Params>(
@@ -56,7 +53,7 @@ impl<'a, D: Device> Launcher<'a, D> {
     ) -> Result<()> {
         let multiprocessors = self.device.multiprocessors();
         let splits = self.shape.splits(of_references, multiprocessors);
-        let kernel = self.shape.variant(kernel, self.device.has_warpgroup_products(), self.whole);
+        let kernel = self.shape.variant(kernel, self.device.has_warpgroup_products());
         let plan = self.shape.plan(kernel, of_references, splits, multiprocessors);
         // SAFETY: `params` is built in this folder from regions of a layout for this very shape, laid over
         // a buffer that lives in the backend; tests/emulated.rs runs every kernel with the gaps watched.

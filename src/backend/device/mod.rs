@@ -35,10 +35,11 @@ pub unsafe trait Params: Copy {}
 /// In what numbers S and the gradient product are computed. Sums are f32 throughout.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Precision {
-    /// f32 rows, as exact as f32 arithmetic: each product from three TF32 ones.
+    /// f32 rows, as exact as f32 arithmetic: each product from three of f16.
     F32,
-    /// f32 rows, rounded to TF32 (10 bits of mantissa): a third of the work.
-    Tf32,
+    /// f32 rows, rounded to f16 when they are prepared, and f16 rows from there on: TF32's 11 bits of each entry, for a third of
+    /// the work or less.
+    RoundedF32,
     /// IEEE half precision rows.
     F16,
     /// Brain floating point rows.

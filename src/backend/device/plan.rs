@@ -7,8 +7,8 @@ use super::params::{
     ORDER_WIDE_SHARED_BYTES, ORDER_WIDE_THREADS, ORDER_WIDE_TILE, RETRIEVAL_SHARED_BYTES, RETRIEVAL_SLACK,
     SAME_CLASS_HOPPER_SHARED_BYTES, SAME_CLASS_SHARED_BYTES, SELECT_BLOCKS, SELECT_STORED_SHARED_BYTES,
     SIMILARITY_STAGES_BYTES, STAGE_BYTES, SUM_SHARED_BYTES, SWEEP_HOPPER_SHARED_BYTES, SWEEP_HOPPER_THREADS,
-    SWEEP_SHARED_BYTES, THREADS, TILE, TILE_MASK_WORDS, WEIGH_NO_WORDS, WEIGH_SHARED_BYTES, WEIGH_WORDS_BF16,
-    WEIGH_WORDS_F16,
+    SWEEP_SHARED_BYTES, SWEEP_SPLIT_SHARED_BYTES, SWEEP_SPLIT_THREADS, THREADS, TILE, TILE_MASK_WORDS,
+    WEIGH_NO_WORDS, WEIGH_SHARED_BYTES, WEIGH_WORDS_BF16, WEIGH_WORDS_F16,
 };
 use super::{Kernel, LaunchPlan, Precision};
 use crate::loss::{Embeddings, LossSettings};
@@ -29,28 +29,33 @@ impl Precision {
     pub fn of(embeddings: &Embeddings<'_>, exact: bool) -> Self {
         match embeddings {
             Embeddings::F32(_) if exact => Self::F32,
-            Embeddings::F32(_) => Self::Tf32,
+            Embeddings::F32(_) => Self::RoundedF32,
             Embeddings::F16(_) => Self::F16,
             Embeddings::Bf16(_) => Self::Bf16,
         }
     }
 
-    /// Bytes of one element of the rows.
+    /// Bytes of one element of the caller's rows.
     #[must_use]
     pub fn bytes(self) -> usize {
         match self {
-            Self::F32 | Self::Tf32 => 4,
+            Self::F32 | Self::RoundedF32 => 4,
             Self::F16 | Self::Bf16 => 2,
         }
     }
 
-    /// Bytes of one element of prepared rows: f32 to its own precision is split into two TF32 numbers.
+    /// Whether the kernels multiply 16-bit rows, and M in the rows' type.
+    #[must_use]
+    pub fn is_narrow(self) -> bool {
+        self != Self::F32
+    }
+
+    /// Bytes of one element of prepared rows: f32 to its own precision is split into two f16.
     #[must_use]
     pub fn stored_bytes(self) -> usize {
         match self {
-            Self::F32 => 8,
-            Self::Tf32 => 4,
-            Self::F16 | Self::Bf16 => 2,
+            Self::F32 => 4,
+            Self::RoundedF32 | Self::F16 | Self::Bf16 => 2,
         }
     }
 }
@@ -74,7 +79,9 @@ pub(super) fn order_runs(rows: usize) -> impl Iterator<Item = usize> {
 
 /// Elements between two prepared rows: whole pipeline stages.
 pub(super) fn stride(dim: usize, precision: Precision) -> usize {
-    dim.next_multiple_of(STAGE_BYTES as usize / precision.stored_bytes())
+    // f32 to its own precision takes a stage of high parts and one of low ones together.
+    let stages = if precision == Precision::F32 { 2 } else { 1 };
+    dim.next_multiple_of(stages * STAGE_BYTES as usize / precision.stored_bytes())
 }
 
 /// What the passes of one loss work on.
@@ -182,8 +189,8 @@ impl Shape {
     /// The type of M's elements that `weigh` makes of words, a block for each tile of S.
     pub fn finished_words(&self) -> u32 {
         match self.precision {
-            Precision::F32 | Precision::Tf32 => WEIGH_NO_WORDS,
-            Precision::F16 => WEIGH_WORDS_F16,
+            Precision::F32 => WEIGH_NO_WORDS,
+            Precision::RoundedF32 | Precision::F16 => WEIGH_WORDS_F16,
             Precision::Bf16 => WEIGH_WORDS_BF16,
         }
     }
@@ -200,10 +207,7 @@ impl Shape {
 
     /// Rows of the result that one block of the tile way owns, and blocks side by side.
     fn gradient_rows(&self) -> u32 {
-        match self.precision {
-            Precision::F32 | Precision::Tf32 => GRADIENT_ROWS_32BIT,
-            Precision::F16 | Precision::Bf16 => GRADIENT_ROWS_16BIT,
-        }
+        if self.precision.is_narrow() { GRADIENT_ROWS_16BIT } else { GRADIENT_ROWS_32BIT }
     }
 
     fn column_blocks(&self) -> usize {
@@ -213,39 +217,27 @@ impl Shape {
     /// Power of two that the tile of M is stored with. A weight is at most 4 / B, and f16 ends at
     /// 65,504 above and 6e-8 below: with the largest at 2^13 and more, what underflows is 2^-37 of it.
     pub fn weight_scale(&self) -> f32 {
-        match self.precision {
-            Precision::F32 | Precision::Tf32 => 1.0,
-            Precision::F16 | Precision::Bf16 => {
-                let log2 = i32::try_from(self.total.ilog2()).unwrap_or(0);
-                2.0f32.powi(log2 + 11)
-            }
+        if !self.precision.is_narrow() {
+            return 1.0;
         }
+        let log2 = i32::try_from(self.total.ilog2()).unwrap_or(0);
+        2.0f32.powi(log2 + 11)
     }
 
     /// The same for the slopes of the weights by a lambda, which are up to a quarter of the sharpness as large.
     pub fn slope_scale(&self, sharpness: f64) -> f32 {
-        match self.precision {
-            Precision::F32 | Precision::Tf32 => 1.0,
-            Precision::F16 | Precision::Bf16 => {
-                self.weight_scale() / 2.0f64.powi((sharpness / 4.0).max(1.0).log2().ceil() as i32) as f32
-            }
+        if !self.precision.is_narrow() {
+            return 1.0;
         }
+        self.weight_scale() / 2.0f64.powi((sharpness / 4.0).max(1.0).log2().ceil() as i32) as f32
     }
 
-    /// The kernel that does `kernel`'s work on this GPU. Hopper has its own where S or the gradient is
-    /// multiplied, for 16-bit types; and for S of TF32 in a `whole` loss, since the gradient of TF32 would multiply a tile that
-    /// was not stored otherwise than the sweep. f32 to its own precision wants sums for each kind of product.
-    pub fn variant(&self, kernel: Kernel, warpgroup_products: bool, whole: bool) -> Kernel {
-        let served = match self.precision {
-            Precision::F16 | Precision::Bf16 => true,
-            Precision::Tf32 => whole,
-            Precision::F32 => false,
-        };
-        if !warpgroup_products || !served {
+    /// The kernel that does `kernel`'s work on this GPU. Hopper has its own where S or the gradient is multiplied.
+    pub fn variant(&self, kernel: Kernel, warpgroup_products: bool) -> Kernel {
+        if !warpgroup_products {
             return kernel;
         }
         match kernel {
-            Kernel::Gradient(Precision::Tf32) | Kernel::Threshold(Precision::Tf32) => kernel,
             Kernel::Threshold(precision) => Kernel::ThresholdHopper(precision),
             Kernel::Prepare(precision) => Kernel::PrepareHopper(precision),
             Kernel::SameClass(precision) => Kernel::SameClassHopper(precision),
@@ -268,7 +260,8 @@ impl Shape {
         let own = tiles(self.sides(of_references).0);
         let gradient_grid = [self.row_blocks(of_references), self.column_blocks(), splits];
         let gradient_bytes = |precision: Precision| {
-            let matrix = self.gradient_rows() * TILE * precision.bytes() as u32;
+            let element = if precision.is_narrow() { 2 } else { 4 };
+            let matrix = self.gradient_rows() * TILE * element;
             GRADIENT_STAGES_BYTES + matrix + GRADIENT_EXTRA_BYTES
         };
         let (grid, shared_bytes) = match kernel {
@@ -294,8 +287,10 @@ impl Shape {
             Kernel::SameClass(_) => ([own, 1, 1], SAME_CLASS_SHARED_BYTES),
             Kernel::SameClassHopper(_) => ([own, 1, 1], SAME_CLASS_HOPPER_SHARED_BYTES),
             Kernel::Sweep(_) => ([self.tiles(), 1, 1], SWEEP_SHARED_BYTES),
-            Kernel::SweepHopper(_) => {
-                ([self.tiles().min(multiprocessors as usize), 1, 1], SWEEP_HOPPER_SHARED_BYTES)
+            Kernel::SweepHopper(precision) => {
+                let shared_bytes =
+                    if precision.is_narrow() { SWEEP_HOPPER_SHARED_BYTES } else { SWEEP_SPLIT_SHARED_BYTES };
+                ([self.tiles().min(multiprocessors as usize), 1, 1], shared_bytes)
             }
             Kernel::SelectStored | Kernel::SelectStoredHopper => {
                 let blocks = (multiprocessors * SELECT_BLOCKS) as usize;
@@ -309,7 +304,9 @@ impl Shape {
                 ([self.weigh_blocks() + finished, 1, 1], WEIGH_SHARED_BYTES)
             }
             Kernel::ThresholdSum => ([1, 1, 1], SUM_SHARED_BYTES),
-            Kernel::Gradient(precision) => (gradient_grid, gradient_bytes(precision)),
+            Kernel::Gradient(precision) | Kernel::GradientHopper(precision @ Precision::F32) => {
+                (gradient_grid, gradient_bytes(precision))
+            }
             // A block for each lambda.
             Kernel::Threshold(precision) | Kernel::ThresholdHopper(precision) => {
                 let [rows, columns, splits] = gradient_grid;
@@ -319,7 +316,8 @@ impl Shape {
             Kernel::Retrieval(_) => ([own, 1, 1], RETRIEVAL_SHARED_BYTES),
         };
         let threads = match kernel {
-            Kernel::GradientHopper(_) => GRADIENT_HOPPER_THREADS,
+            Kernel::GradientHopper(precision) if precision.is_narrow() => GRADIENT_HOPPER_THREADS,
+            Kernel::SweepHopper(Precision::F32) => SWEEP_SPLIT_THREADS,
             Kernel::SweepHopper(_) => SWEEP_HOPPER_THREADS,
             Kernel::OrderTilesWide => ORDER_WIDE_THREADS,
             _ => THREADS,
@@ -419,8 +417,8 @@ mod tests {
 
     #[test]
     fn rows_are_padded_to_whole_stages() {
-        assert_eq!(stride(130, Precision::F32), 144);
-        assert_eq!(stride(130, Precision::Tf32), 160);
+        assert_eq!(stride(130, Precision::F32), 192);
+        assert_eq!(stride(130, Precision::RoundedF32), 192);
         assert_eq!(stride(130, Precision::Bf16), 192);
         assert_eq!(stride(512, Precision::F16), 512);
     }
@@ -442,7 +440,7 @@ mod tests {
     #[test]
     fn a_band_s_rows_fit_l2_and_there_is_always_one() {
         assert_eq!(square(1, 512, Precision::Bf16).band(), 128);
-        assert_eq!(square(1, 130, Precision::F32).band(), 64);
+        assert_eq!(square(1, 130, Precision::F32).band(), 128);
         assert_eq!(square(1, 64, Precision::Bf16).band(), 1024);
         assert_eq!(square(1, 1 << 20, Precision::Bf16).band(), 1);
     }
@@ -554,7 +552,7 @@ mod tests {
     fn blocks_fit_every_gpu() {
         // A block of sm_89 may have 99 KiB.
         let shape = square(1000, 512, Precision::F32);
-        for precision in [Precision::F32, Precision::Tf32, Precision::F16, Precision::Bf16] {
+        for precision in [Precision::F32, Precision::RoundedF32, Precision::F16, Precision::Bf16] {
             for kernel in [
                 Kernel::Prepare(precision),
                 Kernel::Sweep(precision),
@@ -568,8 +566,8 @@ mod tests {
     }
 
     #[test]
-    fn hopper_s_blocks_fit_hopper_and_serve_16_bit_types_only() {
-        for precision in [Precision::F32, Precision::Tf32, Precision::F16, Precision::Bf16] {
+    fn hopper_s_blocks_fit_hopper() {
+        for precision in [Precision::F32, Precision::RoundedF32, Precision::F16, Precision::Bf16] {
             let shape = square(1000, 512, precision);
             for kernel in [
                 Kernel::Prepare(precision),
@@ -578,13 +576,14 @@ mod tests {
                 Kernel::SelectRecomputed(precision),
                 Kernel::Gradient(precision),
             ] {
-                let variant = shape.variant(kernel, true, false);
-                assert_eq!(shape.variant(kernel, false, true), kernel);
+                let variant = shape.variant(kernel, true);
+                assert_eq!(shape.variant(kernel, false), kernel);
                 // A block of sm_90 may have 227 KiB.
                 let plan = |kernel| shape.plan(kernel, false, 3, 7);
                 assert!(plan(variant).shared_bytes <= 227 * 1024, "{variant:?}");
                 let threads = match variant {
-                    Kernel::GradientHopper(_) => 384,
+                    Kernel::GradientHopper(precision) if precision.is_narrow() => 384,
+                    Kernel::SweepHopper(Precision::F32) => 384,
                     Kernel::SweepHopper(_) => 640,
                     _ => THREADS,
                 };
@@ -596,8 +595,7 @@ mod tests {
                     // Both variants compute the same part of the result in the same block.
                     assert_eq!(plan(variant).grid, plan(kernel).grid);
                 }
-                let own = precision.bytes() == 2;
-                assert_eq!(variant != kernel, own, "{variant:?}");
+                assert_ne!(variant, kernel);
             }
         }
     }

@@ -133,7 +133,7 @@ fn prepare<D: Device>(
         references: 0,
         reserved: 0,
     };
-    Launcher { device, shape, whole: false }.launch(Kernel::Prepare(shape.precision), false, &params)
+    Launcher { device, shape }.launch(Kernel::Prepare(shape.precision), false, &params)
 }
 
 /// Where [`prepare`] reports a bad row.
@@ -275,7 +275,7 @@ impl<D: Device> DeviceBackend<D> {
                 indices: pointer(base, layout.indices),
                 similarities: pointer(base, layout.similarities),
             };
-            Launcher { device: &mut *device, shape, whole: false }.launch(
+            Launcher { device: &mut *device, shape }.launch(
                 Kernel::Retrieval(shape.precision),
                 false,
                 &params,

@@ -21,7 +21,7 @@ mod emulated;
 pub struct EngineOptions {
     /// Bytes for candidates; 0 for the device's default.
     pub budget: usize,
-    /// Whether f32 rows may be rounded to TF32.
+    /// Whether f32 rows may be rounded to TF32's precision.
     #[cfg_attr(not(feature = "kernels"), expect(dead_code, reason = "the CPU has no TF32"))]
     pub tf32: bool,
     /// The caller's stream, if it gave one.

@@ -31,7 +31,7 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Command {
     /// Runs reference cases through a backend; exit code 0 only if all pass. With --tf32 the truth is that of the
-    /// rows rounded to TF32, counts exact, and the bound 1e-3 instead of 1e-5.
+    /// rows rounded as that mode does, counts exact, and the bound 1e-3 instead of 1e-5.
     Verify(VerifyArguments),
     /// Times loss and gradient on rows of which a stated share is mined.
     Throughput(ThroughputArguments),
