@@ -1,10 +1,11 @@
 """Which loss trains the best embedding head on frozen features: every loss with the same number of trials, chosen on held-out classes.
 
-    python3 benches/study/heads.py FEATURES.npz OUT.csv [--batch 80] [--trials 24] [--seeds 10] [--only LOSS,...] [--extra]
+    python3 benches/study/heads.py FEATURES.npz OUT.csv [--batch 80] [--trials 24] [--seeds 10] [--only "LOSS;..."] [--extra]
 
 FEATURES.npz is features.py's. A trial is a draw of a loss's settings (rate, threshold or margin, tolerance), trained on two thirds of the training
 classes and measured on the rest, over --trial-seeds seeds. Each loss's best trial is then trained on all training classes with --seeds other seeds,
 and measured once on the test classes. OUT.csv holds every run; what it already holds is not run again. Prints a Markdown table.
+--trial-batch N chooses at another batch than it measures, for batches whose trials would take long.
 
 The head is linear, 1280 to 512 dimensions, L2 normalisation after it; Adam, --steps steps of classes of five, the rate falling by half a cosine.
 --extra runs what the questions of docs/threshold-study.md ask beside the losses. Needs ddtas, torch, numpy, pytorch-metric-learning.
@@ -44,7 +45,6 @@ Draw = Callable[[np.random.Generator], dict[str, float]]
 Make = Callable[[dict[str, float], int], nn.Module]
 
 
-
 def space(**ranges: tuple[float, float]) -> Draw:
     """Uniform draws, the head's rate by its logarithm."""
     def draw(rng: np.random.Generator) -> dict[str, float]:
@@ -56,7 +56,7 @@ def space(**ranges: tuple[float, float]) -> Draw:
 class Mined(nn.Module):
     """A loss of pytorch-metric-learning and its miner."""
 
-    def __init__(self, loss: nn.Module, miner: nn.Module | None = None):
+    def __init__(self, loss: nn.Module, miner: Callable[[Tensor, Tensor], tuple[Tensor, ...]] | None = None):
         super().__init__()
         self.loss, self.miner = loss, miner
 
@@ -70,6 +70,28 @@ def contrastive(at: dict[str, float], _: int) -> nn.Module:
 
 def multi_similarity(at: dict[str, float], _: int) -> nn.Module:
     return Mined(losses.MultiSimilarityLoss(base=at["base"]), miners.MultiSimilarityMiner(epsilon=at["epsilon"]))
+
+
+def at_asms(gamma: float) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
+    """The pairs that AT-ASMS mines at its other defaults, for a loss that is not DDTAS's."""
+    def mine(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        similarity = embeddings.detach() @ embeddings.detach().T
+        same = labels[:, None] == labels
+        positive = same & (similarity < 1 - 1e-6) & ~torch.eye(len(labels), dtype=torch.bool)
+        hardest_positive = similarity.masked_fill(~positive, torch.inf).amin(1, keepdim=True)
+        hardest_negative = similarity.masked_fill(same, -torch.inf).amax(1, keepdim=True)
+        def negatives_above(tolerance: float | Tensor) -> Tensor:
+            return ~same & (similarity > hardest_positive - tolerance)
+        hard = negatives_above(0.1 * gamma).sum() / positive.sum()
+        shift = 0.5 * torch.sigmoid(hard) if hard > 1 else 0.0
+        positives, negatives = positive & (similarity < hardest_negative + gamma * (1 + shift)), negatives_above(0.1 * gamma * (1 - shift))
+        active = positives.any(1, keepdim=True) & negatives.any(1, keepdim=True)
+        return *torch.where(positives & active), *torch.where(negatives & active)
+    return mine
+
+
+def multi_similarity_at_asms(at: dict[str, float], _: int) -> nn.Module:
+    return Mined(losses.MultiSimilarityLoss(base=at["base"]), at_asms(at["gamma"]))
 
 
 def proxy_anchor(at: dict[str, float], classes: int) -> nn.Module:
@@ -96,13 +118,14 @@ LOSSES: dict[str, tuple[Draw, Make]] = {
     "ddtas, asms": (USUAL, soft_contrastive(mining="asms")),
     "ddtas, at-asms": (USUAL, soft_contrastive(mining="at-asms")),
 }
-# Beside them: memory, two thresholds, sharpness and the ratio of the tolerances.
+# Beside them: memory, two thresholds, sharpness, the ratio of the tolerances, and the mining of one with the loss of the other.
 EXTRA: dict[str, tuple[Draw, Make]] = {
     "ddtas, memory 1024": (USUAL, soft_contrastive(memory=1024)),
     "ddtas, two thresholds": (space(**{"lambda": (0.3, 0.95), "lambda_neg": (0.3, 0.95), "gamma": (0.02, 0.4)}), soft_contrastive()),
     "ddtas, beta": (space(**{"lambda": (0.3, 0.95), "gamma": (0.02, 0.4), "beta": (2, 20)}), soft_contrastive()),
     "ddtas, alpha": (space(**{"lambda": (0.3, 0.95), "gamma": (0.02, 0.4), "alpha": (10, 80)}), soft_contrastive()),
     "ddtas, ratio": (space(**{"lambda": (0.3, 0.95), "gamma": (0.02, 0.4), "negative_ratio": (0.1, 2)}), soft_contrastive()),
+    "multi-similarity, at-asms": (space(base=(0.3, 0.9), gamma=(0.02, 0.4)), multi_similarity_at_asms),
 }
 # As they come, untuned but for the rate, which is the same for all.
 DEFAULTS: dict[str, dict[str, float]] = {
@@ -176,6 +199,7 @@ def main() -> None:
     parser.add_argument("features", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--batch", type=int, default=80)
+    parser.add_argument("--trial-batch", type=int)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--trial-seeds", type=int, default=2)
@@ -188,10 +212,11 @@ def main() -> None:
     runs = Runs(options.out)
 
     def run(name: str, part: str, task: Task, make: Make, at: dict[str, float], seed: int) -> tuple[float, float]:
-        given = {"loss": name, "part": part, "seed": seed, "batch": options.batch, "steps": options.steps, **at}
+        batch = options.trial_batch if options.trial_batch and task is held_out else options.batch
+        given = {"loss": name, "part": part, "seed": seed, "batch": batch, "steps": options.steps, **at}
         def compute() -> tuple[float, float]:
             torch.manual_seed(seed)
-            return train(task, make(at, int(task.labels.max()) + 1), at["rate"], seed, options.batch, options.steps)
+            return train(task, make(at, int(task.labels.max()) + 1), at["rate"], seed, batch, options.steps)
         return runs.get(given, compute)
 
     def tested(name: str, make: Make, at: dict[str, float]) -> list[tuple[float, float]]:

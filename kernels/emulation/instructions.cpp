@@ -27,7 +27,8 @@ float element(Numbers numbers, uint32_t pair, int half) {
 
 float truncate(double value) {
     float nearest = static_cast<float>(value);
-    return std::fabs(static_cast<double>(nearest)) > std::fabs(value) ? std::nextafterf(nearest, 0.0f) : nearest;
+    // The next float towards 0 has the next smaller bits, of either sign.
+    return std::fabs(static_cast<double>(nearest)) > std::fabs(value) ? float_of(bits_of(nearest) - 1) : nearest;
 }
 
 void cp_async(void *to, const void *from) {

@@ -157,7 +157,10 @@ fn every_generator_moves_lambda_within_its_range() {
     ];
     for (name, arguments) in cases {
         let output = place.path().join(name);
-        run(&output, arguments).args(["--lambda-min", "0.65", "--lambda-max", "0.75"]).assert().success();
+        run(&output, arguments)
+            .args(["--lambda", "0.7", "--lambda-min", "0.65", "--lambda-max", "0.75"])
+            .assert()
+            .success();
         let lambdas = lambdas(&output);
         assert_eq!(lambdas.len(), 6);
         assert!(lambdas.iter().any(|&(_, neg)| neg != 0.7), "{name}: lambda never moved");

@@ -112,8 +112,8 @@ pub struct TrainSettings {
     /// Sharpness of the loss on positives.
     #[arg(long, default_value_t = 2.0)]
     pub beta: f64,
-    /// Loss threshold lambda, a cosine similarity.
-    #[arg(long, default_value_t = 0.7, allow_negative_numbers = true)]
+    /// Loss threshold lambda, a cosine similarity; the paper's is 0.7, from random weights more is better.
+    #[arg(long, default_value_t = 0.9, allow_negative_numbers = true)]
     pub lambda: f64,
     /// Loss threshold of positives, where it differs from --lambda.
     #[arg(long, allow_negative_numbers = true)]
