@@ -25,7 +25,7 @@ struct Arguments {
 }
 
 fn settings(kind: GeneratorKind, batch_norm: BatchNorm) -> TrainSettings {
-    let mut settings = Arguments::parse_from(["test"]).settings;
+    let mut settings = Arguments::parse_from(["test", "--lambda", "0.7"]).settings;
     (settings.image_size, settings.width, settings.embedding_dim) = (SIDE, 16, 10);
     (settings.mining, settings.alpha, settings.batch_norm) = (Mining::None, 4.0, batch_norm);
     let generator = &mut settings.generator;

@@ -22,7 +22,7 @@ fn run_on(data: &Path, output: &Path, steps: usize, more: &[&str]) -> Command {
     let mut command = small_run(output, steps);
     command.args(["--dataset", "folder", "--classes-per-batch", "5", "--images-per-class", "3"]);
     command
-        .args(["--generator", "off", "--meta-classes", "3", "--learning-rate", "0.004"])
+        .args(["--generator", "off", "--meta-classes", "3", "--learning-rate", "0.004", "--lambda", "0.7"])
         .args(more)
         .arg("--data-root")
         .arg(data);

@@ -120,7 +120,7 @@ const TRAIN: &[(&str, &str)] = &[
     ("--rehearsal 10", "rehearsal"),
     ("--lambda-l1=-1 --lambda-l2=-1", "lambda-l1"),
     ("--lambda-l2=-1", "lambda-l2"),
-    ("--lambda-min 0.8 --generator head", "--lambda-min"),
+    ("--lambda-min 0.95 --generator head", "--lambda-min"),
     ("--lambda-max 3", "lambda-max"),
     ("--lambda-ensemble 2 --generator full", "lambda-ensemble"),
 ];
