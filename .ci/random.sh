@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
 # Random batches and files against the truth, others in every run: .ci/random.sh [CASES] [SEED].
-# The tests draw from a fixed seed; what fails here goes into them by name (tests/cpu.rs).
+# The tests draw from a fixed seed; what fails here goes into them by name (tests/cpu.rs). A tenth as many run on the emulated GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source .ci/tools.sh
 export PROPTEST_CASES=${1:-20000} PROPTEST_RNG_SEED=${2:-$(date +%s)}
 echo "$PROPTEST_CASES cases of each test, seed $PROPTEST_RNG_SEED"
 cargo test --release -p ddtas --test cpu any_batch
 cargo test --release --test data --test mat
+export DDTAS_RANDOM_CASES=$((PROPTEST_CASES / 10)) DDTAS_RANDOM_SEED=$PROPTEST_RNG_SEED
+cargo test --release -p ddtas --features emulated --test emulated random_batches

@@ -12,8 +12,11 @@ use ddtas::backend::device::{DeviceBackend, Options};
 use ddtas::backend::emulated::{self, EmulatedDevice};
 use ddtas::backend::{Backend, Nearest};
 use ddtas::loss::{Batch, Hypergradient, LossOutput, LossSettings, Mining, Rows, UnitCheck, reference};
-use ddtas_cases::{self as cases, Case, Dtype, parts};
+use ddtas_cases::random::{Draw, compare, draw};
+use ddtas_cases::{self as cases, Case, Dtype, SINGLE_PRECISION, parts};
 use ndarray::Array2;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 
 /// An emulated GPU, perhaps Hopper.
 fn device(seed: u64, hopper: bool) -> EmulatedDevice {
@@ -708,4 +711,53 @@ fn the_workspace_is_as_large_as_stated() {
     let mut output = LossOutput::default();
     backend.loss(&case.batch(), &case.settings, &mut output).unwrap();
     assert_eq!(backend.workspace_bytes(), backend.loss_bytes(&case.batch()));
+}
+
+/// Draws a batch of f32 rows by `seed`, of any shape and settings, on a device with any budget: it agrees, or a pair lies too
+/// near a threshold, which is false.
+fn random_batch_agrees(seed: u64) -> bool {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut one_of = |choices: &[usize]| choices[rng.random_range(0..choices.len())];
+    let how = Draw {
+        rows: one_of(&[1, 2, 17, 80, 128, 129, 200, 257, 330]),
+        dim: one_of(&[1, 3, 32, 40, 64, 65, 130, 200]),
+        classes: one_of(&[1, 2, 12, 40, 300]),
+        noise: one_of(&[5, 10, 20, 40]) as f32 / 10.0,
+        ignored: one_of(&[0, 3, 10]),
+        duplicates: one_of(&[0, 0, 4]),
+    };
+    let settings = LossSettings {
+        mining: [Mining::None, Mining::Symmetric, Mining::Asms, Mining::AtAsms][one_of(&[0, 1, 2, 3])],
+        gamma: one_of(&[2, 10, 40]) as f64 / 100.0,
+        ..LossSettings::default().with_lambda(one_of(&[20, 40, 70, 90]) as f64 / 100.0)
+    };
+    let against = one_of(&[0, 0, 1, 90, 260]);
+    let (hopper, budget) = (one_of(&[0, 1, 1]) == 1, one_of(&[0, 3_000, 30_000, 1 << 30]));
+    let (anchors, labels) = draw(how, seed);
+    let (references, reference_labels) = draw(Draw { rows: against.max(1), ..how }, seed ^ 1);
+    let (own, other) = (Rows::new(anchors.view(), &labels), Rows::new(references.view(), &reference_labels));
+    let batch = match against {
+        0 => Batch::square(anchors.view(), &labels),
+        _ => Batch::rectangular(own, other).with_reference_gradient(),
+    };
+    let mut backend = DeviceBackend::new(device(seed, hopper), Options { budget, ..Options::default() });
+    let report = compare(&mut backend, &batch, &settings, seed);
+    if let Some(report) = &report {
+        let on = format!("against {against}, hopper {hopper}, budget {budget}");
+        // Not of the slopes alone: where every sigmoid is tiny, they are sums of few of its fixed-point digits.
+        let error = [report.loss, report.gradient, report.thresholds, report.sums];
+        let agrees = report.wrong_counts.is_empty() && error.iter().all(|&error| error <= SINGLE_PRECISION);
+        assert!(agrees, "seed {seed}: {how:?}, {settings:?}, {on}: {report:#?}");
+    }
+    report.is_some()
+}
+
+#[test]
+fn random_batches_agree_with_the_truth() {
+    // The same in every run; `.ci/random.sh` draws others.
+    let given =
+        |name: &str, usual: u64| std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(usual);
+    let (first, count) = (given("DDTAS_RANDOM_SEED", 1), given("DDTAS_RANDOM_CASES", 40));
+    let compared = (first..first + count).filter(|&seed| random_batch_agrees(seed)).count();
+    assert!(compared > 0, "no batch was clear of the thresholds");
 }
