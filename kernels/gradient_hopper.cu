@@ -43,13 +43,6 @@ struct GradientHopperShared {
 static_assert(sizeof(GradientHopperShared) == GRADIENT_HOPPER_SHARED_BYTES, "the launch plan's shared memory");
 static_assert(kHopperListsBytes <= sizeof(GradientHopperShared), "where the stages are");
 
-DEVICE Barrier *full_of(GradientHopperShared &shared, uint32_t fill) { return &shared.full[fill % GRADIENT_HOPPER_STAGES]; }
-DEVICE Barrier *empty_of(GradientHopperShared &shared, uint32_t fill) { return &shared.empty[fill % GRADIENT_HOPPER_STAGES]; }
-DEVICE unsigned char *stage_of(GradientHopperShared &shared, uint32_t fill) {
-    return shared.stages[fill % GRADIENT_HOPPER_STAGES];
-}
-DEVICE uint32_t parity_of(uint32_t fill) { return fill / GRADIENT_HOPPER_STAGES % 2; }
-
 // The warp that copies: R of every tile, before it zeros for its M or, of a recomputed one, the operands of S.
 template <class Numbers>
 DEVICE void copy_rows(const GradientParams &p, GradientHopperShared &shared, Walk<false> walk, uint32_t first_column, uint32_t panels) {
@@ -58,7 +51,7 @@ DEVICE void copy_rows(const GradientParams &p, GradientHopperShared &shared, Wal
     const Side &other = p.of_references ? pairs.anchors : pairs.references;
     auto own_rows = static_cast<const unsigned char *>(tile_rows<Numbers>(own, walk.x, pairs.stride));
     auto begin_stage = [&](uint32_t fill) {
-        if (fill >= GRADIENT_HOPPER_STAGES) mbarrier_wait(empty_of(shared, fill), parity_of(fill - GRADIENT_HOPPER_STAGES));
+        if (fill >= GRADIENT_HOPPER_STAGES) mbarrier_wait(empty_of(shared, fill), parity_of(shared, fill - GRADIENT_HOPPER_STAGES));
         warp_sync();
     };
     // Recomputed tiles too: their matrix is written all over, and waited for alike.
@@ -111,9 +104,6 @@ DEVICE void copy_rows(const GradientParams &p, GradientHopperShared &shared, Wal
     }
 }
 
-// Where a recomputed similarity stands in the stage of its half: the rows of half a warp's store meet no bank twice.
-DEVICE uint32_t value_place(uint32_t row, uint32_t column) { return row * kHalf + (column ^ row % 4 * 8); }
-
 // Granules of 4 words of candidates that a thread has under way: those of the next tile while this one is waited for.
 constexpr uint32_t kAhead = 8;
 using Words = Granule<uint32_t>;
@@ -159,35 +149,6 @@ DEVICE void mirror(const GradientParams &p, unsigned char *matrix, const Turn &t
     }
 }
 
-// M from the values of a recomputed tile.
-template <class Numbers>
-DEVICE void build_recomputed(const Building &my, const Turn &turn, uint32_t x, uint32_t steps) {
-    for (uint32_t half = 0; half < 2; ++half) {
-        uint32_t fill = turn.values(steps, half);
-        auto values = reinterpret_cast<const float *>(stage_of(my.shared, fill));
-        mbarrier_wait(&my.shared.valued[half], turn.recomputed % 2);
-        warp_sync();
-#pragma unroll 1
-        for (uint32_t k = my.thread; k < TILE * kHalf; k += kBuilderThreads) {
-            uint32_t own = k / kHalf, other = half * kHalf + k % kHalf;
-            uint32_t i = x * TILE + own, j = turn.y * TILE + other;
-            bool swapped = turn.tile.diagonal ? i > j : turn.tile.transposed;
-            uint32_t anchor = swapped ? j : i, reference = swapped ? i : j;
-            float weight = 0.0f;
-            if (is_pair(my.p.pairs, anchor, reference)) {
-                weight = matrix_weight<Numbers>(my.p.pairs, anchor, reference, values[value_place(own, k % kHalf)]) * my.p.weight_scale;
-            }
-            store_weight<Numbers>(my.shared.matrices[turn.matrix()], own, other, weight);
-        }
-        fence_proxy_async();  // bulk copies fill the stage next
-        warp_sync();
-        named_sync(kBuildersBarrier, kBuilderThreads);  // the values are read
-        // In place of the warps that multiply, which do not know when its values are read.
-        if (my.thread < kMultipliers) mbarrier_arrive(empty_of(my.shared, fill));
-        warp_sync();
-    }
-}
-
 template <class Numbers>
 DEVICE void build_matrices(const GradientParams &p, GradientHopperShared &shared, Walk<true> walk) {
     Building my{p, shared, thread_index() - kMultipliers * 32};
@@ -203,7 +164,13 @@ DEVICE void build_matrices(const GradientParams &p, GradientHopperShared &shared
         mbarrier_wait(&shared.zeroed[turn.matrix()], turn.matrix_parity());  // and nobody reads the matrix any more
         warp_sync();
         unsigned char *matrix = shared.matrices[turn.matrix()];
-        if (!turn.stored) build_recomputed<Numbers>(my, turn, walk.x, walk.steps);
+        if (!turn.stored) {
+            auto weight = [&](uint32_t anchor, uint32_t reference, float s) {
+                return matrix_weight<Numbers>(p.pairs, anchor, reference, s) * p.weight_scale;
+            };
+            auto store = [&](uint32_t row, uint32_t column, float value) { store_weight<Numbers>(matrix, row, column, value); };
+            build_recomputed<kHalf>(my, turn, walk.x, walk.steps, weight, store);
+        }
         uint32_t address = shared_address(matrix);
         for (bool last = false; !last;) {
             source = source.rest();
@@ -235,7 +202,7 @@ DEVICE void recompute_values(GradientHopperShared &shared, Barrier *valued, uint
     }
     settle(acc);
     for (uint32_t step = 0; step < steps; ++step, ++fill) {
-        mbarrier_wait(full_of(shared, fill), parity_of(fill));
+        mbarrier_wait(full_of(shared, fill), parity_of(shared, fill));
         warp_sync();
         unsigned char *stage = stage_of(shared, fill);
         Descriptor rows = stage_descriptor(stage + group * kDepth * STAGE_BYTES), columns = stage_descriptor(stage + kOperandBytes);
@@ -247,7 +214,7 @@ DEVICE void recompute_values(GradientHopperShared &shared, Barrier *valued, uint
         arrive_as_warp(empty_of(shared, fill));
     }
     settle(acc);
-    mbarrier_wait(full_of(shared, fill), parity_of(fill));
+    mbarrier_wait(full_of(shared, fill), parity_of(shared, fill));
     warp_sync();
     auto values = reinterpret_cast<float *>(stage_of(shared, fill));
     GroupPlace place;
@@ -255,7 +222,7 @@ DEVICE void recompute_values(GradientHopperShared &shared, Barrier *valued, uint
     for (int r = 0; r < 2; ++r) {
 #pragma unroll
         for (uint32_t c = 0; c < kHalf / 4; ++c) {
-            values[value_place(place.row_of(r), place.column_of(c))] = acc[c / 2][r * 2 + c % 2];
+            values[value_place<kHalf>(place.row_of(r), place.column_of(c))] = acc[c / 2][r * 2 + c % 2];
         }
     }
     fence_proxy_async();  // bulk copies fill the stage next
@@ -305,7 +272,7 @@ DEVICE void multiply_matrices(const GradientParams &p, GradientHopperShared &sha
         mbarrier_wait(&shared.built[turn.matrix()], turn.matrix_parity());
         warp_sync();
         for (uint32_t half = 0; half < 2; ++half, ++fill) {
-            mbarrier_wait(full_of(shared, fill), parity_of(fill));
+            mbarrier_wait(full_of(shared, fill), parity_of(shared, fill));
             warp_sync();
             unsigned char *matrix = shared.matrices[turn.matrix()];
             Descriptor rows = panels_descriptor(stage_of(shared, fill), kStagePanel);
@@ -349,14 +316,7 @@ DEVICE void gradient_hopper_body([[maybe_unused]] const GradientParams &p) {
     uint32_t first_column = block_y() * GRADIENT_COLUMNS;
     uint32_t left = pairs.stride - first_column;
     uint32_t columns = left < GRADIENT_COLUMNS ? left : GRADIENT_COLUMNS;
-    if (thread_index() == 0) {
-        for (Barrier &barrier : shared.full) mbarrier_init(&barrier, 1);
-        for (Barrier &barrier : shared.empty) mbarrier_init(&barrier, kMultipliers);
-        for (Barrier &barrier : shared.zeroed) mbarrier_init(&barrier, 1);
-        for (Barrier &barrier : shared.built) mbarrier_init(&barrier, kBuilders);
-        for (Barrier &barrier : shared.valued) mbarrier_init(&barrier, kMultipliers);
-    }
-    block_sync();  // the barriers are there
+    begin_barriers(shared);
     Range range = split_range(p.of_references ? pairs.anchors.tiles : pairs.references.tiles, block_z(), p.splits);
     constexpr uint32_t fills = TILE / kDepth;
     Walk<false> walk(p, x, range, fills);

@@ -43,11 +43,6 @@ struct GradientSplitShared {
 static_assert(sizeof(GradientSplitShared) == GRADIENT_SPLIT_SHARED_BYTES, "the launch plan's shared memory");
 static_assert(kHopperListsBytes <= sizeof(GradientSplitShared), "where the stages are");
 
-DEVICE Barrier *full_of(GradientSplitShared &shared, uint32_t fill) { return &shared.full[fill % SplitRoles::stages]; }
-DEVICE Barrier *empty_of(GradientSplitShared &shared, uint32_t fill) { return &shared.empty[fill % SplitRoles::stages]; }
-DEVICE unsigned char *stage_of(GradientSplitShared &shared, uint32_t fill) { return shared.stages[fill % SplitRoles::stages]; }
-DEVICE uint32_t parity_of(uint32_t fill) { return fill / SplitRoles::stages % 2; }
-
 // Two rows of weights share a pair: no weight is more than twice the largest of a row.
 DEVICE TileScale weight_scale(const Pairs &pairs) { return TileScale(pairs.counters->largest_weight + (1u << 23)); }
 
@@ -59,7 +54,7 @@ DEVICE void copy_rows(const GradientParams &p, GradientSplitShared &shared, Walk
     auto own_rows = static_cast<const unsigned char *>(tile_rows<ExactF32>(own, walk.x, pairs.stride));
     uint32_t fill = 0;
     auto begin_stage = [&](uint32_t bytes) {
-        if (fill >= SplitRoles::stages) mbarrier_wait(empty_of(shared, fill), parity_of(fill - SplitRoles::stages));
+        if (fill >= SplitRoles::stages) mbarrier_wait(empty_of(shared, fill), parity_of(shared, fill - SplitRoles::stages));
         warp_sync();
         if (lane_index() == 0) mbarrier_arrive_expect_tx(full_of(shared, fill), bytes);
         warp_sync();
@@ -106,16 +101,13 @@ DEVICE void copy_rows(const GradientParams &p, GradientSplitShared &shared, Walk
             uint64_t line = (first_column + half * kColumns) / kPanelColumns * 2;
             copy(panels * 2, kStagePanel, [&](uint32_t lane) { return rows + (line + lane) * kLineBytes + depth * kStagePanel; });
             if (k == at && there) {
-                if (first > 0) mbarrier_wait(empty_of(shared, first - 1), parity_of(first - 1));
+                if (first > 0) mbarrier_wait(empty_of(shared, first - 1), parity_of(shared, first - 1));
                 warp_sync();
                 clear(walk.turn.matrix());
             }
         }
     }
 }
-
-// Where a recomputed similarity stands in the stage of its part: the rows of half a warp's store meet no bank twice.
-DEVICE uint32_t value_place(uint32_t row, uint32_t column) { return row * kPartColumns + (column ^ row % 4 * 8); }
 
 // What the warps that build know of their block.
 struct Building {
@@ -147,34 +139,6 @@ struct Building {
     }
 };
 
-// M from the values of a recomputed tile.
-DEVICE void build_recomputed(const Building &my, const Turn &turn, uint32_t x, uint32_t steps) {
-    for (uint32_t part = 0; part < SplitRoles::parts; ++part) {
-        uint32_t fill = turn.values(steps, part);
-        auto values = reinterpret_cast<const float *>(stage_of(my.shared, fill));
-        mbarrier_wait(&my.shared.valued[part], turn.recomputed % 2);
-        warp_sync();
-#pragma unroll 1
-        for (uint32_t k = my.thread; k < TILE * kPartColumns; k += kBuilderThreads) {
-            uint32_t own = k / kPartColumns, other = part * kPartColumns + k % kPartColumns;
-            uint32_t i = x * TILE + own, j = turn.y * TILE + other;
-            bool swapped = turn.tile.diagonal ? i > j : turn.tile.transposed;
-            uint32_t anchor = swapped ? j : i, reference = swapped ? i : j;
-            float weight = 0.0f;
-            if (is_pair(my.p.pairs, anchor, reference)) {
-                weight = pair_weight(my.p.pairs, anchor, reference, values[value_place(own, k % kPartColumns)]);
-            }
-            my.store(turn.matrix(), own, other, weight);
-        }
-        fence_proxy_async();  // bulk copies fill the stage next
-        warp_sync();
-        named_sync(kBuildersBarrier, kBuilderThreads);  // the values are read
-        // In place of the warps that multiply, which do not know when its values are read.
-        if (my.thread < kMultipliers) mbarrier_arrive(empty_of(my.shared, fill));
-        warp_sync();
-    }
-}
-
 DEVICE void build_matrices(const GradientParams &p, GradientSplitShared &shared, Walk<true> walk) {
     constexpr uint32_t kAhead = 4;  // granules whose loads are under way
     Building my(p, shared);
@@ -196,7 +160,11 @@ DEVICE void build_matrices(const GradientParams &p, GradientSplitShared &shared,
         for (uint32_t a = 0; a < kAhead; ++a) load(a, my.thread * 4 + a * kApart);
         mbarrier_wait(&shared.zeroed[turn.matrix()], turn.matrix_parity());  // and nobody reads the matrix any more
         warp_sync();
-        if (!turn.stored) build_recomputed(my, turn, walk.x, walk.steps);
+        if (!turn.stored) {
+            auto weight = [&](uint32_t anchor, uint32_t reference, float s) { return pair_weight(pairs, anchor, reference, s); };
+            auto store = [&](uint32_t row, uint32_t column, float value) { my.store(turn.matrix(), row, column, value); };
+            build_recomputed<kPartColumns>(my, turn, walk.x, walk.steps, weight, store);
+        }
         uint32_t first_row = (turn.tile.transposed ? turn.y : walk.x) * TILE, first_column = (turn.tile.transposed ? walk.x : turn.y) * TILE;
 #pragma unroll 1
         for (uint32_t begin = my.thread * 4; begin < count; begin += kAhead * kApart) {
@@ -233,7 +201,7 @@ DEVICE void recompute_values(GradientSplitShared &shared, Barrier *valued, uint3
 #pragma unroll 1
     for (uint32_t step = 0; step < steps; ++step, fill += SplitRoles::step_fills) {
 #pragma unroll 1
-        for (uint32_t k = 0; k < SplitRoles::step_fills; ++k) mbarrier_wait(full_of(shared, fill + k), parity_of(fill + k));
+        for (uint32_t k = 0; k < SplitRoles::step_fills; ++k) mbarrier_wait(full_of(shared, fill + k), parity_of(shared, fill + k));
         warp_sync();
         auto rows = [&](uint32_t k) { return stage_descriptor(stage_of(shared, fill + k) + group * (TILE / 2) * STAGE_BYTES); };
         Descriptor columns = stage_descriptor(stage_of(shared, fill + 2));
@@ -241,14 +209,14 @@ DEVICE void recompute_values(GradientSplitShared &shared, Barrier *valued, uint3
 #pragma unroll 1
         for (uint32_t k = 0; k < SplitRoles::step_fills; ++k) arrive_as_warp(empty_of(shared, fill + k));
     }
-    mbarrier_wait(full_of(shared, fill), parity_of(fill));
+    mbarrier_wait(full_of(shared, fill), parity_of(shared, fill));
     warp_sync();
     auto values = reinterpret_cast<float *>(stage_of(shared, fill));
     GroupPlace place;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
 #pragma unroll
-        for (uint32_t c = 0; c < kPartColumns / 4; ++c) values[value_place(place.row_of(r), place.column_of(c))] = acc[c / 2][r * 2 + c % 2];
+        for (uint32_t c = 0; c < kPartColumns / 4; ++c) values[value_place<kPartColumns>(place.row_of(r), place.column_of(c))] = acc[c / 2][r * 2 + c % 2];
     }
     fence_proxy_async();  // bulk copies fill the stage next
     warp_sync();
@@ -268,7 +236,7 @@ template <bool transposed>
 DEVICE void multiply_tile_columns(GradientSplitShared &shared, GroupAccumulators &sums, Descriptor m, uint32_t fill) {
 #pragma unroll
     for (uint32_t k = 0; k < TILE; k += kDepth, ++fill) {
-        mbarrier_wait(full_of(shared, fill), parity_of(fill));
+        mbarrier_wait(full_of(shared, fill), parity_of(shared, fill));
         warp_sync();
         Descriptor rows = panels_descriptor(stage_of(shared, fill), 2 * kStagePanel);
         // 64 of the inner dimension of straight ones are a panel.
@@ -362,14 +330,7 @@ ROLE_KERNEL(gradient_hopper_f32, GradientParams, GRADIENT_HOPPER_THREADS) {
     if (p.ways[x]) return sum_by_lists<ExactF32>(p, bytes, x);
     uint32_t first_column = block_y() * GRADIENT_COLUMNS, left = pairs.stride - first_column;
     uint32_t columns = left < GRADIENT_COLUMNS ? left : GRADIENT_COLUMNS;
-    if (thread_index() == 0) {
-        for (Barrier &barrier : shared.full) mbarrier_init(&barrier, 1);
-        for (Barrier &barrier : shared.empty) mbarrier_init(&barrier, kMultipliers);
-        for (Barrier &barrier : shared.zeroed) mbarrier_init(&barrier, 1);
-        for (Barrier &barrier : shared.built) mbarrier_init(&barrier, kBuilders);
-        for (Barrier &barrier : shared.valued) mbarrier_init(&barrier, kMultipliers);
-    }
-    block_sync();  // the barriers are there
+    begin_barriers(shared);
     Range range = split_range(p.of_references ? pairs.anchors.tiles : pairs.references.tiles, block_z(), p.splits);
     uint32_t fills = (columns + kColumns - 1) / kColumns * (TILE / kDepth), warp = shuffle(warp_index(), 0);
     Walk<false> walk(p, x, range, fills);

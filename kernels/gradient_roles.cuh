@@ -85,6 +85,61 @@ struct RolesWalk {
     }
 };
 
+// Stages are filled in turn, again and again: which one a fill is meant for, its barriers, and the parity of its phase.
+template <class Shared>
+constexpr uint32_t kRing = sizeof(Shared::full) / sizeof(Barrier);
+template <class Shared>
+DEVICE Barrier *full_of(Shared &shared, uint32_t fill) { return &shared.full[fill % kRing<Shared>]; }
+template <class Shared>
+DEVICE Barrier *empty_of(Shared &shared, uint32_t fill) { return &shared.empty[fill % kRing<Shared>]; }
+template <class Shared>
+DEVICE unsigned char *stage_of(Shared &shared, uint32_t fill) { return shared.stages[fill % kRing<Shared>]; }
+template <class Shared>
+DEVICE uint32_t parity_of(const Shared &, uint32_t fill) { return fill / kRing<Shared> % 2; }
+
+template <class Shared>
+DEVICE void begin_barriers(Shared &shared) {
+    if (thread_index() == 0) {
+        for (Barrier &barrier : shared.full) mbarrier_init(&barrier, 1);
+        for (Barrier &barrier : shared.empty) mbarrier_init(&barrier, kMultipliers);
+        for (Barrier &barrier : shared.zeroed) mbarrier_init(&barrier, 1);
+        for (Barrier &barrier : shared.built) mbarrier_init(&barrier, kBuilders);
+        for (Barrier &barrier : shared.valued) mbarrier_init(&barrier, kMultipliers);
+    }
+    block_sync();  // the barriers are there
+}
+
+// Where a recomputed similarity stands in the stage of its part, `columns` wide: the rows of half a warp's store meet no bank twice.
+template <uint32_t columns>
+DEVICE uint32_t value_place(uint32_t row, uint32_t column) { return row * columns + (column ^ row % 4 * 8); }
+
+// M from the values of a recomputed tile, `columns` at a time: `weight` of anchor, reference and similarity goes to `store`, 0 where
+// there is no pair.
+template <uint32_t columns, class Building, class Turn, class Weight, class Store>
+DEVICE void build_recomputed(const Building &my, const Turn &turn, uint32_t x, uint32_t steps, Weight weight, Store store) {
+    for (uint32_t part = 0; part < TILE / columns; ++part) {
+        uint32_t fill = turn.values(steps, part);
+        auto values = reinterpret_cast<const float *>(stage_of(my.shared, fill));
+        mbarrier_wait(&my.shared.valued[part], turn.recomputed % 2);
+        warp_sync();
+#pragma unroll 1
+        for (uint32_t k = my.thread; k < TILE * columns; k += kBuilderThreads) {
+            uint32_t own = k / columns, other = part * columns + k % columns;
+            uint32_t i = x * TILE + own, j = turn.y * TILE + other;
+            bool swapped = turn.tile.diagonal ? i > j : turn.tile.transposed;
+            uint32_t anchor = swapped ? j : i, reference = swapped ? i : j;
+            bool any = is_pair(my.p.pairs, anchor, reference);
+            store(own, other, any ? weight(anchor, reference, values[value_place<columns>(own, k % columns)]) : 0.0f);
+        }
+        fence_proxy_async();  // bulk copies fill the stage next
+        warp_sync();
+        named_sync(kBuildersBarrier, kBuilderThreads);  // the values are read
+        // In place of the warps that multiply, which do not know when its values are read.
+        if (my.thread < kMultipliers) mbarrier_arrive(empty_of(my.shared, fill));
+        warp_sync();
+    }
+}
+
 // As finish_splits(), by the warps that multiply alone. `last` is shared memory.
 DEVICE void finish_multiplied(const GradientParams &p, uint32_t *last, uint32_t x) {
     if (p.splits == 1) return;

@@ -242,7 +242,7 @@ fn a_team_s_missing_barrier_is_named_by_the_thread_sanitizer() {
 }
 
 /// Where the gradient on Hopper waits for the rows that a bulk copy brings.
-const LANDED: &str = "mbarrier_wait(full_of(shared, fill), parity_of(fill));\n            warp_sync();\n            unsigned char *matrix";
+const LANDED: &str = "mbarrier_wait(full_of(shared, fill), parity_of(shared, fill));\n            warp_sync();\n            unsigned char *matrix";
 
 /// The faults that a pipeline of roles invites: each gives wrong sums, stops, or breaks a barrier's count.
 fn assert_caught(message: &str) {
@@ -264,8 +264,8 @@ fn reading_before_a_bulk_copy_has_landed_is_caught() {
 
 #[test]
 fn waiting_for_the_wrong_phase_is_caught() {
-    let parity = "return fill / GRADIENT_HOPPER_STAGES % 2;";
-    assert_caught(&run_faulty_hopper("gradient_hopper.cu", parity, "return fill % 2;"));
+    let parity = "return fill / kRing<Shared> % 2;";
+    assert_caught(&run_faulty_hopper("gradient_roles.cuh", parity, "return fill % 2;"));
 }
 
 #[test]
@@ -311,8 +311,8 @@ fn faults_in_the_gradient_of_split_rows_are_caught() {
         // Stages are given back before the product that reads them is through.
         "wgmma_wait<1>();  // this product goes on, that before it is done",
         // Stages, and then a matrix, are filled again before they are given back.
-        "if (fill >= SplitRoles::stages) mbarrier_wait(empty_of(shared, fill), parity_of(fill - SplitRoles::stages));",
-        "if (first > 0) mbarrier_wait(empty_of(shared, first - 1), parity_of(first - 1));",
+        "if (fill >= SplitRoles::stages) mbarrier_wait(empty_of(shared, fill), parity_of(shared, fill - SplitRoles::stages));",
+        "if (first > 0) mbarrier_wait(empty_of(shared, first - 1), parity_of(shared, first - 1));",
         // Weights are stored before zeros have landed, and products read before bulk copies have.
         "mbarrier_wait(&shared.zeroed[turn.matrix()], turn.matrix_parity());",
         "mbarrier_wait(&shared.built[turn.matrix()], turn.matrix_parity());",
@@ -336,9 +336,9 @@ fn a_wait_by_parity_alone_is_caught() {
             to: "recompute_values<Numbers>(shared, &shared.valued[0],",
         },
         Fault {
-            file: "gradient_hopper.cu",
-            from: "mbarrier_wait(&my.shared.valued[half], turn.recomputed % 2);",
-            to: "mbarrier_wait(&my.shared.valued[0], half);",
+            file: "gradient_roles.cuh",
+            from: "mbarrier_wait(&my.shared.valued[part], turn.recomputed % 2);",
+            to: "mbarrier_wait(&my.shared.valued[0], part);",
         },
     ]);
     assert!(message.contains("a phase that nobody ends") || message.contains("want"), "{message}");
@@ -355,7 +355,7 @@ fn an_aligned_instruction_after_a_wait_without_a_warp_sync_is_caught() {
 fn a_named_barrier_of_too_many_threads_is_caught() {
     let read = "named_sync(kBuildersBarrier, kBuilderThreads);  // the values are read";
     let message = run_faulty_hopper(
-        "gradient_hopper.cu",
+        "gradient_roles.cuh",
         read,
         "named_sync(kBuildersBarrier, kBuilderThreads + 32);  // the values are read",
     );
@@ -366,7 +366,7 @@ fn a_named_barrier_of_too_many_threads_is_caught() {
 #[test]
 fn a_named_barrier_that_is_missing_is_caught() {
     let read = "named_sync(kBuildersBarrier, kBuilderThreads);  // the values are read";
-    assert_caught(&run_faulty_hopper("gradient_hopper.cu", read, ""));
+    assert_caught(&run_faulty_hopper("gradient_roles.cuh", read, ""));
 }
 
 #[test]
@@ -456,15 +456,15 @@ fn a_plain_access_that_races_another_block_is_caught_by_the_thread_sanitizer() {
 #[test]
 fn a_race_within_a_block_is_named_by_the_thread_sanitizer() {
     let read = "named_sync(kBuildersBarrier, kBuilderThreads);  // the values are read";
-    let message = run_racing("gradient", "gradient_hopper.cu", read, "");
+    let message = run_racing("gradient", "gradient_roles.cuh", read, "");
     assert!(message.contains("data race") && message.contains("gradient_hopper.cu"), "{message}");
 }
 
 #[test]
 fn an_arrival_that_is_missing_between_roles_is_named_by_the_thread_sanitizer() {
     // M is built again without waiting for what else its builders wrote and read.
-    let wait = "mbarrier_wait(&my.shared.valued[half], turn.recomputed % 2);";
-    let message = run_racing("gradient", "gradient_hopper.cu", wait, "");
+    let wait = "mbarrier_wait(&my.shared.valued[part], turn.recomputed % 2);";
+    let message = run_racing("gradient", "gradient_roles.cuh", wait, "");
     assert!(message.contains("data race") && message.contains("gradient_hopper.cu"), "{message}");
 }
 
