@@ -365,6 +365,7 @@ typedef struct WeighParams {
     const double *anchor_square_sums;    /* [B] */
     const double *reference_square_sums; /* [N] */
     LossScalars *scalars;
+    float *loss;                 /* [1], the loss once more; or null */
     float *min_pos;              /* [B] and below: original order */
     float *max_neg;
     uint32_t *count_pos;

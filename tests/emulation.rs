@@ -5,9 +5,11 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests: a panic is the failure")]
 
+use std::collections::BTreeSet;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::{Mutex, PoisonError};
 
 /// A text of kernels/FILE and what a fault makes of it.
 struct Fault {
@@ -32,6 +34,39 @@ fn copy_folder(from: &Path, to: &Path) {
     }
 }
 
+fn compiler(folder: &Path) -> Command {
+    let mut compiler = Command::new(std::env::var("CXX").unwrap_or_else(|_| "g++".into()));
+    compiler.args(["-std=c++17", "-g", "-Wno-unknown-pragmas", "-ffp-contract=off"]).current_dir(folder);
+    compiler
+}
+
+fn compile(mut compiler: Command) {
+    let built = compiler.output().unwrap();
+    assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+}
+
+/// The object files of the machine for programs of these flags, compiled once for all tests: no fault is planted in it.
+fn machine(flags: &[&str]) -> Vec<PathBuf> {
+    static COMPILED: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("machine{}", flags.concat()));
+    let parts = ["machine", "instructions", "hopper", "roles", "fiber"];
+    // A test that failed here has said why, and the next one tries again.
+    let mut compiled = COMPILED.lock().unwrap_or_else(PoisonError::into_inner);
+    if !compiled.contains(&folder) {
+        fs::create_dir_all(&folder).unwrap();
+        let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels/emulation");
+        let mut machine = compiler(&folder);
+        // It is not watched for races, but says what orders the kernels' threads: races.h.
+        machine.args(if flags == THREADS { &["-DDDTAS_EMULATION_RACES"] } else { flags });
+        machine
+            .args(["-O2", "-march=native", "-c"])
+            .args(parts.map(|part| sources.join(format!("{part}.cpp"))));
+        compile(machine);
+        compiled.insert(folder.clone());
+    }
+    parts.map(|part| folder.join(format!("{part}.o"))).into()
+}
+
 /// Compiles tests/emulation/PROGRAM.cpp with a copy of the kernels, and runs it.
 fn run<'a>(
     program: &str,
@@ -50,30 +85,14 @@ fn run<'a>(
         fs::write(&path, text.replace(from, to)).unwrap();
     }
     let binary = folder.path().join(program);
-    let compiler = || {
-        let mut compiler = Command::new(std::env::var("CXX").unwrap_or_else(|_| "g++".into()));
-        compiler
-            .args(["-std=c++17", "-O1", "-g", "-Wno-unknown-pragmas", "-ffp-contract=off", "-I"])
-            .arg(&copy);
-        compiler.current_dir(folder.path());
-        compiler
-    };
-    let checked = |mut compiler: Command| {
-        let built = compiler.output().unwrap();
-        assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
-    };
-    // The machine is not watched for races, but says what orders the kernels' threads: races.h.
-    let machine_flags = if flags == THREADS { &["-DDDTAS_EMULATION_RACES"] } else { flags };
-    let parts = ["machine", "instructions", "hopper", "roles", "fiber"];
-    let mut machine = compiler();
-    machine.args(machine_flags).arg("-c").args(parts.map(|part| copy.join(format!("emulation/{part}.cpp"))));
-    checked(machine);
-    let mut program_and_kernels = compiler();
-    program_and_kernels.args(flags).arg("-o").arg(&binary).args(parts.map(|part| format!("{part}.o")));
-    program_and_kernels.arg(root.join(format!("tests/emulation/{program}.cpp")));
+    let mut program_and_kernels = compiler(folder.path());
+    program_and_kernels.arg("-O1").args(flags).arg("-I").arg(&copy).arg("-o").arg(&binary);
+    program_and_kernels.args(machine(flags)).arg(root.join(format!("tests/emulation/{program}.cpp")));
     program_and_kernels.arg("-xc++").args(kernels.iter().map(|file| copy.join(file)));
-    checked(program_and_kernels);
-    Command::new(&binary).arg(SEEDS).env("ASAN_OPTIONS", "detect_leaks=0").output().unwrap()
+    compile(program_and_kernels);
+    let mut program = Command::new(&binary);
+    program.arg(SEEDS).env("ASAN_OPTIONS", "detect_leaks=0").env("TSAN_OPTIONS", "halt_on_error=1");
+    program.output().unwrap()
 }
 
 fn said(output: &Output) -> String {

@@ -7,7 +7,8 @@ use bytemuck::{cast_slice, cast_slice_mut};
 use ndarray::Array2;
 
 use super::layout::{
-    Ends, LossLayout, Remembered, RowCheck, SideRegions, device_settings, pointer, unless_empty,
+    Ends, LossLayout, Remembered, ResidentOutput, RowCheck, SideRegions, device_settings, pointer,
+    unless_empty,
 };
 use super::order::issue_order;
 use super::params::{
@@ -306,7 +307,7 @@ pub(super) fn issue_gradients<D: Device>(
     loss: &Remembered,
     targets: [u64; 2],
 ) -> Result<()> {
-    issue_weigh(launcher, base, loss, pointer(base, loss.layout.scalars), true)?;
+    issue_weigh(launcher, base, loss, loss.scalars_at(base), true)?;
     issue_sums(launcher, base, loss, targets)
 }
 
@@ -329,7 +330,7 @@ pub(super) fn issue_weigh<D: Device>(
     launcher: &mut Launcher<'_, D>,
     base: u64,
     loss: &Remembered,
-    scalars: *mut LossScalars,
+    ResidentOutput { scalars, loss: figure }: ResidentOutput,
     swept: bool,
 ) -> Result<()> {
     let Remembered { layout, .. } = loss;
@@ -340,7 +341,8 @@ pub(super) fn issue_weigh<D: Device>(
         reference_column_sums: pointer::<f32>(base, layout.references.column_sums),
         anchor_square_sums: pointer::<f64>(base, layout.anchors.square_sums),
         reference_square_sums: pointer::<f64>(base, layout.references.square_sums),
-        scalars,
+        scalars: scalars as usize as *mut LossScalars,
+        loss: figure as usize as *mut f32,
         min_pos: pointer(base, layout.min_pos),
         max_neg: pointer(base, layout.max_neg_out),
         count_pos: pointer(base, layout.count_pos),

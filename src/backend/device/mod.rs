@@ -21,6 +21,7 @@ mod workspace;
 pub use backend::{DeviceBackend, Options};
 pub use enqueue::{ResidentIdentity, ResidentNumbers, ResidentPart, ResidentSettings};
 pub use kernel::Kernel;
+pub use layout::ResidentOutput;
 pub use resident::{ResidentBatch, ResidentRows, ResidentType};
 pub use workspace::Region;
 
