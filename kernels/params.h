@@ -109,6 +109,8 @@
 #define LISTS_COLUMNS 256
 /* Keys that a list of retrieval takes beyond those it is cut to, at least: a tile's, or a round's of the merge. */
 #define RETRIEVAL_SLACK THREADS
+/* The same from which on one list after the other is cut. */
+#define RETRIEVAL_SPARE 96
 /* Keys that are merged in shared memory, at most, behind their number; more are merged where the first list is. */
 #define RETRIEVAL_MERGED 8192
 #define RETRIEVAL_MERGE_EXTRA_BYTES 16
@@ -432,7 +434,7 @@ typedef struct RetrievalParams {
     uint32_t reference_count;
     uint32_t stride;
     uint32_t k;
-    uint32_t kept;               /* keys of a list in the end, at most; at least k */
+    uint32_t kept;               /* keys of a list that was cut, as all are in the end, at most; at least k */
     uint32_t capacity;           /* of a list: power of two, at least kept + RETRIEVAL_SLACK */
     uint32_t leave_self_out;
     uint32_t first_tile;         /* of the queries, of this launch */

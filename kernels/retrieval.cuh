@@ -1,9 +1,9 @@
 // retrieval.cuh: the lists of what may be among a query's k most similar references, of any multiplying warp.
 //
 // A list belongs to one warp alone, which has its rows of every tile that it multiplies: bounds and lengths are in registers,
-// nobody else is waited for. A tile is compared with the bounds; only what beats them is appended, and a list that could not
-// take another tile is cut: a threshold that k keys or a few more pass is found by halving, and becomes the bound. So about
-// k ln(N / k) keys are ever appended, and nearly no tile costs more than a subtraction and a shift a pair.
+// nobody else is waited for. A tile is compared with the bounds; only what beats them is appended, and one of the lists that have
+// become long is cut, or all that could not take another tile: a threshold that k keys or a few more pass is found by halving, and
+// becomes the bound. So about k ln(N / k) keys are ever appended, and nearly no tile costs more than a subtraction and a shift a pair.
 // Keys order by similarity, descending, then by index, ascending. They are unique: what the lists hold together has one set of
 // k best, however the references were shared out.
 #ifndef DDTAS_RETRIEVAL_CUH
@@ -34,31 +34,59 @@ DEVICE const unsigned char *searched_rows(const void *rows, uint32_t tile, uint6
     return static_cast<const unsigned char *>(rows) + static_cast<uint64_t>(tile) * TILE * row_bytes;
 }
 
-// A key that at least `least` and at most `most` of a list's are not above. By a warp.
-DEVICE uint64_t threshold_of(const uint64_t *keys, uint32_t count, uint32_t least, uint32_t most) {
-    uint64_t low = kNothing, high = 0;  // the least-th key is not outside of them
-    for (uint32_t i = lane_index(); i < count; i += 32) {
-        low = keys[i] < low ? keys[i] : low;
-        high = keys[i] > high ? keys[i] : high;
+// The keys of a list, each by one lane, and kNothing behind them; four of a lane's are under way at once.
+template <class Use>
+DEVICE void each_key(const uint64_t *keys, uint32_t count, Use use) {
+    constexpr uint32_t at_once = 4;
+#pragma unroll 1
+    for (uint32_t first = lane_index(); first < count + lane_index(); first += 32 * at_once) {
+        uint64_t some[at_once];
+        const uint64_t *from = keys + first;
+#pragma unroll
+        for (uint32_t n = 0; n < at_once; ++n) some[n] = first + 32 * n < count ? from[32 * n] : kNothing;
+        reads_below();
+#pragma unroll
+        for (uint32_t n = 0; n < at_once; ++n) use(some[n]);
     }
-    for (int mask = 16; mask > 0; mask /= 2) {
-        uint64_t lower = shuffle_xor(low, mask), higher = shuffle_xor(high, mask);
-        low = lower < low ? lower : low;
-        high = higher > high ? higher : high;
-    }
+}
+
+// Halves [low, high], which the least-th of a list's keys is in, until at least `least` and at most `most` are not above the
+// middle; false where one number is left, and more are equal to it. Of keys less their last bits. By a warp.
+template <int bits_less, class Part>
+DEVICE bool halve(const uint64_t *keys, uint32_t count, Part low, Part high, uint32_t least, uint32_t most, Part &middle) {
     for (;;) {
-        uint64_t middle = low + (high - low) / 2;
+        middle = low + (high - low) / 2;
         uint32_t within = 0;
-#pragma unroll 8
-        for (uint32_t i = lane_index(); i < count; i += 32) within += keys[i] <= middle;
+        each_key(keys, count, [&](uint64_t key) { within += static_cast<Part>(key >> bits_less) <= middle; });
         within = warp_sum(within);
-        if (within >= least && within <= most) return middle;
+        if (within >= least && within <= most) return true;
+        if (low == high) return false;
         if (within < least) {
             low = middle + 1;
         } else {
             high = middle;
         }
     }
+}
+
+// What at least `least` and at most `most` of a list's keys are not above. Similarities alone tell, unless many are equal.
+DEVICE uint64_t threshold_of(const uint64_t *keys, uint32_t count, uint32_t least, uint32_t most) {
+    uint32_t low = ~0u, high = 0, similarity;
+    each_key(keys, count, [&](uint64_t key) {
+        uint32_t upper = static_cast<uint32_t>(key >> 32);
+        low = upper < low ? upper : low;
+        high = upper > high && key != kNothing ? upper : high;
+    });
+    for (int mask = 16; mask > 0; mask /= 2) {
+        uint32_t lower = shuffle_xor(low, mask), higher = shuffle_xor(high, mask);
+        low = lower < low ? lower : low;
+        high = higher > high ? higher : high;
+    }
+    bool told = halve<32>(keys, count, low, high, least, most, similarity);
+    uint64_t first = static_cast<uint64_t>(similarity) << 32, last = first | ~0u, threshold;
+    if (told) return last;
+    halve<0>(keys, count, first, last, least, most, threshold);
+    return threshold;
 }
 
 // Leaves the keys of a list that are not above a threshold, and says how many. By a warp.
@@ -115,12 +143,17 @@ struct QueryLists {
         for (int r = 0; r < rows; ++r) any |= above[r];
         if (ballot_sync(any != 0) == 0) return;
         append(acc, above, any, first);
-        cut(p.capacity - appended);
+        // One at a time, while the others of the block multiply: at once, they would all wait for it.
+        bool is_full = false;
+#pragma unroll
+        for (int r = 0; r < rows; ++r) is_full |= count[r] > p.capacity - appended;
+        bool full = ballot_sync(is_full) != 0;
+        cut(full ? p.capacity - appended : p.kept + RETRIEVAL_SPARE, full);
     }
 
-    // No list is longer than what is kept.
+    // As the merge wants them.
     DEVICE void finish() {
-        cut(p.kept);
+        cut(p.kept, true);
         if (lane_index() % 4 != 0) return;
 #pragma unroll
         for (int r = 0; r < rows; ++r) p.counts[index_of_list(place.row_of(r))] = count[r];
@@ -220,12 +253,12 @@ struct QueryLists {
         warp_sync();  // the lists are read by other lanes
     }
 
-    // Cuts lists of more keys than `most`, one after the other: quad q's row r is bit 4 q + r.
-    DEVICE void cut(uint32_t most) {
+    // Cuts lists of more keys than `most`, one or all of them: quad q's row r is bit 4 q + r.
+    DEVICE void cut(uint32_t most, bool all) {
         uint32_t long_ones = 0;
 #pragma unroll
         for (int r = 0; r < rows; ++r) long_ones |= (ballot_sync(count[r] > most) & 0x11111111u) << r;
-        for (; long_ones != 0; long_ones &= long_ones - 1) {
+        for (; long_ones != 0; long_ones = all ? long_ones & (long_ones - 1) : 0) {
             int bit = lowest_bit(long_ones), row = bit % 4;
             uint32_t own_count = count[0], own_row = place.row_of(0);
 #pragma unroll

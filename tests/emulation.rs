@@ -462,7 +462,8 @@ fn faults_in_the_lists_of_retrieval_are_caught() {
     ];
     for (file, from, to) in faults {
         let kernels = ["retrieval.cu", "retrieval_hopper.cu"];
-        let output = run("retrieval", &kernels, Some(&Fault { file, from, to }), &[]);
+        let kernels = if file == "retrieval.cu" { &kernels[..1] } else { &kernels };
+        let output = run("retrieval", kernels, Some(&Fault { file, from, to }), &[]);
         assert!(!output.status.success(), "the fault went unnoticed: {from}");
         let said = said(&output);
         assert!(said.contains("want") || said.contains("divergent barrier"), "{from}: {said}");
