@@ -3,7 +3,7 @@
 //
 // retrieval: a block takes a query tile past its share of the references' tiles. Its warps, 4 x 2, have 32 rows and 64 columns
 // of each tile, and a list for each row (retrieval.cuh).
-// retrieval_merge: a block takes the k best of all lists of a query, and sorts them.
+// retrieval_merge: a block puts all lists of a query together, cut like each of them, and sorts what is left.
 
 #include "retrieval.cuh"
 
@@ -45,38 +45,43 @@ DEVICE void sort_keys(uint64_t *keys, uint32_t count) {
     }
 }
 
+struct MergeShared {
+    uint64_t bound;  // keys above it are not among the k best
+    uint32_t taken;
+};
+static_assert(sizeof(MergeShared) == RETRIEVAL_MERGE_EXTRA_BYTES, "the launch plan's shared memory");
+
 KERNEL(retrieval_merge, RetrievalParams, 4) {
     SHARED_MEMORY(bytes);
-    uint32_t &taken = *reinterpret_cast<uint32_t *>(bytes);
+    auto &shared = *reinterpret_cast<MergeShared *>(bytes);
     uint64_t *lists = p.keys + static_cast<uint64_t>(block_x()) * p.lists * p.capacity;
     const uint32_t *counts = p.counts + static_cast<uint64_t>(block_x()) * p.lists;
     // Too many for shared memory are added to the first list.
     bool in_shared = p.capacity <= RETRIEVAL_MERGED;
     uint64_t *keys = in_shared ? reinterpret_cast<uint64_t *>(bytes + RETRIEVAL_MERGE_EXTRA_BYTES) : lists;
-    if (thread_index() == 0) taken = in_shared ? 0 : counts[0];
+    if (thread_index() == 0) shared = MergeShared{kNothing - 1, in_shared ? 0 : counts[0]};
     // A list has `kept` keys at most.
     auto load = [&](uint32_t place) {
         uint32_t list = place / p.kept, i = place % p.kept;
         return list < p.lists && i < counts[list] ? lists[static_cast<uint64_t>(list) * p.capacity + i] : kNothing;
     };
     uint32_t first = in_shared ? 0 : p.kept, end = p.lists * p.kept;
-    uint64_t worst = kNothing, key = load(first + thread_index());
+    uint64_t key = load(first + thread_index());
     for (; first < end; first += THREADS) {
         block_sync();  // the keys are there, and their number
-        uint32_t count = taken;
-        if (count + THREADS > p.capacity) {
-            sort_keys(keys, count);
-            count = count < p.k ? count : p.k;
-            worst = keys[count - 1];
-            if (thread_index() == 0) taken = count;
+        if (warp_index() == 0 && shared.taken + THREADS > p.capacity) {
+            uint32_t count = shared.taken;
+            uint64_t bound = threshold_of(keys, count, p.k, p.kept);
+            count = keep_within(keys, count, bound);
+            if (lane_index() == 0) shared = MergeShared{bound, count};
         }
-        block_sync();  // everybody has seen them
+        block_sync();  // there is room for more
         uint64_t next = load(first + THREADS + thread_index());
-        if (key < worst) keys[atomic_next(&taken)] = key;
+        if (key <= shared.bound) keys[atomic_next(&shared.taken)] = key;
         key = next;
     }
     block_sync();  // all keys are there
-    uint32_t count = taken;
+    uint32_t count = shared.taken;
     sort_keys(keys, count);
     uint64_t to = (static_cast<uint64_t>(p.first_tile) * TILE + block_x()) * p.k;
     for (uint32_t i = thread_index(); i < p.k; i += THREADS) {
