@@ -52,10 +52,22 @@ impl<'a, D: Device> Launcher<'a, D> {
         of_references: bool,
         params: &P,
     ) -> Result<()> {
-        let multiprocessors = self.device.multiprocessors();
-        let splits = self.shape.splits(of_references, multiprocessors);
+        let splits = self.shape.splits(of_references, self.device.multiprocessors());
+        self.launch_split(kernel, of_references, splits, 0, params)
+    }
+
+    /// The same with splits of the caller's, and more shared memory.
+    pub(super) fn launch_split<P: Params>(
+        &mut self,
+        kernel: Kernel,
+        of_references: bool,
+        splits: usize,
+        more_bytes: u32,
+        params: &P,
+    ) -> Result<()> {
         let kernel = self.shape.variant(kernel, self.device.has_warpgroup_products());
-        let plan = self.shape.plan(kernel, of_references, splits, multiprocessors);
+        let mut plan = self.shape.plan(kernel, of_references, splits, self.device.multiprocessors());
+        plan.shared_bytes += more_bytes;
         // SAFETY: `params` is built in this folder from regions of a layout for this very shape, laid over
         // a buffer that lives in the backend; tests/emulated.rs runs every kernel with the gaps watched.
         unsafe { self.device.launch(kernel, plan, params) }

@@ -14,6 +14,7 @@ pub mod params;
 mod plan;
 mod resident;
 mod retrieval;
+mod search_plan;
 mod steps;
 mod threshold;
 mod workspace;
