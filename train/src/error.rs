@@ -37,6 +37,9 @@ pub enum Error {
         /// What it said.
         reason: String,
     },
+    /// Nothing comes from other ranks any more, and none has said why: every rank that sees it says so itself.
+    #[error("{0}")]
+    Lost(String),
     /// Training went wrong in a way that more steps will not mend.
     #[error("{0}")]
     Training(String),
