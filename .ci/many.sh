@@ -124,7 +124,7 @@ trainer() {
 nccl() {
     [[ -n $train ]] || build
     mkdir "$place/libraries" "$place/driver"
-    g++ -std=c++17 -O1 -Wall -Wextra -shared -fPIC -pthread -o "$place/libraries/libcuda.so" train/tests/nccl/stand_in.cpp
+    g++ -std=c++17 -O1 -Wall -Wextra -shared -fPIC -pthread -o "$place/libraries/libcuda.so" train/tests/nccl/{driver,nccl}.cpp
     ln -s libcuda.so "$place/libraries/libnccl.so"
     ln -s ../libraries/libcuda.so "$place/driver/libcuda.so"
     export LD_LIBRARY_PATH=$place/libraries
@@ -140,13 +140,12 @@ nccl() {
     echo "a killed rank ends the others, and the run goes on with fewer, past what is left of ranks that did not meet"
     over_nccl 3 "${settings[@]}" "${long[@]}" --output "$place/nccl-killed"
     under_way nccl-killed
-    kill -9 "${processes[1]}"
-    each_says "rank 1 has ended without a word" 0 2
+    killed "${processes[1]}"
+    each_says "ended without a word: rank 1 (process" 0 2
     grep -q "then: ddtas-train --resume $place/nccl-killed" "$place/log.0" || said
     over_nccl 2 --resume "$place/nccl-killed"
     until [[ -e $place/id.1 ]]; do sleep 0.02; done
-    kill -9 "${processes[@]}"
-    wait "${processes[@]}" || true
+    killed "${processes[@]}"
     over_nccl 2 --resume "$place/nccl-killed"
     all_succeed
     tail -n 2 "$place/nccl-killed/metrics.jsonl" | grep -q "\"step\":$((steps - 1)),"
@@ -155,16 +154,15 @@ nccl() {
     echo "rank 0 is killed, and NCCL notices"
     FAKE_DEAD=error over_nccl 2 "${settings[@]}" "${long[@]}" --output "$place/nccl-first"
     under_way nccl-first
-    kill -9 "${processes[0]}"
-    each_says "rank 0 has ended without a word" 1
+    killed "${processes[0]}"
+    each_says "ended without a word: rank 0 (process" 1
 
     echo "a rank that hangs or does not come is given up after a time"
     over_nccl 2 "${settings[@]}" "${long[@]}" --output "$place/nccl-hangs" --rank-timeout 2
     under_way nccl-hangs
     kill -STOP "${processes[1]}"
     each_says "nothing has come from the other ranks for 2 s" 0
-    kill -9 "${processes[1]}"
-    wait "${processes[1]}" || true
+    killed "${processes[1]}"
     refused "rank 1 did not come" RANK=0 WORLD_SIZE=2 --rank-timeout 1
     refused "rank 0 did not come" RANK=1 WORLD_SIZE=2 --rank-timeout 1
 
@@ -179,6 +177,7 @@ nccl() {
     echo "what is missing is said in one line"
     refused "no NVIDIA driver" RANK=0 WORLD_SIZE=1 LD_LIBRARY_PATH=
     refused "ln -s libnccl.so.2 libnccl.so" RANK=0 WORLD_SIZE=1 "LD_LIBRARY_PATH=$place/driver"
+    refused "libnccl.so is version 2806" RANK=0 WORLD_SIZE=1 FAKE_VERSION=2806
     refused "rank 0 needs GPU 1 of .*, where it sees 1: NCCL takes a GPU for each rank" RANK=0 WORLD_SIZE=1 LOCAL_RANK=1 FAKE_GPUS=1
     refused "RANK is not set" WORLD_SIZE=2
     refused "RANK=2 is out of range" RANK=2 WORLD_SIZE=2
@@ -201,6 +200,12 @@ over_nccl() {
         env "${variables[@]}" "$train" --ranks nccl --rendezvous "$place/id" --device cpu "${@:2}" "${apart[@]}" &>"$place/log.$rank" &
         processes+=($!)
     done
+}
+
+# Kills processes, and keeps the shell from saying so.
+killed() {
+    kill -9 "$@"
+    wait "$@" 2>/dev/null || true
 }
 
 all_succeed() {

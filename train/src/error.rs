@@ -37,7 +37,7 @@ pub enum Error {
         /// What it said.
         reason: String,
     },
-    /// Nothing comes from other ranks any more, and none has said why: every rank that sees it says so itself.
+    /// Messages between ranks have come to an end, and no rank can say why for another: each says it itself.
     #[error("{0}")]
     Lost(String),
     /// Training went wrong in a way that more steps will not mend.

@@ -3,27 +3,25 @@
 //! NCCL says nothing of a rank that has died, or only seconds later, and waits for ever. So the communicator is one that never blocks, and every wait ends by
 //! an error of NCCL's, by a process that is seen to have ended, or by a time limit.
 
-use std::ffi::{CStr, c_char, c_void};
+use std::ffi::{CStr, c_char};
 use std::mem::ManuallyDrop;
 use std::ops::Range;
-use std::sync::{Arc, mpsc};
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DriverError};
 use cudarc::nccl::sys::{self, ncclDataType_t::ncclUint8, ncclResult_t};
 
 use super::rendezvous::{Meeting, Member};
+use super::staging::{Ends, Staging, gpus};
 use crate::{Error, Result};
 
 /// A small message takes less, and a sleep more.
 const AWAKE: Duration = Duration::from_millis(1);
-/// Time between two looks at the other processes: one that is seen to have ended twice has sent nothing that is still to come.
+/// Time between two looks at the other processes; what one that has ended has sent before has come by the next.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// How long the end of a communicator may take.
 const END: Duration = Duration::from_secs(10);
-/// Bytes of each buffer at first.
-const SMALL: usize = 1 << 16;
 
 /// `ncclConfig_t` as NCCL 2.14 had it, the first that need not block; later ones take it and choose what is not in it.
 #[repr(C)]
@@ -42,28 +40,12 @@ pub(super) struct Communicator {
     rank: usize,
     members: Vec<Member>,
     limit: Duration,
-    gpu: ManuallyDrop<Gpu>,
+    staging: ManuallyDrop<Staging>,
     /// Not whole yet, or not any more.
     broken: bool,
 }
 
-/// Where messages are on their way from and to the host.
-struct Gpu {
-    stream: Arc<CudaStream>,
-    done: CudaEvent,
-    outgoing: CudaSlice<u8>,
-    incoming: CudaSlice<u8>,
-}
-
-/// What a call of NCCL's needs beside its numbers.
-struct Ends {
-    from: *const c_void,
-    to: *mut c_void,
-    communicator: sys::ncclComm_t,
-    stream: sys::cudaStream_t,
-}
-
-/// Whether driver and NCCL are here: cudarc panics where it does not find them.
+/// Whether driver and NCCL are here: cudarc panics where it does not find them, or what it looks for in them.
 ///
 /// # Errors
 /// [`ddtas::Error::Unavailable`].
@@ -72,15 +54,24 @@ pub(super) fn check_libraries() -> Result<()> {
     let (driver, nccl) =
         unsafe { (cudarc::driver::sys::is_culib_present(), cudarc::nccl::sys::is_culib_present()) };
     let missing = match (driver, nccl) {
-        (true, true) => return Ok(()),
+        (true, true) => {
+            let mut version = 0;
+            // SAFETY: the call writes the number, which outlives it.
+            accepted(unsafe { sys::ncclGetVersion(&raw mut version) }, std::ptr::null_mut())?;
+            if version >= CONFIG.version as i32 {
+                return Ok(());
+            }
+            format!("NCCL is older than 2.14, which --ranks nccl needs: libnccl.so is version {version}")
+        }
         (false, _) => {
-            "no NVIDIA driver on this machine (libcuda was not found), and --ranks nccl speaks over GPUs"
+            "no NVIDIA driver on this machine (libcuda was not found), and --ranks nccl speaks over GPUs".into()
         }
-        (true, false) => {
-            "libnccl.so was not found: install NCCL (libnccl2 of NVIDIA's packages for Debian and Ubuntu, nvidia-nccl-cu13 of PyPI), and where that has libnccl.so.2 alone: ln -s libnccl.so.2 libnccl.so in its folder, and that folder in LD_LIBRARY_PATH"
-        }
+        (true, false) => "libnccl.so was not found: install NCCL (libnccl2 of NVIDIA's packages for Debian and Ubuntu, \
+                          nvidia-nccl-cu13 of PyPI), and where that has libnccl.so.2 alone: ln -s libnccl.so.2 libnccl.so \
+                          in its folder, and that folder in LD_LIBRARY_PATH"
+            .into(),
     };
-    Err(ddtas::Error::Unavailable(missing.into()).into())
+    Err(ddtas::Error::Unavailable(missing).into())
 }
 
 /// What rank 0 makes, and all need to join the same communicator.
@@ -100,7 +91,7 @@ impl Communicator {
     /// # Errors
     /// [`ddtas::Error::Unavailable`] without that GPU; [`Error::Lost`] if NCCL refuses, or a rank does not come within `limit`.
     pub fn join(meeting: Meeting, rank: usize, ordinal: usize, limit: Duration) -> Result<Self> {
-        let count = usize::try_from(CudaContext::device_count().map_err(refused)?).unwrap_or(0);
+        let count = gpus()?;
         if ordinal >= count {
             return Err(ddtas::Error::Unavailable(format!(
                 "rank {rank} needs GPU {ordinal} of {}, where it sees {count}: NCCL takes a GPU for each rank; start fewer there, or set LOCAL_RANK=0 where each process sees one of its own alone",
@@ -108,21 +99,21 @@ impl Communicator {
             ))
             .into());
         }
-        let gpu = ManuallyDrop::new(Gpu::open(ordinal).map_err(refused)?);
         let mut id = sys::ncclUniqueId { internal: [0; 128] };
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut id.internal);
         if meeting.id.len() != bytes.len() {
             return Err(Error::Lost("rank 0 has written an id of another length than NCCL's".into()));
         }
         bytes.copy_from_slice(&meeting.id);
+        let staging = ManuallyDrop::new(Staging::on(ordinal)?);
         let (size, members) = (meeting.members.len() as i32, meeting.members);
-        let mut joined = Self { raw: std::ptr::null_mut(), rank, members, limit, gpu, broken: true };
+        let mut joined = Self { raw: std::ptr::null_mut(), rank, members, limit, staging, broken: true };
         let mut config = CONFIG;
         let config = (&raw mut config).cast();
         // SAFETY: what it points to outlives the call, the struct has the size that it says, and the GPU's context is current.
         let begun =
             unsafe { sys::ncclCommInitRankConfig(&raw mut joined.raw, size, id, rank as i32, config) };
-        accepted(begun, joined.raw)?;
+        joined.accepted(begun)?;
         joined.settle()?;
         joined.broken = false;
         Ok(joined)
@@ -133,11 +124,9 @@ impl Communicator {
     /// # Errors
     /// [`Error::Lost`].
     pub fn gather(&mut self, own: &[u8]) -> Result<Vec<u8>> {
-        self.carry(own, own.len() * self.members.len(), |ends| {
+        self.carry(own, own.len() * self.members.len(), |ends, comm| {
             // SAFETY: the buffers hold as many bytes as are sent and received.
-            unsafe {
-                sys::ncclAllGather(ends.from, ends.to, own.len(), ncclUint8, ends.communicator, ends.stream)
-            }
+            unsafe { sys::ncclAllGather(ends.from, ends.to, own.len(), ncclUint8, comm, ends.stream) }
         })
     }
 
@@ -147,10 +136,10 @@ impl Communicator {
     /// [`Error::Lost`].
     pub fn broadcast(&mut self, root: usize, own: &[u8], length: usize) -> Result<Vec<u8>> {
         let own = if self.rank == root { own } else { &[] };
-        self.carry(own, length, |ends| {
+        self.carry(own, length, |ends, comm| {
             // SAFETY: the root's buffer holds the message, and that of each has room for it.
             unsafe {
-                let (comm, stream) = (ends.communicator, ends.stream);
+                let stream = ends.stream;
                 sys::ncclBroadcast(ends.from, ends.to, length, ncclUint8, root as i32, comm, stream)
             }
         })
@@ -162,17 +151,17 @@ impl Communicator {
     /// [`Error::Lost`].
     pub fn exchange(&mut self, own: &[u8], parts: &[Range<usize>]) -> Result<Vec<u8>> {
         let length = parts[self.rank].len();
-        self.carry(own, length * parts.len(), |ends| {
-            let Ends { from, to, communicator, stream } = *ends;
+        self.carry(own, length * parts.len(), |ends, comm| {
+            let Ends { from, to, stream } = *ends;
             let mut answers = Vec::with_capacity(2 * parts.len() + 2);
             // SAFETY: every part is within the bytes that are sent, and the room for what is received has all parts of this length.
             unsafe {
                 answers.push(sys::ncclGroupStart());
                 for (rank, part) in parts.iter().enumerate() {
                     let (peer, from) = (rank as i32, from.byte_add(part.start));
-                    answers.push(sys::ncclSend(from, part.len(), ncclUint8, peer, communicator, stream));
+                    answers.push(sys::ncclSend(from, part.len(), ncclUint8, peer, comm, stream));
                     let to = to.byte_add(rank * length);
-                    answers.push(sys::ncclRecv(to, length, ncclUint8, peer, communicator, stream));
+                    answers.push(sys::ncclRecv(to, length, ncclUint8, peer, comm, stream));
                 }
                 answers.push(sys::ncclGroupEnd());
             }
@@ -185,35 +174,38 @@ impl Communicator {
         &mut self,
         own: &[u8],
         count: usize,
-        call: impl FnOnce(&Ends) -> ncclResult_t,
+        call: impl FnOnce(&Ends, sys::ncclComm_t) -> ncclResult_t,
     ) -> Result<Vec<u8>> {
         if self.broken {
             return Err(Error::Lost("NCCL was given up before".into()));
         }
-        self.broken = true;
-        let gpu = &mut *self.gpu;
-        let ends = gpu.take(own, count, self.raw).map_err(refused)?;
-        accepted(call(&ends), self.raw)?;
+        let carried = self.staging.take(own, count).and_then(|ends| {
+            self.carried(call(&ends, self.raw))?;
+            self.staging.give(count)
+        });
+        self.broken = carried.is_err();
+        carried
+    }
+
+    /// Waits until what NCCL was asked for, with this answer, is done.
+    fn carried(&self, asked: ncclResult_t) -> Result<()> {
+        self.accepted(asked)?;
         // What is not issued yet has no place in the stream, so that the event would be one of before.
         self.settle()?;
-        self.gpu.done.record(&self.gpu.stream).map_err(refused)?;
-        self.wait(|gpu| gpu.done.try_is_complete().map_err(refused))?;
-        let received = self.gpu.give(count).map_err(refused)?;
-        self.broken = false;
-        Ok(received)
+        self.staging.mark()?;
+        self.wait(|| self.staging.is_done())
     }
 
     /// Waits until NCCL has issued what it was asked for.
     fn settle(&self) -> Result<()> {
-        self.wait(|_| Ok(state(self.raw) != ncclResult_t::ncclInProgress))?;
-        accepted(state(self.raw), self.raw)
+        self.wait(|| Ok(state(self.raw) == ncclResult_t::ncclSuccess))
     }
 
-    fn wait(&self, mut over: impl FnMut(&Gpu) -> Result<bool>) -> Result<()> {
+    fn wait(&self, over: impl Fn() -> Result<bool>) -> Result<()> {
         let begun = Instant::now();
-        let (mut looked, mut ended) = (begun, None);
-        while !over(&self.gpu)? {
-            accepted(state(self.raw), self.raw).map_err(|error| self.named(error))?;
+        let (mut looked, mut ended) = (begun, Vec::new());
+        while !over()? {
+            self.accepted(state(self.raw))?;
             if begun.elapsed() < AWAKE {
                 thread::yield_now();
                 continue;
@@ -221,11 +213,11 @@ impl Communicator {
             thread::sleep(AWAKE / 5);
             if looked.elapsed() > LOOK_EVERY {
                 looked = Instant::now();
-                let now = self.ended();
-                if let Some(rank) = now.filter(|_| now == ended) {
-                    return Err(self.gone(rank));
+                // By then others may have ended for the same reason.
+                if !ended.is_empty() {
+                    return Err(self.gone(&ended));
                 }
-                ended = now;
+                ended = self.ended();
             }
             if begun.elapsed() > self.limit {
                 return Err(Error::Lost(format!(
@@ -237,25 +229,40 @@ impl Communicator {
         Ok(())
     }
 
-    /// The first rank whose process has ended.
-    fn ended(&self) -> Option<usize> {
-        self.members.iter().position(|member| member.has_ended(&self.members[self.rank]))
+    /// The ranks whose processes have ended.
+    fn ended(&self) -> Vec<usize> {
+        let ended = |rank: &usize| self.members[*rank].has_ended(&self.members[self.rank]);
+        (0..self.members.len()).filter(ended).collect()
     }
 
-    fn gone(&self, rank: usize) -> Error {
-        let Member { process, host, .. } = &self.members[rank];
-        Error::Lost(format!("rank {rank} has ended without a word: process {process} of {host}"))
+    fn gone(&self, ranks: &[usize]) -> Error {
+        let name = |&rank: &usize| {
+            let Member { process, host, .. } = &self.members[rank];
+            format!("rank {rank} (process {process} of {host})")
+        };
+        let names: Vec<String> = ranks.iter().map(name).collect();
+        Error::Lost(format!("ended without a word: {}", names.join(", ")))
     }
 
-    /// NCCL's `error`, or the rank behind it, which may take a moment to be seen.
+    /// [`Error::Lost`] unless the answer is good, of the ranks behind it if any have ended, which may take a moment to be seen.
+    fn accepted(&self, answer: ncclResult_t) -> Result<()> {
+        accepted(answer, self.raw).map_err(|error| match answer {
+            ncclResult_t::ncclInvalidUsage | ncclResult_t::ncclInvalidArgument => error,
+            _ => self.named(error),
+        })
+    }
+
     fn named(&self, error: Error) -> Error {
         let begun = Instant::now();
         loop {
-            match self.ended() {
-                Some(rank) => return self.gone(rank),
-                None if begun.elapsed() > LOOK_EVERY => return error,
-                None => thread::sleep(LOOK_EVERY / 10),
+            let ended = self.ended();
+            if !ended.is_empty() {
+                return self.gone(&ended);
             }
+            if begun.elapsed() > LOOK_EVERY {
+                return error;
+            }
+            thread::sleep(LOOK_EVERY / 10);
         }
     }
 
@@ -275,7 +282,7 @@ impl Drop for Communicator {
         let whole = !self.broken && !thread::panicking();
         if (whole && self.close()) || abort(self.raw) {
             // SAFETY: dropped only here. Where NCCL is stuck, freeing what it uses would be stuck as well.
-            unsafe { ManuallyDrop::drop(&mut self.gpu) };
+            unsafe { ManuallyDrop::drop(&mut self.staging) };
         }
     }
 }
@@ -290,47 +297,6 @@ fn abort(communicator: sys::ncclComm_t) -> bool {
         done.send(())
     });
     over.recv_timeout(END).is_ok()
-}
-
-impl Gpu {
-    fn open(ordinal: usize) -> Result<Self, DriverError> {
-        let context = CudaContext::new(ordinal)?;
-        // SAFETY: there is one stream, which orders everything.
-        unsafe { context.disable_event_tracking() };
-        let stream = context.new_stream()?;
-        let done = context.new_event(None)?;
-        // SAFETY: written before it is read.
-        let (outgoing, incoming) = unsafe { (stream.alloc(SMALL)?, stream.alloc(SMALL)?) };
-        Ok(Self { stream, done, outgoing, incoming })
-    }
-
-    /// Copies `own` here, and makes room for `count` bytes.
-    fn take(&mut self, own: &[u8], count: usize, communicator: sys::ncclComm_t) -> Result<Ends, DriverError> {
-        self.stream.context().bind_to_thread()?;
-        for (buffer, length) in [(&mut self.outgoing, own.len()), (&mut self.incoming, count)] {
-            if buffer.len() < length {
-                // SAFETY: written before it is read.
-                *buffer = unsafe { self.stream.alloc(length.next_power_of_two())? };
-            }
-        }
-        if !own.is_empty() {
-            self.stream.memcpy_htod(own, &mut self.outgoing)?;
-        }
-        let (from, _) = self.outgoing.device_ptr(&self.stream);
-        let (to, _) = self.incoming.device_ptr_mut(&self.stream);
-        let address = |pointer: u64| std::ptr::with_exposed_provenance_mut(pointer as usize);
-        let stream = self.stream.cu_stream().cast();
-        Ok(Ends { from: address(from), to: address(to), communicator, stream })
-    }
-
-    fn give(&self, count: usize) -> Result<Vec<u8>, DriverError> {
-        let mut received = vec![0u8; count];
-        if count > 0 {
-            self.stream.memcpy_dtoh(&self.incoming.slice(..count), &mut received)?;
-            self.stream.synchronize()?;
-        }
-        Ok(received)
-    }
 }
 
 /// What NCCL says of a communicator now.
@@ -362,9 +328,4 @@ fn accepted(answer: ncclResult_t, communicator: sys::ncclComm_t) -> Result<()> {
         _ => "; NCCL_DEBUG=WARN says more",
     };
     Err(Error::Lost(format!("NCCL: {}{hint}", words.join(": "))))
-}
-
-/// The driver's error.
-fn refused(error: DriverError) -> Error {
-    ddtas::Error::Unavailable(format!("the GPU for messages between ranks cannot be used: {error}")).into()
 }

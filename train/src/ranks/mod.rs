@@ -9,6 +9,7 @@
 //! | `launcher.rs` | the number it gave each of them |
 //! | `rendezvous.rs` | how they find each other |
 //! | `communicator.rs` | NCCL itself, and what to do when it falls silent |
+//! | `staging.rs` | messages in the memory of a GPU |
 //!
 //! Every rank makes the same calls in the same order. A rank that fails says so instead of its next message
 //! ([`together`]), so that the others end as well, with its reason.
@@ -24,6 +25,8 @@ mod nccl;
 mod one;
 #[cfg(any(feature = "nccl", test))]
 mod rendezvous;
+#[cfg(feature = "nccl")]
+mod staging;
 mod threads;
 
 use std::ops::Range;

@@ -1,10 +1,4 @@
-// Stand-ins for the NVIDIA driver and for NCCL, for .ci/many.sh: g++ makes one library of both, found as libcuda.so and libnccl.so. GPUs are memory of the host,
-// ranks are processes of one machine that speak over sockets. They hold `ddtas-train --ranks nccl` to the rules of the real ones that it has to keep: buffers in
-// GPU memory, one GPU a rank, a communicator that does not block, no call while another is being issued, no event before it is. They show nothing of the speed
-// of NCCL, of its ways through GPUs and networks, or of what real GPUs refuse.
-//
-// FAKE_GPUS: how many there are. FAKE_DEAD=error: NCCL notices a rank that has gone, as over a network, instead of waiting for ever.
-// FAKE_ABORT=hang: a communicator that cannot be ended.
+// NCCL over sockets.
 #include <fcntl.h>
 #include <poll.h>
 #include <sys/socket.h>
@@ -13,129 +7,25 @@
 
 #include <atomic>
 #include <cerrno>
-#include <condition_variable>
-#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <ctime>
 #include <deque>
 #include <map>
-#include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
 
-// ---- the driver: memory is the host's, copies are done at once, streams know how far NCCL is
-
-enum { CUDA_OK = 0, INVALID_VALUE = 1, INVALID_DEVICE = 101, INVALID_CONTEXT = 201, NOT_READY = 600, GPUS = 8 };
+#include "stand_in.h"
 
 namespace {
-struct Context {
-    int device;
-};
-Context contexts[GPUS] = {{0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}};
-thread_local Context *current;
+enum Answer { OK = 0, CUDA_ERROR = 1, INVALID_ARGUMENT = 4, INVALID_USAGE = 5, REMOTE = 6, IN_PROGRESS = 7 };
 
-std::mutex guard;
-std::condition_variable changed;
-std::map<uintptr_t, size_t> allocated;
-// Calls of NCCL that have returned and are not in their stream yet.
-int being_issued;
-
-struct Stream {
-    long issued = 0, done = 0;
-};
-struct Event {
-    Stream *stream = nullptr;
-    long after = 0;
-};
-
-int here() { return current ? CUDA_OK : INVALID_CONTEXT; }
 bool is(const char *variable, const char *value) {
     const char *set = getenv(variable);
     return set && !strcmp(set, value);
 }
-bool on_gpu(const void *at, size_t bytes) {
-    std::lock_guard<std::mutex> lock(guard);
-    auto next = allocated.upper_bound((uintptr_t)at);
-    if (next == allocated.begin())
-        return false;
-    --next;
-    return (uintptr_t)at + bytes <= next->first + next->second;
-}
-int wait_for(Stream *stream) {
-    std::unique_lock<std::mutex> lock(guard);
-    changed.wait(lock, [&] { return stream->done == stream->issued; });
-    return here();
-}
-} // namespace
-
-extern "C" {
-int cuInit(unsigned) { return CUDA_OK; }
-int cuGetErrorName(int, const char **name) { return *name = "FAKE_ERROR", CUDA_OK; }
-int cuGetErrorString(int, const char **text) { return *text = "refused by the stand-in", CUDA_OK; }
-int cuDeviceGetCount(int *count) {
-    const char *gpus = getenv("FAKE_GPUS");
-    return *count = gpus ? atoi(gpus) : GPUS, CUDA_OK;
-}
-int cuDeviceGet(int *device, int ordinal) {
-    return *device = ordinal, ordinal < GPUS ? CUDA_OK : INVALID_DEVICE;
-}
-// No memory pools.
-int cuDeviceGetAttribute(int *value, int, int) { return *value = 0, CUDA_OK; }
-int cuDevicePrimaryCtxRetain(void **context, int device) { return *context = &contexts[device], CUDA_OK; }
-int cuDevicePrimaryCtxRelease_v2(int) { return CUDA_OK; }
-int cuCtxGetCurrent(void **context) { return *context = current, CUDA_OK; }
-int cuCtxSetCurrent(void *context) { return current = (Context *)context, CUDA_OK; }
-int cuCtxSynchronize() { return here(); }
-int cuStreamCreate(void **stream, unsigned) { return *stream = new Stream, here(); }
-int cuStreamSynchronize(void *stream) { return wait_for((Stream *)stream); }
-int cuStreamDestroy_v2(void *) { return here(); }
-int cuEventCreate(void **event, unsigned) { return *event = new Event, here(); }
-int cuEventDestroy_v2(void *) { return here(); }
-int cuEventRecord(void *event, void *stream) {
-    std::lock_guard<std::mutex> lock(guard);
-    if (being_issued)
-        return INVALID_VALUE;
-    *(Event *)event = {(Stream *)stream, ((Stream *)stream)->issued};
-    return here();
-}
-int cuEventQuery(void *event) {
-    std::lock_guard<std::mutex> lock(guard);
-    auto [stream, after] = *(Event *)event;
-    return !stream || stream->done >= after ? CUDA_OK : NOT_READY;
-}
-int cuMemAlloc_v2(uintptr_t *address, size_t bytes) {
-    void *memory = malloc(bytes);
-    memset(memory, 0xff, bytes);
-    std::lock_guard<std::mutex> lock(guard);
-    allocated[*address = (uintptr_t)memory] = bytes;
-    return here();
-}
-int cuMemFree_v2(uintptr_t address) {
-    std::lock_guard<std::mutex> lock(guard);
-    if (!allocated.erase(address))
-        return INVALID_VALUE;
-    free((void *)address);
-    return here();
-}
-int cuMemcpyHtoDAsync_v2(uintptr_t to, const void *from, size_t bytes, void *stream) {
-    if (int bad = wait_for((Stream *)stream))
-        return bad;
-    return on_gpu((void *)to, bytes) ? memcpy((void *)to, from, bytes), CUDA_OK : INVALID_VALUE;
-}
-int cuMemcpyDtoHAsync_v2(void *to, uintptr_t from, size_t bytes, void *stream) {
-    if (int bad = wait_for((Stream *)stream))
-        return bad;
-    return on_gpu((void *)from, bytes) ? memcpy(to, (void *)from, bytes), CUDA_OK : INVALID_VALUE;
-}
-}
-
-// ---- NCCL
-
-namespace {
-enum Answer { OK = 0, CUDA_ERROR = 1, INVALID_ARGUMENT = 4, INVALID_USAGE = 5, REMOTE = 6, IN_PROGRESS = 7 };
 
 struct Id {
     char text[128];
@@ -344,6 +234,10 @@ int issue(Communicator *communicator, Work work) {
 } // namespace
 
 extern "C" {
+int ncclGetVersion(int *version) {
+    const char *set = getenv("FAKE_VERSION");
+    return *version = set ? atoi(set) : 23004, OK;
+}
 int ncclGetUniqueId(Id *id) {
     timespec now;
     clock_gettime(CLOCK_REALTIME, &now);
