@@ -23,7 +23,7 @@ mod mpi;
 #[cfg(feature = "nccl")]
 mod nccl;
 mod one;
-#[cfg(any(feature = "nccl", test))]
+#[cfg(any(feature = "nccl", all(test, target_os = "linux")))]
 mod rendezvous;
 #[cfg(feature = "nccl")]
 mod staging;
