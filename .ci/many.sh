@@ -306,7 +306,8 @@ ended() {
 place=$(mktemp -d)
 mpirun= train=
 processes=() last=()
-trap 'kill $mpirun "${processes[@]}" 2>/dev/null || true; rm -rf "$place"' EXIT
+# Ranks take a SIGTERM as a wish to save first.
+trap 'kill $mpirun 2>/dev/null || true; kill -9 "${processes[@]}" 2>/dev/null || true; rm -rf "$place"' EXIT
 parts=("$@")
 [[ $# -gt 0 ]] || parts=(python trainer nccl)
 for part in "${parts[@]}"; do "$part"; done
