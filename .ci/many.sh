@@ -2,7 +2,7 @@
 # Many processes that train together.
 #
 #     .ci/many.sh              everything
-#     .ci/many.sh NAME...      parts of it: python (ddtas.torch over gloo, by torchrun), trainer (ddtas-train by mpirun)
+#     .ci/many.sh NAME...      parts of it: python (ddtas.torch over gloo, by torchrun), trainer (ddtas-train by mpirun), nccl (ddtas-train over stand-ins for NCCL)
 #
 # Needs Rust, g++ and Python 3.11; installs Open MPI where it is missing, libclang and Python packages into target/.
 set -euo pipefail
@@ -54,9 +54,9 @@ python() {
     wait "$mpirun" || true
 }
 
-# ddtas-train by Open MPI: two and three processes, the same bytes as threads; killed, stopped, resumed with other ranks, bad data.
-# The threads against one process: train/tests/ranks.rs.
-trainer() {
+# ddtas-train with both kinds of processes, and what it trains on.
+build() {
+    # Open MPI is linked to.
     if ! command -v mpirun >/dev/null || ! command -v mpicc >/dev/null; then
         local as_root=()
         [[ $(id -u) == 0 ]] || as_root=(sudo)
@@ -69,8 +69,8 @@ trainer() {
     BINDGEN_EXTRA_CLANG_ARGS="-I$(gcc -print-file-name=include)"
     export LIBCLANG_PATH BINDGEN_EXTRA_CLANG_ARGS
     # As a test, so that only this package is built once more.
-    cargo test --release --quiet --no-run --features ddtas-train/mpi --test ranks
-    cargo clippy --release --quiet --features ddtas-train/mpi --lib --bins --test ranks -- -D warnings
+    cargo test --release --quiet --no-run --features ddtas-train/mpi,ddtas-train/nccl --test ranks
+    cargo clippy --release --quiet --features ddtas-train/mpi,ddtas-train/nccl --lib --bins --test ranks -- -D warnings
     cargo run --release --quiet --bin make-fixture -- --dataset cub200 --classes 12 --picture-width 40 --out "$place/set" >/dev/null
     train=$PWD/target/release/ddtas-train
     settings=(--dataset folder --data-root "$place/set/CUB_200_2011/images" --image-size 16 --width 4 --embedding-dim 16 --evaluate-every 0
@@ -78,16 +78,19 @@ trainer() {
     # Long enough to be ended in the middle.
     steps=150
     long=(--steps $steps --warm-up 0 --schedule constant)
+}
+
+# ddtas-train by Open MPI: two and three processes, the same bytes as threads; killed, stopped, resumed with other ranks, bad data.
+# The threads against one process: train/tests/ranks.rs.
+trainer() {
+    [[ -n $train ]] || build
     export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 
     echo "the same bytes as threads, uneven shares among them"
     for ranks in 2 3; do
-        normalise=(--batch-norm "$([[ $ranks == 2 ]] && echo trainable || echo synchronised)")
-        "$train" "${settings[@]}" "${normalise[@]}" --ranks "$ranks" --output "$place/threads-$ranks" &>"$place/log" || said
+        by_threads "$ranks"
         mpi "$ranks" "${settings[@]}" "${normalise[@]}" --output "$place/mpi-$ranks" &>"$place/log" || said
-        for file in metrics.jsonl last.safetensors best.safetensors; do
-            cmp "$place/threads-$ranks/$file" "$place/mpi-$ranks/$file"
-        done
+        same_as_threads "$ranks" mpi
     done
     mpi 2 "${settings[@]}" --output "$place/again" &>"$place/log" || said
     cmp "$place/again/last.safetensors" "$place/mpi-2/last.safetensors"
@@ -116,13 +119,155 @@ trainer() {
     grep -q "add --ranks mpi" "$place/log" || said
 }
 
+# ddtas-train over NCCL, as a launcher starts it: the same bytes as threads; a rank that is killed, hangs, or does not come; what is left of others; what is missing.
+# NCCL and the driver are stand-ins (train/tests/nccl): the real ones have not been run here.
+nccl() {
+    [[ -n $train ]] || build
+    mkdir "$place/libraries" "$place/driver"
+    g++ -std=c++17 -O1 -Wall -Wextra -shared -fPIC -pthread -o "$place/libraries/libcuda.so" train/tests/nccl/{driver,nccl}.cpp
+    ln -s libcuda.so "$place/libraries/libnccl.so"
+    ln -s ../libraries/libcuda.so "$place/driver/libcuda.so"
+    export LD_LIBRARY_PATH=$place/libraries
+
+    echo "the same bytes as threads over NCCL"
+    for ranks in 2 3; do
+        by_threads "$ranks"
+        over_nccl "$ranks" "${settings[@]}" "${normalise[@]}" --output "$place/nccl-$ranks"
+        all_succeed
+        same_as_threads "$ranks" nccl
+    done
+
+    echo "a killed rank ends the others, and the run goes on with fewer, past what is left of ranks that did not meet"
+    over_nccl 3 "${settings[@]}" "${long[@]}" --output "$place/nccl-killed"
+    under_way nccl-killed
+    killed "${processes[1]}"
+    each_says "ended without a word: rank 1 (process" 0 2
+    grep -q "then: ddtas-train --resume $place/nccl-killed" "$place/log.0" || said
+    over_nccl 2 --resume "$place/nccl-killed"
+    until [[ -e $place/id.1 ]]; do sleep 0.02; done
+    killed "${processes[@]}"
+    over_nccl 2 --resume "$place/nccl-killed"
+    all_succeed
+    tail -n 2 "$place/nccl-killed/metrics.jsonl" | grep -q "\"step\":$((steps - 1)),"
+    [[ -z $(ls "$place"/id* 2>/dev/null) ]]
+
+    echo "rank 0 is killed, and NCCL notices"
+    FAKE_DEAD=error over_nccl 2 "${settings[@]}" "${long[@]}" --output "$place/nccl-first"
+    under_way nccl-first
+    killed "${processes[0]}"
+    each_says "ended without a word: rank 0 (process" 1
+
+    echo "a rank that hangs or does not come is given up after a time"
+    over_nccl 2 "${settings[@]}" "${long[@]}" --output "$place/nccl-hangs" --rank-timeout 2
+    under_way nccl-hangs
+    kill -STOP "${processes[1]}"
+    each_says "nothing has come from the other ranks for 2 s" 0
+    killed "${processes[1]}"
+    refused "rank 1 did not come" RANK=0 WORLD_SIZE=2 --rank-timeout 1
+    refused "rank 0 did not come" RANK=1 WORLD_SIZE=2 --rank-timeout 1
+
+    echo "an error on one rank is one line"
+    last=(--data-root "$place/nowhere")
+    over_nccl 3 "${settings[@]}" --output "$place/nccl-bad"
+    last=()
+    each_says "rank 2: .*$place/nowhere" 0
+    if wait "${processes[1]}" || wait "${processes[2]}"; then said; fi
+    [[ ! -s $place/log.1 && ! -s $place/log.2 ]] || said
+
+    echo "what is missing is said in one line"
+    refused "no NVIDIA driver" RANK=0 WORLD_SIZE=1 LD_LIBRARY_PATH=
+    refused "ln -s libnccl.so.2 libnccl.so" RANK=0 WORLD_SIZE=1 "LD_LIBRARY_PATH=$place/driver"
+    refused "libnccl.so is version 2806" RANK=0 WORLD_SIZE=1 FAKE_VERSION=2806
+    refused "rank 0 needs GPU 1 of .*, where it sees 1: NCCL takes a GPU for each rank" RANK=0 WORLD_SIZE=1 LOCAL_RANK=1 FAKE_GPUS=1
+    refused "RANK is not set" WORLD_SIZE=2
+    refused "RANK=2 is out of range" RANK=2 WORLD_SIZE=2
+    LOCAL_RANK=0 over_nccl 2 "${settings[@]}" --output "$place/nccl-one-gpu"
+    each_says "rank 0 and rank 1 both on CUDA device 0; NCCL takes no two ranks on one GPU" 0
+    each_says "NCCL takes no two ranks on one GPU" 1
+    if RANK=0 WORLD_SIZE=2 "$train" "${settings[@]}" --output "$place/apart" &>"$place/log"; then said; fi
+    grep -q "add --ranks nccl --rendezvous FILE" "$place/log" || said
+}
+
+# Starts $1 ranks in the background with the arguments behind it, the last one also with those in $last: $processes.
+over_nccl() {
+    processes=()
+    for ((rank = 0; rank < $1; rank++)); do
+        # Not by a function, whose process would be a shell. Two ranks as torchrun starts them, three as srun does.
+        local variables=("RANK=$rank" "WORLD_SIZE=$1")
+        [[ $1 == 2 ]] || variables=("SLURM_PROCID=$rank" "SLURM_NTASKS=$1" "SLURM_LOCALID=$rank")
+        local apart=()
+        [[ $rank -lt $(($1 - 1)) ]] || apart=("${last[@]}")
+        env "${variables[@]}" "$train" --ranks nccl --rendezvous "$place/id" --device cpu "${@:2}" "${apart[@]}" &>"$place/log.$rank" &
+        processes+=($!)
+    done
+}
+
+# Kills processes, and keeps the shell from saying so.
+killed() {
+    kill -9 "$@"
+    wait "$@" 2>/dev/null || true
+}
+
+all_succeed() {
+    for rank in "${!processes[@]}"; do
+        wait "${processes[rank]}" || said
+    done
+}
+
+# Waits until ten steps of a run are done.
+under_way() {
+    until [[ $(wc -l <"$place/$1/metrics.jsonl") -ge 12 ]]; do
+        kill -0 "${processes[0]}" || said
+        sleep 0.05
+    done 2>/dev/null
+}
+
+# The ranks behind $1 must end within ten seconds with an error and one last line that holds $1.
+each_says() {
+    for rank in "${@:2}"; do
+        for _ in {1..100}; do
+            kill -0 "${processes[rank]}" 2>/dev/null || break
+            sleep 0.1
+        done
+        if kill -0 "${processes[rank]}" 2>/dev/null; then
+            echo "rank $rank has not ended"
+            said
+        fi
+        if wait "${processes[rank]}"; then said; fi
+        tail -n 1 "$place/log.$rank" | grep -q "^ddtas-train: .*$1" || said
+        [[ $(grep -c "^ddtas-train: " "$place/log.$rank") == 1 ]] || said
+    done
+}
+
+# A rank alone with the variables and flags behind $1, whose one line must hold $1.
+refused() {
+    local variables=() flags=()
+    for argument in "${@:2}"; do
+        if [[ $argument == *=* ]]; then variables+=("$argument"); else flags+=("$argument"); fi
+    done
+    if env "${variables[@]}" "$train" --ranks nccl --rendezvous "$place/id" --device cpu "${settings[@]}" --output "$place/refused" "${flags[@]}" &>"$place/log"; then said; fi
+    [[ $(wc -l <"$place/log") == 1 ]] && grep -q "^ddtas-train: .*$1" "$place/log" || said
+}
+
+# A run of $1 ranks as threads, if there is none yet, and how it normalises: $normalise.
+by_threads() {
+    normalise=(--batch-norm "$([[ $1 == 2 ]] && echo trainable || echo synchronised)")
+    [[ -d $place/threads-$1 ]] || "$train" "${settings[@]}" "${normalise[@]}" --ranks "$1" --output "$place/threads-$1" &>"$place/log" || said
+}
+
+same_as_threads() {
+    for file in metrics.jsonl last.safetensors best.safetensors; do
+        cmp "$place/threads-$1/$file" "$place/$2-$1/$file"
+    done
+}
+
 # The processors are shared out among the threads of all ranks, not the ranks among the processors.
 launch=(mpirun --oversubscribe --bind-to none)
 mpi() { "${launch[@]}" -n "$1" "$train" --ranks mpi "${@:2}"; }
 
 # What the last program said, and the end.
 said() {
-    cat "$place/log"
+    tail -n +1 "$place"/log*
     exit 1
 }
 
@@ -159,8 +304,10 @@ ended() {
 }
 
 place=$(mktemp -d)
-mpirun=
-trap '[[ -z $mpirun ]] || kill "$mpirun" 2>/dev/null || true; rm -rf "$place"' EXIT
+mpirun= train=
+processes=() last=()
+# Ranks take a SIGTERM as a wish to save first.
+trap 'kill $mpirun 2>/dev/null || true; kill -9 "${processes[@]}" 2>/dev/null || true; rm -rf "$place"' EXIT
 parts=("$@")
-[[ $# -gt 0 ]] || parts=(python trainer)
+[[ $# -gt 0 ]] || parts=(python trainer nccl)
 for part in "${parts[@]}"; do "$part"; done

@@ -148,7 +148,8 @@ def main() -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if ranks > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        gpu = device.type == "cuda"
+        dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
     say = print if rank == 0 else lambda *_, **__: None
 
     torch.manual_seed(options.seed)
@@ -196,12 +197,14 @@ def main() -> None:
     test, gallery = (Pictures(lines, split, options) for split in ("test", "gallery"))
     rows = embed(network, test, options, device, rank, ranks)
     others = embed(network, gallery, options, device, rank, ranks) if len(gallery) else ()
+    if ranks > 1:
+        # Together, as NCCL wants it, and before rank 0 is busy for longer than NCCL waits.
+        dist.barrier()
+        dist.destroy_process_group()
     if rank == 0:
         found = evaluate(*rows, *others)
         recall = ", ".join(f"R@{k} {share:.4f}" for k, share in found.recall.items())
         say(f"{len(test)} queries: {recall}, R-precision {found.r_precision:.4f}, MAP@R {found.map_at_r:.4f}")
-    if ranks > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -163,6 +163,11 @@ def one_process_s_error_is_everybody_s(world):
         loss(rows[:, :6] if last else rows, labels)
     with raises(TypeError, "rank 0: with a process group the anchors must be float32"):
         loss(rows.double(), labels)
+    # As rows on the processor in a group over NCCL: this group carries none of torch's device without memory.
+    memory = CrossBatchMemory(copy.deepcopy(loss), DIM, 70)
+    for module in (loss, memory):
+        with raises(ValueError, f"{name}: the rows are on meta, and the group carries those of cpu"):
+            module(rows.to("meta") if last else rows, labels)
     other = SoftContrastiveLoss(gamma=0.2, group=world.group)
     with raises(ValueError, "gamma=0.2"):
         (other if last else loss)(rows, labels)

@@ -37,6 +37,9 @@ pub enum Error {
         /// What it said.
         reason: String,
     },
+    /// Messages between ranks have come to an end, and no rank can say why for another: each says it itself.
+    #[error("{0}")]
+    Lost(String),
     /// Training went wrong in a way that more steps will not mend.
     #[error("{0}")]
     Training(String),

@@ -118,7 +118,7 @@ class SoftContrastiveLoss(nn.Module):
                 check_side("references", ref_emb, ref_labels, "labels of the references")
         except (TypeError, ValueError) as error:
             if self.ranks is not None:
-                self.ranks.fail(embeddings, error)
+                self.ranks.fail(error)
             raise
         return self._loss(embeddings, labels, ref_emb, ref_labels, None, self.normalize_embeddings, self._check)
 

@@ -131,7 +131,7 @@ class CrossBatchMemory(nn.Module):
             loss: Tensor = self.loss(embeddings, labels, indices_tuple)
             return loss
         ranks = self.loss.ranks
-        with telling(ranks, embeddings):
+        with telling(ranks):
             if indices_tuple is not None:
                 raise ValueError(NO_INDICES)
             rows, labels = self._compared(embeddings, labels)
@@ -164,7 +164,7 @@ class CrossBatchMemory(nn.Module):
         """Queues rows, for the batches to come to be compared with. Raises what a call does."""
         ranks = self.loss.ranks
         with torch.no_grad():
-            with telling(ranks, embeddings):
+            with telling(ranks):
                 rows, labels = self._compared(embeddings, labels)
             if ranks is not None:
                 rows, labels, _ = self._of_all_ranks(ranks, rows, labels, False)
@@ -172,6 +172,8 @@ class CrossBatchMemory(nn.Module):
 
     def _compared(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Rows and labels as the queue holds them. A bad row there would fail every later call, so none gets there."""
+        if self.loss.ranks is not None:
+            self.loss.ranks.check_device(embeddings)
         if embeddings.ndim != 2 or embeddings.shape[1] != self.embedding_size:
             raise ValueError(f"embeddings must be [B, {self.embedding_size}], not {list(embeddings.shape)}")
         check_labels("labels", labels)

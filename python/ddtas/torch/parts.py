@@ -28,11 +28,13 @@ def loss_of_ranks(ranks: Ranks, call: Call) -> Answers:
     settings = Settings(cast(Mining, call.mining), *numbers)
     unit, error = rows, None
     try:
+        ranks.check_device(rows)
         unit = _unit_rows(where, call)
-    except (TypeError, ValueError) as refused:
+    except (TypeError, ValueError, RuntimeError) as refused:
         error = refused
     against = "each other" if call.references is None else f"{call.references.shape[0]} references"
-    meeting = ranks.meet(rows, f"rows of {rows.shape[1]} {rows.dtype} against {against}, {settings}, {ranks.gradient}", error)
+    about = f"rows of {rows.shape[1]} {rows.dtype} on {rows.device.type} against {against}, {settings}, {ranks.gradient}"
+    meeting = ranks.meet(rows, about, error)
     references = call.references
     if meeting.total == 0 or (references is not None and references.shape[0] == 0):
         return of_nothing(where, rows, call.labels, references, numbers, False)

@@ -45,6 +45,8 @@ class Ranks:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         if self.rank < 0:
             raise ValueError("this process is not in the group")
+        # "cuda:nccl", or "cpu:gloo,cuda:nccl".
+        self.devices = [part.partition(":")[0] for part in dist.get_backend_config(group).split(",")]
         self.gathered_bytes = 0
 
     @property
@@ -58,13 +60,20 @@ class Ranks:
     def __reduce__(self) -> Any:
         raise TypeError("a loss with a process group cannot be pickled: save its state_dict")
 
+    def check_device(self, rows: Tensor) -> None:
+        """NCCL carries nothing of the processor's."""
+        if rows.device.type not in self.devices:
+            raise ValueError(f"the rows are on {rows.device}, and the group carries those of {' and '.join(self.devices)} alone")
+
     def meet(self, rows: Tensor, about: str, error: Exception | None = None) -> Meeting:
         """Introduces the rows of this process to the others; raises on all if one has an error or is about something else."""
         kind = 0 if error is None else 1 + next((i for i, known in enumerate(_KINDS) if isinstance(error, known)), 2)
         text = (about if error is None else str(error)).encode()[: TEXT - 16].ljust(TEXT - 16, b"\0")
         count = rows.shape[0] if error is None else 0
         card = torch.cat([torch.tensor([count, kind]).view(torch.uint8), torch.frombuffer(bytearray(text), dtype=torch.uint8)])
-        cards = self._all(card.to(rows.device)).cpu()
+        # Wherever the rows of one process are, the cards of all are in the same place.
+        place = torch.device("cpu") if "cpu" in self.devices else torch.device(self.devices[0], torch.cuda.current_device())
+        cards = self._all(card.to(place)).cpu()
         heads = cards[:, :16].contiguous().view(torch.int64).tolist()
         lines = [line.tobytes().rstrip(b"\0").decode(errors="replace") for line in cards[:, 16:].numpy()]
         for rank, (_, kind) in enumerate(heads):
@@ -80,9 +89,9 @@ class Ranks:
                 )
         return Meeting(self, counts)
 
-    def fail(self, rows: Any, error: Exception) -> None:
+    def fail(self, error: Exception) -> None:
         """Tells the others of an error before the first exchange, and raises as they do."""
-        self.meet(rows if isinstance(rows, Tensor) else torch.empty(0), "", error)
+        self.meet(torch.empty(0), "", error)
 
     def _all(self, tensor: Tensor) -> Tensor:
         """`[W, ...]` from `[...]` of bytes, the same size everywhere."""
@@ -93,14 +102,14 @@ class Ranks:
 
 
 @contextmanager
-def telling(ranks: Ranks | None, rows: Any) -> Iterator[None]:
+def telling(ranks: Ranks | None) -> Iterator[None]:
     """What is wrong before the first exchange raises in all processes, not in this one alone."""
     try:
         yield
     except (TypeError, ValueError, RuntimeError) as error:
         if ranks is None:
             raise
-        ranks.fail(rows, error)
+        ranks.fail(error)
 
 
 class Meeting:

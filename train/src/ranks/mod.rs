@@ -5,13 +5,28 @@
 //! | `one.rs` | one process, which has nobody to tell |
 //! | `threads.rs` | threads of one process |
 //! | `mpi.rs` | processes that `mpirun` or `srun` started |
+//! | `nccl.rs` | processes that any launcher started, by messages between their GPUs |
+//! | `launcher.rs` | the number it gave each of them |
+//! | `rendezvous.rs` | how they find each other |
+//! | `communicator.rs` | NCCL itself, and what to do when it falls silent |
+//! | `staging.rs` | messages in the memory of a GPU |
 //!
 //! Every rank makes the same calls in the same order. A rank that fails says so instead of its next message
 //! ([`together`]), so that the others end as well, with its reason.
 
+#[cfg(feature = "nccl")]
+mod communicator;
+#[cfg(any(feature = "nccl", test))]
+mod launcher;
 #[cfg(feature = "mpi")]
 mod mpi;
+#[cfg(feature = "nccl")]
+mod nccl;
 mod one;
+#[cfg(any(feature = "nccl", all(test, target_os = "linux")))]
+mod rendezvous;
+#[cfg(feature = "nccl")]
+mod staging;
 mod threads;
 
 use std::ops::Range;
@@ -23,6 +38,8 @@ use ndarray::Array2;
 use crate::{Error, Result};
 #[cfg(feature = "mpi")]
 pub use mpi::Mpi;
+#[cfg(feature = "nccl")]
+pub use nccl::Nccl;
 pub use one::One;
 pub use threads::on_threads;
 

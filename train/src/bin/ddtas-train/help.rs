@@ -15,6 +15,8 @@ const SECTIONS: &[(&str, &[&str])] = &[
             "device",
             "workers",
             "ranks",
+            "rendezvous",
+            "rank_timeout",
             "checkpoint_every",
             "max_bad_images",
             "quiet",

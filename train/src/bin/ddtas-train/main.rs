@@ -34,9 +34,8 @@ struct Arguments {
     /// Go on with the run in this folder, by its own settings.
     #[arg(long, value_name = "RUN")]
     resume: Option<PathBuf>,
-    /// Ranks that share each batch: threads of this process, or `mpi`, the processes that mpirun started.
-    #[arg(long, value_name = "N|mpi", default_value = "1")]
-    ranks: ranks::Ranks,
+    #[command(flatten)]
+    ranks: ranks::RankArguments,
     /// Settings by one name; what is given beside it goes before.
     #[arg(long, value_enum)]
     preset: Option<Preset>,
@@ -95,10 +94,10 @@ fn main() -> ExitCode {
             let unused = unused::unused(&matches, &settings);
             preset
                 .map_or(Ok(()), |preset| preset.check(&settings))
-                .and_then(|()| train::train(&settings, unused, output, ranks))
+                .and_then(|()| train::train(&settings, unused, output, &ranks))
         }
         (None, Some(folder)) => resume::overrides(&matches, &settings)
-            .and_then(|overrides| train::resume(&folder, &overrides, output, ranks)),
+            .and_then(|overrides| train::resume(&folder, &overrides, output, &ranks)),
     };
     code.unwrap_or_else(|error| console::failed("ddtas-train", &error))
 }

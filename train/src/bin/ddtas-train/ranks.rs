@@ -1,5 +1,6 @@
-//! Who shares the work of a run: this process, its threads, or the processes that `mpirun` started.
+//! Who shares the work of a run: this process, its threads, or processes that `mpirun` or another launcher started.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::rc::Rc;
 use std::str::FromStr;
@@ -10,35 +11,58 @@ use ddtas_train::{Error, Result};
 /// More threads than any machine has.
 const MOST_THREADS: usize = 1024;
 
+/// Who the ranks are, and how they find each other.
+#[derive(Debug, Clone, clap::Args)]
+pub struct RankArguments {
+    /// Ranks that share each batch: threads of this process, `mpi`, the processes that mpirun started, or `nccl`, those of torchrun or another launcher, by messages between their GPUs.
+    #[arg(long, value_name = "N|mpi|nccl", default_value = "1")]
+    ranks: Ranks,
+    /// A file over which the processes of --ranks nccl find each other: the same for all of a run, on a disk that all see, and not that of another run; it is not there before and after.
+    #[arg(long, value_name = "FILE")]
+    rendezvous: Option<PathBuf>,
+    /// Seconds after which --ranks nccl gives up ranks of which nothing comes.
+    #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..))]
+    rank_timeout: u64,
+}
+
 /// What `--ranks` says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ranks {
+enum Ranks {
     Threads(usize),
     Mpi,
+    Nccl,
 }
 
 impl FromStr for Ranks {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        if text == "mpi" {
-            return Ok(Self::Mpi);
+        match text {
+            "mpi" => return Ok(Self::Mpi),
+            "nccl" => return Ok(Self::Nccl),
+            _ => {}
         }
         let count = text.parse().ok().filter(|count| (1..=MOST_THREADS).contains(count));
-        count.map(Self::Threads).ok_or_else(|| format!("a number of 1 to {MOST_THREADS}, or mpi"))
+        count.map(Self::Threads).ok_or_else(|| format!("a number of 1 to {MOST_THREADS}, mpi, or nccl"))
     }
 }
 
-impl Ranks {
+impl RankArguments {
     /// Does `work` on all ranks, and returns what came of it on this process.
     ///
     /// # Errors
     /// Those of `work`; [`ddtas::Error::Unavailable`] if the ranks cannot be had.
-    pub fn run(self, work: impl Fn(Rc<dyn Collective>) -> Result<ExitCode> + Sync) -> Result<ExitCode> {
-        match self {
-            Self::Mpi => mpi::run(work),
-            Self::Threads(count) => {
-                refuse_mpirun()?;
+    pub fn run(&self, work: impl Fn(Rc<dyn Collective>) -> Result<ExitCode> + Sync) -> Result<ExitCode> {
+        match (self.ranks, &self.rendezvous) {
+            (Ranks::Nccl, Some(file)) => nccl::run(file, self.rank_timeout, work),
+            (Ranks::Nccl, None) => {
+                let needed = "--ranks nccl needs a file's name, on a disk that all ranks see";
+                Err(Error::misuse("rendezvous", "", needed))
+            }
+            (_, Some(file)) => Err(Error::misuse("rendezvous", file.display(), "is for --ranks nccl")),
+            (Ranks::Mpi, None) => mpi::run(work),
+            (Ranks::Threads(count), None) => {
+                refuse_launchers()?;
                 if count == 1 { work(Rc::new(One)) } else { on_threads(count, work) }
             }
         }
@@ -46,15 +70,31 @@ impl Ranks {
 }
 
 /// Refuses to be one of several processes that know nothing of each other.
-fn refuse_mpirun() -> Result<()> {
+fn refuse_launchers() -> Result<()> {
     let processes = |name| std::env::var(name).ok()?.parse::<usize>().ok().filter(|count| *count > 1);
     // Open MPI's, and that of MPICH and of Slurm's PMI.
-    match ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"].into_iter().find_map(processes) {
-        Some(count) => Err(Error::Training(format!(
-            "mpirun has started {count} processes, which would all train the same run: add --ranks mpi"
-        ))),
-        None => Ok(()),
+    let by_mpi = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"].into_iter().find_map(processes);
+    let others = processes("WORLD_SIZE").filter(|_| std::env::var_os("RANK").is_some());
+    let (launcher, count, flags) = match (by_mpi, others) {
+        (Some(count), _) => ("mpirun", count, "--ranks mpi"),
+        (None, Some(count)) => ("a launcher (RANK, WORLD_SIZE)", count, "--ranks nccl --rendezvous FILE"),
+        (None, None) => return Ok(()),
+    };
+    Err(Error::Training(format!(
+        "{launcher} has started {count} processes, which would all train the same run: add {flags}"
+    )))
+}
+
+/// Leaves the other `ranks` of this machine their share of its processors.
+#[cfg(any(feature = "mpi", feature = "nccl"))]
+fn share_processors(ranks: usize) -> Result<()> {
+    if std::env::var_os("RAYON_NUM_THREADS").is_some() {
+        return Ok(());
     }
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = (processors / ranks).max(1);
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+    pool.map_err(|error| ddtas::Error::Unavailable(format!("cannot start threads: {error}")).into())
 }
 
 #[cfg(feature = "mpi")]
@@ -64,12 +104,7 @@ mod mpi {
 
     pub fn run(work: impl Fn(Rc<dyn Collective>) -> Result<ExitCode>) -> Result<ExitCode> {
         let ranks = Mpi::join()?;
-        if std::env::var_os("RAYON_NUM_THREADS").is_none() {
-            let processors = std::thread::available_parallelism().map_or(1, usize::from);
-            let threads = (processors / ranks.local_size()).max(1);
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
-            pool.map_err(|error| ddtas::Error::Unavailable(format!("cannot start threads: {error}")))?;
-        }
+        share_processors(ranks.local_size())?;
         work(Rc::new(ranks))
     }
 }
@@ -81,6 +116,42 @@ mod mpi {
     pub fn run(_work: impl Fn(Rc<dyn Collective>) -> Result<ExitCode>) -> Result<ExitCode> {
         let reason =
             "this build has no MPI: build with `cargo build --release -p ddtas-train --features mpi`";
+        Err(ddtas::Error::Unavailable(reason.into()).into())
+    }
+}
+
+#[cfg(feature = "nccl")]
+mod nccl {
+    use std::path::Path;
+    use std::time::Duration;
+
+    use super::*;
+    use ddtas_train::ranks::Nccl;
+
+    pub fn run(
+        file: &Path,
+        seconds: u64,
+        work: impl Fn(Rc<dyn Collective>) -> Result<ExitCode>,
+    ) -> Result<ExitCode> {
+        let ranks = Nccl::join(file, Duration::from_secs(seconds))?;
+        share_processors(ranks.local_size())?;
+        work(Rc::new(ranks))
+    }
+}
+
+#[cfg(not(feature = "nccl"))]
+mod nccl {
+    use std::path::Path;
+
+    use super::*;
+
+    pub fn run(
+        _file: &Path,
+        _seconds: u64,
+        _work: impl Fn(Rc<dyn Collective>) -> Result<ExitCode>,
+    ) -> Result<ExitCode> {
+        let reason =
+            "this build has no NCCL: build with `cargo build --release -p ddtas-train --features nccl`";
         Err(ddtas::Error::Unavailable(reason.into()).into())
     }
 }

@@ -6,8 +6,16 @@ use ddtas_train::train::{Overrides, TrainSettings};
 use ddtas_train::{Error, Result};
 
 /// The settings that may change when a run goes on.
-const CHANGEABLE: [&str; 6] =
-    ["device", "workers", "checkpoint_every", "max_bad_images", "data_root", "ranks"];
+const CHANGEABLE: [&str; 8] = [
+    "device",
+    "workers",
+    "checkpoint_every",
+    "max_bad_images",
+    "data_root",
+    "ranks",
+    "rendezvous",
+    "rank_timeout",
+];
 
 /// The changes that were asked for on the command line.
 ///
@@ -21,7 +29,7 @@ pub fn overrides(matches: &ArgMatches, settings: &TrainSettings) -> Result<Overr
     let argument = |id: &str| id.chars().all(|letter| letter.is_ascii_lowercase() || letter == '_');
     if let Some(fixed) = ids.find(|&id| argument(id) && given(id) && !allowed(id)) {
         return Err(Error::Training(format!(
-            "--resume goes on by the settings in the run's config.toml: leave out --{} (only --device, --ranks, \
+            "--resume goes on by the settings in the run's config.toml: leave out --{} (only --device, --ranks, --rendezvous, --rank-timeout, \
              --workers, --checkpoint-every, --max-bad-images and --data-root may change)",
             flag(fixed)
         )));

@@ -26,6 +26,8 @@ pub fn version() -> String {
     let features = [
         ("cuda", cfg!(feature = "cuda")),
         ("emulated", cfg!(feature = "emulated")),
+        ("mpi", cfg!(feature = "mpi")),
+        ("nccl", cfg!(feature = "nccl")),
         ("train-cuda", cfg!(feature = "train-cuda")),
     ];
     console::version(env!("CARGO_PKG_VERSION"), &features)

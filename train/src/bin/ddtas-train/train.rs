@@ -9,14 +9,14 @@ use std::time::{Duration, Instant};
 
 use ddtas::retrieval::Recall;
 use ddtas_io::console::{print, print_json, reader_has_gone, say};
-use ddtas_train::Result;
 use ddtas_train::ranks::Collective;
 use ddtas_train::train::{
     EvaluationRecord, Event, Outcome, Overrides, Phase, StepRecord, Summary, TrainSettings,
 };
+use ddtas_train::{Error, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::ranks::Ranks;
+use crate::ranks::RankArguments;
 use crate::signals::Signals;
 
 /// What is printed.
@@ -33,7 +33,7 @@ pub fn train(
     settings: &TrainSettings,
     warnings: Vec<String>,
     output: Output,
-    ranks: Ranks,
+    ranks: &RankArguments,
 ) -> Result<ExitCode> {
     on_ranks(ranks, (output, &warnings), |ranks, stop, tell| {
         ddtas_train::train::train(settings, ranks, stop, tell)
@@ -41,7 +41,12 @@ pub fn train(
 }
 
 /// Goes on with the run in `folder` and prints what it came to.
-pub fn resume(folder: &Path, overrides: &Overrides, output: Output, ranks: Ranks) -> Result<ExitCode> {
+pub fn resume(
+    folder: &Path,
+    overrides: &Overrides,
+    output: Output,
+    ranks: &RankArguments,
+) -> Result<ExitCode> {
     on_ranks(ranks, (output, &[]), |ranks, stop, tell| {
         ddtas_train::train::resume(folder, overrides, ranks, stop, tell)
     })
@@ -49,7 +54,7 @@ pub fn resume(folder: &Path, overrides: &Overrides, output: Output, ranks: Ranks
 
 /// Does `work` on all ranks; rank 0 prints.
 fn on_ranks(
-    ranks: Ranks,
+    ranks: &RankArguments,
     (output, warnings): (Output, &[String]),
     work: impl Fn(&Rc<dyn Collective>, &AtomicBool, &mut dyn FnMut(Event<'_>)) -> Result<Outcome> + Sync,
 ) -> Result<ExitCode> {
@@ -59,8 +64,8 @@ fn on_ranks(
         let outcome = work(&ranks, signals.stop(), &mut |event| progress.show(event));
         progress.end(&outcome);
         match outcome {
-            // Rank 0 names the error of any.
-            Err(_) if ranks.rank() > 0 => Ok(ExitCode::FAILURE),
+            // Rank 0 names the error of any that could tell it.
+            Err(error) if ranks.rank() > 0 && !matches!(error, Error::Lost(_)) => Ok(ExitCode::FAILURE),
             outcome => Ok(print_outcome(&outcome?, &signals, output)),
         }
     })

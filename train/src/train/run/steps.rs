@@ -478,6 +478,7 @@ fn cut_short(error: Error, files: &Files, state: &RunState) -> Error {
         Error::Program(Program::Io { .. } | Program::Library(ddtas::Error::Device { .. }))
         | Error::Dataset(_)
         | Error::Image { .. }
+        | Error::Lost(_)
         | Error::Rank { .. } => {
             Error::Interrupted { cause: Box::new(error), folder: files.path().to_path_buf() }
         }
