@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the CUDA backend without a GPU and holds its kernels to their budgets:
-# every kernel for sm_80, sm_89, sm_90a, sm_100 and PTX, no spills, registers and
+# every kernel for sm_80, sm_89, sm_90a, sm_100, sm_120 and PTX, no spills, registers and
 # shared memory within kernels/budgets.tsv, tensor-core instructions really there.
 # Needs Rust, gcc/g++ and Python 3.11; the compiler comes from PyPI into target/.
 set -euo pipefail

@@ -15,7 +15,7 @@ verify() {
     cargo test --release --quiet --no-run "${packages[@]}" --test verify
     env ${preload:+LD_PRELOAD="$preload"} target/release/ddtas-bench verify --backend emulated "$@"
 }
-cargo test --release "${packages[@]}" --test emulation --test emulated --test launches --test resident --test comparison --test spot_check --test capi --test verify
+cargo test --release "${packages[@]}" --test emulation --test emulated --test nearest --test launches --test resident --test comparison --test spot_check --test capi --test verify
 verify tests/golden
 
 # DDTAS_SANITIZE has build.rs compile the kernels anew, and so this crate, but none of its dependencies.
@@ -47,6 +47,10 @@ if [[ $status != 66 || $said != *"data race"*select.cu* ]]; then
 fi
 
 say "ThreadSanitizer: every kernel"
-cargo test --release "${packages[@]}" --test emulated every_kernel -- --test-threads 1
+# Two processes side by side: of one's threads it would not know what orders them.
+cargo test --release --quiet --no-run "${packages[@]}" --test emulated
+cargo test --release "${packages[@]}" --test emulated every_kernel_of_f32 -- --test-threads 1 &
+cargo test --release "${packages[@]}" --test emulated every_kernel -- --skip f32 --test-threads 1
+wait $!
 verify tests/golden
 say "done"

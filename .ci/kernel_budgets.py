@@ -21,9 +21,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = ROOT / "kernels/budgets.tsv"
 DOCUMENT = ROOT / "docs/kernels.md"
-TARGETS = ["sm_80", "sm_89", "sm_90a", "sm_100"]
+TARGETS = ["sm_80", "sm_89", "sm_90a", "sm_100", "sm_120"]
 # The machine instruction that each way to the tensor cores becomes. mma.sync is HMMA on all
-# four targets; wgmma exists on sm_90a alone.
+# of them; wgmma exists on sm_90a alone.
 INSTRUCTION = {"mma": "HMMA", "wgmma": "HGMMA"}
 HEADER = "# kernel\tregisters\tstatic shared bytes\ttensor cores: -, mma or wgmma (sm_90a)\n"
 MARKS = ("<!-- budgets -->", "<!-- end of budgets -->")

@@ -1,4 +1,4 @@
-//! kernels/*.cu to fatbins: machine code for four GPU generations and PTX for later ones.
+//! kernels/*.cu to fatbins: machine code for five GPU generations and PTX for later ones.
 //!
 //! Writes `kernels.rs` to OUT_DIR, a table of the images that
 //! `src/backend/cuda/module.rs` embeds, and `NAME.ptxas.txt` beside each image,
@@ -12,7 +12,7 @@ use std::process::{Child, Command, Stdio};
 use crate::tools::{cargo_path, site_packages, variable};
 
 /// `sm_90a` and not `sm_90`: wgmma and TMA exist only there.
-const MACHINE_CODE: [&str; 4] = ["80", "89", "90a", "100"];
+const MACHINE_CODE: [&str; 5] = ["80", "89", "90a", "100", "120"];
 /// What a GPU newer than all of these compiles when it loads the module.
 const PTX: &str = "100";
 

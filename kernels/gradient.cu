@@ -38,7 +38,7 @@ DEVICE void gradient_body(const GradientParams &p) {
         GradientSums<Numbers> sums;
         clear_sums<Numbers>(sums);
         walk_tiles<Numbers, false>(p, memory, block, split_range(other.tiles, block_z(), p.splits), job, sums);
-        float unscale = 1.0f / p.weight_scale;
+        float unscale = one_or_nan(p.pairs) / p.weight_scale;
         each_sum<Numbers>(sums, [&](uint32_t row) {
             ResultRow result = result_row(p, own, block.x * TILE + block.offset + row);
             return [=](uint32_t column, float sum) {

@@ -289,7 +289,7 @@ DEVICE void multiply_matrices(const GradientParams &p, GradientHopperShared &sha
     settle(sums);
 
     const Side &own = p.of_references ? p.pairs.references : p.pairs.anchors;
-    float unscale = 1.0f / p.weight_scale;
+    float unscale = one_or_nan(p.pairs) / p.weight_scale;
     GroupPlace place;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

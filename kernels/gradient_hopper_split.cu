@@ -305,6 +305,7 @@ DEVICE void multiply_matrices(const GradientParams &p, GradientSplitShared &shar
     }
 
     const Side &own = p.of_references ? p.pairs.references : p.pairs.anchors;
+    float one = one_or_nan(p.pairs);
     GroupPlace place;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -313,7 +314,7 @@ DEVICE void multiply_matrices(const GradientParams &p, GradientSplitShared &shar
         for (int c = 0; c < kHalves * 32; ++c) {
             uint32_t column = c / 32 * kColumns + place.column_of(c % 32);
             if (column >= columns || first_column + column >= result.columns) continue;
-            result.to[first_column + column] = GroupPlace::value(totals[c / 32], r, c % 32);
+            result.to[first_column + column] = GroupPlace::value(totals[c / 32], r, c % 32) * one;
         }
     }
 }

@@ -28,7 +28,10 @@ struct GroupPlace {
         uint32_t count = left / 8 * 2 + (left % 8 < 2 ? left % 8 : 2);
         return count < 32 ? (1u << count) - 1 : ~0u;
     }
-    static DEVICE float value(const GroupAccumulators &acc, int r, int c) { return acc[c / 2][r * 2 + c % 2]; }
+    template <class Sums>
+    static DEVICE auto &value(Sums &acc, int r, int c) {
+        return acc[c / 2][r * 2 + c % 2];
+    }
 };
 
 #ifdef HAS_WARPGROUP_PRODUCTS

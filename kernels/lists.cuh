@@ -96,12 +96,13 @@ DEVICE void gradient_lists(const GradientParams &p, unsigned char *bytes, uint32
     const Side &own = p.of_references ? p.pairs.references : p.pairs.anchors;
     const Side &other = p.of_references ? p.pairs.anchors : p.pairs.references;
     uint32_t first_column = block_y() * LISTS_COLUMNS;
+    float one = one_or_nan(p.pairs);
     sum_lists<Numbers, warps, kWarpRows>(
         p, bytes, x, offset, split_range(other.tiles, block_z(), p.splits),
         [&](uint32_t i, uint32_t j, float s) { return pair_weight(p.pairs, i, j, s); },
         [&](uint32_t row, uint32_t column, float sum) {
             ResultRow result = result_row(p, own, x * TILE + row);
-            if (first_column + column < result.columns) result.to[first_column + column] = sum;
+            if (first_column + column < result.columns) result.to[first_column + column] = sum * one;
         });
 }
 

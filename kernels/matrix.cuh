@@ -79,6 +79,9 @@ DEVICE ResultRow result_row(const GradientParams &p, const Side &own, uint64_t r
     return ResultRow{p.gradient + static_cast<uint64_t>(own.order[row]) * pairs.dim, pairs.dim};
 }
 
+// 1, or NaN for a batch with a bad row: who has not waited to hear of it sees it by the gradient.
+DEVICE float one_or_nan(const Pairs &pairs) { return has_bad_row(*pairs.counters) ? NAN : 1.0f; }
+
 // Where a stored candidate stands in its tile: row * TILE + column, from a word as the gradient finds it.
 template <class Numbers>
 DEVICE uint32_t stored_place(uint32_t word) {

@@ -56,7 +56,6 @@
 #define ORDER_TILE 2048
 #define ORDER_OWN 64
 #define ORDER_RUNS 32
-#define RETRIEVAL_SHARED_BYTES (SIMILARITY_STAGES_BYTES + TILE * 8)
 /* Where one merge of such tiles would not do: four times the keys, sorted by one block. */
 #define ORDER_WIDE_TILE 8192
 #define ORDER_WIDE_THREADS 1024
@@ -108,8 +107,17 @@
 #define GRADIENT_SPLIT_SHARED_BYTES (GRADIENT_SPLIT_STAGES * 32 * 128 * 2 * 2 + 2 * 2 * TILE * TILE * 2 + 21 * 8)
 /* Columns of the gradient that a block of the list way keeps as f32. */
 #define LISTS_COLUMNS 256
-/* References that the retrieval buffer of a query takes between two compactions. */
-#define RETRIEVAL_SLACK TILE
+/* Keys that a list of retrieval takes beyond those it is cut to, at least: a tile's, or a round's of the merge. */
+#define RETRIEVAL_SLACK THREADS
+/* The same from which on one list after the other is cut. */
+#define RETRIEVAL_SPARE 96
+/* Keys that are merged in shared memory, at most, behind their number; more are merged where the first list is. */
+#define RETRIEVAL_MERGED 8192
+#define RETRIEVAL_MERGE_EXTRA_BYTES 16
+/* On Hopper: the query tile and the stages, and the barriers of the teams; of f32 to its own precision of one team. */
+#define RETRIEVAL_HOPPER_SHARED_BYTES ((SWEEP_HOPPER_RESIDENT + SWEEP_HOPPER_STAGES) * TILE * STAGE_BYTES + 10 * 8)
+#define RETRIEVAL_SPLIT_SHARED_BYTES \
+    ((SWEEP_HOPPER_RESIDENT + SWEEP_SPLIT_STAGES) * TILE * STAGE_BYTES + (2 * (SWEEP_HOPPER_RESIDENT + SWEEP_SPLIT_STAGES) + 1) * 8)
 /* Stands for "no row". */
 #define NO_ROW 0xffffffffu
 
@@ -365,6 +373,7 @@ typedef struct WeighParams {
     const double *anchor_square_sums;    /* [B] */
     const double *reference_square_sums; /* [N] */
     LossScalars *scalars;
+    float *loss;                 /* [1], the loss once more; or null */
     float *min_pos;              /* [B] and below: original order */
     float *max_neg;
     uint32_t *count_pos;
@@ -417,7 +426,8 @@ typedef struct LeadBackParams {
     uint32_t dim;
 } LeadBackParams;
 
-/* retrieval: the k most similar references of each query. One block a query tile. */
+/* retrieval, retrieval_merge: the k most similar references of each query. A block for each query tile and split of the
+ * references leaves lists of what may be among them; then a block a query takes the best of its lists. */
 typedef struct RetrievalParams {
     const void *queries;         /* prepared, as in Side */
     const void *references;
@@ -425,11 +435,14 @@ typedef struct RetrievalParams {
     uint32_t reference_count;
     uint32_t stride;
     uint32_t k;
-    uint32_t capacity;           /* power of two, at least k + RETRIEVAL_SLACK */
+    uint32_t kept;               /* keys of a list that was cut, as all are in the end, at most; at least k */
+    uint32_t capacity;           /* of a list: power of two, at least kept + RETRIEVAL_SLACK */
     uint32_t leave_self_out;
     uint32_t first_tile;         /* of the queries, of this launch */
-    uint32_t reserved;
-    uint64_t *buffer;            /* [tiles of this launch * TILE, capacity] keys: similarity descending, index ascending */
+    uint32_t splits;             /* blocks that share a query tile, each a range of the references' tiles */
+    uint32_t lists;              /* of a query: one or two a block */
+    uint64_t *keys;              /* [tiles of this launch * TILE, lists, capacity]: similarity descending, index ascending */
+    uint32_t *counts;            /* [tiles of this launch * TILE, lists] */
     uint32_t *indices;           /* [query_count, k] */
     float *similarities;         /* [query_count, k] */
 } RetrievalParams;

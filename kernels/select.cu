@@ -502,12 +502,13 @@ DEVICE double sum_of_columns(const WeighParams &p, WeighShared &shared) {
 DEVICE void write_scalars(const WeighParams &p, Tolerances tolerances, const double (&sums)[WEIGH_SUMS]) {
     const Counters &counters = *p.pairs.counters;
     LossScalars &out = *p.scalars;
-    // A caller that does not wait sees it by the loss.
-    bool bad = counters.bad_anchor != NO_ROW || counters.bad_reference != NO_ROW;
+    // A caller that does not wait sees it by the loss, and by its derivatives.
+    double one = has_bad_row(counters) ? static_cast<double>(NAN) : 1.0;
     double negatives = sums[kNegatives];
-    out.loss = bad ? static_cast<double>(NAN) : sums[kLoss];
-    out.dloss_dlambda_pos = sums[kLambdaPos];
-    out.dloss_dlambda_neg = sums[kLambdaNeg];
+    out.loss = sums[kLoss] * one;
+    if (p.loss != nullptr) *p.loss = static_cast<float>(sums[kLoss] * one);
+    out.dloss_dlambda_pos = sums[kLambdaPos] * one;
+    out.dloss_dlambda_neg = sums[kLambdaNeg] * one;
     out.mean_pos = sums[kSumPos] / static_cast<double>(counters.total_pos);  // 0 / 0 is the NaN that is wanted
     out.mean_neg = negatives == 0.0 ? 0.0 / negatives : (sums[kSumAll] - sums[kSumSame]) / negatives;
     out.gamma_pos = tolerances.pos;

@@ -1,29 +1,17 @@
 // sweep_hopper.cu: the sweep of similarity.cu on Hopper (sm_90a).
 // Truth: src/loss/similarity.rs. Launcher: src/backend/device/loss.rs.
 //
-// Persistent blocks: each takes contiguous runs of the tiles of S, and its warps have roles. The row tile
-// stays in shared memory as long as the run stays in its row (up to 512 dimensions; wider ones stream both operands);
-// one thread copies it and the column tiles, in stages of 16 KB. Two teams of 8 warps take turns: while one
-// multiplies, the other looks at its products, so that the tensor cores do not wait for maxima and candidates. A
-// team begins when the other has issued all its products (`turn`): it skips that one's stages, and the parity of a
-// barrier alone would not tell a phase from the one two later.
-// Exact f32 has registers for one team, whose two warpgroups multiply while the other adds what was multiplied. The high parts of
-// the row tile stay; its low ones and the columns' are stages of their own, three for every 64 dimensions.
+// Persistent blocks: each takes contiguous runs of the tiles of S, and its warps have roles: one thread copies the operands, one
+// or two teams multiply and look at their products (teams.cuh), a thread for each stores their candidates.
 // Candidates are bits, two words a thread; their values are put side by side in shared memory by stores with a
 // predicate each, and written by one bulk store: how many there are costs next to nothing.
 // Sync: barriers in shared memory, a named one for each team; integer atomics (max, add) whose order cannot change
 //   the result.
 
-#include "hopper.cuh"
+#include "teams.cuh"
 
 #ifdef HAS_WARPGROUP_PRODUCTS
 
-constexpr uint32_t kStageBytes = TILE * STAGE_BYTES;
-constexpr uint32_t kTeamWarps = 8, kTeamThreads = kTeamWarps * 32;
-template <class Numbers>
-constexpr uint32_t kTeams = Numbers::exact ? 1 : 2;
-template <class Numbers>
-constexpr uint32_t kSweepStages = Numbers::exact ? SWEEP_SPLIT_STAGES : SWEEP_HOPPER_STAGES;
 static_assert((kTeams<HalfF16> * kTeamWarps + 4) * 32 == SWEEP_HOPPER_THREADS, "the launch plan's threads");
 static_assert((kTeams<ExactF32> * kTeamWarps + 4) * 32 == SWEEP_SPLIT_THREADS, "the launch plan's threads");
 
@@ -41,10 +29,8 @@ struct StagedTile {
 template <class Numbers>
 struct SweepHopperShared {
     static constexpr uint32_t teams = kTeams<Numbers>;
-    // Split rows that do not fit have all of `rows` and `columns` for stages.
-    static constexpr uint32_t barriers = kSweepStages<Numbers> + (Numbers::exact ? SWEEP_HOPPER_RESIDENT : 0);
     unsigned char rows[SWEEP_HOPPER_RESIDENT][kStageBytes];  // the row tile, or its stages
-    unsigned char columns[kSweepStages<Numbers>][kStageBytes];
+    unsigned char columns[kTeamStages<Numbers>][kStageBytes];
     float staged[teams][SWEEP_HOPPER_STAGED];  // values of candidates
     uint32_t masks[teams][TILE_MASK_WORDS];
     TwoColumns columns_of[teams][TILE / 2];
@@ -52,12 +38,11 @@ struct SweepHopperShared {
     uint32_t warp_counts[teams][kTeamWarps];
     StagedTile staged_tile[teams];
     Barrier filled[teams], stored[teams];  // what is staged
-    Barrier full[barriers], empty[barriers];
+    Barrier full[kTeamBarriers<Numbers>], empty[kTeamBarriers<Numbers>];
     Barrier turn[teams];  // the other team has issued its products
 };
 static_assert(sizeof(SweepHopperShared<HalfF16>) == SWEEP_HOPPER_SHARED_BYTES, "the launch plan's shared memory");
 static_assert(sizeof(SweepHopperShared<ExactF32>) == SWEEP_SPLIT_SHARED_BYTES, "the launch plan's shared memory");
-static_assert(SWEEP_HOPPER_STAGES <= SWEEP_HOPPER_RESIDENT, "stages of rows where the row tile is");
 
 // The block's tiles of S in order; every role walks them by itself. All blocks go through S together, a run of each at
 // a time: what they read stays in L2.
@@ -73,6 +58,14 @@ struct SweepWalk {
         : pairs(of), valid_anchors(of.counters->valid_anchors), valid_references(of.counters->valid_references),
           waves(static_cast<uint32_t>((of.tiles - 1) / (static_cast<uint64_t>(grid_x()) * SWEEP_HOPPER_RUN)) + 1) {
         begin_run();
+    }
+    template <class Numbers>
+    DEVICE const unsigned char *rows() const {
+        return static_cast<const unsigned char *>(tile_rows<Numbers>(pairs.anchors, tile.row, pairs.stride));
+    }
+    template <class Numbers>
+    DEVICE const unsigned char *columns() const {
+        return static_cast<const unsigned char *>(tile_rows<Numbers>(pairs.references, tile.column, pairs.stride));
     }
     DEVICE uint64_t index() const { return index_of(pairs, tile.row, tile.column); }
     // Of 64 dimensions.
@@ -117,96 +110,6 @@ struct SweepWalk {
         }
     }
 };
-
-// The stages of split rows in turn: behind the row tile that stays, or all there is.
-struct SplitStages {
-    bool resident;
-    uint32_t count, fill = 0, stage = 0, parity = 0;
-
-    explicit DEVICE SplitStages(bool rows_stay)
-        : resident(rows_stay), count(SWEEP_SPLIT_STAGES + (rows_stay ? 0 : SWEEP_HOPPER_RESIDENT)) {}
-    // Parts of a chunk that are stages: the columns' low ones, high ones, the rows' low ones; the rows' high ones first, if these do not stay.
-    DEVICE uint32_t parts() const { return resident ? 3 : 4; }
-    DEVICE void begin(const SweepWalk &walk) {
-        fill = walk.filled() * parts();
-        stage = fill % count;
-        parity = fill / count % 2;
-    }
-    // Bytes from the first stage of `rows`.
-    DEVICE uint32_t place(uint32_t at) const { return (at + (resident ? SWEEP_HOPPER_RESIDENT : 0)) * kStageBytes; }
-    DEVICE void step() {
-        ++fill;
-        if (++stage == count) {
-            stage = 0;
-            parity ^= 1;
-        }
-    }
-};
-
-// The thread that copies split rows. The first tile of a row brings the row tile's high parts with the columns' low ones.
-DEVICE void copy_split_operands(const Pairs &pairs, SweepHopperShared<ExactF32> &shared, SweepWalk walk) {
-    uint32_t have = NO_ROW;
-    SplitStages stages(walk.resident());
-    auto wait_until_empty = [&](uint32_t fill) { mbarrier_wait(&shared.empty[fill % stages.count], fill / stages.count % 2); };
-    auto copy = [&](const unsigned char *from, uint32_t more) {
-        if (stages.fill >= stages.count) wait_until_empty(stages.fill - stages.count);
-        Barrier *full = &shared.full[stages.stage];
-        mbarrier_arrive_expect_tx(full, kStageBytes + more);
-        cp_async_bulk(shared.rows[0] + stages.place(stages.stage), from, kStageBytes, full);
-        stages.step();
-        return full;
-    };
-    while (walk.next([&](uint64_t index) { pairs.tile_counts[index] = 0; })) {
-        auto rows = static_cast<const unsigned char *>(tile_rows<ExactF32>(pairs.anchors, walk.tile.row, pairs.stride));
-        auto columns = static_cast<const unsigned char *>(tile_rows<ExactF32>(pairs.references, walk.tile.column, pairs.stride));
-        bool with_rows = stages.resident && walk.tile.row != have;
-        have = walk.tile.row;
-        // As copy_operands(): the stages of a tile are more than there are, or all are waited for.
-        if (with_rows && walk.chunks() * stages.parts() <= stages.count) {
-            for (uint32_t back = 1; back <= stages.count && back <= stages.fill; ++back) wait_until_empty(stages.fill - back);
-        }
-        for (uint32_t k = 0; k < walk.chunks(); ++k) {
-            const unsigned char *high_rows = rows + 2 * k * kStageBytes, *high_columns = columns + 2 * k * kStageBytes;
-            if (!stages.resident) copy(high_rows, 0);
-            Barrier *full = copy(high_columns + kStageBytes, with_rows ? kStageBytes : 0);
-            if (with_rows) cp_async_bulk(shared.rows[k], high_rows, kStageBytes, full);
-            copy(high_columns, 0);
-            copy(high_rows + kStageBytes, 0);
-        }
-    }
-}
-
-// The thread that copies. The first tile of a row brings the row tile with its own stages; it is there for all that follow.
-template <class Numbers>
-DEVICE void copy_operands(const Pairs &pairs, SweepHopperShared<Numbers> &shared, SweepWalk walk) {
-    uint32_t have = NO_ROW;
-    bool resident = walk.resident();
-    auto wait_until_empty = [&](uint32_t fill) {
-        mbarrier_wait(&shared.empty[fill % SWEEP_HOPPER_STAGES], fill / SWEEP_HOPPER_STAGES % 2);
-    };
-    while (walk.next([&](uint64_t index) { pairs.tile_counts[index] = 0; })) {
-        auto rows = static_cast<const unsigned char *>(tile_rows<Numbers>(pairs.anchors, walk.tile.row, pairs.stride));
-        auto columns =
-            static_cast<const unsigned char *>(tile_rows<Numbers>(pairs.references, walk.tile.column, pairs.stride));
-        bool both = !resident || walk.tile.row != have;
-        have = walk.tile.row;
-        // A part of the row tile is overwritten when the products that read it are done: they are if the stage of this
-        // turn is empty, for then the tile before has come at least as far; unless it has fewer parts than there are stages.
-        if (resident && both && walk.chunks() < SWEEP_HOPPER_STAGES) {
-            uint32_t filled = walk.filled();
-            for (uint32_t back = 1; back <= SWEEP_HOPPER_STAGES && back <= filled; ++back) wait_until_empty(filled - back);
-        }
-        for (uint32_t k = 0; k < walk.chunks(); ++k) {
-            uint32_t fill = walk.filled() + k, stage = fill % SWEEP_HOPPER_STAGES;
-            if (fill >= SWEEP_HOPPER_STAGES) wait_until_empty(fill - SWEEP_HOPPER_STAGES);
-            mbarrier_arrive_expect_tx(&shared.full[stage], both ? 2 * kStageBytes : kStageBytes);
-            cp_async_bulk(shared.columns[stage], columns + k * kStageBytes, kStageBytes, &shared.full[stage]);
-            if (both) {
-                cp_async_bulk(shared.rows[resident ? k : stage], rows + k * kStageBytes, kStageBytes, &shared.full[stage]);
-            }
-        }
-    }
-}
 
 // The thread that stores what a team has staged: no team waits for room in the pool, or for a store.
 template <class Shared>
@@ -365,22 +268,17 @@ DEVICE void look_at(const SweepWalk &walk, Shared &shared, uint32_t team, bool a
     probe += above.count(negative, pairs.square != 0);
 }
 
-// The operand from so many granules of 16 bytes further on. Shared memory has fewer than a descriptor can name: its upper
-// half stays as it is.
-DEVICE Descriptor advanced_granules(Descriptor descriptor, uint32_t granules) {
-    return descriptor >> 32 << 32 | static_cast<uint32_t>(static_cast<uint32_t>(descriptor) + granules);
-}
-
 // The warps of a team: their tiles' products, and what becomes of them.
 template <class Numbers>
-struct SweepTeam {
+struct SweepTeam : TeamWarp {
     const Pairs &pairs;
     SweepHopperShared<Numbers> &shared;
-    uint32_t team;
-    uint32_t warp = shuffle(warp_index(), 0) % kTeamWarps;
     uint32_t thread = thread_index() % kTeamThreads;
     // Shuffled, or the compiler would compare again for every tile.
     bool apart = shuffle(static_cast<uint32_t>(pairs.settings.probe != pairs.settings.candidate), 0) != 0;
+
+    DEVICE SweepTeam(const Pairs &of, SweepHopperShared<Numbers> &of_block, uint32_t of_warps)
+        : TeamWarp{of_warps}, pairs(of), shared(of_block) {}
 
     DEVICE void sync() const { named_sync(1 + team, kTeamThreads); }
 
@@ -396,88 +294,6 @@ struct SweepTeam {
             }
         }
         warp_sync();
-    }
-
-    // `meanwhile()` is done while the last products go on.
-    template <class Meanwhile>
-    DEVICE void multiply(GroupAccumulators &acc, const SweepWalk &walk, Meanwhile meanwhile) const {
-#pragma unroll
-        for (int n = 0; n < 16; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) acc[n][i] = 0.0f;
-        }
-        settle(acc);
-        if constexpr (Numbers::exact) {
-            multiply_split(acc, walk);
-            return meanwhile();
-        } else {
-            multiply_in_turn(acc, walk, meanwhile);
-        }
-    }
-
-    DEVICE void multiply_split(GroupAccumulators &acc, const SweepWalk &walk) const {
-        SplitStages stages(walk.resident());
-        stages.begin(walk);
-        uint32_t own = warp / 4 * (TILE / 2) * STAGE_BYTES;
-        Descriptor first = stage_descriptor(shared.rows[0]);
-        auto at = [&](uint32_t bytes) { return advanced_granules(first, bytes / 16); };
-        auto take = [&] {
-            mbarrier_wait(&shared.full[stages.stage], stages.parity);
-            warp_sync();
-            uint32_t taken = stages.stage;
-            stages.step();
-            return taken;
-        };
-#pragma unroll 1
-        for (uint32_t k = 0; k < walk.chunks(); ++k) {
-            uint32_t high_rows = stages.resident ? k : take(), low_columns = take(), high_columns = take(), low_rows = take();
-            Descriptor a_high = at((stages.resident ? k * kStageBytes : stages.place(high_rows)) + own);
-            add_split_products(acc, a_high, at(stages.place(low_rows) + own), at(stages.place(high_columns)),
-                               at(stages.place(low_columns)), [&] {
-                                   arrive_as_warp(&shared.empty[low_columns]);
-                                   arrive_as_warp(&shared.empty[low_rows]);
-                               });
-            arrive_as_warp(&shared.empty[high_columns]);
-            if (!stages.resident) arrive_as_warp(&shared.empty[high_rows]);
-        }
-    }
-
-    template <class Meanwhile>
-    DEVICE void multiply_in_turn(GroupAccumulators &acc, const SweepWalk &walk, Meanwhile meanwhile) const {
-        // The other team's products are issued: its stages are all there, and this team's are next.
-        uint32_t own = walk.turn / kTeams<Numbers>;
-        if (walk.turn > 0) mbarrier_wait(&shared.turn[team], team == 0 ? (own - 1) % 2 : own % 2);
-        warp_sync();
-        bool resident = walk.resident();
-        Descriptor first_rows = stage_descriptor(shared.rows[0] + warp / 4 * (TILE / 2) * STAGE_BYTES);
-        Descriptor first_columns = stage_descriptor(shared.columns[0]);
-        uint32_t stage = walk.filled() % SWEEP_HOPPER_STAGES, parity = walk.filled() / SWEEP_HOPPER_STAGES % 2;
-#pragma unroll 8
-        for (uint32_t k = 0; k < walk.chunks(); ++k) {
-            mbarrier_wait(&shared.full[stage], parity);
-            warp_sync();
-            Descriptor rows = advanced_granules(first_rows, (resident ? k : stage) * (kStageBytes / 16));
-            Descriptor columns = advanced_granules(first_columns, stage * (kStageBytes / 16));
-            wgmma_fence();
-#pragma unroll
-            for (int step = 0; step < kGranules / 2; ++step) {
-                wgmma<false>(Numbers{}, acc, advanced_granules(rows, step * 2), advanced_granules(columns, step * 2));
-            }
-            wgmma_commit();
-            if (k > 0) {
-                wgmma_wait<1>();  // this product goes on, that before it is done
-                arrive_as_warp(&shared.empty[(stage + SWEEP_HOPPER_STAGES - 1) % SWEEP_HOPPER_STAGES]);
-            }
-            if (++stage == SWEEP_HOPPER_STAGES) {
-                stage = 0;
-                parity ^= 1;
-            }
-        }
-        arrive_as_warp(&shared.turn[team ^ 1]);
-        meanwhile();
-        wgmma_wait<0>();
-        settle(acc);
-        arrive_as_warp(&shared.empty[(stage + SWEEP_HOPPER_STAGES - 1) % SWEEP_HOPPER_STAGES]);
     }
 
     // The rows of the tile in place of others.
@@ -500,7 +316,7 @@ struct SweepTeam {
         float min_pos = thread < TILE ? column_min_pos(walk, begin + thread) : INFINITE;
         uint32_t max_neg = thread < TILE ? column_max_neg(pairs, begin + thread) : 0;
         GroupAccumulators acc;
-        multiply(acc, walk, [&] {
+        multiply<Numbers>(acc, shared, walk, [&] {
             if (walk.tile.row * TILE != rows.first) begin_rows(walk, rows);
             // The last tile's have been read: its candidates are counted.
             if (thread < TILE) {
@@ -608,9 +424,7 @@ DEVICE void sweep_hopper_body([[maybe_unused]] const PairsParams &p) {
     auto &shared = *reinterpret_cast<SweepHopperShared<Numbers> *>(bytes);
     const Pairs &pairs = p.pairs;
     if (thread_index() == 0) {
-        for (Barrier &barrier : shared.full) mbarrier_init(&barrier, 1);
-        for (Barrier &barrier : shared.empty) mbarrier_init(&barrier, kTeamWarps);
-        for (Barrier &barrier : shared.turn) mbarrier_init(&barrier, kTeamWarps);
+        begin_teams(shared);
         for (Barrier &barrier : shared.filled) mbarrier_init(&barrier, kTeamWarps);
         for (Barrier &barrier : shared.stored) mbarrier_init(&barrier, 1);
     }
@@ -623,11 +437,9 @@ DEVICE void sweep_hopper_body([[maybe_unused]] const PairsParams &p) {
         // The first threads of three warps, whose registers are few.
         if (lane_index() != 0) return;
         if (warp == team_warps) {
-            if constexpr (Numbers::exact) {
-                copy_split_operands(pairs, shared, walk);
-            } else {
-                copy_operands<Numbers>(pairs, shared, walk);
-            }
+            copy_operands<Numbers>(shared, walk, [&](SweepWalk &to) {
+                return to.next([&](uint64_t index) { pairs.tile_counts[index] = 0; });
+            });
         }
         if (warp - team_warps - 1 < kTeams<Numbers>) store_candidates(pairs, shared, warp - team_warps - 1);
     } else {

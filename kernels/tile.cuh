@@ -1,6 +1,7 @@
 // tile.cuh: one tile of S = A B^T on tensor cores, for every type, and the pairs in it.
 //
-// A block of 8 warps, 2 x 4, computes (32 row_tiles) x 128 products; a warp 16 row_tiles x 32.
+// A block of 8 warps, 2 x 4, computes (32 row_tiles) x 128 products; a warp 16 row_tiles x 32. Or they are 4 x 2, and a warp
+// has 64 columns.
 // Both operands stream through shared memory in stages of 128 bytes a row, copied
 // asynchronously; granules of 16 bytes are swizzled (granule ^ row % 8), so that neither the
 // copies nor ldmatrix meet a bank twice. Prepared rows lie in global memory as they lie in a
@@ -163,27 +164,29 @@ DEVICE Granule<typename Numbers::Element> load_prepared(const unsigned char *row
 }
 
 // Where this thread's accumulators stand in the tile.
-template <int row_tiles>
+template <int row_tiles, int column_tiles = kColumnTiles>
 struct Place {
-    uint32_t warp_row = (warp_index() / 4) * 16 * row_tiles;
-    uint32_t warp_column = (warp_index() % 4) * 32;
+    static constexpr uint32_t across = TILE / 8 / column_tiles;  // warps side by side
+    uint32_t warp_row = warp_index() / across * 16 * row_tiles;
+    uint32_t warp_column = warp_index() % across * 8 * column_tiles;
     DEVICE uint32_t row(int tile, int half) const { return warp_row + tile * 16 + half * 8 + lane_index() / 4; }
     DEVICE uint32_t column(int tile, int odd) const { return warp_column + tile * 8 + lane_index() % 4 * 2 + odd; }
 
     // The same as a matrix of this thread's own: `rows` x `columns` values.
-    static constexpr int rows = 2 * row_tiles, columns = 2 * kColumnTiles;
+    static constexpr int rows = 2 * row_tiles, columns = 2 * column_tiles;
     // Quarters of the tile's columns: how many these are of, and the first of them.
     static constexpr int quarters = 1;
     DEVICE uint32_t first_quarter() const { return warp_index() % 4; }
     DEVICE uint32_t row_of(int r) const { return row(r / 2, r % 2); }
     DEVICE uint32_t column_of(int c) const { return column(c / 2, c % 2); }
-    static DEVICE float value(const float (&acc)[row_tiles][kColumnTiles][4], int r, int c) {
+    template <class Sums>
+    static DEVICE auto &value(Sums &acc, int r, int c) {
         return acc[r / 2][c / 2][r % 2 * 2 + c % 2];
     }
 };
 
-template <int row_tiles>
-using Accumulators = float[row_tiles][kColumnTiles][4];
+template <int row_tiles, int column_tiles = kColumnTiles>
+using Accumulators = float[row_tiles][column_tiles][4];
 
 // Copies stage `index` of `rows` rows of a tile to shared memory: of split ones a half of both parts' 64 dimensions.
 template <class Numbers>
@@ -202,12 +205,12 @@ DEVICE void copy_stage(unsigned char *to, const unsigned char *from, uint32_t in
     for (int i = 0; i < rows * STAGE_BYTES / kTurn; ++i) cp_async(to + i * kTurn, from + i * kTurn);
 }
 
-template <int row_tiles>
-DEVICE void clear(Accumulators<row_tiles> &acc) {
+template <int row_tiles, int column_tiles>
+DEVICE void clear(float (&acc)[row_tiles][column_tiles][4]) {
 #pragma unroll
     for (int tile = 0; tile < row_tiles; ++tile) {
 #pragma unroll
-        for (int column = 0; column < kColumnTiles; ++column) {
+        for (int column = 0; column < column_tiles; ++column) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) acc[tile][column][i] = 0.0f;
         }
@@ -225,14 +228,14 @@ DEVICE void load_rows(uint32_t (&raw)[4], const unsigned char *stage, uint32_t r
 }
 
 // Adds a stage's products to `acc`: its rows from `a_row` on.
-template <class Numbers, int row_tiles>
-DEVICE void multiply_stage(Accumulators<row_tiles> &acc, const unsigned char *a, const unsigned char *b, uint32_t a_row,
-                           uint32_t b_row) {
+template <class Numbers, int row_tiles, int column_tiles>
+DEVICE void multiply_stage(float (&acc)[row_tiles][column_tiles][4], const unsigned char *a, const unsigned char *b,
+                           uint32_t a_row, uint32_t b_row) {
 #pragma unroll
     for (int step = 0; step < kGranules / 2; ++step) {
-        uint32_t columns[kColumnTiles / 2][4];
+        uint32_t columns[column_tiles / 2][4];
 #pragma unroll
-        for (int pair = 0; pair < kColumnTiles / 2; ++pair) load_columns(columns[pair], b, b_row + pair * 16, step * 2);
+        for (int pair = 0; pair < column_tiles / 2; ++pair) load_columns(columns[pair], b, b_row + pair * 16, step * 2);
 #pragma unroll
         for (int tile = 0; tile < row_tiles; ++tile) {
             uint32_t raw[4];
@@ -240,7 +243,7 @@ DEVICE void multiply_stage(Accumulators<row_tiles> &acc, const unsigned char *a,
             typename Numbers::template Fragment<4> rows;
             Numbers::prepare(rows, raw);
 #pragma unroll
-            for (int column = 0; column < kColumnTiles; ++column) {
+            for (int column = 0; column < column_tiles; ++column) {
                 typename Numbers::template Fragment<2> fragment;
                 Numbers::prepare(fragment, columns[column / 2] + column % 2 * 2);
                 Numbers::multiply(acc[tile][column], rows, fragment);
@@ -251,18 +254,18 @@ DEVICE void multiply_stage(Accumulators<row_tiles> &acc, const unsigned char *a,
 
 // The same of rows split into high and low parts. Each kind of product has sums of its own, from 0, and the adder that
 // rounds adds them: with a and b exchanged two of them change places, and their sum has the same bits.
-template <int row_tiles>
-DEVICE void multiply_split_stage(float (*acc)[kColumnTiles][4], const unsigned char *a, const unsigned char *b, uint32_t a_row,
+template <int row_tiles, int column_tiles>
+DEVICE void multiply_split_stage(float (*acc)[column_tiles][4], const unsigned char *a, const unsigned char *b, uint32_t a_row,
                                  uint32_t b_row) {
-    Accumulators<row_tiles> low_high, high_low, high;
-    clear<row_tiles>(low_high);
-    clear<row_tiles>(high_low);
-    clear<row_tiles>(high);
+    Accumulators<row_tiles, column_tiles> low_high, high_low, high;
+    clear(low_high);
+    clear(high_low);
+    clear(high);
 #pragma unroll 1
     for (int step = 0; step < kGranules / 4; ++step) {
-        ExactF32::Fragment<4> columns[kColumnTiles / 2];  // of two products each
+        ExactF32::Fragment<4> columns[column_tiles / 2];  // of two products each
 #pragma unroll
-        for (int pair = 0; pair < kColumnTiles / 2; ++pair) {
+        for (int pair = 0; pair < column_tiles / 2; ++pair) {
             load_columns(columns[pair].high, b, b_row + pair * 16, step * 2);
             load_columns(columns[pair].low, b, b_row + pair * 16, step * 2 + kGranules / 2);
         }
@@ -272,7 +275,7 @@ DEVICE void multiply_split_stage(float (*acc)[kColumnTiles][4], const unsigned c
             load_rows(rows.high, a, a_row + tile * 16, step * 2);
             load_rows(rows.low, a, a_row + tile * 16, step * 2 + kGranules / 2);
 #pragma unroll
-            for (int column = 0; column < kColumnTiles; ++column) {
+            for (int column = 0; column < column_tiles; ++column) {
                 const auto &two = columns[column / 2];
                 const uint32_t b_high[2] = {two.high[column % 2 * 2], two.high[column % 2 * 2 + 1]};
                 const uint32_t b_low[2] = {two.low[column % 2 * 2], two.low[column % 2 * 2 + 1]};
@@ -285,7 +288,7 @@ DEVICE void multiply_split_stage(float (*acc)[kColumnTiles][4], const unsigned c
 #pragma unroll
     for (int tile = 0; tile < row_tiles; ++tile) {
 #pragma unroll
-        for (int column = 0; column < kColumnTiles; ++column) {
+        for (int column = 0; column < column_tiles; ++column) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 float sum = high[tile][column][i] + (low_high[tile][column][i] + high_low[tile][column][i]);
@@ -295,25 +298,25 @@ DEVICE void multiply_split_stage(float (*acc)[kColumnTiles][4], const unsigned c
     }
 }
 
-// acc = the products of 32 row_tiles rows from `a` on with the TILE rows from `b` on: `b` begins
-// a tile of prepared rows, `a` one or, STAGE_BYTES a row later, a part of it.
-// `stages` holds kStages * (32 row_tiles + TILE) * STAGE_BYTES bytes, free on entry and on return.
+// acc = the products of 32 row_tiles rows (twice as many, if a warp has 64 columns) from `a` on with the TILE rows from `b` on:
+// `b` begins a tile of prepared rows, `a` one or, STAGE_BYTES a row later, a part of it.
+// `stages` holds kStages * (those rows + TILE) * STAGE_BYTES bytes, free on entry and on return.
 // Of split rows `together` row tiles at a time, which bounds the registers of the further sums.
-template <class Numbers, int row_tiles, int stage_count = kStages, int together = 2>
-DEVICE void multiply_tile(Accumulators<row_tiles> &acc, const void *a, const void *b, uint64_t stride_bytes,
+template <class Numbers, int row_tiles, int stage_count = kStages, int together = 2, int column_tiles>
+DEVICE void multiply_tile(float (&acc)[row_tiles][column_tiles][4], const void *a, const void *b, uint64_t stride_bytes,
                           unsigned char *stages) {
-    constexpr int rows = 32 * row_tiles;
+    constexpr int rows = 8 * row_tiles * column_tiles;
     constexpr uint32_t stage_bytes = (rows + TILE) * STAGE_BYTES;
     auto a_bytes = static_cast<const unsigned char *>(a);
     auto b_bytes = static_cast<const unsigned char *>(b);
     uint32_t count = static_cast<uint32_t>(stride_bytes / STAGE_BYTES);
-    Place<row_tiles> place;
+    Place<row_tiles, column_tiles> place;
     auto copy = [&](uint32_t index) {
         unsigned char *stage = stages + index % stage_count * stage_bytes;
         copy_stage<Numbers>(stage, a_bytes, index, rows);
         copy_stage<Numbers>(stage + rows * STAGE_BYTES, b_bytes, index, TILE);
     };
-    clear<row_tiles>(acc);
+    clear(acc);
     for (uint32_t index = 0; index < stage_count - 1; ++index) {
         if (index < count) copy(index);
         cp_async_commit();  // a group a stage, empty or not: the waits below count them
@@ -328,10 +331,10 @@ DEVICE void multiply_tile(Accumulators<row_tiles> &acc, const void *a, const voi
         if constexpr (Numbers::exact) {
 #pragma unroll
             for (int first = 0; first < row_tiles; first += together) {
-                multiply_split_stage<together>(acc + first, stage, other, place.warp_row + first * 16, place.warp_column);
+                multiply_split_stage<together, column_tiles>(acc + first, stage, other, place.warp_row + first * 16, place.warp_column);
             }
         } else {
-            multiply_stage<Numbers, row_tiles>(acc, stage, other, place.warp_row, place.warp_column);
+            multiply_stage<Numbers>(acc, stage, other, place.warp_row, place.warp_column);
         }
     }
     cp_async_wait<0>();
@@ -398,6 +401,7 @@ DEVICE uint32_t reserve(const Pairs &pairs, uint32_t count) {
     return first + units <= pairs.pool ? static_cast<uint32_t>(first) : NO_ROW;
 }
 DEVICE bool stores_all(const Pairs &pairs) { return pairs.counters->reserved <= pairs.pool; }
+DEVICE bool has_bad_row(const Counters &counters) { return counters.bad_anchor != NO_ROW || counters.bad_reference != NO_ROW; }
 DEVICE bool is_stored(const Pairs &pairs, uint64_t tile) { return pairs.tile_segments[tile] != NO_ROW; }
 // The first candidate of a tile that is stored.
 DEVICE uint64_t segment_of(const Pairs &pairs, uint64_t tile) { return static_cast<uint64_t>(pairs.tile_segments[tile]) * 4; }

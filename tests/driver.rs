@@ -15,8 +15,8 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use ddtas::Error;
 use ddtas::backend::cuda::{self, CudaBackend, CudaDevice};
 use ddtas::backend::device::{
-    Options, ResidentBatch, ResidentIdentity, ResidentNumbers, ResidentPart, ResidentRows, ResidentSettings,
-    ResidentType,
+    Options, ResidentBatch, ResidentIdentity, ResidentNumbers, ResidentOutput, ResidentPart, ResidentRows,
+    ResidentSettings, ResidentType,
 };
 use ddtas::backend::{AutoDevice, Backend, DeviceSpec, auto};
 use ddtas::capi::*;
@@ -196,9 +196,10 @@ fn after_the_first_call_of_a_shape_nothing_is_allocated_copied_waited_for_or_loo
     let square = ResidentBatch { anchors: side(200, address), references: None, ..batch };
     let whole = ResidentPart { batch: square, ..part };
     let settings = ResidentSettings { settings: LossSettings::default(), lambda: address };
+    let output = ResidentOutput { scalars: address, loss: address };
     let numbers = ResidentNumbers { anchors: address, references: address, count: 200 };
     let run = |part: &ResidentPart, backend: &mut CudaBackend| unsafe {
-        backend.enqueue_loss(part, &settings, address).unwrap();
+        backend.enqueue_loss(part, &settings, output).unwrap();
         backend.enqueue_same_class(part, &settings, address).unwrap();
         let numbers = ResidentNumbers { count: part.batch.references.map_or(0, |_| 200), ..numbers };
         backend.enqueue_sweep(part, numbers, address, address).unwrap();
@@ -254,9 +255,10 @@ fn a_device_follows_its_caller_from_stream_to_stream_and_into_a_capture() {
         ResidentPart { batch, identity: ResidentIdentity::ByValue, total: count, any_length: false }
     };
     let settings = ResidentSettings { settings: LossSettings::default(), lambda: 0 };
+    let output = ResidentOutput { scalars: address, loss: 0 };
     let mut run = |stream, count| {
         unsafe { backend.device_mut().follow(stream) }.unwrap();
-        let issued = unsafe { backend.enqueue_loss(&part(count), &settings, address) };
+        let issued = unsafe { backend.enqueue_loss(&part(count), &settings, output) };
         backend.device_mut().mark().unwrap();
         issued
     };

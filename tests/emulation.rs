@@ -5,9 +5,11 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests: a panic is the failure")]
 
+use std::collections::BTreeSet;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::{Mutex, PoisonError};
 
 /// A text of kernels/FILE and what a fault makes of it.
 struct Fault {
@@ -32,6 +34,39 @@ fn copy_folder(from: &Path, to: &Path) {
     }
 }
 
+fn compiler(folder: &Path) -> Command {
+    let mut compiler = Command::new(std::env::var("CXX").unwrap_or_else(|_| "g++".into()));
+    compiler.args(["-std=c++17", "-g", "-Wno-unknown-pragmas", "-ffp-contract=off"]).current_dir(folder);
+    compiler
+}
+
+fn compile(mut compiler: Command) {
+    let built = compiler.output().unwrap();
+    assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+}
+
+/// The object files of the machine for programs of these flags, compiled once for all tests: no fault is planted in it.
+fn machine(flags: &[&str]) -> Vec<PathBuf> {
+    static COMPILED: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("machine{}", flags.concat()));
+    let parts = ["machine", "instructions", "hopper", "roles", "fiber"];
+    // A test that failed here has said why, and the next one tries again.
+    let mut compiled = COMPILED.lock().unwrap_or_else(PoisonError::into_inner);
+    if !compiled.contains(&folder) {
+        fs::create_dir_all(&folder).unwrap();
+        let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels/emulation");
+        let mut machine = compiler(&folder);
+        // It is not watched for races, but says what orders the kernels' threads: races.h.
+        machine.args(if flags == THREADS { &["-DDDTAS_EMULATION_RACES"] } else { flags });
+        machine
+            .args(["-O2", "-march=native", "-c"])
+            .args(parts.map(|part| sources.join(format!("{part}.cpp"))));
+        compile(machine);
+        compiled.insert(folder.clone());
+    }
+    parts.map(|part| folder.join(format!("{part}.o"))).into()
+}
+
 /// Compiles tests/emulation/PROGRAM.cpp with a copy of the kernels, and runs it.
 fn run<'a>(
     program: &str,
@@ -50,30 +85,14 @@ fn run<'a>(
         fs::write(&path, text.replace(from, to)).unwrap();
     }
     let binary = folder.path().join(program);
-    let compiler = || {
-        let mut compiler = Command::new(std::env::var("CXX").unwrap_or_else(|_| "g++".into()));
-        compiler
-            .args(["-std=c++17", "-O1", "-g", "-Wno-unknown-pragmas", "-ffp-contract=off", "-I"])
-            .arg(&copy);
-        compiler.current_dir(folder.path());
-        compiler
-    };
-    let checked = |mut compiler: Command| {
-        let built = compiler.output().unwrap();
-        assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
-    };
-    // The machine is not watched for races, but says what orders the kernels' threads: races.h.
-    let machine_flags = if flags == THREADS { &["-DDDTAS_EMULATION_RACES"] } else { flags };
-    let parts = ["machine", "instructions", "hopper", "roles", "fiber"];
-    let mut machine = compiler();
-    machine.args(machine_flags).arg("-c").args(parts.map(|part| copy.join(format!("emulation/{part}.cpp"))));
-    checked(machine);
-    let mut program_and_kernels = compiler();
-    program_and_kernels.args(flags).arg("-o").arg(&binary).args(parts.map(|part| format!("{part}.o")));
-    program_and_kernels.arg(root.join(format!("tests/emulation/{program}.cpp")));
+    let mut program_and_kernels = compiler(folder.path());
+    program_and_kernels.arg("-O1").args(flags).arg("-I").arg(&copy).arg("-o").arg(&binary);
+    program_and_kernels.args(machine(flags)).arg(root.join(format!("tests/emulation/{program}.cpp")));
     program_and_kernels.arg("-xc++").args(kernels.iter().map(|file| copy.join(file)));
-    checked(program_and_kernels);
-    Command::new(&binary).arg(SEEDS).env("ASAN_OPTIONS", "detect_leaks=0").output().unwrap()
+    compile(program_and_kernels);
+    let mut program = Command::new(&binary);
+    program.arg(SEEDS).env("ASAN_OPTIONS", "detect_leaks=0").env("TSAN_OPTIONS", "halt_on_error=1");
+    program.output().unwrap()
 }
 
 fn said(output: &Output) -> String {
@@ -94,12 +113,20 @@ fn run_faulty_hopper_twice(faults: [Fault; 2]) -> String {
     said(&output)
 }
 
-/// What Hopper's sweep says with a fault in it.
-fn run_faulty_sweep(from: &'static str, to: &'static str) -> String {
-    let fault = Fault { file: "sweep_hopper.cu", from, to };
-    let output = run("sweep", &["sweep_hopper.cu"], Some(&fault), &[]);
+/// What Hopper's sweep says with a fault in one of its files.
+fn run_faulty_sweep_of(file: &'static str, from: &'static str, to: &'static str) -> String {
+    let output = run("sweep", &["sweep_hopper.cu"], Some(&Fault { file, from, to }), &[]);
     assert!(!output.status.success(), "the fault went unnoticed");
     said(&output)
+}
+
+fn run_faulty_sweep(from: &'static str, to: &'static str) -> String {
+    run_faulty_sweep_of("sweep_hopper.cu", from, to)
+}
+
+/// In what it shares with retrieval.
+fn run_faulty_team(from: &'static str, to: &'static str) -> String {
+    run_faulty_sweep_of("teams.cuh", from, to)
 }
 
 fn run_faulty(from: &'static str, to: &'static str, flags: &[&str]) -> String {
@@ -143,12 +170,8 @@ fn tensor_core_wrappers_agree_with_plain_products() {
 
 #[test]
 fn kernels_without_a_fault_pass() {
-    let output = run(
-        "retrieval",
-        &["retrieval.cu"],
-        None,
-        &["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
-    );
+    let flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"];
+    let output = run("retrieval", &["retrieval.cu", "retrieval_hopper.cu"], None, &flags);
     assert!(output.status.success(), "{}", said(&output));
 }
 
@@ -169,38 +192,38 @@ fn hopper_s_kernel_without_a_fault_passes() {
 fn a_team_that_waits_by_parity_alone_is_caught() {
     // It takes the phase before the other team's for its own stage's.
     let turn = "if (walk.turn > 0) mbarrier_wait(&shared.turn[team]";
-    assert_caught(&run_faulty_sweep(turn, "if (false) mbarrier_wait(&shared.turn[team]"));
+    assert_caught(&run_faulty_team(turn, "if (false) mbarrier_wait(&shared.turn[team]"));
 }
 
 #[test]
 fn a_team_s_stage_that_is_given_back_too_early_is_caught() {
     let release = "is done\n                arrive_as_warp(&shared.empty[(stage + SWEEP_HOPPER_STAGES - 1) % SWEEP_HOPPER_STAGES]);";
     let early = "is done\n                arrive_as_warp(&shared.empty[stage]);";
-    assert_caught(&run_faulty_sweep(release, early));
+    assert_caught(&run_faulty_team(release, early));
     // All of them, but before the products that read them are through.
     let wait = "wgmma_wait<1>();  // this product goes on, that before it is done";
-    assert_caught(&run_faulty_sweep(wait, ""));
+    assert_caught(&run_faulty_team(wait, ""));
 }
 
 #[test]
 fn a_row_tile_that_is_overwritten_is_caught() {
     // Of fewer parts than there are stages: products may still read it.
     let wait = "back <= filled; ++back) wait_until_empty(filled - back);";
-    assert_caught(&run_faulty_sweep(wait, "false; ++back) wait_until_empty(filled - back);"));
+    assert_caught(&run_faulty_team(wait, "false; ++back) wait_until_empty(filled - back);"));
     // A stage, and with it a part of the row tile.
     let wait = "if (fill >= SWEEP_HOPPER_STAGES) wait_until_empty(fill - SWEEP_HOPPER_STAGES);";
-    assert_caught(&run_faulty_sweep(wait, ""));
+    assert_caught(&run_faulty_team(wait, ""));
 }
 
 #[test]
 fn stages_of_split_rows_that_are_overwritten_are_caught() {
     let wait = "back <= stages.fill; ++back) wait_until_empty(stages.fill - back);";
-    assert_caught(&run_faulty_sweep(wait, "false; ++back) wait_until_empty(stages.fill - back);"));
+    assert_caught(&run_faulty_team(wait, "false; ++back) wait_until_empty(stages.fill - back);"));
     let wait = "if (stages.fill >= stages.count) wait_until_empty(stages.fill - stages.count);";
-    assert_caught(&run_faulty_sweep(wait, ""));
+    assert_caught(&run_faulty_team(wait, ""));
     // The rows' low parts are read by the products that the columns' high ones wait for.
     let release = "arrive_as_warp(&shared.empty[low_rows]);";
-    assert_caught(&run_faulty_sweep(release, "arrive_as_warp(&shared.empty[high_columns]);"));
+    assert_caught(&run_faulty_team(release, "arrive_as_warp(&shared.empty[high_columns]);"));
 }
 
 #[test]
@@ -432,17 +455,37 @@ fn a_read_past_the_rows_is_caught_by_the_address_sanitizer() {
 
 #[test]
 fn the_thread_sanitizer_sees_no_race_in_kernels_without_a_fault() {
-    let programs = [
-        ("retrieval", "retrieval.cu"),
-        ("gradient", "gradient_hopper.cu"),
-        ("gradient_split", "gradient_hopper_split.cu"),
-        ("sweep", "sweep_hopper.cu"),
-        ("order", "order.cu"),
+    let programs: [(_, &[_]); 5] = [
+        ("retrieval", &["retrieval.cu", "retrieval_hopper.cu"]),
+        ("gradient", &["gradient_hopper.cu"]),
+        ("gradient_split", &["gradient_hopper_split.cu"]),
+        ("sweep", &["sweep_hopper.cu"]),
+        ("order", &["order.cu"]),
     ];
-    for (program, kernel) in programs {
-        let output = run(program, &[kernel], None, THREADS);
+    for (program, kernels) in programs {
+        let output = run(program, kernels, None, THREADS);
         assert!(output.status.success(), "{program}: {}", said(&output));
         assert!(!said(&output).contains("data race"), "{program}: {}", said(&output));
+    }
+}
+
+#[test]
+fn faults_in_the_lists_of_retrieval_are_caught() {
+    let faults = [
+        // Keys are read before the pairs before are in order, or before all are there.
+        ("retrieval.cu", "            block_sync();  // pairs are in order", ""),
+        ("retrieval.cu", "block_sync();  // all keys are there", ""),
+        // Two warps, and two teams, append to one list.
+        ("retrieval.cu", "lists(p, warp_index() % 2);", "lists(p, 0);"),
+        ("retrieval_hopper.cu", "lists(p, team.team);", "lists(p, 0);"),
+    ];
+    for (file, from, to) in faults {
+        let kernels = ["retrieval.cu", "retrieval_hopper.cu"];
+        let kernels = if file == "retrieval.cu" { &kernels[..1] } else { &kernels };
+        let output = run("retrieval", kernels, Some(&Fault { file, from, to }), &[]);
+        assert!(!output.status.success(), "the fault went unnoticed: {from}");
+        let said = said(&output);
+        assert!(said.contains("want") || said.contains("divergent barrier"), "{from}: {said}");
     }
 }
 

@@ -8,8 +8,8 @@
 use ddtas::backend::Backend;
 use ddtas::backend::device::params::LossScalars;
 use ddtas::backend::device::{
-    DeviceBackend, Options, ResidentBatch, ResidentIdentity, ResidentNumbers, ResidentPart, ResidentRows,
-    ResidentSettings, ResidentType,
+    DeviceBackend, Options, ResidentBatch, ResidentIdentity, ResidentNumbers, ResidentOutput, ResidentPart,
+    ResidentRows, ResidentSettings, ResidentType,
 };
 use ddtas::backend::emulated::EmulatedDevice;
 use ddtas::loss::{Batch, LossOutput, LossSettings, Rows, UnitCheck};
@@ -132,8 +132,9 @@ fn a_loss_of_resident_rows_and_one_that_nobody_waits_for() {
             let part = ResidentPart { batch, identity: ResidentIdentity::ByValue, total: 200, any_length };
             let settings = ResidentSettings { settings: LossSettings::default(), lambda: 0 };
             let mut scalars = [0u64; size_of::<LossScalars>() / 8];
+            let output = ResidentOutput { scalars: scalars.as_mut_ptr() as u64, loss: 0 };
             // SAFETY: as above, and the scalars too.
-            unsafe { backend.enqueue_loss(&part, &settings, scalars.as_mut_ptr() as u64) }.unwrap();
+            unsafe { backend.enqueue_loss(&part, &settings, output) }.unwrap();
         })
     };
     assert_eq!(enqueued(false), waited);

@@ -5,8 +5,8 @@
 use ddtas::backend::cpu::CpuBackend;
 use ddtas::backend::device::params::LossScalars;
 use ddtas::backend::device::{
-    DeviceBackend, Options, ResidentBatch, ResidentIdentity, ResidentNumbers, ResidentPart, ResidentRows,
-    ResidentSettings, ResidentType,
+    DeviceBackend, Options, ResidentBatch, ResidentIdentity, ResidentNumbers, ResidentOutput, ResidentPart,
+    ResidentRows, ResidentSettings, ResidentType,
 };
 use ddtas::backend::emulated::EmulatedDevice;
 use ddtas::backend::{Backend, Nearest};
@@ -369,10 +369,14 @@ fn enqueue(
     let part = ResidentPart { batch, identity: ResidentIdentity::ByValue, total: labels.len(), any_length };
     let given = ResidentSettings { settings: LossSettings::default(), lambda: 0 };
     let mut scalars = [0u64; size_of::<LossScalars>() / 8];
-    // SAFETY: the addresses of matrices that outlive the call, and of the scalars.
-    unsafe { backend().enqueue_loss(&part, &given, scalars.as_mut_ptr() as u64) }?;
+    let mut loss = 0.0f32;
+    let output = ResidentOutput { scalars: scalars.as_mut_ptr() as u64, loss: &raw mut loss as u64 };
+    // SAFETY: the addresses of matrices that outlive the call, and of the figures.
+    unsafe { backend().enqueue_loss(&part, &given, output) }?;
     // SAFETY: as many bytes, as aligned, and every bit pattern is a value of its numbers.
-    Ok(unsafe { scalars.as_ptr().cast::<LossScalars>().read() })
+    let scalars = unsafe { scalars.as_ptr().cast::<LossScalars>().read() };
+    assert_eq!(loss.to_bits(), (scalars.loss as f32).to_bits());
+    Ok(scalars)
 }
 
 #[test]
@@ -389,8 +393,11 @@ fn a_whole_loss_that_nobody_waits_for_gives_the_same_bits_and_nan_for_a_bad_row(
     assert!(scalars.mined_pos > 0 && scalars.mined_neg > 0);
     e[[77, 0]] = 3.0;
     let scalars = enqueue(&e, &mut gradient);
-    assert!(scalars.loss.is_nan());
+    assert!(
+        scalars.loss.is_nan() && scalars.dloss_dlambda_pos.is_nan() && scalars.dloss_dlambda_neg.is_nan()
+    );
     assert_eq!(scalars.bad_anchor, 77);
+    assert!(gradient.iter().all(|entry| entry.is_nan()));
 }
 
 #[test]

@@ -10,6 +10,7 @@ struct Fiber {
     void *stack_pointer = nullptr;
     unsigned char *stack = nullptr;  // null for the OS thread's own
     size_t stack_bytes = 0;
+    size_t place = 0;            // of its first frame
     void *fake_stack = nullptr;  // AddressSanitizer's
     void *watched = nullptr;     // ThreadSanitizer's thread
 };

@@ -42,46 +42,49 @@ struct Operand {
     }
     static uint32_t field(uint64_t bits) { return static_cast<uint32_t>(bits & 0x3fff) << 4; }
 
-    // Lines of 128 bytes, `line` of them on and `byte` into it; 8 lines are one block.
-    uint16_t at(uint32_t block, uint32_t line, uint32_t byte) const {
+    // Eight elements, `line` lines of 128 bytes on and `byte` into that one; 8 lines are one block.
+    const unsigned char *granule(uint32_t block, uint32_t line, uint32_t byte) const {
         uint32_t address = start + block + line * 128 + byte;
         address ^= (address >> 7 & 7) << 4;  // the swizzle is of address bits
         size_t offset = address - kSharedBase;
-        if (address < kSharedBase || offset + sizeof(uint16_t) > machine->async_view.size()) die("a product reads outside of shared memory", "");
-        uint16_t bits;
-        std::memcpy(&bits, machine->async_view.data() + offset, sizeof bits);
-        return bits;
+        if (address < kSharedBase || offset + 16 > machine->async_view.size()) die("a product reads outside of shared memory", "");
+        return machine->async_view.data() + offset;
     }
-    // Row (of A, or column of B) and k; or both exchanged, for an operand that lies [k, columns].
-    uint32_t straight(uint32_t row, uint32_t k) const { return at(row / 8 * stride, row % 8, k * 2); }
-    uint32_t transposed(uint32_t column, uint32_t k) const {
-        return at(column / 64 * leading + k / 8 * stride, k % 8, column % 64 * 2);
+    // A row of A, or column of B, from `k` on; or a `k` of an operand that lies [k, columns], from a column on.
+    const unsigned char *straight(uint32_t row, uint32_t k) const { return granule(row / 8 * stride, row % 8, k * 2); }
+    const unsigned char *transposed(uint32_t column, uint32_t k) const {
+        return granule(column / 64 * leading + k / 8 * stride, k % 8, column % 64 * 2);
     }
 };
 
-void run_product(const Product &product, int warp) {
-    constexpr int kMostColumns = 256;
-    static thread_local double b[16][kMostColumns];  // too large for a fiber
-    const int columns = product.operands.columns;
-    Operand left(product.operands.a), right(product.operands.b);
-    constexpr int depth = 16;
-    auto value = [&](uint32_t bits) { return static_cast<double>(element(product.numbers, bits, 0)); };
-    double a[16][depth];
-    for (int k = 0; k < depth; ++k) {
-        for (int i = 0; i < 16; ++i) {
-            uint32_t row = static_cast<uint32_t>(warp % 4 * 16 + i);
-            a[i][k] = value(product.operands.transposed_a ? left.transposed(row, k) : left.straight(row, k));
-        }
-        for (int column = 0; column < columns; ++column) {
-            b[k][column] = value(product.operands.transposed ? right.transposed(column, k) : right.straight(column, k));
+constexpr uint32_t kDepth = 16, kMostColumns = 256;
+
+// An operand's `count` rows, or columns, from `first` on, as [k, count].
+template <Numbers numbers>
+void load(double (*to)[kMostColumns], const Operand &operand, bool transposed, uint32_t first, uint32_t count) {
+    for (uint32_t i = 0; i < (transposed ? kDepth : count); ++i) {
+        for (uint32_t j = 0; j < (transposed ? count : kDepth); j += 8) {
+            uint16_t bits[8];
+            std::memcpy(bits, transposed ? operand.transposed(first + j, i) : operand.straight(first + i, j), sizeof bits);
+            for (uint32_t element = 0; element < 8; ++element) {
+                (transposed ? to[i][j + element] : to[j + element][i]) = number<numbers>(bits[element]);
+            }
         }
     }
-    for (int row = 0; row < 16; ++row) {
+}
+
+template <Numbers numbers>
+void run_product(const Product &product, int warp) {
+    static thread_local double a[kDepth][kMostColumns], b[kDepth][kMostColumns];  // too large for a fiber
+    const auto columns = static_cast<uint32_t>(product.operands.columns);
+    load<numbers>(a, Operand(product.operands.a), product.operands.transposed_a, static_cast<uint32_t>(warp % 4 * 16), 16);
+    load<numbers>(b, Operand(product.operands.b), product.operands.transposed, 0, columns);
+    for (uint32_t row = 0; row < 16; ++row) {
         double sums[kMostColumns] = {};
-        for (int k = 0; k < depth; ++k) {
-            for (int column = 0; column < columns; ++column) sums[column] += a[row][k] * b[k][column];
+        for (uint32_t k = 0; k < kDepth; ++k) {
+            for (uint32_t column = 0; column < columns; ++column) sums[column] += a[k][row] * b[k][column];
         }
-        for (int column = 0; column < columns; ++column) {
+        for (uint32_t column = 0; column < columns; ++column) {
             float &c = product.c[row % 8 * 4 + column % 8 / 2][column / 8 * 4 + row / 8 * 2 + column % 2];
             c = truncate((product.operands.fresh ? 0.0 : static_cast<double>(c)) + sums[column]);
         }
@@ -95,7 +98,8 @@ void run_products(uint64_t pending) {
     while (!warp.products.empty()) {
         bool due = warp.products.front().group + pending < warp.group;
         if (!due && machine->random.below(4) != 0) break;
-        run_product(warp.products.front(), index);
+        const Product &product = warp.products.front();
+        (product.numbers == Numbers::f16 ? run_product<Numbers::f16> : run_product<Numbers::bf16>)(product, index);
         Unwatched bookkeeping;
         warp.products.pop_front();
     }

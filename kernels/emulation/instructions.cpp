@@ -19,18 +19,6 @@ void land_some(Thread &thread) {
     }
 }
 
-// Bits of a 16-bit element: 0 low half, 1 high half.
-float element(Numbers numbers, uint32_t pair, int half) {
-    uint16_t bits = static_cast<uint16_t>(half ? pair >> 16 : pair);
-    return numbers == Numbers::f16 ? f16_value(bits) : float_of(static_cast<uint32_t>(bits) << 16);
-}
-
-float truncate(double value) {
-    float nearest = static_cast<float>(value);
-    // The next float towards 0 has the next smaller bits, of either sign.
-    return std::fabs(static_cast<double>(nearest)) > std::fabs(value) ? float_of(bits_of(nearest) - 1) : nearest;
-}
-
 void cp_async(void *to, const void *from) {
     if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16) die("cp_async is not aligned", "");
     Thread &self = machine->self();
@@ -75,12 +63,12 @@ void multiply(void **lanes) {
         for (int r = 0; r < 4; ++r) {
             int row = group + (r % 2) * 8;
             for (int half = 0; half < 2; ++half) {
-                a[row][r / 2 * 8 + in_group * 2 + half] = static_cast<double>(element(numbers, one.a[r], half));
+                a[row][r / 2 * 8 + in_group * 2 + half] = number<numbers>(static_cast<uint16_t>(one.a[r] >> half * 16));
             }
         }
         for (int r = 0; r < 2; ++r) {
             for (int half = 0; half < 2; ++half) {
-                b[r * 8 + in_group * 2 + half][group] = static_cast<double>(element(numbers, one.b[r], half));
+                b[r * 8 + in_group * 2 + half][group] = number<numbers>(static_cast<uint16_t>(one.b[r] >> half * 16));
             }
         }
     }
@@ -128,18 +116,10 @@ uint16_t f16_bits(float value) {
     if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);
     // Below 2^-14 numbers are multiples of 2^-24.
     if (magnitude < 0x38800000u) {
-        return static_cast<uint16_t>(sign | static_cast<uint32_t>(std::lrintf(std::ldexp(float_of(magnitude), 24))));
+        return static_cast<uint16_t>(sign | static_cast<uint32_t>(std::lrintf(float_of(magnitude) * 0x1p24f)));
     }
     magnitude += 0xfffu + (magnitude >> 13 & 1u);
     return static_cast<uint16_t>(sign | (magnitude - 0x38000000u) >> 13);
-}
-
-float f16_value(uint16_t bits) {
-    uint32_t exponent = bits >> 10 & 0x1fu, mantissa = bits & 0x3ffu;
-    float value = exponent == 0    ? std::ldexp(static_cast<float>(mantissa), -24)
-                  : exponent == 31 ? (mantissa ? std::nanf("") : INFINITE)
-                                   : float_of((exponent + 112u) << 23 | mantissa << 13);
-    return bits & 0x8000u ? -value : value;
 }
 
 }  // namespace emulation

@@ -12,7 +12,7 @@
 
 namespace emulation {
 
-thread_local Machine *machine = nullptr;
+__thread Machine *machine = nullptr;
 
 void die(const char *message, const std::string &detail) {
     std::fprintf(stderr, "emulation: kernel %s, block (%u, %u, %u), thread %u: %s%s\n", machine->name,
@@ -81,6 +81,9 @@ void run_warp(uint32_t warp) {
     }
 }
 
+// The same literal most often, and so the same pointer.
+bool same_text(const char *a, const char *b) { return a == b || std::strcmp(a, b) == 0; }
+
 // All threads wait at one barrier, or all are done: anything else is divergence.
 bool release_barrier() {
     Thread &first = machine->all_threads[0];
@@ -92,7 +95,7 @@ bool release_barrier() {
         }
         bool same = thread.state == first.state &&
                     (thread.state == State::done || (thread.barrier_line == first.barrier_line &&
-                                                     !std::strcmp(thread.barrier_file, first.barrier_file)));
+                                                     same_text(thread.barrier_file, first.barrier_file)));
         if (same) continue;
         machine->current = i;
         auto place = [](const Thread &one) {
@@ -194,7 +197,7 @@ void collective(const char *what, void *operands, Operation operation) {
     Warp &warp = machine->warps[index / 32];
     if (warp.arrived == 0) {
         warp.what = what;
-    } else if (std::strcmp(warp.what, what) != 0) {
+    } else if (!same_text(warp.what, what)) {
         die("divergent warp: ", std::string("in ") + what + " while other lanes are in " + warp.what);
     }
     warp.operands[index % 32] = operands;

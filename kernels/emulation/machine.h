@@ -118,7 +118,6 @@ void *shared_at(uint32_t address, uint32_t bytes);
 uint32_t arrive_at(uint32_t *arrived);
 
 uint16_t f16_bits(float value);
-float f16_value(uint16_t bits);
 
 // One run of a kernel; 0, or -1 if there is no such kernel, or it has other threads or parameters of another size.
 int launch(const char *name, const uint32_t grid[3], uint32_t threads, uint32_t shared_bytes, const void *params,
@@ -331,7 +330,13 @@ inline uint16_t to_f16_bits(float value) { return emulation::f16_bits(value); }
 inline uint32_t to_f16_pair(float first, float second) {
     return emulation::f16_bits(first) | static_cast<uint32_t>(emulation::f16_bits(second)) << 16;
 }
-inline float from_f16_bits(uint16_t bits) { return emulation::f16_value(bits); }
+inline float from_f16_bits(uint16_t bits) {
+    uint32_t exponent = bits >> 10 & 0x1fu, mantissa = bits & 0x3ffu;
+    float value = exponent == 0    ? static_cast<float>(mantissa) * 0x1p-24f
+                  : exponent == 31 ? (mantissa ? std::nanf("") : INFINITE)
+                                   : float_of((exponent + 112u) << 23 | mantissa << 13);
+    return bits & 0x8000u ? -value : value;
+}
 inline uint64_t bits_of(double value) {
     uint64_t bits;
     std::memcpy(&bits, &value, sizeof bits);

@@ -153,7 +153,22 @@ struct Machine {
     };
     Threads threads() { return Threads{all_threads, thread_count}; }
 };
-extern thread_local Machine *machine;
+// __thread: a pointer that needs no constructor, and so no call before each use, as an extern thread_local has.
+extern __thread Machine *machine;
+
+// What an operand's element of 16 bits stands for.
+template <Numbers numbers>
+double number(uint16_t bits) {
+    return static_cast<double>(numbers == Numbers::f16 ? from_f16_bits(bits) : float_of(static_cast<uint32_t>(bits) << 16));
+}
+
+// As a tensor core adds: towards 0.
+inline float truncate(double value) {
+    float nearest = static_cast<float>(value);
+    // The next float towards 0 has the next smaller bits, of either sign.
+    uint32_t beyond = std::fabs(static_cast<double>(nearest)) > std::fabs(value);
+    return float_of(bits_of(nearest) - beyond);
+}
 
 // machine.cpp
 [[noreturn]] void die(const char *message, const std::string &detail);
@@ -162,8 +177,6 @@ void yield();
 
 // instructions.cpp
 void land_some(Thread &thread);
-float element(Numbers numbers, uint32_t pair, int half);
-float truncate(double value);
 
 // hopper.cpp
 void land_bulk(bool late_too);

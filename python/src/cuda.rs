@@ -194,7 +194,7 @@ impl CudaContext {
 
     /// Issues the loss of one side among itself, or of the first against the second, and waits for nothing: gradients
     /// and scalars are written where the addresses say. See `resident.rs`, which `ddtas.torch` alone calls.
-    #[pyo3(signature = (place, sides, identity, lambdas, mining, numbers, check, scalars, normalize = false))]
+    #[pyo3(signature = (place, sides, identity, lambdas, mining, numbers, check, output, normalize = false))]
     #[allow(clippy::too_many_arguments)]
     fn enqueue_loss(
         &self,
@@ -206,11 +206,11 @@ impl CudaContext {
         mining: &str,
         numbers: [f64; 8],
         check: bool,
-        scalars: usize,
+        output: (usize, usize),
         normalize: bool,
     ) -> PyResult<()> {
         let settings = Settings::of_numbers(mining, numbers);
-        let issued = Issued::new(&sides, (identity, lambdas, scalars), &settings, (check, normalize))?;
+        let issued = Issued::new(&sides, (identity, lambdas), output, &settings, (check, normalize))?;
         // SAFETY: `ddtas.torch` has checked the tensors and holds them until everything is issued; torch gives their memory to
         // nobody before this stream is through.
         self.compute(py, place.0, place.1, |backend| unsafe { issued.issue(backend) })

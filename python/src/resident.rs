@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use ddtas::Error;
 use ddtas::backend::cuda::{CudaBackend, CudaDevice};
 use ddtas::backend::device::{
-    Options, ResidentBatch, ResidentIdentity, ResidentPart, ResidentRows, ResidentSettings, ResidentType,
+    Options, ResidentBatch, ResidentIdentity, ResidentOutput, ResidentPart, ResidentRows, ResidentSettings,
+    ResidentType,
 };
 use ddtas::process::PerProcess;
 use pyo3::exceptions::PyTypeError;
@@ -100,15 +101,17 @@ fn side((embeddings, labels, count, _, _, gradient): Place) -> ResidentRows {
 pub struct Issued {
     part: ResidentPart,
     settings: ResidentSettings,
-    scalars: u64,
+    output: ResidentOutput,
 }
 
 impl Issued {
-    /// `identity`: the address of a uint32 for each anchor, or 0; `lambdas`: that of both thresholds in float64, or 0;
+    /// `identity`: the address of a uint32 for each anchor, or 0; `lambdas`: that of both thresholds in float64, or 0; `output`:
+    /// those of the scalars and of the loss in float32;
     /// `normalize`: rows are of any length, and the gradients are theirs as they are given.
     pub fn new(
         sides: &[Place],
-        (identity, lambdas, scalars): (usize, usize, usize),
+        (identity, lambdas): (usize, usize),
+        (scalars, loss): (usize, usize),
         settings: &Settings,
         (check, normalize): (bool, bool),
     ) -> PyResult<Self> {
@@ -140,13 +143,14 @@ impl Issued {
         };
         let part = ResidentPart { batch, identity, total: anchors.2, any_length: normalize };
         let settings = ResidentSettings { settings: settings.to_library()?, lambda: lambdas as u64 };
-        Ok(Self { part, settings, scalars: scalars as u64 })
+        let output = ResidentOutput { scalars: scalars as u64, loss: loss as u64 };
+        Ok(Self { part, settings, output })
     }
 
     /// # Safety
     /// As [`CudaBackend::enqueue_loss`].
     pub unsafe fn issue(&self, backend: &mut CudaBackend) -> ddtas::Result<()> {
         // SAFETY: handed on to the caller.
-        unsafe { backend.enqueue_loss(&self.part, &self.settings, self.scalars) }
+        unsafe { backend.enqueue_loss(&self.part, &self.settings, self.output) }
     }
 }

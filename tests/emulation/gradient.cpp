@@ -104,6 +104,7 @@ int check(uint64_t seeds) {
     Counters counters{};
     counters.valid_anchors = kAnchors;
     counters.valid_references = kReferences;
+    counters.bad_anchor = counters.bad_reference = NO_ROW;
     counters.largest_weight = bits_of(weight_of(2));
     GradientParams params{};
     params.pairs.anchors = Side{anchors.prepared.data(), order.data(), nullptr, kAnchors, 1};

@@ -1,4 +1,4 @@
-// retrieval.cpp: the retrieval kernel of a copy of kernels/ under many schedules, against a
+// retrieval.cpp: the retrieval kernels of a copy of kernels/ under many schedules, against a
 // double loop. tests/emulation.rs plants faults in the copy. Prints what differs and exits 1.
 // The pipeline of tile.cuh, which all passes share, is what the faults are planted in.
 
@@ -38,50 +38,81 @@ std::vector<uint16_t> in_f16(const std::vector<float> &values) {
     return narrow;
 }
 
+// A search by one kernel.
+struct Search {
+    const char *name;
+    uint32_t threads, shared_bytes, splits, k, kept, leave_self_out;
+};
+
+// Whether a double loop finds the same.
+bool agrees(const Search &search, uint64_t seed, const std::vector<float> &queries, const std::vector<float> &references,
+            const std::vector<uint32_t> &indices, const std::vector<float> &similarities) {
+    for (uint32_t q = 0; q < kQueries; ++q) {
+        std::vector<std::pair<double, uint32_t>> all;
+        for (uint32_t r = 0; r < kReferences; ++r) {
+            double sum = 0.0;
+            for (uint32_t d = 0; d < kStride; ++d) {
+                sum += static_cast<double>(queries[place(q, d)]) * static_cast<double>(references[place(r, d)]);
+            }
+            if (!search.leave_self_out || q != r) all.emplace_back(-sum, r);
+        }
+        std::sort(all.begin(), all.end());
+        for (uint32_t i = 0; i < search.k; ++i) {
+            uint32_t at = q * search.k + i;
+            if (indices[at] == all[i].second && similarities[at] == static_cast<float>(-all[i].first)) continue;
+            std::printf("%s, seed %llu, query %u, place %u: got %u (%g), want %u (%g)\n", search.name,
+                        static_cast<unsigned long long>(seed), q, i, indices[at], static_cast<double>(similarities[at]),
+                        all[i].second, -all[i].first);
+            return false;
+        }
+    }
+    return true;
+}
+
 }  // namespace
 
 int main(int argc, char **argv) {
     uint64_t seeds = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 1;
-    const uint32_t capacity = 256;
+    const uint32_t capacity = 512;
     std::vector<float> queries = rows(kQueries, 1), references = rows(kReferences, 2);
     std::vector<uint16_t> narrow_queries = in_f16(queries), narrow_references = in_f16(references);
+    // Lists that a bound keeps short, and such as are cut.
+    const Search searches[] = {
+        {"retrieval_f16", THREADS, SIMILARITY_STAGES_BYTES, 1, 5, 10, 0},
+        {"retrieval_f16", THREADS, SIMILARITY_STAGES_BYTES, 2, 70, 91, 1},
+        {"retrieval_hopper_f16", SWEEP_HOPPER_THREADS, RETRIEVAL_HOPPER_SHARED_BYTES, 2, 5, 10, 0},
+        {"retrieval_hopper_f16", SWEEP_HOPPER_THREADS, RETRIEVAL_HOPPER_SHARED_BYTES, 1, 70, 91, 1},
+    };
     for (uint64_t seed = 0; seed < seeds; ++seed) {
-        std::vector<uint64_t> buffer(static_cast<size_t>(tiles(kQueries)) * TILE * capacity);
-        std::vector<uint32_t> indices(kQueries * kCount);
-        std::vector<float> similarities(kQueries * kCount);
+        const Search &search = searches[seed % 4];
+        const uint32_t lists = 2 * search.splits;
+        std::vector<uint64_t> keys(static_cast<size_t>(tiles(kQueries)) * TILE * lists * capacity);
+        std::vector<uint32_t> counts(static_cast<size_t>(tiles(kQueries)) * TILE * lists);
+        std::vector<uint32_t> indices(kQueries * search.k);
+        std::vector<float> similarities(kQueries * search.k);
         RetrievalParams params{};
         params.queries = narrow_queries.data();
         params.references = narrow_references.data();
         params.query_count = kQueries;
         params.reference_count = kReferences;
         params.stride = kStride;
-        params.k = kCount;
+        params.k = search.k;
+        params.kept = search.kept;
         params.capacity = capacity;
-        params.buffer = buffer.data();
+        params.leave_self_out = search.leave_self_out;
+        params.splits = search.splits;
+        params.lists = lists;
+        params.keys = keys.data();
+        params.counts = counts.data();
         params.indices = indices.data();
         params.similarities = similarities.data();
-        const uint32_t grid[3] = {tiles(kQueries), 1, 1};
-        if (emulation::launch("retrieval_f16", grid, THREADS, RETRIEVAL_SHARED_BYTES, &params, sizeof params, seed)) return 2;
-        for (uint32_t q = 0; q < kQueries; ++q) {
-            std::vector<std::pair<double, uint32_t>> all;
-            for (uint32_t r = 0; r < kReferences; ++r) {
-                double sum = 0.0;
-                for (uint32_t d = 0; d < kStride; ++d) {
-                    sum += static_cast<double>(queries[place(q, d)]) * static_cast<double>(references[place(r, d)]);
-                }
-                all.emplace_back(-sum, r);
-            }
-            std::sort(all.begin(), all.end());
-            for (uint32_t i = 0; i < kCount; ++i) {
-                if (indices[q * kCount + i] == all[i].second && similarities[q * kCount + i] == static_cast<float>(-all[i].first)) {
-                    continue;
-                }
-                std::printf("seed %llu, query %u, place %u: got %u (%g), want %u (%g)\n",
-                            static_cast<unsigned long long>(seed), q, i, indices[q * kCount + i],
-                            static_cast<double>(similarities[q * kCount + i]), all[i].second, -all[i].first);
-                return 1;
-            }
-        }
+        const uint32_t grid[3] = {tiles(kQueries), search.splits, 1}, merge_grid[3] = {kQueries, 1, 1};
+        int launched = emulation::launch(search.name, grid, search.threads, search.shared_bytes, &params, sizeof params, seed);
+        if (launched < 0 && search.threads != THREADS) continue;  // a program without that file
+        if (launched != 0) return 2;
+        const uint32_t merge_bytes = RETRIEVAL_MERGE_EXTRA_BYTES + capacity * 8;
+        if (emulation::launch("retrieval_merge", merge_grid, THREADS, merge_bytes, &params, sizeof params, seed)) return 2;
+        if (!agrees(search, seed, queries, references, indices, similarities)) return 1;
     }
     return 0;
 }

@@ -153,10 +153,9 @@ def _on_gpu(call: Call) -> Answers:
         mining,
         numbers,
         check != UNCHECKED,
-        statistics.data_ptr(),
+        (statistics.data_ptr(), loss.data_ptr()),
         normalize,
     )
-    loss.copy_(statistics[0])
     where.last = (statistics, labels)
     if check == WAITED_FOR:
         where.found()
@@ -266,15 +265,15 @@ def _backward(ctx: Any, upstream: Tensor | None, eager: bool) -> list[Tensor | N
     once = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     # `loss.backward()` scales by 1. Nobody waits for a GPU to say so.
     one = eager and upstream.device.type == "cpu" and upstream.item() == 1
-    if gradient.device.type == "cuda":
-        # A bad row has made the loss NaN, and 0 times it is NaN too; nobody has waited to hear of it.
-        upstream = torch.add(upstream, statistics[0], alpha=0)
     for place, given in enumerate(inputs):
         if not needed[place]:
             continue
         if place < 2:
             answer = back if place else gradient
-            if not one:
+            if not one and eager and answer.dtype != given.dtype:
+                # One kernel on a GPU, not two.
+                answer = torch.mul(answer, upstream, out=torch.empty_like(answer, dtype=given.dtype))
+            elif not one:
                 answer = answer * upstream
             if answer.dtype != given.dtype:
                 answer = answer.to(given.dtype)

@@ -1,15 +1,14 @@
 //! Losses that are issued and not waited for, whole or in steps: everything that goes in and out lies in device memory.
 //!
 //! After the first call of a shape nothing is allocated, looked up or copied between host and device, so that a
-//! caller can capture the calls in a graph. A bad row shows by a loss of NaN, and by its index in the scalars.
+//! caller can capture the calls in a graph. A bad row shows by a loss and gradients of NaN, and by its index in the scalars.
 
-use super::layout::{Ends, Remembered};
+use super::layout::{Ends, Remembered, ResidentOutput};
 use super::loss::{
     IdentityAt, Input, Launcher, issue_lead_back, issue_same_class, issue_selection, issue_sums, issue_sweep,
     issue_weigh,
 };
 use super::order::issue_order;
-use super::params::LossScalars;
 use super::plan::{Shape, more_scale, sum_scale};
 use super::resident::{ResidentBatch, ResidentRows, aligned};
 use super::steps::{Given, Which, report_to, take};
@@ -128,8 +127,7 @@ impl ResidentNumbers {
 }
 
 impl<D: Device> DeviceBackend<D> {
-    /// Issues a whole loss: the gradients go where the batch says, the scalars to `scalars`, as
-    /// [`LossScalars`].
+    /// Issues a whole loss: the gradients go where the batch says, the scalars to `output`.
     ///
     /// # Errors
     /// As [`loss_resident`](Self::loss_resident), but for bad rows, which nobody waits for.
@@ -141,9 +139,12 @@ impl<D: Device> DeviceBackend<D> {
         &mut self,
         part: &ResidentPart,
         settings: &ResidentSettings,
-        scalars: u64,
+        output: ResidentOutput,
     ) -> Result<()> {
-        aligned("scalars", scalars, 8)?;
+        aligned("scalars", output.scalars, 8)?;
+        if output.loss != 0 {
+            aligned("loss", output.loss, 4)?;
+        }
         let mut loss = self.begin_resident(part, settings, false)?;
         let (input, targets) = (part.input(), part.targets());
         self.issuing(&mut loss, |launcher, base, loss| {
@@ -151,7 +152,7 @@ impl<D: Device> DeviceBackend<D> {
             issue_same_class(launcher, base, loss)?;
             issue_sweep(launcher, base, loss)?;
             issue_selection(launcher, base, loss)?;
-            issue_weigh(launcher, base, loss, scalars as usize as *mut LossScalars, true)?;
+            issue_weigh(launcher, base, loss, output, true)?;
             issue_sums(launcher, base, loss, targets)?;
             issue_lead_back(launcher, base, loss, &input)
         })?;
@@ -263,7 +264,7 @@ impl<D: Device> DeviceBackend<D> {
         let targets = part.targets();
         self.issuing(&mut loss, |launcher, base, loss| {
             take(launcher, base, loss, Which::Counts, given)?;
-            issue_weigh(launcher, base, loss, scalars as usize as *mut LossScalars, true)?;
+            issue_weigh(launcher, base, loss, ResidentOutput { scalars, loss: 0 }, true)?;
             issue_sums(launcher, base, loss, targets)
         })?;
         self.remembered = Some(loss);

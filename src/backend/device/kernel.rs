@@ -53,8 +53,12 @@ pub enum Kernel {
     ThresholdHopper(Precision),
     /// threshold.cu: their sum.
     ThresholdSum,
-    /// retrieval.cu: the k most similar references of each query.
+    /// retrieval.cu: lists of what may be among the k most similar references of each query.
     Retrieval(Precision),
+    /// retrieval_hopper.cu: the same on Hopper's warpgroup products.
+    RetrievalHopper(Precision),
+    /// retrieval.cu: the k most similar references, from the lists.
+    RetrievalMerge,
 }
 
 /// The name of a kernel that exists in every precision. Rounded rows are f16 once they are prepared.
@@ -102,6 +106,8 @@ impl Kernel {
             Self::ThresholdHopper(precision) => precise!(precision, "threshold_hopper"),
             Self::ThresholdSum => "threshold_sum",
             Self::Retrieval(precision) => precise!(precision, "retrieval"),
+            Self::RetrievalHopper(precision) => precise!(precision, "retrieval_hopper"),
+            Self::RetrievalMerge => "retrieval_merge",
         }
     }
 }

@@ -12,6 +12,15 @@ use crate::backend::step::Step;
 use crate::loss::select::{initial_tolerances, probe_tolerance};
 use crate::loss::{LossSettings, Mining, UnitCheck};
 
+/// Where the figures of a loss go, in device memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ResidentOutput {
+    /// The address of a [`LossScalars`].
+    pub scalars: u64,
+    /// The address of an f32, for the loss once more; or 0.
+    pub loss: u64,
+}
+
 /// Regions of one side's rows.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct SideRegions {
@@ -229,6 +238,11 @@ impl Remembered {
             step: Some(Step::SameClass),
             labels,
         }
+    }
+
+    /// Where the scalars of a loss that is waited for lie, in a workspace at `base`.
+    pub(super) fn scalars_at(&self, base: u64) -> ResidentOutput {
+        ResidentOutput { scalars: base + self.layout.scalars.offset as u64, loss: 0 }
     }
 
     /// The parameter that all passes share, for a workspace at `base`.

@@ -7,7 +7,8 @@ use bytemuck::{cast_slice, cast_slice_mut};
 use ndarray::Array2;
 
 use super::layout::{
-    Ends, LossLayout, Remembered, RowCheck, SideRegions, device_settings, pointer, unless_empty,
+    Ends, LossLayout, Remembered, ResidentOutput, RowCheck, SideRegions, device_settings, pointer,
+    unless_empty,
 };
 use super::order::issue_order;
 use super::params::{
@@ -51,10 +52,22 @@ impl<'a, D: Device> Launcher<'a, D> {
         of_references: bool,
         params: &P,
     ) -> Result<()> {
-        let multiprocessors = self.device.multiprocessors();
-        let splits = self.shape.splits(of_references, multiprocessors);
+        let splits = self.shape.splits(of_references, self.device.multiprocessors());
+        self.launch_split(kernel, of_references, splits, 0, params)
+    }
+
+    /// The same with splits of the caller's, and more shared memory.
+    pub(super) fn launch_split<P: Params>(
+        &mut self,
+        kernel: Kernel,
+        of_references: bool,
+        splits: usize,
+        more_bytes: u32,
+        params: &P,
+    ) -> Result<()> {
         let kernel = self.shape.variant(kernel, self.device.has_warpgroup_products());
-        let plan = self.shape.plan(kernel, of_references, splits, multiprocessors);
+        let mut plan = self.shape.plan(kernel, of_references, splits, self.device.multiprocessors());
+        plan.shared_bytes += more_bytes;
         // SAFETY: `params` is built in this folder from regions of a layout for this very shape, laid over
         // a buffer that lives in the backend; tests/emulated.rs runs every kernel with the gaps watched.
         unsafe { self.device.launch(kernel, plan, params) }
@@ -306,7 +319,7 @@ pub(super) fn issue_gradients<D: Device>(
     loss: &Remembered,
     targets: [u64; 2],
 ) -> Result<()> {
-    issue_weigh(launcher, base, loss, pointer(base, loss.layout.scalars), true)?;
+    issue_weigh(launcher, base, loss, loss.scalars_at(base), true)?;
     issue_sums(launcher, base, loss, targets)
 }
 
@@ -329,7 +342,7 @@ pub(super) fn issue_weigh<D: Device>(
     launcher: &mut Launcher<'_, D>,
     base: u64,
     loss: &Remembered,
-    scalars: *mut LossScalars,
+    ResidentOutput { scalars, loss: figure }: ResidentOutput,
     swept: bool,
 ) -> Result<()> {
     let Remembered { layout, .. } = loss;
@@ -340,7 +353,8 @@ pub(super) fn issue_weigh<D: Device>(
         reference_column_sums: pointer::<f32>(base, layout.references.column_sums),
         anchor_square_sums: pointer::<f64>(base, layout.anchors.square_sums),
         reference_square_sums: pointer::<f64>(base, layout.references.square_sums),
-        scalars,
+        scalars: scalars as usize as *mut LossScalars,
+        loss: figure as usize as *mut f32,
         min_pos: pointer(base, layout.min_pos),
         max_neg: pointer(base, layout.max_neg_out),
         count_pos: pointer(base, layout.count_pos),

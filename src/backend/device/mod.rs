@@ -14,6 +14,7 @@ pub mod params;
 mod plan;
 mod resident;
 mod retrieval;
+mod search_plan;
 mod steps;
 mod threshold;
 mod workspace;
@@ -21,6 +22,7 @@ mod workspace;
 pub use backend::{DeviceBackend, Options};
 pub use enqueue::{ResidentIdentity, ResidentNumbers, ResidentPart, ResidentSettings};
 pub use kernel::Kernel;
+pub use layout::ResidentOutput;
 pub use resident::{ResidentBatch, ResidentRows, ResidentType};
 pub use workspace::Region;
 

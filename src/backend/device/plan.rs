@@ -4,12 +4,12 @@ use super::params::{
     GRADIENT_COLUMNS, GRADIENT_EXTRA_BYTES, GRADIENT_HOPPER_SHARED_BYTES, GRADIENT_HOPPER_THREADS,
     GRADIENT_ROWS_16BIT, GRADIENT_ROWS_32BIT, GRADIENT_SPLIT_SHARED_BYTES, GRADIENT_STAGES_BYTES,
     HOPPER_SHARED_BYTES, ORDER_MERGE_SHARED_BYTES, ORDER_MERGED, ORDER_OWN, ORDER_RUNS, ORDER_SHARED_BYTES,
-    ORDER_TILE, ORDER_WIDE_SHARED_BYTES, ORDER_WIDE_THREADS, ORDER_WIDE_TILE, RETRIEVAL_SHARED_BYTES,
-    RETRIEVAL_SLACK, SAME_CLASS_HOPPER_SHARED_BYTES, SAME_CLASS_SHARED_BYTES, SELECT_BLOCKS,
-    SELECT_STORED_SHARED_BYTES, SIMILARITY_STAGES_BYTES, STAGE_BYTES, SUM_SHARED_BYTES,
-    SWEEP_HOPPER_SHARED_BYTES, SWEEP_HOPPER_THREADS, SWEEP_SHARED_BYTES, SWEEP_SPLIT_SHARED_BYTES,
-    SWEEP_SPLIT_THREADS, THREADS, TILE, TILE_MASK_WORDS, WEIGH_NO_WORDS, WEIGH_SHARED_BYTES,
-    WEIGH_WORDS_BF16, WEIGH_WORDS_F16,
+    ORDER_TILE, ORDER_WIDE_SHARED_BYTES, ORDER_WIDE_THREADS, ORDER_WIDE_TILE, RETRIEVAL_HOPPER_SHARED_BYTES,
+    RETRIEVAL_MERGE_EXTRA_BYTES, RETRIEVAL_SPLIT_SHARED_BYTES, SAME_CLASS_HOPPER_SHARED_BYTES,
+    SAME_CLASS_SHARED_BYTES, SELECT_BLOCKS, SELECT_STORED_SHARED_BYTES, SIMILARITY_STAGES_BYTES, STAGE_BYTES,
+    SUM_SHARED_BYTES, SWEEP_HOPPER_SHARED_BYTES, SWEEP_HOPPER_THREADS, SWEEP_SHARED_BYTES,
+    SWEEP_SPLIT_SHARED_BYTES, SWEEP_SPLIT_THREADS, THREADS, TILE, TILE_MASK_WORDS, WEIGH_NO_WORDS,
+    WEIGH_SHARED_BYTES, WEIGH_WORDS_BF16, WEIGH_WORDS_F16,
 };
 use super::{Kernel, LaunchPlan, Precision};
 use crate::loss::{Embeddings, LossSettings};
@@ -246,11 +246,12 @@ impl Shape {
             Kernel::SelectStored => Kernel::SelectStoredHopper,
             Kernel::SelectRecomputed(precision) => Kernel::SelectRecomputedHopper(precision),
             Kernel::Gradient(precision) => Kernel::GradientHopper(precision),
+            Kernel::Retrieval(precision) => Kernel::RetrievalHopper(precision),
             other => other,
         }
     }
 
-    /// How a kernel of the loss or the threshold pass is launched.
+    /// How a kernel is launched; of a merge of lists without the memory for its keys.
     pub fn plan(
         &self,
         kernel: Kernel,
@@ -319,12 +320,23 @@ impl Shape {
                 };
                 ([own, self.column_blocks(), splits], shared_bytes)
             }
-            Kernel::Retrieval(_) => ([own, 1, 1], RETRIEVAL_SHARED_BYTES),
+            Kernel::Retrieval(_) => ([own, splits, 1], SIMILARITY_STAGES_BYTES),
+            Kernel::RetrievalHopper(precision) => {
+                let shared_bytes = if precision.is_narrow() {
+                    RETRIEVAL_HOPPER_SHARED_BYTES
+                } else {
+                    RETRIEVAL_SPLIT_SHARED_BYTES
+                };
+                ([own, splits, 1], shared_bytes)
+            }
+            Kernel::RetrievalMerge => ([self.anchors, 1, 1], RETRIEVAL_MERGE_EXTRA_BYTES),
         };
         let threads = match kernel {
             Kernel::GradientHopper(_) => GRADIENT_HOPPER_THREADS,
-            Kernel::SweepHopper(Precision::F32) => SWEEP_SPLIT_THREADS,
-            Kernel::SweepHopper(_) => SWEEP_HOPPER_THREADS,
+            Kernel::SweepHopper(Precision::F32) | Kernel::RetrievalHopper(Precision::F32) => {
+                SWEEP_SPLIT_THREADS
+            }
+            Kernel::SweepHopper(_) | Kernel::RetrievalHopper(_) => SWEEP_HOPPER_THREADS,
             Kernel::OrderTilesWide => ORDER_WIDE_THREADS,
             _ => THREADS,
         };
@@ -336,11 +348,6 @@ impl Shape {
 /// Blocks of a thread a row.
 fn threads_for(rows: usize) -> [usize; 3] {
     [rows.div_ceil(THREADS as usize), 1, 1]
-}
-
-/// Keys that the retrieval buffer of a query holds: k and what one tile may append, a power of two.
-pub(super) fn retrieval_capacity(k: usize, references: usize) -> usize {
-    (k.min(references) + RETRIEVAL_SLACK as usize).next_power_of_two()
 }
 
 /// Most of one term of the loss.
@@ -581,6 +588,7 @@ mod tests {
                 Kernel::Sweep(precision),
                 Kernel::SelectRecomputed(precision),
                 Kernel::Gradient(precision),
+                Kernel::Retrieval(precision),
             ] {
                 let variant = shape.variant(kernel, true);
                 assert_eq!(shape.variant(kernel, false), kernel);
@@ -589,8 +597,8 @@ mod tests {
                 assert!(plan(variant).shared_bytes <= 227 * 1024, "{variant:?}");
                 let threads = match variant {
                     Kernel::GradientHopper(_) => 384,
-                    Kernel::SweepHopper(Precision::F32) => 384,
-                    Kernel::SweepHopper(_) => 640,
+                    Kernel::SweepHopper(Precision::F32) | Kernel::RetrievalHopper(Precision::F32) => 384,
+                    Kernel::SweepHopper(_) | Kernel::RetrievalHopper(_) => 640,
                     _ => THREADS,
                 };
                 assert_eq!(plan(variant).threads, threads, "{variant:?}");

@@ -5,16 +5,13 @@ use bytemuck::{cast_slice, cast_slice_mut};
 use super::layout::{RowCheck, pointer};
 use super::loss::{Launcher, matrix_bytes};
 use super::params::{Counters, PrepareParams, RetrievalParams, TILE};
-use super::plan::{Shape, retrieval_capacity, tiles};
+use super::plan::{Shape, tiles};
+use super::search_plan::SearchPlan;
 use super::workspace::{Layout, Region};
 use super::{Device, DeviceBackend, Kernel};
 use crate::Result;
 use crate::backend::{Nearest, PreparedGallery};
 use crate::loss::{Batch, Rows, UnitCheck, check_unit, validate_rows};
-
-/// Bytes of query buffers that are alive at once; more queries are searched in turns.
-/// A multiple of what all multiprocessors of one GPU work on (132 tiles of 128 queries, k = 1,000: 277 MB).
-const BUFFER_BYTES: usize = 1 << 29;
 
 /// Rows of one side of a search, whichever memory they are in.
 pub(super) struct Searched<'a> {
@@ -66,29 +63,24 @@ impl SideRegions {
 struct SearchLayout {
     layout: Layout,
     queries: SideRegions,
-    buffer: Region,
+    keys: Region,
+    counts: Region,
     indices: Region,
     similarities: Region,
-    capacity: usize,
-    /// Query tiles of one launch.
-    turn: usize,
 }
 
 impl SearchLayout {
-    /// Queries, results, and up to [`BUFFER_BYTES`] of buffers.
-    fn new(queries: &Searched<'_>, references: usize, k: usize) -> Self {
+    /// Queries, results, and the lists of one launch.
+    fn new(queries: &Searched<'_>, plan: &SearchPlan, k: usize) -> Self {
         let mut layout = Layout::default();
         let count = queries.shape.anchors;
-        let capacity = retrieval_capacity(k, references);
-        let tile_bytes = capacity * TILE as usize * size_of::<u64>();
-        let turn = (BUFFER_BYTES / tile_bytes).clamp(1, tiles(count));
+        let lists = plan.turn * TILE as usize * plan.lists;
         Self {
             queries: SideRegions::new(&mut layout, queries),
-            buffer: layout.region::<u64>(turn * TILE as usize * capacity),
+            keys: layout.region::<u64>(lists * plan.capacity),
+            counts: layout.region::<u32>(lists),
             indices: layout.region::<u32>(count * k),
             similarities: layout.region::<f32>(count * k),
-            capacity,
-            turn,
             layout,
         }
     }
@@ -251,15 +243,16 @@ impl<D: Device> DeviceBackend<D> {
         let shape = Shape { references: gallery.map(|gallery| gallery.count), ..queries.shape };
         shape.check()?;
         let mut nearest = Nearest::of_search(count, shape.reference_count(), k)?;
-        let layout = SearchLayout::new(queries, shape.reference_count(), k);
         let Self { device, retrieval, .. } = self;
+        let plan = SearchPlan::new(&shape, k, device.has_warpgroup_products(), device.multiprocessors());
+        let layout = SearchLayout::new(queries, &plan, k);
         let buffer = retrieval.lay(device, &layout.layout)?;
         prepare(device, buffer, queries, &layout.queries, place)?;
         let base = device.address(buffer);
         let rows = pointer::<std::ffi::c_void>(base, layout.queries.rows);
-        for first_tile in (0..tiles(count)).step_by(layout.turn) {
+        for first_tile in (0..tiles(count)).step_by(plan.turn) {
             let rows_left = count - first_tile * TILE as usize;
-            let shape = Shape { anchors: rows_left.min(layout.turn * TILE as usize), ..shape };
+            let shape = Shape { anchors: rows_left.min(plan.turn * TILE as usize), ..shape };
             let params = RetrievalParams {
                 queries: rows,
                 references: gallery.map_or(rows.cast_const(), |gallery| gallery.rows as usize as *const _),
@@ -267,19 +260,20 @@ impl<D: Device> DeviceBackend<D> {
                 reference_count: shape.reference_count() as u32,
                 stride: shape.stride() as u32,
                 k: k as u32,
-                capacity: layout.capacity as u32,
+                kept: plan.kept as u32,
+                capacity: plan.capacity as u32,
                 leave_self_out: u32::from(gallery.is_none()),
                 first_tile: first_tile as u32,
-                reserved: 0,
-                buffer: pointer(base, layout.buffer),
+                splits: plan.splits as u32,
+                lists: plan.lists as u32,
+                keys: pointer(base, layout.keys),
+                counts: pointer(base, layout.counts),
                 indices: pointer(base, layout.indices),
                 similarities: pointer(base, layout.similarities),
             };
-            Launcher { device: &mut *device, shape }.launch(
-                Kernel::Retrieval(shape.precision),
-                false,
-                &params,
-            )?;
+            let mut launcher = Launcher { device: &mut *device, shape };
+            launcher.launch_split(Kernel::Retrieval(shape.precision), false, plan.splits, 0, &params)?;
+            launcher.launch_split(Kernel::RetrievalMerge, false, 1, plan.merge_bytes(), &params)?;
         }
         check(device, buffer, queries, &layout.queries)?;
         let (Some(indices), Some(similarities)) =

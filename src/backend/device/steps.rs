@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, cast_slice, cast_slice_mut};
 
-use super::layout::{Remembered, pointer};
+use super::layout::Remembered;
 use super::loss::{
     Launcher, download_gradients, download_scalars, issue_gradients, issue_same_class, issue_selection,
     issue_sweep, issue_weigh, same_type, upload,
@@ -74,7 +74,7 @@ impl<D: Device> DeviceBackend<D> {
         issue_order(&mut launcher, base, &loss, &input)?;
         issue_same_class(&mut launcher, base, &loss)?;
         // For the totals and means, and for bad rows; nothing is mined yet.
-        issue_weigh(&mut launcher, base, &loss, pointer(base, loss.layout.scalars), false)?;
+        issue_weigh(&mut launcher, base, &loss, loss.scalars_at(base), false)?;
         download_scalars(device, buffer, &loss, input.check.tolerance, output)?;
         download_list(device, buffer, loss.layout.min_pos, shape.anchors, &mut output.min_pos)?;
         self.remembered = Some(loss);

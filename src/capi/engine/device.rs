@@ -8,8 +8,8 @@ use super::super::types::{Dtype, LossScalars, Status};
 use super::{DeviceBatch, Engine, EngineOptions};
 use crate::backend::Nearest;
 use crate::backend::device::{
-    Device, DeviceBackend, Options, ResidentBatch, ResidentIdentity, ResidentPart, ResidentRows,
-    ResidentSettings, ResidentType, params,
+    Device, DeviceBackend, Options, ResidentBatch, ResidentIdentity, ResidentOutput, ResidentPart,
+    ResidentRows, ResidentSettings, ResidentType, params,
 };
 use crate::loss::{Hypergradient, LossOutput, LossSettings};
 
@@ -103,8 +103,9 @@ impl<D: Device> Engine for DeviceBackend<D> {
         let (identity, total) = (ResidentIdentity::ByValue, batch.anchors.extent.count);
         let part = ResidentPart { batch: resident(batch), identity, total, any_length: false };
         let settings = ResidentSettings { settings: *settings, lambda: lambda.expose_provenance() as u64 };
+        let output = ResidentOutput { scalars: scalars.expose_provenance() as u64, loss: 0 };
         // SAFETY: handed on to the caller.
-        Ok(unsafe { self.enqueue_loss(&part, &settings, scalars.expose_provenance() as u64) }?)
+        Ok(unsafe { self.enqueue_loss(&part, &settings, output) }?)
     }
 
     unsafe fn device_hypergradient(

@@ -1,0 +1,112 @@
+//! How a search is shared out: its lists, and the blocks that share a query tile. Pure functions of the shape.
+
+use super::params::{RETRIEVAL_MERGED, RETRIEVAL_SLACK, THREADS, TILE};
+use super::plan::{Shape, tiles};
+
+/// Bytes of lists that are alive at once; more queries are searched in turns.
+/// A multiple of what all multiprocessors of one GPU work on (132 tiles of 128 queries, k = 10: 138 MB; k = 1,000: 554 MB).
+const LIST_BYTES: usize = 1 << 30;
+/// What a block costs beside its tiles' products, in those: it begins, and cuts its lists in the end.
+const BLOCK_TILES: usize = 4;
+/// Rounds of a merge that take as long as the products of a tile of 512 dimensions, and merges of a multiprocessor at a time.
+const TILE_ROUNDS: usize = 10;
+const MERGES: usize = 4;
+
+/// The lists of a search, and its launches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct SearchPlan {
+    /// Keys that a list is cut to, at most: a few more than are wanted, so that a threshold is soon found.
+    pub kept: usize,
+    /// Keys of a list, a power of two.
+    pub capacity: usize,
+    /// Blocks that share a query tile, each a range of the references, so that few queries fill the GPU and the last of more do
+    /// not leave most of it idle.
+    pub splits: usize,
+    /// Lists of a query.
+    pub lists: usize,
+    /// Query tiles of one launch.
+    pub turn: usize,
+}
+
+impl SearchPlan {
+    /// Of `shape.anchors` queries against `shape.reference_count()` rows.
+    pub fn new(shape: &Shape, k: usize, warpgroup_products: bool, multiprocessors: u32) -> Self {
+        let (queries, references) = (tiles(shape.anchors), tiles(shape.reference_count()));
+        let multiprocessors = multiprocessors as usize;
+        let wanted = k.min(shape.reference_count());
+        let kept = wanted + wanted / 4 + 4;
+        let capacity = (kept + RETRIEVAL_SLACK as usize).next_power_of_two();
+        // Two warps that have half of a tile's columns each, or teams that have every other tile.
+        let lists = if warpgroup_products && !shape.precision.is_narrow() { 1 } else { 2 };
+        let tile_bytes = lists * capacity * TILE as usize * size_of::<u64>();
+        let turn = |splits: usize| (LIST_BYTES / (tile_bytes * splits)).clamp(1, queries);
+        let cost = |&splits: &usize| {
+            let turn = turn(splits);
+            let rounds = |tiles: usize| (tiles * splits).div_ceil(multiprocessors);
+            let all_rounds = queries / turn * rounds(turn) + rounds(queries % turn);
+            let merge = (lists * splits * kept).div_ceil(THREADS as usize);
+            let merges = shape.anchors.div_ceil(MERGES * multiprocessors);
+            TILE_ROUNDS * all_rounds * (references.div_ceil(splits) + BLOCK_TILES) + merges * merge
+        };
+        let most = references.min(multiprocessors).min(LIST_BYTES / tile_bytes).max(1);
+        let splits = (1..=most).min_by_key(cost).unwrap_or(1);
+        Self { kept, capacity, splits, lists: lists * splits, turn: turn(splits) }
+    }
+
+    /// Shared memory for the keys of a block that merges.
+    pub fn merge_bytes(&self) -> u32 {
+        let keys = if self.capacity <= RETRIEVAL_MERGED as usize { self.capacity } else { 0 };
+        (keys * size_of::<u64>()) as u32
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Precision;
+    use super::super::params::RETRIEVAL_MERGE_EXTRA_BYTES;
+    use super::*;
+
+    fn plan(queries: usize, references: usize, k: usize) -> SearchPlan {
+        let shape = Shape {
+            anchors: queries,
+            references: Some(references),
+            dim: 512,
+            precision: Precision::Bf16,
+            reference_gradient: false,
+            total: queries,
+            identity: false,
+            numbers: false,
+            any_length: false,
+        };
+        SearchPlan::new(&shape, k, true, 132)
+    }
+
+    #[test]
+    fn few_queries_are_split_and_many_are_not() {
+        assert!(plan(100, 1_000_000, 10).splits > 128);
+        assert_eq!(plan(1_024, 1_024, 10).splits, 8, "a tile a block");
+        assert_eq!(plan(100, 100, 10).splits, 1, "there is but one tile");
+        assert_eq!(plan(1 << 20, 1 << 20, 10).splits, 1);
+        // Four rounds of 132 for 473 tiles, or eleven of a third of the references.
+        assert_eq!(plan(60_502, 60_502, 10).splits, 3);
+        // What many long lists cost to merge is a reason for fewer.
+        assert!(plan(100, 1_000_000, 1_000).splits < 132);
+    }
+
+    #[test]
+    fn lists_take_what_a_tile_adds_and_fit_their_memory() {
+        for queries in [1, 129, 5_000, 60_502, 1 << 20] {
+            for k in [1, 10, 100, 1_000, 100_000, 1 << 30] {
+                let plan = plan(queries, 1 << 20, k);
+                let what = format!("{queries} queries, k = {k}: {plan:?}");
+                assert!(plan.kept >= k.min(1 << 20), "{what}");
+                assert!(plan.capacity.is_power_of_two(), "{what}");
+                assert!(plan.capacity >= plan.kept + RETRIEVAL_SLACK as usize, "{what}");
+                let bytes = plan.turn * TILE as usize * plan.lists * plan.capacity * size_of::<u64>();
+                assert!(bytes <= LIST_BYTES || (plan.turn == 1 && plan.splits == 1), "{what}");
+                // A block of sm_89 may have 99 KiB.
+                assert!(plan.merge_bytes() + RETRIEVAL_MERGE_EXTRA_BYTES <= 99 * 1024, "{what}");
+            }
+        }
+    }
+}
