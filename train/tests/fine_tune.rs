@@ -320,6 +320,12 @@ fn flags_beat_a_preset_and_a_preset_beats_the_defaults() {
     assert_eq!((text("learning_rate"), text("image_size")), ("0.0003".into(), "16".into()));
     assert_eq!((text("optimizer"), text("schedule")), ("\"adam\"".into(), "\"constant\"".into()));
     assert_eq!((text("batch_norm"), text("warm_up")), ("\"frozen\"".into(), "0.0".into()));
+    let paper = ddtas::loss::LossSettings::default();
+    let of = |name: &str| config[name].as_float().unwrap();
+    assert_eq!(
+        [of("lambda"), of("negative_ratio"), of("alpha"), of("beta"), of("gamma")],
+        [paper.lambda_neg, paper.negative_ratio, paper.alpha, paper.beta, paper.gamma]
+    );
     let mut again = assert_cmd::Command::cargo_bin("ddtas-train").unwrap();
     assert_refused(again.arg("--resume").arg(&run).args(["--preset", "paper"]), "leave out --preset ");
 }

@@ -97,8 +97,8 @@ pub struct TrainSettings {
     /// Mining tolerance gamma, in units of cosine similarity.
     #[arg(long, default_value_t = 0.1)]
     pub gamma: f64,
-    /// Negative tolerance over gamma.
-    #[arg(long, default_value_t = 0.1)]
+    /// Negative tolerance over gamma; the paper's is 0.1, from random weights more is better.
+    #[arg(long, default_value_t = 0.5)]
     pub negative_ratio: f64,
     /// The probe's tolerance over gamma (AT-ASMS).
     #[arg(long, default_value_t = 0.1)]
@@ -106,14 +106,14 @@ pub struct TrainSettings {
     /// How far AT-ASMS moves the tolerances.
     #[arg(long, default_value_t = 0.5)]
     pub tolerance: f64,
-    /// Sharpness of the loss on negatives.
-    #[arg(long, default_value_t = 40.0)]
+    /// Sharpness of the loss on negatives; the paper's is 40, from random weights less is better.
+    #[arg(long, default_value_t = 20.0)]
     pub alpha: f64,
     /// Sharpness of the loss on positives.
     #[arg(long, default_value_t = 2.0)]
     pub beta: f64,
     /// Loss threshold lambda, a cosine similarity; the paper's is 0.7, from random weights more is better.
-    #[arg(long, default_value_t = 0.9, allow_negative_numbers = true)]
+    #[arg(long, default_value_t = 0.8, allow_negative_numbers = true)]
     pub lambda: f64,
     /// Loss threshold of positives, where it differs from --lambda.
     #[arg(long, allow_negative_numbers = true)]
@@ -143,7 +143,7 @@ pub struct TrainSettings {
     #[arg(long, default_value_t = 2e-3)]
     pub learning_rate: f64,
     /// Share of the steps in which the learning rate rises.
-    #[arg(long, default_value_t = 0.2)]
+    #[arg(long, default_value_t = 0.4)]
     pub warm_up: f64,
     /// Weight decay.
     #[arg(long, default_value_t = 1e-2)]
