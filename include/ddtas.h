@@ -684,7 +684,7 @@ enum ddtas_status ddtas_loss(struct ddtas_context *context,
  *
  * As ddtas_loss otherwise. `gradient` takes `count` rows of `dim` of the anchors; `reference_gradient` those of the references, and may
  * be NULL. `lambda`, if not NULL, has lambda_pos and lambda_neg, which go before those of `settings` and are not checked: -2 to 2. A bad
- * row is no error of this call: it makes the loss NaN, and stands in `scalars`. After the first call of a shape nothing is allocated, so
+ * row is no error of this call: it makes the loss and the gradients NaN, and stands in `scalars`. After the first call of a shape nothing is allocated, so
  * that calls can be captured in a graph.
  *
  * # Safety
