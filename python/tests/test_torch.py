@@ -322,6 +322,17 @@ def test_the_graph_can_be_walked_twice_and_not_differentiated_twice():
         gradient.sum().backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_graph_of_the_gradient_takes_a_loss_that_a_parameter_weighs(dtype):
+    embeddings, labels = batch(dtype=dtype)
+    weight = torch.tensor(2.0, requires_grad=True)
+    loss = weight * SoftContrastiveLoss()(embeddings.requires_grad_(), labels)
+    (plain,) = torch.autograd.grad(loss, embeddings, retain_graph=True)
+    (gradient,) = torch.autograd.grad(loss, embeddings, create_graph=True)
+    assert gradient.dtype == dtype and gradient.any()
+    assert torch.equal(gradient, plain)
+
+
 def test_autocast_and_compile_leave_the_loss_alone():
     embeddings, labels = batch(60, 32)
     network, loss = torch.nn.Linear(32, 16), SoftContrastiveLoss()

@@ -270,13 +270,13 @@ def _backward(ctx: Any, upstream: Tensor | None, eager: bool) -> list[Tensor | N
             continue
         if place < 2:
             answer = back if place else gradient
-            if not one and eager and answer.dtype != given.dtype:
-                # One kernel on a GPU, not two.
-                answer = torch.mul(answer, upstream, out=torch.empty_like(answer, dtype=given.dtype))
-            elif not one:
-                answer = answer * upstream
-            if answer.dtype != given.dtype:
+            if one:
                 answer = answer.to(given.dtype)
+            elif eager and not once:
+                # In the rows' type at once: one kernel on a GPU, not two.
+                answer = torch.mul(answer, upstream, out=torch.empty_like(answer, dtype=given.dtype))
+            else:
+                answer = (answer * upstream).to(given.dtype)
         else:
             # A threshold's derivative is a number, and the threshold any tensor of one element.
             answer = (statistics[place - 1] * upstream).to(dtype=given.dtype, device=given.device).reshape(given.shape)
