@@ -139,7 +139,7 @@ nccl() {
 
     echo "a killed rank ends the others, and the run goes on with fewer, past what is left of ranks that did not meet"
     over_nccl 3 "${settings[@]}" "${long[@]}" --output "$place/nccl-killed"
-    under_way nccl-killed
+    under_way nccl-killed "${processes[0]}"
     killed "${processes[1]}"
     each_says "ended without a word: rank 1 (process" 0 2
     grep -q "then: ddtas-train --resume $place/nccl-killed" "$place/log.0" || said
@@ -153,13 +153,13 @@ nccl() {
 
     echo "rank 0 is killed, and NCCL notices"
     FAKE_DEAD=error over_nccl 2 "${settings[@]}" "${long[@]}" --output "$place/nccl-first"
-    under_way nccl-first
+    under_way nccl-first "${processes[0]}"
     killed "${processes[0]}"
     each_says "ended without a word: rank 0 (process" 1
 
     echo "a rank that hangs or does not come is given up after a time"
     over_nccl 2 "${settings[@]}" "${long[@]}" --output "$place/nccl-hangs" --rank-timeout 2
-    under_way nccl-hangs
+    under_way nccl-hangs "${processes[0]}"
     kill -STOP "${processes[1]}"
     each_says "nothing has come from the other ranks for 2 s" 0
     killed "${processes[1]}"
@@ -214,26 +214,31 @@ all_succeed() {
     done
 }
 
-# Waits until ten steps of a run are done.
+# Waits until ten steps of run $1, of process $2, are done.
 under_way() {
     until [[ $(wc -l <"$place/$1/metrics.jsonl") -ge 12 ]]; do
-        kill -0 "${processes[0]}" || said
+        kill -0 "$2" || said
         sleep 0.05
     done 2>/dev/null
+}
+
+# Waits for process $1, called $2, which must end within ten seconds with an error.
+fails_soon() {
+    for _ in {1..100}; do
+        kill -0 "$1" 2>/dev/null || break
+        sleep 0.1
+    done
+    if kill -0 "$1" 2>/dev/null; then
+        echo "$2 has not ended"
+        said
+    fi
+    if wait "$1"; then said; fi
 }
 
 # The ranks behind $1 must end within ten seconds with an error and one last line that holds $1.
 each_says() {
     for rank in "${@:2}"; do
-        for _ in {1..100}; do
-            kill -0 "${processes[rank]}" 2>/dev/null || break
-            sleep 0.1
-        done
-        if kill -0 "${processes[rank]}" 2>/dev/null; then
-            echo "rank $rank has not ended"
-            said
-        fi
-        if wait "${processes[rank]}"; then said; fi
+        fails_soon "${processes[rank]}" "rank $rank"
         tail -n 1 "$place/log.$rank" | grep -q "^ddtas-train: .*$1" || said
         [[ $(grep -c "^ddtas-train: " "$place/log.$rank") == 1 ]] || said
     done
@@ -276,10 +281,7 @@ started() {
     # Not by a function, whose process would be a shell.
     "${launch[@]}" -n 3 "$train" --ranks mpi "${settings[@]}" "${long[@]}" --output "$place/$1" &>"$place/log" &
     mpirun=$!
-    until [[ $(wc -l <"$place/$1/metrics.jsonl") -ge 12 ]]; do
-        kill -0 "$mpirun" || said
-        sleep 0.05
-    done 2>/dev/null
+    under_way "$1" "$mpirun"
 }
 
 # The process of a rank of that run.
@@ -291,15 +293,7 @@ rank_of() {
 
 # Waits for that run, which must end within ten seconds with an error and a line that holds $2.
 ended() {
-    for _ in {1..100}; do
-        kill -0 "$mpirun" 2>/dev/null || break
-        sleep 0.1
-    done
-    if kill -0 "$mpirun" 2>/dev/null; then
-        echo "$1 has not ended"
-        said
-    fi
-    if wait "$mpirun"; then said; fi
+    fails_soon "$mpirun" "$1"
     grep -q "$2" "$place/log" || said
 }
 
