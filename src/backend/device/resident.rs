@@ -181,7 +181,7 @@ impl<D: Device> DeviceBackend<D> {
         let (Some(remembered), Some(buffer)) = (&self.remembered, self.loss.buffer()) else {
             return Err(Error::OutOfOrder("the scalars need a loss before them"));
         };
-        Ok(self.device.address(buffer) + remembered.layout.scalars.offset as u64)
+        Ok(remembered.scalars_at(self.device.address(buffer)).scalars)
     }
 
     /// Fills in the values per anchor (`min_pos`, `max_neg`, `count_pos`, `count_neg`) of the last loss,
