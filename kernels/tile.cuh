@@ -163,6 +163,14 @@ DEVICE Granule<typename Numbers::Element> load_prepared(const unsigned char *row
     }
 }
 
+// Of a word with a bit for each of a thread's columns, pairs 8 apart from `first` on: those before column `end` of the tile.
+template <int columns>
+DEVICE uint32_t column_bits_before(uint32_t first, uint32_t end) {
+    uint32_t left = end > first ? end - first : 0;
+    uint32_t count = left / 8 * 2 + (left % 8 < 2 ? left % 8 : 2);
+    return count < columns ? (1u << count) - 1 : ~0u >> (32 - columns);
+}
+
 // Where this thread's accumulators stand in the tile.
 template <int row_tiles, int column_tiles = kColumnTiles>
 struct Place {
@@ -179,6 +187,7 @@ struct Place {
     DEVICE uint32_t first_quarter() const { return warp_index() % 4; }
     DEVICE uint32_t row_of(int r) const { return row(r / 2, r % 2); }
     DEVICE uint32_t column_of(int c) const { return column(c / 2, c % 2); }
+    DEVICE uint32_t bits_before(uint32_t end) const { return column_bits_before<columns>(column_of(0), end); }
     template <class Sums>
     static DEVICE auto &value(Sums &acc, int r, int c) {
         return acc[r / 2][c / 2][r % 2 * 2 + c % 2];
