@@ -509,7 +509,7 @@ DEVICE void prepare_split_hopper_body([[maybe_unused]] const PrepareParams &p) {
 #endif
 }
 
-KERNEL_IN_EVERY_PRECISION(prepare, PrepareParams, 1)
+KERNEL_IN_EVERY_PRECISION(prepare, PrepareParams)
 KERNEL(prepare_hopper_f32, PrepareParams, 1) { prepare_split_hopper_body(p); }
 KERNEL(prepare_rounded_f32, PrepareParams, 1) { prepare_body<HalfF16, float>(p); }
 KERNEL(prepare_hopper_rounded_f32, PrepareParams, 1) { prepare_hopper_body<HalfF16, float>(p); }

@@ -293,12 +293,8 @@ struct SweepShared {
     unsigned char stages[stages_bytes];
     SweepBounds rows, columns;
 };
-// One block of a multiprocessor looks at its products while the other multiplies, and hides what one stage ahead does not.
-// Exact f32 has no registers for a second block.
 template <class Numbers>
-constexpr int kSweepStages = Numbers::exact ? kStages : 2;
-template <class Numbers>
-using SweepStages = SweepShared<kSweepStages<Numbers> * 2 * TILE * STAGE_BYTES>;
+using SweepStages = SweepShared<kSharingStages<Numbers> * 2 * TILE * STAGE_BYTES>;
 static_assert(sizeof(SweepStages<HalfF16>) == SWEEP_SHARED_BYTES, "the launch plan's shared memory");
 static_assert(sizeof(SweepStages<ExactF32>) == SWEEP_EXACT_SHARED_BYTES, "the launch plan's shared memory");
 
@@ -472,16 +468,14 @@ DEVICE void sweep_body(const PairsParams &p) {
     if (sweep_leaves_out(pairs, tile)) return;
     sweep_begin(pairs, tile, shared);
     Accumulators<4> acc;
-    multiply_tile<Numbers, 4, kSweepStages<Numbers>>(acc, tile_rows<Numbers>(pairs.anchors, tile.row, pairs.stride),
-                                                     tile_rows<Numbers>(pairs.references, tile.column, pairs.stride),
-                                                     stride_bytes<Numbers>(pairs), shared.stages);
+    multiply_tile<Numbers, 4, kSharingStages<Numbers>>(acc, tile_rows<Numbers>(pairs.anchors, tile.row, pairs.stride),
+                                                       tile_rows<Numbers>(pairs.references, tile.column, pairs.stride),
+                                                       stride_bytes<Numbers>(pairs), shared.stages);
     sweep_end<Place<4>>(pairs, tile, shared, acc);
 }
 
-KERNEL_IN_EVERY_PRECISION(same_class, PairsParams, 1)
-KERNEL(sweep_f32, PairsParams, 1) { sweep_body<ExactF32>(p); }
-KERNEL(sweep_f16, PairsParams, 2) { sweep_body<HalfF16>(p); }
-KERNEL(sweep_bf16, PairsParams, 2) { sweep_body<HalfBf16>(p); }
+KERNEL_IN_EVERY_PRECISION(same_class, PairsParams)
+KERNEL_OF_NARROW_BLOCKS(sweep, PairsParams, 2)
 KERNEL(same_class_hopper_f32, PairsParams, 1) { same_class_hopper_body<ExactF32>(p); }
 KERNEL(same_class_hopper_f16, PairsParams, 1) { same_class_hopper_body<HalfF16>(p); }
 KERNEL(same_class_hopper_bf16, PairsParams, 1) { same_class_hopper_body<HalfBf16>(p); }
