@@ -1,6 +1,7 @@
 //! One GPU behind the [`Device`] trait: memory, copies and launches on one stream.
 
 use std::ffi::c_void;
+use std::io::Write;
 
 use cudarc::driver::{result, sys};
 
@@ -258,7 +259,8 @@ impl Device for CudaDevice {
             numAttrs: u32::from(self.major >= 9),
         };
         if self.traced {
-            eprintln!("kernel {} of {:?} blocks", kernel.name(), plan.grid);
+            // At once, and by nobody's choice but the environment's; a stderr that is closed has no reader.
+            let _ = writeln!(std::io::stderr(), "kernel {} of {:?} blocks", kernel.name(), plan.grid);
         }
         // SAFETY: the caller vouches for `P` and its pointers, `Module` for the function; what `config` points to
         // outlives the call.
