@@ -149,6 +149,7 @@ DEVICE void group_multiply_tile(float (&acc)[n][4], const void *a, const void *b
     }
     settle(acc);
     for (int index = 0; index < ahead; ++index) copy(index);
+    warp_sync();
     for (uint32_t index = 0; index < count; ++index) {
         block_sync();  // the barriers have begun, and both groups are done with the stage that is filled next
         copy(index + ahead);

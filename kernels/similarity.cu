@@ -222,6 +222,7 @@ DEVICE void multiply_near(GroupAccumulators &acc, EdgeSums &edges, const Pairs &
     clear(edges);
 #pragma unroll 1
     for (uint32_t index = 0; index < kNearAhead; ++index) copy(index);
+    warp_sync();
 #pragma unroll 1
     for (uint32_t index = 0; index < count; ++index) {
         block_sync();  // the barriers have begun, and both groups are done with the stage that is filled next
