@@ -7,7 +7,8 @@ Each line of TABLE.txt is `title: arguments of ddtas-train`; a # begins a commen
 classes alone: it trains on the first two thirds of the training classes of DIR, and measures on the others; for choosing settings.
 
 OUT holds a run folder for each line and seed, and raw.csv. Runs that are there are not repeated, so a study may be cut short and taken up again.
-Prints a Markdown table; the last lambda stands beside runs that learn it.
+Prints a Markdown table; the last lambda stands beside runs that learn it. In raw.csv recall_at_1_before is that of the weights the run began with,
+active_anchors the mean over its steps of the anchors in the loss.
 """
 
 import argparse
@@ -50,6 +51,10 @@ def run(program: Path, folder: Path, arguments: list[str]) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def folder_of(title: str, seed: str) -> str:
+    return re.sub(r"[^\w.+-]+", "_", title) + f"-seed{seed}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
@@ -70,21 +75,22 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     with (options.out / "raw.csv").open("w", newline="") as file:
         raw = csv.writer(file)
-        raw.writerow(["run", "seed", "recall_at_1", "last_lambda", "arguments"])
+        raw.writerow(["run", "seed", "recall_at_1_before", "recall_at_1", "last_lambda", "active_anchors", "arguments"])
         print("| run | Recall@1 | least to most | last lambda |\n| --- | --- | --- | --- |", flush=True)
         for title, arguments in rows_of(options.table):
             recalls, lambdas = [], []
             for seed in options.seeds:
-                name = re.sub(r"[^\w.+-]+", "_", title) + f"-seed{seed}"
                 given = [*common, *arguments, "--seed", seed]
-                records = run(options.program, options.out / name, given)
-                ends = [record for record in records if record["kind"] == "evaluation"]
+                records = run(options.program, options.out / folder_of(title, seed), given)
+                at_1 = [100 * record["recall"][0][1] for record in records if record["kind"] == "evaluation"]
                 steps = [record for record in records if record["kind"] == "step"]
-                recalls.append(100 * ends[-1]["recall"][0][1])
-                lambdas.append(steps[-1]["lambda_neg"])
-                raw.writerow([title, seed, f"{recalls[-1]:.3f}", lambdas[-1], shlex.join(arguments)])
+                recalls.append(at_1[-1])
+                learns = "--generator" in arguments
+                lambdas += [steps[-1]["lambda_neg"]] if learns else []
+                active = statistics.mean(step["active"] for step in steps)
+                raw.writerow([title, seed, f"{at_1[0]:.3f}", f"{at_1[-1]:.3f}", f"{lambdas[-1]:.4f}" if learns else "", f"{active:.1f}", shlex.join(arguments)])
                 file.flush()
-            learned = f"{min(lambdas):.2f} to {max(lambdas):.2f}" if "--generator" in arguments else ""
+            learned = f"{min(lambdas):.2f} to {max(lambdas):.2f}" if lambdas else ""
             spread = f"{min(recalls):.1f} to {max(recalls):.1f}"
             print(f"| {title} | {statistics.mean(recalls):.2f} | {spread} | {learned} |", flush=True)
 
