@@ -51,6 +51,7 @@ impl Preset {
                 ("image_size", "96"),
                 ("embedding_dim", "512"),
                 ("batch_norm", "frozen"),
+                ("mining", "symmetric"),
                 ("lambda", "0.7"),
                 ("negative_ratio", "0.1"),
                 ("alpha", "40"),
