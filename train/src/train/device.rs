@@ -28,7 +28,9 @@ pub(super) fn place(asked: DeviceSpec, local_rank: usize) -> Result<Place> {
     };
     let network = match spec {
         DeviceSpec::Cuda(index) => gpu::device(index)?,
-        // The emulated kernels compute the loss alone, for tests.
+        // Emulated kernels compute the loss alone, unless the build has those of the network too: for tests.
+        #[cfg(feature = "train-emulated")]
+        DeviceSpec::Emulated => Device::cpu(),
         DeviceSpec::Auto | DeviceSpec::Cpu | DeviceSpec::Emulated => Device::flex(),
     };
     Ok(Place { spec, network: network.autodiff(), reason })

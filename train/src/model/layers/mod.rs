@@ -15,7 +15,7 @@
 
 pub mod buffer;
 mod convolution;
-#[cfg(feature = "train-cuda")]
+#[cfg(feature = "cube")]
 mod cube;
 mod depthwise;
 mod differentiation;
@@ -84,6 +84,15 @@ impl ConvolutionOptions {
     #[must_use]
     pub fn new(stride: usize, padding: usize) -> Self {
         Self { stride, padding: [[padding; 2]; 2], depthwise: false }
+    }
+
+    /// Output height and width.
+    #[must_use]
+    pub fn output(&self, input: [usize; 2], kernel: usize) -> [usize; 2] {
+        std::array::from_fn(|axis| {
+            let padded = input[axis] + self.padding[axis].iter().sum::<usize>();
+            (padded - kernel) / self.stride + 1
+        })
     }
 }
 
