@@ -2,6 +2,7 @@
 //! networks and drawn ones. A difference of 2e-5 of the largest entry is let through, as between the CPU's and Burn's.
 
 #![cfg(feature = "train-emulated")]
+#![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
 
 use burn::tensor::{Device, Tensor, TensorData};
 use ddtas_train::model::layers::{self, Activation, ConvolutionOptions, NormaliseOptions};
@@ -19,7 +20,7 @@ fn values(random: &mut ChaCha8Rng, shape: &[usize]) -> TensorData {
 type Values = Vec<Vec<f32>>;
 
 fn read<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
-    tensor.into_data().to_vec().unwrap()
+    tensor.into_data().try_to_vec().unwrap()
 }
 
 /// What `compute` makes on the emulated GPU is what it makes on the CPU, and the same bits twice.
@@ -141,7 +142,7 @@ fn convolutions_of_the_networks() {
 }
 
 fn drawn(random: &mut ChaCha8Rng) -> Convolution {
-    let kernel = [1, 2, 3, 4, 5, 7][random.random_range(0..6)];
+    let kernel = [1usize, 2, 3, 4, 5, 7][random.random_range(0..6)];
     let stride = random.random_range(1..4);
     let depthwise = random.random_bool(0.4);
     let padding = [0; 2].map(|_| [0; 2].map(|_| random.random_range(0..=kernel / 2 + 1)));
@@ -231,4 +232,25 @@ fn residual_sums() {
             vec![read(output), read(a.grad(&gradients).unwrap()), read(b.grad(&gradients).unwrap())]
         });
     }
+}
+
+/// Slow: every unit is a thread, and they wait for each other. Ignored unless asked for (.ci/train-cuda.sh); in a process of its
+/// own, since from then on all cubes are whole.
+#[test]
+#[ignore = "minutes; run alone"]
+fn cubes_as_large_as_a_gpus() {
+    layers::emulate_whole_cubes();
+    let mut random = ChaCha8Rng::seed_from_u64(5);
+    let dense = |shape, kernel, stride| {
+        let options = ConvolutionOptions::new(stride, kernel / 2);
+        Convolution { shape, kernel, options }
+    };
+    dense([1, 4, 36, 6, 6], 3, 1).check(&mut random);
+    dense([2, 5, 3, 6, 5], 3, 2).check(&mut random);
+    let options = ConvolutionOptions { stride: 1, padding: [[1, 1], [1, 1]], depthwise: true };
+    Convolution { shape: [2, 12, 12, 9, 6], kernel: 3, options }.check(&mut random);
+    let input = values(&mut random, &[3, 24, 20, 20]);
+    assert_same("statistics", |device| {
+        vec![read(layers::batch_statistics(Tensor::from_data(input.clone(), device)))]
+    });
 }

@@ -140,12 +140,12 @@ fn strided_input_gradient_kernel<N: Size>(
     for ky in 0..kernel {
         let from_y = y + g.above - comptime!(ky as u32);
         let out_y = from_y / shape.stride;
-        if from_y % shape.stride == 0 && out_y < g.out_height {
+        if from_y.is_multiple_of(shape.stride) && out_y < g.out_height {
             #[unroll]
             for kx in 0..kernel {
                 let from_x = x + g.left - comptime!(kx as u32);
                 let out_x = from_x / shape.stride;
-                if from_x % shape.stride == 0 && out_x < g.out_width {
+                if from_x.is_multiple_of(shape.stride) && out_x < g.out_width {
                     let at = ((image * g.out_height + out_y) * g.out_width + out_x) * g.columns + column;
                     let factor = weight[comptime!(ky * kernel + kx) * g.columns as usize + column as usize];
                     sum = fma(gradient[at as usize], factor, sum);

@@ -22,7 +22,7 @@ mod normalisation;
 mod product;
 mod rows;
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::backend::Cube;
 use burn::tensor::{DType, Shape};
@@ -44,14 +44,15 @@ const MULTIPROCESSORS: usize = 132;
 /// Units of a cube of this device: a power of two. One where each would be a thread, on the CPU.
 fn units(of: &CubeTensor) -> usize {
     let most = of.client.properties().hardware.max_units_per_cube as usize;
-    if most < UNITS { EMULATED_UNITS.load(Ordering::Relaxed) } else { UNITS }
+    if most < UNITS && !WHOLE_CUBES.load(Ordering::Relaxed) { 1 } else { UNITS }
 }
 
-static EMULATED_UNITS: AtomicUsize = AtomicUsize::new(1);
+static WHOLE_CUBES: AtomicBool = AtomicBool::new(false);
 
 /// From now on, cubes of an emulated device have as many units as a GPU's: each is a thread, which is slow. For tests.
+#[cfg(feature = "train-emulated")]
 pub fn emulate_whole_cubes() {
-    EMULATED_UNITS.store(UNITS, Ordering::Relaxed);
+    WHOLE_CUBES.store(true, Ordering::Relaxed);
 }
 
 /// A map as `[N, H, W, C]`, dense.

@@ -120,13 +120,13 @@ fn axis(remainder: u32, size: u32, padding: u32, #[comptime] kernel: u32, #[comp
         Axis { remainder: 0u32.runtime(), taps: kernel.runtime(), first: padding, count: size }
     } else {
         let before = clamp_min(padding, remainder) - remainder;
-        let first = (before + stride - 1) / stride;
+        let first = before.div_ceil(stride);
         let end = clamp_min(size + padding, remainder) - remainder;
         Axis {
             remainder,
             taps: (kernel + stride - 1 - remainder) / stride,
             first,
-            count: (end + stride - 1) / stride - first,
+            count: end.div_ceil(stride) - first,
         }
     }
 }
