@@ -89,7 +89,8 @@ fn networks_and_their_gradients() {
             for (part, ((want, got), other)) in want.iter().zip(&got).zip(&other).enumerate() {
                 let (off, rounding) = (difference(got, want), difference(other, want));
                 let size = norm(want.iter().map(|&want| f64::from(want)));
-                let most = 1e-4 * size.max(1e-2) + 10.0 * rounding;
+                // One activation that rounds to the other side of 0 is a thousandth of a late layer's gradient.
+                let most = 2e-3 * size.max(1e-2) + 10.0 * rounding;
                 let name = backbone.name();
                 assert!(
                     off <= most,
