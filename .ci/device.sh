@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # benches/device.sh without a GPU: --prebuilt with programs that only say what the real ones would, and --quick. What they
-# are called with, that a wrong answer ends the run before its time is measured, and that --quick leaves out what
-# takes too long. Needs Python 3.10 or newer.
+# are called with, that a wrong answer is not timed and fails the run, that neither it nor a program without an answer keeps the
+# others from running, and that --quick leaves out what takes too long. Needs Python 3.10 or newer.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
@@ -19,7 +19,8 @@ stub "$work/bin/compute-sanitizer" 'while [[ $1 == --* ]]; do shift 2; done; ech
 # Python without torch: what asks for it gets an answer, the report is the real one's.
 stub "$work/bin/python3" "case \"\$*\" in *report.py*) exec $(command -v python3) \"\$@\" ;; *baselines.py*) echo '[{\"name\": \"gemms\", \"time_ms\": 2.0}]' ;; *module.py*) echo '[]' ;; *test_gpu.py*) echo '6 passed, 2 skipped' ;; esac"
 stub "$work/built/ddtas-bench" "case \$1 in verify) echo '[]' ;; throughput) echo '$row' ;; esac"
-stub "$work/built/tests" 'exit 0'
+tests='case $* in --list) printf "one: test\ntwo: test\n\n2 tests, 0 benchmarks\n" ;; *one*) '
+stub "$work/built/tests" "$tests true ;; esac"
 stub "$work/built/resident" "echo '$row'"
 touch "$work/built/ddtas-0.1.0-cp310-abi3-linux_x86_64.whl"
 echo 0123abc >"$work/built/commit"
@@ -44,6 +45,8 @@ for quick in "" --quick; do
     ((status == 0)) || { echo "device.sh $quick failed: $said"; exit 1; }
     expect "compared before timed" "resident --embeddings" "$work/calls"
     expect "compared before timed" "--compare 128" "$work/calls"
+    expect "each test by itself" "tests --exact one --nocapture" "$work/calls"
+    expect "each test by itself" "tests --exact two --nocapture" "$work/calls"
     expect "the wheel" "--target" "$work/calls"
     expect "the module" "module.py --batch 64" "$work/calls"
     expect "the module's tests" "test_gpu.py" "$work/calls"
@@ -56,13 +59,25 @@ done
 
 stub "$work/built/resident" 'echo "resident: the answer is wrong, and is not timed: m+ of anchor 3" >&2; exit 1'
 run
-((status != 0)) && [[ $said == *"m+ of anchor 3"*"64-8-middle was refused"* ]] ||
-    { echo "device.sh goes on after a wrong answer: $status, $said"; exit 1; }
+((status != 0)) && [[ $said == *"m+ of anchor 3"* ]] || { echo "device.sh: a wrong answer is none: $status, $said"; exit 1; }
+expect "a wrong answer" "FAILED: 64-8-middle: exit code 1" "$work/out/README.md"
+expect "the module in spite of it" "module.py --batch 64" "$work/calls"
+expect "memcheck in spite of it" "ERROR SUMMARY: 0 errors" "$work/out/memcheck.txt"
+[[ ! -e $work/out/table.md ]] || { echo "device.sh times a wrong answer"; exit 1; }
 
 stub "$work/built/resident" 'sleep 600'
 QUICK_SECONDS=5 run --quick
 ((status == 0)) || { echo "device.sh --quick: $status, $said"; exit 1; }
 expect "what takes too long" "left out for want of time: 64-8-middle" "$work/out/README.md"
+
+stub "$work/built/resident" "echo '$row'"
+stub "$work/built/tests" "$tests [[ -z \${DDTAS_TRACE_KERNELS:-} ]] || echo 'kernel sweep' >&2; sleep 600 ;; esac"
+LIMIT=1 run
+((status != 0)) || { echo "device.sh: no answer is none: $said"; exit 1; }
+expect "a test without an answer" "FAILED: test one, $work/out/tests.txt: no answer in 1 s" "$work/out/README.md"
+expect "its kernel" "the last kernel it began: sweep" "$work/out/README.md"
+expect "the next test" "tests --exact two --nocapture" "$work/calls"
+expect "the table in spite of it" "| 8 | middle | 64 |" "$work/out/table.md"
 
 rm "$work/built/resident"
 run

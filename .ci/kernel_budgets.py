@@ -62,7 +62,7 @@ def read_reports(folder: Path) -> dict[str, dict[str, Usage]]:
 
 
 def read_instructions(folder: Path, usage: dict[str, dict[str, Usage]]) -> None:
-    """Adds the tensor-core instructions that are really in the machine code."""
+    """Adds the tensor-core instructions that are really in the machine code, and whether warps hand registers over."""
     for image in sorted(folder.glob("*.fatbin")):
         listing = subprocess.run(["cuobjdump", "-sass", image], check=True, capture_output=True, text=True).stdout
         target, current = "", Usage()
@@ -72,7 +72,7 @@ def read_instructions(folder: Path, usage: dict[str, dict[str, Usage]]) -> None:
             elif function := re.match(r"\s*Function : (\w+)", line):
                 current = usage[function[1]].setdefault(target, Usage())
             # HFMA2.MMA is ordinary arithmetic, hence the end of the name.
-            elif found := re.search(r"\b(HMMA|HGMMA)\.", line):
+            elif found := re.search(r"\b(HMMA|HGMMA|USETMAXREG)\.", line):
                 current.instructions.add(found[1])
 
 
@@ -117,6 +117,9 @@ def check(usage: dict[str, dict[str, Usage]]) -> list[str]:
                 problems.append(f"{where} keeps {got.stack} bytes on the stack: an array indexed at run time?")
             if got.registers > registers:
                 problems.append(f"{where} takes {got.registers} registers, budget {registers}")
+            # The warps that want more wait for ever for what the block was not given.
+            if "USETMAXREG" in got.instructions and got.registers != registers:
+                problems.append(f"{where} takes {got.registers} registers, and its warps share out {registers} a thread")
             if got.shared > shared:
                 problems.append(f"{where} takes {got.shared} bytes of shared memory, budget {shared}")
             wanted = INSTRUCTION.get(tensor) if tensor != "wgmma" or target == "sm_90a" else None

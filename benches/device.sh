@@ -9,7 +9,7 @@
 #    the floor (two bare cuBLAS GEMMs), dense torch eager and compiled, and
 #    pytorch-metric-learning: table.md, plot.svg, results.json. Before a shape is timed its
 #    answer is compared: m+, m-, counts, terms of the loss and gradient of 128 anchors with float64,
-#    counts with the kernels that are not Hopper's, and budget 0 bit for bit. What is wrong ends the run.
+#    counts with the kernels that are not Hopper's, and budget 0 bit for bit. What is wrong is not timed.
 # 4. the module of PyTorch on tensors of the GPU: its tests (python/tests/test_gpu.py), then compared with dense torch
 #    in float64 and timed: python.json
 #
@@ -18,6 +18,10 @@
 #     --prebuilt DIR   run what `benches/prebuilt.sh DIR` built elsewhere: `ddtas-bench`, `resident`, `tests`
 #                      and a wheel. Then neither Rust nor nvcc is needed.
 #     OUT              benches/records/DATE-GPU-cuda by default
+#
+# What fails does not keep the rest from running: it is named when it happens, at the end and in OUT/README.md, and the exit code is 1.
+# A command without an answer is ended, as one whose kernel waits for ever would be; it is run once more, a kernel at a
+# time, to say which one; and after a second such command what is left of its step is left out.
 #
 # Needs an NVIDIA GPU (8.0 or newer) with driver 580 or newer, Rust, CUDA 13 (nvcc,
 # compute-sanitizer), libclang, and Python with torch; pytorch-metric-learning if it
@@ -29,6 +33,7 @@
 #     BUDGET          bytes for candidates (16 GiB); a batch takes no more than it can use
 #     SKIP            any of "verify sanitize throughput python", to leave out steps
 #     QUICK_SECONDS   after which --quick starts nothing and waits for nothing (215)
+#     LIMIT           seconds after which a command is ended, but for compute-sanitizer (600; with --quick 40)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -61,17 +66,11 @@ dtype=${DTYPE:-bf16}
 budget=${BUDGET:-$((16 << 30))}
 skip=" ${SKIP:-} "
 seconds=${quick:+0.2} seconds=${seconds:-1} quick_seconds=${QUICK_SECONDS:-215}
+limit=${LIMIT:-${quick:+40}} limit=${limit:-600}
 skipped() { [[ $skip == *" $1 "* ]]; }
 
 command -v nvidia-smi >/dev/null || fail "no nvidia-smi: this needs an NVIDIA GPU and its driver"
 gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1) || fail "nvidia-smi finds no GPU"
-skipped throughput || python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
-    fail "python3 needs a torch that sees the GPU: python3 -m pip install torch pytorch-metric-learning"
-sanitizer=$(command -v compute-sanitizer || true)
-[[ -n $sanitizer || ! -x ${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer ]] ||
-    sanitizer=${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer
-skipped sanitize || [[ -n $sanitizer ]] ||
-    fail "no compute-sanitizer: install the CUDA 13 toolkit and set CUDA_HOME, or SKIP=sanitize"
 if [[ -n $prebuilt ]]; then
     prebuilt=$(cd "$prebuilt" 2>/dev/null && pwd) || fail "--prebuilt $prebuilt is no folder"
     for program in ddtas-bench resident tests; do
@@ -99,28 +98,65 @@ trap 'rm -rf "$scratch"' EXIT
     echo "- $(python3 -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda)' 2>/dev/null || echo 'no torch')"
 } >"$out/README.md"
 
-left_out() {
-    echo "left out for want of time: $1" | tee -a "$out/README.md" >&2
+tell() {
+    echo "$1" | tee -a "$out/README.md" >&2
 }
-# `limited NAME COMMAND...` runs a command; with --quick as long as there is time, and says if there was not enough (124).
-limited() {
-    local name=$1 status=0
-    shift
-    [[ -n $quick ]] || {
-        "$@"
-        return
-    }
+failures=()
+broken() {
+    failures+=("$1")
+    tell "FAILED: $1"
+}
+# Seconds that a command may take: with --quick no more than are left.
+allowed() {
     local left=$((quick_seconds - SECONDS))
-    ((left > 0)) && timeout --kill-after 5 "$left" "$@" || status=$?
-    ((left > 0 && status != 124 && status != 137)) && return "$status"
-    left_out "$name"
-    return 124
+    [[ -n $quick ]] && ((left < limit)) && echo "$left" || echo "$limit"
+}
+hangs=0 # commands of this step that were ended
+# `attempt NAME COMMAND...` runs a command and says what became of it, if that is not good. True if it is.
+attempt() {
+    local name=$1 status=0 seconds
+    shift
+    ((hangs < 2)) || {
+        tell "left out after two commands without an answer: $name"
+        return 1
+    }
+    seconds=$(allowed)
+    ((seconds <= 0)) || timeout --kill-after 5 "$seconds" "$@" || status=$?
+    if ((seconds <= 0 || ((status == 124 || status == 137) && seconds < limit))); then
+        tell "left out for want of time: $name"
+        return 1
+    elif ((status == 124 || status == 137)); then
+        hangs=$((hangs + 1))
+        broken "$name: no answer in $limit s"
+        seconds=$(allowed)
+        ((seconds < 20)) || seconds=20
+        if ((hangs == 1 && seconds > 0)); then
+            tell "the last kernel it began: $(DDTAS_TRACE_KERNELS=1 timeout --kill-after 5 "$seconds" "$@" 2>&1 >/dev/null |
+                sed -n 's/^kernel //p' | tail -n 1)"
+        fi
+    elif ((status != 0)); then
+        broken "$name: exit code $status"
+    fi
+    return "$status"
+}
+
+skipped throughput && skipped python || timeout 120 python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
+    broken "python3 needs a torch that sees the GPU: python3 -m pip install torch pytorch-metric-learning"
+    skip+="throughput python "
+}
+sanitizer=$(command -v compute-sanitizer || true)
+[[ -n $sanitizer || ! -x ${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer ]] ||
+    sanitizer=${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer
+skipped sanitize || [[ -n $sanitizer ]] || {
+    broken "no compute-sanitizer: install the CUDA 13 toolkit and set CUDA_HOME, or SKIP=sanitize"
+    skip+="sanitize "
 }
 
 if [[ -n $prebuilt ]]; then
     bench=$prebuilt/ddtas-bench resident=("$prebuilt/resident") tests=("$prebuilt/tests")
     for wheel in "$prebuilt"/*.whl; do
-        [[ ! -e $wheel ]] || python3 -m pip install --quiet --disable-pip-version-check --no-deps --target "$scratch/python" "$wheel"
+        [[ ! -e $wheel ]] || python3 -m pip install --quiet --disable-pip-version-check --no-deps --target "$scratch/python" "$wheel" ||
+            broken "pip does not install $wheel"
     done
     export PYTHONPATH=$scratch/python${PYTHONPATH:+:$PYTHONPATH}
 else
@@ -139,15 +175,24 @@ SECONDS=0
 
 if ! skipped verify; then
     echo "== reference cases on the GPU"
-    "$bench" verify tests/golden --backend cuda --json >"$out/verify.json" ||
-        fail "a reference case fails on the GPU: see $out/verify.json"
-    # The tests add dtypes, the rectangular form and random shapes; here a skip is a failure.
-    DDTAS_REQUIRE_GPU=1 limited "tests of every type and form" "${tests[@]}" --nocapture || (($? == 124)) ||
-        fail "the GPU's answers are wrong: see above"
+    attempt "reference cases, $out/verify.json" "$bench" verify tests/golden --backend cuda --json >"$out/verify.json" || true
+    attempt "reference cases with --tf32, $out/verify-tf32.json" \
+        "$bench" verify tests/golden --backend cuda --tf32 --json >"$out/verify-tf32.json" || true
+    # The tests add dtypes, the rectangular form and random shapes; here a skip is a failure. Each by itself: one whose kernel
+    # waits for ever does not keep the others from running.
+    names=$("${tests[@]}" --list 2>/dev/null | sed -n 's/: test$//p')
+    [[ -n $names ]] || broken "there are no tests to run"
+    export DDTAS_REQUIRE_GPU=1
+    for name in $names; do
+        # Of one without an answer the last case there is the one.
+        echo "== $name" >>"$out/tests.txt"
+        attempt "test $name, $out/tests.txt" "${tests[@]}" --exact "$name" --nocapture >>"$out/tests.txt" 2>&1 || true
+    done
 fi
 
 if ! skipped throughput; then
     echo "== throughput"
+    hangs=0
     # Exact products, and for f32 those in TF32: no argument more, or one.
     products=("")
     [[ $dtype != f32 ]] || products+=(--tf32)
@@ -160,44 +205,47 @@ if ! skipped throughput; then
                 given=(--batch "$batch" --dim "$dim" --density "$density" --save-embeddings "$rows")
                 for tf32 in "${products[@]}"; do
                     # From the host, copies included.
-                    limited "$name from the host" "$bench" throughput --backend cuda "${given[@]}" --dtype "$dtype" $tf32 \
-                        --seconds "$seconds" --json >"$scratch/host" || { (($? == 124)) && continue 2 || fail "$name from the host failed: see above"; }
+                    attempt "$name from the host" "$bench" throughput --backend cuda "${given[@]}" --dtype "$dtype" $tf32 \
+                        --seconds "$seconds" --json >"$scratch/host" || continue 2
                     given=(--embeddings "$rows")
                     # Compared; then without the copies between host and GPU, as a training step on the GPU calls it.
-                    limited "$name" "${resident[@]}" "${given[@]}" --dtype "$dtype" $tf32 --compare 128 \
-                        --budget "$budget" --seconds "$seconds" >"$scratch/ours" || { (($? == 124)) && continue 2 || fail "$name was refused: see above"; }
+                    attempt "$name" "${resident[@]}" "${given[@]}" --dtype "$dtype" $tf32 --compare 128 \
+                        --budget "$budget" --seconds "$seconds" >"$scratch/ours" || continue 2
                     mv "$scratch/host" "$scratch/$name.host${tf32#-}.json"
                     mv "$scratch/ours" "$scratch/$name.ddtas${tf32#-}.json"
                 done
-                limited "the peers of $name" python3 benches/device/baselines.py "$rows" --dtype "$dtype" "${peers[@]}" \
-                    >"$scratch/peers" || { (($? == 124)) && echo '[]' >"$scratch/peers" || fail "the peers of $name failed: see above"; }
+                attempt "the peers of $name" python3 benches/device/baselines.py "$rows" --dtype "$dtype" "${peers[@]}" \
+                    >"$scratch/peers" || echo '[]' >"$scratch/peers"
                 mv "$scratch/peers" "$scratch/$name.peers.json"
                 rm -f "$rows"
             done
         done
     done
-    if compgen -G "$scratch/*.peers.json" >/dev/null; then python3 benches/device/report.py "$scratch" "$out"; fi
+    if compgen -G "$scratch/*.peers.json" >/dev/null; then attempt "the report" python3 benches/device/report.py "$scratch" "$out" || true; fi
 fi
 
 if ! skipped python; then
     echo "== the module of PyTorch"
+    hangs=0
     if python3 -c 'import ddtas.torch' 2>/dev/null; then
         if python3 -c 'import pytest' 2>/dev/null; then
-            limited "tests of the module" python3 -m pytest -q -rs -p no:cacheprovider python/tests/test_gpu.py >"$out/python_tests.txt" 2>&1 ||
-                (($? == 124)) || fail "the module is wrong on the GPU: see $out/python_tests.txt"
+            # The last one that it names has given no answer, if one has not.
+            attempt "tests of the module, $out/python_tests.txt" \
+                python3 -m pytest -v -rs -p no:cacheprovider python/tests/test_gpu.py >"$out/python_tests.txt" 2>&1 || true
             # Passed and skipped are counted there.
             echo "tests of the module: $(tail -n 1 "$out/python_tests.txt")" | tee -a "$out/README.md"
         else
             echo "tests of the module: all skipped, python3 has no pytest" | tee -a "$out/README.md"
         fi
-        limited "python" python3 benches/device/module.py --batch "$batches" --dtype "$dtype" --seconds "$seconds" >"$out/python.json" ||
-            (($? == 124)) || fail "the module is wrong on the GPU: see above"
+        attempt "the module's loss and times" \
+            python3 benches/device/module.py --batch "$batches" --dtype "$dtype" --seconds "$seconds" >"$out/python.json" || true
     else
         echo "skipped: python3 has no ddtas (docs/python.md)" | tee -a "$out/README.md"
     fi
 fi
 
 if ! skipped sanitize; then
+    hangs=0
     # Cargo's variable for what starts a program of this machine's kind.
     host=$(rustc -vV 2>/dev/null | sed -n 's/^host: //p') || host=""
     runner=CARGO_TARGET_$(tr 'a-z-' 'A-Z_' <<<"$host")_RUNNER
@@ -212,9 +260,13 @@ if ! skipped sanitize; then
         else
             run=(env "$runner=${command[*]}" "${tests[@]}" agree)
         fi
-        DDTAS_REQUIRE_GPU=1 limited "compute-sanitizer $tool" "${run[@]}" >"$out/$tool.txt" 2>&1 || (($? == 124)) ||
-            fail "compute-sanitizer $tool complains: see $out/$tool.txt"
+        # Which slows down everything: with --quick it has all that is left.
+        DDTAS_REQUIRE_GPU=1 limit=3600 attempt "compute-sanitizer $tool, $out/$tool.txt" "${run[@]}" >"$out/$tool.txt" 2>&1 || true
         grep 'ERROR SUMMARY\|RACECHECK SUMMARY' "$out/$tool.txt" || true
     done
 fi
 echo "device.sh: done, results in $out (${SECONDS}s)"
+((${#failures[@]} == 0)) || {
+    printf 'device.sh: FAILED: %s\n' "${failures[@]}" >&2
+    exit 1
+}

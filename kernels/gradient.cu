@@ -49,4 +49,4 @@ DEVICE void gradient_body(const GradientParams &p) {
     }
     finish_splits(p, bytes, static_cast<uint64_t>(block.x) * TILE + block.offset, rows, THREADS);
 }
-KERNEL_IN_EVERY_PRECISION(gradient, GradientParams, 1)
+KERNEL_IN_EVERY_PRECISION(gradient, GradientParams)

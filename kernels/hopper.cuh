@@ -22,12 +22,7 @@ struct GroupPlace {
     DEVICE uint32_t first_quarter() const { return 0; }
     DEVICE uint32_t row_of(int r) const { return warp_index() % 8 * 16 + r * 8 + lane_index() / 4; }
     DEVICE uint32_t column_of(int c) const { return c / 2 * 8 + lane_index() % 4 * 2 + c % 2; }
-    // Of a word with a bit for each column: those of the tile's columns before `end`.
-    DEVICE uint32_t bits_before(uint32_t end) const {
-        uint32_t own = lane_index() % 4 * 2, left = end > own ? end - own : 0;
-        uint32_t count = left / 8 * 2 + (left % 8 < 2 ? left % 8 : 2);
-        return count < 32 ? (1u << count) - 1 : ~0u;
-    }
+    DEVICE uint32_t bits_before(uint32_t end) const { return column_bits_before<columns>(column_of(0), end); }
     template <class Sums>
     static DEVICE auto &value(Sums &acc, int r, int c) {
         return acc[c / 2][r * 2 + c % 2];
@@ -154,6 +149,7 @@ DEVICE void group_multiply_tile(float (&acc)[n][4], const void *a, const void *b
     }
     settle(acc);
     for (int index = 0; index < ahead; ++index) copy(index);
+    warp_sync();
     for (uint32_t index = 0; index < count; ++index) {
         block_sync();  // the barriers have begun, and both groups are done with the stage that is filled next
         copy(index + ahead);

@@ -21,9 +21,11 @@
 #define STAGE_BYTES 128
 /* Shared memory of the pipeline of S tiles: 3 stages of two tiles. */
 #define SIMILARITY_STAGES_BYTES (3 * 2 * TILE * STAGE_BYTES)
-/* The sweep: the stages, and the bounds of its rows (16 bytes) and columns (8 bytes).
- * 99 KiB, all that a block of sm_89 may have; two blocks fit on sm_90. */
-#define SWEEP_SHARED_BYTES (SIMILARITY_STAGES_BYTES + TILE * 24)
+/* The same of 16-bit rows where two blocks share a multiprocessor (of sm_80 and sm_100): 2 stages. */
+#define SHARING_STAGES_BYTES (2 * 2 * TILE * STAGE_BYTES)
+/* The sweep: the stages, and two bounds for each row and column. */
+#define SWEEP_SHARED_BYTES (SHARING_STAGES_BYTES + TILE * 16)
+#define SWEEP_EXACT_SHARED_BYTES (SIMILARITY_STAGES_BYTES + TILE * 16)
 /* On Hopper: 4 stages with a barrier each, which leaves one block a multiprocessor. */
 #define HOPPER_STAGES_BYTES (4 * 2 * TILE * STAGE_BYTES)
 #define HOPPER_SHARED_BYTES (HOPPER_STAGES_BYTES + 4 * 8)

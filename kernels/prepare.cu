@@ -495,8 +495,7 @@ DEVICE void prepare_split_hopper_body([[maybe_unused]] const PrepareParams &p) {
     constexpr uint32_t stage_bytes = 2 * kLines<Numbers> * TILE * STAGE_BYTES;
     static_assert(stage_bytes + sizeof(Barrier) <= SIMILARITY_STAGES_BYTES);
     GroupStages<1, kLines<Numbers>> stages{bytes, reinterpret_cast<Barrier *>(bytes + stage_bytes)};
-    fence_proxy_async_global();
-    fence_proxy_async();
+    fence_proxy_async_all();
     block_sync();  // the rows are there, and the ring is read
     stages.begin();
     uint64_t stride_bytes = static_cast<uint64_t>(p.stride) * Numbers::stored_bytes;
@@ -509,7 +508,7 @@ DEVICE void prepare_split_hopper_body([[maybe_unused]] const PrepareParams &p) {
 #endif
 }
 
-KERNEL_IN_EVERY_PRECISION(prepare, PrepareParams, 1)
+KERNEL_IN_EVERY_PRECISION(prepare, PrepareParams)
 KERNEL(prepare_hopper_f32, PrepareParams, 1) { prepare_split_hopper_body(p); }
 KERNEL(prepare_rounded_f32, PrepareParams, 1) { prepare_body<HalfF16, float>(p); }
 KERNEL(prepare_hopper_rounded_f32, PrepareParams, 1) { prepare_hopper_body<HalfF16, float>(p); }

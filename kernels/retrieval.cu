@@ -16,12 +16,12 @@ DEVICE void retrieval_body(const RetrievalParams &p) {
     QueryLists<Place<2, 8>> lists(p, warp_index() % 2);
     for (uint32_t tile = tiles.first; tile < tiles.end; ++tile) {
         Accumulators<2, 8> acc;
-        multiply_tile<Numbers, 2, kStages, 1>(acc, queries, searched_rows(p.references, tile, row_bytes), row_bytes, stages);
+        multiply_tile<Numbers, 2, kSharingStages<Numbers>, 1>(acc, queries, searched_rows(p.references, tile, row_bytes), row_bytes, stages);
         lists.look(acc, tile);
     }
     lists.finish();
 }
-KERNEL_IN_EVERY_PRECISION(retrieval, RetrievalParams, 1)
+KERNEL_OF_NARROW_BLOCKS(retrieval, RetrievalParams, 2)
 
 // Sorts `count` keys ascending, padded to a power of two. The whole block takes part.
 DEVICE void sort_keys(uint64_t *keys, uint32_t count) {

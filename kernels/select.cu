@@ -378,7 +378,7 @@ DEVICE void select_recomputed_hopper_body([[maybe_unused]] const PairsParams &p)
 #endif
 }
 
-KERNEL_IN_EVERY_PRECISION(select_recomputed, PairsParams, 1)
+KERNEL_IN_EVERY_PRECISION(select_recomputed, PairsParams)
 KERNEL(select_recomputed_hopper_f32, PairsParams, 1) { select_recomputed_hopper_body<ExactF32>(p); }
 KERNEL(select_recomputed_hopper_f16, PairsParams, 1) { select_recomputed_hopper_body<HalfF16>(p); }
 KERNEL(select_recomputed_hopper_bf16, PairsParams, 1) { select_recomputed_hopper_body<HalfBf16>(p); }

@@ -13,7 +13,7 @@
 //   in thread order to the tile's own segment.
 // Cost: 2 B^2 D / 2 operations, O(B) memory and the candidates.
 
-#include "hopper.cuh"
+#include "candidates.cuh"
 
 // m+ and the sums of a block's rows over their classes, where a thread's sums of `Where` stand in the row tile. A sum for each
 // row and quarter of the columns, so that every product's sums are added in one order.
@@ -222,6 +222,7 @@ DEVICE void multiply_near(GroupAccumulators &acc, EdgeSums &edges, const Pairs &
     clear(edges);
 #pragma unroll 1
     for (uint32_t index = 0; index < kNearAhead; ++index) copy(index);
+    warp_sync();
 #pragma unroll 1
     for (uint32_t index = 0; index < count; ++index) {
         block_sync();  // the barriers have begun, and both groups are done with the stage that is filled next
@@ -284,20 +285,19 @@ DEVICE void same_class_hopper_body([[maybe_unused]] const PairsParams &p) {
 #endif
 }
 
-// What the sweep knows of a row or column of its tile.
-struct SweepRow {
-    ClassRange range;  // rows only
-    float candidate;
-    float probe;
+// Bounds of the sweep's rows or columns: what passes the first is a candidate, the second is the probe's.
+struct SweepBounds {
+    float candidate[TILE], probe[TILE];
 };
 template <int stages_bytes>
 struct SweepShared {
     unsigned char stages[stages_bytes];
-    SweepRow rows[TILE];
-    float column_candidate[TILE];
-    float column_probe[TILE];
+    SweepBounds rows, columns;
 };
-static_assert(sizeof(SweepShared<SIMILARITY_STAGES_BYTES>) == SWEEP_SHARED_BYTES, "the launch plan's shared memory");
+template <class Numbers>
+using SweepStages = SweepShared<kSharingStages<Numbers> * 2 * TILE * STAGE_BYTES>;
+static_assert(sizeof(SweepStages<HalfF16>) == SWEEP_SHARED_BYTES, "the launch plan's shared memory");
+static_assert(sizeof(SweepStages<ExactF32>) == SWEEP_EXACT_SHARED_BYTES, "the launch plan's shared memory");
 
 // After the product the stages hold what is reduced over the block.
 struct SweepReduction {
@@ -308,21 +308,35 @@ struct SweepReduction {
     uint32_t segment;
 };
 
-// Bounds of one side's rows; padding and ignored rows get none that anything passes.
-DEVICE void sweep_bounds(const Pairs &pairs, uint32_t i, float &candidate, float &probe) {
-    bool valid = i < pairs.counters->valid_anchors;
-    float min_pos = valid ? pairs.same[i].min_pos : INFINITE;
-    candidate = negative_bound(min_pos, pairs.settings.candidate);
-    probe = negative_bound(min_pos, pairs.settings.probe);
+// m+ of one of the tile's rows; padding and ignored rows have none, and nothing passes a bound that is made of it.
+DEVICE float valid_min_pos(const Pairs &pairs, uint32_t i) {
+    return i < pairs.counters->valid_anchors ? pairs.same[i].min_pos : INFINITE;
+}
+
+// Above which of this thread's pairs, by their rows' and by their columns' bounds. `use(row, column, s)` sees each, from the last on.
+template <class Where, class Sums, class Use>
+DEVICE AboveBits above_bounds(const float (&rows)[TILE], const float (&columns)[TILE], const Sums &acc, Use use) {
+    Where place;
+    AboveBits above;
+#pragma unroll
+    for (int row = Where::rows - 1; row >= 0; --row) {
+        float bound = rows[place.row_of(row)];
+#pragma unroll
+        for (int column = Where::columns - 1; column >= 0; --column) {
+            float s = Where::value(acc, row, column);
+            above.add(row / kRowsOfWord<Where>, s, bound, columns[place.column_of(column)]);
+            use(row, column, s);
+        }
+    }
+    return above;
 }
 
 // One tile's pairs. `plain`: every pair counts and none is of one class, as in most tiles.
 template <bool plain, class Where, class Shared, class Sums>
-DEVICE void sweep_epilogue(const Pairs &pairs, TileIndex tile, uint64_t index, Shared &shared, const Sums &acc) {
+DEVICE void sweep_epilogue(const Pairs &pairs, TileIndex tile, Shared &shared, const Sums &acc) {
     auto &reduction = *reinterpret_cast<SweepReduction *>(shared.stages);
     Where place;
     bool mirrored = pairs.square != 0;
-    uint32_t valid_anchors = pairs.counters->valid_anchors, valid_references = pairs.counters->valid_references;
     if (thread_index() < TILE) {
         reduction.row_max[thread_index()] = 0;
         reduction.column_max[thread_index()] = 0;
@@ -330,40 +344,27 @@ DEVICE void sweep_epilogue(const Pairs &pairs, TileIndex tile, uint64_t index, S
     if (thread_index() == 0) reduction.probe = 0;
     block_sync();
 
+    uint32_t negative[2] = {~0u, ~0u}, positive[2] = {0, 0};
+    if constexpr (!plain) {
+        classify<Where>(pairs, tile.row * TILE, tile.column * TILE, pairs.counters->valid_anchors, pairs.counters->valid_references,
+                        negative, positive);
+    }
     const float none = -INFINITE;
-    static_assert(Where::rows * Where::columns == 64, "two words of bits");
-    uint32_t candidates[2] = {0, 0};  // bit row * columns + column
-    uint32_t probe = 0;
-    float column_max[Where::columns];
+    float column_max[Where::columns], row_max = none;
 #pragma unroll
     for (int column = 0; column < Where::columns; ++column) column_max[column] = none;
-#pragma unroll
-    for (int row = 0; row < Where::rows; ++row) {
-        uint32_t r = place.row_of(row), i = tile.row * TILE + r;
-        SweepRow bounds = shared.rows[r];
-        float row_max = none;
-#pragma unroll
-        for (int column = 0; column < Where::columns; ++column) {
-            uint32_t c = place.column_of(column), j = tile.column * TILE + c;
-            float s = Where::value(acc, row, column);
-            bool counts = plain || (i < valid_anchors && j < valid_references && (!mirrored || i < j));
-            bool same = !plain && same_class(bounds.range, j);
-            bool negative = counts && !same;
-            if (negative) {
-                row_max = fmaxf(row_max, s);
-                column_max[column] = fmaxf(column_max[column], s);
-                probe += s > bounds.probe;
-                if (mirrored) probe += s > shared.column_probe[c];
-            }
-            bool candidate = negative ? s > bounds.candidate || s > shared.column_candidate[c]
-                                      : counts && !is_duplicate(pairs, i, j, s);
-            int bit = row * Where::columns + column;
-            candidates[bit / 32] |= static_cast<uint32_t>(candidate) << bit % 32;
-        }
+    AboveBits above = above_bounds<Where>(shared.rows.candidate, shared.columns.candidate, acc, [&](int row, int column, float s) {
+        int bit = row % kRowsOfWord<Where> * Where::columns + column;
+        if (!plain && !(negative[row / kRowsOfWord<Where>] >> bit & 1u)) s = none;
+        row_max = fmaxf(row_max, s);
+        column_max[column] = fmaxf(column_max[column], s);
+        if (column != 0) return;
         row_max = fmaxf(row_max, shuffle_xor(row_max, 1));
         row_max = fmaxf(row_max, shuffle_xor(row_max, 2));
-        if (lane_index() % 4 == 0 && row_max > none) atomic_max(&reduction.row_max[r], ordered_key(row_max));
-    }
+        if (lane_index() % 4 == 0 && row_max > none) atomic_max(&reduction.row_max[place.row_of(row)], ordered_key(row_max));
+        warp_sync();
+        row_max = none;
+    });
 #pragma unroll
     for (int column = 0; column < Where::columns; ++column) {
         float largest = column_max[column];
@@ -372,7 +373,13 @@ DEVICE void sweep_epilogue(const Pairs &pairs, TileIndex tile, uint64_t index, S
             atomic_max(&reduction.column_max[place.column_of(column)], ordered_key(largest));
         }
     }
-    probe = warp_sum(probe);
+    uint32_t candidates[2];
+#pragma unroll
+    for (int word = 0; word < 2; ++word) candidates[word] = ((above.by_row[word] | above.by_column[word]) & negative[word]) | positive[word];
+    if (pairs.settings.probe != pairs.settings.candidate) {
+        above = above_bounds<Where>(shared.rows.probe, shared.columns.probe, acc, [](int, int, float) {});
+    }
+    uint32_t probe = warp_sum(above.count(negative, mirrored));
     if (lane_index() == 0 && probe != 0) atomic_add(&reduction.probe, probe);
 
     // Every thread's place in the segment: a scan over the warp, then over the warps.
@@ -394,25 +401,25 @@ DEVICE void sweep_epilogue(const Pairs &pairs, TileIndex tile, uint64_t index, S
         if (column_key != 0) atomic_max(&pairs.max_neg[j], column_key);
     }
     if (thread_index() == 0) {
+        uint64_t index = index_of(pairs, tile.row, tile.column);
         pairs.tile_counts[index] = total;
         if (reduction.probe != 0) atomic_add(&pairs.counters->probe_neg, static_cast<uint64_t>(reduction.probe));
+        if (total != 0) reduction.segment = pairs.tile_segments[index] = reserve(pairs, total);
     }
     if (total == 0) return;
-    if (thread_index() == 0) reduction.segment = pairs.tile_segments[index] = reserve(pairs, total);
     block_sync();
     if (reduction.segment == NO_ROW) return;
-    uint64_t segment = static_cast<uint64_t>(reduction.segment) * 4, at = segment + before;
+    uint64_t segment = static_cast<uint64_t>(reduction.segment) * 4;
     uint32_t *masks = pairs.pool_words + segment + thread_index() * 2;
     masks[0] = candidates[0];
     masks[1] = candidates[1];
+    float *to = pairs.pool_values + segment + before;
 #pragma unroll
     for (int row = 0; row < Where::rows; ++row) {
 #pragma unroll
         for (int column = 0; column < Where::columns; ++column) {
-            int bit = row * Where::columns + column;
-            if (candidates[bit / 32] >> bit % 32 & 1u) {
-                pairs.pool_values[at++] = Where::value(acc, row, column);
-            }
+            int bit = row % kRowsOfWord<Where> * Where::columns + column;
+            if (candidates[row / kRowsOfWord<Where>] >> bit & 1u) *to++ = Where::value(acc, row, column);
         }
     }
 }
@@ -420,61 +427,56 @@ DEVICE void sweep_epilogue(const Pairs &pairs, TileIndex tile, uint64_t index, S
 // The bounds of the tile's rows and columns; the barriers of the product publish them.
 template <class Shared>
 DEVICE void sweep_begin(const Pairs &pairs, TileIndex tile, Shared &shared) {
-    if (thread_index() < TILE) {
-        uint32_t i = tile.row * TILE + thread_index();
-        SweepRow &row = shared.rows[thread_index()];
-        row.range = i < pairs.counters->valid_anchors ? pairs.classes[i] : ClassRange{1, 0};
-        sweep_bounds(pairs, i, row.candidate, row.probe);
-    } else {
-        uint32_t c = thread_index() - TILE, j = tile.column * TILE + c;
-        if (pairs.square) {
-            sweep_bounds(pairs, j, shared.column_candidate[c], shared.column_probe[c]);
-        } else {
-            bool asked = pairs.columns != nullptr && j < pairs.counters->valid_references;
-            float min_pos = asked ? pairs.columns[j].min_pos : INFINITE;
-            shared.column_candidate[c] = negative_bound(min_pos, pairs.settings.candidate);
-        }
+    bool is_row = thread_index() < TILE;
+    uint32_t at = thread_index() % TILE, j = tile.column * TILE + at;
+    float min_pos = INFINITE;
+    if (is_row || pairs.square) {
+        min_pos = valid_min_pos(pairs, is_row ? tile.row * TILE + at : j);
+    } else if (pairs.columns != nullptr && j < pairs.counters->valid_references) {
+        min_pos = pairs.columns[j].min_pos;  // an anchor elsewhere, where the probe counts it
     }
+    SweepBounds &bounds = is_row ? shared.rows : shared.columns;
+    bounds.candidate[at] = negative_bound(min_pos, pairs.settings.candidate);
+    bounds.probe[at] = negative_bound(min_pos, pairs.settings.probe);
 }
 
 // A tile of ignored rows or columns alone has no pairs: it is not multiplied. The same for the whole block.
-DEVICE bool sweep_leaves_out(const Pairs &pairs, TileIndex tile, uint64_t index) {
+DEVICE bool sweep_leaves_out(const Pairs &pairs, TileIndex tile) {
     if (tile.row * TILE < pairs.counters->valid_anchors && tile.column * TILE < pairs.counters->valid_references) return false;
-    if (thread_index() == 0) pairs.tile_counts[index] = 0;
+    if (thread_index() == 0) pairs.tile_counts[index_of(pairs, tile.row, tile.column)] = 0;
     return true;
 }
 
 template <class Where, class Shared, class Sums>
-DEVICE void sweep_end(const Pairs &pairs, TileIndex tile, uint64_t index, Shared &shared, const Sums &acc) {
+DEVICE void sweep_end(const Pairs &pairs, TileIndex tile, Shared &shared, const Sums &acc) {
     // Ranges ascend: the tile is free of positives if its columns end before the first range or begin after the last.
     uint32_t first = tile.column * TILE, end = first + TILE;
     bool complete = (tile.row + 1) * TILE <= pairs.counters->valid_anchors && end <= pairs.counters->valid_references;
-    bool apart = end <= shared.rows[0].range.begin || first >= shared.rows[TILE - 1].range.end;
-    if (complete && apart) {
-        sweep_epilogue<true, Where>(pairs, tile, index, shared, acc);
+    const ClassRange *classes = pairs.classes + tile.row * TILE;
+    if (complete && (end <= classes[0].begin || first >= classes[TILE - 1].end)) {
+        sweep_epilogue<true, Where>(pairs, tile, shared, acc);
     } else {
-        sweep_epilogue<false, Where>(pairs, tile, index, shared, acc);
+        sweep_epilogue<false, Where>(pairs, tile, shared, acc);
     }
 }
 
 template <class Numbers>
 DEVICE void sweep_body(const PairsParams &p) {
     SHARED_MEMORY(bytes);
-    auto &shared = *reinterpret_cast<SweepShared<SIMILARITY_STAGES_BYTES> *>(bytes);
+    auto &shared = *reinterpret_cast<SweepStages<Numbers> *>(bytes);
     const Pairs &pairs = p.pairs;
     TileIndex tile = tile_at(pairs, block_x());
-    uint64_t index = index_of(pairs, tile.row, tile.column);
-    if (sweep_leaves_out(pairs, tile, index)) return;
+    if (sweep_leaves_out(pairs, tile)) return;
     sweep_begin(pairs, tile, shared);
     Accumulators<4> acc;
-    multiply_tile<Numbers, 4>(acc, tile_rows<Numbers>(pairs.anchors, tile.row, pairs.stride),
-                              tile_rows<Numbers>(pairs.references, tile.column, pairs.stride),
-                              stride_bytes<Numbers>(pairs), shared.stages);
-    sweep_end<Place<4>>(pairs, tile, index, shared, acc);
+    multiply_tile<Numbers, 4, kSharingStages<Numbers>>(acc, tile_rows<Numbers>(pairs.anchors, tile.row, pairs.stride),
+                                                       tile_rows<Numbers>(pairs.references, tile.column, pairs.stride),
+                                                       stride_bytes<Numbers>(pairs), shared.stages);
+    sweep_end<Place<4>>(pairs, tile, shared, acc);
 }
 
-KERNEL_IN_EVERY_PRECISION(same_class, PairsParams, 1)
-KERNEL_IN_EVERY_PRECISION(sweep, PairsParams, 1)
+KERNEL_IN_EVERY_PRECISION(same_class, PairsParams)
+KERNEL_OF_NARROW_BLOCKS(sweep, PairsParams, 2)
 KERNEL(same_class_hopper_f32, PairsParams, 1) { same_class_hopper_body<ExactF32>(p); }
 KERNEL(same_class_hopper_f16, PairsParams, 1) { same_class_hopper_body<HalfF16>(p); }
 KERNEL(same_class_hopper_bf16, PairsParams, 1) { same_class_hopper_body<HalfBf16>(p); }

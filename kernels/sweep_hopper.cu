@@ -8,6 +8,7 @@
 // Sync: barriers in shared memory, a named one for each team; integer atomics (max, add) whose order cannot change
 //   the result.
 
+#include "candidates.cuh"
 #include "teams.cuh"
 
 #ifdef HAS_WARPGROUP_PRODUCTS
@@ -180,39 +181,6 @@ DEVICE void exchange(float (&largest)[8], bool upper, int mask) {
     }
 }
 
-// Bit column of a thread's word of each row: what is above its row's bound, what above its column's. From the last column
-// on: the bits are shifted in.
-struct AboveBits {
-    uint32_t by_row[2]{}, by_column[2]{};
-
-    DEVICE void add(int r, float s, float row_bound, float column_bound) {
-        shift_in_sign(by_row[r], row_bound - s);
-        shift_in_sign(by_column[r], column_bound - s);
-    }
-    // Of those that count; a column that nobody asks for has nothing above its bound.
-    DEVICE uint32_t count(const uint32_t (&of)[2], bool mirrored) const {
-        int number = popc(by_row[0] & of[0]) + popc(by_row[1] & of[1]);
-        if (mirrored) number += popc(by_column[0] & of[0]) + popc(by_column[1] & of[1]);
-        return static_cast<uint32_t>(number);
-    }
-};
-
-// Which pairs of a thread are of two classes, and which of one; the others do not count.
-DEVICE void classify(const SweepWalk &walk, const SweepRows &rows, uint32_t (&negative)[2], uint32_t (&positive)[2]) {
-    GroupPlace place;
-    uint32_t first_column = walk.tile.column * TILE;
-    auto before = [&](uint32_t j) { return place.bits_before(j > first_column ? j - first_column : 0); };
-    for (int r = 0; r < 2; ++r) {
-        uint32_t i = rows.first + place.row_of(r);
-        bool valid = i < walk.valid_anchors;
-        ClassRange range = valid ? walk.pairs.classes[i] : ClassRange{1, 0};
-        uint32_t counts = valid ? before(walk.valid_references) : 0, same = before(range.end) & ~before(range.begin);
-        if (walk.pairs.square) counts &= ~before(i + 1);
-        negative[r] = counts & ~same;
-        positive[r] = counts & same;  // a duplicate among them is the selection's to find
-    }
-}
-
 // Maxima, candidates and those that pass the probe. `plain`: every pair counts and none is of one class, as in most tiles;
 // `apart`: the probe has bounds of its own.
 template <bool plain, class Shared>
@@ -222,7 +190,7 @@ DEVICE void look_at(const SweepWalk &walk, Shared &shared, uint32_t team, bool a
     const Pairs &pairs = walk.pairs;
     uint32_t lane = lane_index();
     uint32_t negative[2] = {~0u, ~0u}, positive[2] = {0, 0};
-    if constexpr (!plain) classify(walk, rows, negative, positive);
+    if constexpr (!plain) classify<GroupPlace>(pairs, rows.first, walk.tile.column * TILE, walk.valid_anchors, walk.valid_references, negative, positive);
     AboveBits above;
 #pragma unroll
     for (int part = 3; part >= 0; --part) {

@@ -111,7 +111,7 @@ template <class Numbers>
 DEVICE void threshold_body(const ThresholdParams &p) {
     threshold_walk<Numbers, false>(p);
 }
-KERNEL_IN_EVERY_PRECISION(threshold, ThresholdParams, 1)
+KERNEL_IN_EVERY_PRECISION(threshold, ThresholdParams)
 
 template <class Numbers>
 DEVICE void threshold_hopper_body([[maybe_unused]] const ThresholdParams &p) {

@@ -17,12 +17,17 @@
 #include "cuda.cuh"
 
 constexpr int kStages = 3;
+// Where two blocks share a multiprocessor, one looks at its products while the other multiplies, and hides what one stage ahead
+// does not. Exact f32 has no registers for a second block.
+template <class Numbers>
+constexpr int kSharingStages = Numbers::exact ? kStages : 2;
 constexpr int kGranules = STAGE_BYTES / 16;
 constexpr int kColumnTiles = 4;  // of 8 columns, in a warp
 // Floats between rows of a tile that is written to shared memory: 4 banks apart, the 8 rows
 // that a warp writes at a time do not meet.
 constexpr uint32_t kValuesStride = TILE + 4;
 static_assert(SIMILARITY_STAGES_BYTES == kStages * 2 * TILE * STAGE_BYTES, "the launch plan's shared memory");
+static_assert(SHARING_STAGES_BYTES == 2 * 2 * TILE * STAGE_BYTES, "the launch plan's shared memory");
 
 // Share of the longer row's square sum from which a positive is an exact duplicate (SPEC 1).
 constexpr double kDuplicate = 1.0 - 1e-6;
@@ -88,8 +93,10 @@ using HalfF16 = Narrow<F16>;
 using HalfBf16 = Narrow<Bf16>;
 
 // Defines one kernel in every precision from a device function `template <class Numbers> name_body(p)`.
-#define KERNEL_IN_EVERY_PRECISION(name, Params, blocks)               \
-    KERNEL(name##_f32, Params, blocks) { name##_body<ExactF32>(p); }  \
+#define KERNEL_IN_EVERY_PRECISION(name, Params) KERNEL_OF_NARROW_BLOCKS(name, Params, 1)
+// So many blocks a multiprocessor, of exact f32 one.
+#define KERNEL_OF_NARROW_BLOCKS(name, Params, blocks)                 \
+    KERNEL(name##_f32, Params, 1) { name##_body<ExactF32>(p); }       \
     KERNEL(name##_f16, Params, blocks) { name##_body<HalfF16>(p); }   \
     KERNEL(name##_bf16, Params, blocks) { name##_body<HalfBf16>(p); }
 
@@ -163,6 +170,14 @@ DEVICE Granule<typename Numbers::Element> load_prepared(const unsigned char *row
     }
 }
 
+// Of a word with a bit for each of a thread's columns, pairs 8 apart from `first` on: those before column `end` of the tile.
+template <int columns>
+DEVICE uint32_t column_bits_before(uint32_t first, uint32_t end) {
+    uint32_t left = end > first ? end - first : 0;
+    uint32_t count = left / 8 * 2 + (left % 8 < 2 ? left % 8 : 2);
+    return count < columns ? (1u << count) - 1 : ~0u >> (32 - columns);
+}
+
 // Where this thread's accumulators stand in the tile.
 template <int row_tiles, int column_tiles = kColumnTiles>
 struct Place {
@@ -179,6 +194,7 @@ struct Place {
     DEVICE uint32_t first_quarter() const { return warp_index() % 4; }
     DEVICE uint32_t row_of(int r) const { return row(r / 2, r % 2); }
     DEVICE uint32_t column_of(int c) const { return column(c / 2, c % 2); }
+    DEVICE uint32_t bits_before(uint32_t end) const { return column_bits_before<columns>(column_of(0), end); }
     template <class Sums>
     static DEVICE auto &value(Sums &acc, int r, int c) {
         return acc[r / 2][c / 2][r % 2 * 2 + c % 2];

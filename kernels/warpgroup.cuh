@@ -34,8 +34,9 @@ DEVICE Descriptor advanced(Descriptor descriptor, uint32_t bytes) { return descr
 #if defined(__CUDACC__) && defined(HAS_WARPGROUP_PRODUCTS)
 
 DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-// The same for what was written to global memory, before this block's bulk copies read it.
-DEVICE void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+// The same, and for what was written to global memory, before this block's bulk copies read it. Of no one space: for global memory
+// alone the assembler makes it without the barrier of memory (MEMBAR) that it puts before this one.
+DEVICE void fence_proxy_async_all() { asm volatile("fence.proxy.async;" ::: "memory"); }
 // Before the first product, so that the accumulators' registers are settled.
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 // Keeps whatever sets these registers before this line: moved into the loop that follows, it would make

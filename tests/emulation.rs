@@ -124,6 +124,13 @@ fn run_faulty_sweep(from: &'static str, to: &'static str) -> String {
     run_faulty_sweep_of("sweep_hopper.cu", from, to)
 }
 
+/// What Hopper's preparation of rows in two parts says with a fault in it.
+fn run_faulty_prepare(file: &'static str, from: &'static str, to: &'static str) -> String {
+    let output = run("prepare", &["prepare.cu"], Some(&Fault { file, from, to }), &[]);
+    assert!(!output.status.success(), "the fault went unnoticed");
+    said(&output)
+}
+
 /// In what it shares with retrieval.
 fn run_faulty_team(from: &'static str, to: &'static str) -> String {
     run_faulty_sweep_of("teams.cuh", from, to)
@@ -182,6 +189,7 @@ fn hopper_s_kernel_without_a_fault_passes() {
         ("gradient", "gradient_hopper.cu"),
         ("gradient_split", "gradient_hopper_split.cu"),
         ("sweep", "sweep_hopper.cu"),
+        ("prepare", "prepare.cu"),
     ] {
         let output = run(program, &[kernel], None, &flags);
         assert!(output.status.success(), "{program}: {}", said(&output));
@@ -271,6 +279,7 @@ const LANDED: &str = "mbarrier_wait(full_of(shared, fill), parity_of(shared, fil
 fn assert_caught(message: &str) {
     let signs = [
         "want",
+        "without a fence",
         "bulk stores nobody waited for",
         "a phase that nobody ends",
         "more arrivals at a barrier",
@@ -295,7 +304,73 @@ fn waiting_for_the_wrong_phase_is_caught() {
 fn a_missing_proxy_fence_is_caught() {
     let fenced = "fence_proxy_async();\n        warp_sync();\n        arrive_as_warp(&shared.built";
     let message = run_faulty_hopper("gradient_hopper.cu", fenced, "arrive_as_warp(&shared.built");
+    assert!(message.contains("a product reads what a thread has written without a fence"), "{message}");
+}
+
+#[test]
+fn a_proxy_fence_of_one_lane_for_all_is_caught() {
+    let fenced = "fence_proxy_async();\n        warp_sync();\n        arrive_as_warp(&shared.built";
+    let one = "warp_sync();\n        if (lane_index() == 0) fence_proxy_async();\n        warp_sync();\n        arrive_as_warp(&shared.built";
+    let message = run_faulty_hopper("gradient_hopper.cu", fenced, one);
+    assert!(message.contains("a product reads what a thread has written without a fence"), "{message}");
+}
+
+#[test]
+fn a_bulk_copy_over_what_was_written_without_a_fence_is_caught() {
+    let fenced = "    fence_proxy_async();  // bulk copies fill the stage next\n    warp_sync();";
+    let message = run_faulty_hopper("gradient_hopper.cu", fenced, "    warp_sync();");
+    assert!(message.contains("a bulk copy over what a thread has written without a fence"), "{message}");
+}
+
+#[test]
+fn a_missing_fence_of_global_memory_is_caught() {
+    let fence = "fence_proxy_async_all();";
+    // None, one of shared memory alone, and one of some threads for all.
+    for to in
+        ["", "fence_proxy_async();", "if (lane_index() == 0) fence_proxy_async_all();\n    warp_sync();"]
+    {
+        let message = run_faulty_prepare("prepare.cu", fence, to);
+        assert!(message.contains("want") || message.contains("without a fence"), "{to}: {message}");
+    }
+}
+
+#[test]
+fn reading_global_memory_after_a_wait_for_what_a_bulk_store_has_read_is_caught() {
+    let read = "            bulk_store_wait_read();\n";
+    let back = "            bulk_store_wait_read();
+            if (window == 0 && pairs.pool_words[segment] != shared.masks[team][0]) pairs.tile_counts[0] = NO_ROW;\n";
+    let message = run_faulty_sweep(read, back);
     assert!(message.contains("want"), "{message}");
+}
+
+#[test]
+fn products_without_a_wgmma_fence_are_caught() {
+    let fenced = "stage_descriptor(weights);\n    wgmma_fence();";
+    let message = run_faulty_hopper("gradient_hopper.cu", fenced, "stage_descriptor(weights);");
+    assert!(message.contains("a group of products without a wgmma_fence()"), "{message}");
+}
+
+#[test]
+fn a_barrier_in_a_stage_and_one_begun_twice_are_caught() {
+    let barrier = "reinterpret_cast<Barrier *>(bytes + stage_bytes)}";
+    let within = "reinterpret_cast<Barrier *>(bytes + stage_bytes) - 1}";
+    let message = run_faulty_prepare("prepare.cu", barrier, within);
+    assert!(message.contains("a bulk copy over what a thread has written"), "{message}");
+    let once = "        if (thread_index() != 0) return;\n        for (int stage = 0";
+    let message = run_faulty_prepare("hopper.cuh", once, "        for (int stage = 0");
+    assert!(message.contains("a barrier is begun again"), "{message}");
+}
+
+#[test]
+fn a_wait_that_may_come_two_phases_late_is_caught() {
+    // The stage is filled again just before: a warp that is held up between the two finds the phase after the next.
+    let fault = Fault {
+        file: "gradient_hopper_split.cu",
+        from: "walk.rows_fills - 1 : SplitRoles::stages - 1;",
+        to: "walk.rows_fills - 1 : SplitRoles::stages;",
+    };
+    let output = run("gradient_split", &["gradient_hopper_split.cu"], Some(&fault), &[]);
+    assert!(said(&output).contains("a phase that nobody ends"), "{}", said(&output));
 }
 
 #[test]
@@ -375,6 +450,18 @@ fn an_aligned_instruction_after_a_wait_without_a_warp_sync_is_caught() {
 }
 
 #[test]
+fn a_barrier_of_the_block_after_a_wait_of_one_lane_is_caught() {
+    let begun = "for (Barrier &barrier : shared.valued) mbarrier_init(&barrier, kMultipliers);";
+    let message = run_faulty_hopper(
+        "gradient_roles.cuh",
+        begun,
+        "for (Barrier &barrier : shared.valued) mbarrier_init(&barrier, kMultipliers);
+        mbarrier_wait(&shared.valued[0], 1);",
+    );
+    assert!(message.contains("lanes are apart, no warp_sync() before block_sync"), "{message}");
+}
+
+#[test]
 fn a_named_barrier_of_too_many_threads_is_caught() {
     let read = "named_sync(kBuildersBarrier, kBuilderThreads);  // the values are read";
     let message = run_faulty_hopper(
@@ -407,8 +494,11 @@ fn more_registers_than_a_block_has_are_caught() {
 #[test]
 fn a_wrong_swizzle_is_caught() {
     let place = "swizzled(row, byte % STAGE_BYTES / 16)";
-    let message = run_faulty_hopper("matrix.cuh", place, "swizzled(row + 1, byte % STAGE_BYTES / 16)");
+    let message = run_faulty_hopper("matrix.cuh", place, "swizzled(row ^ 1, byte % STAGE_BYTES / 16)");
     assert!(message.contains("want"), "{message}");
+    // The last matrix's last row goes where the barriers are.
+    let message = run_faulty_hopper("matrix.cuh", place, "swizzled(row + 1, byte % STAGE_BYTES / 16)");
+    assert!(message.contains("somebody has written over a barrier"), "{message}");
 }
 
 #[test]

@@ -156,8 +156,8 @@ fn a_memory_behind_the_batch_selects_nothing() {
         let back = output.reference_gradient.take().unwrap();
         let wanted = &output.gradient + &back.slice(s![..90, ..]);
         let largest = wanted.iter().fold(0.0f32, |most, x| most.max(x.abs()));
-        let error = (&wanted - &one.output.gradient).mapv(f32::abs).into_iter().fold(0.0, f32::max);
-        assert!(error <= 1e-6 * largest, "{error} of {largest}");
+        let off = &wanted - &one.output.gradient;
+        assert!(off.iter().all(|x| x.abs() <= 1e-6 * largest), "{off} of {largest}");
         assert_eq!((&output.count_pos, &output.count_neg), (&one.output.count_pos, &one.output.count_neg));
         assert!((output.loss - one.output.loss).abs() < 1e-6 * output.loss);
     }
@@ -174,8 +174,8 @@ fn the_truth_in_steps_is_the_truth_and_the_cpu_agrees_with_it() {
         let (loss, gradient, sizes) = truth_in_parts(&all, &lengths, &case.settings);
         assert_eq!(sizes, whole.selection.sizes(), "{}", case.name);
         assert!((loss - whole.weighted.loss).abs() < 1e-12 * loss.max(1.0), "{}", case.name);
-        let error = (&gradient - &whole.gradient).mapv(f64::abs).into_iter().fold(0.0, f64::max);
-        assert!(error < 1e-14, "{}: {error}", case.name);
+        let off = &gradient - &whole.gradient;
+        assert!(off.iter().all(|x| x.abs() < 1e-14), "{}: {off}", case.name);
 
         let mut backends = backends(lengths.len());
         let parts = loss_in_parts(&mut backends, &all, &lengths, &case.settings, case.anchors.tangent.view())
@@ -183,8 +183,8 @@ fn the_truth_in_steps_is_the_truth_and_the_cpu_agrees_with_it() {
             .output;
         assert!((parts.loss - loss).abs() <= 1e-6 * loss, "{}", case.name);
         let largest = gradient.iter().fold(0.0f64, |most, x| most.max(x.abs()));
-        let error = gradient.iter().zip(&parts.gradient).map(|(a, b)| (a - f64::from(*b)).abs());
-        assert!(error.fold(0.0, f64::max) <= 1e-5 * largest, "{}", case.name);
+        let mut off = gradient.iter().zip(&parts.gradient).map(|(a, b)| (a - f64::from(*b)).abs());
+        assert!(off.all(|x| x <= 1e-5 * largest), "{}", case.name);
     }
     // With a memory, which no reference case has.
     check_memory(|part| backends(part + 1).remove(part));
@@ -261,8 +261,8 @@ fn references_in_blocks() {
     assert_eq!((&got.count_pos, &got.count_neg), (&whole.count_pos, &whole.count_neg));
     assert!(whole.active > 0 && (got.loss - whole.loss).abs() < 1e-6 * whole.loss);
     let largest = whole.gradient.iter().fold(0.0f32, |most, x| most.max(x.abs()));
-    let error = (&got.gradient - &whole.gradient).mapv(f32::abs).into_iter().fold(0.0, f32::max);
-    assert!(error <= 1e-6 * largest, "{error} of {largest}");
+    let off = &got.gradient - &whole.gradient;
+    assert!(off.iter().all(|x| x.abs() <= 1e-6 * largest), "{off} of {largest}");
 }
 
 #[test]

@@ -80,6 +80,8 @@ fn check_all(
     for case in cases {
         count += 1;
         let case = case.borrow();
+        // Where a kernel waits for ever, the last one is it.
+        println!("case {} {:?}", case.name, case.dtype());
         if let Err(difference) = check(backend, case) {
             failures.push(format!("{} {:?}: {difference}", case.name, case.dtype()));
         }

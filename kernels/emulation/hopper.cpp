@@ -7,16 +7,24 @@
 namespace emulation {
 namespace {
 
-unsigned char *async_view_of(const void *shared, size_t bytes) {
-    auto offset = static_cast<size_t>(static_cast<const unsigned char *>(shared) - machine->shared);
-    size_t all = machine->async_view.size();
-    if (offset > all || bytes > all - offset) die("a bulk copy leaves shared memory", "");
-    return machine->async_view.data() + offset;
+void within_shared(const void *at, size_t bytes) {
+    if (!machine->async_view.holds(at, bytes)) die("a bulk copy leaves shared memory", "");
+}
+
+// Global memory as bulk copies see it.
+const unsigned char *global_view_of(const void *from, size_t bytes) {
+    for (const AsyncView &view : machine->global_views) {
+        if (view.holds(from, bytes)) return view.seen.data() + view.offset_of(from);
+    }
+    return static_cast<const unsigned char *>(from);
 }
 
 SharedBarrier &barrier_at(uint64_t *barrier) {
     auto found = machine->barriers.find(barrier);
     if (found == machine->barriers.end()) die("a barrier that nobody began", "");
+    uint64_t mark;
+    std::memcpy(&mark, barrier, sizeof mark);
+    if (mark != kBarrierMark) die("somebody has written over a barrier", "");
     return found->second;
 }
 
@@ -39,6 +47,7 @@ struct Operand {
         : start(field(descriptor)), leading(field(descriptor >> 16)), stride(field(descriptor >> 32)) {
         if (descriptor >> 62 != 1) die("a descriptor of another swizzle than that of 128 bytes", "");
         if (descriptor >> 49 & 7) die("a descriptor with a base offset", "");
+        if (start >> 7 & 7) die("a descriptor that begins in the middle of a swizzled block", "");
     }
     static uint32_t field(uint64_t bits) { return static_cast<uint32_t>(bits & 0x3fff) << 4; }
 
@@ -47,8 +56,11 @@ struct Operand {
         uint32_t address = start + block + line * 128 + byte;
         address ^= (address >> 7 & 7) << 4;  // the swizzle is of address bits
         size_t offset = address - kSharedBase;
-        if (address < kSharedBase || offset + 16 > machine->async_view.size()) die("a product reads outside of shared memory", "");
-        return machine->async_view.data() + offset;
+        const AsyncView &view = machine->async_view;
+        if (address < kSharedBase || offset + 16 > view.seen.size()) die("a product reads outside of shared memory", "");
+        // Without one, or while the product may be reading.
+        if (view.differs(view.memory + offset, 16)) die("a product reads what a thread has written without a fence", "");
+        return view.seen.data() + offset;
     }
     // A row of A, or column of B, from `k` on; or a `k` of an operand that lies [k, columns], from a column on.
     const unsigned char *straight(uint32_t row, uint32_t k) const { return granule(row / 8 * stride, row % 8, k * 2); }
@@ -114,8 +126,7 @@ void land_bulk(bool late_too) {
     Bulk bulk = machine->bulks[index];
     if (bulk.late && !late_too) return;
     machine->bulks.erase(machine->bulks.begin() + static_cast<ptrdiff_t>(index));
-    std::memcpy(bulk.to, bulk.from, bulk.bytes);
-    std::memcpy(async_view_of(bulk.to, bulk.bytes), bulk.from, bulk.bytes);
+    machine->async_view.write(bulk.to, global_view_of(bulk.from, bulk.bytes), bulk.bytes);
     SharedBarrier &barrier = barrier_at(bulk.barrier);
     barrier.bytes -= bulk.bytes;
     finish_phase(barrier);
@@ -127,7 +138,7 @@ bool wake(bool late_too) {
     for (uint32_t i = 0; i < machine->thread_count; ++i) {
         Thread &thread = machine->all_threads[i];
         if (thread.state != State::at_shared_barrier || (machine->warps[i / 32].late && !late_too)) continue;
-        if (barrier_at(thread.shared_barrier).phase % 2 == thread.parity) continue;
+        if (!thread.delayed && barrier_at(thread.shared_barrier).phase % 2 == thread.parity) continue;
         thread.state = State::ready;
         woken = true;
     }
@@ -152,12 +163,18 @@ bool wake_last() {
     die("waits for a phase that nobody ends", "");
 }
 
-void mbarrier_init(Barrier *barrier, uint32_t count) { machine->barriers[barrier] = SharedBarrier{count}; }
+void mbarrier_init(Barrier *barrier, uint32_t count) {
+    within_shared(barrier, sizeof *barrier);
+    if (reinterpret_cast<uintptr_t>(barrier) % sizeof *barrier) die("a barrier is not aligned", "");
+    if (!machine->barriers.emplace(barrier, SharedBarrier{count}).second) die("a barrier is begun again", "");
+    std::memcpy(barrier, &kBarrierMark, sizeof kBarrierMark);
+}
 
 void mbarrier_arrive_expect_tx(Barrier *barrier, uint32_t bytes) {
     SharedBarrier &one = barrier_at(barrier);
     arrive(one);
     one.bytes += bytes;
+    if (one.bytes >= 1 << 20) die("more bytes than a barrier counts", "");
     finish_phase(one);
 }
 
@@ -170,11 +187,14 @@ void mbarrier_arrive(Barrier *barrier) {
 void mbarrier_wait(Barrier *barrier, uint32_t parity) {
     Thread &self = machine->self();
     lanes_apart();
-    while (barrier_at(barrier).phase % 2 == parity) {
+    // A thread may come late: the phase it waits for may be over twice by then, if nothing keeps the others from it.
+    self.delayed = machine->warp().late && machine->random.below(8) == 0;
+    while (self.delayed || barrier_at(barrier).phase % 2 == parity) {
         self.state = State::at_shared_barrier;
         self.shared_barrier = barrier;
         self.parity = parity;
         yield();
+        self.delayed = false;
     }
     acquire(&barrier_at(barrier).tokens[parity]);
 }
@@ -183,29 +203,50 @@ void cp_async_bulk(void *to, const void *from, uint32_t bytes, Barrier *barrier)
     if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) % 16) die("cp_async_bulk is not aligned", "");
     lanes_apart();
     Unwatched whole_call;
-    std::memset(to, 0xff, bytes);
-    std::memset(async_view_of(to, bytes), 0xff, bytes);
+    within_shared(to, bytes);
+    if (machine->async_view.differs(to, bytes)) die("a bulk copy over what a thread has written without a fence", "");
+    machine->async_view.poison(to, bytes);
     machine->bulks.push_back(Bulk{to, from, bytes, barrier, machine->random.below(2) == 0});
 }
 
 namespace {
-void carry_out(const BulkStore &store) {
-    std::memcpy(store.to, async_view_of(store.from, store.bytes), store.bytes);
+void read_store(const BulkStore &store) {
+    const AsyncView &view = machine->async_view;
+    if (view.differs(store.from, store.bytes)) die("a bulk store reads what a thread has written without a fence", "");
+    const unsigned char *seen = view.seen.data() + view.offset_of(store.from);
+    machine->stored.push_back(StoredBytes{store.to, std::vector<unsigned char>(seen, seen + store.bytes)});
+}
+void write_stored(size_t index) {
+    StoredBytes &stored = machine->stored[index];
+    auto view = std::find_if(machine->global_views.begin(), machine->global_views.end(),
+                             [&](const AsyncView &one) { return one.holds(stored.to, stored.bytes.size()); });
+    if (view != machine->global_views.end()) {
+        view->write(stored.to, stored.bytes.data(), stored.bytes.size());
+    } else {
+        std::memcpy(stored.to, stored.bytes.data(), stored.bytes.size());
+    }
+    machine->stored.erase(machine->stored.begin() + static_cast<ptrdiff_t>(index));
 }
 }  // namespace
 
 void land_store() {
     Unwatched whole_call;
-    size_t index = machine->random.below(static_cast<uint32_t>(machine->stores.size()));
+    auto count = static_cast<uint32_t>(machine->stores.size());
+    uint32_t index = machine->random.below(count + static_cast<uint32_t>(machine->stored.size()));
+    if (index >= count) return write_stored(index - count);
     if (machine->stores[index].late) return;
-    carry_out(machine->stores[index]);
+    read_store(machine->stores[index]);
     machine->stores.erase(machine->stores.begin() + static_cast<ptrdiff_t>(index));
+}
+
+void land_stored() {
+    while (!machine->stored.empty()) write_stored(machine->random.below(static_cast<uint32_t>(machine->stored.size())));
 }
 
 void bulk_store(void *to, const void *from, uint32_t bytes) {
     if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) % 16) die("bulk_store is not aligned", "");
     lanes_apart();
-    async_view_of(from, bytes);  // within shared memory
+    within_shared(from, bytes);
     reads(from, bytes);
     Unwatched rest_of_call;
     uint64_t group = machine->self().store_group;
@@ -225,13 +266,13 @@ void bulk_store_wait_read() {
     Unwatched rest_of_call;
     auto first = std::stable_partition(machine->stores.begin(), machine->stores.end(),
                                        [&](const BulkStore &store) { return !waited_for(store); });
-    std::for_each(first, machine->stores.end(), carry_out);
+    std::for_each(first, machine->stores.end(), read_store);
     machine->stores.erase(first, machine->stores.end());
 }
 
 void *shared_at(uint32_t address, uint32_t bytes) {
     size_t offset = address - kSharedBase;
-    if (address < kSharedBase || offset + bytes > machine->async_view.size()) die("a store outside of shared memory", "");
+    if (address < kSharedBase || offset + bytes > machine->async_view.seen.size()) die("a store outside of shared memory", "");
     return machine->shared + offset;
 }
 
@@ -239,6 +280,7 @@ template <Numbers numbers>
 void wgmma(void **lanes) {
     const auto &first = *static_cast<GroupMultiply *>(lanes[0]);
     Warp &warp = machine->warp();
+    if (!warp.fenced) die("a group of products without a wgmma_fence() before it", "");
     Product product{{}, first, numbers, warp.group};
     for (int lane = 0; lane < 32; ++lane) {
         const auto &one = *static_cast<GroupMultiply *>(lanes[lane]);
@@ -251,18 +293,73 @@ void wgmma(void **lanes) {
 template void wgmma<Numbers::f16>(void **);
 template void wgmma<Numbers::bf16>(void **);
 
+void wgmma_fence() {
+    aligned("wgmma_fence");
+    machine->warp().fenced = true;
+}
+
 void wgmma_commit(void **) {
     ++machine->warp().group;
+    machine->warp().fenced = false;
     run_products(machine->warp().group);
 }
 
 void wgmma_wait(void **lanes) { run_products(static_cast<uint64_t>(*static_cast<int *>(lanes[0]))); }
 
-// Publishes everybody's writes, not this thread's alone: a fence that is missing shows, one that is
-// some threads' only may not.
+void AsyncView::stop_watching() {
+    constexpr size_t kPiece = 1024;
+    for (size_t at = 0; at < seen.size(); at += kPiece) {
+        size_t end = std::min(at + kPiece, seen.size());
+        if (std::memcmp(before.data() + at, memory + at, end - at) == 0) continue;
+        for (size_t byte = at; byte < end; ++byte) {
+            if (before[byte] != memory[byte]) unfenced.push_back(byte);
+        }
+    }
+}
+
+void AsyncView::publish(bool own) {
+    std::vector<unsigned char> kept;
+    if (own) {
+        unfenced.clear();
+        before.assign(memory, memory + seen.size());
+    } else {
+        for (size_t byte : unfenced) kept.push_back(seen[byte]);
+    }
+    std::memcpy(seen.data(), memory, seen.size());
+    for (size_t i = 0; i < unfenced.size(); ++i) seen[unfenced[i]] = kept[i];
+}
+
+// What a thread wrote there before is nobody's any more.
+void AsyncView::written_by_engine(void *to, size_t bytes) {
+    size_t first = offset_of(to);
+    if (before.size() == seen.size()) std::memcpy(before.data() + first, memory + first, bytes);
+    unfenced.erase(std::remove_if(unfenced.begin(), unfenced.end(), [&](size_t byte) { return byte - first < bytes; }), unfenced.end());
+}
+
+void AsyncView::write(void *to, const void *from, size_t bytes) {
+    std::memcpy(to, from, bytes);
+    std::memcpy(seen.data() + offset_of(to), from, bytes);
+    written_by_engine(to, bytes);
+}
+
+void AsyncView::poison(void *to, size_t bytes) {
+    std::memset(to, 0xff, bytes);
+    std::memset(seen.data() + offset_of(to), 0xff, bytes);
+    written_by_engine(to, bytes);
+}
+
+// Brings everybody's writes there but those of the thread that is watched, which wants a fence of its own: over the blocks and
+// schedules of a test a fence that is some threads' only shows.
 void fence_proxy_async() {
     Unwatched whole_call;
-    std::memcpy(machine->async_view.data(), machine->shared, machine->async_view.size());
+    machine->fences = true;
+    machine->async_view.publish(machine->current == machine->watched);
+}
+
+void fence_proxy_async_all() {
+    fence_proxy_async();
+    Unwatched rest_of_call;
+    for (AsyncView &view : machine->global_views) view.publish(machine->current == machine->watched);
 }
 
 uint32_t shared_address(const void *pointer) {

@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <set>
 
 #include "state.h"
 
@@ -22,7 +23,7 @@ void die(const char *message, const std::string &detail) {
 
 void yield() {
     if (!machine->bulks.empty() && machine->random.below(16) == 0) land_bulk(false);
-    if (!machine->stores.empty() && machine->random.below(16) == 0) land_store();
+    if (!(machine->stores.empty() && machine->stored.empty()) && machine->random.below(16) == 0) land_store();
     Thread &self = machine->self();
     if (!self.copies.empty()) land_some(self);
     switch_fiber(self.fiber, machine->scheduler, false);
@@ -35,6 +36,12 @@ struct Kernel {
     size_t params_bytes;
     Entry entry;
 };
+
+// What this OS thread's launches watch.
+std::vector<std::pair<unsigned char *, size_t>> &watched_memory() {
+    static thread_local std::vector<std::pair<unsigned char *, size_t>> all;
+    return all;
+}
 
 std::map<std::string, Kernel> &kernels() {
     static std::map<std::string, Kernel> all;
@@ -53,6 +60,17 @@ void fiber_main() {
     std::abort();
 }
 
+void run_thread(uint32_t index) {
+    machine->current = index;
+    Thread &thread = machine->all_threads[index];
+    if (index != machine->watched) return switch_fiber(machine->scheduler, thread.fiber, false);
+    machine->async_view.start_watching();
+    for (AsyncView &view : machine->global_views) view.start_watching();
+    switch_fiber(machine->scheduler, thread.fiber, false);
+    machine->async_view.stop_watching();
+    for (AsyncView &view : machine->global_views) view.stop_watching();
+}
+
 // Runs one warp until each lane waits at a barrier or is done.
 void run_warp(uint32_t warp) {
     uint32_t order[32];
@@ -64,8 +82,7 @@ void run_warp(uint32_t warp) {
             Thread &thread = machine->all_threads[warp * 32 + lane];
             if (thread.state != State::ready) continue;
             progress = true;
-            machine->current = warp * 32 + lane;
-            switch_fiber(machine->scheduler, thread.fiber, false);
+            run_thread(warp * 32 + lane);
         }
     }
     // Lanes at a shared barrier may still come to where the others are.
@@ -125,11 +142,13 @@ void run_block(uint32_t shared_bytes) {
     std::unique_ptr<unsigned char, decltype(&std::free)> shared(static_cast<unsigned char *>(bytes), std::free);
     std::memset(shared.get(), 0xff, shared_bytes);
     machine->shared = shared.get();
-    machine->async_view.assign(shared_bytes, 0xff);
+    machine->async_view.begin(shared.get(), shared_bytes);
+    machine->watched = machine->fences ? machine->random.below(machine->thread_count) : kMostThreads;
     machine->barriers.clear();
     for (Warp &warp : machine->warps) {
         warp.products.clear();
         warp.group = 0;
+        warp.fenced = false;
     }
     begin_roles();
     // Not the same thread of every block to ThreadSanitizer, which would take their order for one that is meant.
@@ -158,11 +177,14 @@ void run_block(uint32_t shared_bytes) {
     end_roles();
     if (!machine->bulks.empty()) die("left with bulk copies nobody waited for", "");
     if (!machine->stores.empty()) die("left with bulk stores nobody waited for", "");
+    land_stored();
 }
 
 }  // namespace
 
 void stop(const char *message) { die(message, ""); }
+
+void watch_global(void *first, size_t bytes) { watched_memory().emplace_back(static_cast<unsigned char *>(first), bytes); }
 
 Registration::Registration(const char *name, uint32_t threads, size_t params_bytes, Entry entry) {
     kernels()[name] = Kernel{threads, params_bytes, entry};
@@ -174,6 +196,7 @@ Index grid() { return machine->grid; }
 unsigned char *shared_memory() { return machine->shared; }
 
 void block_barrier(const char *file, int line) {
+    aligned("block_sync");
     Thread &self = machine->self();
     self.state = State::at_barrier;
     self.barrier_file = file;
@@ -236,6 +259,13 @@ int launch(const char *name, const uint32_t grid[3], uint32_t threads, uint32_t 
     machine->entry = found->second.entry;
     machine->params = params;
     machine->grid = Index{grid[0], grid[1], grid[2]};
+    // Whose threads' writes are worth telling apart.
+    static thread_local std::set<Entry> fencing;
+    machine->fences = fencing.count(machine->entry) != 0;
+    machine->global_views.resize(watched_memory().size());
+    for (size_t i = 0; i < machine->global_views.size(); ++i) {
+        machine->global_views[i].begin(watched_memory()[i].first, watched_memory()[i].second);
+    }
     uint64_t blocks = static_cast<uint64_t>(grid[0]) * grid[1] * grid[2];
     std::vector<uint64_t> order(blocks);
     for (uint64_t i = 0; i < blocks; ++i) order[i] = i;
@@ -246,6 +276,7 @@ int launch(const char *name, const uint32_t grid[3], uint32_t threads, uint32_t 
         run_block(shared_bytes);
     }
     acquire(&machine->launched[machine->launches % 2]);
+    if (machine->fences) fencing.insert(machine->entry);
     return 0;
 }
 

@@ -96,6 +96,12 @@ void wgmma(void **lanes);
 void wgmma_commit(void **lanes);
 void wgmma_wait(void **lanes);
 void fence_proxy_async();
+// The same, and for global memory that watch_global() names.
+void fence_proxy_async_all();
+// From the next launch of this OS thread on, bulk copies see these bytes of global memory as they were when the kernel began or
+// at the last such fence. Until the program's end; a program names few.
+void watch_global(void *first, size_t bytes);
+void wgmma_fence();
 // The address of a byte of shared memory in the block's own space, where descriptors point.
 uint32_t shared_address(const void *pointer);
 
@@ -107,7 +113,8 @@ void mbarrier_arrive(Barrier *barrier);
 void mbarrier_arrive_expect_tx(Barrier *barrier, uint32_t bytes);
 void mbarrier_wait(Barrier *barrier, uint32_t parity);
 void cp_async_bulk(void *to, const void *from, uint32_t bytes, Barrier *barrier);
-// Bulk stores read what their proxy sees of shared memory at any time up to the wait, every other one not before.
+// Bulk stores read what their proxy sees of shared memory at any time up to the wait, every other one not before. Global memory
+// has it at any time up to the block's end: a wait for what has been read is none for that.
 void bulk_store(void *to, const void *from, uint32_t bytes);
 void bulk_store_commit();
 void bulk_store_wait_read();
@@ -257,7 +264,7 @@ inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
 }
 using emulation::arrive_at;
 using emulation::fence_proxy_async;
-inline void fence_proxy_async_global() {}  // bulk copies read global memory as it is
+using emulation::fence_proxy_async_all;
 using emulation::Barrier;
 using emulation::mbarrier_arrive;
 using emulation::mbarrier_init;
@@ -277,7 +284,7 @@ inline void store_element(uint32_t first, uint32_t word) {
     if (word != 0) *static_cast<uint16_t *>(emulation::shared_at(first + (word >> 16), 2)) = static_cast<uint16_t>(word);
 }
 using emulation::shared_address;
-inline void wgmma_fence() { emulation::aligned("wgmma_fence"); }
+using emulation::wgmma_fence;
 template <int n>
 inline void settle(float (&)[n][4]) {}
 inline void wgmma_commit() {

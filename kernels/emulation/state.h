@@ -57,7 +57,46 @@ struct BulkStore {
     uint32_t bytes;
     uint32_t thread;
     uint64_t group;
-    bool late;  // not before it is waited for
+    bool late;  // not read before it is waited for
+};
+
+// What has been read of one, and is not in global memory yet.
+struct StoredBytes {
+    void *to;
+    std::vector<unsigned char> bytes;
+};
+
+// Memory as bulk copies and products see it: what threads write is there from a fence of theirs on. The writes of one thread of
+// each block, drawn by chance, are told from the others': a fence of somebody else's does not bring them there.
+struct AsyncView {
+    unsigned char *memory = nullptr;
+    std::vector<unsigned char> seen;
+    std::vector<unsigned char> before;  // while that thread runs: the memory as it found it
+    std::vector<size_t> unfenced;       // the bytes it has written since its last fence
+
+    void begin(unsigned char *first, size_t bytes) {
+        memory = first;
+        seen.assign(first, first + bytes);
+        unfenced.clear();
+    }
+    size_t offset_of(const void *at) const { return static_cast<size_t>(static_cast<const unsigned char *>(at) - memory); }
+    bool holds(const void *at, size_t bytes) const {
+        size_t offset = offset_of(at);
+        return offset <= seen.size() && bytes <= seen.size() - offset;
+    }
+    // Whether there are bytes that are not there yet.
+    bool differs(const void *at, size_t bytes) const { return std::memcmp(seen.data() + offset_of(at), at, bytes) != 0; }
+    // Around what that thread does until others run.
+    void start_watching() { before.assign(memory, memory + seen.size()); }
+    void stop_watching();
+    // By that thread, or by another one.
+    void publish(bool own);
+    // Bytes that the copy engine writes, in both views of them.
+    void write(void *to, const void *from, size_t bytes);
+    void poison(void *to, size_t bytes);
+
+  private:
+    void written_by_engine(void *to, size_t bytes);
 };
 
 struct SharedBarrier {
@@ -66,6 +105,8 @@ struct SharedBarrier {
     uint32_t phase = 0;
     char tokens[2] = {};  // what arrivals of a phase order, the even ones and the odd
 };
+// What stands where a barrier is: nobody else may write there.
+constexpr uint64_t kBarrierMark = 0x6261727269657221;
 
 // A barrier of some warps of a block, by number.
 struct NamedBarrier {
@@ -88,6 +129,7 @@ struct Thread {
     uint32_t parity = 0;
     uint32_t named_barrier = 0;  // waited for
     bool apart = false;          // has done what a lane does alone, and not met the others of its warp since
+    bool delayed = false;        // looks at the phase when nobody else can go on, whether it is over by then or not
 };
 
 // A product of a warpgroup, this warp's 16 rows of it, not yet computed.
@@ -101,6 +143,7 @@ struct Product {
 struct Warp {
     std::deque<Product> products;
     uint64_t group = 0;  // groups of products committed so far
+    bool fenced = false;  // a wgmma_fence() since the last of them
     void *operands[32];
     int arrived = 0;
     const char *what = nullptr;
@@ -118,6 +161,7 @@ struct Machine {
     NamedBarrier named[kNamedBarriers];
     std::vector<Bulk> bulks;
     std::vector<BulkStore> stores;
+    std::vector<StoredBytes> stored;
     Warp warps[kMostWarps];
     Meeting meeting;                    // of all threads of a block
     char begun = 0, launched[2] = {};   // tokens: of a block, of this launch and the one before
@@ -126,10 +170,13 @@ struct Machine {
     unsigned crew = 0;                  // of the threads of this block
     Index block{}, grid{};
     unsigned char *shared = nullptr;
-    std::vector<unsigned char> async_view;  // shared memory as bulk copies and products see it
+    AsyncView async_view;               // of shared memory
+    std::vector<AsyncView> global_views;  // of what watch_global() names
+    uint32_t watched = kMostThreads;    // the thread whose writes are told from the others', if there is one
     Entry entry = nullptr;
     const void *params = nullptr;
     const char *name = "";
+    bool fences = false;                // a thread of this launch has put a proxy fence
     Fiber scheduler;
     ~Machine() {
         for (Thread &thread : all_threads) {
@@ -180,8 +227,10 @@ void land_some(Thread &thread);
 
 // hopper.cpp
 void land_bulk(bool late_too);
-// Carries out one bulk store, any of them that need not be late.
+// Reads what one bulk store stores, any of them that need not be late, or brings to global memory what was read.
 void land_store();
+// The same of all that was read.
+void land_stored();
 // Wakes whoever's phase is over, but nobody that is late; true if there was somebody.
 bool wake_at_shared_barriers();
 // When nobody can go on: lands copies until somebody's phase is over, and only then looks at those that are late.

@@ -78,8 +78,8 @@ int main(int argc, char **argv) {
     std::vector<uint16_t> narrow_queries = in_f16(queries), narrow_references = in_f16(references);
     // Lists that a bound keeps short, and such as are cut.
     const Search searches[] = {
-        {"retrieval_f16", THREADS, SIMILARITY_STAGES_BYTES, 1, 5, 10, 0},
-        {"retrieval_f16", THREADS, SIMILARITY_STAGES_BYTES, 2, 70, 91, 1},
+        {"retrieval_f16", THREADS, SHARING_STAGES_BYTES, 1, 5, 10, 0},
+        {"retrieval_f16", THREADS, SHARING_STAGES_BYTES, 2, 70, 91, 1},
         {"retrieval_hopper_f16", SWEEP_HOPPER_THREADS, RETRIEVAL_HOPPER_SHARED_BYTES, 2, 5, 10, 0},
         {"retrieval_hopper_f16", SWEEP_HOPPER_THREADS, RETRIEVAL_HOPPER_SHARED_BYTES, 1, 70, 91, 1},
     };

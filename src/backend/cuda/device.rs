@@ -1,6 +1,7 @@
 //! One GPU behind the [`Device`] trait: memory, copies and launches on one stream.
 
 use std::ffi::c_void;
+use std::io::Write;
 
 use cudarc::driver::{result, sys};
 
@@ -23,6 +24,8 @@ pub struct CudaDevice {
     /// Of the compute capability.
     major: i32,
     hopper: bool,
+    /// Whether each kernel is named on stderr and waited for: a run that ends with a kernel's name hangs in it.
+    traced: bool,
 }
 
 // SAFETY: the handles inside belong to the process, not to a thread; the driver
@@ -78,7 +81,8 @@ impl CudaDevice {
         let count = check("cuDeviceGetAttribute", context.attribute(attribute))?;
         let multiprocessors = u32::try_from(count).unwrap_or(1).max(1);
         let (major, _) = check("cuDeviceGetAttribute", context.compute_capability())?;
-        Ok(Self { stream, issued, module, context, multiprocessors, major, hopper: major == 9 })
+        let traced = std::env::var_os("DDTAS_TRACE_KERNELS").is_some();
+        Ok(Self { stream, issued, module, context, multiprocessors, major, hopper: major == 9, traced })
     }
 
     /// Makes the context current in the calling thread for a call; then the caller's is again.
@@ -254,6 +258,10 @@ impl Device for CudaDevice {
             attrs: &raw mut overlap,
             numAttrs: u32::from(self.major >= 9),
         };
+        if self.traced {
+            // At once, and by nobody's choice but the environment's; a stderr that is closed has no reader.
+            let _ = writeln!(std::io::stderr(), "kernel {} of {:?} blocks", kernel.name(), plan.grid);
+        }
         // SAFETY: the caller vouches for `P` and its pointers, `Module` for the function; what `config` points to
         // outlives the call.
         let launched = unsafe {
@@ -265,7 +273,13 @@ impl Device for CudaDevice {
                 Error::Device { call, code: format!("{code} ({})", kernel.name()) }
             }
             other => other,
-        })
+        })?;
+        // In a capture nothing runs yet.
+        if self.traced && capture_of(self.stream.raw())?.is_none() {
+            self.stream.synchronize()
+        } else {
+            Ok(())
+        }
     }
 
     fn synchronize(&mut self) -> Result<()> {

@@ -69,7 +69,7 @@ impl<'a, D: Device> Launcher<'a, D> {
         let mut plan = self.shape.plan(kernel, of_references, splits, self.device.multiprocessors());
         plan.shared_bytes += more_bytes;
         // SAFETY: `params` is built in this folder from regions of a layout for this very shape, laid over
-        // a buffer that lives in the backend; tests/emulated.rs runs every kernel with the gaps watched.
+        // a buffer that lives in the backend; tests/emulated runs every kernel with the gaps watched.
         unsafe { self.device.launch(kernel, plan, params) }
     }
 }

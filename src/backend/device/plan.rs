@@ -6,10 +6,11 @@ use super::params::{
     HOPPER_SHARED_BYTES, ORDER_MERGE_SHARED_BYTES, ORDER_MERGED, ORDER_OWN, ORDER_RUNS, ORDER_SHARED_BYTES,
     ORDER_TILE, ORDER_WIDE_SHARED_BYTES, ORDER_WIDE_THREADS, ORDER_WIDE_TILE, RETRIEVAL_HOPPER_SHARED_BYTES,
     RETRIEVAL_MERGE_EXTRA_BYTES, RETRIEVAL_SPLIT_SHARED_BYTES, SAME_CLASS_HOPPER_SHARED_BYTES,
-    SAME_CLASS_SHARED_BYTES, SELECT_BLOCKS, SELECT_STORED_SHARED_BYTES, SIMILARITY_STAGES_BYTES, STAGE_BYTES,
-    SUM_SHARED_BYTES, SWEEP_HOPPER_SHARED_BYTES, SWEEP_HOPPER_THREADS, SWEEP_SHARED_BYTES,
-    SWEEP_SPLIT_SHARED_BYTES, SWEEP_SPLIT_THREADS, THREADS, TILE, TILE_MASK_WORDS, WEIGH_NO_WORDS,
-    WEIGH_SHARED_BYTES, WEIGH_WORDS_BF16, WEIGH_WORDS_F16,
+    SAME_CLASS_SHARED_BYTES, SELECT_BLOCKS, SELECT_STORED_SHARED_BYTES, SHARING_STAGES_BYTES,
+    SIMILARITY_STAGES_BYTES, STAGE_BYTES, SUM_SHARED_BYTES, SWEEP_EXACT_SHARED_BYTES,
+    SWEEP_HOPPER_SHARED_BYTES, SWEEP_HOPPER_THREADS, SWEEP_SHARED_BYTES, SWEEP_SPLIT_SHARED_BYTES,
+    SWEEP_SPLIT_THREADS, THREADS, TILE, TILE_MASK_WORDS, WEIGH_NO_WORDS, WEIGH_SHARED_BYTES,
+    WEIGH_WORDS_BF16, WEIGH_WORDS_F16,
 };
 use super::{Kernel, LaunchPlan, Precision};
 use crate::loss::{Embeddings, LossSettings};
@@ -288,7 +289,11 @@ impl Shape {
             }
             Kernel::SameClass(_) => ([own, 1, 1], SAME_CLASS_SHARED_BYTES),
             Kernel::SameClassHopper(_) => ([own, 1, 1], SAME_CLASS_HOPPER_SHARED_BYTES),
-            Kernel::Sweep(_) => ([self.tiles(), 1, 1], SWEEP_SHARED_BYTES),
+            Kernel::Sweep(precision) => {
+                let shared_bytes =
+                    if precision.is_narrow() { SWEEP_SHARED_BYTES } else { SWEEP_EXACT_SHARED_BYTES };
+                ([self.tiles(), 1, 1], shared_bytes)
+            }
             Kernel::SweepHopper(precision) => {
                 let shared_bytes =
                     if precision.is_narrow() { SWEEP_HOPPER_SHARED_BYTES } else { SWEEP_SPLIT_SHARED_BYTES };
@@ -320,7 +325,11 @@ impl Shape {
                 };
                 ([own, self.column_blocks(), splits], shared_bytes)
             }
-            Kernel::Retrieval(_) => ([own, splits, 1], SIMILARITY_STAGES_BYTES),
+            Kernel::Retrieval(precision) => {
+                let shared_bytes =
+                    if precision.is_narrow() { SHARING_STAGES_BYTES } else { SIMILARITY_STAGES_BYTES };
+                ([own, splits, 1], shared_bytes)
+            }
             Kernel::RetrievalHopper(precision) => {
                 let shared_bytes = if precision.is_narrow() {
                     RETRIEVAL_HOPPER_SHARED_BYTES

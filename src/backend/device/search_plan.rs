@@ -33,6 +33,9 @@ impl SearchPlan {
     pub fn new(shape: &Shape, k: usize, warpgroup_products: bool, multiprocessors: u32) -> Self {
         let (queries, references) = (tiles(shape.anchors), tiles(shape.reference_count()));
         let multiprocessors = multiprocessors as usize;
+        // Two blocks of 16-bit rows share a multiprocessor of other GPUs.
+        let sharing = if warpgroup_products || !shape.precision.is_narrow() { 1 } else { 2 };
+        let blocks = sharing * multiprocessors;
         let wanted = k.min(shape.reference_count());
         let kept = wanted + wanted / 4 + 4;
         let capacity = (kept + RETRIEVAL_SLACK as usize).next_power_of_two();
@@ -42,13 +45,13 @@ impl SearchPlan {
         let turn = |splits: usize| (LIST_BYTES / (tile_bytes * splits)).clamp(1, queries);
         let cost = |&splits: &usize| {
             let turn = turn(splits);
-            let rounds = |tiles: usize| (tiles * splits).div_ceil(multiprocessors);
+            let rounds = |tiles: usize| (tiles * splits).div_ceil(blocks);
             let all_rounds = queries / turn * rounds(turn) + rounds(queries % turn);
             let merge = (lists * splits * kept).div_ceil(THREADS as usize);
             let merges = shape.anchors.div_ceil(MERGES * multiprocessors);
             TILE_ROUNDS * all_rounds * (references.div_ceil(splits) + BLOCK_TILES) + merges * merge
         };
-        let most = references.min(multiprocessors).min(LIST_BYTES / tile_bytes).max(1);
+        let most = references.min(blocks).min(LIST_BYTES / tile_bytes).max(1);
         let splits = (1..=most).min_by_key(cost).unwrap_or(1);
         Self { kept, capacity, splits, lists: lists * splits, turn: turn(splits) }
     }
@@ -67,6 +70,10 @@ mod tests {
     use super::*;
 
     fn plan(queries: usize, references: usize, k: usize) -> SearchPlan {
+        plan_of(queries, references, k, true)
+    }
+
+    fn plan_of(queries: usize, references: usize, k: usize, warpgroup_products: bool) -> SearchPlan {
         let shape = Shape {
             anchors: queries,
             references: Some(references),
@@ -78,7 +85,7 @@ mod tests {
             numbers: false,
             any_length: false,
         };
-        SearchPlan::new(&shape, k, true, 132)
+        SearchPlan::new(&shape, k, warpgroup_products, 132)
     }
 
     #[test]
@@ -89,6 +96,8 @@ mod tests {
         assert_eq!(plan(1 << 20, 1 << 20, 10).splits, 1);
         // Four rounds of 132 for 473 tiles, or eleven of a third of the references.
         assert_eq!(plan(60_502, 60_502, 10).splits, 3);
+        // Two blocks a multiprocessor are at work at a time.
+        assert!(plan_of(100, 1_000_000, 10, false).splits > 2 * 128);
         // What many long lists cost to merge is a reason for fewer.
         assert!(plan(100, 1_000_000, 1_000).splits < 132);
     }

@@ -1,0 +1,353 @@
+//! The C ABI against the float64 truth: the whole table of cases through its entries.
+//!
+//! [`Abi`] is a backend that computes by calling them. Hostile input and sanitizers are the business of the C programs beside
+//! this (`.ci/linked.sh`).
+#![allow(clippy::undocumented_unsafe_blocks, reason = "every call below hands in live memory of its own")]
+#![allow(clippy::unwrap_used, reason = "test code outside #[test] functions")]
+
+mod abi;
+
+use std::ptr::{null, null_mut};
+
+use abi::{Abi, Target, empty_result, settings_of};
+use ddtas::backend::Backend;
+use ddtas::capi::*;
+use ddtas::loss::{self, Batch, Embeddings, LossOutput, LossSettings, Mining, UnitCheck};
+use ddtas_cases as cases;
+use ddtas_cases::parts::{self, loss_in_parts};
+use ddtas_cases::random::{Draw, draw, tangent};
+use half::{bf16, f16};
+use ndarray::{Array2, s};
+
+#[test]
+fn golden_cases_agree_through_the_c_abi() {
+    cases::run_all(&mut Abi::open("cpu", 0, 0, Memory::Host), cases::golden());
+}
+
+#[test]
+fn every_type_and_form_agrees_with_packed_rows() {
+    cases::run_all(&mut Abi::open("cpu", 2, 0, Memory::Host), cases::generated());
+}
+
+#[test]
+fn every_type_and_form_agrees_with_strided_rows() {
+    cases::run_all(&mut Abi::open("cpu", 1, 3, Memory::Host), cases::generated());
+}
+
+fn random_batch(seed: u64) -> (Array2<f32>, Vec<i64>) {
+    draw(Draw { rows: 120, dim: 40, classes: 20, noise: 1.8, ignored: 9, duplicates: 13 }, seed)
+}
+
+#[test]
+fn parts_through_the_c_abi_have_the_bits_of_the_whole() {
+    let (rows, labels) = random_batch(61);
+    let (half, brain) = (rows.mapv(f16::from_f32), rows.mapv(bf16::from_f32));
+    let tangent = tangent(120, 40, 3);
+    let types = [Embeddings::F32(rows.view()), Embeddings::F16(half.view()), Embeddings::Bf16(brain.view())];
+    for (gap, embeddings) in [0, 3, 1].into_iter().zip(types) {
+        for mining in [Mining::AtAsms, Mining::None] {
+            let settings = LossSettings { mining, ..LossSettings::default() };
+            let all = loss::Rows { embeddings, labels: &labels };
+            let mut whole = LossOutput::default();
+            let mut abi = Abi::open("cpu", 2, gap, Memory::Host);
+            let batch = Batch::square(embeddings, &labels);
+            abi.loss(&batch, &settings, &mut whole).unwrap();
+            let hyper = abi.hypergradient(&batch, tangent.view(), None).unwrap();
+            for lengths in [vec![120], vec![50, 70], vec![0, 1, 79, 0, 40]] {
+                let open =
+                    |_: &usize| -> Box<dyn Backend> { Box::new(Abi::open("cpu", 1, gap, Memory::Host)) };
+                let mut backends: Vec<_> = lengths.iter().map(open).collect();
+                let found = loss_in_parts(&mut backends, &all, &lengths, &settings, tangent.view()).unwrap();
+                let near = |got: f64, wanted: f64| (got - wanted).abs() <= 1e-6 * wanted.abs();
+                assert!(near(found.output.loss, whole.loss) && whole.active > 0, "{lengths:?}");
+                assert!(near(found.hyper.pos, hyper.pos) && near(found.hyper.neg, hyper.neg), "{lengths:?}");
+                // Sums over the batch, in another order: to rounding. Everything else is the same bits.
+                let sums = LossOutput {
+                    loss: whole.loss,
+                    dloss_dlambda_pos: whole.dloss_dlambda_pos,
+                    dloss_dlambda_neg: whole.dloss_dlambda_neg,
+                    mean_pos: whole.mean_pos,
+                    mean_neg: whole.mean_neg,
+                    ..found.output
+                };
+                assert_eq!(sums, whole, "{mining:?}, {lengths:?}, gap {gap}");
+            }
+        }
+    }
+}
+
+#[test]
+fn parts_and_identity_through_the_c_abi_agree_with_the_truth() {
+    let open = |part| -> Box<dyn Backend> { Box::new(Abi::open("cpu", 1 + part % 2, part, Memory::Host)) };
+    parts::run_all(open, cases::generated().into_iter().chain(cases::golden()));
+    parts::check_memory(open);
+    parts::check_identity(&mut *open(3));
+}
+
+#[test]
+fn identity_by_index_through_the_c_abi_is_that_of_the_library() {
+    let (rows, labels) = random_batch(62);
+    // The batch among the references, but rounded otherwise: no value tells.
+    let (mut references, mut reference_labels) = random_batch(63);
+    references
+        .slice_mut(s![20..60, ..])
+        .assign(&rows.slice(s![..40, ..]).mapv(|x| bf16::from_f32(x).to_f32()));
+    reference_labels[20..60].copy_from_slice(&labels[..40]);
+    let list: Vec<u32> = (20..60).map(|j| if j % 3 == 0 { DDTAS_ABSENT } else { j }).collect();
+    let anchors = loss::Rows::new(rows.slice(s![..40, ..]), &labels[..40]);
+    let against = loss::Rows::new(references.view(), &reference_labels);
+    let batch = Batch::rectangular(anchors, against).with_reference_gradient().trusted();
+    let settings = LossSettings::default();
+    let mut positives = Vec::new();
+    for identity in [loss::Identity::ByValue, loss::Identity::List(&list), loss::Identity::From(20)] {
+        let batch = batch.with_identity(identity);
+        let (mut got, mut wanted) = (LossOutput::default(), LossOutput::default());
+        let (mut abi, mut cpu) =
+            (Abi::open("cpu", 1, 2, Memory::Host), ddtas::backend::cpu::CpuBackend::new());
+        abi.loss(&batch, &settings, &mut got).unwrap();
+        cpu.loss(&batch, &settings, &mut wanted).unwrap();
+        assert_eq!(got, wanted, "{identity:?}");
+        let total_pos = got.total_pos;
+        let tangent = tangent(40, 40, 5);
+        let hyper =
+            [&mut abi as &mut dyn Backend, &mut cpu].map(|b| b.hypergradient(&batch, tangent.view(), None));
+        let [got, wanted] = hyper.map(Result::unwrap);
+        assert_eq!(got, wanted, "{identity:?}");
+        positives.push(total_pos);
+    }
+    let known = |count: usize| labels[..40].iter().take(count).filter(|label| **label >= 0).count() as u64;
+    assert_eq!(positives[0] - positives[2], known(40), "each anchor is one positive less");
+    assert!(positives[2] < positives[1] && positives[1] < positives[0], "{positives:?}");
+}
+
+#[test]
+fn a_program_with_the_first_header_goes_on_working() {
+    // The structs as they were: what lies behind them is the program's own, and anything.
+    let (rows, labels) = random_batch(64);
+    let abi = Abi::open("cpu", 1, 0, Memory::Host);
+    // Holds the memory that its `rows` point to.
+    let held = abi.lay(&loss::Rows::new(rows.view(), &labels));
+    let mut laid = held.rows;
+    let mut result = empty_result();
+    let whole = unsafe { ddtas_loss(abi.handle.0, null(), &raw const laid, null(), &raw mut result) };
+    assert!(whole == Status::Ok && result.total_neg > 0);
+    laid.struct_size = std::mem::offset_of!(Rows, identity);
+    (laid.identity, laid.identity_first, laid.identity_list) = (-1, 99, std::ptr::without_provenance(1));
+    let mut old = empty_result();
+    (old.struct_size, old.total_neg) = (std::mem::offset_of!(LossResult, total_neg), 77);
+    for references in [null(), &raw const laid] {
+        let status = unsafe { ddtas_loss(abi.handle.0, null(), &raw const laid, references, &raw mut old) };
+        assert_eq!((status, old.total_neg), (Status::Ok, 77), "{}", abi.message());
+        assert!((old.loss - result.loss).abs() < 1e-6 * result.loss);
+    }
+}
+
+#[test]
+fn the_number_of_threads_does_not_change_a_bit() {
+    let case = cases::golden().into_iter().find(|case| case.name == "odd_sizes_257x130").unwrap();
+    let mut outputs = [1, 2, 5].map(|threads| {
+        let mut output = LossOutput::default();
+        Abi::open("cpu", threads, 1, Memory::Host).loss(&case.batch(), &case.settings, &mut output).unwrap();
+        output
+    });
+    assert!(outputs[0].active > 0);
+    outputs.rotate_left(1);
+    assert_eq!(outputs[0], outputs[1]);
+    assert_eq!(outputs[1], outputs[2]);
+}
+
+#[test]
+fn recall_through_the_c_abi_is_that_of_the_library() {
+    let case = cases::golden().into_iter().find(|case| case.name == "hard_many_mined").unwrap();
+    let batch = case.batch();
+    let (expected, _) = ddtas::retrieval::recall(
+        &mut ddtas::backend::cpu::CpuBackend::new(),
+        &batch.anchors,
+        None,
+        &[1, 2, 8],
+    )
+    .unwrap();
+    let abi = Abi::open("cpu", 0, 5, Memory::Host);
+    // Out of order, twice the same, and one far beyond the number of rows.
+    let (recall, queries) = abi.recall(&abi.lay(&batch.anchors).rows, &[8, 1, 2, 1, usize::MAX]).unwrap();
+    assert_eq!(queries, expected.queries as u64);
+    assert_eq!(recall[..4], [8, 1, 2, 1].map(|k| expected.get(k).unwrap()));
+    assert_eq!(recall[4], 1.0, "a list of everything holds one of every class");
+    assert!(recall[1] < 1.0, "a case that recall does not trivially pass");
+}
+
+#[test]
+fn threads_that_share_a_context_get_their_own_results() {
+    let abi = Abi::open("cpu", 2, 0, Memory::Host);
+    let cases = cases::golden();
+    std::thread::scope(|scope| {
+        for case in cases.iter().filter(|case| case.name.contains("batch80")) {
+            let mut abi = abi.clone();
+            scope.spawn(move || {
+                for _ in 0..20 {
+                    let mut output = LossOutput::default();
+                    abi.loss(&case.batch(), &case.settings, &mut output).unwrap();
+                    let want = case.expected.loss;
+                    assert!((output.loss - want).abs() <= 1e-5 * want, "{}: {}", case.name, output.loss);
+                }
+            });
+        }
+    });
+}
+
+#[cfg(feature = "emulated")]
+#[test]
+fn rows_in_device_memory_agree_in_every_type_and_form() {
+    // The emulated device's memory is the host's.
+    let mut abi = Abi::open("emulated", 0, 0, Memory::Device);
+    cases::run_all(&mut abi, cases::golden());
+    let rectangular = |case: &cases::Case| case.references.is_some() && case.name.contains("ignored");
+    cases::run_all(&mut abi, cases::generated().into_iter().filter(rectangular));
+}
+
+#[cfg(feature = "emulated")]
+#[test]
+fn a_loss_that_is_issued_writes_what_the_loss_answers() {
+    let case = cases::golden().into_iter().find(|case| case.name == "hard_many_mined").unwrap();
+    let abi = Abi::open("emulated", 0, 0, Memory::Device);
+    let batch = case.batch();
+    let settings = settings_of(&case.settings, UnitCheck::Check);
+    let want = abi
+        .evaluate(&batch, |anchors, references, result| unsafe {
+            ddtas_loss(abi.handle.0, &raw const settings, anchors, references, result)
+        })
+        .unwrap();
+    let laid = abi.lay(&batch.anchors);
+    let mut gradient = Target::new((laid.rows.count, laid.rows.dim), 0);
+    let mut scalars: LossScalars = unsafe { std::mem::zeroed() };
+    let lambdas = [settings.lambda_pos, settings.lambda_neg];
+    // Thresholds in device memory go before those of the settings.
+    let others = Settings { lambda_pos: 0.1, lambda_neg: 0.2, ..settings };
+    for (settings, lambda) in [(settings, null()), (others, lambdas.as_ptr())] {
+        scalars.loss = 0.0;
+        let status = unsafe {
+            let (settings, anchors) = (&raw const settings, &raw const laid.rows);
+            let to = (gradient.pointer(), &raw mut scalars);
+            ddtas_enqueue_loss(abi.handle.0, settings, anchors, null(), to.0, null_mut(), lambda, to.1)
+        };
+        abi.check(status).unwrap();
+        assert!((scalars.loss - want.result.loss).abs() < 1e-6 * want.result.loss && scalars.loss > 0.0);
+        assert_eq!((scalars.active, scalars.total_pos), (want.result.active, want.result.total_pos));
+        assert_eq!((scalars.bad_anchor, scalars.bad_reference), (DDTAS_ABSENT, DDTAS_ABSENT));
+        let off = &gradient.read() - &want.gradient;
+        assert!(off.iter().all(|x| x.abs() < 1e-6), "{off}");
+    }
+    let host = Abi { memory: Memory::Host, ..abi.clone() };
+    let laid = host.lay(&batch.anchors);
+    let status = unsafe {
+        let to = (gradient.pointer(), &raw mut scalars);
+        let anchors = &raw const laid.rows;
+        ddtas_enqueue_loss(abi.handle.0, null(), anchors, null(), to.0, null_mut(), null(), to.1)
+    };
+    assert!(abi.check(status).unwrap_err().to_string().contains("takes rows in device memory"));
+}
+
+#[cfg(feature = "emulated")]
+#[test]
+fn recall_of_rows_in_device_memory_is_that_of_the_host_s() {
+    let mut case = cases::golden().into_iter().find(|case| case.name == "hard_many_mined").unwrap();
+    let device = Abi::open("emulated", 0, 0, Memory::Device);
+    let host = Abi { memory: Memory::Host, ..device.clone() };
+    // One row, every third, all of them.
+    for ignored in [usize::MAX, 3, 1] {
+        case.anchors.labels.iter_mut().step_by(ignored).for_each(|label| *label = -1);
+        let both = [&device, &host].map(|abi| {
+            let laid = abi.lay(&case.batch().anchors);
+            abi.recall(&laid.rows, &[1, 4, 1000]).unwrap()
+        });
+        assert_eq!(both[0], both[1], "every {ignored}th row is ignored");
+        assert_eq!(both[0].1 == 0, ignored == 1, "{both:?}");
+    }
+}
+
+#[cfg(feature = "emulated")]
+#[test]
+fn a_search_in_device_memory_refuses_what_the_loss_refuses() {
+    let case = cases::golden().remove(0);
+    let abi = Abi::open("emulated", 0, 0, Memory::Device);
+    let laid = abi.lay(&case.batch().anchors);
+    let good = laid.rows;
+    let (mut indices, mut similarities) = ([7u32; 1000], [7f32; 1000]);
+    let mut refused = |rows: Rows, references: Option<&Rows>, k: usize| {
+        let references = references.map_or(null(), |rows| &raw const *rows);
+        let (to, and) = (indices.as_mut_ptr(), similarities.as_mut_ptr());
+        let status = unsafe { ddtas_nearest(abi.handle.0, &raw const rows, references, k, to, and) };
+        assert!(indices[0] == 7 && similarities[0] == 7.0, "a call that fails writes nothing");
+        (status, abi.message())
+    };
+    let address = good.embeddings.addr();
+    let at = |address: usize| std::ptr::without_provenance(address);
+    assert_eq!(refused(Rows { embeddings: null(), ..good }, None, 1).0, Status::NullPointer);
+    assert_eq!(refused(Rows { embeddings: at(address + 2), ..good }, None, 1).0, Status::Misaligned);
+    assert_eq!(refused(Rows { row_stride: good.dim + 1, ..good }, None, 1).0, Status::InvalidShape);
+    assert_eq!(refused(good, None, 0).0, Status::InvalidShape);
+    let on_host = Rows { memory: Memory::Host as i32, ..good };
+    assert_eq!(refused(good, Some(&on_host), 1).0, Status::InvalidValue);
+    assert_eq!(abi.recall(&Rows { labels: null(), ..good }, &[1]).unwrap_err().to_string(), {
+        "NullPointer: rows.labels is NULL"
+    });
+    let bad = vec![f32::NAN; good.count * good.dim];
+    let (status, message) = refused(Rows { embeddings: bad.as_ptr().cast(), ..good }, Some(&good), 1);
+    assert_eq!((status, message.contains("row 0 of the queries")), (Status::NotFinite, true), "{message}");
+    // Labels are not looked at, and a k beyond the rows is no fault.
+    let nameless = Rows { labels: null(), count: 3, ..good };
+    let (mut found, mut how_close) = ([7u32; 15], [7f32; 15]);
+    let (to, and) = (found.as_mut_ptr(), how_close.as_mut_ptr());
+    let status = unsafe { ddtas_nearest(abi.handle.0, &raw const nameless, null(), 5, to, and) };
+    assert_eq!(status, Status::Ok, "{}", abi.message());
+    assert!(found[..2].iter().all(|&index| index < 3) && found[2..5] == [DDTAS_NO_NEIGHBOUR; 3], "{found:?}");
+    assert_eq!(how_close[2..5], [f32::NEG_INFINITY; 3]);
+}
+
+#[test]
+fn auto_is_the_device_that_programs_take() {
+    let taken = ddtas::backend::auto().spec.to_string();
+    assert_eq!(Abi::open("auto", 1, 0, Memory::Host).name(), taken);
+}
+
+#[test]
+fn a_device_without_memory_of_its_own_refuses_device_rows() {
+    let case = cases::golden().remove(0);
+    let mut abi = Abi::open("cpu", 1, 0, Memory::Device);
+    let mut output = LossOutput::default();
+    let rows = abi.lay(&case.batch().anchors);
+    for error in [
+        abi.loss(&case.batch(), &case.settings, &mut output).unwrap_err(),
+        abi.nearest(&case.batch().anchors, None, 1).unwrap_err(),
+        abi.recall(&rows.rows, &[1]).unwrap_err(),
+    ] {
+        assert_eq!(error.to_string(), "Unavailable: the device cpu takes rows in host memory only");
+    }
+}
+
+#[test]
+fn a_newer_header_is_understood_until_it_uses_what_is_new() {
+    let case = cases::golden().remove(0);
+    let mut abi = Abi::open("cpu", 1, 0, Memory::Host);
+    let mut output = LossOutput::default();
+    abi.loss(&case.batch(), &case.settings, &mut output).unwrap();
+
+    #[repr(C)]
+    struct Newer {
+        settings: Settings,
+        added: f64,
+    }
+    let rows = abi.lay(&case.batch().anchors);
+    let run = |added: f64| {
+        let mut newer = Newer { settings: settings_of(&case.settings, UnitCheck::Check), added };
+        newer.settings.struct_size = size_of::<Newer>();
+        let mut result = empty_result();
+        let settings = (&raw const newer).cast::<Settings>();
+        let status =
+            unsafe { ddtas_loss(abi.handle.0, settings, &raw const rows.rows, null(), &raw mut result) };
+        (status, result.loss)
+    };
+    assert_eq!(run(0.0), (Status::Ok, output.loss));
+    assert_eq!(run(1.0), (Status::StructSize, 0.0));
+    assert!(abi.message().contains("ddtas_settings.struct_size"), "{}", abi.message());
+}

@@ -1,0 +1,140 @@
+//! What gives the same bits: other schedules, calls and kernels, tiles stored or not.
+
+use ddtas::backend::Backend;
+use ddtas::backend::device::{DeviceBackend, Options};
+use ddtas::backend::emulated::{self, EmulatedDevice};
+use ddtas::loss::{Batch, LossOutput, LossSettings};
+use ddtas_cases::{self as cases, Case, Dtype};
+
+use super::{answers, bits, device, golden_case, random_rows};
+
+#[test]
+fn schedules_do_not_change_a_bit() {
+    // Whatever fits: which tiles are stored then depends on the schedule, and nothing else does.
+    for (name, budget) in
+        [("odd_sizes_257x130", 1 << 30), ("odd_sizes_257x130", 40_000), ("hard_many_mined", 60_000)]
+    {
+        let case = golden_case(name);
+        let options = Options { budget, ..Options::default() };
+        let first = answers(&mut *emulated::open(options, 10), &case);
+        for seed in 11..15 {
+            let other = answers(&mut *emulated::open(options, seed), &case);
+            assert!(bits(&first) == bits(&other), "{name}, budget {budget}, seed {seed}");
+            assert_eq!(first.1, other.1, "{name}, budget {budget}, seed {seed}");
+        }
+    }
+}
+
+#[test]
+fn a_sweep_of_several_runs_a_block_leaves_no_tile_out() {
+    // 78 tiles on one multiprocessor: two runs of at most 64.
+    let rows = random_rows(1500, 8, 5).mapv(half::bf16::from_f32);
+    let labels: Vec<i64> = (0..1500).map(|row| row / 4).collect();
+    let batch = Batch::square(ddtas::loss::Embeddings::Bf16(rows.view()), &labels).trusted();
+    let loss = |device: EmulatedDevice| {
+        let mut output = LossOutput::default();
+        DeviceBackend::new(device, Options::default())
+            .loss(&batch, &LossSettings::default(), &mut output)
+            .unwrap();
+        output
+    };
+    let (one, other) =
+        (loss(EmulatedDevice::new(22).with_multiprocessors(1).as_hopper()), loss(EmulatedDevice::new(23)));
+    assert!(one.active > 1000);
+    assert_eq!(
+        (one.max_neg, one.count_neg, one.probe_neg),
+        (other.max_neg, other.count_neg, other.probe_neg)
+    );
+}
+
+#[test]
+fn a_second_call_in_the_same_workspace_gives_the_same_bits() {
+    let mut backend = emulated::open(Options::default(), 5);
+    let (large, small) = (golden_case("ragged_singletons"), golden_case("duplicate_image"));
+    let first = bits(&answers(&mut *backend, &small));
+    answers(&mut *backend, &large);
+    assert!(first == bits(&answers(&mut *backend, &small)));
+}
+
+#[test]
+fn stored_and_recomputed_tiles_give_the_same_bits() {
+    // Dense enough for the tile way whatever is stored; the diagonal is recomputed as well.
+    let case = golden_case("hard_many_mined");
+    let full = answers(&mut *emulated::open(Options::default(), 6), &case);
+    let options = Options { budget: 0, ..Options::default() };
+    let none = answers(&mut *emulated::open(options, 7), &case);
+    assert!(bits(&full) == bits(&none));
+    assert_eq!(full.1, none.1);
+}
+
+/// A case of 16-bit rows that covers both widths of Hopper's product and tiles on and off the diagonal.
+fn narrow_case(name: &str) -> Case {
+    cases::generated_case(name, Dtype::Bf16)
+}
+
+/// The kernels that these rows are given to, rounded and on Hopper as well: ThreadSanitizer's programme.
+fn run_every_kernel(dtype: Dtype) {
+    // Tiles, from candidates and recomputed; lists.
+    let dense = cases::generated_case("rectangular_everything_mined", dtype);
+    let sparse = cases::golden_in(dtype).into_iter().find(|case| case.name == "easy_few_mined");
+    let sparse = sparse.expect("the case is clear of the thresholds in every type");
+    for hopper in [false, true] {
+        let answer = |case: &Case, budget: usize| {
+            let options = Options { budget, ..Options::default() };
+            answers(&mut DeviceBackend::new(device(20, hopper), options), case)
+        };
+        if dtype == Dtype::F32 {
+            // Rounded, f32 is f16 once it is prepared.
+            let options = Options { exact: false, ..Options::default() };
+            answers(&mut DeviceBackend::new(device(20, hopper), options), &sparse);
+        }
+        let stored = answer(&dense, 1 << 30);
+        assert!(bits(&stored) == bits(&answer(&dense, 0)), "{dtype:?}, hopper {hopper}");
+        let (few, _, _) = answer(&sparse, 1 << 30);
+        assert!(few.active > 0 && few.mined().1 < stored.0.mined().1, "{dtype:?}: {:?}", few.mined());
+    }
+}
+
+#[test]
+fn every_kernel_of_f32_gives_the_same_bits_stored_or_not() {
+    run_every_kernel(Dtype::F32);
+}
+
+#[test]
+fn every_kernel_of_f16_gives_the_same_bits_stored_or_not() {
+    run_every_kernel(Dtype::F16);
+}
+
+#[test]
+fn every_kernel_of_bf16_gives_the_same_bits_stored_or_not() {
+    run_every_kernel(Dtype::Bf16);
+}
+
+#[test]
+fn hopper_s_kernels_sum_in_the_order_of_the_others() {
+    // The emulated products of a warp and of a warpgroup round alike, so equal order is equal bits. All of
+    // these are dense enough for the tile way: lists are in the order of the sweep's threads.
+    for (name, budget) in [
+        ("everything_mined_140x330", 1 << 30),
+        ("odd_sizes_257x130", 0),
+        ("rectangular_everything_mined", 1 << 30),
+    ] {
+        let case = narrow_case(name);
+        let options = Options { budget, ..Options::default() };
+        let mut hopper = DeviceBackend::new(EmulatedDevice::new(16).as_hopper(), options);
+        let mut other = DeviceBackend::new(EmulatedDevice::new(17), options);
+        assert!(bits(&answers(&mut hopper, &case)) == bits(&answers(&mut other, &case)), "{name}");
+    }
+}
+
+#[test]
+fn hopper_s_stored_and_recomputed_tiles_give_the_same_bits() {
+    let case = narrow_case("everything_mined_140x330");
+    let answer = |budget, seed| {
+        let options = Options { budget, ..Options::default() };
+        answers(&mut DeviceBackend::new(EmulatedDevice::new(seed).as_hopper(), options), &case)
+    };
+    let (stored, none) = (answer(1 << 30, 18), answer(0, 19));
+    assert!(bits(&stored) == bits(&none));
+    assert_eq!(stored.1, none.1);
+}

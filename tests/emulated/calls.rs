@@ -1,0 +1,67 @@
+//! What a backend asks of its calls, and what it keeps between them.
+
+use ddtas::backend::device::{DeviceBackend, Options};
+use ddtas::backend::emulated::{self, EmulatedDevice};
+use ddtas::backend::{Backend, Nearest};
+use ddtas::loss::{LossOutput, Rows};
+
+use super::{golden_case, random_rows};
+
+#[test]
+fn the_threshold_pass_needs_its_loss() {
+    let case = golden_case("one_class");
+    let mut backend = emulated::open(Options::default(), 11);
+    let error = backend.hypergradient(&case.batch(), case.anchors.tangent.view(), None).unwrap_err();
+    assert!(matches!(error, ddtas::Error::OutOfOrder(_)), "{error}");
+}
+
+#[test]
+fn a_gallery_is_prepared_once_for_several_sets_of_queries() {
+    let (first, second, gallery) = (random_rows(130, 24, 1), random_rows(7, 24, 2), random_rows(300, 24, 3));
+    let labels = vec![0; 300];
+    let queries = [&first, &second].map(|rows| Rows::new(rows.view(), &labels[..rows.nrows()]));
+    let gallery = Rows::new(gallery.view(), &labels);
+    let mut backend = DeviceBackend::new(EmulatedDevice::new(4), Options::default());
+    let apart = queries
+        .each_ref()
+        .map(|queries| backend.nearest(queries, Some(&gallery), 5).expect("the rows are valid"));
+    let launched = backend.device().launched().len();
+    let mut together = Vec::new();
+    backend
+        .search(&gallery, &mut |search| {
+            for queries in &queries {
+                together.push(search.nearest(queries, 5)?);
+            }
+            Ok(())
+        })
+        .expect("the rows are valid");
+    assert_eq!(together, apart);
+    // The gallery, and for each set its rows, its lists and what is best of them.
+    assert_eq!(backend.device().launched().len() - launched, 7);
+    let other = random_rows(3, 16, 1);
+    let other = Rows::new(other.view(), &labels[..3]);
+    let refused = backend.search(&gallery, &mut |search| search.nearest(&other, 5).map(drop));
+    assert!(matches!(refused, Err(ddtas::Error::LengthMismatch { .. })));
+}
+
+#[test]
+fn more_neighbours_than_references_are_none() {
+    let rows = random_rows(3, 5, 3);
+    let queries = Rows::new(rows.view(), &[0, 1, 2]);
+    let found = emulated::open(Options::default(), 12).nearest(&queries, None, 4).unwrap();
+    for (indices, similarities) in found.indices.outer_iter().zip(found.similarities.outer_iter()) {
+        assert!(indices.iter().take(2).all(|&index| index < 3));
+        assert!(indices.iter().skip(2).all(|&index| index == Nearest::NONE));
+        assert!(similarities.iter().skip(2).all(|&value| value == f32::NEG_INFINITY));
+    }
+}
+
+#[test]
+fn the_workspace_is_as_large_as_stated() {
+    let case = golden_case("paper_batch80");
+    let mut backend =
+        DeviceBackend::new(EmulatedDevice::new(13), Options { budget: 4096, ..Options::default() });
+    let mut output = LossOutput::default();
+    backend.loss(&case.batch(), &case.settings, &mut output).unwrap();
+    assert_eq!(backend.workspace_bytes(), backend.loss_bytes(&case.batch()));
+}

@@ -1,0 +1,102 @@
+//! The CUDA kernels, executed on the CPU: the whole table of cases, and what only the emulation shows.
+//!
+//! With sanitizers, whose runtime must be loaded first:
+//! `export DDTAS_SANITIZE=address,undefined ASAN_OPTIONS=detect_leaks=0`,
+//! `export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="env LD_PRELOAD=$(g++ -print-file-name=libasan.so)"`,
+//! `cargo test --release -p ddtas --features emulated --test emulated`.
+//! ThreadSanitizer likewise: `DDTAS_SANITIZE=thread`, libtsan.so, and
+//! `TSAN_OPTIONS="halt_on_error=1 exitcode=66 ignore_interceptors_accesses=1"` (kernels/emulation/races.h). All
+//! tests take a quarter of an hour there; `every_kernel` runs each kernel in half a minute.
+
+mod bits;
+mod bounds;
+mod calls;
+mod rounded;
+mod rows;
+mod table;
+
+use ddtas::backend::device::{DeviceBackend, Options};
+use ddtas::backend::emulated::EmulatedDevice;
+use ddtas::backend::{Backend, Nearest};
+use ddtas::loss::{Hypergradient, LossOutput};
+use ddtas_cases::{self as cases, Case};
+use ndarray::Array2;
+
+/// An emulated GPU, perhaps Hopper.
+fn device(seed: u64, hopper: bool) -> EmulatedDevice {
+    let device = EmulatedDevice::new(seed);
+    if hopper { device.as_hopper() } else { device }
+}
+
+fn golden_case(name: &str) -> Case {
+    cases::golden().into_iter().find(|case| case.name == name).expect("the case is in tests/golden")
+}
+
+/// Loss and hyper-gradient of a case.
+fn loss_of(backend: &mut dyn Backend, case: &Case) -> (LossOutput, Hypergradient) {
+    let mut output = LossOutput::default();
+    backend.loss(&case.batch(), &case.settings, &mut output).expect("the case is valid");
+    let reference_tangent = case.references.as_ref().map(|side| side.tangent.view());
+    let hyper = backend.hypergradient(&case.batch(), case.anchors.tangent.view(), reference_tangent);
+    (output, hyper.expect("the case is valid"))
+}
+
+/// Everything a backend says of a case.
+fn answers(backend: &mut dyn Backend, case: &Case) -> (LossOutput, Hypergradient, Nearest) {
+    let (output, hyper) = loss_of(backend, case);
+    let batch = case.batch();
+    let nearest = backend.nearest(&batch.anchors, batch.references.as_ref(), 3).expect("the case is valid");
+    (output, hyper, nearest)
+}
+
+/// The bits of a loss, so that NaN equals NaN.
+fn loss_bits(output: &LossOutput) -> Vec<u64> {
+    let mut bits: Vec<u64> = [
+        output.loss,
+        output.gamma_pos,
+        output.gamma_neg,
+        output.dloss_dlambda_pos,
+        output.dloss_dlambda_neg,
+        output.mean_pos,
+        output.mean_neg,
+    ]
+    .map(f64::to_bits)
+    .into();
+    bits.extend([output.probe_neg, output.total_pos, output.active]);
+    bits.extend(output.count_pos.iter().chain(&output.count_neg).map(|&n| u64::from(n)));
+    let gradients = output.gradient.iter().chain(output.reference_gradient.iter().flatten());
+    let floats = gradients.chain(&output.min_pos).chain(&output.max_neg);
+    bits.extend(floats.map(|value| u64::from(value.to_bits())));
+    bits
+}
+
+/// The bits of a loss and of neighbours.
+fn bits((output, _, nearest): &(LossOutput, Hypergradient, Nearest)) -> Vec<u64> {
+    let mut bits = loss_bits(output);
+    bits.extend(nearest.indices.iter().map(|&n| u64::from(n)));
+    bits.extend(nearest.similarities.iter().map(|value| u64::from(value.to_bits())));
+    bits
+}
+
+/// A backend for each part of a batch; `hopper`: with the kernels of that GPU.
+fn parts_on(first_seed: u64, hopper: bool, exact: bool) -> impl FnMut(usize) -> Box<dyn Backend> {
+    move |part| {
+        // The first part stores nothing.
+        let budget = if part == 0 { 0 } else { Options::default().budget };
+        Box::new(DeviceBackend::new(device(first_seed + part as u64, hopper), Options { budget, exact }))
+    }
+}
+
+/// `count` rows of `dim` random numbers, of unit length.
+fn random_rows(count: usize, dim: usize, seed: u64) -> Array2<f32> {
+    let mut state = seed;
+    let mut rows = Array2::from_shape_simple_fn((count, dim), || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as f32 / (1 << 24) as f32 - 0.5
+    });
+    for mut row in rows.outer_iter_mut() {
+        let norm = row.dot(&row).sqrt();
+        row /= norm;
+    }
+    rows
+}

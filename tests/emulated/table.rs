@@ -1,0 +1,159 @@
+//! The table of cases and the golden ones, in every form; and random batches against the truth.
+
+use ddtas::backend::device::{DeviceBackend, Options};
+use ddtas::backend::emulated::{self, EmulatedDevice};
+use ddtas::loss::{Batch, LossSettings, Mining, Rows};
+use ddtas_cases::random::{Draw, compare, draw};
+use ddtas_cases::{self as cases, Case, Dtype, SINGLE_PRECISION, parts};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::{device, golden_case, loss_bits, loss_of, parts_on};
+
+#[test]
+fn golden_cases_agree() {
+    cases::run_all(&mut *emulated::open(Options::default(), 1), cases::golden());
+}
+
+#[test]
+fn every_type_and_form_agrees() {
+    cases::run_all(&mut *emulated::open(Options::default(), 2), cases::generated());
+}
+
+#[test]
+fn every_type_and_form_agrees_on_hopper_s_kernels() {
+    let mut backend = DeviceBackend::new(EmulatedDevice::new(14).as_hopper(), Options::default());
+    cases::run_all(&mut backend, cases::generated());
+}
+
+/// Case by case: all stored; nothing; tiles of few candidates.
+fn agree_on_hopper_stored_or_not(first_seed: u64, cases: impl Iterator<Item = Case>) {
+    for (seed, case) in (first_seed..).zip(cases) {
+        let backend = |budget| {
+            let device = EmulatedDevice::new(seed).as_hopper();
+            DeviceBackend::new(device, Options { budget, ..Options::default() })
+        };
+        cases::run_all(&mut backend(1 << 30), [&case]);
+        let answer = |budget| loss_bits(&loss_of(&mut backend(budget), &case).0);
+        let stored = answer(1 << 30);
+        assert!(stored == answer(0), "{}", case.name);
+        assert!(stored == answer(30_000), "{}", case.name);
+    }
+}
+
+#[test]
+fn every_square_width_agrees_on_hopper_s_kernels_stored_or_not() {
+    agree_on_hopper_stored_or_not(40, cases::widths().into_iter().filter(|case| case.references.is_none()));
+}
+
+#[test]
+fn every_rectangular_width_agrees_on_hopper_s_kernels_stored_or_not() {
+    agree_on_hopper_stored_or_not(60, cases::widths().into_iter().filter(|case| case.references.is_some()));
+}
+
+#[test]
+fn golden_cases_in_16_bits_agree_on_hopper_s_kernels() {
+    let mut backend = DeviceBackend::new(EmulatedDevice::new(15).as_hopper(), Options::default());
+    cases::run_all(&mut backend, cases::golden_in(Dtype::F16));
+}
+
+#[test]
+fn the_table_of_cases_agrees_in_parts() {
+    parts::run_all(parts_on(60, false, true), cases::generated());
+    parts::check_memory(parts_on(65, false, true));
+}
+
+#[test]
+fn the_table_of_cases_agrees_in_parts_on_hopper_s_kernels() {
+    // Of f32 the forms; how it is multiplied is no part's matter.
+    let some = |case: &Case| case.dtype() != Dtype::F32 || case.name.contains("everything_mined");
+    parts::run_all(parts_on(70, true, true), cases::generated().into_iter().filter(some));
+}
+
+#[test]
+fn identity_by_index_agrees() {
+    parts::check_identity(&mut *emulated::open(Options::default(), 80));
+    parts::check_identity(&mut *emulated::open(Options { budget: 0, ..Options::default() }, 81));
+}
+
+#[test]
+fn golden_cases_agree_when_nothing_is_stored() {
+    let options = Options { budget: 0, ..Options::default() };
+    cases::run_all(&mut *emulated::open(options, 3), cases::golden());
+}
+
+#[test]
+fn every_type_and_form_agrees_when_few_tiles_fit() {
+    // 7,500 candidates, for whichever tiles come first.
+    let options = Options { budget: 60_000, ..Options::default() };
+    cases::run_all(&mut *emulated::open(options, 4), cases::generated());
+}
+
+#[test]
+fn small_batches_split_among_many_blocks_agree() {
+    let device = EmulatedDevice::new(8).with_multiprocessors(64);
+    let mut backend = DeviceBackend::new(device, Options::default());
+    cases::run_all(&mut backend, [golden_case("odd_sizes_257x130")]);
+}
+
+#[test]
+fn weights_far_below_any_bound_keep_their_digits() {
+    // Terms of the loss are e^-20 and less, far from their lambdas: f16 would hold nothing of a weight that is scaled by what
+    // it could be at most.
+    let Case { name, settings, anchors, .. } = cases::generated_case("everything_mined_140x330", Dtype::F32);
+    let settings = LossSettings { alpha: 12.0, beta: 12.0, lambda_pos: -2.0, lambda_neg: 2.0, ..settings };
+    let case = Case::new(name, settings, anchors, None).expect("a valid batch");
+    for (hopper, budget, seed) in [(false, 1 << 30, 50), (false, 0, 51), (true, 1 << 30, 52), (true, 0, 53)] {
+        let options = Options { budget, ..Options::default() };
+        cases::run_all(&mut DeviceBackend::new(device(seed, hopper), options), [&case]);
+    }
+}
+
+/// Draws a batch of f32 rows by `seed`, of any shape and settings, on a device with any budget: it agrees, or a pair lies too
+/// near a threshold, which is false.
+fn random_batch_agrees(seed: u64) -> bool {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut one_of = |choices: &[usize]| choices[rng.random_range(0..choices.len())];
+    let how = Draw {
+        rows: one_of(&[1, 2, 17, 80, 128, 129, 200, 257, 330]),
+        dim: one_of(&[1, 3, 32, 40, 64, 65, 130, 200]),
+        classes: one_of(&[1, 2, 12, 40, 300]),
+        noise: one_of(&[5, 10, 20, 40]) as f32 / 10.0,
+        ignored: one_of(&[0, 3, 10]),
+        duplicates: one_of(&[0, 0, 4]),
+    };
+    let settings = LossSettings {
+        mining: [Mining::None, Mining::Symmetric, Mining::Asms, Mining::AtAsms][one_of(&[0, 1, 2, 3])],
+        gamma: one_of(&[2, 10, 40]) as f64 / 100.0,
+        ..LossSettings::default().with_lambda(one_of(&[20, 40, 70, 90]) as f64 / 100.0)
+    };
+    let against = one_of(&[0, 0, 1, 90, 260]);
+    let (hopper, budget) = (one_of(&[0, 1, 1]) == 1, one_of(&[0, 3_000, 30_000, 1 << 30]));
+    let (anchors, labels) = draw(how, seed);
+    let (references, reference_labels) = draw(Draw { rows: against.max(1), ..how }, seed ^ 1);
+    let (own, other) = (Rows::new(anchors.view(), &labels), Rows::new(references.view(), &reference_labels));
+    let batch = match against {
+        0 => Batch::square(anchors.view(), &labels),
+        _ => Batch::rectangular(own, other).with_reference_gradient(),
+    };
+    let mut backend = DeviceBackend::new(device(seed, hopper), Options { budget, ..Options::default() });
+    let report = compare(&mut backend, &batch, &settings, seed);
+    if let Some(report) = &report {
+        let on = format!("against {against}, hopper {hopper}, budget {budget}");
+        // Not of the slopes alone: where every sigmoid is tiny, they are sums of few of its fixed-point digits.
+        let error = [report.loss, report.gradient, report.thresholds, report.sums];
+        let agrees = report.wrong_counts.is_empty() && error.iter().all(|&error| error <= SINGLE_PRECISION);
+        assert!(agrees, "seed {seed}: {how:?}, {settings:?}, {on}: {report:#?}");
+    }
+    report.is_some()
+}
+
+#[test]
+fn random_batches_agree_with_the_truth() {
+    // The same in every run; `.ci/random.sh` draws others.
+    let given =
+        |name: &str, usual: u64| std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(usual);
+    let (first, count) = (given("DDTAS_RANDOM_SEED", 1), given("DDTAS_RANDOM_CASES", 40));
+    let compared = (first..first + count).filter(|&seed| random_batch_agrees(seed)).count();
+    assert!(compared > 0, "no batch was clear of the thresholds");
+}
