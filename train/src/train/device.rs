@@ -28,10 +28,18 @@ pub(super) fn place(asked: DeviceSpec, local_rank: usize) -> Result<Place> {
     };
     let network = match spec {
         DeviceSpec::Cuda(index) => gpu::device(index)?,
-        // The emulated kernels compute the loss alone, for tests.
-        DeviceSpec::Auto | DeviceSpec::Cpu | DeviceSpec::Emulated => Device::flex(),
+        DeviceSpec::Emulated => emulated(),
+        DeviceSpec::Auto | DeviceSpec::Cpu => Device::flex(),
     };
     Ok(Place { spec, network: network.autodiff(), reason })
+}
+
+/// Emulated kernels compute the loss alone, unless the build has those of the network too: for tests.
+fn emulated() -> Device {
+    #[cfg(feature = "train-emulated")]
+    return Device::cpu();
+    #[cfg(not(feature = "train-emulated"))]
+    Device::flex()
 }
 
 /// `network` on `device`, its weights drawn where it was made.

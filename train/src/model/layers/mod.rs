@@ -1,9 +1,9 @@
 //! The network's heavy operations, as an extension of Burn's backends.
 //!
 //! [`LayerOps`] has a default body for every backend, made of Burn's own
-//! operations, and a hand-written one for the CPU backend in f32, where
-//! Burn's are several times slower than PyTorch's. Gradients are written out,
-//! since the macro does not derive them.
+//! operations, and hand-written ones in f32 for the CPU backend, where Burn's are
+//! several times slower than PyTorch's, and for the GPU backend, where they are direct convolutions
+//! unless it times others. Gradients are written out, since the macro does not derive them.
 //!
 //! | file | operations |
 //! | --- | --- |
@@ -11,11 +11,12 @@
 //! | `normalisation.rs` | batch normalisation + activation, residual sum + ReLU |
 //! | `buffer.rs` | what both write their results into |
 //! | `differentiation.rs` | the same under autodiff |
-//! | `flex.rs`, `cube.rs` | Burn's CPU backend with the operations above, its GPU backend with the default bodies |
+//! | `flex.rs` | Burn's CPU backend with the operations above |
+//! | `cube/` | Burn's GPU backend with kernels of its own |
 
 pub mod buffer;
 mod convolution;
-#[cfg(feature = "train-cuda")]
+#[cfg(feature = "cube")]
 mod cube;
 mod depthwise;
 mod differentiation;
@@ -27,6 +28,8 @@ mod ops;
 use burn::backend::Dispatch;
 use burn::tensor::Tensor;
 
+#[cfg(feature = "train-emulated")]
+pub use cube::emulate_whole_cubes;
 pub use ops::LayerOps;
 
 /// Convolution without bias: `[N, in, H, W]` and `[out, in, k, k]` (depthwise: `[in, 1, k, k]`) to `[N, out, H', W']`.
@@ -84,6 +87,15 @@ impl ConvolutionOptions {
     #[must_use]
     pub fn new(stride: usize, padding: usize) -> Self {
         Self { stride, padding: [[padding; 2]; 2], depthwise: false }
+    }
+
+    /// Output height and width.
+    #[must_use]
+    pub fn output(&self, input: [usize; 2], kernel: usize) -> [usize; 2] {
+        std::array::from_fn(|axis| {
+            let padded = input[axis] + self.padding[axis].iter().sum::<usize>();
+            (padded - kernel) / self.stride + 1
+        })
     }
 }
 

@@ -9,7 +9,7 @@ use burn::tensor::{Scalar, Shape};
 use super::{Activation, ConvolutionOptions, NormaliseOptions};
 
 /// Heavy operations of the network. Shapes are those of the functions in the [parent module](super).
-#[backend_extension(Flex, Cube: cfg(feature = "train-cuda"), Autodiff)]
+#[backend_extension(Flex, Cube: cfg(feature = "cube"), Autodiff)]
 pub trait LayerOps: Backend {
     /// Convolution without bias.
     fn convolution(

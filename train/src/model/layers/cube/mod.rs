@@ -1,0 +1,212 @@
+//! The operations on Burn's GPU backend, f32 throughout.
+//!
+//! Burn picks its convolution by timing several, or else takes its direct one, whose gradients are convolutions with
+//! kernels as large as the map. Here the shape names the kernel, sums run in a fixed order, and products are of f32:
+//! a seed gives the same run, and no TF32 rounds.
+//!
+//! Maps lie as `[N, H, W, C]` under Burn's `[N, C, H, W]`: neighbouring threads read neighbouring channels. What
+//! arrives in that order, as these operations and Burn's poolings leave it, is read where it lies; anything else (the pictures, a
+//! concatenation) is copied once.
+//!
+//! | file | kernels |
+//! | --- | --- |
+//! | `product.rs` | a tiled product of matrices, one of them cut from a map as it is read |
+//! | `convolution.rs` | dense convolutions and their gradients as such products |
+//! | `depthwise.rs` | depthwise convolutions and their gradients |
+//! | `normalisation.rs` | batch statistics, normalisation + activation, residual sum + ReLU |
+//! | `rows.rs` | sums over the rows of a matrix, which the others end with |
+
+mod convolution;
+mod depthwise;
+mod normalisation;
+mod product;
+mod rows;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use burn::backend::Cube;
+use burn::tensor::{DType, Shape};
+use burn_cubecl::cubecl::prelude::*;
+use burn_cubecl::kernel::into_contiguous;
+use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
+use burn_cubecl::ops::{permute_nchw_to_nhwc, permute_nhwc_to_nchw};
+use burn_cubecl::tensor::CubeTensor;
+
+use super::{ConvolutionOptions, LayerOps, NormaliseOptions};
+
+/// Units of a cube, where the device has as many.
+const UNITS: usize = 256;
+
+/// Multiprocessors that grids are cut for: an H100's or H200's. A constant, since sums are cut by it too: every GPU
+/// adds in the same order.
+const MULTIPROCESSORS: usize = 132;
+
+/// Units of a cube of this device: a power of two. One where each would be a thread, on the CPU.
+fn units(of: &CubeTensor) -> usize {
+    let most = of.client.properties().hardware.max_units_per_cube as usize;
+    if most < UNITS && !WHOLE_CUBES.load(Ordering::Relaxed) { 1 } else { UNITS }
+}
+
+static WHOLE_CUBES: AtomicBool = AtomicBool::new(false);
+
+/// From now on, cubes of an emulated device have as many units as a GPU's: each is a thread, which is slow. For tests.
+#[cfg(feature = "train-emulated")]
+pub fn emulate_whole_cubes() {
+    WHOLE_CUBES.store(true, Ordering::Relaxed);
+}
+
+/// A map as `[N, H, W, C]`, dense.
+struct Map(CubeTensor);
+
+impl Map {
+    /// Of `[N, C, H, W]`; copies where the channels do not lie side by side.
+    fn new(tensor: CubeTensor) -> Self {
+        let tensor = permute_nchw_to_nhwc(tensor);
+        Self(if is_dense(&tensor) { tensor } else { into_contiguous(tensor) })
+    }
+
+    /// Memory for a map on the device of `like`.
+    fn empty(like: &Self, shape: [usize; 4]) -> Self {
+        Self(empty(&like.0, shape))
+    }
+
+    /// As `[N, C, H, W]`.
+    fn into_nchw(self) -> CubeTensor {
+        permute_nhwc_to_nchw(self.0)
+    }
+
+    /// Images, height, width, channels.
+    fn shape(&self) -> [usize; 4] {
+        self.0.meta.shape().dims()
+    }
+
+    fn channels(&self) -> usize {
+        self.shape()[3]
+    }
+
+    fn elements(&self) -> usize {
+        self.shape().iter().product()
+    }
+
+    fn argument(&self) -> BufferArg {
+        self.0.clone().into_buffer_arg()
+    }
+}
+
+/// Whether the elements lie one behind the other, in order.
+fn is_dense(tensor: &CubeTensor) -> bool {
+    let mut expected = 1;
+    let axes = tensor.meta.shape().iter().zip(tensor.meta.strides().iter()).rev();
+    axes.into_iter().all(|(&length, &stride)| {
+        let fits = length == 1 || stride == expected;
+        expected *= length;
+        fits
+    })
+}
+
+/// Values as they lie, in row-major order.
+fn dense(tensor: CubeTensor) -> CubeTensor {
+    if is_dense(&tensor) { tensor } else { into_contiguous(tensor) }
+}
+
+fn empty(like: &CubeTensor, shape: impl Into<Shape>) -> CubeTensor {
+    empty_device_contiguous_dtype(like.client.clone(), like.device.clone(), shape.into(), DType::F32)
+}
+
+/// Floats that are read at once.
+fn vector_size(channels: &[usize]) -> usize {
+    if channels.iter().all(|count| count.is_multiple_of(4)) { 4 } else { 1 }
+}
+
+impl LayerOps for Cube {
+    fn convolution(input: CubeTensor, weight: CubeTensor, options: ConvolutionOptions) -> CubeTensor {
+        let input = Map::new(input);
+        let output = if options.depthwise {
+            depthwise::forward(&input, weight, options)
+        } else {
+            convolution::forward(&input, weight, options)
+        };
+        output.into_nchw()
+    }
+
+    fn convolution_input_gradient(
+        input: CubeTensor,
+        weight: CubeTensor,
+        output_gradient: CubeTensor,
+        options: ConvolutionOptions,
+    ) -> CubeTensor {
+        // Of the input its size alone is of interest.
+        let [images, channels, height, width] = input.meta.shape().dims();
+        let (gradient, shape) = (Map::new(output_gradient), [images, height, width, channels]);
+        let gradient = if options.depthwise {
+            depthwise::input_gradient(&gradient, weight, shape, options)
+        } else {
+            convolution::input_gradient(&gradient, weight, shape, options)
+        };
+        gradient.into_nchw()
+    }
+
+    fn convolution_weight_gradient(
+        input: CubeTensor,
+        weight: CubeTensor,
+        output_gradient: CubeTensor,
+        options: ConvolutionOptions,
+    ) -> CubeTensor {
+        let (input, gradient) = (Map::new(input), Map::new(output_gradient));
+        let [_, _, kernel, _] = weight.meta.shape().dims();
+        if options.depthwise {
+            depthwise::weight_gradient(&input, &gradient, kernel, options)
+        } else {
+            convolution::weight_gradient(&input, &gradient, kernel, options)
+        }
+    }
+
+    fn batch_statistics(input: CubeTensor) -> CubeTensor {
+        normalisation::statistics(&Map::new(input))
+    }
+
+    fn normalise(
+        input: CubeTensor,
+        statistics: CubeTensor,
+        gamma: CubeTensor,
+        beta: CubeTensor,
+        options: NormaliseOptions,
+    ) -> CubeTensor {
+        let parameters = normalisation::Parameters::new(statistics, gamma, beta, options);
+        normalisation::forward(&Map::new(input), &parameters).into_nchw()
+    }
+
+    fn normalise_input_gradient(
+        input: CubeTensor,
+        statistics: CubeTensor,
+        gamma: CubeTensor,
+        beta: CubeTensor,
+        output_gradient: CubeTensor,
+        parameter_gradient: CubeTensor,
+        options: NormaliseOptions,
+    ) -> CubeTensor {
+        let parameters = normalisation::Parameters::new(statistics, gamma, beta, options);
+        let (input, gradient) = (Map::new(input), Map::new(output_gradient));
+        normalisation::input_gradient(&input, &gradient, dense(parameter_gradient), &parameters).into_nchw()
+    }
+
+    fn normalise_parameter_gradient(
+        input: CubeTensor,
+        statistics: CubeTensor,
+        gamma: CubeTensor,
+        beta: CubeTensor,
+        output_gradient: CubeTensor,
+        options: NormaliseOptions,
+    ) -> CubeTensor {
+        let parameters = normalisation::Parameters::new(statistics, gamma, beta, options);
+        normalisation::parameter_gradient(&Map::new(input), &Map::new(output_gradient), &parameters)
+    }
+
+    fn add_relu(a: CubeTensor, b: CubeTensor) -> CubeTensor {
+        normalisation::add_relu(&Map::new(a), &Map::new(b)).into_nchw()
+    }
+
+    fn add_relu_gradient(output: CubeTensor, output_gradient: CubeTensor) -> CubeTensor {
+        normalisation::add_relu_gradient(&Map::new(output), &Map::new(output_gradient)).into_nchw()
+    }
+}

@@ -1,0 +1,125 @@
+//! Whole networks on the GPU backend's kernels, compiled for the CPU: features, gradients and the losses of a run are those of
+//! the CPU backend.
+#![cfg(feature = "train-emulated")]
+#![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
+
+mod runs;
+
+use burn::module::{Module, ModuleVisitor, Param};
+use burn::optim::GradientsParams;
+use burn::tensor::{Device, Tensor, TensorData};
+use ddtas_train::model::{
+    Backbone, BackboneKind, EmbeddingNetwork, Features, HeadKind, NetworkShape, Normalise,
+};
+#[cfg(feature = "emulated")]
+use runs::{folder_of_pictures, records, small_run};
+
+/// Gradients of all weights, in the module's order.
+struct Visitor<'a> {
+    gradients: &'a GradientsParams,
+    found: Vec<Vec<f32>>,
+}
+
+impl ModuleVisitor for Visitor<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if let Some(gradient) = self.gradients.get::<D>(param.id) {
+            self.found.push(gradient.into_data().try_to_vec().unwrap());
+        }
+    }
+}
+
+/// Features, then gradients of all weights.
+fn pass(backbone: &Backbone, images: &TensorData, device: &Device, mode: Normalise) -> Vec<Vec<f32>> {
+    let features: Tensor<1> = match backbone.forward(Tensor::from_data(images.clone(), device), mode) {
+        Features::Map(map) => map.flatten(0, 3),
+        Features::Tokens(tokens) => tokens.flatten(0, 2),
+    };
+    // Some probe, so that gradients do not cancel.
+    let [count] = features.dims();
+    let probe: Vec<f32> = (0..count).map(|i| (i % 7) as f32 - 2.5).collect();
+    let probe = Tensor::<1>::from_data(TensorData::new(probe, [count]), device);
+    let gradients = (features.clone() * probe).sum().backward();
+    let gradients = GradientsParams::from_grads(gradients, backbone);
+    let mut visitor =
+        Visitor { gradients: &gradients, found: vec![features.into_data().try_to_vec().unwrap()] };
+    backbone.visit(&mut visitor);
+    visitor.found
+}
+
+fn norm(values: impl Iterator<Item = f64>) -> f64 {
+    values.map(|value| value * value).sum::<f64>().sqrt()
+}
+
+fn difference(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    norm(a.iter().zip(b).map(|(a, b)| f64::from(a - b)))
+}
+
+#[test]
+fn networks_and_their_gradients() {
+    let (cpu, gpu) = (Device::flex().autodiff(), Device::cpu().autodiff());
+    // Pictures from different places of one sequence: where a value is 0 to the last bits before a ReLU, one way of rounding
+    // passes a gradient on that another does not, to one channel and to all layers before. Then other pictures are wanted.
+    for (backbone, side, first) in [
+        (BackboneKind::Residual, 13, 0),
+        (BackboneKind::EfficientNetLite0, 33, 0),
+        (BackboneKind::ResNet18, 33, 0),
+        (BackboneKind::ResNet50, 32, 0),
+        (BackboneKind::BnInception, 64, 217),
+        (BackboneKind::VitS16, 32, 0),
+    ] {
+        let (width, depth) = if backbone == BackboneKind::Residual { (8, 1) } else { (0, 0) };
+        let pooling = backbone.pooling();
+        let shape =
+            NetworkShape { backbone, pooling, width, depth, embedding_dim: 8, head: HeadKind::Linear };
+        cpu.seed(7);
+        let network = EmbeddingNetwork::new(&shape, &cpu);
+        let count = 4 * 3 * side * side;
+        let images =
+            (0..count).map(|i| ((i * 7919 + first) % 1013) as f32 / 506.0 - 1.0).collect::<Vec<f32>>();
+        // What rounding does to a deep network of random weights is told by the CPU: pictures that differ in their last bits.
+        let nudged =
+            images.iter().enumerate().map(|(i, x)| x * if i % 2 == 0 { 1.0 + 2e-7 } else { 1.0 - 2e-7 });
+        let nudged = TensorData::new(nudged.collect::<Vec<f32>>(), [4, 3, side, side]);
+        let images = TensorData::new(images, [4, 3, side, side]);
+        let modes = [Normalise::Batch, Normalise::Affine];
+        let on_cpu = |images| modes.map(|mode| pass(&network.backbone, images, &cpu, mode));
+        let (want, other) = (on_cpu(&images), on_cpu(&nudged));
+        let network = network.fork(&gpu);
+        for ((mode, want), other) in modes.into_iter().zip(want).zip(other) {
+            let got = pass(&network.backbone, &images, &gpu, mode);
+            assert_eq!(want.len(), got.len());
+            for (part, ((want, got), other)) in want.iter().zip(&got).zip(&other).enumerate() {
+                let (off, rounding) = (difference(got, want), difference(other, want));
+                let size = norm(want.iter().map(|&want| f64::from(want)));
+                let most = 1e-4 * size.max(1e-2) + 10.0 * rounding;
+                let name = backbone.name();
+                assert!(
+                    off <= most,
+                    "{name}, {mode:?}, part {part}: {off}, by rounding {rounding}, norm {size}"
+                );
+            }
+        }
+    }
+}
+
+#[cfg(feature = "emulated")]
+#[test]
+fn losses_of_a_run() {
+    let place = tempfile::tempdir().unwrap();
+    // Few pictures: those that end a run are embedded on the emulated device, too.
+    let data = place.path().join("data");
+    folder_of_pictures(&data, 16, 4);
+    let losses = |device: &str| -> Vec<f64> {
+        let run = place.path().join(device);
+        let mut command = small_run(&run, 4);
+        command.args(["--device", device, "--dataset", "folder", "--data-root"]).arg(&data);
+        command.assert().success();
+        records(&run).0.iter().map(|step| f64::from(step.loss)).collect()
+    };
+    let (want, got) = (losses("cpu"), losses("emulated"));
+    assert_eq!((want.len(), got.len()), (4, 4));
+    for (step, (want, got)) in want.iter().zip(&got).enumerate() {
+        assert!((want - got).abs() <= 1e-4 * want, "step {step}: {got}, on the CPU {want}");
+    }
+}
