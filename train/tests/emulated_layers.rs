@@ -79,7 +79,7 @@ fn around(side: usize, kernel: usize, stride: usize) -> [usize; 2] {
 
 /// Every kind of convolution of the networks, by channels: in, out, kernel, stride, side, and whether it is depthwise. A picture of 97
 /// pixels where the network sees 224.
-const DENSE: [[usize; 5]; 22] = [
+const DENSE: [[usize; 5]; 23] = [
     // The default network, at 12 pixels.
     [3, 16, 3, 1, 12],
     [16, 16, 3, 1, 12],
@@ -106,6 +106,8 @@ const DENSE: [[usize; 5]; 22] = [
     [144, 24, 1, 1, 6],
     [672, 192, 1, 1, 3],
     [320, 1280, 1, 1, 2],
+    // ViT-S/16.
+    [3, 384, 16, 16, 32],
 ];
 
 #[test]
