@@ -6,10 +6,12 @@
 #![allow(clippy::unwrap_used, reason = "test code outside #[test] functions")]
 
 mod abi;
+#[cfg(feature = "emulated")]
+mod device;
 
-use std::ptr::{null, null_mut};
+use std::ptr::null;
 
-use abi::{Abi, Target, empty_result, settings_of};
+use abi::{Abi, empty_result, settings_of};
 use ddtas::backend::Backend;
 use ddtas::capi::*;
 use ddtas::loss::{self, Batch, Embeddings, LossOutput, LossSettings, Mining, UnitCheck};
@@ -193,115 +195,6 @@ fn threads_that_share_a_context_get_their_own_results() {
             });
         }
     });
-}
-
-#[cfg(feature = "emulated")]
-#[test]
-fn rows_in_device_memory_agree_in_every_type_and_form() {
-    // The emulated device's memory is the host's.
-    let mut abi = Abi::open("emulated", 0, 0, Memory::Device);
-    cases::run_all(&mut abi, cases::golden());
-    let rectangular = |case: &cases::Case| case.references.is_some() && case.name.contains("ignored");
-    cases::run_all(&mut abi, cases::generated().into_iter().filter(rectangular));
-}
-
-#[cfg(feature = "emulated")]
-#[test]
-fn a_loss_that_is_issued_writes_what_the_loss_answers() {
-    let case = cases::golden().into_iter().find(|case| case.name == "hard_many_mined").unwrap();
-    let abi = Abi::open("emulated", 0, 0, Memory::Device);
-    let batch = case.batch();
-    let settings = settings_of(&case.settings, UnitCheck::Check);
-    let want = abi
-        .evaluate(&batch, |anchors, references, result| unsafe {
-            ddtas_loss(abi.handle.0, &raw const settings, anchors, references, result)
-        })
-        .unwrap();
-    let laid = abi.lay(&batch.anchors);
-    let mut gradient = Target::new((laid.rows.count, laid.rows.dim), 0);
-    let mut scalars: LossScalars = unsafe { std::mem::zeroed() };
-    let lambdas = [settings.lambda_pos, settings.lambda_neg];
-    // Thresholds in device memory go before those of the settings.
-    let others = Settings { lambda_pos: 0.1, lambda_neg: 0.2, ..settings };
-    for (settings, lambda) in [(settings, null()), (others, lambdas.as_ptr())] {
-        scalars.loss = 0.0;
-        let status = unsafe {
-            let (settings, anchors) = (&raw const settings, &raw const laid.rows);
-            let to = (gradient.pointer(), &raw mut scalars);
-            ddtas_enqueue_loss(abi.handle.0, settings, anchors, null(), to.0, null_mut(), lambda, to.1)
-        };
-        abi.check(status).unwrap();
-        assert!((scalars.loss - want.result.loss).abs() < 1e-6 * want.result.loss && scalars.loss > 0.0);
-        assert_eq!((scalars.active, scalars.total_pos), (want.result.active, want.result.total_pos));
-        assert_eq!((scalars.bad_anchor, scalars.bad_reference), (DDTAS_ABSENT, DDTAS_ABSENT));
-        let off = &gradient.read() - &want.gradient;
-        assert!(off.iter().all(|x| x.abs() < 1e-6), "{off}");
-    }
-    let host = Abi { memory: Memory::Host, ..abi.clone() };
-    let laid = host.lay(&batch.anchors);
-    let status = unsafe {
-        let to = (gradient.pointer(), &raw mut scalars);
-        let anchors = &raw const laid.rows;
-        ddtas_enqueue_loss(abi.handle.0, null(), anchors, null(), to.0, null_mut(), null(), to.1)
-    };
-    assert!(abi.check(status).unwrap_err().to_string().contains("takes rows in device memory"));
-}
-
-#[cfg(feature = "emulated")]
-#[test]
-fn recall_of_rows_in_device_memory_is_that_of_the_host_s() {
-    let mut case = cases::golden().into_iter().find(|case| case.name == "hard_many_mined").unwrap();
-    let device = Abi::open("emulated", 0, 0, Memory::Device);
-    let host = Abi { memory: Memory::Host, ..device.clone() };
-    // One row, every third, all of them.
-    for ignored in [usize::MAX, 3, 1] {
-        case.anchors.labels.iter_mut().step_by(ignored).for_each(|label| *label = -1);
-        let both = [&device, &host].map(|abi| {
-            let laid = abi.lay(&case.batch().anchors);
-            abi.recall(&laid.rows, &[1, 4, 1000]).unwrap()
-        });
-        assert_eq!(both[0], both[1], "every {ignored}th row is ignored");
-        assert_eq!(both[0].1 == 0, ignored == 1, "{both:?}");
-    }
-}
-
-#[cfg(feature = "emulated")]
-#[test]
-fn a_search_in_device_memory_refuses_what_the_loss_refuses() {
-    let case = cases::golden().remove(0);
-    let abi = Abi::open("emulated", 0, 0, Memory::Device);
-    let laid = abi.lay(&case.batch().anchors);
-    let good = laid.rows;
-    let (mut indices, mut similarities) = ([7u32; 1000], [7f32; 1000]);
-    let mut refused = |rows: Rows, references: Option<&Rows>, k: usize| {
-        let references = references.map_or(null(), |rows| &raw const *rows);
-        let (to, and) = (indices.as_mut_ptr(), similarities.as_mut_ptr());
-        let status = unsafe { ddtas_nearest(abi.handle.0, &raw const rows, references, k, to, and) };
-        assert!(indices[0] == 7 && similarities[0] == 7.0, "a call that fails writes nothing");
-        (status, abi.message())
-    };
-    let address = good.embeddings.addr();
-    let at = |address: usize| std::ptr::without_provenance(address);
-    assert_eq!(refused(Rows { embeddings: null(), ..good }, None, 1).0, Status::NullPointer);
-    assert_eq!(refused(Rows { embeddings: at(address + 2), ..good }, None, 1).0, Status::Misaligned);
-    assert_eq!(refused(Rows { row_stride: good.dim + 1, ..good }, None, 1).0, Status::InvalidShape);
-    assert_eq!(refused(good, None, 0).0, Status::InvalidShape);
-    let on_host = Rows { memory: Memory::Host as i32, ..good };
-    assert_eq!(refused(good, Some(&on_host), 1).0, Status::InvalidValue);
-    assert_eq!(abi.recall(&Rows { labels: null(), ..good }, &[1]).unwrap_err().to_string(), {
-        "NullPointer: rows.labels is NULL"
-    });
-    let bad = vec![f32::NAN; good.count * good.dim];
-    let (status, message) = refused(Rows { embeddings: bad.as_ptr().cast(), ..good }, Some(&good), 1);
-    assert_eq!((status, message.contains("row 0 of the queries")), (Status::NotFinite, true), "{message}");
-    // Labels are not looked at, and a k beyond the rows is no fault.
-    let nameless = Rows { labels: null(), count: 3, ..good };
-    let (mut found, mut how_close) = ([7u32; 15], [7f32; 15]);
-    let (to, and) = (found.as_mut_ptr(), how_close.as_mut_ptr());
-    let status = unsafe { ddtas_nearest(abi.handle.0, &raw const nameless, null(), 5, to, and) };
-    assert_eq!(status, Status::Ok, "{}", abi.message());
-    assert!(found[..2].iter().all(|&index| index < 3) && found[2..5] == [DDTAS_NO_NEIGHBOUR; 3], "{found:?}");
-    assert_eq!(how_close[2..5], [f32::NEG_INFINITY; 3]);
 }
 
 #[test]
