@@ -15,6 +15,7 @@
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
+use super::ConvolutionOptions;
 use super::buffer::written;
 
 /// Positions are computed in steps of at most this many (three vectors of 16 lanes).
@@ -51,10 +52,8 @@ pub struct Geometry {
 impl Geometry {
     /// Output height and width.
     pub fn output(&self) -> [usize; 2] {
-        std::array::from_fn(|axis| {
-            let padded = self.input[axis] + self.padding[axis].iter().sum::<usize>();
-            (padded - self.kernel) / self.stride + 1
-        })
+        let options = ConvolutionOptions { stride: self.stride, padding: self.padding, depthwise: false };
+        options.output(self.input, self.kernel)
     }
 
     /// Zeros above and to the left.
