@@ -7,8 +7,8 @@ use burn_cubecl::cubecl::std::FastDivmod;
 use burn_cubecl::ops::permute;
 use burn_cubecl::tensor::CubeTensor;
 
-use super::rows::{self, Plan, add_groups};
-use super::{Map, dense, empty, units, vector_size};
+use super::rows::{self, Plan, Share, Units};
+use super::{Map, dense, empty, grid, units, vector_size};
 use crate::model::layers::ConvolutionOptions;
 
 /// Sizes, in vectors of channels, and padding.
@@ -166,20 +166,17 @@ fn weight_gradient_kernel<N: Size>(
     runs: usize,
     chunk: usize,
     #[comptime] shape: Shape,
-    #[comptime] lanes: usize,
-    #[comptime] groups: usize,
+    #[comptime] units: Units,
 ) {
     let (kernel, stride) = comptime!((shape.kernel as usize, shape.stride as usize));
     let run = comptime!(shape.run as usize);
-    let lane = UNIT_POS as usize % lanes;
-    let group = UNIT_POS as usize / lanes;
-    let column = CUBE_POS_X * lanes as u32 + lane as u32;
-    let begin = CUBE_POS_Y as usize * chunk;
+    let share = Share::new(runs, chunk, units);
+    let column = share.column as u32;
     let mut sums = Array::<Vector<f32, N>>::new(kernel * kernel);
     let mut gradients = Array::<Vector<f32, N>>::new(run);
     let mut row = Array::<Vector<f32, N>>::new(shape.reach());
     if column < g.columns {
-        for index in range_stepped(begin + group, clamp_max(begin + chunk, runs), groups) {
+        for index in range_stepped(share.begin, share.end, units.groups) {
             let (line, start) = g.runs.div_mod(index as u32);
             let (image, y) = g.lines.div_mod(line);
             let first = start * shape.run;
@@ -204,10 +201,10 @@ fn weight_gradient_kernel<N: Size>(
     }
     #[unroll]
     for tap in 0..kernel * kernel {
-        let sum = add_groups::<N>(sums[tap], lane, group, lanes, groups);
-        if group == 0 && column < g.columns {
+        let sum = share.add_groups::<N>(sums[tap], units);
+        if share.writes(g.columns as usize) {
             let at = (CUBE_POS_Y as usize * kernel * kernel + tap) * g.columns as usize;
-            out[at + column as usize] = sum;
+            out[at + share.column] = sum;
         }
     }
 }
@@ -220,12 +217,6 @@ fn run(width: usize) -> usize {
 /// `[C, 1, k, k]` as `[k, k, C]`.
 fn by_tap(weight: CubeTensor) -> CubeTensor {
     dense(permute(weight, &[2, 3, 0, 1]))
-}
-
-/// Cubes with a unit for each of so many.
-fn grid(of: &CubeTensor, count: usize) -> (CubeCount, CubeDim) {
-    let units = units(of);
-    (CubeCount::new_1d(count.div_ceil(units) as u32), CubeDim::new_1d(units as u32))
 }
 
 /// `lines` lines of `runs` runs are what the kernel walks.
@@ -355,8 +346,7 @@ pub(super) fn weight_gradient(
             images * out_height * runs,
             plan.rows,
             Shape { kernel: kernel as u32, stride: options.stride as u32, run: run as u32 },
-            plan.lanes,
-            plan.groups,
+            plan.units,
         );
     }
     // [k, k, C] as [C, 1, k, k].

@@ -47,6 +47,12 @@ fn units(of: &CubeTensor) -> usize {
     if most < UNITS && !WHOLE_CUBES.load(Ordering::Relaxed) { 1 } else { UNITS }
 }
 
+/// Cubes with a unit for each of `count`, at least.
+fn grid(of: &CubeTensor, count: usize) -> (CubeCount, CubeDim) {
+    let units = units(of);
+    (CubeCount::new_1d(count.div_ceil(units) as u32), CubeDim::new_1d(units as u32))
+}
+
 static WHOLE_CUBES: AtomicBool = AtomicBool::new(false);
 
 /// From now on, cubes of an emulated device have as many units as a GPU's: each is a thread, which is slow. For tests.

@@ -5,8 +5,8 @@ use burn_cubecl::cubecl;
 use burn_cubecl::cubecl::prelude::*;
 use burn_cubecl::tensor::CubeTensor;
 
-use super::rows::{self, Plan, add_groups};
-use super::{Map, dense, empty, units, vector_size};
+use super::rows::{self, Plan, Share, Units};
+use super::{Map, dense, empty, grid, units, vector_size};
 use crate::model::layers::{Activation, NormaliseOptions};
 
 /// Rows whose vectors one unit computes: it reads a channel's parameters once for all.
@@ -111,30 +111,27 @@ fn chunk_statistics_kernel<N: Size>(
     rows: usize,
     columns: usize,
     chunk: usize,
-    #[comptime] lanes: usize,
-    #[comptime] groups: usize,
+    #[comptime] units: Units,
 ) {
-    let lane = UNIT_POS as usize % lanes;
-    let group = UNIT_POS as usize / lanes;
-    let column = CUBE_POS_X as usize * lanes + lane;
-    let begin = CUBE_POS_Y as usize * chunk;
-    let end = clamp_max(begin + chunk, rows);
+    let share = Share::new(rows, chunk, units);
     let mut first = Vector::<f32, N>::new(0.0);
     let mut sum = Vector::<f32, N>::new(0.0);
     let mut squares = Vector::<f32, N>::new(0.0);
-    if column < columns {
-        first = input[begin * columns + column];
-        for row in range_stepped(begin + group, end, groups) {
-            let deviation = input[row * columns + column] - first;
+    // Of the chunk, whatever the group.
+    let begin = CUBE_POS_Y as usize * chunk;
+    if share.column < columns {
+        first = input[begin * columns + share.column];
+        for row in range_stepped(share.begin, share.end, units.groups) {
+            let deviation = input[row * columns + share.column] - first;
             sum += deviation;
             squares = fma(deviation, deviation, squares);
         }
     }
-    let sum = add_groups::<N>(sum, lane, group, lanes, groups);
-    let squares = add_groups::<N>(squares, lane, group, lanes, groups);
-    if group == 0 && column < columns {
-        let mean = sum / Vector::cast_from(end - begin);
-        let at = CUBE_POS_Y as usize * 2 * columns + column;
+    let sum = share.add_groups::<N>(sum, units);
+    let squares = share.add_groups::<N>(squares, units);
+    if share.writes(columns) {
+        let mean = sum / Vector::cast_from(share.end - begin);
+        let at = CUBE_POS_Y as usize * 2 * columns + share.column;
         out[at] = first + mean;
         out[at + columns] = squares - mean * sum;
     }
@@ -149,77 +146,71 @@ fn statistics_kernel<N: Size>(
     columns: usize,
     chunk: usize,
     count: usize,
-    #[comptime] lanes: usize,
-    #[comptime] groups: usize,
+    #[comptime] units: Units,
 ) {
-    let lane = UNIT_POS as usize % lanes;
-    let group = UNIT_POS as usize / lanes;
-    let column = CUBE_POS_X as usize * lanes + lane;
+    let share = Share::new(count, count, units);
+    let column = share.column;
     let total = Vector::<f32, N>::cast_from(rows);
     let mut sum = Vector::<f32, N>::new(0.0);
     if column < columns {
         // From the first chunk's mean: sums of deviations round less than sums of values.
         let first = chunks[column];
-        for index in range_stepped(group, count, groups) {
+        for index in range_stepped(share.begin, share.end, units.groups) {
             let length = clamp_max(rows - index * chunk, chunk);
             sum += (chunks[index * 2 * columns + column] - first) * Vector::cast_from(length);
         }
     }
-    let sum = add_groups::<N>(sum, lane, group, lanes, groups);
+    let sum = share.add_groups::<N>(sum, units);
     let mut mean = Vector::<f32, N>::new(0.0);
     let mut squares = Vector::<f32, N>::new(0.0);
     if column < columns {
         mean = chunks[column] + sum / total;
-        for index in range_stepped(group, count, groups) {
+        for index in range_stepped(share.begin, share.end, units.groups) {
             let length = clamp_max(rows - index * chunk, chunk);
             let deviation = chunks[index * 2 * columns + column] - mean;
             squares += chunks[(index * 2 + 1) * columns + column];
             squares += deviation * deviation * Vector::cast_from(length);
         }
     }
-    let squares = add_groups::<N>(squares, lane, group, lanes, groups);
-    if group == 0 && column < columns {
+    let squares = share.add_groups::<N>(squares, units);
+    if share.writes(columns) {
         out[column] = mean;
         out[columns + column] = squares / total;
     }
 }
 
 pub(super) fn statistics(input: &Map) -> CubeTensor {
-    let channels = input.channels();
-    let size = vector_size(&[channels]);
-    let (rows, columns) = (input.elements() / channels, channels / size);
-    let plan = Plan::new(rows, columns, usize::MAX, units(&input.0));
-    let chunks = empty(&input.0, [plan.chunks, 2, channels]);
-    let out = empty(&input.0, [2, channels]);
-    let last = Plan::new(plan.chunks, columns, 1, units(&input.0));
+    let columns = Columns::new(input);
+    let plan = columns.plan(input);
+    let last = Plan::new(plan.chunks, columns.count, 1, units(&input.0));
+    let chunks = empty(&input.0, [plan.chunks, 2, input.channels()]);
+    let out = empty(&input.0, [2, input.channels()]);
     // SAFETY: both kernels check rows and columns.
     unsafe {
         chunk_statistics_kernel::launch_unchecked(
             &out.client,
             plan.cube_count(),
             plan.cube_dim(),
-            size,
+            columns.size,
             input.argument(),
             chunks.clone().into_buffer_arg(),
-            rows,
-            columns,
+            columns.rows,
+            columns.count,
             plan.rows,
-            plan.lanes,
-            plan.groups,
+            plan.units,
         );
         statistics_kernel::launch_unchecked(
             &out.client,
             last.cube_count(),
             last.cube_dim(),
-            size,
+            columns.size,
             chunks.into_buffer_arg(),
             out.clone().into_buffer_arg(),
-            rows,
-            columns,
+            columns.rows,
+            columns.count,
             plan.rows,
             plan.chunks,
-            last.lanes,
-            last.groups,
+            last.units,
         );
     }
     out
@@ -306,19 +297,15 @@ fn chunk_gradient_kernel<N: Size>(
     epsilon: f32,
     range: Range,
     #[comptime] activates: bool,
-    #[comptime] lanes: usize,
-    #[comptime] groups: usize,
+    #[comptime] units: Units,
 ) {
-    let lane = UNIT_POS as usize % lanes;
-    let group = UNIT_POS as usize / lanes;
-    let column = CUBE_POS_X as usize * lanes + lane;
-    let begin = CUBE_POS_Y as usize * chunk;
-    let end = clamp_max(begin + chunk, rows);
+    let share = Share::new(rows, chunk, units);
     let mut dot = Vector::<f32, N>::new(0.0);
     let mut sum = Vector::<f32, N>::new(0.0);
+    let column = share.column;
     if column < columns {
         let affine = Affine::<N>::new(statistics, gamma, beta, column, columns, epsilon);
-        for row in range_stepped(begin + group, end, groups) {
+        for row in range_stepped(share.begin, share.end, units.groups) {
             let at = row * columns + column;
             let x = input[at];
             let passed = affine.passed(x, gradient[at], range, activates);
@@ -326,9 +313,9 @@ fn chunk_gradient_kernel<N: Size>(
             dot = fma(passed, (x - affine.mean) * affine.inverse_deviation, dot);
         }
     }
-    let dot = add_groups::<N>(dot, lane, group, lanes, groups);
-    let sum = add_groups::<N>(sum, lane, group, lanes, groups);
-    if group == 0 && column < columns {
+    let dot = share.add_groups::<N>(dot, units);
+    let sum = share.add_groups::<N>(sum, units);
+    if share.writes(columns) {
         let at = CUBE_POS_Y as usize * 2 * columns + column;
         out[at] = dot;
         out[at + columns] = sum;
@@ -337,12 +324,13 @@ fn chunk_gradient_kernel<N: Size>(
 
 pub(super) fn forward(input: &Map, parameters: &Parameters) -> Map {
     let (out, columns) = (Map::empty(input, input.shape()), Columns::new(input));
+    let (cubes, units) = columns.grid(input, ROWS);
     // SAFETY: rows are checked within, and columns are what a remainder leaves.
     unsafe {
         forward_kernel::launch_unchecked(
             &input.0.client,
-            columns.cube_count(ROWS),
-            columns.cube_dim(),
+            cubes,
+            units,
             columns.size,
             input.argument(),
             parameters.statistics.clone().into_buffer_arg(),
@@ -360,12 +348,13 @@ pub(super) fn forward(input: &Map, parameters: &Parameters) -> Map {
 
 pub(super) fn input_gradient(input: &Map, gradient: &Map, sums: CubeTensor, parameters: &Parameters) -> Map {
     let (out, columns) = (Map::empty(input, input.shape()), Columns::new(input));
+    let (cubes, units) = columns.grid(input, ROWS);
     // SAFETY: as above.
     unsafe {
         input_gradient_kernel::launch_unchecked(
             &input.0.client,
-            columns.cube_count(ROWS),
-            columns.cube_dim(),
+            cubes,
+            units,
             columns.size,
             input.argument(),
             gradient.argument(),
@@ -387,7 +376,7 @@ pub(super) fn input_gradient(input: &Map, gradient: &Map, sums: CubeTensor, para
 
 pub(super) fn parameter_gradient(input: &Map, gradient: &Map, parameters: &Parameters) -> CubeTensor {
     let columns = Columns::new(input);
-    let plan = Plan::new(columns.rows, columns.count, usize::MAX, units(&input.0));
+    let plan = columns.plan(input);
     let chunks = empty(&input.0, [plan.chunks, 2, input.channels()]);
     // SAFETY: rows and columns are checked within.
     unsafe {
@@ -408,8 +397,7 @@ pub(super) fn parameter_gradient(input: &Map, gradient: &Map, parameters: &Param
             parameters.options.epsilon,
             parameters.range(),
             parameters.activates(),
-            plan.lanes,
-            plan.groups,
+            plan.units,
         );
     }
     rows::sum(chunks)
@@ -437,12 +425,13 @@ fn add_relu_gradient_kernel<N: Size>(
 
 pub(super) fn add_relu(a: &Map, b: &Map) -> Map {
     let (out, columns) = (Map::empty(a, a.shape()), Columns::new(a));
+    let (cubes, units) = columns.grid(a, 1);
     // SAFETY: the length is checked within.
     unsafe {
         add_relu_kernel::launch_unchecked(
             &a.0.client,
-            columns.cube_count(1),
-            columns.cube_dim(),
+            cubes,
+            units,
             columns.size,
             a.argument(),
             b.argument(),
@@ -454,12 +443,13 @@ pub(super) fn add_relu(a: &Map, b: &Map) -> Map {
 
 pub(super) fn add_relu_gradient(output: &Map, gradient: &Map) -> Map {
     let (out, columns) = (Map::empty(output, output.shape()), Columns::new(output));
+    let (cubes, units) = columns.grid(output, 1);
     // SAFETY: as above.
     unsafe {
         add_relu_gradient_kernel::launch_unchecked(
             &output.0.client,
-            columns.cube_count(1),
-            columns.cube_dim(),
+            cubes,
+            units,
             columns.size,
             output.argument(),
             gradient.argument(),
@@ -476,27 +466,21 @@ struct Columns {
     count: usize,
     /// Floats of a vector.
     size: usize,
-    units: usize,
 }
 
 impl Columns {
     fn new(map: &Map) -> Self {
         let size = vector_size(&[map.channels()]);
-        Self {
-            rows: map.elements() / map.channels(),
-            count: map.channels() / size,
-            size,
-            units: units(&map.0),
-        }
+        Self { rows: map.elements() / map.channels(), count: map.channels() / size, size }
     }
 
-    /// Cubes for a unit for every vector of every `rows` rows.
-    fn cube_count(&self, rows: usize) -> CubeCount {
-        let units = self.rows.div_ceil(rows) * self.count;
-        CubeCount::new_1d(units.div_ceil(self.units) as u32)
+    /// How their sums over rows are shared out.
+    fn plan(&self, map: &Map) -> Plan {
+        Plan::new(self.rows, self.count, usize::MAX, units(&map.0))
     }
 
-    fn cube_dim(&self) -> CubeDim {
-        CubeDim::new_1d(self.units as u32)
+    /// A unit for every vector of every `rows` rows.
+    fn grid(&self, map: &Map, rows: usize) -> (CubeCount, CubeDim) {
+        grid(&map.0, self.rows.div_ceil(rows) * self.count)
     }
 }

@@ -12,13 +12,19 @@ use super::{MULTIPROCESSORS, UNITS, empty, units, vector_size};
 /// How many cubes a sum over rows is cut into at most.
 const CUBES: usize = 4 * MULTIPROCESSORS;
 
+/// The units of a cube.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Units {
+    /// Vectors side by side.
+    pub lanes: usize,
+    /// Units that share the rows of a lane.
+    pub groups: usize,
+}
+
 /// How a sum over rows is shared out among units.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Plan {
-    /// Vectors side by side in a cube.
-    pub lanes: usize,
-    /// Units in a cube that share the rows of a lane.
-    pub groups: usize,
+    pub units: Units,
     /// Cubes side by side.
     pub width: usize,
     /// Chunks of rows.
@@ -38,7 +44,8 @@ impl Plan {
         let least = 4 * (UNITS / lanes.max(8));
         let wanted = (CUBES / width).clamp(1, chunks).min(rows.div_ceil(least)).max(1);
         let rows_of_chunk = rows.div_ceil(wanted).max(1);
-        Self { lanes, groups, width, chunks: rows.div_ceil(rows_of_chunk).max(1), rows: rows_of_chunk }
+        let chunks = rows.div_ceil(rows_of_chunk).max(1);
+        Self { units: Units { lanes, groups }, width, chunks, rows: rows_of_chunk }
     }
 
     pub fn cube_count(&self) -> CubeCount {
@@ -46,32 +53,61 @@ impl Plan {
     }
 
     pub fn cube_dim(&self) -> CubeDim {
-        CubeDim::new_1d((self.lanes * self.groups) as u32)
+        CubeDim::new_1d((self.units.lanes * self.units.groups) as u32)
     }
 }
 
-/// Adds what the groups of a cube have, in the order of the groups; every unit gets the sum.
-#[cube]
-pub(super) fn add_groups<N: Size>(
-    own: Vector<f32, N>,
+/// A unit's share of a sum over rows: a column, and of its cube's chunk of rows every so many-th from its own group's on.
+#[derive(CubeType, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+pub(super) struct Share {
     lane: usize,
     group: usize,
-    #[comptime] lanes: usize,
-    #[comptime] groups: usize,
-) -> Vector<f32, N> {
-    if comptime!(groups == 1) {
-        own
-    } else {
-        let mut shared = Shared::<[Vector<f32, N>]>::new_aligned_slice(lanes * groups, 16usize);
-        shared[group * lanes + lane] = own;
-        sync_cube();
-        let mut sum = shared[lane];
-        for other in 1..groups {
-            sum += shared[other * lanes + lane];
+    pub column: usize,
+    /// The first row.
+    pub begin: usize,
+    /// One past the chunk's last row.
+    pub end: usize,
+}
+
+#[cube]
+impl Share {
+    /// Of `rows` rows in chunks of `chunk`.
+    pub fn new(rows: usize, chunk: usize, #[comptime] units: Units) -> Share {
+        let lane = UNIT_POS as usize % units.lanes;
+        let group = UNIT_POS as usize / units.lanes;
+        let first = CUBE_POS_Y as usize * chunk;
+        Share {
+            lane,
+            group,
+            column: CUBE_POS_X as usize * units.lanes + lane,
+            begin: first + group,
+            end: clamp_max(first + chunk, rows),
         }
-        // Who comes here again must not write before all have read.
-        sync_cube();
-        sum
+    }
+
+    /// Adds what the groups of the cube have, in the order of the groups; every unit gets the sum.
+    pub fn add_groups<N: Size>(self, own: Vector<f32, N>, #[comptime] units: Units) -> Vector<f32, N> {
+        if comptime!(units.groups == 1) {
+            own
+        } else {
+            let mut shared =
+                Shared::<[Vector<f32, N>]>::new_aligned_slice(units.lanes * units.groups, 16usize);
+            shared[self.group * units.lanes + self.lane] = own;
+            sync_cube();
+            let mut sum = shared[self.lane];
+            for other in 1..units.groups {
+                sum += shared[other * units.lanes + self.lane];
+            }
+            // Who comes here again must not write before all have read.
+            sync_cube();
+            sum
+        }
+    }
+
+    /// Whether this unit writes its column's sum, of `columns`.
+    pub fn writes(self, columns: usize) -> bool {
+        self.group == 0 && self.column < columns
     }
 }
 
@@ -81,21 +117,18 @@ fn sum_kernel<N: Size>(
     out: &mut [Vector<f32, N>],
     rows: usize,
     vectors: usize,
-    #[comptime] lanes: usize,
-    #[comptime] groups: usize,
+    #[comptime] units: Units,
 ) {
-    let lane = UNIT_POS as usize % lanes;
-    let group = UNIT_POS as usize / lanes;
-    let column = CUBE_POS_X as usize * lanes + lane;
+    let share = Share::new(rows, rows, units);
     let mut sum = Vector::<f32, N>::new(0.0);
-    if column < vectors {
-        for row in range_stepped(group, rows, groups) {
-            sum += matrix[row * vectors + column];
+    if share.column < vectors {
+        for row in range_stepped(share.begin, share.end, units.groups) {
+            sum += matrix[row * vectors + share.column];
         }
     }
-    let sum = add_groups::<N>(sum, lane, group, lanes, groups);
-    if group == 0 && column < vectors {
-        out[column] = sum;
+    let sum = share.add_groups::<N>(sum, units);
+    if share.writes(vectors) {
+        out[share.column] = sum;
     }
 }
 
@@ -121,8 +154,7 @@ pub(super) fn sum(matrix: CubeTensor) -> CubeTensor {
             out.clone().into_buffer_arg(),
             rows,
             length / size,
-            plan.lanes,
-            plan.groups,
+            plan.units,
         );
     }
     out
