@@ -6,8 +6,10 @@ use super::params::{
     ClassRange, Counters, LossScalars, Pairs, RowNumbers, RowSame, RowSums, RowWeights, Settings, Side, TILE,
     WEIGH_SUMS, ZEROED, Zeroed,
 };
-use super::plan::{POOL_UNIT, Shape, more_scale, order_runs, sum_scale, tiles};
+use super::plan::GradientGrid;
+use super::shape::{POOL_UNIT, Shape, more_scale, order_runs, sum_scale, tiles};
 use super::workspace::{Layout, Region};
+use super::{DeviceProperties, Kernel};
 use crate::backend::step::Step;
 use crate::loss::select::{initial_tolerances, probe_tolerance};
 use crate::loss::{LossSettings, Mining, UnitCheck};
@@ -112,11 +114,10 @@ impl LossLayout {
     /// elements of e bytes (prepared 2 of f32 that is rounded), and the budget.
     ///
     /// `resident`: input and gradients stay in the caller's memory, so none is set aside for them.
-    pub(super) fn new(shape: &Shape, budget: usize, multiprocessors: u32, resident: bool) -> Self {
+    pub(super) fn new(shape: &Shape, budget: usize, gpu: DeviceProperties, resident: bool) -> Self {
         let mut layout = Layout::default();
-        let mut side = |of_references, gradient| {
-            Self::side(&mut layout, shape, of_references, gradient, multiprocessors, resident)
-        };
+        let mut side =
+            |of_references, gradient| Self::side(&mut layout, shape, of_references, gradient, gpu, resident);
         let anchors = side(false, true);
         let references = match shape.references {
             Some(_) => side(true, shape.reference_gradient),
@@ -180,16 +181,14 @@ impl LossLayout {
         shape: &Shape,
         of_references: bool,
         gradient: bool,
-        multiprocessors: u32,
+        gpu: DeviceProperties,
         resident: bool,
     ) -> SideRegions {
         let (count, _) = shape.sides(of_references);
         let (padded, stride) = (tiles(count) * TILE as usize, shape.stride());
         let merged = if order_runs(count).next().is_some() { count } else { 0 };
-        let splits = match shape.splits(of_references, multiprocessors) {
-            1 => 0,
-            several => several,
-        };
+        let grid = GradientGrid::new(Kernel::Gradient(shape.precision), shape, of_references, gpu);
+        let splits = if grid.splits == 1 { 0 } else { grid.splits };
         // Without a gradient its regions are empty.
         let if_wanted = |elements: usize| if gradient { elements } else { 0 };
         let if_copied = |elements: usize| if resident { 0 } else { elements };
@@ -207,7 +206,7 @@ impl LossLayout {
             column_sums: layout.region::<f32>(tiles(count) * stride),
             ways: layout.region::<u8>(if_wanted(tiles(count))),
             partial: layout.region::<f32>(if_wanted(splits * padded * stride)),
-            arrived: layout.region::<u32>(if_wanted(splits.min(1) * shape.gradient_blocks(of_references))),
+            arrived: layout.region::<u32>(if_wanted(splits.min(1) * grid.blocks())),
             gradient: layout.region::<f32>(if_copied(if_wanted(count * shape.dim))),
         }
     }

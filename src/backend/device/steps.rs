@@ -2,14 +2,14 @@
 
 use bytemuck::{Pod, cast_slice, cast_slice_mut};
 
+use super::launcher::Launcher;
 use super::layout::Remembered;
-use super::loss::{
-    Launcher, download_gradients, download_scalars, issue_gradients, issue_same_class, issue_selection,
-    issue_sweep, issue_weigh, same_type, upload,
-};
+use super::loss::same_type;
 use super::order::issue_order;
 use super::params::{Counters, NUMBERS_COUNTS, NUMBERS_MAX_NEG, NUMBERS_MIN_POS, ReportParams, TakeParams};
-use super::plan::Shape;
+use super::passes::{issue_gradients, issue_same_class, issue_selection, issue_sweep, issue_weigh};
+use super::shape::Shape;
+use super::transfer::{download_gradients, download_scalars, upload};
 use super::workspace::Region;
 use super::{Device, DeviceBackend, Kernel};
 use crate::backend::step::Step;
@@ -172,6 +172,7 @@ impl<D: Device> DeviceBackend<D> {
         let mut launcher = Launcher::new(&mut *device, &loss);
         take(&mut launcher, base, &loss, Which::Counts, given)?;
         let targets = [loss.layout.anchors, loss.layout.references].map(|side| side.ends(base).gradient);
+        issue_weigh(&mut launcher, base, &loss, loss.scalars_at(base), true)?;
         issue_gradients(&mut launcher, base, &loss, targets)?;
         download_scalars(device, buffer, &loss, part.anchors.embeddings.norm_tolerance(), output)?;
         download_gradients(device, buffer, &loss, output)?;

@@ -3,12 +3,13 @@
 use bytemuck::{cast_slice, cast_slice_mut};
 use ndarray::ArrayView2;
 
+use super::launcher::Launcher;
 use super::layout::{Remembered, pointer, unless_empty};
-use super::loss::Launcher;
 use super::params::{GradientParams, ThresholdParams, ThresholdSumParams};
-use super::plan::Shape;
+use super::plan::GradientGrid;
+use super::shape::Shape;
 use super::workspace::{Layout, Region};
-use super::{Device, DeviceBackend, Kernel};
+use super::{Device, DeviceBackend, DeviceProperties, Kernel};
 use crate::backend::step::Step;
 use crate::loss::{Batch, Hypergradient};
 use crate::{Error, Result};
@@ -27,13 +28,13 @@ struct ThresholdLayout {
 
 impl ThresholdLayout {
     /// About `4 (B + N) D` bytes for tangents, and 16 for each block of a gradient.
-    fn new(shape: &Shape, multiprocessors: u32, resident: bool) -> Self {
+    fn new(shape: &Shape, gpu: DeviceProperties, resident: bool) -> Self {
         let mut layout = Layout::default();
         let counts = [shape.anchors, shape.references.unwrap_or(0)];
         let blocks = [false, true].map(|of_references| {
             let there = !of_references || shape.references.is_some();
-            let splits = shape.splits(of_references, multiprocessors);
-            if there { shape.gradient_blocks(of_references) * splits } else { 0 }
+            let grid = grid(shape, of_references, gpu);
+            if there { grid.blocks() * grid.splits } else { 0 }
         });
         Self {
             tangents: counts.map(|count| layout.region::<f32>(if resident { 0 } else { count * shape.dim })),
@@ -92,7 +93,7 @@ impl<D: Device> DeviceBackend<D> {
             return Err(Error::OutOfOrder("the threshold pass needs the last step of the loss before it"));
         }
         same_shape(&remembered.shape, &shape)?;
-        let layout = ThresholdLayout::new(&shape, device.multiprocessors(), resident);
+        let layout = ThresholdLayout::new(&shape, device.properties(), resident);
         let buffer = threshold.lay(device, &layout.layout)?;
         let tangents = place(device, buffer, &layout.tangents)?;
         let (pairs_base, base) = (device.address(pairs_buffer), device.address(buffer));
@@ -122,6 +123,10 @@ impl<D: Device> DeviceBackend<D> {
     }
 }
 
+fn grid(shape: &Shape, of_references: bool, gpu: DeviceProperties) -> GradientGrid {
+    GradientGrid::new(Kernel::Threshold(shape.precision), shape, of_references, gpu)
+}
+
 /// The gradient's walk over the pairs of the last loss, which writes nothing.
 fn walk<D: Device>(
     launcher: &Launcher<'_, D>,
@@ -135,7 +140,7 @@ fn walk<D: Device>(
     GradientParams {
         pairs: loss.pairs(base),
         of_references: u32::from(of_references),
-        splits: shape.splits(of_references, launcher.device.multiprocessors()) as u32,
+        splits: grid(shape, of_references, launcher.device.properties()).splits as u32,
         weight_scale: shape.slope_scale(sharpness),
         reserved: 0,
         ways: unless_empty::<u8>(base, regions.ways),
