@@ -268,8 +268,7 @@ impl Backend for CpuBackend {
         output: &mut LossOutput,
     ) -> Result<()> {
         let settings = self.go_on(part, Step::Gradient)?;
-        count_pos.validate(part)?;
-        count_neg.validate(part)?;
+        RowNumbers::validate_sizes(&count_pos, &count_neg, part)?;
         self.take_counts(&count_pos, &count_neg);
         workers_for(part).stay(|workers| self.sum_gradient(part, &settings, workers, output))?;
         self.remembered = Some(Remembered::new(part, &settings, Step::Gradient));

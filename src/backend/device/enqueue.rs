@@ -15,7 +15,7 @@ use super::steps::{Given, Which, report_to, take};
 use super::transfer::{IdentityAt, Input};
 use super::{Device, DeviceBackend};
 use crate::backend::step::Step;
-use crate::loss::LossSettings;
+use crate::loss::{LossSettings, same_length};
 use crate::{Error, Result};
 
 /// Which reference is an anchor itself; see [`Identity`](crate::loss::Identity).
@@ -304,10 +304,7 @@ fn given(part: &ResidentPart, lists: [ResidentNumbers; 2], totals: u64) -> Resul
     for list in &lists {
         list.validate(part)?;
     }
-    if lists[0].count != lists[1].count {
-        let (expected, got) = (lists[0].count, lists[1].count);
-        return Err(Error::LengthMismatch { what: "numbers of the references", expected, got });
-    }
+    same_length("numbers of the references", lists[0].count, lists[1].count)?;
     let addresses = [lists[0].anchors, lists[1].anchors, lists[0].references, lists[1].references];
     Ok(Given { lists: addresses, references: lists[0].count, totals })
 }

@@ -11,8 +11,8 @@ use super::shape::{POOL_UNIT, Shape, more_scale, order_runs, sum_scale, tiles};
 use super::workspace::{Layout, Region};
 use super::{DeviceProperties, Kernel};
 use crate::backend::step::Step;
-use crate::loss::select::{initial_tolerances, probe_tolerance};
-use crate::loss::{LossSettings, Mining, UnitCheck};
+use crate::loss::select::{candidate_tolerance, initial_tolerances, probe_tolerance};
+use crate::loss::{Batch, LossSettings, Mining, UnitCheck};
 
 /// Where the figures of a loss go, in device memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -220,15 +220,20 @@ pub(super) struct Remembered {
     pub(super) host_settings: LossSettings,
     /// How far the steps of a part have come; `None` for a loss at once.
     pub(super) step: Option<Step>,
-    /// Labels of both sides, where the host has them: those of the next step must be the same.
-    pub(super) labels: [Vec<i64>; 2],
+    /// Labels of both sides, where the host has them: those of what goes on from here must be the same.
+    pub(super) labels: Option<[Vec<i64>; 2]>,
+}
+
+/// Of both sides; none of references where there are none.
+fn labels_of<'a>(batch: &Batch<'a>) -> [&'a [i64]; 2] {
+    [batch.anchors.labels, batch.references.map_or(&[], |rows| rows.labels)]
 }
 
 const _: () = assert!(offset_of!(Counters, probe_neg) == 0 && offset_of!(Counters, total_pos) == 8);
 
 impl Remembered {
     /// The first step of a part without anchors, which no kernel is asked for.
-    pub(super) fn of_nothing(shape: Shape, settings: &LossSettings, labels: [Vec<i64>; 2]) -> Self {
+    pub(super) fn of_nothing(shape: Shape, settings: &LossSettings, labels: Option<[Vec<i64>; 2]>) -> Self {
         Self {
             shape,
             layout: LossLayout::default(),
@@ -237,6 +242,21 @@ impl Remembered {
             step: Some(Step::SameClass),
             labels,
         }
+    }
+
+    /// Takes over the labels of `batch`; the memory is that of labels before, if there is any.
+    pub(super) fn keep_labels(before: Option<Self>, batch: &Batch<'_>) -> Option<[Vec<i64>; 2]> {
+        let mut labels = before.and_then(|last| last.labels).unwrap_or_default();
+        for (kept, given) in labels.iter_mut().zip(labels_of(batch)) {
+            kept.clear();
+            kept.extend_from_slice(given);
+        }
+        Some(labels)
+    }
+
+    /// Whether labels are those of `batch`, as far as the host knows them.
+    pub(super) fn has_labels_of(&self, batch: &Batch<'_>) -> bool {
+        self.labels.as_ref().is_none_or(|labels| *labels == labels_of(batch))
     }
 
     /// Where the scalars of a loss that is waited for lie, in a workspace at `base`.
@@ -302,13 +322,11 @@ pub(super) fn unless_empty<T>(base: u64, region: Region) -> *mut T {
 
 pub(super) fn device_settings(settings: &LossSettings, shape: &Shape) -> Settings {
     let tolerances = initial_tolerances(settings);
-    let probe = probe_tolerance(settings);
     Settings {
         gamma_pos: tolerances.pos,
         gamma_neg: tolerances.neg,
-        probe,
-        // The negative tolerance only ever shrinks: nothing below this one is ever mined.
-        candidate: probe.max(tolerances.neg),
+        probe: probe_tolerance(settings),
+        candidate: candidate_tolerance(settings),
         tolerance: settings.tolerance,
         alpha: settings.alpha,
         beta: settings.beta,

@@ -48,7 +48,6 @@ impl<D: Device> DeviceBackend<D> {
         settings: &LossSettings,
         output: &mut LossOutput,
     ) -> Result<()> {
-        self.remembered = None;
         self.run_loss_of(Shape { any_length: true, ..self.shape(batch) }, batch, settings, output)
     }
 
@@ -59,11 +58,13 @@ impl<D: Device> DeviceBackend<D> {
         settings: &LossSettings,
         output: &mut LossOutput,
     ) -> Result<()> {
+        let last = self.remembered.take();
         settings.validate()?;
         batch.validate()?;
         same_type(batch)?;
         shape.check()?;
-        let loss = self.begin(shape, settings, false)?;
+        let labels = Remembered::keep_labels(last, batch);
+        let loss = Remembered { labels, ..self.begin(shape, settings, false)? };
         let layout = &loss.layout;
         let Self { device, loss: workspace, .. } = self;
         let buffer = workspace.lay(device, &layout.layout)?;
@@ -93,7 +94,7 @@ impl<D: Device> DeviceBackend<D> {
             settings: device_settings(settings, &shape),
             host_settings: *settings,
             step: None,
-            labels: Default::default(),
+            labels: None,
         })
     }
 }

@@ -5,7 +5,7 @@ use super::params::{
     ORDER_RUNS, ORDER_TILE, ORDER_WIDE_TILE, STAGE_BYTES, TILE, TILE_MASK_WORDS, WEIGH_NO_WORDS,
     WEIGH_WORDS_BF16, WEIGH_WORDS_F16,
 };
-use crate::loss::LossSettings;
+use crate::loss::{BatchSize, LossSettings};
 use crate::{Error, Result};
 
 /// Candidates that kernels read at once.
@@ -79,6 +79,10 @@ impl Shape {
             numbers: false,
             any_length: false,
         }
+    }
+
+    pub fn size(&self) -> BatchSize {
+        BatchSize { anchors: self.anchors, references: self.references, dim: self.dim }
     }
 
     /// N, whichever form this is.

@@ -52,13 +52,13 @@ impl<D: Device> DeviceBackend<D> {
         settings: &LossSettings,
         output: &mut LossOutput,
     ) -> Result<()> {
+        let last = self.remembered.take();
         settings.validate()?;
         part.validate()?;
         same_type(part)?;
         let shape = Shape { numbers: !part.is_square(), ..self.shape(part) };
         shape.check()?;
-        let labels =
-            [part.anchors.labels.to_vec(), part.references.map_or(vec![], |rows| rows.labels.to_vec())];
+        let labels = Remembered::keep_labels(last, part);
         if shape.anchors == 0 {
             self.remembered = Some(Remembered::of_nothing(shape, settings, labels));
             *output = LossOutput::default();
@@ -148,12 +148,7 @@ impl<D: Device> DeviceBackend<D> {
         output: &mut LossOutput,
     ) -> Result<()> {
         let loss = self.go_on(part, Step::Gradient)?;
-        pos.validate(part)?;
-        neg.validate(part)?;
-        if pos.references.len() != neg.references.len() {
-            let (expected, got) = (pos.references.len(), neg.references.len());
-            return Err(Error::LengthMismatch { what: "numbers of the references", expected, got });
-        }
+        RowNumbers::validate_sizes(&pos, &neg, part)?;
         if loss.shape.anchors == 0 {
             let gradient = ndarray::Array2::zeros((0, loss.shape.dim));
             *output = LossOutput {
@@ -186,8 +181,7 @@ impl<D: Device> DeviceBackend<D> {
         part.validate()?;
         same_type(part)?;
         let shape = Shape { numbers: last.shape.numbers, ..self.shape(part) };
-        let references = part.references.map_or(&[][..], |rows| rows.labels);
-        if last.shape != shape || last.labels[0] != part.anchors.labels || last.labels[1] != references {
+        if last.shape != shape || !last.has_labels_of(part) {
             return Err(Error::OutOfOrder(
                 "a step needs the part of the step before it: shape or labels differ",
             ));
