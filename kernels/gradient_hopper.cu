@@ -1,5 +1,5 @@
 // gradient_hopper.cu: gradient.cu on Hopper's warpgroup products (wgmma, sm_90a); 16-bit types.
-// Truth: src/loss/reference.rs. Launcher: src/backend/device/loss.rs.
+// Truth: src/loss/gradient.rs, src/loss/reference.rs. Launcher: src/backend/device/passes.rs.
 //
 // dE += M R, a block 128 rows and 256 columns of dE. Its warps have roles: two warpgroups multiply, 64 rows each; three warps
 // build the next tiles of M in shared memory, a store for every word that `weigh` left of a candidate; one warp copies zeros

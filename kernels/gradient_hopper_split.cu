@@ -1,5 +1,5 @@
 // gradient_hopper_split.cu: gradient_hopper.cu of f32 to its own precision, M and R as two f16 each.
-// Truth: src/loss/reference.rs. Launcher: src/backend/device/loss.rs.
+// Truth: src/loss/gradient.rs, src/loss/reference.rs. Launcher: src/backend/device/passes.rs.
 //
 // The same roles. A stage is 32 of the other side's rows and 128 columns in both parts, 16 KB; there are six. M is a tile of high
 // parts and one of low ones, two of both: one is built while the other is multiplied. The warps that build weigh the pairs by

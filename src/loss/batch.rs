@@ -118,7 +118,7 @@ pub enum UnitCheck {
 /// Which reference of the rectangular form is an anchor itself, and so never a pair of it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Identity<'a> {
-    /// Nobody says. An image that stands on both sides is left out of the positives by its value, by SPEC 1's rule
+    /// Unknown: an image that stands on both sides is left out of the positives by its value, by SPEC 1's rule
     /// on exact duplicates.
     #[default]
     ByValue,

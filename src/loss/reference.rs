@@ -51,10 +51,8 @@ pub fn reference(batch: &Batch<'_>, settings: &LossSettings) -> Result<Reference
     let references = batch.references.map(|rows| read(batch, "references", &rows)).transpose()?;
     let reference_side =
         references.as_ref().zip(batch.references).map(|(embeddings, rows)| (embeddings, rows.labels));
-    let mut similarities = Similarities::new((&anchors, batch.anchors.labels), reference_side);
-    if !batch.is_square() {
-        similarities = similarities.with_identity(&batch.identity);
-    }
+    let anchor_side = (&anchors, batch.anchors.labels);
+    let similarities = Similarities::of_batch(anchor_side, reference_side, &batch.identity);
     let rows = (&anchors, references.as_ref());
     Ok(evaluate(similarities, rows, batch.total(), batch.reference_gradient, settings))
 }

@@ -21,7 +21,7 @@ use crate::{Error, Result};
 /// Which reference is an anchor itself; see [`Identity`](crate::loss::Identity).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ResidentIdentity {
-    /// Nobody says: by value.
+    /// Unknown: an anchor among the references is recognised by its value.
     #[default]
     ByValue,
     /// Reference `first + i` is anchor i.

@@ -159,7 +159,7 @@ impl Shape {
     }
 
     /// Power of two that the tile of M is stored with. A weight is at most 4 / B, and f16 ends at
-    /// 65,504 above and 6e-8 below: with the largest at 2^13 and more, what underflows is 2^-37 of it.
+    /// 65,504 above and 2^-24 below: with the largest above 2^12, what underflows is less than 2^-36 of it.
     pub fn weight_scale(&self) -> f32 {
         if !self.precision.is_narrow() {
             return 1.0;
