@@ -192,12 +192,7 @@ DEVICE void build_matrices(const GradientParams &p, GradientSplitShared &shared,
 // of the sweep: either order of the operands gives the same.
 DEVICE void recompute_values(GradientSplitShared &shared, Barrier *valued, uint32_t fill, uint32_t steps, uint32_t group) {
     float acc[kPartColumns / 8][4];
-#pragma unroll
-    for (auto &four : acc) {
-#pragma unroll
-        for (float &sum : four) sum = 0.0f;
-    }
-    settle(acc);
+    clear(acc);
 #pragma unroll 1
     for (uint32_t step = 0; step < steps; ++step, fill += SplitRoles::step_fills) {
 #pragma unroll 1

@@ -210,14 +210,6 @@ DEVICE void multiply_near(GroupAccumulators &acc, EdgeSums &edges, const Pairs &
         if (before != 0) cp_async_bulk(edges_at - before * STAGE_BYTES, rows_before + from, before * STAGE_BYTES, full);
         if (behind != 0) cp_async_bulk(edges_at, rows_behind + from, behind * STAGE_BYTES, full);
     };
-    auto clear = [](auto &sums) {
-#pragma unroll
-        for (auto &four : sums) {
-#pragma unroll
-            for (float &sum : four) sum = 0.0f;
-        }
-        settle(sums);
-    };
     clear(acc);
     clear(edges);
 #pragma unroll 1

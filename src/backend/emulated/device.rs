@@ -178,7 +178,11 @@ impl Device for EmulatedDevice {
     unsafe fn launch<P: Params>(&mut self, kernel: Kernel, plan: LaunchPlan, params: &P) -> Result<()> {
         self.launched.push(kernel.name());
         let seed = self.seed.wrapping_mul(1_000_003).wrapping_add(self.launched.len() as u64);
-        let refused = || Error::Device { call: "launch", code: format!("no kernel {}", kernel.name()) };
+        let refused = || {
+            let (name, threads, bytes) = (kernel.name(), plan.threads, size_of::<P>());
+            let code = format!("no kernel {name} of {threads} threads and {bytes} bytes of parameters");
+            Error::Device { call: "launch", code }
+        };
         let name = CString::new(kernel.name()).map_err(|_| refused())?;
         // SAFETY: name, grid and parameters outlive the call; what the parameters
         // point to is the caller's promise.
