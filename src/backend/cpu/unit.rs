@@ -342,6 +342,7 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::super::CpuBackend;
+    use crate::Error;
     use crate::backend::Backend;
     use crate::loss::{Batch, Embeddings, LossOutput, LossSettings, Rows, reference};
     use half::{bf16, f16};
