@@ -112,7 +112,7 @@ typedef enum ddtas_dtype {
  */
 typedef enum ddtas_identity {
     /**
-     * Nobody says. An anchor that also stands among the references is left out of the positives by its value.
+     * Unknown: an anchor that also stands among the references is left out of the positives by its value.
      */
     DDTAS_IDENTITY_BY_VALUE = 0,
     /**
@@ -740,13 +740,13 @@ enum ddtas_status ddtas_nearest(struct ddtas_context *context,
 /**
  * Recall@K: the share of rows whose K nearest other rows hold one of their class, for every K of `ks`.
  *
- * Rows with a negative label are neither queries nor answers to a label; a row alone in its class is no query. `recall`
+ * Rows with a negative label are neither queries nor answers to a label; a row alone in its class is no query. `recall_at`
  * takes `k_count` values in the order of `ks`; `queries`, if not NULL, the number of rows that were
  * counted. Both are in host memory, as `ks` is, wherever the rows lie. Memory grows with `count` times the largest K.
  * Rows in device memory are searched where they lie; their labels are copied to the host, and so are the lists.
  *
  * # Safety
- * As ddtas_loss; `ks` and `recall` have `k_count` entries.
+ * As ddtas_loss; `ks` and `recall_at` have `k_count` entries.
  */
 enum ddtas_status ddtas_recall_at_k(struct ddtas_context *context,
                                     const struct ddtas_rows *rows,
@@ -765,8 +765,8 @@ enum ddtas_status ddtas_recall_at_k(struct ddtas_context *context,
  * each other what they found; the caller carries it, and hands it in by `part`. The references' numbers let
  * a part sum its own rows of the gradient: no gradient travels.
  *
- * `settings` NULL: the paper's; they hold for all four steps. Each step takes the rows of the first. A step that fails, and a
- * ddtas_loss between two of them, end the row. A `result` that is the same for all steps has in the end
+ * `settings` NULL: the paper's; they hold for all four steps. Each step takes the rows of the first. A failed step, or a
+ * ddtas_loss in between, ends the sequence: start again with ddtas_same_class. A `result` that is the same for all steps has in the end
  * what ddtas_loss writes there, of the part's own pairs. On the CPU each row's numbers and gradient are the bits of the whole
  * batch's, however it is split; the losses of all parts add up to its loss but for rounding. Rows lie in host memory.
  *

@@ -7,6 +7,17 @@
 
 #include "hopper.cuh"
 
+// m+ of a row; padding and ignored rows have none, and nothing passes a bound that is made of it.
+DEVICE float row_min_pos(const Pairs &pairs, uint32_t valid_anchors, uint32_t i) {
+    return i < valid_anchors ? pairs.same[i].min_pos : INFINITE;
+}
+
+// The same of a column, which in the rectangular form may be an anchor elsewhere: the probe counts it there.
+DEVICE float column_min_pos(const Pairs &pairs, uint32_t valid_anchors, uint32_t valid_references, uint32_t j) {
+    if (pairs.square) return row_min_pos(pairs, valid_anchors, j);
+    return pairs.columns != nullptr && j < valid_references ? pairs.columns[j].min_pos : INFINITE;
+}
+
 // Rows of a thread that share a word.
 template <class Where>
 constexpr int kRowsOfWord = 32 / Where::columns;

@@ -22,9 +22,8 @@ struct Bf16 {
 #ifdef __CUDACC__
 
 #define DEVICE __device__ __forceinline__
-// The next kernel may be put in place from now on (all blocks of this one are), and this one goes on when the one before
-// is through and what it wrote is there: starts of kernels overlap, and nothing else (programmatic dependent launch, from
-// sm_90 on; launched otherwise, neither does anything).
+// Programmatic dependent launch, from sm_90 on: waits until the grid before has finished and its writes are visible, then lets
+// the next grid be scheduled. So starts of kernels overlap, and nothing else. Launched otherwise, neither does anything.
 DEVICE void begin_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

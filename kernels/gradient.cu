@@ -1,5 +1,5 @@
 // gradient.cu: dE = M R, M = G + G^T, or one side's part in the rectangular form (SPEC 4).
-// Truth: src/loss/reference.rs. Launcher: src/backend/device/loss.rs.
+// Truth: src/loss/gradient.rs, src/loss/reference.rs. Launcher: src/backend/device/passes.rs.
 //
 // Row tiles with few mined pairs are summed from lists (lists.cuh), the others on tensor cores (tiles.cuh); `weigh` has said
 // which. One block owns 128 rows (f32: 64) and 256 columns of the result and walks the other side's tiles

@@ -1,5 +1,5 @@
 // gradient_hopper.cu: gradient.cu on Hopper's warpgroup products (wgmma, sm_90a); 16-bit types.
-// Truth: src/loss/reference.rs. Launcher: src/backend/device/loss.rs.
+// Truth: src/loss/gradient.rs, src/loss/reference.rs. Launcher: src/backend/device/passes.rs.
 //
 // dE += M R, a block 128 rows and 256 columns of dE. Its warps have roles: two warpgroups multiply, 64 rows each; three warps
 // build the next tiles of M in shared memory, a store for every word that `weigh` left of a candidate; one warp copies zeros
@@ -195,12 +195,7 @@ DEVICE void build_matrices(const GradientParams &p, GradientHopperShared &shared
 template <class Numbers>
 DEVICE void recompute_values(GradientHopperShared &shared, Barrier *valued, uint32_t fill, uint32_t steps, uint32_t group) {
     float acc[kHalf / 8][4];
-#pragma unroll
-    for (uint32_t n = 0; n < kHalf / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) acc[n][i] = 0.0f;
-    }
-    settle(acc);
+    clear(acc);
     for (uint32_t step = 0; step < steps; ++step, ++fill) {
         mbarrier_wait(full_of(shared, fill), parity_of(shared, fill));
         warp_sync();
@@ -249,12 +244,7 @@ DEVICE void multiply_matrices(const GradientParams &p, GradientHopperShared &sha
                               uint32_t first_column, uint32_t columns) {
     uint32_t group = shuffle(warp_index(), 0) / 4;  // which the compiler then knows to be the warp's
     float sums[n][4];
-#pragma unroll
-    for (int column = 0; column < n; ++column) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums[column][i] = 0.0f;
-    }
-    settle(sums);
+    clear(sums);
     bool open = false;  // the last product is still under way: its stage is not given back yet
     while (walk.next()) {
         const Turn &turn = walk.turn;

@@ -1,5 +1,5 @@
 // gradient_hopper_split.cu: gradient_hopper.cu of f32 to its own precision, M and R as two f16 each.
-// Truth: src/loss/reference.rs. Launcher: src/backend/device/loss.rs.
+// Truth: src/loss/gradient.rs, src/loss/reference.rs. Launcher: src/backend/device/passes.rs.
 //
 // The same roles. A stage is 32 of the other side's rows and 128 columns in both parts, 16 KB; there are six. M is a tile of high
 // parts and one of low ones, two of both: one is built while the other is multiplied. The warps that build weigh the pairs by
@@ -192,12 +192,7 @@ DEVICE void build_matrices(const GradientParams &p, GradientSplitShared &shared,
 // of the sweep: either order of the operands gives the same.
 DEVICE void recompute_values(GradientSplitShared &shared, Barrier *valued, uint32_t fill, uint32_t steps, uint32_t group) {
     float acc[kPartColumns / 8][4];
-#pragma unroll
-    for (auto &four : acc) {
-#pragma unroll
-        for (float &sum : four) sum = 0.0f;
-    }
-    settle(acc);
+    clear(acc);
 #pragma unroll 1
     for (uint32_t step = 0; step < steps; ++step, fill += SplitRoles::step_fills) {
 #pragma unroll 1

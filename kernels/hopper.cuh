@@ -142,12 +142,7 @@ DEVICE void group_multiply_tile(float (&acc)[n][4], const void *a, const void *b
         for (uint32_t line = 0; line < operand_bytes; line += line_bytes) cp_async_bulk(stage + line, a_bytes + from + line, rows_bytes, barrier);
         cp_async_bulk(stage + operand_bytes, b_bytes + from, operand_bytes, barrier);
     };
-#pragma unroll
-    for (int column = 0; column < n; ++column) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) acc[column][i] = 0.0f;
-    }
-    settle(acc);
+    clear(acc);
     for (int index = 0; index < ahead; ++index) copy(index);
     warp_sync();
     for (uint32_t index = 0; index < count; ++index) {

@@ -2,7 +2,7 @@
 // Launcher: src/backend/device/order.rs.
 //
 // order_tiles, order_tiles_wide, order_merge: a sort of (label, index). In tiles of 2,048 keys the place of each is how many
-//   come before it, counted by a block for every 64: a sort by one block would wait for itself. Beyond 65,536 rows a block
+//   come before it, counted by a block for every 64: sorting a tile in one block is bound by its barriers. Beyond 65,536 rows a block
 //   sorts 8,192 in shared memory. Then
 //   ORDER_RUNS sorted runs at a time become one: a key's place is the sum of its places in all of them, found by
 //   binary search, a warp a run. 2,048 rows want no merge, 65,536 one, and with wide tiles 262,144.

@@ -151,7 +151,7 @@ typedef struct Settings {
     double lambda_neg;
     uint64_t lambda;             /* address of two doubles in place of lambda_pos and lambda_neg; or 0 */
     double sum_scale;            /* fixed-point units of RowSums in 1.0, a power of two */
-    double more_scale;           /* the same, at most as many, of what softplus is more than the sigmoid: 2^41 hold a term */
+    double more_scale;           /* of softplus - sigmoid: a power of two, at most sum_scale, with every term below 2^41 units */
     uint32_t adaptive;           /* AT-ASMS, otherwise the tolerances stay */
     uint32_t reserved;
 } Settings;

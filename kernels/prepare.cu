@@ -470,12 +470,7 @@ DEVICE void prepare_hopper_body([[maybe_unused]] const PrepareParams &p) {
     SHARED_MEMORY(ring);
     if (prepare_classes(p)) return;
     DiagonalSums acc;
-#pragma unroll
-    for (auto &four : acc) {
-#pragma unroll
-        for (float &sum : four) sum = 0.0f;
-    }
-    settle(acc);
+    clear(acc);
     prepare_rows<Numbers, Given>(p, ring, DiagonalProducts<Numbers, kRounded<Numbers, Given>>{acc});
     wgmma_wait<0>();
     if (p.duplicate != nullptr) write_duplicate_bounds<DiagonalPlace>(p, acc);

@@ -1,4 +1,4 @@
-// retrieval.cuh: the lists of what may be among a query's k most similar references, of any multiplying warp.
+// retrieval.cuh: top-k candidate lists of queries, one for each warp and row that it multiplies.
 //
 // A list belongs to one warp alone, which has its rows of every tile that it multiplies: bounds and lengths are in registers,
 // nobody else is waited for. A tile is compared with the bounds; only what beats them is appended, and one of the lists that have

@@ -1,11 +1,11 @@
 // select.cu: which pairs each anchor keeps, and the loss (SPEC 2-4).
-// Truth: src/loss/select.rs, src/loss/gradient.rs. Launcher: src/backend/device/loss.rs.
+// Truth: src/loss/select.rs, src/loss/gradient.rs. Launcher: src/backend/device/passes.rs.
 //
-// select_stored, select_recomputed: the AT-ASMS decision is taken anew by every block from
-//   the counters of the sweep (no round trip to the host); then each candidate is held
-//   against the final thresholds of its row and its column. The one kernel for tiles whose candidates were stored, persistent
-//   blocks, and it leaves place and fate of each in its word (on Hopper the
-//   sweep's threads stood otherwise); the other, a block a tile (on Hopper with wgmma), for those that did not fit.
+// select_stored, select_recomputed: every block works out the AT-ASMS tolerances from the sweep's counters (no round trip to
+//   the host), and holds each candidate against the final bounds of its row and its column.
+//   select_stored: tiles whose candidates are in the pool; persistent blocks; writes into each candidate's word where the pair
+//   stands and which anchors keep it (select_stored_hopper: for the places that threads have in Hopper's sweep).
+//   select_recomputed: tiles whose candidates did not fit; one block a tile; on Hopper with wgmma.
 // weigh: per-row weights from the counts, the scalars, results in original order, and which way each row tile's gradient
 //   goes, one block a row tile; the last to come adds their sums, in order. Of 16-bit rows further blocks, one for each tile of
 //   S, finish its words (weigh_words.cuh).

@@ -1,5 +1,5 @@
 // similarity.cu: S = E E^T, tile by tile, never stored (SPEC 1, 3).
-// Truth: src/loss/similarity.rs. Launcher: src/backend/device/loss.rs.
+// Truth: src/loss/similarity.rs. Launcher: src/backend/device/passes.rs.
 //
 // same_class: m+ and the sums over positives of every anchor. Rows stand in class
 //   order, so an anchor's class is a range of references, and only the tiles near
@@ -7,11 +7,11 @@
 // sweep: every tile once, the upper triangle alone in the square form, each tile
 //   serving its rows and its columns. m-, the count of the probe, and the candidates:
 //   all that mining can keep. One block a tile.
-// Each has a kernel ..._hopper that multiplies 16-bit rows with wgmma: S has one value in all passes. That of
-//   the sweep is in sweep_hopper.cu.
+// Each has a kernel ..._hopper that multiplies with wgmma: S has one value in all passes. That of the sweep is in
+//   sweep_hopper.cu.
 // Sync: integer atomics (max, add) whose order cannot change the result; candidates
 //   in thread order to the tile's own segment.
-// Cost: 2 B^2 D / 2 operations, O(B) memory and the candidates.
+// Cost: B^2 D operations, O(B) memory and the candidates.
 
 #include "candidates.cuh"
 
@@ -210,14 +210,6 @@ DEVICE void multiply_near(GroupAccumulators &acc, EdgeSums &edges, const Pairs &
         if (before != 0) cp_async_bulk(edges_at - before * STAGE_BYTES, rows_before + from, before * STAGE_BYTES, full);
         if (behind != 0) cp_async_bulk(edges_at, rows_behind + from, behind * STAGE_BYTES, full);
     };
-    auto clear = [](auto &sums) {
-#pragma unroll
-        for (auto &four : sums) {
-#pragma unroll
-            for (float &sum : four) sum = 0.0f;
-        }
-        settle(sums);
-    };
     clear(acc);
     clear(edges);
 #pragma unroll 1
@@ -307,11 +299,6 @@ struct SweepReduction {
     uint32_t probe;
     uint32_t segment;
 };
-
-// m+ of one of the tile's rows; padding and ignored rows have none, and nothing passes a bound that is made of it.
-DEVICE float valid_min_pos(const Pairs &pairs, uint32_t i) {
-    return i < pairs.counters->valid_anchors ? pairs.same[i].min_pos : INFINITE;
-}
 
 // Above which of this thread's pairs, by their rows' and by their columns' bounds. `use(row, column, s)` sees each, from the last on.
 template <class Where, class Sums, class Use>
@@ -428,13 +415,9 @@ DEVICE void sweep_epilogue(const Pairs &pairs, TileIndex tile, Shared &shared, c
 template <class Shared>
 DEVICE void sweep_begin(const Pairs &pairs, TileIndex tile, Shared &shared) {
     bool is_row = thread_index() < TILE;
-    uint32_t at = thread_index() % TILE, j = tile.column * TILE + at;
-    float min_pos = INFINITE;
-    if (is_row || pairs.square) {
-        min_pos = valid_min_pos(pairs, is_row ? tile.row * TILE + at : j);
-    } else if (pairs.columns != nullptr && j < pairs.counters->valid_references) {
-        min_pos = pairs.columns[j].min_pos;  // an anchor elsewhere, where the probe counts it
-    }
+    uint32_t at = thread_index() % TILE, valid_anchors = pairs.counters->valid_anchors;
+    float min_pos = is_row ? row_min_pos(pairs, valid_anchors, tile.row * TILE + at)
+                           : column_min_pos(pairs, valid_anchors, pairs.counters->valid_references, tile.column * TILE + at);
     SweepBounds &bounds = is_row ? shared.rows : shared.columns;
     bounds.candidate[at] = negative_bound(min_pos, pairs.settings.candidate);
     bounds.probe[at] = negative_bound(min_pos, pairs.settings.probe);

@@ -1,5 +1,5 @@
 // sweep_hopper.cu: the sweep of similarity.cu on Hopper (sm_90a).
-// Truth: src/loss/similarity.rs. Launcher: src/backend/device/loss.rs.
+// Truth: src/loss/similarity.rs. Launcher: src/backend/device/passes.rs.
 //
 // Persistent blocks: each takes contiguous runs of the tiles of S, and its warps have roles: one thread copies the operands, one
 // or two teams multiply and look at their products (teams.cuh), a thread for each stores their candidates.
@@ -144,18 +144,6 @@ DEVICE void store_candidates(const Pairs &pairs, Shared &shared, uint32_t team) 
     }
 }
 
-// m+ of a row; padding and ignored rows have none, and nothing passes a bound that is made of it.
-DEVICE float valid_min_pos(const SweepWalk &walk, uint32_t i) {
-    return i < walk.valid_anchors ? walk.pairs.same[i].min_pos : INFINITE;
-}
-
-// The same of a column, which in the rectangular form may be an anchor elsewhere.
-DEVICE float column_min_pos(const SweepWalk &walk, uint32_t j) {
-    const Pairs &pairs = walk.pairs;
-    if (pairs.square) return valid_min_pos(walk, j);
-    return pairs.columns != nullptr && j < walk.valid_references ? pairs.columns[j].min_pos : INFINITE;
-}
-
 // Key of a column's m-, as other tiles have made it so far. It only grows: one that has grown since is as good. In the
 // rectangular form nobody asks for it, and nothing is above it.
 DEVICE uint32_t column_max_neg(const Pairs &pairs, uint32_t j) {
@@ -225,7 +213,7 @@ DEVICE void look_at(const SweepWalk &walk, Shared &shared, uint32_t team, bool a
     for (int r = 0; r < 2; ++r) candidates[r] = ((above.by_row[r] | above.by_column[r]) & negative[r]) | positive[r];
     if (apart) {  // its bits push those out
         float bound[2];
-        for (int r = 0; r < 2; ++r) bound[r] = negative_bound(valid_min_pos(walk, rows.first + place.row_of(r)), pairs.settings.probe);
+        for (int r = 0; r < 2; ++r) bound[r] = negative_bound(row_min_pos(pairs, walk.valid_anchors, rows.first + place.row_of(r)), pairs.settings.probe);
 #pragma unroll
         for (int c = 31; c >= 0; --c) {
             float column_bound = shared.probe[team][place.column_of(c)];
@@ -272,7 +260,7 @@ struct SweepTeam : TeamWarp {
         rows.classes = end <= walk.valid_anchors ? ClassRange{pairs.classes[first].begin, pairs.classes[end - 1].end} : ClassRange{0, NO_ROW};
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            rows.candidate[r] = negative_bound(valid_min_pos(walk, first + GroupPlace{}.row_of(r)), pairs.settings.candidate);
+            rows.candidate[r] = negative_bound(row_min_pos(pairs, walk.valid_anchors, first + GroupPlace{}.row_of(r)), pairs.settings.candidate);
             rows.largest[r] = -INFINITE;
         }
     }
@@ -281,7 +269,7 @@ struct SweepTeam : TeamWarp {
     DEVICE void tile(const SweepWalk &walk, SweepRows &rows, uint32_t &probe, uint32_t &windows) const {
         // On their way while the team multiplies.
         uint32_t begin = walk.tile.column * TILE, end = begin + TILE;
-        float min_pos = thread < TILE ? column_min_pos(walk, begin + thread) : INFINITE;
+        float min_pos = thread < TILE ? column_min_pos(pairs, walk.valid_anchors, walk.valid_references, begin + thread) : INFINITE;
         uint32_t max_neg = thread < TILE ? column_max_neg(pairs, begin + thread) : 0;
         GroupAccumulators acc;
         multiply<Numbers>(acc, shared, walk, [&] {

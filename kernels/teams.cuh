@@ -142,12 +142,7 @@ struct TeamWarp {
     // acc = the products of the walk's tile. `meanwhile()` is done while the last of them go on.
     template <class Numbers, class Shared, class Walk, class Meanwhile>
     DEVICE void multiply(GroupAccumulators &acc, Shared &shared, const Walk &walk, Meanwhile meanwhile) const {
-#pragma unroll
-        for (int n = 0; n < 16; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) acc[n][i] = 0.0f;
-        }
-        settle(acc);
+        clear(acc);
         if constexpr (Numbers::exact) {
             multiply_split(acc, shared, walk);
             return meanwhile();

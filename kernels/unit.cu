@@ -1,5 +1,5 @@
 // unit.cu: the gradient by unit rows led back to the rows as they were given (any length).
-// Truth: src/backend/cpu/unit.rs. Launcher: src/backend/device/loss.rs.
+// Truth: src/backend/cpu/unit.rs. Launcher: src/backend/device/passes.rs.
 //
 // With u = x / |x|: dL/dx = (g - (g . u) u) / |x| for g = dL/du. `prepare` has made u and left |x|. A warp a row, in place.
 // Numbers: f32; f64 where the length is unusual.

@@ -202,4 +202,18 @@ DEVICE void append_within(uint32_t &at, uint32_t bits, uint32_t bit, float value
 }
 
 #endif
+
+#ifdef HAS_WARPGROUP_PRODUCTS
+// Sums from 0, settled before the products that add to them.
+template <int n>
+DEVICE void clear(float (&sums)[n][4]) {
+#pragma unroll
+    for (auto &four : sums) {
+#pragma unroll
+        for (float &sum : four) sum = 0.0f;
+    }
+    settle(sums);
+}
+#endif
+
 #endif

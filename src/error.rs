@@ -10,15 +10,15 @@ pub enum Error {
     /// An embedding holds a NaN or an infinity.
     #[error("row {row} of the {rows} holds a value that is not finite (NaN or infinity)")]
     NotFinite {
-        /// Which matrix: `"anchors"`, `"references"`, `"tangent"`.
+        /// Which matrix: `"anchors"`, `"references"`, `"queries"`, `"rows"`, `"tangent"`, `"reference tangent"`.
         rows: &'static str,
         /// Row index, from 0.
         row: usize,
     },
     /// An embedding does not have unit L2 norm.
-    #[error("row {row} of the {rows} has L2 norm {norm:.6}, not 1: normalise the embeddings first")]
+    #[error("row {row} of the {rows} {}", not_unit(*norm))]
     NotUnit {
-        /// Which matrix: `"anchors"` or `"references"`.
+        /// Which matrix: `"anchors"`, `"references"`, `"queries"`, `"rows"`.
         rows: &'static str,
         /// Row index, from 0.
         row: usize,
@@ -83,3 +83,10 @@ pub enum Error {
 
 /// The library's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+fn not_unit(norm: f64) -> String {
+    if norm == 0.0 {
+        return "is all zeros: it has no direction, and cannot be compared".into();
+    }
+    format!("has L2 norm {norm:.6}, not 1: normalise the embeddings first")
+}

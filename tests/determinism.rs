@@ -23,7 +23,8 @@ fn everything(threads: usize, budget: usize, mining: Mining) -> String {
         for batch in [square, rectangular] {
             let mut output = LossOutput::default();
             backend.loss(&batch, &settings, &mut output).unwrap();
-            let hyper = backend.hypergradient(&batch, tangent(700, 96, 1).view(), None).unwrap();
+            let (own, other) = (tangent(700, 96, 1), tangent(500, 96, 2));
+            let hyper = backend.hypergradient(&batch, own.view(), Some(other.view())).unwrap();
             let bits = |x: &f32| x.to_bits();
             let gradient: Vec<u32> = output.gradient.iter().map(bits).collect();
             let back: Vec<u32> = output.reference_gradient.iter().flatten().map(bits).collect();

@@ -36,7 +36,7 @@ fn copy_folder(from: &Path, to: &Path) {
 
 fn compiler(folder: &Path) -> Command {
     let mut compiler = Command::new(std::env::var("CXX").unwrap_or_else(|_| "g++".into()));
-    compiler.args(["-std=c++17", "-g", "-Wno-unknown-pragmas", "-ffp-contract=off"]).current_dir(folder);
+    compiler.args(["-std=c++17", "-g1", "-Wno-unknown-pragmas", "-ffp-contract=off"]).current_dir(folder);
     compiler
 }
 

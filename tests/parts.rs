@@ -319,7 +319,7 @@ fn steps_out_of_order_and_numbers_of_another_length_are_refused() {
     out_of_order(backend.sweep(&part, numbers, &mut output));
     backend.same_class(&part, &settings, &mut output).unwrap();
     out_of_order(backend.select(&part, numbers, (0, 0), &mut output));
-    // An error ends the row: the same-class step has to be made again.
+    // An error ends the sequence: the same-class step has to be made again.
     out_of_order(backend.sweep(&part, numbers, &mut output));
     backend.same_class(&part, &settings, &mut output).unwrap();
     let larger = Batch { total: Some(13), ..part };
@@ -341,6 +341,13 @@ fn steps_out_of_order_and_numbers_of_another_length_are_refused() {
         let numbers = RowNumbers::new(&floats[..anchors], &floats[..references]);
         assert!(matches!(backend.sweep(&part, numbers, &mut output), Err(Error::LengthMismatch { .. })));
     }
+    // The sizes of both sets are those of the same references.
+    backend.same_class(&part, &settings, &mut output).unwrap();
+    backend.sweep(&part, numbers, &mut output).unwrap();
+    backend.select(&part, numbers, (0, 0), &mut output).unwrap();
+    let fewer = RowNumbers::new(&counts[..4], &counts[..11]);
+    let refused = backend.gradient(&part, sizes, fewer, &mut output);
+    assert!(matches!(refused, Err(Error::LengthMismatch { expected: 12, got: 11, .. })));
     for identity in [Identity::From(9), Identity::From(usize::MAX), Identity::List(&[4, 5, 6, 99])] {
         let part = Batch { identity, ..part };
         let refused = backend.same_class(&part, &settings, &mut output);

@@ -11,7 +11,7 @@ use ddtas::Result;
 use ddtas::backend::Backend;
 use ddtas::backend::device::{Device, DeviceBackend};
 use ddtas::loss::logistic::{sigmoid, softplus};
-use ddtas::loss::select::{Tolerances, adapt, lower_bound, upper_bound};
+use ddtas::loss::select::{Tolerances, adapt, negative_bound, positive_bound};
 use ddtas::loss::similarity::DUPLICATE;
 use ddtas::loss::{Batch, Embeddings, LossOutput, LossSettings};
 use ddtas_cases::to_tf32;
@@ -318,7 +318,7 @@ impl<'a, 'b> SpotCheck<'a, 'b> {
             off = off.max(error);
         }
 
-        let bounds = (upper_bound(max_neg, tolerances.pos), lower_bound(min_pos, tolerances.neg));
+        let bounds = (positive_bound(max_neg, tolerances.pos), negative_bound(min_pos, tolerances.neg));
         // Positives, negatives: kept in any case, and perhaps.
         let (mut counts, mut sums) = ([[0u32; 2]; 2], [[0.0f64; 2]; 2]);
         for pair in self.all_pairs(k) {
@@ -451,8 +451,8 @@ impl<'a, 'b> SpotCheck<'a, 'b> {
             if counts.contains(&0) {
                 continue;
             }
-            let pos_bound = upper_bound(f64::from(output.max_neg[i]), tolerances.pos);
-            let neg_bound = lower_bound(f64::from(output.min_pos[i]), tolerances.neg);
+            let pos_bound = positive_bound(f64::from(output.max_neg[i]), tolerances.pos);
+            let neg_bound = negative_bound(f64::from(output.min_pos[i]), tolerances.neg);
             let most = self.weight(counts[usize::from(!pair.positive)]);
             let share = most * slope;
             let signed = if pair.positive { -share } else { share };

@@ -130,7 +130,7 @@ HOSTILE = {
     "nan": (nan, ValueError, "row 3 of the anchors holds a value that is not finite"),
     "infinity": (lambda r: np.where(np.arange(12)[:, None] == 5, np.inf, r).astype("f4"), ValueError, "row 5 of the anchors"),
     "not unit": (lambda r: 2 * r, ValueError, "row 0 of the anchors has L2 norm 2.000000, not 1"),
-    "zero rows": (lambda r: 0 * r, ValueError, "has L2 norm 0.000000, not 1"),
+    "zero rows": (lambda r: 0 * r, ValueError, "is all zeros: it has no direction"),
     "one dimension": (lambda r: r[0], ValueError, "the anchors must have 2 dimensions"),
     "three dimensions": (lambda r: r[None], ValueError, "the anchors must have 2 dimensions"),
     "scalar": (lambda r: np.float32(1), TypeError, "the anchors must be a NumPy array"),

@@ -262,7 +262,7 @@ def test_what_does_not_fit_is_refused():
         (lambda: loss(embeddings, labels, ref_emb=embeddings.clone()), ValueError, "belong together"),
         (lambda: loss(embeddings, labels, ref_labels=labels), ValueError, "belong together"),
         (lambda: loss(embeddings * torch.nan, labels), ValueError, "row 0 of the anchors holds a value that is not"),
-        (lambda: loss(embeddings * 0, labels), ValueError, "has L2 norm 0.000000"),
+        (lambda: loss(embeddings * 0, labels), ValueError, "is all zeros"),
         (lambda: SoftContrastiveLoss(normalize_embeddings=False)(embeddings, labels), ValueError, "normalise"),
         (lambda: SoftContrastiveLoss(gamma=9.0), ValueError, "gamma = 9"),
         (lambda: SoftContrastiveLoss(threads=0), ValueError, "threads = 0"),

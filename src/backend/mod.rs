@@ -53,7 +53,7 @@ pub trait Backend: Send {
     /// | [`gradient`](Backend::gradient) | `loss`, `gradient`, `active`, derivatives by lambda | |
     ///
     /// Totals are those of the part's own pairs: [`LossOutput::add_part`] adds them up. Each step must get the
-    /// rows of the first; a step that fails, and a loss between two of them, end the row. On the CPU each
+    /// rows of the first. A failed step, or a loss in between, ends the sequence: start again with `same_class`. On the CPU each
     /// row's numbers and gradient are the bits of the whole batch's, however it is split, and the loss agrees to
     /// rounding.
     ///

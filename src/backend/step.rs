@@ -2,6 +2,9 @@
 
 use crate::{Error, Result};
 
+/// What refuses a hypergradient of another batch than the last loss's.
+pub const OTHER_LABELS: &str = "hypergradient needs the batch of the last loss: its labels differ";
+
 /// The steps of a loss.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {

@@ -431,13 +431,13 @@ pub unsafe extern "C" fn ddtas_nearest(
 
 /// Recall@K: the share of rows whose K nearest other rows hold one of their class, for every K of `ks`.
 ///
-/// Rows with a negative label are neither queries nor answers to a label; a row alone in its class is no query. `recall`
+/// Rows with a negative label are neither queries nor answers to a label; a row alone in its class is no query. `recall_at`
 /// takes `k_count` values in the order of `ks`; `queries`, if not NULL, the number of rows that were
 /// counted. Both are in host memory, as `ks` is, wherever the rows lie. Memory grows with `count` times the largest K.
 /// Rows in device memory are searched where they lie; their labels are copied to the host, and so are the lists.
 ///
 /// # Safety
-/// As ddtas_loss; `ks` and `recall` have `k_count` entries.
+/// As ddtas_loss; `ks` and `recall_at` have `k_count` entries.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ddtas_recall_at_k(
     context: *mut Context,

@@ -16,8 +16,8 @@ use crate::loss::{Batch, LossOutput, RowNumbers, UnitCheck};
 /// each other what they found; the caller carries it, and hands it in by `part`. The references' numbers let
 /// a part sum its own rows of the gradient: no gradient travels.
 ///
-/// `settings` NULL: the paper's; they hold for all four steps. Each step takes the rows of the first. A step that fails, and a
-/// ddtas_loss between two of them, end the row. A `result` that is the same for all steps has in the end
+/// `settings` NULL: the paper's; they hold for all four steps. Each step takes the rows of the first. A failed step, or a
+/// ddtas_loss in between, ends the sequence: start again with ddtas_same_class. A `result` that is the same for all steps has in the end
 /// what ddtas_loss writes there, of the part's own pairs. On the CPU each row's numbers and gradient are the bits of the whole
 /// batch's, however it is split; the losses of all parts add up to its loss but for rounding. Rows lie in host memory.
 ///

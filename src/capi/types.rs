@@ -89,7 +89,7 @@ pub enum Memory {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(C)]
 pub enum Identity {
-    /// Nobody says. An anchor that also stands among the references is left out of the positives by its value.
+    /// Unknown: an anchor that also stands among the references is left out of the positives by its value.
     ByValue = 0,
     /// Reference ddtas_rows.identity_first + i is anchor i.
     From = 1,

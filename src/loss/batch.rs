@@ -118,7 +118,7 @@ pub enum UnitCheck {
 /// Which reference of the rectangular form is an anchor itself, and so never a pair of it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Identity<'a> {
-    /// Nobody says. An image that stands on both sides is left out of the positives by its value, by SPEC 1's rule
+    /// Unknown: an image that stands on both sides is left out of the positives by its value, by SPEC 1's rule
     /// on exact duplicates.
     #[default]
     ByValue,
@@ -323,10 +323,13 @@ pub(crate) fn validate_shape(name: &'static str, (count, dim): (usize, usize), l
 /// # Errors
 /// [`Error::LengthMismatch`].
 pub(crate) fn validate_dims(expected: usize, got: usize) -> Result<()> {
-    if expected == got {
-        return Ok(());
-    }
-    Err(Error::LengthMismatch { what: "dimension of the references", expected, got })
+    same_length("dimension of the references", expected, got)
+}
+
+/// # Errors
+/// [`Error::LengthMismatch`] unless both are the same.
+pub(crate) fn same_length(what: &'static str, expected: usize, got: usize) -> Result<()> {
+    if expected == got { Ok(()) } else { Err(Error::LengthMismatch { what, expected, got }) }
 }
 
 /// Checks one row given the sum of its squares; the one rule every backend applies.

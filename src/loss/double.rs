@@ -54,10 +54,8 @@ impl DoubleBatch<'_> {
         }
         let reference_side =
             references.as_ref().zip(self.references).map(|(embeddings, rows)| (embeddings, rows.labels));
-        let mut similarities = Similarities::new((&anchors, self.anchors.labels), reference_side);
-        if self.references.is_some() {
-            similarities = similarities.with_identity(&self.identity);
-        }
+        let anchor_side = (&anchors, self.anchors.labels);
+        let similarities = Similarities::of_batch(anchor_side, reference_side, &self.identity);
         let total = anchors.nrows();
         Ok(evaluate(similarities, (&anchors, references.as_ref()), total, self.reference_gradient, settings))
     }

@@ -26,13 +26,15 @@ pub mod select;
 mod settings;
 pub mod similarity;
 mod steps;
+mod tangent;
 pub mod threshold;
 
 pub use batch::{Batch, Embeddings, Identity, Rows, UnitCheck};
-pub(crate) use batch::{check_unit, validate_identity, validate_rows};
+pub(crate) use batch::{check_unit, same_length, validate_identity, validate_rows};
 pub use double::{DoubleBatch, DoubleRows};
 pub use output::{Hypergradient, LossOutput};
 pub use part::RowNumbers;
 pub use reference::{Reference, reference, reference_hypergradient, reference_hypergradient_terms};
 pub use settings::{LossSettings, Mining};
 pub use steps::PartReference;
+pub(crate) use tangent::{BatchSize, TangentOf};

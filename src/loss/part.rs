@@ -1,6 +1,6 @@
 //! What the parts of a batch tell each other between the steps of a loss.
 
-use super::{Batch, LossOutput};
+use super::{Batch, LossOutput, same_length};
 use crate::{Error, Result};
 
 /// A number for each row of a part of a batch, the whole batch taken into account.
@@ -25,15 +25,24 @@ impl<'a, T> RowNumbers<'a, T> {
     /// # Errors
     /// [`Error::LengthMismatch`].
     pub(crate) fn validate(&self, part: &Batch<'_>) -> Result<()> {
-        let (expected, got) = (part.anchors.labels.len(), self.anchors.len());
-        if expected != got {
-            return Err(Error::LengthMismatch { what: "numbers of the anchors", expected, got });
-        }
+        same_length("numbers of the anchors", part.anchors.labels.len(), self.anchors.len())?;
         let (expected, got) = (part.references.map_or(0, |rows| rows.labels.len()), self.references.len());
         if got > expected {
             return Err(Error::LengthMismatch { what: "numbers of the references", expected, got });
         }
         Ok(())
+    }
+}
+
+impl RowNumbers<'_, u32> {
+    /// Checks the sizes of both sets, whose references are the same.
+    ///
+    /// # Errors
+    /// As [`validate`](Self::validate).
+    pub(crate) fn validate_sizes(pos: &Self, neg: &Self, part: &Batch<'_>) -> Result<()> {
+        pos.validate(part)?;
+        neg.validate(part)?;
+        same_length("numbers of the references", pos.references.len(), neg.references.len())
     }
 }
 

@@ -6,8 +6,8 @@ use super::batch::check_unit;
 use super::gradient::{Weighted, weigh_part};
 use super::select::Selection;
 use super::similarity::Similarities;
-use super::{Batch, Hypergradient, LossSettings, Rows, UnitCheck, threshold};
-use crate::{Error, Result};
+use super::{Batch, BatchSize, Hypergradient, LossSettings, Rows, TangentOf, UnitCheck, threshold};
+use crate::Result;
 
 /// The loss of a batch with everything on the way to it. Holds B x N matrices.
 #[derive(Debug, Clone)]
@@ -51,10 +51,8 @@ pub fn reference(batch: &Batch<'_>, settings: &LossSettings) -> Result<Reference
     let references = batch.references.map(|rows| read(batch, "references", &rows)).transpose()?;
     let reference_side =
         references.as_ref().zip(batch.references).map(|(embeddings, rows)| (embeddings, rows.labels));
-    let mut similarities = Similarities::new((&anchors, batch.anchors.labels), reference_side);
-    if !batch.is_square() {
-        similarities = similarities.with_identity(&batch.identity);
-    }
+    let anchor_side = (&anchors, batch.anchors.labels);
+    let similarities = Similarities::of_batch(anchor_side, reference_side, &batch.identity);
     let rows = (&anchors, references.as_ref());
     Ok(evaluate(similarities, rows, batch.total(), batch.reference_gradient, settings))
 }
@@ -145,11 +143,13 @@ pub(super) fn hypergradient_along(
     (tangent, reference_tangent): (&Array2<f64>, Option<&Array2<f64>>),
 ) -> Result<Hypergradient> {
     let (anchors, references) = (rows.0, rows.1.unwrap_or(rows.0));
-    same_shape("tangent", anchors, tangent)?;
+    let size =
+        BatchSize { anchors: anchors.nrows(), references: rows.1.map(Array2::nrows), dim: anchors.ncols() };
+    size.check_tangent_size(TangentOf::Anchors, tangent.dim())?;
     let mut tilt = tangent.dot(&references.t());
     let moving = if rows.1.is_none() { Some(tangent) } else { reference_tangent };
     if let Some(moving) = moving {
-        same_shape("reference tangent", references, moving)?;
+        size.check_tangent_size(TangentOf::References, moving.dim())?;
         tilt += &anchors.dot(&moving.t());
     }
     let sums = threshold::hypergradient(&evaluated.similarities, &evaluated.selection, settings, &tilt);
@@ -166,13 +166,6 @@ pub(super) fn read(batch: &Batch<'_>, name: &'static str, rows: &Rows<'_>) -> Re
         }
     }
     Ok(values)
-}
-
-fn same_shape(what: &'static str, expected: &Array2<f64>, got: &Array2<f64>) -> Result<()> {
-    if expected.dim() == got.dim() {
-        return Ok(());
-    }
-    Err(Error::LengthMismatch { what, expected: expected.len(), got: got.len() })
 }
 
 /// Number of the pairs of all anchors, and their mean similarity.

@@ -23,12 +23,12 @@ impl Tolerances {
 
     /// Whether an anchor of this m- keeps a positive of similarity `s`.
     pub(super) fn keep_positive(&self, s: f64, max_neg: f64) -> bool {
-        s < upper_bound(max_neg, self.pos)
+        s < positive_bound(max_neg, self.pos)
     }
 
     /// Whether an anchor of this m+ keeps a negative of similarity `s`.
     pub(super) fn keep_negative(&self, s: f64, min_pos: f64) -> bool {
-        s > lower_bound(min_pos, self.neg)
+        s > negative_bound(min_pos, self.neg)
     }
 }
 
@@ -49,11 +49,14 @@ pub fn probe_tolerance(settings: &LossSettings) -> f64 {
     settings.gamma * settings.probe_ratio
 }
 
-/// The tolerances in force once the probe has been counted (SPEC 3).
-///
-/// Only [`Mining::AtAsms`] adapts. The negative tolerance never grows, so
-/// every final negative is above m+ minus the larger of [`probe_tolerance`]
-/// and the initial one: a single sweep can collect the candidates.
+/// The widest tolerance of a negative that is counted by the probe or may be mined: the negative tolerance never grows
+/// (SPEC 3), so a single sweep can collect the candidates.
+#[must_use]
+pub fn candidate_tolerance(settings: &LossSettings) -> f64 {
+    probe_tolerance(settings).max(initial_tolerances(settings).neg)
+}
+
+/// The tolerances in force once the probe has been counted (SPEC 3). Only [`Mining::AtAsms`] adapts.
 #[must_use]
 pub fn adapt(settings: &LossSettings, probe_neg: u64, total_pos: u64) -> Tolerances {
     let initial = initial_tolerances(settings);
@@ -142,12 +145,12 @@ impl Selection {
 
 /// m- + tolerance. Without a negative (m- = -inf) nothing is below it, whatever the tolerance.
 #[must_use]
-pub fn upper_bound(max_neg: f64, tolerance: f64) -> f64 {
+pub fn positive_bound(max_neg: f64, tolerance: f64) -> f64 {
     if max_neg == f64::NEG_INFINITY { max_neg } else { max_neg + tolerance }
 }
 
 /// m+ - tolerance. Without a positive (m+ = +inf) nothing is above it, whatever the tolerance.
 #[must_use]
-pub fn lower_bound(min_pos: f64, tolerance: f64) -> f64 {
+pub fn negative_bound(min_pos: f64, tolerance: f64) -> f64 {
     if min_pos == f64::INFINITY { min_pos } else { min_pos - tolerance }
 }

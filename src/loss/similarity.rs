@@ -38,6 +38,16 @@ impl Similarities {
         }
     }
 
+    /// The same, in the rectangular form without each anchor's pair with the reference that `identity` says it is.
+    pub(super) fn of_batch(
+        anchors: (&Array2<f64>, &[i64]),
+        references: Option<(&Array2<f64>, &[i64])>,
+        identity: &Identity<'_>,
+    ) -> Self {
+        let all = Self::new(anchors, references);
+        if references.is_some() { all.with_identity(identity) } else { all }
+    }
+
     /// Leaves out each anchor's pair with the reference that `identity` says it is.
     #[must_use]
     pub fn with_identity(self, identity: &Identity<'_>) -> Self {

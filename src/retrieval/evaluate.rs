@@ -8,10 +8,10 @@
 //! a large class makes the lists of its own queries long, not everybody's.
 
 use super::recall::{Hits, Recall, sorted};
-use super::rows::{Gathered, Kept, answers};
+use super::rows::{Gathered, Kept, answers, with_row};
+use crate::Result;
 use crate::backend::{Backend, Nearest, PreparedGallery};
 use crate::loss::{Identity, Rows, validate_identity, validate_rows};
-use crate::{Error, Result};
 
 /// What one turn has room for.
 struct Room {
@@ -45,7 +45,7 @@ pub struct Metrics {
 /// are done, of how many.
 ///
 /// # Errors
-/// Those of [`Backend::nearest`]; [`Error::InvalidSetting`] if a K is 0 or none is given.
+/// Those of [`Backend::nearest`]; [`Error::InvalidSetting`](crate::Error::InvalidSetting) if a K is 0 or none is given.
 pub fn evaluate(
     backend: &mut dyn Backend,
     queries: &Rows<'_>,
@@ -121,7 +121,7 @@ pub struct Judged {
 /// the largest of `ks`.
 ///
 /// # Errors
-/// As [`evaluate`]; [`Error::InvalidSetting`] for an identity that is no row of the gallery or has another label than its query.
+/// As [`evaluate`]; [`Error::InvalidSetting`](crate::Error::InvalidSetting) for an identity that is no row of the gallery or has another label than its query.
 pub fn judge(
     backend: &mut dyn Backend,
     sought: &Sought<'_>,
@@ -234,22 +234,10 @@ impl Totals {
     }
 }
 
-/// A bad row of `rows` by its place in the caller's matrix, which is called `whose`.
-fn with_row(error: Error, rows: &str, whose: &'static str, place: impl Fn(usize) -> u32) -> Error {
-    match error {
-        Error::NotFinite { rows: bad, row } if bad == rows => {
-            Error::NotFinite { rows: whose, row: place(row) as usize }
-        }
-        Error::NotUnit { rows: bad, row, norm } if bad == rows => {
-            Error::NotUnit { rows: whose, row: place(row) as usize, norm }
-        }
-        other => other,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Error;
     use crate::backend::cpu::CpuBackend;
     use crate::loss::Embeddings;
     use half::bf16;

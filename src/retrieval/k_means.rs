@@ -1,7 +1,7 @@
 //! k-means of unit rows: k-means++ seeds, then Lloyd's steps through the fused search.
 //!
 //! The centre nearest to a row x is the one with the largest `x . c - |c|²/2`. The rows `(x, 1, 0) / sqrt 2` and
-//! `(c, -|c|²/2, s) / sqrt 1.25` are of unit length (`|c| <= 1`, s takes up the rest) and their products rank the centres in just
+//! `(c, -|c|²/2, s) / sqrt 1.26` are of unit length (`|c| <= 1.001`, s takes up the rest) and their products rank the centres in just
 //! that way. So the assignment is [`Backend::nearest`] with k = 1: a matrix product, nothing of size Q x clusters.
 //!
 //! linfa-clustering's compares row by row, draws its seeds in O(rows x clusters² x D), and counts each old centre as
@@ -13,11 +13,14 @@ use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
 use crate::backend::Backend;
-use crate::loss::Rows;
+use crate::loss::{Embeddings, Rows, check_unit};
 use crate::{Error, Result, threads};
 
 /// Rows assigned at once, each copied with its two more dimensions.
 const TURN: usize = 1 << 13;
+
+/// The squared length of the centres' longer rows: a centre of norm 1.001, which a row may have, fits.
+const SQUARE: f64 = 1.26;
 
 /// How many clusters, and when to stop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,7 +50,7 @@ pub struct Clusters {
 ///
 /// # Errors
 /// [`Error::InvalidSetting`] for a number of clusters out of range or no iterations; [`Error::NotContiguous`];
-/// those of [`Backend::nearest`].
+/// [`Error::NotFinite`] and [`Error::NotUnit`] for bad rows; those of [`Backend::nearest`].
 pub fn k_means(
     backend: &mut dyn Backend,
     rows: ArrayView2<'_, f32>,
@@ -67,6 +70,7 @@ pub fn k_means(
     if !rows.is_standard_layout() {
         return Err(Error::NotContiguous { rows: "rows" });
     }
+    threads::run(|| check(rows))??;
     let mut centres = threads::run(|| seeds(rows, settings))?;
     let mut clusters = Clusters { assignment: vec![u32::MAX; count], inertia: 0.0, iterations: 0 };
     let mut distances = vec![0.0f32; count];
@@ -81,6 +85,13 @@ pub fn k_means(
         centres = means(rows, settings.clusters, &clusters.assignment, &mut distances);
     }
     Ok(clusters)
+}
+
+/// The search would name rows of its own.
+fn check(rows: ArrayView2<'_, f32>) -> Result<()> {
+    let tolerance = Embeddings::F32(rows).norm_tolerance();
+    let bad = |row: usize| check_unit("rows", row, square_norm(rows.row(row)), tolerance).err();
+    (0..rows.nrows()).into_par_iter().find_map_first(bad).map_or(Ok(()), Err)
 }
 
 /// k-means++: each seed a row, drawn by its squared distance to the seeds before it.
@@ -124,8 +135,8 @@ fn assign(
     let mut references = Array2::<f32>::zeros((centres.nrows(), dim + 2));
     for (mut reference, centre) in references.outer_iter_mut().zip(centres.outer_iter()) {
         let square = square_norm(centre);
-        let rest = (1.25 - square - square * square / 4.0).max(0.0).sqrt();
-        let scale = 1.25f64.sqrt();
+        let rest = (SQUARE - square - square * square / 4.0).max(0.0).sqrt();
+        let scale = SQUARE.sqrt();
         reference
             .slice_mut(s![..dim])
             .zip_mut_with(&centre, |to, &from| *to = (f64::from(from) / scale) as f32);
@@ -264,6 +275,22 @@ mod tests {
         assert!(inertia.is_sorted_by(|before, after| *after <= before + 1e-4), "{inertia:?}");
         assert_eq!(cluster(&rows, 12, 50, 4), cluster(&rows, 12, 50, 4));
         assert_ne!(cluster(&rows, 12, 50, 4).assignment, cluster(&rows, 12, 50, 5).assignment);
+    }
+
+    #[test]
+    fn rows_within_the_tolerance_pass_and_others_are_named() {
+        let mut rows = bundles(3, 4_000, 6, 0.4);
+        rows.row_mut(11_000).mapv_inplace(|value| value * 1.000_95);
+        rows.row_mut(7).mapv_inplace(|value| value * 0.999_05);
+        // Seeds too: of as many clusters as rows, each is one.
+        let few = rows.slice(s![10_950..11_050, ..]).to_owned();
+        assert!(cluster(&few, 100, 2, 0).inertia < 1e-6);
+        assert!(cluster(&rows, 3, 2, 0).inertia > 0.0);
+        rows.row_mut(9_000).fill(2.0);
+        let settings = KMeansSettings { clusters: 3, iterations: 2, seed: 0 };
+        let refused = k_means(&mut CpuBackend::new(), rows.view(), &settings, &mut |_, _| {});
+        let refused = refused.unwrap_err().to_string();
+        assert!(refused.contains("row 9000 of the rows") && refused.contains("4.89"), "{refused}");
     }
 
     #[test]

@@ -3,9 +3,9 @@
 use std::collections::{HashMap, HashSet};
 
 use super::k_means::{KMeansSettings, k_means};
-use super::rows::Kept;
+use super::rows::{Kept, with_row};
 use crate::backend::Backend;
-use crate::loss::{Embeddings, Rows, validate_rows};
+use crate::loss::{Embeddings, Rows, same_length, validate_rows};
 use crate::{Error, Result};
 
 /// Distinct labels that are not negative.
@@ -18,7 +18,7 @@ pub fn classes(labels: &[i64]) -> usize {
 /// `progress` hears each step.
 ///
 /// # Errors
-/// Those of [`k_means`]; [`Error::Unavailable`] unless the rows are float32.
+/// Those of [`k_means`]; [`Error::InvalidSetting`] unless the rows are float32.
 pub fn nmi(
     backend: &mut dyn Backend,
     rows: &Rows<'_>,
@@ -30,11 +30,13 @@ pub fn nmi(
     let kept = Kept::new(rows);
     let rows = kept.rows();
     let Embeddings::F32(values) = rows.embeddings else {
-        return Err(Error::Unavailable("k-means needs float32 rows".into()));
+        let (value, range) = ("16-bit rows".into(), "float32 rows, for k-means");
+        return Err(Error::InvalidSetting { name: "rows", value, range });
     };
     let settings = KMeansSettings { clusters: classes(rows.labels), iterations: steps, seed };
-    let clusters = k_means(backend, values, &settings, &mut |step, _| progress(step))?;
-    Ok(normalized_mutual_information(rows.labels, &clusters.assignment))
+    let clusters = k_means(backend, values, &settings, &mut |step, _| progress(step))
+        .map_err(|error| with_row(error, "rows", "queries", |row| kept.original(row as u32)))?;
+    normalized_mutual_information(rows.labels, &clusters.assignment)
 }
 
 /// I(classes; clusters) over the arithmetic mean of their entropies, 0 to 1: scikit-learn's
@@ -42,11 +44,10 @@ pub fn nmi(
 ///
 /// 1 where both sides have one group (or no row), as there; 0 where they tell nothing of each other.
 ///
-/// # Panics
-/// If the two differ in length.
-#[must_use]
-pub fn normalized_mutual_information(classes: &[i64], clusters: &[u32]) -> f64 {
-    assert_eq!(classes.len(), clusters.len(), "a cluster for each row");
+/// # Errors
+/// [`Error::LengthMismatch`] unless each row has a class and a cluster.
+pub fn normalized_mutual_information(classes: &[i64], clusters: &[u32]) -> Result<f64> {
+    same_length("clusters of the rows", classes.len(), clusters.len())?;
     let total = classes.len() as f64;
     let mut joint = HashMap::<(i64, u32), usize>::new();
     let mut by_class = HashMap::<i64, usize>::new();
@@ -57,7 +58,7 @@ pub fn normalized_mutual_information(classes: &[i64], clusters: &[u32]) -> f64 {
         *by_cluster.entry(cluster).or_default() += 1;
     }
     if by_class.len() <= 1 && by_cluster.len() <= 1 {
-        return 1.0;
+        return Ok(1.0);
     }
     let term = |((class, cluster), &count): (&(i64, u32), &usize)| {
         let expected = by_class[class] as f64 * by_cluster[cluster] as f64 / total;
@@ -65,7 +66,7 @@ pub fn normalized_mutual_information(classes: &[i64], clusters: &[u32]) -> f64 {
     };
     let information = ordered_sum(joint.iter().map(term));
     let mean_entropy = (entropy(&by_class, total) + entropy(&by_cluster, total)) / 2.0;
-    if information <= f64::EPSILON { 0.0 } else { (information / mean_entropy).min(1.0) }
+    Ok(if information <= f64::EPSILON { 0.0 } else { (information / mean_entropy).min(1.0) })
 }
 
 fn entropy<K>(sizes: &HashMap<K, usize>, total: f64) -> f64 {
@@ -95,8 +96,9 @@ mod tests {
             (&[1, 2, 3], &[4, 4, 4], 0.0),
         ];
         for (classes, clusters, wanted) in cases {
-            let got = normalized_mutual_information(classes, clusters);
+            let got = normalized_mutual_information(classes, clusters).unwrap();
             assert!((got - wanted).abs() < 1e-12, "{classes:?} {clusters:?}: {got}, want {wanted}");
         }
+        assert!(normalized_mutual_information(&[1, 2], &[3]).is_err());
     }
 }

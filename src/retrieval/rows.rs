@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use half::{bf16, f16};
 use ndarray::{Array2, Axis};
 
+use crate::Error;
 use crate::loss::{Embeddings, Rows};
 
 /// How many answers each query has, 0 if it is ignored; by the labels of the queries and of the gallery.
@@ -65,6 +66,19 @@ impl<'a> Kept<'a> {
 
     pub(super) fn label(&self, row: u32) -> i64 {
         self.all.labels[self.original(row) as usize]
+    }
+}
+
+/// A bad row of `rows` by its place in the caller's matrix, which is called `whose`.
+pub(super) fn with_row(error: Error, rows: &str, whose: &'static str, place: impl Fn(usize) -> u32) -> Error {
+    match error {
+        Error::NotFinite { rows: bad, row } if bad == rows => {
+            Error::NotFinite { rows: whose, row: place(row) as usize }
+        }
+        Error::NotUnit { rows: bad, row, norm } if bad == rows => {
+            Error::NotUnit { rows: whose, row: place(row) as usize, norm }
+        }
+        other => other,
     }
 }
 

@@ -1,9 +1,11 @@
 //! What a backend asks of its calls, and what it keeps between them.
 
+use ddtas::Error;
 use ddtas::backend::device::{DeviceBackend, Options};
 use ddtas::backend::emulated::{self, EmulatedDevice};
 use ddtas::backend::{Backend, Nearest};
-use ddtas::loss::{LossOutput, Rows};
+use ddtas::loss::{Batch, LossOutput, LossSettings, Rows};
+use ddtas_cases::random::{Draw, draw, tangent};
 
 use super::{golden_case, random_rows};
 
@@ -12,7 +14,24 @@ fn the_threshold_pass_needs_its_loss() {
     let case = golden_case("one_class");
     let mut backend = emulated::open(Options::default(), 11);
     let error = backend.hypergradient(&case.batch(), case.anchors.tangent.view(), None).unwrap_err();
-    assert!(matches!(error, ddtas::Error::OutOfOrder(_)), "{error}");
+    assert!(matches!(error, Error::OutOfOrder(_)), "{error}");
+
+    // And the batch of its loss, as on the CPU.
+    let how = Draw { rows: 20, dim: 8, classes: 4, noise: 1.5, ignored: 0, duplicates: 0 };
+    let (rows, labels) = draw(how, 1);
+    let batch = Batch::square(rows.view(), &labels);
+    let direction = tangent(20, 8, 1);
+    for _ in 0..2 {
+        backend.loss(&batch, &LossSettings::default(), &mut LossOutput::default()).unwrap();
+        assert!(backend.hypergradient(&batch, direction.view(), None).is_ok());
+    }
+    let refused = backend.hypergradient(&batch, tangent(19, 8, 1).view(), None);
+    let lengths = Error::LengthMismatch { what: "rows of the tangent", expected: 20, got: 19 };
+    assert_eq!(refused.unwrap_err().to_string(), lengths.to_string());
+    let reversed: Vec<i64> = labels.iter().rev().copied().collect();
+    let relabelled = Batch::square(rows.view(), &reversed);
+    let refused = backend.hypergradient(&relabelled, direction.view(), None);
+    assert!(matches!(refused, Err(Error::OutOfOrder(_))));
 }
 
 #[test]

@@ -75,6 +75,8 @@ _NO_ROW = -1
 def bad_row(name: str, row: int, square_sum: float) -> str:
     if not math.isfinite(square_sum):
         return f"row {row} of the {name} holds a value that is not finite (NaN or infinity)"
+    if square_sum == 0:
+        return f"row {row} of the {name} is all zeros: it has no direction, and cannot be compared"
     return f"row {row} of the {name} has L2 norm {math.sqrt(square_sum):.6f}, not 1: normalise the embeddings first"
 
 

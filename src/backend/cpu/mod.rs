@@ -23,6 +23,7 @@ use super::step::Step;
 use super::{Backend, Nearest, PreparedGallery};
 use crate::Result;
 use crate::loss::{Batch, Embeddings, Hypergradient, LossOutput, LossSettings, RowNumbers, Rows};
+use crate::loss::{same_length, validate_rows};
 
 mod buffer;
 mod gradient;
@@ -153,8 +154,10 @@ impl CpuBackend {
     /// without a direction is left for a check to name.
     ///
     /// # Errors
+    /// [`Error::Empty`](crate::Error::Empty), [`Error::LengthMismatch`](crate::Error::LengthMismatch),
     /// [`Error::NotContiguous`](crate::Error::NotContiguous).
     pub fn unit_rows<'a>(&'a mut self, rows: &'a Rows<'_>) -> Result<Embeddings<'a>> {
+        validate_rows("anchors", rows)?;
         let (level, workers) = (self.level, workers_of_rows(rows));
         workers.stay(|workers| self.unit.set_anchors(rows, level, workers))?;
         self.unit.anchors(rows)
@@ -163,8 +166,11 @@ impl CpuBackend {
     /// Turns a gradient by unit rows, row by row without gaps, into the one by `rows`.
     ///
     /// # Errors
-    /// As [`unit_rows`](Self::unit_rows).
+    /// As [`unit_rows`](Self::unit_rows); for a gradient of another length than `rows` have entries.
     pub fn lead_back(&mut self, rows: &Rows<'_>, gradient: &mut [f32]) -> Result<()> {
+        validate_rows("anchors", rows)?;
+        let entries = rows.embeddings.rows() * rows.embeddings.dim();
+        same_length("entries of the gradient", entries, gradient.len())?;
         let level = self.level;
         workers_of_rows(rows).stay(|workers| {
             self.unit.set_anchors(rows, level, workers)?;
@@ -268,8 +274,7 @@ impl Backend for CpuBackend {
         output: &mut LossOutput,
     ) -> Result<()> {
         let settings = self.go_on(part, Step::Gradient)?;
-        count_pos.validate(part)?;
-        count_neg.validate(part)?;
+        RowNumbers::validate_sizes(&count_pos, &count_neg, part)?;
         self.take_counts(&count_pos, &count_neg);
         workers_for(part).stay(|workers| self.sum_gradient(part, &settings, workers, output))?;
         self.remembered = Some(Remembered::new(part, &settings, Step::Gradient));

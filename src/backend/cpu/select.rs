@@ -4,9 +4,9 @@ use super::pairs::Pairs;
 use super::rows::{Block, MAX_BLOCK};
 use super::simd::{GROUP, Lanes, Work};
 use super::statistics::Statistics;
-use super::tile::{Candidates, MAX_GROUPS, bits, negative_bound, positive_bound};
+use super::tile::{Candidates, MAX_GROUPS, bits};
 use crate::loss::LossSettings;
-use crate::loss::select::Tolerances;
+use crate::loss::select::{Tolerances, negative_bound, positive_bound};
 
 /// When pairs of one kind are selected, and what they then weigh, by position.
 #[derive(Debug, Default)]
@@ -84,8 +84,8 @@ impl Weights {
         self.beta = settings.beta as f32;
         self.lambda_pos = settings.lambda_pos as f32;
         self.lambda_neg = settings.lambda_neg as f32;
-        let negative = |m: &f32| negative_bound(*m, tolerances.neg);
-        let positive = |m: &f32| positive_bound(*m, tolerances.pos);
+        let negative = |m: &f32| negative_bound(f64::from(*m), tolerances.neg) as f32;
+        let positive = |m: &f32| positive_bound(f64::from(*m), tolerances.pos) as f32;
         let Statistics { min_pos, max_neg, columns, .. } = statistics;
         self.negatives.rows.reset(min_pos.iter().map(negative));
         self.positives.rows.reset(max_neg.iter().map(positive));

@@ -4,9 +4,9 @@
 //! cannot change them. So nothing is kept for every tile, and memory is linear in the batch.
 
 use super::pairs::Pairs;
-use super::tile::{Bounds, negative_bound};
+use super::tile::Bounds;
 use crate::loss::LossSettings;
-use crate::loss::select::{initial_tolerances, probe_tolerance};
+use crate::loss::select::{candidate_tolerance, negative_bound, probe_tolerance};
 
 /// Units in 1.0 of sums of similarities over pairs: the f64 sum of a tile is rounded to them.
 const UNITS: f64 = (1u64 << 60) as f64;
@@ -186,14 +186,14 @@ impl Statistics {
 
     /// Bounds of the sweep from m+: the probe's, and the lower of it and the initial one for candidates.
     pub fn set_bounds(&mut self, settings: &LossSettings) {
-        let probe = probe_tolerance(settings);
-        let keep = probe.max(initial_tolerances(settings).neg);
-        self.probe.clear();
-        self.probe.extend(self.min_pos.iter().map(|&m| negative_bound(m, probe)));
-        self.keep.clear();
-        self.keep.extend(self.min_pos.iter().map(|&m| negative_bound(m, keep)));
-        self.column_keep.clear();
-        self.column_keep.extend(self.columns.min_pos.iter().map(|&m| negative_bound(m, keep)));
+        let fill = |bounds: &mut Vec<f32>, min_pos: &[f32], tolerance: f64| {
+            bounds.clear();
+            bounds.extend(min_pos.iter().map(|&m| negative_bound(f64::from(m), tolerance) as f32));
+        };
+        let keep = candidate_tolerance(settings);
+        fill(&mut self.probe, &self.min_pos, probe_tolerance(settings));
+        fill(&mut self.keep, &self.min_pos, keep);
+        fill(&mut self.column_keep, &self.columns.min_pos, keep);
     }
 
     /// Of candidates, and of the probe, which counts for each row of a tile, and in the square form for each column.

@@ -14,9 +14,11 @@ use super::times::Stopwatch;
 use super::walk::{Walk, write_gradient};
 use super::weigh::Totals;
 use super::{BUDGET_OF_A_ROW, CpuBackend, workers_for};
-use crate::backend::step::Step;
+use crate::backend::step::{OTHER_LABELS, Step};
 use crate::loss::select::adapt;
-use crate::loss::{Batch, Hypergradient, LossOutput, LossSettings, RowNumbers, UnitCheck};
+use crate::loss::{
+    Batch, BatchSize, Hypergradient, LossOutput, LossSettings, RowNumbers, TangentOf, UnitCheck,
+};
 use crate::{Error, Result};
 
 impl CpuBackend {
@@ -184,14 +186,17 @@ impl CpuBackend {
         batch.validate()?;
         let remembered = self.remembered.filter(|last| last.step == Step::Gradient);
         let remembered = remembered.ok_or(Error::OutOfOrder("hypergradient needs a loss before it"))?;
-        let given = Remembered::new(batch, &remembered.settings, Step::Gradient);
-        threshold::check_shapes(&remembered, &given, &tangent, reference_tangent.as_ref())?;
+        remembered.size.is_of_last(BatchSize::of(batch))?;
+        remembered.size.check_tangent(TangentOf::Anchors, &tangent)?;
+        // In the square form both sides move alike.
+        let reference_tangent = reference_tangent.filter(|_| !batch.is_square());
+        if let Some(tangent) = &reference_tangent {
+            remembered.size.check_tangent(TangentOf::References, tangent)?;
+        }
         let workers = workers_for(batch);
         self.ready_scratch(workers);
         if !self.sides.are_of(batch) {
-            return Err(Error::OutOfOrder(
-                "hypergradient needs the batch of the last loss: its labels differ",
-            ));
+            return Err(Error::OutOfOrder(OTHER_LABELS));
         }
         self.sides.prepare(batch, UnitCheck::Trust, &workers)?;
         let pairs = self.sides.pairs(batch, self.level)?;

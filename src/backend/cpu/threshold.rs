@@ -6,44 +6,9 @@
 use ndarray::ArrayView2;
 
 use super::pairs::Owner;
-use super::remembered::Remembered;
 use super::walk::Walk;
 use super::weigh::Kind;
 use crate::loss::Hypergradient;
-use crate::{Error, Result};
-
-/// Checks that batch and tangents have the shape of the last loss.
-pub fn check_shapes(
-    remembered: &Remembered,
-    batch: &Remembered,
-    tangent: &ArrayView2<'_, f32>,
-    reference_tangent: Option<&ArrayView2<'_, f32>>,
-) -> Result<()> {
-    let same = |what, expected: usize, got: usize| {
-        if expected == got { Ok(()) } else { Err(Error::LengthMismatch { what, expected, got }) }
-    };
-    let (rows, dim) = remembered.anchors;
-    let references = remembered.references.unwrap_or(0);
-    same("rows of the batch of the last loss", rows, batch.anchors.0)?;
-    same("dimension of the batch of the last loss", dim, batch.anchors.1)?;
-    same("references of the last loss", references, batch.references.unwrap_or(0))?;
-    same("rows of the tangent", rows, tangent.nrows())?;
-    same("dimension of the tangent", dim, tangent.ncols())?;
-    check_finite("tangent", tangent)?;
-    if let (Some(tangent), Some(references)) = (reference_tangent, remembered.references) {
-        same("rows of the reference tangent", references, tangent.nrows())?;
-        same("dimension of the reference tangent", dim, tangent.ncols())?;
-        check_finite("reference tangent", tangent)?;
-    }
-    Ok(())
-}
-
-fn check_finite(rows: &'static str, tangent: &ArrayView2<'_, f32>) -> Result<()> {
-    match tangent.outer_iter().position(|row| row.iter().any(|x| !x.is_finite())) {
-        Some(row) => Err(Error::NotFinite { rows, row }),
-        None => Ok(()),
-    }
-}
 
 /// Both sums; `walk` is over the batch of the last loss.
 pub fn hypergradient(

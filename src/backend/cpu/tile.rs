@@ -23,16 +23,6 @@ pub struct Bounds<'a> {
     pub columns: Option<&'a [f32]>,
 }
 
-/// m+ minus a tolerance; without a positive (+inf) nothing is above it, whatever the tolerance.
-pub fn negative_bound(min_pos: f32, tolerance: f64) -> f32 {
-    if min_pos == f32::INFINITY { min_pos } else { (f64::from(min_pos) - tolerance) as f32 }
-}
-
-/// m- plus a tolerance; without a negative (-inf) nothing is below it, whatever the tolerance.
-pub fn positive_bound(max_neg: f32, tolerance: f64) -> f32 {
-    if max_neg == f32::NEG_INFINITY { max_neg } else { (f64::from(max_neg) + tolerance) as f32 }
-}
-
 /// Similarities of a strip; lines begin at cache lines.
 #[derive(Debug)]
 #[repr(C, align(64))]

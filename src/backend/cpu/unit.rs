@@ -342,6 +342,7 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::super::CpuBackend;
+    use crate::Error;
     use crate::backend::Backend;
     use crate::loss::{Batch, Embeddings, LossOutput, LossSettings, Rows, reference};
     use half::{bf16, f16};
@@ -427,10 +428,9 @@ mod tests {
     fn rows_without_a_direction_are_named() {
         let (rows, labels) = drawn(70, 37, 1.0, 3);
         let good = rows.mapv(|x| x as f32);
-        for (value, message) in [
-            (0.0, "row 40 of the anchors has L2 norm 0.000000"),
-            (f32::INFINITY, "row 40 of the anchors holds"),
-        ] {
+        for (value, message) in
+            [(0.0, "row 40 of the anchors is all zeros"), (f32::INFINITY, "row 40 of the anchors holds")]
+        {
             let mut rows = good.clone();
             rows.row_mut(40).fill(value);
             let (batch, mut output) = (Batch::square(rows.view(), &labels), LossOutput::default());
@@ -439,6 +439,21 @@ mod tests {
             let batch = batch.trusted();
             CpuBackend::new().loss_of_any_length(&batch, &LossSettings::default(), &mut output).unwrap();
         }
+    }
+
+    #[test]
+    fn rows_without_entries_and_gradients_of_another_length_are_refused() {
+        let mut backend = CpuBackend::new();
+        let empty = Array2::<f32>::zeros((3, 0));
+        let refused = backend.unit_rows(&Rows::new(empty.view(), &[0, 1, 2])).map(drop);
+        assert!(matches!(refused, Err(Error::Empty { .. })));
+        let rows = Array2::<f32>::ones((3, 2));
+        let rows = Rows::new(rows.view(), &[0, 1, 2]);
+        for entries in [5, 7] {
+            let refused = backend.lead_back(&rows, &mut vec![0.0; entries]);
+            assert!(matches!(refused, Err(Error::LengthMismatch { expected: 6, .. })), "{entries}");
+        }
+        backend.lead_back(&rows, &mut [0.0; 6]).unwrap();
     }
 
     #[test]

@@ -8,7 +8,7 @@ use cudarc::driver::{result, sys};
 use super::driver::{self, Kept, Primary, Stream, check};
 use super::event::{Event, capture_of};
 use super::module::Module;
-use crate::backend::device::{Device, Kernel, LaunchPlan, Params};
+use crate::backend::device::{Device, DeviceProperties, Kernel, LaunchPlan, Params};
 use crate::{Error, Result};
 
 /// An NVIDIA GPU, its stream and the loaded kernels.
@@ -20,10 +20,9 @@ pub struct CudaDevice {
     pub(super) issued: Event,
     module: Module,
     context: Primary,
-    multiprocessors: u32,
+    properties: DeviceProperties,
     /// Of the compute capability.
     major: i32,
-    hopper: bool,
     /// Whether each kernel is named on stderr and waited for: a run that ends with a kernel's name hangs in it.
     traced: bool,
 }
@@ -71,7 +70,8 @@ impl CudaDevice {
     /// The same without the kernels that only Hopper has: what they are compared with.
     #[must_use]
     pub fn without_warpgroup_products(self) -> Self {
-        Self { hopper: false, ..self }
+        let properties = DeviceProperties { warpgroup_products: false, ..self.properties };
+        Self { properties, ..self }
     }
 
     fn with(context: Primary, stream: Stream) -> Result<Self> {
@@ -82,7 +82,8 @@ impl CudaDevice {
         let multiprocessors = u32::try_from(count).unwrap_or(1).max(1);
         let (major, _) = check("cuDeviceGetAttribute", context.compute_capability())?;
         let traced = std::env::var_os("DDTAS_TRACE_KERNELS").is_some();
-        Ok(Self { stream, issued, module, context, multiprocessors, major, hopper: major == 9, traced })
+        let properties = DeviceProperties { multiprocessors, warpgroup_products: major == 9 };
+        Ok(Self { stream, issued, module, context, properties, major, traced })
     }
 
     /// Makes the context current in the calling thread for a call; then the caller's is again.
@@ -162,12 +163,8 @@ impl Device for CudaDevice {
         format!("cuda:{}", self.context.ordinal())
     }
 
-    fn multiprocessors(&self) -> u32 {
-        self.multiprocessors
-    }
-
-    fn has_warpgroup_products(&self) -> bool {
-        self.hopper
+    fn properties(&self) -> DeviceProperties {
+        self.properties
     }
 
     fn may_allocate(&self) -> Result<()> {

@@ -87,7 +87,6 @@ impl<D: Device> Backend for DeviceBackend<D> {
     }
 
     fn loss(&mut self, batch: &Batch<'_>, settings: &LossSettings, output: &mut LossOutput) -> Result<()> {
-        self.remembered = None;
         self.run_loss(batch, settings, output)
     }
 
@@ -97,7 +96,6 @@ impl<D: Device> Backend for DeviceBackend<D> {
         settings: &LossSettings,
         output: &mut LossOutput,
     ) -> Result<()> {
-        self.remembered = None;
         self.run_same_class(part, settings, output)
     }
 

@@ -3,24 +3,25 @@
 //! After the first call of a shape nothing is allocated, looked up or copied between host and device, so that a
 //! caller can capture the calls in a graph. A bad row shows by a loss and gradients of NaN, and by its index in the scalars.
 
-use super::layout::{Ends, Remembered, ResidentOutput};
-use super::loss::{
-    IdentityAt, Input, Launcher, issue_lead_back, issue_same_class, issue_selection, issue_sums, issue_sweep,
-    issue_weigh,
-};
+use super::launcher::Launcher;
+use super::layout::{Remembered, ResidentOutput};
 use super::order::issue_order;
-use super::plan::{Shape, more_scale, sum_scale};
-use super::resident::{ResidentBatch, ResidentRows, aligned};
+use super::passes::{
+    issue_gradients, issue_loss, issue_same_class, issue_selection, issue_sweep, issue_weigh,
+};
+use super::resident::{ResidentBatch, aligned};
+use super::shape::{Shape, more_scale, sum_scale};
 use super::steps::{Given, Which, report_to, take};
+use super::transfer::{IdentityAt, Input};
 use super::{Device, DeviceBackend};
 use crate::backend::step::Step;
-use crate::loss::LossSettings;
+use crate::loss::{LossSettings, same_length};
 use crate::{Error, Result};
 
 /// Which reference is an anchor itself; see [`Identity`](crate::loss::Identity).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ResidentIdentity {
-    /// Nobody says: by value.
+    /// Unknown: an anchor among the references is recognised by its value.
     #[default]
     ByValue,
     /// Reference `first + i` is anchor i.
@@ -96,12 +97,6 @@ impl ResidentPart {
     }
 
     fn input(&self) -> Input {
-        let batch = &self.batch;
-        let ends = |rows: &ResidentRows| Ends {
-            rows: rows.embeddings,
-            labels: rows.labels,
-            gradient: rows.gradient,
-        };
         let mut identity = IdentityAt::default();
         match self.identity {
             ResidentIdentity::ByValue => {}
@@ -109,8 +104,7 @@ impl ResidentPart {
             ResidentIdentity::FromAt(address) => identity.first_at = address,
             ResidentIdentity::List(address) => identity.list = address,
         }
-        let references = batch.references.as_ref().unwrap_or(&batch.anchors);
-        Input { ends: [ends(&batch.anchors), ends(references)], check: batch.row_check(), identity }
+        Input { identity, ..self.batch.input() }
     }
 }
 
@@ -146,16 +140,8 @@ impl<D: Device> DeviceBackend<D> {
             aligned("loss", output.loss, 4)?;
         }
         let mut loss = self.begin_resident(part, settings, false)?;
-        let (input, targets) = (part.input(), part.targets());
-        self.issuing(&mut loss, |launcher, base, loss| {
-            issue_order(launcher, base, loss, &input)?;
-            issue_same_class(launcher, base, loss)?;
-            issue_sweep(launcher, base, loss)?;
-            issue_selection(launcher, base, loss)?;
-            issue_weigh(launcher, base, loss, output, true)?;
-            issue_sums(launcher, base, loss, targets)?;
-            issue_lead_back(launcher, base, loss, &input)
-        })?;
+        let input = part.input();
+        self.issuing(&mut loss, |launcher, base, loss| issue_loss(launcher, base, loss, &input, output))?;
         self.remembered = Some(loss);
         Ok(())
     }
@@ -261,11 +247,11 @@ impl<D: Device> DeviceBackend<D> {
         aligned("scalars", scalars, 8)?;
         let mut loss = self.go_on_resident(part, Step::Gradient)?;
         let given = given(part, counts, 0)?;
-        let targets = part.targets();
+        let targets = part.input().ends.map(|end| end.gradient);
         self.issuing(&mut loss, |launcher, base, loss| {
             take(launcher, base, loss, Which::Counts, given)?;
             issue_weigh(launcher, base, loss, ResidentOutput { scalars, loss: 0 }, true)?;
-            issue_sums(launcher, base, loss, targets)
+            issue_gradients(launcher, base, loss, targets)
         })?;
         self.remembered = Some(loss);
         Ok(())
@@ -314,21 +300,11 @@ impl<D: Device> DeviceBackend<D> {
     }
 }
 
-impl ResidentPart {
-    /// Where the gradients go.
-    fn targets(&self) -> [u64; 2] {
-        [self.batch.anchors.gradient, self.batch.references.map_or(0, |rows| rows.gradient)]
-    }
-}
-
 fn given(part: &ResidentPart, lists: [ResidentNumbers; 2], totals: u64) -> Result<Given> {
     for list in &lists {
         list.validate(part)?;
     }
-    if lists[0].count != lists[1].count {
-        let (expected, got) = (lists[0].count, lists[1].count);
-        return Err(Error::LengthMismatch { what: "numbers of the references", expected, got });
-    }
+    same_length("numbers of the references", lists[0].count, lists[1].count)?;
     let addresses = [lists[0].anchors, lists[1].anchors, lists[0].references, lists[1].references];
     Ok(Given { lists: addresses, references: lists[0].count, totals })
 }

@@ -1,6 +1,16 @@
-//! The kernels by name.
+//! The kernels by name, and what a block of each is.
 
 use super::Precision;
+use super::params::{
+    GRADIENT_EXTRA_BYTES, GRADIENT_HOPPER_SHARED_BYTES, GRADIENT_HOPPER_THREADS, GRADIENT_ROWS_16BIT,
+    GRADIENT_ROWS_32BIT, GRADIENT_SPLIT_SHARED_BYTES, GRADIENT_STAGES_BYTES, HOPPER_SHARED_BYTES,
+    ORDER_MERGE_SHARED_BYTES, ORDER_SHARED_BYTES, ORDER_WIDE_SHARED_BYTES, ORDER_WIDE_THREADS,
+    RETRIEVAL_HOPPER_SHARED_BYTES, RETRIEVAL_MERGE_EXTRA_BYTES, RETRIEVAL_SPLIT_SHARED_BYTES,
+    SAME_CLASS_HOPPER_SHARED_BYTES, SAME_CLASS_SHARED_BYTES, SELECT_STORED_SHARED_BYTES,
+    SHARING_STAGES_BYTES, SIMILARITY_STAGES_BYTES, SUM_SHARED_BYTES, SWEEP_EXACT_SHARED_BYTES,
+    SWEEP_HOPPER_SHARED_BYTES, SWEEP_HOPPER_THREADS, SWEEP_SHARED_BYTES, SWEEP_SPLIT_SHARED_BYTES,
+    SWEEP_SPLIT_THREADS, THREADS, TILE, WEIGH_SHARED_BYTES,
+};
 
 /// A kernel of kernels/*.cu, found by [`name`](Kernel::name) in the loaded image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -108,6 +118,78 @@ impl Kernel {
             Self::Retrieval(precision) => precise!(precision, "retrieval"),
             Self::RetrievalHopper(precision) => precise!(precision, "retrieval_hopper"),
             Self::RetrievalMerge => "retrieval_merge",
+        }
+    }
+
+    /// The kernel that does the same work on Hopper: it has its own where S or the gradient is multiplied.
+    pub(super) fn on_hopper(self) -> Self {
+        match self {
+            Self::Threshold(precision) => Self::ThresholdHopper(precision),
+            Self::Prepare(precision) => Self::PrepareHopper(precision),
+            Self::SameClass(precision) => Self::SameClassHopper(precision),
+            Self::Sweep(precision) => Self::SweepHopper(precision),
+            Self::SelectStored => Self::SelectStoredHopper,
+            Self::SelectRecomputed(precision) => Self::SelectRecomputedHopper(precision),
+            Self::Gradient(precision) => Self::GradientHopper(precision),
+            Self::Retrieval(precision) => Self::RetrievalHopper(precision),
+            other => other,
+        }
+    }
+
+    /// Threads of a block.
+    pub(super) fn threads(self) -> u32 {
+        match self {
+            Self::GradientHopper(_) => GRADIENT_HOPPER_THREADS,
+            Self::SweepHopper(precision) | Self::RetrievalHopper(precision) => {
+                precision.pick(SWEEP_HOPPER_THREADS, SWEEP_SPLIT_THREADS)
+            }
+            Self::OrderTilesWide => ORDER_WIDE_THREADS,
+            _ => THREADS,
+        }
+    }
+
+    /// Rows of the result that a block of a gradient's product has, by tiles.
+    pub(super) fn gradient_rows(self) -> u32 {
+        match self {
+            Self::Gradient(precision) | Self::Threshold(precision) | Self::ThresholdHopper(precision) => {
+                precision.pick(GRADIENT_ROWS_16BIT, GRADIENT_ROWS_32BIT)
+            }
+            _ => TILE,
+        }
+    }
+
+    /// Dynamic shared memory of a block; of a merge of lists without the room for its keys.
+    pub(super) fn shared_bytes(self) -> u32 {
+        match self {
+            Self::OrderTiles => ORDER_SHARED_BYTES,
+            Self::OrderTilesWide => ORDER_WIDE_SHARED_BYTES,
+            Self::OrderMerge => ORDER_MERGE_SHARED_BYTES,
+            Self::Identity | Self::ReportNumbers | Self::InvertOrder | Self::TakeNumbers => 0,
+            Self::Prepare(_) | Self::PrepareHopper(_) => SIMILARITY_STAGES_BYTES,
+            Self::SameClass(_) => SAME_CLASS_SHARED_BYTES,
+            Self::SameClassHopper(_) => SAME_CLASS_HOPPER_SHARED_BYTES,
+            Self::Sweep(precision) => precision.pick(SWEEP_SHARED_BYTES, SWEEP_EXACT_SHARED_BYTES),
+            Self::SweepHopper(precision) => {
+                precision.pick(SWEEP_HOPPER_SHARED_BYTES, SWEEP_SPLIT_SHARED_BYTES)
+            }
+            Self::SelectStored | Self::SelectStoredHopper => SELECT_STORED_SHARED_BYTES,
+            Self::SelectRecomputed(_) => SIMILARITY_STAGES_BYTES,
+            Self::SelectRecomputedHopper(_) => HOPPER_SHARED_BYTES,
+            Self::Weigh => WEIGH_SHARED_BYTES,
+            Self::Gradient(precision) | Self::Threshold(precision) | Self::ThresholdHopper(precision) => {
+                let matrix = self.gradient_rows() * TILE * precision.pick(2, 4);
+                GRADIENT_STAGES_BYTES + matrix + GRADIENT_EXTRA_BYTES
+            }
+            Self::GradientHopper(precision) => {
+                precision.pick(GRADIENT_HOPPER_SHARED_BYTES, GRADIENT_SPLIT_SHARED_BYTES)
+            }
+            Self::LeadBack(_) => 0,
+            Self::ThresholdSum => SUM_SHARED_BYTES,
+            Self::Retrieval(precision) => precision.pick(SHARING_STAGES_BYTES, SIMILARITY_STAGES_BYTES),
+            Self::RetrievalHopper(precision) => {
+                precision.pick(RETRIEVAL_HOPPER_SHARED_BYTES, RETRIEVAL_SPLIT_SHARED_BYTES)
+            }
+            Self::RetrievalMerge => RETRIEVAL_MERGE_EXTRA_BYTES,
         }
     }
 }

@@ -6,11 +6,13 @@ use super::params::{
     ClassRange, Counters, LossScalars, Pairs, RowNumbers, RowSame, RowSums, RowWeights, Settings, Side, TILE,
     WEIGH_SUMS, ZEROED, Zeroed,
 };
-use super::plan::{POOL_UNIT, Shape, more_scale, order_runs, sum_scale, tiles};
+use super::plan::GradientGrid;
+use super::shape::{POOL_UNIT, Shape, more_scale, order_runs, sum_scale, tiles};
 use super::workspace::{Layout, Region};
+use super::{DeviceProperties, Kernel};
 use crate::backend::step::Step;
-use crate::loss::select::{initial_tolerances, probe_tolerance};
-use crate::loss::{LossSettings, Mining, UnitCheck};
+use crate::loss::select::{candidate_tolerance, initial_tolerances, probe_tolerance};
+use crate::loss::{Batch, LossSettings, Mining, UnitCheck};
 
 /// Where the figures of a loss go, in device memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,11 +114,10 @@ impl LossLayout {
     /// elements of e bytes (prepared 2 of f32 that is rounded), and the budget.
     ///
     /// `resident`: input and gradients stay in the caller's memory, so none is set aside for them.
-    pub(super) fn new(shape: &Shape, budget: usize, multiprocessors: u32, resident: bool) -> Self {
+    pub(super) fn new(shape: &Shape, budget: usize, gpu: DeviceProperties, resident: bool) -> Self {
         let mut layout = Layout::default();
-        let mut side = |of_references, gradient| {
-            Self::side(&mut layout, shape, of_references, gradient, multiprocessors, resident)
-        };
+        let mut side =
+            |of_references, gradient| Self::side(&mut layout, shape, of_references, gradient, gpu, resident);
         let anchors = side(false, true);
         let references = match shape.references {
             Some(_) => side(true, shape.reference_gradient),
@@ -180,16 +181,14 @@ impl LossLayout {
         shape: &Shape,
         of_references: bool,
         gradient: bool,
-        multiprocessors: u32,
+        gpu: DeviceProperties,
         resident: bool,
     ) -> SideRegions {
         let (count, _) = shape.sides(of_references);
         let (padded, stride) = (tiles(count) * TILE as usize, shape.stride());
         let merged = if order_runs(count).next().is_some() { count } else { 0 };
-        let splits = match shape.splits(of_references, multiprocessors) {
-            1 => 0,
-            several => several,
-        };
+        let grid = GradientGrid::new(Kernel::Gradient(shape.precision), shape, of_references, gpu);
+        let splits = if grid.splits == 1 { 0 } else { grid.splits };
         // Without a gradient its regions are empty.
         let if_wanted = |elements: usize| if gradient { elements } else { 0 };
         let if_copied = |elements: usize| if resident { 0 } else { elements };
@@ -207,7 +206,7 @@ impl LossLayout {
             column_sums: layout.region::<f32>(tiles(count) * stride),
             ways: layout.region::<u8>(if_wanted(tiles(count))),
             partial: layout.region::<f32>(if_wanted(splits * padded * stride)),
-            arrived: layout.region::<u32>(if_wanted(splits.min(1) * shape.gradient_blocks(of_references))),
+            arrived: layout.region::<u32>(if_wanted(splits.min(1) * grid.blocks())),
             gradient: layout.region::<f32>(if_copied(if_wanted(count * shape.dim))),
         }
     }
@@ -221,15 +220,20 @@ pub(super) struct Remembered {
     pub(super) host_settings: LossSettings,
     /// How far the steps of a part have come; `None` for a loss at once.
     pub(super) step: Option<Step>,
-    /// Labels of both sides, where the host has them: those of the next step must be the same.
-    pub(super) labels: [Vec<i64>; 2],
+    /// Labels of both sides, where the host has them: those of what goes on from here must be the same.
+    pub(super) labels: Option<[Vec<i64>; 2]>,
+}
+
+/// Of both sides; none of references where there are none.
+fn labels_of<'a>(batch: &Batch<'a>) -> [&'a [i64]; 2] {
+    [batch.anchors.labels, batch.references.map_or(&[], |rows| rows.labels)]
 }
 
 const _: () = assert!(offset_of!(Counters, probe_neg) == 0 && offset_of!(Counters, total_pos) == 8);
 
 impl Remembered {
     /// The first step of a part without anchors, which no kernel is asked for.
-    pub(super) fn of_nothing(shape: Shape, settings: &LossSettings, labels: [Vec<i64>; 2]) -> Self {
+    pub(super) fn of_nothing(shape: Shape, settings: &LossSettings, labels: Option<[Vec<i64>; 2]>) -> Self {
         Self {
             shape,
             layout: LossLayout::default(),
@@ -238,6 +242,21 @@ impl Remembered {
             step: Some(Step::SameClass),
             labels,
         }
+    }
+
+    /// Takes over the labels of `batch`; the memory is that of labels before, if there is any.
+    pub(super) fn keep_labels(before: Option<Self>, batch: &Batch<'_>) -> Option<[Vec<i64>; 2]> {
+        let mut labels = before.and_then(|last| last.labels).unwrap_or_default();
+        for (kept, given) in labels.iter_mut().zip(labels_of(batch)) {
+            kept.clear();
+            kept.extend_from_slice(given);
+        }
+        Some(labels)
+    }
+
+    /// Whether labels are those of `batch`, as far as the host knows them.
+    pub(super) fn has_labels_of(&self, batch: &Batch<'_>) -> bool {
+        self.labels.as_ref().is_none_or(|labels| *labels == labels_of(batch))
     }
 
     /// Where the scalars of a loss that is waited for lie, in a workspace at `base`.
@@ -303,13 +322,11 @@ pub(super) fn unless_empty<T>(base: u64, region: Region) -> *mut T {
 
 pub(super) fn device_settings(settings: &LossSettings, shape: &Shape) -> Settings {
     let tolerances = initial_tolerances(settings);
-    let probe = probe_tolerance(settings);
     Settings {
         gamma_pos: tolerances.pos,
         gamma_neg: tolerances.neg,
-        probe,
-        // The negative tolerance only ever shrinks: nothing below this one is ever mined.
-        candidate: probe.max(tolerances.neg),
+        probe: probe_tolerance(settings),
+        candidate: candidate_tolerance(settings),
         tolerance: settings.tolerance,
         alpha: settings.alpha,
         beta: settings.beta,

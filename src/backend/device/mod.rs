@@ -7,22 +7,29 @@
 mod backend;
 mod enqueue;
 mod kernel;
+mod launcher;
 mod layout;
 mod loss;
 mod order;
 pub mod params;
+mod passes;
 mod plan;
+mod precision;
 mod resident;
 mod retrieval;
 mod search_plan;
+mod shape;
 mod steps;
 mod threshold;
+mod transfer;
 mod workspace;
 
 pub use backend::{DeviceBackend, Options};
 pub use enqueue::{ResidentIdentity, ResidentNumbers, ResidentPart, ResidentSettings};
 pub use kernel::Kernel;
 pub use layout::ResidentOutput;
+pub use plan::LaunchPlan;
+pub use precision::Precision;
 pub use resident::{ResidentBatch, ResidentRows, ResidentType};
 pub use workspace::Region;
 
@@ -34,29 +41,13 @@ use crate::Result;
 /// The layout must be that of the kernel's parameter.
 pub unsafe trait Params: Copy {}
 
-/// In what numbers S and the gradient product are computed. Sums are f32 throughout.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Precision {
-    /// f32 rows, as exact as f32 arithmetic: each product from three of f16.
-    F32,
-    /// f32 rows, rounded to f16 when they are prepared, and f16 rows from there on: TF32's 11 bits of each entry, for a third of
-    /// the work or less.
-    RoundedF32,
-    /// IEEE half precision rows.
-    F16,
-    /// Brain floating point rows.
-    Bf16,
-}
-
-/// How a kernel is launched.
+/// What launch plans ask of a GPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct LaunchPlan {
-    /// Blocks along x, y and z.
-    pub grid: [u32; 3],
-    /// Threads of a block.
-    pub threads: u32,
-    /// Dynamic shared memory of a block.
-    pub shared_bytes: u32,
+pub struct DeviceProperties {
+    /// Multiprocessors: how many blocks at least run at the same time.
+    pub multiprocessors: u32,
+    /// Whether the kernels that only Hopper (sm_90) runs can be launched.
+    pub warpgroup_products: bool,
 }
 
 /// A machine that runs kernels, in the order they were launched.
@@ -69,13 +60,8 @@ pub trait Device: Send {
     /// `cuda:0`, `emulated`.
     fn name(&self) -> String;
 
-    /// Multiprocessors: how many blocks at least run at the same time.
-    fn multiprocessors(&self) -> u32;
-
-    /// Whether the kernels that only Hopper (sm_90) runs can be launched.
-    fn has_warpgroup_products(&self) -> bool {
-        false
-    }
+    /// What launch plans ask of it.
+    fn properties(&self) -> DeviceProperties;
 
     /// Bytes of memory that nobody has, about.
     fn free_memory(&self) -> usize;

@@ -2,13 +2,14 @@
 
 use std::mem::offset_of;
 
+use super::launcher::Launcher;
 use super::layout::{Remembered, SideRegions, pointer, unless_empty};
-use super::loss::{Input, Launcher};
 use super::params::{
     Counters, IdentityParams, InvertParams, MergeParams, ORDER_TILE, OrderParams, PrepareParams, ZEROED,
     Zeroed,
 };
-use super::plan::{order_runs, order_tile};
+use super::shape::{order_runs, order_tile};
+use super::transfer::Input;
 use super::{Device, Kernel};
 use crate::Result;
 use crate::loss::UnitCheck;

@@ -4,10 +4,12 @@ use bytemuck::cast_slice_mut;
 use half::{bf16, f16};
 use ndarray::aview2;
 
+use super::launcher::Launcher;
 use super::layout::{Ends, RowCheck};
-use super::loss::{IdentityAt, Input, Launcher, download_anchors, download_scalars, download_terms, issue};
-use super::plan::Shape;
+use super::passes::issue_loss;
 use super::retrieval::Searched;
+use super::shape::Shape;
+use super::transfer::{IdentityAt, Input, download_anchors, download_scalars, download_terms};
 use super::{Device, DeviceBackend, Precision};
 use crate::backend::Nearest;
 use crate::loss::{Embeddings, Hypergradient, LossOutput, LossSettings, UnitCheck};
@@ -65,20 +67,26 @@ impl ResidentType {
 
 impl ResidentBatch {
     pub(super) fn shape(&self, exact: bool) -> Shape {
+        let precision = Precision::of(&self.dtype.empty(), exact);
         Shape {
-            anchors: self.anchors.count,
             references: self.references.map(|rows| rows.count),
-            dim: self.dim,
-            precision: Precision::of(&self.dtype.empty(), exact),
             reference_gradient: self.references.is_some_and(|rows| rows.gradient != 0),
-            total: self.anchors.count,
-            identity: false,
-            numbers: false,
-            any_length: false,
+            ..Shape::square(self.anchors.count, self.dim, precision)
         }
     }
 
-    pub(super) fn row_check(&self) -> RowCheck {
+    /// Where a loss finds its rows; which reference is an anchor is told by value.
+    pub(super) fn input(&self) -> Input {
+        let ends = |rows: &ResidentRows| Ends {
+            rows: rows.embeddings,
+            labels: rows.labels,
+            gradient: rows.gradient,
+        };
+        let both = [&self.anchors, self.references.as_ref().unwrap_or(&self.anchors)];
+        Input { ends: both.map(ends), check: self.row_check(), identity: IdentityAt::default() }
+    }
+
+    fn row_check(&self) -> RowCheck {
         RowCheck { check: self.check, tolerance: self.dtype.empty().norm_tolerance() }
     }
 
@@ -154,20 +162,13 @@ impl<D: Device> DeviceBackend<D> {
         let shape = batch.shape(self.options.exact);
         shape.check()?;
         let loss = self.begin(shape, settings, true)?;
-        let ends = |rows: &ResidentRows| Ends {
-            rows: rows.embeddings,
-            labels: rows.labels,
-            gradient: rows.gradient,
-        };
-        let both = [ends(&batch.anchors), ends(batch.references.as_ref().unwrap_or(&batch.anchors))];
-        let check = batch.row_check();
-        let input = Input { ends: both, check, identity: IdentityAt::default() };
+        let input = batch.input();
         let Self { device, loss: workspace, .. } = self;
         let buffer = workspace.lay(device, &loss.layout.layout)?;
         let base = device.address(buffer);
-        issue(&mut Launcher::new(&mut *device, &loss), base, &loss, &input)?;
+        issue_loss(&mut Launcher::new(&mut *device, &loss), base, &loss, &input, loss.scalars_at(base))?;
         *output = LossOutput::default();
-        download_scalars(device, buffer, &loss, check.tolerance, output)?;
+        download_scalars(device, buffer, &loss, input.check.tolerance, output)?;
         self.remembered = Some(loss);
         Ok(())
     }

@@ -2,11 +2,13 @@
 
 use bytemuck::{cast_slice, cast_slice_mut};
 
+use super::launcher::Launcher;
 use super::layout::{RowCheck, pointer};
-use super::loss::{Launcher, matrix_bytes};
 use super::params::{Counters, PrepareParams, RetrievalParams, TILE};
-use super::plan::{Shape, tiles};
+use super::plan::LaunchPlan;
 use super::search_plan::SearchPlan;
+use super::shape::{Shape, tiles};
+use super::transfer::{NO_ROW, matrix_bytes};
 use super::workspace::{Layout, Region};
 use super::{Device, DeviceBackend, Kernel};
 use crate::Result;
@@ -140,7 +142,7 @@ fn check<D: Device>(
 ) -> Result<()> {
     let mut row = [0u32];
     device.download(buffer, regions.counters.offset + BAD_ROW, cast_slice_mut(&mut row))?;
-    if row[0] == u32::MAX {
+    if row[0] == NO_ROW {
         return Ok(());
     }
     let mut square_sum = [0.0f64];
@@ -244,7 +246,7 @@ impl<D: Device> DeviceBackend<D> {
         shape.check()?;
         let mut nearest = Nearest::of_search(count, shape.reference_count(), k)?;
         let Self { device, retrieval, .. } = self;
-        let plan = SearchPlan::new(&shape, k, device.has_warpgroup_products(), device.multiprocessors());
+        let plan = SearchPlan::new(&shape, k, device.properties());
         let layout = SearchLayout::new(queries, &plan, k);
         let buffer = retrieval.lay(device, &layout.layout)?;
         prepare(device, buffer, queries, &layout.queries, place)?;
@@ -272,8 +274,14 @@ impl<D: Device> DeviceBackend<D> {
                 similarities: pointer(base, layout.similarities),
             };
             let mut launcher = Launcher { device: &mut *device, shape };
-            launcher.launch_split(Kernel::Retrieval(shape.precision), false, plan.splits, 0, &params)?;
-            launcher.launch_split(Kernel::RetrievalMerge, false, 1, plan.merge_bytes(), &params)?;
+            launcher.launch_with(Kernel::Retrieval(shape.precision), false, &params, |launch| {
+                let [tiles, ..] = launch.grid;
+                LaunchPlan { grid: [tiles, plan.splits as u32, 1], ..launch }
+            })?;
+            launcher.launch_with(Kernel::RetrievalMerge, false, &params, |launch| LaunchPlan {
+                shared_bytes: launch.shared_bytes + plan.merge_bytes(),
+                ..launch
+            })?;
         }
         check(device, buffer, queries, &layout.queries)?;
         let (Some(indices), Some(similarities)) =

@@ -1,7 +1,8 @@
 //! How a search is shared out: its lists, and the blocks that share a query tile. Pure functions of the shape.
 
+use super::DeviceProperties;
 use super::params::{RETRIEVAL_MERGED, RETRIEVAL_SLACK, THREADS, TILE};
-use super::plan::{Shape, tiles};
+use super::shape::{Shape, tiles};
 
 /// Bytes of lists that are alive at once; more queries are searched in turns.
 /// A multiple of what all multiprocessors of one GPU work on (132 tiles of 128 queries, k = 10: 138 MB; k = 1,000: 554 MB).
@@ -30,8 +31,9 @@ pub(super) struct SearchPlan {
 
 impl SearchPlan {
     /// Of `shape.anchors` queries against `shape.reference_count()` rows.
-    pub fn new(shape: &Shape, k: usize, warpgroup_products: bool, multiprocessors: u32) -> Self {
+    pub fn new(shape: &Shape, k: usize, gpu: DeviceProperties) -> Self {
         let (queries, references) = (tiles(shape.anchors), tiles(shape.reference_count()));
+        let DeviceProperties { multiprocessors, warpgroup_products } = gpu;
         let multiprocessors = multiprocessors as usize;
         // Two blocks of 16-bit rows share a multiprocessor of other GPUs.
         let sharing = if warpgroup_products || !shape.precision.is_narrow() { 1 } else { 2 };
@@ -74,18 +76,8 @@ mod tests {
     }
 
     fn plan_of(queries: usize, references: usize, k: usize, warpgroup_products: bool) -> SearchPlan {
-        let shape = Shape {
-            anchors: queries,
-            references: Some(references),
-            dim: 512,
-            precision: Precision::Bf16,
-            reference_gradient: false,
-            total: queries,
-            identity: false,
-            numbers: false,
-            any_length: false,
-        };
-        SearchPlan::new(&shape, k, warpgroup_products, 132)
+        let shape = Shape { references: Some(references), ..Shape::square(queries, 512, Precision::Bf16) };
+        SearchPlan::new(&shape, k, DeviceProperties { multiprocessors: 132, warpgroup_products })
     }
 
     #[test]

@@ -2,14 +2,14 @@
 
 use bytemuck::{Pod, cast_slice, cast_slice_mut};
 
+use super::launcher::Launcher;
 use super::layout::Remembered;
-use super::loss::{
-    Launcher, download_gradients, download_scalars, issue_gradients, issue_same_class, issue_selection,
-    issue_sweep, issue_weigh, same_type, upload,
-};
+use super::loss::same_type;
 use super::order::issue_order;
 use super::params::{Counters, NUMBERS_COUNTS, NUMBERS_MAX_NEG, NUMBERS_MIN_POS, ReportParams, TakeParams};
-use super::plan::Shape;
+use super::passes::{issue_gradients, issue_same_class, issue_selection, issue_sweep, issue_weigh};
+use super::shape::Shape;
+use super::transfer::{download_gradients, download_scalars, upload};
 use super::workspace::Region;
 use super::{Device, DeviceBackend, Kernel};
 use crate::backend::step::Step;
@@ -52,13 +52,13 @@ impl<D: Device> DeviceBackend<D> {
         settings: &LossSettings,
         output: &mut LossOutput,
     ) -> Result<()> {
+        let last = self.remembered.take();
         settings.validate()?;
         part.validate()?;
         same_type(part)?;
         let shape = Shape { numbers: !part.is_square(), ..self.shape(part) };
         shape.check()?;
-        let labels =
-            [part.anchors.labels.to_vec(), part.references.map_or(vec![], |rows| rows.labels.to_vec())];
+        let labels = Remembered::keep_labels(last, part);
         if shape.anchors == 0 {
             self.remembered = Some(Remembered::of_nothing(shape, settings, labels));
             *output = LossOutput::default();
@@ -148,12 +148,7 @@ impl<D: Device> DeviceBackend<D> {
         output: &mut LossOutput,
     ) -> Result<()> {
         let loss = self.go_on(part, Step::Gradient)?;
-        pos.validate(part)?;
-        neg.validate(part)?;
-        if pos.references.len() != neg.references.len() {
-            let (expected, got) = (pos.references.len(), neg.references.len());
-            return Err(Error::LengthMismatch { what: "numbers of the references", expected, got });
-        }
+        RowNumbers::validate_sizes(&pos, &neg, part)?;
         if loss.shape.anchors == 0 {
             let gradient = ndarray::Array2::zeros((0, loss.shape.dim));
             *output = LossOutput {
@@ -172,6 +167,7 @@ impl<D: Device> DeviceBackend<D> {
         let mut launcher = Launcher::new(&mut *device, &loss);
         take(&mut launcher, base, &loss, Which::Counts, given)?;
         let targets = [loss.layout.anchors, loss.layout.references].map(|side| side.ends(base).gradient);
+        issue_weigh(&mut launcher, base, &loss, loss.scalars_at(base), true)?;
         issue_gradients(&mut launcher, base, &loss, targets)?;
         download_scalars(device, buffer, &loss, part.anchors.embeddings.norm_tolerance(), output)?;
         download_gradients(device, buffer, &loss, output)?;
@@ -185,8 +181,7 @@ impl<D: Device> DeviceBackend<D> {
         part.validate()?;
         same_type(part)?;
         let shape = Shape { numbers: last.shape.numbers, ..self.shape(part) };
-        let references = part.references.map_or(&[][..], |rows| rows.labels);
-        if last.shape != shape || last.labels[0] != part.anchors.labels || last.labels[1] != references {
+        if last.shape != shape || !last.has_labels_of(part) {
             return Err(Error::OutOfOrder(
                 "a step needs the part of the step before it: shape or labels differ",
             ));

@@ -3,14 +3,15 @@
 use bytemuck::{cast_slice, cast_slice_mut};
 use ndarray::ArrayView2;
 
+use super::launcher::Launcher;
 use super::layout::{Remembered, pointer, unless_empty};
-use super::loss::Launcher;
 use super::params::{GradientParams, ThresholdParams, ThresholdSumParams};
-use super::plan::Shape;
+use super::plan::GradientGrid;
+use super::shape::Shape;
 use super::workspace::{Layout, Region};
-use super::{Device, DeviceBackend, Kernel};
-use crate::backend::step::Step;
-use crate::loss::{Batch, Hypergradient};
+use super::{Device, DeviceBackend, DeviceProperties, Kernel};
+use crate::backend::step::{OTHER_LABELS, Step};
+use crate::loss::{Batch, Hypergradient, TangentOf};
 use crate::{Error, Result};
 
 /// The workspace of the threshold pass.
@@ -27,13 +28,13 @@ struct ThresholdLayout {
 
 impl ThresholdLayout {
     /// About `4 (B + N) D` bytes for tangents, and 16 for each block of a gradient.
-    fn new(shape: &Shape, multiprocessors: u32, resident: bool) -> Self {
+    fn new(shape: &Shape, gpu: DeviceProperties, resident: bool) -> Self {
         let mut layout = Layout::default();
         let counts = [shape.anchors, shape.references.unwrap_or(0)];
         let blocks = [false, true].map(|of_references| {
             let there = !of_references || shape.references.is_some();
-            let splits = shape.splits(of_references, multiprocessors);
-            if there { shape.gradient_blocks(of_references) * splits } else { 0 }
+            let grid = grid(shape, of_references, gpu);
+            if there { grid.blocks() * grid.splits } else { 0 }
         });
         Self {
             tangents: counts.map(|count| layout.region::<f32>(if resident { 0 } else { count * shape.dim })),
@@ -53,6 +54,12 @@ impl<D: Device> DeviceBackend<D> {
         reference_tangent: Option<ArrayView2<'_, f32>>,
     ) -> Result<Hypergradient> {
         let shape = self.shape(batch);
+        if let Some(last) = &self.remembered
+            && last.shape.size() == shape.size()
+            && !last.has_labels_of(batch)
+        {
+            return Err(Error::OutOfOrder(OTHER_LABELS));
+        }
         if shape.anchors == 0
             && self.remembered.as_ref().is_some_and(|last| last.step == Some(Step::Gradient))
         {
@@ -61,12 +68,10 @@ impl<D: Device> DeviceBackend<D> {
         // In the square form both sides move alike.
         let reference_tangent = if batch.is_square() { None } else { reference_tangent };
         self.sum_threshold(shape, false, |device, buffer, regions| {
-            let names = ["tangent", "reference tangent"];
-            let counts = [shape.anchors, shape.reference_count()];
             let mut addresses = [0; 2];
             for (side, tangent) in [Some(tangent), reference_tangent].into_iter().enumerate() {
                 let Some(tangent) = tangent else { continue };
-                check_tangent(names[side], (counts[side], shape.dim), &tangent)?;
+                shape.size().check_tangent([TangentOf::Anchors, TangentOf::References][side], &tangent)?;
                 let tangent = tangent.as_standard_layout();
                 let Some(values) = tangent.as_slice() else { unreachable!("standard layout") };
                 device.upload(buffer, regions[side].offset, cast_slice(values))?;
@@ -91,8 +96,13 @@ impl<D: Device> DeviceBackend<D> {
         if remembered.step.is_some_and(|step| step != Step::Gradient) {
             return Err(Error::OutOfOrder("the threshold pass needs the last step of the loss before it"));
         }
-        same_shape(&remembered.shape, &shape)?;
-        let layout = ThresholdLayout::new(&shape, device.multiprocessors(), resident);
+        remembered.shape.size().is_of_last(shape.size())?;
+        if remembered.shape.precision != shape.precision {
+            return Err(Error::OutOfOrder(
+                "the threshold pass needs the batch of the last loss, in its type",
+            ));
+        }
+        let layout = ThresholdLayout::new(&shape, device.properties(), resident);
         let buffer = threshold.lay(device, &layout.layout)?;
         let tangents = place(device, buffer, &layout.tangents)?;
         let (pairs_base, base) = (device.address(pairs_buffer), device.address(buffer));
@@ -122,6 +132,10 @@ impl<D: Device> DeviceBackend<D> {
     }
 }
 
+fn grid(shape: &Shape, of_references: bool, gpu: DeviceProperties) -> GradientGrid {
+    GradientGrid::new(Kernel::Threshold(shape.precision), shape, of_references, gpu)
+}
+
 /// The gradient's walk over the pairs of the last loss, which writes nothing.
 fn walk<D: Device>(
     launcher: &Launcher<'_, D>,
@@ -135,7 +149,7 @@ fn walk<D: Device>(
     GradientParams {
         pairs: loss.pairs(base),
         of_references: u32::from(of_references),
-        splits: shape.splits(of_references, launcher.device.multiprocessors()) as u32,
+        splits: grid(shape, of_references, launcher.device.properties()).splits as u32,
         weight_scale: shape.slope_scale(sharpness),
         reserved: 0,
         ways: unless_empty::<u8>(base, regions.ways),
@@ -144,26 +158,4 @@ fn walk<D: Device>(
         gradient: std::ptr::null_mut(),
         zeros: std::ptr::null(),
     }
-}
-
-fn same_shape(expected: &Shape, got: &Shape) -> Result<()> {
-    let counts = |shape: &Shape| [shape.anchors, shape.reference_count(), shape.dim];
-    let names = ["anchors of the last loss", "references of the last loss", "dimension of the last loss"];
-    for ((what, expected), got) in names.into_iter().zip(counts(expected)).zip(counts(got)) {
-        if expected != got {
-            return Err(Error::LengthMismatch { what, expected, got });
-        }
-    }
-    if expected.references.is_some() == got.references.is_some() && expected.precision == got.precision {
-        return Ok(());
-    }
-    Err(Error::OutOfOrder("the threshold pass needs the batch of the last loss, in its form and type"))
-}
-
-fn check_tangent(what: &'static str, size: (usize, usize), tangent: &ArrayView2<'_, f32>) -> Result<()> {
-    if tangent.dim() != size {
-        return Err(Error::LengthMismatch { what, expected: size.0 * size.1, got: tangent.len() });
-    }
-    let bad = tangent.outer_iter().position(|row| !row.iter().all(|value| value.is_finite()));
-    bad.map_or(Ok(()), |row| Err(Error::NotFinite { rows: what, row }))
 }

@@ -4,7 +4,7 @@ use std::alloc;
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::ptr::NonNull;
 
-use crate::backend::device::{Device, Kernel, LaunchPlan, Params, Region};
+use crate::backend::device::{Device, DeviceProperties, Kernel, LaunchPlan, Params, Region};
 use crate::{Error, Result};
 
 unsafe extern "C" {
@@ -27,8 +27,7 @@ pub struct EmulatedDevice {
     seed: u64,
     launched: Vec<&'static str>,
     fills: usize,
-    multiprocessors: u32,
-    hopper: bool,
+    properties: DeviceProperties,
 }
 
 /// Alignment of allocations, as on a GPU.
@@ -48,19 +47,22 @@ impl EmulatedDevice {
     #[must_use]
     pub fn new(seed: u64) -> Self {
         // Two, so that small batches are split among blocks as on a GPU.
-        Self { seed, launched: Vec::new(), fills: 0, multiprocessors: 2, hopper: false }
+        let properties = DeviceProperties { multiprocessors: 2, warpgroup_products: false };
+        Self { seed, launched: Vec::new(), fills: 0, properties }
     }
 
     /// The same with the kernels of Hopper in place of those for all GPUs.
     #[must_use]
     pub fn as_hopper(self) -> Self {
-        Self { hopper: true, ..self }
+        let properties = DeviceProperties { warpgroup_products: true, ..self.properties };
+        Self { properties, ..self }
     }
 
     /// The same with another number of multiprocessors, on which the split of small batches depends.
     #[must_use]
     pub fn with_multiprocessors(self, multiprocessors: u32) -> Self {
-        Self { multiprocessors: multiprocessors.max(1), ..self }
+        let properties = DeviceProperties { multiprocessors: multiprocessors.max(1), ..self.properties };
+        Self { properties, ..self }
     }
 
     /// The kernels launched so far, in order.
@@ -109,12 +111,8 @@ impl Device for EmulatedDevice {
         "emulated".into()
     }
 
-    fn multiprocessors(&self) -> u32 {
-        self.multiprocessors
-    }
-
-    fn has_warpgroup_products(&self) -> bool {
-        self.hopper
+    fn properties(&self) -> DeviceProperties {
+        self.properties
     }
 
     fn free_memory(&self) -> usize {
@@ -180,7 +178,11 @@ impl Device for EmulatedDevice {
     unsafe fn launch<P: Params>(&mut self, kernel: Kernel, plan: LaunchPlan, params: &P) -> Result<()> {
         self.launched.push(kernel.name());
         let seed = self.seed.wrapping_mul(1_000_003).wrapping_add(self.launched.len() as u64);
-        let refused = || Error::Device { call: "launch", code: format!("no kernel {}", kernel.name()) };
+        let refused = || {
+            let (name, threads, bytes) = (kernel.name(), plan.threads, size_of::<P>());
+            let code = format!("no kernel {name} of {threads} threads and {bytes} bytes of parameters");
+            Error::Device { call: "launch", code }
+        };
         let name = CString::new(kernel.name()).map_err(|_| refused())?;
         // SAFETY: name, grid and parameters outlive the call; what the parameters
         // point to is the caller's promise.

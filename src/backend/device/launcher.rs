@@ -1,0 +1,45 @@
+//! Issues the kernels of one call.
+
+use super::layout::Remembered;
+use super::plan::{LaunchPlan, variant};
+use super::shape::Shape;
+use super::{Device, Kernel, Params};
+use crate::Result;
+
+/// Issues the kernels of one call, all on memory at `base`.
+pub(super) struct Launcher<'a, D: Device> {
+    pub(super) device: &'a mut D,
+    pub(super) shape: Shape,
+}
+
+impl<'a, D: Device> Launcher<'a, D> {
+    /// For the kernels of one loss.
+    pub(super) fn new(device: &'a mut D, loss: &Remembered) -> Self {
+        Self { device, shape: loss.shape }
+    }
+
+    pub(super) fn launch<P: Params>(
+        &mut self,
+        kernel: Kernel,
+        of_references: bool,
+        params: &P,
+    ) -> Result<()> {
+        self.launch_with(kernel, of_references, params, |plan| plan)
+    }
+
+    /// The same, its plan as the caller changes it.
+    pub(super) fn launch_with<P: Params>(
+        &mut self,
+        kernel: Kernel,
+        of_references: bool,
+        params: &P,
+        change: impl FnOnce(LaunchPlan) -> LaunchPlan,
+    ) -> Result<()> {
+        let gpu = self.device.properties();
+        let kernel = variant(kernel, gpu);
+        let plan = change(LaunchPlan::new(kernel, &self.shape, of_references, gpu));
+        // SAFETY: `params` is built in this folder from regions of a layout for this very shape, laid over
+        // a buffer that lives in the backend; tests/emulated runs every kernel with the gaps watched.
+        unsafe { self.device.launch(kernel, plan, params) }
+    }
+}

@@ -1,0 +1,59 @@
+//! In what numbers rows are given and multiplied.
+
+use crate::loss::Embeddings;
+
+/// In what numbers S and the gradient product are computed. Sums are f32 throughout.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Precision {
+    /// f32 rows, as exact as f32 arithmetic: each product from three of f16.
+    F32,
+    /// f32 rows, rounded to f16 when they are prepared, and f16 rows from there on: TF32's 11 bits of each entry, for a third of
+    /// the work or less.
+    RoundedF32,
+    /// IEEE half precision rows.
+    F16,
+    /// Brain floating point rows.
+    Bf16,
+}
+
+impl Precision {
+    /// How rows of this type are multiplied.
+    #[must_use]
+    pub fn of(embeddings: &Embeddings<'_>, exact: bool) -> Self {
+        match embeddings {
+            Embeddings::F32(_) if exact => Self::F32,
+            Embeddings::F32(_) => Self::RoundedF32,
+            Embeddings::F16(_) => Self::F16,
+            Embeddings::Bf16(_) => Self::Bf16,
+        }
+    }
+
+    /// Bytes of one element of the caller's rows.
+    #[must_use]
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F32 | Self::RoundedF32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+
+    /// `narrow` or `exact`, as the kernels multiply.
+    pub(super) fn pick<T>(self, narrow: T, exact: T) -> T {
+        if self.is_narrow() { narrow } else { exact }
+    }
+
+    /// Whether the kernels multiply 16-bit rows, and M in the rows' type.
+    #[must_use]
+    pub fn is_narrow(self) -> bool {
+        self != Self::F32
+    }
+
+    /// Bytes of one element of prepared rows: f32 to its own precision is split into two f16.
+    #[must_use]
+    pub fn stored_bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::RoundedF32 | Self::F16 | Self::Bf16 => 2,
+        }
+    }
+}

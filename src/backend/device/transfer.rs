@@ -1,0 +1,198 @@
+//! What goes to the device and comes back: rows, labels and identity; scalars, results of the anchors, gradients.
+
+use bytemuck::{cast_slice, cast_slice_mut};
+use ndarray::Array2;
+
+use super::Device;
+use super::layout::{Ends, LossLayout, Remembered, RowCheck, SideRegions};
+use super::params::{LossScalars, RowSums, TILE};
+use super::shape::tiles;
+use super::workspace::Region;
+use crate::loss::{Batch, Embeddings, Identity, LossOutput, Rows, check_unit};
+use crate::{Error, Result};
+
+/// The `NO_ROW` of params.h, which C writes as an unsigned literal.
+pub(super) const NO_ROW: u32 = u32::MAX;
+
+/// The bytes of a matrix whose rows lie one behind the other.
+pub(super) fn matrix_bytes<'a>(embeddings: &'a Embeddings<'_>, rows: &'static str) -> Result<&'a [u8]> {
+    let bytes = match embeddings {
+        Embeddings::F32(m) => m.as_slice().map(cast_slice),
+        Embeddings::F16(m) => m.as_slice().map(cast_slice),
+        Embeddings::Bf16(m) => m.as_slice().map(cast_slice),
+    };
+    bytes.ok_or(Error::NotContiguous { rows })
+}
+
+/// Where a loss finds its rows, and what is said of them.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Input {
+    /// Of the anchors, and of the references.
+    pub(super) ends: [Ends; 2],
+    pub(super) check: RowCheck,
+    pub(super) identity: IdentityAt,
+}
+
+/// Where to read which reference is an anchor.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct IdentityAt {
+    /// Reference `first + i` is anchor i; or the address of `first`.
+    pub(super) first: u64,
+    pub(super) first_at: u64,
+    /// The address of a list, which goes before both.
+    pub(super) list: u64,
+}
+
+/// Copies rows, labels and identity to the device.
+pub(super) fn upload<D: Device>(
+    device: &mut D,
+    buffer: &mut D::Buffer,
+    layout: &LossLayout,
+    batch: &Batch<'_>,
+) -> Result<Input> {
+    upload_rows(device, buffer, &layout.anchors, &batch.anchors, "anchors")?;
+    if let Some(references) = &batch.references {
+        upload_rows(device, buffer, &layout.references, references, "references")?;
+    }
+    let base = device.address(buffer);
+    let mut identity = IdentityAt::default();
+    match batch.identity {
+        Identity::ByValue => {}
+        Identity::From(first) => identity.first = first as u64,
+        Identity::List(list) if layout.identity_list.bytes > 0 => {
+            device.upload(buffer, layout.identity_list.offset, cast_slice(list))?;
+            identity.list = base + layout.identity_list.offset as u64;
+        }
+        Identity::List(_) => {}
+    }
+    let check = RowCheck { check: batch.check, tolerance: batch.anchors.embeddings.norm_tolerance() };
+    Ok(Input { ends: [layout.anchors.ends(base), layout.references.ends(base)], check, identity })
+}
+
+fn upload_rows<D: Device>(
+    device: &mut D,
+    buffer: &mut D::Buffer,
+    regions: &SideRegions,
+    rows: &Rows<'_>,
+    name: &'static str,
+) -> Result<()> {
+    device.upload(buffer, regions.input.offset, matrix_bytes(&rows.embeddings, name)?)?;
+    device.upload(buffer, regions.labels.offset, cast_slice(rows.labels))
+}
+
+/// Waits for the scalars; refuses bad rows.
+pub(super) fn download_scalars<D: Device>(
+    device: &mut D,
+    buffer: &D::Buffer,
+    loss: &Remembered,
+    tolerance: f64,
+    output: &mut LossOutput,
+) -> Result<()> {
+    let layout = &loss.layout;
+    // u64s, so that the struct's alignment is met.
+    let mut words = [0u64; size_of::<LossScalars>() / size_of::<u64>()];
+    device.download(buffer, layout.scalars.offset, cast_slice_mut(&mut words))?;
+    let scalars = LossScalars::from_words(&words);
+    for (rows, row) in [("anchors", scalars.bad_anchor), ("references", scalars.bad_reference)] {
+        if row != NO_ROW {
+            check_unit(rows, row as usize, scalars.bad_square_sum, tolerance)?;
+        }
+    }
+    output.loss = scalars.loss;
+    output.gamma_pos = scalars.gamma_pos;
+    output.gamma_neg = scalars.gamma_neg;
+    output.probe_neg = scalars.probe_neg;
+    output.total_pos = scalars.total_pos;
+    output.total_neg = scalars.total_neg;
+    output.active = scalars.active;
+    output.dloss_dlambda_pos = scalars.dloss_dlambda_pos;
+    output.dloss_dlambda_neg = scalars.dloss_dlambda_neg;
+    output.mean_pos = scalars.mean_pos;
+    output.mean_neg = scalars.mean_neg;
+    Ok(())
+}
+
+/// The results per anchor.
+pub(super) fn download_anchors<D: Device>(
+    device: &mut D,
+    buffer: &D::Buffer,
+    loss: &Remembered,
+    output: &mut LossOutput,
+) -> Result<()> {
+    let Remembered { shape, layout, .. } = loss;
+    let rows = shape.anchors;
+    output.min_pos.resize(rows, 0.0);
+    output.max_neg.resize(rows, 0.0);
+    output.count_pos.resize(rows, 0);
+    output.count_neg.resize(rows, 0);
+    device.download(buffer, layout.min_pos.offset, cast_slice_mut(&mut output.min_pos))?;
+    device.download(buffer, layout.max_neg_out.offset, cast_slice_mut(&mut output.max_neg))?;
+    device.download(buffer, layout.count_pos.offset, cast_slice_mut(&mut output.count_pos))?;
+    device.download(buffer, layout.count_neg.offset, cast_slice_mut(&mut output.count_neg))
+}
+
+/// What each anchor adds to the loss, and whether its row tile took the gradient's way of tiles; in the caller's order.
+pub(super) fn download_terms<D: Device>(
+    device: &mut D,
+    buffer: &D::Buffer,
+    loss: &Remembered,
+) -> Result<(Vec<f64>, Vec<bool>)> {
+    let Remembered { shape, layout, settings, .. } = loss;
+    let rows = shape.anchors;
+    const WORDS: usize = size_of::<RowSums>() / size_of::<u64>();
+    let mut sums = vec![[0u64; WORDS]; rows];
+    device.download(buffer, layout.sums.offset, cast_slice_mut(sums.as_flattened_mut()))?;
+    let mut order = vec![0u32; rows];
+    device.download(buffer, layout.anchors.order.offset, cast_slice_mut(&mut order))?;
+    let mut ways = vec![0u8; tiles(rows)];
+    device.download(buffer, layout.anchors.ways.offset, &mut ways)?;
+    let (mut terms, mut by_tiles) = (vec![0.0; rows], vec![false; rows]);
+    for (row, (words, original)) in sums.iter().zip(order).enumerate() {
+        let sums = RowSums::from_words(words);
+        let original = original as usize;
+        by_tiles[original] = ways[row / TILE as usize] == 0;
+        if sums.count_pos == 0 || sums.count_neg == 0 {
+            continue;
+        }
+        // As the kernel `weigh`.
+        let part = |count: u32, sharpness: f64, sum: i64| {
+            2.0 / (shape.total as f64 * f64::from(count)) / sharpness * sum as f64 / settings.sum_scale
+        };
+        terms[original] = part(sums.count_pos, settings.beta, sums.softplus_pos)
+            + part(sums.count_neg, settings.alpha, sums.softplus_neg);
+    }
+    Ok((terms, by_tiles))
+}
+
+pub(super) fn download_gradients<D: Device>(
+    device: &mut D,
+    buffer: &D::Buffer,
+    loss: &Remembered,
+    output: &mut LossOutput,
+) -> Result<()> {
+    let Remembered { shape, layout, .. } = loss;
+    let size = (shape.anchors, shape.dim);
+    download_matrix(device, buffer, layout.anchors.gradient, size, &mut output.gradient)?;
+    if shape.reference_gradient {
+        let gradient = output.reference_gradient.get_or_insert_default();
+        let size = (shape.reference_count(), shape.dim);
+        download_matrix(device, buffer, layout.references.gradient, size, gradient)?;
+    } else {
+        output.reference_gradient = None;
+    }
+    Ok(())
+}
+
+fn download_matrix<D: Device>(
+    device: &mut D,
+    buffer: &D::Buffer,
+    region: Region,
+    size: (usize, usize),
+    matrix: &mut Array2<f32>,
+) -> Result<()> {
+    if matrix.dim() != size || !matrix.is_standard_layout() {
+        *matrix = Array2::zeros(size);
+    }
+    let Some(values) = matrix.as_slice_mut() else { unreachable!("standard layout, see above") };
+    device.download(buffer, region.offset, cast_slice_mut(values))
+}
