@@ -208,9 +208,9 @@ DEVICE void append_within(uint32_t &at, uint32_t bits, uint32_t bit, float value
 template <int n>
 DEVICE void clear(float (&sums)[n][4]) {
 #pragma unroll
-    for (auto &four : sums) {
+    for (int column = 0; column < n; ++column) {
 #pragma unroll
-        for (float &sum : four) sum = 0.0f;
+        for (int i = 0; i < 4; ++i) sums[column][i] = 0.0f;
     }
     settle(sums);
 }
