@@ -7,6 +7,10 @@ use pyo3::exceptions::{PyMemoryError, PyRuntimeError, PyValueError};
 /// `ValueError` for what the caller handed in, `MemoryError` and `RuntimeError` for what the machine refused.
 pub fn raise(error: Error) -> PyErr {
     match error {
+        // The library's message asks for unit length, which such a row cannot have.
+        Error::NotUnit { rows, row, norm: 0.0 } => {
+            PyValueError::new_err(format!("row {row} of the {rows} is all zeros: it has no direction"))
+        }
         Error::NotFinite { .. }
         | Error::NotUnit { .. }
         | Error::LengthMismatch { .. }
