@@ -270,7 +270,7 @@ def test_what_does_not_fit_is_refused():
         (lambda: evaluate(embeddings.detach().numpy(), labels), TypeError, "^the queries must be a torch.Tensor, not ndarray$"),
         (lambda: evaluate(embeddings * 0, labels), ValueError, r"^row \d+ of the queries is all zeros: it has no direction$"),
         (lambda: evaluate(embeddings * torch.nan, labels), ValueError, r"^row \d+ of the queries holds a value that is not"),
-        (lambda: evaluate(embeddings.int(), labels), TypeError, "the queries must be float32, float16 or bfloat16, not int32$"),
+        (lambda: evaluate(embeddings.int(), labels), TypeError, "must be float32, float16, bfloat16 or float64, not int32$"),
         (lambda: SoftContrastiveLoss(normalize_embeddings=False)(embeddings, labels), ValueError, "normalise"),
         (lambda: SoftContrastiveLoss(gamma=9.0), ValueError, "gamma = 9"),
         (lambda: SoftContrastiveLoss(threads=0), ValueError, "threads = 0"),
