@@ -22,7 +22,8 @@ python() {
     local root
     root=$(target/release/make-fixture --dataset cub200 --classes 12 --picture-width 40 --out "$place/birds")
     target/release/ddtas-train splits --dataset cub200 --data-root "$root" >"$place/splits.tsv"
-    recipe=(examples/python/train.py "$place/splits.tsv" --size 32 --dim 32 --classes 5 --pictures 4 --rate 0.003 --workers 0)
+    recipe=(examples/python/train.py "$place/splits.tsv" --image-size 32 --embedding-dim 32 --classes-per-batch 5 --images-per-class 4
+        --learning-rate 0.003 --workers 0)
     torchrun=("$python" -m torch.distributed.run --standalone --nproc-per-node)
     export OMP_NUM_THREADS=1 RAYON_NUM_THREADS=1
 

@@ -86,7 +86,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 fn not_unit(norm: f64) -> String {
     if norm == 0.0 {
-        return "is all zeros: it has no direction, and cannot be compared".into();
+        return "is all zeros: it has no direction".into();
     }
     format!("has L2 norm {norm:.6}, not 1: normalise the embeddings first")
 }

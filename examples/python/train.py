@@ -2,11 +2,11 @@
 
     ddtas-train splits --dataset cub200 --data-root DIR >splits.tsv
     torchrun --nproc-per-node 4 examples/python/train.py splits.tsv --backbone timm:resnet50 --out run
-    python examples/python/train.py splits.tsv --out run --resume          # goes on, on any number of devices
+    python examples/python/train.py splits.tsv --out run --resume          # resumes, on any number of devices
 
-Every process has a share of each batch, and the loss is that of the whole batch: mining sees all rows, whoever has them.
-A line of splits.tsv has a class, a split (train, test, gallery) and a path, apart by tabs. Needs pillow, and torchvision or
-timm for a backbone of theirs.
+Every process has a share of each batch, and the loss is that of the whole batch: mining sees the rows of all processes.
+A line of splits.tsv has a class, a split (train, test, gallery) and a path, separated by tabs. Needs pillow, and
+torchvision or timm for a backbone of theirs. Flags have the names they have in ddtas-train.
 """
 
 import argparse
@@ -62,7 +62,7 @@ class Pictures(Dataset):
         names = sorted({line[0] for line in lines if (line[1] == "train") == (split == "train")})
         classes, lines = {name: label for label, name in enumerate(names)}, [line for line in lines if line[1] == split]
         self.labels, self.paths = [classes[line[0]] for line in lines], [line[2] for line in lines]
-        self.size, self.seed = options.size, options.seed
+        self.size, self.seed = options.image_size, options.seed
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -101,9 +101,9 @@ class Batches:
         for step in range(self.first, self.options.steps):
             # Drawn alike in every process, then shared out: no picture is lost or taken twice.
             draw, batch = random.Random(f"{self.options.seed} {step}"), []
-            for label in draw.sample(range(len(self.by_class)), min(self.options.classes, len(self.by_class))):
+            for label in draw.sample(range(len(self.by_class)), self.options.classes_per_batch):
                 pictures = self.by_class[label]
-                batch += draw.sample(pictures, min(self.options.pictures, len(pictures)))
+                batch += draw.sample(pictures, min(self.options.images_per_class, len(pictures)))
             places = range(len(batch) * self.rank // self.ranks, len(batch) * (self.rank + 1) // self.ranks)
             yield [(step, place, batch[place]) for place in places]
 
@@ -113,7 +113,7 @@ def embed(network: nn.Module, pictures: Pictures, options, device, rank: int, ra
     """Unit rows and labels of all pictures, in rank 0; each process embeds every `ranks`-th."""
     network.eval()
     own = range(rank, len(pictures), ranks)
-    rows = torch.zeros(len(pictures), options.dim, device=device)
+    rows = torch.zeros(len(pictures), options.embedding_dim, device=device)
     loader = DataLoader(pictures, 100, sampler=own, num_workers=options.workers)
     parts = [normalize(network(batch.to(device)).float(), dim=1) for batch, _ in loader]
     if parts:
@@ -123,25 +123,44 @@ def embed(network: nn.Module, pictures: Pictures, options, device, rank: int, ra
     return rows, torch.tensor(pictures.labels, device=device)
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The description as it is written, and every default."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("splits", type=Path)
-    parser.add_argument("--out", type=Path, default="run", help="folder of the checkpoint")
-    parser.add_argument("--backbone", default="tiny", help="tiny, timm:NAME or torchvision:NAME")
-    parser.add_argument("--size", type=int, default=224, help="pixels a side")
-    parser.add_argument("--dim", type=int, default=512, help="of the embeddings")
-    parser.add_argument("--classes", type=int, default=16, help="a batch, over all processes")
-    parser.add_argument("--pictures", type=int, default=5, help="of each class")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--rate", type=float, default=1e-4)
-    parser.add_argument("--batch-norm", choices=["frozen", "local", "sync"], default="frozen", help="sync: GPUs only")
-    parser.add_argument("--memory", type=int, default=0, help="rows of earlier batches to compare with")
-    parser.add_argument("--amp", action="store_true", help="bfloat16 where torch's autocast says so")
-    parser.add_argument("--save-every", type=int, default=200)
-    parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser.add_argument("splits", type=Path, help="The lines that `ddtas-train splits` prints, in a file.")
+    parser.add_argument("--out", type=Path, default="run", help="Folder of the checkpoint.")
+    parser.add_argument("--backbone", default="tiny", help="tiny (random weights), timm:NAME or torchvision:NAME (pretrained).")
+    parser.add_argument("--image-size", type=int, default=224, help="Side of the pictures that the network sees, in pixels.")
+    parser.add_argument("--embedding-dim", type=int, default=512, help="Dimensions of an embedding.")
+    parser.add_argument("--classes-per-batch", type=int, help="Classes in a batch, over all processes; 16 if not given, or all.")
+    parser.add_argument("--images-per-class", type=int, default=5, help="Pictures of each class in a batch.")
+    parser.add_argument("--steps", type=int, default=1000, help="Steps of the run.")
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="Learning rate of AdamW, constant.")
+    norm_help = "What BatchNorm does: keeps its statistics, uses those of the process's pictures, or of all (GPUs only)."
+    parser.add_argument("--batch-norm", choices=["frozen", "trainable", "synchronised"], default="frozen", help=norm_help)
+    parser.add_argument("--memory-size", type=int, default=0, help="Rows of earlier batches to compare with; 0 for none.")
+    parser.add_argument("--amp", action="store_true", help="Run the network in bfloat16 where torch's autocast does.")
+    parser.add_argument("--save-every", type=int, default=200, help="Steps between two checkpoints.")
+    parser.add_argument("--workers", type=int, default=4, help="Processes that read pictures, for each training process.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of weights, batches and augmentation.")
+    parser.add_argument("--resume", action="store_true", help="Resume from the checkpoint in --out.")
     options = parser.parse_args()
+
+    lines = [line.rstrip("\n").split("\t") for line in options.splits.open()]
+    classes = len({line[0] for line in lines if line[1] == "train"})
+    if options.classes_per_batch is None:
+        options.classes_per_batch = min(16, classes)
+    for flag, count in (("classes-per-batch", options.classes_per_batch), ("images-per-class", options.images_per_class)):
+        if count < 2:
+            raise SystemExit(f"train.py: --{flag} {count} is out of range: 2 or more, or there is no pair to mine")
+    if options.classes_per_batch > classes:
+        asked = f"train.py: --classes-per-batch {options.classes_per_batch} asks for more"
+        raise SystemExit(f"{asked} than the {classes} training classes there are: give at most that")
 
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
@@ -153,14 +172,14 @@ def main() -> None:
     say = print if rank == 0 else lambda *_, **__: None
 
     torch.manual_seed(options.seed)
-    network = Network(options.backbone, options.dim, options.size).to(device)
-    if options.batch_norm == "sync":
+    network = Network(options.backbone, options.embedding_dim, options.image_size).to(device)
+    if options.batch_norm == "synchronised":
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     group = dist.group.WORLD if ranks > 1 else None
     loss_fn = SoftContrastiveLoss(group=group, uneven=True)
-    if options.memory:
-        loss_fn = CrossBatchMemory(loss_fn, options.dim, options.memory)
-    optimizer = torch.optim.AdamW(network.parameters(), options.rate)
+    if options.memory_size:
+        loss_fn = CrossBatchMemory(loss_fn, options.embedding_dim, options.memory_size)
+    optimizer = torch.optim.AdamW(network.parameters(), options.learning_rate)
     checkpoint, first = options.out / "checkpoint.pt", 0
     if options.resume:
         state = torch.load(checkpoint, map_location=device)
@@ -169,7 +188,6 @@ def main() -> None:
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
 
-    lines = [line.rstrip("\n").split("\t") for line in options.splits.open()]
     train = Pictures(lines, "train", options)
     batches = Batches(train.labels, options, first, rank, ranks)
     parallel = DistributedDataParallel(network) if ranks > 1 else network
@@ -203,8 +221,9 @@ def main() -> None:
         dist.destroy_process_group()
     if rank == 0:
         found = evaluate(*rows, *others)
-        recall = ", ".join(f"R@{k} {share:.4f}" for k, share in found.recall.items())
-        say(f"{len(test)} queries: {recall}, R-precision {found.r_precision:.4f}, MAP@R {found.map_at_r:.4f}")
+        recall = ", ".join(f"R@{k} {100 * share:.1f}" for k, share in found.recall.items())
+        rest = f"R-precision {100 * found.r_precision:.1f}, MAP@R {100 * found.map_at_r:.1f}"
+        say(f"{len(test)} queries, in per cent: {recall}, {rest}")
 
 
 if __name__ == "__main__":

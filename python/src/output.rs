@@ -9,24 +9,41 @@ use pyo3::prelude::*;
 /// Result of one loss evaluation: scalars, an entry per anchor, gradients.
 #[pyclass(frozen, get_all, module = "ddtas")]
 pub struct LossOutput {
+    /// The loss, the mean over all B anchors.
     loss: f64,
+    /// dL/d(embeddings), `[B, D]`, float32; float64 for float64 rows.
     gradient: Option<Py<PyAny>>,
+    /// dL/d(references), `[N, D]`, if it was asked for.
     reference_gradient: Option<Py<PyAny>>,
+    /// Tolerance of positives in force, after adaptation.
     gamma_pos: f64,
+    /// Tolerance of negatives in force, after adaptation.
     gamma_neg: f64,
+    /// Negatives that passed the probe, over all anchors.
     probe_neg: u64,
+    /// Ordered positive pairs of the batch.
     total_pos: u64,
+    /// Ordered negative pairs of the batch.
     total_neg: u64,
+    /// m+: smallest similarity to a positive, an entry per anchor; inf without one.
     min_pos: Py<PyAny>,
+    /// m-: largest similarity to a negative, an entry per anchor; -inf without one.
     max_neg: Py<PyAny>,
+    /// Mined positives of every anchor, inactive ones included.
     count_pos: Py<PyAny>,
+    /// Mined negatives of every anchor, inactive ones included.
     count_neg: Py<PyAny>,
+    /// Anchors with mined pairs of both kinds: those that enter the loss.
     active: u64,
-    /// Pairs of active anchors, positive and negative.
+    /// Positive and negative pairs of active anchors.
     mined: (u64, u64),
+    /// dL/d(lambda_pos).
     dloss_dlambda_pos: f64,
+    /// dL/d(lambda_neg).
     dloss_dlambda_neg: f64,
+    /// Mean similarity of all positive pairs; NaN if there is none.
     mean_pos: f64,
+    /// Mean similarity of all negative pairs; NaN if there is none.
     mean_neg: f64,
 }
 

@@ -12,10 +12,16 @@ use pyo3::prelude::*;
 
 use crate::error::raise;
 
-/// A workspace on the processor, and the threads that compute in it.
+/// A workspace on the processor, and the threads that compute in it: `Context(threads=None, budget=None)`.
 ///
-/// Calls on one context take turns, without the interpreter's lock; whoever wants them side by
-/// side makes two.
+/// Pass it as `context=` to `loss`, `evaluate` and the other calls; without one each thread has its own.
+/// Calls on one context take turns; two contexts compute side by side. The result depends on neither argument.
+///
+/// threads: how many compute, 1 to 1,024. None shares the process's pool, as many as cores.
+/// budget: the most bytes kept between the passes of a loss. None is 6 KiB for each row of either side. What
+/// does not fit is computed again.
+///
+/// `threads` and `workspace_bytes` can be read. The methods are for the package itself.
 #[pyclass(frozen, module = "ddtas")]
 pub struct Context {
     /// `None`: the process's own pool, as many threads as cores.

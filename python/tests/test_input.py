@@ -1,5 +1,6 @@
 """What comes in is read where it lies, and what does not fit is refused with one clear line."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -130,7 +131,8 @@ HOSTILE = {
     "nan": (nan, ValueError, "row 3 of the anchors holds a value that is not finite"),
     "infinity": (lambda r: np.where(np.arange(12)[:, None] == 5, np.inf, r).astype("f4"), ValueError, "row 5 of the anchors"),
     "not unit": (lambda r: 2 * r, ValueError, "row 0 of the anchors has L2 norm 2.000000, not 1"),
-    "zero rows": (lambda r: 0 * r, ValueError, "is all zeros: it has no direction"),
+    "zero rows": (lambda r: 0 * r, ValueError, "row 0 of the anchors is all zeros: it has no direction$"),
+    "tiny rows": (lambda r: r * np.float32(1e-30), ValueError, "row 0 of the anchors has L2 norm 0.000000, not 1"),
     "one dimension": (lambda r: r[0], ValueError, "the anchors must have 2 dimensions"),
     "three dimensions": (lambda r: r[None], ValueError, "the anchors must have 2 dimensions"),
     "scalar": (lambda r: np.float32(1), TypeError, "the anchors must be a NumPy array"),
@@ -327,3 +329,20 @@ def test_unchecked_rows_are_never_a_crash():
     rows, labels = batch()
     for bad in (nan(rows.copy()), 1e30 * rows, 0 * rows):
         ddtas.loss(bad, labels, check=False)
+
+
+def test_what_torch_is_needed_for_says_so_in_one_line():
+    code = "import sys; sys.modules['torch'] = None; import ddtas; import ddtas.torch"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("ImportError: ddtas.torch needs PyTorch 2.11 or newer: run `pip install torch`")
+    assert "During handling" not in done.stderr
+
+
+def test_help_explains_every_field_of_an_output_and_every_setting():
+    fields = [field for field in vars(ddtas.LossOutput) if not field.startswith("_")]
+    assert len(fields) == 18
+    for field in fields:
+        assert vars(ddtas.LossOutput)[field].__doc__, field
+    for field in dataclasses.fields(ddtas.Settings):
+        assert f"\n        {field.name}: " in ddtas.Settings.__doc__, field.name

@@ -261,6 +261,8 @@ def test_what_the_other_library_s_arguments_are_replaced_by_is_said():
         ("reducer", "the loss is the mean over the anchors"),
         ("distance", "cosine"),
         ("miner", "take the miner out"),
+        ("margin", "lambda_pos and lambda_neg"),
+        ("weight_regularizer", "no weights"),
         ("other", "no argument other$"),
     ]:
         for make in (lambda **others: CrossBatchMemory(SoftContrastiveLoss(), DIM, **others), SoftContrastiveLoss):

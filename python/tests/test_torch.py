@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed: its tests d
 
 import ddtas  # noqa: E402
 from ddtas import _ddtas  # noqa: E402
-from ddtas.torch import SoftContrastiveLoss, recall_at_k  # noqa: E402
+from ddtas.torch import SoftContrastiveLoss, evaluate, recall_at_k  # noqa: E402
 from torch.autograd.gradcheck import GradcheckError  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benches/device"))
@@ -262,7 +262,15 @@ def test_what_does_not_fit_is_refused():
         (lambda: loss(embeddings, labels, ref_emb=embeddings.clone()), ValueError, "belong together"),
         (lambda: loss(embeddings, labels, ref_labels=labels), ValueError, "belong together"),
         (lambda: loss(embeddings * torch.nan, labels), ValueError, "row 0 of the anchors holds a value that is not"),
-        (lambda: loss(embeddings * 0, labels), ValueError, "is all zeros"),
+        (lambda: loss(embeddings * 0, labels), ValueError, "^row 0 of the anchors is all zeros: it has no direction$"),
+        (lambda: loss(embeddings.double() * 0, labels), ValueError, "^row 0 of the anchors is all zeros: it has no direction$"),
+        (lambda: loss(embeddings.detach().numpy(), labels), TypeError, "^the anchors must be a torch.Tensor, not ndarray$"),
+        (lambda: loss(embeddings, labels.tolist()), TypeError, "^the labels must be a torch.Tensor, not list$"),
+        (lambda: evaluate(embeddings, labels.tolist()), TypeError, "^the labels of the queries must be a torch.Tensor, not list$"),
+        (lambda: evaluate(embeddings.detach().numpy(), labels), TypeError, "^the queries must be a torch.Tensor, not ndarray$"),
+        (lambda: evaluate(embeddings * 0, labels), ValueError, r"^row \d+ of the queries is all zeros: it has no direction$"),
+        (lambda: evaluate(embeddings * torch.nan, labels), ValueError, r"^row \d+ of the queries holds a value that is not"),
+        (lambda: evaluate(embeddings.int(), labels), TypeError, "must be float32, float16, bfloat16 or float64, not int32$"),
         (lambda: SoftContrastiveLoss(normalize_embeddings=False)(embeddings, labels), ValueError, "normalise"),
         (lambda: SoftContrastiveLoss(gamma=9.0), ValueError, "gamma = 9"),
         (lambda: SoftContrastiveLoss(threads=0), ValueError, "threads = 0"),
@@ -400,3 +408,16 @@ def test_a_budget_changes_no_bit():
         with pytest.raises(ValueError, match="row 7 of the anchors"):
             SoftContrastiveLoss(check=check)(bad, labels)
     small.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_searches_normalise_rows_of_any_length(dtype):
+    rows, labels = batch(150, length=1.0)
+    # Powers of 2 change the length and nothing else.
+    rows = rows.to(dtype)
+    longer = rows * 2.0 ** (torch.arange(150) % 8 - 3).to(dtype)[:, None]
+    want = evaluate(rows, labels)
+    assert 0.1 < want.map_at_r < 0.99
+    for found in (evaluate(longer, labels), evaluate(longer, labels, longer, labels, identity=0)):
+        assert found.map_at_r == pytest.approx(want.map_at_r, abs=0.01) and found.recall == pytest.approx(want.recall, abs=0.02)
+    assert recall_at_k(longer, labels) == evaluate(longer, labels).recall

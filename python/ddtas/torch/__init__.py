@@ -5,6 +5,15 @@ ones. Tensors are read where they lie, and gradients handed over without a copy,
 the feature `cuda`, on the GPU.
 """
 
+try:
+    import torch as _torch  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    raise ImportError(
+        "ddtas.torch needs PyTorch 2.11 or newer: run `pip install torch`, or `pip install '.[torch]'` in the clone"
+    ) from None
+
 from .loss import SoftContrastiveLoss
 from .memory import CrossBatchMemory
 from .search import evaluate, recall_at_k, threshold_gradient

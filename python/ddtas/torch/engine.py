@@ -76,7 +76,7 @@ def bad_row(name: str, row: int, square_sum: float) -> str:
     if not math.isfinite(square_sum):
         return f"row {row} of the {name} holds a value that is not finite (NaN or infinity)"
     if square_sum == 0:
-        return f"row {row} of the {name} is all zeros: it has no direction, and cannot be compared"
+        return f"row {row} of the {name} is all zeros: it has no direction"
     return f"row {row} of the {name} has L2 norm {math.sqrt(square_sum):.6f}, not 1: normalise the embeddings first"
 
 
@@ -115,6 +115,7 @@ def led_back(gradient: Tensor, unit: Tensor, length: Tensor, largest: Tensor) ->
     return (gradient - (gradient * unit).sum(1, keepdim=True) * unit) / length / largest
 
 
+_THRESHOLDS = "the thresholds of this loss are lambda_pos and lambda_neg"
 _INSTEAD = {
     "reducer": "the loss is the mean over the anchors; for another weight of rows leave some out by a negative label",
     "distance": "rows are compared by the cosine of their angle alone: take the distance out",
@@ -122,6 +123,13 @@ _INSTEAD = {
     "embedding_regularizer": "add the regularizer's loss to this one yourself",
     "embedding_reg_weight": "add the regularizer's loss to this one yourself",
     "miner": "this loss mines its own pairs, take the miner out",
+    "weight_regularizer": "this loss has no weights: take it out",
+    "weight_reg_weight": "this loss has no weights: take it out",
+    "base": _THRESHOLDS,
+    "margin": _THRESHOLDS,
+    "pos_margin": "lambda_pos is the threshold of positives",
+    "neg_margin": "lambda_neg is the threshold of negatives",
+    "epsilon": "gamma is the tolerance of mining",
 }
 
 
@@ -132,13 +140,20 @@ def refuse_arguments(name: str, others: dict[str, Any]) -> None:
         raise TypeError(f"{name} has no argument {argument}" + (f": {instead}" if instead else ""))
 
 
+def check_tensor(name: str, given: Any) -> None:
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, not {type(given).__name__}")
+
+
 def check_labels(name: str, labels: Tensor) -> None:
+    check_tensor(f"the {name}", labels)
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
         raise TypeError(f"the {name} must be integers, not {str(labels.dtype).removeprefix('torch.')}")
 
 
 def check_side(name: str, embeddings: Tensor, labels: Tensor, labels_name: str) -> None:
     """Refuses what would be read otherwise than it was meant, or not at all."""
+    check_tensor(f"the {name}", embeddings)
     if embeddings.ndim != 2:
         raise ValueError(f"the {name} must have 2 dimensions, rows and entries, not {embeddings.ndim}")
     check_labels(labels_name, labels)

@@ -21,30 +21,46 @@ Check = bool | Literal["wait"]
 
 
 class SoftContrastiveLoss(nn.Module):
-    """AT-ASMS mining and the soft contrastive loss, in one pass that stores no B x B matrix.
+    """AT-ASMS mining and the soft contrastive loss, in one pass that stores no B x B matrix. The formulas are in docs/method.md.
 
-    Stands where `MultiSimilarityLoss()` and its miner stand: called as `loss(embeddings, labels)`, it answers a scalar
-    tensor, float32 (float64 for float64 embeddings, which the scalar reference serves: for `gradcheck`).
+    Stands where `MultiSimilarityLoss()` and its miner stand. Called as `loss(embeddings, labels)` it returns a scalar
+    tensor: float32, or float64 for float64 embeddings, which the scalar reference serves (for `gradcheck`).
 
-    `lambda_pos` and `lambda_neg` are numbers, or tensors of one element: one that requires a gradient gets dL/dlambda.
-    Descent on it alone lowers the loss without a better embedding; `ddtas.threshold_gradient` is the method's own way.
+    alpha and beta have the opposite roles in pytorch-metric-learning's `MultiSimilarityLoss`: its `beta` is for negatives.
 
-    `normalize_embeddings=False` is for rows that have unit length already. `check=False` skips the check for NaN and
-    unit length: under a gradient scaler, which expects NaN to pass through, rather than a ValueError. On a GPU nobody waits for the
-    check: a bad row makes loss and gradient NaN, and `check()` or reading `statistics` raises; `check="wait"` raises at once.
-
-    `workspace_budget` is the most bytes that a loss keeps between its passes: 6 KiB for each row on the processor, a quarter
-    of the free memory on a GPU if left out. What does not fit is computed again, with the same result.
-
-    `allow_tf32=True` lets a GPU multiply float32 rows to TF32's precision, for a third of the work: every entry is rounded to 11
-    bits (float16; below 6e-5 to an absolute 3e-8), and products are summed in float32. The processor always computes in float32.
+    Args:
+        alpha: sharpness of the loss on negatives, above 0, at most 10,000. Default 40.
+        beta: sharpness of the loss on positives, above 0, at most 10,000. Default 2.
+        lambda_pos: loss threshold of positives, a cosine similarity, -2 to 2. Default 0.7. A number, or a tensor of one
+            element: one that requires a gradient gets dL/dlambda. Descent on it alone lowers the loss without a better
+            embedding; `ddtas.torch.threshold_gradient` is the method's own way.
+        lambda_neg: loss threshold of negatives, the same otherwise. Default 0.7.
+        gamma: tolerance of mining, a cosine similarity, 0 to 2. Default 0.1.
+        mining: "none" keeps every pair; "symmetric" has one tolerance for both kinds, "asms" a smaller one for negatives,
+            "at-asms" (default) adapts both to the batch.
+        negative_ratio: tolerance of negatives over gamma, 0 to 10; for "asms" and "at-asms". Default 0.1.
+        probe_ratio: tolerance over gamma of the probe that counts hard negatives, 0 to 10; for "at-asms". Default 0.1; the
+            authors' released code has 1.
+        tolerance: factor k, how far "at-asms" moves the tolerances, 0 to 1. Default 0.5.
+        normalize_embeddings: False is for rows that have unit length already. Default True.
+        check: whether a NaN, an infinity or a row without a direction raises ValueError. Default True. False lets NaN pass
+            through, which a gradient scaler expects. On a GPU nobody waits for the check: a bad row makes loss and gradient
+            NaN, and `check()` or reading `statistics` raises; "wait" raises at once.
+        threads: how many compute on the processor, 1 to 1,024. Default None: as many as cores. The result does not depend
+            on it.
+        workspace_budget: the most bytes that a loss keeps between its passes. Default None: 6 KiB for each row on the
+            processor, a quarter of the free memory on a GPU. What does not fit is computed again, with the same result.
+        allow_tf32: True lets a GPU multiply float32 rows to TF32's precision, for a third of the work: every entry is
+            rounded to 11 bits (float16; below 6e-5 to an absolute 3e-8), and products are summed in float32. Default False;
+            the processor always computes in float32.
+        group: a `torch.distributed.ProcessGroup`, whose processes' rows become one batch: each process calls the loss with
+            its own rows, and gets the loss of the whole batch. What is wrong in one process raises in all of them. Default
+            None; a group of one is no group.
+        uneven: True allows each process of the group another number of rows, perhaps none. Default False.
+        gradient: "mean" (default) multiplies the gradient of a process's rows by the number of processes, so that the mean
+            that DistributedDataParallel takes is one process's gradient; "sum" is the gradient itself.
 
     A batch without rows, or without references, has a loss of 0 and a gradient of zeros.
-
-    `group`, a `torch.distributed.ProcessGroup`, makes one batch of the rows of all its processes: each calls the loss with its own,
-    as many as the others have (`uneven=True`: any number, perhaps none), and gets the loss of the whole batch. Its rows get the
-    gradient times the number of processes, so that the mean that DistributedDataParallel takes is one process's gradient; with
-    `gradient="sum"` the gradient itself. What is wrong in one process raises in all of them. A group of one is no group.
 
     `statistics` holds what the last call mined: active anchors, pairs, tolerances, mean similarities, how many rows had a
     negative label (`ignored`), and 1 minus the smaller mean similarity (`spread`): below 1e-4 all rows are nearly equal, and the
@@ -101,10 +117,11 @@ class SoftContrastiveLoss(nn.Module):
     ) -> Tensor:
         """The loss of `embeddings` `[B, D]` among each other, or against `ref_emb` `[N, D]` with `ref_labels`.
 
-        Labels are integers; a negative one takes its row out of every pair. An image that stands on both sides is
+        Labels are integers; a negative one takes its row out of every pair. An image that is on both sides is
         recognised by a similarity of 1 and left out. References that require a gradient get one.
 
-        Raises ValueError for shapes and rows that do not fit, RuntimeError for a GPU's tensor in a build for the CPU.
+        Raises TypeError for what is no tensor, ValueError for shapes and rows that do not fit, RuntimeError for a GPU's tensor
+        in a build for the CPU.
         """
         if ref_emb is embeddings and ref_labels is labels:
             ref_emb = ref_labels = None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .engine import NO_INDICES, check_labels, refuse_arguments
+from .engine import NO_INDICES, check_labels, check_tensor, refuse_arguments
 from .loss import SoftContrastiveLoss
 from .operator import UNCHECKED, good_rows
 from .ranks import Ranks, between_graphs, telling
@@ -33,12 +33,17 @@ class CrossBatchMemory(nn.Module):
     Called as pytorch-metric-learning's: rows go into the queue, first in, first out, and the batch is then compared with
     all of it; a row is no pair of itself, known by its place in the queue. Rows in the queue are constants. They are part of the state_dict.
 
-    `loss` is a `SoftContrastiveLoss`. The memory is held, and rows are compared, in `dtype`: float32, float16 or bfloat16 for
-    half the memory, or float64 for `gradcheck`. A call that raises leaves the queue as it was.
+    Args:
+        loss: a `SoftContrastiveLoss`.
+        embedding_size: dimensions of a row.
+        memory_size: rows that the queue holds. Default 1,024.
+        dtype: of the memory, and what rows are compared in. Default float32; float16 or bfloat16 halve the memory, float64 is
+            for `gradcheck`.
+        start_after: calls that return the loss of the batch alone and queue nothing, since embeddings move fast at first and
+            old rows mislead then. Default 0. `start()` begins at once, which a compiled call needs, since it does not count.
 
-    Embeddings move fast at first, and old rows mislead then: the first `start_after` calls are the loss of the batch alone and
-    queue nothing. `start()` begins at once, which a compiled call needs, since it does not count; `fill(embeddings, labels)` queues rows
-    before; `filled` says how many there are.
+    `fill(embeddings, labels)` queues rows without a loss; `filled` says how many there are. A call that raises leaves the
+    queue as it was.
 
     If the loss has a process group, the rows of all processes are queued, in the order of ranks, and the queues stay alike.
     """
@@ -117,7 +122,7 @@ class CrossBatchMemory(nn.Module):
     def forward(
         self, embeddings: Tensor, labels: Tensor, indices_tuple: None = None, enqueue_mask: Tensor | None = None
     ) -> Tensor:
-        """Queues the rows and answers the loss of the batch against the queue.
+        """Queues the rows and returns the loss of the batch against the queue.
 
         With `enqueue_mask`, `[B]` of booleans, the rows it names are queued, and the loss is that of the others: 0 if
         there is none.
@@ -172,6 +177,7 @@ class CrossBatchMemory(nn.Module):
 
     def _compared(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Rows and labels as the queue holds them. A bad row there would fail every later call, so none gets there."""
+        check_tensor("embeddings", embeddings)
         if self.loss.ranks is not None:
             self.loss.ranks.check_device(embeddings)
         if embeddings.ndim != 2 or embeddings.shape[1] != self.embedding_size:

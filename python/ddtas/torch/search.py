@@ -9,12 +9,22 @@ from torch import Tensor
 
 from .. import evaluation, functional
 from ..settings import Settings
-from .engine import SHARED, check_labels
+from .engine import SHARED, check_labels, check_tensor, unit_rows
+from .operator import which_are_unit
+
+
+def _unit(name: str, rows: Tensor) -> Tensor:
+    """The rows at unit length; those that have it all stay where they lie."""
+    check_tensor(f"the {name}", rows)
+    rows = rows.detach()
+    if rows.ndim != 2 or not rows.numel() or not rows.is_floating_point() or bool(which_are_unit(rows).all()):
+        return rows
+    return unit_rows(rows)[0].to(rows.dtype)
 
 
 def recall_at_k(embeddings: Tensor, labels: Tensor, ks: Iterable[int] = (1, 2, 4, 8)) -> functional.Recall:
-    """`ddtas.recall_at_k` of rows of unit length, which on a GPU are searched where they lie."""
-    rows = embeddings.detach()
+    """`ddtas.recall_at_k` of rows of any length but 0, which are normalised. On a GPU they are searched there."""
+    rows = _unit("queries", embeddings)
     check_labels("labels of the queries", labels)
     if not rows.is_cuda:
         return functional.recall_at_k(rows, labels, ks)
@@ -33,19 +43,21 @@ def evaluate(
     nmi: bool = False,
     seed: int = 0,
 ) -> evaluation.Evaluation:
-    """`ddtas.evaluate` of tensors of unit length. Those in a GPU's memory go to the host, and back in turns to be searched."""
+    """`ddtas.evaluate` of rows of any length but 0, which are normalised.
+
+    Tensors in a GPU's memory go to the host, and back in turns to be searched.
+    """
+    rows = _unit("queries", embeddings)
+    others = None if gallery is None else _unit("references", gallery).cpu()
     check_labels("labels of the queries", labels)
     if gallery_labels is not None:
         check_labels("labels of the references", gallery_labels)
-    context: Any = SHARED.searcher(embeddings) if embeddings.is_cuda else None
-    rows, marks, others, other_marks = (
-        None if tensor is None else tensor.detach().cpu() for tensor in (embeddings, labels, gallery, gallery_labels)
-    )
+    context: Any = SHARED.searcher(rows) if rows.is_cuda else None
+    marks = None if gallery_labels is None else gallery_labels.cpu()
     if isinstance(identity, Tensor):
         identity = identity.cpu()
-    assert rows is not None and marks is not None
     return evaluation.evaluate(
-        rows, marks, others, other_marks, ks, identity=identity, nmi=nmi, seed=seed, context=context
+        rows.cpu(), labels.cpu(), others, marks, ks, identity=identity, nmi=nmi, seed=seed, context=context
     )
 
 
