@@ -31,6 +31,12 @@ pub fn version(number: &str, features: &[(&str, bool)]) -> String {
     format!("{number} (features: {features}; instruction set: {})", instruction_set())
 }
 
+/// `1 step`, `2 steps`: a number with what is counted.
+#[must_use]
+pub fn counted(count: usize, noun: &str) -> String {
+    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
+}
+
 /// A line of progress or a warning, to standard error. It is lost where it cannot be written: no work ends for want
 /// of a reader.
 pub fn say(line: impl Display) {

@@ -20,7 +20,7 @@ pub enum Error {
         /// The values that are allowed.
         range: &'static str,
     },
-    /// A setting that is missing, or that others leave no use for.
+    /// A setting that is missing, or has a value that is unknown or does not go with the others.
     #[error("{}: {reason}", flag(name, value))]
     Misused {
         /// The setting, as the programs spell it.
@@ -80,6 +80,9 @@ impl From<ddtas::Error> for Error {
     /// A setting of the library has the name of the flag that sets it.
     fn from(error: ddtas::Error) -> Self {
         match error {
+            ddtas::Error::InvalidSetting { name: "device", value, .. } => {
+                Self::misuse("device", value, UNKNOWN_DEVICE)
+            }
             ddtas::Error::InvalidSetting { name, value, range } => {
                 Self::InvalidSetting { name, value, range }
             }
@@ -87,6 +90,9 @@ impl From<ddtas::Error> for Error {
         }
     }
 }
+
+/// What is said of a device's name that is none. That of the emulated kernels, which tests alone use, is not offered.
+pub const UNKNOWN_DEVICE: &str = "unknown; give auto, cpu, cuda or cuda:N";
 
 /// A setting as it is typed; what no flag sets is called by its words.
 fn flag(name: &str, value: &str) -> String {

@@ -15,4 +15,4 @@ mod error;
 pub mod files;
 pub mod tensors;
 
-pub use error::{Error, Result};
+pub use error::{Error, Result, UNKNOWN_DEVICE};

@@ -291,7 +291,7 @@ fn wrong_input_is_refused_in_one_line_that_says_what_to_do() {
     let out = place.path().join("e.safetensors");
     embed(&none, &out, "does not exist");
     embed(&pictures, &place.path().join("e.csv"), ".safetensors or .npy");
-    embed(&pictures, &none.join("e.safetensors"), "in a folder that is there");
+    embed(&pictures, &none.join("e.safetensors"), "in an existing folder");
     let broken = place.path().join("broken");
     std::fs::create_dir_all(&broken).unwrap();
     embed(&broken, &out, "no JPEG, PNG, WebP");

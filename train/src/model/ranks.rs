@@ -60,8 +60,9 @@ pub(crate) fn check_same_weights(
     let all: Vec<u32> = gather(ranks, &[own])?;
     match all.iter().position(|&other| other != all[0]) {
         Some(rank) => Err(Error::Training(format!(
-            "rank {rank} has other weights than rank 0 before step {step}: all ranks need the same program, the same kind of processor, \
-             and the same files"
+            "rank {rank} has other weights than rank 0 before step {}: all ranks need the same program, the same kind of processor, \
+             and the same files",
+            step + 1
         ))),
         None => Ok(()),
     }

@@ -144,12 +144,12 @@ impl Engine {
     /// Refuses a batch, of the settings that are named and the product of their values, of which some rank would have no picture.
     pub(super) fn check_batch(&self, (names, pictures): (&'static str, usize)) -> Result<()> {
         if pictures < self.ranks.size() {
-            return Err(Error::setting(names, pictures, "at least one picture for each rank"));
+            return Err(Error::misuse(names, pictures, "needs at least one picture for each rank"));
         }
         if self.is_synchronised && self.ranks.size() > 1 && self.chunk_size > 0 {
             // Ranks may have different numbers of chunks, and each chunk is normalised by itself.
-            let range = "leave it out beside --batch-norm synchronised and --ranks";
-            return Err(Error::setting("chunk-size", self.chunk_size, range));
+            let reason = "does not go with --batch-norm synchronised and --ranks";
+            return Err(Error::misuse("chunk-size", self.chunk_size, reason));
         }
         Ok(())
     }
@@ -527,7 +527,8 @@ fn diverged(error: Error, step: usize) -> Error {
     match error {
         Error::Program(Program::Library(ddtas::Error::NotFinite { .. } | ddtas::Error::NotUnit { .. })) => {
             Error::Training(format!(
-                "training diverged at step {step}: an embedding is no longer a finite unit vector; {REMEDY}"
+                "training diverged at step {}: an embedding is no longer a finite unit vector; {REMEDY}",
+                step + 1
             ))
         }
         other => other,

@@ -1,4 +1,4 @@
-//! Flags that were given and change nothing: each is named once.
+//! Warnings of flags that were given and have no effect.
 
 use clap::ArgMatches;
 use clap::parser::ValueSource;

@@ -84,9 +84,9 @@ pub(super) struct Report {
 }
 
 impl Report {
-    /// Whether the run began from a checkpoint.
-    pub fn continued(&self) -> bool {
-        self.settings.contains_key("init")
+    /// Whether the run began from a file, by the setting `init` or `weights`.
+    pub fn begins_with(&self, setting: &str) -> bool {
+        self.settings.contains_key(setting)
     }
 
     /// Reads the files of a run folder.

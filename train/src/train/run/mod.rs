@@ -34,6 +34,7 @@ use super::settings::TrainSettings;
 use crate::ranks::{Collective, together};
 use crate::{Error, Result};
 pub use evaluation::EVALUATION_CHUNK;
+pub(super) use event::before_training;
 pub use event::{Event, Outcome, Summary};
 use files::Files;
 use folder::RunFolder;
@@ -51,7 +52,7 @@ pub struct Overrides {
     pub workers: Option<usize>,
     /// Steps between two checkpoints.
     pub checkpoint_every: Option<usize>,
-    /// Unreadable pictures that the run puts up with.
+    /// Unreadable pictures allowed.
     pub max_bad_images: Option<usize>,
     /// Where the same pictures lie now; from then on the run's config.toml says so.
     pub data_root: Option<PathBuf>,

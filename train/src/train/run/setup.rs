@@ -35,11 +35,11 @@ impl Setup {
         let by_class = dataset.train.by_class();
         let classes = settings.classes_per_batch.unwrap_or(by_class.len());
         let sampler = PkSampler::new(by_class, classes, settings.images_per_class, settings.seed)?;
-        engine.check_batch(("classes-per-batch times --images-per-class", sampler.batch_size()))?;
+        engine.check_batch(("--classes-per-batch times --images-per-class", sampler.batch_size()))?;
         let fresh_meta = engine.generator().is_some() && settings.generator.meta == MetaSource::Fresh;
         let meta_sampler = fresh_meta.then(|| meta_sampler(settings, dataset)).transpose()?;
         if let Some(sampler) = &meta_sampler {
-            engine.check_batch(("meta-classes times --meta-images", sampler.batch_size()))?;
+            engine.check_batch(("--meta-classes times --meta-images", sampler.batch_size()))?;
         }
         Ok(Self { engine, sampler, meta_sampler })
     }

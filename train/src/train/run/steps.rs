@@ -24,6 +24,7 @@ use crate::train::shown::choose;
 use crate::{Error, Result};
 use ddtas::retrieval::{Metrics, Recall};
 use ddtas_io::Error as Program;
+use ddtas_io::console::counted;
 
 /// Test pictures whose neighbours the report shows, and how many of them.
 const QUERIES: usize = 10;
@@ -32,7 +33,7 @@ const NEIGHBOURS: usize = 8;
 /// Spread of a batch's embeddings, at most 1, below which the network maps every picture to one place.
 const COLLAPSED: f64 = 1e-4;
 
-/// What a run holds from its first to its last step.
+/// A run.
 pub(super) struct Run<'a> {
     pub state: RunState,
     pub settings: &'a TrainSettings,
@@ -143,6 +144,7 @@ impl<'a> Run<'a> {
         (self.tell)(Event::Started {
             dataset: self.dataset,
             folder: files.path(),
+            loss: self.settings.loss,
             steps_per_epoch: self.sampler.steps_per_epoch(),
             phase,
             steps: steps_of(phase, self.settings),
@@ -252,8 +254,9 @@ impl<'a> Run<'a> {
         }
         self.told_of_collapse = true;
         (self.tell)(Event::Warning(&format!(
-            "the embeddings of step {step} have collapsed (their spread is {spread:.0e}): pictures that are all alike teach \
-             nothing; if it stays so, begin anew with a lower --learning-rate or another --init"
+            "the embeddings of step {} have collapsed: all pictures are mapped to one point (spread {spread:.0e}); if it \
+             stays so, begin anew with a lower --learning-rate or another --init",
+            step + 1
         )));
     }
 
@@ -283,7 +286,10 @@ impl<'a> Run<'a> {
         self.note_unread_in_test(&readable)?;
         let skipped = self.test.len() - readable.len();
         if skipped > 0 {
-            (self.tell)(Event::Warning(&format!("{skipped} test pictures cannot be read and are left out")));
+            (self.tell)(Event::Warning(&format!(
+                "{} cannot be read: left out of the evaluation",
+                counted(skipped, "test picture")
+            )));
         }
         (self.state.pixels, self.state.skipped) = (Some(recall), skipped);
         Ok(Progress::Done)
@@ -320,7 +326,8 @@ impl<'a> Run<'a> {
             facts.push(("ddtas.recall@1", format!("{:.4}", first(&recall))));
             let shape = self.settings.network_shape();
             checkpoint::save(&self.engine.evaluated(), &shape, &facts, &files.folder.best())?;
-            let shown = choose(&readable.queries, readable.searched(), QUERIES, |chosen| {
+            let wanted = (QUERIES, self.settings.seed);
+            let shown = choose(&readable.queries, readable.searched(), wanted, |chosen| {
                 rows.nearest(self.engine.backend(), chosen, NEIGHBOURS)
             })?;
             self.state.best = Some(Best { step, recall: recall.clone(), shown });
@@ -416,13 +423,13 @@ impl<'a> Run<'a> {
     fn report(&mut self, folder: &Path) -> Result<Summary> {
         if self.state.replaced > 0 {
             (self.tell)(Event::Warning(&format!(
-                "{} unreadable training pictures were met; another of the class stood in each time",
-                self.state.replaced
+                "unreadable training pictures were replaced by others of their class {}",
+                counted(self.state.replaced, "time")
             )));
         }
         if self.state.steps_without_pairs > 0 {
             (self.tell)(Event::Warning(&format!(
-                "{} of {} batches mined no pair and left the weights alone",
+                "{} of {} batches had no mined pair and changed no weight",
                 self.state.steps_without_pairs, self.settings.steps
             )));
         }
@@ -447,6 +454,7 @@ impl<'a> Run<'a> {
             folder: folder.to_path_buf(),
             seen: self.dataset.seen,
             continued: self.settings.init.is_some(),
+            pretrained: self.settings.weights.is_some(),
             pixels: pixels.clone(),
             before: before.clone(),
             best: best.recall.clone(),
@@ -469,7 +477,7 @@ fn cut_short(error: Error, files: &Files, state: &RunState) -> Error {
     match error {
         Error::Training(reason) => match &state.best {
             Some(best) => Error::Training(format!(
-                "{reason}; {} holds the last good weights, of step {}",
+                "{reason}; {} holds the best weights, after step {}",
                 files.folder.best().display(),
                 best.step
             )),
