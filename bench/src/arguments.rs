@@ -1,10 +1,10 @@
-//! How the programs are told where to compute.
+//! The device arguments of the programs.
 
 use ddtas::Result;
 use ddtas::backend::{AutoDevice, Backend, DeviceSpec, auto, open_with};
 use ddtas_io::UNKNOWN_DEVICE;
 
-/// The device of a program, and how it multiplies.
+/// The device, and the precision of its products.
 #[derive(Debug, Clone, Copy, Default, clap::Args)]
 pub struct DeviceArguments {
     /// Where to compute: auto (the first GPU if this build and machine have one, else the CPU), cpu, cuda or cuda:N.
@@ -21,7 +21,7 @@ fn device(name: &str) -> std::result::Result<DeviceSpec, &'static str> {
 }
 
 impl DeviceArguments {
-    /// Names the device that `auto` comes to, and says why it is not a GPU where one was to be expected.
+    /// The device that `auto` stands for here, and the reason if it is not the GPU that might be expected.
     #[must_use]
     pub fn resolve(self) -> (Self, Option<String>) {
         if self.backend != DeviceSpec::Auto {

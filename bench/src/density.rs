@@ -1,4 +1,4 @@
-//! How many of the negatives a batch mines, by name.
+//! Named shares of mined negatives.
 
 use std::fmt;
 use std::str::FromStr;

@@ -1,4 +1,4 @@
-//! Rows of which a wanted share of the negatives is mined.
+//! Random embeddings of which a chosen share of the negatives is mined.
 //!
 //! Classes of five: a random centre a class, noise around it. More noise brings positives and negatives
 //! together, so that more negatives are mined; the noise for a wanted share is found by bisection on a sample.

@@ -134,7 +134,7 @@ impl ThroughputSettings {
 }
 
 impl Plan {
-    /// Holds a file's shape against the sizes that were given.
+    /// Checks the shape of a file against the sizes that were given.
     pub fn check_shape(&self, path: &Path, embeddings: &Embeddings) -> Result<()> {
         let (batch, dim) = embeddings.anchors.values.dim();
         let references = embeddings.references.as_ref().map(|rows| rows.labels.len());

@@ -7,7 +7,7 @@ use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-/// Told apart on white and on black, by those who see fewer colours, too.
+/// Distinct on white and on black, and with colour blindness.
 const COLOURS: [RGBColor; 6] = [
     RGBColor(59, 130, 246),
     RGBColor(234, 118, 40),
@@ -27,6 +27,8 @@ const LOG_TICKS: usize = 10;
 /// Sizes of text; plotters writes 1/1.24 of them as pixels.
 const TEXT: u32 = 15;
 const TITLE: u32 = 18;
+/// Height of the text of a mark.
+const MARK: i32 = 14;
 
 /// plotters writes fixed colours; these two stand for the page's own and are replaced afterwards.
 const INK: RGBColor = RGBColor(1, 2, 3);
@@ -124,7 +126,12 @@ fn draw(charts: &[Chart<'_>], size: (u32, u32), ground: Ground) -> Result<String
 
 fn panel<'a>(area: &Area<'a>, chart: &Chart<'_>) -> Result<(), Failure> {
     let mut builder = ChartBuilder::on(area);
-    builder.margin_top(8).margin_right(14).x_label_area_size(26).y_label_area_size(52);
+    // The marks' text stands above the chart, a line each.
+    builder
+        .margin_top(8 + MARK * chart.marks.len() as i32)
+        .margin_right(14)
+        .x_label_area_size(26)
+        .y_label_area_size(52);
     if let Some(title) = chart.title {
         builder.caption(title, ("sans-serif", TITLE).into_font().color(&INK));
     }
@@ -217,15 +224,16 @@ fn lines_on<'a>(context: &mut Context<'a>, chart: &Chart<'_>) -> Result<(), Fail
     Ok(())
 }
 
-/// Vertical lines with their text at the upper end, on the side that has more room.
+/// Vertical lines with their text above, on the side that has more room.
 fn marks_on<'a>(context: &mut Context<'a>, chart: &Chart<'_>, text: &TextStyle<'_>) -> Result<(), Failure> {
     let (Range { start, end }, y) = (&chart.x.range, &chart.y.range);
-    for (x, name) in chart.marks.iter().filter(|(x, _)| (*start..=*end).contains(x)) {
+    let within = chart.marks.iter().enumerate().filter(|(_, (x, _))| (*start..=*end).contains(x));
+    for (line, (x, name)) in within {
         let is_right = x - start > (end - start) / 2.0;
-        let at = Pos::new(if is_right { HPos::Right } else { HPos::Left }, VPos::Top);
-        let aside = if is_right { -4 } else { 4 };
+        let at = Pos::new(if is_right { HPos::Right } else { HPos::Left }, VPos::Bottom);
+        let aside = (if is_right { 2 } else { -2 }, -MARK * line as i32);
         context.draw_series([PathElement::new([(*x, y.start), (*x, y.end)], INK.mix(0.5))])?;
-        let name = Text::new(name.clone(), (aside, 1), text.pos(at));
+        let name = Text::new(name.clone(), aside, text.pos(at));
         context.draw_series([EmptyElement::at((*x, y.end)) + name])?;
     }
     Ok(())

@@ -3,7 +3,7 @@
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
-/// What can go wrong around the library.
+/// An error of a program, or of the library below it.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -30,7 +30,7 @@ pub enum Error {
         /// What it needs, or what is to be given instead.
         reason: &'static str,
     },
-    /// A file holds something else than what was expected of it.
+    /// A file does not hold what was expected.
     #[error("{path}: {reason}", path = path.display())]
     Format {
         /// The file.
@@ -91,10 +91,10 @@ impl From<ddtas::Error> for Error {
     }
 }
 
-/// What is said of a device's name that is none. That of the emulated kernels, which tests alone use, is not offered.
+/// The error of an unknown device. `emulated` is not offered: it is for tests.
 pub const UNKNOWN_DEVICE: &str = "unknown; give auto, cpu, cuda or cuda:N";
 
-/// A setting as it is typed; what no flag sets is called by its words.
+/// A setting as it is typed; a name of several words is no flag.
 fn flag(name: &str, value: &str) -> String {
     let dashes = if name.starts_with("--") || name.contains(' ') { "" } else { "--" };
     let space = if value.is_empty() { "" } else { " " };

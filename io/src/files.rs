@@ -1,4 +1,4 @@
-//! Files that are either whole or not there.
+//! Atomic writing of files.
 
 use std::io::Write;
 use std::path::Path;

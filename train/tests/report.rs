@@ -4,11 +4,13 @@
 use std::fs;
 use std::path::Path;
 
+use clap::{Args, FromArgMatches};
 use ddtas::backend::Nearest;
+use ddtas::loss::baseline::PairLoss;
 use ddtas_train::Error;
 use ddtas_train::data::synthetic::{SyntheticSettings, synthetic};
 use ddtas_train::train::report::{self, Baseline, Findings};
-use ddtas_train::train::{EvaluationRecord, Record, StepRecord, choose};
+use ddtas_train::train::{EvaluationRecord, Record, StepRecord, TrainSettings, choose};
 use ndarray::Array2;
 
 fn step(step: usize) -> Record {
@@ -138,6 +140,12 @@ fn report_shows_recall_plots_neighbours_and_settings() {
         strip.save(Path::new(kept).join("neighbours.png")).unwrap();
     }
 
+    // Row 0 of the sheet has a heading, and captions below its pictures.
+    let is_written = |mut rows: std::ops::Range<u32>| {
+        rows.any(|y| (0..100).any(|x| strip.get_pixel(8 + x, y).0 == [0; 3]))
+    };
+    assert!(is_written(8..16) && is_written(126..134), "no heading, or no class below the first query");
+
     let again = report::write(folder.path()).unwrap();
     assert_eq!(fs::read_to_string(again).unwrap(), page, "the same files give the same report");
 }
@@ -175,4 +183,50 @@ fn files_that_are_missing_or_something_else_are_named() {
     fs::remove_file(folder.path().join("report.json")).unwrap();
     fs::write(folder.path().join("config.toml"), "= nonsense").unwrap();
     assert!(matches!(report::write(folder.path()), Err(Error::Program(ddtas_io::Error::Format { .. }))));
+}
+
+#[test]
+fn queries_are_not_the_same_picture_of_every_class() {
+    let rows: Vec<usize> = (0..200).collect();
+    let chosen = |seed| -> Vec<usize> {
+        let none = |chosen: &[usize]| Ok(Nearest::none(chosen.len(), 1)?);
+        choose(&rows, &rows, (10, seed), none).unwrap().iter().map(|shown| shown.picture).collect()
+    };
+    for seed in 0..4 {
+        let pictures = chosen(seed);
+        assert!(pictures.iter().enumerate().all(|(part, picture)| picture / 20 == part), "{pictures:?}");
+        assert!(pictures.iter().any(|picture| picture % 10 != pictures[0] % 10), "{pictures:?}");
+        assert_eq!(pictures, chosen(seed));
+    }
+    assert_ne!(chosen(0), chosen(1));
+}
+
+#[test]
+fn plots_mark_warm_up_and_memory_and_draw_equal_thresholds_once() {
+    let folder = tempfile::tempdir().unwrap();
+    write_run(folder.path(), &whole_run());
+    let settings = TrainSettings { memory_size: 8, memory_start: Some(150), ..default_settings() };
+    let page = |settings: &TrainSettings| {
+        fs::write(folder.path().join("config.toml"), toml::to_string(settings).unwrap()).unwrap();
+        fs::read_to_string(report::write(folder.path()).unwrap()).unwrap()
+    };
+    let marked = page(&settings);
+    let plots = marked.matches("<svg").count();
+    assert_eq!(marked.matches(">\nend of warm-up\n<").count(), plots, "{marked}");
+    assert_eq!(marked.matches(">\nmemory\n<").count(), plots);
+    assert_eq!(marked.matches(">\nstep\n<").count(), plots);
+    let together = page(&TrainSettings { memory_start: None, ..settings.clone() });
+    assert_eq!(together.matches(">\nend of warm-up, memory\n<").count(), plots);
+    let none = page(&TrainSettings { memory_start: None, memory_size: 0, warm_up: 0.0, ..settings });
+    assert!(!none.contains("end of warm-up") && none.contains("lambda 0.7."));
+    let margin = page(&TrainSettings { loss: PairLoss::Contrastive, ..default_settings() });
+    assert!(margin.contains("margin 0.7."));
+    // The running mean stops half a window before the ends, and its window is named.
+    assert!(margin.contains("Bold: mean of 11 steps."));
+}
+
+/// The settings of a run without arguments.
+fn default_settings() -> TrainSettings {
+    let matches = TrainSettings::augment_args(clap::Command::new("test")).get_matches_from(["test"]);
+    TrainSettings::from_arg_matches(&matches).unwrap()
 }

@@ -1,4 +1,4 @@
-//! What can be set of the threshold generator.
+//! Settings of the threshold generator.
 
 use std::path::{Path, PathBuf};
 
@@ -100,7 +100,7 @@ pub struct GeneratorSettings {
     /// Training batches in a recent meta batch.
     #[arg(long, value_name = "N", default_value_t = 4)]
     pub meta_recent: usize,
-    /// What the virtual step is evaluated by.
+    /// Objective that the virtual step is evaluated with.
     #[arg(long, value_enum, default_value_t)]
     pub meta_objective: MetaObjective,
     /// Loss threshold of the meta batch (--meta-objective loss).
@@ -156,7 +156,7 @@ impl GeneratorSettings {
         self.meta_classes.unwrap_or(META_CLASSES.min(there))
     }
 
-    /// What lambda's rate is multiplied by in a step: in a rehearsal it falls to 0, so that lambda settles.
+    /// Factor of lambda's learning rate in a step: in a rehearsal it falls to 0, so that lambda converges.
     #[must_use]
     pub fn pace(&self, step: usize) -> f64 {
         match self.rehearsal {

@@ -30,7 +30,7 @@ pub struct PretrainedSettings {
     pub pooling: Option<PoolingKind>,
 }
 
-/// A network from a file, and how its pictures are to be.
+/// A network from a file, with the preprocessing of its pictures.
 pub struct Embedder {
     backbone: Backbone,
     pooling: Pooling,
@@ -170,7 +170,7 @@ impl Embedder {
         &self.file
     }
 
-    /// Tells networks apart: CRC-32 of the checkpoint, or of the published weights, with the pooling.
+    /// Identifies the network: CRC-32 of the checkpoint, or of the published weights, with the pooling.
     #[must_use]
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint

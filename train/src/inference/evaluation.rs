@@ -207,7 +207,7 @@ fn no_labels(path: &Path) -> String {
     }
 }
 
-/// Queries that are bit for bit in the gallery as well.
+/// Queries whose embeddings are also in the gallery, bit for bit.
 fn in_gallery(queries: &Rows<'_>, gallery: &Rows<'_>) -> usize {
     let (Embeddings::F32(queries), Embeddings::F32(gallery)) = (queries.embeddings, gallery.embeddings)
     else {

@@ -26,7 +26,7 @@ pub(crate) fn sum_gradients<M: Module>(
     Ok(sums.sums)
 }
 
-/// Puts the mean over all ranks in the place of every running statistic; a rank counts for as much as its `share` of the batch.
+/// Replaces every running statistic by its mean over all ranks, weighted by their `share` of the batch.
 pub(crate) fn mean_statistics(
     ranks: &dyn Collective,
     network: EmbeddingNetwork,
@@ -45,7 +45,7 @@ pub(crate) fn mean_statistics(
     Ok(network.map(&mut Replace { values: values.into_iter() }))
 }
 
-/// Refuses to go on where ranks have different weights.
+/// Checks that all ranks have the same weights.
 pub(crate) fn check_same_weights(
     ranks: &dyn Collective,
     network: &EmbeddingNetwork,

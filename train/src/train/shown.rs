@@ -1,5 +1,4 @@
-//! Which test pictures a report shows, with their nearest neighbours: chosen when a network is evaluated, drawn when the
-//! run ends.
+//! The queries that a report shows, with their nearest neighbours: chosen at an evaluation, drawn at the end of the run.
 
 use ddtas::backend::Nearest;
 use rand::{RngExt, SeedableRng};

@@ -174,7 +174,7 @@ pub fn with_ranges(command: Command) -> Command {
     })
 }
 
-/// The range that `value` of a flag lies outside of, without the reason that some have behind it.
+/// The range of a flag that `value` lies outside of, without the reason that follows in some.
 fn range(settings: Command, flag: &str, value: &str) -> Option<&'static str> {
     let matches = settings.no_binary_name(true).try_get_matches_from([format!("--{flag}={value}")]).ok()?;
     let refused = TrainSettings::from_arg_matches(&matches).ok()?.validate().err()?;

@@ -50,7 +50,7 @@ struct Arguments {
     settings: TrainSettings,
 }
 
-/// What else it does.
+/// The subcommands.
 #[derive(Subcommand)]
 enum Command {
     /// Evaluates a checkpoint on a data set's unseen classes, or embeddings in a file: Recall@K, R-precision, MAP@R, NMI.

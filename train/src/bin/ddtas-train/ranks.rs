@@ -1,4 +1,4 @@
-//! Who shares the work of a run: this process, its threads, or processes that `mpirun` or another launcher started.
+//! The ranks of a run: this process, its threads, or processes that `mpirun` or another launcher started.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -12,7 +12,7 @@ use ddtas_train::{Error, Result};
 /// More threads than any machine has.
 const MOST_THREADS: usize = 1024;
 
-/// Who the ranks are, and how they find each other.
+/// The ranks, and how they find each other.
 #[derive(Debug, Clone, clap::Args)]
 pub struct RankArguments {
     /// Ranks that share each batch: 1 to 1024 threads of this process, mpi for the processes that mpirun started, or nccl for
@@ -51,7 +51,7 @@ impl FromStr for Ranks {
 }
 
 impl RankArguments {
-    /// Does `work` on all ranks, and returns what came of it on this process.
+    /// Does `work` on all ranks, and returns the result of this process.
     ///
     /// # Errors
     /// Those of `work`; [`ddtas::Error::Unavailable`] if the ranks cannot be had.
@@ -73,7 +73,7 @@ impl RankArguments {
     }
 }
 
-/// Refuses to be one of several processes that know nothing of each other.
+/// Refuses to be one of several processes that would all train the same run.
 fn refuse_launchers() -> Result<()> {
     let processes = |name| std::env::var(name).ok()?.parse::<usize>().ok().filter(|count| *count > 1);
     // Open MPI's, and that of MPICH and of Slurm's PMI.
@@ -89,7 +89,7 @@ fn refuse_launchers() -> Result<()> {
     )))
 }
 
-/// Leaves the other `ranks` of this machine their share of its processors.
+/// Uses as many threads as leave the other `ranks` of this machine their share of its processors.
 #[cfg(any(feature = "mpi", feature = "nccl"))]
 fn share_processors(ranks: usize) -> Result<()> {
     if std::env::var_os("RAYON_NUM_THREADS").is_some() {

@@ -5,7 +5,7 @@ use clap::parser::ValueSource;
 use ddtas_train::train::{Overrides, TrainSettings};
 use ddtas_train::{Error, Result};
 
-/// The settings that may change when a run goes on.
+/// The settings that may change when a run is resumed.
 const CHANGEABLE: [&str; 8] = [
     "device",
     "workers",

@@ -19,7 +19,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use crate::ranks::RankArguments;
 use crate::signals::Signals;
 
-/// What is printed.
+/// What to print.
 #[derive(Debug, Clone, Copy)]
 pub struct Output {
     /// No progress: warnings and the result alone.

@@ -27,7 +27,7 @@ use super::pooling::{Features, PoolingKind};
 use crate::data::Preprocessing;
 use crate::{Error, Result};
 
-/// Which network.
+/// The backbone network.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, serde::Serialize, serde::Deserialize,
 )]
@@ -72,7 +72,7 @@ impl BackboneKind {
         }
     }
 
-    /// What its pictures look like.
+    /// The preprocessing of its pictures.
     #[must_use]
     pub fn preprocessing(self) -> Preprocessing {
         match self {
@@ -91,7 +91,7 @@ impl BackboneKind {
         }
     }
 
-    /// Checks what it is combined with.
+    /// Checks the settings it is combined with.
     ///
     /// # Errors
     /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) names the setting that does not go with it.
@@ -180,7 +180,7 @@ impl Backbone {
         }
     }
 
-    /// What files call the tensor that Burn calls `path`: the field's own name where there is one.
+    /// Name in files of published weights of the tensor that Burn calls `path`.
     #[must_use]
     pub fn file_name(&self, path: &str) -> String {
         match self {

@@ -1,4 +1,4 @@
-//! Lines over steps, as SVG that takes its colours from the page.
+//! The plots of a run over its steps, as SVG in the colours of the page.
 
 use ddtas_io::chart::{self, Axis, Chart, Ground, Line};
 
@@ -20,8 +20,7 @@ pub(super) struct Plot {
     pub svg: String,
 }
 
-/// The plots of a run, and what never changed in it, a line of text for each plot that would be flat; those without
-/// data are left out.
+/// The plots of a run, and a line of text in place of each plot whose lines never change; those without data are left out.
 pub(super) fn plots(report: &Report) -> Result<(Vec<Plot>, Vec<String>), String> {
     let steps = |name: &str, noisy, value: &dyn Fn(&StepRecord) -> Option<f64>| {
         let finite = |step: &StepRecord| value(step).filter(|v| v.is_finite()).map(|v| (step.step as f64, v));
@@ -150,14 +149,14 @@ fn is_flat(line: &Line) -> bool {
     line.points.iter().all(|point| (point.1 - first).abs() <= 1e-9 * first.abs())
 }
 
-/// The end of the warm-up and the start of the memory, within the run.
+/// The end of the warm-up and the step from which the memory is filled, where they are within the run.
 fn marks(settings: &TrainSettings) -> Vec<(f64, String)> {
     let warm_up = settings.warm_up_steps();
     let memory = (settings.memory_size > 0).then(|| settings.memory_start_step());
     let marks = match memory {
-        Some(memory) if memory == warm_up => vec![(warm_up, "warm-up ends, memory starts")],
-        Some(memory) => vec![(warm_up, "warm-up ends"), (memory, "memory starts")],
-        None => vec![(warm_up, "warm-up ends")],
+        Some(memory) if memory == warm_up => vec![(warm_up, "end of warm-up, memory")],
+        Some(memory) => vec![(warm_up, "end of warm-up"), (memory, "memory")],
+        None => vec![(warm_up, "end of warm-up")],
     };
     let within = marks.into_iter().filter(|(step, _)| (1..settings.steps).contains(step));
     within.map(|(step, name)| (step as f64, name.to_owned())).collect()
@@ -187,7 +186,7 @@ fn draw(
     chart::svg(&[chart], SIZE, Ground::Page)
 }
 
-/// Three digits that matter, without trailing noughts.
+/// A number with three significant digits or so, without trailing zeros.
 fn short(value: &f64) -> String {
     if *value != 0.0 && value.abs() < 1e-3 {
         return format!("{value:.1e}");

@@ -1,4 +1,4 @@
-//! Test pictures and their nearest neighbours, right and wrong marked.
+//! Queries and their nearest neighbours, those of the query's class marked.
 
 use image::{Rgb, RgbImage, imageops};
 use serde::{Deserialize, Serialize};
@@ -20,7 +20,7 @@ const CAPTION: u32 = 3 * LINE;
 pub(super) const RIGHT: [u8; 3] = [34, 160, 84];
 pub(super) const WRONG: [u8; 3] = [214, 58, 58];
 
-/// A test picture and what was found for it, nearest first.
+/// A query and its nearest neighbours.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Query {
     /// Name of its class.
@@ -44,8 +44,8 @@ pub struct Answer {
     pub png: String,
 }
 
-/// What was chosen from `split`, answered from `searched`, the same or its gallery: the queries, and all of them as one
-/// picture, a row each, the query on the left, its neighbours framed, classes and similarities below.
+/// The queries `shown` of `split` with their neighbours in `searched`, which is the same or its gallery; and all of them as
+/// one picture, a row each: the query on the left, its neighbours in frames, classes and similarities below.
 ///
 /// # Errors
 /// [`Error::Image`] if a picture can no longer be read; [`Error::Dataset`] if the splits are not those chosen from.
@@ -73,6 +73,17 @@ pub fn queries(split: &Split, searched: &Split, shown: &[Shown]) -> Result<(Vec<
         queries.push(Query { class: split.class_name(*picture).to_string(), png: base64(&wanted)?, answers });
     }
     Ok((queries, sheet.picture))
+}
+
+/// `text` in lines of `most` letters, broken at a space where there is one; what does not fit is left out.
+fn in_two_lines(text: &str, most: usize) -> [String; 2] {
+    let letters: Vec<char> = text.chars().collect();
+    let end = match letters.get(..=most) {
+        Some(start) => start.iter().rposition(|letter| *letter == ' ').unwrap_or(most),
+        None => letters.len(),
+    };
+    let (first, second) = letters.split_at(end);
+    [first.iter().collect(), second.iter().skip_while(|letter| **letter == ' ').take(most).collect()]
 }
 
 /// The queries as one picture.
@@ -126,10 +137,10 @@ impl Sheet {
 
     /// The class in at most two lines, and the similarity in a line below.
     fn caption(&mut self, x: u32, row: usize, class: &str, similarity: &str) {
-        let letters: Vec<char> = class.chars().collect();
-        let lines = letters.chunks((Self::CELL / LETTER) as usize).take(2).map(String::from_iter);
+        let [first, second] = in_two_lines(class, (Self::CELL / LETTER) as usize);
+        let lines = [first, second, similarity.to_owned()].into_iter().filter(|line| !line.is_empty());
         let y = Self::y(row) + Self::CELL + 2;
-        for (y, line) in (y..).step_by(LINE as usize).zip(lines.chain([similarity.to_owned()])) {
+        for (y, line) in (y..).step_by(LINE as usize).zip(lines) {
             lettering::write(&mut self.picture, &line, (x, y));
         }
     }
@@ -151,5 +162,20 @@ impl Sheet {
         let framed = RgbImage::from_pixel(Self::CELL, Self::CELL, Rgb(frame));
         imageops::replace(&mut self.picture, &framed, x.into(), y.into());
         imageops::replace(&mut self.picture, thumbnail, (x + FRAME).into(), (y + FRAME).into());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn class_names_are_broken_at_a_space() {
+        let lines = |text| in_two_lines(text, 13);
+        assert_eq!(lines("Robin"), ["Robin", ""]);
+        assert_eq!(lines("Audi S5 Coupe 2012"), ["Audi S5 Coupe", "2012"]);
+        assert_eq!(lines("Chrysler Sebring Convertible"), ["Chrysler", "Sebring Conve"]);
+        assert_eq!(lines("Pieds-d'alouette"), ["Pieds-d'aloue", "tte"]);
+        assert_eq!(lines("thirteen char"), ["thirteen char", ""]);
     }
 }

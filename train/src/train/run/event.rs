@@ -39,7 +39,7 @@ pub enum Event<'a> {
         /// Steps of that part done by an earlier process; `None` if this one began the run.
         resumed: Option<usize>,
     },
-    /// Something that takes long has begun, before there is a run.
+    /// Something slow has begun, before there is a run.
     Note(&'a str),
     /// Something the user should know; the run goes on.
     Warning(&'a str),
@@ -52,7 +52,7 @@ pub enum Event<'a> {
     },
     /// The rehearsal is over, and the run itself begins.
     Rehearsed {
-        /// What was learned, and is held.
+        /// The lambda that was learned, and stays fixed.
         lambda: Lambda,
         /// Steps of the run.
         steps: usize,
@@ -74,18 +74,18 @@ pub enum Event<'a> {
 pub enum Outcome {
     /// All steps are done.
     Finished(Box<Summary>),
-    /// It was told to stop, and can go on from its folder.
+    /// It was told to stop, and can be resumed from its folder.
     Stopped {
         /// The run folder.
         folder: PathBuf,
-        /// The part of the run that was at hand.
+        /// The part of the run that was under way.
         phase: Phase,
         /// Steps of it that are done.
         step: usize,
     },
     /// This rank is done; rank 0 has the run folder and the outcome.
     OnRank0,
-    /// It was to go on, but had finished before.
+    /// The run to resume had already finished.
     FinishedBefore {
         /// The run folder.
         folder: PathBuf,
@@ -120,15 +120,15 @@ pub struct Summary {
     pub steps: usize,
     /// Seed of the run.
     pub seed: u64,
-    /// Steps in which nothing was mined and the weights stayed.
+    /// Steps without a mined pair, which changed no weight.
     pub steps_without_pairs: usize,
-    /// Pictures that could not be read: stand-ins used in training.
+    /// How often an unreadable training picture was replaced by another of its class.
     pub replaced: usize,
-    /// Pictures that could not be read: left out of the evaluation.
+    /// Unreadable pictures left out of the evaluation.
     pub skipped: usize,
     /// Seconds of training, without evaluations.
     pub training_seconds: f64,
-    /// Seconds in all, those of processes that it went on from among them.
+    /// Seconds in all, earlier processes of a resumed run included.
     pub total_seconds: f64,
 }
 

@@ -1,4 +1,4 @@
-//! The steps of a run with its evaluations and checkpoints, to the end or until told to stop.
+//! The training loop with its evaluations and checkpoints.
 
 use std::path::Path;
 use std::rc::Rc;
@@ -50,13 +50,13 @@ pub(super) struct Run<'a> {
     /// Of earlier processes, in all.
     earlier: f64,
     begun: Instant,
-    /// A collapse is told once.
+    /// Whether the warning of a collapse was given.
     told_of_collapse: bool,
     stop: &'a AtomicBool,
     pub tell: &'a mut dyn FnMut(Event<'_>),
 }
 
-/// Whether the run goes on or was told to stop.
+/// Whether the run is to go on or was told to stop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Progress {
     Done,
@@ -104,8 +104,8 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Goes on from `state` to the end. `resumed` are the steps that an earlier process has done, if one began the run;
-    /// `said` is told once it has begun.
+    /// Trains from `state` to the end. `resumed` is the number of steps that an earlier process has done, if one began the
+    /// run; `said` are events to tell once it has begun.
     pub fn train(
         mut self,
         place: &Place,
@@ -191,7 +191,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Learns lambda on a network of its own, if that is wanted and not done yet, and begins the run with it.
+    /// The rehearsal, if the settings ask for one and it is not done yet: learns lambda on a separate network.
     fn rehearse(&mut self) -> Result<Progress> {
         let steps = self.settings.generator.rehearsal_steps();
         if self.state.rehearsed {
@@ -270,7 +270,7 @@ impl<'a> Run<'a> {
         wanted && self.state.evaluated != Some(done)
     }
 
-    /// Finds what the pixels alone are worth, once in a run and on rank 0.
+    /// Recall@K of raw pixels for comparison, once in a run and on rank 0.
     fn measure_pixels(&mut self) -> Result<Progress> {
         if self.state.pixels.is_some() {
             return Ok(Progress::Done);
@@ -295,7 +295,7 @@ impl<'a> Run<'a> {
         Ok(Progress::Done)
     }
 
-    /// Measures Recall@K, keeps the weights if they are the best so far, and writes a checkpoint.
+    /// Measures Recall@K, saves the weights if they are the best so far, and writes a checkpoint.
     fn evaluate(&mut self) -> Result<Progress> {
         let (step, total) = (self.state.step, self.test.len());
         let tell = &mut self.tell;
@@ -309,7 +309,7 @@ impl<'a> Run<'a> {
         Ok(Progress::Done)
     }
 
-    /// Tells what an evaluation has found, and keeps the weights if they are the best so far.
+    /// Records an evaluation, and saves the weights if they are the best so far.
     fn keep(&mut self, step: usize, rows: &TestRows) -> Result<()> {
         let ks = self.test.dataset.recall_at;
         let Metrics { recall, r_precision, map_at_r } = rows.measure(self.engine.backend(), ks)?;
@@ -355,7 +355,7 @@ impl<'a> Run<'a> {
         self.state.save(&self.engine, self.settings, &self.facts()?, &files.folder.last())
     }
 
-    /// What every checkpoint says of itself.
+    /// The metadata of every checkpoint.
     fn facts(&self) -> Result<Vec<(&'static str, String)>> {
         let (step, seed) = (self.state.step, self.settings.seed);
         let mut facts = vec![
@@ -471,8 +471,7 @@ impl<'a> Run<'a> {
     }
 }
 
-/// What cuts a run short that can go on once it is mended, as [`Error::Interrupted`]; of a run that diverged, which
-/// weights are still good.
+/// The error of an interrupted run, with advice: how to resume it, or which weights a diverged run leaves.
 fn cut_short(error: Error, files: &Files, state: &RunState) -> Error {
     match error {
         Error::Training(reason) => match &state.best {

@@ -10,7 +10,7 @@ use crate::ranks;
 use crate::{Error, Result};
 
 impl Run<'_> {
-    /// Counts and names the pictures of a batch that another one stands in for, on whichever rank.
+    /// Counts and names the unreadable pictures of a batch, on all ranks.
     pub fn note_unread(&mut self, step: usize, batch: &ImageBatch, meta: Option<&ImageBatch>) -> Result<()> {
         let drawn = [(Some(batch), Some(&self.sampler)), (meta, self.meta_sampler.as_ref())];
         let mut missing = Vec::new();
