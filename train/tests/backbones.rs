@@ -145,6 +145,19 @@ fn published_weights_embed_and_search_without_a_checkpoint() {
     other.args(["search", "--pooling", "max", "--backbone", "resnet18", "--image-size", "32", "--weights"]);
     other.arg(&weights).arg("--query").arg(&query).arg("--gallery").arg(&out);
     runs::assert_refused(&mut other, "another network");
+
+    // A run from them does not begin with an untrained network.
+    runs::folder_of_pictures(&pictures, 4, 2);
+    let run = at("run");
+    let mut training = runs::small_run(&run, 1);
+    training.args(["--backbone", "resnet18", "--image-size", "32", "--classes-per-batch", "2"]);
+    training.args(["--dataset", "folder", "--data-root"]);
+    training.arg(&pictures).arg("--weights").arg(&weights);
+    let table = String::from_utf8(training.assert().success().get_output().stdout.clone()).unwrap();
+    let page = std::fs::read_to_string(run.join("report.html")).unwrap();
+    for text in [table, page] {
+        assert!(text.contains("before training (pretrained, random head)"), "{text}");
+    }
 }
 
 #[test]

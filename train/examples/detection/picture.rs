@@ -24,7 +24,9 @@ const MOST: usize = 3;
 /// [`ddtas_train::Error::Io`] if the file cannot be written.
 pub fn write(path: &Path, scenes: &[Scene], before: &[Truth], after: &[Truth]) -> Result<()> {
     let names = ["truth", "untrained", "trained"];
-    let mut sheet = Sheet::new(scenes.len(), SIDE as u32 * SCALE, &names, &COLOURS);
+    // What is plain is no object.
+    let key = Material::ALL.into_iter().zip(COLOURS).skip(1);
+    let mut sheet = Sheet::new(scenes.len(), SIDE as u32 * SCALE, &names, key);
     let mut first = 0;
     for (column, scene) in scenes.iter().enumerate() {
         let boxes = |found: &[Truth]| {

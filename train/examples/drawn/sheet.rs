@@ -23,15 +23,20 @@ pub struct Sheet {
 }
 
 impl Sheet {
-    /// An empty sheet of `columns` panels of `side` pixels for each name of a row, with the colours of the materials below.
-    pub fn new(columns: usize, side: u32, rows: &[&str], colours: &[[u8; 3]; 6]) -> Self {
+    /// An empty sheet of `columns` panels of `side` pixels for each name of a row, with the colours of `key` below.
+    pub fn new(
+        columns: usize,
+        side: u32,
+        rows: &[&str],
+        key: impl Iterator<Item = (Material, [u8; 3])>,
+    ) -> Self {
         let (right, bottom) = Self::corner(side, columns, rows.len());
         let mut picture = RgbImage::from_pixel(right.max(NAME + 6 * ENTRY), bottom + KEY, Rgb([255; 3]));
         for (row, name) in rows.iter().enumerate() {
             lettering::write(&mut picture, name, (GAP, Self::corner(side, 0, row).1 + (side - LETTER) / 2));
         }
-        for ((x, colour), material) in (NAME..).step_by(ENTRY as usize).zip(colours).zip(Material::ALL) {
-            let square = RgbImage::from_pixel(LETTER, LETTER, Rgb(*colour));
+        for (x, (material, colour)) in (NAME..).step_by(ENTRY as usize).zip(key) {
+            let square = RgbImage::from_pixel(LETTER, LETTER, Rgb(colour));
             imageops::replace(&mut picture, &square, x.into(), bottom.into());
             let name = format!("{material:?}").to_lowercase();
             lettering::write(&mut picture, &name, (x + LETTER + LETTER / 2, bottom));

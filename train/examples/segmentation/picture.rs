@@ -5,6 +5,7 @@ use std::path::Path;
 use ddtas_train::Result;
 use image::{Rgb, RgbImage, imageops};
 
+use crate::materials::Material;
 use crate::scenes::{SIDE, Scene};
 use crate::sheet::Sheet;
 
@@ -22,7 +23,8 @@ const SCALE: u32 = 2;
 pub fn write(path: &Path, scenes: &[Scene], before: &[usize], after: &[usize]) -> Result<()> {
     let side = SIDE as u32;
     let names = ["scene", "truth", "untrained", "trained"];
-    let mut sheet = Sheet::new(scenes.len(), side * SCALE, &names, &COLOURS);
+    let key = Material::ALL.into_iter().zip(COLOURS);
+    let mut sheet = Sheet::new(scenes.len(), side * SCALE, &names, key);
     for (column, scene) in scenes.iter().enumerate() {
         let material = |values: &[usize], at: usize| COLOURS[values[column * SIDE * SIDE + at]];
         let pixel = |at: usize| -> [u8; 3] {
