@@ -1,23 +1,27 @@
-//! How the programs are told where to compute.
+//! The device arguments of the programs.
 
 use ddtas::Result;
 use ddtas::backend::{AutoDevice, Backend, DeviceSpec, auto, open_with};
+use ddtas_io::UNKNOWN_DEVICE;
 
-/// The device of a program, and how it multiplies.
+/// The device, and the precision of its products.
 #[derive(Debug, Clone, Copy, Default, clap::Args)]
 pub struct DeviceArguments {
-    /// auto (the first GPU if this build and machine have one, else the CPU), cpu, cuda, cuda:N or emulated;
-    /// --device, as ddtas-train has it, is the same.
-    #[arg(long, visible_alias = "device", default_value_t)]
+    /// Where to compute: auto (the first GPU if this build and machine have one, else the CPU), cpu, cuda or cuda:N.
+    #[arg(long, visible_alias = "device", value_name = "DEVICE", default_value_t, value_parser = device)]
     pub backend: DeviceSpec,
-    /// f32 rows on a GPU only: multiply them to TF32's precision, for a third of the work or less. Every entry is rounded to
-    /// 11 bits (f16; below 6e-5 to an absolute 3e-8), and products are summed in f32. The CPU refuses it.
+    /// Multiply f32 rows in TF32 precision, which takes a third of the time or less; for GPUs only. Every entry is rounded
+    /// to 11 bits (below 6e-5 to within 3e-8), and products are summed in f32.
     #[arg(long)]
     pub tf32: bool,
 }
 
+fn device(name: &str) -> std::result::Result<DeviceSpec, &'static str> {
+    name.parse().map_err(|_| UNKNOWN_DEVICE)
+}
+
 impl DeviceArguments {
-    /// Names the device that `auto` comes to, and says why it is not a GPU where one was to be expected.
+    /// The device that `auto` stands for here, and the reason if it is not the GPU that might be expected.
     #[must_use]
     pub fn resolve(self) -> (Self, Option<String>) {
         if self.backend != DeviceSpec::Auto {

@@ -1,16 +1,16 @@
-//! Two runs of `throughput`, by their JSON: how the times and memory of the second stand to those of the first.
+//! Comparison of two outputs of `throughput --json`: ratios of time and memory.
 
 use std::path::Path;
 
 use super::Row;
 use ddtas_io::{Error, Result};
 
-/// How a figure of the second run stands to that of the first. Field names are those of `--json`.
+/// Ratios of the second run to the first, for a row. Field names are those of `--json`.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct Ratio {
     /// Rows of the batch, B.
     pub batch: usize,
-    /// References of their own, N; none in the square form.
+    /// Number of separate references, N; none where the batch is compared with itself.
     pub references: Option<usize>,
     /// Dimensions of a row, D.
     pub dim: usize,
@@ -30,7 +30,7 @@ pub struct Ratio {
     pub memory: Option<f64>,
 }
 
-/// Two runs held against each other.
+/// The comparison of two runs.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct Comparison {
     /// Backend and threads of both runs.

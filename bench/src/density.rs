@@ -1,4 +1,4 @@
-//! How many of the negatives a batch mines, by name.
+//! Named shares of mined negatives.
 
 use std::fmt;
 use std::str::FromStr;
@@ -63,11 +63,11 @@ impl FromStr for Density {
             "all" => Ok(Self::All),
             _ => match text.parse() {
                 Ok(share) if share > 0.0 && share <= MOST => Ok(Self::Share(share)),
-                _ => Err(Error::InvalidSetting {
-                    name: "density",
-                    value: text.to_owned(),
-                    range: "late (0.01), middle (0.08), start (0.3), all, or a share above 0 and at most 0.6",
-                }),
+                _ => Err(Error::misuse(
+                    "density",
+                    text,
+                    "give late (0.01), middle (0.08), start (0.3), all, or a share above 0 and at most 0.6",
+                )),
             },
         }
     }

@@ -1,4 +1,4 @@
-//! Rows of which a wanted share of the negatives is mined.
+//! Random embeddings of which a chosen share of the negatives is mined.
 //!
 //! Classes of five: a random centre a class, noise around it. More noise brings positives and negatives
 //! together, so that more negatives are mined; the noise for a wanted share is found by bisection on a sample.
@@ -191,11 +191,12 @@ pub fn find_noise(density: Density, dim: usize, references: Option<usize>, seed:
     if (found / wanted - 1.0).abs() < CLOSE {
         return Ok(f64::midpoint(low, high));
     }
-    Err(Error::InvalidSetting {
-        name: "density",
-        value: format!("{density} at {dim} dimensions"),
-        range: "a share that some noise gives; more dimensions or another share will do",
-    })
+    let value = format!("{density} at --dim {dim}");
+    Err(Error::misuse(
+        "density",
+        value,
+        "cannot be reached by any noise: give a larger --dim or another share",
+    ))
 }
 
 #[cfg(test)]

@@ -6,10 +6,10 @@
 //! | `density.rs` | named shares of mined negatives |
 //! | `embeddings.rs` | drawing rows at such a share |
 //! | `file.rs` | rows read from and written to .safetensors |
-//! | `measure.rs` | one row of the table: time, floor, memory |
-//! | `products.rs` | the floor on a GPU: cuBLAS's two products |
-//! | `spot_check.rs` | a device's answer on a batch of any size held to float64, for some of its anchors |
-//! | `compare.rs` | two runs, held against each other |
+//! | `measure.rs` | one row of the table: time, memory, and the time of two bare matrix products |
+//! | `products.rs` | the lower bound on a GPU: two matrix products by cuBLAS |
+//! | `spot_check.rs` | a device's results on a batch of any size checked against float64, for some of its anchors |
+//! | `compare.rs` | comparison of two runs |
 //! | `plot.rs` | time and memory against B, as SVG |
 
 #![warn(clippy::print_stdout, clippy::print_stderr)]

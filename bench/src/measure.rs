@@ -1,4 +1,4 @@
-//! One measurement: the loss and its gradient, and beside it the floor of a loss that is not fused.
+//! One measurement: the loss and its gradient, and the two bare matrix products of a loss that is not fused, the floor.
 
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -31,7 +31,7 @@ const STRIPE: usize = 256;
 pub struct Row {
     /// Rows of the batch, B.
     pub batch: usize,
-    /// References of their own, N; none in the square form.
+    /// Number of separate references, N; none where the batch is compared with itself.
     pub references: Option<usize>,
     /// Dimensions of a row, D.
     pub dim: usize,
@@ -55,7 +55,7 @@ pub struct Row {
     pub time_best_ms: f64,
     /// 90th less 10th percentile of the times, milliseconds.
     pub time_spread_ms: f64,
-    /// `4 B N D` operations of an unfused loss over the time, whatever was really multiplied.
+    /// `4 B N D`, the operations of an unfused loss, divided by the time.
     pub gflops: f64,
     /// Time over that of two bare products of the same shape, S = E Rᵀ and dE = S R, in the same run: in float32 on
     /// the CPU, on a GPU by cuBLAS in the rows' type and on rows that lie there. None where cuBLAS is not found.

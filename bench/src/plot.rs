@@ -46,8 +46,9 @@ fn panel<'a>(title: &'a str, lines: &'a [Line]) -> Chart<'a> {
         title: Some(title),
         x: axis(of(|point| point.0), &|value: &f64| format!("{value:.0}")),
         x_title: Some("rows of the batch"),
-        y: axis(of(|point| point.1), &|value: &f64| format!("{value}")),
+        y: axis(of(|point| point.1), &chart::short_label),
         lines,
+        marks: &[],
         has_legend: true,
     }
 }

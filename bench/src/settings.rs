@@ -26,35 +26,36 @@ pub enum Dtype {
 /// Settings of a measurement. Lists are measured in all combinations.
 #[derive(Debug, Clone, clap::Args)]
 pub struct ThroughputSettings {
-    /// Rows of the batch, separated by commas; 80,1280,5120 if not given.
+    /// Batch sizes, 1 to 16777216, separated by commas [default: 80,1280,5120].
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     pub batch: Vec<usize>,
-    /// Dimensions of a row, separated by commas; 512 if not given.
+    /// Dimensions of an embedding, 1 to 65536, separated by commas [default: 512].
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     pub dim: Vec<usize>,
-    /// Share of the negatives that is mined: late (0.01), middle (0.08), start (0.3), all (nearly every
-    /// pair), or a number; several separated by commas. The four names if not given.
+    /// Share of the negative pairs that is mined, as late (0.01), in the middle (0.08) or at the start (0.3) of a
+    /// training run: late, middle, start, all (nearly every pair), or a number above 0 and at most 0.6; several separated
+    /// by commas [default: late,middle,start,all].
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     pub density: Vec<String>,
-    /// References of their own for the batch's rows (rectangular form).
+    /// Compare the batch with N other rows, 1 to 16777216, instead of with itself.
     #[arg(long, value_name = "N")]
     pub references: Option<usize>,
-    /// Type of the rows.
+    /// Type of the embeddings.
     #[arg(long, value_enum, default_value_t)]
     pub dtype: Dtype,
     /// Where to measure.
     #[command(flatten)]
     pub device: DeviceArguments,
-    /// Measure the rows of this file instead of drawing them; --batch, --dim and --references, if given, must fit it.
+    /// Read the embeddings from this .safetensors file instead of drawing them; --batch, --dim and --references, if given, must fit it.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["density", "save_embeddings"])]
     pub embeddings: Option<PathBuf>,
-    /// Write the rows that were drawn, for one batch, dimension and density.
+    /// Write the embeddings that were drawn into this file; for one --batch, --dim and --density.
     #[arg(long, value_name = "FILE")]
     pub save_embeddings: Option<PathBuf>,
-    /// Seed of the rows.
+    /// Seed of the embeddings.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// Time spent on each figure, at least; five calls are timed however long they take.
+    /// Seconds spent on each measurement, 0 to 3600; five calls are timed however long they take.
     #[arg(long, default_value_t = 1.0)]
     pub seconds: f64,
 }
@@ -133,7 +134,7 @@ impl ThroughputSettings {
 }
 
 impl Plan {
-    /// Holds a file's shape against the sizes that were given.
+    /// Checks the shape of a file against the sizes that were given.
     pub fn check_shape(&self, path: &Path, embeddings: &Embeddings) -> Result<()> {
         let (batch, dim) = embeddings.anchors.values.dim();
         let references = embeddings.references.as_ref().map(|rows| rows.labels.len());

@@ -1,4 +1,4 @@
-//! Holds a device's loss on a batch of any size to float64, for some of its anchors.
+//! Checks a device's loss on a batch of any size against float64, for some of its anchors.
 //!
 //! [`run`](ddtas_cases::run()) needs every similarity of a small batch. Here an anchor costs one row of S: its m+, m-, counts
 //! and term of the loss follow from its own similarities, its gradient from those and the other anchors' four numbers (m+,

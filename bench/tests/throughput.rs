@@ -116,7 +116,10 @@ fn settings_out_of_range_are_named() {
     assert!(complaint(&["--density", "0.9"]).contains("--density 0.9"));
     assert!(complaint(&["--seconds", "NaN"]).contains("--seconds NaN"));
     assert!(complaint(&["--save-embeddings", "rows.safetensors"]).contains("one --batch"));
-    assert!(complaint(&["--batch", "8", "--dim", "1", "--density", "late"]).contains("late at 1 dimensions"));
+    assert!(
+        complaint(&["--batch", "8", "--dim", "1", "--density", "late"])
+            .contains("--density late at --dim 1: cannot be reached by any noise")
+    );
     let small = ["--batch", "8", "--dim", "8", "--density", "late", "--tf32"];
     assert!(complaint(&small).contains("the CPU does not multiply in TF32"));
     assert!(complaint(&[&small[..], &["--dtype", "bf16"]].concat()).contains("--dtype bf16"));

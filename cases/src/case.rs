@@ -1,4 +1,4 @@
-//! A batch with what must come out of it.
+//! A batch with its expected results.
 
 use ddtas::Result;
 use ddtas::loss::select::{initial_tolerances, probe_tolerance};
@@ -26,7 +26,7 @@ impl Side {
     }
 }
 
-/// A batch, its settings, and what a backend must answer.
+/// A batch, its settings, and the expected results.
 #[derive(Debug, Clone)]
 pub struct Case {
     /// Its situation, e.g. `duplicate_image`.
@@ -37,7 +37,7 @@ pub struct Case {
     pub anchors: Side,
     /// The rows they are compared with; `None` is the square form.
     pub references: Option<Side>,
-    /// What a backend must answer.
+    /// The expected results.
     pub expected: Expected,
 }
 

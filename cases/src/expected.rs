@@ -17,7 +17,7 @@ pub const SINGLE_PRECISION: f64 = 1e-5;
 /// weights, is rounded too, by up to 2^-11 of each: twice that.
 pub const TF32: f64 = 1e-3;
 
-/// What a backend must answer, in float64. Fields are those of [`LossOutput`] and [`Hypergradient`].
+/// The expected results, in float64. Fields are those of [`LossOutput`] and [`Hypergradient`].
 #[derive(Debug, Clone)]
 #[expect(missing_docs, reason = "documented at the fields of the same names in LossOutput")]
 pub struct Expected {

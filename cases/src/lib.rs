@@ -1,9 +1,9 @@
-//! What every backend is held to: the truth, one table of cases, and one comparison.
+//! The test of every backend: a float64 reference implementation (the truth), a table of cases, and a comparison.
 //!
 //! | file | what |
 //! | --- | --- |
 //! | `rows.rs` | rows in every type |
-//! | `case.rs` | a batch with what must come out of it |
+//! | `case.rs` | a batch with its expected results |
 //! | `expected.rs` | the truth's answer, how far another is from it, and how far it may be |
 //! | `file.rs` | the reference cases of SPEC 7, in `.safetensors` files |
 //! | `table.rs` | the table: reference cases and shapes that those do not have, in every type, form and way of mining |

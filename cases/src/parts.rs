@@ -1,4 +1,4 @@
-//! A batch in parts: a backend each, in threads of their own, which tell each other what they found.
+//! A batch in parts: each with its own backend and thread, which exchange their results.
 #![allow(clippy::unwrap_used, missing_docs, reason = "for tests, which stop where something is off")]
 
 use ddtas::Result;
@@ -24,7 +24,7 @@ pub fn slice<'a>(rows: &'a Rows<'_>, first: usize, end: usize) -> Rows<'a> {
     Rows { embeddings, labels: &rows.labels[first..end] }
 }
 
-/// What all parts found, put together: totals added up, rows one behind the other.
+/// The results of all parts in one: totals summed, rows concatenated.
 #[derive(Debug, Default)]
 pub struct Together {
     pub output: LossOutput,
@@ -234,7 +234,7 @@ pub fn truth_in_parts(
     (loss, concatenate(Axis(0), &views).unwrap(), sizes)
 }
 
-/// Holds a backend to the truth in steps where a memory stands behind the batch.
+/// Checks a backend against the reference implementation where a memory follows the batch.
 pub fn check_memory(mut open: impl FnMut(usize) -> Box<dyn Backend>) {
     let (embeddings, labels) = with_memory();
     let all = Rows::new(embeddings.view(), &labels);

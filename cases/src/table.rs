@@ -46,7 +46,7 @@ fn clear(case: &Case) -> bool {
     is_clear(&truth, &case.settings, CLEARANCE)
 }
 
-/// What a batch is drawn from.
+/// How a random batch is drawn.
 #[derive(Clone, Copy)]
 struct Recipe {
     name: &'static str,

@@ -2,11 +2,12 @@
 
 use std::ops::Range;
 
-use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint, ValueFormatter};
+use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint};
 use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-/// Told apart on white and on black, by those who see fewer colours, too.
+/// Distinct on white and on black, and with colour blindness.
 const COLOURS: [RGBColor; 6] = [
     RGBColor(59, 130, 246),
     RGBColor(234, 118, 40),
@@ -19,13 +20,15 @@ const COLOURS: [RGBColor; 6] = [
 /// Points that a line without marks has at most; more are averaged in groups, to keep the file small.
 const MOST_POINTS: usize = 300;
 
-/// Ticks that an axis with equal steps has at most.
-const X_TICKS: usize = 6;
-const Y_TICKS: usize = 6;
+/// Ticks that a linear and a logarithmic axis have at most.
+const TICKS: usize = 6;
+const LOG_TICKS: usize = 10;
 
 /// Sizes of text; plotters writes 1/1.24 of them as pixels.
 const TEXT: u32 = 15;
 const TITLE: u32 = 18;
+/// Height of the text of a mark.
+const MARK: i32 = 14;
 
 /// plotters writes fixed colours; these two stand for the page's own and are replaced afterwards.
 const INK: RGBColor = RGBColor(1, 2, 3);
@@ -38,7 +41,7 @@ pub struct Line {
     pub name: String,
     /// In order of x.
     pub points: Vec<(f64, f64)>,
-    /// Drawn faint, with a running mean over it.
+    /// Drawn faint, with a running mean over it ([`window`]).
     pub is_noisy: bool,
     /// Each point is marked, and none averaged.
     pub is_marked: bool,
@@ -54,20 +57,11 @@ pub struct Axis<'a> {
     pub label: &'a dyn Fn(&f64) -> String,
 }
 
-impl Axis<'_> {
-    /// The text at a tick. On a logarithmic axis only 1, 2 and 5 times a power of ten have one: others would touch.
-    fn text(&self, value: f64) -> String {
-        let leading = (value / 10f64.powf((value * (1.0 + 1e-9)).log10().floor())).round();
-        let has_text = !self.is_logarithmic || [1.0, 2.0, 5.0].contains(&leading);
-        if has_text { (self.label)(&value) } else { String::new() }
-    }
-}
-
 /// A chart.
 pub struct Chart<'a> {
     /// Above it.
     pub title: Option<&'a str>,
-    /// Across. Logarithmic only together with `y`.
+    /// Across.
     pub x: Axis<'a>,
     /// Below the x axis.
     pub x_title: Option<&'a str>,
@@ -75,6 +69,8 @@ pub struct Chart<'a> {
     pub y: Axis<'a>,
     /// The lines, in order of their colours.
     pub lines: &'a [Line],
+    /// Values of x at which a thin vertical line stands, with its text.
+    pub marks: &'a [(f64, String)],
     /// Whether names stand within it.
     pub has_legend: bool,
 }
@@ -105,7 +101,7 @@ pub fn css(line: usize) -> String {
 
 type Failure = Box<dyn std::error::Error>;
 type Area<'a> = DrawingArea<SVGBackend<'a>, plotters::coord::Shift>;
-type Context<'a, X, Y> = ChartContext<'a, SVGBackend<'a>, Cartesian2d<X, Y>>;
+type Context<'a> = ChartContext<'a, SVGBackend<'a>, Cartesian2d<Ticked, Ticked>>;
 
 fn draw(charts: &[Chart<'_>], size: (u32, u32), ground: Ground) -> Result<String, Failure> {
     let mut svg = String::new();
@@ -130,34 +126,39 @@ fn draw(charts: &[Chart<'_>], size: (u32, u32), ground: Ground) -> Result<String
 
 fn panel<'a>(area: &Area<'a>, chart: &Chart<'_>) -> Result<(), Failure> {
     let mut builder = ChartBuilder::on(area);
-    builder.margin_top(8).margin_right(14).x_label_area_size(26).y_label_area_size(52);
+    // The marks' text stands above the chart, a line each.
+    builder
+        .margin_top(8 + MARK * chart.marks.len() as i32)
+        .margin_right(14)
+        .x_label_area_size(26)
+        .y_label_area_size(52);
     if let Some(title) = chart.title {
         builder.caption(title, ("sans-serif", TITLE).into_font().color(&INK));
     }
     if chart.x_title.is_some() {
         builder.x_label_area_size(38).margin_bottom(6);
     }
-    let (x, y) = (chart.x.range.clone(), chart.y.range.clone());
-    if chart.x.is_logarithmic {
-        return lines_on(&mut builder.build_cartesian_2d(x.log_scale(), y.log_scale())?, chart);
-    }
-    let x = Ticked::new(x, X_TICKS);
-    if chart.y.is_logarithmic {
-        lines_on(&mut builder.build_cartesian_2d(x, y.log_scale())?, chart)
-    } else {
-        lines_on(&mut builder.build_cartesian_2d(x, Ticked::new(y, Y_TICKS))?, chart)
-    }
+    lines_on(&mut builder.build_cartesian_2d(Ticked::new(&chart.x), Ticked::new(&chart.y))?, chart)
 }
 
-/// An axis with the ticks of [`ticks`]: plotters' own are as dense as their number is given.
+/// An axis with the ticks of [`ticks`] or [`log_ticks`]: plotters' own are as dense as their number is given, and those of
+/// a narrow logarithmic axis may be none.
 struct Ticked {
     axis: RangedCoordf64,
+    scale: fn(f64) -> f64,
+    range: Range<f64>,
     ticks: Vec<f64>,
 }
 
 impl Ticked {
-    fn new(range: Range<f64>, most: usize) -> Self {
-        Self { ticks: ticks(&range, most).0, axis: range.into() }
+    fn new(axis: &Axis<'_>) -> Self {
+        let range = axis.range.clone();
+        let (scale, ticks): (fn(f64) -> f64, _) = if axis.is_logarithmic {
+            (f64::ln, log_ticks(&range))
+        } else {
+            (|value| value, ticks(&range, TICKS).0)
+        };
+        Self { axis: (scale(range.start)..scale(range.end)).into(), scale, range, ticks }
     }
 }
 
@@ -166,7 +167,7 @@ impl Ranged for Ticked {
     type ValueType = f64;
 
     fn map(&self, value: &f64, limit: (i32, i32)) -> i32 {
-        self.axis.map(value, limit)
+        self.axis.map(&(self.scale)(*value), limit)
     }
 
     fn key_points<Hint: KeyPointHint>(&self, _: Hint) -> Vec<f64> {
@@ -174,15 +175,11 @@ impl Ranged for Ticked {
     }
 
     fn range(&self) -> Range<f64> {
-        self.axis.range()
+        self.range.clone()
     }
 }
 
-fn lines_on<'a, X, Y>(context: &mut Context<'a, X, Y>, chart: &Chart<'_>) -> Result<(), Failure>
-where
-    X: Ranged<ValueType = f64> + ValueFormatter<f64>,
-    Y: Ranged<ValueType = f64> + ValueFormatter<f64>,
-{
+fn lines_on<'a>(context: &mut Context<'a>, chart: &Chart<'_>) -> Result<(), Failure> {
     let text = ("sans-serif", TEXT).into_font().color(&INK);
     context
         .configure_mesh()
@@ -193,11 +190,10 @@ where
         .label_style(text.clone())
         .axis_desc_style(text.clone())
         .x_desc(chart.x_title.unwrap_or_default())
-        .x_labels(if chart.x.is_logarithmic { 10 } else { 7 })
-        .y_labels(if chart.x.is_logarithmic { 10 } else { 5 })
-        .x_label_formatter(&|value| chart.x.text(*value))
-        .y_label_formatter(&|value| chart.y.text(*value))
+        .x_label_formatter(chart.x.label)
+        .y_label_formatter(chart.y.label)
         .draw()?;
+    marks_on(context, chart, &text)?;
     for (line, colour) in chart.lines.iter().zip(COLOURS.into_iter().cycle()) {
         if line.is_marked {
             context.draw_series(line.points.iter().map(|&point| Circle::new(point, 3, colour.filled())))?;
@@ -228,27 +224,46 @@ where
     Ok(())
 }
 
-/// Mean over as many points before as after, a twentieth of the line in all; near the ends over fewer, so that it does
-/// not lag behind.
+/// Vertical lines with their text above, on the side that has more room.
+fn marks_on<'a>(context: &mut Context<'a>, chart: &Chart<'_>, text: &TextStyle<'_>) -> Result<(), Failure> {
+    let (Range { start, end }, y) = (&chart.x.range, &chart.y.range);
+    let within = chart.marks.iter().enumerate().filter(|(_, (x, _))| (*start..=*end).contains(x));
+    for (line, (x, name)) in within {
+        let is_right = x - start > (end - start) / 2.0;
+        let at = Pos::new(if is_right { HPos::Right } else { HPos::Left }, VPos::Bottom);
+        let aside = (if is_right { 2 } else { -2 }, -MARK * line as i32);
+        context.draw_series([PathElement::new([(*x, y.start), (*x, y.end)], INK.mix(0.5))])?;
+        let name = Text::new(name.clone(), aside, text.pos(at));
+        context.draw_series([EmptyElement::at((*x, y.end)) + name])?;
+    }
+    Ok(())
+}
+
+/// Points that the running mean of a noisy line of `points` is taken over: about a twentieth.
+#[must_use]
+pub fn window(points: usize) -> usize {
+    points / 40 * 2 + 1
+}
+
+/// Mean over as many points before as after. It stops half a window before the ends, where there are not as many.
 fn running_mean(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
-    let reach = points.len() / 40;
+    let reach = window(points.len()) / 2;
     let sums: Vec<f64> = std::iter::once(0.0)
         .chain(points.iter().scan(0.0, |sum, point| {
             *sum += point.1;
             Some(*sum)
         }))
         .collect();
-    let mean = |(i, &(x, _)): (usize, &(f64, f64))| {
-        let reach = reach.min(i).min(points.len() - 1 - i);
+    let mean = |i: usize| {
         let (first, last) = (i - reach, i + reach + 1);
-        (x, (sums[last] - sums[first]) / (last - first) as f64)
+        (points[i].0, (sums[last] - sums[first]) / (last - first) as f64)
     };
-    points.iter().enumerate().map(mean).collect()
+    (reach..points.len() - reach).map(mean).collect()
 }
 
 /// The text at the ticks of an upright axis over `range`, with the same digits at all of them.
 pub fn tick_label(range: &Range<f64>) -> impl Fn(&f64) -> String + use<> {
-    let digits = ticks(range, Y_TICKS).1;
+    let digits = ticks(range, TICKS).1;
     move |value| if digits > 4 { format!("{value:.1e}") } else { format!("{value:.digits$}") }
 }
 
@@ -270,6 +285,31 @@ pub fn ticks(range: &Range<f64>, most: usize) -> (Vec<f64>, usize) {
     ((first..=last).map(|i| i as f64 * step + 0.0).collect(), digits)
 }
 
+/// Ticks of a logarithmic axis: 1, 2 and 5 times the powers of ten, the powers alone where those are too many, and equal
+/// steps where they are too few.
+fn log_ticks(range: &Range<f64>) -> Vec<f64> {
+    let powers = range.start.log10().floor() as i32..=range.end.log10().floor() as i32;
+    let times = |factors: &[f64], every: usize| -> Vec<f64> {
+        let all = powers
+            .clone()
+            .step_by(every)
+            .flat_map(|power| factors.iter().map(move |f| f * 10f64.powi(power)));
+        all.filter(|tick| range.contains(tick)).collect()
+    };
+    let fine = times(&[1.0, 2.0, 5.0], 1);
+    match fine.len() {
+        0..3 => ticks(range, TICKS).0,
+        3..=LOG_TICKS => fine,
+        _ => times(&[1.0], powers.clone().count().div_ceil(LOG_TICKS)),
+    }
+}
+
+/// A number of four digits that matter as short as it can be written: the text at a tick of a logarithmic axis.
+#[must_use]
+pub fn short_label(value: &f64) -> String {
+    format!("{value:.3e}").parse::<f64>().unwrap_or(*value).to_string()
+}
+
 /// At most about `most` points: means of equal groups.
 fn thinned(points: &[(f64, f64)], most: usize) -> Vec<(f64, f64)> {
     let group = points.len().div_ceil(most).max(1);
@@ -287,12 +327,58 @@ mod tests {
     #[test]
     fn a_running_mean_does_not_lag() {
         let ramp: Vec<_> = (0..400).map(|i| (f64::from(i), 3.0 * f64::from(i))).collect();
-        for (mean, point) in running_mean(&ramp).iter().zip(&ramp) {
-            assert!((mean.1 - point.1).abs() < 1e-9, "{mean:?} of {point:?}");
-        }
+        let means = running_mean(&ramp);
+        assert_eq!((means.len(), means[0].0, window(400)), (380, 10.0, 21));
+        assert!(means.iter().all(|mean| (mean.1 - 3.0 * mean.0).abs() < 1e-9), "{means:?}");
         let noisy: Vec<_> = (0..400).map(|i| (f64::from(i), f64::from(i % 2))).collect();
-        assert!(running_mean(&noisy)[50..350].iter().all(|mean| (mean.1 - 0.5).abs() < 0.05));
+        assert!(running_mean(&noisy).iter().all(|mean| (mean.1 - 0.5).abs() < 0.05));
         assert!(running_mean(&[]).is_empty());
+        assert_eq!(running_mean(&ramp[..3]), ramp[..3]);
+    }
+
+    #[test]
+    fn every_logarithmic_axis_has_ticks_with_text() {
+        assert_eq!(log_ticks(&(53.0..7680.0)), [100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0]);
+        assert_eq!(log_ticks(&(53.0..240.0)), [100.0, 150.0, 200.0]);
+        assert_eq!(log_ticks(&(0.5..1e6)), [1.0, 10.0, 100.0, 1e3, 1e4, 1e5]);
+        assert!(log_ticks(&(1e-6..1e15)).len() <= LOG_TICKS);
+        for step in 0..200 {
+            let (low, width) = (1e-5 * 1.3f64.powi(step), 1.05 + f64::from(step % 17));
+            let (range, most) = (low..low * width, LOG_TICKS);
+            let ticks = log_ticks(&range);
+            assert!(
+                (2..=most).contains(&ticks.len()) && ticks.iter().all(|t| range.contains(t)),
+                "{range:?}: {ticks:?}"
+            );
+        }
+        assert_eq!(
+            ["0.05", "0.0002", "1200"].map(|text| short_label(&text.parse().unwrap())),
+            ["0.05", "0.0002", "1200"]
+        );
+        assert_eq!(short_label(&(3.0 * 0.1)), "0.3");
+    }
+
+    #[test]
+    fn marks_stand_within_the_chart_with_their_text() {
+        let line = Line {
+            name: "a".into(),
+            points: vec![(0.0, 1.0), (9.0, 2.0)],
+            is_noisy: false,
+            is_marked: false,
+        };
+        let (lines, marks) = ([line], [(3.0, "inside".to_owned()), (12.0, "outside".to_owned())]);
+        let axis = |range| Axis { range, is_logarithmic: false, label: &short_label };
+        let chart = Chart {
+            title: None,
+            x: axis(0.0..9.0),
+            x_title: Some("step"),
+            y: axis(1.0..2.0),
+            lines: &lines,
+            marks: &marks,
+            has_legend: false,
+        };
+        let svg = svg(&[chart], (300, 200), Ground::White).unwrap();
+        assert!(svg.contains("inside") && !svg.contains("outside") && svg.contains("step"), "{svg}");
     }
 
     #[test]

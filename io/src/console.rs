@@ -1,5 +1,4 @@
-//! What the programs print, where standard output or standard error may be a closed pipe or a file on a full disk:
-//! `println!` and `eprintln!` would panic there.
+//! Printing without panics: unlike `println!` and `eprintln!` where the output is a closed pipe or a full disk.
 
 use std::fmt::Display;
 use std::io::{self, ErrorKind, Write};
@@ -31,15 +30,20 @@ pub fn version(number: &str, features: &[(&str, bool)]) -> String {
     format!("{number} (features: {features}; instruction set: {})", instruction_set())
 }
 
-/// A line of progress or a warning, to standard error. It is lost where it cannot be written: no work ends for want
-/// of a reader.
+/// `1 step`, `2 steps`: a number with what is counted.
+#[must_use]
+pub fn counted(count: usize, noun: &str) -> String {
+    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
+}
+
+/// Prints a line to standard error; a failure to write is ignored, so that no work ends because nobody reads.
 pub fn say(line: impl Display) {
     // One write, so that the lines of two threads or programs do not mix.
     let line = format!("{line}\n");
     let _ = io::stderr().write_all(line.as_bytes());
 }
 
-/// A program's result, to standard output. `write` gets a buffer, which is printed as a whole.
+/// Prints a program's result to standard output. `write` fills a buffer, which is printed as a whole.
 ///
 /// # Errors
 /// [`Error::Output`] if it cannot be written.
@@ -59,7 +63,7 @@ pub fn print_json(value: &impl serde::Serialize) -> Result<()> {
     print(|out| writeln!(out, "{text}"))
 }
 
-/// Whether the reader of standard output has gone, `head` for one: nothing is to be said about that.
+/// Whether the error is a closed pipe behind standard output, as with `head`, which is no reason for a message.
 #[must_use]
 pub fn reader_has_gone(error: &(dyn std::error::Error + 'static)) -> bool {
     iter::successors(Some(error), |error| error.source()).any(|error| {
@@ -68,7 +72,7 @@ pub fn reader_has_gone(error: &(dyn std::error::Error + 'static)) -> bool {
     })
 }
 
-/// Says what ended `program`, in a line, and returns its exit code.
+/// Prints the error that ended `program`, and returns its exit code.
 #[must_use]
 pub fn failed(program: &str, error: &(dyn std::error::Error + 'static)) -> ExitCode {
     if !reader_has_gone(error) {

@@ -3,7 +3,7 @@
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
-/// What can go wrong around the library.
+/// An error of a program, or of the library below it.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -20,7 +20,7 @@ pub enum Error {
         /// The values that are allowed.
         range: &'static str,
     },
-    /// A setting that is missing, or that others leave no use for.
+    /// A setting that is missing, or has a value that is unknown or does not go with the others.
     #[error("{}: {reason}", flag(name, value))]
     Misused {
         /// The setting, as the programs spell it.
@@ -30,7 +30,7 @@ pub enum Error {
         /// What it needs, or what is to be given instead.
         reason: &'static str,
     },
-    /// A file holds something else than what was expected of it.
+    /// A file does not hold what was expected.
     #[error("{path}: {reason}", path = path.display())]
     Format {
         /// The file.
@@ -80,6 +80,9 @@ impl From<ddtas::Error> for Error {
     /// A setting of the library has the name of the flag that sets it.
     fn from(error: ddtas::Error) -> Self {
         match error {
+            ddtas::Error::InvalidSetting { name: "device", value, .. } => {
+                Self::misuse("device", value, UNKNOWN_DEVICE)
+            }
             ddtas::Error::InvalidSetting { name, value, range } => {
                 Self::InvalidSetting { name, value, range }
             }
@@ -88,7 +91,10 @@ impl From<ddtas::Error> for Error {
     }
 }
 
-/// A setting as it is typed; what no flag sets is called by its words.
+/// The error of an unknown device. `emulated` is not offered: it is for tests.
+pub const UNKNOWN_DEVICE: &str = "unknown; give auto, cpu, cuda or cuda:N";
+
+/// A setting as it is typed; a name of several words is no flag.
 fn flag(name: &str, value: &str) -> String {
     let dashes = if name.starts_with("--") || name.contains(' ') { "" } else { "--" };
     let space = if value.is_empty() { "" } else { " " };

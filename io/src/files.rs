@@ -1,4 +1,4 @@
-//! Files that are either whole or not there.
+//! Atomic writing of files.
 
 use std::io::Write;
 use std::path::Path;
@@ -26,10 +26,10 @@ pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     })
 }
 
-/// Refuses a place where no file can be written, before the work begins whose result goes there. `name` is the setting.
+/// Checks that a result can be written to `path`, before the work that makes it. `name` is the setting.
 ///
 /// # Errors
-/// [`Error::InvalidSetting`] unless `path` is a file's name in a folder that is there.
+/// [`Error::Misused`] unless `path` is a file's name in a folder that is there.
 pub fn check_place(name: &'static str, path: &Path) -> Result<()> {
     let folder = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -38,5 +38,5 @@ pub fn check_place(name: &'static str, path: &Path) -> Result<()> {
     if path.file_name().is_some() && folder.is_dir() && !path.is_dir() {
         return Ok(());
     }
-    Err(Error::misuse(name, path.display(), "needs to be a file's name, in a folder that is there"))
+    Err(Error::misuse(name, path.display(), "must be a file in an existing folder"))
 }

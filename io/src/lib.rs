@@ -2,10 +2,10 @@
 //!
 //! | module | what |
 //! | --- | --- |
-//! | [`chart`] | lines as SVG |
-//! | [`console`] | results and progress, where the reader may have gone or the disk be full |
-//! | `error.rs` | what can go wrong there, the library's errors among them |
-//! | [`files`] | files that are either whole or not there |
+//! | [`chart`] | line charts as SVG |
+//! | [`console`] | printing of results and progress |
+//! | `error.rs` | errors, the library's included |
+//! | [`files`] | atomic writing of files |
 //! | [`tensors`] | matrices and labels in .safetensors files |
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
@@ -15,4 +15,4 @@ mod error;
 pub mod files;
 pub mod tensors;
 
-pub use error::{Error, Result};
+pub use error::{Error, Result, UNKNOWN_DEVICE};

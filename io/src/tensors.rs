@@ -185,7 +185,7 @@ fn words<const N: usize>(data: &[u8]) -> impl Iterator<Item = [u8; N]> + '_ {
 /// A tensor to write: name, type, shape, and little-endian values in row-major order.
 pub type Tensor<'a> = (&'a str, Dtype, &'a [usize], &'a [u8]);
 
-/// A safetensors file whose bytes depend on nothing but its contents.
+/// A safetensors file; the same contents give the same bytes.
 ///
 /// # Errors
 /// What is wrong with a tensor: its shape does not fit its bytes.

@@ -89,14 +89,19 @@ fn weights_that_fit_are_taken_and_others_are_named() {
     };
     let name = "layer3.1.bn2.running_var";
     let said = refused(&|tensors| drop(tensors.remove(name)));
-    assert!(said.contains(name) && said.contains("no tensor"), "{said}");
+    assert!(said.contains("not weights of resnet18: no tensor `") && said.contains(name), "{said}");
     let said = refused(&|tensors| drop(tensors.insert("layer5.weight".into(), (vec![1], vec![1.0]))));
-    assert!(said.contains("layer5.weight") && said.contains("--backbone"), "{said}");
+    assert!(said.contains("layer5.weight` is not part of it"), "{said}");
     let said = refused(&|tensors| tensors.get_mut(name).unwrap().0 = vec![2, 128]);
     assert!(said.contains(name) && said.contains("[2, 128]") && said.contains("[256]"), "{said}");
     let said = refused(&|tensors| tensors.get_mut(name).unwrap().1[7] = f32::NAN);
     assert!(said.contains(name) && said.contains("NaN"), "{said}");
     assert_eq!(said.lines().count(), 1, "{said}");
+    for other in [BackboneKind::ResNet50, BackboneKind::EfficientNetLite0, BackboneKind::VitS16] {
+        let said = refused(&|tensors| *tensors = published(&Backbone::new(&shape(other), &device)));
+        let fits = format!("); they fit --backbone {}", other.name());
+        assert!(said.contains("not weights of resnet18 (") && said.ends_with(&fits), "{said}");
+    }
 }
 
 /// What the program prints with `--json`.
@@ -140,6 +145,19 @@ fn published_weights_embed_and_search_without_a_checkpoint() {
     other.args(["search", "--pooling", "max", "--backbone", "resnet18", "--image-size", "32", "--weights"]);
     other.arg(&weights).arg("--query").arg(&query).arg("--gallery").arg(&out);
     runs::assert_refused(&mut other, "another network");
+
+    // A run from them does not begin with an untrained network.
+    runs::folder_of_pictures(&pictures, 4, 2);
+    let run = at("run");
+    let mut training = runs::small_run(&run, 1);
+    training.args(["--backbone", "resnet18", "--image-size", "32", "--classes-per-batch", "2"]);
+    training.args(["--dataset", "folder", "--data-root"]);
+    training.arg(&pictures).arg("--weights").arg(&weights);
+    let table = String::from_utf8(training.assert().success().get_output().stdout.clone()).unwrap();
+    let page = std::fs::read_to_string(run.join("report.html")).unwrap();
+    for text in [table, page] {
+        assert!(text.contains("before training (pretrained, random head)"), "{text}");
+    }
 }
 
 #[test]

@@ -283,7 +283,7 @@ fn wrong_input_is_refused_in_one_line_that_says_what_to_do() {
     };
     let file = place.path().join("single.safetensors");
     single.write(&file).unwrap();
-    refused(&[&"eval", &"--embeddings", &file], "no query has an answer");
+    refused(&[&"eval", &"--embeddings", &file], "no query has another row of its class");
 
     let embed = |images: &Path, out: &Path, what: &str| {
         refused(&[&"embed", &"--checkpoint", &checkpoint(), &"--images", &images, &"--out", &out], what);
@@ -291,7 +291,7 @@ fn wrong_input_is_refused_in_one_line_that_says_what_to_do() {
     let out = place.path().join("e.safetensors");
     embed(&none, &out, "does not exist");
     embed(&pictures, &place.path().join("e.csv"), ".safetensors or .npy");
-    embed(&pictures, &none.join("e.safetensors"), "in a folder that is there");
+    embed(&pictures, &none.join("e.safetensors"), "in an existing folder");
     let broken = place.path().join("broken");
     std::fs::create_dir_all(&broken).unwrap();
     embed(&broken, &out, "no JPEG, PNG, WebP");

@@ -195,7 +195,7 @@ fn after_a_rehearsal_the_run_is_that_of_a_fixed_lambda() {
         }
         assert!(lines(&fixed, "rehearsal").is_empty());
         let page = std::fs::read_to_string(rehearsed.join("report.html")).unwrap();
-        assert!(page.contains("steps of the rehearsal"));
+        assert!(page.contains("Steps below 0: the rehearsal."));
     }
 }
 

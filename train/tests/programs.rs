@@ -69,6 +69,57 @@ fn help_is_in_sections_and_short_help_is_short() {
 }
 
 #[test]
+fn help_gives_the_ranges_of_the_checks() {
+    let long = printed("--help");
+    for (flag, range) in [
+        ("--steps <STEPS>", "[range: 1 to 2147483648]"),
+        ("--image-size <IMAGE_SIZE>", "[range: 8 to 1024]"),
+        ("--gamma <GAMMA>", "[range: 0 to 2]"),
+        ("--learning-rate <RATE>", "[range: above 0]"),
+        ("--meta-classes <P>", "[range: 2 to 65536]"),
+        ("--memory-start <STEPS>", "[range: 0 to 2147483648]"),
+    ] {
+        let (_, help) = long.split_once(flag).unwrap();
+        let help = help.split("      --").next().unwrap();
+        assert!(help.contains(range), "{flag}{help}");
+    }
+    assert!(long.matches("[range: ").count() >= 40, "{long}");
+    assert!(!printed("-h").contains("[range: "));
+}
+
+#[test]
+fn flags_of_other_programs_are_understood() {
+    let refused = |arguments: &str| {
+        let output = ddtas_train(arguments).output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{arguments}");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let said = refused("--batch-size 32");
+    assert_eq!(said, "ddtas-train: --batch-size: a batch is --classes-per-batch times --images-per-class\n");
+    let said = refused("--steps 3 --epochs=5");
+    assert!(said.starts_with("ddtas-train: --epochs: give --steps") && said.lines().count() == 1, "{said}");
+    assert!(refused("eval --batch-size 32").contains("unexpected argument '--batch-size'"));
+    assert_refused(&mut ddtas_train("--lr 0"), "--learning-rate 0 is out of range");
+}
+
+#[test]
+fn a_margin_is_not_called_lambda_and_one_step_is_no_steps() {
+    let once = "--dataset folder --data-root data --image-size 16 --width 4 --steps 1 --evaluate-every 0";
+    let output =
+        ddtas_train(&format!("{once} --loss contrastive --mining none --output margin")).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    let step = said.lines().find(|line| line.starts_with("step 1/1: ")).unwrap();
+    assert!(step.contains("  margin 0.500  mined ") && !step.contains("lambda"), "{said}");
+    assert!(!step.contains("gamma"), "{said}");
+    assert!(said.contains("after 1 step: ") && !said.contains("1 steps"), "{said}");
+    let table = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        table.contains("before training (random weights)") && table.contains("trained, 1 step "),
+        "{table}"
+    );
+}
+
+#[test]
 fn version_completions_and_manual_pages_are_there() {
     let version = printed("--version");
     assert!(version.contains("features: ") && version.contains("instruction set: "), "{version}");
@@ -254,7 +305,7 @@ fn a_finished_run_goes_on_in_a_new_folder_with_its_optimizer() {
         let output = command.output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         let table = String::from_utf8(output.stdout).unwrap();
-        assert!(table.contains("before this run") && !table.contains("untrained"), "{table}");
+        assert!(table.contains("before this run") && !table.contains("before training"), "{table}");
         runs::records(&place().join(name)).0.iter().map(|step| step.loss).collect::<Vec<_>>()
     };
     // The same weights without moments: a checkpoint of the same step that holds nothing else.

@@ -176,7 +176,7 @@ fn unreadable_pictures_are_counted_whichever_rank_meets_them() {
     };
     let alone = warnings("1");
     assert!(
-        alone.iter().filter(|line| line.contains("stands in") || line.contains("left out")).count() >= 3,
+        alone.iter().filter(|line| line.contains("replaces it") || line.contains("left out")).count() >= 3,
         "{alone:?}"
     );
     assert_eq!(warnings("3"), alone);

@@ -4,11 +4,13 @@
 use std::fs;
 use std::path::Path;
 
+use clap::{Args, FromArgMatches};
 use ddtas::backend::Nearest;
+use ddtas::loss::baseline::PairLoss;
 use ddtas_train::Error;
 use ddtas_train::data::synthetic::{SyntheticSettings, synthetic};
 use ddtas_train::train::report::{self, Baseline, Findings};
-use ddtas_train::train::{EvaluationRecord, Record, StepRecord, choose};
+use ddtas_train::train::{EvaluationRecord, Record, StepRecord, TrainSettings, choose};
 use ndarray::Array2;
 
 fn step(step: usize) -> Record {
@@ -67,7 +69,7 @@ fn findings() -> (Findings, image::RgbImage) {
         similarities: Array2::from_shape_fn((chosen.len(), 8), |(_, j)| 0.95 - 0.06 * j as f32),
     };
     let rows: Vec<usize> = (0..n).collect();
-    let shown = choose(&rows, &rows, 8, |chosen| Ok(nearest(chosen))).unwrap();
+    let shown = choose(&rows, &rows, (8, 0), |chosen| Ok(nearest(chosen))).unwrap();
     let (queries, sheet) = report::queries(&cars.test, &cars.test, &shown).unwrap();
     let findings = Findings {
         dataset: "synthetic".into(),
@@ -95,7 +97,8 @@ fn report_shows_recall_plots_neighbours_and_settings() {
     for part in [
         "R@8",
         "raw pixels",
-        "untrained network",
+        "before training (random weights)",
+        "from 1.3 % before training",
         "best, after 100 steps",
         ">31.0</b>",
         ">28.4</td>",
@@ -104,9 +107,7 @@ fn report_shows_recall_plots_neighbours_and_settings() {
         assert!(page.contains(part), "{part}");
     }
     assert_eq!(page.matches("<svg").count(), 6);
-    assert!(
-        page.contains("Unchanged throughout. Loss thresholds: lambda positive 0.7, lambda negative 0.7.")
-    );
+    assert!(page.contains("Unchanged throughout. Loss thresholds: lambda 0.7."));
     assert!(
         page.contains("<th>R-P</th>")
             && page.contains("<td><b>15.5</b></td>")
@@ -125,18 +126,25 @@ fn report_shows_recall_plots_neighbours_and_settings() {
     );
 
     let strip = image::open(folder.path().join("neighbours.png")).unwrap().into_rgb8();
-    let frame = |column: u32, row: u32| strip.get_pixel(130 + 8 + column * 114, 8 + row * 114).0;
+    let frame = |column: u32, row: u32| strip.get_pixel(130 + 8 + column * 114, 18 + row * 144).0;
     let query = &findings.queries[0];
     for (column, answer) in query.answers.iter().enumerate() {
         let green = frame(column as u32, 0)[1] > 128;
         assert_eq!(green, answer.right, "frame of answer {column}");
-        let whole = (0..106).all(|along| strip.get_pixel(130 + column as u32 * 114 + along, 8).0 != [255; 3]);
+        let whole =
+            (0..106).all(|along| strip.get_pixel(130 + column as u32 * 114 + along, 18).0 != [255; 3]);
         assert_eq!(whole, answer.right, "a broken frame says wrong");
     }
     if let Some(kept) = option_env!("DDTAS_KEEP_REPORT") {
         fs::copy(&path, Path::new(kept).join("report.html")).unwrap();
         strip.save(Path::new(kept).join("neighbours.png")).unwrap();
     }
+
+    // Row 0 of the sheet has a heading, and captions below its pictures.
+    let is_written = |mut rows: std::ops::Range<u32>| {
+        rows.any(|y| (0..100).any(|x| strip.get_pixel(8 + x, y).0 == [0; 3]))
+    };
+    assert!(is_written(8..16) && is_written(126..134), "no heading, or no class below the first query");
 
     let again = report::write(folder.path()).unwrap();
     assert_eq!(fs::read_to_string(again).unwrap(), page, "the same files give the same report");
@@ -154,7 +162,7 @@ fn a_run_cut_short_gets_a_report_of_what_there_is() {
     let torn = fs::read_to_string(&metrics).unwrap() + "{\"kind\":\"st";
     fs::write(&metrics, torn).unwrap();
     let page = fs::read_to_string(report::write(folder.path()).unwrap()).unwrap();
-    assert!(page.contains("<svg") && page.contains("untrained network"));
+    assert!(page.contains("<svg") && page.contains("before training (random weights)"));
 }
 
 #[test]
@@ -175,4 +183,50 @@ fn files_that_are_missing_or_something_else_are_named() {
     fs::remove_file(folder.path().join("report.json")).unwrap();
     fs::write(folder.path().join("config.toml"), "= nonsense").unwrap();
     assert!(matches!(report::write(folder.path()), Err(Error::Program(ddtas_io::Error::Format { .. }))));
+}
+
+#[test]
+fn queries_are_not_the_same_picture_of_every_class() {
+    let rows: Vec<usize> = (0..200).collect();
+    let chosen = |seed| -> Vec<usize> {
+        let none = |chosen: &[usize]| Ok(Nearest::none(chosen.len(), 1)?);
+        choose(&rows, &rows, (10, seed), none).unwrap().iter().map(|shown| shown.picture).collect()
+    };
+    for seed in 0..4 {
+        let pictures = chosen(seed);
+        assert!(pictures.iter().enumerate().all(|(part, picture)| picture / 20 == part), "{pictures:?}");
+        assert!(pictures.iter().any(|picture| picture % 10 != pictures[0] % 10), "{pictures:?}");
+        assert_eq!(pictures, chosen(seed));
+    }
+    assert_ne!(chosen(0), chosen(1));
+}
+
+#[test]
+fn plots_mark_warm_up_and_memory_and_draw_equal_thresholds_once() {
+    let folder = tempfile::tempdir().unwrap();
+    write_run(folder.path(), &whole_run());
+    let settings = TrainSettings { memory_size: 8, memory_start: Some(150), ..default_settings() };
+    let page = |settings: &TrainSettings| {
+        fs::write(folder.path().join("config.toml"), toml::to_string(settings).unwrap()).unwrap();
+        fs::read_to_string(report::write(folder.path()).unwrap()).unwrap()
+    };
+    let marked = page(&settings);
+    let plots = marked.matches("<svg").count();
+    assert_eq!(marked.matches(">\nend of warm-up\n<").count(), plots, "{marked}");
+    assert_eq!(marked.matches(">\nmemory\n<").count(), plots);
+    assert_eq!(marked.matches(">\nstep\n<").count(), plots);
+    let together = page(&TrainSettings { memory_start: None, ..settings.clone() });
+    assert_eq!(together.matches(">\nend of warm-up, memory\n<").count(), plots);
+    let none = page(&TrainSettings { memory_start: None, memory_size: 0, warm_up: 0.0, ..settings });
+    assert!(!none.contains("end of warm-up") && none.contains("lambda 0.7."));
+    let margin = page(&TrainSettings { loss: PairLoss::Contrastive, ..default_settings() });
+    assert!(margin.contains("margin 0.7."));
+    // The running mean stops half a window before the ends, and its window is named.
+    assert!(margin.contains("Bold: mean of 11 steps."));
+}
+
+/// The settings of a run without arguments.
+fn default_settings() -> TrainSettings {
+    let matches = TrainSettings::augment_args(clap::Command::new("test")).get_matches_from(["test"]);
+    TrainSettings::from_arg_matches(&matches).unwrap()
 }

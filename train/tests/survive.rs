@@ -113,7 +113,7 @@ fn what_a_kill_during_a_write_leaves_is_passed_over() {
     let again = finish(&resume(&run));
     assert_finished(&again);
     let said = String::from_utf8(again.stderr).unwrap();
-    assert!(said.contains("has finished all its 120 steps"), "{said}");
+    assert!(said.contains("has finished after 120 steps"), "{said}");
     assert_same(&run, &unbroken, "resumed once more");
 }
 
@@ -238,9 +238,9 @@ fn unreadable_pictures_are_named_and_too_many_stop_the_run() {
     assert_finished(&output);
     let said = String::from_utf8(output.stderr).unwrap();
     for (picture, remedy) in [
-        ("class00/0.png", "stands in"),
-        ("class02/1.png", "stands in"),
-        ("class06/2.png", "left out of the test"),
+        ("class00/0.png", "replaces it"),
+        ("class02/1.png", "replaces it"),
+        ("class06/2.png", "left out of the evaluation"),
     ] {
         let naming = said.lines().filter(|line| line.contains(picture)).collect::<Vec<_>>();
         assert!(naming.len() == 1 && naming[0].contains(remedy), "{picture}: {said}");
@@ -281,7 +281,7 @@ fn a_run_that_diverges_names_the_weights_that_are_good() {
     let said = String::from_utf8(output.stderr).unwrap();
     let line = said.lines().last().unwrap();
     assert!(
-        line.contains("lower --learning-rate") && line.contains("last good weights, of step 0"),
+        line.contains("lower --learning-rate") && line.contains("the best weights, after step 0"),
         "{said}"
     );
     let best = run.join("best.safetensors");

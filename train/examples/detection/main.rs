@@ -8,6 +8,8 @@
 
 #[path = "../drawn/backbone.rs"]
 mod backbone;
+#[path = "../../src/pages/lettering.rs"]
+mod lettering;
 #[path = "../drawn/materials.rs"]
 mod materials;
 mod network;

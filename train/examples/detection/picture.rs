@@ -1,4 +1,4 @@
-//! A picture of what was learned: scenes with their objects, and proposals by what they were taken for.
+//! A picture of what was learned: scenes with their objects, and the proposals classified as objects.
 
 use std::path::Path;
 
@@ -6,23 +6,27 @@ use ddtas_train::Result;
 use image::{Rgb, RgbImage, imageops};
 
 use crate::materials::Material;
-use crate::sheet;
+use crate::sheet::Sheet;
 use crate::street::{Region, SIDE, Scene, Truth};
 
 /// Colours of the kinds (Okabe and Ito: they can be told apart by everyone), by their place in [`Material::ALL`].
 const COLOURS: [[u8; 3]; 6] =
     [[90, 90, 90], [86, 180, 233], [0, 158, 115], [240, 228, 66], [0, 114, 178], [213, 94, 0]];
-/// Each pixel is drawn this large, with a gap between panels.
+/// Each pixel is drawn this large.
 const SCALE: u32 = 3;
-const GAP: u32 = 6;
+/// Boxes drawn around an object, those that hit it best, and around none.
+const MOST: usize = 3;
 
-/// Writes one column a scene and three rows: the objects, and the proposals that were taken for one before and after.
+/// Writes a column for each scene with three rows: the objects, and the proposals classified as one before and after
+/// training.
 ///
 /// # Errors
 /// [`ddtas_train::Error::Io`] if the file cannot be written.
 pub fn write(path: &Path, scenes: &[Scene], before: &[Truth], after: &[Truth]) -> Result<()> {
-    let panel = SIDE as u32 * SCALE + GAP;
-    let mut sheet = RgbImage::from_pixel(panel * scenes.len() as u32 + GAP, 3 * panel + GAP, Rgb([255; 3]));
+    let names = ["truth", "untrained", "trained"];
+    // What is plain is no object.
+    let key = Material::ALL.into_iter().zip(COLOURS).skip(1);
+    let mut sheet = Sheet::new(scenes.len(), SIDE as u32 * SCALE, &names, key);
     let mut first = 0;
     for (column, scene) in scenes.iter().enumerate() {
         let boxes = |found: &[Truth]| {
@@ -31,15 +35,31 @@ pub fn write(path: &Path, scenes: &[Scene], before: &[Truth], after: &[Truth]) -
                 Truth::Object(material) => Some((*material, *region)),
                 Truth::Unclear | Truth::Background => None,
             });
-            taken.collect::<Vec<_>>()
+            best(scene, taken.collect())
         };
         for (row, boxes) in [scene.objects.clone(), boxes(before), boxes(after)].iter().enumerate() {
-            let (x, y) = (column as u32 * panel + GAP, row as u32 * panel + GAP);
-            imageops::replace(&mut sheet, &framed(scene, boxes), i64::from(x), i64::from(y));
+            sheet.place(column, row, &framed(scene, boxes));
         }
         first += scene.proposals.len();
     }
-    sheet::write(path, &sheet)
+    sheet.write(path)
+}
+
+/// Of `boxes` the [`MOST`] that overlap each object of a scene most, and as many that overlap none.
+fn best(scene: &Scene, mut boxes: Vec<(Material, Region)>) -> Vec<(Material, Region)> {
+    let hit = |region: &Region| {
+        let overlaps = scene.objects.iter().map(|(_, object)| object.overlap(region)).enumerate();
+        let best = overlaps.max_by(|a, b| a.1.total_cmp(&b.1)).filter(|(_, overlap)| *overlap > 0.0);
+        best.map_or((scene.objects.len(), 0.0), |best| best)
+    };
+    boxes.sort_by(|(_, a), (_, b)| hit(b).1.total_cmp(&hit(a).1));
+    let mut drawn = vec![0; scene.objects.len() + 1];
+    boxes.retain(|(_, region)| {
+        let (object, _) = hit(region);
+        drawn[object] += 1;
+        drawn[object] <= MOST
+    });
+    boxes
 }
 
 /// A scene, washed out, with frames in the colours of their kinds.

@@ -6,6 +6,8 @@
 #[path = "../drawn/backbone.rs"]
 mod backbone;
 mod evaluation;
+#[path = "../../src/pages/lettering.rs"]
+mod lettering;
 #[path = "../drawn/materials.rs"]
 mod materials;
 mod network;

@@ -5,24 +5,26 @@ use std::path::Path;
 use ddtas_train::Result;
 use image::{Rgb, RgbImage, imageops};
 
+use crate::materials::Material;
 use crate::scenes::{SIDE, Scene};
-use crate::sheet;
+use crate::sheet::Sheet;
 
 /// Colours of the materials (Okabe and Ito: they can be told apart by everyone).
 const COLOURS: [[u8; 3]; 6] =
     [[230, 159, 0], [86, 180, 233], [0, 158, 115], [240, 228, 66], [0, 114, 178], [213, 94, 0]];
 const BOUNDARY: [u8; 3] = [0, 0, 0];
-/// Each pixel is drawn this large, with a gap between panels.
+/// Each pixel is drawn this large.
 const SCALE: u32 = 2;
-const GAP: u32 = 6;
 
 /// Writes one column a scene and four rows: scene, truth, before, after.
 ///
 /// # Errors
 /// [`ddtas_train::Error::Io`] if the file cannot be written.
 pub fn write(path: &Path, scenes: &[Scene], before: &[usize], after: &[usize]) -> Result<()> {
-    let panel = SIDE as u32 * SCALE + GAP;
-    let mut sheet = RgbImage::from_pixel(panel * scenes.len() as u32 + GAP, 4 * panel + GAP, Rgb([255; 3]));
+    let side = SIDE as u32;
+    let names = ["scene", "truth", "untrained", "trained"];
+    let key = Material::ALL.into_iter().zip(COLOURS);
+    let mut sheet = Sheet::new(scenes.len(), side * SCALE, &names, key);
     for (column, scene) in scenes.iter().enumerate() {
         let material = |values: &[usize], at: usize| COLOURS[values[column * SIDE * SIDE + at]];
         let pixel = |at: usize| -> [u8; 3] {
@@ -32,12 +34,10 @@ pub fn write(path: &Path, scenes: &[Scene], before: &[usize], after: &[usize]) -
         let rows: [&dyn Fn(usize) -> [u8; 3]; 4] =
             [&pixel, &truth, &|at| material(before, at), &|at| material(after, at)];
         for (row, colour) in rows.into_iter().enumerate() {
-            let side = SIDE as u32;
             let small = RgbImage::from_fn(side, side, |x, y| Rgb(colour((y * side + x) as usize)));
             let large = imageops::resize(&small, side * SCALE, side * SCALE, imageops::FilterType::Nearest);
-            let (x, y) = (column as u32 * panel + GAP, row as u32 * panel + GAP);
-            imageops::replace(&mut sheet, &large, i64::from(x), i64::from(y));
+            sheet.place(column, row, &large);
         }
     }
-    sheet::write(path, &sheet)
+    sheet.write(path)
 }

@@ -17,15 +17,15 @@ pub enum DatasetKind {
     /// Car silhouettes drawn in memory from a seed: 98 classes to train, 98 unseen ones to test.
     #[default]
     Synthetic,
-    /// Pictures of your own: a folder a class, the first half of which trains; or folders or lists named train and test.
+    /// Your own pictures: a folder for each class, the first half of which trains; or folders or lists named train and test.
     Folder,
     /// Stanford Cars: classes 1 to 98 train, 99 to 196 test.
     Cars196,
     /// Caltech-UCSD Birds 200-2011: classes 1 to 100 train, 101 to 200 test.
     Cub200,
-    /// Stanford Online Products, by its two lists.
+    /// Stanford Online Products: its own split.
     Sop,
-    /// DeepFashion In-Shop Clothes Retrieval: queries are searched in a gallery of their own.
+    /// DeepFashion In-Shop Clothes Retrieval: its own split into training, queries and gallery.
     InShop,
 }
 
@@ -46,23 +46,23 @@ impl DatasetKind {
 /// A data set to open.
 #[derive(Debug, Clone, PartialEq, Eq, Default, clap::Args, Serialize, Deserialize)]
 pub struct DatasetSettings {
-    /// Pictures to learn from.
+    /// The data set.
     #[arg(long, value_enum, default_value_t)]
     pub dataset: DatasetKind,
     /// Folder of the data set, or its archive as it was downloaded (.tgz, .tar.gz, .tar, .zip).
     #[arg(long, value_name = "PATH")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub data_root: Option<PathBuf>,
-    /// Classes that train, in sorted order, or all; half of them if not given (--dataset folder).
+    /// How many classes train, the first by name, or all; the others test (--dataset folder) [default: half of them].
     #[arg(long, value_name = "N|all")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub train_classes: Option<TrainClasses>,
-    /// Cut every picture to its bounding box (cars196, cub200, in-shop).
+    /// Crop every picture to its bounding box (cars196, cub200, in-shop).
     #[arg(long)]
     #[serde(default)]
     pub crop_to_box: bool,
-    /// Seed of the cars of --dataset synthetic; runs compare only where it is the same.
-    #[arg(long, default_value_t = 0)]
+    /// Seed of --dataset synthetic; figures of runs with different ones cannot be compared.
+    #[arg(long, value_name = "SEED", default_value_t = 0)]
     pub data_seed: u64,
 }
 

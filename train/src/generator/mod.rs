@@ -7,7 +7,7 @@
 //!
 //! | file | what |
 //! | --- | --- |
-//! | `settings.rs` | what can be set |
+//! | `settings.rs` | settings |
 //! | `update.rs` | from hyper-gradients to the next lambda: rates, pull, range, ensemble |
 //! | `head.rs` | virtual step of the embedding head alone, in closed form |
 //! | `full.rs` | virtual step of the whole network, tangent by central difference |

@@ -1,4 +1,4 @@
-//! What can be set of the threshold generator.
+//! Settings of the threshold generator.
 
 use std::path::{Path, PathBuf};
 
@@ -8,17 +8,17 @@ use super::Lambda;
 use crate::Result;
 use crate::error::{check, fits};
 
-/// Which parameters take the virtual step.
+/// Which parameters the virtual step of meta-learning updates.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum GeneratorKind {
-    /// None: lambda stays as given.
+    /// Lambda stays as given.
     #[default]
     Off,
-    /// All of them: one more pass forward and back on the meta batch, two forward on the batch.
-    /// Lambda as learned in a step enters the loss of the next one.
+    /// The virtual step updates all parameters: costs a forward and a backward pass on the meta batch and two forward
+    /// passes on the batch. A step uses the lambda learned in the one before.
     Full,
-    /// The embedding head's: in closed form from features that the step has anyway.
+    /// The virtual step updates the embedding head, in closed form from features that the step computes anyway.
     Head,
 }
 
@@ -26,20 +26,20 @@ pub enum GeneratorKind {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum MetaSource {
-    /// Drawn and augmented for the purpose, --meta-classes x --meta-images.
+    /// Pictures drawn and augmented anew: --meta-classes times --meta-images.
     #[default]
     Fresh,
-    /// The features of the last --meta-recent training batches, as they were (--generator head).
+    /// Features of the last --meta-recent training batches (--generator head).
     Recent,
 }
 
-/// How lambda moves.
+/// The optimizer of lambda.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Optimizer {
-    /// By the rate times the hyper-gradient.
+    /// Gradient descent.
     Sgd,
-    /// By the rate times its running mean over its running deviation (Adam).
+    /// Adam.
     #[default]
     Adam,
 }
@@ -50,7 +50,7 @@ pub enum Optimizer {
 pub enum VirtualStepKind {
     /// --virtual-rate times the gradient.
     Plain,
-    /// --virtual-rate, whatever the gradient's length.
+    /// A step of length --virtual-rate along the gradient.
     #[default]
     Unit,
 }
@@ -64,14 +64,14 @@ pub struct VirtualStep {
     pub rate: f64,
 }
 
-/// What the virtual step is judged by.
+/// The objective that the virtual step is evaluated with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum MetaObjective {
     /// The loss on the meta batch, at --lambda-reference.
     #[default]
     Loss,
-    /// Whether the meta batch's soft nearest neighbours are of the right class: no threshold to choose.
+    /// The share of soft nearest neighbours in the meta batch that are of the right class; needs no threshold.
     Neighbours,
 }
 
@@ -81,64 +81,64 @@ const META_CLASSES: usize = 5;
 /// Settings of the threshold generator.
 #[derive(Debug, Clone, PartialEq, clap::Args, Serialize, Deserialize)]
 pub struct GeneratorSettings {
-    /// Learn lambda while training, by one virtual step of these parameters.
+    /// Learn lambda by meta-learning.
     #[arg(long = "generator", value_enum, default_value_t)]
     pub kind: GeneratorKind,
-    /// Learn lambda_pos and lambda_neg apart, not one lambda for both.
+    /// Learn separate lambdas for positives and negatives.
     #[arg(long)]
     pub lambda_pair: bool,
-    /// Where meta batches come from.
+    /// Source of the meta batches.
     #[arg(long, value_enum, default_value_t)]
     pub meta: MetaSource,
-    /// Classes in a fresh meta batch; 5 if not given, or all there are.
+    /// Classes in a fresh meta batch [default: 5, or all there are].
     #[arg(long, value_name = "P")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub meta_classes: Option<usize>,
     /// Pictures of each class in a fresh meta batch.
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, value_name = "K", default_value_t = 2)]
     pub meta_images: usize,
-    /// Training batches that make up a recent meta batch.
-    #[arg(long, default_value_t = 4)]
+    /// Training batches in a recent meta batch.
+    #[arg(long, value_name = "N", default_value_t = 4)]
     pub meta_recent: usize,
-    /// What the virtual step is judged by.
+    /// Objective that the virtual step is evaluated with.
     #[arg(long, value_enum, default_value_t)]
     pub meta_objective: MetaObjective,
-    /// Threshold of the meta loss (--meta-objective loss).
+    /// Loss threshold of the meta batch (--meta-objective loss).
     #[arg(long, default_value_t = 0.7, allow_negative_numbers = true)]
     pub lambda_reference: f64,
-    /// Whether --virtual-rate multiplies the gradient (plain) or its direction (unit).
+    /// Length of the virtual step.
     #[arg(long, value_enum, default_value_t)]
     pub virtual_step: VirtualStepKind,
-    /// Rate or length of the virtual step.
+    /// Rate of the virtual step, or its length (--virtual-step).
     #[arg(long, default_value_t = 1.0)]
     pub virtual_rate: f64,
-    /// How lambda moves.
+    /// Optimizer of lambda.
     #[arg(long, value_enum, default_value_t)]
     pub lambda_optimizer: Optimizer,
     /// Learning rate of lambda.
     #[arg(long, default_value_t = 0.01)]
     pub lambda_rate: f64,
-    /// Learn lambda in a rehearsal of so many steps, whose network is thrown away; the run begins anew and holds
-    /// it. 0: no rehearsal, lambda is learned while the run goes on.
+    /// Learn lambda in a rehearsal of this many steps, then train a new network with that lambda; 0 learns it while
+    /// training.
     #[arg(long, value_name = "STEPS", default_value_t = 0)]
     #[serde(default)]
     pub rehearsal: usize,
-    /// L1 pull of lambda to its first value.
+    /// L1 regularisation of lambda towards its initial value.
     #[arg(long, default_value_t = 0.0)]
     pub lambda_l1: f64,
-    /// L2 pull of lambda to its first value.
+    /// L2 regularisation of lambda towards its initial value.
     #[arg(long, default_value_t = 0.0)]
     pub lambda_l2: f64,
-    /// Least lambda.
+    /// Lower bound of lambda.
     #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
     pub lambda_min: f64,
-    /// Greatest lambda.
+    /// Upper bound of lambda.
     #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     pub lambda_max: f64,
-    /// Generators with first values and rates of their own, whose mean is used (--generator head).
-    #[arg(long, default_value_t = 1)]
+    /// Generators with different initial values and rates, whose mean is used (--generator head).
+    #[arg(long, value_name = "N", default_value_t = 1)]
     pub lambda_ensemble: usize,
-    /// Start from the generator state of this checkpoint.
+    /// Start from the threshold generator of this checkpoint.
     #[arg(long, value_name = "FILE")]
     pub generator_init: Option<PathBuf>,
 }
@@ -156,7 +156,7 @@ impl GeneratorSettings {
         self.meta_classes.unwrap_or(META_CLASSES.min(there))
     }
 
-    /// What lambda's rate is multiplied by in a step: in a rehearsal it falls to 0, so that lambda settles.
+    /// Factor of lambda's learning rate in a step: in a rehearsal it falls to 0, so that lambda converges.
     #[must_use]
     pub fn pace(&self, step: usize) -> f64 {
         match self.rehearsal {

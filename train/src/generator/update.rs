@@ -20,7 +20,7 @@ const ENSEMBLE_RATES: f64 = 4.0;
 pub struct UpdateRule {
     /// SGD or Adam.
     pub optimizer: Optimizer,
-    /// What every member's rate is multiplied by now.
+    /// Present factor of every member's learning rate.
     pub pace: f64,
     /// L1 pull to the first value.
     pub l1: f64,
@@ -111,7 +111,7 @@ impl Thresholds {
         Self { members }
     }
 
-    /// Says why members that a checkpoint holds cannot go on by `settings`.
+    /// Why the members in a checkpoint do not fit `settings`.
     pub(crate) fn check(&self, settings: &GeneratorSettings) -> std::result::Result<(), String> {
         let (low, high) = (settings.lambda_min, settings.lambda_max);
         let count = self.members.len();

@@ -19,18 +19,18 @@ use crate::{Error, Result};
 /// Published weights instead of a checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq, Default, clap::Args)]
 pub struct PretrainedSettings {
-    /// A network with published weights instead of a checkpoint; without a head, its pooled features are the embeddings.
+    /// A network with pretrained weights instead of a checkpoint; its pooled features are the embeddings.
     #[arg(long, value_enum, requires = "weights", conflicts_with = "checkpoint")]
     pub backbone: Option<BackboneKind>,
     /// The weights of --backbone: .safetensors, .pth or .pt.
     #[arg(long, value_name = "FILE", requires = "backbone")]
     pub weights: Option<PathBuf>,
-    /// How features are pooled over the picture; the network's own way if not given, avg or cls.
+    /// How features are pooled over the picture [default: avg; cls for vit-s16].
     #[arg(long, value_enum, requires = "backbone")]
     pub pooling: Option<PoolingKind>,
 }
 
-/// A network from a file, and how its pictures are to be.
+/// A network from a file, with the preprocessing of its pictures.
 pub struct Embedder {
     backbone: Backbone,
     pooling: Pooling,
@@ -76,7 +76,7 @@ impl Embedder {
                 Error::misuse(
                     "image-size",
                     "",
-                    "missing: this checkpoint does not say which pictures it was trained on",
+                    "missing: this checkpoint does not hold the size of the pictures it was trained on",
                 )
             })?,
         };
@@ -170,7 +170,7 @@ impl Embedder {
         &self.file
     }
 
-    /// Tells networks apart: CRC-32 of the checkpoint, or of the published weights, with the pooling.
+    /// Identifies the network: CRC-32 of the checkpoint, or of the published weights, with the pooling.
     #[must_use]
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint

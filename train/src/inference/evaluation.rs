@@ -18,51 +18,52 @@ use ndarray::ArrayView1;
 /// What to evaluate, and how.
 #[derive(Debug, Clone, PartialEq, clap::Args)]
 pub struct EvalSettings {
-    /// A checkpoint of ddtas-train, or a run folder, whose best is meant.
+    /// A checkpoint of ddtas-train, or a run folder, for its best checkpoint.
     #[arg(long, value_name = "FILE|RUN", required_unless_present_any = ["embeddings", "backbone"])]
     pub checkpoint: Option<PathBuf>,
     /// Published weights instead.
     #[command(flatten)]
     pub pretrained: PretrainedSettings,
-    /// Embeddings in a file instead: .npy with labels in .json or .labels.npy beside it, or .safetensors with `embeddings` and `labels`, and `references` and `reference_labels` if queries have a gallery of their own.
+    /// A file of embeddings instead: .npy, with labels in a .json or .labels.npy file of the same name, or .safetensors with
+    /// tensors `embeddings` and `labels`, and for a separate gallery `references` and `reference_labels`.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["checkpoint", "backbone", "dataset", "data_root", "image_size", "flips"])]
     pub embeddings: Option<PathBuf>,
 
-    /// Data set whose unseen classes are searched; that of the checkpoint's run if not given.
+    /// Data set to evaluate on [default: that of the checkpoint's run].
     #[arg(long, value_enum)]
     pub dataset: Option<DatasetKind>,
     /// Folder of the data set, or its archive as it was downloaded.
     #[arg(long, value_name = "PATH")]
     pub data_root: Option<PathBuf>,
-    /// Classes that trained, in sorted order, or all (--dataset folder).
+    /// How many classes trained, the first by name, or all (--dataset folder) [default: half of them].
     #[arg(long, value_name = "N|all", requires = "dataset")]
     pub train_classes: Option<TrainClasses>,
-    /// Seed of the cars of --dataset synthetic.
+    /// Seed of --dataset synthetic.
     #[arg(long, value_name = "SEED", requires = "dataset")]
     pub data_seed: Option<u64>,
-    /// Cut every picture to its bounding box, as in training (cars196, cub200, in-shop).
+    /// Crop every picture to its bounding box, as in training (cars196, cub200, in-shop).
     #[arg(long, requires = "dataset")]
     pub crop_to_box: bool,
-    /// Side of the pictures the network sees; what the checkpoint says, or what --backbone was made for, if not given.
+    /// Side of the square pictures the network sees, 8 to 1024 [default: as in training; 224 for --backbone].
     #[arg(long, value_name = "PIXELS")]
     pub image_size: Option<usize>,
-    /// Embed every picture and its mirror image, and take the mean.
+    /// Average the embeddings of every picture and its mirror image.
     #[arg(long)]
     pub flips: bool,
 
-    /// The values of K in Recall@K, separated by commas; the data set's own if not given, or 1,2,4,8.
+    /// Values of K in Recall@K, 1 or more, separated by commas [default: those usual for the data set, or 1,2,4,8].
     #[arg(long, value_name = "K", value_delimiter = ',')]
     pub recall_at: Vec<usize>,
-    /// Also cluster the queries by k-means, into as many clusters as they have classes, and measure NMI.
+    /// Also report NMI: k-means of the queries, with as many clusters as they have classes.
     #[arg(long)]
     pub nmi: bool,
-    /// Most steps of k-means.
+    /// Iterations of k-means at most, 1 or more.
     #[arg(long, value_name = "N", default_value_t = 20, requires = "nmi")]
     pub nmi_steps: usize,
     /// Seed of k-means.
     #[arg(long, default_value_t = 0, requires = "nmi")]
     pub seed: u64,
-    /// Where to search: auto, cpu, cuda:N.
+    /// Where to search: auto (a GPU if there is one), cpu, cuda or cuda:N.
     #[arg(long, default_value = "auto")]
     pub device: String,
 }
@@ -181,7 +182,7 @@ fn open(settings: &EvalSettings, checkpoint: &Path, tell: &mut dyn FnMut(&str)) 
         return Err(Error::misuse(
             "dataset",
             "",
-            "missing: there is no config.toml of a run beside the checkpoint",
+            "missing, and there is no config.toml of a run beside the checkpoint to take it from",
         ));
     }
     let text = std::fs::read_to_string(&config).map_err(Error::io("read", &config))?;
@@ -206,7 +207,7 @@ fn no_labels(path: &Path) -> String {
     }
 }
 
-/// Queries that are bit for bit in the gallery as well.
+/// Queries whose embeddings are also in the gallery, bit for bit.
 fn in_gallery(queries: &Rows<'_>, gallery: &Rows<'_>) -> usize {
     let (Embeddings::F32(queries), Embeddings::F32(gallery)) = (queries.embeddings, gallery.embeddings)
     else {
@@ -240,7 +241,7 @@ fn measure(
     let search_seconds = begun.elapsed().as_secs_f64();
     if metrics.recall.queries == 0 {
         return Err(Error::Dataset(format!(
-            "{}: no query has an answer, another row of its class, to be found",
+            "{}: no query has another row of its class to be found",
             source.display()
         )));
     }

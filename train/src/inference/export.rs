@@ -26,22 +26,22 @@ const CLASSES: &str = "ddtas.classes";
 /// What to embed, and where the result goes.
 #[derive(Debug, Clone, PartialEq, Eq, clap::Args)]
 pub struct EmbedSettings {
-    /// A checkpoint of ddtas-train, or a run folder, whose best is meant.
+    /// A checkpoint of ddtas-train, or a run folder, for its best checkpoint.
     #[arg(long, value_name = "FILE|RUN", required_unless_present = "backbone")]
     pub checkpoint: Option<PathBuf>,
     /// Published weights instead.
     #[command(flatten)]
     pub pretrained: PretrainedSettings,
-    /// A folder of pictures, in folders of any depth.
+    /// The pictures to embed: a folder tree.
     #[arg(long, value_name = "DIR")]
     pub images: PathBuf,
-    /// The file to write: .safetensors, or .npy with a .json of the same name beside it.
+    /// The file to write: .safetensors, or .npy with names and labels in a .json of the same name.
     #[arg(long, value_name = "FILE")]
     pub out: PathBuf,
-    /// Side of the pictures the network sees; what the checkpoint says, or what --backbone was made for, if not given.
+    /// Side of the square pictures the network sees, 8 to 1024 [default: as in training; 224 for --backbone].
     #[arg(long, value_name = "PIXELS")]
     pub image_size: Option<usize>,
-    /// Embed every picture and its mirror image, and take the mean.
+    /// Average the embeddings of every picture and its mirror image.
     #[arg(long)]
     pub flips: bool,
 }
@@ -73,7 +73,7 @@ pub fn embed(settings: &EmbedSettings, tell: &mut dyn FnMut(Event<'_>)) -> Resul
     // Before the work begins.
     if Format::of(&settings.out).is_err() {
         let value = settings.out.display().to_string();
-        return Err(Error::misuse("out", value, "needs a name that ends in .safetensors or .npy"));
+        return Err(Error::misuse("out", value, "must end in .safetensors or .npy"));
     }
     check_place("out", &settings.out)?;
     let begun = Instant::now();

@@ -1,4 +1,4 @@
-//! A trained network at work: `ddtas-train eval`, `embed` and `search`.
+//! Using a trained network: `ddtas-train eval`, `embed` and `search`.
 //!
 //! | file | what |
 //! | --- | --- |
@@ -8,8 +8,8 @@
 //! | `export.rs` | embeddings of a folder tree, into a file |
 //! | `file.rs`, `npy.rs` | embeddings on disk |
 //! | `search.rs` | the nearest pictures of a collection |
-//! | `page.rs` | what was measured as a page |
-//! | `sheet.rs` | what was found as a page |
+//! | `page.rs` | the figures of an evaluation as an HTML page |
+//! | `sheet.rs` | the pictures of a search as an HTML page |
 
 mod embedder;
 mod evaluation;
@@ -31,7 +31,7 @@ pub use sheet::write as write_sheet;
 
 use std::path::PathBuf;
 
-/// What goes on.
+/// Progress.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Event<'a> {

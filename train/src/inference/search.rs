@@ -17,28 +17,28 @@ use ddtas::loss::Rows;
 /// What to look for, and where.
 #[derive(Debug, Clone, PartialEq, Eq, clap::Args)]
 pub struct SearchSettings {
-    /// A checkpoint of ddtas-train, or a run folder, whose best is meant.
+    /// A checkpoint of ddtas-train, or a run folder, for its best checkpoint.
     #[arg(long, value_name = "FILE|RUN", required_unless_present = "backbone")]
     pub checkpoint: Option<PathBuf>,
     /// Published weights instead.
     #[command(flatten)]
     pub pretrained: PretrainedSettings,
-    /// The pictures to search: a folder tree, or what `embed` wrote of one.
+    /// The pictures to search: a folder tree, or a file written by `embed`.
     #[arg(long, value_name = "DIR|FILE")]
     pub gallery: PathBuf,
     /// The pictures to look for, one or more.
     #[arg(long, value_name = "PICTURE", required = true, num_args = 1..)]
     pub query: Vec<PathBuf>,
-    /// How many pictures to find for each.
+    /// How many pictures to find for each query, 1 or more.
     #[arg(long, value_name = "K", default_value_t = 10)]
     pub top: usize,
-    /// Side of the pictures the network sees; what the checkpoint says, or what --backbone was made for, if not given.
+    /// Side of the square pictures the network sees, 8 to 1024 [default: as in training; 224 for --backbone].
     #[arg(long, value_name = "PIXELS")]
     pub image_size: Option<usize>,
-    /// Embed every picture and its mirror image, and take the mean.
+    /// Average the embeddings of every picture and its mirror image.
     #[arg(long)]
     pub flips: bool,
-    /// Where to search: auto, cpu, cuda:N.
+    /// Where to search: auto (a GPU if there is one), cpu, cuda or cuda:N.
     #[arg(long, default_value = "auto")]
     pub device: String,
 }

@@ -1,4 +1,4 @@
-//! What was found as a page: one file, thumbnails inside.
+//! The pictures of a search as an HTML page, one file with the thumbnails inside.
 
 use std::path::Path;
 

@@ -8,7 +8,7 @@ use super::synchronised;
 
 pub use super::layers::Activation;
 
-/// What a normalisation does beside normalising.
+/// Options of a normalisation.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct NormOptions {
     /// Added to the variance before its root.
@@ -30,7 +30,7 @@ impl NormOptions {
 /// How batch normalisation behaves in a forward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Normalise {
-    /// By the batch's statistics, which also move the running ones: a training step.
+    /// By the batch's statistics, and updates the running ones: a training step.
     Training,
     /// By the batch's statistics, leaving the running ones alone: a virtual step.
     Batch,
@@ -41,7 +41,7 @@ pub enum Normalise {
 }
 
 impl Normalise {
-    /// As in a step of training, leaving the running statistics alone: how the generator's passes see the network.
+    /// The same without updating the running statistics, for the generator's passes.
     #[must_use]
     pub fn without_moving(self) -> Self {
         if self == Self::Training { Self::Batch } else { self }

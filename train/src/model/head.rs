@@ -18,12 +18,12 @@ const EPSILON: f64 = 1e-5;
 /// What lies between features and embedding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
 pub enum HeadKind {
-    /// A linear map.
+    /// A linear layer.
     #[default]
     #[value(name = "linear")]
     #[serde(rename = "linear")]
     Linear,
-    /// A linear map of the features less their mean, over their deviation (a layer norm that learns nothing).
+    /// Layer normalisation without learned parameters, then a linear layer.
     #[value(name = "layer-norm+linear")]
     #[serde(rename = "layer-norm+linear")]
     LayerNormLinear,

@@ -35,7 +35,7 @@ pub struct EmbeddingNetwork {
 /// Shape of an [`EmbeddingNetwork`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct NetworkShape {
-    /// Which network.
+    /// The backbone network.
     #[serde(default, skip_serializing_if = "is_default")]
     pub backbone: BackboneKind,
     /// How its features are pooled.

@@ -1,4 +1,4 @@
-//! From what a backbone answers to one feature vector a picture.
+//! Pooling of a backbone's output to a feature vector for each picture.
 
 use burn::module::{Initializer, Module, Param};
 use burn::tensor::{Device, Tensor};
@@ -9,7 +9,7 @@ const SMALLEST: f32 = 1e-6;
 /// The generalised mean's first exponent; 1 would be the average, infinity the maximum.
 const EXPONENT: f64 = 3.0;
 
-/// What a backbone makes of images.
+/// Output of a backbone.
 #[derive(Debug, Clone)]
 pub enum Features {
     /// `[N, C, H, W]`.
@@ -33,7 +33,7 @@ pub enum PoolingKind {
     #[value(name = "avg+max")]
     #[serde(rename = "avg+max")]
     AvgMax,
-    /// The generalised mean, with an exponent that is learned from 3 on.
+    /// The generalised mean (GeM), with a learned exponent that starts at 3.
     Gem,
     /// The class token (vision transformers).
     Cls,

@@ -26,7 +26,7 @@ pub(crate) fn sum_gradients<M: Module>(
     Ok(sums.sums)
 }
 
-/// Puts the mean over all ranks in the place of every running statistic; a rank counts for as much as its `share` of the batch.
+/// Replaces every running statistic by its mean over all ranks, weighted by their `share` of the batch.
 pub(crate) fn mean_statistics(
     ranks: &dyn Collective,
     network: EmbeddingNetwork,
@@ -45,7 +45,7 @@ pub(crate) fn mean_statistics(
     Ok(network.map(&mut Replace { values: values.into_iter() }))
 }
 
-/// Refuses to go on where ranks have different weights.
+/// Checks that all ranks have the same weights.
 pub(crate) fn check_same_weights(
     ranks: &dyn Collective,
     network: &EmbeddingNetwork,
@@ -60,8 +60,9 @@ pub(crate) fn check_same_weights(
     let all: Vec<u32> = gather(ranks, &[own])?;
     match all.iter().position(|&other| other != all[0]) {
         Some(rank) => Err(Error::Training(format!(
-            "rank {rank} has other weights than rank 0 before step {step}: all ranks need the same program, the same kind of processor, \
-             and the same files"
+            "rank {rank} has other weights than rank 0 before step {}: all ranks need the same program, the same kind of processor, \
+             and the same files",
+            step + 1
         ))),
         None => Ok(()),
     }

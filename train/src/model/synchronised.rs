@@ -1,7 +1,7 @@
 //! Batch normalisation over all ranks: statistics, and the sums that its gradient takes, of the pictures of the whole batch.
 //!
-//! A normalisation's backward pass is called by Burn, which knows no ranks, on the thread that began it. So who is to be
-//! asked stands in a variable of that thread for as long as a step lasts ([`over`]).
+//! Burn calls a normalisation's backward pass on the thread that began it, and knows no ranks: they are in a thread-local
+//! variable during a step ([`over`]).
 
 use std::cell::RefCell;
 use std::rc::Rc;

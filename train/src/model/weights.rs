@@ -6,17 +6,18 @@ use std::path::Path;
 
 use burn::store::ModuleSnapshot;
 use burn::store::burn_pack::Tensor as Packed;
-use burn::tensor::{Bytes, DType};
+use burn::tensor::{Bytes, DType, Device};
+use clap::ValueEnum;
 use ddtas_io::tensors::{Dtype, TensorFile, floats_of};
 use pytorch_reader::{DType as TorchType, PytorchReader};
 
-use super::Backbone;
+use super::{Backbone, BackboneKind, HeadKind, NetworkShape};
 use crate::{Error, Result};
 
-/// What other programs put before all names: of a module in a module, of a dictionary in a dictionary.
+/// Prefixes that other programs put before the names of all tensors.
 const WRAPPERS: [&str; 6] = ["state_dict.", "model.", "module.", "backbone.", "encoder.", "teacher."];
 
-/// Parts of names that belong to the classifier a network was trained with, and to its optimizer: left out.
+/// Prefixes of the classifier that a network was trained with; its tensors are ignored.
 const CLASSIFIERS: [&str; 5] = ["fc.", "_fc.", "classifier.", "last_linear.", "head."];
 
 /// A tensor of a file; PyTorch's are read when they are asked for.
@@ -67,31 +68,77 @@ impl Backbone {
     /// The same network with the weights of the file `path`: .safetensors, .pth or .pt.
     ///
     /// # Errors
-    /// [`Io`](ddtas_io::Error::Io) or [`Format`](ddtas_io::Error::Format) if the file cannot be read; [`Format`](ddtas_io::Error::Format) names a tensor that is missing,
-    /// is none of the network's, or has another shape.
+    /// [`Io`](ddtas_io::Error::Io) or [`Format`](ddtas_io::Error::Format) if the file cannot be read;
+    /// [`Format`](ddtas_io::Error::Format) names a tensor that is missing, not part of the network, or of another shape,
+    /// and the network that the weights do fit.
     pub fn with_weights(mut self, path: &Path) -> Result<Self> {
         let bad = |reason: String| Error::format(path, reason);
         let mut stored = read(path)?;
+        let layout = self.layout();
+        if let Some(reason) = mismatch(&layout, &stored) {
+            return Err(bad(refusal(&layout, &stored, &reason)));
+        }
         let mut tensors = Vec::new();
         for wanted in self.collect(None, None, true) {
             let name = self.file_name(&wanted.name);
-            let found = stored.remove(&name).ok_or_else(|| bad(format!("there is no tensor `{name}`")))?;
+            let found = stored.remove(&name).ok_or_else(|| bad(format!("no tensor `{name}`")))?;
             let shape: Vec<usize> = wanted.shape.iter().copied().collect();
-            if found.shape() != shape {
-                return Err(bad(format!("tensor `{name}` has shape {:?}, not {shape:?}", found.shape())));
-            }
             let values = guarded(|| found.values()).map_err(|why| bad(format!("tensor `{name}`: {why}")))?;
             let bytes = Bytes::from_bytes_vec(bytemuck::cast_slice(&values).to_vec());
             tensors.push(Packed::new(wanted.name, DType::F32, shape, None, bytes));
-        }
-        if let Some(surplus) = stored.keys().find(|name| !is_left_out(name)) {
-            return Err(bad(format!("tensor `{surplus}` is none of this network's: another --backbone?")));
         }
         let applied = self.apply(tensors, None, None, true);
         match applied.errors.first() {
             Some(error) => Err(bad(format!("does not fit the network: {error}"))),
             None => Ok(self),
         }
+    }
+}
+
+/// Shapes of a network's tensors, by their names in files.
+type Layout = BTreeMap<String, Vec<usize>>;
+
+impl Backbone {
+    fn layout(&self) -> Layout {
+        let named = |tensor: Packed| (self.file_name(&tensor.name), tensor.shape.iter().copied().collect());
+        self.collect(None, None, true).into_iter().map(named).collect()
+    }
+}
+
+/// The first difference between a network and the tensors of a file.
+fn mismatch(layout: &Layout, stored: &BTreeMap<String, Stored>) -> Option<String> {
+    let differs = |(name, shape): (&String, &Vec<usize>)| match stored.get(name) {
+        None => Some(format!("no tensor `{name}`")),
+        Some(found) if found.shape() != shape => {
+            Some(format!("tensor `{name}` has shape {:?}, not {shape:?}", found.shape()))
+        }
+        Some(_) => None,
+    };
+    let surplus = || stored.keys().find(|name| !layout.contains_key(*name) && !is_left_out(name));
+    let unknown = || surplus().map(|name| format!("tensor `{name}` is not part of it"));
+    layout.iter().find_map(differs).or_else(unknown)
+}
+
+/// Says that the tensors of a file do not fit, and which network they fit.
+fn refusal(layout: &Layout, stored: &BTreeMap<String, Stored>, reason: &str) -> String {
+    let published = BackboneKind::value_variants().iter().filter(|kind| kind.image_size().is_some());
+    let layouts: Vec<(&str, Layout)> = published
+        .map(|&backbone| {
+            let shape = NetworkShape {
+                backbone,
+                pooling: backbone.pooling(),
+                width: 0,
+                depth: 0,
+                embedding_dim: 0,
+                head: HeadKind::default(),
+            };
+            (backbone.name(), Backbone::new(&shape, &Device::flex()).layout())
+        })
+        .collect();
+    let own = layouts.iter().find(|(_, other)| other == layout).map_or("this network", |(name, _)| name);
+    match layouts.iter().find(|(_, other)| mismatch(other, stored).is_none()) {
+        Some((other, _)) => format!("not weights of {own} ({reason}); they fit --backbone {other}"),
+        None => format!("not weights of {own}: {reason}"),
     }
 }
 
@@ -139,7 +186,7 @@ fn check_archive(path: &Path) -> Result<()> {
     let size = |part| archive.by_index_raw(part).map_or(0, |part| u128::from(part.size()));
     let total: u128 = (0..parts).map(size).sum();
     if total > MOST_EXPANSION * u128::from(length) {
-        return Err(Error::format(path, "is compressed, which weights of PyTorch's are not"));
+        return Err(Error::format(path, "is compressed, which files of torch.save are not"));
     }
     Ok(())
 }
@@ -147,8 +194,8 @@ fn check_archive(path: &Path) -> Result<()> {
 fn read_torch(path: &Path) -> Result<BTreeMap<String, Stored>> {
     check_archive(path)?;
     let open = || PytorchReader::new(path).map_err(|error| one_line(&error));
-    let file = guarded(open)
-        .map_err(|why| Error::format(path, format!("is no file of weights of PyTorch's: {why}")))?;
+    let file =
+        guarded(open).map_err(|why| Error::format(path, format!("not a file of PyTorch weights: {why}")))?;
     Ok(file.into_tensors().into_iter().map(|(name, tensor)| (name, Stored::Torch(tensor))).collect())
 }
 

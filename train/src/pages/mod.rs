@@ -1,5 +1,7 @@
-//! What the pages of ddtas are made of, the report of a run and the sheet of a search: one file each, nothing fetched.
+//! Parts of the HTML pages: the report of a run, the figures of an evaluation, the pictures of a search. Each page is one
+//! file that loads nothing.
 
+pub(crate) mod lettering;
 mod thumbnails;
 
 use std::fmt::Write;

@@ -1,4 +1,4 @@
-//! NCCL itself: messages through the memory of this rank's GPU, and what to do when nothing comes any more.
+//! NCCL: messages through the memory of this rank's GPU, with timeouts.
 //!
 //! NCCL says nothing of a rank that has died, or only seconds later, and waits for ever. So the communicator is one that never blocks, and every wait ends by
 //! an error of NCCL's, by a process that is seen to have ended, or by a time limit.

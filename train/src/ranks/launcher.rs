@@ -1,4 +1,4 @@
-//! Which rank this process is, as whoever started it has said in variables.
+//! The rank of this process, from the environment variables that a launcher sets.
 
 use crate::{Error, Result};
 
@@ -6,12 +6,12 @@ use crate::{Error, Result};
 const NAMES: [[&str; 3]; 2] =
     [["RANK", "WORLD_SIZE", "LOCAL_RANK"], ["SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"]];
 
-/// What a launcher tells a process.
+/// The variables of a launcher.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Launched {
     pub rank: usize,
     pub size: usize,
-    /// Not every launcher says it.
+    /// Not set by every launcher.
     pub local_rank: Option<usize>,
 }
 

@@ -1,14 +1,14 @@
-//! Ranks: processes, or threads, that train one network together, and what they tell each other.
+//! Ranks: processes, or threads, that train one network together, and their messages.
 //!
 //! | file | what |
 //! | --- | --- |
-//! | `one.rs` | one process, which has nobody to tell |
+//! | `one.rs` | a single process |
 //! | `threads.rs` | threads of one process |
 //! | `mpi.rs` | processes that `mpirun` or `srun` started |
 //! | `nccl.rs` | processes that any launcher started, by messages between their GPUs |
 //! | `launcher.rs` | the number it gave each of them |
 //! | `rendezvous.rs` | how they find each other |
-//! | `communicator.rs` | NCCL itself, and what to do when it falls silent |
+//! | `communicator.rs` | NCCL, with timeouts |
 //! | `staging.rs` | messages in the memory of a GPU |
 //!
 //! Every rank makes the same calls in the same order. A rank that fails says so instead of its next message
@@ -43,7 +43,7 @@ pub use nccl::Nccl;
 pub use one::One;
 pub use threads::on_threads;
 
-/// What ranks tell each other.
+/// Collective communication of ranks.
 pub trait Collective {
     /// This rank's number, from 0.
     fn rank(&self) -> usize;
@@ -73,7 +73,7 @@ pub trait Collective {
     /// As [`all_gather`](Collective::all_gather).
     fn broadcast(&self, message: Vec<u8>) -> Result<Vec<u8>>;
 
-    /// Tells the others, in place of the next message, that this rank goes no further.
+    /// Tells the others, in place of the next message, that this rank has failed.
     fn fail(&self, reason: &str);
 
     /// Bytes that this rank has sent to others so far, each message counted once for every rank that gets it.
@@ -108,7 +108,7 @@ pub trait Collective {
     }
 }
 
-/// What all ranks have sent, one behind the other.
+/// What all ranks have sent, concatenated.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Messages {
     bytes: Vec<u8>,

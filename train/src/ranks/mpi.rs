@@ -12,7 +12,7 @@ use mpi::traits::Root;
 use super::{Collective, Messages, share};
 use crate::{Error, Result};
 
-/// What a rank that has failed says in place of a message's length.
+/// Sent in place of a message's length by a rank that has failed.
 const FAILED: u64 = u64::MAX;
 
 /// One of MPI's processes.

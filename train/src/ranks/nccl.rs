@@ -1,4 +1,4 @@
-//! Ranks that are processes which any launcher started, and whose GPUs speak to each other.
+//! Ranks that are processes of any launcher, with messages between their GPUs by NCCL.
 
 use std::cell::{Cell, RefCell};
 use std::ops::Range;
@@ -10,7 +10,7 @@ use super::launcher::Launched;
 use super::{Collective, Messages, rendezvous, share};
 use crate::{Error, Result};
 
-/// What a rank that has failed says in place of a message's length.
+/// Sent in place of a message's length by a rank that has failed.
 const FAILED: u64 = u64::MAX;
 
 /// One of the processes that a launcher started.

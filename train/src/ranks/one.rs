@@ -1,4 +1,4 @@
-//! One process, which has nobody to tell.
+//! A single process.
 
 use super::{Collective, Messages};
 use crate::Result;

@@ -9,7 +9,7 @@ use std::thread;
 use super::{Collective, Messages, share};
 use crate::{Error, Result};
 
-/// What a rank brings to a meeting.
+/// The message of a rank.
 type Post = Arc<Vec<u8>>;
 
 /// Where the ranks meet.
@@ -38,7 +38,7 @@ struct Thread {
     sent: Cell<u64>,
 }
 
-/// Does `work` on `size` ranks, threads that share the processors evenly, and returns what rank 0 came to.
+/// Does `work` on `size` ranks, threads that share the processors evenly, and returns the result of rank 0.
 ///
 /// # Errors
 /// Those of `work` on rank 0, which has the reason of any other's as [`Error::Rank`];
@@ -81,7 +81,7 @@ impl Group {
 }
 
 impl Thread {
-    /// Waits for all ranks, and returns what each has brought.
+    /// Waits for all ranks, and returns the message of each.
     fn meet(&self, own: Vec<u8>) -> Result<Vec<Post>> {
         let mut state = self.group.lock();
         let meeting = state.meeting;

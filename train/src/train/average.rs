@@ -1,4 +1,4 @@
-//! A running mean of the weights over the steps (EMA): it is what a run evaluates and keeps.
+//! An exponential moving average of the weights (EMA), which a run evaluates and saves.
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
@@ -8,7 +8,7 @@ use super::checkpoint;
 use super::checkpoint::archive::Archive;
 use crate::model::EmbeddingNetwork;
 
-/// What the names of its tensors begin with in a checkpoint.
+/// Prefix of its tensors' names in a checkpoint.
 const PREFIX: &str = "ema.";
 
 /// The running mean of a network's weights and running statistics.
@@ -23,8 +23,7 @@ impl Average {
         Self { network: network.valid(), decay }
     }
 
-    /// Takes `network` in, as it is after `step`. The first steps count for more, so that the mean forgets the weights it
-    /// began with.
+    /// Includes `network` after `step`. The first steps count for more, so that the average forgets the initial weights.
     pub fn update(&mut self, network: &EmbeddingNetwork, step: usize) {
         let decay = self.decay.min((1 + step) as f64 / (10 + step) as f64);
         let mut latest = Latest(GradientsParams::new());

@@ -1,4 +1,4 @@
-//! Where a run computes: network and loss on the same device.
+//! The device of a run: network and loss are on the same one.
 
 use burn::module::Module;
 use burn::tensor::Device;
@@ -42,7 +42,7 @@ fn emulated() -> Device {
     Device::flex()
 }
 
-/// `network` on `device`, its weights drawn where it was made.
+/// `network` moved to `device`, with weights drawn on the device where it was made.
 pub(super) fn moved(network: EmbeddingNetwork, device: &Device) -> EmbeddingNetwork {
     // Burn draws a weight when it is first used, and one that is not drawn yet would be drawn on `device`, from
     // another sequence. Weights that a clone shares are drawn first and then moved.

@@ -1,6 +1,6 @@
 //! One training step: forward, loss, backward, update; and embedding a whole split.
 //!
-//! The kernels return L and dL/dE; the network's backward pass starts from there ([`backward`]).
+//! The loss's backend returns L and dL/dE; the network's backward pass starts from dL/dE ([`backward`]).
 
 use std::rc::Rc;
 
@@ -32,7 +32,7 @@ use ddtas_io::Error as Program;
 /// What a user can do about a run that diverged.
 pub(super) const REMEDY: &str = "begin anew with a lower --learning-rate or a longer --warm-up";
 
-/// What a step depends on beside weights, moments and memory.
+/// State of the engine in a checkpoint, beside weights, moments and memory.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct EngineState {
     /// Loss thresholds in force.
@@ -43,7 +43,7 @@ pub(super) struct EngineState {
     pub generator: Option<GeneratorState>,
 }
 
-/// How the gradient of a step goes back from dL/dE.
+/// How a step gets from dL/dE to the gradients of the weights.
 #[derive(Clone, Copy)]
 enum Way {
     /// Through the network.
@@ -56,19 +56,19 @@ enum Way {
 
 /// A network in training.
 pub struct Engine {
-    /// The network as it stands.
+    /// The network.
     pub network: EmbeddingNetwork,
-    /// What the loss said last.
+    /// Output of the last loss.
     pub output: LossOutput,
     device: Device,
     optimizer: ModuleOptimizer,
     schedule: Schedule,
-    /// Steps in which the head learns alone.
+    /// First steps in which only the head is trained.
     head_steps: usize,
     /// Pictures that go through the network at a time; 0 for all.
     chunk_size: usize,
     mode: Normalise,
-    /// Whether the batch that normalises is that of all ranks.
+    /// Whether batch normalisation uses the batch of all ranks.
     is_synchronised: bool,
     average: Option<Average>,
     backend: Box<dyn Backend>,
@@ -79,7 +79,7 @@ pub struct Engine {
     /// Learned in the last step, in force from the next one on.
     pending: Option<Lambda>,
     spread: f64,
-    /// Who else works on each batch.
+    /// The ranks that share each batch.
     ranks: Rc<dyn Collective>,
     /// Bytes that this rank sent to others in the last step.
     sent: u64,
@@ -136,20 +136,20 @@ impl Engine {
         (self.ranks.size() > 1).then_some(self.sent)
     }
 
-    /// Refuses to go on where the ranks have different weights; `step` is the next.
+    /// Checks that all ranks have the same weights; `step` is the next.
     pub(super) fn check_weights(&self, step: usize) -> Result<()> {
         check_same_weights(&*self.ranks, &self.network, step)
     }
 
-    /// Refuses a batch, of the settings that are named and the product of their values, of which some rank would have no picture.
+    /// Checks that each rank has a picture of a batch of `pictures`, the product of the settings `names`.
     pub(super) fn check_batch(&self, (names, pictures): (&'static str, usize)) -> Result<()> {
         if pictures < self.ranks.size() {
-            return Err(Error::setting(names, pictures, "at least one picture for each rank"));
+            return Err(Error::misuse(names, pictures, "needs at least one picture for each rank"));
         }
         if self.is_synchronised && self.ranks.size() > 1 && self.chunk_size > 0 {
             // Ranks may have different numbers of chunks, and each chunk is normalised by itself.
-            let range = "leave it out beside --batch-norm synchronised and --ranks";
-            return Err(Error::setting("chunk-size", self.chunk_size, range));
+            let reason = "does not go with --batch-norm synchronised and --ranks";
+            return Err(Error::misuse("chunk-size", self.chunk_size, reason));
         }
         Ok(())
     }
@@ -161,7 +161,7 @@ impl Engine {
         self.schedule = Schedule { warm_up: schedule.warm_up.min(steps / 2), steps, ..schedule };
     }
 
-    /// Begins anew with `network`: of what was, only lambda remains, and is held.
+    /// Starts over with `network`; only lambda is kept, and fixed.
     pub fn restart(&mut self, network: EmbeddingNetwork, settings: &TrainSettings) {
         self.optimizer =
             settings.optimizer.optimizer(&network, settings.learning_rate, settings.weight_decay);
@@ -177,7 +177,7 @@ impl Engine {
         self.hold_lambda();
     }
 
-    /// From now on lambda stays what it is.
+    /// Fixes lambda at its present value.
     pub fn hold_lambda(&mut self) {
         if let Some(generator) = &mut self.generator {
             generator.hold();
@@ -196,8 +196,8 @@ impl Engine {
         })
     }
 
-    /// Takes over the optimizer's moments of a checkpoint whose weights the network already has, if it holds any; says
-    /// what does not fit.
+    /// Restores the optimizer's moments from a checkpoint whose weights the network already has, if it holds any; the error
+    /// names what does not fit.
     pub(super) fn take_optimizer(&mut self, archive: &mut Archive) -> std::result::Result<(), String> {
         if moments::are_in(archive) {
             self.optimizer = moments::take(archive, self.optimizer.clone(), &self.network)?;
@@ -205,7 +205,7 @@ impl Engine {
         Ok(())
     }
 
-    /// Goes on from a checkpoint whose weights the network already has; says what does not fit.
+    /// Restores the state from a checkpoint whose weights the network already has; the error names what does not fit.
     pub(super) fn take(
         &mut self,
         archive: &mut Archive,
@@ -229,7 +229,7 @@ impl Engine {
         &self.loss
     }
 
-    /// The network that is evaluated and kept: the running mean of the weights, if there is one.
+    /// The network that is evaluated and saved: the moving average of the weights, if there is one.
     pub fn evaluated(&self) -> EmbeddingNetwork {
         self.average.as_ref().map_or_else(|| self.network.valid(), |average| average.network().clone())
     }
@@ -239,7 +239,7 @@ impl Engine {
         self.schedule.learning_rate(step)
     }
 
-    /// How far the embeddings of the last step were from their mean, root mean square.
+    /// Root mean square distance of the last step's embeddings from their mean.
     pub fn spread(&self) -> f64 {
         self.spread
     }
@@ -249,8 +249,8 @@ impl Engine {
         self.generator.as_ref()
     }
 
-    /// One step on a batch, of which each rank has its own pictures; `meta` is the generator's batch where it draws a fresh one.
-    /// Returns whether the weights moved: a batch that mines nothing leaves them alone.
+    /// One step on a batch, of which each rank has its own pictures; `meta` is the generator's batch, if it draws its own.
+    /// Returns whether the weights changed: a batch without mined pairs changes none.
     ///
     /// # Errors
     /// [`Error::Training`] if the embeddings are no longer finite; [`Error::Rank`] if another rank has failed.
@@ -308,7 +308,7 @@ impl Engine {
         }
     }
 
-    /// Moves the weights along the gradient found last, and lets a generator of the whole network learn.
+    /// Updates the weights by the last gradient, and lambda by the generator of `--generator full`.
     fn update(
         &mut self,
         step: usize,
@@ -351,7 +351,7 @@ impl Engine {
         Ok(())
     }
 
-    /// Lets a generator of the head's learn, and puts its lambda in force.
+    /// Updates lambda by the generator of `--generator head`.
     fn learn_by_head(
         &mut self,
         features: Tensor<2>,
@@ -522,12 +522,13 @@ fn image_tensor(batch: &ImageBatch, device: &Device) -> Tensor<4> {
     chunks::images(batch, 0..batch.own.len(), device)
 }
 
-/// Embeddings that stop being finite or unit mean that the weights ran away.
+/// Embeddings that are no longer finite or of unit norm mean that training diverged.
 fn diverged(error: Error, step: usize) -> Error {
     match error {
         Error::Program(Program::Library(ddtas::Error::NotFinite { .. } | ddtas::Error::NotUnit { .. })) => {
             Error::Training(format!(
-                "training diverged at step {step}: an embedding is no longer a finite unit vector; {REMEDY}"
+                "training diverged at step {}: an embedding is no longer a finite unit vector; {REMEDY}",
+                step + 1
             ))
         }
         other => other,

@@ -1,4 +1,4 @@
-//! The threshold generator within a training step: its batches, its backend, its state.
+//! The threshold generator in a training step: its batches, its backend, its state.
 
 use std::collections::VecDeque;
 
@@ -33,11 +33,11 @@ pub(super) struct GeneratorState {
     pub recent: usize,
 }
 
-/// Learns lambda beside the training steps.
+/// The threshold generator of a run.
 pub struct Generator {
     settings: GeneratorSettings,
     thresholds: Thresholds,
-    /// How lambda moves in the step at hand.
+    /// Factor of lambda's learning rate in the present step.
     rule: UpdateRule,
     /// Lambda stays what it is.
     held: bool,
@@ -67,7 +67,7 @@ impl Generator {
         Self { settings, thresholds, rule, held: false, meta, recent: VecDeque::new(), hypergradient: None }
     }
 
-    /// From now on lambda stays as learned so far.
+    /// Fixes lambda at its present value.
     pub fn hold(&mut self) {
         self.held = true;
         self.hypergradient = None;

@@ -1,4 +1,4 @@
-//! Cross-batch memory: the last embeddings as further references of a batch (Wang et al., CVPR 2020).
+//! Cross-batch memory: a batch is also compared with embeddings of earlier batches (Wang et al., CVPR 2020).
 //!
 //! The anchors are the batch's rows; the references are the batch's rows and,
 //! after them, the memory's. The memory is constant: it takes no gradient. The batch's own rows

@@ -3,20 +3,20 @@
 //! | file | what |
 //! | --- | --- |
 //! | `settings.rs` | every setting, its default and range |
-//! | `preset.rs` | settings by one name |
-//! | `run/` | the run: data, steps, evaluations, files; stopped and gone on with |
+//! | `preset.rs` | named sets of settings |
+//! | `run/` | the run: data, steps, evaluations, files, resuming |
 //! | `device.rs` | where network and loss compute |
 //! | `engine.rs` | one step, and embedding a split |
-//! | `generator.rs` | lambda learned beside the steps |
+//! | `generator.rs` | the threshold generator, which learns lambda during training |
 //! | `parts.rs` | the loss of a batch that several ranks share |
 //! | `chunks.rs` | a large batch in chunks through the network, its loss over the whole |
-//! | `average.rs` | a running mean of the weights |
+//! | `average.rs` | an exponential moving average of the weights |
 //! | `optimizer.rs` | how weights move: optimizer, rates of head and backbone, what decays |
 //! | `schedule.rs` | the learning rate |
-//! | `memory.rs` | cross-batch memory: earlier embeddings as further references |
-//! | `records.rs` | what is written down of a step and an evaluation |
-//! | `tensorboard.rs` | the same as event files |
-//! | `checkpoint/` | weights, and all that a run goes on from, as safetensors |
+//! | `memory.rs` | cross-batch memory |
+//! | `records.rs` | metrics.jsonl: a record for each step and evaluation |
+//! | `tensorboard.rs` | the same records as TensorBoard event files |
+//! | `checkpoint/` | weights and the state of a run, as safetensors |
 //! | `shown.rs` | which pictures and neighbours a report shows |
 //! | `report/` | report.html and the picture of neighbours |
 

@@ -1,4 +1,4 @@
-//! How weights move: the optimizer, rates of head and backbone, what decays.
+//! The optimizer: Adam or AdamW, learning rates of head and backbone, weight decay.
 
 use burn::module::{Module, ModuleVisitor, Param, ParamGroup, ParamId};
 use burn::optim::decay::WeightDecayConfig;
@@ -15,13 +15,13 @@ use crate::model::EmbeddingNetwork;
 /// PyTorch's. Burn's own default, 1e-5, is as large as many of these gradients and would brake the steps.
 const ADAM_EPSILON: f32 = 1e-8;
 
-/// How weights move.
+/// The optimizer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum OptimizerKind {
-    /// Adam, with weight decay as a part of the gradient.
+    /// Adam, with weight decay added to the gradient (L2 regularisation).
     Adam,
-    /// Adam, with weight decay apart from the gradient.
+    /// Adam with decoupled weight decay.
     #[default]
     #[value(name = "adamw")]
     #[serde(rename = "adamw")]
@@ -35,7 +35,7 @@ pub enum Decayed {
     /// All of them.
     #[default]
     All,
-    /// Those of convolutions and linear maps: not biases, scale and shift of a normalisation, class token or position table.
+    /// Those of convolutions and linear layers: not biases, normalisation layers, class token and position embedding.
     Weights,
 }
 
@@ -43,31 +43,31 @@ pub enum Decayed {
 #[derive(Debug, Clone, PartialEq, clap::Args, Serialize, Deserialize)]
 #[serde(default)]
 pub struct OptimizerSettings {
-    /// How weights move.
+    /// The optimizer.
     #[arg(long, value_enum, default_value_t)]
     pub optimizer: OptimizerKind,
-    /// Which weights --weight-decay shrinks.
+    /// Weights that --weight-decay applies to.
     #[arg(long, value_enum, default_value_t)]
     pub weight_decay_on: Decayed,
-    /// Highest learning rate of the embedding head; --learning-rate if not given.
+    /// Peak learning rate of the embedding head [default: --learning-rate].
     #[arg(long, value_name = "RATE")]
     pub head_learning_rate: Option<f64>,
-    /// First steps in which the embedding head learns alone, and the backbone stays as it is.
+    /// First steps in which only the embedding head is trained.
     #[arg(long, value_name = "STEPS", default_value_t = 0)]
     pub head_steps: usize,
     /// The learning rate after the warm-up.
     #[arg(long, value_enum, default_value_t)]
     pub schedule: ScheduleKind,
-    /// Steps at which the learning rate falls (--schedule step), separated by commas.
-    #[arg(long, value_name = "STEP", value_delimiter = ',')]
+    /// Steps at which the learning rate falls (--schedule step), separated by commas, such as 4000,6000.
+    #[arg(long, value_name = "STEPS", value_delimiter = ',')]
     pub milestones: Vec<usize>,
-    /// What the learning rate is multiplied by at a milestone.
+    /// Factor of the learning rate at each milestone.
     #[arg(long, value_name = "FACTOR", default_value_t = MILESTONE_FACTOR)]
     pub milestone_factor: f64,
-    /// Decay of a running mean of the weights (EMA), which is what is evaluated and kept; 0 for none.
+    /// Decay of an exponential moving average of the weights, which is then evaluated and saved; 0 for none.
     #[arg(long, value_name = "DECAY", default_value_t = 0.0)]
     pub ema: f64,
-    /// Pictures that go through the network at a time, with the loss over the whole batch (GradCache); 0 for all.
+    /// Pictures that go through the network at a time, with the loss over the whole batch (GradCache); 0 for all at once.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub chunk_size: usize,
 }
@@ -116,13 +116,12 @@ impl OptimizerSettings {
             "does not go with --generator full, which passes the whole batch at once: use --generator head",
         )?;
         let milestones = self.milestones.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
-        let range = match self.schedule {
-            ScheduleKind::Step => "--schedule step needs steps of 1 or more, one after the other",
-            _ => "needs --schedule step",
-        };
-        let rising = self.milestones.is_sorted_by(|a, b| a < b) && self.milestones.first() > Some(&0);
-        let good = if self.schedule == ScheduleKind::Step { rising } else { self.milestones.is_empty() };
-        fits(good, "milestones", milestones, range)?;
+        let is_step = self.schedule == ScheduleKind::Step;
+        let needed = "needs --milestones, rising steps such as 4000,6000";
+        fits(!is_step || !self.milestones.is_empty(), "schedule", "step", needed)?;
+        fits(is_step || self.milestones.is_empty(), "milestones", &milestones, "needs --schedule step")?;
+        let rising = self.milestones.is_sorted_by(|a, b| a < b) && self.milestones.first() != Some(&0);
+        fits(rising, "milestones", &milestones, "give rising steps of 1 or more, such as 4000,6000")?;
         let factor = self.milestone_factor;
         check(factor > 0.0 && factor <= 1.0, "milestone-factor", factor.to_string(), "above 0, at most 1")
     }

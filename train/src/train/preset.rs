@@ -1,4 +1,4 @@
-//! Settings by one name: what they set stands between the defaults and what is given on the command line.
+//! Presets: named sets of settings that override the defaults and are overridden by flags.
 
 use clap::builder::PossibleValue;
 use clap::{Command, ValueEnum};
@@ -11,7 +11,7 @@ use crate::{Error, Result};
 pub enum Preset {
     /// The paper's.
     Paper,
-    /// For pretrained weights and little time.
+    /// Fine-tunes pretrained weights in little time.
     FineTune,
 }
 
@@ -19,13 +19,12 @@ impl Preset {
     /// Its name and what it is for.
     fn about(self) -> (&'static str, &'static str) {
         match self {
-            Self::Paper => ("paper", "What the paper trains with"),
-            Self::FineTune => ("fine-tune", "Pretrained weights to a good retrieval network in little time"),
+            Self::Paper => ("paper", "The settings of the paper"),
+            Self::FineTune => ("fine-tune", "Fine-tunes pretrained weights in little time"),
         }
     }
 
-    /// What it sets: names of arguments and their values. What the paper leaves open (steps, margin of the crop, decay) is not
-    /// the paper's.
+    /// Names of arguments and their values. What the paper leaves open (steps, crop, weight decay) is our choice.
     #[must_use]
     pub fn values(self) -> &'static [(&'static str, &'static str)] {
         match self {
@@ -65,7 +64,7 @@ impl Preset {
         }
     }
 
-    /// `command` with its values in place of the defaults.
+    /// `command` with these values as defaults.
     #[must_use]
     pub fn apply(self, command: Command) -> Command {
         self.values().iter().fold(command, |command, &(id, value)| {
@@ -73,7 +72,7 @@ impl Preset {
         })
     }
 
-    /// Checks that there are weights to begin with.
+    /// Checks that weights to start from are given.
     ///
     /// # Errors
     /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) says where to get them.

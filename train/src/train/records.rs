@@ -1,4 +1,4 @@
-//! What is written down of a run, a line of JSON each, in metrics.jsonl.
+//! The records in metrics.jsonl, a line of JSON each.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{BufRead, BufReader, Write};
@@ -11,7 +11,7 @@ use crate::{Error, Result};
 /// Parts of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
-    /// Lambda is learned, on a network that will be thrown away.
+    /// Lambda is learned, on a network that is discarded.
     Rehearsal,
     /// The network is trained.
     Training,

@@ -1,24 +1,24 @@
-//! Learning rate over a run: a linear warm-up, then the way down.
+//! Learning rate schedule: a linear warm-up, then the decay.
 
 use serde::{Deserialize, Serialize};
 
-/// The way down from the highest learning rate.
+/// The learning rate after the warm-up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ScheduleKind {
-    /// Half a cosine, to 0 at the end.
+    /// Cosine decay to 0 at the end.
     #[default]
     Cosine,
-    /// Times --milestone-factor at every one of --milestones.
+    /// Multiplied by --milestone-factor at each of --milestones.
     Step,
-    /// It stays.
+    /// Constant.
     Constant,
 }
 
 /// A schedule over a known number of steps.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Schedule {
-    /// The way down.
+    /// Decay after the warm-up.
     pub kind: ScheduleKind,
     /// Learning rate at the end of the warm-up.
     pub peak: f64,

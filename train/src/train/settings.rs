@@ -15,6 +15,7 @@ use crate::train::schedule::Schedule;
 use crate::{Error, Result};
 use ddtas::loss::baseline::PairLoss;
 use ddtas::loss::{LossSettings, Mining};
+use ddtas_io::console::counted;
 
 /// More than anybody counts to; sums and products of two such numbers of steps stay far from overflow.
 const MOST_STEPS: usize = 1 << 31;
@@ -23,18 +24,18 @@ const STEPS: &str = "1 to 2147483648";
 const CLASSES_PER_BATCH: usize = 16;
 const COUNT: &str = "0 to 2147483648";
 
-/// What BatchNorm does while training.
+/// Batch normalisation while training.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum BatchNorm {
-    /// Normalises by the batch and learns scale and shift; of several ranks each by its own pictures.
+    /// By the statistics of the batch, of several ranks each by its own pictures; scale and shift are trained.
     #[default]
     Trainable,
-    /// The same by the pictures of all ranks.
+    /// As trainable, by the pictures of all ranks.
     Synchronised,
-    /// Normalises by the statistics of the checkpoint it started from, while scale and shift learn.
+    /// By the statistics of the checkpoint it started from; scale and shift are trained.
     FrozenStatistics,
-    /// Normalises by the statistics of the checkpoint it started from and learns nothing.
+    /// By the statistics of the checkpoint it started from; nothing is trained.
     Frozen,
 }
 
@@ -53,38 +54,38 @@ pub struct TrainSettings {
     #[serde(flatten)]
     pub data: DatasetSettings,
 
-    /// Side of the pictures the network sees, in pixels.
+    /// Side of the square pictures the network sees, in pixels.
     #[arg(long, default_value_t = 48)]
     pub image_size: usize,
     /// Dimensions of an embedding.
     #[arg(long, default_value_t = 128)]
     pub embedding_dim: usize,
-    /// The network that makes features of pictures.
+    /// The network that turns pictures into features.
     #[arg(long, value_enum, default_value_t)]
     #[serde(default)]
     pub backbone: BackboneKind,
-    /// Start that network from these published weights: .safetensors, .pth or .pt.
+    /// Pretrained weights of --backbone: .safetensors, .pth or .pt.
     #[arg(long, value_name = "FILE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub weights: Option<PathBuf>,
-    /// How features are pooled over the picture; the network's own way if not given, avg or cls.
+    /// How features are pooled over the picture [default: avg; cls for vit-s16].
     #[arg(long, value_enum)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pooling: Option<PoolingKind>,
-    /// Channels of the first stage of --backbone residual; the next two have twice and four times as many.
+    /// Channels of the first stage of --backbone residual; the next two stages have twice and four times as many.
     #[arg(long, default_value_t = 32)]
     pub width: usize,
-    /// Residual blocks a stage (--backbone residual).
+    /// Residual blocks per stage of --backbone residual.
     #[arg(long, default_value_t = 1)]
     pub depth: usize,
-    /// What lies between the backbone's features and the embedding.
+    /// The layers between the backbone's features and the embedding.
     #[arg(long, value_enum, default_value_t)]
     #[serde(default)]
     pub head: HeadKind,
-    /// What BatchNorm does while training; the frozen ones need --weights or --init.
+    /// Batch normalisation while training; frozen needs --weights or --init.
     #[arg(long, value_enum, default_value_t)]
     pub batch_norm: BatchNorm,
-    /// Start from the weights of this checkpoint of ddtas-train, or of the best of a run folder.
+    /// Start from the weights of a checkpoint of ddtas-train, or of the best checkpoint in a run folder.
     #[arg(long, value_name = "FILE|RUN")]
     pub init: Option<PathBuf>,
 
@@ -94,90 +95,91 @@ pub struct TrainSettings {
     /// Which pairs enter the loss.
     #[arg(long, default_value_t, value_parser = one_of(Mining::ALL, Mining::name, about_mining))]
     pub mining: Mining,
-    /// Mining tolerance gamma, in units of cosine similarity.
+    /// Mining tolerance gamma, a difference of cosine similarities.
     #[arg(long, default_value_t = 0.1)]
     pub gamma: f64,
-    /// Negative tolerance over gamma; the paper's is 0.1, from random weights more is better.
+    /// Tolerance for negatives, as a multiple of gamma: 0.1 in the paper, more from random weights.
     #[arg(long, default_value_t = 0.5)]
     pub negative_ratio: f64,
-    /// The probe's tolerance over gamma (AT-ASMS).
+    /// AT-ASMS adapts the tolerances in batches where the negatives within this multiple of gamma (the probe) outnumber
+    /// the positives.
     #[arg(long, default_value_t = 0.1)]
     pub probe_ratio: f64,
-    /// How far AT-ASMS moves the tolerances.
+    /// Factor k of AT-ASMS: it scales gamma by 1 + t for positives and by 1 - t for negatives, with t below k.
     #[arg(long, default_value_t = 0.5)]
     pub tolerance: f64,
-    /// Sharpness of the loss on negatives; the paper's is 40, from random weights less is better.
+    /// Steepness of the loss on negatives: 40 in the paper, less from random weights.
     #[arg(long, default_value_t = 20.0)]
     pub alpha: f64,
-    /// Sharpness of the loss on positives.
+    /// Steepness of the loss on positives.
     #[arg(long, default_value_t = 2.0)]
     pub beta: f64,
-    /// Loss threshold lambda, a cosine similarity; the paper's is 0.7, from random weights more is better.
+    /// Loss threshold lambda, a cosine similarity: 0.7 in the paper, 0.8 to 0.9 from random weights.
     #[arg(long, default_value_t = 0.8, allow_negative_numbers = true)]
     pub lambda: f64,
-    /// Loss threshold of positives, where it differs from --lambda.
+    /// Loss threshold of positives [default: --lambda].
     #[arg(long, allow_negative_numbers = true)]
     pub lambda_pos: Option<f64>,
-    /// Loss threshold of negatives, where it differs from --lambda.
+    /// Loss threshold of negatives [default: --lambda].
     #[arg(long, allow_negative_numbers = true)]
     pub lambda_neg: Option<f64>,
-    /// Margin of the other losses, a cosine similarity: contrastive pushes negatives above it, multi-similarity weighs
-    /// pairs around it [default: 0.5].
+    /// Margin of --loss contrastive and multi-similarity, a cosine similarity: contrastive pushes negatives below it,
+    /// multi-similarity weights pairs by their distance to it [default: 0.5].
     #[arg(long, allow_negative_numbers = true)]
     pub margin: Option<f64>,
 
-    /// Classes in a batch (P); 16 if not given, or all there are.
+    /// Classes in a batch (P) [default: 16, or all there are].
     #[arg(long, value_name = "P")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub classes_per_batch: Option<usize>,
     /// Pictures of each class in a batch (K).
     #[arg(long, value_name = "K", default_value_t = 5)]
     pub images_per_class: usize,
-    /// Least share of a picture's area that a random crop takes; 1 crops no more than the shape asks.
+    /// Smallest share of a picture's area that a random crop takes; 1 crops to a square only.
     #[arg(long, default_value_t = 0.6)]
     pub smallest_crop: f64,
-    /// Steps of the run.
+    /// Training steps.
     #[arg(long, default_value_t = 200)]
     pub steps: usize,
-    /// Highest learning rate.
-    #[arg(long, default_value_t = 2e-3)]
+    /// Peak learning rate.
+    #[arg(long, visible_alias = "lr", value_name = "RATE", default_value_t = 2e-3)]
     pub learning_rate: f64,
-    /// Share of the steps in which the learning rate rises.
-    #[arg(long, default_value_t = 0.4)]
+    /// Share of the steps in which the learning rate rises to its peak.
+    #[arg(long, value_name = "SHARE", default_value_t = 0.4)]
     pub warm_up: f64,
     /// Weight decay.
     #[arg(long, default_value_t = 1e-2)]
     pub weight_decay: f32,
-    /// How weights move.
+    /// The optimizer.
     #[command(flatten)]
     #[serde(flatten)]
     pub optimizer: OptimizerSettings,
-    /// Epochs between evaluations; 0 evaluates only before and after.
-    #[arg(long, default_value_t = 2)]
+    /// Epochs between evaluations; 0 evaluates only before and after training.
+    #[arg(long, value_name = "EPOCHS", default_value_t = 2)]
     pub evaluate_every: usize,
-    /// Embeddings of earlier batches that are further references of the loss (cross-batch memory); 0 for none.
+    /// Cross-batch memory: embeddings of earlier batches that the loss compares a batch with as well; 0 for none.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub memory_size: usize,
-    /// Step from which the memory is filled; the end of the warm-up if not given.
-    #[arg(long, value_name = "STEP")]
+    /// Steps before the memory is filled [default: those of the warm-up].
+    #[arg(long, value_name = "STEPS")]
     pub memory_start: Option<usize>,
 
-    /// Seed of weights, batches and augmentation.
+    /// Seed of random weights, batches and augmentation.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// Where network and loss compute: auto (a GPU if there is one), cpu, cuda:N.
+    /// Where to compute: auto (a GPU if there is one), cpu, cuda or cuda:N.
     #[arg(long, default_value = "auto")]
     pub device: String,
-    /// Threads that prepare batches beside the step.
+    /// Threads that load and augment pictures.
     #[arg(long, default_value_t = 1)]
     pub workers: usize,
-    /// Steps between two checkpoints to resume from; 0 writes them only beside evaluations and when stopped.
+    /// Steps between checkpoints to resume from; 0 writes them only at evaluations and when stopped.
     #[arg(long, value_name = "STEPS", default_value_t = 100)]
     pub checkpoint_every: usize,
-    /// Unreadable pictures that a run puts up with; one more stops it.
+    /// Unreadable pictures allowed; one more stops the run.
     #[arg(long, value_name = "N", default_value_t = 100)]
     pub max_bad_images: usize,
-    /// Run folder to create; runs/NAME-NUMBER if not given.
+    /// Run folder to create [default: runs/NAME-NUMBER].
     #[arg(long, value_name = "DIR")]
     pub output: Option<PathBuf>,
 
@@ -201,9 +203,9 @@ where
 
 fn about_loss(loss: PairLoss) -> &'static str {
     match loss {
-        PairLoss::SoftContrastive => "DDTAS's own",
-        PairLoss::Contrastive => "Hinge on negatives, linear on positives",
-        PairLoss::MultiSimilarity => "Log-sum-exp over the pairs of each anchor",
+        PairLoss::SoftContrastive => "The soft contrastive loss of DDTAS, with a threshold lambda",
+        PairLoss::Contrastive => "1 - similarity on positives, a hinge at --margin on negatives",
+        PairLoss::MultiSimilarity => "The multi-similarity loss: log-sum-exp over the pairs of each anchor",
     }
 }
 
@@ -211,8 +213,8 @@ fn about_mining(mining: Mining) -> &'static str {
     match mining {
         Mining::None => "Every positive and every negative pair",
         Mining::Symmetric => "One tolerance for both kinds: gamma_pos = gamma_neg = gamma",
-        Mining::Asms => "Asymmetric sample mining: gamma_neg = gamma * negative-ratio",
-        Mining::AtAsms => "Adaptive asymmetric sample mining",
+        Mining::Asms => "Asymmetric sample mining: gamma_pos = gamma, gamma_neg = gamma * negative-ratio",
+        Mining::AtAsms => "Adaptive asymmetric sample mining: as asms, with tolerances adapted to each batch",
     }
 }
 
@@ -334,13 +336,13 @@ impl TrainSettings {
         (Self { classes_per_batch: Some(classes), generator, ..self.clone() }, note)
     }
 
-    /// Steps that none follows in which the memory could be filled: what a user should know of them.
+    /// A warning where the run ends before its memory is filled.
     pub(super) fn warning_of_memory(&self) -> Option<String> {
         let start = self.memory_start_step();
         (self.memory_size > 0 && start >= self.steps).then(|| {
             format!(
-                "--memory-start {start} lies behind the last step, {}: the memory stays empty",
-                self.steps - 1
+                "--memory-start {start}: the run ends after {}, and the memory stays empty",
+                counted(self.steps, "step")
             )
         })
     }
@@ -355,14 +357,13 @@ impl TrainSettings {
             "needs --memory-size N: there is no memory to fill",
         )?;
         let classes = self.classes_per_batch.unwrap_or(CLASSES_PER_BATCH);
-        let reason = "a batch of one class has no negative pair, and mines nothing: give 2 or more";
+        let reason = "a batch of one class has no negative pair: give 2 or more";
         fits(classes > 1 || remembers, "classes-per-batch", classes, reason)?;
-        let reason =
-            "a batch with one picture a class has no positive pair, and mines nothing: give 2 or more";
+        let reason = "a batch with one picture per class has no positive pair: give 2 or more";
         fits(self.images_per_class > 1 || remembers, "images-per-class", self.images_per_class, reason)
     }
 
-    /// Checks everything that can be told without data and files: a run calls it before it makes anything.
+    /// Checks all that can be checked without reading files, before a run makes anything.
     ///
     /// # Errors
     /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) names the first setting that is off.
@@ -409,7 +410,7 @@ impl TrainSettings {
             // What config.toml can hold.
             check(i64::try_from(seed).is_ok(), name, seed.to_string(), "0 to 9223372036854775807")?;
         }
-        fits(self.output.as_deref() != Some(Path::new("")), "output", "''", "needs a folder's name")?;
+        fits(self.output.as_deref() != Some(Path::new("")), "output", "''", "must be the name of a folder")?;
         let rate = self.learning_rate;
         check(rate > 0.0 && rate.is_finite(), "learning-rate", rate.to_string(), "above 0")?;
         check((0.0..=1.0).contains(&self.warm_up), "warm-up", self.warm_up.to_string(), "0 to 1")?;
@@ -427,7 +428,7 @@ impl TrainSettings {
             self.weights.is_none() || self.init.is_none(),
             "weights",
             String::new(),
-            "leave out --weights or --init: a network starts from one of them",
+            "give --weights or --init, not both",
         )?;
         self.backbone.validate(self.pooling, self.weights.is_some(), self.image_size)?;
         fits(
@@ -438,12 +439,12 @@ impl TrainSettings {
         )
     }
 
-    /// A line for who means to start from published weights and does not.
+    /// A line for a run that may be meant to start from pretrained weights and does not.
     pub(super) fn random_start(&self) -> Option<String> {
         let random = self.backbone != BackboneKind::Residual && self.weights.is_none() && self.init.is_none();
         random.then(|| {
             let name = self.backbone.name();
-            format!("{name} starts from random weights: published ones come by --weights FILE, a run's by --init FILE")
+            format!("{name} starts from random weights: give --weights FILE for pretrained ones, or --init FILE for those of a run")
         })
     }
 }

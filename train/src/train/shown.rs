@@ -1,7 +1,8 @@
-//! Which test pictures a report shows, with their nearest neighbours: chosen when a network is evaluated, drawn when the
-//! run ends.
+//! The queries that a report shows, with their nearest neighbours: chosen at an evaluation, drawn at the end of the run.
 
 use ddtas::backend::Nearest;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
 use crate::Result;
@@ -15,8 +16,9 @@ pub struct Shown {
     pub answers: Vec<(usize, f32)>,
 }
 
-/// `count` queries at even distances through the split, chosen before the answers are known, with what `nearest` finds for them, by
-/// their rows.
+/// `count` queries, one at a random place in each of as many equal parts of the split, chosen before the answers are known,
+/// with what `nearest` finds for them, by their rows. Even distances would show the same picture of every class where they
+/// are a multiple of its pictures.
 ///
 /// `rows[i]` is the index in its split of the picture behind query `i`; `searched` is the same for the indices that
 /// `nearest` answers, which count another split where the set has a gallery.
@@ -26,12 +28,16 @@ pub struct Shown {
 pub fn choose(
     rows: &[usize],
     searched: &[usize],
-    count: usize,
+    (count, seed): (usize, u64),
     nearest: impl FnOnce(&[usize]) -> Result<Nearest>,
 ) -> Result<Vec<Shown>> {
     let count = count.min(rows.len());
-    // The middle of each of `count` equal stretches.
-    let chosen: Vec<usize> = (0..count).map(|i| (2 * i + 1) * rows.len() / (2 * count)).collect();
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut within = |part: usize| {
+        let [first, end] = [part, part + 1].map(|part| part * rows.len() / count);
+        rng.random_range(first..end)
+    };
+    let chosen: Vec<usize> = (0..count).map(&mut within).collect();
     let nearest = nearest(&chosen)?;
     let lists = nearest.indices.outer_iter().zip(nearest.similarities.outer_iter());
     let shown = chosen.iter().zip(lists).map(|(&row, (indices, similarities))| {

@@ -4,13 +4,13 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 use ddtas_bench::{Comparison, compare as compare_rows, read_rows};
-use ddtas_io::console::{print, print_json};
+use ddtas_io::console::{counted, print, print_json};
 
 #[derive(clap::Args)]
 pub struct CompareArguments {
-    /// What `throughput --json` printed first: what is compared with.
+    /// Output of `throughput --json`: the run to compare with.
     first: PathBuf,
-    /// What it printed then.
+    /// Output of a later `throughput --json`.
     second: PathBuf,
     /// Print one JSON object.
     #[arg(long)]
@@ -45,7 +45,12 @@ fn table(out: &mut impl Write, comparison: &Comparison) -> io::Result<()> {
             row.memory.map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}")),
         )?;
     }
-    let [first, then] =
-        comparison.runs.each_ref().map(|(backend, threads)| format!("{backend} on {threads} threads"));
-    writeln!(out, "first: {first}; then: {then}; a ratio below 1 is faster, or less memory, than at first")
+    let [first, then] = comparison
+        .runs
+        .each_ref()
+        .map(|(backend, threads)| format!("{backend}, {}", counted(*threads, "CPU thread")));
+    writeln!(
+        out,
+        "first: {first}; then: {then}; a ratio below 1: the second run is faster, or takes less memory"
+    )
 }

@@ -1,4 +1,4 @@
-//! `ddtas-bench`: holds backends to the reference cases, and times them.
+//! `ddtas-bench`: checks backends against the reference cases, and times them.
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
 mod compare;
@@ -30,14 +30,16 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Runs reference cases through a backend; exit code 0 only if all pass. With --tf32 the truth is that of the
-    /// rows rounded as that mode does, counts exact, and the bound 1e-3 instead of 1e-5.
+    /// Checks a backend against reference cases; exits with 0 only if all pass.
+    ///
+    /// Counts of mined pairs must be exact, loss, gradient and thresholds within 1e-5. With --tf32 the reference is
+    /// computed from rows rounded to TF32, and the bound is 1e-3.
     Verify(VerifyArguments),
-    /// Times loss and gradient on rows of which a stated share is mined.
+    /// Times loss and gradient on random rows, of whose negative pairs a chosen share is mined.
     Throughput(ThroughputArguments),
-    /// Holds two runs of throughput against each other, by what --json printed.
+    /// Compares two outputs of `throughput --json`: ratios of time and memory.
     Compare(CompareArguments),
-    /// Prints a script that completes commands and flags in a shell.
+    /// Prints a shell completion script.
     Completions {
         /// The shell.
         shell: clap_complete::Shell,
@@ -53,7 +55,7 @@ struct VerifyArguments {
     paths: Vec<PathBuf>,
     #[command(flatten)]
     device: DeviceArguments,
-    /// Print one JSON array, an object a case.
+    /// Print one JSON array with an object for each case.
     #[arg(long)]
     json: bool,
 }

@@ -4,7 +4,7 @@ use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 
 use ddtas_bench::{Row, ThroughputSettings, plot, run};
-use ddtas_io::console::{print, print_json, say};
+use ddtas_io::console::{counted, print, print_json, say};
 use ddtas_io::files::{check_place, write_atomic};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -14,13 +14,13 @@ use crate::resolved;
 pub struct ThroughputArguments {
     #[command(flatten)]
     settings: ThroughputSettings,
-    /// Say nothing of the progress.
+    /// Print no progress.
     #[arg(long, short)]
     quiet: bool,
-    /// Print one JSON array, an object a row.
+    /// Print one JSON array with an object for each row.
     #[arg(long)]
     json: bool,
-    /// Draw time and memory against the batch into this SVG file.
+    /// Plot time and memory over the batch size into this SVG file.
     #[arg(long, value_name = "FILE")]
     plot: Option<PathBuf>,
 }
@@ -104,11 +104,8 @@ fn table(out: &mut impl Write, rows: &[Row]) -> io::Result<()> {
     }
     if let Some(row) = rows.first() {
         let products = if row.tf32 { ", multiplied in TF32" } else { "" };
-        writeln!(
-            out,
-            "{} on {} threads of the CPU, {:?} rows{products}",
-            row.backend, row.threads, row.dtype
-        )?;
+        let (backend, threads) = (&row.backend, counted(row.threads, "CPU thread"));
+        writeln!(out, "{backend}, {threads}, {} rows{products}", format!("{:?}", row.dtype).to_lowercase())?;
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! `ddtas-train embed`: says what [`ddtas_train::inference::embed`] wrote.
+//! `ddtas-train embed`: prints what [`ddtas_train::inference::embed`] wrote.
 
 use std::io::Write;
 

@@ -13,7 +13,7 @@ use super::progress::{Progress, warn_of_skipped};
 pub struct EvalArguments {
     #[command(flatten)]
     settings: EvalSettings,
-    /// Also write the figures as a page, one HTML file.
+    /// Also write the figures into this HTML file.
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
     /// Print one JSON object.

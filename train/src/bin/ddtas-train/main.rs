@@ -18,66 +18,91 @@ mod unused;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 use ddtas_io::console;
 use ddtas_train::train::{Preset, TrainSettings};
 
 /// Trains an image-retrieval network with DDTAS and measures Recall@K on classes it never saw.
 ///
-/// Without arguments it trains on car silhouettes drawn in memory, in a few minutes on two cores. -h shows what a first run may need,
-/// --help every setting; the subcommands have a --help of their own.
+/// Without arguments it trains on car silhouettes drawn in memory, in a few minutes on two cores. -h lists the settings of
+/// a first run, --help all of them; each subcommand has its own --help.
 #[derive(Parser)]
 #[command(version, args_override_self = true, args_conflicts_with_subcommands = true)]
 struct Arguments {
     #[command(subcommand)]
     command: Option<Command>,
-    /// Go on with the run in this folder, by its own settings.
+    /// Continue the run in this folder, with its settings.
     #[arg(long, value_name = "RUN")]
     resume: Option<PathBuf>,
     #[command(flatten)]
     ranks: ranks::RankArguments,
-    /// Settings by one name; what is given beside it goes before.
+    /// A named set of settings; flags you give override it.
     #[arg(long, value_enum)]
     preset: Option<Preset>,
-    /// Say nothing of the progress: warnings, errors and the result alone.
+    /// Print only warnings, errors and the result.
     #[arg(long, short, global = true)]
     quiet: bool,
-    /// Print the result of training as one JSON object.
+    /// Print the result as one JSON object.
     #[arg(long)]
     json: bool,
     #[command(flatten)]
     settings: TrainSettings,
 }
 
-/// What else it does.
+/// The subcommands.
 #[derive(Subcommand)]
 enum Command {
-    /// Measures a checkpoint on a data set's unseen classes, or embeddings in a file.
+    /// Evaluates a checkpoint on a data set's unseen classes, or embeddings in a file: Recall@K, R-precision, MAP@R, NMI.
     Eval(eval::EvalArguments),
     /// Embeds the pictures of a folder tree into a file.
     Embed(embed::EmbedArguments),
     /// Finds the pictures of a collection that are most similar to a picture.
     Search(search::SearchArguments),
-    /// Prints the pictures of a data set: class, split and path a line, apart by tabs.
+    /// Lists the pictures of a data set, a line each: class, split and path, separated by tabs.
     Splits(splits::SplitsArguments),
-    /// Prints a script that completes commands and flags in a shell.
+    /// Prints a shell completion script.
     Completions(shell::CompletionsArguments),
-    /// Prints the manual page, or writes those of all commands into a folder.
+    /// Prints the manual page, or writes the pages of all commands into a folder.
     Man(shell::ManArguments),
 }
 
-/// The arguments; what begins with a minus and a digit is a value, so that the flag before it is named where it is off.
+/// The arguments. A minus with a digit begins a value, so that errors name the flag before it.
 fn command() -> clap::Command {
     let numbers = |argument: clap::Arg| argument.allow_negative_numbers(true);
     let command = Arguments::command().version(&*shell::version().leak());
-    help::in_sections(command).mut_args(numbers).mut_subcommands(|command| command.mut_args(numbers))
+    let command = help::with_ranges(help::in_sections(command));
+    command.mut_args(numbers).mut_subcommands(|command| command.mut_args(numbers))
+}
+
+/// Flags that other programs have, and what to give instead.
+const FAMILIAR: [(&str, &str); 2] = [
+    ("--batch-size", "a batch is --classes-per-batch times --images-per-class"),
+    ("--epochs", "give --steps; a run's second line says how many make an epoch"),
+];
+
+/// The arguments of the command line, or the end of the program where they are not understood.
+fn parsed(command: clap::Command) -> ArgMatches {
+    let is_training = !std::env::args().any(|word| command.find_subcommand(word).is_some());
+    command.try_get_matches().unwrap_or_else(|error| {
+        let unknown =
+            error.get(ContextKind::InvalidArg).filter(|_| error.kind() == ErrorKind::UnknownArgument);
+        let is_unknown = |flag: &str| matches!(unknown, Some(ContextValue::String(text)) if text == flag);
+        match FAMILIAR.iter().find(|(flag, _)| is_training && is_unknown(flag)) {
+            Some((flag, advice)) => {
+                console::say(format_args!("ddtas-train: {flag}: {advice}"));
+                std::process::exit(2)
+            }
+            None => error.exit(),
+        }
+    })
 }
 
 fn main() -> ExitCode {
     heap::keep();
-    let mut matches = command().get_matches();
+    let mut matches = parsed(command());
     if let Some(preset) = matches.get_one::<Preset>("preset") {
-        matches = preset.apply(command()).get_matches();
+        matches = parsed(preset.apply(command()));
     }
     let Arguments { command: chosen, resume, ranks, preset, quiet, json, settings } =
         Arguments::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());

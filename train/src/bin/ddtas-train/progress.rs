@@ -70,7 +70,7 @@ impl Progress {
     }
 }
 
-/// Names what could not be read, the first few of them.
+/// Warns of unreadable pictures, naming the first few.
 pub fn warn_of_skipped(skipped: &[Skipped]) {
     const NAMED: usize = 10;
     for bad in skipped.iter().take(NAMED) {

@@ -1,9 +1,10 @@
-//! Who shares the work of a run: this process, its threads, or processes that `mpirun` or another launcher started.
+//! The ranks of a run: this process, its threads, or processes that `mpirun` or another launcher started.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::rc::Rc;
 use std::str::FromStr;
+use std::time::Duration;
 
 use ddtas_train::ranks::{Collective, One, on_threads};
 use ddtas_train::{Error, Result};
@@ -11,16 +12,18 @@ use ddtas_train::{Error, Result};
 /// More threads than any machine has.
 const MOST_THREADS: usize = 1024;
 
-/// Who the ranks are, and how they find each other.
+/// The ranks, and how they find each other.
 #[derive(Debug, Clone, clap::Args)]
 pub struct RankArguments {
-    /// Ranks that share each batch: threads of this process, `mpi`, the processes that mpirun started, or `nccl`, those of torchrun or another launcher, by messages between their GPUs.
+    /// Ranks that share each batch: 1 to 1024 threads of this process, mpi for the processes that mpirun started, or nccl for
+    /// those of torchrun or a similar launcher, with a GPU each.
     #[arg(long, value_name = "N|mpi|nccl", default_value = "1")]
     ranks: Ranks,
-    /// A file over which the processes of --ranks nccl find each other: the same for all of a run, on a disk that all see, and not that of another run; it is not there before and after.
+    /// File through which the processes of --ranks nccl find each other: the same for all processes of a run, new for each
+    /// run, on a disk that all can reach.
     #[arg(long, value_name = "FILE")]
     rendezvous: Option<PathBuf>,
-    /// Seconds after which --ranks nccl gives up ranks of which nothing comes.
+    /// Seconds without a message after which --ranks nccl gives up, 1 or more.
     #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..))]
     rank_timeout: u64,
 }
@@ -43,24 +46,25 @@ impl FromStr for Ranks {
             _ => {}
         }
         let count = text.parse().ok().filter(|count| (1..=MOST_THREADS).contains(count));
-        count.map(Self::Threads).ok_or_else(|| format!("a number of 1 to {MOST_THREADS}, mpi, or nccl"))
+        count.map(Self::Threads).ok_or_else(|| format!("give 1 to {MOST_THREADS}, mpi or nccl"))
     }
 }
 
 impl RankArguments {
-    /// Does `work` on all ranks, and returns what came of it on this process.
+    /// Does `work` on all ranks, and returns the result of this process.
     ///
     /// # Errors
     /// Those of `work`; [`ddtas::Error::Unavailable`] if the ranks cannot be had.
     pub fn run(&self, work: impl Fn(Rc<dyn Collective>) -> Result<ExitCode> + Sync) -> Result<ExitCode> {
         match (self.ranks, &self.rendezvous) {
-            (Ranks::Nccl, Some(file)) => nccl::run(file, self.rank_timeout, work),
+            (Ranks::Nccl, Some(file)) => work(nccl(file, Duration::from_secs(self.rank_timeout))?),
             (Ranks::Nccl, None) => {
-                let needed = "--ranks nccl needs a file's name, on a disk that all ranks see";
+                let needed =
+                    "missing: --ranks nccl needs --rendezvous FILE, on a disk that all ranks can reach";
                 Err(Error::misuse("rendezvous", "", needed))
             }
             (_, Some(file)) => Err(Error::misuse("rendezvous", file.display(), "is for --ranks nccl")),
-            (Ranks::Mpi, None) => mpi::run(work),
+            (Ranks::Mpi, None) => work(mpi()?),
             (Ranks::Threads(count), None) => {
                 refuse_launchers()?;
                 if count == 1 { work(Rc::new(One)) } else { on_threads(count, work) }
@@ -69,7 +73,7 @@ impl RankArguments {
     }
 }
 
-/// Refuses to be one of several processes that know nothing of each other.
+/// Refuses to be one of several processes that would all train the same run.
 fn refuse_launchers() -> Result<()> {
     let processes = |name| std::env::var(name).ok()?.parse::<usize>().ok().filter(|count| *count > 1);
     // Open MPI's, and that of MPICH and of Slurm's PMI.
@@ -85,7 +89,7 @@ fn refuse_launchers() -> Result<()> {
     )))
 }
 
-/// Leaves the other `ranks` of this machine their share of its processors.
+/// Uses as many threads as leave the other `ranks` of this machine their share of its processors.
 #[cfg(any(feature = "mpi", feature = "nccl"))]
 fn share_processors(ranks: usize) -> Result<()> {
     if std::env::var_os("RAYON_NUM_THREADS").is_some() {
@@ -97,61 +101,34 @@ fn share_processors(ranks: usize) -> Result<()> {
     pool.map_err(|error| ddtas::Error::Unavailable(format!("cannot start threads: {error}")).into())
 }
 
+/// This process among those that mpirun started.
 #[cfg(feature = "mpi")]
-mod mpi {
-    use super::*;
-    use ddtas_train::ranks::Mpi;
-
-    pub fn run(work: impl Fn(Rc<dyn Collective>) -> Result<ExitCode>) -> Result<ExitCode> {
-        let ranks = Mpi::join()?;
-        share_processors(ranks.local_size())?;
-        work(Rc::new(ranks))
-    }
+fn mpi() -> Result<Rc<dyn Collective>> {
+    let ranks = ddtas_train::ranks::Mpi::join()?;
+    share_processors(ranks.local_size())?;
+    Ok(Rc::new(ranks))
 }
 
 #[cfg(not(feature = "mpi"))]
-mod mpi {
-    use super::*;
-
-    pub fn run(_work: impl Fn(Rc<dyn Collective>) -> Result<ExitCode>) -> Result<ExitCode> {
-        let reason =
-            "this build has no MPI: build with `cargo build --release -p ddtas-train --features mpi`";
-        Err(ddtas::Error::Unavailable(reason.into()).into())
-    }
+fn mpi() -> Result<Rc<dyn Collective>> {
+    Err(not_built("MPI", "mpi"))
 }
 
+/// This process among those that a launcher started, once all have met at `file`.
 #[cfg(feature = "nccl")]
-mod nccl {
-    use std::path::Path;
-    use std::time::Duration;
-
-    use super::*;
-    use ddtas_train::ranks::Nccl;
-
-    pub fn run(
-        file: &Path,
-        seconds: u64,
-        work: impl Fn(Rc<dyn Collective>) -> Result<ExitCode>,
-    ) -> Result<ExitCode> {
-        let ranks = Nccl::join(file, Duration::from_secs(seconds))?;
-        share_processors(ranks.local_size())?;
-        work(Rc::new(ranks))
-    }
+fn nccl(file: &Path, patience: Duration) -> Result<Rc<dyn Collective>> {
+    let ranks = ddtas_train::ranks::Nccl::join(file, patience)?;
+    share_processors(ranks.local_size())?;
+    Ok(Rc::new(ranks))
 }
 
 #[cfg(not(feature = "nccl"))]
-mod nccl {
-    use std::path::Path;
+fn nccl(_: &Path, _: Duration) -> Result<Rc<dyn Collective>> {
+    Err(not_built("NCCL", "nccl"))
+}
 
-    use super::*;
-
-    pub fn run(
-        _file: &Path,
-        _seconds: u64,
-        _work: impl Fn(Rc<dyn Collective>) -> Result<ExitCode>,
-    ) -> Result<ExitCode> {
-        let reason =
-            "this build has no NCCL: build with `cargo build --release -p ddtas-train --features nccl`";
-        Err(ddtas::Error::Unavailable(reason.into()).into())
-    }
+#[cfg(not(all(feature = "mpi", feature = "nccl")))]
+fn not_built(name: &str, feature: &str) -> Error {
+    let build = format!("cargo build --release -p ddtas-train --features {feature}");
+    ddtas::Error::Unavailable(format!("this build has no {name}: build with `{build}`")).into()
 }

@@ -1,11 +1,11 @@
-//! What may be given beside --resume.
+//! Flags that may be given together with --resume.
 
 use clap::ArgMatches;
 use clap::parser::ValueSource;
 use ddtas_train::train::{Overrides, TrainSettings};
 use ddtas_train::{Error, Result};
 
-/// The settings that may change when a run goes on.
+/// The settings that may change when a run is resumed.
 const CHANGEABLE: [&str; 8] = [
     "device",
     "workers",
@@ -29,7 +29,7 @@ pub fn overrides(matches: &ArgMatches, settings: &TrainSettings) -> Result<Overr
     let argument = |id: &str| id.chars().all(|letter| letter.is_ascii_lowercase() || letter == '_');
     if let Some(fixed) = ids.find(|&id| argument(id) && given(id) && !allowed(id)) {
         return Err(Error::Training(format!(
-            "--resume goes on by the settings in the run's config.toml: leave out --{} (only --device, --ranks, --rendezvous, --rank-timeout, \
+            "--resume takes its settings from the run's config.toml: leave out --{} (only --device, --ranks, --rendezvous, --rank-timeout, \
              --workers, --checkpoint-every, --max-bad-images and --data-root may change)",
             flag(fixed)
         )));

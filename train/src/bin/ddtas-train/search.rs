@@ -13,7 +13,7 @@ use super::progress::{Progress, warn_of_skipped};
 pub struct SearchArguments {
     #[command(flatten)]
     settings: SearchSettings,
-    /// Also write a contact sheet, one HTML file with the pictures inside.
+    /// Also write the pictures found into this HTML file.
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
     /// Print one JSON object.

@@ -1,4 +1,4 @@
-//! What a shell and a packager want of the program: its version, completions, manual pages.
+//! Version, shell completions and manual pages.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -16,7 +16,7 @@ pub struct CompletionsArguments {
 
 #[derive(clap::Args)]
 pub struct ManArguments {
-    /// Write a page for each command into this folder, which is there.
+    /// Write a page for each command into this existing folder.
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
 }
@@ -45,7 +45,7 @@ pub fn completions(arguments: &CompletionsArguments, mut command: clap::Command)
 pub fn man(arguments: &ManArguments, command: clap::Command) -> Result<()> {
     match &arguments.out {
         Some(folder) if !folder.is_dir() => {
-            Err(Error::misuse("out", folder.display(), "needs to be a folder that is there"))
+            Err(Error::misuse("out", folder.display(), "must be an existing folder"))
         }
         Some(folder) => clap_mangen::generate_to(command, folder).map_err(Error::io("write into", folder)),
         None => Ok(print(|out| Man::new(command).render(out))?),

@@ -1,4 +1,4 @@
-//! `ddtas-train splits`: the pictures of a data set as lines, for training programs of one's own.
+//! `ddtas-train splits`: lists the pictures of a data set, for other training programs.
 
 use std::io::Write;
 
@@ -12,7 +12,7 @@ pub struct SplitsArguments {
     dataset: DatasetSettings,
 }
 
-/// Prints a class, a split and a path a line, apart by tabs; warnings go to standard error.
+/// Prints class, split and path of each picture, separated by tabs; warnings go to standard error.
 pub fn splits(arguments: &SplitsArguments) -> Result<()> {
     let dataset = arguments.dataset.open(&mut |line| say(line))?;
     dataset.warnings.iter().for_each(say);
@@ -22,7 +22,7 @@ pub fn splits(arguments: &SplitsArguments) -> Result<()> {
         for (index, source) in split.sources().iter().enumerate() {
             let class = split.class_name(index);
             let Source::File(path) = source else {
-                let reason = "splits lists pictures that are whole files: another data set than synthetic, and no --crop-to-box";
+                let reason = "only whole files can be listed: give a data set on disk, without --crop-to-box";
                 return Err(Error::misuse("dataset", "", reason));
             };
             lines.push(format!("{class}\t{name}\t{}", path.display()));

@@ -1,4 +1,4 @@
-//! Training: progress while it runs, the table when it is done.
+//! Training: prints progress, and a table of Recall@K at the end.
 
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
@@ -7,8 +7,8 @@ use std::rc::Rc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use ddtas::retrieval::Recall;
-use ddtas_io::console::{print, print_json, reader_has_gone, say};
+use ddtas::loss::baseline::PairLoss;
+use ddtas_io::console::{counted, print, print_json, reader_has_gone, say};
 use ddtas_train::ranks::Collective;
 use ddtas_train::train::{
     EvaluationRecord, Event, Outcome, Overrides, Phase, StepRecord, Summary, TrainSettings,
@@ -19,7 +19,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use crate::ranks::RankArguments;
 use crate::signals::Signals;
 
-/// What is printed.
+/// What to print.
 #[derive(Debug, Clone, Copy)]
 pub struct Output {
     /// No progress: warnings and the result alone.
@@ -28,7 +28,7 @@ pub struct Output {
     pub json: bool,
 }
 
-/// Trains by `settings` and prints what it came to; `warnings` are said where the run begins.
+/// Trains with `settings` and prints the outcome; `warnings` are printed once the run has begun.
 pub fn train(
     settings: &TrainSettings,
     warnings: Vec<String>,
@@ -40,7 +40,7 @@ pub fn train(
     })
 }
 
-/// Goes on with the run in `folder` and prints what it came to.
+/// Continues the run in `folder` and prints the outcome.
 pub fn resume(
     folder: &Path,
     overrides: &Overrides,
@@ -88,13 +88,15 @@ fn print_outcome(outcome: &Outcome, signals: &Signals, output: Output) -> ExitCo
         Outcome::Stopped { folder, phase, step } => {
             let folder = folder.display();
             let of = of(*phase);
-            say(format_args!("stopped after {step} steps{of}; to go on: ddtas-train --resume {folder}"));
+            let steps = counted(*step, "step");
+            say(format_args!("stopped after {steps}{of}; to go on: ddtas-train --resume {folder}"));
             signals.exit_code()
         }
         Outcome::FinishedBefore { folder, step } => {
             let folder = folder.display();
             say(format_args!(
-                "the run in {folder} has finished all its {step} steps; {folder}/report.html tells of it; to train on in a new run: --init {folder}/last.safetensors"
+                "the run in {folder} has finished after {}; see {folder}/report.html; to train on in a new run: --init {folder}/last.safetensors",
+                counted(*step, "step")
             ));
             ExitCode::SUCCESS
         }
@@ -106,11 +108,12 @@ fn print_outcome(outcome: &Outcome, signals: &Signals, output: Output) -> ExitCo
 struct Progress {
     bar: ProgressBar,
     phase: Phase,
+    loss: PairLoss,
     steps: usize,
     terminal: bool,
     quiet: bool,
     last_line: Option<Instant>,
-    /// To be said once the run has begun.
+    /// To be printed once the run has begun.
     warnings: Vec<String>,
 }
 
@@ -124,7 +127,8 @@ impl Progress {
         if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len} [{elapsed}<{eta}] {wide_msg}") {
             bar.set_style(style);
         }
-        Self { bar, phase: Phase::Training, steps: 0, terminal, quiet, last_line: None, warnings: Vec::new() }
+        let (phase, loss) = (Phase::Training, PairLoss::default());
+        Self { bar, phase, loss, steps: 0, terminal, quiet, last_line: None, warnings: Vec::new() }
     }
 
     fn end(&self, outcome: &Result<Outcome>) {
@@ -140,10 +144,11 @@ impl Progress {
                 let reason = reason.map_or_else(String::new, |reason| format!(": {reason}"));
                 self.line(&format!("computing on {device}{ranks}{reason}"));
             }
-            Event::Started { dataset, folder, steps_per_epoch, phase, steps, resumed } => {
+            Event::Started { dataset, folder, loss, steps_per_epoch, phase, steps, resumed } => {
+                self.loss = loss;
                 self.begin(phase, steps);
                 self.line(&format!(
-                    "{}: {} training pictures of {} classes, {} test pictures of {} {}classes{}; {} steps an epoch; results in {}",
+                    "{}: {} training pictures of {} classes, {} test pictures of {} {}classes{}; {} per epoch; results in {}",
                     dataset.name,
                     dataset.train.len(),
                     dataset.train.class_names().len(),
@@ -153,7 +158,7 @@ impl Progress {
                     dataset.gallery.as_ref().map_or_else(String::new, |gallery| {
                         format!(", searched in a gallery of {}", gallery.len())
                     }),
-                    steps_per_epoch,
+                    counted(steps_per_epoch, "step"),
                     folder.display(),
                 ));
                 for warning in std::mem::take(&mut self.warnings) {
@@ -163,14 +168,14 @@ impl Progress {
                     // So that the remaining time is estimated from this process's steps alone.
                     self.bar.set_position(done as u64);
                     self.bar.reset_eta();
-                    self.line(&format!("going on after {done} of {steps} steps{}", of(phase)));
+                    self.line(&format!("continuing after {done} of {steps} steps{}", of(phase)));
                 }
             }
             Event::Note(note) => self.line(note),
             Event::Warning(warning) => self.warn(warning),
             Event::Rehearsed { lambda, steps } => {
                 let learned = lambda_text(lambda.pos, lambda.neg);
-                self.line(&format!("lambda {learned} learned in the rehearsal; the run begins"));
+                self.line(&format!("lambda {learned} learned in the rehearsal; training begins"));
                 self.begin(Phase::Training, steps);
             }
             Event::Step { record, images_per_second } => self.step(record, images_per_second),
@@ -190,13 +195,15 @@ impl Progress {
     }
 
     fn step(&mut self, record: &StepRecord, images_per_second: f64) {
-        let gamma = |value: Option<f64>| value.map_or_else(|| "-".into(), |value| format!("{value:.3}"));
-        let lambda = lambda_text(record.lambda_pos, record.lambda_neg);
+        // A loss without mining tolerances, and a batch without pairs, have no gamma.
+        let gammas = record.gamma_pos.zip(record.gamma_neg);
+        let gammas =
+            gammas.map_or_else(String::new, |(pos, neg)| format!("gamma+ {pos:.3}  gamma- {neg:.3}  "));
+        let threshold = if self.loss == PairLoss::SoftContrastive { "lambda" } else { "margin" };
         let message = format!(
-            "loss {:.3}  gamma+ {}  gamma- {}  lambda {lambda}  mined {}+{}  {images_per_second:.0} images/s",
+            "loss {:.3}  {gammas}{threshold} {}  mined {}+{}  {images_per_second:.0} images/s",
             record.loss,
-            gamma(record.gamma_pos),
-            gamma(record.gamma_neg),
+            lambda_text(record.lambda_pos, record.lambda_neg),
             record.mined_pos,
             record.mined_neg,
         );
@@ -210,7 +217,7 @@ impl Progress {
         self.bar.set_message(message);
     }
 
-    /// Said even where all else is not.
+    /// Printed even with --quiet.
     fn warn(&self, warning: &str) {
         let line = format!("warning: {warning}");
         if self.quiet { say(line) } else { self.line(&line) }
@@ -244,19 +251,25 @@ fn lambda_text(pos: f64, neg: f64) -> String {
 fn evaluation_line(record: &EvaluationRecord) -> String {
     let recalls: Vec<String> =
         record.recall.iter().map(|(k, recall)| format!("R@{k} {:.1}", 100.0 * recall)).collect();
-    format!("after {} steps: {}", record.step, recalls.join("  "))
+    format!("after {}: {}", counted(record.step, "step"), recalls.join("  "))
 }
 
 fn table(out: &mut impl Write, summary: &Summary) -> io::Result<()> {
     let header: String = summary.before.at.iter().map(|(k, _)| format!("{:>8}", format!("R@{k}"))).collect();
     let of = if summary.seen { "Recall@K on seen classes" } else { "Recall@K on unseen classes" };
-    writeln!(out, "\n{of:<28}{header}")?;
-    row(out, "raw pixels", &summary.pixels)?;
-    let before = if summary.continued { "before this run" } else { "untrained network" };
-    row(out, before, &summary.before)?;
-    row(out, &format!("trained, {} steps", summary.steps), &summary.after)?;
+    let mut rows = vec![
+        ("raw pixels".to_owned(), &summary.pixels),
+        (summary.before_training().to_owned(), &summary.before),
+        (format!("trained, {}", counted(summary.steps, "step")), &summary.after),
+    ];
     if summary.best_step != summary.steps {
-        row(out, &format!("best, after {} steps", summary.best_step), &summary.best)?;
+        rows.push((format!("best, after {}", counted(summary.best_step, "step")), &summary.best));
+    }
+    let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or(0).max(of.len());
+    writeln!(out, "\n{of:<width$}{header}")?;
+    for (name, recall) in rows {
+        let cells: String = recall.at.iter().map(|(_, recall)| format!("{:8.1}", 100.0 * recall)).collect();
+        writeln!(out, "{name:<width$}{cells}")?;
     }
     writeln!(
         out,
@@ -267,9 +280,4 @@ fn table(out: &mut impl Write, summary: &Summary) -> io::Result<()> {
         summary.total_seconds,
         summary.folder.display(),
     )
-}
-
-fn row(out: &mut impl Write, name: &str, recall: &Recall) -> io::Result<()> {
-    let cells: String = recall.at.iter().map(|(_, recall)| format!("{:8.1}", 100.0 * recall)).collect();
-    writeln!(out, "{name:<28}{cells}")
 }

@@ -1,4 +1,4 @@
-//! Flags that were given and change nothing: each is named once.
+//! Warnings of flags that were given and have no effect.
 
 use clap::ArgMatches;
 use clap::parser::ValueSource;
@@ -8,7 +8,7 @@ use ddtas_train::generator::{GeneratorKind, MetaObjective, MetaSource};
 use ddtas_train::model::BackboneKind;
 use ddtas_train::train::{ScheduleKind, TrainSettings};
 
-/// Arguments, by their fields; what they are for; whether that is chosen.
+/// Arguments, by their fields; the settings they need; whether those are chosen.
 type Rule = (&'static [&'static str], &'static str, fn(&TrainSettings) -> bool);
 
 /// Of two rules for an argument the first that holds counts.
@@ -54,7 +54,7 @@ const RULES: [Rule; 10] = [
     (&["milestone_factor"], "--schedule step", |settings| settings.optimizer.schedule == ScheduleKind::Step),
 ];
 
-/// A line for each argument of the command line that the settings leave no use for.
+/// A line for each argument of the command line that has no effect with these settings.
 pub fn unused(matches: &ArgMatches, settings: &TrainSettings) -> Vec<String> {
     let mut told = Vec::new();
     for (arguments, needed, _) in RULES.iter().filter(|(.., chosen)| !chosen(settings)) {

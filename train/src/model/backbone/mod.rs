@@ -27,32 +27,32 @@ use super::pooling::{Features, PoolingKind};
 use crate::data::Preprocessing;
 use crate::{Error, Result};
 
-/// Which network.
+/// The backbone network.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, serde::Serialize, serde::Deserialize,
 )]
 #[serde(rename_all = "kebab-case")]
 pub enum BackboneKind {
-    /// A small residual network (--width, --depth), trained from random weights.
+    /// A small residual network (--width, --depth) without published weights.
     #[default]
     Residual,
-    /// EfficientNet-Lite0, 3.4 M weights.
+    /// EfficientNet-Lite0 with published weights, 3.4 M.
     #[value(name = "efficientnet-lite0")]
     #[serde(rename = "efficientnet-lite0")]
     EfficientNetLite0,
-    /// ResNet-18 as torchvision's, 11.2 M weights.
+    /// ResNet-18 with torchvision's weights, 11.2 M.
     #[value(name = "resnet18")]
     #[serde(rename = "resnet18")]
     ResNet18,
-    /// ResNet-50 as torchvision's, 23.5 M weights.
+    /// ResNet-50 with torchvision's weights, 23.5 M.
     #[value(name = "resnet50")]
     #[serde(rename = "resnet50")]
     ResNet50,
-    /// BN-Inception as pretrainedmodels', 10.3 M weights.
+    /// BN-Inception with pretrainedmodels' weights, 10.3 M.
     #[value(name = "bn-inception")]
     #[serde(rename = "bn-inception")]
     BnInception,
-    /// The vision transformer ViT-S/16 as timm's and DINO's, 21.7 M weights.
+    /// The vision transformer ViT-S/16 with timm's or DINO's weights, 21.7 M.
     #[value(name = "vit-s16")]
     #[serde(rename = "vit-s16")]
     VitS16,
@@ -72,7 +72,7 @@ impl BackboneKind {
         }
     }
 
-    /// What its pictures look like.
+    /// The preprocessing of its pictures.
     #[must_use]
     pub fn preprocessing(self) -> Preprocessing {
         match self {
@@ -91,34 +91,38 @@ impl BackboneKind {
         }
     }
 
-    /// Checks what it is combined with.
+    /// Checks the settings it is combined with.
     ///
     /// # Errors
     /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) names the setting that does not go with it.
     pub fn validate(self, pooling: Option<PoolingKind>, has_weights: bool, image_size: usize) -> Result<()> {
         if self == Self::BnInception && !bn_inception::takes(image_size) {
-            return Err(Error::setting(
+            return Err(Error::misuse(
                 "image-size",
                 image_size,
-                "a size that bn-inception can halve: 96, 128, 160, 192, 224 or 227, for example",
+                "must be a size that bn-inception can halve: 96, 128, 160, 192, 224 or 227, for example",
             ));
         }
         let invalid = |name, value: &str, reason| Err(Error::misuse(name, value, reason));
         if has_weights && self == Self::Residual {
-            return invalid("weights", "", "needs --backbone NAME; the small network starts from --init");
+            return invalid(
+                "weights",
+                "",
+                "needs --backbone NAME: there are no published weights of the residual network",
+            );
         }
         if self == Self::VitS16 && !image_size.is_multiple_of(vision_transformer::PATCH) {
-            return Err(Error::setting(
+            return Err(Error::misuse(
                 "image-size",
                 image_size,
-                "a multiple of 16: vit-s16 cuts pictures into patches of 16 x 16",
+                "must be a multiple of 16: vit-s16 cuts pictures into patches of 16 x 16",
             ));
         }
         if self != Self::VitS16 && pooling == Some(PoolingKind::Cls) {
             return invalid(
                 "pooling",
                 "cls",
-                "give avg, max, avg+max or gem: this network has no class token",
+                "give avg, max, avg+max or gem: only vit-s16 has a class token",
             );
         }
         Ok(())
@@ -176,7 +180,7 @@ impl Backbone {
         }
     }
 
-    /// What files call the tensor that Burn calls `path`: the field's own name where there is one.
+    /// Name in files of published weights of the tensor that Burn calls `path`.
     #[must_use]
     pub fn file_name(&self, path: &str) -> String {
         match self {

@@ -1,4 +1,4 @@
-//! Named tensors and facts as a safetensors file whose bytes depend on nothing but its contents.
+//! Named tensors and metadata as a safetensors file; the same contents give the same bytes.
 
 use std::collections::BTreeMap;
 use std::path::Path;

@@ -2,7 +2,7 @@
 //!
 //! | file | what |
 //! | --- | --- |
-//! | `archive.rs` | tensors and facts as a file whose bytes depend on nothing else |
+//! | `archive.rs` | tensors and metadata as a file |
 //! | `optimizer.rs` | the optimizer's moments under the names of their weights |
 
 pub(super) mod archive;
@@ -28,7 +28,7 @@ pub const IMAGE_SIZE: &str = "ddtas.image-size";
 /// Key of the threshold generator's state.
 pub const GENERATOR: &str = "ddtas.generator";
 
-/// Writes `network` to `path`, replacing what is there only once the new file is complete.
+/// Writes `network` to `path`; an existing file is replaced only once the new one is complete.
 ///
 /// # Errors
 /// [`Io`](ddtas_io::Error::Io) if the file cannot be written.
@@ -122,7 +122,7 @@ impl Checkpoint {
         &self.path
     }
 
-    /// Tells checkpoints apart: CRC-32 of the file.
+    /// CRC-32 of the file, which identifies a checkpoint.
     #[must_use]
     pub fn fingerprint(&self) -> String {
         format!("{:08x}", crc32fast::hash(&self.bytes))

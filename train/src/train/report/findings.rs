@@ -1,4 +1,4 @@
-//! What a report shows, from the files of a run folder.
+//! Contents of a report, from the files of a run folder.
 
 use std::path::Path;
 
@@ -12,7 +12,7 @@ use crate::pages::encode;
 use crate::train::records::{self, EvaluationRecord, Record, StepRecord};
 use crate::{Error, Result};
 
-/// What metrics.jsonl and config.toml do not tell: written once, at the end of a run.
+/// Contents of a report that metrics.jsonl and config.toml do not hold: report.json, written at the end of a run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Findings {
     /// Name of the data set.
@@ -24,7 +24,7 @@ pub struct Findings {
     /// Whether test classes are among those that trained.
     #[serde(default)]
     pub seen: bool,
-    /// Recall of what did not learn, to compare with: raw pixels, other runs.
+    /// Recall to compare with: of raw pixels, of other runs.
     pub baselines: Vec<Baseline>,
     /// Seconds of training, without evaluations.
     pub training_seconds: f64,
@@ -84,9 +84,9 @@ pub(super) struct Report {
 }
 
 impl Report {
-    /// Whether the run began from a checkpoint.
-    pub fn continued(&self) -> bool {
-        self.settings.contains_key("init")
+    /// Whether the run began from a file, by the setting `init` or `weights`.
+    pub fn begins_with(&self, setting: &str) -> bool {
+        self.settings.contains_key(setting)
     }
 
     /// Reads the files of a run folder.

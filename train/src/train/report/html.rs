@@ -5,6 +5,7 @@ use super::plots;
 use super::strip::{self, Query};
 use crate::pages::{document, escape, figures, grouped, percent, push, section};
 use crate::train::records::EvaluationRecord;
+use crate::train::run::before_training;
 
 /// The whole page; everything that came from outside is escaped.
 pub(super) fn page(report: &Report) -> Result<String, String> {
@@ -20,7 +21,7 @@ pub(super) fn page(report: &Report) -> Result<String, String> {
     }
     let (plots, flat) = plots::plots(report)?;
     if !plots.is_empty() || !flat.is_empty() {
-        section(&mut body, "Training", "Over steps.");
+        section(&mut body, "Training", "Over the steps of the run.");
         push(&mut body, "<div class=\"plots\">");
         for plot in &plots {
             figure(&mut body, plot);
@@ -53,7 +54,7 @@ fn heading(body: &mut String, report: &Report, title: &str) {
             ),
         );
     } else {
-        push(body, "<p>This run has not ended, or was cut short: the report shows what there is.</p>");
+        push(body, "<p>This run has not ended, or was interrupted: the report shows what there is.</p>");
     }
     let mut cards = Vec::new();
     if let Some((first, best)) = first_and_best(report) {
@@ -63,8 +64,8 @@ fn heading(body: &mut String, report: &Report, title: &str) {
             cards.push((
                 format!("{after} <small>%</small>"),
                 format!(
-                    "Recall@{k}, from {before} % {}",
-                    if report.continued() { "before" } else { "untrained" }
+                    "Recall@{k}, from {before} % before {}",
+                    if report.begins_with("init") { "this run" } else { "training" }
                 ),
             ));
         }
@@ -100,24 +101,24 @@ fn recall_table(body: &mut String, report: &Report) {
     if let Some(findings) = &report.findings {
         rows.extend(findings.baselines.iter().map(|b| Row::new(&b.name, &b.recall, [None, None])));
     }
-    let untrained = match first.step {
-        0 if report.continued() => "before this run".into(),
-        0 => "untrained network".into(),
-        step => format!("after {step} steps"),
+    let after = |step: usize| format!("after {} step{}", grouped(step), if step == 1 { "" } else { "s" });
+    let before = match first.step {
+        0 => before_training(report.begins_with("init"), report.begins_with("weights")).into(),
+        step => after(step),
     };
-    rows.push(Row::of(&untrained, first));
+    rows.push(Row::of(&before, first));
     if let Some(last) = report.evaluations.last().filter(|last| last.step > first.step) {
         if best.step > first.step && best.step < last.step {
-            rows.push(Row::of(&format!("best, after {} steps", grouped(best.step)), best));
+            rows.push(Row::of(&format!("best, {}", after(best.step)), best));
         }
-        rows.push(Row::of(&format!("trained, after {} steps", grouped(last.step)), last));
+        rows.push(Row::of(&format!("trained, {}", after(last.step)), last));
     }
     let unseen = if report.findings.as_ref().is_some_and(|findings| findings.seen) { "" } else { "unseen " };
     section(
         body,
         "Retrieval",
         &format!(
-            "Recall@K on {unseen}classes, in per cent: a hit is one of the query's class among its K nearest; R-P is R-precision, M@R is MAP@R."
+            "Recall@K on {unseen}classes, in per cent: the share of queries with a picture of their class among the K nearest; R-P is R-precision, M@R is MAP@R."
         ),
     );
     let ks = first.recall.iter().map(|(k, _)| *k).collect::<Vec<_>>();
@@ -159,8 +160,9 @@ fn neighbours(body: &mut String, queries: &[Query]) {
     section(
         body,
         "Nearest neighbours",
-        "Test pictures at even distances through the set, and what the best network finds for each, nearest \
-         first, with the cosine similarity. <i class=\"right\">✓, a whole frame</i>: the same class; <i class=\"wrong\">✗, a broken frame</i>: another.",
+        "Test pictures drawn at random, and what the best network finds for each, nearest first, with the cosine \
+         similarity. <i class=\"right\">✓, solid green frame</i>: same class; <i class=\"wrong\">✗, dashed red frame</i>: \
+         another class.",
     );
     push(body, "<div class=\"scroll\"><div class=\"strip\">");
     for query in queries {
@@ -202,7 +204,7 @@ fn figure(body: &mut String, plot: &plots::Plot) {
 }
 
 fn settings(body: &mut String, table: &toml::Table) {
-    section(body, "Settings", "As in config.toml; with the seed they give the same run again.");
+    section(body, "Settings", "As in config.toml; the same settings and seed give the same run again.");
     push(body, "<dl>");
     flatten(body, "", table);
     push(body, "</dl></section>");

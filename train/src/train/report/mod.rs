@@ -1,4 +1,4 @@
-//! report.html of a run folder: one file, nothing fetched.
+//! report.html of a run folder, one file that loads nothing.
 //!
 //! The run leaves config.toml, metrics.jsonl and report.json ([`Findings`]); [`write()`]
 //! turns them into report.html, at the end of a run or any time later. neighbours.png
@@ -21,7 +21,7 @@ pub use strip::{Answer, Query, queries};
 
 /// Writes report.html from the files of a run folder, and returns its path.
 ///
-/// A run that was cut short gets a report of what there is.
+/// The report of an interrupted run shows what there is.
 ///
 /// # Errors
 /// [`Io`](ddtas_io::Error::Io) if a file is missing or cannot be written; [`Format`](ddtas_io::Error::Format) if one is not what it should be.

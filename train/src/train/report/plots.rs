@@ -1,25 +1,26 @@
-//! Lines over steps, as SVG that takes its colours from the page.
+//! The plots of a run over its steps, as SVG in the colours of the page.
 
 use ddtas_io::chart::{self, Axis, Chart, Ground, Line};
 
 use super::findings::Report;
 use crate::train::records::{EvaluationRecord, StepRecord};
+use crate::train::settings::TrainSettings;
+use ddtas::loss::baseline::PairLoss;
 
 /// As wide as a phone shows it, so that its text can be read there.
-const SIZE: (u32, u32) = (340, 210);
+const SIZE: (u32, u32) = (340, 225);
 
 /// A plot with its heading.
 pub(super) struct Plot {
     pub title: &'static str,
     /// A sentence that says how to read it.
-    pub note: &'static str,
+    pub note: String,
     /// Colour (CSS) and name of each line.
     pub legend: Vec<(String, String)>,
     pub svg: String,
 }
 
-/// The plots of a run, and what never changed in it, a line of text for each plot that would be flat; those without
-/// data are left out.
+/// The plots of a run, and a line of text in place of each plot whose lines never change; those without data are left out.
 pub(super) fn plots(report: &Report) -> Result<(Vec<Plot>, Vec<String>), String> {
     let steps = |name: &str, noisy, value: &dyn Fn(&StepRecord) -> Option<f64>| {
         let finite = |step: &StepRecord| value(step).filter(|v| v.is_finite()).map(|v| (step.step as f64, v));
@@ -38,6 +39,9 @@ pub(super) fn plots(report: &Report) -> Result<(Vec<Plot>, Vec<String>), String>
         let run = report.steps.iter().map(|record| (record.step as f64, value(record)));
         Line { name: name.into(), points: rehearsed.chain(run).collect(), is_noisy: false, is_marked: false }
     };
+    // None where another version of the program wrote them.
+    let settings: Option<TrainSettings> = report.settings.clone().try_into().ok();
+    let has_lambda = settings.as_ref().is_none_or(|settings| settings.loss == PairLoss::SoftContrastive);
     let ks: Vec<usize> =
         report.evaluations.first().map(|e| e.recall.iter().map(|&(k, _)| k).collect()).unwrap_or_default();
     let recall = ks.iter().map(|&k| {
@@ -46,29 +50,28 @@ pub(super) fn plots(report: &Report) -> Result<(Vec<Plot>, Vec<String>), String>
         let points = report.evaluations.iter().filter_map(at).collect();
         Line { name: format!("Recall@{k}"), points, is_noisy: false, is_marked: true }
     });
-    let share = "Cosine: 1 is the same direction, 0 none in common.";
+    let bold = match chart::window(report.steps.len()) {
+        1 => String::new(),
+        window => format!("Bold: mean of {window} steps."),
+    };
     let all = [
         (
-            "Recall on unseen classes, %",
-            "Share of queries with one of their class among the K nearest.",
+            "Recall@K, %",
+            "Share of queries with a picture of their class among the K nearest.".to_owned(),
             false,
             recall.collect(),
         ),
-        (
-            "Loss",
-            "Mean over the batch; the bold line is a running mean.",
-            false,
-            vec![steps("loss", true, &|s| Some(s.loss))],
-        ),
+        ("Loss", format!("Mean over the batch. {bold}"), false, vec![steps("loss", true, &|s| Some(s.loss))]),
         (
             "Mean similarity of pairs",
-            share,
+            format!("Cosine similarity. {bold}"),
             false,
             vec![steps("positive", true, &|s| s.mean_pos), steps("negative", true, &|s| s.mean_neg)],
         ),
         (
             "Mining tolerances",
-            "gamma: how far a pair may lie from the hardest opposite one and still be mined.",
+            "gamma: how far a pair may be from the hardest pair of the other kind and still be mined."
+                .to_owned(),
             false,
             vec![
                 steps("gamma positive", false, &|s| s.gamma_pos),
@@ -78,19 +81,23 @@ pub(super) fn plots(report: &Report) -> Result<(Vec<Plot>, Vec<String>), String>
         (
             LAMBDA,
             if report.rehearsal.is_empty() {
-                "lambda: the similarity at which a pair counts half."
+                "Similarity at which a pair has half its weight.".to_owned()
             } else {
-                "lambda: the similarity at which a pair counts half. Below 0 the steps of the rehearsal."
+                "Similarity at which a pair has half its weight. Steps below 0: the rehearsal.".to_owned()
             },
             false,
-            vec![
-                thresholds("lambda positive", |s| s.lambda_pos),
-                thresholds("lambda negative", |s| s.lambda_neg),
-            ],
+            if report.rehearsal.iter().chain(&report.steps).all(|s| s.lambda_pos == s.lambda_neg) {
+                vec![thresholds(if has_lambda { "lambda" } else { "margin" }, |s| s.lambda_pos)]
+            } else {
+                vec![
+                    thresholds("lambda positive", |s| s.lambda_pos),
+                    thresholds("lambda negative", |s| s.lambda_neg),
+                ]
+            },
         ),
         (
             "Mined pairs and active anchors",
-            "Per batch, logarithmic; none is drawn as 1.",
+            format!("Per batch, logarithmic; 0 is drawn as 1. {bold}"),
             true,
             vec![
                 steps("positive pairs", true, &|s| Some((s.mined_pos as f64).max(1.0))),
@@ -100,7 +107,7 @@ pub(super) fn plots(report: &Report) -> Result<(Vec<Plot>, Vec<String>), String>
         ),
         (
             "Learning rate",
-            "Of the backbone, where the head has its own; it rises in the warm-up.",
+            "Of the backbone, where the head has its own.".to_owned(),
             false,
             vec![steps("learning rate", false, &|s| Some(s.learning_rate))],
         ),
@@ -118,12 +125,13 @@ pub(super) fn plots(report: &Report) -> Result<(Vec<Plot>, Vec<String>), String>
     let of_steps = report.steps.last().map_or(1, |step| step.step + 1);
     let last = report.evaluations.last().map_or(of_steps, |evaluation| evaluation.step.max(of_steps)) as f64;
     let steps = -(report.rehearsal.len() as f64)..last;
+    let marks = settings.map_or_else(Vec::new, |settings| marks(&settings));
     let plots = moving
         .into_iter()
         .map(|(title, note, logarithmic, lines)| {
             let across = if title == LAMBDA { steps.clone() } else { 0.0..last };
-            let svg =
-                draw(&lines, across, logarithmic).map_err(|error| format!("plot \"{title}\": {error}"))?;
+            let svg = draw(&lines, across, logarithmic, &marks)
+                .map_err(|error| format!("plot \"{title}\": {error}"))?;
             let legend =
                 lines.iter().enumerate().map(|(i, line)| (chart::css(i), line.name.clone())).collect();
             Ok(Plot { title, note, legend, svg })
@@ -141,7 +149,25 @@ fn is_flat(line: &Line) -> bool {
     line.points.iter().all(|point| (point.1 - first).abs() <= 1e-9 * first.abs())
 }
 
-fn draw(lines: &[Line], across: std::ops::Range<f64>, logarithmic: bool) -> Result<String, String> {
+/// The end of the warm-up and the step from which the memory is filled, where they are within the run.
+fn marks(settings: &TrainSettings) -> Vec<(f64, String)> {
+    let warm_up = settings.warm_up_steps();
+    let memory = (settings.memory_size > 0).then(|| settings.memory_start_step());
+    let marks = match memory {
+        Some(memory) if memory == warm_up => vec![(warm_up, "end of warm-up, memory")],
+        Some(memory) => vec![(warm_up, "end of warm-up"), (memory, "memory")],
+        None => vec![(warm_up, "end of warm-up")],
+    };
+    let within = marks.into_iter().filter(|(step, _)| (1..settings.steps).contains(step));
+    within.map(|(step, name)| (step as f64, name.to_owned())).collect()
+}
+
+fn draw(
+    lines: &[Line],
+    across: std::ops::Range<f64>,
+    logarithmic: bool,
+    marks: &[(f64, String)],
+) -> Result<String, String> {
     let values = || lines.iter().flat_map(|line| line.points.iter().copied());
     let (low, high) = values().fold((f64::MAX, f64::MIN), |(l, h), (_, y)| (l.min(y), h.max(y)));
     let whole = |value: &f64| format!("{value:.0}");
@@ -156,10 +182,11 @@ fn draw(lines: &[Line], across: std::ops::Range<f64>, logarithmic: bool) -> Resu
         Axis { range: linear, is_logarithmic: false, label: &label }
     };
     let x = Axis { range: across, is_logarithmic: false, label: &whole };
-    chart::svg(&[Chart { title: None, x, x_title: None, y, lines, has_legend: false }], SIZE, Ground::Page)
+    let chart = Chart { title: None, x, x_title: Some("step"), y, lines, marks, has_legend: false };
+    chart::svg(&[chart], SIZE, Ground::Page)
 }
 
-/// Three digits that matter, without trailing noughts.
+/// A number with three significant digits or so, without trailing zeros.
 fn short(value: &f64) -> String {
     if *value != 0.0 && value.abs() < 1e-3 {
         return format!("{value:.1e}");

@@ -1,9 +1,10 @@
-//! Test pictures and their nearest neighbours, right and wrong marked.
+//! Queries and their nearest neighbours, those of the query's class marked.
 
 use image::{Rgb, RgbImage, imageops};
 use serde::{Deserialize, Serialize};
 
 use crate::data::Split;
+use crate::pages::lettering::{self, LETTER};
 use crate::pages::{Thumbnails, base64};
 use crate::train::shown::Shown;
 use crate::{Error, Result};
@@ -13,10 +14,13 @@ const THUMBNAIL: usize = 96;
 /// Width of the frame that says right or wrong.
 const FRAME: u32 = 5;
 const GAP: u32 = 8;
+/// Lines of text: above the columns, and below each picture two for the class and one for the similarity.
+const LINE: u32 = LETTER + 2;
+const CAPTION: u32 = 3 * LINE;
 pub(super) const RIGHT: [u8; 3] = [34, 160, 84];
 pub(super) const WRONG: [u8; 3] = [214, 58, 58];
 
-/// A test picture and what was found for it, nearest first.
+/// A query and its nearest neighbours.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Query {
     /// Name of its class.
@@ -40,8 +44,8 @@ pub struct Answer {
     pub png: String,
 }
 
-/// What was chosen from `split`, answered from `searched`, the same or its gallery: the queries, and all of them as one
-/// picture, a row each, the query on the left, its neighbours framed.
+/// The queries `shown` of `split` with their neighbours in `searched`, which is the same or its gallery; and all of them as
+/// one picture, a row each: the query on the left, its neighbours in frames, classes and similarities below.
 ///
 /// # Errors
 /// [`Error::Image`] if a picture can no longer be read; [`Error::Dataset`] if the splits are not those chosen from.
@@ -57,18 +61,29 @@ pub fn queries(split: &Split, searched: &Split, shown: &[Shown]) -> Result<(Vec<
             return Err(Error::Dataset("the test pictures are fewer than when the run began".into()));
         }
         let wanted = thumbnail(split, *picture)?;
-        sheet.query(row, &wanted);
+        sheet.query(row, &wanted, split.class_name(*picture));
         let answer = |(column, &(answer, similarity)): (usize, &(usize, f32))| {
             let found = thumbnail(searched, answer)?;
             let right = searched.labels()[answer] == split.labels()[*picture];
-            sheet.answer(row, column, &found, right);
             let class = searched.class_name(answer).to_string();
+            sheet.answer((row, column), &found, right, (&class, similarity));
             Ok(Answer { class, right, similarity, png: base64(&found)? })
         };
         let answers = answers.iter().enumerate().map(answer).collect::<Result<_>>()?;
         queries.push(Query { class: split.class_name(*picture).to_string(), png: base64(&wanted)?, answers });
     }
     Ok((queries, sheet.picture))
+}
+
+/// `text` in lines of `most` letters, broken at a space where there is one; what does not fit is left out.
+fn in_two_lines(text: &str, most: usize) -> [String; 2] {
+    let letters: Vec<char> = text.chars().collect();
+    let end = match letters.get(..=most) {
+        Some(start) => start.iter().rposition(|letter| *letter == ' ').unwrap_or(most),
+        None => letters.len(),
+    };
+    let (first, second) = letters.split_at(end);
+    [first.iter().collect(), second.iter().skip_while(|letter| **letter == ' ').take(most).collect()]
 }
 
 /// The queries as one picture.
@@ -81,25 +96,58 @@ impl Sheet {
 
     fn new(rows: usize, depth: usize) -> Self {
         let width = GAP + Self::CELL + 2 * GAP + depth as u32 * (Self::CELL + GAP);
-        let height = GAP + rows as u32 * (Self::CELL + GAP);
-        Self { picture: RgbImage::from_pixel(width, height, Rgb([255; 3])) }
+        let height = Self::y(rows);
+        let mut picture = RgbImage::from_pixel(width, height, Rgb([255; 3]));
+        lettering::write(&mut picture, "query", (GAP, GAP));
+        if depth > 0 {
+            lettering::write(&mut picture, "nearest first, with cosine similarity", (Self::x(0), GAP));
+        }
+        Self { picture }
     }
 
-    fn query(&mut self, row: usize, thumbnail: &RgbImage) {
+    /// Left edge of an answer.
+    fn x(column: usize) -> u32 {
+        GAP + Self::CELL + 2 * GAP + column as u32 * (Self::CELL + GAP)
+    }
+
+    /// Upper edge of a row.
+    fn y(row: usize) -> u32 {
+        GAP + LINE + row as u32 * (Self::CELL + CAPTION + GAP)
+    }
+
+    fn query(&mut self, row: usize, thumbnail: &RgbImage, class: &str) {
         self.place(thumbnail, GAP, row, [255; 3]);
+        self.caption(GAP, row, class, "");
     }
 
-    fn answer(&mut self, row: usize, column: usize, thumbnail: &RgbImage, right: bool) {
-        let x = GAP + Self::CELL + 2 * GAP + column as u32 * (Self::CELL + GAP);
+    fn answer(
+        &mut self,
+        (row, column): (usize, usize),
+        thumbnail: &RgbImage,
+        right: bool,
+        (class, similarity): (&str, f32),
+    ) {
+        let x = Self::x(column);
         self.place(thumbnail, x, row, if right { RIGHT } else { WRONG });
         if !right {
             self.break_frame(x, row);
+        }
+        self.caption(x, row, class, &format!("{similarity:.2}"));
+    }
+
+    /// The class in at most two lines, and the similarity in a line below.
+    fn caption(&mut self, x: u32, row: usize, class: &str, similarity: &str) {
+        let [first, second] = in_two_lines(class, (Self::CELL / LETTER) as usize);
+        let lines = [first, second, similarity.to_owned()].into_iter().filter(|line| !line.is_empty());
+        let y = Self::y(row) + Self::CELL + 2;
+        for (y, line) in (y..).step_by(LINE as usize).zip(lines) {
+            lettering::write(&mut self.picture, &line, (x, y));
         }
     }
 
     /// Gaps in the frame: right and wrong are told apart without their colours.
     fn break_frame(&mut self, x: u32, row: usize) {
-        let y = GAP + row as u32 * (Self::CELL + GAP);
+        let y = Self::y(row);
         // Between its corners, which stay.
         for along in (FRAME..Self::CELL - FRAME).filter(|along| along / (2 * FRAME) % 2 == 1) {
             for across in (0..FRAME).chain(Self::CELL - FRAME..Self::CELL) {
@@ -110,9 +158,24 @@ impl Sheet {
     }
 
     fn place(&mut self, thumbnail: &RgbImage, x: u32, row: usize, frame: [u8; 3]) {
-        let y = GAP + row as u32 * (Self::CELL + GAP);
+        let y = Self::y(row);
         let framed = RgbImage::from_pixel(Self::CELL, Self::CELL, Rgb(frame));
         imageops::replace(&mut self.picture, &framed, x.into(), y.into());
         imageops::replace(&mut self.picture, thumbnail, (x + FRAME).into(), (y + FRAME).into());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn class_names_are_broken_at_a_space() {
+        let lines = |text| in_two_lines(text, 13);
+        assert_eq!(lines("Robin"), ["Robin", ""]);
+        assert_eq!(lines("Audi S5 Coupe 2012"), ["Audi S5 Coupe", "2012"]);
+        assert_eq!(lines("Chrysler Sebring Convertible"), ["Chrysler", "Sebring Conve"]);
+        assert_eq!(lines("Pieds-d'alouette"), ["Pieds-d'aloue", "tte"]);
+        assert_eq!(lines("thirteen char"), ["thirteen char", ""]);
     }
 }

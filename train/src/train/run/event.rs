@@ -1,18 +1,19 @@
-//! What a run tells while it goes on, and what it came to.
+//! Progress of a run, and its outcome.
 
 use std::path::{Path, PathBuf};
 
+use ddtas::loss::baseline::PairLoss;
 use ddtas::retrieval::Recall;
 
 use crate::data::{Dataset, as_text};
 use crate::generator::Lambda;
 use crate::train::records::{EvaluationRecord, Phase, StepRecord};
 
-/// What a run tells while it goes on.
+/// Progress of a run.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Event<'a> {
-    /// The device is chosen and open.
+    /// The device has been opened.
     Computing {
         /// `cpu`, `cuda:0`: where network and loss are.
         device: &'a str,
@@ -27,6 +28,8 @@ pub enum Event<'a> {
         dataset: &'a Dataset,
         /// Where the results go.
         folder: &'a Path,
+        /// The loss: others than DDTAS's have a margin in place of lambda.
+        loss: PairLoss,
         /// Steps in an epoch.
         steps_per_epoch: usize,
         /// The part of the run that is next.
@@ -36,7 +39,7 @@ pub enum Event<'a> {
         /// Steps of that part done by an earlier process; `None` if this one began the run.
         resumed: Option<usize>,
     },
-    /// Something that takes long has begun, before there is a run.
+    /// Something slow has begun, before there is a run.
     Note(&'a str),
     /// Something the user should know; the run goes on.
     Warning(&'a str),
@@ -49,7 +52,7 @@ pub enum Event<'a> {
     },
     /// The rehearsal is over, and the run itself begins.
     Rehearsed {
-        /// What was learned, and is held.
+        /// The lambda that was learned, and stays fixed.
         lambda: Lambda,
         /// Steps of the run.
         steps: usize,
@@ -71,18 +74,18 @@ pub enum Event<'a> {
 pub enum Outcome {
     /// All steps are done.
     Finished(Box<Summary>),
-    /// It was told to stop, and can go on from its folder.
+    /// It was told to stop, and can be resumed from its folder.
     Stopped {
         /// The run folder.
         folder: PathBuf,
-        /// The part of the run that was at hand.
+        /// The part of the run that was under way.
         phase: Phase,
         /// Steps of it that are done.
         step: usize,
     },
-    /// This rank has done its share; rank 0 has the run folder, and tells what it came to.
+    /// This rank is done; rank 0 has the run folder and the outcome.
     OnRank0,
-    /// It was to go on, but had finished before.
+    /// The run to resume had already finished.
     FinishedBefore {
         /// The run folder.
         folder: PathBuf,
@@ -91,7 +94,7 @@ pub enum Outcome {
     },
 }
 
-/// What a run came to.
+/// The outcome of a run.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct Summary {
     /// The run folder.
@@ -101,6 +104,8 @@ pub struct Summary {
     pub seen: bool,
     /// Whether it began from a checkpoint, by `--init`.
     pub continued: bool,
+    /// Whether it began from pretrained weights, by `--weights`.
+    pub pretrained: bool,
     /// Recall of nearest neighbours by raw pixels.
     pub pixels: Recall,
     /// Recall of the network before training.
@@ -115,14 +120,31 @@ pub struct Summary {
     pub steps: usize,
     /// Seed of the run.
     pub seed: u64,
-    /// Steps in which nothing was mined and the weights stayed.
+    /// Steps without a mined pair, which changed no weight.
     pub steps_without_pairs: usize,
-    /// Pictures that could not be read: stand-ins used in training.
+    /// How often an unreadable training picture was replaced by another of its class.
     pub replaced: usize,
-    /// Pictures that could not be read: left out of the evaluation.
+    /// Unreadable pictures left out of the evaluation.
     pub skipped: usize,
     /// Seconds of training, without evaluations.
     pub training_seconds: f64,
-    /// Seconds in all, those of processes that it went on from among them.
+    /// Seconds in all, earlier processes of a resumed run included.
     pub total_seconds: f64,
+}
+
+impl Summary {
+    /// What the network was before the first step.
+    #[must_use]
+    pub fn before_training(&self) -> &'static str {
+        before_training(self.continued, self.pretrained)
+    }
+}
+
+/// What a network was before the first step of a run that began from a checkpoint, from pretrained weights or neither.
+pub(in crate::train) fn before_training(continued: bool, pretrained: bool) -> &'static str {
+    match (continued, pretrained) {
+        (true, _) => "before this run",
+        (false, true) => "before training (pretrained, random head)",
+        (false, false) => "before training (random weights)",
+    }
 }

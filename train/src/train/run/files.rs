@@ -1,4 +1,4 @@
-//! What rank 0 writes: the run folder with its records, event files and checkpoints.
+//! The files that rank 0 writes: the run folder with metrics.jsonl, event files and checkpoints.
 
 use std::path::Path;
 
@@ -9,7 +9,7 @@ use crate::train::records::{self, Record, RecordWriter};
 use crate::train::settings::TrainSettings;
 use crate::train::tensorboard::EventWriter;
 
-/// The files of a run at work.
+/// The open files of a run.
 pub(super) struct Files {
     pub folder: RunFolder,
     pub metrics: RecordWriter,

@@ -1,12 +1,12 @@
-//! A training run: begun, watched, stopped, gone on with.
+//! A training run, from its settings or continued from a run folder.
 //!
 //! | file | what |
 //! | --- | --- |
 //! | `setup.rs` | data, network, generator and loaders from the settings |
-//! | `steps.rs` | the steps, evaluations and checkpoints, to the end or until told to stop |
-//! | `state.rs` | what a checkpoint keeps of a run beside the network |
-//! | `files.rs` | what rank 0 writes |
-//! | `event.rs` | what a run tells, and what it came to |
+//! | `steps.rs` | the training loop with evaluations and checkpoints |
+//! | `state.rs` | the state of a run in a checkpoint, beside the network |
+//! | `files.rs` | the files that rank 0 writes |
+//! | `event.rs` | progress and outcome |
 //! | `unread.rs` | pictures that cannot be read |
 //! | `evaluation.rs` | Recall@K of the network, and of raw pixels |
 //! | `folder.rs` | where a run's files are |
@@ -34,6 +34,7 @@ use super::settings::TrainSettings;
 use crate::ranks::{Collective, together};
 use crate::{Error, Result};
 pub use evaluation::EVALUATION_CHUNK;
+pub(super) use event::before_training;
 pub use event::{Event, Outcome, Summary};
 use files::Files;
 use folder::RunFolder;
@@ -41,8 +42,8 @@ use setup::{Setup, make_engine};
 use state::RunState;
 use steps::Run;
 
-/// Settings that may change when a run goes on: none on which its result depends, except for the last bits
-/// that another device computes otherwise.
+/// Settings that may change when a run is resumed. Its result does not depend on them, except that another device may
+/// round differently.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Overrides {
     /// Where to compute.
@@ -51,9 +52,9 @@ pub struct Overrides {
     pub workers: Option<usize>,
     /// Steps between two checkpoints.
     pub checkpoint_every: Option<usize>,
-    /// Unreadable pictures that the run puts up with.
+    /// Unreadable pictures allowed.
     pub max_bad_images: Option<usize>,
-    /// Where the same pictures lie now; from then on the run's config.toml says so.
+    /// New place of the same pictures; config.toml is changed to it.
     pub data_root: Option<PathBuf>,
 }
 
@@ -69,13 +70,13 @@ impl Overrides {
 
 /// Trains a network and writes the run folder: config.toml, metrics.jsonl, event files, checkpoints, report.
 ///
-/// Once `stop` is set the run finishes its step, writes a checkpoint and returns. Of several `ranks` all call this, with the same settings: each
-/// takes its share of every batch, and rank 0 alone writes and tells.
+/// Once `stop` is set the run finishes its step, writes a checkpoint and returns. All `ranks` must call this with the same
+/// settings: each takes its share of every batch, and only rank 0 writes files and reports progress.
 ///
 /// # Errors
 /// Settings out of range, data that cannot be used, a file that cannot be written, or a run that diverged.
-/// What cuts a run short that could go on is [`Error::Interrupted`](crate::Error::Interrupted). On one rank it ends all, the others
-/// with [`Error::Rank`](crate::Error::Rank).
+/// A run that can be resumed ends with [`Error::Interrupted`](crate::Error::Interrupted). An error of one rank ends all,
+/// the others with [`Error::Rank`](crate::Error::Rank).
 pub fn train(
     settings: &TrainSettings,
     ranks: &Rc<dyn Collective>,
@@ -85,7 +86,7 @@ pub fn train(
     on_every_rank(ranks, tell, |tell| begin(settings, ranks, stop, tell))
 }
 
-/// Does `work` on this rank, of which rank 0 alone tells; an error on one rank ends all.
+/// Does `work` on this rank; only rank 0 reports progress, and an error on one rank ends all.
 fn on_every_rank<T>(
     ranks: &Rc<dyn Collective>,
     tell: &mut dyn FnMut(Event<'_>),
@@ -122,8 +123,8 @@ fn begin(
     run.train(&place, None, begun, said.collect())
 }
 
-/// Goes on with the run in `folder` from its last checkpoint, or from the beginning if it has none yet: the
-/// weights, metrics and checkpoints become the same, bit for bit, as if it had never been cut short, as long as there are as many `ranks`.
+/// Resumes the run in `folder` from its last checkpoint, or from the beginning if it has none yet. With as many `ranks` as
+/// before, weights, metrics and checkpoints are bit for bit those of a run that was never interrupted.
 /// Only rank 0 needs the folder.
 ///
 /// # Errors

@@ -18,14 +18,14 @@ use crate::train::settings::TrainSettings;
 use crate::{Error, Result};
 use ddtas::backend::{self, Backend, DeviceSpec};
 
-/// Sets the meta batches' draws apart from the training batches'.
+/// Makes the random draws of meta batches differ from those of training batches.
 const META_SEED: u64 = 0x6d65_7461;
 
-/// What trains, and who draws its batches.
+/// The training engine and the samplers of its batches.
 pub(super) struct Setup {
     pub engine: Engine,
     pub sampler: PkSampler,
-    /// Draws the generator's batches, if it takes fresh ones.
+    /// Sampler of the generator's batches, if it draws its own.
     pub meta_sampler: Option<PkSampler>,
 }
 
@@ -35,18 +35,18 @@ impl Setup {
         let by_class = dataset.train.by_class();
         let classes = settings.classes_per_batch.unwrap_or(by_class.len());
         let sampler = PkSampler::new(by_class, classes, settings.images_per_class, settings.seed)?;
-        engine.check_batch(("classes-per-batch times --images-per-class", sampler.batch_size()))?;
+        engine.check_batch(("--classes-per-batch times --images-per-class", sampler.batch_size()))?;
         let fresh_meta = engine.generator().is_some() && settings.generator.meta == MetaSource::Fresh;
         let meta_sampler = fresh_meta.then(|| meta_sampler(settings, dataset)).transpose()?;
         if let Some(sampler) = &meta_sampler {
-            engine.check_batch(("meta-classes times --meta-images", sampler.batch_size()))?;
+            engine.check_batch(("--meta-classes times --meta-images", sampler.batch_size()))?;
         }
         Ok(Self { engine, sampler, meta_sampler })
     }
 }
 
-/// An engine whose network has first weights, those of `--init`, or those of the checkpoint `last` of the run. It needs
-/// no data: files that do not fit are found before a data set is unpacked.
+/// An engine whose network has initial weights (random, of `--weights` or of `--init`), or those of the checkpoint `last` of
+/// the run. It needs no data, so that unsuitable files are found before a data set is unpacked.
 pub(super) fn make_engine(
     settings: &TrainSettings,
     (place, backend): (&Place, Box<dyn Backend>),
@@ -66,14 +66,14 @@ pub(super) fn make_engine(
     Ok(engine)
 }
 
-/// Puts the moments of the optimizer in their place where `--init` is the last checkpoint of a run, which holds them.
+/// Restores the optimizer's moments where `--init` is a checkpoint that holds them.
 pub(super) fn first_optimizer(settings: &TrainSettings, engine: &mut Engine) -> Result<()> {
     let Some(init) = settings.init.as_deref().filter(|path| !path.is_dir()) else { return Ok(()) };
     let mut archive = Checkpoint::open(init)?.into_archive();
     engine.take_optimizer(&mut archive).map_err(|reason| Error::format(init, reason))
 }
 
-/// The batches of some steps of a run, each with the generator's batch where it takes fresh ones; an iterator.
+/// Iterator over the batches of some steps of a run, each with a meta batch if the generator draws its own.
 pub(super) struct Batches {
     train: Loader,
     meta: Option<Loader>,
@@ -114,7 +114,7 @@ impl Iterator for Batches {
     }
 }
 
-/// The network that a run begins with: first weights, or those of `--init`.
+/// The network with its initial weights: random, of `--weights`, or of `--init`.
 pub(super) fn first_network(settings: &TrainSettings, device: &Device) -> Result<EmbeddingNetwork> {
     let init = settings.init.as_deref().map(Checkpoint::open).transpose()?;
     make_network(settings, init.as_ref(), device)
@@ -123,8 +123,8 @@ pub(super) fn first_network(settings: &TrainSettings, device: &Device) -> Result
 /// Held while weights are drawn.
 static DRAWING: Mutex<()> = Mutex::new(());
 
-/// A network with the weights of `stored`, or first ones, those of `--weights` or drawn from the seed: read or drawn on the CPU and then
-/// moved, so that a seed means the same weights on every device.
+/// A network with the weights of `stored`, of `--weights`, or random ones. They are read or drawn on the CPU and then
+/// moved, so that a seed gives the same weights on every device.
 fn make_network(
     settings: &TrainSettings,
     stored: Option<&Checkpoint>,
@@ -148,7 +148,7 @@ fn make_network(
     Ok(moved(network, device))
 }
 
-/// The generator in its first state; that of `resumed` runs is put in its place afterwards.
+/// The generator in its initial state; a resumed run restores its own afterwards.
 fn make_generator(settings: &TrainSettings, spec: &DeviceSpec, resumed: bool) -> Result<Option<Generator>> {
     let generator = &settings.generator;
     if generator.kind == GeneratorKind::Off {

@@ -1,7 +1,7 @@
-//! What a checkpoint keeps of a run beside tensors: as TOML, whose floats come back as the same bits.
+//! The state of a run in a checkpoint's metadata, as TOML, which keeps every bit of a float.
 //!
-//! Every random draw comes from (seed, purpose, step, position), so that the
-//! number of steps is all there is to the position of sampler, augmentation and loader.
+//! Every random draw comes from (seed, purpose, step, position), so the number of steps is the whole state of sampler,
+//! augmentation and loader.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -26,12 +26,12 @@ const RUN: &str = "ddtas.run";
 pub(super) struct RunState {
     /// Steps done, of the rehearsal or of the run itself.
     pub step: usize,
-    /// The rehearsal, if there is one, is over.
+    /// Whether the rehearsal is over.
     #[serde(default)]
     pub rehearsed: bool,
     /// Classes and pictures that train and test: the run can only go on with the same.
     pub extents: Option<[Extent; 2]>,
-    /// Tells the data set from others.
+    /// Fingerprint of the data set.
     #[serde(default)]
     pub data: Option<String>,
     /// The settings that its result depends on, as TOML.
@@ -39,17 +39,17 @@ pub(super) struct RunState {
     pub settings: Option<String>,
     /// Steps that were done at the last evaluation.
     pub evaluated: Option<usize>,
-    /// The last step, its evaluation and the report are done.
+    /// Whether the last step, its evaluation and the report are done.
     pub finished: bool,
     /// Length of metrics.jsonl at this point.
     pub metrics_bytes: u64,
-    /// Steps in which nothing was mined and the weights stayed.
+    /// Steps without a mined pair, which changed no weight.
     pub steps_without_pairs: usize,
-    /// Times that another picture stood in for an unreadable one.
+    /// How often an unreadable picture was replaced by another of its class.
     pub replaced: usize,
     /// Unreadable pictures of the test split and the gallery.
     pub skipped: usize,
-    /// Files that could not be read, and were named in a warning.
+    /// Unreadable pictures that a warning has named.
     pub unread: Unread,
     /// Recall by raw pixels.
     pub pixels: Option<Recall>,
@@ -59,7 +59,7 @@ pub(super) struct RunState {
     pub after: Option<Recall>,
     /// The best evaluation so far.
     pub best: Option<Best>,
-    /// Optimizer, thresholds and generator; the tensors lie beside.
+    /// Optimizer, thresholds and generator, without their tensors.
     pub engine: Option<EngineState>,
 }
 
@@ -73,7 +73,7 @@ impl RunState {
         }
     }
 
-    /// The state that a checkpoint holds.
+    /// Reads the state from a checkpoint.
     ///
     /// # Errors
     /// [`Format`](ddtas_io::Error::Format) if it is none of a run.
@@ -84,7 +84,7 @@ impl RunState {
         })
     }
 
-    /// Puts `engine`, whose network has the weights of `checkpoint`, where this run stood.
+    /// Restores the state of `engine`, whose network already has the weights of `checkpoint`.
     ///
     /// # Errors
     /// [`Format`](ddtas_io::Error::Format) if what the file holds does not fit the settings.
@@ -126,7 +126,7 @@ impl RunState {
         archive.write(path)
     }
 
-    /// Refuses to go on with other data.
+    /// Checks that the data set is the one the run began with.
     ///
     /// # Errors
     /// [`Error::Dataset`].
@@ -150,7 +150,7 @@ impl RunState {
         Ok(())
     }
 
-    /// Refuses to go on with a config.toml that was edited.
+    /// Checks that config.toml has the settings that the run began with.
     ///
     /// # Errors
     /// [`Format`](ddtas_io::Error::Format) names the first setting that differs.

@@ -1,4 +1,4 @@
-//! The steps of a run with its evaluations and checkpoints, to the end or until told to stop.
+//! The training loop with its evaluations and checkpoints.
 
 use std::path::Path;
 use std::rc::Rc;
@@ -24,6 +24,7 @@ use crate::train::shown::choose;
 use crate::{Error, Result};
 use ddtas::retrieval::{Metrics, Recall};
 use ddtas_io::Error as Program;
+use ddtas_io::console::counted;
 
 /// Test pictures whose neighbours the report shows, and how many of them.
 const QUERIES: usize = 10;
@@ -32,7 +33,7 @@ const NEIGHBOURS: usize = 8;
 /// Spread of a batch's embeddings, at most 1, below which the network maps every picture to one place.
 const COLLAPSED: f64 = 1e-4;
 
-/// What a run holds from its first to its last step.
+/// A run.
 pub(super) struct Run<'a> {
     pub state: RunState,
     pub settings: &'a TrainSettings,
@@ -49,13 +50,13 @@ pub(super) struct Run<'a> {
     /// Of earlier processes, in all.
     earlier: f64,
     begun: Instant,
-    /// A collapse is told once.
+    /// Whether the warning of a collapse was given.
     told_of_collapse: bool,
     stop: &'a AtomicBool,
     pub tell: &'a mut dyn FnMut(Event<'_>),
 }
 
-/// Whether the run goes on or was told to stop.
+/// Whether the run is to go on or was told to stop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Progress {
     Done,
@@ -103,8 +104,8 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Goes on from `state` to the end. `resumed` are the steps that an earlier process has done, if one began the run;
-    /// `said` is told once it has begun.
+    /// Trains from `state` to the end. `resumed` is the number of steps that an earlier process has done, if one began the
+    /// run; `said` are events to tell once it has begun.
     pub fn train(
         mut self,
         place: &Place,
@@ -143,6 +144,7 @@ impl<'a> Run<'a> {
         (self.tell)(Event::Started {
             dataset: self.dataset,
             folder: files.path(),
+            loss: self.settings.loss,
             steps_per_epoch: self.sampler.steps_per_epoch(),
             phase,
             steps: steps_of(phase, self.settings),
@@ -189,7 +191,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Learns lambda on a network of its own, if that is wanted and not done yet, and begins the run with it.
+    /// The rehearsal, if the settings ask for one and it is not done yet: learns lambda on a separate network.
     fn rehearse(&mut self) -> Result<Progress> {
         let steps = self.settings.generator.rehearsal_steps();
         if self.state.rehearsed {
@@ -252,8 +254,9 @@ impl<'a> Run<'a> {
         }
         self.told_of_collapse = true;
         (self.tell)(Event::Warning(&format!(
-            "the embeddings of step {step} have collapsed (their spread is {spread:.0e}): pictures that are all alike teach \
-             nothing; if it stays so, begin anew with a lower --learning-rate or another --init"
+            "the embeddings of step {} have collapsed: all pictures are mapped to one point (spread {spread:.0e}); if it \
+             stays so, begin anew with a lower --learning-rate or another --init",
+            step + 1
         )));
     }
 
@@ -267,7 +270,7 @@ impl<'a> Run<'a> {
         wanted && self.state.evaluated != Some(done)
     }
 
-    /// Finds what the pixels alone are worth, once in a run and on rank 0.
+    /// Recall@K of raw pixels for comparison, once in a run and on rank 0.
     fn measure_pixels(&mut self) -> Result<Progress> {
         if self.state.pixels.is_some() {
             return Ok(Progress::Done);
@@ -283,13 +286,16 @@ impl<'a> Run<'a> {
         self.note_unread_in_test(&readable)?;
         let skipped = self.test.len() - readable.len();
         if skipped > 0 {
-            (self.tell)(Event::Warning(&format!("{skipped} test pictures cannot be read and are left out")));
+            (self.tell)(Event::Warning(&format!(
+                "{} cannot be read: left out of the evaluation",
+                counted(skipped, "test picture")
+            )));
         }
         (self.state.pixels, self.state.skipped) = (Some(recall), skipped);
         Ok(Progress::Done)
     }
 
-    /// Measures Recall@K, keeps the weights if they are the best so far, and writes a checkpoint.
+    /// Measures Recall@K, saves the weights if they are the best so far, and writes a checkpoint.
     fn evaluate(&mut self) -> Result<Progress> {
         let (step, total) = (self.state.step, self.test.len());
         let tell = &mut self.tell;
@@ -303,7 +309,7 @@ impl<'a> Run<'a> {
         Ok(Progress::Done)
     }
 
-    /// Tells what an evaluation has found, and keeps the weights if they are the best so far.
+    /// Records an evaluation, and saves the weights if they are the best so far.
     fn keep(&mut self, step: usize, rows: &TestRows) -> Result<()> {
         let ks = self.test.dataset.recall_at;
         let Metrics { recall, r_precision, map_at_r } = rows.measure(self.engine.backend(), ks)?;
@@ -320,7 +326,8 @@ impl<'a> Run<'a> {
             facts.push(("ddtas.recall@1", format!("{:.4}", first(&recall))));
             let shape = self.settings.network_shape();
             checkpoint::save(&self.engine.evaluated(), &shape, &facts, &files.folder.best())?;
-            let shown = choose(&readable.queries, readable.searched(), QUERIES, |chosen| {
+            let wanted = (QUERIES, self.settings.seed);
+            let shown = choose(&readable.queries, readable.searched(), wanted, |chosen| {
                 rows.nearest(self.engine.backend(), chosen, NEIGHBOURS)
             })?;
             self.state.best = Some(Best { step, recall: recall.clone(), shown });
@@ -348,7 +355,7 @@ impl<'a> Run<'a> {
         self.state.save(&self.engine, self.settings, &self.facts()?, &files.folder.last())
     }
 
-    /// What every checkpoint says of itself.
+    /// The metadata of every checkpoint.
     fn facts(&self) -> Result<Vec<(&'static str, String)>> {
         let (step, seed) = (self.state.step, self.settings.seed);
         let mut facts = vec![
@@ -416,13 +423,13 @@ impl<'a> Run<'a> {
     fn report(&mut self, folder: &Path) -> Result<Summary> {
         if self.state.replaced > 0 {
             (self.tell)(Event::Warning(&format!(
-                "{} unreadable training pictures were met; another of the class stood in each time",
-                self.state.replaced
+                "unreadable training pictures were replaced by others of their class {}",
+                counted(self.state.replaced, "time")
             )));
         }
         if self.state.steps_without_pairs > 0 {
             (self.tell)(Event::Warning(&format!(
-                "{} of {} batches mined no pair and left the weights alone",
+                "{} of {} batches had no mined pair and changed no weight",
                 self.state.steps_without_pairs, self.settings.steps
             )));
         }
@@ -447,6 +454,7 @@ impl<'a> Run<'a> {
             folder: folder.to_path_buf(),
             seen: self.dataset.seen,
             continued: self.settings.init.is_some(),
+            pretrained: self.settings.weights.is_some(),
             pixels: pixels.clone(),
             before: before.clone(),
             best: best.recall.clone(),
@@ -463,13 +471,12 @@ impl<'a> Run<'a> {
     }
 }
 
-/// What cuts a run short that can go on once it is mended, as [`Error::Interrupted`]; of a run that diverged, which
-/// weights are still good.
+/// The error of an interrupted run, with advice: how to resume it, or which weights a diverged run leaves.
 fn cut_short(error: Error, files: &Files, state: &RunState) -> Error {
     match error {
         Error::Training(reason) => match &state.best {
             Some(best) => Error::Training(format!(
-                "{reason}; {} holds the last good weights, of step {}",
+                "{reason}; {} holds the best weights, after step {}",
                 files.folder.best().display(),
                 best.step
             )),

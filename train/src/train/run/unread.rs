@@ -10,7 +10,7 @@ use crate::ranks;
 use crate::{Error, Result};
 
 impl Run<'_> {
-    /// Counts and names the pictures of a batch that another one stands in for, on whichever rank.
+    /// Counts and names the unreadable pictures of a batch, on all ranks.
     pub fn note_unread(&mut self, step: usize, batch: &ImageBatch, meta: Option<&ImageBatch>) -> Result<()> {
         let drawn = [(Some(batch), Some(&self.sampler)), (meta, self.meta_sampler.as_ref())];
         let mut missing = Vec::new();
@@ -27,7 +27,7 @@ impl Run<'_> {
         self.state.replaced += missing.len();
         for index in missing.into_iter().collect::<BTreeSet<_>>() {
             if self.state.unread.train.insert(index) {
-                self.warn_unread(&self.dataset.train, index, "another of its class stands in")?;
+                self.warn_unread(&self.dataset.train, index, "another of its class replaces it")?;
             }
         }
         Ok(())
@@ -38,7 +38,7 @@ impl Run<'_> {
         let dataset = self.dataset;
         for index in missing(&readable.queries, dataset.test.len()) {
             if self.state.unread.test.insert(index) {
-                self.warn_unread(&dataset.test, index, "it is left out of the test")?;
+                self.warn_unread(&dataset.test, index, "it is left out of the evaluation")?;
             }
         }
         if let (Some(split), Some(read)) = (&dataset.gallery, &readable.gallery) {
@@ -58,7 +58,7 @@ impl Run<'_> {
         let count = unread.train.len() + unread.test.len() + unread.gallery.len();
         if count > most {
             return Err(Error::Dataset(format!(
-                "{count} pictures cannot be read, more than --max-bad-images {most} puts up with; the last: {reason}"
+                "{count} pictures cannot be read, more than --max-bad-images {most} allows; the last: {reason}"
             )));
         }
         (self.tell)(Event::Warning(&format!("{reason}; {remedy}")));
