@@ -48,6 +48,16 @@ impl RunFolder {
         Ok(folder)
     }
 
+    /// Removes what a process killed during a write has left. Only for the holder of the run's lock.
+    pub fn remove_partial(&self) -> Result<()> {
+        for entry in std::fs::read_dir(&self.path).map_err(Error::io("read", &self.path))?.flatten() {
+            if files::is_partial(&entry.path()) {
+                std::fs::remove_file(entry.path()).map_err(Error::io("remove", entry.path()))?;
+            }
+        }
+        Ok(())
+    }
+
     /// The settings that the run was begun with, from the bytes of its config.toml.
     pub fn settings(&self, config: &[u8]) -> Result<TrainSettings> {
         toml::from_slice(config).map_err(|error| Error::format(self.config(), error.message()))
