@@ -100,23 +100,29 @@ pub fn check_place(name: &'static str, path: &Path) -> Result<()> {
         .map_err(|error| Error::misuse(name, path.display(), format!("cannot be written: {error}")))
 }
 
-/// Checks that a result at `path` replaces none of the `inputs`, each with its setting.
+/// Checks that a result at `path` replaces none of `others`, what is read or written beside it, each with its setting.
 ///
 /// # Errors
 /// [`Error::Misused`] names both settings.
-pub fn check_apart<'a>(
+pub fn check_apart(
     name: &'static str,
     path: &Path,
-    inputs: impl IntoIterator<Item = (&'static str, &'a Path)>,
+    others: impl IntoIterator<Item = (&'static str, PathBuf)>,
 ) -> Result<()> {
-    let Ok(real) = fs::canonicalize(path) else { return Ok(()) };
-    for (input, other) in inputs {
-        if fs::canonicalize(other).is_ok_and(|other| other == real) && !is_special(path) {
-            let reason = format!("is what --{input} reads and would be overwritten; give another file");
-            return Err(Error::misuse(name, path.display(), reason));
+    let own = canonical(path).filter(|_| !is_special(path));
+    let same = |(_, other): &(_, PathBuf)| own.is_some() && canonical(other) == own;
+    match others.into_iter().find(same) {
+        Some((other, _)) => {
+            Err(Error::misuse(name, path.display(), format!("is also the file of --{other}: give another")))
         }
+        None => Ok(()),
     }
-    Ok(())
+}
+
+/// The one path of a file, which need not be there yet.
+fn canonical(path: &Path) -> Option<PathBuf> {
+    let real = target(path);
+    Some(fs::canonicalize(folder_of(&real)).ok()?.join(real.file_name()?))
 }
 
 #[cfg(all(test, unix))]
@@ -195,12 +201,12 @@ mod tests {
         let at = |name: &str| folder.path().join(name);
         fs::write(at("a"), "").unwrap();
         symlink("a", at("b")).unwrap();
-        let again = at("./a");
-        let said = check_apart("out", &at("b"), [("query", &*at("none")), ("checkpoint", &again)]);
+        let said = check_apart("out", &at("b"), [("query", at("none")), ("checkpoint", at("./a"))]);
         let said = said.unwrap_err().to_string();
-        assert!(said.contains("/b: is what --checkpoint reads"), "{said}");
-        check_apart("out", &at("c"), [("checkpoint", &*again)]).unwrap();
+        assert!(said.ends_with("/b: is also the file of --checkpoint: give another"), "{said}");
+        assert!(check_apart("plot", &at("new"), [("save-embeddings", at("./new"))]).is_err());
+        check_apart("out", &at("c"), [("checkpoint", at("a"))]).unwrap();
         let null = Path::new("/dev/null");
-        check_apart("out", null, [("embeddings", null)]).unwrap();
+        check_apart("out", null, [("embeddings", null.into())]).unwrap();
     }
 }
