@@ -47,6 +47,9 @@ pub struct Row {
     pub density: Option<String>,
     /// Length of the noise over that of a class centre, if rows were drawn so.
     pub noise: Option<f64>,
+    /// Seed the rows were drawn by; none if they were read.
+    #[serde(default)]
+    pub seed: Option<u64>,
     /// Mined negatives of active anchors over all negative pairs, 0 to 1.
     pub mined_share: f64,
     /// Median time of loss and gradient, rows and gradient in the host's memory, milliseconds.
@@ -169,6 +172,7 @@ fn measure_batch(
         threads: rayon::current_num_threads(),
         density: embeddings.density.clone(),
         noise: embeddings.noise,
+        seed: settings.embeddings.is_none().then_some(settings.seed),
         mined_share: mined_share(embeddings, &output),
         time_ms: times.median,
         time_best_ms: times.best,

@@ -76,6 +76,7 @@ mod tests {
             threads: 1,
             density: Some("late".into()),
             noise: None,
+            seed: None,
             mined_share: 0.0,
             time_ms: batch as f64,
             time_best_ms: 0.0,

@@ -120,7 +120,7 @@ impl ThroughputSettings {
             return Err(Error::Misused {
                 name: "save-embeddings",
                 value: path.display().to_string(),
-                reason: "a file holds one --batch, one --dim and one --density",
+                reason: "a file holds one --batch, one --dim and one --density".into(),
             });
         }
         if self.embeddings.is_some() && (self.batch.len() > 1 || self.dim.len() > 1) {

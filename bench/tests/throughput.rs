@@ -88,6 +88,7 @@ fn saved_embeddings_give_the_same_batch_again() {
         for field in ["batch", "references", "dim", "density", "noise", "mined_share"] {
             assert_eq!(first[0][field], again[0][field], "{field}");
         }
+        assert_eq!((&first[0]["seed"], &again[0]["seed"]), (&0.into(), &Value::Null));
         assert_eq!(again.len(), 1);
     }
 }
@@ -102,6 +103,7 @@ fn a_table_with_progress_and_a_plot() {
         (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
     assert_eq!(table.lines().count(), 4, "{table}");
     assert_eq!(progress.lines().collect::<Vec<_>>(), ["1 of 2: 40 x 16, start", "2 of 2: 80 x 16, start"]);
+    assert!(table.trim_end().ends_with(", seed 0"), "{table}");
     let svg = std::fs::read_to_string(&path).unwrap();
     assert!(svg.contains("start, D = 16") && svg.contains("extra memory, MB"));
 }
@@ -146,6 +148,13 @@ fn files_that_do_not_fit_are_named() {
         complaint(&["--embeddings", text(&path), "--batch", "10,20"])
             .contains("--batch 10,20: --embeddings goes with one")
     );
+
+    let before = std::fs::read(&path).unwrap();
+    for flag in ["--embeddings", "--save-embeddings"] {
+        let line = complaint(&[flag, text(&path), "--plot", text(&path)]);
+        assert!(line.contains(&format!("is also the file of {flag}")), "{line}");
+    }
+    assert_eq!(std::fs::read(&path).unwrap(), before);
 
     // Doubles one value of the first row.
     let mut bytes = std::fs::read(&path).unwrap();

@@ -81,6 +81,29 @@ fn a_case_with_a_wrong_expectation_fails() {
 }
 
 #[test]
+fn expectations_that_no_answer_can_meet_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("odd.safetensors");
+    let odd = |tensor: &str, at: usize, value: &[u8]| {
+        let mut bytes = std::fs::read(CASE).unwrap();
+        let header_length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let header: serde_json::Value = serde_json::from_slice(&bytes[8..8 + header_length]).unwrap();
+        let offset = header[tensor]["data_offsets"][0].as_u64().unwrap() as usize;
+        let begin = 8 + header_length + offset + at;
+        bytes[begin..begin + value.len()].copy_from_slice(value);
+        std::fs::write(&path, bytes).unwrap();
+        complaint("cpu", &[path.to_str().unwrap()])
+    };
+    for tensor in ["expected.dloss_dlambda_pos", "expected.dloss_dlambda_neg", "expected.min_pos"] {
+        let line = odd(tensor, 0, &f64::NAN.to_le_bytes());
+        assert!(line.contains(&format!("`{tensor}` holds a NaN")), "{line}");
+    }
+    // The fifth byte of a count: 2^32 more.
+    let line = odd("expected.count_pos", 4, &[1]);
+    assert!(line.contains("`expected.count_pos` holds 42949"), "{line}");
+}
+
+#[test]
 fn device_is_another_word_for_backend() {
     for device in ["cpu", "auto"] {
         verify(&["--device", device, CASE]).success();

@@ -289,9 +289,10 @@ fn difference(wanted: f64, got: f64) -> f64 {
     if error.is_nan() { f64::INFINITY } else { error }
 }
 
-/// Error over scale. Where everything expected is 0, the answer must be 0 too.
+/// Error over scale; +inf where that is NaN, which a maximum would pass over. Where everything expected is 0, the answer must be 0 too.
 fn relative(error: f64, scale: f64) -> f64 {
-    if error == 0.0 { 0.0 } else { error / scale }
+    let ratio = if error == 0.0 { 0.0 } else { error / scale };
+    if ratio.is_nan() { f64::INFINITY } else { ratio }
 }
 
 fn worst(errors: impl IntoIterator<Item = f64>) -> f64 {

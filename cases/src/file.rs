@@ -37,10 +37,25 @@ impl Case {
             file.integers(name, length)?.into_iter().map(count).collect()
         };
         let short = |name: &str| -> Result<Vec<u32>> {
-            Ok(counts(name, rows)?.into_iter().map(|count| count as u32).collect())
+            let short = |count| {
+                u32::try_from(count).map_err(|_| {
+                    Error::format(path, format!("tensor `{name}` holds {count}, more than 32 bits"))
+                })
+            };
+            counts(name, rows)?.into_iter().map(short).collect()
         };
         let count = |name: &str| counts(name, 1).map(|counts| counts[0]);
-        let float = |name: &str| file.floats(name, 1).map(|floats| floats[0]);
+        let no_nan = |name: &str, holds: bool| match holds {
+            false => Ok(()),
+            true => Err(Error::format(path, format!("tensor `{name}` holds a NaN"))),
+        };
+        let floats = |name: &str, length| -> Result<Vec<f64>> {
+            let floats = file.floats(name, length)?;
+            no_nan(name, floats.iter().any(|value| value.is_nan()))?;
+            Ok(floats)
+        };
+        let float = |name: &str| floats(name, 1).map(|floats| floats[0]);
+        no_nan("expected.grad", gradient.iter().any(|value: &f64| value.is_nan()))?;
         let expected = &mut case.expected;
         expected.loss = float("expected.loss")?;
         expected.gradient = gradient;
@@ -49,8 +64,8 @@ impl Case {
         expected.probe_neg = count("expected.probe_neg")?;
         expected.total_pos = count("expected.total_pos")?;
         expected.active = count("expected.active")?;
-        expected.min_pos = file.floats("expected.min_pos", rows)?;
-        expected.max_neg = file.floats("expected.max_neg", rows)?;
+        expected.min_pos = floats("expected.min_pos", rows)?;
+        expected.max_neg = floats("expected.max_neg", rows)?;
         expected.count_pos = short("expected.count_pos")?;
         expected.count_neg = short("expected.count_neg")?;
         expected.dloss_dlambda_pos = float("expected.dloss_dlambda_pos")?;

@@ -1,5 +1,6 @@
 //! The error of the programs, their files and their output: one line each, as the library's.
 
+use std::borrow::Cow;
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
@@ -28,7 +29,7 @@ pub enum Error {
         /// The value given; empty if there is none.
         value: String,
         /// What it needs, or what is to be given instead.
-        reason: &'static str,
+        reason: Cow<'static, str>,
     },
     /// A file does not hold what was expected.
     #[error("{path}: {reason}", path = path.display())]
@@ -71,8 +72,8 @@ impl Error {
     }
 
     /// An [`Error::Misused`].
-    pub fn misuse(name: &'static str, value: impl Display, reason: &'static str) -> Self {
-        Self::Misused { name, value: value.to_string(), reason }
+    pub fn misuse(name: &'static str, value: impl Display, reason: impl Into<Cow<'static, str>>) -> Self {
+        Self::Misused { name, value: value.to_string(), reason: reason.into() }
     }
 }
 

@@ -1,5 +1,6 @@
 //! The error of training and of what comes after it.
 
+use std::borrow::Cow;
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
@@ -63,7 +64,7 @@ impl Error {
     }
 
     /// A [`ddtas_io::Error::Misused`].
-    pub fn misuse(name: &'static str, value: impl Display, reason: &'static str) -> Self {
+    pub fn misuse(name: &'static str, value: impl Display, reason: impl Into<Cow<'static, str>>) -> Self {
         ddtas_io::Error::misuse(name, value, reason).into()
     }
 }

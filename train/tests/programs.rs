@@ -197,6 +197,63 @@ fn npy_files_are_evaluated_and_searched_with_labels_beside_them() {
 }
 
 #[test]
+fn an_output_replaces_nothing_that_is_read_or_another_program_s() {
+    fs::copy(place().join("run/best.safetensors"), place().join("cp.safetensors")).unwrap();
+    fs::write(place().join("theirs.json"), "{\"a\": 1}").unwrap();
+    let before = fs::read(place().join("cp.safetensors")).unwrap();
+    for (arguments, what) in [
+        ("embed --checkpoint cp.safetensors --images data --out ./cp.safetensors", "file of --checkpoint"),
+        ("embed --checkpoint run --images data --out run/best.safetensors", "file of --checkpoint"),
+        ("embed --checkpoint run --images data --out theirs.npy", "theirs.json would be overwritten"),
+        ("eval --checkpoint cp.safetensors --html cp.safetensors", "file of --checkpoint"),
+        (
+            "search --checkpoint run --gallery data --query data/class00/0.png --html data/class00/0.png",
+            "file of --query",
+        ),
+    ] {
+        assert_refused(&mut ddtas_train(arguments), what);
+    }
+    assert_eq!(fs::read(place().join("cp.safetensors")).unwrap(), before);
+    assert_eq!(fs::read(place().join("theirs.json")).unwrap(), b"{\"a\": 1}");
+}
+
+#[test]
+fn of_two_runs_into_one_folder_one_gets_it() {
+    let commands = ["1", "2"].map(|seed| {
+        let mut command = small_run(&place().join("shared"), 2);
+        command.args(["--dataset", "folder", "--classes-per-batch", "4", "--seed", seed, "--data-root"]);
+        command.arg(place().join("data"));
+        (seed, command)
+    });
+    let outputs = std::thread::scope(|scope| {
+        commands
+            .map(|(seed, mut command)| scope.spawn(move || (seed, command.output().unwrap())))
+            .map(|thread| thread.join().unwrap())
+    });
+    let (won, lost): (Vec<_>, Vec<_>) = outputs.into_iter().partition(|(_, output)| output.status.success());
+    assert_eq!((won.len(), lost.len()), (1, 1));
+    let said = String::from_utf8_lossy(&lost[0].1.stderr);
+    assert!(said.contains("give another --output"), "{said}");
+    let config = fs::read_to_string(place().join("shared/config.toml")).unwrap();
+    assert!(config.contains(&format!("\nseed = {}\n", won[0].0)), "{config}");
+}
+
+#[cfg(unix)]
+#[test]
+fn splits_refuses_names_that_no_line_can_hold() {
+    use std::os::unix::ffi::OsStrExt;
+    folder_of_pictures(&place().join("listed"), 4, 2);
+    let list = "splits --dataset folder --data-root listed";
+    assert_eq!(printed(list).lines().count(), 8);
+    for name in [&b"tab\t.png"[..], b"line\n.png", b"caf\xe9.png"] {
+        let odd = place().join("listed/class00").join(std::ffi::OsStr::from_bytes(name));
+        fs::copy(place().join("data/class00/0.png"), &odd).unwrap();
+        assert_refused(&mut ddtas_train(list), &format!("{odd:?} cannot be listed"));
+        fs::remove_file(odd).unwrap();
+    }
+}
+
+#[test]
 fn flips_change_embeddings_and_files_remember_them() {
     printed("embed --checkpoint run --images data --out f.safetensors --flips");
     let search = "search --checkpoint run --gallery f.safetensors --query data/class00/0.png";
@@ -284,6 +341,8 @@ fn a_run_goes_on_with_pictures_that_moved_and_not_with_an_edited_config() {
     let text = fs::read_to_string(edited.join("config.toml")).unwrap();
     fs::write(edited.join("config.toml"), text.replace("gamma = 0.1", "gamma = 0.2")).unwrap();
     assert_refused(&mut ddtas_train("--resume edited"), "gamma is 0.2, but the run began with 0.1");
+    fs::write(edited.join("config.toml"), format!("gama = 0.2\n{text}")).unwrap();
+    assert_refused(&mut ddtas_train("--resume edited"), "gama is no setting");
 }
 
 #[test]

@@ -102,7 +102,7 @@ fn what_a_kill_during_a_write_leaves_is_passed_over() {
 
     // Half a checkpoint that was not renamed yet, half a line, half an event.
     let whole = fs::read(run.join("last.safetensors")).unwrap();
-    fs::write(run.join("last.safetensors.partial"), &whole[..whole.len() / 2]).unwrap();
+    fs::write(run.join(".ddtas-1-0.partial"), &whole[..whole.len() / 2]).unwrap();
     append(&run.join("metrics.jsonl"), b"{\"kind\":\"step\",\"st");
     append(&events_of(&run)[0], &[24, 0, 0]);
     assert_finished(&finish(&resume(&run)));

@@ -12,7 +12,7 @@ use crate::model::{
     Backbone, BackboneKind, EmbeddingHead, EmbeddingNetwork, HeadKind, NetworkShape, Normalise, Pooling,
     PoolingKind, to_unit_rows,
 };
-use crate::train::checkpoint::Checkpoint;
+use crate::train::checkpoint::{BEST, Checkpoint};
 use crate::train::{EVALUATION_CHUNK, Embedded, embed_batches};
 use crate::{Error, Result};
 
@@ -28,6 +28,16 @@ pub struct PretrainedSettings {
     /// How features are pooled over the picture [default: avg; cls for vit-s16].
     #[arg(long, value_enum, requires = "backbone")]
     pub pooling: Option<PoolingKind>,
+}
+
+/// The files that a network is read from, with their settings.
+pub(super) fn files_of(
+    checkpoint: Option<&Path>,
+    pretrained: &PretrainedSettings,
+) -> Vec<(&'static str, PathBuf)> {
+    let checkpoint = checkpoint.map(|path| if path.is_dir() { path.join(BEST) } else { path.to_path_buf() });
+    let files = [("checkpoint", checkpoint), ("weights", pretrained.weights.clone())];
+    files.into_iter().filter_map(|(name, path)| Some((name, path?))).collect()
 }
 
 /// A network from a file, with the preprocessing of its pictures.

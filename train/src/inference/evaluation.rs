@@ -69,6 +69,17 @@ pub struct EvalSettings {
 }
 
 impl EvalSettings {
+    /// The files it reads, with their settings.
+    #[must_use]
+    pub fn inputs(&self) -> Vec<(&'static str, PathBuf)> {
+        let mut files = embedder::files_of(self.checkpoint.as_deref(), &self.pretrained);
+        files.extend(self.data_root.clone().map(|path| ("data-root", path)));
+        let read =
+            |path: &PathBuf| [path.clone(), path.with_extension("json"), path.with_extension("labels.npy")];
+        files.extend(self.embeddings.iter().flat_map(read).map(|path| ("embeddings", path)));
+        files
+    }
+
     /// Checks what can be told before any picture is embedded.
     fn validate(&self) -> Result<()> {
         let invalid = |name, value: usize, range| Err(Error::setting(name, value, range));

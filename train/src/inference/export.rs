@@ -5,13 +5,13 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::embedder::{Embedder, PretrainedSettings, skipped};
-use super::file::{EmbeddingsFile, Format};
+use super::embedder::{Embedder, PretrainedSettings, files_of, skipped};
+use super::file::{EmbeddingsFile, Format, check_beside};
 use super::pictures::{Pictures, bytes_of, name_of};
 use super::{Event, Skipped};
 use crate::data::as_text;
 use crate::{Error, Result};
-use ddtas_io::files::check_place;
+use ddtas_io::files::{check_apart, check_place};
 
 /// Metadata of embeddings: the folder they came from, the checkpoint they came by, the names of the labels.
 pub(super) const ROOT: &str = "ddtas.root";
@@ -71,11 +71,14 @@ pub struct Export {
 /// A checkpoint or folder that cannot be used, no readable picture, or a file that cannot be written.
 pub fn embed(settings: &EmbedSettings, tell: &mut dyn FnMut(Event<'_>)) -> Result<Export> {
     // Before the work begins.
-    if Format::of(&settings.out).is_err() {
-        let value = settings.out.display().to_string();
-        return Err(Error::misuse("out", value, "must end in .safetensors or .npy"));
-    }
+    let Ok(format) = Format::of(&settings.out) else {
+        return Err(Error::misuse("out", settings.out.display(), "must end in .safetensors or .npy"));
+    };
+    check_apart("out", &settings.out, files_of(settings.checkpoint.as_deref(), &settings.pretrained))?;
     check_place("out", &settings.out)?;
+    if format == Format::Npy {
+        check_beside(&settings.out)?;
+    }
     let begun = Instant::now();
     let embedder = Embedder::new(settings.checkpoint.as_deref(), &settings.pretrained, settings.image_size)?
         .with_flips(settings.flips);

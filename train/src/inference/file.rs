@@ -13,7 +13,7 @@ use ndarray::Array2;
 
 use super::npy;
 use crate::{Error, Result};
-use ddtas_io::files::write_atomic;
+use ddtas_io::files::{check_place, write_atomic};
 use ddtas_io::tensors::{EmbeddedRows, TensorFile, write_rows};
 
 /// Key of the rows' names in the metadata.
@@ -44,6 +44,26 @@ struct Beside {
     names: Vec<String>,
     labels: Option<Vec<i64>>,
     metadata: BTreeMap<String, String>,
+}
+
+/// Checks that the .json beside the .npy `path` can be written, and is none of another program's.
+///
+/// # Errors
+/// [`Misused`](ddtas_io::Error::Misused).
+pub(super) fn check_beside(path: &Path) -> Result<()> {
+    let beside = path.with_extension("json");
+    check_place("out", &beside)?;
+    let ours = |text: Vec<u8>| {
+        let object =
+            serde_json::from_slice::<serde_json::Map<_, serde_json::Value>>(&text).unwrap_or_default();
+        object.contains_key("names") && serde_json::from_slice::<Beside>(&text).is_ok()
+    };
+    if beside.is_file() && !std::fs::read(&beside).is_ok_and(ours) {
+        let reason =
+            format!("{} would be overwritten, which embed did not write; give another", beside.display());
+        return Err(Error::misuse("out", path.display(), reason));
+    }
+    Ok(())
 }
 
 /// The form of a file, by its extension.

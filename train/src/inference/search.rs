@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use super::embedder::{Embedder, PretrainedSettings, skipped};
+use super::embedder::{Embedder, PretrainedSettings, files_of, skipped};
 use super::export::{CHECKPOINT, FLIPS, NAME_BYTES, ROOT, ROOT_BYTES, embed_folder};
 use super::file::EmbeddingsFile;
 use super::pictures::Pictures;
@@ -41,6 +41,18 @@ pub struct SearchSettings {
     /// Where to search: auto (a GPU if there is one), cpu, cuda or cuda:N.
     #[arg(long, default_value = "auto")]
     pub device: String,
+}
+
+impl SearchSettings {
+    /// The files it reads, with their settings.
+    #[must_use]
+    pub fn inputs(&self) -> Vec<(&'static str, PathBuf)> {
+        let mut files = files_of(self.checkpoint.as_deref(), &self.pretrained);
+        files.push(("gallery", self.gallery.clone()));
+        files.push(("gallery", self.gallery.with_extension("json")));
+        files.extend(self.query.iter().map(|path| ("query", path.clone())));
+        files
+    }
 }
 
 /// What was found.

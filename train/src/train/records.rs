@@ -1,7 +1,7 @@
 //! The records in metrics.jsonl, a line of JSON each.
 
 use std::fs::{File, OpenOptions, TryLockError};
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -102,12 +102,17 @@ pub struct RecordWriter {
 }
 
 impl RecordWriter {
-    /// Creates the file, which must not be there.
+    /// Creates the file. Of two runs that do so at once, one gets it.
     ///
     /// # Errors
-    /// [`Io`](ddtas_io::Error::Io).
+    /// [`Io`](ddtas_io::Error::Io); [`Format`](ddtas_io::Error::Format) if it is there.
     pub fn create(path: &Path) -> Result<Self> {
-        let file = File::create_new(path).map_err(Error::io("create", path))?;
+        let file = File::create_new(path).map_err(|error| match error.kind() {
+            ErrorKind::AlreadyExists => {
+                Error::format(path, "belongs to another run, begun meanwhile: give another --output")
+            }
+            _ => Error::io("create", path)(error),
+        })?;
         Self::locked(file, path, 0)
     }
 

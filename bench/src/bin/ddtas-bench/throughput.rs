@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use ddtas_bench::{Row, ThroughputSettings, plot, run};
 use ddtas_io::console::{counted, print, print_json, say};
-use ddtas_io::files::{check_place, write_atomic};
+use ddtas_io::files::{check_apart, check_place, write_atomic};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::resolved;
@@ -26,7 +26,13 @@ pub struct ThroughputArguments {
 }
 
 pub fn throughput(mut arguments: ThroughputArguments) -> ddtas_io::Result<()> {
-    arguments.plot.as_deref().map_or(Ok(()), |path| check_place("plot", path))?;
+    if let Some(path) = &arguments.plot {
+        let (read, saved) =
+            (arguments.settings.embeddings.clone(), arguments.settings.save_embeddings.clone());
+        let others = [("embeddings", read), ("save-embeddings", saved)];
+        check_apart("plot", path, others.into_iter().filter_map(|(name, path)| Some((name, path?))))?;
+        check_place("plot", path)?;
+    }
     arguments.settings.device = resolved(arguments.settings.device);
     let progress = Progress::new(arguments.json || arguments.quiet);
     let rows = run(&arguments.settings, &mut |index, count, name| progress.show(index, count, name));
@@ -105,7 +111,9 @@ fn table(out: &mut impl Write, rows: &[Row]) -> io::Result<()> {
     if let Some(row) = rows.first() {
         let products = if row.tf32 { ", multiplied in TF32" } else { "" };
         let (backend, threads) = (&row.backend, counted(row.threads, "CPU thread"));
-        writeln!(out, "{backend}, {threads}, {} rows{products}", format!("{:?}", row.dtype).to_lowercase())?;
+        let seed = row.seed.map_or(String::new(), |seed| format!(", seed {seed}"));
+        let dtype = format!("{:?}", row.dtype).to_lowercase();
+        writeln!(out, "{backend}, {threads}, {dtype} rows{products}{seed}")?;
     }
     Ok(())
 }

@@ -12,6 +12,11 @@ pub struct SplitsArguments {
     dataset: DatasetSettings,
 }
 
+/// Whether a reader of lines with tabs would take `text` apart.
+fn breaks_lines(text: &str) -> bool {
+    text.contains(['\t', '\n', '\r'])
+}
+
 /// Prints class, split and path of each picture, separated by tabs; warnings go to standard error.
 pub fn splits(arguments: &SplitsArguments) -> Result<()> {
     let dataset = arguments.dataset.open(&mut |line| say(line))?;
@@ -25,7 +30,12 @@ pub fn splits(arguments: &SplitsArguments) -> Result<()> {
                 let reason = "only whole files can be listed: give a data set on disk, without --crop-to-box";
                 return Err(Error::misuse("dataset", "", reason));
             };
-            lines.push(format!("{class}\t{name}\t{}", path.display()));
+            let Some(path) = path.to_str().filter(|path| !breaks_lines(path) && !breaks_lines(class)) else {
+                return Err(Error::Dataset(format!(
+                    "{path:?} cannot be listed: its name or its class's has a tab or a line break, or is no UTF-8; rename it"
+                )));
+            };
+            lines.push(format!("{class}\t{name}\t{path}"));
         }
     }
     Ok(print(|out| lines.iter().try_for_each(|line| writeln!(out, "{line}")))?)

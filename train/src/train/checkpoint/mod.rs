@@ -20,7 +20,7 @@ use crate::model::{EmbeddingNetwork, NetworkShape};
 use crate::{Error, Result};
 
 /// Name of the best checkpoint in a run folder.
-pub(super) const BEST: &str = "best.safetensors";
+pub(crate) const BEST: &str = "best.safetensors";
 /// Key of the network's shape in a checkpoint's metadata.
 const SHAPE: &str = "ddtas.network";
 /// Key of the side of the pictures, in pixels.

@@ -19,8 +19,7 @@ pub(super) struct Files {
 impl Files {
     /// A new run's.
     pub fn create(settings: &TrainSettings, dataset: &str) -> Result<Self> {
-        let folder = RunFolder::create(settings, dataset)?;
-        let metrics = RecordWriter::create(&folder.metrics())?;
+        let (folder, metrics) = RunFolder::create(settings, dataset)?;
         let events = EventWriter::create(folder.path(), settings.generator.rehearsal_steps(), None)?;
         Ok(Self { folder, metrics, events })
     }

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::train::checkpoint::BEST;
+use crate::train::records::RecordWriter;
 use crate::train::settings::TrainSettings;
 use crate::{Error, Result};
 use ddtas_io::files;
@@ -23,8 +24,8 @@ impl RunFolder {
     }
 
     /// Creates the run folder: the one asked for, which must be new or empty, or the next free number under
-    /// runs/. Writes config.toml.
-    pub fn create(settings: &TrainSettings, dataset: &str) -> Result<Self> {
+    /// runs/. Creates metrics.jsonl, whose lock makes the folder this run's, then config.toml.
+    pub fn create(settings: &TrainSettings, dataset: &str) -> Result<(Self, RecordWriter)> {
         let config = text_of(settings)?;
         let path = match &settings.output {
             Some(path) => {
@@ -35,8 +36,9 @@ impl RunFolder {
             None => numbered(Path::new("runs"), dataset)?,
         };
         let folder = Self { path };
+        let metrics = RecordWriter::create(&folder.metrics())?;
         files::write_atomic(&folder.config(), config.as_bytes())?;
-        Ok(folder)
+        Ok((folder, metrics))
     }
 
     /// The folder of an earlier run.
@@ -48,9 +50,27 @@ impl RunFolder {
         Ok(folder)
     }
 
+    /// Removes what a process killed during a write has left. Only for the holder of the run's lock.
+    pub fn remove_partial(&self) -> Result<()> {
+        for entry in std::fs::read_dir(&self.path).map_err(Error::io("read", &self.path))?.flatten() {
+            if files::is_partial(&entry.path()) {
+                std::fs::remove_file(entry.path()).map_err(Error::io("remove", entry.path()))?;
+            }
+        }
+        Ok(())
+    }
+
     /// The settings that the run was begun with, from the bytes of its config.toml.
     pub fn settings(&self, config: &[u8]) -> Result<TrainSettings> {
-        toml::from_slice(config).map_err(|error| Error::format(self.config(), error.message()))
+        let bad = |error: toml::de::Error| Error::format(self.config(), error.message());
+        let settings: TrainSettings = toml::from_slice(config).map_err(bad)?;
+        let given: toml::Table = toml::from_slice(config).map_err(bad)?;
+        // What is not a setting would be passed over: flattened structs cannot deny it.
+        let known = toml::Table::try_from(&settings).unwrap_or_default();
+        match given.keys().find(|key| !known.contains_key(key.as_str())) {
+            Some(key) => Err(Error::format(self.config(), format!("{key} is no setting: take it out"))),
+            None => Ok(settings),
+        }
     }
 
     /// Writes config.toml anew.

@@ -155,6 +155,9 @@ fn go_on(
     overrides.apply(&mut settings);
     settings.validate()?;
     let metrics = writes.then(|| RecordWriter::reopen(&folder.metrics())).transpose()?;
+    if writes {
+        folder.remove_partial()?;
+    }
     let last = folder.last();
     let there = writes && last.exists();
     let bytes = ranks.broadcast(if there { read(&last)? } else { Vec::new() })?;
