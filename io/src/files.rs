@@ -125,7 +125,8 @@ fn canonical(path: &Path) -> Option<PathBuf> {
     Some(fs::canonicalize(folder_of(&real)).ok()?.join(real.file_name()?))
 }
 
-#[cfg(all(test, unix))]
+#[cfg(unix)]
+#[cfg(test)]
 mod tests {
     use std::os::unix::fs::{FileTypeExt, symlink};
 

@@ -246,9 +246,10 @@ fn splits_refuses_names_that_no_line_can_hold() {
     let list = "splits --dataset folder --data-root listed";
     assert_eq!(printed(list).lines().count(), 8);
     for name in [&b"tab\t.png"[..], b"line\n.png", b"caf\xe9.png"] {
-        let odd = place().join("listed/class00").join(std::ffi::OsStr::from_bytes(name));
+        let below = Path::new("listed/class00").join(std::ffi::OsStr::from_bytes(name));
+        let odd = place().join(&below);
         fs::copy(place().join("data/class00/0.png"), &odd).unwrap();
-        assert_refused(&mut ddtas_train(list), &format!("{odd:?} cannot be listed"));
+        assert_refused(&mut ddtas_train(list), &format!("{below:?} cannot be listed"));
         fs::remove_file(odd).unwrap();
     }
 }
