@@ -347,7 +347,8 @@ _NO_FORWARD_MODE = "the loss of ddtas has no forward-mode derivative (jvp, jacfw
 
 
 class _Traced(torch.autograd.Function):
-    """The loss for torch's compiler and transforms, which must see all that is saved as an output."""
+    """The loss for torch's compiler and transforms, which must see all that is saved as an output. The compiler takes none with
+    a `jvp`: `_forward_mode` refuses it."""
 
     @staticmethod
     def forward(
@@ -368,10 +369,6 @@ class _Traced(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         return tuple(_backward(ctx, upstream, False))
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise NotImplementedError(_NO_FORWARD_MODE)
 
 
 class _Eager(torch.autograd.Function):
