@@ -3,7 +3,7 @@
 use ddtas::backend::Backend;
 use ddtas::loss::{self, Batch, Rows};
 use ddtas::retrieval::{Recall, Sought, judge, recall};
-use ddtas::threads::available;
+use ddtas::threads::{MOST_THREADS, available};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
@@ -20,7 +20,10 @@ use crate::workspace::Context;
 impl Context {
     #[new]
     #[pyo3(signature = (threads = None, budget = None))]
-    fn new(threads: Option<usize>, budget: Option<usize>) -> PyResult<Self> {
+    fn new(threads: Option<Bound<'_, PyAny>>, budget: Option<Bound<'_, PyAny>>) -> PyResult<Self> {
+        let threads =
+            threads.map(|value| whole(&value, "threads", &format!("1 to {MOST_THREADS}"))).transpose()?;
+        let budget = budget.map(|value| whole(&value, "budget", "bytes, 0 to 2^64 - 1")).transpose()?;
         Self::make(threads, budget)
     }
 
@@ -223,8 +226,9 @@ impl Context {
         rows: &Bound<'py, PyAny>,
         labels: &Bound<'py, PyAny>,
         steps: usize,
-        seed: u64,
+        seed: Bound<'py, PyAny>,
     ) -> PyResult<f64> {
+        let seed = whole(&seed, "seed", "0 to 2^64 - 1")? as u64;
         let side = (Matrix::new("queries", rows)?, Labels::new("labels of the queries", labels)?);
         side.0.float()?;
         let rows = sides::rows(&side)?;
@@ -297,12 +301,15 @@ pub fn found(recall: Recall) -> Found {
 /// # Errors
 /// `TypeError` for what is no integer, `ValueError` for one that is out of range.
 pub fn positive(ks: &[Bound<'_, PyAny>]) -> PyResult<Vec<usize>> {
-    let one = |k: &Bound<'_, PyAny>| {
-        let refused = |error: PyErr| match error.is_instance_of::<PyTypeError>(k.py()) {
-            true => PyTypeError::new_err(format!("recall-at = {k} must be an integer")),
-            false => PyValueError::new_err(format!("recall-at = {k} is out of range: 1 to 2^64 - 1")),
-        };
-        k.extract::<usize>().map_err(refused)
+    ks.iter().map(|k| whole(k, "recall-at", "1 to 2^64 - 1")).collect()
+}
+
+/// # Errors
+/// As [`positive`], with the name and the range of the argument.
+fn whole(value: &Bound<'_, PyAny>, name: &str, range: &str) -> PyResult<usize> {
+    let refused = |error: PyErr| match error.is_instance_of::<PyTypeError>(value.py()) {
+        true => PyTypeError::new_err(format!("{name} = {value} must be an integer")),
+        false => PyValueError::new_err(format!("{name} = {value} is out of range: {range}")),
     };
-    ks.iter().map(one).collect()
+    value.extract::<usize>().map_err(refused)
 }

@@ -27,6 +27,8 @@ class Engine:
 
     def __init__(self, threads: int | None = None, budget: int | None = None, allow_tf32: bool = False) -> None:
         self.threads, self.budget, self.allow_tf32 = threads, budget, allow_tf32
+        if isinstance(budget, int) and not 0 <= budget < 2**64:
+            raise ValueError(f"workspace_budget = {budget} is out of range: bytes, 0 to 2^64 - 1")
         self.host = _ddtas.Context(threads, budget)
         # Made for the first tensor in a GPU's memory; only a build with the feature `cuda` has the type.
         self.gpu: Any = None
@@ -149,6 +151,12 @@ def check_labels(name: str, labels: Tensor) -> None:
     check_tensor(f"the {name}", labels)
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
         raise TypeError(f"the {name} must be integers, not {str(labels.dtype).removeprefix('torch.')}")
+    if labels.dtype == torch.uint64 and labels.device.type != "meta" and not torch.compiler.is_compiling():
+        # torch orders no uint64, and as int64 they wrap.
+        wrapped = labels.view(torch.int64)
+        beyond = wrapped[wrapped < 0].tolist()
+        if beyond:
+            raise ValueError(f"label {beyond[0] + 2**64} of the {name} is beyond int64")
 
 
 def check_side(name: str, embeddings: Tensor, labels: Tensor, labels_name: str) -> None:

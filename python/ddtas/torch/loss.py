@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..settings import Mining, Settings
-from .engine import NO_INDICES, Engine, check_side, refuse_arguments, unit_rows
-from .operator import CHECKED, STATISTICS, UNCHECKED, WAITED_FOR, loss_of
+from .engine import NO_INDICES, Engine, check_labels, check_side, refuse_arguments, unit_rows
+from .operator import CHECKED, STATISTICS, UNCHECKED, WAITED_FOR, check_one_device, loss_of
 from .parts import loss_of_ranks
-from .ranks import Ranks, Scale, between_graphs
+from .ranks import Ranks, Scale, between_graphs, telling
 
 Check = bool | Literal["wait"]
 
@@ -133,6 +133,7 @@ class SoftContrastiveLoss(nn.Module):
                 raise ValueError("references and reference_labels belong together: give both or neither")
             if ref_emb is not None and ref_labels is not None:
                 check_side("references", ref_emb, ref_labels, "labels of the references")
+                check_one_device(embeddings, "references", ref_emb)
         except (TypeError, ValueError) as error:
             if self.ranks is not None:
                 self.ranks.fail(error)
@@ -158,6 +159,15 @@ class SoftContrastiveLoss(nn.Module):
 
         `identity`, `[B]`, numbers the references that are the rows themselves. `check=False` is for rows that were checked.
         """
+        with telling(self.ranks):
+            check_labels("labels", labels)
+            if references is not None:
+                check_one_device(rows, "references", references)
+            if reference_labels is not None:
+                check_labels("labels of the references", reference_labels)
+            if identity is not None:
+                check_labels("identity", identity)
+                identity = identity.to(rows.device, torch.int64)
         return self._loss(rows, labels, references, reference_labels, identity, False, self._check if check else UNCHECKED)
 
     def _loss(

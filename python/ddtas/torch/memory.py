@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .engine import NO_INDICES, check_labels, check_tensor, refuse_arguments
 from .loss import SoftContrastiveLoss
-from .operator import UNCHECKED, good_rows
+from .operator import UNCHECKED, good_rows, which_are_unit
 from .ranks import Ranks, between_graphs, telling
 
 
@@ -245,6 +245,32 @@ class CrossBatchMemory(nn.Module):
         self.calls = state.get("calls", self.calls)
         if not full:
             self._forget(index)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        """Refuses a queue that would fail, or silently spoil, every later call; nothing of it is taken then."""
+        self._check_state(*(state_dict.get(prefix + name) for name in ("embedding_memory", "label_memory", "_extra_state")))
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+    def _check_state(self, rows: Any, labels: Any, state: Any) -> None:
+        """What is missing, or of another shape, torch refuses itself."""
+        filled = self.memory_size
+        if state is not None:
+            index, calls = state["queue_idx"], state.get("calls", 0)
+            if not isinstance(index, int) or not 0 <= index < self.memory_size:
+                raise ValueError(f"queue_idx = {index} of the saved memory must be an integer from 0 to {self.memory_size - 1}")
+            if not isinstance(calls, int) or calls < 0:
+                raise ValueError(f"calls = {calls} of the saved memory must be an integer of at least 0")
+            if not state["has_been_filled"]:
+                filled = index
+        if labels is not None:
+            check_labels("labels of the saved memory", labels)
+        if rows is None or rows.ndim != 2 or self.loss._check == UNCHECKED:
+            return
+        if not rows.is_floating_point():
+            raise TypeError(f"the rows of the saved memory must be floating-point numbers, not {rows.dtype}")
+        bad = (~which_are_unit(rows[:filled])).nonzero()
+        if len(bad):
+            raise ValueError(f"row {int(bad[0])} of the saved memory is not finite or has no unit length")
 
     def extra_repr(self) -> str:
         """Sizes as `print(model)` shows them."""

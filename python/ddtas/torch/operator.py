@@ -74,20 +74,71 @@ def _answers(rows: Tensor, references: Tensor | None, reference_gradient: bool) 
     )
 
 
+def check_call(call: Call) -> None:
+    """Refuses what would be read beyond its memory, or as another type than it has: addresses alone go on."""
+    rows, labels, references, reference_labels, identity = call[:5]
+    if rows.dtype not in TYPES:
+        raise TypeError(f"the anchors must be float32, float16, bfloat16 or float64, not {_name(rows.dtype)}")
+    if rows.ndim != 2:
+        raise ValueError(f"the anchors must have 2 dimensions, rows and entries, not {rows.ndim}")
+    _check_integers("labels", labels, rows, rows)
+    if references is None:
+        if reference_labels is not None:
+            raise ValueError("references and reference_labels belong together: give both or neither")
+        if identity is not None:
+            raise ValueError("identity says which references are anchors, and there are no references")
+        return
+    if reference_labels is None:
+        raise ValueError("references and reference_labels belong together: give both or neither")
+    if references.dtype != rows.dtype:
+        raise TypeError(f"the references must be {_name(rows.dtype)}, as the anchors are, not {_name(references.dtype)}")
+    if references.ndim != 2:
+        raise ValueError(f"the references must have 2 dimensions, rows and entries, not {references.ndim}")
+    check_one_device(rows, "references", references)
+    _check_integers("labels of the references", reference_labels, references, rows)
+    if identity is not None:
+        _check_integers("identity", identity, rows, rows)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_integers(name: str, given: Tensor, side: Tensor, rows: Tensor) -> None:
+    """One for each row of `side`, where the anchors are."""
+    if given.dtype != torch.int64:
+        raise TypeError(f"the {name} must be int64, not {_name(given.dtype)}")
+    if given.shape != side.shape[:1]:
+        raise ValueError(f"the {name} must be [{side.shape[0]}], not {list(given.shape)}")
+    check_one_device(rows, name, given)
+
+
+def check_one_device(rows: Tensor, name: str, given: Tensor) -> None:
+    if given.device != rows.device:
+        raise ValueError(f"the {name} are on {given.device}, and the anchors on {rows.device}: move them there")
+
+
+def laid_out(tensor: Tensor) -> Tensor:
+    """The tensor row-major without gaps, at an address that its type can be read from."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
+
+
 def _fake(call: Call) -> Answers:
+    for name, given in zip(Call._fields[1:5], call[1:5]):
+        if given is not None:
+            check_one_device(call.rows, name, given)
     return _answers(call.rows, call.references, call.reference_gradient)
 
 
 def _on_cpu(call: Call) -> Answers:
+    check_call(call)
     rows, labels, references, reference_labels, identity, lambda_pos, lambda_neg = call[:7]
     mining, numbers, normalize, reference_gradient, check, engine = call[7:]
     where = engine_of(engine)
     if lambda_pos is not None or lambda_neg is not None:
         numbers = with_lambdas(numbers, lambda_pos, lambda_neg)
-    kind = TYPES.get(rows.dtype)
-    if kind is None:
-        got = str(rows.dtype).removeprefix("torch.")
-        raise TypeError(f"the anchors must be float32, float16, bfloat16 or float64, not {got}")
+    kind = TYPES[rows.dtype]
     if rows.shape[0] == 0 or (references is not None and references.shape[0] == 0):
         return of_nothing(where, rows, labels, references, numbers, reference_gradient)
     unit: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -95,14 +146,14 @@ def _on_cpu(call: Call) -> Answers:
         # The scalar reference takes unit rows.
         unit = [unit_rows(side) for side in (rows, references) if side is not None]
         rows, references, normalize = unit[0][0], unit[-1][0] if len(unit) > 1 else None, False
-    rows, labels = rows.contiguous(), labels.contiguous()
+    rows, labels = laid_out(rows), laid_out(labels)
     anchors = (rows.data_ptr(), labels.data_ptr(), *rows.shape, kind)
     others, named = None, 0
     if references is not None and reference_labels is not None:
-        references, reference_labels = references.contiguous(), reference_labels.contiguous()
+        references, reference_labels = laid_out(references), laid_out(reference_labels)
         others = (references.data_ptr(), reference_labels.data_ptr(), *references.shape, TYPES[references.dtype])
         if identity is not None:
-            identity = identity.contiguous()
+            identity = laid_out(identity)
             named = identity.data_ptr()
     wide = torch.float64 if kind == 3 else torch.float32
     loss = torch.empty((), dtype=wide, device="cpu")
@@ -126,6 +177,7 @@ def _on_cpu(call: Call) -> Answers:
 
 def _on_gpu(call: Call) -> Answers:
     """Issues the loss, and waits for nothing."""
+    check_call(call)
     rows, labels, references, reference_labels, identity, lambda_pos, lambda_neg = call[:7]
     mining, numbers, normalize, reference_gradient, check, engine = call[7:]
     where = engine_of(engine)
@@ -133,8 +185,8 @@ def _on_gpu(call: Call) -> Answers:
     if rows.shape[0] == 0 or (references is not None and references.shape[0] == 0):
         return of_nothing(where, rows, labels, references, numbers, reference_gradient)
     # Held until everything is issued: torch gives memory away in the order of the stream.
-    held = [side.contiguous() for side in (rows, references) if side is not None]
-    marks = [mark.contiguous() for mark in (labels, reference_labels) if mark is not None]
+    held = [laid_out(side) for side in (rows, references) if side is not None]
+    marks = [laid_out(mark) for mark in (labels, reference_labels) if mark is not None]
     loss, gradient, back, statistics = _answers(rows, references, reference_gradient)
     thresholds = _on_device(rows, numbers, lambda_pos, lambda_neg)
     if thresholds is None:
@@ -291,8 +343,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Answers) -> None:
     ctx.save_for_backward(rows, kept, lambda_pos, lambda_neg, *output[1:])
 
 
+_NO_FORWARD_MODE = "the loss of ddtas has no forward-mode derivative (jvp, jacfwd): use backward or torch.func.grad"
+
+
 class _Traced(torch.autograd.Function):
-    """The loss for torch's compiler and transforms, which must see all that is saved as an output."""
+    """The loss for torch's compiler and transforms, which must see all that is saved as an output. The compiler takes none with
+    a `jvp`: `_forward_mode` refuses it."""
 
     @staticmethod
     def forward(
@@ -339,6 +395,16 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         return tuple(_backward(ctx, upstream, True))
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(_NO_FORWARD_MODE)
+
+
+def _forward_mode() -> bool:
+    """Whether a transform asks for the derivative along a tangent, which the operator would silently leave out."""
+    functorch: Any = torch._C._functorch
+    return any(level.key() == functorch.TransformType.Jvp for level in functorch.get_interpreter_stack() or ())
+
 
 def loss_of(
     rows: Tensor,
@@ -358,12 +424,17 @@ def loss_of(
     """The loss, differentiable by the first four; `compute` stands for the operator, which a compiler does not see then."""
     reference_gradient = references is not None and references.requires_grad
     given = (labels, reference_labels, identity, mining, numbers, normalize, reference_gradient, check, engine)
-    if compute is None and (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
+    transformed = torch._C._are_functorch_transforms_active()
+    if transformed and _forward_mode():
+        raise NotImplementedError(_NO_FORWARD_MODE)
+    if compute is None and (torch.compiler.is_compiling() or transformed):
         if not any(side is not None and side.requires_grad for side in (rows, references, lambda_pos, lambda_neg)):
             # torch 2.11 cannot trace a function whose inputs require no gradient.
             loss: Tensor = _operator(rows, labels, references, reference_labels, identity, lambda_pos, lambda_neg, *given[3:])[0]
             return loss
         answers: tuple[Tensor, ...] = _Traced.apply(rows, references, lambda_pos, lambda_neg, *given)
         return answers[0]
+    if torch._C._is_tracing():
+        raise NotImplementedError("the loss of ddtas cannot be traced by torch.jit.trace: use torch.export or torch.compile")
     loss = _Eager.apply(rows, references, lambda_pos, lambda_neg, given, compute)
     return loss

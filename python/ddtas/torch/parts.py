@@ -14,7 +14,8 @@ from torch import Tensor
 from ..part import Part
 from ..settings import Mining, Settings
 from .engine import Engine, bad_row, engine_of, unit_rows
-from .operator import STATISTICS, TYPES, UNCHECKED, WORDS, Answers, Call, of_nothing, which_are_unit, with_lambdas
+from .operator import STATISTICS, TYPES, UNCHECKED, WORDS, Answers, Call
+from .operator import check_call, laid_out, of_nothing, which_are_unit, with_lambdas
 from .ranks import Meeting, Ranks
 
 _SUMS = STATISTICS.index("probe_neg")
@@ -29,11 +30,14 @@ def loss_of_ranks(ranks: Ranks, call: Call) -> Answers:
     unit, error = rows, None
     try:
         ranks.check_device(rows)
+        check_call(call)
         unit = _unit_rows(where, call)
     except (TypeError, ValueError, RuntimeError) as refused:
         error = refused
-    against = "each other" if call.references is None else f"{call.references.shape[0]} references"
-    about = f"rows of {rows.shape[1]} {rows.dtype} on {rows.device.type} against {against}, {settings}, {ranks.gradient}"
+    about = ""
+    if error is None:
+        against = "each other" if call.references is None else f"{call.references.shape[0]} references"
+        about = f"rows of {rows.shape[1]} {rows.dtype} on {rows.device.type} against {against}, {settings}, {ranks.gradient}"
     meeting = ranks.meet(rows, about, error)
     references = call.references
     if meeting.total == 0 or (references is not None and references.shape[0] == 0):
@@ -64,7 +68,7 @@ def _unit_rows(where: Engine, call: Call) -> Tensor:
         raise TypeError(f"with a process group the anchors must be float32, float16 or bfloat16, not {got}")
     if call.references is not None and call.references.requires_grad:
         raise ValueError("references must not require a gradient with a process group: they are constants, the same everywhere")
-    rows = rows.detach().contiguous()
+    rows = laid_out(rows.detach())
     if rows.numel() == 0:
         return rows
     unit = rows
@@ -155,7 +159,7 @@ class _HostSteps:
         active = (pos > 0) & (neg > 0)
         call = self.batch.call
         if call.normalize and self.found.numel():
-            rows = call.rows.detach().contiguous()
+            rows = laid_out(call.rows.detach())
             self.where.host.lead_back_at((rows.data_ptr(), 0, *rows.shape, TYPES[rows.dtype]), self.found.data_ptr())
         statistics = {
             "loss": loss.loss,

@@ -55,6 +55,9 @@ def evaluate(
     context: Any = SHARED.searcher(rows) if rows.is_cuda else None
     marks = None if gallery_labels is None else gallery_labels.cpu()
     if isinstance(identity, Tensor):
+        check_labels("identity", identity)
+        if identity.shape != rows.shape[:1]:
+            raise ValueError(f"the identity must be [{rows.shape[0]}], not {list(identity.shape)}")
         identity = identity.cpu()
     return evaluation.evaluate(
         rows.cpu(), labels.cpu(), others, marks, ks, identity=identity, nmi=nmi, seed=seed, context=context

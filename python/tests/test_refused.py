@@ -1,0 +1,246 @@
+"""What the operator, the loss and the memory refuse: no tensor is read beyond its memory, or as another type than it has."""
+
+import ddtas
+import numpy as np
+import pytest
+from formula import unit_rows
+
+torch = pytest.importorskip("torch", reason="torch is not installed: its tests do not run")
+
+import torch.autograd.forward_ad as forward_ad  # noqa: E402
+from ddtas.torch import CrossBatchMemory, SoftContrastiveLoss, evaluate, recall_at_k  # noqa: E402
+from ddtas.torch import operator, parts  # noqa: E402
+
+DIM = 8
+NUMBERS = [0.1, 0.1, 0.1, 0.5, 40.0, 2.0, 0.7, 0.7]
+BEYOND = torch.tensor([0, 0, 2**63 + 1], dtype=torch.uint64)
+
+
+def batch(count=12, seed=0):
+    rows, labels = unit_rows(count, DIM, seed)
+    return torch.tensor(rows, dtype=torch.float32), torch.tensor(labels)
+
+
+def call(rows, labels, references=None, reference_labels=None, identity=None):
+    given = (rows, labels, references, reference_labels, identity, None, None)
+    return torch.ops.ddtas.loss(*given, "at-asms", NUMBERS, True, references is not None, 1, 0)
+
+
+ROWS, LABELS = batch()
+OTHERS, OTHER_LABELS = batch(23, seed=1)
+NOBODY = torch.full((12,), -1)
+REFUSED = {
+    "labels missing": ((ROWS, LABELS[:0]), ValueError, r"the labels must be \[12\], not \[0\]"),
+    "labels short": ((ROWS, LABELS[:3]), ValueError, r"the labels must be \[12\], not \[3\]"),
+    "labels 2-d": ((ROWS, LABELS[:, None]), ValueError, r"the labels must be \[12\], not \[12, 1\]"),
+    "labels int8": ((ROWS, LABELS.to(torch.int8)), TypeError, "the labels must be int64, not int8"),
+    "labels float": ((ROWS, LABELS.float()), TypeError, "the labels must be int64, not float32"),
+    "rows int": ((LABELS[:, None], LABELS), TypeError, "the anchors must be float32, .* not int64"),
+    "rows 1-d": ((ROWS[:, 0], LABELS), ValueError, "the anchors must have 2 dimensions"),
+    "references alone": ((ROWS, LABELS, OTHERS), ValueError, "belong together"),
+    "reference labels alone": ((ROWS, LABELS, None, OTHER_LABELS), ValueError, "belong together"),
+    "references double": ((ROWS, LABELS, OTHERS.double(), OTHER_LABELS), TypeError, "the references must be float32, .* not float64"),
+    "references single": ((ROWS.double(), LABELS, OTHERS, OTHER_LABELS), TypeError, "the references must be float64, .* not float32"),
+    "references 3-d": ((ROWS, LABELS, OTHERS[None], OTHER_LABELS), ValueError, "the references must have 2 dimensions"),
+    "references narrow": ((ROWS, LABELS, OTHERS[:, :5], OTHER_LABELS), ValueError, "5"),
+    "reference labels short": (
+        (ROWS, LABELS, OTHERS, OTHER_LABELS[:5]), ValueError, r"the labels of the references must be \[23\], not \[5\]",
+    ),
+    "reference labels int32": (
+        (ROWS, LABELS, OTHERS, OTHER_LABELS.int()), TypeError, "the labels of the references must be int64, not int32",
+    ),
+    "identity short": ((ROWS, LABELS, OTHERS, OTHER_LABELS, NOBODY[:1]), ValueError, r"the identity must be \[12\], not \[1\]"),
+    "identity int32": ((ROWS, LABELS, OTHERS, OTHER_LABELS, NOBODY.int()), TypeError, "the identity must be int64, not int32"),
+    "identity of nothing": ((ROWS, LABELS, None, None, NOBODY), ValueError, "there are no references"),
+    "labels elsewhere": ((ROWS, LABELS.to("meta")), ValueError, "the labels are on meta, and the anchors on cpu"),
+    "references elsewhere": (
+        (ROWS, LABELS, OTHERS.to("meta"), OTHER_LABELS), ValueError, "the references are on meta, and the anchors on cpu",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_operator_refuses(name):
+    given, error, message = REFUSED[name]
+    with pytest.raises(error, match=message) as raised:
+        call(*given)
+    assert "\n" not in str(raised.value)
+    if "elsewhere" not in name and name != "references narrow":
+        # The operator on a GPU asks the same first.
+        whole = operator.Call(*given, *[None] * (7 - len(given)), "at-asms", NUMBERS, True, False, 1, 0)
+        with pytest.raises(error, match=message):
+            operator._on_gpu(whole)
+
+
+class OnlyRank:
+    gradient = "mean"
+
+    def check_device(self, rows):
+        pass
+
+    def meet(self, rows, about, error):
+        raise error
+
+
+def test_a_group_asks_the_same_before_it_meets():
+    for given in ((ROWS, LABELS[:3]), (ROWS[:, 0], LABELS), (ROWS, LABELS.int())):
+        whole = operator.Call(*given, *[None] * 5, "at-asms", NUMBERS, True, False, 1, 0)
+        with pytest.raises((TypeError, ValueError), match="the (labels|anchors) must"):
+            parts.loss_of_ranks(OnlyRank(), whole)
+
+
+def moved(tensor):
+    """The same values at an odd address."""
+    memory = bytearray(tensor.numel() * tensor.element_size() + 1)
+    memory[1:] = tensor.numpy().tobytes()
+    view = torch.frombuffer(memory, dtype=tensor.dtype, offset=1).view(tensor.shape)
+    if not view.data_ptr() % 2:
+        view = torch.frombuffer(bytearray(1) + memory, dtype=tensor.dtype, offset=2).view(tensor.shape)
+    assert view.data_ptr() % 2 and torch.equal(view, tensor)
+    return view
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+def test_tensors_at_odd_addresses_have_the_same_loss(dtype):
+    given = (ROWS.to(dtype), LABELS, OTHERS.to(dtype), OTHER_LABELS, NOBODY)
+    for want, got in zip(call(*given), call(*map(moved, given))):
+        assert torch.equal(want, got)
+
+
+def test_evaluate_of_a_loss_reads_no_more_than_there_is():
+    loss = SoftContrastiveLoss()
+    with pytest.raises(ValueError, match=r"the labels must be \[12\], not \[3\]"):
+        loss.evaluate(ROWS, LABELS[:3])
+    with pytest.raises(ValueError, match=r"the identity must be \[12\], not \[1\]"):
+        loss.evaluate(ROWS, LABELS, OTHERS, OTHER_LABELS, NOBODY[:1])
+    with pytest.raises(ValueError, match=r"the labels of the references must be \[23\], not \[2\]"):
+        loss.evaluate(ROWS, LABELS, OTHERS, OTHER_LABELS[:2])
+    for marks in (LABELS.float(), LABELS.bool()):
+        with pytest.raises(TypeError, match="the labels must be integers"):
+            loss.evaluate(ROWS, marks)
+    known = torch.arange(12)
+    want = loss.evaluate(ROWS, LABELS, ROWS, LABELS, known)
+    assert loss.evaluate(ROWS, LABELS.to(torch.int8), ROWS, LABELS.int(), known.int()) == want
+
+
+def test_a_search_reads_no_more_than_there_is():
+    for search in (evaluate, recall_at_k):
+        with pytest.raises(ValueError, match="labels of the queries: expected 12, got 3"):
+            search(ROWS, LABELS[:3])
+    with pytest.raises(ValueError, match=r"the identity must be \[12\], not \[1\]"):
+        evaluate(ROWS, LABELS, OTHERS, OTHER_LABELS, identity=NOBODY[:1])
+    with pytest.raises(ValueError, match="labels of the references: expected 23, got 3"):
+        evaluate(ROWS, LABELS, OTHERS, OTHER_LABELS[:3])
+    with pytest.raises(TypeError, match="identity must be integers"):
+        evaluate(ROWS, LABELS, OTHERS, OTHER_LABELS, identity=NOBODY.float())
+    with pytest.raises(ValueError, match="seed = -1 is out of range"):
+        evaluate(ROWS, LABELS, nmi=True, seed=-1)
+
+
+def test_references_elsewhere_are_refused():
+    loss = SoftContrastiveLoss()
+    message = "the references are on meta, and the anchors on cpu"
+    with pytest.raises(ValueError, match=message):
+        loss(ROWS, LABELS, ref_emb=OTHERS.to("meta"), ref_labels=OTHER_LABELS)
+    with pytest.raises(ValueError, match=message):
+        loss.evaluate(ROWS, LABELS, OTHERS.to("meta"), OTHER_LABELS)
+
+
+def test_labels_beyond_int64_are_refused():
+    loss = SoftContrastiveLoss()
+    rows, beyond = ROWS[:3], f"label {2**63 + 1} of the labels.* is beyond int64"
+    for refused in (
+        lambda: loss(rows, BEYOND),
+        lambda: loss.evaluate(rows, BEYOND),
+        lambda: loss(rows, LABELS[:3], ref_emb=rows, ref_labels=BEYOND),
+        lambda: CrossBatchMemory(loss, DIM, 20)(rows, BEYOND),
+        lambda: recall_at_k(rows, BEYOND),
+        lambda: evaluate(rows, BEYOND),
+    ):
+        with pytest.raises(ValueError, match=beyond):
+            refused()
+    small = LABELS.abs()
+    assert loss(ROWS, small.to(torch.uint64)) == loss(ROWS, small)
+
+
+def test_a_forward_mode_derivative_is_refused_and_not_zero():
+    loss = SoftContrastiveLoss()
+    tangent = torch.ones_like(ROWS)
+
+    def of(rows):
+        return loss(rows, LABELS)
+
+    def dual():
+        with forward_ad.dual_level():
+            return of(forward_ad.make_dual(ROWS, tangent))
+
+    def compiled(rows, tangent):
+        return torch.func.jvp(of, (rows,), (tangent,))[1]
+
+    for refused in (
+        lambda: torch.func.jvp(of, (ROWS,), (tangent,)),
+        lambda: torch.func.jacfwd(of)(ROWS),
+        lambda: torch.func.jvp(torch.func.grad(of), (ROWS,), (tangent,)),
+        lambda: torch.func.jvp(torch.func.vmap(of), (ROWS[None],), (tangent[None],)),
+        lambda: torch.compile(compiled, backend="aot_eager")(ROWS, tangent),
+        dual,
+    ):
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            refused()
+    assert torch.func.grad(of)(ROWS).any()
+
+
+def test_a_trace_of_torchscript_is_refused():
+    with pytest.raises(NotImplementedError, match="cannot be traced by torch.jit.trace"):
+        torch.jit.trace(SoftContrastiveLoss(), (ROWS, LABELS))
+
+
+def saved():
+    memory = CrossBatchMemory(SoftContrastiveLoss(), DIM, 20)
+    memory(ROWS, LABELS)
+    return memory, memory.state_dict()
+
+
+def test_a_spoilt_memory_is_not_loaded():
+    memory, good = saved()
+    rows = good["embedding_memory"]
+    nan = torch.where(torch.arange(20)[:, None] == 4, torch.nan, rows)
+    extra = good["_extra_state"]
+    for name, spoilt, error, message in (
+        ("_extra_state", extra | {"queue_idx": -5}, ValueError, "queue_idx = -5 of the saved memory"),
+        ("_extra_state", extra | {"queue_idx": 20}, ValueError, "queue_idx = 20 of the saved memory"),
+        ("_extra_state", extra | {"queue_idx": 1.5}, ValueError, "queue_idx = 1.5 of the saved memory"),
+        ("_extra_state", extra | {"calls": -1}, ValueError, "calls = -1 of the saved memory"),
+        ("embedding_memory", nan, ValueError, "row 4 of the saved memory"),
+        ("embedding_memory", rows * 1e20, ValueError, "row 0 of the saved memory"),
+        ("embedding_memory", rows.long(), TypeError, "the rows of the saved memory"),
+        ("label_memory", good["label_memory"].float(), TypeError, "the labels of the saved memory"),
+    ):
+        other = CrossBatchMemory(SoftContrastiveLoss(), DIM, 20)
+        with pytest.raises(error, match=message) as raised:
+            other.load_state_dict(good | {name: spoilt})
+        assert "\n" not in str(raised.value) and other.filled == 0 and not (other.label_memory >= 0).any()
+    # What lies behind the rows of a queue that is not full is not looked at.
+    rest = torch.where(torch.arange(20)[:, None] >= 12, torch.nan, rows)
+    other = CrossBatchMemory(SoftContrastiveLoss(), DIM, 20)
+    other.load_state_dict(good | {"embedding_memory": rest})
+    assert other(ROWS, LABELS) == memory(ROWS, LABELS) and other.filled == 20
+    # A loss that does not check takes any row.
+    CrossBatchMemory(SoftContrastiveLoss(check=False), DIM, 20).load_state_dict(good | {"embedding_memory": nan})
+
+
+def test_numbers_out_of_range_are_named():
+    for refused, message in (
+        (lambda: SoftContrastiveLoss(workspace_budget=-1), "workspace_budget = -1 is out of range"),
+        (lambda: SoftContrastiveLoss(workspace_budget=2**64), "workspace_budget = 18446744073709551616 is out of range"),
+        (lambda: SoftContrastiveLoss(threads=-1), "threads = -1 is out of range: 1 to 1024"),
+        (lambda: ddtas.Context(-1), "threads = -1 is out of range: 1 to 1024"),
+        (lambda: ddtas.Context(None, -1), "budget = -1 is out of range"),
+        (lambda: ddtas.evaluate(ROWS.numpy(), LABELS.numpy(), nmi=True, seed=-1), "seed = -1 is out of range"),
+        (lambda: ddtas.evaluate(ROWS.numpy(), LABELS.numpy(), nmi=True, seed=2**64), "seed = .* is out of range"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refused()
+    with pytest.raises(TypeError, match="threads = two must be an integer"):
+        ddtas.Context("two")
+    assert ddtas.Context(np.int64(2), 1000).threads == 2
