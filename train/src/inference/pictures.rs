@@ -34,7 +34,10 @@ impl Pictures {
         for entry in entries.filter_entry(visible) {
             match entry {
                 Ok(entry) if entry.file_type().is_dir() => {}
-                Ok(entry) if is_picture(entry.path()) => paths.push(entry.into_path()),
+                // A pipe of that name would be waited for.
+                Ok(entry) if is_picture(entry.path()) && entry.file_type().is_file() => {
+                    paths.push(entry.into_path())
+                }
                 Ok(entry) => passed.note(entry.path()),
                 Err(error) if error.loop_ancestor().is_some() => passed.count("links in a circle"),
                 // Hidden names are not asked for where there is no entry.
