@@ -143,4 +143,16 @@ mod tests {
         assert!(root.join(crate::data::name_of_bytes(&kept[&1])).is_file());
         assert_eq!(name_of(&pictures.paths[1]), "caf\u{fffd}/1.png");
     }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_pipe_named_like_a_picture_is_passed_over() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("1.png"), b"").unwrap();
+        let pipe = std::process::Command::new("mkfifo").arg(folder.path().join("2.png")).status();
+        assert!(pipe.unwrap().success());
+        let pictures = Pictures::below(folder.path()).unwrap();
+        assert_eq!(pictures.paths, [PathBuf::from("1.png")]);
+        assert!(pictures.passed_over.is_some());
+    }
 }

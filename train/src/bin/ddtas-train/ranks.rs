@@ -94,7 +94,7 @@ fn refuse_launchers() -> Result<()> {
 /// # Errors
 /// [`ddtas::Error::Unavailable`] if the system refuses a thread.
 pub fn share_processors(ranks: usize) -> Result<()> {
-    let asked = std::env::var("RAYON_NUM_THREADS").ok().and_then(|text| text.parse().ok());
+    let asked = std::env::var("RAYON_NUM_THREADS").ok().and_then(|text| text.parse::<usize>().ok());
     let threads = asked.filter(|count| *count > 0).unwrap_or_else(|| {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         (processors / ranks).max(1)
