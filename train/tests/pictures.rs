@@ -130,6 +130,25 @@ fn every_format_is_read_whatever_the_file_is_called() {
 }
 
 #[test]
+fn a_header_that_announces_more_pixels_than_memory_is_an_unreadable_picture() {
+    let mut png = encoded(flag(), ImageFormat::Png);
+    png[16..24].copy_from_slice(&[0, 1, 0x86, 0xa0, 0, 1, 0x86, 0xa0]);
+    // The header's checksum, without which it is no header.
+    let sum = crc32fast::hash(&png[12..29]).to_be_bytes();
+    png[29..33].copy_from_slice(&sum);
+    let said = read(&png).unwrap_err();
+    assert!(said.contains("100000 x 100000 pixels"), "{said}");
+    // Without its end, which is decoded another way.
+    let mut jpeg = jpeg(&flag(), 75);
+    let frame = jpeg.windows(2).position(|pair| pair == [0xff, 0xc0]).unwrap();
+    jpeg[frame + 5..frame + 9].copy_from_slice(&[0xff, 0xdc, 0xff, 0xdc]);
+    for length in [jpeg.len(), jpeg.len() - 2] {
+        let said = read(&jpeg[..length]).unwrap_err();
+        assert!(said.contains("65500 x 65500 pixels"), "{said}");
+    }
+}
+
+#[test]
 fn what_is_transparent_shows_white() {
     let glass = RgbaImage::from_fn(3, 1, |x, _| Rgba([200, 100, 0, [0, 128, 255][x as usize]]));
     for format in [ImageFormat::Png, ImageFormat::WebP, ImageFormat::Tiff] {
@@ -201,9 +220,11 @@ fn lists_are_the_split() {
     assert_eq!(dataset.train.class_names(), ["7", "blue"]);
     assert_eq!(dataset.test.class_names(), ["d", "e"]);
     assert_eq!((dataset.train.len(), dataset.test.len()), (4, 4));
-    for (list, what) in
-        [("d/0.png\nd/9.png\n", "line 2: there is no picture"), ("d/0.png\n", "names 1 classes")]
-    {
+    for (list, what) in [
+        ("d/0.png\nd/9.png\n", "line 2: there is no picture"),
+        ("d/0.png\n", "names 1 classes"),
+        ("d/0.png\ne/0.png\nd/./0.png\n", "line 3: names"),
+    ] {
         fs::write(root.join("test.txt"), list).unwrap();
         let said = open(root, None).unwrap_err().to_string();
         assert!(said.contains("test.txt") && said.contains(what), "{said}");

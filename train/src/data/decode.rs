@@ -3,7 +3,7 @@
 use std::io::Cursor;
 use std::path::Path;
 
-use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, RgbImage, imageops};
+use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, RgbImage, imageops};
 use zune_jpeg::zune_core::bytestream::ZCursor;
 use zune_jpeg::zune_core::options::DecoderOptions;
 
@@ -42,15 +42,28 @@ pub(super) fn decode(path: &Path) -> Result<RgbImage, String> {
 }
 
 fn decode_bytes(bytes: &[u8], format: ImageFormat) -> Result<DynamicImage, String> {
-    let decoded =
-        ImageReader::with_format(Cursor::new(bytes), format).into_decoder().and_then(|mut decoder| {
-            let orientation = decoder.orientation()?;
-            let mut picture = DynamicImage::from_decoder(decoder)?;
-            picture.apply_orientation(orientation);
-            Ok(picture)
-        });
-    // Some decoders' reasons have several lines.
-    decoded.map_err(|error| error.to_string().split_whitespace().collect::<Vec<_>>().join(" "))
+    let mut decoder = decoder_of(bytes, format)?;
+    let orientation = decoder.orientation().map_err(one_line)?;
+    let mut picture = DynamicImage::from_decoder(decoder).map_err(one_line)?;
+    picture.apply_orientation(orientation);
+    Ok(picture)
+}
+
+/// A decoder that has read the header, if the pixels that the header announces are no more than memory may be taken for.
+fn decoder_of(bytes: &[u8], format: ImageFormat) -> Result<impl ImageDecoder, String> {
+    let reader = ImageReader::with_format(Cursor::new(bytes), format);
+    let decoder = reader.into_decoder().map_err(one_line)?;
+    // `into_decoder` hands the limits on, but the buffer of all pixels is not the decoder's.
+    if Limits::default().reserve(decoder.total_bytes()).is_err() {
+        let (width, height) = decoder.dimensions();
+        return Err(format!("its {width} x {height} pixels take more than 512 MiB"));
+    }
+    Ok(decoder)
+}
+
+/// Some decoders' reasons have several lines.
+fn one_line(error: image::ImageError) -> String {
+    error.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 /// The decoder fills up what is missing of a JPEG that ends early. So one without an end marker is decoded strictly, again
@@ -65,6 +78,7 @@ fn decode_jpeg(bytes: &[u8]) -> Result<DynamicImage, String> {
     if ends(&bytes[scan..]) {
         return decode_bytes(bytes, ImageFormat::Jpeg);
     }
+    decoder_of(bytes, ImageFormat::Jpeg)?;
     // Half an end marker is none.
     let bytes = bytes.strip_suffix(&[0xff]).unwrap_or(bytes);
     let ended = |filling: u8| [bytes, &[filling; 64], &END].concat();

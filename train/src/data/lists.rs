@@ -3,6 +3,7 @@
 //! A line is a picture's path, from the folder of the list or absolute, and its class, apart by a tab, a comma or blanks;
 //! without a class it is the picture's folder. Empty lines, and those that begin with `#`, say nothing.
 
+use std::collections::HashSet;
 use std::ffi::OsString;
 use std::fs;
 use std::path::Path;
@@ -14,7 +15,7 @@ use crate::{Error, Result};
 /// The sides that the lists in `root` name; none where there are no lists.
 ///
 /// # Errors
-/// [`Format`](ddtas_io::Error::Format) for a line whose picture is not there or that has no class, and for a list that names
+/// [`Format`](ddtas_io::Error::Format) for a line whose picture is not there or stands above it, or that has no class, and for a list that names
 /// fewer than two classes.
 pub(super) fn sides(root: &Path) -> Result<Option<Sides>> {
     let list = |name: &str| Some(root.join(format!("{name}.txt"))).filter(|path| path.is_file());
@@ -24,7 +25,7 @@ pub(super) fn sides(root: &Path) -> Result<Option<Sides>> {
 
 fn classes(root: &Path, list: &Path) -> Result<Files> {
     let text = fs::read(list).map_err(Error::io("read", list))?;
-    let mut classes = Files::new();
+    let (mut classes, mut listed) = (Files::new(), HashSet::new());
     for (number, line) in text.split(|&byte| byte == b'\n').enumerate() {
         let line = line.trim_ascii();
         if line.is_empty() || line.starts_with(b"#") {
@@ -35,6 +36,9 @@ fn classes(root: &Path, list: &Path) -> Result<Files> {
         let path = root.join(name_of_bytes(path));
         if !path.is_file() {
             return Err(bad(format!("there is no picture {}", path.display())));
+        }
+        if !listed.insert(path.clone()) {
+            return Err(bad(format!("names {} again, which would find itself", path.display())));
         }
         let folder = || path.parent().and_then(Path::file_name).map(OsString::from);
         let class = class.map(name_of_bytes).or_else(folder).ok_or_else(|| bad("names no class".into()))?;

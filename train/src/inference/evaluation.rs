@@ -124,6 +124,8 @@ pub struct Evaluation {
     pub metrics: Metrics,
     /// Normalised mutual information of classes and k-means clusters, if it was asked for.
     pub nmi: Option<f64>,
+    /// Seed of its k-means.
+    pub nmi_seed: Option<u64>,
     /// Pictures left out because they cannot be read.
     pub skipped: Vec<Skipped>,
     /// Backend that searched.
@@ -271,6 +273,7 @@ fn measure(
         gallery: gallery.map(|rows| rows.labels.len()),
         metrics,
         nmi,
+        nmi_seed: settings.nmi.then_some(settings.seed),
         skipped: Vec::new(),
         backend: backend.name(),
         embedding_seconds: 0.0,

@@ -34,7 +34,10 @@ impl Pictures {
         for entry in entries.filter_entry(visible) {
             match entry {
                 Ok(entry) if entry.file_type().is_dir() => {}
-                Ok(entry) if is_picture(entry.path()) => paths.push(entry.into_path()),
+                // A pipe of that name would be waited for.
+                Ok(entry) if is_picture(entry.path()) && entry.file_type().is_file() => {
+                    paths.push(entry.into_path())
+                }
                 Ok(entry) => passed.note(entry.path()),
                 Err(error) if error.loop_ancestor().is_some() => passed.count("links in a circle"),
                 // Hidden names are not asked for where there is no entry.
@@ -139,5 +142,17 @@ mod tests {
         assert_eq!(kept.keys().collect::<Vec<_>>(), [&1]);
         assert!(root.join(crate::data::name_of_bytes(&kept[&1])).is_file());
         assert_eq!(name_of(&pictures.paths[1]), "caf\u{fffd}/1.png");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_pipe_named_like_a_picture_is_passed_over() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("1.png"), b"").unwrap();
+        let pipe = std::process::Command::new("mkfifo").arg(folder.path().join("2.png")).status();
+        assert!(pipe.unwrap().success());
+        let pictures = Pictures::below(folder.path()).unwrap();
+        assert_eq!(pictures.paths, [PathBuf::from("1.png")]);
+        assert!(pictures.passed_over.is_some());
     }
 }

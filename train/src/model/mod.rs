@@ -55,6 +55,28 @@ pub struct NetworkShape {
     pub head: HeadKind,
 }
 
+impl NetworkShape {
+    /// Its numbers by their flags, each with the least and the most it may be.
+    pub(crate) fn sizes(&self) -> Vec<Size> {
+        let mut sizes = vec![("embedding-dim", self.embedding_dim, 1, 65_536, "1 to 65536")];
+        if self.backbone == BackboneKind::Residual {
+            sizes.push(("width", self.width, 1, 4096, "1 to 4096"));
+            sizes.push(("depth", self.depth, 1, 64, "1 to 64"));
+        }
+        sizes
+    }
+
+    /// At least as many bytes as its weights take: of the convolutions of the last stage.
+    pub(crate) fn least_bytes(&self) -> usize {
+        let float = size_of::<f32>();
+        let convolutions = 9 * (4 * self.width).pow(2) * self.depth;
+        float * convolutions.max(self.embedding_dim)
+    }
+}
+
+/// Name, value, the least and the most it may be, and these as text.
+pub(crate) type Size = (&'static str, usize, usize, usize, &'static str);
+
 impl std::fmt::Display for NetworkShape {
     /// As the flags that make it.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

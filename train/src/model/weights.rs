@@ -148,11 +148,11 @@ fn is_left_out(name: &str) -> bool {
 
 /// Every tensor of a file, without what all names begin with.
 fn read(path: &Path) -> Result<BTreeMap<String, Stored>> {
-    let mut start = [0; 8];
+    let mut start = [0; 9];
     let mut file = std::fs::File::open(path).map_err(Error::io("read", path))?;
+    let length = file.metadata().map_err(Error::io("read", path))?.len();
     let is_torch = match std::io::Read::read_exact(&mut file, &mut start) {
-        // A pickle begins with its version, a zip archive with its mark; a safetensors file with the length of a header.
-        Ok(()) => start[0] == 0x80 || start.starts_with(b"PK") || &start[..2] == b"\x8a\x0a",
+        Ok(()) => is_torch(start, length),
         Err(_) => return Err(Error::format(path, "is too short to hold weights")),
     };
     let mut tensors = if is_torch { read_torch(path)? } else { read_safetensors(path)? };
@@ -162,6 +162,14 @@ fn read(path: &Path) -> Result<BTreeMap<String, Stored>> {
         }
     }
     Ok(tensors)
+}
+
+/// Tells a file by how it begins: a pickle with its version, a zip archive with its mark, and a safetensors file with the
+/// length of its header, whose first bytes may be the same.
+fn is_torch(start: [u8; 9], length: u64) -> bool {
+    let [header @ .., brace] = start;
+    let is_safetensors = brace == b'{' && u64::from_le_bytes(header) < length;
+    !is_safetensors && (start[0] == 0x80 || start.starts_with(b"PK") || start.starts_with(b"\x8a\x0a"))
 }
 
 fn read_safetensors(path: &Path) -> Result<BTreeMap<String, Stored>> {
@@ -206,4 +214,20 @@ fn guarded<T>(read: impl FnOnce() -> std::result::Result<T, String>) -> std::res
 
 fn one_line(error: &dyn std::fmt::Display) -> String {
     error.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_header_length_may_begin_like_a_pickle_or_an_archive() {
+        for first in [*b"\x80\x02", *b"PK", *b"\x8a\x0a"] {
+            let start = [first[0], first[1], 0, 0, 0, 0, 0, 0, b'{'];
+            assert!(!is_torch(start, 1 << 20), "{first:?}");
+            assert!(is_torch(start, 100), "{first:?}: the header would not fit the file");
+            assert!(is_torch([first[0], first[1], 3, 4, 5, 6, 7, 8, 9], 1 << 20), "{first:?}");
+        }
+        assert!(!is_torch(*b"\x40\0\0\0\0\0\0\0{", 1 << 20));
+    }
 }

@@ -77,8 +77,8 @@ fn times(evaluation: &Evaluation) -> String {
         parts.push(format!("{:.1} s to embed", evaluation.embedding_seconds));
     }
     parts.push(format!("{:.1} s to search", evaluation.search_seconds));
-    if evaluation.nmi.is_some() {
-        parts.push(format!("{:.1} s to cluster", evaluation.clustering_seconds));
+    if let Some(seed) = evaluation.nmi_seed {
+        parts.push(format!("{:.1} s to cluster (seed {seed})", evaluation.clustering_seconds));
     }
     format!("{} on {}", parts.join(", "), evaluation.backend)
 }

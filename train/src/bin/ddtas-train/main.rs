@@ -104,14 +104,20 @@ fn main() -> ExitCode {
     if let Some(preset) = matches.get_one::<Preset>("preset") {
         matches = parsed(preset.apply(command()));
     }
-    let Arguments { command: chosen, resume, ranks, preset, quiet, json, settings } =
+    let Arguments { command: chosen, resume, ranks: on, preset, quiet, json, settings } =
         Arguments::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
     let done = |()| ExitCode::SUCCESS;
     let output = train::Output { quiet, json };
     let code = match (chosen, resume) {
-        (Some(Command::Eval(arguments)), _) => eval::eval(&arguments, quiet).map(done),
-        (Some(Command::Embed(arguments)), _) => embed::embed(&arguments, quiet).map(done),
-        (Some(Command::Search(arguments)), _) => search::search(&arguments, quiet).map(done),
+        (Some(Command::Eval(arguments)), _) => {
+            ranks::share_processors(1).and_then(|()| eval::eval(&arguments, quiet)).map(done)
+        }
+        (Some(Command::Embed(arguments)), _) => {
+            ranks::share_processors(1).and_then(|()| embed::embed(&arguments, quiet)).map(done)
+        }
+        (Some(Command::Search(arguments)), _) => {
+            ranks::share_processors(1).and_then(|()| search::search(&arguments, quiet)).map(done)
+        }
         (Some(Command::Splits(arguments)), _) => splits::splits(&arguments).map(done),
         (Some(Command::Completions(arguments)), _) => shell::completions(&arguments, command()).map(done),
         (Some(Command::Man(arguments)), _) => shell::man(&arguments, command()).map(done),
@@ -119,10 +125,10 @@ fn main() -> ExitCode {
             let unused = unused::unused(&matches, &settings);
             preset
                 .map_or(Ok(()), |preset| preset.check(&settings))
-                .and_then(|()| train::train(&settings, unused, output, &ranks))
+                .and_then(|()| train::train(&settings, unused, output, &on))
         }
         (None, Some(folder)) => resume::overrides(&matches, &settings)
-            .and_then(|overrides| train::resume(&folder, &overrides, output, &ranks)),
+            .and_then(|overrides| train::resume(&folder, &overrides, output, &on)),
     };
     code.unwrap_or_else(|error| console::failed("ddtas-train", &error))
 }

@@ -3,7 +3,7 @@
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
-use ddtas_io::console::say;
+use ddtas_io::console::{printable, say};
 use ddtas_train::inference::{Event, Skipped};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -25,6 +25,8 @@ impl Progress {
         if let Ok(style) = ProgressStyle::with_template("{msg:11} {bar:24} {pos}/{len} [{elapsed}<{eta}]") {
             bar.set_style(style);
         }
+        // A terminal that cannot move its cursor shows no bar, and would show no line above it.
+        let terminal = terminal && !bar.is_hidden();
         Self { bar, terminal, quiet, last_line: Instant::now() }
     }
 
@@ -52,7 +54,7 @@ impl Progress {
 
     fn line(&self, line: &str) {
         if self.terminal && !self.quiet {
-            self.bar.println(line);
+            self.bar.println(printable(line));
         } else {
             say(line);
         }

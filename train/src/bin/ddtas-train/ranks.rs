@@ -6,11 +6,9 @@ use std::rc::Rc;
 use std::str::FromStr;
 use std::time::Duration;
 
+use ddtas::threads::MOST_THREADS;
 use ddtas_train::ranks::{Collective, One, on_threads};
 use ddtas_train::{Error, Result};
-
-/// More threads than any machine has.
-const MOST_THREADS: usize = 1024;
 
 /// The ranks, and how they find each other.
 #[derive(Debug, Clone, clap::Args)]
@@ -67,6 +65,7 @@ impl RankArguments {
             (Ranks::Mpi, None) => work(mpi()?),
             (Ranks::Threads(count), None) => {
                 refuse_launchers()?;
+                share_processors(1)?;
                 if count == 1 { work(Rc::new(One)) } else { on_threads(count, work) }
             }
         }
@@ -89,14 +88,18 @@ fn refuse_launchers() -> Result<()> {
     )))
 }
 
-/// Uses as many threads as leave the other `ranks` of this machine their share of its processors.
-#[cfg(any(feature = "mpi", feature = "nccl"))]
-fn share_processors(ranks: usize) -> Result<()> {
-    if std::env::var_os("RAYON_NUM_THREADS").is_some() {
-        return Ok(());
-    }
-    let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = (processors / ranks).max(1);
+/// Uses as many threads as leave the other `ranks` of this machine their share of its processors, unless
+/// RAYON_NUM_THREADS says otherwise.
+///
+/// # Errors
+/// [`ddtas::Error::Unavailable`] if the system refuses a thread.
+pub fn share_processors(ranks: usize) -> Result<()> {
+    let asked = std::env::var("RAYON_NUM_THREADS").ok().and_then(|text| text.parse::<usize>().ok());
+    let threads = asked.filter(|count| *count > 0).unwrap_or_else(|| {
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        (processors / ranks).max(1)
+    });
+    let threads = threads.min(MOST_THREADS);
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
     pool.map_err(|error| ddtas::Error::Unavailable(format!("cannot start threads: {error}")).into())
 }

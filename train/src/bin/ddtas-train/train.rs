@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use ddtas::loss::baseline::PairLoss;
-use ddtas_io::console::{counted, print, print_json, reader_has_gone, say};
+use ddtas_io::console::{counted, print, print_json, printable, reader_has_gone, say};
 use ddtas_train::ranks::Collective;
 use ddtas_train::train::{
     EvaluationRecord, Event, Outcome, Overrides, Phase, StepRecord, Summary, TrainSettings,
@@ -127,6 +127,8 @@ impl Progress {
         if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len} [{elapsed}<{eta}] {wide_msg}") {
             bar.set_style(style);
         }
+        // A terminal that cannot move its cursor shows no bar, and would show no line above it.
+        let terminal = terminal && !bar.is_hidden();
         let (phase, loss) = (Phase::Training, PairLoss::default());
         Self { bar, phase, loss, steps: 0, terminal, quiet, last_line: None, warnings: Vec::new() }
     }
@@ -228,7 +230,7 @@ impl Progress {
             return;
         }
         if self.terminal {
-            self.bar.println(line);
+            self.bar.println(printable(line));
         } else {
             say(line);
         }

@@ -16,7 +16,7 @@ use burn::store::{ModuleSnapshot, SafetensorsStore};
 use archive::Archive;
 
 use crate::generator::{GeneratorSettings, Thresholds};
-use crate::model::{EmbeddingNetwork, NetworkShape};
+use crate::model::{BackboneKind, EmbeddingNetwork, NetworkShape};
 use crate::{Error, Result};
 
 /// Name of the best checkpoint in a run folder.
@@ -134,7 +134,17 @@ impl Checkpoint {
     /// [`Format`](ddtas_io::Error::Format) if it is no checkpoint of ddtas.
     pub fn shape(&self) -> Result<NetworkShape> {
         let text = self.fact(SHAPE, "not a checkpoint of ddtas-train: no network shape")?;
-        serde_json::from_str(text).map_err(|error| self.bad(format!("unknown network shape: {error}")))
+        let shape: NetworkShape = serde_json::from_str(text)
+            .map_err(|error| self.bad(format!("unknown network shape: {error}")))?;
+        for (name, value, low, high, range) in shape.sizes() {
+            if !(low..=high).contains(&value) {
+                return Err(self.bad(format!("its network has {name} {value}, which is not {range}")));
+            }
+        }
+        if shape.backbone == BackboneKind::Residual && shape.least_bytes() > self.bytes.len() {
+            return Err(self.bad(format!("is too small to hold a network of {shape}")));
+        }
+        Ok(shape)
     }
 
     /// Side of the pictures that the network was trained on; `None` in checkpoints that do not hold it.

@@ -60,8 +60,30 @@ pub(in crate::train) fn take(
 ) -> Result<ModuleOptimizer, String> {
     let mut tensors = Vec::new();
     let mut scalars = Vec::new();
+    let shapes: HashMap<String, Vec<usize>> = network
+        .collect(None, None, true)
+        .into_iter()
+        .map(|tensor| (network.file_name(&tensor.name), tensor.shape.iter().copied().collect()))
+        .collect();
+    // Each weight that is trained has the same state.
+    let mut wanted: Option<Vec<String>> = None;
+    let is_empty = !are_in(archive);
     for (name, number) in weights(network) {
-        for (leaf, entry) in archive.take_all(&format!("{PREFIX}{name}.")) {
+        let shape = shapes.get(&name).map_or(&[][..], Vec::as_slice);
+        let state = archive.take_all(&format!("{PREFIX}{name}."));
+        // Scale and shift of a normalisation may be frozen, running statistics have none.
+        if state.is_empty() && shape.len() > 1 && !is_empty {
+            return Err(format!("no tensors `{PREFIX}{name}.*`"));
+        }
+        if !state.is_empty() {
+            let leaves: Vec<String> = state.iter().map(|(leaf, _)| leaf.clone()).collect();
+            let wanted = wanted.get_or_insert_with(|| leaves.clone());
+            if let Some(leaf) = wanted.iter().find(|leaf| !leaves.contains(*leaf)) {
+                return Err(format!("no tensor `{PREFIX}{name}.{leaf}`"));
+            }
+        }
+        for (leaf, entry) in state {
+            check(&leaf, &entry, shape).map_err(|why| format!("tensor `{PREFIX}{name}.{leaf}` {why}"))?;
             let key = format!("{number}.{leaf}");
             match entry.dtype {
                 Dtype::F32 => {
@@ -86,6 +108,18 @@ pub(in crate::train) fn take(
     }
     let bytes = writer.into_bytes().map_err(|error| error.to_string())?;
     optimizer.from_bytes(bytes).map_err(|error| error.to_string())
+}
+
+/// What is wrong with a part of the state of a weight of this `shape`: Burn takes it as it is.
+fn check(leaf: &str, entry: &Entry, shape: &[usize]) -> Result<(), String> {
+    let wanted = if entry.dtype == Dtype::F32 { shape } else { &[1] };
+    if entry.shape != wanted {
+        return Err(format!("has shape {:?}, not {wanted:?}", entry.shape));
+    }
+    if leaf == "__rank" && entry.bytes != (shape.len() as u64).to_le_bytes() {
+        return Err(format!("is not {}, the dimensions of its weight", shape.len()));
+    }
+    Ok(())
 }
 
 /// Name and Burn's number of each weight.
