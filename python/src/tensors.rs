@@ -149,10 +149,8 @@ pub unsafe fn loss(
 /// # Safety
 /// As [`loss`], for as many entries there as the rows have.
 pub unsafe fn unit_rows(py: Python<'_>, context: &Context, place: Place, unit: usize) -> PyResult<()> {
-    // The library wants a label for each row, and reads none here.
-    let labels = vec![0; place.2];
     // SAFETY: the caller's promise.
-    let given = unsafe { unlabelled(place, &labels) }?;
+    let given = unsafe { unlabelled(place) }?;
     context.compute(py, |backend| {
         let found = backend.unit_rows(&given)?;
         match &found {
@@ -172,10 +170,8 @@ pub unsafe fn unit_rows(py: Python<'_>, context: &Context, place: Place, unit: u
 /// # Safety
 /// As [`loss`], for as many float32 there as the rows have entries.
 pub unsafe fn lead_back(py: Python<'_>, context: &Context, place: Place, gradient: usize) -> PyResult<()> {
-    // The library wants a label for each row, and reads none here.
-    let labels = vec![0; place.2];
     // SAFETY: the caller's promise.
-    let given = unsafe { unlabelled(place, &labels) }?;
+    let given = unsafe { unlabelled(place) }?;
     let count = place.2 * place.3;
     if count == 0 {
         return Ok(());
@@ -188,9 +184,9 @@ pub unsafe fn lead_back(py: Python<'_>, context: &Context, place: Place, gradien
 
 /// # Safety
 /// As [`view`].
-unsafe fn unlabelled<'a>(place: Place, labels: &'a [i64]) -> PyResult<Rows<'a>> {
+unsafe fn unlabelled<'a>(place: Place) -> PyResult<Rows<'a>> {
     // SAFETY: the caller's promise.
-    Ok(Rows { embeddings: unsafe { embeddings(place) }?, labels })
+    Ok(Rows { embeddings: unsafe { embeddings(place) }?, labels: &[] })
 }
 
 /// # Safety
