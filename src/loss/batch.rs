@@ -304,9 +304,7 @@ pub(crate) fn validate_rows(name: &'static str, rows: &Rows<'_>) -> Result<()> {
 /// # Errors
 /// [`Error::Empty`], [`Error::LengthMismatch`].
 pub(crate) fn validate_shape(name: &'static str, (count, dim): (usize, usize), labels: &[i64]) -> Result<()> {
-    if count == 0 || dim == 0 {
-        return Err(Error::Empty { rows: name });
-    }
+    has_entries(name, (count, dim))?;
     if labels.len() != count {
         let what = match name {
             "anchors" => "labels of the anchors",
@@ -316,6 +314,14 @@ pub(crate) fn validate_shape(name: &'static str, (count, dim): (usize, usize), l
         return Err(Error::LengthMismatch { what, expected: count, got: labels.len() });
     }
     Ok(())
+}
+
+/// Checks that a side has rows and dimensions.
+///
+/// # Errors
+/// [`Error::Empty`].
+pub(crate) fn has_entries(name: &'static str, (count, dim): (usize, usize)) -> Result<()> {
+    if count == 0 || dim == 0 { Err(Error::Empty { rows: name }) } else { Ok(()) }
 }
 
 /// Checks that both sides have as many dimensions.

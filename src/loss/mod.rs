@@ -30,7 +30,7 @@ mod tangent;
 pub mod threshold;
 
 pub use batch::{Batch, Embeddings, Identity, Rows, UnitCheck};
-pub(crate) use batch::{check_unit, same_length, validate_identity, validate_rows};
+pub(crate) use batch::{check_unit, has_entries, same_length, validate_identity, validate_rows};
 pub use double::{DoubleBatch, DoubleRows};
 pub use output::{Hypergradient, LossOutput};
 pub use part::RowNumbers;

@@ -23,7 +23,7 @@ use super::step::Step;
 use super::{Backend, Nearest, PreparedGallery};
 use crate::Result;
 use crate::loss::{Batch, Embeddings, Hypergradient, LossOutput, LossSettings, RowNumbers, Rows};
-use crate::loss::{same_length, validate_rows};
+use crate::loss::{has_entries, same_length};
 
 mod buffer;
 mod gradient;
@@ -154,10 +154,9 @@ impl CpuBackend {
     /// without a direction is left for a check to name.
     ///
     /// # Errors
-    /// [`Error::Empty`](crate::Error::Empty), [`Error::LengthMismatch`](crate::Error::LengthMismatch),
-    /// [`Error::NotContiguous`](crate::Error::NotContiguous).
+    /// [`Error::Empty`](crate::Error::Empty), [`Error::NotContiguous`](crate::Error::NotContiguous).
     pub fn unit_rows<'a>(&'a mut self, rows: &'a Rows<'_>) -> Result<Embeddings<'a>> {
-        validate_rows("anchors", rows)?;
+        has_entries("anchors", (rows.embeddings.rows(), rows.embeddings.dim()))?;
         let (level, workers) = (self.level, workers_of_rows(rows));
         workers.stay(|workers| self.unit.set_anchors(rows, level, workers))?;
         self.unit.anchors(rows)
@@ -166,11 +165,12 @@ impl CpuBackend {
     /// Turns a gradient by unit rows, row by row without gaps, into the one by `rows`.
     ///
     /// # Errors
-    /// As [`unit_rows`](Self::unit_rows); for a gradient of another length than `rows` have entries.
+    /// As [`unit_rows`](Self::unit_rows); [`Error::LengthMismatch`](crate::Error::LengthMismatch) unless the gradient has an entry
+    /// for each of the rows'.
     pub fn lead_back(&mut self, rows: &Rows<'_>, gradient: &mut [f32]) -> Result<()> {
-        validate_rows("anchors", rows)?;
-        let entries = rows.embeddings.rows() * rows.embeddings.dim();
-        same_length("entries of the gradient", entries, gradient.len())?;
+        let (count, dim) = (rows.embeddings.rows(), rows.embeddings.dim());
+        has_entries("anchors", (count, dim))?;
+        same_length("entries of the gradient", count * dim, gradient.len())?;
         let level = self.level;
         workers_of_rows(rows).stay(|workers| {
             self.unit.set_anchors(rows, level, workers)?;
