@@ -65,16 +65,11 @@ pub(in crate::train) fn take(
         .into_iter()
         .map(|tensor| (network.file_name(&tensor.name), tensor.shape.iter().copied().collect()))
         .collect();
-    // Each weight that is trained has the same state.
+    // Each weight that has been trained so far has the same state; of `--head-steps` the backbone's come later.
     let mut wanted: Option<Vec<String>> = None;
-    let is_empty = !are_in(archive);
     for (name, number) in weights(network) {
         let shape = shapes.get(&name).map_or(&[][..], Vec::as_slice);
         let state = archive.take_all(&format!("{PREFIX}{name}."));
-        // Scale and shift of a normalisation may be frozen, running statistics have none.
-        if state.is_empty() && shape.len() > 1 && !is_empty {
-            return Err(format!("no tensors `{PREFIX}{name}.*`"));
-        }
         if !state.is_empty() {
             let leaves: Vec<String> = state.iter().map(|(leaf, _)| leaf.clone()).collect();
             let wanted = wanted.get_or_insert_with(|| leaves.clone());
