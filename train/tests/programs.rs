@@ -296,6 +296,9 @@ fn names_that_are_no_text_survive() {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert!(String::from_utf8(output.stdout).unwrap().contains("(the query itself)"));
     assert!(!fs::read_to_string(page).unwrap().contains("no picture"), "the file was found again");
+    // In training's own arguments too, which have no word of a command before them.
+    let mut training = ddtas_train("--dataset folder --data-root");
+    assert_refused(training.arg(folder.join(std::ffi::OsStr::from_bytes(b"\xe9"))), "does not exist");
 }
 
 /// A copy of the run that can go on: its last two steps are still to come.

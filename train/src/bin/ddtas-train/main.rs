@@ -71,8 +71,7 @@ enum Command {
 fn command() -> clap::Command {
     let numbers = |argument: clap::Arg| argument.allow_negative_numbers(true);
     let command = Arguments::command().version(&*shell::version().leak());
-    let command = help::with_ranges(help::in_sections(command));
-    command.mut_args(numbers).mut_subcommands(|command| command.mut_args(numbers))
+    help::in_sections(command).mut_args(numbers).mut_subcommands(|command| command.mut_args(numbers))
 }
 
 /// Flags that other programs have, and what to give instead.
@@ -83,7 +82,10 @@ const FAMILIAR: [(&str, &str); 2] = [
 
 /// The arguments of the command line, or the end of the program where they are not understood.
 fn parsed(command: clap::Command) -> ArgMatches {
-    let is_training = !std::env::args().any(|word| command.find_subcommand(word).is_some());
+    let is_training = !std::env::args_os().any(|word| command.find_subcommand(word).is_some());
+    // Ranges are found by parsing each flag once more: only for who reads them.
+    let is_asked = std::env::args_os().any(|word| word == "--help" || word == "help");
+    let command = if is_asked { help::with_ranges(command) } else { command };
     command.try_get_matches().unwrap_or_else(|error| {
         let unknown =
             error.get(ContextKind::InvalidArg).filter(|_| error.kind() == ErrorKind::UnknownArgument);
@@ -120,7 +122,7 @@ fn main() -> ExitCode {
         }
         (Some(Command::Splits(arguments)), _) => splits::splits(&arguments).map(done),
         (Some(Command::Completions(arguments)), _) => shell::completions(&arguments, command()).map(done),
-        (Some(Command::Man(arguments)), _) => shell::man(&arguments, command()).map(done),
+        (Some(Command::Man(arguments)), _) => shell::man(&arguments, help::with_ranges(command())).map(done),
         (None, None) => {
             let unused = unused::unused(&matches, &settings);
             preset
