@@ -58,12 +58,12 @@ pub struct NetworkShape {
 impl NetworkShape {
     /// Its numbers by their flags, each with the least and the most it may be.
     pub(crate) fn sizes(&self) -> Vec<Size> {
-        let mut sizes = vec![("embedding-dim", self.embedding_dim, 1, 65_536, "1 to 65536")];
+        let [embedding_dim, width, depth] = network_sizes(self.embedding_dim, self.width, self.depth);
         if self.backbone == BackboneKind::Residual {
-            sizes.push(("width", self.width, 1, 4096, "1 to 4096"));
-            sizes.push(("depth", self.depth, 1, 64, "1 to 64"));
+            vec![embedding_dim, width, depth]
+        } else {
+            vec![embedding_dim]
         }
-        sizes
     }
 
     /// At least as many bytes as its weights take: of the convolutions of the last stage.
@@ -76,6 +76,15 @@ impl NetworkShape {
 
 /// Name, value, the least and the most it may be, and these as text.
 pub(crate) type Size = (&'static str, usize, usize, usize, &'static str);
+
+/// The ranges of a network's numbers, whether they are flags or a checkpoint's.
+pub(crate) fn network_sizes(embedding_dim: usize, width: usize, depth: usize) -> [Size; 3] {
+    [
+        ("embedding-dim", embedding_dim, 1, 65_536, "1 to 65536"),
+        ("width", width, 1, 4096, "1 to 4096"),
+        ("depth", depth, 1, 64, "1 to 64"),
+    ]
+}
 
 impl std::fmt::Display for NetworkShape {
     /// As the flags that make it.

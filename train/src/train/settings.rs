@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::data::DatasetSettings;
 use crate::error::{check, fits};
 use crate::generator::{GeneratorKind, GeneratorSettings, Lambda};
-use crate::model::{BackboneKind, HeadKind, NetworkShape, PoolingKind};
+use crate::model::{BackboneKind, HeadKind, NetworkShape, PoolingKind, network_sizes};
 use crate::train::optimizer::OptimizerSettings;
 use crate::train::schedule::Schedule;
 use crate::{Error, Result};
@@ -382,11 +382,12 @@ impl TrainSettings {
         self.generator.validate(self.first_lambda())?;
         let crop = self.smallest_crop;
         check(crop > 0.0 && crop <= 1.0, "smallest-crop", crop.to_string(), "above 0, at most 1")?;
+        let [embedding_dim, width, depth] = network_sizes(self.embedding_dim, self.width, self.depth);
         let sizes = [
             ("image-size", self.image_size, 8, 1024, "8 to 1024"),
-            ("embedding-dim", self.embedding_dim, 1, 65_536, "1 to 65536"),
-            ("width", self.width, 1, 4096, "1 to 4096"),
-            ("depth", self.depth, 1, 64, "1 to 64"),
+            embedding_dim,
+            width,
+            depth,
             (
                 "classes-per-batch",
                 self.classes_per_batch.unwrap_or(CLASSES_PER_BATCH),
