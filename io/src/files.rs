@@ -100,11 +100,21 @@ pub fn check_place(name: &'static str, path: &Path) -> Result<()> {
         .map_err(|error| Error::misuse(name, path.display(), format!("cannot be written: {error}")))
 }
 
-/// Checks that a result at `path` replaces none of `others`, what is read or written beside it, each with its setting.
+/// Checks a result's place as [`check_place`], and that it replaces none of `others`, what is read or written beside it, each
+/// with its setting.
 ///
 /// # Errors
-/// [`Error::Misused`] names both settings.
-pub fn check_apart(
+/// As [`check_place`]; [`Error::Misused`] that names both settings.
+pub fn check_output(
+    name: &'static str,
+    path: &Path,
+    others: impl IntoIterator<Item = (&'static str, PathBuf)>,
+) -> Result<()> {
+    check_apart(name, path, others)?;
+    check_place(name, path)
+}
+
+fn check_apart(
     name: &'static str,
     path: &Path,
     others: impl IntoIterator<Item = (&'static str, PathBuf)>,

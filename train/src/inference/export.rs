@@ -11,7 +11,7 @@ use super::pictures::{Pictures, bytes_of, name_of};
 use super::{Event, Skipped};
 use crate::data::as_text;
 use crate::{Error, Result};
-use ddtas_io::files::{check_apart, check_place};
+use ddtas_io::files::check_output;
 
 /// Metadata of embeddings: the folder they came from, the checkpoint they came by, the names of the labels.
 pub(super) const ROOT: &str = "ddtas.root";
@@ -74,8 +74,7 @@ pub fn embed(settings: &EmbedSettings, tell: &mut dyn FnMut(Event<'_>)) -> Resul
     let Ok(format) = Format::of(&settings.out) else {
         return Err(Error::misuse("out", settings.out.display(), "must end in .safetensors or .npy"));
     };
-    check_apart("out", &settings.out, files_of(settings.checkpoint.as_deref(), &settings.pretrained))?;
-    check_place("out", &settings.out)?;
+    check_output("out", &settings.out, files_of(settings.checkpoint.as_deref(), &settings.pretrained))?;
     if format == Format::Npy {
         check_beside(&settings.out)?;
     }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use ddtas_bench::{Row, ThroughputSettings, plot, run};
 use ddtas_io::console::{counted, print, print_json, say};
-use ddtas_io::files::{check_apart, check_place, write_atomic};
+use ddtas_io::files::{check_output, write_atomic};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::resolved;
@@ -30,8 +30,7 @@ pub fn throughput(mut arguments: ThroughputArguments) -> ddtas_io::Result<()> {
         let (read, saved) =
             (arguments.settings.embeddings.clone(), arguments.settings.save_embeddings.clone());
         let others = [("embeddings", read), ("save-embeddings", saved)];
-        check_apart("plot", path, others.into_iter().filter_map(|(name, path)| Some((name, path?))))?;
-        check_place("plot", path)?;
+        check_output("plot", path, others.into_iter().filter_map(|(name, path)| Some((name, path?))))?;
     }
     arguments.settings.device = resolved(arguments.settings.device);
     let progress = Progress::new(arguments.json || arguments.quiet);

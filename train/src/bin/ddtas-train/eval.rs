@@ -4,7 +4,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 use ddtas_io::console::{print, print_json};
-use ddtas_io::files::{check_apart, check_place};
+use ddtas_io::files::check_output;
 use ddtas_train::inference::{EvalSettings, Evaluation, evaluate, write_page};
 
 use super::progress::{Progress, warn_of_skipped};
@@ -23,10 +23,7 @@ pub struct EvalArguments {
 
 pub fn eval(arguments: &EvalArguments, quiet: bool) -> ddtas_train::Result<()> {
     let settings = &arguments.settings;
-    if let Some(path) = &arguments.html {
-        check_apart("html", path, settings.inputs())?;
-        check_place("html", path)?;
-    }
+    arguments.html.as_deref().map_or(Ok(()), |path| check_output("html", path, settings.inputs()))?;
     let evaluation =
         Progress::during(quiet, |progress| evaluate(settings, &mut |event| progress.show(event)))?;
     warn_of_skipped(&evaluation.skipped);
