@@ -24,7 +24,7 @@ pub(in crate::train) fn put(
 ) -> Result<(), String> {
     let bytes = optimizer.into_bytes().map_err(|error| error.to_string())?;
     let record = Reader::from_bytes(bytes).map_err(|error| error.to_string())?;
-    let names: HashMap<u64, String> = weights(network).map(|(name, number)| (number, name)).collect();
+    let names: HashMap<u64, String> = weights(network).map(|(name, number, _)| (number, name)).collect();
     let named = |key: &str| {
         let (number, leaf) = key.split_once('.')?;
         let name = names.get(&number.parse::<u64>().ok()?)?;
@@ -60,15 +60,9 @@ pub(in crate::train) fn take(
 ) -> Result<ModuleOptimizer, String> {
     let mut tensors = Vec::new();
     let mut scalars = Vec::new();
-    let shapes: HashMap<String, Vec<usize>> = network
-        .collect(None, None, true)
-        .into_iter()
-        .map(|tensor| (network.file_name(&tensor.name), tensor.shape.iter().copied().collect()))
-        .collect();
     // Each weight that has been trained so far has the same state; of `--head-steps` the backbone's come later.
     let mut wanted: Option<Vec<String>> = None;
-    for (name, number) in weights(network) {
-        let shape = shapes.get(&name).map_or(&[][..], Vec::as_slice);
+    for (name, number, shape) in weights(network) {
         let state = archive.take_all(&format!("{PREFIX}{name}."));
         if !state.is_empty() {
             let leaves: Vec<String> = state.iter().map(|(leaf, _)| leaf.clone()).collect();
@@ -78,7 +72,7 @@ pub(in crate::train) fn take(
             }
         }
         for (leaf, entry) in state {
-            check(&leaf, &entry, shape).map_err(|why| format!("tensor `{PREFIX}{name}.{leaf}` {why}"))?;
+            check(&leaf, &entry, &shape).map_err(|why| format!("tensor `{PREFIX}{name}.{leaf}` {why}"))?;
             let key = format!("{number}.{leaf}");
             match entry.dtype {
                 Dtype::F32 => {
@@ -117,8 +111,10 @@ fn check(leaf: &str, entry: &Entry, shape: &[usize]) -> Result<(), String> {
     Ok(())
 }
 
-/// Name and Burn's number of each weight.
-fn weights(network: &EmbeddingNetwork) -> impl Iterator<Item = (String, u64)> + use<'_> {
-    let tensors = network.collect(None, None, true).into_iter();
-    tensors.filter_map(|tensor| tensor.param_id.map(|number| (network.file_name(&tensor.name), number)))
+/// Name, Burn's number and shape of each weight.
+fn weights(network: &EmbeddingNetwork) -> impl Iterator<Item = (String, u64, Vec<usize>)> + use<'_> {
+    network.collect(None, None, true).into_iter().filter_map(|tensor| {
+        let shape = tensor.shape.iter().copied().collect();
+        Some((network.file_name(&tensor.name), tensor.param_id?, shape))
+    })
 }
