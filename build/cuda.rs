@@ -1,4 +1,4 @@
-//! kernels/*.cu to fatbins: machine code for five GPU generations and PTX for later ones.
+//! The .cu files of kernels/ to fatbins: machine code for five GPU generations and PTX for later ones.
 //!
 //! Writes `kernels.rs` to OUT_DIR, a table of the images that
 //! `src/backend/cuda/module.rs` embeds, and `NAME.ptxas.txt` beside each image,
@@ -9,7 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use crate::tools::{cargo_path, site_packages, variable};
+use crate::tools::{cargo_path, files, site_packages, variable};
 
 /// `sm_90a` and not `sm_90`: wgmma and TMA exist only there.
 const MACHINE_CODE: [&str; 5] = ["80", "89", "90a", "100", "120"];
@@ -27,16 +27,16 @@ pub fn build() -> Result<(), String> {
     let out = cargo_path("OUT_DIR")?;
     // nvcc reads it by itself; -lineinfo gives profilers and compute-sanitizer the lines.
     println!("cargo::rerun-if-env-changed=NVCC_APPEND_FLAGS");
-    // The whole folder: every .cu includes the shared headers.
+    // The whole folder: every .cu includes shared headers, by their paths in it.
     println!("cargo::rerun-if-changed={}", folder.display());
 
     // All at once: they are few, and each nvcc runs its targets in turn.
-    let running = sources(&folder)?
+    let running = files(&folder, "cu")?
         .into_iter()
-        .map(|source| start(&nvcc, &source, &out))
+        .map(|source| start(&nvcc, &folder, &source, &out))
         .collect::<Result<Vec<_>, _>>()?;
     let mut table = String::from(
-        "/// Name and image of every file of kernels/.\npub const IMAGES: &[(&str, &[u8])] = &[\n",
+        "/// Name and image of every .cu file of kernels/.\npub const IMAGES: &[(&str, &[u8])] = &[\n",
     );
     for compilation in running {
         let (name, image) = compilation.finish()?;
@@ -61,20 +61,6 @@ fn find_nvcc() -> Option<PathBuf> {
         .find(|nvcc| nvcc.is_file())
 }
 
-fn sources(folder: &Path) -> Result<Vec<PathBuf>, String> {
-    let failed = |error: std::io::Error| format!("cannot read {}: {error}", folder.display());
-    let mut found = Vec::new();
-    for entry in fs::read_dir(folder).map_err(failed)? {
-        let path = entry.map_err(failed)?.path();
-        if path.extension().is_some_and(|extension| extension == "cu") {
-            found.push(path);
-        }
-    }
-    // The order of the table, and with it the binary, must not depend on the file system.
-    found.sort();
-    Ok(found)
-}
-
 /// One running nvcc.
 struct Compilation {
     name: String,
@@ -83,7 +69,7 @@ struct Compilation {
     child: Child,
 }
 
-fn start(nvcc: &Path, source: &Path, out: &Path) -> Result<Compilation, String> {
+fn start(nvcc: &Path, folder: &Path, source: &Path, out: &Path) -> Result<Compilation, String> {
     let name = source.file_stem().unwrap_or_default().to_string_lossy().into_owned();
     let image = out.join(format!("{name}.fatbin"));
     let mut command = Command::new(nvcc);
@@ -92,7 +78,14 @@ fn start(nvcc: &Path, source: &Path, out: &Path) -> Result<Compilation, String> 
         command.arg(format!("-gencode=arch=compute_{target},code=sm_{target}"));
     }
     command.arg(format!("-gencode=arch=compute_{PTX},code=compute_{PTX}"));
-    command.arg("-o").arg(&image).arg(source).stdout(Stdio::null()).stderr(Stdio::piped());
+    command
+        .arg("-I")
+        .arg(folder)
+        .arg("-o")
+        .arg(&image)
+        .arg(source)
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped());
     let child = command.spawn().map_err(|error| format!("cannot run {}: {error}", nvcc.display()))?;
     Ok(Compilation { name, image, nvcc: nvcc.to_path_buf(), child })
 }
@@ -105,10 +98,7 @@ impl Compilation {
         if !output.status.success() {
             // Cargo shows standard error of a script that fails; its error is one line.
             eprintln!("{}", String::from_utf8_lossy(&output.stderr));
-            return Err(format!(
-                "nvcc refused kernels/{name}.cu ({}): its messages are above",
-                output.status
-            ));
+            return Err(format!("nvcc refused {name}.cu ({}): its messages are above", output.status));
         }
         write(&image.with_extension("ptxas.txt"), &output.stderr)?;
         Ok((name, image))

@@ -1,13 +1,12 @@
-//! kernels/*.cu compiled by g++ against kernels/emulation, for tests.
+//! The .cu files of kernels/ compiled by g++ against kernels/emulation, for tests.
 //!
 //! DDTAS_SANITIZE=address,undefined or DDTAS_SANITIZE=thread builds them, and links the programs, with
 //! sanitizers; tests/emulated/main.rs says how to run those. DDTAS_KERNELS names another folder to compile them
 //! from: a copy of kernels/ with a fault planted in it.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::tools::{cargo_path, variable};
+use crate::tools::{cargo_path, files, variable};
 
 /// Each sanitizer's name and that of its runtime.
 const RUNTIMES: [(&str, &str); 3] = [("address", "asan"), ("undefined", "ubsan"), ("thread", "tsan")];
@@ -22,10 +21,11 @@ pub fn build() -> Result<(), String> {
     let named = |sanitizer: &str| sanitizers.split(',').any(|one| one == sanitizer);
 
     let mut machine = compiler();
-    machine.files(sources(&folder.join("emulation"), "cpp")?);
+    machine.files(files(&folder.join("emulation"), "cpp")?);
     let mut kernels = compiler();
+    kernels.include(&folder);
     // g++ does not know the suffix .cu, nor nvcc's pragmas.
-    kernels.flag("-xc++").flag("-Wno-unknown-pragmas").files(sources(&folder, "cu")?);
+    kernels.flag("-xc++").flag("-Wno-unknown-pragmas").files(files(&folder, "cu")?);
     if !sanitizers.is_empty() {
         sanitize(&mut kernels, &sanitizers);
         if named("thread") {
@@ -45,16 +45,6 @@ pub fn build() -> Result<(), String> {
         }
     }
     Ok(())
-}
-
-/// Files of a folder in one order, so that the same sources give the same binary.
-fn sources(folder: &Path, suffix: &str) -> Result<Vec<PathBuf>, String> {
-    let failed = |error: std::io::Error| format!("cannot read {}: {error}", folder.display());
-    let entries = fs::read_dir(folder).map_err(failed)?.collect::<Result<Vec<_>, _>>().map_err(failed)?;
-    let mut found: Vec<_> = entries.into_iter().map(|entry| entry.path()).collect();
-    found.retain(|path| path.extension().is_some_and(|extension| extension == suffix));
-    found.sort();
-    Ok(found)
 }
 
 fn compiler() -> cc::Build {

@@ -1,5 +1,7 @@
-//! Finds tools that may be installed from PyPI, and says how to install them.
+//! Finds tools that may be installed from PyPI, and the kernels' sources.
 
+#[cfg(any(feature = "cuda", feature = "emulated"))]
+use std::path::Path;
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -26,4 +28,21 @@ pub fn cargo_path(name: &str) -> Result<PathBuf, String> {
     std::env::var_os(name)
         .map(PathBuf::from)
         .ok_or_else(|| format!("{name} is not set: run this through cargo"))
+}
+
+/// The files of a folder and its subfolders with this suffix, in one order: the same sources give the same binary.
+#[cfg(any(feature = "cuda", feature = "emulated"))]
+pub fn files(folder: &Path, suffix: &str) -> Result<Vec<PathBuf>, String> {
+    let failed = |error: std::io::Error| format!("cannot read {}: {error}", folder.display());
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(failed)? {
+        let path = entry.map_err(failed)?.path();
+        if path.is_dir() {
+            found.extend(files(&path, suffix)?);
+        } else if path.extension().is_some_and(|extension| extension == suffix) {
+            found.push(path);
+        }
+    }
+    found.sort();
+    Ok(found)
 }

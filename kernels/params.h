@@ -131,7 +131,7 @@ typedef struct ClassRange {
 
 /* One side of the comparison, prepared: class order, zero padding. */
 typedef struct Side {
-    const void *rows;       /* [tiles, stages, TILE, STAGE_BYTES], swizzled: prepared_place() in tile.cuh */
+    const void *rows;       /* [tiles, stages, TILE, STAGE_BYTES], swizzled: prepared_place() in mma_tile.cuh */
     const uint32_t *order;  /* [count], original index of each row */
     const float *duplicate; /* [tiles * TILE]; a pair of one class that reaches both rows' is a duplicate */
     uint32_t count;         /* B or N */
@@ -233,7 +233,7 @@ typedef struct Pairs {
     uint32_t pool;               /* of candidates, in units of 4 */
     uint64_t tiles;              /* of S: upper triangle, or all */
     uint32_t total;              /* B of 1/B: these anchors may be a part of a batch */
-    uint32_t band;               /* columns of tiles that are swept together, a power of two: tile_at() in tile.cuh */
+    uint32_t band;               /* columns of tiles that are swept together, a power of two: tile_at() in mma_tile.cuh */
     ClassRange *classes;         /* [B] */
     RowSame *same;               /* [B] */
     uint32_t *max_neg;           /* [B], ordered key of m-, 0 without a negative */
@@ -252,7 +252,7 @@ typedef struct Pairs {
     uint32_t *tile_segments;     /* [tiles], of a tile with candidates: where in the pool, in units of 4; NO_ROW: not stored,
                                   * to be recomputed */
     float *pool_values;          /* [4 * pool], S */
-    uint32_t *pool_words;        /* [4 * pool], from the selection on: word.cuh */
+    uint32_t *pool_words;        /* [4 * pool], from the selection on: candidate_word.cuh */
     Settings settings;
 } Pairs;
 

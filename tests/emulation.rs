@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::{Mutex, PoisonError};
 
-/// A text of kernels/FILE and what a fault makes of it.
+/// A text of a file of kernels/ and what a fault makes of it.
 struct Fault {
     file: &'static str,
     from: &'static str,
@@ -32,6 +32,14 @@ fn copy_folder(from: &Path, to: &Path) {
             fs::copy(&path, &target).unwrap();
         }
     }
+}
+
+/// The file of this name in a folder or in one of its subfolders.
+fn found(folder: &Path, name: &str) -> PathBuf {
+    let folders =
+        fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_dir());
+    let mut paths = folders.map(|inner| inner.join(name)).filter(|path| path.is_file());
+    paths.next().unwrap_or_else(|| panic!("no {name} in {}", folder.display()))
 }
 
 fn compiler(folder: &Path) -> Command {
@@ -79,7 +87,7 @@ fn run<'a>(
     let copy = folder.path().join("kernels");
     copy_folder(&root.join("kernels"), &copy);
     for Fault { file, from, to } in faults {
-        let path = copy.join(file);
+        let path = found(&copy, file);
         let text = fs::read_to_string(&path).unwrap();
         assert_eq!(text.matches(from).count(), 1, "the fault has one place in {file}: {from}");
         fs::write(&path, text.replace(from, to)).unwrap();
@@ -88,7 +96,7 @@ fn run<'a>(
     let mut program_and_kernels = compiler(folder.path());
     program_and_kernels.arg("-O1").args(flags).arg("-I").arg(&copy).arg("-o").arg(&binary);
     program_and_kernels.args(machine(flags)).arg(root.join(format!("tests/emulation/{program}.cpp")));
-    program_and_kernels.arg("-xc++").args(kernels.iter().map(|file| copy.join(file)));
+    program_and_kernels.arg("-xc++").args(kernels.iter().map(|file| found(&copy, file)));
     compile(program_and_kernels);
     let mut program = Command::new(&binary);
     program.arg(SEEDS).env("ASAN_OPTIONS", "detect_leaks=0").env("TSAN_OPTIONS", "halt_on_error=1");
@@ -133,11 +141,11 @@ fn run_faulty_prepare(file: &'static str, from: &'static str, to: &'static str) 
 
 /// In what it shares with retrieval.
 fn run_faulty_team(from: &'static str, to: &'static str) -> String {
-    run_faulty_sweep_of("teams.cuh", from, to)
+    run_faulty_sweep_of("ping_pong.cuh", from, to)
 }
 
 fn run_faulty(from: &'static str, to: &'static str, flags: &[&str]) -> String {
-    let fault = Fault { file: "tile.cuh", from, to };
+    let fault = Fault { file: "mma_tile.cuh", from, to };
     let output = run("retrieval", &["retrieval.cu"], Some(&fault), flags);
     assert!(!output.status.success(), "the fault went unnoticed");
     said(&output)
@@ -187,7 +195,7 @@ fn hopper_s_kernel_without_a_fault_passes() {
     let flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"];
     for (program, kernel) in [
         ("gradient", "gradient_hopper.cu"),
-        ("gradient_split", "gradient_hopper_split.cu"),
+        ("gradient_split", "gradient_hopper_f32.cu"),
         ("sweep", "sweep_hopper.cu"),
         ("prepare", "prepare.cu"),
     ] {
@@ -297,7 +305,7 @@ fn reading_before_a_bulk_copy_has_landed_is_caught() {
 #[test]
 fn waiting_for_the_wrong_phase_is_caught() {
     let parity = "return fill / kRing<Shared> % 2;";
-    assert_caught(&run_faulty_hopper("gradient_roles.cuh", parity, "return fill % 2;"));
+    assert_caught(&run_faulty_hopper("hopper_roles.cuh", parity, "return fill % 2;"));
 }
 
 #[test]
@@ -357,7 +365,7 @@ fn a_barrier_in_a_stage_and_one_begun_twice_are_caught() {
     let message = run_faulty_prepare("prepare.cu", barrier, within);
     assert!(message.contains("a bulk copy over what a thread has written"), "{message}");
     let once = "        if (thread_index() != 0) return;\n        for (int stage = 0";
-    let message = run_faulty_prepare("hopper.cuh", once, "        for (int stage = 0");
+    let message = run_faulty_prepare("wgmma_tile.cuh", once, "        for (int stage = 0");
     assert!(message.contains("a barrier is begun again"), "{message}");
 }
 
@@ -365,11 +373,11 @@ fn a_barrier_in_a_stage_and_one_begun_twice_are_caught() {
 fn a_wait_that_may_come_two_phases_late_is_caught() {
     // The stage is filled again just before: a warp that is held up between the two finds the phase after the next.
     let fault = Fault {
-        file: "gradient_hopper_split.cu",
+        file: "gradient_hopper_f32.cu",
         from: "walk.rows_fills - 1 : SplitRoles::stages - 1;",
         to: "walk.rows_fills - 1 : SplitRoles::stages;",
     };
-    let output = run("gradient_split", &["gradient_hopper_split.cu"], Some(&fault), &[]);
+    let output = run("gradient_split", &["gradient_hopper_f32.cu"], Some(&fault), &[]);
     assert!(said(&output).contains("a phase that nobody ends"), "{}", said(&output));
 }
 
@@ -396,7 +404,7 @@ fn a_stage_that_is_given_back_too_early_is_caught() {
 #[test]
 fn filling_a_matrix_before_it_is_given_back_is_caught() {
     // One matrix fewer: zeros land while the product before the last reads it.
-    let file = "gradient_roles.cuh";
+    let file = "hopper_roles.cuh";
     assert_caught(&run_faulty_hopper_twice([
         Fault { file, from: "return index % Roles::matrices;", to: "return index % 2;" },
         Fault { file, from: "return index / Roles::matrices % 2;", to: "return index / 2 % 2;" },
@@ -416,8 +424,8 @@ fn faults_in_the_gradient_of_split_rows_are_caught() {
         "mbarrier_wait(&shared.built[turn.matrix()], turn.matrix_parity());",
     ];
     for from in faults {
-        let fault = Fault { file: "gradient_hopper_split.cu", from, to: "" };
-        let output = run("gradient_split", &["gradient_hopper_split.cu"], Some(&fault), &[]);
+        let fault = Fault { file: "gradient_hopper_f32.cu", from, to: "" };
+        let output = run("gradient_split", &["gradient_hopper_f32.cu"], Some(&fault), &[]);
         assert!(!output.status.success(), "the fault went unnoticed: {from}");
         assert_caught(&said(&output));
     }
@@ -434,7 +442,7 @@ fn a_wait_by_parity_alone_is_caught() {
             to: "recompute_values<Numbers>(shared, &shared.valued[0],",
         },
         Fault {
-            file: "gradient_roles.cuh",
+            file: "hopper_roles.cuh",
             from: "mbarrier_wait(&my.shared.valued[part], turn.recomputed % 2);",
             to: "mbarrier_wait(&my.shared.valued[0], part);",
         },
@@ -453,7 +461,7 @@ fn an_aligned_instruction_after_a_wait_without_a_warp_sync_is_caught() {
 fn a_barrier_of_the_block_after_a_wait_of_one_lane_is_caught() {
     let begun = "for (Barrier &barrier : shared.valued) mbarrier_init(&barrier, kMultipliers);";
     let message = run_faulty_hopper(
-        "gradient_roles.cuh",
+        "hopper_roles.cuh",
         begun,
         "for (Barrier &barrier : shared.valued) mbarrier_init(&barrier, kMultipliers);
         mbarrier_wait(&shared.valued[0], 1);",
@@ -465,7 +473,7 @@ fn a_barrier_of_the_block_after_a_wait_of_one_lane_is_caught() {
 fn a_named_barrier_of_too_many_threads_is_caught() {
     let read = "named_sync(kBuildersBarrier, kBuilderThreads);  // the values are read";
     let message = run_faulty_hopper(
-        "gradient_roles.cuh",
+        "hopper_roles.cuh",
         read,
         "named_sync(kBuildersBarrier, kBuilderThreads + 32);  // the values are read",
     );
@@ -476,7 +484,7 @@ fn a_named_barrier_of_too_many_threads_is_caught() {
 #[test]
 fn a_named_barrier_that_is_missing_is_caught() {
     let read = "named_sync(kBuildersBarrier, kBuilderThreads);  // the values are read";
-    assert_caught(&run_faulty_hopper("gradient_roles.cuh", read, ""));
+    assert_caught(&run_faulty_hopper("hopper_roles.cuh", read, ""));
 }
 
 #[test]
@@ -494,10 +502,10 @@ fn more_registers_than_a_block_has_are_caught() {
 #[test]
 fn a_wrong_swizzle_is_caught() {
     let place = "swizzled(row, byte % STAGE_BYTES / 16)";
-    let message = run_faulty_hopper("matrix.cuh", place, "swizzled(row ^ 1, byte % STAGE_BYTES / 16)");
+    let message = run_faulty_hopper("weight_tile.cuh", place, "swizzled(row ^ 1, byte % STAGE_BYTES / 16)");
     assert!(message.contains("want"), "{message}");
     // The last matrix's last row goes where the barriers are.
-    let message = run_faulty_hopper("matrix.cuh", place, "swizzled(row + 1, byte % STAGE_BYTES / 16)");
+    let message = run_faulty_hopper("weight_tile.cuh", place, "swizzled(row + 1, byte % STAGE_BYTES / 16)");
     assert!(message.contains("somebody has written over a barrier"), "{message}");
 }
 
@@ -548,7 +556,7 @@ fn the_thread_sanitizer_sees_no_race_in_kernels_without_a_fault() {
     let programs: [(_, &[_]); 5] = [
         ("retrieval", &["retrieval.cu", "retrieval_hopper.cu"]),
         ("gradient", &["gradient_hopper.cu"]),
-        ("gradient_split", &["gradient_hopper_split.cu"]),
+        ("gradient_split", &["gradient_hopper_f32.cu"]),
         ("sweep", &["sweep_hopper.cu"]),
         ("order", &["order.cu"]),
     ];
@@ -589,7 +597,7 @@ fn a_plain_access_that_races_another_block_is_caught_by_the_thread_sanitizer() {
 #[test]
 fn a_race_within_a_block_is_named_by_the_thread_sanitizer() {
     let read = "named_sync(kBuildersBarrier, kBuilderThreads);  // the values are read";
-    let message = run_racing("gradient", "gradient_roles.cuh", read, "");
+    let message = run_racing("gradient", "hopper_roles.cuh", read, "");
     assert!(message.contains("data race") && message.contains("gradient_hopper.cu"), "{message}");
 }
 
@@ -597,15 +605,15 @@ fn a_race_within_a_block_is_named_by_the_thread_sanitizer() {
 fn an_arrival_that_is_missing_between_roles_is_named_by_the_thread_sanitizer() {
     // M is built again without waiting for what else its builders wrote and read.
     let wait = "mbarrier_wait(&my.shared.valued[part], turn.recomputed % 2);";
-    let message = run_racing("gradient", "gradient_roles.cuh", wait, "");
+    let message = run_racing("gradient", "hopper_roles.cuh", wait, "");
     assert!(message.contains("data race") && message.contains("gradient_hopper.cu"), "{message}");
 }
 
 #[test]
 fn an_asynchronous_copy_that_races_is_named_by_the_thread_sanitizer() {
     // Neither the copy nor what reads it is an access of compiled code: the emulation tells of both.
-    let message = run_racing("retrieval", "tile.cuh", BARRIER, "");
-    assert!(message.contains("data race") && message.contains("tile.cuh"), "{message}");
+    let message = run_racing("retrieval", "mma_tile.cuh", BARRIER, "");
+    assert!(message.contains("data race") && message.contains("mma_tile.cuh"), "{message}");
 }
 
 #[test]
@@ -613,7 +621,7 @@ fn divergent_barriers_stop_with_a_message() {
     let message =
         run_faulty(BARRIER, "if (thread_index() < TILE) { block_sync(); } else { \n block_sync(); }", &[]);
     assert!(message.contains("divergent barrier"), "{message}");
-    assert!(message.contains("tile.cuh"), "{message}");
+    assert!(message.contains("mma_tile.cuh"), "{message}");
 }
 
 #[test]

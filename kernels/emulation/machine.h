@@ -1,4 +1,4 @@
-// machine.h: the host path of cuda.cuh. A block's threads are fibers of one OS thread.
+// machine.h: the host path of device.cuh. A block's threads are fibers of one OS thread.
 //
 // What runs when is drawn from a seed: blocks in random order; in a block one random
 // warp runs alone as far as it can, then the next, redrawn at every barrier, so that a
@@ -83,7 +83,7 @@ void reads_matrix(const void *row);
 
 // Hopper: products of a warpgroup run at a random point between issue and wait. Each warp's
 // part is computed when the warp's lanes meet; the parts do not depend on each other. Operands
-// are found through their descriptors, as warpgroup.cuh encodes them, in what the proxy of these
+// are found through their descriptors, as sm90.cuh encodes them, in what the proxy of these
 // instructions sees of shared memory: what threads wrote is there from a fence on.
 struct GroupMultiply {
     float *c;

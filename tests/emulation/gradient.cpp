@@ -10,7 +10,7 @@
 #include <cstdlib>
 #include <vector>
 
-#include "matrix.cuh"
+#include "gradient/weight_tile.cuh"
 
 namespace {
 

@@ -1,10 +1,10 @@
-// instructions.cpp: the host path of the tensor-core wrappers of cuda.cuh against plain products.
+// instructions.cpp: the host path of the tensor-core wrappers of device.cuh against plain products.
 // The fragments' places are written down here once more, from the PTX manual's figures.
 
 #include <cstdio>
 #include <vector>
 
-#include "tile.cuh"
+#include "tile/mma_tile.cuh"
 
 struct GroupCheckParams {
     const float *a;  // [128, 64]

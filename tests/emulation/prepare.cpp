@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <vector>
 
-#include "tile.cuh"
+#include "tile/mma_tile.cuh"
 
 namespace {
 

@@ -237,7 +237,7 @@ impl Device for CudaDevice {
         // The driver copies the struct before it returns, and never writes to it.
         let mut arguments = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
         // From sm_90 on a kernel may be put in place while the one before still runs, whose end it waits for by itself
-        // (`begin_kernel` in kernels/cuda.cuh).
+        // (`begin_kernel` in kernels/ptx/device.cuh).
         let mut overlap = sys::CUlaunchAttribute {
             id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
             pad: [0; 4],

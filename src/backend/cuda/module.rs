@@ -8,7 +8,7 @@ use cudarc::driver::{result, sys};
 use super::driver::{Primary, check};
 use crate::{Error, Result};
 
-/// Images the build script made of kernels/*.cu.
+/// Images that the build script made of the .cu files of kernels/.
 mod embedded {
     include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 }

@@ -12,7 +12,7 @@ use super::params::{
     SWEEP_SPLIT_THREADS, THREADS, TILE, WEIGH_SHARED_BYTES,
 };
 
-/// A kernel of kernels/*.cu, found by [`name`](Kernel::name) in the loaded image.
+/// A kernel, found by [`name`](Kernel::name) in the loaded image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Kernel {
     /// order.cu: sorts the labels of one tile.
@@ -25,19 +25,19 @@ pub enum Kernel {
     Prepare(Precision),
     /// The same on Hopper's warpgroup products.
     PrepareHopper(Precision),
-    /// steps.cu: the position of each of the caller's rows.
+    /// exchange.cu: the position of each of the caller's rows.
     InvertOrder,
-    /// steps.cu: which reference is each anchor itself.
+    /// exchange.cu: which reference is each anchor itself.
     Identity,
-    /// steps.cu: numbers of rows from outside.
+    /// exchange.cu: numbers of rows from outside.
     TakeNumbers,
-    /// steps.cu: numbers of anchors that a step found.
+    /// exchange.cu: numbers of anchors that a step found.
     ReportNumbers,
-    /// similarity.cu: m+ of every anchor.
+    /// same_class.cu: m+ of every anchor.
     SameClass(Precision),
     /// The same on Hopper's warpgroup products.
     SameClassHopper(Precision),
-    /// similarity.cu: m-, the probe and the candidates, in one sweep.
+    /// sweep.cu: m-, the probe and the candidates, in one sweep.
     Sweep(Precision),
     /// sweep_hopper.cu: the same on Hopper's warpgroup products.
     SweepHopper(Precision),
@@ -49,13 +49,13 @@ pub enum Kernel {
     SelectRecomputed(Precision),
     /// The same on Hopper's warpgroup products.
     SelectRecomputedHopper(Precision),
-    /// select.cu: row weights, loss, results in original order, lists or tiles for each row tile's gradient.
+    /// weigh.cu: row weights, loss, results in original order, lists or tiles for each row tile's gradient.
     Weigh,
     /// gradient.cu: the gradient of one side.
     Gradient(Precision),
-    /// gradient_hopper.cu: the same on Hopper's warpgroup products; gradient_hopper_split.cu of f32 to its own precision.
+    /// gradient_hopper.cu: the same on Hopper's warpgroup products; gradient_hopper_f32.cu of f32 to its own precision.
     GradientHopper(Precision),
-    /// unit.cu: the gradient of rows of any length from that of the unit rows.
+    /// unit_length_backward.cu: the gradient of rows of any length from that of the unit rows.
     LeadBack(Precision),
     /// threshold.cu: the hyper-gradient's sums of each block.
     Threshold(Precision),

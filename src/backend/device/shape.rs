@@ -274,7 +274,7 @@ mod tests {
         assert_eq!(Shape::square(1, 1 << 20, Precision::Bf16).band(), 1);
     }
 
-    /// The tiles of the sweep in the order of `tile_at` in tile.cuh, of a square form of `tiles` row tiles.
+    /// The tiles of the sweep in the order of `tile_at` in pairs/tile_order.cuh, of a square form of `tiles` row tiles.
     fn order_of_tiles(tiles: usize, band: usize) -> Vec<(usize, usize)> {
         let firsts = (0..tiles).step_by(band);
         let in_band = |first: usize| {

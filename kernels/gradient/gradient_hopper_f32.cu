@@ -1,0 +1,348 @@
+// gradient_hopper_f32.cu: gradient_hopper.cu of f32 to its own precision, M and R as two f16 each.
+// Truth: src/loss/gradient.rs, src/loss/reference.rs. Launcher: src/backend/device/passes.rs.
+//
+// The same roles. A stage is 32 of the other side's rows and 128 columns in both parts, 16 KB; there are six. M is a tile of high
+// parts and one of low ones, two of both: one is built while the other is multiplied. The warps that build weigh the pairs by
+// themselves, from similarities and words: what `weigh` could leave in a word is too short. M's elements are scaled by a power
+// of two that the largest weight of the whole loss says.
+// For each tile and 128 columns the three products (m64n128k16) go into sums of their own, which the adder that rounds adds to
+// those of the row tile: 128 and 64 registers a thread. S that is recomputed comes 32 columns at a time.
+// Sync: barriers in shared memory alone (full, empty, zeroed, built, valued); all roles walk the same tiles.
+
+#include "gradient/hopper_roles.cuh"
+
+#ifdef HAS_WARPGROUP_PRODUCTS
+namespace {
+
+constexpr uint32_t kColumns = 128;                              // of R in a stage
+constexpr uint32_t kDepth = 32;                                 // and its rows
+constexpr uint32_t kStagePanel = kDepth * STAGE_BYTES;          // of them 64 columns, high or low parts
+constexpr uint32_t kStageBytes = kColumns / kPanelColumns * 2 * kStagePanel;
+constexpr uint32_t kLineBytes = TILE * STAGE_BYTES;             // a tile's rows, 64 of the inner dimension, high or low parts
+constexpr uint32_t kPartColumns = 32;                           // of S, recomputed at a time
+constexpr uint32_t kMatrixPart = TILE * TILE * 2;               // high or low parts of a tile of M
+using MatrixNumbers = HalfF16;                                  // as each of them lies
+static_assert(kLineBytes <= kStageBytes && 2 * kPartColumns * STAGE_BYTES <= kStageBytes, "operands of S");
+static_assert(TILE * kPartColumns * sizeof(float) == kStageBytes, "and its values");
+
+struct SplitRoles {
+    static constexpr uint32_t stages = GRADIENT_SPLIT_STAGES, matrices = 2, parts = TILE / kPartColumns, step_fills = 3;
+};
+using Turn = RolesTurn<SplitRoles>;
+template <bool words>
+using Walk = RolesWalk<SplitRoles, words>;
+
+struct GradientSplitShared {
+    unsigned char stages[SplitRoles::stages][kStageBytes];  // [columns / 64, high and low, kDepth, STAGE_BYTES]
+    unsigned char matrices[SplitRoles::matrices][2][kMatrixPart];
+    Barrier full[SplitRoles::stages], empty[SplitRoles::stages];
+    Barrier zeroed[SplitRoles::matrices], built[SplitRoles::matrices];
+    Barrier valued[SplitRoles::parts];  // a part of a recomputed tile's S is in its stage
+    uint32_t last, unused;              // whether this block is the last of its splits
+};
+static_assert(sizeof(GradientSplitShared) == GRADIENT_SPLIT_SHARED_BYTES, "the launch plan's shared memory");
+static_assert(kHopperListsBytes <= sizeof(GradientSplitShared), "where the stages are");
+
+// Two rows of weights share a pair: no weight is more than twice the largest of a row.
+DEVICE TileScale weight_scale(const Pairs &pairs) { return TileScale(pairs.counters->largest_weight + (1u << 23)); }
+
+// The warp that copies: R of every tile, before it the operands of S of a recomputed one, and zeros for the M of the next.
+DEVICE void copy_rows(const GradientParams &p, GradientSplitShared &shared, Walk<false> walk, uint32_t first_column, uint32_t columns) {
+    const Pairs &pairs = p.pairs;
+    const Side &own = p.of_references ? pairs.references : pairs.anchors;
+    const Side &other = p.of_references ? pairs.anchors : pairs.references;
+    auto own_rows = static_cast<const unsigned char *>(tile_rows<ExactF32>(own, walk.x, pairs.stride));
+    uint32_t fill = 0;
+    auto begin_stage = [&](uint32_t bytes) {
+        if (fill >= SplitRoles::stages) mbarrier_wait(empty_of(shared, fill), parity_of(shared, fill - SplitRoles::stages));
+        warp_sync();
+        if (lane_index() == 0) mbarrier_arrive_expect_tx(full_of(shared, fill), bytes);
+        warp_sync();
+    };
+    // Lane `lane` copies, if it is one of `lanes`: `from(lane)` to byte `to` of the stage.
+    auto copy = [&](uint32_t lanes, uint32_t bytes, auto from) {
+        begin_stage(lanes * bytes);
+        if (lane_index() < lanes) cp_async_bulk(stage_of(shared, fill) + lane_index() * bytes, from(lane_index()), bytes, full_of(shared, fill));
+        warp_sync();
+        ++fill;
+    };
+    // Recomputed tiles too: their matrix is written all over, and waited for alike.
+    auto clear = [&](uint32_t matrix) {
+        if (lane_index() == 0) {
+            mbarrier_arrive_expect_tx(&shared.zeroed[matrix], 2 * kMatrixPart);
+            for (auto &part : shared.matrices[matrix]) cp_async_bulk(part, p.zeros, kMatrixPart, &shared.zeroed[matrix]);
+        }
+        warp_sync();
+    };
+    bool there = walk.next();
+    if (there) clear(walk.turn.matrix());
+    while (there) {
+        Turn turn = walk.turn;
+        there = walk.next();
+        auto rows = static_cast<const unsigned char *>(tile_rows<ExactF32>(other, turn.y, pairs.stride));
+        if (!turn.stored) {
+            for (uint32_t part = 0; part < SplitRoles::parts; ++part) {
+                constexpr uint32_t part_bytes = kPartColumns * STAGE_BYTES;
+                for (uint32_t step = 0; step < walk.steps; ++step) {
+                    uint64_t high = static_cast<uint64_t>(step) * 2 * kLineBytes;
+                    for (uint32_t low = 0; low < 2; ++low) copy(1, kLineBytes, [&](uint32_t) { return own_rows + high + low * kLineBytes; });
+                    copy(2, part_bytes, [&](uint32_t lane) { return rows + high + lane * kLineBytes + part * part_bytes; });
+                }
+                begin_stage(0);  // for its values, which nobody copies
+                ++fill;
+            }
+        }
+        // The stage before those of R is given back when the last product of the tile before is through: that read the matrix
+        // which the next tile gets. All stages later a stage waits for that by itself; where R takes fewer, it is waited for.
+        uint32_t first = fill, at = walk.rows_fills < SplitRoles::stages ? walk.rows_fills - 1 : SplitRoles::stages - 1;
+        for (uint32_t k = 0; k < walk.rows_fills; ++k) {
+            uint32_t half = k / (TILE / kDepth), depth = k % (TILE / kDepth), left = columns - half * kColumns;
+            uint32_t panels = left < kColumns ? left / kPanelColumns : kColumns / kPanelColumns;
+            uint64_t line = (first_column + half * kColumns) / kPanelColumns * 2;
+            copy(panels * 2, kStagePanel, [&](uint32_t lane) { return rows + (line + lane) * kLineBytes + depth * kStagePanel; });
+            if (k == at && there) {
+                if (first > 0) mbarrier_wait(empty_of(shared, first - 1), parity_of(shared, first - 1));
+                warp_sync();
+                clear(walk.turn.matrix());
+            }
+        }
+    }
+}
+
+// What the warps that build know of their block.
+struct Building {
+    const GradientParams &p;
+    GradientSplitShared &shared;
+    uint32_t thread;  // of theirs
+    float scale;
+    Argument positive, negative;
+
+    DEVICE Building(const GradientParams &params, GradientSplitShared &memory)
+        : p(params), shared(memory), thread(thread_index() - kMultipliers * 32), scale(weight_scale(params.pairs).up),
+          positive(argument_of(params.pairs.settings, true)), negative(argument_of(params.pairs.settings, false)) {}
+
+    // Element (row, column) of a matrix, as its tile of S has it.
+    DEVICE void store(uint32_t matrix, uint32_t row, uint32_t column, float weight) const {
+        Halves halves = split(weight * scale, 0.0f);
+        uint32_t place = matrix_place<MatrixNumbers>(row, column);
+        *reinterpret_cast<uint16_t *>(shared.matrices[matrix][0] + place) = static_cast<uint16_t>(halves.high);
+        *reinterpret_cast<uint16_t *>(shared.matrices[matrix][1] + place) = static_cast<uint16_t>(halves.low);
+    }
+    // As pair_weight(), of a candidate whose word says who keeps it.
+    DEVICE float weight(uint32_t row, uint32_t column, uint32_t word, float s) const {
+        const Pairs &pairs = p.pairs;
+        bool is_positive = word >> kPositive & 1;
+        auto of = [&](const RowWeights &weights) { return is_positive ? -weights.pos_scale : weights.neg_scale; };
+        float share = word >> kKeptByRow & 1 ? of(pairs.weights[row]) : 0.0f;
+        if (word >> kKeptByColumn & 1) share += of(pairs.column_weights[column]);
+        return share == 0.0f ? 0.0f : share * Logistic((is_positive ? positive : negative).at(s)).sigmoid();
+    }
+};
+
+DEVICE void build_matrices(const GradientParams &p, GradientSplitShared &shared, Walk<true> walk) {
+    constexpr uint32_t kAhead = 4;  // granules whose loads are under way
+    Building my(p, shared);
+    const Pairs &pairs = p.pairs;
+    while (walk.next()) {
+        const Turn &turn = walk.turn;
+        // On their way while the matrix is waited for.
+        Granule<uint32_t> words[kAhead];
+        Granule<float> values[kAhead];
+        uint64_t segment = static_cast<uint64_t>(turn.segment) * 4;
+        uint32_t count = turn.stored ? turn.count : 0;
+        auto load = [&](uint32_t a, uint32_t first) {
+            if (first >= count) return;
+            words[a] = *reinterpret_cast<const Granule<uint32_t> *>(pairs.pool_words + segment + first);
+            values[a] = *reinterpret_cast<const Granule<float> *>(pairs.pool_values + segment + first);
+        };
+        constexpr uint32_t kApart = kBuilderThreads * 4;
+#pragma unroll
+        for (uint32_t a = 0; a < kAhead; ++a) load(a, my.thread * 4 + a * kApart);
+        mbarrier_wait(&shared.zeroed[turn.matrix()], turn.matrix_parity());  // and nobody reads the matrix any more
+        warp_sync();
+        if (!turn.stored) {
+            auto weight = [&](uint32_t anchor, uint32_t reference, float s) { return pair_weight(pairs, anchor, reference, s); };
+            auto store = [&](uint32_t row, uint32_t column, float value) { my.store(turn.matrix(), row, column, value); };
+            build_recomputed<kPartColumns>(my, turn, walk.x, walk.steps, weight, store);
+        }
+        uint32_t first_row = (turn.tile.transposed ? turn.y : walk.x) * TILE, first_column = (turn.tile.transposed ? walk.x : turn.y) * TILE;
+#pragma unroll 1
+        for (uint32_t begin = my.thread * 4; begin < count; begin += kAhead * kApart) {
+#pragma unroll
+            for (uint32_t a = 0; a < kAhead; ++a) {
+                uint32_t first = begin + a * kApart;
+#pragma unroll
+                for (uint32_t k = 0; k < 4; ++k) {
+                    if (first + k >= count) continue;
+                    uint32_t word = words[a].values[k], row = word_place(word) / TILE, column = word_place(word) % TILE;
+                    float weight = my.weight(first_row + row, first_column + column, word, values[a].values[k]);
+                    my.store(turn.matrix(), row, column, weight);
+                    if (turn.tile.diagonal) my.store(turn.matrix(), column, row, weight);  // which holds each pair once
+                }
+                load(a, first + kAhead * kApart);
+            }
+        }
+        fence_proxy_async();
+        warp_sync();
+        arrive_as_warp(&shared.built[turn.matrix()]);
+    }
+}
+
+// A part of S of a tile that was not stored, its values left in the stage behind its operands. The bits are those
+// of the sweep: either order of the operands gives the same.
+DEVICE void recompute_values(GradientSplitShared &shared, Barrier *valued, uint32_t fill, uint32_t steps, uint32_t group) {
+    float acc[kPartColumns / 8][4];
+    clear(acc);
+#pragma unroll 1
+    for (uint32_t step = 0; step < steps; ++step, fill += SplitRoles::step_fills) {
+#pragma unroll 1
+        for (uint32_t k = 0; k < SplitRoles::step_fills; ++k) mbarrier_wait(full_of(shared, fill + k), parity_of(shared, fill + k));
+        warp_sync();
+        auto rows = [&](uint32_t k) { return stage_descriptor(stage_of(shared, fill + k) + group * (TILE / 2) * STAGE_BYTES); };
+        Descriptor columns = stage_descriptor(stage_of(shared, fill + 2));
+        add_split_products(acc, rows(0), rows(1), columns, advanced(columns, kPartColumns * STAGE_BYTES), [] {});
+#pragma unroll 1
+        for (uint32_t k = 0; k < SplitRoles::step_fills; ++k) arrive_as_warp(empty_of(shared, fill + k));
+    }
+    mbarrier_wait(full_of(shared, fill), parity_of(shared, fill));
+    warp_sync();
+    auto values = reinterpret_cast<float *>(stage_of(shared, fill));
+    GroupPlace place;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+        for (uint32_t c = 0; c < kPartColumns / 4; ++c) values[value_place<kPartColumns>(place.row_of(r), place.column_of(c))] = acc[c / 2][r * 2 + c % 2];
+    }
+    fence_proxy_async();  // bulk copies fill the stage next
+    warp_sync();
+    arrive_as_warp(valued);
+}
+
+// 16 of the other side's rows: the mixed products, then that of the high parts. `fresh`: from 0.
+template <bool transposed, bool fresh>
+DEVICE void multiply_parts(GroupAccumulators &sums, Descriptor m, Descriptor rows) {
+    wgmma_f16<true, transposed, fresh>(sums, advanced(m, kMatrixPart), rows);
+    wgmma_f16<true, transposed>(sums, m, advanced(rows, kStagePanel));
+    wgmma_f16<true, transposed>(sums, m, rows);
+}
+
+// A tile's product with 128 columns, whose stages begin at `fill`; `m` are a group's 64 rows of M's tile, or 64 columns.
+template <bool transposed>
+DEVICE void multiply_tile_columns(GradientSplitShared &shared, GroupAccumulators &sums, Descriptor m, uint32_t fill) {
+#pragma unroll
+    for (uint32_t k = 0; k < TILE; k += kDepth, ++fill) {
+        mbarrier_wait(full_of(shared, fill), parity_of(shared, fill));
+        warp_sync();
+        Descriptor rows = panels_descriptor(stage_of(shared, fill), 2 * kStagePanel);
+        // 64 of the inner dimension of straight ones are a panel.
+        auto at = [&](uint32_t inner) {
+            return advanced(m, transposed ? inner * STAGE_BYTES : inner / kPanelColumns * kPanelBytes<MatrixNumbers> + inner % kPanelColumns * 2);
+        };
+        wgmma_fence();
+        if (k == 0) {
+            multiply_parts<transposed, true>(sums, at(k), rows);
+        } else {
+            multiply_parts<transposed, false>(sums, at(k), rows);
+        }
+        multiply_parts<transposed, false>(sums, at(k + 16), advanced(rows, 16 * STAGE_BYTES));
+        wgmma_commit();
+        if (k > 0) {
+            wgmma_wait<1>();  // this product goes on, that before it is done
+            arrive_as_warp(empty_of(shared, fill - 1));
+        }
+    }
+    wgmma_wait<0>();
+    settle(sums);
+    arrive_as_warp(empty_of(shared, fill - 1));
+}
+
+// The two warpgroups that multiply: 64 rows each.
+DEVICE void multiply_matrices(const GradientParams &p, GradientSplitShared &shared, Walk<false> walk, uint32_t first_column,
+                              uint32_t columns) {
+    constexpr int kHalves = GRADIENT_COLUMNS / kColumns;
+    uint32_t group = shuffle(warp_index(), 0) / 4;  // which the compiler then knows to be the warp's
+    float down = weight_scale(p.pairs).down / kRowScale;
+    GroupAccumulators totals[kHalves];
+    auto each = [](auto use) {
+#pragma unroll
+        for (int column = 0; column < 16; ++column) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) use(column, i);
+        }
+    };
+#pragma unroll
+    for (auto &total : totals) each([&](int column, int i) { total[column][i] = 0.0f; });
+    while (walk.next()) {
+        const Turn &turn = walk.turn;
+        uint32_t fill = turn.fill + turn.before_rows(walk.steps);
+        if (!turn.stored) {
+#pragma unroll 1
+            for (uint32_t part = 0; part < SplitRoles::parts; ++part) {
+                recompute_values(shared, &shared.valued[part], turn.fill + part * Turn::part_fills(walk.steps), walk.steps, group);
+            }
+        }
+        mbarrier_wait(&shared.built[turn.matrix()], turn.matrix_parity());
+        warp_sync();
+        const unsigned char *matrix = shared.matrices[turn.matrix()][0];
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) {
+            if (half * kColumns >= columns) continue;
+            GroupAccumulators sums;
+            if (turn.transposed()) {
+                Descriptor m = panels_descriptor(matrix + group * kPanelBytes<MatrixNumbers>, kPanelBytes<MatrixNumbers>);
+                multiply_tile_columns<true>(shared, sums, m, fill);
+            } else {
+                multiply_tile_columns<false>(shared, sums, stage_descriptor(matrix + group * (TILE / 2) * STAGE_BYTES), fill);
+            }
+            each([&](int column, int i) { totals[half][column][i] = fmaf(sums[column][i], down, totals[half][column][i]); });
+            fill += TILE / kDepth;
+        }
+    }
+
+    const Side &own = p.of_references ? p.pairs.references : p.pairs.anchors;
+    float one = one_or_nan(p.pairs);
+    GroupPlace place;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        ResultRow result = result_row(p, own, walk.x * TILE + place.row_of(r));
+#pragma unroll
+        for (int c = 0; c < kHalves * 32; ++c) {
+            uint32_t column = c / 32 * kColumns + place.column_of(c % 32);
+            if (column >= columns || first_column + column >= result.columns) continue;
+            result.to[first_column + column] = GroupPlace::value(totals[c / 32], r, c % 32) * one;
+        }
+    }
+}
+
+}  // namespace
+#endif
+
+ROLE_KERNEL(gradient_hopper_f32, GradientParams, GRADIENT_HOPPER_THREADS) {
+#ifdef HAS_WARPGROUP_PRODUCTS
+    SHARED_MEMORY(bytes);
+    auto &shared = *reinterpret_cast<GradientSplitShared *>(bytes);
+    const Pairs &pairs = p.pairs;
+    uint32_t x = block_x();
+    if (p.ways[x]) return sum_by_lists<ExactF32>(p, bytes, x);
+    uint32_t first_column = block_y() * GRADIENT_COLUMNS, left = pairs.stride - first_column;
+    uint32_t columns = left < GRADIENT_COLUMNS ? left : GRADIENT_COLUMNS;
+    begin_barriers(shared);
+    Range range = split_range(p.of_references ? pairs.anchors.tiles : pairs.references.tiles, block_z(), p.splits);
+    uint32_t fills = (columns + kColumns - 1) / kColumns * (TILE / kDepth), warp = shuffle(warp_index(), 0);
+    Walk<false> walk(p, x, range, fills);
+    if (warp >= kMultipliers) {
+        setmaxnreg_dec<72>();
+        if (warp == kMultipliers + kBuilders) {
+            copy_rows(p, shared, walk, first_column, columns);
+        } else {
+            build_matrices(p, shared, Walk<true>(p, x, range, fills));
+        }
+    } else {
+        setmaxnreg_inc<216>();
+        multiply_matrices(p, shared, walk, first_column, columns);
+        finish_multiplied(p, &shared.last, x);
+    }
+#else
+    trap();
+#endif
+}

@@ -1,0 +1,167 @@
+// hopper_roles.cuh: what the gradient's kernels on Hopper share: their warps have roles, and all roles walk the same tiles.
+#ifndef DDTAS_HOPPER_ROLES_CUH
+#define DDTAS_HOPPER_ROLES_CUH
+
+#include "tile/wgmma_tile.cuh"
+#include "gradient/row_lists.cuh"
+
+#ifdef HAS_WARPGROUP_PRODUCTS
+
+constexpr uint32_t kPanelColumns = STAGE_BYTES / 2;
+constexpr uint32_t kMultipliers = 8, kBuilders = 3;  // warps; the last one copies
+constexpr uint32_t kBuilderThreads = kBuilders * 32;
+constexpr uint32_t kBuildersBarrier = 1, kMultipliersBarrier = 2;
+static_assert((kMultipliers + kBuilders + 1) * 32 == GRADIENT_HOPPER_THREADS, "the launch plan's threads");
+static_assert(GRADIENT_ROWS_16BIT == TILE, "two warpgroups of 64 rows");
+
+// One tile of the walk below: every role knows from it which stages and which matrix are meant. `Roles` has the numbers: of
+// matrices, of parts of S that are recomputed one after the other, of stages filled for 64 dimensions of such a part.
+template <class Roles>
+struct RolesTurn {
+    PairTile tile;
+    uint32_t y;           // of the other side
+    uint32_t count;       // candidates
+    uint32_t segment;     // where they are
+    uint32_t index;       // so many tiles before
+    uint32_t recomputed;  // of which recomputed
+    uint32_t fill;        // and so many stages filled before
+    bool stored;
+
+    // Stages filled for this tile before those of R: for each part of S its steps, then its values.
+    static DEVICE uint32_t part_fills(uint32_t steps) { return steps * Roles::step_fills + 1; }
+    DEVICE uint32_t before_rows(uint32_t steps) const { return stored ? 0 : Roles::parts * part_fills(steps); }
+    DEVICE uint32_t values(uint32_t steps, uint32_t part) const { return fill + (part + 1) * part_fills(steps) - 1; }
+    DEVICE uint32_t matrix() const { return index % Roles::matrices; }
+    DEVICE uint32_t matrix_parity() const { return index / Roles::matrices % 2; }
+    // M lies [other side, own]: as its tile of S, whereas a recomputed one is built the right way round.
+    DEVICE bool transposed() const { return stored && tile.transposed; }
+};
+
+// The tiles that hold candidates of the block's rows, in order. The lanes of a warp look at 32 counts at once. `words`: with
+// how many there are and where, which only those that build ask; the others have no registers for it.
+template <class Roles, bool words>
+struct RolesWalk {
+    const GradientParams &p;
+    uint32_t x, steps, rows_fills, group, end;
+    uint32_t left = 0, stored = 0;       // tiles of this group with candidates, those that are stored: a bit each
+    uint32_t counts = 0, segments = 0;   // of the lane's tile
+    RolesTurn<Roles> turn{};
+
+    // `fills` stages for R of a tile.
+    DEVICE RolesWalk(const GradientParams &params, uint32_t row_tile, Range range, uint32_t fills)
+        : p(params), x(row_tile), steps(params.pairs.stride / kPanelColumns), rows_fills(fills), group(range.begin - 32), end(range.end) {}
+
+    // Steps on to the next tile, by the whole warp; false at the end.
+    DEVICE bool next() {
+        if (turn.count != 0) {
+            ++turn.index;
+            turn.recomputed += !turn.stored;
+            turn.fill += turn.before_rows(steps) + rows_fills;
+        }
+        while (left == 0) {
+            group += 32;  // from below 0 at first
+            if (static_cast<int32_t>(end - group) <= 0) return false;
+            uint32_t y = group + lane_index();
+            uint64_t index = y < end ? pair_tile(p.pairs, p.of_references, x, y).index : 0;
+            uint32_t count = y < end ? p.pairs.tile_counts[index] : 0, segment = y < end ? p.pairs.tile_segments[index] : NO_ROW;
+            left = ballot_sync(count != 0);
+            stored = ballot_sync(segment != NO_ROW);
+            if constexpr (words) {
+                counts = count;
+                segments = segment;
+            }
+        }
+        int lane = lowest_bit(left);
+        left &= left - 1;
+        turn.y = group + static_cast<uint32_t>(lane);
+        turn.tile = pair_tile(p.pairs, p.of_references, x, turn.y);
+        turn.stored = stored >> lane & 1;
+        turn.count = 1;
+        if constexpr (words) {
+            turn.count = shuffle(counts, lane);
+            turn.segment = shuffle(segments, lane);
+        }
+        return true;
+    }
+};
+
+// Stages are filled in turn, again and again: which one a fill is meant for, its barriers, and the parity of its phase.
+template <class Shared>
+constexpr uint32_t kRing = sizeof(Shared::full) / sizeof(Barrier);
+template <class Shared>
+DEVICE Barrier *full_of(Shared &shared, uint32_t fill) { return &shared.full[fill % kRing<Shared>]; }
+template <class Shared>
+DEVICE Barrier *empty_of(Shared &shared, uint32_t fill) { return &shared.empty[fill % kRing<Shared>]; }
+template <class Shared>
+DEVICE unsigned char *stage_of(Shared &shared, uint32_t fill) { return shared.stages[fill % kRing<Shared>]; }
+template <class Shared>
+DEVICE uint32_t parity_of(const Shared &, uint32_t fill) { return fill / kRing<Shared> % 2; }
+
+template <class Shared>
+DEVICE void begin_barriers(Shared &shared) {
+    if (thread_index() == 0) {
+        for (Barrier &barrier : shared.full) mbarrier_init(&barrier, 1);
+        for (Barrier &barrier : shared.empty) mbarrier_init(&barrier, kMultipliers);
+        for (Barrier &barrier : shared.zeroed) mbarrier_init(&barrier, 1);
+        for (Barrier &barrier : shared.built) mbarrier_init(&barrier, kBuilders);
+        for (Barrier &barrier : shared.valued) mbarrier_init(&barrier, kMultipliers);
+    }
+    block_sync();  // the barriers are there
+}
+
+// Where a recomputed similarity stands in the stage of its part, `columns` wide: the rows of half a warp's store meet no bank twice.
+template <uint32_t columns>
+DEVICE uint32_t value_place(uint32_t row, uint32_t column) { return row * columns + (column ^ row % 4 * 8); }
+
+// M from the values of a recomputed tile, `columns` at a time: `weight` of anchor, reference and similarity goes to `store`, 0 where
+// there is no pair.
+template <uint32_t columns, class Building, class Turn, class Weight, class Store>
+DEVICE void build_recomputed(const Building &my, const Turn &turn, uint32_t x, uint32_t steps, Weight weight, Store store) {
+    for (uint32_t part = 0; part < TILE / columns; ++part) {
+        uint32_t fill = turn.values(steps, part);
+        auto values = reinterpret_cast<const float *>(stage_of(my.shared, fill));
+        mbarrier_wait(&my.shared.valued[part], turn.recomputed % 2);
+        warp_sync();
+#pragma unroll 1
+        for (uint32_t k = my.thread; k < TILE * columns; k += kBuilderThreads) {
+            uint32_t own = k / columns, other = part * columns + k % columns;
+            uint32_t i = x * TILE + own, j = turn.y * TILE + other;
+            bool swapped = turn.tile.diagonal ? i > j : turn.tile.transposed;
+            uint32_t anchor = swapped ? j : i, reference = swapped ? i : j;
+            bool any = is_pair(my.p.pairs, anchor, reference);
+            store(own, other, any ? weight(anchor, reference, values[value_place<columns>(own, k % columns)]) : 0.0f);
+        }
+        fence_proxy_async();  // bulk copies fill the stage next
+        warp_sync();
+        named_sync(kBuildersBarrier, kBuilderThreads);  // the values are read
+        // In place of the warps that multiply, which do not know when its values are read.
+        if (my.thread < kMultipliers) mbarrier_arrive(empty_of(my.shared, fill));
+        warp_sync();
+    }
+}
+
+// As finish_splits(), by the warps that multiply alone. `last` is shared memory.
+DEVICE void finish_multiplied(const GradientParams &p, uint32_t *last, uint32_t x) {
+    if (p.splits == 1) return;
+    constexpr uint32_t threads = kMultipliers * 32;
+    warp_sync();
+    named_sync(kMultipliersBarrier, threads);
+    if (thread_index() == 0) *last = arrive_at(arrivals(p)) == p.splits - 1;
+    warp_sync();
+    named_sync(kMultipliersBarrier, threads);
+    if (*last) add_splits(p, static_cast<uint64_t>(x) * TILE, TILE, thread_index(), threads);
+}
+
+constexpr uint32_t kListsWarps = GRADIENT_HOPPER_THREADS / 32, kHopperListsRows = (TILE + kListsWarps - 1) / kListsWarps;
+static_assert(LISTS_COLUMNS == GRADIENT_COLUMNS, "one grid for both");
+constexpr uint32_t kHopperListsBytes = kListsWarps * kHopperListsRows * LISTS_COLUMNS * 4;
+
+// A row tile that goes by lists, by all warps alike.
+template <class Numbers>
+DEVICE void sum_by_lists(const GradientParams &p, unsigned char *bytes, uint32_t x) {
+    gradient_lists<Numbers, kListsWarps, kHopperListsRows>(p, bytes, x, 0);
+    finish_splits(p, bytes, static_cast<uint64_t>(x) * TILE, TILE, GRADIENT_HOPPER_THREADS);
+}
+
+#endif
+#endif

@@ -1,0 +1,137 @@
+// threshold.cu: the two sums of the threshold generator's hyper-gradient (SPEC 5).
+// Truth: src/loss/threshold.rs. Launcher: src/backend/device/threshold.rs.
+//
+// sum_ij W_ij (edot_i . e_j + e_i . edot_j) with W = dG/dlambda is <(W + W^T) E, edot>: the gradient's product with other
+// weights, and a dot product at its end (of each side with its own tangent in the rectangular form). S is that of the loss,
+// stored, or multiplied as its sweep did.
+// threshold: a block as in gradient.cu, for the positives or for the negatives. Tiles without any cost no product: of
+//   positives nearly all.
+// threshold_sum: the sum over blocks. One block.
+// Numbers: W in as many parts of the rows' type as f32 has digits for; a tile's sums are f32, all else f64, in one order.
+
+#include "gradient/tile_product.cuh"
+
+// A number as M's type holds it.
+template <class Numbers>
+DEVICE float rounded(float value) {
+    return to_float(from_float<typename Numbers::Element>(value));
+}
+
+constexpr uint32_t kTilesAtOnce = 8;  // whose sums are added in f32, before they meet the tangent
+
+// dM/dlambda, of the positives' lambda or of the negatives'.
+template <class Numbers>
+struct Slopes {
+    // 8 or 11 bits each; exact products split f32 themselves.
+    static constexpr uint32_t parts = Numbers::exact ? 1 : 3;
+    static constexpr bool may_be_nothing = true, from_words = false;
+    const ThresholdParams &p;
+    const TileBlock &block;
+    bool positives;
+    uint32_t tiles = 0;
+    double dot = 0.0;
+
+    // The derivative of a pair's weight is its share times the sharpness and the slope of its sigmoid.
+    DEVICE float slope(uint32_t i, uint32_t j, float s) const {
+        const Pairs &pairs = p.walk.pairs;
+        bool positive;
+        float share = pair_share(pairs, i, j, s, positive);
+        if (share == 0.0f || positive != positives) return 0.0f;
+        // The share is negative for positives: both derivatives are below 0 (SPEC 5).
+        auto sharpness = static_cast<float>(positive ? pairs.settings.beta : -pairs.settings.alpha);
+        return share * sharpness * pair_slope(pairs.settings, positive, s);
+    }
+    DEVICE float weigh(uint32_t i, uint32_t j, float s, uint32_t part) const {
+        float left = slope(i, j, s) * p.walk.weight_scale;
+        for (uint32_t before = 0; before < part; ++before) left -= rounded<Numbers>(left);
+        return left;
+    }
+    // Row `row` of the result's side meets the tangent: what answers for a column, and 0 beyond the rows' end.
+    DEVICE const float *tangent_of(uint64_t row) const {
+        const Side &own = p.walk.of_references ? p.walk.pairs.references : p.walk.pairs.anchors;
+        return row < own.count ? p.tangent + static_cast<uint64_t>(own.order[row]) * p.walk.pairs.dim : nullptr;
+    }
+    DEVICE float moving(const float *tangent, uint32_t column) const {
+        return tangent != nullptr && column < p.walk.pairs.dim ? tangent[column] : 0.0f;
+    }
+    DEVICE void flush(GradientSums<Numbers> &sums) {
+        double total = 0.0;
+        each_sum<Numbers>(sums, [&](uint32_t row) {
+            reads_below();  // of this row's tangent
+            const float *tangent = tangent_of(static_cast<uint64_t>(block.x) * TILE + block.offset + row);
+            return [this, tangent, &total](uint32_t column, float &sum) {
+                if (column < block.columns) total += static_cast<double>(sum * moving(tangent, block.first_column + column));
+                sum = 0.0f;
+            };
+        });
+        dot += total / static_cast<double>(p.walk.weight_scale);
+    }
+    DEVICE void after(GradientSums<Numbers> &sums) {
+        if (++tiles % kTilesAtOnce == 0) flush(sums);
+    }
+};
+
+template <class Numbers, bool group>
+DEVICE void threshold_walk(const ThresholdParams &p) {
+    SHARED_MEMORY(bytes);
+    const GradientParams &walk = p.walk;
+    const Side &other = walk.of_references ? walk.pairs.anchors : walk.pairs.references;
+    uint32_t split = block_z() % walk.splits, of_negatives = block_z() / walk.splits;
+    TileBlock block = tile_block<Numbers>(walk);
+    Slopes<Numbers> job{p, block, of_negatives == 0};
+    Range range = split_range(other.tiles, split, walk.splits);
+    if (walk.ways != nullptr && walk.ways[block.x]) {
+        for (uint32_t first = 0; first < kMatrixRows<Numbers>; first += kListsPart) {
+            sum_lists<Numbers, THREADS / 32, kListsRows>(
+                walk, bytes, block.x, block.offset + first, range, [&](uint32_t i, uint32_t j, float s) { return job.slope(i, j, s); },
+                [&](uint32_t row, uint32_t column, float sum) {
+                    const float *tangent = job.tangent_of(static_cast<uint64_t>(block.x) * TILE + row);
+                    job.dot += static_cast<double>(sum) * static_cast<double>(job.moving(tangent, block.first_column + column));
+                });
+        }
+    } else {
+        TileMemory<Numbers> memory(bytes);
+#ifdef HAS_WARPGROUP_PRODUCTS
+        if constexpr (group) memory.group.begin();
+#endif
+        GradientSums<Numbers> sums;
+        clear_sums<Numbers>(sums);
+        walk_tiles<Numbers, group>(walk, memory, block, range, job, sums);
+        job.flush(sums);
+    }
+    block_sync();  // nobody is left in the stages
+    double dot = block_sum(job.dot, reinterpret_cast<double *>(bytes));
+    if (thread_index() == 0) {
+        uint32_t columns = (walk.pairs.stride + GRADIENT_COLUMNS - 1) / GRADIENT_COLUMNS;
+        p.partial[static_cast<uint64_t>(of_negatives) * p.blocks + p.first +
+                  (static_cast<uint64_t>(split) * columns + block_y()) * grid_x() + block_x()] = dot;
+    }
+}
+template <class Numbers>
+DEVICE void threshold_body(const ThresholdParams &p) {
+    threshold_walk<Numbers, false>(p);
+}
+KERNEL_IN_EVERY_PRECISION(threshold, ThresholdParams)
+
+template <class Numbers>
+DEVICE void threshold_hopper_body([[maybe_unused]] const ThresholdParams &p) {
+#ifdef HAS_WARPGROUP_PRODUCTS
+    threshold_walk<Numbers, true>(p);
+#else
+    trap();
+#endif
+}
+KERNEL(threshold_hopper_f32, ThresholdParams, 1) { threshold_hopper_body<ExactF32>(p); }
+KERNEL(threshold_hopper_f16, ThresholdParams, 1) { threshold_hopper_body<HalfF16>(p); }
+KERNEL(threshold_hopper_bf16, ThresholdParams, 1) { threshold_hopper_body<HalfBf16>(p); }
+
+KERNEL(threshold_sum, ThresholdSumParams, 1) {
+    SHARED_MEMORY(bytes);
+    auto *scratch = reinterpret_cast<double *>(bytes);
+    for (uint32_t kind = 0; kind < 2; ++kind) {
+        double sum = 0.0;
+        for (uint64_t block = thread_index(); block < p.blocks; block += THREADS) sum += p.partial[kind * p.blocks + block];
+        sum = block_sum(sum, scratch);
+        if (thread_index() == 0) p.sums[kind] = sum;
+    }
+}

@@ -1,0 +1,343 @@
+// tile_product.cuh: the tile way: M R of a block's rows, walked over the tiles of the other side (SPEC 4, 5).
+//
+// M is rebuilt in shared memory, from the stored candidates or from a recomputed tile of S (weight_tile.cuh), and multiplied with the
+// other side's rows, which stream through stages. What its elements are, a job says: the gradient's weights, or their slopes by
+// lambda, which need several parts in a narrow type.
+#ifndef DDTAS_TILE_PRODUCT_CUH
+#define DDTAS_TILE_PRODUCT_CUH
+
+#include "tile/wgmma_tile.cuh"
+#include "gradient/row_lists.cuh"
+
+// Shapes of the tile way. 8 warps, 2 x 4: a warp has half the rows and every fourth group of 16 columns.
+template <class Numbers>
+struct GradientShape {
+    static constexpr int rows = kMatrixRows<Numbers>;
+    static constexpr int row_tiles = rows / 32;                          // of 16 rows, of a warp
+    static constexpr int groups = GRADIENT_COLUMNS / 64;                 // of a warp
+    static constexpr int row_bytes = GRADIENT_COLUMNS * Numbers::stored_bytes;  // of a row of a stage
+    static constexpr int stage_bytes = GRADIENT_DEPTH * row_bytes;
+    static constexpr int stages = GRADIENT_STAGES_BYTES / stage_bytes;
+};
+static_assert(2 * (kRecomputedRows + TILE) * STAGE_BYTES <= GRADIENT_STAGES_BYTES,
+              "it streams through the stages of the product");
+static_assert(kRecomputedRows * kValuesStride * sizeof(float) <= GRADIENT_STAGES_BYTES,
+              "and its values stand there afterwards");
+
+// Byte of granule `granule` of row k of a stage: ldmatrix reads 8 rows of one granule at a time, from all 32 banks once.
+template <class Numbers>
+DEVICE uint32_t stage_place(uint32_t k, uint32_t granule) {
+    return k * GradientShape<Numbers>::row_bytes + ((granule ^ k % 8) << 4);
+}
+
+// Where the inner dimension's place of a product of exact f32 is, among 16: two neighbours of an operand are elements of M that
+// are 4 apart, as ldmatrix gives 32-bit ones.
+DEVICE uint32_t inner_place(uint32_t k) { return k / 8 * 8 + k % 8 / 2 + k % 2 * 4; }
+
+// The two column fragments of the 16 columns from `column` on, inner dimension from k on.
+template <class Numbers>
+DEVICE void load_stage(typename Numbers::template Fragment<2> (&to)[2], const unsigned char *stage, uint32_t k, uint32_t column) {
+    uint32_t lane = lane_index();
+    if constexpr (Numbers::exact) {
+        uint32_t row = k + inner_place(lane % 16), granule = stored_byte<Numbers>(column) / 16 + lane / 16;
+        uint32_t high[4], low[4];
+        ldmatrix_transposed(high, stage + stage_place<Numbers>(row, granule));
+        ldmatrix_transposed(low, stage + stage_place<Numbers>(row, granule + kLowBytes / 16));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            to[i / 2].high[i % 2] = high[i];
+            to[i / 2].low[i % 2] = low[i];
+        }
+    } else {
+        uint32_t raw[4];
+        ldmatrix_transposed(raw, stage + stage_place<Numbers>(k + lane % 16, column / 8 + lane / 16));
+        Numbers::prepare(to[0], raw);
+        Numbers::prepare(to[1], raw + 2);
+    }
+}
+
+// The row fragment of M's 16 rows from `row` on, inner dimension from k on. Exact f32 is split here, `scale` times it.
+template <class Numbers>
+DEVICE void load_weights(typename Numbers::template Fragment<4> &to, const unsigned char *matrix, uint32_t row, uint32_t k, float scale) {
+    uint32_t lane = lane_index();
+    uint32_t raw[4];
+    if constexpr (Numbers::exact) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            ldmatrix(raw, matrix + matrix_place<Numbers>(row + lane % 16, k + half * 8 + lane / 16 * 4));
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                Halves halves = split(float_of(raw[i]) * scale, float_of(raw[i + 2]) * scale);
+                to.high[half * 2 + i] = halves.high;
+                to.low[half * 2 + i] = halves.low;
+            }
+        }
+    } else {
+        ldmatrix(raw, matrix + matrix_place<Numbers>(row + lane % 16, k + lane / 16 * 8));
+        Numbers::prepare(to, raw);
+    }
+}
+
+template <class Numbers>
+using GradientSums = float[GradientShape<Numbers>::row_tiles][GradientShape<Numbers>::groups * 2][4];
+
+// sums += M[:, the stage's rows] times the stage, of exact f32 `scale` times M. `columns` that there are may be fewer than the shape's.
+template <class Numbers>
+DEVICE void multiply_gradient_stage(GradientSums<Numbers> &sums, const unsigned char *matrix, const unsigned char *stage,
+                                    uint32_t first_k, uint32_t columns, float scale) {
+    using Shape = GradientShape<Numbers>;
+    uint32_t warp_row = warp_index() / 4 * 16 * Shape::row_tiles;
+#pragma unroll 2  // at most: more do not fit in registers
+    for (int k = 0; k < GRADIENT_DEPTH; k += 16) {
+        typename Numbers::template Fragment<4> rows[Shape::row_tiles];
+#pragma unroll
+        for (int tile = 0; tile < Shape::row_tiles; ++tile) {
+            load_weights<Numbers>(rows[tile], matrix, warp_row + tile * 16, first_k + k, scale);
+        }
+#pragma unroll
+        for (int group = 0; group < Shape::groups; ++group) {
+            uint32_t column = (group * 4 + warp_index() % 4) * 16;
+            if (column >= columns) break;  // the same for the whole warp
+            typename Numbers::template Fragment<2> fragments[2];
+            load_stage<Numbers>(fragments, stage, k, column);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+#pragma unroll
+                for (int tile = 0; tile < Shape::row_tiles; ++tile) {
+                    Numbers::multiply(sums[tile][group * 2 + half], rows[tile], fragments[half]);
+                }
+            }
+        }
+    }
+}
+
+// Where a block of the tile way has what it needs: the stages, then M, then its largest element and two barriers.
+template <class Numbers>
+struct TileMemory {
+    unsigned char *stages;
+#ifdef HAS_WARPGROUP_PRODUCTS
+    // for products of a warpgroup, in the same stages
+    GroupStages<2 / kLines<Numbers>, kLines<Numbers>> group{stages, reinterpret_cast<Barrier *>(largest()) + 1};
+#endif
+
+    DEVICE unsigned char *matrix() const { return stages + GRADIENT_STAGES_BYTES; }
+    DEVICE uint32_t *largest() const { return reinterpret_cast<uint32_t *>(matrix() + kMatrixBytes<Numbers>); }
+    explicit DEVICE TileMemory(unsigned char *bytes) : stages(bytes) {}
+};
+static_assert(GRADIENT_STAGES_BYTES == 2 * 2 * TILE * STAGE_BYTES, "two stages of two tiles");
+static_assert(GRADIENT_EXTRA_BYTES == 3 * sizeof(uint64_t), "an element's bits and two barriers");
+
+// M of the block's rows and tile y from a recomputed tile of S, whose bits are those of the sweep: its products are of a
+// warpgroup where those were (`group`).
+template <class Numbers, bool group, class Weigh>
+DEVICE void recompute_matrix(const GradientParams &p, TileMemory<Numbers> &memory, uint32_t x, uint32_t y, uint32_t offset,
+                             PairTile tile, Weigh weigh) {
+    const Pairs &pairs = p.pairs;
+    const Side &own = p.of_references ? pairs.references : pairs.anchors;
+    const Side &other = p.of_references ? pairs.anchors : pairs.references;
+    auto rows = static_cast<const unsigned char *>(tile_rows<Numbers>(own, x, pairs.stride)) + offset * STAGE_BYTES;
+    auto columns = tile_rows<Numbers>(other, y, pairs.stride);
+    auto *values = reinterpret_cast<float *>(memory.stages);  // [kRecomputedRows, kValuesStride]
+    if constexpr (group) {
+#ifdef HAS_WARPGROUP_PRODUCTS
+        fence_proxy_async();  // bulk copies write where threads did
+        block_sync();
+        // All columns of a group's own 64 rows; where the block has no more, half of the columns.
+        constexpr bool shared = kMatrixRows<Numbers> == kRecomputedRows;
+        constexpr int n = shared ? 8 : 16;
+        float acc[n][4];
+        group_multiply_tile<Numbers>(acc, rows, columns, stride_bytes<Numbers>(pairs), memory.group);
+        GroupPlace place;
+        uint32_t half = warp_index() / 4 * kRecomputedRows;
+        for (uint32_t first = 0; first < kMatrixRows<Numbers>; first += kRecomputedRows) {
+            if (shared || half == first) {
+#pragma unroll
+                for (int r = 0; r < GroupPlace::rows; ++r) {
+#pragma unroll
+                    for (int c = 0; c < 2 * n; ++c) {
+                        uint32_t column = place.column_of(c) + (shared ? half : 0);
+                        values[(place.row_of(r) - half) * kValuesStride + column] = acc[c / 2][r * 2 + c % 2];
+                    }
+                }
+            }
+            block_sync();
+            weigh_values<Numbers>(pairs, memory.matrix(), values, x, y, offset, first, tile, weigh);
+            block_sync();
+        }
+#endif
+    } else {
+        Place<2> place;
+        for (uint32_t first = 0; first < kMatrixRows<Numbers>; first += kRecomputedRows) {
+            Accumulators<2> acc;
+            multiply_tile<Numbers, 2, 2>(acc, rows + first * STAGE_BYTES, columns, stride_bytes<Numbers>(pairs), memory.stages);
+#pragma unroll
+            for (int r = 0; r < Place<2>::rows; ++r) {
+#pragma unroll
+                for (int c = 0; c < Place<2>::columns; ++c) {
+                    values[place.row_of(r) * kValuesStride + place.column_of(c)] = Place<2>::value(acc, r, c);
+                }
+            }
+            block_sync();
+            weigh_values<Numbers>(pairs, memory.matrix(), values, x, y, offset, first, tile, weigh);
+            block_sync();  // the stages are filled again
+        }
+    }
+}
+
+// The block's rows, and columns of the result.
+struct TileBlock {
+    uint32_t x, offset;              // row tile, and the first row in it
+    uint32_t first_column, columns;
+};
+template <class Numbers>
+DEVICE TileBlock tile_block(const GradientParams &p) {
+    constexpr uint32_t rows = kMatrixRows<Numbers>;
+    uint32_t first = block_y() * GRADIENT_COLUMNS, left = p.pairs.stride - first;
+    return TileBlock{block_x() / (TILE / rows), block_x() % (TILE / rows) * rows, first,
+                     left < GRADIENT_COLUMNS ? left : GRADIENT_COLUMNS};
+}
+
+template <class Numbers>
+DEVICE void clear_sums(GradientSums<Numbers> &sums) {
+#pragma unroll
+    for (int tile = 0; tile < GradientShape<Numbers>::row_tiles; ++tile) {
+#pragma unroll
+        for (int column = 0; column < GradientShape<Numbers>::groups * 2; ++column) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sums[tile][column][i] = 0.0f;
+        }
+    }
+}
+
+// sums += M R over the tiles of a range. `job.weigh(i, j, s, part)` is a part of M's element, `Job::parts` of which add up to it;
+// `job.after(sums)` sees the sums after each tile. `Job::from_words`: of a stored tile the candidates' words say all, and
+// `job.of_word(word)` is asked instead.
+template <class Numbers, bool group, class Job>
+DEVICE void walk_tiles(const GradientParams &p, TileMemory<Numbers> &memory, const TileBlock &block, Range range, Job &job,
+                       GradientSums<Numbers> &sums) {
+    using Shape = GradientShape<Numbers>;
+    const Pairs &pairs = p.pairs;
+    const Side &other = p.of_references ? pairs.anchors : pairs.references;
+    for (uint32_t y = range.begin; y < range.end; ++y) {
+        PairTile tile = pair_tile(pairs, p.of_references, block.x, y);
+        uint32_t count = pairs.tile_counts[tile.index];
+        if (count == 0) continue;  // the same for the whole block
+        auto rows = static_cast<const unsigned char *>(tile_rows<Numbers>(other, y, pairs.stride));
+        constexpr uint32_t kSteps = TILE / GRADIENT_DEPTH;
+        // A group a step, empty or not: the waits below count them.
+        auto copy = [&](uint32_t step) {
+            uint32_t granules = block.columns * Numbers::stored_bytes / 16;
+            for (uint32_t i = thread_index(); step < kSteps && i < GRADIENT_DEPTH * granules; i += THREADS) {
+                uint32_t k = i / granules, granule = i % granules;
+                cp_async(memory.stages + step % Shape::stages * Shape::stage_bytes + stage_place<Numbers>(k, granule),
+                         rows + prepared_place(step * GRADIENT_DEPTH + k,
+                                               block.first_column * Numbers::stored_bytes + granule * 16,
+                                               stride_bytes<Numbers>(pairs)));
+            }
+            cp_async_commit();
+        };
+        auto copy_first = [&] {
+            for (uint32_t step = 0; step < Shape::stages - 1; ++step) copy(step);
+        };
+        bool stored = is_stored(pairs, tile.index);
+#pragma unroll 1
+        for (uint32_t part = 0; part < Job::parts; ++part) {
+            // The largest element, where that is asked for, by its bits: a NaN is larger than all.
+            constexpr bool asked = Job::may_be_nothing || Numbers::exact;
+            uint32_t largest = 0;
+            auto weigh = [&](uint32_t i, uint32_t j, float s) {
+                float weight = job.weigh(i, j, s, part);
+                if constexpr (asked) {
+                    uint32_t bits = bits_of(fabsf(weight));
+                    largest = bits > largest ? bits : largest;
+                }
+                return weight;
+            };
+            if constexpr (asked) {
+                if (thread_index() == 0) *memory.largest() = 0;
+                block_sync();
+            }
+            if (!stored) {
+                recompute_matrix<Numbers, group>(p, memory, block.x, y, block.offset, tile, weigh);
+            } else {
+                if constexpr (!Job::may_be_nothing) copy_first();  // lands while M is rebuilt
+                rebuild_matrix<Numbers, !Job::from_words>(
+                    pairs, memory.matrix(), block.x, y, block.offset, tile, count,
+                    [&](uint32_t i, uint32_t j, [[maybe_unused]] uint32_t word, [[maybe_unused]] float s) {
+                        if constexpr (Job::from_words) return job.of_word(word);
+                        return weigh(i, j, s);
+                    });
+            }
+            if constexpr (asked) {
+                for (int mask = 16; mask > 0; mask /= 2) {
+                    uint32_t other = shuffle_xor(largest, mask);
+                    largest = other > largest ? other : largest;
+                }
+                if (lane_index() == 0) atomic_max(memory.largest(), largest);
+            }
+            if constexpr (Job::may_be_nothing) {
+                block_sync();
+                bool nothing = *memory.largest() == 0;
+                block_sync();  // it is read
+                if (nothing) continue;
+                copy_first();
+            } else if (!stored) {
+                copy_first();
+            }
+            for (uint32_t step = 0; step < kSteps; ++step) {
+                cp_async_wait<Shape::stages - 2>();
+                block_sync();  // M and this stage are there, the stage before is read
+                copy(step + Shape::stages - 1);
+                const unsigned char *stage = memory.stages + step % Shape::stages * Shape::stage_bytes;
+                if constexpr (Numbers::exact) {
+                    TileScale scale(*memory.largest());
+                    GradientSums<Numbers> once = {};
+                    multiply_gradient_stage<Numbers>(once, memory.matrix(), stage, step * GRADIENT_DEPTH, block.columns, scale.up);
+                    float down = scale.down / kRowScale;
+#pragma unroll
+                    for (int r = 0; r < Shape::row_tiles; ++r) {
+#pragma unroll
+                        for (int column = 0; column < Shape::groups * 2; ++column) {
+#pragma unroll
+                            for (int i = 0; i < 4; ++i) sums[r][column][i] = fmaf(once[r][column][i], down, sums[r][column][i]);
+                        }
+                    }
+                } else {
+                    multiply_gradient_stage<Numbers>(sums, memory.matrix(), stage, step * GRADIENT_DEPTH, block.columns, 1.0f);
+                }
+            }
+            cp_async_wait<0>();
+            block_sync();  // M and the stages are read
+        }
+        job.after(sums);
+    }
+}
+
+// Shows every sum of this thread's: `use(row of the block)` answers what takes a column of the block and the sum.
+template <class Numbers, class Use>
+DEVICE void each_sum(GradientSums<Numbers> &sums, Use use) {
+    using Shape = GradientShape<Numbers>;
+#pragma unroll
+    for (int tile = 0; tile < Shape::row_tiles; ++tile) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            uint32_t row = (warp_index() / 4 * Shape::row_tiles + tile) * 16 + half * 8 + lane_index() / 4;
+            auto use_of_row = use(row);
+#pragma unroll
+            for (int group = 0; group < Shape::groups; ++group) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    uint32_t column = (group * 4 + warp_index() % 4) * 16 + i / 2 * 8 + lane_index() % 4 * 2 + i % 2;
+                    use_of_row(column, sums[tile][group * 2 + i / 2][half * 2 + i % 2]);
+                }
+            }
+        }
+    }
+}
+
+constexpr uint32_t kListsRows = 8;  // of a warp
+constexpr uint32_t kListsPart = THREADS / 32 * kListsRows;
+static_assert(kListsPart * LISTS_COLUMNS * 4 <= GRADIENT_STAGES_BYTES, "where the stages are");
+static_assert(LISTS_COLUMNS == GRADIENT_COLUMNS, "one grid for both");
+
+#endif

@@ -1,0 +1,59 @@
+// pairs.cuh: which pairs there are, of which class, what bounds them, and room for those that mining may keep (SPEC 1 to 3).
+#ifndef DDTAS_PAIRS_CUH
+#define DDTAS_PAIRS_CUH
+
+#include "ptx/device.cuh"
+
+// Whether anchor i and reference j form a pair; in the square form each pair once, i < j.
+DEVICE bool is_pair(const Pairs &pairs, uint32_t i, uint32_t j) {
+    return i < pairs.counters->valid_anchors && j < pairs.counters->valid_references && (!pairs.square || i < j);
+}
+DEVICE bool same_class(ClassRange range, uint32_t j) { return range.begin <= j && j < range.end; }
+
+// Whether a pair of one class carries no signal: the rows are the same, or one is the other's copy (SPEC 1).
+DEVICE bool is_duplicate(const Pairs &pairs, uint32_t i, uint32_t j, float s) {
+    if (pairs.identity != nullptr && pairs.identity[i] == j) return true;
+    return s >= fmaxf(pairs.anchors.duplicate[i], pairs.references.duplicate[j]);
+}
+
+// m+ less a tolerance; without a positive nothing is above it.
+DEVICE float negative_bound(float min_pos, double tolerance) {
+    return min_pos == INFINITE ? min_pos : static_cast<float>(static_cast<double>(min_pos) - tolerance);
+}
+// m- plus a tolerance; without a negative (key 0) nothing is below it.
+DEVICE float positive_bound(uint32_t max_neg_key, double tolerance) {
+    return max_neg_key == 0 ? -INFINITE : static_cast<float>(static_cast<double>(key_value(max_neg_key)) + tolerance);
+}
+
+
+// Room for a tile's candidates, and for the bits that say which they are: where it begins, or NO_ROW. Which tiles get room
+// is by chance where there is not enough for all; a tile has the same bits stored or not, and whatever else depends on it
+// asks stores_all(), which is by no chance: the sum of what was asked for.
+DEVICE uint32_t reserve(const Pairs &pairs, uint32_t count) {
+    uint32_t units = ((count < TILE_MASK_WORDS ? TILE_MASK_WORDS : count) + 3) / 4;
+    uint64_t first = atomic_take(&pairs.counters->reserved, static_cast<uint64_t>(units));
+    return first + units <= pairs.pool ? static_cast<uint32_t>(first) : NO_ROW;
+}
+DEVICE bool stores_all(const Pairs &pairs) { return pairs.counters->reserved <= pairs.pool; }
+DEVICE bool has_bad_row(const Counters &counters) { return counters.bad_anchor != NO_ROW || counters.bad_reference != NO_ROW; }
+DEVICE bool is_stored(const Pairs &pairs, uint64_t tile) { return pairs.tile_segments[tile] != NO_ROW; }
+// The first candidate of a tile that is stored.
+DEVICE uint64_t segment_of(const Pairs &pairs, uint64_t tile) { return static_cast<uint64_t>(pairs.tile_segments[tile]) * 4; }
+
+
+struct Tolerances {
+    double pos;
+    double neg;
+};
+
+// SPEC 3; src/loss/select.rs adapt().
+DEVICE Tolerances adapt(const Pairs &pairs) {
+    const Settings &settings = pairs.settings;
+    uint64_t probe = pairs.totals[0], total = pairs.totals[1];
+    if (!settings.adaptive || total == 0 || probe <= total) return Tolerances{settings.gamma_pos, settings.gamma_neg};
+    double rho = static_cast<double>(probe) / static_cast<double>(total);
+    double t = settings.tolerance / (1.0 + exp(-rho));
+    return Tolerances{settings.gamma_pos * (1.0 + t), settings.gamma_neg * (1.0 - t)};
+}
+
+#endif

@@ -1,0 +1,81 @@
+// retrieval_hopper.cu: the lists of retrieval.cu on Hopper (sm_90a).
+// Truth: a full sort (cases/src/table). Launcher: src/backend/device/retrieval.rs.
+//
+// A block takes a query tile past its share of the references' tiles. One thread copies; one or two teams multiply and look at
+// their products (ping_pong.cuh). A warp has 16 rows of its team's tiles, and a list for each (query_lists.cuh).
+
+#include "pairs/tile_order.cuh"
+#include "retrieval/query_lists.cuh"
+#include "tile/ping_pong.cuh"
+
+#ifdef HAS_WARPGROUP_PRODUCTS
+
+template <class Numbers>
+struct RetrievalHopperShared {
+    unsigned char rows[SWEEP_HOPPER_RESIDENT][kStageBytes];  // the query tile, or its stages
+    unsigned char columns[kTeamStages<Numbers>][kStageBytes];
+    Barrier full[kTeamBarriers<Numbers>], empty[kTeamBarriers<Numbers>];
+    Barrier turn[kTeams<Numbers>];
+};
+static_assert(sizeof(RetrievalHopperShared<HalfF16>) == RETRIEVAL_HOPPER_SHARED_BYTES, "the launch plan's shared memory");
+static_assert(sizeof(RetrievalHopperShared<ExactF32>) == RETRIEVAL_SPLIT_SHARED_BYTES, "the launch plan's shared memory");
+
+// The block's tiles in order; every role walks them by itself.
+struct RetrievalWalk {
+    const RetrievalParams &p;
+    SearchedTiles tiles;
+    TileIndex tile;
+    uint32_t turn = NO_ROW;  // tiles before this one; nothing before the first
+
+    explicit DEVICE RetrievalWalk(const RetrievalParams &of) : p(of), tiles(of), tile{of.first_tile + block_x(), tiles.first - 1} {}
+    template <class Numbers>
+    DEVICE const unsigned char *rows() const {
+        return searched_rows(p.queries, tile.row, static_cast<uint64_t>(p.stride) * Numbers::stored_bytes);
+    }
+    template <class Numbers>
+    DEVICE const unsigned char *columns() const {
+        return searched_rows(p.references, tile.column, static_cast<uint64_t>(p.stride) * Numbers::stored_bytes);
+    }
+    DEVICE uint32_t chunks() const { return p.stride / (STAGE_BYTES / 2); }
+    DEVICE uint32_t filled() const { return turn * chunks(); }
+    DEVICE bool resident() const { return chunks() <= SWEEP_HOPPER_RESIDENT; }
+    DEVICE bool next() {
+        ++turn;
+        return ++tile.column < tiles.end;
+    }
+};
+#endif
+
+template <class Numbers>
+DEVICE void retrieval_hopper_body([[maybe_unused]] const RetrievalParams &p) {
+#ifdef HAS_WARPGROUP_PRODUCTS
+    SHARED_MEMORY(bytes);
+    auto &shared = *reinterpret_cast<RetrievalHopperShared<Numbers> *>(bytes);
+    if (thread_index() == 0) begin_teams(shared);
+    block_sync();  // the barriers are there
+    RetrievalWalk walk(p);
+    constexpr uint32_t team_warps = kTeams<Numbers> * kTeamWarps;
+    uint32_t warp = shuffle(warp_index(), 0);
+    if (warp >= team_warps) {
+        setmaxnreg_dec<Numbers::exact ? 40 : 32>();
+        if (warp != team_warps || lane_index() != 0) return;
+        copy_operands<Numbers>(shared, walk, [](RetrievalWalk &to) { return to.next(); });
+    } else {
+        setmaxnreg_inc<Numbers::exact ? 232 : 112>();
+        TeamWarp team{warp / kTeamWarps};
+        QueryLists<GroupPlace> lists(p, team.team);
+        while (walk.next()) {
+            if (walk.turn % kTeams<Numbers> != team.team) continue;
+            GroupAccumulators acc;
+            team.multiply<Numbers>(acc, shared, walk, [] {});
+            lists.look(acc, walk.tile.column);
+        }
+        lists.finish();
+    }
+#else
+    trap();
+#endif
+}
+ROLE_KERNEL(retrieval_hopper_f32, RetrievalParams, SWEEP_SPLIT_THREADS) { retrieval_hopper_body<ExactF32>(p); }
+ROLE_KERNEL(retrieval_hopper_f16, RetrievalParams, SWEEP_HOPPER_THREADS) { retrieval_hopper_body<HalfF16>(p); }
+ROLE_KERNEL(retrieval_hopper_bf16, RetrievalParams, SWEEP_HOPPER_THREADS) { retrieval_hopper_body<HalfBf16>(p); }

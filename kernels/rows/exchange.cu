@@ -1,0 +1,84 @@
+// exchange.cu: what goes in and out between the steps of a loss (parts of a batch), and identity by index.
+// Truth: src/loss/steps.rs. Launcher: src/backend/device/steps.rs.
+//
+// invert_order, identity: which reference is each anchor itself. A thread a row.
+// take_numbers: m+, m- or the sizes of the sets as the caller has gathered them. A thread a row of either side.
+// report_numbers: those that a step found, in original order. A thread an anchor.
+
+#include "ptx/device.cuh"
+
+KERNEL(invert_order, InvertParams, 1) {
+    uint32_t position = block_x() * THREADS + thread_index();
+    if (position < p.count) p.positions[p.order[position]] = position;
+}
+
+KERNEL(identity, IdentityParams, 1) {
+    uint32_t i = block_x() * THREADS + thread_index();
+    if (i >= p.count) return;
+    uint32_t original = p.order[i];
+    uint64_t reference = (p.first_at != nullptr ? *p.first_at : p.first) + original;
+    if (p.list != nullptr) reference = p.list[original];
+    p.identity[i] = reference < p.references ? p.positions[reference] : NO_ROW;
+}
+
+// A row without a number is one without pairs.
+DEVICE float number_of(const void *values, uint32_t row, bool there, float without) {
+    return there ? static_cast<const float *>(values)[row] : without;
+}
+DEVICE uint32_t count_of(const void *values, uint32_t row, bool there) {
+    return there ? static_cast<const uint32_t *>(values)[row] : 0;
+}
+DEVICE uint32_t max_neg_key(float max_neg) { return max_neg == -INFINITE ? 0 : ordered_key(max_neg); }
+
+KERNEL(take_numbers, TakeParams, 1) {
+    const Pairs &pairs = p.pairs;
+    uint32_t i = block_x() * THREADS + thread_index();
+    if (i == 0 && p.totals != nullptr) {
+        pairs.totals[0] = p.totals[0];
+        pairs.totals[1] = p.totals[1];
+    }
+    if (i < pairs.anchors.count) {
+        uint32_t row = pairs.anchors.order[i];
+        if (p.which == NUMBERS_MIN_POS) {
+            pairs.same[i].min_pos = number_of(p.anchors, row, true, INFINITE);
+        } else if (p.which == NUMBERS_MAX_NEG) {
+            pairs.max_neg[i] = max_neg_key(number_of(p.anchors, row, true, -INFINITE));
+        } else {
+            pairs.sums[i].count_pos = count_of(p.anchors, row, true);
+            pairs.sums[i].count_neg = count_of(p.anchors_neg, row, true);
+        }
+    }
+    if (i < pairs.references.count && pairs.columns != nullptr) {
+        uint32_t row = pairs.references.order[i];
+        bool there = row < p.given;
+        RowNumbers &numbers = pairs.columns[i];
+        if (p.which == NUMBERS_MIN_POS) {
+            numbers.min_pos = number_of(p.references, row, there, INFINITE);
+        } else if (p.which == NUMBERS_MAX_NEG) {
+            numbers.max_neg = max_neg_key(number_of(p.references, row, there, -INFINITE));
+        } else {
+            numbers.count_pos = count_of(p.references, row, there);
+            numbers.count_neg = count_of(p.references_neg, row, there);
+        }
+    }
+}
+
+KERNEL(report_numbers, ReportParams, 1) {
+    const Pairs &pairs = p.pairs;
+    uint32_t i = block_x() * THREADS + thread_index();
+    if (i == 0 && p.totals != nullptr) {
+        p.totals[0] = pairs.counters->probe_neg;
+        p.totals[1] = pairs.counters->total_pos;
+    }
+    if (i >= pairs.anchors.count) return;
+    uint32_t row = pairs.anchors.order[i];
+    if (p.which == NUMBERS_MIN_POS) {
+        static_cast<float *>(p.anchors)[row] = pairs.same[i].min_pos;
+    } else if (p.which == NUMBERS_MAX_NEG) {
+        uint32_t key = pairs.max_neg[i];
+        static_cast<float *>(p.anchors)[row] = key == 0 ? -INFINITE : key_value(key);
+    } else {
+        static_cast<uint32_t *>(p.anchors)[row] = pairs.sums[i].count_pos;
+        static_cast<uint32_t *>(p.anchors_neg)[row] = pairs.sums[i].count_neg;
+    }
+}

@@ -1,0 +1,290 @@
+// order.cu: rows into class order (SPEC 1).
+// Launcher: src/backend/device/order.rs.
+//
+// order_tiles, order_tiles_wide, order_merge: a sort of (label, index). In tiles of 2,048 keys the place of each is how many
+//   come before it, counted by a block for every 64: sorting a tile in one block is bound by its barriers. Beyond 65,536 rows a block
+//   sorts 8,192 in shared memory. Then
+//   ORDER_RUNS sorted runs at a time become one: a key's place is the sum of its places in all of them, found by
+//   binary search, a warp a run. 2,048 rows want no merge, 65,536 one, and with wide tiles 262,144.
+// order_tiles also sets to 0 what later passes count up in.
+// Ignored labels get the largest key: their rows come last and in no range.
+
+#include "tile/prepared_rows.cuh"
+
+constexpr uint64_t kIgnored = ~static_cast<uint64_t>(0);
+constexpr uint32_t kKeys = ORDER_WIDE_TILE / ORDER_WIDE_THREADS;  // of a thread that sorts
+static_assert(kKeys == 8, "the gaps below");
+
+DEVICE void begin_loss(const OrderParams &p, uint32_t threads) {
+#pragma unroll 1
+    for (const Zeroed &zeroed : p.zeroed) {
+        for (uint64_t i = block_x() * threads + thread_index(); i < zeroed.count; i += grid_x() * threads) zeroed.words[i] = 0;
+    }
+    if (p.counters != nullptr && block_x() == 0 && thread_index() == 0) *p.counters = Counters{0, 0, 0, 0, NO_ROW, NO_ROW, 0, 0, 0};
+}
+
+// Counting: ignored labels are above all others, padding is above them, and 1 may be added to either. Labels as they come are
+// compared in five instructions, half of them at half rate; small ones as f32, which holds them, in two.
+struct WideLabels {
+    using Label = uint64_t;
+    static constexpr Label kIgnoredLabel = uint64_t{1} << 63;
+    static constexpr Label kPadding = kIgnored;
+    static DEVICE uint32_t less(Label a, Label b) { return a < b; }
+};
+struct SmallLabels {
+    using Label = float;
+    static constexpr Label kIgnoredLabel = 1 << 23;
+    static constexpr Label kPadding = 1 << 24;
+    static DEVICE float less(Label a, Label b) { return saturated_difference(b, a); }  // of whole numbers
+};
+
+constexpr uint32_t kLoads = ORDER_TILE / THREADS;
+constexpr uint32_t kOwnKeys = ORDER_OWN / 32;  // of a lane; each warp counts in a part of the tile
+struct CountShared {
+    alignas(16) uint64_t wide[ORDER_TILE];
+    alignas(16) float small[ORDER_TILE];
+    uint32_t before[THREADS / 32][ORDER_OWN];
+    uint32_t some_wide[THREADS / 32];
+};
+static_assert(sizeof(CountShared) == ORDER_SHARED_BYTES, "the launch plan's shared memory");
+static_assert(ORDER_TILE % ORDER_OWN == 0 && ORDER_OWN % 32 == 0 && ORDER_OWN <= THREADS, "a thread an own key");
+
+// For each of this lane's own keys, from `own` on, how many of the warp's part of the labels come before it.
+template <class Kind>
+DEVICE void count_before(CountShared &shared, const typename Kind::Label *labels, uint32_t own, uint32_t count) {
+    using Label = typename Kind::Label;
+    using Count = decltype(Kind::less(Label{}, Label{}));
+    using Labels = Granule<Label>;
+    Label keys[kOwnKeys];
+    Count before[kOwnKeys];
+#pragma unroll
+    for (uint32_t k = 0; k < kOwnKeys; ++k) {
+        keys[k] = labels[own + k * 32 + lane_index()];
+        before[k] = 0;
+    }
+    // Those that are less; or, of smaller indices than the own ones, no more.
+    auto compare = [&](uint32_t begin, uint32_t end, uint32_t or_equal) {
+        Label bounds[kOwnKeys];
+#pragma unroll
+        for (uint32_t k = 0; k < kOwnKeys; ++k) bounds[k] = keys[k] + static_cast<Label>(or_equal);
+#pragma unroll 4
+        for (uint32_t i = begin; i < end; i += Labels::count) {
+            Labels others = *reinterpret_cast<const Labels *>(labels + i);
+#pragma unroll
+            for (Label other : others.values) {
+#pragma unroll
+                for (uint32_t k = 0; k < kOwnKeys; ++k) before[k] += Kind::less(other, bounds[k]);
+            }
+        }
+    };
+    constexpr uint32_t kWarps = THREADS / 32;
+    uint32_t part = (count + kWarps * 4 - 1) / (kWarps * 4) * 4, begin = warp_index() * part, end = begin + part;
+    auto within = [&](uint32_t i) { return i < begin ? begin : i < end ? i : end; };
+    compare(begin, within(own), 1);
+    compare(within(own + ORDER_OWN), end, 0);
+#pragma unroll 4
+    for (uint32_t i = within(own); i < within(own + ORDER_OWN); ++i) {
+#pragma unroll
+        for (uint32_t k = 0; k < kOwnKeys; ++k) {
+            before[k] += Kind::less(labels[i], keys[k] + static_cast<Label>(i < own + k * 32 + lane_index()));
+        }
+    }
+#pragma unroll
+    for (uint32_t k = 0; k < kOwnKeys; ++k) shared.before[warp_index()][k * 32 + lane_index()] = static_cast<uint32_t>(before[k]);
+}
+
+KERNEL(order_tiles, OrderParams, 4) {
+    SHARED_MEMORY(bytes);
+    auto &shared = *reinterpret_cast<CountShared *>(bytes);
+    constexpr uint32_t kBlocks = ORDER_TILE / ORDER_OWN;
+    uint32_t first = block_x() / kBlocks * ORDER_TILE, own = block_x() % kBlocks * ORDER_OWN;
+    uint32_t count = p.count - first < ORDER_TILE ? p.count - first : ORDER_TILE;
+    int64_t labels[kLoads];
+#pragma unroll
+    for (uint32_t k = 0; k < kLoads; ++k) {
+        uint32_t i = k * THREADS + thread_index();
+        labels[k] = i < count ? p.labels[first + i] : -1;
+    }
+    begin_loss(p, THREADS);  // while they come
+    uint32_t valid = 0;
+    bool wide = false;
+#pragma unroll
+    for (uint32_t k = 0; k < kLoads; ++k) {
+        uint32_t i = k * THREADS + thread_index();
+        bool ignored = labels[k] < 0;
+        shared.wide[i] = i >= count ? WideLabels::kPadding : ignored ? WideLabels::kIgnoredLabel : static_cast<uint64_t>(labels[k]);
+        shared.small[i] = i >= count ? SmallLabels::kPadding : ignored ? SmallLabels::kIgnoredLabel : static_cast<float>(labels[k]);
+        wide = wide || labels[k] >= 1 << 23;
+        valid += !ignored;
+    }
+    bool some_wide = ballot_sync(wide) != 0;
+    if (lane_index() == 0) shared.some_wide[warp_index()] = some_wide;
+    block_sync();
+    for (uint32_t one : shared.some_wide) some_wide = some_wide || one != 0;
+    if (some_wide) {
+        count_before<WideLabels>(shared, shared.wide, own, count);
+    } else {
+        count_before<SmallLabels>(shared, shared.small, own, count);
+    }
+    block_sync();
+    if (thread_index() < ORDER_OWN && own + thread_index() < count) {
+        uint32_t place = first;
+#pragma unroll
+        for (uint32_t warp = 0; warp < THREADS / 32; ++warp) place += shared.before[warp][thread_index()];
+        uint64_t label = shared.wide[own + thread_index()];
+        p.keys[place] = label == WideLabels::kIgnoredLabel ? kIgnored : label;
+        p.order[place] = first + own + thread_index();
+    }
+    if (p.valid == nullptr || block_x() != 0) return;
+    block_sync();  // the counts are read
+    valid = block_sum(valid, shared.before[0]);
+    if (thread_index() != 0) return;
+    *p.valid = valid;
+    if (p.valid_too != nullptr) *p.valid_too = valid;
+}
+
+// (label, index) pairs are unique, so every sort gives the same order.
+struct Key {
+    uint64_t label;
+    uint32_t index;
+};
+DEVICE bool is_before(const Key &a, const Key &b) { return a.label < b.label || (a.label == b.label && a.index < b.index); }
+
+// The gap behind every 8 keys: a warp whose threads have 8 in a row each meets no bank twice. Indices are by tile.
+struct OrderShared {
+    uint64_t labels[ORDER_WIDE_TILE + ORDER_WIDE_TILE / 8];
+    uint16_t indices[ORDER_WIDE_TILE + ORDER_WIDE_TILE / 8];
+    DEVICE Key get(uint32_t i) const { return Key{labels[i + i / 8], indices[i + i / 8]}; }
+    DEVICE void set(uint32_t i, const Key &key) {
+        labels[i + i / 8] = key.label;
+        indices[i + i / 8] = static_cast<uint16_t>(key.index);
+    }
+};
+static_assert(sizeof(OrderShared) == ORDER_WIDE_SHARED_BYTES, "the launch plan's shared memory");
+
+ROLE_KERNEL(order_tiles_wide, OrderParams, ORDER_WIDE_THREADS) {
+    constexpr uint32_t tile = ORDER_WIDE_TILE, threads = ORDER_WIDE_THREADS;
+    SHARED_MEMORY(bytes);
+    auto &shared = *reinterpret_cast<OrderShared *>(bytes);
+    begin_loss(p, threads);
+    uint32_t first = block_x() * tile;
+    uint32_t count = p.count - first < tile ? p.count - first : tile;
+    for (uint32_t i = thread_index(); i < tile; i += threads) {
+        int64_t label = i < count ? p.labels[first + i] : -1;
+        shared.set(i, Key{label < 0 ? kIgnored : static_cast<uint64_t>(label), i});
+    }
+    block_sync();
+    uint32_t at = thread_index() * kKeys;
+    Key own[kKeys];
+#pragma unroll
+    for (uint32_t k = 0; k < kKeys; ++k) own[k] = shared.get(at + k);
+    // A thread's own keys, by exchange of neighbours.
+#pragma unroll
+    for (uint32_t round = 0; round < kKeys; ++round) {
+#pragma unroll
+        for (uint32_t k = round % 2; k + 1 < kKeys; k += 2) {
+            if (!is_before(own[k + 1], own[k])) continue;
+            Key larger = own[k];
+            own[k] = own[k + 1];
+            own[k + 1] = larger;
+        }
+    }
+    auto publish = [&] {
+        block_sync();  // what was there is read
+#pragma unroll
+        for (uint32_t k = 0; k < kKeys; ++k) shared.set(at + k, own[k]);
+        block_sync();
+    };
+    // Two runs become one: every thread finds where its part of the result begins in both. Padding comes last.
+#pragma unroll 1
+    for (uint32_t run = kKeys; run < count; run *= 2) {
+        publish();
+        uint32_t left = at / (2 * run) * (2 * run), right = left + run, before = at - left;
+        uint32_t low = before > run ? before - run : 0, high = before < run ? before : run;
+        while (low < high) {
+            uint32_t middle = (low + high) / 2;
+            if (is_before(shared.get(right + before - 1 - middle), shared.get(left + middle))) {
+                high = middle;
+            } else {
+                low = middle + 1;
+            }
+        }
+        uint32_t left_end = right, right_end = right + run;
+        right += before - low;
+        left += low;
+#pragma unroll 1
+        for (uint32_t k = 0; k < kKeys; ++k) {
+            bool there = left < left_end, other = right < right_end;
+            Key a = shared.get(there ? left : left_end - 1), b = shared.get(other ? right : right_end - 1);
+            bool take = there && (!other || is_before(a, b));
+            // A register each: they are not indexed at run time.
+#pragma unroll
+            for (uint32_t to = 0; to < kKeys; ++to) {
+                if (to == k) own[to] = take ? a : b;
+            }
+            left += take;
+            right += !take;
+        }
+    }
+    publish();
+    for (uint32_t i = thread_index(); i < count; i += threads) {
+        Key key = shared.get(i);
+        p.keys[first + i] = key.label;
+        p.order[first + i] = first + key.index;
+    }
+}
+
+// A block has keys that follow each other, and each warp searches for all of them in some of the runs, several at once:
+// neighbours read the same lines of memory. Indices ascend over runs: equal keys of earlier runs come first.
+constexpr uint32_t kAtOnce = ORDER_MERGED / 32;
+static_assert(ORDER_MERGED % 32 == 0 && ORDER_MERGED <= THREADS && ORDER_TILE % ORDER_MERGED == 0, "a thread a key, all of one run");
+KERNEL(order_merge, MergeParams, 4) {
+    SHARED_MEMORY(bytes);
+    auto *found = reinterpret_cast<uint32_t *>(bytes);  // [warps, ORDER_MERGED]
+    uint32_t begin = block_x() * ORDER_MERGED;
+    uint32_t own = begin / p.run, first = own / ORDER_RUNS * ORDER_RUNS, runs = (p.count - 1) / p.run + 1;
+    uint32_t end = runs - first < ORDER_RUNS ? runs : first + ORDER_RUNS;
+    auto length = [&](uint32_t run) { return p.count - run * p.run < p.run ? p.count - run * p.run : p.run; };
+    uint64_t keys[kAtOnce];
+    uint32_t place[kAtOnce];
+#pragma unroll
+    for (uint32_t k = 0; k < kAtOnce; ++k) {
+        uint32_t i = begin + k * 32 + lane_index();
+        keys[k] = i < p.count ? p.from_keys[i] : kIgnored;
+        place[k] = 0;
+    }
+    for (uint32_t run = first + warp_index(); run < end; run += THREADS / 32) {
+        if (run == own) continue;
+        const uint64_t *others = p.from_keys + static_cast<uint64_t>(run) * p.run;
+        uint32_t before[kAtOnce], most = length(run);
+#pragma unroll
+        for (uint32_t k = 0; k < kAtOnce; ++k) before[k] = 0;
+        for (uint32_t step = p.run; step > 0; step /= 2) {
+#pragma unroll
+            for (uint32_t k = 0; k < kAtOnce; ++k) {
+                if (before[k] + step > most) continue;
+                uint64_t other = others[before[k] + step - 1];
+                if (other < keys[k] || (run < own && other == keys[k])) before[k] += step;
+            }
+        }
+#pragma unroll
+        for (uint32_t k = 0; k < kAtOnce; ++k) place[k] += before[k];
+    }
+#pragma unroll
+    for (uint32_t k = 0; k < kAtOnce; ++k) found[warp_index() * ORDER_MERGED + k * 32 + lane_index()] = place[k];
+    uint32_t i = begin + thread_index(), in_run = i % p.run + 1;
+    bool there = thread_index() < ORDER_MERGED && i < p.count;
+    uint64_t key = there ? p.from_keys[i] : kIgnored;
+    uint32_t index = there ? p.from_order[i] : 0;
+    // One thread of each run that has valid rows counts all of them.
+    if (p.valid != nullptr && key != kIgnored && (in_run == length(own) || p.from_keys[i + 1] == kIgnored)) {
+        atomic_add(p.valid, in_run);
+        if (p.valid_too != nullptr) atomic_add(p.valid_too, in_run);
+    }
+    block_sync();
+    if (!there) return;
+    uint32_t at = first * p.run + i % p.run;
+    for (uint32_t warp = 0; warp < THREADS / 32; ++warp) at += found[warp * ORDER_MERGED + thread_index()];
+    p.keys[at] = key;
+    p.order[at] = index;
+}

@@ -1,0 +1,55 @@
+// unit_length_backward.cu: the gradient by unit rows led back to the rows as they were given (any length).
+// Truth: src/backend/cpu/unit.rs. Launcher: src/backend/device/passes.rs.
+//
+// With u = x / |x|: dL/dx = (g - (g . u) u) / |x| for g = dL/du. `prepare` has made u and left |x|. A warp a row, in place.
+// Numbers: f32; f64 where the length is unusual.
+
+#include "rows/unit_length.cuh"
+
+template <class Element>
+DEVICE void lead_back_body(const LeadBackParams &p) {
+    uint32_t row = block_x() * (THREADS / 32) + warp_index();
+    if (row >= p.count) return;  // the whole warp
+    auto from = static_cast<const Element *>(p.rows) + static_cast<uint64_t>(row) * p.dim;
+    float *gradient = p.gradient + static_cast<uint64_t>(row) * p.dim;
+    double length = p.lengths[row];
+    if (is_usual(length)) {
+        auto inverse = static_cast<float>(1.0 / length);
+        // Several loads at once: with the row's end asked for before each, they would be under way one after the other.
+        constexpr uint32_t kAtOnce = 8;
+        auto each = [&](auto use) {
+            for (uint32_t begin = lane_index(); begin - lane_index() < p.dim; begin += 32 * kAtOnce) {
+                float slopes[kAtOnce], entries[kAtOnce];
+#pragma unroll
+                for (uint32_t k = 0; k < kAtOnce; ++k) {
+                    uint32_t d = begin + 32 * k;
+                    slopes[k] = d < p.dim ? gradient[d] : 0.0f;
+                    entries[k] = d < p.dim ? to_float(from[d]) : 0.0f;
+                }
+#pragma unroll
+                for (uint32_t k = 0; k < kAtOnce; ++k) use(begin + 32 * k, slopes[k], entries[k]);
+            }
+        };
+        float inward = 0.0f;
+        each([&](uint32_t, float slope, float entry) { inward += slope * entry; });
+        inward = warp_sum(inward) * inverse;
+        each([&](uint32_t d, float slope, float entry) {
+            if (d < p.dim) gradient[d] = (slope - inward * (entry * inverse)) * inverse;
+        });
+        return;
+    }
+    // No direction, no derivative; a NaN stays one.
+    bool directed = has_direction(length);
+    auto unit = [&](uint32_t d) { return static_cast<double>(to_float(from[d])) / length; };
+    double inward = 0.0;
+    for (uint32_t d = lane_index(); directed && d < p.dim; d += 32) inward += static_cast<double>(gradient[d]) * unit(d);
+    inward = warp_sum(inward);
+    for (uint32_t d = lane_index(); d < p.dim; d += 32) {
+        gradient[d] = directed        ? static_cast<float>((static_cast<double>(gradient[d]) - inward * unit(d)) / length)
+                      : length == 0.0 ? 0.0f
+                                      : NAN;
+    }
+}
+KERNEL(lead_back_f32, LeadBackParams, 4) { lead_back_body<float>(p); }
+KERNEL(lead_back_f16, LeadBackParams, 4) { lead_back_body<F16>(p); }
+KERNEL(lead_back_bf16, LeadBackParams, 4) { lead_back_body<Bf16>(p); }

@@ -1,0 +1,84 @@
+// finish_words.cuh: words of candidates into elements of M, once the sets of all rows are known (SPEC 4); 16-bit rows.
+//
+// The gradient meets every word once for each of its rows' tiles and for each 256 columns: whatever can be said of a pair by
+// itself is said here, and what is left there is one store to shared memory.
+#ifndef DDTAS_FINISH_WORDS_CUH
+#define DDTAS_FINISH_WORDS_CUH
+
+#include "gradient/weight_tile.cuh"
+
+// 2 / (B |set|): what an anchor adds to the weight of a pair it keeps, without the sign (SPEC 4).
+DEVICE float set_scale(const Pairs &pairs, uint32_t count) {
+    return static_cast<float>(2.0 / (static_cast<double>(pairs.total) * static_cast<double>(count)));
+}
+
+// What a row adds to the weight of a pair that it keeps.
+struct Scales {
+    float of_kind[2];  // negatives, positives
+};
+DEVICE Scales scales_of(const Pairs &pairs, uint32_t count_pos, uint32_t count_neg) {
+    if (count_pos == 0 || count_neg == 0) return Scales{{0.0f, 0.0f}};
+    return Scales{{set_scale(pairs, count_neg), -set_scale(pairs, count_pos)}};
+}
+
+// Of row `entry` of the tile, or column `entry - TILE`.
+DEVICE Scales entry_scales(const Pairs &pairs, TileIndex tile, uint32_t entry) {
+    bool row = entry < TILE;
+    uint32_t i = row ? tile.row * TILE + entry : tile.column * TILE + entry - TILE;
+    if ((row || pairs.square) && i < pairs.anchors.count) return scales_of(pairs, pairs.sums[i].count_pos, pairs.sums[i].count_neg);
+    if (!row && pairs.columns != nullptr && i < pairs.references.count) {
+        return scales_of(pairs, pairs.columns[i].count_pos, pairs.columns[i].count_neg);
+    }
+    return Scales{{0.0f, 0.0f}};
+}
+
+constexpr uint32_t kWeighWordsBytes = 2 * TILE * sizeof(Scales);
+
+// What the gradient wants of a word; `scales` are those of the tile's rows, then of its columns.
+template <class Numbers>
+DEVICE uint32_t finished_word(uint32_t word, const Scales *scales, float weight_scale) {
+    uint32_t row = word_place(word) / TILE, column = word_place(word) % TILE, kind = word >> kPositive & 1;
+    float share = word >> kKeptByRow & 1 ? scales[row].of_kind[kind] : 0.0f;
+    share += word >> kKeptByColumn & 1 ? scales[TILE + column].of_kind[kind] : 0.0f;
+    float weight = share * (word_sigmoid(word) / kSigmoidScale) * weight_scale;
+    return matrix_place<Numbers>(row, column) << 16 | from_float<typename Numbers::Element>(weight).bits;
+}
+
+// Those of a tile, by the whole block; `scales` is kWeighWordsBytes of shared memory.
+template <class Numbers>
+DEVICE void weigh_words(const Pairs &pairs, uint64_t index, float weight_scale, Scales *scales) {
+    using Words = Granule<uint32_t>;
+    static_assert(THREADS == 2 * TILE, "a thread for every row and column");
+    constexpr uint32_t kAhead = 4;
+    uint32_t count = pairs.tile_counts[index], segment = pairs.tile_segments[index];
+    if (count == 0 || segment == NO_ROW) return;
+    auto *granules = reinterpret_cast<Words *>(pairs.pool_words + static_cast<uint64_t>(segment) * 4);
+    auto there = [&](uint32_t granule) { return granule * Words::count < count; };
+    // On their way while the scales are made.
+    Words ahead[kAhead];
+#pragma unroll
+    for (uint32_t a = 0; a < kAhead; ++a) {
+        uint32_t granule = thread_index() + a * THREADS;
+        if (there(granule)) ahead[a] = granules[granule];
+    }
+    scales[thread_index()] = entry_scales(pairs, tile_of(pairs, index), thread_index());
+    block_sync();
+    for (uint32_t first = thread_index(); there(first); first += kAhead * THREADS) {
+#pragma unroll
+        for (uint32_t a = 0; a < kAhead; ++a) {
+            uint32_t granule = first + a * THREADS, next = granule + kAhead * THREADS;
+            if (!there(granule)) break;
+            Words words = ahead[a];
+            if (there(next)) ahead[a] = granules[next];
+#pragma unroll
+            for (uint32_t i = 0; i < Words::count; ++i) {
+                uint32_t finished = finished_word<Numbers>(words.values[i], scales, weight_scale);
+                // The room behind the last one is this tile's too: nobody's words are read there.
+                words.values[i] = granule * Words::count + i < count ? finished : 0;
+            }
+            granules[granule] = words;
+        }
+    }
+}
+
+#endif

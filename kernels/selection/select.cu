@@ -1,0 +1,367 @@
+// select.cu: which pairs each anchor keeps, and the loss (SPEC 2-4).
+// Truth: src/loss/select.rs, src/loss/gradient.rs. Launcher: src/backend/device/passes.rs.
+//
+// select_stored, select_recomputed: every block works out the AT-ASMS tolerances from the sweep's counters (no round trip to
+//   the host), and holds each candidate against the final bounds of its row and its column.
+//   select_stored: tiles whose candidates are in the pool; persistent blocks; writes into each candidate's word where the pair
+//   stands and which anchors keep it (select_stored_hopper: for the places that threads have in Hopper's sweep).
+//   select_recomputed: tiles whose candidates did not fit; one block a tile; on Hopper with wgmma.
+// Sync: integer atomics alone. The sums of the loss are 64-bit fixed point, so that the
+//   order of blocks and the way a tile took cannot change a bit.
+
+#include "pairs/pair_weight.cuh"
+#include "pairs/tile_order.cuh"
+#include "tile/wgmma_tile.cuh"
+
+// Sums of one kind of pair over a tile's row or column, in fixed point of two words each: every term's lowest bits, and the
+// rest; neither overflows with TILE terms, and adding is one native instruction. Softplus is kept as what it is more than the
+// sigmoid, of which most pairs have no high word. Bits of the low words, and where one of them counts the pairs:
+constexpr uint32_t kSigmoidBits = 25, kMoreBits = 17, kCountBit = 24;
+// Lanes side by side are often at pairs of one row: its sums are as many times as kTwins, for lanes of each rest.
+constexpr uint32_t kTwins = 4;
+struct SelectSums {
+    uint32_t sigmoid_low[(kTwins + 1) * TILE], sigmoid_high[(kTwins + 1) * TILE], more_low[(kTwins + 1) * TILE];
+    uint32_t more_high[2 * TILE];
+};
+
+// A number below 2^50 in fixed point: 2^33 leaves 19 bits behind the point, and the five bits of its exponent that high_of()
+// sees are 0.
+constexpr double kFixedBase = 8589934592.0, kFixedUnit = 1.0 / 524288.0;
+DEVICE uint64_t fixed_of(float term, double scale) {
+    return bits_of(static_cast<double>(term) * scale + kFixedBase);
+}
+DEVICE uint32_t low_of(uint64_t fixed, uint32_t bits) { return static_cast<uint32_t>(fixed) & ((1u << bits) - 1); }
+DEVICE uint32_t high_of(uint64_t fixed, uint32_t bits) { return static_cast<uint32_t>(fixed >> bits); }
+DEVICE int64_t joined(uint32_t low, uint32_t high, uint32_t bits) {
+    return static_cast<int64_t>((static_cast<uint64_t>(high) << bits) + low);
+}
+
+// What is the same for every pair.
+struct SelectConstants {
+    Argument positive, negative;
+    double sigmoid_scale, more_scale;  // of fixed_of()
+    int64_t more_unit;                 // in units of the sums
+    float limit;                       // of an argument: only rows that are not of unit length, and were not checked, come to it
+    uint32_t pair;                     // the bit that counts one; not known to the compiler, one instruction sets it
+    Tolerances tolerances;
+};
+DEVICE SelectConstants constants_of(const Pairs &pairs) {
+    const Settings &settings = pairs.settings;
+    return SelectConstants{argument_of(settings, true),
+                           argument_of(settings, false),
+                           settings.sum_scale * kFixedUnit,
+                           settings.more_scale * kFixedUnit,
+                           static_cast<int64_t>(settings.sum_scale / settings.more_scale),
+                           static_cast<float>(kLog2E * (1ull << 41) / settings.more_scale),
+                           1u << kCountBit,
+                           adapt(pairs)};
+}
+
+// Rows of the tile first, then its columns.
+struct SelectShared {
+    float pos_bound[2 * TILE];
+    float neg_bound[2 * TILE];
+    ClassRange range[TILE];
+    SelectSums sums[2];  // of positives, of negatives
+    SelectConstants constants;
+};
+static_assert(sizeof(SelectShared) == SELECT_SHARED_BYTES, "the launch plan's shared memory");
+
+// The sum of entry `entry`, rows first, which is 0 from now on.
+DEVICE uint32_t take_sum(uint32_t (&sums)[(kTwins + 1) * TILE], uint32_t entry) {
+    if (entry >= TILE) {
+        uint32_t &column = sums[(kTwins - 1) * TILE + entry], sum = column;
+        column = 0;
+        return sum;
+    }
+    auto &twins = *reinterpret_cast<Granule<uint32_t> *>(sums + entry * kTwins);
+    static_assert(Granule<uint32_t>::count == kTwins, "one load");
+    Granule<uint32_t> values = twins;
+    twins = Granule<uint32_t>{};
+    return values.values[0] + values.values[1] + values.values[2] + values.values[3];
+}
+
+// What stands for all tiles of a block; one thread knows it, and the sums are clear.
+DEVICE void select_open(const Pairs &pairs, SelectShared &shared) {
+    if (thread_index() == 0) shared.constants = constants_of(pairs);
+    for (uint32_t k = thread_index(); k < sizeof(shared.sums) / 4; k += THREADS) reinterpret_cast<uint32_t *>(shared.sums)[k] = 0;
+    block_sync();
+}
+
+// Bounds of this thread's entry, and where a positive of it may be; the barrier that publishes them is the caller's.
+DEVICE void select_begin(const Pairs &pairs, TileIndex tile, SelectShared &shared) {
+    uint32_t entry = thread_index();
+    bool row = entry < TILE;
+    uint32_t i = row ? tile.row * TILE + entry : tile.column * TILE + entry - TILE;
+    bool anchor = (row || pairs.square) && i < pairs.counters->valid_anchors;
+    bool elsewhere = !row && pairs.columns != nullptr && i < pairs.counters->valid_references;
+    uint32_t max_neg = anchor ? pairs.max_neg[i] : elsewhere ? pairs.columns[i].max_neg : 0;
+    float min_pos = anchor ? pairs.same[i].min_pos : elsewhere ? pairs.columns[i].min_pos : INFINITE;
+    Tolerances tolerances = shared.constants.tolerances;
+    shared.pos_bound[entry] = positive_bound(max_neg, tolerances.pos);
+    shared.neg_bound[entry] = negative_bound(min_pos, tolerances.neg);
+    if (row) shared.range[entry] = anchor ? pairs.classes[i] : ClassRange{1, 0};
+}
+
+// Adds the pair to the sums of whom it is kept by, the row's `twin`th; its fate, as in a word. `plain`: no two rows of the tile
+// are of one class.
+template <bool plain>
+DEVICE uint32_t select_pair(const Pairs &pairs, SelectShared &shared, const SelectConstants &constants, TileIndex tile,
+                            uint32_t row, uint32_t column, float s, uint32_t twin) {
+    bool positive = false;
+    if constexpr (!plain) {
+        uint32_t i = tile.row * TILE + row, j = tile.column * TILE + column;
+        positive = same_class(shared.range[row], j);
+        if (positive && is_duplicate(pairs, i, j, s)) return 0;
+    }
+    bool kept[2];
+    for (int side = 0; side < 2; ++side) {
+        uint32_t entry = side == 0 ? row : TILE + column;
+        kept[side] = positive ? s < shared.pos_bound[entry] : s > shared.neg_bound[entry];
+    }
+    Logistic logistic(fminf((positive ? constants.positive : constants.negative).at(s), constants.limit));
+    float sigmoid = logistic.sigmoid();
+    uint64_t share = fixed_of(sigmoid, constants.sigmoid_scale);
+    uint64_t more = fixed_of(logistic.softplus_less_sigmoid(), constants.more_scale);
+    uint32_t sigmoid_low = low_of(share, kSigmoidBits), sigmoid_high = high_of(share, kSigmoidBits);
+    uint32_t more_low = low_of(more, kMoreBits) | constants.pair, more_high = high_of(more, kMoreBits);
+    settle(sigmoid_low);
+    settle(sigmoid_high);
+    settle(more_low);
+    SelectSums &sums = shared.sums[positive ? 0 : 1];
+    auto add = [&](bool wanted, uint32_t entry) {
+        if (!wanted) return;
+        atomic_add(&sums.sigmoid_low[entry], sigmoid_low);
+        atomic_add(&sums.sigmoid_high[entry], sigmoid_high);
+        atomic_add(&sums.more_low[entry], more_low);
+    };
+    bool by_column = kept[1] && pairs.square;  // a reference's sums are another part's
+    add(kept[0], row * kTwins + twin);
+    add(by_column, kTwins * TILE + column);
+    if (more_high != 0) {
+        if (kept[0]) atomic_add(&sums.more_high[row], more_high);
+        if (by_column) atomic_add(&sums.more_high[TILE + column], more_high);
+    }
+    return word_fate(kept[0], kept[1], positive, sigmoid);
+}
+
+// Adds the tile's sums of this thread's entry to the anchor's and clears them; behind a barrier.
+DEVICE void select_end(const Pairs &pairs, TileIndex tile, SelectShared &shared, bool plain) {
+    uint32_t entry = thread_index();
+    uint32_t i = entry < TILE ? tile.row * TILE + entry : tile.column * TILE + entry - TILE;
+    for (int kind = plain ? 1 : 0; kind < 2; ++kind) {
+        SelectSums &sums = shared.sums[kind];
+        uint32_t low = take_sum(sums.more_low, entry), count = low >> kCountBit;
+        if (count == 0) continue;  // also all entries that are no anchor's
+        uint32_t sigmoid_low = take_sum(sums.sigmoid_low, entry), sigmoid_high = take_sum(sums.sigmoid_high, entry);
+        int64_t sigmoid = joined(sigmoid_low, sigmoid_high, kSigmoidBits);
+        int64_t more = joined(low & ((1u << kCountBit) - 1), sums.more_high[entry], kMoreBits);
+        int64_t softplus = sigmoid + more * shared.constants.more_unit;
+        RowSums &of = pairs.sums[i];
+        atomic_add(kind == 0 ? &of.count_pos : &of.count_neg, count);
+        atomic_add(kind == 0 ? &of.softplus_pos : &of.softplus_neg, softplus);
+        atomic_add(kind == 0 ? &of.sigmoid_pos : &of.sigmoid_neg, sigmoid);
+        sums.more_high[entry] = 0;
+    }
+}
+
+// Whether no two rows of the tile are of one class: ranges ascend, its columns end before the first or begin after the last.
+DEVICE bool is_plain(const SelectShared &shared, TileIndex tile) {
+    ClassRange first = shared.range[0], last = shared.range[TILE - 1];
+    if (first.begin > first.end || last.begin > last.end) return false;  // rows without a class among them
+    return (tile.column + 1) * TILE <= first.begin || tile.column * TILE >= last.end;
+}
+
+struct SelectStoredShared : SelectShared {
+    alignas(16) uint32_t words[SELECT_PLACES];  // values first
+    uint16_t places[SELECT_PLACES];
+    uint32_t masks[THREADS][2], before[THREADS];  // each thread's own bits, and those before them
+    uint32_t warp_counts[THREADS / 32];
+    uint32_t end;  // of the block's tiles
+};
+static_assert(sizeof(SelectStoredShared) == SELECT_STORED_SHARED_BYTES, "the launch plan's shared memory");
+
+// The places of this thread's bits in the window, the last one first.
+template <class Where, bool one_window>
+DEVICE void expand(SelectStoredShared &shared, uint32_t window) {
+    Where where;
+    uint32_t first = where.row_of(0) * TILE + where.column_of(0), at = shared.before[thread_index()] - window;
+    for (uint32_t mask : shared.masks[thread_index()]) at += static_cast<uint32_t>(popc(mask));
+    uint16_t *to = shared.places + (one_window ? at : 0);
+#pragma unroll
+    for (int word = 1; word >= 0; --word) {
+#pragma unroll 1
+        for (uint32_t left = shared.masks[thread_index()][word]; left != 0;) {
+            // Rows are 8 apart, columns in pairs, 8 from one to the next.
+            uint32_t bit = highest_bit(left), column = bit % Where::columns;
+            uint32_t row = (static_cast<uint32_t>(word) * (32 / Where::columns) + bit % 32 / Where::columns) * 8;
+            auto place = static_cast<uint16_t>(first + row * TILE + column + column / 2 * 6);
+            left ^= 1u << bit;
+            if constexpr (one_window) {
+                *--to = place;
+            } else {
+                if (--at < SELECT_PLACES) shared.places[at] = place;
+            }
+        }
+    }
+}
+
+// Values become words. A thread walks an odd number of candidates side by side: they lie in few rows, which neighbours do not
+// share, and in as many banks as there are lanes.
+template <bool plain>
+DEVICE void select_run(const Pairs &pairs, SelectStoredShared &shared, TileIndex tile, uint32_t count) {
+    // In registers where most pairs are.
+    std::conditional_t<plain, const SelectConstants, const SelectConstants &> constants = shared.constants;
+    uint32_t twin = thread_index() % kTwins;
+    settle(twin);
+    uint32_t run = ((count + THREADS - 1) / THREADS) | 1, k = thread_index() * run, end = k + run < count ? k + run : count;
+#pragma unroll 1
+    for (; k < end; ++k) {
+        uint32_t place = shared.places[k];
+        float s = float_of(shared.words[k]);
+        shared.words[k] = place | select_pair<plain>(pairs, shared, constants, tile, place / TILE, place % TILE, s, twin);
+    }
+}
+
+// Every 4 of so many words, which begin at `k`, a thread each.
+template <class Job>
+DEVICE void each_granule(uint32_t count, Job job) {
+#pragma unroll 1
+    for (uint32_t k = thread_index() * 4; k < count; k += THREADS * 4) job(k);
+}
+
+// The tile that follows in the order of indices.
+DEVICE TileIndex tile_after(const Pairs &pairs, TileIndex tile) {
+    if (++tile.column == pairs.references.tiles) {
+        ++tile.row;
+        tile.column = pairs.square ? tile.row : 0;
+    }
+    return tile;
+}
+
+// Candidates in one walk: their places from the bits that the sweep left, first into shared memory, where values come and
+// words leave side by side. `Where` is how the sweep's threads stood in the tile. Persistent blocks: each takes tiles in a row.
+template <class Where>
+DEVICE void select_stored_body(const PairsParams &p) {
+    SHARED_MEMORY(bytes);
+    auto &shared = *reinterpret_cast<SelectStoredShared *>(bytes);
+    const Pairs &pairs = p.pairs;
+    auto index = static_cast<uint32_t>(pairs.tiles * block_x() / grid_x());
+    if (thread_index() == 0) shared.end = static_cast<uint32_t>(pairs.tiles * (block_x() + 1) / grid_x());
+    select_open(pairs, shared);
+    for (TileIndex tile = tile_of(pairs, index); index < shared.end; ++index, tile = tile_after(pairs, tile)) {
+        uint32_t count = pairs.tile_counts[index];
+        if (count == 0 || !is_stored(pairs, index)) continue;
+        uint64_t segment = segment_of(pairs, index);
+        uint32_t own = 0;
+        for (uint32_t word = 0; word < 2; ++word) {
+            uint32_t mask = pairs.pool_words[segment + thread_index() * 2 + word];
+            shared.masks[thread_index()][word] = mask;
+            own += static_cast<uint32_t>(popc(mask));
+        }
+        uint32_t before = warp_scan(own);
+        if (lane_index() == 31) shared.warp_counts[warp_index()] = before;
+        before -= own;
+        select_begin(pairs, tile, shared);
+        block_sync();  // the counts and bounds are there, every mask is read, the last tile's words and sums too
+#pragma unroll
+        for (uint32_t warp = 0; warp < THREADS / 32; ++warp) before += warp < warp_index() ? shared.warp_counts[warp] : 0;
+        shared.before[thread_index()] = before;
+        bool plain = is_plain(shared, tile);
+        for (uint32_t window = 0; window < count; window += SELECT_PLACES) {
+            uint32_t left = count - window < SELECT_PLACES ? count - window : SELECT_PLACES;
+            if (window != 0) block_sync();  // the words before are read
+            each_granule(left, [&](uint32_t k) { cp_async(shared.words + k, pairs.pool_values + segment + window + k); });
+            cp_async_commit();
+            if (count <= SELECT_PLACES) {
+                expand<Where, true>(shared, window);
+            } else {
+                expand<Where, false>(shared, window);
+            }
+            cp_async_wait<0>();
+            block_sync();
+            if (plain) {
+                select_run<true>(pairs, shared, tile, left);
+            } else {
+                select_run<false>(pairs, shared, tile, left);
+            }
+            block_sync();  // every word and sum is there
+            each_granule(left, [&](uint32_t k) {
+                using Words = Granule<uint32_t>;
+                *reinterpret_cast<Words *>(pairs.pool_words + segment + window + k) = *reinterpret_cast<const Words *>(shared.words + k);
+            });
+        }
+        select_end(pairs, tile, shared, plain);
+    }
+}
+KERNEL(select_stored, PairsParams, SELECT_BLOCKS) { select_stored_body<Place<4>>(p); }
+KERNEL(select_stored_hopper, PairsParams, SELECT_BLOCKS) { select_stored_body<GroupPlace>(p); }
+
+static_assert(SELECT_SHARED_BYTES + TILE * kValuesStride * sizeof(float) <= SIMILARITY_STAGES_BYTES,
+              "the values of a tile fit where its rows were streamed through");
+
+// Every pair of a tile of S, whose accumulators `acc` go through shared memory, over the stages that
+// are free now: a loop over registers would have to be unrolled, 64 times the code below.
+template <class Where, class Sums>
+DEVICE void select_tile(const Pairs &pairs, TileIndex tile, unsigned char *bytes, const Sums &acc) {
+    auto &shared = *reinterpret_cast<SelectShared *>(bytes);
+    auto *values = reinterpret_cast<float *>(bytes + SELECT_SHARED_BYTES);  // [TILE, kValuesStride]
+    Where place;
+#pragma unroll
+    for (int row = 0; row < Where::rows; ++row) {
+#pragma unroll
+        for (int column = 0; column < Where::columns; ++column) {
+            values[place.row_of(row) * kValuesStride + place.column_of(column)] = Where::value(acc, row, column);
+        }
+    }
+    select_open(pairs, shared);
+    select_begin(pairs, tile, shared);
+    const SelectConstants constants = shared.constants;
+    block_sync();
+    for (uint32_t k = thread_index(); k < TILE * TILE; k += THREADS) {
+        uint32_t r = k / TILE, c = k % TILE;
+        if (!is_pair(pairs, tile.row * TILE + r, tile.column * TILE + c)) continue;
+        select_pair<false>(pairs, shared, constants, tile, r, c, values[r * kValuesStride + c], thread_index() % kTwins);
+    }
+    block_sync();
+    select_end(pairs, tile, shared, false);
+}
+
+template <class Numbers>
+DEVICE void select_recomputed_body(const PairsParams &p) {
+    SHARED_MEMORY(bytes);
+    const Pairs &pairs = p.pairs;
+    uint64_t index = block_x();
+    if (pairs.tile_counts[index] == 0 || is_stored(pairs, index)) return;
+    TileIndex tile = tile_of(pairs, index);
+    Accumulators<4> acc;
+    multiply_tile<Numbers, 4>(acc, tile_rows<Numbers>(pairs.anchors, tile.row, pairs.stride),
+                              tile_rows<Numbers>(pairs.references, tile.column, pairs.stride),
+                              stride_bytes<Numbers>(pairs), bytes);
+    select_tile<Place<4>>(pairs, tile, bytes, acc);
+}
+
+// The same on Hopper's warpgroup products, with the bits of sweep_hopper.
+template <class Numbers>
+DEVICE void select_recomputed_hopper_body([[maybe_unused]] const PairsParams &p) {
+#ifdef HAS_WARPGROUP_PRODUCTS
+    SHARED_MEMORY(bytes);
+    const Pairs &pairs = p.pairs;
+    uint64_t index = block_x();
+    if (pairs.tile_counts[index] == 0 || is_stored(pairs, index)) return;
+    TileIndex tile = tile_of(pairs, index);
+    auto stages = hopper_stages<Numbers>(bytes);
+    GroupAccumulators acc;
+    group_multiply_tile<Numbers>(acc, tile_rows<Numbers>(pairs.anchors, tile.row, pairs.stride),
+                                 tile_rows<Numbers>(pairs.references, tile.column, pairs.stride),
+                                 stride_bytes<Numbers>(pairs), stages);
+    select_tile<GroupPlace>(pairs, tile, bytes, acc);
+#else
+    trap();
+#endif
+}
+
+KERNEL_IN_EVERY_PRECISION(select_recomputed, PairsParams)
+KERNEL(select_recomputed_hopper_f32, PairsParams, 1) { select_recomputed_hopper_body<ExactF32>(p); }
+KERNEL(select_recomputed_hopper_f16, PairsParams, 1) { select_recomputed_hopper_body<HalfF16>(p); }
+KERNEL(select_recomputed_hopper_bf16, PairsParams, 1) { select_recomputed_hopper_body<HalfBf16>(p); }

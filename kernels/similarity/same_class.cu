@@ -1,0 +1,277 @@
+// same_class.cu: m+ and the sums over positives of every anchor (SPEC 1).
+// Truth: src/loss/similarity.rs. Launcher: src/backend/device/passes.rs.
+//
+// Rows stand in class order, so an anchor's class is a range of references, and only the tiles near
+// the diagonal are computed. One block a row tile; a class may hold the whole batch.
+// same_class_hopper multiplies with wgmma, as sweep_hopper does: S has one value in all passes.
+// Sync: integer atomics alone.
+
+#include "pairs/pairs.cuh"
+#include "tile/wgmma_tile.cuh"
+
+// m+ and the sums of a block's rows over their classes, where a thread's sums of `Where` stand in the row tile. A sum for each
+// row and quarter of the columns, so that every product's sums are added in one order.
+template <class Where>
+struct SameSums {
+    static constexpr int kSums = Where::rows * Where::quarters;
+    const Pairs &pairs;
+    uint32_t first;                  // row of the block
+    Where place;
+    ClassRange range[Where::rows];   // empty for padding and ignored rows
+    float duplicate[Where::rows];
+    uint32_t self[Where::rows];      // the reference that the row is itself, if there is one
+    uint32_t low = 0, high = 0;      // where the classes of the warp's rows begin and end: they ascend
+    float min_pos[kSums], sum_pos[kSums], sum_same[kSums];
+    uint32_t count[kSums];
+
+    explicit DEVICE SameSums(const Pairs &all) : pairs(all), first(block_x() * TILE) {
+        uint32_t valid = pairs.counters->valid_anchors;
+#pragma unroll
+        for (int row = 0; row < Where::rows; ++row) {
+            uint32_t i = first + place.row_of(row);
+            range[row] = i < valid ? pairs.classes[i] : ClassRange{1, 0};
+            duplicate[row] = pairs.anchors.duplicate[i];
+            self[row] = pairs.square ? i : i < valid && pairs.identity != nullptr ? pairs.identity[i] : NO_ROW;
+        }
+        uint32_t top = first + place.row_of(0) - lane_index() / 4, bottom = top + Where::rows * 8;
+        bottom = bottom < valid ? bottom : valid;
+        if (top < bottom) {
+            low = pairs.classes[top].begin;
+            high = pairs.classes[bottom - 1].end;
+        }
+#pragma unroll
+        for (int at = 0; at < kSums; ++at) {
+            min_pos[at] = INFINITE;
+            sum_pos[at] = sum_same[at] = 0.0f;
+            count[at] = 0;
+        }
+    }
+
+    // Pairs with the references from `begin` on, as `Columns` has them; `duplicates` are theirs.
+    template <class Columns, class Sums>
+    DEVICE void add(const Sums &acc, uint32_t begin, const float *duplicates) {
+        Columns columns;
+#pragma unroll
+        for (int column = 0; column < Columns::columns; column += 2) {
+            uint32_t from = begin + columns.offset(column), group = from - lane_index() % 4 * 2;
+            if (group + 8 <= low || group >= high) continue;  // the same for the whole warp
+            struct alignas(8) Two {
+                float of[2];
+            };
+            Two bounds = *reinterpret_cast<const Two *>(duplicates + columns.offset(column));
+#pragma unroll
+            for (int row = 0; row < Where::rows; ++row) {
+                int at = row * Where::quarters + Columns::quarter_of(column);
+#pragma unroll
+                for (int odd = 0; odd < 2; ++odd) {
+                    uint32_t j = from + odd;
+                    float s = Columns::value(acc, row, column + odd);
+                    if (!same_class(range[row], j)) continue;
+                    sum_same[at] += s;
+                    if (j == self[row] || s >= fmaxf(duplicate[row], bounds.of[odd])) continue;  // as is_duplicate()
+                    min_pos[at] = fminf(min_pos[at], s);
+                    sum_pos[at] += s;
+                    ++count[at];
+                }
+            }
+        }
+    }
+
+    // 4 lanes share a row, then 4 quarters: always added in the same order. `scratch` is free.
+    DEVICE void write(unsigned char *scratch) {
+        auto *parts = reinterpret_cast<RowSame *>(scratch);  // [4, TILE]
+#pragma unroll
+        for (int at = 0; at < kSums; ++at) {
+            for (int mask = 1; mask <= 2; mask *= 2) {
+                min_pos[at] = fminf(min_pos[at], shuffle_xor(min_pos[at], mask));
+                sum_pos[at] += shuffle_xor(sum_pos[at], mask);
+                sum_same[at] += shuffle_xor(sum_same[at], mask);
+                count[at] += shuffle_xor(count[at], mask);
+            }
+            if (lane_index() % 4 == 0) {
+                uint32_t quarter = place.first_quarter() + at % Where::quarters;
+                parts[quarter * TILE + place.row_of(at / Where::quarters)] =
+                    RowSame{min_pos[at], count[at], sum_pos[at], sum_same[at]};
+            }
+        }
+        block_sync();
+        uint32_t i = first + thread_index();
+        uint32_t total = 0;
+        if (thread_index() < TILE && i < pairs.anchors.count) {
+            RowSame sum = parts[thread_index()];
+            for (int quarter = 1; quarter < 4; ++quarter) {
+                RowSame part = parts[quarter * TILE + thread_index()];
+                sum.min_pos = fminf(sum.min_pos, part.min_pos);
+                sum.count += part.count;
+                sum.sum_pos += part.sum_pos;
+                sum.sum_same += part.sum_same;
+            }
+            pairs.same[i] = sum;
+            total = sum.count;
+        }
+        uint64_t warp_total = warp_sum(static_cast<uint64_t>(total));
+        if (lane_index() == 0 && warp_total != 0) atomic_add(&pairs.counters->total_pos, warp_total);
+    }
+};
+
+// The columns of a whole tile, as `Where` has them.
+template <class Where>
+struct TileColumns : Where {
+    DEVICE uint32_t offset(int c) const { return Where::column_of(c); }
+    static DEVICE int quarter_of(int c) { return c * Where::quarters / Where::columns; }
+};
+
+// References that the classes of the block's rows are among: ranges ascend with the rows, so the first and the last valid
+// row bound them.
+DEVICE ClassRange same_class_span(const Pairs &pairs) {
+    uint32_t first = block_x() * TILE, valid = pairs.counters->valid_anchors;
+    if (first >= valid) return ClassRange{0, 0};
+    uint32_t last = (first + TILE < valid ? first + TILE : valid) - 1;
+    return ClassRange{pairs.classes[first].begin, pairs.classes[last].end};
+}
+
+// Every tile of `span`: `multiply(acc, tile)` makes S with one, and ends with a barrier. `duplicates` has room for a tile's.
+template <class Where, class Sums, class Multiply>
+DEVICE void same_class_tiles(SameSums<Where> &sums, ClassRange span, float *duplicates, Multiply multiply) {
+    for (uint32_t tile = span.begin / TILE; tile < (span.end + TILE - 1) / TILE; ++tile) {
+        block_sync();  // those before are read
+        if (thread_index() < TILE) duplicates[thread_index()] = sums.pairs.references.duplicate[tile * TILE + thread_index()];
+        Sums acc;
+        multiply(acc, tile);
+        sums.template add<TileColumns<Where>>(acc, tile * TILE, duplicates);
+    }
+}
+
+template <class Numbers>
+DEVICE void same_class_body(const PairsParams &p) {
+    SHARED_MEMORY(stages);
+    const Pairs &pairs = p.pairs;
+    const void *rows = tile_rows<Numbers>(pairs.anchors, block_x(), pairs.stride);
+    auto *duplicates = reinterpret_cast<float *>(stages + SIMILARITY_STAGES_BYTES);  // [TILE]
+    SameSums<Place<4>> sums(pairs);
+    same_class_tiles<Place<4>, Accumulators<4>>(sums, same_class_span(pairs), duplicates, [&](Accumulators<4> &acc, uint32_t tile) {
+        // The rows' sums leave few registers.
+        multiply_tile<Numbers, 4, kStages, 1>(acc, rows, tile_rows<Numbers>(pairs.references, tile, pairs.stride),
+                                              stride_bytes<Numbers>(pairs), stages);
+    });
+    sums.write(stages);
+}
+
+#ifdef HAS_WARPGROUP_PRODUCTS
+// In the square form classes mostly end a few rows beyond the tile: its rows with themselves and with kEdge on either side
+// take one walk along the rows, whose stages hold the tile, then its edges.
+constexpr uint32_t kEdge = 32;
+static_assert(HOPPER_SHARED_BYTES + (TILE + 2 * kEdge) * sizeof(float) == SAME_CLASS_HOPPER_SHARED_BYTES, "the launch plan's shared memory");
+constexpr uint32_t kNearStage = (TILE + 2 * kEdge) * STAGE_BYTES;
+constexpr uint32_t kNearStages = 5, kNearAhead = kNearStages - 2;  // a stage is filled when the product of that two before is done
+static_assert(kNearStages * (kNearStage + sizeof(Barrier)) <= HOPPER_STAGES_BYTES);
+using EdgeSums = float[8][4];
+// An edge is a quarter of its tile, the last of the one before, or the first of that behind.
+template <bool behind>
+struct EdgeColumns : GroupPlace {
+    static constexpr int columns = GroupPlace::columns / quarters;
+    DEVICE uint32_t offset(int c) const { return column_of(c); }
+    static DEVICE int quarter_of(int) { return behind ? 0 : quarters - 1; }
+    static DEVICE float value(const EdgeSums &acc, int r, int c) { return acc[behind * 4 + c / 2][r * 2 + c % 2]; }
+};
+static_assert(EdgeColumns<false>::columns * 4 == kEdge && kEdge * GroupPlace::quarters == TILE);
+
+// Products with the block's own tile, and with the rows before and behind it that `span` reaches.
+template <class Numbers>
+DEVICE void multiply_near(GroupAccumulators &acc, EdgeSums &edges, const Pairs &pairs, ClassRange span, unsigned char *bytes) {
+    uint32_t tile = block_x(), count = static_cast<uint32_t>(stride_bytes<Numbers>(pairs) / STAGE_BYTES);
+    auto *barriers = reinterpret_cast<Barrier *>(bytes + kNearStages * kNearStage);
+    if (thread_index() == 0) {
+        for (uint32_t stage = 0; stage < kNearStages; ++stage) mbarrier_init(&barriers[stage], 1);
+    }
+    auto rows_of = [&](uint32_t index) {
+        return static_cast<const unsigned char *>(tile_rows<Numbers>(pairs.anchors, index, pairs.stride));
+    };
+    const unsigned char *own = rows_of(tile);
+    // Rows of the edges that are wanted, by eights; the rest of an edge is whatever stands there, and looked at by nobody.
+    uint32_t first = tile * TILE, end = first + TILE;
+    uint32_t before = span.begin < first ? (first - span.begin + 7) / 8 * 8 : 0;
+    uint32_t behind = span.end > end ? (span.end - end + 7) / 8 * 8 : 0;
+    const unsigned char *rows_before = before != 0 ? rows_of(tile - 1) + (TILE - before) * STAGE_BYTES : own;
+    const unsigned char *rows_behind = behind != 0 ? rows_of(tile + 1) : own;
+    auto copy = [&](uint32_t index) {
+        if (index >= count || thread_index() != 0) return;
+        uint64_t from = static_cast<uint64_t>(index) * TILE * STAGE_BYTES;
+        unsigned char *stage = bytes + index % kNearStages * kNearStage, *edges_at = stage + (TILE + kEdge) * STAGE_BYTES;
+        Barrier *full = &barriers[index % kNearStages];
+        mbarrier_arrive_expect_tx(full, (TILE + before + behind) * STAGE_BYTES);
+        cp_async_bulk(stage, own + from, TILE * STAGE_BYTES, full);
+        if (before != 0) cp_async_bulk(edges_at - before * STAGE_BYTES, rows_before + from, before * STAGE_BYTES, full);
+        if (behind != 0) cp_async_bulk(edges_at, rows_behind + from, behind * STAGE_BYTES, full);
+    };
+    clear(acc);
+    clear(edges);
+#pragma unroll 1
+    for (uint32_t index = 0; index < kNearAhead; ++index) copy(index);
+    warp_sync();
+#pragma unroll 1
+    for (uint32_t index = 0; index < count; ++index) {
+        block_sync();  // the barriers have begun, and both groups are done with the stage that is filled next
+        copy(index + kNearAhead);
+        mbarrier_wait(&barriers[index % kNearStages], index / kNearStages % 2);
+        warp_sync();
+        const unsigned char *stage = bytes + index % kNearStages * kNearStage;
+        Descriptor columns = stage_descriptor(stage), edge = advanced(columns, TILE * STAGE_BYTES);
+        Descriptor rows = advanced(columns, warp_index() / 4 * (TILE / 2) * STAGE_BYTES);
+        wgmma_fence();
+#pragma unroll
+        for (int step = 0; step < kGranules / 2; ++step) {
+            wgmma<false>(Numbers{}, acc, advanced(rows, step * 32), advanced(columns, step * 32));
+            wgmma<false>(Numbers{}, edges, advanced(rows, step * 32), advanced(edge, step * 32));
+        }
+        wgmma_commit();
+        wgmma_wait<1>();  // this product goes on, that before it is done
+    }
+    wgmma_wait<0>();
+    block_sync();
+}
+#endif
+
+// The same on Hopper's warpgroup products.
+template <class Numbers>
+DEVICE void same_class_hopper_body([[maybe_unused]] const PairsParams &p) {
+#ifdef HAS_WARPGROUP_PRODUCTS
+    SHARED_MEMORY(bytes);
+    const Pairs &pairs = p.pairs;
+    auto *duplicates = reinterpret_cast<float *>(bytes + HOPPER_SHARED_BYTES);  // [kEdge + TILE + kEdge]
+    SameSums<GroupPlace> sums(pairs);
+    ClassRange span = same_class_span(pairs);
+    uint32_t first = sums.first, end = first + TILE;
+    bool near = pairs.square && span.begin < span.end && span.begin + kEdge >= first && span.end <= end + kEdge;
+    if (near && !Numbers::exact) {  // which has no registers for the sums of edges
+        if constexpr (!Numbers::exact) {
+            // Those of the rows before the tile, of its own, and of those behind it.
+            if (thread_index() < TILE + 2 * kEdge) {
+                uint32_t i = first - kEdge + thread_index();
+                duplicates[thread_index()] = i < pairs.anchors.tiles * TILE ? pairs.anchors.duplicate[i] : 0.0f;
+            }
+            GroupAccumulators acc;
+            EdgeSums edges;
+            multiply_near<Numbers>(acc, edges, pairs, span, bytes);
+            sums.template add<EdgeColumns<false>>(edges, first - kEdge, duplicates);
+            sums.template add<TileColumns<GroupPlace>>(acc, first, duplicates + kEdge);
+            sums.template add<EdgeColumns<true>>(edges, end, duplicates + kEdge + TILE);
+        }
+    } else {
+        auto stages = hopper_stages<Numbers>(bytes);
+        const void *rows = tile_rows<Numbers>(pairs.anchors, block_x(), pairs.stride);
+        same_class_tiles<GroupPlace, GroupAccumulators>(sums, span, duplicates, [&](GroupAccumulators &acc, uint32_t tile) {
+            group_multiply_tile<Numbers>(acc, rows, tile_rows<Numbers>(pairs.references, tile, pairs.stride),
+                                         stride_bytes<Numbers>(pairs), stages);
+        });
+    }
+    sums.write(bytes);
+#else
+    trap();
+#endif
+}
+
+KERNEL_IN_EVERY_PRECISION(same_class, PairsParams)
+KERNEL(same_class_hopper_f32, PairsParams, 1) { same_class_hopper_body<ExactF32>(p); }
+KERNEL(same_class_hopper_f16, PairsParams, 1) { same_class_hopper_body<HalfF16>(p); }
+KERNEL(same_class_hopper_bf16, PairsParams, 1) { same_class_hopper_body<HalfBf16>(p); }

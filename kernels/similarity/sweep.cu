@@ -1,0 +1,194 @@
+// sweep.cu: S = E E^T, tile by tile, never stored (SPEC 1, 3).
+// Truth: src/loss/similarity.rs. Launcher: src/backend/device/passes.rs.
+//
+// sweep: every tile once, the upper triangle alone in the square form, each tile
+//   serving its rows and its columns. m-, the count of the probe, and the candidates:
+//   all that mining can keep. One block a tile. On Hopper it is sweep_hopper.cu's.
+// Sync: integer atomics (max, add) whose order cannot change the result; candidates
+//   in thread order to the tile's own segment.
+// Cost: B^2 D operations, O(B) memory and the candidates.
+
+#include "similarity/candidate_bits.cuh"
+
+// Bounds of the sweep's rows or columns: what passes the first is a candidate, the second is the probe's.
+struct SweepBounds {
+    float candidate[TILE], probe[TILE];
+};
+template <int stages_bytes>
+struct SweepShared {
+    unsigned char stages[stages_bytes];
+    SweepBounds rows, columns;
+};
+template <class Numbers>
+using SweepStages = SweepShared<kSharingStages<Numbers> * 2 * TILE * STAGE_BYTES>;
+static_assert(sizeof(SweepStages<HalfF16>) == SWEEP_SHARED_BYTES, "the launch plan's shared memory");
+static_assert(sizeof(SweepStages<ExactF32>) == SWEEP_EXACT_SHARED_BYTES, "the launch plan's shared memory");
+
+// After the product the stages hold what is reduced over the block.
+struct SweepReduction {
+    uint32_t row_max[TILE];
+    uint32_t column_max[TILE];
+    uint32_t warp_counts[THREADS / 32];
+    uint32_t probe;
+    uint32_t segment;
+};
+
+// Above which of this thread's pairs, by their rows' and by their columns' bounds. `use(row, column, s)` sees each, from the last on.
+template <class Where, class Sums, class Use>
+DEVICE AboveBits above_bounds(const float (&rows)[TILE], const float (&columns)[TILE], const Sums &acc, Use use) {
+    Where place;
+    AboveBits above;
+#pragma unroll
+    for (int row = Where::rows - 1; row >= 0; --row) {
+        float bound = rows[place.row_of(row)];
+#pragma unroll
+        for (int column = Where::columns - 1; column >= 0; --column) {
+            float s = Where::value(acc, row, column);
+            above.add(row / kRowsOfWord<Where>, s, bound, columns[place.column_of(column)]);
+            use(row, column, s);
+        }
+    }
+    return above;
+}
+
+// One tile's pairs. `plain`: every pair counts and none is of one class, as in most tiles.
+template <bool plain, class Where, class Shared, class Sums>
+DEVICE void sweep_epilogue(const Pairs &pairs, TileIndex tile, Shared &shared, const Sums &acc) {
+    auto &reduction = *reinterpret_cast<SweepReduction *>(shared.stages);
+    Where place;
+    bool mirrored = pairs.square != 0;
+    if (thread_index() < TILE) {
+        reduction.row_max[thread_index()] = 0;
+        reduction.column_max[thread_index()] = 0;
+    }
+    if (thread_index() == 0) reduction.probe = 0;
+    block_sync();
+
+    uint32_t negative[2] = {~0u, ~0u}, positive[2] = {0, 0};
+    if constexpr (!plain) {
+        classify<Where>(pairs, tile.row * TILE, tile.column * TILE, pairs.counters->valid_anchors, pairs.counters->valid_references,
+                        negative, positive);
+    }
+    const float none = -INFINITE;
+    float column_max[Where::columns], row_max = none;
+#pragma unroll
+    for (int column = 0; column < Where::columns; ++column) column_max[column] = none;
+    AboveBits above = above_bounds<Where>(shared.rows.candidate, shared.columns.candidate, acc, [&](int row, int column, float s) {
+        int bit = row % kRowsOfWord<Where> * Where::columns + column;
+        if (!plain && !(negative[row / kRowsOfWord<Where>] >> bit & 1u)) s = none;
+        row_max = fmaxf(row_max, s);
+        column_max[column] = fmaxf(column_max[column], s);
+        if (column != 0) return;
+        row_max = fmaxf(row_max, shuffle_xor(row_max, 1));
+        row_max = fmaxf(row_max, shuffle_xor(row_max, 2));
+        if (lane_index() % 4 == 0 && row_max > none) atomic_max(&reduction.row_max[place.row_of(row)], ordered_key(row_max));
+        warp_sync();
+        row_max = none;
+    });
+#pragma unroll
+    for (int column = 0; column < Where::columns; ++column) {
+        float largest = column_max[column];
+        for (int mask = 4; mask <= 16; mask *= 2) largest = fmaxf(largest, shuffle_xor(largest, mask));
+        if (mirrored && lane_index() < 4 && largest > none) {
+            atomic_max(&reduction.column_max[place.column_of(column)], ordered_key(largest));
+        }
+    }
+    uint32_t candidates[2];
+#pragma unroll
+    for (int word = 0; word < 2; ++word) candidates[word] = ((above.by_row[word] | above.by_column[word]) & negative[word]) | positive[word];
+    if (pairs.settings.probe != pairs.settings.candidate) {
+        above = above_bounds<Where>(shared.rows.probe, shared.columns.probe, acc, [](int, int, float) {});
+    }
+    uint32_t probe = warp_sum(above.count(negative, mirrored));
+    if (lane_index() == 0 && probe != 0) atomic_add(&reduction.probe, probe);
+
+    // Every thread's place in the segment: a scan over the warp, then over the warps.
+    uint32_t count = static_cast<uint32_t>(popc(candidates[0]) + popc(candidates[1]));
+    uint32_t before = warp_scan(count);
+    if (lane_index() == 31) reduction.warp_counts[warp_index()] = before;
+    before -= count;
+    block_sync();
+    uint32_t total = 0;
+    for (uint32_t warp = 0; warp < THREADS / 32; ++warp) {
+        if (warp == warp_index()) before += total;
+        total += reduction.warp_counts[warp];
+    }
+
+    if (thread_index() < TILE) {
+        uint32_t i = tile.row * TILE + thread_index(), j = tile.column * TILE + thread_index();
+        uint32_t row_key = reduction.row_max[thread_index()], column_key = reduction.column_max[thread_index()];
+        if (row_key != 0) atomic_max(&pairs.max_neg[i], row_key);
+        if (column_key != 0) atomic_max(&pairs.max_neg[j], column_key);
+    }
+    if (thread_index() == 0) {
+        uint64_t index = index_of(pairs, tile.row, tile.column);
+        pairs.tile_counts[index] = total;
+        if (reduction.probe != 0) atomic_add(&pairs.counters->probe_neg, static_cast<uint64_t>(reduction.probe));
+        if (total != 0) reduction.segment = pairs.tile_segments[index] = reserve(pairs, total);
+    }
+    if (total == 0) return;
+    block_sync();
+    if (reduction.segment == NO_ROW) return;
+    uint64_t segment = static_cast<uint64_t>(reduction.segment) * 4;
+    uint32_t *masks = pairs.pool_words + segment + thread_index() * 2;
+    masks[0] = candidates[0];
+    masks[1] = candidates[1];
+    float *to = pairs.pool_values + segment + before;
+#pragma unroll
+    for (int row = 0; row < Where::rows; ++row) {
+#pragma unroll
+        for (int column = 0; column < Where::columns; ++column) {
+            int bit = row % kRowsOfWord<Where> * Where::columns + column;
+            if (candidates[row / kRowsOfWord<Where>] >> bit & 1u) *to++ = Where::value(acc, row, column);
+        }
+    }
+}
+
+// The bounds of the tile's rows and columns; the barriers of the product publish them.
+template <class Shared>
+DEVICE void sweep_begin(const Pairs &pairs, TileIndex tile, Shared &shared) {
+    bool is_row = thread_index() < TILE;
+    uint32_t at = thread_index() % TILE, valid_anchors = pairs.counters->valid_anchors;
+    float min_pos = is_row ? row_min_pos(pairs, valid_anchors, tile.row * TILE + at)
+                           : column_min_pos(pairs, valid_anchors, pairs.counters->valid_references, tile.column * TILE + at);
+    SweepBounds &bounds = is_row ? shared.rows : shared.columns;
+    bounds.candidate[at] = negative_bound(min_pos, pairs.settings.candidate);
+    bounds.probe[at] = negative_bound(min_pos, pairs.settings.probe);
+}
+
+// A tile of ignored rows or columns alone has no pairs: it is not multiplied. The same for the whole block.
+DEVICE bool sweep_leaves_out(const Pairs &pairs, TileIndex tile) {
+    if (tile.row * TILE < pairs.counters->valid_anchors && tile.column * TILE < pairs.counters->valid_references) return false;
+    if (thread_index() == 0) pairs.tile_counts[index_of(pairs, tile.row, tile.column)] = 0;
+    return true;
+}
+
+template <class Where, class Shared, class Sums>
+DEVICE void sweep_end(const Pairs &pairs, TileIndex tile, Shared &shared, const Sums &acc) {
+    // Ranges ascend: the tile is free of positives if its columns end before the first range or begin after the last.
+    uint32_t first = tile.column * TILE, end = first + TILE;
+    bool complete = (tile.row + 1) * TILE <= pairs.counters->valid_anchors && end <= pairs.counters->valid_references;
+    const ClassRange *classes = pairs.classes + tile.row * TILE;
+    if (complete && (end <= classes[0].begin || first >= classes[TILE - 1].end)) {
+        sweep_epilogue<true, Where>(pairs, tile, shared, acc);
+    } else {
+        sweep_epilogue<false, Where>(pairs, tile, shared, acc);
+    }
+}
+
+template <class Numbers>
+DEVICE void sweep_body(const PairsParams &p) {
+    SHARED_MEMORY(bytes);
+    auto &shared = *reinterpret_cast<SweepStages<Numbers> *>(bytes);
+    const Pairs &pairs = p.pairs;
+    TileIndex tile = tile_at(pairs, block_x());
+    if (sweep_leaves_out(pairs, tile)) return;
+    sweep_begin(pairs, tile, shared);
+    Accumulators<4> acc;
+    multiply_tile<Numbers, 4, kSharingStages<Numbers>>(acc, tile_rows<Numbers>(pairs.anchors, tile.row, pairs.stride),
+                                                       tile_rows<Numbers>(pairs.references, tile.column, pairs.stride),
+                                                       stride_bytes<Numbers>(pairs), shared.stages);
+    sweep_end<Place<4>>(pairs, tile, shared, acc);
+}
+
+KERNEL_OF_NARROW_BLOCKS(sweep, PairsParams, 2)

@@ -1,0 +1,411 @@
+// sweep_hopper.cu: the sweep of sweep.cu on Hopper (sm_90a).
+// Truth: src/loss/similarity.rs. Launcher: src/backend/device/passes.rs.
+//
+// Persistent blocks: each takes contiguous runs of the tiles of S, and its warps have roles: one thread copies the operands, one
+// or two teams multiply and look at their products (ping_pong.cuh), a thread for each stores their candidates.
+// Candidates are bits, two words a thread; their values are put side by side in shared memory by stores with a
+// predicate each, and written by one bulk store: how many there are costs next to nothing.
+// Sync: barriers in shared memory, a named one for each team; integer atomics (max, add) whose order cannot change
+//   the result.
+
+#include "similarity/candidate_bits.cuh"
+#include "tile/ping_pong.cuh"
+
+#ifdef HAS_WARPGROUP_PRODUCTS
+
+static_assert((kTeams<HalfF16> * kTeamWarps + 4) * 32 == SWEEP_HOPPER_THREADS, "the launch plan's threads");
+static_assert((kTeams<ExactF32> * kTeamWarps + 4) * 32 == SWEEP_SPLIT_THREADS, "the launch plan's threads");
+
+// What passes the first is a candidate, what does not pass the second leaves m- as it is.
+struct alignas(16) TwoColumns {
+    float candidate[2], max_neg[2];
+};
+
+// What is staged of: the tile, and how many candidates it has. NO_ROW: there is none any more.
+struct StagedTile {
+    TileIndex tile;
+    uint32_t total;
+};
+
+template <class Numbers>
+struct SweepHopperShared {
+    static constexpr uint32_t teams = kTeams<Numbers>;
+    unsigned char rows[SWEEP_HOPPER_RESIDENT][kStageBytes];  // the row tile, or its stages
+    unsigned char columns[kTeamStages<Numbers>][kStageBytes];
+    float staged[teams][SWEEP_HOPPER_STAGED];  // values of candidates
+    uint32_t masks[teams][TILE_MASK_WORDS];
+    TwoColumns columns_of[teams][TILE / 2];
+    float probe[teams][TILE];  // bounds of the columns
+    uint32_t warp_counts[teams][kTeamWarps];
+    StagedTile staged_tile[teams];
+    Barrier filled[teams], stored[teams];  // what is staged
+    Barrier full[kTeamBarriers<Numbers>], empty[kTeamBarriers<Numbers>];
+    Barrier turn[teams];  // the other team has issued its products
+};
+static_assert(sizeof(SweepHopperShared<HalfF16>) == SWEEP_HOPPER_SHARED_BYTES, "the launch plan's shared memory");
+static_assert(sizeof(SweepHopperShared<ExactF32>) == SWEEP_SPLIT_SHARED_BYTES, "the launch plan's shared memory");
+
+// The block's tiles of S in order; every role walks them by itself. All blocks go through S together, a run of each at
+// a time: what they read stays in L2.
+struct SweepWalk {
+    const Pairs &pairs;
+    uint32_t valid_anchors, valid_references;
+    uint32_t waves, wave = 0;
+    uint32_t position = 0, end = 0;  // of the run
+    TileIndex tile{};
+    uint32_t turn = NO_ROW;  // tiles with pairs before this one; nothing before the first
+
+    explicit DEVICE SweepWalk(const Pairs &of)
+        : pairs(of), valid_anchors(of.counters->valid_anchors), valid_references(of.counters->valid_references),
+          waves(static_cast<uint32_t>((of.tiles - 1) / (static_cast<uint64_t>(grid_x()) * SWEEP_HOPPER_RUN)) + 1) {
+        begin_run();
+    }
+    template <class Numbers>
+    DEVICE const unsigned char *rows() const {
+        return static_cast<const unsigned char *>(tile_rows<Numbers>(pairs.anchors, tile.row, pairs.stride));
+    }
+    template <class Numbers>
+    DEVICE const unsigned char *columns() const {
+        return static_cast<const unsigned char *>(tile_rows<Numbers>(pairs.references, tile.column, pairs.stride));
+    }
+    DEVICE uint64_t index() const { return index_of(pairs, tile.row, tile.column); }
+    // Of 64 dimensions.
+    DEVICE uint32_t chunks() const { return pairs.stride / (STAGE_BYTES / 2); }
+    // So many chunks before those of this tile.
+    DEVICE uint32_t filled() const { return turn * chunks(); }
+    DEVICE bool resident() const { return chunks() <= SWEEP_HOPPER_RESIDENT; }
+    // Tiles of ignored rows or columns alone have no pairs, and are left out.
+    DEVICE bool has_pairs() const { return tile.row * TILE < valid_anchors && tile.column * TILE < valid_references; }
+    // Steps on to the next tile with pairs; false at the end. `leave_out(index)` is called for those between.
+    template <class LeaveOut>
+    DEVICE bool next(LeaveOut leave_out) {
+        if (turn++ != NO_ROW) step();
+        for (; position < end; step()) {
+            if (has_pairs()) return true;
+            leave_out(index());
+        }
+        return false;
+    }
+    DEVICE bool next() {
+        return next([](uint64_t) {});
+    }
+
+  private:
+    // The block's share of a wave, and of the next one where it has none.
+    DEVICE void begin_run() {
+        for (; wave < waves; ++wave) {
+            uint64_t first = pairs.tiles * wave / waves, count = pairs.tiles * (wave + 1) / waves - first;
+            position = static_cast<uint32_t>(first + count * block_x() / grid_x());
+            end = static_cast<uint32_t>(first + count * (block_x() + 1) / grid_x());
+            if (position == end) continue;
+            tile = tile_at(pairs, position);
+            return;
+        }
+    }
+    DEVICE void step() {
+        if (++position == end) {
+            ++wave;
+            begin_run();
+        } else {
+            tile = next_tile(pairs, tile);
+        }
+    }
+};
+
+// The thread that stores what a team has staged: no team waits for room in the pool, or for a store.
+template <class Shared>
+DEVICE void store_candidates(const Pairs &pairs, Shared &shared, uint32_t team) {
+    uint32_t windows = 0, window = 0;  // of all tiles, and the place of that of this one
+    uint64_t segment = 0;
+    bool room = false;
+    for (;; ++windows) {
+        mbarrier_wait(&shared.filled[team], windows % 2);
+        StagedTile staged = shared.staged_tile[team];
+        if (staged.tile.row == NO_ROW) return;
+        if (window == 0) {
+            uint64_t index = index_of(pairs, staged.tile.row, staged.tile.column);
+            pairs.tile_counts[index] = staged.total;
+            room = false;
+            if (staged.total != 0) {
+                uint32_t unit = pairs.tile_segments[index] = reserve(pairs, staged.total);
+                room = unit != NO_ROW;
+                segment = static_cast<uint64_t>(unit) * 4;
+            }
+        }
+        if (room) {
+            uint32_t left = staged.total - window, count = left < SWEEP_HOPPER_STAGED ? left : SWEEP_HOPPER_STAGED;
+            if (window == 0) bulk_store(pairs.pool_words + segment, shared.masks[team], TILE_MASK_WORDS * 4);
+            bulk_store(pairs.pool_values + segment + window, shared.staged[team], (count + 3) / 4 * 16);
+            bulk_store_commit();
+            bulk_store_wait_read();
+        }
+        mbarrier_arrive(&shared.stored[team]);
+        window = window + SWEEP_HOPPER_STAGED < staged.total ? window + SWEEP_HOPPER_STAGED : 0;
+    }
+}
+
+// Key of a column's m-, as other tiles have made it so far. It only grows: one that has grown since is as good. In the
+// rectangular form nobody asks for it, and nothing is above it.
+DEVICE uint32_t column_max_neg(const Pairs &pairs, uint32_t j) {
+    if (!pairs.square) return ordered_key(INFINITE);
+    return j < pairs.anchors.count ? atomic_load(&pairs.max_neg[j]) : 0;
+}
+
+// What a thread knows of the row tile and of its own two rows.
+struct SweepRows {
+    uint32_t first = NO_ROW;  // of the tile
+    ClassRange classes{};     // the tile's references of one class with any of them; all, where rows are missing
+    float candidate[2]{}, largest[2]{};
+};
+
+// One step of the columns' maxima over the lanes that share them: each lane gives half of its columns away and keeps the
+// other. The bounds are known to the compiler, for a loop over the steps would put the array into local memory.
+template <int n>
+DEVICE void exchange(float (&largest)[8], bool upper, int mask) {
+#pragma unroll
+    for (int k = 0; k < n; ++k) {
+        float given = upper ? largest[k] : largest[k + n], kept = upper ? largest[k + n] : largest[k];
+        largest[k] = fmaxf(kept, shuffle_xor(given, mask));
+    }
+}
+
+// Maxima, candidates and those that pass the probe. `plain`: every pair counts and none is of one class, as in most tiles;
+// `apart`: the probe has bounds of its own.
+template <bool plain, class Shared>
+DEVICE void look_at(const SweepWalk &walk, Shared &shared, uint32_t team, bool apart, const GroupAccumulators &acc,
+                    SweepRows &rows, uint32_t (&candidates)[2], uint32_t &probe) {
+    GroupPlace place;
+    const Pairs &pairs = walk.pairs;
+    uint32_t lane = lane_index();
+    uint32_t negative[2] = {~0u, ~0u}, positive[2] = {0, 0};
+    if constexpr (!plain) classify<GroupPlace>(pairs, rows.first, walk.tile.column * TILE, walk.valid_anchors, walk.valid_references, negative, positive);
+    AboveBits above;
+#pragma unroll
+    for (int part = 3; part >= 0; --part) {
+        float largest[8];
+        bool over = false;
+#pragma unroll
+        for (int m = 7; m >= 0; --m) {
+            int c = part * 8 + m;
+            const TwoColumns &two = shared.columns_of[team][place.column_of(c) / 2];
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                float s = GroupPlace::value(acc, r, c);
+                above.add(r, s, rows.candidate[r], two.candidate[c % 2]);
+                if (!plain && !(negative[r] >> c & 1u)) s = -INFINITE;
+                rows.largest[r] = fmaxf(rows.largest[r], s);
+                largest[m] = r == 0 ? s : fmaxf(largest[m], s);
+            }
+            over |= largest[m] > two.max_neg[c % 2];
+        }
+        // The more of a column has been seen, the fewer of its pairs change its m-.
+        if (ballot_sync(over) == 0) continue;
+        exchange<4>(largest, lane & 16, 16);
+        exchange<2>(largest, lane & 8, 8);
+        exchange<1>(largest, lane & 4, 4);
+        uint32_t column = place.column_of(part * 8 + static_cast<int>(lane / 16 * 4 + lane / 8 % 2 * 2 + lane / 4 % 2));
+        if (largest[0] > shared.columns_of[team][column / 2].max_neg[column % 2]) {
+            atomic_max(&pairs.max_neg[walk.tile.column * TILE + column], ordered_key(largest[0]));
+        }
+        warp_sync();
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) candidates[r] = ((above.by_row[r] | above.by_column[r]) & negative[r]) | positive[r];
+    if (apart) {  // its bits push those out
+        float bound[2];
+        for (int r = 0; r < 2; ++r) bound[r] = negative_bound(row_min_pos(pairs, walk.valid_anchors, rows.first + place.row_of(r)), pairs.settings.probe);
+#pragma unroll
+        for (int c = 31; c >= 0; --c) {
+            float column_bound = shared.probe[team][place.column_of(c)];
+#pragma unroll
+            for (int r = 0; r < 2; ++r) above.add(r, GroupPlace::value(acc, r, c), bound[r], column_bound);
+        }
+    }
+    probe += above.count(negative, pairs.square != 0);
+}
+
+// The warps of a team: their tiles' products, and what becomes of them.
+template <class Numbers>
+struct SweepTeam : TeamWarp {
+    const Pairs &pairs;
+    SweepHopperShared<Numbers> &shared;
+    uint32_t thread = thread_index() % kTeamThreads;
+    // Shuffled, or the compiler would compare again for every tile.
+    bool apart = shuffle(static_cast<uint32_t>(pairs.settings.probe != pairs.settings.candidate), 0) != 0;
+
+    DEVICE SweepTeam(const Pairs &of, SweepHopperShared<Numbers> &of_block, uint32_t of_warps)
+        : TeamWarp{of_warps}, pairs(of), shared(of_block) {}
+
+    DEVICE void sync() const { named_sync(1 + team, kTeamThreads); }
+
+    // Maxima of the rows, which change.
+    DEVICE void flush(SweepRows &rows) const {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float largest = rows.largest[r];
+            largest = fmaxf(largest, shuffle_xor(largest, 1));
+            largest = fmaxf(largest, shuffle_xor(largest, 2));
+            if (lane_index() % 4 == 0 && largest > -INFINITE) {
+                atomic_max(&pairs.max_neg[rows.first + GroupPlace{}.row_of(r)], ordered_key(largest));
+            }
+        }
+        warp_sync();
+    }
+
+    // The rows of the tile in place of others.
+    DEVICE void begin_rows(const SweepWalk &walk, SweepRows &rows) const {
+        if (rows.first != NO_ROW) flush(rows);
+        uint32_t first = walk.tile.row * TILE, end = first + TILE;
+        rows.first = first;
+        rows.classes = end <= walk.valid_anchors ? ClassRange{pairs.classes[first].begin, pairs.classes[end - 1].end} : ClassRange{0, NO_ROW};
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            rows.candidate[r] = negative_bound(row_min_pos(pairs, walk.valid_anchors, first + GroupPlace{}.row_of(r)), pairs.settings.candidate);
+            rows.largest[r] = -INFINITE;
+        }
+    }
+
+    // One tile, with the team's own barrier before what the whole team has written.
+    DEVICE void tile(const SweepWalk &walk, SweepRows &rows, uint32_t &probe, uint32_t &windows) const {
+        // On their way while the team multiplies.
+        uint32_t begin = walk.tile.column * TILE, end = begin + TILE;
+        float min_pos = thread < TILE ? column_min_pos(pairs, walk.valid_anchors, walk.valid_references, begin + thread) : INFINITE;
+        uint32_t max_neg = thread < TILE ? column_max_neg(pairs, begin + thread) : 0;
+        GroupAccumulators acc;
+        multiply<Numbers>(acc, shared, walk, [&] {
+            if (walk.tile.row * TILE != rows.first) begin_rows(walk, rows);
+            // The last tile's have been read: its candidates are counted.
+            if (thread < TILE) {
+                TwoColumns &two = shared.columns_of[team][thread / 2];
+                two.candidate[thread % 2] = negative_bound(min_pos, pairs.settings.candidate);
+                two.max_neg[thread % 2] = max_neg == 0 ? -INFINITE : key_value(max_neg);
+                // A reference that is an anchor elsewhere is counted there.
+                shared.probe[team][thread] = pairs.square ? negative_bound(min_pos, pairs.settings.probe) : INFINITE;
+            }
+            warp_sync();
+            sync();
+        });
+
+        uint32_t candidates[2];
+        // Ranges ascend: the tile is free of positives if its columns end before the first range or begin after the last.
+        if (end > walk.valid_references || (end > rows.classes.begin && begin < rows.classes.end)) {
+            look_at<false>(walk, shared, team, apart, acc, rows, candidates, probe);
+        } else {
+            look_at<true>(walk, shared, team, apart, acc, rows, candidates, probe);
+        }
+
+        // Every thread's place in the segment: a scan over the warp, then over the warps.
+        uint32_t own = static_cast<uint32_t>(popc(candidates[0]) + popc(candidates[1])), before = warp_scan(own), total = 0;
+        if (lane_index() == 31) shared.warp_counts[team][warp] = before;
+        before -= own;
+        warp_sync();
+        sync();
+        for (uint32_t w = 0; w < kTeamWarps; ++w) {
+            if (w == warp) before += total;
+            total += shared.warp_counts[team][w];
+        }
+        stage(StagedTile{walk.tile, total}, candidates, acc, before, windows);
+    }
+
+    // The pairs of a thread, eight chains side by side.
+    template <class Use>
+    static DEVICE void each_pair(Use use) {
+#pragma unroll
+        for (int step = 0; step < 8; ++step) {
+#pragma unroll
+            for (int chain = 0; chain < 8; ++chain) use(chain, chain / 4, chain % 4 * 8 + step);
+        }
+    }
+
+    // What was staged before is stored.
+    DEVICE void begin_window(StagedTile tile, uint32_t &windows) const {
+        if (windows > 0) mbarrier_wait(&shared.stored[team], (windows - 1) % 2);
+        warp_sync();
+        ++windows;
+        if (thread == 0) shared.staged_tile[team] = tile;
+    }
+
+    // Masks and values of a tile's candidates, for the thread that stores them: by windows, if there are too many for one.
+    // `windows` is counted up.
+    DEVICE void stage(StagedTile tile, const uint32_t (&candidates)[2], const GroupAccumulators &acc, uint32_t before,
+                      uint32_t &windows) const {
+        uint32_t staged = shared_address(shared.staged[team]), total = tile.total, window = 0;
+        do {
+            begin_window(tile, windows);
+            if (window == 0) {
+                shared.masks[team][thread * 2] = candidates[0];
+                shared.masks[team][thread * 2 + 1] = candidates[1];
+            }
+            // Eight chains of stores, of a quarter of a word each: what steps an address on waits until a store has read it.
+            // Places wrap around where they are of an earlier window.
+            uint32_t at[8], next = staged + (before - window) * 4;
+#pragma unroll
+            for (int chain = 0; chain < 8; ++chain) {
+                at[chain] = next;
+                next += static_cast<uint32_t>(popc(candidates[chain / 4] >> chain % 4 * 8 & 0xffu)) * 4;
+            }
+            if (total <= SWEEP_HOPPER_STAGED) {
+                each_pair([&](int chain, int r, int c) { append_if(at[chain], candidates[r], 1u << c, GroupPlace::value(acc, r, c)); });
+            } else {
+                each_pair([&](int chain, int r, int c) {
+                    append_within(at[chain], candidates[r], 1u << c, GroupPlace::value(acc, r, c), staged, SWEEP_HOPPER_STAGED * 4);
+                });
+            }
+            fence_proxy_async();
+            warp_sync();
+            arrive_as_warp(&shared.filled[team]);
+            window += SWEEP_HOPPER_STAGED;
+        } while (window < total);
+    }
+
+    DEVICE void run(SweepWalk walk) const {
+        SweepRows rows;
+        uint32_t probe = 0, windows = 0;
+        while (walk.next()) {
+            if (walk.turn % kTeams<Numbers> == team) tile(walk, rows, probe, windows);
+        }
+        begin_window(StagedTile{{NO_ROW, NO_ROW}, 0}, windows);
+        arrive_as_warp(&shared.filled[team]);
+        if (rows.first != NO_ROW) flush(rows);
+        uint64_t passed = warp_sum(static_cast<uint64_t>(probe));
+        if (lane_index() == 0 && passed != 0) atomic_add(&pairs.counters->probe_neg, passed);
+    }
+};
+#endif
+
+template <class Numbers>
+DEVICE void sweep_hopper_body([[maybe_unused]] const PairsParams &p) {
+#ifdef HAS_WARPGROUP_PRODUCTS
+    SHARED_MEMORY(bytes);
+    auto &shared = *reinterpret_cast<SweepHopperShared<Numbers> *>(bytes);
+    const Pairs &pairs = p.pairs;
+    if (thread_index() == 0) {
+        begin_teams(shared);
+        for (Barrier &barrier : shared.filled) mbarrier_init(&barrier, kTeamWarps);
+        for (Barrier &barrier : shared.stored) mbarrier_init(&barrier, 1);
+    }
+    block_sync();  // the barriers are there
+    SweepWalk walk(pairs);
+    constexpr uint32_t team_warps = kTeams<Numbers> * kTeamWarps;
+    uint32_t warp = shuffle(warp_index(), 0);
+    if (warp >= team_warps) {
+        setmaxnreg_dec<Numbers::exact ? 40 : 32>();
+        // The first threads of three warps, whose registers are few.
+        if (lane_index() != 0) return;
+        if (warp == team_warps) {
+            copy_operands<Numbers>(shared, walk, [&](SweepWalk &to) {
+                return to.next([&](uint64_t index) { pairs.tile_counts[index] = 0; });
+            });
+        }
+        if (warp - team_warps - 1 < kTeams<Numbers>) store_candidates(pairs, shared, warp - team_warps - 1);
+    } else {
+        setmaxnreg_inc<Numbers::exact ? 232 : 112>();
+        SweepTeam<Numbers>{pairs, shared, warp / kTeamWarps}.run(walk);
+    }
+#else
+    trap();
+#endif
+}
+ROLE_KERNEL(sweep_hopper_f32, PairsParams, SWEEP_SPLIT_THREADS) { sweep_hopper_body<ExactF32>(p); }
+ROLE_KERNEL(sweep_hopper_f16, PairsParams, SWEEP_HOPPER_THREADS) { sweep_hopper_body<HalfF16>(p); }
+ROLE_KERNEL(sweep_hopper_bf16, PairsParams, SWEEP_HOPPER_THREADS) { sweep_hopper_body<HalfBf16>(p); }

@@ -1,0 +1,223 @@
+// ping_pong.cuh: products of a walk over tiles on Hopper (sm_90a), whose row tile stays; for sweep_hopper.cu and retrieval_hopper.cu.
+//
+// The row tile stays in shared memory as long as the walk stays in its row (up to 512 dimensions; wider ones stream both
+// operands); one thread copies it and the column tiles, in stages of 16 KB. Two teams of 8 warps take turns: while one
+// multiplies, the other looks at its products, so that the tensor cores do not wait for what becomes of them. A
+// team begins when the other has issued all its products (`turn`): it skips that one's stages, and the parity of a
+// barrier alone would not tell a phase from the one two later.
+// Exact f32 has registers for one team, whose two warpgroups multiply while the other adds what was multiplied. The high parts of
+// the row tile stay; its low ones and the columns' are stages of their own, three for every 64 dimensions.
+//
+// A block's shared memory has `rows`, the row tile or its stages, `columns` behind them, and the barriers `full`, `empty` and
+// `turn`. A walk tells its tile's rows and columns, how many tiles there were before it (`turn`), and how many chunks of 64
+// dimensions a tile has.
+#ifndef DDTAS_PING_PONG_CUH
+#define DDTAS_PING_PONG_CUH
+
+#include "tile/wgmma_tile.cuh"
+
+#ifdef HAS_WARPGROUP_PRODUCTS
+
+constexpr uint32_t kStageBytes = TILE * STAGE_BYTES;
+constexpr uint32_t kTeamWarps = 8, kTeamThreads = kTeamWarps * 32;
+template <class Numbers>
+constexpr uint32_t kTeams = Numbers::exact ? 1 : 2;
+template <class Numbers>
+constexpr uint32_t kTeamStages = Numbers::exact ? SWEEP_SPLIT_STAGES : SWEEP_HOPPER_STAGES;
+// Split rows that do not fit have all of `rows` and `columns` for stages.
+template <class Numbers>
+constexpr uint32_t kTeamBarriers = kTeamStages<Numbers> + (Numbers::exact ? SWEEP_HOPPER_RESIDENT : 0);
+static_assert(SWEEP_HOPPER_STAGES <= SWEEP_HOPPER_RESIDENT, "stages of rows where the row tile is");
+
+// By one thread.
+template <class Shared>
+DEVICE void begin_teams(Shared &shared) {
+    for (Barrier &barrier : shared.full) mbarrier_init(&barrier, 1);
+    for (Barrier &barrier : shared.empty) mbarrier_init(&barrier, kTeamWarps);
+    for (Barrier &barrier : shared.turn) mbarrier_init(&barrier, kTeamWarps);
+}
+
+// The stages of split rows in turn: behind the row tile that stays, or all there is.
+struct SplitStages {
+    bool resident;
+    uint32_t count, fill = 0, stage = 0, parity = 0;
+
+    explicit DEVICE SplitStages(bool rows_stay)
+        : resident(rows_stay), count(SWEEP_SPLIT_STAGES + (rows_stay ? 0 : SWEEP_HOPPER_RESIDENT)) {}
+    // Parts of a chunk that are stages: the columns' low ones, high ones, the rows' low ones; the rows' high ones first, if these do not stay.
+    DEVICE uint32_t parts() const { return resident ? 3 : 4; }
+    // Behind those of `filled` chunks.
+    DEVICE void begin(uint32_t filled) {
+        fill = filled * parts();
+        stage = fill % count;
+        parity = fill / count % 2;
+    }
+    // Bytes from the first stage of `rows`.
+    DEVICE uint32_t place(uint32_t at) const { return (at + (resident ? SWEEP_HOPPER_RESIDENT : 0)) * kStageBytes; }
+    DEVICE void step() {
+        ++fill;
+        if (++stage == count) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// The thread that copies split rows. The first tile of a row brings the row tile's high parts with the columns' low ones.
+template <class Shared, class Walk, class Next>
+DEVICE void copy_split_operands(Shared &shared, Walk walk, Next next) {
+    uint32_t have = NO_ROW;
+    SplitStages stages(walk.resident());
+    auto wait_until_empty = [&](uint32_t fill) { mbarrier_wait(&shared.empty[fill % stages.count], fill / stages.count % 2); };
+    auto copy = [&](const unsigned char *from, uint32_t more) {
+        if (stages.fill >= stages.count) wait_until_empty(stages.fill - stages.count);
+        Barrier *full = &shared.full[stages.stage];
+        mbarrier_arrive_expect_tx(full, kStageBytes + more);
+        cp_async_bulk(shared.rows[0] + stages.place(stages.stage), from, kStageBytes, full);
+        stages.step();
+        return full;
+    };
+    while (next(walk)) {
+        const unsigned char *rows = walk.template rows<ExactF32>(), *columns = walk.template columns<ExactF32>();
+        bool with_rows = stages.resident && walk.tile.row != have;
+        have = walk.tile.row;
+        // As copy_operands(): the stages of a tile are more than there are, or all are waited for.
+        if (with_rows && walk.chunks() * stages.parts() <= stages.count) {
+            for (uint32_t back = 1; back <= stages.count && back <= stages.fill; ++back) wait_until_empty(stages.fill - back);
+        }
+        for (uint32_t k = 0; k < walk.chunks(); ++k) {
+            const unsigned char *high_rows = rows + 2 * k * kStageBytes, *high_columns = columns + 2 * k * kStageBytes;
+            if (!stages.resident) copy(high_rows, 0);
+            Barrier *full = copy(high_columns + kStageBytes, with_rows ? kStageBytes : 0);
+            if (with_rows) cp_async_bulk(shared.rows[k], high_rows, kStageBytes, full);
+            copy(high_columns, 0);
+            copy(high_rows + kStageBytes, 0);
+        }
+    }
+}
+
+// The thread that copies. The first tile of a row brings the row tile with its own stages; it is there for all that follow.
+// `next(walk)` steps on to the next tile, or says that there is none.
+template <class Numbers, class Shared, class Walk, class Next>
+DEVICE void copy_operands(Shared &shared, Walk walk, Next next) {
+    if constexpr (Numbers::exact) return copy_split_operands(shared, walk, next);
+    uint32_t have = NO_ROW;
+    bool resident = walk.resident();
+    auto wait_until_empty = [&](uint32_t fill) {
+        mbarrier_wait(&shared.empty[fill % SWEEP_HOPPER_STAGES], fill / SWEEP_HOPPER_STAGES % 2);
+    };
+    while (next(walk)) {
+        const unsigned char *rows = walk.template rows<Numbers>(), *columns = walk.template columns<Numbers>();
+        bool both = !resident || walk.tile.row != have;
+        have = walk.tile.row;
+        // A part of the row tile is overwritten when the products that read it are done: they are if the stage of this
+        // turn is empty, for then the tile before has come at least as far; unless it has fewer parts than there are stages.
+        if (resident && both && walk.chunks() < SWEEP_HOPPER_STAGES) {
+            uint32_t filled = walk.filled();
+            for (uint32_t back = 1; back <= SWEEP_HOPPER_STAGES && back <= filled; ++back) wait_until_empty(filled - back);
+        }
+        for (uint32_t k = 0; k < walk.chunks(); ++k) {
+            uint32_t fill = walk.filled() + k, stage = fill % SWEEP_HOPPER_STAGES;
+            if (fill >= SWEEP_HOPPER_STAGES) wait_until_empty(fill - SWEEP_HOPPER_STAGES);
+            mbarrier_arrive_expect_tx(&shared.full[stage], both ? 2 * kStageBytes : kStageBytes);
+            cp_async_bulk(shared.columns[stage], columns + k * kStageBytes, kStageBytes, &shared.full[stage]);
+            if (both) {
+                cp_async_bulk(shared.rows[resident ? k : stage], rows + k * kStageBytes, kStageBytes, &shared.full[stage]);
+            }
+        }
+    }
+}
+
+// The operand from so many granules of 16 bytes further on. Shared memory has fewer than a descriptor can name: its upper
+// half stays as it is.
+DEVICE Descriptor advanced_granules(Descriptor descriptor, uint32_t granules) {
+    return descriptor >> 32 << 32 | static_cast<uint32_t>(static_cast<uint32_t>(descriptor) + granules);
+}
+
+// A warp of a team.
+struct TeamWarp {
+    uint32_t team;
+    uint32_t warp = shuffle(warp_index(), 0) % kTeamWarps;
+
+    // acc = the products of the walk's tile. `meanwhile()` is done while the last of them go on.
+    template <class Numbers, class Shared, class Walk, class Meanwhile>
+    DEVICE void multiply(GroupAccumulators &acc, Shared &shared, const Walk &walk, Meanwhile meanwhile) const {
+        clear(acc);
+        if constexpr (Numbers::exact) {
+            multiply_split(acc, shared, walk);
+            return meanwhile();
+        } else {
+            multiply_in_turn<Numbers>(acc, shared, walk, meanwhile);
+        }
+    }
+
+  private:
+    template <class Shared, class Walk>
+    DEVICE void multiply_split(GroupAccumulators &acc, Shared &shared, const Walk &walk) const {
+        SplitStages stages(walk.resident());
+        stages.begin(walk.filled());
+        uint32_t own = warp / 4 * (TILE / 2) * STAGE_BYTES;
+        Descriptor first = stage_descriptor(shared.rows[0]);
+        auto at = [&](uint32_t bytes) { return advanced_granules(first, bytes / 16); };
+        auto take = [&] {
+            mbarrier_wait(&shared.full[stages.stage], stages.parity);
+            warp_sync();
+            uint32_t taken = stages.stage;
+            stages.step();
+            return taken;
+        };
+#pragma unroll 1
+        for (uint32_t k = 0; k < walk.chunks(); ++k) {
+            uint32_t high_rows = stages.resident ? k : take(), low_columns = take(), high_columns = take(), low_rows = take();
+            Descriptor a_high = at((stages.resident ? k * kStageBytes : stages.place(high_rows)) + own);
+            add_split_products(acc, a_high, at(stages.place(low_rows) + own), at(stages.place(high_columns)),
+                               at(stages.place(low_columns)), [&] {
+                                   arrive_as_warp(&shared.empty[low_columns]);
+                                   arrive_as_warp(&shared.empty[low_rows]);
+                               });
+            arrive_as_warp(&shared.empty[high_columns]);
+            if (!stages.resident) arrive_as_warp(&shared.empty[high_rows]);
+        }
+    }
+
+    template <class Numbers, class Shared, class Walk, class Meanwhile>
+    DEVICE void multiply_in_turn(GroupAccumulators &acc, Shared &shared, const Walk &walk, Meanwhile meanwhile) const {
+        // The other team's products are issued: its stages are all there, and this team's are next.
+        uint32_t own = walk.turn / kTeams<Numbers>;
+        if (walk.turn > 0) mbarrier_wait(&shared.turn[team], team == 0 ? (own - 1) % 2 : own % 2);
+        warp_sync();
+        bool resident = walk.resident();
+        Descriptor first_rows = stage_descriptor(shared.rows[0] + warp / 4 * (TILE / 2) * STAGE_BYTES);
+        Descriptor first_columns = stage_descriptor(shared.columns[0]);
+        uint32_t stage = walk.filled() % SWEEP_HOPPER_STAGES, parity = walk.filled() / SWEEP_HOPPER_STAGES % 2;
+#pragma unroll 8
+        for (uint32_t k = 0; k < walk.chunks(); ++k) {
+            mbarrier_wait(&shared.full[stage], parity);
+            warp_sync();
+            Descriptor rows = advanced_granules(first_rows, (resident ? k : stage) * (kStageBytes / 16));
+            Descriptor columns = advanced_granules(first_columns, stage * (kStageBytes / 16));
+            wgmma_fence();
+#pragma unroll
+            for (int step = 0; step < kGranules / 2; ++step) {
+                wgmma<false>(Numbers{}, acc, advanced_granules(rows, step * 2), advanced_granules(columns, step * 2));
+            }
+            wgmma_commit();
+            if (k > 0) {
+                wgmma_wait<1>();  // this product goes on, that before it is done
+                arrive_as_warp(&shared.empty[(stage + SWEEP_HOPPER_STAGES - 1) % SWEEP_HOPPER_STAGES]);
+            }
+            if (++stage == SWEEP_HOPPER_STAGES) {
+                stage = 0;
+                parity ^= 1;
+            }
+        }
+        arrive_as_warp(&shared.turn[team ^ 1]);
+        meanwhile();
+        wgmma_wait<0>();
+        settle(acc);
+        arrive_as_warp(&shared.empty[(stage + SWEEP_HOPPER_STAGES - 1) % SWEEP_HOPPER_STAGES]);
+    }
+};
+
+#endif
+#endif

@@ -1,0 +1,175 @@
+// wgmma_tile.cuh: the tile product of mma_tile.cuh on Hopper's warpgroup instructions (wgmma, sm_90a).
+//
+// Same operands, same stages, same swizzle, which is the 128-byte swizzle of wgmma's shared-memory
+// descriptors: both operands are read straight from the stages, without ldmatrix. A stage of a
+// prepared tile is 16 KB in a row, so one thread starts one bulk copy for each operand, and a
+// barrier in shared memory tells when both are there. Two warpgroups take 64 rows of the tile
+// each. Exact f32 has the same two lines of shared memory a step for high parts and for low ones, and for each kind of product
+// sums of its own, which the adder that rounds adds every 64 dimensions.
+//
+// Every S of these that mining sees comes from here on Hopper, whether its tile was stored
+// or is recomputed: both ways have the same bits.
+#ifndef DDTAS_WGMMA_TILE_CUH
+#define DDTAS_WGMMA_TILE_CUH
+
+#include "tile/mma_tile.cuh"
+
+using GroupAccumulators = float[16][4];  // [columns / 8, ...] of m64n128
+
+// Where a thread's accumulators stand in the tile, as Place has it; the same for any width. 8 warps share a tile.
+struct GroupPlace {
+    static constexpr int rows = 2, columns = 32, quarters = 4;
+    DEVICE uint32_t first_quarter() const { return 0; }
+    DEVICE uint32_t row_of(int r) const { return warp_index() % 8 * 16 + r * 8 + lane_index() / 4; }
+    DEVICE uint32_t column_of(int c) const { return c / 2 * 8 + lane_index() % 4 * 2 + c % 2; }
+    DEVICE uint32_t bits_before(uint32_t end) const { return column_bits_before<columns>(column_of(0), end); }
+    template <class Sums>
+    static DEVICE auto &value(Sums &acc, int r, int c) {
+        return acc[c / 2][r * 2 + c % 2];
+    }
+};
+
+#ifdef HAS_WARPGROUP_PRODUCTS
+
+constexpr int kHopperStages = 4;
+static_assert(HOPPER_STAGES_BYTES == kHopperStages * 2 * TILE * STAGE_BYTES, "the launch plan's shared memory");
+
+// One lane's arrival for its warp.
+DEVICE void arrive_as_warp(Barrier *barrier) {
+    if (lane_index() == 0) mbarrier_arrive(barrier);
+    warp_sync();
+}
+
+// c += a b in the rows' type, asynchronously.
+template <bool transposed, bool transposed_a = false, int n>
+DEVICE void wgmma(HalfF16, float (&c)[n][4], Descriptor a, Descriptor b) {
+    wgmma_f16<transposed, transposed_a>(c, a, b);
+}
+template <bool transposed, bool transposed_a = false, int n>
+DEVICE void wgmma(HalfBf16, float (&c)[n][4], Descriptor a, Descriptor b) {
+    wgmma_bf16<transposed, transposed_a>(c, a, b);
+}
+
+// = the products of two operands of 64 of the inner dimension.
+template <int n>
+DEVICE void multiply_lines(float (&sums)[n][4], Descriptor a, Descriptor b) {
+    wgmma_f16<false, false, true>(sums, a, b);
+#pragma unroll
+    for (int step = 1; step < kGranules / 2; ++step) wgmma_f16<false, false>(sums, advanced(a, step * 32), advanced(b, step * 32));
+}
+// += the same of split rows. `mixed()` is called when their low parts are read. With a and b exchanged the mixed products change
+// places, and their sum has the same bits.
+template <int n, class Mixed>
+DEVICE void add_split_products(float (&acc)[n][4], Descriptor a_high, Descriptor a_low, Descriptor b_high, Descriptor b_low, Mixed mixed) {
+    constexpr float down = 1.0f / (kRowScale * kRowScale);
+    float sums[n][4], other[n][4];
+    auto each = [](auto use) {
+#pragma unroll
+        for (int column = 0; column < n; ++column) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) use(column, i);
+        }
+    };
+    wgmma_fence();
+    multiply_lines(sums, a_high, b_low);
+    multiply_lines(other, a_low, b_high);
+    wgmma_commit();
+    wgmma_wait<0>();
+    settle(sums);
+    settle(other);
+    mixed();
+    each([&](int column, int i) { sums[column][i] += other[column][i]; });
+    settle(sums);
+    wgmma_fence();
+    multiply_lines(other, a_high, b_high);
+    wgmma_commit();
+    each([&](int column, int i) { acc[column][i] = fmaf(sums[column][i], down, acc[column][i]); });
+    wgmma_wait<0>();
+    settle(other);
+    each([&](int column, int i) { acc[column][i] = fmaf(other[column][i], down, acc[column][i]); });
+}
+
+// Lines of STAGE_BYTES a row that a step of the inner dimension takes.
+template <class Numbers>
+constexpr int kLines = Numbers::exact ? 2 : 1;
+
+// Stages that are filled in turn, each with a barrier that counts one arrival.
+template <int count, int lines = 1>
+struct GroupStages {
+    unsigned char *bytes;         // [count, 2 operands, lines, TILE, STAGE_BYTES]
+    Barrier *barriers;            // [count]
+    uint32_t filled = 0;          // so far: the phases of the barriers follow from it
+
+    // By all threads; those that wait have passed a block_sync() before.
+    DEVICE void begin() const {
+        if (thread_index() != 0) return;
+        for (int stage = 0; stage < count; ++stage) mbarrier_init(&barriers[stage], 1);
+    }
+    DEVICE unsigned char *stage(uint32_t turn) const { return bytes + turn % count * 2 * lines * TILE * STAGE_BYTES; }
+    DEVICE Barrier *barrier(uint32_t turn) const { return &barriers[turn % count]; }
+    static DEVICE uint32_t parity(uint32_t turn) { return turn / count % 2; }
+};
+
+// HOPPER_SHARED_BYTES from `bytes` on, begun: the stages, then their barriers.
+template <class Numbers>
+DEVICE auto hopper_stages(unsigned char *bytes) {
+    GroupStages<kHopperStages / kLines<Numbers>, kLines<Numbers>> stages{bytes, reinterpret_cast<Barrier *>(bytes + HOPPER_STAGES_BYTES)};
+    stages.begin();
+    return stages;
+}
+
+// acc = the products of the TILE rows from `a` on with those from `b` on, as multiply_tile: of 16 n columns, half of which each
+// group has, if n is 8: of 64 rows. The stages are free on entry and on return. Half of them are under way, half may be read.
+template <class Numbers, int n, int stage_count>
+DEVICE void group_multiply_tile(float (&acc)[n][4], const void *a, const void *b, uint64_t stride_bytes,
+                                GroupStages<stage_count, kLines<Numbers>> &stages) {
+    static_assert(n == 16 || n == 8, "a group has all columns of its rows, or half of those of all rows");
+    // A stage is filled again when the product that read it is done: ahead + pending < stage_count.
+    constexpr int ahead = stage_count / 2;
+    constexpr int pending = stage_count / 2 - 1;
+    constexpr uint32_t line_bytes = TILE * STAGE_BYTES, operand_bytes = kLines<Numbers> * line_bytes;
+    constexpr uint32_t rows_bytes = n == 16 ? line_bytes : line_bytes / 2;
+    auto a_bytes = static_cast<const unsigned char *>(a);
+    auto b_bytes = static_cast<const unsigned char *>(b);
+    uint32_t count = static_cast<uint32_t>(stride_bytes / STAGE_BYTES / kLines<Numbers>);
+    uint32_t own = warp_index() / 4 * (TILE / 2) * STAGE_BYTES;  // this group's rows, or columns
+    auto copy = [&](uint32_t index) {
+        if (index >= count || thread_index() != 0) return;
+        uint64_t from = static_cast<uint64_t>(index) * operand_bytes;
+        unsigned char *stage = stages.stage(stages.filled + index);
+        Barrier *barrier = stages.barrier(stages.filled + index);
+        mbarrier_arrive_expect_tx(barrier, kLines<Numbers> * rows_bytes + operand_bytes);
+        for (uint32_t line = 0; line < operand_bytes; line += line_bytes) cp_async_bulk(stage + line, a_bytes + from + line, rows_bytes, barrier);
+        cp_async_bulk(stage + operand_bytes, b_bytes + from, operand_bytes, barrier);
+    };
+    clear(acc);
+    for (int index = 0; index < ahead; ++index) copy(index);
+    warp_sync();
+    for (uint32_t index = 0; index < count; ++index) {
+        block_sync();  // the barriers have begun, and both groups are done with the stage that is filled next
+        copy(index + ahead);
+        uint32_t turn = stages.filled + index;
+        mbarrier_wait(stages.barrier(turn), stages.parity(turn));
+        warp_sync();
+        const unsigned char *stage = stages.stage(turn);
+        Descriptor rows = stage_descriptor(stage + (n == 16 ? own : 0));
+        Descriptor columns = stage_descriptor(stage + operand_bytes + (n == 16 ? 0 : own));
+        if constexpr (Numbers::exact) {
+            add_split_products(acc, rows, advanced(rows, line_bytes), columns, advanced(columns, line_bytes), [] {});
+        } else {
+            wgmma_fence();
+#pragma unroll
+            for (int step = 0; step < kGranules / 2; ++step) {
+                wgmma<false>(Numbers{}, acc, advanced(rows, step * 32), advanced(columns, step * 32));
+            }
+            wgmma_commit();
+            wgmma_wait<pending>();
+        }
+    }
+    wgmma_wait<0>();
+    block_sync();
+    stages.filled += count;
+}
+
+#endif
+#endif
