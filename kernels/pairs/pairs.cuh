@@ -10,6 +10,9 @@ DEVICE bool is_pair(const Pairs &pairs, uint32_t i, uint32_t j) {
 }
 DEVICE bool same_class(ClassRange range, uint32_t j) { return range.begin <= j && j < range.end; }
 
+// Share of the longer row's square sum from which a positive is an exact duplicate (SPEC 1).
+constexpr double kDuplicate = 1.0 - 1e-6;
+
 // Whether a pair of one class carries no signal: the rows are the same, or one is the other's copy (SPEC 1).
 DEVICE bool is_duplicate(const Pairs &pairs, uint32_t i, uint32_t j, float s) {
     if (pairs.identity != nullptr && pairs.identity[i] == j) return true;

@@ -10,10 +10,8 @@
 //   of a warp, then the warps in order.
 
 #include "tile/wgmma_tile.cuh"
+#include "pairs/pairs.cuh"
 #include "rows/unit_length.cuh"
-
-// Share of the longer row's square sum from which a positive is an exact duplicate (SPEC 1).
-constexpr double kDuplicate = 1.0 - 1e-6;
 
 // Keys below `key`, and up to it: both searches at once, since each step waits for memory.
 DEVICE ClassRange range_of(const uint64_t *keys, uint32_t count, uint64_t key) {

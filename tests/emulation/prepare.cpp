@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <vector>
 
+#include "pairs/pairs.cuh"
 #include "tile/mma_tile.cuh"
 
 namespace {

@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <vector>
 
+#include "pairs/tile_order.cuh"
 #include "tile/mma_tile.cuh"
 
 namespace {
