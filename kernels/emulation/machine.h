@@ -323,7 +323,9 @@ inline float float_of(uint32_t bits) {
     std::memcpy(&value, &bits, sizeof value);
     return value;
 }
-inline void shift_in_sign(uint32_t &bits, float value) { bits = bits << 1 | bits_of(value) >> 31; }
+// A GPU's arithmetic gives NaN without a sign, this machine's with one.
+inline void shift_in_sign(uint32_t &bits, float value) { bits = bits << 1 | (value == value ? bits_of(value) >> 31 : 0); }
+inline double multiply_rn(double a, double b) { return a * b; }
 inline int popc(uint32_t bits) { return __builtin_popcount(bits); }
 inline float saturated_difference(float a, float b) { return a - b < 0.0f ? 0.0f : a - b > 1.0f ? 1.0f : a - b; }
 inline int lowest_bit(uint32_t bits) { return __builtin_ctz(bits); }

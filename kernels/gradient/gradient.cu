@@ -24,8 +24,6 @@ struct Weights {
 template <class Numbers>
 DEVICE void gradient_body(const GradientParams &p) {
     SHARED_MEMORY(bytes);
-    const Side &own = p.of_references ? p.pairs.references : p.pairs.anchors;
-    const Side &other = p.of_references ? p.pairs.anchors : p.pairs.references;
     TileBlock block = tile_block<Numbers>(p);
     constexpr uint32_t rows = kMatrixRows<Numbers>;
     if (p.ways[block.x]) {
@@ -37,13 +35,13 @@ DEVICE void gradient_body(const GradientParams &p) {
         Weights<Numbers> job{p};
         GradientSums<Numbers> sums;
         clear_sums<Numbers>(sums);
-        walk_tiles<Numbers, false>(p, memory, block, split_range(other.tiles, block_z(), p.splits), job, sums);
+        walk_tiles<Numbers, false>(p, memory, block, split_range(other_side(p).tiles, block_z(), p.splits), job, sums);
         float unscale = one_or_nan(p.pairs) / p.weight_scale;
         each_sum<Numbers>(sums, [&](uint32_t row) {
-            ResultRow result = result_row(p, own, block.x * TILE + block.offset + row);
+            ResultRow result = result_row(p, block.x * TILE + block.offset + row);
             return [=](uint32_t column, float sum) {
-                if (column >= block.columns || block.first_column + column >= result.columns) return;
-                result.to[block.first_column + column] = sum * unscale;
+                if (column >= block.columns.count || block.columns.first + column >= result.columns) return;
+                result.to[block.columns.first + column] = sum * unscale;
             };
         });
     }

@@ -45,11 +45,10 @@ static_assert(kHopperListsBytes <= sizeof(GradientHopperShared), "where the stag
 
 // The warp that copies: R of every tile, before it zeros for its M or, of a recomputed one, the operands of S.
 template <class Numbers>
-DEVICE void copy_rows(const GradientParams &p, GradientHopperShared &shared, Walk<false> walk, uint32_t first_column, uint32_t panels) {
+DEVICE void copy_rows(const GradientParams &p, GradientHopperShared &shared, Walk<false> walk, ColumnBlock columns) {
     const Pairs &pairs = p.pairs;
-    const Side &own = p.of_references ? pairs.references : pairs.anchors;
-    const Side &other = p.of_references ? pairs.anchors : pairs.references;
-    auto own_rows = static_cast<const unsigned char *>(tile_rows<Numbers>(own, walk.x, pairs.stride));
+    uint32_t panels = columns.count / kPanelColumns;
+    auto own_rows = static_cast<const unsigned char *>(tile_rows<Numbers>(own_side(p), walk.x, pairs.stride));
     auto begin_stage = [&](uint32_t fill) {
         if (fill >= GRADIENT_HOPPER_STAGES) mbarrier_wait(empty_of(shared, fill), parity_of(shared, fill - GRADIENT_HOPPER_STAGES));
         warp_sync();
@@ -67,7 +66,7 @@ DEVICE void copy_rows(const GradientParams &p, GradientHopperShared &shared, Wal
     while (there) {
         Turn turn = walk.turn;
         there = walk.next();
-        auto rows = static_cast<const unsigned char *>(tile_rows<Numbers>(other, turn.y, pairs.stride));
+        auto rows = static_cast<const unsigned char *>(tile_rows<Numbers>(other_side(p), turn.y, pairs.stride));
         uint32_t fill = turn.fill;
         if (!turn.stored) {
             for (uint32_t half = 0; half < 2; ++half) {
@@ -95,7 +94,7 @@ DEVICE void copy_rows(const GradientParams &p, GradientHopperShared &shared, Wal
             if (lane_index() == 0) mbarrier_arrive_expect_tx(full_of(shared, fill), panels * kStagePanel);
             warp_sync();
             if (lane_index() < panels) {
-                uint64_t from = static_cast<uint64_t>(first_column / kPanelColumns + lane_index()) * kOperandBytes;
+                uint64_t from = static_cast<uint64_t>(columns.first / kPanelColumns + lane_index()) * kOperandBytes;
                 cp_async_bulk(stage_of(shared, fill) + lane_index() * kStagePanel, rows + from + half * kStagePanel,
                               kStagePanel, full_of(shared, fill));
             }
@@ -202,27 +201,13 @@ DEVICE void recompute_values(GradientHopperShared &shared, Barrier *valued, uint
         unsigned char *stage = stage_of(shared, fill);
         Descriptor rows = stage_descriptor(stage + group * kDepth * STAGE_BYTES), columns = stage_descriptor(stage + kOperandBytes);
         wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < kGranules / 2; ++k) wgmma<false>(Numbers{}, acc, advanced(rows, k * 32), advanced(columns, k * 32));
+        multiply_k_block<Numbers>(acc, rows, columns);
         wgmma_commit();
         wgmma_wait<0>();
         arrive_as_warp(empty_of(shared, fill));
     }
     settle(acc);
-    mbarrier_wait(full_of(shared, fill), parity_of(shared, fill));
-    warp_sync();
-    auto values = reinterpret_cast<float *>(stage_of(shared, fill));
-    GroupPlace place;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-#pragma unroll
-        for (uint32_t c = 0; c < kHalf / 4; ++c) {
-            values[value_place<kHalf>(place.row_of(r), place.column_of(c))] = acc[c / 2][r * 2 + c % 2];
-        }
-    }
-    fence_proxy_async();  // bulk copies fill the stage next
-    warp_sync();
-    arrive_as_warp(valued);
+    publish_values<kHalf>(shared, acc, fill, valued);
 }
 
 // The product with one stage; `weights` are 64 rows of M's tile, or 64 columns.
@@ -240,8 +225,7 @@ DEVICE void multiply_half(float (&sums)[n][4], const unsigned char *weights, Des
 
 // The two warpgroups that multiply: 64 rows each and at most 8 n columns.
 template <class Numbers, int n>
-DEVICE void multiply_matrices(const GradientParams &p, GradientHopperShared &shared, Walk<false> walk,
-                              uint32_t first_column, uint32_t columns) {
+DEVICE void multiply_matrices(const GradientParams &p, GradientHopperShared &shared, Walk<false> walk, ColumnBlock columns) {
     uint32_t group = shuffle(warp_index(), 0) / 4;  // which the compiler then knows to be the warp's
     float sums[n][4];
     clear(sums);
@@ -278,59 +262,30 @@ DEVICE void multiply_matrices(const GradientParams &p, GradientHopperShared &sha
     wgmma_wait<0>();
     settle(sums);
 
-    const Side &own = p.of_references ? p.pairs.references : p.pairs.anchors;
     float unscale = one_or_nan(p.pairs) / p.weight_scale;
-    GroupPlace place;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        ResultRow result = result_row(p, own, walk.x * TILE + place.row_of(r));
-#pragma unroll
-        for (int c = 0; c < 2 * n; ++c) {
-            uint32_t column = place.column_of(c);
-            if (column >= columns || first_column + column >= result.columns) continue;
-            result.to[first_column + column] = sums[c / 2][r * 2 + c % 2] * unscale;
-        }
-    }
+    write_rows<2 * n>(p, walk.x, columns, [&](int r, int c) { return GroupPlace::value(sums, r, c) * unscale; });
 }
 
-#endif
-
-template <class Numbers>
-DEVICE void gradient_hopper_body([[maybe_unused]] const GradientParams &p) {
-#ifdef HAS_WARPGROUP_PRODUCTS
-    SHARED_MEMORY(bytes);
-    auto &shared = *reinterpret_cast<GradientHopperShared *>(bytes);
-    const Pairs &pairs = p.pairs;
-    uint32_t x = block_x();
-    if (p.ways[x]) return sum_by_lists<Numbers>(p, bytes, x);
-    uint32_t first_column = block_y() * GRADIENT_COLUMNS;
-    uint32_t left = pairs.stride - first_column;
-    uint32_t columns = left < GRADIENT_COLUMNS ? left : GRADIENT_COLUMNS;
-    begin_barriers(shared);
-    Range range = split_range(p.of_references ? pairs.anchors.tiles : pairs.references.tiles, block_z(), p.splits);
-    constexpr uint32_t fills = TILE / kDepth;
-    Walk<false> walk(p, x, range, fills);
-    uint32_t warp = shuffle(warp_index(), 0);
-    if (warp >= kMultipliers) {
-        setmaxnreg_dec<104>();
-        if (warp == kMultipliers + kBuilders) {
-            copy_rows<Numbers>(p, shared, walk, first_column, columns / kPanelColumns);
-        } else {
-            build_matrices<Numbers>(p, shared, Walk<true>(p, x, range, fills));
-        }
-    } else {
-        setmaxnreg_inc<200>();
+template <class Of>
+struct GradientHopper {
+    using Numbers = Of;
+    using Roles = NarrowRoles;
+    using Shared = GradientHopperShared;
+    static constexpr int producer_registers = 104, mma_registers = 200;
+    static DEVICE uint32_t fills(uint32_t) { return TILE / kDepth; }
+    static DEVICE void copy(const GradientParams &p, Shared &shared, Walk<false> walk, ColumnBlock columns) { copy_rows<Numbers>(p, shared, walk, columns); }
+    static DEVICE void build(const GradientParams &p, Shared &shared, Walk<true> walk) { build_matrices<Numbers>(p, shared, walk); }
+    static DEVICE void multiply(const GradientParams &p, Shared &shared, Walk<false> walk, ColumnBlock columns) {
         // The narrow product for what it holds: it takes half the time.
-        if (columns <= GRADIENT_COLUMNS / 2) {
-            multiply_matrices<Numbers, GRADIENT_COLUMNS / 16>(p, shared, walk, first_column, columns);
+        if (columns.count <= GRADIENT_COLUMNS / 2) {
+            multiply_matrices<Numbers, GRADIENT_COLUMNS / 16>(p, shared, walk, columns);
         } else {
-            multiply_matrices<Numbers, GRADIENT_COLUMNS / 8>(p, shared, walk, first_column, columns);
+            multiply_matrices<Numbers, GRADIENT_COLUMNS / 8>(p, shared, walk, columns);
         }
-        finish_multiplied(p, &shared.last, x);
     }
-#else
-    trap();
+};
+
 #endif
-}
-ROLE_KERNEL(gradient_hopper_f16, GradientParams, GRADIENT_HOPPER_THREADS) { gradient_hopper_body<HalfF16>(p); }
-ROLE_KERNEL(gradient_hopper_bf16, GradientParams, GRADIENT_HOPPER_THREADS) { gradient_hopper_body<HalfBf16>(p); }
+
+ROLE_KERNEL(gradient_hopper_f16, GradientParams, GRADIENT_HOPPER_THREADS) { HOPPER_ONLY(run_roles<GradientHopper<HalfF16>>(p)); }
+ROLE_KERNEL(gradient_hopper_bf16, GradientParams, GRADIENT_HOPPER_THREADS) { HOPPER_ONLY(run_roles<GradientHopper<HalfBf16>>(p)); }

@@ -47,11 +47,9 @@ static_assert(kHopperListsBytes <= sizeof(GradientSplitShared), "where the stage
 DEVICE TileScale weight_scale(const Pairs &pairs) { return TileScale(pairs.counters->largest_weight + (1u << 23)); }
 
 // The warp that copies: R of every tile, before it the operands of S of a recomputed one, and zeros for the M of the next.
-DEVICE void copy_rows(const GradientParams &p, GradientSplitShared &shared, Walk<false> walk, uint32_t first_column, uint32_t columns) {
+DEVICE void copy_rows(const GradientParams &p, GradientSplitShared &shared, Walk<false> walk, ColumnBlock columns) {
     const Pairs &pairs = p.pairs;
-    const Side &own = p.of_references ? pairs.references : pairs.anchors;
-    const Side &other = p.of_references ? pairs.anchors : pairs.references;
-    auto own_rows = static_cast<const unsigned char *>(tile_rows<ExactF32>(own, walk.x, pairs.stride));
+    auto own_rows = static_cast<const unsigned char *>(tile_rows<ExactF32>(own_side(p), walk.x, pairs.stride));
     uint32_t fill = 0;
     auto begin_stage = [&](uint32_t bytes) {
         if (fill >= SplitRoles::stages) mbarrier_wait(empty_of(shared, fill), parity_of(shared, fill - SplitRoles::stages));
@@ -79,7 +77,7 @@ DEVICE void copy_rows(const GradientParams &p, GradientSplitShared &shared, Walk
     while (there) {
         Turn turn = walk.turn;
         there = walk.next();
-        auto rows = static_cast<const unsigned char *>(tile_rows<ExactF32>(other, turn.y, pairs.stride));
+        auto rows = static_cast<const unsigned char *>(tile_rows<ExactF32>(other_side(p), turn.y, pairs.stride));
         if (!turn.stored) {
             for (uint32_t part = 0; part < SplitRoles::parts; ++part) {
                 constexpr uint32_t part_bytes = kPartColumns * STAGE_BYTES;
@@ -96,9 +94,9 @@ DEVICE void copy_rows(const GradientParams &p, GradientSplitShared &shared, Walk
         // which the next tile gets. All stages later a stage waits for that by itself; where R takes fewer, it is waited for.
         uint32_t first = fill, at = walk.rows_fills < SplitRoles::stages ? walk.rows_fills - 1 : SplitRoles::stages - 1;
         for (uint32_t k = 0; k < walk.rows_fills; ++k) {
-            uint32_t half = k / (TILE / kDepth), depth = k % (TILE / kDepth), left = columns - half * kColumns;
+            uint32_t half = k / (TILE / kDepth), depth = k % (TILE / kDepth), left = columns.count - half * kColumns;
             uint32_t panels = left < kColumns ? left / kPanelColumns : kColumns / kPanelColumns;
-            uint64_t line = (first_column + half * kColumns) / kPanelColumns * 2;
+            uint64_t line = (columns.first + half * kColumns) / kPanelColumns * 2;
             copy(panels * 2, kStagePanel, [&](uint32_t lane) { return rows + (line + lane) * kLineBytes + depth * kStagePanel; });
             if (k == at && there) {
                 if (first > 0) mbarrier_wait(empty_of(shared, first - 1), parity_of(shared, first - 1));
@@ -204,18 +202,7 @@ DEVICE void recompute_values(GradientSplitShared &shared, Barrier *valued, uint3
 #pragma unroll 1
         for (uint32_t k = 0; k < SplitRoles::step_fills; ++k) arrive_as_warp(empty_of(shared, fill + k));
     }
-    mbarrier_wait(full_of(shared, fill), parity_of(shared, fill));
-    warp_sync();
-    auto values = reinterpret_cast<float *>(stage_of(shared, fill));
-    GroupPlace place;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-#pragma unroll
-        for (uint32_t c = 0; c < kPartColumns / 4; ++c) values[value_place<kPartColumns>(place.row_of(r), place.column_of(c))] = acc[c / 2][r * 2 + c % 2];
-    }
-    fence_proxy_async();  // bulk copies fill the stage next
-    warp_sync();
-    arrive_as_warp(valued);
+    publish_values<kPartColumns>(shared, acc, fill, valued);
 }
 
 // 16 of the other side's rows: the mixed products, then that of the high parts. `fresh`: from 0.
@@ -257,8 +244,7 @@ DEVICE void multiply_tile_columns(GradientSplitShared &shared, GroupAccumulators
 }
 
 // The two warpgroups that multiply: 64 rows each.
-DEVICE void multiply_matrices(const GradientParams &p, GradientSplitShared &shared, Walk<false> walk, uint32_t first_column,
-                              uint32_t columns) {
+DEVICE void multiply_matrices(const GradientParams &p, GradientSplitShared &shared, Walk<false> walk, ColumnBlock columns) {
     constexpr int kHalves = GRADIENT_COLUMNS / kColumns;
     uint32_t group = shuffle(warp_index(), 0) / 4;  // which the compiler then knows to be the warp's
     float down = weight_scale(p.pairs).down / kRowScale;
@@ -286,7 +272,7 @@ DEVICE void multiply_matrices(const GradientParams &p, GradientSplitShared &shar
         const unsigned char *matrix = shared.matrices[turn.matrix()][0];
 #pragma unroll
         for (int half = 0; half < kHalves; ++half) {
-            if (half * kColumns >= columns) continue;
+            if (half * kColumns >= columns.count) continue;
             GroupAccumulators sums;
             if (turn.transposed()) {
                 Descriptor m = panels_descriptor(matrix + group * kPanelBytes<MatrixNumbers>, kPanelBytes<MatrixNumbers>);
@@ -299,50 +285,22 @@ DEVICE void multiply_matrices(const GradientParams &p, GradientSplitShared &shar
         }
     }
 
-    const Side &own = p.of_references ? p.pairs.references : p.pairs.anchors;
     float one = one_or_nan(p.pairs);
-    GroupPlace place;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        ResultRow result = result_row(p, own, walk.x * TILE + place.row_of(r));
-#pragma unroll
-        for (int c = 0; c < kHalves * 32; ++c) {
-            uint32_t column = c / 32 * kColumns + place.column_of(c % 32);
-            if (column >= columns || first_column + column >= result.columns) continue;
-            result.to[first_column + column] = GroupPlace::value(totals[c / 32], r, c % 32) * one;
-        }
-    }
+    write_rows<kHalves * 32>(p, walk.x, columns, [&](int r, int c) { return GroupPlace::value(totals[c / 32], r, c % 32) * one; });
 }
+
+struct GradientHopperF32 {
+    using Numbers = ExactF32;
+    using Roles = SplitRoles;
+    using Shared = GradientSplitShared;
+    static constexpr int producer_registers = 72, mma_registers = 216;
+    static DEVICE uint32_t fills(uint32_t columns) { return (columns + kColumns - 1) / kColumns * (TILE / kDepth); }
+    static DEVICE void copy(const GradientParams &p, Shared &shared, Walk<false> walk, ColumnBlock columns) { copy_rows(p, shared, walk, columns); }
+    static DEVICE void build(const GradientParams &p, Shared &shared, Walk<true> walk) { build_matrices(p, shared, walk); }
+    static DEVICE void multiply(const GradientParams &p, Shared &shared, Walk<false> walk, ColumnBlock columns) { multiply_matrices(p, shared, walk, columns); }
+};
 
 }  // namespace
 #endif
 
-ROLE_KERNEL(gradient_hopper_f32, GradientParams, GRADIENT_HOPPER_THREADS) {
-#ifdef HAS_WARPGROUP_PRODUCTS
-    SHARED_MEMORY(bytes);
-    auto &shared = *reinterpret_cast<GradientSplitShared *>(bytes);
-    const Pairs &pairs = p.pairs;
-    uint32_t x = block_x();
-    if (p.ways[x]) return sum_by_lists<ExactF32>(p, bytes, x);
-    uint32_t first_column = block_y() * GRADIENT_COLUMNS, left = pairs.stride - first_column;
-    uint32_t columns = left < GRADIENT_COLUMNS ? left : GRADIENT_COLUMNS;
-    begin_barriers(shared);
-    Range range = split_range(p.of_references ? pairs.anchors.tiles : pairs.references.tiles, block_z(), p.splits);
-    uint32_t fills = (columns + kColumns - 1) / kColumns * (TILE / kDepth), warp = shuffle(warp_index(), 0);
-    Walk<false> walk(p, x, range, fills);
-    if (warp >= kMultipliers) {
-        setmaxnreg_dec<72>();
-        if (warp == kMultipliers + kBuilders) {
-            copy_rows(p, shared, walk, first_column, columns);
-        } else {
-            build_matrices(p, shared, Walk<true>(p, x, range, fills));
-        }
-    } else {
-        setmaxnreg_inc<216>();
-        multiply_matrices(p, shared, walk, first_column, columns);
-        finish_multiplied(p, &shared.last, x);
-    }
-#else
-    trap();
-#endif
-}
+ROLE_KERNEL(gradient_hopper_f32, GradientParams, GRADIENT_HOPPER_THREADS) { HOPPER_ONLY(run_roles<GradientHopperF32>(p)); }

@@ -113,6 +113,23 @@ DEVICE void begin_barriers(Shared &shared) {
 template <uint32_t columns>
 DEVICE uint32_t value_place(uint32_t row, uint32_t column) { return row * columns + (column ^ row % 4 * 8); }
 
+// By the warps that multiply: `acc`, their values of a part of S, into the stage that was filled for them.
+template <uint32_t columns, class Shared>
+DEVICE void publish_values(Shared &shared, const float (&acc)[columns / 8][4], uint32_t fill, Barrier *valued) {
+    mbarrier_wait(full_of(shared, fill), parity_of(shared, fill));
+    warp_sync();
+    auto values = reinterpret_cast<float *>(stage_of(shared, fill));
+    GroupPlace place;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+        for (uint32_t c = 0; c < columns / 4; ++c) values[value_place<columns>(place.row_of(r), place.column_of(c))] = GroupPlace::value(acc, r, c);
+    }
+    fence_proxy_async();  // bulk copies fill the stage next
+    warp_sync();
+    arrive_as_warp(valued);
+}
+
 // M from the values of a recomputed tile, `columns` at a time: `weight` of anchor, reference and similarity goes to `store`, 0 where
 // there is no pair.
 template <uint32_t columns, class Building, class Turn, class Weight, class Store>
@@ -125,11 +142,9 @@ DEVICE void build_recomputed(const Building &my, const Turn &turn, uint32_t x, u
 #pragma unroll 1
         for (uint32_t k = my.thread; k < TILE * columns; k += kBuilderThreads) {
             uint32_t own = k / columns, other = part * columns + k % columns;
-            uint32_t i = x * TILE + own, j = turn.y * TILE + other;
-            bool swapped = turn.tile.diagonal ? i > j : turn.tile.transposed;
-            uint32_t anchor = swapped ? j : i, reference = swapped ? i : j;
-            bool any = is_pair(my.p.pairs, anchor, reference);
-            store(own, other, any ? weight(anchor, reference, values[value_place<columns>(own, k % columns)]) : 0.0f);
+            PairRows pair = pair_rows(turn.tile, x * TILE + own, turn.y * TILE + other);
+            bool any = is_pair(my.p.pairs, pair.anchor, pair.reference);
+            store(own, other, any ? weight(pair.anchor, pair.reference, values[value_place<columns>(own, k % columns)]) : 0.0f);
         }
         fence_proxy_async();  // bulk copies fill the stage next
         warp_sync();
@@ -137,6 +152,22 @@ DEVICE void build_recomputed(const Building &my, const Turn &turn, uint32_t x, u
         // In place of the warps that multiply, which do not know when its values are read.
         if (my.thread < kMultipliers) mbarrier_arrive(empty_of(my.shared, fill));
         warp_sync();
+    }
+}
+
+// By the warps that multiply: `count` columns of their rows of row tile x into the result; `value(row of the thread, column)` is a sum.
+template <int count, class Value>
+DEVICE void write_rows(const GradientParams &p, uint32_t x, ColumnBlock columns, Value value) {
+    GroupPlace place;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        ResultRow result = result_row(p, x * TILE + place.row_of(r));
+#pragma unroll
+        for (int c = 0; c < count; ++c) {
+            uint32_t column = place.column_of(c);
+            if (column >= columns.count || columns.first + column >= result.columns) continue;
+            result.to[columns.first + column] = value(r, c);
+        }
     }
 }
 
@@ -161,6 +192,33 @@ template <class Numbers>
 DEVICE void sum_by_lists(const GradientParams &p, unsigned char *bytes, uint32_t x) {
     gradient_lists<Numbers, kListsWarps, kHopperListsRows>(p, bytes, x, 0);
     finish_splits(p, bytes, static_cast<uint64_t>(x) * TILE, TILE, GRADIENT_HOPPER_THREADS);
+}
+
+// The kernel: warps by their roles (warp specialisation). `Kernel` has the block's shared memory, what the roles do, how many
+// stages hold R of a tile of so many columns, and the registers of a thread that multiplies and of the others.
+template <class Kernel>
+DEVICE void run_roles(const GradientParams &p) {
+    SHARED_MEMORY(bytes);
+    auto &shared = *reinterpret_cast<typename Kernel::Shared *>(bytes);
+    uint32_t x = block_x();
+    if (p.ways[x]) return sum_by_lists<typename Kernel::Numbers>(p, bytes, x);
+    ColumnBlock columns = column_block(p.pairs);
+    begin_barriers(shared);
+    Range range = split_range(other_side(p).tiles, block_z(), p.splits);
+    uint32_t fills = Kernel::fills(columns.count), warp = shuffle(warp_index(), 0);
+    RolesWalk<typename Kernel::Roles, false> walk(p, x, range, fills);
+    if (warp >= kMultipliers) {
+        setmaxnreg_dec<Kernel::producer_registers>();
+        if (warp == kMultipliers + kBuilders) {
+            Kernel::copy(p, shared, walk, columns);
+        } else {
+            Kernel::build(p, shared, RolesWalk<typename Kernel::Roles, true>(p, x, range, fills));
+        }
+    } else {
+        setmaxnreg_inc<Kernel::mma_registers>();
+        Kernel::multiply(p, shared, walk, columns);
+        finish_multiplied(p, &shared.last, x);
+    }
 }
 
 #endif

@@ -24,10 +24,8 @@ DEVICE void sum_lists(const GradientParams &p, unsigned char *bytes, uint32_t x,
     using Vector = Granule<Element>;
     auto *sums = reinterpret_cast<float *>(bytes);  // [warps * kWarpRows, LISTS_COLUMNS]
     const Pairs &pairs = p.pairs;
-    const Side &other = p.of_references ? pairs.anchors : pairs.references;
-    uint32_t first_column = block_y() * LISTS_COLUMNS;
-    uint32_t columns = pairs.stride - first_column < LISTS_COLUMNS ? pairs.stride - first_column : LISTS_COLUMNS;
-    auto rows = static_cast<const unsigned char *>(other.rows);
+    ColumnBlock columns = column_block(pairs);
+    auto rows = static_cast<const unsigned char *>(other_side(p).rows);
 
     // A warp touches its own rows only: no barrier, just its lanes.
     float *warp_sums = sums + warp_index() * kWarpRows * LISTS_COLUMNS;
@@ -62,12 +60,12 @@ DEVICE void sum_lists(const GradientParams &p, unsigned char *bytes, uint32_t x,
                         left &= left - 1;  // 0 stays 0
                         listed[a] = ListedPair{shuffle(weight, lane), shuffle(local, lane), y * TILE + shuffle(of_y, lane)};
                     }
-                    for (uint32_t column = lane_index() * Vector::count; column < columns; column += 32 * Vector::count) {
+                    for (uint32_t column = lane_index() * Vector::count; column < columns.count; column += 32 * Vector::count) {
                         Vector values[kPairsAtOnce];
 #pragma unroll
                         for (uint32_t a = 0; a < kPairsAtOnce; ++a) {
                             // Beyond those found it is some row that there is.
-                            values[a] = load_prepared<Numbers>(rows, listed[a].from, first_column + column, stride_bytes<Numbers>(pairs));
+                            values[a] = load_prepared<Numbers>(rows, listed[a].from, columns.first + column, stride_bytes<Numbers>(pairs));
                         }
 #pragma unroll
                         for (uint32_t a = 0; a < kPairsAtOnce; ++a) {
@@ -85,7 +83,7 @@ DEVICE void sum_lists(const GradientParams &p, unsigned char *bytes, uint32_t x,
     for (uint32_t r = 0; r < kWarpRows; ++r) {
         uint32_t row = offset + warp_index() * kWarpRows + r;
         if (row >= TILE) break;
-        for (uint32_t column = lane_index(); column < columns; column += 32) finish(row, column, warp_sums[r * LISTS_COLUMNS + column]);
+        for (uint32_t column = lane_index(); column < columns.count; column += 32) finish(row, column, warp_sums[r * LISTS_COLUMNS + column]);
     }
     warp_sync();
 }
@@ -93,15 +91,13 @@ DEVICE void sum_lists(const GradientParams &p, unsigned char *bytes, uint32_t x,
 // The gradient's.
 template <class Numbers, uint32_t warps, uint32_t kWarpRows>
 DEVICE void gradient_lists(const GradientParams &p, unsigned char *bytes, uint32_t x, uint32_t offset) {
-    const Side &own = p.of_references ? p.pairs.references : p.pairs.anchors;
-    const Side &other = p.of_references ? p.pairs.anchors : p.pairs.references;
-    uint32_t first_column = block_y() * LISTS_COLUMNS;
+    uint32_t first_column = column_block(p.pairs).first;
     float one = one_or_nan(p.pairs);
     sum_lists<Numbers, warps, kWarpRows>(
-        p, bytes, x, offset, split_range(other.tiles, block_z(), p.splits),
+        p, bytes, x, offset, split_range(other_side(p).tiles, block_z(), p.splits),
         [&](uint32_t i, uint32_t j, float s) { return pair_weight(p.pairs, i, j, s); },
         [&](uint32_t row, uint32_t column, float sum) {
-            ResultRow result = result_row(p, own, x * TILE + row);
+            ResultRow result = result_row(p, x * TILE + row);
             if (first_column + column < result.columns) result.to[first_column + column] = sum * one;
         });
 }

@@ -16,19 +16,33 @@ DEVICE Range split_range(uint32_t tiles, uint32_t split, uint32_t splits) {
                  static_cast<uint32_t>(static_cast<uint64_t>(tiles) * (split + 1) / splits)};
 }
 
+// The side whose gradient it is, whose rows are M's, and the other one, whose rows are summed.
+DEVICE const Side &own_side(const GradientParams &p) { return p.of_references ? p.pairs.references : p.pairs.anchors; }
+DEVICE const Side &other_side(const GradientParams &p) { return p.of_references ? p.pairs.anchors : p.pairs.references; }
+
 // Where row `row` of the result goes: with one split straight to the caller's rows, otherwise to the split's part.
 struct ResultRow {
     float *to;
     uint32_t columns;  // 0: padding, which the caller does not have
 };
-DEVICE ResultRow result_row(const GradientParams &p, const Side &own, uint64_t row) {
+DEVICE ResultRow result_row(const GradientParams &p, uint64_t row) {
     const Pairs &pairs = p.pairs;
+    const Side &own = own_side(p);
     if (p.splits != 1) {
         uint64_t padded_rows = static_cast<uint64_t>(own.tiles) * TILE;
         return ResultRow{p.partial + (block_z() * padded_rows + row) * pairs.stride, pairs.stride};
     }
     if (row >= own.count) return ResultRow{nullptr, 0};
     return ResultRow{p.gradient + static_cast<uint64_t>(own.order[row]) * pairs.dim, pairs.dim};
+}
+
+// The block's columns of the gradient.
+struct ColumnBlock {
+    uint32_t first, count;
+};
+DEVICE ColumnBlock column_block(const Pairs &pairs) {
+    uint32_t first = block_y() * GRADIENT_COLUMNS, left = pairs.stride - first;
+    return ColumnBlock{first, left < GRADIENT_COLUMNS ? left : GRADIENT_COLUMNS};
 }
 
 // 1, or NaN for a batch with a bad row: who has not waited to hear of it sees it by the gradient.
@@ -42,13 +56,13 @@ DEVICE uint32_t *arrivals(const GradientParams &p) {
 // Their parts of `rows` rows from `first_row` on, added in order, by `threads` threads of the block that came last.
 DEVICE void add_splits(const GradientParams &p, uint64_t first_row, uint32_t rows, uint32_t thread, uint32_t threads) {
     using Vector = Granule<float>;
-    const Side &own = p.of_references ? p.pairs.references : p.pairs.anchors;
+    const Side &own = own_side(p);
     uint64_t stride = p.pairs.stride, part = static_cast<uint64_t>(own.tiles) * TILE * stride;
-    uint32_t first_column = block_y() * GRADIENT_COLUMNS, left = p.pairs.stride - first_column;
-    uint32_t vectors = (left < GRADIENT_COLUMNS ? left : GRADIENT_COLUMNS) / Vector::count;
+    ColumnBlock columns = column_block(p.pairs);
+    uint32_t vectors = columns.count / Vector::count;
     for (uint32_t i = thread; i < rows * vectors; i += threads) {
         uint64_t row = first_row + i / vectors;
-        uint32_t column = first_column + i % vectors * Vector::count;
+        uint32_t column = columns.first + i % vectors * Vector::count;
         if (row >= own.count) break;
         auto from = p.partial + row * stride + column;
         Vector sum{};

@@ -48,7 +48,7 @@ struct Slopes {
     }
     // Row `row` of the result's side meets the tangent: what answers for a column, and 0 beyond the rows' end.
     DEVICE const float *tangent_of(uint64_t row) const {
-        const Side &own = p.walk.of_references ? p.walk.pairs.references : p.walk.pairs.anchors;
+        const Side &own = own_side(p.walk);
         return row < own.count ? p.tangent + static_cast<uint64_t>(own.order[row]) * p.walk.pairs.dim : nullptr;
     }
     DEVICE float moving(const float *tangent, uint32_t column) const {
@@ -60,7 +60,7 @@ struct Slopes {
             reads_below();  // of this row's tangent
             const float *tangent = tangent_of(static_cast<uint64_t>(block.x) * TILE + block.offset + row);
             return [this, tangent, &total](uint32_t column, float &sum) {
-                if (column < block.columns) total += static_cast<double>(sum * moving(tangent, block.first_column + column));
+                if (column < block.columns.count) total += static_cast<double>(sum * moving(tangent, block.columns.first + column));
                 sum = 0.0f;
             };
         });
@@ -75,18 +75,17 @@ template <class Numbers, bool group>
 DEVICE void threshold_walk(const ThresholdParams &p) {
     SHARED_MEMORY(bytes);
     const GradientParams &walk = p.walk;
-    const Side &other = walk.of_references ? walk.pairs.anchors : walk.pairs.references;
     uint32_t split = block_z() % walk.splits, of_negatives = block_z() / walk.splits;
     TileBlock block = tile_block<Numbers>(walk);
     Slopes<Numbers> job{p, block, of_negatives == 0};
-    Range range = split_range(other.tiles, split, walk.splits);
+    Range range = split_range(other_side(walk).tiles, split, walk.splits);
     if (walk.ways != nullptr && walk.ways[block.x]) {
         for (uint32_t first = 0; first < kMatrixRows<Numbers>; first += kListsPart) {
             sum_lists<Numbers, THREADS / 32, kListsRows>(
                 walk, bytes, block.x, block.offset + first, range, [&](uint32_t i, uint32_t j, float s) { return job.slope(i, j, s); },
                 [&](uint32_t row, uint32_t column, float sum) {
                     const float *tangent = job.tangent_of(static_cast<uint64_t>(block.x) * TILE + row);
-                    job.dot += static_cast<double>(sum) * static_cast<double>(job.moving(tangent, block.first_column + column));
+                    job.dot += static_cast<double>(sum) * static_cast<double>(job.moving(tangent, block.columns.first + column));
                 });
         }
     } else {
@@ -113,17 +112,13 @@ DEVICE void threshold_body(const ThresholdParams &p) {
 }
 KERNEL_IN_EVERY_PRECISION(threshold, ThresholdParams)
 
-template <class Numbers>
-DEVICE void threshold_hopper_body([[maybe_unused]] const ThresholdParams &p) {
 #ifdef HAS_WARPGROUP_PRODUCTS
+template <class Numbers>
+DEVICE void threshold_hopper_body(const ThresholdParams &p) {
     threshold_walk<Numbers, true>(p);
-#else
-    trap();
-#endif
 }
-KERNEL(threshold_hopper_f32, ThresholdParams, 1) { threshold_hopper_body<ExactF32>(p); }
-KERNEL(threshold_hopper_f16, ThresholdParams, 1) { threshold_hopper_body<HalfF16>(p); }
-KERNEL(threshold_hopper_bf16, ThresholdParams, 1) { threshold_hopper_body<HalfBf16>(p); }
+#endif
+HOPPER_KERNEL_IN_EVERY_PRECISION(threshold_hopper, ThresholdParams)
 
 KERNEL(threshold_sum, ThresholdSumParams, 1) {
     SHARED_MEMORY(bytes);

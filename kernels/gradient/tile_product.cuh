@@ -133,10 +133,8 @@ template <class Numbers, bool group, class Weigh>
 DEVICE void recompute_matrix(const GradientParams &p, TileMemory<Numbers> &memory, uint32_t x, uint32_t y, uint32_t offset,
                              PairTile tile, Weigh weigh) {
     const Pairs &pairs = p.pairs;
-    const Side &own = p.of_references ? pairs.references : pairs.anchors;
-    const Side &other = p.of_references ? pairs.anchors : pairs.references;
-    auto rows = static_cast<const unsigned char *>(tile_rows<Numbers>(own, x, pairs.stride)) + offset * STAGE_BYTES;
-    auto columns = tile_rows<Numbers>(other, y, pairs.stride);
+    auto rows = static_cast<const unsigned char *>(tile_rows<Numbers>(own_side(p), x, pairs.stride)) + offset * STAGE_BYTES;
+    auto columns = tile_rows<Numbers>(other_side(p), y, pairs.stride);
     auto *values = reinterpret_cast<float *>(memory.stages);  // [kRecomputedRows, kValuesStride]
     if constexpr (group) {
 #ifdef HAS_WARPGROUP_PRODUCTS
@@ -187,14 +185,12 @@ DEVICE void recompute_matrix(const GradientParams &p, TileMemory<Numbers> &memor
 // The block's rows, and columns of the result.
 struct TileBlock {
     uint32_t x, offset;              // row tile, and the first row in it
-    uint32_t first_column, columns;
+    ColumnBlock columns;
 };
 template <class Numbers>
 DEVICE TileBlock tile_block(const GradientParams &p) {
     constexpr uint32_t rows = kMatrixRows<Numbers>;
-    uint32_t first = block_y() * GRADIENT_COLUMNS, left = p.pairs.stride - first;
-    return TileBlock{block_x() / (TILE / rows), block_x() % (TILE / rows) * rows, first,
-                     left < GRADIENT_COLUMNS ? left : GRADIENT_COLUMNS};
+    return TileBlock{block_x() / (TILE / rows), block_x() % (TILE / rows) * rows, column_block(p.pairs)};
 }
 
 template <class Numbers>
@@ -217,21 +213,20 @@ DEVICE void walk_tiles(const GradientParams &p, TileMemory<Numbers> &memory, con
                        GradientSums<Numbers> &sums) {
     using Shape = GradientShape<Numbers>;
     const Pairs &pairs = p.pairs;
-    const Side &other = p.of_references ? pairs.anchors : pairs.references;
     for (uint32_t y = range.begin; y < range.end; ++y) {
         PairTile tile = pair_tile(pairs, p.of_references, block.x, y);
         uint32_t count = pairs.tile_counts[tile.index];
         if (count == 0) continue;  // the same for the whole block
-        auto rows = static_cast<const unsigned char *>(tile_rows<Numbers>(other, y, pairs.stride));
+        auto rows = static_cast<const unsigned char *>(tile_rows<Numbers>(other_side(p), y, pairs.stride));
         constexpr uint32_t kSteps = TILE / GRADIENT_DEPTH;
         // A group a step, empty or not: the waits below count them.
         auto copy = [&](uint32_t step) {
-            uint32_t granules = block.columns * Numbers::stored_bytes / 16;
+            uint32_t granules = block.columns.count * Numbers::stored_bytes / 16;
             for (uint32_t i = thread_index(); step < kSteps && i < GRADIENT_DEPTH * granules; i += THREADS) {
                 uint32_t k = i / granules, granule = i % granules;
                 cp_async(memory.stages + step % Shape::stages * Shape::stage_bytes + stage_place<Numbers>(k, granule),
                          rows + prepared_place(step * GRADIENT_DEPTH + k,
-                                               block.first_column * Numbers::stored_bytes + granule * 16,
+                                               block.columns.first * Numbers::stored_bytes + granule * 16,
                                                stride_bytes<Numbers>(pairs)));
             }
             cp_async_commit();
@@ -292,7 +287,7 @@ DEVICE void walk_tiles(const GradientParams &p, TileMemory<Numbers> &memory, con
                 if constexpr (Numbers::exact) {
                     TileScale scale(*memory.largest());
                     GradientSums<Numbers> once = {};
-                    multiply_gradient_stage<Numbers>(once, memory.matrix(), stage, step * GRADIENT_DEPTH, block.columns, scale.up);
+                    multiply_gradient_stage<Numbers>(once, memory.matrix(), stage, step * GRADIENT_DEPTH, block.columns.count, scale.up);
                     float down = scale.down / kRowScale;
 #pragma unroll
                     for (int r = 0; r < Shape::row_tiles; ++r) {
@@ -303,7 +298,7 @@ DEVICE void walk_tiles(const GradientParams &p, TileMemory<Numbers> &memory, con
                         }
                     }
                 } else {
-                    multiply_gradient_stage<Numbers>(sums, memory.matrix(), stage, step * GRADIENT_DEPTH, block.columns, 1.0f);
+                    multiply_gradient_stage<Numbers>(sums, memory.matrix(), stage, step * GRADIENT_DEPTH, block.columns.count, 1.0f);
                 }
             }
             cp_async_wait<0>();

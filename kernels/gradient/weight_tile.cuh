@@ -122,10 +122,9 @@ DEVICE void weigh_values(const Pairs &pairs, unsigned char *matrix, const float 
                          uint32_t first, PairTile tile, Weigh weigh) {
     for (uint32_t k = thread_index(); k < kRecomputedRows * TILE; k += THREADS) {
         uint32_t of_x = first + k / TILE, of_y = k % TILE;
-        uint32_t i = x * TILE + offset + of_x, j = y * TILE + of_y;
-        bool swapped = tile.diagonal ? i > j : tile.transposed;
-        uint32_t anchor = swapped ? j : i, reference = swapped ? i : j;
-        float weight = is_pair(pairs, anchor, reference) ? weigh(anchor, reference, values[k / TILE * kValuesStride + of_y]) : 0.0f;
+        PairRows pair = pair_rows(tile, x * TILE + offset + of_x, y * TILE + of_y);
+        float weight = 0.0f;
+        if (is_pair(pairs, pair.anchor, pair.reference)) weight = weigh(pair.anchor, pair.reference, values[k / TILE * kValuesStride + of_y]);
         store_weight<Numbers>(matrix, of_x, of_y, weight);
     }
 }

@@ -56,7 +56,7 @@ DEVICE Tolerances adapt(const Pairs &pairs) {
     if (!settings.adaptive || total == 0 || probe <= total) return Tolerances{settings.gamma_pos, settings.gamma_neg};
     double rho = static_cast<double>(probe) / static_cast<double>(total);
     double t = settings.tolerance / (1.0 + exp(-rho));
-    return Tolerances{settings.gamma_pos * (1.0 + t), settings.gamma_neg * (1.0 - t)};
+    return Tolerances{multiply_rn(settings.gamma_pos, 1.0 + t), multiply_rn(settings.gamma_neg, 1.0 - t)};
 }
 
 #endif

@@ -67,6 +67,14 @@ struct PairTile {
     bool transposed;  // x are its columns
     bool diagonal;    // both at once: each pair stands there once, for two rows of x
 };
+// The pair of row i of one side and row j of the other, in such a tile: in the square form the anchor is the earlier one.
+struct PairRows {
+    uint32_t anchor, reference;
+};
+DEVICE PairRows pair_rows(PairTile tile, uint32_t i, uint32_t j) {
+    bool swapped = tile.diagonal ? i > j : tile.transposed;
+    return PairRows{swapped ? j : i, swapped ? i : j};
+}
 DEVICE PairTile pair_tile(const Pairs &pairs, bool of_references, uint32_t x, uint32_t y) {
     bool transposed = pairs.square ? x > y : of_references;
     return PairTile{index_of(pairs, transposed ? y : x, transposed ? x : y), transposed, pairs.square && x == y};

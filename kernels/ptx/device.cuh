@@ -183,6 +183,8 @@ DEVICE uint32_t highest_bit(uint32_t bits) {
     asm("bfind.u32 %0, %1;" : "=r"(index) : "r"(bits));
     return index;
 }
+// A product that no sum takes in (fused multiply-add): a bound made of it is the same in every kernel.
+DEVICE double multiply_rn(double a, double b) { return __dmul_rn(a, b); }
 DEVICE uint64_t bits_of(double value) { return static_cast<uint64_t>(__double_as_longlong(value)); }
 // One instruction each, to 2^-22 of the result; what is too small for an f32 is 0.
 DEVICE float exp2_fast(float value) {

@@ -31,6 +31,13 @@ DEVICE Descriptor advanced(Descriptor descriptor, uint32_t bytes) { return descr
 
 #endif
 
+// What a kernel of Hopper's does; launched on another GPU it ends the program.
+#ifdef HAS_WARPGROUP_PRODUCTS
+#define HOPPER_ONLY(...) __VA_ARGS__
+#else
+#define HOPPER_ONLY(...) trap()
+#endif
+
 #if defined(__CUDACC__) && defined(HAS_WARPGROUP_PRODUCTS)
 
 DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -44,38 +44,31 @@ struct RetrievalWalk {
         return ++tile.column < tiles.end;
     }
 };
-#endif
-
 template <class Numbers>
-DEVICE void retrieval_hopper_body([[maybe_unused]] const RetrievalParams &p) {
-#ifdef HAS_WARPGROUP_PRODUCTS
+DEVICE void retrieval_hopper_body(const RetrievalParams &p) {
     SHARED_MEMORY(bytes);
     auto &shared = *reinterpret_cast<RetrievalHopperShared<Numbers> *>(bytes);
     if (thread_index() == 0) begin_teams(shared);
     block_sync();  // the barriers are there
     RetrievalWalk walk(p);
-    constexpr uint32_t team_warps = kTeams<Numbers> * kTeamWarps;
-    uint32_t warp = shuffle(warp_index(), 0);
-    if (warp >= team_warps) {
-        setmaxnreg_dec<Numbers::exact ? 40 : 32>();
-        if (warp != team_warps || lane_index() != 0) return;
-        copy_operands<Numbers>(shared, walk, [](RetrievalWalk &to) { return to.next(); });
-    } else {
-        setmaxnreg_inc<Numbers::exact ? 232 : 112>();
-        TeamWarp team{warp / kTeamWarps};
-        QueryLists<GroupPlace> lists(p, team.team);
-        while (walk.next()) {
-            if (walk.turn % kTeams<Numbers> != team.team) continue;
-            GroupAccumulators acc;
-            team.multiply<Numbers>(acc, shared, walk, [] {});
-            lists.look(acc, walk.tile.column);
-        }
-        lists.finish();
-    }
-#else
-    trap();
-#endif
+    divide_roles<Numbers>(
+        [&](uint32_t warp) {
+            if (warp == 0) copy_operands<Numbers>(shared, walk, [](RetrievalWalk &to) { return to.next(); });
+        },
+        [&](uint32_t index) {
+            TeamWarp team{index};
+            QueryLists<GroupPlace> lists(p, team.team);
+            while (walk.next()) {
+                if (walk.turn % kTeams<Numbers> != team.team) continue;
+                GroupAccumulators acc;
+                team.multiply<Numbers>(acc, shared, walk, [] {});
+                lists.look(acc, walk.tile.column);
+            }
+            lists.finish();
+        });
 }
-ROLE_KERNEL(retrieval_hopper_f32, RetrievalParams, SWEEP_SPLIT_THREADS) { retrieval_hopper_body<ExactF32>(p); }
-ROLE_KERNEL(retrieval_hopper_f16, RetrievalParams, SWEEP_HOPPER_THREADS) { retrieval_hopper_body<HalfF16>(p); }
-ROLE_KERNEL(retrieval_hopper_bf16, RetrievalParams, SWEEP_HOPPER_THREADS) { retrieval_hopper_body<HalfBf16>(p); }
+#endif
+
+ROLE_KERNEL(retrieval_hopper_f32, RetrievalParams, SWEEP_SPLIT_THREADS) { HOPPER_ONLY(retrieval_hopper_body<ExactF32>(p)); }
+ROLE_KERNEL(retrieval_hopper_f16, RetrievalParams, SWEEP_HOPPER_THREADS) { HOPPER_ONLY(retrieval_hopper_body<HalfF16>(p)); }
+ROLE_KERNEL(retrieval_hopper_bf16, RetrievalParams, SWEEP_HOPPER_THREADS) { HOPPER_ONLY(retrieval_hopper_body<HalfBf16>(p)); }

@@ -455,34 +455,26 @@ struct DiagonalProducts {
     DEVICE void add(const unsigned char *stage) const {
         Descriptor rows = stage_descriptor(stage + warp_index() / 4 * (TILE / 2) * STAGE_BYTES);
         wgmma_fence();
-#pragma unroll
-        for (int step = 0; step < kGranules / 2; ++step) {
-            wgmma<false>(Numbers{}, acc, advanced(rows, step * 32), advanced(rows, step * 32));
-        }
+        multiply_k_block<Numbers>(acc, rows, rows);
         wgmma_commit();
         wgmma_wait<1>();  // this product goes on, that before it is done
     }
 };
-#endif
 
 template <class Numbers, class Given = typename Numbers::Element>
-DEVICE void prepare_hopper_body([[maybe_unused]] const PrepareParams &p) {
-#ifdef HAS_WARPGROUP_PRODUCTS
+DEVICE void prepare_hopper_body(const PrepareParams &p) {
     SHARED_MEMORY(ring);
     if (prepare_classes(p)) return;
     DiagonalSums acc;
     clear(acc);
     prepare_rows<Numbers, Given>(p, ring, DiagonalProducts<Numbers, kRounded<Numbers, Given>>{acc});
     wgmma_wait<0>();
+    settle(acc);
     if (p.duplicate != nullptr) write_duplicate_bounds<DiagonalPlace>(p, acc);
-#else
-    trap();
-#endif
 }
 
 // The same of split rows, which the ring has as f32: what was prepared comes back for the product.
-DEVICE void prepare_split_hopper_body([[maybe_unused]] const PrepareParams &p) {
-#ifdef HAS_WARPGROUP_PRODUCTS
+DEVICE void prepare_split_hopper_body(const PrepareParams &p) {
     using Numbers = ExactF32;
     SHARED_MEMORY(bytes);
     if (prepare_classes(p)) return;
@@ -499,14 +491,12 @@ DEVICE void prepare_split_hopper_body([[maybe_unused]] const PrepareParams &p) {
     GroupAccumulators acc;
     group_multiply_tile<Numbers>(acc, rows, rows, stride_bytes, stages);
     write_duplicate_bounds<GroupPlace>(p, acc);
-#else
-    trap();
-#endif
 }
+#endif
 
 KERNEL_IN_EVERY_PRECISION(prepare, PrepareParams)
-KERNEL(prepare_hopper_f32, PrepareParams, 1) { prepare_split_hopper_body(p); }
+KERNEL(prepare_hopper_f32, PrepareParams, 1) { HOPPER_ONLY(prepare_split_hopper_body(p)); }
 KERNEL(prepare_rounded_f32, PrepareParams, 1) { prepare_body<HalfF16, float>(p); }
-KERNEL(prepare_hopper_rounded_f32, PrepareParams, 1) { prepare_hopper_body<HalfF16, float>(p); }
-KERNEL(prepare_hopper_f16, PrepareParams, 1) { prepare_hopper_body<HalfF16>(p); }
-KERNEL(prepare_hopper_bf16, PrepareParams, 1) { prepare_hopper_body<HalfBf16>(p); }
+KERNEL(prepare_hopper_rounded_f32, PrepareParams, 1) { HOPPER_ONLY(prepare_hopper_body<HalfF16, float>(p)); }
+KERNEL(prepare_hopper_f16, PrepareParams, 1) { HOPPER_ONLY(prepare_hopper_body<HalfF16>(p)); }
+KERNEL(prepare_hopper_bf16, PrepareParams, 1) { HOPPER_ONLY(prepare_hopper_body<HalfBf16>(p)); }

@@ -342,9 +342,9 @@ DEVICE void select_recomputed_body(const PairsParams &p) {
 }
 
 // The same on Hopper's warpgroup products, with the bits of sweep_hopper.
-template <class Numbers>
-DEVICE void select_recomputed_hopper_body([[maybe_unused]] const PairsParams &p) {
 #ifdef HAS_WARPGROUP_PRODUCTS
+template <class Numbers>
+DEVICE void select_recomputed_hopper_body(const PairsParams &p) {
     SHARED_MEMORY(bytes);
     const Pairs &pairs = p.pairs;
     uint64_t index = block_x();
@@ -356,12 +356,8 @@ DEVICE void select_recomputed_hopper_body([[maybe_unused]] const PairsParams &p)
                                  tile_rows<Numbers>(pairs.references, tile.column, pairs.stride),
                                  stride_bytes<Numbers>(pairs), stages);
     select_tile<GroupPlace>(pairs, tile, bytes, acc);
-#else
-    trap();
-#endif
 }
+#endif
 
 KERNEL_IN_EVERY_PRECISION(select_recomputed, PairsParams)
-KERNEL(select_recomputed_hopper_f32, PairsParams, 1) { select_recomputed_hopper_body<ExactF32>(p); }
-KERNEL(select_recomputed_hopper_f16, PairsParams, 1) { select_recomputed_hopper_body<HalfF16>(p); }
-KERNEL(select_recomputed_hopper_bf16, PairsParams, 1) { select_recomputed_hopper_body<HalfBf16>(p); }
+HOPPER_KERNEL_IN_EVERY_PRECISION(select_recomputed_hopper, PairsParams)

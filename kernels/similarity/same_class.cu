@@ -228,14 +228,14 @@ DEVICE void multiply_near(GroupAccumulators &acc, EdgeSums &edges, const Pairs &
         wgmma_wait<1>();  // this product goes on, that before it is done
     }
     wgmma_wait<0>();
+    settle(acc);
+    settle(edges);
     block_sync();
 }
-#endif
 
 // The same on Hopper's warpgroup products.
 template <class Numbers>
-DEVICE void same_class_hopper_body([[maybe_unused]] const PairsParams &p) {
-#ifdef HAS_WARPGROUP_PRODUCTS
+DEVICE void same_class_hopper_body(const PairsParams &p) {
     SHARED_MEMORY(bytes);
     const Pairs &pairs = p.pairs;
     auto *duplicates = reinterpret_cast<float *>(bytes + HOPPER_SHARED_BYTES);  // [kEdge + TILE + kEdge]
@@ -266,12 +266,8 @@ DEVICE void same_class_hopper_body([[maybe_unused]] const PairsParams &p) {
         });
     }
     sums.write(bytes);
-#else
-    trap();
-#endif
 }
+#endif
 
 KERNEL_IN_EVERY_PRECISION(same_class, PairsParams)
-KERNEL(same_class_hopper_f32, PairsParams, 1) { same_class_hopper_body<ExactF32>(p); }
-KERNEL(same_class_hopper_f16, PairsParams, 1) { same_class_hopper_body<HalfF16>(p); }
-KERNEL(same_class_hopper_bf16, PairsParams, 1) { same_class_hopper_body<HalfBf16>(p); }
+HOPPER_KERNEL_IN_EVERY_PRECISION(same_class_hopper, PairsParams)

@@ -371,11 +371,8 @@ struct SweepTeam : TeamWarp {
         if (lane_index() == 0 && passed != 0) atomic_add(&pairs.counters->probe_neg, passed);
     }
 };
-#endif
-
 template <class Numbers>
-DEVICE void sweep_hopper_body([[maybe_unused]] const PairsParams &p) {
-#ifdef HAS_WARPGROUP_PRODUCTS
+DEVICE void sweep_hopper_body(const PairsParams &p) {
     SHARED_MEMORY(bytes);
     auto &shared = *reinterpret_cast<SweepHopperShared<Numbers> *>(bytes);
     const Pairs &pairs = p.pairs;
@@ -386,26 +383,19 @@ DEVICE void sweep_hopper_body([[maybe_unused]] const PairsParams &p) {
     }
     block_sync();  // the barriers are there
     SweepWalk walk(pairs);
-    constexpr uint32_t team_warps = kTeams<Numbers> * kTeamWarps;
-    uint32_t warp = shuffle(warp_index(), 0);
-    if (warp >= team_warps) {
-        setmaxnreg_dec<Numbers::exact ? 40 : 32>();
-        // The first threads of three warps, whose registers are few.
-        if (lane_index() != 0) return;
-        if (warp == team_warps) {
-            copy_operands<Numbers>(shared, walk, [&](SweepWalk &to) {
-                return to.next([&](uint64_t index) { pairs.tile_counts[index] = 0; });
-            });
-        }
-        if (warp - team_warps - 1 < kTeams<Numbers>) store_candidates(pairs, shared, warp - team_warps - 1);
-    } else {
-        setmaxnreg_inc<Numbers::exact ? 232 : 112>();
-        SweepTeam<Numbers>{pairs, shared, warp / kTeamWarps}.run(walk);
-    }
-#else
-    trap();
-#endif
+    divide_roles<Numbers>(
+        [&](uint32_t warp) {
+            if (warp == 0) {
+                copy_operands<Numbers>(shared, walk, [&](SweepWalk &to) {
+                    return to.next([&](uint64_t index) { pairs.tile_counts[index] = 0; });
+                });
+            }
+            if (warp - 1 < kTeams<Numbers>) store_candidates(pairs, shared, warp - 1);
+        },
+        [&](uint32_t team) { SweepTeam<Numbers>{pairs, shared, team}.run(walk); });
 }
-ROLE_KERNEL(sweep_hopper_f32, PairsParams, SWEEP_SPLIT_THREADS) { sweep_hopper_body<ExactF32>(p); }
-ROLE_KERNEL(sweep_hopper_f16, PairsParams, SWEEP_HOPPER_THREADS) { sweep_hopper_body<HalfF16>(p); }
-ROLE_KERNEL(sweep_hopper_bf16, PairsParams, SWEEP_HOPPER_THREADS) { sweep_hopper_body<HalfBf16>(p); }
+#endif
+
+ROLE_KERNEL(sweep_hopper_f32, PairsParams, SWEEP_SPLIT_THREADS) { HOPPER_ONLY(sweep_hopper_body<ExactF32>(p)); }
+ROLE_KERNEL(sweep_hopper_f16, PairsParams, SWEEP_HOPPER_THREADS) { HOPPER_ONLY(sweep_hopper_body<HalfF16>(p)); }
+ROLE_KERNEL(sweep_hopper_bf16, PairsParams, SWEEP_HOPPER_THREADS) { HOPPER_ONLY(sweep_hopper_body<HalfBf16>(p)); }

@@ -134,6 +134,21 @@ DEVICE Descriptor advanced_granules(Descriptor descriptor, uint32_t granules) {
     return descriptor >> 32 << 32 | static_cast<uint32_t>(static_cast<uint32_t>(descriptor) + granules);
 }
 
+// Warps by their roles: the first ones multiply, `run(team)`, and have the registers of those behind them, of which each has
+// one thread at work, `serve(warp)`.
+template <class Numbers, class Serve, class Run>
+DEVICE void divide_roles(Serve serve, Run run) {
+    constexpr uint32_t team_warps = kTeams<Numbers> * kTeamWarps;
+    uint32_t warp = shuffle(warp_index(), 0);
+    if (warp >= team_warps) {
+        setmaxnreg_dec<Numbers::exact ? 40 : 32>();
+        if (lane_index() == 0) serve(warp - team_warps);
+    } else {
+        setmaxnreg_inc<Numbers::exact ? 232 : 112>();
+        run(warp / kTeamWarps);
+    }
+}
+
 // A warp of a team.
 struct TeamWarp {
     uint32_t team;

@@ -66,6 +66,11 @@ using HalfBf16 = Narrow<Bf16>;
 
 // Defines one kernel in every precision from a device function `template <class Numbers> name_body(p)`.
 #define KERNEL_IN_EVERY_PRECISION(name, Params) KERNEL_OF_NARROW_BLOCKS(name, Params, 1)
+// The same of a kernel that only Hopper has; `name_body` is defined where there is wgmma.
+#define HOPPER_KERNEL_IN_EVERY_PRECISION(name, Params)                             \
+    KERNEL(name##_f32, Params, 1) { HOPPER_ONLY(name##_body<ExactF32>(p)); }       \
+    KERNEL(name##_f16, Params, 1) { HOPPER_ONLY(name##_body<HalfF16>(p)); }        \
+    KERNEL(name##_bf16, Params, 1) { HOPPER_ONLY(name##_body<HalfBf16>(p)); }
 // So many blocks a multiprocessor, of exact f32 one.
 #define KERNEL_OF_NARROW_BLOCKS(name, Params, blocks)                 \
     KERNEL(name##_f32, Params, 1) { name##_body<ExactF32>(p); }       \

@@ -50,6 +50,13 @@ DEVICE void wgmma(HalfBf16, float (&c)[n][4], Descriptor a, Descriptor b) {
     wgmma_bf16<transposed, transposed_a>(c, a, b);
 }
 
+// c += a b of 64 of the inner dimension (a k block), asynchronously.
+template <class Numbers, int n>
+DEVICE void multiply_k_block(float (&c)[n][4], Descriptor a, Descriptor b) {
+#pragma unroll
+    for (int step = 0; step < kGranules / 2; ++step) wgmma<false>(Numbers{}, c, advanced(a, step * 32), advanced(b, step * 32));
+}
+
 // = the products of two operands of 64 of the inner dimension.
 template <int n>
 DEVICE void multiply_lines(float (&sums)[n][4], Descriptor a, Descriptor b) {
@@ -127,6 +134,7 @@ DEVICE void group_multiply_tile(float (&acc)[n][4], const void *a, const void *b
     // A stage is filled again when the product that read it is done: ahead + pending < stage_count.
     constexpr int ahead = stage_count / 2;
     constexpr int pending = stage_count / 2 - 1;
+    static_assert(Numbers::exact || pending >= 0, "a stage is read while another is filled");
     constexpr uint32_t line_bytes = TILE * STAGE_BYTES, operand_bytes = kLines<Numbers> * line_bytes;
     constexpr uint32_t rows_bytes = n == 16 ? line_bytes : line_bytes / 2;
     auto a_bytes = static_cast<const unsigned char *>(a);
@@ -158,15 +166,13 @@ DEVICE void group_multiply_tile(float (&acc)[n][4], const void *a, const void *b
             add_split_products(acc, rows, advanced(rows, line_bytes), columns, advanced(columns, line_bytes), [] {});
         } else {
             wgmma_fence();
-#pragma unroll
-            for (int step = 0; step < kGranules / 2; ++step) {
-                wgmma<false>(Numbers{}, acc, advanced(rows, step * 32), advanced(columns, step * 32));
-            }
+            multiply_k_block<Numbers>(acc, rows, columns);
             wgmma_commit();
             wgmma_wait<pending>();
         }
     }
     wgmma_wait<0>();
+    settle(acc);
     block_sync();
     stages.filled += count;
 }
