@@ -58,10 +58,10 @@
 #define ORDER_TILE 2048
 #define ORDER_OWN 64
 #define ORDER_RUNS 32
-/* Where one merge of such tiles would not do: four times the keys, sorted by one block. */
+/* Layout one merge of such tiles would not do: four times the keys, sorted by one block. */
 #define ORDER_WIDE_TILE 8192
 #define ORDER_WIDE_THREADS 1024
-/* The labels, as they are and as f32, what each warp has counted for each own key, and a flag a warp. Where a block sorts, keys of
+/* The labels, as they are and as f32, what each warp has counted for each own key, and a flag a warp. Layout a block sorts, keys of
  * 10 bytes with a gap behind every 8. */
 #define ORDER_SHARED_BYTES (ORDER_TILE * (8 + 4) + THREADS / 32 * (ORDER_OWN + 1) * 4)
 /* Keys of a block that merges, and what each warp has found for each. */
@@ -131,7 +131,7 @@ typedef struct ClassRange {
 
 /* One side of the comparison, prepared: class order, zero padding. */
 typedef struct Side {
-    const void *rows;       /* [tiles, stages, TILE, STAGE_BYTES], swizzled: prepared_place() in mma_tile.cuh */
+    const void *rows;       /* [tiles, stages, TILE, STAGE_BYTES], swizzled: prepared_offset() in mma_tile.cuh */
     const uint32_t *order;  /* [count], original index of each row */
     const float *duplicate; /* [tiles * TILE]; a pair of one class that reaches both rows' is a duplicate */
     uint32_t count;         /* B or N */

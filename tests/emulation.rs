@@ -207,8 +207,8 @@ fn hopper_s_kernel_without_a_fault_passes() {
 #[test]
 fn a_team_that_waits_by_parity_alone_is_caught() {
     // It takes the phase before the other team's for its own stage's.
-    let turn = "if (walk.turn > 0) mbarrier_wait(&shared.turn[team]";
-    assert_caught(&run_faulty_team(turn, "if (false) mbarrier_wait(&shared.turn[team]"));
+    let turn = "if (walk.tiles_before > 0) mbarrier_wait(&shared.order[team]";
+    assert_caught(&run_faulty_team(turn, "if (false) mbarrier_wait(&shared.order[team]"));
 }
 
 #[test]
@@ -304,7 +304,7 @@ fn reading_before_a_bulk_copy_has_landed_is_caught() {
 
 #[test]
 fn waiting_for_the_wrong_phase_is_caught() {
-    let parity = "return fill / kRing<Shared> % 2;";
+    let parity = "return fill / kStageCount<Shared> % 2;";
     assert_caught(&run_faulty_hopper("hopper_roles.cuh", parity, "return fill % 2;"));
 }
 
@@ -353,8 +353,8 @@ fn reading_global_memory_after_a_wait_for_what_a_bulk_store_has_read_is_caught()
 
 #[test]
 fn products_without_a_wgmma_fence_are_caught() {
-    let fenced = "stage_descriptor(weights);\n    wgmma_fence();";
-    let message = run_faulty_hopper("gradient_hopper.cu", fenced, "stage_descriptor(weights);");
+    let fenced = "k_major_descriptor(weights);\n    wgmma_fence();";
+    let message = run_faulty_hopper("gradient_hopper.cu", fenced, "k_major_descriptor(weights);");
     assert!(message.contains("a group of products without a wgmma_fence()"), "{message}");
 }
 
@@ -374,8 +374,8 @@ fn a_wait_that_may_come_two_phases_late_is_caught() {
     // The stage is filled again just before: a warp that is held up between the two finds the phase after the next.
     let fault = Fault {
         file: "gradient_hopper_f32.cu",
-        from: "walk.rows_fills - 1 : SplitRoles::stages - 1;",
-        to: "walk.rows_fills - 1 : SplitRoles::stages;",
+        from: "walk.rows_fills - 1 : RolesF32::stages - 1;",
+        to: "walk.rows_fills - 1 : RolesF32::stages;",
     };
     let output = run("gradient_split", &["gradient_hopper_f32.cu"], Some(&fault), &[]);
     assert!(said(&output).contains("a phase that nobody ends"), "{}", said(&output));
@@ -417,11 +417,11 @@ fn faults_in_the_gradient_of_split_rows_are_caught() {
         // Stages are given back before the product that reads them is through.
         "wgmma_wait<1>();  // this product goes on, that before it is done",
         // Stages, and then a matrix, are filled again before they are given back.
-        "if (fill >= SplitRoles::stages) mbarrier_wait(empty_of(shared, fill), parity_of(shared, fill - SplitRoles::stages));",
+        "if (fill >= RolesF32::stages) mbarrier_wait(empty_of(shared, fill), parity_of(shared, fill - RolesF32::stages));",
         "if (first > 0) mbarrier_wait(empty_of(shared, first - 1), parity_of(shared, first - 1));",
         // Weights are stored before zeros have landed, and products read before bulk copies have.
-        "mbarrier_wait(&shared.zeroed[turn.matrix()], turn.matrix_parity());",
-        "mbarrier_wait(&shared.built[turn.matrix()], turn.matrix_parity());",
+        "mbarrier_wait(&shared.zeroed[work.matrix()], work.matrix_parity());",
+        "mbarrier_wait(&shared.built[work.matrix()], work.matrix_parity());",
     ];
     for from in faults {
         let fault = Fault { file: "gradient_hopper_f32.cu", from, to: "" };
@@ -438,12 +438,12 @@ fn a_wait_by_parity_alone_is_caught() {
     let message = run_faulty_hopper_twice([
         Fault {
             file: "gradient_hopper.cu",
-            from: "recompute_values<Numbers>(shared, &shared.valued[part],",
-            to: "recompute_values<Numbers>(shared, &shared.valued[0],",
+            from: "recompute_values<Precision>(shared, &shared.valued[part],",
+            to: "recompute_values<Precision>(shared, &shared.valued[0],",
         },
         Fault {
             file: "hopper_roles.cuh",
-            from: "mbarrier_wait(&my.shared.valued[part], turn.recomputed % 2);",
+            from: "mbarrier_wait(&my.shared.valued[part], work.recomputed % 2);",
             to: "mbarrier_wait(&my.shared.valued[0], part);",
         },
     ]);
@@ -459,11 +459,11 @@ fn an_aligned_instruction_after_a_wait_without_a_warp_sync_is_caught() {
 
 #[test]
 fn a_barrier_of_the_block_after_a_wait_of_one_lane_is_caught() {
-    let begun = "for (Barrier &barrier : shared.valued) mbarrier_init(&barrier, kMultipliers);";
+    let begun = "for (Barrier &barrier : shared.valued) mbarrier_init(&barrier, kMmaWarps);";
     let message = run_faulty_hopper(
         "hopper_roles.cuh",
         begun,
-        "for (Barrier &barrier : shared.valued) mbarrier_init(&barrier, kMultipliers);
+        "for (Barrier &barrier : shared.valued) mbarrier_init(&barrier, kMmaWarps);
         mbarrier_wait(&shared.valued[0], 1);",
     );
     assert!(message.contains("lanes are apart, no warp_sync() before block_sync"), "{message}");
@@ -471,11 +471,11 @@ fn a_barrier_of_the_block_after_a_wait_of_one_lane_is_caught() {
 
 #[test]
 fn a_named_barrier_of_too_many_threads_is_caught() {
-    let read = "named_sync(kBuildersBarrier, kBuilderThreads);  // the values are read";
+    let read = "named_sync(kBuildBarrier, kBuildThreads);  // the values are read";
     let message = run_faulty_hopper(
         "hopper_roles.cuh",
         read,
-        "named_sync(kBuildersBarrier, kBuilderThreads + 32);  // the values are read",
+        "named_sync(kBuildBarrier, kBuildThreads + 32);  // the values are read",
     );
     let caught = message.contains("a named barrier") || message.contains("a phase that nobody ends");
     assert!(caught, "{message}");
@@ -483,13 +483,13 @@ fn a_named_barrier_of_too_many_threads_is_caught() {
 
 #[test]
 fn a_named_barrier_that_is_missing_is_caught() {
-    let read = "named_sync(kBuildersBarrier, kBuilderThreads);  // the values are read";
+    let read = "named_sync(kBuildBarrier, kBuildThreads);  // the values are read";
     assert_caught(&run_faulty_hopper("hopper_roles.cuh", read, ""));
 }
 
 #[test]
 fn storing_before_zeros_have_landed_is_caught() {
-    let wait = "mbarrier_wait(&shared.zeroed[turn.matrix()], turn.matrix_parity());";
+    let wait = "mbarrier_wait(&shared.zeroed[work.matrix()], work.matrix_parity());";
     assert_caught(&run_faulty_hopper("gradient_hopper.cu", wait, ""));
 }
 
@@ -511,11 +511,11 @@ fn a_wrong_swizzle_is_caught() {
 
 #[test]
 fn a_descriptor_of_the_wrong_stride_is_caught() {
-    let panels = "panels_descriptor(stage_of(shared, fill), kStagePanel)";
+    let panels = "mn_major_descriptor(stage_of(shared, fill), kStagePanel)";
     let message = run_faulty_hopper(
         "gradient_hopper.cu",
         panels,
-        "panels_descriptor(stage_of(shared, fill), kStagePanel / 2)",
+        "mn_major_descriptor(stage_of(shared, fill), kStagePanel / 2)",
     );
     assert!(message.contains("want"), "{message}");
 }
@@ -542,10 +542,10 @@ fn copying_over_a_stage_that_is_read_is_caught() {
 
 #[test]
 fn a_read_past_the_rows_is_caught_by_the_address_sanitizer() {
-    let fault = "cp_async(to + i * kTurn, from + i * kTurn)";
+    let fault = "cp_async(to + i * kCopyBytes, from + i * kCopyBytes)";
     let message = run_faulty(
         fault,
-        "cp_async(to + i * kTurn, from + i * kTurn + STAGE_BYTES)",
+        "cp_async(to + i * kCopyBytes, from + i * kCopyBytes + STAGE_BYTES)",
         &["-fsanitize=address"],
     );
     assert!(message.contains("heap-buffer-overflow"), "{message}");
@@ -596,7 +596,7 @@ fn a_plain_access_that_races_another_block_is_caught_by_the_thread_sanitizer() {
 
 #[test]
 fn a_race_within_a_block_is_named_by_the_thread_sanitizer() {
-    let read = "named_sync(kBuildersBarrier, kBuilderThreads);  // the values are read";
+    let read = "named_sync(kBuildBarrier, kBuildThreads);  // the values are read";
     let message = run_racing("gradient", "hopper_roles.cuh", read, "");
     assert!(message.contains("data race") && message.contains("gradient_hopper.cu"), "{message}");
 }
@@ -604,7 +604,7 @@ fn a_race_within_a_block_is_named_by_the_thread_sanitizer() {
 #[test]
 fn an_arrival_that_is_missing_between_roles_is_named_by_the_thread_sanitizer() {
     // M is built again without waiting for what else its builders wrote and read.
-    let wait = "mbarrier_wait(&my.shared.valued[part], turn.recomputed % 2);";
+    let wait = "mbarrier_wait(&my.shared.valued[part], work.recomputed % 2);";
     let message = run_racing("gradient", "hopper_roles.cuh", wait, "");
     assert!(message.contains("data race") && message.contains("gradient_hopper.cu"), "{message}");
 }

@@ -117,8 +117,8 @@ void leave(Fiber &, Fiber &, bool) {}
 thread_local void (*next_main)() = nullptr;
 
 void trampoline() {
-    Fiber fresh;
-    enter(fresh);
+    Fiber from_zero;
+    enter(from_zero);
     next_main();
     std::abort();
 }

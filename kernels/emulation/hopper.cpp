@@ -72,7 +72,7 @@ struct Operand {
 constexpr uint32_t kDepth = 16, kMostColumns = 256;
 
 // An operand's `count` rows, or columns, from `first` on, as [k, count].
-template <Numbers numbers>
+template <Precision numbers>
 void load(double (*to)[kMostColumns], const Operand &operand, bool transposed, uint32_t first, uint32_t count) {
     for (uint32_t i = 0; i < (transposed ? kDepth : count); ++i) {
         for (uint32_t j = 0; j < (transposed ? count : kDepth); j += 8) {
@@ -85,7 +85,7 @@ void load(double (*to)[kMostColumns], const Operand &operand, bool transposed, u
     }
 }
 
-template <Numbers numbers>
+template <Precision numbers>
 void run_product(const Product &product, int warp) {
     static thread_local double a[kDepth][kMostColumns], b[kDepth][kMostColumns];  // too large for a fiber
     const auto columns = static_cast<uint32_t>(product.operands.columns);
@@ -98,7 +98,7 @@ void run_product(const Product &product, int warp) {
         }
         for (uint32_t column = 0; column < columns; ++column) {
             float &c = product.c[row % 8 * 4 + column % 8 / 2][column / 8 * 4 + row / 8 * 2 + column % 2];
-            c = truncate((product.operands.fresh ? 0.0 : static_cast<double>(c)) + sums[column]);
+            c = truncate((product.operands.from_zero ? 0.0 : static_cast<double>(c)) + sums[column]);
         }
     }
 }
@@ -111,7 +111,7 @@ void run_products(uint64_t pending) {
         bool due = warp.products.front().group + pending < warp.group;
         if (!due && machine->random.below(4) != 0) break;
         const Product &product = warp.products.front();
-        (product.numbers == Numbers::f16 ? run_product<Numbers::f16> : run_product<Numbers::bf16>)(product, index);
+        (product.numbers == Precision::f16 ? run_product<Precision::f16> : run_product<Precision::bf16>)(product, index);
         Unwatched bookkeeping;
         warp.products.pop_front();
     }
@@ -276,7 +276,7 @@ void *shared_at(uint32_t address, uint32_t bytes) {
     return machine->shared + offset;
 }
 
-template <Numbers numbers>
+template <Precision numbers>
 void wgmma(void **lanes) {
     const auto &first = *static_cast<GroupMultiply *>(lanes[0]);
     Warp &warp = machine->warp();
@@ -290,8 +290,8 @@ void wgmma(void **lanes) {
     Unwatched bookkeeping;
     warp.products.push_back(product);
 }
-template void wgmma<Numbers::f16>(void **);
-template void wgmma<Numbers::bf16>(void **);
+template void wgmma<Precision::f16>(void **);
+template void wgmma<Precision::bf16>(void **);
 
 void wgmma_fence() {
     aligned("wgmma_fence");

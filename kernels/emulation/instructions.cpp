@@ -54,7 +54,7 @@ void reads_matrix(const void *row) {
     reads(row, 16);
 }
 
-template <Numbers numbers>
+template <Precision numbers>
 void multiply(void **lanes) {
     double a[16][16], b[16][8];
     for (int lane = 0; lane < 32; ++lane) {
@@ -85,8 +85,8 @@ void multiply(void **lanes) {
         }
     }
 }
-template void multiply<Numbers::f16>(void **);
-template void multiply<Numbers::bf16>(void **);
+template void multiply<Precision::f16>(void **);
+template void multiply<Precision::bf16>(void **);
 
 template <bool transposed>
 void ldmatrix(void **lanes) {

@@ -208,7 +208,7 @@ void block_barrier(const char *file, int line) {
     lanes_together();
 }
 
-uint32_t arrive_at(uint32_t *arrived) {
+uint32_t count_arrival(uint32_t *arrived) {
     acquire(arrived);
     uint32_t before = (*arrived)++;
     release(arrived);

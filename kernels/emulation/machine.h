@@ -64,13 +64,13 @@ void cp_async(void *to, const void *from);
 void cp_async_commit();
 void cp_async_wait(int pending);
 
-enum class Numbers { f16, bf16 };
+enum class Precision { f16, bf16 };
 struct Multiply {
     float *c;
     const uint32_t *a;
     const uint32_t *b;
 };
-template <Numbers numbers>
+template <Precision numbers>
 void multiply(void **lanes);
 struct LdMatrix {
     uint32_t *r;
@@ -89,9 +89,9 @@ struct GroupMultiply {
     float *c;
     uint64_t a, b;
     int columns;
-    bool transposed, transposed_a, fresh;
+    bool transposed, transposed_a, from_zero;
 };
-template <Numbers numbers>
+template <Precision numbers>
 void wgmma(void **lanes);
 void wgmma_commit(void **lanes);
 void wgmma_wait(void **lanes);
@@ -122,7 +122,7 @@ void bulk_store_wait_read();
 void *shared_at(uint32_t address, uint32_t bytes);
 
 // A block's arrival: what it did before is done before what those do that come later.
-uint32_t arrive_at(uint32_t *arrived);
+uint32_t count_arrival(uint32_t *arrived);
 
 uint16_t f16_bits(float value);
 
@@ -218,12 +218,12 @@ inline void atomic_add(T *target, T value) {
     using Bits = std::make_unsigned_t<T>;  // which wraps around
     atomic_store(target, static_cast<T>(static_cast<Bits>(atomic_load(target)) + static_cast<Bits>(value)));
 }
-inline uint64_t atomic_take(uint64_t *target, uint64_t value) {
+inline uint64_t atomic_fetch_add(uint64_t *target, uint64_t value) {
     uint64_t before = atomic_load(target);
     atomic_store(target, before + value);
     return before;
 }
-inline uint32_t atomic_next(uint32_t *target) {
+inline uint32_t atomic_fetch_increment(uint32_t *target) {
     uint32_t before = atomic_load(target);
     atomic_store(target, before + 1);
     return before;
@@ -256,13 +256,13 @@ inline void ldmatrix_transposed(uint32_t (&r)[4], const void *row) {
 }
 inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     emulation::Multiply one{c, a, b};
-    emulation::collective("mma_bf16", &one, emulation::multiply<emulation::Numbers::bf16>);
+    emulation::collective("mma_bf16", &one, emulation::multiply<emulation::Precision::bf16>);
 }
 inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     emulation::Multiply one{c, a, b};
-    emulation::collective("mma_f16", &one, emulation::multiply<emulation::Numbers::f16>);
+    emulation::collective("mma_f16", &one, emulation::multiply<emulation::Precision::f16>);
 }
-using emulation::arrive_at;
+using emulation::count_arrival;
 using emulation::fence_proxy_async;
 using emulation::fence_proxy_async_all;
 using emulation::Barrier;
@@ -286,7 +286,7 @@ inline void store_element(uint32_t first, uint32_t word) {
 using emulation::shared_address;
 using emulation::wgmma_fence;
 template <int n>
-inline void settle(float (&)[n][4]) {}
+inline void fence_accumulators(float (&)[n][4]) {}
 inline void wgmma_commit() {
     emulation::aligned("wgmma_commit");
     emulation::collective("wgmma_commit", nullptr, emulation::wgmma_commit);
@@ -297,20 +297,20 @@ inline void wgmma_wait() {
     emulation::aligned("wgmma_wait");
     emulation::collective("wgmma_wait", &operand, emulation::wgmma_wait);
 }
-template <bool transposed, bool transposed_a, bool fresh = false, int n>
+template <bool transposed, bool transposed_a, bool from_zero = false, int n>
 inline void wgmma_bf16(float (&c)[n][4], uint64_t a, uint64_t b) {
-    emulation::GroupMultiply one{&c[0][0], a, b, n * 8, transposed, transposed_a, fresh};
+    emulation::GroupMultiply one{&c[0][0], a, b, n * 8, transposed, transposed_a, from_zero};
     emulation::aligned("wgmma_bf16");
-    emulation::collective("wgmma_bf16", &one, emulation::wgmma<emulation::Numbers::bf16>);
+    emulation::collective("wgmma_bf16", &one, emulation::wgmma<emulation::Precision::bf16>);
 }
-template <bool transposed, bool transposed_a, bool fresh = false, int n>
+template <bool transposed, bool transposed_a, bool from_zero = false, int n>
 inline void wgmma_f16(float (&c)[n][4], uint64_t a, uint64_t b) {
-    emulation::GroupMultiply one{&c[0][0], a, b, n * 8, transposed, transposed_a, fresh};
+    emulation::GroupMultiply one{&c[0][0], a, b, n * 8, transposed, transposed_a, from_zero};
     emulation::aligned("wgmma_f16");
-    emulation::collective("wgmma_f16", &one, emulation::wgmma<emulation::Numbers::f16>);
+    emulation::collective("wgmma_f16", &one, emulation::wgmma<emulation::Precision::f16>);
 }
-inline void reads_below() {}
-inline void settle(uint32_t &) {}
+inline void compiler_barrier() {}
+inline void opaque(uint32_t &) {}
 [[noreturn]] inline void trap() { emulation::stop("trap"); }
 
 inline uint32_t bits_of(float value) {

@@ -136,7 +136,7 @@ struct Thread {
 struct Product {
     float *c[32];
     GroupMultiply operands;
-    Numbers numbers;
+    Precision numbers;
     uint64_t group;
 };
 
@@ -204,9 +204,9 @@ struct Machine {
 extern __thread Machine *machine;
 
 // What an operand's element of 16 bits stands for.
-template <Numbers numbers>
+template <Precision numbers>
 double number(uint16_t bits) {
-    return static_cast<double>(numbers == Numbers::f16 ? from_f16_bits(bits) : float_of(static_cast<uint32_t>(bits) << 16));
+    return static_cast<double>(numbers == Precision::f16 ? from_f16_bits(bits) : float_of(static_cast<uint32_t>(bits) << 16));
 }
 
 // As a tensor core adds: towards 0.

@@ -13,7 +13,7 @@
 
 #include "gradient/hopper_roles.cuh"
 
-#ifdef HAS_WARPGROUP_PRODUCTS
+#ifdef HAS_WGMMA
 
 constexpr uint32_t kDepth = TILE / 2;                             // rows of R in a stage
 constexpr uint32_t kStagePanel = kDepth * STAGE_BYTES;            // of them, 64 columns
@@ -25,12 +25,12 @@ constexpr uint32_t kMatrices = GRADIENT_HOPPER_STAGES / 2 + 1, kTileBytes = TILE
 static_assert((TILE + kHalf) * STAGE_BYTES <= kStageBytes, "a step of half a recomputed tile");
 static_assert(TILE * kHalf * sizeof(float) == kStageBytes, "and its values");
 
-struct NarrowRoles {
-    static constexpr uint32_t matrices = kMatrices, parts = 2, step_fills = 1;
+struct Roles16Bit {
+    static constexpr uint32_t matrices = kMatrices, parts = 2, k_block_fills = 1;
 };
-using Turn = RolesTurn<NarrowRoles>;
+using Work = RolesWork<Roles16Bit>;
 template <bool words>
-using Walk = RolesWalk<NarrowRoles, words>;
+using Walk = RolesWalk<Roles16Bit, words>;
 
 struct GradientHopperShared {
     unsigned char stages[GRADIENT_HOPPER_STAGES][kStageBytes];  // [columns / 64, kDepth, STAGE_BYTES]
@@ -44,11 +44,11 @@ static_assert(sizeof(GradientHopperShared) == GRADIENT_HOPPER_SHARED_BYTES, "the
 static_assert(kHopperListsBytes <= sizeof(GradientHopperShared), "where the stages are");
 
 // The warp that copies: R of every tile, before it zeros for its M or, of a recomputed one, the operands of S.
-template <class Numbers>
+template <class Precision>
 DEVICE void copy_rows(const GradientParams &p, GradientHopperShared &shared, Walk<false> walk, ColumnBlock columns) {
     const Pairs &pairs = p.pairs;
     uint32_t panels = columns.count / kPanelColumns;
-    auto own_rows = static_cast<const unsigned char *>(tile_rows<Numbers>(own_side(p), walk.x, pairs.stride));
+    auto own_rows = static_cast<const unsigned char *>(tile_rows<Precision>(own_side(p), walk.x, pairs.stride));
     auto begin_stage = [&](uint32_t fill) {
         if (fill >= GRADIENT_HOPPER_STAGES) mbarrier_wait(empty_of(shared, fill), parity_of(shared, fill - GRADIENT_HOPPER_STAGES));
         warp_sync();
@@ -62,15 +62,15 @@ DEVICE void copy_rows(const GradientParams &p, GradientHopperShared &shared, Wal
         warp_sync();
     };
     bool there = walk.next();
-    if (there) clear(walk.turn.matrix());
+    if (there) clear(walk.work.matrix());
     while (there) {
-        Turn turn = walk.turn;
+        Work work = walk.work;
         there = walk.next();
-        auto rows = static_cast<const unsigned char *>(tile_rows<Numbers>(other_side(p), turn.y, pairs.stride));
-        uint32_t fill = turn.fill;
-        if (!turn.stored) {
+        auto rows = static_cast<const unsigned char *>(tile_rows<Precision>(other_side(p), work.y, pairs.stride));
+        uint32_t fill = work.fill;
+        if (!work.stored) {
             for (uint32_t half = 0; half < 2; ++half) {
-                for (uint32_t step = 0; step < walk.steps; ++step, ++fill) {
+                for (uint32_t step = 0; step < walk.k_blocks; ++step, ++fill) {
                     begin_stage(fill);
                     if (lane_index() == 0) {
                         constexpr uint32_t half_bytes = kHalf * STAGE_BYTES;
@@ -90,7 +90,7 @@ DEVICE void copy_rows(const GradientParams &p, GradientHopperShared &shared, Wal
         for (uint32_t half = 0; half < 2; ++half, ++fill) {
             begin_stage(fill);
             // The product that gave this stage back was the last to read the matrix that the next tile gets.
-            if (half == 1 && there) clear(walk.turn.matrix());
+            if (half == 1 && there) clear(walk.work.matrix());
             if (lane_index() == 0) mbarrier_arrive_expect_tx(full_of(shared, fill), panels * kStagePanel);
             warp_sync();
             if (lane_index() < panels) {
@@ -114,23 +114,23 @@ struct Building {
     uint32_t thread;  // of theirs
 };
 
-// This thread's granules of a tile's words, kBuilderThreads apart: none of a tile that is not stored.
+// This thread's granules of a tile's words, kBuildThreads apart: none of a tile that is not stored.
 struct Source {
     const Words *first = nullptr;
     uint32_t count = 0;
     DEVICE Source() {}
-    DEVICE Source(const Building &my, const Turn &turn) {
-        if (!turn.stored) return;
-        first = reinterpret_cast<const Words *>(my.p.pairs.pool_words + static_cast<uint64_t>(turn.segment) * 4) + my.thread;
-        count = ((turn.count + Words::count - 1) / Words::count + kBuilderThreads - 1 - my.thread) / kBuilderThreads;
+    DEVICE Source(const Building &my, const Work &work) {
+        if (!work.stored) return;
+        first = reinterpret_cast<const Words *>(my.p.pairs.pool_words + static_cast<uint64_t>(work.segment) * 4) + my.thread;
+        count = ((work.count + Words::count - 1) / Words::count + kBuildThreads - 1 - my.thread) / kBuildThreads;
     }
     // Of kAhead from the first on; zeros where there are fewer.
-    DEVICE Words at(uint32_t index) const { return index < count ? first[index * kBuilderThreads] : Words{}; }
+    DEVICE Words at(uint32_t index) const { return index < count ? first[index * kBuildThreads] : Words{}; }
     // What is left behind kAhead.
     DEVICE Source rest() const {
         Source rest;
         if (count > kAhead) {
-            rest.first = first + kAhead * kBuilderThreads;
+            rest.first = first + kAhead * kBuildThreads;
             rest.count = count - kAhead;
         }
         return rest;
@@ -138,37 +138,37 @@ struct Source {
 };
 
 // The other triangle of a tile of the diagonal, which holds each of its pairs once.
-template <class Numbers>
-DEVICE void mirror(const GradientParams &p, unsigned char *matrix, const Turn &turn, uint32_t thread) {
-    const uint32_t *words = p.pairs.pool_words + static_cast<uint64_t>(turn.segment) * 4;
+template <class Precision>
+DEVICE void mirror(const GradientParams &p, unsigned char *matrix, const Work &work, uint32_t thread) {
+    const uint32_t *words = p.pairs.pool_words + static_cast<uint64_t>(work.segment) * 4;
 #pragma unroll 1
-    for (uint32_t k = thread; k < turn.count; k += kBuilderThreads) {
-        uint32_t word = words[k], place = stored_place<Numbers>(word);
-        *reinterpret_cast<uint16_t *>(matrix + matrix_place<Numbers>(place % TILE, place / TILE)) = word_element(word);
+    for (uint32_t k = thread; k < work.count; k += kBuildThreads) {
+        uint32_t word = words[k], place = stored_index<Precision>(word);
+        *reinterpret_cast<uint16_t *>(matrix + matrix_offset<Precision>(place % TILE, place / TILE)) = word_element(word);
     }
 }
 
-template <class Numbers>
+template <class Precision>
 DEVICE void build_matrices(const GradientParams &p, GradientHopperShared &shared, Walk<true> walk) {
-    Building my{p, shared, thread_index() - kMultipliers * 32};
+    Building my{p, shared, thread_index() - kMmaWarps * 32};
     Words ahead[kAhead];
     bool there = walk.next();
-    Source source = there ? Source(my, walk.turn) : Source();
+    Source source = there ? Source(my, walk.work) : Source();
 #pragma unroll
     for (uint32_t a = 0; a < kAhead; ++a) ahead[a] = source.at(a);
     while (there) {
-        Turn turn = walk.turn;
+        Work work = walk.work;
         there = walk.next();  // its words are loaded where this tile's are used up
-        Source next = there ? Source(my, walk.turn) : Source();
-        mbarrier_wait(&shared.zeroed[turn.matrix()], turn.matrix_parity());  // and nobody reads the matrix any more
+        Source next = there ? Source(my, walk.work) : Source();
+        mbarrier_wait(&shared.zeroed[work.matrix()], work.matrix_parity());  // and nobody reads the matrix any more
         warp_sync();
-        unsigned char *matrix = shared.matrices[turn.matrix()];
-        if (!turn.stored) {
+        unsigned char *matrix = shared.matrices[work.matrix()];
+        if (!work.stored) {
             auto weight = [&](uint32_t anchor, uint32_t reference, float s) {
-                return matrix_weight<Numbers>(p.pairs, anchor, reference, s) * p.weight_scale;
+                return matrix_weight<Precision>(p.pairs, anchor, reference, s) * p.weight_scale;
             };
-            auto store = [&](uint32_t row, uint32_t column, float value) { store_weight<Numbers>(matrix, row, column, value); };
-            build_recomputed<kHalf>(my, turn, walk.x, walk.steps, weight, store);
+            auto store = [&](uint32_t row, uint32_t column, float value) { store_weight<Precision>(matrix, row, column, value); };
+            build_recomputed<kHalf>(my, work, walk.x, walk.k_blocks, weight, store);
         }
         uint32_t address = shared_address(matrix);
         for (bool last = false; !last;) {
@@ -182,110 +182,110 @@ DEVICE void build_matrices(const GradientParams &p, GradientHopperShared &shared
                 ahead[a] = source.at(a);
             }
         }
-        if (turn.stored && turn.tile.diagonal) mirror<Numbers>(p, matrix, turn, my.thread);
+        if (work.stored && work.tile.diagonal) mirror<Precision>(p, matrix, work, my.thread);
         fence_proxy_async();
         warp_sync();
-        arrive_as_warp(&shared.built[turn.matrix()]);
+        arrive_as_warp(&shared.built[work.matrix()]);
     }
 }
 
 // Half of S of a tile that was not stored, its values left in the stage behind its operands. The bits are those
 // of the sweep: either order of the operands gives the same.
-template <class Numbers>
-DEVICE void recompute_values(GradientHopperShared &shared, Barrier *valued, uint32_t fill, uint32_t steps, uint32_t group) {
+template <class Precision>
+DEVICE void recompute_values(GradientHopperShared &shared, Barrier *valued, uint32_t fill, uint32_t k_blocks, uint32_t group) {
     float acc[kHalf / 8][4];
     clear(acc);
-    for (uint32_t step = 0; step < steps; ++step, ++fill) {
+    for (uint32_t step = 0; step < k_blocks; ++step, ++fill) {
         mbarrier_wait(full_of(shared, fill), parity_of(shared, fill));
         warp_sync();
         unsigned char *stage = stage_of(shared, fill);
-        Descriptor rows = stage_descriptor(stage + group * kDepth * STAGE_BYTES), columns = stage_descriptor(stage + kOperandBytes);
+        Descriptor rows = k_major_descriptor(stage + group * kDepth * STAGE_BYTES), columns = k_major_descriptor(stage + kOperandBytes);
         wgmma_fence();
-        multiply_k_block<Numbers>(acc, rows, columns);
+        multiply_k_block<Precision>(acc, rows, columns);
         wgmma_commit();
         wgmma_wait<0>();
         arrive_as_warp(empty_of(shared, fill));
     }
-    settle(acc);
+    fence_accumulators(acc);
     publish_values<kHalf>(shared, acc, fill, valued);
 }
 
 // The product with one stage; `weights` are 64 rows of M's tile, or 64 columns.
-template <class Numbers, bool transposed, int n>
+template <class Precision, bool transposed, int n>
 DEVICE void multiply_half(float (&sums)[n][4], const unsigned char *weights, Descriptor rows) {
-    Descriptor m = transposed ? panels_descriptor(weights, kPanelBytes<Numbers>) : stage_descriptor(weights);
+    Descriptor m = transposed ? mn_major_descriptor(weights, kPanelBytes<Precision>) : k_major_descriptor(weights);
     wgmma_fence();
 #pragma unroll
     for (uint32_t k = 0; k < kDepth; k += 16) {
-        wgmma<true, transposed>(Numbers{}, sums, advanced(m, k * (transposed ? STAGE_BYTES : 2)), advanced(rows, k * STAGE_BYTES));
+        wgmma<true, transposed>(Precision{}, sums, advance(m, k * (transposed ? STAGE_BYTES : 2)), advance(rows, k * STAGE_BYTES));
     }
     wgmma_commit();
     wgmma_wait<1>();  // this product goes on, that before it is done
 }
 
 // The two warpgroups that multiply: 64 rows each and at most 8 n columns.
-template <class Numbers, int n>
+template <class Precision, int n>
 DEVICE void multiply_matrices(const GradientParams &p, GradientHopperShared &shared, Walk<false> walk, ColumnBlock columns) {
     uint32_t group = shuffle(warp_index(), 0) / 4;  // which the compiler then knows to be the warp's
     float sums[n][4];
     clear(sums);
     bool open = false;  // the last product is still under way: its stage is not given back yet
     while (walk.next()) {
-        const Turn &turn = walk.turn;
-        uint32_t fill = turn.fill + turn.before_rows(walk.steps);
-        if (!turn.stored) {
+        const Work &work = walk.work;
+        uint32_t fill = work.fill + work.before_rows(walk.k_blocks);
+        if (!work.stored) {
             wgmma_wait<0>();
             if (open) {
-                arrive_as_warp(empty_of(shared, turn.fill - 1));
+                arrive_as_warp(empty_of(shared, work.fill - 1));
                 open = false;
             }
             for (uint32_t part = 0; part < 2; ++part) {
-                recompute_values<Numbers>(shared, &shared.valued[part], turn.fill + part * (walk.steps + 1), walk.steps, group);
+                recompute_values<Precision>(shared, &shared.valued[part], work.fill + part * (walk.k_blocks + 1), walk.k_blocks, group);
             }
         }
-        mbarrier_wait(&shared.built[turn.matrix()], turn.matrix_parity());
+        mbarrier_wait(&shared.built[work.matrix()], work.matrix_parity());
         warp_sync();
         for (uint32_t half = 0; half < 2; ++half, ++fill) {
             mbarrier_wait(full_of(shared, fill), parity_of(shared, fill));
             warp_sync();
-            unsigned char *matrix = shared.matrices[turn.matrix()];
-            Descriptor rows = panels_descriptor(stage_of(shared, fill), kStagePanel);
-            if (turn.transposed()) {
-                multiply_half<Numbers, true>(sums, matrix + group * kPanelBytes<Numbers> + half * kDepth * STAGE_BYTES, rows);
+            unsigned char *matrix = shared.matrices[work.matrix()];
+            Descriptor rows = mn_major_descriptor(stage_of(shared, fill), kStagePanel);
+            if (work.transposed()) {
+                multiply_half<Precision, true>(sums, matrix + group * kPanelBytes<Precision> + half * kDepth * STAGE_BYTES, rows);
             } else {
-                multiply_half<Numbers, false>(sums, matrix + half * kPanelBytes<Numbers> + group * kDepth * STAGE_BYTES, rows);
+                multiply_half<Precision, false>(sums, matrix + half * kPanelBytes<Precision> + group * kDepth * STAGE_BYTES, rows);
             }
             if (open) arrive_as_warp(empty_of(shared, fill - 1));
             open = true;
         }
     }
     wgmma_wait<0>();
-    settle(sums);
+    fence_accumulators(sums);
 
     float unscale = one_or_nan(p.pairs) / p.weight_scale;
-    write_rows<2 * n>(p, walk.x, columns, [&](int r, int c) { return GroupPlace::value(sums, r, c) * unscale; });
+    write_rows<2 * n>(p, walk.x, columns, [&](int r, int c) { return WgmmaLayout::value(sums, r, c) * unscale; });
 }
 
 template <class Of>
 struct GradientHopper {
-    using Numbers = Of;
-    using Roles = NarrowRoles;
+    using Precision = Of;
+    using Roles = Roles16Bit;
     using Shared = GradientHopperShared;
     static constexpr int producer_registers = 104, mma_registers = 200;
     static DEVICE uint32_t fills(uint32_t) { return TILE / kDepth; }
-    static DEVICE void copy(const GradientParams &p, Shared &shared, Walk<false> walk, ColumnBlock columns) { copy_rows<Numbers>(p, shared, walk, columns); }
-    static DEVICE void build(const GradientParams &p, Shared &shared, Walk<true> walk) { build_matrices<Numbers>(p, shared, walk); }
+    static DEVICE void copy(const GradientParams &p, Shared &shared, Walk<false> walk, ColumnBlock columns) { copy_rows<Precision>(p, shared, walk, columns); }
+    static DEVICE void build(const GradientParams &p, Shared &shared, Walk<true> walk) { build_matrices<Precision>(p, shared, walk); }
     static DEVICE void multiply(const GradientParams &p, Shared &shared, Walk<false> walk, ColumnBlock columns) {
         // The narrow product for what it holds: it takes half the time.
         if (columns.count <= GRADIENT_COLUMNS / 2) {
-            multiply_matrices<Numbers, GRADIENT_COLUMNS / 16>(p, shared, walk, columns);
+            multiply_matrices<Precision, GRADIENT_COLUMNS / 16>(p, shared, walk, columns);
         } else {
-            multiply_matrices<Numbers, GRADIENT_COLUMNS / 8>(p, shared, walk, columns);
+            multiply_matrices<Precision, GRADIENT_COLUMNS / 8>(p, shared, walk, columns);
         }
     }
 };
 
 #endif
 
-ROLE_KERNEL(gradient_hopper_f16, GradientParams, GRADIENT_HOPPER_THREADS) { HOPPER_ONLY(run_roles<GradientHopper<HalfF16>>(p)); }
-ROLE_KERNEL(gradient_hopper_bf16, GradientParams, GRADIENT_HOPPER_THREADS) { HOPPER_ONLY(run_roles<GradientHopper<HalfBf16>>(p)); }
+ROLE_KERNEL(gradient_hopper_f16, GradientParams, GRADIENT_HOPPER_THREADS) { HOPPER_ONLY(run_roles<GradientHopper<F16Rows>>(p)); }
+ROLE_KERNEL(gradient_hopper_bf16, GradientParams, GRADIENT_HOPPER_THREADS) { HOPPER_ONLY(run_roles<GradientHopper<Bf16Rows>>(p)); }

@@ -11,7 +11,7 @@
 
 #include "gradient/hopper_roles.cuh"
 
-#ifdef HAS_WARPGROUP_PRODUCTS
+#ifdef HAS_WGMMA
 namespace {
 
 constexpr uint32_t kColumns = 128;                              // of R in a stage
@@ -21,23 +21,23 @@ constexpr uint32_t kStageBytes = kColumns / kPanelColumns * 2 * kStagePanel;
 constexpr uint32_t kLineBytes = TILE * STAGE_BYTES;             // a tile's rows, 64 of the inner dimension, high or low parts
 constexpr uint32_t kPartColumns = 32;                           // of S, recomputed at a time
 constexpr uint32_t kMatrixPart = TILE * TILE * 2;               // high or low parts of a tile of M
-using MatrixNumbers = HalfF16;                                  // as each of them lies
+using MatrixPrecision = F16Rows;                                  // as each of them lies
 static_assert(kLineBytes <= kStageBytes && 2 * kPartColumns * STAGE_BYTES <= kStageBytes, "operands of S");
 static_assert(TILE * kPartColumns * sizeof(float) == kStageBytes, "and its values");
 
-struct SplitRoles {
-    static constexpr uint32_t stages = GRADIENT_SPLIT_STAGES, matrices = 2, parts = TILE / kPartColumns, step_fills = 3;
+struct RolesF32 {
+    static constexpr uint32_t stages = GRADIENT_SPLIT_STAGES, matrices = 2, parts = TILE / kPartColumns, k_block_fills = 3;
 };
-using Turn = RolesTurn<SplitRoles>;
+using Work = RolesWork<RolesF32>;
 template <bool words>
-using Walk = RolesWalk<SplitRoles, words>;
+using Walk = RolesWalk<RolesF32, words>;
 
 struct GradientSplitShared {
-    unsigned char stages[SplitRoles::stages][kStageBytes];  // [columns / 64, high and low, kDepth, STAGE_BYTES]
-    unsigned char matrices[SplitRoles::matrices][2][kMatrixPart];
-    Barrier full[SplitRoles::stages], empty[SplitRoles::stages];
-    Barrier zeroed[SplitRoles::matrices], built[SplitRoles::matrices];
-    Barrier valued[SplitRoles::parts];  // a part of a recomputed tile's S is in its stage
+    unsigned char stages[RolesF32::stages][kStageBytes];  // [columns / 64, high and low, kDepth, STAGE_BYTES]
+    unsigned char matrices[RolesF32::matrices][2][kMatrixPart];
+    Barrier full[RolesF32::stages], empty[RolesF32::stages];
+    Barrier zeroed[RolesF32::matrices], built[RolesF32::matrices];
+    Barrier valued[RolesF32::parts];  // a part of a recomputed tile's S is in its stage
     uint32_t last, unused;              // whether this block is the last of its splits
 };
 static_assert(sizeof(GradientSplitShared) == GRADIENT_SPLIT_SHARED_BYTES, "the launch plan's shared memory");
@@ -52,7 +52,7 @@ DEVICE void copy_rows(const GradientParams &p, GradientSplitShared &shared, Walk
     auto own_rows = static_cast<const unsigned char *>(tile_rows<ExactF32>(own_side(p), walk.x, pairs.stride));
     uint32_t fill = 0;
     auto begin_stage = [&](uint32_t bytes) {
-        if (fill >= SplitRoles::stages) mbarrier_wait(empty_of(shared, fill), parity_of(shared, fill - SplitRoles::stages));
+        if (fill >= RolesF32::stages) mbarrier_wait(empty_of(shared, fill), parity_of(shared, fill - RolesF32::stages));
         warp_sync();
         if (lane_index() == 0) mbarrier_arrive_expect_tx(full_of(shared, fill), bytes);
         warp_sync();
@@ -73,15 +73,15 @@ DEVICE void copy_rows(const GradientParams &p, GradientSplitShared &shared, Walk
         warp_sync();
     };
     bool there = walk.next();
-    if (there) clear(walk.turn.matrix());
+    if (there) clear(walk.work.matrix());
     while (there) {
-        Turn turn = walk.turn;
+        Work work = walk.work;
         there = walk.next();
-        auto rows = static_cast<const unsigned char *>(tile_rows<ExactF32>(other_side(p), turn.y, pairs.stride));
-        if (!turn.stored) {
-            for (uint32_t part = 0; part < SplitRoles::parts; ++part) {
+        auto rows = static_cast<const unsigned char *>(tile_rows<ExactF32>(other_side(p), work.y, pairs.stride));
+        if (!work.stored) {
+            for (uint32_t part = 0; part < RolesF32::parts; ++part) {
                 constexpr uint32_t part_bytes = kPartColumns * STAGE_BYTES;
-                for (uint32_t step = 0; step < walk.steps; ++step) {
+                for (uint32_t step = 0; step < walk.k_blocks; ++step) {
                     uint64_t high = static_cast<uint64_t>(step) * 2 * kLineBytes;
                     for (uint32_t low = 0; low < 2; ++low) copy(1, kLineBytes, [&](uint32_t) { return own_rows + high + low * kLineBytes; });
                     copy(2, part_bytes, [&](uint32_t lane) { return rows + high + lane * kLineBytes + part * part_bytes; });
@@ -92,7 +92,7 @@ DEVICE void copy_rows(const GradientParams &p, GradientSplitShared &shared, Walk
         }
         // The stage before those of R is given back when the last product of the tile before is through: that read the matrix
         // which the next tile gets. All stages later a stage waits for that by itself; where R takes fewer, it is waited for.
-        uint32_t first = fill, at = walk.rows_fills < SplitRoles::stages ? walk.rows_fills - 1 : SplitRoles::stages - 1;
+        uint32_t first = fill, at = walk.rows_fills < RolesF32::stages ? walk.rows_fills - 1 : RolesF32::stages - 1;
         for (uint32_t k = 0; k < walk.rows_fills; ++k) {
             uint32_t half = k / (TILE / kDepth), depth = k % (TILE / kDepth), left = columns.count - half * kColumns;
             uint32_t panels = left < kColumns ? left / kPanelColumns : kColumns / kPanelColumns;
@@ -101,7 +101,7 @@ DEVICE void copy_rows(const GradientParams &p, GradientSplitShared &shared, Walk
             if (k == at && there) {
                 if (first > 0) mbarrier_wait(empty_of(shared, first - 1), parity_of(shared, first - 1));
                 warp_sync();
-                clear(walk.turn.matrix());
+                clear(walk.work.matrix());
             }
         }
     }
@@ -116,13 +116,13 @@ struct Building {
     Argument positive, negative;
 
     DEVICE Building(const GradientParams &params, GradientSplitShared &memory)
-        : p(params), shared(memory), thread(thread_index() - kMultipliers * 32), scale(weight_scale(params.pairs).up),
+        : p(params), shared(memory), thread(thread_index() - kMmaWarps * 32), scale(weight_scale(params.pairs).up),
           positive(argument_of(params.pairs.settings, true)), negative(argument_of(params.pairs.settings, false)) {}
 
     // Element (row, column) of a matrix, as its tile of S has it.
     DEVICE void store(uint32_t matrix, uint32_t row, uint32_t column, float weight) const {
         Halves halves = split(weight * scale, 0.0f);
-        uint32_t place = matrix_place<MatrixNumbers>(row, column);
+        uint32_t place = matrix_offset<MatrixPrecision>(row, column);
         *reinterpret_cast<uint16_t *>(shared.matrices[matrix][0] + place) = static_cast<uint16_t>(halves.high);
         *reinterpret_cast<uint16_t *>(shared.matrices[matrix][1] + place) = static_cast<uint16_t>(halves.low);
     }
@@ -142,28 +142,28 @@ DEVICE void build_matrices(const GradientParams &p, GradientSplitShared &shared,
     Building my(p, shared);
     const Pairs &pairs = p.pairs;
     while (walk.next()) {
-        const Turn &turn = walk.turn;
+        const Work &work = walk.work;
         // On their way while the matrix is waited for.
         Granule<uint32_t> words[kAhead];
         Granule<float> values[kAhead];
-        uint64_t segment = static_cast<uint64_t>(turn.segment) * 4;
-        uint32_t count = turn.stored ? turn.count : 0;
+        uint64_t segment = static_cast<uint64_t>(work.segment) * 4;
+        uint32_t count = work.stored ? work.count : 0;
         auto load = [&](uint32_t a, uint32_t first) {
             if (first >= count) return;
             words[a] = *reinterpret_cast<const Granule<uint32_t> *>(pairs.pool_words + segment + first);
             values[a] = *reinterpret_cast<const Granule<float> *>(pairs.pool_values + segment + first);
         };
-        constexpr uint32_t kApart = kBuilderThreads * 4;
+        constexpr uint32_t kApart = kBuildThreads * 4;
 #pragma unroll
         for (uint32_t a = 0; a < kAhead; ++a) load(a, my.thread * 4 + a * kApart);
-        mbarrier_wait(&shared.zeroed[turn.matrix()], turn.matrix_parity());  // and nobody reads the matrix any more
+        mbarrier_wait(&shared.zeroed[work.matrix()], work.matrix_parity());  // and nobody reads the matrix any more
         warp_sync();
-        if (!turn.stored) {
+        if (!work.stored) {
             auto weight = [&](uint32_t anchor, uint32_t reference, float s) { return pair_weight(pairs, anchor, reference, s); };
-            auto store = [&](uint32_t row, uint32_t column, float value) { my.store(turn.matrix(), row, column, value); };
-            build_recomputed<kPartColumns>(my, turn, walk.x, walk.steps, weight, store);
+            auto store = [&](uint32_t row, uint32_t column, float value) { my.store(work.matrix(), row, column, value); };
+            build_recomputed<kPartColumns>(my, work, walk.x, walk.k_blocks, weight, store);
         }
-        uint32_t first_row = (turn.tile.transposed ? turn.y : walk.x) * TILE, first_column = (turn.tile.transposed ? walk.x : turn.y) * TILE;
+        uint32_t first_row = (work.tile.transposed ? work.y : walk.x) * TILE, first_column = (work.tile.transposed ? walk.x : work.y) * TILE;
 #pragma unroll 1
         for (uint32_t begin = my.thread * 4; begin < count; begin += kAhead * kApart) {
 #pragma unroll
@@ -172,58 +172,58 @@ DEVICE void build_matrices(const GradientParams &p, GradientSplitShared &shared,
 #pragma unroll
                 for (uint32_t k = 0; k < 4; ++k) {
                     if (first + k >= count) continue;
-                    uint32_t word = words[a].values[k], row = word_place(word) / TILE, column = word_place(word) % TILE;
+                    uint32_t word = words[a].values[k], row = word_index(word) / TILE, column = word_index(word) % TILE;
                     float weight = my.weight(first_row + row, first_column + column, word, values[a].values[k]);
-                    my.store(turn.matrix(), row, column, weight);
-                    if (turn.tile.diagonal) my.store(turn.matrix(), column, row, weight);  // which holds each pair once
+                    my.store(work.matrix(), row, column, weight);
+                    if (work.tile.diagonal) my.store(work.matrix(), column, row, weight);  // which holds each pair once
                 }
                 load(a, first + kAhead * kApart);
             }
         }
         fence_proxy_async();
         warp_sync();
-        arrive_as_warp(&shared.built[turn.matrix()]);
+        arrive_as_warp(&shared.built[work.matrix()]);
     }
 }
 
 // A part of S of a tile that was not stored, its values left in the stage behind its operands. The bits are those
 // of the sweep: either order of the operands gives the same.
-DEVICE void recompute_values(GradientSplitShared &shared, Barrier *valued, uint32_t fill, uint32_t steps, uint32_t group) {
+DEVICE void recompute_values(GradientSplitShared &shared, Barrier *valued, uint32_t fill, uint32_t k_blocks, uint32_t group) {
     float acc[kPartColumns / 8][4];
     clear(acc);
 #pragma unroll 1
-    for (uint32_t step = 0; step < steps; ++step, fill += SplitRoles::step_fills) {
+    for (uint32_t step = 0; step < k_blocks; ++step, fill += RolesF32::k_block_fills) {
 #pragma unroll 1
-        for (uint32_t k = 0; k < SplitRoles::step_fills; ++k) mbarrier_wait(full_of(shared, fill + k), parity_of(shared, fill + k));
+        for (uint32_t k = 0; k < RolesF32::k_block_fills; ++k) mbarrier_wait(full_of(shared, fill + k), parity_of(shared, fill + k));
         warp_sync();
-        auto rows = [&](uint32_t k) { return stage_descriptor(stage_of(shared, fill + k) + group * (TILE / 2) * STAGE_BYTES); };
-        Descriptor columns = stage_descriptor(stage_of(shared, fill + 2));
-        add_split_products(acc, rows(0), rows(1), columns, advanced(columns, kPartColumns * STAGE_BYTES), [] {});
+        auto rows = [&](uint32_t k) { return k_major_descriptor(stage_of(shared, fill + k) + group * (TILE / 2) * STAGE_BYTES); };
+        Descriptor columns = k_major_descriptor(stage_of(shared, fill + 2));
+        add_split_products(acc, rows(0), rows(1), columns, advance(columns, kPartColumns * STAGE_BYTES), [] {});
 #pragma unroll 1
-        for (uint32_t k = 0; k < SplitRoles::step_fills; ++k) arrive_as_warp(empty_of(shared, fill + k));
+        for (uint32_t k = 0; k < RolesF32::k_block_fills; ++k) arrive_as_warp(empty_of(shared, fill + k));
     }
     publish_values<kPartColumns>(shared, acc, fill, valued);
 }
 
 // 16 of the other side's rows: the mixed products, then that of the high parts. `fresh`: from 0.
-template <bool transposed, bool fresh>
-DEVICE void multiply_parts(GroupAccumulators &sums, Descriptor m, Descriptor rows) {
-    wgmma_f16<true, transposed, fresh>(sums, advanced(m, kMatrixPart), rows);
-    wgmma_f16<true, transposed>(sums, m, advanced(rows, kStagePanel));
+template <bool transposed, bool from_zero>
+DEVICE void multiply_parts(WgmmaAccumulators &sums, Descriptor m, Descriptor rows) {
+    wgmma_f16<true, transposed, from_zero>(sums, advance(m, kMatrixPart), rows);
+    wgmma_f16<true, transposed>(sums, m, advance(rows, kStagePanel));
     wgmma_f16<true, transposed>(sums, m, rows);
 }
 
 // A tile's product with 128 columns, whose stages begin at `fill`; `m` are a group's 64 rows of M's tile, or 64 columns.
 template <bool transposed>
-DEVICE void multiply_tile_columns(GradientSplitShared &shared, GroupAccumulators &sums, Descriptor m, uint32_t fill) {
+DEVICE void multiply_tile_columns(GradientSplitShared &shared, WgmmaAccumulators &sums, Descriptor m, uint32_t fill) {
 #pragma unroll
     for (uint32_t k = 0; k < TILE; k += kDepth, ++fill) {
         mbarrier_wait(full_of(shared, fill), parity_of(shared, fill));
         warp_sync();
-        Descriptor rows = panels_descriptor(stage_of(shared, fill), 2 * kStagePanel);
+        Descriptor rows = mn_major_descriptor(stage_of(shared, fill), 2 * kStagePanel);
         // 64 of the inner dimension of straight ones are a panel.
         auto at = [&](uint32_t inner) {
-            return advanced(m, transposed ? inner * STAGE_BYTES : inner / kPanelColumns * kPanelBytes<MatrixNumbers> + inner % kPanelColumns * 2);
+            return advance(m, transposed ? inner * STAGE_BYTES : inner / kPanelColumns * kPanelBytes<MatrixPrecision> + inner % kPanelColumns * 2);
         };
         wgmma_fence();
         if (k == 0) {
@@ -231,7 +231,7 @@ DEVICE void multiply_tile_columns(GradientSplitShared &shared, GroupAccumulators
         } else {
             multiply_parts<transposed, false>(sums, at(k), rows);
         }
-        multiply_parts<transposed, false>(sums, at(k + 16), advanced(rows, 16 * STAGE_BYTES));
+        multiply_parts<transposed, false>(sums, at(k + 16), advance(rows, 16 * STAGE_BYTES));
         wgmma_commit();
         if (k > 0) {
             wgmma_wait<1>();  // this product goes on, that before it is done
@@ -239,7 +239,7 @@ DEVICE void multiply_tile_columns(GradientSplitShared &shared, GroupAccumulators
         }
     }
     wgmma_wait<0>();
-    settle(sums);
+    fence_accumulators(sums);
     arrive_as_warp(empty_of(shared, fill - 1));
 }
 
@@ -248,7 +248,7 @@ DEVICE void multiply_matrices(const GradientParams &p, GradientSplitShared &shar
     constexpr int kHalves = GRADIENT_COLUMNS / kColumns;
     uint32_t group = shuffle(warp_index(), 0) / 4;  // which the compiler then knows to be the warp's
     float down = weight_scale(p.pairs).down / kRowScale;
-    GroupAccumulators totals[kHalves];
+    WgmmaAccumulators totals[kHalves];
     auto each = [](auto use) {
 #pragma unroll
         for (int column = 0; column < 16; ++column) {
@@ -259,26 +259,26 @@ DEVICE void multiply_matrices(const GradientParams &p, GradientSplitShared &shar
 #pragma unroll
     for (auto &total : totals) each([&](int column, int i) { total[column][i] = 0.0f; });
     while (walk.next()) {
-        const Turn &turn = walk.turn;
-        uint32_t fill = turn.fill + turn.before_rows(walk.steps);
-        if (!turn.stored) {
+        const Work &work = walk.work;
+        uint32_t fill = work.fill + work.before_rows(walk.k_blocks);
+        if (!work.stored) {
 #pragma unroll 1
-            for (uint32_t part = 0; part < SplitRoles::parts; ++part) {
-                recompute_values(shared, &shared.valued[part], turn.fill + part * Turn::part_fills(walk.steps), walk.steps, group);
+            for (uint32_t part = 0; part < RolesF32::parts; ++part) {
+                recompute_values(shared, &shared.valued[part], work.fill + part * Work::part_fills(walk.k_blocks), walk.k_blocks, group);
             }
         }
-        mbarrier_wait(&shared.built[turn.matrix()], turn.matrix_parity());
+        mbarrier_wait(&shared.built[work.matrix()], work.matrix_parity());
         warp_sync();
-        const unsigned char *matrix = shared.matrices[turn.matrix()][0];
+        const unsigned char *matrix = shared.matrices[work.matrix()][0];
 #pragma unroll
         for (int half = 0; half < kHalves; ++half) {
             if (half * kColumns >= columns.count) continue;
-            GroupAccumulators sums;
-            if (turn.transposed()) {
-                Descriptor m = panels_descriptor(matrix + group * kPanelBytes<MatrixNumbers>, kPanelBytes<MatrixNumbers>);
+            WgmmaAccumulators sums;
+            if (work.transposed()) {
+                Descriptor m = mn_major_descriptor(matrix + group * kPanelBytes<MatrixPrecision>, kPanelBytes<MatrixPrecision>);
                 multiply_tile_columns<true>(shared, sums, m, fill);
             } else {
-                multiply_tile_columns<false>(shared, sums, stage_descriptor(matrix + group * (TILE / 2) * STAGE_BYTES), fill);
+                multiply_tile_columns<false>(shared, sums, k_major_descriptor(matrix + group * (TILE / 2) * STAGE_BYTES), fill);
             }
             each([&](int column, int i) { totals[half][column][i] = fmaf(sums[column][i], down, totals[half][column][i]); });
             fill += TILE / kDepth;
@@ -286,12 +286,12 @@ DEVICE void multiply_matrices(const GradientParams &p, GradientSplitShared &shar
     }
 
     float one = one_or_nan(p.pairs);
-    write_rows<kHalves * 32>(p, walk.x, columns, [&](int r, int c) { return GroupPlace::value(totals[c / 32], r, c % 32) * one; });
+    write_rows<kHalves * 32>(p, walk.x, columns, [&](int r, int c) { return WgmmaLayout::value(totals[c / 32], r, c % 32) * one; });
 }
 
 struct GradientHopperF32 {
-    using Numbers = ExactF32;
-    using Roles = SplitRoles;
+    using Precision = ExactF32;
+    using Roles = RolesF32;
     using Shared = GradientSplitShared;
     static constexpr int producer_registers = 72, mma_registers = 216;
     static DEVICE uint32_t fills(uint32_t columns) { return (columns + kColumns - 1) / kColumns * (TILE / kDepth); }

@@ -5,19 +5,19 @@
 #include "tile/wgmma_tile.cuh"
 #include "gradient/row_lists.cuh"
 
-#ifdef HAS_WARPGROUP_PRODUCTS
+#ifdef HAS_WGMMA
 
 constexpr uint32_t kPanelColumns = STAGE_BYTES / 2;
-constexpr uint32_t kMultipliers = 8, kBuilders = 3;  // warps; the last one copies
-constexpr uint32_t kBuilderThreads = kBuilders * 32;
-constexpr uint32_t kBuildersBarrier = 1, kMultipliersBarrier = 2;
-static_assert((kMultipliers + kBuilders + 1) * 32 == GRADIENT_HOPPER_THREADS, "the launch plan's threads");
+constexpr uint32_t kMmaWarps = 8, kBuildWarps = 3;  // warps; the last one copies
+constexpr uint32_t kBuildThreads = kBuildWarps * 32;
+constexpr uint32_t kBuildBarrier = 1, kMmaBarrier = 2;
+static_assert((kMmaWarps + kBuildWarps + 1) * 32 == GRADIENT_HOPPER_THREADS, "the launch plan's threads");
 static_assert(GRADIENT_ROWS_16BIT == TILE, "two warpgroups of 64 rows");
 
 // One tile of the walk below: every role knows from it which stages and which matrix are meant. `Roles` has the numbers: of
 // matrices, of parts of S that are recomputed one after the other, of stages filled for 64 dimensions of such a part.
 template <class Roles>
-struct RolesTurn {
+struct RolesWork {
     PairTile tile;
     uint32_t y;           // of the other side
     uint32_t count;       // candidates
@@ -28,9 +28,9 @@ struct RolesTurn {
     bool stored;
 
     // Stages filled for this tile before those of R: for each part of S its steps, then its values.
-    static DEVICE uint32_t part_fills(uint32_t steps) { return steps * Roles::step_fills + 1; }
-    DEVICE uint32_t before_rows(uint32_t steps) const { return stored ? 0 : Roles::parts * part_fills(steps); }
-    DEVICE uint32_t values(uint32_t steps, uint32_t part) const { return fill + (part + 1) * part_fills(steps) - 1; }
+    static DEVICE uint32_t part_fills(uint32_t k_blocks) { return k_blocks * Roles::k_block_fills + 1; }
+    DEVICE uint32_t before_rows(uint32_t k_blocks) const { return stored ? 0 : Roles::parts * part_fills(k_blocks); }
+    DEVICE uint32_t values(uint32_t k_blocks, uint32_t part) const { return fill + (part + 1) * part_fills(k_blocks) - 1; }
     DEVICE uint32_t matrix() const { return index % Roles::matrices; }
     DEVICE uint32_t matrix_parity() const { return index / Roles::matrices % 2; }
     // M lies [other side, own]: as its tile of S, whereas a recomputed one is built the right way round.
@@ -42,21 +42,21 @@ struct RolesTurn {
 template <class Roles, bool words>
 struct RolesWalk {
     const GradientParams &p;
-    uint32_t x, steps, rows_fills, group, end;
+    uint32_t x, k_blocks, rows_fills, group, end;
     uint32_t left = 0, stored = 0;       // tiles of this group with candidates, those that are stored: a bit each
     uint32_t counts = 0, segments = 0;   // of the lane's tile
-    RolesTurn<Roles> turn{};
+    RolesWork<Roles> work{};
 
     // `fills` stages for R of a tile.
     DEVICE RolesWalk(const GradientParams &params, uint32_t row_tile, Range range, uint32_t fills)
-        : p(params), x(row_tile), steps(params.pairs.stride / kPanelColumns), rows_fills(fills), group(range.begin - 32), end(range.end) {}
+        : p(params), x(row_tile), k_blocks(params.pairs.stride / kPanelColumns), rows_fills(fills), group(range.begin - 32), end(range.end) {}
 
     // Steps on to the next tile, by the whole warp; false at the end.
     DEVICE bool next() {
-        if (turn.count != 0) {
-            ++turn.index;
-            turn.recomputed += !turn.stored;
-            turn.fill += turn.before_rows(steps) + rows_fills;
+        if (work.count != 0) {
+            ++work.index;
+            work.recomputed += !work.stored;
+            work.fill += work.before_rows(k_blocks) + rows_fills;
         }
         while (left == 0) {
             group += 32;  // from below 0 at first
@@ -73,13 +73,13 @@ struct RolesWalk {
         }
         int lane = lowest_bit(left);
         left &= left - 1;
-        turn.y = group + static_cast<uint32_t>(lane);
-        turn.tile = pair_tile(p.pairs, p.of_references, x, turn.y);
-        turn.stored = stored >> lane & 1;
-        turn.count = 1;
+        work.y = group + static_cast<uint32_t>(lane);
+        work.tile = pair_tile(p.pairs, p.of_references, x, work.y);
+        work.stored = stored >> lane & 1;
+        work.count = 1;
         if constexpr (words) {
-            turn.count = shuffle(counts, lane);
-            turn.segment = shuffle(segments, lane);
+            work.count = shuffle(counts, lane);
+            work.segment = shuffle(segments, lane);
         }
         return true;
     }
@@ -87,31 +87,31 @@ struct RolesWalk {
 
 // Stages are filled in turn, again and again: which one a fill is meant for, its barriers, and the parity of its phase.
 template <class Shared>
-constexpr uint32_t kRing = sizeof(Shared::full) / sizeof(Barrier);
+constexpr uint32_t kStageCount = sizeof(Shared::full) / sizeof(Barrier);
 template <class Shared>
-DEVICE Barrier *full_of(Shared &shared, uint32_t fill) { return &shared.full[fill % kRing<Shared>]; }
+DEVICE Barrier *full_of(Shared &shared, uint32_t fill) { return &shared.full[fill % kStageCount<Shared>]; }
 template <class Shared>
-DEVICE Barrier *empty_of(Shared &shared, uint32_t fill) { return &shared.empty[fill % kRing<Shared>]; }
+DEVICE Barrier *empty_of(Shared &shared, uint32_t fill) { return &shared.empty[fill % kStageCount<Shared>]; }
 template <class Shared>
-DEVICE unsigned char *stage_of(Shared &shared, uint32_t fill) { return shared.stages[fill % kRing<Shared>]; }
+DEVICE unsigned char *stage_of(Shared &shared, uint32_t fill) { return shared.stages[fill % kStageCount<Shared>]; }
 template <class Shared>
-DEVICE uint32_t parity_of(const Shared &, uint32_t fill) { return fill / kRing<Shared> % 2; }
+DEVICE uint32_t parity_of(const Shared &, uint32_t fill) { return fill / kStageCount<Shared> % 2; }
 
 template <class Shared>
 DEVICE void begin_barriers(Shared &shared) {
     if (thread_index() == 0) {
         for (Barrier &barrier : shared.full) mbarrier_init(&barrier, 1);
-        for (Barrier &barrier : shared.empty) mbarrier_init(&barrier, kMultipliers);
+        for (Barrier &barrier : shared.empty) mbarrier_init(&barrier, kMmaWarps);
         for (Barrier &barrier : shared.zeroed) mbarrier_init(&barrier, 1);
-        for (Barrier &barrier : shared.built) mbarrier_init(&barrier, kBuilders);
-        for (Barrier &barrier : shared.valued) mbarrier_init(&barrier, kMultipliers);
+        for (Barrier &barrier : shared.built) mbarrier_init(&barrier, kBuildWarps);
+        for (Barrier &barrier : shared.valued) mbarrier_init(&barrier, kMmaWarps);
     }
     block_sync();  // the barriers are there
 }
 
 // Where a recomputed similarity stands in the stage of its part, `columns` wide: the rows of half a warp's store meet no bank twice.
 template <uint32_t columns>
-DEVICE uint32_t value_place(uint32_t row, uint32_t column) { return row * columns + (column ^ row % 4 * 8); }
+DEVICE uint32_t value_index(uint32_t row, uint32_t column) { return row * columns + (column ^ row % 4 * 8); }
 
 // By the warps that multiply: `acc`, their values of a part of S, into the stage that was filled for them.
 template <uint32_t columns, class Shared>
@@ -119,11 +119,11 @@ DEVICE void publish_values(Shared &shared, const float (&acc)[columns / 8][4], u
     mbarrier_wait(full_of(shared, fill), parity_of(shared, fill));
     warp_sync();
     auto values = reinterpret_cast<float *>(stage_of(shared, fill));
-    GroupPlace place;
+    WgmmaLayout layout;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
 #pragma unroll
-        for (uint32_t c = 0; c < columns / 4; ++c) values[value_place<columns>(place.row_of(r), place.column_of(c))] = GroupPlace::value(acc, r, c);
+        for (uint32_t c = 0; c < columns / 4; ++c) values[value_index<columns>(layout.row_of(r), layout.column_of(c))] = WgmmaLayout::value(acc, r, c);
     }
     fence_proxy_async();  // bulk copies fill the stage next
     warp_sync();
@@ -132,25 +132,25 @@ DEVICE void publish_values(Shared &shared, const float (&acc)[columns / 8][4], u
 
 // M from the values of a recomputed tile, `columns` at a time: `weight` of anchor, reference and similarity goes to `store`, 0 where
 // there is no pair.
-template <uint32_t columns, class Building, class Turn, class Weight, class Store>
-DEVICE void build_recomputed(const Building &my, const Turn &turn, uint32_t x, uint32_t steps, Weight weight, Store store) {
+template <uint32_t columns, class Building, class Work, class Weight, class Store>
+DEVICE void build_recomputed(const Building &my, const Work &work, uint32_t x, uint32_t k_blocks, Weight weight, Store store) {
     for (uint32_t part = 0; part < TILE / columns; ++part) {
-        uint32_t fill = turn.values(steps, part);
+        uint32_t fill = work.values(k_blocks, part);
         auto values = reinterpret_cast<const float *>(stage_of(my.shared, fill));
-        mbarrier_wait(&my.shared.valued[part], turn.recomputed % 2);
+        mbarrier_wait(&my.shared.valued[part], work.recomputed % 2);
         warp_sync();
 #pragma unroll 1
-        for (uint32_t k = my.thread; k < TILE * columns; k += kBuilderThreads) {
+        for (uint32_t k = my.thread; k < TILE * columns; k += kBuildThreads) {
             uint32_t own = k / columns, other = part * columns + k % columns;
-            PairRows pair = pair_rows(turn.tile, x * TILE + own, turn.y * TILE + other);
+            PairRows pair = pair_rows(work.tile, x * TILE + own, work.y * TILE + other);
             bool any = is_pair(my.p.pairs, pair.anchor, pair.reference);
-            store(own, other, any ? weight(pair.anchor, pair.reference, values[value_place<columns>(own, k % columns)]) : 0.0f);
+            store(own, other, any ? weight(pair.anchor, pair.reference, values[value_index<columns>(own, k % columns)]) : 0.0f);
         }
         fence_proxy_async();  // bulk copies fill the stage next
         warp_sync();
-        named_sync(kBuildersBarrier, kBuilderThreads);  // the values are read
+        named_sync(kBuildBarrier, kBuildThreads);  // the values are read
         // In place of the warps that multiply, which do not know when its values are read.
-        if (my.thread < kMultipliers) mbarrier_arrive(empty_of(my.shared, fill));
+        if (my.thread < kMmaWarps) mbarrier_arrive(empty_of(my.shared, fill));
         warp_sync();
     }
 }
@@ -158,13 +158,13 @@ DEVICE void build_recomputed(const Building &my, const Turn &turn, uint32_t x, u
 // By the warps that multiply: `count` columns of their rows of row tile x into the result; `value(row of the thread, column)` is a sum.
 template <int count, class Value>
 DEVICE void write_rows(const GradientParams &p, uint32_t x, ColumnBlock columns, Value value) {
-    GroupPlace place;
+    WgmmaLayout layout;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        ResultRow result = result_row(p, x * TILE + place.row_of(r));
+        ResultRow result = result_row(p, x * TILE + layout.row_of(r));
 #pragma unroll
         for (int c = 0; c < count; ++c) {
-            uint32_t column = place.column_of(c);
+            uint32_t column = layout.column_of(c);
             if (column >= columns.count || columns.first + column >= result.columns) continue;
             result.to[columns.first + column] = value(r, c);
         }
@@ -174,12 +174,12 @@ DEVICE void write_rows(const GradientParams &p, uint32_t x, ColumnBlock columns,
 // As finish_splits(), by the warps that multiply alone. `last` is shared memory.
 DEVICE void finish_multiplied(const GradientParams &p, uint32_t *last, uint32_t x) {
     if (p.splits == 1) return;
-    constexpr uint32_t threads = kMultipliers * 32;
+    constexpr uint32_t threads = kMmaWarps * 32;
     warp_sync();
-    named_sync(kMultipliersBarrier, threads);
-    if (thread_index() == 0) *last = arrive_at(arrivals(p)) == p.splits - 1;
+    named_sync(kMmaBarrier, threads);
+    if (thread_index() == 0) *last = count_arrival(arrivals(p)) == p.splits - 1;
     warp_sync();
-    named_sync(kMultipliersBarrier, threads);
+    named_sync(kMmaBarrier, threads);
     if (*last) add_splits(p, static_cast<uint64_t>(x) * TILE, TILE, thread_index(), threads);
 }
 
@@ -188,9 +188,9 @@ static_assert(LISTS_COLUMNS == GRADIENT_COLUMNS, "one grid for both");
 constexpr uint32_t kHopperListsBytes = kListsWarps * kHopperListsRows * LISTS_COLUMNS * 4;
 
 // A row tile that goes by lists, by all warps alike.
-template <class Numbers>
+template <class Precision>
 DEVICE void sum_by_lists(const GradientParams &p, unsigned char *bytes, uint32_t x) {
-    gradient_lists<Numbers, kListsWarps, kHopperListsRows>(p, bytes, x, 0);
+    gradient_lists<Precision, kListsWarps, kHopperListsRows>(p, bytes, x, 0);
     finish_splits(p, bytes, static_cast<uint64_t>(x) * TILE, TILE, GRADIENT_HOPPER_THREADS);
 }
 
@@ -201,15 +201,15 @@ DEVICE void run_roles(const GradientParams &p) {
     SHARED_MEMORY(bytes);
     auto &shared = *reinterpret_cast<typename Kernel::Shared *>(bytes);
     uint32_t x = block_x();
-    if (p.ways[x]) return sum_by_lists<typename Kernel::Numbers>(p, bytes, x);
+    if (p.ways[x]) return sum_by_lists<typename Kernel::Precision>(p, bytes, x);
     ColumnBlock columns = column_block(p.pairs);
     begin_barriers(shared);
     Range range = split_range(other_side(p).tiles, block_z(), p.splits);
     uint32_t fills = Kernel::fills(columns.count), warp = shuffle(warp_index(), 0);
     RolesWalk<typename Kernel::Roles, false> walk(p, x, range, fills);
-    if (warp >= kMultipliers) {
+    if (warp >= kMmaWarps) {
         setmaxnreg_dec<Kernel::producer_registers>();
-        if (warp == kMultipliers + kBuilders) {
+        if (warp == kMmaWarps + kBuildWarps) {
             Kernel::copy(p, shared, walk, columns);
         } else {
             Kernel::build(p, shared, RolesWalk<typename Kernel::Roles, true>(p, x, range, fills));

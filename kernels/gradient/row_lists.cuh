@@ -17,10 +17,10 @@ struct ListedPair {
 
 // The rows from `offset` of tile x on, `kWarpRows` for each of `warps` warps, and 256 columns: `weigh(i, j, s)` is the weight of
 // a pair, `finish(row of the tile, column of the block, sum)` takes the sums. `bytes` holds LISTS_COLUMNS floats for each row.
-template <class Numbers, uint32_t warps, uint32_t kWarpRows, class Weigh, class Finish>
+template <class Precision, uint32_t warps, uint32_t kWarpRows, class Weigh, class Finish>
 DEVICE void sum_lists(const GradientParams &p, unsigned char *bytes, uint32_t x, uint32_t offset, Range range, Weigh weigh,
                       Finish finish) {
-    using Element = typename Numbers::Element;
+    using Element = typename Precision::Element;
     using Vector = Granule<Element>;
     auto *sums = reinterpret_cast<float *>(bytes);  // [warps * kWarpRows, LISTS_COLUMNS]
     const Pairs &pairs = p.pairs;
@@ -38,10 +38,10 @@ DEVICE void sum_lists(const GradientParams &p, unsigned char *bytes, uint32_t x,
         uint64_t at = segment_of(pairs, tile.index);
         for (uint32_t base = 0; base < count; base += 32) {
             bool there = base + lane_index() < count;
-            uint32_t place = there ? stored_place<Numbers>(pairs.pool_words[at + base + lane_index()]) : 0;
+            uint32_t place = there ? stored_index<Precision>(pairs.pool_words[at + base + lane_index()]) : 0;
             float s = there ? pairs.pool_values[at + base + lane_index()] : 0.0f;
-            for (int turn = 0; turn < (tile.diagonal ? 2 : 1); ++turn) {
-                bool transposed = tile.transposed || turn == 1;
+            for (int orientation = 0; orientation < (tile.diagonal ? 2 : 1); ++orientation) {
+                bool transposed = tile.transposed || orientation == 1;
                 uint32_t of_x = transposed ? place % TILE : place / TILE, of_y = transposed ? place / TILE : place % TILE;
                 uint32_t local = of_x - offset - warp_index() * kWarpRows;  // wraps around for rows of others
                 float weight = 0.0f;
@@ -65,7 +65,7 @@ DEVICE void sum_lists(const GradientParams &p, unsigned char *bytes, uint32_t x,
 #pragma unroll
                         for (uint32_t a = 0; a < kPairsAtOnce; ++a) {
                             // Beyond those found it is some row that there is.
-                            values[a] = load_prepared<Numbers>(rows, listed[a].from, columns.first + column, stride_bytes<Numbers>(pairs));
+                            values[a] = load_prepared<Precision>(rows, listed[a].from, columns.first + column, stride_bytes<Precision>(pairs));
                         }
 #pragma unroll
                         for (uint32_t a = 0; a < kPairsAtOnce; ++a) {
@@ -89,11 +89,11 @@ DEVICE void sum_lists(const GradientParams &p, unsigned char *bytes, uint32_t x,
 }
 
 // The gradient's.
-template <class Numbers, uint32_t warps, uint32_t kWarpRows>
+template <class Precision, uint32_t warps, uint32_t kWarpRows>
 DEVICE void gradient_lists(const GradientParams &p, unsigned char *bytes, uint32_t x, uint32_t offset) {
     uint32_t first_column = column_block(p.pairs).first;
     float one = one_or_nan(p.pairs);
-    sum_lists<Numbers, warps, kWarpRows>(
+    sum_lists<Precision, warps, kWarpRows>(
         p, bytes, x, offset, split_range(other_side(p).tiles, block_z(), p.splits),
         [&](uint32_t i, uint32_t j, float s) { return pair_weight(p.pairs, i, j, s); },
         [&](uint32_t row, uint32_t column, float sum) {

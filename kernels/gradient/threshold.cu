@@ -7,23 +7,23 @@
 // threshold: a block as in gradient.cu, for the positives or for the negatives. Tiles without any cost no product: of
 //   positives nearly all.
 // threshold_sum: the sum over blocks. One block.
-// Numbers: W in as many parts of the rows' type as f32 has digits for; a tile's sums are f32, all else f64, in one order.
+// Precision: W in as many parts of the rows' type as f32 has digits for; a tile's sums are f32, all else f64, in one order.
 
 #include "gradient/tile_product.cuh"
 
 // A number as M's type holds it.
-template <class Numbers>
+template <class Precision>
 DEVICE float rounded(float value) {
-    return to_float(from_float<typename Numbers::Element>(value));
+    return to_float(from_float<typename Precision::Element>(value));
 }
 
 constexpr uint32_t kTilesAtOnce = 8;  // whose sums are added in f32, before they meet the tangent
 
 // dM/dlambda, of the positives' lambda or of the negatives'.
-template <class Numbers>
+template <class Precision>
 struct Slopes {
     // 8 or 11 bits each; exact products split f32 themselves.
-    static constexpr uint32_t parts = Numbers::exact ? 1 : 3;
+    static constexpr uint32_t parts = Precision::exact ? 1 : 3;
     static constexpr bool may_be_nothing = true, from_words = false;
     const ThresholdParams &p;
     const TileBlock &block;
@@ -43,7 +43,7 @@ struct Slopes {
     }
     DEVICE float weigh(uint32_t i, uint32_t j, float s, uint32_t part) const {
         float left = slope(i, j, s) * p.walk.weight_scale;
-        for (uint32_t before = 0; before < part; ++before) left -= rounded<Numbers>(left);
+        for (uint32_t before = 0; before < part; ++before) left -= rounded<Precision>(left);
         return left;
     }
     // Row `row` of the result's side meets the tangent: what answers for a column, and 0 beyond the rows' end.
@@ -54,10 +54,10 @@ struct Slopes {
     DEVICE float moving(const float *tangent, uint32_t column) const {
         return tangent != nullptr && column < p.walk.pairs.dim ? tangent[column] : 0.0f;
     }
-    DEVICE void flush(GradientSums<Numbers> &sums) {
+    DEVICE void flush(GradientSums<Precision> &sums) {
         double total = 0.0;
-        each_sum<Numbers>(sums, [&](uint32_t row) {
-            reads_below();  // of this row's tangent
+        each_sum<Precision>(sums, [&](uint32_t row) {
+            compiler_barrier();  // of this row's tangent
             const float *tangent = tangent_of(static_cast<uint64_t>(block.x) * TILE + block.offset + row);
             return [this, tangent, &total](uint32_t column, float &sum) {
                 if (column < block.columns.count) total += static_cast<double>(sum * moving(tangent, block.columns.first + column));
@@ -66,22 +66,22 @@ struct Slopes {
         });
         dot += total / static_cast<double>(p.walk.weight_scale);
     }
-    DEVICE void after(GradientSums<Numbers> &sums) {
+    DEVICE void after(GradientSums<Precision> &sums) {
         if (++tiles % kTilesAtOnce == 0) flush(sums);
     }
 };
 
-template <class Numbers, bool group>
+template <class Precision, bool group>
 DEVICE void threshold_walk(const ThresholdParams &p) {
     SHARED_MEMORY(bytes);
     const GradientParams &walk = p.walk;
     uint32_t split = block_z() % walk.splits, of_negatives = block_z() / walk.splits;
-    TileBlock block = tile_block<Numbers>(walk);
-    Slopes<Numbers> job{p, block, of_negatives == 0};
+    TileBlock block = tile_block<Precision>(walk);
+    Slopes<Precision> job{p, block, of_negatives == 0};
     Range range = split_range(other_side(walk).tiles, split, walk.splits);
     if (walk.ways != nullptr && walk.ways[block.x]) {
-        for (uint32_t first = 0; first < kMatrixRows<Numbers>; first += kListsPart) {
-            sum_lists<Numbers, THREADS / 32, kListsRows>(
+        for (uint32_t first = 0; first < kMatrixRows<Precision>; first += kListsPart) {
+            sum_lists<Precision, THREADS / 32, kListsRows>(
                 walk, bytes, block.x, block.offset + first, range, [&](uint32_t i, uint32_t j, float s) { return job.slope(i, j, s); },
                 [&](uint32_t row, uint32_t column, float sum) {
                     const float *tangent = job.tangent_of(static_cast<uint64_t>(block.x) * TILE + row);
@@ -89,13 +89,13 @@ DEVICE void threshold_walk(const ThresholdParams &p) {
                 });
         }
     } else {
-        TileMemory<Numbers> memory(bytes);
-#ifdef HAS_WARPGROUP_PRODUCTS
+        TileMemory<Precision> memory(bytes);
+#ifdef HAS_WGMMA
         if constexpr (group) memory.group.begin();
 #endif
-        GradientSums<Numbers> sums;
-        clear_sums<Numbers>(sums);
-        walk_tiles<Numbers, group>(walk, memory, block, range, job, sums);
+        GradientSums<Precision> sums;
+        clear_sums<Precision>(sums);
+        walk_tiles<Precision, group>(walk, memory, block, range, job, sums);
         job.flush(sums);
     }
     block_sync();  // nobody is left in the stages
@@ -106,16 +106,16 @@ DEVICE void threshold_walk(const ThresholdParams &p) {
                   (static_cast<uint64_t>(split) * columns + block_y()) * grid_x() + block_x()] = dot;
     }
 }
-template <class Numbers>
+template <class Precision>
 DEVICE void threshold_body(const ThresholdParams &p) {
-    threshold_walk<Numbers, false>(p);
+    threshold_walk<Precision, false>(p);
 }
 KERNEL_IN_EVERY_PRECISION(threshold, ThresholdParams)
 
-#ifdef HAS_WARPGROUP_PRODUCTS
-template <class Numbers>
+#ifdef HAS_WGMMA
+template <class Precision>
 DEVICE void threshold_hopper_body(const ThresholdParams &p) {
-    threshold_walk<Numbers, true>(p);
+    threshold_walk<Precision, true>(p);
 }
 #endif
 HOPPER_KERNEL_IN_EVERY_PRECISION(threshold_hopper, ThresholdParams)

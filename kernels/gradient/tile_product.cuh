@@ -10,12 +10,12 @@
 #include "gradient/row_lists.cuh"
 
 // Shapes of the tile way. 8 warps, 2 x 4: a warp has half the rows and every fourth group of 16 columns.
-template <class Numbers>
+template <class Precision>
 struct GradientShape {
-    static constexpr int rows = kMatrixRows<Numbers>;
+    static constexpr int rows = kMatrixRows<Precision>;
     static constexpr int row_tiles = rows / 32;                          // of 16 rows, of a warp
     static constexpr int groups = GRADIENT_COLUMNS / 64;                 // of a warp
-    static constexpr int row_bytes = GRADIENT_COLUMNS * Numbers::stored_bytes;  // of a row of a stage
+    static constexpr int row_bytes = GRADIENT_COLUMNS * Precision::stored_bytes;  // of a row of a stage
     static constexpr int stage_bytes = GRADIENT_DEPTH * row_bytes;
     static constexpr int stages = GRADIENT_STAGES_BYTES / stage_bytes;
 };
@@ -25,24 +25,24 @@ static_assert(kRecomputedRows * kValuesStride * sizeof(float) <= GRADIENT_STAGES
               "and its values stand there afterwards");
 
 // Byte of granule `granule` of row k of a stage: ldmatrix reads 8 rows of one granule at a time, from all 32 banks once.
-template <class Numbers>
-DEVICE uint32_t stage_place(uint32_t k, uint32_t granule) {
-    return k * GradientShape<Numbers>::row_bytes + ((granule ^ k % 8) << 4);
+template <class Precision>
+DEVICE uint32_t stage_offset(uint32_t k, uint32_t granule) {
+    return k * GradientShape<Precision>::row_bytes + ((granule ^ k % 8) << 4);
 }
 
 // Where the inner dimension's place of a product of exact f32 is, among 16: two neighbours of an operand are elements of M that
 // are 4 apart, as ldmatrix gives 32-bit ones.
-DEVICE uint32_t inner_place(uint32_t k) { return k / 8 * 8 + k % 8 / 2 + k % 2 * 4; }
+DEVICE uint32_t inner_index(uint32_t k) { return k / 8 * 8 + k % 8 / 2 + k % 2 * 4; }
 
 // The two column fragments of the 16 columns from `column` on, inner dimension from k on.
-template <class Numbers>
-DEVICE void load_stage(typename Numbers::template Fragment<2> (&to)[2], const unsigned char *stage, uint32_t k, uint32_t column) {
+template <class Precision>
+DEVICE void load_stage(typename Precision::template Fragment<2> (&to)[2], const unsigned char *stage, uint32_t k, uint32_t column) {
     uint32_t lane = lane_index();
-    if constexpr (Numbers::exact) {
-        uint32_t row = k + inner_place(lane % 16), granule = stored_byte<Numbers>(column) / 16 + lane / 16;
+    if constexpr (Precision::exact) {
+        uint32_t row = k + inner_index(lane % 16), granule = stored_byte<Precision>(column) / 16 + lane / 16;
         uint32_t high[4], low[4];
-        ldmatrix_transposed(high, stage + stage_place<Numbers>(row, granule));
-        ldmatrix_transposed(low, stage + stage_place<Numbers>(row, granule + kLowBytes / 16));
+        ldmatrix_transposed(high, stage + stage_offset<Precision>(row, granule));
+        ldmatrix_transposed(low, stage + stage_offset<Precision>(row, granule + kLowBytes / 16));
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             to[i / 2].high[i % 2] = high[i];
@@ -50,21 +50,21 @@ DEVICE void load_stage(typename Numbers::template Fragment<2> (&to)[2], const un
         }
     } else {
         uint32_t raw[4];
-        ldmatrix_transposed(raw, stage + stage_place<Numbers>(k + lane % 16, column / 8 + lane / 16));
-        Numbers::prepare(to[0], raw);
-        Numbers::prepare(to[1], raw + 2);
+        ldmatrix_transposed(raw, stage + stage_offset<Precision>(k + lane % 16, column / 8 + lane / 16));
+        Precision::prepare(to[0], raw);
+        Precision::prepare(to[1], raw + 2);
     }
 }
 
 // The row fragment of M's 16 rows from `row` on, inner dimension from k on. Exact f32 is split here, `scale` times it.
-template <class Numbers>
-DEVICE void load_weights(typename Numbers::template Fragment<4> &to, const unsigned char *matrix, uint32_t row, uint32_t k, float scale) {
+template <class Precision>
+DEVICE void load_weights(typename Precision::template Fragment<4> &to, const unsigned char *matrix, uint32_t row, uint32_t k, float scale) {
     uint32_t lane = lane_index();
     uint32_t raw[4];
-    if constexpr (Numbers::exact) {
+    if constexpr (Precision::exact) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            ldmatrix(raw, matrix + matrix_place<Numbers>(row + lane % 16, k + half * 8 + lane / 16 * 4));
+            ldmatrix(raw, matrix + matrix_offset<Precision>(row + lane % 16, k + half * 8 + lane / 16 * 4));
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 Halves halves = split(float_of(raw[i]) * scale, float_of(raw[i + 2]) * scale);
@@ -73,38 +73,38 @@ DEVICE void load_weights(typename Numbers::template Fragment<4> &to, const unsig
             }
         }
     } else {
-        ldmatrix(raw, matrix + matrix_place<Numbers>(row + lane % 16, k + lane / 16 * 8));
-        Numbers::prepare(to, raw);
+        ldmatrix(raw, matrix + matrix_offset<Precision>(row + lane % 16, k + lane / 16 * 8));
+        Precision::prepare(to, raw);
     }
 }
 
-template <class Numbers>
-using GradientSums = float[GradientShape<Numbers>::row_tiles][GradientShape<Numbers>::groups * 2][4];
+template <class Precision>
+using GradientSums = float[GradientShape<Precision>::row_tiles][GradientShape<Precision>::groups * 2][4];
 
 // sums += M[:, the stage's rows] times the stage, of exact f32 `scale` times M. `columns` that there are may be fewer than the shape's.
-template <class Numbers>
-DEVICE void multiply_gradient_stage(GradientSums<Numbers> &sums, const unsigned char *matrix, const unsigned char *stage,
+template <class Precision>
+DEVICE void multiply_gradient_stage(GradientSums<Precision> &sums, const unsigned char *matrix, const unsigned char *stage,
                                     uint32_t first_k, uint32_t columns, float scale) {
-    using Shape = GradientShape<Numbers>;
+    using Shape = GradientShape<Precision>;
     uint32_t warp_row = warp_index() / 4 * 16 * Shape::row_tiles;
 #pragma unroll 2  // at most: more do not fit in registers
     for (int k = 0; k < GRADIENT_DEPTH; k += 16) {
-        typename Numbers::template Fragment<4> rows[Shape::row_tiles];
+        typename Precision::template Fragment<4> rows[Shape::row_tiles];
 #pragma unroll
         for (int tile = 0; tile < Shape::row_tiles; ++tile) {
-            load_weights<Numbers>(rows[tile], matrix, warp_row + tile * 16, first_k + k, scale);
+            load_weights<Precision>(rows[tile], matrix, warp_row + tile * 16, first_k + k, scale);
         }
 #pragma unroll
         for (int group = 0; group < Shape::groups; ++group) {
             uint32_t column = (group * 4 + warp_index() % 4) * 16;
             if (column >= columns) break;  // the same for the whole warp
-            typename Numbers::template Fragment<2> fragments[2];
-            load_stage<Numbers>(fragments, stage, k, column);
+            typename Precision::template Fragment<2> fragments[2];
+            load_stage<Precision>(fragments, stage, k, column);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
 #pragma unroll
                 for (int tile = 0; tile < Shape::row_tiles; ++tile) {
-                    Numbers::multiply(sums[tile][group * 2 + half], rows[tile], fragments[half]);
+                    Precision::multiply(sums[tile][group * 2 + half], rows[tile], fragments[half]);
                 }
             }
         }
@@ -112,16 +112,16 @@ DEVICE void multiply_gradient_stage(GradientSums<Numbers> &sums, const unsigned 
 }
 
 // Where a block of the tile way has what it needs: the stages, then M, then its largest element and two barriers.
-template <class Numbers>
+template <class Precision>
 struct TileMemory {
     unsigned char *stages;
-#ifdef HAS_WARPGROUP_PRODUCTS
+#ifdef HAS_WGMMA
     // for products of a warpgroup, in the same stages
-    GroupStages<2 / kLines<Numbers>, kLines<Numbers>> group{stages, reinterpret_cast<Barrier *>(largest()) + 1};
+    WgmmaStages<2 / kLines<Precision>, kLines<Precision>> group{stages, reinterpret_cast<Barrier *>(largest()) + 1};
 #endif
 
     DEVICE unsigned char *matrix() const { return stages + GRADIENT_STAGES_BYTES; }
-    DEVICE uint32_t *largest() const { return reinterpret_cast<uint32_t *>(matrix() + kMatrixBytes<Numbers>); }
+    DEVICE uint32_t *largest() const { return reinterpret_cast<uint32_t *>(matrix() + kMatrixBytes<Precision>); }
     explicit DEVICE TileMemory(unsigned char *bytes) : stages(bytes) {}
 };
 static_assert(GRADIENT_STAGES_BYTES == 2 * 2 * TILE * STAGE_BYTES, "two stages of two tiles");
@@ -129,54 +129,54 @@ static_assert(GRADIENT_EXTRA_BYTES == 3 * sizeof(uint64_t), "an element's bits a
 
 // M of the block's rows and tile y from a recomputed tile of S, whose bits are those of the sweep: its products are of a
 // warpgroup where those were (`group`).
-template <class Numbers, bool group, class Weigh>
-DEVICE void recompute_matrix(const GradientParams &p, TileMemory<Numbers> &memory, uint32_t x, uint32_t y, uint32_t offset,
+template <class Precision, bool group, class Weigh>
+DEVICE void recompute_matrix(const GradientParams &p, TileMemory<Precision> &memory, uint32_t x, uint32_t y, uint32_t offset,
                              PairTile tile, Weigh weigh) {
     const Pairs &pairs = p.pairs;
-    auto rows = static_cast<const unsigned char *>(tile_rows<Numbers>(own_side(p), x, pairs.stride)) + offset * STAGE_BYTES;
-    auto columns = tile_rows<Numbers>(other_side(p), y, pairs.stride);
+    auto rows = static_cast<const unsigned char *>(tile_rows<Precision>(own_side(p), x, pairs.stride)) + offset * STAGE_BYTES;
+    auto columns = tile_rows<Precision>(other_side(p), y, pairs.stride);
     auto *values = reinterpret_cast<float *>(memory.stages);  // [kRecomputedRows, kValuesStride]
     if constexpr (group) {
-#ifdef HAS_WARPGROUP_PRODUCTS
+#ifdef HAS_WGMMA
         fence_proxy_async();  // bulk copies write where threads did
         block_sync();
         // All columns of a group's own 64 rows; where the block has no more, half of the columns.
-        constexpr bool shared = kMatrixRows<Numbers> == kRecomputedRows;
+        constexpr bool shared = kMatrixRows<Precision> == kRecomputedRows;
         constexpr int n = shared ? 8 : 16;
         float acc[n][4];
-        group_multiply_tile<Numbers>(acc, rows, columns, stride_bytes<Numbers>(pairs), memory.group);
-        GroupPlace place;
+        wgmma_multiply_tile<Precision>(acc, rows, columns, stride_bytes<Precision>(pairs), memory.group);
+        WgmmaLayout layout;
         uint32_t half = warp_index() / 4 * kRecomputedRows;
-        for (uint32_t first = 0; first < kMatrixRows<Numbers>; first += kRecomputedRows) {
+        for (uint32_t first = 0; first < kMatrixRows<Precision>; first += kRecomputedRows) {
             if (shared || half == first) {
 #pragma unroll
-                for (int r = 0; r < GroupPlace::rows; ++r) {
+                for (int r = 0; r < WgmmaLayout::rows; ++r) {
 #pragma unroll
                     for (int c = 0; c < 2 * n; ++c) {
-                        uint32_t column = place.column_of(c) + (shared ? half : 0);
-                        values[(place.row_of(r) - half) * kValuesStride + column] = acc[c / 2][r * 2 + c % 2];
+                        uint32_t column = layout.column_of(c) + (shared ? half : 0);
+                        values[(layout.row_of(r) - half) * kValuesStride + column] = acc[c / 2][r * 2 + c % 2];
                     }
                 }
             }
             block_sync();
-            weigh_values<Numbers>(pairs, memory.matrix(), values, x, y, offset, first, tile, weigh);
+            weigh_values<Precision>(pairs, memory.matrix(), values, x, y, offset, first, tile, weigh);
             block_sync();
         }
 #endif
     } else {
-        Place<2> place;
-        for (uint32_t first = 0; first < kMatrixRows<Numbers>; first += kRecomputedRows) {
+        MmaLayout<2> layout;
+        for (uint32_t first = 0; first < kMatrixRows<Precision>; first += kRecomputedRows) {
             Accumulators<2> acc;
-            multiply_tile<Numbers, 2, 2>(acc, rows + first * STAGE_BYTES, columns, stride_bytes<Numbers>(pairs), memory.stages);
+            multiply_tile<Precision, 2, 2>(acc, rows + first * STAGE_BYTES, columns, stride_bytes<Precision>(pairs), memory.stages);
 #pragma unroll
-            for (int r = 0; r < Place<2>::rows; ++r) {
+            for (int r = 0; r < MmaLayout<2>::rows; ++r) {
 #pragma unroll
-                for (int c = 0; c < Place<2>::columns; ++c) {
-                    values[place.row_of(r) * kValuesStride + place.column_of(c)] = Place<2>::value(acc, r, c);
+                for (int c = 0; c < MmaLayout<2>::columns; ++c) {
+                    values[layout.row_of(r) * kValuesStride + layout.column_of(c)] = MmaLayout<2>::value(acc, r, c);
                 }
             }
             block_sync();
-            weigh_values<Numbers>(pairs, memory.matrix(), values, x, y, offset, first, tile, weigh);
+            weigh_values<Precision>(pairs, memory.matrix(), values, x, y, offset, first, tile, weigh);
             block_sync();  // the stages are filled again
         }
     }
@@ -187,18 +187,18 @@ struct TileBlock {
     uint32_t x, offset;              // row tile, and the first row in it
     ColumnBlock columns;
 };
-template <class Numbers>
+template <class Precision>
 DEVICE TileBlock tile_block(const GradientParams &p) {
-    constexpr uint32_t rows = kMatrixRows<Numbers>;
+    constexpr uint32_t rows = kMatrixRows<Precision>;
     return TileBlock{block_x() / (TILE / rows), block_x() % (TILE / rows) * rows, column_block(p.pairs)};
 }
 
-template <class Numbers>
-DEVICE void clear_sums(GradientSums<Numbers> &sums) {
+template <class Precision>
+DEVICE void clear_sums(GradientSums<Precision> &sums) {
 #pragma unroll
-    for (int tile = 0; tile < GradientShape<Numbers>::row_tiles; ++tile) {
+    for (int tile = 0; tile < GradientShape<Precision>::row_tiles; ++tile) {
 #pragma unroll
-        for (int column = 0; column < GradientShape<Numbers>::groups * 2; ++column) {
+        for (int column = 0; column < GradientShape<Precision>::groups * 2; ++column) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) sums[tile][column][i] = 0.0f;
         }
@@ -208,26 +208,26 @@ DEVICE void clear_sums(GradientSums<Numbers> &sums) {
 // sums += M R over the tiles of a range. `job.weigh(i, j, s, part)` is a part of M's element, `Job::parts` of which add up to it;
 // `job.after(sums)` sees the sums after each tile. `Job::from_words`: of a stored tile the candidates' words say all, and
 // `job.of_word(word)` is asked instead.
-template <class Numbers, bool group, class Job>
-DEVICE void walk_tiles(const GradientParams &p, TileMemory<Numbers> &memory, const TileBlock &block, Range range, Job &job,
-                       GradientSums<Numbers> &sums) {
-    using Shape = GradientShape<Numbers>;
+template <class Precision, bool group, class Job>
+DEVICE void walk_tiles(const GradientParams &p, TileMemory<Precision> &memory, const TileBlock &block, Range range, Job &job,
+                       GradientSums<Precision> &sums) {
+    using Shape = GradientShape<Precision>;
     const Pairs &pairs = p.pairs;
     for (uint32_t y = range.begin; y < range.end; ++y) {
         PairTile tile = pair_tile(pairs, p.of_references, block.x, y);
         uint32_t count = pairs.tile_counts[tile.index];
         if (count == 0) continue;  // the same for the whole block
-        auto rows = static_cast<const unsigned char *>(tile_rows<Numbers>(other_side(p), y, pairs.stride));
+        auto rows = static_cast<const unsigned char *>(tile_rows<Precision>(other_side(p), y, pairs.stride));
         constexpr uint32_t kSteps = TILE / GRADIENT_DEPTH;
         // A group a step, empty or not: the waits below count them.
         auto copy = [&](uint32_t step) {
-            uint32_t granules = block.columns.count * Numbers::stored_bytes / 16;
+            uint32_t granules = block.columns.count * Precision::stored_bytes / 16;
             for (uint32_t i = thread_index(); step < kSteps && i < GRADIENT_DEPTH * granules; i += THREADS) {
                 uint32_t k = i / granules, granule = i % granules;
-                cp_async(memory.stages + step % Shape::stages * Shape::stage_bytes + stage_place<Numbers>(k, granule),
-                         rows + prepared_place(step * GRADIENT_DEPTH + k,
-                                               block.columns.first * Numbers::stored_bytes + granule * 16,
-                                               stride_bytes<Numbers>(pairs)));
+                cp_async(memory.stages + step % Shape::stages * Shape::stage_bytes + stage_offset<Precision>(k, granule),
+                         rows + prepared_offset(step * GRADIENT_DEPTH + k,
+                                               block.columns.first * Precision::stored_bytes + granule * 16,
+                                               stride_bytes<Precision>(pairs)));
             }
             cp_async_commit();
         };
@@ -238,7 +238,7 @@ DEVICE void walk_tiles(const GradientParams &p, TileMemory<Numbers> &memory, con
 #pragma unroll 1
         for (uint32_t part = 0; part < Job::parts; ++part) {
             // The largest element, where that is asked for, by its bits: a NaN is larger than all.
-            constexpr bool asked = Job::may_be_nothing || Numbers::exact;
+            constexpr bool asked = Job::may_be_nothing || Precision::exact;
             uint32_t largest = 0;
             auto weigh = [&](uint32_t i, uint32_t j, float s) {
                 float weight = job.weigh(i, j, s, part);
@@ -253,10 +253,10 @@ DEVICE void walk_tiles(const GradientParams &p, TileMemory<Numbers> &memory, con
                 block_sync();
             }
             if (!stored) {
-                recompute_matrix<Numbers, group>(p, memory, block.x, y, block.offset, tile, weigh);
+                recompute_matrix<Precision, group>(p, memory, block.x, y, block.offset, tile, weigh);
             } else {
                 if constexpr (!Job::may_be_nothing) copy_first();  // lands while M is rebuilt
-                rebuild_matrix<Numbers, !Job::from_words>(
+                rebuild_matrix<Precision, !Job::from_words>(
                     pairs, memory.matrix(), block.x, y, block.offset, tile, count,
                     [&](uint32_t i, uint32_t j, [[maybe_unused]] uint32_t word, [[maybe_unused]] float s) {
                         if constexpr (Job::from_words) return job.of_word(word);
@@ -284,10 +284,10 @@ DEVICE void walk_tiles(const GradientParams &p, TileMemory<Numbers> &memory, con
                 block_sync();  // M and this stage are there, the stage before is read
                 copy(step + Shape::stages - 1);
                 const unsigned char *stage = memory.stages + step % Shape::stages * Shape::stage_bytes;
-                if constexpr (Numbers::exact) {
+                if constexpr (Precision::exact) {
                     TileScale scale(*memory.largest());
-                    GradientSums<Numbers> once = {};
-                    multiply_gradient_stage<Numbers>(once, memory.matrix(), stage, step * GRADIENT_DEPTH, block.columns.count, scale.up);
+                    GradientSums<Precision> once = {};
+                    multiply_gradient_stage<Precision>(once, memory.matrix(), stage, step * GRADIENT_DEPTH, block.columns.count, scale.up);
                     float down = scale.down / kRowScale;
 #pragma unroll
                     for (int r = 0; r < Shape::row_tiles; ++r) {
@@ -298,7 +298,7 @@ DEVICE void walk_tiles(const GradientParams &p, TileMemory<Numbers> &memory, con
                         }
                     }
                 } else {
-                    multiply_gradient_stage<Numbers>(sums, memory.matrix(), stage, step * GRADIENT_DEPTH, block.columns.count, 1.0f);
+                    multiply_gradient_stage<Precision>(sums, memory.matrix(), stage, step * GRADIENT_DEPTH, block.columns.count, 1.0f);
                 }
             }
             cp_async_wait<0>();
@@ -309,9 +309,9 @@ DEVICE void walk_tiles(const GradientParams &p, TileMemory<Numbers> &memory, con
 }
 
 // Shows every sum of this thread's: `use(row of the block)` answers what takes a column of the block and the sum.
-template <class Numbers, class Use>
-DEVICE void each_sum(GradientSums<Numbers> &sums, Use use) {
-    using Shape = GradientShape<Numbers>;
+template <class Precision, class Use>
+DEVICE void each_sum(GradientSums<Precision> &sums, Use use) {
+    using Shape = GradientShape<Precision>;
 #pragma unroll
     for (int tile = 0; tile < Shape::row_tiles; ++tile) {
 #pragma unroll

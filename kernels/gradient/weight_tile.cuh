@@ -2,7 +2,7 @@
 //
 // Rebuilt from the stored candidates of its tile of S, or made from a recomputed one. It lies in
 // panels of 128 bytes a row, swizzled as a stage of mma_tile.cuh: ldmatrix and wgmma both read it.
-// Numbers: 16-bit types hold M scaled by a power of two (weight_scale).
+// Precision: 16-bit types hold M scaled by a power of two (weight_scale).
 #ifndef DDTAS_WEIGHT_TILE_CUH
 #define DDTAS_WEIGHT_TILE_CUH
 
@@ -11,31 +11,31 @@
 #include "tile/mma_tile.cuh"
 
 // Rows of M that a block has.
-template <class Numbers>
-constexpr uint32_t kMatrixRows = sizeof(typename Numbers::Element) == 2 ? GRADIENT_ROWS_16BIT : GRADIENT_ROWS_32BIT;
-template <class Numbers>
-constexpr uint32_t kMatrixBytes = kMatrixRows<Numbers> * TILE * sizeof(typename Numbers::Element);
-template <class Numbers>
-constexpr uint32_t kPanelBytes = kMatrixRows<Numbers> * STAGE_BYTES;
+template <class Precision>
+constexpr uint32_t kMatrixRows = sizeof(typename Precision::Element) == 2 ? GRADIENT_ROWS_16BIT : GRADIENT_ROWS_32BIT;
+template <class Precision>
+constexpr uint32_t kMatrixBytes = kMatrixRows<Precision> * TILE * sizeof(typename Precision::Element);
+template <class Precision>
+constexpr uint32_t kPanelBytes = kMatrixRows<Precision> * STAGE_BYTES;
 
 // Byte of element (row, k) of M.
-template <class Numbers>
-DEVICE uint32_t matrix_place(uint32_t row, uint32_t k) {
-    uint32_t byte = k * sizeof(typename Numbers::Element);
-    return byte / STAGE_BYTES * kPanelBytes<Numbers> + swizzled(row, byte % STAGE_BYTES / 16) + byte % 16;
+template <class Precision>
+DEVICE uint32_t matrix_offset(uint32_t row, uint32_t k) {
+    uint32_t byte = k * sizeof(typename Precision::Element);
+    return byte / STAGE_BYTES * kPanelBytes<Precision> + swizzled(row, byte % STAGE_BYTES / 16) + byte % 16;
 }
 
-template <class Numbers>
+template <class Precision>
 DEVICE void store_weight(unsigned char *matrix, uint32_t row, uint32_t k, float weight) {
-    using Element = typename Numbers::Element;
-    *reinterpret_cast<Element *>(matrix + matrix_place<Numbers>(row, k)) = from_float<Element>(weight);
+    using Element = typename Precision::Element;
+    *reinterpret_cast<Element *>(matrix + matrix_offset<Precision>(row, k)) = from_float<Element>(weight);
 }
 
 // Element of M as the rows' type holds it: of 16-bit types from a sigmoid rounded as in the pair's
 // word, so that a pair has one weight whichever kernel weighs it, stored or recomputed.
-template <class Numbers>
+template <class Precision>
 DEVICE float matrix_weight(const Pairs &pairs, uint32_t i, uint32_t j, float s) {
-    if constexpr (sizeof(typename Numbers::Element) == 4) {
+    if constexpr (sizeof(typename Precision::Element) == 4) {
         return pair_weight(pairs, i, j, s);
     } else {
         bool positive;
@@ -57,13 +57,13 @@ struct TileScale {
 };
 
 // Where a stored candidate stands in its tile: row * TILE + column, from a word as the gradient finds it.
-template <class Numbers>
-DEVICE uint32_t stored_place(uint32_t word) {
-    if constexpr (sizeof(typename Numbers::Element) == 4) {
-        return word_place(word);
+template <class Precision>
+DEVICE uint32_t stored_index(uint32_t word) {
+    if constexpr (sizeof(typename Precision::Element) == 4) {
+        return word_index(word);
     } else {
         uint32_t byte = word_byte(word), row = byte / STAGE_BYTES % TILE;
-        uint32_t granule = (byte / 16 ^ row) % (STAGE_BYTES / 16) + byte / kPanelBytes<Numbers> * (STAGE_BYTES / 16);
+        uint32_t granule = (byte / 16 ^ row) % (STAGE_BYTES / 16) + byte / kPanelBytes<Precision> * (STAGE_BYTES / 16);
         return row * TILE + granule * 8 + byte % 16 / 2;
     }
 }
@@ -71,43 +71,43 @@ DEVICE uint32_t stored_place(uint32_t word) {
 // M of the block's rows (`offset` in tile x) and tile y, from the stored candidates; `weigh(i, j, word, s)` is the element of
 // anchor i and reference j. Four candidates a thread and turn, whose loads are under way while M is cleared or the turn before
 // is scattered; `values`: with their similarities.
-template <class Numbers, bool values, class Weigh>
+template <class Precision, bool values, class Weigh>
 DEVICE void rebuild_matrix(const Pairs &pairs, unsigned char *matrix, uint32_t x, uint32_t y, uint32_t offset, PairTile tile,
                            uint32_t count, Weigh weigh) {
-    struct Turn {
+    struct Batch {
         Granule<uint32_t> words;
         Granule<float> similarities;
     };
-    constexpr uint32_t kTurn = Granule<uint32_t>::count;
+    constexpr uint32_t kBatch = Granule<uint32_t>::count;
     uint64_t at = segment_of(pairs, tile.index);
     auto load = [&](uint32_t first) {
-        Turn turn{};
-        if (first >= count) return turn;
-        turn.words = *reinterpret_cast<const Granule<uint32_t> *>(pairs.pool_words + at + first);
-        if constexpr (values) turn.similarities = *reinterpret_cast<const Granule<float> *>(pairs.pool_values + at + first);
-        return turn;
+        Batch batch{};
+        if (first >= count) return batch;
+        batch.words = *reinterpret_cast<const Granule<uint32_t> *>(pairs.pool_words + at + first);
+        if constexpr (values) batch.similarities = *reinterpret_cast<const Granule<float> *>(pairs.pool_values + at + first);
+        return batch;
     };
-    Turn next = load(thread_index() * kTurn);
+    Batch next = load(thread_index() * kBatch);
     auto *zeros = reinterpret_cast<Granule<uint32_t> *>(matrix);
-    for (uint32_t i = thread_index(); i < kMatrixBytes<Numbers> / 16; i += THREADS) zeros[i] = Granule<uint32_t>{};
+    for (uint32_t i = thread_index(); i < kMatrixBytes<Precision> / 16; i += THREADS) zeros[i] = Granule<uint32_t>{};
     block_sync();
-    for (uint32_t first = thread_index() * kTurn; first < count; first += THREADS * kTurn) {
-        Turn turn = next;
-        next = load(first + THREADS * kTurn);
+    for (uint32_t first = thread_index() * kBatch; first < count; first += THREADS * kBatch) {
+        Batch batch = next;
+        next = load(first + THREADS * kBatch);
 #pragma unroll
-        for (uint32_t k = 0; k < kTurn; ++k) {
-            uint32_t place = stored_place<Numbers>(turn.words.values[k]);
+        for (uint32_t k = 0; k < kBatch; ++k) {
+            uint32_t place = stored_index<Precision>(batch.words.values[k]);
             // Row and column of the stored tile; x and y in the order of M.
             uint32_t row = (tile.transposed ? y : x) * TILE + place / TILE;
             uint32_t column = (tile.transposed ? x : y) * TILE + place % TILE;
             uint32_t of_x = tile.transposed ? place % TILE : place / TILE;
             uint32_t of_y = tile.transposed ? place / TILE : place % TILE;
-            constexpr uint32_t rows = kMatrixRows<Numbers>;  // rows of other blocks wrap around
+            constexpr uint32_t rows = kMatrixRows<Precision>;  // rows of other blocks wrap around
             bool mine = of_x - offset < rows, second = tile.diagonal && of_y - offset < rows;
             if (first + k >= count || (!mine && !second)) continue;
-            float weight = weigh(row, column, turn.words.values[k], turn.similarities.values[k]);
-            if (mine) store_weight<Numbers>(matrix, of_x - offset, of_y, weight);
-            if (second) store_weight<Numbers>(matrix, of_y - offset, of_x, weight);
+            float weight = weigh(row, column, batch.words.values[k], batch.similarities.values[k]);
+            if (mine) store_weight<Precision>(matrix, of_x - offset, of_y, weight);
+            if (second) store_weight<Precision>(matrix, of_y - offset, of_x, weight);
         }
     }
 }
@@ -117,7 +117,7 @@ DEVICE void rebuild_matrix(const Pairs &pairs, unsigned char *matrix, uint32_t x
 constexpr uint32_t kRecomputedRows = 64;
 
 // M of kRecomputedRows rows from the block's row `first` on, from `values` [kRecomputedRows, kValuesStride] of S.
-template <class Numbers, class Weigh>
+template <class Precision, class Weigh>
 DEVICE void weigh_values(const Pairs &pairs, unsigned char *matrix, const float *values, uint32_t x, uint32_t y, uint32_t offset,
                          uint32_t first, PairTile tile, Weigh weigh) {
     for (uint32_t k = thread_index(); k < kRecomputedRows * TILE; k += THREADS) {
@@ -125,7 +125,7 @@ DEVICE void weigh_values(const Pairs &pairs, unsigned char *matrix, const float 
         PairRows pair = pair_rows(tile, x * TILE + offset + of_x, y * TILE + of_y);
         float weight = 0.0f;
         if (is_pair(pairs, pair.anchor, pair.reference)) weight = weigh(pair.anchor, pair.reference, values[k / TILE * kValuesStride + of_y]);
-        store_weight<Numbers>(matrix, of_x, of_y, weight);
+        store_weight<Precision>(matrix, of_x, of_y, weight);
     }
 }
 

@@ -9,21 +9,21 @@
 //   bits 0 to 15   its element of M in the rows' type, times the scale of M; a word of 0 is no candidate
 //   bits 16 to 31  the byte of that element where M's tile lies in shared memory, in the order of the tile of S
 //
-// Numbers: scaled so, f16 holds a sigmoid to 2^-12 of itself down to 2e-9, and 2e-12 at all.
+// Precision: scaled so, f16 holds a sigmoid to 2^-12 of itself down to 2e-9, and 2e-12 at all.
 #ifndef DDTAS_CANDIDATE_WORD_CUH
 #define DDTAS_CANDIDATE_WORD_CUH
 
 #include "ptx/device.cuh"
 
-constexpr uint32_t kPlaceBits = TILE * TILE - 1;
+constexpr uint32_t kIndexBits = TILE * TILE - 1;
 constexpr uint32_t kKeptByRow = 14, kKeptByColumn = 15, kPositive = 16, kSigmoid = 17;
 constexpr float kSigmoidScale = 32768.0f;
 
-DEVICE uint32_t word_place(uint32_t word) { return word & kPlaceBits; }
+DEVICE uint32_t word_index(uint32_t word) { return word & kIndexBits; }
 // Of a word that `weigh` has finished.
 DEVICE uint32_t word_byte(uint32_t word) { return word >> 16; }
 DEVICE uint16_t word_element(uint32_t word) { return static_cast<uint16_t>(word); }
-DEVICE uint32_t word_fate(bool by_row, bool by_column, bool positive, float sigmoid) {
+DEVICE uint32_t pack_fate(bool by_row, bool by_column, bool positive, float sigmoid) {
     return static_cast<uint32_t>(by_row) << kKeptByRow | static_cast<uint32_t>(by_column) << kKeptByColumn |
            static_cast<uint32_t>(positive) << kPositive |
            static_cast<uint32_t>(to_f16_bits(sigmoid * kSigmoidScale)) << kSigmoid;

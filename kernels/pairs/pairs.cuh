@@ -34,7 +34,7 @@ DEVICE float positive_bound(uint32_t max_neg_key, double tolerance) {
 // asks stores_all(), which is by no chance: the sum of what was asked for.
 DEVICE uint32_t reserve(const Pairs &pairs, uint32_t count) {
     uint32_t units = ((count < TILE_MASK_WORDS ? TILE_MASK_WORDS : count) + 3) / 4;
-    uint64_t first = atomic_take(&pairs.counters->reserved, static_cast<uint64_t>(units));
+    uint64_t first = atomic_fetch_add(&pairs.counters->reserved, static_cast<uint64_t>(units));
     return first + units <= pairs.pool ? static_cast<uint32_t>(first) : NO_ROW;
 }
 DEVICE bool stores_all(const Pairs &pairs) { return pairs.counters->reserved <= pairs.pool; }

@@ -71,13 +71,13 @@ DEVICE void atomic_add(int64_t *target, int64_t value) {
 }
 // One of several blocks is here: what it wrote before (what its other threads wrote before a barrier, too) is seen by those
 // that come later, and so by the last of them. How many came before.
-DEVICE uint32_t arrive_at(uint32_t *arrived) {
+DEVICE uint32_t count_arrival(uint32_t *arrived) {
     __threadfence();
     uint32_t before = atomicAdd(arrived, 1u);
     __threadfence();
     return before;
 }
-DEVICE uint64_t atomic_take(uint64_t *target, uint64_t value) {
+DEVICE uint64_t atomic_fetch_add(uint64_t *target, uint64_t value) {
     return atomicAdd(reinterpret_cast<unsigned long long *>(target), static_cast<unsigned long long>(value));
 }
 // What others may be adding to or raising.
@@ -86,7 +86,7 @@ DEVICE uint32_t atomic_load(const uint32_t *from) {
     asm volatile("ld.relaxed.gpu.u32 %0, [%1];" : "=r"(value) : "l"(from));
     return value;
 }
-DEVICE uint32_t atomic_next(uint32_t *target) { return atomicAdd(target, 1u); }
+DEVICE uint32_t atomic_fetch_increment(uint32_t *target) { return atomicAdd(target, 1u); }
 DEVICE void atomic_max(uint32_t *target, uint32_t value) { atomicMax(target, value); }
 DEVICE void atomic_min(uint32_t *target, uint32_t value) { atomicMin(target, value); }
 
@@ -135,10 +135,10 @@ DEVICE void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 // What is read behind this line is not read before it: reads that are all under way at once want a register each.
-DEVICE void reads_below() { asm volatile("" ::: "memory"); }
+DEVICE void compiler_barrier() { asm volatile("" ::: "memory"); }
 
 // The value is known from here on: it is not made anew in each branch that uses it.
-DEVICE void settle(uint32_t &value) { asm volatile("" : "+r"(value)); }
+DEVICE void opaque(uint32_t &value) { asm volatile("" : "+r"(value)); }
 
 // Ends the program: a kernel was launched on a GPU that it is not made for.
 DEVICE void trap() { __trap(); }
@@ -261,7 +261,7 @@ DEVICE T block_sum(T value, T *scratch) {
 // another. By the whole block; `last` is shared memory.
 DEVICE bool is_last_block(uint32_t *arrived, uint32_t blocks, uint32_t *last) {
     block_sync();
-    if (thread_index() == 0) *last = arrive_at(arrived) == blocks - 1;
+    if (thread_index() == 0) *last = count_arrival(arrived) == blocks - 1;
     block_sync();
     return *last != 0;
 }

@@ -8,37 +8,37 @@
 #define DDTAS_SM90_CUH
 
 #if !defined(__CUDACC__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define HAS_WARPGROUP_PRODUCTS 1
+#define HAS_WGMMA 1
 
 // An operand in shared memory, in lines of 128 bytes (64 elements) whose granules are swizzled by
 // granule ^ line % 8; eight lines, 1,024 bytes, are a block, and aligned to it. PTX ISA, "Matrix
 // Descriptor Format": start, leading and stride offsets in units of 16 bytes, 1 << 62 the swizzle.
 using Descriptor = uint64_t;
-DEVICE Descriptor describe(const void *first, uint32_t leading_bytes, uint32_t stride_bytes) {
+DEVICE Descriptor make_descriptor(const void *first, uint32_t leading_bytes, uint32_t stride_bytes) {
     auto field = [](uint32_t bytes) { return static_cast<uint64_t>((bytes & 0x3ffffu) >> 4); };
     return field(shared_address(first)) | field(leading_bytes) << 16 | field(stride_bytes) << 32 | uint64_t{1} << 62;
 }
 // A line is a row (of A, a column of B) and 64 of the inner dimension, as in a stage of mma_tile.cuh:
 // eight rows further on are 1,024 bytes further on. The leading offset is not read.
-DEVICE Descriptor stage_descriptor(const void *stage) { return describe(stage, 16, 1024); }
+DEVICE Descriptor k_major_descriptor(const void *stage) { return make_descriptor(stage, 16, 1024); }
 // A line is one of the inner dimension and 64 columns: eight of the inner dimension further on are
 // 1,024 bytes further on, 64 columns `panel_bytes`. For a product with `transposed` B.
-DEVICE Descriptor panels_descriptor(const void *panels, uint32_t panel_bytes) {
-    return describe(panels, panel_bytes, 1024);
+DEVICE Descriptor mn_major_descriptor(const void *panels, uint32_t panel_bytes) {
+    return make_descriptor(panels, panel_bytes, 1024);
 }
 // The same operand from `bytes` further on.
-DEVICE Descriptor advanced(Descriptor descriptor, uint32_t bytes) { return descriptor + bytes / 16; }
+DEVICE Descriptor advance(Descriptor descriptor, uint32_t bytes) { return descriptor + bytes / 16; }
 
 #endif
 
 // What a kernel of Hopper's does; launched on another GPU it ends the program.
-#ifdef HAS_WARPGROUP_PRODUCTS
+#ifdef HAS_WGMMA
 #define HOPPER_ONLY(...) __VA_ARGS__
 #else
 #define HOPPER_ONLY(...) trap()
 #endif
 
-#if defined(__CUDACC__) && defined(HAS_WARPGROUP_PRODUCTS)
+#if defined(__CUDACC__) && defined(HAS_WGMMA)
 
 DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // The same, and for what was written to global memory, before this block's bulk copies read it. Of no one space: for global memory
@@ -49,7 +49,7 @@ DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory
 // Keeps whatever sets these registers before this line: moved into the loop that follows, it would make
 // the compiler wait for every single product (its note C7515, which .ci/kernel_budgets.py refuses).
 template <int n>
-DEVICE void settle(float (&c)[n][4]) {
+DEVICE void fence_accumulators(float (&c)[n][4]) {
 #pragma unroll
     for (int i = 0; i < n; ++i) asm volatile("" : "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])::"memory");
 }
@@ -94,12 +94,12 @@ DEVICE void setmaxnreg_dec() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;
 // has rows 16 w to 16 w + 15. b lies [columns, inner], or [inner, columns] if `transposed`; a lies [rows, inner] or, if
 // `transposed_a`, [inner, rows]. `fresh`: c = a b.
 #define WGMMA(name, type, n, shape, places, sums, a_place, b_place, transposed_a_place, transposed_place, adds_place) \
-    template <bool transposed, bool transposed_a, bool fresh = false>                                       \
+    template <bool transposed, bool transposed_a, bool from_zero = false>                                       \
     DEVICE void name(float (&c)[n][4], Descriptor a, Descriptor b) {                                        \
         asm volatile("wgmma.mma_async.sync.aligned." shape ".f32." type "." type " {" places "}, "          \
                      a_place ", " b_place ", " adds_place ", 1, 1, " transposed_a_place ", " transposed_place ";" \
                      : sums(c, 0)                                                                           \
-                     : "l"(a), "l"(b), "n"(transposed_a ? 1 : 0), "n"(transposed ? 1 : 0), "n"(fresh ? 0 : 1)); \
+                     : "l"(a), "l"(b), "n"(transposed_a ? 1 : 0), "n"(transposed ? 1 : 0), "n"(from_zero ? 0 : 1)); \
     }
 WGMMA(wgmma_f16, "f16", 4, "m64n32k16", PLACES_16, SUMS_16, "%16", "%17", "%18", "%19", "%20")
 WGMMA(wgmma_bf16, "bf16", 8, "m64n64k16", PLACES_32, SUMS_32, "%32", "%33", "%34", "%35", "%36")
@@ -210,7 +210,7 @@ DEVICE void append_within(uint32_t &at, uint32_t bits, uint32_t bit, float value
 
 #endif
 
-#ifdef HAS_WARPGROUP_PRODUCTS
+#ifdef HAS_WGMMA
 // Sums from 0, settled before the products that add to them.
 template <int n>
 DEVICE void clear(float (&sums)[n][4]) {
@@ -219,7 +219,7 @@ DEVICE void clear(float (&sums)[n][4]) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) sums[column][i] = 0.0f;
     }
-    settle(sums);
+    fence_accumulators(sums);
 }
 #endif
 

@@ -44,7 +44,7 @@ DEVICE void each_key(const uint64_t *keys, uint32_t count, Use use) {
         const uint64_t *from = keys + first;
 #pragma unroll
         for (uint32_t n = 0; n < at_once; ++n) some[n] = first + 32 * n < count ? from[32 * n] : kNothing;
-        reads_below();
+        compiler_barrier();
 #pragma unroll
         for (uint32_t n = 0; n < at_once; ++n) use(some[n]);
     }
@@ -105,16 +105,16 @@ DEVICE uint32_t keep_within(uint64_t *keys, uint32_t count, uint64_t threshold) 
 }
 
 // The lists of a warp's rows. `Place` is where its accumulators stand in the tile: four lanes share a row.
-template <class Place>
+template <class Layout>
 struct QueryLists {
-    static constexpr int rows = Place::rows, columns = Place::columns;
+    static constexpr int rows = Layout::rows, columns = Layout::columns;
     static_assert(rows <= 4 && columns <= 32, "a bit a row for four lanes, a word a row");
     static constexpr uint32_t appended = columns * 4;  // by a tile, at most
     static_assert(appended <= RETRIEVAL_SLACK, "a list that was cut takes a tile");
 
     const RetrievalParams &p;
     uint32_t first_query, list;
-    Place place{};
+    Layout layout{};
     bool begun = false;
     float bound[rows];
     uint32_t count[rows];
@@ -124,7 +124,7 @@ struct QueryLists {
         : p(of), first_query((of.first_tile + block_x()) * TILE), list(block_y() * (of.lists / of.splits) + own) {
 #pragma unroll
         for (int r = 0; r < rows; ++r) {
-            bound[r] = first_query + place.row_of(r) < p.query_count ? kNoBound : INFINITE;
+            bound[r] = first_query + layout.row_of(r) < p.query_count ? kNoBound : INFINITE;
             count[r] = 0;
         }
     }
@@ -156,7 +156,7 @@ struct QueryLists {
         cut(p.kept, true);
         if (lane_index() % 4 != 0) return;
 #pragma unroll
-        for (int r = 0; r < rows; ++r) p.counts[index_of_list(place.row_of(r))] = count[r];
+        for (int r = 0; r < rows; ++r) p.counts[index_of_list(layout.row_of(r))] = count[r];
     }
 
   private:
@@ -180,7 +180,7 @@ struct QueryLists {
 #pragma unroll
         for (int c = columns - 1; c >= 0; --c) {
 #pragma unroll
-            for (int r = 0; r < rows; ++r) shift_in_sign(above[r], bounds[r] - Place::value(acc, r, c));
+            for (int r = 0; r < rows; ++r) shift_in_sign(above[r], bounds[r] - Layout::value(acc, r, c));
         }
     }
 
@@ -189,11 +189,11 @@ struct QueryLists {
     DEVICE void leave_out(Sums &acc, uint32_t first, bool with_self) const {
 #pragma unroll
         for (int c = 0; c < columns; ++c) {
-            uint32_t column = place.column_of(c);
+            uint32_t column = layout.column_of(c);
 #pragma unroll
             for (int r = 0; r < rows; ++r) {
-                bool self = with_self && column == place.row_of(r);
-                if (self || first + column >= p.reference_count) Place::value(acc, r, c) = -INFINITE;
+                bool self = with_self && column == layout.row_of(r);
+                if (self || first + column >= p.reference_count) Layout::value(acc, r, c) = -INFINITE;
             }
         }
     }
@@ -207,7 +207,7 @@ struct QueryLists {
             low[r] = -1.0f;
             high[r] = low[r];
 #pragma unroll
-            for (int c = 0; c < columns; ++c) high[r] = fmaxf(high[r], Place::value(acc, r, c));
+            for (int c = 0; c < columns; ++c) high[r] = fmaxf(high[r], Layout::value(acc, r, c));
             high[r] = fmaxf(high[r], shuffle_xor(high[r], 1));
             high[r] = fmaxf(high[r], shuffle_xor(high[r], 2));
         }
@@ -236,7 +236,7 @@ struct QueryLists {
 #pragma unroll
         for (int r = 0; r < rows; ++r) {
             uint32_t before, total = row_sum(static_cast<uint32_t>(popc(above[r])), before);
-            at[r] = keys_of(place.row_of(r)) + count[r] + before;
+            at[r] = keys_of(layout.row_of(r)) + count[r] + before;
             count[r] += total;
         }
 #pragma unroll
@@ -246,7 +246,7 @@ struct QueryLists {
             for (int c = part; c < part + 8; ++c) {
 #pragma unroll
                 for (int r = 0; r < rows; ++r) {
-                    if (above[r] >> c & 1u) *at[r]++ = retrieval_key(Place::value(acc, r, c), first + place.column_of(c));
+                    if (above[r] >> c & 1u) *at[r]++ = retrieval_key(Layout::value(acc, r, c), first + layout.column_of(c));
                 }
             }
         }
@@ -260,11 +260,11 @@ struct QueryLists {
         for (int r = 0; r < rows; ++r) long_ones |= (ballot_sync(count[r] > most) & 0x11111111u) << r;
         for (; long_ones != 0; long_ones = all ? long_ones & (long_ones - 1) : 0) {
             int bit = lowest_bit(long_ones), row = bit % 4;
-            uint32_t own_count = count[0], own_row = place.row_of(0);
+            uint32_t own_count = count[0], own_row = layout.row_of(0);
 #pragma unroll
             for (int r = 1; r < rows; ++r) {
                 own_count = row == r ? count[r] : own_count;
-                own_row = row == r ? place.row_of(r) : own_row;
+                own_row = row == r ? layout.row_of(r) : own_row;
             }
             uint64_t *keys = keys_of(shuffle(own_row, bit));
             uint32_t length = shuffle(own_count, bit);

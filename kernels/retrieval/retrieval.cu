@@ -7,21 +7,21 @@
 
 #include "retrieval/query_lists.cuh"
 
-template <class Numbers>
+template <class Precision>
 DEVICE void retrieval_body(const RetrievalParams &p) {
     SHARED_MEMORY(stages);
-    uint64_t row_bytes = static_cast<uint64_t>(p.stride) * Numbers::stored_bytes;
+    uint64_t row_bytes = static_cast<uint64_t>(p.stride) * Precision::stored_bytes;
     const unsigned char *queries = searched_rows(p.queries, p.first_tile + block_x(), row_bytes);
     SearchedTiles tiles(p);
-    QueryLists<Place<2, 8>> lists(p, warp_index() % 2);
+    QueryLists<MmaLayout<2, 8>> lists(p, warp_index() % 2);
     for (uint32_t tile = tiles.first; tile < tiles.end; ++tile) {
         Accumulators<2, 8> acc;
-        multiply_tile<Numbers, 2, kSharingStages<Numbers>, 1>(acc, queries, searched_rows(p.references, tile, row_bytes), row_bytes, stages);
+        multiply_tile<Precision, 2, kSharingStages<Precision>, 1>(acc, queries, searched_rows(p.references, tile, row_bytes), row_bytes, stages);
         lists.look(acc, tile);
     }
     lists.finish();
 }
-KERNEL_OF_NARROW_BLOCKS(retrieval, RetrievalParams, 2)
+KERNEL_OF_16BIT_BLOCKS(retrieval, RetrievalParams, 2)
 
 // Sorts `count` keys ascending, padded to a power of two. The whole block takes part.
 DEVICE void sort_keys(uint64_t *keys, uint32_t count) {
@@ -77,7 +77,7 @@ KERNEL(retrieval_merge, RetrievalParams, 4) {
         }
         block_sync();  // there is room for more
         uint64_t next = load(first + THREADS + thread_index());
-        if (key <= shared.bound) keys[atomic_next(&shared.taken)] = key;
+        if (key <= shared.bound) keys[atomic_fetch_increment(&shared.taken)] = key;
         key = next;
     }
     block_sync();  // all keys are there

@@ -8,16 +8,16 @@
 #include "retrieval/query_lists.cuh"
 #include "tile/ping_pong.cuh"
 
-#ifdef HAS_WARPGROUP_PRODUCTS
+#ifdef HAS_WGMMA
 
-template <class Numbers>
+template <class Precision>
 struct RetrievalHopperShared {
     unsigned char rows[SWEEP_HOPPER_RESIDENT][kStageBytes];  // the query tile, or its stages
-    unsigned char columns[kTeamStages<Numbers>][kStageBytes];
-    Barrier full[kTeamBarriers<Numbers>], empty[kTeamBarriers<Numbers>];
-    Barrier turn[kTeams<Numbers>];
+    unsigned char columns[kTeamStages<Precision>][kStageBytes];
+    Barrier full[kTeamBarriers<Precision>], empty[kTeamBarriers<Precision>];
+    Barrier order[kTeams<Precision>];
 };
-static_assert(sizeof(RetrievalHopperShared<HalfF16>) == RETRIEVAL_HOPPER_SHARED_BYTES, "the launch plan's shared memory");
+static_assert(sizeof(RetrievalHopperShared<F16Rows>) == RETRIEVAL_HOPPER_SHARED_BYTES, "the launch plan's shared memory");
 static_assert(sizeof(RetrievalHopperShared<ExactF32>) == RETRIEVAL_SPLIT_SHARED_BYTES, "the launch plan's shared memory");
 
 // The block's tiles in order; every role walks them by itself.
@@ -25,43 +25,43 @@ struct RetrievalWalk {
     const RetrievalParams &p;
     SearchedTiles tiles;
     TileIndex tile;
-    uint32_t turn = NO_ROW;  // tiles before this one; nothing before the first
+    uint32_t tiles_before = NO_ROW;  // tiles before this one; nothing before the first
 
     explicit DEVICE RetrievalWalk(const RetrievalParams &of) : p(of), tiles(of), tile{of.first_tile + block_x(), tiles.first - 1} {}
-    template <class Numbers>
+    template <class Precision>
     DEVICE const unsigned char *rows() const {
-        return searched_rows(p.queries, tile.row, static_cast<uint64_t>(p.stride) * Numbers::stored_bytes);
+        return searched_rows(p.queries, tile.row, static_cast<uint64_t>(p.stride) * Precision::stored_bytes);
     }
-    template <class Numbers>
+    template <class Precision>
     DEVICE const unsigned char *columns() const {
-        return searched_rows(p.references, tile.column, static_cast<uint64_t>(p.stride) * Numbers::stored_bytes);
+        return searched_rows(p.references, tile.column, static_cast<uint64_t>(p.stride) * Precision::stored_bytes);
     }
-    DEVICE uint32_t chunks() const { return p.stride / (STAGE_BYTES / 2); }
-    DEVICE uint32_t filled() const { return turn * chunks(); }
-    DEVICE bool resident() const { return chunks() <= SWEEP_HOPPER_RESIDENT; }
+    DEVICE uint32_t k_blocks() const { return p.stride / (STAGE_BYTES / 2); }
+    DEVICE uint32_t filled() const { return tiles_before * k_blocks(); }
+    DEVICE bool resident() const { return k_blocks() <= SWEEP_HOPPER_RESIDENT; }
     DEVICE bool next() {
-        ++turn;
+        ++tiles_before;
         return ++tile.column < tiles.end;
     }
 };
-template <class Numbers>
+template <class Precision>
 DEVICE void retrieval_hopper_body(const RetrievalParams &p) {
     SHARED_MEMORY(bytes);
-    auto &shared = *reinterpret_cast<RetrievalHopperShared<Numbers> *>(bytes);
+    auto &shared = *reinterpret_cast<RetrievalHopperShared<Precision> *>(bytes);
     if (thread_index() == 0) begin_teams(shared);
     block_sync();  // the barriers are there
     RetrievalWalk walk(p);
-    divide_roles<Numbers>(
+    divide_roles<Precision>(
         [&](uint32_t warp) {
-            if (warp == 0) copy_operands<Numbers>(shared, walk, [](RetrievalWalk &to) { return to.next(); });
+            if (warp == 0) copy_operands<Precision>(shared, walk, [](RetrievalWalk &to) { return to.next(); });
         },
         [&](uint32_t index) {
             TeamWarp team{index};
-            QueryLists<GroupPlace> lists(p, team.team);
+            QueryLists<WgmmaLayout> lists(p, team.team);
             while (walk.next()) {
-                if (walk.turn % kTeams<Numbers> != team.team) continue;
-                GroupAccumulators acc;
-                team.multiply<Numbers>(acc, shared, walk, [] {});
+                if (walk.tiles_before % kTeams<Precision> != team.team) continue;
+                WgmmaAccumulators acc;
+                team.multiply<Precision>(acc, shared, walk, [] {});
                 lists.look(acc, walk.tile.column);
             }
             lists.finish();
@@ -70,5 +70,5 @@ DEVICE void retrieval_hopper_body(const RetrievalParams &p) {
 #endif
 
 ROLE_KERNEL(retrieval_hopper_f32, RetrievalParams, SWEEP_SPLIT_THREADS) { HOPPER_ONLY(retrieval_hopper_body<ExactF32>(p)); }
-ROLE_KERNEL(retrieval_hopper_f16, RetrievalParams, SWEEP_HOPPER_THREADS) { HOPPER_ONLY(retrieval_hopper_body<HalfF16>(p)); }
-ROLE_KERNEL(retrieval_hopper_bf16, RetrievalParams, SWEEP_HOPPER_THREADS) { HOPPER_ONLY(retrieval_hopper_body<HalfBf16>(p)); }
+ROLE_KERNEL(retrieval_hopper_f16, RetrievalParams, SWEEP_HOPPER_THREADS) { HOPPER_ONLY(retrieval_hopper_body<F16Rows>(p)); }
+ROLE_KERNEL(retrieval_hopper_bf16, RetrievalParams, SWEEP_HOPPER_THREADS) { HOPPER_ONLY(retrieval_hopper_body<Bf16Rows>(p)); }

@@ -6,7 +6,7 @@
 //   here, and from here on it is f16. On Hopper
 //   16-bit rows are multiplied with wgmma there too, while they are gathered: a row must meet itself with the bits of its own
 //   bound. One block a row tile; further blocks find the range of references that have an anchor's label.
-// Numbers: norms by chains of f32; where that leaves a doubt, and for bad rows, in f64. Column sums in f32, 16 rows
+// Precision: norms by chains of f32; where that leaves a doubt, and for bad rows, in f64. Column sums in f32, 16 rows
 //   of a warp, then the warps in order.
 
 #include "tile/wgmma_tile.cuh"
@@ -32,7 +32,7 @@ constexpr uint32_t kRowsApart = THREADS / kGranules;
 constexpr uint32_t kOwnRows = TILE / kRowsApart;
 constexpr uint32_t kWarpRows = 32 / kGranules * kOwnRows;
 // The caller's rows come through a ring of stages of 128 bytes a row. One is filled when the product of that two before is done.
-constexpr uint32_t kRing = 5, kAhead = kRing - 2;
+constexpr uint32_t kStageCount = 5, kAhead = kStageCount - 2;
 constexpr uint32_t kRingStage = TILE * STAGE_BYTES;
 
 // The elements of a granule as f32, and back.
@@ -280,24 +280,24 @@ DEVICE void check_rows(const PrepareParams &p, const float (&squares)[kOwnRows])
 }
 
 // f32 rows that are rounded to f16: norms and lengths are those of the caller's rows, column sums those of the rounded ones.
-template <class Numbers, class Given>
-constexpr bool kRounded = !Numbers::exact && sizeof(Given) != sizeof(typename Numbers::Element);
+template <class Precision, class Given>
+constexpr bool kRounded = !Precision::exact && sizeof(Given) != sizeof(typename Precision::Element);
 // Half a granule of such, from a granule of the caller's.
 struct alignas(8) RoundedGranule {
     F16 values[4];
 };
 
 // A tile's rows, prepared. `products.add(stage)` sees each stage of them as it lies in shared memory; `shared` has room for the ring, and twice for a float for each warp and element of a stage.
-template <class Numbers, class Given, class Products>
+template <class Precision, class Given, class Products>
 DEVICE void prepare_rows(const PrepareParams &p, unsigned char *shared, Products products) {
     using Vector = Granule<Given>;
-    constexpr bool rounded = kRounded<Numbers, Given>;
+    constexpr bool rounded = kRounded<Precision, Given>;
     constexpr uint32_t kColumns = kGranules * Vector::count;  // of a stage of the ring
     constexpr uint32_t kParts = THREADS / 32 * kColumns;
-    static_assert(kRing * kRingStage + 2 * kParts * sizeof(float) <= SIMILARITY_STAGES_BYTES);
-    uint64_t stride_bytes = static_cast<uint64_t>(p.stride) * Numbers::stored_bytes;
+    static_assert(kStageCount * kRingStage + 2 * kParts * sizeof(float) <= SIMILARITY_STAGES_BYTES);
+    uint64_t stride_bytes = static_cast<uint64_t>(p.stride) * Precision::stored_bytes;
     auto rows = static_cast<unsigned char *>(p.rows) + static_cast<uint64_t>(block_x()) * TILE * stride_bytes;
-    auto *parts = reinterpret_cast<float *>(shared + kRing * kRingStage);  // [2, warps, kColumns]
+    auto *parts = reinterpret_cast<float *>(shared + kStageCount * kRingStage);  // [2, warps, kColumns]
     uint32_t row = thread_index() / kGranules, element = thread_index() % kGranules * Vector::count;
     uint32_t own_place = swizzled(row, thread_index() % kGranules);
     uint32_t rounded_place = swizzled(row, thread_index() % kGranules / 2) + thread_index() % 2 * sizeof(RoundedGranule);
@@ -310,7 +310,7 @@ DEVICE void prepare_rows(const PrepareParams &p, unsigned char *shared, Products
     if (p.lengths != nullptr) inverses = find_lengths(p, source);
     uint32_t stages = (p.stride + kColumns - 1) / kColumns;
     auto copy = [&](uint32_t stage) {
-        if (stage < stages) source.copy(shared + stage % kRing * kRingStage + own_place);
+        if (stage < stages) source.copy(shared + stage % kStageCount * kRingStage + own_place);
         source.step();
         cp_async_commit();  // a group a stage, empty or not: the waits below count them
     };
@@ -319,7 +319,7 @@ DEVICE void prepare_rows(const PrepareParams &p, unsigned char *shared, Products
     float squares[kOwnRows] = {};
 #pragma unroll 1
     for (uint32_t stage = 0; stage < stages; ++stage) {
-        unsigned char *ring = shared + stage % kRing * kRingStage;
+        unsigned char *ring = shared + stage % kStageCount * kRingStage;
         auto place = [&](uint32_t i) { return reinterpret_cast<Vector *>(ring + own_place + i * kRowsApart * STAGE_BYTES); };
         cp_async_wait<kAhead - 1>();  // each thread reads what it has copied itself
         if (p.lengths != nullptr) bring_to_unit_length<Given>(p, inverses, ring + own_place);
@@ -339,11 +339,11 @@ DEVICE void prepare_rows(const PrepareParams &p, unsigned char *shared, Products
                 }
                 if (counts[i]) sums[k] += numbers[k];
             }
-            if constexpr (Numbers::exact) {
+            if constexpr (Precision::exact) {
                 // Two stages of the ring are two of prepared rows, high parts and low ones.
                 SplitGranule split(values);
                 unsigned char *to =
-                    rows + prepared_place(row + i * kRowsApart, stored_byte<Numbers>(stage * kColumns + element), stride_bytes);
+                    rows + prepared_offset(row + i * kRowsApart, stored_byte<Precision>(stage * kColumns + element), stride_bytes);
                 *reinterpret_cast<SplitGranule::Part *>(to) = split.high;
                 *reinterpret_cast<SplitGranule::Part *>(to + TILE * STAGE_BYTES) = split.low;
             } else if constexpr (!rounded) {
@@ -352,7 +352,7 @@ DEVICE void prepare_rows(const PrepareParams &p, unsigned char *shared, Products
         }
         // Two stages of the ring are one of prepared rows, which for products takes the place of the first.
         bool complete = !rounded || stage % 2 == 1;
-        unsigned char *prepared = rounded && complete ? shared + (stage - 1) % kRing * kRingStage : ring;
+        unsigned char *prepared = rounded && complete ? shared + (stage - 1) % kStageCount * kRingStage : ring;
         if constexpr (rounded) {
             if constexpr (Products::any) warp_sync();  // a row is read by the eight lanes that overwrite it
 #pragma unroll
@@ -369,7 +369,7 @@ DEVICE void prepare_rows(const PrepareParams &p, unsigned char *shared, Products
 #pragma unroll
             for (int k = 0; k < Vector::count / 4; ++k) part[k] = quarter[k];
         }
-        if (!Numbers::exact && complete) rows += kRingStage;
+        if (!Precision::exact && complete) rows += kRingStage;
         products.publish();
         block_sync();  // the stage and the parts are there, and the products of the stage two before are through
         copy(stage + kAhead);
@@ -396,21 +396,21 @@ DEVICE bool prepare_classes(const PrepareParams &p) {
 }
 
 // From the products of the tile with itself, those on its diagonal.
-template <class Where, class Sums>
+template <class Layout, class Sums>
 DEVICE void write_duplicate_bounds(const PrepareParams &p, const Sums &acc) {
-    Where place;
+    Layout layout;
 #pragma unroll
-    for (int row = 0; row < Where::rows; ++row) {
+    for (int row = 0; row < Layout::rows; ++row) {
         float square = 0.0f;
         bool found = false;
 #pragma unroll
-        for (int column = 0; column < Where::columns; ++column) {
-            if (place.row_of(row) != place.column_of(column)) continue;
-            square = Where::value(acc, row, column);
+        for (int column = 0; column < Layout::columns; ++column) {
+            if (layout.row_of(row) != layout.column_of(column)) continue;
+            square = Layout::value(acc, row, column);
             found = true;
         }
         if (!found) continue;
-        p.duplicate[block_x() * TILE + place.row_of(row)] = static_cast<float>(kDuplicate * static_cast<double>(square));
+        p.duplicate[block_x() * TILE + layout.row_of(row)] = static_cast<float>(kDuplicate * static_cast<double>(square));
     }
 }
 
@@ -420,30 +420,30 @@ struct NoProducts {
     DEVICE void add(const unsigned char *) const {}
 };
 
-template <class Numbers, class Given = typename Numbers::Element>
+template <class Precision, class Given = typename Precision::Element>
 DEVICE void prepare_body(const PrepareParams &p) {
     SHARED_MEMORY(stages);
     if (prepare_classes(p)) return;
-    prepare_rows<Numbers, Given>(p, stages, NoProducts{});
+    prepare_rows<Precision, Given>(p, stages, NoProducts{});
     if (p.duplicate == nullptr) return;
     block_sync();  // the rows are there
-    uint64_t stride_bytes = static_cast<uint64_t>(p.stride) * Numbers::stored_bytes;
+    uint64_t stride_bytes = static_cast<uint64_t>(p.stride) * Precision::stored_bytes;
     auto rows = static_cast<const unsigned char *>(p.rows) + block_x() * TILE * stride_bytes;
     Accumulators<4> acc;
-    multiply_tile<Numbers, 4>(acc, rows, rows, stride_bytes, stages);
-    write_duplicate_bounds<Place<4>>(p, acc);
+    multiply_tile<Precision, 4>(acc, rows, rows, stride_bytes, stages);
+    write_duplicate_bounds<MmaLayout<4>>(p, acc);
 }
 
-#ifdef HAS_WARPGROUP_PRODUCTS
+#ifdef HAS_WGMMA
 // Each warpgroup's 64 rows with themselves, straight from the ring: the diagonal has the bits of wider products.
 using DiagonalSums = float[8][4];
-struct DiagonalPlace : GroupPlace {
+struct DiagonalLayout : WgmmaLayout {
     static constexpr int columns = 16;
-    DEVICE uint32_t column_of(int c) const { return warp_index() / 4 * (TILE / 2) + GroupPlace::column_of(c); }
+    DEVICE uint32_t column_of(int c) const { return warp_index() / 4 * (TILE / 2) + WgmmaLayout::column_of(c); }
     static DEVICE float value(const DiagonalSums &acc, int r, int c) { return acc[c / 2][r * 2 + c % 2]; }
 };
 
-template <class Numbers, bool rounded>
+template <class Precision, bool rounded>
 struct DiagonalProducts {
     static constexpr bool any = true;
     DiagonalSums &acc;
@@ -453,50 +453,50 @@ struct DiagonalProducts {
         fence_proxy_async();
     }
     DEVICE void add(const unsigned char *stage) const {
-        Descriptor rows = stage_descriptor(stage + warp_index() / 4 * (TILE / 2) * STAGE_BYTES);
+        Descriptor rows = k_major_descriptor(stage + warp_index() / 4 * (TILE / 2) * STAGE_BYTES);
         wgmma_fence();
-        multiply_k_block<Numbers>(acc, rows, rows);
+        multiply_k_block<Precision>(acc, rows, rows);
         wgmma_commit();
         wgmma_wait<1>();  // this product goes on, that before it is done
     }
 };
 
-template <class Numbers, class Given = typename Numbers::Element>
+template <class Precision, class Given = typename Precision::Element>
 DEVICE void prepare_hopper_body(const PrepareParams &p) {
     SHARED_MEMORY(ring);
     if (prepare_classes(p)) return;
     DiagonalSums acc;
     clear(acc);
-    prepare_rows<Numbers, Given>(p, ring, DiagonalProducts<Numbers, kRounded<Numbers, Given>>{acc});
+    prepare_rows<Precision, Given>(p, ring, DiagonalProducts<Precision, kRounded<Precision, Given>>{acc});
     wgmma_wait<0>();
-    settle(acc);
-    if (p.duplicate != nullptr) write_duplicate_bounds<DiagonalPlace>(p, acc);
+    fence_accumulators(acc);
+    if (p.duplicate != nullptr) write_duplicate_bounds<DiagonalLayout>(p, acc);
 }
 
 // The same of split rows, which the ring has as f32: what was prepared comes back for the product.
 DEVICE void prepare_split_hopper_body(const PrepareParams &p) {
-    using Numbers = ExactF32;
+    using Precision = ExactF32;
     SHARED_MEMORY(bytes);
     if (prepare_classes(p)) return;
-    prepare_rows<Numbers, float>(p, bytes, NoProducts{});
+    prepare_rows<Precision, float>(p, bytes, NoProducts{});
     if (p.duplicate == nullptr) return;
-    constexpr uint32_t stage_bytes = 2 * kLines<Numbers> * TILE * STAGE_BYTES;
+    constexpr uint32_t stage_bytes = 2 * kLines<Precision> * TILE * STAGE_BYTES;
     static_assert(stage_bytes + sizeof(Barrier) <= SIMILARITY_STAGES_BYTES);
-    GroupStages<1, kLines<Numbers>> stages{bytes, reinterpret_cast<Barrier *>(bytes + stage_bytes)};
+    WgmmaStages<1, kLines<Precision>> stages{bytes, reinterpret_cast<Barrier *>(bytes + stage_bytes)};
     fence_proxy_async_all();
     block_sync();  // the rows are there, and the ring is read
     stages.begin();
-    uint64_t stride_bytes = static_cast<uint64_t>(p.stride) * Numbers::stored_bytes;
+    uint64_t stride_bytes = static_cast<uint64_t>(p.stride) * Precision::stored_bytes;
     auto rows = static_cast<const unsigned char *>(p.rows) + block_x() * TILE * stride_bytes;
-    GroupAccumulators acc;
-    group_multiply_tile<Numbers>(acc, rows, rows, stride_bytes, stages);
-    write_duplicate_bounds<GroupPlace>(p, acc);
+    WgmmaAccumulators acc;
+    wgmma_multiply_tile<Precision>(acc, rows, rows, stride_bytes, stages);
+    write_duplicate_bounds<WgmmaLayout>(p, acc);
 }
 #endif
 
 KERNEL_IN_EVERY_PRECISION(prepare, PrepareParams)
 KERNEL(prepare_hopper_f32, PrepareParams, 1) { HOPPER_ONLY(prepare_split_hopper_body(p)); }
-KERNEL(prepare_rounded_f32, PrepareParams, 1) { prepare_body<HalfF16, float>(p); }
-KERNEL(prepare_hopper_rounded_f32, PrepareParams, 1) { HOPPER_ONLY(prepare_hopper_body<HalfF16, float>(p)); }
-KERNEL(prepare_hopper_f16, PrepareParams, 1) { HOPPER_ONLY(prepare_hopper_body<HalfF16>(p)); }
-KERNEL(prepare_hopper_bf16, PrepareParams, 1) { HOPPER_ONLY(prepare_hopper_body<HalfBf16>(p)); }
+KERNEL(prepare_rounded_f32, PrepareParams, 1) { prepare_body<F16Rows, float>(p); }
+KERNEL(prepare_hopper_rounded_f32, PrepareParams, 1) { HOPPER_ONLY(prepare_hopper_body<F16Rows, float>(p)); }
+KERNEL(prepare_hopper_f16, PrepareParams, 1) { HOPPER_ONLY(prepare_hopper_body<F16Rows>(p)); }
+KERNEL(prepare_hopper_bf16, PrepareParams, 1) { HOPPER_ONLY(prepare_hopper_body<Bf16Rows>(p)); }

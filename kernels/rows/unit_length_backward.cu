@@ -2,7 +2,7 @@
 // Truth: src/backend/cpu/unit.rs. Launcher: src/backend/device/passes.rs.
 //
 // With u = x / |x|: dL/dx = (g - (g . u) u) / |x| for g = dL/du. `prepare` has made u and left |x|. A warp a row, in place.
-// Numbers: f32; f64 where the length is unusual.
+// Precision: f32; f64 where the length is unusual.
 
 #include "rows/unit_length.cuh"
 

@@ -35,17 +35,17 @@ DEVICE Scales entry_scales(const Pairs &pairs, TileIndex tile, uint32_t entry) {
 constexpr uint32_t kWeighWordsBytes = 2 * TILE * sizeof(Scales);
 
 // What the gradient wants of a word; `scales` are those of the tile's rows, then of its columns.
-template <class Numbers>
+template <class Precision>
 DEVICE uint32_t finished_word(uint32_t word, const Scales *scales, float weight_scale) {
-    uint32_t row = word_place(word) / TILE, column = word_place(word) % TILE, kind = word >> kPositive & 1;
+    uint32_t row = word_index(word) / TILE, column = word_index(word) % TILE, kind = word >> kPositive & 1;
     float share = word >> kKeptByRow & 1 ? scales[row].of_kind[kind] : 0.0f;
     share += word >> kKeptByColumn & 1 ? scales[TILE + column].of_kind[kind] : 0.0f;
     float weight = share * (word_sigmoid(word) / kSigmoidScale) * weight_scale;
-    return matrix_place<Numbers>(row, column) << 16 | from_float<typename Numbers::Element>(weight).bits;
+    return matrix_offset<Precision>(row, column) << 16 | from_float<typename Precision::Element>(weight).bits;
 }
 
 // Those of a tile, by the whole block; `scales` is kWeighWordsBytes of shared memory.
-template <class Numbers>
+template <class Precision>
 DEVICE void weigh_words(const Pairs &pairs, uint64_t index, float weight_scale, Scales *scales) {
     using Words = Granule<uint32_t>;
     static_assert(THREADS == 2 * TILE, "a thread for every row and column");
@@ -72,7 +72,7 @@ DEVICE void weigh_words(const Pairs &pairs, uint64_t index, float weight_scale, 
             if (there(next)) ahead[a] = granules[next];
 #pragma unroll
             for (uint32_t i = 0; i < Words::count; ++i) {
-                uint32_t finished = finished_word<Numbers>(words.values[i], scales, weight_scale);
+                uint32_t finished = finished_word<Precision>(words.values[i], scales, weight_scale);
                 // The room behind the last one is this tile's too: nobody's words are read there.
                 words.values[i] = granule * Words::count + i < count ? finished : 0;
             }

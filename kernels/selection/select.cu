@@ -17,10 +17,10 @@
 // rest; neither overflows with TILE terms, and adding is one native instruction. Softplus is kept as what it is more than the
 // sigmoid, of which most pairs have no high word. Bits of the low words, and where one of them counts the pairs:
 constexpr uint32_t kSigmoidBits = 25, kMoreBits = 17, kCountBit = 24;
-// Lanes side by side are often at pairs of one row: its sums are as many times as kTwins, for lanes of each rest.
-constexpr uint32_t kTwins = 4;
+// Lanes side by side are often at pairs of one row: its sums are as many times as kReplicas, for lanes of each rest.
+constexpr uint32_t kReplicas = 4;
 struct SelectSums {
-    uint32_t sigmoid_low[(kTwins + 1) * TILE], sigmoid_high[(kTwins + 1) * TILE], more_low[(kTwins + 1) * TILE];
+    uint32_t sigmoid_low[(kReplicas + 1) * TILE], sigmoid_high[(kReplicas + 1) * TILE], more_low[(kReplicas + 1) * TILE];
     uint32_t more_high[2 * TILE];
 };
 
@@ -68,16 +68,16 @@ struct SelectShared {
 static_assert(sizeof(SelectShared) == SELECT_SHARED_BYTES, "the launch plan's shared memory");
 
 // The sum of entry `entry`, rows first, which is 0 from now on.
-DEVICE uint32_t take_sum(uint32_t (&sums)[(kTwins + 1) * TILE], uint32_t entry) {
+DEVICE uint32_t take_sum(uint32_t (&sums)[(kReplicas + 1) * TILE], uint32_t entry) {
     if (entry >= TILE) {
-        uint32_t &column = sums[(kTwins - 1) * TILE + entry], sum = column;
+        uint32_t &column = sums[(kReplicas - 1) * TILE + entry], sum = column;
         column = 0;
         return sum;
     }
-    auto &twins = *reinterpret_cast<Granule<uint32_t> *>(sums + entry * kTwins);
-    static_assert(Granule<uint32_t>::count == kTwins, "one load");
-    Granule<uint32_t> values = twins;
-    twins = Granule<uint32_t>{};
+    auto &replicas = *reinterpret_cast<Granule<uint32_t> *>(sums + entry * kReplicas);
+    static_assert(Granule<uint32_t>::count == kReplicas, "one load");
+    Granule<uint32_t> values = replicas;
+    replicas = Granule<uint32_t>{};
     return values.values[0] + values.values[1] + values.values[2] + values.values[3];
 }
 
@@ -107,7 +107,7 @@ DEVICE void select_begin(const Pairs &pairs, TileIndex tile, SelectShared &share
 // are of one class.
 template <bool plain>
 DEVICE uint32_t select_pair(const Pairs &pairs, SelectShared &shared, const SelectConstants &constants, TileIndex tile,
-                            uint32_t row, uint32_t column, float s, uint32_t twin) {
+                            uint32_t row, uint32_t column, float s, uint32_t replica) {
     bool positive = false;
     if constexpr (!plain) {
         uint32_t i = tile.row * TILE + row, j = tile.column * TILE + column;
@@ -125,9 +125,9 @@ DEVICE uint32_t select_pair(const Pairs &pairs, SelectShared &shared, const Sele
     uint64_t more = fixed_of(logistic.softplus_less_sigmoid(), constants.more_scale);
     uint32_t sigmoid_low = low_of(share, kSigmoidBits), sigmoid_high = high_of(share, kSigmoidBits);
     uint32_t more_low = low_of(more, kMoreBits) | constants.pair, more_high = high_of(more, kMoreBits);
-    settle(sigmoid_low);
-    settle(sigmoid_high);
-    settle(more_low);
+    opaque(sigmoid_low);
+    opaque(sigmoid_high);
+    opaque(more_low);
     SelectSums &sums = shared.sums[positive ? 0 : 1];
     auto add = [&](bool wanted, uint32_t entry) {
         if (!wanted) return;
@@ -136,13 +136,13 @@ DEVICE uint32_t select_pair(const Pairs &pairs, SelectShared &shared, const Sele
         atomic_add(&sums.more_low[entry], more_low);
     };
     bool by_column = kept[1] && pairs.square;  // a reference's sums are another part's
-    add(kept[0], row * kTwins + twin);
-    add(by_column, kTwins * TILE + column);
+    add(kept[0], row * kReplicas + replica);
+    add(by_column, kReplicas * TILE + column);
     if (more_high != 0) {
         if (kept[0]) atomic_add(&sums.more_high[row], more_high);
         if (by_column) atomic_add(&sums.more_high[TILE + column], more_high);
     }
-    return word_fate(kept[0], kept[1], positive, sigmoid);
+    return pack_fate(kept[0], kept[1], positive, sigmoid);
 }
 
 // Adds the tile's sums of this thread's entry to the anchor's and clears them; behind a barrier.
@@ -182,10 +182,10 @@ struct SelectStoredShared : SelectShared {
 static_assert(sizeof(SelectStoredShared) == SELECT_STORED_SHARED_BYTES, "the launch plan's shared memory");
 
 // The places of this thread's bits in the window, the last one first.
-template <class Where, bool one_window>
+template <class Layout, bool one_window>
 DEVICE void expand(SelectStoredShared &shared, uint32_t window) {
-    Where where;
-    uint32_t first = where.row_of(0) * TILE + where.column_of(0), at = shared.before[thread_index()] - window;
+    Layout layout;
+    uint32_t first = layout.row_of(0) * TILE + layout.column_of(0), at = shared.before[thread_index()] - window;
     for (uint32_t mask : shared.masks[thread_index()]) at += static_cast<uint32_t>(popc(mask));
     uint16_t *to = shared.places + (one_window ? at : 0);
 #pragma unroll
@@ -193,8 +193,8 @@ DEVICE void expand(SelectStoredShared &shared, uint32_t window) {
 #pragma unroll 1
         for (uint32_t left = shared.masks[thread_index()][word]; left != 0;) {
             // Rows are 8 apart, columns in pairs, 8 from one to the next.
-            uint32_t bit = highest_bit(left), column = bit % Where::columns;
-            uint32_t row = (static_cast<uint32_t>(word) * (32 / Where::columns) + bit % 32 / Where::columns) * 8;
+            uint32_t bit = highest_bit(left), column = bit % Layout::columns;
+            uint32_t row = (static_cast<uint32_t>(word) * (32 / Layout::columns) + bit % 32 / Layout::columns) * 8;
             auto place = static_cast<uint16_t>(first + row * TILE + column + column / 2 * 6);
             left ^= 1u << bit;
             if constexpr (one_window) {
@@ -212,14 +212,14 @@ template <bool plain>
 DEVICE void select_run(const Pairs &pairs, SelectStoredShared &shared, TileIndex tile, uint32_t count) {
     // In registers where most pairs are.
     std::conditional_t<plain, const SelectConstants, const SelectConstants &> constants = shared.constants;
-    uint32_t twin = thread_index() % kTwins;
-    settle(twin);
+    uint32_t replica = thread_index() % kReplicas;
+    opaque(replica);
     uint32_t run = ((count + THREADS - 1) / THREADS) | 1, k = thread_index() * run, end = k + run < count ? k + run : count;
 #pragma unroll 1
     for (; k < end; ++k) {
         uint32_t place = shared.places[k];
         float s = float_of(shared.words[k]);
-        shared.words[k] = place | select_pair<plain>(pairs, shared, constants, tile, place / TILE, place % TILE, s, twin);
+        shared.words[k] = place | select_pair<plain>(pairs, shared, constants, tile, place / TILE, place % TILE, s, replica);
     }
 }
 
@@ -241,7 +241,7 @@ DEVICE TileIndex tile_after(const Pairs &pairs, TileIndex tile) {
 
 // Candidates in one walk: their places from the bits that the sweep left, first into shared memory, where values come and
 // words leave side by side. `Where` is how the sweep's threads stood in the tile. Persistent blocks: each takes tiles in a row.
-template <class Where>
+template <class Layout>
 DEVICE void select_stored_body(const PairsParams &p) {
     SHARED_MEMORY(bytes);
     auto &shared = *reinterpret_cast<SelectStoredShared *>(bytes);
@@ -274,9 +274,9 @@ DEVICE void select_stored_body(const PairsParams &p) {
             each_granule(left, [&](uint32_t k) { cp_async(shared.words + k, pairs.pool_values + segment + window + k); });
             cp_async_commit();
             if (count <= SELECT_PLACES) {
-                expand<Where, true>(shared, window);
+                expand<Layout, true>(shared, window);
             } else {
-                expand<Where, false>(shared, window);
+                expand<Layout, false>(shared, window);
             }
             cp_async_wait<0>();
             block_sync();
@@ -294,24 +294,24 @@ DEVICE void select_stored_body(const PairsParams &p) {
         select_end(pairs, tile, shared, plain);
     }
 }
-KERNEL(select_stored, PairsParams, SELECT_BLOCKS) { select_stored_body<Place<4>>(p); }
-KERNEL(select_stored_hopper, PairsParams, SELECT_BLOCKS) { select_stored_body<GroupPlace>(p); }
+KERNEL(select_stored, PairsParams, SELECT_BLOCKS) { select_stored_body<MmaLayout<4>>(p); }
+KERNEL(select_stored_hopper, PairsParams, SELECT_BLOCKS) { select_stored_body<WgmmaLayout>(p); }
 
 static_assert(SELECT_SHARED_BYTES + TILE * kValuesStride * sizeof(float) <= SIMILARITY_STAGES_BYTES,
               "the values of a tile fit where its rows were streamed through");
 
 // Every pair of a tile of S, whose accumulators `acc` go through shared memory, over the stages that
 // are free now: a loop over registers would have to be unrolled, 64 times the code below.
-template <class Where, class Sums>
+template <class Layout, class Sums>
 DEVICE void select_tile(const Pairs &pairs, TileIndex tile, unsigned char *bytes, const Sums &acc) {
     auto &shared = *reinterpret_cast<SelectShared *>(bytes);
     auto *values = reinterpret_cast<float *>(bytes + SELECT_SHARED_BYTES);  // [TILE, kValuesStride]
-    Where place;
+    Layout layout;
 #pragma unroll
-    for (int row = 0; row < Where::rows; ++row) {
+    for (int row = 0; row < Layout::rows; ++row) {
 #pragma unroll
-        for (int column = 0; column < Where::columns; ++column) {
-            values[place.row_of(row) * kValuesStride + place.column_of(column)] = Where::value(acc, row, column);
+        for (int column = 0; column < Layout::columns; ++column) {
+            values[layout.row_of(row) * kValuesStride + layout.column_of(column)] = Layout::value(acc, row, column);
         }
     }
     select_open(pairs, shared);
@@ -321,13 +321,13 @@ DEVICE void select_tile(const Pairs &pairs, TileIndex tile, unsigned char *bytes
     for (uint32_t k = thread_index(); k < TILE * TILE; k += THREADS) {
         uint32_t r = k / TILE, c = k % TILE;
         if (!is_pair(pairs, tile.row * TILE + r, tile.column * TILE + c)) continue;
-        select_pair<false>(pairs, shared, constants, tile, r, c, values[r * kValuesStride + c], thread_index() % kTwins);
+        select_pair<false>(pairs, shared, constants, tile, r, c, values[r * kValuesStride + c], thread_index() % kReplicas);
     }
     block_sync();
     select_end(pairs, tile, shared, false);
 }
 
-template <class Numbers>
+template <class Precision>
 DEVICE void select_recomputed_body(const PairsParams &p) {
     SHARED_MEMORY(bytes);
     const Pairs &pairs = p.pairs;
@@ -335,27 +335,27 @@ DEVICE void select_recomputed_body(const PairsParams &p) {
     if (pairs.tile_counts[index] == 0 || is_stored(pairs, index)) return;
     TileIndex tile = tile_of(pairs, index);
     Accumulators<4> acc;
-    multiply_tile<Numbers, 4>(acc, tile_rows<Numbers>(pairs.anchors, tile.row, pairs.stride),
-                              tile_rows<Numbers>(pairs.references, tile.column, pairs.stride),
-                              stride_bytes<Numbers>(pairs), bytes);
-    select_tile<Place<4>>(pairs, tile, bytes, acc);
+    multiply_tile<Precision, 4>(acc, tile_rows<Precision>(pairs.anchors, tile.row, pairs.stride),
+                              tile_rows<Precision>(pairs.references, tile.column, pairs.stride),
+                              stride_bytes<Precision>(pairs), bytes);
+    select_tile<MmaLayout<4>>(pairs, tile, bytes, acc);
 }
 
 // The same on Hopper's warpgroup products, with the bits of sweep_hopper.
-#ifdef HAS_WARPGROUP_PRODUCTS
-template <class Numbers>
+#ifdef HAS_WGMMA
+template <class Precision>
 DEVICE void select_recomputed_hopper_body(const PairsParams &p) {
     SHARED_MEMORY(bytes);
     const Pairs &pairs = p.pairs;
     uint64_t index = block_x();
     if (pairs.tile_counts[index] == 0 || is_stored(pairs, index)) return;
     TileIndex tile = tile_of(pairs, index);
-    auto stages = hopper_stages<Numbers>(bytes);
-    GroupAccumulators acc;
-    group_multiply_tile<Numbers>(acc, tile_rows<Numbers>(pairs.anchors, tile.row, pairs.stride),
-                                 tile_rows<Numbers>(pairs.references, tile.column, pairs.stride),
-                                 stride_bytes<Numbers>(pairs), stages);
-    select_tile<GroupPlace>(pairs, tile, bytes, acc);
+    auto stages = hopper_stages<Precision>(bytes);
+    WgmmaAccumulators acc;
+    wgmma_multiply_tile<Precision>(acc, tile_rows<Precision>(pairs.anchors, tile.row, pairs.stride),
+                                 tile_rows<Precision>(pairs.references, tile.column, pairs.stride),
+                                 stride_bytes<Precision>(pairs), stages);
+    select_tile<WgmmaLayout>(pairs, tile, bytes, acc);
 }
 #endif
 

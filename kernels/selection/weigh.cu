@@ -211,6 +211,6 @@ KERNEL(weigh, WeighParams, 1) {
     if (block_x() < p.blocks) return weigh_rows(p, block_x(), *reinterpret_cast<WeighShared *>(bytes));
     uint32_t tile = block_x() - p.blocks;
     auto scales = reinterpret_cast<Scales *>(bytes);
-    if (p.words == WEIGH_WORDS_F16) weigh_words<HalfF16>(p.pairs, tile, p.weight_scale, scales);
-    if (p.words == WEIGH_WORDS_BF16) weigh_words<HalfBf16>(p.pairs, tile, p.weight_scale, scales);
+    if (p.words == WEIGH_WORDS_F16) weigh_words<F16Rows>(p.pairs, tile, p.weight_scale, scales);
+    if (p.words == WEIGH_WORDS_BF16) weigh_words<Bf16Rows>(p.pairs, tile, p.weight_scale, scales);
 }

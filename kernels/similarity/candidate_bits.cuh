@@ -21,8 +21,8 @@ DEVICE float column_min_pos(const Pairs &pairs, uint32_t valid_anchors, uint32_t
 }
 
 // Rows of a thread that share a word.
-template <class Where>
-constexpr int kRowsOfWord = 32 / Where::columns;
+template <class Layout>
+constexpr int kRowsOfWord = 32 / Layout::columns;
 
 // What is above its row's bound, what above its column's. From the last pair on: the bits are shifted in.
 struct AboveBits {
@@ -41,23 +41,23 @@ struct AboveBits {
 };
 
 // Which pairs of a thread are of two classes, and which of one; the others do not count. The tile's first row and column.
-template <class Where>
+template <class Layout>
 DEVICE void classify(const Pairs &pairs, uint32_t first_row, uint32_t first_column, uint32_t valid_anchors, uint32_t valid_references,
                      uint32_t (&negative)[2], uint32_t (&positive)[2]) {
-    Where place;
-    auto before = [&](uint32_t j) { return place.bits_before(j > first_column ? j - first_column : 0); };
+    Layout layout;
+    auto before = [&](uint32_t j) { return layout.bits_before(j > first_column ? j - first_column : 0); };
 #pragma unroll
     for (int word = 0; word < 2; ++word) {
         uint32_t of_two = 0, of_one = 0;
 #pragma unroll 1  // rows side by side take registers
-        for (int r = 0; r < kRowsOfWord<Where>; ++r) {
-            uint32_t i = first_row + place.row_of(word * kRowsOfWord<Where> + r);
+        for (int r = 0; r < kRowsOfWord<Layout>; ++r) {
+            uint32_t i = first_row + layout.row_of(word * kRowsOfWord<Layout> + r);
             bool valid = i < valid_anchors;
             ClassRange range = valid ? pairs.classes[i] : ClassRange{1, 0};
             uint32_t counts = valid ? before(valid_references) : 0, same = before(range.end) & ~before(range.begin);
             if (pairs.square) counts &= ~before(i + 1);
-            of_two |= (counts & ~same) << r * Where::columns;
-            of_one |= (counts & same) << r * Where::columns;
+            of_two |= (counts & ~same) << r * Layout::columns;
+            of_one |= (counts & same) << r * Layout::columns;
         }
         negative[word] = of_two;
         positive[word] = of_one;

@@ -11,15 +11,15 @@
 
 // m+ and the sums of a block's rows over their classes, where a thread's sums of `Where` stand in the row tile. A sum for each
 // row and quarter of the columns, so that every product's sums are added in one order.
-template <class Where>
+template <class Layout>
 struct SameSums {
-    static constexpr int kSums = Where::rows * Where::quarters;
+    static constexpr int kSums = Layout::rows * Layout::quarters;
     const Pairs &pairs;
     uint32_t first;                  // row of the block
-    Where place;
-    ClassRange range[Where::rows];   // empty for padding and ignored rows
-    float duplicate[Where::rows];
-    uint32_t self[Where::rows];      // the reference that the row is itself, if there is one
+    Layout layout;
+    ClassRange range[Layout::rows];   // empty for padding and ignored rows
+    float duplicate[Layout::rows];
+    uint32_t self[Layout::rows];      // the reference that the row is itself, if there is one
     uint32_t low = 0, high = 0;      // where the classes of the warp's rows begin and end: they ascend
     float min_pos[kSums], sum_pos[kSums], sum_same[kSums];
     uint32_t count[kSums];
@@ -27,13 +27,13 @@ struct SameSums {
     explicit DEVICE SameSums(const Pairs &all) : pairs(all), first(block_x() * TILE) {
         uint32_t valid = pairs.counters->valid_anchors;
 #pragma unroll
-        for (int row = 0; row < Where::rows; ++row) {
-            uint32_t i = first + place.row_of(row);
+        for (int row = 0; row < Layout::rows; ++row) {
+            uint32_t i = first + layout.row_of(row);
             range[row] = i < valid ? pairs.classes[i] : ClassRange{1, 0};
             duplicate[row] = pairs.anchors.duplicate[i];
             self[row] = pairs.square ? i : i < valid && pairs.identity != nullptr ? pairs.identity[i] : NO_ROW;
         }
-        uint32_t top = first + place.row_of(0) - lane_index() / 4, bottom = top + Where::rows * 8;
+        uint32_t top = first + layout.row_of(0) - lane_index() / 4, bottom = top + Layout::rows * 8;
         bottom = bottom < valid ? bottom : valid;
         if (top < bottom) {
             low = pairs.classes[top].begin;
@@ -60,8 +60,8 @@ struct SameSums {
             };
             Two bounds = *reinterpret_cast<const Two *>(duplicates + columns.offset(column));
 #pragma unroll
-            for (int row = 0; row < Where::rows; ++row) {
-                int at = row * Where::quarters + Columns::quarter_of(column);
+            for (int row = 0; row < Layout::rows; ++row) {
+                int at = row * Layout::quarters + Columns::quarter_of(column);
 #pragma unroll
                 for (int odd = 0; odd < 2; ++odd) {
                     uint32_t j = from + odd;
@@ -89,8 +89,8 @@ struct SameSums {
                 count[at] += shuffle_xor(count[at], mask);
             }
             if (lane_index() % 4 == 0) {
-                uint32_t quarter = place.first_quarter() + at % Where::quarters;
-                parts[quarter * TILE + place.row_of(at / Where::quarters)] =
+                uint32_t quarter = layout.first_quarter() + at % Layout::quarters;
+                parts[quarter * TILE + layout.row_of(at / Layout::quarters)] =
                     RowSame{min_pos[at], count[at], sum_pos[at], sum_same[at]};
             }
         }
@@ -115,10 +115,10 @@ struct SameSums {
 };
 
 // The columns of a whole tile, as `Where` has them.
-template <class Where>
-struct TileColumns : Where {
-    DEVICE uint32_t offset(int c) const { return Where::column_of(c); }
-    static DEVICE int quarter_of(int c) { return c * Where::quarters / Where::columns; }
+template <class Layout>
+struct TileColumns : Layout {
+    DEVICE uint32_t offset(int c) const { return Layout::column_of(c); }
+    static DEVICE int quarter_of(int c) { return c * Layout::quarters / Layout::columns; }
 };
 
 // References that the classes of the block's rows are among: ranges ascend with the rows, so the first and the last valid
@@ -131,33 +131,33 @@ DEVICE ClassRange same_class_span(const Pairs &pairs) {
 }
 
 // Every tile of `span`: `multiply(acc, tile)` makes S with one, and ends with a barrier. `duplicates` has room for a tile's.
-template <class Where, class Sums, class Multiply>
-DEVICE void same_class_tiles(SameSums<Where> &sums, ClassRange span, float *duplicates, Multiply multiply) {
+template <class Layout, class Sums, class Multiply>
+DEVICE void same_class_tiles(SameSums<Layout> &sums, ClassRange span, float *duplicates, Multiply multiply) {
     for (uint32_t tile = span.begin / TILE; tile < (span.end + TILE - 1) / TILE; ++tile) {
         block_sync();  // those before are read
         if (thread_index() < TILE) duplicates[thread_index()] = sums.pairs.references.duplicate[tile * TILE + thread_index()];
         Sums acc;
         multiply(acc, tile);
-        sums.template add<TileColumns<Where>>(acc, tile * TILE, duplicates);
+        sums.template add<TileColumns<Layout>>(acc, tile * TILE, duplicates);
     }
 }
 
-template <class Numbers>
+template <class Precision>
 DEVICE void same_class_body(const PairsParams &p) {
     SHARED_MEMORY(stages);
     const Pairs &pairs = p.pairs;
-    const void *rows = tile_rows<Numbers>(pairs.anchors, block_x(), pairs.stride);
+    const void *rows = tile_rows<Precision>(pairs.anchors, block_x(), pairs.stride);
     auto *duplicates = reinterpret_cast<float *>(stages + SIMILARITY_STAGES_BYTES);  // [TILE]
-    SameSums<Place<4>> sums(pairs);
-    same_class_tiles<Place<4>, Accumulators<4>>(sums, same_class_span(pairs), duplicates, [&](Accumulators<4> &acc, uint32_t tile) {
+    SameSums<MmaLayout<4>> sums(pairs);
+    same_class_tiles<MmaLayout<4>, Accumulators<4>>(sums, same_class_span(pairs), duplicates, [&](Accumulators<4> &acc, uint32_t tile) {
         // The rows' sums leave few registers.
-        multiply_tile<Numbers, 4, kStages, 1>(acc, rows, tile_rows<Numbers>(pairs.references, tile, pairs.stride),
-                                              stride_bytes<Numbers>(pairs), stages);
+        multiply_tile<Precision, 4, kStages, 1>(acc, rows, tile_rows<Precision>(pairs.references, tile, pairs.stride),
+                                              stride_bytes<Precision>(pairs), stages);
     });
     sums.write(stages);
 }
 
-#ifdef HAS_WARPGROUP_PRODUCTS
+#ifdef HAS_WGMMA
 // In the square form classes mostly end a few rows beyond the tile: its rows with themselves and with kEdge on either side
 // take one walk along the rows, whose stages hold the tile, then its edges.
 constexpr uint32_t kEdge = 32;
@@ -168,24 +168,24 @@ static_assert(kNearStages * (kNearStage + sizeof(Barrier)) <= HOPPER_STAGES_BYTE
 using EdgeSums = float[8][4];
 // An edge is a quarter of its tile, the last of the one before, or the first of that behind.
 template <bool behind>
-struct EdgeColumns : GroupPlace {
-    static constexpr int columns = GroupPlace::columns / quarters;
+struct EdgeColumns : WgmmaLayout {
+    static constexpr int columns = WgmmaLayout::columns / quarters;
     DEVICE uint32_t offset(int c) const { return column_of(c); }
     static DEVICE int quarter_of(int) { return behind ? 0 : quarters - 1; }
     static DEVICE float value(const EdgeSums &acc, int r, int c) { return acc[behind * 4 + c / 2][r * 2 + c % 2]; }
 };
-static_assert(EdgeColumns<false>::columns * 4 == kEdge && kEdge * GroupPlace::quarters == TILE);
+static_assert(EdgeColumns<false>::columns * 4 == kEdge && kEdge * WgmmaLayout::quarters == TILE);
 
 // Products with the block's own tile, and with the rows before and behind it that `span` reaches.
-template <class Numbers>
-DEVICE void multiply_near(GroupAccumulators &acc, EdgeSums &edges, const Pairs &pairs, ClassRange span, unsigned char *bytes) {
-    uint32_t tile = block_x(), count = static_cast<uint32_t>(stride_bytes<Numbers>(pairs) / STAGE_BYTES);
+template <class Precision>
+DEVICE void multiply_near(WgmmaAccumulators &acc, EdgeSums &edges, const Pairs &pairs, ClassRange span, unsigned char *bytes) {
+    uint32_t tile = block_x(), count = static_cast<uint32_t>(stride_bytes<Precision>(pairs) / STAGE_BYTES);
     auto *barriers = reinterpret_cast<Barrier *>(bytes + kNearStages * kNearStage);
     if (thread_index() == 0) {
         for (uint32_t stage = 0; stage < kNearStages; ++stage) mbarrier_init(&barriers[stage], 1);
     }
     auto rows_of = [&](uint32_t index) {
-        return static_cast<const unsigned char *>(tile_rows<Numbers>(pairs.anchors, index, pairs.stride));
+        return static_cast<const unsigned char *>(tile_rows<Precision>(pairs.anchors, index, pairs.stride));
     };
     const unsigned char *own = rows_of(tile);
     // Rows of the edges that are wanted, by eights; the rest of an edge is whatever stands there, and looked at by nobody.
@@ -216,53 +216,53 @@ DEVICE void multiply_near(GroupAccumulators &acc, EdgeSums &edges, const Pairs &
         mbarrier_wait(&barriers[index % kNearStages], index / kNearStages % 2);
         warp_sync();
         const unsigned char *stage = bytes + index % kNearStages * kNearStage;
-        Descriptor columns = stage_descriptor(stage), edge = advanced(columns, TILE * STAGE_BYTES);
-        Descriptor rows = advanced(columns, warp_index() / 4 * (TILE / 2) * STAGE_BYTES);
+        Descriptor columns = k_major_descriptor(stage), edge = advance(columns, TILE * STAGE_BYTES);
+        Descriptor rows = advance(columns, warp_index() / 4 * (TILE / 2) * STAGE_BYTES);
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kGranules / 2; ++step) {
-            wgmma<false>(Numbers{}, acc, advanced(rows, step * 32), advanced(columns, step * 32));
-            wgmma<false>(Numbers{}, edges, advanced(rows, step * 32), advanced(edge, step * 32));
+            wgmma<false>(Precision{}, acc, advance(rows, step * 32), advance(columns, step * 32));
+            wgmma<false>(Precision{}, edges, advance(rows, step * 32), advance(edge, step * 32));
         }
         wgmma_commit();
         wgmma_wait<1>();  // this product goes on, that before it is done
     }
     wgmma_wait<0>();
-    settle(acc);
-    settle(edges);
+    fence_accumulators(acc);
+    fence_accumulators(edges);
     block_sync();
 }
 
 // The same on Hopper's warpgroup products.
-template <class Numbers>
+template <class Precision>
 DEVICE void same_class_hopper_body(const PairsParams &p) {
     SHARED_MEMORY(bytes);
     const Pairs &pairs = p.pairs;
     auto *duplicates = reinterpret_cast<float *>(bytes + HOPPER_SHARED_BYTES);  // [kEdge + TILE + kEdge]
-    SameSums<GroupPlace> sums(pairs);
+    SameSums<WgmmaLayout> sums(pairs);
     ClassRange span = same_class_span(pairs);
     uint32_t first = sums.first, end = first + TILE;
     bool near = pairs.square && span.begin < span.end && span.begin + kEdge >= first && span.end <= end + kEdge;
-    if (near && !Numbers::exact) {  // which has no registers for the sums of edges
-        if constexpr (!Numbers::exact) {
+    if (near && !Precision::exact) {  // which has no registers for the sums of edges
+        if constexpr (!Precision::exact) {
             // Those of the rows before the tile, of its own, and of those behind it.
             if (thread_index() < TILE + 2 * kEdge) {
                 uint32_t i = first - kEdge + thread_index();
                 duplicates[thread_index()] = i < pairs.anchors.tiles * TILE ? pairs.anchors.duplicate[i] : 0.0f;
             }
-            GroupAccumulators acc;
+            WgmmaAccumulators acc;
             EdgeSums edges;
-            multiply_near<Numbers>(acc, edges, pairs, span, bytes);
+            multiply_near<Precision>(acc, edges, pairs, span, bytes);
             sums.template add<EdgeColumns<false>>(edges, first - kEdge, duplicates);
-            sums.template add<TileColumns<GroupPlace>>(acc, first, duplicates + kEdge);
+            sums.template add<TileColumns<WgmmaLayout>>(acc, first, duplicates + kEdge);
             sums.template add<EdgeColumns<true>>(edges, end, duplicates + kEdge + TILE);
         }
     } else {
-        auto stages = hopper_stages<Numbers>(bytes);
-        const void *rows = tile_rows<Numbers>(pairs.anchors, block_x(), pairs.stride);
-        same_class_tiles<GroupPlace, GroupAccumulators>(sums, span, duplicates, [&](GroupAccumulators &acc, uint32_t tile) {
-            group_multiply_tile<Numbers>(acc, rows, tile_rows<Numbers>(pairs.references, tile, pairs.stride),
-                                         stride_bytes<Numbers>(pairs), stages);
+        auto stages = hopper_stages<Precision>(bytes);
+        const void *rows = tile_rows<Precision>(pairs.anchors, block_x(), pairs.stride);
+        same_class_tiles<WgmmaLayout, WgmmaAccumulators>(sums, span, duplicates, [&](WgmmaAccumulators &acc, uint32_t tile) {
+            wgmma_multiply_tile<Precision>(acc, rows, tile_rows<Precision>(pairs.references, tile, pairs.stride),
+                                         stride_bytes<Precision>(pairs), stages);
         });
     }
     sums.write(bytes);

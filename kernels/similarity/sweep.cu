@@ -19,9 +19,9 @@ struct SweepShared {
     unsigned char stages[stages_bytes];
     SweepBounds rows, columns;
 };
-template <class Numbers>
-using SweepStages = SweepShared<kSharingStages<Numbers> * 2 * TILE * STAGE_BYTES>;
-static_assert(sizeof(SweepStages<HalfF16>) == SWEEP_SHARED_BYTES, "the launch plan's shared memory");
+template <class Precision>
+using SweepStages = SweepShared<kSharingStages<Precision> * 2 * TILE * STAGE_BYTES>;
+static_assert(sizeof(SweepStages<F16Rows>) == SWEEP_SHARED_BYTES, "the launch plan's shared memory");
 static_assert(sizeof(SweepStages<ExactF32>) == SWEEP_EXACT_SHARED_BYTES, "the launch plan's shared memory");
 
 // After the product the stages hold what is reduced over the block.
@@ -34,17 +34,17 @@ struct SweepReduction {
 };
 
 // Above which of this thread's pairs, by their rows' and by their columns' bounds. `use(row, column, s)` sees each, from the last on.
-template <class Where, class Sums, class Use>
+template <class Layout, class Sums, class Use>
 DEVICE AboveBits above_bounds(const float (&rows)[TILE], const float (&columns)[TILE], const Sums &acc, Use use) {
-    Where place;
+    Layout layout;
     AboveBits above;
 #pragma unroll
-    for (int row = Where::rows - 1; row >= 0; --row) {
-        float bound = rows[place.row_of(row)];
+    for (int row = Layout::rows - 1; row >= 0; --row) {
+        float bound = rows[layout.row_of(row)];
 #pragma unroll
-        for (int column = Where::columns - 1; column >= 0; --column) {
-            float s = Where::value(acc, row, column);
-            above.add(row / kRowsOfWord<Where>, s, bound, columns[place.column_of(column)]);
+        for (int column = Layout::columns - 1; column >= 0; --column) {
+            float s = Layout::value(acc, row, column);
+            above.add(row / kRowsOfWord<Layout>, s, bound, columns[layout.column_of(column)]);
             use(row, column, s);
         }
     }
@@ -52,10 +52,10 @@ DEVICE AboveBits above_bounds(const float (&rows)[TILE], const float (&columns)[
 }
 
 // One tile's pairs. `plain`: every pair counts and none is of one class, as in most tiles.
-template <bool plain, class Where, class Shared, class Sums>
+template <bool plain, class Layout, class Shared, class Sums>
 DEVICE void sweep_epilogue(const Pairs &pairs, TileIndex tile, Shared &shared, const Sums &acc) {
     auto &reduction = *reinterpret_cast<SweepReduction *>(shared.stages);
-    Where place;
+    Layout layout;
     bool mirrored = pairs.square != 0;
     if (thread_index() < TILE) {
         reduction.row_max[thread_index()] = 0;
@@ -66,38 +66,38 @@ DEVICE void sweep_epilogue(const Pairs &pairs, TileIndex tile, Shared &shared, c
 
     uint32_t negative[2] = {~0u, ~0u}, positive[2] = {0, 0};
     if constexpr (!plain) {
-        classify<Where>(pairs, tile.row * TILE, tile.column * TILE, pairs.counters->valid_anchors, pairs.counters->valid_references,
+        classify<Layout>(pairs, tile.row * TILE, tile.column * TILE, pairs.counters->valid_anchors, pairs.counters->valid_references,
                         negative, positive);
     }
     const float none = -INFINITE;
-    float column_max[Where::columns], row_max = none;
+    float column_max[Layout::columns], row_max = none;
 #pragma unroll
-    for (int column = 0; column < Where::columns; ++column) column_max[column] = none;
-    AboveBits above = above_bounds<Where>(shared.rows.candidate, shared.columns.candidate, acc, [&](int row, int column, float s) {
-        int bit = row % kRowsOfWord<Where> * Where::columns + column;
-        if (!plain && !(negative[row / kRowsOfWord<Where>] >> bit & 1u)) s = none;
+    for (int column = 0; column < Layout::columns; ++column) column_max[column] = none;
+    AboveBits above = above_bounds<Layout>(shared.rows.candidate, shared.columns.candidate, acc, [&](int row, int column, float s) {
+        int bit = row % kRowsOfWord<Layout> * Layout::columns + column;
+        if (!plain && !(negative[row / kRowsOfWord<Layout>] >> bit & 1u)) s = none;
         row_max = fmaxf(row_max, s);
         column_max[column] = fmaxf(column_max[column], s);
         if (column != 0) return;
         row_max = fmaxf(row_max, shuffle_xor(row_max, 1));
         row_max = fmaxf(row_max, shuffle_xor(row_max, 2));
-        if (lane_index() % 4 == 0 && row_max > none) atomic_max(&reduction.row_max[place.row_of(row)], ordered_key(row_max));
+        if (lane_index() % 4 == 0 && row_max > none) atomic_max(&reduction.row_max[layout.row_of(row)], ordered_key(row_max));
         warp_sync();
         row_max = none;
     });
 #pragma unroll
-    for (int column = 0; column < Where::columns; ++column) {
+    for (int column = 0; column < Layout::columns; ++column) {
         float largest = column_max[column];
         for (int mask = 4; mask <= 16; mask *= 2) largest = fmaxf(largest, shuffle_xor(largest, mask));
         if (mirrored && lane_index() < 4 && largest > none) {
-            atomic_max(&reduction.column_max[place.column_of(column)], ordered_key(largest));
+            atomic_max(&reduction.column_max[layout.column_of(column)], ordered_key(largest));
         }
     }
     uint32_t candidates[2];
 #pragma unroll
     for (int word = 0; word < 2; ++word) candidates[word] = ((above.by_row[word] | above.by_column[word]) & negative[word]) | positive[word];
     if (pairs.settings.probe != pairs.settings.candidate) {
-        above = above_bounds<Where>(shared.rows.probe, shared.columns.probe, acc, [](int, int, float) {});
+        above = above_bounds<Layout>(shared.rows.probe, shared.columns.probe, acc, [](int, int, float) {});
     }
     uint32_t probe = warp_sum(above.count(negative, mirrored));
     if (lane_index() == 0 && probe != 0) atomic_add(&reduction.probe, probe);
@@ -135,11 +135,11 @@ DEVICE void sweep_epilogue(const Pairs &pairs, TileIndex tile, Shared &shared, c
     masks[1] = candidates[1];
     float *to = pairs.pool_values + segment + before;
 #pragma unroll
-    for (int row = 0; row < Where::rows; ++row) {
+    for (int row = 0; row < Layout::rows; ++row) {
 #pragma unroll
-        for (int column = 0; column < Where::columns; ++column) {
-            int bit = row % kRowsOfWord<Where> * Where::columns + column;
-            if (candidates[row / kRowsOfWord<Where>] >> bit & 1u) *to++ = Where::value(acc, row, column);
+        for (int column = 0; column < Layout::columns; ++column) {
+            int bit = row % kRowsOfWord<Layout> * Layout::columns + column;
+            if (candidates[row / kRowsOfWord<Layout>] >> bit & 1u) *to++ = Layout::value(acc, row, column);
         }
     }
 }
@@ -163,32 +163,32 @@ DEVICE bool sweep_leaves_out(const Pairs &pairs, TileIndex tile) {
     return true;
 }
 
-template <class Where, class Shared, class Sums>
+template <class Layout, class Shared, class Sums>
 DEVICE void sweep_end(const Pairs &pairs, TileIndex tile, Shared &shared, const Sums &acc) {
     // Ranges ascend: the tile is free of positives if its columns end before the first range or begin after the last.
     uint32_t first = tile.column * TILE, end = first + TILE;
     bool complete = (tile.row + 1) * TILE <= pairs.counters->valid_anchors && end <= pairs.counters->valid_references;
     const ClassRange *classes = pairs.classes + tile.row * TILE;
     if (complete && (end <= classes[0].begin || first >= classes[TILE - 1].end)) {
-        sweep_epilogue<true, Where>(pairs, tile, shared, acc);
+        sweep_epilogue<true, Layout>(pairs, tile, shared, acc);
     } else {
-        sweep_epilogue<false, Where>(pairs, tile, shared, acc);
+        sweep_epilogue<false, Layout>(pairs, tile, shared, acc);
     }
 }
 
-template <class Numbers>
+template <class Precision>
 DEVICE void sweep_body(const PairsParams &p) {
     SHARED_MEMORY(bytes);
-    auto &shared = *reinterpret_cast<SweepStages<Numbers> *>(bytes);
+    auto &shared = *reinterpret_cast<SweepStages<Precision> *>(bytes);
     const Pairs &pairs = p.pairs;
     TileIndex tile = tile_at(pairs, block_x());
     if (sweep_leaves_out(pairs, tile)) return;
     sweep_begin(pairs, tile, shared);
     Accumulators<4> acc;
-    multiply_tile<Numbers, 4, kSharingStages<Numbers>>(acc, tile_rows<Numbers>(pairs.anchors, tile.row, pairs.stride),
-                                                       tile_rows<Numbers>(pairs.references, tile.column, pairs.stride),
-                                                       stride_bytes<Numbers>(pairs), shared.stages);
-    sweep_end<Place<4>>(pairs, tile, shared, acc);
+    multiply_tile<Precision, 4, kSharingStages<Precision>>(acc, tile_rows<Precision>(pairs.anchors, tile.row, pairs.stride),
+                                                       tile_rows<Precision>(pairs.references, tile.column, pairs.stride),
+                                                       stride_bytes<Precision>(pairs), shared.stages);
+    sweep_end<MmaLayout<4>>(pairs, tile, shared, acc);
 }
 
-KERNEL_OF_NARROW_BLOCKS(sweep, PairsParams, 2)
+KERNEL_OF_16BIT_BLOCKS(sweep, PairsParams, 2)

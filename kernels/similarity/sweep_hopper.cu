@@ -11,9 +11,9 @@
 #include "similarity/candidate_bits.cuh"
 #include "tile/ping_pong.cuh"
 
-#ifdef HAS_WARPGROUP_PRODUCTS
+#ifdef HAS_WGMMA
 
-static_assert((kTeams<HalfF16> * kTeamWarps + 4) * 32 == SWEEP_HOPPER_THREADS, "the launch plan's threads");
+static_assert((kTeams<F16Rows> * kTeamWarps + 4) * 32 == SWEEP_HOPPER_THREADS, "the launch plan's threads");
 static_assert((kTeams<ExactF32> * kTeamWarps + 4) * 32 == SWEEP_SPLIT_THREADS, "the launch plan's threads");
 
 // What passes the first is a candidate, what does not pass the second leaves m- as it is.
@@ -27,11 +27,11 @@ struct StagedTile {
     uint32_t total;
 };
 
-template <class Numbers>
+template <class Precision>
 struct SweepHopperShared {
-    static constexpr uint32_t teams = kTeams<Numbers>;
+    static constexpr uint32_t teams = kTeams<Precision>;
     unsigned char rows[SWEEP_HOPPER_RESIDENT][kStageBytes];  // the row tile, or its stages
-    unsigned char columns[kTeamStages<Numbers>][kStageBytes];
+    unsigned char columns[kTeamStages<Precision>][kStageBytes];
     float staged[teams][SWEEP_HOPPER_STAGED];  // values of candidates
     uint32_t masks[teams][TILE_MASK_WORDS];
     TwoColumns columns_of[teams][TILE / 2];
@@ -39,10 +39,10 @@ struct SweepHopperShared {
     uint32_t warp_counts[teams][kTeamWarps];
     StagedTile staged_tile[teams];
     Barrier filled[teams], stored[teams];  // what is staged
-    Barrier full[kTeamBarriers<Numbers>], empty[kTeamBarriers<Numbers>];
-    Barrier turn[teams];  // the other team has issued its products
+    Barrier full[kTeamBarriers<Precision>], empty[kTeamBarriers<Precision>];
+    Barrier order[teams];  // the other team has issued its products
 };
-static_assert(sizeof(SweepHopperShared<HalfF16>) == SWEEP_HOPPER_SHARED_BYTES, "the launch plan's shared memory");
+static_assert(sizeof(SweepHopperShared<F16Rows>) == SWEEP_HOPPER_SHARED_BYTES, "the launch plan's shared memory");
 static_assert(sizeof(SweepHopperShared<ExactF32>) == SWEEP_SPLIT_SHARED_BYTES, "the launch plan's shared memory");
 
 // The block's tiles of S in order; every role walks them by itself. All blocks go through S together, a run of each at
@@ -53,33 +53,33 @@ struct SweepWalk {
     uint32_t waves, wave = 0;
     uint32_t position = 0, end = 0;  // of the run
     TileIndex tile{};
-    uint32_t turn = NO_ROW;  // tiles with pairs before this one; nothing before the first
+    uint32_t tiles_before = NO_ROW;  // tiles with pairs before this one; nothing before the first
 
     explicit DEVICE SweepWalk(const Pairs &of)
         : pairs(of), valid_anchors(of.counters->valid_anchors), valid_references(of.counters->valid_references),
           waves(static_cast<uint32_t>((of.tiles - 1) / (static_cast<uint64_t>(grid_x()) * SWEEP_HOPPER_RUN)) + 1) {
         begin_run();
     }
-    template <class Numbers>
+    template <class Precision>
     DEVICE const unsigned char *rows() const {
-        return static_cast<const unsigned char *>(tile_rows<Numbers>(pairs.anchors, tile.row, pairs.stride));
+        return static_cast<const unsigned char *>(tile_rows<Precision>(pairs.anchors, tile.row, pairs.stride));
     }
-    template <class Numbers>
+    template <class Precision>
     DEVICE const unsigned char *columns() const {
-        return static_cast<const unsigned char *>(tile_rows<Numbers>(pairs.references, tile.column, pairs.stride));
+        return static_cast<const unsigned char *>(tile_rows<Precision>(pairs.references, tile.column, pairs.stride));
     }
     DEVICE uint64_t index() const { return index_of(pairs, tile.row, tile.column); }
     // Of 64 dimensions.
-    DEVICE uint32_t chunks() const { return pairs.stride / (STAGE_BYTES / 2); }
+    DEVICE uint32_t k_blocks() const { return pairs.stride / (STAGE_BYTES / 2); }
     // So many chunks before those of this tile.
-    DEVICE uint32_t filled() const { return turn * chunks(); }
-    DEVICE bool resident() const { return chunks() <= SWEEP_HOPPER_RESIDENT; }
+    DEVICE uint32_t filled() const { return tiles_before * k_blocks(); }
+    DEVICE bool resident() const { return k_blocks() <= SWEEP_HOPPER_RESIDENT; }
     // Tiles of ignored rows or columns alone have no pairs, and are left out.
     DEVICE bool has_pairs() const { return tile.row * TILE < valid_anchors && tile.column * TILE < valid_references; }
     // Steps on to the next tile with pairs; false at the end. `leave_out(index)` is called for those between.
     template <class LeaveOut>
     DEVICE bool next(LeaveOut leave_out) {
-        if (turn++ != NO_ROW) step();
+        if (tiles_before++ != NO_ROW) step();
         for (; position < end; step()) {
             if (has_pairs()) return true;
             leave_out(index());
@@ -172,13 +172,13 @@ DEVICE void exchange(float (&largest)[8], bool upper, int mask) {
 // Maxima, candidates and those that pass the probe. `plain`: every pair counts and none is of one class, as in most tiles;
 // `apart`: the probe has bounds of its own.
 template <bool plain, class Shared>
-DEVICE void look_at(const SweepWalk &walk, Shared &shared, uint32_t team, bool apart, const GroupAccumulators &acc,
+DEVICE void sweep_epilogue(const SweepWalk &walk, Shared &shared, uint32_t team, bool apart, const WgmmaAccumulators &acc,
                     SweepRows &rows, uint32_t (&candidates)[2], uint32_t &probe) {
-    GroupPlace place;
+    WgmmaLayout layout;
     const Pairs &pairs = walk.pairs;
     uint32_t lane = lane_index();
     uint32_t negative[2] = {~0u, ~0u}, positive[2] = {0, 0};
-    if constexpr (!plain) classify<GroupPlace>(pairs, rows.first, walk.tile.column * TILE, walk.valid_anchors, walk.valid_references, negative, positive);
+    if constexpr (!plain) classify<WgmmaLayout>(pairs, rows.first, walk.tile.column * TILE, walk.valid_anchors, walk.valid_references, negative, positive);
     AboveBits above;
 #pragma unroll
     for (int part = 3; part >= 0; --part) {
@@ -187,10 +187,10 @@ DEVICE void look_at(const SweepWalk &walk, Shared &shared, uint32_t team, bool a
 #pragma unroll
         for (int m = 7; m >= 0; --m) {
             int c = part * 8 + m;
-            const TwoColumns &two = shared.columns_of[team][place.column_of(c) / 2];
+            const TwoColumns &two = shared.columns_of[team][layout.column_of(c) / 2];
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                float s = GroupPlace::value(acc, r, c);
+                float s = WgmmaLayout::value(acc, r, c);
                 above.add(r, s, rows.candidate[r], two.candidate[c % 2]);
                 if (!plain && !(negative[r] >> c & 1u)) s = -INFINITE;
                 rows.largest[r] = fmaxf(rows.largest[r], s);
@@ -203,7 +203,7 @@ DEVICE void look_at(const SweepWalk &walk, Shared &shared, uint32_t team, bool a
         exchange<4>(largest, lane & 16, 16);
         exchange<2>(largest, lane & 8, 8);
         exchange<1>(largest, lane & 4, 4);
-        uint32_t column = place.column_of(part * 8 + static_cast<int>(lane / 16 * 4 + lane / 8 % 2 * 2 + lane / 4 % 2));
+        uint32_t column = layout.column_of(part * 8 + static_cast<int>(lane / 16 * 4 + lane / 8 % 2 * 2 + lane / 4 % 2));
         if (largest[0] > shared.columns_of[team][column / 2].max_neg[column % 2]) {
             atomic_max(&pairs.max_neg[walk.tile.column * TILE + column], ordered_key(largest[0]));
         }
@@ -213,27 +213,27 @@ DEVICE void look_at(const SweepWalk &walk, Shared &shared, uint32_t team, bool a
     for (int r = 0; r < 2; ++r) candidates[r] = ((above.by_row[r] | above.by_column[r]) & negative[r]) | positive[r];
     if (apart) {  // its bits push those out
         float bound[2];
-        for (int r = 0; r < 2; ++r) bound[r] = negative_bound(row_min_pos(pairs, walk.valid_anchors, rows.first + place.row_of(r)), pairs.settings.probe);
+        for (int r = 0; r < 2; ++r) bound[r] = negative_bound(row_min_pos(pairs, walk.valid_anchors, rows.first + layout.row_of(r)), pairs.settings.probe);
 #pragma unroll
         for (int c = 31; c >= 0; --c) {
-            float column_bound = shared.probe[team][place.column_of(c)];
+            float column_bound = shared.probe[team][layout.column_of(c)];
 #pragma unroll
-            for (int r = 0; r < 2; ++r) above.add(r, GroupPlace::value(acc, r, c), bound[r], column_bound);
+            for (int r = 0; r < 2; ++r) above.add(r, WgmmaLayout::value(acc, r, c), bound[r], column_bound);
         }
     }
     probe += above.count(negative, pairs.square != 0);
 }
 
 // The warps of a team: their tiles' products, and what becomes of them.
-template <class Numbers>
+template <class Precision>
 struct SweepTeam : TeamWarp {
     const Pairs &pairs;
-    SweepHopperShared<Numbers> &shared;
+    SweepHopperShared<Precision> &shared;
     uint32_t thread = thread_index() % kTeamThreads;
     // Shuffled, or the compiler would compare again for every tile.
     bool apart = shuffle(static_cast<uint32_t>(pairs.settings.probe != pairs.settings.candidate), 0) != 0;
 
-    DEVICE SweepTeam(const Pairs &of, SweepHopperShared<Numbers> &of_block, uint32_t of_warps)
+    DEVICE SweepTeam(const Pairs &of, SweepHopperShared<Precision> &of_block, uint32_t of_warps)
         : TeamWarp{of_warps}, pairs(of), shared(of_block) {}
 
     DEVICE void sync() const { named_sync(1 + team, kTeamThreads); }
@@ -246,7 +246,7 @@ struct SweepTeam : TeamWarp {
             largest = fmaxf(largest, shuffle_xor(largest, 1));
             largest = fmaxf(largest, shuffle_xor(largest, 2));
             if (lane_index() % 4 == 0 && largest > -INFINITE) {
-                atomic_max(&pairs.max_neg[rows.first + GroupPlace{}.row_of(r)], ordered_key(largest));
+                atomic_max(&pairs.max_neg[rows.first + WgmmaLayout{}.row_of(r)], ordered_key(largest));
             }
         }
         warp_sync();
@@ -260,7 +260,7 @@ struct SweepTeam : TeamWarp {
         rows.classes = end <= walk.valid_anchors ? ClassRange{pairs.classes[first].begin, pairs.classes[end - 1].end} : ClassRange{0, NO_ROW};
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            rows.candidate[r] = negative_bound(row_min_pos(pairs, walk.valid_anchors, first + GroupPlace{}.row_of(r)), pairs.settings.candidate);
+            rows.candidate[r] = negative_bound(row_min_pos(pairs, walk.valid_anchors, first + WgmmaLayout{}.row_of(r)), pairs.settings.candidate);
             rows.largest[r] = -INFINITE;
         }
     }
@@ -271,8 +271,8 @@ struct SweepTeam : TeamWarp {
         uint32_t begin = walk.tile.column * TILE, end = begin + TILE;
         float min_pos = thread < TILE ? column_min_pos(pairs, walk.valid_anchors, walk.valid_references, begin + thread) : INFINITE;
         uint32_t max_neg = thread < TILE ? column_max_neg(pairs, begin + thread) : 0;
-        GroupAccumulators acc;
-        multiply<Numbers>(acc, shared, walk, [&] {
+        WgmmaAccumulators acc;
+        multiply<Precision>(acc, shared, walk, [&] {
             if (walk.tile.row * TILE != rows.first) begin_rows(walk, rows);
             // The last tile's have been read: its candidates are counted.
             if (thread < TILE) {
@@ -289,9 +289,9 @@ struct SweepTeam : TeamWarp {
         uint32_t candidates[2];
         // Ranges ascend: the tile is free of positives if its columns end before the first range or begin after the last.
         if (end > walk.valid_references || (end > rows.classes.begin && begin < rows.classes.end)) {
-            look_at<false>(walk, shared, team, apart, acc, rows, candidates, probe);
+            sweep_epilogue<false>(walk, shared, team, apart, acc, rows, candidates, probe);
         } else {
-            look_at<true>(walk, shared, team, apart, acc, rows, candidates, probe);
+            sweep_epilogue<true>(walk, shared, team, apart, acc, rows, candidates, probe);
         }
 
         // Every thread's place in the segment: a scan over the warp, then over the warps.
@@ -327,7 +327,7 @@ struct SweepTeam : TeamWarp {
 
     // Masks and values of a tile's candidates, for the thread that stores them: by windows, if there are too many for one.
     // `windows` is counted up.
-    DEVICE void stage(StagedTile tile, const uint32_t (&candidates)[2], const GroupAccumulators &acc, uint32_t before,
+    DEVICE void stage(StagedTile tile, const uint32_t (&candidates)[2], const WgmmaAccumulators &acc, uint32_t before,
                       uint32_t &windows) const {
         uint32_t staged = shared_address(shared.staged[team]), total = tile.total, window = 0;
         do {
@@ -345,10 +345,10 @@ struct SweepTeam : TeamWarp {
                 next += static_cast<uint32_t>(popc(candidates[chain / 4] >> chain % 4 * 8 & 0xffu)) * 4;
             }
             if (total <= SWEEP_HOPPER_STAGED) {
-                each_pair([&](int chain, int r, int c) { append_if(at[chain], candidates[r], 1u << c, GroupPlace::value(acc, r, c)); });
+                each_pair([&](int chain, int r, int c) { append_if(at[chain], candidates[r], 1u << c, WgmmaLayout::value(acc, r, c)); });
             } else {
                 each_pair([&](int chain, int r, int c) {
-                    append_within(at[chain], candidates[r], 1u << c, GroupPlace::value(acc, r, c), staged, SWEEP_HOPPER_STAGED * 4);
+                    append_within(at[chain], candidates[r], 1u << c, WgmmaLayout::value(acc, r, c), staged, SWEEP_HOPPER_STAGED * 4);
                 });
             }
             fence_proxy_async();
@@ -362,7 +362,7 @@ struct SweepTeam : TeamWarp {
         SweepRows rows;
         uint32_t probe = 0, windows = 0;
         while (walk.next()) {
-            if (walk.turn % kTeams<Numbers> == team) tile(walk, rows, probe, windows);
+            if (walk.tiles_before % kTeams<Precision> == team) tile(walk, rows, probe, windows);
         }
         begin_window(StagedTile{{NO_ROW, NO_ROW}, 0}, windows);
         arrive_as_warp(&shared.filled[team]);
@@ -371,10 +371,10 @@ struct SweepTeam : TeamWarp {
         if (lane_index() == 0 && passed != 0) atomic_add(&pairs.counters->probe_neg, passed);
     }
 };
-template <class Numbers>
+template <class Precision>
 DEVICE void sweep_hopper_body(const PairsParams &p) {
     SHARED_MEMORY(bytes);
-    auto &shared = *reinterpret_cast<SweepHopperShared<Numbers> *>(bytes);
+    auto &shared = *reinterpret_cast<SweepHopperShared<Precision> *>(bytes);
     const Pairs &pairs = p.pairs;
     if (thread_index() == 0) {
         begin_teams(shared);
@@ -383,19 +383,19 @@ DEVICE void sweep_hopper_body(const PairsParams &p) {
     }
     block_sync();  // the barriers are there
     SweepWalk walk(pairs);
-    divide_roles<Numbers>(
+    divide_roles<Precision>(
         [&](uint32_t warp) {
             if (warp == 0) {
-                copy_operands<Numbers>(shared, walk, [&](SweepWalk &to) {
+                copy_operands<Precision>(shared, walk, [&](SweepWalk &to) {
                     return to.next([&](uint64_t index) { pairs.tile_counts[index] = 0; });
                 });
             }
-            if (warp - 1 < kTeams<Numbers>) store_candidates(pairs, shared, warp - 1);
+            if (warp - 1 < kTeams<Precision>) store_candidates(pairs, shared, warp - 1);
         },
-        [&](uint32_t team) { SweepTeam<Numbers>{pairs, shared, team}.run(walk); });
+        [&](uint32_t team) { SweepTeam<Precision>{pairs, shared, team}.run(walk); });
 }
 #endif
 
 ROLE_KERNEL(sweep_hopper_f32, PairsParams, SWEEP_SPLIT_THREADS) { HOPPER_ONLY(sweep_hopper_body<ExactF32>(p)); }
-ROLE_KERNEL(sweep_hopper_f16, PairsParams, SWEEP_HOPPER_THREADS) { HOPPER_ONLY(sweep_hopper_body<HalfF16>(p)); }
-ROLE_KERNEL(sweep_hopper_bf16, PairsParams, SWEEP_HOPPER_THREADS) { HOPPER_ONLY(sweep_hopper_body<HalfBf16>(p)); }
+ROLE_KERNEL(sweep_hopper_f16, PairsParams, SWEEP_HOPPER_THREADS) { HOPPER_ONLY(sweep_hopper_body<F16Rows>(p)); }
+ROLE_KERNEL(sweep_hopper_bf16, PairsParams, SWEEP_HOPPER_THREADS) { HOPPER_ONLY(sweep_hopper_body<Bf16Rows>(p)); }

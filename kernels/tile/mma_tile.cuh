@@ -6,7 +6,7 @@
 // asynchronously; granules of 16 bytes are swizzled (granule ^ row % 8), so that neither the
 // copies nor ldmatrix meet a bank twice.
 //
-// Numbers: tensor cores truncate when they add. In the exact f32 mode each stage is
+// Precision: tensor cores truncate when they add. In the exact f32 mode each stage is
 // therefore summed from 0 and added to the total by the f32 adder, which rounds.
 // Exact f32 takes two f16 an entry: a stage has 32 dimensions, 64 bytes of high parts and 64 of low ones.
 #ifndef DDTAS_MMA_TILE_CUH
@@ -17,8 +17,8 @@
 constexpr int kStages = 3;
 // Where two blocks share a multiprocessor, one looks at its products while the other multiplies, and hides what one stage ahead
 // does not. Exact f32 has no registers for a second block.
-template <class Numbers>
-constexpr int kSharingStages = Numbers::exact ? kStages : 2;
+template <class Precision>
+constexpr int kSharingStages = Precision::exact ? kStages : 2;
 constexpr int kColumnTiles = 4;  // of 8 columns, in a warp
 // Floats between rows of a tile that is written to shared memory: 4 banks apart, the 8 rows
 // that a warp writes at a time do not meet.
@@ -36,7 +36,7 @@ DEVICE uint32_t column_bits_before(uint32_t first, uint32_t end) {
 
 // Where this thread's accumulators stand in the tile.
 template <int row_tiles, int column_tiles = kColumnTiles>
-struct Place {
+struct MmaLayout {
     static constexpr uint32_t across = TILE / 8 / column_tiles;  // warps side by side
     uint32_t warp_row = warp_index() / across * 16 * row_tiles;
     uint32_t warp_column = warp_index() % across * 8 * column_tiles;
@@ -61,12 +61,12 @@ template <int row_tiles, int column_tiles = kColumnTiles>
 using Accumulators = float[row_tiles][column_tiles][4];
 
 // Copies stage `index` of `rows` rows of a tile to shared memory: of split ones a half of both parts' 64 dimensions.
-template <class Numbers>
+template <class Precision>
 DEVICE void copy_stage(unsigned char *to, const unsigned char *from, uint32_t index, int rows) {
-    constexpr int kTurn = THREADS * 16;  // bytes, whole 8 rows
+    constexpr int kCopyBytes = THREADS * 16;  // bytes, whole 8 rows
     uint32_t first = thread_index() * 16;
     to += first;
-    if constexpr (Numbers::exact) {
+    if constexpr (Precision::exact) {
         // Upper half of the granules, as products see them: the low parts, a stage further on.
         uint32_t low = (thread_index() % kGranules ^ thread_index() / kGranules % 8) / (kGranules / 2);
         from += static_cast<uint64_t>(index / 2 * 2 + low) * TILE * STAGE_BYTES + (first ^ (low ^ index % 2) * (STAGE_BYTES / 2));
@@ -74,7 +74,7 @@ DEVICE void copy_stage(unsigned char *to, const unsigned char *from, uint32_t in
         from += static_cast<uint64_t>(index) * TILE * STAGE_BYTES + first;
     }
 #pragma unroll
-    for (int i = 0; i < rows * STAGE_BYTES / kTurn; ++i) cp_async(to + i * kTurn, from + i * kTurn);
+    for (int i = 0; i < rows * STAGE_BYTES / kCopyBytes; ++i) cp_async(to + i * kCopyBytes, from + i * kCopyBytes);
 }
 
 template <int row_tiles, int column_tiles>
@@ -100,7 +100,7 @@ DEVICE void load_rows(uint32_t (&raw)[4], const unsigned char *stage, uint32_t r
 }
 
 // Adds a stage's products to `acc`: its rows from `a_row` on.
-template <class Numbers, int row_tiles, int column_tiles>
+template <class Precision, int row_tiles, int column_tiles>
 DEVICE void multiply_stage(float (&acc)[row_tiles][column_tiles][4], const unsigned char *a, const unsigned char *b,
                            uint32_t a_row, uint32_t b_row) {
 #pragma unroll
@@ -112,13 +112,13 @@ DEVICE void multiply_stage(float (&acc)[row_tiles][column_tiles][4], const unsig
         for (int tile = 0; tile < row_tiles; ++tile) {
             uint32_t raw[4];
             load_rows(raw, a, a_row + tile * 16, step * 2);
-            typename Numbers::template Fragment<4> rows;
-            Numbers::prepare(rows, raw);
+            typename Precision::template Fragment<4> rows;
+            Precision::prepare(rows, raw);
 #pragma unroll
             for (int column = 0; column < column_tiles; ++column) {
-                typename Numbers::template Fragment<2> fragment;
-                Numbers::prepare(fragment, columns[column / 2] + column % 2 * 2);
-                Numbers::multiply(acc[tile][column], rows, fragment);
+                typename Precision::template Fragment<2> fragment;
+                Precision::prepare(fragment, columns[column / 2] + column % 2 * 2);
+                Precision::multiply(acc[tile][column], rows, fragment);
             }
         }
     }
@@ -174,7 +174,7 @@ DEVICE void multiply_split_stage(float (*acc)[column_tiles][4], const unsigned c
 // `b` begins a tile of prepared rows, `a` one or, STAGE_BYTES a row later, a part of it.
 // `stages` holds kStages * (those rows + TILE) * STAGE_BYTES bytes, free on entry and on return.
 // Of split rows `together` row tiles at a time, which bounds the registers of the further sums.
-template <class Numbers, int row_tiles, int stage_count = kStages, int together = 2, int column_tiles>
+template <class Precision, int row_tiles, int stage_count = kStages, int together = 2, int column_tiles>
 DEVICE void multiply_tile(float (&acc)[row_tiles][column_tiles][4], const void *a, const void *b, uint64_t stride_bytes,
                           unsigned char *stages) {
     constexpr int rows = 8 * row_tiles * column_tiles;
@@ -182,11 +182,11 @@ DEVICE void multiply_tile(float (&acc)[row_tiles][column_tiles][4], const void *
     auto a_bytes = static_cast<const unsigned char *>(a);
     auto b_bytes = static_cast<const unsigned char *>(b);
     uint32_t count = static_cast<uint32_t>(stride_bytes / STAGE_BYTES);
-    Place<row_tiles, column_tiles> place;
+    MmaLayout<row_tiles, column_tiles> layout;
     auto copy = [&](uint32_t index) {
         unsigned char *stage = stages + index % stage_count * stage_bytes;
-        copy_stage<Numbers>(stage, a_bytes, index, rows);
-        copy_stage<Numbers>(stage + rows * STAGE_BYTES, b_bytes, index, TILE);
+        copy_stage<Precision>(stage, a_bytes, index, rows);
+        copy_stage<Precision>(stage + rows * STAGE_BYTES, b_bytes, index, TILE);
     };
     clear(acc);
     for (uint32_t index = 0; index < stage_count - 1; ++index) {
@@ -200,13 +200,13 @@ DEVICE void multiply_tile(float (&acc)[row_tiles][column_tiles][4], const void *
         cp_async_commit();
         const unsigned char *stage = stages + index % stage_count * stage_bytes;
         const unsigned char *other = stage + rows * STAGE_BYTES;
-        if constexpr (Numbers::exact) {
+        if constexpr (Precision::exact) {
 #pragma unroll
             for (int first = 0; first < row_tiles; first += together) {
-                multiply_split_stage<together, column_tiles>(acc + first, stage, other, place.warp_row + first * 16, place.warp_column);
+                multiply_split_stage<together, column_tiles>(acc + first, stage, other, layout.warp_row + first * 16, layout.warp_column);
             }
         } else {
-            multiply_stage<Numbers>(acc, stage, other, place.warp_row, place.warp_column);
+            multiply_stage<Precision>(acc, stage, other, layout.warp_row, layout.warp_column);
         }
     }
     cp_async_wait<0>();

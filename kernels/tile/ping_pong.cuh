@@ -16,17 +16,17 @@
 
 #include "tile/wgmma_tile.cuh"
 
-#ifdef HAS_WARPGROUP_PRODUCTS
+#ifdef HAS_WGMMA
 
 constexpr uint32_t kStageBytes = TILE * STAGE_BYTES;
 constexpr uint32_t kTeamWarps = 8, kTeamThreads = kTeamWarps * 32;
-template <class Numbers>
-constexpr uint32_t kTeams = Numbers::exact ? 1 : 2;
-template <class Numbers>
-constexpr uint32_t kTeamStages = Numbers::exact ? SWEEP_SPLIT_STAGES : SWEEP_HOPPER_STAGES;
+template <class Precision>
+constexpr uint32_t kTeams = Precision::exact ? 1 : 2;
+template <class Precision>
+constexpr uint32_t kTeamStages = Precision::exact ? SWEEP_SPLIT_STAGES : SWEEP_HOPPER_STAGES;
 // Split rows that do not fit have all of `rows` and `columns` for stages.
-template <class Numbers>
-constexpr uint32_t kTeamBarriers = kTeamStages<Numbers> + (Numbers::exact ? SWEEP_HOPPER_RESIDENT : 0);
+template <class Precision>
+constexpr uint32_t kTeamBarriers = kTeamStages<Precision> + (Precision::exact ? SWEEP_HOPPER_RESIDENT : 0);
 static_assert(SWEEP_HOPPER_STAGES <= SWEEP_HOPPER_RESIDENT, "stages of rows where the row tile is");
 
 // By one thread.
@@ -34,7 +34,7 @@ template <class Shared>
 DEVICE void begin_teams(Shared &shared) {
     for (Barrier &barrier : shared.full) mbarrier_init(&barrier, 1);
     for (Barrier &barrier : shared.empty) mbarrier_init(&barrier, kTeamWarps);
-    for (Barrier &barrier : shared.turn) mbarrier_init(&barrier, kTeamWarps);
+    for (Barrier &barrier : shared.order) mbarrier_init(&barrier, kTeamWarps);
 }
 
 // The stages of split rows in turn: behind the row tile that stays, or all there is.
@@ -53,7 +53,7 @@ struct SplitStages {
         parity = fill / count % 2;
     }
     // Bytes from the first stage of `rows`.
-    DEVICE uint32_t place(uint32_t at) const { return (at + (resident ? SWEEP_HOPPER_RESIDENT : 0)) * kStageBytes; }
+    DEVICE uint32_t offset(uint32_t at) const { return (at + (resident ? SWEEP_HOPPER_RESIDENT : 0)) * kStageBytes; }
     DEVICE void step() {
         ++fill;
         if (++stage == count) {
@@ -73,7 +73,7 @@ DEVICE void copy_split_operands(Shared &shared, Walk walk, Next next) {
         if (stages.fill >= stages.count) wait_until_empty(stages.fill - stages.count);
         Barrier *full = &shared.full[stages.stage];
         mbarrier_arrive_expect_tx(full, kStageBytes + more);
-        cp_async_bulk(shared.rows[0] + stages.place(stages.stage), from, kStageBytes, full);
+        cp_async_bulk(shared.rows[0] + stages.offset(stages.stage), from, kStageBytes, full);
         stages.step();
         return full;
     };
@@ -82,10 +82,10 @@ DEVICE void copy_split_operands(Shared &shared, Walk walk, Next next) {
         bool with_rows = stages.resident && walk.tile.row != have;
         have = walk.tile.row;
         // As copy_operands(): the stages of a tile are more than there are, or all are waited for.
-        if (with_rows && walk.chunks() * stages.parts() <= stages.count) {
+        if (with_rows && walk.k_blocks() * stages.parts() <= stages.count) {
             for (uint32_t back = 1; back <= stages.count && back <= stages.fill; ++back) wait_until_empty(stages.fill - back);
         }
-        for (uint32_t k = 0; k < walk.chunks(); ++k) {
+        for (uint32_t k = 0; k < walk.k_blocks(); ++k) {
             const unsigned char *high_rows = rows + 2 * k * kStageBytes, *high_columns = columns + 2 * k * kStageBytes;
             if (!stages.resident) copy(high_rows, 0);
             Barrier *full = copy(high_columns + kStageBytes, with_rows ? kStageBytes : 0);
@@ -98,25 +98,25 @@ DEVICE void copy_split_operands(Shared &shared, Walk walk, Next next) {
 
 // The thread that copies. The first tile of a row brings the row tile with its own stages; it is there for all that follow.
 // `next(walk)` steps on to the next tile, or says that there is none.
-template <class Numbers, class Shared, class Walk, class Next>
+template <class Precision, class Shared, class Walk, class Next>
 DEVICE void copy_operands(Shared &shared, Walk walk, Next next) {
-    if constexpr (Numbers::exact) return copy_split_operands(shared, walk, next);
+    if constexpr (Precision::exact) return copy_split_operands(shared, walk, next);
     uint32_t have = NO_ROW;
     bool resident = walk.resident();
     auto wait_until_empty = [&](uint32_t fill) {
         mbarrier_wait(&shared.empty[fill % SWEEP_HOPPER_STAGES], fill / SWEEP_HOPPER_STAGES % 2);
     };
     while (next(walk)) {
-        const unsigned char *rows = walk.template rows<Numbers>(), *columns = walk.template columns<Numbers>();
+        const unsigned char *rows = walk.template rows<Precision>(), *columns = walk.template columns<Precision>();
         bool both = !resident || walk.tile.row != have;
         have = walk.tile.row;
         // A part of the row tile is overwritten when the products that read it are done: they are if the stage of this
         // turn is empty, for then the tile before has come at least as far; unless it has fewer parts than there are stages.
-        if (resident && both && walk.chunks() < SWEEP_HOPPER_STAGES) {
+        if (resident && both && walk.k_blocks() < SWEEP_HOPPER_STAGES) {
             uint32_t filled = walk.filled();
             for (uint32_t back = 1; back <= SWEEP_HOPPER_STAGES && back <= filled; ++back) wait_until_empty(filled - back);
         }
-        for (uint32_t k = 0; k < walk.chunks(); ++k) {
+        for (uint32_t k = 0; k < walk.k_blocks(); ++k) {
             uint32_t fill = walk.filled() + k, stage = fill % SWEEP_HOPPER_STAGES;
             if (fill >= SWEEP_HOPPER_STAGES) wait_until_empty(fill - SWEEP_HOPPER_STAGES);
             mbarrier_arrive_expect_tx(&shared.full[stage], both ? 2 * kStageBytes : kStageBytes);
@@ -130,21 +130,21 @@ DEVICE void copy_operands(Shared &shared, Walk walk, Next next) {
 
 // The operand from so many granules of 16 bytes further on. Shared memory has fewer than a descriptor can name: its upper
 // half stays as it is.
-DEVICE Descriptor advanced_granules(Descriptor descriptor, uint32_t granules) {
+DEVICE Descriptor advance_granules(Descriptor descriptor, uint32_t granules) {
     return descriptor >> 32 << 32 | static_cast<uint32_t>(static_cast<uint32_t>(descriptor) + granules);
 }
 
 // Warps by their roles: the first ones multiply, `run(team)`, and have the registers of those behind them, of which each has
 // one thread at work, `serve(warp)`.
-template <class Numbers, class Serve, class Run>
+template <class Precision, class Serve, class Run>
 DEVICE void divide_roles(Serve serve, Run run) {
-    constexpr uint32_t team_warps = kTeams<Numbers> * kTeamWarps;
+    constexpr uint32_t team_warps = kTeams<Precision> * kTeamWarps;
     uint32_t warp = shuffle(warp_index(), 0);
     if (warp >= team_warps) {
-        setmaxnreg_dec<Numbers::exact ? 40 : 32>();
+        setmaxnreg_dec<Precision::exact ? 40 : 32>();
         if (lane_index() == 0) serve(warp - team_warps);
     } else {
-        setmaxnreg_inc<Numbers::exact ? 232 : 112>();
+        setmaxnreg_inc<Precision::exact ? 232 : 112>();
         run(warp / kTeamWarps);
     }
 }
@@ -155,25 +155,25 @@ struct TeamWarp {
     uint32_t warp = shuffle(warp_index(), 0) % kTeamWarps;
 
     // acc = the products of the walk's tile. `meanwhile()` is done while the last of them go on.
-    template <class Numbers, class Shared, class Walk, class Meanwhile>
-    DEVICE void multiply(GroupAccumulators &acc, Shared &shared, const Walk &walk, Meanwhile meanwhile) const {
+    template <class Precision, class Shared, class Walk, class Meanwhile>
+    DEVICE void multiply(WgmmaAccumulators &acc, Shared &shared, const Walk &walk, Meanwhile meanwhile) const {
         clear(acc);
-        if constexpr (Numbers::exact) {
+        if constexpr (Precision::exact) {
             multiply_split(acc, shared, walk);
             return meanwhile();
         } else {
-            multiply_in_turn<Numbers>(acc, shared, walk, meanwhile);
+            multiply_in_turn<Precision>(acc, shared, walk, meanwhile);
         }
     }
 
   private:
     template <class Shared, class Walk>
-    DEVICE void multiply_split(GroupAccumulators &acc, Shared &shared, const Walk &walk) const {
+    DEVICE void multiply_split(WgmmaAccumulators &acc, Shared &shared, const Walk &walk) const {
         SplitStages stages(walk.resident());
         stages.begin(walk.filled());
         uint32_t own = warp / 4 * (TILE / 2) * STAGE_BYTES;
-        Descriptor first = stage_descriptor(shared.rows[0]);
-        auto at = [&](uint32_t bytes) { return advanced_granules(first, bytes / 16); };
+        Descriptor first = k_major_descriptor(shared.rows[0]);
+        auto at = [&](uint32_t bytes) { return advance_granules(first, bytes / 16); };
         auto take = [&] {
             mbarrier_wait(&shared.full[stages.stage], stages.parity);
             warp_sync();
@@ -182,11 +182,11 @@ struct TeamWarp {
             return taken;
         };
 #pragma unroll 1
-        for (uint32_t k = 0; k < walk.chunks(); ++k) {
+        for (uint32_t k = 0; k < walk.k_blocks(); ++k) {
             uint32_t high_rows = stages.resident ? k : take(), low_columns = take(), high_columns = take(), low_rows = take();
-            Descriptor a_high = at((stages.resident ? k * kStageBytes : stages.place(high_rows)) + own);
-            add_split_products(acc, a_high, at(stages.place(low_rows) + own), at(stages.place(high_columns)),
-                               at(stages.place(low_columns)), [&] {
+            Descriptor a_high = at((stages.resident ? k * kStageBytes : stages.offset(high_rows)) + own);
+            add_split_products(acc, a_high, at(stages.offset(low_rows) + own), at(stages.offset(high_columns)),
+                               at(stages.offset(low_columns)), [&] {
                                    arrive_as_warp(&shared.empty[low_columns]);
                                    arrive_as_warp(&shared.empty[low_rows]);
                                });
@@ -195,26 +195,26 @@ struct TeamWarp {
         }
     }
 
-    template <class Numbers, class Shared, class Walk, class Meanwhile>
-    DEVICE void multiply_in_turn(GroupAccumulators &acc, Shared &shared, const Walk &walk, Meanwhile meanwhile) const {
+    template <class Precision, class Shared, class Walk, class Meanwhile>
+    DEVICE void multiply_in_turn(WgmmaAccumulators &acc, Shared &shared, const Walk &walk, Meanwhile meanwhile) const {
         // The other team's products are issued: its stages are all there, and this team's are next.
-        uint32_t own = walk.turn / kTeams<Numbers>;
-        if (walk.turn > 0) mbarrier_wait(&shared.turn[team], team == 0 ? (own - 1) % 2 : own % 2);
+        uint32_t own = walk.tiles_before / kTeams<Precision>;
+        if (walk.tiles_before > 0) mbarrier_wait(&shared.order[team], team == 0 ? (own - 1) % 2 : own % 2);
         warp_sync();
         bool resident = walk.resident();
-        Descriptor first_rows = stage_descriptor(shared.rows[0] + warp / 4 * (TILE / 2) * STAGE_BYTES);
-        Descriptor first_columns = stage_descriptor(shared.columns[0]);
+        Descriptor first_rows = k_major_descriptor(shared.rows[0] + warp / 4 * (TILE / 2) * STAGE_BYTES);
+        Descriptor first_columns = k_major_descriptor(shared.columns[0]);
         uint32_t stage = walk.filled() % SWEEP_HOPPER_STAGES, parity = walk.filled() / SWEEP_HOPPER_STAGES % 2;
 #pragma unroll 8
-        for (uint32_t k = 0; k < walk.chunks(); ++k) {
+        for (uint32_t k = 0; k < walk.k_blocks(); ++k) {
             mbarrier_wait(&shared.full[stage], parity);
             warp_sync();
-            Descriptor rows = advanced_granules(first_rows, (resident ? k : stage) * (kStageBytes / 16));
-            Descriptor columns = advanced_granules(first_columns, stage * (kStageBytes / 16));
+            Descriptor rows = advance_granules(first_rows, (resident ? k : stage) * (kStageBytes / 16));
+            Descriptor columns = advance_granules(first_columns, stage * (kStageBytes / 16));
             wgmma_fence();
 #pragma unroll
             for (int step = 0; step < kGranules / 2; ++step) {
-                wgmma<false>(Numbers{}, acc, advanced_granules(rows, step * 2), advanced_granules(columns, step * 2));
+                wgmma<false>(Precision{}, acc, advance_granules(rows, step * 2), advance_granules(columns, step * 2));
             }
             wgmma_commit();
             if (k > 0) {
@@ -226,10 +226,10 @@ struct TeamWarp {
                 parity ^= 1;
             }
         }
-        arrive_as_warp(&shared.turn[team ^ 1]);
+        arrive_as_warp(&shared.order[team ^ 1]);
         meanwhile();
         wgmma_wait<0>();
-        settle(acc);
+        fence_accumulators(acc);
         arrive_as_warp(&shared.empty[(stage + SWEEP_HOPPER_STAGES - 1) % SWEEP_HOPPER_STAGES]);
     }
 };

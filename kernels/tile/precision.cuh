@@ -39,7 +39,7 @@ DEVICE Halves split(float first, float second) {
 
 // 16-bit rows, and f32 rows that `prepare` has rounded to f16.
 template <class T>
-struct Narrow {
+struct Rows16Bit {
     using Element = T;
     static constexpr bool exact = false;
     static constexpr uint32_t stored_bytes = 2;
@@ -54,27 +54,27 @@ struct Narrow {
     static DEVICE void multiply(float (&c)[4], const Fragment<4> &a, const Fragment<2> &b);
 };
 template <>
-DEVICE void Narrow<F16>::multiply(float (&c)[4], const Fragment<4> &a, const Fragment<2> &b) {
+DEVICE void Rows16Bit<F16>::multiply(float (&c)[4], const Fragment<4> &a, const Fragment<2> &b) {
     mma_f16(c, a.value, b.value);
 }
 template <>
-DEVICE void Narrow<Bf16>::multiply(float (&c)[4], const Fragment<4> &a, const Fragment<2> &b) {
+DEVICE void Rows16Bit<Bf16>::multiply(float (&c)[4], const Fragment<4> &a, const Fragment<2> &b) {
     mma_bf16(c, a.value, b.value);
 }
-using HalfF16 = Narrow<F16>;
-using HalfBf16 = Narrow<Bf16>;
+using F16Rows = Rows16Bit<F16>;
+using Bf16Rows = Rows16Bit<Bf16>;
 
-// Defines one kernel in every precision from a device function `template <class Numbers> name_body(p)`.
-#define KERNEL_IN_EVERY_PRECISION(name, Params) KERNEL_OF_NARROW_BLOCKS(name, Params, 1)
+// Defines one kernel in every precision from a device function `template <class Precision> name_body(p)`.
+#define KERNEL_IN_EVERY_PRECISION(name, Params) KERNEL_OF_16BIT_BLOCKS(name, Params, 1)
 // The same of a kernel that only Hopper has; `name_body` is defined where there is wgmma.
 #define HOPPER_KERNEL_IN_EVERY_PRECISION(name, Params)                             \
     KERNEL(name##_f32, Params, 1) { HOPPER_ONLY(name##_body<ExactF32>(p)); }       \
-    KERNEL(name##_f16, Params, 1) { HOPPER_ONLY(name##_body<HalfF16>(p)); }        \
-    KERNEL(name##_bf16, Params, 1) { HOPPER_ONLY(name##_body<HalfBf16>(p)); }
+    KERNEL(name##_f16, Params, 1) { HOPPER_ONLY(name##_body<F16Rows>(p)); }        \
+    KERNEL(name##_bf16, Params, 1) { HOPPER_ONLY(name##_body<Bf16Rows>(p)); }
 // So many blocks a multiprocessor, of exact f32 one.
-#define KERNEL_OF_NARROW_BLOCKS(name, Params, blocks)                 \
+#define KERNEL_OF_16BIT_BLOCKS(name, Params, blocks)                 \
     KERNEL(name##_f32, Params, 1) { name##_body<ExactF32>(p); }       \
-    KERNEL(name##_f16, Params, blocks) { name##_body<HalfF16>(p); }   \
-    KERNEL(name##_bf16, Params, blocks) { name##_body<HalfBf16>(p); }
+    KERNEL(name##_f16, Params, blocks) { name##_body<F16Rows>(p); }   \
+    KERNEL(name##_bf16, Params, blocks) { name##_body<Bf16Rows>(p); }
 
 #endif

@@ -21,17 +21,17 @@ DEVICE uint32_t swizzled(uint32_t row, uint32_t granule) {
 }
 
 // Byte `byte` of prepared row `row`, of `stride_bytes` bytes a row: [tile, stage, row, granule].
-DEVICE uint64_t prepared_place(uint64_t row, uint32_t byte, uint64_t stride_bytes) {
+DEVICE uint64_t prepared_offset(uint64_t row, uint32_t byte, uint64_t stride_bytes) {
     return row / TILE * TILE * stride_bytes + static_cast<uint64_t>(byte / STAGE_BYTES) * TILE * STAGE_BYTES +
            swizzled(static_cast<uint32_t>(row % TILE), byte % STAGE_BYTES / 16) + byte % 16;
 }
 
 // Byte of element `d` of a prepared row; of f32 split into two that of the high part, whose low one is a fixed way off.
-template <class Numbers>
+template <class Precision>
 DEVICE uint32_t stored_byte(uint32_t d) {
     constexpr uint32_t together = STAGE_BYTES / 2;  // elements
-    if constexpr (Numbers::exact) return d / together * 2 * STAGE_BYTES + d % together * 2;
-    return d * Numbers::stored_bytes;
+    if constexpr (Precision::exact) return d / together * 2 * STAGE_BYTES + d % together * 2;
+    return d * Precision::stored_bytes;
 }
 constexpr uint32_t kLowBytes = STAGE_BYTES;  // from a high part to its low one
 
@@ -64,27 +64,27 @@ struct SplitGranule {
 };
 
 // The elements of a prepared row from `first` on, a granule of the caller's.
-template <class Numbers>
-DEVICE Granule<typename Numbers::Element> load_prepared(const unsigned char *rows, uint64_t row, uint32_t first, uint64_t stride_bytes) {
-    const unsigned char *at = rows + prepared_place(row, stored_byte<Numbers>(first), stride_bytes);
-    if constexpr (Numbers::exact) {
+template <class Precision>
+DEVICE Granule<typename Precision::Element> load_prepared(const unsigned char *rows, uint64_t row, uint32_t first, uint64_t stride_bytes) {
+    const unsigned char *at = rows + prepared_offset(row, stored_byte<Precision>(first), stride_bytes);
+    if constexpr (Precision::exact) {
         // The low parts are a stage further on.
         SplitGranule split;
         split.high = *reinterpret_cast<const SplitGranule::Part *>(at);
         split.low = *reinterpret_cast<const SplitGranule::Part *>(at + TILE * STAGE_BYTES);
         return split.joined();
     } else {
-        return *reinterpret_cast<const Granule<typename Numbers::Element> *>(at);
+        return *reinterpret_cast<const Granule<typename Precision::Element> *>(at);
     }
 }
 
-template <class Numbers>
+template <class Precision>
 DEVICE const void *tile_rows(const Side &side, uint32_t tile, uint32_t stride) {
-    return static_cast<const unsigned char *>(side.rows) + static_cast<uint64_t>(tile) * TILE * stride * Numbers::stored_bytes;
+    return static_cast<const unsigned char *>(side.rows) + static_cast<uint64_t>(tile) * TILE * stride * Precision::stored_bytes;
 }
-template <class Numbers>
+template <class Precision>
 DEVICE uint64_t stride_bytes(const Pairs &pairs) {
-    return static_cast<uint64_t>(pairs.stride) * Numbers::stored_bytes;
+    return static_cast<uint64_t>(pairs.stride) * Precision::stored_bytes;
 }
 
 #endif

@@ -14,10 +14,10 @@
 
 #include "tile/mma_tile.cuh"
 
-using GroupAccumulators = float[16][4];  // [columns / 8, ...] of m64n128
+using WgmmaAccumulators = float[16][4];  // [columns / 8, ...] of m64n128
 
 // Where a thread's accumulators stand in the tile, as Place has it; the same for any width. 8 warps share a tile.
-struct GroupPlace {
+struct WgmmaLayout {
     static constexpr int rows = 2, columns = 32, quarters = 4;
     DEVICE uint32_t first_quarter() const { return 0; }
     DEVICE uint32_t row_of(int r) const { return warp_index() % 8 * 16 + r * 8 + lane_index() / 4; }
@@ -29,7 +29,7 @@ struct GroupPlace {
     }
 };
 
-#ifdef HAS_WARPGROUP_PRODUCTS
+#ifdef HAS_WGMMA
 
 constexpr int kHopperStages = 4;
 static_assert(HOPPER_STAGES_BYTES == kHopperStages * 2 * TILE * STAGE_BYTES, "the launch plan's shared memory");
@@ -42,19 +42,19 @@ DEVICE void arrive_as_warp(Barrier *barrier) {
 
 // c += a b in the rows' type, asynchronously.
 template <bool transposed, bool transposed_a = false, int n>
-DEVICE void wgmma(HalfF16, float (&c)[n][4], Descriptor a, Descriptor b) {
+DEVICE void wgmma(F16Rows, float (&c)[n][4], Descriptor a, Descriptor b) {
     wgmma_f16<transposed, transposed_a>(c, a, b);
 }
 template <bool transposed, bool transposed_a = false, int n>
-DEVICE void wgmma(HalfBf16, float (&c)[n][4], Descriptor a, Descriptor b) {
+DEVICE void wgmma(Bf16Rows, float (&c)[n][4], Descriptor a, Descriptor b) {
     wgmma_bf16<transposed, transposed_a>(c, a, b);
 }
 
 // c += a b of 64 of the inner dimension (a k block), asynchronously.
-template <class Numbers, int n>
+template <class Precision, int n>
 DEVICE void multiply_k_block(float (&c)[n][4], Descriptor a, Descriptor b) {
 #pragma unroll
-    for (int step = 0; step < kGranules / 2; ++step) wgmma<false>(Numbers{}, c, advanced(a, step * 32), advanced(b, step * 32));
+    for (int step = 0; step < kGranules / 2; ++step) wgmma<false>(Precision{}, c, advance(a, step * 32), advance(b, step * 32));
 }
 
 // = the products of two operands of 64 of the inner dimension.
@@ -62,7 +62,7 @@ template <int n>
 DEVICE void multiply_lines(float (&sums)[n][4], Descriptor a, Descriptor b) {
     wgmma_f16<false, false, true>(sums, a, b);
 #pragma unroll
-    for (int step = 1; step < kGranules / 2; ++step) wgmma_f16<false, false>(sums, advanced(a, step * 32), advanced(b, step * 32));
+    for (int step = 1; step < kGranules / 2; ++step) wgmma_f16<false, false>(sums, advance(a, step * 32), advance(b, step * 32));
 }
 // += the same of split rows. `mixed()` is called when their low parts are read. With a and b exchanged the mixed products change
 // places, and their sum has the same bits.
@@ -82,27 +82,27 @@ DEVICE void add_split_products(float (&acc)[n][4], Descriptor a_high, Descriptor
     multiply_lines(other, a_low, b_high);
     wgmma_commit();
     wgmma_wait<0>();
-    settle(sums);
-    settle(other);
+    fence_accumulators(sums);
+    fence_accumulators(other);
     mixed();
     each([&](int column, int i) { sums[column][i] += other[column][i]; });
-    settle(sums);
+    fence_accumulators(sums);
     wgmma_fence();
     multiply_lines(other, a_high, b_high);
     wgmma_commit();
     each([&](int column, int i) { acc[column][i] = fmaf(sums[column][i], down, acc[column][i]); });
     wgmma_wait<0>();
-    settle(other);
+    fence_accumulators(other);
     each([&](int column, int i) { acc[column][i] = fmaf(other[column][i], down, acc[column][i]); });
 }
 
 // Lines of STAGE_BYTES a row that a step of the inner dimension takes.
-template <class Numbers>
-constexpr int kLines = Numbers::exact ? 2 : 1;
+template <class Precision>
+constexpr int kLines = Precision::exact ? 2 : 1;
 
 // Stages that are filled in turn, each with a barrier that counts one arrival.
 template <int count, int lines = 1>
-struct GroupStages {
+struct WgmmaStages {
     unsigned char *bytes;         // [count, 2 operands, lines, TILE, STAGE_BYTES]
     Barrier *barriers;            // [count]
     uint32_t filled = 0;          // so far: the phases of the barriers follow from it
@@ -112,41 +112,41 @@ struct GroupStages {
         if (thread_index() != 0) return;
         for (int stage = 0; stage < count; ++stage) mbarrier_init(&barriers[stage], 1);
     }
-    DEVICE unsigned char *stage(uint32_t turn) const { return bytes + turn % count * 2 * lines * TILE * STAGE_BYTES; }
-    DEVICE Barrier *barrier(uint32_t turn) const { return &barriers[turn % count]; }
-    static DEVICE uint32_t parity(uint32_t turn) { return turn / count % 2; }
+    DEVICE unsigned char *stage(uint32_t index) const { return bytes + index % count * 2 * lines * TILE * STAGE_BYTES; }
+    DEVICE Barrier *barrier(uint32_t index) const { return &barriers[index % count]; }
+    static DEVICE uint32_t parity(uint32_t index) { return index / count % 2; }
 };
 
 // HOPPER_SHARED_BYTES from `bytes` on, begun: the stages, then their barriers.
-template <class Numbers>
+template <class Precision>
 DEVICE auto hopper_stages(unsigned char *bytes) {
-    GroupStages<kHopperStages / kLines<Numbers>, kLines<Numbers>> stages{bytes, reinterpret_cast<Barrier *>(bytes + HOPPER_STAGES_BYTES)};
+    WgmmaStages<kHopperStages / kLines<Precision>, kLines<Precision>> stages{bytes, reinterpret_cast<Barrier *>(bytes + HOPPER_STAGES_BYTES)};
     stages.begin();
     return stages;
 }
 
 // acc = the products of the TILE rows from `a` on with those from `b` on, as multiply_tile: of 16 n columns, half of which each
 // group has, if n is 8: of 64 rows. The stages are free on entry and on return. Half of them are under way, half may be read.
-template <class Numbers, int n, int stage_count>
-DEVICE void group_multiply_tile(float (&acc)[n][4], const void *a, const void *b, uint64_t stride_bytes,
-                                GroupStages<stage_count, kLines<Numbers>> &stages) {
+template <class Precision, int n, int stage_count>
+DEVICE void wgmma_multiply_tile(float (&acc)[n][4], const void *a, const void *b, uint64_t stride_bytes,
+                                WgmmaStages<stage_count, kLines<Precision>> &stages) {
     static_assert(n == 16 || n == 8, "a group has all columns of its rows, or half of those of all rows");
     // A stage is filled again when the product that read it is done: ahead + pending < stage_count.
     constexpr int ahead = stage_count / 2;
     constexpr int pending = stage_count / 2 - 1;
-    static_assert(Numbers::exact || pending >= 0, "a stage is read while another is filled");
-    constexpr uint32_t line_bytes = TILE * STAGE_BYTES, operand_bytes = kLines<Numbers> * line_bytes;
+    static_assert(Precision::exact || pending >= 0, "a stage is read while another is filled");
+    constexpr uint32_t line_bytes = TILE * STAGE_BYTES, operand_bytes = kLines<Precision> * line_bytes;
     constexpr uint32_t rows_bytes = n == 16 ? line_bytes : line_bytes / 2;
     auto a_bytes = static_cast<const unsigned char *>(a);
     auto b_bytes = static_cast<const unsigned char *>(b);
-    uint32_t count = static_cast<uint32_t>(stride_bytes / STAGE_BYTES / kLines<Numbers>);
+    uint32_t count = static_cast<uint32_t>(stride_bytes / STAGE_BYTES / kLines<Precision>);
     uint32_t own = warp_index() / 4 * (TILE / 2) * STAGE_BYTES;  // this group's rows, or columns
     auto copy = [&](uint32_t index) {
         if (index >= count || thread_index() != 0) return;
         uint64_t from = static_cast<uint64_t>(index) * operand_bytes;
         unsigned char *stage = stages.stage(stages.filled + index);
         Barrier *barrier = stages.barrier(stages.filled + index);
-        mbarrier_arrive_expect_tx(barrier, kLines<Numbers> * rows_bytes + operand_bytes);
+        mbarrier_arrive_expect_tx(barrier, kLines<Precision> * rows_bytes + operand_bytes);
         for (uint32_t line = 0; line < operand_bytes; line += line_bytes) cp_async_bulk(stage + line, a_bytes + from + line, rows_bytes, barrier);
         cp_async_bulk(stage + operand_bytes, b_bytes + from, operand_bytes, barrier);
     };
@@ -156,23 +156,23 @@ DEVICE void group_multiply_tile(float (&acc)[n][4], const void *a, const void *b
     for (uint32_t index = 0; index < count; ++index) {
         block_sync();  // the barriers have begun, and both groups are done with the stage that is filled next
         copy(index + ahead);
-        uint32_t turn = stages.filled + index;
-        mbarrier_wait(stages.barrier(turn), stages.parity(turn));
+        uint32_t fill = stages.filled + index;
+        mbarrier_wait(stages.barrier(fill), stages.parity(fill));
         warp_sync();
-        const unsigned char *stage = stages.stage(turn);
-        Descriptor rows = stage_descriptor(stage + (n == 16 ? own : 0));
-        Descriptor columns = stage_descriptor(stage + operand_bytes + (n == 16 ? 0 : own));
-        if constexpr (Numbers::exact) {
-            add_split_products(acc, rows, advanced(rows, line_bytes), columns, advanced(columns, line_bytes), [] {});
+        const unsigned char *stage = stages.stage(fill);
+        Descriptor rows = k_major_descriptor(stage + (n == 16 ? own : 0));
+        Descriptor columns = k_major_descriptor(stage + operand_bytes + (n == 16 ? 0 : own));
+        if constexpr (Precision::exact) {
+            add_split_products(acc, rows, advance(rows, line_bytes), columns, advance(columns, line_bytes), [] {});
         } else {
             wgmma_fence();
-            multiply_k_block<Numbers>(acc, rows, columns);
+            multiply_k_block<Precision>(acc, rows, columns);
             wgmma_commit();
             wgmma_wait<pending>();
         }
     }
     wgmma_wait<0>();
-    settle(acc);
+    fence_accumulators(acc);
     block_sync();
     stages.filled += count;
 }

@@ -87,7 +87,7 @@ int check(uint64_t seeds) {
             uint32_t at = tile * kCapacity + counts[tile]++;
             similarities[at] = s;
             if (parts == 1) {
-                words[at] = matrix_place<HalfBf16>(i, j % TILE) << 16 | to_bf16_bits(weight.high);
+                words[at] = matrix_offset<Bf16Rows>(i, j % TILE) << 16 | to_bf16_bits(weight.high);
             } else {
                 words[at] = (i * TILE + j % TILE) | 1u << kKeptByRow;
                 Halves halves = split(weight.high, 0.0f);

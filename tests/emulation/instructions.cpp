@@ -98,13 +98,13 @@ KERNEL(check_group_products, GroupCheckParams, 1) {
         float sums[16][4], wide[32][4];
         for (int i = 0; i < 64; ++i) sums[i / 4][i % 4] = 1.0f;
         for (int i = 0; i < 128; ++i) wide[i / 4][i % 4] = 1.0f;
-        Descriptor a = stage_descriptor(bytes + warp_index() / 4 * (TILE / 2) * STAGE_BYTES);
-        Descriptor b = stage_descriptor(rows), turned = panels_descriptor(panels, panel_bytes);
-        Descriptor turned_a = panels_descriptor(turned_rows + warp_index() / 4 * panel_bytes, panel_bytes);
+        Descriptor a = k_major_descriptor(bytes + warp_index() / 4 * (TILE / 2) * STAGE_BYTES);
+        Descriptor b = k_major_descriptor(rows), turned = mn_major_descriptor(panels, panel_bytes);
+        Descriptor turned_a = mn_major_descriptor(turned_rows + warp_index() / 4 * panel_bytes, panel_bytes);
         wgmma_fence();
         for (uint32_t step = 0; step < inner / 16; ++step) {
-            Descriptor left = advanced(a, step * 32), right = advanced(b, step * 32);
-            Descriptor above = advanced(turned_a, step * 16 * STAGE_BYTES), below = advanced(turned, step * 16 * STAGE_BYTES);
+            Descriptor left = advance(a, step * 32), right = advance(b, step * 32);
+            Descriptor above = advance(turned_a, step * 16 * STAGE_BYTES), below = advance(turned, step * 16 * STAGE_BYTES);
             if (kind == 0) {
                 wgmma_bf16<false, false>(sums, left, right);
                 wgmma_bf16<true, true>(wide, above, below);
