@@ -326,7 +326,7 @@ fn a_proxy_fence_of_one_lane_for_all_is_caught() {
 #[test]
 fn a_bulk_copy_over_what_was_written_without_a_fence_is_caught() {
     let fenced = "    fence_proxy_async();  // bulk copies fill the stage next\n    warp_sync();";
-    let message = run_faulty_hopper("gradient_hopper.cu", fenced, "    warp_sync();");
+    let message = run_faulty_hopper("hopper_roles.cuh", fenced, "    warp_sync();");
     assert!(message.contains("a bulk copy over what a thread has written without a fence"), "{message}");
 }
 
@@ -495,7 +495,7 @@ fn storing_before_zeros_have_landed_is_caught() {
 
 #[test]
 fn more_registers_than_a_block_has_are_caught() {
-    let message = run_faulty_hopper("gradient_hopper.cu", "setmaxnreg_inc<200>()", "setmaxnreg_inc<208>()");
+    let message = run_faulty_hopper("gradient_hopper.cu", "mma_registers = 200", "mma_registers = 208");
     assert!(message.contains("more registers than the block has"), "{message}");
 }
 

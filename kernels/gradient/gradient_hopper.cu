@@ -1,15 +1,15 @@
 // gradient_hopper.cu: gradient.cu on Hopper's warpgroup products (wgmma, sm_90a); 16-bit types.
 // Truth: src/loss/gradient.rs, src/loss/reference.rs. Launcher: src/backend/device/passes.rs.
 //
-// dE += M R, a block 128 rows and 256 columns of dE. Its warps have roles: two warpgroups multiply, 64 rows each; three warps
-// build the next tiles of M in shared memory, a store for every word that `weigh` left of a candidate; one warp copies zeros
-// to where they will stand, and R, the other side's rows, half a tile at a time (64 rows, 256 columns), in four stages.
-// Prepared rows lie in memory as wgmma's transposed operand lies: no operand passes through registers. M lies as its tile of S
-// does; where that is the other way round the product transposes it. A tile of S that was not stored is recomputed by the
+// dE += M R, a block 128 rows and 256 columns of dE, warp-specialised (hopper_roles.cuh): two consumer warpgroups multiply, 64
+// rows each; three warps build the next tiles of M in shared memory, a store for every word that `weigh` left of a candidate; one
+// warp copies zeros to where they will stand, and R, the other side's rows, half a tile at a time (64 rows, 256 columns), in four
+// stages. Prepared rows lie in memory as wgmma's transposed operand lies: no operand passes through registers. M lies as its tile
+// of S does; where that is the other way round the product transposes it. A tile of S that was not stored is recomputed by the
 // warps that multiply, 64 columns at a time, since the sums of dE leave no registers for more: its operands come through the
-// stages, its values go back to one, and half of M is built from these.
-// Rows, columns, splits and the order of every sum are those of gradient.cu; all warps alike sum what goes by lists.
-// Sync: barriers in shared memory alone (full, empty, zeroed, built, valued); all roles walk the same tiles.
+// stages, its values go back to one, and half of M is built from these. Rows, columns, splits and the order of every sum are
+// those of gradient.cu; all warps alike sum what goes by lists. Sync: barriers in shared memory alone (full, empty, zeroed,
+// built, valued); all roles walk the same tiles.
 
 #include "gradient/hopper_roles.cuh"
 
@@ -273,7 +273,9 @@ struct GradientHopper {
     using Shared = GradientHopperShared;
     static constexpr int producer_registers = 104, mma_registers = 200;
     static DEVICE uint32_t fills(uint32_t) { return TILE / kDepth; }
-    static DEVICE void copy(const GradientParams &p, Shared &shared, Walk<false> walk, ColumnBlock columns) { copy_rows<Precision>(p, shared, walk, columns); }
+    static DEVICE void copy(const GradientParams &p, Shared &shared, Walk<false> walk, ColumnBlock columns) {
+        copy_rows<Precision>(p, shared, walk, columns);
+    }
     static DEVICE void build(const GradientParams &p, Shared &shared, Walk<true> walk) { build_matrices<Precision>(p, shared, walk); }
     static DEVICE void multiply(const GradientParams &p, Shared &shared, Walk<false> walk, ColumnBlock columns) {
         // The narrow product for what it holds: it takes half the time.

@@ -60,7 +60,9 @@ DEVICE void copy_rows(const GradientParams &p, GradientSplitShared &shared, Walk
     // Lane `lane` copies, if it is one of `lanes`: `from(lane)` to byte `to` of the stage.
     auto copy = [&](uint32_t lanes, uint32_t bytes, auto from) {
         begin_stage(lanes * bytes);
-        if (lane_index() < lanes) cp_async_bulk(stage_of(shared, fill) + lane_index() * bytes, from(lane_index()), bytes, full_of(shared, fill));
+        if (lane_index() < lanes) {
+            cp_async_bulk(stage_of(shared, fill) + lane_index() * bytes, from(lane_index()), bytes, full_of(shared, fill));
+        }
         warp_sync();
         ++fill;
     };
@@ -83,7 +85,9 @@ DEVICE void copy_rows(const GradientParams &p, GradientSplitShared &shared, Walk
                 constexpr uint32_t part_bytes = kPartColumns * STAGE_BYTES;
                 for (uint32_t step = 0; step < walk.k_blocks; ++step) {
                     uint64_t high = static_cast<uint64_t>(step) * 2 * kLineBytes;
-                    for (uint32_t low = 0; low < 2; ++low) copy(1, kLineBytes, [&](uint32_t) { return own_rows + high + low * kLineBytes; });
+                    for (uint32_t low = 0; low < 2; ++low) {
+                        copy(1, kLineBytes, [&](uint32_t) { return own_rows + high + low * kLineBytes; });
+                    }
                     copy(2, part_bytes, [&](uint32_t lane) { return rows + high + lane * kLineBytes + part * part_bytes; });
                 }
                 begin_stage(0);  // for its values, which nobody copies
@@ -163,7 +167,8 @@ DEVICE void build_matrices(const GradientParams &p, GradientSplitShared &shared,
             auto store = [&](uint32_t row, uint32_t column, float value) { my.store(work.matrix(), row, column, value); };
             build_recomputed<kPartColumns>(my, work, walk.x, walk.k_blocks, weight, store);
         }
-        uint32_t first_row = (work.tile.transposed ? work.y : walk.x) * TILE, first_column = (work.tile.transposed ? walk.x : work.y) * TILE;
+        uint32_t first_row = (work.tile.transposed ? work.y : walk.x) * TILE,
+                 first_column = (work.tile.transposed ? walk.x : work.y) * TILE;
 #pragma unroll 1
         for (uint32_t begin = my.thread * 4; begin < count; begin += kAhead * kApart) {
 #pragma unroll
@@ -223,7 +228,8 @@ DEVICE void multiply_tile_columns(GradientSplitShared &shared, WgmmaAccumulators
         Descriptor rows = mn_major_descriptor(stage_of(shared, fill), 2 * kStagePanel);
         // 64 of the inner dimension of straight ones are a panel.
         auto at = [&](uint32_t inner) {
-            return advance(m, transposed ? inner * STAGE_BYTES : inner / kPanelColumns * kPanelBytes<MatrixPrecision> + inner % kPanelColumns * 2);
+            return advance(m, transposed ? inner * STAGE_BYTES
+                                         : inner / kPanelColumns * kPanelBytes<MatrixPrecision> + inner % kPanelColumns * 2);
         };
         wgmma_fence();
         if (k == 0) {
@@ -295,9 +301,13 @@ struct GradientHopperF32 {
     using Shared = GradientSplitShared;
     static constexpr int producer_registers = 72, mma_registers = 216;
     static DEVICE uint32_t fills(uint32_t columns) { return (columns + kColumns - 1) / kColumns * (TILE / kDepth); }
-    static DEVICE void copy(const GradientParams &p, Shared &shared, Walk<false> walk, ColumnBlock columns) { copy_rows(p, shared, walk, columns); }
+    static DEVICE void copy(const GradientParams &p, Shared &shared, Walk<false> walk, ColumnBlock columns) {
+        copy_rows(p, shared, walk, columns);
+    }
     static DEVICE void build(const GradientParams &p, Shared &shared, Walk<true> walk) { build_matrices(p, shared, walk); }
-    static DEVICE void multiply(const GradientParams &p, Shared &shared, Walk<false> walk, ColumnBlock columns) { multiply_matrices(p, shared, walk, columns); }
+    static DEVICE void multiply(const GradientParams &p, Shared &shared, Walk<false> walk, ColumnBlock columns) {
+        multiply_matrices(p, shared, walk, columns);
+    }
 };
 
 }  // namespace

@@ -1,4 +1,5 @@
-// hopper_roles.cuh: what the gradient's kernels on Hopper share: their warps have roles, and all roles walk the same tiles.
+// hopper_roles.cuh: what the gradient's warp-specialised kernels on Hopper share: 8 MMA warps (two warpgroups), 3 that build M,
+// one that copies; all roles walk the same tiles.
 #ifndef DDTAS_HOPPER_ROLES_CUH
 #define DDTAS_HOPPER_ROLES_CUH
 
@@ -14,8 +15,8 @@ constexpr uint32_t kBuildBarrier = 1, kMmaBarrier = 2;
 static_assert((kMmaWarps + kBuildWarps + 1) * 32 == GRADIENT_HOPPER_THREADS, "the launch plan's threads");
 static_assert(GRADIENT_ROWS_16BIT == TILE, "two warpgroups of 64 rows");
 
-// One tile of the walk below: every role knows from it which stages and which matrix are meant. `Roles` has the numbers: of
-// matrices, of parts of S that are recomputed one after the other, of stages filled for 64 dimensions of such a part.
+// A tile of the walk below, the unit of work: every role knows from it which stages and which matrix are meant. `Roles` has the
+// numbers: of matrices, of parts of S that are recomputed one after the other, of stages filled for 64 dimensions of such a part.
 template <class Roles>
 struct RolesWork {
     PairTile tile;
@@ -49,7 +50,12 @@ struct RolesWalk {
 
     // `fills` stages for R of a tile.
     DEVICE RolesWalk(const GradientParams &params, uint32_t row_tile, Range range, uint32_t fills)
-        : p(params), x(row_tile), k_blocks(params.pairs.stride / kPanelColumns), rows_fills(fills), group(range.begin - 32), end(range.end) {}
+        : p(params),
+          x(row_tile),
+          k_blocks(params.pairs.stride / kPanelColumns),
+          rows_fills(fills),
+          group(range.begin - 32),
+          end(range.end) {}
 
     // Steps on to the next tile, by the whole warp; false at the end.
     DEVICE bool next() {
@@ -109,7 +115,8 @@ DEVICE void begin_barriers(Shared &shared) {
     block_sync();  // the barriers are there
 }
 
-// Where a recomputed similarity stands in the stage of its part, `columns` wide: the rows of half a warp's store meet no bank twice.
+// Where a recomputed similarity stands in the stage of its part, `columns` wide: the rows of half a warp's store meet no bank
+// twice.
 template <uint32_t columns>
 DEVICE uint32_t value_index(uint32_t row, uint32_t column) { return row * columns + (column ^ row % 4 * 8); }
 
@@ -123,15 +130,17 @@ DEVICE void publish_values(Shared &shared, const float (&acc)[columns / 8][4], u
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
 #pragma unroll
-        for (uint32_t c = 0; c < columns / 4; ++c) values[value_index<columns>(layout.row_of(r), layout.column_of(c))] = WgmmaLayout::value(acc, r, c);
+        for (uint32_t c = 0; c < columns / 4; ++c) {
+            values[value_index<columns>(layout.row_of(r), layout.column_of(c))] = WgmmaLayout::value(acc, r, c);
+        }
     }
     fence_proxy_async();  // bulk copies fill the stage next
     warp_sync();
     arrive_as_warp(valued);
 }
 
-// M from the values of a recomputed tile, `columns` at a time: `weight` of anchor, reference and similarity goes to `store`, 0 where
-// there is no pair.
+// M from the values of a recomputed tile, `columns` at a time: `weight` of anchor, reference and similarity goes to `store`, 0
+// where there is no pair.
 template <uint32_t columns, class Building, class Work, class Weight, class Store>
 DEVICE void build_recomputed(const Building &my, const Work &work, uint32_t x, uint32_t k_blocks, Weight weight, Store store) {
     for (uint32_t part = 0; part < TILE / columns; ++part) {
@@ -149,13 +158,14 @@ DEVICE void build_recomputed(const Building &my, const Work &work, uint32_t x, u
         fence_proxy_async();  // bulk copies fill the stage next
         warp_sync();
         named_sync(kBuildBarrier, kBuildThreads);  // the values are read
-        // In place of the warps that multiply, which do not know when its values are read.
+        // The builders arrive for the MMA warps, since only they know when the values have been read.
         if (my.thread < kMmaWarps) mbarrier_arrive(empty_of(my.shared, fill));
         warp_sync();
     }
 }
 
-// By the warps that multiply: `count` columns of their rows of row tile x into the result; `value(row of the thread, column)` is a sum.
+// By the warps that multiply: `count` columns of their rows of row tile x into the result; `value(row of the thread, column)` is
+// a sum.
 template <int count, class Value>
 DEVICE void write_rows(const GradientParams &p, uint32_t x, ColumnBlock columns, Value value) {
     WgmmaLayout layout;

@@ -5,7 +5,7 @@
 #include "gradient/split_k.cuh"
 #include "gradient/weight_tile.cuh"
 
-// Pairs whose rows are read at once, and then added one after the other: each read waits for memory.
+// Pairs whose rows are loaded together, to overlap their latency, and then added one after the other.
 constexpr uint32_t kPairsAtOnce = 4;
 
 // A pair that the whole warp adds: its weight, and two rows.
@@ -65,7 +65,8 @@ DEVICE void sum_lists(const GradientParams &p, unsigned char *bytes, uint32_t x,
 #pragma unroll
                         for (uint32_t a = 0; a < kPairsAtOnce; ++a) {
                             // Beyond those found it is some row that there is.
-                            values[a] = load_prepared<Precision>(rows, listed[a].from, columns.first + column, stride_bytes<Precision>(pairs));
+                            values[a] = load_prepared<Precision>(rows, listed[a].from, columns.first + column,
+                                                                 stride_bytes<Precision>(pairs));
                         }
 #pragma unroll
                         for (uint32_t a = 0; a < kPairsAtOnce; ++a) {
@@ -83,7 +84,9 @@ DEVICE void sum_lists(const GradientParams &p, unsigned char *bytes, uint32_t x,
     for (uint32_t r = 0; r < kWarpRows; ++r) {
         uint32_t row = offset + warp_index() * kWarpRows + r;
         if (row >= TILE) break;
-        for (uint32_t column = lane_index(); column < columns.count; column += 32) finish(row, column, warp_sums[r * LISTS_COLUMNS + column]);
+        for (uint32_t column = lane_index(); column < columns.count; column += 32) {
+            finish(row, column, warp_sums[r * LISTS_COLUMNS + column]);
+        }
     }
     warp_sync();
 }

@@ -45,7 +45,7 @@ DEVICE ColumnBlock column_block(const Pairs &pairs) {
     return ColumnBlock{first, left < GRADIENT_COLUMNS ? left : GRADIENT_COLUMNS};
 }
 
-// 1, or NaN for a batch with a bad row: who has not waited to hear of it sees it by the gradient.
+// 1, or NaN if a row is bad, so that a caller who does not wait sees it in the gradient.
 DEVICE float one_or_nan(const Pairs &pairs) { return has_bad_row(*pairs.counters) ? NAN : 1.0f; }
 
 // The counter of the blocks that share this one's rows and columns.

@@ -1,8 +1,8 @@
 // tile_product.cuh: the tile way: M R of a block's rows, walked over the tiles of the other side (SPEC 4, 5).
 //
-// M is rebuilt in shared memory, from the stored candidates or from a recomputed tile of S (weight_tile.cuh), and multiplied with the
-// other side's rows, which stream through stages. What its elements are, a job says: the gradient's weights, or their slopes by
-// lambda, which need several parts in a narrow type.
+// M is rebuilt in shared memory, from the stored candidates or from a recomputed tile of S (weight_tile.cuh), and multiplied with
+// the other side's rows, which stream through stages. What its elements are, a job says: the gradient's weights, or their slopes
+// by lambda, which need several parts in a narrow type.
 #ifndef DDTAS_TILE_PRODUCT_CUH
 #define DDTAS_TILE_PRODUCT_CUH
 
@@ -58,7 +58,8 @@ DEVICE void load_stage(typename Precision::template Fragment<2> (&to)[2], const 
 
 // The row fragment of M's 16 rows from `row` on, inner dimension from k on. Exact f32 is split here, `scale` times it.
 template <class Precision>
-DEVICE void load_weights(typename Precision::template Fragment<4> &to, const unsigned char *matrix, uint32_t row, uint32_t k, float scale) {
+DEVICE void load_weights(typename Precision::template Fragment<4> &to, const unsigned char *matrix, uint32_t row, uint32_t k,
+                         float scale) {
     uint32_t lane = lane_index();
     uint32_t raw[4];
     if constexpr (Precision::exact) {
@@ -81,7 +82,8 @@ DEVICE void load_weights(typename Precision::template Fragment<4> &to, const uns
 template <class Precision>
 using GradientSums = float[GradientShape<Precision>::row_tiles][GradientShape<Precision>::groups * 2][4];
 
-// sums += M[:, the stage's rows] times the stage, of exact f32 `scale` times M. `columns` that there are may be fewer than the shape's.
+// sums += M[:, the stage's rows] times the stage, of exact f32 `scale` times M. `columns` that there are may be fewer than the
+// shape's.
 template <class Precision>
 DEVICE void multiply_gradient_stage(GradientSums<Precision> &sums, const unsigned char *matrix, const unsigned char *stage,
                                     uint32_t first_k, uint32_t columns, float scale) {
@@ -287,7 +289,8 @@ DEVICE void walk_tiles(const GradientParams &p, TileMemory<Precision> &memory, c
                 if constexpr (Precision::exact) {
                     TileScale scale(*memory.largest());
                     GradientSums<Precision> once = {};
-                    multiply_gradient_stage<Precision>(once, memory.matrix(), stage, step * GRADIENT_DEPTH, block.columns.count, scale.up);
+                    multiply_gradient_stage<Precision>(once, memory.matrix(), stage, step * GRADIENT_DEPTH, block.columns.count,
+                                                       scale.up);
                     float down = scale.down / kRowScale;
 #pragma unroll
                     for (int r = 0; r < Shape::row_tiles; ++r) {

@@ -44,8 +44,8 @@ DEVICE float matrix_weight(const Pairs &pairs, uint32_t i, uint32_t j, float s) 
     }
 }
 
-// The power of two that brings M's largest element to 2^14 and above, below 2^15, and its inverse: what f16's two parts lose of the others then is
-// 2^-22 of themselves or 2^-39 of the largest. `largest` are its bits without the sign.
+// The power of two that brings M's largest element to 2^14 and above, below 2^15, and its inverse: what f16's two parts lose of
+// the others then is 2^-22 of themselves or 2^-39 of the largest. `largest` are its bits without the sign.
 struct TileScale {
     float up, down;
     explicit DEVICE TileScale(uint32_t largest) {
@@ -69,7 +69,7 @@ DEVICE uint32_t stored_index(uint32_t word) {
 }
 
 // M of the block's rows (`offset` in tile x) and tile y, from the stored candidates; `weigh(i, j, word, s)` is the element of
-// anchor i and reference j. Four candidates a thread and turn, whose loads are under way while M is cleared or the turn before
+// anchor i and reference j. Four candidates a thread and batch, whose loads are under way while M is cleared or the batch before
 // is scattered; `values`: with their similarities.
 template <class Precision, bool values, class Weigh>
 DEVICE void rebuild_matrix(const Pairs &pairs, unsigned char *matrix, uint32_t x, uint32_t y, uint32_t offset, PairTile tile,
@@ -124,7 +124,9 @@ DEVICE void weigh_values(const Pairs &pairs, unsigned char *matrix, const float 
         uint32_t of_x = first + k / TILE, of_y = k % TILE;
         PairRows pair = pair_rows(tile, x * TILE + offset + of_x, y * TILE + of_y);
         float weight = 0.0f;
-        if (is_pair(pairs, pair.anchor, pair.reference)) weight = weigh(pair.anchor, pair.reference, values[k / TILE * kValuesStride + of_y]);
+        if (is_pair(pairs, pair.anchor, pair.reference)) {
+            weight = weigh(pair.anchor, pair.reference, values[k / TILE * kValuesStride + of_y]);
+        }
         store_weight<Precision>(matrix, of_x, of_y, weight);
     }
 }

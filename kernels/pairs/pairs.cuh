@@ -28,10 +28,9 @@ DEVICE float positive_bound(uint32_t max_neg_key, double tolerance) {
     return max_neg_key == 0 ? -INFINITE : static_cast<float>(static_cast<double>(key_value(max_neg_key)) + tolerance);
 }
 
-
-// Room for a tile's candidates, and for the bits that say which they are: where it begins, or NO_ROW. Which tiles get room
-// is by chance where there is not enough for all; a tile has the same bits stored or not, and whatever else depends on it
-// asks stores_all(), which is by no chance: the sum of what was asked for.
+// Room in the pool for a tile's candidates, and for the bits that say which they are: where it begins, or NO_ROW. If the pool is
+// too small, timing decides which tiles get room. Results do not depend on it: a tile has the same bits stored or recomputed, and
+// whatever else depends on room asks stores_all(), the sum of all requests.
 DEVICE uint32_t reserve(const Pairs &pairs, uint32_t count) {
     uint32_t units = ((count < TILE_MASK_WORDS ? TILE_MASK_WORDS : count) + 3) / 4;
     uint64_t first = atomic_fetch_add(&pairs.counters->reserved, static_cast<uint64_t>(units));
@@ -42,7 +41,6 @@ DEVICE bool has_bad_row(const Counters &counters) { return counters.bad_anchor !
 DEVICE bool is_stored(const Pairs &pairs, uint64_t tile) { return pairs.tile_segments[tile] != NO_ROW; }
 // The first candidate of a tile that is stored.
 DEVICE uint64_t segment_of(const Pairs &pairs, uint64_t tile) { return static_cast<uint64_t>(pairs.tile_segments[tile]) * 4; }
-
 
 struct Tolerances {
     double pos;

@@ -134,10 +134,10 @@ DEVICE void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-// What is read behind this line is not read before it: reads that are all under way at once want a register each.
+// Compiler barrier: loads below stay below; if all were under way at once, each would need a register.
 DEVICE void compiler_barrier() { asm volatile("" ::: "memory"); }
 
-// The value is known from here on: it is not made anew in each branch that uses it.
+// Makes the value opaque to the compiler, so that it is not recomputed in each branch that uses it.
 DEVICE void opaque(uint32_t &value) { asm volatile("" : "+r"(value)); }
 
 // Ends the program: a kernel was launched on a GPU that it is not made for.

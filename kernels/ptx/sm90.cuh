@@ -41,10 +41,10 @@ DEVICE Descriptor advance(Descriptor descriptor, uint32_t bytes) { return descri
 #if defined(__CUDACC__) && defined(HAS_WGMMA)
 
 DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-// The same, and for what was written to global memory, before this block's bulk copies read it. Of no one space: for global memory
-// alone the assembler makes it without the barrier of memory (MEMBAR) that it puts before this one.
+// The same, and for what was written to global memory, before this block's bulk copies read it. Of no one space: for global
+// memory alone the assembler makes it without the barrier of memory (MEMBAR) that it puts before this one.
 DEVICE void fence_proxy_async_all() { asm volatile("fence.proxy.async;" ::: "memory"); }
-// Before the first product, so that the accumulators' registers are settled.
+// Before the first product: orders the accumulators' registers before it.
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 // Keeps whatever sets these registers before this line: moved into the loop that follows, it would make
 // the compiler wait for every single product (its note C7515, which .ci/kernel_budgets.py refuses).
@@ -148,7 +148,7 @@ DEVICE void cp_async_bulk(void *to, const void *from, uint32_t bytes, Barrier *b
 }
 
 // `bytes` bytes from shared to global memory, by the copy engine, in a group of this thread's: 16-byte pieces, aligned.
-// What threads wrote there wants their fence_proxy_async() and a barrier first.
+// The threads that wrote the source execute fence_proxy_async() first, then a barrier.
 DEVICE void bulk_store(void *to, const void *from, uint32_t bytes) {
     asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)), "r"(bytes)
                  : "memory");
@@ -211,7 +211,7 @@ DEVICE void append_within(uint32_t &at, uint32_t bits, uint32_t bit, float value
 #endif
 
 #ifdef HAS_WGMMA
-// Sums from 0, settled before the products that add to them.
+// Sums from 0, fenced before the products that add to them.
 template <int n>
 DEVICE void clear(float (&sums)[n][4]) {
 #pragma unroll

@@ -2,10 +2,10 @@
 //
 // A list belongs to one warp alone, which has its rows of every tile that it multiplies: bounds and lengths are in registers,
 // nobody else is waited for. A tile is compared with the bounds; only what beats them is appended, and one of the lists that have
-// become long is cut, or all that could not take another tile: a threshold that k keys or a few more pass is found by halving, and
-// becomes the bound. So about k ln(N / k) keys are ever appended, and nearly no tile costs more than a subtraction and a shift a pair.
-// Keys order by similarity, descending, then by index, ascending. They are unique: what the lists hold together has one set of
-// k best, however the references were shared out.
+// become long is cut, or all that could not take another tile: a threshold that k keys or a few more pass is found by halving,
+// and becomes the bound. So about k ln(N / k) keys are ever appended, and nearly no tile costs more than a subtraction and a
+// shift a pair. Keys order by similarity, descending, then by index, ascending. They are unique: what the lists hold together has
+// one set of k best, however the references were shared out.
 #ifndef DDTAS_QUERY_LISTS_CUH
 #define DDTAS_QUERY_LISTS_CUH
 
@@ -104,7 +104,7 @@ DEVICE uint32_t keep_within(uint64_t *keys, uint32_t count, uint64_t threshold) 
     return kept;
 }
 
-// The lists of a warp's rows. `Place` is where its accumulators stand in the tile: four lanes share a row.
+// The lists of a warp's rows. `Layout` is where its accumulators stand in the tile: four lanes share a row.
 template <class Layout>
 struct QueryLists {
     static constexpr int rows = Layout::rows, columns = Layout::columns;

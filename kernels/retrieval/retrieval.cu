@@ -16,7 +16,8 @@ DEVICE void retrieval_body(const RetrievalParams &p) {
     QueryLists<MmaLayout<2, 8>> lists(p, warp_index() % 2);
     for (uint32_t tile = tiles.first; tile < tiles.end; ++tile) {
         Accumulators<2, 8> acc;
-        multiply_tile<Precision, 2, kSharingStages<Precision>, 1>(acc, queries, searched_rows(p.references, tile, row_bytes), row_bytes, stages);
+        multiply_tile<Precision, 2, kSharingStages<Precision>, 1>(acc, queries, searched_rows(p.references, tile, row_bytes),
+                                                                  row_bytes, stages);
         lists.look(acc, tile);
     }
     lists.finish();

@@ -1,8 +1,8 @@
 // retrieval_hopper.cu: the lists of retrieval.cu on Hopper (sm_90a).
 // Truth: a full sort (cases/src/table). Launcher: src/backend/device/retrieval.rs.
 //
-// A block takes a query tile past its share of the references' tiles. One thread copies; one or two teams multiply and look at
-// their products (ping_pong.cuh). A warp has 16 rows of its team's tiles, and a list for each (query_lists.cuh).
+// A block takes a query tile past its share of the references' tiles. One thread copies; one or two teams run mainloop and
+// epilogue in ping-pong (ping_pong.cuh). A warp has 16 rows of its team's tiles, and a list for each (query_lists.cuh).
 
 #include "pairs/tile_order.cuh"
 #include "retrieval/query_lists.cuh"

@@ -2,7 +2,8 @@
 // Launcher: src/backend/device/order.rs.
 //
 // order_tiles, order_tiles_wide, order_merge: a sort of (label, index). In tiles of 2,048 keys the place of each is how many
-//   come before it, counted by a block for every 64: sorting a tile in one block is bound by its barriers. Beyond 65,536 rows a block
+// come before it, counted by a block for every 64: sorting a tile in one block is bound by its barriers. Beyond 65,536 rows a
+// block
 //   sorts 8,192 in shared memory. Then
 //   ORDER_RUNS sorted runs at a time become one: a key's place is the sum of its places in all of them, found by
 //   binary search, a warp a run. 2,048 rows want no merge, 65,536 one, and with wide tiles 262,144.
@@ -23,8 +24,8 @@ DEVICE void begin_loss(const OrderParams &p, uint32_t threads) {
     if (p.counters != nullptr && block_x() == 0 && thread_index() == 0) *p.counters = Counters{0, 0, 0, 0, NO_ROW, NO_ROW, 0, 0, 0};
 }
 
-// Counting: ignored labels are above all others, padding is above them, and 1 may be added to either. Labels as they come are
-// compared in five instructions, half of them at half rate; small ones as f32, which holds them, in two.
+// Counting: ignored labels are above all others, padding is above them, and 1 may be added to any label that is counted. Labels
+// as they come are compared in five instructions, half of them at half rate; small ones as f32, which holds them, in two.
 struct WideLabels {
     using Label = uint64_t;
     static constexpr Label kIgnoredLabel = uint64_t{1} << 63;

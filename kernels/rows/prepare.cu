@@ -287,7 +287,8 @@ struct alignas(8) RoundedGranule {
     F16 values[4];
 };
 
-// A tile's rows, prepared. `products.add(stage)` sees each stage of them as it lies in shared memory; `shared` has room for the ring, and twice for a float for each warp and element of a stage.
+// A tile's rows, prepared. `products.add(stage)` sees each stage of them as it lies in shared memory; `shared` has room for the
+// ring, and twice for a float for each warp and element of a stage.
 template <class Precision, class Given, class Products>
 DEVICE void prepare_rows(const PrepareParams &p, unsigned char *shared, Products products) {
     using Vector = Granule<Given>;

@@ -17,7 +17,7 @@
 // rest; neither overflows with TILE terms, and adding is one native instruction. Softplus is kept as what it is more than the
 // sigmoid, of which most pairs have no high word. Bits of the low words, and where one of them counts the pairs:
 constexpr uint32_t kSigmoidBits = 25, kMoreBits = 17, kCountBit = 24;
-// Lanes side by side are often at pairs of one row: its sums are as many times as kReplicas, for lanes of each rest.
+// Lanes side by side are often at pairs of one row: its sums stand there kReplicas times, lane l adds to replica l % kReplicas.
 constexpr uint32_t kReplicas = 4;
 struct SelectSums {
     uint32_t sigmoid_low[(kReplicas + 1) * TILE], sigmoid_high[(kReplicas + 1) * TILE], more_low[(kReplicas + 1) * TILE];
@@ -81,7 +81,7 @@ DEVICE uint32_t take_sum(uint32_t (&sums)[(kReplicas + 1) * TILE], uint32_t entr
     return values.values[0] + values.values[1] + values.values[2] + values.values[3];
 }
 
-// What stands for all tiles of a block; one thread knows it, and the sums are clear.
+// Once a block: one thread computes the constants, all clear the sums.
 DEVICE void select_open(const Pairs &pairs, SelectShared &shared) {
     if (thread_index() == 0) shared.constants = constants_of(pairs);
     for (uint32_t k = thread_index(); k < sizeof(shared.sums) / 4; k += THREADS) reinterpret_cast<uint32_t *>(shared.sums)[k] = 0;
@@ -103,8 +103,8 @@ DEVICE void select_begin(const Pairs &pairs, TileIndex tile, SelectShared &share
     if (row) shared.range[entry] = anchor ? pairs.classes[i] : ClassRange{1, 0};
 }
 
-// Adds the pair to the sums of whom it is kept by, the row's `twin`th; its fate, as in a word. `plain`: no two rows of the tile
-// are of one class.
+// Adds the pair to the sums of whom it is kept by, in the row's `replica`; its fate, as in a word. `plain`: no two rows of the
+// tile are of one class.
 template <bool plain>
 DEVICE uint32_t select_pair(const Pairs &pairs, SelectShared &shared, const SelectConstants &constants, TileIndex tile,
                             uint32_t row, uint32_t column, float s, uint32_t replica) {
@@ -240,7 +240,8 @@ DEVICE TileIndex tile_after(const Pairs &pairs, TileIndex tile) {
 }
 
 // Candidates in one walk: their places from the bits that the sweep left, first into shared memory, where values come and
-// words leave side by side. `Where` is how the sweep's threads stood in the tile. Persistent blocks: each takes tiles in a row.
+// words leave side by side. `Layout` is where the sweep's threads had their accumulators. Persistent blocks: each takes tiles in
+// a row.
 template <class Layout>
 DEVICE void select_stored_body(const PairsParams &p) {
     SHARED_MEMORY(bytes);

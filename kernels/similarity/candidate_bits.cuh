@@ -1,6 +1,6 @@
 // candidate_bits.cuh: which pairs of a tile of S are candidates, as bits; for sweep.cu and sweep_hopper.cu.
 //
-// A thread has 64 pairs, `Where::rows` x `Where::columns`, and a bit for each in two words: row by row, the columns of a row in
+// A thread has 64 pairs, `Layout::rows` x `Layout::columns`, and a bit for each in two words: row by row, the columns of a row in
 // order from the lowest bit on. A duplicate is a candidate here: it is the selection's to find.
 #ifndef DDTAS_CANDIDATE_BITS_CUH
 #define DDTAS_CANDIDATE_BITS_CUH

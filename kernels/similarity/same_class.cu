@@ -9,7 +9,7 @@
 #include "pairs/pairs.cuh"
 #include "tile/wgmma_tile.cuh"
 
-// m+ and the sums of a block's rows over their classes, where a thread's sums of `Where` stand in the row tile. A sum for each
+// m+ and the sums of a block's rows over their classes, where a thread's accumulators are those of `Layout`. A sum for each
 // row and quarter of the columns, so that every product's sums are added in one order.
 template <class Layout>
 struct SameSums {
@@ -68,7 +68,9 @@ struct SameSums {
                     float s = Columns::value(acc, row, column + odd);
                     if (!same_class(range[row], j)) continue;
                     sum_same[at] += s;
-                    if (j == self[row] || s >= fmaxf(duplicate[row], bounds.of[odd])) continue;  // as is_duplicate()
+                    if (j == self[row] || s >= fmaxf(duplicate[row], bounds.of[odd])) {
+                        continue;  // as is_duplicate()
+                    }
                     min_pos[at] = fminf(min_pos[at], s);
                     sum_pos[at] += s;
                     ++count[at];
@@ -114,7 +116,7 @@ struct SameSums {
     }
 };
 
-// The columns of a whole tile, as `Where` has them.
+// The columns of a whole tile, as `Layout` has them.
 template <class Layout>
 struct TileColumns : Layout {
     DEVICE uint32_t offset(int c) const { return Layout::column_of(c); }
@@ -161,7 +163,8 @@ DEVICE void same_class_body(const PairsParams &p) {
 // In the square form classes mostly end a few rows beyond the tile: its rows with themselves and with kEdge on either side
 // take one walk along the rows, whose stages hold the tile, then its edges.
 constexpr uint32_t kEdge = 32;
-static_assert(HOPPER_SHARED_BYTES + (TILE + 2 * kEdge) * sizeof(float) == SAME_CLASS_HOPPER_SHARED_BYTES, "the launch plan's shared memory");
+static_assert(HOPPER_SHARED_BYTES + (TILE + 2 * kEdge) * sizeof(float) == SAME_CLASS_HOPPER_SHARED_BYTES,
+              "the launch plan's shared memory");
 constexpr uint32_t kNearStage = (TILE + 2 * kEdge) * STAGE_BYTES;
 constexpr uint32_t kNearStages = 5, kNearAhead = kNearStages - 2;  // a stage is filled when the product of that two before is done
 static_assert(kNearStages * (kNearStage + sizeof(Barrier)) <= HOPPER_STAGES_BYTES);

@@ -33,7 +33,8 @@ struct SweepReduction {
     uint32_t segment;
 };
 
-// Above which of this thread's pairs, by their rows' and by their columns' bounds. `use(row, column, s)` sees each, from the last on.
+// Above which of this thread's pairs, by their rows' and by their columns' bounds. `use(row, column, s)` sees each, from the last
+// on.
 template <class Layout, class Sums, class Use>
 DEVICE AboveBits above_bounds(const float (&rows)[TILE], const float (&columns)[TILE], const Sums &acc, Use use) {
     Layout layout;
@@ -95,7 +96,9 @@ DEVICE void sweep_epilogue(const Pairs &pairs, TileIndex tile, Shared &shared, c
     }
     uint32_t candidates[2];
 #pragma unroll
-    for (int word = 0; word < 2; ++word) candidates[word] = ((above.by_row[word] | above.by_column[word]) & negative[word]) | positive[word];
+    for (int word = 0; word < 2; ++word) {
+        candidates[word] = ((above.by_row[word] | above.by_column[word]) & negative[word]) | positive[word];
+    }
     if (pairs.settings.probe != pairs.settings.candidate) {
         above = above_bounds<Layout>(shared.rows.probe, shared.columns.probe, acc, [](int, int, float) {});
     }

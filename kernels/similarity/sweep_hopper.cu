@@ -1,8 +1,8 @@
 // sweep_hopper.cu: the sweep of sweep.cu on Hopper (sm_90a).
 // Truth: src/loss/similarity.rs. Launcher: src/backend/device/passes.rs.
 //
-// Persistent blocks: each takes contiguous runs of the tiles of S, and its warps have roles: one thread copies the operands, one
-// or two teams multiply and look at their products (ping_pong.cuh), a thread for each stores their candidates.
+// Persistent, warp-specialised blocks: each takes contiguous runs of the tiles of S. One thread copies the operands, one or two
+// teams run mainloop and epilogue in ping-pong (ping_pong.cuh), and a thread for each team stores its candidates.
 // Candidates are bits, two words a thread; their values are put side by side in shared memory by stores with a
 // predicate each, and written by one bulk store: how many there are costs next to nothing.
 // Sync: barriers in shared memory, a named one for each team; integer atomics (max, add) whose order cannot change
@@ -71,7 +71,7 @@ struct SweepWalk {
     DEVICE uint64_t index() const { return index_of(pairs, tile.row, tile.column); }
     // Of 64 dimensions.
     DEVICE uint32_t k_blocks() const { return pairs.stride / (STAGE_BYTES / 2); }
-    // So many chunks before those of this tile.
+    // So many k blocks before those of this tile.
     DEVICE uint32_t filled() const { return tiles_before * k_blocks(); }
     DEVICE bool resident() const { return k_blocks() <= SWEEP_HOPPER_RESIDENT; }
     // Tiles of ignored rows or columns alone have no pairs, and are left out.
@@ -178,7 +178,10 @@ DEVICE void sweep_epilogue(const SweepWalk &walk, Shared &shared, uint32_t team,
     const Pairs &pairs = walk.pairs;
     uint32_t lane = lane_index();
     uint32_t negative[2] = {~0u, ~0u}, positive[2] = {0, 0};
-    if constexpr (!plain) classify<WgmmaLayout>(pairs, rows.first, walk.tile.column * TILE, walk.valid_anchors, walk.valid_references, negative, positive);
+    if constexpr (!plain) {
+        classify<WgmmaLayout>(pairs, rows.first, walk.tile.column * TILE, walk.valid_anchors, walk.valid_references, negative,
+                              positive);
+    }
     AboveBits above;
 #pragma unroll
     for (int part = 3; part >= 0; --part) {
@@ -213,7 +216,10 @@ DEVICE void sweep_epilogue(const SweepWalk &walk, Shared &shared, uint32_t team,
     for (int r = 0; r < 2; ++r) candidates[r] = ((above.by_row[r] | above.by_column[r]) & negative[r]) | positive[r];
     if (apart) {  // its bits push those out
         float bound[2];
-        for (int r = 0; r < 2; ++r) bound[r] = negative_bound(row_min_pos(pairs, walk.valid_anchors, rows.first + layout.row_of(r)), pairs.settings.probe);
+        for (int r = 0; r < 2; ++r) {
+            bound[r] =
+                negative_bound(row_min_pos(pairs, walk.valid_anchors, rows.first + layout.row_of(r)), pairs.settings.probe);
+        }
 #pragma unroll
         for (int c = 31; c >= 0; --c) {
             float column_bound = shared.probe[team][layout.column_of(c)];
@@ -257,10 +263,12 @@ struct SweepTeam : TeamWarp {
         if (rows.first != NO_ROW) flush(rows);
         uint32_t first = walk.tile.row * TILE, end = first + TILE;
         rows.first = first;
-        rows.classes = end <= walk.valid_anchors ? ClassRange{pairs.classes[first].begin, pairs.classes[end - 1].end} : ClassRange{0, NO_ROW};
+        rows.classes = end <= walk.valid_anchors ? ClassRange{pairs.classes[first].begin, pairs.classes[end - 1].end}
+                                                 : ClassRange{0, NO_ROW};
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            rows.candidate[r] = negative_bound(row_min_pos(pairs, walk.valid_anchors, first + WgmmaLayout{}.row_of(r)), pairs.settings.candidate);
+            rows.candidate[r] =
+                negative_bound(row_min_pos(pairs, walk.valid_anchors, first + WgmmaLayout{}.row_of(r)), pairs.settings.candidate);
             rows.largest[r] = -INFINITE;
         }
     }

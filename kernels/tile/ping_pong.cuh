@@ -1,16 +1,16 @@
-// ping_pong.cuh: products of a walk over tiles on Hopper (sm_90a), whose row tile stays; for sweep_hopper.cu and retrieval_hopper.cu.
+// ping_pong.cuh: warp-specialised products of a walk over tiles on Hopper (sm_90a); for sweep_hopper.cu and retrieval_hopper.cu.
 //
 // The row tile stays in shared memory as long as the walk stays in its row (up to 512 dimensions; wider ones stream both
-// operands); one thread copies it and the column tiles, in stages of 16 KB. Two teams of 8 warps take turns: while one
-// multiplies, the other looks at its products, so that the tensor cores do not wait for what becomes of them. A
-// team begins when the other has issued all its products (`turn`): it skips that one's stages, and the parity of a
-// barrier alone would not tell a phase from the one two later.
+// operands); one producer thread copies it and the column tiles, in stages of 16 KB. The consumers are two teams of two
+// warpgroups, in ping-pong: one team runs its mainloop while the other runs its epilogue, so that the tensor cores do not wait
+// for the epilogue. A team begins when the other has issued all its products (the barrier `order`): it skips that one's stages,
+// and the parity of `full` alone would not tell a phase from the one two later.
 // Exact f32 has registers for one team, whose two warpgroups multiply while the other adds what was multiplied. The high parts of
 // the row tile stay; its low ones and the columns' are stages of their own, three for every 64 dimensions.
 //
 // A block's shared memory has `rows`, the row tile or its stages, `columns` behind them, and the barriers `full`, `empty` and
-// `turn`. A walk tells its tile's rows and columns, how many tiles there were before it (`turn`), and how many chunks of 64
-// dimensions a tile has.
+// `order`. A walk tells its tile's rows and columns, how many tiles there were before it, and how many k blocks, of 64
+// dimensions each, a tile has.
 #ifndef DDTAS_PING_PONG_CUH
 #define DDTAS_PING_PONG_CUH
 
@@ -44,9 +44,10 @@ struct SplitStages {
 
     explicit DEVICE SplitStages(bool rows_stay)
         : resident(rows_stay), count(SWEEP_SPLIT_STAGES + (rows_stay ? 0 : SWEEP_HOPPER_RESIDENT)) {}
-    // Parts of a chunk that are stages: the columns' low ones, high ones, the rows' low ones; the rows' high ones first, if these do not stay.
+    // Parts of a k block that are stages: the columns' low ones, high ones, the rows' low ones; the rows' high ones first, if
+    // these do not stay.
     DEVICE uint32_t parts() const { return resident ? 3 : 4; }
-    // Behind those of `filled` chunks.
+    // Behind those of `filled` k blocks.
     DEVICE void begin(uint32_t filled) {
         fill = filled * parts();
         stage = fill % count;
@@ -111,7 +112,7 @@ DEVICE void copy_operands(Shared &shared, Walk walk, Next next) {
         bool both = !resident || walk.tile.row != have;
         have = walk.tile.row;
         // A part of the row tile is overwritten when the products that read it are done: they are if the stage of this
-        // turn is empty, for then the tile before has come at least as far; unless it has fewer parts than there are stages.
+        // k block is empty, for then the tile before has come at least as far; unless it has fewer parts than there are stages.
         if (resident && both && walk.k_blocks() < SWEEP_HOPPER_STAGES) {
             uint32_t filled = walk.filled();
             for (uint32_t back = 1; back <= SWEEP_HOPPER_STAGES && back <= filled; ++back) wait_until_empty(filled - back);

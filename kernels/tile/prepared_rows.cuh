@@ -65,7 +65,8 @@ struct SplitGranule {
 
 // The elements of a prepared row from `first` on, a granule of the caller's.
 template <class Precision>
-DEVICE Granule<typename Precision::Element> load_prepared(const unsigned char *rows, uint64_t row, uint32_t first, uint64_t stride_bytes) {
+DEVICE Granule<typename Precision::Element> load_prepared(const unsigned char *rows, uint64_t row, uint32_t first,
+                                                          uint64_t stride_bytes) {
     const unsigned char *at = rows + prepared_offset(row, stored_byte<Precision>(first), stride_bytes);
     if constexpr (Precision::exact) {
         // The low parts are a stage further on.

@@ -7,8 +7,8 @@
 // each. Exact f32 has the same two lines of shared memory a step for high parts and for low ones, and for each kind of product
 // sums of its own, which the adder that rounds adds every 64 dimensions.
 //
-// Every S of these that mining sees comes from here on Hopper, whether its tile was stored
-// or is recomputed: both ways have the same bits.
+// On Hopper every S that mining sees is computed here or by the same instructions in the same order (ping_pong.cuh,
+// gradient_hopper.cu), so that stored and recomputed tiles agree bit for bit.
 #ifndef DDTAS_WGMMA_TILE_CUH
 #define DDTAS_WGMMA_TILE_CUH
 
@@ -16,7 +16,7 @@
 
 using WgmmaAccumulators = float[16][4];  // [columns / 8, ...] of m64n128
 
-// Where a thread's accumulators stand in the tile, as Place has it; the same for any width. 8 warps share a tile.
+// Where a thread's accumulators stand in the tile, as MmaLayout has it; the same for any width. 8 warps share a tile.
 struct WgmmaLayout {
     static constexpr int rows = 2, columns = 32, quarters = 4;
     DEVICE uint32_t first_quarter() const { return 0; }
@@ -67,7 +67,8 @@ DEVICE void multiply_lines(float (&sums)[n][4], Descriptor a, Descriptor b) {
 // += the same of split rows. `mixed()` is called when their low parts are read. With a and b exchanged the mixed products change
 // places, and their sum has the same bits.
 template <int n, class Mixed>
-DEVICE void add_split_products(float (&acc)[n][4], Descriptor a_high, Descriptor a_low, Descriptor b_high, Descriptor b_low, Mixed mixed) {
+DEVICE void add_split_products(float (&acc)[n][4], Descriptor a_high, Descriptor a_low, Descriptor b_high, Descriptor b_low,
+                               Mixed mixed) {
     constexpr float down = 1.0f / (kRowScale * kRowScale);
     float sums[n][4], other[n][4];
     auto each = [](auto use) {
@@ -120,7 +121,8 @@ struct WgmmaStages {
 // HOPPER_SHARED_BYTES from `bytes` on, begun: the stages, then their barriers.
 template <class Precision>
 DEVICE auto hopper_stages(unsigned char *bytes) {
-    WgmmaStages<kHopperStages / kLines<Precision>, kLines<Precision>> stages{bytes, reinterpret_cast<Barrier *>(bytes + HOPPER_STAGES_BYTES)};
+    WgmmaStages<kHopperStages / kLines<Precision>, kLines<Precision>> stages{
+        bytes, reinterpret_cast<Barrier *>(bytes + HOPPER_STAGES_BYTES)};
     stages.begin();
     return stages;
 }
@@ -147,7 +149,9 @@ DEVICE void wgmma_multiply_tile(float (&acc)[n][4], const void *a, const void *b
         unsigned char *stage = stages.stage(stages.filled + index);
         Barrier *barrier = stages.barrier(stages.filled + index);
         mbarrier_arrive_expect_tx(barrier, kLines<Precision> * rows_bytes + operand_bytes);
-        for (uint32_t line = 0; line < operand_bytes; line += line_bytes) cp_async_bulk(stage + line, a_bytes + from + line, rows_bytes, barrier);
+        for (uint32_t line = 0; line < operand_bytes; line += line_bytes) {
+            cp_async_bulk(stage + line, a_bytes + from + line, rows_bytes, barrier);
+        }
         cp_async_bulk(stage + operand_bytes, b_bytes + from, operand_bytes, barrier);
     };
     clear(acc);
