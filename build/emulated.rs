@@ -53,7 +53,9 @@ fn compiler() -> cc::Build {
         .cpp(true)
         .std("c++17")
         .opt_level(2)
-        .debug(true)
+        // Line tables are what sanitizers and messages name.
+        .debug(false)
+        .flag("-g1")
         .flag("-Wall")
         .flag("-Wextra")
         // The switch of fibers is inline assembly, and truth is IEEE arithmetic.
