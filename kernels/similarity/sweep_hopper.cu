@@ -173,7 +173,7 @@ DEVICE void exchange(float (&largest)[8], bool upper, int mask) {
 // `apart`: the probe has bounds of its own.
 template <bool plain, class Shared>
 DEVICE void sweep_epilogue(const SweepWalk &walk, Shared &shared, uint32_t team, bool apart, const WgmmaAccumulators &acc,
-                    SweepRows &rows, uint32_t (&candidates)[2], uint32_t &probe) {
+                    SweepRows &rows, uint32_t (&candidates)[2], uint64_t &probe) {
     WgmmaLayout layout;
     const Pairs &pairs = walk.pairs;
     uint32_t lane = lane_index();
@@ -274,7 +274,7 @@ struct SweepTeam : TeamWarp {
     }
 
     // One tile, with the team's own barrier before what the whole team has written.
-    DEVICE void tile(const SweepWalk &walk, SweepRows &rows, uint32_t &probe, uint32_t &windows) const {
+    DEVICE void tile(const SweepWalk &walk, SweepRows &rows, uint64_t &probe, uint32_t &windows) const {
         // On their way while the team multiplies.
         uint32_t begin = walk.tile.column * TILE, end = begin + TILE;
         float min_pos = thread < TILE ? column_min_pos(pairs, walk.valid_anchors, walk.valid_references, begin + thread) : INFINITE;
@@ -368,14 +368,15 @@ struct SweepTeam : TeamWarp {
 
     DEVICE void run(SweepWalk walk) const {
         SweepRows rows;
-        uint32_t probe = 0, windows = 0;
+        uint64_t probe = 0;
+        uint32_t windows = 0;
         while (walk.next()) {
             if (walk.tiles_before % kTeams<Precision> == team) tile(walk, rows, probe, windows);
         }
         begin_window(StagedTile{{NO_ROW, NO_ROW}, 0}, windows);
         arrive_as_warp(&shared.filled[team]);
         if (rows.first != NO_ROW) flush(rows);
-        uint64_t passed = warp_sum(static_cast<uint64_t>(probe));
+        uint64_t passed = warp_sum(probe);
         if (lane_index() == 0 && passed != 0) atomic_add(&pairs.counters->probe_neg, passed);
     }
 };
