@@ -9,7 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use crate::tools::{cargo_path, site_packages, variable};
+use crate::tools::{cargo_path, site_packages, sources, variable};
 
 /// `sm_90a` and not `sm_90`: wgmma and TMA exist only there.
 const MACHINE_CODE: [&str; 5] = ["80", "89", "90a", "100", "120"];
@@ -31,7 +31,7 @@ pub fn build() -> Result<(), String> {
     println!("cargo::rerun-if-changed={}", folder.display());
 
     // All at once: they are few, and each nvcc runs its targets in turn.
-    let running = sources(&folder)?
+    let running = sources(&folder, "cu")?
         .into_iter()
         .map(|source| start(&nvcc, &source, &out))
         .collect::<Result<Vec<_>, _>>()?;
@@ -59,20 +59,6 @@ fn find_nvcc() -> Option<PathBuf> {
         .chain(site_packages().into_iter().map(|packages| packages.join("nvidia/cu13/bin")))
         .map(|folder| folder.join("nvcc"))
         .find(|nvcc| nvcc.is_file())
-}
-
-fn sources(folder: &Path) -> Result<Vec<PathBuf>, String> {
-    let failed = |error: std::io::Error| format!("cannot read {}: {error}", folder.display());
-    let mut found = Vec::new();
-    for entry in fs::read_dir(folder).map_err(failed)? {
-        let path = entry.map_err(failed)?.path();
-        if path.extension().is_some_and(|extension| extension == "cu") {
-            found.push(path);
-        }
-    }
-    // The order of the table, and with it the binary, must not depend on the file system.
-    found.sort();
-    Ok(found)
 }
 
 /// One running nvcc.

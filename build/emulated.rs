@@ -4,10 +4,9 @@
 //! sanitizers; tests/emulated/main.rs says how to run those. DDTAS_KERNELS names another folder to compile them
 //! from: a copy of kernels/ with a fault planted in it.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::tools::{cargo_path, variable};
+use crate::tools::{cargo_path, sources, variable};
 
 /// Each sanitizer's name and that of its runtime.
 const RUNTIMES: [(&str, &str); 3] = [("address", "asan"), ("undefined", "ubsan"), ("thread", "tsan")];
@@ -45,16 +44,6 @@ pub fn build() -> Result<(), String> {
         }
     }
     Ok(())
-}
-
-/// Files of a folder in one order, so that the same sources give the same binary.
-fn sources(folder: &Path, suffix: &str) -> Result<Vec<PathBuf>, String> {
-    let failed = |error: std::io::Error| format!("cannot read {}: {error}", folder.display());
-    let entries = fs::read_dir(folder).map_err(failed)?.collect::<Result<Vec<_>, _>>().map_err(failed)?;
-    let mut found: Vec<_> = entries.into_iter().map(|entry| entry.path()).collect();
-    found.retain(|path| path.extension().is_some_and(|extension| extension == suffix));
-    found.sort();
-    Ok(found)
 }
 
 fn compiler() -> cc::Build {

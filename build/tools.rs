@@ -1,6 +1,7 @@
-//! Finds tools that may be installed from PyPI, and says how to install them.
+//! Finds tools that may be installed from PyPI.
 
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// The folders Python packages are installed to, nearest first; empty without Python.
@@ -26,4 +27,14 @@ pub fn cargo_path(name: &str) -> Result<PathBuf, String> {
     std::env::var_os(name)
         .map(PathBuf::from)
         .ok_or_else(|| format!("{name} is not set: run this through cargo"))
+}
+
+/// Files of a folder in one order, so that the same sources give the same binary.
+pub fn sources(folder: &Path, suffix: &str) -> Result<Vec<PathBuf>, String> {
+    let failed = |error: std::io::Error| format!("cannot read {}: {error}", folder.display());
+    let entries = fs::read_dir(folder).map_err(failed)?.collect::<Result<Vec<_>, _>>().map_err(failed)?;
+    let mut found: Vec<_> = entries.into_iter().map(|entry| entry.path()).collect();
+    found.retain(|path| path.extension().is_some_and(|extension| extension == suffix));
+    found.sort();
+    Ok(found)
 }

@@ -343,8 +343,8 @@ typedef struct ddtas_loss_result {
      */
     size_t struct_size;
     /**
-     * dL/d(anchors), float, `count` rows of `dim`; in the square form the whole gradient. Where the
-     * rows lie: host or device memory, which in device memory is not optional.
+     * dL/d(anchors), float, `count` rows of `dim`; in the square form the whole gradient.
+     * In the same memory as the rows; NULL is allowed only for host rows.
      */
     float *gradient;
     /**
@@ -430,7 +430,8 @@ typedef struct ddtas_loss_result {
 } ddtas_loss_result;
 
 /**
- * What ddtas_enqueue_loss writes, in device memory, aligned to 8 bytes.
+ * What ddtas_enqueue_loss writes, in device memory, aligned to 8 bytes. It has no struct_size and never grows: 120 bytes
+ * in every version of the interface.
  */
 typedef struct ddtas_loss_scalars {
     /**
@@ -742,7 +743,7 @@ enum ddtas_status ddtas_nearest(struct ddtas_context *context,
  *
  * Rows with a negative label are neither queries nor answers to a label; a row alone in its class is no query. `recall_at`
  * takes `k_count` values in the order of `ks`; `queries`, if not NULL, the number of rows that were
- * counted. Both are in host memory, as `ks` is, wherever the rows lie. Memory grows with `count` times the largest K.
+ * counted. Both are in host memory, as `ks` is, wherever the rows lie. Rows are searched in turns, whose lists take 64 MiB.
  * Rows in device memory are searched where they lie; their labels are copied to the host, and so are the lists.
  *
  * # Safety

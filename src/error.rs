@@ -50,7 +50,7 @@ pub enum Error {
     /// A setting outside its range.
     #[error("{name} = {value} is out of range: {range}")]
     InvalidSetting {
-        /// The setting, as the programs spell it.
+        /// The field or argument, as Rust, C and Python spell it.
         name: &'static str,
         /// The value given.
         value: String,

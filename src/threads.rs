@@ -86,7 +86,7 @@ fn join(handles: Vec<JoinHandle<()>>) {
     }
 }
 
-/// Where a call finds threads that brings none.
+/// Where a call without threads of its own finds some.
 enum Found {
     /// The pool that the calling thread belongs to, or else rayon's global one.
     Ambient,

@@ -4,7 +4,7 @@
 //! (benches/device.sh) a skip is a failure.
 
 use ddtas::backend::cuda::{self, CudaBackend, CudaDevice};
-use ddtas::backend::device::{Device, Options, ResidentBatch, ResidentRows, ResidentType};
+use ddtas::backend::device::{Device, ElementType, Options, ResidentBatch, ResidentRows};
 use ddtas::backend::{AutoDevice, Backend, DeviceSpec, auto, open};
 use ddtas::loss::{Embeddings, LossOutput, LossSettings, UnitCheck};
 use ddtas::{Error, Result};
@@ -105,7 +105,7 @@ fn rows_in_gpu_memory_give_the_bits_of_rows_from_the_host() {
     };
     let resident = ResidentBatch {
         dim: 130,
-        dtype: ResidentType::F32,
+        dtype: ElementType::F32,
         anchors,
         references: None,
         check: UnitCheck::Check,
@@ -125,7 +125,7 @@ fn a_gpu_that_does_not_exist_is_refused_in_one_line() {
     let message = error.to_string();
     assert!(matches!(error, Error::Unavailable(_)), "{error:?}");
     assert!(!message.contains('\n'), "{message}");
-    assert!(message.ends_with(": use --device cpu"), "{message}");
+    assert!(message.ends_with(": use the device cpu"), "{message}");
     // Without a GPU the reason is another: no driver, or a driver that finds none.
     assert!(message.contains("cuda:4096") || cuda::check(0).is_err(), "{message}");
 }

@@ -8,8 +8,8 @@
 use ddtas::backend::Backend;
 use ddtas::backend::device::params::LossScalars;
 use ddtas::backend::device::{
-    DeviceBackend, Options, ResidentBatch, ResidentIdentity, ResidentNumbers, ResidentOutput, ResidentPart,
-    ResidentRows, ResidentSettings, ResidentType,
+    DeviceBackend, ElementType, Options, ResidentBatch, ResidentIdentity, ResidentNumbers, ResidentOutput,
+    ResidentPart, ResidentRows, ResidentSettings,
 };
 use ddtas::backend::emulated::EmulatedDevice;
 use ddtas::loss::{Batch, LossOutput, LossSettings, Rows, UnitCheck};
@@ -119,7 +119,7 @@ fn a_loss_of_resident_rows_and_one_that_nobody_waits_for() {
     let (e, labels) = rows(200);
     let mut gradient = Array2::<f32>::zeros((200, 2));
     let anchors = resident(&e, &labels, gradient.as_mut_ptr() as u64);
-    let (dtype, check) = (ResidentType::F32, UnitCheck::Check);
+    let (dtype, check) = (ElementType::F32, UnitCheck::Check);
     let batch = ResidentBatch { dim: 2, dtype, anchors, references: None, check };
     let waited = launched(&mut backend(EVERYTHING), |backend| {
         let (settings, mut output) = (LossSettings::default(), LossOutput::default());
@@ -148,7 +148,7 @@ fn the_steps_of_a_part() {
     let (e, labels) = rows(200);
     let mut gradient = Array2::<f32>::zeros((90, 2));
     let anchors = resident(&e, &labels[..90], gradient.as_mut_ptr() as u64);
-    let (dtype, check) = (ResidentType::F32, UnitCheck::Check);
+    let (dtype, check) = (ElementType::F32, UnitCheck::Check);
     let references = Some(resident(&e, &labels, 0));
     let batch = ResidentBatch { dim: 2, dtype, anchors, references, check };
     let part = ResidentPart { batch, identity: ResidentIdentity::From(0), total: 200, any_length: false };

@@ -5,11 +5,11 @@
 use ddtas::backend::cpu::CpuBackend;
 use ddtas::backend::device::params::LossScalars;
 use ddtas::backend::device::{
-    DeviceBackend, Options, ResidentBatch, ResidentIdentity, ResidentNumbers, ResidentOutput, ResidentPart,
-    ResidentRows, ResidentSettings, ResidentType,
+    DeviceBackend, ElementType, Options, ResidentBatch, ResidentIdentity, ResidentNumbers, ResidentOutput,
+    ResidentPart, ResidentRows, ResidentSettings,
 };
 use ddtas::backend::emulated::EmulatedDevice;
-use ddtas::backend::{Backend, Nearest};
+use ddtas::backend::{Backend, Nearest, Picked};
 use ddtas::loss::{Batch, Embeddings, LossOutput, LossSettings, Rows, UnitCheck};
 use ddtas::retrieval::{recall, recall_by};
 use ddtas::{Error, Result};
@@ -34,7 +34,7 @@ fn resident(rows: &Array2<f32>, labels: &[i64], gradient: &mut Array2<f32>) -> R
 }
 
 fn batch(anchors: ResidentRows, references: Option<ResidentRows>) -> ResidentBatch {
-    ResidentBatch { dim: 2, dtype: ResidentType::F32, anchors, references, check: UnitCheck::Check }
+    ResidentBatch { dim: 2, dtype: ElementType::F32, anchors, references, check: UnitCheck::Check }
 }
 
 fn backend() -> DeviceBackend<EmulatedDevice> {
@@ -182,7 +182,7 @@ fn nearest(batch: &ResidentBatch, k: usize) -> Result<Nearest> {
 /// Searches the rows in one type, from the device's memory and from the host's.
 fn search_both_ways<T>(
     (e, r): (&Array2<T>, &Array2<T>),
-    dtype: ResidentType,
+    dtype: ElementType,
     embeddings: fn(&Array2<T>) -> Embeddings<'_>,
 ) {
     // More queries than one tile, k beyond the references too.
@@ -199,11 +199,11 @@ fn search_both_ways<T>(
 #[test]
 fn neighbours_of_resident_rows_are_those_of_the_host_s_in_every_type_and_form() {
     let ((e, _), (r, _)) = (rows(140, 0.0), rows(30, 0.1));
-    search_both_ways((&e, &r), ResidentType::F32, |m| Embeddings::F32(m.view()));
+    search_both_ways((&e, &r), ElementType::F32, |m| Embeddings::F32(m.view()));
     let half = |m: &Array2<f32>| m.mapv(f16::from_f32);
-    search_both_ways((&half(&e), &half(&r)), ResidentType::F16, |m| Embeddings::F16(m.view()));
+    search_both_ways((&half(&e), &half(&r)), ElementType::F16, |m| Embeddings::F16(m.view()));
     let brain = |m: &Array2<f32>| m.mapv(bf16::from_f32);
-    search_both_ways((&brain(&e), &brain(&r)), ResidentType::Bf16, |m| Embeddings::Bf16(m.view()));
+    search_both_ways((&brain(&e), &brain(&r)), ElementType::Bf16, |m| Embeddings::Bf16(m.view()));
 }
 
 #[test]
@@ -248,22 +248,31 @@ fn recall_of_resident_rows_leaves_ignored_ones_out() {
     let batch = batch(ResidentRows { labels: labels.as_ptr() as u64, ..searched(&e) }, None);
     let ks = [1, 2, 8];
     let mut backend = backend();
-    let (host, _) = recall(&mut backend, &Rows::new(e.view(), &labels), None, &ks).unwrap();
+    let host = recall(&mut backend, &Rows::new(e.view(), &labels), None, &ks).unwrap();
     // SAFETY: as in `run`.
     let there = unsafe { backend.labels_resident(&batch.anchors) }.unwrap();
     assert_eq!(there, labels);
-    let mut among = |picked: Option<&[u32]>, k| {
+    let mut among = |picked: &Picked<'_>, k| {
         // SAFETY: as in `run`.
-        unsafe { backend.nearest_resident(&batch, picked, k) }
+        unsafe { backend.nearest_resident(&batch, Some(picked), k) }
     };
     assert_eq!(recall_by(&there, &ks, &mut among).unwrap(), host);
     assert!(host.at[0].1 < 1.0 && host.queries > 100, "rows that recall does not trivially pass: {host:?}");
 
-    for picked in [&[][..], &[3, 140]] {
-        assert!(among(Some(picked), 1).is_err(), "{picked:?}");
+    for listed in [&[][..], &[3, 140]] {
+        let few = &[1, 2][..];
+        for picked in
+            [Picked { queries: listed, gallery: None }, Picked { queries: few, gallery: Some(listed) }]
+        {
+            assert!(among(&picked, 1).is_err(), "{picked:?}");
+        }
     }
-    let error = among(Some(&[4, 5, 6]), 1).unwrap_err();
-    assert!(matches!(error, Error::NotFinite { rows: "queries", row: 5 }), "the caller's row: {error}");
+    let (bad, good) = (&[4, 5, 6][..], &[1, 2, 3][..]);
+    for picked in [Picked { queries: bad, gallery: Some(good) }, Picked { queries: good, gallery: Some(bad) }]
+    {
+        let error = among(&picked, 1).unwrap_err();
+        assert!(matches!(error, Error::NotFinite { rows: "queries", row: 5 }), "the caller's row: {error}");
+    }
 }
 
 /// Every address of a part: rows as they lie, numbers in lists of its own.

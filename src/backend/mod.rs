@@ -160,6 +160,15 @@ pub trait PreparedGallery {
     fn nearest(&mut self, queries: &Rows<'_>, k: usize) -> Result<Nearest>;
 }
 
+/// Rows of a set that are searched, and those that they are searched among, by their numbers there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Picked<'a> {
+    /// The rows that are searched for.
+    pub queries: &'a [u32],
+    /// The rows they are searched among, perhaps they themselves; `None`: the whole set.
+    pub gallery: Option<&'a [u32]>,
+}
+
 struct Unprepared<'a, 'g, B: ?Sized> {
     backend: &'a mut B,
     gallery: Rows<'g>,

@@ -87,9 +87,9 @@ pub fn open(spec: &DeviceSpec) -> Result<Box<dyn Backend>> {
 pub fn open_with(spec: &DeviceSpec, tf32: bool) -> Result<Box<dyn Backend>> {
     match spec {
         DeviceSpec::Auto => open_with(&auto().spec, tf32),
-        DeviceSpec::Cpu if tf32 => Err(Error::Unavailable(
-            "the CPU does not multiply in TF32: leave --tf32 out, or name a GPU".into(),
-        )),
+        DeviceSpec::Cpu if tf32 => {
+            Err(Error::Unavailable("the CPU does not multiply in TF32: do without it, or name a GPU".into()))
+        }
         DeviceSpec::Cpu => Ok(Box::new(CpuBackend::new())),
         DeviceSpec::Cuda(index) => gpu::open(*index, tf32),
         DeviceSpec::Emulated => emulation::open(tf32),
@@ -109,7 +109,7 @@ mod gpu {
 
     pub fn open(index: usize, tf32: bool) -> Result<Box<dyn Backend>> {
         cuda::open(index, Options { exact: !tf32, ..Options::default() }).map_err(|error| match error {
-            Error::Unavailable(reason) => Error::Unavailable(format!("{reason}: use --device cpu")),
+            Error::Unavailable(reason) => Error::Unavailable(format!("{reason}: use the device cpu")),
             other => other,
         })
     }
@@ -131,10 +131,8 @@ mod gpu {
 
 #[cfg(feature = "emulated")]
 mod emulation {
-    use crate::backend::{Backend, device::Options, emulated};
-
-    /// Schedule of the emulated threads; the tests try others.
-    const SCHEDULE_SEED: u64 = 0;
+    use crate::backend::emulated::{self, SCHEDULE_SEED};
+    use crate::backend::{Backend, device::Options};
 
     pub fn open(tf32: bool) -> crate::Result<Box<dyn Backend>> {
         Ok(emulated::open(Options { exact: !tf32, ..Options::default() }, SCHEDULE_SEED))
@@ -176,7 +174,7 @@ mod tests {
     fn the_cpu_refuses_tf32() {
         let Err(error) = open_with(&DeviceSpec::Cpu, true) else { panic!("TF32 on the CPU") };
         assert!(matches!(error, Error::Unavailable(_)), "{error}");
-        assert!(error.to_string().contains("--tf32"), "{error}");
+        assert_eq!(error.to_string(), "the CPU does not multiply in TF32: do without it, or name a GPU");
     }
 
     #[test]

@@ -391,6 +391,7 @@ pub unsafe extern "C" fn ddtas_nearest(
         let queries = unsafe { CheckedRows::read("queries", queries, Role::Unlabelled) }?;
         // SAFETY: as above.
         let references = unsafe { CheckedRows::read_against(&queries, references, Role::Unlabelled) }?;
+        some("k", k)?;
         Extent::new("neighbours", queries.extent.count, k, 0, size_of::<u32>())?;
         check_typed("indices", indices.cast_const())?;
         check_typed("similarities", similarities.cast_const())?;
@@ -433,7 +434,7 @@ pub unsafe extern "C" fn ddtas_nearest(
 ///
 /// Rows with a negative label are neither queries nor answers to a label; a row alone in its class is no query. `recall_at`
 /// takes `k_count` values in the order of `ks`; `queries`, if not NULL, the number of rows that were
-/// counted. Both are in host memory, as `ks` is, wherever the rows lie. Memory grows with `count` times the largest K.
+/// counted. Both are in host memory, as `ks` is, wherever the rows lie. Rows are searched in turns, whose lists take 64 MiB.
 /// Rows in device memory are searched where they lie; their labels are copied to the host, and so are the lists.
 ///
 /// # Safety
@@ -450,6 +451,7 @@ pub unsafe extern "C" fn ddtas_recall_at_k(
     let work = |state: &mut State| {
         // SAFETY: handed on to the caller.
         let rows = unsafe { CheckedRows::read("rows", rows, Role::Labelled) }?;
+        some("k_count", k_count)?;
         check_typed("ks", ks)?;
         check_typed("recall_at", recall_at.cast_const())?;
         if !queries.is_null() {
@@ -458,8 +460,6 @@ pub unsafe extern "C" fn ddtas_recall_at_k(
         Extent::new("values of K", k_count, 1, 0, size_of::<f64>())?;
         // SAFETY: checked above; the caller's promise.
         let ks = unsafe { std::slice::from_raw_parts(ks, k_count) };
-        let deepest = ks.iter().copied().max().unwrap_or(1);
-        reserve_search(rows.extent.count, deepest.min(rows.extent.count))?;
 
         let (pool, engine, buffers) = state.parts();
         let found = if rows.memory == Memory::Device {
@@ -467,11 +467,13 @@ pub unsafe extern "C" fn ddtas_recall_at_k(
             let labels = unsafe { engine.device_labels(&rows) }?;
             let batch = DeviceBatch::new(rows, None);
             // SAFETY: as above.
-            recall_by(&labels, ks, |picked, depth| unsafe { engine.device_nearest(&batch, picked, depth) })?
+            recall_by(&labels, ks, &mut |picked, k| unsafe {
+                engine.device_nearest(&batch, Some(picked), k)
+            })?
         } else {
             // SAFETY: handed on to the caller.
             let view = unsafe { rows.view(buffers.rows[0]) }?;
-            State::compute(pool, engine, |backend| recall(backend, &view, None, ks))?.0
+            State::compute(pool, engine, |backend| recall(backend, &view, None, ks))?
         };
         let values: Vec<f64> = ks.iter().map(|&k| found.get(k).unwrap_or(f64::NAN)).collect();
         // SAFETY: checked above; the caller's promise.
@@ -482,6 +484,12 @@ pub unsafe extern "C" fn ddtas_recall_at_k(
     };
     // SAFETY: handed on to the caller.
     unsafe { enter(context, work) }
+}
+
+/// Refuses a count of none.
+fn some(name: &str, count: usize) -> Outcome<()> {
+    let refused = || Failure::new(Status::InvalidValue, format!("{name} = 0 is out of range: 1 or more"));
+    if count == 0 { Err(refused()) } else { Ok(()) }
 }
 
 fn tangent_extent(name: &str, rows: &CheckedRows, stride: usize) -> Outcome<Extent> {

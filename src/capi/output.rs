@@ -44,7 +44,7 @@ impl LossTarget {
             }
             None if result.reference_gradient.is_null() => None,
             None => {
-                let message = "the square form, and a part, has no gradient of references: set reference_gradient to NULL";
+                let message = "the square form and parts have no gradient of references: set reference_gradient to NULL";
                 return Err(Failure::new(Status::InvalidValue, message));
             }
         };

@@ -5,7 +5,7 @@ use super::failure::{Failure, Outcome};
 use super::input::{self, CheckedRows, Role, check_typed};
 use super::output::{Found, LossTarget};
 use super::types::{LossResult, Memory, Part, Rows, Settings, Status};
-use crate::loss::{Batch, LossOutput, RowNumbers, UnitCheck};
+use crate::loss::{Batch, RowNumbers, UnitCheck};
 
 /// First step of the loss of a part of a batch: fills in `min_pos`, `total_pos`, `total_neg`, `mean_pos` and
 /// `mean_neg` of `result`. ddtas_sweep, ddtas_select and ddtas_gradient follow.
@@ -158,7 +158,7 @@ unsafe fn run(
                 // SAFETY: as above.
                 let neg = unsafe { numbers("count_neg", part.count_neg, part.reference_count_neg, lengths) }?;
                 State::compute(pool, engine, |backend| backend.gradient(&batch, pos, neg, output))?;
-                Found::Gradient(mined(output, (pos.anchors, neg.anchors)))
+                Found::Gradient(output.mined_of_part(pos.anchors, neg.anchors))
             }
         };
         *buffers.total = Some(part.total);
@@ -191,12 +191,4 @@ unsafe fn numbers<'a, T>(
     // SAFETY: as above.
     let other = unsafe { input::slice(of_references, references) };
     Ok(RowNumbers::new(own, other))
-}
-
-/// Pairs of this part that enter the loss, whose anchors are active by the sizes of all parts.
-fn mined(output: &LossOutput, sizes: (&[u32], &[u32])) -> (u64, u64) {
-    let own = output.count_pos.iter().zip(&output.count_neg);
-    own.zip(sizes.0.iter().zip(sizes.1))
-        .filter(|(_, (pos, neg))| **pos > 0 && **neg > 0)
-        .fold((0, 0), |sum, ((pos, neg), _)| (sum.0 + u64::from(*pos), sum.1 + u64::from(*neg)))
 }

@@ -4,6 +4,7 @@
 use std::ffi::{c_char, c_void};
 use std::mem::offset_of;
 
+pub use crate::loss::LossScalars;
 use crate::loss::LossSettings;
 
 /// A struct whose first field is its size in the caller's header, a `usize`.
@@ -219,8 +220,8 @@ pub struct Rows {
 pub struct LossResult {
     /// sizeof(ddtas_loss_result).
     pub struct_size: usize,
-    /// dL/d(anchors), float, `count` rows of `dim`; in the square form the whole gradient. Where the
-    /// rows lie: host or device memory, which in device memory is not optional.
+    /// dL/d(anchors), float, `count` rows of `dim`; in the square form the whole gradient.
+    /// In the same memory as the rows; NULL is allowed only for host rows.
     pub gradient: *mut f32,
     /// As ddtas_rows.row_stride, for `gradient`. What lies between two rows is left alone.
     pub gradient_stride: usize,
@@ -262,44 +263,6 @@ pub struct LossResult {
     pub mined_neg: u64,
     /// Ordered negative pairs of the batch.
     pub total_neg: u64,
-}
-
-/// What ddtas_enqueue_loss writes, in device memory, aligned to 8 bytes.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-pub struct LossScalars {
-    /// The loss L; NaN if a row is bad.
-    pub loss: f64,
-    /// dL/d(lambda_pos).
-    pub dloss_dlambda_pos: f64,
-    /// dL/d(lambda_neg).
-    pub dloss_dlambda_neg: f64,
-    /// Mean similarity over all positive pairs; NaN if there is none.
-    pub mean_pos: f64,
-    /// Mean similarity over all negative pairs; NaN if there is none.
-    pub mean_neg: f64,
-    /// The positive tolerance in force, after adaptation.
-    pub gamma_pos: f64,
-    /// The negative tolerance in force, after adaptation.
-    pub gamma_neg: f64,
-    /// Negatives that passed the probe.
-    pub probe_neg: u64,
-    /// Ordered positive pairs of the batch.
-    pub total_pos: u64,
-    /// Ordered negative pairs of the batch.
-    pub total_neg: u64,
-    /// Anchors that enter the loss.
-    pub active: u64,
-    /// Sum of the squares of the bad row, if there is one.
-    pub bad_square_sum: f64,
-    /// The first anchor that is not finite or not of unit length; DDTAS_ABSENT if all are.
-    pub bad_anchor: u32,
-    /// The same of the references.
-    pub bad_reference: u32,
-    /// Positive pairs that were mined.
-    pub mined_pos: u64,
-    /// Negative pairs that were mined.
-    pub mined_neg: u64,
 }
 
 /// A part of a batch, and what the caller has gathered from all parts: each step reads the fields its comment

@@ -5,6 +5,39 @@ use ndarray::ArrayView2;
 
 use crate::{Error, Result};
 
+/// Type of the entries of rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ElementType {
+    /// Single precision.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// Brain floating point.
+    Bf16,
+}
+
+impl ElementType {
+    /// Bytes of an entry.
+    #[must_use]
+    pub const fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+
+    /// How far a row's norm may be from 1. The narrow types round each entry
+    /// by up to half a unit in the last place, which moves the norm by as much.
+    #[must_use]
+    pub const fn norm_tolerance(self) -> f64 {
+        match self {
+            Self::F32 => 1e-3,
+            Self::F16 => 2e-3,
+            Self::Bf16 => 1e-2,
+        }
+    }
+}
+
 /// A borrowed matrix of embeddings, one row an image, row-major.
 #[derive(Debug, Clone, Copy)]
 pub enum Embeddings<'a> {
@@ -61,15 +94,20 @@ impl Embeddings<'_> {
         }
     }
 
-    /// How far a row's norm may be from 1. The narrow types round each entry
-    /// by up to half a unit in the last place, which moves the norm by as much.
+    /// Type of the entries.
+    #[must_use]
+    pub fn element_type(&self) -> ElementType {
+        match self {
+            Self::F32(_) => ElementType::F32,
+            Self::F16(_) => ElementType::F16,
+            Self::Bf16(_) => ElementType::Bf16,
+        }
+    }
+
+    /// How far a row's norm may be from 1.
     #[must_use]
     pub fn norm_tolerance(&self) -> f64 {
-        match self {
-            Self::F32(_) => 1e-3,
-            Self::F16(_) => 2e-3,
-            Self::Bf16(_) => 1e-2,
-        }
+        self.element_type().norm_tolerance()
     }
 
     /// The same matrix in float64.

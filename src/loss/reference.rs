@@ -68,11 +68,8 @@ pub(super) fn evaluate(
     let selection = Selection::new(&similarities, settings);
     let weighted = weigh_part(&similarities, &selection, &selection.sizes(), settings, total);
 
-    let g = &weighted.weights;
-    let (gradient, reference_gradient) = match references {
-        None => ((g + &g.t()).dot(anchors), None),
-        Some(references) => (g.dot(references), reference_gradient.then(|| g.t().dot(anchors))),
-    };
+    let (gradient, reference_gradient) =
+        gradients(&weighted.weights, anchors, references, reference_gradient);
     let (_, mean_pos) = mean(&similarities, |i| similarities.positives(i).collect());
     let (total_neg, mean_neg) = mean(&similarities, |i| similarities.negatives(i).collect());
     Reference {
@@ -85,6 +82,19 @@ pub(super) fn evaluate(
         mean_neg,
         total_neg,
         total,
+    }
+}
+
+/// dL/d(anchors), and dL/d(references) if it is `wanted`, from the weights dL/dS.
+pub(super) fn gradients(
+    g: &Array2<f64>,
+    anchors: &Array2<f64>,
+    references: Option<&Array2<f64>>,
+    wanted: bool,
+) -> (Array2<f64>, Option<Array2<f64>>) {
+    match references {
+        None => ((g + &g.t()).dot(anchors), None),
+        Some(references) => (g.dot(references), wanted.then(|| g.t().dot(anchors))),
     }
 }
 

@@ -130,6 +130,13 @@ impl Selection {
         Self { min_pos, max_neg, positives, negatives, tolerances, probe_neg, total_pos }
     }
 
+    /// Pairs of active anchors, positive and negative.
+    #[must_use]
+    pub fn mined(&self) -> (u64, u64) {
+        let active = self.sizes().into_iter().filter(|&[pos, neg]| pos > 0 && neg > 0);
+        active.fold((0, 0), |sum, [pos, neg]| (sum.0 + u64::from(pos), sum.1 + u64::from(neg)))
+    }
+
     /// |P_i| and |N_i| of every anchor.
     #[must_use]
     pub fn sizes(&self) -> Vec<[u32; 2]> {

@@ -2,7 +2,7 @@
 //!
 //! | file | what |
 //! | --- | --- |
-//! | `recall.rs` | Recall@K, and the lists it was counted from |
+//! | `recall.rs` | Recall@K, of rows of the host and of rows elsewhere |
 //! | `evaluate.rs` | Recall@K, R-precision and MAP@R, queries searched in turns |
 //! | `rows.rs` | the rows that take part in a search |
 //! | `k_means.rs` | k-means of unit rows |
@@ -19,5 +19,5 @@ mod rows;
 
 pub use evaluate::{Judged, Metrics, Sought, evaluate, judge};
 pub use k_means::{Clusters, KMeansSettings, k_means};
-pub use mutual_information::{classes, nmi, normalized_mutual_information};
+pub use mutual_information::{NMI_STEPS, classes, nmi, normalized_mutual_information};
 pub use recall::{Recall, recall, recall_by};

@@ -43,14 +43,6 @@ impl<'a> Kept<'a> {
         Self { some: Some(Gathered::new(rows, &original)), all, original }
     }
 
-    pub(super) fn is_all(&self) -> bool {
-        self.some.is_none()
-    }
-
-    pub(super) fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
     pub(super) fn len(&self) -> usize {
         self.rows().labels.len()
     }

@@ -17,9 +17,9 @@ use super::product::{STRIP, pack_transposed, product};
 use super::rows::{MAX_BLOCK, contiguous, grow, square_sum};
 use super::simd::{GROUP, Lanes, Work};
 use super::tasks::{Workers, lock};
+use crate::Result;
 use crate::backend::{Nearest, PreparedGallery};
-use crate::loss::{Embeddings, Rows, check_unit, validate_rows};
-use crate::{Error, Result};
+use crate::loss::{Embeddings, Rows, check_unit, validate_dims, validate_rows};
 
 /// Most queries of a group, which share the packing of each block of references; their panels at D = 512 take 1.5 MB, and
 /// pass through the cache once a block.
@@ -56,10 +56,7 @@ impl<'a> Gallery<'a> {
 impl PreparedGallery for Gallery<'_> {
     fn nearest(&mut self, queries: &Rows<'_>, k: usize) -> Result<Nearest> {
         let queries = Matrix::checked("queries", queries)?;
-        let (expected, got) = (queries.dim, self.rows.dim);
-        if expected != got {
-            return Err(Error::LengthMismatch { what: "dimension of the references", expected, got });
-        }
+        validate_dims(queries.dim, self.rows.dim)?;
         find(self.backend, &queries, Some(&self.rows), k)
     }
 }

@@ -433,7 +433,7 @@ pub fn square_sum(row: &[f32]) -> f64 {
 }
 
 /// The same in double precision throughout: finite where the row is.
-fn double_square_sum(row: &[f32]) -> f64 {
+pub fn double_square_sum(row: &[f32]) -> f64 {
     row.iter().map(|&x| f64::from(x) * f64::from(x)).sum()
 }
 

@@ -7,7 +7,7 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use ndarray::{Array2, ArrayView2};
 
-use super::rows::{contiguous, grow, square_sum};
+use super::rows::{contiguous, double_square_sum, grow, square_sum};
 use super::simd::{Lanes, Level, Work};
 use super::tasks::Workers;
 use crate::loss::{Batch, Embeddings, LossOutput, Rows};
@@ -285,7 +285,7 @@ fn length_of(row: &[f32]) -> f64 {
     if USUAL.contains(&length) || !length.is_finite() {
         return length;
     }
-    row.iter().map(|&value| f64::from(value) * f64::from(value)).sum::<f64>().sqrt()
+    double_square_sum(row).sqrt()
 }
 
 struct LeadBack<'a, T> {

@@ -77,7 +77,7 @@ impl<D: Device> DeviceBackend<D> {
     }
 
     pub(super) fn precision(&self, rows: &Rows<'_>) -> Precision {
-        Precision::of(&rows.embeddings, self.options.exact)
+        Precision::of(rows.embeddings.element_type(), self.options.exact)
     }
 }
 

@@ -268,7 +268,7 @@ impl<D: Device> DeviceBackend<D> {
         part.validate()?;
         let shape = part.shape(self.options.exact, numbers);
         shape.check()?;
-        let mut loss = self.begin(shape, &settings.settings, true)?;
+        let mut loss = self.begin(shape, &settings.settings, true);
         if settings.lambda != 0 {
             aligned("lambda", settings.lambda, 8)?;
             loss.settings.lambda = settings.lambda;

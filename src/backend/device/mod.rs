@@ -30,10 +30,11 @@ pub use kernel::Kernel;
 pub use layout::ResidentOutput;
 pub use plan::LaunchPlan;
 pub use precision::Precision;
-pub use resident::{ResidentBatch, ResidentRows, ResidentType};
+pub use resident::{ResidentBatch, ResidentRows};
 pub use workspace::Region;
 
 use crate::Result;
+pub use crate::loss::ElementType;
 
 /// A struct of `kernels/params.h` that a kernel takes as its only argument.
 ///

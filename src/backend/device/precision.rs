@@ -1,6 +1,6 @@
 //! In what numbers rows are given and multiplied.
 
-use crate::loss::Embeddings;
+use crate::loss::ElementType;
 
 /// In what numbers S and the gradient product are computed. Sums are f32 throughout.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -19,12 +19,12 @@ pub enum Precision {
 impl Precision {
     /// How rows of this type are multiplied.
     #[must_use]
-    pub fn of(embeddings: &Embeddings<'_>, exact: bool) -> Self {
-        match embeddings {
-            Embeddings::F32(_) if exact => Self::F32,
-            Embeddings::F32(_) => Self::RoundedF32,
-            Embeddings::F16(_) => Self::F16,
-            Embeddings::Bf16(_) => Self::Bf16,
+    pub fn of(element: ElementType, exact: bool) -> Self {
+        match element {
+            ElementType::F32 if exact => Self::F32,
+            ElementType::F32 => Self::RoundedF32,
+            ElementType::F16 => Self::F16,
+            ElementType::Bf16 => Self::Bf16,
         }
     }
 

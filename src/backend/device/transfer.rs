@@ -5,10 +5,10 @@ use ndarray::Array2;
 
 use super::Device;
 use super::layout::{Ends, LossLayout, Remembered, RowCheck, SideRegions};
-use super::params::{LossScalars, RowSums, TILE};
+use super::params::{RowSums, TILE};
 use super::shape::tiles;
 use super::workspace::Region;
-use crate::loss::{Batch, Embeddings, Identity, LossOutput, Rows, check_unit};
+use crate::loss::{Batch, Embeddings, Identity, LossOutput, LossScalars, Rows, check_unit};
 use crate::{Error, Result};
 
 /// The `NO_ROW` of params.h, which C writes as an unsigned literal.
@@ -92,23 +92,13 @@ pub(super) fn download_scalars<D: Device>(
     // u64s, so that the struct's alignment is met.
     let mut words = [0u64; size_of::<LossScalars>() / size_of::<u64>()];
     device.download(buffer, layout.scalars.offset, cast_slice_mut(&mut words))?;
-    let scalars = LossScalars::from_words(&words);
+    let scalars: LossScalars = bytemuck::cast(words);
     for (rows, row) in [("anchors", scalars.bad_anchor), ("references", scalars.bad_reference)] {
         if row != NO_ROW {
             check_unit(rows, row as usize, scalars.bad_square_sum, tolerance)?;
         }
     }
-    output.loss = scalars.loss;
-    output.gamma_pos = scalars.gamma_pos;
-    output.gamma_neg = scalars.gamma_neg;
-    output.probe_neg = scalars.probe_neg;
-    output.total_pos = scalars.total_pos;
-    output.total_neg = scalars.total_neg;
-    output.active = scalars.active;
-    output.dloss_dlambda_pos = scalars.dloss_dlambda_pos;
-    output.dloss_dlambda_neg = scalars.dloss_dlambda_neg;
-    output.mean_pos = scalars.mean_pos;
-    output.mean_neg = scalars.mean_neg;
+    output.set_scalars(&scalars);
     Ok(())
 }
 
