@@ -5,7 +5,7 @@
 use std::ffi::c_void;
 
 use ddtas::backend::cuda::CudaBackend;
-use ddtas::backend::device::{Options, ResidentBatch, ResidentRows, ResidentType};
+use ddtas::backend::device::{ElementType, Options, ResidentBatch, ResidentRows};
 use ddtas::loss;
 use ddtas::retrieval::recall_by;
 use dlpark::DlpackFlags;
@@ -16,12 +16,12 @@ use half::{bf16, f16};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
-use crate::context::{Found, Worth, found, judge_batch, positive};
+use crate::context::{Found, Worth, depths, found, judge_batch};
 use crate::error::raise;
 use crate::input::dtype_name;
 use crate::resident::{Issued, Place, Spaces, Where};
 use crate::settings::Settings;
-use crate::sides::{Sides, unit_check};
+use crate::sides::{SEARCH, Sides, unit_check};
 
 /// Workspaces on GPUs. `budget`: bytes for the candidates of all tiles, the library's if left out; `allow_tf32`: float32 rows
 /// may be multiplied to TF32's precision.
@@ -138,12 +138,12 @@ impl Side {
     }
 }
 
-fn resident_type(rows: &Resident) -> PyResult<ResidentType> {
+fn resident_type(rows: &Resident) -> PyResult<ElementType> {
     let dtype = rows.dtype;
     match () {
-        () if dtype.is::<f32>() => Ok(ResidentType::F32),
-        () if dtype.is::<f16>() => Ok(ResidentType::F16),
-        () if dtype.is::<bf16>() => Ok(ResidentType::Bf16),
+        () if dtype.is::<f32>() => Ok(ElementType::F32),
+        () if dtype.is::<f16>() => Ok(ElementType::F16),
+        () if dtype.is::<bf16>() => Ok(ElementType::Bf16),
         () => Err(PyTypeError::new_err("embeddings on a GPU must be float32, float16 or bfloat16")),
     }
 }
@@ -259,7 +259,7 @@ impl CudaContext {
     }
 
     /// As `Context.judge`, on rows in the host's memory that go to the GPU in turns.
-    #[pyo3(signature = (place, queries, labels, gallery, gallery_labels, identity, deepest))]
+    #[pyo3(signature = (place, queries, labels, gallery, gallery_labels, identity, ks))]
     #[allow(clippy::too_many_arguments)]
     fn judge<'py>(
         &self,
@@ -270,12 +270,12 @@ impl CudaContext {
         gallery: Option<&Bound<'py, PyAny>>,
         gallery_labels: Option<&Bound<'py, PyAny>>,
         identity: Option<&Bound<'py, PyAny>>,
-        deepest: Bound<'py, PyAny>,
+        ks: Vec<Bound<'py, PyAny>>,
     ) -> PyResult<Worth> {
-        let deepest = positive(&[deepest])?;
-        let sides = Sides::new((queries, labels), (gallery, gallery_labels), identity)?;
+        let ks = depths(&ks)?;
+        let sides = Sides::new(&SEARCH, (queries, labels), (gallery, gallery_labels), identity)?;
         let batch = sides.batch(false, unit_check(true))?;
-        let worth = self.compute(py, place.0, place.1, |backend| judge_batch(backend, &batch, &deepest))?;
+        let worth = self.compute(py, place.0, place.1, |backend| judge_batch(backend, &batch, &ks))?;
         Ok(worth.into_python(py))
     }
 
@@ -287,16 +287,16 @@ impl CudaContext {
         ks: Vec<Bound<'_, PyAny>>,
         stream: usize,
     ) -> PyResult<Found> {
-        let ks = positive(&ks)?;
+        let ks = depths(&ks)?;
         let side = Side::new("queries", &rows, &Stream(stream))?;
         let batch = batch_of(std::slice::from_ref(&side), true)?;
         let ordinal = side.rows.device.device_id as usize;
         let recall = self.compute(py, ordinal, stream, |backend| {
-            // SAFETY: as in `loss`; `side` holds the tensors.
+            // SAFETY: as in `threshold_gradient`; `side` holds the tensors.
             let labels = unsafe { backend.labels_resident(&batch.anchors) }?;
-            recall_by(&labels, &ks, |picked, depth| {
+            recall_by(&labels, &ks, &mut |picked, k| {
                 // SAFETY: as above.
-                unsafe { backend.nearest_resident(&batch, picked, depth) }
+                unsafe { backend.nearest_resident(&batch, Some(picked), k) }
             })
         })?;
         drop(side);

@@ -432,3 +432,15 @@ fn within_range(name: &str, label: u64) -> PyResult<i64> {
     let message = || format!("label {label} of the {name} is beyond int64");
     i64::try_from(label).map_err(|_| PyValueError::new_err(message()))
 }
+
+/// An integer that the machine counts to, from 0.
+///
+/// # Errors
+/// `TypeError` for what is no integer, `ValueError` for one that is out of range.
+pub fn whole(value: &Bound<'_, PyAny>, name: &str, range: &str) -> PyResult<usize> {
+    let refused = |error: PyErr| match error.is_instance_of::<PyTypeError>(value.py()) {
+        true => PyTypeError::new_err(format!("{name} = {value} must be an integer")),
+        false => PyValueError::new_err(format!("{name} = {value} is out of range: {range}")),
+    };
+    value.extract::<usize>().map_err(refused)
+}

@@ -8,7 +8,6 @@ use ddtas::Error;
 use ddtas::backend::cuda::{CudaBackend, CudaDevice};
 use ddtas::backend::device::{
     Options, ResidentBatch, ResidentIdentity, ResidentOutput, ResidentPart, ResidentRows, ResidentSettings,
-    ResidentType,
 };
 use ddtas::process::PerProcess;
 use pyo3::exceptions::PyTypeError;
@@ -16,6 +15,7 @@ use pyo3::prelude::*;
 
 use crate::settings::Settings;
 use crate::sides::unit_check;
+use crate::tensors::element_type;
 
 /// Address of the rows and of their int64 labels, how many there are and of how many dimensions, their type, and the address
 /// of the gradient, or 0.
@@ -122,14 +122,8 @@ impl Issued {
             }
             _ => return Err(PyTypeError::new_err("rows of both sides must have one type and one dimension")),
         };
-        let dtype = match anchors.4 {
-            0 => ResidentType::F32,
-            1 => ResidentType::F16,
-            2 => ResidentType::Bf16,
-            _ => {
-                return Err(PyTypeError::new_err("embeddings on a GPU must be float32, float16 or bfloat16"));
-            }
-        };
+        let refused = || PyTypeError::new_err("embeddings on a GPU must be float32, float16 or bfloat16");
+        let dtype = element_type(anchors.4).ok_or_else(refused)?;
         let identity = match identity {
             0 => ResidentIdentity::ByValue,
             address => ResidentIdentity::List(address as u64),
