@@ -71,7 +71,7 @@ fn golden_cases_agree_on_a_stream_of_the_caller() {
 #[test]
 fn tf32_products_are_those_of_the_rounded_rows() {
     for budget in [Options::default().budget, 0] {
-        let Some(mut backend) = gpu(cuda::open(0, Options { exact: false, budget })) else { return };
+        let Some(mut backend) = gpu(cuda::open(0, Options { tf32: true, budget })) else { return };
         cases::run_all_tf32(&mut *backend, cases::golden());
         cases::run_all_tf32(&mut *backend, cases::generated_to_round());
     }

@@ -192,7 +192,7 @@ fn after_the_first_call_of_a_shape_nothing_is_allocated_copied_waited_for_or_loo
     let (anchors, references) = (side(90, address), Some(side(200, 0)));
     let batch = ResidentBatch { dim: 2, dtype, anchors, references, check };
     let part =
-        ResidentPart { batch, identity: ResidentIdentity::FromAt(address), total: 200, any_length: false };
+        ResidentPart { batch, identity: ResidentIdentity::FromAt(address), total: 200, normalize: false };
     let square = ResidentBatch { anchors: side(200, address), references: None, ..batch };
     let whole = ResidentPart { batch: square, ..part };
     let settings = ResidentSettings { settings: LossSettings::default(), lambda: address };
@@ -252,7 +252,7 @@ fn a_device_follows_its_caller_from_stream_to_stream_and_into_a_capture() {
         };
         let (dtype, check) = (ElementType::F32, UnitCheck::Check);
         let batch = ResidentBatch { dim: 2, dtype, anchors, references: None, check };
-        ResidentPart { batch, identity: ResidentIdentity::ByValue, total: count, any_length: false }
+        ResidentPart { batch, identity: ResidentIdentity::ByValue, total: count, normalize: false }
     };
     let settings = ResidentSettings { settings: LossSettings::default(), lambda: 0 };
     let output = ResidentOutput { scalars: address, loss: 0 };

@@ -67,10 +67,10 @@ fn a_square_loss() {
 fn rows_that_are_rounded_are_f16_once_they_are_prepared() {
     let (e, labels) = rows(200);
     let of_device = |device: EmulatedDevice| {
-        let options = Options { budget: EVERYTHING, exact: false };
+        let options = Options { budget: EVERYTHING, tf32: true };
         launched(&mut DeviceBackend::new(device.with_multiprocessors(16), options), |backend| {
             let batch = Batch::square(e.view(), &labels);
-            backend.loss_of_any_length(&batch, &LossSettings::default(), &mut LossOutput::default()).unwrap();
+            backend.normalized_loss(&batch, &LossSettings::default(), &mut LossOutput::default()).unwrap();
         })
     };
     let first = ["order_tiles", "prepare_rounded_f32", "same_class_f16", "sweep_f16", "select_stored"];
@@ -127,9 +127,9 @@ fn a_loss_of_resident_rows_and_one_that_nobody_waits_for() {
         unsafe { backend.loss_resident(&batch, &settings, &mut output) }.unwrap();
     });
     assert_launches(&waited, (7, 0));
-    let enqueued = |any_length| {
+    let enqueued = |normalize| {
         launched(&mut backend(EVERYTHING), |backend| {
-            let part = ResidentPart { batch, identity: ResidentIdentity::ByValue, total: 200, any_length };
+            let part = ResidentPart { batch, identity: ResidentIdentity::ByValue, total: 200, normalize };
             let settings = ResidentSettings { settings: LossSettings::default(), lambda: 0 };
             let mut scalars = [0u64; size_of::<LossScalars>() / 8];
             let output = ResidentOutput { scalars: scalars.as_mut_ptr() as u64, loss: 0 };
@@ -151,7 +151,7 @@ fn the_steps_of_a_part() {
     let (dtype, check) = (ElementType::F32, UnitCheck::Check);
     let references = Some(resident(&e, &labels, 0));
     let batch = ResidentBatch { dim: 2, dtype, anchors, references, check };
-    let part = ResidentPart { batch, identity: ResidentIdentity::From(0), total: 200, any_length: false };
+    let part = ResidentPart { batch, identity: ResidentIdentity::From(0), total: 200, normalize: false };
     let settings = ResidentSettings { settings: LossSettings::default(), lambda: 0 };
     // Numbers of 0 are as good as any: every list may be one.
     let mut list = vec![0u64; 400];

@@ -3,14 +3,13 @@
 //! On the emulated device, whose memory is the host's.
 
 use ddtas::backend::cpu::CpuBackend;
-use ddtas::backend::device::params::LossScalars;
 use ddtas::backend::device::{
     DeviceBackend, ElementType, Options, ResidentBatch, ResidentIdentity, ResidentNumbers, ResidentOutput,
     ResidentPart, ResidentRows, ResidentSettings,
 };
 use ddtas::backend::emulated::EmulatedDevice;
 use ddtas::backend::{Backend, Nearest, Picked};
-use ddtas::loss::{Batch, Embeddings, LossOutput, LossSettings, Rows, UnitCheck};
+use ddtas::loss::{Batch, Embeddings, LossOutput, LossScalars, LossSettings, Rows, UnitCheck};
 use ddtas::retrieval::{recall, recall_by};
 use ddtas::{Error, Result};
 use ddtas_cases::parts::loss_in_parts;
@@ -61,24 +60,16 @@ fn square_form_gives_the_same_bits() {
 }
 
 #[test]
-fn the_scalars_of_a_resident_loss_are_left_on_the_device() {
+fn pairs_of_anchors_that_do_not_enter_the_loss_are_not_counted_as_mined() {
     // Classes lie apart, so that an anchor keeps positives and no negative; but two that lie together.
     let (_, labels) = rows(140, 0.0);
     let angle = |i: usize| (i / 3).max(1) as f32 * 0.13 + (i % 3) as f32 * 0.01;
     let e = Array2::from_shape_fn((140, 2), |(i, d)| if d == 0 { angle(i).cos() } else { angle(i).sin() });
     let mut gradient = Array2::zeros((140, 2));
-    let batch = batch(resident(&e, &labels, &mut gradient), None);
     let settings = LossSettings { gamma: 0.05, ..LossSettings::default() };
     let (mut backend, mut output) = (backend(), LossOutput::default());
-    assert!(matches!(backend.scalars_of_last_loss(), Err(Error::OutOfOrder(_))));
-    // SAFETY: as in `run`.
-    unsafe { backend.loss_resident(&batch, &settings, &mut output) }.unwrap();
-    let address = backend.scalars_of_last_loss().unwrap();
-    // SAFETY: the emulated device's memory is the host's, and nothing writes to it now.
-    let scalars = unsafe { std::ptr::with_exposed_provenance::<LossScalars>(address as usize).read() };
+    let scalars = enqueue_on(&mut backend, &settings, (&e, &labels), &mut gradient, false).unwrap();
     backend.anchors_of_last_loss(&mut output).unwrap();
-    assert_eq!((scalars.loss, scalars.dloss_dlambda_pos), (output.loss, output.dloss_dlambda_pos));
-    assert_eq!((scalars.total_pos, scalars.total_neg), (output.total_pos, output.total_neg));
     assert_eq!((scalars.mined_pos, scalars.mined_neg), output.mined());
     let kept: u64 = output.count_pos.iter().chain(&output.count_neg).map(|&count| u64::from(count)).sum();
     assert!(scalars.mined_neg > 0 && kept > scalars.mined_pos + scalars.mined_neg, "{kept}");
@@ -295,7 +286,7 @@ fn part_of<'a>(
         labels: whole.labels + (range.start * size_of::<i64>()) as u64,
         gradient: gradient.as_mut_ptr() as u64,
     };
-    ResidentPart { batch: batch(own, Some(whole)), identity, total: labels.len(), any_length: false }
+    ResidentPart { batch: batch(own, Some(whole)), identity, total: labels.len(), normalize: false }
 }
 
 #[test]
@@ -372,18 +363,25 @@ fn enqueue(
     e: &Array2<f32>,
     labels: &[i64],
     gradient: &mut Array2<f32>,
-    any_length: bool,
+    normalize: bool,
+) -> Result<LossScalars> {
+    enqueue_on(&mut backend(), &LossSettings::default(), (e, labels), gradient, normalize)
+}
+
+fn enqueue_on(
+    backend: &mut DeviceBackend<EmulatedDevice>,
+    settings: &LossSettings,
+    (e, labels): (&Array2<f32>, &[i64]),
+    gradient: &mut Array2<f32>,
+    normalize: bool,
 ) -> Result<LossScalars> {
     let batch = batch(resident(e, labels, gradient), None);
-    let part = ResidentPart { batch, identity: ResidentIdentity::ByValue, total: labels.len(), any_length };
-    let given = ResidentSettings { settings: LossSettings::default(), lambda: 0 };
-    let mut scalars = [0u64; size_of::<LossScalars>() / 8];
-    let mut loss = 0.0f32;
-    let output = ResidentOutput { scalars: scalars.as_mut_ptr() as u64, loss: &raw mut loss as u64 };
+    let part = ResidentPart { batch, identity: ResidentIdentity::ByValue, total: labels.len(), normalize };
+    let given = ResidentSettings { settings: *settings, lambda: 0 };
+    let (mut scalars, mut loss) = (LossOutput::default().scalars(), 0.0f32);
+    let output = ResidentOutput { scalars: &raw mut scalars as u64, loss: &raw mut loss as u64 };
     // SAFETY: the addresses of matrices that outlive the call, and of the figures.
-    unsafe { backend().enqueue_loss(&part, &given, output) }?;
-    // SAFETY: as many bytes, as aligned, and every bit pattern is a value of its numbers.
-    let scalars = unsafe { scalars.as_ptr().cast::<LossScalars>().read() };
+    unsafe { backend.enqueue_loss(&part, &given, output) }?;
     assert_eq!(loss.to_bits(), (scalars.loss as f32).to_bits());
     Ok(scalars)
 }
@@ -415,7 +413,7 @@ fn a_loss_of_rows_of_any_length_that_nobody_waits_for_gives_the_bits_of_one_that
     let e = unit * 3.0;
     let settings = LossSettings::default();
     let mut host = LossOutput::default();
-    backend().loss_of_any_length(&Batch::square(e.view(), &labels), &settings, &mut host).unwrap();
+    backend().normalized_loss(&Batch::square(e.view(), &labels), &settings, &mut host).unwrap();
     let mut gradient = Array2::from_elem((200, 2), f32::NAN);
     let scalars = enqueue(&e, &labels, &mut gradient, true).unwrap();
     assert_eq!(scalars.loss, host.loss);

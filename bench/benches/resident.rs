@@ -61,7 +61,7 @@ fn main() -> ExitCode {
 
 fn time(arguments: &Arguments) -> std::result::Result<String, Box<dyn std::error::Error>> {
     let file = arguments.settings.embeddings.as_ref().ok_or("name a file of rows: --embeddings FILE")?;
-    let options = Options { budget: arguments.budget, exact: !arguments.settings.device.tf32 };
+    let options = Options { budget: arguments.budget, tf32: arguments.settings.device.tf32 };
     let opened = || Ok(Box::new(Resident::new(options)?) as Box<dyn Backend>);
     let embeddings = read(file)?;
     let compared =

@@ -13,12 +13,12 @@ __all__ = [
     "LossOutput",
     "__version__",
     "_initial_tolerances",
-    "_lead_back_at",
+    "_normalize_backward_at",
     "_loss_at",
     "_norm_tolerance",
     "_read_scalars",
     "_refuse_anchor",
-    "_unit_rows_at",
+    "_normalize_at",
     "address_of",
     "check_settings",
     "has_cuda",
@@ -192,5 +192,5 @@ def _loss_at(
     flags: tuple[bool, bool, bool],
     answers: Sequence[int],
 ) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.floating] | None, list[float]]: ...
-def _unit_rows_at(context: Context, rows: _Place, unit: int) -> None: ...
-def _lead_back_at(context: Context, rows: _Place, gradient: int) -> None: ...
+def _normalize_at(context: Context, rows: _Place, unit: int) -> None: ...
+def _normalize_backward_at(context: Context, rows: _Place, gradient: int) -> None: ...

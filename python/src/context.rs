@@ -168,8 +168,8 @@ impl Context {
         part.threshold_gradient(py, self, tangent, reference_tangent)
     }
 
-    /// What each query's list is worth: the place of the first answer, R-precision and average precision at R, and the
-    /// query's label. NaN where a query has no answer, and -1 for a place beyond its list.
+    /// What each query's list is worth: the place of the first answer, R-precision and average precision at
+    /// R, and the query's label. NaN where a query has no answer, and -1 for a place beyond its list.
     #[pyo3(signature = (queries, labels, gallery, gallery_labels, identity, ks))]
     #[allow(clippy::too_many_arguments)]
     fn judge<'py>(
@@ -204,8 +204,8 @@ impl Context {
         self.compute(py, |backend| nmi(backend, &rows, NMI_STEPS, seed, &mut |_| {}))
     }
 
-    /// Recall@K of every row searched among the others: pairs of K and the share of answered queries, how many
-    /// queries were counted, and how many had nothing to find.
+    /// Recall@K of every row searched among the others: pairs of K and the share of answered queries, how
+    /// many queries were counted, and how many had nothing to find.
     fn recall_at_k<'py>(
         &self,
         py: Python<'py>,

@@ -19,19 +19,20 @@ use pyo3::prelude::*;
 use crate::context::{Found, Worth, depths, found, judge_batch};
 use crate::error::raise;
 use crate::input::dtype_name;
-use crate::resident::{Issued, Place, Spaces, Where};
+use crate::resident::{Issued, Spaces, Target, Where};
 use crate::settings::Settings;
 use crate::sides::{SEARCH, Sides, unit_check};
 
-/// Workspaces on GPUs. `budget`: bytes for the candidates of all tiles, the library's if left out; `allow_tf32`: float32 rows
-/// may be multiplied to TF32's precision.
+/// Workspaces on GPUs. `budget`: bytes for the candidates of all tiles, the library's if left out;
+/// `allow_tf32`: float32 rows may be multiplied to TF32's precision.
 #[pyclass(frozen, module = "ddtas")]
 pub struct CudaContext(Spaces);
 
 /// The stream that the tensors must be ready on.
 struct Stream(usize);
 
-// SAFETY: the address is that of a live stream of the tensors' device, by the caller's word; null is the default stream.
+// SAFETY: the address is that of a live stream of the tensors' device, by the caller's word; null is the
+// default stream.
 unsafe impl DlpackStream for Stream {
     fn as_python_arg(&self, _py: Python<'_>, _device: DLDevice) -> PyResult<StreamArg> {
         Ok(stream_argument(self.0 as *mut c_void))
@@ -189,18 +190,19 @@ impl CudaContext {
     #[pyo3(signature = (budget = None, allow_tf32 = false))]
     fn new(budget: Option<usize>, allow_tf32: bool) -> Self {
         let budget = budget.unwrap_or(Options::default().budget);
-        Self(Spaces::new(Options { budget, exact: !allow_tf32 }))
+        Self(Spaces::new(Options { budget, tf32: allow_tf32 }))
     }
 
-    /// Issues the loss of one side among itself, or of the first against the second, and waits for nothing: gradients
-    /// and scalars are written where the addresses say. See `resident.rs`, which `ddtas.torch` alone calls.
+    /// Issues the loss of one side among itself, or of the first against the second, and waits for nothing:
+    /// gradients and scalars are written where the addresses say. See `resident.rs`, which `ddtas.torch`
+    /// alone calls.
     #[pyo3(signature = (place, sides, identity, lambdas, mining, numbers, check, output, normalize = false))]
     #[allow(clippy::too_many_arguments)]
     fn enqueue_loss(
         &self,
         py: Python<'_>,
         place: Where,
-        sides: Vec<Place>,
+        sides: Vec<Target>,
         identity: usize,
         lambdas: usize,
         mining: &str,
@@ -211,8 +213,8 @@ impl CudaContext {
     ) -> PyResult<()> {
         let settings = Settings::of_numbers(mining, numbers);
         let issued = Issued::new(&sides, (identity, lambdas), output, &settings, (check, normalize))?;
-        // SAFETY: `ddtas.torch` has checked the tensors and holds them until everything is issued; torch gives their memory to
-        // nobody before this stream is through.
+        // SAFETY: `ddtas.torch` has checked the tensors and holds them until everything is issued; torch
+        // gives their memory to nobody before this stream is through.
         self.compute(py, place.0, place.1, |backend| unsafe { issued.issue(backend) })
     }
 
@@ -248,8 +250,9 @@ impl CudaContext {
         let ordinal = sides[0].rows.device.device_id as usize;
         let sums = self.compute(py, ordinal, stream, |backend| {
             let mut output = loss::LossOutput::default();
-            // SAFETY: types, shapes and device of every tensor were checked above; `sides` and `held` hold them until the call
-            // has waited for the GPU; the protocol made them ready on this stream; the gradient is a fresh tensor.
+            // SAFETY: types, shapes and device of every tensor were checked above; `sides` and `held` hold
+            // them until the call has waited for the GPU; the protocol made them ready on this stream; the
+            // gradient is a fresh tensor.
             unsafe { backend.loss_resident(&batch, &settings, &mut output) }?;
             // SAFETY: as above.
             unsafe { backend.hypergradient_resident(&batch, addresses) }

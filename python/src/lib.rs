@@ -95,7 +95,7 @@ fn _loss_at(
     numbers: [f64; 8],
     flags: tensors::Flags,
     answers: [usize; 2],
-) -> PyResult<tensors::Found> {
+) -> PyResult<tensors::Answers> {
     let settings = settings::Settings::of_numbers(mining, numbers).to_library()?;
     // SAFETY: `ddtas.torch` holds the tensors and has checked them.
     unsafe { tensors::loss(py, context, (rows, references), identity, &settings, flags, answers) }
@@ -103,26 +103,26 @@ fn _loss_at(
 
 /// Rows at unit length by addresses: see `tensors.rs`.
 #[pyfunction]
-fn _unit_rows_at(
+fn _normalize_at(
     py: Python<'_>,
     context: &workspace::Context,
     rows: tensors::Place,
     unit: usize,
 ) -> PyResult<()> {
     // SAFETY: `ddtas.torch` holds the tensors and has made them of one size.
-    unsafe { tensors::unit_rows(py, context, rows, unit) }
+    unsafe { tensors::normalize(py, context, rows, unit) }
 }
 
 /// The way back of their gradient.
 #[pyfunction]
-fn _lead_back_at(
+fn _normalize_backward_at(
     py: Python<'_>,
     context: &workspace::Context,
     rows: tensors::Place,
     gradient: usize,
 ) -> PyResult<()> {
     // SAFETY: as above.
-    unsafe { tensors::lead_back(py, context, rows, gradient) }
+    unsafe { tensors::normalize_backward(py, context, rows, gradient) }
 }
 
 /// The compiled part of the package.
@@ -141,6 +141,6 @@ fn _ddtas(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(_refuse_anchor, module)?)?;
     module.add_function(wrap_pyfunction!(_read_scalars, module)?)?;
     module.add_function(wrap_pyfunction!(_loss_at, module)?)?;
-    module.add_function(wrap_pyfunction!(_unit_rows_at, module)?)?;
-    module.add_function(wrap_pyfunction!(_lead_back_at, module)?)
+    module.add_function(wrap_pyfunction!(_normalize_at, module)?)?;
+    module.add_function(wrap_pyfunction!(_normalize_backward_at, module)?)
 }

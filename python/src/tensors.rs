@@ -1,7 +1,7 @@
 //! The loss of tensors by their addresses: what `ddtas.torch` calls on the processor.
 //!
-//! An exchange by DLPack takes some microseconds a tensor, as long as a tenth of the loss at 80 rows. `ddtas/torch/operator.py`
-//! is the only caller, and checks types, shapes, layout and device.
+//! An exchange by DLPack takes some microseconds a tensor, as long as a tenth of the loss at 80 rows.
+//! `ddtas/torch/operator.py` is the only caller, and checks types, shapes, layout and device.
 
 use ddtas::loss::{
     Batch, DoubleBatch, DoubleRows, ElementType, Embeddings, Identity, LossOutput, LossScalars, LossSettings,
@@ -18,14 +18,15 @@ use crate::output::matrix;
 use crate::sides::unit_check;
 use crate::workspace::Context;
 
-/// Address of the rows and of their int64 labels, how many there are and of how many dimensions, and their type.
+/// Address of the rows and of their int64 labels, how many there are and of how many dimensions, and their
+/// type.
 pub type Place = (usize, usize, usize, usize, u8);
 
 /// Whether rows are normalised first, whether the references get a gradient, and whether rows are checked.
 pub type Flags = (bool, bool, bool);
 
 /// dL/d(rows) and dL/d(references), as arrays that own the library's memory, and the statistics once more.
-pub type Found = (Py<PyAny>, Option<Py<PyAny>>, [f64; STATISTICS]);
+pub type Answers = (Py<PyAny>, Option<Py<PyAny>>, [f64; STATISTICS]);
 
 /// Entries of the statistics: `ddtas/torch/operator.py` names them.
 pub const STATISTICS: usize = 14;
@@ -86,12 +87,13 @@ unsafe fn double_rows<'a>(place: Place) -> PyResult<DoubleRows<'a>> {
     Ok(DoubleRows { embeddings, labels: unsafe { slice(place.1, place.2) } })
 }
 
-/// Evaluates the loss, and writes it and the statistics to the two addresses of `answers`. `identity` is the address of an
-/// int64 for each row, or 0.
+/// Evaluates the loss, and writes it and the statistics to the two addresses of `answers`. `identity` is the
+/// address of an int64 for each row, or 0.
 ///
 /// # Safety
-/// Every address leads to live memory of the host, of the length and type that its place states; that of the loss to a
-/// float32 (float64 for float64 rows), that of the statistics to [`STATISTICS`] float64. Nobody writes there meanwhile, or reads the answers.
+/// Every address leads to live memory of the host, of the length and type that its place states; that of the
+/// loss to a float32 (float64 for float64 rows), that of the statistics to [`STATISTICS`] float64. Nobody
+/// writes there meanwhile, or reads the answers.
 pub unsafe fn loss(
     py: Python<'_>,
     context: &Context,
@@ -100,7 +102,7 @@ pub unsafe fn loss(
     settings: &LossSettings,
     (normalize, reference_gradient, check): Flags,
     [loss_at, statistics_at]: [usize; 2],
-) -> PyResult<Found> {
+) -> PyResult<Answers> {
     let known = match identity {
         0 => Known::ByValue,
         // SAFETY: the caller's promise.
@@ -130,7 +132,7 @@ pub unsafe fn loss(
         let output = context.compute(py, |backend| {
             let mut output = LossOutput::default();
             if normalize {
-                backend.loss_of_any_length(&batch, settings, &mut output)?;
+                backend.normalized_loss(&batch, settings, &mut output)?;
             } else {
                 ddtas::backend::Backend::loss(backend, &batch, settings, &mut output)?;
             }
@@ -152,11 +154,11 @@ pub unsafe fn loss(
 ///
 /// # Safety
 /// As [`loss`], for as many entries there as the rows have.
-pub unsafe fn unit_rows(py: Python<'_>, context: &Context, place: Place, unit: usize) -> PyResult<()> {
+pub unsafe fn normalize(py: Python<'_>, context: &Context, place: Place, unit: usize) -> PyResult<()> {
     // SAFETY: the caller's promise.
     let given = unsafe { unlabelled(place) }?;
     context.compute(py, |backend| {
-        let found = backend.unit_rows(&given)?;
+        let found = backend.normalize(&given)?;
         match &found {
             // SAFETY: the caller's promise.
             Embeddings::F32(rows) => unsafe { copy(rows, unit) },
@@ -173,7 +175,12 @@ pub unsafe fn unit_rows(py: Python<'_>, context: &Context, place: Place, unit: u
 ///
 /// # Safety
 /// As [`loss`], for as many float32 there as the rows have entries.
-pub unsafe fn lead_back(py: Python<'_>, context: &Context, place: Place, gradient: usize) -> PyResult<()> {
+pub unsafe fn normalize_backward(
+    py: Python<'_>,
+    context: &Context,
+    place: Place,
+    gradient: usize,
+) -> PyResult<()> {
     // SAFETY: the caller's promise.
     let given = unsafe { unlabelled(place) }?;
     let count = place.2 * place.3;
@@ -183,7 +190,7 @@ pub unsafe fn lead_back(py: Python<'_>, context: &Context, place: Place, gradien
     // SAFETY: the caller's promise; there is an entry, so the address is one.
     let gradient =
         unsafe { std::slice::from_raw_parts_mut(std::ptr::with_exposed_provenance_mut(gradient), count) };
-    context.compute(py, |backend| backend.lead_back(&given, gradient))
+    context.compute(py, |backend| backend.normalize_backward(&given, gradient))
 }
 
 /// # Safety
@@ -203,7 +210,8 @@ unsafe fn copy<T: Copy>(rows: &ArrayView2<'_, T>, to: usize) {
     }
 }
 
-/// The numbers of a loss in the order that `ddtas/torch/operator.py` names them, without that of ignored rows.
+/// The numbers of a loss in the order that `ddtas/torch/operator.py` names them, without that of ignored
+/// rows.
 pub fn statistics(scalars: &LossScalars) -> [f64; STATISTICS - 1] {
     [
         scalars.loss,

@@ -35,7 +35,8 @@ pub fn check_typed<T>(name: &str, address: *const T) -> Outcome<()> {
 /// fields of a newer header than ours must be zero, which is to say unused.
 ///
 /// # Safety
-/// `pointer` is NULL, misaligned, or leads to a `usize` and, if that is a size within the limits, to as many bytes.
+/// `pointer` is NULL, misaligned, or leads to a `usize` and, if that is a size within the limits, to as many
+/// bytes.
 pub unsafe fn read<T: Versioned>(pointer: *const T) -> Outcome<T> {
     check_typed(T::NAME, pointer)?;
     // SAFETY: the caller's promise; `check_typed` checked the alignment.
@@ -260,7 +261,8 @@ impl CheckedRows {
         }
         loss::validate_dims(first.extent.dim, rows.extent.dim)?;
         if rows.memory == Memory::Device && !matches!(rows.identity, CheckedIdentity::ByValue) {
-            let message = "identity by index takes rows in host memory only: rows in device memory are not supported yet";
+            let message = "identity by index takes rows in host memory only: \
+                           rows in device memory are not supported yet";
             return Err(Failure::new(Status::Unavailable, message));
         }
         Ok(Some(rows))
@@ -352,7 +354,7 @@ pub struct RowBuffer {
     no_labels: Vec<i64>,
 }
 
-/// A float matrix of the caller, checked: a tangent.
+/// A tangent of the caller's: in place, or gathered if its rows are strided.
 ///
 /// # Safety
 /// The memory is the host's, as long as `extent` says, and nobody writes to it during `'a`.

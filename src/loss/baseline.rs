@@ -6,8 +6,9 @@
 //!
 //! * contrastive: positives `1 - S`, negatives `max(0, S - lambda_neg)`, each kind averaged over its non-zero
 //!   terms (ContrastiveLoss of pytorch-metric-learning on cosine similarity, margins 1 and 0.5);
-//! * multi-similarity (Wang et al., CVPR 2019, eq. 14): alpha 2, beta 50, base `lambda_neg`, mean over anchors. Its
-//!   miner is [`Mining::Symmetric`](super::Mining::Symmetric) with the miner's epsilon as gamma (0.1).
+//! * multi-similarity (Wang et al., CVPR 2019, eq. 14): alpha 2, beta 50, base `lambda_neg`, mean over
+//!   anchors. Its miner is [`Mining::Symmetric`](super::Mining::Symmetric) with the miner's epsilon as gamma
+//!   (0.1).
 
 use std::fmt;
 use std::str::FromStr;
@@ -84,7 +85,8 @@ struct Evaluated {
 /// Mines a batch with `settings` and evaluates `loss` and its gradient into `output`.
 ///
 /// Mining, counts and thresholds are those of the DDTAS loss. The baselines take their margin from
-/// `lambda_neg` (both papers' is 0.5), and their derivatives with respect to it are given as 0. [`PairLoss::SoftContrastive`] gives the scalar truth.
+/// `lambda_neg` (both papers' is 0.5), and their derivatives with respect to it are given as 0.
+/// [`PairLoss::SoftContrastive`] gives the scalar truth.
 ///
 /// # Errors
 /// As [`reference()`].

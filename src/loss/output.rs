@@ -67,15 +67,16 @@ impl Default for LossOutput {
 }
 
 impl LossOutput {
-    /// Pairs that enter the loss: the sizes of both sets, summed over active anchors. After the steps of a part, where an
-    /// anchor may be active by what other parts found, this is [`mined_of_part`](Self::mined_of_part).
+    /// Pairs that enter the loss: the sizes of both sets, summed over active anchors. After the steps of a
+    /// part, where an anchor may be active by what other parts found, this is
+    /// [`mined_of_part`](Self::mined_of_part).
     #[must_use]
     pub fn mined(&self) -> (u64, u64) {
         self.mined_of_part(&self.count_pos, &self.count_neg)
     }
 
-    /// The part's own pairs that enter the loss: the sizes of its sets, summed over the anchors that are active by the sizes
-    /// over all parts.
+    /// The part's own pairs that enter the loss: the sizes of its sets, summed over the anchors that are
+    /// active by the sizes over all parts.
     #[must_use]
     pub fn mined_of_part(&self, count_pos: &[u32], count_neg: &[u32]) -> (u64, u64) {
         let own = self.count_pos.iter().zip(&self.count_neg);

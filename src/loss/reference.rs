@@ -43,7 +43,8 @@ impl Reference {
 /// Evaluates mining, loss and gradient in float64.
 ///
 /// # Errors
-/// As [`Batch::validate`], and [`Error::NotFinite`](crate::Error::NotFinite) / [`Error::NotUnit`](crate::Error::NotUnit) for bad rows.
+/// As [`Batch::validate`], and [`Error::NotFinite`](crate::Error::NotFinite) /
+/// [`Error::NotUnit`](crate::Error::NotUnit) for bad rows.
 pub fn reference(batch: &Batch<'_>, settings: &LossSettings) -> Result<Reference> {
     settings.validate()?;
     batch.validate()?;
@@ -104,7 +105,8 @@ pub(super) fn gradients(
 /// references, `[N, D]` (zero if absent, and unused in the square form).
 ///
 /// # Errors
-/// As [`reference()`], and [`Error::LengthMismatch`](crate::Error::LengthMismatch) for a tangent of another shape.
+/// As [`reference()`], and [`Error::LengthMismatch`](crate::Error::LengthMismatch) for a tangent of another
+/// shape.
 pub fn reference_hypergradient(
     batch: &Batch<'_>,
     settings: &LossSettings,

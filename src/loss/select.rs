@@ -49,8 +49,8 @@ pub fn probe_tolerance(settings: &LossSettings) -> f64 {
     settings.gamma * settings.probe_ratio
 }
 
-/// The widest tolerance of a negative that is counted by the probe or may be mined: the negative tolerance never grows
-/// (SPEC 3), so a single sweep can collect the candidates.
+/// The widest tolerance of a negative that is counted by the probe or may be mined: the negative tolerance
+/// never grows (SPEC 3), so a single sweep can collect the candidates.
 #[must_use]
 pub fn candidate_tolerance(settings: &LossSettings) -> f64 {
     probe_tolerance(settings).max(initial_tolerances(settings).neg)

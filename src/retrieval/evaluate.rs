@@ -1,16 +1,16 @@
 //! Recall@K, R-precision and MAP@R of a whole test set.
 //!
-//! R-precision and MAP@R as defined by Musgrave, Belongie and Lim, "A Metric Learning Reality Check" (ECCV 2020): of a query
-//! with R answers, the share of answers among its R nearest, and the mean over ranks 1 to R of the precision
-//! at each rank that holds an answer (0 at the others).
+//! R-precision and MAP@R as defined by Musgrave, Belongie and Lim, "A Metric Learning Reality Check" (ECCV
+//! 2020): of a query with R answers, the share of answers among its R nearest, and the mean over ranks 1 to R
+//! of the precision at each rank that holds an answer (0 at the others).
 //!
-//! Queries are searched in turns of bounded size, those with few answers first, so that memory beside the embeddings is O(Q):
-//! a large class makes the lists of its own queries long, not everybody's.
+//! Queries are searched in turns of bounded size, those with few answers first, so that memory beside the
+//! embeddings is O(Q): a large class makes the lists of its own queries long, not everybody's.
 
 use ndarray::ArrayView1;
 
 use super::recall::{Hits, Recall, deepest, sorted};
-use super::rows::{Gathered, Kept, answers, with_row};
+use super::rows::{CopiedRows, KeptRows, answers, with_row};
 use crate::Result;
 use crate::backend::{Backend, Nearest, PreparedGallery};
 use crate::loss::{Identity, Rows, validate_identity, validate_rows};
@@ -41,13 +41,14 @@ pub struct Metrics {
 
 /// Searches every query and measures what its list is worth.
 ///
-/// Without a gallery the queries are searched among themselves, each left out of its own list. Rows with a negative
-/// label are neither queries nor answers, and stand in no list. A query without an answer is left out and counted in
-/// [`Recall::without_match`]; as an answer that is wrong for all others it stays. `progress` hears how many queries
-/// are done, of how many.
+/// Without a gallery the queries are searched among themselves, each left out of its own list. Rows with a
+/// negative label are neither queries nor answers, and stand in no list. A query without an answer is left
+/// out and counted in [`Recall::without_match`]; as an answer that is wrong for all others it stays.
+/// `progress` hears how many queries are done, of how many.
 ///
 /// # Errors
-/// Those of [`Backend::nearest`]; [`Error::InvalidSetting`](crate::Error::InvalidSetting) if a K is 0 or none is given.
+/// Those of [`Backend::nearest`]; [`Error::InvalidSetting`](crate::Error::InvalidSetting) if a K is 0 or none
+/// is given.
 pub fn evaluate(
     backend: &mut dyn Backend,
     queries: &Rows<'_>,
@@ -71,7 +72,8 @@ pub struct Sought<'a> {
     pub queries: Rows<'a>,
     /// `None`: the queries, each left out of its own list.
     pub gallery: Option<Rows<'a>>,
-    /// Which row of the gallery is a query itself: it is left out of the query's list. Without effect among the queries.
+    /// Which row of the gallery is a query itself: it is left out of the query's list. Without effect among
+    /// the queries.
     pub identity: Identity<'a>,
 }
 
@@ -125,11 +127,12 @@ pub struct Judged {
     pub average_precision: f64,
 }
 
-/// As [`evaluate`], query by query: `each` hears of every query that has an answer, in no order. Lists are long enough for
-/// the largest of `ks`.
+/// As [`evaluate`], query by query: `each` hears of every query that has an answer, in no order. Lists are
+/// long enough for the largest of `ks`.
 ///
 /// # Errors
-/// As [`evaluate`]; [`Error::InvalidSetting`](crate::Error::InvalidSetting) for an identity that is no row of the gallery or has another label than its query.
+/// As [`evaluate`]; [`Error::InvalidSetting`](crate::Error::InvalidSetting) for an identity that is no row of
+/// the gallery or has another label than its query.
 pub fn judge(
     backend: &mut dyn Backend,
     sought: &Sought<'_>,
@@ -155,17 +158,18 @@ pub(super) fn judge_within(
     let mut order = answerable(&answers);
     order.sort_by_key(|&query| depth(answers[query as usize] as usize));
 
-    let kept = gallery.map_or_else(|| Kept::new(queries), Kept::new);
+    let kept = gallery.map_or_else(|| KeptRows::new(queries), KeptRows::new);
     let length = |query: u32| {
-        // One more than asked for: where a query is in the set that it searches, it is found there too, and passed over.
+        // One more than asked for: where a query is in the set that it searches, it is found there too, and
+        // passed over.
         depth(answers[query as usize] as usize)
             .saturating_add(usize::from(sought.has_queries()))
             .min(kept.len())
     };
     let mut work = |gallery: &mut dyn PreparedGallery| {
-        let mut search = |turn: &[u32], longest: usize| {
+        let search = |turn: &[u32], longest: usize| {
             gallery
-                .nearest(&Gathered::new(queries, turn).rows(), longest)
+                .nearest(&CopiedRows::new(queries, turn).rows(), longest)
                 .map_err(|error| with_row(error, "queries", "queries", |row| turn[row]))
         };
         let mut judge = |query: u32, list: ArrayView1<'_, u32>| {
@@ -175,7 +179,7 @@ pub(super) fn judge_within(
             let right = others.map(|&index| kept.label(index) == label);
             each(&Judged::new(query as usize, right, answers[query as usize] as usize));
         };
-        room.search(&order, length, &mut search, &mut judge, progress)
+        room.search(&order, length, search, &mut judge, progress)
     };
     if order.is_empty() {
         return Ok(());
@@ -187,13 +191,13 @@ pub(super) fn judge_within(
 }
 
 impl Room {
-    /// Searches queries in turns, whose lists are as long as `length` says, ascending; `each` hears of every list, and
-    /// `progress` how many are done.
+    /// Searches queries in turns, whose lists are as long as `length` says, ascending; `each` hears of every
+    /// list, and `progress` how many are done.
     pub(super) fn search<E>(
         &self,
         queries: &[u32],
         length: impl Fn(u32) -> usize,
-        search: &mut dyn FnMut(&[u32], usize) -> Result<Nearest, E>,
+        mut search: impl FnMut(&[u32], usize) -> Result<Nearest, E>,
         each: &mut dyn FnMut(u32, ArrayView1<'_, u32>),
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<(), E> {
@@ -209,7 +213,8 @@ impl Room {
         Ok(())
     }
 
-    /// The queries of the next turn: as many as there is room for, at least one. The lengths of their lists ascend.
+    /// The queries of the next turn: as many as there is room for, at least one. The lengths of their lists
+    /// ascend.
     fn turn<'a>(&self, queries: &'a [u32], length: impl Fn(u32) -> usize) -> &'a [u32] {
         let most = queries.len().min(self.queries);
         let fits = (1..=most).rev().find(|&count| count * length(queries[count - 1]) <= self.entries);
@@ -292,8 +297,8 @@ mod tests {
         labels
     }
 
-    /// Corners of a cube of 16 dimensions, unit length: similarities are exact, and many are equal. Rows of a class share
-    /// most of their corners.
+    /// Corners of a cube of 16 dimensions, unit length: similarities are exact, and many are equal. Rows of a
+    /// class share most of their corners.
     fn corners(labels: &[i64], rng: &mut ChaCha8Rng) -> Array2<f32> {
         Array2::from_shape_fn((labels.len(), 16), |(row, d)| {
             let own = labels[row].wrapping_mul(2_654_435_761).wrapping_add(d as i64 * 40_503) >> 7 & 1;

@@ -8,8 +8,9 @@
 //! | `k_means.rs` | k-means of unit rows |
 //! | `mutual_information.rs` | how far clusters agree with classes: NMI |
 //!
-//! A search goes through [`Backend::nearest`](crate::backend::Backend::nearest) and never holds a Q x N matrix. Queries are
-//! searched among themselves, each left out of its own list, or in a gallery of their own.
+//! A search goes through [`Backend::nearest`](crate::backend::Backend::nearest) and never holds a Q x N
+//! matrix. Queries are searched among themselves, each left out of its own list, or in a gallery of their
+//! own.
 
 mod evaluate;
 mod k_means;

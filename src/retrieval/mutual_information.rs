@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use super::k_means::{KMeansSettings, k_means};
-use super::rows::{Kept, with_row};
+use super::rows::{KeptRows, with_row};
 use crate::backend::Backend;
 use crate::loss::{Embeddings, Rows, same_length, validate_rows};
 use crate::{Error, Result};
@@ -17,8 +17,8 @@ pub fn classes(labels: &[i64]) -> usize {
 /// Most steps of k-means for the NMI, unless stated otherwise.
 pub const NMI_STEPS: usize = 20;
 
-/// NMI of the rows' classes and as many clusters, by at most `steps` steps of k-means; ignored rows are left out, and of no row
-/// it is 1. `progress` hears each step.
+/// NMI of the rows' classes and as many clusters, by at most `steps` steps of k-means; ignored rows are left
+/// out, and of no row it is 1. `progress` hears each step.
 ///
 /// # Errors
 /// Those of [`k_means`]; [`Error::InvalidSetting`] unless the rows are float32.
@@ -30,7 +30,7 @@ pub fn nmi(
     progress: &mut dyn FnMut(usize),
 ) -> Result<f64> {
     validate_rows("queries", rows)?;
-    let kept = Kept::new(rows);
+    let kept = KeptRows::new(rows);
     let rows = kept.rows();
     let Embeddings::F32(values) = rows.embeddings else {
         let (value, range) = ("16-bit rows".into(), "float32 rows, for k-means");

@@ -28,13 +28,13 @@ impl Recall {
     }
 }
 
-/// Searches every query and counts hits: Recall@K alone of what [`evaluate`](super::evaluate()) finds, by lists as long as the
-/// largest K.
+/// Searches every query and counts hits: Recall@K alone of what [`evaluate`](super::evaluate()) finds, by
+/// lists as long as the largest K.
 ///
-/// Without a gallery the queries are searched among themselves, each left out of its own list. `ks` are the values of K,
-/// each at least 1. Rows with a negative label are neither queries nor answers, and stand in no list.
-/// A K beyond the rows there are to find is answered by a list of all of them. Memory beside the rows grows with the number
-/// of queries, whatever K: they are searched in turns.
+/// Without a gallery the queries are searched among themselves, each left out of its own list. `ks` are the
+/// values of K, each at least 1. Rows with a negative label are neither queries nor answers, and stand in no
+/// list. A K beyond the rows there are to find is answered by a list of all of them. Memory beside the rows
+/// grows with the number of queries, whatever K: they are searched in turns.
 ///
 /// # Errors
 /// Those of [`Backend::nearest`]; [`Error::InvalidSetting`] if a K is 0 or none is given.
@@ -63,7 +63,8 @@ pub(super) fn recall_within(
     Ok(hits.finish(queries.labels.len()))
 }
 
-/// [`recall`] of rows among themselves, which `search` alone can read: it answers lists as long as it is told.
+/// [`recall`] of rows among themselves, which `search` alone can read: it answers lists as long as it is
+/// told.
 ///
 /// # Errors
 /// Those of `search`; [`Error::InvalidSetting`] if a K is 0 or none is given.
@@ -77,7 +78,7 @@ pub fn recall_by<E: From<Error>>(
     // A query is found among the others, and passed over.
     let longest = deepest(&ks).saturating_add(1).min(kept.as_ref().map_or(labels.len(), Vec::len));
     let mut hits = Hits::new(ks);
-    let mut search = |turn: &[u32], k| search(&Picked { queries: turn, gallery: kept.as_deref() }, k);
+    let search = |turn: &[u32], k| search(&Picked { queries: turn, gallery: kept.as_deref() }, k);
     let original = |row: u32| kept.as_ref().map_or(row, |kept| kept[row as usize]);
     let mut add = |query: u32, list: ArrayView1<'_, u32>| {
         let found = list.iter().filter(|&&row| row != Nearest::NONE).map(|&row| original(row));
@@ -87,7 +88,7 @@ pub fn recall_by<E: From<Error>>(
     let queries = answerable(&answers(labels, None));
     // Rows that lie elsewhere are not copied.
     let room = Room { queries: usize::MAX, ..ROOM };
-    room.search(&queries, |_| longest, &mut search, &mut add, &mut |_, _| {})?;
+    room.search(&queries, |_| longest, search, &mut add, &mut |_, _| {})?;
     Ok(hits.finish(labels.len()))
 }
 

@@ -83,7 +83,10 @@ fn parts_on(first_seed: u64, hopper: bool, exact: bool) -> impl FnMut(usize) -> 
     move |part| {
         // The first part stores nothing.
         let budget = if part == 0 { 0 } else { Options::default().budget };
-        Box::new(DeviceBackend::new(device(first_seed + part as u64, hopper), Options { budget, exact }))
+        Box::new(DeviceBackend::new(
+            device(first_seed + part as u64, hopper),
+            Options { budget, tf32: !exact },
+        ))
     }
 }
 

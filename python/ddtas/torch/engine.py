@@ -81,7 +81,7 @@ def engine_of(key: int) -> Engine:
     return _engines.get(key, SHARED)
 
 
-def unit_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def normalize_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rows at unit length in float32 at least, and the two factors of their lengths, `[B, 1]`."""
     wide = rows if rows.dtype == torch.float64 else rows.float()
     # Squares of large or small entries would overflow or vanish: by the largest entry first, a constant that the
@@ -93,7 +93,7 @@ def unit_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return scaled / length, length, largest
 
 
-def led_back(gradient: Tensor, unit: Tensor, length: Tensor, largest: Tensor) -> Tensor:
+def normalize_backward(gradient: Tensor, unit: Tensor, length: Tensor, largest: Tensor) -> Tensor:
     """dL/d(rows) from the gradient by the rows at unit length: (g - (g . u) u) / |x|."""
     return (gradient - (gradient * unit).sum(1, keepdim=True) * unit) / length / largest
 

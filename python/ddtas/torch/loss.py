@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..settings import Mining, Settings
-from .engine import NO_INDICES, Engine, check_labels, check_pair, check_side, refuse_arguments, unit_rows
+from .engine import NO_INDICES, Engine, check_labels, check_pair, check_side, normalize_rows, refuse_arguments
 from .operator import CHECKED, STATISTICS, UNCHECKED, WAITED_FOR, check_one_device, loss_of
 from .parts import loss_of_ranks
 from .ranks import Ranks, Scale, between_graphs, telling
@@ -144,7 +144,7 @@ class SoftContrastiveLoss(nn.Module):
         """The rows as the loss compares them: of unit length, unless they are said to be already."""
         if not self.normalize_embeddings or embeddings.numel() == 0:
             return embeddings
-        return unit_rows(embeddings)[0].to(embeddings.dtype)
+        return normalize_rows(embeddings)[0].to(embeddings.dtype)
 
     def loss_of_unit_rows(
         self,

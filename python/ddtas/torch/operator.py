@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _ddtas
-from .engine import Engine, check_pair, engine_of, laid_out, led_back, unit_rows
+from .engine import Engine, check_pair, engine_of, laid_out, normalize_backward, normalize_rows
 
 STATISTICS = (
     "loss", "dloss_dlambda_pos", "dloss_dlambda_neg", "mean_pos", "mean_neg", "gamma_pos", "gamma_neg",
@@ -136,7 +136,7 @@ def _on_cpu(call: Call) -> Answers:
     unit: list[tuple[Tensor, Tensor, Tensor]] = []
     if kind == 3 and normalize and rows.shape[1]:
         # The scalar reference takes unit rows.
-        unit = [unit_rows(side) for side in (rows, references) if side is not None]
+        unit = [normalize_rows(side) for side in (rows, references) if side is not None]
         rows, references, normalize = unit[0][0], unit[-1][0] if len(unit) > 1 else None, False
     rows, labels = laid_out(rows), laid_out(labels)
     anchors = (rows.data_ptr(), labels.data_ptr(), *rows.shape, kind)
@@ -163,8 +163,8 @@ def _on_cpu(call: Call) -> Answers:
     gradient = torch.from_numpy(own)
     back = torch.empty(0, dtype=wide, device="cpu") if other is None else torch.from_numpy(other)
     if unit:
-        gradient = led_back(gradient, *unit[0])
-        back = back if other is None else led_back(back, *unit[1])
+        gradient = normalize_backward(gradient, *unit[0])
+        back = back if other is None else normalize_backward(back, *unit[1])
     return loss, gradient, back, statistics
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import _ddtas
 from ..part import Part
 from ..settings import Mining, Settings
-from .engine import Engine, engine_of, laid_out, unit_rows
+from .engine import Engine, engine_of, laid_out, normalize_rows
 from .operator import STATISTICS, TYPES, UNCHECKED, WORDS, Answers, Call
 from .operator import check_call, of_nothing, which_are_unit, with_lambdas
 from .ranks import Meeting, Ranks
@@ -74,10 +74,10 @@ def _unit_rows(where: Engine, call: Call) -> Tensor:
         return rows
     unit = rows
     if call.normalize and rows.device.type != "cpu":
-        unit = unit_rows(rows)[0].to(rows.dtype)
+        unit = normalize_rows(rows)[0].to(rows.dtype)
     elif call.normalize:
         unit = torch.empty_like(rows)
-        _ddtas._unit_rows_at(where.host, (rows.data_ptr(), 0, *rows.shape, TYPES[rows.dtype]), unit.data_ptr())
+        _ddtas._normalize_at(where.host, (rows.data_ptr(), 0, *rows.shape, TYPES[rows.dtype]), unit.data_ptr())
     if call.check != UNCHECKED:
         good = which_are_unit(unit)
         if not good.all():
@@ -162,7 +162,7 @@ class _HostSteps:
         if call.normalize and self.found.numel():
             rows = laid_out(call.rows.detach())
             place = (rows.data_ptr(), 0, *rows.shape, TYPES[rows.dtype])
-            _ddtas._lead_back_at(self.where.host, place, self.found.data_ptr())
+            _ddtas._normalize_backward_at(self.where.host, place, self.found.data_ptr())
         statistics = {
             "loss": loss.loss,
             "dloss_dlambda_pos": loss.dloss_dlambda_pos,

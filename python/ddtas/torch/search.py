@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import evaluation, functional
 from ..settings import Settings
-from .engine import SHARED, check_labels, check_pair, check_tensor, laid_out, unit_rows
+from .engine import SHARED, check_labels, check_pair, check_tensor, laid_out, normalize_rows
 from .operator import which_are_unit
 
 
@@ -19,7 +19,7 @@ def _unit(name: str, rows: Tensor) -> Tensor:
     rows = rows.detach()
     if rows.ndim != 2 or not rows.numel() or not rows.is_floating_point() or bool(which_are_unit(rows).all()):
         return rows
-    return unit_rows(rows)[0].to(rows.dtype)
+    return normalize_rows(rows)[0].to(rows.dtype)
 
 
 def _constant(name: str, rows: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 //! Fused similarity and top-K: each query's most similar references, without the Q x N matrix.
 //!
-//! A task takes a group of queries past all references, a block at a time: the block is packed once a group, and a
-//! few rows of S at a time are compared with each query's bound, the similarity of its k-th best so far. What exceeds it
-//! goes into the query's list, which is cut back to k whenever it is full. Memory beside the rows: a group's panels
-//! and lists for each thread, and the result.
+//! A task takes a group of queries past all references, a block at a time: the block is packed once a group,
+//! and a few rows of S at a time are compared with each query's bound, the similarity of its k-th best so
+//! far. What exceeds it goes into the query's list, which is cut back to k whenever it is full. Memory beside
+//! the rows: a group's panels and lists for each thread, and the result.
 
 use std::sync::Mutex;
 
@@ -21,8 +21,8 @@ use crate::Result;
 use crate::backend::{Nearest, PreparedGallery};
 use crate::loss::{Embeddings, Rows, check_unit, validate_dims, validate_rows};
 
-/// Most queries of a group, which share the packing of each block of references; their panels at D = 512 take 1.5 MB, and
-/// pass through the cache once a block.
+/// Most queries of a group, which share the packing of each block of references; their panels at D = 512 take
+/// 1.5 MB, and pass through the cache once a block.
 const MOST_QUERIES: usize = 768;
 
 /// Bytes of a group's lists; deeper lists mean smaller groups.
@@ -207,7 +207,8 @@ struct Lists {
     hits: Vec<u64>,
     /// Hits of each query.
     lengths: Vec<usize>,
-    /// Similarity of the k-th best at the last cut. References come in order of index, so a later one must exceed it.
+    /// Similarity of the k-th best at the last cut. References come in order of index, so a later one must
+    /// exceed it.
     bounds: Vec<f32>,
 }
 

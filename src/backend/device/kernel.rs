@@ -21,7 +21,8 @@ pub enum Kernel {
     OrderTilesWide,
     /// order.cu: merges what is sorted.
     OrderMerge,
-    /// prepare.cu: rows into class order, norms checked, classes, and what a positive of each row must stay below.
+    /// prepare.cu: rows into class order, norms checked, classes, and what a positive of each row must stay
+    /// below.
     Prepare(Precision),
     /// The same on Hopper's warpgroup products.
     PrepareHopper(Precision),
@@ -53,7 +54,8 @@ pub enum Kernel {
     Weigh,
     /// gradient.cu: the gradient of one side.
     Gradient(Precision),
-    /// gradient_hopper.cu: the same on Hopper's warpgroup products; gradient_hopper_split.cu of f32 to its own precision.
+    /// gradient_hopper.cu: the same on Hopper's warpgroup products; gradient_hopper_split.cu of f32 to its
+    /// own precision.
     GradientHopper(Precision),
     /// unit.cu: the gradient of rows of any length from that of the unit rows.
     LeadBack(Precision),

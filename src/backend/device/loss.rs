@@ -37,18 +37,22 @@ impl<D: Device> DeviceBackend<D> {
         self.run_loss_of(self.shape(batch), batch, settings, output)
     }
 
-    /// [`Backend::loss`](crate::backend::Backend::loss) of rows of any length but 0: they are compared at unit length, and the
-    /// gradients are those of the rows as they are given. A hypergradient after it takes tangents of the unit rows.
+    /// [`Backend::loss`](crate::backend::Backend::loss) of rows of any length but 0: they are compared at
+    /// unit length, and the gradients are those of the rows as they are given. Nothing is remembered for
+    /// [`Backend::hypergradient`](crate::backend::Backend::hypergradient).
     ///
     /// # Errors
     /// As [`Backend::loss`](crate::backend::Backend::loss); [`Error::NotUnit`] for a row of zeros.
-    pub fn loss_of_any_length(
+    pub fn normalized_loss(
         &mut self,
         batch: &Batch<'_>,
         settings: &LossSettings,
         output: &mut LossOutput,
     ) -> Result<()> {
-        self.run_loss_of(Shape { any_length: true, ..self.shape(batch) }, batch, settings, output)
+        let shape = Shape { normalize: true, ..self.shape(batch) };
+        let done = self.run_loss_of(shape, batch, settings, output);
+        self.remembered = None;
+        done
     }
 
     fn run_loss_of(

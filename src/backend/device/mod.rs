@@ -94,8 +94,8 @@ pub trait Device: Send {
     /// As [`download`](Device::download), from memory that may be another's.
     ///
     /// # Safety
-    /// `source` must be the address of as many live bytes of this device as `target` has, and what is written to
-    /// them must be in order with the device's stream.
+    /// `source` must be the address of as many live bytes of this device as `target` has, and what is written
+    /// to them must be in order with the device's stream.
     ///
     /// # Errors
     /// As [`download`](Device::download).

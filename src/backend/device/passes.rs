@@ -1,4 +1,5 @@
-//! The kernels of each pass, in order: class order (order.rs), same-class, sweep, selection, weights, gradient.
+//! The kernels of each pass, in order: class order (order.rs), same-class, sweep, selection, weights,
+//! gradient.
 //!
 //! Every decision on the way (adaptation, lists or tiles) is taken on the device.
 
@@ -63,7 +64,8 @@ pub(super) fn issue_selection<D: Device>(
     launcher.launch(Kernel::SelectRecomputed(loss.shape.precision), false, &params)
 }
 
-/// Row weights and the results of each anchor, and the scalars to an address. `swept`: how the gradient goes, too.
+/// Row weights and the results of each anchor, and the scalars to an address. `swept`: how the gradient goes,
+/// too.
 pub(super) fn issue_weigh<D: Device>(
     launcher: &mut Launcher<'_, D>,
     base: u64,
@@ -152,7 +154,7 @@ pub(super) fn issue_lead_back<D: Device>(
     input: &Input,
 ) -> Result<()> {
     let Remembered { shape, layout, .. } = loss;
-    let wanted = [shape.any_length, shape.any_length && shape.reference_gradient];
+    let wanted = [shape.normalize, shape.normalize && shape.reference_gradient];
     for (side, regions) in [&layout.anchors, &layout.references].into_iter().enumerate() {
         if !wanted[side] {
             continue;

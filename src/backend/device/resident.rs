@@ -3,7 +3,7 @@
 use bytemuck::cast_slice_mut;
 
 use super::launcher::Launcher;
-use super::layout::{Ends, RowCheck};
+use super::layout::{Ends, RowTolerance};
 use super::passes::issue_loss;
 use super::retrieval::Searched;
 use super::shape::Shape;
@@ -42,8 +42,8 @@ pub struct ResidentBatch {
 }
 
 impl ResidentBatch {
-    pub(super) fn shape(&self, exact: bool) -> Shape {
-        let precision = Precision::of(self.dtype, exact);
+    pub(super) fn shape(&self, tf32: bool) -> Shape {
+        let precision = Precision::of(self.dtype, tf32);
         Shape {
             references: self.references.map(|rows| rows.count),
             reference_gradient: self.references.is_some_and(|rows| rows.gradient != 0),
@@ -62,8 +62,8 @@ impl ResidentBatch {
         Input { ends: both.map(ends), check: self.row_check(), identity: IdentityAt::default() }
     }
 
-    fn row_check(&self) -> RowCheck {
-        RowCheck { check: self.check, tolerance: self.dtype.norm_tolerance() }
+    fn row_check(&self) -> RowTolerance {
+        RowTolerance { check: self.check, tolerance: self.dtype.norm_tolerance() }
     }
 
     /// The sides there are; `first` is what messages call the anchors.
@@ -90,6 +90,23 @@ impl ResidentBatch {
         })
     }
 
+    /// One side of a search, or the rows of it that are picked; `all` is the shape of a batch in these types.
+    fn searched<'a>(
+        &self,
+        name: &'static str,
+        rows: &ResidentRows,
+        picked: Option<&'a [u32]>,
+        all: Shape,
+    ) -> Result<Searched<'a>> {
+        self.validate_picked(picked.unwrap_or_default())?;
+        let count = picked.map_or(rows.count, <[u32]>::len);
+        if count == 0 {
+            return Err(Error::Empty { rows: name });
+        }
+        let (shape, check) = (Shape { anchors: count, ..all }, self.row_check());
+        Ok(Searched { name, shape, check, resident: true, picked: picked.map(|picked| (picked, rows.count)) })
+    }
+
     pub(super) fn validate(&self) -> Result<()> {
         self.validate_rows("anchors")?;
         for (name, rows) in self.sides("anchors") {
@@ -114,12 +131,13 @@ pub(super) fn aligned(name: &'static str, address: u64, alignment: u64) -> Resul
 }
 
 impl<D: Device> DeviceBackend<D> {
-    /// [`Backend::loss`](crate::backend::Backend::loss) on device memory, without copies: the gradient is written where the
-    /// batch says. Returns when it is there. Only the scalars of `output` are
-    /// filled; its gradients and values per anchor are left empty.
+    /// [`Backend::loss`](crate::backend::Backend::loss) on device memory, without copies: the gradient is
+    /// written where the batch says. Returns when it is there. Only the scalars of `output` are filled; its
+    /// gradients and values per anchor are left empty.
     ///
     /// # Errors
-    /// As [`Backend::loss`](crate::backend::Backend::loss), and [`Error::InvalidSetting`] for an address that is null or not aligned.
+    /// As [`Backend::loss`](crate::backend::Backend::loss), and [`Error::InvalidSetting`] for an address that
+    /// is null or not aligned.
     ///
     /// # Safety
     /// Every address must lead to live memory of this device, of the length its
@@ -134,7 +152,7 @@ impl<D: Device> DeviceBackend<D> {
         self.remembered = None;
         settings.validate()?;
         batch.validate()?;
-        let shape = batch.shape(self.options.exact);
+        let shape = batch.shape(self.options.tf32);
         shape.check()?;
         let loss = self.begin(shape, settings, true);
         let input = batch.input();
@@ -161,8 +179,8 @@ impl<D: Device> DeviceBackend<D> {
         download_anchors(device, buffer, remembered, output)
     }
 
-    /// What each anchor of the last loss adds to it, and whether its gradient is a product of tiles; otherwise it was
-    /// summed pair by pair.
+    /// What each anchor of the last loss adds to it, and whether its gradient is a product of tiles;
+    /// otherwise it was summed pair by pair.
     ///
     /// # Errors
     /// [`Error::OutOfOrder`] without a loss before it; [`Error::Device`] if a copy fails.
@@ -174,12 +192,12 @@ impl<D: Device> DeviceBackend<D> {
         download_terms(device, buffer, remembered)
     }
 
-    /// [`Backend::hypergradient`](crate::backend::Backend::hypergradient) with f32 tangents in device memory, `[B, D]` and `[N, D]`;
-    /// 0 for the references' means zero. They are not checked for NaN.
+    /// [`Backend::hypergradient`](crate::backend::Backend::hypergradient) with f32 tangents in device memory,
+    /// `[B, D]` and `[N, D]`; 0 for the references' means zero. They are not checked for NaN.
     ///
     /// # Errors
-    /// As [`Backend::hypergradient`](crate::backend::Backend::hypergradient), and [`Error::InvalidSetting`] for an address that is null or
-    /// not aligned.
+    /// As [`Backend::hypergradient`](crate::backend::Backend::hypergradient), and [`Error::InvalidSetting`]
+    /// for an address that is null or not aligned.
     ///
     /// # Safety
     /// As [`loss_resident`](Self::loss_resident), for the tangents; only the batch's shape is looked at.
@@ -194,18 +212,21 @@ impl<D: Device> DeviceBackend<D> {
         }
         // In the square form both sides move alike.
         let tangents = [tangents[0], if batch.references.is_some() { tangents[1] } else { 0 }];
-        self.sum_threshold(batch.shape(self.options.exact), true, |_, _, _| Ok(tangents))
+        self.sum_threshold(batch.shape(self.options.tf32), true, |_, _, _| Ok(tangents))
     }
 
-    /// [`Backend::nearest`](crate::backend::Backend::nearest) on device memory, without a copy of the rows; the lists
-    /// come to the host. Labels and gradients of the batch are not looked at, and its check is obeyed.
+    /// [`Backend::nearest`](crate::backend::Backend::nearest) on device memory, without a copy of the rows;
+    /// the lists come to the host. Labels and gradients of the batch are not looked at, and its check is
+    /// obeyed.
     ///
-    /// Of `picked` rows of the square form, the lists are those of the queries, numbered as they are, and hold numbers of the
-    /// gallery's rows as they are listed. Only these rows are checked, and errors have the batch's numbers.
+    /// Of `picked` rows of the square form, the lists are those of the queries, numbered as they are, and
+    /// hold numbers of the gallery's rows as they are listed. Only these rows are checked, and errors have
+    /// the batch's numbers.
     ///
     /// # Errors
-    /// As [`Backend::nearest`](crate::backend::Backend::nearest), and [`Error::InvalidSetting`] for an address that is
-    /// null or not aligned, for a picked row that the batch does not have, or where it has references.
+    /// As [`Backend::nearest`](crate::backend::Backend::nearest), and [`Error::InvalidSetting`] for an
+    /// address that is null or not aligned, for a picked row that the batch does not have, or where it has
+    /// references.
     ///
     /// # Safety
     /// As [`loss_resident`](Self::loss_resident), for the embeddings.
@@ -216,19 +237,8 @@ impl<D: Device> DeviceBackend<D> {
         k: usize,
     ) -> Result<Nearest> {
         batch.validate_rows("queries")?;
-        let all = Shape { references: None, ..batch.shape(self.options.exact) };
-        let side = |name, rows: &ResidentRows, picked: Option<&[u32]>| {
-            batch.validate_picked(picked.unwrap_or_default())?;
-            let count = picked.map_or(rows.count, <[u32]>::len);
-            if count == 0 {
-                return Err(Error::Empty { rows: name });
-            }
-            // The check of picked rows is told of the caller's numbers.
-            let picked = picked.map(|picked| (picked, rows.count));
-            let shape = Shape { anchors: count, ..all };
-            Ok(Searched { name, shape, check: batch.row_check(), resident: true, picked })
-        };
-        let queries = side("queries", &batch.anchors, picked.map(|picked| picked.queries))?;
+        let all = Shape { references: None, ..batch.shape(self.options.tf32) };
+        let queries = batch.searched("queries", &batch.anchors, picked.map(|picked| picked.queries), all)?;
         let gallery = match (picked, &batch.references) {
             (Some(picked), _) => Some(("queries", &batch.anchors, picked.gallery)),
             (None, Some(references)) => Some(("references", references, None)),
@@ -237,7 +247,8 @@ impl<D: Device> DeviceBackend<D> {
         let there = |address: u64| move |_: &mut D, _: &mut D::Buffer, _| Ok(address);
         let place = there(batch.anchors.embeddings);
         let Some((name, rows, listed)) = gallery else { return self.find(&queries, None, k, &place) };
-        self.with_gallery(&side(name, rows, listed)?, &there(rows.embeddings), |backend, gallery| {
+        let side = batch.searched(name, rows, listed, all)?;
+        self.with_gallery(&side, &there(rows.embeddings), |backend, gallery| {
             backend.find(&queries, Some(gallery), k, &place)
         })
     }
@@ -245,8 +256,8 @@ impl<D: Device> DeviceBackend<D> {
     /// Copies the labels of rows in device memory to the host.
     ///
     /// # Errors
-    /// [`Error::InvalidSetting`] for an address that is null or not aligned; [`Error::OutOfMemory`] if the host cannot hold
-    /// them; [`Error::Device`] if the copy fails.
+    /// [`Error::InvalidSetting`] for an address that is null or not aligned; [`Error::OutOfMemory`] if the
+    /// host cannot hold them; [`Error::Device`] if the copy fails.
     ///
     /// # Safety
     /// As [`loss_resident`](Self::loss_resident), for the labels.

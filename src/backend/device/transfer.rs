@@ -1,10 +1,11 @@
-//! What goes to the device and comes back: rows, labels and identity; scalars, results of the anchors, gradients.
+//! What goes to the device and comes back: rows, labels and identity; scalars, results of the anchors,
+//! gradients.
 
 use bytemuck::{cast_slice, cast_slice_mut};
 use ndarray::Array2;
 
 use super::Device;
-use super::layout::{Ends, LossLayout, Remembered, RowCheck, SideRegions};
+use super::layout::{Ends, LossLayout, Remembered, RowTolerance, SideRegions};
 use super::params::{RowSums, TILE};
 use super::shape::tiles;
 use super::workspace::Region;
@@ -29,7 +30,7 @@ pub(super) fn matrix_bytes<'a>(embeddings: &'a Embeddings<'_>, rows: &'static st
 pub(super) struct Input {
     /// Of the anchors, and of the references.
     pub(super) ends: [Ends; 2],
-    pub(super) check: RowCheck,
+    pub(super) check: RowTolerance,
     pub(super) identity: IdentityAt,
 }
 
@@ -65,7 +66,7 @@ pub(super) fn upload<D: Device>(
         }
         Identity::List(_) => {}
     }
-    let check = RowCheck { check: batch.check, tolerance: batch.anchors.embeddings.norm_tolerance() };
+    let check = RowTolerance { check: batch.check, tolerance: batch.anchors.embeddings.norm_tolerance() };
     Ok(Input { ends: [layout.anchors.ends(base), layout.references.ends(base)], check, identity })
 }
 
@@ -121,7 +122,8 @@ pub(super) fn download_anchors<D: Device>(
     device.download(buffer, layout.count_neg.offset, cast_slice_mut(&mut output.count_neg))
 }
 
-/// What each anchor adds to the loss, and whether its row tile took the gradient's way of tiles; in the caller's order.
+/// What each anchor adds to the loss, and whether its row tile took the gradient's way of tiles; in the
+/// caller's order.
 pub(super) fn download_terms<D: Device>(
     device: &mut D,
     buffer: &D::Buffer,

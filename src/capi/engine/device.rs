@@ -15,7 +15,7 @@ use crate::loss::{Hypergradient, LossOutput, LossSettings};
 pub fn backend_options(options: EngineOptions) -> Options {
     let default = Options::default();
     let budget = if options.budget == 0 { default.budget } else { options.budget };
-    Options { budget, exact: !options.tf32 }
+    Options { budget, tf32: options.tf32 }
 }
 
 fn side(rows: &CheckedRows, gradient: *mut f32) -> ResidentRows {
@@ -62,7 +62,7 @@ impl<D: Device> Engine for DeviceBackend<D> {
         scalars: *mut LossScalars,
     ) -> Outcome<()> {
         let (identity, total) = (ResidentIdentity::ByValue, batch.anchors.extent.count);
-        let part = ResidentPart { batch: resident(batch), identity, total, any_length: false };
+        let part = ResidentPart { batch: resident(batch), identity, total, normalize: false };
         let settings = ResidentSettings { settings: *settings, lambda: lambda.expose_provenance() as u64 };
         let output = ResidentOutput { scalars: scalars.expose_provenance() as u64, loss: 0 };
         // SAFETY: handed on to the caller.

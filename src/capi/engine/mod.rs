@@ -64,8 +64,8 @@ pub trait Engine: Backend {
         Err(no_device_memory(&self.name()))
     }
 
-    /// The same issued and not waited for; the scalars go to device memory, and the thresholds come from there
-    /// unless `lambda` is NULL.
+    /// The same issued and not waited for; the scalars go to device memory, and the thresholds come from
+    /// there unless `lambda` is NULL.
     ///
     /// # Safety
     /// As [`Engine::device_loss`], until the device is through.
@@ -93,8 +93,8 @@ pub trait Engine: Backend {
         Err(no_device_memory(&self.name()))
     }
 
-    /// [`Backend::nearest`] on rows in device memory, of all of them or of those `picked` of the square form, see
-    /// `DeviceBackend::nearest_resident`.
+    /// [`Backend::nearest`] on rows in device memory, of all of them or of those `picked` of the square form,
+    /// see `DeviceBackend::nearest_resident`.
     ///
     /// # Safety
     /// As [`Engine::device_loss`].
