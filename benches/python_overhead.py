@@ -35,6 +35,7 @@ def mean_us(run, seconds: float) -> float:
 def measure(batch: int, dim: int, threads: int, seconds: float) -> dict:
     import torch
 
+    from ddtas import _ddtas
     from ddtas.torch import SoftContrastiveLoss
 
     torch.set_num_threads(threads)
@@ -47,7 +48,7 @@ def measure(batch: int, dim: int, threads: int, seconds: float) -> dict:
 
     def call() -> None:
         answers = (value.data_ptr(), found.data_ptr())
-        loss._engine.host.loss_at(place, None, 0, "at-asms", numbers, (True, False, True), answers)
+        _ddtas._loss_at(loss._engine.host, place, None, 0, "at-asms", numbers, (True, False, True), answers)
 
     def step() -> None:
         rows.grad = None

@@ -1,8 +1,8 @@
 //! The .cu files of kernels/ compiled by g++ against kernels/emulation, for tests.
 //!
 //! DDTAS_SANITIZE=address,undefined or DDTAS_SANITIZE=thread builds them, and links the programs, with
-//! sanitizers; tests/emulated/main.rs says how to run those. DDTAS_KERNELS names another folder to compile them
-//! from: a copy of kernels/ with a fault planted in it.
+//! sanitizers; tests/emulated/main.rs says how to run those. DDTAS_KERNELS names another folder to compile
+//! them from: a copy of kernels/ with a fault planted in it.
 
 use std::path::{Path, PathBuf};
 

@@ -48,7 +48,8 @@ typedef enum ddtas_status {
      */
     DDTAS_STATUS_MISALIGNED = 2,
     /**
-     * `struct_size` is not one that this library knows: set it to sizeof the struct, and its other bytes to zero.
+     * `struct_size` is not one that this library knows: set it to sizeof the struct, and its other bytes to
+     * zero.
      */
     DDTAS_STATUS_STRUCT_SIZE = 3,
     /**
@@ -68,7 +69,8 @@ typedef enum ddtas_status {
      */
     DDTAS_STATUS_NOT_UNIT = 7,
     /**
-     * ddtas_threshold_gradient without the loss it continues, or a step of a part without the step before it.
+     * ddtas_threshold_gradient without the loss it continues, or a step of a part without the step before
+     * it.
      */
     DDTAS_STATUS_OUT_OF_ORDER = 8,
     /**
@@ -213,7 +215,8 @@ typedef struct ddtas_context_options {
     size_t threads;
     /**
      * Bytes for the pairs kept between passes; what does not fit is computed again, with the same
-     * result bit for bit on the CPU. 0 for the default: 6 KiB a row on the CPU, a quarter of the free memory on a GPU.
+     * result bit for bit on the CPU. 0 for the default: 6 KiB a row on the CPU, a quarter of the free memory
+     * on a GPU.
      */
     size_t workspace_bytes;
     /**
@@ -226,8 +229,8 @@ typedef struct ddtas_context_options {
      */
     int32_t stream_mode;
     /**
-     * Not 0: a GPU multiplies float rows to TF32's precision, for a third of the work or less: rounded to 11 bits (entries
-     * below 6e-5 to an absolute 3e-8), products summed in float.
+     * Not 0: a GPU multiplies float rows to TF32's precision, for a third of the work or less: rounded to 11
+     * bits (entries below 6e-5 to an absolute 3e-8), products summed in float.
      */
     int32_t allow_tf32;
 } ddtas_context_options;
@@ -334,8 +337,9 @@ typedef struct ddtas_rows {
 } ddtas_rows;
 
 /**
- * What ddtas_loss returns, and the four steps of a part together. The caller sets struct_size and the pointers (NULL for what it does
- * not want, which all-zero bytes say); the library sets the rest, and only if the call works.
+ * What ddtas_loss returns, and the four steps of a part together. The caller sets struct_size and the
+ * pointers (NULL for what it does not want, which all-zero bytes say); the library sets the rest, and only
+ * if the call works.
  */
 typedef struct ddtas_loss_result {
     /**
@@ -343,8 +347,8 @@ typedef struct ddtas_loss_result {
      */
     size_t struct_size;
     /**
-     * dL/d(anchors), float, `count` rows of `dim`; in the square form the whole gradient. Where the
-     * rows lie: host or device memory, which in device memory is not optional.
+     * dL/d(anchors), float, `count` rows of `dim`; in the square form the whole gradient.
+     * In the same memory as the rows; NULL is allowed only for host rows.
      */
     float *gradient;
     /**
@@ -430,7 +434,8 @@ typedef struct ddtas_loss_result {
 } ddtas_loss_result;
 
 /**
- * What ddtas_enqueue_loss writes, in device memory, aligned to 8 bytes.
+ * What ddtas_enqueue_loss writes, in device memory, aligned to 8 bytes. It has no struct_size and never
+ * grows: 120 bytes in every version of the interface.
  */
 typedef struct ddtas_loss_scalars {
     /**
@@ -500,7 +505,8 @@ typedef struct ddtas_loss_scalars {
 } ddtas_loss_scalars;
 
 /**
- * How fast the embeddings move along a direction, for ddtas_threshold_gradient. In the same memory as the rows.
+ * How fast the embeddings move along a direction, for ddtas_threshold_gradient. In the same memory as the
+ * rows.
  */
 typedef struct ddtas_tangents {
     /**
@@ -527,7 +533,8 @@ typedef struct ddtas_tangents {
 
 /**
  * A part of a batch, and what the caller has gathered from all parts: each step reads the fields its comment
- * names, and ignores the others. Arrays are in host memory. All bytes zero but struct_size and `total` for the first.
+ * names, and ignores the others. Arrays are in host memory. All bytes zero but struct_size and `total` for
+ * the first.
  */
 typedef struct ddtas_part {
     /**
@@ -539,8 +546,9 @@ typedef struct ddtas_part {
      */
     size_t total;
     /**
-     * From the sweep on: how many references are anchors of some part, the first ones. The arrays below named
-     * `reference_...` have as many entries. References behind them, of a memory bank, select nothing. 0 to their number.
+     * From the sweep on: how many references are anchors of some part, the first ones. The arrays below
+     * named `reference_...` have as many entries. References behind them, of a memory bank, select nothing.
+     * 0 to their number.
      */
     size_t reference_numbers;
     /**
@@ -615,8 +623,9 @@ enum ddtas_status ddtas_context_create(const struct ddtas_context_options *optio
                                        size_t message_bytes);
 
 /**
- * Ends a context: waits until its threads have ended, and frees its memory. NULL is allowed. No other call may be using it.
- * In a forked child the parent's threads and memory are left alone, and the child's own are ended.
+ * Ends a context: waits until its threads have ended, and frees its memory. NULL is allowed. No other call
+ * may be using it. In a forked child the parent's threads and memory are left alone, and the child's own are
+ * ended.
  *
  * # Safety
  * `context` is NULL or a live context, which is dead afterwards.
@@ -624,7 +633,8 @@ enum ddtas_status ddtas_context_create(const struct ddtas_context_options *optio
 void ddtas_context_destroy(struct ddtas_context *context);
 
 /**
- * Copies the message of the context's last call, empty if that worked, cut to `bytes` and always ended by a NUL.
+ * Copies the message of the context's last call, empty if that worked, cut to `bytes` and always ended by a
+ * NUL.
  *
  * Returns its whole length without the NUL, so that 0 bytes ask for the length; `buffer` may then be NULL.
  * Of threads that share a context, one may read the message of another's call.
@@ -632,9 +642,7 @@ void ddtas_context_destroy(struct ddtas_context *context);
  * # Safety
  * `context` is NULL or a live context; `buffer` has `bytes` bytes.
  */
-size_t ddtas_context_message(const struct ddtas_context *context,
-                             char *buffer,
-                             size_t bytes);
+size_t ddtas_context_message(const struct ddtas_context *context, char *buffer, size_t bytes);
 
 /**
  * Copies the name of the context's device ("cpu", "cuda:0") as ddtas_context_message copies the
@@ -665,8 +673,9 @@ enum ddtas_status ddtas_settings_init(struct ddtas_settings *settings, size_t st
  * Mines pairs and evaluates the loss and its gradient.
  *
  * `settings` may be NULL: the paper's. `references` NULL is the square form, every row of `anchors`
- * against every other; else it is anchors against references (a memory bank), whose `identity` says which of them
- * are anchors themselves. `result` is written only if the call works. The context remembers the pairs for ddtas_threshold_gradient.
+ * against every other; else it is anchors against references (a memory bank), whose `identity` says which of
+ * them are anchors themselves. `result` is written only if the call works. The context remembers the pairs
+ * for ddtas_threshold_gradient.
  *
  * # Safety
  * Every pointer, those within structs too, is NULL or leads to memory of the length its comment
@@ -679,12 +688,13 @@ enum ddtas_status ddtas_loss(struct ddtas_context *context,
                              struct ddtas_loss_result *result);
 
 /**
- * Issues a loss and its gradient on the context's stream, and waits for nothing: rows, gradients, thresholds and scalars lie in device
- * memory, and must stay there until the stream is through.
+ * Issues a loss and its gradient on the context's stream, and waits for nothing: rows, gradients, thresholds
+ * and scalars lie in device memory, and must stay there until the stream is through.
  *
- * As ddtas_loss otherwise. `gradient` takes `count` rows of `dim` of the anchors; `reference_gradient` those of the references, and may
- * be NULL. `lambda`, if not NULL, has lambda_pos and lambda_neg, which go before those of `settings` and are not checked: -2 to 2. A bad
- * row is no error of this call: it makes the loss and the gradients NaN, and stands in `scalars`. After the first call of a shape nothing is allocated, so
+ * As ddtas_loss otherwise. `gradient` takes `count` rows of `dim` of the anchors; `reference_gradient` those
+ * of the references, and may be NULL. `lambda`, if not NULL, has lambda_pos and lambda_neg, which go before
+ * those of `settings` and are not checked: -2 to 2. A bad row is no error of this call: it makes the loss
+ * and the gradients NaN, and stands in `scalars`. After the first call of a shape nothing is allocated, so
  * that calls can be captured in a graph.
  *
  * # Safety
@@ -701,9 +711,9 @@ enum ddtas_status ddtas_enqueue_loss(struct ddtas_context *context,
 
 /**
  * How the loss gradient's product with a direction changes with the two loss thresholds: the sums over
- * all mined pairs of dG_ij/dlambda * (t_i . e_j + e_i . t_j), for the pairs of the context's last ddtas_loss, or
- * of the part of its last ddtas_gradient: its share, along the tangent of its anchors, and of references that are no
- * anchors.
+ * all mined pairs of dG_ij/dlambda * (t_i . e_j + e_i . t_j), for the pairs of the context's last
+ * ddtas_loss, or of the part of its last ddtas_gradient: its share, along the tangent of its anchors, and of
+ * references that are no anchors.
  *
  * `anchors` and `references` are those of that call. Times minus the learning rate, the sums are
  * dL_meta/dlambda of the threshold generator when the tangent is the motion of the embeddings along
@@ -740,10 +750,11 @@ enum ddtas_status ddtas_nearest(struct ddtas_context *context,
 /**
  * Recall@K: the share of rows whose K nearest other rows hold one of their class, for every K of `ks`.
  *
- * Rows with a negative label are neither queries nor answers to a label; a row alone in its class is no query. `recall_at`
- * takes `k_count` values in the order of `ks`; `queries`, if not NULL, the number of rows that were
- * counted. Both are in host memory, as `ks` is, wherever the rows lie. Memory grows with `count` times the largest K.
- * Rows in device memory are searched where they lie; their labels are copied to the host, and so are the lists.
+ * Rows with a negative label are neither queries nor answers to a label; a row alone in its class is no
+ * query. `recall_at` takes `k_count` values in the order of `ks`; `queries`, if not NULL, the number of rows
+ * that were counted. Both are in host memory, as `ks` is, wherever the rows lie. Rows are searched in turns,
+ * whose lists take 64 MiB. Rows in device memory are searched where they lie; their labels are copied to the
+ * host, and so are the lists.
  *
  * # Safety
  * As ddtas_loss; `ks` and `recall_at` have `k_count` entries.
@@ -759,16 +770,18 @@ enum ddtas_status ddtas_recall_at_k(struct ddtas_context *context,
  * First step of the loss of a part of a batch: fills in `min_pos`, `total_pos`, `total_neg`, `mean_pos` and
  * `mean_neg` of `result`. ddtas_sweep, ddtas_select and ddtas_gradient follow.
  *
- * The four steps together do what ddtas_loss does. `anchors` are some rows of a batch of `part->total`, perhaps none;
- * `references` are all rows of the batch, in one order for every part, and behind them rows that are anchors of no part,
- * if there are any. `identity` of the references says which of them the anchors are. Between the steps the parts, a context each, tell
- * each other what they found; the caller carries it, and hands it in by `part`. The references' numbers let
- * a part sum its own rows of the gradient: no gradient travels.
+ * The four steps together do what ddtas_loss does. `anchors` are some rows of a batch of `part->total`,
+ * perhaps none; `references` are all rows of the batch, in one order for every part, and behind them rows
+ * that are anchors of no part, if there are any. `identity` of the references says which of them the anchors
+ * are. Between the steps the parts, a context each, tell each other what they found; the caller carries it,
+ * and hands it in by `part`. The references' numbers let a part sum its own rows of the gradient: no
+ * gradient travels.
  *
- * `settings` NULL: the paper's; they hold for all four steps. Each step takes the rows of the first. A failed step, or a
- * ddtas_loss in between, ends the sequence: start again with ddtas_same_class. A `result` that is the same for all steps has in the end
- * what ddtas_loss writes there, of the part's own pairs. On the CPU each row's numbers and gradient are the bits of the whole
- * batch's, however it is split; the losses of all parts add up to its loss but for rounding. Rows lie in host memory.
+ * `settings` NULL: the paper's; they hold for all four steps. Each step takes the rows of the first. A
+ * failed step, or a ddtas_loss in between, ends the sequence: start again with ddtas_same_class. A `result`
+ * that is the same for all steps has in the end what ddtas_loss writes there, of the part's own pairs. On
+ * the CPU each row's numbers and gradient are the bits of the whole batch's, however it is split; the losses
+ * of all parts add up to its loss but for rounding. Rows lie in host memory.
  *
  * # Safety
  * As ddtas_loss.
@@ -793,8 +806,8 @@ enum ddtas_status ddtas_sweep(struct ddtas_context *context,
                               struct ddtas_loss_result *result);
 
 /**
- * Third step: `count_pos`, `count_neg`, `gamma_pos` and `gamma_neg` of `result`, from `max_neg`, `probe_neg` and
- * `total_pos` in `part`.
+ * Third step: `count_pos`, `count_neg`, `gamma_pos` and `gamma_neg` of `result`, from `max_neg`, `probe_neg`
+ * and `total_pos` in `part`.
  *
  * # Safety
  * As ddtas_loss.
@@ -806,11 +819,12 @@ enum ddtas_status ddtas_select(struct ddtas_context *context,
                                struct ddtas_loss_result *result);
 
 /**
- * Last step: the part's share of the loss and of its derivatives, `active`, `mined_pos` and `mined_neg` of `result`, and the
- * whole gradient of its anchors, from `count_pos` and `count_neg` in `part`. `reference_gradient` must be NULL.
+ * Last step: the part's share of the loss and of its derivatives, `active`, `mined_pos` and `mined_neg` of
+ * `result`, and the whole gradient of its anchors, from `count_pos` and `count_neg` in `part`.
+ * `reference_gradient` must be NULL.
  *
- * The gradient of an anchor is complete: its row of (G + G^T) E, where the references that are anchors have their numbers in
- * `part`. ddtas_threshold_gradient then answers the part's share.
+ * The gradient of an anchor is complete: its row of (G + G^T) E, where the references that are anchors have
+ * their numbers in `part`. ddtas_threshold_gradient then answers the part's share.
  *
  * # Safety
  * As ddtas_loss.

@@ -419,14 +419,14 @@ typedef struct ThresholdSumParams {
     double *sums;                /* [2] */
 } ThresholdSumParams;
 
-/* lead_back: dL/d(unit rows) into dL/d(rows). A warp a row. */
-typedef struct LeadBackParams {
+/* normalize_backward: dL/d(unit rows) into dL/d(rows). A warp a row. */
+typedef struct NormalizeBackwardParams {
     const void *rows;            /* [count, dim], as they were given */
     const double *lengths;       /* [count] */
     float *gradient;             /* [count, dim], in and out */
     uint32_t count;
     uint32_t dim;
-} LeadBackParams;
+} NormalizeBackwardParams;
 
 /* retrieval, retrieval_merge: the k most similar references of each query. A block for each query tile and split of the
  * references leaves lists of what may be among them; then a block a query takes the best of its lists. */

@@ -10,7 +10,8 @@ pub enum Error {
     /// An embedding holds a NaN or an infinity.
     #[error("row {row} of the {rows} holds a value that is not finite (NaN or infinity)")]
     NotFinite {
-        /// Which matrix: `"anchors"`, `"references"`, `"queries"`, `"rows"`, `"tangent"`, `"reference tangent"`.
+        /// Which matrix: `"anchors"`, `"references"`, `"queries"`, `"rows"`, `"tangent"`, `"reference
+        /// tangent"`.
         rows: &'static str,
         /// Row index, from 0.
         row: usize,
@@ -50,7 +51,7 @@ pub enum Error {
     /// A setting outside its range.
     #[error("{name} = {value} is out of range: {range}")]
     InvalidSetting {
-        /// The setting, as the programs spell it.
+        /// The field or argument, as Rust, C and Python spell it.
         name: &'static str,
         /// The value given.
         value: String,

@@ -1,7 +1,7 @@
 //! What a forked child must not share with its parent.
 //!
-//! A child has a copy of every object and none of the parent's other threads: a pool has nobody left to work, a lock
-//! that another thread held is never released, and what it guards may be half-written. Whatever has
+//! A child has a copy of every object and none of the parent's other threads: a pool has nobody left to work,
+//! a lock that another thread held is never released, and what it guards may be half-written. Whatever has
 //! threads or locks is therefore made anew in every process.
 
 use std::marker::PhantomData;
@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicPtr, Ordering};
 
 /// A value of its own for every process that asks for it.
 ///
-/// No lock guards it, since another thread might hold that at the fork. A child leaks its parent's value: to end it
-/// would be to wait for threads that are not there.
+/// No lock guards it, since another thread might hold that at the fork. A child leaks its parent's value: to
+/// end it would be to wait for threads that are not there.
 #[derive(Debug)]
 pub struct PerProcess<T> {
     current: AtomicPtr<Made<T>>,
@@ -66,7 +66,8 @@ impl<T: Send + Sync> PerProcess<T> {
     }
 
     fn of_this_process(&self, made: *mut Made<T>) -> Option<&T> {
-        // SAFETY: null or from a Box; a value is replaced only in another process than its own, and then leaked.
+        // SAFETY: null or from a Box; a value is replaced only in another process than its own, and then
+        // leaked.
         let made = unsafe { made.as_ref() }?;
         (made.process == std::process::id()).then_some(&made.value)
     }

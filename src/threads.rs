@@ -26,7 +26,8 @@ impl Threads {
     /// A pool of `count` threads; 0 stands for as many as there are cores.
     ///
     /// # Errors
-    /// [`Error::InvalidSetting`] for more than [`MOST_THREADS`]; [`Error::Unavailable`] if the system refuses one.
+    /// [`Error::InvalidSetting`] for more than [`MOST_THREADS`]; [`Error::Unavailable`] if the system refuses
+    /// one.
     pub fn new(count: usize) -> Result<Self> {
         if count > MOST_THREADS {
             let (name, value) = ("threads", count.to_string());
@@ -86,8 +87,8 @@ fn join(handles: Vec<JoinHandle<()>>) {
     }
 }
 
-/// Where a call finds threads that brings none.
-enum Found {
+/// Where a call without threads of its own finds some.
+enum Fallback {
     /// The pool that the calling thread belongs to, or else rayon's global one.
     Ambient,
     /// In a forked child, whose global pool has no threads.
@@ -100,17 +101,17 @@ enum Found {
 static HOME: AtomicU32 = AtomicU32::new(0);
 static STAND_IN: PerProcess<Threads> = PerProcess::empty();
 
-fn find() -> Found {
+fn find() -> Fallback {
     if rayon::current_thread_index().is_some() {
-        return Found::Ambient;
+        return Fallback::Ambient;
     }
     // Noted before the pool is built: a fork meanwhile would leave the child with half a pool.
     let here = std::process::id();
     match HOME.compare_exchange(0, here, Ordering::AcqRel, Ordering::Acquire) {
         Err(home) if home != here => {
-            STAND_IN.get_or_make(|| Threads::new(0)).map_or(Found::Nobody, Found::StandIn)
+            STAND_IN.get_or_make(|| Threads::new(0)).map_or(Fallback::Nobody, Fallback::StandIn)
         }
-        _ => Found::Ambient,
+        _ => Fallback::Ambient,
     }
 }
 
@@ -118,18 +119,18 @@ fn find() -> Found {
 #[must_use]
 pub fn available() -> usize {
     match find() {
-        Found::Ambient => rayon::current_num_threads(),
-        Found::StandIn(threads) => threads.count(),
-        Found::Nobody => 1,
+        Fallback::Ambient => rayon::current_num_threads(),
+        Fallback::StandIn(threads) => threads.count(),
+        Fallback::Nobody => 1,
     }
 }
 
 /// `rayon::in_place_scope` on those threads; `None` if there are none but the caller.
 pub(crate) fn scope<'scope, R>(work: impl FnOnce(Option<&Scope<'scope>>) -> R) -> R {
     match find() {
-        Found::Ambient => rayon::in_place_scope(|scope| work(Some(scope))),
-        Found::StandIn(threads) => threads.pool.in_place_scope(|scope| work(Some(scope))),
-        Found::Nobody => work(None),
+        Fallback::Ambient => rayon::in_place_scope(|scope| work(Some(scope))),
+        Fallback::StandIn(threads) => threads.pool.in_place_scope(|scope| work(Some(scope))),
+        Fallback::Nobody => work(None),
     }
 }
 
@@ -139,9 +140,9 @@ pub(crate) fn scope<'scope, R>(work: impl FnOnce(Option<&Scope<'scope>>) -> R) -
 /// [`Error::Unavailable`] in a forked child that may not start any.
 pub fn run<R: Send>(work: impl FnOnce() -> R + Send) -> Result<R> {
     match find() {
-        Found::Ambient => Ok(work()),
-        Found::StandIn(threads) => Ok(threads.install(work)),
-        Found::Nobody => {
+        Fallback::Ambient => Ok(work()),
+        Fallback::StandIn(threads) => Ok(threads.install(work)),
+        Fallback::Nobody => {
             Err(Error::Unavailable("the threads of this forked process could not be started".into()))
         }
     }

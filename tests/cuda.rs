@@ -4,7 +4,7 @@
 //! (benches/device.sh) a skip is a failure.
 
 use ddtas::backend::cuda::{self, CudaBackend, CudaDevice};
-use ddtas::backend::device::{Device, Options, ResidentBatch, ResidentRows, ResidentType};
+use ddtas::backend::device::{Device, ElementType, Options, ResidentBatch, ResidentRows};
 use ddtas::backend::{AutoDevice, Backend, DeviceSpec, auto, open};
 use ddtas::loss::{Embeddings, LossOutput, LossSettings, UnitCheck};
 use ddtas::{Error, Result};
@@ -71,7 +71,7 @@ fn golden_cases_agree_on_a_stream_of_the_caller() {
 #[test]
 fn tf32_products_are_those_of_the_rounded_rows() {
     for budget in [Options::default().budget, 0] {
-        let Some(mut backend) = gpu(cuda::open(0, Options { exact: false, budget })) else { return };
+        let Some(mut backend) = gpu(cuda::open(0, Options { tf32: true, budget })) else { return };
         cases::run_all_tf32(&mut *backend, cases::golden());
         cases::run_all_tf32(&mut *backend, cases::generated_to_round());
     }
@@ -105,7 +105,7 @@ fn rows_in_gpu_memory_give_the_bits_of_rows_from_the_host() {
     };
     let resident = ResidentBatch {
         dim: 130,
-        dtype: ResidentType::F32,
+        dtype: ElementType::F32,
         anchors,
         references: None,
         check: UnitCheck::Check,
@@ -125,7 +125,7 @@ fn a_gpu_that_does_not_exist_is_refused_in_one_line() {
     let message = error.to_string();
     assert!(matches!(error, Error::Unavailable(_)), "{error:?}");
     assert!(!message.contains('\n'), "{message}");
-    assert!(message.ends_with(": use --device cpu"), "{message}");
+    assert!(message.ends_with(": use the device cpu"), "{message}");
     // Without a GPU the reason is another: no driver, or a driver that finds none.
     assert!(message.contains("cuda:4096") || cuda::check(0).is_err(), "{message}");
 }

@@ -15,8 +15,8 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use ddtas::Error;
 use ddtas::backend::cuda::{self, CudaBackend, CudaDevice};
 use ddtas::backend::device::{
-    Options, ResidentBatch, ResidentIdentity, ResidentNumbers, ResidentOutput, ResidentPart, ResidentRows,
-    ResidentSettings, ResidentType,
+    ElementType, Options, ResidentBatch, ResidentIdentity, ResidentNumbers, ResidentOutput, ResidentPart,
+    ResidentRows, ResidentSettings,
 };
 use ddtas::backend::{AutoDevice, Backend, DeviceSpec, auto};
 use ddtas::capi::*;
@@ -126,7 +126,7 @@ fn the_calling_thread_s_context_is_its_own_again_after_every_call() {
         labels: labels.as_ptr() as u64,
         gradient: gradient.as_mut_ptr() as u64,
     };
-    let (dtype, check) = (ResidentType::F32, UnitCheck::Check);
+    let (dtype, check) = (ElementType::F32, UnitCheck::Check);
     let resident = ResidentBatch { dim: 2, dtype, anchors: side, references: None, check };
     for before in [null_mut(), std::ptr::without_provenance_mut(0x1234)] {
         fake.set_current(before);
@@ -182,7 +182,7 @@ fn after_the_first_call_of_a_shape_nothing_is_allocated_copied_waited_for_or_loo
     // The driver computes nothing, so that all lists may be one.
     let mut list = vec![0u64; 400];
     let address = list.as_mut_ptr() as u64;
-    let (dtype, check) = (ResidentType::F32, UnitCheck::Check);
+    let (dtype, check) = (ElementType::F32, UnitCheck::Check);
     let side = |count, gradient| ResidentRows {
         count,
         embeddings: e.as_ptr() as u64,
@@ -192,7 +192,7 @@ fn after_the_first_call_of_a_shape_nothing_is_allocated_copied_waited_for_or_loo
     let (anchors, references) = (side(90, address), Some(side(200, 0)));
     let batch = ResidentBatch { dim: 2, dtype, anchors, references, check };
     let part =
-        ResidentPart { batch, identity: ResidentIdentity::FromAt(address), total: 200, any_length: false };
+        ResidentPart { batch, identity: ResidentIdentity::FromAt(address), total: 200, normalize: false };
     let square = ResidentBatch { anchors: side(200, address), references: None, ..batch };
     let whole = ResidentPart { batch: square, ..part };
     let settings = ResidentSettings { settings: LossSettings::default(), lambda: address };
@@ -250,9 +250,9 @@ fn a_device_follows_its_caller_from_stream_to_stream_and_into_a_capture() {
             labels: labels.as_ptr() as u64,
             gradient: address,
         };
-        let (dtype, check) = (ResidentType::F32, UnitCheck::Check);
+        let (dtype, check) = (ElementType::F32, UnitCheck::Check);
         let batch = ResidentBatch { dim: 2, dtype, anchors, references: None, check };
-        ResidentPart { batch, identity: ResidentIdentity::ByValue, total: count, any_length: false }
+        ResidentPart { batch, identity: ResidentIdentity::ByValue, total: count, normalize: false }
     };
     let settings = ResidentSettings { settings: LossSettings::default(), lambda: 0 };
     let output = ResidentOutput { scalars: address, loss: 0 };

@@ -12,6 +12,7 @@ fn the_committed_header_is_the_one_the_source_gives() {
     let builder = cbindgen::Builder::new()
         .with_config(config)
         .with_src(root.join("src/capi/types.rs"))
+        .with_src(root.join("src/loss/scalars.rs"))
         .with_src(root.join("src/capi/context.rs"))
         .with_src(root.join("src/capi/mod.rs"));
     let mut made = Vec::new();

@@ -8,8 +8,8 @@
 use ddtas::backend::Backend;
 use ddtas::backend::device::params::LossScalars;
 use ddtas::backend::device::{
-    DeviceBackend, Options, ResidentBatch, ResidentIdentity, ResidentNumbers, ResidentOutput, ResidentPart,
-    ResidentRows, ResidentSettings, ResidentType,
+    DeviceBackend, ElementType, Options, ResidentBatch, ResidentIdentity, ResidentNumbers, ResidentOutput,
+    ResidentPart, ResidentRows, ResidentSettings,
 };
 use ddtas::backend::emulated::EmulatedDevice;
 use ddtas::loss::{Batch, LossOutput, LossSettings, Rows, UnitCheck};
@@ -67,18 +67,18 @@ fn a_square_loss() {
 fn rows_that_are_rounded_are_f16_once_they_are_prepared() {
     let (e, labels) = rows(200);
     let of_device = |device: EmulatedDevice| {
-        let options = Options { budget: EVERYTHING, exact: false };
+        let options = Options { budget: EVERYTHING, tf32: true };
         launched(&mut DeviceBackend::new(device.with_multiprocessors(16), options), |backend| {
             let batch = Batch::square(e.view(), &labels);
-            backend.loss_of_any_length(&batch, &LossSettings::default(), &mut LossOutput::default()).unwrap();
+            backend.normalized_loss(&batch, &LossSettings::default(), &mut LossOutput::default()).unwrap();
         })
     };
     let first = ["order_tiles", "prepare_rounded_f32", "same_class_f16", "sweep_f16", "select_stored"];
-    let last = ["weigh", "gradient_f16", "lead_back_f32"];
+    let last = ["weigh", "gradient_f16", "normalize_backward_f32"];
     assert_eq!(of_device(EmulatedDevice::new(7)), ([&first[..], &last].concat(), 0));
     let (kernels, fills) = of_device(EmulatedDevice::new(7).as_hopper());
     let first = ["order_tiles", "prepare_hopper_rounded_f32", "same_class_hopper_f16", "sweep_hopper_f16"];
-    let last = ["select_stored_hopper", "weigh", "gradient_hopper_f16", "lead_back_f32"];
+    let last = ["select_stored_hopper", "weigh", "gradient_hopper_f16", "normalize_backward_f32"];
     assert_eq!((kernels, fills), ([first, last].concat(), 0));
 }
 
@@ -119,7 +119,7 @@ fn a_loss_of_resident_rows_and_one_that_nobody_waits_for() {
     let (e, labels) = rows(200);
     let mut gradient = Array2::<f32>::zeros((200, 2));
     let anchors = resident(&e, &labels, gradient.as_mut_ptr() as u64);
-    let (dtype, check) = (ResidentType::F32, UnitCheck::Check);
+    let (dtype, check) = (ElementType::F32, UnitCheck::Check);
     let batch = ResidentBatch { dim: 2, dtype, anchors, references: None, check };
     let waited = launched(&mut backend(EVERYTHING), |backend| {
         let (settings, mut output) = (LossSettings::default(), LossOutput::default());
@@ -127,9 +127,9 @@ fn a_loss_of_resident_rows_and_one_that_nobody_waits_for() {
         unsafe { backend.loss_resident(&batch, &settings, &mut output) }.unwrap();
     });
     assert_launches(&waited, (7, 0));
-    let enqueued = |any_length| {
+    let enqueued = |normalize| {
         launched(&mut backend(EVERYTHING), |backend| {
-            let part = ResidentPart { batch, identity: ResidentIdentity::ByValue, total: 200, any_length };
+            let part = ResidentPart { batch, identity: ResidentIdentity::ByValue, total: 200, normalize };
             let settings = ResidentSettings { settings: LossSettings::default(), lambda: 0 };
             let mut scalars = [0u64; size_of::<LossScalars>() / 8];
             let output = ResidentOutput { scalars: scalars.as_mut_ptr() as u64, loss: 0 };
@@ -139,7 +139,7 @@ fn a_loss_of_resident_rows_and_one_that_nobody_waits_for() {
     };
     assert_eq!(enqueued(false), waited);
     let (kernels, fills) = enqueued(true);
-    assert_eq!(kernels.last(), Some(&"lead_back_f32"));
+    assert_eq!(kernels.last(), Some(&"normalize_backward_f32"));
     assert_launches(&(kernels, fills), (8, 0));
 }
 
@@ -148,10 +148,10 @@ fn the_steps_of_a_part() {
     let (e, labels) = rows(200);
     let mut gradient = Array2::<f32>::zeros((90, 2));
     let anchors = resident(&e, &labels[..90], gradient.as_mut_ptr() as u64);
-    let (dtype, check) = (ResidentType::F32, UnitCheck::Check);
+    let (dtype, check) = (ElementType::F32, UnitCheck::Check);
     let references = Some(resident(&e, &labels, 0));
     let batch = ResidentBatch { dim: 2, dtype, anchors, references, check };
-    let part = ResidentPart { batch, identity: ResidentIdentity::From(0), total: 200, any_length: false };
+    let part = ResidentPart { batch, identity: ResidentIdentity::From(0), total: 200, normalize: false };
     let settings = ResidentSettings { settings: LossSettings::default(), lambda: 0 };
     // Numbers of 0 are as good as any: every list may be one.
     let mut list = vec![0u64; 400];

@@ -12,7 +12,7 @@ use ndarray::Array2;
 fn backend(seed: u64, multiprocessors: u32, hopper: bool, exact: bool) -> DeviceBackend<EmulatedDevice> {
     let device = EmulatedDevice::new(seed).with_multiprocessors(multiprocessors);
     let device = if hopper { device.as_hopper() } else { device };
-    DeviceBackend::new(device, Options { exact, ..Options::default() })
+    DeviceBackend::new(device, Options { tf32: !exact, ..Options::default() })
 }
 
 /// Rows of 16 entries of 1/4 and -1/4, at places that `dim` spreads: similarities are multiples of 1/8.

@@ -239,7 +239,7 @@ fn references_in_blocks() {
         got.probe_neg += output.probe_neg;
         got.max_neg.iter_mut().zip(&output.max_neg).for_each(|(most, found)| *most = most.max(*found));
     }
-    let totals = (got.probe_neg, got.total_pos);
+    let (totals, mut mined) = ((got.probe_neg, got.total_pos), (0, 0));
     for last in [false, true] {
         let (count_pos, count_neg) = (got.count_pos.clone(), got.count_neg.clone());
         for b in 0..3 {
@@ -255,10 +255,13 @@ fn references_in_blocks() {
             backend.gradient(&part(b), of(&count_pos), of(&count_neg), &mut output).unwrap();
             got.loss += output.loss;
             got.gradient += &output.gradient;
+            let (pos, neg) = output.mined_of_part(&count_pos, &count_neg);
+            mined = (mined.0 + pos, mined.1 + neg);
         }
     }
     assert_eq!((&got.min_pos, &got.max_neg), (&whole.min_pos, &whole.max_neg));
     assert_eq!((&got.count_pos, &got.count_neg), (&whole.count_pos, &whole.count_neg));
+    assert_eq!(mined, whole.mined());
     assert!(whole.active > 0 && (got.loss - whole.loss).abs() < 1e-6 * whole.loss);
     let largest = whole.gradient.iter().fold(0.0f32, |most, x| most.max(x.abs()));
     let off = &got.gradient - &whole.gradient;

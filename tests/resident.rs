@@ -3,14 +3,13 @@
 //! On the emulated device, whose memory is the host's.
 
 use ddtas::backend::cpu::CpuBackend;
-use ddtas::backend::device::params::LossScalars;
 use ddtas::backend::device::{
-    DeviceBackend, Options, ResidentBatch, ResidentIdentity, ResidentNumbers, ResidentOutput, ResidentPart,
-    ResidentRows, ResidentSettings, ResidentType,
+    DeviceBackend, ElementType, Options, ResidentBatch, ResidentIdentity, ResidentNumbers, ResidentOutput,
+    ResidentPart, ResidentRows, ResidentSettings,
 };
 use ddtas::backend::emulated::EmulatedDevice;
-use ddtas::backend::{Backend, Nearest};
-use ddtas::loss::{Batch, Embeddings, LossOutput, LossSettings, Rows, UnitCheck};
+use ddtas::backend::{Backend, Nearest, Picked};
+use ddtas::loss::{Batch, Embeddings, LossOutput, LossScalars, LossSettings, Rows, UnitCheck};
 use ddtas::retrieval::{recall, recall_by};
 use ddtas::{Error, Result};
 use ddtas_cases::parts::loss_in_parts;
@@ -34,7 +33,7 @@ fn resident(rows: &Array2<f32>, labels: &[i64], gradient: &mut Array2<f32>) -> R
 }
 
 fn batch(anchors: ResidentRows, references: Option<ResidentRows>) -> ResidentBatch {
-    ResidentBatch { dim: 2, dtype: ResidentType::F32, anchors, references, check: UnitCheck::Check }
+    ResidentBatch { dim: 2, dtype: ElementType::F32, anchors, references, check: UnitCheck::Check }
 }
 
 fn backend() -> DeviceBackend<EmulatedDevice> {
@@ -61,24 +60,16 @@ fn square_form_gives_the_same_bits() {
 }
 
 #[test]
-fn the_scalars_of_a_resident_loss_are_left_on_the_device() {
+fn pairs_of_anchors_that_do_not_enter_the_loss_are_not_counted_as_mined() {
     // Classes lie apart, so that an anchor keeps positives and no negative; but two that lie together.
     let (_, labels) = rows(140, 0.0);
     let angle = |i: usize| (i / 3).max(1) as f32 * 0.13 + (i % 3) as f32 * 0.01;
     let e = Array2::from_shape_fn((140, 2), |(i, d)| if d == 0 { angle(i).cos() } else { angle(i).sin() });
     let mut gradient = Array2::zeros((140, 2));
-    let batch = batch(resident(&e, &labels, &mut gradient), None);
     let settings = LossSettings { gamma: 0.05, ..LossSettings::default() };
     let (mut backend, mut output) = (backend(), LossOutput::default());
-    assert!(matches!(backend.scalars_of_last_loss(), Err(Error::OutOfOrder(_))));
-    // SAFETY: as in `run`.
-    unsafe { backend.loss_resident(&batch, &settings, &mut output) }.unwrap();
-    let address = backend.scalars_of_last_loss().unwrap();
-    // SAFETY: the emulated device's memory is the host's, and nothing writes to it now.
-    let scalars = unsafe { std::ptr::with_exposed_provenance::<LossScalars>(address as usize).read() };
+    let scalars = enqueue_on(&mut backend, &settings, (&e, &labels), &mut gradient, false).unwrap();
     backend.anchors_of_last_loss(&mut output).unwrap();
-    assert_eq!((scalars.loss, scalars.dloss_dlambda_pos), (output.loss, output.dloss_dlambda_pos));
-    assert_eq!((scalars.total_pos, scalars.total_neg), (output.total_pos, output.total_neg));
     assert_eq!((scalars.mined_pos, scalars.mined_neg), output.mined());
     let kept: u64 = output.count_pos.iter().chain(&output.count_neg).map(|&count| u64::from(count)).sum();
     assert!(scalars.mined_neg > 0 && kept > scalars.mined_pos + scalars.mined_neg, "{kept}");
@@ -182,7 +173,7 @@ fn nearest(batch: &ResidentBatch, k: usize) -> Result<Nearest> {
 /// Searches the rows in one type, from the device's memory and from the host's.
 fn search_both_ways<T>(
     (e, r): (&Array2<T>, &Array2<T>),
-    dtype: ResidentType,
+    dtype: ElementType,
     embeddings: fn(&Array2<T>) -> Embeddings<'_>,
 ) {
     // More queries than one tile, k beyond the references too.
@@ -199,11 +190,11 @@ fn search_both_ways<T>(
 #[test]
 fn neighbours_of_resident_rows_are_those_of_the_host_s_in_every_type_and_form() {
     let ((e, _), (r, _)) = (rows(140, 0.0), rows(30, 0.1));
-    search_both_ways((&e, &r), ResidentType::F32, |m| Embeddings::F32(m.view()));
+    search_both_ways((&e, &r), ElementType::F32, |m| Embeddings::F32(m.view()));
     let half = |m: &Array2<f32>| m.mapv(f16::from_f32);
-    search_both_ways((&half(&e), &half(&r)), ResidentType::F16, |m| Embeddings::F16(m.view()));
+    search_both_ways((&half(&e), &half(&r)), ElementType::F16, |m| Embeddings::F16(m.view()));
     let brain = |m: &Array2<f32>| m.mapv(bf16::from_f32);
-    search_both_ways((&brain(&e), &brain(&r)), ResidentType::Bf16, |m| Embeddings::Bf16(m.view()));
+    search_both_ways((&brain(&e), &brain(&r)), ElementType::Bf16, |m| Embeddings::Bf16(m.view()));
 }
 
 #[test]
@@ -248,22 +239,31 @@ fn recall_of_resident_rows_leaves_ignored_ones_out() {
     let batch = batch(ResidentRows { labels: labels.as_ptr() as u64, ..searched(&e) }, None);
     let ks = [1, 2, 8];
     let mut backend = backend();
-    let (host, _) = recall(&mut backend, &Rows::new(e.view(), &labels), None, &ks).unwrap();
+    let host = recall(&mut backend, &Rows::new(e.view(), &labels), None, &ks).unwrap();
     // SAFETY: as in `run`.
     let there = unsafe { backend.labels_resident(&batch.anchors) }.unwrap();
     assert_eq!(there, labels);
-    let mut among = |picked: Option<&[u32]>, k| {
+    let mut among = |picked: &Picked<'_>, k| {
         // SAFETY: as in `run`.
-        unsafe { backend.nearest_resident(&batch, picked, k) }
+        unsafe { backend.nearest_resident(&batch, Some(picked), k) }
     };
     assert_eq!(recall_by(&there, &ks, &mut among).unwrap(), host);
     assert!(host.at[0].1 < 1.0 && host.queries > 100, "rows that recall does not trivially pass: {host:?}");
 
-    for picked in [&[][..], &[3, 140]] {
-        assert!(among(Some(picked), 1).is_err(), "{picked:?}");
+    for listed in [&[][..], &[3, 140]] {
+        let few = &[1, 2][..];
+        for picked in
+            [Picked { queries: listed, gallery: None }, Picked { queries: few, gallery: Some(listed) }]
+        {
+            assert!(among(&picked, 1).is_err(), "{picked:?}");
+        }
     }
-    let error = among(Some(&[4, 5, 6]), 1).unwrap_err();
-    assert!(matches!(error, Error::NotFinite { rows: "queries", row: 5 }), "the caller's row: {error}");
+    let (bad, good) = (&[4, 5, 6][..], &[1, 2, 3][..]);
+    for picked in [Picked { queries: bad, gallery: Some(good) }, Picked { queries: good, gallery: Some(bad) }]
+    {
+        let error = among(&picked, 1).unwrap_err();
+        assert!(matches!(error, Error::NotFinite { rows: "queries", row: 5 }), "the caller's row: {error}");
+    }
 }
 
 /// Every address of a part: rows as they lie, numbers in lists of its own.
@@ -286,7 +286,7 @@ fn part_of<'a>(
         labels: whole.labels + (range.start * size_of::<i64>()) as u64,
         gradient: gradient.as_mut_ptr() as u64,
     };
-    ResidentPart { batch: batch(own, Some(whole)), identity, total: labels.len(), any_length: false }
+    ResidentPart { batch: batch(own, Some(whole)), identity, total: labels.len(), normalize: false }
 }
 
 #[test]
@@ -363,18 +363,25 @@ fn enqueue(
     e: &Array2<f32>,
     labels: &[i64],
     gradient: &mut Array2<f32>,
-    any_length: bool,
+    normalize: bool,
+) -> Result<LossScalars> {
+    enqueue_on(&mut backend(), &LossSettings::default(), (e, labels), gradient, normalize)
+}
+
+fn enqueue_on(
+    backend: &mut DeviceBackend<EmulatedDevice>,
+    settings: &LossSettings,
+    (e, labels): (&Array2<f32>, &[i64]),
+    gradient: &mut Array2<f32>,
+    normalize: bool,
 ) -> Result<LossScalars> {
     let batch = batch(resident(e, labels, gradient), None);
-    let part = ResidentPart { batch, identity: ResidentIdentity::ByValue, total: labels.len(), any_length };
-    let given = ResidentSettings { settings: LossSettings::default(), lambda: 0 };
-    let mut scalars = [0u64; size_of::<LossScalars>() / 8];
-    let mut loss = 0.0f32;
-    let output = ResidentOutput { scalars: scalars.as_mut_ptr() as u64, loss: &raw mut loss as u64 };
+    let part = ResidentPart { batch, identity: ResidentIdentity::ByValue, total: labels.len(), normalize };
+    let given = ResidentSettings { settings: *settings, lambda: 0 };
+    let (mut scalars, mut loss) = (LossOutput::default().scalars(), 0.0f32);
+    let output = ResidentOutput { scalars: &raw mut scalars as u64, loss: &raw mut loss as u64 };
     // SAFETY: the addresses of matrices that outlive the call, and of the figures.
-    unsafe { backend().enqueue_loss(&part, &given, output) }?;
-    // SAFETY: as many bytes, as aligned, and every bit pattern is a value of its numbers.
-    let scalars = unsafe { scalars.as_ptr().cast::<LossScalars>().read() };
+    unsafe { backend.enqueue_loss(&part, &given, output) }?;
     assert_eq!(loss.to_bits(), (scalars.loss as f32).to_bits());
     Ok(scalars)
 }
@@ -406,7 +413,7 @@ fn a_loss_of_rows_of_any_length_that_nobody_waits_for_gives_the_bits_of_one_that
     let e = unit * 3.0;
     let settings = LossSettings::default();
     let mut host = LossOutput::default();
-    backend().loss_of_any_length(&Batch::square(e.view(), &labels), &settings, &mut host).unwrap();
+    backend().normalized_loss(&Batch::square(e.view(), &labels), &settings, &mut host).unwrap();
     let mut gradient = Array2::from_elem((200, 2), f32::NAN);
     let scalars = enqueue(&e, &labels, &mut gradient, true).unwrap();
     assert_eq!(scalars.loss, host.loss);

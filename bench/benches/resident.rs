@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use ddtas::Result;
 use ddtas::backend::cuda::{self, CudaBackend, CudaDevice};
-use ddtas::backend::device::{Device, Options, ResidentBatch, ResidentRows, ResidentType};
+use ddtas::backend::device::{Device, ElementType, Options, ResidentBatch, ResidentRows};
 use ddtas::backend::{Backend, Nearest};
 use ddtas::loss::{Batch, Embeddings, Hypergradient, LossOutput, LossSettings, RowNumbers, Rows};
 use ddtas_bench::spot_check::{Figures, Way, compare};
@@ -61,7 +61,7 @@ fn main() -> ExitCode {
 
 fn time(arguments: &Arguments) -> std::result::Result<String, Box<dyn std::error::Error>> {
     let file = arguments.settings.embeddings.as_ref().ok_or("name a file of rows: --embeddings FILE")?;
-    let options = Options { budget: arguments.budget, exact: !arguments.settings.device.tf32 };
+    let options = Options { budget: arguments.budget, tf32: arguments.settings.device.tf32 };
     let opened = || Ok(Box::new(Resident::new(options)?) as Box<dyn Backend>);
     let embeddings = read(file)?;
     let compared =
@@ -110,9 +110,9 @@ impl Resident {
         let gaps = || ddtas::Error::NotContiguous { rows: "anchors" };
         let view = &batch.anchors.embeddings;
         let (dtype, bytes): (_, &[u8]) = match view {
-            Embeddings::F32(m) => (ResidentType::F32, bytemuck::cast_slice(m.as_slice().ok_or_else(gaps)?)),
-            Embeddings::F16(m) => (ResidentType::F16, bytemuck::cast_slice(m.as_slice().ok_or_else(gaps)?)),
-            Embeddings::Bf16(m) => (ResidentType::Bf16, bytemuck::cast_slice(m.as_slice().ok_or_else(gaps)?)),
+            Embeddings::F32(m) => (ElementType::F32, bytemuck::cast_slice(m.as_slice().ok_or_else(gaps)?)),
+            Embeddings::F16(m) => (ElementType::F16, bytemuck::cast_slice(m.as_slice().ok_or_else(gaps)?)),
+            Embeddings::Bf16(m) => (ElementType::Bf16, bytemuck::cast_slice(m.as_slice().ok_or_else(gaps)?)),
         };
         let (count, dim) = (view.rows(), view.dim());
         let memory = &mut self.memory;

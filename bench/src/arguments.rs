@@ -1,7 +1,7 @@
 //! The device arguments of the programs.
 
 use ddtas::Result;
-use ddtas::backend::{AutoDevice, Backend, DeviceSpec, auto, open_with};
+use ddtas::backend::{AutoDevice, Backend, DeviceSpec, OpenOptions, auto, open_with};
 use ddtas_io::UNKNOWN_DEVICE;
 
 /// The device, and the precision of its products.
@@ -36,7 +36,7 @@ impl DeviceArguments {
     /// # Errors
     /// As [`open_with`].
     pub fn open(&self) -> Result<Box<dyn Backend>> {
-        open_with(&self.backend, self.tf32)
+        open_with(&self.backend, &OpenOptions { tf32: self.tf32, budget: None })
     }
 }
 

@@ -78,17 +78,28 @@ impl Error {
 }
 
 impl From<ddtas::Error> for Error {
-    /// A setting of the library has the name of the flag that sets it.
     fn from(error: ddtas::Error) -> Self {
         match error {
             ddtas::Error::InvalidSetting { name: "device", value, .. } => {
                 Self::misuse("device", value, UNKNOWN_DEVICE)
             }
             ddtas::Error::InvalidSetting { name, value, range } => {
-                Self::InvalidSetting { name, value, range }
+                Self::InvalidSetting { name: flag_of(name), value, range }
             }
             other => Self::Library(other),
         }
+    }
+}
+
+/// The flag that sets a field of the library.
+fn flag_of(field: &'static str) -> &'static str {
+    match field {
+        "negative_ratio" => "negative-ratio",
+        "probe_ratio" => "probe-ratio",
+        "lambda_pos" => "lambda-pos",
+        "lambda_neg" => "lambda-neg",
+        "ks" => "recall-at",
+        same => same,
     }
 }
 

@@ -8,7 +8,21 @@ from .functional import Identity, Labels, Matrix
 from .part import Counts, Part, Similarities
 from .settings import Settings
 
-__all__ = ["Context", "LossOutput", "__version__", "address_of", "check_settings", "has_cuda"]
+__all__ = [
+    "Context",
+    "LossOutput",
+    "__version__",
+    "_initial_tolerances",
+    "_normalize_backward_at",
+    "_loss_at",
+    "_norm_tolerance",
+    "_read_scalars",
+    "_refuse_anchor",
+    "_normalize_at",
+    "address_of",
+    "check_settings",
+    "has_cuda",
+]
 
 _Place: TypeAlias = tuple[int, int, int, int, int]
 
@@ -44,18 +58,6 @@ class Context:
         reference_gradient: bool,
         check: bool,
     ) -> LossOutput: ...
-    def loss_at(
-        self,
-        rows: _Place,
-        references: _Place | None,
-        identity: int,
-        mining: str,
-        numbers: Sequence[float],
-        flags: tuple[bool, bool, bool],
-        answers: Sequence[int],
-    ) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.floating] | None, list[float]]: ...
-    def unit_rows_at(self, rows: _Place, unit: int) -> None: ...
-    def lead_back_at(self, rows: _Place, gradient: int) -> None: ...
     def judge(
         self,
         queries: Matrix,
@@ -63,9 +65,9 @@ class Context:
         gallery: Matrix | None,
         gallery_labels: Labels | None,
         identity: Identity | None,
-        deepest: int,
-    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]: ...
-    def nmi(self, rows: Matrix, labels: Labels, steps: int, seed: int) -> float: ...
+        ks: list[int],
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.int64]]: ...
+    def nmi(self, rows: Matrix, labels: Labels, seed: int) -> float: ...
     def threshold_gradient(
         self,
         embeddings: Matrix,
@@ -167,3 +169,28 @@ class LossOutput:
 def check_settings(settings: Settings) -> None: ...
 def address_of(embeddings: Matrix) -> int:
     """The address that rows are read from: the array's own, since nothing is copied."""
+
+def _initial_tolerances(mining: str, numbers: Sequence[float]) -> tuple[float, float]:
+    """Tolerances of positives and negatives before a batch adapts them."""
+
+def _norm_tolerance(dtype: int) -> float:
+    """How far the norm of a row of that type may be from 1."""
+
+def _refuse_anchor(row: int, square_sum: float) -> None:
+    """Raises what a row that is not finite or not of unit length is refused with."""
+
+def _read_scalars(written: bytes) -> list[float]:
+    """The numbers that a GPU has written of a loss. Raises ValueError for a bad row."""
+
+def _loss_at(
+    context: Context,
+    rows: _Place,
+    references: _Place | None,
+    identity: int,
+    mining: str,
+    numbers: Sequence[float],
+    flags: tuple[bool, bool, bool],
+    answers: Sequence[int],
+) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.floating] | None, list[float]]: ...
+def _normalize_at(context: Context, rows: _Place, unit: int) -> None: ...
+def _normalize_backward_at(context: Context, rows: _Place, gradient: int) -> None: ...

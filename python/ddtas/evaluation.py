@@ -62,33 +62,29 @@ def evaluate(
 
     Rows have unit length: float32, float16 or bfloat16. `identity` says which rows of the gallery are the queries themselves, as
     in `loss`: a query is left out of its own list. Rows with a negative label are neither queries nor answers, and a
-    query without an answer is not counted. `nmi` clusters the queries into as many clusters as they have classes, by at most 100 steps
+    query without an answer is not counted. `nmi` clusters the queries into as many clusters as they have classes, by at most 20 steps
     of k-means from `seed`; float32 only. Memory beside the rows grows with the number of queries alone.
 
     Raises what `loss` does.
     """
     context = context or default_context()
-    depths = sorted(set(ks))
-    if not depths:
-        raise ValueError("ks must have at least one K")
-    if depths[0] < 1:
-        raise ValueError(f"recall-at = {depths[0]} is out of range: 1 or more")
-    found = context.judge(embeddings, labels, gallery, gallery_labels, identity, depths[-1])
-    information = context.nmi(embeddings, labels, 100, seed) if nmi else None
-    return evaluation_of(found, np.asarray(labels), depths, information)
+    depths = list(ks)
+    found = context.judge(embeddings, labels, gallery, gallery_labels, identity, depths)
+    information = context.nmi(embeddings, labels, seed) if nmi else None
+    return evaluation_of(found, sorted({int(depth) for depth in depths}), information)
 
 
 def evaluation_of(
-    found: tuple[Figures, Figures, Figures], labels: npt.NDArray[np.integer], depths: list[int], nmi: float | None
+    found: tuple[Figures, Figures, Figures, npt.NDArray[np.int64]], depths: list[int], nmi: float | None
 ) -> Evaluation:
     """The means of what was found of each query."""
-    first, r_precision, average_precision = found
+    first, r_precision, average_precision, labels = found
     counted = np.flatnonzero(~np.isnan(first))
     if not len(counted):
         warnings.warn(f"none of {len(first)} queries has an answer: every figure is 0 of nothing", stacklevel=3)
     first, r_precision, average_precision = (values[counted] for values in (first, r_precision, average_precision))
     hits = {k: (first >= 0) & (first < k) for k in depths}
-    classes, place, sizes = np.unique(labels[counted].astype(np.int64), return_inverse=True, return_counts=True)
+    classes, place, sizes = np.unique(labels[counted], return_inverse=True, return_counts=True)
 
     def by_class(values: npt.NDArray[np.generic]) -> Figures:
         sums: Figures = np.bincount(place, weights=values, minlength=len(classes)) / sizes

@@ -2,18 +2,16 @@
 
 use ddtas::backend::Backend;
 use ddtas::loss::{self, Batch, Rows};
-use ddtas::retrieval::{Recall, Sought, judge, recall};
+use ddtas::retrieval::{NMI_STEPS, Recall, Sought, judge, nmi, recall};
 use ddtas::threads::{MOST_THREADS, available};
-use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
 use crate::double;
-use crate::input::{Labels, Matrix};
+use crate::input::{Labels, Matrix, whole};
 use crate::output::{LossOutput, vector};
 use crate::part::{self, Part};
 use crate::settings::Settings;
-use crate::sides::{self, Sides, unit_check};
-use crate::tensors;
+use crate::sides::{self, LOSS, SEARCH, Sides, unit_check};
 use crate::workspace::Context;
 
 #[pymethods]
@@ -60,7 +58,7 @@ impl Context {
         check: bool,
     ) -> PyResult<LossOutput> {
         let settings = settings.to_library()?;
-        let sides = Sides::new((embeddings, labels), (references, reference_labels), identity)?;
+        let sides = Sides::new(&LOSS, (embeddings, labels), (references, reference_labels), identity)?;
         let check = unit_check(check);
         if sides.is_double() {
             return double::loss(py, &sides, &settings, reference_gradient, check);
@@ -72,36 +70,6 @@ impl Context {
             backend.loss(&batch, &settings, &mut output).map(|()| output)
         })?;
         Ok(LossOutput::of_backend(py, output))
-    }
-
-    /// The loss of tensors by their addresses: see `tensors.rs`, which `ddtas.torch` alone calls.
-    #[pyo3(signature = (rows, references, identity, mining, numbers, flags, answers))]
-    #[allow(clippy::too_many_arguments)]
-    fn loss_at(
-        &self,
-        py: Python<'_>,
-        rows: tensors::Place,
-        references: Option<tensors::Place>,
-        identity: usize,
-        mining: &str,
-        numbers: [f64; 8],
-        flags: tensors::Flags,
-        answers: [usize; 2],
-    ) -> PyResult<tensors::Found> {
-        let settings = Settings::of_numbers(mining, numbers).to_library()?;
-        // SAFETY: `ddtas.torch` holds the tensors and has checked them.
-        unsafe { tensors::loss(py, self, (rows, references), identity, &settings, flags, answers) }
-    }
-
-    /// Rows at unit length, and the way back of their gradient, by addresses: see `tensors.rs`.
-    fn unit_rows_at(&self, py: Python<'_>, rows: tensors::Place, unit: usize) -> PyResult<()> {
-        // SAFETY: `ddtas.torch` holds the tensors and has made them of one size.
-        unsafe { tensors::unit_rows(py, self, rows, unit) }
-    }
-
-    fn lead_back_at(&self, py: Python<'_>, rows: tensors::Place, gradient: usize) -> PyResult<()> {
-        // SAFETY: as above.
-        unsafe { tensors::lead_back(py, self, rows, gradient) }
     }
 
     /// The two hyper-gradient sums along a tangent of the rows.
@@ -121,7 +89,7 @@ impl Context {
         check: bool,
     ) -> PyResult<(f64, f64)> {
         let settings = settings.to_library()?;
-        let sides = Sides::new((embeddings, labels), (references, reference_labels), identity)?;
+        let sides = Sides::new(&LOSS, (embeddings, labels), (references, reference_labels), identity)?;
         let tangent = Matrix::new("tangent", tangent)?;
         let reference_tangent =
             reference_tangent.map(|rows| Matrix::new("tangent of the references", rows)).transpose()?;
@@ -166,10 +134,12 @@ impl Context {
         part: Part<'_>,
         max_neg: &Bound<'_, PyAny>,
         reference_max_neg: Option<&Bound<'_, PyAny>>,
-        probe_neg: u64,
-        total_pos: u64,
+        probe_neg: &Bound<'_, PyAny>,
+        total_pos: &Bound<'_, PyAny>,
     ) -> PyResult<part::Selection> {
-        part.select(py, self, (max_neg, reference_max_neg), (probe_neg, total_pos))
+        let count = |value, name| whole(value, name, "the sum over all parts").map(|count| count as u64);
+        let totals = (count(probe_neg, "probe_neg")?, count(total_pos, "total_pos")?);
+        part.select(py, self, (max_neg, reference_max_neg), totals)
     }
 
     /// Last step: the part's share of the loss, the gradient of its anchors, active ones, and dL/dlambda.
@@ -198,9 +168,9 @@ impl Context {
         part.threshold_gradient(py, self, tangent, reference_tangent)
     }
 
-    /// What each query's list is worth: the place of the first answer, R-precision and average precision at R. NaN where a
-    /// query has no answer, and -1 for a place beyond its list.
-    #[pyo3(signature = (queries, labels, gallery, gallery_labels, identity, deepest))]
+    /// What each query's list is worth: the place of the first answer, R-precision and average precision at
+    /// R, and the query's label. NaN where a query has no answer, and -1 for a place beyond its list.
+    #[pyo3(signature = (queries, labels, gallery, gallery_labels, identity, ks))]
     #[allow(clippy::too_many_arguments)]
     fn judge<'py>(
         &self,
@@ -210,12 +180,12 @@ impl Context {
         gallery: Option<&Bound<'py, PyAny>>,
         gallery_labels: Option<&Bound<'py, PyAny>>,
         identity: Option<&Bound<'py, PyAny>>,
-        deepest: Bound<'py, PyAny>,
+        ks: Vec<Bound<'py, PyAny>>,
     ) -> PyResult<Worth> {
-        let deepest = positive(&[deepest])?;
-        let sides = Sides::new((queries, labels), (gallery, gallery_labels), identity)?;
+        let ks = depths(&ks)?;
+        let sides = Sides::new(&SEARCH, (queries, labels), (gallery, gallery_labels), identity)?;
         let batch = sides.batch(false, unit_check(true))?;
-        let worth = self.compute(py, |backend| judge_batch(backend, &batch, &deepest))?;
+        let worth = self.compute(py, |backend| judge_batch(backend, &batch, &ks))?;
         Ok(worth.into_python(py))
     }
 
@@ -225,18 +195,17 @@ impl Context {
         py: Python<'py>,
         rows: &Bound<'py, PyAny>,
         labels: &Bound<'py, PyAny>,
-        steps: usize,
         seed: Bound<'py, PyAny>,
     ) -> PyResult<f64> {
         let seed = whole(&seed, "seed", "0 to 2^64 - 1")? as u64;
         let side = (Matrix::new("queries", rows)?, Labels::new("labels of the queries", labels)?);
         side.0.float()?;
         let rows = sides::rows(&side)?;
-        self.compute(py, |backend| ddtas::retrieval::nmi(backend, &rows, steps, seed, &mut |_| {}))
+        self.compute(py, |backend| nmi(backend, &rows, NMI_STEPS, seed, &mut |_| {}))
     }
 
-    /// Recall@K of every row searched among the others: pairs of K and the share of answered queries, how many
-    /// queries were counted, and how many had nothing to find.
+    /// Recall@K of every row searched among the others: pairs of K and the share of answered queries, how
+    /// many queries were counted, and how many had nothing to find.
     fn recall_at_k<'py>(
         &self,
         py: Python<'py>,
@@ -244,35 +213,33 @@ impl Context {
         labels: &Bound<'py, PyAny>,
         ks: Vec<Bound<'py, PyAny>>,
     ) -> PyResult<Found> {
-        let ks = positive(&ks)?;
+        let ks = depths(&ks)?;
         let side = (Matrix::new("queries", embeddings)?, Labels::new("labels of the queries", labels)?);
         let rows = sides::rows(&side)?;
-        self.compute(py, |backend| recall(backend, &rows, None, &ks).map(|(recall, _)| found(recall)))
+        self.compute(py, |backend| recall(backend, &rows, None, &ks).map(found))
     }
 }
 
-/// Places of first answers, R-precision, average precision at R.
-pub type Worth = (Py<PyAny>, Py<PyAny>, Py<PyAny>);
+/// Places of first answers, R-precision, average precision at R, labels.
+pub type Worth = (Py<PyAny>, Py<PyAny>, Py<PyAny>, Py<PyAny>);
 
 /// The same before Python has it.
 pub struct Judgements {
     first: Vec<f64>,
     r_precision: Vec<f64>,
     average_precision: Vec<f64>,
+    labels: Vec<i64>,
 }
 
 /// Judges the anchors of a batch as queries, against its references as their gallery.
-pub fn judge_batch(
-    backend: &mut dyn Backend,
-    batch: &Batch<'_>,
-    deepest: &[usize],
-) -> ddtas::Result<Judgements> {
-    let nothing = vec![f64::NAN; batch.anchors.labels.len()];
+pub fn judge_batch(backend: &mut dyn Backend, batch: &Batch<'_>, ks: &[usize]) -> ddtas::Result<Judgements> {
+    let labels = batch.anchors.labels.to_vec();
+    let nothing = || vec![f64::NAN; labels.len()];
     let mut all =
-        Judgements { first: nothing.clone(), r_precision: nothing.clone(), average_precision: nothing };
+        Judgements { first: nothing(), r_precision: nothing(), average_precision: nothing(), labels };
     let gallery = batch.references.as_ref().map(Rows::view);
     let sought = Sought { queries: batch.anchors.view(), gallery, identity: batch.identity };
-    judge(backend, &sought, deepest, &mut |judged| {
+    judge(backend, &sought, ks, &mut |judged| {
         all.first[judged.query] = judged.first.map_or(-1.0, |place| place as f64);
         all.r_precision[judged.query] = judged.r_precision;
         all.average_precision[judged.query] = judged.average_precision;
@@ -282,7 +249,8 @@ pub fn judge_batch(
 
 impl Judgements {
     pub fn into_python(self, py: Python<'_>) -> Worth {
-        (vector(py, self.first), vector(py, self.r_precision), vector(py, self.average_precision))
+        let Self { first, r_precision, average_precision, labels } = self;
+        (vector(py, first), vector(py, r_precision), vector(py, average_precision), vector(py, labels))
     }
 }
 
@@ -296,20 +264,10 @@ pub fn found(recall: Recall) -> Found {
     (recall.at, recall.queries, recall.without_match)
 }
 
-/// The values of K: any integer that the machine counts to.
+/// The values of K.
 ///
 /// # Errors
-/// `TypeError` for what is no integer, `ValueError` for one that is out of range.
-pub fn positive(ks: &[Bound<'_, PyAny>]) -> PyResult<Vec<usize>> {
-    ks.iter().map(|k| whole(k, "recall-at", "1 to 2^64 - 1")).collect()
-}
-
-/// # Errors
-/// As [`positive`], with the name and the range of the argument.
-fn whole(value: &Bound<'_, PyAny>, name: &str, range: &str) -> PyResult<usize> {
-    let refused = |error: PyErr| match error.is_instance_of::<PyTypeError>(value.py()) {
-        true => PyTypeError::new_err(format!("{name} = {value} must be an integer")),
-        false => PyValueError::new_err(format!("{name} = {value} is out of range: {range}")),
-    };
-    value.extract::<usize>().map_err(refused)
+/// As [`whole`].
+pub fn depths(ks: &[Bound<'_, PyAny>]) -> PyResult<Vec<usize>> {
+    ks.iter().map(|k| whole(k, "ks", "1 to 2^64 - 1")).collect()
 }

@@ -5,7 +5,7 @@
 use std::ffi::c_void;
 
 use ddtas::backend::cuda::CudaBackend;
-use ddtas::backend::device::{Options, ResidentBatch, ResidentRows, ResidentType};
+use ddtas::backend::device::{ElementType, Options, ResidentBatch, ResidentRows};
 use ddtas::loss;
 use ddtas::retrieval::recall_by;
 use dlpark::DlpackFlags;
@@ -16,22 +16,23 @@ use half::{bf16, f16};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
-use crate::context::{Found, Worth, found, judge_batch, positive};
+use crate::context::{Found, Worth, depths, found, judge_batch};
 use crate::error::raise;
 use crate::input::dtype_name;
-use crate::resident::{Issued, Place, Spaces, Where};
+use crate::resident::{Issued, Spaces, Target, Where};
 use crate::settings::Settings;
-use crate::sides::{Sides, unit_check};
+use crate::sides::{SEARCH, Sides, unit_check};
 
-/// Workspaces on GPUs. `budget`: bytes for the candidates of all tiles, the library's if left out; `allow_tf32`: float32 rows
-/// may be multiplied to TF32's precision.
+/// Workspaces on GPUs. `budget`: bytes for the candidates of all tiles, the library's if left out;
+/// `allow_tf32`: float32 rows may be multiplied to TF32's precision.
 #[pyclass(frozen, module = "ddtas")]
 pub struct CudaContext(Spaces);
 
 /// The stream that the tensors must be ready on.
 struct Stream(usize);
 
-// SAFETY: the address is that of a live stream of the tensors' device, by the caller's word; null is the default stream.
+// SAFETY: the address is that of a live stream of the tensors' device, by the caller's word; null is the
+// default stream.
 unsafe impl DlpackStream for Stream {
     fn as_python_arg(&self, _py: Python<'_>, _device: DLDevice) -> PyResult<StreamArg> {
         Ok(stream_argument(self.0 as *mut c_void))
@@ -138,12 +139,12 @@ impl Side {
     }
 }
 
-fn resident_type(rows: &Resident) -> PyResult<ResidentType> {
+fn resident_type(rows: &Resident) -> PyResult<ElementType> {
     let dtype = rows.dtype;
     match () {
-        () if dtype.is::<f32>() => Ok(ResidentType::F32),
-        () if dtype.is::<f16>() => Ok(ResidentType::F16),
-        () if dtype.is::<bf16>() => Ok(ResidentType::Bf16),
+        () if dtype.is::<f32>() => Ok(ElementType::F32),
+        () if dtype.is::<f16>() => Ok(ElementType::F16),
+        () if dtype.is::<bf16>() => Ok(ElementType::Bf16),
         () => Err(PyTypeError::new_err("embeddings on a GPU must be float32, float16 or bfloat16")),
     }
 }
@@ -189,18 +190,19 @@ impl CudaContext {
     #[pyo3(signature = (budget = None, allow_tf32 = false))]
     fn new(budget: Option<usize>, allow_tf32: bool) -> Self {
         let budget = budget.unwrap_or(Options::default().budget);
-        Self(Spaces::new(Options { budget, exact: !allow_tf32 }))
+        Self(Spaces::new(Options { budget, tf32: allow_tf32 }))
     }
 
-    /// Issues the loss of one side among itself, or of the first against the second, and waits for nothing: gradients
-    /// and scalars are written where the addresses say. See `resident.rs`, which `ddtas.torch` alone calls.
+    /// Issues the loss of one side among itself, or of the first against the second, and waits for nothing:
+    /// gradients and scalars are written where the addresses say. See `resident.rs`, which `ddtas.torch`
+    /// alone calls.
     #[pyo3(signature = (place, sides, identity, lambdas, mining, numbers, check, output, normalize = false))]
     #[allow(clippy::too_many_arguments)]
     fn enqueue_loss(
         &self,
         py: Python<'_>,
         place: Where,
-        sides: Vec<Place>,
+        sides: Vec<Target>,
         identity: usize,
         lambdas: usize,
         mining: &str,
@@ -211,8 +213,8 @@ impl CudaContext {
     ) -> PyResult<()> {
         let settings = Settings::of_numbers(mining, numbers);
         let issued = Issued::new(&sides, (identity, lambdas), output, &settings, (check, normalize))?;
-        // SAFETY: `ddtas.torch` has checked the tensors and holds them until everything is issued; torch gives their memory to
-        // nobody before this stream is through.
+        // SAFETY: `ddtas.torch` has checked the tensors and holds them until everything is issued; torch
+        // gives their memory to nobody before this stream is through.
         self.compute(py, place.0, place.1, |backend| unsafe { issued.issue(backend) })
     }
 
@@ -248,8 +250,9 @@ impl CudaContext {
         let ordinal = sides[0].rows.device.device_id as usize;
         let sums = self.compute(py, ordinal, stream, |backend| {
             let mut output = loss::LossOutput::default();
-            // SAFETY: types, shapes and device of every tensor were checked above; `sides` and `held` hold them until the call
-            // has waited for the GPU; the protocol made them ready on this stream; the gradient is a fresh tensor.
+            // SAFETY: types, shapes and device of every tensor were checked above; `sides` and `held` hold
+            // them until the call has waited for the GPU; the protocol made them ready on this stream; the
+            // gradient is a fresh tensor.
             unsafe { backend.loss_resident(&batch, &settings, &mut output) }?;
             // SAFETY: as above.
             unsafe { backend.hypergradient_resident(&batch, addresses) }
@@ -259,7 +262,7 @@ impl CudaContext {
     }
 
     /// As `Context.judge`, on rows in the host's memory that go to the GPU in turns.
-    #[pyo3(signature = (place, queries, labels, gallery, gallery_labels, identity, deepest))]
+    #[pyo3(signature = (place, queries, labels, gallery, gallery_labels, identity, ks))]
     #[allow(clippy::too_many_arguments)]
     fn judge<'py>(
         &self,
@@ -270,12 +273,12 @@ impl CudaContext {
         gallery: Option<&Bound<'py, PyAny>>,
         gallery_labels: Option<&Bound<'py, PyAny>>,
         identity: Option<&Bound<'py, PyAny>>,
-        deepest: Bound<'py, PyAny>,
+        ks: Vec<Bound<'py, PyAny>>,
     ) -> PyResult<Worth> {
-        let deepest = positive(&[deepest])?;
-        let sides = Sides::new((queries, labels), (gallery, gallery_labels), identity)?;
+        let ks = depths(&ks)?;
+        let sides = Sides::new(&SEARCH, (queries, labels), (gallery, gallery_labels), identity)?;
         let batch = sides.batch(false, unit_check(true))?;
-        let worth = self.compute(py, place.0, place.1, |backend| judge_batch(backend, &batch, &deepest))?;
+        let worth = self.compute(py, place.0, place.1, |backend| judge_batch(backend, &batch, &ks))?;
         Ok(worth.into_python(py))
     }
 
@@ -287,16 +290,16 @@ impl CudaContext {
         ks: Vec<Bound<'_, PyAny>>,
         stream: usize,
     ) -> PyResult<Found> {
-        let ks = positive(&ks)?;
+        let ks = depths(&ks)?;
         let side = Side::new("queries", &rows, &Stream(stream))?;
         let batch = batch_of(std::slice::from_ref(&side), true)?;
         let ordinal = side.rows.device.device_id as usize;
         let recall = self.compute(py, ordinal, stream, |backend| {
-            // SAFETY: as in `loss`; `side` holds the tensors.
+            // SAFETY: as in `threshold_gradient`; `side` holds the tensors.
             let labels = unsafe { backend.labels_resident(&batch.anchors) }?;
-            recall_by(&labels, &ks, |picked, depth| {
+            recall_by(&labels, &ks, &mut |picked, k| {
                 // SAFETY: as above.
-                unsafe { backend.nearest_resident(&batch, picked, depth) }
+                unsafe { backend.nearest_resident(&batch, Some(picked), k) }
             })
         })?;
         drop(side);

@@ -208,9 +208,10 @@ fn slice_of<'a, T: DlpackElement>(name: &'static str, tensor: &TensorRef<'a>) ->
     if !tensor.is_compact().unwrap_or(false) {
         return Err(raise(Error::NotContiguous { rows: name }));
     }
-    // SAFETY: the producer vouches for as many values as the shape says, while the tensor is held. Device, type, layout
-    // and alignment are checked by the call. A program that writes to its own tensor from another thread meanwhile
-    // gets a meaningless loss, as with every library that computes outside the interpreter's lock.
+    // SAFETY: the producer vouches for as many values as the shape says, while the tensor is held. Device,
+    // type, layout and alignment are checked by the call. A program that writes to its own tensor from
+    // another thread meanwhile gets a meaningless loss, as with every library that computes outside the
+    // interpreter's lock.
     unsafe { tensor.cpu_slice() }.map_err(|error| PyValueError::new_err(error.to_string()))
 }
 
@@ -276,8 +277,8 @@ impl<'py> Labels<'py> {
     /// Borrows or converts `object`; `name` is what messages call it.
     ///
     /// # Errors
-    /// `TypeError` for labels that are not integers, `ValueError` for more than one dimension, gaps, or a label
-    /// beyond int64.
+    /// `TypeError` for labels that are not integers, `ValueError` for more than one dimension, gaps, or a
+    /// label beyond int64.
     pub fn new(name: &'static str, object: &Bound<'py, PyAny>) -> PyResult<Self> {
         if let Ok(array) = object.cast::<PyUntypedArray>() {
             one_dimensional(name, array.ndim())?;
@@ -317,7 +318,8 @@ pub enum Known {
 }
 
 impl Known {
-    /// Reads `None`, the number of the reference that is anchor 0, or a number for each anchor, -1 for one that is not among the references.
+    /// Reads `None`, the number of the reference that is anchor 0, or a number for each anchor, -1 for one
+    /// that is not among the references.
     ///
     /// # Errors
     /// `TypeError` for anything else, `ValueError` for what is no number of a row.
@@ -431,4 +433,16 @@ fn of_other_tensor(name: &'static str, tensor: &TensorRef<'_>) -> PyResult<Vec<i
 fn within_range(name: &str, label: u64) -> PyResult<i64> {
     let message = || format!("label {label} of the {name} is beyond int64");
     i64::try_from(label).map_err(|_| PyValueError::new_err(message()))
+}
+
+/// An integer that the machine counts to, from 0.
+///
+/// # Errors
+/// `TypeError` for what is no integer, `ValueError` for one that is out of range.
+pub fn whole(value: &Bound<'_, PyAny>, name: &str, range: &str) -> PyResult<usize> {
+    let refused = |error: PyErr| match error.is_instance_of::<PyTypeError>(value.py()) {
+        true => PyTypeError::new_err(format!("{name} = {value} must be an integer")),
+        false => PyValueError::new_err(format!("{name} = {value} is out of range: {range}")),
+    };
+    value.extract::<usize>().map_err(refused)
 }

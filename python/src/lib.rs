@@ -17,6 +17,9 @@
 //!
 //! Python waits for no lock while something is computed: the interpreter is let go of.
 
+use ddtas::loss::select::initial_tolerances;
+use ddtas::loss::{ElementType, LossScalars};
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 mod context;
@@ -40,10 +43,86 @@ fn check_settings(settings: settings::Settings) -> PyResult<()> {
     settings.to_library().map(|_| ())
 }
 
+/// Both tolerances before a batch adapts them.
+#[pyfunction]
+fn _initial_tolerances(mining: &str, numbers: [f64; 8]) -> PyResult<(f64, f64)> {
+    let tolerances = initial_tolerances(&settings::Settings::of_numbers(mining, numbers).to_library()?);
+    Ok((tolerances.pos, tolerances.neg))
+}
+
 /// The address that rows are read from: the array's own, since nothing is copied.
 #[pyfunction]
 fn address_of(embeddings: &Bound<'_, PyAny>) -> PyResult<usize> {
     Ok(input::Matrix::new("anchors", embeddings)?.address())
+}
+
+/// How far the norm of a row of that type may be from 1.
+#[pyfunction]
+fn _norm_tolerance(dtype: u8) -> f64 {
+    tensors::element_type(dtype).unwrap_or(ElementType::F32).norm_tolerance()
+}
+
+/// What a row that is not finite or not of unit length is refused with, by the sum of its squares.
+#[pyfunction]
+fn _refuse_anchor(row: usize, square_sum: f64) -> PyResult<()> {
+    Err(error::bad_row("anchors", row, square_sum))
+}
+
+/// Reads what the kernels have written of a loss, 120 bytes.
+#[pyfunction]
+fn _read_scalars(written: &[u8]) -> PyResult<[f64; tensors::STATISTICS - 1]> {
+    let refused = |_| PyValueError::new_err("the scalars of a loss have another size");
+    let scalars: LossScalars = bytemuck::try_pod_read_unaligned(written).map_err(refused)?;
+    for (rows, row) in [("anchors", scalars.bad_anchor), ("references", scalars.bad_reference)] {
+        if row != u32::MAX {
+            return Err(error::bad_row(rows, row as usize, scalars.bad_square_sum));
+        }
+    }
+    Ok(tensors::statistics(&scalars))
+}
+
+/// The loss of tensors by their addresses: see `tensors.rs`, which `ddtas.torch` alone calls.
+#[pyfunction]
+#[pyo3(signature = (context, rows, references, identity, mining, numbers, flags, answers))]
+#[allow(clippy::too_many_arguments)]
+fn _loss_at(
+    py: Python<'_>,
+    context: &workspace::Context,
+    rows: tensors::Place,
+    references: Option<tensors::Place>,
+    identity: usize,
+    mining: &str,
+    numbers: [f64; 8],
+    flags: tensors::Flags,
+    answers: [usize; 2],
+) -> PyResult<tensors::Answers> {
+    let settings = settings::Settings::of_numbers(mining, numbers).to_library()?;
+    // SAFETY: `ddtas.torch` holds the tensors and has checked them.
+    unsafe { tensors::loss(py, context, (rows, references), identity, &settings, flags, answers) }
+}
+
+/// Rows at unit length by addresses: see `tensors.rs`.
+#[pyfunction]
+fn _normalize_at(
+    py: Python<'_>,
+    context: &workspace::Context,
+    rows: tensors::Place,
+    unit: usize,
+) -> PyResult<()> {
+    // SAFETY: `ddtas.torch` holds the tensors and has made them of one size.
+    unsafe { tensors::normalize(py, context, rows, unit) }
+}
+
+/// The way back of their gradient.
+#[pyfunction]
+fn _normalize_backward_at(
+    py: Python<'_>,
+    context: &workspace::Context,
+    rows: tensors::Place,
+    gradient: usize,
+) -> PyResult<()> {
+    // SAFETY: as above.
+    unsafe { tensors::normalize_backward(py, context, rows, gradient) }
 }
 
 /// The compiled part of the package.
@@ -56,5 +135,12 @@ fn _ddtas(module: &Bound<'_, PyModule>) -> PyResult<()> {
     #[cfg(feature = "cuda")]
     module.add_class::<cuda::CudaContext>()?;
     module.add_function(wrap_pyfunction!(check_settings, module)?)?;
-    module.add_function(wrap_pyfunction!(address_of, module)?)
+    module.add_function(wrap_pyfunction!(address_of, module)?)?;
+    module.add_function(wrap_pyfunction!(_initial_tolerances, module)?)?;
+    module.add_function(wrap_pyfunction!(_norm_tolerance, module)?)?;
+    module.add_function(wrap_pyfunction!(_refuse_anchor, module)?)?;
+    module.add_function(wrap_pyfunction!(_read_scalars, module)?)?;
+    module.add_function(wrap_pyfunction!(_loss_at, module)?)?;
+    module.add_function(wrap_pyfunction!(_normalize_at, module)?)?;
+    module.add_function(wrap_pyfunction!(_normalize_backward_at, module)?)
 }

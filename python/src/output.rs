@@ -1,7 +1,6 @@
 //! What a loss returns, as NumPy arrays that own the library's memory.
 
-use ddtas::loss::select::Selection;
-use ddtas::loss::{self, Reference};
+use ddtas::loss::{self, LossScalars, Reference};
 use ndarray::Array2;
 use numpy::{Element, PyArray1, PyArray2};
 use pyo3::prelude::*;
@@ -12,7 +11,7 @@ pub struct LossOutput {
     /// The loss, the mean over all B anchors.
     loss: f64,
     /// dL/d(embeddings), `[B, D]`, float32; float64 for float64 rows.
-    gradient: Option<Py<PyAny>>,
+    gradient: Py<PyAny>,
     /// dL/d(references), `[N, D]`, if it was asked for.
     reference_gradient: Option<Py<PyAny>>,
     /// Tolerance of positives in force, after adaptation.
@@ -57,66 +56,51 @@ pub fn matrix<T: Element>(py: Python<'_>, values: Array2<T>) -> Py<PyAny> {
     PyArray2::from_owned_array(py, values).into_any().unbind()
 }
 
-/// Pairs of active anchors, positive and negative.
-pub fn mined(selection: &Selection) -> (u64, u64) {
-    (0..selection.positives.len()).filter(|&i| selection.is_active(i)).fold((0, 0), |sum, i| {
-        (sum.0 + selection.positives[i].len() as u64, sum.1 + selection.negatives[i].len() as u64)
-    })
-}
-
 impl LossOutput {
-    /// Takes a backend's output. A gradient that stayed on the device is `None`.
+    /// Takes a backend's output.
     pub fn of_backend(py: Python<'_>, output: loss::LossOutput) -> Self {
-        let mined = output.mined();
-        let gradient = (!output.gradient.is_empty()).then(|| matrix(py, output.gradient));
-        Self {
-            loss: output.loss,
-            gradient,
-            reference_gradient: output.reference_gradient.map(|rows| matrix(py, rows)),
-            gamma_pos: output.gamma_pos,
-            gamma_neg: output.gamma_neg,
-            probe_neg: output.probe_neg,
-            total_pos: output.total_pos,
-            total_neg: output.total_neg,
-            min_pos: vector(py, output.min_pos),
-            max_neg: vector(py, output.max_neg),
-            count_pos: vector(py, output.count_pos),
-            count_neg: vector(py, output.count_neg),
-            active: output.active,
-            mined,
-            dloss_dlambda_pos: output.dloss_dlambda_pos,
-            dloss_dlambda_neg: output.dloss_dlambda_neg,
-            mean_pos: output.mean_pos,
-            mean_neg: output.mean_neg,
-        }
+        let scalars = output.scalars();
+        let gradients = (matrix(py, output.gradient), output.reference_gradient.map(|rows| matrix(py, rows)));
+        let similarities = [vector(py, output.min_pos), vector(py, output.max_neg)];
+        let counts = [vector(py, output.count_pos), vector(py, output.count_neg)];
+        Self::new(&scalars, gradients, similarities, counts)
     }
 
     /// Takes the truth's, whose gradients and similarities stay float64.
     pub fn of_reference(py: Python<'_>, truth: Reference) -> Self {
-        let active = truth.active();
-        let Reference { selection, weighted, gradient, reference_gradient, mean_pos, mean_neg, .. } = truth;
-        let total_neg = truth.total_neg;
-        let mined = mined(&selection);
-        let sizes = |sets: &[Vec<usize>]| vector(py, sets.iter().map(|set| set.len() as u32).collect());
+        let scalars = truth.scalars();
+        let gradients = (matrix(py, truth.gradient), truth.reference_gradient.map(|rows| matrix(py, rows)));
+        let sizes = truth.selection.sizes();
+        let counts = [0, 1].map(|kind| vector(py, sizes.iter().map(|size| size[kind]).collect()));
+        let similarities = [vector(py, truth.selection.min_pos), vector(py, truth.selection.max_neg)];
+        Self::new(&scalars, gradients, similarities, counts)
+    }
+
+    fn new(
+        scalars: &LossScalars,
+        (gradient, reference_gradient): (Py<PyAny>, Option<Py<PyAny>>),
+        [min_pos, max_neg]: [Py<PyAny>; 2],
+        [count_pos, count_neg]: [Py<PyAny>; 2],
+    ) -> Self {
         Self {
-            loss: weighted.loss,
-            gradient: Some(matrix(py, gradient)),
-            reference_gradient: reference_gradient.map(|rows| matrix(py, rows)),
-            gamma_pos: selection.tolerances.pos,
-            gamma_neg: selection.tolerances.neg,
-            probe_neg: selection.probe_neg,
-            total_pos: selection.total_pos,
-            total_neg,
-            count_pos: sizes(&selection.positives),
-            count_neg: sizes(&selection.negatives),
-            min_pos: vector(py, selection.min_pos),
-            max_neg: vector(py, selection.max_neg),
-            active,
-            mined,
-            dloss_dlambda_pos: weighted.dloss_dlambda_pos,
-            dloss_dlambda_neg: weighted.dloss_dlambda_neg,
-            mean_pos,
-            mean_neg,
+            loss: scalars.loss,
+            gradient,
+            reference_gradient,
+            gamma_pos: scalars.gamma_pos,
+            gamma_neg: scalars.gamma_neg,
+            probe_neg: scalars.probe_neg,
+            total_pos: scalars.total_pos,
+            total_neg: scalars.total_neg,
+            min_pos,
+            max_neg,
+            count_pos,
+            count_neg,
+            active: scalars.active,
+            mined: (scalars.mined_pos, scalars.mined_neg),
+            dloss_dlambda_pos: scalars.dloss_dlambda_pos,
+            dloss_dlambda_neg: scalars.dloss_dlambda_neg,
+            mean_pos: scalars.mean_pos,
+            mean_neg: scalars.mean_neg,
         }
     }
 }

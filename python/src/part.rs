@@ -2,13 +2,12 @@
 
 use ddtas::backend::Backend;
 use ddtas::loss::{self, Batch, RowNumbers};
-use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use crate::input::{Matrix, similarities, sizes};
+use crate::input::{Matrix, similarities, sizes, whole};
 use crate::output::{matrix, vector};
 use crate::settings::Settings;
-use crate::sides::{Sides, unit_check};
+use crate::sides::{LOSS, Sides, unit_check};
 use crate::workspace::Context;
 
 /// The fields of `ddtas.Part`, read by name.
@@ -19,7 +18,7 @@ pub struct Part<'py> {
     references: Bound<'py, PyAny>,
     reference_labels: Bound<'py, PyAny>,
     identity: Option<Bound<'py, PyAny>>,
-    total: i64,
+    total: Bound<'py, PyAny>,
     settings: Settings,
     check: bool,
 }
@@ -39,15 +38,11 @@ type Given<'a, 'py> = (&'a Bound<'py, PyAny>, Option<&'a Bound<'py, PyAny>>);
 impl<'py> Part<'py> {
     fn sides(&self) -> PyResult<Sides<'py>> {
         let references = (Some(&self.references), Some(&self.reference_labels));
-        Sides::new((&self.embeddings, &self.labels), references, self.identity.as_ref())
+        Sides::new(&LOSS, (&self.embeddings, &self.labels), references, self.identity.as_ref())
     }
 
     fn batch<'a>(&self, sides: &'a Sides<'_>) -> PyResult<Batch<'a>> {
-        let refused = |_| {
-            let message = format!("total = {} is out of range: the anchors of all parts", self.total);
-            PyValueError::new_err(message)
-        };
-        let total = usize::try_from(self.total).map_err(refused)?;
+        let total = whole(&self.total, "total", "the anchors of all parts")?;
         Ok(Batch { total: Some(total), ..sides.batch(false, unit_check(self.check))? })
     }
 

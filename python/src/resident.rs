@@ -1,4 +1,5 @@
-//! The loss of tensors in a GPU's memory by their addresses, issued and not waited for: what `ddtas.torch` calls there.
+//! The loss of tensors in a GPU's memory by their addresses, issued and not waited for: what `ddtas.torch`
+//! calls there.
 
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -8,7 +9,6 @@ use ddtas::Error;
 use ddtas::backend::cuda::{CudaBackend, CudaDevice};
 use ddtas::backend::device::{
     Options, ResidentBatch, ResidentIdentity, ResidentOutput, ResidentPart, ResidentRows, ResidentSettings,
-    ResidentType,
 };
 use ddtas::process::PerProcess;
 use pyo3::exceptions::PyTypeError;
@@ -16,15 +16,17 @@ use pyo3::prelude::*;
 
 use crate::settings::Settings;
 use crate::sides::unit_check;
+use crate::tensors::element_type;
 
-/// Address of the rows and of their int64 labels, how many there are and of how many dimensions, their type, and the address
-/// of the gradient, or 0.
-pub type Place = (usize, usize, usize, usize, u8, usize);
+/// Address of the rows and of their int64 labels, how many there are and of how many dimensions, their type,
+/// and the address of the gradient, or 0.
+pub type Target = (usize, usize, usize, usize, u8, usize);
 
 /// A GPU's number, and a stream there.
 pub type Where = (usize, usize);
 
-/// What a workspace is for: calls that run as they are issued, or those of a graph, which must find it as they left it.
+/// What a workspace is for: calls that run as they are issued, or those of a graph, which must find it as
+/// they left it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Purpose {
     Calls(usize),
@@ -34,8 +36,8 @@ enum Purpose {
 /// Workspaces on GPUs: one for each GPU, and one for each graph that was captured there.
 pub struct Spaces {
     options: Options,
-    /// A forked process has none of its parent's: the driver refuses it, with a line that says so. The lock is held for a
-    /// look-up, never for a computation.
+    /// A forked process has none of its parent's: the driver refuses it, with a line that says so. The lock
+    /// is held for a look-up, never for a computation.
     found: PerProcess<Mutex<HashMap<Purpose, Arc<Mutex<CudaBackend>>>>>,
 }
 
@@ -53,7 +55,8 @@ impl Spaces {
         let stream: *mut c_void = std::ptr::with_exposed_provenance_mut(stream);
         let space = self.space(ordinal, stream)?;
         let mut backend = lock(&space);
-        // SAFETY: torch's current stream of that GPU, which lives while the call is made; `mark` ends the need of it.
+        // SAFETY: torch's current stream of that GPU, which lives while the call is made; `mark` ends the
+        // need of it.
         unsafe { backend.device_mut().follow(stream) }?;
         let done = work(&mut backend);
         backend.device_mut().mark()?;
@@ -93,7 +96,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn side((embeddings, labels, count, _, _, gradient): Place) -> ResidentRows {
+fn side((embeddings, labels, count, _, _, gradient): Target) -> ResidentRows {
     ResidentRows { count, embeddings: embeddings as u64, labels: labels as u64, gradient: gradient as u64 }
 }
 
@@ -105,11 +108,11 @@ pub struct Issued {
 }
 
 impl Issued {
-    /// `identity`: the address of a uint32 for each anchor, or 0; `lambdas`: that of both thresholds in float64, or 0; `output`:
-    /// those of the scalars and of the loss in float32;
-    /// `normalize`: rows are of any length, and the gradients are theirs as they are given.
+    /// `identity`: the address of a uint32 for each anchor, or 0; `lambdas`: that of both thresholds in
+    /// float64, or 0; `output`: those of the scalars and of the loss in float32; `normalize`: rows are of any
+    /// length, and the gradients are theirs as they are given.
     pub fn new(
-        sides: &[Place],
+        sides: &[Target],
         (identity, lambdas): (usize, usize),
         (scalars, loss): (usize, usize),
         settings: &Settings,
@@ -122,14 +125,8 @@ impl Issued {
             }
             _ => return Err(PyTypeError::new_err("rows of both sides must have one type and one dimension")),
         };
-        let dtype = match anchors.4 {
-            0 => ResidentType::F32,
-            1 => ResidentType::F16,
-            2 => ResidentType::Bf16,
-            _ => {
-                return Err(PyTypeError::new_err("embeddings on a GPU must be float32, float16 or bfloat16"));
-            }
-        };
+        let refused = || PyTypeError::new_err("embeddings on a GPU must be float32, float16 or bfloat16");
+        let dtype = element_type(anchors.4).ok_or_else(refused)?;
         let identity = match identity {
             0 => ResidentIdentity::ByValue,
             address => ResidentIdentity::List(address as u64),
@@ -141,7 +138,7 @@ impl Issued {
             references: references.map(side),
             check: unit_check(check),
         };
-        let part = ResidentPart { batch, identity, total: anchors.2, any_length: normalize };
+        let part = ResidentPart { batch, identity, total: anchors.2, normalize };
         let settings = ResidentSettings { settings: settings.to_library()?, lambda: lambdas as u64 };
         let output = ResidentOutput { scalars: scalars as u64, loss: loss as u64 };
         Ok(Self { part, settings, output })

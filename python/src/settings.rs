@@ -1,7 +1,6 @@
 //! `ddtas.Settings`, a frozen dataclass, as the library's settings.
 
-use ddtas::loss::{LossSettings, Mining};
-use pyo3::exceptions::PyValueError;
+use ddtas::loss::LossSettings;
 use pyo3::prelude::*;
 
 use crate::error::raise;
@@ -31,18 +30,8 @@ impl Settings {
     /// # Errors
     /// `ValueError` for a kind of mining that does not exist, or a value out of its range.
     pub fn to_library(&self) -> PyResult<LossSettings> {
-        let mining = match self.mining.as_str() {
-            "none" => Mining::None,
-            "symmetric" => Mining::Symmetric,
-            "asms" => Mining::Asms,
-            "at-asms" => Mining::AtAsms,
-            other => {
-                let message = format!("mining = {other:?} is unknown: none, symmetric, asms or at-asms");
-                return Err(PyValueError::new_err(message));
-            }
-        };
         let settings = LossSettings {
-            mining,
+            mining: self.mining.parse().map_err(raise)?,
             gamma: self.gamma,
             negative_ratio: self.negative_ratio,
             probe_ratio: self.probe_ratio,

@@ -6,6 +6,22 @@ use pyo3::prelude::*;
 
 use crate::input::{Known, Labels, Matrix};
 
+/// What messages call the two sides and the arguments.
+pub struct Names {
+    anchors: &'static str,
+    labels: &'static str,
+    /// The arguments of the other side.
+    others: [&'static str; 2],
+}
+
+/// Of a loss.
+pub const LOSS: Names =
+    Names { anchors: "anchors", labels: "labels", others: ["references", "reference_labels"] };
+
+/// Of a search.
+pub const SEARCH: Names =
+    Names { anchors: "queries", labels: "labels of the queries", others: ["gallery", "gallery_labels"] };
+
 /// Both sides of a batch, each with its labels.
 pub struct Sides<'py> {
     pub anchors: (Matrix<'py>, Labels<'py>),
@@ -15,6 +31,7 @@ pub struct Sides<'py> {
 
 impl<'py> Sides<'py> {
     pub fn new(
+        names: &Names,
         anchors: (&Bound<'py, PyAny>, &Bound<'py, PyAny>),
         references: (Option<&Bound<'py, PyAny>>, Option<&Bound<'py, PyAny>>),
         identity: Option<&Bound<'py, PyAny>>,
@@ -25,13 +42,14 @@ impl<'py> Sides<'py> {
                 Some((Matrix::new("references", rows)?, Labels::new("labels of the references", labels)?))
             }
             _ => {
-                let message = "references and reference_labels belong together: give both or neither";
+                let [rows, labels] = names.others;
+                let message = format!("{rows} and {labels} belong together: give both or neither");
                 return Err(PyValueError::new_err(message));
             }
         };
-        let labels = Labels::new("labels", anchors.1)?;
+        let labels = Labels::new(names.labels, anchors.1)?;
         let sides = Self {
-            anchors: (Matrix::new("anchors", anchors.0)?, labels),
+            anchors: (Matrix::new(names.anchors, anchors.0)?, labels),
             references,
             identity: Known::new(identity)?,
         };

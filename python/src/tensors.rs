@@ -1,10 +1,11 @@
 //! The loss of tensors by their addresses: what `ddtas.torch` calls on the processor.
 //!
-//! An exchange by DLPack takes some microseconds a tensor, as long as a tenth of the loss at 80 rows. `ddtas/torch/operator.py`
-//! is the only caller, and checks types, shapes, layout and device.
+//! An exchange by DLPack takes some microseconds a tensor, as long as a tenth of the loss at 80 rows.
+//! `ddtas/torch/operator.py` is the only caller, and checks types, shapes, layout and device.
 
 use ddtas::loss::{
-    Batch, DoubleBatch, DoubleRows, Embeddings, Identity, LossOutput, LossSettings, Reference, Rows,
+    Batch, DoubleBatch, DoubleRows, ElementType, Embeddings, Identity, LossOutput, LossScalars, LossSettings,
+    Reference, Rows,
 };
 use half::{bf16, f16};
 use ndarray::ArrayView2;
@@ -13,26 +14,30 @@ use pyo3::prelude::*;
 
 use crate::error::raise;
 use crate::input::Known;
-use crate::output::{matrix, mined};
+use crate::output::matrix;
 use crate::sides::unit_check;
 use crate::workspace::Context;
 
-/// Address of the rows and of their int64 labels, how many there are and of how many dimensions, and their type.
+/// Address of the rows and of their int64 labels, how many there are and of how many dimensions, and their
+/// type.
 pub type Place = (usize, usize, usize, usize, u8);
 
 /// Whether rows are normalised first, whether the references get a gradient, and whether rows are checked.
 pub type Flags = (bool, bool, bool);
 
 /// dL/d(rows) and dL/d(references), as arrays that own the library's memory, and the statistics once more.
-pub type Found = (Py<PyAny>, Option<Py<PyAny>>, [f64; STATISTICS]);
+pub type Answers = (Py<PyAny>, Option<Py<PyAny>>, [f64; STATISTICS]);
 
 /// Entries of the statistics: `ddtas/torch/operator.py` names them.
 pub const STATISTICS: usize = 14;
 
-const SINGLE: u8 = 0;
-const HALF: u8 = 1;
-const BRAIN: u8 = 2;
+/// The code of float64, which the scalar reference takes.
 const DOUBLE: u8 = 3;
+
+/// The type that a code of `ddtas/torch/operator.py` stands for, if it is one that backends take.
+pub fn element_type(code: u8) -> Option<ElementType> {
+    [ElementType::F32, ElementType::F16, ElementType::Bf16].get(usize::from(code)).copied()
+}
 
 /// # Safety
 /// `count * dim` elements of `T` lie there, initialised and aligned, and stay as they are for `'a`.
@@ -62,14 +67,14 @@ unsafe fn rows<'a>(place: Place) -> PyResult<Rows<'a>> {
 /// # Safety
 /// As [`view`].
 unsafe fn embeddings<'a>(place: Place) -> PyResult<Embeddings<'a>> {
-    match place.4 {
+    match element_type(place.4) {
         // SAFETY: handed on to the caller.
-        SINGLE => Ok(Embeddings::F32(unsafe { view::<f32>(place) }?)),
+        Some(ElementType::F32) => Ok(Embeddings::F32(unsafe { view::<f32>(place) }?)),
         // SAFETY: as above.
-        HALF => Ok(Embeddings::F16(unsafe { view::<f16>(place) }?)),
+        Some(ElementType::F16) => Ok(Embeddings::F16(unsafe { view::<f16>(place) }?)),
         // SAFETY: as above.
-        BRAIN => Ok(Embeddings::Bf16(unsafe { view::<bf16>(place) }?)),
-        _ => Err(PyTypeError::new_err("rows of both sides must have one type")),
+        Some(ElementType::Bf16) => Ok(Embeddings::Bf16(unsafe { view::<bf16>(place) }?)),
+        None => Err(PyTypeError::new_err("rows of both sides must have one type")),
     }
 }
 
@@ -82,12 +87,13 @@ unsafe fn double_rows<'a>(place: Place) -> PyResult<DoubleRows<'a>> {
     Ok(DoubleRows { embeddings, labels: unsafe { slice(place.1, place.2) } })
 }
 
-/// Evaluates the loss, and writes it and the statistics to the two addresses of `answers`. `identity` is the address of an
-/// int64 for each row, or 0.
+/// Evaluates the loss, and writes it and the statistics to the two addresses of `answers`. `identity` is the
+/// address of an int64 for each row, or 0.
 ///
 /// # Safety
-/// Every address leads to live memory of the host, of the length and type that its place states; that of the loss to a
-/// float32 (float64 for float64 rows), that of the statistics to [`STATISTICS`] float64. Nobody writes there meanwhile, or reads the answers.
+/// Every address leads to live memory of the host, of the length and type that its place states; that of the
+/// loss to a float32 (float64 for float64 rows), that of the statistics to [`STATISTICS`] float64. Nobody
+/// writes there meanwhile, or reads the answers.
 pub unsafe fn loss(
     py: Python<'_>,
     context: &Context,
@@ -96,7 +102,7 @@ pub unsafe fn loss(
     settings: &LossSettings,
     (normalize, reference_gradient, check): Flags,
     [loss_at, statistics_at]: [usize; 2],
-) -> PyResult<Found> {
+) -> PyResult<Answers> {
     let known = match identity {
         0 => Known::ByValue,
         // SAFETY: the caller's promise.
@@ -112,7 +118,7 @@ pub unsafe fn loss(
             unsafe { (double_rows(anchors)?, references.map(|place| double_rows(place)).transpose()?) };
         let batch = DoubleBatch { anchors, references, identity, reference_gradient, check };
         let truth = py.detach(|| batch.reference(settings)).map_err(raise)?;
-        let statistics = of_reference(&truth, labels);
+        let statistics = with_ignored(&truth.scalars(), labels);
         let Reference { gradient, reference_gradient, .. } = truth;
         // SAFETY: the caller's promise.
         unsafe { std::ptr::with_exposed_provenance_mut::<f64>(loss_at).write(statistics[0]) };
@@ -126,13 +132,13 @@ pub unsafe fn loss(
         let output = context.compute(py, |backend| {
             let mut output = LossOutput::default();
             if normalize {
-                backend.loss_of_any_length(&batch, settings, &mut output)?;
+                backend.normalized_loss(&batch, settings, &mut output)?;
             } else {
                 ddtas::backend::Backend::loss(backend, &batch, settings, &mut output)?;
             }
             Ok(output)
         })?;
-        let statistics = of_backend(&output, labels);
+        let statistics = with_ignored(&output.scalars(), labels);
         let LossOutput { gradient, reference_gradient, loss, .. } = output;
         // SAFETY: the caller's promise.
         unsafe { std::ptr::with_exposed_provenance_mut::<f32>(loss_at).write(loss as f32) };
@@ -148,11 +154,11 @@ pub unsafe fn loss(
 ///
 /// # Safety
 /// As [`loss`], for as many entries there as the rows have.
-pub unsafe fn unit_rows(py: Python<'_>, context: &Context, place: Place, unit: usize) -> PyResult<()> {
+pub unsafe fn normalize(py: Python<'_>, context: &Context, place: Place, unit: usize) -> PyResult<()> {
     // SAFETY: the caller's promise.
     let given = unsafe { unlabelled(place) }?;
     context.compute(py, |backend| {
-        let found = backend.unit_rows(&given)?;
+        let found = backend.normalize(&given)?;
         match &found {
             // SAFETY: the caller's promise.
             Embeddings::F32(rows) => unsafe { copy(rows, unit) },
@@ -169,7 +175,12 @@ pub unsafe fn unit_rows(py: Python<'_>, context: &Context, place: Place, unit: u
 ///
 /// # Safety
 /// As [`loss`], for as many float32 there as the rows have entries.
-pub unsafe fn lead_back(py: Python<'_>, context: &Context, place: Place, gradient: usize) -> PyResult<()> {
+pub unsafe fn normalize_backward(
+    py: Python<'_>,
+    context: &Context,
+    place: Place,
+    gradient: usize,
+) -> PyResult<()> {
     // SAFETY: the caller's promise.
     let given = unsafe { unlabelled(place) }?;
     let count = place.2 * place.3;
@@ -179,7 +190,7 @@ pub unsafe fn lead_back(py: Python<'_>, context: &Context, place: Place, gradien
     // SAFETY: the caller's promise; there is an entry, so the address is one.
     let gradient =
         unsafe { std::slice::from_raw_parts_mut(std::ptr::with_exposed_provenance_mut(gradient), count) };
-    context.compute(py, |backend| backend.lead_back(&given, gradient))
+    context.compute(py, |backend| backend.normalize_backward(&given, gradient))
 }
 
 /// # Safety
@@ -199,47 +210,28 @@ unsafe fn copy<T: Copy>(rows: &ArrayView2<'_, T>, to: usize) {
     }
 }
 
-fn ignored(labels: &[i64]) -> f64 {
-    labels.iter().filter(|label| **label < 0).count() as f64
-}
-
-fn of_backend(output: &LossOutput, labels: &[i64]) -> [f64; STATISTICS] {
-    let (positives, negatives) = output.mined();
+/// The numbers of a loss in the order that `ddtas/torch/operator.py` names them, without that of ignored
+/// rows.
+pub fn statistics(scalars: &LossScalars) -> [f64; STATISTICS - 1] {
     [
-        output.loss,
-        output.dloss_dlambda_pos,
-        output.dloss_dlambda_neg,
-        output.mean_pos,
-        output.mean_neg,
-        output.gamma_pos,
-        output.gamma_neg,
-        output.probe_neg as f64,
-        output.total_pos as f64,
-        output.total_neg as f64,
-        output.active as f64,
-        positives as f64,
-        negatives as f64,
-        ignored(labels),
+        scalars.loss,
+        scalars.dloss_dlambda_pos,
+        scalars.dloss_dlambda_neg,
+        scalars.mean_pos,
+        scalars.mean_neg,
+        scalars.gamma_pos,
+        scalars.gamma_neg,
+        scalars.probe_neg as f64,
+        scalars.total_pos as f64,
+        scalars.total_neg as f64,
+        scalars.active as f64,
+        scalars.mined_pos as f64,
+        scalars.mined_neg as f64,
     ]
 }
 
-fn of_reference(truth: &Reference, labels: &[i64]) -> [f64; STATISTICS] {
-    let (selection, weighted) = (&truth.selection, &truth.weighted);
-    let (positives, negatives) = mined(selection);
-    [
-        weighted.loss,
-        weighted.dloss_dlambda_pos,
-        weighted.dloss_dlambda_neg,
-        truth.mean_pos,
-        truth.mean_neg,
-        selection.tolerances.pos,
-        selection.tolerances.neg,
-        selection.probe_neg as f64,
-        selection.total_pos as f64,
-        truth.total_neg as f64,
-        truth.active() as f64,
-        positives as f64,
-        negatives as f64,
-        ignored(labels),
-    ]
+fn with_ignored(scalars: &LossScalars, labels: &[i64]) -> [f64; STATISTICS] {
+    let mut all = [labels.iter().filter(|label| **label < 0).count() as f64; STATISTICS];
+    all[..STATISTICS - 1].copy_from_slice(&statistics(scalars));
+    all
 }

@@ -1,6 +1,7 @@
 //! `Context`: a workspace that is allocated once, and the threads that fill it.
 //!
-//! A forked process (a DataLoader's worker) makes both anew: the parent's threads stayed there, and its lock may be held.
+//! A forked process (a DataLoader's worker) makes both anew: the parent's threads stayed there, and its lock
+//! may be held.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -15,7 +16,8 @@ use crate::error::raise;
 /// A workspace on the processor, and the threads that compute in it: `Context(threads=None, budget=None)`.
 ///
 /// Pass it as `context=` to `loss`, `evaluate` and the other calls; without one each thread has its own.
-/// Calls on one context take turns; two contexts compute side by side. The result depends on neither argument.
+/// Calls on one context take turns; two contexts compute side by side. The result depends on neither
+/// argument.
 ///
 /// threads: how many compute, 1 to 1,024. None shares the process's pool, as many as cores.
 /// budget: the most bytes kept between the passes of a loss. None is 6 KiB for each row of either side. What

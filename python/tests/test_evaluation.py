@@ -73,15 +73,34 @@ def test_what_cannot_be_judged_is_refused():
     rows, labels = drawn(30, 4)
     for call, message in [
         (lambda: ddtas.evaluate(rows, labels, ks=()), "at least one K"),
-        (lambda: ddtas.evaluate(rows, labels, ks=(0, 3)), "recall-at = 0 is out of range"),
-        (lambda: ddtas.evaluate(rows, labels, rows), "belong together"),
+        (lambda: ddtas.evaluate(rows, labels, ks=(0, 3)), "ks = 0 is out of range"),
+        (lambda: ddtas.evaluate(rows, labels, rows), "gallery and gallery_labels belong together"),
+        (lambda: ddtas.evaluate(np.asfortranarray(rows), labels), "the queries must be in row-major order"),
+        (lambda: ddtas.evaluate(rows, labels[:3]), "labels of the queries: expected 30, got 3"),
         (lambda: ddtas.evaluate(rows, labels, rows, labels, identity=1), "identity"),
         (lambda: ddtas.evaluate(2 * rows, labels), r"row \d+ of the queries has L2 norm 2"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()
+    with pytest.raises(TypeError, match="ks = 1.5 must be an integer"):
+        ddtas.evaluate(rows, labels, ks=(1.5, 2))
     with pytest.warns(UserWarning, match="none of 30 queries has an answer"):
         assert ddtas.evaluate(rows, np.arange(30)).map_at_r == 0
+
+
+def test_ignored_rows_alone_have_nothing_to_tell_apart():
+    rows, labels = drawn(30, 4)
+    with pytest.warns(UserWarning, match="none of 30 queries has an answer"):
+        found = ddtas.evaluate(rows, np.full(30, -1), nmi=True)
+    assert found.nmi == 1 and len(found.per_class.labels) == 0
+
+
+def test_labels_may_come_by_dlpack():
+    rows, labels = drawn(30, 4)
+    offered = type("Dlpack", (), {"__dlpack__": labels.__dlpack__, "__dlpack_device__": labels.__dlpack_device__})()
+    found, want = ddtas.evaluate(rows, offered), ddtas.evaluate(rows, labels)
+    assert found.recall == want.recall
+    np.testing.assert_array_equal(found.per_class.labels, want.per_class.labels)
 
 
 torch = pytest.importorskip("torch", reason="torch is not installed: its tests do not run")
@@ -135,3 +154,13 @@ def test_the_threshold_gradient_of_tensors_is_that_of_arrays():
     want = ddtas.threshold_gradient(rows, labels, tangent)
     got = ddtas.torch.threshold_gradient(torch.from_numpy(rows).requires_grad_(), torch.from_numpy(labels), torch.from_numpy(tangent))
     assert got == want and want.neg != 0
+    apart = torch.from_numpy(rows).repeat(1, 2)[:, :16]
+    assert not apart.is_contiguous()
+    assert ddtas.torch.threshold_gradient(apart, torch.from_numpy(labels), torch.from_numpy(tangent)) == want
+    for given, message in [
+        ((rows, torch.from_numpy(labels), tangent), "the anchors must be a torch.Tensor, not ndarray"),
+        ((apart, labels, apart), "the labels must be a torch.Tensor, not ndarray"),
+        ((apart, torch.from_numpy(labels), None), "the tangent must be a torch.Tensor, not NoneType"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            ddtas.torch.threshold_gradient(*given)

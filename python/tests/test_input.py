@@ -1,5 +1,6 @@
 """What comes in is read where it lies, and what does not fit is refused with one clear line."""
 
+import ctypes
 import dataclasses
 import subprocess
 import sys
@@ -38,7 +39,14 @@ class OldDlpack(Dlpack):
 
 
 class GpuDlpack(Dlpack):
-    """Says that it lies in a GPU's memory."""
+    """Says that it lies in a GPU's memory; from before DLPack 1.0, whose struct begins with an address and the device."""
+
+    def __dlpack__(self):
+        capsule = self.array.__dlpack__()
+        pointer = ctypes.pythonapi.PyCapsule_GetPointer
+        pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+        ctypes.c_int32.from_address(pointer(capsule, b"dltensor") + 8).value = 2
+        return capsule
 
     def __dlpack_device__(self):
         return (2, 0)
@@ -122,6 +130,11 @@ def test_memory_grows_with_the_batch_not_with_its_square():
     assert growth(8_000, 32, "ddtas.loss(rows, labels)") < 100e6
 
 
+def test_recall_holds_no_list_of_all_rows_for_each():
+    # All lists at once would be 512 MB, whatever K beyond the rows.
+    assert growth(8_000, 8, "ddtas.recall_at_k(rows, labels, (10**12,))") < 300e6
+
+
 def nan(rows):
     rows[3, 1] = np.nan
     return rows
@@ -151,7 +164,7 @@ HOSTILE = {
     "integers by dlpack": (lambda r: Dlpack(r.astype(int)), TypeError, "must be float32, float16, bfloat16 or float64"),
     "gaps by dlpack": (lambda r: Dlpack(np.asfortranarray(r)), ValueError, "row-major order without gaps"),
     "nan by dlpack": (lambda r: Dlpack(nan(r)), ValueError, "row 3 of the anchors"),
-    "a GPU's": (GpuDlpack, ValueError, "device"),
+    "a GPU's": (GpuDlpack, ValueError, "the anchors are not in the host's memory: the GPU's is served by ddtas.torch"),
 }
 
 
@@ -245,13 +258,13 @@ def test_tangents_that_do_not_fit_are_refused():
 def test_recall_refuses_what_it_does_not_serve():
     rows, labels = batch()
     for ks in ((), (0, 1)):
-        with pytest.raises(ValueError, match="recall-at"):
+        with pytest.raises(ValueError, match="ks = "):
             ddtas.recall_at_k(rows, labels, ks)
     for ks, kind, message in [
-        ((1, -1), ValueError, "recall-at = -1 is out of range: 1 to"),
+        ((1, -1), ValueError, "ks = -1 is out of range: 1 to"),
         ((10**30,), ValueError, "is out of range: 1 to"),
-        ((1.5,), TypeError, "recall-at = 1.5 must be an integer"),
-        (("2",), TypeError, "recall-at = 2 must be an integer"),
+        ((1.5,), TypeError, "ks = 1.5 must be an integer"),
+        (("2",), TypeError, "ks = 2 must be an integer"),
     ]:
         with pytest.raises(kind, match=message):
             ddtas.recall_at_k(rows, labels, ks)
@@ -282,14 +295,14 @@ def test_recall_says_how_many_queries_had_nothing_to_find():
 BAD_SETTINGS = [
     ({"gamma": -0.1}, "gamma = -0.1 is out of range: 0 to 2"),
     ({"gamma": float("nan")}, "gamma = NaN is out of range"),
-    ({"negative_ratio": 11.0}, "negative-ratio = 11"),
-    ({"probe_ratio": -1.0}, "probe-ratio"),
+    ({"negative_ratio": 11.0}, "negative_ratio = 11"),
+    ({"probe_ratio": -1.0}, "probe_ratio = -1"),
     ({"tolerance": 1.5}, "tolerance = 1.5"),
     ({"alpha": 0.0}, "alpha = 0"),
     ({"beta": float("inf")}, "beta = inf"),
-    ({"lambda_pos": 3.0}, "lambda-pos = 3"),
-    ({"lambda_neg": -3.0}, "lambda-neg = -3"),
-    ({"mining": "hard"}, 'mining = "hard" is unknown: none, symmetric, asms or at-asms'),
+    ({"lambda_pos": 3.0}, "lambda_pos = 3"),
+    ({"lambda_neg": -3.0}, "lambda_neg = -3"),
+    ({"mining": "hard"}, "mining = hard is out of range: none, symmetric, asms or at-asms"),
 ]
 
 

@@ -207,6 +207,19 @@ def test_numbers_that_do_not_fit_are_refused():
             fresh.gradient(*given)
 
 
+def test_counts_that_no_machine_has_are_refused():
+    numbers = np.full(4, 0.5, np.float32)
+    for given, message in [
+        ({"probe_neg": -1, "total_pos": 1}, "probe_neg = -1 is out of range"),
+        ({"probe_neg": 1, "total_pos": 2**64}, "total_pos = .* is out of range"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            part().select(numbers, **given)
+    for total in (-1, 2**64):
+        with pytest.raises(ValueError, match="total = .* is out of range: the anchors of all parts"):
+            part(total=total).same_class()
+
+
 def test_a_part_without_rows_finds_nothing():
     rows, labels = small()
     none, nobody = np.zeros(0, np.float32), np.zeros(0, np.uint32)

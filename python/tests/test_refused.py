@@ -107,20 +107,20 @@ def test_tensors_at_odd_addresses_have_the_same_loss(dtype):
         assert torch.equal(want, got)
 
 
-def test_evaluate_of_a_loss_reads_no_more_than_there_is():
+def test_a_loss_of_unit_rows_reads_no_more_than_there_is():
     loss = SoftContrastiveLoss()
     with pytest.raises(ValueError, match=r"the labels must be \[12\], not \[3\]"):
-        loss.evaluate(ROWS, LABELS[:3])
+        loss.loss_of_unit_rows(ROWS, LABELS[:3])
     with pytest.raises(ValueError, match=r"the identity must be \[12\], not \[1\]"):
-        loss.evaluate(ROWS, LABELS, OTHERS, OTHER_LABELS, NOBODY[:1])
+        loss.loss_of_unit_rows(ROWS, LABELS, OTHERS, OTHER_LABELS, NOBODY[:1])
     with pytest.raises(ValueError, match=r"the labels of the references must be \[23\], not \[2\]"):
-        loss.evaluate(ROWS, LABELS, OTHERS, OTHER_LABELS[:2])
+        loss.loss_of_unit_rows(ROWS, LABELS, OTHERS, OTHER_LABELS[:2])
     for marks in (LABELS.float(), LABELS.bool()):
         with pytest.raises(TypeError, match="the labels must be integers"):
-            loss.evaluate(ROWS, marks)
+            loss.loss_of_unit_rows(ROWS, marks)
     known = torch.arange(12)
-    want = loss.evaluate(ROWS, LABELS, ROWS, LABELS, known)
-    assert loss.evaluate(ROWS, LABELS.to(torch.int8), ROWS, LABELS.int(), known.int()) == want
+    want = loss.loss_of_unit_rows(ROWS, LABELS, ROWS, LABELS, known)
+    assert loss.loss_of_unit_rows(ROWS, LABELS.to(torch.int8), ROWS, LABELS.int(), known.int()) == want
 
 
 def test_a_search_reads_no_more_than_there_is():
@@ -143,7 +143,7 @@ def test_references_elsewhere_are_refused():
     with pytest.raises(ValueError, match=message):
         loss(ROWS, LABELS, ref_emb=OTHERS.to("meta"), ref_labels=OTHER_LABELS)
     with pytest.raises(ValueError, match=message):
-        loss.evaluate(ROWS, LABELS, OTHERS.to("meta"), OTHER_LABELS)
+        loss.loss_of_unit_rows(ROWS, LABELS, OTHERS.to("meta"), OTHER_LABELS)
 
 
 def test_labels_beyond_int64_are_refused():
@@ -151,7 +151,7 @@ def test_labels_beyond_int64_are_refused():
     rows, beyond = ROWS[:3], f"label {2**63 + 1} of the labels.* is beyond int64"
     for refused in (
         lambda: loss(rows, BEYOND),
-        lambda: loss.evaluate(rows, BEYOND),
+        lambda: loss.loss_of_unit_rows(rows, BEYOND),
         lambda: loss(rows, LABELS[:3], ref_emb=rows, ref_labels=BEYOND),
         lambda: CrossBatchMemory(loss, DIM, 20)(rows, BEYOND),
         lambda: recall_at_k(rows, BEYOND),

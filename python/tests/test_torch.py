@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import struct
 import sys
 from pathlib import Path
 
@@ -158,7 +159,7 @@ def test_a_threshold_that_is_a_parameter_learns():
     assert loss(embeddings, labels).item() != pytest.approx(want.loss, rel=1e-5)
     with torch.no_grad():
         threshold.fill_(5.0)
-    with pytest.raises(ValueError, match="lambda-pos = 5 is out of range"):
+    with pytest.raises(ValueError, match="lambda_pos = 5 is out of range"):
         loss(embeddings, labels)
 
 
@@ -213,6 +214,16 @@ def test_a_loss_of_nothing_is_zero_and_has_a_gradient(dtype):
         assert embeddings.grad.shape == embeddings.shape and not embeddings.grad.any()
         assert threshold.grad.shape == (1,) and not threshold.grad.any()
         assert loss.statistics["active"] == loss.statistics["positives"] == 0
+
+
+@pytest.mark.parametrize(
+    "mining, want", [("none", (np.inf, np.inf)), ("symmetric", (0.2, 0.2)), ("asms", (0.2, 0.1)), ("at-asms", (0.2, 0.1))]
+)
+def test_a_loss_of_nothing_has_the_tolerances_of_its_mining(mining, want):
+    embeddings, labels = batch()
+    loss = SoftContrastiveLoss(gamma=0.2, negative_ratio=0.5, mining=mining)
+    loss(embeddings[:0], labels[:0])
+    assert (loss.statistics["gamma_pos"], loss.statistics["gamma_neg"]) == pytest.approx(want)
 
 
 def test_ignored_rows_and_collapse_are_counted_and_warned_of_once():
@@ -316,6 +327,10 @@ def test_a_module_can_be_copied_pickled_and_saved():
     other.load_state_dict(torch.load(file))
     assert other(embeddings, labels) == want
     assert "gamma=0.2" in repr(loss)
+    with torch.no_grad():
+        loss.lambda_pos.fill_(0.5)
+    loss.lambda_neg = 0.3
+    assert "lambda_pos=0.5, lambda_neg=0.3" in repr(loss)
 
 
 def test_the_graph_can_be_walked_twice_and_not_differentiated_twice():
@@ -357,28 +372,34 @@ def test_recall_of_tensors_is_that_of_arrays():
     got = recall_at_k(torch.tensor(rows, requires_grad=True), torch.tensor(labels), (1, 4))
     assert got == ddtas.recall_at_k(rows, labels, (1, 4))
     assert 0 < got[1] < got[4]
+    apart, marks = torch.tensor(rows).repeat(1, 2)[:, :7], torch.tensor(labels)
+    assert not apart.is_contiguous()
+    assert recall_at_k(apart, marks, (1, 4)) == got
+    assert evaluate(apart, marks, apart, marks, (1, 4), identity=0).recall == got
 
 
 def test_what_a_gpu_has_written_is_read_as_the_processor_s_numbers():
     from ddtas.torch.engine import Engine
 
     engine = Engine()
-    # LossScalars of kernels/params.h.
-    words = torch.zeros(15, dtype=torch.float64)
-    words[:7] = torch.tensor([1.5, -0.5, 0.25, 0.6, 0.1, 0.1, 0.01])
-    words.view(torch.int64)[7:11] = torch.tensor([5, 6, 7, 8])
-    words[12:13].view(torch.int32).fill_(-1)
-    words.view(torch.int64)[13:] = torch.tensor([20, 30])
+    numbers, counts = [1.5, -0.5, 0.25, 0.6, 0.1, 0.1, 0.01], [5, 6, 7, 8]
     labels = torch.tensor([0, 0, -1])
-    engine.last = words, labels
-    assert engine.found() == [*words[:7].tolist(), 5, 6, 7, 8, 20, 30, 1]
-    words[11] = 4.0
-    words[12:13].view(torch.int32)[1] = 17
-    with pytest.raises(ValueError, match="row 17 of the references has L2 norm 2.000000, not 1"):
-        engine.found()
-    words[11], words[12:13].view(torch.int32)[0] = torch.nan, 3
-    with pytest.raises(ValueError, match="row 3 of the anchors holds a value that is not finite"):
-        engine.found()
+
+    def written(square_sum, anchor, reference):
+        # ddtas_loss_scalars of include/ddtas.h, which the compiled module reads.
+        scalars = struct.pack("7d4QdIIQQ", *numbers, *counts, square_sum, anchor, reference, 20, 30)
+        return torch.frombuffer(bytearray(scalars), dtype=torch.float64), labels
+
+    engine.last = written(1.0, 2**32 - 1, 2**32 - 1)
+    assert engine.found() == [*numbers, *counts, 20, 30, 1]
+    for found, message in [
+        ((4.0, 2**32 - 1, 17), "row 17 of the references has L2 norm 2.000000, not 1"),
+        ((torch.nan, 3, 2**32 - 1), "row 3 of the anchors holds a value that is not finite"),
+        ((0.0, 3, 17), "row 3 of the anchors is all zeros: it has no direction"),
+    ]:
+        engine.last = written(*found)
+        with pytest.raises(ValueError, match=message):
+            engine.found()
 
 
 def test_tf32_is_asked_of_the_gpu_alone(monkeypatch):

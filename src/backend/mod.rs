@@ -19,14 +19,14 @@ pub mod emulated;
 mod open;
 mod step;
 
-pub use open::{AutoDevice, DeviceSpec, auto, open, open_with};
+pub use open::{AutoDevice, DeviceSpec, OpenOptions, auto, open, open_with};
 
 /// One device with one workspace, which is allocated once and reused.
 ///
 /// A backend remembers the pairs of its last [`loss`](Backend::loss), so that
-/// [`hypergradient`](Backend::hypergradient) walks them without a second sweep (the CPU sweeps again where their
-/// similarities outgrew its budget).
-/// Whoever needs two batches alive at once (train and meta batch) makes two backends.
+/// [`hypergradient`](Backend::hypergradient) walks them without a second sweep (the CPU sweeps again where
+/// their similarities outgrew its budget). Whoever needs two batches alive at once (train and meta batch)
+/// makes two backends.
 pub trait Backend: Send {
     /// `cpu`, `cuda:0`, `emulated`.
     fn name(&self) -> String;
@@ -39,11 +39,12 @@ pub trait Backend: Send {
     /// After an error `output` is unspecified and nothing is remembered.
     fn loss(&mut self, batch: &Batch<'_>, settings: &LossSettings, output: &mut LossOutput) -> Result<()>;
 
-    /// First step of the loss of a part of a batch ([`Batch::part`]): m+ and the positive pairs of its anchors.
+    /// First step of the loss of a part of a batch ([`Batch::part`]): m+ and the positive pairs of its
+    /// anchors.
     ///
-    /// The four steps together do what [`loss`](Backend::loss) does. Between them the parts of a batch, on as many
-    /// backends, tell each other what they found; the caller carries it. The numbers of the references let a part
-    /// sum its own rows of `(G + Gᵀ) E`: no gradient travels.
+    /// The four steps together do what [`loss`](Backend::loss) does. Between them the parts of a batch, on as
+    /// many backends, tell each other what they found; the caller carries it. The numbers of the references
+    /// let a part sum its own rows of `(G + Gᵀ) E`: no gradient travels.
     ///
     /// | step | fills in | which the next step takes |
     /// | --- | --- | --- |
@@ -52,10 +53,10 @@ pub trait Backend: Send {
     /// | [`select`](Backend::select) | `count_pos`, `count_neg`, `gamma_pos`, `gamma_neg` | both counts of all anchors |
     /// | [`gradient`](Backend::gradient) | `loss`, `gradient`, `active`, derivatives by lambda | |
     ///
-    /// Totals are those of the part's own pairs: [`LossOutput::add_part`] adds them up. Each step must get the
-    /// rows of the first. A failed step, or a loss in between, ends the sequence: start again with `same_class`. On the CPU each
-    /// row's numbers and gradient are the bits of the whole batch's, however it is split, and the loss agrees to
-    /// rounding.
+    /// Totals are those of the part's own pairs: [`LossOutput::add_part`] adds them up. Each step must get
+    /// the rows of the first. A failed step, or a loss in between, ends the sequence: start again with
+    /// `same_class`. On the CPU each row's numbers and gradient are the bits of the whole batch's, however it
+    /// is split, and the loss agrees to rounding.
     ///
     /// # Errors
     /// As [`loss`](Backend::loss).
@@ -78,8 +79,8 @@ pub trait Backend: Send {
         output: &mut LossOutput,
     ) -> Result<()>;
 
-    /// Third step: |P_i| and |N_i|, from m- of the anchors and of the references and from `totals`, the sums over all
-    /// parts of `probe_neg` and `total_pos`.
+    /// Third step: |P_i| and |N_i|, from m- of the anchors and of the references and from `totals`, the sums
+    /// over all parts of `probe_neg` and `total_pos`.
     ///
     /// # Errors
     /// As [`sweep`](Backend::sweep).
@@ -91,9 +92,9 @@ pub trait Backend: Send {
         output: &mut LossOutput,
     ) -> Result<()>;
 
-    /// Last step: the part's share of the loss, and the whole gradient of its anchors, from the sizes of the sets of
-    /// the anchors and of the references. Then [`hypergradient`](Backend::hypergradient) answers the part's share:
-    /// along the tangent of its anchors, and of references that are no anchors.
+    /// Last step: the part's share of the loss, and the whole gradient of its anchors, from the sizes of the
+    /// sets of the anchors and of the references. Then [`hypergradient`](Backend::hypergradient) answers the
+    /// part's share: along the tangent of its anchors, and of references that are no anchors.
     ///
     /// # Errors
     /// As [`sweep`](Backend::sweep).
@@ -134,8 +135,8 @@ pub trait Backend: Send {
     /// cannot hold the lists.
     fn nearest(&mut self, queries: &Rows<'_>, references: Option<&Rows<'_>>, k: usize) -> Result<Nearest>;
 
-    /// Reads, checks and prepares a gallery once, for as many searches as `work` makes in it: several sets of queries
-    /// then do not take it to a GPU again. A backend that prepares nothing reads it in each.
+    /// Reads, checks and prepares a gallery once, for as many searches as `work` makes in it: several sets of
+    /// queries then do not take it to a GPU again. A backend that prepares nothing reads it in each.
     ///
     /// # Errors
     /// As [`nearest`](Backend::nearest), and what `work` answers.
@@ -158,6 +159,15 @@ pub trait PreparedGallery {
     /// # Errors
     /// As [`Backend::nearest`].
     fn nearest(&mut self, queries: &Rows<'_>, k: usize) -> Result<Nearest>;
+}
+
+/// Rows of a set that are searched, and those that they are searched among, by their numbers there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Picked<'a> {
+    /// The rows that are searched for.
+    pub queries: &'a [u32],
+    /// The rows they are searched among, perhaps they themselves; `None`: the whole set.
+    pub gallery: Option<&'a [u32]>,
 }
 
 struct Unprepared<'a, 'g, B: ?Sized> {

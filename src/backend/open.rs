@@ -72,33 +72,49 @@ pub fn auto() -> AutoDevice {
     }
 }
 
+/// How a backend is opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct OpenOptions {
+    /// Multiplies f32 rows to TF32's precision: rounded to 11 bits, products summed in f32.
+    pub tf32: bool,
+    /// Most bytes of what is kept between the passes; `None`: the backend's own.
+    pub budget: Option<usize>,
+}
+
 /// Opens a backend.
 ///
 /// # Errors
 /// [`Error::Unavailable`] if this build or this machine does not have the device.
 pub fn open(spec: &DeviceSpec) -> Result<Box<dyn Backend>> {
-    open_with(spec, false)
+    open_with(spec, &OpenOptions::default())
 }
 
-/// Opens a backend that, if `tf32`, multiplies f32 rows to TF32's precision: rounded to 11 bits, products summed in f32.
+/// Opens a backend with options.
 ///
 /// # Errors
 /// As [`open`]; [`Error::Unavailable`] also for TF32 on the CPU.
-pub fn open_with(spec: &DeviceSpec, tf32: bool) -> Result<Box<dyn Backend>> {
+pub fn open_with(spec: &DeviceSpec, options: &OpenOptions) -> Result<Box<dyn Backend>> {
     match spec {
-        DeviceSpec::Auto => open_with(&auto().spec, tf32),
-        DeviceSpec::Cpu if tf32 => Err(Error::Unavailable(
-            "the CPU does not multiply in TF32: leave --tf32 out, or name a GPU".into(),
-        )),
-        DeviceSpec::Cpu => Ok(Box::new(CpuBackend::new())),
-        DeviceSpec::Cuda(index) => gpu::open(*index, tf32),
-        DeviceSpec::Emulated => emulation::open(tf32),
+        DeviceSpec::Auto => open_with(&auto().spec, options),
+        DeviceSpec::Cpu if options.tf32 => {
+            Err(Error::Unavailable("the CPU does not multiply in TF32: do without it, or name a GPU".into()))
+        }
+        DeviceSpec::Cpu => Ok(Box::new(options.budget.map_or_else(CpuBackend::new, CpuBackend::with_budget))),
+        DeviceSpec::Cuda(index) => gpu::open(*index, options),
+        DeviceSpec::Emulated => emulation::open(options),
+    }
+}
+
+#[cfg(feature = "kernels")]
+impl From<&OpenOptions> for super::device::Options {
+    fn from(&OpenOptions { tf32, budget }: &OpenOptions) -> Self {
+        Self { tf32, budget: budget.unwrap_or(Self::SHARE_OF_FREE) }
     }
 }
 
 #[cfg(feature = "cuda")]
 mod gpu {
-    use crate::backend::device::Options;
+    use super::OpenOptions;
     use crate::backend::{Backend, cuda};
     use crate::{Error, Result};
 
@@ -107,9 +123,9 @@ mod gpu {
         cuda::check(index).map_err(|error| Some(error.to_string()))
     }
 
-    pub fn open(index: usize, tf32: bool) -> Result<Box<dyn Backend>> {
-        cuda::open(index, Options { exact: !tf32, ..Options::default() }).map_err(|error| match error {
-            Error::Unavailable(reason) => Error::Unavailable(format!("{reason}: use --device cpu")),
+    pub fn open(index: usize, options: &OpenOptions) -> Result<Box<dyn Backend>> {
+        cuda::open(index, options.into()).map_err(|error| match error {
+            Error::Unavailable(reason) => Error::Unavailable(format!("{reason}: use the device cpu")),
             other => other,
         })
     }
@@ -117,6 +133,7 @@ mod gpu {
 
 #[cfg(not(feature = "cuda"))]
 mod gpu {
+    use super::OpenOptions;
     use crate::{Result, backend::Backend};
 
     /// Nobody asked this build for a GPU: nothing to explain.
@@ -124,28 +141,28 @@ mod gpu {
         Err(None)
     }
 
-    pub fn open(_index: usize, _tf32: bool) -> Result<Box<dyn Backend>> {
+    pub fn open(_index: usize, _options: &OpenOptions) -> Result<Box<dyn Backend>> {
         Err(super::needs_feature("cuda"))
     }
 }
 
 #[cfg(feature = "emulated")]
 mod emulation {
-    use crate::backend::{Backend, device::Options, emulated};
+    use super::OpenOptions;
+    use crate::backend::Backend;
+    use crate::backend::emulated::{self, SCHEDULE_SEED};
 
-    /// Schedule of the emulated threads; the tests try others.
-    const SCHEDULE_SEED: u64 = 0;
-
-    pub fn open(tf32: bool) -> crate::Result<Box<dyn Backend>> {
-        Ok(emulated::open(Options { exact: !tf32, ..Options::default() }, SCHEDULE_SEED))
+    pub fn open(options: &OpenOptions) -> crate::Result<Box<dyn Backend>> {
+        Ok(emulated::open(options.into(), SCHEDULE_SEED))
     }
 }
 
 #[cfg(not(feature = "emulated"))]
 mod emulation {
+    use super::OpenOptions;
     use crate::{Result, backend::Backend};
 
-    pub fn open(_tf32: bool) -> Result<Box<dyn Backend>> {
+    pub fn open(_options: &OpenOptions) -> Result<Box<dyn Backend>> {
         Err(super::needs_feature("emulated"))
     }
 }
@@ -174,9 +191,10 @@ mod tests {
 
     #[test]
     fn the_cpu_refuses_tf32() {
-        let Err(error) = open_with(&DeviceSpec::Cpu, true) else { panic!("TF32 on the CPU") };
+        let options = OpenOptions { tf32: true, ..OpenOptions::default() };
+        let Err(error) = open_with(&DeviceSpec::Cpu, &options) else { panic!("TF32 on the CPU") };
         assert!(matches!(error, Error::Unavailable(_)), "{error}");
-        assert!(error.to_string().contains("--tf32"), "{error}");
+        assert_eq!(error.to_string(), "the CPU does not multiply in TF32: do without it, or name a GPU");
     }
 
     #[test]

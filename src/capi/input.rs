@@ -6,8 +6,8 @@ use half::{bf16, f16};
 use ndarray::ArrayView2;
 
 use super::failure::{Failure, Outcome};
-use super::types::{Dtype, Identity, Memory, MiningMode, RowCheck, Rows, Settings, Status, Versioned};
-use crate::loss::{self, Embeddings, LossSettings, Mining, UnitCheck};
+use super::types::{Identity, Memory, MiningMode, RowCheck, Rows, Settings, Status, Versioned};
+use crate::loss::{self, ElementType, Embeddings, LossSettings, Mining, UnitCheck};
 
 /// No struct will grow beyond this: a larger size is memory that nobody initialised.
 const LARGEST_STRUCT: usize = 4096;
@@ -35,7 +35,8 @@ pub fn check_typed<T>(name: &str, address: *const T) -> Outcome<()> {
 /// fields of a newer header than ours must be zero, which is to say unused.
 ///
 /// # Safety
-/// `pointer` is NULL, misaligned, or leads to a `usize` and, if that is a size within the limits, to as many bytes.
+/// `pointer` is NULL, misaligned, or leads to a `usize` and, if that is a size within the limits, to as many
+/// bytes.
 pub unsafe fn read<T: Versioned>(pointer: *const T) -> Outcome<T> {
     check_typed(T::NAME, pointer)?;
     // SAFETY: the caller's promise; `check_typed` checked the alignment.
@@ -163,7 +164,7 @@ pub struct CheckedRows {
     /// NULL only where labels are not looked at.
     pub labels: *const i64,
     pub extent: Extent,
-    pub dtype: Dtype,
+    pub dtype: ElementType,
     pub memory: Memory,
     identity: CheckedIdentity,
 }
@@ -210,17 +211,13 @@ impl CheckedRows {
         }
         // SAFETY: handed on to the caller.
         let rows = unsafe { read(pointer) }?;
-        let dtype = choose("dtype", rows.dtype, &[Dtype::F32, Dtype::F16, Dtype::Bf16])?;
+        let dtype = choose("dtype", rows.dtype, &[ElementType::F32, ElementType::F16, ElementType::Bf16])?;
         let memory = choose("memory", rows.memory, &[Memory::Host, Memory::Device])?;
-        let element = match dtype {
-            Dtype::F32 => size_of::<f32>(),
-            Dtype::F16 | Dtype::Bf16 => size_of::<f16>(),
-        };
         let none = role == Role::OfPart && rows.count == 0;
         let sized = if none { Extent::or_none } else { Extent::new };
-        let extent = sized(name, rows.count, rows.dim, rows.row_stride, element)?;
+        let extent = sized(name, rows.count, rows.dim, rows.row_stride, dtype.bytes())?;
         if !none {
-            check_pointer(&format!("{name}.embeddings"), rows.embeddings, element)?;
+            check_pointer(&format!("{name}.embeddings"), rows.embeddings, dtype.bytes())?;
         }
         if !none && (role != Role::Unlabelled || !rows.labels.is_null()) {
             check_typed(&format!("{name}.labels"), rows.labels)?;
@@ -262,13 +259,10 @@ impl CheckedRows {
             let message = "the references have another dtype or memory than the rows compared with them";
             return Err(Failure::new(Status::InvalidValue, message));
         }
-        if rows.extent.dim != first.extent.dim {
-            let (expected, got) = (first.extent.dim, rows.extent.dim);
-            let message = format!("dimension of the references: expected {expected}, got {got}");
-            return Err(Failure::new(Status::InvalidShape, message));
-        }
+        loss::validate_dims(first.extent.dim, rows.extent.dim)?;
         if rows.memory == Memory::Device && !matches!(rows.identity, CheckedIdentity::ByValue) {
-            let message = "identity by index takes rows in host memory only: rows in device memory are not supported yet";
+            let message = "identity by index takes rows in host memory only: \
+                           rows in device memory are not supported yet";
             return Err(Failure::new(Status::Unavailable, message));
         }
         Ok(Some(rows))
@@ -294,17 +288,17 @@ impl CheckedRows {
     pub unsafe fn view<'a>(&self, buffer: &'a mut RowBuffer) -> Outcome<loss::Rows<'a>> {
         let first = self.embeddings;
         let embeddings = match self.dtype {
-            Dtype::F32 => {
+            ElementType::F32 => {
                 // SAFETY: handed on to the caller; any bits make a float.
                 let values = unsafe { matrix(first.cast(), self.extent, &mut buffer.f32) };
                 Embeddings::F32(values?)
             }
-            Dtype::F16 => {
+            ElementType::F16 => {
                 // SAFETY: as above.
                 let values = unsafe { matrix(first.cast(), self.extent, &mut buffer.f16) };
                 Embeddings::F16(values?)
             }
-            Dtype::Bf16 => {
+            ElementType::Bf16 => {
                 // SAFETY: as above.
                 let values = unsafe { matrix(first.cast(), self.extent, &mut buffer.bf16) };
                 Embeddings::Bf16(values?)
@@ -360,7 +354,7 @@ pub struct RowBuffer {
     no_labels: Vec<i64>,
 }
 
-/// A float matrix of the caller, checked: a tangent.
+/// A tangent of the caller's: in place, or gathered if its rows are strided.
 ///
 /// # Safety
 /// The memory is the host's, as long as `extent` says, and nobody writes to it during `'a`.

@@ -37,7 +37,7 @@ use context::{State, enter, guard};
 use engine::DeviceBatch;
 use failure::{Failure, Outcome};
 use input::{CheckedRows, Extent, Role, check_typed, matrix};
-use output::{Found, LossTarget, write_slice};
+use output::{Filled, LossTarget, write_slice};
 use types::Versioned;
 
 /// Version of the binary interface of the library that is linked: compare it with DDTAS_ABI_VERSION,
@@ -86,8 +86,9 @@ pub unsafe extern "C" fn ddtas_context_create(
     status
 }
 
-/// Ends a context: waits until its threads have ended, and frees its memory. NULL is allowed. No other call may be using it.
-/// In a forked child the parent's threads and memory are left alone, and the child's own are ended.
+/// Ends a context: waits until its threads have ended, and frees its memory. NULL is allowed. No other call
+/// may be using it. In a forked child the parent's threads and memory are left alone, and the child's own are
+/// ended.
 ///
 /// # Safety
 /// `context` is NULL or a live context, which is dead afterwards.
@@ -103,7 +104,8 @@ pub unsafe extern "C" fn ddtas_context_destroy(context: *mut Context) {
     }
 }
 
-/// Copies the message of the context's last call, empty if that worked, cut to `bytes` and always ended by a NUL.
+/// Copies the message of the context's last call, empty if that worked, cut to `bytes` and always ended by a
+/// NUL.
 ///
 /// Returns its whole length without the NUL, so that 0 bytes ask for the length; `buffer` may then be NULL.
 /// Of threads that share a context, one may read the message of another's call.
@@ -197,8 +199,9 @@ pub unsafe extern "C" fn ddtas_settings_init(settings: *mut Settings, struct_siz
 /// Mines pairs and evaluates the loss and its gradient.
 ///
 /// `settings` may be NULL: the paper's. `references` NULL is the square form, every row of `anchors`
-/// against every other; else it is anchors against references (a memory bank), whose `identity` says which of them
-/// are anchors themselves. `result` is written only if the call works. The context remembers the pairs for ddtas_threshold_gradient.
+/// against every other; else it is anchors against references (a memory bank), whose `identity` says which of
+/// them are anchors themselves. `result` is written only if the call works. The context remembers the pairs
+/// for ddtas_threshold_gradient.
 ///
 /// # Safety
 /// Every pointer, those within structs too, is NULL or leads to memory of the length its comment
@@ -237,7 +240,7 @@ pub unsafe extern "C" fn ddtas_loss(
         }
         *buffers.total = None;
         let mined = buffers.output.mined();
-        let found = [Found::SameClass, Found::Sweep, Found::Select, Found::Gradient(mined)];
+        let found = [Filled::SameClass, Filled::Sweep, Filled::Select, Filled::Gradient(mined)];
         // SAFETY: handed on to the caller.
         unsafe { target.write(buffers.output, anchors.memory, &found) };
         Ok(())
@@ -246,12 +249,13 @@ pub unsafe extern "C" fn ddtas_loss(
     unsafe { enter(context, work) }
 }
 
-/// Issues a loss and its gradient on the context's stream, and waits for nothing: rows, gradients, thresholds and scalars lie in device
-/// memory, and must stay there until the stream is through.
+/// Issues a loss and its gradient on the context's stream, and waits for nothing: rows, gradients, thresholds
+/// and scalars lie in device memory, and must stay there until the stream is through.
 ///
-/// As ddtas_loss otherwise. `gradient` takes `count` rows of `dim` of the anchors; `reference_gradient` those of the references, and may
-/// be NULL. `lambda`, if not NULL, has lambda_pos and lambda_neg, which go before those of `settings` and are not checked: -2 to 2. A bad
-/// row is no error of this call: it makes the loss and the gradients NaN, and stands in `scalars`. After the first call of a shape nothing is allocated, so
+/// As ddtas_loss otherwise. `gradient` takes `count` rows of `dim` of the anchors; `reference_gradient` those
+/// of the references, and may be NULL. `lambda`, if not NULL, has lambda_pos and lambda_neg, which go before
+/// those of `settings` and are not checked: -2 to 2. A bad row is no error of this call: it makes the loss
+/// and the gradients NaN, and stands in `scalars`. After the first call of a shape nothing is allocated, so
 /// that calls can be captured in a graph.
 ///
 /// # Safety
@@ -300,9 +304,9 @@ pub unsafe extern "C" fn ddtas_enqueue_loss(
 }
 
 /// How the loss gradient's product with a direction changes with the two loss thresholds: the sums over
-/// all mined pairs of dG_ij/dlambda * (t_i . e_j + e_i . t_j), for the pairs of the context's last ddtas_loss, or
-/// of the part of its last ddtas_gradient: its share, along the tangent of its anchors, and of references that are no
-/// anchors.
+/// all mined pairs of dG_ij/dlambda * (t_i . e_j + e_i . t_j), for the pairs of the context's last
+/// ddtas_loss, or of the part of its last ddtas_gradient: its share, along the tangent of its anchors, and of
+/// references that are no anchors.
 ///
 /// `anchors` and `references` are those of that call. Times minus the learning rate, the sums are
 /// dL_meta/dlambda of the threshold generator when the tangent is the motion of the embeddings along
@@ -391,6 +395,7 @@ pub unsafe extern "C" fn ddtas_nearest(
         let queries = unsafe { CheckedRows::read("queries", queries, Role::Unlabelled) }?;
         // SAFETY: as above.
         let references = unsafe { CheckedRows::read_against(&queries, references, Role::Unlabelled) }?;
+        some("k", k)?;
         Extent::new("neighbours", queries.extent.count, k, 0, size_of::<u32>())?;
         check_typed("indices", indices.cast_const())?;
         check_typed("similarities", similarities.cast_const())?;
@@ -431,10 +436,11 @@ pub unsafe extern "C" fn ddtas_nearest(
 
 /// Recall@K: the share of rows whose K nearest other rows hold one of their class, for every K of `ks`.
 ///
-/// Rows with a negative label are neither queries nor answers to a label; a row alone in its class is no query. `recall_at`
-/// takes `k_count` values in the order of `ks`; `queries`, if not NULL, the number of rows that were
-/// counted. Both are in host memory, as `ks` is, wherever the rows lie. Memory grows with `count` times the largest K.
-/// Rows in device memory are searched where they lie; their labels are copied to the host, and so are the lists.
+/// Rows with a negative label are neither queries nor answers to a label; a row alone in its class is no
+/// query. `recall_at` takes `k_count` values in the order of `ks`; `queries`, if not NULL, the number of rows
+/// that were counted. Both are in host memory, as `ks` is, wherever the rows lie. Rows are searched in turns,
+/// whose lists take 64 MiB. Rows in device memory are searched where they lie; their labels are copied to the
+/// host, and so are the lists.
 ///
 /// # Safety
 /// As ddtas_loss; `ks` and `recall_at` have `k_count` entries.
@@ -450,6 +456,7 @@ pub unsafe extern "C" fn ddtas_recall_at_k(
     let work = |state: &mut State| {
         // SAFETY: handed on to the caller.
         let rows = unsafe { CheckedRows::read("rows", rows, Role::Labelled) }?;
+        some("k_count", k_count)?;
         check_typed("ks", ks)?;
         check_typed("recall_at", recall_at.cast_const())?;
         if !queries.is_null() {
@@ -458,8 +465,6 @@ pub unsafe extern "C" fn ddtas_recall_at_k(
         Extent::new("values of K", k_count, 1, 0, size_of::<f64>())?;
         // SAFETY: checked above; the caller's promise.
         let ks = unsafe { std::slice::from_raw_parts(ks, k_count) };
-        let deepest = ks.iter().copied().max().unwrap_or(1);
-        reserve_search(rows.extent.count, deepest.min(rows.extent.count))?;
 
         let (pool, engine, buffers) = state.parts();
         let found = if rows.memory == Memory::Device {
@@ -467,11 +472,13 @@ pub unsafe extern "C" fn ddtas_recall_at_k(
             let labels = unsafe { engine.device_labels(&rows) }?;
             let batch = DeviceBatch::new(rows, None);
             // SAFETY: as above.
-            recall_by(&labels, ks, |picked, depth| unsafe { engine.device_nearest(&batch, picked, depth) })?
+            recall_by(&labels, ks, &mut |picked, k| unsafe {
+                engine.device_nearest(&batch, Some(picked), k)
+            })?
         } else {
             // SAFETY: handed on to the caller.
             let view = unsafe { rows.view(buffers.rows[0]) }?;
-            State::compute(pool, engine, |backend| recall(backend, &view, None, ks))?.0
+            State::compute(pool, engine, |backend| recall(backend, &view, None, ks))?
         };
         let values: Vec<f64> = ks.iter().map(|&k| found.get(k).unwrap_or(f64::NAN)).collect();
         // SAFETY: checked above; the caller's promise.
@@ -482,6 +489,12 @@ pub unsafe extern "C" fn ddtas_recall_at_k(
     };
     // SAFETY: handed on to the caller.
     unsafe { enter(context, work) }
+}
+
+/// Refuses a count of none.
+fn some(name: &str, count: usize) -> Outcome<()> {
+    let refused = || Failure::new(Status::InvalidValue, format!("{name} = 0 is out of range: 1 or more"));
+    if count == 0 { Err(refused()) } else { Ok(()) }
 }
 
 fn tangent_extent(name: &str, rows: &CheckedRows, stride: usize) -> Outcome<Extent> {

@@ -8,7 +8,7 @@ use ndarray::Array2;
 
 /// What a call has found: everything, or what one step of a part fills in.
 #[derive(Debug, Clone, Copy)]
-pub enum Found {
+pub enum Filled {
     SameClass,
     Sweep,
     Select,
@@ -44,7 +44,8 @@ impl LossTarget {
             }
             None if result.reference_gradient.is_null() => None,
             None => {
-                let message = "the square form, and a part, has no gradient of references: set reference_gradient to NULL";
+                let message = "the square form and parts have no gradient of references: \
+                               set reference_gradient to NULL";
                 return Err(Failure::new(Status::InvalidValue, message));
             }
         };
@@ -69,11 +70,11 @@ impl LossTarget {
     ///
     /// # Safety
     /// Every pointer is NULL or leads to memory of the length its comment states.
-    pub unsafe fn write(mut self, output: &LossOutput, memory: Memory, found: &[Found]) {
+    pub unsafe fn write(mut self, output: &LossOutput, memory: Memory, found: &[Filled]) {
         let result = self.result;
         for found in found {
             match *found {
-                Found::SameClass => {
+                Filled::SameClass => {
                     // SAFETY: handed on to the caller.
                     unsafe { write_slice(result.min_pos, &output.min_pos) };
                     self.result.total_pos = output.total_pos;
@@ -81,12 +82,12 @@ impl LossTarget {
                     self.result.mean_pos = output.mean_pos;
                     self.result.mean_neg = output.mean_neg;
                 }
-                Found::Sweep => {
+                Filled::Sweep => {
                     // SAFETY: as above.
                     unsafe { write_slice(result.max_neg, &output.max_neg) };
                     self.result.probe_neg = output.probe_neg;
                 }
-                Found::Select => {
+                Filled::Select => {
                     // SAFETY: as above.
                     unsafe { write_slice(result.count_pos, &output.count_pos) };
                     // SAFETY: as above.
@@ -94,7 +95,7 @@ impl LossTarget {
                     self.result.gamma_pos = output.gamma_pos;
                     self.result.gamma_neg = output.gamma_neg;
                 }
-                Found::Gradient((mined_pos, mined_neg)) => {
+                Filled::Gradient((mined_pos, mined_neg)) => {
                     if memory == Memory::Host {
                         let references = output.reference_gradient.as_ref();
                         // SAFETY: as above.

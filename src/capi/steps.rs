@@ -1,25 +1,28 @@
-//! The loss of a part of a batch in four steps, between which the caller tells its parts what the others found.
+//! The loss of a part of a batch in four steps, between which the caller tells its parts what the others
+//! found.
 
 use super::context::{Context, State, enter};
 use super::failure::{Failure, Outcome};
 use super::input::{self, CheckedRows, Role, check_typed};
-use super::output::{Found, LossTarget};
+use super::output::{Filled, LossTarget};
 use super::types::{LossResult, Memory, Part, Rows, Settings, Status};
-use crate::loss::{Batch, LossOutput, RowNumbers, UnitCheck};
+use crate::loss::{Batch, RowNumbers, UnitCheck};
 
 /// First step of the loss of a part of a batch: fills in `min_pos`, `total_pos`, `total_neg`, `mean_pos` and
 /// `mean_neg` of `result`. ddtas_sweep, ddtas_select and ddtas_gradient follow.
 ///
-/// The four steps together do what ddtas_loss does. `anchors` are some rows of a batch of `part->total`, perhaps none;
-/// `references` are all rows of the batch, in one order for every part, and behind them rows that are anchors of no part,
-/// if there are any. `identity` of the references says which of them the anchors are. Between the steps the parts, a context each, tell
-/// each other what they found; the caller carries it, and hands it in by `part`. The references' numbers let
-/// a part sum its own rows of the gradient: no gradient travels.
+/// The four steps together do what ddtas_loss does. `anchors` are some rows of a batch of `part->total`,
+/// perhaps none; `references` are all rows of the batch, in one order for every part, and behind them rows
+/// that are anchors of no part, if there are any. `identity` of the references says which of them the anchors
+/// are. Between the steps the parts, a context each, tell each other what they found; the caller carries it,
+/// and hands it in by `part`. The references' numbers let a part sum its own rows of the gradient: no
+/// gradient travels.
 ///
-/// `settings` NULL: the paper's; they hold for all four steps. Each step takes the rows of the first. A failed step, or a
-/// ddtas_loss in between, ends the sequence: start again with ddtas_same_class. A `result` that is the same for all steps has in the end
-/// what ddtas_loss writes there, of the part's own pairs. On the CPU each row's numbers and gradient are the bits of the whole
-/// batch's, however it is split; the losses of all parts add up to its loss but for rounding. Rows lie in host memory.
+/// `settings` NULL: the paper's; they hold for all four steps. Each step takes the rows of the first. A
+/// failed step, or a ddtas_loss in between, ends the sequence: start again with ddtas_same_class. A `result`
+/// that is the same for all steps has in the end what ddtas_loss writes there, of the part's own pairs. On
+/// the CPU each row's numbers and gradient are the bits of the whole batch's, however it is split; the losses
+/// of all parts add up to its loss but for rounding. Rows lie in host memory.
 ///
 /// # Safety
 /// As ddtas_loss.
@@ -33,7 +36,7 @@ pub unsafe extern "C" fn ddtas_same_class(
     result: *mut LossResult,
 ) -> Status {
     // SAFETY: handed on to the caller.
-    unsafe { run(context, Step::SameClass(settings), [anchors, references], part, result) }
+    unsafe { run(context, Call::SameClass(settings), [anchors, references], part, result) }
 }
 
 /// Second step: `max_neg` and `probe_neg` of `result`, from `min_pos` in `part`.
@@ -49,11 +52,11 @@ pub unsafe extern "C" fn ddtas_sweep(
     result: *mut LossResult,
 ) -> Status {
     // SAFETY: handed on to the caller.
-    unsafe { run(context, Step::Sweep, [anchors, references], part, result) }
+    unsafe { run(context, Call::Sweep, [anchors, references], part, result) }
 }
 
-/// Third step: `count_pos`, `count_neg`, `gamma_pos` and `gamma_neg` of `result`, from `max_neg`, `probe_neg` and
-/// `total_pos` in `part`.
+/// Third step: `count_pos`, `count_neg`, `gamma_pos` and `gamma_neg` of `result`, from `max_neg`, `probe_neg`
+/// and `total_pos` in `part`.
 ///
 /// # Safety
 /// As ddtas_loss.
@@ -66,14 +69,15 @@ pub unsafe extern "C" fn ddtas_select(
     result: *mut LossResult,
 ) -> Status {
     // SAFETY: handed on to the caller.
-    unsafe { run(context, Step::Select, [anchors, references], part, result) }
+    unsafe { run(context, Call::Select, [anchors, references], part, result) }
 }
 
-/// Last step: the part's share of the loss and of its derivatives, `active`, `mined_pos` and `mined_neg` of `result`, and the
-/// whole gradient of its anchors, from `count_pos` and `count_neg` in `part`. `reference_gradient` must be NULL.
+/// Last step: the part's share of the loss and of its derivatives, `active`, `mined_pos` and `mined_neg` of
+/// `result`, and the whole gradient of its anchors, from `count_pos` and `count_neg` in `part`.
+/// `reference_gradient` must be NULL.
 ///
-/// The gradient of an anchor is complete: its row of (G + G^T) E, where the references that are anchors have their numbers in
-/// `part`. ddtas_threshold_gradient then answers the part's share.
+/// The gradient of an anchor is complete: its row of (G + G^T) E, where the references that are anchors have
+/// their numbers in `part`. ddtas_threshold_gradient then answers the part's share.
 ///
 /// # Safety
 /// As ddtas_loss.
@@ -86,10 +90,10 @@ pub unsafe extern "C" fn ddtas_gradient(
     result: *mut LossResult,
 ) -> Status {
     // SAFETY: handed on to the caller.
-    unsafe { run(context, Step::Gradient, [anchors, references], part, result) }
+    unsafe { run(context, Call::Gradient, [anchors, references], part, result) }
 }
 
-enum Step {
+enum Call {
     SameClass(*const Settings),
     Sweep,
     Select,
@@ -100,7 +104,7 @@ enum Step {
 /// As [`ddtas_same_class`].
 unsafe fn run(
     context: *mut Context,
-    step: Step,
+    step: Call,
     [anchors, references]: [*const Rows; 2],
     part: *const Part,
     result: *mut LossResult,
@@ -113,7 +117,8 @@ unsafe fn run(
         let missing = || Failure::new(Status::NullPointer, "references is NULL: a part has some");
         let references = references.ok_or_else(missing)?;
         if anchors.memory == Memory::Device {
-            let message = "the steps of a part take rows in host memory only: rows in device memory are not supported yet";
+            let message = "the steps of a part take rows in host memory only: \
+                           rows in device memory are not supported yet";
             return Err(Failure::new(Status::Unavailable, message));
         }
         // SAFETY: as above.
@@ -132,33 +137,33 @@ unsafe fn run(
         let batch = unsafe { input::batch(&anchors, Some(&references), buffers.rows) }?;
         let mut batch = Batch { total: Some(part.total), check: UnitCheck::Trust, ..batch };
         let found = match step {
-            Step::SameClass(settings) => {
+            Call::SameClass(settings) => {
                 // SAFETY: as above.
                 let (settings, check) = unsafe { input::settings(settings) }?;
                 batch.check = check;
                 State::compute(pool, engine, |backend| backend.same_class(&batch, &settings, output))?;
-                Found::SameClass
+                Filled::SameClass
             }
-            Step::Sweep => {
+            Call::Sweep => {
                 // SAFETY: as above.
                 let min_pos = unsafe { numbers("min_pos", part.min_pos, part.reference_min_pos, lengths) }?;
                 State::compute(pool, engine, |backend| backend.sweep(&batch, min_pos, output))?;
-                Found::Sweep
+                Filled::Sweep
             }
-            Step::Select => {
+            Call::Select => {
                 // SAFETY: as above.
                 let max_neg = unsafe { numbers("max_neg", part.max_neg, part.reference_max_neg, lengths) }?;
                 let totals = (part.probe_neg, part.total_pos);
                 State::compute(pool, engine, |backend| backend.select(&batch, max_neg, totals, output))?;
-                Found::Select
+                Filled::Select
             }
-            Step::Gradient => {
+            Call::Gradient => {
                 // SAFETY: as above.
                 let pos = unsafe { numbers("count_pos", part.count_pos, part.reference_count_pos, lengths) }?;
                 // SAFETY: as above.
                 let neg = unsafe { numbers("count_neg", part.count_neg, part.reference_count_neg, lengths) }?;
                 State::compute(pool, engine, |backend| backend.gradient(&batch, pos, neg, output))?;
-                Found::Gradient(mined(output, (pos.anchors, neg.anchors)))
+                Filled::Gradient(output.mined_of_part(pos.anchors, neg.anchors))
             }
         };
         *buffers.total = Some(part.total);
@@ -191,12 +196,4 @@ unsafe fn numbers<'a, T>(
     // SAFETY: as above.
     let other = unsafe { input::slice(of_references, references) };
     Ok(RowNumbers::new(own, other))
-}
-
-/// Pairs of this part that enter the loss, whose anchors are active by the sizes of all parts.
-fn mined(output: &LossOutput, sizes: (&[u32], &[u32])) -> (u64, u64) {
-    let own = output.count_pos.iter().zip(&output.count_neg);
-    own.zip(sizes.0.iter().zip(sizes.1))
-        .filter(|(_, (pos, neg))| **pos > 0 && **neg > 0)
-        .fold((0, 0), |sum, ((pos, neg), _)| (sum.0 + u64::from(*pos), sum.1 + u64::from(*neg)))
 }

@@ -4,6 +4,7 @@
 use std::ffi::{c_char, c_void};
 use std::mem::offset_of;
 
+pub use crate::loss::LossScalars;
 use crate::loss::LossSettings;
 
 /// A struct whose first field is its size in the caller's header, a `usize`.
@@ -41,7 +42,8 @@ pub enum Status {
     NullPointer = 1,
     /// A pointer is not aligned to what it points to.
     Misaligned = 2,
-    /// `struct_size` is not one that this library knows: set it to sizeof the struct, and its other bytes to zero.
+    /// `struct_size` is not one that this library knows: set it to sizeof the struct, and its other bytes to
+    /// zero.
     StructSize = 3,
     /// A setting or an enum value is out of its range.
     InvalidValue = 4,
@@ -51,7 +53,8 @@ pub enum Status {
     NotFinite = 6,
     /// A row is not of unit L2 norm.
     NotUnit = 7,
-    /// ddtas_threshold_gradient without the loss it continues, or a step of a part without the step before it.
+    /// ddtas_threshold_gradient without the loss it continues, or a step of a part without the step before
+    /// it.
     OutOfOrder = 8,
     /// A device that this build or this machine does not have, or that cannot do what was asked.
     Unavailable = 9,
@@ -143,15 +146,16 @@ pub struct ContextOptions {
     /// The result is the same bit for bit whatever their number.
     pub threads: usize,
     /// Bytes for the pairs kept between passes; what does not fit is computed again, with the same
-    /// result bit for bit on the CPU. 0 for the default: 6 KiB a row on the CPU, a quarter of the free memory on a GPU.
+    /// result bit for bit on the CPU. 0 for the default: 6 KiB a row on the CPU, a quarter of the free memory
+    /// on a GPU.
     pub workspace_bytes: usize,
     /// A CUstream or cudaStream_t of that GPU's primary context, with DDTAS_STREAM_MODE_GIVEN;
     /// NULL is then the default stream. It must outlive the context.
     pub stream: *mut c_void,
     /// A ddtas_stream_mode.
     pub stream_mode: i32,
-    /// Not 0: a GPU multiplies float rows to TF32's precision, for a third of the work or less: rounded to 11 bits (entries
-    /// below 6e-5 to an absolute 3e-8), products summed in float.
+    /// Not 0: a GPU multiplies float rows to TF32's precision, for a third of the work or less: rounded to 11
+    /// bits (entries below 6e-5 to an absolute 3e-8), products summed in float.
     pub allow_tf32: i32,
 }
 
@@ -212,15 +216,16 @@ pub struct Rows {
     pub identity_list: *const u32,
 }
 
-/// What ddtas_loss returns, and the four steps of a part together. The caller sets struct_size and the pointers (NULL for what it does
-/// not want, which all-zero bytes say); the library sets the rest, and only if the call works.
+/// What ddtas_loss returns, and the four steps of a part together. The caller sets struct_size and the
+/// pointers (NULL for what it does not want, which all-zero bytes say); the library sets the rest, and only
+/// if the call works.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct LossResult {
     /// sizeof(ddtas_loss_result).
     pub struct_size: usize,
-    /// dL/d(anchors), float, `count` rows of `dim`; in the square form the whole gradient. Where the
-    /// rows lie: host or device memory, which in device memory is not optional.
+    /// dL/d(anchors), float, `count` rows of `dim`; in the square form the whole gradient.
+    /// In the same memory as the rows; NULL is allowed only for host rows.
     pub gradient: *mut f32,
     /// As ddtas_rows.row_stride, for `gradient`. What lies between two rows is left alone.
     pub gradient_stride: usize,
@@ -264,46 +269,9 @@ pub struct LossResult {
     pub total_neg: u64,
 }
 
-/// What ddtas_enqueue_loss writes, in device memory, aligned to 8 bytes.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-pub struct LossScalars {
-    /// The loss L; NaN if a row is bad.
-    pub loss: f64,
-    /// dL/d(lambda_pos).
-    pub dloss_dlambda_pos: f64,
-    /// dL/d(lambda_neg).
-    pub dloss_dlambda_neg: f64,
-    /// Mean similarity over all positive pairs; NaN if there is none.
-    pub mean_pos: f64,
-    /// Mean similarity over all negative pairs; NaN if there is none.
-    pub mean_neg: f64,
-    /// The positive tolerance in force, after adaptation.
-    pub gamma_pos: f64,
-    /// The negative tolerance in force, after adaptation.
-    pub gamma_neg: f64,
-    /// Negatives that passed the probe.
-    pub probe_neg: u64,
-    /// Ordered positive pairs of the batch.
-    pub total_pos: u64,
-    /// Ordered negative pairs of the batch.
-    pub total_neg: u64,
-    /// Anchors that enter the loss.
-    pub active: u64,
-    /// Sum of the squares of the bad row, if there is one.
-    pub bad_square_sum: f64,
-    /// The first anchor that is not finite or not of unit length; DDTAS_ABSENT if all are.
-    pub bad_anchor: u32,
-    /// The same of the references.
-    pub bad_reference: u32,
-    /// Positive pairs that were mined.
-    pub mined_pos: u64,
-    /// Negative pairs that were mined.
-    pub mined_neg: u64,
-}
-
 /// A part of a batch, and what the caller has gathered from all parts: each step reads the fields its comment
-/// names, and ignores the others. Arrays are in host memory. All bytes zero but struct_size and `total` for the first.
+/// names, and ignores the others. Arrays are in host memory. All bytes zero but struct_size and `total` for
+/// the first.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct Part {
@@ -311,8 +279,9 @@ pub struct Part {
     pub struct_size: usize,
     /// Every step: the number of anchors of all parts, B of the factor 1/B. At least 1.
     pub total: usize,
-    /// From the sweep on: how many references are anchors of some part, the first ones. The arrays below named
-    /// `reference_...` have as many entries. References behind them, of a memory bank, select nothing. 0 to their number.
+    /// From the sweep on: how many references are anchors of some part, the first ones. The arrays below
+    /// named `reference_...` have as many entries. References behind them, of a memory bank, select nothing.
+    /// 0 to their number.
     pub reference_numbers: usize,
     /// ddtas_sweep: ddtas_loss_result.min_pos of each anchor, over all of its pairs.
     pub min_pos: *const f32,
@@ -336,7 +305,8 @@ pub struct Part {
     pub reference_count_neg: *const u32,
 }
 
-/// How fast the embeddings move along a direction, for ddtas_threshold_gradient. In the same memory as the rows.
+/// How fast the embeddings move along a direction, for ddtas_threshold_gradient. In the same memory as the
+/// rows.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct Tangents {

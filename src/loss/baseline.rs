@@ -6,17 +6,19 @@
 //!
 //! * contrastive: positives `1 - S`, negatives `max(0, S - lambda_neg)`, each kind averaged over its non-zero
 //!   terms (ContrastiveLoss of pytorch-metric-learning on cosine similarity, margins 1 and 0.5);
-//! * multi-similarity (Wang et al., CVPR 2019, eq. 14): alpha 2, beta 50, base `lambda_neg`, mean over anchors. Its
-//!   miner is [`Mining::Symmetric`](super::Mining::Symmetric) with the miner's epsilon as gamma (0.1).
+//! * multi-similarity (Wang et al., CVPR 2019, eq. 14): alpha 2, beta 50, base `lambda_neg`, mean over
+//!   anchors. Its miner is [`Mining::Symmetric`](super::Mining::Symmetric) with the miner's epsilon as gamma
+//!   (0.1).
 
 use std::fmt;
 use std::str::FromStr;
 
 use ndarray::Array2;
 
+use super::reference::gradients;
 use super::select::Selection;
 use super::similarity::Similarities;
-use super::{Batch, LossOutput, LossSettings, reference};
+use super::{Batch, LossOutput, LossScalars, LossSettings, reference};
 use crate::{Error, Result};
 
 /// The pair loss of a training run.
@@ -83,7 +85,8 @@ struct Evaluated {
 /// Mines a batch with `settings` and evaluates `loss` and its gradient into `output`.
 ///
 /// Mining, counts and thresholds are those of the DDTAS loss. The baselines take their margin from
-/// `lambda_neg` (both papers' is 0.5), and their derivatives with respect to it are given as 0. [`PairLoss::SoftContrastive`] gives the scalar truth.
+/// `lambda_neg` (both papers' is 0.5), and their derivatives with respect to it are given as 0.
+/// [`PairLoss::SoftContrastive`] gives the scalar truth.
 ///
 /// # Errors
 /// As [`reference()`].
@@ -102,37 +105,26 @@ pub fn evaluate(
         PairLoss::Contrastive => contrastive(similarities, selection, settings.lambda_neg),
         PairLoss::MultiSimilarity => multi_similarity(similarities, selection, settings.lambda_neg),
     };
-    let own = loss == PairLoss::SoftContrastive;
     let anchors = batch.anchors.embeddings.to_f64();
-    let g = &evaluated.weights;
-    let (gradient, reference_gradient) = match &batch.references {
-        None => ((g + &g.t()).dot(&anchors), None),
-        Some(rows) => {
-            let back = batch.reference_gradient.then(|| g.t().dot(&anchors).mapv(|x| x as f32));
-            (g.dot(&rows.embeddings.to_f64()), back)
-        }
-    };
+    let references = batch.references.map(|rows| rows.embeddings.to_f64());
+    let (gradient, reference_gradient) =
+        gradients(&evaluated.weights, &anchors, references.as_ref(), batch.reference_gradient);
     let sizes = |sets: &[Vec<usize>]| sets.iter().map(|set| set.len() as u32).collect();
     let narrow = |values: &[f64]| values.iter().map(|&x| x as f32).collect();
+    let single = |matrix: Array2<f64>| matrix.mapv(|x| x as f32);
     *output = LossOutput {
-        loss: evaluated.loss,
-        gradient: gradient.mapv(|x| x as f32),
-        reference_gradient,
-        gamma_pos: selection.tolerances.pos,
-        gamma_neg: selection.tolerances.neg,
-        probe_neg: selection.probe_neg,
-        total_pos: selection.total_pos,
-        total_neg: truth.total_neg,
+        gradient: single(gradient),
+        reference_gradient: reference_gradient.map(single),
         min_pos: narrow(&selection.min_pos),
         max_neg: narrow(&selection.max_neg),
         count_pos: sizes(&selection.positives),
         count_neg: sizes(&selection.negatives),
-        active: truth.active(),
-        dloss_dlambda_pos: if own { truth.weighted.dloss_dlambda_pos } else { 0.0 },
-        dloss_dlambda_neg: if own { truth.weighted.dloss_dlambda_neg } else { 0.0 },
-        mean_pos: truth.mean_pos,
-        mean_neg: truth.mean_neg,
+        ..LossOutput::default()
     };
+    output.set_scalars(&LossScalars { loss: evaluated.loss, ..truth.scalars() });
+    if loss != PairLoss::SoftContrastive {
+        (output.dloss_dlambda_pos, output.dloss_dlambda_neg) = (0.0, 0.0);
+    }
     Ok(())
 }
 

@@ -5,6 +5,39 @@ use ndarray::ArrayView2;
 
 use crate::{Error, Result};
 
+/// Type of the entries of rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ElementType {
+    /// Single precision.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// Brain floating point.
+    Bf16,
+}
+
+impl ElementType {
+    /// Bytes of an entry.
+    #[must_use]
+    pub const fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+
+    /// How far a row's norm may be from 1. The narrow types round each entry
+    /// by up to half a unit in the last place, which moves the norm by as much.
+    #[must_use]
+    pub const fn norm_tolerance(self) -> f64 {
+        match self {
+            Self::F32 => 1e-3,
+            Self::F16 => 2e-3,
+            Self::Bf16 => 1e-2,
+        }
+    }
+}
+
 /// A borrowed matrix of embeddings, one row an image, row-major.
 #[derive(Debug, Clone, Copy)]
 pub enum Embeddings<'a> {
@@ -61,15 +94,20 @@ impl Embeddings<'_> {
         }
     }
 
-    /// How far a row's norm may be from 1. The narrow types round each entry
-    /// by up to half a unit in the last place, which moves the norm by as much.
+    /// Type of the entries.
+    #[must_use]
+    pub fn element_type(&self) -> ElementType {
+        match self {
+            Self::F32(_) => ElementType::F32,
+            Self::F16(_) => ElementType::F16,
+            Self::Bf16(_) => ElementType::Bf16,
+        }
+    }
+
+    /// How far a row's norm may be from 1.
     #[must_use]
     pub fn norm_tolerance(&self) -> f64 {
-        match self {
-            Self::F32(_) => 1e-3,
-            Self::F16(_) => 2e-3,
-            Self::Bf16(_) => 1e-2,
-        }
+        self.element_type().norm_tolerance()
     }
 
     /// The same matrix in float64.
@@ -118,8 +156,8 @@ pub enum UnitCheck {
 /// Which reference of the rectangular form is an anchor itself, and so never a pair of it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Identity<'a> {
-    /// Unknown: an image that stands on both sides is left out of the positives by its value, by SPEC 1's rule
-    /// on exact duplicates.
+    /// Unknown: an image that stands on both sides is left out of the positives by its value, by SPEC 1's
+    /// rule on exact duplicates.
     #[default]
     ByValue,
     /// Reference `first + i` is anchor i.
@@ -152,7 +190,8 @@ impl Identity<'_> {
 /// other side: a memory bank, or the batch gathered from many devices. There
 /// [`Identity`] says which reference is an anchor itself.
 ///
-/// A part of a batch, [`Batch::part`], is the rectangular form of some of its anchors against all of its rows.
+/// A part of a batch, [`Batch::part`], is the rectangular form of some of its anchors against all of its
+/// rows.
 #[derive(Debug, Clone, Copy)]
 pub struct Batch<'a> {
     /// The rows the loss is averaged over.
@@ -188,8 +227,8 @@ impl<'a> Batch<'a> {
         Self { references: Some(references), ..Self::square(anchors.embeddings, anchors.labels) }
     }
 
-    /// Some anchors of a batch of `total` anchors, against its references: all anchors, in one order for every
-    /// part, and behind them further references if there are any. There may be no anchor at all.
+    /// Some anchors of a batch of `total` anchors, against its references: all anchors, in one order for
+    /// every part, and behind them further references if there are any. There may be no anchor at all.
     ///
     /// The loss of a part is evaluated in steps, between which the parts tell each other what they found:
     /// [`Backend::same_class`](crate::backend::Backend::same_class) and the three after it.
@@ -238,8 +277,9 @@ impl<'a> Batch<'a> {
     /// checked by the backends while they read the rows.
     ///
     /// # Errors
-    /// [`Error::Empty`], [`Error::LengthMismatch`], [`Error::NotContiguous`]; [`Error::InvalidSetting`] for a total below
-    /// the number of anchors, or an identity that is no reference or has another label than its anchor.
+    /// [`Error::Empty`], [`Error::LengthMismatch`], [`Error::NotContiguous`]; [`Error::InvalidSetting`] for a
+    /// total below the number of anchors, or an identity that is no reference or has another label than its
+    /// anchor.
     pub fn validate(&self) -> Result<()> {
         let anchors = self.anchors.labels.len();
         // A process may have no row of the batch that it takes part in.

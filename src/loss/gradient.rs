@@ -26,8 +26,8 @@ pub fn weigh(similarities: &Similarities, selection: &Selection, settings: &Loss
     weigh_part(similarities, selection, &selection.sizes(), settings, similarities.anchors())
 }
 
-/// Evaluates SPEC 4 on the mined pairs of anchors of a batch of `total`, where each anchor's sets have `sizes`
-/// (positives, negatives). Mining is constant under differentiation.
+/// Evaluates SPEC 4 on the mined pairs of anchors of a batch of `total`, where each anchor's sets have
+/// `sizes` (positives, negatives). Mining is constant under differentiation.
 #[must_use]
 pub fn weigh_part(
     similarities: &Similarities,

@@ -1,4 +1,5 @@
-//! The functions of the loss: softplus, and the sigmoid that is its derivative (SPEC 4); AT-ASMS adapts by the sigmoid too.
+//! The functions of the loss: softplus, and the sigmoid that is its derivative (SPEC 4); AT-ASMS adapts by
+//! the sigmoid too.
 
 /// `1 / (1 + exp(-x))`, stable for every x.
 #[must_use]

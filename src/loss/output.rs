@@ -67,15 +67,22 @@ impl Default for LossOutput {
 }
 
 impl LossOutput {
-    /// Pairs that enter the loss: the sizes of both sets, summed over active anchors.
+    /// Pairs that enter the loss: the sizes of both sets, summed over active anchors. After the steps of a
+    /// part, where an anchor may be active by what other parts found, this is
+    /// [`mined_of_part`](Self::mined_of_part).
     #[must_use]
     pub fn mined(&self) -> (u64, u64) {
-        let active = |(p, n): &(&u32, &u32)| **p > 0 && **n > 0;
-        self.count_pos
-            .iter()
-            .zip(&self.count_neg)
-            .filter(active)
-            .fold((0, 0), |(pos, neg), (p, n)| (pos + u64::from(*p), neg + u64::from(*n)))
+        self.mined_of_part(&self.count_pos, &self.count_neg)
+    }
+
+    /// The part's own pairs that enter the loss: the sizes of its sets, summed over the anchors that are
+    /// active by the sizes over all parts.
+    #[must_use]
+    pub fn mined_of_part(&self, count_pos: &[u32], count_neg: &[u32]) -> (u64, u64) {
+        let own = self.count_pos.iter().zip(&self.count_neg);
+        own.zip(count_pos.iter().zip(count_neg))
+            .filter(|(_, (pos, neg))| **pos > 0 && **neg > 0)
+            .fold((0, 0), |sum, ((pos, neg), _)| (sum.0 + u64::from(*pos), sum.1 + u64::from(*neg)))
     }
 }
 

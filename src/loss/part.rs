@@ -8,8 +8,8 @@ use crate::{Error, Result};
 pub struct RowNumbers<'a, T> {
     /// Of each anchor of the part.
     pub anchors: &'a [T],
-    /// Of the references that are anchors of the whole batch: the first ones. References behind the last number
-    /// select nothing, as those of a memory bank.
+    /// Of the references that are anchors of the whole batch: the first ones. References behind the last
+    /// number select nothing, as those of a memory bank.
     pub references: &'a [T],
 }
 
@@ -47,8 +47,8 @@ impl RowNumbers<'_, u32> {
 }
 
 impl LossOutput {
-    /// Adds up what parts of one batch have found of it: loss, its derivatives by the thresholds, counts and means. Fields
-    /// with an entry a row, gradients and tolerances stay as they are.
+    /// Adds up what parts of one batch have found of it: loss, its derivatives by the thresholds, counts and
+    /// means. Fields with an entry a row, gradients and tolerances stay as they are.
     pub fn add_part(&mut self, part: &Self) {
         let mean = |own: (f64, u64), other: (f64, u64)| match (own.1, other.1) {
             (_, 0) => own.0,

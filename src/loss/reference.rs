@@ -43,7 +43,8 @@ impl Reference {
 /// Evaluates mining, loss and gradient in float64.
 ///
 /// # Errors
-/// As [`Batch::validate`], and [`Error::NotFinite`](crate::Error::NotFinite) / [`Error::NotUnit`](crate::Error::NotUnit) for bad rows.
+/// As [`Batch::validate`], and [`Error::NotFinite`](crate::Error::NotFinite) /
+/// [`Error::NotUnit`](crate::Error::NotUnit) for bad rows.
 pub fn reference(batch: &Batch<'_>, settings: &LossSettings) -> Result<Reference> {
     settings.validate()?;
     batch.validate()?;
@@ -68,11 +69,8 @@ pub(super) fn evaluate(
     let selection = Selection::new(&similarities, settings);
     let weighted = weigh_part(&similarities, &selection, &selection.sizes(), settings, total);
 
-    let g = &weighted.weights;
-    let (gradient, reference_gradient) = match references {
-        None => ((g + &g.t()).dot(anchors), None),
-        Some(references) => (g.dot(references), reference_gradient.then(|| g.t().dot(anchors))),
-    };
+    let (gradient, reference_gradient) =
+        gradients(&weighted.weights, anchors, references, reference_gradient);
     let (_, mean_pos) = mean(&similarities, |i| similarities.positives(i).collect());
     let (total_neg, mean_neg) = mean(&similarities, |i| similarities.negatives(i).collect());
     Reference {
@@ -88,13 +86,27 @@ pub(super) fn evaluate(
     }
 }
 
+/// dL/d(anchors), and dL/d(references) if it is `wanted`, from the weights dL/dS.
+pub(super) fn gradients(
+    g: &Array2<f64>,
+    anchors: &Array2<f64>,
+    references: Option<&Array2<f64>>,
+    wanted: bool,
+) -> (Array2<f64>, Option<Array2<f64>>) {
+    match references {
+        None => ((g + &g.t()).dot(anchors), None),
+        Some(references) => (g.dot(references), wanted.then(|| g.t().dot(anchors))),
+    }
+}
+
 /// Evaluates the hyper-gradient sums of SPEC 5 in float64.
 ///
 /// `tangent` is edot of the anchors, `[B, D]`; `reference_tangent` that of the
 /// references, `[N, D]` (zero if absent, and unused in the square form).
 ///
 /// # Errors
-/// As [`reference()`], and [`Error::LengthMismatch`](crate::Error::LengthMismatch) for a tangent of another shape.
+/// As [`reference()`], and [`Error::LengthMismatch`](crate::Error::LengthMismatch) for a tangent of another
+/// shape.
 pub fn reference_hypergradient(
     batch: &Batch<'_>,
     settings: &LossSettings,

@@ -49,8 +49,8 @@ pub fn probe_tolerance(settings: &LossSettings) -> f64 {
     settings.gamma * settings.probe_ratio
 }
 
-/// The widest tolerance of a negative that is counted by the probe or may be mined: the negative tolerance never grows
-/// (SPEC 3), so a single sweep can collect the candidates.
+/// The widest tolerance of a negative that is counted by the probe or may be mined: the negative tolerance
+/// never grows (SPEC 3), so a single sweep can collect the candidates.
 #[must_use]
 pub fn candidate_tolerance(settings: &LossSettings) -> f64 {
     probe_tolerance(settings).max(initial_tolerances(settings).neg)
@@ -128,6 +128,13 @@ impl Selection {
         let (positives, negatives) =
             (anchors.clone().map(positives).collect(), anchors.map(negatives).collect());
         Self { min_pos, max_neg, positives, negatives, tolerances, probe_neg, total_pos }
+    }
+
+    /// Pairs of active anchors, positive and negative.
+    #[must_use]
+    pub fn mined(&self) -> (u64, u64) {
+        let active = self.sizes().into_iter().filter(|&[pos, neg]| pos > 0 && neg > 0);
+        active.fold((0, 0), |sum, [pos, neg]| (sum.0 + u64::from(pos), sum.1 + u64::from(neg)))
     }
 
     /// |P_i| and |N_i| of every anchor.

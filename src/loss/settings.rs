@@ -115,12 +115,12 @@ impl LossSettings {
             }
         };
         within("gamma", self.gamma, 0.0, 2.0, "0 to 2")?;
-        within("negative-ratio", self.negative_ratio, 0.0, 10.0, "0 to 10")?;
-        within("probe-ratio", self.probe_ratio, 0.0, 10.0, "0 to 10")?;
+        within("negative_ratio", self.negative_ratio, 0.0, 10.0, "0 to 10")?;
+        within("probe_ratio", self.probe_ratio, 0.0, 10.0, "0 to 10")?;
         within("tolerance", self.tolerance, 0.0, 1.0, "0 to 1")?;
         within("alpha", self.alpha, f64::MIN_POSITIVE, 1e4, "above 0, at most 10000")?;
         within("beta", self.beta, f64::MIN_POSITIVE, 1e4, "above 0, at most 10000")?;
-        within("lambda-pos", self.lambda_pos, -2.0, 2.0, "-2 to 2")?;
-        within("lambda-neg", self.lambda_neg, -2.0, 2.0, "-2 to 2")
+        within("lambda_pos", self.lambda_pos, -2.0, 2.0, "-2 to 2")?;
+        within("lambda_neg", self.lambda_neg, -2.0, 2.0, "-2 to 2")
     }
 }

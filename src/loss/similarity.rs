@@ -4,7 +4,8 @@ use ndarray::Array2;
 
 use super::Identity;
 
-/// Share of the longer row's squared norm from which a positive counts as an exact duplicate and carries no signal.
+/// Share of the longer row's squared norm from which a positive counts as an exact duplicate and carries no
+/// signal.
 pub const DUPLICATE: f64 = 1.0 - 1e-6;
 
 /// Every similarity of a batch, in float64, with the labels that make pairs of them.
@@ -38,7 +39,8 @@ impl Similarities {
         }
     }
 
-    /// The same, in the rectangular form without each anchor's pair with the reference that `identity` says it is.
+    /// The same, in the rectangular form without each anchor's pair with the reference that `identity` says
+    /// it is.
     pub(super) fn of_batch(
         anchors: (&Array2<f64>, &[i64]),
         references: Option<(&Array2<f64>, &[i64])>,

@@ -9,8 +9,9 @@ use super::similarity::Similarities;
 use super::{Batch, LossSettings, RowNumbers};
 use crate::Result;
 
-/// A part of a batch with all its similarities, for [`PartReference::same_class`] and the three steps after it. Each takes what
-/// the caller has gathered from all parts since, see [`Backend::same_class`](crate::backend::Backend::same_class).
+/// A part of a batch with all its similarities, for [`PartReference::same_class`] and the three steps after
+/// it. Each takes what the caller has gathered from all parts since, see
+/// [`Backend::same_class`](crate::backend::Backend::same_class).
 #[derive(Debug, Clone)]
 pub struct PartReference {
     similarities: Similarities,
@@ -53,17 +54,17 @@ impl PartReference {
         (max_neg, probe(&self.similarities, &self.settings, min_pos))
     }
 
-    /// The mined pairs of the anchors, given their m+ and m- and the totals of the batch: negatives that passed the
-    /// probe, and positives.
+    /// The mined pairs of the anchors, given their m+ and m- and the totals of the batch: negatives that
+    /// passed the probe, and positives.
     #[must_use]
     pub fn select(&self, min_pos: &[f64], max_neg: &[f64], totals: (u64, u64)) -> Selection {
         let tolerances = adapt(&self.settings, totals.0, totals.1);
         Selection::keep(&self.similarities, tolerances, (min_pos.to_vec(), max_neg.to_vec()), totals)
     }
 
-    /// The part's share of the loss, and the gradient of its anchors, `[b, D]`: their rows of `(G + G^T) E`, where what
-    /// references select follows from their m+ and m-, and from the sizes of all sets (positives, negatives). References behind
-    /// the last number select nothing.
+    /// The part's share of the loss, and the gradient of its anchors, `[b, D]`: their rows of `(G + G^T) E`,
+    /// where what references select follows from their m+ and m-, and from the sizes of all sets (positives,
+    /// negatives). References behind the last number select nothing.
     #[must_use]
     pub fn gradient(
         &self,

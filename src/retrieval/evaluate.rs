@@ -1,28 +1,30 @@
 //! Recall@K, R-precision and MAP@R of a whole test set.
 //!
-//! R-precision and MAP@R as defined by Musgrave, Belongie and Lim, "A Metric Learning Reality Check" (ECCV 2020): of a query
-//! with R answers, the share of answers among its R nearest, and the mean over ranks 1 to R of the precision
-//! at each rank that holds an answer (0 at the others).
+//! R-precision and MAP@R as defined by Musgrave, Belongie and Lim, "A Metric Learning Reality Check" (ECCV
+//! 2020): of a query with R answers, the share of answers among its R nearest, and the mean over ranks 1 to R
+//! of the precision at each rank that holds an answer (0 at the others).
 //!
-//! Queries are searched in turns of bounded size, those with few answers first, so that memory beside the embeddings is O(Q):
-//! a large class makes the lists of its own queries long, not everybody's.
+//! Queries are searched in turns of bounded size, those with few answers first, so that memory beside the
+//! embeddings is O(Q): a large class makes the lists of its own queries long, not everybody's.
 
-use super::recall::{Hits, Recall, sorted};
-use super::rows::{Gathered, Kept, answers, with_row};
+use ndarray::ArrayView1;
+
+use super::recall::{Hits, Recall, deepest, sorted};
+use super::rows::{CopiedRows, KeptRows, answers, with_row};
 use crate::Result;
 use crate::backend::{Backend, Nearest, PreparedGallery};
 use crate::loss::{Identity, Rows, validate_identity, validate_rows};
 
 /// What one turn has room for.
-struct Room {
+pub(super) struct Room {
     /// Entries of all lists, of 8 bytes each.
-    entries: usize,
+    pub(super) entries: usize,
     /// Queries, whose rows are copied.
-    queries: usize,
+    pub(super) queries: usize,
 }
 
 /// Lists of 64 MiB; 16 MiB of rows at D = 512.
-const ROOM: Room = Room { entries: 1 << 23, queries: 1 << 13 };
+pub(super) const ROOM: Room = Room { entries: 1 << 23, queries: 1 << 13 };
 
 /// What a test set is judged by. All figures are 0 to 1, means over the queries counted.
 #[derive(Debug, Clone, PartialEq)]
@@ -39,13 +41,14 @@ pub struct Metrics {
 
 /// Searches every query and measures what its list is worth.
 ///
-/// Without a gallery the queries are searched among themselves, each left out of its own list. Rows with a negative
-/// label are neither queries nor answers, and stand in no list. A query without an answer is left out and counted in
-/// [`Recall::without_match`]; as an answer that is wrong for all others it stays. `progress` hears how many queries
-/// are done, of how many.
+/// Without a gallery the queries are searched among themselves, each left out of its own list. Rows with a
+/// negative label are neither queries nor answers, and stand in no list. A query without an answer is left
+/// out and counted in [`Recall::without_match`]; as an answer that is wrong for all others it stays.
+/// `progress` hears how many queries are done, of how many.
 ///
 /// # Errors
-/// Those of [`Backend::nearest`]; [`Error::InvalidSetting`](crate::Error::InvalidSetting) if a K is 0 or none is given.
+/// Those of [`Backend::nearest`]; [`Error::InvalidSetting`](crate::Error::InvalidSetting) if a K is 0 or none
+/// is given.
 pub fn evaluate(
     backend: &mut dyn Backend,
     queries: &Rows<'_>,
@@ -53,11 +56,12 @@ pub fn evaluate(
     ks: &[usize],
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Metrics> {
-    let mut totals = Totals { hits: Hits::new(sorted(ks)?), r_precision: 0.0, average_precision: 0.0 };
-    let sought =
-        Sought { queries: queries.view(), gallery: gallery.map(Rows::view), identity: Identity::ByValue };
+    let ks = sorted(ks)?;
+    let deepest = deepest(&ks);
+    let mut totals = Totals { hits: Hits::new(ks), r_precision: 0.0, average_precision: 0.0 };
     let add = &mut |judged: &Judged| totals.add(judged);
-    judge_within(&ROOM, backend, &sought, ks, add, progress)?;
+    let sought = Sought::by_value(queries, gallery);
+    judge_within(&ROOM, backend, &sought, |answers| deepest.max(answers), add, progress)?;
     Ok(totals.finish(queries.labels.len()))
 }
 
@@ -68,11 +72,17 @@ pub struct Sought<'a> {
     pub queries: Rows<'a>,
     /// `None`: the queries, each left out of its own list.
     pub gallery: Option<Rows<'a>>,
-    /// Which row of the gallery is a query itself: it is left out of the query's list. Without effect among the queries.
+    /// Which row of the gallery is a query itself: it is left out of the query's list. Without effect among
+    /// the queries.
     pub identity: Identity<'a>,
 }
 
-impl Sought<'_> {
+impl<'a> Sought<'a> {
+    /// Queries in a gallery, whose rows are no queries, or in each other.
+    pub(super) fn by_value(queries: &'a Rows<'_>, gallery: Option<&'a Rows<'_>>) -> Self {
+        Self { queries: queries.view(), gallery: gallery.map(Rows::view), identity: Identity::ByValue }
+    }
+
     fn validate(&self) -> Result<()> {
         validate_rows("queries", &self.queries)?;
         let Some(gallery) = &self.gallery else { return Ok(()) };
@@ -117,78 +127,104 @@ pub struct Judged {
     pub average_precision: f64,
 }
 
-/// As [`evaluate`], query by query: `each` hears of every query that has an answer, in no order. Lists are long enough for
-/// the largest of `ks`.
+/// As [`evaluate`], query by query: `each` hears of every query that has an answer, in no order. Lists are
+/// long enough for the largest of `ks`.
 ///
 /// # Errors
-/// As [`evaluate`]; [`Error::InvalidSetting`](crate::Error::InvalidSetting) for an identity that is no row of the gallery or has another label than its query.
+/// As [`evaluate`]; [`Error::InvalidSetting`](crate::Error::InvalidSetting) for an identity that is no row of
+/// the gallery or has another label than its query.
 pub fn judge(
     backend: &mut dyn Backend,
     sought: &Sought<'_>,
     ks: &[usize],
     each: &mut dyn FnMut(&Judged),
 ) -> Result<()> {
-    judge_within(&ROOM, backend, sought, ks, each, &mut |_, _| {})
+    let deepest = deepest(&sorted(ks)?);
+    judge_within(&ROOM, backend, sought, |answers| deepest.max(answers), each, &mut |_, _| {})
 }
 
-fn judge_within(
+/// As [`judge`]; the list of a query with so many answers is as long as `depth` says.
+pub(super) fn judge_within(
     room: &Room,
     backend: &mut dyn Backend,
     sought: &Sought<'_>,
-    ks: &[usize],
+    depth: impl Fn(usize) -> usize,
     each: &mut dyn FnMut(&Judged),
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<()> {
     sought.validate()?;
     let (queries, gallery) = (&sought.queries, sought.gallery.as_ref());
-    let ks = sorted(ks)?;
-    let deepest = ks[ks.len() - 1];
     let answers = sought.answers();
-    let mut order: Vec<u32> =
-        (0..answers.len() as u32).filter(|&query| answers[query as usize] > 0).collect();
-    order.sort_by_key(|&query| answers[query as usize]);
+    let mut order = answerable(&answers);
+    order.sort_by_key(|&query| depth(answers[query as usize] as usize));
 
-    let kept = gallery.map_or_else(|| Kept::new(queries), Kept::new);
-    progress(0, order.len());
-    let mut in_turns = |search: &mut dyn PreparedGallery| {
-        let mut done = 0;
-        while done < order.len() {
-            let length = |query: u32| deepest.max(answers[query as usize] as usize).min(kept.len());
-            let turn = room.turn(&order[done..], length);
-            // One more than asked for: where a query is in the set that it searches, it is found there too, and passed over.
-            let longest = (length(turn[turn.len() - 1]) + usize::from(sought.has_queries())).min(kept.len());
-            let gathered = Gathered::new(queries, turn);
-            let nearest = search
-                .nearest(&gathered.rows(), longest)
-                .map_err(|error| with_row(error, "queries", "queries", |row| turn[row]))?;
-            for (list, &query) in nearest.indices.outer_iter().zip(turn) {
-                let others = list.iter().filter(|&&index| index != Nearest::NONE);
-                let others = others.filter(|&&index| sought.itself(query) != Some(kept.original(index)));
-                let label = queries.labels[query as usize];
-                let right = others.map(|&index| kept.label(index) == label);
-                each(&Judged::new(query as usize, right, answers[query as usize] as usize));
-            }
-            done += turn.len();
-            progress(done, order.len());
-        }
-        Ok(())
+    let kept = gallery.map_or_else(|| KeptRows::new(queries), KeptRows::new);
+    let length = |query: u32| {
+        // One more than asked for: where a query is in the set that it searches, it is found there too, and
+        // passed over.
+        depth(answers[query as usize] as usize)
+            .saturating_add(usize::from(sought.has_queries()))
+            .min(kept.len())
     };
-    if !order.is_empty() {
-        let whose = if gallery.is_none() { "queries" } else { "references" };
-        backend
-            .search(&kept.rows(), &mut in_turns)
-            .map_err(|error| with_row(error, "references", whose, |row| kept.original(row as u32)))?;
+    let mut work = |gallery: &mut dyn PreparedGallery| {
+        let search = |turn: &[u32], longest: usize| {
+            gallery
+                .nearest(&CopiedRows::new(queries, turn).rows(), longest)
+                .map_err(|error| with_row(error, "queries", "queries", |row| turn[row]))
+        };
+        let mut judge = |query: u32, list: ArrayView1<'_, u32>| {
+            let others = list.iter().filter(|&&index| index != Nearest::NONE);
+            let others = others.filter(|&&index| sought.itself(query) != Some(kept.original(index)));
+            let label = queries.labels[query as usize];
+            let right = others.map(|&index| kept.label(index) == label);
+            each(&Judged::new(query as usize, right, answers[query as usize] as usize));
+        };
+        room.search(&order, length, search, &mut judge, progress)
+    };
+    if order.is_empty() {
+        return Ok(());
     }
-    Ok(())
+    let whose = if gallery.is_none() { "queries" } else { "references" };
+    backend
+        .search(&kept.rows(), &mut work)
+        .map_err(|error| with_row(error, "references", whose, |row| kept.original(row as u32)))
 }
 
 impl Room {
-    /// The queries of the next turn: as many as there is room for, at least one. The lengths of their lists ascend.
+    /// Searches queries in turns, whose lists are as long as `length` says, ascending; `each` hears of every
+    /// list, and `progress` how many are done.
+    pub(super) fn search<E>(
+        &self,
+        queries: &[u32],
+        length: impl Fn(u32) -> usize,
+        mut search: impl FnMut(&[u32], usize) -> Result<Nearest, E>,
+        each: &mut dyn FnMut(u32, ArrayView1<'_, u32>),
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<(), E> {
+        let mut done = 0;
+        progress(done, queries.len());
+        while done < queries.len() {
+            let turn = self.turn(&queries[done..], &length);
+            let nearest = search(turn, length(turn[turn.len() - 1]))?;
+            nearest.indices.outer_iter().zip(turn).for_each(|(list, &query)| each(query, list));
+            done += turn.len();
+            progress(done, queries.len());
+        }
+        Ok(())
+    }
+
+    /// The queries of the next turn: as many as there is room for, at least one. The lengths of their lists
+    /// ascend.
     fn turn<'a>(&self, queries: &'a [u32], length: impl Fn(u32) -> usize) -> &'a [u32] {
         let most = queries.len().min(self.queries);
         let fits = (1..=most).rev().find(|&count| count * length(queries[count - 1]) <= self.entries);
         &queries[..fits.unwrap_or(1)]
     }
+}
+
+/// The queries that have an answer.
+pub(super) fn answerable(answers: &[u32]) -> Vec<u32> {
+    (0..answers.len() as u32).filter(|&query| answers[query as usize] > 0).collect()
 }
 
 impl Judged {
@@ -240,6 +276,7 @@ mod tests {
     use crate::Error;
     use crate::backend::cpu::CpuBackend;
     use crate::loss::Embeddings;
+    use crate::retrieval::recall::recall_within;
     use half::bf16;
     use ndarray::Array2;
     use rand::{RngExt, SeedableRng};
@@ -260,8 +297,8 @@ mod tests {
         labels
     }
 
-    /// Corners of a cube of 16 dimensions, unit length: similarities are exact, and many are equal. Rows of a class share
-    /// most of their corners.
+    /// Corners of a cube of 16 dimensions, unit length: similarities are exact, and many are equal. Rows of a
+    /// class share most of their corners.
     fn corners(labels: &[i64], rng: &mut ChaCha8Rng) -> Array2<f32> {
         Array2::from_shape_fn((labels.len(), 16), |(row, d)| {
             let own = labels[row].wrapping_mul(2_654_435_761).wrapping_add(d as i64 * 40_503) >> 7 & 1;
@@ -304,10 +341,10 @@ mod tests {
         let mut totals = Totals { hits: Hits::new(KS.to_vec()), r_precision: 0.0, average_precision: 0.0 };
         let mut add = |judged: &Judged| totals.add(judged);
         let mut hear = |done, total| heard.push((done, total));
-        let sought =
-            Sought { queries: queries.view(), gallery: gallery.map(Rows::view), identity: Identity::ByValue };
-        judge_within(room, &mut backend, &sought, &KS, &mut add, &mut hear).unwrap();
+        let sought = Sought::by_value(queries, gallery);
+        judge_within(room, &mut backend, &sought, |answers| answers.max(500), &mut add, &mut hear).unwrap();
         let got = totals.finish(queries.labels.len());
+        assert_eq!(recall_within(room, &mut backend, queries, gallery, &KS).unwrap(), got.recall);
         assert_eq!((got.recall.queries, got.recall.without_match), (counted, queries.labels.len() - counted));
         for ((k, got), want) in got.recall.at.iter().zip(recall) {
             assert!((got - want).abs() < 1e-12, "Recall@{k}: {got}, want {want}");

@@ -1,11 +1,12 @@
 //! k-means of unit rows: k-means++ seeds, then Lloyd's steps through the fused search.
 //!
-//! The centre nearest to a row x is the one with the largest `x . c - |c|²/2`. The rows `(x, 1, 0) / sqrt 2` and
-//! `(c, -|c|²/2, s) / sqrt 1.26` are of unit length (`|c| <= 1.001`, s takes up the rest) and their products rank the centres in just
-//! that way. So the assignment is [`Backend::nearest`] with k = 1: a matrix product, nothing of size Q x clusters.
+//! The centre nearest to a row x is the one with the largest `x . c - |c|²/2`. The rows `(x, 1, 0) / sqrt 2`
+//! and `(c, -|c|²/2, s) / sqrt 1.26` are of unit length (`|c| <= 1.001`, s takes up the rest) and their
+//! products rank the centres in just that way. So the assignment is [`Backend::nearest`] with k = 1: a matrix
+//! product, nothing of size Q x clusters.
 //!
-//! linfa-clustering's compares row by row, draws its seeds in O(rows x clusters² x D), and counts each old centre as
-//! a row of its cluster, which is not Lloyd's step.
+//! linfa-clustering's compares row by row, draws its seeds in O(rows x clusters² x D), and counts each old
+//! centre as a row of its cluster, which is not Lloyd's step.
 
 use ndarray::{Array2, ArrayView1, ArrayView2, Axis, s};
 use rand::{RngExt, SeedableRng};
@@ -49,8 +50,9 @@ pub struct Clusters {
 /// The same seed gives the same clusters, whatever the number of threads.
 ///
 /// # Errors
-/// [`Error::InvalidSetting`] for a number of clusters out of range or no iterations; [`Error::NotContiguous`];
-/// [`Error::NotFinite`] and [`Error::NotUnit`] for bad rows; those of [`Backend::nearest`].
+/// [`Error::InvalidSetting`] for a number of clusters out of range or no iterations;
+/// [`Error::NotContiguous`]; [`Error::NotFinite`] and [`Error::NotUnit`] for bad rows; those of
+/// [`Backend::nearest`].
 pub fn k_means(
     backend: &mut dyn Backend,
     rows: ArrayView2<'_, f32>,

@@ -2,14 +2,15 @@
 //!
 //! | file | what |
 //! | --- | --- |
-//! | `recall.rs` | Recall@K, and the lists it was counted from |
+//! | `recall.rs` | Recall@K, of rows of the host and of rows elsewhere |
 //! | `evaluate.rs` | Recall@K, R-precision and MAP@R, queries searched in turns |
 //! | `rows.rs` | the rows that take part in a search |
 //! | `k_means.rs` | k-means of unit rows |
 //! | `mutual_information.rs` | how far clusters agree with classes: NMI |
 //!
-//! A search goes through [`Backend::nearest`](crate::backend::Backend::nearest) and never holds a Q x N matrix. Queries are
-//! searched among themselves, each left out of its own list, or in a gallery of their own.
+//! A search goes through [`Backend::nearest`](crate::backend::Backend::nearest) and never holds a Q x N
+//! matrix. Queries are searched among themselves, each left out of its own list, or in a gallery of their
+//! own.
 
 mod evaluate;
 mod k_means;
@@ -19,5 +20,5 @@ mod rows;
 
 pub use evaluate::{Judged, Metrics, Sought, evaluate, judge};
 pub use k_means::{Clusters, KMeansSettings, k_means};
-pub use mutual_information::{classes, nmi, normalized_mutual_information};
+pub use mutual_information::{NMI_STEPS, classes, nmi, normalized_mutual_information};
 pub use recall::{Recall, recall, recall_by};

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use super::k_means::{KMeansSettings, k_means};
-use super::rows::{Kept, with_row};
+use super::rows::{KeptRows, with_row};
 use crate::backend::Backend;
 use crate::loss::{Embeddings, Rows, same_length, validate_rows};
 use crate::{Error, Result};
@@ -14,8 +14,11 @@ pub fn classes(labels: &[i64]) -> usize {
     labels.iter().filter(|label| **label >= 0).collect::<HashSet<_>>().len()
 }
 
-/// NMI of the rows' classes and as many clusters, by at most `steps` steps of k-means; ignored rows are left out.
-/// `progress` hears each step.
+/// Most steps of k-means for the NMI, unless stated otherwise.
+pub const NMI_STEPS: usize = 20;
+
+/// NMI of the rows' classes and as many clusters, by at most `steps` steps of k-means; ignored rows are left
+/// out, and of no row it is 1. `progress` hears each step.
 ///
 /// # Errors
 /// Those of [`k_means`]; [`Error::InvalidSetting`] unless the rows are float32.
@@ -27,12 +30,15 @@ pub fn nmi(
     progress: &mut dyn FnMut(usize),
 ) -> Result<f64> {
     validate_rows("queries", rows)?;
-    let kept = Kept::new(rows);
+    let kept = KeptRows::new(rows);
     let rows = kept.rows();
     let Embeddings::F32(values) = rows.embeddings else {
         let (value, range) = ("16-bit rows".into(), "float32 rows, for k-means");
         return Err(Error::InvalidSetting { name: "rows", value, range });
     };
+    if rows.labels.is_empty() {
+        return Ok(1.0);
+    }
     let settings = KMeansSettings { clusters: classes(rows.labels), iterations: steps, seed };
     let clusters = k_means(backend, values, &settings, &mut |step, _| progress(step))
         .map_err(|error| with_row(error, "rows", "queries", |row| kept.original(row as u32)))?;
@@ -84,6 +90,15 @@ fn ordered_sum(terms: impl Iterator<Item = f64>) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::cpu::CpuBackend;
+    use ndarray::array;
+
+    #[test]
+    fn of_no_row_the_information_is_1() {
+        let rows = array![[1.0f32, 0.0], [0.0, 1.0]];
+        let ignored = Rows::new(rows.view(), &[-1, -2]);
+        assert_eq!(nmi(&mut CpuBackend::new(), &ignored, NMI_STEPS, 0, &mut |_| {}).unwrap(), 1.0);
+    }
 
     #[test]
     fn figures_of_scikit_learn_are_met() {
@@ -100,5 +115,6 @@ mod tests {
             assert!((got - wanted).abs() < 1e-12, "{classes:?} {clusters:?}: {got}, want {wanted}");
         }
         assert!(normalized_mutual_information(&[1, 2], &[3]).is_err());
+        assert_eq!(normalized_mutual_information(&[], &[]).unwrap(), 1.0);
     }
 }

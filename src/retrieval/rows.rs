@@ -28,27 +28,19 @@ pub(super) fn kept(labels: &[i64]) -> Option<Vec<u32>> {
 }
 
 /// Rows without the ignored ones; a copy only where there are any.
-pub(super) struct Kept<'a> {
+pub(super) struct KeptRows<'a> {
     all: Rows<'a>,
-    some: Option<Gathered>,
+    some: Option<CopiedRows>,
     original: Vec<u32>,
 }
 
-impl<'a> Kept<'a> {
+impl<'a> KeptRows<'a> {
     pub(super) fn new(rows: &'a Rows<'_>) -> Self {
         let all = rows.view();
         let Some(original) = kept(all.labels) else {
             return Self { all, some: None, original: Vec::new() };
         };
-        Self { some: Some(Gathered::new(rows, &original)), all, original }
-    }
-
-    pub(super) fn is_all(&self) -> bool {
-        self.some.is_none()
-    }
-
-    pub(super) fn is_empty(&self) -> bool {
-        self.len() == 0
+        Self { some: Some(CopiedRows::new(rows, &original)), all, original }
     }
 
     pub(super) fn len(&self) -> usize {
@@ -56,7 +48,7 @@ impl<'a> Kept<'a> {
     }
 
     pub(super) fn rows(&self) -> Rows<'_> {
-        self.some.as_ref().map_or_else(|| self.all.view(), Gathered::rows)
+        self.some.as_ref().map_or_else(|| self.all.view(), CopiedRows::rows)
     }
 
     /// The caller's row behind a row of [`rows`](Self::rows).
@@ -83,7 +75,7 @@ pub(super) fn with_row(error: Error, rows: &str, whose: &'static str, place: imp
 }
 
 /// Copies of some rows, in an order of their own.
-pub(super) struct Gathered {
+pub(super) struct CopiedRows {
     values: Values,
     labels: Vec<i64>,
 }
@@ -94,7 +86,7 @@ enum Values {
     Bf16(Array2<bf16>),
 }
 
-impl Gathered {
+impl CopiedRows {
     pub(super) fn new(rows: &Rows<'_>, wanted: &[u32]) -> Self {
         let wanted: Vec<usize> = wanted.iter().map(|&row| row as usize).collect();
         let values = match &rows.embeddings {

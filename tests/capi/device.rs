@@ -94,7 +94,7 @@ fn a_search_in_device_memory_refuses_what_the_loss_refuses() {
     assert_eq!(refused(Rows { embeddings: null(), ..good }, None, 1).0, Status::NullPointer);
     assert_eq!(refused(Rows { embeddings: at(address + 2), ..good }, None, 1).0, Status::Misaligned);
     assert_eq!(refused(Rows { row_stride: good.dim + 1, ..good }, None, 1).0, Status::InvalidShape);
-    assert_eq!(refused(good, None, 0).0, Status::InvalidShape);
+    assert_eq!(refused(good, None, 0), (Status::InvalidValue, "k = 0 is out of range: 1 or more".into()));
     let on_host = Rows { memory: Memory::Host as i32, ..good };
     assert_eq!(refused(good, Some(&on_host), 1).0, Status::InvalidValue);
     assert_eq!(abi.recall(&Rows { labels: null(), ..good }, &[1]).unwrap_err().to_string(), {

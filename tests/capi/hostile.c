@@ -533,7 +533,7 @@ static void search(void) {
     double recall[2] = {5, 5};
     uint64_t queries = 5;
     REFUSED(context, ddtas_recall_at_k(context, &f.view, ks, 2, recall, &queries), DDTAS_STATUS_INVALID_VALUE, "1 or more");
-    REFUSED(context, ddtas_recall_at_k(context, &f.view, ks, 0, recall, &queries), DDTAS_STATUS_INVALID_SHAPE, "empty");
+    REFUSED(context, ddtas_recall_at_k(context, &f.view, ks, 0, recall, &queries), DDTAS_STATUS_INVALID_VALUE, "k_count = 0");
     REFUSED(context, ddtas_recall_at_k(context, &f.view, ks, SIZE_MAX, recall, NULL), DDTAS_STATUS_INVALID_SHAPE, "at most");
     REFUSED(context, ddtas_recall_at_k(context, &f.view, NULL, 1, recall, NULL), DDTAS_STATUS_NULL_POINTER, "ks");
     REFUSED(context, ddtas_recall_at_k(context, &f.view, ks, 1, NULL, NULL), DDTAS_STATUS_NULL_POINTER, "recall_at");
@@ -557,7 +557,7 @@ static void search(void) {
     CHECK(indices[0] < COUNT && indices[0] != 0 && indices[COUNT - 2] < COUNT);
     CHECK(indices[COUNT - 1] == DDTAS_NO_NEIGHBOUR && indices[COUNT * K - 1] == DDTAS_NO_NEIGHBOUR);
     CHECK(isinf(similarities[COUNT * K - 1]) && similarities[0] >= similarities[1]);
-    REFUSED(context, ddtas_nearest(context, &f.view, NULL, 0, indices, similarities), DDTAS_STATUS_INVALID_SHAPE, "empty");
+    REFUSED(context, ddtas_nearest(context, &f.view, NULL, 0, indices, similarities), DDTAS_STATUS_INVALID_VALUE, "k = 0");
     REFUSED(context, ddtas_nearest(context, &f.view, NULL, SIZE_MAX, indices, similarities), DDTAS_STATUS_INVALID_SHAPE,
             "at most");
     REFUSED(context, ddtas_nearest(context, &f.view, NULL, 1, NULL, similarities), DDTAS_STATUS_NULL_POINTER, "indices");

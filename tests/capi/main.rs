@@ -162,7 +162,7 @@ fn the_number_of_threads_does_not_change_a_bit() {
 fn recall_through_the_c_abi_is_that_of_the_library() {
     let case = cases::golden().into_iter().find(|case| case.name == "hard_many_mined").unwrap();
     let batch = case.batch();
-    let (expected, _) = ddtas::retrieval::recall(
+    let expected = ddtas::retrieval::recall(
         &mut ddtas::backend::cpu::CpuBackend::new(),
         &batch.anchors,
         None,

@@ -85,7 +85,7 @@ fn run_every_kernel(dtype: Dtype) {
         };
         if dtype == Dtype::F32 {
             // Rounded, f32 is f16 once it is prepared.
-            let options = Options { exact: false, ..Options::default() };
+            let options = Options { tf32: true, ..Options::default() };
             answers(&mut DeviceBackend::new(device(20, hopper), options), &sparse);
         }
         let stored = answer(&dense, 1 << 30);

@@ -62,7 +62,7 @@ fn loss_bits(output: &LossOutput) -> Vec<u64> {
     ]
     .map(f64::to_bits)
     .into();
-    bits.extend([output.probe_neg, output.total_pos, output.active]);
+    bits.extend([output.probe_neg, output.total_pos, output.total_neg, output.active]);
     bits.extend(output.count_pos.iter().chain(&output.count_neg).map(|&n| u64::from(n)));
     let gradients = output.gradient.iter().chain(output.reference_gradient.iter().flatten());
     let floats = gradients.chain(&output.min_pos).chain(&output.max_neg);
@@ -83,7 +83,10 @@ fn parts_on(first_seed: u64, hopper: bool, exact: bool) -> impl FnMut(usize) -> 
     move |part| {
         // The first part stores nothing.
         let budget = if part == 0 { 0 } else { Options::default().budget };
-        Box::new(DeviceBackend::new(device(first_seed + part as u64, hopper), Options { budget, exact }))
+        Box::new(DeviceBackend::new(
+            device(first_seed + part as u64, hopper),
+            Options { budget, tf32: !exact },
+        ))
     }
 }
 

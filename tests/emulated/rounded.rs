@@ -15,8 +15,8 @@ fn rounded_f32_gives_the_bits_of_f16_rows() {
     for case in cases::generated_to_round().into_iter().filter(|case| names.contains(&case.name.as_str())) {
         let narrow = case.rounded_to(Dtype::F16).expect("rows of unit length");
         for (hopper, budget) in [(false, 1 << 30), (true, 0)] {
-            let answer = |case: &Case, exact| {
-                let mut backend = DeviceBackend::new(device(25, hopper), Options { budget, exact });
+            let answer = |case: &Case, exact: bool| {
+                let mut backend = DeviceBackend::new(device(25, hopper), Options { budget, tf32: !exact });
                 let answers = answers(&mut backend, case);
                 (bits(&answers), answers.1, backend.device().launched().to_vec())
             };
@@ -34,7 +34,7 @@ fn rounded_f32_gives_the_bits_of_f16_rows() {
 
 #[test]
 fn rounded_f32_agrees_on_hopper_s_kernels() {
-    let options = Options { exact: false, ..Options::default() };
+    let options = Options { tf32: true, ..Options::default() };
     let mut backend = DeviceBackend::new(device(26, true), options);
     cases::run_all_tf32(&mut backend, cases::generated_to_round());
 }
@@ -73,10 +73,10 @@ fn rounded_f32_of_any_length_is_rounded_at_unit_length() {
         };
         let (given, narrow) = (with(&stretched, Dtype::F32), with(&unit, Dtype::F16));
         for hopper in [false, true] {
-            let options = Options { exact: false, ..Options::default() };
+            let options = Options { tf32: true, ..Options::default() };
             let mut backend = DeviceBackend::new(device(35, hopper), options);
             let (mut output, mut plain) = (LossOutput::default(), LossOutput::default());
-            backend.loss_of_any_length(&given.batch(), &case.settings, &mut output).unwrap();
+            backend.normalized_loss(&given.batch(), &case.settings, &mut output).unwrap();
             backend.loss(&narrow.batch(), &case.settings, &mut plain).unwrap();
             let what = format!("{name}, hopper {hopper}");
             assert!((output.loss - plain.loss).abs() <= 1e-6 * plain.loss, "{what}");

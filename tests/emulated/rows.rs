@@ -37,13 +37,13 @@ fn rows_of_any_length_agree_with_the_cpu() {
             };
             let mut truth = LossOutput::default();
             let mut cpu = ddtas::backend::cpu::CpuBackend::new();
-            cpu.loss_of_any_length(&batch, &case.settings, &mut truth).unwrap();
+            cpu.normalized_loss(&batch, &case.settings, &mut truth).unwrap();
             for hopper in [false, true] {
                 let device = EmulatedDevice::new(33);
                 let device = if hopper { device.as_hopper() } else { device };
                 let (mut backend, mut output) =
                     (DeviceBackend::new(device, Options::default()), LossOutput::default());
-                backend.loss_of_any_length(&batch, &case.settings, &mut output).unwrap();
+                backend.normalized_loss(&batch, &case.settings, &mut output).unwrap();
                 let what = format!("{name}, {dtype:?}, hopper {hopper}");
                 // Unit rows may differ in the last bit, and 16-bit ones with it.
                 let bound = if dtype == Dtype::F32 { 1e-5 } else { 3e-2 };
@@ -75,10 +75,10 @@ fn rows_without_a_direction_are_named_as_on_the_cpu() {
         let mut backend = DeviceBackend::new(EmulatedDevice::new(34), Options::default());
         let mut output = LossOutput::default();
         let batch = Batch::square(rows.view(), &labels);
-        let error = backend.loss_of_any_length(&batch, &settings, &mut output).unwrap_err();
+        let error = backend.normalized_loss(&batch, &settings, &mut output).unwrap_err();
         assert!(error.to_string().starts_with(message), "{error}");
         // Trusted, it is computed; a row of zeros has no derivative.
-        backend.loss_of_any_length(&batch.trusted(), &settings, &mut output).unwrap();
+        backend.normalized_loss(&batch.trusted(), &settings, &mut output).unwrap();
         let own = output.gradient.row(70);
         assert!(if value == 0.0 { own.iter().all(|&g| g == 0.0) } else { own.iter().all(|g| g.is_nan()) });
     }
@@ -119,7 +119,7 @@ fn bad_rows_are_named_in_the_caller_s_order() {
     let settings = LossSettings::default();
     // Rounded rows are checked as they are given.
     let mut backends = [(false, true), (false, false), (true, false)].map(|(hopper, exact)| {
-        DeviceBackend::new(device(10, hopper), Options { exact, ..Options::default() })
+        DeviceBackend::new(device(10, hopper), Options { tf32: !exact, ..Options::default() })
     });
     let mut message = |rows: &Array2<f32>| {
         let messages = backends.each_mut().map(|backend| {

@@ -155,5 +155,5 @@ fn random_batches_agree_with_the_truth() {
         |name: &str, usual: u64| std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(usual);
     let (first, count) = (given("DDTAS_RANDOM_SEED", 1), given("DDTAS_RANDOM_CASES", 40));
     let compared = (first..first + count).filter(|&seed| random_batch_agrees(seed)).count();
-    assert!(compared > 0, "no batch was clear of the thresholds");
+    assert!(compared * 2 > count as usize, "{compared} of {count} batches were clear of the thresholds");
 }

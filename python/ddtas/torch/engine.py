@@ -1,9 +1,8 @@
-"""Where tensors are computed with, and what is asked of them first."""
+"""What computes a tensor's loss, and the checks before it."""
 
 from __future__ import annotations
 
 import itertools
-import math
 import weakref
 from typing import Any
 
@@ -54,14 +53,7 @@ class Engine:
         if not isinstance(self.last, tuple):
             return self.last
         written, labels = self.last
-        words = written.cpu()
-        anchor, reference = words[12:13].view(torch.int32).tolist()
-        for name, row in (("anchors", anchor), ("references", reference)):
-            if row != _NO_ROW:
-                raise ValueError(bad_row(name, row, float(words[11])))
-        real, whole = words.tolist(), words.view(torch.int64).tolist()
-        counts = [float(number) for number in (*whole[7:11], *whole[13:15])]
-        return [*real[:7], *counts, float((labels < 0).sum())]
+        return [*_ddtas._read_scalars(written.cpu().numpy().tobytes()), float((labels < 0).sum())]
 
     def searcher(self, rows: Tensor) -> Any:
         """What stands where a `Context` does in an evaluation, and searches on the GPU of the rows."""
@@ -69,17 +61,6 @@ class Engine:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Engine, (self.threads, self.budget, self.allow_tf32)
-
-
-_NO_ROW = -1
-
-
-def bad_row(name: str, row: int, square_sum: float) -> str:
-    if not math.isfinite(square_sum):
-        return f"row {row} of the {name} holds a value that is not finite (NaN or infinity)"
-    if square_sum == 0:
-        return f"row {row} of the {name} is all zeros: it has no direction"
-    return f"row {row} of the {name} has L2 norm {math.sqrt(square_sum):.6f}, not 1: normalise the embeddings first"
 
 
 class _Searcher:
@@ -100,7 +81,7 @@ def engine_of(key: int) -> Engine:
     return _engines.get(key, SHARED)
 
 
-def unit_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def normalize_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rows at unit length in float32 at least, and the two factors of their lengths, `[B, 1]`."""
     wide = rows if rows.dtype == torch.float64 else rows.float()
     # Squares of large or small entries would overflow or vanish: by the largest entry first, a constant that the
@@ -112,7 +93,7 @@ def unit_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return scaled / length, length, largest
 
 
-def led_back(gradient: Tensor, unit: Tensor, length: Tensor, largest: Tensor) -> Tensor:
+def normalize_backward(gradient: Tensor, unit: Tensor, length: Tensor, largest: Tensor) -> Tensor:
     """dL/d(rows) from the gradient by the rows at unit length: (g - (g . u) u) / |x|."""
     return (gradient - (gradient * unit).sum(1, keepdim=True) * unit) / length / largest
 
@@ -136,7 +117,7 @@ _INSTEAD = {
 
 
 def refuse_arguments(name: str, others: dict[str, Any]) -> None:
-    """Says of pytorch-metric-learning's arguments what to use."""
+    """Refuses pytorch-metric-learning's arguments and names the replacement."""
     for argument in others:
         instead = _INSTEAD.get(argument)
         raise TypeError(f"{name} has no argument {argument}" + (f": {instead}" if instead else ""))
@@ -157,6 +138,18 @@ def check_labels(name: str, labels: Tensor) -> None:
         beyond = wrapped[wrapped < 0].tolist()
         if beyond:
             raise ValueError(f"label {beyond[0] + 2**64} of the {name} is beyond int64")
+
+
+def laid_out(tensor: Tensor) -> Tensor:
+    """The tensor row-major without gaps, at an address that its type can be read from."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
+
+
+def check_pair(rows: Any, labels: Any, names: str = "references and reference_labels") -> None:
+    """Both or neither."""
+    if (rows is None) != (labels is None):
+        raise ValueError(f"{names} belong together: give both or neither")
 
 
 def check_side(name: str, embeddings: Tensor, labels: Tensor, labels_name: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..settings import Mining, Settings
-from .engine import NO_INDICES, Engine, check_labels, check_side, refuse_arguments, unit_rows
+from .engine import NO_INDICES, Engine, check_labels, check_pair, check_side, normalize_rows, refuse_arguments
 from .operator import CHECKED, STATISTICS, UNCHECKED, WAITED_FOR, check_one_device, loss_of
 from .parts import loss_of_ranks
 from .ranks import Ranks, Scale, between_graphs, telling
@@ -125,28 +125,28 @@ class SoftContrastiveLoss(nn.Module):
         """
         if ref_emb is embeddings and ref_labels is labels:
             ref_emb = ref_labels = None
-        try:
+        with telling(self.ranks):
             if indices_tuple is not None:
                 raise ValueError(NO_INDICES)
             check_side("anchors", embeddings, labels, "labels")
-            if (ref_emb is None) != (ref_labels is None):
-                raise ValueError("references and reference_labels belong together: give both or neither")
+            check_pair(ref_emb, ref_labels, "ref_emb and ref_labels")
             if ref_emb is not None and ref_labels is not None:
                 check_side("references", ref_emb, ref_labels, "labels of the references")
                 check_one_device(embeddings, "references", ref_emb)
-        except (TypeError, ValueError) as error:
-            if self.ranks is not None:
-                self.ranks.fail(error)
-            raise
         return self._loss(embeddings, labels, ref_emb, ref_labels, None, self.normalize_embeddings, self._check)
+
+    @property
+    def checks(self) -> bool:
+        """Whether rows are checked, on a GPU perhaps without waiting for the answer."""
+        return self._check != UNCHECKED
 
     def unit_rows(self, embeddings: Tensor) -> Tensor:
         """The rows as the loss compares them: of unit length, unless they are said to be already."""
         if not self.normalize_embeddings or embeddings.numel() == 0:
             return embeddings
-        return unit_rows(embeddings)[0].to(embeddings.dtype)
+        return normalize_rows(embeddings)[0].to(embeddings.dtype)
 
-    def evaluate(
+    def loss_of_unit_rows(
         self,
         rows: Tensor,
         labels: Tensor,
@@ -196,8 +196,8 @@ class SoftContrastiveLoss(nn.Module):
             settings.lambda_pos if isinstance(pos, Tensor) else float(pos),
             settings.lambda_neg if isinstance(neg, Tensor) else float(neg),
         )
-        evaluate = loss_of if self.ranks is None else _loss_of_ranks
-        loss = evaluate(
+        compute = loss_of if self.ranks is None else _loss_of_ranks
+        loss = compute(
             rows,
             references,
             pos if isinstance(pos, Tensor) else None,
@@ -252,7 +252,8 @@ class SoftContrastiveLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """Settings as `print(model)` shows them."""
-        values = dataclasses.asdict(self.settings) | {"normalize_embeddings": self.normalize_embeddings}
+        now = {"lambda_pos": _number(self.lambda_pos), "lambda_neg": _number(self.lambda_neg)}
+        values = dataclasses.asdict(self.settings) | now | {"normalize_embeddings": self.normalize_embeddings}
         return ", ".join(f"{name}={value}" for name, value in values.items())
 
 

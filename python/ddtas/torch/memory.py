@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .engine import NO_INDICES, check_labels, check_tensor, refuse_arguments
 from .loss import SoftContrastiveLoss
-from .operator import UNCHECKED, good_rows, which_are_unit
+from .operator import good_rows, which_are_unit
 from .ranks import Ranks, between_graphs, telling
 
 
@@ -193,7 +193,7 @@ class CrossBatchMemory(nn.Module):
         wide = embeddings.to(torch.promote_types(embeddings.dtype, memory_type))
         rows = self.loss.unit_rows(wide).to(memory_type)
         labels = labels.to(rows.device, torch.int64)
-        if self.loss._check != UNCHECKED:
+        if self.loss.checks:
             good = good_rows(rows.detach())
             labels = torch.where(good, labels, -1)
         return rows, labels
@@ -213,14 +213,14 @@ class CrossBatchMemory(nn.Module):
 
     def _against_queue(self, rows: Tensor, labels: Tensor, known: Tensor | None) -> Tensor:
         # The processor has checked the rows by now; what is in the queue was checked when it came there.
-        return self.loss.evaluate(
+        return self.loss.loss_of_unit_rows(
             rows, labels, self.embedding_memory, self.label_memory, known, check=rows.device.type != "cpu"
         )
 
     @torch.no_grad()
     def _enqueue(self, places: Tensor, rows: Tensor, labels: Tensor) -> None:
         rows = rows.detach()
-        if self.loss._check != UNCHECKED and rows.device.type != "cpu":
+        if self.loss.checks and rows.device.type != "cpu":
             # A bad row that nobody has waited for: it is no row of unit length, and must not fail later calls.
             axis = torch.zeros_like(rows[:1])
             axis[:, 0] = 1
@@ -264,7 +264,7 @@ class CrossBatchMemory(nn.Module):
                 filled = index
         if labels is not None:
             check_labels("labels of the saved memory", labels)
-        if rows is None or rows.ndim != 2 or self.loss._check == UNCHECKED:
+        if rows is None or rows.ndim != 2 or not self.loss.checks:
             return
         if not rows.is_floating_point():
             raise TypeError(f"the rows of the saved memory must be floating-point numbers, not {rows.dtype}")

@@ -11,7 +11,8 @@ from typing import Any, Callable, NamedTuple, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from .engine import Engine, engine_of, led_back, unit_rows
+from .. import _ddtas
+from .engine import Engine, check_pair, engine_of, laid_out, normalize_backward, normalize_rows
 
 STATISTICS = (
     "loss", "dloss_dlambda_pos", "dloss_dlambda_neg", "mean_pos", "mean_neg", "gamma_pos", "gamma_neg",
@@ -82,14 +83,11 @@ def check_call(call: Call) -> None:
     if rows.ndim != 2:
         raise ValueError(f"the anchors must have 2 dimensions, rows and entries, not {rows.ndim}")
     _check_integers("labels", labels, rows, rows)
-    if references is None:
-        if reference_labels is not None:
-            raise ValueError("references and reference_labels belong together: give both or neither")
+    check_pair(references, reference_labels)
+    if references is None or reference_labels is None:
         if identity is not None:
             raise ValueError("identity says which references are anchors, and there are no references")
         return
-    if reference_labels is None:
-        raise ValueError("references and reference_labels belong together: give both or neither")
     if references.dtype != rows.dtype:
         raise TypeError(f"the references must be {_name(rows.dtype)}, as the anchors are, not {_name(references.dtype)}")
     if references.ndim != 2:
@@ -118,12 +116,6 @@ def check_one_device(rows: Tensor, name: str, given: Tensor) -> None:
         raise ValueError(f"the {name} are on {given.device}, and the anchors on {rows.device}: move them there")
 
 
-def laid_out(tensor: Tensor) -> Tensor:
-    """The tensor row-major without gaps, at an address that its type can be read from."""
-    tensor = tensor.contiguous()
-    return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
-
-
 def _fake(call: Call) -> Answers:
     for name, given in zip(Call._fields[1:5], call[1:5]):
         if given is not None:
@@ -140,11 +132,11 @@ def _on_cpu(call: Call) -> Answers:
         numbers = with_lambdas(numbers, lambda_pos, lambda_neg)
     kind = TYPES[rows.dtype]
     if rows.shape[0] == 0 or (references is not None and references.shape[0] == 0):
-        return of_nothing(where, rows, labels, references, numbers, reference_gradient)
+        return of_nothing(where, call, numbers)
     unit: list[tuple[Tensor, Tensor, Tensor]] = []
     if kind == 3 and normalize and rows.shape[1]:
         # The scalar reference takes unit rows.
-        unit = [unit_rows(side) for side in (rows, references) if side is not None]
+        unit = [normalize_rows(side) for side in (rows, references) if side is not None]
         rows, references, normalize = unit[0][0], unit[-1][0] if len(unit) > 1 else None, False
     rows, labels = laid_out(rows), laid_out(labels)
     anchors = (rows.data_ptr(), labels.data_ptr(), *rows.shape, kind)
@@ -158,7 +150,8 @@ def _on_cpu(call: Call) -> Answers:
     wide = torch.float64 if kind == 3 else torch.float32
     loss = torch.empty((), dtype=wide, device="cpu")
     statistics = torch.zeros(WORDS, dtype=torch.float64, device="cpu")
-    own, other, where.last = where.host.loss_at(
+    own, other, where.last = _ddtas._loss_at(
+        where.host,
         anchors,
         others,
         named,
@@ -170,8 +163,8 @@ def _on_cpu(call: Call) -> Answers:
     gradient = torch.from_numpy(own)
     back = torch.empty(0, dtype=wide, device="cpu") if other is None else torch.from_numpy(other)
     if unit:
-        gradient = led_back(gradient, *unit[0])
-        back = back if other is None else led_back(back, *unit[1])
+        gradient = normalize_backward(gradient, *unit[0])
+        back = back if other is None else normalize_backward(back, *unit[1])
     return loss, gradient, back, statistics
 
 
@@ -183,7 +176,7 @@ def _on_gpu(call: Call) -> Answers:
     where = engine_of(engine)
     gpu, stream = where.on_gpu(rows)
     if rows.shape[0] == 0 or (references is not None and references.shape[0] == 0):
-        return of_nothing(where, rows, labels, references, numbers, reference_gradient)
+        return of_nothing(where, call, numbers)
     # Held until everything is issued: torch gives memory away in the order of the stream.
     held = [laid_out(side) for side in (rows, references) if side is not None]
     marks = [laid_out(mark) for mark in (labels, reference_labels) if mark is not None]
@@ -230,21 +223,15 @@ def _on_device(
     return torch.cat(both)
 
 
-def of_nothing(
-    where: Engine,
-    rows: Tensor,
-    labels: Tensor,
-    references: Tensor | None,
-    numbers: Sequence[float],
-    reference_gradient: bool,
-) -> Answers:
+def of_nothing(where: Engine, call: Call, numbers: Sequence[float]) -> Answers:
     """The loss without a pair: 0, and gradients of zeros."""
-    loss, gradient, back, statistics = (answer.zero_() for answer in _answers(rows, references, reference_gradient))
-    gamma, negative_ratio = numbers[:2]
+    answers = (answer.zero_() for answer in _answers(call.rows, call.references, call.reference_gradient))
+    loss, gradient, back, statistics = answers
     nan = float("nan")
-    known = {"mean_pos": nan, "mean_neg": nan, "gamma_pos": gamma, "gamma_neg": gamma * negative_ratio}
+    gamma_pos, gamma_neg = _ddtas._initial_tolerances(call.mining, numbers)
+    known = {"mean_pos": nan, "mean_neg": nan, "gamma_pos": gamma_pos, "gamma_neg": gamma_neg}
     where.last = [known.get(name, 0.0) for name in STATISTICS]
-    where.last[-1] = float((labels < 0).sum())
+    where.last[-1] = float((call.labels < 0).sum())
     statistics[: len(STATISTICS)] = torch.tensor(where.last, dtype=torch.float64)
     return loss, gradient, back, statistics
 
@@ -269,8 +256,11 @@ good_rows = torch.ops.ddtas.good_rows.default
 """Which rows are of unit length, `[B]` of booleans; on the processor one that is not raises ValueError."""
 
 
+_TOLERANCES = {dtype: _ddtas._norm_tolerance(code) for dtype, code in TYPES.items()}
+
+
 def which_are_unit(rows: Tensor) -> Tensor:
-    tolerance = {torch.float16: 2e-3, torch.bfloat16: 1e-2}.get(rows.dtype, 1e-3)
+    tolerance = _TOLERANCES.get(rows.dtype, _TOLERANCES[torch.float32])
     wide = rows if rows.dtype == torch.float64 else rows.float()
     distance: Tensor = (torch.linalg.vector_norm(wide, dim=1) - 1).abs()
     return distance <= tolerance

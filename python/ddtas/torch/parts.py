@@ -11,11 +11,12 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from .. import _ddtas
 from ..part import Part
 from ..settings import Mining, Settings
-from .engine import Engine, bad_row, engine_of, unit_rows
+from .engine import Engine, engine_of, laid_out, normalize_rows
 from .operator import STATISTICS, TYPES, UNCHECKED, WORDS, Answers, Call
-from .operator import check_call, laid_out, of_nothing, which_are_unit, with_lambdas
+from .operator import check_call, of_nothing, which_are_unit, with_lambdas
 from .ranks import Meeting, Ranks
 
 _SUMS = STATISTICS.index("probe_neg")
@@ -41,7 +42,7 @@ def loss_of_ranks(ranks: Ranks, call: Call) -> Answers:
     meeting = ranks.meet(rows, about, error)
     references = call.references
     if meeting.total == 0 or (references is not None and references.shape[0] == 0):
-        return of_nothing(where, rows, call.labels, references, numbers, False)
+        return of_nothing(where, call, numbers)
     if rows.device.type != "cpu":
         return whole_in_each(ranks, meeting, call)
     batch = _batch_of(call, meeting, unit)
@@ -73,15 +74,15 @@ def _unit_rows(where: Engine, call: Call) -> Tensor:
         return rows
     unit = rows
     if call.normalize and rows.device.type != "cpu":
-        unit = unit_rows(rows)[0].to(rows.dtype)
+        unit = normalize_rows(rows)[0].to(rows.dtype)
     elif call.normalize:
         unit = torch.empty_like(rows)
-        where.host.unit_rows_at((rows.data_ptr(), 0, *rows.shape, TYPES[rows.dtype]), unit.data_ptr())
+        _ddtas._normalize_at(where.host, (rows.data_ptr(), 0, *rows.shape, TYPES[rows.dtype]), unit.data_ptr())
     if call.check != UNCHECKED:
         good = which_are_unit(unit)
         if not good.all():
             row = int((~good).nonzero()[0])
-            raise ValueError(bad_row("anchors", row, float(unit[row].double().square().sum())))
+            _ddtas._refuse_anchor(row, float(unit[row].double().square().sum()))
     return unit
 
 
@@ -160,7 +161,8 @@ class _HostSteps:
         call = self.batch.call
         if call.normalize and self.found.numel():
             rows = laid_out(call.rows.detach())
-            self.where.host.lead_back_at((rows.data_ptr(), 0, *rows.shape, TYPES[rows.dtype]), self.found.data_ptr())
+            place = (rows.data_ptr(), 0, *rows.shape, TYPES[rows.dtype])
+            _ddtas._normalize_backward_at(self.where.host, place, self.found.data_ptr())
         statistics = {
             "loss": loss.loss,
             "dloss_dlambda_pos": loss.dloss_dlambda_pos,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import evaluation, functional
 from ..settings import Settings
-from .engine import SHARED, check_labels, check_tensor, unit_rows
+from .engine import SHARED, check_labels, check_pair, check_tensor, laid_out, normalize_rows
 from .operator import which_are_unit
 
 
@@ -19,17 +19,23 @@ def _unit(name: str, rows: Tensor) -> Tensor:
     rows = rows.detach()
     if rows.ndim != 2 or not rows.numel() or not rows.is_floating_point() or bool(which_are_unit(rows).all()):
         return rows
-    return unit_rows(rows)[0].to(rows.dtype)
+    return normalize_rows(rows)[0].to(rows.dtype)
+
+
+def _constant(name: str, rows: Tensor) -> Tensor:
+    check_tensor(f"the {name}", rows)
+    return laid_out(rows.detach())
 
 
 def recall_at_k(embeddings: Tensor, labels: Tensor, ks: Iterable[int] = (1, 2, 4, 8)) -> functional.Recall:
     """`ddtas.recall_at_k` of rows of any length but 0, which are normalised. On a GPU they are searched there."""
-    rows = _unit("queries", embeddings)
+    rows = laid_out(_unit("queries", embeddings))
     check_labels("labels of the queries", labels)
+    labels = labels.to(rows.device, torch.int64)
     if not rows.is_cuda:
         return functional.recall_at_k(rows, labels, ks)
     gpu, stream = SHARED.on_gpu(rows)
-    return functional.recall_of(gpu.recall_at_k((rows, labels.long(), None), list(ks), stream))
+    return functional.recall_of(gpu.recall_at_k((rows, laid_out(labels), None), list(ks), stream))
 
 
 def evaluate(
@@ -48,7 +54,7 @@ def evaluate(
     Tensors in a GPU's memory go to the host, and back in turns to be searched.
     """
     rows = _unit("queries", embeddings)
-    others = None if gallery is None else _unit("references", gallery).cpu()
+    others = None if gallery is None else laid_out(_unit("references", gallery).cpu())
     check_labels("labels of the queries", labels)
     if gallery_labels is not None:
         check_labels("labels of the references", gallery_labels)
@@ -60,7 +66,7 @@ def evaluate(
             raise ValueError(f"the identity must be [{rows.shape[0]}], not {list(identity.shape)}")
         identity = identity.cpu()
     return evaluation.evaluate(
-        rows.cpu(), labels.cpu(), others, marks, ks, identity=identity, nmi=nmi, seed=seed, context=context
+        laid_out(rows.cpu()), labels.cpu(), others, marks, ks, identity=identity, nmi=nmi, seed=seed, context=context
     )
 
 
@@ -77,22 +83,23 @@ def threshold_gradient(
     check: bool = True,
 ) -> functional.ThresholdGradient:
     """`ddtas.threshold_gradient` of tensors of unit length, which on a GPU are read where they lie; `identity` is for the CPU."""
-    given = (embeddings, tangent, references, reference_tangent)
-    rows, moved, others, other_moved = (None if tensor is None else tensor.detach() for tensor in given)
-    assert rows is not None and moved is not None
+    check_pair(references, reference_labels)
+    check_labels("labels", labels)
+    rows, moved = _constant("anchors", embeddings), _constant("tangent", tangent)
+    others = None if references is None else _constant("references", references)
+    other_moved = None if reference_tangent is None else _constant("tangent of the references", reference_tangent)
+    if reference_labels is not None:
+        check_labels("labels of the references", reference_labels)
     if not rows.is_cuda:
         return functional.threshold_gradient(
             rows, labels, moved, others, reference_labels, other_moved, identity=identity, settings=settings, check=check
         )
     if identity is not None:
         raise ValueError("identity must be None on a GPU: rows are known by their value there")
-    check_labels("labels", labels)
-    if (others is None) != (reference_labels is None):
-        raise ValueError("references and reference_labels belong together: give both or neither")
     gpu, stream = SHARED.on_gpu(rows)
     room = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
-    sides: list[tuple[Tensor, Tensor, Tensor | None]] = [(rows, labels.to(rows.device, torch.int64), room)]
+    sides: list[tuple[Tensor, Tensor, Tensor | None]] = [(rows, laid_out(labels.to(rows.device, torch.int64)), room)]
     if others is not None and reference_labels is not None:
-        sides.append((others, reference_labels.to(rows.device, torch.int64), None))
+        sides.append((others, laid_out(reference_labels.to(rows.device, torch.int64)), None))
     sums = gpu.threshold_gradient(sides, (moved, other_moved), settings, check, stream)
     return functional.ThresholdGradient(*sums)

@@ -1,10 +1,7 @@
-//! The gradient from weighted pairs (SPEC 4), and the same walk for SPEC 5.
+//! What one tile adds to the rows that own it: the products of its weights with the rows of the other side.
 //!
-//! Each block of rows is owned by one task, or by one for every few dimensions, which visits its tiles in
-//! order of the other side and sums into rows of its own. So every sum has one order,
-//! whatever the thread count and whichever tiles were kept. A tile's weights
-//! are applied as lists of pairs or, where it is dense, as a matrix product, with the same bits: which of the two is
-//! quicker depends on the rows of the owner, and those of a part of a batch are others.
+//! Weights are applied as lists of pairs or, where the tile is dense, as a matrix product, with the same bits:
+//! which of the two is quicker depends on the rows of the owner, and those of a part of a batch are others.
 
 use super::buffer::Buffer;
 use super::pairs::Pairs;
@@ -47,8 +44,8 @@ pub struct GradientScratch {
     panels: Buffer,
 }
 
-/// Floats between the sums of two rows: an odd number of groups, so that those of some dimensions do not all fall
-/// into a few sets of the cache, as they would where D is a power of two.
+/// Floats between the sums of two rows: an odd number of groups, so that those of some dimensions do not all
+/// fall into a few sets of the cache, as they would where D is a power of two.
 fn stride(dim: usize) -> usize {
     (dim.div_ceil(GROUP) | 1) * GROUP
 }
@@ -206,7 +203,8 @@ impl AddTile<'_, '_> {
         }
     }
 
-    /// Lays the weights out as a matrix in panels of 16 rows of the owner: `matrix[i / 16][other row][i % 16]`.
+    /// Lays the weights out as a matrix in panels of 16 rows of the owner: `matrix[i / 16][other row][i %
+    /// 16]`.
     #[inline(always)]
     fn fill_matrix<S: Lanes>(&mut self, simd: S, (rows, across): (Block, Block)) {
         let (owner, depth) = if self.owner_rows { (rows, across.rows) } else { (across, rows.rows) };
@@ -226,8 +224,8 @@ impl AddTile<'_, '_> {
                         lines.0[group][r - start] = line;
                     }
                     if self.owner_columns {
-                        // Lines of the tile are lines of the matrix. What earlier rows of the diagonal have added
-                        // to this one is in groups before it.
+                        // Lines of the tile are lines of the matrix. What earlier rows of the diagonal have
+                        // added to this one is in groups before it.
                         matrix[group * depth + r] = line;
                     }
                 });
@@ -247,7 +245,8 @@ impl AddTile<'_, '_> {
                     for (line, values) in place.zip(&turned) {
                         let Some(line) = line[row..].first_chunk_mut::<8>() else { continue };
                         if self.owner_columns {
-                            // The two triangles of the diagonal meet within a line, where one of them is zero.
+                            // The two triangles of the diagonal meet within a line, where one of them is
+                            // zero.
                             line.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
                         } else {
                             *line = *values;
@@ -268,7 +267,8 @@ struct Lines([[[f32; GROUP]; GROUP]; MAX_GROUPS]);
 /// as many sums as hide the latency of a multiply-add.
 const TOGETHER: usize = 4;
 
-/// `sums[r] += sum over listed pairs of weight * other row`; `panels` are the other rows, `[D / 16][depth][16]`.
+/// `sums[r] += sum over listed pairs of weight * other row`; `panels` are the other rows, `[D /
+/// 16][depth][16]`.
 #[inline(always)]
 fn add_listed<S: Lanes>(simd: S, scratch: &mut GradientScratch, owner: Block, depth: usize, panels: &[f32]) {
     let stride = stride(panels.len() / depth);
@@ -404,8 +404,8 @@ fn add_groups<S: Lanes, const P: usize>(
     }
 }
 
-/// The same as a product of the matrix of the tile's weights with the other side's rows: zeros change no bit of a chain
-/// that begins at 0, so the sums are those of the lists.
+/// The same as a product of the matrix of the tile's weights with the other side's rows: zeros change no bit
+/// of a chain that begins at 0, so the sums are those of the lists.
 #[inline(always)]
 fn add_dense<S: Lanes>(simd: S, scratch: &mut GradientScratch, owner: Block, depth: usize, panels: &[f32]) {
     let stride = stride(panels.len() / depth);

@@ -3,17 +3,18 @@
 //! | pass | file |
 //! | --- | --- |
 //! | rows in class order, checked and packed | `rows.rs`, `pairs.rs` |
-//! | same-class pass (m+) and the sweep (m-, probe count, candidates) | `similarity.rs`, `tile.rs`, `statistics.rs` |
-//! | selection | `select.rs` |
-//! | weights and loss, gradient | `weigh.rs`, `gradient.rs` |
+//! | same-class pass (m+) and the sweep (m-, probe count, candidates) | `tiles.rs`, `tile.rs`, `statistics.rs` |
+//! | selection, and what it leaves to weigh pairs by | `select.rs` |
+//! | weights and loss, gradient | `weigh.rs`, `walk.rs`, `gradient.rs` |
 //! | hyper-gradient of the loss threshold | `threshold.rs` |
 //! | top-K search | `retrieval.rs` |
 //! | rows of any length, and their gradient | `unit.rs` |
 //!
-//! `steps.rs` has the order of the passes, `remembered.rs` what stays between them and `walk.rs` what gradient and hyper-gradient have in common; `product.rs` is the one matrix product, `simd.rs` the choice of instruction
-//! set, `tasks.rs` the sharing-out of work, `buffer.rs` memory in whole cache lines, `times.rs` what each pass took. S is computed tile by tile, once for
-//! both triangles; of a tile only the candidates are kept, within a budget, and
-//! tiles beyond it are computed again with the same bits.
+//! `steps.rs` has the order of the passes, `remembered.rs` what stays between them and `walk.rs` what
+//! gradient and hyper-gradient have in common; `product.rs` is the one matrix product, `simd.rs` the choice
+//! of instruction set, `tasks.rs` the sharing-out of work, `buffer.rs` memory in whole cache lines,
+//! `times.rs` what each pass took. S is computed tile by tile, once for both triangles; of a tile only the
+//! candidates are kept, within a budget, and tiles beyond it are computed again with the same bits.
 
 use std::sync::Mutex;
 
@@ -34,12 +35,12 @@ mod retrieval;
 mod rows;
 mod select;
 mod simd;
-mod similarity;
 mod statistics;
 mod steps;
 mod tasks;
 mod threshold;
 mod tile;
+mod tiles;
 mod times;
 mod unit;
 mod walk;
@@ -51,18 +52,18 @@ use remembered::Remembered;
 use retrieval::Gallery;
 use select::Weights;
 use simd::Level;
-use similarity::Tiles;
 use statistics::{Gathered, Statistics};
 use tasks::{Workers, lock};
 use tile::TileScratch;
+use tiles::Tiles;
 use unit::UnitRows;
 use walk::Answer;
 
 pub use times::PassTimes;
 
-/// Most bytes of candidates kept between the passes for each row of either side, unless stated otherwise. So memory is
-/// linear in the batch: with the panels of D = 512 and the tiles beside them, 5,120 rows stay below 64 MB and
-/// 10,240 below 128 MB.
+/// Most bytes of candidates kept between the passes for each row of either side, unless stated otherwise. So
+/// memory is linear in the batch: with the panels of D = 512 and the tiles beside them, 5,120 rows stay below
+/// 64 MB and 10,240 below 128 MB.
 const BUDGET_OF_A_ROW: usize = 6 << 10;
 
 /// [`Backend`] on the processor's cores (those of the current rayon pool).
@@ -126,12 +127,12 @@ impl CpuBackend {
         }
     }
 
-    /// [`Backend::loss`] of rows of any length but 0: they are compared at unit length, and the gradients are those of the
-    /// rows as they are given. Nothing is remembered for [`Backend::hypergradient`].
+    /// [`Backend::loss`] of rows of any length but 0: they are compared at unit length, and the gradients are
+    /// those of the rows as they are given. Nothing is remembered for [`Backend::hypergradient`].
     ///
     /// # Errors
     /// As [`Backend::loss`]; [`Error::NotUnit`](crate::Error::NotUnit) for a row of zeros.
-    pub fn loss_of_any_length(
+    pub fn normalized_loss(
         &mut self,
         batch: &Batch<'_>,
         settings: &LossSettings,
@@ -144,18 +145,18 @@ impl CpuBackend {
         let done = workers_for(batch).stay(|workers| {
             rows.set(batch, level, workers)?;
             self.make_all_steps(&rows.batch(batch)?, settings, workers, output)?;
-            rows.lead_back(batch, level, workers, output)
+            rows.normalize_backward(batch, level, workers, output)
         });
         self.unit = rows;
         done
     }
 
-    /// Rows at unit length, as [`loss_of_any_length`](Self::loss_of_any_length) compares them: for batches in parts. A row
-    /// without a direction is left for a check to name.
+    /// Rows at unit length, as [`normalized_loss`](Self::normalized_loss) compares them: for batches in
+    /// parts. A row without a direction is left for a check to name.
     ///
     /// # Errors
     /// [`Error::Empty`](crate::Error::Empty), [`Error::NotContiguous`](crate::Error::NotContiguous).
-    pub fn unit_rows<'a>(&'a mut self, rows: &'a Rows<'_>) -> Result<Embeddings<'a>> {
+    pub fn normalize<'a>(&'a mut self, rows: &'a Rows<'_>) -> Result<Embeddings<'a>> {
         has_entries("anchors", (rows.embeddings.rows(), rows.embeddings.dim()))?;
         let (level, workers) = (self.level, workers_of_rows(rows));
         workers.stay(|workers| self.unit.set_anchors(rows, level, workers))?;
@@ -165,16 +166,16 @@ impl CpuBackend {
     /// Turns a gradient by unit rows, row by row without gaps, into the one by `rows`.
     ///
     /// # Errors
-    /// As [`unit_rows`](Self::unit_rows); [`Error::LengthMismatch`](crate::Error::LengthMismatch) unless the gradient has an entry
-    /// for each of the rows'.
-    pub fn lead_back(&mut self, rows: &Rows<'_>, gradient: &mut [f32]) -> Result<()> {
+    /// As [`normalize`](Self::normalize); [`Error::LengthMismatch`](crate::Error::LengthMismatch) unless the
+    /// gradient has an entry for each of the rows'.
+    pub fn normalize_backward(&mut self, rows: &Rows<'_>, gradient: &mut [f32]) -> Result<()> {
         let (count, dim) = (rows.embeddings.rows(), rows.embeddings.dim());
         has_entries("anchors", (count, dim))?;
         same_length("entries of the gradient", count * dim, gradient.len())?;
         let level = self.level;
         workers_of_rows(rows).stay(|workers| {
             self.unit.set_anchors(rows, level, workers)?;
-            self.unit.lead_anchors_back(rows, gradient, level, workers)
+            self.unit.anchors_backward(rows, gradient, level, workers)
         })
     }
 

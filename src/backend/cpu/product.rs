@@ -9,10 +9,11 @@ use super::simd::{GROUP, Lanes, Level, Work};
 /// Rows of one call.
 pub const STRIP: usize = 8;
 
-/// `out[r][c] = sum_k rows[k][first + r] panels[c / 16][k][c % 16]`, or `+=` if `add`: the sum of the chain, which
-/// itself begins at 0, so that zeros among the factors change no bit (up to [`DEPTH`] of them).
+/// `out[r][c] = sum_k rows[k][first + r] panels[c / 16][k][c % 16]`, or `+=` if `add`: the sum of the chain,
+/// which itself begins at 0, so that zeros among the factors change no bit (up to [`DEPTH`] of them).
 ///
-/// `rows` is one panel, `first` 0 or 8; `panels` are whole panels as deep as `rows`; `out` is `[STRIP, stride]`.
+/// `rows` is one panel, `first` 0 or 8; `panels` are whole panels as deep as `rows`; `out` is `[STRIP,
+/// stride]`.
 #[inline(always)]
 pub fn product<S: Lanes>(
     simd: S,
@@ -96,8 +97,8 @@ fn wide<S: Lanes, const FIRST: usize, const P: usize>(
     }
 }
 
-/// Depth multiplied at a time by vectors of 8: the parts of the rows and of three vectors of columns then stay
-/// in the first-level cache. Sums go on from where they were, so an entry is the same single chain.
+/// Depth multiplied at a time by vectors of 8: the parts of the rows and of three vectors of columns then
+/// stay in the first-level cache. Sums go on from where they were, so an entry is the same single chain.
 pub const DEPTH: usize = 128;
 
 /// What a product starts from and leaves.
@@ -183,8 +184,8 @@ fn narrow<S: Lanes, const FIRST: usize, const HALF: usize, const P: usize>(
         }
     }
     let rows = rows.as_chunks::<GROUP>().0;
-    // PERF: plain indices. Iterators over the depth, or columns gathered by a closure, make the compiler spill
-    // accumulators, which costs a fifth.
+    // PERF: plain indices. Iterators over the depth, or columns gathered by a closure, make the compiler
+    // spill accumulators, which costs a fifth.
     let columns = panels.map(|panel| &S::as_simd_f32s(panel).0.as_chunks::<2>().0[..rows.len()]);
     for k in 0..rows.len() {
         let mut column = [simd.splat_f32s(0.0); P];
@@ -242,7 +243,8 @@ impl<'a, F: Fn(usize) -> &'a [f32]> Work for Pack<'_, F> {
             for lane in (0..whole).step_by(8) {
                 let [a, b, c, d, e, f, g, h] = std::array::from_fn(|l| row(lane + l).as_chunks::<8>().0);
                 for (i, lines) in panel.as_chunks_mut::<8>().0.iter_mut().enumerate() {
-                    // PERF: one by one. `map` over an array of rows goes through memory, which takes twice as long.
+                    // PERF: one by one. `map` over an array of rows goes through memory, which takes twice as
+                    // long.
                     let square = [a[i], b[i], c[i], d[i], e[i], f[i], g[i], h[i]];
                     let columns = simd.transpose(square);
                     for (line, column) in lines.iter_mut().zip(&columns) {
@@ -264,8 +266,8 @@ impl<'a, F: Fn(usize) -> &'a [f32]> Work for Pack<'_, F> {
     }
 }
 
-/// Packs rows `range` of a block of `count` into its panels over their dimensions: `panels[d / 16][i][d % 16] =
-/// rows(i)[d]`, zero behind the last dimension.
+/// Packs rows `range` of a block of `count` into its panels over their dimensions: `panels[d / 16][i][d % 16]
+/// = rows(i)[d]`, zero behind the last dimension.
 #[inline(always)]
 pub fn pack_direct<'a>(
     rows: impl Fn(usize) -> &'a [f32],

@@ -1,9 +1,9 @@
 //! Fused similarity and top-K: each query's most similar references, without the Q x N matrix.
 //!
-//! A task takes a group of queries past all references, a block at a time: the block is packed once a group, and a
-//! few rows of S at a time are compared with each query's bound, the similarity of its k-th best so far. What exceeds it
-//! goes into the query's list, which is cut back to k whenever it is full. Memory beside the rows: a group's panels
-//! and lists for each thread, and the result.
+//! A task takes a group of queries past all references, a block at a time: the block is packed once a group,
+//! and a few rows of S at a time are compared with each query's bound, the similarity of its k-th best so
+//! far. What exceeds it goes into the query's list, which is cut back to k whenever it is full. Memory beside
+//! the rows: a group's panels and lists for each thread, and the result.
 
 use std::sync::Mutex;
 
@@ -17,12 +17,12 @@ use super::product::{STRIP, pack_transposed, product};
 use super::rows::{MAX_BLOCK, contiguous, grow, square_sum};
 use super::simd::{GROUP, Lanes, Work};
 use super::tasks::{Workers, lock};
+use crate::Result;
 use crate::backend::{Nearest, PreparedGallery};
-use crate::loss::{Embeddings, Rows, check_unit, validate_rows};
-use crate::{Error, Result};
+use crate::loss::{Embeddings, Rows, check_unit, validate_dims, validate_rows};
 
-/// Most queries of a group, which share the packing of each block of references; their panels at D = 512 take 1.5 MB, and
-/// pass through the cache once a block.
+/// Most queries of a group, which share the packing of each block of references; their panels at D = 512 take
+/// 1.5 MB, and pass through the cache once a block.
 const MOST_QUERIES: usize = 768;
 
 /// Bytes of a group's lists; deeper lists mean smaller groups.
@@ -56,10 +56,7 @@ impl<'a> Gallery<'a> {
 impl PreparedGallery for Gallery<'_> {
     fn nearest(&mut self, queries: &Rows<'_>, k: usize) -> Result<Nearest> {
         let queries = Matrix::checked("queries", queries)?;
-        let (expected, got) = (queries.dim, self.rows.dim);
-        if expected != got {
-            return Err(Error::LengthMismatch { what: "dimension of the references", expected, got });
-        }
+        validate_dims(queries.dim, self.rows.dim)?;
         find(self.backend, &queries, Some(&self.rows), k)
     }
 }
@@ -210,7 +207,8 @@ struct Lists {
     hits: Vec<u64>,
     /// Hits of each query.
     lengths: Vec<usize>,
-    /// Similarity of the k-th best at the last cut. References come in order of index, so a later one must exceed it.
+    /// Similarity of the k-th best at the last cut. References come in order of index, so a later one must
+    /// exceed it.
     bounds: Vec<f32>,
 }
 

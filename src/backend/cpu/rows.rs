@@ -56,7 +56,8 @@ pub struct Order {
 
 impl Order {
     /// Sorts rows by label. Classes smaller than a quarter of a block do not straddle two blocks, so
-    /// that their pairs lie in diagonal tiles; blocks smaller than the largest are few, and are filled instead.
+    /// that their pairs lie in diagonal tiles; blocks smaller than the largest are few, and are filled
+    /// instead.
     pub fn by_class(&mut self, labels: &[i64], block_rows: usize) {
         if self.labels == labels && self.block_rows == block_rows {
             return;
@@ -332,7 +333,8 @@ impl SideBuffers {
             .zip(&self.squares)
             .map(|(&row, &square)| (row as usize, f64::from(square)));
         let dim = rows.embeddings.dim();
-        // Squares of finite entries may not fit single precision: such a row is finite, as every backend says.
+        // Squares of finite entries may not fit single precision: such a row is finite, as every backend
+        // says.
         let in_pairs = in_pairs.map(|(row, square)| match square.is_finite() {
             true => (row, square),
             false => (row, double_square_sum(&values[row * dim..][..dim])),
@@ -433,7 +435,7 @@ pub fn square_sum(row: &[f32]) -> f64 {
 }
 
 /// The same in double precision throughout: finite where the row is.
-fn double_square_sum(row: &[f32]) -> f64 {
+pub fn double_square_sum(row: &[f32]) -> f64 {
     row.iter().map(|&x| f64::from(x) * f64::from(x)).sum()
 }
 

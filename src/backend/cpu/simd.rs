@@ -34,7 +34,8 @@ pub trait Lanes: Simd {
         self.above_group(values, &zero) | self.above_group(&zero, values)
     }
 
-    /// Writes the columns of a group whose bit is set to the front of `columns`, which has room for the whole group.
+    /// Writes the columns of a group whose bit is set to the front of `columns`, which has room for the whole
+    /// group.
     #[inline(always)]
     fn compress_columns(self, group: usize, mask: u16, columns: &mut [u32]) {
         let lanes: [u32; GROUP] = std::array::from_fn(|lane| (group * GROUP + lane) as u32);
@@ -43,7 +44,8 @@ pub trait Lanes: Simd {
         }
     }
 
-    /// The reverse of [`compress`](Self::compress): the first values go where the mask's bits are set, 0 elsewhere.
+    /// The reverse of [`compress`](Self::compress): the first values go where the mask's bits are set, 0
+    /// elsewhere.
     fn expand(self, values: &[f32; GROUP], mask: u16) -> [f32; GROUP];
 }
 

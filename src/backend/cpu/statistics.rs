@@ -1,7 +1,7 @@
 //! What the passes know of the rows of a batch, and what each thread finds of them.
 //!
-//! A thread gathers minima, maxima and integers: the order in which tiles come to it, and threads are merged in,
-//! cannot change them. So nothing is kept for every tile, and memory is linear in the batch.
+//! A thread gathers minima, maxima and integers: the order in which tiles come to it, and threads are merged
+//! in, cannot change them. So nothing is kept for every tile, and memory is linear in the batch.
 
 use super::pairs::Pairs;
 use super::tile::Bounds;
@@ -22,7 +22,7 @@ fn from_units(sum: i128) -> f64 {
 
 /// Pairs of one class.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct SameClass {
+pub struct SameClassSums {
     pub positives: u64,
     positive_sum: i128,
     /// Duplicates included, and rows with themselves in the rectangular form.
@@ -30,7 +30,7 @@ pub struct SameClass {
     sum: i128,
 }
 
-impl SameClass {
+impl SameClassSums {
     fn add(&mut self, other: &Self) {
         self.positives += other.positives;
         self.positive_sum = self.positive_sum.saturating_add(other.positive_sum);
@@ -58,9 +58,9 @@ impl TileSameClass {
         }
     }
 
-    fn rounded(self) -> SameClass {
+    fn rounded(self) -> SameClassSums {
         let Self { positives, pairs, .. } = self;
-        SameClass { positives, positive_sum: to_units(self.positive_sum), pairs, sum: to_units(self.sum) }
+        SameClassSums { positives, positive_sum: to_units(self.positive_sum), pairs, sum: to_units(self.sum) }
     }
 }
 
@@ -73,7 +73,7 @@ pub struct Gathered {
     counts: Vec<[u32; 2]>,
     /// Negatives above the probe's bounds.
     pub probe: u64,
-    same_class: SameClass,
+    same_class: SameClassSums,
 }
 
 impl Gathered {
@@ -115,8 +115,8 @@ fn merge(values: &mut [f32], others: &[f32], of: impl Fn(f32, f32) -> f32) {
     }
 }
 
-/// What the caller says of the columns of the rectangular form, by position in class order. Those that are no anchors
-/// of the whole batch have the numbers of a row without a pair, and so select nothing.
+/// What the caller says of the columns of the rectangular form, by position in class order. Those that are no
+/// anchors of the whole batch have the numbers of a row without a pair, and so select nothing.
 #[derive(Debug, Default)]
 pub struct ColumnNumbers {
     pub min_pos: Vec<f32>,
@@ -136,7 +136,7 @@ pub struct Statistics {
     pub columns: ColumnNumbers,
     pub probe_neg: u64,
     /// Ordered pairs of one class.
-    pub same_class: SameClass,
+    pub same_class: SameClassSums,
     keep: Vec<f32>,
     column_keep: Vec<f32>,
     probe: Vec<f32>,
@@ -162,7 +162,8 @@ impl Statistics {
         (self.probe_neg, self.same_class) = Default::default();
     }
 
-    /// Takes over m+ and the sums over pairs of one class; each unordered pair of the square form was met once.
+    /// Takes over m+ and the sums over pairs of one class; each unordered pair of the square form was met
+    /// once.
     pub fn merge_same_class(&mut self, square: bool, gathered: &Gathered) {
         merge(&mut self.min_pos, &gathered.extremes, f32::min);
         for _ in 0..if square { 2 } else { 1 } {
@@ -196,21 +197,22 @@ impl Statistics {
         fill(&mut self.column_keep, &self.columns.min_pos, keep);
     }
 
-    /// Of candidates, and of the probe, which counts for each row of a tile, and in the square form for each column.
+    /// Of candidates, and of the probe, which counts for each row of a tile, and in the square form for each
+    /// column.
     pub fn bounds(&self, square: bool) -> (Bounds<'_>, Bounds<'_>) {
         let columns = if square { &self.keep } else { &self.column_keep };
         let keep = Bounds { rows: &self.keep, columns: Some(columns) };
         (keep, Bounds { rows: &self.probe, columns: square.then_some(self.probe.as_slice()) })
     }
 
-    /// Number of ordered negative pairs, and mean similarity of all positives and of all negatives. The sum over
-    /// all pairs is closed: that of e_i . e_j over i and j is the product of the sums of e_i and of e_j.
+    /// Number of ordered negative pairs, and mean similarity of all positives and of all negatives. The sum
+    /// over all pairs is closed: that of e_i . e_j over i and j is the product of the sums of e_i and of e_j.
     pub fn means(&self, pairs: &Pairs<'_>) -> (u64, f64, f64) {
         let all: f64 = pairs.rows.sum.iter().zip(pairs.columns.sum).map(|(a, b)| a * b).sum();
         let (rows, columns) = (pairs.rows.order.rows.len() as u64, pairs.columns.order.rows.len() as u64);
         // Those of the rectangular form are pairs of one class.
         let (own, with_themselves) = if pairs.square { (pairs.rows.square_sum, rows) } else { (0.0, 0) };
-        let SameClass { positives, positive_sum, pairs, sum } = self.same_class;
+        let SameClassSums { positives, positive_sum, pairs, sum } = self.same_class;
         let negatives = rows * columns - with_themselves - pairs;
         let of_negatives = (all - own - from_units(sum)) / negatives as f64;
         let mean_neg = if negatives == 0 { f64::NAN } else { of_negatives };

@@ -1,4 +1,5 @@
-//! The passes of one loss in their order. Between them the caller may take over what other parts of the batch found.
+//! The passes of one loss in their order. Between them the caller may take over what other parts of the batch
+//! found.
 
 use std::sync::Mutex;
 
@@ -7,14 +8,14 @@ use ndarray::ArrayView2;
 use super::pairs::Owner;
 use super::remembered::Remembered;
 use super::rows::Order;
-use super::similarity::Known;
 use super::tasks::{Workers, lock};
 use super::threshold;
+use super::tiles::Known;
 use super::times::Stopwatch;
 use super::walk::{Walk, write_gradient};
 use super::weigh::Totals;
 use super::{BUDGET_OF_A_ROW, CpuBackend, workers_for};
-use crate::backend::step::{OTHER_LABELS, Step};
+use crate::backend::step::{NO_LOSS, OTHER_LABELS, Step};
 use crate::loss::select::adapt;
 use crate::loss::{
     Batch, BatchSize, Hypergradient, LossOutput, LossSettings, RowNumbers, TangentOf, UnitCheck,
@@ -116,8 +117,8 @@ impl CpuBackend {
         Ok(())
     }
 
-    /// The sizes of the mined sets, from m- of both sides and the totals of the batch: negatives that passed the
-    /// probe, and positives.
+    /// The sizes of the mined sets, from m- of both sides and the totals of the batch: negatives that passed
+    /// the probe, and positives.
     pub(super) fn select_pairs(
         &mut self,
         batch: &Batch<'_>,
@@ -185,7 +186,7 @@ impl CpuBackend {
     ) -> Result<Hypergradient> {
         batch.validate()?;
         let remembered = self.remembered.filter(|last| last.step == Step::Gradient);
-        let remembered = remembered.ok_or(Error::OutOfOrder("hypergradient needs a loss before it"))?;
+        let remembered = remembered.ok_or(Error::OutOfOrder(NO_LOSS))?;
         remembered.size.is_of_last(BatchSize::of(batch))?;
         remembered.size.check_tangent(TangentOf::Anchors, &tangent)?;
         // In the square form both sides move alike.

@@ -1,9 +1,9 @@
 //! Work shared out among threads: tasks by number, taken in order, results by task.
 //!
-//! A loss at 80 rows takes some 100 us in five passes, too little to wake the pool's threads for each: a [`Crew`]
-//! enters the pool once a call, and its threads wait for the next pass awake. Against a `rayon::scope` for every pass that takes
-//! 0.87 to 0.90 of the time at 80 rows (fastest calls; 0.5 to 0.6 of the median) and the same from 1,280 rows on:
-//! benches/records/2026-11-27-cpu-threads.
+//! A loss at 80 rows takes some 100 us in five passes, too little to wake the pool's threads for each: a
+//! [`Crew`] enters the pool once a call, and its threads wait for the next pass awake. Against a
+//! `rayon::scope` for every pass that takes 0.87 to 0.90 of the time at 80 rows (fastest calls; 0.5 to 0.6 of
+//! the median) and the same from 1,280 rows on: benches/records/2026-11-27-cpu-threads.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -124,8 +124,8 @@ impl std::fmt::Debug for Crew {
 impl Crew {
     /// Runs a job on the caller's thread and on those of the crew that are free, until all have left it.
     fn run(&self, job: &(dyn Fn(usize) + Sync)) {
-        // SAFETY: only the lifetime changes. The job is reached through `self.job` alone; `_withdraw` clears that
-        // and then waits until nobody who took it is busy, before this function returns or unwinds.
+        // SAFETY: only the lifetime changes. The job is reached through `self.job` alone; `_withdraw` clears
+        // that and then waits until nobody who took it is busy, before this function returns or unwinds.
         let forever = unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), Job>(job) };
         let _withdraw = AtEnd(|| {
             *lock(&self.job) = None;

@@ -106,7 +106,7 @@ pub fn bits(first: usize, last: usize, group: usize) -> u16 {
 }
 
 /// Visits the same-class similarities of a tile.
-pub struct SameClass<'a, 'b, F> {
+pub struct SameClassTile<'a, 'b, F> {
     pub pairs: Pairs<'a>,
     pub tile: (usize, usize),
     pub scratch: &'b mut TileScratch,
@@ -117,7 +117,7 @@ pub struct SameClass<'a, 'b, F> {
     pub visit: F,
 }
 
-impl<F: FnMut(usize, usize, &[f32])> Work for SameClass<'_, '_, F> {
+impl<F: FnMut(usize, usize, &[f32])> Work for SameClassTile<'_, '_, F> {
     type Output = ();
 
     #[inline(always)]
@@ -348,8 +348,8 @@ pub struct Candidates<'a> {
 }
 
 impl<'a> Candidates<'a> {
-    /// The next row's values; visits its groups of 16 columns that hold any: number, bits, and how many values
-    /// of the row come before.
+    /// The next row's values; visits its groups of 16 columns that hold any: number, bits, and how many
+    /// values of the row come before.
     #[inline(always)]
     pub fn next_groups(&mut self, mut visit: impl FnMut(usize, u16, usize)) -> &'a [f32] {
         let mut count = 0;

@@ -1,13 +1,13 @@
-//! Rows of any length: brought to unit length before the passes, and the gradient led back through that.
+//! Rows of any length: brought to unit length before the passes, and the gradient by the rows as given from that by them.
 //!
-//! With u = x / |x|, dL/dx = (g - (g . u) u) / |x| for g = dL/du. Half-precision rows are normalised in single precision and
-//! rounded once; the way back takes u unrounded.
+//! With u = x / |x|, dL/dx = (g - (g . u) u) / |x| for g = dL/du. Half-precision rows are normalised in
+//! single precision and rounded once; the way back takes u unrounded.
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use ndarray::{Array2, ArrayView2};
 
-use super::rows::{contiguous, grow, square_sum};
+use super::rows::{contiguous, double_square_sum, grow, square_sum};
 use super::simd::{Lanes, Level, Work};
 use super::tasks::Workers;
 use crate::loss::{Batch, Embeddings, LossOutput, Rows};
@@ -67,31 +67,31 @@ impl UnitRows {
     }
 
     /// Turns gradients by the unit rows into those by the rows of `batch`.
-    pub fn lead_back(
+    pub fn normalize_backward(
         &self,
         batch: &Batch<'_>,
         level: Level,
         workers: Workers<'_>,
         output: &mut LossOutput,
     ) -> Result<()> {
-        self.lead_anchors_back(&batch.anchors, entries(&mut output.gradient)?, level, workers)?;
+        self.anchors_backward(&batch.anchors, entries(&mut output.gradient)?, level, workers)?;
         match (&batch.references, &mut output.reference_gradient) {
             (Some(rows), Some(gradient)) => {
-                self.references.lead_back(&rows.embeddings, entries(gradient)?, level, workers)
+                self.references.normalize_backward(&rows.embeddings, entries(gradient)?, level, workers)
             }
             _ => Ok(()),
         }
     }
 
     /// The same for the anchors alone.
-    pub fn lead_anchors_back(
+    pub fn anchors_backward(
         &self,
         rows: &Rows<'_>,
         gradient: &mut [f32],
         level: Level,
         workers: Workers<'_>,
     ) -> Result<()> {
-        self.anchors.lead_back(&rows.embeddings, gradient, level, workers)
+        self.anchors.normalize_backward(&rows.embeddings, gradient, level, workers)
     }
 
     /// Bytes its buffers hold.
@@ -133,7 +133,7 @@ impl UnitSide {
         Ok(Rows { embeddings, labels: given.labels })
     }
 
-    fn lead_back(
+    fn normalize_backward(
         &self,
         rows: &Embeddings<'_>,
         gradient: &mut [f32],
@@ -143,13 +143,13 @@ impl UnitSide {
         let (dim, lengths) = (rows.dim(), &self.lengths);
         match rows {
             Embeddings::F32(view) => {
-                lead_back(contiguous(GRADIENT, view)?, dim, lengths, gradient, level, workers)
+                normalize_backward(contiguous(GRADIENT, view)?, dim, lengths, gradient, level, workers)
             }
             Embeddings::F16(view) => {
-                lead_back(contiguous(GRADIENT, view)?, dim, lengths, gradient, level, workers)
+                normalize_backward(contiguous(GRADIENT, view)?, dim, lengths, gradient, level, workers)
             }
             Embeddings::Bf16(view) => {
-                lead_back(contiguous(GRADIENT, view)?, dim, lengths, gradient, level, workers)
+                normalize_backward(contiguous(GRADIENT, view)?, dim, lengths, gradient, level, workers)
             }
         }
         Ok(())
@@ -229,7 +229,7 @@ fn normalise<T: Entry>(
     });
 }
 
-fn lead_back<T: Entry>(
+fn normalize_backward<T: Entry>(
     rows: &[T],
     dim: usize,
     lengths: &[f64],
@@ -240,7 +240,7 @@ fn lead_back<T: Entry>(
     let gradient = gradient.chunks_mut(CHUNK * dim);
     let parts = rows.chunks(CHUNK * dim).zip(gradient).zip(lengths.chunks(CHUNK));
     workers.for_each_item(parts, |((rows, gradient), lengths)| {
-        level.dispatch(LeadBack { rows, dim, lengths, gradient });
+        level.dispatch(NormalizeBackward { rows, dim, lengths, gradient });
     });
 }
 
@@ -285,17 +285,17 @@ fn length_of(row: &[f32]) -> f64 {
     if USUAL.contains(&length) || !length.is_finite() {
         return length;
     }
-    row.iter().map(|&value| f64::from(value) * f64::from(value)).sum::<f64>().sqrt()
+    double_square_sum(row).sqrt()
 }
 
-struct LeadBack<'a, T> {
+struct NormalizeBackward<'a, T> {
     rows: &'a [T],
     dim: usize,
     lengths: &'a [f64],
     gradient: &'a mut [f32],
 }
 
-impl<T: Entry> Work for LeadBack<'_, T> {
+impl<T: Entry> Work for NormalizeBackward<'_, T> {
     type Output = ();
 
     #[inline(always)]
@@ -350,7 +350,8 @@ mod tests {
     use rand::{RngExt, SeedableRng};
     use rand_chacha::ChaCha8Rng;
 
-    /// Rows around a centre for each class, of different lengths around `scale`, in float64; labels of which some are ignored.
+    /// Rows around a centre for each class, of different lengths around `scale`, in float64; labels of which
+    /// some are ignored.
     fn drawn(count: usize, dim: usize, scale: f64, seed: u64) -> (Array2<f64>, Vec<i64>) {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let mut draw = |rows| Array2::from_shape_fn((rows, dim), |_| rng.random_range(-1.0..1.0f64));
@@ -391,7 +392,7 @@ mod tests {
         let both = Batch::rectangular(anchors, references).with_reference_gradient();
         for batch in [Batch::square(embeddings[0], labels[0]), both] {
             let (mut backend, mut output) = (CpuBackend::new(), LossOutput::default());
-            backend.loss_of_any_length(&batch, &settings, &mut output).unwrap();
+            backend.normalized_loss(&batch, &settings, &mut output).unwrap();
             // The same on rows that the backend has normalised.
             let unit = backend.unit.batch(&batch).unwrap();
             let truth = reference(&unit, &settings).unwrap();
@@ -434,10 +435,10 @@ mod tests {
             let mut rows = good.clone();
             rows.row_mut(40).fill(value);
             let (batch, mut output) = (Batch::square(rows.view(), &labels), LossOutput::default());
-            let error = CpuBackend::new().loss_of_any_length(&batch, &LossSettings::default(), &mut output);
+            let error = CpuBackend::new().normalized_loss(&batch, &LossSettings::default(), &mut output);
             assert!(error.unwrap_err().to_string().starts_with(message));
             let batch = batch.trusted();
-            CpuBackend::new().loss_of_any_length(&batch, &LossSettings::default(), &mut output).unwrap();
+            CpuBackend::new().normalized_loss(&batch, &LossSettings::default(), &mut output).unwrap();
         }
     }
 
@@ -445,15 +446,15 @@ mod tests {
     fn rows_without_entries_and_gradients_of_another_length_are_refused() {
         let mut backend = CpuBackend::new();
         let empty = Array2::<f32>::zeros((3, 0));
-        let refused = backend.unit_rows(&Rows::new(empty.view(), &[0, 1, 2])).map(drop);
+        let refused = backend.normalize(&Rows::new(empty.view(), &[0, 1, 2])).map(drop);
         assert!(matches!(refused, Err(Error::Empty { .. })));
         let rows = Array2::<f32>::ones((3, 2));
         let rows = Rows::new(rows.view(), &[0, 1, 2]);
         for entries in [5, 7] {
-            let refused = backend.lead_back(&rows, &mut vec![0.0; entries]);
+            let refused = backend.normalize_backward(&rows, &mut vec![0.0; entries]);
             assert!(matches!(refused, Err(Error::LengthMismatch { expected: 6, .. })), "{entries}");
         }
-        backend.lead_back(&rows, &mut [0.0; 6]).unwrap();
+        backend.normalize_backward(&rows, &mut [0.0; 6]).unwrap();
     }
 
     #[test]
@@ -465,7 +466,7 @@ mod tests {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let mut output = LossOutput::default();
             let settings = LossSettings::default();
-            pool.install(|| CpuBackend::new().loss_of_any_length(&batch, &settings, &mut output)).unwrap();
+            pool.install(|| CpuBackend::new().normalized_loss(&batch, &settings, &mut output)).unwrap();
             output
         });
         assert!(outputs[0].active > 100);

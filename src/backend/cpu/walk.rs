@@ -1,5 +1,9 @@
 //! The walk over all weighted pairs, block by block of the rows they are summed into: the gradient, and the
 //! hyper-gradient of the loss threshold.
+//!
+//! Each block of rows is owned by one task, or by one for every few dimensions, which visits its tiles in
+//! order of the other side and sums into rows of its own. So every sum has one order, whatever the thread count
+//! and whichever tiles were kept.
 
 use std::sync::Mutex;
 
@@ -10,8 +14,8 @@ use super::gradient::{AddTile, Dimensions};
 use super::pairs::Owner;
 use super::rows::Side;
 use super::simd::GROUP;
-use super::similarity::{Known, Tiles};
 use super::tasks::{Workers, lock};
+use super::tiles::{Known, Tiles};
 use super::weigh::{Kind, Totals};
 
 /// Fewest dimensions that are worth a task of their own.
@@ -36,7 +40,8 @@ pub struct Answer {
 }
 
 impl Walk<'_> {
-    /// Parts of the dimensions that are summed as tasks of their own, so that a small batch keeps all threads busy.
+    /// Parts of the dimensions that are summed as tasks of their own, so that a small batch keeps all threads
+    /// busy.
     fn parts(&self, owner: Owner) -> usize {
         let Side { order, dim, .. } = self.known.pairs.side(owner);
         let blocks = order.blocks.len().max(1);
@@ -48,7 +53,8 @@ impl Walk<'_> {
     }
 
     /// Sums weighted rows for every row of the owner, in `parts` parts of the dimensions each. `finish` gets
-    /// position, first dimension and sum; what it answers is added up, and so are the tiles' totals, in one order.
+    /// position, first dimension and sum; what it answers is added up, and so are the tiles' totals, in one
+    /// order.
     pub fn run(
         &mut self,
         owner: Owner,

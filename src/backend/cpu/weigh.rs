@@ -145,7 +145,8 @@ impl Others {
     }
 }
 
-/// Weighs the pairs `range` of one row of a tile, which are of one kind. Returns how many weights are not zero.
+/// Weighs the pairs `range` of one row of a tile, which are of one kind. Returns how many weights are not
+/// zero.
 #[inline(always)]
 fn weigh<S: Lanes>(
     simd: S,
@@ -160,8 +161,8 @@ fn weigh<S: Lanes>(
     for start in range.clone().step_by(2 * S::F32_LANES) {
         let part = start..range.end.min(start + 2 * S::F32_LANES);
         let lists = [&s[part.clone()], &others.bounds[part.clone()], &others.factors[part.clone()]];
-        // PERF: two vectors side by side. One pair of functions is a chain of some 30 operations, and processors
-        // do not look far enough ahead to find the next one by themselves.
+        // PERF: two vectors side by side. One pair of functions is a chain of some 30 operations, and
+        // processors do not look far enough ahead to find the next one by themselves.
         selected += if part.len() > S::F32_LANES {
             weigh_vectors::<S, 2>(simd, lists, curve, totals, &mut out[part])
         } else {
@@ -171,7 +172,8 @@ fn weigh<S: Lanes>(
     selected
 }
 
-/// The same for at most N vectors of pairs: their similarities, and bounds and factors of their columns' rows.
+/// The same for at most N vectors of pairs: their similarities, and bounds and factors of their columns'
+/// rows.
 #[inline(always)]
 fn weigh_vectors<S: Lanes, const N: usize>(
     simd: S,
@@ -350,7 +352,7 @@ mod tests {
             for step in -4000..=4000 {
                 let x = step as f32 * 0.025;
                 let (p, q) = level.dispatch(Logistic(x));
-                let wanted_p = 1.0 / (1.0 + f64::from(-x).exp());
+                let wanted_p = truth::sigmoid(f64::from(x));
                 let wanted_q = truth::softplus(f64::from(x));
                 assert!(
                     (f64::from(p) / wanted_p - 1.0).abs() < 1e-6 || wanted_p < 1e-37,

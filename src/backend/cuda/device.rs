@@ -5,7 +5,7 @@ use std::io::Write;
 
 use cudarc::driver::{result, sys};
 
-use super::driver::{self, Kept, Primary, Stream, check};
+use super::driver::{self, CallersContext, Primary, Stream, check};
 use super::event::{Event, capture_of};
 use super::module::Module;
 use crate::backend::device::{Device, DeviceProperties, Kernel, LaunchPlan, Params};
@@ -23,7 +23,8 @@ pub struct CudaDevice {
     properties: DeviceProperties,
     /// Of the compute capability.
     major: i32,
-    /// Whether each kernel is named on stderr and waited for: a run that ends with a kernel's name hangs in it.
+    /// Whether each kernel is named on stderr and waited for: a run that ends with a kernel's name hangs in
+    /// it.
     traced: bool,
 }
 
@@ -87,7 +88,7 @@ impl CudaDevice {
     }
 
     /// Makes the context current in the calling thread for a call; then the caller's is again.
-    pub(super) fn enter(&self) -> Result<Kept> {
+    pub(super) fn enter(&self) -> Result<CallersContext> {
         self.context.enter()
     }
 }
@@ -109,8 +110,8 @@ impl CudaDevice {
     /// [`Error::Device`](crate::Error::Device) if the driver refuses.
     ///
     /// # Safety
-    /// `stream` must be a stream of the primary context of this GPU, or null, and live until it is followed no more: another one is,
-    /// or `mark` was called.
+    /// `stream` must be a stream of the primary context of this GPU, or null, and live until it is followed
+    /// no more: another one is, or `mark` was called.
     pub unsafe fn follow(&mut self, stream: *mut c_void) -> Result<()> {
         let _kept = self.enter()?;
         let raw: sys::CUstream = stream.cast();
@@ -236,8 +237,8 @@ impl Device for CudaDevice {
         let [x, y, z] = plan.grid;
         // The driver copies the struct before it returns, and never writes to it.
         let mut arguments = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
-        // From sm_90 on a kernel may be put in place while the one before still runs, whose end it waits for by itself
-        // (`begin_kernel` in kernels/ptx/device.cuh).
+        // From sm_90 on a kernel may be put in place while the one before still runs, whose end it waits for
+        // by itself (`begin_kernel` in kernels/ptx/device.cuh).
         let mut overlap = sys::CUlaunchAttribute {
             id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
             pad: [0; 4],
@@ -259,8 +260,8 @@ impl Device for CudaDevice {
             // At once, and by nobody's choice but the environment's; a stderr that is closed has no reader.
             let _ = writeln!(std::io::stderr(), "kernel {} of {:?} blocks", kernel.name(), plan.grid);
         }
-        // SAFETY: the caller vouches for `P` and its pointers, `Module` for the function; what `config` points to
-        // outlives the call.
+        // SAFETY: the caller vouches for `P` and its pointers, `Module` for the function; what `config`
+        // points to outlives the call.
         let launched = unsafe {
             sys::cuLaunchKernelEx(&raw const config, function, arguments.as_mut_ptr(), std::ptr::null_mut())
         };

@@ -47,10 +47,12 @@ fn check_process() -> Result<()> {
 /// Initialises the driver.
 ///
 /// # Errors
-/// [`Error::Unavailable`] without a driver, without a GPU, with a driver older than the kernels, or in a forked process.
+/// [`Error::Unavailable`] without a driver, without a GPU, with a driver older than the kernels, or in a
+/// forked process.
 fn initialise() -> Result<()> {
     check_process()?;
-    // Loading the library is slow, so it is done once; without a lock, which a fork could leave held for ever.
+    // Loading the library is slow, so it is done once; without a lock, which a fork could leave held for
+    // ever.
     if HOME.load(Ordering::Acquire) == 0 {
         // SAFETY: loads and unloads libcuda; its initialisers have no precondition.
         if !unsafe { sys::is_culib_present() } {
@@ -79,13 +81,13 @@ fn initialise() -> Result<()> {
     Ok(())
 }
 
-/// Notes which context is current in the calling thread, and makes it current again when it goes: callers of the
-/// runtime, of torch or of another library have one of their own.
-pub(super) struct Kept {
+/// Notes which context is current in the calling thread, and makes it current again when it goes: callers of
+/// the runtime, of torch or of another library have one of their own.
+pub(super) struct CallersContext {
     before: sys::CUcontext,
 }
 
-impl Kept {
+impl CallersContext {
     fn new() -> Result<Self> {
         check_process()?;
         let before = check("cuCtxGetCurrent", result::ctx::get_current())?;
@@ -93,7 +95,7 @@ impl Kept {
     }
 }
 
-impl Drop for Kept {
+impl Drop for CallersContext {
     fn drop(&mut self) {
         let now = result::ctx::get_current().map(|now| now.unwrap_or(std::ptr::null_mut()));
         if now != Ok(self.before) {
@@ -112,8 +114,8 @@ impl Primary {
     ///
     /// # Errors
     /// [`Error::Device`] if the driver refuses; [`Error::Unavailable`] in a forked process.
-    pub(super) fn enter(&self) -> Result<Kept> {
-        let kept = Kept::new()?;
+    pub(super) fn enter(&self) -> Result<CallersContext> {
+        let kept = CallersContext::new()?;
         check("cuCtxSetCurrent", self.0.bind_to_thread())?;
         Ok(kept)
     }
@@ -129,8 +131,9 @@ impl Deref for Primary {
 
 impl Drop for Primary {
     fn drop(&mut self) {
-        // The last share makes the context current to release it. In a forked process there is nothing to release.
-        let Ok(_kept) = Kept::new() else { return };
+        // The last share makes the context current to release it. In a forked process there is nothing to
+        // release.
+        let Ok(_kept) = CallersContext::new() else { return };
         // SAFETY: dropped only here, and not used after.
         unsafe { ManuallyDrop::drop(&mut self.0) };
     }
@@ -162,7 +165,7 @@ pub(super) fn context(ordinal: usize) -> Result<Primary> {
         return Err(Error::Unavailable(format!("there is no cuda:{ordinal}; this machine has {found}")));
     }
     // cudarc makes the context current.
-    let _kept = Kept::new()?;
+    let _kept = CallersContext::new()?;
     let context = check("cuDevicePrimaryCtxRetain", CudaContext::new(ordinal))?;
     let context = Primary(ManuallyDrop::new(context));
     let (major, minor) = check("cuDeviceGetAttribute", context.compute_capability())?;

@@ -38,14 +38,13 @@ impl Drop for Event {
 pub(super) fn capture_of(stream: sys::CUstream) -> Result<Option<u64>> {
     let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
     let mut number = 0;
-    let none = std::ptr::null_mut;
     // SAFETY: the two outlive the call, which writes one value to each; the others may be null.
     let answer = unsafe {
         sys::cuStreamGetCaptureInfo_v3(
             stream,
             &raw mut status,
             &raw mut number,
-            none(),
+            std::ptr::null_mut(),
             std::ptr::null_mut(),
             std::ptr::null_mut(),
             std::ptr::null_mut(),

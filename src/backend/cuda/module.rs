@@ -73,7 +73,8 @@ impl Module {
     }
 }
 
-/// The kernels of a loaded image. Asking each image for each name would make the driver report an error for all but one.
+/// The kernels of a loaded image. Asking each image for each name would make the driver report an error for
+/// all but one.
 fn functions(image: sys::CUmodule) -> Result<Vec<sys::CUfunction>> {
     let mut count = 0;
     // SAFETY: `count` outlives the call, which writes one integer.

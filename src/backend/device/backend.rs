@@ -12,22 +12,23 @@ use crate::loss::{Batch, Hypergradient, LossOutput, LossSettings, RowNumbers, Ro
 /// How a device backend works.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Options {
-    /// Bytes for the candidates of all tiles; tiles that do not fit are recomputed. Default [`Options::SHARE_OF_FREE`].
+    /// Bytes for the candidates of all tiles; tiles that do not fit are recomputed. Default
+    /// [`Options::SHARE_OF_FREE`].
     pub budget: usize,
-    /// Whether f32 rows are multiplied to f32's precision (the default), or as TF32 would: rounded to 11 bits (f16, entries below
-    /// 6e-5 to an absolute 3e-8), with products summed in f32.
-    pub exact: bool,
+    /// Whether f32 rows are multiplied as TF32 would: rounded to 11 bits (f16, entries below 6e-5 to an
+    /// absolute 3e-8), with products summed in f32. Default false: to f32's precision.
+    pub tf32: bool,
 }
 
 impl Options {
-    /// The budget that is a quarter of the memory free when the backend is made. Of it a loss takes what all pairs of its
-    /// batch would, at most: 8 bytes each.
+    /// The budget that is a quarter of the memory free when the backend is made. Of it a loss takes what all
+    /// pairs of its batch would, at most: 8 bytes each.
     pub const SHARE_OF_FREE: usize = usize::MAX;
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { budget: Self::SHARE_OF_FREE, exact: true }
+        Self { budget: Self::SHARE_OF_FREE, tf32: false }
     }
 }
 
@@ -77,7 +78,7 @@ impl<D: Device> DeviceBackend<D> {
     }
 
     pub(super) fn precision(&self, rows: &Rows<'_>) -> Precision {
-        Precision::of(&rows.embeddings, self.options.exact)
+        Precision::of(rows.embeddings.element_type(), self.options.tf32)
     }
 }
 

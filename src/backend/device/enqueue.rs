@@ -1,7 +1,9 @@
-//! Losses that are issued and not waited for, whole or in steps: everything that goes in and out lies in device memory.
+//! Losses that are issued and not waited for, whole or in steps: everything that goes in and out lies in
+//! device memory.
 //!
-//! After the first call of a shape nothing is allocated, looked up or copied between host and device, so that a
-//! caller can capture the calls in a graph. A bad row shows by a loss and gradients of NaN, and by its index in the scalars.
+//! After the first call of a shape nothing is allocated, looked up or copied between host and device, so that
+//! a caller can capture the calls in a graph. A bad row shows by a loss and gradients of NaN, and by its
+//! index in the scalars.
 
 use super::launcher::Launcher;
 use super::layout::{Remembered, ResidentOutput};
@@ -41,9 +43,9 @@ pub struct ResidentPart {
     pub identity: ResidentIdentity,
     /// B of 1/B.
     pub total: usize,
-    /// Whether rows are of any length but 0: they are compared at unit length, and the gradients are theirs as they are given.
-    /// Of a whole loss alone; tangents of a hypergradient after it are those of the unit rows.
-    pub any_length: bool,
+    /// Whether rows are of any length but 0: they are compared at unit length, and the gradients are theirs
+    /// as they are given. Of a whole loss alone, after which nothing is remembered for a hypergradient.
+    pub normalize: bool,
 }
 
 /// Settings of a loss, of which the thresholds may lie in device memory.
@@ -85,14 +87,14 @@ impl ResidentPart {
         Ok(())
     }
 
-    fn shape(&self, exact: bool, numbers: bool) -> Shape {
+    fn shape(&self, tf32: bool, numbers: bool) -> Shape {
         let rectangular = self.batch.references.is_some();
         Shape {
             total: self.total,
             identity: rectangular && self.identity != ResidentIdentity::ByValue,
             numbers: rectangular && numbers,
-            any_length: self.any_length,
-            ..self.batch.shape(exact)
+            normalize: self.normalize,
+            ..self.batch.shape(tf32)
         }
     }
 
@@ -142,11 +144,12 @@ impl<D: Device> DeviceBackend<D> {
         let mut loss = self.begin_resident(part, settings, false)?;
         let input = part.input();
         self.issuing(&mut loss, |launcher, base, loss| issue_loss(launcher, base, loss, &input, output))?;
-        self.remembered = Some(loss);
+        self.remembered = (!part.normalize).then_some(loss);
         Ok(())
     }
 
-    /// Issues the first step of a part, see [`Backend::same_class`](crate::backend::Backend::same_class): m+ goes to `min_pos`, `[B]`.
+    /// Issues the first step of a part, see [`Backend::same_class`](crate::backend::Backend::same_class): m+
+    /// goes to `min_pos`, `[B]`.
     ///
     /// # Errors
     /// As [`enqueue_loss`](Self::enqueue_loss).
@@ -160,9 +163,9 @@ impl<D: Device> DeviceBackend<D> {
         min_pos: u64,
     ) -> Result<()> {
         aligned("min_pos", min_pos, 4)?;
-        if part.any_length {
+        if part.normalize {
             let (value, range) = ("true".into(), "false for a part of a batch");
-            return Err(Error::InvalidSetting { name: "any_length", value, range });
+            return Err(Error::InvalidSetting { name: "normalize", value, range });
         }
         let mut loss = self.begin_resident(part, settings, true)?;
         loss.step = Some(Step::SameClass);
@@ -176,13 +179,16 @@ impl<D: Device> DeviceBackend<D> {
         Ok(())
     }
 
-    /// Issues the second step: m- goes to `max_neg`, `[B]`, and the part's n_neg of the probe and N_pos to `totals`, two u64.
+    /// Issues the second step: m- goes to `max_neg`, `[B]`, and the part's n_neg of the probe and N_pos to
+    /// `totals`, two u64.
     ///
     /// # Errors
-    /// [`Error::OutOfOrder`] without the step before it, or for another shape; as [`enqueue_loss`](Self::enqueue_loss).
+    /// [`Error::OutOfOrder`] without the step before it, or for another shape; as
+    /// [`enqueue_loss`](Self::enqueue_loss).
     ///
     /// # Safety
-    /// As [`enqueue_loss`](Self::enqueue_loss), and rows, labels and identity must be those of the first step.
+    /// As [`enqueue_loss`](Self::enqueue_loss), and rows, labels and identity must be those of the first
+    /// step.
     pub unsafe fn enqueue_sweep(
         &mut self,
         part: &ResidentPart,
@@ -203,7 +209,8 @@ impl<D: Device> DeviceBackend<D> {
         Ok(())
     }
 
-    /// Issues the third step, for the sums of `totals` over all parts: |P_i| and |N_i| go to `counts`, `[B]`, u32 each.
+    /// Issues the third step, for the sums of `totals` over all parts: |P_i| and |N_i| go to `counts`, `[B]`,
+    /// u32 each.
     ///
     /// # Errors
     /// As [`enqueue_sweep`](Self::enqueue_sweep).
@@ -266,9 +273,9 @@ impl<D: Device> DeviceBackend<D> {
         self.remembered = None;
         settings.settings.validate()?;
         part.validate()?;
-        let shape = part.shape(self.options.exact, numbers);
+        let shape = part.shape(self.options.tf32, numbers);
         shape.check()?;
-        let mut loss = self.begin(shape, &settings.settings, true)?;
+        let mut loss = self.begin(shape, &settings.settings, true);
         if settings.lambda != 0 {
             aligned("lambda", settings.lambda, 8)?;
             loss.settings.lambda = settings.lambda;
@@ -283,7 +290,7 @@ impl<D: Device> DeviceBackend<D> {
     fn go_on_resident(&mut self, part: &ResidentPart, step: Step) -> Result<Remembered> {
         let last = step.take_last(&mut self.remembered, |last| last.step)?;
         part.validate()?;
-        if last.shape != part.shape(self.options.exact, true) {
+        if last.shape != part.shape(self.options.tf32, true) {
             return Err(Error::OutOfOrder("a step needs the part of the step before it: its shape differs"));
         }
         Ok(Remembered { step: Some(step), ..last })

@@ -21,7 +21,8 @@ pub enum Kernel {
     OrderTilesWide,
     /// order.cu: merges what is sorted.
     OrderMerge,
-    /// prepare.cu: rows into class order, norms checked, classes, and what a positive of each row must stay below.
+    /// prepare.cu: rows into class order, norms checked, classes, and what a positive of each row must stay
+    /// below.
     Prepare(Precision),
     /// The same on Hopper's warpgroup products.
     PrepareHopper(Precision),
@@ -53,10 +54,11 @@ pub enum Kernel {
     Weigh,
     /// gradient.cu: the gradient of one side.
     Gradient(Precision),
-    /// gradient_hopper.cu: the same on Hopper's warpgroup products; gradient_hopper_f32.cu of f32 to its own precision.
+    /// gradient_hopper.cu: the same on Hopper's warpgroup products; gradient_hopper_f32.cu of f32 to its
+    /// own precision.
     GradientHopper(Precision),
-    /// unit_length_backward.cu: the gradient of rows of any length from that of the unit rows.
-    LeadBack(Precision),
+    /// normalize_backward.cu: the gradient of rows of any length from that of the unit rows.
+    NormalizeBackward(Precision),
     /// threshold.cu: the hyper-gradient's sums of each block.
     Threshold(Precision),
     /// The same where S was multiplied on Hopper's warpgroup products.
@@ -109,9 +111,9 @@ impl Kernel {
             Self::Weigh => "weigh",
             Self::Gradient(precision) => precise!(precision, "gradient"),
             Self::GradientHopper(precision) => precise!(precision, "gradient_hopper"),
-            Self::LeadBack(Precision::F32 | Precision::RoundedF32) => "lead_back_f32",
-            Self::LeadBack(Precision::F16) => "lead_back_f16",
-            Self::LeadBack(Precision::Bf16) => "lead_back_bf16",
+            Self::NormalizeBackward(Precision::F32 | Precision::RoundedF32) => "normalize_backward_f32",
+            Self::NormalizeBackward(Precision::F16) => "normalize_backward_f16",
+            Self::NormalizeBackward(Precision::Bf16) => "normalize_backward_bf16",
             Self::Threshold(precision) => precise!(precision, "threshold"),
             Self::ThresholdHopper(precision) => precise!(precision, "threshold_hopper"),
             Self::ThresholdSum => "threshold_sum",
@@ -183,7 +185,7 @@ impl Kernel {
             Self::GradientHopper(precision) => {
                 precision.pick(GRADIENT_HOPPER_SHARED_BYTES, GRADIENT_SPLIT_SHARED_BYTES)
             }
-            Self::LeadBack(_) => 0,
+            Self::NormalizeBackward(_) => 0,
             Self::ThresholdSum => SUM_SHARED_BYTES,
             Self::Retrieval(precision) => precision.pick(SHARING_STAGES_BYTES, SIMILARITY_STAGES_BYTES),
             Self::RetrievalHopper(precision) => {

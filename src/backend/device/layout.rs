@@ -62,7 +62,7 @@ impl SideRegions {
 
 /// Whether rows are checked, and how far their norms may be from 1.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct RowCheck {
+pub(super) struct RowTolerance {
     pub(super) check: UnitCheck,
     pub(super) tolerance: f64,
 }
@@ -110,8 +110,8 @@ impl LossLayout {
     /// The workspace as a function of the shape, the budget for candidates and the GPU's size.
     ///
     /// For B anchors of D dimensions in the square form, with stride D' and s splits (0 for one, whose
-    /// kernels write the gradient itself), about `B D e + B D' (e + 4 s) + 4 B D + 164 B + 8 tiles` bytes with
-    /// elements of e bytes (prepared 2 of f32 that is rounded), and the budget.
+    /// kernels write the gradient itself), about `B D e + B D' (e + 4 s) + 4 B D + 164 B + 8 tiles` bytes
+    /// with elements of e bytes (prepared 2 of f32 that is rounded), and the budget.
     ///
     /// `resident`: input and gradients stay in the caller's memory, so none is set aside for them.
     pub(super) fn new(shape: &Shape, budget: usize, gpu: DeviceProperties, resident: bool) -> Self {
@@ -201,7 +201,7 @@ impl LossLayout {
             run_order: layout.region::<u32>(merged),
             rows: layout.region::<u8>(padded * stride * shape.precision.stored_bytes()),
             square_sums: layout.region::<f64>(count),
-            lengths: layout.region::<f64>(if shape.any_length { count } else { 0 }),
+            lengths: layout.region::<f64>(if shape.normalize { count } else { 0 }),
             duplicate: layout.region::<f32>(padded),
             column_sums: layout.region::<f32>(tiles(count) * stride),
             ways: layout.region::<u8>(if_wanted(tiles(count))),

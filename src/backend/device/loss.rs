@@ -6,7 +6,7 @@ use super::passes::issue_loss;
 use super::shape::Shape;
 use super::transfer::{download_anchors, download_gradients, download_scalars, upload};
 use super::{Device, DeviceBackend};
-use crate::loss::{Batch, Embeddings, Identity, LossOutput, LossSettings, Rows};
+use crate::loss::{Batch, Identity, LossOutput, LossSettings, Rows};
 use crate::{Error, Result};
 
 impl<D: Device> DeviceBackend<D> {
@@ -37,18 +37,22 @@ impl<D: Device> DeviceBackend<D> {
         self.run_loss_of(self.shape(batch), batch, settings, output)
     }
 
-    /// [`Backend::loss`](crate::backend::Backend::loss) of rows of any length but 0: they are compared at unit length, and the
-    /// gradients are those of the rows as they are given. A hypergradient after it takes tangents of the unit rows.
+    /// [`Backend::loss`](crate::backend::Backend::loss) of rows of any length but 0: they are compared at
+    /// unit length, and the gradients are those of the rows as they are given. Nothing is remembered for
+    /// [`Backend::hypergradient`](crate::backend::Backend::hypergradient).
     ///
     /// # Errors
     /// As [`Backend::loss`](crate::backend::Backend::loss); [`Error::NotUnit`] for a row of zeros.
-    pub fn loss_of_any_length(
+    pub fn normalized_loss(
         &mut self,
         batch: &Batch<'_>,
         settings: &LossSettings,
         output: &mut LossOutput,
     ) -> Result<()> {
-        self.run_loss_of(Shape { any_length: true, ..self.shape(batch) }, batch, settings, output)
+        let shape = Shape { normalize: true, ..self.shape(batch) };
+        let done = self.run_loss_of(shape, batch, settings, output);
+        self.remembered = None;
+        done
     }
 
     fn run_loss_of(
@@ -64,7 +68,7 @@ impl<D: Device> DeviceBackend<D> {
         same_type(batch)?;
         shape.check()?;
         let labels = Remembered::keep_labels(last, batch);
-        let loss = Remembered { labels, ..self.begin(shape, settings, false)? };
+        let loss = Remembered { labels, ..self.begin(shape, settings, false) };
         let layout = &loss.layout;
         let Self { device, loss: workspace, .. } = self;
         let buffer = workspace.lay(device, &layout.layout)?;
@@ -78,38 +82,28 @@ impl<D: Device> DeviceBackend<D> {
         Ok(())
     }
 
-    /// Lays out the workspace; the first kernel zeroes what the passes count up in.
-    pub(super) fn begin(
-        &mut self,
-        shape: Shape,
-        settings: &LossSettings,
-        resident: bool,
-    ) -> Result<Remembered> {
-        let layout = LossLayout::new(&shape, self.options.budget, self.device.properties(), resident);
-        let Self { device, loss, .. } = self;
-        loss.lay(device, &layout.layout)?;
-        Ok(Remembered {
+    /// Plans the workspace; the first kernel zeroes what the passes count up in.
+    pub(super) fn begin(&self, shape: Shape, settings: &LossSettings, resident: bool) -> Remembered {
+        Remembered {
             shape,
-            layout,
+            layout: LossLayout::new(&shape, self.options.budget, self.device.properties(), resident),
             settings: device_settings(settings, &shape),
             host_settings: *settings,
             step: None,
             labels: None,
-        })
+        }
     }
 }
 
 /// Both sides must be multiplied in one type.
 pub(super) fn same_type(batch: &Batch<'_>) -> Result<()> {
     let Some(references) = &batch.references else { return Ok(()) };
-    match (&batch.anchors.embeddings, &references.embeddings) {
-        (Embeddings::F32(_), Embeddings::F32(_))
-        | (Embeddings::F16(_), Embeddings::F16(_))
-        | (Embeddings::Bf16(_), Embeddings::Bf16(_)) => Ok(()),
-        _ => Err(Error::InvalidSetting {
-            name: "references",
-            value: "another type than the anchors".into(),
-            range: "both f32, both f16 or both bf16",
-        }),
+    if batch.anchors.embeddings.element_type() == references.embeddings.element_type() {
+        return Ok(());
     }
+    Err(Error::InvalidSetting {
+        name: "references",
+        value: "another type than the anchors".into(),
+        range: "both f32, both f16 or both bf16",
+    })
 }

@@ -30,10 +30,11 @@ pub use kernel::Kernel;
 pub use layout::ResidentOutput;
 pub use plan::LaunchPlan;
 pub use precision::Precision;
-pub use resident::{ResidentBatch, ResidentRows, ResidentType};
+pub use resident::{ResidentBatch, ResidentRows};
 pub use workspace::Region;
 
 use crate::Result;
+pub use crate::loss::ElementType;
 
 /// A struct of `kernels/params.h` that a kernel takes as its only argument.
 ///
@@ -93,8 +94,8 @@ pub trait Device: Send {
     /// As [`download`](Device::download), from memory that may be another's.
     ///
     /// # Safety
-    /// `source` must be the address of as many live bytes of this device as `target` has, and what is written to
-    /// them must be in order with the device's stream.
+    /// `source` must be the address of as many live bytes of this device as `target` has, and what is written
+    /// to them must be in order with the device's stream.
     ///
     /// # Errors
     /// As [`download`](Device::download).

@@ -5,7 +5,10 @@
 
 include!(concat!(env!("OUT_DIR"), "/params.rs"));
 
+use std::mem::offset_of;
+
 use super::Params;
+use crate::loss::LossScalars as Written;
 
 macro_rules! kernel_parameters {
     ($($name:ident),* $(,)?) => {
@@ -27,7 +30,7 @@ kernel_parameters!(
     PairsParams,
     WeighParams,
     GradientParams,
-    LeadBackParams,
+    NormalizeBackwardParams,
     ThresholdParams,
     ThresholdSumParams,
     RetrievalParams,
@@ -47,4 +50,37 @@ macro_rules! read_from_words {
     };
 }
 
-read_from_words!(Counters, LossScalars, RowSums);
+read_from_words!(Counters, RowSums);
+
+/// What the kernels write is [`crate::loss::LossScalars`]: every field of the same type, in the same place.
+macro_rules! same_scalars {
+    ($($field:ident),* $(,)?) => {
+        const _: () = {
+            assert!(size_of::<Written>() == size_of::<LossScalars>());
+            $(assert!(offset_of!(Written, $field) == offset_of!(LossScalars, $field));)*
+        };
+        // Naming all fields, and giving each to the other's, fails for another type or one that is missing.
+        #[allow(dead_code, reason = "it is compiled, and that is the check")]
+        fn written(LossScalars { $($field),* }: LossScalars) -> Written {
+            Written { $($field),* }
+        }
+    };
+}
+same_scalars!(
+    loss,
+    dloss_dlambda_pos,
+    dloss_dlambda_neg,
+    mean_pos,
+    mean_neg,
+    gamma_pos,
+    gamma_neg,
+    probe_neg,
+    total_pos,
+    total_neg,
+    active,
+    bad_square_sum,
+    bad_anchor,
+    bad_reference,
+    mined_pos,
+    mined_neg,
+);

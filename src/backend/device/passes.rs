@@ -1,11 +1,14 @@
-//! The kernels of each pass, in order: class order (order.rs), same-class, sweep, selection, weights, gradient.
+//! The kernels of each pass, in order: class order (order.rs), same-class, sweep, selection, weights,
+//! gradient.
 //!
 //! Every decision on the way (adaptation, lists or tiles) is taken on the device.
 
 use super::launcher::Launcher;
 use super::layout::{Remembered, ResidentOutput, pointer, unless_empty};
 use super::order::issue_order;
-use super::params::{GradientParams, LeadBackParams, LossScalars, PairsParams, WEIGH_NO_WORDS, WeighParams};
+use super::params::{
+    GradientParams, LossScalars, NormalizeBackwardParams, PairsParams, WEIGH_NO_WORDS, WeighParams,
+};
 use super::plan::GradientGrid;
 use super::transfer::Input;
 use super::{Device, Kernel};
@@ -25,7 +28,7 @@ pub(super) fn issue_loss<D: Device>(
     issue_selection(launcher, base, loss)?;
     issue_weigh(launcher, base, loss, output, true)?;
     issue_gradients(launcher, base, loss, input.ends.map(|end| end.gradient))?;
-    issue_lead_back(launcher, base, loss, input)
+    issue_normalize_backward(launcher, base, loss, input)
 }
 
 /// m+ and the positives.
@@ -63,7 +66,8 @@ pub(super) fn issue_selection<D: Device>(
     launcher.launch(Kernel::SelectRecomputed(loss.shape.precision), false, &params)
 }
 
-/// Row weights and the results of each anchor, and the scalars to an address. `swept`: how the gradient goes, too.
+/// Row weights and the results of each anchor, and the scalars to an address. `swept`: how the gradient goes,
+/// too.
 pub(super) fn issue_weigh<D: Device>(
     launcher: &mut Launcher<'_, D>,
     base: u64,
@@ -145,26 +149,26 @@ fn issue_gradient<D: Device>(
 }
 
 /// The gradients of rows of any length, in place of those of the unit rows.
-pub(super) fn issue_lead_back<D: Device>(
+pub(super) fn issue_normalize_backward<D: Device>(
     launcher: &mut Launcher<'_, D>,
     base: u64,
     loss: &Remembered,
     input: &Input,
 ) -> Result<()> {
     let Remembered { shape, layout, .. } = loss;
-    let wanted = [shape.any_length, shape.any_length && shape.reference_gradient];
+    let wanted = [shape.normalize, shape.normalize && shape.reference_gradient];
     for (side, regions) in [&layout.anchors, &layout.references].into_iter().enumerate() {
         if !wanted[side] {
             continue;
         }
-        let params = LeadBackParams {
+        let params = NormalizeBackwardParams {
             rows: input.ends[side].rows as usize as *const std::ffi::c_void,
             lengths: pointer::<f64>(base, regions.lengths),
             gradient: input.ends[side].gradient as usize as *mut f32,
             count: shape.sides(side == 1).0 as u32,
             dim: shape.dim as u32,
         };
-        launcher.launch(Kernel::LeadBack(shape.precision), side == 1, &params)?;
+        launcher.launch(Kernel::NormalizeBackward(shape.precision), side == 1, &params)?;
     }
     Ok(())
 }

@@ -34,10 +34,10 @@ pub(super) struct GradientGrid {
 impl GradientGrid {
     /// Of `kernel`, of which `shape` says no more than the sizes.
     ///
-    /// Splits are as many as make few blocks fill the GPU, and the last of more not leave most of it idle. Each has a partial
-    /// result of its own, and the last one adds all. The least of: rounds of blocks, times what one takes, in thirds of a
-    /// tile. A part is written in the time of two tiles, and read again in that of two thirds (H200, 16 bits: a tile 1.7 us, a
-    /// part 128 KB).
+    /// Splits are as many as make few blocks fill the GPU, and the last of more not leave most of it idle.
+    /// Each has a partial result of its own, and the last one adds all. The least of: rounds of blocks, times
+    /// what one takes, in thirds of a tile. A part is written in the time of two tiles, and read again in
+    /// that of two thirds (H200, 16 bits: a tile 1.7 us, a part 128 KB).
     pub fn new(kernel: Kernel, shape: &Shape, of_references: bool, gpu: DeviceProperties) -> Self {
         let kernel = variant(kernel, gpu);
         let (own, others) = shape.sides(of_references);
@@ -65,7 +65,8 @@ pub(super) fn variant(kernel: Kernel, gpu: DeviceProperties) -> Kernel {
 }
 
 impl LaunchPlan {
-    /// Of a kernel of this GPU; of a search among all references in one part, and a merge without the room for its keys.
+    /// Of a kernel of this GPU; of a search among all references in one part, and a merge without the room
+    /// for its keys.
     pub(super) fn new(kernel: Kernel, shape: &Shape, of_references: bool, gpu: DeviceProperties) -> Self {
         let (rows, _) = shape.sides(of_references);
         let own = tiles(rows);
@@ -97,7 +98,7 @@ impl LaunchPlan {
                 line(shape.weigh_blocks() + finished)
             }
             Kernel::Gradient(_) | Kernel::GradientHopper(_) => gradient(),
-            Kernel::LeadBack(_) => line(rows.div_ceil(THREADS as usize / 32)),
+            Kernel::NormalizeBackward(_) => line(rows.div_ceil(THREADS as usize / 32)),
             // A block for each lambda.
             Kernel::Threshold(_) | Kernel::ThresholdHopper(_) => {
                 let [rows, columns, splits] = gradient();
@@ -151,7 +152,7 @@ mod tests {
             Kernel::SelectRecomputed(precision),
             Kernel::Weigh,
             Kernel::Gradient(precision),
-            Kernel::LeadBack(precision),
+            Kernel::NormalizeBackward(precision),
             Kernel::Threshold(precision),
             Kernel::ThresholdSum,
             Kernel::Retrieval(precision),

@@ -1,14 +1,14 @@
 //! In what numbers rows are given and multiplied.
 
-use crate::loss::Embeddings;
+use crate::loss::ElementType;
 
 /// In what numbers S and the gradient product are computed. Sums are f32 throughout.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Precision {
     /// f32 rows, as exact as f32 arithmetic: each product from three of f16.
     F32,
-    /// f32 rows, rounded to f16 when they are prepared, and f16 rows from there on: TF32's 11 bits of each entry, for a third of
-    /// the work or less.
+    /// f32 rows, rounded to f16 when they are prepared, and f16 rows from there on: TF32's 11 bits of each
+    /// entry, for a third of the work or less.
     RoundedF32,
     /// IEEE half precision rows.
     F16,
@@ -19,12 +19,12 @@ pub enum Precision {
 impl Precision {
     /// How rows of this type are multiplied.
     #[must_use]
-    pub fn of(embeddings: &Embeddings<'_>, exact: bool) -> Self {
-        match embeddings {
-            Embeddings::F32(_) if exact => Self::F32,
-            Embeddings::F32(_) => Self::RoundedF32,
-            Embeddings::F16(_) => Self::F16,
-            Embeddings::Bf16(_) => Self::Bf16,
+    pub fn of(element: ElementType, tf32: bool) -> Self {
+        match element {
+            ElementType::F32 if tf32 => Self::RoundedF32,
+            ElementType::F32 => Self::F32,
+            ElementType::F16 => Self::F16,
+            ElementType::Bf16 => Self::Bf16,
         }
     }
 

@@ -1,30 +1,17 @@
 //! Rows that are in the device's memory already: no copy of them, and none of the gradient.
 
 use bytemuck::cast_slice_mut;
-use half::{bf16, f16};
-use ndarray::aview2;
 
 use super::launcher::Launcher;
-use super::layout::{Ends, RowCheck};
+use super::layout::{Ends, RowTolerance};
 use super::passes::issue_loss;
 use super::retrieval::Searched;
 use super::shape::Shape;
 use super::transfer::{IdentityAt, Input, download_anchors, download_scalars, download_terms};
 use super::{Device, DeviceBackend, Precision};
-use crate::backend::Nearest;
-use crate::loss::{Embeddings, Hypergradient, LossOutput, LossSettings, UnitCheck};
+use crate::backend::{Nearest, Picked};
+use crate::loss::{ElementType, Hypergradient, LossOutput, LossSettings, UnitCheck};
 use crate::{Error, Result};
-
-/// Type of the rows behind an address.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ResidentType {
-    /// Single precision.
-    F32,
-    /// IEEE half precision.
-    F16,
-    /// Brain floating point.
-    Bf16,
-}
 
 /// One side of a batch: device addresses of rows, labels and the gradient to be written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,7 +32,7 @@ pub struct ResidentBatch {
     /// Dimensions D.
     pub dim: usize,
     /// Type of the rows of both sides.
-    pub dtype: ResidentType,
+    pub dtype: ElementType,
     /// The rows the loss is averaged over.
     pub anchors: ResidentRows,
     /// The rows they are compared with; `None` means the anchors.
@@ -54,20 +41,9 @@ pub struct ResidentBatch {
     pub check: UnitCheck,
 }
 
-impl ResidentType {
-    /// A matrix of this type without rows: it knows the type's precision and tolerance.
-    fn empty(self) -> Embeddings<'static> {
-        match self {
-            Self::F32 => Embeddings::F32(aview2::<f32, 0>(&[])),
-            Self::F16 => Embeddings::F16(aview2::<f16, 0>(&[])),
-            Self::Bf16 => Embeddings::Bf16(aview2::<bf16, 0>(&[])),
-        }
-    }
-}
-
 impl ResidentBatch {
-    pub(super) fn shape(&self, exact: bool) -> Shape {
-        let precision = Precision::of(&self.dtype.empty(), exact);
+    pub(super) fn shape(&self, tf32: bool) -> Shape {
+        let precision = Precision::of(self.dtype, tf32);
         Shape {
             references: self.references.map(|rows| rows.count),
             reference_gradient: self.references.is_some_and(|rows| rows.gradient != 0),
@@ -86,8 +62,8 @@ impl ResidentBatch {
         Input { ends: both.map(ends), check: self.row_check(), identity: IdentityAt::default() }
     }
 
-    fn row_check(&self) -> RowCheck {
-        RowCheck { check: self.check, tolerance: self.dtype.empty().norm_tolerance() }
+    fn row_check(&self) -> RowTolerance {
+        RowTolerance { check: self.check, tolerance: self.dtype.norm_tolerance() }
     }
 
     /// The sides there are; `first` is what messages call the anchors.
@@ -97,12 +73,11 @@ impl ResidentBatch {
     }
 
     fn validate_rows(&self, first: &'static str) -> Result<()> {
-        let element = if self.dtype == ResidentType::F32 { 4 } else { 2 };
         for (name, rows) in self.sides(first) {
             if rows.count == 0 || self.dim == 0 {
                 return Err(Error::Empty { rows: name });
             }
-            aligned("embeddings", rows.embeddings, element)?;
+            aligned("embeddings", rows.embeddings, self.dtype.bytes() as u64)?;
         }
         Ok(())
     }
@@ -113,6 +88,23 @@ impl ResidentBatch {
             let range = "rows of a batch in the square form";
             Err(Error::InvalidSetting { name: "picked", value: row.to_string(), range })
         })
+    }
+
+    /// One side of a search, or the rows of it that are picked; `all` is the shape of a batch in these types.
+    fn searched<'a>(
+        &self,
+        name: &'static str,
+        rows: &ResidentRows,
+        picked: Option<&'a [u32]>,
+        all: Shape,
+    ) -> Result<Searched<'a>> {
+        self.validate_picked(picked.unwrap_or_default())?;
+        let count = picked.map_or(rows.count, <[u32]>::len);
+        if count == 0 {
+            return Err(Error::Empty { rows: name });
+        }
+        let (shape, check) = (Shape { anchors: count, ..all }, self.row_check());
+        Ok(Searched { name, shape, check, resident: true, picked: picked.map(|picked| (picked, rows.count)) })
     }
 
     pub(super) fn validate(&self) -> Result<()> {
@@ -139,12 +131,13 @@ pub(super) fn aligned(name: &'static str, address: u64, alignment: u64) -> Resul
 }
 
 impl<D: Device> DeviceBackend<D> {
-    /// [`Backend::loss`](crate::backend::Backend::loss) on device memory, without copies: the gradient is written where the
-    /// batch says. Returns when it is there. Only the scalars of `output` are
-    /// filled; its gradients and values per anchor are left empty.
+    /// [`Backend::loss`](crate::backend::Backend::loss) on device memory, without copies: the gradient is
+    /// written where the batch says. Returns when it is there. Only the scalars of `output` are filled; its
+    /// gradients and values per anchor are left empty.
     ///
     /// # Errors
-    /// As [`Backend::loss`](crate::backend::Backend::loss), and [`Error::InvalidSetting`] for an address that is null or not aligned.
+    /// As [`Backend::loss`](crate::backend::Backend::loss), and [`Error::InvalidSetting`] for an address that
+    /// is null or not aligned.
     ///
     /// # Safety
     /// Every address must lead to live memory of this device, of the length its
@@ -159,9 +152,9 @@ impl<D: Device> DeviceBackend<D> {
         self.remembered = None;
         settings.validate()?;
         batch.validate()?;
-        let shape = batch.shape(self.options.exact);
+        let shape = batch.shape(self.options.tf32);
         shape.check()?;
-        let loss = self.begin(shape, settings, true)?;
+        let loss = self.begin(shape, settings, true);
         let input = batch.input();
         let Self { device, loss: workspace, .. } = self;
         let buffer = workspace.lay(device, &loss.layout.layout)?;
@@ -171,18 +164,6 @@ impl<D: Device> DeviceBackend<D> {
         download_scalars(device, buffer, &loss, input.check.tolerance, output)?;
         self.remembered = Some(loss);
         Ok(())
-    }
-
-    /// The device address of the scalars of the last loss that was waited for, a
-    /// [`LossScalars`](super::params::LossScalars); until the next call. One that was enqueued has them where its caller said.
-    ///
-    /// # Errors
-    /// [`Error::OutOfOrder`] without a loss before it.
-    pub fn scalars_of_last_loss(&mut self) -> Result<u64> {
-        let (Some(remembered), Some(buffer)) = (&self.remembered, self.loss.buffer()) else {
-            return Err(Error::OutOfOrder("the scalars need a loss before them"));
-        };
-        Ok(remembered.scalars_at(self.device.address(buffer)).scalars)
     }
 
     /// Fills in the values per anchor (`min_pos`, `max_neg`, `count_pos`, `count_neg`) of the last loss,
@@ -198,8 +179,8 @@ impl<D: Device> DeviceBackend<D> {
         download_anchors(device, buffer, remembered, output)
     }
 
-    /// What each anchor of the last loss adds to it, and whether its gradient is a product of tiles; otherwise it was
-    /// summed pair by pair.
+    /// What each anchor of the last loss adds to it, and whether its gradient is a product of tiles;
+    /// otherwise it was summed pair by pair.
     ///
     /// # Errors
     /// [`Error::OutOfOrder`] without a loss before it; [`Error::Device`] if a copy fails.
@@ -211,12 +192,12 @@ impl<D: Device> DeviceBackend<D> {
         download_terms(device, buffer, remembered)
     }
 
-    /// [`Backend::hypergradient`](crate::backend::Backend::hypergradient) with f32 tangents in device memory, `[B, D]` and `[N, D]`;
-    /// 0 for the references' means zero. They are not checked for NaN.
+    /// [`Backend::hypergradient`](crate::backend::Backend::hypergradient) with f32 tangents in device memory,
+    /// `[B, D]` and `[N, D]`; 0 for the references' means zero. They are not checked for NaN.
     ///
     /// # Errors
-    /// As [`Backend::hypergradient`](crate::backend::Backend::hypergradient), and [`Error::InvalidSetting`] for an address that is null or
-    /// not aligned.
+    /// As [`Backend::hypergradient`](crate::backend::Backend::hypergradient), and [`Error::InvalidSetting`]
+    /// for an address that is null or not aligned.
     ///
     /// # Safety
     /// As [`loss_resident`](Self::loss_resident), for the tangents; only the batch's shape is looked at.
@@ -231,54 +212,52 @@ impl<D: Device> DeviceBackend<D> {
         }
         // In the square form both sides move alike.
         let tangents = [tangents[0], if batch.references.is_some() { tangents[1] } else { 0 }];
-        self.sum_threshold(batch.shape(self.options.exact), true, |_, _, _| Ok(tangents))
+        self.sum_threshold(batch.shape(self.options.tf32), true, |_, _, _| Ok(tangents))
     }
 
-    /// [`Backend::nearest`](crate::backend::Backend::nearest) on device memory, without a copy of the rows; the lists
-    /// come to the host. Labels and gradients of the batch are not looked at, and its check is obeyed.
+    /// [`Backend::nearest`](crate::backend::Backend::nearest) on device memory, without a copy of the rows;
+    /// the lists come to the host. Labels and gradients of the batch are not looked at, and its check is
+    /// obeyed.
     ///
-    /// `picked` rows of the square form are searched among themselves, as if there were no others: lists and
-    /// their entries are numbered as `picked` is. Only these rows are checked, and errors have the batch's numbers.
+    /// Of `picked` rows of the square form, the lists are those of the queries, numbered as they are, and
+    /// hold numbers of the gallery's rows as they are listed. Only these rows are checked, and errors have
+    /// the batch's numbers.
     ///
     /// # Errors
-    /// As [`Backend::nearest`](crate::backend::Backend::nearest), and [`Error::InvalidSetting`] for an address that is
-    /// null or not aligned, for a picked row that the batch does not have, or where it has references.
+    /// As [`Backend::nearest`](crate::backend::Backend::nearest), and [`Error::InvalidSetting`] for an
+    /// address that is null or not aligned, for a picked row that the batch does not have, or where it has
+    /// references.
     ///
     /// # Safety
     /// As [`loss_resident`](Self::loss_resident), for the embeddings.
     pub unsafe fn nearest_resident(
         &mut self,
         batch: &ResidentBatch,
-        picked: Option<&[u32]>,
+        picked: Option<&Picked<'_>>,
         k: usize,
     ) -> Result<Nearest> {
         batch.validate_rows("queries")?;
-        batch.validate_picked(picked.unwrap_or_default())?;
-        let all = batch.shape(self.options.exact);
-        let shape = Shape { anchors: picked.map_or(all.anchors, <[u32]>::len), ..all };
-        if shape.anchors == 0 {
-            return Err(Error::Empty { rows: "queries" });
-        }
-        let picked = picked.map(|rows| (rows, all.anchors));
-        let check = batch.row_check();
-        let side = |name, shape, picked| Searched { name, shape, check, resident: true, picked };
-        let queries = side("queries", Shape { references: None, ..shape }, picked);
+        let all = Shape { references: None, ..batch.shape(self.options.tf32) };
+        let queries = batch.searched("queries", &batch.anchors, picked.map(|picked| picked.queries), all)?;
+        let gallery = match (picked, &batch.references) {
+            (Some(picked), _) => Some(("queries", &batch.anchors, picked.gallery)),
+            (None, Some(references)) => Some(("references", references, None)),
+            (None, None) => None,
+        };
         let there = |address: u64| move |_: &mut D, _: &mut D::Buffer, _| Ok(address);
         let place = there(batch.anchors.embeddings);
-        let Some(references) = batch.references else { return self.find(&queries, None, k, &place) };
-        let gallery = Shape { anchors: references.count, references: None, ..shape };
-        self.with_gallery(
-            &side("references", gallery, None),
-            &there(references.embeddings),
-            |backend, gallery| backend.find(&queries, Some(gallery), k, &place),
-        )
+        let Some((name, rows, listed)) = gallery else { return self.find(&queries, None, k, &place) };
+        let side = batch.searched(name, rows, listed, all)?;
+        self.with_gallery(&side, &there(rows.embeddings), |backend, gallery| {
+            backend.find(&queries, Some(gallery), k, &place)
+        })
     }
 
     /// Copies the labels of rows in device memory to the host.
     ///
     /// # Errors
-    /// [`Error::InvalidSetting`] for an address that is null or not aligned; [`Error::OutOfMemory`] if the host cannot hold
-    /// them; [`Error::Device`] if the copy fails.
+    /// [`Error::InvalidSetting`] for an address that is null or not aligned; [`Error::OutOfMemory`] if the
+    /// host cannot hold them; [`Error::Device`] if the copy fails.
     ///
     /// # Safety
     /// As [`loss_resident`](Self::loss_resident), for the labels.

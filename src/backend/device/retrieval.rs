@@ -3,7 +3,7 @@
 use bytemuck::{cast_slice, cast_slice_mut};
 
 use super::launcher::Launcher;
-use super::layout::{RowCheck, pointer};
+use super::layout::{RowTolerance, pointer};
 use super::params::{Counters, PrepareParams, RetrievalParams, TILE};
 use super::plan::LaunchPlan;
 use super::search_plan::SearchPlan;
@@ -21,7 +21,7 @@ pub(super) struct Searched<'a> {
     pub(super) name: &'static str,
     /// Of these rows among themselves.
     pub(super) shape: Shape,
-    pub(super) check: RowCheck,
+    pub(super) check: RowTolerance,
     /// Whether the rows stay in the caller's memory, so that none is set aside for them.
     pub(super) resident: bool,
     /// The rows that take part, of how many.
@@ -36,7 +36,7 @@ pub(super) struct Gallery {
 }
 
 /// Where the rows of one side are read from and prepared to.
-struct SideRegions {
+struct SearchRegions {
     input: Region,
     /// Of the rows that take part, where not all do.
     picked: Region,
@@ -46,7 +46,7 @@ struct SideRegions {
     counters: Region,
 }
 
-impl SideRegions {
+impl SearchRegions {
     fn new(layout: &mut Layout, side: &Searched<'_>) -> Self {
         let Searched { shape, resident, picked, .. } = side;
         let (count, stored) = (shape.anchors, shape.precision.stored_bytes());
@@ -64,7 +64,7 @@ impl SideRegions {
 
 struct SearchLayout {
     layout: Layout,
-    queries: SideRegions,
+    queries: SearchRegions,
     keys: Region,
     counts: Region,
     indices: Region,
@@ -78,7 +78,7 @@ impl SearchLayout {
         let count = queries.shape.anchors;
         let lists = plan.turn * TILE as usize * plan.lists;
         Self {
-            queries: SideRegions::new(&mut layout, queries),
+            queries: SearchRegions::new(&mut layout, queries),
             keys: layout.region::<u64>(lists * plan.capacity),
             counts: layout.region::<u32>(lists),
             indices: layout.region::<u32>(count * k),
@@ -89,15 +89,15 @@ impl SearchLayout {
 }
 
 /// Puts rows into their region and answers their address, or where they lie already.
-type Place<'a, D> = &'a dyn Fn(&mut D, &mut <D as Device>::Buffer, Region) -> Result<u64>;
+type PutRows<'a, D> = &'a dyn Fn(&mut D, &mut <D as Device>::Buffer, Region) -> Result<u64>;
 
 /// Prepares rows; what is wrong with one of them, [`check`] says once the device has come so far.
 fn prepare<D: Device>(
     device: &mut D,
     buffer: &mut D::Buffer,
     side: &Searched<'_>,
-    regions: &SideRegions,
-    place: Place<'_, D>,
+    regions: &SearchRegions,
+    place: PutRows<'_, D>,
 ) -> Result<()> {
     let shape = side.shape;
     device.fill(buffer, regions.counters.offset, regions.counters.bytes, 0xff)?;
@@ -138,7 +138,7 @@ fn check<D: Device>(
     device: &mut D,
     buffer: &D::Buffer,
     side: &Searched<'_>,
-    regions: &SideRegions,
+    regions: &SearchRegions,
 ) -> Result<()> {
     let mut row = [0u32];
     device.download(buffer, regions.counters.offset + BAD_ROW, cast_slice_mut(&mut row))?;
@@ -205,7 +205,7 @@ impl<D: Device> DeviceBackend<D> {
 
     fn host_side(&self, name: &'static str, rows: &Rows<'_>) -> Result<Searched<'static>> {
         validate_rows(name, rows)?;
-        let check = RowCheck { check: UnitCheck::Check, tolerance: rows.embeddings.norm_tolerance() };
+        let check = RowTolerance { check: UnitCheck::Check, tolerance: rows.embeddings.norm_tolerance() };
         let shape = self.shape(&Batch::square(rows.embeddings, rows.labels));
         Ok(Searched { name, shape, check, resident: false, picked: None })
     }
@@ -219,12 +219,12 @@ impl<D: Device> DeviceBackend<D> {
     pub(super) fn with_gallery<T>(
         &mut self,
         side: &Searched<'_>,
-        place: Place<'_, D>,
+        place: PutRows<'_, D>,
         work: impl FnOnce(&mut Self, Gallery) -> Result<T>,
     ) -> Result<T> {
         side.shape.check()?;
         let mut layout = Layout::default();
-        let regions = SideRegions::new(&mut layout, side);
+        let regions = SearchRegions::new(&mut layout, side);
         let Self { device, gallery, .. } = self;
         let buffer = gallery.lay(device, &layout)?;
         prepare(device, buffer, side, &regions, place)?;
@@ -239,7 +239,7 @@ impl<D: Device> DeviceBackend<D> {
         queries: &Searched<'_>,
         gallery: Option<Gallery>,
         k: usize,
-        place: Place<'_, D>,
+        place: PutRows<'_, D>,
     ) -> Result<Nearest> {
         let count = queries.shape.anchors;
         let shape = Shape { references: gallery.map(|gallery| gallery.count), ..queries.shape };

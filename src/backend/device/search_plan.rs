@@ -1,15 +1,18 @@
-//! How a search is shared out: its lists, and the blocks that share a query tile. Pure functions of the shape.
+//! How a search is shared out: its lists, and the blocks that share a query tile. Pure functions of the
+//! shape.
 
 use super::DeviceProperties;
 use super::params::{RETRIEVAL_MERGED, RETRIEVAL_SLACK, THREADS, TILE};
 use super::shape::{Shape, tiles};
 
 /// Bytes of lists that are alive at once; more queries are searched in turns.
-/// A multiple of what all multiprocessors of one GPU work on (132 tiles of 128 queries, k = 10: 138 MB; k = 1,000: 554 MB).
+/// A multiple of what all multiprocessors of one GPU work on (132 tiles of 128 queries, k = 10: 138 MB; k =
+/// 1,000: 554 MB).
 const LIST_BYTES: usize = 1 << 30;
 /// What a block costs beside its tiles' products, in those: it begins, and cuts its lists in the end.
 const BLOCK_TILES: usize = 4;
-/// Rounds of a merge that take as long as the products of a tile of 512 dimensions, and merges of a multiprocessor at a time.
+/// Rounds of a merge that take as long as the products of a tile of 512 dimensions, and merges of a
+/// multiprocessor at a time.
 const TILE_ROUNDS: usize = 10;
 const MERGES: usize = 4;
 
@@ -20,8 +23,8 @@ pub(super) struct SearchPlan {
     pub kept: usize,
     /// Keys of a list, a power of two.
     pub capacity: usize,
-    /// Blocks that share a query tile, each a range of the references, so that few queries fill the GPU and the last of more do
-    /// not leave most of it idle.
+    /// Blocks that share a query tile, each a range of the references, so that few queries fill the GPU and
+    /// the last of more do not leave most of it idle.
     pub splits: usize,
     /// Lists of a query.
     pub lists: usize,

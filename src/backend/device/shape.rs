@@ -59,10 +59,11 @@ pub(super) struct Shape {
     pub total: usize,
     /// Whether somebody says which reference is an anchor; never in the square form.
     pub identity: bool,
-    /// Whether references may be anchors of the whole batch, with numbers of their own; never in the square form.
+    /// Whether references may be anchors of the whole batch, with numbers of their own; never in the square
+    /// form.
     pub numbers: bool,
-    /// Whether rows are brought to unit length first, and their gradients led back.
-    pub any_length: bool,
+    /// Whether rows are brought to unit length first, and their gradients into those of the rows as given.
+    pub normalize: bool,
 }
 
 impl Shape {
@@ -77,7 +78,7 @@ impl Shape {
             total: anchors,
             identity: false,
             numbers: false,
-            any_length: false,
+            normalize: false,
         }
     }
 
@@ -100,8 +101,8 @@ impl Shape {
         self.references.map_or(rows * (rows + 1) / 2, |count| rows * tiles(count))
     }
 
-    /// Kernels index rows, and the bytes of a tile's rows, with 32 bits, and a launch has at most 2^31 - 1 blocks. Nothing else
-    /// is computed from a shape before this: its products may not fit.
+    /// Kernels index rows, and the bytes of a tile's rows, with 32 bits, and a launch has at most 2^31 - 1
+    /// blocks. Nothing else is computed from a shape before this: its products may not fit.
     pub fn check(&self) -> Result<()> {
         let counts = [self.anchors, self.reference_count()];
         let counted = counts.iter().all(|&count| count <= (1 << 31) - TILE as usize);
@@ -117,8 +118,8 @@ impl Shape {
         })
     }
 
-    /// Units of [`POOL_UNIT`] candidates in the pool of all tiles, under a budget of bytes. 0 where it does not hold the bits
-    /// that say which pairs of a tile are candidates.
+    /// Units of [`POOL_UNIT`] candidates in the pool of all tiles, under a budget of bytes. 0 where it does
+    /// not hold the bits that say which pairs of a tile are candidates.
     pub fn pool(&self, budget: usize) -> usize {
         let units = (budget / POOL_UNIT / CANDIDATE).min(self.most_units()).min(u32::MAX as usize);
         if units * POOL_UNIT < TILE_MASK_WORDS as usize { 0 } else { units }
@@ -129,8 +130,8 @@ impl Shape {
         self.tiles() * (TILE * TILE) as usize / POOL_UNIT
     }
 
-    /// Columns of tiles whose rows are read again and again while the sweep is in their band: 16 MiB, which L2 holds beside
-    /// the rows of the blocks that are under way.
+    /// Columns of tiles whose rows are read again and again while the sweep is in their band: 16 MiB, which
+    /// L2 holds beside the rows of the blocks that are under way.
     pub fn band(&self) -> usize {
         let tile = TILE as usize * self.stride() * self.precision.stored_bytes();
         let columns = (BAND_BYTES / tile).max(1);
@@ -168,7 +169,8 @@ impl Shape {
         2.0f32.powi(log2 + 11)
     }
 
-    /// The same for the slopes of the weights by a lambda, which are up to a quarter of the sharpness as large.
+    /// The same for the slopes of the weights by a lambda, which are up to a quarter of the sharpness as
+    /// large.
     pub fn slope_scale(&self, sharpness: f64) -> f32 {
         if !self.precision.is_narrow() {
             return 1.0;
@@ -186,8 +188,8 @@ fn largest_term(settings: &LossSettings) -> f64 {
     largest(settings.alpha, settings.lambda_neg).max(largest(settings.beta, settings.lambda_pos))
 }
 
-/// Fixed-point units in 1.0 for a row's sums: as many as 62 bits hold of N terms; 2^50 of a sigmoid fit the words of a
-/// tile's sums (select.cu).
+/// Fixed-point units in 1.0 for a row's sums: as many as 62 bits hold of N terms; 2^50 of a sigmoid fit the
+/// words of a tile's sums (select.cu).
 pub(super) fn sum_scale(settings: &LossSettings, references: usize) -> f64 {
     2.0f64.powi((62 - (largest_term(settings) * references as f64).log2().ceil() as i32).min(50))
 }
@@ -288,8 +290,9 @@ mod tests {
         firsts.flat_map(in_band).collect()
     }
 
-    /// Bytes that a cache of `lines` tiles' rows, the least recently used leaving, fetches for Hopper's sweep of 132 blocks,
-    /// one tile each at a time: a column tile for every tile, a row tile where the row changes.
+    /// Bytes that a cache of `lines` tiles' rows, the least recently used leaving, fetches for Hopper's sweep
+    /// of 132 blocks, one tile each at a time: a column tile for every tile, a row tile where the row
+    /// changes.
     fn fetched(
         order: &[(usize, usize)],
         waves: usize,

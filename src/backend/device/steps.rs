@@ -64,7 +64,7 @@ impl<D: Device> DeviceBackend<D> {
             *output = LossOutput::default();
             return Ok(());
         }
-        let begun = self.begin(shape, settings, false)?;
+        let begun = self.begin(shape, settings, false);
         let loss = Remembered { step: Some(Step::SameClass), labels, ..begun };
         let Self { device, loss: workspace, .. } = self;
         let buffer = workspace.lay(device, &loss.layout.layout)?;

@@ -10,7 +10,7 @@ use super::plan::GradientGrid;
 use super::shape::Shape;
 use super::workspace::{Layout, Region};
 use super::{Device, DeviceBackend, DeviceProperties, Kernel};
-use crate::backend::step::{OTHER_LABELS, Step};
+use crate::backend::step::{NO_LOSS, OTHER_LABELS, Step};
 use crate::loss::{Batch, Hypergradient, TangentOf};
 use crate::{Error, Result};
 
@@ -81,8 +81,8 @@ impl<D: Device> DeviceBackend<D> {
         })
     }
 
-    /// The sums, with tangents at the addresses that `place` answers (0 for a reference tangent of zero, or where the
-    /// form is square); unless they are `resident`, it puts them into its buffer's regions.
+    /// The sums, with tangents at the addresses that `place` answers (0 for a reference tangent of zero, or
+    /// where the form is square); unless they are `resident`, it puts them into its buffer's regions.
     pub(super) fn sum_threshold(
         &mut self,
         shape: Shape,
@@ -91,16 +91,14 @@ impl<D: Device> DeviceBackend<D> {
     ) -> Result<Hypergradient> {
         let Self { device, loss, threshold, remembered, .. } = self;
         let (Some(remembered), Some(pairs_buffer)) = (remembered, loss.buffer()) else {
-            return Err(Error::OutOfOrder("the threshold pass needs a loss before it"));
+            return Err(Error::OutOfOrder(NO_LOSS));
         };
         if remembered.step.is_some_and(|step| step != Step::Gradient) {
-            return Err(Error::OutOfOrder("the threshold pass needs the last step of the loss before it"));
+            return Err(Error::OutOfOrder(NO_LOSS));
         }
         remembered.shape.size().is_of_last(shape.size())?;
         if remembered.shape.precision != shape.precision {
-            return Err(Error::OutOfOrder(
-                "the threshold pass needs the batch of the last loss, in its type",
-            ));
+            return Err(Error::OutOfOrder("hypergradient needs the batch of the last loss, in its type"));
         }
         let layout = ThresholdLayout::new(&shape, device.properties(), resident);
         let buffer = threshold.lay(device, &layout.layout)?;

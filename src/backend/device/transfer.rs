@@ -1,14 +1,15 @@
-//! What goes to the device and comes back: rows, labels and identity; scalars, results of the anchors, gradients.
+//! What goes to the device and comes back: rows, labels and identity; scalars, results of the anchors,
+//! gradients.
 
 use bytemuck::{cast_slice, cast_slice_mut};
 use ndarray::Array2;
 
 use super::Device;
-use super::layout::{Ends, LossLayout, Remembered, RowCheck, SideRegions};
-use super::params::{LossScalars, RowSums, TILE};
+use super::layout::{Ends, LossLayout, Remembered, RowTolerance, SideRegions};
+use super::params::{RowSums, TILE};
 use super::shape::tiles;
 use super::workspace::Region;
-use crate::loss::{Batch, Embeddings, Identity, LossOutput, Rows, check_unit};
+use crate::loss::{Batch, Embeddings, Identity, LossOutput, LossScalars, Rows, check_unit};
 use crate::{Error, Result};
 
 /// The `NO_ROW` of params.h, which C writes as an unsigned literal.
@@ -29,7 +30,7 @@ pub(super) fn matrix_bytes<'a>(embeddings: &'a Embeddings<'_>, rows: &'static st
 pub(super) struct Input {
     /// Of the anchors, and of the references.
     pub(super) ends: [Ends; 2],
-    pub(super) check: RowCheck,
+    pub(super) check: RowTolerance,
     pub(super) identity: IdentityAt,
 }
 
@@ -65,7 +66,7 @@ pub(super) fn upload<D: Device>(
         }
         Identity::List(_) => {}
     }
-    let check = RowCheck { check: batch.check, tolerance: batch.anchors.embeddings.norm_tolerance() };
+    let check = RowTolerance { check: batch.check, tolerance: batch.anchors.embeddings.norm_tolerance() };
     Ok(Input { ends: [layout.anchors.ends(base), layout.references.ends(base)], check, identity })
 }
 
@@ -92,23 +93,13 @@ pub(super) fn download_scalars<D: Device>(
     // u64s, so that the struct's alignment is met.
     let mut words = [0u64; size_of::<LossScalars>() / size_of::<u64>()];
     device.download(buffer, layout.scalars.offset, cast_slice_mut(&mut words))?;
-    let scalars = LossScalars::from_words(&words);
+    let scalars: LossScalars = bytemuck::cast(words);
     for (rows, row) in [("anchors", scalars.bad_anchor), ("references", scalars.bad_reference)] {
         if row != NO_ROW {
             check_unit(rows, row as usize, scalars.bad_square_sum, tolerance)?;
         }
     }
-    output.loss = scalars.loss;
-    output.gamma_pos = scalars.gamma_pos;
-    output.gamma_neg = scalars.gamma_neg;
-    output.probe_neg = scalars.probe_neg;
-    output.total_pos = scalars.total_pos;
-    output.total_neg = scalars.total_neg;
-    output.active = scalars.active;
-    output.dloss_dlambda_pos = scalars.dloss_dlambda_pos;
-    output.dloss_dlambda_neg = scalars.dloss_dlambda_neg;
-    output.mean_pos = scalars.mean_pos;
-    output.mean_neg = scalars.mean_neg;
+    output.set_scalars(&scalars);
     Ok(())
 }
 
@@ -131,7 +122,8 @@ pub(super) fn download_anchors<D: Device>(
     device.download(buffer, layout.count_neg.offset, cast_slice_mut(&mut output.count_neg))
 }
 
-/// What each anchor adds to the loss, and whether its row tile took the gradient's way of tiles; in the caller's order.
+/// What each anchor adds to the loss, and whether its row tile took the gradient's way of tiles; in the
+/// caller's order.
 pub(super) fn download_terms<D: Device>(
     device: &mut D,
     buffer: &D::Buffer,

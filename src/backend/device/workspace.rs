@@ -23,8 +23,8 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// The next region, of `count` elements of `T`. A layout beyond the address space has `usize::MAX` bytes, which
-    /// [`Workspace::lay`] refuses.
+    /// The next region, of `count` elements of `T`. A layout beyond the address space has `usize::MAX` bytes,
+    /// which [`Workspace::lay`] refuses.
     pub fn region<T>(&mut self, count: usize) -> Region {
         let region = Region { offset: self.end, bytes: count.saturating_mul(size_of::<T>()) };
         // The gap is what a device watches for kernels that run past a region.
@@ -56,8 +56,8 @@ impl<D: Device> Workspace<D> {
     /// Makes room for `layout`, keeping the old allocation if it is large enough.
     ///
     /// # Errors
-    /// [`Error::Device`](crate::Error::Device) if the device has not so much memory; [`Error::OutOfMemory`] if no address
-    /// space has.
+    /// [`Error::Device`](crate::Error::Device) if the device has not so much memory; [`Error::OutOfMemory`]
+    /// if no address space has.
     pub fn lay(&mut self, device: &mut D, layout: &Layout) -> Result<&mut D::Buffer> {
         if isize::try_from(layout.bytes()).is_err() {
             return Err(Error::OutOfMemory { what: "the device's workspace", bytes: layout.bytes() });

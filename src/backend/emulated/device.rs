@@ -8,7 +8,8 @@ use crate::backend::device::{Device, DeviceProperties, Kernel, LaunchPlan, Param
 use crate::{Error, Result};
 
 unsafe extern "C" {
-    /// kernels/emulation/machine.cpp: runs a kernel to its end. -1: no such kernel, or other threads or parameters.
+    /// kernels/emulation/machine.cpp: runs a kernel to its end. -1: no such kernel, or other threads or
+    /// parameters.
     fn ddtas_emulated_launch(
         name: *const c_char,
         grid: *const u32,

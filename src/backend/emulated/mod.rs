@@ -11,6 +11,9 @@ pub use device::EmulatedDevice;
 use super::Backend;
 use super::device::{DeviceBackend, Options};
 
+/// The schedule of a backend that is opened by name; the tests try others.
+pub(crate) const SCHEDULE_SEED: u64 = 0;
+
 /// The emulated backend with a schedule of its own.
 #[must_use]
 pub fn open(options: Options, seed: u64) -> Box<dyn Backend> {

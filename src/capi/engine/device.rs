@@ -2,55 +2,20 @@
 
 use super::super::failure::{Failure, Outcome};
 use super::super::input::CheckedRows;
-use std::mem::offset_of;
-
-use super::super::types::{Dtype, LossScalars, Status};
+use super::super::types::{LossScalars, Status};
 use super::{DeviceBatch, Engine, EngineOptions};
-use crate::backend::Nearest;
 use crate::backend::device::{
     Device, DeviceBackend, Options, ResidentBatch, ResidentIdentity, ResidentOutput, ResidentPart,
-    ResidentRows, ResidentSettings, ResidentType, params,
+    ResidentRows, ResidentSettings,
 };
+use crate::backend::{Nearest, Picked};
 use crate::loss::{Hypergradient, LossOutput, LossSettings};
-
-/// What the kernels write is what the header says: every field of theirs, of the same type, in the same place.
-macro_rules! same_scalars {
-    ($($field:ident),* $(,)?) => {
-        const _: () = {
-            assert!(size_of::<LossScalars>() == size_of::<params::LossScalars>());
-            $(assert!(offset_of!(LossScalars, $field) == offset_of!(params::LossScalars, $field));)*
-        };
-        // Naming all fields, and giving each to the other's, fails for another type or one that is missing.
-        #[allow(dead_code, reason = "it is compiled, and that is the check")]
-        fn header_scalars(params::LossScalars { $($field),* }: params::LossScalars) -> LossScalars {
-            LossScalars { $($field),* }
-        }
-    };
-}
-same_scalars!(
-    loss,
-    dloss_dlambda_pos,
-    dloss_dlambda_neg,
-    mean_pos,
-    mean_neg,
-    gamma_pos,
-    gamma_neg,
-    probe_neg,
-    total_pos,
-    total_neg,
-    active,
-    bad_square_sum,
-    bad_anchor,
-    bad_reference,
-    mined_pos,
-    mined_neg,
-);
 
 /// The backend's options from the caller's.
 pub fn backend_options(options: EngineOptions) -> Options {
     let default = Options::default();
     let budget = if options.budget == 0 { default.budget } else { options.budget };
-    Options { budget, exact: !options.tf32 }
+    Options { budget, tf32: options.tf32 }
 }
 
 fn side(rows: &CheckedRows, gradient: *mut f32) -> ResidentRows {
@@ -66,11 +31,7 @@ fn resident(batch: &DeviceBatch) -> ResidentBatch {
     let [gradient, reference_gradient] = batch.gradients;
     ResidentBatch {
         dim: batch.anchors.extent.dim,
-        dtype: match batch.anchors.dtype {
-            Dtype::F32 => ResidentType::F32,
-            Dtype::F16 => ResidentType::F16,
-            Dtype::Bf16 => ResidentType::Bf16,
-        },
+        dtype: batch.anchors.dtype,
         anchors: side(&batch.anchors, gradient),
         references: batch.references.as_ref().map(|rows| side(rows, reference_gradient)),
         check: batch.check,
@@ -101,7 +62,7 @@ impl<D: Device> Engine for DeviceBackend<D> {
         scalars: *mut LossScalars,
     ) -> Outcome<()> {
         let (identity, total) = (ResidentIdentity::ByValue, batch.anchors.extent.count);
-        let part = ResidentPart { batch: resident(batch), identity, total, any_length: false };
+        let part = ResidentPart { batch: resident(batch), identity, total, normalize: false };
         let settings = ResidentSettings { settings: *settings, lambda: lambda.expose_provenance() as u64 };
         let output = ResidentOutput { scalars: scalars.expose_provenance() as u64, loss: 0 };
         // SAFETY: handed on to the caller.
@@ -121,7 +82,7 @@ impl<D: Device> Engine for DeviceBackend<D> {
     unsafe fn device_nearest(
         &mut self,
         batch: &DeviceBatch,
-        picked: Option<&[u32]>,
+        picked: Option<&Picked<'_>>,
         k: usize,
     ) -> Outcome<Nearest> {
         // SAFETY: handed on to the caller.

@@ -4,10 +4,7 @@ use super::super::failure::Outcome;
 use super::device::backend_options;
 use super::{Engine, EngineOptions};
 use crate::backend::device::DeviceBackend;
-use crate::backend::emulated::EmulatedDevice;
-
-/// Schedule of the emulated threads.
-const SCHEDULE_SEED: u64 = 0;
+use crate::backend::emulated::{EmulatedDevice, SCHEDULE_SEED};
 
 /// Opens the emulated device.
 pub fn open(options: EngineOptions) -> Outcome<Box<dyn Engine>> {

@@ -6,7 +6,7 @@ use super::failure::{Failure, Outcome};
 use super::input::CheckedRows;
 use super::types::{LossScalars, Status};
 use crate::backend::cpu::CpuBackend;
-use crate::backend::{Backend, DeviceSpec, Nearest, auto};
+use crate::backend::{Backend, DeviceSpec, Nearest, Picked, auto};
 use crate::loss::{Hypergradient, LossOutput, LossSettings, UnitCheck};
 
 #[cfg(feature = "cuda")]
@@ -64,8 +64,8 @@ pub trait Engine: Backend {
         Err(no_device_memory(&self.name()))
     }
 
-    /// The same issued and not waited for; the scalars go to device memory, and the thresholds come from there
-    /// unless `lambda` is NULL.
+    /// The same issued and not waited for; the scalars go to device memory, and the thresholds come from
+    /// there unless `lambda` is NULL.
     ///
     /// # Safety
     /// As [`Engine::device_loss`], until the device is through.
@@ -93,15 +93,15 @@ pub trait Engine: Backend {
         Err(no_device_memory(&self.name()))
     }
 
-    /// [`Backend::nearest`] on rows in device memory: among all of them, or among those `picked` of the
-    /// square form, by whose numbers the lists then go.
+    /// [`Backend::nearest`] on rows in device memory, of all of them or of those `picked` of the square form,
+    /// see `DeviceBackend::nearest_resident`.
     ///
     /// # Safety
     /// As [`Engine::device_loss`].
     unsafe fn device_nearest(
         &mut self,
         batch: &DeviceBatch,
-        picked: Option<&[u32]>,
+        picked: Option<&Picked<'_>>,
         k: usize,
     ) -> Outcome<Nearest> {
         let _ = (batch, picked, k);

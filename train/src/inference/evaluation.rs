@@ -58,7 +58,7 @@ pub struct EvalSettings {
     #[arg(long)]
     pub nmi: bool,
     /// Iterations of k-means at most, 1 or more.
-    #[arg(long, value_name = "N", default_value_t = 20, requires = "nmi")]
+    #[arg(long, value_name = "N", default_value_t = retrieval::NMI_STEPS, requires = "nmi")]
     pub nmi_steps: usize,
     /// Seed of k-means.
     #[arg(long, default_value_t = 0, requires = "nmi")]

@@ -150,7 +150,7 @@ impl Test<'_> {
             return Ok(None);
         }
         let searched = gallery.as_ref().map(PixelRows::rows).transpose()?;
-        let (recall, _) = recall(backend, &queries.rows()?, searched.as_ref(), recall_at)?;
+        let recall = recall(backend, &queries.rows()?, searched.as_ref(), recall_at)?;
         let readable = Readable { queries: queries.pictures, gallery: gallery.map(|side| side.pictures) };
         Ok(Some((recall, readable)))
     }

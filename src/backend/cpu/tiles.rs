@@ -1,4 +1,5 @@
-//! The tiles of a batch, the same-class pass, and the one sweep (SPEC 1-3).
+//! The tiles of a batch between the passes: what is kept of each within the budget, and the passes that go
+//! over all of them: same class, sweep, count of the mined pairs, weights.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock};
@@ -9,7 +10,7 @@ use super::pairs::{Owner, Pairs};
 use super::select::{CountTile, Counts, Weights};
 use super::statistics::{Statistics, TileSameClass};
 use super::tasks::{Workers, lock};
-use super::tile::{Candidates, SameClass, Sweep, TileScratch};
+use super::tile::{Candidates, SameClassTile, Sweep, TileScratch};
 use super::weigh::{Kind, WeighTile, Weighed};
 
 /// One tile between the passes.
@@ -18,7 +19,8 @@ struct Tile {
     /// Whether the candidates are kept between the passes.
     kept: bool,
     words: Vec<u16>,
-    /// Similarities of the candidates, or once the tile is weighed what they weigh, if there is no room for both.
+    /// Similarities of the candidates, or once the tile is weighed what they weigh, if there is no room for
+    /// both.
     values: Vec<f32>,
     /// What the candidates weigh, if there is.
     weights: Vec<f32>,
@@ -37,7 +39,7 @@ const PLACES: usize = 4;
 
 /// What the kept tiles hold of their candidates.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-enum Kept {
+enum TileContents {
     #[default]
     Similarities,
     /// Weights in their place.
@@ -81,7 +83,7 @@ pub struct Tiles {
     /// Bytes and number of the candidates that are kept.
     used: AtomicUsize,
     values: AtomicUsize,
-    kept: Kept,
+    kept: TileContents,
     rows: usize,
     columns: usize,
     square: bool,
@@ -113,9 +115,10 @@ impl Tiles {
             }
         }
         (self.used, self.values) = Default::default();
-        self.kept = Kept::Similarities;
+        self.kept = TileContents::Similarities;
         self.set_runs(pairs);
-        // Few tiles hold pairs of one class where classes are small: those are kept for the sweep, in linear memory.
+        // Few tiles hold pairs of one class where classes are small: those are kept for the sweep, in linear
+        // memory.
         let with_positives = self.with_positives();
         let few = with_positives <= 2 * (self.rows + self.columns);
         self.similarities.resize_with(if few { with_positives } else { 0 }, Mutex::default);
@@ -235,7 +238,7 @@ impl Tiles {
                     }
                 }
             };
-            pairs.level.dispatch(SameClass {
+            pairs.level.dispatch(SameClassTile {
                 pairs: *pairs,
                 tile,
                 scratch: &mut scratch.tile,
@@ -304,8 +307,8 @@ impl Tiles {
         self.tiles.get(index).map(read).filter(|tile| tile.kept)
     }
 
-    /// Hands a tile's candidates and their similarities to `use_them`, with room for weights: the kept ones, or
-    /// swept again.
+    /// Hands a tile's candidates and their similarities to `use_them`, with room for weights: the kept ones,
+    /// or swept again.
     fn with_similarities<R>(
         &self,
         known: &Known<'_>,
@@ -313,7 +316,7 @@ impl Tiles {
         scratch: &mut TileScratch,
         use_them: impl FnOnce(Candidates<'_>, &mut Vec<f32>) -> R,
     ) -> R {
-        if let Some(tile) = self.kept(index).filter(|_| self.kept != Kept::Weights) {
+        if let Some(tile) = self.kept(index).filter(|_| self.kept != TileContents::Weights) {
             return use_them(Candidates { words: &tile.words, values: &tile.values }, &mut scratch.weighed);
         }
         let pairs = known.pairs;
@@ -332,9 +335,9 @@ impl Tiles {
         scratch: &mut TileScratch,
         use_them: impl FnOnce(Candidates<'_>, Weighed),
     ) {
-        let stored = kind == Kind::Gradient && self.kept != Kept::Similarities;
+        let stored = kind == Kind::Gradient && self.kept != TileContents::Similarities;
         if let Some(tile) = self.kept(index).filter(|_| stored) {
-            let values = if self.kept == Kept::Both { &tile.weights } else { &tile.values };
+            let values = if self.kept == TileContents::Both { &tile.weights } else { &tile.values };
             return use_them(Candidates { words: &tile.words, values }, tile.weighed);
         }
         self.with_similarities(known, index, scratch, |candidates, weighed| {
@@ -343,8 +346,8 @@ impl Tiles {
         });
     }
 
-    /// Weighs the kept tiles for the gradient. A pair weighs the same for both of its rows, so this is done once.
-    /// Weights take the place of similarities unless the budget has room for both.
+    /// Weighs the kept tiles for the gradient. A pair weighs the same for both of its rows, so this is done
+    /// once. Weights take the place of similarities unless the budget has room for both.
     pub fn weigh(&mut self, known: &Known<'_>, workers: &Workers, scratch: &[Mutex<Scratch>]) {
         let both = *self.used.get_mut() + *self.values.get_mut() * size_of::<f32>() <= self.budget;
         let tiles = &*self;
@@ -361,7 +364,7 @@ impl Tiles {
             let weights = &scratch.weighed[..tile.values.len()];
             refill(if both { &mut tile.weights } else { &mut tile.values }, weights);
         });
-        self.kept = if both { Kept::Both } else { Kept::Weights };
+        self.kept = if both { TileContents::Both } else { TileContents::Weights };
     }
 
     /// |P_i| and |N_i| at the final bounds.

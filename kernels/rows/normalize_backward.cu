@@ -1,4 +1,4 @@
-// unit_length_backward.cu: the gradient by unit rows led back to the rows as they were given (any length).
+// normalize_backward.cu: the gradient by the rows as they were given (any length) from that by their unit rows.
 // Truth: src/backend/cpu/unit.rs. Launcher: src/backend/device/passes.rs.
 //
 // With u = x / |x|: dL/dx = (g - (g . u) u) / |x| for g = dL/du. `prepare` has made u and left |x|. A warp a row, in place.
@@ -7,7 +7,7 @@
 #include "rows/unit_length.cuh"
 
 template <class Element>
-DEVICE void lead_back_body(const LeadBackParams &p) {
+DEVICE void normalize_backward_body(const NormalizeBackwardParams &p) {
     uint32_t row = block_x() * (THREADS / 32) + warp_index();
     if (row >= p.count) return;  // the whole warp
     auto from = static_cast<const Element *>(p.rows) + static_cast<uint64_t>(row) * p.dim;
@@ -50,6 +50,6 @@ DEVICE void lead_back_body(const LeadBackParams &p) {
                                       : NAN;
     }
 }
-KERNEL(lead_back_f32, LeadBackParams, 4) { lead_back_body<float>(p); }
-KERNEL(lead_back_f16, LeadBackParams, 4) { lead_back_body<F16>(p); }
-KERNEL(lead_back_bf16, LeadBackParams, 4) { lead_back_body<Bf16>(p); }
+KERNEL(normalize_backward_f32, NormalizeBackwardParams, 4) { normalize_backward_body<float>(p); }
+KERNEL(normalize_backward_f16, NormalizeBackwardParams, 4) { normalize_backward_body<F16>(p); }
+KERNEL(normalize_backward_bf16, NormalizeBackwardParams, 4) { normalize_backward_body<Bf16>(p); }
