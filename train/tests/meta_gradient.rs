@@ -30,7 +30,7 @@ fn settings(kind: GeneratorKind, batch_norm: BatchNorm) -> TrainSettings {
     (settings.mining, settings.alpha, settings.batch_norm) = (Mining::None, 4.0, batch_norm);
     let generator = &mut settings.generator;
     (generator.kind, generator.lambda_pair, generator.lambda_reference) = (kind, true, 0.9);
-    (generator.virtual_step, generator.virtual_rate) = (VirtualStepKind::Plain, 0.1);
+    (generator.virtual_step, generator.virtual_rate) = (VirtualStepKind::Plain, Some(0.1));
     settings
 }
 
@@ -78,7 +78,7 @@ fn meta_loss(
     let (_, gradient) = loss(&values, &train.labels, &lambda.applied_to(&settings.loss_settings()));
     let gradient = Tensor::<2>::from_data(TensorData::new(gradient, embeddings.dims()), device);
     let gradients = GradientsParams::from_grads((embeddings * gradient).sum().backward(), network);
-    let rate = settings.generator.virtual_rate;
+    let rate = settings.generator.step().rate;
     let moved = SgdConfig::new().init().step(rate, network.clone(), gradients);
     let values = to_array(moved.valid().forward(tensor(meta, &device.clone().inner()), mode)).unwrap();
     let reference = settings.loss_settings().with_lambda(settings.generator.lambda_reference);

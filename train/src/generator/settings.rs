@@ -109,9 +109,11 @@ pub struct GeneratorSettings {
     /// Length of the virtual step.
     #[arg(long, value_enum, default_value_t)]
     pub virtual_step: VirtualStepKind,
-    /// Rate of the virtual step, or its length (--virtual-step).
-    #[arg(long, default_value_t = 1.0)]
-    pub virtual_rate: f64,
+    /// Rate of the virtual step, or its length (--virtual-step) [default: 1, or 0.1 for a unit step of the whole
+    /// network].
+    #[arg(long)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub virtual_rate: Option<f64>,
     /// Optimizer of lambda.
     #[arg(long, value_enum, default_value_t)]
     pub lambda_optimizer: Optimizer,
@@ -165,10 +167,13 @@ impl GeneratorSettings {
         }
     }
 
-    /// The virtual step.
+    /// The virtual step. Of length 1 in the space of all weights it ruins a pretrained network, and what the meta
+    /// loss says there is worth nothing: docs/threshold-study.md.
     #[must_use]
     pub fn step(&self) -> VirtualStep {
-        VirtualStep { kind: self.virtual_step, rate: self.virtual_rate }
+        let short = self.kind == GeneratorKind::Full && self.virtual_step == VirtualStepKind::Unit;
+        let rate = self.virtual_rate.unwrap_or(if short { 0.1 } else { 1.0 });
+        VirtualStep { kind: self.virtual_step, rate }
     }
 
     /// Checks every range, and whether the settings go together; `start` is where lambda begins.
@@ -232,7 +237,7 @@ impl GeneratorSettings {
         }
         let high = self.lambda_max;
         check(self.lambda_min < high, "lambda-max", high.to_string(), "above --lambda-min")?;
-        for (name, value) in [("virtual-rate", self.virtual_rate), ("lambda-rate", self.lambda_rate)] {
+        for (name, value) in [("virtual-rate", self.step().rate), ("lambda-rate", self.lambda_rate)] {
             check(value > 0.0 && value.is_finite(), name, value.to_string(), "above 0")?;
         }
         for (name, value) in [("lambda-l1", self.lambda_l1), ("lambda-l2", self.lambda_l2)] {
