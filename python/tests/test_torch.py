@@ -372,8 +372,8 @@ def test_recall_of_tensors_is_that_of_arrays():
     got = recall_at_k(torch.tensor(rows, requires_grad=True), torch.tensor(labels), (1, 4))
     assert got == ddtas.recall_at_k(rows, labels, (1, 4))
     assert 0 < got[1] < got[4]
-    apart, marks = torch.tensor(rows).repeat(1, 2)[:, :7], torch.tensor(labels)
-    assert not apart.is_contiguous()
+    apart, marks = torch.tensor(rows).repeat(1, 2)[:, :7], torch.tensor(labels).repeat_interleave(2)[::2]
+    assert not apart.is_contiguous() and not marks.is_contiguous()
     assert recall_at_k(apart, marks, (1, 4)) == got
     assert evaluate(apart, marks, apart, marks, (1, 4), identity=0).recall == got
 

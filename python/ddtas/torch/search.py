@@ -31,11 +31,11 @@ def recall_at_k(embeddings: Tensor, labels: Tensor, ks: Iterable[int] = (1, 2, 4
     """`ddtas.recall_at_k` of rows of any length but 0, which are normalised. On a GPU they are searched there."""
     rows = laid_out(_unit("queries", embeddings))
     check_labels("labels of the queries", labels)
-    labels = labels.to(rows.device, torch.int64)
+    labels = laid_out(labels.to(rows.device, torch.int64))
     if not rows.is_cuda:
         return functional.recall_at_k(rows, labels, ks)
     gpu, stream = SHARED.on_gpu(rows)
-    return functional.recall_of(gpu.recall_at_k((rows, laid_out(labels), None), list(ks), stream))
+    return functional.recall_of(gpu.recall_at_k((rows, labels, None), list(ks), stream))
 
 
 def evaluate(
@@ -59,14 +59,14 @@ def evaluate(
     if gallery_labels is not None:
         check_labels("labels of the references", gallery_labels)
     context: Any = SHARED.searcher(rows) if rows.is_cuda else None
-    marks = None if gallery_labels is None else gallery_labels.cpu()
+    marks = None if gallery_labels is None else laid_out(gallery_labels.cpu())
     if isinstance(identity, Tensor):
         check_labels("identity", identity)
         if identity.shape != rows.shape[:1]:
             raise ValueError(f"the identity must be [{rows.shape[0]}], not {list(identity.shape)}")
         identity = identity.cpu()
     return evaluation.evaluate(
-        laid_out(rows.cpu()), labels.cpu(), others, marks, ks, identity=identity, nmi=nmi, seed=seed, context=context
+        laid_out(rows.cpu()), laid_out(labels.cpu()), others, marks, ks, identity=identity, nmi=nmi, seed=seed, context=context
     )
 
 
@@ -85,11 +85,13 @@ def threshold_gradient(
     """`ddtas.threshold_gradient` of tensors of unit length, which on a GPU are read where they lie; `identity` is for the CPU."""
     check_pair(references, reference_labels)
     check_labels("labels", labels)
+    labels = laid_out(labels)
     rows, moved = _constant("anchors", embeddings), _constant("tangent", tangent)
     others = None if references is None else _constant("references", references)
     other_moved = None if reference_tangent is None else _constant("tangent of the references", reference_tangent)
     if reference_labels is not None:
         check_labels("labels of the references", reference_labels)
+        reference_labels = laid_out(reference_labels)
     if not rows.is_cuda:
         return functional.threshold_gradient(
             rows, labels, moved, others, reference_labels, other_moved, identity=identity, settings=settings, check=check
@@ -98,8 +100,8 @@ def threshold_gradient(
         raise ValueError("identity must be None on a GPU: rows are known by their value there")
     gpu, stream = SHARED.on_gpu(rows)
     room = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
-    sides: list[tuple[Tensor, Tensor, Tensor | None]] = [(rows, laid_out(labels.to(rows.device, torch.int64)), room)]
+    sides: list[tuple[Tensor, Tensor, Tensor | None]] = [(rows, labels.to(rows.device, torch.int64), room)]
     if others is not None and reference_labels is not None:
-        sides.append((others, laid_out(reference_labels.to(rows.device, torch.int64)), None))
+        sides.append((others, reference_labels.to(rows.device, torch.int64), None))
     sums = gpu.threshold_gradient(sides, (moved, other_moved), settings, check, stream)
     return functional.ThresholdGradient(*sums)
