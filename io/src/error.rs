@@ -11,20 +11,30 @@ pub enum Error {
     /// The library's.
     #[error(transparent)]
     Library(ddtas::Error),
-    /// A setting of a program outside its range.
+    /// A flag of a program outside its range.
     #[error("{} is out of range: {range}", flag(name, value))]
     InvalidSetting {
-        /// The setting, as the programs spell it.
+        /// The flag, without its dashes.
         name: &'static str,
         /// The value given.
         value: String,
         /// The values that are allowed.
         range: &'static str,
     },
-    /// A setting that is missing, or has a value that is unknown or does not go with the others.
+    /// What a caller hands over outside its range, which no flag sets.
+    #[error("{name} {value} is out of range: {range}")]
+    InvalidArgument {
+        /// What it is.
+        name: &'static str,
+        /// The value given.
+        value: String,
+        /// The values that are allowed.
+        range: &'static str,
+    },
+    /// A flag that is missing, or has a value that is unknown or does not go with the others.
     #[error("{}: {reason}", flag(name, value))]
     Misused {
-        /// The setting, as the programs spell it.
+        /// The flag, without its dashes.
         name: &'static str,
         /// The value given; empty if there is none.
         value: String,
@@ -71,6 +81,11 @@ impl Error {
         Self::InvalidSetting { name, value: value.to_string(), range }
     }
 
+    /// An [`Error::InvalidArgument`].
+    pub fn argument(name: &'static str, value: impl Display, range: &'static str) -> Self {
+        Self::InvalidArgument { name, value: value.to_string(), range }
+    }
+
     /// An [`Error::Misused`].
     pub fn misuse(name: &'static str, value: impl Display, reason: impl Into<Cow<'static, str>>) -> Self {
         Self::Misused { name, value: value.to_string(), reason: reason.into() }
@@ -78,13 +93,13 @@ impl Error {
 }
 
 impl From<ddtas::Error> for Error {
-    /// A setting of the library has the name of the flag that sets it.
+    /// A setting of the library that a flag sets has its name.
     fn from(error: ddtas::Error) -> Self {
         match error {
             ddtas::Error::InvalidSetting { name: "device", value, .. } => {
                 Self::misuse("device", value, UNKNOWN_DEVICE)
             }
-            ddtas::Error::InvalidSetting { name, value, range } => {
+            ddtas::Error::InvalidSetting { name, value, range } if FLAGS.contains(&name) => {
                 Self::InvalidSetting { name, value, range }
             }
             other => Self::Library(other),
@@ -92,14 +107,28 @@ impl From<ddtas::Error> for Error {
     }
 }
 
+/// Settings of the library that the programs have flags for.
+const FLAGS: [&str; 11] = [
+    "alpha",
+    "beta",
+    "gamma",
+    "lambda-neg",
+    "lambda-pos",
+    "loss",
+    "mining",
+    "negative-ratio",
+    "probe-ratio",
+    "recall-at",
+    "tolerance",
+];
+
 /// The error of an unknown device. `emulated` is not offered: it is for tests.
 pub const UNKNOWN_DEVICE: &str = "unknown; give auto, cpu, cuda or cuda:N";
 
-/// A setting as it is typed; a name of several words is no flag.
+/// A flag as it is typed.
 fn flag(name: &str, value: &str) -> String {
-    let dashes = if name.starts_with("--") || name.contains(' ') { "" } else { "--" };
     let space = if value.is_empty() { "" } else { " " };
-    format!("{dashes}{name}{space}{value}")
+    format!("--{name}{space}{value}")
 }
 
 /// The programs' result.
