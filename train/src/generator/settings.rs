@@ -143,6 +143,19 @@ pub struct GeneratorSettings {
     pub generator_init: Option<PathBuf>,
 }
 
+impl Default for GeneratorSettings {
+    /// As the programs have them without arguments.
+    fn default() -> Self {
+        defaults()
+    }
+}
+
+/// Settings without arguments.
+pub(crate) fn defaults<T: clap::Args>() -> T {
+    let matches = T::augment_args(clap::Command::new("settings")).get_matches_from(["settings"]);
+    T::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+}
+
 impl GeneratorSettings {
     /// Steps of the rehearsal; none without a generator.
     #[must_use]

@@ -189,12 +189,7 @@ mod tests {
 
     #[test]
     fn members_that_no_run_leaves_behind_are_refused() {
-        #[derive(clap::Parser)]
-        struct Arguments {
-            #[command(flatten)]
-            settings: GeneratorSettings,
-        }
-        let Arguments { settings } = clap::Parser::parse_from(["test"]);
+        let settings = GeneratorSettings::default();
         let state = Thresholds::new(both(0.7), &settings);
         assert_eq!(state.check(&settings), Ok(()));
         let faults: [fn(&mut Member); 7] = [

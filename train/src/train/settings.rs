@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::DatasetSettings;
 use crate::error::{check, fits};
-use crate::generator::{GeneratorKind, GeneratorSettings, Lambda};
+use crate::generator::{GeneratorKind, GeneratorSettings, Lambda, defaults};
 use crate::model::{BackboneKind, HeadKind, NetworkShape, PoolingKind, network_sizes};
 use crate::train::optimizer::OptimizerSettings;
 use crate::train::schedule::Schedule;
@@ -215,6 +215,13 @@ fn about_mining(mining: Mining) -> &'static str {
         Mining::Symmetric => "One tolerance for both kinds: gamma_pos = gamma_neg = gamma",
         Mining::Asms => "Asymmetric sample mining: gamma_pos = gamma, gamma_neg = gamma * negative-ratio",
         Mining::AtAsms => "Adaptive asymmetric sample mining: as asms, with tolerances adapted to each batch",
+    }
+}
+
+impl Default for TrainSettings {
+    /// As `ddtas-train` has them without arguments.
+    fn default() -> Self {
+        defaults()
     }
 }
 
