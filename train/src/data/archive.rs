@@ -7,6 +7,7 @@
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Component, Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::UNIX_EPOCH;
 
 use flate2::read::MultiGzDecoder;
@@ -14,6 +15,14 @@ use tar::EntryType;
 use zip::ZipArchive;
 
 use crate::{Error, Result};
+
+/// What is asked and told while archives are unpacked.
+pub(super) struct Unpacking<'a> {
+    /// Ends it once it is set.
+    pub stop: &'a AtomicBool,
+    /// Gets a line before anything that takes long.
+    pub tell: &'a mut dyn FnMut(&str),
+}
 
 /// The file inside an unpacked folder that says what it was made from.
 const STAMP: &str = ".ddtas-unpacked";
@@ -35,16 +44,15 @@ pub(super) fn is_archive(path: &Path) -> bool {
 
 /// The folder that holds what is in `archive`, a .tgz, .tar or .zip by its content; unpacks it if that was not done yet.
 ///
-/// `tell` gets a line before anything that takes long.
-///
 /// # Errors
 /// [`Format`](ddtas_io::Error::Format) for an archive that is damaged, encrypted, or holds links or paths that lead out of it;
-/// [`Io`](ddtas_io::Error::Io), for example if the disk is full. Either way nothing of it is left.
-pub(super) fn unpack(archive: &Path, tell: &mut dyn FnMut(&str)) -> Result<PathBuf> {
-    unpack_within(archive, LIMITS, tell)
+/// [`Io`](ddtas_io::Error::Io), for example if the disk is full; [`Error::Stopped`]. In each case nothing of it is left.
+pub(super) fn unpack(archive: &Path, unpacking: &mut Unpacking<'_>) -> Result<PathBuf> {
+    unpack_within(archive, LIMITS, unpacking)
 }
 
-fn unpack_within(archive: &Path, limits: Limits, tell: &mut dyn FnMut(&str)) -> Result<PathBuf> {
+fn unpack_within(archive: &Path, limits: Limits, unpacking: &mut Unpacking<'_>) -> Result<PathBuf> {
+    let Unpacking { stop, tell } = unpacking;
     let mut file = File::open(archive).map_err(Error::io("read", archive))?;
     let (target, partial) = (with_ending(archive, ".unpacked"), with_ending(archive, ".unpacking"));
     let stamp = stamp(archive, &file)?;
@@ -66,7 +74,8 @@ fn unpack_within(archive: &Path, limits: Limits, tell: &mut dyn FnMut(&str)) -> 
     for stale in [&partial, &target] {
         remove(stale)?;
     }
-    let unpacked = Unpacking { archive, into: &partial, limits, members: 0, bytes: 0 }.run(&mut file);
+    let unpacked =
+        Archive { path: archive, into: &partial, limits, members: 0, bytes: 0, stop }.run(&mut file);
     let finished = unpacked.and_then(|()| {
         let path = partial.join(STAMP);
         fs::write(&path, &stamp).map_err(Error::io("write", &path))?;
@@ -114,20 +123,21 @@ fn remove(folder: &Path) -> Result<()> {
 }
 
 /// One archive on its way into a folder.
-struct Unpacking<'a> {
-    archive: &'a Path,
+struct Archive<'a> {
+    path: &'a Path,
+    stop: &'a AtomicBool,
     into: &'a Path,
     limits: Limits,
     members: usize,
     bytes: u64,
 }
 
-impl Unpacking<'_> {
+impl Archive<'_> {
     fn run(mut self, file: &mut File) -> Result<()> {
         fs::create_dir(self.into).map_err(Error::io("create", self.into))?;
         let mut start = [0; 4];
-        let got = file.read(&mut start).map_err(Error::io("read", self.archive))?;
-        file.seek(SeekFrom::Start(0)).map_err(Error::io("read", self.archive))?;
+        let got = file.read(&mut start).map_err(Error::io("read", self.path))?;
+        file.seek(SeekFrom::Start(0)).map_err(Error::io("read", self.path))?;
         let buffered = io::BufReader::with_capacity(1 << 18, file);
         match &start[..got] {
             [0x1f, 0x8b, ..] => self.tar(MultiGzDecoder::new(buffered)),
@@ -150,7 +160,7 @@ impl Unpacking<'_> {
         }
         if self.members == 0 {
             return Err(Error::format(
-                self.archive,
+                self.path,
                 "holds no file: it is no .tgz, .tar or .zip with a data set",
             ));
         }
@@ -197,10 +207,16 @@ impl Unpacking<'_> {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(self.damaged(&error)),
             };
+            if self.stop.load(Ordering::Relaxed) {
+                return Err(Error::Stopped(format!(
+                    "unpacking {}, of which nothing is left",
+                    self.path.display()
+                )));
+            }
             self.bytes += count as u64;
             if self.bytes > self.limits.bytes {
                 return Err(Error::format(
-                    self.archive,
+                    self.path,
                     format!("unpacks to more than {} bytes", self.limits.bytes),
                 ));
             }
@@ -212,10 +228,7 @@ impl Unpacking<'_> {
     fn place(&mut self, name: &Path) -> Result<PathBuf> {
         self.members += 1;
         if self.members > self.limits.members {
-            return Err(Error::format(
-                self.archive,
-                format!("holds more than {} members", self.limits.members),
-            ));
+            return Err(Error::format(self.path, format!("holds more than {} members", self.limits.members)));
         }
         let mut path = self.into.to_path_buf();
         for part in name.components() {
@@ -230,12 +243,12 @@ impl Unpacking<'_> {
     }
 
     fn refused(&self, member: &Path, why: &str) -> Error {
-        Error::format(self.archive, format!("refused, its member {:?} {why}", member.display().to_string()))
+        Error::format(self.path, format!("refused, its member {:?} {why}", member.display().to_string()))
     }
 
     fn damaged(&self, error: &dyn std::fmt::Display) -> Error {
         Error::format(
-            self.archive,
+            self.path,
             format!("cannot be unpacked ({error}): download it again, or unpack it by hand"),
         )
     }
@@ -244,6 +257,10 @@ impl Unpacking<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn unpack(archive: &Path, tell: &mut dyn FnMut(&str)) -> Result<PathBuf> {
+        super::unpack(archive, &mut Unpacking { stop: &AtomicBool::new(false), tell })
+    }
 
     fn tar_of(files: &[(&str, &[u8])]) -> Vec<u8> {
         let mut tar = tar::Builder::new(Vec::new());
@@ -265,7 +282,13 @@ mod tests {
         fs::create_dir(&inner).unwrap();
         let archive = inner.join("set.tar");
         fs::write(&archive, bytes).unwrap();
-        let error = unpack_within(&archive, limits, &mut |_| ()).unwrap_err().to_string();
+        let error = unpack_within(
+            &archive,
+            limits,
+            &mut Unpacking { stop: &AtomicBool::new(false), tell: &mut |_| () },
+        )
+        .unwrap_err()
+        .to_string();
         let left = |folder: &Path| fs::read_dir(folder).unwrap().count();
         assert_eq!((left(&inner), left(place.path())), (1, 1), "something was left behind: {error}");
         error

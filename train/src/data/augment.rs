@@ -31,9 +31,9 @@ impl AugmentSettings {
     /// Checks the ranges.
     ///
     /// # Errors
-    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) names the first setting that is off.
+    /// [`InvalidArgument`](ddtas_io::Error::InvalidArgument) names the first setting that is off.
     pub fn validate(&self) -> Result<()> {
-        let invalid = |name, value, range| Err(Error::setting(name, value, range));
+        let invalid = |name, value, range| Err(Error::argument(name, value, range));
         let (least, most) = self.crop_area;
         if !(least > 0.0 && least <= most && most <= 1.0) {
             return invalid("crop area", format!("{least}..{most}"), "0 < least <= most <= 1");
@@ -69,12 +69,12 @@ impl TestCrop {
     /// Checks the range.
     ///
     /// # Errors
-    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) unless the side is in (0, 1].
+    /// [`InvalidArgument`](ddtas_io::Error::InvalidArgument) unless the side is in (0, 1].
     pub fn validate(self) -> Result<()> {
         if self.side > 0.0 && self.side <= 1.0 {
             return Ok(());
         }
-        Err(Error::setting("test crop", self.side, "0 < side <= 1"))
+        Err(Error::argument("test crop", self.side, "0 < side <= 1"))
     }
 }
 
@@ -99,7 +99,7 @@ impl Cropper {
     /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) unless `size` is in 8..=1024.
     pub fn new(size: usize, preprocessing: Preprocessing) -> Result<Self> {
         if !(8..=1024).contains(&size) {
-            return Err(Error::setting("--image-size", size, "8 to 1024 pixels"));
+            return Err(Error::setting("image-size", size, "8 to 1024"));
         }
         Ok(Self::with_side(size as u32, preprocessing))
     }
@@ -155,7 +155,7 @@ impl Cropper {
     /// The middle of the picture, appended to `pixels`.
     ///
     /// # Errors
-    /// As [`train`](Self::train); [`InvalidSetting`](ddtas_io::Error::InvalidSetting) if the crop's side is not in (0, 1].
+    /// As [`train`](Self::train); [`InvalidArgument`](ddtas_io::Error::InvalidArgument) if the crop's side is not in (0, 1].
     pub fn test(&mut self, picture: &RgbImage, crop: TestCrop, pixels: &mut Vec<f32>) -> Result<()> {
         crop.validate()?;
         let (width, height) = (f64::from(picture.width()), f64::from(picture.height()));

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use super::archive::Unpacking;
 use super::dataset::{Dataset, RECALL_AT, Source};
 use super::decode::PixelBox;
 use super::folder::pictures_of;
@@ -37,8 +38,8 @@ const LAST_CLASS: usize = 196;
 /// # Errors
 /// [`Error::Dataset`] if a file is missing, [`Format`](ddtas_io::Error::Format) if annotations are not what they should be, those
 /// of unpacking.
-pub(super) fn open(path: &Path, crop: bool, tell: &mut dyn FnMut(&str)) -> Result<Dataset> {
-    let root = Root::open(path, &CARS196, tell)?;
+pub(super) fn open(path: &Path, crop: bool, unpacking: &mut Unpacking<'_>) -> Result<Dataset> {
+    let root = Root::open(path, &CARS196, unpacking)?;
     if let Some(annotations) = root.find(&["cars_annos.mat"]) {
         return one_folder(&root, &annotations, crop);
     }

@@ -40,4 +40,5 @@ pub use folder::{FolderSettings, TrainClasses, folder};
 pub use loader::{ImageBatch, Loader, LoaderSettings};
 pub use preprocessing::{ChannelOrder, Preprocessing};
 pub use sampler::PkSampler;
+pub(crate) use sampler::fewer_than;
 pub use settings::{DatasetKind, DatasetSettings};

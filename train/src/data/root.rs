@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::archive::{is_archive, unpack};
+use super::archive::{Unpacking, is_archive, unpack};
 use super::dataset::{DEFAULT_CACHE_BYTES, Dataset, Source, Split};
 use crate::{Error, Result};
 
@@ -46,14 +46,14 @@ impl Root {
     ///
     /// # Errors
     /// [`Error::Dataset`] if `given` is missing or neither; those of unpacking.
-    pub fn open(given: &Path, set: &'static Published, tell: &mut dyn FnMut(&str)) -> Result<Self> {
+    pub fn open(given: &Path, set: &'static Published, unpacking: &mut Unpacking<'_>) -> Result<Self> {
         let mut root = Self { set, given: given.to_path_buf(), folders: Vec::new(), beside: None };
         if given.is_dir() {
             root.add(given.to_path_buf());
         } else if !given.exists() {
             return Err(root.refuse("does not exist"));
         } else if is_archive(given) {
-            root.add(unpack(given, tell)?);
+            root.add(unpack(given, unpacking)?);
             // Of a bare file name the parent is the empty path.
             let parent = given.parent().filter(|parent| !parent.as_os_str().is_empty());
             root.beside = Some(parent.unwrap_or(Path::new(".")).to_path_buf());
@@ -68,7 +68,7 @@ impl Root {
             for (archive, product) in set.archives {
                 let archive = folder.join(archive);
                 if archive.is_file() && archive != given && !folder.join(product).exists() {
-                    root.add(unpack(&archive, tell)?);
+                    root.add(unpack(&archive, unpacking)?);
                 }
             }
         }
