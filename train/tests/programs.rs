@@ -201,6 +201,9 @@ fn an_output_replaces_nothing_that_is_read_or_another_program_s() {
     fs::copy(place().join("run/best.safetensors"), place().join("cp.safetensors")).unwrap();
     fs::write(place().join("theirs.json"), "{\"a\": 1}").unwrap();
     let before = fs::read(place().join("cp.safetensors")).unwrap();
+    printed("embed --checkpoint run --images data --out g.npy");
+    fs::write(place().join("g.labels.npy"), "").unwrap();
+    let picture = fs::read(place().join("data/class01/1.png")).unwrap();
     for (arguments, what) in [
         ("embed --checkpoint cp.safetensors --images data --out ./cp.safetensors", "file of --checkpoint"),
         ("embed --checkpoint run --images data --out run/best.safetensors", "file of --checkpoint"),
@@ -210,11 +213,26 @@ fn an_output_replaces_nothing_that_is_read_or_another_program_s() {
             "search --checkpoint run --gallery data --query data/class00/0.png --html data/class00/0.png",
             "file of --query",
         ),
+        (
+            "search --checkpoint run --gallery g.npy --query data/class00/0.png --html g.labels.npy",
+            "file of --gallery",
+        ),
+        (
+            "search --checkpoint run --gallery data --query data/class00/0.png --html data/class01/1.png",
+            "--html data/class01/1.png: would be overwritten",
+        ),
+        (
+            "eval --checkpoint run --html data/class01/1.png",
+            "--html data/class01/1.png: would be overwritten",
+        ),
     ] {
         assert_refused(&mut ddtas_train(arguments), what);
     }
     assert_eq!(fs::read(place().join("cp.safetensors")).unwrap(), before);
     assert_eq!(fs::read(place().join("theirs.json")).unwrap(), b"{\"a\": 1}");
+    assert_eq!(fs::read(place().join("data/class01/1.png")).unwrap(), picture);
+    let again = "search --checkpoint run --gallery data --query data/class00/0.png --html again";
+    assert_eq!(printed(again), printed(again), "a page is replaced");
 }
 
 #[test]
@@ -346,7 +364,12 @@ fn a_run_goes_on_with_pictures_that_moved_and_not_with_an_edited_config() {
     fs::write(edited.join("config.toml"), text.replace("gamma = 0.1", "gamma = 0.2")).unwrap();
     assert_refused(&mut ddtas_train("--resume edited"), "gamma is 0.2, but the run began with 0.1");
     fs::write(edited.join("config.toml"), format!("gama = 0.2\n{text}")).unwrap();
-    assert_refused(&mut ddtas_train("--resume edited"), "gama is no setting");
+    assert_refused(&mut ddtas_train("--resume edited"), "gama is not a setting");
+    let generator = text.replace("[generator]\n", "[generator]\nlamda_rate = 0.2\n");
+    fs::write(edited.join("config.toml"), generator).unwrap();
+    for arguments in ["--resume edited", "eval --checkpoint edited/last.safetensors"] {
+        assert_refused(&mut ddtas_train(arguments), "generator.lamda_rate is not a setting");
+    }
 }
 
 #[test]

@@ -62,6 +62,8 @@ const TRAIN: &[(&str, &str)] = &[
     ("--classes-per-batch 1", "--classes-per-batch 1: a batch of one class has no negative pair"),
     ("--images-per-class 0", "images-per-class"),
     ("--images-per-class 1", "--images-per-class 1: a batch with one picture per class has no positive pair"),
+    ("--images-per-class 1048576 --image-size 512", "--images-per-class 1048576: a step on 8388608 pictures"),
+    ("--meta-images 65536 --generator head --image-size 512", "--meta-images 65536: a step on"),
     ("--smallest-crop 0", "smallest-crop"),
     ("--smallest-crop 1.5", "smallest-crop"),
     ("--smallest-crop NaN", "smallest-crop"),

@@ -207,6 +207,7 @@ fn settings_that_a_run_depends_on_cannot_change_when_it_goes_on() {
     assert_refused(&mut running(), "has not ended");
     child.kill().unwrap();
     child.wait().unwrap();
+    assert_refused(running().args(["--lambda", "0.8"]), "--resume: takes its settings from");
     assert_refused(running().args(["--lambda", "0.8"]), "leave out --lambda ");
     assert_refused(running().args(["--generator", "head"]), "leave out --generator ");
     assert_refused(running().args(["--seed", "0"]), "config.toml");

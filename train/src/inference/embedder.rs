@@ -189,7 +189,7 @@ impl Embedder {
     /// Embeds the pictures of a split in order, cut as in training's evaluations; those that cannot be read are left out.
     ///
     /// # Errors
-    /// [`Error::Dataset`] if a class has no readable picture; [`Error::Training`] if an embedding is not finite.
+    /// [`Error::Dataset`] if a class has no readable picture; [`Error::Diverged`] if an embedding is not finite.
     pub fn embed(&self, split: &Arc<Split>, tell: &mut dyn FnMut(Event<'_>)) -> Result<Embedded> {
         let total = split.len();
         let shown = (self.image_size, self.preprocessing);

@@ -48,8 +48,7 @@ impl SearchSettings {
     #[must_use]
     pub fn inputs(&self) -> Vec<(&'static str, PathBuf)> {
         let mut files = files_of(self.checkpoint.as_deref(), &self.pretrained);
-        files.push(("gallery", self.gallery.clone()));
-        files.push(("gallery", self.gallery.with_extension("json")));
+        files.extend(EmbeddingsFile::files(&self.gallery).map(|path| ("gallery", path)));
         files.extend(self.query.iter().map(|path| ("query", path.clone())));
         files
     }

@@ -253,7 +253,7 @@ impl Engine {
     /// Returns whether the weights changed: a batch without mined pairs changes none.
     ///
     /// # Errors
-    /// [`Error::Training`] if the embeddings are no longer finite; [`Error::Rank`] if another rank has failed.
+    /// [`Error::Diverged`] if the embeddings are no longer finite; [`Error::Rank`] if another rank has failed.
     pub fn step(&mut self, step: usize, batch: &ImageBatch, meta: Option<&ImageBatch>) -> Result<bool> {
         if self.is_synchronised {
             let ranks = Rc::clone(&self.ranks);
@@ -414,7 +414,7 @@ impl Engine {
     /// Embeds batches of pictures by the running statistics: `[N, dim]` and the labels. Each rank has its own batches.
     ///
     /// # Errors
-    /// What `batches` returns; [`Error::Training`] if an embedding is not finite.
+    /// What `batches` returns; [`Error::Diverged`] if an embedding is not finite.
     pub fn embed(
         &self,
         batches: impl Iterator<Item = Result<ImageBatch>>,
@@ -429,7 +429,7 @@ impl Engine {
 /// Embeds batches of pictures by `network`; `progress` hears how many are done.
 ///
 /// # Errors
-/// What `batches` returns; [`Error::Training`] if an embedding is not finite.
+/// What `batches` returns; [`Error::Diverged`] if an embedding is not finite.
 pub fn embed_batches(
     network: impl Fn(Tensor<4>) -> Tensor<2>,
     device: &Device,
@@ -453,7 +453,7 @@ pub fn embed_batches(
     }
     if let Some(row) = embedded.values.iter().position(|value| !value.is_finite()) {
         let row = row / dim;
-        return Err(Error::Training(format!(
+        return Err(Error::Diverged(format!(
             "the network maps picture {row} to NaN: training diverged; {REMEDY}"
         )));
     }
@@ -526,7 +526,7 @@ fn image_tensor(batch: &ImageBatch, device: &Device) -> Tensor<4> {
 fn diverged(error: Error, step: usize) -> Error {
     match error {
         Error::Program(Program::Library(ddtas::Error::NotFinite { .. } | ddtas::Error::NotUnit { .. })) => {
-            Error::Training(format!(
+            Error::Diverged(format!(
                 "training diverged at step {}: an embedding is no longer a finite unit vector; {REMEDY}",
                 step + 1
             ))

@@ -20,7 +20,7 @@ const CHANGEABLE: [&str; 8] = [
 /// The changes that were asked for on the command line.
 ///
 /// # Errors
-/// [`Error::Training`] if one is given that the run's result depends on.
+/// [`Misused`](ddtas_io::Error::Misused) if one is given that the run's result depends on.
 pub fn overrides(matches: &ArgMatches, settings: &TrainSettings) -> Result<Overrides> {
     let given = |id: &str| matches.value_source(id) == Some(ValueSource::CommandLine);
     let mut ids = matches.ids().map(clap::Id::as_str);
@@ -28,11 +28,12 @@ pub fn overrides(matches: &ArgMatches, settings: &TrainSettings) -> Result<Overr
     // Groups of arguments have ids as well, in the case of their types.
     let argument = |id: &str| id.chars().all(|letter| letter.is_ascii_lowercase() || letter == '_');
     if let Some(fixed) = ids.find(|&id| argument(id) && given(id) && !allowed(id)) {
-        return Err(Error::Training(format!(
-            "--resume takes its settings from the run's config.toml: leave out --{} (only --device, --ranks, --rendezvous, --rank-timeout, \
-             --workers, --checkpoint-every, --max-bad-images and --data-root may change)",
+        let changeable = CHANGEABLE.map(|id| format!("--{}", flag(id))).join(", ");
+        let reason = format!(
+            "takes its settings from the run's config.toml: leave out --{} ({changeable} may change)",
             flag(fixed)
-        )));
+        );
+        return Err(Error::misuse("resume", "", reason));
     }
     Ok(Overrides {
         device: given("device").then(|| settings.device.clone()),

@@ -99,7 +99,7 @@ impl RunState {
     /// file is complete. The engine's part of the state is filled in here.
     ///
     /// # Errors
-    /// [`Io`](ddtas_io::Error::Io) if the file cannot be written; [`Error::Training`] if a weight is no longer finite: such a
+    /// [`Io`](ddtas_io::Error::Io) if the file cannot be written; [`Error::Diverged`] if a weight is no longer finite: such a
     /// checkpoint would serve nobody.
     pub fn save(
         &self,
@@ -118,7 +118,7 @@ impl RunState {
         };
         let archive = fill().map_err(|reason: String| Error::format(path, reason))?;
         if let Some(name) = archive.first_not_finite() {
-            return Err(Error::Training(format!(
+            return Err(Error::Diverged(format!(
                 "training diverged by step {} ({name} is no longer finite): {REMEDY}",
                 self.step
             )));

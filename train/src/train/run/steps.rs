@@ -474,16 +474,17 @@ impl<'a> Run<'a> {
 /// The error of an interrupted run, with advice: how to resume it, or which weights a diverged run leaves.
 fn cut_short(error: Error, files: &Files, state: &RunState) -> Error {
     match error {
-        Error::Training(reason) => match &state.best {
-            Some(best) => Error::Training(format!(
+        Error::Diverged(reason) => match &state.best {
+            Some(best) => Error::Diverged(format!(
                 "{reason}; {} holds the best weights, after step {}",
                 files.folder.best().display(),
                 best.step
             )),
-            None => Error::Training(reason),
+            None => Error::Diverged(reason),
         },
         Error::Program(Program::Io { .. } | Program::Library(ddtas::Error::Device { .. }))
         | Error::Dataset(_)
+        | Error::Training(_)
         | Error::Image { .. }
         | Error::Lost(_)
         | Error::Rank { .. } => {
