@@ -90,8 +90,7 @@ fn table(out: &mut impl Write, rows: &[Row]) -> io::Result<()> {
         let products = if row.tf32 { ", multiplied in TF32" } else { "" };
         let (backend, threads) = (&row.backend, counted(row.threads, "CPU thread"));
         let seed = row.seed.map_or(String::new(), |seed| format!(", seed {seed}"));
-        let dtype = format!("{:?}", row.dtype).to_lowercase();
-        writeln!(out, "{backend}, {threads}, {dtype} rows{products}{seed}")?;
+        writeln!(out, "{backend}, {threads}, {} rows{products}{seed}", row.dtype)?;
     }
     Ok(())
 }
