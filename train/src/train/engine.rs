@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::average::Average;
 use super::checkpoint::archive::Archive;
-use super::checkpoint::optimizer as moments;
+use super::checkpoint::moments;
 use super::chunks;
 use super::generator::{Generator, GeneratorState};
 use super::memory::Memory;
@@ -98,13 +98,14 @@ impl Engine {
         if let Some(generator) = &generator {
             loss = generator.lambda().applied_to(&loss);
         }
+        let (optimizer, average, schedule, memory) = fresh(&network, settings);
         Self {
-            optimizer: settings.optimizer.optimizer(&network, settings.learning_rate, settings.weight_decay),
-            average: average(settings, &network),
+            optimizer,
+            average,
             network,
             output: LossOutput::default(),
             device,
-            schedule: settings.schedule(),
+            schedule,
             head_steps: settings.optimizer.head_steps,
             chunk_size: settings.optimizer.chunk_size,
             mode: match settings.batch_norm {
@@ -116,7 +117,7 @@ impl Engine {
             backend,
             pair_loss: settings.loss,
             loss,
-            memory: memory(settings),
+            memory,
             generator,
             pending: None,
             spread: f64::NAN,
@@ -163,14 +164,8 @@ impl Engine {
 
     /// Starts over with `network`; only lambda is kept, and fixed.
     pub fn restart(&mut self, network: EmbeddingNetwork, settings: &TrainSettings) {
-        self.optimizer =
-            settings.optimizer.optimizer(&network, settings.learning_rate, settings.weight_decay);
-        self.average = average(settings, &network);
-        self.network = network;
-        self.output = LossOutput::default();
-        self.schedule = settings.schedule();
-        self.memory = memory(settings);
-        self.pending = None;
+        (self.optimizer, self.average, self.schedule, self.memory) = fresh(&network, settings);
+        (self.network, self.output, self.pending) = (network, LossOutput::default(), None);
         if let Some(generator) = &self.generator {
             self.loss = generator.lambda().applied_to(&self.loss);
         }
@@ -220,7 +215,7 @@ impl Engine {
         match (&mut self.generator, &state.generator) {
             (Some(generator), Some(state)) => generator.take(archive, state),
             (None, None) => Ok(()),
-            _ => Err("--generator is another one than in config.toml".into()),
+            _ => Err("its generator is not that of --generator in config.toml".into()),
         }
     }
 
@@ -385,7 +380,7 @@ impl Engine {
         Ok(())
     }
 
-    /// The loss of the whole batch, with the gradient of the rows that are here. Returns whether any row's is other than zero.
+    /// The loss of the whole batch, with the gradient of the rows that are here. Returns whether any gradient is non-zero.
     fn evaluate_loss(&mut self, embeddings: ArrayView2<'_, f32>, batch: &ImageBatch) -> Result<bool> {
         let (rows, own) = ((embeddings, batch.labels.as_slice()), batch.own.clone());
         let (backend, output) = (&mut *self.backend, &mut self.output);
@@ -508,13 +503,18 @@ fn spread(rows: ArrayView2<'_, f32>) -> f64 {
     (squares / rows.nrows() as f64).sqrt()
 }
 
-fn average(settings: &TrainSettings, network: &EmbeddingNetwork) -> Option<Average> {
+/// What moves and accompanies a network, before the first step.
+fn fresh(
+    network: &EmbeddingNetwork,
+    settings: &TrainSettings,
+) -> (ModuleOptimizer, Option<Average>, Schedule, Memory) {
     let decay = settings.optimizer.ema;
-    (decay > 0.0).then(|| Average::new(network, decay))
-}
-
-fn memory(settings: &TrainSettings) -> Memory {
-    Memory::new(settings.memory_size, settings.memory_start_step(), settings.embedding_dim)
+    (
+        settings.optimizer.optimizer(network, settings.learning_rate, settings.weight_decay),
+        (decay > 0.0).then(|| Average::new(network, decay)),
+        settings.schedule(),
+        Memory::new(settings.memory_size, settings.memory_start_step(), settings.embedding_dim),
+    )
 }
 
 /// The pictures of a batch that are here.
