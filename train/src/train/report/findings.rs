@@ -7,7 +7,7 @@ use image::RgbImage;
 use serde::{Deserialize, Serialize};
 
 use super::strip::Query;
-use crate::data::Extent;
+use crate::data::{Extent, file_name};
 use crate::pages::encode;
 use crate::train::RunFolder;
 use crate::train::records::{self, EvaluationRecord, Record, StepRecord};
@@ -106,7 +106,7 @@ impl Report {
             }
         }
         let folder_name = folder.canonicalize().unwrap_or_else(|_| folder.to_path_buf());
-        let name = folder_name.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let name = file_name(&folder_name);
         Ok(Self { name, settings, rehearsal, steps, evaluations, findings: Findings::read(folder)? })
     }
 }

@@ -9,13 +9,11 @@
 //! | `event.rs` | progress and outcome |
 //! | `unread.rs` | pictures that cannot be read |
 //! | `evaluation.rs` | Recall@K of the network, and of raw pixels |
-//! | `folder.rs` | where a run's files are |
 //! | `memory.rs` | whether this machine's memory can hold a step |
 
 mod evaluation;
 mod event;
 mod files;
-mod folder;
 mod memory;
 mod setup;
 mod state;
@@ -31,15 +29,14 @@ use ddtas::backend::{self, Backend};
 
 use super::checkpoint::Checkpoint;
 use super::device::{self, Place};
+use super::folder::RunFolder;
 use super::records::RecordWriter;
 use super::settings::TrainSettings;
 use crate::ranks::{Collective, together};
 use crate::{Error, Result};
 pub use evaluation::EVALUATION_CHUNK;
-pub(super) use event::before_training;
 pub use event::{Event, Outcome, Summary};
 use files::Files;
-pub(crate) use folder::RunFolder;
 use setup::{Setup, make_engine};
 use state::RunState;
 use steps::Run;
@@ -61,6 +58,9 @@ pub struct Overrides {
 }
 
 impl Overrides {
+    /// The settings that they change, by their names in config.toml.
+    pub const NAMES: [&str; 5] = ["device", "workers", "checkpoint_every", "max_bad_images", "data_root"];
+
     fn apply(&self, settings: &mut TrainSettings) {
         settings.device = self.device.clone().unwrap_or_else(|| settings.device.clone());
         settings.workers = self.workers.unwrap_or(settings.workers);
@@ -164,7 +164,7 @@ fn go_on(
     let last = folder.last();
     let there = writes && last.exists();
     let bytes = ranks.broadcast(if there { read(&last)? } else { Vec::new() })?;
-    let last = (there || !bytes.is_empty()).then(|| Checkpoint::parse(&last, bytes)).transpose()?;
+    let last = (there || !bytes.is_empty()).then(|| Checkpoint::parse(&last, &bytes)).transpose()?;
     let state = last.as_ref().map(RunState::of).transpose()?.unwrap_or_default();
     state.check_settings(&settings, &folder.config())?;
     if state.finished {

@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::train::checkpoint::BEST;
-use crate::train::records::RecordWriter;
-use crate::train::settings::TrainSettings;
+use super::checkpoint::BEST;
+use super::records::RecordWriter;
+use super::settings::TrainSettings;
 use crate::{Error, Result};
 use ddtas_io::files;
 
@@ -52,7 +52,7 @@ impl RunFolder {
     pub fn open(path: &Path) -> Result<Self> {
         let folder = Self::at(path);
         if path.is_dir() && !folder.config().exists() {
-            return Err(Error::format(path, "no run of ddtas-train: it holds no config.toml"));
+            return Err(Error::format(path, "not a run of ddtas-train: there is no config.toml in it"));
         }
         Ok(folder)
     }
@@ -146,9 +146,21 @@ fn unknown(given: &toml::Table, known: &toml::Table) -> Option<String> {
 
 /// What config.toml holds: paths in it hold from any working directory.
 fn text_of(settings: &TrainSettings) -> Result<String> {
-    let config = toml::to_string(&settings.clone().with_absolute_paths()?).map_err(|error| {
-        Error::misuse("output", "", format!("{CONFIG} cannot hold the settings: {error}"))
-    })?;
+    let paths = [
+        ("data-root", &settings.data.data_root),
+        ("weights", &settings.weights),
+        ("init", &settings.init),
+        ("generator-init", &settings.generator.generator_init),
+        ("output", &settings.output),
+    ];
+    for (name, path) in paths {
+        if let Some(path) = path.as_ref().filter(|path| path.to_str().is_none()) {
+            let reason = format!("is not UTF-8, which {CONFIG} cannot hold: give another path");
+            return Err(Error::misuse(name, path.display(), reason));
+        }
+    }
+    let config = toml::to_string(&settings.clone().with_absolute_paths()?)
+        .map_err(|error| Error::Training(format!("{CONFIG} cannot hold the settings: {error}")))?;
     let remark = settings.random_start().map_or(String::new(), |line| format!("# {line}\n"));
     Ok(remark + &config)
 }
