@@ -4,10 +4,12 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::embedder::{self, Embedder, PretrainedSettings, check_image_size};
+use super::embedder::{self, Embedder, PretrainedSettings};
 use super::file::{EmbeddingsFile, Format};
 use super::{Event, Skipped};
-use crate::data::{Dataset, DatasetKind, DatasetSettings, RECALL_AT, TrainClasses, as_text};
+use crate::data::{
+    Dataset, DatasetKind, DatasetSettings, RECALL_AT, TrainClasses, as_text, check_image_size,
+};
 use crate::train::RunFolder;
 use crate::{Error, Result};
 use ddtas::backend::{self, Backend, DeviceSpec};

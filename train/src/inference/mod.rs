@@ -7,6 +7,7 @@
 //! | `pictures.rs` | the pictures of a folder tree |
 //! | `export.rs` | embeddings of a folder tree, into a file |
 //! | `file.rs`, `npy.rs` | embeddings on disk |
+//! | `origin.rs` | where embeddings came from |
 //! | `search.rs` | the nearest pictures of a collection |
 //! | `page.rs` | the figures of an evaluation as an HTML page |
 //! | `sheet.rs` | the pictures of a search as an HTML page |
@@ -16,6 +17,7 @@ mod evaluation;
 mod export;
 mod file;
 mod npy;
+mod origin;
 mod page;
 mod pictures;
 mod search;
