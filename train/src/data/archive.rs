@@ -109,7 +109,7 @@ fn is_current(target: &Path, stamp: &str) -> Result<bool> {
         Ok(found) => Ok(found == stamp),
         Err(_) if !target.exists() => Ok(false),
         Err(_) => {
-            let advice = "is in the way of unpacking and was not made by ddtas: give it as --data-root, or move it away";
+            let advice = "is where the archive is to be unpacked, and was not made by ddtas: give it as --data-root, or move it away";
             Err(Error::format(target, advice))
         }
     }
@@ -155,13 +155,13 @@ impl Archive<'_> {
                 EntryType::Directory => self.folder(&name)?,
                 EntryType::Regular | EntryType::Continuous => self.file(&name, &mut entry)?,
                 EntryType::XGlobalHeader => {}
-                other => return Err(self.refused(&name, &format!("is no plain file ({other:?})"))),
+                other => return Err(self.refused(&name, &format!("is not a plain file ({other:?})"))),
             }
         }
         if self.members == 0 {
             return Err(Error::format(
                 self.path,
-                "holds no file: it is no .tgz, .tar or .zip with a data set",
+                "holds no file: it is not a .tgz, .tar or .zip with a data set",
             ));
         }
         Ok(())
@@ -171,7 +171,7 @@ impl Archive<'_> {
         let mut zip = ZipArchive::new(reader).map_err(|error| self.damaged(&error))?;
         for index in 0..zip.len() {
             let mut member = zip.by_index(index).map_err(|error| self.damaged(&error))?;
-            let name = PathBuf::from(member.name());
+            let name = PathBuf::from(member.name().map_err(|error| self.damaged(&error))?.into_owned());
             if member.unix_mode().is_some_and(|mode| mode & 0o170_000 == 0o120_000) {
                 return Err(self.refused(&name, "is a link"));
             }
@@ -307,7 +307,7 @@ mod tests {
             header.set_size(0);
             tar.append_link(&mut header, "link", "/etc/passwd").unwrap();
             let error = refusal(tar.get_ref(), LIMITS);
-            assert!(error.contains("is no plain file"), "{error}");
+            assert!(error.contains("is not a plain file"), "{error}");
             tar = tar::Builder::new(Vec::new());
         }
     }
@@ -315,11 +315,11 @@ mod tests {
     #[test]
     fn zip_archives_are_held_to_the_same() {
         use std::io::Write;
-        use zip::{ZipWriter, write::FileOptions};
+        use zip::{ZipWriter, write::SimpleFileOptions};
 
         let zip_of = |name: &str, link: bool| {
             let mut zip = ZipWriter::new(io::Cursor::new(Vec::new()));
-            let options = FileOptions::default().unix_permissions(0o644);
+            let options = SimpleFileOptions::default().unix_permissions(0o644);
             zip.start_file("a/fine", options).unwrap();
             zip.write_all(&[7; 5000]).unwrap();
             match link {

@@ -6,6 +6,7 @@ use image::RgbImage;
 use rand::{Rng, RngExt};
 
 use super::preprocessing::Preprocessing;
+use crate::error::check;
 use crate::{Error, Result};
 
 /// How training pictures are varied.
@@ -78,6 +79,12 @@ impl TestCrop {
     }
 }
 
+/// # Errors
+/// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) for a side of pictures that no network is made for.
+pub(crate) fn check_image_size(size: usize) -> Result<()> {
+    check((8..=1024).contains(&size), "image-size", size, "8 to 1024")
+}
+
 /// Cuts pictures to `size` x `size` and writes them as normalised f32 planes (CHW).
 ///
 /// One per thread: it keeps the resizer's buffers.
@@ -98,9 +105,7 @@ impl Cropper {
     /// # Errors
     /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) unless `size` is in 8..=1024.
     pub fn new(size: usize, preprocessing: Preprocessing) -> Result<Self> {
-        if !(8..=1024).contains(&size) {
-            return Err(Error::setting("image-size", size, "8 to 1024"));
-        }
+        check_image_size(size)?;
         Ok(Self::with_side(size as u32, preprocessing))
     }
 

@@ -116,12 +116,12 @@ fn add_annotated(
         let read = || -> Result<(usize, Source), String> {
             let class = whole(class).filter(|class| (1..=LAST_CLASS).contains(class));
             let class = class.ok_or_else(|| format!("its class is not one of 1 to {LAST_CLASS}"))?;
-            let name = name.as_text().ok_or_else(|| format!("its {name_field} is no text"))?;
+            let name = name.as_text().ok_or_else(|| format!("its {name_field} is not text"))?;
             let path = folder.join(relative(name)?);
             let Some(sides) = &sides else { return Ok((class, Source::File(path))) };
             let [x1, y1, x2, y2] = sides.each_ref().map(|side| whole(side[i]));
             let area = x1.zip(y1).zip(x2.zip(y2)).and_then(|((x1, y1), (x2, y2))| pixel_box(x1, y1, x2, y2));
-            let area = area.ok_or("its bounding box is empty or no whole pixels")?;
+            let area = area.ok_or("its bounding box is empty or not in whole pixels")?;
             Ok((class, Source::Part { path, area }))
         };
         let (class, source) =

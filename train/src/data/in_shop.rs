@@ -66,7 +66,7 @@ pub(super) fn open(path: &Path, crop: bool, unpacking: &mut Unpacking<'_>) -> Re
         }
     }
     if let Some(item) = train.keys().find(|item| test.contains_key(*item)) {
-        return Err(root.refuse(&format!("has item {item} both to train and to test")));
+        return Err(root.refuse(&format!("lists item {item} for both training and test")));
     }
     let (mut queries, mut gallery) = (Classes::new(), Classes::new());
     for (item, (asked, searched)) in test {

@@ -40,7 +40,7 @@ fn classes(root: &Path, list: &Path) -> Result<Files> {
             return Err(bad(format!("there is no picture {}", path.display())));
         }
         if !listed.insert(path.clone()) {
-            return Err(bad(format!("names {} again, which would find itself", path.display())));
+            return Err(bad(format!("names {} a second time: it would find itself", path.display())));
         }
         let folder = || path.parent().and_then(Path::file_name).map(OsString::from);
         let class = class.map(name_of_bytes).or_else(folder).ok_or_else(|| bad("names no class".into()))?;

@@ -152,7 +152,7 @@ impl Root {
         if let Some(first) = missing.first() {
             let (count, all) = (missing.len(), files.len());
             return Err(self.refuse(&format!(
-                "is not whole: {count} of {all} pictures are missing, the first is {}",
+                "is incomplete: {count} of {all} pictures are missing, the first is {}",
                 first.display()
             )));
         }
@@ -175,7 +175,7 @@ impl Root {
         if (pictures, classes) != self.set.extent {
             let (all_pictures, all_classes) = self.set.extent;
             warnings.push(format!(
-                "{pictures} pictures of {classes} classes; the whole {} has {all_pictures} of {all_classes}",
+                "{pictures} pictures of {classes} classes; the complete {} has {all_pictures} of {all_classes}",
                 self.set.name
             ));
         }
@@ -219,7 +219,7 @@ impl<const COLUMNS: usize> Table<COLUMNS> {
 
 /// A number of a list, with what it should be in the error.
 pub(super) fn number<T: std::str::FromStr>(word: &str, what: &str) -> Result<T, String> {
-    word.parse().map_err(|_| format!("{word:?} is no {what}"))
+    word.parse().map_err(|_| format!("{word:?} is not a {what}"))
 }
 
 /// A path of a list, with parts that lead out of the set refused.
