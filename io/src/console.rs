@@ -50,6 +50,12 @@ pub fn printable(line: &str) -> String {
     shown
 }
 
+/// A text of several lines as one, with single blanks.
+#[must_use]
+pub fn one_line(text: impl Display) -> String {
+    text.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
 /// Prints a line to standard error; a failure to write is ignored, so that no work ends because nobody reads.
 pub fn say(line: impl Display) {
     // One write, so that the lines of two threads or programs do not mix.

@@ -133,3 +133,38 @@ fn flag(name: &str, value: &str) -> String {
 
 /// The programs' result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+#[cfg(test)]
+mod tests {
+    use ddtas::loss::LossSettings;
+
+    use super::*;
+
+    #[test]
+    fn flags_alone_have_dashes() {
+        assert_eq!(
+            Error::setting("steps", 0, "1 or more").to_string(),
+            "--steps 0 is out of range: 1 or more"
+        );
+        assert_eq!(Error::misuse("init", "", "missing").to_string(), "--init: missing");
+        assert_eq!(Error::argument("flip", 2, "0 to 1").to_string(), "flip 2 is out of range: 0 to 1");
+        let others = ddtas::Error::InvalidSetting { name: "picked", value: "9".into(), range: "0 to 7" };
+        assert_eq!(Error::from(others).to_string(), "picked = 9 is out of range: 0 to 7");
+        let spoil: [fn(&mut LossSettings); 8] = [
+            |settings| settings.gamma = f64::NAN,
+            |settings| settings.negative_ratio = f64::NAN,
+            |settings| settings.probe_ratio = f64::NAN,
+            |settings| settings.tolerance = f64::NAN,
+            |settings| settings.alpha = f64::NAN,
+            |settings| settings.beta = f64::NAN,
+            |settings| settings.lambda_pos = f64::NAN,
+            |settings| settings.lambda_neg = f64::NAN,
+        ];
+        for spoil in spoil {
+            let mut settings = LossSettings::default();
+            spoil(&mut settings);
+            let said = Error::from(settings.validate().unwrap_err()).to_string();
+            assert!(said.starts_with("--") && said.contains(" NaN is out of range"), "{said}");
+        }
+    }
+}

@@ -187,7 +187,8 @@ impl GeneratorSettings {
     /// Checks every range, and whether the settings go together; `start` is where lambda begins.
     ///
     /// # Errors
-    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) names the first setting that is off.
+    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) or [`Misused`](ddtas_io::Error::Misused) names the
+    /// first setting that is off.
     pub fn validate(&self, start: Lambda) -> Result<()> {
         self.check_ranges()?;
         let head = self.kind == GeneratorKind::Head;
