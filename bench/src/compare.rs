@@ -102,7 +102,7 @@ fn difference(a: &Row, b: &Row) -> Option<(&'static str, String, String)> {
             ("B", row.batch.to_string()),
             ("N", text(row.references.map(|references| references.to_string()))),
             ("D", row.dim.to_string()),
-            ("the type", format!("{:?}", row.dtype).to_lowercase()),
+            ("the type", row.dtype.to_string()),
             ("TF32", row.tf32.to_string()),
             ("the density", text(row.density.clone())),
             ("the noise", text(row.noise.map(|noise| noise.to_string()))),

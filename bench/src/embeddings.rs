@@ -3,7 +3,8 @@
 //! Classes of five: a random centre a class, noise around it. More noise brings positives and negatives
 //! together, so that more negatives are mined; the noise for a wanted share is found by bisection on a sample.
 
-use ndarray::Array2;
+use ddtas_cases::random::normalise;
+use ndarray::{Array2, ArrayViewMut1};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
@@ -105,15 +106,6 @@ fn add_normal(rng: &mut ChaCha8Rng, scale: f64, row: &mut [f32]) {
     }
 }
 
-fn normalise(row: &mut [f32]) {
-    let norm = row.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>().sqrt();
-    if norm > 0.0 {
-        row.iter_mut().for_each(|x| *x = (f64::from(*x) / norm) as f32);
-    } else if let Some(first) = row.first_mut() {
-        *first = 1.0;
-    }
-}
-
 /// Every row has generators of its own, so rows do not depend on how many there are or on threads.
 fn draw_rows(purpose: Purpose, count: usize, dim: usize, noise: f64, seed: u64) -> EmbeddedRows {
     let mut values = Array2::zeros((count, dim));
@@ -121,12 +113,12 @@ fn draw_rows(purpose: Purpose, count: usize, dim: usize, noise: f64, seed: u64) 
         values.par_chunks_mut(CLASS_SIZE * dim).enumerate().for_each(|(class, rows)| {
             let mut centre = vec![0.0; dim];
             add_normal(&mut stream(seed, Purpose::Centre, class), 1.0, &mut centre);
-            normalise(&mut centre);
+            normalise(ArrayViewMut1::from(&mut centre));
             for (i, row) in rows.chunks_mut(dim).enumerate() {
                 row.copy_from_slice(&centre);
                 let scale = noise / (dim as f64).sqrt();
                 add_normal(&mut stream(seed, purpose, class * CLASS_SIZE + i), scale, row);
-                normalise(row);
+                normalise(row.into());
             }
         });
     }
@@ -162,7 +154,7 @@ pub(super) fn mined_share(embeddings: &Embeddings, output: &LossOutput) -> f64 {
 /// The noise at which the share of `density` is mined in a sample; the share grows with noise.
 ///
 /// # Errors
-/// [`Error::InvalidSetting`] if no noise gives that share at this dimension.
+/// [`Error::Misused`] if no noise gives that share at this dimension.
 pub fn find_noise(density: Density, dim: usize, references: Option<usize>, seed: u64) -> Result<f64> {
     let mut backend = CpuBackend::new();
     let mut output = LossOutput::default();

@@ -3,12 +3,11 @@
 //! `embeddings` [B, D] f32 and `labels` [B] i64; in the rectangular form `references` [N, D] f32 and
 //! `reference_labels` [N] i64. Metadata: those of SPEC 7 for other settings than the defaults, `density`, `noise`.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::embeddings::Embeddings;
-use ddtas::loss::{LossSettings, Mining};
-use ddtas_cases::settings_of;
+use ddtas::loss::LossSettings;
+use ddtas_cases::{metadata_of, settings_of};
 use ddtas_io::tensors::{TensorFile, write_rows};
 use ddtas_io::{Error, Result};
 
@@ -37,25 +36,10 @@ pub(super) fn write(path: &Path, embeddings: &Embeddings) -> Result<()> {
     sides.extend(embeddings.references.as_ref().map(|references| {
         ("references", &references.values, Some(("reference_labels", references.labels.as_slice())))
     }));
-    write_rows(path, &sides, &metadata(embeddings))
-}
-
-fn metadata(embeddings: &Embeddings) -> BTreeMap<String, String> {
-    let settings = &embeddings.settings;
-    let mut entries = vec![
-        ("adaptive", (settings.mining == Mining::AtAsms).to_string()),
-        ("gamma", settings.gamma.to_string()),
-        ("neg_ratio", settings.negative_ratio.to_string()),
-        ("probe_neg_ratio", settings.probe_ratio.to_string()),
-        ("tolerance", settings.tolerance.to_string()),
-        ("alpha", settings.alpha.to_string()),
-        ("beta", settings.beta.to_string()),
-        ("lam_pos", settings.lambda_pos.to_string()),
-        ("lam_neg", settings.lambda_neg.to_string()),
-    ];
-    entries.extend(embeddings.density.clone().map(|density| ("density", density)));
-    entries.extend(embeddings.noise.map(|noise| ("noise", noise.to_string())));
-    entries.into_iter().map(|(key, value)| (key.to_owned(), value)).collect()
+    let mut metadata = metadata_of(&embeddings.settings).map_err(|reason| Error::format(path, reason))?;
+    metadata.extend(embeddings.density.clone().map(|density| ("density".to_owned(), density)));
+    metadata.extend(embeddings.noise.map(|noise| ("noise".to_owned(), noise.to_string())));
+    write_rows(path, &sides, &metadata)
 }
 
 #[cfg(test)]

@@ -29,13 +29,14 @@ pub mod spot_check;
 
 pub use arguments::DeviceArguments;
 pub use compare::{Comparison, Ratio, compare, read_rows};
+pub use ddtas_cases::Dtype;
 pub use ddtas_io::tensors::EmbeddedRows;
 pub use density::Density;
 pub use embeddings::{CLASS_SIZE, Embeddings, draw, find_noise};
 pub use file::read;
 pub use measure::{Row, measure, measure_on, with_batch};
 pub use plot::plot;
-pub use settings::{Dtype, ThroughputSettings};
+pub use settings::ThroughputSettings;
 
 use ddtas_io::Result;
 

@@ -13,9 +13,10 @@ use super::EmbeddedRows;
 use super::embeddings::{Embeddings, mined_share};
 #[cfg(feature = "cuda")]
 use super::products::Products;
-use super::settings::{Dtype, ThroughputSettings};
+use super::settings::ThroughputSettings;
 use ddtas::backend::{Backend, DeviceSpec};
 use ddtas::loss::{self, Batch, LossOutput, Rows};
+use ddtas_cases::Dtype;
 use ddtas_io::Result;
 
 /// Calls before the clock starts: buffers grow in the first, and caches settle.
@@ -68,7 +69,7 @@ pub struct Row {
     pub peak_extra_bytes: Option<usize>,
 }
 
-/// Rows as the backend gets them.
+/// Rows as the backend gets them; those of f32 are not copied.
 enum Typed<'a> {
     F32(ArrayView2<'a, f32>),
     F16(Array2<f16>),

@@ -5,22 +5,21 @@ use std::path::{Path, PathBuf};
 use super::Density;
 use super::embeddings::Embeddings;
 use crate::arguments::DeviceArguments;
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+use ddtas_cases::Dtype;
 use ddtas_io::files::check_place;
 use ddtas_io::{Error, Result};
 
-/// Type the rows are rounded to before they are given to the backend.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, serde::Serialize, serde::Deserialize,
-)]
-#[serde(rename_all = "lowercase")]
-pub enum Dtype {
-    /// Single precision.
-    #[default]
-    F32,
-    /// IEEE half precision.
-    F16,
-    /// Brain floating point.
-    Bf16,
+/// A parser of the rows' type.
+fn dtype() -> impl TypedValueParser<Value = Dtype> {
+    let about = |dtype| match dtype {
+        Dtype::F32 => "Single precision",
+        Dtype::F16 => "IEEE half precision",
+        Dtype::Bf16 => "Brain floating point",
+    };
+    let values = Dtype::ALL.map(|dtype| PossibleValue::new(dtype.name()).help(about(dtype)));
+    PossibleValuesParser::new(values)
+        .map(|name| Dtype::ALL.into_iter().find(|dtype| dtype.name() == name).unwrap_or_default())
 }
 
 /// Settings of a measurement. Lists are measured in all combinations.
@@ -41,7 +40,7 @@ pub struct ThroughputSettings {
     #[arg(long, value_name = "N")]
     pub references: Option<usize>,
     /// Type of the embeddings.
-    #[arg(long, value_enum, default_value_t)]
+    #[arg(long, default_value_t, value_parser = dtype())]
     pub dtype: Dtype,
     /// Where to measure.
     #[command(flatten)]
@@ -74,17 +73,16 @@ pub(super) struct Plan {
 
 impl ThroughputSettings {
     /// # Errors
-    /// [`Error::InvalidSetting`] for TF32's precision of other rows than f32: those of 16 bits are exact.
+    /// [`Error::Misused`] for TF32's precision of other rows than f32: those of 16 bits are exact.
     pub(super) fn check_products(&self) -> Result<()> {
         if !self.device.tf32 || self.dtype == Dtype::F32 {
             return Ok(());
         }
-        let value = format!("{:?}", self.dtype).to_lowercase();
-        Err(Error::misuse("dtype", value, "--tf32 is for f32 rows"))
+        Err(Error::misuse("dtype", self.dtype, "--tf32 is for f32 rows"))
     }
 
     /// # Errors
-    /// [`Error::InvalidSetting`] for the first setting out of range.
+    /// [`Error::InvalidSetting`] or [`Error::Misused`] for the first setting that is off.
     pub(super) fn plan(&self) -> Result<Plan> {
         let sizes =
             [("batch", &self.batch[..]), ("dim", &self.dim[..]), ("references", self.references.as_slice())];

@@ -14,17 +14,11 @@ use ddtas::loss::logistic::{sigmoid, softplus};
 use ddtas::loss::select::{Tolerances, adapt, negative_bound, positive_bound};
 use ddtas::loss::similarity::DUPLICATE;
 use ddtas::loss::{Batch, Embeddings, LossOutput, LossSettings};
-use ddtas_cases::to_tf32;
+use ddtas_cases::random::SLACK;
+use ddtas_cases::{Bounds, SINGLE_PRECISION, to_tf32};
 use ndarray::{Array2, s};
 use rayon::prelude::*;
 
-/// What a similarity may be off: as the tests have it, and a little more for a bound that is off as well.
-const SLACK: f64 = 3e-6;
-/// Relative error of a term of the loss or the gradient whose sharpness is 1, from the similarity's: tensor cores
-/// truncate when they add.
-const TRUNCATION: f64 = 4e-7;
-/// The same of sums in f32.
-const SUMMED: f64 = 1e-5;
 /// References that are taken to float64 at a time.
 const CHUNK: usize = 2048;
 
@@ -349,7 +343,8 @@ impl<'a, 'b> SpotCheck<'a, 'b> {
             }
         }
         let term = answer.terms[anchor];
-        let rounding = (SUMMED + settings.alpha.max(settings.beta) * TRUNCATION) * (least + more);
+        let rounding =
+            (SINGLE_PRECISION + settings.alpha.max(settings.beta) * Bounds::TRUNCATION) * (least + more);
         let nearest = term.clamp(least, least + more);
         if !close(term, nearest, rounding) {
             return Err(format!("anchor {anchor} adds {term} to the loss, want {least} and perhaps {more}"));
@@ -423,7 +418,7 @@ impl<'a, 'b> SpotCheck<'a, 'b> {
             let sharpness = self.settings.alpha.max(self.settings.beta);
             // Rounded weights err independently, sums and similarities perhaps not.
             let allowed = 2.5 * self.rounding() * squares.sqrt()
-                + (SUMMED + sharpness * TRUNCATION) * all
+                + (SINGLE_PRECISION + sharpness * Bounds::TRUNCATION) * all
                 + 1.01 * perhaps;
             if !close(error, 0.0, allowed) {
                 return Err(format!(

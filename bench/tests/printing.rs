@@ -68,3 +68,15 @@ fn a_terminal_that_goes_away_does_not_end_the_work() {
     assert_eq!(output.status.code(), Some(1), "the table has no place to go: {said}");
     assert!(fs::read_to_string(&svg).unwrap().contains("</svg>"), "the work went on to its end");
 }
+
+#[test]
+fn a_terminal_without_a_cursor_shows_lines() {
+    let mut command = Command::new("python3");
+    command.args(["-c", include_str!("../../train/tests/runs/on_a_dumb_terminal.py"), PROGRAM]);
+    let Ok(output) = command.args(THROUGHPUT.split(' ')).stdin(Stdio::null()).output() else {
+        println!("skipped: there is no python3");
+        return;
+    };
+    let shown = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && shown.contains("1 of 1: 40 x 8, all"), "{shown}");
+}

@@ -1,8 +1,11 @@
 //! `ddtas-bench verify` from the outside: exit codes and messages.
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
+mod patched;
+
 use assert_cmd::Command;
 use ddtas::backend::{AutoDevice, auto};
+use patched::patch;
 
 /// One that is quick.
 const CASE: &str = "../tests/golden/one_class.safetensors";
@@ -64,18 +67,15 @@ fn json_is_an_array_with_an_object_a_case() {
 #[test]
 fn a_case_with_a_wrong_expectation_fails() {
     let folder = tempfile::tempdir().unwrap();
-    let mut bytes = std::fs::read("../tests/golden/paper_batch80.safetensors").unwrap();
-    let header_length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
-    let header: serde_json::Value = serde_json::from_slice(&bytes[8..8 + header_length]).unwrap();
-    let offset = header["expected.count_neg"]["data_offsets"][0].as_u64().unwrap() as usize;
-    bytes[8 + header_length + offset] ^= 1;
     let path = folder.path().join("wrong.safetensors");
-    std::fs::write(&path, &bytes).unwrap();
+    std::fs::copy("../tests/golden/paper_batch80.safetensors", &path).unwrap();
+    patch(&path, "expected.count_neg", 0, &[0xff]);
     let output = verify(&[path.to_str().unwrap()]).failure().get_output().clone();
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(text.contains("count_neg[0]") && text.contains("0 of 1 cases passed"), "{text}");
 
     // Cut short: not a safetensors file any more.
+    let bytes = std::fs::read(&path).unwrap();
     std::fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
     assert!(complaint("cpu", &[path.to_str().unwrap()]).contains("not a safetensors file"));
 }
@@ -85,13 +85,8 @@ fn expectations_that_no_answer_can_meet_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("odd.safetensors");
     let odd = |tensor: &str, at: usize, value: &[u8]| {
-        let mut bytes = std::fs::read(CASE).unwrap();
-        let header_length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
-        let header: serde_json::Value = serde_json::from_slice(&bytes[8..8 + header_length]).unwrap();
-        let offset = header[tensor]["data_offsets"][0].as_u64().unwrap() as usize;
-        let begin = 8 + header_length + offset + at;
-        bytes[begin..begin + value.len()].copy_from_slice(value);
-        std::fs::write(&path, bytes).unwrap();
+        std::fs::copy(CASE, &path).unwrap();
+        patch(&path, tensor, at, value);
         complaint("cpu", &[path.to_str().unwrap()])
     };
     for tensor in ["expected.dloss_dlambda_pos", "expected.dloss_dlambda_neg", "expected.min_pos"] {

@@ -124,7 +124,7 @@ pub struct Bounds {
 impl Bounds {
     /// What tensor cores, which truncate when they add, may be off in a similarity of 16-bit rows. f32 is added
     /// by the rounding adder.
-    const TRUNCATION: f64 = 4e-7;
+    pub const TRUNCATION: f64 = 4e-7;
     /// Error over that of plain code in the same precision.
     const PLAIN_FACTOR: f64 = 3.0;
     /// Of m+, m-, gamma: cosine similarities.

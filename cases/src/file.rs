@@ -103,6 +103,36 @@ pub fn find(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
+/// The metadata that states `settings`: what [`settings_of`] reads.
+///
+/// # Errors
+/// A line for a way of mining that the metadata has no word for.
+pub fn metadata_of(settings: &LossSettings) -> Result<BTreeMap<String, String>, String> {
+    let adaptive = match settings.mining {
+        Mining::AtAsms => "true",
+        Mining::Asms => "false",
+        other => return Err(format!("the metadata cannot state the mining {other}: asms or at-asms")),
+    };
+    let mut metadata = BTreeMap::from([("adaptive".to_owned(), adaptive.to_owned())]);
+    let mut settings = *settings;
+    metadata.extend(parameters(&mut settings).map(|(key, value)| (key.to_owned(), value.to_string())));
+    Ok(metadata)
+}
+
+/// The numbers of `settings` by their keys in the metadata.
+fn parameters(settings: &mut LossSettings) -> [(&'static str, &mut f64); 8] {
+    [
+        ("gamma", &mut settings.gamma),
+        ("neg_ratio", &mut settings.negative_ratio),
+        ("probe_neg_ratio", &mut settings.probe_ratio),
+        ("tolerance", &mut settings.tolerance),
+        ("alpha", &mut settings.alpha),
+        ("beta", &mut settings.beta),
+        ("lam_pos", &mut settings.lambda_pos),
+        ("lam_neg", &mut settings.lambda_neg),
+    ]
+}
+
 /// The settings that a file states in its metadata (SPEC 7).
 ///
 /// # Errors
@@ -110,26 +140,47 @@ pub fn find(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
 pub fn settings_of(path: &Path, metadata: &BTreeMap<String, String>) -> Result<LossSettings> {
     let bad = |reason| Error::format(path, reason);
     let text = |key: &str| metadata.get(key).ok_or_else(|| bad(format!("the metadata has no `{key}`")));
-    let parameter = |key: &str| {
-        let text = text(key)?;
-        text.parse().map_err(|_| bad(format!("metadata `{key}` is `{text}`, not a number")))
-    };
     let mining = match text("adaptive")?.as_str() {
         "true" => Mining::AtAsms,
         "false" => Mining::Asms,
         other => return Err(bad(format!("metadata `adaptive` is `{other}`, not true or false"))),
     };
-    let settings = LossSettings {
-        mining,
-        gamma: parameter("gamma")?,
-        negative_ratio: parameter("neg_ratio")?,
-        probe_ratio: parameter("probe_neg_ratio")?,
-        tolerance: parameter("tolerance")?,
-        alpha: parameter("alpha")?,
-        beta: parameter("beta")?,
-        lambda_pos: parameter("lam_pos")?,
-        lambda_neg: parameter("lam_neg")?,
-    };
+    let mut settings = LossSettings { mining, ..LossSettings::default() };
+    for (key, value) in parameters(&mut settings) {
+        let text = text(key)?;
+        *value = text.parse().map_err(|_| bad(format!("metadata `{key}` is `{text}`, not a number")))?;
+    }
     settings.validate().map_err(|e| bad(e.to_string()))?;
     Ok(settings)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_are_read_as_they_are_stated() {
+        for mining in Mining::ALL {
+            let settings = LossSettings {
+                mining,
+                gamma: 0.1 + 0.2,
+                negative_ratio: 1.5,
+                probe_ratio: 1.0 / 3.0,
+                tolerance: 0.25,
+                alpha: 33.0,
+                beta: 3.0,
+                lambda_pos: 0.9,
+                lambda_neg: -0.4,
+            };
+            match metadata_of(&settings) {
+                Ok(metadata) => {
+                    assert_eq!(settings_of(Path::new("file"), &metadata).unwrap(), settings);
+                }
+                Err(said) => {
+                    assert!(matches!(mining, Mining::None | Mining::Symmetric), "{said}");
+                    assert!(said.contains(mining.name()), "{said}");
+                }
+            }
+        }
+    }
 }

@@ -8,7 +8,7 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::{Expected, Report, is_clear};
 
-/// Pairs closer to a threshold than this may be counted either way in single precision.
+/// Pairs closer to a threshold than this may be counted either way in single precision: f32 sums of D products err by some 1e-7.
 pub const SLACK: f64 = 3e-6;
 
 /// How to draw one side of a batch.

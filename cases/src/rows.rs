@@ -4,10 +4,12 @@ use ddtas::loss::Embeddings;
 use half::{bf16, f16};
 use ndarray::Array2;
 
-/// The type of a case's rows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// The type of rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Dtype {
     /// Single precision.
+    #[default]
     F32,
     /// IEEE half precision.
     F16,
@@ -18,6 +20,16 @@ pub enum Dtype {
 impl Dtype {
     /// Every type that a backend takes.
     pub const ALL: [Self; 3] = [Self::F32, Self::F16, Self::Bf16];
+
+    /// As the programs and files spell it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+        }
+    }
 
     /// That of these rows.
     #[must_use]
@@ -46,6 +58,12 @@ impl Dtype {
             Self::F16 => f16::from_f64(value).to_f64(),
             Self::Bf16 => bf16::from_f64(value).to_f64(),
         }
+    }
+}
+
+impl std::fmt::Display for Dtype {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
     }
 }
 

@@ -1,5 +1,5 @@
 //! The table: the reference cases, and batches drawn from seeds for what those do not have. No pair of a case lies
-//! within [`CLEARANCE`] of a threshold, so counts are exact.
+//! within [`SLACK`] of a threshold, so counts are exact.
 
 use std::path::Path;
 
@@ -8,10 +8,8 @@ use ndarray::Array2;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use crate::random::SLACK;
 use crate::{Case, Dtype, Side, find, is_clear};
-
-/// No pair is closer to a threshold than this; f32 sums of D products err by some 1e-7.
-const CLEARANCE: f64 = 3e-6;
 
 /// Every file of tests/golden, by name.
 ///
@@ -43,7 +41,7 @@ pub fn golden_in(dtype: Dtype) -> Vec<Case> {
 /// Whether f32 arithmetic must come to the same sets as float64.
 fn clear(case: &Case) -> bool {
     let truth = reference(&case.batch(), &case.settings).expect("a case is valid");
-    is_clear(&truth, &case.settings, CLEARANCE)
+    is_clear(&truth, &case.settings, SLACK)
 }
 
 /// How a random batch is drawn.

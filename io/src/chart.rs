@@ -59,13 +59,13 @@ pub struct Axis<'a> {
 
 /// A chart.
 pub struct Chart<'a> {
-    /// Above it.
+    /// Title.
     pub title: Option<&'a str>,
-    /// Across.
+    /// The x axis.
     pub x: Axis<'a>,
-    /// Below the x axis.
+    /// Title of the x axis.
     pub x_title: Option<&'a str>,
-    /// Upwards.
+    /// The y axis.
     pub y: Axis<'a>,
     /// The lines, in order of their colours.
     pub lines: &'a [Line],

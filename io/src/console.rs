@@ -36,18 +36,24 @@ pub fn counted(count: usize, noun: &str) -> String {
     format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
 }
 
-/// A message with its control characters escaped: names of files may hold some, and terminals obey them.
+/// A message as one line, with its control characters escaped: names of files may hold some, and terminals obey them.
 #[must_use]
 pub fn printable(line: &str) -> String {
     let mut shown = String::with_capacity(line.len());
     for character in line.chars() {
         match character {
-            '\t' | '\n' => shown.push(character),
+            '\t' => shown.push(character),
             _ if character.is_control() => shown.extend(character.escape_default()),
             _ => shown.push(character),
         }
     }
     shown
+}
+
+/// A text of several lines as one, with single blanks.
+#[must_use]
+pub fn one_line(text: impl Display) -> String {
+    text.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 /// Prints a line to standard error; a failure to write is ignored, so that no work ends because nobody reads.
@@ -99,7 +105,7 @@ pub fn failed(program: &str, error: &(dyn std::error::Error + 'static)) -> ExitC
 mod tests {
     #[test]
     fn control_characters_are_escaped() {
-        let shown = super::printable("caf\u{e9}\x1b[2J\r\x07\u{9b}\tb\n");
-        assert_eq!(shown, "caf\u{e9}\\u{1b}[2J\\r\\u{7}\\u{9b}\tb\n");
+        let shown = super::printable("caf\u{e9}\x1b[2J\r\x07\u{9b}\tb\nc");
+        assert_eq!(shown, "caf\u{e9}\\u{1b}[2J\\r\\u{7}\\u{9b}\tb\\nc");
     }
 }

@@ -11,20 +11,30 @@ pub enum Error {
     /// The library's.
     #[error(transparent)]
     Library(ddtas::Error),
-    /// A setting of a program outside its range.
+    /// A flag of a program outside its range.
     #[error("{} is out of range: {range}", flag(name, value))]
     InvalidSetting {
-        /// The setting, as the programs spell it.
+        /// The flag, without its dashes.
         name: &'static str,
         /// The value given.
         value: String,
         /// The values that are allowed.
         range: &'static str,
     },
-    /// A setting that is missing, or has a value that is unknown or does not go with the others.
+    /// What a caller hands over outside its range, which no flag sets.
+    #[error("{name} {value} is out of range: {range}")]
+    InvalidArgument {
+        /// What it is.
+        name: &'static str,
+        /// The value given.
+        value: String,
+        /// The values that are allowed.
+        range: &'static str,
+    },
+    /// A flag that is missing, or has a value that is unknown or does not go with the others.
     #[error("{}: {reason}", flag(name, value))]
     Misused {
-        /// The setting, as the programs spell it.
+        /// The flag, without its dashes.
         name: &'static str,
         /// The value given; empty if there is none.
         value: String,
@@ -71,6 +81,11 @@ impl Error {
         Self::InvalidSetting { name, value: value.to_string(), range }
     }
 
+    /// An [`Error::InvalidArgument`].
+    pub fn argument(name: &'static str, value: impl Display, range: &'static str) -> Self {
+        Self::InvalidArgument { name, value: value.to_string(), range }
+    }
+
     /// An [`Error::Misused`].
     pub fn misuse(name: &'static str, value: impl Display, reason: impl Into<Cow<'static, str>>) -> Self {
         Self::Misused { name, value: value.to_string(), reason: reason.into() }
@@ -78,40 +93,82 @@ impl Error {
 }
 
 impl From<ddtas::Error> for Error {
+    /// A setting of the library that a flag sets has the flag's name.
     fn from(error: ddtas::Error) -> Self {
         match error {
             ddtas::Error::InvalidSetting { name: "device", value, .. } => {
                 Self::misuse("device", value, UNKNOWN_DEVICE)
             }
-            ddtas::Error::InvalidSetting { name, value, range } => {
-                Self::InvalidSetting { name: flag_of(name), value, range }
-            }
+            ddtas::Error::InvalidSetting { name, value, range } => match flag_of(name) {
+                Some(name) => Self::InvalidSetting { name, value, range },
+                None => Self::Library(ddtas::Error::InvalidSetting { name, value, range }),
+            },
             other => Self::Library(other),
         }
     }
 }
 
-/// The flag that sets a field of the library.
-fn flag_of(field: &'static str) -> &'static str {
-    match field {
-        "negative_ratio" => "negative-ratio",
-        "probe_ratio" => "probe-ratio",
-        "lambda_pos" => "lambda-pos",
-        "lambda_neg" => "lambda-neg",
-        "ks" => "recall-at",
-        same => same,
-    }
+/// The flag that sets a field of the library's settings.
+fn flag_of(field: &str) -> Option<&'static str> {
+    const FLAGS: [(&str, &str); 11] = [
+        ("alpha", "alpha"),
+        ("beta", "beta"),
+        ("gamma", "gamma"),
+        ("ks", "recall-at"),
+        ("lambda_neg", "lambda-neg"),
+        ("lambda_pos", "lambda-pos"),
+        ("loss", "loss"),
+        ("mining", "mining"),
+        ("negative_ratio", "negative-ratio"),
+        ("probe_ratio", "probe-ratio"),
+        ("tolerance", "tolerance"),
+    ];
+    FLAGS.iter().find(|(name, _)| *name == field).map(|(_, flag)| *flag)
 }
 
 /// The error of an unknown device. `emulated` is not offered: it is for tests.
 pub const UNKNOWN_DEVICE: &str = "unknown; give auto, cpu, cuda or cuda:N";
 
-/// A setting as it is typed; a name of several words is no flag.
+/// A flag as it is typed.
 fn flag(name: &str, value: &str) -> String {
-    let dashes = if name.starts_with("--") || name.contains(' ') { "" } else { "--" };
     let space = if value.is_empty() { "" } else { " " };
-    format!("{dashes}{name}{space}{value}")
+    format!("--{name}{space}{value}")
 }
 
 /// The programs' result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+#[cfg(test)]
+mod tests {
+    use ddtas::loss::LossSettings;
+
+    use super::*;
+
+    #[test]
+    fn flags_alone_have_dashes() {
+        assert_eq!(
+            Error::setting("steps", 0, "1 or more").to_string(),
+            "--steps 0 is out of range: 1 or more"
+        );
+        assert_eq!(Error::misuse("init", "", "missing").to_string(), "--init: missing");
+        assert_eq!(Error::argument("flip", 2, "0 to 1").to_string(), "flip 2 is out of range: 0 to 1");
+        let others = ddtas::Error::InvalidSetting { name: "picked", value: "9".into(), range: "0 to 7" };
+        assert_eq!(Error::from(others).to_string(), "picked = 9 is out of range: 0 to 7");
+        let spoil: [fn(&mut LossSettings); 8] = [
+            |settings| settings.gamma = f64::NAN,
+            |settings| settings.negative_ratio = f64::NAN,
+            |settings| settings.probe_ratio = f64::NAN,
+            |settings| settings.tolerance = f64::NAN,
+            |settings| settings.alpha = f64::NAN,
+            |settings| settings.beta = f64::NAN,
+            |settings| settings.lambda_pos = f64::NAN,
+            |settings| settings.lambda_neg = f64::NAN,
+        ];
+        for spoil in spoil {
+            let mut settings = LossSettings::default();
+            spoil(&mut settings);
+            let said = Error::from(settings.validate().unwrap_err()).to_string();
+            assert!(said.starts_with("--") && said.contains(" NaN is out of range"), "{said}");
+        }
+    }
+}

@@ -6,6 +6,7 @@
 //! | [`console`] | printing of results and progress |
 //! | `error.rs` | errors, the library's included |
 //! | [`files`] | atomic writing of files |
+//! | [`progress`] | a bar on a terminal, lines elsewhere |
 //! | [`tensors`] | matrices and labels in .safetensors files |
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
@@ -13,6 +14,7 @@ pub mod chart;
 pub mod console;
 mod error;
 pub mod files;
+pub mod progress;
 pub mod tensors;
 
 pub use error::{Error, Result, UNKNOWN_DEVICE};

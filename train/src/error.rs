@@ -22,8 +22,8 @@ pub enum Error {
         /// What the decoder said.
         reason: String,
     },
-    /// A run was cut short by something that can be mended, and can then go on.
-    #[error("{cause}; mend that, then: ddtas-train --resume {folder}", folder = folder.display())]
+    /// A run was cut short by something that can be fixed, and can then go on.
+    #[error("{cause}; fix this, then run: ddtas-train --resume {folder}", folder = folder.display())]
     Interrupted {
         /// What went wrong.
         cause: Box<Error>,
@@ -41,9 +41,15 @@ pub enum Error {
     /// Messages between ranks have come to an end, and no rank can say why for another: each says it itself.
     #[error("{0}")]
     Lost(String),
-    /// Training went wrong in a way that more steps will not mend.
+    /// A value is no longer finite, which more steps will not change.
+    #[error("{0}")]
+    Diverged(String),
+    /// Training cannot go on: a device, a thread, or ranks that do not fit each other.
     #[error("{0}")]
     Training(String),
+    /// It was told to stop before there was anything to go on from.
+    #[error("stopped while {0}")]
+    Stopped(String),
 }
 
 impl Error {
@@ -61,6 +67,11 @@ impl Error {
     /// A [`ddtas_io::Error::InvalidSetting`].
     pub fn setting(name: &'static str, value: impl Display, range: &'static str) -> Self {
         ddtas_io::Error::setting(name, value, range).into()
+    }
+
+    /// A [`ddtas_io::Error::InvalidArgument`].
+    pub fn argument(name: &'static str, value: impl Display, range: &'static str) -> Self {
+        ddtas_io::Error::argument(name, value, range).into()
     }
 
     /// A [`ddtas_io::Error::Misused`].

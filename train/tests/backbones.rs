@@ -11,7 +11,8 @@ use burn::store::ModuleSnapshot;
 use burn::tensor::{Device, Distribution, Tensor};
 use ddtas_io::tensors::{Dtype, TensorFile, to_bytes};
 use ddtas_train::model::{
-    Backbone, BackboneKind, EmbeddingNetwork, Features, NetworkShape, Normalise, PoolingKind, to_array,
+    Backbone, BackboneKind, EmbeddingNetwork, Features, NetworkShape, Normalise, PoolingKind, name_of,
+    to_array,
 };
 use ddtas_train::train::checkpoint::{self, Checkpoint};
 
@@ -67,7 +68,7 @@ fn write(path: &Path, tensors: &Tensors) {
 fn weights_that_fit_are_taken_and_others_are_named() {
     let (folder, device) = (tempfile::tempdir().unwrap(), Device::flex());
     let path = folder.path().join("weights.safetensors");
-    let network = || Backbone::new(&shape(BackboneKind::ResNet18), &device);
+    let network = || Backbone::new(&shape(BackboneKind::Resnet18), &device);
     let good = published(&network());
     write(&path, &good);
     let filled = network().with_weights(&path).unwrap();
@@ -97,9 +98,9 @@ fn weights_that_fit_are_taken_and_others_are_named() {
     let said = refused(&|tensors| tensors.get_mut(name).unwrap().1[7] = f32::NAN);
     assert!(said.contains(name) && said.contains("NaN"), "{said}");
     assert_eq!(said.lines().count(), 1, "{said}");
-    for other in [BackboneKind::ResNet50, BackboneKind::EfficientNetLite0, BackboneKind::VitS16] {
+    for other in [BackboneKind::Resnet50, BackboneKind::EfficientnetLite0, BackboneKind::VitS16] {
         let said = refused(&|tensors| *tensors = published(&Backbone::new(&shape(other), &device)));
-        let fits = format!("); they fit --backbone {}", other.name());
+        let fits = format!("); they fit --backbone {}", name_of(&other));
         assert!(said.contains("not weights of resnet18 (") && said.ends_with(&fits), "{said}");
     }
 }
@@ -119,7 +120,7 @@ fn published_weights_embed_and_search_without_a_checkpoint() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
     let (weights, pictures, out) = (at("weights.safetensors"), at("data"), at("out.safetensors"));
-    let mut tensors = published(&Backbone::new(&shape(BackboneKind::ResNet18), &Device::flex()));
+    let mut tensors = published(&Backbone::new(&shape(BackboneKind::Resnet18), &Device::flex()));
     // Of either sign, so that values stay small.
     let convolutions = tensors.values_mut().filter(|(shape, _)| shape.len() == 4);
     convolutions.flat_map(|(_, values)| values).for_each(|value| *value = 0.1 * (*value - 1.0));
@@ -182,7 +183,7 @@ fn damaged_files_are_one_line_each() {
     let path = folder.path().join("weights.pth");
     let refused = |bytes: &[u8]| {
         std::fs::write(&path, bytes).unwrap();
-        let network = Backbone::new(&shape(BackboneKind::ResNet18), &device);
+        let network = Backbone::new(&shape(BackboneKind::Resnet18), &device);
         let said = network.with_weights(&path).map(|_| ()).unwrap_err().to_string();
         assert!(said.lines().count() == 1 && said.contains("weights.pth"), "{said}");
     };
@@ -195,7 +196,7 @@ fn damaged_files_are_one_line_each() {
     refused(&[0xff; 64]);
     refused(b"nothing of the kind, but long enough to look at");
     assert!(
-        Backbone::new(&shape(BackboneKind::ResNet18), &device)
+        Backbone::new(&shape(BackboneKind::Resnet18), &device)
             .with_weights(&folder.path().join("none"))
             .is_err()
     );
@@ -205,7 +206,7 @@ fn damaged_files_are_one_line_each() {
 fn checkpoints_bear_the_fields_names_and_come_back() {
     let (folder, device) = (tempfile::tempdir().unwrap(), Device::flex());
     let path = folder.path().join("checkpoint.safetensors");
-    let shape = NetworkShape { pooling: PoolingKind::Gem, ..shape(BackboneKind::EfficientNetLite0) };
+    let shape = NetworkShape { pooling: PoolingKind::Gem, ..shape(BackboneKind::EfficientnetLite0) };
     device.seed(1);
     let network = EmbeddingNetwork::new(&shape, &device);
     checkpoint::save(&network, &shape, &[], &path).unwrap();
@@ -234,9 +235,9 @@ fn checkpoints_bear_the_fields_names_and_come_back() {
 fn feature_maps_have_the_fields_shapes() {
     let device = Device::flex();
     for (kind, features, sides) in [
-        (BackboneKind::EfficientNetLite0, 1280, [3, 4]),
-        (BackboneKind::ResNet18, 512, [3, 4]),
-        (BackboneKind::ResNet50, 2048, [3, 4]),
+        (BackboneKind::EfficientnetLite0, 1280, [3, 4]),
+        (BackboneKind::Resnet18, 512, [3, 4]),
+        (BackboneKind::Resnet50, 2048, [3, 4]),
         (BackboneKind::BnInception, 1024, [3, 3]),
     ] {
         for (size, side) in [96, 97].into_iter().zip(sides) {

@@ -2,7 +2,6 @@
 #![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
 
 use burn::tensor::Device;
-use clap::Parser;
 use ddtas::backend::cpu::CpuBackend;
 use ddtas_train::data::ImageBatch;
 use ddtas_train::model::EmbeddingNetwork;
@@ -14,18 +13,12 @@ static ALLOCATOR: PeakAlloc = PeakAlloc;
 
 const SIDE: usize = 24;
 
-#[derive(Parser)]
-struct Arguments {
-    #[command(flatten)]
-    settings: TrainSettings,
-}
-
 #[test]
 fn a_step_in_chunks_takes_less_memory() {
     let device = Device::flex().autodiff();
-    let peak = |size: &str| {
-        let arguments = ["test", "--width", "8", "--embedding-dim", "10", "--chunk-size", size];
-        let settings = Arguments::parse_from(arguments).settings;
+    let peak = |chunk_size| {
+        let mut settings = TrainSettings { width: 8, embedding_dim: 10, ..TrainSettings::default() };
+        settings.optimizer.chunk_size = chunk_size;
         let network = EmbeddingNetwork::new(&settings.network_shape(), &device);
         let mut engine = Engine::new(network, &settings, Box::new(CpuBackend::new()), None, device.clone());
         let values = 96 * 3 * SIDE * SIDE;
@@ -43,7 +36,7 @@ fn a_step_in_chunks_takes_less_memory() {
         assert!(engine.step(0, &batch, None).unwrap());
         PeakAlloc.peak_usage() - before
     };
-    let (whole, chunked) = (peak("0"), peak("8"));
+    let (whole, chunked) = (peak(0), peak(8));
     println!("peak of a step of 96 pictures: {whole} bytes, {chunked} in chunks of 8");
     assert!(3 * chunked < whole, "{chunked} of {whole} bytes");
 }

@@ -9,7 +9,7 @@ use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Tensor, TensorData};
 use ddtas_train::model::{
-    Backbone, BackboneKind, EmbeddingNetwork, Features, HeadKind, NetworkShape, Normalise,
+    Backbone, BackboneKind, EmbeddingNetwork, Features, HeadKind, NetworkShape, Normalise, name_of,
 };
 #[cfg(feature = "emulated")]
 use runs::{folder_of_pictures, records, small_run};
@@ -63,9 +63,9 @@ fn networks_and_their_gradients() {
     // passes a gradient on that another does not, to one channel and to all layers before. Then other pictures are wanted.
     for (backbone, side, first) in [
         (BackboneKind::Residual, 13, 0),
-        (BackboneKind::EfficientNetLite0, 33, 0),
-        (BackboneKind::ResNet18, 33, 0),
-        (BackboneKind::ResNet50, 32, 0),
+        (BackboneKind::EfficientnetLite0, 33, 0),
+        (BackboneKind::Resnet18, 33, 0),
+        (BackboneKind::Resnet50, 32, 0),
         (BackboneKind::BnInception, 64, 217),
     ] {
         let (width, depth) = if backbone == BackboneKind::Residual { (8, 1) } else { (0, 0) };
@@ -93,7 +93,7 @@ fn networks_and_their_gradients() {
                 let (off, rounding) = (difference(got, want), difference(other, want));
                 let size = norm(want.iter().map(|&want| f64::from(want)));
                 let most = 1e-4 * size.max(1e-2) + 10.0 * rounding;
-                let name = backbone.name();
+                let name = name_of(&backbone);
                 assert!(
                     off <= most,
                     "{name}, {mode:?}, part {part}: {off}, by rounding {rounding}, norm {size}"

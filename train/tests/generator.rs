@@ -2,6 +2,8 @@
 //! training steps to the meta loss.
 #![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
 
+mod runs;
+
 use assert_cmd::Command;
 use ddtas::loss::gradient::weigh;
 use ddtas::loss::select::Selection;
@@ -10,10 +12,10 @@ use ddtas::loss::{Hypergradient, LossSettings, Mining, threshold};
 use ddtas_train::Result;
 use ddtas_train::generator::head::{Head, Losses, hypergradient};
 use ddtas_train::generator::{Lambda, VirtualStep, VirtualStepKind};
-use ddtas_train::train::{Record, read_records};
 use ndarray::{Array1, Array2, arr1};
 use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use runs::{records, small_run};
 
 const STEPS: [VirtualStep; 2] = [
     VirtualStep { kind: VirtualStepKind::Plain, rate: 0.5 },
@@ -128,20 +130,13 @@ fn virtual_step_without_a_gradient_leaves_lambda_alone() {
 }
 
 fn run(output: &std::path::Path, more: &[&str]) -> Command {
-    let mut command = Command::cargo_bin("ddtas-train").unwrap();
-    command.args(["--image-size", "16", "--width", "8", "--embedding-dim", "32", "--evaluate-every", "0"]);
-    command.args(["--classes-per-batch", "8", "--images-per-class", "4", "--steps", "6", "--output"]);
-    command.arg(output).args(more);
+    let mut command = small_run(output, 6);
+    command.args(more);
     command
 }
 
 fn lambdas(run: &std::path::Path) -> Vec<(f64, f64)> {
-    let records = read_records(&run.join("metrics.jsonl")).unwrap();
-    let step = |record| match record {
-        Record::Step(step) => Some((step.lambda_pos, step.lambda_neg)),
-        Record::Rehearsal(_) | Record::Evaluation(_) => None,
-    };
-    records.into_iter().filter_map(step).collect()
+    records(run).0.into_iter().map(|step| (step.lambda_pos, step.lambda_neg)).collect()
 }
 
 #[test]

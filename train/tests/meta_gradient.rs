@@ -5,7 +5,6 @@
 use burn::module::Module;
 use burn::optim::{GradientsParams, SgdConfig};
 use burn::tensor::{Device, Tensor, TensorData};
-use clap::Parser;
 use ddtas::backend::{Backend, cpu::CpuBackend};
 use ddtas::loss::{Batch, LossSettings, Mining, reference};
 use ddtas_train::data::ImageBatch;
@@ -18,14 +17,8 @@ use rand_chacha::ChaCha8Rng;
 
 const SIDE: usize = 16;
 
-#[derive(Parser)]
-struct Arguments {
-    #[command(flatten)]
-    settings: TrainSettings,
-}
-
 fn settings(kind: GeneratorKind, batch_norm: BatchNorm) -> TrainSettings {
-    let mut settings = Arguments::parse_from(["test", "--lambda", "0.7"]).settings;
+    let mut settings = TrainSettings { lambda: 0.7, ..TrainSettings::default() };
     (settings.image_size, settings.width, settings.embedding_dim) = (SIDE, 16, 10);
     (settings.mining, settings.alpha, settings.batch_norm) = (Mining::None, 4.0, batch_norm);
     let generator = &mut settings.generator;

@@ -215,7 +215,12 @@ fn lists_are_the_split() {
         "# pictures\na/0.png,7\na/1.png,7\r\n\nb c/0.png\tblue\nb c/1.png\tblue\n",
     )
     .unwrap();
-    fs::write(root.join("test.txt"), "d/0.png\nd/1.png\ne/0.png\ne/1.png\n").unwrap();
+    // Without a class: a path with a blank, and one with a comma.
+    fs::create_dir(root.join("b c/d")).unwrap();
+    for name in ["one, 7.png", "two 8"] {
+        fs::copy(root.join("d/0.png"), root.join("b c/d").join(name)).unwrap();
+    }
+    fs::write(root.join("test.txt"), "b c/d/one, 7.png\nb c/d/two 8\ne/0.png\ne/1.png\n").unwrap();
     let dataset = open(root, None).unwrap();
     assert_eq!(dataset.train.class_names(), ["7", "blue"]);
     assert_eq!(dataset.test.class_names(), ["d", "e"]);

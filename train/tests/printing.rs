@@ -149,3 +149,18 @@ fn a_terminal_that_goes_away_does_not_end_training() {
     assert_finished(&finish(&arguments(&place.data, &unbroken, &[])));
     assert_same(&trained, &unbroken, "a terminal that has gone");
 }
+
+#[test]
+fn a_terminal_without_a_cursor_shows_lines() {
+    let place = Place::new();
+    let mut command = Command::new("python3");
+    command.args(["-c", include_str!("runs/on_a_dumb_terminal.py"), PROGRAM]);
+    command.args(arguments(&place.data, &place.run("run"), &["--steps", "2"])).stdin(Stdio::null());
+    let Ok(output) = command.output() else {
+        println!("skipped: there is no python3");
+        return;
+    };
+    let shown = String::from_utf8_lossy(&output.stdout);
+    assert_finished(&output);
+    assert!(shown.contains("computing on ") && shown.contains("step 2/2: loss "), "{shown}");
+}

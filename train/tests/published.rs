@@ -245,7 +245,7 @@ fn a_list_that_is_off_is_refused_by_its_line() {
         fs::write(&path, before).unwrap();
     };
     change("image_class_labels.txt", "\n2 1", "\n2 201", "line 2: class 201 is not one of 1 to 200");
-    change("image_class_labels.txt", "\n2 1", "\n2 x", "line 2: \"x\" is no class number");
+    change("image_class_labels.txt", "\n2 1", "\n2 x", "line 2: \"x\" is not a class number");
     change("image_class_labels.txt", "\n2 1", "\n2", "line 2: not 2 columns");
     change("images.txt", "\n5 002.", "\n5 ../../002.", "line 5: the path");
     change("images.txt", "\n5 002.", "\n99 002.", "line 5: picture 99 has no line in image_class_labels.txt");
@@ -263,9 +263,9 @@ fn a_list_that_is_off_is_refused_by_its_line() {
     fs::write(&list, text.replacen("query", "probe", 1)).unwrap();
     assert!(refusal(DatasetKind::InShop, &root).contains("\"probe\" is not train, query or gallery"));
     fs::write(&list, text.replacen("train", "gallery", 1)).unwrap();
-    assert!(refusal(DatasetKind::InShop, &root).contains("both to train and to test"));
+    assert!(refusal(DatasetKind::InShop, &root).contains("for both training and test"));
     fs::write(&list, text.replace("gallery", "train")).unwrap();
-    assert!(refusal(DatasetKind::InShop, &root).contains("both to train and to test"));
+    assert!(refusal(DatasetKind::InShop, &root).contains("for both training and test"));
 }
 
 #[test]
@@ -286,7 +286,7 @@ fn annotations_that_are_off_are_refused_by_their_number() {
     change("class", number(197.0), "not one of 1 to 196");
     change("class", number(1.5), "not one of 1 to 196");
     change("class", text("three"), "not one of 1 to 196");
-    change("relative_im_path", number(3.0), "is no text");
+    change("relative_im_path", number(3.0), "is not text");
     change("relative_im_path", text("/etc/passwd"), "leads out");
     change("bbox_x2", number(0.0), "bounding box is empty");
     fs::write(&path, encode(&Variables::default(), true)).unwrap();

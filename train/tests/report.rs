@@ -4,7 +4,6 @@
 use std::fs;
 use std::path::Path;
 
-use clap::{Args, FromArgMatches};
 use ddtas::backend::Nearest;
 use ddtas::loss::baseline::PairLoss;
 use ddtas_train::Error;
@@ -205,7 +204,7 @@ fn queries_are_not_the_same_picture_of_every_class() {
 fn plots_mark_warm_up_and_memory_and_draw_equal_thresholds_once() {
     let folder = tempfile::tempdir().unwrap();
     write_run(folder.path(), &whole_run());
-    let settings = TrainSettings { memory_size: 8, memory_start: Some(150), ..default_settings() };
+    let settings = TrainSettings { memory_size: 8, memory_start: Some(150), ..TrainSettings::default() };
     let page = |settings: &TrainSettings| {
         fs::write(folder.path().join("config.toml"), toml::to_string(settings).unwrap()).unwrap();
         fs::read_to_string(report::write(folder.path()).unwrap()).unwrap()
@@ -219,14 +218,8 @@ fn plots_mark_warm_up_and_memory_and_draw_equal_thresholds_once() {
     assert_eq!(together.matches(">\nend of warm-up, memory\n<").count(), plots);
     let none = page(&TrainSettings { memory_start: None, memory_size: 0, warm_up: 0.0, ..settings });
     assert!(!none.contains("end of warm-up") && none.contains("lambda 0.7."));
-    let margin = page(&TrainSettings { loss: PairLoss::Contrastive, ..default_settings() });
+    let margin = page(&TrainSettings { loss: PairLoss::Contrastive, ..TrainSettings::default() });
     assert!(margin.contains("margin 0.7."));
     // The running mean stops half a window before the ends, and its window is named.
     assert!(margin.contains("Bold: mean of 11 steps."));
-}
-
-/// The settings of a run without arguments.
-fn default_settings() -> TrainSettings {
-    let matches = TrainSettings::augment_args(clap::Command::new("test")).get_matches_from(["test"]);
-    TrainSettings::from_arg_matches(&matches).unwrap()
 }

@@ -122,3 +122,44 @@ fn a_run_under_nohup_outlives_a_hang_up() {
     assert_finished(&child.wait_with_output().unwrap());
     assert_same(&run, &unbroken, "nohup");
 }
+
+#[test]
+fn a_signal_ends_the_unpacking_of_an_archive() {
+    let place = Place::new();
+    let (archive, run) = (place.run("set.tar"), place.run("run"));
+    // Four gigabytes of nothing, which take seconds to write.
+    let length = 4 << 30;
+    let mut header = tar::Header::new_gnu();
+    header.set_path("large").unwrap();
+    header.set_size(length);
+    header.set_cksum();
+    fs::write(&archive, header.as_bytes()).unwrap();
+    fs::File::options().write(true).open(&archive).unwrap().set_len(length + 512).unwrap();
+    let mut child = Command::new(PROGRAM)
+        .args([
+            "--dataset",
+            "sop",
+            "--data-root",
+            archive.to_str().unwrap(),
+            "--output",
+            run.to_str().unwrap(),
+        ])
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let partial = place.run("set.tar.unpacking/large");
+    let begun = Instant::now();
+    while !partial.exists() {
+        assert!(begun.elapsed() < Duration::from_secs(60) && child.try_wait().unwrap().is_none());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    send("INT", &child);
+    let output = child.wait_with_output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(130), "{said}");
+    assert!(said.lines().last().unwrap().starts_with("stopped while unpacking "), "{said}");
+    let left = fs::read_dir(place.folder.path()).unwrap().map(|entry| entry.unwrap().file_name());
+    let mut left: Vec<_> = left.collect();
+    left.sort();
+    assert_eq!(left, ["data", "set.tar"]);
+}

@@ -207,6 +207,7 @@ fn settings_that_a_run_depends_on_cannot_change_when_it_goes_on() {
     assert_refused(&mut running(), "has not ended");
     child.kill().unwrap();
     child.wait().unwrap();
+    assert_refused(running().args(["--lambda", "0.8"]), "--resume: takes its settings from");
     assert_refused(running().args(["--lambda", "0.8"]), "leave out --lambda ");
     assert_refused(running().args(["--generator", "head"]), "leave out --generator ");
     assert_refused(running().args(["--seed", "0"]), "config.toml");
@@ -220,7 +221,7 @@ fn settings_that_a_run_depends_on_cannot_change_when_it_goes_on() {
     fs::write(run.join("last.safetensors"), &whole[..whole.len() / 2]).unwrap();
     assert_refused(&mut running(), "not a safetensors file");
     fs::copy(run.join("best.safetensors"), run.join("last.safetensors")).unwrap();
-    assert_refused(&mut running(), "holds weights alone");
+    assert_refused(&mut running(), "holds only weights");
     fs::write(run.join("last.safetensors"), &whole).unwrap();
     fs::write(run.join("metrics.jsonl"), "").unwrap();
     assert_refused(&mut running(), "holds 0 bytes");

@@ -46,7 +46,7 @@ fn counts_out_of_range_are_refused() {
         let mut settings = small();
         change(&mut settings);
         assert!(
-            matches!(synthetic(&settings), Err(Error::Program(ddtas_io::Error::InvalidSetting { .. }))),
+            matches!(synthetic(&settings), Err(Error::Program(ddtas_io::Error::InvalidArgument { .. }))),
             "{settings:?}"
         );
     }

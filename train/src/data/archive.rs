@@ -7,6 +7,7 @@
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Component, Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::UNIX_EPOCH;
 
 use flate2::read::MultiGzDecoder;
@@ -14,6 +15,14 @@ use tar::EntryType;
 use zip::ZipArchive;
 
 use crate::{Error, Result};
+
+/// What is asked and told while archives are unpacked.
+pub(super) struct Unpacking<'a> {
+    /// Ends it once it is set.
+    pub stop: &'a AtomicBool,
+    /// Gets a line before anything that takes long.
+    pub tell: &'a mut dyn FnMut(&str),
+}
 
 /// The file inside an unpacked folder that says what it was made from.
 const STAMP: &str = ".ddtas-unpacked";
@@ -35,16 +44,15 @@ pub(super) fn is_archive(path: &Path) -> bool {
 
 /// The folder that holds what is in `archive`, a .tgz, .tar or .zip by its content; unpacks it if that was not done yet.
 ///
-/// `tell` gets a line before anything that takes long.
-///
 /// # Errors
 /// [`Format`](ddtas_io::Error::Format) for an archive that is damaged, encrypted, or holds links or paths that lead out of it;
-/// [`Io`](ddtas_io::Error::Io), for example if the disk is full. Either way nothing of it is left.
-pub(super) fn unpack(archive: &Path, tell: &mut dyn FnMut(&str)) -> Result<PathBuf> {
-    unpack_within(archive, LIMITS, tell)
+/// [`Io`](ddtas_io::Error::Io), for example if the disk is full; [`Error::Stopped`]. In each case nothing of it is left.
+pub(super) fn unpack(archive: &Path, unpacking: &mut Unpacking<'_>) -> Result<PathBuf> {
+    unpack_within(archive, LIMITS, unpacking)
 }
 
-fn unpack_within(archive: &Path, limits: Limits, tell: &mut dyn FnMut(&str)) -> Result<PathBuf> {
+fn unpack_within(archive: &Path, limits: Limits, unpacking: &mut Unpacking<'_>) -> Result<PathBuf> {
+    let Unpacking { stop, tell } = unpacking;
     let mut file = File::open(archive).map_err(Error::io("read", archive))?;
     let (target, partial) = (with_ending(archive, ".unpacked"), with_ending(archive, ".unpacking"));
     let stamp = stamp(archive, &file)?;
@@ -66,7 +74,8 @@ fn unpack_within(archive: &Path, limits: Limits, tell: &mut dyn FnMut(&str)) -> 
     for stale in [&partial, &target] {
         remove(stale)?;
     }
-    let unpacked = Unpacking { archive, into: &partial, limits, members: 0, bytes: 0 }.run(&mut file);
+    let unpacked =
+        Archive { path: archive, into: &partial, limits, members: 0, bytes: 0, stop }.run(&mut file);
     let finished = unpacked.and_then(|()| {
         let path = partial.join(STAMP);
         fs::write(&path, &stamp).map_err(Error::io("write", &path))?;
@@ -100,7 +109,7 @@ fn is_current(target: &Path, stamp: &str) -> Result<bool> {
         Ok(found) => Ok(found == stamp),
         Err(_) if !target.exists() => Ok(false),
         Err(_) => {
-            let advice = "is in the way of unpacking and was not made by ddtas: give it as --data-root, or move it away";
+            let advice = "is where the archive is to be unpacked, and was not made by ddtas: give it as --data-root, or move it away";
             Err(Error::format(target, advice))
         }
     }
@@ -114,20 +123,21 @@ fn remove(folder: &Path) -> Result<()> {
 }
 
 /// One archive on its way into a folder.
-struct Unpacking<'a> {
-    archive: &'a Path,
+struct Archive<'a> {
+    path: &'a Path,
+    stop: &'a AtomicBool,
     into: &'a Path,
     limits: Limits,
     members: usize,
     bytes: u64,
 }
 
-impl Unpacking<'_> {
+impl Archive<'_> {
     fn run(mut self, file: &mut File) -> Result<()> {
         fs::create_dir(self.into).map_err(Error::io("create", self.into))?;
         let mut start = [0; 4];
-        let got = file.read(&mut start).map_err(Error::io("read", self.archive))?;
-        file.seek(SeekFrom::Start(0)).map_err(Error::io("read", self.archive))?;
+        let got = file.read(&mut start).map_err(Error::io("read", self.path))?;
+        file.seek(SeekFrom::Start(0)).map_err(Error::io("read", self.path))?;
         let buffered = io::BufReader::with_capacity(1 << 18, file);
         match &start[..got] {
             [0x1f, 0x8b, ..] => self.tar(MultiGzDecoder::new(buffered)),
@@ -145,13 +155,13 @@ impl Unpacking<'_> {
                 EntryType::Directory => self.folder(&name)?,
                 EntryType::Regular | EntryType::Continuous => self.file(&name, &mut entry)?,
                 EntryType::XGlobalHeader => {}
-                other => return Err(self.refused(&name, &format!("is no plain file ({other:?})"))),
+                other => return Err(self.refused(&name, &format!("is not a plain file ({other:?})"))),
             }
         }
         if self.members == 0 {
             return Err(Error::format(
-                self.archive,
-                "holds no file: it is no .tgz, .tar or .zip with a data set",
+                self.path,
+                "holds no file: it is not a .tgz, .tar or .zip with a data set",
             ));
         }
         Ok(())
@@ -161,7 +171,7 @@ impl Unpacking<'_> {
         let mut zip = ZipArchive::new(reader).map_err(|error| self.damaged(&error))?;
         for index in 0..zip.len() {
             let mut member = zip.by_index(index).map_err(|error| self.damaged(&error))?;
-            let name = PathBuf::from(member.name());
+            let name = PathBuf::from(member.name().map_err(|error| self.damaged(&error))?.into_owned());
             if member.unix_mode().is_some_and(|mode| mode & 0o170_000 == 0o120_000) {
                 return Err(self.refused(&name, "is a link"));
             }
@@ -197,10 +207,16 @@ impl Unpacking<'_> {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(self.damaged(&error)),
             };
+            if self.stop.load(Ordering::Relaxed) {
+                return Err(Error::Stopped(format!(
+                    "unpacking {}, of which nothing is left",
+                    self.path.display()
+                )));
+            }
             self.bytes += count as u64;
             if self.bytes > self.limits.bytes {
                 return Err(Error::format(
-                    self.archive,
+                    self.path,
                     format!("unpacks to more than {} bytes", self.limits.bytes),
                 ));
             }
@@ -212,10 +228,7 @@ impl Unpacking<'_> {
     fn place(&mut self, name: &Path) -> Result<PathBuf> {
         self.members += 1;
         if self.members > self.limits.members {
-            return Err(Error::format(
-                self.archive,
-                format!("holds more than {} members", self.limits.members),
-            ));
+            return Err(Error::format(self.path, format!("holds more than {} members", self.limits.members)));
         }
         let mut path = self.into.to_path_buf();
         for part in name.components() {
@@ -230,12 +243,12 @@ impl Unpacking<'_> {
     }
 
     fn refused(&self, member: &Path, why: &str) -> Error {
-        Error::format(self.archive, format!("refused, its member {:?} {why}", member.display().to_string()))
+        Error::format(self.path, format!("refused, its member {:?} {why}", member.display().to_string()))
     }
 
     fn damaged(&self, error: &dyn std::fmt::Display) -> Error {
         Error::format(
-            self.archive,
+            self.path,
             format!("cannot be unpacked ({error}): download it again, or unpack it by hand"),
         )
     }
@@ -244,6 +257,10 @@ impl Unpacking<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn unpack(archive: &Path, tell: &mut dyn FnMut(&str)) -> Result<PathBuf> {
+        super::unpack(archive, &mut Unpacking { stop: &AtomicBool::new(false), tell })
+    }
 
     fn tar_of(files: &[(&str, &[u8])]) -> Vec<u8> {
         let mut tar = tar::Builder::new(Vec::new());
@@ -265,7 +282,13 @@ mod tests {
         fs::create_dir(&inner).unwrap();
         let archive = inner.join("set.tar");
         fs::write(&archive, bytes).unwrap();
-        let error = unpack_within(&archive, limits, &mut |_| ()).unwrap_err().to_string();
+        let error = unpack_within(
+            &archive,
+            limits,
+            &mut Unpacking { stop: &AtomicBool::new(false), tell: &mut |_| () },
+        )
+        .unwrap_err()
+        .to_string();
         let left = |folder: &Path| fs::read_dir(folder).unwrap().count();
         assert_eq!((left(&inner), left(place.path())), (1, 1), "something was left behind: {error}");
         error
@@ -284,7 +307,7 @@ mod tests {
             header.set_size(0);
             tar.append_link(&mut header, "link", "/etc/passwd").unwrap();
             let error = refusal(tar.get_ref(), LIMITS);
-            assert!(error.contains("is no plain file"), "{error}");
+            assert!(error.contains("is not a plain file"), "{error}");
             tar = tar::Builder::new(Vec::new());
         }
     }
@@ -292,11 +315,11 @@ mod tests {
     #[test]
     fn zip_archives_are_held_to_the_same() {
         use std::io::Write;
-        use zip::{ZipWriter, write::FileOptions};
+        use zip::{ZipWriter, write::SimpleFileOptions};
 
         let zip_of = |name: &str, link: bool| {
             let mut zip = ZipWriter::new(io::Cursor::new(Vec::new()));
-            let options = FileOptions::default().unix_permissions(0o644);
+            let options = SimpleFileOptions::default().unix_permissions(0o644);
             zip.start_file("a/fine", options).unwrap();
             zip.write_all(&[7; 5000]).unwrap();
             match link {

@@ -6,6 +6,7 @@ use image::RgbImage;
 use rand::{Rng, RngExt};
 
 use super::preprocessing::Preprocessing;
+use crate::error::check;
 use crate::{Error, Result};
 
 /// How training pictures are varied.
@@ -31,9 +32,9 @@ impl AugmentSettings {
     /// Checks the ranges.
     ///
     /// # Errors
-    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) names the first setting that is off.
+    /// [`InvalidArgument`](ddtas_io::Error::InvalidArgument) names the first setting that is off.
     pub fn validate(&self) -> Result<()> {
-        let invalid = |name, value, range| Err(Error::setting(name, value, range));
+        let invalid = |name, value, range| Err(Error::argument(name, value, range));
         let (least, most) = self.crop_area;
         if !(least > 0.0 && least <= most && most <= 1.0) {
             return invalid("crop area", format!("{least}..{most}"), "0 < least <= most <= 1");
@@ -69,13 +70,19 @@ impl TestCrop {
     /// Checks the range.
     ///
     /// # Errors
-    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) unless the side is in (0, 1].
+    /// [`InvalidArgument`](ddtas_io::Error::InvalidArgument) unless the side is in (0, 1].
     pub fn validate(self) -> Result<()> {
         if self.side > 0.0 && self.side <= 1.0 {
             return Ok(());
         }
-        Err(Error::setting("test crop", self.side, "0 < side <= 1"))
+        Err(Error::argument("test crop", self.side, "0 < side <= 1"))
     }
+}
+
+/// # Errors
+/// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) for a side of pictures that no network is made for.
+pub(crate) fn check_image_size(size: usize) -> Result<()> {
+    check((8..=1024).contains(&size), "image-size", size, "8 to 1024")
 }
 
 /// Cuts pictures to `size` x `size` and writes them as normalised f32 planes (CHW).
@@ -98,9 +105,7 @@ impl Cropper {
     /// # Errors
     /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) unless `size` is in 8..=1024.
     pub fn new(size: usize, preprocessing: Preprocessing) -> Result<Self> {
-        if !(8..=1024).contains(&size) {
-            return Err(Error::setting("--image-size", size, "8 to 1024 pixels"));
-        }
+        check_image_size(size)?;
         Ok(Self::with_side(size as u32, preprocessing))
     }
 
@@ -155,7 +160,7 @@ impl Cropper {
     /// The middle of the picture, appended to `pixels`.
     ///
     /// # Errors
-    /// As [`train`](Self::train); [`InvalidSetting`](ddtas_io::Error::InvalidSetting) if the crop's side is not in (0, 1].
+    /// As [`train`](Self::train); [`InvalidArgument`](ddtas_io::Error::InvalidArgument) if the crop's side is not in (0, 1].
     pub fn test(&mut self, picture: &RgbImage, crop: TestCrop, pixels: &mut Vec<f32>) -> Result<()> {
         crop.validate()?;
         let (width, height) = (f64::from(picture.width()), f64::from(picture.height()));

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use super::archive::Unpacking;
 use super::dataset::{Dataset, RECALL_AT, Source};
 use super::decode::PixelBox;
 use super::folder::pictures_of;
@@ -37,8 +38,8 @@ const LAST_CLASS: usize = 196;
 /// # Errors
 /// [`Error::Dataset`] if a file is missing, [`Format`](ddtas_io::Error::Format) if annotations are not what they should be, those
 /// of unpacking.
-pub(super) fn open(path: &Path, crop: bool, tell: &mut dyn FnMut(&str)) -> Result<Dataset> {
-    let root = Root::open(path, &CARS196, tell)?;
+pub(super) fn open(path: &Path, crop: bool, unpacking: &mut Unpacking<'_>) -> Result<Dataset> {
+    let root = Root::open(path, &CARS196, unpacking)?;
     if let Some(annotations) = root.find(&["cars_annos.mat"]) {
         return one_folder(&root, &annotations, crop);
     }
@@ -115,12 +116,12 @@ fn add_annotated(
         let read = || -> Result<(usize, Source), String> {
             let class = whole(class).filter(|class| (1..=LAST_CLASS).contains(class));
             let class = class.ok_or_else(|| format!("its class is not one of 1 to {LAST_CLASS}"))?;
-            let name = name.as_text().ok_or_else(|| format!("its {name_field} is no text"))?;
+            let name = name.as_text().ok_or_else(|| format!("its {name_field} is not text"))?;
             let path = folder.join(relative(name)?);
             let Some(sides) = &sides else { return Ok((class, Source::File(path))) };
             let [x1, y1, x2, y2] = sides.each_ref().map(|side| whole(side[i]));
             let area = x1.zip(y1).zip(x2.zip(y2)).and_then(|((x1, y1), (x2, y2))| pixel_box(x1, y1, x2, y2));
-            let area = area.ok_or("its bounding box is empty or no whole pixels")?;
+            let area = area.ok_or("its bounding box is empty or not in whole pixels")?;
             Ok((class, Source::Part { path, area }))
         };
         let (class, source) =

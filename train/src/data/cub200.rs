@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
+use super::archive::Unpacking;
 use super::dataset::{Dataset, RECALL_AT, Source};
 use super::decode::PixelBox;
 use super::root::{Classes, Published, Root, number, relative};
@@ -26,9 +27,9 @@ const LAST_TRAINING_CLASS: usize = 100;
 /// Opens the set at `path`; `crop` cuts every picture to its bounding box.
 ///
 /// # Errors
-/// [`Error::Dataset`](crate::Error::Dataset) if a file is missing, [`Format`](ddtas_io::Error::Format)(crate::Error::Format) if a list is not what it should be, those of unpacking.
-pub(super) fn open(path: &Path, crop: bool, tell: &mut dyn FnMut(&str)) -> Result<Dataset> {
-    let root = Root::open(path, &CUB200, tell)?;
+/// [`Error::Dataset`](crate::Error::Dataset) if a file is missing, [`Format`](ddtas_io::Error::Format) if a list is not what it should be, those of unpacking.
+pub(super) fn open(path: &Path, crop: bool, unpacking: &mut Unpacking<'_>) -> Result<Dataset> {
+    let root = Root::open(path, &CUB200, unpacking)?;
     let images = root.table::<2>(&["images.txt"], 0)?;
     let labels = root.table::<2>(&["image_class_labels.txt"], 0)?;
     let class_of: HashMap<usize, usize> = labels

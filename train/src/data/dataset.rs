@@ -15,10 +15,10 @@ use crate::{Error, Result};
 /// 11,870 pictures of 64 x 64 take 139 MiB. Past the budget, pictures are decoded anew each time.
 pub const DEFAULT_CACHE_BYTES: usize = 1 << 30;
 
-/// K of Recall@K where a data set has no customs of its own.
+/// K of Recall@K where a data set has no convention of its own.
 pub const RECALL_AT: &[usize] = &[1, 2, 4, 8];
 
-/// Two splits with disjoint classes.
+/// A split that trains and one that tests, with disjoint classes unless [`seen`](Self::seen).
 #[derive(Debug, Clone)]
 pub struct Dataset {
     /// What reports call it: `emoji`, `synthetic`.

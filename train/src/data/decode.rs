@@ -3,6 +3,7 @@
 use std::io::Cursor;
 use std::path::Path;
 
+use ddtas_io::console::one_line;
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits, RgbImage, imageops};
 use zune_jpeg::zune_core::bytestream::ZCursor;
 use zune_jpeg::zune_core::options::DecoderOptions;
@@ -59,11 +60,6 @@ fn decoder_of(bytes: &[u8], format: ImageFormat) -> Result<impl ImageDecoder, St
         return Err(format!("its {width} x {height} pixels take more than 512 MiB"));
     }
     Ok(decoder)
-}
-
-/// Some decoders' reasons have several lines.
-fn one_line(error: image::ImageError) -> String {
-    error.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 /// The decoder fills up what is missing of a JPEG that ends early. So one without an end marker is decoded strictly, again

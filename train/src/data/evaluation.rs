@@ -31,7 +31,7 @@ impl EvaluationBatches {
     /// Starts at the first picture, which is cut to `image_size` and scaled for `preprocessing`.
     ///
     /// # Errors
-    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) if `chunk` is 0, or the size or crop is out of range.
+    /// [`InvalidArgument`](ddtas_io::Error::InvalidArgument) if `chunk` is 0, or the size or crop is out of range.
     pub fn new(
         split: Arc<Split>,
         (image_size, preprocessing): (usize, Preprocessing),
@@ -39,7 +39,7 @@ impl EvaluationBatches {
         chunk: usize,
     ) -> Result<Self> {
         if chunk == 0 {
-            return Err(Error::setting("evaluation chunk", "0", "at least 1"));
+            return Err(Error::argument("evaluation chunk", "0", "at least 1"));
         }
         crop.validate()?;
         let readable = vec![0; split.class_names().len()];

@@ -21,6 +21,11 @@ pub(crate) fn is_hidden(path: &Path) -> bool {
     path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."))
 }
 
+/// The last part of a path, as text.
+pub(crate) fn file_name(path: &Path) -> String {
+    path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
+}
+
 /// A name as the system spells it, UTF-8 or not.
 pub(crate) fn name_of_bytes(bytes: &[u8]) -> OsString {
     #[cfg(unix)]

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::dataset::{DEFAULT_CACHE_BYTES, Dataset, RECALL_AT, Split};
-use super::files::{PassedOver, is_hidden, is_picture};
+use super::files::{PassedOver, file_name, is_hidden, is_picture};
 use super::lists;
 use crate::{Error, Result};
 
@@ -342,10 +342,6 @@ fn sorted_entries(folder: &Path) -> Result<BTreeSet<PathBuf>> {
     let entries = fs::read_dir(folder).map_err(Error::io("list", folder))?;
     let paths = entries.map(|entry| entry.map(|entry| entry.path()).map_err(Error::io("list", folder)));
     paths.filter(|path| !path.as_ref().is_ok_and(|path| is_hidden(path))).collect()
-}
-
-fn file_name(path: &Path) -> String {
-    path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
 }
 
 fn counted(classes: usize) -> String {

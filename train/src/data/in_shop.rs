@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
+use super::archive::Unpacking;
 use super::dataset::{Dataset, Source};
 use super::decode::PixelBox;
 use super::root::{Classes, Published, Root, number, relative};
@@ -30,10 +31,10 @@ enum Side {
 /// Opens the set at `path`; `crop` cuts every picture to its bounding box.
 ///
 /// # Errors
-/// [`Error::Dataset`](crate::Error::Dataset) if a file is missing or an item is on both sides, [`Format`](ddtas_io::Error::Format)(crate::Error::Format) if a list is not
+/// [`Error::Dataset`](crate::Error::Dataset) if a file is missing or an item is on both sides, [`Format`](ddtas_io::Error::Format) if a list is not
 /// what it should be, those of unpacking.
-pub(super) fn open(path: &Path, crop: bool, tell: &mut dyn FnMut(&str)) -> Result<Dataset> {
-    let root = Root::open(path, &IN_SHOP, tell)?;
+pub(super) fn open(path: &Path, crop: bool, unpacking: &mut Unpacking<'_>) -> Result<Dataset> {
+    let root = Root::open(path, &IN_SHOP, unpacking)?;
     let table = root.table::<3>(&[LIST, "Eval/list_eval_partition.txt"], 2)?;
     // The list names pictures as img/...; `Img` is how the set's download folder spells the place.
     let images = root.need(&["img", "Img/img"])?;
@@ -65,7 +66,7 @@ pub(super) fn open(path: &Path, crop: bool, tell: &mut dyn FnMut(&str)) -> Resul
         }
     }
     if let Some(item) = train.keys().find(|item| test.contains_key(*item)) {
-        return Err(root.refuse(&format!("has item {item} both to train and to test")));
+        return Err(root.refuse(&format!("lists item {item} for both training and test")));
     }
     let (mut queries, mut gallery) = (Classes::new(), Classes::new());
     for (item, (asked, searched)) in test {

@@ -1,7 +1,7 @@
 //! A split by lists of pictures: `train.txt`, and `test.txt` or `query.txt` and `gallery.txt`.
 //!
 //! A line is a picture's path, from the folder of the list or absolute, and its class, apart by a tab, a comma or blanks;
-//! without a class it is the picture's folder. Empty lines, and those that begin with `#`, say nothing.
+//! without a class it is the picture's folder. A line that is the path of a file as it stands has none. Empty lines, and those that begin with `#`, say nothing.
 
 use std::collections::HashSet;
 use std::ffi::OsString;
@@ -32,13 +32,15 @@ fn classes(root: &Path, list: &Path) -> Result<Files> {
             continue;
         }
         let bad = |reason: String| Error::format(list, format!("line {}: {reason}", number + 1));
-        let (path, class) = parts(line);
+        // A path may hold what parts it from a class.
+        let whole = root.join(name_of_bytes(line));
+        let (path, class) = if whole.is_file() { (line, None) } else { parts(line) };
         let path = root.join(name_of_bytes(path));
         if !path.is_file() {
             return Err(bad(format!("there is no picture {}", path.display())));
         }
         if !listed.insert(path.clone()) {
-            return Err(bad(format!("names {} again, which would find itself", path.display())));
+            return Err(bad(format!("names {} a second time: it would find itself", path.display())));
         }
         let folder = || path.parent().and_then(Path::file_name).map(OsString::from);
         let class = class.map(name_of_bytes).or_else(folder).ok_or_else(|| bad("names no class".into()))?;

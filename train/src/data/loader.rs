@@ -13,6 +13,7 @@ use super::dataset::Split;
 use super::preprocessing::Preprocessing;
 use super::random::{Purpose, generator};
 use super::sampler::PkSampler;
+use crate::error::check;
 use crate::ranks::share;
 use crate::{Error, Result};
 
@@ -102,14 +103,14 @@ impl Loader {
     /// Starts the workers.
     ///
     /// # Errors
-    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) for sizes, shares or counts out of range;
+    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) or [`InvalidArgument`](ddtas_io::Error::InvalidArgument) for sizes, shares or counts
+    /// out of range;
     /// [`ddtas::Error::Unavailable`] if the system gives no thread.
     pub fn new(split: Arc<Split>, sampler: PkSampler, settings: LoaderSettings) -> Result<Self> {
         settings.augment.validate()?;
-        for (name, value) in [("--workers", settings.workers), ("loader queue", settings.queue)] {
-            if value == 0 {
-                return Err(Error::setting(name, "0", "at least 1"));
-            }
+        check(settings.workers > 0, "workers", settings.workers, "at least 1")?;
+        if settings.queue == 0 {
+            return Err(Error::argument("loader queue", 0, "at least 1"));
         }
         let croppers: Vec<_> = (0..settings.workers)
             .map(|_| Cropper::new(settings.image_size, settings.preprocessing))

@@ -295,7 +295,7 @@ fn numbers_of(kind: u32, bytes: &[u8], what: &str) -> Result<Vec<f64>, String> {
         13 => each(bytes, |chunk| u64::from_le_bytes(chunk) as f64),
         other => return Err(format!("{what}: numbers of type {other}")),
     };
-    values.ok_or_else(|| format!("{what}: {} bytes are no whole number of values", bytes.len()))
+    values.ok_or_else(|| format!("{what}: {} bytes are not a whole number of values", bytes.len()))
 }
 
 /// The values as text: Latin-1, UTF-8 or UTF-16.

@@ -4,7 +4,7 @@
 //! [`DatasetSettings`] says which set and where: one drawn in memory ([`synthetic`]), pictures of one's own, or one of the
 //! field's four, each in a file of its name, found through `root.rs` and unpacked by `archive.rs` where need be.
 //!
-//! A [`Dataset`] has two [`Split`]s whose classes are disjoint (SPEC 6). A
+//! A [`Dataset`] has two [`Split`]s whose classes are disjoint (SPEC 6) unless the user wants it otherwise. A
 //! training step takes an [`ImageBatch`] from a [`Loader`]; evaluation walks a
 //! split in order with [`EvaluationBatches`]. Everything drawn at random comes
 //! from (seed, purpose, step, position), so that neither the number of workers
@@ -31,13 +31,15 @@ mod settings;
 mod sop;
 pub mod synthetic;
 
+pub(crate) use augment::check_image_size;
 pub use augment::{AugmentSettings, Cropper, TestCrop};
 pub use dataset::{Artist, DEFAULT_CACHE_BYTES, Dataset, Extent, RECALL_AT, Source, Split, Unreadable};
 pub use decode::PixelBox;
 pub use evaluation::{EvaluationBatches, check_classes};
-pub(crate) use files::{KINDS, PassedOver, as_text, is_hidden, is_picture, name_of_bytes};
+pub(crate) use files::{KINDS, PassedOver, as_text, file_name, is_hidden, is_picture, name_of_bytes};
 pub use folder::{FolderSettings, TrainClasses, folder};
 pub use loader::{ImageBatch, Loader, LoaderSettings};
 pub use preprocessing::{ChannelOrder, Preprocessing};
 pub use sampler::PkSampler;
+pub(crate) use sampler::fewer_than;
 pub use settings::{DatasetKind, DatasetSettings};

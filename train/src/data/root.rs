@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::archive::{is_archive, unpack};
+use super::archive::{Unpacking, is_archive, unpack};
 use super::dataset::{DEFAULT_CACHE_BYTES, Dataset, Source, Split};
 use crate::{Error, Result};
 
@@ -46,14 +46,14 @@ impl Root {
     ///
     /// # Errors
     /// [`Error::Dataset`] if `given` is missing or neither; those of unpacking.
-    pub fn open(given: &Path, set: &'static Published, tell: &mut dyn FnMut(&str)) -> Result<Self> {
+    pub fn open(given: &Path, set: &'static Published, unpacking: &mut Unpacking<'_>) -> Result<Self> {
         let mut root = Self { set, given: given.to_path_buf(), folders: Vec::new(), beside: None };
         if given.is_dir() {
             root.add(given.to_path_buf());
         } else if !given.exists() {
             return Err(root.refuse("does not exist"));
         } else if is_archive(given) {
-            root.add(unpack(given, tell)?);
+            root.add(unpack(given, unpacking)?);
             // Of a bare file name the parent is the empty path.
             let parent = given.parent().filter(|parent| !parent.as_os_str().is_empty());
             root.beside = Some(parent.unwrap_or(Path::new(".")).to_path_buf());
@@ -68,7 +68,7 @@ impl Root {
             for (archive, product) in set.archives {
                 let archive = folder.join(archive);
                 if archive.is_file() && archive != given && !folder.join(product).exists() {
-                    root.add(unpack(&archive, tell)?);
+                    root.add(unpack(&archive, unpacking)?);
                 }
             }
         }
@@ -152,7 +152,7 @@ impl Root {
         if let Some(first) = missing.first() {
             let (count, all) = (missing.len(), files.len());
             return Err(self.refuse(&format!(
-                "is not whole: {count} of {all} pictures are missing, the first is {}",
+                "is incomplete: {count} of {all} pictures are missing, the first is {}",
                 first.display()
             )));
         }
@@ -175,7 +175,7 @@ impl Root {
         if (pictures, classes) != self.set.extent {
             let (all_pictures, all_classes) = self.set.extent;
             warnings.push(format!(
-                "{pictures} pictures of {classes} classes; the whole {} has {all_pictures} of {all_classes}",
+                "{pictures} pictures of {classes} classes; the complete {} has {all_pictures} of {all_classes}",
                 self.set.name
             ));
         }
@@ -219,7 +219,7 @@ impl<const COLUMNS: usize> Table<COLUMNS> {
 
 /// A number of a list, with what it should be in the error.
 pub(super) fn number<T: std::str::FromStr>(word: &str, what: &str) -> Result<T, String> {
-    word.parse().map_err(|_| format!("{word:?} is no {what}"))
+    word.parse().map_err(|_| format!("{word:?} is not a {what}"))
 }
 
 /// A path of a list, with parts that lead out of the set refused.

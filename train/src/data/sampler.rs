@@ -4,6 +4,7 @@ use rand::seq::{SliceRandom, index};
 use rand::{Rng, RngExt};
 
 use super::random::{Purpose, generator};
+use crate::error::check;
 use crate::{Error, Result};
 
 /// Draws batches of P classes x K pictures; batch `step` depends on (seed, step) alone.
@@ -24,22 +25,12 @@ impl PkSampler {
     /// A sampler of `classes` x `pictures` from the picture indices of each class.
     ///
     /// # Errors
-    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) if one of the two is 0; [`Error::Dataset`] if there are fewer
-    /// classes than asked for, or one without pictures.
+    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) if one of the two is 0; [`Misused`](ddtas_io::Error::Misused) if there are
+    /// fewer classes than asked for; [`Error::Dataset`] for one without pictures.
     pub fn new(by_class: &[Vec<usize>], classes: usize, pictures: usize, seed: u64) -> Result<Self> {
-        let invalid = |name, value: usize, range| Err(Error::setting(name, value, range));
-        if classes == 0 {
-            return invalid("--classes-per-batch", classes, "at least 1");
-        }
-        if classes > by_class.len() {
-            return Err(Error::Dataset(format!(
-                "--classes-per-batch {classes} asks for more than the {} training classes there are: give at most that",
-                by_class.len()
-            )));
-        }
-        if pictures == 0 {
-            return invalid("--images-per-class", pictures, "at least 1");
-        }
+        check(classes > 0, "classes-per-batch", classes, "at least 1")?;
+        check(pictures > 0, "images-per-class", pictures, "at least 1")?;
+        fewer_than(by_class.len(), "classes-per-batch", classes)?;
         if let Some(class) = by_class.iter().position(Vec::is_empty) {
             return Err(Error::Dataset(format!("class {class} of the training split has no picture")));
         }
@@ -67,6 +58,12 @@ impl PkSampler {
         let drawn = &order[place * self.classes..][..self.classes];
         drawn.iter().flat_map(|&class| draw(&self.by_class[class], self.pictures, &mut rng)).collect()
     }
+}
+
+/// Refuses more classes than the `there` that train; `name` is the flag.
+pub(crate) fn fewer_than(there: usize, name: &'static str, classes: usize) -> Result<()> {
+    let reason = || format!("asks for more than the {there} training classes there are: give at most that");
+    if classes <= there { Ok(()) } else { Err(Error::misuse(name, classes, reason())) }
 }
 
 /// `count` of `pictures`, all different as long as there are enough.

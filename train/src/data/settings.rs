@@ -1,9 +1,11 @@
 //! Which data set, and where it lies: arguments of every program that opens one.
 
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 
 use serde::{Deserialize, Serialize};
 
+use super::archive::Unpacking;
 use super::dataset::Dataset;
 use super::folder::{FolderSettings, TrainClasses, folder};
 use super::synthetic::{SyntheticSettings, synthetic};
@@ -70,7 +72,7 @@ impl DatasetSettings {
     /// Checks what can be told without looking at the disk.
     ///
     /// # Errors
-    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) names the first setting that is off.
+    /// [`Misused`](ddtas_io::Error::Misused) names the first setting that is off.
     pub fn validate(&self) -> Result<()> {
         let kind = self.dataset;
         let checks = [
@@ -112,15 +114,25 @@ impl DatasetSettings {
         }
     }
 
+    /// As [`open_until`](Self::open_until), to the end.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn open(&self, tell: &mut dyn FnMut(&str)) -> Result<Dataset> {
+        self.open_until(&AtomicBool::new(false), tell)
+    }
+
     /// Opens the data set: its lists are read and its files looked for, its pictures not opened yet.
     ///
-    /// `tell` gets a line before something that takes long, the unpacking of an archive.
+    /// `tell` gets a line before something that takes long, the unpacking of an archive, which `stop` ends once it is set.
     ///
     /// # Errors
     /// Those of [`validate`](Self::validate); [`Error::Dataset`] if it is missing or not whole;
-    /// [`Format`](ddtas_io::Error::Format) for a list or archive that is damaged; [`Io`](ddtas_io::Error::Io).
-    pub fn open(&self, tell: &mut dyn FnMut(&str)) -> Result<Dataset> {
+    /// [`Format`](ddtas_io::Error::Format) for a list or archive that is damaged; [`Io`](ddtas_io::Error::Io);
+    /// [`Error::Stopped`].
+    pub fn open_until(&self, stop: &AtomicBool, tell: &mut dyn FnMut(&str)) -> Result<Dataset> {
         self.validate()?;
+        let unpacking = &mut Unpacking { stop, tell };
         let root = self.data_root.clone().unwrap_or_default();
         match self.dataset {
             DatasetKind::Synthetic => {
@@ -130,10 +142,10 @@ impl DatasetSettings {
                 &root,
                 &FolderSettings { train_classes: self.train_classes, ..FolderSettings::default() },
             ),
-            DatasetKind::Cars196 => cars196::open(&root, self.crop_to_box, tell),
-            DatasetKind::Cub200 => cub200::open(&root, self.crop_to_box, tell),
-            DatasetKind::Sop => sop::open(&root, tell),
-            DatasetKind::InShop => in_shop::open(&root, self.crop_to_box, tell),
+            DatasetKind::Cars196 => cars196::open(&root, self.crop_to_box, unpacking),
+            DatasetKind::Cub200 => cub200::open(&root, self.crop_to_box, unpacking),
+            DatasetKind::Sop => sop::open(&root, unpacking),
+            DatasetKind::InShop => in_shop::open(&root, self.crop_to_box, unpacking),
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use super::archive::Unpacking;
 use super::dataset::{Dataset, Source};
 use super::root::{Classes, Published, Root, number, relative};
 use crate::Result;
@@ -19,10 +20,10 @@ pub(super) const SOP: Published = Published {
 /// Opens the set at `path`.
 ///
 /// # Errors
-/// [`Error::Dataset`](crate::Error::Dataset) if a file is missing or a class is on both sides, [`Format`](ddtas_io::Error::Format)(crate::Error::Format) if a list is not
+/// [`Error::Dataset`](crate::Error::Dataset) if a file is missing or a class is on both sides, [`Format`](ddtas_io::Error::Format) if a list is not
 /// what it should be, those of unpacking.
-pub(super) fn open(path: &Path, tell: &mut dyn FnMut(&str)) -> Result<Dataset> {
-    let root = Root::open(path, &SOP, tell)?;
+pub(super) fn open(path: &Path, unpacking: &mut Unpacking<'_>) -> Result<Dataset> {
+    let root = Root::open(path, &SOP, unpacking)?;
     let (train, test) = (side(&root, "Ebay_train.txt")?, side(&root, "Ebay_test.txt")?);
     let in_test: BTreeSet<&String> = test.iter().map(|(name, _)| name).collect();
     if let Some((name, _)) = train.iter().find(|(name, _)| in_test.contains(name)) {

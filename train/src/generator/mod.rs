@@ -20,6 +20,7 @@ mod settings;
 mod update;
 
 pub use neighbours::neighbours;
+pub(crate) use settings::defaults;
 pub use settings::{
     GeneratorKind, GeneratorSettings, MetaObjective, MetaSource, Optimizer, VirtualStep, VirtualStepKind,
 };

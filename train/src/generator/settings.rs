@@ -145,6 +145,19 @@ pub struct GeneratorSettings {
     pub generator_init: Option<PathBuf>,
 }
 
+impl Default for GeneratorSettings {
+    /// As the programs have them without arguments.
+    fn default() -> Self {
+        defaults()
+    }
+}
+
+/// Settings without arguments.
+pub(crate) fn defaults<T: clap::Args>() -> T {
+    let matches = T::augment_args(clap::Command::new("settings")).get_matches_from(["settings"]);
+    T::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+}
+
 impl GeneratorSettings {
     /// Steps of the rehearsal; none without a generator.
     #[must_use]
@@ -179,7 +192,8 @@ impl GeneratorSettings {
     /// Checks every range, and whether the settings go together; `start` is where lambda begins.
     ///
     /// # Errors
-    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) names the first setting that is off.
+    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) or [`Misused`](ddtas_io::Error::Misused) names the
+    /// first setting that is off.
     pub fn validate(&self, start: Lambda) -> Result<()> {
         self.check_ranges()?;
         let head = self.kind == GeneratorKind::Head;
@@ -244,5 +258,21 @@ impl GeneratorSettings {
             check(value >= 0.0 && value.is_finite(), name, value.to_string(), "0 or more")?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_virtual_step_of_the_whole_network_is_short_unless_a_rate_is_given() {
+        let rate = |kind, virtual_step, virtual_rate| {
+            GeneratorSettings { kind, virtual_step, virtual_rate, ..Default::default() }.step().rate
+        };
+        assert_eq!(rate(GeneratorKind::Full, VirtualStepKind::Unit, None), 0.1);
+        assert_eq!(rate(GeneratorKind::Full, VirtualStepKind::Unit, Some(1.0)), 1.0);
+        assert_eq!(rate(GeneratorKind::Full, VirtualStepKind::Plain, None), 1.0);
+        assert_eq!(rate(GeneratorKind::Head, VirtualStepKind::Unit, None), 1.0);
     }
 }

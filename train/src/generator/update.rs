@@ -123,7 +123,7 @@ impl Thresholds {
             let finite = |pair: &Lambda| pair.pos.is_finite() && pair.neg.is_finite();
             let sound = [lambda, start, mean, square].into_iter().all(finite) && *updates >= 0;
             if !(sound && square.pos >= 0.0 && square.neg >= 0.0 && *rate > 0.0 && rate.is_finite()) {
-                return Err("holds a generator that no run leaves behind: the file is damaged".into());
+                return Err("holds an impossible state of the generator: the file is damaged".into());
             }
             if let Some(outside) =
                 [lambda.pos, lambda.neg].into_iter().find(|value| !(low..=high).contains(value))
@@ -189,12 +189,7 @@ mod tests {
 
     #[test]
     fn members_that_no_run_leaves_behind_are_refused() {
-        #[derive(clap::Parser)]
-        struct Arguments {
-            #[command(flatten)]
-            settings: GeneratorSettings,
-        }
-        let Arguments { settings } = clap::Parser::parse_from(["test"]);
+        let settings = GeneratorSettings::default();
         let state = Thresholds::new(both(0.7), &settings);
         assert_eq!(state.check(&settings), Ok(()));
         let faults: [fn(&mut Member); 7] = [

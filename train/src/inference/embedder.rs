@@ -7,10 +7,10 @@ use burn::store::ModuleSnapshot;
 use burn::tensor::{Device, Tensor};
 
 use super::{Event, Skipped};
-use crate::data::{EvaluationBatches, Preprocessing, Split, TestCrop};
+use crate::data::{EvaluationBatches, Preprocessing, Split, TestCrop, check_image_size};
 use crate::model::{
     Backbone, BackboneKind, EmbeddingHead, EmbeddingNetwork, HeadKind, NetworkShape, Normalise, Pooling,
-    PoolingKind, to_unit_rows,
+    PoolingKind, name_of, to_unit_rows,
 };
 use crate::train::checkpoint::{BEST, Checkpoint};
 use crate::train::{EVALUATION_CHUNK, Embedded, embed_batches};
@@ -135,7 +135,7 @@ impl Embedder {
             head: HeadKind::default(),
         };
         let backbone = Backbone::new(&shape, &device).with_weights(weights)?;
-        let fingerprint = format!("{}-{}", fingerprint(&backbone)?, pooling.name());
+        let fingerprint = format!("{}-{}", fingerprint(&backbone)?, name_of(&pooling));
         Ok(Self {
             dim: backbone.features(),
             backbone,
@@ -189,7 +189,7 @@ impl Embedder {
     /// Embeds the pictures of a split in order, cut as in training's evaluations; those that cannot be read are left out.
     ///
     /// # Errors
-    /// [`Error::Dataset`] if a class has no readable picture; [`Error::Training`] if an embedding is not finite.
+    /// [`Error::Dataset`] if a class has no readable picture; [`Error::Diverged`] if an embedding is not finite.
     pub fn embed(&self, split: &Arc<Split>, tell: &mut dyn FnMut(Event<'_>)) -> Result<Embedded> {
         let total = split.len();
         let shown = (self.image_size, self.preprocessing);
@@ -227,15 +227,6 @@ fn fingerprint(backbone: &Backbone) -> Result<String> {
         sum.update(&bytes);
     }
     Ok(format!("{:08x}", sum.finalize()))
-}
-
-/// # Errors
-/// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) for a size that no network is made for.
-pub(super) fn check_image_size(size: usize) -> Result<()> {
-    if (8..=1024).contains(&size) {
-        return Ok(());
-    }
-    Err(Error::setting("image-size", size, "8 to 1024"))
 }
 
 /// The pictures of a split that could not be read so far.

@@ -4,11 +4,13 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::embedder::{self, Embedder, PretrainedSettings, check_image_size};
+use super::embedder::{self, Embedder, PretrainedSettings};
 use super::file::{EmbeddingsFile, Format};
 use super::{Event, Skipped};
-use crate::data::{Dataset, DatasetKind, DatasetSettings, RECALL_AT, TrainClasses, as_text};
-use crate::train::TrainSettings;
+use crate::data::{
+    Dataset, DatasetKind, DatasetSettings, RECALL_AT, TrainClasses, as_text, check_image_size,
+};
+use crate::train::RunFolder;
 use crate::{Error, Result};
 use ddtas::backend::{self, Backend, DeviceSpec};
 use ddtas::loss::{Embeddings, Rows};
@@ -74,9 +76,8 @@ impl EvalSettings {
     pub fn inputs(&self) -> Vec<(&'static str, PathBuf)> {
         let mut files = embedder::files_of(self.checkpoint.as_deref(), &self.pretrained);
         files.extend(self.data_root.clone().map(|path| ("data-root", path)));
-        let read =
-            |path: &PathBuf| [path.clone(), path.with_extension("json"), path.with_extension("labels.npy")];
-        files.extend(self.embeddings.iter().flat_map(read).map(|path| ("embeddings", path)));
+        let read = self.embeddings.iter().flat_map(|path| EmbeddingsFile::files(path));
+        files.extend(read.map(|path| ("embeddings", path)));
         files
     }
 
@@ -190,17 +191,15 @@ fn open(settings: &EvalSettings, checkpoint: &Path, tell: &mut dyn FnMut(&str)) 
     if let Some(given) = settings.given_dataset() {
         return given.open(tell);
     }
-    let config = checkpoint.with_file_name("config.toml");
-    if !config.is_file() {
+    let folder = RunFolder::at(checkpoint.parent().unwrap_or(checkpoint));
+    if !folder.config().is_file() {
         return Err(Error::misuse(
             "dataset",
             "",
             "missing, and there is no config.toml of a run beside the checkpoint to take it from",
         ));
     }
-    let text = std::fs::read_to_string(&config).map_err(Error::io("read", &config))?;
-    let run: TrainSettings =
-        toml::from_str(&text).map_err(|error| Error::format(&config, error.message().to_owned()))?;
+    let run = folder.settings()?;
     let data_root = settings.data_root.clone().or_else(|| run.data.data_root.clone());
     DatasetSettings { data_root, ..run.data }.open(tell)
 }
@@ -209,7 +208,7 @@ fn open(settings: &EvalSettings, checkpoint: &Path, tell: &mut dyn FnMut(&str)) 
 fn no_labels(path: &Path) -> String {
     match Format::of(path) {
         Ok(Format::Npy) => {
-            let (json, npy) = (path.with_extension("json"), path.with_extension("labels.npy"));
+            let [_, json, npy] = EmbeddingsFile::files(path);
             format!(
                 "has no labels beside it: neither {} holds some nor is there {}",
                 json.display(),

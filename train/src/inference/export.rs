@@ -7,20 +7,17 @@ use std::time::Instant;
 
 use super::embedder::{Embedder, PretrainedSettings, files_of, skipped};
 use super::file::{EmbeddingsFile, Format, check_beside};
-use super::pictures::{Pictures, bytes_of, name_of};
+use super::origin;
+use super::pictures::{Pictures, name_of};
 use super::{Event, Skipped};
 use crate::data::as_text;
 use crate::{Error, Result};
 use ddtas_io::files::check_output;
 
-/// Metadata of embeddings: the folder they came from, the checkpoint they came by, the names of the labels.
-pub(super) const ROOT: &str = "ddtas.root";
+/// Metadata of embeddings: the checkpoint they came by, the names of the labels.
 pub(super) const CHECKPOINT: &str = "ddtas.checkpoint";
 /// There if every picture was mirrored as well.
 pub(super) const FLIPS: &str = "ddtas.flips";
-/// Root, and names by their rows, as bytes where they are no text.
-pub(super) const ROOT_BYTES: &str = "ddtas.root.bytes";
-pub(super) const NAME_BYTES: &str = "ddtas.names.bytes";
 const CLASSES: &str = "ddtas.classes";
 
 /// What to embed, and where the result goes.
@@ -119,20 +116,11 @@ pub(super) fn embed_folder(
     folders.values_mut().zip(0..).for_each(|(label, index)| *label = index);
     let labels = paths.iter().map(|path| folders[folder(path).as_os_str()]).collect();
     let classes: Vec<String> = folders.keys().map(|folder| name_of(Path::new(folder))).collect();
-    let mut metadata = BTreeMap::from([
-        (ROOT.to_owned(), root.display().to_string()),
-        (CHECKPOINT.to_owned(), embedder.fingerprint().to_owned()),
-        (CLASSES.to_owned(), serde_json::json!(classes).to_string()),
-    ]);
+    let mut metadata = origin::metadata(root, paths.iter().copied());
+    metadata.insert(CHECKPOINT.to_owned(), embedder.fingerprint().to_owned());
+    metadata.insert(CLASSES.to_owned(), serde_json::json!(classes).to_string());
     if embedder.flips() {
         metadata.insert(FLIPS.to_owned(), "true".to_owned());
-    }
-    let bytes = bytes_of(paths.iter().copied());
-    if !bytes.is_empty() {
-        metadata.insert(NAME_BYTES.to_owned(), serde_json::json!(bytes).to_string());
-    }
-    if let Some(bytes) = bytes_of(std::iter::once(root)).get(&0) {
-        metadata.insert(ROOT_BYTES.to_owned(), serde_json::json!(bytes).to_string());
     }
     let names = paths.iter().map(|path| name_of(path)).collect();
     let file = EmbeddingsFile {

@@ -7,7 +7,7 @@
 //! .npy: the matrix alone; everything else in a .json of the same name beside it, or the labels in `NAME.labels.npy`.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use ndarray::Array2;
 
@@ -93,6 +93,12 @@ impl Format {
 }
 
 impl EmbeddingsFile {
+    /// The file, and those beside it that hold what a .npy cannot: its .json, and its labels alone.
+    #[must_use]
+    pub fn files(path: &Path) -> [PathBuf; 3] {
+        [path.to_owned(), path.with_extension("json"), path.with_extension("labels.npy")]
+    }
+
     /// Reads a .npy or a .safetensors file. Rows that are not of unit length are scaled to it, since similarities are cosines.
     ///
     /// # Errors
@@ -136,14 +142,13 @@ impl EmbeddingsFile {
             return Err(Error::format(path, "the matrix is empty"));
         }
         to_unit_rows(path, "embeddings", &mut values)?;
-        let beside = path.with_extension("json");
+        let [_, beside, labels] = Self::files(path);
         let beside: Beside = match std::fs::read(&beside) {
             Ok(text) => serde_json::from_slice(&text)
                 .map_err(|error| Error::format(&beside, format!("not what `embed` writes: {error}")))?,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Beside::default(),
             Err(error) => return Err(Error::io("read", &beside)(error)),
         };
-        let labels = path.with_extension("labels.npy");
         let labels = match beside.labels {
             None if labels.is_file() => {
                 let bytes = std::fs::read(&labels).map_err(Error::io("read", &labels))?;

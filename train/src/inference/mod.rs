@@ -7,6 +7,7 @@
 //! | `pictures.rs` | the pictures of a folder tree |
 //! | `export.rs` | embeddings of a folder tree, into a file |
 //! | `file.rs`, `npy.rs` | embeddings on disk |
+//! | `origin.rs` | where embeddings came from |
 //! | `search.rs` | the nearest pictures of a collection |
 //! | `page.rs` | the figures of an evaluation as an HTML page |
 //! | `sheet.rs` | the pictures of a search as an HTML page |
@@ -16,6 +17,7 @@ mod evaluation;
 mod export;
 mod file;
 mod npy;
+mod origin;
 mod page;
 mod pictures;
 mod search;
@@ -29,7 +31,32 @@ pub use page::write as write_page;
 pub use search::{Answer, Found, Query, SearchSettings, search};
 pub use sheet::write as write_sheet;
 
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use crate::error::fits;
+use crate::{Error, Result};
+use ddtas_io::files::check_output;
+
+/// Checks that the HTML file `path` can be written, and replaces nothing but an HTML file: neither a file of `inputs`, each with
+/// its setting, nor a picture or list in a folder that is read.
+///
+/// # Errors
+/// [`Misused`](ddtas_io::Error::Misused).
+pub fn check_page(path: &Path, inputs: Vec<(&'static str, PathBuf)>) -> Result<()> {
+    check_output("html", path, inputs)?;
+    if !path.is_file() {
+        return Ok(());
+    }
+    let mut start = [0; 64];
+    let count =
+        File::open(path).and_then(|mut file| file.read(&mut start)).map_err(Error::io("read", path))?;
+    let start = String::from_utf8_lossy(&start[..count]).trim_start().to_ascii_lowercase();
+    let is_page = start.is_empty() || start.starts_with("<!doctype html") || start.starts_with("<html");
+    let reason = "would be overwritten, and is not an HTML file: give another";
+    fits(is_page, "html", path.display(), reason)
+}
 
 /// Progress.
 #[derive(Debug)]

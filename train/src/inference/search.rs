@@ -1,15 +1,14 @@
 //! The nearest pictures of a collection.
 
-use std::collections::BTreeMap;
-use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use super::embedder::{Embedder, PretrainedSettings, files_of, skipped};
-use super::export::{CHECKPOINT, FLIPS, NAME_BYTES, ROOT, ROOT_BYTES, embed_folder};
+use super::export::{CHECKPOINT, FLIPS, embed_folder};
 use super::file::EmbeddingsFile;
+use super::origin::Origin;
 use super::pictures::Pictures;
 use super::{Event, Skipped};
-use crate::data::{as_text, name_of_bytes};
+use crate::data::as_text;
 use crate::{Error, Result};
 use ddtas::backend::{self, DeviceSpec, Nearest};
 use ddtas::loss::Rows;
@@ -48,8 +47,7 @@ impl SearchSettings {
     #[must_use]
     pub fn inputs(&self) -> Vec<(&'static str, PathBuf)> {
         let mut files = files_of(self.checkpoint.as_deref(), &self.pretrained);
-        files.push(("gallery", self.gallery.clone()));
-        files.push(("gallery", self.gallery.with_extension("json")));
+        files.extend(EmbeddingsFile::files(&self.gallery).map(|path| ("gallery", path)));
         files.extend(self.query.iter().map(|path| ("query", path.clone())));
         files
     }
@@ -123,29 +121,16 @@ pub fn search(settings: &SearchSettings, tell: &mut dyn FnMut(Event<'_>)) -> Res
         (EmbeddingsFile::read(&settings.gallery)?, Vec::new())
     };
     check_origin(&settings.gallery, &gallery, &embedder)?;
+    let origin = Origin::read(&settings.gallery, &gallery.metadata)?;
     let count = gallery.values.nrows();
     let labels = vec![0; count.max(queries.labels.len())];
     let rows = Rows::new(queries.view()?, &labels[..queries.labels.len()]);
     let references = Rows::new(gallery.values.view(), &labels[..count]);
     let nearest = backend::open(&spec)?.nearest(&rows, Some(&references), settings.top.min(count))?;
 
-    let bytes_of = |key: &str| gallery.metadata.get(key).map_or("null", String::as_str);
-    let root_bytes: Option<Vec<u8>> = serde_json::from_str(bytes_of(ROOT_BYTES)).unwrap_or_default();
-    let name_bytes: Option<BTreeMap<usize, Vec<u8>>> =
-        serde_json::from_str(bytes_of(NAME_BYTES)).unwrap_or_default();
-    let root = match root_bytes {
-        Some(bytes) => Some(name_of_bytes(&bytes).into()),
-        None => gallery.metadata.get(ROOT).map(PathBuf::from),
-    };
-    let file_of = |row: usize, name: &String| -> OsString {
-        name_bytes
-            .as_ref()
-            .and_then(|bytes| bytes.get(&row))
-            .map_or_else(|| name.into(), |bytes| name_of_bytes(bytes))
-    };
     let answer = |query: Option<&PathBuf>, (&index, &similarity): (&u32, &f32)| {
         let name = gallery.names.get(index as usize);
-        let path = root.as_ref().zip(name).map(|(root, name)| root.join(file_of(index as usize, name)));
+        let path = name.and_then(|name| origin.path(index as usize, name));
         let real = path.as_ref().and_then(|path| path.canonicalize().ok());
         Answer {
             name: name.cloned().unwrap_or_else(|| index.to_string()),

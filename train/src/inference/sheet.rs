@@ -5,6 +5,7 @@ use std::path::Path;
 use super::pictures::Pictures;
 use super::search::{Found, Query};
 use crate::Result;
+use crate::data::file_name;
 use crate::pages::{Thumbnails, base64, document, escape, grouped, push};
 use ddtas_io::files::write_atomic;
 
@@ -17,7 +18,7 @@ const STYLE: &str = include_str!("sheet.css");
 /// Writes the contact sheet of a search. A picture that no longer lies where the gallery says is shown as a frame with its name.
 ///
 /// # Errors
-/// [`Error::Image`](crate::Error::Image) if a query can no longer be read; [`Io`](ddtas_io::Error::Io)(crate::Error::Io) if the file cannot be written.
+/// [`Error::Image`](crate::Error::Image) if a query can no longer be read; [`Io`](ddtas_io::Error::Io) if the file cannot be written.
 pub fn write(found: &Found, path: &Path) -> Result<()> {
     let mut thumbnails = (Thumbnails::new(QUERY)?, Thumbnails::new(ANSWER)?);
     let title = match &found.queries[..] {
@@ -78,8 +79,4 @@ fn section(body: &mut String, query: &Query, thumbnails: &mut (Thumbnails, Thumb
 
 fn image(png: &str, alt: &str) -> String {
     format!("<img alt=\"{alt}\" src=\"data:image/png;base64,{png}\">")
-}
-
-fn file_name(path: &Path) -> String {
-    path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
 }

@@ -29,17 +29,6 @@ pub enum HeadKind {
     LayerNormLinear,
 }
 
-impl HeadKind {
-    /// Its name, on the command line and in files.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Linear => "linear",
-            Self::LayerNormLinear => "layer-norm+linear",
-        }
-    }
-}
-
 /// Maps features to unit embeddings.
 #[derive(Module, Debug)]
 pub struct EmbeddingHead {

@@ -12,6 +12,7 @@ mod weights;
 use burn::module::Module;
 use burn::optim::GradientsParams;
 use burn::tensor::{Device, Tensor, TensorData};
+use ddtas_io::console::one_line;
 use ndarray::Array2;
 
 pub use backbone::{Backbone, BackboneKind};
@@ -91,16 +92,22 @@ impl std::fmt::Display for NetworkShape {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self.backbone {
             BackboneKind::Residual => write!(f, "--width {} --depth {}", self.width, self.depth)?,
-            other => write!(f, "--backbone {}", other.name())?,
+            other => write!(f, "--backbone {}", name_of(&other))?,
         }
         if self.pooling != self.backbone.pooling() {
-            write!(f, " --pooling {}", self.pooling.name())?;
+            write!(f, " --pooling {}", name_of(&self.pooling))?;
         }
         if self.head != HeadKind::default() {
-            write!(f, " --head {}", self.head.name())?;
+            write!(f, " --head {}", name_of(&self.head))?;
         }
         write!(f, " --embedding-dim {}", self.embedding_dim)
     }
+}
+
+/// The value of an enum as it is typed.
+#[must_use]
+pub fn name_of(value: &impl clap::ValueEnum) -> String {
+    value.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
 }
 
 /// Whether files leave a field out: those of versions that did not know it yet read, and are written, as they were.
@@ -167,7 +174,6 @@ pub fn to_array(tensor: Tensor<2>) -> Result<Array2<f32>> {
 pub fn read<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>> {
     tensor.try_into_vec_as::<f32>().map_err(|error| {
         // Burn's message is several lines, the cause among them.
-        let reason = error.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
-        Error::Training(format!("a tensor cannot be read back: {reason}"))
+        Error::Training(format!("a tensor cannot be read back: {}", one_line(error)))
     })
 }

@@ -39,20 +39,6 @@ pub enum PoolingKind {
     Cls,
 }
 
-impl PoolingKind {
-    /// The name as it is typed.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Avg => "avg",
-            Self::Max => "max",
-            Self::AvgMax => "avg+max",
-            Self::Gem => "gem",
-            Self::Cls => "cls",
-        }
-    }
-}
-
 /// Pools features.
 #[derive(Module, Debug)]
 pub struct Pooling {

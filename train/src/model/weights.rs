@@ -8,10 +8,11 @@ use burn::store::ModuleSnapshot;
 use burn::store::burn_pack::Tensor as Packed;
 use burn::tensor::{Bytes, DType, Device};
 use clap::ValueEnum;
+use ddtas_io::console::one_line;
 use ddtas_io::tensors::{Dtype, TensorFile, floats_of};
 use pytorch_reader::{DType as TorchType, PytorchReader};
 
-use super::{Backbone, BackboneKind, HeadKind, NetworkShape};
+use super::{Backbone, BackboneKind, HeadKind, NetworkShape, name_of};
 use crate::{Error, Result};
 
 /// Prefixes that other programs put before the names of all tensors.
@@ -53,7 +54,7 @@ impl Stored {
         let no_floats = "holds no floats";
         let dtype = self.dtype().ok_or(no_floats)?;
         let bytes = match self {
-            Self::Torch(tensor) => tensor.read().map_err(|error| one_line(&error))?,
+            Self::Torch(tensor) => tensor.read().map_err(one_line)?,
             Self::Safetensors { bytes, .. } => bytes,
         };
         let values: Vec<f32> = floats_of(dtype, &bytes).ok_or(no_floats)?;
@@ -122,7 +123,7 @@ fn mismatch(layout: &Layout, stored: &BTreeMap<String, Stored>) -> Option<String
 /// Says that the tensors of a file do not fit, and which network they fit.
 fn refusal(layout: &Layout, stored: &BTreeMap<String, Stored>, reason: &str) -> String {
     let published = BackboneKind::value_variants().iter().filter(|kind| kind.image_size().is_some());
-    let layouts: Vec<(&str, Layout)> = published
+    let layouts: Vec<(String, Layout)> = published
         .map(|&backbone| {
             let shape = NetworkShape {
                 backbone,
@@ -132,7 +133,7 @@ fn refusal(layout: &Layout, stored: &BTreeMap<String, Stored>, reason: &str) -> 
                 embedding_dim: 0,
                 head: HeadKind::default(),
             };
-            (backbone.name(), Backbone::new(&shape, &Device::flex()).layout())
+            (name_of(&backbone), Backbone::new(&shape, &Device::flex()).layout())
         })
         .collect();
     let own = layouts.iter().find(|(_, other)| other == layout).map_or("this network", |(name, _)| name);
@@ -201,7 +202,7 @@ fn check_archive(path: &Path) -> Result<()> {
 
 fn read_torch(path: &Path) -> Result<BTreeMap<String, Stored>> {
     check_archive(path)?;
-    let open = || PytorchReader::new(path).map_err(|error| one_line(&error));
+    let open = || PytorchReader::new(path).map_err(one_line);
     let file =
         guarded(open).map_err(|why| Error::format(path, format!("not a file of PyTorch weights: {why}")))?;
     Ok(file.into_tensors().into_iter().map(|(name, tensor)| (name, Stored::Torch(tensor))).collect())
@@ -210,10 +211,6 @@ fn read_torch(path: &Path) -> Result<BTreeMap<String, Stored>> {
 /// Runs the reader, other people's code at a file that may be anybody's.
 fn guarded<T>(read: impl FnOnce() -> std::result::Result<T, String>) -> std::result::Result<T, String> {
     catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(|_| Err("it is damaged".into()))
-}
-
-fn one_line(error: &dyn std::fmt::Display) -> String {
-    error.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 #[cfg(test)]

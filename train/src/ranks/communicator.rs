@@ -64,7 +64,7 @@ pub(super) fn check_libraries() -> Result<()> {
             format!("NCCL is older than 2.14, which --ranks nccl needs: libnccl.so is version {version}")
         }
         (false, _) => {
-            "no NVIDIA driver on this machine (libcuda was not found), and --ranks nccl speaks over GPUs".into()
+            "no NVIDIA driver on this machine (libcuda was not found), and --ranks nccl communicates between GPUs".into()
         }
         (true, false) => "libnccl.so was not found: install NCCL (libnccl2 of NVIDIA's packages for Debian and Ubuntu, \
                           nvidia-nccl-cu13 of PyPI), and where that has libnccl.so.2 alone: ln -s libnccl.so.2 libnccl.so \
@@ -221,7 +221,7 @@ impl Communicator {
             }
             if begun.elapsed() > self.limit {
                 return Err(Error::Lost(format!(
-                    "nothing has come from the other ranks for {} s (--rank-timeout): one hangs, or is gone with its machine",
+                    "no message from the other ranks for {} s (--rank-timeout): one of them hangs, or its machine is gone",
                     self.limit.as_secs()
                 )));
             }
@@ -324,7 +324,7 @@ fn accepted(answer: ncclResult_t, communicator: sys::ncclComm_t) -> Result<()> {
     });
     let words: Vec<String> = words.filter(|words| !words.is_empty()).collect();
     let hint = match answer {
-        ncclResult_t::ncclInvalidUsage => "; NCCL takes no two ranks on one GPU",
+        ncclResult_t::ncclInvalidUsage => "; NCCL does not allow two ranks on one GPU",
         _ => "; NCCL_DEBUG=WARN says more",
     };
     Err(Error::Lost(format!("NCCL: {}{hint}", words.join(": "))))

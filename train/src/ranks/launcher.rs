@@ -19,28 +19,28 @@ impl Launched {
     /// Reads what `variable` finds by its name.
     ///
     /// # Errors
-    /// [`Error::Training`], naming a variable that is missing or makes no sense.
+    /// [`Misused`](ddtas_io::Error::Misused), naming a variable that is missing or makes no sense.
     pub fn read(variable: impl Fn(&str) -> Option<String>) -> Result<Self> {
+        let misused = |reason: String| Error::misuse("ranks", "nccl", reason);
         let found = NAMES.into_iter().find(|[rank, ..]| variable(rank).is_some());
         let [rank_name, size_name, local_name] = found.unwrap_or(NAMES[0]);
         let number = |name: &str| -> Result<Option<usize>> {
             let parse = |text: String| {
-                text.trim().parse::<u16>().map(usize::from).map_err(|_| {
-                    Error::Training(format!("{name}={text}: --ranks nccl takes a number of 0 to 65535 there"))
-                })
+                let refused = || misused(format!("{name}={text} is not a number of 0 to 65535"));
+                text.trim().parse::<u16>().map(usize::from).map_err(|_| refused())
             };
             variable(name).map(parse).transpose()
         };
         let needed = |name: &str| {
             number(name)?.ok_or_else(|| {
-                Error::Training(format!(
-                    "{name} is not set: --ranks nccl is for processes whose launcher sets RANK and WORLD_SIZE for each, as torchrun does"
+                misused(format!(
+                    "{name} is not set: it is for processes whose launcher sets RANK and WORLD_SIZE for each, as torchrun does"
                 ))
             })
         };
         let (rank, size) = (needed(rank_name)?, needed(size_name)?);
         if rank >= size {
-            return Err(Error::Training(format!(
+            return Err(misused(format!(
                 "{rank_name}={rank} is out of range: ranks count from 0, and {size_name}={size}"
             )));
         }

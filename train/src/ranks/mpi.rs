@@ -156,9 +156,9 @@ impl Drop for Mpi {
 /// MPI's own type of a length.
 fn counted(length: u64) -> Result<i32> {
     i32::try_from(length).map_err(|_| {
-        Error::Training(format!(
-            "a message of {length} entries is longer than MPI carries: give a smaller batch"
-        ))
+        let reason =
+            format!("a message of {length} entries is longer than MPI carries: give a smaller batch");
+        Error::misuse("images-per-class", "", reason)
     })
 }
 

@@ -32,7 +32,7 @@ impl Nccl {
     /// nothing for `limit` is given up.
     ///
     /// # Errors
-    /// [`Error::Training`] if the launcher's variables make no sense; [`ddtas::Error::Unavailable`] without driver, NCCL or
+    /// [`Misused`](ddtas_io::Error::Misused) if the launcher's variables make no sense; [`ddtas::Error::Unavailable`] without driver, NCCL or
     /// GPU; [`Error::Lost`] if the others do not come.
     pub fn join(file: &Path, limit: Duration) -> Result<Self> {
         let Launched { rank, size, local_rank } = Launched::read(|name| std::env::var(name).ok())?;

@@ -169,10 +169,7 @@ fn until(limit: Duration, mut is: impl FnMut() -> Result<bool>) -> Result<bool> 
 fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
     match fs::read(path) {
         Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(|_| {
-            Error::format(
-                path,
-                "is there, and no rendezvous of ddtas-train: name another file by --rendezvous",
-            )
+            Error::format(path, "is not a rendezvous file of ddtas-train: name another file by --rendezvous")
         }),
         // NFS calls a file that was replaced while it was open stale.
         Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::StaleNetworkFileHandle) => {
@@ -202,7 +199,7 @@ mod tests {
 
     const LIMIT: Duration = Duration::from_secs(20);
 
-    /// All ranks meet; the last to be started is `late` milliseconds after the others.
+    /// All ranks meet; the rank `last` is started some time after the others.
     fn all(file: &Path, size: usize, last: usize) -> Vec<Meeting> {
         thread::scope(|scope| {
             let start = |rank| {

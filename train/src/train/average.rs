@@ -51,7 +51,7 @@ impl Average {
     pub fn take(&mut self, archive: &mut Archive) -> Result<(), String> {
         let mut tensors = Archive::default();
         archive.take_all(PREFIX).into_iter().for_each(|(name, entry)| tensors.put(name, entry));
-        self.network = checkpoint::filled(self.network.clone(), tensors)
+        self.network = checkpoint::filled(self.network.clone(), &tensors)
             .map_err(|reason| format!("its mean weights do not fit the network: {reason}"))?;
         Ok(())
     }

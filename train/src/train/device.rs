@@ -20,7 +20,7 @@ pub(super) struct Place {
 /// Finds the device for `asked`; does not open it yet. Ranks of one machine take a GPU each.
 ///
 /// # Errors
-/// [`Error::Unavailable`](crate::Error::Unavailable) if this build has no network on that device.
+/// [`Unavailable`](ddtas::Error::Unavailable) if this build has no network on that device.
 pub(super) fn place(asked: DeviceSpec, local_rank: usize) -> Result<Place> {
     let (spec, reason) = match asked {
         DeviceSpec::Auto => automatic(backend::auto(), local_rank),

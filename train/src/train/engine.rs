@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::average::Average;
 use super::checkpoint::archive::Archive;
-use super::checkpoint::optimizer as moments;
+use super::checkpoint::moments;
 use super::chunks;
 use super::generator::{Generator, GeneratorState};
 use super::memory::Memory;
@@ -98,13 +98,14 @@ impl Engine {
         if let Some(generator) = &generator {
             loss = generator.lambda().applied_to(&loss);
         }
+        let (optimizer, average, schedule, memory) = fresh(&network, settings);
         Self {
-            optimizer: settings.optimizer.optimizer(&network, settings.learning_rate, settings.weight_decay),
-            average: average(settings, &network),
+            optimizer,
+            average,
             network,
             output: LossOutput::default(),
             device,
-            schedule: settings.schedule(),
+            schedule,
             head_steps: settings.optimizer.head_steps,
             chunk_size: settings.optimizer.chunk_size,
             mode: match settings.batch_norm {
@@ -116,7 +117,7 @@ impl Engine {
             backend,
             pair_loss: settings.loss,
             loss,
-            memory: memory(settings),
+            memory,
             generator,
             pending: None,
             spread: f64::NAN,
@@ -163,14 +164,8 @@ impl Engine {
 
     /// Starts over with `network`; only lambda is kept, and fixed.
     pub fn restart(&mut self, network: EmbeddingNetwork, settings: &TrainSettings) {
-        self.optimizer =
-            settings.optimizer.optimizer(&network, settings.learning_rate, settings.weight_decay);
-        self.average = average(settings, &network);
-        self.network = network;
-        self.output = LossOutput::default();
-        self.schedule = settings.schedule();
-        self.memory = memory(settings);
-        self.pending = None;
+        (self.optimizer, self.average, self.schedule, self.memory) = fresh(&network, settings);
+        (self.network, self.output, self.pending) = (network, LossOutput::default(), None);
         if let Some(generator) = &self.generator {
             self.loss = generator.lambda().applied_to(&self.loss);
         }
@@ -220,7 +215,7 @@ impl Engine {
         match (&mut self.generator, &state.generator) {
             (Some(generator), Some(state)) => generator.take(archive, state),
             (None, None) => Ok(()),
-            _ => Err("--generator is another one than in config.toml".into()),
+            _ => Err("its generator is not that of --generator in config.toml".into()),
         }
     }
 
@@ -253,7 +248,7 @@ impl Engine {
     /// Returns whether the weights changed: a batch without mined pairs changes none.
     ///
     /// # Errors
-    /// [`Error::Training`] if the embeddings are no longer finite; [`Error::Rank`] if another rank has failed.
+    /// [`Error::Diverged`] if the embeddings are no longer finite; [`Error::Rank`] if another rank has failed.
     pub fn step(&mut self, step: usize, batch: &ImageBatch, meta: Option<&ImageBatch>) -> Result<bool> {
         if self.is_synchronised {
             let ranks = Rc::clone(&self.ranks);
@@ -385,7 +380,7 @@ impl Engine {
         Ok(())
     }
 
-    /// The loss of the whole batch, with the gradient of the rows that are here. Returns whether any row's is other than zero.
+    /// The loss of the whole batch, with the gradient of the rows that are here. Returns whether any gradient is non-zero.
     fn evaluate_loss(&mut self, embeddings: ArrayView2<'_, f32>, batch: &ImageBatch) -> Result<bool> {
         let (rows, own) = ((embeddings, batch.labels.as_slice()), batch.own.clone());
         let (backend, output) = (&mut *self.backend, &mut self.output);
@@ -414,7 +409,7 @@ impl Engine {
     /// Embeds batches of pictures by the running statistics: `[N, dim]` and the labels. Each rank has its own batches.
     ///
     /// # Errors
-    /// What `batches` returns; [`Error::Training`] if an embedding is not finite.
+    /// What `batches` returns; [`Error::Diverged`] if an embedding is not finite.
     pub fn embed(
         &self,
         batches: impl Iterator<Item = Result<ImageBatch>>,
@@ -429,7 +424,7 @@ impl Engine {
 /// Embeds batches of pictures by `network`; `progress` hears how many are done.
 ///
 /// # Errors
-/// What `batches` returns; [`Error::Training`] if an embedding is not finite.
+/// What `batches` returns; [`Error::Diverged`] if an embedding is not finite.
 pub fn embed_batches(
     network: impl Fn(Tensor<4>) -> Tensor<2>,
     device: &Device,
@@ -453,7 +448,7 @@ pub fn embed_batches(
     }
     if let Some(row) = embedded.values.iter().position(|value| !value.is_finite()) {
         let row = row / dim;
-        return Err(Error::Training(format!(
+        return Err(Error::Diverged(format!(
             "the network maps picture {row} to NaN: training diverged; {REMEDY}"
         )));
     }
@@ -508,13 +503,18 @@ fn spread(rows: ArrayView2<'_, f32>) -> f64 {
     (squares / rows.nrows() as f64).sqrt()
 }
 
-fn average(settings: &TrainSettings, network: &EmbeddingNetwork) -> Option<Average> {
+/// What moves and accompanies a network, before the first step.
+fn fresh(
+    network: &EmbeddingNetwork,
+    settings: &TrainSettings,
+) -> (ModuleOptimizer, Option<Average>, Schedule, Memory) {
     let decay = settings.optimizer.ema;
-    (decay > 0.0).then(|| Average::new(network, decay))
-}
-
-fn memory(settings: &TrainSettings) -> Memory {
-    Memory::new(settings.memory_size, settings.memory_start_step(), settings.embedding_dim)
+    (
+        settings.optimizer.optimizer(network, settings.learning_rate, settings.weight_decay),
+        (decay > 0.0).then(|| Average::new(network, decay)),
+        settings.schedule(),
+        Memory::new(settings.memory_size, settings.memory_start_step(), settings.embedding_dim),
+    )
 }
 
 /// The pictures of a batch that are here.
@@ -526,7 +526,7 @@ fn image_tensor(batch: &ImageBatch, device: &Device) -> Tensor<4> {
 fn diverged(error: Error, step: usize) -> Error {
     match error {
         Error::Program(Program::Library(ddtas::Error::NotFinite { .. } | ddtas::Error::NotUnit { .. })) => {
-            Error::Training(format!(
+            Error::Diverged(format!(
                 "training diverged at step {}: an embedding is no longer a finite unit vector; {REMEDY}",
                 step + 1
             ))

@@ -37,7 +37,7 @@ pub(super) struct GeneratorState {
 pub struct Generator {
     settings: GeneratorSettings,
     thresholds: Thresholds,
-    /// Factor of lambda's learning rate in the present step.
+    /// How lambda moves in the present step.
     rule: UpdateRule,
     /// Lambda stays what it is.
     held: bool,
@@ -130,7 +130,8 @@ impl Generator {
                 let features = Array2::from_shape_vec((rows, columns), values).ok()?;
                 (labels.len() == rows).then_some((features, labels))
             });
-            self.recent.push_back(batch.ok_or("the features of the generator's last batches are not whole")?);
+            self.recent
+                .push_back(batch.ok_or("the features of the generator's last batches are incomplete")?);
         }
         Ok(())
     }

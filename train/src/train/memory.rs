@@ -118,7 +118,7 @@ impl Memory {
     }
 
     /// [`loss`](Memory::loss) on several ranks, each with the rows `own` of the batch: the gradient is that of these. Returns whether any
-    /// rank's is other than zero.
+    /// gradient is non-zero.
     ///
     /// # Errors
     /// Those of the backend and of the ranks.

@@ -14,6 +14,7 @@
 //! | `optimizer.rs` | how weights move: optimizer, rates of head and backbone, what decays |
 //! | `schedule.rs` | the learning rate |
 //! | `memory.rs` | cross-batch memory |
+//! | `folder.rs` | where a run's files are |
 //! | `records.rs` | metrics.jsonl: a record for each step and evaluation |
 //! | `tensorboard.rs` | the same records as TensorBoard event files |
 //! | `checkpoint/` | weights and the state of a run, as safetensors |
@@ -25,6 +26,7 @@ pub mod checkpoint;
 pub mod chunks;
 mod device;
 mod engine;
+mod folder;
 mod generator;
 mod memory;
 mod optimizer;
@@ -39,6 +41,7 @@ mod shown;
 mod tensorboard;
 
 pub use engine::{Embedded, Engine, embed_batches};
+pub(crate) use folder::RunFolder;
 pub use generator::Generator;
 pub use memory::Memory;
 pub use optimizer::{Decayed, OptimizerKind, OptimizerSettings};

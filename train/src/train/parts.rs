@@ -23,7 +23,7 @@ pub(super) struct Part<'a> {
 }
 
 impl Part<'_> {
-    /// The loss of the whole batch, and the gradient of the rank's own rows. Returns whether any rank's gradient is other than zero.
+    /// The loss of the whole batch, and the gradient of the rank's own rows. Returns whether any gradient is non-zero.
     pub fn loss(
         &self,
         backend: &mut dyn Backend,
@@ -86,7 +86,7 @@ impl Part<'_> {
         Ok((max_neg, sums))
     }
 
-    /// Puts what is a sum over the parts into `output`; whether any gradient is other than zero.
+    /// Puts what is a sum over the parts into `output`; whether any gradient is non-zero.
     fn add_up(&self, output: &mut LossOutput) -> Result<bool> {
         let any = output.gradient.iter().any(|&entry| entry != 0.0);
         let values = [

@@ -75,7 +75,7 @@ impl Preset {
     /// Checks that weights to start from are given.
     ///
     /// # Errors
-    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) says where to get them.
+    /// [`Misused`](ddtas_io::Error::Misused) says where to get them.
     pub fn check(self, settings: &TrainSettings) -> Result<()> {
         if settings.init.is_some() || settings.weights.is_some() {
             return Ok(());

@@ -119,7 +119,7 @@ impl RecordWriter {
     /// Opens the file of an earlier process, or creates it; [`cut`](Self::cut) says where to go on.
     ///
     /// # Errors
-    /// [`Io`](ddtas_io::Error::Io); [`Error::Training`] if another process is writing to it.
+    /// [`Io`](ddtas_io::Error::Io); [`Misused`](ddtas_io::Error::Misused) if another process is writing to it.
     pub fn reopen(path: &Path) -> Result<Self> {
         let file =
             OpenOptions::new().append(true).create(true).open(path).map_err(Error::io("open", path))?;
@@ -145,8 +145,12 @@ impl RecordWriter {
         match file.try_lock() {
             Ok(()) => Ok(Self { file, path: path.to_path_buf(), bytes }),
             Err(TryLockError::WouldBlock) => {
-                let path = path.display();
-                Err(Error::Training(format!("another process is writing to {path}: the run has not ended")))
+                let folder = path.parent().unwrap_or(path).display();
+                Err(Error::misuse(
+                    "resume",
+                    folder,
+                    "another process is writing there: the run has not ended",
+                ))
             }
             Err(TryLockError::Error(source)) => Err(Error::io("lock", path.to_path_buf())(source)),
         }

@@ -6,10 +6,10 @@ use std::str::FromStr;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use serde::{Deserialize, Serialize};
 
-use crate::data::DatasetSettings;
+use crate::data::{DatasetSettings, check_image_size};
 use crate::error::{check, fits};
-use crate::generator::{GeneratorKind, GeneratorSettings, Lambda};
-use crate::model::{BackboneKind, HeadKind, NetworkShape, PoolingKind, network_sizes};
+use crate::generator::{GeneratorKind, GeneratorSettings, Lambda, defaults};
+use crate::model::{BackboneKind, HeadKind, NetworkShape, PoolingKind, name_of, network_sizes};
 use crate::train::optimizer::OptimizerSettings;
 use crate::train::schedule::Schedule;
 use crate::{Error, Result};
@@ -218,6 +218,13 @@ fn about_mining(mining: Mining) -> &'static str {
     }
 }
 
+impl Default for TrainSettings {
+    /// As `ddtas-train` has them without arguments.
+    fn default() -> Self {
+        defaults()
+    }
+}
+
 impl TrainSettings {
     /// Settings of the loss.
     #[must_use]
@@ -307,7 +314,7 @@ impl TrainSettings {
     /// Checks that the checkpoints it begins from are there. A run that goes on may have lost them: it needs none.
     ///
     /// # Errors
-    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) names the setting.
+    /// [`Misused`](ddtas_io::Error::Misused) names the setting.
     pub(super) fn check_files(&self) -> Result<()> {
         let files = [
             ("weights", &self.weights),
@@ -366,7 +373,8 @@ impl TrainSettings {
     /// Checks all that can be checked without reading files, before a run makes anything.
     ///
     /// # Errors
-    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) names the first setting that is off.
+    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) or [`Misused`](ddtas_io::Error::Misused) names the
+    /// first setting that is off.
     pub fn validate(&self) -> Result<()> {
         self.data.validate()?;
         check((-2.0..=2.0).contains(&self.lambda), "lambda", self.lambda.to_string(), "-2 to 2")?;
@@ -382,9 +390,9 @@ impl TrainSettings {
         self.generator.validate(self.first_lambda())?;
         let crop = self.smallest_crop;
         check(crop > 0.0 && crop <= 1.0, "smallest-crop", crop.to_string(), "above 0, at most 1")?;
+        check_image_size(self.image_size)?;
         let [embedding_dim, width, depth] = network_sizes(self.embedding_dim, self.width, self.depth);
         let sizes = [
-            ("image-size", self.image_size, 8, 1024, "8 to 1024"),
             embedding_dim,
             width,
             depth,
@@ -444,8 +452,17 @@ impl TrainSettings {
     pub(super) fn random_start(&self) -> Option<String> {
         let random = self.backbone != BackboneKind::Residual && self.weights.is_none() && self.init.is_none();
         random.then(|| {
-            let name = self.backbone.name();
+            let name = name_of(&self.backbone);
             format!("{name} starts from random weights: give --weights FILE for pretrained ones, or --init FILE for those of a run")
         })
+    }
+}
+
+/// What a network was before the first step of a run that began from a checkpoint, from pretrained weights or neither.
+pub(super) fn before_training(continued: bool, pretrained: bool) -> &'static str {
+    match (continued, pretrained) {
+        (true, _) => "before this run",
+        (false, true) => "before training (pretrained, random head)",
+        (false, false) => "before training (random weights)",
     }
 }

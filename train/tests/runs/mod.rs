@@ -5,9 +5,11 @@
 #[cfg(unix)]
 pub mod process;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use assert_cmd::Command;
+use ddtas_io::tensors::{Dtype, TensorFile, to_bytes};
 use ddtas_train::train::{EvaluationRecord, Record, StepRecord, read_records};
 
 /// A run small enough for a test: 16 pixels, a narrow network, small batches.
@@ -56,4 +58,19 @@ pub fn folder_of_pictures(root: &Path, classes: usize, pictures: usize) {
             image.save(folder.join(format!("{picture}.png"))).unwrap();
         }
     }
+}
+
+/// A tensor of a file: name, type, shape and bytes.
+pub type Tensor = (String, Dtype, Vec<usize>, Vec<u8>);
+
+/// Writes the .safetensors file `from` as `to`, with changes.
+pub fn change(from: &Path, to: &Path, change: impl FnOnce(&mut BTreeMap<String, String>, &mut Vec<Tensor>)) {
+    let bytes = std::fs::read(from).unwrap();
+    let file = TensorFile::parse(from, &bytes).unwrap();
+    let mut tensors: Vec<Tensor> =
+        file.tensors().map(|(name, dtype, shape, bytes)| (name, dtype, shape, bytes.to_vec())).collect();
+    let mut facts = file.metadata;
+    change(&mut facts, &mut tensors);
+    let tensors = tensors.iter().map(|(name, dtype, shape, bytes)| (&**name, *dtype, &shape[..], &bytes[..]));
+    std::fs::write(to, to_bytes(&facts, tensors.collect()).unwrap()).unwrap();
 }

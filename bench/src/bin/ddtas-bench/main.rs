@@ -65,7 +65,7 @@ fn command() -> clap::Command {
     let features = [("cuda", cfg!(feature = "cuda")), ("emulated", cfg!(feature = "emulated"))];
     let version = console::version(env!("CARGO_PKG_VERSION"), &features);
     let numbers = |argument: clap::Arg| argument.allow_negative_numbers(true);
-    Arguments::command().version(&*version.leak()).mut_subcommands(|command| command.mut_args(numbers))
+    Arguments::command().version(version).mut_subcommands(|command| command.mut_args(numbers))
 }
 
 fn main() -> ExitCode {

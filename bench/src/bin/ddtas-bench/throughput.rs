@@ -1,12 +1,12 @@
 //! `ddtas-bench throughput`: prints what [`ddtas_bench`] measures.
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::path::PathBuf;
 
 use ddtas_bench::{Row, ThroughputSettings, plot, run};
-use ddtas_io::console::{counted, print, print_json, say};
+use ddtas_io::console::{counted, print, print_json};
 use ddtas_io::files::{check_output, write_atomic};
-use indicatif::{ProgressBar, ProgressStyle};
+use ddtas_io::progress::Progress;
 
 use crate::resolved;
 
@@ -33,9 +33,14 @@ pub fn throughput(mut arguments: ThroughputArguments) -> ddtas_io::Result<()> {
         check_output("plot", path, others.into_iter().filter_map(|(name, path)| Some((name, path?))))?;
     }
     arguments.settings.device = resolved(arguments.settings.device);
-    let progress = Progress::new(arguments.json || arguments.quiet);
-    let rows = run(&arguments.settings, &mut |index, count, name| progress.show(index, count, name));
-    progress.bar.finish_and_clear();
+    let mut progress =
+        Progress::new(arguments.json || arguments.quiet, "{bar:24} {pos}/{len} [{elapsed}] {msg}");
+    let rows = run(&arguments.settings, &mut |index, count, name| {
+        progress.at(index, count);
+        progress.message(name.to_owned());
+        progress.instead(true, format_args!("{} of {count}: {name}", index + 1));
+    });
+    progress.clear();
     let rows = rows?;
     if let Some(path) = &arguments.plot {
         let svg = plot(&rows).map_err(|reason| ddtas_io::Error::format(path, reason))?;
@@ -45,32 +50,6 @@ pub fn throughput(mut arguments: ThroughputArguments) -> ddtas_io::Result<()> {
         return print_json(&rows);
     }
     print(|out| table(out, &rows))
-}
-
-/// A bar on a terminal, a line a row elsewhere, nothing beside JSON.
-struct Progress {
-    bar: ProgressBar,
-    lines: bool,
-}
-
-impl Progress {
-    fn new(silent: bool) -> Self {
-        let terminal = std::io::stderr().is_terminal();
-        let bar = if terminal && !silent { ProgressBar::new(0) } else { ProgressBar::hidden() };
-        if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len} [{elapsed}] {msg}") {
-            bar.set_style(style);
-        }
-        Self { bar, lines: !terminal && !silent }
-    }
-
-    fn show(&self, index: usize, count: usize, name: &str) {
-        self.bar.set_length(count as u64);
-        self.bar.set_position(index as u64);
-        self.bar.set_message(name.to_owned());
-        if self.lines {
-            say(format_args!("{} of {count}: {name}", index + 1));
-        }
-    }
 }
 
 fn table(out: &mut impl Write, rows: &[Row]) -> io::Result<()> {
@@ -111,8 +90,7 @@ fn table(out: &mut impl Write, rows: &[Row]) -> io::Result<()> {
         let products = if row.tf32 { ", multiplied in TF32" } else { "" };
         let (backend, threads) = (&row.backend, counted(row.threads, "CPU thread"));
         let seed = row.seed.map_or(String::new(), |seed| format!(", seed {seed}"));
-        let dtype = format!("{:?}", row.dtype).to_lowercase();
-        writeln!(out, "{backend}, {threads}, {dtype} rows{products}{seed}")?;
+        writeln!(out, "{backend}, {threads}, {} rows{products}{seed}", row.dtype)?;
     }
     Ok(())
 }

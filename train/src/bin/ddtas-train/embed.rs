@@ -5,7 +5,7 @@ use std::io::Write;
 use ddtas_io::console::{print, print_json};
 use ddtas_train::inference::{EmbedSettings, embed as embed_folder};
 
-use super::progress::{Progress, warn_of_skipped};
+use super::progress::{during, warn_of_skipped};
 
 #[derive(clap::Args)]
 pub struct EmbedArguments {
@@ -18,8 +18,7 @@ pub struct EmbedArguments {
 
 pub fn embed(arguments: &EmbedArguments, quiet: bool) -> ddtas_train::Result<()> {
     let settings = &arguments.settings;
-    let export =
-        Progress::during(quiet, |progress| embed_folder(settings, &mut |event| progress.show(event)))?;
+    let export = during(quiet, |tell| embed_folder(settings, tell))?;
     warn_of_skipped(&export.skipped);
     if arguments.json {
         return Ok(print_json(&export)?);

@@ -4,10 +4,9 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 use ddtas_io::console::{print, print_json};
-use ddtas_io::files::check_output;
-use ddtas_train::inference::{EvalSettings, Evaluation, evaluate, write_page};
+use ddtas_train::inference::{EvalSettings, Evaluation, check_page, evaluate, write_page};
 
-use super::progress::{Progress, warn_of_skipped};
+use super::progress::{during, warn_of_skipped};
 
 #[derive(clap::Args)]
 pub struct EvalArguments {
@@ -23,9 +22,8 @@ pub struct EvalArguments {
 
 pub fn eval(arguments: &EvalArguments, quiet: bool) -> ddtas_train::Result<()> {
     let settings = &arguments.settings;
-    arguments.html.as_deref().map_or(Ok(()), |path| check_output("html", path, settings.inputs()))?;
-    let evaluation =
-        Progress::during(quiet, |progress| evaluate(settings, &mut |event| progress.show(event)))?;
+    arguments.html.as_deref().map_or(Ok(()), |path| check_page(path, settings.inputs()))?;
+    let evaluation = during(quiet, |tell| evaluate(settings, tell))?;
     warn_of_skipped(&evaluation.skipped);
     if let Some(path) = &arguments.html {
         write_page(&evaluation, path)?;

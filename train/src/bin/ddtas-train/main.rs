@@ -70,7 +70,7 @@ enum Command {
 /// The arguments. A minus with a digit begins a value, so that errors name the flag before it.
 fn command() -> clap::Command {
     let numbers = |argument: clap::Arg| argument.allow_negative_numbers(true);
-    let command = Arguments::command().version(&*shell::version().leak());
+    let command = Arguments::command().version(shell::version());
     help::in_sections(command).mut_args(numbers).mut_subcommands(|command| command.mut_args(numbers))
 }
 

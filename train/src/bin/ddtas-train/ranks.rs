@@ -83,9 +83,10 @@ fn refuse_launchers() -> Result<()> {
         (None, Some(count)) => ("a launcher (RANK, WORLD_SIZE)", count, "--ranks nccl --rendezvous FILE"),
         (None, None) => return Ok(()),
     };
-    Err(Error::Training(format!(
-        "{launcher} has started {count} processes, which would all train the same run: add {flags}"
-    )))
+    let reason = format!(
+        "missing: {launcher} has started {count} processes, which would all train the same run: add {flags}"
+    );
+    Err(Error::misuse("ranks", "", reason))
 }
 
 /// Uses as many threads as leave the other `ranks` of this machine their share of its processors, unless

@@ -5,34 +5,28 @@ use clap::parser::ValueSource;
 use ddtas_train::train::{Overrides, TrainSettings};
 use ddtas_train::{Error, Result};
 
-/// The settings that may change when a run is resumed.
-const CHANGEABLE: [&str; 8] = [
-    "device",
-    "workers",
-    "checkpoint_every",
-    "max_bad_images",
-    "data_root",
-    "ranks",
-    "rendezvous",
-    "rank_timeout",
-];
+/// What may change beside the settings of [`Overrides`].
+const RANKS: [&str; 3] = ["ranks", "rendezvous", "rank_timeout"];
 
 /// The changes that were asked for on the command line.
 ///
 /// # Errors
-/// [`Error::Training`] if one is given that the run's result depends on.
+/// [`Misused`](ddtas_io::Error::Misused) if one is given that the run's result depends on.
 pub fn overrides(matches: &ArgMatches, settings: &TrainSettings) -> Result<Overrides> {
     let given = |id: &str| matches.value_source(id) == Some(ValueSource::CommandLine);
     let mut ids = matches.ids().map(clap::Id::as_str);
-    let allowed = |id: &str| ["resume", "quiet", "json"].contains(&id) || CHANGEABLE.contains(&id);
+    let changeable = || Overrides::NAMES.into_iter().chain(RANKS);
+    let allowed = |id: &str| changeable().chain(["resume", "quiet", "json"]).any(|allowed| allowed == id);
     // Groups of arguments have ids as well, in the case of their types.
     let argument = |id: &str| id.chars().all(|letter| letter.is_ascii_lowercase() || letter == '_');
     if let Some(fixed) = ids.find(|&id| argument(id) && given(id) && !allowed(id)) {
-        return Err(Error::Training(format!(
-            "--resume takes its settings from the run's config.toml: leave out --{} (only --device, --ranks, --rendezvous, --rank-timeout, \
-             --workers, --checkpoint-every, --max-bad-images and --data-root may change)",
+        let changeable: Vec<_> = changeable().map(|id| format!("--{}", flag(id))).collect();
+        let changeable = changeable.join(", ");
+        let reason = format!(
+            "takes its settings from the run's config.toml: leave out --{} ({changeable} may change)",
             flag(fixed)
-        )));
+        );
+        return Err(Error::misuse("resume", "", reason));
     }
     Ok(Overrides {
         device: given("device").then(|| settings.device.clone()),

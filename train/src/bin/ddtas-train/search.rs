@@ -4,10 +4,9 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 use ddtas_io::console::{print, print_json};
-use ddtas_io::files::check_output;
-use ddtas_train::inference::{Found, SearchSettings, search as search_pictures, write_sheet};
+use ddtas_train::inference::{Found, SearchSettings, check_page, search as search_pictures, write_sheet};
 
-use super::progress::{Progress, warn_of_skipped};
+use super::progress::{during, warn_of_skipped};
 
 #[derive(clap::Args)]
 pub struct SearchArguments {
@@ -23,9 +22,8 @@ pub struct SearchArguments {
 
 pub fn search(arguments: &SearchArguments, quiet: bool) -> ddtas_train::Result<()> {
     let settings = &arguments.settings;
-    arguments.html.as_deref().map_or(Ok(()), |path| check_output("html", path, settings.inputs()))?;
-    let found =
-        Progress::during(quiet, |progress| search_pictures(settings, &mut |event| progress.show(event)))?;
+    arguments.html.as_deref().map_or(Ok(()), |path| check_page(path, settings.inputs()))?;
+    let found = during(quiet, |tell| search_pictures(settings, tell))?;
     warn_of_skipped(&found.skipped);
     if let Some(path) = &arguments.html {
         write_sheet(&found, path)?;

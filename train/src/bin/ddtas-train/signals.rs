@@ -21,7 +21,7 @@ impl Signals {
     /// Listens from now on.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] if the system does not let it.
+    /// [`Unavailable`](ddtas::Error::Unavailable) if the system does not let it.
     pub fn listen() -> Result<Self> {
         let signals = Self { stop: Arc::default(), number: Arc::default() };
         for signal in [SIGINT, SIGTERM] {

@@ -32,7 +32,7 @@ pub fn splits(arguments: &SplitsArguments) -> Result<()> {
             };
             let Some(path) = path.to_str().filter(|path| !breaks_lines(path) && !breaks_lines(class)) else {
                 return Err(Error::Dataset(format!(
-                    "{path:?} cannot be listed: its name or its class's has a tab or a line break, or is no UTF-8; rename it"
+                    "{path:?} cannot be listed: its name or its class's has a tab or a line break, or is not UTF-8: rename it"
                 )));
             };
             lines.push(format!("{class}\t{name}\t{path}"));

@@ -1,20 +1,19 @@
 //! Training: prints progress, and a table of Recall@K at the end.
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
 use std::rc::Rc;
 use std::sync::atomic::AtomicBool;
-use std::time::{Duration, Instant};
 
 use ddtas::loss::baseline::PairLoss;
-use ddtas_io::console::{counted, print, print_json, printable, reader_has_gone, say};
+use ddtas_io::console::{counted, print, print_json, reader_has_gone, say};
+use ddtas_io::progress::Progress as Shown;
 use ddtas_train::ranks::Collective;
 use ddtas_train::train::{
     EvaluationRecord, Event, Outcome, Overrides, Phase, StepRecord, Summary, TrainSettings,
 };
 use ddtas_train::{Error, Result};
-use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::ranks::RankArguments;
 use crate::signals::Signals;
@@ -60,10 +59,14 @@ fn on_ranks(
 ) -> Result<ExitCode> {
     let signals = Signals::listen()?;
     ranks.run(|ranks| {
-        let mut progress = Progress { warnings: warnings.to_vec(), ..Progress::new(output.quiet) };
+        let mut progress = Progress::new(output.quiet, warnings);
         let outcome = work(&ranks, signals.stop(), &mut |event| progress.show(event));
         progress.end(&outcome);
         match outcome {
+            Err(error @ Error::Stopped(_)) => {
+                say(error);
+                Ok(signals.exit_code())
+            }
             // Rank 0 names the error of any that could tell it.
             Err(error) if ranks.rank() > 0 && !matches!(error, Error::Lost(_)) => Ok(ExitCode::FAILURE),
             outcome => Ok(print_outcome(&outcome?, &signals, output)),
@@ -104,38 +107,28 @@ fn print_outcome(outcome: &Outcome, signals: &Signals, output: Output) -> ExitCo
     }
 }
 
-/// A bar on a terminal, a line every few seconds elsewhere.
+/// Shows a run's events.
 struct Progress {
-    bar: ProgressBar,
+    shown: Shown,
     phase: Phase,
     loss: PairLoss,
     steps: usize,
-    terminal: bool,
-    quiet: bool,
-    last_line: Option<Instant>,
+    /// Whether a step was shown.
+    stepped: bool,
     /// To be printed once the run has begun.
     warnings: Vec<String>,
 }
 
-/// Time between two lines where there is no terminal.
-const LINE_EVERY: Duration = Duration::from_secs(5);
-
 impl Progress {
-    fn new(quiet: bool) -> Self {
-        let terminal = std::io::stderr().is_terminal();
-        let bar = if terminal && !quiet { ProgressBar::new(0) } else { ProgressBar::hidden() };
-        if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len} [{elapsed}<{eta}] {wide_msg}") {
-            bar.set_style(style);
-        }
-        // A terminal that cannot move its cursor shows no bar, and would show no line above it.
-        let terminal = terminal && !bar.is_hidden();
+    fn new(quiet: bool, warnings: &[String]) -> Self {
+        let shown = Shown::new(quiet, "{bar:24} {pos}/{len} [{elapsed}<{eta}] {wide_msg}");
         let (phase, loss) = (Phase::Training, PairLoss::default());
-        Self { bar, phase, loss, steps: 0, terminal, quiet, last_line: None, warnings: Vec::new() }
+        Self { shown, phase, loss, steps: 0, stepped: false, warnings: warnings.to_vec() }
     }
 
     fn end(&self, outcome: &Result<Outcome>) {
         if !matches!(outcome, Ok(Outcome::Finished(_))) {
-            self.bar.finish_and_clear();
+            self.shown.clear();
         }
     }
 
@@ -144,12 +137,12 @@ impl Progress {
             Event::Computing { device, reason, ranks } => {
                 let ranks = if ranks > 1 { format!(", {ranks} ranks") } else { String::new() };
                 let reason = reason.map_or_else(String::new, |reason| format!(": {reason}"));
-                self.line(&format!("computing on {device}{ranks}{reason}"));
+                self.shown.line(&format!("computing on {device}{ranks}{reason}"));
             }
             Event::Started { dataset, folder, loss, steps_per_epoch, phase, steps, resumed } => {
                 self.loss = loss;
-                self.begin(phase, steps);
-                self.line(&format!(
+                self.begin(phase, resumed.unwrap_or(0), steps);
+                self.shown.line(&format!(
                     "{}: {} training pictures of {} classes, {} test pictures of {} {}classes{}; {} per epoch; results in {}",
                     dataset.name,
                     dataset.train.len(),
@@ -164,36 +157,31 @@ impl Progress {
                     folder.display(),
                 ));
                 for warning in std::mem::take(&mut self.warnings) {
-                    self.warn(&warning);
+                    self.shown.warn(&warning);
                 }
                 if let Some(done) = resumed {
-                    // So that the remaining time is estimated from this process's steps alone.
-                    self.bar.set_position(done as u64);
-                    self.bar.reset_eta();
-                    self.line(&format!("continuing after {done} of {steps} steps{}", of(phase)));
+                    self.shown.line(&format!("continuing after {done} of {steps} steps{}", of(phase)));
                 }
             }
-            Event::Note(note) => self.line(note),
-            Event::Warning(warning) => self.warn(warning),
+            Event::Note(note) => self.shown.line(note),
+            Event::Warning(warning) => self.shown.warn(warning),
             Event::Rehearsed { lambda, steps } => {
                 let learned = lambda_text(lambda.pos, lambda.neg);
-                self.line(&format!("lambda {learned} learned in the rehearsal; training begins"));
-                self.begin(Phase::Training, steps);
+                self.shown.line(&format!("lambda {learned} learned in the rehearsal; training begins"));
+                self.begin(Phase::Training, 0, steps);
             }
             Event::Step { record, images_per_second } => self.step(record, images_per_second),
             Event::Evaluating { done, total } => {
-                self.bar.set_message(format!("evaluating: {done} of {total} pictures"));
+                self.shown.message(format!("evaluating: {done} of {total} pictures"));
             }
-            Event::Evaluated(record) => self.line(&evaluation_line(record)),
+            Event::Evaluated(record) => self.shown.line(&evaluation_line(record)),
             _ => {}
         }
     }
 
-    fn begin(&mut self, phase: Phase, steps: usize) {
+    fn begin(&mut self, phase: Phase, done: usize, steps: usize) {
         (self.phase, self.steps) = (phase, steps);
-        self.bar.set_length(steps as u64);
-        self.bar.set_position(0);
-        self.bar.reset_eta();
+        self.shown.begin(done, steps);
     }
 
     fn step(&mut self, record: &StepRecord, images_per_second: f64) {
@@ -210,30 +198,12 @@ impl Progress {
             record.mined_neg,
         );
         let done = record.step + 1;
-        self.bar.set_position(done as u64);
-        let due = self.last_line.is_none_or(|last| last.elapsed() > LINE_EVERY) || done == self.steps;
-        if !self.terminal && !self.quiet && due {
-            self.last_line = Some(Instant::now());
-            say(format_args!("step {done}/{}{}: {message}", self.steps, of(self.phase)));
-        }
-        self.bar.set_message(message);
-    }
-
-    /// Printed even with --quiet.
-    fn warn(&self, warning: &str) {
-        let line = format!("warning: {warning}");
-        if self.quiet { say(line) } else { self.line(&line) }
-    }
-
-    fn line(&self, line: &str) {
-        if self.quiet {
-            return;
-        }
-        if self.terminal {
-            self.bar.println(printable(line));
-        } else {
-            say(line);
-        }
+        self.shown.at(done, self.steps);
+        let due = !self.stepped || done == self.steps;
+        self.stepped = true;
+        let line = format_args!("step {done}/{}{}: {message}", self.steps, of(self.phase));
+        self.shown.instead(due, line);
+        self.shown.message(message);
     }
 }
 

@@ -270,7 +270,7 @@ impl Design {
     }
 }
 
-fn within(rng: &mut impl Rng, least: f32, most: f32) -> f32 {
+pub(super) fn within(rng: &mut impl Rng, least: f32, most: f32) -> f32 {
     rng.random_range(least..most)
 }
 

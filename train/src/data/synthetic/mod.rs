@@ -63,7 +63,7 @@ impl Fleet {
     /// Designs `classes` cars.
     ///
     /// # Errors
-    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) unless `picture_size` is in 16..=512.
+    /// [`InvalidArgument`](ddtas_io::Error::InvalidArgument) unless `picture_size` is in 16..=512.
     pub fn new(classes: usize, picture_size: usize, seed: u64) -> Result<Self> {
         in_range("synthetic picture size", picture_size, 16..=512, "16 to 512 pixels")?;
         let designs = (0..classes)
@@ -92,7 +92,7 @@ impl Artist for Fleet {
 /// The synthetic data set.
 ///
 /// # Errors
-/// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) names the first count that is out of range.
+/// [`InvalidArgument`](ddtas_io::Error::InvalidArgument) names the first count that is out of range.
 pub fn synthetic(settings: &SyntheticSettings) -> Result<Dataset> {
     in_range("synthetic classes", settings.classes, 4..=100_000, "4 to 100000")?;
     in_range("synthetic training pictures", settings.train_pictures, 2..=100_000, "2 to 100000 per class")?;
@@ -123,5 +123,5 @@ fn in_range(
     if allowed.contains(&value) {
         return Ok(());
     }
-    Err(Error::setting(name, value, range))
+    Err(Error::argument(name, value, range))
 }

@@ -9,7 +9,7 @@ use tiny_skia::Transform;
 
 use super::canvas::{Canvas, Colour, Xy, mix, shade};
 use super::car::{self, Finish};
-use super::design::Design;
+use super::design::{Design, within};
 
 /// Drawn at twice the size, then averaged: cheaper than it sounds, and softer than one pass.
 const OVERSAMPLING: u32 = 2;
@@ -278,10 +278,6 @@ fn blurred(pixels: &[f32], n: usize) -> Vec<f32> {
         }
     }
     out
-}
-
-fn within(rng: &mut impl Rng, least: f32, most: f32) -> f32 {
-    rng.random_range(least..most)
 }
 
 fn any_colour(rng: &mut impl Rng) -> Colour {

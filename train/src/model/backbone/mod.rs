@@ -37,47 +37,24 @@ pub enum BackboneKind {
     #[default]
     Residual,
     /// EfficientNet-Lite0 with published weights, 3.4 M.
-    #[value(name = "efficientnet-lite0")]
-    #[serde(rename = "efficientnet-lite0")]
-    EfficientNetLite0,
+    EfficientnetLite0,
     /// ResNet-18 with torchvision's weights, 11.2 M.
-    #[value(name = "resnet18")]
-    #[serde(rename = "resnet18")]
-    ResNet18,
+    Resnet18,
     /// ResNet-50 with torchvision's weights, 23.5 M.
-    #[value(name = "resnet50")]
-    #[serde(rename = "resnet50")]
-    ResNet50,
+    Resnet50,
     /// BN-Inception with pretrainedmodels' weights, 10.3 M.
-    #[value(name = "bn-inception")]
-    #[serde(rename = "bn-inception")]
     BnInception,
     /// The vision transformer ViT-S/16 with timm's or DINO's weights, 21.7 M.
-    #[value(name = "vit-s16")]
-    #[serde(rename = "vit-s16")]
     VitS16,
 }
 
 impl BackboneKind {
-    /// The name as it is typed.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Residual => "residual",
-            Self::EfficientNetLite0 => "efficientnet-lite0",
-            Self::ResNet18 => "resnet18",
-            Self::ResNet50 => "resnet50",
-            Self::BnInception => "bn-inception",
-            Self::VitS16 => "vit-s16",
-        }
-    }
-
     /// The preprocessing of its pictures.
     #[must_use]
     pub fn preprocessing(self) -> Preprocessing {
         match self {
-            Self::Residual | Self::ResNet18 | Self::ResNet50 | Self::VitS16 => Preprocessing::default(),
-            Self::EfficientNetLite0 => Preprocessing::centred(),
+            Self::Residual | Self::Resnet18 | Self::Resnet50 | Self::VitS16 => Preprocessing::default(),
+            Self::EfficientnetLite0 => Preprocessing::centred(),
             Self::BnInception => Preprocessing::caffe(),
         }
     }
@@ -94,7 +71,7 @@ impl BackboneKind {
     /// Checks the settings it is combined with.
     ///
     /// # Errors
-    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) names the setting that does not go with it.
+    /// [`Misused`](ddtas_io::Error::Misused) names the setting that does not go with it.
     pub fn validate(self, pooling: Option<PoolingKind>, has_weights: bool, image_size: usize) -> Result<()> {
         if self == Self::BnInception && !bn_inception::takes(image_size) {
             return Err(Error::misuse(
@@ -128,6 +105,18 @@ impl BackboneKind {
         Ok(())
     }
 
+    /// Values that a picture of `image_size` takes at least at once on its way through the network: what the first layers make
+    /// of it.
+    pub(crate) fn least_values(self, image_size: usize, width: usize) -> usize {
+        match self {
+            // The input of a block, which is added in the end, and the input and the output of its second convolution.
+            Self::Residual => 3 * width * image_size.pow(2),
+            Self::EfficientnetLite0 => 32 * (image_size / 2).pow(2),
+            Self::Resnet18 | Self::Resnet50 | Self::BnInception => 64 * (image_size / 2).pow(2),
+            Self::VitS16 => 384 * (image_size / vision_transformer::PATCH).pow(2),
+        }
+    }
+
     /// Side of the pictures that its published weights were trained on; none for the small network.
     #[must_use]
     pub fn image_size(self) -> Option<usize> {
@@ -152,9 +141,9 @@ impl Backbone {
     pub fn new(shape: &NetworkShape, device: &Device) -> Self {
         match shape.backbone {
             BackboneKind::Residual => Self::Residual(Residual::new(shape.width, shape.depth, device)),
-            BackboneKind::EfficientNetLite0 => Self::Graph(efficientnet::lite0(device)),
-            BackboneKind::ResNet18 => Self::Graph(resnet::resnet18(device)),
-            BackboneKind::ResNet50 => Self::Graph(resnet::resnet50(device)),
+            BackboneKind::EfficientnetLite0 => Self::Graph(efficientnet::lite0(device)),
+            BackboneKind::Resnet18 => Self::Graph(resnet::resnet18(device)),
+            BackboneKind::Resnet50 => Self::Graph(resnet::resnet50(device)),
             BackboneKind::VitS16 => Self::VisionTransformer(VisionTransformer::small(device)),
             BackboneKind::BnInception => Self::Graph(bn_inception::bn_inception(device)),
         }

@@ -41,9 +41,24 @@ fn geometry(input: &Shape, weight: &Shape, options: ConvolutionOptions) -> Geome
     }
 }
 
-/// The geometry of one plane of a depthwise convolution.
-fn plane(g: Geometry) -> Geometry {
-    Geometry { images: 1, channels_in: 1, channels_out: 1, ..g }
+type Pass = fn(&Geometry, &[f32], &[f32]) -> Vec<f32>;
+type DepthwisePass = fn(&Geometry, usize, &[f32], &[f32]) -> Vec<f32>;
+
+/// A pass of two tensors' values: depthwise, as a product of matrices where that fits, or direct.
+fn pass(
+    g: &Geometry,
+    is_depthwise: bool,
+    (depthwise, product, direct): (DepthwisePass, Pass, Pass),
+    [a, b]: [&[f32]; 2],
+) -> Vec<f32> {
+    if is_depthwise {
+        let plane = Geometry { images: 1, channels_in: 1, channels_out: 1, ..*g };
+        depthwise(&plane, g.channels_in, a, b)
+    } else if matrix::fits(g) {
+        product(g, a, b)
+    } else {
+        direct(g, a, b)
+    }
 }
 
 fn planes(input: &Shape) -> Planes {
@@ -59,6 +74,11 @@ struct Inputs {
 }
 
 impl Inputs {
+    fn new(tensors: [CpuTensor; 3], options: NormaliseOptions) -> Self {
+        let [statistics, gamma, beta] = tensors.map(Values::new);
+        Self { statistics, gamma, beta, options }
+    }
+
     fn settings(&self) -> Normalisation<'_> {
         let (mean, variance) = self.statistics.get().split_at(self.gamma.get().len());
         let NormaliseOptions { epsilon, activation, from_batch } = self.options;
@@ -78,13 +98,8 @@ impl LayerOps for Flex {
     fn convolution(input: CpuTensor, weight: CpuTensor, options: ConvolutionOptions) -> CpuTensor {
         let g = geometry(&input.shape(), &weight.shape(), options);
         let (input, weight) = (Values::new(input), Values::new(weight));
-        let values = if options.depthwise {
-            depthwise::forward(&plane(g), g.channels_in, input.get(), weight.get())
-        } else if matrix::fits(&g) {
-            matrix::forward(&g, input.get(), weight.get())
-        } else {
-            convolution::forward(&g, input.get(), weight.get())
-        };
+        let passes: (DepthwisePass, Pass, Pass) = (depthwise::forward, matrix::forward, convolution::forward);
+        let values = pass(&g, options.depthwise, passes, [input.get(), weight.get()]);
         let [height, width] = g.output();
         tensor(values, [g.images, g.channels_out, height, width])
     }
@@ -98,13 +113,9 @@ impl LayerOps for Flex {
         let shape = input.shape();
         let g = geometry(&shape, &weight.shape(), options);
         let (gradient, weight) = (Values::new(output_gradient), Values::new(weight));
-        let values = if options.depthwise {
-            depthwise::input_gradient(&plane(g), g.channels_in, gradient.get(), weight.get())
-        } else if matrix::fits(&g) {
-            matrix::input_gradient(&g, gradient.get(), weight.get())
-        } else {
-            convolution::input_gradient(&g, gradient.get(), weight.get())
-        };
+        let passes: (DepthwisePass, Pass, Pass) =
+            (depthwise::input_gradient, matrix::input_gradient, convolution::input_gradient);
+        let values = pass(&g, options.depthwise, passes, [gradient.get(), weight.get()]);
         tensor(values, shape)
     }
 
@@ -116,13 +127,9 @@ impl LayerOps for Flex {
     ) -> CpuTensor {
         let g = geometry(&input.shape(), &weight.shape(), options);
         let (input, gradient) = (Values::new(input), Values::new(output_gradient));
-        let values = if options.depthwise {
-            depthwise::weight_gradient(&plane(g), g.channels_in, input.get(), gradient.get())
-        } else if matrix::fits(&g) {
-            matrix::weight_gradient(&g, input.get(), gradient.get())
-        } else {
-            convolution::weight_gradient(&g, input.get(), gradient.get())
-        };
+        let passes: (DepthwisePass, Pass, Pass) =
+            (depthwise::weight_gradient, matrix::weight_gradient, convolution::weight_gradient);
+        let values = pass(&g, options.depthwise, passes, [input.get(), gradient.get()]);
         tensor(values, weight.shape())
     }
 
@@ -139,12 +146,7 @@ impl LayerOps for Flex {
         options: NormaliseOptions,
     ) -> CpuTensor {
         let shape = input.shape();
-        let inputs = Inputs {
-            statistics: Values::new(statistics),
-            gamma: Values::new(gamma),
-            beta: Values::new(beta),
-            options,
-        };
+        let inputs = Inputs::new([statistics, gamma, beta], options);
         let values = normalisation::forward(planes(&shape), Values::new(input).get(), &inputs.settings());
         tensor(values, shape)
     }
@@ -158,12 +160,7 @@ impl LayerOps for Flex {
         options: NormaliseOptions,
     ) -> CpuTensor {
         let planes = planes(&input.shape());
-        let inputs = Inputs {
-            statistics: Values::new(statistics),
-            gamma: Values::new(gamma),
-            beta: Values::new(beta),
-            options,
-        };
+        let inputs = Inputs::new([statistics, gamma, beta], options);
         let (input, gradient) = (Values::new(input), Values::new(output_gradient));
         let values =
             normalisation::parameter_gradient(planes, input.get(), gradient.get(), &inputs.settings());
@@ -180,12 +177,7 @@ impl LayerOps for Flex {
         options: NormaliseOptions,
     ) -> CpuTensor {
         let shape = input.shape();
-        let inputs = Inputs {
-            statistics: Values::new(statistics),
-            gamma: Values::new(gamma),
-            beta: Values::new(beta),
-            options,
-        };
+        let inputs = Inputs::new([statistics, gamma, beta], options);
         let (input, gradient) = (Values::new(input), Values::new(output_gradient));
         let parameter_gradient = Values::new(parameter_gradient);
         let values = normalisation::input_gradient(

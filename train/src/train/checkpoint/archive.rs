@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use burn::store::burn_pack::Tensor;
+use burn::tensor::{Bytes, DType};
 use ddtas_io::files::write_atomic;
 use ddtas_io::tensors::{self, Dtype, TensorFile};
 
@@ -22,6 +24,23 @@ pub(in crate::train) struct Entry {
     pub dtype: Dtype,
     pub shape: Vec<usize>,
     pub bytes: Vec<u8>,
+}
+
+impl Entry {
+    /// A tensor of Burn's, and its name; the reason if it cannot be had.
+    pub fn of(tensor: Tensor) -> std::result::Result<(String, Self), String> {
+        let (name, dtype, shape, _, bytes) = tensor.into_parts().map_err(|error| error.to_string())?;
+        if dtype != DType::F32 {
+            return Err(format!("{name} is not of type f32"));
+        }
+        let shape = shape.iter().copied().collect();
+        Ok((name, Self { dtype: Dtype::F32, shape, bytes: bytes.to_vec() }))
+    }
+
+    /// A tensor of Burn's, of f32.
+    pub fn named(self, name: String, parameter: Option<u64>) -> Tensor {
+        Tensor::new(name, DType::F32, self.shape, parameter, Bytes::from_bytes_vec(self.bytes))
+    }
 }
 
 /// A number that an archive can hold.
@@ -73,6 +92,11 @@ impl Archive {
         self.tensors.keys().map(String::as_str)
     }
 
+    /// A tensor.
+    pub fn get(&self, name: &str) -> Option<&Entry> {
+        self.tensors.get(name)
+    }
+
     /// Adds a tensor.
     pub fn put(&mut self, name: impl Into<String>, entry: Entry) {
         self.tensors.insert(name.into(), entry);
@@ -96,17 +120,6 @@ impl Archive {
             self.tensors.keys().filter(|name| name.starts_with(prefix)).cloned().collect();
         let take = |name: String| self.tensors.remove(&name).map(|e| (name[prefix.len()..].to_owned(), e));
         named.into_iter().filter_map(take).collect()
-    }
-
-    /// The same with other names.
-    pub fn renamed(self, name: impl Fn(&str) -> String) -> Self {
-        self.selected(|old| Some(name(old)))
-    }
-
-    /// The tensors that `name` names, under their new names.
-    pub fn selected(self, name: impl Fn(&str) -> Option<String>) -> Self {
-        let tensors = self.tensors.into_iter().filter_map(|(old, entry)| Some((name(&old)?, entry)));
-        Self { facts: self.facts, tensors: tensors.collect() }
     }
 
     /// Name of the first tensor with an entry that is NaN or infinite.

@@ -3,17 +3,17 @@
 //! | file | what |
 //! | --- | --- |
 //! | `archive.rs` | tensors and metadata as a file |
-//! | `optimizer.rs` | the optimizer's moments under the names of their weights |
+//! | `moments.rs` | the optimizer's moments under the names of their weights |
 
 pub(super) mod archive;
-pub(super) mod optimizer;
+pub(super) mod moments;
 
-use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use burn::store::{ModuleSnapshot, SafetensorsStore};
 
-use archive::Archive;
+use archive::{Archive, Entry};
+use ddtas_io::tensors::Dtype;
 
 use crate::generator::{GeneratorSettings, Thresholds};
 use crate::model::{BackboneKind, EmbeddingNetwork, NetworkShape};
@@ -56,37 +56,44 @@ pub(super) fn weights(
 
 /// The network's weights and running statistics alone, by their names in files.
 pub(super) fn tensors(network: &EmbeddingNetwork) -> std::result::Result<Archive, String> {
-    let mut store = SafetensorsStore::from_bytes(None).skip_enum_variants(true);
-    network.save_into(&mut store).map_err(|error| error.to_string())?;
-    let bytes = store.get_bytes().map_err(|error| error.to_string())?;
-    let written = Archive::from_bytes(Path::new("weights"), &bytes);
-    Ok(written.map_err(|error| error.to_string())?.renamed(|path| network.file_name(path)))
+    let mut archive = Archive::default();
+    archive.facts.extend(SafetensorsStore::default_metadata());
+    for tensor in network.collect(None, None, true) {
+        let (name, entry) = Entry::of(tensor)?;
+        archive.put(network.file_name(&name), entry);
+    }
+    Ok(archive)
 }
 
 /// `network` with the weights and running statistics of `stored`; the reason in one line if they do not fit. What a run keeps
 /// beside the weights stays behind.
 pub(super) fn filled(
     mut network: EmbeddingNetwork,
-    stored: Archive,
+    stored: &Archive,
 ) -> std::result::Result<EmbeddingNetwork, String> {
-    let names: HashMap<String, String> = network
-        .collect(None, None, true)
-        .into_iter()
-        .map(|tensor| (network.file_name(&tensor.name), tensor.name))
-        .collect();
-    let bytes = stored.selected(|name| names.get(name).cloned()).to_bytes()?;
-    let mut store = SafetensorsStore::from_bytes(Some(bytes)).skip_enum_variants(true);
-    network.load_from(&mut store).map_err(|error| {
-        let reason = error.to_string();
-        reason.lines().next().unwrap_or("unreadable").to_owned()
-    })?;
-    Ok(network)
+    let mut tensors = Vec::new();
+    for wanted in network.collect(None, None, true) {
+        let name = network.file_name(&wanted.name);
+        let found = stored.get(&name).ok_or_else(|| format!("no tensor `{name}`"))?;
+        let shape: Vec<usize> = wanted.shape.iter().copied().collect();
+        if (found.dtype, &found.shape) != (Dtype::F32, &shape) {
+            let (dtype, got) = (found.dtype, &found.shape);
+            return Err(format!("tensor `{name}` is {dtype:?} of shape {got:?}, not F32 of shape {shape:?}"));
+        }
+        tensors.push(found.clone().named(wanted.name, None));
+    }
+    match network.apply(tensors, None, None, true).errors.first() {
+        Some(error) => Err(error.to_string()),
+        None => Ok(network),
+    }
 }
 
 /// A checkpoint's file, read once.
 pub struct Checkpoint {
     path: PathBuf,
-    bytes: Vec<u8>,
+    length: usize,
+    /// CRC-32 of the file.
+    sum: u32,
     archive: Archive,
 }
 
@@ -104,16 +111,17 @@ impl Checkpoint {
                 format!("holds no {BEST}: give a checkpoint or the folder of a run"),
             ));
         }
-        Self::parse(path, std::fs::read(path).map_err(Error::io("read", path))?)
+        Self::parse(path, &std::fs::read(path).map_err(Error::io("read", path))?)
     }
 
     /// Takes the bytes of the file `path`.
     ///
     /// # Errors
     /// [`Format`](ddtas_io::Error::Format) if they are no safetensors file.
-    pub(super) fn parse(path: &Path, bytes: Vec<u8>) -> Result<Self> {
-        let archive = Archive::from_bytes(path, &bytes)?;
-        Ok(Self { path: path.to_path_buf(), bytes, archive })
+    pub(super) fn parse(path: &Path, bytes: &[u8]) -> Result<Self> {
+        let archive = Archive::from_bytes(path, bytes)?;
+        let (length, sum) = (bytes.len(), crc32fast::hash(bytes));
+        Ok(Self { path: path.to_path_buf(), length, sum, archive })
     }
 
     /// Where it lies.
@@ -125,7 +133,7 @@ impl Checkpoint {
     /// CRC-32 of the file, which identifies a checkpoint.
     #[must_use]
     pub fn fingerprint(&self) -> String {
-        format!("{:08x}", crc32fast::hash(&self.bytes))
+        format!("{:08x}", self.sum)
     }
 
     /// Shape of the network.
@@ -141,7 +149,7 @@ impl Checkpoint {
                 return Err(self.bad(format!("its network has {name} {value}, which is not {range}")));
             }
         }
-        if shape.backbone == BackboneKind::Residual && shape.least_bytes() > self.bytes.len() {
+        if shape.backbone == BackboneKind::Residual && shape.least_bytes() > self.length {
             return Err(self.bad(format!("is too small to hold a network of {shape}")));
         }
         Ok(shape)
@@ -173,7 +181,7 @@ impl Checkpoint {
     /// # Errors
     /// [`Format`](ddtas_io::Error::Format) if the weights do not fit it.
     pub fn fill(&self, network: EmbeddingNetwork) -> Result<EmbeddingNetwork> {
-        filled(network, self.archive.clone())
+        filled(network, &self.archive)
             .map_err(|reason| self.bad(format!("does not fit the network: {reason}")))
     }
 

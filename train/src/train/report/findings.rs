@@ -7,8 +7,9 @@ use image::RgbImage;
 use serde::{Deserialize, Serialize};
 
 use super::strip::Query;
-use crate::data::Extent;
+use crate::data::{Extent, file_name};
 use crate::pages::encode;
+use crate::train::RunFolder;
 use crate::train::records::{self, EvaluationRecord, Record, StepRecord};
 use crate::{Error, Result};
 
@@ -91,12 +92,13 @@ impl Report {
 
     /// Reads the files of a run folder.
     pub fn read(folder: &Path) -> Result<Self> {
-        let config = folder.join("config.toml");
+        let files = RunFolder::at(folder);
+        let config = files.config();
         let text = std::fs::read_to_string(&config).map_err(Error::io("read", &config))?;
         let settings =
             text.parse().map_err(|error: toml::de::Error| Error::format(&config, error.message()))?;
         let (mut rehearsal, mut steps, mut evaluations) = (Vec::new(), Vec::new(), Vec::new());
-        for record in records::read(&folder.join("metrics.jsonl"))? {
+        for record in records::read(&files.metrics())? {
             match record {
                 Record::Rehearsal(step) => rehearsal.push(step),
                 Record::Step(step) => steps.push(step),
@@ -104,7 +106,7 @@ impl Report {
             }
         }
         let folder_name = folder.canonicalize().unwrap_or_else(|_| folder.to_path_buf());
-        let name = folder_name.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let name = file_name(&folder_name);
         Ok(Self { name, settings, rehearsal, steps, evaluations, findings: Findings::read(folder)? })
     }
 }

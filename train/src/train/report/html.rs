@@ -5,7 +5,7 @@ use super::plots;
 use super::strip::{self, Query};
 use crate::pages::{document, escape, figures, grouped, percent, push, section};
 use crate::train::records::EvaluationRecord;
-use crate::train::run::before_training;
+use crate::train::settings::before_training;
 
 /// The whole page; everything that came from outside is escaped.
 pub(super) fn page(report: &Report) -> Result<String, String> {

@@ -20,6 +20,14 @@ pub(super) struct Plot {
     pub svg: String,
 }
 
+/// What a plot shows.
+struct Drawing {
+    title: &'static str,
+    note: String,
+    is_logarithmic: bool,
+    lines: Vec<Line>,
+}
+
 /// The plots of a run, and a line of text in place of each plot whose lines never change; those without data are left out.
 pub(super) fn plots(report: &Report) -> Result<(Vec<Plot>, Vec<String>), String> {
     let steps = |name: &str, noisy, value: &dyn Fn(&StepRecord) -> Option<f64>| {
@@ -54,39 +62,37 @@ pub(super) fn plots(report: &Report) -> Result<(Vec<Plot>, Vec<String>), String>
         1 => String::new(),
         window => format!("Bold: mean of {window} steps."),
     };
+    let drawing = |title, note: String, lines| Drawing { title, note, is_logarithmic: false, lines };
+    let of_thresholds = "Similarity at which a pair has half its weight.";
+    let of_thresholds = match report.rehearsal.len() {
+        0 => of_thresholds.to_owned(),
+        _ => format!("{of_thresholds} Steps below 0: the rehearsal."),
+    };
+    let one_threshold = report.rehearsal.iter().chain(&report.steps).all(|s| s.lambda_pos == s.lambda_neg);
     let all = [
-        (
+        drawing(
             "Recall@K, %",
-            "Share of queries with a picture of their class among the K nearest.".to_owned(),
-            false,
+            "Share of queries with a picture of their class among the K nearest.".into(),
             recall.collect(),
         ),
-        ("Loss", format!("Mean over the batch. {bold}"), false, vec![steps("loss", true, &|s| Some(s.loss))]),
-        (
+        drawing("Loss", format!("Mean over the batch. {bold}"), vec![steps("loss", true, &|s| Some(s.loss))]),
+        drawing(
             "Mean similarity of pairs",
             format!("Cosine similarity. {bold}"),
-            false,
             vec![steps("positive", true, &|s| s.mean_pos), steps("negative", true, &|s| s.mean_neg)],
         ),
-        (
+        drawing(
             "Mining tolerances",
-            "gamma: how far a pair may be from the hardest pair of the other kind and still be mined."
-                .to_owned(),
-            false,
+            "gamma: how far a pair may be from the hardest pair of the other kind and still be mined.".into(),
             vec![
                 steps("gamma positive", false, &|s| s.gamma_pos),
                 steps("gamma negative", false, &|s| s.gamma_neg),
             ],
         ),
-        (
+        drawing(
             LAMBDA,
-            if report.rehearsal.is_empty() {
-                "Similarity at which a pair has half its weight.".to_owned()
-            } else {
-                "Similarity at which a pair has half its weight. Steps below 0: the rehearsal.".to_owned()
-            },
-            false,
-            if report.rehearsal.iter().chain(&report.steps).all(|s| s.lambda_pos == s.lambda_neg) {
+            of_thresholds,
+            if one_threshold {
                 vec![thresholds(if has_lambda { "lambda" } else { "margin" }, |s| s.lambda_pos)]
             } else {
                 vec![
@@ -95,26 +101,27 @@ pub(super) fn plots(report: &Report) -> Result<(Vec<Plot>, Vec<String>), String>
                 ]
             },
         ),
-        (
-            "Mined pairs and active anchors",
-            format!("Per batch, logarithmic; 0 is drawn as 1. {bold}"),
-            true,
-            vec![
-                steps("positive pairs", true, &|s| Some((s.mined_pos as f64).max(1.0))),
-                steps("negative pairs", true, &|s| Some((s.mined_neg as f64).max(1.0))),
-                steps("active anchors", true, &|s| Some((s.active as f64).max(1.0))),
-            ],
-        ),
-        (
+        Drawing {
+            is_logarithmic: true,
+            ..drawing(
+                "Mined pairs and active anchors",
+                format!("Per batch, logarithmic; 0 is drawn as 1. {bold}"),
+                vec![
+                    steps("positive pairs", true, &|s| Some((s.mined_pos as f64).max(1.0))),
+                    steps("negative pairs", true, &|s| Some((s.mined_neg as f64).max(1.0))),
+                    steps("active anchors", true, &|s| Some((s.active as f64).max(1.0))),
+                ],
+            )
+        },
+        drawing(
             "Learning rate",
-            "Of the backbone, where the head has its own.".to_owned(),
-            false,
+            "Of the backbone, where the head has its own.".into(),
             vec![steps("learning rate", false, &|s| Some(s.learning_rate))],
         ),
     ];
-    let drawn = all.into_iter().filter(|(.., lines)| lines.iter().any(|line: &Line| line.points.len() > 1));
-    let (flat, moving): (Vec<_>, Vec<_>) = drawn.partition(|(.., lines)| lines.iter().all(is_flat));
-    let flat = flat.into_iter().map(|(title, .., lines)| {
+    let drawn = all.into_iter().filter(|drawing| drawing.lines.iter().any(|line| line.points.len() > 1));
+    let (flat, moving): (Vec<_>, Vec<_>) = drawn.partition(|drawing| drawing.lines.iter().all(is_flat));
+    let flat = flat.into_iter().map(|Drawing { title, lines, .. }| {
         let value =
             |line: &Line| line.points.first().map(|point| format!("{} {}", line.name, short(&point.1)));
         let values: Vec<String> = lines.iter().filter_map(value).collect();
@@ -128,13 +135,14 @@ pub(super) fn plots(report: &Report) -> Result<(Vec<Plot>, Vec<String>), String>
     let marks = settings.map_or_else(Vec::new, |settings| marks(&settings));
     let plots = moving
         .into_iter()
-        .map(|(title, note, logarithmic, lines)| {
-            let across = if title == LAMBDA { steps.clone() } else { 0.0..last };
-            let svg = draw(&lines, across, logarithmic, &marks)
+        .map(|drawing| {
+            let Drawing { title, note, lines, .. } = &drawing;
+            let across = if *title == LAMBDA { steps.clone() } else { 0.0..last };
+            let svg = draw(lines, across, drawing.is_logarithmic, &marks)
                 .map_err(|error| format!("plot \"{title}\": {error}"))?;
             let legend =
                 lines.iter().enumerate().map(|(i, line)| (chart::css(i), line.name.clone())).collect();
-            Ok(Plot { title, note, legend, svg })
+            Ok(Plot { title, note: note.clone(), legend, svg })
         })
         .collect::<Result<_, String>>()?;
     Ok((plots, flat))

@@ -58,7 +58,7 @@ pub fn queries(split: &Split, searched: &Split, shown: &[Shown]) -> Result<(Vec<
     for (row, Shown { picture, answers }) in shown.iter().enumerate() {
         let known = *picture < split.len() && answers.iter().all(|(answer, _)| *answer < searched.len());
         if !known {
-            return Err(Error::Dataset("the test pictures are fewer than when the run began".into()));
+            return Err(Error::Dataset("there are fewer test pictures than when the run began".into()));
         }
         let wanted = thumbnail(split, *picture)?;
         sheet.query(row, &wanted, split.class_name(*picture));

@@ -74,7 +74,7 @@ impl TestRows {
         Readable { queries: self.queries.indices.clone(), gallery }
     }
 
-    /// What the test set is worth, Recall@K for `ks`.
+    /// Retrieval metrics of the test set, Recall@K for `ks`.
     pub fn measure(&self, backend: &mut dyn Backend, ks: &[usize]) -> Result<Metrics> {
         let (queries, gallery) = self.sides()?;
         Ok(evaluate(backend, &queries, gallery.as_ref(), ks, &mut |_, _| {})?)
@@ -108,8 +108,8 @@ impl Test<'_> {
         self.dataset.test.len() + self.dataset.gallery.as_ref().map_or(0, |gallery| gallery.len())
     }
 
-    /// The pictures as the network embeds them as it stands; `None` if the run is to end. Of `progress` a rank hears as if all were as
-    /// far as it is.
+    /// The pictures as the network embeds them as it stands; `None` if the run is to end. `progress` assumes that all
+    /// ranks are as far as this one.
     pub fn embed(&self, engine: &Engine, progress: &mut dyn FnMut(usize)) -> Result<Option<TestRows>> {
         let Dataset { test, gallery, .. } = self.dataset;
         let Some(queries) = self.embed_split(engine, test, progress)? else { return Ok(None) };

@@ -8,6 +8,7 @@ use ddtas::retrieval::Recall;
 use crate::data::{Dataset, as_text};
 use crate::generator::Lambda;
 use crate::train::records::{EvaluationRecord, Phase, StepRecord};
+use crate::train::settings::before_training;
 
 /// Progress of a run.
 #[derive(Debug)]
@@ -137,14 +138,5 @@ impl Summary {
     #[must_use]
     pub fn before_training(&self) -> &'static str {
         before_training(self.continued, self.pretrained)
-    }
-}
-
-/// What a network was before the first step of a run that began from a checkpoint, from pretrained weights or neither.
-pub(in crate::train) fn before_training(continued: bool, pretrained: bool) -> &'static str {
-    match (continued, pretrained) {
-        (true, _) => "before this run",
-        (false, true) => "before training (pretrained, random head)",
-        (false, false) => "before training (random weights)",
     }
 }

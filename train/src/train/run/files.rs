@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use super::folder::RunFolder;
 use super::state::RunState;
 use crate::Result;
+use crate::train::folder::RunFolder;
 use crate::train::records::{self, Record, RecordWriter};
 use crate::train::settings::TrainSettings;
 use crate::train::tensorboard::EventWriter;

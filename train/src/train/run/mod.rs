@@ -9,12 +9,12 @@
 //! | `event.rs` | progress and outcome |
 //! | `unread.rs` | pictures that cannot be read |
 //! | `evaluation.rs` | Recall@K of the network, and of raw pixels |
-//! | `folder.rs` | where a run's files are |
+//! | `memory.rs` | whether this machine's memory can hold a step |
 
 mod evaluation;
 mod event;
 mod files;
-mod folder;
+mod memory;
 mod setup;
 mod state;
 mod steps;
@@ -29,15 +29,14 @@ use ddtas::backend::{self, Backend};
 
 use super::checkpoint::Checkpoint;
 use super::device::{self, Place};
+use super::folder::RunFolder;
 use super::records::RecordWriter;
 use super::settings::TrainSettings;
 use crate::ranks::{Collective, together};
 use crate::{Error, Result};
 pub use evaluation::EVALUATION_CHUNK;
-pub(super) use event::before_training;
 pub use event::{Event, Outcome, Summary};
 use files::Files;
-use folder::RunFolder;
 use setup::{Setup, make_engine};
 use state::RunState;
 use steps::Run;
@@ -59,6 +58,9 @@ pub struct Overrides {
 }
 
 impl Overrides {
+    /// The settings that they change, by their names in config.toml.
+    pub const NAMES: [&str; 5] = ["device", "workers", "checkpoint_every", "max_bad_images", "data_root"];
+
     fn apply(&self, settings: &mut TrainSettings) {
         settings.device = self.device.clone().unwrap_or_else(|| settings.device.clone());
         settings.workers = self.workers.unwrap_or(settings.workers);
@@ -70,7 +72,8 @@ impl Overrides {
 
 /// Trains a network and writes the run folder: config.toml, metrics.jsonl, event files, checkpoints, report.
 ///
-/// Once `stop` is set the run finishes its step, writes a checkpoint and returns. All `ranks` must call this with the same
+/// Once `stop` is set the run finishes its step, writes a checkpoint and returns; before there is a run it ends with
+/// [`Error::Stopped`](crate::Error::Stopped). All `ranks` must call this with the same
 /// settings: each takes its share of every batch, and only rank 0 writes files and reports progress.
 ///
 /// # Errors
@@ -112,9 +115,9 @@ fn begin(
     let begun = Instant::now();
     let (place, backend) = open_device(settings, &**ranks)?;
     let engine = make_engine(settings, (&place, backend), None, ranks)?;
-    let dataset = settings.data.open(&mut |note| tell(Event::Note(note)))?;
+    let dataset = settings.data.open_until(stop, &mut |note| tell(Event::Note(note)))?;
     let (settings, note) = &settings.fitted(dataset.train.by_class().len());
-    let setup = Setup::new(settings, &dataset, engine)?;
+    let setup = Setup::new(settings, &dataset, engine, (&place, &**ranks))?;
     let memory = settings.warning_of_memory();
     let files = writes.then(|| Files::create(settings, &dataset.name)).transpose()?;
     let run = Run::new(settings, &dataset, files, setup, ranks, stop, tell);
@@ -128,7 +131,7 @@ fn begin(
 /// Only rank 0 needs the folder.
 ///
 /// # Errors
-/// As [`train`]; [`Format`](ddtas_io::Error::Format)(crate::Error::Format) if a file of the folder is not what it should be.
+/// As [`train`]; [`Format`](ddtas_io::Error::Format) if a file of the folder is not what it should be.
 pub fn resume(
     folder: &Path,
     overrides: &Overrides,
@@ -151,7 +154,7 @@ fn go_on(
     let read = |path: &Path| std::fs::read(path).map_err(Error::io("read", path));
     let folder = RunFolder::open(folder)?;
     let config = if writes { read(&folder.config())? } else { Vec::new() };
-    let mut settings = folder.settings(&ranks.broadcast(config)?)?;
+    let mut settings = folder.settings_in(&ranks.broadcast(config)?)?;
     overrides.apply(&mut settings);
     settings.validate()?;
     let metrics = writes.then(|| RecordWriter::reopen(&folder.metrics())).transpose()?;
@@ -161,7 +164,7 @@ fn go_on(
     let last = folder.last();
     let there = writes && last.exists();
     let bytes = ranks.broadcast(if there { read(&last)? } else { Vec::new() })?;
-    let last = (there || !bytes.is_empty()).then(|| Checkpoint::parse(&last, bytes)).transpose()?;
+    let last = (there || !bytes.is_empty()).then(|| Checkpoint::parse(&last, &bytes)).transpose()?;
     let state = last.as_ref().map(RunState::of).transpose()?.unwrap_or_default();
     state.check_settings(&settings, &folder.config())?;
     if state.finished {
@@ -173,13 +176,13 @@ fn go_on(
     if let Some(last) = last {
         state.put_back(&mut engine, last)?;
     }
-    let dataset = settings.data.open(&mut |note| tell(Event::Note(note)))?;
+    let dataset = settings.data.open_until(stop, &mut |note| tell(Event::Note(note)))?;
     state.check_data(&dataset)?;
     if writes && overrides.data_root.is_some() {
         folder.write_config(&settings)?;
     }
     let (settings, _) = settings.fitted(dataset.train.by_class().len());
-    let setup = Setup::new(&settings, &dataset, engine)?;
+    let setup = Setup::new(&settings, &dataset, engine, (&place, &**ranks))?;
     let files = metrics.map(|metrics| Files::reopen(folder, metrics, &settings, &state)).transpose()?;
     let mut run = Run::new(&settings, &dataset, files, setup, ranks, stop, tell);
     let done = state.step;

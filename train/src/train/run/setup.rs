@@ -6,10 +6,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::tensor::Device;
 
-use crate::data::{Dataset, ImageBatch, Loader, LoaderSettings, PkSampler};
+use super::evaluation::EVALUATION_CHUNK;
+use super::memory::{self, Pictures};
+use crate::data::{Dataset, ImageBatch, Loader, LoaderSettings, PkSampler, fewer_than};
 use crate::generator::{GeneratorKind, MetaSource, Thresholds};
 use crate::model::EmbeddingNetwork;
-use crate::ranks::Collective;
+use crate::ranks::{Collective, share};
 use crate::train::checkpoint::Checkpoint;
 use crate::train::device::{Place, moved};
 use crate::train::engine::Engine;
@@ -31,15 +33,30 @@ pub(super) struct Setup {
 
 impl Setup {
     /// Adds the samplers of `dataset` to an engine.
-    pub fn new(settings: &TrainSettings, dataset: &Dataset, engine: Engine) -> Result<Self> {
+    pub fn new(
+        settings: &TrainSettings,
+        dataset: &Dataset,
+        engine: Engine,
+        (place, ranks): (&Place, &dyn Collective),
+    ) -> Result<Self> {
         let by_class = dataset.train.by_class();
         let classes = settings.classes_per_batch.unwrap_or(by_class.len());
         let sampler = PkSampler::new(by_class, classes, settings.images_per_class, settings.seed)?;
-        engine.check_batch(("--classes-per-batch times --images-per-class", sampler.batch_size()))?;
+        engine.check_batch(("classes-per-batch times --images-per-class", sampler.batch_size()))?;
         let fresh_meta = engine.generator().is_some() && settings.generator.meta == MetaSource::Fresh;
         let meta_sampler = fresh_meta.then(|| meta_sampler(settings, dataset)).transpose()?;
         if let Some(sampler) = &meta_sampler {
-            engine.check_batch(("--meta-classes times --meta-images", sampler.batch_size()))?;
+            engine.check_batch(("meta-classes times --meta-images", sampler.batch_size()))?;
+        }
+        let on_cpu = place.network == Device::flex().autodiff();
+        if let Some(most) = memory::of_this_machine().filter(|_| on_cpu) {
+            let own = |pictures| share(pictures, ranks.rank(), ranks.size()).len();
+            let pictures = Pictures {
+                batch: own(sampler.batch_size()),
+                meta: meta_sampler.as_ref().map_or(0, |sampler| own(sampler.batch_size())),
+                test: own(dataset.test.len()).min(EVALUATION_CHUNK),
+            };
+            memory::check(settings, &pictures, most)?;
         }
         Ok(Self { engine, sampler, meta_sampler })
     }
@@ -165,10 +182,6 @@ fn meta_sampler(settings: &TrainSettings, dataset: &Dataset) -> Result<PkSampler
     let generator = &settings.generator;
     let there = dataset.train.by_class().len();
     let wanted = generator.classes_of(there);
-    if wanted > there {
-        return Err(Error::Dataset(format!(
-            "--meta-classes {wanted} asks for more than the {there} training classes there are: give at most that"
-        )));
-    }
+    fewer_than(there, "meta-classes", wanted)?;
     PkSampler::new(dataset.train.by_class(), wanted, generator.meta_images, settings.seed ^ META_SEED)
 }

@@ -10,6 +10,7 @@ use burn::module::Module;
 use ddtas::retrieval::Recall;
 use serde::{Deserialize, Serialize};
 
+use super::Overrides;
 use crate::data::{Dataset, Extent};
 use crate::train::checkpoint::{self, Checkpoint};
 use crate::train::engine::{Engine, EngineState, REMEDY};
@@ -78,7 +79,7 @@ impl RunState {
     /// # Errors
     /// [`Format`](ddtas_io::Error::Format) if it is none of a run.
     pub fn of(checkpoint: &Checkpoint) -> Result<Self> {
-        let text = checkpoint.fact(RUN, "holds weights alone: a run cannot go on from it")?;
+        let text = checkpoint.fact(RUN, "holds only weights: a run cannot go on from it")?;
         toml::from_str(text).map_err(|error| {
             Error::format(checkpoint.path(), format!("unknown state of a run: {}", error.message()))
         })
@@ -99,7 +100,7 @@ impl RunState {
     /// file is complete. The engine's part of the state is filled in here.
     ///
     /// # Errors
-    /// [`Io`](ddtas_io::Error::Io) if the file cannot be written; [`Error::Training`] if a weight is no longer finite: such a
+    /// [`Io`](ddtas_io::Error::Io) if the file cannot be written; [`Error::Diverged`] if a weight is no longer finite: such a
     /// checkpoint would serve nobody.
     pub fn save(
         &self,
@@ -118,7 +119,7 @@ impl RunState {
         };
         let archive = fill().map_err(|reason: String| Error::format(path, reason))?;
         if let Some(name) = archive.first_not_finite() {
-            return Err(Error::Training(format!(
+            return Err(Error::Diverged(format!(
                 "training diverged by step {} ({name} is no longer finite): {REMEDY}",
                 self.step
             )));
@@ -173,15 +174,11 @@ impl RunState {
     }
 }
 
-/// Settings that may change while a run goes on.
-const CHANGEABLE: [&str; 6] =
-    ["checkpoint_every", "data_root", "device", "max_bad_images", "output", "workers"];
-
 /// The settings that a run's result depends on.
 pub(super) fn fixed(settings: &TrainSettings) -> toml::Table {
     let absolute = settings.clone().with_absolute_paths().unwrap_or_else(|_| settings.clone());
     let mut table = toml::Table::try_from(absolute).unwrap_or_default();
-    table.retain(|key, _| !CHANGEABLE.contains(&key));
+    table.retain(|key, _| key != "output" && !Overrides::NAMES.contains(&key));
     table
 }
 

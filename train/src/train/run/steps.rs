@@ -16,6 +16,7 @@ use crate::ranks::{self, Collective};
 use crate::train::checkpoint;
 use crate::train::device::Place;
 use crate::train::engine::Engine;
+use crate::train::folder::RunFolder;
 use crate::train::generator::Generator;
 use crate::train::records::{EvaluationRecord, Phase, Record, StepRecord};
 use crate::train::report::{self, Baseline, Findings};
@@ -56,7 +57,7 @@ pub(super) struct Run<'a> {
     pub tell: &'a mut dyn FnMut(Event<'_>),
 }
 
-/// Whether the run is to go on or was told to stop.
+/// How a part of a run ended: it is done, or the run was told to stop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Progress {
     Done,
@@ -131,7 +132,7 @@ impl<'a> Run<'a> {
             }
         });
         ended.map_err(|error| match &self.files {
-            Some(files) => cut_short(error, files, &self.state),
+            Some(files) => cut_short(error, &files.folder, self.state.best.as_ref().map(|best| best.step)),
             None => error,
         })
     }
@@ -471,24 +472,44 @@ impl<'a> Run<'a> {
     }
 }
 
-/// The error of an interrupted run, with advice: how to resume it, or which weights a diverged run leaves.
-fn cut_short(error: Error, files: &Files, state: &RunState) -> Error {
+/// The error of an interrupted run, with advice: how to resume it, or which weights a diverged run leaves, if it had evaluated
+/// its `best` after some steps.
+fn cut_short(error: Error, folder: &RunFolder, best: Option<usize>) -> Error {
     match error {
-        Error::Training(reason) => match &state.best {
-            Some(best) => Error::Training(format!(
-                "{reason}; {} holds the best weights, after step {}",
-                files.folder.best().display(),
-                best.step
-            )),
-            None => Error::Training(reason),
-        },
+        Error::Diverged(reason) => Error::Diverged(match best {
+            Some(step) => {
+                format!("{reason}; {} holds the best weights, after step {step}", folder.best().display())
+            }
+            None => reason,
+        }),
         Error::Program(Program::Io { .. } | Program::Library(ddtas::Error::Device { .. }))
         | Error::Dataset(_)
+        | Error::Training(_)
         | Error::Image { .. }
         | Error::Lost(_)
         | Error::Rank { .. } => {
-            Error::Interrupted { cause: Box::new(error), folder: files.path().to_path_buf() }
+            Error::Interrupted { cause: Box::new(error), folder: folder.path().to_path_buf() }
         }
         other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_diverged_run_names_its_weights_and_any_other_how_it_goes_on() {
+        let folder = RunFolder::at(Path::new("run"));
+        let said = |error, best| cut_short(error, &folder, best).to_string();
+        let diverged = || Error::Diverged("NaN".into());
+        assert_eq!(
+            said(diverged(), Some(3)),
+            "NaN; run/best.safetensors holds the best weights, after step 3"
+        );
+        assert_eq!(said(diverged(), None), "NaN");
+        let panicked = Error::Training("a loader thread panicked at batch 7".into());
+        let wanted = "a loader thread panicked at batch 7; fix this, then run: ddtas-train --resume run";
+        assert_eq!(said(panicked, Some(3)), wanted);
     }
 }

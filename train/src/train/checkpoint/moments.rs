@@ -7,8 +7,7 @@ use std::collections::HashMap;
 
 use burn::optim::ModuleOptimizer;
 use burn::store::ModuleSnapshot;
-use burn::store::burn_pack::{Reader, Scalar, Tensor, Writer};
-use burn::tensor::{Bytes, DType};
+use burn::store::burn_pack::{Reader, Scalar, Writer};
 use ddtas_io::tensors::Dtype;
 
 use super::archive::{Archive, Entry};
@@ -30,18 +29,13 @@ pub(in crate::train) fn put(
         let name = names.get(&number.parse::<u64>().ok()?)?;
         Some(format!("{PREFIX}{name}.{leaf}"))
     };
-    let unknown = |key: &str| format!("the optimizer holds {key}, which is no weight of the network");
+    let unknown = |key: &str| format!("the optimizer holds {key}, which is not a weight of the network");
     for (key, scalar) in record.scalars() {
         let count = u64::try_from(*scalar).map_err(|error| format!("{key}: {error}"))?;
         archive.put_numbers(named(key).ok_or_else(|| unknown(key))?, &[1], &[count]);
     }
     for tensor in record.into_tensors().map_err(|error| error.to_string())? {
-        let (key, dtype, shape, _, bytes) = tensor.into_parts().map_err(|error| error.to_string())?;
-        if dtype != DType::F32 {
-            return Err(format!("{key} is not of type f32"));
-        }
-        let shape = shape.iter().copied().collect();
-        let entry = Entry { dtype: Dtype::F32, shape, bytes: bytes.to_vec() };
+        let (key, entry) = Entry::of(tensor)?;
         archive.put(named(&key).ok_or_else(|| unknown(&key))?, entry);
     }
     Ok(())
@@ -75,10 +69,7 @@ pub(in crate::train) fn take(
             check(&leaf, &entry, &shape).map_err(|why| format!("tensor `{PREFIX}{name}.{leaf}` {why}"))?;
             let key = format!("{number}.{leaf}");
             match entry.dtype {
-                Dtype::F32 => {
-                    let bytes = Bytes::from_bytes_vec(entry.bytes);
-                    tensors.push(Tensor::new(key, DType::F32, entry.shape, Some(number), bytes));
-                }
+                Dtype::F32 => tensors.push(entry.named(key, Some(number))),
                 Dtype::U64 => {
                     let count: Vec<u64> = bytemuck::pod_collect_to_vec(&entry.bytes);
                     let count = count.first().ok_or_else(|| format!("{PREFIX}{name}.{leaf} is empty"))?;

@@ -2,15 +2,17 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::train::checkpoint::BEST;
-use crate::train::records::RecordWriter;
-use crate::train::settings::TrainSettings;
+use super::checkpoint::BEST;
+use super::records::RecordWriter;
+use super::settings::TrainSettings;
 use crate::{Error, Result};
 use ddtas_io::files;
 
+const CONFIG: &str = "config.toml";
+
 /// A folder that belongs to one run.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct RunFolder {
+pub(crate) struct RunFolder {
     path: PathBuf,
 }
 
@@ -41,11 +43,16 @@ impl RunFolder {
         Ok((folder, metrics))
     }
 
+    /// The folder at `path`, whatever it holds.
+    pub fn at(path: &Path) -> Self {
+        Self { path: path.to_path_buf() }
+    }
+
     /// The folder of an earlier run.
     pub fn open(path: &Path) -> Result<Self> {
-        let folder = Self { path: path.to_path_buf() };
+        let folder = Self::at(path);
         if path.is_dir() && !folder.config().exists() {
-            return Err(Error::format(path, "no run of ddtas-train: it holds no config.toml"));
+            return Err(Error::format(path, "not a run of ddtas-train: there is no config.toml in it"));
         }
         Ok(folder)
     }
@@ -60,15 +67,21 @@ impl RunFolder {
         Ok(())
     }
 
-    /// The settings that the run was begun with, from the bytes of its config.toml.
-    pub fn settings(&self, config: &[u8]) -> Result<TrainSettings> {
+    /// The settings that the run was begun with.
+    pub fn settings(&self) -> Result<TrainSettings> {
+        let path = self.config();
+        self.settings_in(&std::fs::read(&path).map_err(Error::io("read", &path))?)
+    }
+
+    /// The same from the bytes of its config.toml.
+    pub fn settings_in(&self, config: &[u8]) -> Result<TrainSettings> {
         let bad = |error: toml::de::Error| Error::format(self.config(), error.message());
         let settings: TrainSettings = toml::from_slice(config).map_err(bad)?;
         let given: toml::Table = toml::from_slice(config).map_err(bad)?;
         // What is not a setting would be passed over: flattened structs cannot deny it.
         let known = toml::Table::try_from(&settings).unwrap_or_default();
-        match given.keys().find(|key| !known.contains_key(key.as_str())) {
-            Some(key) => Err(Error::format(self.config(), format!("{key} is no setting: take it out"))),
+        match unknown(&given, &known) {
+            Some(key) => Err(Error::format(self.config(), format!("{key} is not a setting: remove it"))),
             None => Ok(settings),
         }
     }
@@ -83,7 +96,7 @@ impl RunFolder {
     }
 
     pub fn config(&self) -> PathBuf {
-        self.path.join("config.toml")
+        self.path.join(CONFIG)
     }
 
     pub fn metrics(&self) -> PathBuf {
@@ -120,10 +133,34 @@ impl RunFolder {
     }
 }
 
+/// The first key of `given` that is not among the `known`, in tables within them too.
+fn unknown(given: &toml::Table, known: &toml::Table) -> Option<String> {
+    given.iter().find_map(|(key, value)| match (value, known.get(key)) {
+        (_, None) => Some(key.clone()),
+        (toml::Value::Table(given), Some(toml::Value::Table(known))) => {
+            unknown(given, known).map(|inner| format!("{key}.{inner}"))
+        }
+        _ => None,
+    })
+}
+
 /// What config.toml holds: paths in it hold from any working directory.
 fn text_of(settings: &TrainSettings) -> Result<String> {
+    let paths = [
+        ("data-root", &settings.data.data_root),
+        ("weights", &settings.weights),
+        ("init", &settings.init),
+        ("generator-init", &settings.generator.generator_init),
+        ("output", &settings.output),
+    ];
+    for (name, path) in paths {
+        if let Some(path) = path.as_ref().filter(|path| path.to_str().is_none()) {
+            let reason = format!("is not UTF-8, which {CONFIG} cannot hold: give another path");
+            return Err(Error::misuse(name, path.display(), reason));
+        }
+    }
     let config = toml::to_string(&settings.clone().with_absolute_paths()?)
-        .map_err(|error| Error::Training(format!("config.toml cannot hold the settings: {error}")))?;
+        .map_err(|error| Error::Training(format!("{CONFIG} cannot hold the settings: {error}")))?;
     let remark = settings.random_start().map_or(String::new(), |line| format!("# {line}\n"));
     Ok(remark + &config)
 }
@@ -131,7 +168,7 @@ fn text_of(settings: &TrainSettings) -> Result<String> {
 /// Refuses a folder that has anything in it.
 fn empty(path: &Path) -> Result<()> {
     if !path.is_dir() {
-        return Err(Error::format(path, "is no folder: give another --output"));
+        return Err(Error::format(path, "is not a folder: give another --output"));
     }
     let mut entries = std::fs::read_dir(path).map_err(Error::io("read", path))?;
     if entries.next().is_some() {

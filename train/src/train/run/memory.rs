@@ -1,0 +1,105 @@
+//! Whether this machine's memory can hold a step at all: an allocation that fails would end the program.
+
+use crate::train::settings::TrainSettings;
+use crate::{Error, Result};
+
+/// Pictures of one process.
+pub(super) struct Pictures {
+    /// In a batch.
+    pub batch: usize,
+    /// In a batch of the generator's own.
+    pub meta: usize,
+    /// In a chunk of an evaluation.
+    pub test: usize,
+}
+
+/// Bytes of memory and swap; none where the system does not say.
+pub(super) fn of_this_machine() -> Option<u128> {
+    #[cfg(target_os = "linux")]
+    {
+        let mut found = std::mem::MaybeUninit::<libc::sysinfo>::uninit();
+        // SAFETY: the call only writes what it is given room for.
+        if unsafe { libc::sysinfo(found.as_mut_ptr()) } == 0 {
+            // SAFETY: the call wrote it, since it succeeded.
+            let found = unsafe { found.assume_init() };
+            let units = u128::from(found.totalram) + u128::from(found.totalswap);
+            return Some(units * u128::from(found.mem_unit));
+        }
+    }
+    None
+}
+
+/// Refuses a step or an evaluation that takes more than `most` bytes by the least that it can take.
+///
+/// # Errors
+/// [`Misused`](ddtas_io::Error::Misused) names the setting that is furthest off, and both sizes.
+pub(super) fn check(settings: &TrainSettings, pictures: &Pictures, most: u128) -> Result<()> {
+    let Pictures { batch, meta, test } = *pictures;
+    let side = settings.image_size;
+    let loaded = 3 * side * side;
+    let inside = settings.backbone.least_values(side, settings.width);
+    let bytes = |loaded_pictures: usize, inside_pictures: usize| {
+        4 * (loaded_pictures as u128 * loaded as u128 + inside_pictures as u128 * inside as u128)
+    };
+    let chunk = settings.optimizer.chunk_size;
+    let at_once = if chunk == 0 { batch } else { chunk.min(batch) };
+    let step = bytes(batch + meta, at_once.max(meta));
+    let evaluation = bytes(test, test);
+    let needed = step.max(evaluation);
+    if needed <= most {
+        return Ok(());
+    }
+    let (name, value) = if step < evaluation || batch.max(meta) <= 1024 {
+        ("image-size", side)
+    } else if meta > batch {
+        ("meta-images", settings.generator.meta_images)
+    } else if settings.images_per_class < settings.classes_per_batch.unwrap_or(0) {
+        ("classes-per-batch", settings.classes_per_batch.unwrap_or(0))
+    } else {
+        ("images-per-class", settings.images_per_class)
+    };
+    let (what, count) = if step < evaluation { ("an evaluation", test) } else { ("a step", batch + meta) };
+    let gigabytes = |bytes: u128| format!("{:.1} GB", bytes as f64 / 1e9);
+    Err(Error::misuse(
+        name,
+        value,
+        format!(
+            "{what} on {count} pictures of {side} x {side} takes at least {} of memory, and this machine has {}: give less",
+            gigabytes(needed),
+            gigabytes(most)
+        ),
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_fit_is_named_with_both_sizes_and_what_fits_is_not_refused() {
+        let usual = TrainSettings::default();
+        let small = Pictures { batch: 80, meta: 10, test: 128 };
+        let of = |settings: &TrainSettings, pictures: &Pictures| {
+            check(settings, pictures, 32_000_000_000).map_err(|error| error.to_string())
+        };
+        of(&usual, &small).unwrap();
+        let large = TrainSettings { image_size: 1024, ..usual.clone() };
+        let said = of(&large, &small).unwrap_err();
+        let wanted = "--image-size 1024: an evaluation on 128 pictures of 1024 x 1024 takes at least 53.2 GB of memory, and this \
+                      machine has 32.0 GB: give less";
+        assert_eq!(said, wanted);
+        let many = Pictures { batch: 1 << 24, ..small };
+        let said = of(&TrainSettings { images_per_class: 1 << 20, ..usual.clone() }, &many).unwrap_err();
+        assert!(
+            said.starts_with("--images-per-class 1048576: a step on 16777226 pictures of 48 x 48"),
+            "{said}"
+        );
+        // In chunks only the pictures themselves are there at once.
+        let some = Pictures { batch: 100_000, meta: 0, test: 128 };
+        assert!(of(&usual, &some).is_err());
+        let mut chunked = usual;
+        chunked.optimizer.chunk_size = 100;
+        of(&chunked, &some).unwrap();
+        assert!(of_this_machine().is_none_or(|bytes| bytes > 1 << 28));
+    }
+}

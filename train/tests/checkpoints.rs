@@ -1,0 +1,80 @@
+//! Checkpoints that no run has written: each is refused by a line that says what does not fit.
+#![allow(clippy::unwrap_used, reason = "a test stops where something is off")]
+
+mod runs;
+
+use std::path::{Path, PathBuf};
+
+use assert_cmd::Command;
+use ddtas_io::tensors::Dtype;
+use runs::{Tensor, assert_refused, change, small_run};
+
+fn find(tensors: &mut [Tensor], wanted: impl Fn(&Tensor) -> bool) -> &mut Tensor {
+    tensors.iter_mut().find(|tensor| wanted(tensor)).unwrap()
+}
+
+/// The last checkpoint of a small run.
+fn last(place: &Path) -> PathBuf {
+    small_run(&place.join("run"), 2).assert().success();
+    place.join("run/last.safetensors")
+}
+
+#[test]
+fn networks_that_do_not_fit_their_file_are_refused() {
+    let place = tempfile::tempdir().unwrap();
+    let (last, changed) = (last(place.path()), place.path().join("changed.safetensors"));
+    let refused = |what: &str| {
+        let mut command = Command::cargo_bin("ddtas-train").unwrap();
+        command.args(["eval", "--dataset", "synthetic", "--checkpoint"]).arg(&changed);
+        assert_refused(&mut command, what);
+    };
+    let with_width = |width: &str| {
+        change(&last, &changed, |facts, _| {
+            let shape = facts.get_mut("ddtas.network").unwrap();
+            *shape = shape.replace("\"width\":8", &format!("\"width\":{width}"));
+        });
+    };
+    with_width("5000");
+    refused("its network has width 5000, which is not 1 to 4096");
+    with_width("4000");
+    refused("is too small to hold a network of --width 4000");
+    with_width("9");
+    refused("does not fit the network: tensor `backbone.");
+    change(&last, &changed, |_, tensors| find(tensors, |tensor| tensor.0 == "head.weight").2 = vec![1024]);
+    refused("tensor `head.weight` is F32 of shape [1024], not F32 of shape [32, 32]");
+    change(&last, &changed, |_, tensors| tensors.retain(|tensor| tensor.0 != "head.bias"));
+    refused("does not fit the network: no tensor `head.bias`");
+}
+
+#[test]
+fn moments_that_do_not_fit_their_weights_are_refused() {
+    let place = tempfile::tempdir().unwrap();
+    let (last, changed) = (last(place.path()), place.path().join("changed.safetensors"));
+    let run = place.path().join("next");
+    let refused = |what: &str| {
+        assert_refused(small_run(&run, 2).arg("--init").arg(&changed), what);
+        assert!(!run.exists());
+    };
+    let of_head = |tensor: &Tensor| tensor.0.starts_with("optimizer.head.weight.") && tensor.1 == Dtype::F32;
+    change(&last, &changed, |_, tensors| {
+        let moment = find(tensors, of_head);
+        moment.2 = vec![moment.2.iter().product()];
+    });
+    refused("tensor `optimizer.head.weight.");
+    change(&last, &changed, |_, tensors| {
+        let place = tensors.iter().position(of_head).unwrap();
+        tensors.remove(place);
+    });
+    refused("no tensor `optimizer.head.weight.");
+    change(&last, &changed, |_, tensors| {
+        let mut moment = find(tensors, of_head).clone();
+        moment.0 = moment.0.replace("head.weight", "head.height");
+        tensors.push(moment);
+    });
+    refused("belongs to no weight of the network");
+    change(&last, &changed, |_, tensors| {
+        let rank = find(tensors, |tensor| tensor.0 == "optimizer.head.weight.__rank");
+        rank.3 = 3u64.to_le_bytes().to_vec();
+    });
+    refused("is not 2, the dimensions of its weight");
+}
