@@ -131,7 +131,7 @@ struct QueryLists {
 
     // What of a tile may be among the best. Tiles come in ascending order: an equal similarity is behind those that are kept.
     template <class Sums>
-    DEVICE void look(Sums &acc, uint32_t tile) {
+    DEVICE void add_tile(Sums &acc, uint32_t tile) {
         uint32_t first = tile * TILE;
         bool with_self = p.leave_self_out != 0 && first == first_query;
         if (with_self || p.reference_count - first < TILE) leave_out(acc, first, with_self);

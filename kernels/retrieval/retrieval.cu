@@ -18,7 +18,7 @@ DEVICE void retrieval_body(const RetrievalParams &p) {
         Accumulators<2, 8> acc;
         multiply_tile<Precision, 2, kSharingStages<Precision>, 1>(acc, queries, searched_rows(p.references, tile, row_bytes),
                                                                   row_bytes, stages);
-        lists.look(acc, tile);
+        lists.add_tile(acc, tile);
     }
     lists.finish();
 }

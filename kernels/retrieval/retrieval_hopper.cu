@@ -62,7 +62,7 @@ DEVICE void retrieval_hopper_body(const RetrievalParams &p) {
                 if (walk.tiles_before % kTeams<Precision> != team.team) continue;
                 WgmmaAccumulators acc;
                 team.multiply<Precision>(acc, shared, walk, [] {});
-                lists.look(acc, walk.tile.column);
+                lists.add_tile(acc, walk.tile.column);
             }
             lists.finish();
         });

@@ -3,9 +3,9 @@
 //
 // prepare: gathers the rows, brings them to unit length where that is wanted, zeros the padding, checks norms, sums columns,
 //   and finds what a positive of a row must stay below, from the product of the tile with itself. Fast f32 is rounded to f16
-//   here, and from here on it is f16. On Hopper
-//   16-bit rows are multiplied with wgmma there too, while they are gathered: a row must meet itself with the bits of its own
-//   bound. One block a row tile; further blocks find the range of references that have an anchor's label.
+//   here, and from here on it is f16. On Hopper 16-bit rows are multiplied with wgmma, while they are gathered: a row must meet
+//   itself with the bits of its own bound. One block a row tile; further blocks find the range of references that have an
+//   anchor's label.
 // Precision: norms by chains of f32; where that leaves a doubt, and for bad rows, in f64. Column sums in f32, 16 rows
 //   of a warp, then the warps in order.
 

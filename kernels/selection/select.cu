@@ -1,4 +1,4 @@
-// select.cu: which pairs each anchor keeps, and the loss (SPEC 2-4).
+// select.cu: which pairs each anchor keeps, and the sums of its loss (SPEC 2-4).
 // Truth: src/loss/select.rs, src/loss/gradient.rs. Launcher: src/backend/device/passes.rs.
 //
 // select_stored, select_recomputed: every block works out the AT-ASMS tolerances from the sweep's counters (no round trip to

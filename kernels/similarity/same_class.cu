@@ -191,7 +191,7 @@ DEVICE void multiply_near(WgmmaAccumulators &acc, EdgeSums &edges, const Pairs &
         return static_cast<const unsigned char *>(tile_rows<Precision>(pairs.anchors, index, pairs.stride));
     };
     const unsigned char *own = rows_of(tile);
-    // Rows of the edges that are wanted, by eights; the rest of an edge is whatever stands there, and looked at by nobody.
+    // Rows of the edges that are wanted, by eights; the rest of an edge is whatever stands there, and is not used.
     uint32_t first = tile * TILE, end = first + TILE;
     uint32_t before = span.begin < first ? (first - span.begin + 7) / 8 * 8 : 0;
     uint32_t behind = span.end > end ? (span.end - end + 7) / 8 * 8 : 0;

@@ -15,8 +15,8 @@
 #include "tile/prepared_rows.cuh"
 
 constexpr int kStages = 3;
-// Where two blocks share a multiprocessor, one looks at its products while the other multiplies, and hides what one stage ahead
-// does not. Exact f32 has no registers for a second block.
+// Where two blocks share a multiprocessor, one runs its epilogue while the other multiplies, and hides what one stage ahead does
+// not. Exact f32 has no registers for a second block.
 template <class Precision>
 constexpr int kSharingStages = Precision::exact ? kStages : 2;
 constexpr int kColumnTiles = 4;  // of 8 columns, in a warp
