@@ -143,7 +143,7 @@ nccl() {
     under_way nccl-killed "${processes[0]}"
     killed "${processes[1]}"
     each_says "ended without a word: rank 1 (process" 0 2
-    grep -q "then: ddtas-train --resume $place/nccl-killed" "$place/log.0" || said
+    grep -q "then run: ddtas-train --resume $place/nccl-killed" "$place/log.0" || said
     over_nccl 2 --resume "$place/nccl-killed"
     until [[ -e $place/id.1 ]]; do sleep 0.02; done
     killed "${processes[@]}"

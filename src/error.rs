@@ -10,8 +10,8 @@ pub enum Error {
     /// An embedding holds a NaN or an infinity.
     #[error("row {row} of the {rows} holds a value that is not finite (NaN or infinity)")]
     NotFinite {
-        /// Which matrix: `"anchors"`, `"references"`, `"queries"`, `"rows"`, `"tangent"`, `"reference
-        /// tangent"`.
+        /// Which matrix: `"anchors"`, `"references"`, `"queries"`, `"rows"`, `"tangent"`,
+        /// `"reference tangent"`.
         rows: &'static str,
         /// Row index, from 0.
         row: usize,

@@ -203,8 +203,8 @@ impl AddTile<'_, '_> {
         }
     }
 
-    /// Lays the weights out as a matrix in panels of 16 rows of the owner: `matrix[i / 16][other row][i %
-    /// 16]`.
+    /// Lays the weights out as a matrix in panels of 16 rows of the owner:
+    /// `matrix[i / 16][other row][i % 16]`.
     #[inline(always)]
     fn fill_matrix<S: Lanes>(&mut self, simd: S, (rows, across): (Block, Block)) {
         let (owner, depth) = if self.owner_rows { (rows, across.rows) } else { (across, rows.rows) };
@@ -234,26 +234,33 @@ impl AddTile<'_, '_> {
                 continue;
             }
             for (group, lines) in lines.0.iter_mut().enumerate().take(across.panels()) {
-                let place = &mut matrix[start / GROUP * depth..][..depth];
-                for (row, column) in [(0, 0), (0, 8), (8, 0), (8, 8)] {
-                    let part = |l: usize| -> [f32; 8] {
-                        lines[row + l][column..].first_chunk().copied().unwrap_or_default()
-                    };
-                    let square = [part(0), part(1), part(2), part(3), part(4), part(5), part(6), part(7)];
-                    let turned = simd.transpose(square);
-                    let place = place.iter_mut().skip(group * GROUP + column);
-                    for (line, values) in place.zip(&turned) {
-                        let Some(line) = line[row..].first_chunk_mut::<8>() else { continue };
-                        if self.owner_columns {
-                            // The two triangles of the diagonal meet within a line, where one of them is
-                            // zero.
-                            line.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
-                        } else {
-                            *line = *values;
-                        }
-                    }
-                }
+                let panel = &mut matrix[start / GROUP * depth..][..depth];
+                // The two triangles of the diagonal meet within a line, where one of them is zero.
+                store_transposed(simd, lines, &mut panel[group * GROUP..], self.owner_columns);
                 lines.fill([0.0; GROUP]);
+            }
+        }
+    }
+}
+
+/// The transpose of 16 lines into the first 16 of a panel, or as many as there are; `adds` to what they hold.
+#[inline(always)]
+fn store_transposed<S: Lanes>(
+    simd: S,
+    lines: &[[f32; GROUP]; GROUP],
+    panel: &mut [[f32; GROUP]],
+    adds: bool,
+) {
+    for (row, column) in [(0, 0), (0, 8), (8, 0), (8, 8)] {
+        let part =
+            |l: usize| -> [f32; 8] { lines[row + l][column..].first_chunk().copied().unwrap_or_default() };
+        let square = [part(0), part(1), part(2), part(3), part(4), part(5), part(6), part(7)];
+        for (line, values) in panel.iter_mut().skip(column).zip(&simd.transpose(square)) {
+            let Some(line) = line[row..].first_chunk_mut::<8>() else { continue };
+            if adds {
+                line.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
+            } else {
+                *line = *values;
             }
         }
     }
@@ -267,8 +274,8 @@ struct Lines([[[f32; GROUP]; GROUP]; MAX_GROUPS]);
 /// as many sums as hide the latency of a multiply-add.
 const TOGETHER: usize = 4;
 
-/// `sums[r] += sum over listed pairs of weight * other row`; `panels` are the other rows, `[D /
-/// 16][depth][16]`.
+/// `sums[r] += sum over listed pairs of weight * other row`; `panels` are the other rows,
+/// `[D / 16][depth][16]`.
 #[inline(always)]
 fn add_listed<S: Lanes>(simd: S, scratch: &mut GradientScratch, owner: Block, depth: usize, panels: &[f32]) {
     let stride = stride(panels.len() / depth);

@@ -12,8 +12,8 @@ pub const STRIP: usize = 8;
 /// `out[r][c] = sum_k rows[k][first + r] panels[c / 16][k][c % 16]`, or `+=` if `add`: the sum of the chain,
 /// which itself begins at 0, so that zeros among the factors change no bit (up to [`DEPTH`] of them).
 ///
-/// `rows` is one panel, `first` 0 or 8; `panels` are whole panels as deep as `rows`; `out` is `[STRIP,
-/// stride]`.
+/// `rows` is one panel, `first` 0 or 8; `panels` are whole panels as deep as `rows`; `out` is
+/// `[STRIP, stride]`.
 #[inline(always)]
 pub fn product<S: Lanes>(
     simd: S,
@@ -266,8 +266,8 @@ impl<'a, F: Fn(usize) -> &'a [f32]> Work for Pack<'_, F> {
     }
 }
 
-/// Packs rows `range` of a block of `count` into its panels over their dimensions: `panels[d / 16][i][d % 16]
-/// = rows(i)[d]`, zero behind the last dimension.
+/// Packs rows `range` of a block of `count` into its panels over their dimensions:
+/// `panels[d / 16][i][d % 16] = rows(i)[d]`, zero behind the last dimension.
 #[inline(always)]
 pub fn pack_direct<'a>(
     rows: impl Fn(usize) -> &'a [f32],

@@ -188,6 +188,33 @@ struct Columns {
     cap: [f32; MAX_BLOCK],
 }
 
+impl Columns {
+    /// The columns `range` of the other side; without bounds nothing passes them.
+    #[inline(always)]
+    fn new(
+        range: std::ops::Range<usize>,
+        keep: Option<&[f32]>,
+        probe: Option<&[f32]>,
+        duplicate: &[f32],
+    ) -> Self {
+        let mut columns = Self {
+            keep: [f32::INFINITY; MAX_BLOCK],
+            probe: [f32::INFINITY; MAX_BLOCK],
+            duplicate: [f32::INFINITY; MAX_BLOCK],
+            cap: [f32::NEG_INFINITY; MAX_BLOCK],
+        };
+        let count = range.len();
+        for (bounds, local) in [(keep, &mut columns.keep), (probe, &mut columns.probe)] {
+            if let Some(bounds) = bounds {
+                local[..count].copy_from_slice(&bounds[range.clone()]);
+            }
+        }
+        columns.duplicate[..count].copy_from_slice(&duplicate[range]);
+        columns.cap[..count].fill(f32::INFINITY);
+        columns
+    }
+}
+
 impl Work for Sweep<'_, '_> {
     type Output = ();
 
@@ -204,20 +231,7 @@ impl Work for Sweep<'_, '_> {
         let positives = pairs.has_positives(row, column);
         let diagonal = pairs.square && row == column;
 
-        let mut columns = Columns {
-            keep: [f32::INFINITY; MAX_BLOCK],
-            probe: [f32::INFINITY; MAX_BLOCK],
-            duplicate: [f32::INFINITY; MAX_BLOCK],
-            cap: [f32::NEG_INFINITY; MAX_BLOCK],
-        };
-        for (bounds, local) in [(keep.columns, &mut columns.keep), (probe.columns, &mut columns.probe)] {
-            if let Some(bounds) = bounds {
-                local[..across.rows].copy_from_slice(&bounds[across.range()]);
-            }
-        }
-        columns.duplicate[..across.rows].copy_from_slice(&pairs.columns.duplicate[across.range()]);
-        columns.cap[..across.rows].fill(f32::INFINITY);
-
+        let columns = Columns::new(across.range(), keep.columns, probe.columns, pairs.columns.duplicate);
         found.column_max.fill(f32::NEG_INFINITY);
         found.probe = 0;
         words.clear();
@@ -285,22 +299,36 @@ impl Work for Sweep<'_, '_> {
                 if let Some(itself) = pairs.itself(position, column) {
                     masks[itself / GROUP] &= !bits(itself, itself + 1, itself / GROUP);
                 }
-                let head = words.len();
-                words.push(0);
-                let mut occupied = 0;
-                for (g, &mask) in masks[..groups].iter().enumerate().filter(|(_, mask)| **mask != 0) {
-                    occupied |= 1 << g;
-                    words.push(mask);
-                    if let Some(target) = values[filled..].first_chunk_mut() {
-                        simd.compress(bytemuck::cast_ref(&line.as_chunks::<GROUP>().0[g]), mask, target);
-                    }
-                    filled += mask.count_ones() as usize;
-                }
-                words[head] = occupied;
+                filled += write_candidates(simd, line, &masks[..groups], words, &mut values[filled..]);
             }
         }
         found.filled = filled;
     }
+}
+
+/// The candidates of a row of a tile: which groups have any, then their masks, to `words`; their similarities side
+/// by side to `values`. Returns how many there are.
+#[inline(always)]
+fn write_candidates<S: Lanes>(
+    simd: S,
+    line: &[f32; MAX_BLOCK],
+    masks: &[u16],
+    words: &mut Vec<u16>,
+    values: &mut [u32],
+) -> usize {
+    let head = words.len();
+    words.push(0);
+    let (mut occupied, mut filled) = (0, 0);
+    for (g, &mask) in masks.iter().enumerate().filter(|(_, mask)| **mask != 0) {
+        occupied |= 1 << g;
+        words.push(mask);
+        if let Some(target) = values[filled..].first_chunk_mut() {
+            simd.compress(bytemuck::cast_ref(&line.as_chunks::<GROUP>().0[g]), mask, target);
+        }
+        filled += mask.count_ones() as usize;
+    }
+    words[head] = occupied;
+    filled
 }
 
 /// Largest negative, probe count and candidate bits of one row of a tile.

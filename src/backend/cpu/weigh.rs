@@ -100,8 +100,9 @@ impl Work for WeighTile<'_, '_> {
             }
             let others = &others;
             let own = w.negatives.row(position);
-            let both = pairs.square;
-            let negative = Curve { kind, positive: false, scale: w.alpha, lambda: w.lambda_neg, own, both };
+            let of_both = pairs.square;
+            let negative =
+                Curve { kind, positive: false, scale: w.alpha, lambda: w.lambda_neg, own, of_both };
             for range in [0..first, last..count] {
                 if kind == Kind::LambdaPos {
                     out[range].fill(0.0);
@@ -110,7 +111,7 @@ impl Work for WeighTile<'_, '_> {
                 }
             }
             let own = w.positives.row(position);
-            let positive = Curve { kind, positive: true, scale: -w.beta, lambda: w.lambda_pos, own, both };
+            let positive = Curve { kind, positive: true, scale: -w.beta, lambda: w.lambda_pos, own, of_both };
             if kind == Kind::LambdaNeg {
                 out[first..last].fill(0.0);
             } else {
@@ -182,7 +183,7 @@ fn weigh_vectors<S: Lanes, const N: usize>(
     totals: &mut GroupTotals,
     out: &mut [f32],
 ) -> usize {
-    let Curve { kind, positive, scale, lambda, own, both: of_both } = curve;
+    let Curve { kind, positive, scale, lambda, own, of_both } = curve;
     let splat = |value: f32| simd.splat_f32s(value);
     let zero = splat(0.0);
     let count = out.len();
@@ -248,7 +249,7 @@ struct Curve {
     lambda: f32,
     own: Share,
     /// Whether the totals hold what the pair weighs for both of its rows, or for the tile's row alone.
-    both: bool,
+    of_both: bool,
 }
 
 /// Sums of softplus and sigmoid of one kind of pair in a tile, by lane.
