@@ -21,7 +21,7 @@ constexpr uint32_t kStageBytes = kDepth * GRADIENT_COLUMNS * 2;
 constexpr uint32_t kOperandBytes = TILE * STAGE_BYTES;            // a tile's rows, 64 of the inner dimension
 constexpr uint32_t kHalf = TILE / 2;                              // columns of S that are recomputed at a time
 // Tiles of M: one more than the stages hold tiles of R, so that a stage that is given back says that a matrix is.
-constexpr uint32_t kMatrices = GRADIENT_HOPPER_STAGES / 2 + 1, kTileBytes = TILE * TILE * 2;
+constexpr uint32_t kMatrices = GRADIENT_HOPPER_STAGES / 2 + 1;
 static_assert((TILE + kHalf) * STAGE_BYTES <= kStageBytes, "a step of half a recomputed tile");
 static_assert(TILE * kHalf * sizeof(float) == kStageBytes, "and its values");
 
@@ -34,7 +34,7 @@ using Walk = RolesWalk<Roles16Bit, words>;
 
 struct GradientHopperShared {
     unsigned char stages[GRADIENT_HOPPER_STAGES][kStageBytes];  // [columns / 64, kDepth, STAGE_BYTES]
-    unsigned char matrices[kMatrices][kTileBytes];
+    unsigned char matrices[kMatrices][kMatrixPart];
     Barrier full[GRADIENT_HOPPER_STAGES], empty[GRADIENT_HOPPER_STAGES];
     Barrier zeroed[kMatrices], built[kMatrices];
     Barrier valued[2];      // a half of a recomputed tile's S is in its stage
@@ -49,20 +49,8 @@ DEVICE void copy_rows(const GradientParams &p, GradientHopperShared &shared, Wal
     const Pairs &pairs = p.pairs;
     uint32_t panels = columns.count / kPanelColumns;
     auto own_rows = static_cast<const unsigned char *>(tile_rows<Precision>(own_side(p), walk.x, pairs.stride));
-    auto begin_stage = [&](uint32_t fill) {
-        if (fill >= GRADIENT_HOPPER_STAGES) mbarrier_wait(empty_of(shared, fill), parity_of(shared, fill - GRADIENT_HOPPER_STAGES));
-        warp_sync();
-    };
-    // Recomputed tiles too: their matrix is written all over, and waited for alike.
-    auto clear = [&](uint32_t matrix) {
-        if (lane_index() == 0) {
-            mbarrier_arrive_expect_tx(&shared.zeroed[matrix], kTileBytes);
-            cp_async_bulk(shared.matrices[matrix], p.zeros, kTileBytes, &shared.zeroed[matrix]);
-        }
-        warp_sync();
-    };
     bool there = walk.next();
-    if (there) clear(walk.work.matrix());
+    if (there) zero_matrix(p, shared, walk.work.matrix());
     while (there) {
         Work work = walk.work;
         there = walk.next();
@@ -71,7 +59,7 @@ DEVICE void copy_rows(const GradientParams &p, GradientHopperShared &shared, Wal
         if (!work.stored) {
             for (uint32_t half = 0; half < 2; ++half) {
                 for (uint32_t step = 0; step < walk.k_blocks; ++step, ++fill) {
-                    begin_stage(fill);
+                    acquire_stage(shared, fill);
                     if (lane_index() == 0) {
                         constexpr uint32_t half_bytes = kHalf * STAGE_BYTES;
                         uint64_t from = static_cast<uint64_t>(step) * kOperandBytes;
@@ -83,14 +71,14 @@ DEVICE void copy_rows(const GradientParams &p, GradientHopperShared &shared, Wal
                     warp_sync();
                 }
                 // One for its values, which nobody copies.
-                begin_stage(fill);
+                acquire_stage(shared, fill);
                 arrive_as_warp(full_of(shared, fill++));
             }
         }
         for (uint32_t half = 0; half < 2; ++half, ++fill) {
-            begin_stage(fill);
+            acquire_stage(shared, fill);
             // The product that gave this stage back was the last to read the matrix that the next tile gets.
-            if (half == 1 && there) clear(walk.work.matrix());
+            if (half == 1 && there) zero_matrix(p, shared, walk.work.matrix());
             if (lane_index() == 0) mbarrier_arrive_expect_tx(full_of(shared, fill), panels * kStagePanel);
             warp_sync();
             if (lane_index() < panels) {

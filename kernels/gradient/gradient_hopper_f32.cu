@@ -20,7 +20,6 @@ constexpr uint32_t kStagePanel = kDepth * STAGE_BYTES;          // of them 64 co
 constexpr uint32_t kStageBytes = kColumns / kPanelColumns * 2 * kStagePanel;
 constexpr uint32_t kLineBytes = TILE * STAGE_BYTES;             // a tile's rows, 64 of the inner dimension, high or low parts
 constexpr uint32_t kPartColumns = 32;                           // of S, recomputed at a time
-constexpr uint32_t kMatrixPart = TILE * TILE * 2;               // high or low parts of a tile of M
 using MatrixPrecision = F16Rows;                                  // as each of them lies
 static_assert(kLineBytes <= kStageBytes && 2 * kPartColumns * STAGE_BYTES <= kStageBytes, "operands of S");
 static_assert(TILE * kPartColumns * sizeof(float) == kStageBytes, "and its values");
@@ -52,8 +51,7 @@ DEVICE void copy_rows(const GradientParams &p, GradientSplitShared &shared, Walk
     auto own_rows = static_cast<const unsigned char *>(tile_rows<ExactF32>(own_side(p), walk.x, pairs.stride));
     uint32_t fill = 0;
     auto begin_stage = [&](uint32_t bytes) {
-        if (fill >= RolesF32::stages) mbarrier_wait(empty_of(shared, fill), parity_of(shared, fill - RolesF32::stages));
-        warp_sync();
+        acquire_stage(shared, fill);
         if (lane_index() == 0) mbarrier_arrive_expect_tx(full_of(shared, fill), bytes);
         warp_sync();
     };
@@ -66,16 +64,8 @@ DEVICE void copy_rows(const GradientParams &p, GradientSplitShared &shared, Walk
         warp_sync();
         ++fill;
     };
-    // Recomputed tiles too: their matrix is written all over, and waited for alike.
-    auto clear = [&](uint32_t matrix) {
-        if (lane_index() == 0) {
-            mbarrier_arrive_expect_tx(&shared.zeroed[matrix], 2 * kMatrixPart);
-            for (auto &part : shared.matrices[matrix]) cp_async_bulk(part, p.zeros, kMatrixPart, &shared.zeroed[matrix]);
-        }
-        warp_sync();
-    };
     bool there = walk.next();
-    if (there) clear(walk.work.matrix());
+    if (there) zero_matrix(p, shared, walk.work.matrix());
     while (there) {
         Work work = walk.work;
         there = walk.next();
@@ -105,7 +95,7 @@ DEVICE void copy_rows(const GradientParams &p, GradientSplitShared &shared, Walk
             if (k == at && there) {
                 if (first > 0) mbarrier_wait(empty_of(shared, first - 1), parity_of(shared, first - 1));
                 warp_sync();
-                clear(walk.work.matrix());
+                zero_matrix(p, shared, walk.work.matrix());
             }
         }
     }

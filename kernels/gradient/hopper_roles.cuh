@@ -9,6 +9,7 @@
 #ifdef HAS_WGMMA
 
 constexpr uint32_t kPanelColumns = STAGE_BYTES / 2;
+constexpr uint32_t kMatrixPart = TILE * TILE * 2;  // bytes of a tile of M, or of its high or low parts
 constexpr uint32_t kMmaWarps = 8, kBuildWarps = 3;  // warps; the last one copies
 constexpr uint32_t kBuildThreads = kBuildWarps * 32;
 constexpr uint32_t kBuildBarrier = 1, kMmaBarrier = 2;
@@ -102,6 +103,27 @@ template <class Shared>
 DEVICE unsigned char *stage_of(Shared &shared, uint32_t fill) { return shared.stages[fill % kStageCount<Shared>]; }
 template <class Shared>
 DEVICE uint32_t parity_of(const Shared &, uint32_t fill) { return fill / kStageCount<Shared> % 2; }
+
+// By the warp that copies: waits until the stage of this fill has been given back.
+template <class Shared>
+DEVICE void acquire_stage(Shared &shared, uint32_t fill) {
+    constexpr uint32_t stages = kStageCount<Shared>;
+    if (fill >= stages) mbarrier_wait(empty_of(shared, fill), parity_of(shared, fill - stages));
+    warp_sync();
+}
+
+// By the warp that copies: zeros to a matrix, of as many parts as it has. For recomputed tiles too: their matrix is written
+// all over, and waited for alike.
+template <class Shared>
+DEVICE void zero_matrix(const GradientParams &p, Shared &shared, uint32_t matrix) {
+    constexpr uint32_t bytes = sizeof(shared.matrices[0]);
+    if (lane_index() == 0) {
+        auto *to = reinterpret_cast<unsigned char *>(shared.matrices[matrix]);
+        mbarrier_arrive_expect_tx(&shared.zeroed[matrix], bytes);
+        for (uint32_t at = 0; at < bytes; at += kMatrixPart) cp_async_bulk(to + at, p.zeros, kMatrixPart, &shared.zeroed[matrix]);
+    }
+    warp_sync();
+}
 
 template <class Shared>
 DEVICE void begin_barriers(Shared &shared) {

@@ -328,35 +328,37 @@ DEVICE void select_tile(const Pairs &pairs, TileIndex tile, unsigned char *bytes
     select_end(pairs, tile, shared, false);
 }
 
-template <class Precision>
-DEVICE void select_recomputed_body(const PairsParams &p) {
+// A block's tile, if its candidates were not stored: `multiply(acc, rows, columns, bytes)` makes S again.
+template <class Precision, class Layout, class Sums, class Multiply>
+DEVICE void select_again(const PairsParams &p, Multiply multiply) {
     SHARED_MEMORY(bytes);
     const Pairs &pairs = p.pairs;
     uint64_t index = block_x();
     if (pairs.tile_counts[index] == 0 || is_stored(pairs, index)) return;
     TileIndex tile = tile_of(pairs, index);
-    Accumulators<4> acc;
-    multiply_tile<Precision, 4>(acc, tile_rows<Precision>(pairs.anchors, tile.row, pairs.stride),
-                              tile_rows<Precision>(pairs.references, tile.column, pairs.stride),
-                              stride_bytes<Precision>(pairs), bytes);
-    select_tile<MmaLayout<4>>(pairs, tile, bytes, acc);
+    Sums acc;
+    multiply(acc, tile_rows<Precision>(pairs.anchors, tile.row, pairs.stride),
+             tile_rows<Precision>(pairs.references, tile.column, pairs.stride), bytes);
+    select_tile<Layout>(pairs, tile, bytes, acc);
+}
+
+template <class Precision>
+DEVICE void select_recomputed_body(const PairsParams &p) {
+    using Sums = Accumulators<4>;
+    select_again<Precision, MmaLayout<4>, Sums>(p, [&](Sums &acc, const void *rows, const void *columns, unsigned char *bytes) {
+        multiply_tile<Precision, 4>(acc, rows, columns, stride_bytes<Precision>(p.pairs), bytes);
+    });
 }
 
 // The same on Hopper's warpgroup products, with the bits of sweep_hopper.
 #ifdef HAS_WGMMA
 template <class Precision>
 DEVICE void select_recomputed_hopper_body(const PairsParams &p) {
-    SHARED_MEMORY(bytes);
-    const Pairs &pairs = p.pairs;
-    uint64_t index = block_x();
-    if (pairs.tile_counts[index] == 0 || is_stored(pairs, index)) return;
-    TileIndex tile = tile_of(pairs, index);
-    auto stages = hopper_stages<Precision>(bytes);
-    WgmmaAccumulators acc;
-    wgmma_multiply_tile<Precision>(acc, tile_rows<Precision>(pairs.anchors, tile.row, pairs.stride),
-                                 tile_rows<Precision>(pairs.references, tile.column, pairs.stride),
-                                 stride_bytes<Precision>(pairs), stages);
-    select_tile<WgmmaLayout>(pairs, tile, bytes, acc);
+    using Sums = WgmmaAccumulators;
+    select_again<Precision, WgmmaLayout, Sums>(p, [&](Sums &acc, const void *rows, const void *columns, unsigned char *bytes) {
+        auto stages = hopper_stages<Precision>(bytes);
+        wgmma_multiply_tile<Precision>(acc, rows, columns, stride_bytes<Precision>(p.pairs), stages);
+    });
 }
 #endif
 

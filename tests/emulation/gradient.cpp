@@ -1,5 +1,5 @@
 // gradient.cpp: Hopper's product of the gradient, of a copy of kernels/, under many schedules,
-// against a double loop. tests/emulation.rs plants faults in the copy. Prints what differs and
+// against a double loop. tests/emulation plants faults in the copy. Prints what differs and
 // exits 1. Nine tiles of references, so that all buffers are filled again; two of them are
 // recomputed and one has no candidates. All numbers are small integers: every sum is exact.
 // Once in one split, which writes the caller's rows, here in reverse order, and once in two, which the later one adds.

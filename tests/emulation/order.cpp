@@ -1,6 +1,6 @@
 // order.cpp: the class order of a copy of kernels/ under many schedules, against a stable sort: of one tile, of several,
 // and of more than one launch merges.
-// tests/emulation.rs plants a fault in the copy: blocks that count without an atomic instruction,
+// tests/emulation plants a fault in the copy: blocks that count without an atomic instruction,
 // which the emulation's blocks, one after the other, get right. Prints what differs and exits 1.
 
 #include <algorithm>

@@ -1,6 +1,6 @@
 // prepare.cpp: rows in two parts, prepared and multiplied by Hopper's kernel of a copy of kernels/, under many schedules:
 // the product comes from global memory, where the kernel's own threads have written what bulk copies then read.
-// tests/emulation.rs plants faults in the copy. Prints what differs and exits 1. Entries are small integers: every sum is exact.
+// tests/emulation plants faults in the copy. Prints what differs and exits 1. Entries are small integers: every sum is exact.
 
 #include <cstdio>
 #include <cstdlib>

@@ -1,5 +1,5 @@
 // retrieval.cpp: the retrieval kernels of a copy of kernels/ under many schedules, against a
-// double loop. tests/emulation.rs plants faults in the copy. Prints what differs and exits 1.
+// double loop. tests/emulation plants faults in the copy. Prints what differs and exits 1.
 // The pipeline of mma_tile.cuh, which all passes share, is what the faults are planted in.
 
 #include <algorithm>

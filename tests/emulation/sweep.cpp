@@ -1,4 +1,4 @@
-// sweep.cpp: Hopper's sweep, of a copy of kernels/, under many schedules, against a double loop. tests/emulation.rs plants
+// sweep.cpp: Hopper's sweep, of a copy of kernels/, under many schedules, against a double loop. tests/emulation plants
 // faults in the copy. Prints what differs and exits 1. Five row tiles, the last of ignored rows alone, walked by two
 // blocks, so that both teams' stages, the row tile and the staged values are filled again and again; one tile has more
 // candidates than are staged at once, and the pool has no room for all. First the order of the tiles. All numbers are small integers: every sum is exact.

@@ -1,0 +1,215 @@
+//! Faults in the gradient on Hopper, whose warps have roles: each gives wrong sums, stops, or breaks a barrier's count.
+
+use super::{Fault, assert_caught, run, said};
+
+/// What the gradient's product on Hopper says with a fault in it.
+fn run_faulty_hopper(file: &'static str, from: &'static str, to: &'static str) -> String {
+    let output = run("gradient", &["gradient_hopper.cu"], Some(&Fault { file, from, to }), &[]);
+    assert!(!output.status.success(), "the fault went unnoticed");
+    said(&output)
+}
+
+/// The same with two faults that are one.
+fn run_faulty_hopper_twice(faults: [Fault; 2]) -> String {
+    let output = run("gradient", &["gradient_hopper.cu"], &faults, &[]);
+    assert!(!output.status.success(), "the fault went unnoticed");
+    said(&output)
+}
+
+/// Where the gradient on Hopper waits for the rows that a bulk copy brings.
+const LANDED: &str = "mbarrier_wait(full_of(shared, fill), parity_of(shared, fill));\n            warp_sync();\n            unsigned char *matrix";
+
+/// Where the warp that copies waits for a stage of the gradient on Hopper.
+const ACQUIRED: &str =
+    "if (fill >= stages) mbarrier_wait(empty_of(shared, fill), parity_of(shared, fill - stages));";
+
+#[test]
+fn reading_before_a_bulk_copy_has_landed_is_caught() {
+    assert_caught(&run_faulty_hopper("gradient_hopper.cu", LANDED, "unsigned char *matrix"));
+}
+
+#[test]
+fn waiting_for_the_wrong_phase_is_caught() {
+    let parity = "return fill / kStageCount<Shared> % 2;";
+    assert_caught(&run_faulty_hopper("hopper_roles.cuh", parity, "return fill % 2;"));
+}
+
+#[test]
+fn a_missing_proxy_fence_is_caught() {
+    let fenced = "fence_proxy_async();\n        warp_sync();\n        arrive_as_warp(&shared.built";
+    let message = run_faulty_hopper("gradient_hopper.cu", fenced, "arrive_as_warp(&shared.built");
+    assert!(message.contains("a product reads what a thread has written without a fence"), "{message}");
+}
+
+#[test]
+fn a_proxy_fence_of_one_lane_for_all_is_caught() {
+    let fenced = "fence_proxy_async();\n        warp_sync();\n        arrive_as_warp(&shared.built";
+    let one = "warp_sync();\n        if (lane_index() == 0) fence_proxy_async();\n        warp_sync();\n        arrive_as_warp(&shared.built";
+    let message = run_faulty_hopper("gradient_hopper.cu", fenced, one);
+    assert!(message.contains("a product reads what a thread has written without a fence"), "{message}");
+}
+
+#[test]
+fn a_bulk_copy_over_what_was_written_without_a_fence_is_caught() {
+    let fenced = "    fence_proxy_async();  // bulk copies fill the stage next\n    warp_sync();";
+    let message = run_faulty_hopper("hopper_roles.cuh", fenced, "    warp_sync();");
+    assert!(message.contains("a bulk copy over what a thread has written without a fence"), "{message}");
+}
+
+#[test]
+fn products_without_a_wgmma_fence_are_caught() {
+    let fenced = "k_major_descriptor(weights);\n    wgmma_fence();";
+    let message = run_faulty_hopper("gradient_hopper.cu", fenced, "k_major_descriptor(weights);");
+    assert!(message.contains("a group of products without a wgmma_fence()"), "{message}");
+}
+
+#[test]
+fn a_wait_that_may_come_two_phases_late_is_caught() {
+    // The stage is filled again just before: a warp that is held up between the two finds the phase after the next.
+    let fault = Fault {
+        file: "gradient_hopper_f32.cu",
+        from: "walk.rows_fills - 1 : RolesF32::stages - 1;",
+        to: "walk.rows_fills - 1 : RolesF32::stages;",
+    };
+    let output = run("gradient_split", &["gradient_hopper_f32.cu"], Some(&fault), &[]);
+    assert!(said(&output).contains("a phase that nobody ends"), "{}", said(&output));
+}
+
+#[test]
+fn writing_over_what_a_product_reads_is_caught() {
+    // M is given back before its product is through.
+    let wait = "wgmma_wait<1>();  // this product goes on, that before it is done";
+    assert_caught(&run_faulty_hopper("gradient_hopper.cu", wait, ""));
+}
+
+#[test]
+fn copying_over_rows_that_are_read_is_caught() {
+    assert_caught(&run_faulty_hopper("hopper_roles.cuh", ACQUIRED, ""));
+}
+
+#[test]
+fn a_stage_that_is_given_back_too_early_is_caught() {
+    let release = "if (open) arrive_as_warp(empty_of(shared, fill - 1));";
+    let early = "if (open) arrive_as_warp(empty_of(shared, fill));";
+    assert_caught(&run_faulty_hopper("gradient_hopper.cu", release, early));
+}
+
+#[test]
+fn filling_a_matrix_before_it_is_given_back_is_caught() {
+    // One matrix fewer: zeros land while the product before the last reads it.
+    let file = "hopper_roles.cuh";
+    assert_caught(&run_faulty_hopper_twice([
+        Fault { file, from: "return index % Roles::matrices;", to: "return index % 2;" },
+        Fault { file, from: "return index / Roles::matrices % 2;", to: "return index / 2 % 2;" },
+    ]));
+}
+
+#[test]
+fn faults_in_the_gradient_of_split_rows_are_caught() {
+    let own = "gradient_hopper_f32.cu";
+    let faults = [
+        // Stages are given back before the product that reads them is through.
+        (own, "wgmma_wait<1>();  // this product goes on, that before it is done"),
+        // Stages, and then a matrix, are filled again before they are given back.
+        ("hopper_roles.cuh", ACQUIRED),
+        (own, "if (first > 0) mbarrier_wait(empty_of(shared, first - 1), parity_of(shared, first - 1));"),
+        // Weights are stored before zeros have landed, and products read before bulk copies have.
+        (own, "mbarrier_wait(&shared.zeroed[work.matrix()], work.matrix_parity());"),
+        (own, "mbarrier_wait(&shared.built[work.matrix()], work.matrix_parity());"),
+    ];
+    for (file, from) in faults {
+        let fault = Fault { file, from, to: "" };
+        let output = run("gradient_split", &["gradient_hopper_f32.cu"], Some(&fault), &[]);
+        assert!(!output.status.success(), "the fault went unnoticed: {from}");
+        assert_caught(&said(&output));
+    }
+}
+
+#[test]
+fn a_wait_by_parity_alone_is_caught() {
+    // One barrier for both halves of a recomputed tile: the phase that is waited for may be over twice
+    // before somebody looks, and its parity then says that it is still to come.
+    let message = run_faulty_hopper_twice([
+        Fault {
+            file: "gradient_hopper.cu",
+            from: "recompute_values<Precision>(shared, &shared.valued[part],",
+            to: "recompute_values<Precision>(shared, &shared.valued[0],",
+        },
+        Fault {
+            file: "hopper_roles.cuh",
+            from: "mbarrier_wait(&my.shared.valued[part], work.recomputed % 2);",
+            to: "mbarrier_wait(&my.shared.valued[0], part);",
+        },
+    ]);
+    assert!(message.contains("a phase that nobody ends") || message.contains("want"), "{message}");
+}
+
+#[test]
+fn an_aligned_instruction_after_a_wait_without_a_warp_sync_is_caught() {
+    let synced = "warp_sync();\n            unsigned char *matrix";
+    let message = run_faulty_hopper("gradient_hopper.cu", synced, "unsigned char *matrix");
+    assert!(message.contains("lanes are apart, no warp_sync() before wgmma_fence"), "{message}");
+}
+
+#[test]
+fn a_barrier_of_the_block_after_a_wait_of_one_lane_is_caught() {
+    let begun = "for (Barrier &barrier : shared.valued) mbarrier_init(&barrier, kMmaWarps);";
+    let message = run_faulty_hopper(
+        "hopper_roles.cuh",
+        begun,
+        "for (Barrier &barrier : shared.valued) mbarrier_init(&barrier, kMmaWarps);
+        mbarrier_wait(&shared.valued[0], 1);",
+    );
+    assert!(message.contains("lanes are apart, no warp_sync() before block_sync"), "{message}");
+}
+
+#[test]
+fn a_named_barrier_of_too_many_threads_is_caught() {
+    let read = "named_sync(kBuildBarrier, kBuildThreads);  // the values are read";
+    let message = run_faulty_hopper(
+        "hopper_roles.cuh",
+        read,
+        "named_sync(kBuildBarrier, kBuildThreads + 32);  // the values are read",
+    );
+    let caught = message.contains("a named barrier") || message.contains("a phase that nobody ends");
+    assert!(caught, "{message}");
+}
+
+#[test]
+fn a_named_barrier_that_is_missing_is_caught() {
+    let read = "named_sync(kBuildBarrier, kBuildThreads);  // the values are read";
+    assert_caught(&run_faulty_hopper("hopper_roles.cuh", read, ""));
+}
+
+#[test]
+fn storing_before_zeros_have_landed_is_caught() {
+    let wait = "mbarrier_wait(&shared.zeroed[work.matrix()], work.matrix_parity());";
+    assert_caught(&run_faulty_hopper("gradient_hopper.cu", wait, ""));
+}
+
+#[test]
+fn more_registers_than_a_block_has_are_caught() {
+    let message = run_faulty_hopper("gradient_hopper.cu", "mma_registers = 200", "mma_registers = 208");
+    assert!(message.contains("more registers than the block has"), "{message}");
+}
+
+#[test]
+fn a_wrong_swizzle_is_caught() {
+    let place = "swizzled(row, byte % STAGE_BYTES / 16)";
+    let message = run_faulty_hopper("weight_tile.cuh", place, "swizzled(row ^ 1, byte % STAGE_BYTES / 16)");
+    assert!(message.contains("want"), "{message}");
+    // The last matrix's last row goes where the barriers are.
+    let message = run_faulty_hopper("weight_tile.cuh", place, "swizzled(row + 1, byte % STAGE_BYTES / 16)");
+    assert!(message.contains("somebody has written over a barrier"), "{message}");
+}
+
+#[test]
+fn a_descriptor_of_the_wrong_stride_is_caught() {
+    let panels = "mn_major_descriptor(stage_of(shared, fill), kStagePanel)";
+    let message = run_faulty_hopper(
+        "gradient_hopper.cu",
+        panels,
+        "mn_major_descriptor(stage_of(shared, fill), kStagePanel / 2)",
+    );
+    assert!(message.contains("want"), "{message}");
+}

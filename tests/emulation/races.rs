@@ -1,0 +1,69 @@
+//! Races, which ThreadSanitizer names: each thread of a block is a thread.
+
+use super::{BARRIER, Fault, THREADS, run, said};
+
+/// What ThreadSanitizer says of a kernel with a fault in it.
+fn run_racing(program: &str, file: &'static str, from: &'static str, to: &'static str) -> String {
+    let kernel = match program {
+        "order" => "order.cu",
+        "retrieval" => "retrieval.cu",
+        "sweep" => "sweep_hopper.cu",
+        _ => "gradient_hopper.cu",
+    };
+    let output = run(program, &[kernel], Some(&Fault { file, from, to }), THREADS);
+    assert!(!output.status.success(), "the race went unnoticed");
+    said(&output)
+}
+
+#[test]
+fn a_team_s_missing_barrier_is_named_by_the_thread_sanitizer() {
+    let bounds = "            warp_sync();\n            sync();\n        });";
+    let without = "            warp_sync();\n        });";
+    let message = run_racing("sweep", "sweep_hopper.cu", bounds, without);
+    assert!(message.contains("data race") && message.contains("sweep_hopper.cu"), "{message}");
+}
+
+#[test]
+fn the_thread_sanitizer_sees_no_race_in_kernels_without_a_fault() {
+    let programs: [(_, &[_]); 5] = [
+        ("retrieval", &["retrieval.cu", "retrieval_hopper.cu"]),
+        ("gradient", &["gradient_hopper.cu"]),
+        ("gradient_split", &["gradient_hopper_f32.cu"]),
+        ("sweep", &["sweep_hopper.cu"]),
+        ("order", &["order.cu"]),
+    ];
+    for (program, kernels) in programs {
+        let output = run(program, kernels, None, THREADS);
+        assert!(output.status.success(), "{program}: {}", said(&output));
+        assert!(!said(&output).contains("data race"), "{program}: {}", said(&output));
+    }
+}
+
+#[test]
+fn a_plain_access_that_races_another_block_is_caught_by_the_thread_sanitizer() {
+    // Blocks of the emulation run one after the other: the count is right all the same.
+    let message = run_racing("order", "order.cu", "atomic_add(p.valid, in_run);", "*p.valid += in_run;");
+    assert!(message.contains("data race") && message.contains("order.cu"), "{message}");
+}
+
+#[test]
+fn a_race_within_a_block_is_named_by_the_thread_sanitizer() {
+    let read = "named_sync(kBuildBarrier, kBuildThreads);  // the values are read";
+    let message = run_racing("gradient", "hopper_roles.cuh", read, "");
+    assert!(message.contains("data race") && message.contains("gradient_hopper.cu"), "{message}");
+}
+
+#[test]
+fn an_arrival_that_is_missing_between_roles_is_named_by_the_thread_sanitizer() {
+    // M is built again without waiting for what else its builders wrote and read.
+    let wait = "mbarrier_wait(&my.shared.valued[part], work.recomputed % 2);";
+    let message = run_racing("gradient", "hopper_roles.cuh", wait, "");
+    assert!(message.contains("data race") && message.contains("gradient_hopper.cu"), "{message}");
+}
+
+#[test]
+fn an_asynchronous_copy_that_races_is_named_by_the_thread_sanitizer() {
+    // Neither the copy nor what reads it is an access of compiled code: the emulation tells of both.
+    let message = run_racing("retrieval", "mma_tile.cuh", BARRIER, "");
+    assert!(message.contains("data race") && message.contains("mma_tile.cuh"), "{message}");
+}
