@@ -33,11 +33,13 @@ fn classes(root: &Path, list: &Path) -> Result<Files> {
         }
         let bad = |reason: String| Error::format(list, format!("line {}: {reason}", number + 1));
         // A path may hold what parts it from a class.
-        let whole = root.join(name_of_bytes(line));
-        let (path, class) = if whole.is_file() { (line, None) } else { parts(line) };
-        let path = root.join(name_of_bytes(path));
+        let (mut path, mut class) = (root.join(name_of_bytes(line)), None);
         if !path.is_file() {
-            return Err(bad(format!("there is no picture {}", path.display())));
+            let (name, named) = parts(line);
+            (path, class) = (root.join(name_of_bytes(name)), named);
+            if !path.is_file() {
+                return Err(bad(format!("there is no picture {}", path.display())));
+            }
         }
         if !listed.insert(path.clone()) {
             return Err(bad(format!("names {} a second time: it would find itself", path.display())));
