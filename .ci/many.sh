@@ -162,7 +162,7 @@ nccl() {
     over_nccl 2 "${settings[@]}" "${long[@]}" --output "$place/nccl-hangs" --rank-timeout 2
     under_way nccl-hangs "${processes[0]}"
     kill -STOP "${processes[1]}"
-    each_says "nothing has come from the other ranks for 2 s" 0
+    each_says "no message from the other ranks for 2 s" 0
     killed "${processes[1]}"
     refused "rank 1 did not come" RANK=0 WORLD_SIZE=2 --rank-timeout 1
     refused "rank 0 did not come" RANK=1 WORLD_SIZE=2 --rank-timeout 1
