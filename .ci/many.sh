@@ -183,8 +183,8 @@ nccl() {
     refused "RANK is not set" WORLD_SIZE=2
     refused "RANK=2 is out of range" RANK=2 WORLD_SIZE=2
     LOCAL_RANK=0 over_nccl 2 "${settings[@]}" --output "$place/nccl-one-gpu"
-    each_says "rank 0 and rank 1 both on CUDA device 0; NCCL takes no two ranks on one GPU" 0
-    each_says "NCCL takes no two ranks on one GPU" 1
+    each_says "rank 0 and rank 1 both on CUDA device 0; NCCL does not allow two ranks on one GPU" 0
+    each_says "NCCL does not allow two ranks on one GPU" 1
     if RANK=0 WORLD_SIZE=2 "$train" "${settings[@]}" --output "$place/apart" &>"$place/log"; then said; fi
     grep -q "add --ranks nccl --rendezvous FILE" "$place/log" || said
 }
