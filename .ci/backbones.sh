@@ -15,7 +15,8 @@ if ! has "torch, torchvision, timm, pretrainedmodels, efficientnet_lite_pytorch,
     install --no-deps --no-build-isolation pretrainedmodels==0.7.4
 fi
 echo "installed (${SECONDS}s)"
-cargo build --release --quiet -p ddtas-train --example gradients
+# As part of the workspace, for which Burn is compiled already.
+cargo build --release --quiet --example gradients
 compare() { "$python" train/tests/backbones.py target/release/examples/gradients "$@"; }
 compare --size "${1:-96}"
 if [[ $# == 0 ]]; then

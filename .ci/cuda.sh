@@ -8,9 +8,10 @@ cd "$(dirname "$0")/.."
 
 source .ci/tools.sh
 
-features=(-p ddtas --features cuda)
+# The same packages each time: the kernels are compiled once.
+packages=(-p ddtas -p ddtas-bench --features cuda)
 # The messages name the folder this very build wrote to; older ones may lie beside it.
-out=$(cargo build --release "${features[@]}" --message-format=json-render-diagnostics |
+out=$(cargo build --release "${packages[@]}" --message-format=json-render-diagnostics |
     python3 -c '
 import json, pathlib, sys
 for message in map(json.loads, sys.stdin):
@@ -20,10 +21,10 @@ for message in map(json.loads, sys.stdin):
 python3 .ci/kernel_budgets.py "$out" --table
 
 # Without a GPU this shows the clean refusal; with one it runs the reference cases.
-cargo test --release "${features[@]}" --test cuda -- --nocapture
+cargo test --release "${packages[@]}" --test cuda -- --nocapture
 
 # What the backend asks of the driver, told by one that computes nothing.
-cargo test --release "${features[@]}" --test driver
+cargo test --release "${packages[@]}" --test driver
 
 # Programs and benches that run on a GPU compile, too.
-cargo check --release -p ddtas-bench --features cuda --all-targets
+cargo check --release "${packages[@]}" --all-targets

@@ -79,7 +79,7 @@
 /* One f64 a warp, to sum over a block; of `weigh` for each of its sums and for the candidates of
  * two row tiles, also one for each warp and 32 columns of both sides, and a flag. */
 #define SUM_SHARED_BYTES (THREADS / 32 * 8)
-#define WEIGH_SHARED_BYTES ((WEIGH_SUMS + 2) * SUM_SHARED_BYTES + 2 * THREADS / 32 * 32 * 8 + 8)
+#define WEIGH_SHARED_BYTES ((WEIGH_SUMS + 2) * SUM_SHARED_BYTES + WEIGH_SUMS * 8 + 2 * THREADS / 32 * 32 * 8 + 8)
 /* Whether it finishes words, and for which type of rows. */
 #define WEIGH_NO_WORDS 0
 #define WEIGH_WORDS_F16 1
@@ -90,6 +90,8 @@
 #define GRADIENT_ROWS_16BIT 128
 #define GRADIENT_ROWS_32BIT 64
 #define GRADIENT_COLUMNS 256
+/* Splits of the gradient whose parts one block adds; of more the sums are added once more. */
+#define SPLITS_ADDED 8
 /* Rows of the other side that a pipeline stage holds, and the bytes of all stages together:
  * four of 16-bit types, two of f32 to its own precision. */
 #define GRADIENT_DEPTH 32
@@ -398,7 +400,7 @@ typedef struct GradientParams {
     uint32_t reserved;
     const uint8_t *ways;         /* [tiles of the result's side], 1: lists */
     float *partial;              /* [splits, padded_rows, stride]; with one split unused */
-    uint32_t *arrived;           /* [row blocks, column blocks], 0 before and after; with one split unused */
+    uint32_t *arrived;           /* [row blocks, column blocks, groups of splits and 1], 0 before and after; with one split unused */
     float *gradient;             /* [count, dim], original order */
     const void *zeros;           /* [TILE, TILE] of 16-bit zeros */
 } GradientParams;

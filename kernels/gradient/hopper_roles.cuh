@@ -186,33 +186,46 @@ DEVICE void build_recomputed(const Building &my, const Work &work, uint32_t x, u
     }
 }
 
+// Adjacent columns, which are those of a thread.
+struct alignas(8) ColumnPair {
+    float values[2];
+};
+
 // By the warps that multiply: `count` columns of their rows of row tile x into the result; `value(row of the thread, column)` is
 // a sum.
 template <int count, class Value>
 DEVICE void write_rows(const GradientParams &p, uint32_t x, ColumnBlock columns, Value value) {
     WgmmaLayout layout;
+    bool aligned = p.splits != 1 || (reinterpret_cast<uintptr_t>(p.gradient) | uint64_t{p.pairs.dim} * sizeof(float)) % sizeof(ColumnPair) == 0;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         ResultRow result = result_row(p, x * TILE + layout.row_of(r));
 #pragma unroll
-        for (int c = 0; c < count; ++c) {
-            uint32_t column = layout.column_of(c);
-            if (column >= columns.count || columns.first + column >= result.columns) continue;
-            result.to[columns.first + column] = value(r, c);
+        for (int c = 0; c < count; c += 2) {
+            uint32_t of_block = layout.column_of(c), column = columns.first + of_block;
+            if (of_block >= columns.count || column >= result.columns) continue;
+            ColumnPair pair{{value(r, c), value(r, c + 1)}};
+            if (aligned) {
+                *reinterpret_cast<ColumnPair *>(result.to + column) = pair;
+            } else {
+                result.to[column] = pair.values[0];
+                if (column + 1 < result.columns) result.to[column + 1] = pair.values[1];
+            }
         }
     }
 }
 
-// As finish_splits(), by the warps that multiply alone. `last` is shared memory.
+// finish_splits() by the warps that multiply alone. `last` is shared memory.
 DEVICE void finish_multiplied(const GradientParams &p, uint32_t *last, uint32_t x) {
-    if (p.splits == 1) return;
     constexpr uint32_t threads = kMmaWarps * 32;
-    warp_sync();
-    named_sync(kMmaBarrier, threads);
-    if (thread_index() == 0) *last = count_arrival(arrivals(p)) == p.splits - 1;
-    warp_sync();
-    named_sync(kMmaBarrier, threads);
-    if (*last) add_splits(p, static_cast<uint64_t>(x) * TILE, TILE, thread_index(), threads);
+    finish_splits(p, static_cast<uint64_t>(x) * TILE, TILE, kMmaWarps, [&](uint32_t *arrived, uint32_t blocks) {
+        warp_sync();
+        named_sync(kMmaBarrier, threads);
+        if (thread_index() == 0) *last = count_arrival(arrived) == blocks - 1;
+        warp_sync();
+        named_sync(kMmaBarrier, threads);
+        return *last != 0;
+    });
 }
 
 constexpr uint32_t kListsWarps = GRADIENT_HOPPER_THREADS / 32, kHopperListsRows = (TILE + kListsWarps - 1) / kListsWarps;

@@ -48,44 +48,92 @@ DEVICE ColumnBlock column_block(const Pairs &pairs) {
 // 1, or NaN if a row is bad, so that a caller who does not wait sees it in the gradient.
 DEVICE float one_or_nan(const Pairs &pairs) { return has_bad_row(*pairs.counters) ? NAN : 1.0f; }
 
-// The counter of the blocks that share this one's rows and columns.
-DEVICE uint32_t *arrivals(const GradientParams &p) {
-    return p.arrived + block_x() * ((p.pairs.stride + GRADIENT_COLUMNS - 1) / GRADIENT_COLUMNS) + block_y();
-}
+// Rows of a part that a warp loads before it adds any: a block by itself has little else to wait for.
+constexpr uint32_t kRowsAtOnce = 8;
 
-// Their parts of `rows` rows from `first_row` on, added in order, by `threads` threads of the block that came last.
-DEVICE void add_splits(const GradientParams &p, uint64_t first_row, uint32_t rows, uint32_t thread, uint32_t threads) {
+// The sum of `count` parts, of every `step`-th split from `first_split` on, in order: to the result, or in place of the first.
+// By `warps` warps, a row by one; `rows` rows from `first_row` on.
+DEVICE void add_parts(const GradientParams &p, uint64_t first_row, uint32_t rows, uint32_t warps, uint32_t first_split, uint32_t step,
+                      uint32_t count, bool to_result) {
     using Vector = Granule<float>;
     const Side &own = own_side(p);
     uint64_t stride = p.pairs.stride, part = static_cast<uint64_t>(own.tiles) * TILE * stride;
+    uint64_t left = first_row < own.count ? own.count - first_row : 0;
+    if (left < rows) rows = static_cast<uint32_t>(left);
     ColumnBlock columns = column_block(p.pairs);
-    uint32_t vectors = columns.count / Vector::count;
-    for (uint32_t i = thread; i < rows * vectors; i += threads) {
-        uint64_t row = first_row + i / vectors;
-        uint32_t column = columns.first + i % vectors * Vector::count;
-        if (row >= own.count) break;
-        auto from = p.partial + row * stride + column;
-        Vector sum{};
-        for (uint32_t split = 0; split < p.splits; ++split) {
-            Vector value = *reinterpret_cast<const Vector *>(from + split * part);
+    float *parts = p.partial + first_split * part, *result = to_result ? p.gradient : parts;
+    uint64_t width = to_result ? p.pairs.dim : stride;
+    bool aligned = (reinterpret_cast<uintptr_t>(result) | width * sizeof(float)) % sizeof(Vector) == 0;
+    for (uint32_t of_block = lane_index() * Vector::count; of_block < columns.count; of_block += 32 * Vector::count) {
+        uint32_t column = columns.first + of_block;
+#pragma unroll 1
+        for (uint32_t first = warp_index(); first < rows; first += kRowsAtOnce * warps) {
+            // Beyond the last row it is the first once more.
+            auto there = [&](uint32_t r) { return first + r * warps < rows; };
+            auto row = [&](uint32_t r) { return first_row + first + (there(r) ? r * warps : 0); };
+            uint64_t target[kRowsAtOnce];
+            Vector sums[kRowsAtOnce] = {};
 #pragma unroll
-            for (int k = 0; k < Vector::count; ++k) sum.values[k] += value.values[k];
-        }
-        float *to = p.gradient + static_cast<uint64_t>(own.order[row]) * p.pairs.dim;
+            for (uint32_t r = 0; r < kRowsAtOnce; ++r) target[r] = to_result ? own.order[row(r)] : row(r);
+#pragma unroll 2
+            for (uint32_t k = 0; k < count; ++k) {
+                const float *from = parts + k * step * part + column;
+                Vector values[kRowsAtOnce];
 #pragma unroll
-        for (int k = 0; k < Vector::count; ++k) {
-            if (column + k < p.pairs.dim) to[column + k] = sum.values[k];
+                for (uint32_t r = 0; r < kRowsAtOnce; ++r) values[r] = *reinterpret_cast<const Vector *>(from + row(r) * stride);
+#pragma unroll
+                for (uint32_t r = 0; r < kRowsAtOnce; ++r) {
+#pragma unroll
+                    for (int i = 0; i < Vector::count; ++i) sums[r].values[i] += values[r].values[i];
+                }
+            }
+#pragma unroll
+            for (uint32_t r = 0; r < kRowsAtOnce; ++r) {
+                if (!there(r)) break;
+                float *to = result + target[r] * width + column;
+                if (aligned && column < width) {
+                    *reinterpret_cast<Vector *>(to) = sums[r];
+                    continue;
+                }
+#pragma unroll
+                for (int i = 0; i < Vector::count; ++i) {
+                    if (column + i < width) to[i] = sums[r].values[i];
+                }
+            }
         }
     }
-    if (thread == 0) *arrivals(p) = 0;
 }
 
-// The end of a block whose threads have all written their part. `bytes` is shared memory that nobody uses any more.
-DEVICE void finish_splits(const GradientParams &p, unsigned char *bytes, uint64_t first_row, uint32_t rows, uint32_t threads) {
+// The end of a block, or of those of its warps that come here, which have written their part: the last one of SPLITS_ADDED
+// splits adds theirs, and the last such block, where there are several, their sums. `is_last(counter, count)` says whether this
+// is the last of so many blocks to come.
+template <class IsLast>
+DEVICE void finish_splits(const GradientParams &p, uint64_t first_row, uint32_t rows, uint32_t warps, IsLast is_last) {
     if (p.splits == 1) return;
-    if (is_last_block(arrivals(p), p.splits, reinterpret_cast<uint32_t *>(bytes))) {
-        add_splits(p, first_row, rows, thread_index(), threads);
+    uint32_t groups = (p.splits + SPLITS_ADDED - 1) / SPLITS_ADDED, group = block_z() / SPLITS_ADDED, first = group * SPLITS_ADDED;
+    uint32_t count = p.splits - first < SPLITS_ADDED ? p.splits - first : SPLITS_ADDED;
+    // The counters of the blocks that share this one's rows and columns: of each group, and of the groups.
+    uint32_t column_blocks = (p.pairs.stride + GRADIENT_COLUMNS - 1) / GRADIENT_COLUMNS;
+    uint32_t *arrived = p.arrived + (block_x() * column_blocks + block_y()) * (groups + 1);
+    uint32_t step = 1;
+#pragma unroll 1
+    for (bool done = false; !done;) {
+        if (!is_last(&arrived[group], count)) return;
+        if (thread_index() == 0) arrived[group] = 0;
+        done = groups == 1 || step != 1;
+        add_parts(p, first_row, rows, warps, first, step, count, done);
+        // The groups' sums, counted behind the groups.
+        group = count = groups;
+        first = 0;
+        step = SPLITS_ADDED;
     }
+}
+
+// By the whole block of so many threads. `bytes` is shared memory that nobody uses any more.
+DEVICE void finish_splits(const GradientParams &p, unsigned char *bytes, uint64_t first_row, uint32_t rows, uint32_t threads) {
+    finish_splits(p, first_row, rows, threads / 32, [&](uint32_t *arrived, uint32_t blocks) {
+        return is_last_block(arrived, blocks, reinterpret_cast<uint32_t *>(bytes));
+    });
 }
 
 #endif

@@ -7,11 +7,21 @@
 
 #include "selection/finish_words.cuh"
 
-// 2 / (B |set|), and the bounds (SPEC 4); nothing for a row without pairs of both kinds.
-DEVICE RowWeights weights_of(const Pairs &pairs, Tolerances tolerances, const RowNumbers &row) {
-    if (row.count_pos == 0 || row.count_neg == 0) return RowWeights{-INFINITE, INFINITE, 0.0f, 0.0f};
-    return RowWeights{positive_bound(row.max_neg, tolerances.pos), negative_bound(row.min_pos, tolerances.neg),
-                      set_scale(pairs, row.count_pos), set_scale(pairs, row.count_neg)};
+// 2 / (B |set|) of an active row's positives and negatives (SPEC 4); 0 of one without pairs of both kinds.
+struct SetShares {
+    double pos, neg;
+};
+DEVICE SetShares set_shares(const Pairs &pairs, uint32_t count_pos, uint32_t count_neg) {
+    if (count_pos == 0 || count_neg == 0) return SetShares{0.0, 0.0};
+    auto total = static_cast<double>(pairs.total);
+    return SetShares{2.0 / (total * static_cast<double>(count_pos)), 2.0 / (total * static_cast<double>(count_neg))};
+}
+
+// A row's bounds and shares; no pair passes the bounds of an inactive one.
+DEVICE RowWeights weights_of(SetShares shares, Tolerances tolerances, float min_pos, uint32_t max_neg) {
+    if (shares.pos == 0.0) return RowWeights{-INFINITE, INFINITE, 0.0f, 0.0f};
+    return RowWeights{positive_bound(max_neg, tolerances.pos), negative_bound(min_pos, tolerances.neg),
+                      static_cast<float>(shares.pos), static_cast<float>(shares.neg)};
 }
 
 // Below this share of candidates a row tile's gradient is summed from lists. A pair costs
@@ -24,7 +34,7 @@ constexpr uint64_t kListsShare = 256;
 DEVICE double count_candidates(const Pairs &pairs, bool of_references, uint32_t x) {
     uint32_t others = of_references ? pairs.anchors.tiles : pairs.references.tiles;
     uint64_t candidates = 0;
-#pragma unroll 4
+#pragma unroll 2
     for (uint32_t y = thread_index(); y < others; y += THREADS) {
         candidates += pairs.tile_counts[pair_tile(pairs, of_references, x, y).index];
     }
@@ -43,87 +53,109 @@ static_assert(kSumAll + 1 == WEIGH_SUMS, "params.h");
 // And of a block alone: the candidates of its row tiles.
 enum WeighOwn { kCandidates = WEIGH_SUMS, kCandidatesOfReferences, kWeighAll };
 
+constexpr uint32_t kWarps = THREADS / 32;
 struct WeighShared {
-    double scratch[kWeighAll][THREADS / 32];
-    double columns[2][THREADS / 32][32];
+    double of_warps[kWeighAll][kWarps];
+    double totals[WEIGH_SUMS];
+    double columns[2][kWarps][32];
     uint32_t last;
 };
 static_assert(sizeof(WeighShared) <= WEIGH_SHARED_BYTES && kWeighWordsBytes <= WEIGH_SHARED_BYTES, "the launch plan's shared memory");
 
-// What a row adds to a pair's weight at most: of the positives it keeps to that of m+, of the negatives to that of m-.
-DEVICE float largest_weight(const Settings &settings, const RowWeights &weights, const RowNumbers &row) {
-    if (weights.pos_scale == 0.0f) return 0.0f;
-    return fmaxf(weights.pos_scale * pair_sigmoid(settings, true, row.min_pos),
-                 weights.neg_scale * pair_sigmoid(settings, false, key_value(row.max_neg)));
+// A thread's part of sum k. Summed at once, so that no thread holds all of them in registers.
+DEVICE void add_to(WeighShared &shared, int k, double value) {
+    value = warp_sum(value);
+    if (lane_index() == 0) shared.of_warps[k][warp_index()] = value;
 }
 
-// One anchor's results, its weights and what it adds to the sums (SPEC 4); the largest of these weights. `i` may be padding.
-DEVICE float weigh_anchor(const WeighParams &p, Tolerances tolerances, uint32_t i, double (&sums)[kWeighAll]) {
+// What a row adds to a pair's weight at most: of the positives it keeps to that of m+, of the negatives to that of m-.
+DEVICE float largest_weight(const Settings &settings, const RowWeights &weights, float min_pos, uint32_t max_neg) {
+    if (weights.pos_scale == 0.0f) return 0.0f;
+    return fmaxf(weights.pos_scale * pair_sigmoid(settings, true, min_pos),
+                 weights.neg_scale * pair_sigmoid(settings, false, key_value(max_neg)));
+}
+
+// One anchor's results, its weights and what it adds to the sums (SPEC 4), by whole warps; the largest of these weights. `i` may
+// be padding, or NO_ROW.
+DEVICE float weigh_anchor(const WeighParams &p, Tolerances tolerances, uint32_t i, WeighShared &shared) {
     const Pairs &pairs = p.pairs;
     const Settings &settings = pairs.settings;
-    RowNumbers numbers{INFINITE, 0, 0, 0};
+    RowSums row{};
+    RowSame same{INFINITE, 0, 0.0f, 0.0f};
+    uint32_t key = 0;
+    double negatives = 0.0;
     if (i < pairs.anchors.count) {
-        RowSums row = pairs.sums[i];
-        RowSame same = pairs.same[i];
+        row = pairs.sums[i];
+        same = pairs.same[i];
+        key = pairs.max_neg[i];
         ClassRange range = pairs.classes[i];
-        uint32_t key = pairs.max_neg[i], original = pairs.anchors.order[i];
+        uint32_t original = pairs.anchors.order[i];
         p.min_pos[original] = same.min_pos;
         p.max_neg[original] = key == 0 ? -INFINITE : key_value(key);
         p.count_pos[original] = row.count_pos;
         p.count_neg[original] = row.count_neg;
-        sums[kSumPos] = static_cast<double>(same.sum_pos);
-        sums[kSumSame] = static_cast<double>(same.sum_same);
         if (i < pairs.counters->valid_anchors) {
-            sums[kNegatives] = static_cast<double>(pairs.counters->valid_references - (range.end - range.begin));
-        }
-        numbers = RowNumbers{same.min_pos, key, row.count_pos, row.count_neg};
-        if (row.count_pos != 0 && row.count_neg != 0) {
-            double pos = 2.0 / (static_cast<double>(pairs.total) * static_cast<double>(row.count_pos));
-            double neg = 2.0 / (static_cast<double>(pairs.total) * static_cast<double>(row.count_neg));
-            sums[kLoss] = pos / settings.beta * static_cast<double>(row.softplus_pos) / settings.sum_scale +
-                          neg / settings.alpha * static_cast<double>(row.softplus_neg) / settings.sum_scale;
-            sums[kLambdaPos] = pos * static_cast<double>(row.sigmoid_pos) / settings.sum_scale;
-            sums[kLambdaNeg] = -neg * static_cast<double>(row.sigmoid_neg) / settings.sum_scale;
-            sums[kActive] = 1.0;
-            sums[kMinedPos] = static_cast<double>(row.count_pos);
-            sums[kMinedNeg] = static_cast<double>(row.count_neg);
+            negatives = static_cast<double>(pairs.counters->valid_references - (range.end - range.begin));
         }
     }
-    pairs.weights[i] = weights_of(pairs, tolerances, numbers);
-    return largest_weight(settings, pairs.weights[i], numbers);
+    add_to(shared, kSumPos, static_cast<double>(same.sum_pos));
+    add_to(shared, kSumSame, static_cast<double>(same.sum_same));
+    add_to(shared, kNegatives, negatives);
+    SetShares shares = set_shares(pairs, row.count_pos, row.count_neg);
+    add_to(shared, kLoss, shares.pos / settings.beta * static_cast<double>(row.softplus_pos) / settings.sum_scale +
+                              shares.neg / settings.alpha * static_cast<double>(row.softplus_neg) / settings.sum_scale);
+    add_to(shared, kLambdaPos, shares.pos * static_cast<double>(row.sigmoid_pos) / settings.sum_scale);
+    add_to(shared, kLambdaNeg, 0.0 - shares.neg * static_cast<double>(row.sigmoid_neg) / settings.sum_scale);
+    bool active = shares.pos != 0.0;
+    add_to(shared, kActive, active ? 1.0 : 0.0);
+    add_to(shared, kMinedPos, active ? static_cast<double>(row.count_pos) : 0.0);
+    add_to(shared, kMinedNeg, active ? static_cast<double>(row.count_neg) : 0.0);
+    if (i == NO_ROW) return 0.0f;
+    RowWeights weights = weights_of(shares, tolerances, same.min_pos, key);
+    pairs.weights[i] = weights;
+    return largest_weight(settings, weights, same.min_pos, key);
 }
 
-// The sum of all similarities is the product of the column sums: that of every p.blocks-th 32 columns, by the first warp.
+// The sum of all similarities is the product of the column sums: that of every p.blocks-th 32 columns. The fewer blocks there
+// are, the fewer warps share the tiles of a column.
 DEVICE double sum_of_columns(const WeighParams &p, WeighShared &shared) {
     const Pairs &pairs = p.pairs;
-    double sum = 0.0;
+    uint32_t groups = (pairs.stride + 31) / 32, sharing = kWarps;
+    while (sharing > 1 && p.blocks * (kWarps / sharing) < groups) sharing /= 2;
+    uint32_t at_once = kWarps / sharing, own = warp_index() / sharing, share = warp_index() % sharing;
     auto add = [&](const float *sums, uint32_t tiles, uint32_t d) {
         double total = 0.0;
 #pragma unroll 4
-        for (uint32_t tile = warp_index(); tile < tiles && d < pairs.stride; tile += THREADS / 32) {
+        for (uint32_t tile = share; tile < tiles && d < pairs.stride; tile += sharing) {
             total += static_cast<double>(sums[static_cast<uint64_t>(tile) * pairs.stride + d]);
         }
         return total;
     };
-    for (uint32_t d = block_x() * 32 + lane_index(); d - lane_index() < pairs.stride; d += p.blocks * 32) {
+    double sum = 0.0;
+    for (uint32_t first = block_x() * at_once; first < groups; first += p.blocks * at_once) {
+        uint32_t d = (first + own) * 32 + lane_index();
         double left = add(p.anchor_column_sums, pairs.anchors.tiles, d);
+        double right = pairs.square ? left : add(p.reference_column_sums, pairs.references.tiles, d);
+        if (sharing == 1) {
+            sum += left * right;
+            continue;
+        }
         shared.columns[0][warp_index()][lane_index()] = left;
-        shared.columns[1][warp_index()][lane_index()] =
-            pairs.square ? left : add(p.reference_column_sums, pairs.references.tiles, d);
+        shared.columns[1][warp_index()][lane_index()] = right;
         block_sync();
-        if (warp_index() == 0) {
-            double both[2] = {0.0, 0.0};
-            for (int side = 0; side < 2; ++side) {
-                for (uint32_t warp = 0; warp < THREADS / 32; ++warp) both[side] += shared.columns[side][warp][lane_index()];
+        if (share == 0) {
+            for (uint32_t other = 1; other < sharing; ++other) {
+                left += shared.columns[0][warp_index() + other][lane_index()];
+                right += shared.columns[1][warp_index() + other][lane_index()];
             }
-            sum += both[0] * both[1];
+            sum += left * right;
         }
         block_sync();  // they are read
     }
     return sum;
 }
 
-DEVICE void write_scalars(const WeighParams &p, Tolerances tolerances, const double (&sums)[WEIGH_SUMS]) {
+DEVICE void write_scalars(const WeighParams &p, Tolerances tolerances, const double *sums) {
     const Counters &counters = *p.pairs.counters;
     LossScalars &out = *p.scalars;
     // A caller that does not wait sees it by the loss, and by its derivatives.
@@ -150,63 +182,49 @@ DEVICE void write_scalars(const WeighParams &p, Tolerances tolerances, const dou
     out.mined_neg = static_cast<uint64_t>(sums[kMinedNeg]);
 }
 
-// Sums over the block, each in the order of block_sum(): thread k gets that of value k. `scratch` may not be written again
-// before a barrier.
-template <int count>
-DEVICE double block_sums(double (&values)[count], double (*scratch)[THREADS / 32]) {
-#pragma unroll
-    for (int k = 0; k < count; ++k) {
-        values[k] = warp_sum(values[k]);
-        if (lane_index() == 0) scratch[k][warp_index()] = values[k];
-    }
-    block_sync();
-    if (thread_index() >= count) return 0.0;
-    double total = scratch[thread_index()][0];
-    for (uint32_t warp = 1; warp < THREADS / 32; ++warp) total += scratch[thread_index()][warp];
-    return total;
-}
-
 // Row tile x of both sides; the last block to come here adds all.
 DEVICE void weigh_rows(const WeighParams &p, uint32_t x, WeighShared &shared) {
     const Pairs &pairs = p.pairs;
     uint32_t row = x * TILE + thread_index() % TILE;
-    double sums[kWeighAll] = {};
     bool anchors = p.ways[0] != nullptr && x < pairs.anchors.tiles, references = p.ways[1] != nullptr && x < pairs.references.tiles;
-    if (anchors) sums[kCandidates] = count_candidates(pairs, false, x);
-    if (references) sums[kCandidatesOfReferences] = count_candidates(pairs, true, x);
+    add_to(shared, kSumAll, sum_of_columns(p, shared));
+    add_to(shared, kCandidates, anchors ? count_candidates(pairs, false, x) : 0.0);
+    add_to(shared, kCandidatesOfReferences, references ? count_candidates(pairs, true, x) : 0.0);
     Tolerances tolerances = adapt(pairs);
-    float largest = 0.0f;
-    if (thread_index() < TILE) {
-        if (x < pairs.anchors.tiles) largest = weigh_anchor(p, tolerances, row, sums);
-    } else if (pairs.columns != nullptr && x < pairs.references.tiles) {
+    float largest = weigh_anchor(p, tolerances, thread_index() < TILE && x < pairs.anchors.tiles ? row : NO_ROW, shared);
+    if (thread_index() >= TILE && pairs.columns != nullptr && x < pairs.references.tiles) {
         RowNumbers numbers = row < pairs.references.count ? pairs.columns[row] : RowNumbers{INFINITE, 0, 0, 0};
-        pairs.column_weights[row] = weights_of(pairs, tolerances, numbers);
-        largest = largest_weight(pairs.settings, pairs.column_weights[row], numbers);
+        SetShares shares = set_shares(pairs, numbers.count_pos, numbers.count_neg);
+        RowWeights weights = weights_of(shares, tolerances, numbers.min_pos, numbers.max_neg);
+        pairs.column_weights[row] = weights;
+        largest = largest_weight(pairs.settings, weights, numbers.min_pos, numbers.max_neg);
     }
     for (int mask = 16; mask > 0; mask /= 2) largest = fmaxf(largest, shuffle_xor(largest, mask));
     if (lane_index() == 0 && largest > 0.0f) atomic_max(&pairs.counters->largest_weight, bits_of(largest));
-    sums[kSumAll] = sum_of_columns(p, shared);
-    double total = block_sums(sums, shared.scratch);
+    block_sync();
+    double total = 0.0;  // of sum k by thread k
+    if (thread_index() < kWeighAll) {
+        for (double of_warp : shared.of_warps[thread_index()]) total += of_warp;
+    }
     if (thread_index() < WEIGH_SUMS) p.parts[x * WEIGH_SUMS + thread_index()] = total;
     if (thread_index() == kCandidates && anchors) p.ways[0][x] = goes_by_lists(pairs, false, total);
     if (thread_index() == kCandidatesOfReferences && references) p.ways[1][x] = goes_by_lists(pairs, true, total);
     if (!is_last_block(p.arrived, p.blocks, &shared.last)) return;
-    // The blocks' sums, in order.
-    double all[WEIGH_SUMS] = {};
-    for (uint32_t block = thread_index(); block < p.blocks; block += THREADS) {
-#pragma unroll
-        for (int k = 0; k < WEIGH_SUMS; ++k) all[k] += p.parts[block * WEIGH_SUMS + k];
+    // The blocks' sums, in order, a warp each.
+    for (uint32_t k = warp_index(); k < WEIGH_SUMS; k += kWarps) {
+        double all = 0.0;
+#pragma unroll 4
+        for (uint32_t block = lane_index(); block < p.blocks; block += 32) all += p.parts[block * WEIGH_SUMS + k];
+        all = warp_sum(all);
+        if (lane_index() == 0) shared.totals[k] = all;
     }
-    total = block_sums(all, shared.scratch);
-    if (warp_index() != 0) return;
-#pragma unroll
-    for (int k = 0; k < WEIGH_SUMS; ++k) all[k] = shuffle(total, k);
-    if (lane_index() != 0) return;
-    write_scalars(p, tolerances, all);
+    block_sync();
+    if (thread_index() != 0) return;
+    write_scalars(p, tolerances, shared.totals);
     *p.arrived = 0;
 }
 
-KERNEL(weigh, WeighParams, 1) {
+KERNEL(weigh, WeighParams, 5) {
     SHARED_MEMORY(bytes);
     if (block_x() < p.blocks) return weigh_rows(p, block_x(), *reinterpret_cast<WeighShared *>(bytes));
     uint32_t tile = block_x() - p.blocks;

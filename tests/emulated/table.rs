@@ -1,8 +1,9 @@
 //! The table of cases and the golden ones, in every form; and random batches against the truth.
 
+use ddtas::backend::Backend;
 use ddtas::backend::device::{DeviceBackend, Options};
 use ddtas::backend::emulated::{self, EmulatedDevice};
-use ddtas::loss::{Batch, LossSettings, Mining, Rows};
+use ddtas::loss::{Batch, LossOutput, LossSettings, Mining, Rows};
 use ddtas_cases::random::{Draw, compare, draw};
 use ddtas_cases::{self as cases, Case, Dtype, SINGLE_PRECISION, parts};
 use rand::{RngExt, SeedableRng};
@@ -94,6 +95,35 @@ fn small_batches_split_among_many_blocks_agree() {
     let device = EmulatedDevice::new(8).with_multiprocessors(64);
     let mut backend = DeviceBackend::new(device, Options::default());
     cases::run_all(&mut backend, [golden_case("odd_sizes_257x130")]);
+}
+
+/// 24 anchors against 47 tiles of references, whose parts of the gradient more than one block adds.
+#[test]
+fn parts_of_many_splits_are_added_in_two_steps() {
+    let how = Draw { rows: 24, dim: 20, classes: 40, noise: 1.0, ignored: 0, duplicates: 0 };
+    let few = LossSettings { mining: Mining::Asms, gamma: 0.02, ..LossSettings::default() };
+    let all = LossSettings { mining: Mining::None, ..LossSettings::default() };
+    for (settings, hopper) in [(few, true), (all, true), (few, false), (all, false)] {
+        let agrees = |seed: u64| {
+            let (anchors, labels) = draw(how, seed);
+            let (references, reference_labels) = draw(Draw { rows: 6_000, ..how }, seed ^ 1);
+            let other = Rows::new(references.view(), &reference_labels);
+            let batch = Batch::rectangular(Rows::new(anchors.view(), &labels), other);
+            let mut backend =
+                DeviceBackend::new(device(seed, hopper).with_multiprocessors(64), Options::default());
+            let report = compare(&mut backend, &batch, &settings, seed)?;
+            assert!(report.wrong_counts.is_empty() && report.gradient <= SINGLE_PRECISION, "{report:#?}");
+            let gradient = |schedule: u64| {
+                let device = device(schedule, hopper).with_multiprocessors(64);
+                let mut output = LossOutput::default();
+                DeviceBackend::new(device, Options::default()).loss(&batch, &settings, &mut output).unwrap();
+                output.gradient
+            };
+            assert_eq!(gradient(1), gradient(2));
+            Some(())
+        };
+        (0..1_000).find_map(agrees).expect("a batch that is clear of the thresholds");
+    }
 }
 
 #[test]

@@ -206,7 +206,7 @@ impl LossLayout {
             column_sums: layout.region::<f32>(tiles(count) * stride),
             ways: layout.region::<u8>(if_wanted(tiles(count))),
             partial: layout.region::<f32>(if_wanted(splits * padded * stride)),
-            arrived: layout.region::<u32>(if_wanted(splits.min(1) * grid.blocks())),
+            arrived: layout.region::<u32>(if_wanted(grid.counters())),
             gradient: layout.region::<f32>(if_copied(if_wanted(count * shape.dim))),
         }
     }

@@ -1,7 +1,8 @@
 //! Launch plans: how many blocks each kernel of a loss has. Pure functions of the shape and the GPU.
 
 use super::params::{
-    GRADIENT_COLUMNS, ORDER_MERGED, ORDER_OWN, ORDER_WIDE_TILE, SELECT_BLOCKS, THREADS, TILE, WEIGH_NO_WORDS,
+    GRADIENT_COLUMNS, ORDER_MERGED, ORDER_OWN, ORDER_WIDE_TILE, SELECT_BLOCKS, SPLITS_ADDED, THREADS, TILE,
+    WEIGH_NO_WORDS,
 };
 use super::shape::{Shape, tiles};
 use super::{DeviceProperties, Kernel};
@@ -35,9 +36,10 @@ impl GradientGrid {
     /// Of `kernel`, of which `shape` says no more than the sizes.
     ///
     /// Splits are as many as make few blocks fill the GPU, and the last of more not leave most of it idle.
-    /// Each has a partial result of its own, and the last one adds all. The least of: rounds of blocks, times
-    /// what one takes, in thirds of a tile. A part is written in the time of two tiles, and read again in
-    /// that of two thirds (H200, 16 bits: a tile 1.7 us, a part 128 KB).
+    /// Each has a partial result of its own; the last of [`SPLITS_ADDED`] adds theirs, and the last such
+    /// block their sums. The least of: rounds of blocks, times what one takes, in thirds of a tile. A part is
+    /// written in the time of two tiles, a sum of parts in that of one, and one read again in that of two
+    /// thirds (H200, 16 bits: a tile 1.7 us, a part 128 KB).
     pub fn new(kernel: Kernel, shape: &Shape, of_references: bool, gpu: DeviceProperties) -> Self {
         let kernel = variant(kernel, gpu);
         let (own, others) = shape.sides(of_references);
@@ -45,7 +47,11 @@ impl GradientGrid {
         let rows = tiles(own) * (TILE / kernel.gradient_rows()) as usize;
         let columns = shape.stride().div_ceil(GRADIENT_COLUMNS as usize);
         let cost = |&splits: &usize| {
-            let parts = if splits == 1 { 0 } else { 6 + 2 * splits };
+            let parts = match splits.div_ceil(SPLITS_ADDED as usize) {
+                _ if splits == 1 => 0,
+                1 => 6 + 2 * splits,
+                groups => 6 + 2 * SPLITS_ADDED as usize + 3 + 2 * groups,
+            };
             let rounds = (rows * columns * splits).div_ceil(gpu.multiprocessors as usize);
             rounds * (3 * others.div_ceil(splits) + parts)
         };
@@ -56,6 +62,15 @@ impl GradientGrid {
     /// Blocks of rows and columns, whatever they are split into.
     pub fn blocks(self) -> usize {
         self.rows * self.columns
+    }
+
+    /// Counters of the blocks that add their parts: of each block of rows and columns one for every group of
+    /// splits, and one for the groups.
+    pub fn counters(self) -> usize {
+        match self.splits {
+            1 => 0,
+            splits => self.blocks() * (splits.div_ceil(SPLITS_ADDED as usize) + 1),
+        }
     }
 }
 
@@ -174,7 +189,12 @@ mod tests {
         assert_eq!(square(10_240), 4, "160 blocks would be two rounds");
         assert_eq!(square(16_384), 1);
         let bank = Shape { references: Some(65_536), ..Shape::square(80, 512, Precision::Bf16) };
-        assert!((16..=MOST_SPLITS).contains(&splits(&bank)));
+        assert_eq!(splits(&bank), MOST_SPLITS, "added in two steps");
+        // As in `parts_of_many_splits_are_added_in_two_steps` of the emulated tests.
+        let emulated = DeviceProperties { multiprocessors: 64, ..H200 };
+        let few = Shape { references: Some(6_000), ..Shape::square(24, 20, Precision::F32) };
+        let kernel = Kernel::Gradient(Precision::F32);
+        assert!(GradientGrid::new(kernel, &few, false, emulated).splits > SPLITS_ADDED as usize);
         // Hopper's blocks have 128 rows of f32 as well, others 64.
         let exact = Shape::square(4_096, 512, Precision::F32);
         assert_eq!(splits(&exact), 2);
