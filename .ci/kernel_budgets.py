@@ -40,10 +40,15 @@ class Usage:
     instructions: set[str] = field(default_factory=set)
 
 
+def files_of_kernels(folder: Path, suffix: str) -> list[Path]:
+    """What this build wrote: files of sources that were renamed since may lie beside it."""
+    return [path for source in sorted((ROOT / "kernels").rglob("*.cu")) if (path := folder / (source.stem + suffix)).exists()]
+
+
 def read_reports(folder: Path) -> dict[str, dict[str, Usage]]:
     """Usage by kernel and target, from the assembler's reports."""
     usage: dict[str, dict[str, Usage]] = defaultdict(dict)
-    for report in sorted(folder.glob("*.ptxas.txt")):
+    for report in files_of_kernels(folder, ".ptxas.txt"):
         current = Usage()
         for line in report.read_text().splitlines():
             # Also what the assembler calls information: C75xx, that it waits for every single wgmma.
@@ -63,7 +68,7 @@ def read_reports(folder: Path) -> dict[str, dict[str, Usage]]:
 
 def read_instructions(folder: Path, usage: dict[str, dict[str, Usage]]) -> None:
     """Adds the tensor-core instructions that are really in the machine code, and whether warps hand registers over."""
-    for image in sorted(folder.glob("*.fatbin")):
+    for image in files_of_kernels(folder, ".fatbin"):
         listing = subprocess.run(["cuobjdump", "-sass", image], check=True, capture_output=True, text=True).stdout
         target, current = "", Usage()
         for line in listing.splitlines():
