@@ -33,7 +33,13 @@ pub fn version(number: &str, features: &[(&str, bool)]) -> String {
 /// `1 step`, `2 steps`: a number with what is counted.
 #[must_use]
 pub fn counted(count: usize, noun: &str) -> String {
-    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
+    counted_as(count, count, noun)
+}
+
+/// As [`counted`], with the number `shown` in a form of its own.
+#[must_use]
+pub fn counted_as(shown: impl Display, count: usize, noun: &str) -> String {
+    format!("{shown} {noun}{}", if count == 1 { "" } else { "s" })
 }
 
 /// A message as one line, with its control characters escaped: names of files may hold some, and terminals obey them.
