@@ -67,11 +67,11 @@ impl NetworkShape {
         }
     }
 
-    /// At least as many bytes as its weights take: of the convolutions of the last stage.
+    /// At least as many bytes as its weights take: of the small network's last stage, or of the head, which in the others has
+    /// the features of the vision transformer or more.
     pub(crate) fn least_bytes(&self) -> usize {
-        let float = size_of::<f32>();
-        let convolutions = 9 * (4 * self.width).pow(2) * self.depth;
-        float * convolutions.max(self.embedding_dim)
+        let features = if self.backbone == BackboneKind::Residual { 4 * self.width } else { 384 };
+        size_of::<f32>() * (9 * (4 * self.width).pow(2) * self.depth).max(features * self.embedding_dim)
     }
 }
 

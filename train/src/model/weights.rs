@@ -1,6 +1,7 @@
 //! Published weights, as PyTorch and safetensors keep them, into a backbone.
 
 use std::collections::BTreeMap;
+use std::io::{Read, Seek, SeekFrom};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
@@ -152,7 +153,7 @@ fn read(path: &Path) -> Result<BTreeMap<String, Stored>> {
     let mut start = [0; 9];
     let mut file = std::fs::File::open(path).map_err(Error::io("read", path))?;
     let length = file.metadata().map_err(Error::io("read", path))?.len();
-    let is_torch = match std::io::Read::read_exact(&mut file, &mut start) {
+    let is_torch = match file.read_exact(&mut start) {
         Ok(()) => is_torch(start, length),
         Err(_) => return Err(Error::format(path, "is too short to hold weights")),
     };
@@ -185,9 +186,21 @@ fn read_safetensors(path: &Path) -> Result<BTreeMap<String, Stored>> {
 /// How much larger than its file an archive may say its parts are: torch.save compresses nothing.
 const MOST_EXPANSION: u128 = 4;
 
-/// Refuses an archive that would fill the memory.
+/// Where a TAR archive's first header has its mark.
+const TAR_MARK: (u64, &[u8]) = (257, b"ustar");
+
+/// Refuses an archive that would fill the memory: one that is compressed, and a TAR archive, whose files may be sparse.
 fn check_archive(path: &Path) -> Result<()> {
-    let file = std::fs::File::open(path).map_err(Error::io("read", path))?;
+    let mut file = std::fs::File::open(path).map_err(Error::io("read", path))?;
+    let (at, mark) = TAR_MARK;
+    let mut found = [0; TAR_MARK.1.len()];
+    let read = file.seek(SeekFrom::Start(at)).and_then(|_| file.read_exact(&mut found));
+    if read.is_ok() && found == mark {
+        return Err(Error::format(
+            path,
+            "is a TAR archive, as PyTorch 0.1.9 and earlier wrote: save the weights anew",
+        ));
+    }
     let length = file.metadata().map_err(Error::io("read", path))?.len();
     // What is no archive is told by the reader.
     let Ok(mut archive) = zip::ZipArchive::new(std::io::BufReader::new(file)) else { return Ok(()) };
