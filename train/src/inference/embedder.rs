@@ -13,7 +13,7 @@ use crate::model::{
     PoolingKind, name_of, to_unit_rows,
 };
 use crate::train::checkpoint::{BEST, Checkpoint};
-use crate::train::{EVALUATION_CHUNK, Embedded, embed_batches};
+use crate::train::{EVALUATION_CHUNK, Embedded, check_embedding, embed_batches};
 use crate::{Error, Result};
 
 /// Published weights instead of a checkpoint.
@@ -189,14 +189,21 @@ impl Embedder {
     /// Embeds the pictures of a split in order, cut as in training's evaluations; those that cannot be read are left out.
     ///
     /// # Errors
-    /// [`Error::Dataset`] if a class has no readable picture; [`Error::Diverged`] if an embedding is not finite.
+    /// [`Error::Dataset`] if a class has no readable picture; [`Error::Diverged`] if an embedding is not finite;
+    /// [`Misused`](ddtas_io::Error::Misused) if this machine's memory is too small for the pictures.
     pub fn embed(&self, split: &Arc<Split>, tell: &mut dyn FnMut(Event<'_>)) -> Result<Embedded> {
         let total = split.len();
+        self.check_memory(total)?;
         let shown = (self.image_size, self.preprocessing);
         let batches =
             EvaluationBatches::new(Arc::clone(split), shown, TestCrop::default(), EVALUATION_CHUNK)?;
         let progress = |done| tell(Event::Embedding { done, total });
         embed_batches(|images| self.forward(images), &self.device, batches, progress)
+    }
+
+    /// Refuses to embed so many `pictures` if this machine's memory is too small for a chunk of them.
+    pub(super) fn check_memory(&self, pictures: usize) -> Result<()> {
+        check_embedding(self.image_size, self.backbone.least_values(self.image_size), pictures)
     }
 
     fn forward(&self, images: Tensor<4>) -> Tensor<2> {

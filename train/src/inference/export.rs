@@ -78,7 +78,8 @@ pub fn embed(settings: &EmbedSettings, tell: &mut dyn FnMut(Event<'_>)) -> Resul
     let begun = Instant::now();
     let embedder = Embedder::new(settings.checkpoint.as_deref(), &settings.pretrained, settings.image_size)?
         .with_flips(settings.flips);
-    let (file, skipped) = embed_folder(&embedder, &settings.images, tell)?;
+    let (file, skipped) =
+        embed_folder(&embedder, &settings.images, &Pictures::below(&settings.images)?, tell)?;
     file.write(&settings.out)?;
     let folders = file.labels.iter().flatten().max().map_or(0, |&label| label as usize + 1);
     Ok(Export {
@@ -91,13 +92,13 @@ pub fn embed(settings: &EmbedSettings, tell: &mut dyn FnMut(Event<'_>)) -> Resul
     })
 }
 
-/// The embeddings of a folder tree with names, labels and where they came from; and what could not be read.
+/// The embeddings of the `pictures` below the folder `root` with names, labels and where they came from; and what could not be read.
 pub(super) fn embed_folder(
     embedder: &Embedder,
     root: &Path,
+    pictures: &Pictures,
     tell: &mut dyn FnMut(Event<'_>),
 ) -> Result<(EmbeddingsFile, Vec<Skipped>)> {
-    let pictures = Pictures::below(root)?;
     pictures.passed_over.iter().for_each(|line| tell(Event::Warning(line)));
     let embedded = embedder.embed(&pictures.split, tell);
     let skipped = skipped(&pictures.split);

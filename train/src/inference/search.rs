@@ -107,6 +107,8 @@ pub fn search(settings: &SearchSettings, tell: &mut dyn FnMut(Event<'_>)) -> Res
     }
     let embedder = Embedder::new(settings.checkpoint.as_deref(), &settings.pretrained, settings.image_size)?
         .with_flips(settings.flips);
+    let below = settings.gallery.is_dir().then(|| Pictures::below(&settings.gallery)).transpose()?;
+    embedder.check_memory(below.as_ref().map_or(0, |pictures| pictures.split.len()))?;
     let pictures = Pictures::of(&settings.query);
     let queries = embedder.embed(&pictures.split, &mut |_| {});
     // One that cannot be read is what the user asked for: no list without it.
@@ -115,10 +117,9 @@ pub fn search(settings: &SearchSettings, tell: &mut dyn FnMut(Event<'_>)) -> Res
     }
     let queries = queries?;
 
-    let (gallery, skipped) = if settings.gallery.is_dir() {
-        embed_folder(&embedder, &settings.gallery, tell)?
-    } else {
-        (EmbeddingsFile::read(&settings.gallery)?, Vec::new())
+    let (gallery, skipped) = match below {
+        Some(pictures) => embed_folder(&embedder, &settings.gallery, &pictures, tell)?,
+        None => (EmbeddingsFile::read(&settings.gallery)?, Vec::new()),
     };
     check_origin(&settings.gallery, &gallery, &embedder)?;
     let origin = Origin::read(&settings.gallery, &gallery.metadata)?;

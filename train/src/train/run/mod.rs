@@ -9,7 +9,7 @@
 //! | `event.rs` | progress and outcome |
 //! | `unread.rs` | pictures that cannot be read |
 //! | `evaluation.rs` | Recall@K of the network, and of raw pixels |
-//! | `memory.rs` | whether this machine's memory can hold a step |
+//! | `memory.rs` | whether this machine's memory can hold a step or an evaluation |
 
 mod evaluation;
 mod event;
@@ -37,12 +37,13 @@ use crate::{Error, Result};
 pub use evaluation::EVALUATION_CHUNK;
 pub use event::{Event, Outcome, Summary};
 use files::Files;
+pub(crate) use memory::check_embedding;
 use setup::{Setup, make_engine};
 use state::RunState;
 use steps::Run;
 
 /// Settings that may change when a run is resumed. Its result does not depend on them, except that another device may
-/// round differently.
+/// round differently, and on the number of steps.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Overrides {
     /// Where to compute.
