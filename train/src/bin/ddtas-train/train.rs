@@ -98,7 +98,8 @@ fn print_outcome(outcome: &Outcome, signals: &Signals, output: Output) -> ExitCo
         Outcome::FinishedBefore { folder, step } => {
             let folder = folder.display();
             say(format_args!(
-                "the run in {folder} has finished after {}; see {folder}/report.html; to train on in a new run: --init {folder}/last.safetensors",
+                "the run in {folder} has finished after {}; see {folder}/report.html; to train on: ddtas-train --resume {folder} --steps N, \
+                 or --init {folder}/last.safetensors in a new run",
                 counted(*step, "step")
             ));
             ExitCode::SUCCESS

@@ -56,10 +56,12 @@ pub struct Overrides {
     pub max_bad_images: Option<usize>,
     /// New place of the same pictures; config.toml is changed to it.
     pub data_root: Option<PathBuf>,
+    /// Steps of the whole run, at least as many as it has done; config.toml is changed to it.
+    pub steps: Option<usize>,
 }
 
 impl Overrides {
-    /// The settings that they change, by their names in config.toml.
+    /// Those that the result does not depend on, by their names in config.toml.
     pub const NAMES: [&str; 5] = ["device", "workers", "checkpoint_every", "max_bad_images", "data_root"];
 
     fn apply(&self, settings: &mut TrainSettings) {
@@ -67,6 +69,7 @@ impl Overrides {
         settings.workers = self.workers.unwrap_or(settings.workers);
         settings.checkpoint_every = self.checkpoint_every.unwrap_or(settings.checkpoint_every);
         settings.max_bad_images = self.max_bad_images.unwrap_or(settings.max_bad_images);
+        settings.steps = self.steps.unwrap_or(settings.steps);
         settings.data.data_root = self.data_root.clone().or_else(|| settings.data.data_root.take());
     }
 }
@@ -166,8 +169,10 @@ fn go_on(
     let there = writes && last.exists();
     let bytes = ranks.broadcast(if there { read(&last)? } else { Vec::new() })?;
     let last = (there || !bytes.is_empty()).then(|| Checkpoint::parse(&last, &bytes)).transpose()?;
-    let state = last.as_ref().map(RunState::of).transpose()?.unwrap_or_default();
+    let mut state = last.as_ref().map(RunState::of).transpose()?.unwrap_or_default();
     state.check_settings(&settings, &folder.config())?;
+    // A finished run goes on where it is to have more steps.
+    state.finished &= settings.steps == state.step;
     if state.finished {
         return Ok(Outcome::FinishedBefore { folder: folder.path().to_path_buf(), step: state.step });
     }
@@ -179,7 +184,7 @@ fn go_on(
     }
     let dataset = settings.data.open_until(stop, &mut |note| tell(Event::Note(note)))?;
     state.check_data(&dataset)?;
-    if writes && overrides.data_root.is_some() {
+    if writes && (overrides.data_root.is_some() || overrides.steps.is_some()) {
         folder.write_config(&settings)?;
     }
     let (settings, _) = settings.fitted(dataset.train.by_class().len());
@@ -188,7 +193,7 @@ fn go_on(
     let mut run = Run::new(&settings, &dataset, files, setup, ranks, stop, tell);
     let done = state.step;
     if resumed {
-        run.state = state;
+        run.state = RunState { settings: run.state.settings.take(), ..state };
     }
     run.train(&place, Some(done), begun, Vec::new())
 }
