@@ -89,6 +89,18 @@ pub fn print_json(value: &impl serde::Serialize) -> Result<()> {
     print(|out| writeln!(out, "{text}"))
 }
 
+/// Prints a program's result: as JSON on request, otherwise as `write` does.
+///
+/// # Errors
+/// As [`print()`] and [`print_json`].
+pub fn print_result<T: serde::Serialize>(
+    json: bool,
+    result: &T,
+    write: impl FnOnce(&mut Vec<u8>, &T) -> io::Result<()>,
+) -> Result<()> {
+    if json { print_json(result) } else { print(|out| write(out, result)) }
+}
+
 /// Whether the error is a closed pipe behind standard output, as with `head`, which is no reason for a message.
 #[must_use]
 pub fn reader_has_gone(error: &(dyn std::error::Error + 'static)) -> bool {

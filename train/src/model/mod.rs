@@ -57,6 +57,12 @@ pub struct NetworkShape {
 }
 
 impl NetworkShape {
+    /// Of published weights, which have no head.
+    pub(crate) fn published(backbone: BackboneKind) -> Self {
+        let pooling = backbone.pooling();
+        Self { backbone, pooling, width: 0, depth: 0, embedding_dim: 0, head: HeadKind::default() }
+    }
+
     /// Its numbers by their flags, each with the least and the most it may be.
     pub(crate) fn sizes(&self) -> Vec<Size> {
         let [embedding_dim, width, depth] = network_sizes(self.embedding_dim, self.width, self.depth);

@@ -13,7 +13,7 @@ use ddtas_io::console::one_line;
 use ddtas_io::tensors::{Dtype, TensorFile, floats_of};
 use pytorch_reader::{DType as TorchType, PytorchReader};
 
-use super::{Backbone, BackboneKind, HeadKind, NetworkShape, name_of};
+use super::{Backbone, BackboneKind, NetworkShape, name_of};
 use crate::{Error, Result};
 
 /// Prefixes that other programs put before the names of all tensors.
@@ -125,16 +125,9 @@ fn mismatch(layout: &Layout, stored: &BTreeMap<String, Stored>) -> Option<String
 fn refusal(layout: &Layout, stored: &BTreeMap<String, Stored>, reason: &str) -> String {
     let published = BackboneKind::value_variants().iter().filter(|kind| kind.image_size().is_some());
     let layouts: Vec<(String, Layout)> = published
-        .map(|&backbone| {
-            let shape = NetworkShape {
-                backbone,
-                pooling: backbone.pooling(),
-                width: 0,
-                depth: 0,
-                embedding_dim: 0,
-                head: HeadKind::default(),
-            };
-            (name_of(&backbone), Backbone::new(&shape, &Device::flex()).layout())
+        .map(|kind| {
+            let network = Backbone::new(&NetworkShape::published(*kind), &Device::flex());
+            (name_of(kind), network.layout())
         })
         .collect();
     let own = layouts.iter().find(|(_, other)| other == layout).map_or("this network", |(name, _)| name);
