@@ -290,8 +290,8 @@ fn crops_stay_inside_whatever_the_picture_is() {
 
 #[test]
 fn test_crop_is_the_normalised_middle() {
-    // Red in the middle square, grey beside it.
-    let colour = |x| if (16..48).contains(&x) { Rgb([255, 0, 0]) } else { Rgb([128; 3]) };
+    // Red in the middle square and where the filter reaches beyond it, grey beside it.
+    let colour = |x| if (14..50).contains(&x) { Rgb([255, 0, 0]) } else { Rgb([128; 3]) };
     let picture = RgbImage::from_fn(64, 32, |x, _| colour(x));
     let mut cropper = Cropper::new(16, Preprocessing::default()).unwrap();
     let mut pixels = Vec::new();
