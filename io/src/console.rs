@@ -33,7 +33,13 @@ pub fn version(number: &str, features: &[(&str, bool)]) -> String {
 /// `1 step`, `2 steps`: a number with what is counted.
 #[must_use]
 pub fn counted(count: usize, noun: &str) -> String {
-    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
+    counted_as(count, count, noun)
+}
+
+/// As [`counted`], with the number `shown` in a form of its own.
+#[must_use]
+pub fn counted_as(shown: impl Display, count: usize, noun: &str) -> String {
+    format!("{shown} {noun}{}", if count == 1 { "" } else { "s" })
 }
 
 /// A message as one line, with its control characters escaped: names of files may hold some, and terminals obey them.
@@ -81,6 +87,18 @@ pub fn print(write: impl FnOnce(&mut Vec<u8>) -> io::Result<()>) -> Result<()> {
 pub fn print_json(value: &impl serde::Serialize) -> Result<()> {
     let text = serde_json::to_string_pretty(value).map_err(|error| Error::Output(error.into()))?;
     print(|out| writeln!(out, "{text}"))
+}
+
+/// Prints a program's result: as JSON on request, otherwise as `write` does.
+///
+/// # Errors
+/// As [`print()`] and [`print_json`].
+pub fn print_result<T: serde::Serialize>(
+    json: bool,
+    result: &T,
+    write: impl FnOnce(&mut Vec<u8>, &T) -> io::Result<()>,
+) -> Result<()> {
+    if json { print_json(result) } else { print(|out| write(out, result)) }
 }
 
 /// Whether the error is a closed pipe behind standard output, as with `head`, which is no reason for a message.

@@ -186,6 +186,7 @@ fn damaged_files_are_one_line_each() {
         let network = Backbone::new(&shape(BackboneKind::Resnet18), &device);
         let said = network.with_weights(&path).map(|_| ()).unwrap_err().to_string();
         assert!(said.lines().count() == 1 && said.contains("weights.pth"), "{said}");
+        said
     };
     refused(b"");
     refused(b"PK");
@@ -194,6 +195,12 @@ fn damaged_files_are_one_line_each() {
     refused(&[0x80, 2, b'X', 0xff, 0xff, 0xff, 0xff, b'a', b'b', b'.']);
     refused(&[b'P', b'K', 3, 4, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff]);
     refused(&[0xff; 64]);
+    // A TAR archive that begins like another file: what it calls 8 gigabytes would be read as zeros.
+    let mut header = tar::Header::new_gnu();
+    header.set_path("PK").unwrap();
+    header.set_cksum();
+    let said = refused(&[&header.as_bytes()[..], &[0; 1024]].concat());
+    assert!(said.contains("is a TAR archive"), "{said}");
     refused(b"nothing of the kind, but long enough to look at");
     assert!(
         Backbone::new(&shape(BackboneKind::Resnet18), &device)

@@ -38,6 +38,10 @@ fn networks_that_do_not_fit_their_file_are_refused() {
     refused("its network has width 5000, which is not 1 to 4096");
     with_width("4000");
     refused("is too small to hold a network of --width 4000");
+    change(&last, &changed, |facts, _| {
+        facts.insert("ddtas.network".into(), r#"{"backbone":"resnet50","embedding_dim":60000}"#.into());
+    });
+    refused("is too small to hold a network of --backbone resnet50");
     with_width("9");
     refused("does not fit the network: tensor `backbone.");
     change(&last, &changed, |_, tensors| find(tensors, |tensor| tensor.0 == "head.weight").2 = vec![1024]);

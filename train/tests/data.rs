@@ -9,7 +9,7 @@ use std::sync::Arc;
 use ddtas_train::Error;
 use ddtas_train::data::{
     AugmentSettings, Cropper, Dataset, EvaluationBatches, FolderSettings, ImageBatch, Loader, LoaderSettings,
-    PkSampler, Preprocessing, Split, TestCrop, TrainClasses, folder,
+    PkSampler, Preprocessing, Split, TrainClasses, folder,
 };
 use image::{Rgb, RgbImage};
 use proptest::prelude::*;
@@ -236,13 +236,7 @@ fn evaluation_leaves_broken_pictures_out_and_counts_them() {
     fs::write(root.path().join("c3/0.png"), "x").unwrap();
     let split = folder(root.path(), &FolderSettings::default()).unwrap().test;
     for chunk in [1, 2, 3, 100] {
-        let walk = EvaluationBatches::new(
-            Arc::clone(&split),
-            (16, Preprocessing::default()),
-            TestCrop::default(),
-            chunk,
-        )
-        .unwrap();
+        let walk = EvaluationBatches::new(Arc::clone(&split), (16, Preprocessing::default()), chunk).unwrap();
         let got: Vec<ImageBatch> = walk.map(|batch| batch.unwrap()).collect();
         assert_eq!(got.len(), 7usize.div_ceil(chunk));
         let indices: Vec<usize> = got.iter().flat_map(|batch| batch.indices.clone()).collect();
@@ -254,8 +248,7 @@ fn evaluation_leaves_broken_pictures_out_and_counts_them() {
     fs::write(root.path().join("c2/1.png"), "x").unwrap();
     fs::write(root.path().join("c2/2.png"), "x").unwrap();
     let split = folder(root.path(), &FolderSettings::default()).unwrap().test;
-    let mut walk =
-        EvaluationBatches::new(split, (16, Preprocessing::default()), TestCrop::default(), 2).unwrap();
+    let mut walk = EvaluationBatches::new(split, (16, Preprocessing::default()), 2).unwrap();
     assert!(walk.next().unwrap().is_ok(), "the class may still turn out readable");
     let error = walk.next().unwrap().unwrap_err().to_string();
     assert!(error.contains("class c2 of the test split has no readable picture"), "{error}");
@@ -288,7 +281,7 @@ fn crops_stay_inside_whatever_the_picture_is() {
         for _ in 0..50 {
             let mut pixels = Vec::new();
             cropper.train(&picture, &settings, &mut rng, &mut pixels).unwrap();
-            cropper.test(&picture, TestCrop { side: 0.875 }, &mut pixels).unwrap();
+            cropper.test(&picture, &mut pixels).unwrap();
             assert_eq!(pixels.len(), 2 * cropper.floats());
             assert!(pixels.iter().all(|value| value.is_finite() && value.abs() < 3.0));
         }
@@ -297,13 +290,12 @@ fn crops_stay_inside_whatever_the_picture_is() {
 
 #[test]
 fn test_crop_is_the_normalised_middle() {
-    // Grey outside, red in the middle half.
-    let picture = RgbImage::from_fn(64, 32, |x, y| {
-        if (24..40).contains(&x) && (8..24).contains(&y) { Rgb([255, 0, 0]) } else { Rgb([128; 3]) }
-    });
+    // Red in the middle square and where the filter reaches beyond it, grey beside it.
+    let colour = |x| if (14..50).contains(&x) { Rgb([255, 0, 0]) } else { Rgb([128; 3]) };
+    let picture = RgbImage::from_fn(64, 32, |x, _| colour(x));
     let mut cropper = Cropper::new(16, Preprocessing::default()).unwrap();
     let mut pixels = Vec::new();
-    cropper.test(&picture, TestCrop { side: 0.5 }, &mut pixels).unwrap();
+    cropper.test(&picture, &mut pixels).unwrap();
     let plane = 16 * 16;
     for (c, value) in [1.0, 0.0, 0.0].into_iter().enumerate() {
         let Preprocessing { mean, deviation, .. } = Preprocessing::default();
@@ -320,7 +312,7 @@ fn flips_mirror_half_of_the_pictures() {
     let mut rng = ChaCha8Rng::seed_from_u64(2);
     let mut seen = BTreeMap::new();
     let mut plain = Vec::new();
-    cropper.test(&ramp, TestCrop::default(), &mut plain).unwrap();
+    cropper.test(&ramp, &mut plain).unwrap();
     for _ in 0..200 {
         let mut pixels = Vec::new();
         cropper.train(&ramp, &settings, &mut rng, &mut pixels).unwrap();
@@ -357,8 +349,8 @@ fn settings_out_of_range_are_named() {
     assert!(refused(|s| s.augment.jitter = 1.0));
     assert!(!refused(|_| ()));
     assert!(PkSampler::new(dataset.train.by_class(), 2, 0, 0).is_err());
-    let crop = TestCrop { side: 0.0 };
-    assert!(
-        EvaluationBatches::new(Arc::clone(&dataset.test), (16, Preprocessing::default()), crop, 1).is_err()
-    );
+    for (size, chunk) in [(0, 1), (16, 0)] {
+        let walk = EvaluationBatches::new(Arc::clone(&dataset.test), (size, Preprocessing::default()), chunk);
+        assert!(walk.is_err(), "{size}, {chunk}");
+    }
 }

@@ -3,13 +3,16 @@
 
 mod runs;
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use assert_cmd::Command;
+use burn::tensor::Device;
 use ddtas_train::inference::EmbeddingsFile;
-use ddtas_train::train::{Record, read_records};
-use runs::assert_refused;
+use ddtas_train::model::{BackboneKind, EmbeddingNetwork, HeadKind, NetworkShape, PoolingKind};
+use ddtas_train::train::{Record, checkpoint, read_records};
+use runs::{assert_refused, folder_of_pictures};
 use serde_json::Value;
 
 /// A run on a folder of pictures, made once: its folder, and its data beside it.
@@ -318,4 +321,46 @@ fn wrong_input_is_refused_in_one_line_that_says_what_to_do() {
     // Arguments of training have no business before a subcommand.
     let mut mixed = run(&[&"--steps", &"3", &"eval", &"--embeddings", &out]);
     mixed.assert().failure().code(2);
+}
+
+#[test]
+fn pictures_that_memory_cannot_hold_are_refused() {
+    let (needed, word) = (413.9e9, "takes at least 413.9 GB of memory");
+    let kilobytes = |line: &str| line.split_whitespace().nth(1).unwrap().parse::<f64>().unwrap();
+    let about = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let of = |name: &str| about.lines().find(|line| line.starts_with(name)).map(kilobytes);
+    let Some(there) = of("MemTotal:").zip(of("SwapTotal:")).map(|(memory, swap)| 1024.0 * (memory + swap))
+    else {
+        println!("skipped: the system does not say how much memory there is");
+        return;
+    };
+    if there > needed {
+        println!("skipped: this machine has {there} bytes of memory");
+        return;
+    }
+    let place = tempfile::tempdir().unwrap();
+    let at = |name: &str| place.path().join(name);
+    folder_of_pictures(&at("data"), 16, 16);
+    let shape = NetworkShape {
+        backbone: BackboneKind::Residual,
+        pooling: PoolingKind::Avg,
+        width: 256,
+        depth: 1,
+        embedding_dim: 8,
+        head: HeadKind::Linear,
+    };
+    let network = EmbeddingNetwork::new(&shape, &Device::flex());
+    checkpoint::save(&network, &shape, &[], &at("large.safetensors")).unwrap();
+    for words in [
+        "eval --dataset folder --data-root data",
+        "embed --images data --out out.npy",
+        "search --gallery data --query data/class00/0.png",
+    ] {
+        let mut command = ddtas_train();
+        command.current_dir(place.path()).args(words.split(' '));
+        command.args(["--checkpoint", "large.safetensors", "--image-size", "1024"]);
+        let said = format!("--image-size 1024: an evaluation on 128 pictures of 1024 x 1024 {word}");
+        assert_refused(&mut command, &said);
+    }
+    assert!(!at("out.npy").exists());
 }

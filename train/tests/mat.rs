@@ -161,7 +161,10 @@ fn sizes_that_the_file_cannot_hold_are_refused_before_memory_is_taken() {
     assert!(matrix(structs).contains("ends before field a of struct 1"));
     let mut numbers = header(6, [1 << 30, 1 << 30]);
     numbers.extend([9, 8, 0, 0]);
-    assert!(matrix(numbers).contains("has 1 values"));
+    assert!(
+        matrix(numbers)
+            .contains("has 8 bytes of type 9 where its dimensions ask for 1152921504606846976 values")
+    );
     assert!(matrix(header(1, [u32::MAX, 1])).contains("ends before cell 1"));
     let mut sides = header(1, [side, side]);
     sides.splice(4..8, [5, 16, side, side, side, side]);
@@ -178,6 +181,20 @@ fn deep_nests_and_bombs_are_refused() {
     let bytes = encode(&Variables(vec![("zeros".into(), zeros)]), true);
     assert!(bytes.len() < 1 << 20, "70 MiB of zeros deflate well");
     assert!(parse(&bytes).unwrap_err().contains("inflates to more than"));
+
+    // What takes little in a file and more in memory: the names of fields, numbers of a byte, empty cells.
+    let names = structs(&vec!["a"; 4 << 20], Vec::new());
+    let bytes = Array::Numbers(vec![1.0; 20 << 20]);
+    for (name, array) in [("names", names), ("numbers", bytes)] {
+        let bytes = encode(&Variables(vec![(name.into(), array)]), true);
+        assert!(bytes.len() < 1 << 20, "{name}: {} bytes", bytes.len());
+        let said = parse(&bytes).unwrap_err();
+        assert!(said.contains(&format!("variable {name} ")) && said.contains("bytes of memory"), "{said}");
+    }
+    let count = 3 << 20;
+    let mut cells = vec![14, 40 + 8 * count, 6, 8, 1, 0, 5, 8, 1, count, 1, 0];
+    cells.extend([14, 0].repeat(count as usize));
+    assert!(parse(&file_of(&cells)).unwrap_err().contains("bytes of memory"));
 }
 
 fn array() -> impl Strategy<Value = Array> {

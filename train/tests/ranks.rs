@@ -216,3 +216,19 @@ fn a_stopped_run_goes_on_with_as_many_ranks_or_others() {
         }
     }
 }
+
+#[test]
+fn a_finished_run_goes_on_to_more_steps_on_several_ranks() {
+    let place = Place::new();
+    let ranks = ["--ranks", "3"];
+    let run = |name: &str, steps| {
+        let run = place.run(name);
+        let way = ["--generator", "head", "--schedule", "constant", "--warm-up", "0", "--steps", steps];
+        assert_finished(&finish(&arguments(&place.data, &run, &[&ranks[..], &way].concat())));
+        run
+    };
+    let (unbroken, run) = (run("unbroken", "60"), run("run", "36"));
+    let more = ranks.into_iter().chain(["--steps", "60"]).map(str::to_owned);
+    assert_finished(&finish(&resume(&run).into_iter().chain(more).collect::<Vec<_>>()));
+    assert_same(&run, &unbroken, "36 steps, then 60");
+}

@@ -228,6 +228,41 @@ fn settings_that_a_run_depends_on_cannot_change_when_it_goes_on() {
 }
 
 #[test]
+fn a_run_goes_on_to_more_steps_or_to_fewer() {
+    let place = Place::new();
+    let way = |steps| {
+        [&["--schedule", "constant", "--warm-up", "0", "--memory-size", "40", "--steps"], &[steps][..]]
+            .concat()
+    };
+    let of = |name: &str, steps| {
+        let run = place.run(name);
+        assert_finished(&finish(&arguments(&place.data, &run, &way(steps))));
+        run
+    };
+    let on = |run: &Path, steps: &str| [resume(run), vec!["--steps".into(), steps.into()]].concat();
+    let (unbroken, short, run) = (of("unbroken", "120"), of("short", "60"), of("run", "36"));
+    let again = finish(&on(&run, "36"));
+    assert!(String::from_utf8(again.stderr).unwrap().contains("has finished after 36 steps"));
+    assert_refused(
+        &mut program(&on(&run, "35")),
+        "ddtas-train: --steps 35: the run has done 36: give 36 or more",
+    );
+    assert_refused(&mut program(&on(&run, "0")), "--steps 0 is out of range");
+    assert_finished(&finish(&on(&run, "120")));
+    assert_same(&run, &unbroken, "36 steps, then 120");
+    assert!(fs::read_to_string(run.join("config.toml")).unwrap().contains("\nsteps = 120\n"));
+    assert!(fs::read_to_string(run.join("report.html")).unwrap().contains("trained, after 120 steps"));
+
+    let run = place.run("long");
+    let mut child = start(&arguments(&place.data, &run, &way("100000")));
+    wait_for_lines(&run, &mut child, 20);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert_finished(&finish(&on(&run, "60")));
+    assert_same(&run, &short, "100000 steps, then 60");
+}
+
+#[test]
 fn unreadable_pictures_are_named_and_too_many_stop_the_run() {
     let place = Place::new();
     fs::write(place.data.join("class00/0.png"), b"not a picture").unwrap();

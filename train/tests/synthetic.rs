@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use ddtas_train::Error;
 use ddtas_train::data::synthetic::{SyntheticSettings, synthetic};
-use ddtas_train::data::{EvaluationBatches, Preprocessing, TestCrop};
+use ddtas_train::data::{EvaluationBatches, Preprocessing};
 use ndarray::{Array2, Axis};
 
 fn small() -> SyntheticSettings {
@@ -58,13 +58,7 @@ fn counts_out_of_range_are_refused() {
 fn raw_pixels_retrieve_less_than_a_tenth() {
     let cars = synthetic(&SyntheticSettings { test_pictures: 6, ..Default::default() }).unwrap();
     let (mut pixels, mut labels) = (Vec::new(), Vec::new());
-    for batch in EvaluationBatches::new(
-        Arc::clone(&cars.test),
-        (48, Preprocessing::default()),
-        TestCrop::default(),
-        128,
-    )
-    .unwrap()
+    for batch in EvaluationBatches::new(Arc::clone(&cars.test), (48, Preprocessing::default()), 128).unwrap()
     {
         let batch = batch.unwrap();
         pixels.extend(batch.pixels);

@@ -4,11 +4,12 @@
 //! is locked meanwhile, so that of two programs one unpacks and the other waits, and so that a folder a killed
 //! program left can be told from one at work. A stamp inside says which archive the folder was made from.
 
+use std::cell::Cell;
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Component, Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::UNIX_EPOCH;
+use std::time::{Duration, UNIX_EPOCH};
 
 use flate2::read::MultiGzDecoder;
 use tar::EntryType;
@@ -27,7 +28,7 @@ pub(super) struct Unpacking<'a> {
 /// The file inside an unpacked folder that says what it was made from.
 const STAMP: &str = ".ddtas-unpacked";
 
-/// More than this is no data set but a bomb: the largest of the four has 3 GB in 120,000 files.
+/// More than this is no data set but a bomb: the largest of the four has 3 GB in 120,000 files, and pictures hardly compress.
 #[derive(Debug, Clone, Copy)]
 struct Limits {
     bytes: u64,
@@ -35,6 +36,19 @@ struct Limits {
 }
 
 const LIMITS: Limits = Limits { bytes: 64 << 30, members: 2_000_000 };
+
+/// Times its own size that an archive may unpack to, and bytes that a small one may all the same.
+const EXPANSION: u64 = 20;
+const SLACK: u64 = 64 << 20;
+
+/// Time between two looks at a lock that another program has.
+const LOCK_EVERY: Duration = Duration::from_millis(50);
+
+/// What a file or folder takes on disk, however little is in it.
+const BLOCK: u64 = 4096;
+
+/// Bytes between two files of a .tar that are read: the names there, which go into memory.
+const BETWEEN: u64 = 1 << 20;
 
 /// Whether `path` has the name of an archive that [`unpack`] reads.
 pub(super) fn is_archive(path: &Path) -> bool {
@@ -48,7 +62,9 @@ pub(super) fn is_archive(path: &Path) -> bool {
 /// [`Format`](ddtas_io::Error::Format) for an archive that is damaged, encrypted, or holds links or paths that lead out of it;
 /// [`Io`](ddtas_io::Error::Io), for example if the disk is full; [`Error::Stopped`]. In each case nothing of it is left.
 pub(super) fn unpack(archive: &Path, unpacking: &mut Unpacking<'_>) -> Result<PathBuf> {
-    unpack_within(archive, LIMITS, unpacking)
+    let length = fs::metadata(archive).map_err(Error::io("read", archive))?.len();
+    let bytes = LIMITS.bytes.min(length.saturating_mul(EXPANSION).saturating_add(SLACK));
+    unpack_within(archive, Limits { bytes, ..LIMITS }, unpacking)
 }
 
 fn unpack_within(archive: &Path, limits: Limits, unpacking: &mut Unpacking<'_>) -> Result<PathBuf> {
@@ -59,13 +75,18 @@ fn unpack_within(archive: &Path, limits: Limits, unpacking: &mut Unpacking<'_>) 
     if is_current(&target, &stamp)? {
         return Ok(target);
     }
-    match file.try_lock() {
-        Err(TryLockError::WouldBlock) => {
-            tell(&format!("waiting for another program that unpacks {}", archive.display()));
-            file.lock().map_err(Error::io("lock", archive))?;
+    let waiting = format!("waiting for another program that unpacks {}", archive.display());
+    let mut told = false;
+    // Asked again and again: a call that waits hears no signal. Without locks (some network file systems) two programs must
+    // not start at once; one may.
+    while let Err(TryLockError::WouldBlock) = file.try_lock() {
+        if stop.load(Ordering::Relaxed) {
+            return Err(Error::Stopped(waiting));
         }
-        // Without locks (some network file systems) two programs must not start at once; one may.
-        Ok(()) | Err(TryLockError::Error(_)) => {}
+        if !std::mem::replace(&mut told, true) {
+            tell(&waiting);
+        }
+        std::thread::sleep(LOCK_EVERY);
     }
     if is_current(&target, &stamp)? {
         return Ok(target);
@@ -147,16 +168,22 @@ impl Archive<'_> {
     }
 
     fn tar(&mut self, reader: impl Read) -> Result<()> {
-        let mut tar = tar::Archive::new(reader);
+        let left = Cell::new(BETWEEN);
+        let mut tar = tar::Archive::new(Metered { reader, left: &left });
         for entry in tar.entries().map_err(|error| self.damaged(&error))? {
             let mut entry = entry.map_err(|error| self.damaged(&error))?;
             let name = entry.path().map_err(|error| self.damaged(&error))?.into_owned();
             match entry.header().entry_type() {
                 EntryType::Directory => self.folder(&name)?,
-                EntryType::Regular | EntryType::Continuous => self.file(&name, &mut entry)?,
+                EntryType::Regular | EntryType::Continuous => {
+                    // What is in a file goes to disk, and is counted there.
+                    left.set(u64::MAX);
+                    self.file(&name, &mut entry)?;
+                }
                 EntryType::XGlobalHeader => {}
                 other => return Err(self.refused(&name, &format!("is not a plain file ({other:?})"))),
             }
+            left.set(BETWEEN);
         }
         if self.members == 0 {
             return Err(Error::format(
@@ -213,15 +240,22 @@ impl Archive<'_> {
                     self.path.display()
                 )));
             }
-            self.bytes += count as u64;
-            if self.bytes > self.limits.bytes {
-                return Err(Error::format(
-                    self.path,
-                    format!("unpacks to more than {} bytes", self.limits.bytes),
-                ));
-            }
+            self.count(count as u64)?;
             file.write_all(&buffer[..count]).map_err(Error::io("write", &path))?;
         }
+    }
+
+    /// Counts what goes to disk.
+    fn count(&mut self, bytes: u64) -> Result<()> {
+        self.bytes += bytes;
+        if self.bytes > self.limits.bytes {
+            let most = self.limits.bytes;
+            let reason = format!(
+                "unpacks to more than {most} bytes, as no pictures do: unpack it by hand if it is right"
+            );
+            return Err(Error::format(self.path, reason));
+        }
+        Ok(())
     }
 
     /// Where a member goes; an error if that would be elsewhere than inside the folder.
@@ -232,6 +266,7 @@ impl Archive<'_> {
         }
         let mut path = self.into.to_path_buf();
         for part in name.components() {
+            self.count(BLOCK)?;
             match part {
                 // A backslash parts folders on Windows only: what would lead out there is refused everywhere.
                 Component::Normal(part) if !part.to_string_lossy().contains('\\') => path.push(part),
@@ -251,6 +286,21 @@ impl Archive<'_> {
             self.path,
             format!("cannot be unpacked ({error}): download it again, or unpack it by hand"),
         )
+    }
+}
+
+/// A reader that fails once it has given as many bytes as are `left`.
+struct Metered<'a, R> {
+    reader: R,
+    left: &'a Cell<u64>,
+}
+
+impl<R: Read> Read for Metered<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.reader.read(buffer)?;
+        let left = self.left.get().checked_sub(count as u64);
+        self.left.set(left.ok_or_else(|| io::Error::other(format!("a name of more than {BETWEEN} bytes")))?);
+        Ok(count)
     }
 }
 
@@ -348,7 +398,48 @@ mod tests {
     fn bombs_are_refused() {
         let tar = tar_of(&[("a", &[0; 5000]), ("b", &[0; 5000])]);
         assert!(refusal(&tar, Limits { bytes: 9999, ..LIMITS }).contains("more than 9999 bytes"));
+        // Files and folders with nothing in them take room all the same.
+        let tar = tar_of(&[("a/b/c", &[]), ("a/b/d", &[])]);
+        assert!(refusal(&tar, Limits { bytes: 20_000, ..LIMITS }).contains("more than 20000 bytes"));
         assert!(refusal(&tar, Limits { members: 1, ..LIMITS }).contains("more than 1 members"));
+
+        // Names go into memory, and are read before it is known that they are any.
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(EntryType::GNULongName);
+        header.set_size(2 * BETWEEN);
+        header.set_cksum();
+        let name = vec![b'a'; 2 * BETWEEN as usize];
+        let long = [header.as_bytes(), &name[..], &tar_of(&[("a", b"x")])].concat();
+        assert!(refusal(&long, LIMITS).contains("a name of more than 1048576 bytes"));
+
+        // A hundred megabytes of nothing in a hundred kilobytes.
+        let mut deflated = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
+        deflated.write_all(&tar_of(&[("a", &vec![0; 100 << 20])])).unwrap();
+        let place = tempfile::tempdir().unwrap();
+        let archive = place.path().join("set.tgz");
+        fs::write(&archive, deflated.finish().unwrap()).unwrap();
+        let said = unpack(&archive, &mut |_| ()).unwrap_err().to_string();
+        assert!(said.contains("set.tgz: unpacks to more than 6") && said.contains(" bytes"), "{said}");
+        assert_eq!(fs::read_dir(place.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_program_that_waits_for_another_can_be_stopped() {
+        let place = tempfile::tempdir().unwrap();
+        let archive = place.path().join("set.tar");
+        fs::write(&archive, tar_of(&[("a", b"x")])).unwrap();
+        let other = File::open(&archive).unwrap();
+        other.lock().unwrap();
+        let stop = AtomicBool::new(false);
+        let mut told = Vec::new();
+        let mut tell = |line: &str| {
+            told.push(line.to_owned());
+            stop.store(true, Ordering::Relaxed);
+        };
+        let stopped = super::unpack(&archive, &mut Unpacking { stop: &stop, tell: &mut tell });
+        let said = stopped.unwrap_err().to_string();
+        assert!(said.starts_with("stopped while waiting for another program that unpacks "), "{said}");
+        assert_eq!((told.len(), fs::read_dir(place.path()).unwrap().count()), (1, 1), "{told:?}");
     }
 
     #[test]

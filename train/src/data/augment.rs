@@ -53,32 +53,6 @@ impl AugmentSettings {
     }
 }
 
-/// How test pictures are cut: a square in the middle, then resized.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct TestCrop {
-    /// Side of the square, of the picture's shorter side. In (0, 1], default 1; the field's 227 of 256 is 0.887.
-    pub side: f64,
-}
-
-impl Default for TestCrop {
-    fn default() -> Self {
-        Self { side: 1.0 }
-    }
-}
-
-impl TestCrop {
-    /// Checks the range.
-    ///
-    /// # Errors
-    /// [`InvalidArgument`](ddtas_io::Error::InvalidArgument) unless the side is in (0, 1].
-    pub fn validate(self) -> Result<()> {
-        if self.side > 0.0 && self.side <= 1.0 {
-            return Ok(());
-        }
-        Err(Error::argument("test crop", self.side, "0 < side <= 1"))
-    }
-}
-
 /// # Errors
 /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) for a side of pictures that no network is made for.
 pub(crate) fn check_image_size(size: usize) -> Result<()> {
@@ -157,28 +131,29 @@ impl Cropper {
         Ok(())
     }
 
-    /// The middle of the picture, appended to `pixels`.
+    /// The square in the middle of the picture, appended to `pixels`.
     ///
     /// # Errors
-    /// As [`train`](Self::train); [`InvalidArgument`](ddtas_io::Error::InvalidArgument) if the crop's side is not in (0, 1].
-    pub fn test(&mut self, picture: &RgbImage, crop: TestCrop, pixels: &mut Vec<f32>) -> Result<()> {
-        crop.validate()?;
-        let (width, height) = (f64::from(picture.width()), f64::from(picture.height()));
-        let side = width.min(height) * crop.side;
-        self.resize(picture, [(width - side) / 2.0, (height - side) / 2.0, side, side])?;
+    /// As [`train`](Self::train).
+    pub fn test(&mut self, picture: &RgbImage, pixels: &mut Vec<f32>) -> Result<()> {
+        self.resize_middle(picture)?;
         self.write(false, None, pixels);
         Ok(())
     }
 
-    /// The middle of the picture as bytes, for thumbnails: RGB, row by row.
+    /// The square in the middle of the picture as bytes, for thumbnails: RGB, row by row.
     ///
     /// # Errors
     /// As [`train`](Self::train).
     pub fn thumbnail(&mut self, picture: &RgbImage) -> Result<Vec<u8>> {
+        self.resize_middle(picture)?;
+        Ok(self.resized.buffer().to_vec())
+    }
+
+    fn resize_middle(&mut self, picture: &RgbImage) -> Result<()> {
         let (width, height) = (f64::from(picture.width()), f64::from(picture.height()));
         let side = width.min(height);
-        self.resize(picture, [(width - side) / 2.0, (height - side) / 2.0, side, side])?;
-        Ok(self.resized.buffer().to_vec())
+        self.resize(picture, [(width - side) / 2.0, (height - side) / 2.0, side, side])
     }
 
     fn resize(&mut self, picture: &RgbImage, [left, top, width, height]: [f64; 4]) -> Result<()> {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::augment::{Cropper, TestCrop};
+use super::augment::Cropper;
 use super::dataset::Split;
 use super::loader::ImageBatch;
 use super::preprocessing::Preprocessing;
@@ -18,7 +18,6 @@ use crate::{Error, Result};
 pub struct EvaluationBatches {
     split: Arc<Split>,
     cropper: Cropper,
-    crop: TestCrop,
     chunk: usize,
     /// The pictures to walk, and the next of them.
     range: Range<usize>,
@@ -31,21 +30,19 @@ impl EvaluationBatches {
     /// Starts at the first picture, which is cut to `image_size` and scaled for `preprocessing`.
     ///
     /// # Errors
-    /// [`InvalidArgument`](ddtas_io::Error::InvalidArgument) if `chunk` is 0, or the size or crop is out of range.
+    /// [`InvalidArgument`](ddtas_io::Error::InvalidArgument) if `chunk` is 0, or the size is out of range.
     pub fn new(
         split: Arc<Split>,
         (image_size, preprocessing): (usize, Preprocessing),
-        crop: TestCrop,
         chunk: usize,
     ) -> Result<Self> {
         if chunk == 0 {
             return Err(Error::argument("evaluation chunk", "0", "at least 1"));
         }
-        crop.validate()?;
         let readable = vec![0; split.class_names().len()];
         let cropper = Cropper::new(image_size, preprocessing)?;
         let range = 0..split.len();
-        Ok(Self { split, cropper, crop, chunk, range, next: 0, readable })
+        Ok(Self { split, cropper, chunk, range, next: 0, readable })
     }
 
     /// The same for the pictures `range` alone. Of classes that begin or end elsewhere nothing is known here: [`check_classes`] asks
@@ -58,11 +55,11 @@ impl EvaluationBatches {
     /// The next chunk; its pictures are decoded and cut on all cores.
     fn read(&mut self) -> Result<ImageBatch> {
         let range = self.next..self.range.end.min(self.next + self.chunk);
-        let (split, cropper, crop) = (&self.split, &self.cropper, self.crop);
+        let (split, cropper) = (&self.split, &self.cropper);
         let cut = |cropper: &mut Cropper, index| match split.picture(index) {
             Ok(picture) => {
                 let mut pixels = Vec::with_capacity(cropper.floats());
-                cropper.test(&picture, crop, &mut pixels).map(|()| Some((index, pixels)))
+                cropper.test(&picture, &mut pixels).map(|()| Some((index, pixels)))
             }
             Err(Error::Image { .. }) => Ok(None),
             Err(error) => Err(error),

@@ -1,8 +1,10 @@
 //! MAT-files of level 5, as far as Cars196's annotations use them: numbers, lines of text, cells and arrays of structs,
 //! compressed or not, little-endian. Anything else in a file is refused by name.
 //!
-//! A size in a file is a claim: nothing is allocated on its word that the bytes at hand could not fill.
+//! A size in a file is a claim: nothing is allocated on its word that the bytes at hand could not fill. Some kilobytes may
+//! still inflate to millions of empty arrays, so what the arrays take in memory is counted before it is taken.
 
+use std::cell::Cell;
 use std::io::Read;
 use std::path::Path;
 
@@ -12,6 +14,12 @@ use crate::{Error, Result};
 
 /// Bytes a file may have, and what it may inflate to: the largest known one, Cars196's, has some 7 MB.
 pub const MAX_BYTES: usize = 64 << 20;
+
+/// Bytes of memory that a file's arrays may take: Cars196's take some 10 MB.
+const MAX_MEMORY: usize = 128 << 20;
+
+/// Bytes that the name of a field takes beside its characters.
+const NAME: usize = 64;
 
 /// Arrays in arrays: deeper ones are refused, so that a hostile file cannot exhaust the stack.
 const MAX_DEPTH: usize = 32;
@@ -128,21 +136,23 @@ fn parse_file(bytes: &[u8]) -> Result<Variables, String> {
         return Err("not a little-endian MAT-file of level 5".into());
     }
     let mut inflatable = MAX_BYTES;
-    let mut elements = Elements(body);
+    let memory = Cell::new(MAX_MEMORY);
+    let mut elements = Elements { bytes: body, memory: &memory };
     let mut variables = Variables::default();
-    while !elements.0.is_empty() {
+    while !elements.bytes.is_empty() {
         let what = format!("variable {}", variables.0.len() + 1);
+        elements.claim(1, NAME + size_of::<Array>(), &what)?;
         let (kind, bytes) = elements.next(&what)?;
         let inflated;
         let bytes = match kind {
             MATRIX => bytes,
             COMPRESSED => {
                 inflated = inflate(bytes, &mut inflatable, &what)?;
-                Elements(&inflated).expect(MATRIX, &what)?
+                Elements { bytes: &inflated, memory: &memory }.expect(MATRIX, &what)?
             }
             other => return Err(format!("{what} is of type {other}, no matrix")),
         };
-        variables.0.push(matrix(Elements(bytes), &what, 0)?);
+        variables.0.push(matrix(Elements { bytes, memory: &memory }, &what, 0)?);
     }
     Ok(variables)
 }
@@ -159,26 +169,30 @@ fn inflate(bytes: &[u8], inflatable: &mut usize, what: &str) -> Result<Vec<u8>, 
 }
 
 /// Takes data elements, a type, a size and as many bytes, off the front.
-struct Elements<'a>(&'a [u8]);
+struct Elements<'a> {
+    bytes: &'a [u8],
+    /// Memory that the file's arrays may still take.
+    memory: &'a Cell<usize>,
+}
 
 impl<'a> Elements<'a> {
     /// Type and bytes of the next element; `what` names it in errors.
     fn next(&mut self, what: &str) -> Result<(u32, &'a [u8]), String> {
         let cut = || format!("the file ends within {what}");
-        let (tag, rest) = self.0.split_at_checked(8).ok_or_else(cut)?;
+        let (tag, rest) = self.bytes.split_at_checked(8).ok_or_else(cut)?;
         let (first, size) = (word(&tag[..4]), word(&tag[4..]) as usize);
         // A small element has its size in the upper half of the type's word, and its bytes in the tag.
         if first >> 16 != 0 {
             let size = (first >> 16) as usize;
             let small = tag[4..].get(..size);
-            self.0 = rest;
+            self.bytes = rest;
             let bytes = small.ok_or_else(|| format!("{what} claims {size} bytes in a tag that has 4"))?;
             return Ok((first & 0xffff, bytes));
         }
         let bytes = rest.get(..size).ok_or_else(cut)?;
         // The next element starts at a multiple of 8; some writers leave the last one unpadded.
         let padded = if first == COMPRESSED { size } else { size.next_multiple_of(8) };
-        self.0 = &rest[padded.min(rest.len())..];
+        self.bytes = &rest[padded.min(rest.len())..];
         Ok((first, bytes))
     }
 
@@ -189,6 +203,15 @@ impl<'a> Elements<'a> {
             (found, _) => Err(format!("{what} is of type {found}, not {kind}")),
         }
     }
+
+    /// Counts the memory of `count` things of `size` bytes, which `what` is about to take.
+    fn claim(&self, count: usize, size: usize, what: &str) -> Result<(), String> {
+        let left = self.memory.get().checked_sub(count.saturating_mul(size));
+        let told =
+            || format!("{what} does not fit the {MAX_MEMORY} bytes of memory that a file's arrays may take");
+        self.memory.set(left.ok_or_else(told)?);
+        Ok(())
+    }
 }
 
 fn word(bytes: &[u8]) -> u32 {
@@ -197,7 +220,7 @@ fn word(bytes: &[u8]) -> u32 {
 
 /// The name and the array of the matrix that is made of `parts`.
 fn matrix(mut parts: Elements<'_>, what: &str, depth: usize) -> Result<(String, Array), String> {
-    if parts.0.is_empty() {
+    if parts.bytes.is_empty() {
         // What MATLAB stores for a field or cell that nothing was put in.
         return Ok((String::new(), Array::Numbers(Vec::new())));
     }
@@ -222,18 +245,13 @@ fn matrix(mut parts: Elements<'_>, what: &str, depth: usize) -> Result<(String, 
             if count > 0 && sides.first() != Some(&1) {
                 return Err(format!("{what} is a block of text, of which only lines are read"));
             }
+            parts.claim(bytes.len(), 2, what)?;
             Array::Text(text_of(kind, bytes, what)?)
         }
         6..=15 => {
             let (kind, bytes) = parts.next(&format!("the values of {what}"))?;
-            let values = numbers_of(kind, bytes, what)?;
-            if values.len() != count {
-                return Err(format!(
-                    "{what} has {} values where its dimensions ask for {count}",
-                    values.len()
-                ));
-            }
-            Array::Numbers(values)
+            parts.claim(count.min(bytes.len()), size_of::<f64>(), what)?;
+            Array::Numbers(numbers_of(kind, bytes, count, what)?)
         }
         other => return Err(format!("{what} is of class {other}, which is not read")),
     };
@@ -248,11 +266,17 @@ fn arrays(
     depth: usize,
 ) -> Result<Vec<Array>, String> {
     // Each takes at least a tag.
-    if count > parts.0.len() / 8 {
-        return Err(format!("the file ends before {}", name(parts.0.len() / 8)));
+    if count > parts.bytes.len() / 8 {
+        return Err(format!("the file ends before {}", name(parts.bytes.len() / 8)));
     }
-    let array = |i| Ok(matrix(Elements(parts.expect(MATRIX, &name(i))?), &name(i), depth + 1)?.1);
-    (0..count).map(array).collect()
+    parts.claim(count, size_of::<Array>(), &name(0))?;
+    let mut arrays = Vec::with_capacity(count);
+    for i in 0..count {
+        let what = name(i);
+        let bytes = parts.expect(MATRIX, &what)?;
+        arrays.push(matrix(Elements { bytes, ..*parts }, &what, depth + 1)?.1);
+    }
+    Ok(arrays)
 }
 
 fn structs(parts: &mut Elements<'_>, count: usize, what: &str, depth: usize) -> Result<Array, String> {
@@ -262,6 +286,7 @@ fn structs(parts: &mut Elements<'_>, count: usize, what: &str, depth: usize) -> 
     if width == 0 || names.is_empty() || !names.len().is_multiple_of(width) {
         return Err(format!("{what}: {} bytes of field names of {width} each", names.len()));
     }
+    parts.claim(names.len() / width, NAME + width, what)?;
     let name =
         |bytes: &[u8]| bytes.iter().take_while(|&&byte| byte != 0).map(|&byte| char::from(byte)).collect();
     let fields: Vec<String> = names.chunks_exact(width).map(name).collect();
@@ -276,26 +301,29 @@ fn structs(parts: &mut Elements<'_>, count: usize, what: &str, depth: usize) -> 
     Ok(Array::Structs { fields, values })
 }
 
-/// The values as numbers, whatever they are stored as.
-fn numbers_of(kind: u32, bytes: &[u8], what: &str) -> Result<Vec<f64>, String> {
-    fn each<const N: usize>(bytes: &[u8], number: impl Fn([u8; N]) -> f64) -> Option<Vec<f64>> {
+/// The `count` values as numbers, whatever they are stored as.
+fn numbers_of(kind: u32, bytes: &[u8], count: usize, what: &str) -> Result<Vec<f64>, String> {
+    fn each<const N: usize>(bytes: &[u8], count: usize, number: impl Fn([u8; N]) -> f64) -> Option<Vec<f64>> {
         let (chunks, rest) = bytes.as_chunks::<N>();
-        rest.is_empty().then(|| chunks.iter().map(|&chunk| number(chunk)).collect())
+        let whole = rest.is_empty() && chunks.len() == count;
+        whole.then(|| chunks.iter().map(|&chunk| number(chunk)).collect())
     }
     let values = match kind {
-        I8 => each(bytes, |[byte]| f64::from(byte.cast_signed())),
-        2 => each(bytes, |[byte]| f64::from(byte)),
-        3 => each(bytes, |chunk| f64::from(i16::from_le_bytes(chunk))),
-        4 => each(bytes, |chunk| f64::from(u16::from_le_bytes(chunk))),
-        I32 => each(bytes, |chunk| f64::from(i32::from_le_bytes(chunk))),
-        U32 => each(bytes, |chunk| f64::from(u32::from_le_bytes(chunk))),
-        7 => each(bytes, |chunk| f64::from(f32::from_le_bytes(chunk))),
-        9 => each(bytes, f64::from_le_bytes),
-        12 => each(bytes, |chunk| i64::from_le_bytes(chunk) as f64),
-        13 => each(bytes, |chunk| u64::from_le_bytes(chunk) as f64),
+        I8 => each(bytes, count, |[byte]| f64::from(byte.cast_signed())),
+        2 => each(bytes, count, |[byte]| f64::from(byte)),
+        3 => each(bytes, count, |chunk| f64::from(i16::from_le_bytes(chunk))),
+        4 => each(bytes, count, |chunk| f64::from(u16::from_le_bytes(chunk))),
+        I32 => each(bytes, count, |chunk| f64::from(i32::from_le_bytes(chunk))),
+        U32 => each(bytes, count, |chunk| f64::from(u32::from_le_bytes(chunk))),
+        7 => each(bytes, count, |chunk| f64::from(f32::from_le_bytes(chunk))),
+        9 => each(bytes, count, f64::from_le_bytes),
+        12 => each(bytes, count, |chunk| i64::from_le_bytes(chunk) as f64),
+        13 => each(bytes, count, |chunk| u64::from_le_bytes(chunk) as f64),
         other => return Err(format!("{what}: numbers of type {other}")),
     };
-    values.ok_or_else(|| format!("{what}: {} bytes are not a whole number of values", bytes.len()))
+    values.ok_or_else(|| {
+        format!("{what} has {} bytes of type {kind} where its dimensions ask for {count} values", bytes.len())
+    })
 }
 
 /// The values as text: Latin-1, UTF-8 or UTF-16.

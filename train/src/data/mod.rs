@@ -32,7 +32,7 @@ mod sop;
 pub mod synthetic;
 
 pub(crate) use augment::check_image_size;
-pub use augment::{AugmentSettings, Cropper, TestCrop};
+pub use augment::{AugmentSettings, Cropper};
 pub use dataset::{Artist, DEFAULT_CACHE_BYTES, Dataset, Extent, RECALL_AT, Source, Split, Unreadable};
 pub use decode::PixelBox;
 pub use evaluation::{EvaluationBatches, check_classes};

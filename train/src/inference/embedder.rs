@@ -7,18 +7,21 @@ use burn::store::ModuleSnapshot;
 use burn::tensor::{Device, Tensor};
 
 use super::{Event, Skipped};
-use crate::data::{EvaluationBatches, Preprocessing, Split, TestCrop, check_image_size};
+use crate::data::{EvaluationBatches, Preprocessing, Split, check_image_size};
 use crate::model::{
-    Backbone, BackboneKind, EmbeddingHead, EmbeddingNetwork, HeadKind, NetworkShape, Normalise, Pooling,
-    PoolingKind, name_of, to_unit_rows,
+    Backbone, BackboneKind, EmbeddingHead, EmbeddingNetwork, NetworkShape, Normalise, Pooling, PoolingKind,
+    name_of, to_unit_rows,
 };
 use crate::train::checkpoint::{BEST, Checkpoint};
-use crate::train::{EVALUATION_CHUNK, Embedded, embed_batches};
+use crate::train::{EVALUATION_CHUNK, Embedded, check_embedding, embed_batches};
 use crate::{Error, Result};
 
-/// Published weights instead of a checkpoint.
+/// The network that embeds, and how it sees a picture.
 #[derive(Debug, Clone, PartialEq, Eq, Default, clap::Args)]
-pub struct PretrainedSettings {
+pub struct NetworkSettings {
+    /// A checkpoint of ddtas-train, or a run folder, for its best checkpoint.
+    #[arg(long, value_name = "FILE|RUN")]
+    pub checkpoint: Option<PathBuf>,
     /// A network with pretrained weights instead of a checkpoint; its pooled features are the embeddings.
     #[arg(long, value_enum, requires = "weights", conflicts_with = "checkpoint")]
     pub backbone: Option<BackboneKind>,
@@ -28,16 +31,21 @@ pub struct PretrainedSettings {
     /// How features are pooled over the picture [default: avg; cls for vit-s16].
     #[arg(long, value_enum, requires = "backbone")]
     pub pooling: Option<PoolingKind>,
+    /// Side of the square pictures the network sees, 8 to 1024 [default: as in training; 224 for --backbone].
+    #[arg(long, value_name = "PIXELS")]
+    pub image_size: Option<usize>,
+    /// Average the embeddings of every picture and its mirror image.
+    #[arg(long)]
+    pub flips: bool,
 }
 
-/// The files that a network is read from, with their settings.
-pub(super) fn files_of(
-    checkpoint: Option<&Path>,
-    pretrained: &PretrainedSettings,
-) -> Vec<(&'static str, PathBuf)> {
-    let checkpoint = checkpoint.map(|path| if path.is_dir() { path.join(BEST) } else { path.to_path_buf() });
-    let files = [("checkpoint", checkpoint), ("weights", pretrained.weights.clone())];
-    files.into_iter().filter_map(|(name, path)| Some((name, path?))).collect()
+impl NetworkSettings {
+    /// The files it is read from, with their settings.
+    pub(super) fn files(&self) -> Vec<(&'static str, PathBuf)> {
+        let best = |path: &PathBuf| if path.is_dir() { path.join(BEST) } else { path.clone() };
+        let files = [("checkpoint", self.checkpoint.as_ref().map(best)), ("weights", self.weights.clone())];
+        files.into_iter().filter_map(|(name, path)| Some((name, path?))).collect()
+    }
 }
 
 /// A network from a file, with the preprocessing of its pictures.
@@ -56,31 +64,24 @@ pub struct Embedder {
 }
 
 impl Embedder {
-    /// Opens a checkpoint, or takes published weights instead.
+    /// Opens a checkpoint, or takes published weights instead; those have no head.
     ///
     /// # Errors
-    /// As [`open`](Self::open) and [`pretrained`](Self::pretrained).
-    pub fn new(
-        checkpoint: Option<&Path>,
-        pretrained: &PretrainedSettings,
-        image_size: Option<usize>,
-    ) -> Result<Self> {
-        match checkpoint {
-            Some(path) => Self::open(path, image_size),
-            None => Self::pretrained(pretrained, image_size),
+    /// [`Io`](ddtas_io::Error::Io) or [`Format`](ddtas_io::Error::Format) if the file cannot be read, is no checkpoint or does
+    /// not fit; [`Misused`](ddtas_io::Error::Misused) if nobody says the network or the size of the pictures;
+    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting).
+    pub fn new(settings: &NetworkSettings) -> Result<Self> {
+        match &settings.checkpoint {
+            Some(path) => Self::open(path, settings),
+            None => Self::pretrained(settings),
         }
     }
 
-    /// Opens a checkpoint. `image_size` is needed where the file does not say it itself.
-    ///
-    /// # Errors
-    /// [`Io`](ddtas_io::Error::Io) or [`Format`](ddtas_io::Error::Format) if the file cannot be read or is no checkpoint; [`InvalidSetting`](ddtas_io::Error::InvalidSetting) if
-    /// nobody says the size of the pictures, or it is out of range.
-    pub fn open(checkpoint: &Path, image_size: Option<usize>) -> Result<Self> {
-        image_size.map_or(Ok(()), check_image_size)?;
+    fn open(checkpoint: &Path, settings: &NetworkSettings) -> Result<Self> {
+        settings.image_size.map_or(Ok(()), check_image_size)?;
         let file = Checkpoint::open(checkpoint)?;
         let shape = file.shape()?;
-        let image_size = match image_size {
+        let image_size = match settings.image_size {
             Some(size) => size,
             None => file.image_size()?.ok_or_else(|| {
                 Error::misuse(
@@ -105,15 +106,11 @@ impl Embedder {
             preprocessing: shape.backbone.preprocessing(),
             file: file.path().to_path_buf(),
             fingerprint: file.fingerprint(),
-            flips: false,
+            flips: settings.flips,
         })
     }
 
-    /// A network with published weights and no head.
-    ///
-    /// # Errors
-    /// [`Io`](ddtas_io::Error::Io) or [`Format`](ddtas_io::Error::Format) if the file cannot be read or does not fit; [`InvalidSetting`](ddtas_io::Error::InvalidSetting).
-    pub fn pretrained(settings: &PretrainedSettings, image_size: Option<usize>) -> Result<Self> {
+    fn pretrained(settings: &NetworkSettings) -> Result<Self> {
         let invalid = |name, reason| Error::misuse(name, "", reason);
         let kind = settings.backbone.ok_or_else(|| {
             invalid("checkpoint", "missing: give --checkpoint FILE, or --backbone NAME --weights FILE")
@@ -121,20 +118,12 @@ impl Embedder {
         let weights = settings.weights.as_deref();
         let weights =
             weights.ok_or_else(|| invalid("weights", "missing: --backbone needs --weights FILE"))?;
-        let image_size = image_size.or(kind.image_size()).unwrap_or_default();
+        let image_size = settings.image_size.or(kind.image_size()).unwrap_or_default();
         kind.validate(settings.pooling, true, image_size)?;
         check_image_size(image_size)?;
         let device = Device::flex();
         let pooling = settings.pooling.unwrap_or_else(|| kind.pooling());
-        let shape = NetworkShape {
-            backbone: kind,
-            pooling,
-            width: 0,
-            depth: 0,
-            embedding_dim: 0,
-            head: HeadKind::default(),
-        };
-        let backbone = Backbone::new(&shape, &device).with_weights(weights)?;
+        let backbone = Backbone::new(&NetworkShape::published(kind), &device).with_weights(weights)?;
         let fingerprint = format!("{}-{}", fingerprint(&backbone)?, name_of(&pooling));
         Ok(Self {
             dim: backbone.features(),
@@ -146,14 +135,8 @@ impl Embedder {
             preprocessing: kind.preprocessing(),
             file: weights.to_path_buf(),
             fingerprint,
-            flips: false,
+            flips: settings.flips,
         })
-    }
-
-    /// Whether an embedding is the mean of those of the picture and its mirror image, scaled to unit norm.
-    #[must_use]
-    pub fn with_flips(self, flips: bool) -> Self {
-        Self { flips, ..self }
     }
 
     /// Whether pictures are mirrored as well.
@@ -166,12 +149,6 @@ impl Embedder {
     #[must_use]
     pub fn dim(&self) -> usize {
         self.dim
-    }
-
-    /// Side of the pictures the network sees.
-    #[must_use]
-    pub fn image_size(&self) -> usize {
-        self.image_size
     }
 
     /// The file it came from.
@@ -189,14 +166,20 @@ impl Embedder {
     /// Embeds the pictures of a split in order, cut as in training's evaluations; those that cannot be read are left out.
     ///
     /// # Errors
-    /// [`Error::Dataset`] if a class has no readable picture; [`Error::Diverged`] if an embedding is not finite.
+    /// [`Error::Dataset`] if a class has no readable picture; [`Error::Diverged`] if an embedding is not finite;
+    /// [`Misused`](ddtas_io::Error::Misused) if this machine's memory is too small for the pictures.
     pub fn embed(&self, split: &Arc<Split>, tell: &mut dyn FnMut(Event<'_>)) -> Result<Embedded> {
         let total = split.len();
+        self.check_memory(total)?;
         let shown = (self.image_size, self.preprocessing);
-        let batches =
-            EvaluationBatches::new(Arc::clone(split), shown, TestCrop::default(), EVALUATION_CHUNK)?;
+        let batches = EvaluationBatches::new(Arc::clone(split), shown, EVALUATION_CHUNK)?;
         let progress = |done| tell(Event::Embedding { done, total });
         embed_batches(|images| self.forward(images), &self.device, batches, progress)
+    }
+
+    /// Refuses to embed so many `pictures` if this machine's memory is too small for a chunk of them.
+    pub(super) fn check_memory(&self, pictures: usize) -> Result<()> {
+        check_embedding(self.image_size, self.backbone.least_values(self.image_size), pictures)
     }
 
     fn forward(&self, images: Tensor<4>) -> Tensor<2> {

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::embedder::{self, Embedder, PretrainedSettings};
+use super::embedder::{self, Embedder, NetworkSettings};
 use super::file::{EmbeddingsFile, Format};
 use super::{Event, Skipped};
 use crate::data::{
@@ -20,12 +20,9 @@ use ndarray::ArrayView1;
 /// What to evaluate, and how.
 #[derive(Debug, Clone, PartialEq, clap::Args)]
 pub struct EvalSettings {
-    /// A checkpoint of ddtas-train, or a run folder, for its best checkpoint.
-    #[arg(long, value_name = "FILE|RUN", required_unless_present_any = ["embeddings", "backbone"])]
-    pub checkpoint: Option<PathBuf>,
-    /// Published weights instead.
+    /// The network.
     #[command(flatten)]
-    pub pretrained: PretrainedSettings,
+    pub network: NetworkSettings,
     /// A file of embeddings instead: .npy, with labels in a .json or .labels.npy file of the same name, or .safetensors with
     /// tensors `embeddings` and `labels`, and for a separate gallery `references` and `reference_labels`.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["checkpoint", "backbone", "dataset", "data_root", "image_size", "flips"])]
@@ -46,12 +43,6 @@ pub struct EvalSettings {
     /// Crop every picture to its bounding box, as in training (cars196, cub200, in-shop).
     #[arg(long, requires = "dataset")]
     pub crop_to_box: bool,
-    /// Side of the square pictures the network sees, 8 to 1024 [default: as in training; 224 for --backbone].
-    #[arg(long, value_name = "PIXELS")]
-    pub image_size: Option<usize>,
-    /// Average the embeddings of every picture and its mirror image.
-    #[arg(long)]
-    pub flips: bool,
 
     /// Values of K in Recall@K, 1 or more, separated by commas [default: those usual for the data set, or 1,2,4,8].
     #[arg(long, value_name = "K", value_delimiter = ',')]
@@ -74,7 +65,7 @@ impl EvalSettings {
     /// The files it reads, with their settings.
     #[must_use]
     pub fn inputs(&self) -> Vec<(&'static str, PathBuf)> {
-        let mut files = embedder::files_of(self.checkpoint.as_deref(), &self.pretrained);
+        let mut files = self.network.files();
         files.extend(self.data_root.clone().map(|path| ("data-root", path)));
         let read = self.embeddings.iter().flat_map(|path| EmbeddingsFile::files(path));
         files.extend(read.map(|path| ("embeddings", path)));
@@ -90,7 +81,7 @@ impl EvalSettings {
         if self.nmi_steps == 0 {
             return invalid("nmi-steps", 0, "1 or more");
         }
-        self.image_size.map_or(Ok(()), check_image_size)?;
+        self.network.image_size.map_or(Ok(()), check_image_size)?;
         self.given_dataset().map_or(Ok(()), |given| given.validate())
     }
 
@@ -156,9 +147,7 @@ pub fn evaluate(settings: &EvalSettings, tell: &mut dyn FnMut(Event<'_>)) -> Res
             measure(settings, path, &mut *backend, (&queries, gallery.as_ref()), RECALL_AT, tell)
         }
         None => {
-            let checkpoint = settings.checkpoint.as_deref();
-            let embedder = Embedder::new(checkpoint, &settings.pretrained, settings.image_size)?
-                .with_flips(settings.flips);
+            let embedder = Embedder::new(&settings.network)?;
             evaluate_network(settings, &embedder, &mut *backend, tell)
         }
     }

@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::embedder::{Embedder, PretrainedSettings, files_of, skipped};
+use super::embedder::{Embedder, NetworkSettings, skipped};
 use super::file::{EmbeddingsFile, Format, check_beside};
 use super::origin;
 use super::pictures::{Pictures, name_of};
@@ -23,24 +23,15 @@ const CLASSES: &str = "ddtas.classes";
 /// What to embed, and where the result goes.
 #[derive(Debug, Clone, PartialEq, Eq, clap::Args)]
 pub struct EmbedSettings {
-    /// A checkpoint of ddtas-train, or a run folder, for its best checkpoint.
-    #[arg(long, value_name = "FILE|RUN", required_unless_present = "backbone")]
-    pub checkpoint: Option<PathBuf>,
-    /// Published weights instead.
+    /// The network.
     #[command(flatten)]
-    pub pretrained: PretrainedSettings,
+    pub network: NetworkSettings,
     /// The pictures to embed: a folder tree.
     #[arg(long, value_name = "DIR")]
     pub images: PathBuf,
     /// The file to write: .safetensors, or .npy with names and labels in a .json of the same name.
     #[arg(long, value_name = "FILE")]
     pub out: PathBuf,
-    /// Side of the square pictures the network sees, 8 to 1024 [default: as in training; 224 for --backbone].
-    #[arg(long, value_name = "PIXELS")]
-    pub image_size: Option<usize>,
-    /// Average the embeddings of every picture and its mirror image.
-    #[arg(long)]
-    pub flips: bool,
 }
 
 /// What was written.
@@ -71,14 +62,14 @@ pub fn embed(settings: &EmbedSettings, tell: &mut dyn FnMut(Event<'_>)) -> Resul
     let Ok(format) = Format::of(&settings.out) else {
         return Err(Error::misuse("out", settings.out.display(), "must end in .safetensors or .npy"));
     };
-    check_output("out", &settings.out, files_of(settings.checkpoint.as_deref(), &settings.pretrained))?;
+    check_output("out", &settings.out, settings.network.files())?;
     if format == Format::Npy {
         check_beside(&settings.out)?;
     }
     let begun = Instant::now();
-    let embedder = Embedder::new(settings.checkpoint.as_deref(), &settings.pretrained, settings.image_size)?
-        .with_flips(settings.flips);
-    let (file, skipped) = embed_folder(&embedder, &settings.images, tell)?;
+    let embedder = Embedder::new(&settings.network)?;
+    let (file, skipped) =
+        embed_folder(&embedder, &settings.images, &Pictures::below(&settings.images)?, tell)?;
     file.write(&settings.out)?;
     let folders = file.labels.iter().flatten().max().map_or(0, |&label| label as usize + 1);
     Ok(Export {
@@ -91,13 +82,13 @@ pub fn embed(settings: &EmbedSettings, tell: &mut dyn FnMut(Event<'_>)) -> Resul
     })
 }
 
-/// The embeddings of a folder tree with names, labels and where they came from; and what could not be read.
+/// The embeddings of the `pictures` below the folder `root` with names, labels and where they came from; and what could not be read.
 pub(super) fn embed_folder(
     embedder: &Embedder,
     root: &Path,
+    pictures: &Pictures,
     tell: &mut dyn FnMut(Event<'_>),
 ) -> Result<(EmbeddingsFile, Vec<Skipped>)> {
-    let pictures = Pictures::below(root)?;
     pictures.passed_over.iter().for_each(|line| tell(Event::Warning(line)));
     let embedded = embedder.embed(&pictures.split, tell);
     let skipped = skipped(&pictures.split);

@@ -23,7 +23,7 @@ mod pictures;
 mod search;
 mod sheet;
 
-pub use embedder::{Embedder, PretrainedSettings};
+pub use embedder::{Embedder, NetworkSettings};
 pub use evaluation::{EvalSettings, Evaluation, evaluate};
 pub use export::{EmbedSettings, Export, embed};
 pub use file::{EmbeddingsFile, Format};

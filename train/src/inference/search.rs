@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::embedder::{Embedder, PretrainedSettings, files_of, skipped};
+use super::embedder::{Embedder, NetworkSettings, skipped};
 use super::export::{CHECKPOINT, FLIPS, embed_folder};
 use super::file::EmbeddingsFile;
 use super::origin::Origin;
@@ -16,12 +16,9 @@ use ddtas::loss::Rows;
 /// What to look for, and where.
 #[derive(Debug, Clone, PartialEq, Eq, clap::Args)]
 pub struct SearchSettings {
-    /// A checkpoint of ddtas-train, or a run folder, for its best checkpoint.
-    #[arg(long, value_name = "FILE|RUN", required_unless_present = "backbone")]
-    pub checkpoint: Option<PathBuf>,
-    /// Published weights instead.
+    /// The network.
     #[command(flatten)]
-    pub pretrained: PretrainedSettings,
+    pub network: NetworkSettings,
     /// The pictures to search: a folder tree, or a file written by `embed`.
     #[arg(long, value_name = "DIR|FILE")]
     pub gallery: PathBuf,
@@ -31,12 +28,6 @@ pub struct SearchSettings {
     /// How many pictures to find for each query, 1 or more.
     #[arg(long, value_name = "K", default_value_t = 10)]
     pub top: usize,
-    /// Side of the square pictures the network sees, 8 to 1024 [default: as in training; 224 for --backbone].
-    #[arg(long, value_name = "PIXELS")]
-    pub image_size: Option<usize>,
-    /// Average the embeddings of every picture and its mirror image.
-    #[arg(long)]
-    pub flips: bool,
     /// Where to search: auto (a GPU if there is one), cpu, cuda or cuda:N.
     #[arg(long, default_value = "auto")]
     pub device: String,
@@ -46,7 +37,7 @@ impl SearchSettings {
     /// The files it reads, with their settings.
     #[must_use]
     pub fn inputs(&self) -> Vec<(&'static str, PathBuf)> {
-        let mut files = files_of(self.checkpoint.as_deref(), &self.pretrained);
+        let mut files = self.network.files();
         files.extend(EmbeddingsFile::files(&self.gallery).map(|path| ("gallery", path)));
         files.extend(self.query.iter().map(|path| ("query", path.clone())));
         files
@@ -105,8 +96,9 @@ pub fn search(settings: &SearchSettings, tell: &mut dyn FnMut(Event<'_>)) -> Res
     if settings.top == 0 {
         return Err(Error::setting("top", "0", "1 or more"));
     }
-    let embedder = Embedder::new(settings.checkpoint.as_deref(), &settings.pretrained, settings.image_size)?
-        .with_flips(settings.flips);
+    let embedder = Embedder::new(&settings.network)?;
+    let below = settings.gallery.is_dir().then(|| Pictures::below(&settings.gallery)).transpose()?;
+    embedder.check_memory(below.as_ref().map_or(0, |pictures| pictures.split.len()))?;
     let pictures = Pictures::of(&settings.query);
     let queries = embedder.embed(&pictures.split, &mut |_| {});
     // One that cannot be read is what the user asked for: no list without it.
@@ -115,10 +107,9 @@ pub fn search(settings: &SearchSettings, tell: &mut dyn FnMut(Event<'_>)) -> Res
     }
     let queries = queries?;
 
-    let (gallery, skipped) = if settings.gallery.is_dir() {
-        embed_folder(&embedder, &settings.gallery, tell)?
-    } else {
-        (EmbeddingsFile::read(&settings.gallery)?, Vec::new())
+    let (gallery, skipped) = match below {
+        Some(pictures) => embed_folder(&embedder, &settings.gallery, &pictures, tell)?,
+        None => (EmbeddingsFile::read(&settings.gallery)?, Vec::new()),
     };
     check_origin(&settings.gallery, &gallery, &embedder)?;
     let origin = Origin::read(&settings.gallery, &gallery.metadata)?;

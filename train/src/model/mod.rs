@@ -57,6 +57,12 @@ pub struct NetworkShape {
 }
 
 impl NetworkShape {
+    /// Of published weights, which have no head.
+    pub(crate) fn published(backbone: BackboneKind) -> Self {
+        let pooling = backbone.pooling();
+        Self { backbone, pooling, width: 0, depth: 0, embedding_dim: 0, head: HeadKind::default() }
+    }
+
     /// Its numbers by their flags, each with the least and the most it may be.
     pub(crate) fn sizes(&self) -> Vec<Size> {
         let [embedding_dim, width, depth] = network_sizes(self.embedding_dim, self.width, self.depth);
@@ -67,11 +73,11 @@ impl NetworkShape {
         }
     }
 
-    /// At least as many bytes as its weights take: of the convolutions of the last stage.
+    /// At least as many bytes as its weights take: of the small network's last stage, or of the head, which in the others has
+    /// the features of the vision transformer or more.
     pub(crate) fn least_bytes(&self) -> usize {
-        let float = size_of::<f32>();
-        let convolutions = 9 * (4 * self.width).pow(2) * self.depth;
-        float * convolutions.max(self.embedding_dim)
+        let features = if self.backbone == BackboneKind::Residual { 4 * self.width } else { 384 };
+        size_of::<f32>() * (9 * (4 * self.width).pow(2) * self.depth).max(features * self.embedding_dim)
     }
 }
 

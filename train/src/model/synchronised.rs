@@ -6,11 +6,10 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use burn::backend::TensorMetadata;
 use burn::backend::tensor::FloatTensor;
+use burn::backend::{Backend, TensorMetadata};
 use burn::tensor::{Tensor, TensorData, try_read_sync};
 
-use super::layers::LayerOps;
 use crate::ranks::Collective;
 use crate::{Error, Result};
 
@@ -62,7 +61,7 @@ pub(super) fn statistics(own: Tensor<2>, count: usize) -> (Tensor<2>, usize) {
 
 /// Of the sums over `count` values a channel that are here, those over all ranks, times the share of `count` in all: what takes
 /// their mean over `count` gets the mean over all.
-pub(super) fn sums<B: LayerOps>(own: FloatTensor<B>, count: usize) -> FloatTensor<B> {
+pub(super) fn sums<B: Backend>(own: FloatTensor<B>, count: usize) -> FloatTensor<B> {
     let unread = |why: String| Error::Training(format!("a tensor cannot be read back: {why}"));
     let all = exchanged(count, || match try_read_sync(B::float_into_data(own.clone())) {
         Some(Ok(data)) => data.try_into_vec::<f32>().map_err(|error| unread(format!("{error:?}"))),

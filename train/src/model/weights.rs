@@ -1,6 +1,7 @@
 //! Published weights, as PyTorch and safetensors keep them, into a backbone.
 
 use std::collections::BTreeMap;
+use std::io::{Read, Seek, SeekFrom};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
@@ -12,7 +13,7 @@ use ddtas_io::console::one_line;
 use ddtas_io::tensors::{Dtype, TensorFile, floats_of};
 use pytorch_reader::{DType as TorchType, PytorchReader};
 
-use super::{Backbone, BackboneKind, HeadKind, NetworkShape, name_of};
+use super::{Backbone, BackboneKind, NetworkShape, name_of};
 use crate::{Error, Result};
 
 /// Prefixes that other programs put before the names of all tensors.
@@ -124,16 +125,9 @@ fn mismatch(layout: &Layout, stored: &BTreeMap<String, Stored>) -> Option<String
 fn refusal(layout: &Layout, stored: &BTreeMap<String, Stored>, reason: &str) -> String {
     let published = BackboneKind::value_variants().iter().filter(|kind| kind.image_size().is_some());
     let layouts: Vec<(String, Layout)> = published
-        .map(|&backbone| {
-            let shape = NetworkShape {
-                backbone,
-                pooling: backbone.pooling(),
-                width: 0,
-                depth: 0,
-                embedding_dim: 0,
-                head: HeadKind::default(),
-            };
-            (name_of(&backbone), Backbone::new(&shape, &Device::flex()).layout())
+        .map(|kind| {
+            let network = Backbone::new(&NetworkShape::published(*kind), &Device::flex());
+            (name_of(kind), network.layout())
         })
         .collect();
     let own = layouts.iter().find(|(_, other)| other == layout).map_or("this network", |(name, _)| name);
@@ -152,7 +146,7 @@ fn read(path: &Path) -> Result<BTreeMap<String, Stored>> {
     let mut start = [0; 9];
     let mut file = std::fs::File::open(path).map_err(Error::io("read", path))?;
     let length = file.metadata().map_err(Error::io("read", path))?.len();
-    let is_torch = match std::io::Read::read_exact(&mut file, &mut start) {
+    let is_torch = match file.read_exact(&mut start) {
         Ok(()) => is_torch(start, length),
         Err(_) => return Err(Error::format(path, "is too short to hold weights")),
     };
@@ -185,9 +179,21 @@ fn read_safetensors(path: &Path) -> Result<BTreeMap<String, Stored>> {
 /// How much larger than its file an archive may say its parts are: torch.save compresses nothing.
 const MOST_EXPANSION: u128 = 4;
 
-/// Refuses an archive that would fill the memory.
+/// Where a TAR archive's first header has its mark.
+const TAR_MARK: (u64, &[u8]) = (257, b"ustar");
+
+/// Refuses an archive that would fill the memory: one that is compressed, and a TAR archive, whose files may be sparse.
 fn check_archive(path: &Path) -> Result<()> {
-    let file = std::fs::File::open(path).map_err(Error::io("read", path))?;
+    let mut file = std::fs::File::open(path).map_err(Error::io("read", path))?;
+    let (at, mark) = TAR_MARK;
+    let mut found = [0; TAR_MARK.1.len()];
+    let read = file.seek(SeekFrom::Start(at)).and_then(|_| file.read_exact(&mut found));
+    if read.is_ok() && found == mark {
+        return Err(Error::format(
+            path,
+            "is a TAR archive, as PyTorch 0.1.9 and earlier wrote: save the weights anew",
+        ));
+    }
     let length = file.metadata().map_err(Error::io("read", path))?.len();
     // What is no archive is told by the reader.
     let Ok(mut archive) = zip::ZipArchive::new(std::io::BufReader::new(file)) else { return Ok(()) };

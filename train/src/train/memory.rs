@@ -57,7 +57,8 @@ impl Memory {
 
     /// Keeps the rows of the batch of `step`, and forgets the oldest beyond the capacity.
     pub fn push(&mut self, step: usize, embeddings: ArrayView2<'_, f32>, labels: &[i64]) {
-        if self.capacity == 0 || step < self.start {
+        // Once it is filled it stays so, though more steps than planned may make the start a later one.
+        if self.capacity == 0 || step < self.start && self.is_empty() {
             return;
         }
         self.embeddings.extend(embeddings.iter());

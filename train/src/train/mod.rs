@@ -47,6 +47,7 @@ pub use memory::Memory;
 pub use optimizer::{Decayed, OptimizerKind, OptimizerSettings};
 pub use preset::Preset;
 pub use records::{EvaluationRecord, Phase, Record, StepRecord, read as read_records};
+pub(crate) use run::check_embedding;
 pub use run::{EVALUATION_CHUNK, Event, Outcome, Overrides, Summary, resume, train};
 pub use schedule::{Schedule, ScheduleKind};
 pub use settings::{BatchNorm, TrainSettings};

@@ -138,7 +138,7 @@ pub struct TrainSettings {
     /// Smallest share of a picture's area that a random crop takes; 1 crops to a square only.
     #[arg(long, default_value_t = 0.6)]
     pub smallest_crop: f64,
-    /// Training steps.
+    /// Training steps; with --resume those of the whole run, which may be more or fewer than before.
     #[arg(long, default_value_t = 200)]
     pub steps: usize,
     /// Peak learning rate.

@@ -2,7 +2,7 @@
 
 use std::io::Write;
 
-use ddtas_io::console::{print, print_json};
+use ddtas_io::console::print_result;
 use ddtas_train::inference::{EmbedSettings, embed as embed_folder};
 
 use super::progress::{during, warn_of_skipped};
@@ -20,10 +20,7 @@ pub fn embed(arguments: &EmbedArguments, quiet: bool) -> ddtas_train::Result<()>
     let settings = &arguments.settings;
     let export = during(quiet, |tell| embed_folder(settings, tell))?;
     warn_of_skipped(&export.skipped);
-    if arguments.json {
-        return Ok(print_json(&export)?);
-    }
-    Ok(print(|out| {
+    Ok(print_result(arguments.json, &export, |out, export| {
         writeln!(
             out,
             "{}: {} pictures of {} folders in {} dimensions, {} left out, {:.1} s",

@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 use std::path::PathBuf;
 
-use ddtas_io::console::{print, print_json};
+use ddtas_io::console::print_result;
 use ddtas_train::inference::{EvalSettings, Evaluation, check_page, evaluate, write_page};
 
 use super::progress::{during, warn_of_skipped};
@@ -28,13 +28,10 @@ pub fn eval(arguments: &EvalArguments, quiet: bool) -> ddtas_train::Result<()> {
     if let Some(path) = &arguments.html {
         write_page(&evaluation, path)?;
     }
-    if arguments.json {
-        return Ok(print_json(&evaluation)?);
-    }
-    Ok(print(|out| table(out, &evaluation))?)
+    Ok(print_result(arguments.json, &evaluation, table)?)
 }
 
-fn table(out: &mut impl Write, evaluation: &Evaluation) -> io::Result<()> {
+fn table(out: &mut Vec<u8>, evaluation: &Evaluation) -> io::Result<()> {
     let recall = &evaluation.metrics.recall;
     let name = evaluation.dataset.clone().unwrap_or_else(|| evaluation.source.display().to_string());
     let against = match evaluation.gallery {

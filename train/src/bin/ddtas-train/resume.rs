@@ -5,8 +5,8 @@ use clap::parser::ValueSource;
 use ddtas_train::train::{Overrides, TrainSettings};
 use ddtas_train::{Error, Result};
 
-/// What may change beside the settings of [`Overrides`].
-const RANKS: [&str; 3] = ["ranks", "rendezvous", "rank_timeout"];
+/// What may change beside [`Overrides::NAMES`].
+const OTHERS: [&str; 4] = ["ranks", "rendezvous", "rank_timeout", "steps"];
 
 /// The changes that were asked for on the command line.
 ///
@@ -15,7 +15,7 @@ const RANKS: [&str; 3] = ["ranks", "rendezvous", "rank_timeout"];
 pub fn overrides(matches: &ArgMatches, settings: &TrainSettings) -> Result<Overrides> {
     let given = |id: &str| matches.value_source(id) == Some(ValueSource::CommandLine);
     let mut ids = matches.ids().map(clap::Id::as_str);
-    let changeable = || Overrides::NAMES.into_iter().chain(RANKS);
+    let changeable = || Overrides::NAMES.into_iter().chain(OTHERS);
     let allowed = |id: &str| changeable().chain(["resume", "quiet", "json"]).any(|allowed| allowed == id);
     // Groups of arguments have ids as well, in the case of their types.
     let argument = |id: &str| id.chars().all(|letter| letter.is_ascii_lowercase() || letter == '_');
@@ -33,6 +33,7 @@ pub fn overrides(matches: &ArgMatches, settings: &TrainSettings) -> Result<Overr
         workers: given("workers").then_some(settings.workers),
         checkpoint_every: given("checkpoint_every").then_some(settings.checkpoint_every),
         max_bad_images: given("max_bad_images").then_some(settings.max_bad_images),
+        steps: given("steps").then_some(settings.steps),
         data_root: settings.data.data_root.clone().filter(|_| given("data_root")),
     })
 }

@@ -3,7 +3,7 @@
 use std::io::{self, Write};
 use std::path::PathBuf;
 
-use ddtas_io::console::{print, print_json};
+use ddtas_io::console::print_result;
 use ddtas_train::inference::{Found, SearchSettings, check_page, search as search_pictures, write_sheet};
 
 use super::progress::{during, warn_of_skipped};
@@ -28,13 +28,10 @@ pub fn search(arguments: &SearchArguments, quiet: bool) -> ddtas_train::Result<(
     if let Some(path) = &arguments.html {
         write_sheet(&found, path)?;
     }
-    if arguments.json {
-        return Ok(print_json(&found)?);
-    }
-    Ok(print(|out| lists(out, &found))?)
+    Ok(print_result(arguments.json, &found, lists)?)
 }
 
-fn lists(out: &mut impl Write, found: &Found) -> io::Result<()> {
+fn lists(out: &mut Vec<u8>, found: &Found) -> io::Result<()> {
     for query in &found.queries {
         writeln!(out, "{} among {} pictures:", query.path.display(), found.gallery)?;
         for (rank, answer) in query.answers.iter().enumerate() {

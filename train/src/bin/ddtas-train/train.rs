@@ -7,7 +7,7 @@ use std::rc::Rc;
 use std::sync::atomic::AtomicBool;
 
 use ddtas::loss::baseline::PairLoss;
-use ddtas_io::console::{counted, print, print_json, reader_has_gone, say};
+use ddtas_io::console::{counted, print_result, reader_has_gone, say};
 use ddtas_io::progress::Progress as Shown;
 use ddtas_train::ranks::Collective;
 use ddtas_train::train::{
@@ -78,8 +78,7 @@ fn print_outcome(outcome: &Outcome, signals: &Signals, output: Output) -> ExitCo
     match outcome {
         Outcome::Finished(summary) => {
             // The run folder is the result, and whole: the table only shows it.
-            let printed = if output.json { print_json(summary) } else { print(|out| table(out, summary)) };
-            match printed {
+            match print_result(output.json, &**summary, table) {
                 Err(error) if !reader_has_gone(&error) => {
                     let folder = summary.folder.display();
                     say(format_args!("warning: {error}; {folder}/report.html has the table"));
@@ -98,7 +97,8 @@ fn print_outcome(outcome: &Outcome, signals: &Signals, output: Output) -> ExitCo
         Outcome::FinishedBefore { folder, step } => {
             let folder = folder.display();
             say(format_args!(
-                "the run in {folder} has finished after {}; see {folder}/report.html; to train on in a new run: --init {folder}/last.safetensors",
+                "the run in {folder} has finished after {}; see {folder}/report.html; to train on: ddtas-train --resume {folder} --steps N, \
+                 or --init {folder}/last.safetensors in a new run",
                 counted(*step, "step")
             ));
             ExitCode::SUCCESS
@@ -226,7 +226,7 @@ fn evaluation_line(record: &EvaluationRecord) -> String {
     format!("after {}: {}", counted(record.step, "step"), recalls.join("  "))
 }
 
-fn table(out: &mut impl Write, summary: &Summary) -> io::Result<()> {
+fn table(out: &mut Vec<u8>, summary: &Summary) -> io::Result<()> {
     let header: String = summary.before.at.iter().map(|(k, _)| format!("{:>8}", format!("R@{k}"))).collect();
     let of = if summary.seen { "Recall@K on seen classes" } else { "Recall@K on unseen classes" };
     let mut rows = vec![

@@ -100,6 +100,15 @@ pub(super) enum Pool {
 const WINDOW: [usize; 2] = [3, 3];
 
 impl Pool {
+    /// Side of what it makes of a side.
+    fn side(self, side: usize) -> usize {
+        let Self::Max { stride, padding, ceil } = self else { return side };
+        let reach = side + 2 * padding - WINDOW[0];
+        // A window past the end counts if it begins before.
+        let past = ceil && !reach.is_multiple_of(stride) && (reach / stride + 1) * stride < side + padding;
+        reach / stride + 1 + usize::from(past)
+    }
+
     fn forward(self, input: Tensor<4>) -> Tensor<4> {
         match self {
             Self::Max { stride, padding, ceil } => {
@@ -169,6 +178,34 @@ impl Graph {
             results.push(Some(result));
         }
         results.pop().flatten().expect("the last result is there")
+    }
+
+    /// Channels and side of every result, for a square picture.
+    fn results(&self, side: usize) -> Vec<[usize; 2]> {
+        let mut results = vec![[3, side]];
+        for step in &self.steps {
+            let [channels, side] = results[step.inputs()[0]];
+            results.push(match step {
+                Step::Unit { unit, .. } => {
+                    let Unit { weight, padding, stride, .. } = &self.units[*unit];
+                    let [channels, _, kernel, _] = weight.shape().dims();
+                    let [before, behind] = padding.around(side, kernel, *stride);
+                    [channels, (before + side + behind - kernel) / stride + 1]
+                }
+                Step::Pool { pool, .. } => [channels, pool.side(side)],
+                Step::Add { .. } => [channels, side],
+                Step::Concat { inputs } => [inputs.iter().map(|&input| results[input][0]).sum(), side],
+            });
+        }
+        results
+    }
+
+    /// Values that a square picture takes at least at once: the most that a step takes and makes.
+    pub(super) fn least_values(&self, side: usize) -> usize {
+        let sizes: Vec<usize> =
+            self.results(side).iter().map(|[channels, side]| channels * side * side).collect();
+        let taken = |step: &Step| step.inputs().iter().map(|&input| sizes[input]).sum::<usize>();
+        self.steps.iter().zip(&sizes[1..]).map(|(step, made)| taken(step) + made).max().unwrap_or(0)
     }
 
     /// The field's name of the tensor that Burn calls `path`, `units.N.weight` or `units.N.norm.gamma`.
@@ -298,5 +335,21 @@ mod tests {
         assert_eq!(around(7, 5, 1), [2, 2]);
         assert_eq!(around(1, 1, 2), [0, 0]);
         assert_eq!(Padding::Even(3).around(96, 7, 2), [3, 3]);
+    }
+
+    #[test]
+    fn sizes_are_those_of_the_tensors() {
+        let device = Device::flex();
+        let [lite0, resnet18] =
+            [super::super::efficientnet::lite0(&device), super::super::resnet::resnet18(&device)];
+        for network in [&lite0, &resnet18, &super::super::bn_inception::bn_inception(&device)] {
+            for side in [96, 97] {
+                let map = network.forward(Tensor::zeros([1, 3, side, side], &device), Normalise::Running);
+                let [_, channels, rows, _] = map.dims();
+                assert_eq!(network.results(side).last(), Some(&[channels, rows]));
+            }
+        }
+        // The pooling behind the first convolution.
+        assert_eq!(resnet18.least_values(224), 64 * (112 * 112 + 56 * 56));
     }
 }

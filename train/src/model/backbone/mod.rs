@@ -105,18 +105,6 @@ impl BackboneKind {
         Ok(())
     }
 
-    /// Values that a picture of `image_size` takes at least at once on its way through the network: what the first layers make
-    /// of it.
-    pub(crate) fn least_values(self, image_size: usize, width: usize) -> usize {
-        match self {
-            // The input of a block, which is added in the end, and the input and the output of its second convolution.
-            Self::Residual => 3 * width * image_size.pow(2),
-            Self::EfficientnetLite0 => 32 * (image_size / 2).pow(2),
-            Self::Resnet18 | Self::Resnet50 | Self::BnInception => 64 * (image_size / 2).pow(2),
-            Self::VitS16 => 384 * (image_size / vision_transformer::PATCH).pow(2),
-        }
-    }
-
     /// Side of the pictures that its published weights were trained on; none for the small network.
     #[must_use]
     pub fn image_size(self) -> Option<usize> {
@@ -156,6 +144,15 @@ impl Backbone {
             Self::Residual(network) => network.features(),
             Self::Graph(network) => network.features(),
             Self::VisionTransformer(network) => network.features(),
+        }
+    }
+
+    /// Values that a picture of this `side` takes at least at once on its way through the network.
+    pub(crate) fn least_values(&self, side: usize) -> usize {
+        match self {
+            Self::Residual(network) => network.least_values(side),
+            Self::Graph(network) => network.least_values(side),
+            Self::VisionTransformer(_) => VisionTransformer::least_values(side),
         }
     }
 

@@ -110,6 +110,13 @@ impl Residual {
         self.features
     }
 
+    /// Values that a picture takes at least at once: the input of a first block, which is added in the end, and the input and
+    /// the output of its second convolution.
+    pub(super) fn least_values(&self, side: usize) -> usize {
+        let [width, ..] = self.stem.weight.shape().dims::<4>();
+        3 * width * side * side
+    }
+
     /// Images `[N, 3, H, W]` to a feature map `[N, features, H / 4, W / 4]`.
     #[must_use]
     pub fn forward(&self, images: Tensor<4>, mode: Normalise) -> Tensor<4> {

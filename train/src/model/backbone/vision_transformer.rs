@@ -189,6 +189,11 @@ impl VisionTransformer {
         CHANNELS
     }
 
+    /// Values that a picture takes at least at once: those of its tokens, and a block's perceptron inside.
+    pub(super) fn least_values(side: usize) -> usize {
+        (1 + EXPANSION) * CHANNELS * (1 + (side / PATCH).pow(2))
+    }
+
     /// Images `[N, 3, H, W]`, sides multiples of 16, to tokens `[N, 1 + H / 16 * W / 16, C]`.
     #[must_use]
     pub fn forward(&self, images: Tensor<4>) -> Tensor<3> {

@@ -7,13 +7,13 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 
-use super::{ConvolutionOptions, LayerOps, NormaliseOptions};
+use super::{ConvolutionOptions, LayerGradients, LayerOps, NormaliseOptions};
 use crate::model::synchronised;
 
 #[derive(Debug)]
 struct Convolution;
 
-impl<B: LayerOps> Backward<B, 2> for Convolution {
+impl<B: LayerGradients> Backward<B, 2> for Convolution {
     type State = (FloatTensor<B>, FloatTensor<B>, ConvolutionOptions);
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _checkpointer: &mut Checkpointer) {
@@ -34,7 +34,7 @@ impl<B: LayerOps> Backward<B, 2> for Convolution {
 #[derive(Debug)]
 struct Normalise;
 
-impl<B: LayerOps> Backward<B, 3> for Normalise {
+impl<B: LayerGradients> Backward<B, 3> for Normalise {
     type State = ([FloatTensor<B>; 4], NormaliseOptions);
 
     fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _checkpointer: &mut Checkpointer) {
@@ -80,7 +80,7 @@ impl<B: LayerOps> Backward<B, 3> for Normalise {
 #[derive(Debug)]
 struct AddRelu;
 
-impl<B: LayerOps> Backward<B, 2> for AddRelu {
+impl<B: LayerGradients> Backward<B, 2> for AddRelu {
     type State = FloatTensor<B>;
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _checkpointer: &mut Checkpointer) {
@@ -91,7 +91,7 @@ impl<B: LayerOps> Backward<B, 2> for AddRelu {
     }
 }
 
-impl<B: LayerOps, C: CheckpointStrategy> LayerOps for Autodiff<B, C> {
+impl<B: LayerGradients, C: CheckpointStrategy> LayerOps for Autodiff<B, C> {
     fn convolution(
         input: FloatTensor<Self>,
         weight: FloatTensor<Self>,

@@ -6,7 +6,7 @@ use burn::tensor::{Shape, TensorData};
 
 use super::convolution::{self, Geometry};
 use super::normalisation::{self, Normalisation, Planes};
-use super::{ConvolutionOptions, LayerOps, NormaliseOptions};
+use super::{ConvolutionOptions, LayerGradients, LayerOps, NormaliseOptions};
 use super::{depthwise, matrix};
 
 type CpuTensor = FloatTensor<Flex>;
@@ -104,6 +104,31 @@ impl LayerOps for Flex {
         tensor(values, [g.images, g.channels_out, height, width])
     }
 
+    fn batch_statistics(input: CpuTensor) -> CpuTensor {
+        let planes = planes(&input.shape());
+        tensor(normalisation::statistics(planes, Values::new(input).get()), [2, planes.channels])
+    }
+
+    fn normalise(
+        input: CpuTensor,
+        statistics: CpuTensor,
+        gamma: CpuTensor,
+        beta: CpuTensor,
+        options: NormaliseOptions,
+    ) -> CpuTensor {
+        let shape = input.shape();
+        let inputs = Inputs::new([statistics, gamma, beta], options);
+        let values = normalisation::forward(planes(&shape), Values::new(input).get(), &inputs.settings());
+        tensor(values, shape)
+    }
+
+    fn add_relu(a: CpuTensor, b: CpuTensor) -> CpuTensor {
+        let shape = a.shape();
+        tensor(normalisation::add_relu(Values::new(a).get(), Values::new(b).get()), shape)
+    }
+}
+
+impl LayerGradients for Flex {
     fn convolution_input_gradient(
         input: CpuTensor,
         weight: CpuTensor,
@@ -131,24 +156,6 @@ impl LayerOps for Flex {
             (depthwise::weight_gradient, matrix::weight_gradient, convolution::weight_gradient);
         let values = pass(&g, options.depthwise, passes, [input.get(), gradient.get()]);
         tensor(values, weight.shape())
-    }
-
-    fn batch_statistics(input: CpuTensor) -> CpuTensor {
-        let planes = planes(&input.shape());
-        tensor(normalisation::statistics(planes, Values::new(input).get()), [2, planes.channels])
-    }
-
-    fn normalise(
-        input: CpuTensor,
-        statistics: CpuTensor,
-        gamma: CpuTensor,
-        beta: CpuTensor,
-        options: NormaliseOptions,
-    ) -> CpuTensor {
-        let shape = input.shape();
-        let inputs = Inputs::new([statistics, gamma, beta], options);
-        let values = normalisation::forward(planes(&shape), Values::new(input).get(), &inputs.settings());
-        tensor(values, shape)
     }
 
     fn normalise_parameter_gradient(
@@ -188,11 +195,6 @@ impl LayerOps for Flex {
             &inputs.settings(),
         );
         tensor(values, shape)
-    }
-
-    fn add_relu(a: CpuTensor, b: CpuTensor) -> CpuTensor {
-        let shape = a.shape();
-        tensor(normalisation::add_relu(Values::new(a).get(), Values::new(b).get()), shape)
     }
 
     fn add_relu_gradient(output: CpuTensor, output_gradient: CpuTensor) -> CpuTensor {

@@ -1,9 +1,8 @@
 //! The network's heavy operations, as an extension of Burn's backends.
 //!
-//! [`LayerOps`] has a default body for every backend, made of Burn's own
-//! operations, and hand-written ones in f32 for the CPU backend, where Burn's are
-//! several times slower than PyTorch's, and for the GPU backend, where they are direct convolutions
-//! unless it times others. Gradients are written out, since the macro does not derive them.
+//! They are written by hand in f32 for the CPU backend, where Burn's own are several times slower than PyTorch's, and for the
+//! GPU backend, where those are direct convolutions unless it times others. Gradients are written out, since the macro does
+//! not derive them.
 //!
 //! | file | operations |
 //! | --- | --- |
@@ -30,7 +29,7 @@ use burn::tensor::Tensor;
 
 #[cfg(feature = "train-emulated")]
 pub use cube::emulate_whole_cubes;
-pub use ops::LayerOps;
+pub use ops::{LayerGradients, LayerOps};
 
 /// Convolution without bias: `[N, in, H, W]` and `[out, in, k, k]` (depthwise: `[in, 1, k, k]`) to `[N, out, H', W']`.
 pub fn convolution(input: Tensor<4>, weight: Tensor<4>, options: ConvolutionOptions) -> Tensor<4> {

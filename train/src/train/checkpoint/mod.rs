@@ -16,7 +16,7 @@ use archive::{Archive, Entry};
 use ddtas_io::tensors::Dtype;
 
 use crate::generator::{GeneratorSettings, Thresholds};
-use crate::model::{BackboneKind, EmbeddingNetwork, NetworkShape};
+use crate::model::{EmbeddingNetwork, NetworkShape};
 use crate::{Error, Result};
 
 /// Name of the best checkpoint in a run folder.
@@ -149,7 +149,7 @@ impl Checkpoint {
                 return Err(self.bad(format!("its network has {name} {value}, which is not {range}")));
             }
         }
-        if shape.backbone == BackboneKind::Residual && shape.least_bytes() > self.length {
+        if shape.least_bytes() > self.length {
             return Err(self.bad(format!("is too small to hold a network of {shape}")));
         }
         Ok(shape)

@@ -6,6 +6,7 @@ use super::strip::{self, Query};
 use crate::pages::{document, escape, figures, grouped, percent, push, section};
 use crate::train::records::EvaluationRecord;
 use crate::train::settings::before_training;
+use ddtas_io::console::counted_as;
 
 /// The whole page; everything that came from outside is escaped.
 pub(super) fn page(report: &Report) -> Result<String, String> {
@@ -101,7 +102,7 @@ fn recall_table(body: &mut String, report: &Report) {
     if let Some(findings) = &report.findings {
         rows.extend(findings.baselines.iter().map(|b| Row::new(&b.name, &b.recall, [None, None])));
     }
-    let after = |step: usize| format!("after {} step{}", grouped(step), if step == 1 { "" } else { "s" });
+    let after = |step: usize| format!("after {}", counted_as(grouped(step), step, "step"));
     let before = match first.step {
         0 => before_training(report.begins_with("init"), report.begins_with("weights")).into(),
         step => after(step),

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use ndarray::{ArrayView2, Axis};
 
-use crate::data::{Dataset, EvaluationBatches, ImageBatch, Preprocessing, Split, TestCrop, check_classes};
+use crate::data::{Dataset, EvaluationBatches, ImageBatch, Preprocessing, Split, check_classes};
 use crate::ranks::{self, Collective, share};
 use crate::train::engine::{Embedded, Engine};
 use crate::{Error, Result};
@@ -180,8 +180,7 @@ impl Test<'_> {
         shown: (usize, Preprocessing),
         range: Range<usize>,
     ) -> Result<impl Iterator<Item = Result<ImageBatch>>> {
-        let batches =
-            EvaluationBatches::new(Arc::clone(split), shown, TestCrop::default(), EVALUATION_CHUNK)?;
+        let batches = EvaluationBatches::new(Arc::clone(split), shown, EVALUATION_CHUNK)?;
         Ok(batches.within(range).take_while(|_| !self.stopped()))
     }
 

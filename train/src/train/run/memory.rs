@@ -1,5 +1,6 @@
-//! Whether this machine's memory can hold a step at all: an allocation that fails would end the program.
+//! Whether this machine's memory can hold a step or an evaluation at all: an allocation that fails would end the program.
 
+use super::evaluation::EVALUATION_CHUNK;
 use crate::train::settings::TrainSettings;
 use crate::{Error, Result};
 
@@ -29,27 +30,58 @@ pub(super) fn of_this_machine() -> Option<u128> {
     None
 }
 
-/// Refuses a step or an evaluation that takes more than `most` bytes by the least that it can take.
+/// Bytes that `loaded` pictures take, of which `inside` go through the network at once with `values` each.
+fn bytes_of(side: usize, values: usize, loaded: usize, inside: usize) -> u128 {
+    4 * (loaded as u128 * 3 * (side * side) as u128 + inside as u128 * values as u128)
+}
+
+/// The error of what takes more bytes than there are.
+fn too_large(
+    (name, value): (&'static str, usize),
+    (what, count, side): (&str, usize, usize),
+    needed: u128,
+    most: u128,
+) -> Error {
+    let gigabytes = |bytes: u128| format!("{:.1} GB", bytes as f64 / 1e9);
+    let reason = format!(
+        "{what} on {count} pictures of {side} x {side} takes at least {} of memory, and this machine has {}: give less",
+        gigabytes(needed),
+        gigabytes(most)
+    );
+    Error::misuse(name, value, reason)
+}
+
+/// Refuses to embed `pictures` on the CPU if a chunk of them takes more than this machine's memory by the least that it can
+/// take; `values` are those that a picture takes inside the network.
+///
+/// # Errors
+/// [`Misused`](ddtas_io::Error::Misused) names `--image-size`, and both sizes.
+pub(crate) fn check_embedding(side: usize, values: usize, pictures: usize) -> Result<()> {
+    let chunk = pictures.min(EVALUATION_CHUNK);
+    let needed = bytes_of(side, values, chunk, chunk);
+    match of_this_machine().filter(|most| needed > *most) {
+        Some(most) => Err(too_large(("image-size", side), ("an evaluation", chunk, side), needed, most)),
+        None => Ok(()),
+    }
+}
+
+/// Refuses a step or an evaluation that takes more than `most` bytes by the least that it can take; `values` are those that a
+/// picture takes inside the network.
 ///
 /// # Errors
 /// [`Misused`](ddtas_io::Error::Misused) names the setting that is furthest off, and both sizes.
-pub(super) fn check(settings: &TrainSettings, pictures: &Pictures, most: u128) -> Result<()> {
+pub(super) fn check(settings: &TrainSettings, values: usize, pictures: &Pictures, most: u128) -> Result<()> {
     let Pictures { batch, meta, test } = *pictures;
     let side = settings.image_size;
-    let loaded = 3 * side * side;
-    let inside = settings.backbone.least_values(side, settings.width);
-    let bytes = |loaded_pictures: usize, inside_pictures: usize| {
-        4 * (loaded_pictures as u128 * loaded as u128 + inside_pictures as u128 * inside as u128)
-    };
     let chunk = settings.optimizer.chunk_size;
     let at_once = if chunk == 0 { batch } else { chunk.min(batch) };
-    let step = bytes(batch + meta, at_once.max(meta));
-    let evaluation = bytes(test, test);
+    let step = bytes_of(side, values, batch + meta, at_once.max(meta));
+    let evaluation = bytes_of(side, values, test, test);
     let needed = step.max(evaluation);
     if needed <= most {
         return Ok(());
     }
-    let (name, value) = if step < evaluation || batch.max(meta) <= 1024 {
+    let setting = if step < evaluation || batch.max(meta) <= 1024 {
         ("image-size", side)
     } else if meta > batch {
         ("meta-images", settings.generator.meta_images)
@@ -59,16 +91,7 @@ pub(super) fn check(settings: &TrainSettings, pictures: &Pictures, most: u128) -
         ("images-per-class", settings.images_per_class)
     };
     let (what, count) = if step < evaluation { ("an evaluation", test) } else { ("a step", batch + meta) };
-    let gigabytes = |bytes: u128| format!("{:.1} GB", bytes as f64 / 1e9);
-    Err(Error::misuse(
-        name,
-        value,
-        format!(
-            "{what} on {count} pictures of {side} x {side} takes at least {} of memory, and this machine has {}: give less",
-            gigabytes(needed),
-            gigabytes(most)
-        ),
-    ))
+    Err(too_large(setting, (what, count, side), needed, most))
 }
 
 #[cfg(test)]
@@ -80,7 +103,8 @@ mod tests {
         let usual = TrainSettings::default();
         let small = Pictures { batch: 80, meta: 10, test: 128 };
         let of = |settings: &TrainSettings, pictures: &Pictures| {
-            check(settings, pictures, 32_000_000_000).map_err(|error| error.to_string())
+            let values = 3 * settings.width * settings.image_size.pow(2);
+            check(settings, values, pictures, 32_000_000_000).map_err(|error| error.to_string())
         };
         of(&usual, &small).unwrap();
         let large = TrainSettings { image_size: 1024, ..usual.clone() };

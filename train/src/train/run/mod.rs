@@ -9,7 +9,7 @@
 //! | `event.rs` | progress and outcome |
 //! | `unread.rs` | pictures that cannot be read |
 //! | `evaluation.rs` | Recall@K of the network, and of raw pixels |
-//! | `memory.rs` | whether this machine's memory can hold a step |
+//! | `memory.rs` | whether this machine's memory can hold a step or an evaluation |
 
 mod evaluation;
 mod event;
@@ -37,12 +37,13 @@ use crate::{Error, Result};
 pub use evaluation::EVALUATION_CHUNK;
 pub use event::{Event, Outcome, Summary};
 use files::Files;
+pub(crate) use memory::check_embedding;
 use setup::{Setup, make_engine};
 use state::RunState;
 use steps::Run;
 
 /// Settings that may change when a run is resumed. Its result does not depend on them, except that another device may
-/// round differently.
+/// round differently, and on the number of steps.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Overrides {
     /// Where to compute.
@@ -55,10 +56,12 @@ pub struct Overrides {
     pub max_bad_images: Option<usize>,
     /// New place of the same pictures; config.toml is changed to it.
     pub data_root: Option<PathBuf>,
+    /// Steps of the whole run, at least as many as it has done; config.toml is changed to it.
+    pub steps: Option<usize>,
 }
 
 impl Overrides {
-    /// The settings that they change, by their names in config.toml.
+    /// Those that the result does not depend on, by their names in config.toml.
     pub const NAMES: [&str; 5] = ["device", "workers", "checkpoint_every", "max_bad_images", "data_root"];
 
     fn apply(&self, settings: &mut TrainSettings) {
@@ -66,6 +69,7 @@ impl Overrides {
         settings.workers = self.workers.unwrap_or(settings.workers);
         settings.checkpoint_every = self.checkpoint_every.unwrap_or(settings.checkpoint_every);
         settings.max_bad_images = self.max_bad_images.unwrap_or(settings.max_bad_images);
+        settings.steps = self.steps.unwrap_or(settings.steps);
         settings.data.data_root = self.data_root.clone().or_else(|| settings.data.data_root.take());
     }
 }
@@ -86,7 +90,26 @@ pub fn train(
     stop: &AtomicBool,
     tell: &mut dyn FnMut(Event<'_>),
 ) -> Result<Outcome> {
-    on_every_rank(ranks, tell, |tell| begin(settings, ranks, stop, tell))
+    on_every_rank(ranks, tell, |tell| {
+        settings.validate()?;
+        settings.check_files()?;
+        let writes = ranks.rank() == 0;
+        if writes {
+            RunFolder::check(settings)?;
+        }
+        let begun = Instant::now();
+        let (place, backend) = open_device(settings, &**ranks)?;
+        let engine = make_engine(settings, (&place, backend), None, ranks)?;
+        let dataset = settings.data.open_until(stop, &mut |note| tell(Event::Note(note)))?;
+        let (settings, note) = &settings.fitted(dataset.train.by_class().len());
+        let setup = Setup::new(settings, &dataset, engine, (&place, &**ranks))?;
+        let memory = settings.warning_of_memory();
+        let files = writes.then(|| Files::create(settings, &dataset.name)).transpose()?;
+        let run = Run::new(settings, &dataset, files, setup, ranks, stop, tell);
+        let said =
+            note.iter().map(|note| Event::Note(note)).chain(memory.iter().map(|line| Event::Warning(line)));
+        run.train(&place, None, begun, said.collect())
+    })
 }
 
 /// Does `work` on this rank; only rank 0 reports progress, and an error on one rank ends all.
@@ -98,32 +121,6 @@ fn on_every_rank<T>(
     let mut silent = |_: Event<'_>| {};
     let tell = if ranks.rank() == 0 { tell } else { &mut silent };
     together(ranks, || work(tell))
-}
-
-fn begin(
-    settings: &TrainSettings,
-    ranks: &Rc<dyn Collective>,
-    stop: &AtomicBool,
-    tell: &mut dyn FnMut(Event<'_>),
-) -> Result<Outcome> {
-    settings.validate()?;
-    settings.check_files()?;
-    let writes = ranks.rank() == 0;
-    if writes {
-        RunFolder::check(settings)?;
-    }
-    let begun = Instant::now();
-    let (place, backend) = open_device(settings, &**ranks)?;
-    let engine = make_engine(settings, (&place, backend), None, ranks)?;
-    let dataset = settings.data.open_until(stop, &mut |note| tell(Event::Note(note)))?;
-    let (settings, note) = &settings.fitted(dataset.train.by_class().len());
-    let setup = Setup::new(settings, &dataset, engine, (&place, &**ranks))?;
-    let memory = settings.warning_of_memory();
-    let files = writes.then(|| Files::create(settings, &dataset.name)).transpose()?;
-    let run = Run::new(settings, &dataset, files, setup, ranks, stop, tell);
-    let said =
-        note.iter().map(|note| Event::Note(note)).chain(memory.iter().map(|line| Event::Warning(line)));
-    run.train(&place, None, begun, said.collect())
 }
 
 /// Resumes the run in `folder` from its last checkpoint, or from the beginning if it has none yet. With as many `ranks` as
@@ -139,57 +136,51 @@ pub fn resume(
     stop: &AtomicBool,
     tell: &mut dyn FnMut(Event<'_>),
 ) -> Result<Outcome> {
-    on_every_rank(ranks, tell, |tell| go_on(folder, overrides, ranks, stop, tell))
-}
-
-fn go_on(
-    folder: &Path,
-    overrides: &Overrides,
-    ranks: &Rc<dyn Collective>,
-    stop: &AtomicBool,
-    tell: &mut dyn FnMut(Event<'_>),
-) -> Result<Outcome> {
-    let begun = Instant::now();
-    let writes = ranks.rank() == 0;
-    let read = |path: &Path| std::fs::read(path).map_err(Error::io("read", path));
-    let folder = RunFolder::open(folder)?;
-    let config = if writes { read(&folder.config())? } else { Vec::new() };
-    let mut settings = folder.settings_in(&ranks.broadcast(config)?)?;
-    overrides.apply(&mut settings);
-    settings.validate()?;
-    let metrics = writes.then(|| RecordWriter::reopen(&folder.metrics())).transpose()?;
-    if writes {
-        folder.remove_partial()?;
-    }
-    let last = folder.last();
-    let there = writes && last.exists();
-    let bytes = ranks.broadcast(if there { read(&last)? } else { Vec::new() })?;
-    let last = (there || !bytes.is_empty()).then(|| Checkpoint::parse(&last, &bytes)).transpose()?;
-    let state = last.as_ref().map(RunState::of).transpose()?.unwrap_or_default();
-    state.check_settings(&settings, &folder.config())?;
-    if state.finished {
-        return Ok(Outcome::FinishedBefore { folder: folder.path().to_path_buf(), step: state.step });
-    }
-    let (place, backend) = open_device(&settings, &**ranks)?;
-    let mut engine = make_engine(&settings, (&place, backend), last.as_ref(), ranks)?;
-    let resumed = last.is_some();
-    if let Some(last) = last {
-        state.put_back(&mut engine, last)?;
-    }
-    let dataset = settings.data.open_until(stop, &mut |note| tell(Event::Note(note)))?;
-    state.check_data(&dataset)?;
-    if writes && overrides.data_root.is_some() {
-        folder.write_config(&settings)?;
-    }
-    let (settings, _) = settings.fitted(dataset.train.by_class().len());
-    let setup = Setup::new(&settings, &dataset, engine, (&place, &**ranks))?;
-    let files = metrics.map(|metrics| Files::reopen(folder, metrics, &settings, &state)).transpose()?;
-    let mut run = Run::new(&settings, &dataset, files, setup, ranks, stop, tell);
-    let done = state.step;
-    if resumed {
-        run.state = state;
-    }
-    run.train(&place, Some(done), begun, Vec::new())
+    on_every_rank(ranks, tell, |tell| {
+        let begun = Instant::now();
+        let writes = ranks.rank() == 0;
+        let read = |path: &Path| std::fs::read(path).map_err(Error::io("read", path));
+        let folder = RunFolder::open(folder)?;
+        let config = if writes { read(&folder.config())? } else { Vec::new() };
+        let mut settings = folder.settings_in(&ranks.broadcast(config)?)?;
+        overrides.apply(&mut settings);
+        settings.validate()?;
+        let metrics = writes.then(|| RecordWriter::reopen(&folder.metrics())).transpose()?;
+        if writes {
+            folder.remove_partial()?;
+        }
+        let last = folder.last();
+        let there = writes && last.exists();
+        let bytes = ranks.broadcast(if there { read(&last)? } else { Vec::new() })?;
+        let last = (there || !bytes.is_empty()).then(|| Checkpoint::parse(&last, &bytes)).transpose()?;
+        let mut state = last.as_ref().map(RunState::of).transpose()?.unwrap_or_default();
+        state.check_settings(&settings, &folder.config())?;
+        // A finished run goes on where it is to have more steps.
+        state.finished &= settings.steps == state.step;
+        if state.finished {
+            return Ok(Outcome::FinishedBefore { folder: folder.path().to_path_buf(), step: state.step });
+        }
+        let (place, backend) = open_device(&settings, &**ranks)?;
+        let mut engine = make_engine(&settings, (&place, backend), last.as_ref(), ranks)?;
+        let resumed = last.is_some();
+        if let Some(last) = last {
+            state.put_back(&mut engine, last)?;
+        }
+        let dataset = settings.data.open_until(stop, &mut |note| tell(Event::Note(note)))?;
+        state.check_data(&dataset)?;
+        if writes && (overrides.data_root.is_some() || overrides.steps.is_some()) {
+            folder.write_config(&settings)?;
+        }
+        let (settings, _) = settings.fitted(dataset.train.by_class().len());
+        let setup = Setup::new(&settings, &dataset, engine, (&place, &**ranks))?;
+        let files = metrics.map(|metrics| Files::reopen(folder, metrics, &settings, &state)).transpose()?;
+        let mut run = Run::new(&settings, &dataset, files, setup, ranks, stop, tell);
+        let done = state.step;
+        if resumed {
+            run.state = RunState { settings: run.state.settings.take(), ..state };
+        }
+        run.train(&place, Some(done), begun, Vec::new())
+    })
 }
 
 /// Finds the device and opens the loss's backend there.

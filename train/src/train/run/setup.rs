@@ -56,7 +56,8 @@ impl Setup {
                 meta: meta_sampler.as_ref().map_or(0, |sampler| own(sampler.batch_size())),
                 test: own(dataset.test.len()).min(EVALUATION_CHUNK),
             };
-            memory::check(settings, &pictures, most)?;
+            let values = engine.network.backbone.least_values(settings.image_size);
+            memory::check(settings, values, &pictures, most)?;
         }
         Ok(Self { engine, sampler, meta_sampler })
     }

@@ -151,19 +151,30 @@ impl RunState {
         Ok(())
     }
 
-    /// Checks that config.toml has the settings that the run began with.
+    /// Checks that config.toml has the settings that the run began with, and no fewer steps than it has done.
     ///
     /// # Errors
-    /// [`Format`](ddtas_io::Error::Format) names the first setting that differs.
+    /// [`Format`](ddtas_io::Error::Format) names the first setting that differs; [`Misused`](ddtas_io::Error::Misused) names
+    /// `--steps`.
     pub fn check_settings(&self, settings: &TrainSettings, config: &Path) -> Result<()> {
+        let (steps, done) = (settings.steps, self.step);
+        if self.phase(settings) == Phase::Training && steps < done {
+            return Err(Error::misuse(
+                "steps",
+                steps,
+                format!("the run has done {done}: give {done} or more"),
+            ));
+        }
         let Some(before) = self.settings.as_deref().and_then(|text| text.parse::<toml::Table>().ok()) else {
             return Ok(());
         };
         let now = fixed(settings);
         let mut keys: Vec<_> = before.keys().chain(now.keys()).collect();
         keys.sort();
-        // What a later version has added is not in the older table.
-        let differs = |key: &&&String| before.get(**key) != now.get(**key) && before.contains_key(**key);
+        // What a later version has added is not in the older table. The steps may change.
+        let differs = |key: &&&String| {
+            **key != "steps" && before.get(**key) != now.get(**key) && before.contains_key(**key)
+        };
         let Some(key) = keys.iter().find(differs) else { return Ok(()) };
         let shown = |table: &toml::Table| table.get(*key).map_or("nothing".to_owned(), ToString::to_string);
         let (was, is) = (shown(&before), shown(&now));

@@ -171,14 +171,19 @@ impl<'a> Run<'a> {
         if self.rehearse()? == Progress::Stopped {
             return Ok(Progress::Stopped);
         }
-        let learns = self.settings.generator.rehearsal_steps() == 0;
+        self.walk(self.settings.steps)
+    }
+
+    /// Takes the steps of this part of the run, up to `last`; between those of the run itself it evaluates.
+    fn walk(&mut self, last: usize) -> Result<Progress> {
+        // After a rehearsal lambda is learned no more.
+        let learns = self.phase() == Phase::Rehearsal || self.settings.generator.rehearsal_steps() == 0;
         let meta_sampler = self.meta_sampler.as_ref().filter(|_| learns);
-        let steps = self.state.step..self.settings.steps;
-        let (sampler, ranks) = (&self.sampler, &*self.ranks);
+        let (sampler, steps, ranks) = (&self.sampler, self.state.step..last, &*self.ranks);
         let mut batches = Batches::new(self.settings, self.dataset, sampler, meta_sampler, steps, ranks)?;
         let mut clock = Instant::now();
         loop {
-            if self.evaluation_is_due() {
+            if self.phase() == Phase::Training && self.evaluation_is_due() {
                 if self.evaluate()? == Progress::Stopped {
                     return Ok(Progress::Stopped);
                 }
@@ -202,16 +207,8 @@ impl<'a> Run<'a> {
             return Ok(Progress::Done);
         }
         self.engine.rehearse(steps);
-        let (sampler, meta_sampler) = (&self.sampler, self.meta_sampler.as_ref());
-        let (steps, ranks) = (self.state.step..steps, &*self.ranks);
-        let mut batches = Batches::new(self.settings, self.dataset, sampler, meta_sampler, steps, ranks)?;
-        let mut clock = Instant::now();
-        loop {
-            if self.stopping()? {
-                return Ok(Progress::Stopped);
-            }
-            let Some((batch, meta)) = batches.next().transpose()? else { break };
-            self.step(&batch, meta.as_ref(), &mut clock)?;
+        if self.walk(steps)? == Progress::Stopped {
+            return Ok(Progress::Stopped);
         }
         let network = first_network(self.settings, self.engine.device())?;
         self.engine.restart(network, self.settings);

@@ -32,7 +32,7 @@ use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::ops::{permute_nchw_to_nhwc, permute_nhwc_to_nchw};
 use burn_cubecl::tensor::CubeTensor;
 
-use super::{ConvolutionOptions, LayerOps, NormaliseOptions};
+use super::{ConvolutionOptions, LayerGradients, LayerOps, NormaliseOptions};
 
 /// Units of a cube, where the device has as many.
 const UNITS: usize = 256;
@@ -135,6 +135,27 @@ impl LayerOps for Cube {
         output.into_nchw()
     }
 
+    fn batch_statistics(input: CubeTensor) -> CubeTensor {
+        normalisation::statistics(&Map::new(input))
+    }
+
+    fn normalise(
+        input: CubeTensor,
+        statistics: CubeTensor,
+        gamma: CubeTensor,
+        beta: CubeTensor,
+        options: NormaliseOptions,
+    ) -> CubeTensor {
+        let parameters = normalisation::Parameters::new(statistics, gamma, beta, options);
+        normalisation::forward(&Map::new(input), &parameters).into_nchw()
+    }
+
+    fn add_relu(a: CubeTensor, b: CubeTensor) -> CubeTensor {
+        normalisation::add_relu(&Map::new(a), &Map::new(b)).into_nchw()
+    }
+}
+
+impl LayerGradients for Cube {
     fn convolution_input_gradient(
         input: CubeTensor,
         weight: CubeTensor,
@@ -167,21 +188,6 @@ impl LayerOps for Cube {
         }
     }
 
-    fn batch_statistics(input: CubeTensor) -> CubeTensor {
-        normalisation::statistics(&Map::new(input))
-    }
-
-    fn normalise(
-        input: CubeTensor,
-        statistics: CubeTensor,
-        gamma: CubeTensor,
-        beta: CubeTensor,
-        options: NormaliseOptions,
-    ) -> CubeTensor {
-        let parameters = normalisation::Parameters::new(statistics, gamma, beta, options);
-        normalisation::forward(&Map::new(input), &parameters).into_nchw()
-    }
-
     fn normalise_input_gradient(
         input: CubeTensor,
         statistics: CubeTensor,
@@ -206,10 +212,6 @@ impl LayerOps for Cube {
     ) -> CubeTensor {
         let parameters = normalisation::Parameters::new(statistics, gamma, beta, options);
         normalisation::parameter_gradient(&Map::new(input), &Map::new(output_gradient), &parameters)
-    }
-
-    fn add_relu(a: CubeTensor, b: CubeTensor) -> CubeTensor {
-        normalisation::add_relu(&Map::new(a), &Map::new(b)).into_nchw()
     }
 
     fn add_relu_gradient(output: CubeTensor, output_gradient: CubeTensor) -> CubeTensor {
