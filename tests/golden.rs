@@ -28,8 +28,8 @@ fn the_float64_truth_reproduces_every_golden_case() {
         for (what, got, wanted) in [
             ("dL/dlambda_pos", truth.dloss_dlambda_pos, e.dloss_dlambda_pos),
             ("dL/dlambda_neg", truth.dloss_dlambda_neg, e.dloss_dlambda_neg),
-            ("hyper_pos", truth.hyper.pos, e.hyper.pos),
-            ("hyper_neg", truth.hyper.neg, e.hyper.neg),
+            ("threshold_pos", truth.threshold_gradient.pos, e.threshold_gradient.pos),
+            ("threshold_neg", truth.threshold_gradient.neg, e.threshold_gradient.neg),
         ] {
             close(&name, what, got, wanted, wanted.abs());
         }

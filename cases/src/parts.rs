@@ -4,8 +4,8 @@
 use ddtas::Result;
 use ddtas::backend::Backend;
 use ddtas::loss::{
-    Batch, Embeddings, Hypergradient, Identity, LossOutput, LossSettings, Mining, PartReference, RowNumbers,
-    Rows,
+    Batch, Embeddings, Identity, LossOutput, LossSettings, Mining, PartReference, RowNumbers, Rows,
+    ThresholdGradient,
 };
 use ndarray::{Array2, ArrayView2, Axis, concatenate, s};
 use rand::{RngExt, SeedableRng};
@@ -28,7 +28,7 @@ pub fn slice<'a>(rows: &'a Rows<'_>, first: usize, end: usize) -> Rows<'a> {
 #[derive(Debug, Default)]
 pub struct Together {
     pub output: LossOutput,
-    pub hyper: Hypergradient,
+    pub threshold_gradient: ThresholdGradient,
 }
 
 /// The loss of the first `anchors` of `all`, whose rows behind them are a memory, in parts of these `lengths`.
@@ -78,9 +78,9 @@ pub fn loss_in_parts(
     let mut together = Together::default();
     for (p, backend) in backends.iter_mut().enumerate() {
         let (first, end) = ranges[p];
-        let hyper = backend.hypergradient(&part(ranges[p]), tangent.slice(s![first..end, ..]), None)?;
-        together.hyper.pos += hyper.pos;
-        together.hyper.neg += hyper.neg;
+        let sums = backend.threshold_gradient(&part(ranges[p]), tangent.slice(s![first..end, ..]), None)?;
+        together.threshold_gradient.pos += sums.pos;
+        together.threshold_gradient.neg += sums.neg;
         together.output.add_part(&outputs[p]);
     }
     let gradients: Vec<ArrayView2<'_, f32>> = outputs.iter().map(|part| part.gradient.view()).collect();
@@ -149,7 +149,7 @@ pub fn run_all(mut open: impl FnMut(usize) -> Box<dyn Backend>, cases: impl Into
         let mut backends: Vec<_> = (0..lengths.len()).map(&mut open).collect();
         let tangent = case.anchors.tangent.view();
         let found = loss_in_parts(&mut backends, &rows, &lengths, &case.settings, tangent).unwrap();
-        let report = Report::new(&case.expected, &found.output, found.hyper);
+        let report = Report::new(&case.expected, &found.output, found.threshold_gradient);
         if !report.is_within(&case.expected.bounds) {
             failures.push(format!("{} {:?} {lengths:?}: {report:?}", case.name, case.dtype()));
         }

@@ -72,7 +72,7 @@ impl Context {
         Ok(LossOutput::of_backend(py, output))
     }
 
-    /// The two hyper-gradient sums along a tangent of the rows.
+    /// The two sums of the threshold gradient along a tangent of the rows.
     #[pyo3(signature = (embeddings, labels, tangent, references, reference_labels, reference_tangent, identity, settings, check))]
     #[allow(clippy::too_many_arguments)]
     fn threshold_gradient<'py>(
@@ -103,7 +103,7 @@ impl Context {
             let reference_tangent = reference_tangent.as_ref().map(Matrix::float).transpose()?;
             self.compute(py, |backend| {
                 backend.loss(&batch, &settings, &mut loss::LossOutput::default())?;
-                backend.hypergradient(&batch, tangent, reference_tangent)
+                backend.threshold_gradient(&batch, tangent, reference_tangent)
             })?
         };
         Ok((sums.pos, sums.neg))
@@ -156,7 +156,7 @@ impl Context {
         part.gradient(py, self, (count_pos, reference_count_pos), (count_neg, reference_count_neg))
     }
 
-    /// After the last step: the part's share of both hyper-gradient sums.
+    /// After the last step: the part's share of both sums of the threshold gradient.
     #[pyo3(signature = (part, tangent, reference_tangent))]
     fn part_threshold_gradient<'py>(
         &self,

@@ -88,7 +88,7 @@ impl LossOutput {
 
 /// d/dlambda of <dL/dE, tangent> with the mined sets held fixed (SPEC 5), before the factor -eta.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub struct Hypergradient {
+pub struct ThresholdGradient {
     /// Through lambda_pos.
     pub pos: f64,
     /// Through lambda_neg.

@@ -6,12 +6,12 @@
 //! | same-class pass (m+) and the sweep (m-, probe count, candidates) | `tiles.rs`, `tile.rs`, `statistics.rs` |
 //! | selection, and what it leaves to weigh pairs by | `select.rs` |
 //! | weights and loss, gradient | `weigh.rs`, `walk.rs`, `gradient.rs` |
-//! | hyper-gradient of the loss threshold | `threshold.rs` |
+//! | threshold gradient | `threshold.rs` |
 //! | top-K search | `retrieval.rs` |
 //! | rows of any length, and their gradient | `unit.rs` |
 //!
 //! `steps.rs` has the order of the passes, `remembered.rs` what stays between them and `walk.rs` what
-//! gradient and hyper-gradient have in common; `product.rs` is the one matrix product, `simd.rs` the choice
+//! gradient and threshold gradient have in common; `product.rs` is the one matrix product, `simd.rs` the choice
 //! of instruction set, `tasks.rs` the sharing-out of work, `buffer.rs` memory in whole cache lines,
 //! `times.rs` what each pass took. S is computed tile by tile, once for both triangles; of a tile only the
 //! candidates are kept, within a budget, and tiles beyond it are computed again with the same bits.
@@ -23,7 +23,7 @@ use ndarray::ArrayView2;
 use super::step::Step;
 use super::{Backend, Nearest, PreparedGallery};
 use crate::Result;
-use crate::loss::{Batch, Embeddings, Hypergradient, LossOutput, LossSettings, RowNumbers, Rows};
+use crate::loss::{Batch, Embeddings, LossOutput, LossSettings, RowNumbers, Rows, ThresholdGradient};
 use crate::loss::{has_entries, same_length};
 
 mod buffer;
@@ -128,7 +128,7 @@ impl CpuBackend {
     }
 
     /// [`Backend::loss`] of rows of any length but 0: they are compared at unit length, and the gradients are
-    /// those of the rows as they are given. Nothing is remembered for [`Backend::hypergradient`].
+    /// those of the rows as they are given. Nothing is remembered for [`Backend::threshold_gradient`].
     ///
     /// # Errors
     /// As [`Backend::loss`]; [`Error::NotUnit`](crate::Error::NotUnit) for a row of zeros.
@@ -282,13 +282,13 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn hypergradient(
+    fn threshold_gradient(
         &mut self,
         batch: &Batch<'_>,
         tangent: ArrayView2<'_, f32>,
         reference_tangent: Option<ArrayView2<'_, f32>>,
-    ) -> Result<Hypergradient> {
-        self.sum_hypergradient(batch, tangent, reference_tangent)
+    ) -> Result<ThresholdGradient> {
+        self.sum_threshold_gradient(batch, tangent, reference_tangent)
     }
 
     fn nearest(&mut self, queries: &Rows<'_>, references: Option<&Rows<'_>>, k: usize) -> Result<Nearest> {

@@ -18,7 +18,7 @@ use super::{BUDGET_OF_A_ROW, CpuBackend, workers_for};
 use crate::backend::step::{NO_LOSS, OTHER_LABELS, Step};
 use crate::loss::select::adapt;
 use crate::loss::{
-    Batch, BatchSize, Hypergradient, LossOutput, LossSettings, RowNumbers, TangentOf, UnitCheck,
+    Batch, BatchSize, LossOutput, LossSettings, RowNumbers, TangentOf, ThresholdGradient, UnitCheck,
 };
 use crate::{Error, Result};
 
@@ -177,13 +177,13 @@ impl CpuBackend {
         Ok(())
     }
 
-    /// See [`Backend::hypergradient`](crate::backend::Backend::hypergradient).
-    pub(super) fn sum_hypergradient(
+    /// See [`Backend::threshold_gradient`](crate::backend::Backend::threshold_gradient).
+    pub(super) fn sum_threshold_gradient(
         &mut self,
         batch: &Batch<'_>,
         tangent: ArrayView2<'_, f32>,
         reference_tangent: Option<ArrayView2<'_, f32>>,
-    ) -> Result<Hypergradient> {
+    ) -> Result<ThresholdGradient> {
         batch.validate()?;
         let remembered = self.remembered.filter(|last| last.step == Step::Gradient);
         let remembered = remembered.ok_or(Error::OutOfOrder(NO_LOSS))?;
@@ -208,7 +208,7 @@ impl CpuBackend {
             scratch: &self.scratch,
             answers: &mut self.answers,
         };
-        Ok(threshold::hypergradient(&mut walk, tangent, reference_tangent))
+        Ok(threshold::threshold_gradient(&mut walk, tangent, reference_tangent))
     }
 }
 

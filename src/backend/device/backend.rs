@@ -7,7 +7,7 @@ use super::workspace::Workspace;
 use super::{Device, Precision};
 use crate::Result;
 use crate::backend::{Backend, Nearest, PreparedGallery};
-use crate::loss::{Batch, Hypergradient, LossOutput, LossSettings, RowNumbers, Rows};
+use crate::loss::{Batch, LossOutput, LossSettings, RowNumbers, Rows, ThresholdGradient};
 
 /// How a device backend works.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -129,12 +129,12 @@ impl<D: Device> Backend for DeviceBackend<D> {
         self.run_gradient(part, count_pos, count_neg, output)
     }
 
-    fn hypergradient(
+    fn threshold_gradient(
         &mut self,
         batch: &Batch<'_>,
         tangent: ArrayView2<'_, f32>,
         reference_tangent: Option<ArrayView2<'_, f32>>,
-    ) -> Result<Hypergradient> {
+    ) -> Result<ThresholdGradient> {
         self.run_threshold(batch, tangent, reference_tangent)
     }
 

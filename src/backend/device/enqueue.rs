@@ -44,7 +44,7 @@ pub struct ResidentPart {
     /// B of 1/B.
     pub total: usize,
     /// Whether rows are of any length but 0: they are compared at unit length, and the gradients are theirs
-    /// as they are given. Of a whole loss alone, after which nothing is remembered for a hypergradient.
+    /// as they are given. Of a whole loss alone, after which nothing is remembered for a threshold_gradient.
     pub normalize: bool,
 }
 

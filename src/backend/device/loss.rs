@@ -39,7 +39,7 @@ impl<D: Device> DeviceBackend<D> {
 
     /// [`Backend::loss`](crate::backend::Backend::loss) of rows of any length but 0: they are compared at
     /// unit length, and the gradients are those of the rows as they are given. Nothing is remembered for
-    /// [`Backend::hypergradient`](crate::backend::Backend::hypergradient).
+    /// [`Backend::threshold_gradient`](crate::backend::Backend::threshold_gradient).
     ///
     /// # Errors
     /// As [`Backend::loss`](crate::backend::Backend::loss); [`Error::NotUnit`] for a row of zeros.

@@ -1,4 +1,4 @@
-//! The hyper-gradient's sums over the pairs of the last loss (SPEC 5).
+//! The threshold gradient: its two sums over the pairs of the last loss (SPEC 5).
 
 use bytemuck::{cast_slice, cast_slice_mut};
 use ndarray::ArrayView2;
@@ -11,7 +11,7 @@ use super::shape::Shape;
 use super::workspace::{Layout, Region};
 use super::{Device, DeviceBackend, DeviceProperties, Kernel};
 use crate::backend::step::{NO_LOSS, OTHER_LABELS, Step};
-use crate::loss::{Batch, Hypergradient, TangentOf};
+use crate::loss::{Batch, TangentOf, ThresholdGradient};
 use crate::{Error, Result};
 
 /// The workspace of the threshold pass.
@@ -52,7 +52,7 @@ impl<D: Device> DeviceBackend<D> {
         batch: &Batch<'_>,
         tangent: ArrayView2<'_, f32>,
         reference_tangent: Option<ArrayView2<'_, f32>>,
-    ) -> Result<Hypergradient> {
+    ) -> Result<ThresholdGradient> {
         let shape = self.shape(batch);
         if let Some(last) = &self.remembered
             && last.shape.size() == shape.size()
@@ -63,7 +63,7 @@ impl<D: Device> DeviceBackend<D> {
         if shape.anchors == 0
             && self.remembered.as_ref().is_some_and(|last| last.step == Some(Step::Gradient))
         {
-            return Ok(Hypergradient::default());
+            return Ok(ThresholdGradient::default());
         }
         // In the square form both sides move alike.
         let reference_tangent = if batch.is_square() { None } else { reference_tangent };
@@ -88,7 +88,7 @@ impl<D: Device> DeviceBackend<D> {
         shape: Shape,
         resident: bool,
         place: impl FnOnce(&mut D, &mut D::Buffer, &[Region; 2]) -> Result<[u64; 2]>,
-    ) -> Result<Hypergradient> {
+    ) -> Result<ThresholdGradient> {
         let Self { device, loss, threshold, remembered, .. } = self;
         let (Some(remembered), Some(pairs_buffer)) = (remembered, loss.buffer()) else {
             return Err(Error::OutOfOrder(NO_LOSS));
@@ -98,7 +98,9 @@ impl<D: Device> DeviceBackend<D> {
         }
         remembered.shape.size().is_of_last(shape.size())?;
         if remembered.shape.precision != shape.precision {
-            return Err(Error::OutOfOrder("hypergradient needs the batch of the last loss, in its type"));
+            return Err(Error::OutOfOrder(
+                "threshold_gradient needs the batch of the last loss, in its type",
+            ));
         }
         let layout = ThresholdLayout::new(&shape, device.properties(), resident);
         let buffer = threshold.lay(device, &layout.layout)?;
@@ -126,7 +128,7 @@ impl<D: Device> DeviceBackend<D> {
         launcher.launch(Kernel::ThresholdSum, false, &sum)?;
         let mut sums = [0.0f64; 2];
         device.download(buffer, layout.sums.offset, cast_slice_mut(&mut sums))?;
-        Ok(Hypergradient { pos: sums[0], neg: sums[1] })
+        Ok(ThresholdGradient { pos: sums[0], neg: sums[1] })
     }
 }
 
