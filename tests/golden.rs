@@ -1,7 +1,7 @@
 //! The scalar truth against the reference cases in `tests/golden` (SPEC 7).
 
-use ddtas::loss::reference;
-use ddtas_cases::{Case, Dtype, Expected, golden, is_clear};
+use ddtas::loss::{ElementType, reference};
+use ddtas_cases::{Case, Expected, golden, is_clear};
 
 fn close(name: &str, what: &str, got: f64, wanted: f64, scale: f64) {
     let error = if got == wanted { 0.0 } else { (got - wanted).abs() };
@@ -49,7 +49,7 @@ fn no_pair_comes_near_a_threshold_when_rows_are_rounded_to_f16() {
     // Or `ddtas-bench verify --tf32` could not ask for exact counts. Sums of these products err by up to 7e-7.
     const SLACK: f64 = 1.5e-6;
     for case in golden() {
-        let rounded = case.rounded_to(Dtype::F16).unwrap();
+        let rounded = case.rounded_to(ElementType::F16).unwrap();
         let truth = reference(&rounded.batch(), &case.settings).unwrap();
         assert!(is_clear(&truth, &case.settings, SLACK), "{}", case.name);
     }

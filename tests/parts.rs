@@ -5,8 +5,8 @@ use ddtas::Error;
 use ddtas::backend::Backend;
 use ddtas::backend::cpu::CpuBackend;
 use ddtas::loss::{
-    Batch, Embeddings, Identity, LossOutput, LossSettings, Mining, RowNumbers, Rows, ThresholdGradient,
-    reference,
+    Batch, Embeddings, Identity, LossOutput, LossSettings, Mining, PairTotals, RowNumbers, Rows,
+    ThresholdGradient, reference,
 };
 use ddtas_cases::golden;
 use ddtas_cases::parts::{
@@ -243,7 +243,7 @@ fn references_in_blocks() {
         got.probe_neg += output.probe_neg;
         got.max_neg.iter_mut().zip(&output.max_neg).for_each(|(most, found)| *most = most.max(*found));
     }
-    let (totals, mut mined) = ((got.probe_neg, got.total_pos), (0, 0));
+    let (totals, mut mined) = (got.pair_totals(), (0, 0));
     for last in [false, true] {
         let (count_pos, count_neg) = (got.count_pos.clone(), got.count_neg.clone());
         for b in 0..3 {
@@ -325,7 +325,7 @@ fn steps_out_of_order_and_numbers_of_another_length_are_refused() {
 
     out_of_order(backend.sweep(&part, numbers, &mut output));
     backend.same_class(&part, &settings, &mut output).unwrap();
-    out_of_order(backend.select(&part, numbers, (0, 0), &mut output));
+    out_of_order(backend.select(&part, numbers, PairTotals::default(), &mut output));
     // An error ends the sequence: the same-class step has to be made again.
     out_of_order(backend.sweep(&part, numbers, &mut output));
     backend.same_class(&part, &settings, &mut output).unwrap();
@@ -351,7 +351,7 @@ fn steps_out_of_order_and_numbers_of_another_length_are_refused() {
     // The sizes of both sets are those of the same references.
     backend.same_class(&part, &settings, &mut output).unwrap();
     backend.sweep(&part, numbers, &mut output).unwrap();
-    backend.select(&part, numbers, (0, 0), &mut output).unwrap();
+    backend.select(&part, numbers, PairTotals::default(), &mut output).unwrap();
     let fewer = RowNumbers::new(&counts[..4], &counts[..11]);
     let refused = backend.gradient(&part, sizes, fewer, &mut output);
     assert!(matches!(refused, Err(Error::LengthMismatch { expected: 12, got: 11, .. })));
@@ -381,7 +381,7 @@ fn sums_of_any_numbers(backend: &mut CpuBackend, part: &Batch<'_>) -> ThresholdG
     let numbers = RowNumbers::new(&strange[..], &strange[..]);
     backend.same_class(part, &LossSettings::default(), &mut output).unwrap();
     backend.sweep(part, numbers, &mut output).unwrap();
-    backend.select(part, numbers, (u64::MAX, 0), &mut output).unwrap();
+    backend.select(part, numbers, PairTotals { probe_neg: u64::MAX, total_pos: 0 }, &mut output).unwrap();
     let counts = [u32::MAX, 0, 1, 7];
     let counts = RowNumbers::new(&counts[..], &counts[..]);
     backend.gradient(part, counts, counts, &mut output).unwrap();

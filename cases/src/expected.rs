@@ -2,12 +2,12 @@
 
 use ddtas::Result;
 use ddtas::loss::{
-    Batch, LossOutput, LossSettings, Reference, ThresholdGradient, reference, reference_threshold_gradient,
-    reference_threshold_gradient_terms,
+    Batch, ElementType, LossOutput, LossSettings, Reference, ThresholdGradient, reference,
+    reference_threshold_gradient, reference_threshold_gradient_terms,
 };
 use ndarray::Array2;
 
-use crate::Dtype;
+use crate::rows::round;
 
 /// Bound on loss and gradient errors of a float32 backend, relative to the largest entry.
 pub const SINGLE_PRECISION: f64 = 1e-5;
@@ -135,7 +135,7 @@ impl Bounds {
     const SUMS: f64 = 1e-6;
 
     fn new(batch: &Batch<'_>, settings: &LossSettings, truth: &Reference) -> Self {
-        let dtype = Dtype::of(&batch.anchors.embeddings);
+        let dtype = batch.anchors.embeddings.element_type();
         let (e, g) = (batch.anchors.embeddings.to_f64(), &truth.weighted.weights);
         let plain = match &batch.references {
             None => plain_error(dtype, &(g + &g.t()), &e),
@@ -144,7 +144,7 @@ impl Bounds {
                 anchors.max(plain_error(dtype, &g.t().to_owned(), &e))
             }
         };
-        let truncation = if dtype == Dtype::F32 { 0.0 } else { Self::TRUNCATION };
+        let truncation = if dtype == ElementType::F32 { 0.0 } else { Self::TRUNCATION };
         Self {
             // A term changes by at most its sharpness times what the similarity does.
             loss: SINGLE_PRECISION + settings.alpha.max(settings.beta) * truncation,
@@ -154,14 +154,14 @@ impl Bounds {
 }
 
 /// Largest error of M R over its largest entry, where M is stored in the rows' type, as plain code would.
-fn plain_error(dtype: Dtype, m: &Array2<f64>, rows: &Array2<f64>) -> f64 {
+fn plain_error(dtype: ElementType, m: &Array2<f64>, rows: &Array2<f64>) -> f64 {
     let top = largest(m);
     if top == 0.0 {
         return 0.0;
     }
     // Plain code would scale its loss, as mixed-precision training does, lest f16 underflow.
     let scale = top.recip().log2().floor().exp2();
-    let rounded = m.mapv(|value| dtype.round(value * scale) / scale);
+    let rounded = m.mapv(|value| round(dtype, value * scale) / scale);
     let product = m.dot(rows);
     relative(largest(&(&rounded.dot(rows) - &product)), largest(&product))
 }

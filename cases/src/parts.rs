@@ -4,8 +4,8 @@
 use ddtas::Result;
 use ddtas::backend::Backend;
 use ddtas::loss::{
-    Batch, Embeddings, Identity, LossOutput, LossSettings, Mining, PartReference, RowNumbers, Rows,
-    ThresholdGradient,
+    Batch, Embeddings, Identity, LossOutput, LossSettings, Mining, PairTotals, PartReference, RowNumbers,
+    Rows, ThresholdGradient,
 };
 use ndarray::{Array2, ArrayView2, Axis, concatenate, s};
 use rand::{RngExt, SeedableRng};
@@ -61,7 +61,10 @@ pub fn loss_in_parts(
         backend.sweep(&part(ranges[p]), RowNumbers::new(own, &min_pos), output)
     })?;
     let max_neg: Vec<f32> = outputs.iter().flat_map(|part| part.max_neg.clone()).collect();
-    let totals = outputs.iter().fold((0, 0), |sum, part| (sum.0 + part.probe_neg, sum.1 + part.total_pos));
+    let totals = outputs.iter().fold(PairTotals::default(), |sum, part| PairTotals {
+        probe_neg: sum.probe_neg + part.probe_neg,
+        total_pos: sum.total_pos + part.total_pos,
+    });
     each(backends, &mut outputs, |p, backend, output| {
         let own = &max_neg[ranges[p].0..ranges[p].1];
         backend.select(&part(ranges[p]), RowNumbers::new(own, &max_neg), totals, output)
@@ -216,8 +219,10 @@ pub fn truth_in_parts(
     let min_pos: Vec<f64> = same_class.iter().flat_map(|(min_pos, _)| min_pos.clone()).collect();
     let swept: Vec<_> = parts.iter().zip(&same_class).map(|(part, (own, _))| part.sweep(own)).collect();
     let max_neg: Vec<f64> = swept.iter().flat_map(|(max_neg, _)| max_neg.clone()).collect();
-    let probe_neg = swept.iter().map(|(_, probe)| probe).sum();
-    let totals = (probe_neg, same_class.iter().map(|(_, positives)| positives).sum());
+    let totals = PairTotals {
+        probe_neg: swept.iter().map(|(_, probe)| probe).sum(),
+        total_pos: same_class.iter().map(|(_, positives)| positives).sum(),
+    };
     let own = same_class.iter().zip(&swept);
     let selected: Vec<_> =
         parts.iter().zip(own).map(|(part, (low, high))| part.select(&low.0, &high.0, totals)).collect();

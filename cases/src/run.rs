@@ -4,11 +4,11 @@ use std::borrow::Borrow;
 use std::collections::HashSet;
 
 use ddtas::backend::{Backend, Nearest};
-use ddtas::loss::{Batch, Embeddings, LossOutput, ThresholdGradient};
+use ddtas::loss::{Batch, ElementType, Embeddings, LossOutput, ThresholdGradient};
 use ddtas::{Error, Result};
 use half::f16;
 
-use crate::{Case, Dtype, Report};
+use crate::{Case, Report};
 
 /// Runs a case through the loss and the threshold pass of a backend.
 ///
@@ -46,10 +46,10 @@ pub fn to_tf32(value: f32) -> f32 {
 
 /// A case of f32 rows as [`to_tf32`] rounds them.
 fn rounded(case: &Case) -> Result<Case> {
-    if case.dtype() != Dtype::F32 {
+    if case.dtype() != ElementType::F32 {
         return Err(Error::Unavailable(format!("{}: TF32 is for f32 rows", case.name)));
     }
-    case.rounded_to(Dtype::F16)
+    case.rounded_to(ElementType::F16)
 }
 
 /// Runs cases through every pass of a backend.

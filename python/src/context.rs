@@ -1,7 +1,7 @@
 //! The calls of `Context`.
 
 use ddtas::backend::Backend;
-use ddtas::loss::{self, Batch, Rows};
+use ddtas::loss::{self, Batch, PairTotals, Rows};
 use ddtas::retrieval::{NMI_STEPS, Recall, Sought, judge, nmi, recall};
 use ddtas::threads::{MOST_THREADS, available};
 use pyo3::prelude::*;
@@ -138,7 +138,10 @@ impl Context {
         total_pos: &Bound<'_, PyAny>,
     ) -> PyResult<part::Selection> {
         let count = |value, name| whole(value, name, "the sum over all parts").map(|count| count as u64);
-        let totals = (count(probe_neg, "probe_neg")?, count(total_pos, "total_pos")?);
+        let totals = PairTotals {
+            probe_neg: count(probe_neg, "probe_neg")?,
+            total_pos: count(total_pos, "total_pos")?,
+        };
         part.select(py, self, (max_neg, reference_max_neg), totals)
     }
 

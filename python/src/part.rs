@@ -1,7 +1,7 @@
 //! `ddtas.Part`, some anchors of a batch, and the steps of its loss.
 
 use ddtas::backend::Backend;
-use ddtas::loss::{self, Batch, RowNumbers};
+use ddtas::loss::{self, Batch, PairTotals, RowNumbers};
 use pyo3::prelude::*;
 
 use crate::input::{Matrix, similarities, sizes, whole};
@@ -71,7 +71,7 @@ impl<'py> Part<'py> {
         py: Python<'_>,
         context: &Context,
         max_neg: Given<'_, '_>,
-        totals: (u64, u64),
+        totals: PairTotals,
     ) -> PyResult<Selection> {
         let sides = self.sides()?;
         let batch = self.batch(&sides)?;

@@ -6,7 +6,7 @@
 
 use ndarray::{Array2, ArrayView2};
 
-use crate::loss::{Batch, LossOutput, LossSettings, RowNumbers, Rows, ThresholdGradient};
+use crate::loss::{Batch, LossOutput, LossSettings, PairTotals, RowNumbers, Rows, ThresholdGradient};
 use crate::{Error, Result};
 
 pub mod cpu;
@@ -79,8 +79,8 @@ pub trait Backend: Send {
         output: &mut LossOutput,
     ) -> Result<()>;
 
-    /// Third step: |P_i| and |N_i|, from m- of the anchors and of the references and from `totals`, the sums
-    /// over all parts of `probe_neg` and `total_pos`.
+    /// Third step: |P_i| and |N_i|, from m- of the anchors and of the references and from the `totals` of all
+    /// parts.
     ///
     /// # Errors
     /// As [`sweep`](Backend::sweep).
@@ -88,7 +88,7 @@ pub trait Backend: Send {
         &mut self,
         part: &Batch<'_>,
         max_neg: RowNumbers<'_, f32>,
-        totals: (u64, u64),
+        totals: PairTotals,
         output: &mut LossOutput,
     ) -> Result<()>;
 

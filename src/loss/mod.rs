@@ -14,7 +14,6 @@
 //! for tests and small batches; the [`backend`](crate::backend)s compute the
 //! same numbers in fused passes.
 
-pub mod baseline;
 mod batch;
 mod double;
 pub mod gradient;
@@ -38,6 +37,7 @@ pub use output::{LossOutput, ThresholdGradient};
 pub use part::RowNumbers;
 pub use reference::{Reference, reference, reference_threshold_gradient, reference_threshold_gradient_terms};
 pub use scalars::LossScalars;
+pub use select::PairTotals;
 pub use settings::{LossSettings, Mining};
 pub use steps::PartReference;
 pub(crate) use tangent::{BatchSize, TangentOf};

@@ -3,7 +3,7 @@
 use ndarray::Array2;
 
 use super::batch::check_unit;
-use super::gradient::{Weighted, weigh_part};
+use super::gradient::{Weighted, gradients, weigh_part};
 use super::select::Selection;
 use super::similarity::Similarities;
 use super::{Batch, BatchSize, LossSettings, Rows, TangentOf, ThresholdGradient, UnitCheck, threshold};
@@ -83,19 +83,6 @@ pub(super) fn evaluate(
         mean_neg,
         total_neg,
         total,
-    }
-}
-
-/// dL/d(anchors), and dL/d(references) if it is `wanted`, from the weights dL/dS.
-pub(super) fn gradients(
-    g: &Array2<f64>,
-    anchors: &Array2<f64>,
-    references: Option<&Array2<f64>>,
-    wanted: bool,
-) -> (Array2<f64>, Option<Array2<f64>>) {
-    match references {
-        None => ((g + &g.t()).dot(anchors), None),
-        Some(references) => (g.dot(references), wanted.then(|| g.t().dot(anchors))),
     }
 }
 

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use ddtas::backend::{Backend, Nearest};
 use ddtas::capi::*;
 use ddtas::loss::{
-    self, Batch, Embeddings, LossOutput, LossSettings, Mining, RowNumbers, ThresholdGradient, UnitCheck,
+    self, Batch, Embeddings, LossOutput, LossSettings, Mining, PairTotals, RowNumbers, ThresholdGradient,
+    UnitCheck,
 };
 use ddtas::{Error, Result};
 use ndarray::{Array2, ArrayView2};
@@ -379,7 +380,7 @@ impl Backend for Abi {
         &mut self,
         part: &Batch<'_>,
         max_neg: RowNumbers<'_, f32>,
-        (probe_neg, total_pos): (u64, u64),
+        PairTotals { probe_neg, total_pos }: PairTotals,
         output: &mut LossOutput,
     ) -> Result<()> {
         let given = Part {

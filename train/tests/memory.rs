@@ -6,11 +6,11 @@ mod runs;
 use std::fs;
 
 use ddtas::backend::cpu::CpuBackend;
-use ddtas::loss::baseline::PairLoss;
 use ddtas::loss::{Batch, LossOutput, LossSettings, Mining, Rows, reference, reference_threshold_gradient};
 use ddtas_cases::is_clear;
 use ddtas_cases::random::{Draw, SLACK, draw, tangent};
 use ddtas_train::train::Memory;
+use ddtas_train::train::PairLoss;
 use ndarray::{Array2, array, concatenate, s};
 use runs::{records, small_run};
 

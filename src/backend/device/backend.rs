@@ -7,7 +7,7 @@ use super::workspace::Workspace;
 use super::{Device, Precision};
 use crate::Result;
 use crate::backend::{Backend, Nearest, PreparedGallery};
-use crate::loss::{Batch, LossOutput, LossSettings, RowNumbers, Rows, ThresholdGradient};
+use crate::loss::{Batch, LossOutput, LossSettings, PairTotals, RowNumbers, Rows, ThresholdGradient};
 
 /// How a device backend works.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -113,7 +113,7 @@ impl<D: Device> Backend for DeviceBackend<D> {
         &mut self,
         part: &Batch<'_>,
         max_neg: RowNumbers<'_, f32>,
-        totals: (u64, u64),
+        totals: PairTotals,
         output: &mut LossOutput,
     ) -> Result<()> {
         self.run_select(part, max_neg, totals, output)

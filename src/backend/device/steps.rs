@@ -14,7 +14,7 @@ use super::workspace::Region;
 use super::{Device, DeviceBackend, Kernel};
 use crate::backend::step::Step;
 use crate::loss::select::adapt;
-use crate::loss::{Batch, LossOutput, LossSettings, RowNumbers};
+use crate::loss::{Batch, LossOutput, LossSettings, PairTotals, RowNumbers};
 use crate::{Error, Result};
 
 /// Which numbers go in or out: a list, or two for the sizes of the sets.
@@ -112,13 +112,13 @@ impl<D: Device> DeviceBackend<D> {
         &mut self,
         part: &Batch<'_>,
         max_neg: RowNumbers<'_, f32>,
-        (probe_neg, total_pos): (u64, u64),
+        totals: PairTotals,
         output: &mut LossOutput,
     ) -> Result<()> {
         let loss = self.go_on(part, Step::Select)?;
         max_neg.validate(part)?;
         // What the kernels decide too, from the same two integers.
-        let tolerances = adapt(&loss.host_settings, probe_neg, total_pos);
+        let tolerances = adapt(&loss.host_settings, totals);
         (output.gamma_pos, output.gamma_neg) = (tolerances.pos, tolerances.neg);
         if loss.shape.anchors == 0 {
             output.count_pos.clear();
@@ -128,7 +128,11 @@ impl<D: Device> DeviceBackend<D> {
         }
         let (shape, buffer, device) = self.resumed(&loss)?;
         let given = upload_numbers(device, buffer, &loss, [max_neg.anchors, &[]], [max_neg.references, &[]])?;
-        device.upload(buffer, loss.layout.totals.offset, cast_slice(&[probe_neg, total_pos]))?;
+        device.upload(
+            buffer,
+            loss.layout.totals.offset,
+            cast_slice(&[totals.probe_neg, totals.total_pos]),
+        )?;
         let base = device.address(buffer);
         let mut launcher = Launcher::new(&mut *device, &loss);
         take(&mut launcher, base, &loss, Which::MaxNeg, given)?;

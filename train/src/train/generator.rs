@@ -17,9 +17,9 @@ use crate::generator::{
 };
 use crate::model::{EmbeddingHead, EmbeddingNetwork, Normalise, to_array};
 use crate::ranks::{Collective, gather_rows};
+use crate::train::PairLoss;
 use crate::{Error, Result};
 use ddtas::backend::Backend;
-use ddtas::loss::baseline::PairLoss;
 use ddtas::loss::{Batch, LossOutput, LossSettings, ThresholdGradient};
 
 /// The threshold generator's state.

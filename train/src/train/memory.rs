@@ -10,11 +10,11 @@ use std::ops::Range;
 use ndarray::{Array2, ArrayView2, s};
 
 use super::checkpoint::archive::Archive;
+use super::pair_loss::PairLoss;
 use super::parts::Part;
 use crate::Result;
 use crate::ranks::Collective;
 use ddtas::backend::Backend;
-use ddtas::loss::baseline::{self, PairLoss};
 use ddtas::loss::{Batch, Identity, LossOutput, LossSettings, Rows, ThresholdGradient};
 
 /// Embeddings and labels of the last batches, oldest first.
@@ -79,16 +79,13 @@ impl Memory {
         settings: &LossSettings,
         output: &mut LossOutput,
     ) -> Result<()> {
-        let mut evaluate = |batch: &Batch<'_>, output: &mut LossOutput| match pair_loss {
-            PairLoss::SoftContrastive => backend.loss(batch, settings, output),
-            baseline => baseline::evaluate(baseline, batch, settings, output),
-        };
         let (embeddings, labels) = rows;
         if self.is_empty() {
-            return Ok(evaluate(&Batch::square(embeddings, labels), output)?);
+            return Ok(pair_loss.evaluate(backend, &Batch::square(embeddings, labels), settings, output)?);
         }
         let references = self.references(embeddings, labels)?;
-        evaluate(&references.batch(embeddings, labels).with_reference_gradient(), output)?;
+        let batch = references.batch(embeddings, labels).with_reference_gradient();
+        pair_loss.evaluate(backend, &batch, settings, output)?;
         if let Some(back) = &output.reference_gradient {
             output.gradient += &back.slice(s![..labels.len(), ..]);
         }

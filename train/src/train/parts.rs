@@ -9,7 +9,9 @@ use ndarray::{ArrayView2, s};
 use crate::Result;
 use crate::ranks::{Collective, gather};
 use ddtas::backend::Backend;
-use ddtas::loss::{Batch, Identity, LossOutput, LossSettings, RowNumbers, Rows, ThresholdGradient};
+use ddtas::loss::{
+    Batch, Identity, LossOutput, LossSettings, PairTotals, RowNumbers, Rows, ThresholdGradient,
+};
 
 /// A rank's rows of a batch, against all of its rows and what lies behind them.
 pub(super) struct Part<'a> {
@@ -75,14 +77,15 @@ impl Part<'_> {
     }
 
     /// m- of all anchors, and the sums of `probe_neg` and `total_pos`.
-    fn gather_swept(&self, output: &LossOutput) -> Result<(Vec<f32>, (u64, u64))> {
+    fn gather_swept(&self, output: &LossOutput) -> Result<(Vec<f32>, PairTotals)> {
         let totals = [output.probe_neg, output.total_pos];
         let own = [bytemuck::bytes_of(&totals), bytemuck::cast_slice(&output.max_neg)].concat();
-        let (mut max_neg, mut sums) = (Vec::with_capacity(self.total), (0, 0));
+        let (mut max_neg, mut sums) = (Vec::with_capacity(self.total), PairTotals::default());
         for message in self.ranks.all_gather(&own)?.iter() {
             let (totals, rows) = message.split_at(size_of::<[u64; 2]>());
             let [probe_neg, total_pos]: [u64; 2] = bytemuck::pod_read_unaligned(totals);
-            sums = (sums.0 + probe_neg, sums.1 + total_pos);
+            sums.probe_neg += probe_neg;
+            sums.total_pos += total_pos;
             max_neg.extend(bytemuck::pod_collect_to_vec::<u8, f32>(rows));
         }
         Ok((max_neg, sums))
@@ -137,9 +140,9 @@ mod tests {
     use crate::Error;
     use crate::ranks::{gather_rows, on_threads, share, together};
     use crate::train::Memory;
+    use crate::train::PairLoss;
     use ddtas::backend::cpu::CpuBackend;
     use ddtas::loss::Mining;
-    use ddtas::loss::baseline::PairLoss;
     use ndarray::Array2;
     use rand::{RngExt, SeedableRng};
     use rand_chacha::ChaCha8Rng;
