@@ -1,8 +1,7 @@
 //! A whole loss on rows of the host: copied there, its passes issued, and waited for once, for the results.
 
-use super::launcher::Launcher;
 use super::layout::{LossLayout, Remembered, device_settings};
-use super::passes::issue_loss;
+use super::passes::Passes;
 use super::shape::Shape;
 use super::transfer::{download_anchors, download_gradients, download_scalars, upload};
 use super::{Device, DeviceBackend};
@@ -73,9 +72,9 @@ impl<D: Device> DeviceBackend<D> {
         let Self { device, loss: workspace, .. } = self;
         let buffer = workspace.lay(device, &layout.layout)?;
         let input = upload(device, buffer, layout, batch)?;
-        let (base, check) = (device.address(buffer), input.check);
-        issue_loss(&mut Launcher::new(&mut *device, &loss), base, &loss, &input, loss.scalars_at(base))?;
-        download_scalars(device, buffer, &loss, check.tolerance, output)?;
+        let mut passes = Passes::new(&mut *device, buffer, &loss);
+        passes.whole_loss(&input, passes.scalars())?;
+        download_scalars(device, buffer, &loss, input.check.tolerance, output)?;
         download_anchors(device, buffer, &loss, output)?;
         download_gradients(device, buffer, &loss, output)?;
         self.remembered = Some(loss);

@@ -2,9 +2,8 @@
 
 use bytemuck::cast_slice_mut;
 
-use super::launcher::Launcher;
 use super::layout::{Ends, RowTolerance};
-use super::passes::issue_loss;
+use super::passes::Passes;
 use super::retrieval::Searched;
 use super::shape::Shape;
 use super::transfer::{IdentityAt, Input, download_anchors, download_scalars, download_terms};
@@ -158,8 +157,8 @@ impl<D: Device> DeviceBackend<D> {
         let input = batch.input();
         let Self { device, loss: workspace, .. } = self;
         let buffer = workspace.lay(device, &loss.layout.layout)?;
-        let base = device.address(buffer);
-        issue_loss(&mut Launcher::new(&mut *device, &loss), base, &loss, &input, loss.scalars_at(base))?;
+        let mut passes = Passes::new(&mut *device, buffer, &loss);
+        passes.whole_loss(&input, passes.scalars())?;
         *output = LossOutput::default();
         download_scalars(device, buffer, &loss, input.check.tolerance, output)?;
         self.remembered = Some(loss);
