@@ -1,6 +1,6 @@
 //! The calls of `Context` on float64 rows, which the scalar reference serves: small batches, gradient checks.
 
-use ddtas::loss::{DoubleBatch, DoubleRows, ThresholdGradient, LossSettings, UnitCheck};
+use ddtas::loss::{DoubleBatch, DoubleRows, LossSettings, ThresholdGradient, UnitCheck};
 use pyo3::prelude::*;
 
 use crate::error::raise;
