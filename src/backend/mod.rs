@@ -24,9 +24,9 @@ pub use open::{AutoDevice, DeviceSpec, OpenOptions, auto, open, open_with};
 /// One device with one workspace, which is allocated once and reused.
 ///
 /// A backend remembers the pairs of its last [`loss`](Backend::loss), so that
-/// [`threshold_gradient`](Backend::threshold_gradient) walks them without a second sweep (the CPU sweeps again where
-/// their similarities outgrew its budget). Whoever needs two batches alive at once (train and meta batch)
-/// makes two backends.
+/// [`threshold_gradient`](Backend::threshold_gradient) walks them without a second sweep (the CPU sweeps
+/// again where their similarities outgrew its budget). Whoever needs two batches alive at once (train and
+/// meta batch) makes two backends.
 pub trait Backend: Send {
     /// `cpu`, `cuda:0`, `emulated`.
     fn name(&self) -> String;
@@ -93,8 +93,8 @@ pub trait Backend: Send {
     ) -> Result<()>;
 
     /// Last step: the part's share of the loss, and the whole gradient of its anchors, from the sizes of the
-    /// sets of the anchors and of the references. Then [`threshold_gradient`](Backend::threshold_gradient) answers the
-    /// part's share: along the tangent of its anchors, and of references that are no anchors.
+    /// sets of the anchors and of the references. Then [`threshold_gradient`](Backend::threshold_gradient)
+    /// answers the part's share: along the tangent of its anchors, and of references that are no anchors.
     ///
     /// # Errors
     /// As [`sweep`](Backend::sweep).

@@ -103,8 +103,8 @@ pub fn reference_threshold_gradient(
     threshold_gradient_by(|entry| entry, batch, settings, (tangent, reference_tangent))
 }
 
-/// The sums of the absolute values of all that [`reference_threshold_gradient`] adds up, down to the products of
-/// single entries. Terms have both signs, so this, not the sum, is what rounding errors are proportional to.
+/// The sums of the absolute values of all that [`reference_threshold_gradient`] adds up, down to the products
+/// of single entries. Terms have both signs, so this, not the sum, is what rounding errors are proportional to.
 ///
 /// # Errors
 /// As [`reference_threshold_gradient`].

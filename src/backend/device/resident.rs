@@ -191,12 +191,12 @@ impl<D: Device> DeviceBackend<D> {
         download_terms(device, buffer, remembered)
     }
 
-    /// [`Backend::threshold_gradient`](crate::backend::Backend::threshold_gradient) with f32 tangents in device memory,
-    /// `[B, D]` and `[N, D]`; 0 for the references' means zero. They are not checked for NaN.
+    /// [`Backend::threshold_gradient`](crate::backend::Backend::threshold_gradient) with f32 tangents in device
+    /// memory, `[B, D]` and `[N, D]`; 0 for the references' means zero. They are not checked for NaN.
     ///
     /// # Errors
-    /// As [`Backend::threshold_gradient`](crate::backend::Backend::threshold_gradient), and [`Error::InvalidSetting`]
-    /// for an address that is null or not aligned.
+    /// As [`Backend::threshold_gradient`](crate::backend::Backend::threshold_gradient), and
+    /// [`Error::InvalidSetting`] for an address that is null or not aligned.
     ///
     /// # Safety
     /// As [`loss_resident`](Self::loss_resident), for the tangents; only the batch's shape is looked at.

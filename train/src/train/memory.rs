@@ -131,7 +131,8 @@ impl Memory {
         references.part(labels.len(), own, ranks).loss(backend, settings, output)
     }
 
-    /// [`threshold_gradient`](Memory::threshold_gradient) after [`loss_on_ranks`](Memory::loss_on_ranks); `tangent` is that of the rows `own`.
+    /// [`threshold_gradient`](Memory::threshold_gradient) after [`loss_on_ranks`](Memory::loss_on_ranks);
+    /// `tangent` is that of the rows `own`.
     ///
     /// # Errors
     /// Those of the backend and of the ranks.

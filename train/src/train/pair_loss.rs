@@ -1,13 +1,14 @@
-//! The loss of a training run: DDTAS's, or one to compare with it, contrastive or multi-similarity, over the same mined pairs.
+//! The loss of a training run: DDTAS's, or one to compare with it, contrastive or multi-similarity, over the
+//! same mined pairs.
 //!
-//! The other two are here for comparison runs, not as the product: computed in scalar float64 on top of [`reference()`], B x N
-//! matrices and all. They fill the same [`LossOutput`] as a backend.
+//! The other two are here for comparison runs, not as the product: computed in scalar float64 on top of
+//! [`reference()`], B x N matrices and all. They fill the same [`LossOutput`] as a backend.
 //!
 //! * contrastive: positives `1 - S`, negatives `max(0, S - lambda_neg)`, each kind averaged over its non-zero
 //!   terms (ContrastiveLoss of pytorch-metric-learning on cosine similarity, margins 1 and 0.5);
 //! * multi-similarity (Wang et al., CVPR 2019, eq. 14): alpha 2, beta 50, base `lambda_neg`, mean over
-//!   anchors. Its miner is [`Mining::Symmetric`](ddtas::loss::Mining::Symmetric) with the miner's epsilon as gamma
-//!   (0.1).
+//!   anchors. Its miner is [`Mining::Symmetric`](ddtas::loss::Mining::Symmetric) with the miner's epsilon as
+//!   gamma (0.1).
 
 use ddtas::Result;
 use ddtas::backend::Backend;
