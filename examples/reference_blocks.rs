@@ -101,8 +101,7 @@ fn in_blocks(bank: &mut Bank, settings: &LossSettings) -> Outcome<LossOutput> {
                 all.probe_neg += found.probe_neg;
                 continue;
             }
-            let totals = (all.probe_neg, all.total_pos);
-            backend.select(&part, RowNumbers::new(&all.max_neg, &[]), totals, &mut found)?;
+            backend.select(&part, RowNumbers::new(&all.max_neg, &[]), all.pair_totals(), &mut found)?;
             if pass == 2 {
                 all.count_pos.iter_mut().zip(&found.count_pos).for_each(|(all, found)| *all += found);
                 all.count_neg.iter_mut().zip(&found.count_neg).for_each(|(all, found)| *all += found);

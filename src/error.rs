@@ -82,6 +82,18 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// That a row is not of unit length, or not finite where the sum of its squares is not.
+    #[must_use]
+    pub fn bad_row(rows: &'static str, row: usize, square_sum: f64) -> Self {
+        if square_sum.is_finite() {
+            Self::NotUnit { rows, row, norm: square_sum.sqrt() }
+        } else {
+            Self::NotFinite { rows, row }
+        }
+    }
+}
+
 /// The library's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 

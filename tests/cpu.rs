@@ -74,7 +74,7 @@ fn random_batches_that_failed_once_agree_with_the_truth() {
     let everything = LossSettings { mining: Mining::None, ..LossSettings::default() };
     let failed = [
         (
-            "a hyper-gradient whose terms cancel",
+            "a threshold gradient whose terms cancel",
             RandomBatch {
                 how: draw(137, 64, 12),
                 settings: everything.with_lambda(0.87),
@@ -240,20 +240,26 @@ fn a_bad_row_is_named() {
 }
 
 #[test]
-fn hypergradient_without_its_loss_is_an_error() {
+fn threshold_gradient_without_its_loss_is_an_error() {
     let (rows, labels) =
         draw(Draw { rows: 20, dim: 8, classes: 4, noise: 1.5, ignored: 0, duplicates: 0 }, 1);
     let batch = Batch::square(rows.view(), &labels);
     let mut backend = CpuBackend::new();
     let direction = tangent(20, 8, 1);
-    assert!(matches!(backend.hypergradient(&batch, direction.view(), None), Err(Error::OutOfOrder(_))));
+    assert!(matches!(backend.threshold_gradient(&batch, direction.view(), None), Err(Error::OutOfOrder(_))));
     backend.loss(&batch, &LossSettings::default(), &mut LossOutput::default()).unwrap();
     let other = tangent(19, 8, 1);
-    assert!(matches!(backend.hypergradient(&batch, other.view(), None), Err(Error::LengthMismatch { .. })));
-    assert!(backend.hypergradient(&batch, direction.view(), None).is_ok());
+    assert!(matches!(
+        backend.threshold_gradient(&batch, other.view(), None),
+        Err(Error::LengthMismatch { .. })
+    ));
+    assert!(backend.threshold_gradient(&batch, direction.view(), None).is_ok());
     let reversed: Vec<i64> = labels.iter().rev().copied().collect();
     let relabelled = Batch::square(rows.view(), &reversed);
-    assert!(matches!(backend.hypergradient(&relabelled, direction.view(), None), Err(Error::OutOfOrder(_))));
+    assert!(matches!(
+        backend.threshold_gradient(&relabelled, direction.view(), None),
+        Err(Error::OutOfOrder(_))
+    ));
 }
 
 #[test]
@@ -302,9 +308,9 @@ fn a_search_leaves_the_pairs_of_the_last_loss_in_memory() {
     let direction = tangent(60, 16, 2);
     let mut backend = CpuBackend::new();
     backend.loss(&batch, &LossSettings::default(), &mut LossOutput::default()).unwrap();
-    let before = backend.hypergradient(&batch, direction.view(), None).unwrap();
+    let before = backend.threshold_gradient(&batch, direction.view(), None).unwrap();
     backend.nearest(&batch.anchors, None, 3).unwrap();
-    assert_eq!(backend.hypergradient(&batch, direction.view(), None).unwrap(), before);
+    assert_eq!(backend.threshold_gradient(&batch, direction.view(), None).unwrap(), before);
 }
 
 #[test]
@@ -327,9 +333,9 @@ fn a_planted_fault_fails_the_comparison() {
     let mut backend = CpuBackend::new();
     let mut output = LossOutput::default();
     backend.loss(&batch, &settings, &mut output).unwrap();
-    let hyper = backend.hypergradient(&batch, direction.view(), None).unwrap();
-    let passes = |output: &LossOutput, hyper| Report::new(&expected, output, hyper).passes(SINGLE_PRECISION);
-    assert!(passes(&output, hyper));
+    let sums = backend.threshold_gradient(&batch, direction.view(), None).unwrap();
+    let passes = |output: &LossOutput, sums| Report::new(&expected, output, sums).passes(SINGLE_PRECISION);
+    assert!(passes(&output, sums));
 
     let largest = output.gradient.iter().fold(0.0f32, |scale, x| scale.max(x.abs()));
     let faults: [fn(&mut LossOutput, f32); 7] = [
@@ -344,9 +350,9 @@ fn a_planted_fault_fails_the_comparison() {
     for (number, fault) in faults.iter().enumerate() {
         let mut broken = output.clone();
         fault(&mut broken, largest);
-        assert!(!passes(&broken, hyper), "fault {number} went unnoticed");
+        assert!(!passes(&broken, sums), "fault {number} went unnoticed");
     }
-    let mut wrong = hyper;
+    let mut wrong = sums;
     wrong.pos *= 1.01;
     wrong.neg *= 1.01;
     assert!(!passes(&output, wrong));

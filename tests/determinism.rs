@@ -6,7 +6,7 @@ use ddtas::backend::cpu::CpuBackend;
 use ddtas::loss::{Batch, LossOutput, LossSettings, Mining, Rows};
 use ddtas_cases::random::{Draw, draw, tangent};
 
-/// Every number of a loss, a hyper-gradient and a search, as text that shows all bits.
+/// Every number of a loss, a threshold gradient and a search, as text that shows all bits.
 fn everything(threads: usize, budget: usize, mining: Mining) -> String {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
     pool.install(|| {
@@ -24,12 +24,12 @@ fn everything(threads: usize, budget: usize, mining: Mining) -> String {
             let mut output = LossOutput::default();
             backend.loss(&batch, &settings, &mut output).unwrap();
             let (own, other) = (tangent(700, 96, 1), tangent(500, 96, 2));
-            let hyper = backend.hypergradient(&batch, own.view(), Some(other.view())).unwrap();
+            let sums = backend.threshold_gradient(&batch, own.view(), Some(other.view())).unwrap();
             let bits = |x: &f32| x.to_bits();
             let gradient: Vec<u32> = output.gradient.iter().map(bits).collect();
             let back: Vec<u32> = output.reference_gradient.iter().flatten().map(bits).collect();
             output.gradient.fill(0.0);
-            text += &format!("{gradient:?} {back:?} {output:?} {hyper:?}");
+            text += &format!("{gradient:?} {back:?} {output:?} {sums:?}");
         }
         let found = backend.nearest(&square.anchors, None, 10).unwrap();
         text + &format!("{found:?}")

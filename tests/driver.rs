@@ -138,8 +138,8 @@ fn the_calling_thread_s_context_is_its_own_again_after_every_call() {
         let (settings, mut output) = (LossSettings::default(), LossOutput::default());
         backend.loss(&batch, &settings, &mut output).unwrap();
         unchanged("loss");
-        backend.hypergradient(&batch, e.view(), None).unwrap();
-        unchanged("hypergradient");
+        backend.threshold_gradient(&batch, e.view(), None).unwrap();
+        unchanged("threshold_gradient");
         backend.nearest(&Rows::new(e.view(), &labels), None, 3).unwrap();
         unchanged("nearest");
         let rows = Rows::new(e.view(), &labels);
@@ -149,8 +149,8 @@ fn the_calling_thread_s_context_is_its_own_again_after_every_call() {
         unchanged("loss_resident");
         backend.anchors_of_last_loss(&mut output).unwrap();
         unchanged("anchors_of_last_loss");
-        unsafe { backend.hypergradient_resident(&resident, [side.embeddings, 0]) }.unwrap();
-        unchanged("hypergradient_resident");
+        unsafe { backend.threshold_gradient_resident(&resident, [side.embeddings, 0]) }.unwrap();
+        unchanged("threshold_gradient_resident");
         unsafe { backend.nearest_resident(&resident, None, 3) }.unwrap();
         unchanged("nearest_resident");
         assert_eq!(unsafe { backend.labels_resident(&side) }.unwrap(), labels);

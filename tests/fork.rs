@@ -47,7 +47,7 @@ fn every_entry(backend: &mut CpuBackend) -> (LossOutput, Vec<u32>, Vec<u32>) {
     let (rows, labels) = rows();
     let (batch, mut output) = (Batch::square(rows.view(), &labels), LossOutput::default());
     backend.loss(&batch, &LossSettings::default(), &mut output).unwrap();
-    backend.hypergradient(&batch, rows.view(), None).unwrap();
+    backend.threshold_gradient(&batch, rows.view(), None).unwrap();
     let nearest = backend.nearest(&Rows::new(rows.view(), &labels), None, 4).unwrap();
     let settings = KMeansSettings { clusters: 40, iterations: 3, seed: 1 };
     let clusters = k_means(backend, rows.view(), &settings, &mut |_, _| ()).unwrap();

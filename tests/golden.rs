@@ -1,7 +1,7 @@
 //! The scalar truth against the reference cases in `tests/golden` (SPEC 7).
 
-use ddtas::loss::reference;
-use ddtas_cases::{Case, Dtype, Expected, golden, is_clear};
+use ddtas::loss::{ElementType, reference};
+use ddtas_cases::{Case, Expected, golden, is_clear};
 
 fn close(name: &str, what: &str, got: f64, wanted: f64, scale: f64) {
     let error = if got == wanted { 0.0 } else { (got - wanted).abs() };
@@ -28,8 +28,8 @@ fn the_float64_truth_reproduces_every_golden_case() {
         for (what, got, wanted) in [
             ("dL/dlambda_pos", truth.dloss_dlambda_pos, e.dloss_dlambda_pos),
             ("dL/dlambda_neg", truth.dloss_dlambda_neg, e.dloss_dlambda_neg),
-            ("hyper_pos", truth.hyper.pos, e.hyper.pos),
-            ("hyper_neg", truth.hyper.neg, e.hyper.neg),
+            ("threshold_pos", truth.threshold_gradient.pos, e.threshold_gradient.pos),
+            ("threshold_neg", truth.threshold_gradient.neg, e.threshold_gradient.neg),
         ] {
             close(&name, what, got, wanted, wanted.abs());
         }
@@ -49,7 +49,7 @@ fn no_pair_comes_near_a_threshold_when_rows_are_rounded_to_f16() {
     // Or `ddtas-bench verify --tf32` could not ask for exact counts. Sums of these products err by up to 7e-7.
     const SLACK: f64 = 1.5e-6;
     for case in golden() {
-        let rounded = case.rounded_to(Dtype::F16).unwrap();
+        let rounded = case.rounded_to(ElementType::F16).unwrap();
         let truth = reference(&rounded.batch(), &case.settings).unwrap();
         assert!(is_clear(&truth, &case.settings, SLACK), "{}", case.name);
     }

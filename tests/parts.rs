@@ -5,7 +5,8 @@ use ddtas::Error;
 use ddtas::backend::Backend;
 use ddtas::backend::cpu::CpuBackend;
 use ddtas::loss::{
-    Batch, Embeddings, Hypergradient, Identity, LossOutput, LossSettings, Mining, RowNumbers, Rows, reference,
+    Batch, Embeddings, Identity, LossOutput, LossSettings, Mining, PairTotals, RowNumbers, Rows,
+    ThresholdGradient, reference,
 };
 use ddtas_cases::golden;
 use ddtas_cases::parts::{
@@ -31,8 +32,8 @@ fn at_once(rows: &Rows<'_>, settings: &LossSettings, tangent: &Array2<f32>) -> T
     let batch = Batch::square(rows.embeddings.view(), rows.labels);
     let mut output = LossOutput::default();
     backend.loss(&batch, settings, &mut output).unwrap();
-    let hyper = backend.hypergradient(&batch, tangent.view(), None).unwrap();
-    Together { output, hyper }
+    let sums = backend.threshold_gradient(&batch, tangent.view(), None).unwrap();
+    Together { output, threshold_gradient: sums }
 }
 
 /// Everything of a row, bit for bit; sums over the batch to rounding.
@@ -60,10 +61,13 @@ fn assert_same(parts: &Together, whole: &Together, what: &str) {
     assert!(near(got.mean_pos, wanted.mean_pos), "{what}: mean of the positives");
     assert!(near(got.mean_neg, wanted.mean_neg), "{what}: mean of the negatives");
     // Dot products of the rows' sums, which are the same bits.
-    for (got, wanted) in [(parts.hyper.pos, whole.hyper.pos), (parts.hyper.neg, whole.hyper.neg)] {
+    for (got, wanted) in [
+        (parts.threshold_gradient.pos, whole.threshold_gradient.pos),
+        (parts.threshold_gradient.neg, whole.threshold_gradient.neg),
+    ] {
         assert!(
             (got - wanted).abs() <= 1e-9 * wanted.abs() + 1e-12,
-            "{what}: hyper-gradient {got}, {wanted}"
+            "{what}: threshold gradient {got}, {wanted}"
         );
     }
 }
@@ -239,7 +243,7 @@ fn references_in_blocks() {
         got.probe_neg += output.probe_neg;
         got.max_neg.iter_mut().zip(&output.max_neg).for_each(|(most, found)| *most = most.max(*found));
     }
-    let (totals, mut mined) = ((got.probe_neg, got.total_pos), (0, 0));
+    let (totals, mut mined) = (got.pair_totals(), (0, 0));
     for last in [false, true] {
         let (count_pos, count_neg) = (got.count_pos.clone(), got.count_neg.clone());
         for b in 0..3 {
@@ -321,7 +325,7 @@ fn steps_out_of_order_and_numbers_of_another_length_are_refused() {
 
     out_of_order(backend.sweep(&part, numbers, &mut output));
     backend.same_class(&part, &settings, &mut output).unwrap();
-    out_of_order(backend.select(&part, numbers, (0, 0), &mut output));
+    out_of_order(backend.select(&part, numbers, PairTotals::default(), &mut output));
     // An error ends the sequence: the same-class step has to be made again.
     out_of_order(backend.sweep(&part, numbers, &mut output));
     backend.same_class(&part, &settings, &mut output).unwrap();
@@ -336,8 +340,8 @@ fn steps_out_of_order_and_numbers_of_another_length_are_refused() {
     backend.same_class(&part, &settings, &mut output).unwrap();
     backend.sweep(&part, numbers, &mut output).unwrap();
     out_of_order(backend.gradient(&part, sizes, sizes, &mut output));
-    let hyper = |backend: &mut CpuBackend| backend.hypergradient(&part, tangent(4, 8, 1).view(), None);
-    assert!(matches!(hyper(&mut backend), Err(Error::OutOfOrder(_))));
+    let sums = |backend: &mut CpuBackend| backend.threshold_gradient(&part, tangent(4, 8, 1).view(), None);
+    assert!(matches!(sums(&mut backend), Err(Error::OutOfOrder(_))));
 
     for (anchors, references) in [(3, 12), (5, 12), (4, 13)] {
         backend.same_class(&part, &settings, &mut output).unwrap();
@@ -347,7 +351,7 @@ fn steps_out_of_order_and_numbers_of_another_length_are_refused() {
     // The sizes of both sets are those of the same references.
     backend.same_class(&part, &settings, &mut output).unwrap();
     backend.sweep(&part, numbers, &mut output).unwrap();
-    backend.select(&part, numbers, (0, 0), &mut output).unwrap();
+    backend.select(&part, numbers, PairTotals::default(), &mut output).unwrap();
     let fewer = RowNumbers::new(&counts[..4], &counts[..11]);
     let refused = backend.gradient(&part, sizes, fewer, &mut output);
     assert!(matches!(refused, Err(Error::LengthMismatch { expected: 12, got: 11, .. })));
@@ -367,19 +371,19 @@ fn steps_out_of_order_and_numbers_of_another_length_are_refused() {
         assert!(matches!(refused, Err(Error::InvalidSetting { name: "total", .. })));
     }
     // Any numbers of the right length are taken: a NaN, or what the same-class step did not find.
-    let hyper = hyper_of_any_numbers(&mut backend, &part);
-    assert!(hyper.pos.is_finite() && hyper.neg.is_finite());
+    let sums = sums_of_any_numbers(&mut backend, &part);
+    assert!(sums.pos.is_finite() && sums.neg.is_finite());
 }
 
-fn hyper_of_any_numbers(backend: &mut CpuBackend, part: &Batch<'_>) -> Hypergradient {
+fn sums_of_any_numbers(backend: &mut CpuBackend, part: &Batch<'_>) -> ThresholdGradient {
     let mut output = LossOutput::default();
     let strange = [f32::NAN, f32::NEG_INFINITY, f32::INFINITY, -7.0];
     let numbers = RowNumbers::new(&strange[..], &strange[..]);
     backend.same_class(part, &LossSettings::default(), &mut output).unwrap();
     backend.sweep(part, numbers, &mut output).unwrap();
-    backend.select(part, numbers, (u64::MAX, 0), &mut output).unwrap();
+    backend.select(part, numbers, PairTotals { probe_neg: u64::MAX, total_pos: 0 }, &mut output).unwrap();
     let counts = [u32::MAX, 0, 1, 7];
     let counts = RowNumbers::new(&counts[..], &counts[..]);
     backend.gradient(part, counts, counts, &mut output).unwrap();
-    backend.hypergradient(part, tangent(4, 8, 1).view(), None).unwrap()
+    backend.threshold_gradient(part, tangent(4, 8, 1).view(), None).unwrap()
 }

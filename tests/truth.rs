@@ -4,10 +4,10 @@ use ddtas::Error;
 use ddtas::loss::gradient::weigh;
 use ddtas::loss::select::Selection;
 use ddtas::loss::similarity::Similarities;
-use ddtas::loss::threshold::hypergradient;
+use ddtas::loss::threshold::threshold_gradient;
 use ddtas::loss::{
     Batch, DoubleBatch, DoubleRows, Identity, LossSettings, Mining, Rows, UnitCheck, reference,
-    reference_hypergradient,
+    reference_threshold_gradient,
 };
 use ndarray::{Array2, s};
 use rand::{RngExt, SeedableRng};
@@ -90,7 +90,7 @@ fn derivatives_by_lambda_agree_with_central_differences() {
         let weighted = weigh(&similarities, &selection, &settings);
         let mut tilt = tangent.dot(&rows.t());
         tilt += &rows.dot(&tangent.t());
-        let hyper = hypergradient(&similarities, &selection, &settings, &tilt);
+        let sums = threshold_gradient(&similarities, &selection, &settings, &tilt);
 
         let step = 1e-5;
         let pos = |by: f64| LossSettings { lambda_pos: settings.lambda_pos + by, ..settings };
@@ -101,8 +101,8 @@ fn derivatives_by_lambda_agree_with_central_differences() {
         for (what, got, wanted) in [
             ("dL/dlambda_pos", weighted.dloss_dlambda_pos, loss_at(pos(step)) - loss_at(pos(-step))),
             ("dL/dlambda_neg", weighted.dloss_dlambda_neg, loss_at(neg(step)) - loss_at(neg(-step))),
-            ("hyper_pos", hyper.pos, along_at(pos(step)) - along_at(pos(-step))),
-            ("hyper_neg", hyper.neg, along_at(neg(step)) - along_at(neg(-step))),
+            ("threshold_pos", sums.pos, along_at(pos(step)) - along_at(pos(-step))),
+            ("threshold_neg", sums.neg, along_at(neg(step)) - along_at(neg(-step))),
         ] {
             let wanted = wanted / (2.0 * step);
             assert!((got - wanted).abs() < 1e-7 * (1.0 + wanted.abs()), "{what}: {got} {wanted}");
@@ -149,8 +149,8 @@ fn float64_rows_give_the_truth_of_the_same_rows_in_float32() {
         assert_eq!(got.reference_gradient, want.reference_gradient);
 
         let tangent = double.anchors.embeddings.mapv(|x| 1.0 - x);
-        let want = reference_hypergradient(&single, &settings, &tangent, None).unwrap();
-        assert_eq!(double.hypergradient(&settings, &tangent, None).unwrap(), want);
+        let want = reference_threshold_gradient(&single, &settings, &tangent, None).unwrap();
+        assert_eq!(double.threshold_gradient(&settings, &tangent, None).unwrap(), want);
     }
 }
 

@@ -12,7 +12,9 @@ use ddtas::Result;
 use ddtas::backend::cuda::{self, CudaBackend, CudaDevice};
 use ddtas::backend::device::{Device, ElementType, Options, ResidentBatch, ResidentRows};
 use ddtas::backend::{Backend, Nearest};
-use ddtas::loss::{Batch, Embeddings, Hypergradient, LossOutput, LossSettings, RowNumbers, Rows};
+use ddtas::loss::{
+    Batch, Embeddings, LossOutput, LossSettings, PairTotals, RowNumbers, Rows, ThresholdGradient,
+};
 use ddtas_bench::spot_check::{Figures, Way, compare};
 use ddtas_bench::{Embeddings as Drawn, ThroughputSettings, measure_on, read, with_batch};
 use ndarray::ArrayView2;
@@ -172,7 +174,7 @@ impl Backend for Resident {
         &mut self,
         part: &Batch<'_>,
         max_neg: RowNumbers<'_, f32>,
-        totals: (u64, u64),
+        totals: PairTotals,
         output: &mut LossOutput,
     ) -> Result<()> {
         self.backend.select(part, max_neg, totals, output)
@@ -188,13 +190,13 @@ impl Backend for Resident {
         self.backend.gradient(part, count_pos, count_neg, output)
     }
 
-    fn hypergradient(
+    fn threshold_gradient(
         &mut self,
         batch: &Batch<'_>,
         tangent: ArrayView2<'_, f32>,
         reference_tangent: Option<ArrayView2<'_, f32>>,
-    ) -> Result<Hypergradient> {
-        self.backend.hypergradient(batch, tangent, reference_tangent)
+    ) -> Result<ThresholdGradient> {
+        self.backend.threshold_gradient(batch, tangent, reference_tangent)
     }
 
     fn nearest(&mut self, queries: &Rows<'_>, references: Option<&Rows<'_>>, k: usize) -> Result<Nearest> {

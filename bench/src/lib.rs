@@ -29,7 +29,7 @@ pub mod spot_check;
 
 pub use arguments::DeviceArguments;
 pub use compare::{Comparison, Ratio, compare, read_rows};
-pub use ddtas_cases::Dtype;
+pub use ddtas::loss::ElementType;
 pub use ddtas_io::tensors::EmbeddedRows;
 pub use density::Density;
 pub use embeddings::{CLASS_SIZE, Embeddings, draw, find_noise};

@@ -15,8 +15,7 @@ use super::embeddings::{Embeddings, mined_share};
 use super::products::Products;
 use super::settings::ThroughputSettings;
 use ddtas::backend::{Backend, DeviceSpec};
-use ddtas::loss::{self, Batch, LossOutput, Rows};
-use ddtas_cases::Dtype;
+use ddtas::loss::{self, Batch, ElementType, LossOutput, Rows};
 use ddtas_io::Result;
 
 /// Calls before the clock starts: buffers grow in the first, and caches settle.
@@ -37,7 +36,7 @@ pub struct Row {
     /// Dimensions of a row, D.
     pub dim: usize,
     /// Type of the rows.
-    pub dtype: Dtype,
+    pub dtype: ElementType,
     /// Whether f32 rows were multiplied to TF32's precision.
     pub tf32: bool,
     /// Backend that ran.
@@ -77,11 +76,11 @@ enum Typed<'a> {
 }
 
 impl<'a> Typed<'a> {
-    fn new(rows: &'a EmbeddedRows, dtype: Dtype) -> Self {
+    fn new(rows: &'a EmbeddedRows, dtype: ElementType) -> Self {
         match dtype {
-            Dtype::F32 => Self::F32(rows.values.view()),
-            Dtype::F16 => Self::F16(rows.values.mapv(f16::from_f32)),
-            Dtype::Bf16 => Self::Bf16(rows.values.mapv(bf16::from_f32)),
+            ElementType::F32 => Self::F32(rows.values.view()),
+            ElementType::F16 => Self::F16(rows.values.mapv(f16::from_f32)),
+            ElementType::Bf16 => Self::Bf16(rows.values.mapv(bf16::from_f32)),
         }
     }
 

@@ -62,7 +62,7 @@ fn range(values: impl Iterator<Item = f64>) -> Range<f64> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Dtype;
+    use super::super::ElementType;
     use super::*;
 
     fn row(batch: usize, peak_extra_bytes: Option<usize>) -> Row {
@@ -70,7 +70,7 @@ mod tests {
             batch,
             references: None,
             dim: 8,
-            dtype: Dtype::F32,
+            dtype: ElementType::F32,
             tf32: false,
             backend: "cpu".into(),
             threads: 1,

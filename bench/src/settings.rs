@@ -6,20 +6,20 @@ use super::Density;
 use super::embeddings::Embeddings;
 use crate::arguments::DeviceArguments;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
-use ddtas_cases::Dtype;
+use ddtas::loss::ElementType;
 use ddtas_io::files::check_place;
 use ddtas_io::{Error, Result};
 
 /// A parser of the rows' type.
-fn dtype() -> impl TypedValueParser<Value = Dtype> {
+fn dtype() -> impl TypedValueParser<Value = ElementType> {
     let about = |dtype| match dtype {
-        Dtype::F32 => "Single precision",
-        Dtype::F16 => "IEEE half precision",
-        Dtype::Bf16 => "Brain floating point",
+        ElementType::F32 => "Single precision",
+        ElementType::F16 => "IEEE half precision",
+        ElementType::Bf16 => "Brain floating point",
     };
-    let values = Dtype::ALL.map(|dtype| PossibleValue::new(dtype.name()).help(about(dtype)));
+    let values = ElementType::ALL.map(|dtype| PossibleValue::new(dtype.name()).help(about(dtype)));
     PossibleValuesParser::new(values)
-        .map(|name| Dtype::ALL.into_iter().find(|dtype| dtype.name() == name).unwrap_or_default())
+        .map(|name| ElementType::ALL.into_iter().find(|dtype| dtype.name() == name).unwrap_or_default())
 }
 
 /// Settings of a measurement. Lists are measured in all combinations.
@@ -41,7 +41,7 @@ pub struct ThroughputSettings {
     pub references: Option<usize>,
     /// Type of the embeddings.
     #[arg(long, default_value_t, value_parser = dtype())]
-    pub dtype: Dtype,
+    pub dtype: ElementType,
     /// Where to measure.
     #[command(flatten)]
     pub device: DeviceArguments,
@@ -75,7 +75,7 @@ impl ThroughputSettings {
     /// # Errors
     /// [`Error::Misused`] for TF32's precision of other rows than f32: those of 16 bits are exact.
     pub(super) fn check_products(&self) -> Result<()> {
-        if !self.device.tf32 || self.dtype == Dtype::F32 {
+        if !self.device.tf32 || self.dtype == ElementType::F32 {
             return Ok(());
         }
         Err(Error::misuse("dtype", self.dtype, "--tf32 is for f32 rows"))

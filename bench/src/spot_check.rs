@@ -258,7 +258,7 @@ impl<'a, 'b> SpotCheck<'a, 'b> {
     /// The first thing that is wrong: what, of which anchor, what came out and what was wanted.
     pub fn check(&self, answer: &Answer) -> std::result::Result<Figures, String> {
         let output = &answer.output;
-        let tolerances = adapt(self.settings, output.probe_neg, output.total_pos);
+        let tolerances = adapt(self.settings, output.pair_totals());
         for (name, got, want) in
             [("gamma_pos", output.gamma_pos, tolerances.pos), ("gamma_neg", output.gamma_neg, tolerances.neg)]
         {

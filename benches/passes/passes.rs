@@ -70,7 +70,7 @@ fn threshold(criterion: &mut Criterion) {
         // Any tangent of the right shape takes the same time.
         let tangent = embeddings.anchors.values.view();
         group.bench_function(BenchmarkId::from_parameter(name), |bencher| {
-            bencher.iter(|| backend.hypergradient(&batch, tangent, None).expect("a hyper-gradient"));
+            bencher.iter(|| backend.threshold_gradient(&batch, tangent, None).expect("a threshold gradient"));
         });
     }
 }

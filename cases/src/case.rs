@@ -2,10 +2,10 @@
 
 use ddtas::Result;
 use ddtas::loss::select::{initial_tolerances, probe_tolerance};
-use ddtas::loss::{Batch, Identity, LossSettings, Reference, Rows, UnitCheck};
+use ddtas::loss::{Batch, ElementType, Identity, LossSettings, Reference, Rows, UnitCheck};
 use ndarray::Array2;
 
-use crate::{Dtype, Expected, Matrix};
+use crate::{Expected, Matrix};
 
 /// Rows with their labels, and the tangent that goes with them (edot of SPEC 5).
 #[derive(Debug, Clone)]
@@ -62,15 +62,15 @@ impl Case {
     ///
     /// # Errors
     /// What the truth refuses.
-    pub fn rounded_to(&self, dtype: Dtype) -> Result<Self> {
+    pub fn rounded_to(&self, dtype: ElementType) -> Result<Self> {
         let side = |side: &Side| Side { rows: side.rows.rounded_to(dtype), ..side.clone() };
         Self::new(self.name.clone(), self.settings, side(&self.anchors), self.references.as_ref().map(side))
     }
 
     /// The type of its rows.
     #[must_use]
-    pub fn dtype(&self) -> Dtype {
-        Dtype::of(&self.anchors.rows.view())
+    pub fn dtype(&self) -> ElementType {
+        self.anchors.rows.view().element_type()
     }
 
     /// The batch as the backend sees it; in the rectangular form with both gradients.

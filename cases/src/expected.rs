@@ -2,12 +2,12 @@
 
 use ddtas::Result;
 use ddtas::loss::{
-    Batch, Hypergradient, LossOutput, LossSettings, Reference, reference, reference_hypergradient,
-    reference_hypergradient_terms,
+    Batch, ElementType, LossOutput, LossSettings, Reference, ThresholdGradient, reference,
+    reference_threshold_gradient, reference_threshold_gradient_terms,
 };
 use ndarray::Array2;
 
-use crate::Dtype;
+use crate::rows::round;
 
 /// Bound on loss and gradient errors of a float32 backend, relative to the largest entry.
 pub const SINGLE_PRECISION: f64 = 1e-5;
@@ -17,7 +17,7 @@ pub const SINGLE_PRECISION: f64 = 1e-5;
 /// weights, is rounded too, by up to 2^-11 of each: twice that.
 pub const TF32: f64 = 1e-3;
 
-/// The expected results, in float64. Fields are those of [`LossOutput`] and [`Hypergradient`].
+/// The expected results, in float64. Fields are those of [`LossOutput`] and [`ThresholdGradient`].
 #[derive(Debug, Clone)]
 #[expect(missing_docs, reason = "documented at the fields of the same names in LossOutput")]
 pub struct Expected {
@@ -38,9 +38,9 @@ pub struct Expected {
     pub dloss_dlambda_neg: f64,
     pub mean_pos: f64,
     pub mean_neg: f64,
-    pub hyper: Hypergradient,
-    /// Sums of the absolute terms of `hyper`, which its errors are measured against.
-    pub hyper_terms: Hypergradient,
+    pub threshold_gradient: ThresholdGradient,
+    /// Sums of the absolute terms of `threshold_gradient`, which its errors are measured against.
+    pub threshold_terms: ThresholdGradient,
     /// How far a backend may be off.
     pub bounds: Bounds,
 }
@@ -49,7 +49,7 @@ impl Expected {
     /// Evaluates the scalar truth on a batch.
     ///
     /// # Errors
-    /// As [`reference()`] and [`reference_hypergradient`].
+    /// As [`reference()`] and [`reference_threshold_gradient`].
     pub fn evaluate(
         batch: &Batch<'_>,
         settings: &LossSettings,
@@ -79,8 +79,8 @@ impl Expected {
             dloss_dlambda_neg: truth.weighted.dloss_dlambda_neg,
             mean_pos: truth.mean_pos,
             mean_neg: truth.mean_neg,
-            hyper: reference_hypergradient(batch, settings, &tangent, moving.as_ref())?,
-            hyper_terms: reference_hypergradient_terms(batch, settings, &tangent, moving.as_ref())?,
+            threshold_gradient: reference_threshold_gradient(batch, settings, &tangent, moving.as_ref())?,
+            threshold_terms: reference_threshold_gradient_terms(batch, settings, &tangent, moving.as_ref())?,
             bounds: Bounds::new(batch, settings, &truth),
         })
     }
@@ -135,7 +135,7 @@ impl Bounds {
     const SUMS: f64 = 1e-6;
 
     fn new(batch: &Batch<'_>, settings: &LossSettings, truth: &Reference) -> Self {
-        let dtype = Dtype::of(&batch.anchors.embeddings);
+        let dtype = batch.anchors.embeddings.element_type();
         let (e, g) = (batch.anchors.embeddings.to_f64(), &truth.weighted.weights);
         let plain = match &batch.references {
             None => plain_error(dtype, &(g + &g.t()), &e),
@@ -144,7 +144,7 @@ impl Bounds {
                 anchors.max(plain_error(dtype, &g.t().to_owned(), &e))
             }
         };
-        let truncation = if dtype == Dtype::F32 { 0.0 } else { Self::TRUNCATION };
+        let truncation = if dtype == ElementType::F32 { 0.0 } else { Self::TRUNCATION };
         Self {
             // A term changes by at most its sharpness times what the similarity does.
             loss: SINGLE_PRECISION + settings.alpha.max(settings.beta) * truncation,
@@ -154,14 +154,14 @@ impl Bounds {
 }
 
 /// Largest error of M R over its largest entry, where M is stored in the rows' type, as plain code would.
-fn plain_error(dtype: Dtype, m: &Array2<f64>, rows: &Array2<f64>) -> f64 {
+fn plain_error(dtype: ElementType, m: &Array2<f64>, rows: &Array2<f64>) -> f64 {
     let top = largest(m);
     if top == 0.0 {
         return 0.0;
     }
     // Plain code would scale its loss, as mixed-precision training does, lest f16 underflow.
     let scale = top.recip().log2().floor().exp2();
-    let rounded = m.mapv(|value| dtype.round(value * scale) / scale);
+    let rounded = m.mapv(|value| round(dtype, value * scale) / scale);
     let product = m.dot(rows);
     relative(largest(&(&rounded.dot(rows) - &product)), largest(&product))
 }
@@ -180,7 +180,7 @@ pub struct Report {
     /// Worst absolute error of m+, m-, `gamma_pos` and `gamma_neg`, all cosine similarities.
     pub thresholds: f64,
     /// The worse of `slopes` and `sums`.
-    pub hypergradient: f64,
+    pub threshold_gradient: f64,
     /// Worst relative error of dL/dlambda.
     #[serde(skip)]
     pub slopes: f64,
@@ -198,7 +198,7 @@ pub struct Report {
 impl Report {
     /// Compares an answer with the expected one.
     #[must_use]
-    pub fn new(expected: &Expected, output: &LossOutput, hyper: Hypergradient) -> Self {
+    pub fn new(expected: &Expected, output: &LossOutput, threshold_gradient: ThresholdGradient) -> Self {
         let mut gradient = matrix_error(&expected.gradient, &output.gradient);
         if let Some(wanted) = &expected.reference_gradient {
             let got = output.reference_gradient.as_ref();
@@ -210,12 +210,12 @@ impl Report {
             difference(expected.gamma_pos, output.gamma_pos),
             difference(expected.gamma_neg, output.gamma_neg),
         ];
-        let terms = expected.hyper_terms.pos + expected.hyper_terms.neg;
+        let terms = expected.threshold_terms.pos + expected.threshold_terms.neg;
         let single = |wanted: f64, got: f64| relative(difference(wanted, got), wanted.abs());
         let slopes = single(expected.dloss_dlambda_pos, output.dloss_dlambda_pos)
             .max(single(expected.dloss_dlambda_neg, output.dloss_dlambda_neg));
-        let sums = relative(difference(expected.hyper.pos, hyper.pos), terms)
-            .max(relative(difference(expected.hyper.neg, hyper.neg), terms));
+        let sums = relative(difference(expected.threshold_gradient.pos, threshold_gradient.pos), terms)
+            .max(relative(difference(expected.threshold_gradient.neg, threshold_gradient.neg), terms));
         // Of a batch without such pairs the mean is NaN on both sides.
         let mean = |wanted: f64, got: f64| {
             if wanted.is_nan() && got.is_nan() { 0.0 } else { difference(wanted, got) }
@@ -224,7 +224,7 @@ impl Report {
             loss: single(expected.loss, output.loss),
             gradient,
             thresholds: worst(thresholds),
-            hypergradient: slopes.max(sums),
+            threshold_gradient: slopes.max(sums),
             slopes,
             sums,
             means: mean(expected.mean_pos, output.mean_pos).max(mean(expected.mean_neg, output.mean_neg)),
@@ -239,7 +239,7 @@ impl Report {
             && self.loss <= bound
             && self.gradient <= bound
             && self.thresholds <= bound
-            && self.hypergradient <= bound
+            && self.threshold_gradient <= bound
     }
 
     /// Whether every count is exact and every error within the bound of what it is an error of.

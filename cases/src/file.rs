@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use ddtas::loss::{Hypergradient, LossSettings, Mining};
+use ddtas::loss::{LossSettings, Mining, ThresholdGradient};
 use ddtas_io::tensors::TensorFile;
 use ddtas_io::{Error, Result};
 
@@ -70,8 +70,8 @@ impl Case {
         expected.count_neg = short("expected.count_neg")?;
         expected.dloss_dlambda_pos = float("expected.dloss_dlambda_pos")?;
         expected.dloss_dlambda_neg = float("expected.dloss_dlambda_neg")?;
-        expected.hyper =
-            Hypergradient { pos: float("expected.hyper_pos")?, neg: float("expected.hyper_neg")? };
+        expected.threshold_gradient =
+            ThresholdGradient { pos: float("expected.hyper_pos")?, neg: float("expected.hyper_neg")? };
         Ok(case)
     }
 }

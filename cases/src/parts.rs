@@ -4,8 +4,8 @@
 use ddtas::Result;
 use ddtas::backend::Backend;
 use ddtas::loss::{
-    Batch, Embeddings, Hypergradient, Identity, LossOutput, LossSettings, Mining, PartReference, RowNumbers,
-    Rows,
+    Batch, Embeddings, Identity, LossOutput, LossSettings, Mining, PairTotals, PartReference, RowNumbers,
+    Rows, ThresholdGradient,
 };
 use ndarray::{Array2, ArrayView2, Axis, concatenate, s};
 use rand::{RngExt, SeedableRng};
@@ -28,7 +28,7 @@ pub fn slice<'a>(rows: &'a Rows<'_>, first: usize, end: usize) -> Rows<'a> {
 #[derive(Debug, Default)]
 pub struct Together {
     pub output: LossOutput,
-    pub hyper: Hypergradient,
+    pub threshold_gradient: ThresholdGradient,
 }
 
 /// The loss of the first `anchors` of `all`, whose rows behind them are a memory, in parts of these `lengths`.
@@ -61,7 +61,10 @@ pub fn loss_in_parts(
         backend.sweep(&part(ranges[p]), RowNumbers::new(own, &min_pos), output)
     })?;
     let max_neg: Vec<f32> = outputs.iter().flat_map(|part| part.max_neg.clone()).collect();
-    let totals = outputs.iter().fold((0, 0), |sum, part| (sum.0 + part.probe_neg, sum.1 + part.total_pos));
+    let totals = outputs.iter().fold(PairTotals::default(), |sum, part| PairTotals {
+        probe_neg: sum.probe_neg + part.probe_neg,
+        total_pos: sum.total_pos + part.total_pos,
+    });
     each(backends, &mut outputs, |p, backend, output| {
         let own = &max_neg[ranges[p].0..ranges[p].1];
         backend.select(&part(ranges[p]), RowNumbers::new(own, &max_neg), totals, output)
@@ -78,9 +81,9 @@ pub fn loss_in_parts(
     let mut together = Together::default();
     for (p, backend) in backends.iter_mut().enumerate() {
         let (first, end) = ranges[p];
-        let hyper = backend.hypergradient(&part(ranges[p]), tangent.slice(s![first..end, ..]), None)?;
-        together.hyper.pos += hyper.pos;
-        together.hyper.neg += hyper.neg;
+        let sums = backend.threshold_gradient(&part(ranges[p]), tangent.slice(s![first..end, ..]), None)?;
+        together.threshold_gradient.pos += sums.pos;
+        together.threshold_gradient.neg += sums.neg;
         together.output.add_part(&outputs[p]);
     }
     let gradients: Vec<ArrayView2<'_, f32>> = outputs.iter().map(|part| part.gradient.view()).collect();
@@ -149,7 +152,7 @@ pub fn run_all(mut open: impl FnMut(usize) -> Box<dyn Backend>, cases: impl Into
         let mut backends: Vec<_> = (0..lengths.len()).map(&mut open).collect();
         let tangent = case.anchors.tangent.view();
         let found = loss_in_parts(&mut backends, &rows, &lengths, &case.settings, tangent).unwrap();
-        let report = Report::new(&case.expected, &found.output, found.hyper);
+        let report = Report::new(&case.expected, &found.output, found.threshold_gradient);
         if !report.is_within(&case.expected.bounds) {
             failures.push(format!("{} {:?} {lengths:?}: {report:?}", case.name, case.dtype()));
         }
@@ -216,8 +219,10 @@ pub fn truth_in_parts(
     let min_pos: Vec<f64> = same_class.iter().flat_map(|(min_pos, _)| min_pos.clone()).collect();
     let swept: Vec<_> = parts.iter().zip(&same_class).map(|(part, (own, _))| part.sweep(own)).collect();
     let max_neg: Vec<f64> = swept.iter().flat_map(|(max_neg, _)| max_neg.clone()).collect();
-    let probe_neg = swept.iter().map(|(_, probe)| probe).sum();
-    let totals = (probe_neg, same_class.iter().map(|(_, positives)| positives).sum());
+    let totals = PairTotals {
+        probe_neg: swept.iter().map(|(_, probe)| probe).sum(),
+        total_pos: same_class.iter().map(|(_, positives)| positives).sum(),
+    };
     let own = same_class.iter().zip(&swept);
     let selected: Vec<_> =
         parts.iter().zip(own).map(|(part, (low, high))| part.select(&low.0, &high.0, totals)).collect();

@@ -95,8 +95,8 @@ pub fn compare(
     let mut output = LossOutput::default();
     backend.loss(batch, settings, &mut output).expect("a valid batch");
     let moving = moving.as_ref().map(|matrix| matrix.view());
-    let hyper = backend.hypergradient(batch, anchor_tangent.view(), moving).expect("a valid batch");
-    let report = Report::new(&expected, &output, hyper);
+    let sums = backend.threshold_gradient(batch, anchor_tangent.view(), moving).expect("a valid batch");
+    let report = Report::new(&expected, &output, sums);
     assert!(report.means < 1e-5, "{report:#?}");
     Some(report)
 }

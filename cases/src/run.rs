@@ -4,27 +4,27 @@ use std::borrow::Borrow;
 use std::collections::HashSet;
 
 use ddtas::backend::{Backend, Nearest};
-use ddtas::loss::{Batch, Embeddings, Hypergradient, LossOutput};
+use ddtas::loss::{Batch, ElementType, Embeddings, LossOutput, ThresholdGradient};
 use ddtas::{Error, Result};
 use half::f16;
 
-use crate::{Case, Dtype, Report};
+use crate::{Case, Report};
 
 /// Runs a case through the loss and the threshold pass of a backend.
 ///
 /// # Errors
 /// What the backend answers.
 pub fn run(case: &Case, backend: &mut dyn Backend) -> Result<Report> {
-    answer(case, backend).map(|(output, hyper)| Report::new(&case.expected, &output, hyper))
+    answer(case, backend).map(|(output, sums)| Report::new(&case.expected, &output, sums))
 }
 
-fn answer(case: &Case, backend: &mut dyn Backend) -> Result<(LossOutput, Hypergradient)> {
+fn answer(case: &Case, backend: &mut dyn Backend) -> Result<(LossOutput, ThresholdGradient)> {
     let batch = case.batch();
     let mut output = LossOutput::default();
     backend.loss(&batch, &case.settings, &mut output)?;
     let moving = case.references.as_ref().map(|side| side.tangent.view());
-    let hyper = backend.hypergradient(&batch, case.anchors.tangent.view(), moving)?;
-    Ok((output, hyper))
+    let sums = backend.threshold_gradient(&batch, case.anchors.tangent.view(), moving)?;
+    Ok((output, sums))
 }
 
 /// Runs a case of f32 rows through a backend that may multiply in TF32: it must answer what the truth does for
@@ -34,7 +34,7 @@ fn answer(case: &Case, backend: &mut dyn Backend) -> Result<(LossOutput, Hypergr
 /// What the backend answers, or the truth of the rounded rows; [`Error::Unavailable`] for rows of another type.
 pub fn run_tf32(case: &Case, backend: &mut dyn Backend) -> Result<Report> {
     let rounded = rounded(case)?;
-    answer(case, backend).map(|(output, hyper)| Report::new(&rounded.expected, &output, hyper))
+    answer(case, backend).map(|(output, sums)| Report::new(&rounded.expected, &output, sums))
 }
 
 /// What an entry of f32 rows is rounded to where TF32 is allowed: the nearest f16, which has TF32's 11 bits, and below 2^-14
@@ -46,10 +46,10 @@ pub fn to_tf32(value: f32) -> f32 {
 
 /// A case of f32 rows as [`to_tf32`] rounds them.
 fn rounded(case: &Case) -> Result<Case> {
-    if case.dtype() != Dtype::F32 {
+    if case.dtype() != ElementType::F32 {
         return Err(Error::Unavailable(format!("{}: TF32 is for f32 rows", case.name)));
     }
-    case.rounded_to(Dtype::F16)
+    case.rounded_to(ElementType::F16)
 }
 
 /// Runs cases through every pass of a backend.
@@ -94,8 +94,8 @@ fn check_all(
 /// Holds the answer to a case to the truth of another, which is the same or its rows rounded.
 fn check(backend: &mut dyn Backend, case: &Case, truth: &Case) -> Result<(), String> {
     let say = |error: Error| error.to_string();
-    let (output, hyper) = answer(case, backend).map_err(say)?;
-    let (report, bounds) = (Report::new(&truth.expected, &output, hyper), &truth.expected.bounds);
+    let (output, sums) = answer(case, backend).map_err(say)?;
+    let (report, bounds) = (Report::new(&truth.expected, &output, sums), &truth.expected.bounds);
     if !report.is_within(bounds) {
         return Err(format!("{report:?} is not within {bounds:?}"));
     }

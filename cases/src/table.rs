@@ -3,13 +3,13 @@
 
 use std::path::Path;
 
-use ddtas::loss::{LossSettings, Mining, reference};
+use ddtas::loss::{ElementType, LossSettings, Mining, reference};
 use ndarray::Array2;
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::random::SLACK;
-use crate::{Case, Dtype, Side, find, is_clear};
+use crate::{Case, Matrix, Side, find, is_clear};
 
 /// Every file of tests/golden, by name.
 ///
@@ -31,7 +31,7 @@ pub fn golden() -> Vec<Case> {
 /// # Panics
 /// If one cannot be read.
 #[must_use]
-pub fn golden_in(dtype: Dtype) -> Vec<Case> {
+pub fn golden_in(dtype: ElementType) -> Vec<Case> {
     let rounded = |case: Case| case.rounded_to(dtype).expect("rows of unit length");
     let cases: Vec<Case> = golden().into_iter().map(rounded).filter(clear).collect();
     println!("{} of the reference cases are clear of the thresholds in {dtype:?}", cases.len());
@@ -135,7 +135,7 @@ fn recipes() -> Vec<Recipe> {
 #[must_use]
 pub fn generated() -> Vec<Case> {
     let recipes = recipes();
-    recipes.iter().flat_map(|recipe| Dtype::ALL.map(|dtype| clear_case(recipe, dtype))).collect()
+    recipes.iter().flat_map(|recipe| ElementType::ALL.map(|dtype| clear_case(recipe, dtype))).collect()
 }
 
 /// One of them.
@@ -143,7 +143,7 @@ pub fn generated() -> Vec<Case> {
 /// # Panics
 /// If there is none of this name.
 #[must_use]
-pub fn generated_case(name: &str, dtype: Dtype) -> Case {
+pub fn generated_case(name: &str, dtype: ElementType) -> Case {
     let recipe = recipes().into_iter().find(|recipe| recipe.name == name);
     clear_case(&recipe.unwrap_or_else(|| panic!("{name} is not in the table")), dtype)
 }
@@ -151,7 +151,10 @@ pub fn generated_case(name: &str, dtype: Dtype) -> Case {
 /// Every recipe in f32 rows whose pairs keep clear of the thresholds once the rows are rounded to f16.
 #[must_use]
 pub fn generated_to_round() -> Vec<Case> {
-    recipes().iter().map(|recipe| draw(recipe, Dtype::F32, clear_seed(recipe, Dtype::F16))).collect()
+    recipes()
+        .iter()
+        .map(|recipe| draw(recipe, ElementType::F32, clear_seed(recipe, ElementType::F16)))
+        .collect()
 }
 
 /// Every recipe in both forms and every way of mining, f32.
@@ -170,7 +173,7 @@ pub fn in_every_way() -> Vec<Case> {
     });
     cases
         .map(|(recipe, settings)| {
-            let case = clear_case(&Recipe { settings, ..recipe }, Dtype::F32);
+            let case = clear_case(&Recipe { settings, ..recipe }, ElementType::F32);
             let form = if case.references.is_some() { "rectangular" } else { "square" };
             Case { name: format!("{} {form} {}", case.name, settings.mining), ..case }
         })
@@ -198,7 +201,7 @@ pub fn widths() -> Vec<Case> {
     [40, 64, 130, 512, 768, 1024]
         .into_iter()
         .flat_map(|dim| forms.map(|references| (dim, references)))
-        .zip([Dtype::Bf16, Dtype::F16, Dtype::F16, Dtype::Bf16].into_iter().cycle())
+        .zip([ElementType::Bf16, ElementType::F16, ElementType::F16, ElementType::Bf16].into_iter().cycle())
         .map(|(shape, dtype)| {
             let case = clear_case(&recipe(shape), dtype);
             Case { name: format!("{}_{}", case.name, shape.0), ..case }
@@ -206,18 +209,18 @@ pub fn widths() -> Vec<Case> {
         .collect()
 }
 
-fn clear_case(recipe: &Recipe, dtype: Dtype) -> Case {
+fn clear_case(recipe: &Recipe, dtype: ElementType) -> Case {
     draw(recipe, dtype, clear_seed(recipe, dtype))
 }
 
 /// The first seed whose pairs keep clear of every threshold.
-fn clear_seed(recipe: &Recipe, dtype: Dtype) -> u64 {
+fn clear_seed(recipe: &Recipe, dtype: ElementType) -> u64 {
     (0..1000)
         .find(|&seed| clear(&draw(recipe, dtype, seed)))
         .unwrap_or_else(|| panic!("{} has no clear seed", recipe.name))
 }
 
-fn draw(recipe: &Recipe, dtype: Dtype, seed: u64) -> Case {
+fn draw(recipe: &Recipe, dtype: ElementType, seed: u64) -> Case {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     let mut side = |count: usize| {
         let labels: Vec<i64> = (0..count).map(recipe.label).collect();
@@ -230,9 +233,9 @@ fn draw(recipe: &Recipe, dtype: Dtype, seed: u64) -> Case {
         let (mut other, labels, tangent) = side(count);
         let shared = recipe.shared.min(count);
         other.slice_mut(ndarray::s![..shared, ..]).assign(&rows.slice(ndarray::s![..shared, ..]));
-        Side { rows: dtype.cast(&other), labels, tangent }
+        Side { rows: Matrix::new(&other, dtype), labels, tangent }
     });
-    let anchors = Side { rows: dtype.cast(&rows), labels, tangent };
+    let anchors = Side { rows: Matrix::new(&rows, dtype), labels, tangent };
     Case::new(recipe.name.into(), recipe.settings, anchors, references).expect("rows of unit length")
 }
 

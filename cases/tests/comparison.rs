@@ -1,7 +1,7 @@
 //! The comparison that backends are held to can fail: faults planted in a right answer are found.
 
 use ddtas::backend::Nearest;
-use ddtas::loss::{Hypergradient, LossOutput};
+use ddtas::loss::{LossOutput, ThresholdGradient};
 use ddtas_cases::{Case, Expected, Report, check_nearest, generated, golden};
 
 /// A case with pairs of both kinds mined.
@@ -11,11 +11,11 @@ fn case() -> Case {
 }
 
 /// Plants a fault in the right answer and returns what the comparison says, and whether that is good enough.
-fn with_fault(plant: impl FnOnce(&mut LossOutput, &mut Hypergradient)) -> (Report, bool) {
+fn with_fault(plant: impl FnOnce(&mut LossOutput, &mut ThresholdGradient)) -> (Report, bool) {
     let case = case();
-    let (mut output, mut hyper) = (case.expected.output(), case.expected.hyper);
-    plant(&mut output, &mut hyper);
-    let report = Report::new(&case.expected, &output, hyper);
+    let (mut output, mut sums) = (case.expected.output(), case.expected.threshold_gradient);
+    plant(&mut output, &mut sums);
+    let report = Report::new(&case.expected, &output, sums);
     let good = report.is_within(&case.expected.bounds);
     (report, good)
 }
@@ -30,7 +30,7 @@ fn the_float64_reference_agrees_with_the_golden_files() {
     for case in golden() {
         let tangent = &case.anchors.tangent;
         let own = Expected::evaluate(&case.batch(), &case.settings, tangent, None).unwrap();
-        let report = Report::new(&case.expected, &own.output(), own.hyper);
+        let report = Report::new(&case.expected, &own.output(), own.threshold_gradient);
         assert!(report.is_within(&case.expected.bounds), "{}: {report:?}", case.name);
     }
 }
@@ -65,8 +65,8 @@ fn not_a_number_is_found() {
 }
 
 #[test]
-fn a_hyper_gradient_one_part_in_a_thousand_off_is_found() {
-    assert!(!with_fault(|_, hyper| hyper.pos *= 1.001).1);
+fn a_threshold_gradient_one_part_in_a_thousand_off_is_found() {
+    assert!(!with_fault(|_, sums| sums.pos *= 1.001).1);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! The calls of `Context`.
 
 use ddtas::backend::Backend;
-use ddtas::loss::{self, Batch, Rows};
+use ddtas::loss::{self, Batch, PairTotals, Rows};
 use ddtas::retrieval::{NMI_STEPS, Recall, Sought, judge, nmi, recall};
 use ddtas::threads::{MOST_THREADS, available};
 use pyo3::prelude::*;
@@ -72,7 +72,7 @@ impl Context {
         Ok(LossOutput::of_backend(py, output))
     }
 
-    /// The two hyper-gradient sums along a tangent of the rows.
+    /// The two sums of the threshold gradient along a tangent of the rows.
     #[pyo3(signature = (embeddings, labels, tangent, references, reference_labels, reference_tangent, identity, settings, check))]
     #[allow(clippy::too_many_arguments)]
     fn threshold_gradient<'py>(
@@ -103,7 +103,7 @@ impl Context {
             let reference_tangent = reference_tangent.as_ref().map(Matrix::float).transpose()?;
             self.compute(py, |backend| {
                 backend.loss(&batch, &settings, &mut loss::LossOutput::default())?;
-                backend.hypergradient(&batch, tangent, reference_tangent)
+                backend.threshold_gradient(&batch, tangent, reference_tangent)
             })?
         };
         Ok((sums.pos, sums.neg))
@@ -138,7 +138,10 @@ impl Context {
         total_pos: &Bound<'_, PyAny>,
     ) -> PyResult<part::Selection> {
         let count = |value, name| whole(value, name, "the sum over all parts").map(|count| count as u64);
-        let totals = (count(probe_neg, "probe_neg")?, count(total_pos, "total_pos")?);
+        let totals = PairTotals {
+            probe_neg: count(probe_neg, "probe_neg")?,
+            total_pos: count(total_pos, "total_pos")?,
+        };
         part.select(py, self, (max_neg, reference_max_neg), totals)
     }
 
@@ -156,7 +159,7 @@ impl Context {
         part.gradient(py, self, (count_pos, reference_count_pos), (count_neg, reference_count_neg))
     }
 
-    /// After the last step: the part's share of both hyper-gradient sums.
+    /// After the last step: the part's share of both sums of the threshold gradient.
     #[pyo3(signature = (part, tangent, reference_tangent))]
     fn part_threshold_gradient<'py>(
         &self,

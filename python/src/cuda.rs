@@ -218,7 +218,7 @@ impl CudaContext {
         self.compute(py, place.0, place.1, |backend| unsafe { issued.issue(backend) })
     }
 
-    /// Both hyper-gradient sums along tangents, `[B, D]` and perhaps `[N, D]`, in float32.
+    /// Both sums of the threshold gradient along tangents, `[B, D]` and perhaps `[N, D]`, in float32.
     fn threshold_gradient(
         &self,
         py: Python<'_>,
@@ -255,7 +255,7 @@ impl CudaContext {
             // gradient is a fresh tensor.
             unsafe { backend.loss_resident(&batch, &settings, &mut output) }?;
             // SAFETY: as above.
-            unsafe { backend.hypergradient_resident(&batch, addresses) }
+            unsafe { backend.threshold_gradient_resident(&batch, addresses) }
         })?;
         drop((sides, held));
         Ok((sums.pos, sums.neg))

@@ -1,6 +1,6 @@
 //! The calls of `Context` on float64 rows, which the scalar reference serves: small batches, gradient checks.
 
-use ddtas::loss::{DoubleBatch, DoubleRows, Hypergradient, LossSettings, UnitCheck};
+use ddtas::loss::{DoubleBatch, DoubleRows, LossSettings, ThresholdGradient, UnitCheck};
 use pyo3::prelude::*;
 
 use crate::error::raise;
@@ -35,16 +35,16 @@ pub fn loss(
     Ok(LossOutput::of_reference(py, truth))
 }
 
-/// The hyper-gradient sums in float64.
+/// The threshold gradient in float64.
 pub fn threshold_gradient(
     py: Python<'_>,
     sides: &Sides<'_>,
     settings: &LossSettings,
     tangents: (&Matrix<'_>, Option<&Matrix<'_>>),
     check: UnitCheck,
-) -> PyResult<Hypergradient> {
+) -> PyResult<ThresholdGradient> {
     let batch = batch(sides, false, check)?;
     let tangent = tangents.0.double()?.to_owned();
     let reference_tangent = tangents.1.map(|rows| Ok::<_, PyErr>(rows.double()?.to_owned())).transpose()?;
-    py.detach(|| batch.hypergradient(settings, &tangent, reference_tangent.as_ref())).map_err(raise)
+    py.detach(|| batch.threshold_gradient(settings, &tangent, reference_tangent.as_ref())).map_err(raise)
 }

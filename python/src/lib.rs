@@ -17,6 +17,7 @@
 //!
 //! Python waits for no lock while something is computed: the interpreter is let go of.
 
+use ddtas::Error;
 use ddtas::loss::select::initial_tolerances;
 use ddtas::loss::{ElementType, LossScalars};
 use pyo3::exceptions::PyValueError;
@@ -65,7 +66,7 @@ fn _norm_tolerance(dtype: u8) -> f64 {
 /// What a row that is not finite or not of unit length is refused with, by the sum of its squares.
 #[pyfunction]
 fn _refuse_anchor(row: usize, square_sum: f64) -> PyResult<()> {
-    Err(error::bad_row("anchors", row, square_sum))
+    Err(error::raise(Error::bad_row("anchors", row, square_sum)))
 }
 
 /// Reads what the kernels have written of a loss, 120 bytes.
@@ -75,7 +76,7 @@ fn _read_scalars(written: &[u8]) -> PyResult<[f64; tensors::STATISTICS - 1]> {
     let scalars: LossScalars = bytemuck::try_pod_read_unaligned(written).map_err(refused)?;
     for (rows, row) in [("anchors", scalars.bad_anchor), ("references", scalars.bad_reference)] {
         if row != u32::MAX {
-            return Err(error::bad_row(rows, row as usize, scalars.bad_square_sum));
+            return Err(error::raise(Error::bad_row(rows, row as usize, scalars.bad_square_sum)));
         }
     }
     Ok(tensors::statistics(&scalars))

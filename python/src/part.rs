@@ -1,7 +1,7 @@
 //! `ddtas.Part`, some anchors of a batch, and the steps of its loss.
 
 use ddtas::backend::Backend;
-use ddtas::loss::{self, Batch, RowNumbers};
+use ddtas::loss::{self, Batch, PairTotals, RowNumbers};
 use pyo3::prelude::*;
 
 use crate::input::{Matrix, similarities, sizes, whole};
@@ -71,7 +71,7 @@ impl<'py> Part<'py> {
         py: Python<'_>,
         context: &Context,
         max_neg: Given<'_, '_>,
-        totals: (u64, u64),
+        totals: PairTotals,
     ) -> PyResult<Selection> {
         let sides = self.sides()?;
         let batch = self.batch(&sides)?;
@@ -101,7 +101,7 @@ impl<'py> Part<'py> {
         Ok((found.loss, gradient, found.active, found.dloss_dlambda_pos, found.dloss_dlambda_neg))
     }
 
-    /// See [`Backend::hypergradient`].
+    /// See [`Backend::threshold_gradient`].
     pub fn threshold_gradient(
         &self,
         py: Python<'_>,
@@ -115,7 +115,7 @@ impl<'py> Part<'py> {
         let other =
             reference_tangent.map(|rows| Matrix::new("tangent of the references", rows)).transpose()?;
         let (tangent, moving) = (own.float()?, other.as_ref().map(Matrix::float).transpose()?);
-        let sums = context.compute(py, |backend| backend.hypergradient(&batch, tangent, moving))?;
+        let sums = context.compute(py, |backend| backend.threshold_gradient(&batch, tangent, moving))?;
         Ok((sums.pos, sums.neg))
     }
 }

@@ -36,7 +36,7 @@ const DOUBLE: u8 = 3;
 
 /// The type that a code of `ddtas/torch/operator.py` stands for, if it is one that backends take.
 pub fn element_type(code: u8) -> Option<ElementType> {
-    [ElementType::F32, ElementType::F16, ElementType::Bf16].get(usize::from(code)).copied()
+    ElementType::ALL.get(usize::from(code)).copied()
 }
 
 /// # Safety

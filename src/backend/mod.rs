@@ -6,7 +6,7 @@
 
 use ndarray::{Array2, ArrayView2};
 
-use crate::loss::{Batch, Hypergradient, LossOutput, LossSettings, RowNumbers, Rows};
+use crate::loss::{Batch, LossOutput, LossSettings, PairTotals, RowNumbers, Rows, ThresholdGradient};
 use crate::{Error, Result};
 
 pub mod cpu;
@@ -24,9 +24,9 @@ pub use open::{AutoDevice, DeviceSpec, OpenOptions, auto, open, open_with};
 /// One device with one workspace, which is allocated once and reused.
 ///
 /// A backend remembers the pairs of its last [`loss`](Backend::loss), so that
-/// [`hypergradient`](Backend::hypergradient) walks them without a second sweep (the CPU sweeps again where
-/// their similarities outgrew its budget). Whoever needs two batches alive at once (train and meta batch)
-/// makes two backends.
+/// [`threshold_gradient`](Backend::threshold_gradient) walks them without a second sweep (the CPU sweeps
+/// again where their similarities outgrew its budget). Whoever needs two batches alive at once (train and
+/// meta batch) makes two backends.
 pub trait Backend: Send {
     /// `cpu`, `cuda:0`, `emulated`.
     fn name(&self) -> String;
@@ -79,8 +79,8 @@ pub trait Backend: Send {
         output: &mut LossOutput,
     ) -> Result<()>;
 
-    /// Third step: |P_i| and |N_i|, from m- of the anchors and of the references and from `totals`, the sums
-    /// over all parts of `probe_neg` and `total_pos`.
+    /// Third step: |P_i| and |N_i|, from m- of the anchors and of the references and from the `totals` of all
+    /// parts.
     ///
     /// # Errors
     /// As [`sweep`](Backend::sweep).
@@ -88,13 +88,13 @@ pub trait Backend: Send {
         &mut self,
         part: &Batch<'_>,
         max_neg: RowNumbers<'_, f32>,
-        totals: (u64, u64),
+        totals: PairTotals,
         output: &mut LossOutput,
     ) -> Result<()>;
 
     /// Last step: the part's share of the loss, and the whole gradient of its anchors, from the sizes of the
-    /// sets of the anchors and of the references. Then [`hypergradient`](Backend::hypergradient) answers the
-    /// part's share: along the tangent of its anchors, and of references that are no anchors.
+    /// sets of the anchors and of the references. Then [`threshold_gradient`](Backend::threshold_gradient)
+    /// answers the part's share: along the tangent of its anchors, and of references that are no anchors.
     ///
     /// # Errors
     /// As [`sweep`](Backend::sweep).
@@ -116,12 +116,12 @@ pub trait Backend: Send {
     /// [`Error::OutOfOrder`] without a loss before it;
     /// [`Error::LengthMismatch`] if shapes differ from it;
     /// [`Error::NotFinite`] if a tangent is not finite.
-    fn hypergradient(
+    fn threshold_gradient(
         &mut self,
         batch: &Batch<'_>,
         tangent: ArrayView2<'_, f32>,
         reference_tangent: Option<ArrayView2<'_, f32>>,
-    ) -> Result<Hypergradient>;
+    ) -> Result<ThresholdGradient>;
 
     /// The `k` most similar references of every query, for Recall@K, without the Q x N matrix.
     ///

@@ -2,11 +2,11 @@
 
 use crate::{Error, Result};
 
-/// What refuses a hypergradient without a whole loss, or the last step of a part's.
-pub const NO_LOSS: &str = "hypergradient needs a loss before it, or the last step of a part's";
+/// What refuses a threshold_gradient without a whole loss, or the last step of a part's.
+pub const NO_LOSS: &str = "threshold_gradient needs a loss before it, or the last step of a part's";
 
-/// What refuses a hypergradient of another batch than the last loss's.
-pub const OTHER_LABELS: &str = "hypergradient needs the batch of the last loss: its labels differ";
+/// What refuses a threshold_gradient of another batch than the last loss's.
+pub const OTHER_LABELS: &str = "threshold_gradient needs the batch of the last loss: its labels differ";
 
 /// The steps of a loss.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

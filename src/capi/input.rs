@@ -211,7 +211,7 @@ impl CheckedRows {
         }
         // SAFETY: handed on to the caller.
         let rows = unsafe { read(pointer) }?;
-        let dtype = choose("dtype", rows.dtype, &[ElementType::F32, ElementType::F16, ElementType::Bf16])?;
+        let dtype = choose("dtype", rows.dtype, &ElementType::ALL)?;
         let memory = choose("memory", rows.memory, &[Memory::Host, Memory::Device])?;
         let none = role == Role::OfPart && rows.count == 0;
         let sized = if none { Extent::or_none } else { Extent::new };

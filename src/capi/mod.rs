@@ -349,7 +349,7 @@ pub unsafe extern "C" fn ddtas_threshold_gradient(
             let batch = DeviceBatch::new(anchors, references);
             let reference = if moving.is_some() { tangents.references } else { std::ptr::null() };
             // SAFETY: handed on to the caller.
-            unsafe { engine.device_hypergradient(&batch, [tangents.anchors, reference]) }?
+            unsafe { engine.device_threshold_gradient(&batch, [tangents.anchors, reference]) }?
         } else {
             let [own, other] = buffers.tangents;
             // SAFETY: handed on to the caller.
@@ -360,7 +360,7 @@ pub unsafe extern "C" fn ddtas_threshold_gradient(
             // SAFETY: as above.
             let moving = moving.map(|extent| unsafe { matrix(tangents.references, extent, other) });
             let moving = moving.transpose()?;
-            State::compute(pool, engine, |backend| backend.hypergradient(&batch, tangent, moving))?
+            State::compute(pool, engine, |backend| backend.threshold_gradient(&batch, tangent, moving))?
         };
         // SAFETY: checked above; the caller's promise.
         unsafe { gradient_lambda_pos.write(sums.pos) };

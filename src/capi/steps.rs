@@ -6,7 +6,7 @@ use super::failure::{Failure, Outcome};
 use super::input::{self, CheckedRows, Role, check_typed};
 use super::output::{Filled, LossTarget};
 use super::types::{LossResult, Memory, Part, Rows, Settings, Status};
-use crate::loss::{Batch, RowNumbers, UnitCheck};
+use crate::loss::{Batch, PairTotals, RowNumbers, UnitCheck};
 
 /// First step of the loss of a part of a batch: fills in `min_pos`, `total_pos`, `total_neg`, `mean_pos` and
 /// `mean_neg` of `result`. ddtas_sweep, ddtas_select and ddtas_gradient follow.
@@ -153,7 +153,7 @@ unsafe fn run(
             Call::Select => {
                 // SAFETY: as above.
                 let max_neg = unsafe { numbers("max_neg", part.max_neg, part.reference_max_neg, lengths) }?;
-                let totals = (part.probe_neg, part.total_pos);
+                let totals = PairTotals { probe_neg: part.probe_neg, total_pos: part.total_pos };
                 State::compute(pool, engine, |backend| backend.select(&batch, max_neg, totals, output))?;
                 Filled::Select
             }

@@ -6,9 +6,12 @@ use ndarray::ArrayView2;
 use crate::{Error, Result};
 
 /// Type of the entries of rows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "lowercase"))]
 pub enum ElementType {
     /// Single precision.
+    #[default]
     F32,
     /// IEEE half precision.
     F16,
@@ -17,6 +20,19 @@ pub enum ElementType {
 }
 
 impl ElementType {
+    /// Every type.
+    pub const ALL: [Self; 3] = [Self::F32, Self::F16, Self::Bf16];
+
+    /// As the programs and files spell it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+        }
+    }
+
     /// Bytes of an entry.
     #[must_use]
     pub const fn bytes(self) -> usize {
@@ -35,6 +51,12 @@ impl ElementType {
             Self::F16 => 2e-3,
             Self::Bf16 => 1e-2,
         }
+    }
+}
+
+impl std::fmt::Display for ElementType {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
     }
 }
 
@@ -383,12 +405,6 @@ pub(crate) fn same_length(what: &'static str, expected: usize, got: usize) -> Re
 /// # Errors
 /// [`Error::NotFinite`] or [`Error::NotUnit`], naming the row.
 pub(crate) fn check_unit(rows: &'static str, row: usize, square_sum: f64, tolerance: f64) -> Result<()> {
-    if !square_sum.is_finite() {
-        return Err(Error::NotFinite { rows, row });
-    }
-    let norm = square_sum.sqrt();
-    if (norm - 1.0).abs() > tolerance {
-        return Err(Error::NotUnit { rows, row, norm });
-    }
-    Ok(())
+    let passes = square_sum.is_finite() && (square_sum.sqrt() - 1.0).abs() <= tolerance;
+    if passes { Ok(()) } else { Err(Error::bad_row(rows, row, square_sum)) }
 }

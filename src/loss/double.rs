@@ -5,9 +5,9 @@
 use ndarray::{Array2, ArrayView2};
 
 use super::batch::{check_unit, validate_dims, validate_identity, validate_shape};
-use super::reference::{Reference, evaluate, hypergradient_along};
+use super::reference::{Reference, evaluate, threshold_gradient_along};
 use super::similarity::Similarities;
-use super::{Hypergradient, Identity, LossSettings, UnitCheck};
+use super::{Identity, LossSettings, ThresholdGradient, UnitCheck};
 use crate::Result;
 
 /// How far a row's norm may be from 1: as for float32, so that a difference quotient may step off the sphere.
@@ -60,21 +60,21 @@ impl DoubleBatch<'_> {
         Ok(evaluate(similarities, (&anchors, references.as_ref()), total, self.reference_gradient, settings))
     }
 
-    /// Evaluates the hyper-gradient sums (SPEC 5) along tangents of the anchors and of the references.
+    /// Evaluates the threshold gradient (SPEC 5) along tangents of the anchors and of the references.
     ///
     /// # Errors
-    /// As [`reference_hypergradient`](super::reference_hypergradient).
-    pub fn hypergradient(
+    /// As [`reference_threshold_gradient`](super::reference_threshold_gradient).
+    pub fn threshold_gradient(
         &self,
         settings: &LossSettings,
         tangent: &Array2<f64>,
         reference_tangent: Option<&Array2<f64>>,
-    ) -> Result<Hypergradient> {
+    ) -> Result<ThresholdGradient> {
         let evaluated = self.reference(settings)?;
         let anchors = self.anchors.embeddings.to_owned();
         let references = self.references.map(|rows| rows.embeddings.to_owned());
         let rows = (&anchors, references.as_ref());
-        hypergradient_along(&evaluated, settings, rows, (tangent, reference_tangent))
+        threshold_gradient_along(&evaluated, settings, rows, (tangent, reference_tangent))
     }
 
     fn read(&self, name: &'static str, rows: &DoubleRows<'_>) -> Result<Array2<f64>> {

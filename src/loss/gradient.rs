@@ -62,3 +62,17 @@ pub fn weigh_part(
     }
     out
 }
+
+/// dL/d(anchors), and dL/d(references) if it is `wanted`, from the weights dL/dS.
+#[must_use]
+pub fn gradients(
+    g: &Array2<f64>,
+    anchors: &Array2<f64>,
+    references: Option<&Array2<f64>>,
+    wanted: bool,
+) -> (Array2<f64>, Option<Array2<f64>>) {
+    match references {
+        None => ((g + &g.t()).dot(anchors), None),
+        Some(references) => (g.dot(references), wanted.then(|| g.t().dot(anchors))),
+    }
+}

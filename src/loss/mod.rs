@@ -8,13 +8,12 @@
 //! | similarity | `similarity.rs` | 1: positives, negatives, m+, m- |
 //! | select | `select.rs` | 2, 3: ASMS and AT-ASMS |
 //! | gradient | `gradient.rs` | 4: soft contrastive loss |
-//! | threshold | `threshold.rs` | 5: hyper-gradient of the loss threshold |
+//! | threshold | `threshold.rs` | 5: threshold gradient |
 //!
 //! [`reference()`] runs them in order. It stores every similarity and is meant
 //! for tests and small batches; the [`backend`](crate::backend)s compute the
 //! same numbers in fused passes.
 
-pub mod baseline;
 mod batch;
 mod double;
 pub mod gradient;
@@ -34,10 +33,11 @@ pub use batch::{Batch, ElementType, Embeddings, Identity, Rows, UnitCheck};
 pub(crate) use batch::{check_unit, has_entries, same_length};
 pub(crate) use batch::{validate_dims, validate_identity, validate_rows};
 pub use double::{DoubleBatch, DoubleRows};
-pub use output::{Hypergradient, LossOutput};
+pub use output::{LossOutput, ThresholdGradient};
 pub use part::RowNumbers;
-pub use reference::{Reference, reference, reference_hypergradient, reference_hypergradient_terms};
+pub use reference::{Reference, reference, reference_threshold_gradient, reference_threshold_gradient_terms};
 pub use scalars::LossScalars;
+pub use select::PairTotals;
 pub use settings::{LossSettings, Mining};
 pub use steps::PartReference;
 pub(crate) use tangent::{BatchSize, TangentOf};

@@ -2,6 +2,8 @@
 
 use ndarray::Array2;
 
+use super::PairTotals;
+
 /// Result of one loss evaluation. A backend refills it in place, so that a
 /// training loop that keeps one allocates nothing.
 #[derive(Debug, Clone, PartialEq)]
@@ -67,6 +69,12 @@ impl Default for LossOutput {
 }
 
 impl LossOutput {
+    /// What tolerances adapt to; of a part, its share.
+    #[must_use]
+    pub fn pair_totals(&self) -> PairTotals {
+        PairTotals { probe_neg: self.probe_neg, total_pos: self.total_pos }
+    }
+
     /// Pairs that enter the loss: the sizes of both sets, summed over active anchors. After the steps of a
     /// part, where an anchor may be active by what other parts found, this is
     /// [`mined_of_part`](Self::mined_of_part).
@@ -88,7 +96,7 @@ impl LossOutput {
 
 /// d/dlambda of <dL/dE, tangent> with the mined sets held fixed (SPEC 5), before the factor -eta.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub struct Hypergradient {
+pub struct ThresholdGradient {
     /// Through lambda_pos.
     pub pos: f64,
     /// Through lambda_neg.

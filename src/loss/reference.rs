@@ -3,10 +3,10 @@
 use ndarray::Array2;
 
 use super::batch::check_unit;
-use super::gradient::{Weighted, weigh_part};
+use super::gradient::{Weighted, gradients, weigh_part};
 use super::select::Selection;
 use super::similarity::Similarities;
-use super::{Batch, BatchSize, Hypergradient, LossSettings, Rows, TangentOf, UnitCheck, threshold};
+use super::{Batch, BatchSize, LossSettings, Rows, TangentOf, ThresholdGradient, UnitCheck, threshold};
 use crate::Result;
 
 /// The loss of a batch with everything on the way to it. Holds B x N matrices.
@@ -86,20 +86,7 @@ pub(super) fn evaluate(
     }
 }
 
-/// dL/d(anchors), and dL/d(references) if it is `wanted`, from the weights dL/dS.
-pub(super) fn gradients(
-    g: &Array2<f64>,
-    anchors: &Array2<f64>,
-    references: Option<&Array2<f64>>,
-    wanted: bool,
-) -> (Array2<f64>, Option<Array2<f64>>) {
-    match references {
-        None => ((g + &g.t()).dot(anchors), None),
-        Some(references) => (g.dot(references), wanted.then(|| g.t().dot(anchors))),
-    }
-}
-
-/// Evaluates the hyper-gradient sums of SPEC 5 in float64.
+/// Evaluates the threshold gradient of SPEC 5 in float64.
 ///
 /// `tangent` is edot of the anchors, `[B, D]`; `reference_tangent` that of the
 /// references, `[N, D]` (zero if absent, and unused in the square form).
@@ -107,53 +94,58 @@ pub(super) fn gradients(
 /// # Errors
 /// As [`reference()`], and [`Error::LengthMismatch`](crate::Error::LengthMismatch) for a tangent of another
 /// shape.
-pub fn reference_hypergradient(
+pub fn reference_threshold_gradient(
     batch: &Batch<'_>,
     settings: &LossSettings,
     tangent: &Array2<f64>,
     reference_tangent: Option<&Array2<f64>>,
-) -> Result<Hypergradient> {
-    hypergradient_by(|entry| entry, batch, settings, (tangent, reference_tangent))
+) -> Result<ThresholdGradient> {
+    threshold_gradient_by(|entry| entry, batch, settings, (tangent, reference_tangent))
 }
 
-/// The sums of the absolute values of all that [`reference_hypergradient`] adds up, down to the products of
-/// single entries. Terms have both signs, so this, not the sum, is what rounding errors are proportional to.
+/// The sums of the absolute values of all that [`reference_threshold_gradient`] adds up, down to the products
+/// of single entries. Terms have both signs, so this, not the sum, is what rounding errors are proportional to.
 ///
 /// # Errors
-/// As [`reference_hypergradient`].
-pub fn reference_hypergradient_terms(
+/// As [`reference_threshold_gradient`].
+pub fn reference_threshold_gradient_terms(
     batch: &Batch<'_>,
     settings: &LossSettings,
     tangent: &Array2<f64>,
     reference_tangent: Option<&Array2<f64>>,
-) -> Result<Hypergradient> {
-    let sums = hypergradient_by(f64::abs, batch, settings, (tangent, reference_tangent))?;
+) -> Result<ThresholdGradient> {
+    let sums = threshold_gradient_by(f64::abs, batch, settings, (tangent, reference_tangent))?;
     // dG/dlambda is negative for every pair.
-    Ok(Hypergradient { pos: sums.pos.abs(), neg: sums.neg.abs() })
+    Ok(ThresholdGradient { pos: sums.pos.abs(), neg: sums.neg.abs() })
 }
 
 /// The sums of SPEC 5 over the batch's pairs, each entry of rows and tangents taken as `entry` makes it.
-fn hypergradient_by(
+fn threshold_gradient_by(
     entry: impl Fn(f64) -> f64,
     batch: &Batch<'_>,
     settings: &LossSettings,
     (tangent, reference_tangent): (&Array2<f64>, Option<&Array2<f64>>),
-) -> Result<Hypergradient> {
+) -> Result<ThresholdGradient> {
     let evaluated = reference(batch, settings)?;
     let made = |matrix: &Array2<f64>| matrix.mapv(&entry);
     let anchors = made(&batch.anchors.embeddings.to_f64());
     let references = batch.references.map(|rows| made(&rows.embeddings.to_f64()));
     let (tangent, moving) = (made(tangent), reference_tangent.map(made));
-    hypergradient_along(&evaluated, settings, (&anchors, references.as_ref()), (&tangent, moving.as_ref()))
+    threshold_gradient_along(
+        &evaluated,
+        settings,
+        (&anchors, references.as_ref()),
+        (&tangent, moving.as_ref()),
+    )
 }
 
 /// The sums of SPEC 5 along tangents of `rows`: anchors, and references in the rectangular form.
-pub(super) fn hypergradient_along(
+pub(super) fn threshold_gradient_along(
     evaluated: &Reference,
     settings: &LossSettings,
     rows: (&Array2<f64>, Option<&Array2<f64>>),
     (tangent, reference_tangent): (&Array2<f64>, Option<&Array2<f64>>),
-) -> Result<Hypergradient> {
+) -> Result<ThresholdGradient> {
     let (anchors, references) = (rows.0, rows.1.unwrap_or(rows.0));
     let size =
         BatchSize { anchors: anchors.nrows(), references: rows.1.map(Array2::nrows), dim: anchors.ncols() };
@@ -164,10 +156,10 @@ pub(super) fn hypergradient_along(
         size.check_tangent_size(TangentOf::References, moving.dim())?;
         tilt += &anchors.dot(&moving.t());
     }
-    let sums = threshold::hypergradient(&evaluated.similarities, &evaluated.selection, settings, &tilt);
+    let sums = threshold::threshold_gradient(&evaluated.similarities, &evaluated.selection, settings, &tilt);
     // Of a part of a batch.
     let share = evaluated.similarities.anchors() as f64 / evaluated.total as f64;
-    Ok(Hypergradient { pos: sums.pos * share, neg: sums.neg * share })
+    Ok(ThresholdGradient { pos: sums.pos * share, neg: sums.neg * share })
 }
 
 pub(super) fn read(batch: &Batch<'_>, name: &'static str, rows: &Rows<'_>) -> Result<Array2<f64>> {

@@ -74,7 +74,7 @@ impl LossOutput {
     }
 
     /// Takes the numbers over; those of mined pairs follow from the sizes of the sets.
-    pub(crate) fn set_scalars(&mut self, scalars: &LossScalars) {
+    pub fn set_scalars(&mut self, scalars: &LossScalars) {
         self.loss = scalars.loss;
         self.dloss_dlambda_pos = scalars.dloss_dlambda_pos;
         self.dloss_dlambda_neg = scalars.dloss_dlambda_neg;

@@ -56,9 +56,18 @@ pub fn candidate_tolerance(settings: &LossSettings) -> f64 {
     probe_tolerance(settings).max(initial_tolerances(settings).neg)
 }
 
+/// What tolerances adapt to (SPEC 3), over all anchors of a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct PairTotals {
+    /// Negatives that pass the probe, n_neg.
+    pub probe_neg: u64,
+    /// Ordered positive pairs, N_pos.
+    pub total_pos: u64,
+}
+
 /// The tolerances in force once the probe has been counted (SPEC 3). Only [`Mining::AtAsms`] adapts.
 #[must_use]
-pub fn adapt(settings: &LossSettings, probe_neg: u64, total_pos: u64) -> Tolerances {
+pub fn adapt(settings: &LossSettings, PairTotals { probe_neg, total_pos }: PairTotals) -> Tolerances {
     let initial = initial_tolerances(settings);
     if settings.mining != Mining::AtAsms || total_pos == 0 || probe_neg <= total_pos {
         return initial;
@@ -103,9 +112,8 @@ impl Selection {
         let min_pos: Vec<f64> = anchors.clone().map(|i| similarities.min_pos(i)).collect();
         let max_neg = anchors.clone().map(|i| similarities.max_neg(i)).collect();
         let total_pos = anchors.map(|i| similarities.positives(i).count() as u64).sum();
-        let probe_neg = probe(similarities, settings, &min_pos);
-        let tolerances = adapt(settings, probe_neg, total_pos);
-        Self::keep(similarities, tolerances, (min_pos, max_neg), (probe_neg, total_pos))
+        let totals = PairTotals { probe_neg: probe(similarities, settings, &min_pos), total_pos };
+        Self::keep(similarities, adapt(settings, totals), (min_pos, max_neg), totals)
     }
 
     /// The pairs that tolerances keep, given m+ and m- of every anchor.
@@ -113,7 +121,7 @@ impl Selection {
         similarities: &Similarities,
         tolerances: Tolerances,
         (min_pos, max_neg): (Vec<f64>, Vec<f64>),
-        (probe_neg, total_pos): (u64, u64),
+        PairTotals { probe_neg, total_pos }: PairTotals,
     ) -> Self {
         let s = &similarities.values;
         let positives = |i: usize| {

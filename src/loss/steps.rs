@@ -4,7 +4,7 @@ use ndarray::Array2;
 
 use super::gradient::{Weighted, weigh_part};
 use super::reference::read;
-use super::select::{Selection, adapt, probe};
+use super::select::{PairTotals, Selection, adapt, probe};
 use super::similarity::Similarities;
 use super::{Batch, LossSettings, RowNumbers};
 use crate::Result;
@@ -54,11 +54,10 @@ impl PartReference {
         (max_neg, probe(&self.similarities, &self.settings, min_pos))
     }
 
-    /// The mined pairs of the anchors, given their m+ and m- and the totals of the batch: negatives that
-    /// passed the probe, and positives.
+    /// The mined pairs of the anchors, given their m+ and m- and the totals of the batch.
     #[must_use]
-    pub fn select(&self, min_pos: &[f64], max_neg: &[f64], totals: (u64, u64)) -> Selection {
-        let tolerances = adapt(&self.settings, totals.0, totals.1);
+    pub fn select(&self, min_pos: &[f64], max_neg: &[f64], totals: PairTotals) -> Selection {
+        let tolerances = adapt(&self.settings, totals);
         Selection::keep(&self.similarities, tolerances, (min_pos.to_vec(), max_neg.to_vec()), totals)
     }
 
@@ -75,7 +74,7 @@ impl PartReference {
         let own = weigh_part(&self.similarities, selection, sizes.anchors, &self.settings, self.total);
         let rows = self.elsewhere.anchors();
         let extremes = (padded(min_pos, rows, f64::INFINITY), padded(max_neg, rows, f64::NEG_INFINITY));
-        let totals = (selection.probe_neg, selection.total_pos);
+        let totals = PairTotals { probe_neg: selection.probe_neg, total_pos: selection.total_pos };
         let kept = Selection::keep(&self.elsewhere, selection.tolerances, extremes, totals);
         let sizes = padded(sizes.references, rows, [0; 2]);
         let back = weigh_part(&self.elsewhere, &kept, &sizes, &self.settings, self.total);

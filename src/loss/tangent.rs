@@ -1,4 +1,4 @@
-//! What the hyper-gradient after a loss asks: the batch of that loss, and tangents of its size.
+//! What the threshold gradient after a loss asks: the batch of that loss, and tangents of its size.
 
 use ndarray::ArrayView2;
 

@@ -1,25 +1,25 @@
-//! The hyper-gradient sums of the online threshold generator (SPEC 5).
+//! The threshold gradient of the online threshold generator (SPEC 5).
 
 use ndarray::Array2;
 
 use super::logistic::sigmoid;
 use super::select::Selection;
 use super::similarity::Similarities;
-use super::{Hypergradient, LossSettings};
+use super::{LossSettings, ThresholdGradient};
 
 /// `sum_ij (dG_ij/dlambda) tilt_ij` with `tilt_ij = edot_i . e_j + e_i . edot_j`, `[B, N]`:
 /// how fast each similarity moves along the tangent.
 #[must_use]
-pub fn hypergradient(
+pub fn threshold_gradient(
     similarities: &Similarities,
     selection: &Selection,
     settings: &LossSettings,
     tilt: &Array2<f64>,
-) -> Hypergradient {
+) -> ThresholdGradient {
     let s = &similarities.values;
     let batch = similarities.anchors() as f64;
     let LossSettings { alpha, beta, lambda_pos, lambda_neg, .. } = *settings;
-    let mut sums = Hypergradient::default();
+    let mut sums = ThresholdGradient::default();
     for i in (0..similarities.anchors()).filter(|&i| selection.is_active(i)) {
         let (positives, negatives) = (&selection.positives[i], &selection.negatives[i]);
         for &j in positives {

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use ddtas::backend::{Backend, Nearest};
 use ddtas::capi::*;
 use ddtas::loss::{
-    self, Batch, Embeddings, Hypergradient, LossOutput, LossSettings, Mining, RowNumbers, UnitCheck,
+    self, Batch, Embeddings, LossOutput, LossSettings, Mining, PairTotals, RowNumbers, ThresholdGradient,
+    UnitCheck,
 };
 use ddtas::{Error, Result};
 use ndarray::{Array2, ArrayView2};
@@ -379,7 +380,7 @@ impl Backend for Abi {
         &mut self,
         part: &Batch<'_>,
         max_neg: RowNumbers<'_, f32>,
-        (probe_neg, total_pos): (u64, u64),
+        PairTotals { probe_neg, total_pos }: PairTotals,
         output: &mut LossOutput,
     ) -> Result<()> {
         let given = Part {
@@ -430,12 +431,12 @@ impl Backend for Abi {
         Ok(())
     }
 
-    fn hypergradient(
+    fn threshold_gradient(
         &mut self,
         batch: &Batch<'_>,
         tangent: ArrayView2<'_, f32>,
         reference_tangent: Option<ArrayView2<'_, f32>>,
-    ) -> Result<Hypergradient> {
+    ) -> Result<ThresholdGradient> {
         let anchors = self.lay(&batch.anchors);
         let references = self.lay_references(batch);
         let stride = tangent.ncols() + self.gap;
@@ -451,7 +452,7 @@ impl Backend for Abi {
             references: other.as_ref().map_or(null(), |words| words.as_ptr().cast()),
             reference_stride: stride,
         };
-        let mut sums = Hypergradient::default();
+        let mut sums = ThresholdGradient::default();
         let references = references.as_ref().map_or(null(), |rows| &raw const rows.rows);
         let status = unsafe {
             ddtas_threshold_gradient(

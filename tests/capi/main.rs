@@ -54,7 +54,7 @@ fn parts_through_the_c_abi_have_the_bits_of_the_whole() {
             let mut abi = Abi::open("cpu", 2, gap, Memory::Host);
             let batch = Batch::square(embeddings, &labels);
             abi.loss(&batch, &settings, &mut whole).unwrap();
-            let hyper = abi.hypergradient(&batch, tangent.view(), None).unwrap();
+            let sums = abi.threshold_gradient(&batch, tangent.view(), None).unwrap();
             for lengths in [vec![120], vec![50, 70], vec![0, 1, 79, 0, 40]] {
                 let open =
                     |_: &usize| -> Box<dyn Backend> { Box::new(Abi::open("cpu", 1, gap, Memory::Host)) };
@@ -62,7 +62,11 @@ fn parts_through_the_c_abi_have_the_bits_of_the_whole() {
                 let found = loss_in_parts(&mut backends, &all, &lengths, &settings, tangent.view()).unwrap();
                 let near = |got: f64, wanted: f64| (got - wanted).abs() <= 1e-6 * wanted.abs();
                 assert!(near(found.output.loss, whole.loss) && whole.active > 0, "{lengths:?}");
-                assert!(near(found.hyper.pos, hyper.pos) && near(found.hyper.neg, hyper.neg), "{lengths:?}");
+                assert!(
+                    near(found.threshold_gradient.pos, sums.pos)
+                        && near(found.threshold_gradient.neg, sums.neg),
+                    "{lengths:?}"
+                );
                 // Sums over the batch, in another order: to rounding. Everything else is the same bits.
                 let sums = LossOutput {
                     loss: whole.loss,
@@ -111,9 +115,9 @@ fn identity_by_index_through_the_c_abi_is_that_of_the_library() {
         assert_eq!(got, wanted, "{identity:?}");
         let total_pos = got.total_pos;
         let tangent = tangent(40, 40, 5);
-        let hyper =
-            [&mut abi as &mut dyn Backend, &mut cpu].map(|b| b.hypergradient(&batch, tangent.view(), None));
-        let [got, wanted] = hyper.map(Result::unwrap);
+        let sums = [&mut abi as &mut dyn Backend, &mut cpu]
+            .map(|b| b.threshold_gradient(&batch, tangent.view(), None));
+        let [got, wanted] = sums.map(Result::unwrap);
         assert_eq!(got, wanted, "{identity:?}");
         positives.push(total_pos);
     }

@@ -3,8 +3,8 @@
 use ddtas::backend::Backend;
 use ddtas::backend::device::{DeviceBackend, Options};
 use ddtas::backend::emulated::{self, EmulatedDevice};
-use ddtas::loss::{Batch, LossOutput, LossSettings};
-use ddtas_cases::{self as cases, Case, Dtype};
+use ddtas::loss::{Batch, ElementType, LossOutput, LossSettings};
+use ddtas_cases::{self as cases, Case};
 
 use super::{answers, bits, device, golden_case, random_rows};
 
@@ -69,11 +69,11 @@ fn stored_and_recomputed_tiles_give_the_same_bits() {
 
 /// A case of 16-bit rows that covers both widths of Hopper's product and tiles on and off the diagonal.
 fn narrow_case(name: &str) -> Case {
-    cases::generated_case(name, Dtype::Bf16)
+    cases::generated_case(name, ElementType::Bf16)
 }
 
 /// The kernels that these rows are given to, rounded and on Hopper as well: ThreadSanitizer's programme.
-fn run_every_kernel(dtype: Dtype) {
+fn run_every_kernel(dtype: ElementType) {
     // Tiles, from candidates and recomputed; lists.
     let dense = cases::generated_case("rectangular_everything_mined", dtype);
     let sparse = cases::golden_in(dtype).into_iter().find(|case| case.name == "easy_few_mined");
@@ -83,7 +83,7 @@ fn run_every_kernel(dtype: Dtype) {
             let options = Options { budget, ..Options::default() };
             answers(&mut DeviceBackend::new(device(20, hopper), options), case)
         };
-        if dtype == Dtype::F32 {
+        if dtype == ElementType::F32 {
             // Rounded, f32 is f16 once it is prepared.
             let options = Options { tf32: true, ..Options::default() };
             answers(&mut DeviceBackend::new(device(20, hopper), options), &sparse);
@@ -97,17 +97,17 @@ fn run_every_kernel(dtype: Dtype) {
 
 #[test]
 fn every_kernel_of_f32_gives_the_same_bits_stored_or_not() {
-    run_every_kernel(Dtype::F32);
+    run_every_kernel(ElementType::F32);
 }
 
 #[test]
 fn every_kernel_of_f16_gives_the_same_bits_stored_or_not() {
-    run_every_kernel(Dtype::F16);
+    run_every_kernel(ElementType::F16);
 }
 
 #[test]
 fn every_kernel_of_bf16_gives_the_same_bits_stored_or_not() {
-    run_every_kernel(Dtype::Bf16);
+    run_every_kernel(ElementType::Bf16);
 }
 
 #[test]

@@ -41,10 +41,10 @@ fn similarities_at_the_bounds_count_alike_in_all_passes() {
                     (LossOutput::default(), Batch::square(rows.view(), &labels).trusted());
                 backend.loss(&batch, &settings, &mut output).unwrap();
                 let tangent = random_rows(COUNT, 16, 6);
-                let hyper = backend.hypergradient(&batch, tangent.view(), None).unwrap();
-                (output, hyper)
+                let sums = backend.threshold_gradient(&batch, tangent.view(), None).unwrap();
+                (output, sums)
             };
-            let (output, hyper) = answer(&rows, 1 << 30);
+            let (output, sums) = answer(&rows, 1 << 30);
             let what = format!("jitter {jitter}, exact {exact}, hopper {hopper}");
             let LossOutput { min_pos, max_neg, count_pos, count_neg, .. } = &output;
             assert!(output.active > 1000, "{what}");
@@ -83,7 +83,7 @@ fn similarities_at_the_bounds_count_alike_in_all_passes() {
             // Nothing stored: every pass multiplies anew.
             let (recomputed, same) = answer(&rows, 0);
             assert!(recomputed.count_neg == *count_neg && recomputed.count_pos == *count_pos, "{what}");
-            assert_eq!((hyper, output.gradient), (same, recomputed.gradient), "{what}");
+            assert_eq!((sums, output.gradient), (same, recomputed.gradient), "{what}");
         }
     }
 }

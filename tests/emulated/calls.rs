@@ -13,7 +13,7 @@ use super::{golden_case, random_rows};
 fn the_threshold_pass_needs_its_loss() {
     let case = golden_case("one_class");
     let mut backend = emulated::open(Options::default(), 11);
-    let error = backend.hypergradient(&case.batch(), case.anchors.tangent.view(), None).unwrap_err();
+    let error = backend.threshold_gradient(&case.batch(), case.anchors.tangent.view(), None).unwrap_err();
     assert!(matches!(error, Error::OutOfOrder(_)), "{error}");
 
     // And the batch of its loss, as on the CPU.
@@ -23,14 +23,14 @@ fn the_threshold_pass_needs_its_loss() {
     let direction = tangent(20, 8, 1);
     for _ in 0..2 {
         backend.loss(&batch, &LossSettings::default(), &mut LossOutput::default()).unwrap();
-        assert!(backend.hypergradient(&batch, direction.view(), None).is_ok());
+        assert!(backend.threshold_gradient(&batch, direction.view(), None).is_ok());
     }
-    let refused = backend.hypergradient(&batch, tangent(19, 8, 1).view(), None);
+    let refused = backend.threshold_gradient(&batch, tangent(19, 8, 1).view(), None);
     let lengths = Error::LengthMismatch { what: "rows of the tangent", expected: 20, got: 19 };
     assert_eq!(refused.unwrap_err().to_string(), lengths.to_string());
     let reversed: Vec<i64> = labels.iter().rev().copied().collect();
     let relabelled = Batch::square(rows.view(), &reversed);
-    let refused = backend.hypergradient(&relabelled, direction.view(), None);
+    let refused = backend.threshold_gradient(&relabelled, direction.view(), None);
     assert!(matches!(refused, Err(Error::OutOfOrder(_))));
 }
 

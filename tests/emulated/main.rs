@@ -18,7 +18,7 @@ mod table;
 use ddtas::backend::device::{DeviceBackend, Options};
 use ddtas::backend::emulated::EmulatedDevice;
 use ddtas::backend::{Backend, Nearest};
-use ddtas::loss::{Hypergradient, LossOutput};
+use ddtas::loss::{LossOutput, ThresholdGradient};
 use ddtas_cases::{self as cases, Case};
 use ndarray::Array2;
 
@@ -32,21 +32,21 @@ fn golden_case(name: &str) -> Case {
     cases::golden().into_iter().find(|case| case.name == name).expect("the case is in tests/golden")
 }
 
-/// Loss and hyper-gradient of a case.
-fn loss_of(backend: &mut dyn Backend, case: &Case) -> (LossOutput, Hypergradient) {
+/// Loss and threshold gradient of a case.
+fn loss_of(backend: &mut dyn Backend, case: &Case) -> (LossOutput, ThresholdGradient) {
     let mut output = LossOutput::default();
     backend.loss(&case.batch(), &case.settings, &mut output).expect("the case is valid");
     let reference_tangent = case.references.as_ref().map(|side| side.tangent.view());
-    let hyper = backend.hypergradient(&case.batch(), case.anchors.tangent.view(), reference_tangent);
-    (output, hyper.expect("the case is valid"))
+    let sums = backend.threshold_gradient(&case.batch(), case.anchors.tangent.view(), reference_tangent);
+    (output, sums.expect("the case is valid"))
 }
 
 /// Everything a backend says of a case.
-fn answers(backend: &mut dyn Backend, case: &Case) -> (LossOutput, Hypergradient, Nearest) {
-    let (output, hyper) = loss_of(backend, case);
+fn answers(backend: &mut dyn Backend, case: &Case) -> (LossOutput, ThresholdGradient, Nearest) {
+    let (output, sums) = loss_of(backend, case);
     let batch = case.batch();
     let nearest = backend.nearest(&batch.anchors, batch.references.as_ref(), 3).expect("the case is valid");
-    (output, hyper, nearest)
+    (output, sums, nearest)
 }
 
 /// The bits of a loss, so that NaN equals NaN.
@@ -71,7 +71,7 @@ fn loss_bits(output: &LossOutput) -> Vec<u64> {
 }
 
 /// The bits of a loss and of neighbours.
-fn bits((output, _, nearest): &(LossOutput, Hypergradient, Nearest)) -> Vec<u64> {
+fn bits((output, _, nearest): &(LossOutput, ThresholdGradient, Nearest)) -> Vec<u64> {
     let mut bits = loss_bits(output);
     bits.extend(nearest.indices.iter().map(|&n| u64::from(n)));
     bits.extend(nearest.similarities.iter().map(|value| u64::from(value.to_bits())));

@@ -2,8 +2,8 @@
 
 use ddtas::backend::Backend;
 use ddtas::backend::device::{DeviceBackend, Options};
-use ddtas::loss::LossOutput;
-use ddtas_cases::{self as cases, Case, Dtype, parts};
+use ddtas::loss::{ElementType, LossOutput};
+use ddtas_cases::{self as cases, Case, parts};
 use ndarray::Array2;
 
 use super::{answers, bits, device, parts_on};
@@ -13,7 +13,7 @@ fn rounded_f32_gives_the_bits_of_f16_rows() {
     // Granules whole or not, ignored rows, another side, copies; and every tile mined.
     let names = ["a_tile_and_one", "rectangular_ignored_labels", "duplicates", "everything_mined_140x330"];
     for case in cases::generated_to_round().into_iter().filter(|case| names.contains(&case.name.as_str())) {
-        let narrow = case.rounded_to(Dtype::F16).expect("rows of unit length");
+        let narrow = case.rounded_to(ElementType::F16).expect("rows of unit length");
         for (hopper, budget) in [(false, 1 << 30), (true, 0)] {
             let answer = |case: &Case, exact: bool| {
                 let mut backend = DeviceBackend::new(device(25, hopper), Options { budget, tf32: !exact });
@@ -42,7 +42,7 @@ fn rounded_f32_agrees_on_hopper_s_kernels() {
 #[test]
 fn rounded_f32_agrees_in_parts_on_hopper_s_kernels() {
     let rounded = |case: Case| {
-        let Case { expected, .. } = case.rounded_to(Dtype::F16).expect("rows of unit length");
+        let Case { expected, .. } = case.rounded_to(ElementType::F16).expect("rows of unit length");
         Case { expected, ..case }
     };
     parts::run_all(parts_on(85, true, false), cases::generated_to_round().into_iter().map(rounded));
@@ -55,8 +55,11 @@ fn rounded_f32_of_any_length_is_rounded_at_unit_length() {
     {
         let to_round = cases::generated_to_round().into_iter().find(|case| case.name == name);
         let case = to_round.expect("the case is in the table");
-        let with = |rows: &dyn Fn(&cases::Side) -> Array2<f32>, dtype: Dtype| {
-            let side = |side: &cases::Side| cases::Side { rows: dtype.cast(&rows(side)), ..side.clone() };
+        let with = |rows: &dyn Fn(&cases::Side) -> Array2<f32>, dtype: ElementType| {
+            let side = |side: &cases::Side| cases::Side {
+                rows: cases::Matrix::new(&rows(side), dtype),
+                ..side.clone()
+            };
             let references = case.references.as_ref().map(side);
             Case { anchors: side(&case.anchors), references, ..case.clone() }
         };
@@ -71,7 +74,7 @@ fn rounded_f32_of_any_length_is_rounded_at_unit_length() {
             let lengths = lengths(&rows);
             Array2::from_shape_fn(rows.dim(), |(i, d)| (rows[[i, d]] / lengths[i]) as f32)
         };
-        let (given, narrow) = (with(&stretched, Dtype::F32), with(&unit, Dtype::F16));
+        let (given, narrow) = (with(&stretched, ElementType::F32), with(&unit, ElementType::F16));
         for hopper in [false, true] {
             let options = Options { tf32: true, ..Options::default() };
             let mut backend = DeviceBackend::new(device(35, hopper), options);

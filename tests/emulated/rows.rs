@@ -3,8 +3,8 @@
 use ddtas::backend::Backend;
 use ddtas::backend::device::{DeviceBackend, Options};
 use ddtas::backend::emulated::{self, EmulatedDevice};
-use ddtas::loss::{Batch, LossOutput, LossSettings, Mining, Rows, UnitCheck, reference};
-use ddtas_cases::{self as cases, Dtype};
+use ddtas::loss::{Batch, ElementType, LossOutput, LossSettings, Mining, Rows, UnitCheck, reference};
+use ddtas_cases as cases;
 use ndarray::Array2;
 
 use super::{device, random_rows};
@@ -14,16 +14,16 @@ fn rows_of_any_length_agree_with_the_cpu() {
     for (name, scale) in
         [("odd_sizes_257x130", 1.0f32), ("rectangular_ignored_labels", 3.0), ("a_tile_and_one", 1e28)]
     {
-        for dtype in Dtype::ALL {
+        for dtype in ElementType::ALL {
             let case = cases::generated_case(name, dtype);
             // Lengths from 1 to 4, or beyond what f32 squares hold where the type does.
-            let scale = if dtype == Dtype::F16 { scale.min(3.0) } else { scale };
+            let scale = if dtype == ElementType::F16 { scale.min(3.0) } else { scale };
             let stretched = |rows: &cases::Matrix| {
                 let mut wide = rows.view().to_f64().mapv(|value| value as f32);
                 for (i, mut row) in wide.outer_iter_mut().enumerate() {
                     row *= scale * (1 + i % 4) as f32;
                 }
-                dtype.cast(&wide)
+                cases::Matrix::new(&wide, dtype)
             };
             let anchors = stretched(&case.anchors.rows);
             let references = case.references.as_ref().map(|side| stretched(&side.rows));
@@ -46,7 +46,7 @@ fn rows_of_any_length_agree_with_the_cpu() {
                 backend.normalized_loss(&batch, &case.settings, &mut output).unwrap();
                 let what = format!("{name}, {dtype:?}, hopper {hopper}");
                 // Unit rows may differ in the last bit, and 16-bit ones with it.
-                let bound = if dtype == Dtype::F32 { 1e-5 } else { 3e-2 };
+                let bound = if dtype == ElementType::F32 { 1e-5 } else { 3e-2 };
                 assert!((output.loss - truth.loss).abs() <= bound * truth.loss, "{what}");
                 let pairs = [(&output.gradient, &truth.gradient)]
                     .into_iter()

@@ -3,9 +3,9 @@
 use ddtas::backend::Backend;
 use ddtas::backend::device::{DeviceBackend, Options};
 use ddtas::backend::emulated::{self, EmulatedDevice};
-use ddtas::loss::{Batch, LossOutput, LossSettings, Mining, Rows};
+use ddtas::loss::{Batch, ElementType, LossOutput, LossSettings, Mining, Rows};
 use ddtas_cases::random::{Draw, compare, draw};
-use ddtas_cases::{self as cases, Case, Dtype, SINGLE_PRECISION, parts};
+use ddtas_cases::{self as cases, Case, SINGLE_PRECISION, parts};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -55,7 +55,7 @@ fn every_rectangular_width_agrees_on_hopper_s_kernels_stored_or_not() {
 #[test]
 fn golden_cases_in_16_bits_agree_on_hopper_s_kernels() {
     let mut backend = DeviceBackend::new(EmulatedDevice::new(15).as_hopper(), Options::default());
-    cases::run_all(&mut backend, cases::golden_in(Dtype::F16));
+    cases::run_all(&mut backend, cases::golden_in(ElementType::F16));
 }
 
 #[test]
@@ -67,7 +67,7 @@ fn the_table_of_cases_agrees_in_parts() {
 #[test]
 fn the_table_of_cases_agrees_in_parts_on_hopper_s_kernels() {
     // Of f32 the forms; how it is multiplied is no part's matter.
-    let some = |case: &Case| case.dtype() != Dtype::F32 || case.name.contains("everything_mined");
+    let some = |case: &Case| case.dtype() != ElementType::F32 || case.name.contains("everything_mined");
     parts::run_all(parts_on(70, true, true), cases::generated().into_iter().filter(some));
 }
 
@@ -130,7 +130,8 @@ fn parts_of_many_splits_are_added_in_two_steps() {
 fn weights_far_below_any_bound_keep_their_digits() {
     // Terms of the loss are e^-20 and less, far from their lambdas: f16 would hold nothing of a weight that is scaled by what
     // it could be at most.
-    let Case { name, settings, anchors, .. } = cases::generated_case("everything_mined_140x330", Dtype::F32);
+    let Case { name, settings, anchors, .. } =
+        cases::generated_case("everything_mined_140x330", ElementType::F32);
     let settings = LossSettings { alpha: 12.0, beta: 12.0, lambda_pos: -2.0, lambda_neg: 2.0, ..settings };
     let case = Case::new(name, settings, anchors, None).expect("a valid batch");
     for (hopper, budget, seed) in [(false, 1 << 30, 50), (false, 0, 51), (true, 1 << 30, 52), (true, 0, 53)] {

@@ -8,7 +8,7 @@ use assert_cmd::Command;
 use ddtas::loss::gradient::weigh;
 use ddtas::loss::select::Selection;
 use ddtas::loss::similarity::Similarities;
-use ddtas::loss::{Hypergradient, LossSettings, Mining, threshold};
+use ddtas::loss::{LossSettings, Mining, ThresholdGradient, threshold};
 use ddtas_train::Result;
 use ddtas_train::generator::head::{Head, Losses, hypergradient};
 use ddtas_train::generator::{Lambda, VirtualStep, VirtualStepKind};
@@ -63,11 +63,15 @@ impl Losses for Truth {
         Ok(gradient)
     }
 
-    fn hypergradient(&mut self, embeddings: &Array2<f64>, tangent: &Array2<f64>) -> Result<Hypergradient> {
+    fn threshold_gradient(
+        &mut self,
+        embeddings: &Array2<f64>,
+        tangent: &Array2<f64>,
+    ) -> Result<ThresholdGradient> {
         let settings = self.lambda.applied_to(&self.settings);
         let (similarities, selection, ..) = scalar(embeddings, &self.labels, &settings);
         let tilt = tangent.dot(&embeddings.t()) + embeddings.dot(&tangent.t());
-        Ok(threshold::hypergradient(&similarities, &selection, &settings, &tilt))
+        Ok(threshold::threshold_gradient(&similarities, &selection, &settings, &tilt))
     }
 }
 
@@ -126,7 +130,7 @@ fn virtual_step_without_a_gradient_leaves_lambda_alone() {
     };
     let lambda = Lambda { pos: 0.5, neg: 0.5 };
     let found = hypergradient(&head, train.view(), meta.view(), STEPS[1], lambda, &mut truth).unwrap();
-    assert_eq!(found, Hypergradient::default());
+    assert_eq!(found, ThresholdGradient::default());
 }
 
 fn run(output: &std::path::Path, more: &[&str]) -> Command {

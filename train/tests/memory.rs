@@ -6,11 +6,11 @@ mod runs;
 use std::fs;
 
 use ddtas::backend::cpu::CpuBackend;
-use ddtas::loss::baseline::PairLoss;
-use ddtas::loss::{Batch, LossOutput, LossSettings, Mining, Rows, reference, reference_hypergradient};
+use ddtas::loss::{Batch, LossOutput, LossSettings, Mining, Rows, reference, reference_threshold_gradient};
 use ddtas_cases::is_clear;
 use ddtas_cases::random::{Draw, SLACK, draw, tangent};
 use ddtas_train::train::Memory;
+use ddtas_train::train::PairLoss;
 use ndarray::{Array2, array, concatenate, s};
 use runs::{records, small_run};
 
@@ -33,7 +33,7 @@ fn loss(memory: &Memory, rows: &Array2<f32>, labels: &[i64], settings: &LossSett
 }
 
 #[test]
-fn loss_gradient_and_hypergradient_are_those_of_the_scalar_reference() {
+fn loss_gradient_and_threshold_gradient_are_those_of_the_scalar_reference() {
     for mining in [Mining::None, Mining::Asms, Mining::AtAsms] {
         let settings = LossSettings { mining, ..LossSettings::default() };
         // A draw with a pair on a threshold is replaced by the next.
@@ -67,10 +67,10 @@ fn loss_gradient_and_hypergradient_are_those_of_the_scalar_reference() {
             let mut backend = CpuBackend::new();
             let mut output = LossOutput::default();
             memory.loss(&mut backend, OURS, (rows.view(), &labels), &settings, &mut output).unwrap();
-            let got = memory.hypergradient(&mut backend, (rows.view(), &labels), edot.view()).unwrap();
+            let got = memory.threshold_gradient(&mut backend, (rows.view(), &labels), edot.view()).unwrap();
             let edot = edot.mapv(f64::from);
             let moving = concatenate![ndarray::Axis(0), edot, Array2::zeros((130, 34))];
-            let wanted = reference_hypergradient(&batch, &settings, &edot, Some(&moving)).unwrap();
+            let wanted = reference_threshold_gradient(&batch, &settings, &edot, Some(&moving)).unwrap();
             for (got, wanted) in [(got.pos, wanted.pos), (got.neg, wanted.neg)] {
                 assert!((got - wanted).abs() < 1e-4 * (1.0 + wanted.abs()), "{mining:?}: {got} {wanted}");
             }

@@ -5,9 +5,9 @@ use std::fs;
 use std::path::Path;
 
 use ddtas::backend::Nearest;
-use ddtas::loss::baseline::PairLoss;
 use ddtas_train::Error;
 use ddtas_train::data::synthetic::{SyntheticSettings, synthetic};
+use ddtas_train::train::PairLoss;
 use ddtas_train::train::report::{self, Baseline, Findings};
 use ddtas_train::train::{EvaluationRecord, Record, StepRecord, TrainSettings, choose};
 use ndarray::Array2;

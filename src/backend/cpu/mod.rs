@@ -4,17 +4,18 @@
 //! | --- | --- |
 //! | rows in class order, checked and packed | `rows.rs`, `pairs.rs` |
 //! | same-class pass (m+) and the sweep (m-, probe count, candidates) | `tiles.rs`, `tile.rs`, `statistics.rs` |
-//! | selection, and what it leaves to weigh pairs by | `select.rs` |
+//! | selection: sizes of the mined sets | `select.rs` |
 //! | weights and loss, gradient | `weigh.rs`, `walk.rs`, `gradient.rs` |
-//! | hyper-gradient of the loss threshold | `threshold.rs` |
+//! | threshold gradient | `threshold.rs` |
 //! | top-K search | `retrieval.rs` |
 //! | rows of any length, and their gradient | `unit.rs` |
 //!
-//! `steps.rs` has the order of the passes, `remembered.rs` what stays between them and `walk.rs` what
-//! gradient and hyper-gradient have in common; `product.rs` is the one matrix product, `simd.rs` the choice
-//! of instruction set, `tasks.rs` the sharing-out of work, `buffer.rs` memory in whole cache lines,
-//! `times.rs` what each pass took. S is computed tile by tile, once for both triangles; of a tile only the
-//! candidates are kept, within a budget, and tiles beyond it are computed again with the same bits.
+//! `steps.rs` has the order of the passes, `remembered.rs` what stays between them, `shares.rs` what each row
+//! selects and what that weighs, `walk.rs` what gradient and threshold gradient have in common; `product.rs`
+//! is the one matrix product, `simd.rs` the choice of instruction set, `tasks.rs` the sharing-out of work,
+//! `buffer.rs` memory in whole cache lines, `times.rs` what each pass took. S is computed tile by tile, once
+//! for both triangles; of a tile only the candidates are kept, within a budget, and tiles beyond it are
+//! computed again with the same bits.
 
 use std::sync::Mutex;
 
@@ -23,7 +24,9 @@ use ndarray::ArrayView2;
 use super::step::Step;
 use super::{Backend, Nearest, PreparedGallery};
 use crate::Result;
-use crate::loss::{Batch, Embeddings, Hypergradient, LossOutput, LossSettings, RowNumbers, Rows};
+use crate::loss::{
+    Batch, Embeddings, LossOutput, LossSettings, PairTotals, RowNumbers, Rows, ThresholdGradient,
+};
 use crate::loss::{has_entries, same_length};
 
 mod buffer;
@@ -34,6 +37,7 @@ mod remembered;
 mod retrieval;
 mod rows;
 mod select;
+mod shares;
 mod simd;
 mod statistics;
 mod steps;
@@ -50,7 +54,7 @@ use gradient::GradientScratch;
 use pairs::Sides;
 use remembered::Remembered;
 use retrieval::Gallery;
-use select::Weights;
+use shares::Weights;
 use simd::Level;
 use statistics::{Gathered, Statistics};
 use tasks::{Workers, lock};
@@ -128,7 +132,7 @@ impl CpuBackend {
     }
 
     /// [`Backend::loss`] of rows of any length but 0: they are compared at unit length, and the gradients are
-    /// those of the rows as they are given. Nothing is remembered for [`Backend::hypergradient`].
+    /// those of the rows as they are given. Nothing is remembered for [`Backend::threshold_gradient`].
     ///
     /// # Errors
     /// As [`Backend::loss`]; [`Error::NotUnit`](crate::Error::NotUnit) for a row of zeros.
@@ -188,8 +192,7 @@ impl CpuBackend {
     ) -> Result<()> {
         self.find_same_class(batch, workers, output)?;
         self.sweep_tiles(batch, settings, workers, output)?;
-        let totals = (output.probe_neg, output.total_pos);
-        self.select_pairs(batch, settings, totals, workers, output)?;
+        self.select_pairs(batch, settings, output.pair_totals(), workers, output)?;
         self.sum_gradient(batch, settings, workers, output)
     }
 
@@ -256,7 +259,7 @@ impl Backend for CpuBackend {
         &mut self,
         part: &Batch<'_>,
         max_neg: RowNumbers<'_, f32>,
-        totals: (u64, u64),
+        totals: PairTotals,
         output: &mut LossOutput,
     ) -> Result<()> {
         let settings = self.go_on(part, Step::Select)?;
@@ -282,13 +285,13 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn hypergradient(
+    fn threshold_gradient(
         &mut self,
         batch: &Batch<'_>,
         tangent: ArrayView2<'_, f32>,
         reference_tangent: Option<ArrayView2<'_, f32>>,
-    ) -> Result<Hypergradient> {
-        self.sum_hypergradient(batch, tangent, reference_tangent)
+    ) -> Result<ThresholdGradient> {
+        self.sum_threshold_gradient(batch, tangent, reference_tangent)
     }
 
     fn nearest(&mut self, queries: &Rows<'_>, references: Option<&Rows<'_>>, k: usize) -> Result<Nearest> {

@@ -18,7 +18,8 @@ use super::{BUDGET_OF_A_ROW, CpuBackend, workers_for};
 use crate::backend::step::{NO_LOSS, OTHER_LABELS, Step};
 use crate::loss::select::adapt;
 use crate::loss::{
-    Batch, BatchSize, Hypergradient, LossOutput, LossSettings, RowNumbers, TangentOf, UnitCheck,
+    Batch, BatchSize, LossOutput, LossSettings, PairTotals, RowNumbers, TangentOf, ThresholdGradient,
+    UnitCheck,
 };
 use crate::{Error, Result};
 
@@ -117,20 +118,19 @@ impl CpuBackend {
         Ok(())
     }
 
-    /// The sizes of the mined sets, from m- of both sides and the totals of the batch: negatives that passed
-    /// the probe, and positives.
+    /// The sizes of the mined sets, from m- of both sides and the totals of the batch.
     pub(super) fn select_pairs(
         &mut self,
         batch: &Batch<'_>,
         settings: &LossSettings,
-        (probe_neg, total_pos): (u64, u64),
+        totals: PairTotals,
         workers: Workers<'_>,
         output: &mut LossOutput,
     ) -> Result<()> {
         let mut watch = Stopwatch::start();
         self.ready_scratch(workers);
         let pairs = self.sides.pairs(batch, self.level)?;
-        let tolerances = adapt(settings, probe_neg, total_pos);
+        let tolerances = adapt(settings, totals);
         self.weights.set_bounds(settings, tolerances, &self.statistics);
         self.tiles.count(&pairs, &workers, &self.scratch, &self.weights, &mut self.statistics);
         (output.gamma_pos, output.gamma_neg) = (tolerances.pos, tolerances.neg);
@@ -177,13 +177,13 @@ impl CpuBackend {
         Ok(())
     }
 
-    /// See [`Backend::hypergradient`](crate::backend::Backend::hypergradient).
-    pub(super) fn sum_hypergradient(
+    /// See [`Backend::threshold_gradient`](crate::backend::Backend::threshold_gradient).
+    pub(super) fn sum_threshold_gradient(
         &mut self,
         batch: &Batch<'_>,
         tangent: ArrayView2<'_, f32>,
         reference_tangent: Option<ArrayView2<'_, f32>>,
-    ) -> Result<Hypergradient> {
+    ) -> Result<ThresholdGradient> {
         batch.validate()?;
         let remembered = self.remembered.filter(|last| last.step == Step::Gradient);
         let remembered = remembered.ok_or(Error::OutOfOrder(NO_LOSS))?;
@@ -208,7 +208,7 @@ impl CpuBackend {
             scratch: &self.scratch,
             answers: &mut self.answers,
         };
-        Ok(threshold::hypergradient(&mut walk, tangent, reference_tangent))
+        Ok(threshold::threshold_gradient(&mut walk, tangent, reference_tangent))
     }
 }
 

@@ -8,14 +8,14 @@ use ndarray::ArrayView2;
 use super::pairs::Owner;
 use super::walk::Walk;
 use super::weigh::Kind;
-use crate::loss::Hypergradient;
+use crate::loss::ThresholdGradient;
 
 /// Both sums; `walk` is over the batch of the last loss.
-pub fn hypergradient(
+pub fn threshold_gradient(
     walk: &mut Walk<'_>,
     tangent: ArrayView2<'_, f32>,
     reference_tangent: Option<ArrayView2<'_, f32>>,
-) -> Hypergradient {
+) -> ThresholdGradient {
     let mut sum = |kind| {
         let mut total = along(walk, Owner::Rows, kind, tangent);
         if let (Some(tangent), false) = (reference_tangent, walk.known.pairs.square) {
@@ -23,7 +23,7 @@ pub fn hypergradient(
         }
         total
     };
-    Hypergradient { pos: sum(Kind::LambdaPos), neg: sum(Kind::LambdaNeg) }
+    ThresholdGradient { pos: sum(Kind::LambdaPos), neg: sum(Kind::LambdaNeg) }
 }
 
 fn along(walk: &mut Walk<'_>, owner: Owner, kind: Kind, tangent: ArrayView2<'_, f32>) -> f64 {

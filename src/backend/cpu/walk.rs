@@ -1,5 +1,5 @@
 //! The walk over all weighted pairs, block by block of the rows they are summed into: the gradient, and the
-//! hyper-gradient of the loss threshold.
+//! threshold gradient.
 //!
 //! Each block of rows is owned by one task, or by one for every few dimensions, which visits its tiles in
 //! order of the other side and sums into rows of its own. So every sum has one order, whatever the thread count

@@ -4,7 +4,7 @@
 
 use super::pairs::Pairs;
 use super::rows::{MAX_BLOCK, grow};
-use super::select::{Share, ShareRun, Weights};
+use super::shares::{Share, ShareRun, Weights};
 use super::simd::{GROUP, Lanes, Work, padded};
 use super::tile::Candidates;
 

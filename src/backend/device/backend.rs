@@ -1,13 +1,21 @@
 //! [`Backend`] over any [`Device`].
 
-use ndarray::ArrayView2;
+use bytemuck::cast_slice;
+use ndarray::{Array2, ArrayView2};
 
 use super::layout::Remembered;
+use super::loss::same_type;
+use super::passes::Passes;
+use super::shape::Shape;
+use super::steps::{Which, download_counters, upload_numbers};
+use super::transfer::{download_gradients, download_list, download_scalars, upload};
 use super::workspace::Workspace;
 use super::{Device, Precision};
 use crate::Result;
+use crate::backend::step::Step;
 use crate::backend::{Backend, Nearest, PreparedGallery};
-use crate::loss::{Batch, Hypergradient, LossOutput, LossSettings, RowNumbers, Rows};
+use crate::loss::select::adapt;
+use crate::loss::{Batch, LossOutput, LossSettings, PairTotals, RowNumbers, Rows, ThresholdGradient};
 
 /// How a device backend works.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,7 +105,32 @@ impl<D: Device> Backend for DeviceBackend<D> {
         settings: &LossSettings,
         output: &mut LossOutput,
     ) -> Result<()> {
-        self.run_same_class(part, settings, output)
+        let last = self.remembered.take();
+        settings.validate()?;
+        part.validate()?;
+        same_type(part)?;
+        let shape = Shape { numbers: !part.is_square(), ..self.shape(part) };
+        shape.check()?;
+        let labels = Remembered::keep_labels(last, part);
+        if shape.anchors == 0 {
+            self.remembered = Some(Remembered::of_nothing(shape, settings, labels));
+            *output = LossOutput::default();
+            return Ok(());
+        }
+        let begun = self.begin(shape, settings, false);
+        let loss = Remembered { step: Some(Step::SameClass), labels, ..begun };
+        let Self { device, loss: workspace, .. } = self;
+        let buffer = workspace.lay(device, &loss.layout.layout)?;
+        let input = upload(device, buffer, &loss.layout, part)?;
+        let mut passes = Passes::new(&mut *device, buffer, &loss);
+        passes.order(&input)?;
+        passes.same_class()?;
+        // For the totals and means, and for bad rows; nothing is mined yet.
+        passes.weigh(passes.scalars(), false)?;
+        download_scalars(device, buffer, &loss, input.check.tolerance, output)?;
+        download_list(device, buffer, loss.layout.min_pos, shape.anchors, &mut output.min_pos)?;
+        self.remembered = Some(loss);
+        Ok(())
     }
 
     fn sweep(
@@ -106,17 +139,59 @@ impl<D: Device> Backend for DeviceBackend<D> {
         min_pos: RowNumbers<'_, f32>,
         output: &mut LossOutput,
     ) -> Result<()> {
-        self.run_sweep(part, min_pos, output)
+        let loss = self.go_on(part, Step::Sweep)?;
+        min_pos.validate(part)?;
+        if loss.shape.anchors == 0 {
+            output.max_neg.clear();
+            output.probe_neg = 0;
+            self.remembered = Some(loss);
+            return Ok(());
+        }
+        let (buffer, device) = self.resumed(&loss)?;
+        let given = upload_numbers(device, buffer, &loss, [min_pos.anchors, &[]], [min_pos.references, &[]])?;
+        let mut passes = Passes::new(&mut *device, buffer, &loss);
+        passes.take(Which::MinPos, given)?;
+        passes.sweep()?;
+        passes.report(Which::MaxNeg)?;
+        output.probe_neg = download_counters(device, buffer, &loss)?.probe_neg;
+        download_list(device, buffer, loss.layout.max_neg_out, loss.shape.anchors, &mut output.max_neg)?;
+        self.remembered = Some(loss);
+        Ok(())
     }
 
     fn select(
         &mut self,
         part: &Batch<'_>,
         max_neg: RowNumbers<'_, f32>,
-        totals: (u64, u64),
+        totals: PairTotals,
         output: &mut LossOutput,
     ) -> Result<()> {
-        self.run_select(part, max_neg, totals, output)
+        let loss = self.go_on(part, Step::Select)?;
+        max_neg.validate(part)?;
+        // What the kernels decide too, from the same two integers.
+        let tolerances = adapt(&loss.host_settings, totals);
+        (output.gamma_pos, output.gamma_neg) = (tolerances.pos, tolerances.neg);
+        if loss.shape.anchors == 0 {
+            output.count_pos.clear();
+            output.count_neg.clear();
+            self.remembered = Some(loss);
+            return Ok(());
+        }
+        let (buffer, device) = self.resumed(&loss)?;
+        let given = upload_numbers(device, buffer, &loss, [max_neg.anchors, &[]], [max_neg.references, &[]])?;
+        device.upload(
+            buffer,
+            loss.layout.totals.offset,
+            cast_slice(&[totals.probe_neg, totals.total_pos]),
+        )?;
+        let mut passes = Passes::new(&mut *device, buffer, &loss);
+        passes.take(Which::MaxNeg, given)?;
+        passes.select()?;
+        passes.report(Which::Counts)?;
+        download_list(device, buffer, loss.layout.count_pos, loss.shape.anchors, &mut output.count_pos)?;
+        download_list(device, buffer, loss.layout.count_neg, loss.shape.anchors, &mut output.count_neg)?;
+        self.remembered = Some(loss);
+        Ok(())
     }
 
     fn gradient(
@@ -126,15 +201,40 @@ impl<D: Device> Backend for DeviceBackend<D> {
         count_neg: RowNumbers<'_, u32>,
         output: &mut LossOutput,
     ) -> Result<()> {
-        self.run_gradient(part, count_pos, count_neg, output)
+        let loss = self.go_on(part, Step::Gradient)?;
+        RowNumbers::validate_sizes(&count_pos, &count_neg, part)?;
+        if loss.shape.anchors == 0 {
+            let gradient = Array2::zeros((0, loss.shape.dim));
+            *output = LossOutput {
+                gradient,
+                gamma_pos: output.gamma_pos,
+                gamma_neg: output.gamma_neg,
+                ..LossOutput::default()
+            };
+            self.remembered = Some(loss);
+            return Ok(());
+        }
+        let (buffer, device) = self.resumed(&loss)?;
+        let anchors = [count_pos.anchors, count_neg.anchors];
+        let given =
+            upload_numbers(device, buffer, &loss, anchors, [count_pos.references, count_neg.references])?;
+        let mut passes = Passes::new(&mut *device, buffer, &loss);
+        passes.take(Which::Counts, given)?;
+        let (anchors, references) = (loss.layout.anchors, loss.layout.references);
+        passes.weigh(passes.scalars(), true)?;
+        passes.gradients([anchors, references].map(|side| side.ends(passes.base).gradient))?;
+        download_scalars(device, buffer, &loss, part.anchors.embeddings.norm_tolerance(), output)?;
+        download_gradients(device, buffer, &loss, output)?;
+        self.remembered = Some(loss);
+        Ok(())
     }
 
-    fn hypergradient(
+    fn threshold_gradient(
         &mut self,
         batch: &Batch<'_>,
         tangent: ArrayView2<'_, f32>,
         reference_tangent: Option<ArrayView2<'_, f32>>,
-    ) -> Result<Hypergradient> {
+    ) -> Result<ThresholdGradient> {
         self.run_threshold(batch, tangent, reference_tangent)
     }
 

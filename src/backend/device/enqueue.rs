@@ -5,15 +5,11 @@
 //! a caller can capture the calls in a graph. A bad row shows by a loss and gradients of NaN, and by its
 //! index in the scalars.
 
-use super::launcher::Launcher;
 use super::layout::{Remembered, ResidentOutput};
-use super::order::issue_order;
-use super::passes::{
-    issue_gradients, issue_loss, issue_same_class, issue_selection, issue_sweep, issue_weigh,
-};
+use super::passes::Passes;
 use super::resident::{ResidentBatch, aligned};
 use super::shape::{Shape, more_scale, sum_scale};
-use super::steps::{Given, Which, report_to, take};
+use super::steps::{Given, Which};
 use super::transfer::{IdentityAt, Input};
 use super::{Device, DeviceBackend};
 use crate::backend::step::Step;
@@ -44,7 +40,7 @@ pub struct ResidentPart {
     /// B of 1/B.
     pub total: usize,
     /// Whether rows are of any length but 0: they are compared at unit length, and the gradients are theirs
-    /// as they are given. Of a whole loss alone, after which nothing is remembered for a hypergradient.
+    /// as they are given. Of a whole loss alone, after which nothing is remembered for a threshold_gradient.
     pub normalize: bool,
 }
 
@@ -141,10 +137,11 @@ impl<D: Device> DeviceBackend<D> {
         if output.loss != 0 {
             aligned("loss", output.loss, 4)?;
         }
-        let mut loss = self.begin_resident(part, settings, false)?;
-        let input = part.input();
-        self.issuing(&mut loss, |launcher, base, loss| issue_loss(launcher, base, loss, &input, output))?;
-        self.remembered = (!part.normalize).then_some(loss);
+        let loss = self.begin_resident(part, settings, false)?;
+        self.issue(loss, |passes| passes.whole_loss(&part.input(), output))?;
+        if part.normalize {
+            self.remembered = None;
+        }
         Ok(())
     }
 
@@ -169,14 +166,11 @@ impl<D: Device> DeviceBackend<D> {
         }
         let mut loss = self.begin_resident(part, settings, true)?;
         loss.step = Some(Step::SameClass);
-        let input = part.input();
-        self.issuing(&mut loss, |launcher, base, loss| {
-            issue_order(launcher, base, loss, &input)?;
-            issue_same_class(launcher, base, loss)?;
-            report_to(launcher, base, loss, Which::MinPos, [min_pos; 2], 0)
-        })?;
-        self.remembered = Some(loss);
-        Ok(())
+        self.issue(loss, |passes| {
+            passes.order(&part.input())?;
+            passes.same_class()?;
+            passes.report_to(Which::MinPos, [min_pos; 2], 0)
+        })
     }
 
     /// Issues the second step: m- goes to `max_neg`, `[B]`, and the part's n_neg of the probe and N_pos to
@@ -198,15 +192,13 @@ impl<D: Device> DeviceBackend<D> {
     ) -> Result<()> {
         aligned("max_neg", max_neg, 4)?;
         aligned("totals", totals, 8)?;
-        let mut loss = self.go_on_resident(part, Step::Sweep)?;
+        let loss = self.go_on_resident(part, Step::Sweep)?;
         let given = given(part, [min_pos; 2], 0)?;
-        self.issuing(&mut loss, |launcher, base, loss| {
-            take(launcher, base, loss, Which::MinPos, given)?;
-            issue_sweep(launcher, base, loss)?;
-            report_to(launcher, base, loss, Which::MaxNeg, [max_neg; 2], totals)
-        })?;
-        self.remembered = Some(loss);
-        Ok(())
+        self.issue(loss, |passes| {
+            passes.take(Which::MinPos, given)?;
+            passes.sweep()?;
+            passes.report_to(Which::MaxNeg, [max_neg; 2], totals)
+        })
     }
 
     /// Issues the third step, for the sums of `totals` over all parts: |P_i| and |N_i| go to `counts`, `[B]`,
@@ -226,15 +218,13 @@ impl<D: Device> DeviceBackend<D> {
     ) -> Result<()> {
         aligned("totals", totals, 8)?;
         counts.iter().try_for_each(|&address| aligned("counts", address, 4))?;
-        let mut loss = self.go_on_resident(part, Step::Select)?;
+        let loss = self.go_on_resident(part, Step::Select)?;
         let given = given(part, [max_neg; 2], totals)?;
-        self.issuing(&mut loss, |launcher, base, loss| {
-            take(launcher, base, loss, Which::MaxNeg, given)?;
-            issue_selection(launcher, base, loss)?;
-            report_to(launcher, base, loss, Which::Counts, counts, 0)
-        })?;
-        self.remembered = Some(loss);
-        Ok(())
+        self.issue(loss, |passes| {
+            passes.take(Which::MaxNeg, given)?;
+            passes.select()?;
+            passes.report_to(Which::Counts, counts, 0)
+        })
     }
 
     /// Issues the last step: the gradient of the anchors goes where the batch says, the part's scalars to
@@ -252,16 +242,14 @@ impl<D: Device> DeviceBackend<D> {
         scalars: u64,
     ) -> Result<()> {
         aligned("scalars", scalars, 8)?;
-        let mut loss = self.go_on_resident(part, Step::Gradient)?;
+        let loss = self.go_on_resident(part, Step::Gradient)?;
         let given = given(part, counts, 0)?;
         let targets = part.input().ends.map(|end| end.gradient);
-        self.issuing(&mut loss, |launcher, base, loss| {
-            take(launcher, base, loss, Which::Counts, given)?;
-            issue_weigh(launcher, base, loss, ResidentOutput { scalars, loss: 0 }, true)?;
-            issue_gradients(launcher, base, loss, targets)
-        })?;
-        self.remembered = Some(loss);
-        Ok(())
+        self.issue(loss, |passes| {
+            passes.take(Which::Counts, given)?;
+            passes.weigh(ResidentOutput { scalars, loss: 0 }, true)?;
+            passes.gradients(targets)
+        })
     }
 
     fn begin_resident(
@@ -296,14 +284,12 @@ impl<D: Device> DeviceBackend<D> {
         Ok(Remembered { step: Some(step), ..last })
     }
 
-    fn issuing(
-        &mut self,
-        loss: &mut Remembered,
-        issue: impl FnOnce(&mut Launcher<'_, D>, u64, &Remembered) -> Result<()>,
-    ) -> Result<()> {
-        let (_, buffer, device) = self.resumed(loss)?;
-        let base = device.address(buffer);
-        issue(&mut Launcher::new(device, loss), base, loss)
+    /// Issues a step, and remembers it.
+    fn issue(&mut self, loss: Remembered, step: impl FnOnce(&mut Passes<'_, D>) -> Result<()>) -> Result<()> {
+        let (buffer, device) = self.resumed(&loss)?;
+        step(&mut Passes::new(device, buffer, &loss))?;
+        self.remembered = Some(loss);
+        Ok(())
     }
 }
 

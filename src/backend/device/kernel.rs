@@ -59,7 +59,7 @@ pub enum Kernel {
     GradientHopper(Precision),
     /// normalize_backward.cu: the gradient of rows of any length from that of the unit rows.
     NormalizeBackward(Precision),
-    /// threshold.cu: the hyper-gradient's sums of each block.
+    /// threshold.cu: the sums of the threshold gradient, of each block.
     Threshold(Precision),
     /// The same where S was multiplied on Hopper's warpgroup products.
     ThresholdHopper(Precision),

@@ -1,6 +1,5 @@
 //! Issues the kernels of one call.
 
-use super::layout::Remembered;
 use super::plan::{LaunchPlan, variant};
 use super::shape::Shape;
 use super::{Device, Kernel, Params};
@@ -12,12 +11,7 @@ pub(super) struct Launcher<'a, D: Device> {
     pub(super) shape: Shape,
 }
 
-impl<'a, D: Device> Launcher<'a, D> {
-    /// For the kernels of one loss.
-    pub(super) fn new(device: &'a mut D, loss: &Remembered) -> Self {
-        Self { device, shape: loss.shape }
-    }
-
+impl<D: Device> Launcher<'_, D> {
     pub(super) fn launch<P: Params>(
         &mut self,
         kernel: Kernel,

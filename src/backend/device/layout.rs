@@ -259,11 +259,6 @@ impl Remembered {
         self.labels.as_ref().is_none_or(|labels| *labels == labels_of(batch))
     }
 
-    /// Where the scalars of a loss that is waited for lie, in a workspace at `base`.
-    pub(super) fn scalars_at(&self, base: u64) -> ResidentOutput {
-        ResidentOutput { scalars: base + self.layout.scalars.offset as u64, loss: 0 }
-    }
-
     /// The parameter that all passes share, for a workspace at `base`.
     pub(super) fn pairs(&self, base: u64) -> Pairs {
         let (shape, layout) = (&self.shape, &self.layout);

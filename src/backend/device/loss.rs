@@ -1,8 +1,7 @@
 //! A whole loss on rows of the host: copied there, its passes issued, and waited for once, for the results.
 
-use super::launcher::Launcher;
 use super::layout::{LossLayout, Remembered, device_settings};
-use super::passes::issue_loss;
+use super::passes::Passes;
 use super::shape::Shape;
 use super::transfer::{download_anchors, download_gradients, download_scalars, upload};
 use super::{Device, DeviceBackend};
@@ -39,7 +38,7 @@ impl<D: Device> DeviceBackend<D> {
 
     /// [`Backend::loss`](crate::backend::Backend::loss) of rows of any length but 0: they are compared at
     /// unit length, and the gradients are those of the rows as they are given. Nothing is remembered for
-    /// [`Backend::hypergradient`](crate::backend::Backend::hypergradient).
+    /// [`Backend::threshold_gradient`](crate::backend::Backend::threshold_gradient).
     ///
     /// # Errors
     /// As [`Backend::loss`](crate::backend::Backend::loss); [`Error::NotUnit`] for a row of zeros.
@@ -73,9 +72,9 @@ impl<D: Device> DeviceBackend<D> {
         let Self { device, loss: workspace, .. } = self;
         let buffer = workspace.lay(device, &layout.layout)?;
         let input = upload(device, buffer, layout, batch)?;
-        let (base, check) = (device.address(buffer), input.check);
-        issue_loss(&mut Launcher::new(&mut *device, &loss), base, &loss, &input, loss.scalars_at(base))?;
-        download_scalars(device, buffer, &loss, check.tolerance, output)?;
+        let mut passes = Passes::new(&mut *device, buffer, &loss);
+        passes.whole_loss(&input, passes.scalars())?;
+        download_scalars(device, buffer, &loss, input.check.tolerance, output)?;
         download_anchors(device, buffer, &loss, output)?;
         download_gradients(device, buffer, &loss, output)?;
         self.remembered = Some(loss);

@@ -1,174 +1,170 @@
 //! The kernels of each pass, in order: class order (order.rs), same-class, sweep, selection, weights,
-//! gradient.
+//! gradient; what goes in and out between them (steps.rs); the threshold's walk (threshold.rs).
 //!
 //! Every decision on the way (adaptation, lists or tiles) is taken on the device.
 
 use super::launcher::Launcher;
 use super::layout::{Remembered, ResidentOutput, pointer, unless_empty};
-use super::order::issue_order;
 use super::params::{
-    GradientParams, LossScalars, NormalizeBackwardParams, PairsParams, WEIGH_NO_WORDS, WeighParams,
+    GradientParams, LossScalars, NormalizeBackwardParams, Pairs, PairsParams, WEIGH_NO_WORDS, WeighParams,
 };
 use super::plan::GradientGrid;
 use super::transfer::Input;
+use super::workspace::Region;
 use super::{Device, Kernel};
 use crate::Result;
 
-/// Every kernel of one loss.
-pub(super) fn issue_loss<D: Device>(
-    launcher: &mut Launcher<'_, D>,
-    base: u64,
-    loss: &Remembered,
-    input: &Input,
-    output: ResidentOutput,
-) -> Result<()> {
-    issue_order(launcher, base, loss, input)?;
-    issue_same_class(launcher, base, loss)?;
-    issue_sweep(launcher, base, loss)?;
-    issue_selection(launcher, base, loss)?;
-    issue_weigh(launcher, base, loss, output, true)?;
-    issue_gradients(launcher, base, loss, input.ends.map(|end| end.gradient))?;
-    issue_normalize_backward(launcher, base, loss, input)
+/// Issues the passes of one loss, on its workspace at `base`.
+pub(super) struct Passes<'a, D: Device> {
+    pub(super) launcher: Launcher<'a, D>,
+    pub(super) base: u64,
+    pub(super) loss: &'a Remembered,
 }
 
-/// m+ and the positives.
-pub(super) fn issue_same_class<D: Device>(
-    launcher: &mut Launcher<'_, D>,
-    base: u64,
-    loss: &Remembered,
-) -> Result<()> {
-    let params = PairsParams { pairs: loss.pairs(base) };
-    launcher.launch(Kernel::SameClass(loss.shape.precision), false, &params)
-}
-
-/// m-, the probe and the candidates.
-pub(super) fn issue_sweep<D: Device>(
-    launcher: &mut Launcher<'_, D>,
-    base: u64,
-    loss: &Remembered,
-) -> Result<()> {
-    let params = PairsParams { pairs: loss.pairs(base) };
-    launcher.launch(Kernel::Sweep(loss.shape.precision), false, &params)
-}
-
-/// The mined sets and the sums over them.
-pub(super) fn issue_selection<D: Device>(
-    launcher: &mut Launcher<'_, D>,
-    base: u64,
-    loss: &Remembered,
-) -> Result<()> {
-    let params = PairsParams { pairs: loss.pairs(base) };
-    launcher.launch(Kernel::SelectStored, false, &params)?;
-    // With room for every pair there is nothing to recompute.
-    if loss.layout.stores_everything {
-        return Ok(());
+impl<'a, D: Device> Passes<'a, D> {
+    pub(super) fn new(device: &'a mut D, buffer: &D::Buffer, loss: &'a Remembered) -> Self {
+        let base = device.address(buffer);
+        Self { launcher: Launcher { device, shape: loss.shape }, base, loss }
     }
-    launcher.launch(Kernel::SelectRecomputed(loss.shape.precision), false, &params)
 }
 
-/// Row weights and the results of each anchor, and the scalars to an address. `swept`: how the gradient goes,
-/// too.
-pub(super) fn issue_weigh<D: Device>(
-    launcher: &mut Launcher<'_, D>,
-    base: u64,
-    loss: &Remembered,
-    ResidentOutput { scalars, loss: figure }: ResidentOutput,
-    swept: bool,
-) -> Result<()> {
-    let Remembered { layout, .. } = loss;
-    let params = PairsParams { pairs: loss.pairs(base) };
-    let weigh = WeighParams {
-        pairs: params.pairs,
-        anchor_column_sums: pointer::<f32>(base, layout.anchors.column_sums),
-        reference_column_sums: pointer::<f32>(base, layout.references.column_sums),
-        anchor_square_sums: pointer::<f64>(base, layout.anchors.square_sums),
-        reference_square_sums: pointer::<f64>(base, layout.references.square_sums),
-        scalars: scalars as usize as *mut LossScalars,
-        loss: figure as usize as *mut f32,
-        min_pos: pointer(base, layout.min_pos),
-        max_neg: pointer(base, layout.max_neg_out),
-        count_pos: pointer(base, layout.count_pos),
-        count_neg: pointer(base, layout.count_neg),
-        parts: pointer(base, layout.weigh_parts),
-        arrived: pointer(base, layout.weigh_arrived),
-        ways: [
-            if swept { pointer(base, layout.anchors.ways) } else { std::ptr::null_mut() },
-            if swept && loss.shape.reference_gradient {
-                pointer(base, layout.references.ways)
-            } else {
-                std::ptr::null_mut()
-            },
-        ],
-        blocks: loss.shape.weigh_blocks() as u32,
-        words: if swept { loss.shape.finished_words() } else { WEIGH_NO_WORDS },
-        weight_scale: loss.shape.weight_scale(),
-        reserved: 0,
-    };
-    launcher.launch(Kernel::Weigh, false, &weigh)
-}
-
-/// The gradients, to `targets` (of anchors, of references).
-pub(super) fn issue_gradients<D: Device>(
-    launcher: &mut Launcher<'_, D>,
-    base: u64,
-    loss: &Remembered,
-    targets: [u64; 2],
-) -> Result<()> {
-    issue_gradient(launcher, base, loss, targets[0], false)?;
-    if loss.shape.reference_gradient {
-        issue_gradient(launcher, base, loss, targets[1], true)?;
+impl<D: Device> Passes<'_, D> {
+    /// The device address of a region of the workspace.
+    pub(super) fn at<T>(&self, region: Region) -> *mut T {
+        pointer(self.base, region)
     }
-    Ok(())
-}
 
-/// One side's gradient: by lists where little is mined, by tiles elsewhere; each block looks which.
-fn issue_gradient<D: Device>(
-    launcher: &mut Launcher<'_, D>,
-    base: u64,
-    loss: &Remembered,
-    target: u64,
-    of_references: bool,
-) -> Result<()> {
-    let Remembered { shape, layout, .. } = loss;
-    let regions = if of_references { &layout.references } else { &layout.anchors };
-    let kernel = Kernel::Gradient(shape.precision);
-    let grid = GradientGrid::new(kernel, shape, of_references, launcher.device.properties());
-    let gradient = GradientParams {
-        pairs: loss.pairs(base),
-        of_references: u32::from(of_references),
-        splits: grid.splits as u32,
-        weight_scale: shape.weight_scale(),
-        reserved: 0,
-        ways: pointer::<u8>(base, regions.ways),
-        partial: pointer(base, regions.partial),
-        arrived: pointer(base, regions.arrived),
-        gradient: target as usize as *mut f32,
-        zeros: unless_empty::<std::ffi::c_void>(base, layout.zeros),
-    };
-    launcher.launch(kernel, of_references, &gradient)
-}
+    /// The parameter that all passes share.
+    pub(super) fn pairs(&self) -> Pairs {
+        self.loss.pairs(self.base)
+    }
 
-/// The gradients of rows of any length, in place of those of the unit rows.
-pub(super) fn issue_normalize_backward<D: Device>(
-    launcher: &mut Launcher<'_, D>,
-    base: u64,
-    loss: &Remembered,
-    input: &Input,
-) -> Result<()> {
-    let Remembered { shape, layout, .. } = loss;
-    let wanted = [shape.normalize, shape.normalize && shape.reference_gradient];
-    for (side, regions) in [&layout.anchors, &layout.references].into_iter().enumerate() {
-        if !wanted[side] {
-            continue;
+    /// Where the scalars of a loss that is waited for lie.
+    pub(super) fn scalars(&self) -> ResidentOutput {
+        ResidentOutput { scalars: self.base + self.loss.layout.scalars.offset as u64, loss: 0 }
+    }
+
+    /// Every kernel of one loss.
+    pub(super) fn whole_loss(&mut self, input: &Input, output: ResidentOutput) -> Result<()> {
+        self.order(input)?;
+        self.same_class()?;
+        self.sweep()?;
+        self.select()?;
+        self.weigh(output, true)?;
+        self.gradients(input.ends.map(|end| end.gradient))?;
+        self.normalize_backward(input)
+    }
+
+    /// m+ and the positives.
+    pub(super) fn same_class(&mut self) -> Result<()> {
+        self.over_pairs(Kernel::SameClass(self.loss.shape.precision))
+    }
+
+    /// m-, the probe and the candidates.
+    pub(super) fn sweep(&mut self) -> Result<()> {
+        self.over_pairs(Kernel::Sweep(self.loss.shape.precision))
+    }
+
+    /// The mined sets and the sums over them.
+    pub(super) fn select(&mut self) -> Result<()> {
+        self.over_pairs(Kernel::SelectStored)?;
+        // With room for every pair there is nothing to recompute.
+        if self.loss.layout.stores_everything {
+            return Ok(());
         }
-        let params = NormalizeBackwardParams {
-            rows: input.ends[side].rows as usize as *const std::ffi::c_void,
-            lengths: pointer::<f64>(base, regions.lengths),
-            gradient: input.ends[side].gradient as usize as *mut f32,
-            count: shape.sides(side == 1).0 as u32,
-            dim: shape.dim as u32,
-        };
-        launcher.launch(Kernel::NormalizeBackward(shape.precision), side == 1, &params)?;
+        self.over_pairs(Kernel::SelectRecomputed(self.loss.shape.precision))
     }
-    Ok(())
+
+    fn over_pairs(&mut self, kernel: Kernel) -> Result<()> {
+        let params = PairsParams { pairs: self.pairs() };
+        self.launcher.launch(kernel, false, &params)
+    }
+
+    /// Row weights and the results of each anchor, and the scalars to an address. `swept`: how the gradient
+    /// goes, too.
+    pub(super) fn weigh(
+        &mut self,
+        ResidentOutput { scalars, loss: figure }: ResidentOutput,
+        swept: bool,
+    ) -> Result<()> {
+        let Remembered { shape, layout, .. } = self.loss;
+        let params = WeighParams {
+            pairs: self.pairs(),
+            anchor_column_sums: self.at::<f32>(layout.anchors.column_sums),
+            reference_column_sums: self.at::<f32>(layout.references.column_sums),
+            anchor_square_sums: self.at::<f64>(layout.anchors.square_sums),
+            reference_square_sums: self.at::<f64>(layout.references.square_sums),
+            scalars: scalars as usize as *mut LossScalars,
+            loss: figure as usize as *mut f32,
+            min_pos: self.at(layout.min_pos),
+            max_neg: self.at(layout.max_neg_out),
+            count_pos: self.at(layout.count_pos),
+            count_neg: self.at(layout.count_neg),
+            parts: self.at(layout.weigh_parts),
+            arrived: self.at(layout.weigh_arrived),
+            ways: [
+                if swept { self.at(layout.anchors.ways) } else { std::ptr::null_mut() },
+                if swept && shape.reference_gradient {
+                    self.at(layout.references.ways)
+                } else {
+                    std::ptr::null_mut()
+                },
+            ],
+            blocks: shape.weigh_blocks() as u32,
+            words: if swept { shape.finished_words() } else { WEIGH_NO_WORDS },
+            weight_scale: shape.weight_scale(),
+            reserved: 0,
+        };
+        self.launcher.launch(Kernel::Weigh, false, &params)
+    }
+
+    /// The gradients, to `targets` (of anchors, of references).
+    pub(super) fn gradients(&mut self, targets: [u64; 2]) -> Result<()> {
+        self.gradient(targets[0], false)?;
+        if self.loss.shape.reference_gradient {
+            self.gradient(targets[1], true)?;
+        }
+        Ok(())
+    }
+
+    /// One side's gradient: by lists where little is mined, by tiles elsewhere; each block looks which.
+    fn gradient(&mut self, target: u64, of_references: bool) -> Result<()> {
+        let Remembered { shape, layout, .. } = self.loss;
+        let regions = if of_references { &layout.references } else { &layout.anchors };
+        let kernel = Kernel::Gradient(shape.precision);
+        let grid = GradientGrid::new(kernel, shape, of_references, self.launcher.device.properties());
+        let params = GradientParams {
+            pairs: self.pairs(),
+            of_references: u32::from(of_references),
+            splits: grid.splits as u32,
+            weight_scale: shape.weight_scale(),
+            reserved: 0,
+            ways: self.at::<u8>(regions.ways),
+            partial: self.at(regions.partial),
+            arrived: self.at(regions.arrived),
+            gradient: target as usize as *mut f32,
+            zeros: unless_empty::<std::ffi::c_void>(self.base, layout.zeros),
+        };
+        self.launcher.launch(kernel, of_references, &params)
+    }
+
+    /// The gradients of rows of any length, in place of those of the unit rows.
+    pub(super) fn normalize_backward(&mut self, input: &Input) -> Result<()> {
+        let Remembered { shape, layout, .. } = self.loss;
+        let wanted = [shape.normalize, shape.normalize && shape.reference_gradient];
+        for (side, regions) in [&layout.anchors, &layout.references].into_iter().enumerate() {
+            if !wanted[side] {
+                continue;
+            }
+            let params = NormalizeBackwardParams {
+                rows: input.ends[side].rows as usize as *const std::ffi::c_void,
+                lengths: self.at::<f64>(regions.lengths),
+                gradient: input.ends[side].gradient as usize as *mut f32,
+                count: shape.sides(side == 1).0 as u32,
+                dim: shape.dim as u32,
+            };
+            self.launcher.launch(Kernel::NormalizeBackward(shape.precision), side == 1, &params)?;
+        }
+        Ok(())
+    }
 }

@@ -2,15 +2,14 @@
 
 use bytemuck::cast_slice_mut;
 
-use super::launcher::Launcher;
 use super::layout::{Ends, RowTolerance};
-use super::passes::issue_loss;
+use super::passes::Passes;
 use super::retrieval::Searched;
 use super::shape::Shape;
 use super::transfer::{IdentityAt, Input, download_anchors, download_scalars, download_terms};
 use super::{Device, DeviceBackend, Precision};
 use crate::backend::{Nearest, Picked};
-use crate::loss::{ElementType, Hypergradient, LossOutput, LossSettings, UnitCheck};
+use crate::loss::{ElementType, LossOutput, LossSettings, ThresholdGradient, UnitCheck};
 use crate::{Error, Result};
 
 /// One side of a batch: device addresses of rows, labels and the gradient to be written.
@@ -158,8 +157,8 @@ impl<D: Device> DeviceBackend<D> {
         let input = batch.input();
         let Self { device, loss: workspace, .. } = self;
         let buffer = workspace.lay(device, &loss.layout.layout)?;
-        let base = device.address(buffer);
-        issue_loss(&mut Launcher::new(&mut *device, &loss), base, &loss, &input, loss.scalars_at(base))?;
+        let mut passes = Passes::new(&mut *device, buffer, &loss);
+        passes.whole_loss(&input, passes.scalars())?;
         *output = LossOutput::default();
         download_scalars(device, buffer, &loss, input.check.tolerance, output)?;
         self.remembered = Some(loss);
@@ -192,20 +191,20 @@ impl<D: Device> DeviceBackend<D> {
         download_terms(device, buffer, remembered)
     }
 
-    /// [`Backend::hypergradient`](crate::backend::Backend::hypergradient) with f32 tangents in device memory,
-    /// `[B, D]` and `[N, D]`; 0 for the references' means zero. They are not checked for NaN.
+    /// [`Backend::threshold_gradient`](crate::backend::Backend::threshold_gradient) with f32 tangents in device
+    /// memory, `[B, D]` and `[N, D]`; 0 for the references' means zero. They are not checked for NaN.
     ///
     /// # Errors
-    /// As [`Backend::hypergradient`](crate::backend::Backend::hypergradient), and [`Error::InvalidSetting`]
-    /// for an address that is null or not aligned.
+    /// As [`Backend::threshold_gradient`](crate::backend::Backend::threshold_gradient), and
+    /// [`Error::InvalidSetting`] for an address that is null or not aligned.
     ///
     /// # Safety
     /// As [`loss_resident`](Self::loss_resident), for the tangents; only the batch's shape is looked at.
-    pub unsafe fn hypergradient_resident(
+    pub unsafe fn threshold_gradient_resident(
         &mut self,
         batch: &ResidentBatch,
         tangents: [u64; 2],
-    ) -> Result<Hypergradient> {
+    ) -> Result<ThresholdGradient> {
         aligned("tangent", tangents[0], 4)?;
         if tangents[1] != 0 {
             aligned("reference tangent", tangents[1], 4)?;

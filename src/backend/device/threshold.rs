@@ -1,17 +1,17 @@
-//! The hyper-gradient's sums over the pairs of the last loss (SPEC 5).
+//! The threshold gradient: its two sums over the pairs of the last loss (SPEC 5).
 
 use bytemuck::{cast_slice, cast_slice_mut};
 use ndarray::ArrayView2;
 
-use super::launcher::Launcher;
 use super::layout::{Remembered, pointer, unless_empty};
 use super::params::{GradientParams, ThresholdParams, ThresholdSumParams};
+use super::passes::Passes;
 use super::plan::GradientGrid;
 use super::shape::Shape;
 use super::workspace::{Layout, Region};
 use super::{Device, DeviceBackend, DeviceProperties, Kernel};
 use crate::backend::step::{NO_LOSS, OTHER_LABELS, Step};
-use crate::loss::{Batch, Hypergradient, TangentOf};
+use crate::loss::{Batch, TangentOf, ThresholdGradient};
 use crate::{Error, Result};
 
 /// The workspace of the threshold pass.
@@ -52,7 +52,7 @@ impl<D: Device> DeviceBackend<D> {
         batch: &Batch<'_>,
         tangent: ArrayView2<'_, f32>,
         reference_tangent: Option<ArrayView2<'_, f32>>,
-    ) -> Result<Hypergradient> {
+    ) -> Result<ThresholdGradient> {
         let shape = self.shape(batch);
         if let Some(last) = &self.remembered
             && last.shape.size() == shape.size()
@@ -63,7 +63,7 @@ impl<D: Device> DeviceBackend<D> {
         if shape.anchors == 0
             && self.remembered.as_ref().is_some_and(|last| last.step == Some(Step::Gradient))
         {
-            return Ok(Hypergradient::default());
+            return Ok(ThresholdGradient::default());
         }
         // In the square form both sides move alike.
         let reference_tangent = if batch.is_square() { None } else { reference_tangent };
@@ -88,7 +88,7 @@ impl<D: Device> DeviceBackend<D> {
         shape: Shape,
         resident: bool,
         place: impl FnOnce(&mut D, &mut D::Buffer, &[Region; 2]) -> Result<[u64; 2]>,
-    ) -> Result<Hypergradient> {
+    ) -> Result<ThresholdGradient> {
         let Self { device, loss, threshold, remembered, .. } = self;
         let (Some(remembered), Some(pairs_buffer)) = (remembered, loss.buffer()) else {
             return Err(Error::OutOfOrder(NO_LOSS));
@@ -98,35 +98,37 @@ impl<D: Device> DeviceBackend<D> {
         }
         remembered.shape.size().is_of_last(shape.size())?;
         if remembered.shape.precision != shape.precision {
-            return Err(Error::OutOfOrder("hypergradient needs the batch of the last loss, in its type"));
+            return Err(Error::OutOfOrder(
+                "threshold_gradient needs the batch of the last loss, in its type",
+            ));
         }
         let layout = ThresholdLayout::new(&shape, device.properties(), resident);
         let buffer = threshold.lay(device, &layout.layout)?;
         let tangents = place(device, buffer, &layout.tangents)?;
-        let (pairs_base, base) = (device.address(pairs_buffer), device.address(buffer));
-        let mut launcher = Launcher::new(&mut *device, remembered);
+        let base = device.address(buffer);
+        let mut passes = Passes::new(&mut *device, pairs_buffer, remembered);
         // Where there is but one tangent, its side has all the blocks.
         let of_sides: &[bool] = if tangents[1] == 0 { &[false] } else { &[false, true] };
         let blocks = layout.blocks[..of_sides.len()].iter().sum::<usize>() as u64;
         for &of_references in of_sides {
             let params = ThresholdParams {
-                walk: walk(&launcher, remembered, pairs_base, of_references),
+                walk: passes.walk(of_references),
                 tangent: tangents[usize::from(of_references)] as usize as *const f32,
                 partial: pointer(base, layout.partial),
                 blocks,
                 first: if of_references { layout.blocks[0] as u64 } else { 0 },
             };
-            launcher.launch(Kernel::Threshold(shape.precision), of_references, &params)?;
+            passes.launcher.launch(Kernel::Threshold(shape.precision), of_references, &params)?;
         }
         let sum = ThresholdSumParams {
             partial: pointer::<f64>(base, layout.partial),
             blocks,
             sums: pointer(base, layout.sums),
         };
-        launcher.launch(Kernel::ThresholdSum, false, &sum)?;
+        passes.launcher.launch(Kernel::ThresholdSum, false, &sum)?;
         let mut sums = [0.0f64; 2];
         device.download(buffer, layout.sums.offset, cast_slice_mut(&mut sums))?;
-        Ok(Hypergradient { pos: sums[0], neg: sums[1] })
+        Ok(ThresholdGradient { pos: sums[0], neg: sums[1] })
     }
 }
 
@@ -134,26 +136,22 @@ fn grid(shape: &Shape, of_references: bool, gpu: DeviceProperties) -> GradientGr
     GradientGrid::new(Kernel::Threshold(shape.precision), shape, of_references, gpu)
 }
 
-/// The gradient's walk over the pairs of the last loss, which writes nothing.
-fn walk<D: Device>(
-    launcher: &Launcher<'_, D>,
-    loss: &Remembered,
-    base: u64,
-    of_references: bool,
-) -> GradientParams {
-    let shape = &loss.shape;
-    let regions = if of_references { &loss.layout.references } else { &loss.layout.anchors };
-    let sharpness = loss.settings.alpha.max(loss.settings.beta);
-    GradientParams {
-        pairs: loss.pairs(base),
-        of_references: u32::from(of_references),
-        splits: grid(shape, of_references, launcher.device.properties()).splits as u32,
-        weight_scale: shape.slope_scale(sharpness),
-        reserved: 0,
-        ways: unless_empty::<u8>(base, regions.ways),
-        partial: std::ptr::null_mut(),
-        arrived: std::ptr::null_mut(),
-        gradient: std::ptr::null_mut(),
-        zeros: std::ptr::null(),
+impl<D: Device> Passes<'_, D> {
+    /// The gradient's walk over the pairs of the loss, which writes nothing.
+    fn walk(&self, of_references: bool) -> GradientParams {
+        let Remembered { shape, layout, settings, .. } = self.loss;
+        let regions = if of_references { &layout.references } else { &layout.anchors };
+        GradientParams {
+            pairs: self.pairs(),
+            of_references: u32::from(of_references),
+            splits: grid(shape, of_references, self.launcher.device.properties()).splits as u32,
+            weight_scale: shape.slope_scale(settings.alpha.max(settings.beta)),
+            reserved: 0,
+            ways: unless_empty::<u8>(self.base, regions.ways),
+            partial: std::ptr::null_mut(),
+            arrived: std::ptr::null_mut(),
+            gradient: std::ptr::null_mut(),
+            zeros: std::ptr::null(),
+        }
     }
 }

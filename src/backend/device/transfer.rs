@@ -1,7 +1,7 @@
 //! What goes to the device and comes back: rows, labels and identity; scalars, results of the anchors,
 //! gradients.
 
-use bytemuck::{cast_slice, cast_slice_mut};
+use bytemuck::{Pod, cast_slice, cast_slice_mut};
 use ndarray::Array2;
 
 use super::Device;
@@ -112,14 +112,22 @@ pub(super) fn download_anchors<D: Device>(
 ) -> Result<()> {
     let Remembered { shape, layout, .. } = loss;
     let rows = shape.anchors;
-    output.min_pos.resize(rows, 0.0);
-    output.max_neg.resize(rows, 0.0);
-    output.count_pos.resize(rows, 0);
-    output.count_neg.resize(rows, 0);
-    device.download(buffer, layout.min_pos.offset, cast_slice_mut(&mut output.min_pos))?;
-    device.download(buffer, layout.max_neg_out.offset, cast_slice_mut(&mut output.max_neg))?;
-    device.download(buffer, layout.count_pos.offset, cast_slice_mut(&mut output.count_pos))?;
-    device.download(buffer, layout.count_neg.offset, cast_slice_mut(&mut output.count_neg))
+    download_list(device, buffer, layout.min_pos, rows, &mut output.min_pos)?;
+    download_list(device, buffer, layout.max_neg_out, rows, &mut output.max_neg)?;
+    download_list(device, buffer, layout.count_pos, rows, &mut output.count_pos)?;
+    download_list(device, buffer, layout.count_neg, rows, &mut output.count_neg)
+}
+
+/// A number for each of `rows` rows.
+pub(super) fn download_list<D: Device, T: Pod>(
+    device: &mut D,
+    buffer: &D::Buffer,
+    region: Region,
+    rows: usize,
+    list: &mut Vec<T>,
+) -> Result<()> {
+    list.resize(rows, T::zeroed());
+    device.download(buffer, region.offset, cast_slice_mut(list))
 }
 
 /// What each anchor adds to the loss, and whether its row tile took the gradient's way of tiles; in the

@@ -9,7 +9,7 @@ use crate::backend::device::{
     ResidentRows, ResidentSettings,
 };
 use crate::backend::{Nearest, Picked};
-use crate::loss::{Hypergradient, LossOutput, LossSettings};
+use crate::loss::{LossOutput, LossSettings, ThresholdGradient};
 
 /// The backend's options from the caller's.
 pub fn backend_options(options: EngineOptions) -> Options {
@@ -69,14 +69,14 @@ impl<D: Device> Engine for DeviceBackend<D> {
         Ok(unsafe { self.enqueue_loss(&part, &settings, output) }?)
     }
 
-    unsafe fn device_hypergradient(
+    unsafe fn device_threshold_gradient(
         &mut self,
         batch: &DeviceBatch,
         tangents: [*const f32; 2],
-    ) -> Outcome<Hypergradient> {
+    ) -> Outcome<ThresholdGradient> {
         let addresses = tangents.map(|tangent| tangent.expose_provenance() as u64);
         // SAFETY: handed on to the caller.
-        Ok(unsafe { self.hypergradient_resident(&resident(batch), addresses) }?)
+        Ok(unsafe { self.threshold_gradient_resident(&resident(batch), addresses) }?)
     }
 
     unsafe fn device_nearest(

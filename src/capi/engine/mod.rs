@@ -7,7 +7,7 @@ use super::input::CheckedRows;
 use super::types::{LossScalars, Status};
 use crate::backend::cpu::CpuBackend;
 use crate::backend::{Backend, DeviceSpec, Nearest, Picked, auto};
-use crate::loss::{Hypergradient, LossOutput, LossSettings, UnitCheck};
+use crate::loss::{LossOutput, LossSettings, ThresholdGradient, UnitCheck};
 
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -80,15 +80,15 @@ pub trait Engine: Backend {
         Err(no_device_memory(&self.name()))
     }
 
-    /// [`Backend::hypergradient`] with tangents in device memory; a NULL reference tangent is zero.
+    /// [`Backend::threshold_gradient`] with tangents in device memory; a NULL reference tangent is zero.
     ///
     /// # Safety
     /// As [`Engine::device_loss`].
-    unsafe fn device_hypergradient(
+    unsafe fn device_threshold_gradient(
         &mut self,
         batch: &DeviceBatch,
         tangents: [*const f32; 2],
-    ) -> Outcome<Hypergradient> {
+    ) -> Outcome<ThresholdGradient> {
         let _ = (batch, tangents);
         Err(no_device_memory(&self.name()))
     }

@@ -30,11 +30,11 @@ use burn::optim::AdamWConfig;
 use burn::tensor::Device;
 use clap::Parser;
 use ddtas::backend::{Backend, DeviceSpec, Nearest, open};
-use ddtas::loss::baseline::PairLoss;
 use ddtas::loss::{LossOutput, LossSettings, Rows};
 use ddtas_io::console::{self, print};
 use ddtas_train::model::{Normalise, to_array};
 use ddtas_train::train::Memory;
+use ddtas_train::train::PairLoss;
 use ndarray::Array2;
 
 use network::{RegionNetwork, mean_over};

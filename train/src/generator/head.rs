@@ -8,7 +8,7 @@ use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, Zip};
 
 use super::{Lambda, VirtualStep, VirtualStepKind};
 use crate::Result;
-use ddtas::loss::Hypergradient;
+use ddtas::loss::ThresholdGradient;
 
 /// Weights of the head, or a direction in their space.
 #[derive(Debug, Clone, PartialEq)]
@@ -100,7 +100,11 @@ pub trait Losses {
     ///
     /// # Errors
     /// Those of the backend.
-    fn hypergradient(&mut self, embeddings: &Array2<f64>, tangent: &Array2<f64>) -> Result<Hypergradient>;
+    fn threshold_gradient(
+        &mut self,
+        embeddings: &Array2<f64>,
+        tangent: &Array2<f64>,
+    ) -> Result<ThresholdGradient>;
 }
 
 /// dL^m/dlambda (SPEC 5) for a virtual step of the head from `head`, on training features `[B, features]` and
@@ -118,12 +122,12 @@ pub fn hypergradient(
     step: VirtualStep,
     lambda: Lambda,
     losses: &mut dyn Losses,
-) -> Result<Hypergradient> {
+) -> Result<ThresholdGradient> {
     let embedded = head.embed(train);
     let gradient = Head::pull_back(train, &embedded, &losses.train(&embedded.embeddings, lambda)?);
     let length = gradient.dot(&gradient).sqrt();
     if length == 0.0 {
-        return Ok(Hypergradient::default());
+        return Ok(ThresholdGradient::default());
     }
     let rate = match step.kind {
         VirtualStepKind::Plain => step.rate,
@@ -136,6 +140,6 @@ pub fn hypergradient(
         direction = direction.moved(-direction.dot(&gradient) / (length * length), &gradient);
     }
     let tangent = Head::tangent(train, &embedded, &direction);
-    let Hypergradient { pos, neg } = losses.hypergradient(&embedded.embeddings, &tangent)?;
-    Ok(Hypergradient { pos: -rate * pos, neg: -rate * neg })
+    let ThresholdGradient { pos, neg } = losses.threshold_gradient(&embedded.embeddings, &tangent)?;
+    Ok(ThresholdGradient { pos: -rate * pos, neg: -rate * neg })
 }

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{GeneratorSettings, Lambda, Optimizer};
-use ddtas::loss::Hypergradient;
+use ddtas::loss::ThresholdGradient;
 
 /// Adam's decay of the mean and of the square. The mean's is longer than the usual 0.9: the noise of a
 /// hyper-gradient is many times its mean.
@@ -54,8 +54,8 @@ impl Member {
     }
 
     /// One step against `gradient`, dL^m/dlambda. A gradient that is not finite changes nothing.
-    pub fn update(&mut self, gradient: Hypergradient, rule: &UpdateRule) {
-        let Hypergradient { mut pos, mut neg } = gradient;
+    pub fn update(&mut self, gradient: ThresholdGradient, rule: &UpdateRule) {
+        let ThresholdGradient { mut pos, mut neg } = gradient;
         if !(pos.is_finite() && neg.is_finite()) {
             return;
         }
@@ -177,13 +177,13 @@ mod tests {
     #[test]
     fn one_lambda_moves_by_the_sum_of_both_gradients() {
         let mut member = Member::new(both(0.5), 0.1);
-        member.update(Hypergradient { pos: 1.0, neg: -3.0 }, &RULE);
+        member.update(ThresholdGradient { pos: 1.0, neg: -3.0 }, &RULE);
         assert!((member.lambda.pos - 0.7).abs() < 1e-12 && member.lambda.pos == member.lambda.neg);
         let mut pair = Member::new(both(0.5), 0.1);
-        pair.update(Hypergradient { pos: 1.0, neg: -3.0 }, &UpdateRule { pair: true, ..RULE });
+        pair.update(ThresholdGradient { pos: 1.0, neg: -3.0 }, &UpdateRule { pair: true, ..RULE });
         assert!((pair.lambda.pos - 0.4).abs() < 1e-12 && (pair.lambda.neg - 0.8).abs() < 1e-12);
         let mut slow = Member::new(both(0.5), 0.1);
-        slow.update(Hypergradient { pos: 1.0, neg: -3.0 }, &UpdateRule { pace: 0.25, ..RULE });
+        slow.update(ThresholdGradient { pos: 1.0, neg: -3.0 }, &UpdateRule { pace: 0.25, ..RULE });
         assert!((slow.lambda.pos - 0.55).abs() < 1e-12);
     }
 
@@ -214,7 +214,7 @@ mod tests {
         let rule = UpdateRule { optimizer: Optimizer::Adam, ..RULE };
         for scale in [1e-6, 1.0, 1e6] {
             let mut member = Member::new(both(0.5), 0.01);
-            member.update(Hypergradient { pos: 0.0, neg: scale }, &rule);
+            member.update(ThresholdGradient { pos: 0.0, neg: scale }, &rule);
             assert!((member.lambda.neg - 0.49).abs() < 1e-6, "{scale}: {}", member.lambda.neg);
         }
     }
@@ -222,13 +222,13 @@ mod tests {
     #[test]
     fn range_holds_pull_returns_and_nan_is_passed_over() {
         let mut member = Member::new(both(0.5), 1.0);
-        member.update(Hypergradient { pos: 0.0, neg: -9.0 }, &RULE);
+        member.update(ThresholdGradient { pos: 0.0, neg: -9.0 }, &RULE);
         assert_eq!(member.lambda, both(1.0));
-        member.update(Hypergradient::default(), &UpdateRule { l2: 0.5, ..RULE });
+        member.update(ThresholdGradient::default(), &UpdateRule { l2: 0.5, ..RULE });
         assert_eq!(member.lambda, both(0.75));
-        member.update(Hypergradient::default(), &UpdateRule { l1: 0.25, ..RULE });
+        member.update(ThresholdGradient::default(), &UpdateRule { l1: 0.25, ..RULE });
         assert_eq!(member.lambda, both(0.5));
-        member.update(Hypergradient { pos: f64::NAN, neg: 0.0 }, &RULE);
+        member.update(ThresholdGradient { pos: f64::NAN, neg: 0.0 }, &RULE);
         assert_eq!(member.lambda, both(0.5));
     }
 }

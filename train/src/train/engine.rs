@@ -23,9 +23,9 @@ use crate::generator::{GeneratorKind, Lambda};
 use crate::model::ranks::{check_same_weights, mean_statistics, sum_gradients};
 use crate::model::{EmbeddingNetwork, Normalise, backward, synchronised, to_array};
 use crate::ranks::{Collective, One, gather, gather_rows};
+use crate::train::PairLoss;
 use crate::{Error, Result};
 use ddtas::backend::Backend;
-use ddtas::loss::baseline::PairLoss;
 use ddtas::loss::{LossOutput, LossSettings};
 use ddtas_io::Error as Program;
 

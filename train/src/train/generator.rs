@@ -17,10 +17,10 @@ use crate::generator::{
 };
 use crate::model::{EmbeddingHead, EmbeddingNetwork, Normalise, to_array};
 use crate::ranks::{Collective, gather_rows};
+use crate::train::PairLoss;
 use crate::{Error, Result};
 use ddtas::backend::Backend;
-use ddtas::loss::baseline::PairLoss;
-use ddtas::loss::{Batch, Hypergradient, LossOutput, LossSettings};
+use ddtas::loss::{Batch, LossOutput, LossSettings, ThresholdGradient};
 
 /// The threshold generator's state.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -45,7 +45,7 @@ pub struct Generator {
     /// Features and labels of the last batches (`--meta recent`).
     recent: VecDeque<(Array2<f64>, Vec<i64>)>,
     /// dL^m/dlambda as last found.
-    hypergradient: Option<Hypergradient>,
+    hypergradient: Option<ThresholdGradient>,
 }
 
 /// The meta batch's loss, on a backend of its own: the training batch's pairs must outlive it.
@@ -120,7 +120,7 @@ impl Generator {
     ) -> std::result::Result<(), String> {
         state.thresholds.check(&self.settings)?;
         self.thresholds = state.thresholds.clone();
-        self.hypergradient = state.hypergradient.map(|Lambda { pos, neg }| Hypergradient { pos, neg });
+        self.hypergradient = state.hypergradient.map(|Lambda { pos, neg }| ThresholdGradient { pos, neg });
         self.recent.clear();
         for age in 0..state.recent {
             let features = archive.take_numbers::<f64>(&recent_features(age));
@@ -138,7 +138,7 @@ impl Generator {
 
     /// dL^m/dlambda of the last step; the members' mean.
     #[must_use]
-    pub fn last_hypergradient(&self) -> Option<Hypergradient> {
+    pub fn last_hypergradient(&self) -> Option<ThresholdGradient> {
         self.hypergradient
     }
 
@@ -166,7 +166,7 @@ impl Generator {
                 weight: to_array(head.weight.val())?.mapv(f64::from),
                 bias: to_array(head.bias.val().unsqueeze())?.remove_axis(Axis(0)).mapv(f64::from),
             };
-            let mut sum = Hypergradient::default();
+            let mut sum = ThresholdGradient::default();
             let mut output = LossOutput::default();
             for member in &mut self.thresholds.members {
                 let mut losses = BackendLosses {
@@ -182,10 +182,10 @@ impl Generator {
                 let gradient =
                     hypergradient(&weights, train, meta, self.settings.step(), member.lambda, &mut losses)?;
                 member.update(gradient, &self.rule);
-                sum = Hypergradient { pos: sum.pos + gradient.pos, neg: sum.neg + gradient.neg };
+                sum = ThresholdGradient { pos: sum.pos + gradient.pos, neg: sum.neg + gradient.neg };
             }
             let count = self.thresholds.members.len() as f64;
-            self.hypergradient = Some(Hypergradient { pos: sum.pos / count, neg: sum.neg / count });
+            self.hypergradient = Some(ThresholdGradient { pos: sum.pos / count, neg: sum.neg / count });
         }
         if self.settings.meta == MetaSource::Recent {
             self.recent.push_back((features, labels.to_vec()));
@@ -226,12 +226,17 @@ impl Generator {
             full::tangent((network, mode), gradients, step, images, meta_images, &mut meta_gradient, ranks)?;
         if let Some(full::Tangent { tangent, factor }) = found {
             let rows = (embeddings, batch.labels.as_slice());
-            let Hypergradient { pos, neg } = if ranks.size() == 1 {
-                memory.hypergradient(backend, rows, tangent.view())?
+            let ThresholdGradient { pos, neg } = if ranks.size() == 1 {
+                memory.threshold_gradient(backend, rows, tangent.view())?
             } else {
-                memory.hypergradient_on_ranks((ranks, batch.own.clone()), backend, rows, tangent.view())?
+                memory.threshold_gradient_on_ranks(
+                    (ranks, batch.own.clone()),
+                    backend,
+                    rows,
+                    tangent.view(),
+                )?
             };
-            let gradient = Hypergradient { pos: factor * pos, neg: factor * neg };
+            let gradient = ThresholdGradient { pos: factor * pos, neg: factor * neg };
             let rule = &self.rule;
             self.thresholds.members.iter_mut().for_each(|member| member.update(gradient, rule));
             self.hypergradient = Some(gradient);
@@ -309,10 +314,14 @@ impl Losses for BackendLosses<'_> {
         Ok(gradient.mapv(f64::from))
     }
 
-    fn hypergradient(&mut self, embeddings: &Array2<f64>, tangent: &Array2<f64>) -> Result<Hypergradient> {
+    fn threshold_gradient(
+        &mut self,
+        embeddings: &Array2<f64>,
+        tangent: &Array2<f64>,
+    ) -> Result<ThresholdGradient> {
         let embeddings = single(embeddings);
         let rows = (embeddings.view(), self.labels);
-        self.memory.hypergradient(self.backend, rows, single(tangent).view())
+        self.memory.threshold_gradient(self.backend, rows, single(tangent).view())
     }
 }
 

@@ -10,12 +10,12 @@ use std::ops::Range;
 use ndarray::{Array2, ArrayView2, s};
 
 use super::checkpoint::archive::Archive;
+use super::pair_loss::PairLoss;
 use super::parts::Part;
 use crate::Result;
 use crate::ranks::Collective;
 use ddtas::backend::Backend;
-use ddtas::loss::baseline::{self, PairLoss};
-use ddtas::loss::{Batch, Hypergradient, Identity, LossOutput, LossSettings, Rows};
+use ddtas::loss::{Batch, Identity, LossOutput, LossSettings, Rows, ThresholdGradient};
 
 /// Embeddings and labels of the last batches, oldest first.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -80,16 +80,13 @@ impl Memory {
         settings: &LossSettings,
         output: &mut LossOutput,
     ) -> Result<()> {
-        let mut evaluate = |batch: &Batch<'_>, output: &mut LossOutput| match pair_loss {
-            PairLoss::SoftContrastive => backend.loss(batch, settings, output),
-            baseline => baseline::evaluate(baseline, batch, settings, output),
-        };
         let (embeddings, labels) = rows;
         if self.is_empty() {
-            return Ok(evaluate(&Batch::square(embeddings, labels), output)?);
+            return Ok(pair_loss.evaluate(backend, &Batch::square(embeddings, labels), settings, output)?);
         }
         let references = self.references(embeddings, labels)?;
-        evaluate(&references.batch(embeddings, labels).with_reference_gradient(), output)?;
+        let batch = references.batch(embeddings, labels).with_reference_gradient();
+        pair_loss.evaluate(backend, &batch, settings, output)?;
         if let Some(back) = &output.reference_gradient {
             output.gradient += &back.slice(s![..labels.len(), ..]);
         }
@@ -101,21 +98,21 @@ impl Memory {
     ///
     /// # Errors
     /// Those of the backend.
-    pub fn hypergradient(
+    pub fn threshold_gradient(
         &self,
         backend: &mut dyn Backend,
         rows: (ArrayView2<'_, f32>, &[i64]),
         tangent: ArrayView2<'_, f32>,
-    ) -> Result<Hypergradient> {
+    ) -> Result<ThresholdGradient> {
         let (embeddings, labels) = rows;
         if self.is_empty() {
-            return Ok(backend.hypergradient(&Batch::square(embeddings, labels), tangent, None)?);
+            return Ok(backend.threshold_gradient(&Batch::square(embeddings, labels), tangent, None)?);
         }
         let references = self.references(embeddings, labels)?;
         let mut moving = Array2::zeros(references.embeddings.dim());
         moving.slice_mut(s![..labels.len(), ..]).assign(&tangent);
         let batch = references.batch(embeddings, labels).with_reference_gradient();
-        Ok(backend.hypergradient(&batch, tangent, Some(moving.view()))?)
+        Ok(backend.threshold_gradient(&batch, tangent, Some(moving.view()))?)
     }
 
     /// [`loss`](Memory::loss) on several ranks, each with the rows `own` of the batch: the gradient is that of these. Returns whether any
@@ -135,19 +132,20 @@ impl Memory {
         references.part(labels.len(), own, ranks).loss(backend, settings, output)
     }
 
-    /// [`hypergradient`](Memory::hypergradient) after [`loss_on_ranks`](Memory::loss_on_ranks); `tangent` is that of the rows `own`.
+    /// [`threshold_gradient`](Memory::threshold_gradient) after [`loss_on_ranks`](Memory::loss_on_ranks);
+    /// `tangent` is that of the rows `own`.
     ///
     /// # Errors
     /// Those of the backend and of the ranks.
-    pub(super) fn hypergradient_on_ranks(
+    pub(super) fn threshold_gradient_on_ranks(
         &self,
         (ranks, own): (&dyn Collective, Range<usize>),
         backend: &mut dyn Backend,
         (embeddings, labels): (ArrayView2<'_, f32>, &[i64]),
         tangent: ArrayView2<'_, f32>,
-    ) -> Result<Hypergradient> {
+    ) -> Result<ThresholdGradient> {
         let references = self.references(embeddings, labels)?;
-        references.part(labels.len(), own, ranks).hypergradient(backend, tangent)
+        references.part(labels.len(), own, ranks).threshold_gradient(backend, tangent)
     }
 
     fn references(&self, embeddings: ArrayView2<'_, f32>, labels: &[i64]) -> Result<References> {

@@ -8,6 +8,7 @@
 //! | `device.rs` | where network and loss compute |
 //! | `engine.rs` | one step, and embedding a split |
 //! | `generator.rs` | the threshold generator, which learns lambda during training |
+//! | `pair_loss.rs` | the loss, DDTAS's or one to compare with |
 //! | `parts.rs` | the loss of a batch that several ranks share |
 //! | `chunks.rs` | a large batch in chunks through the network, its loss over the whole |
 //! | `average.rs` | an exponential moving average of the weights |
@@ -30,6 +31,7 @@ mod folder;
 mod generator;
 mod memory;
 mod optimizer;
+mod pair_loss;
 mod parts;
 mod preset;
 mod records;
@@ -45,6 +47,7 @@ pub(crate) use folder::RunFolder;
 pub use generator::Generator;
 pub use memory::Memory;
 pub use optimizer::{Decayed, OptimizerKind, OptimizerSettings};
+pub use pair_loss::PairLoss;
 pub use preset::Preset;
 pub use records::{EvaluationRecord, Phase, Record, StepRecord, read as read_records};
 pub(crate) use run::check_embedding;

@@ -9,7 +9,9 @@ use ndarray::{ArrayView2, s};
 use crate::Result;
 use crate::ranks::{Collective, gather};
 use ddtas::backend::Backend;
-use ddtas::loss::{Batch, Hypergradient, Identity, LossOutput, LossSettings, RowNumbers, Rows};
+use ddtas::loss::{
+    Batch, Identity, LossOutput, LossSettings, PairTotals, RowNumbers, Rows, ThresholdGradient,
+};
 
 /// A rank's rows of a batch, against all of its rows and what lies behind them.
 pub(super) struct Part<'a> {
@@ -48,16 +50,18 @@ impl Part<'_> {
 
     /// The sums of SPEC 5 over the pairs of the last [`loss`](Part::loss), whose part this must be, for `tangent`, edot of the rank's own
     /// rows. What lies behind the batch does not move.
-    pub fn hypergradient(
+    pub fn threshold_gradient(
         &self,
         backend: &mut dyn Backend,
         tangent: ArrayView2<'_, f32>,
-    ) -> Result<Hypergradient> {
-        let Hypergradient { pos, neg } = backend.hypergradient(&self.batch(), tangent, None)?;
+    ) -> Result<ThresholdGradient> {
+        let ThresholdGradient { pos, neg } = backend.threshold_gradient(&self.batch(), tangent, None)?;
         let parts: Vec<[f64; 2]> = gather(self.ranks, &[[pos, neg]])?;
-        let sum =
-            |a: Hypergradient, [pos, neg]: [f64; 2]| Hypergradient { pos: a.pos + pos, neg: a.neg + neg };
-        Ok(parts.into_iter().fold(Hypergradient::default(), sum))
+        let sum = |a: ThresholdGradient, [pos, neg]: [f64; 2]| ThresholdGradient {
+            pos: a.pos + pos,
+            neg: a.neg + neg,
+        };
+        Ok(parts.into_iter().fold(ThresholdGradient::default(), sum))
     }
 
     fn batch(&self) -> Batch<'_> {
@@ -73,14 +77,15 @@ impl Part<'_> {
     }
 
     /// m- of all anchors, and the sums of `probe_neg` and `total_pos`.
-    fn gather_swept(&self, output: &LossOutput) -> Result<(Vec<f32>, (u64, u64))> {
+    fn gather_swept(&self, output: &LossOutput) -> Result<(Vec<f32>, PairTotals)> {
         let totals = [output.probe_neg, output.total_pos];
         let own = [bytemuck::bytes_of(&totals), bytemuck::cast_slice(&output.max_neg)].concat();
-        let (mut max_neg, mut sums) = (Vec::with_capacity(self.total), (0, 0));
+        let (mut max_neg, mut sums) = (Vec::with_capacity(self.total), PairTotals::default());
         for message in self.ranks.all_gather(&own)?.iter() {
             let (totals, rows) = message.split_at(size_of::<[u64; 2]>());
             let [probe_neg, total_pos]: [u64; 2] = bytemuck::pod_read_unaligned(totals);
-            sums = (sums.0 + probe_neg, sums.1 + total_pos);
+            sums.probe_neg += probe_neg;
+            sums.total_pos += total_pos;
             max_neg.extend(bytemuck::pod_collect_to_vec::<u8, f32>(rows));
         }
         Ok((max_neg, sums))
@@ -135,9 +140,9 @@ mod tests {
     use crate::Error;
     use crate::ranks::{gather_rows, on_threads, share, together};
     use crate::train::Memory;
+    use crate::train::PairLoss;
     use ddtas::backend::cpu::CpuBackend;
     use ddtas::loss::Mining;
-    use ddtas::loss::baseline::PairLoss;
     use ndarray::Array2;
     use rand::{RngExt, SeedableRng};
     use rand_chacha::ChaCha8Rng;
@@ -161,7 +166,7 @@ mod tests {
     }
 
     /// Loss and hyper-gradient on `ranks` as all of them see it, with the gradient and the tangent of all rows.
-    fn on_ranks(count: usize, memory: &Memory, settings: &LossSettings) -> (LossOutput, Hypergradient) {
+    fn on_ranks(count: usize, memory: &Memory, settings: &LossSettings) -> (LossOutput, ThresholdGradient) {
         let ((rows, labels), (tangent, _)) = (rows(1), rows(2));
         let mut seen = Vec::new();
         for asked in 0..count {
@@ -172,7 +177,7 @@ mod tests {
                     let (on, batch) = ((&*ranks, own.clone()), (rows.view(), labels.as_slice()));
                     let any = memory.loss_on_ranks(on.clone(), &mut backend, batch, settings, &mut output)?;
                     let own = tangent.slice(s![own, ..]);
-                    let sums = memory.hypergradient_on_ranks(on, &mut backend, batch, own)?;
+                    let sums = memory.threshold_gradient_on_ranks(on, &mut backend, batch, own)?;
                     output.gradient = gather_rows(&*ranks, output.gradient.clone())?;
                     assert!(any);
                     // Rank 0 answers for the rank that is asked.
@@ -203,7 +208,7 @@ mod tests {
                 let (mut backend, mut want) = (CpuBackend::new(), LossOutput::default());
                 let batch = (rows.view(), labels.as_slice());
                 memory.loss(&mut backend, PairLoss::SoftContrastive, batch, &settings, &mut want).unwrap();
-                let sums = memory.hypergradient(&mut backend, batch, tangent.view()).unwrap();
+                let sums = memory.threshold_gradient(&mut backend, batch, tangent.view()).unwrap();
                 for count in 2..5 {
                     let (got, got_sums) = on_ranks(count, &memory, &settings);
                     close(got.loss, want.loss);

@@ -1,7 +1,6 @@
 //! Everything a training run can be told; the arguments of `ddtas-train` and the run's config.toml.
 
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use serde::{Deserialize, Serialize};
@@ -10,10 +9,10 @@ use crate::data::{DatasetSettings, check_image_size};
 use crate::error::{check, fits};
 use crate::generator::{GeneratorKind, GeneratorSettings, Lambda, defaults};
 use crate::model::{BackboneKind, HeadKind, NetworkShape, PoolingKind, name_of, network_sizes};
+use crate::train::PairLoss;
 use crate::train::optimizer::OptimizerSettings;
 use crate::train::schedule::Schedule;
 use crate::{Error, Result};
-use ddtas::loss::baseline::PairLoss;
 use ddtas::loss::{LossSettings, Mining};
 use ddtas_io::console::counted;
 
@@ -90,10 +89,10 @@ pub struct TrainSettings {
     pub init: Option<PathBuf>,
 
     /// The loss.
-    #[arg(long, default_value_t, value_parser = one_of(PairLoss::ALL, PairLoss::name, about_loss))]
+    #[arg(long, value_enum, default_value_t)]
     pub loss: PairLoss,
     /// Which pairs enter the loss.
-    #[arg(long, default_value_t, value_parser = one_of(Mining::ALL, Mining::name, about_mining))]
+    #[arg(long, default_value_t, value_parser = mining())]
     pub mining: Mining,
     /// Mining tolerance gamma, a difference of cosine similarities.
     #[arg(long, default_value_t = 0.1)]
@@ -188,34 +187,16 @@ pub struct TrainSettings {
     pub generator: GeneratorSettings,
 }
 
-/// A parser of one of the library's enums, by the names it gives itself; `about` is what `--help` says of each.
-fn one_of<T>(
-    all: impl IntoIterator<Item = T>,
-    name: fn(T) -> &'static str,
-    about: fn(T) -> &'static str,
-) -> impl TypedValueParser<Value = T>
-where
-    T: FromStr<Err = ddtas::Error> + Copy + Send + Sync + 'static,
-{
-    let values = all.into_iter().map(|value| PossibleValue::new(name(value)).help(about(value)));
-    PossibleValuesParser::new(values).try_map(|text| text.parse::<T>())
-}
-
-fn about_loss(loss: PairLoss) -> &'static str {
-    match loss {
-        PairLoss::SoftContrastive => "The soft contrastive loss of DDTAS, with a threshold lambda",
-        PairLoss::Contrastive => "1 - similarity on positives, a hinge at --margin on negatives",
-        PairLoss::MultiSimilarity => "The multi-similarity loss: log-sum-exp over the pairs of each anchor",
-    }
-}
-
-fn about_mining(mining: Mining) -> &'static str {
-    match mining {
+/// A parser of the library's ways of mining.
+fn mining() -> impl TypedValueParser<Value = Mining> {
+    let about = |mining| match mining {
         Mining::None => "Every positive and every negative pair",
         Mining::Symmetric => "One tolerance for both kinds: gamma_pos = gamma_neg = gamma",
         Mining::Asms => "Asymmetric sample mining: gamma_pos = gamma, gamma_neg = gamma * negative-ratio",
         Mining::AtAsms => "Adaptive asymmetric sample mining: as asms, with tolerances adapted to each batch",
-    }
+    };
+    let values = Mining::ALL.map(|mining| PossibleValue::new(mining.name()).help(about(mining)));
+    PossibleValuesParser::new(values).try_map(|text| text.parse::<Mining>())
 }
 
 impl Default for TrainSettings {

@@ -133,18 +133,18 @@ fn verify(arguments: &VerifyArguments) -> ddtas_io::Result<bool> {
 fn table(out: &mut impl Write, backend: &dyn Backend, rows: &[Row], bound: f64) -> io::Result<()> {
     writeln!(
         out,
-        "{:<22} {:>9} {:>9} {:>10} {:>13} {:>7}",
-        "case", "loss", "gradient", "thresholds", "hypergradient", "counts"
+        "{:<22} {:>9} {:>9} {:>10} {:>18} {:>7}",
+        "case", "loss", "gradient", "thresholds", "threshold gradient", "counts"
     )?;
     for Row { case, passed, report, .. } in rows {
         let counts = if report.wrong_counts.is_empty() { "exact" } else { "WRONG" };
         writeln!(
             out,
-            "{case:<22} {:>9.1e} {:>9.1e} {:>10.1e} {:>13.1e} {counts:>7}{}",
+            "{case:<22} {:>9.1e} {:>9.1e} {:>10.1e} {:>18.1e} {counts:>7}{}",
             report.loss,
             report.gradient,
             report.thresholds,
-            report.hypergradient,
+            report.threshold_gradient,
             if *passed { "" } else { "  FAILED" }
         )?;
         for wrong in report.wrong_counts.iter().take(5) {

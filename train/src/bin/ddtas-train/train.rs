@@ -6,10 +6,10 @@ use std::process::ExitCode;
 use std::rc::Rc;
 use std::sync::atomic::AtomicBool;
 
-use ddtas::loss::baseline::PairLoss;
 use ddtas_io::console::{counted, print_result, reader_has_gone, say};
 use ddtas_io::progress::Progress as Shown;
 use ddtas_train::ranks::Collective;
+use ddtas_train::train::PairLoss;
 use ddtas_train::train::{
     EvaluationRecord, Event, Outcome, Overrides, Phase, StepRecord, Summary, TrainSettings,
 };

@@ -3,9 +3,9 @@
 use clap::ArgMatches;
 use clap::parser::ValueSource;
 use ddtas::loss::Mining;
-use ddtas::loss::baseline::PairLoss;
 use ddtas_train::generator::{GeneratorKind, MetaObjective, MetaSource};
 use ddtas_train::model::BackboneKind;
+use ddtas_train::train::PairLoss;
 use ddtas_train::train::{ScheduleKind, TrainSettings};
 
 /// Arguments, by their fields; the settings they need; whether those are chosen.

@@ -3,9 +3,9 @@
 use ddtas_io::chart::{self, Axis, Chart, Ground, Line};
 
 use super::findings::Report;
+use crate::train::PairLoss;
 use crate::train::records::{EvaluationRecord, StepRecord};
 use crate::train::settings::TrainSettings;
-use ddtas::loss::baseline::PairLoss;
 
 /// As wide as a phone shows it, so that its text can be read there.
 const SIZE: (u32, u32) = (340, 225);

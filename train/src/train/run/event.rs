@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use ddtas::loss::baseline::PairLoss;
+use crate::train::PairLoss;
 use ddtas::retrieval::Recall;
 
 use crate::data::{Dataset, as_text};

@@ -1,72 +1,35 @@
-//! Losses to compare with: plain contrastive and multi-similarity, over any mined pairs.
+//! The loss of a training run: DDTAS's, or one to compare with it, contrastive or multi-similarity, over the
+//! same mined pairs.
 //!
-//! They are here for comparison runs, not as the product: computed in scalar
-//! float64 on top of [`reference()`](super::reference()), B x N matrices and all.
-//! [`evaluate`] fills the same [`LossOutput`] as a backend, so a trainer does not care which it runs.
+//! The other two are here for comparison runs, not as the product: computed in scalar float64 on top of
+//! [`reference()`], B x N matrices and all. They fill the same [`LossOutput`] as a backend.
 //!
 //! * contrastive: positives `1 - S`, negatives `max(0, S - lambda_neg)`, each kind averaged over its non-zero
 //!   terms (ContrastiveLoss of pytorch-metric-learning on cosine similarity, margins 1 and 0.5);
 //! * multi-similarity (Wang et al., CVPR 2019, eq. 14): alpha 2, beta 50, base `lambda_neg`, mean over
-//!   anchors. Its miner is [`Mining::Symmetric`](super::Mining::Symmetric) with the miner's epsilon as gamma
-//!   (0.1).
+//!   anchors. Its miner is [`Mining::Symmetric`](ddtas::loss::Mining::Symmetric) with the miner's epsilon as
+//!   gamma (0.1).
 
-use std::fmt;
-use std::str::FromStr;
-
+use ddtas::Result;
+use ddtas::backend::Backend;
+use ddtas::loss::gradient::gradients;
+use ddtas::loss::select::Selection;
+use ddtas::loss::similarity::Similarities;
+use ddtas::loss::{Batch, LossOutput, LossScalars, LossSettings, reference};
 use ndarray::Array2;
-
-use super::reference::gradients;
-use super::select::Selection;
-use super::similarity::Similarities;
-use super::{Batch, LossOutput, LossScalars, LossSettings, reference};
-use crate::{Error, Result};
+use serde::{Deserialize, Serialize};
 
 /// The pair loss of a training run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum PairLoss {
-    /// DDTAS's own (SPEC 4); backends compute it, fused.
+    /// The soft contrastive loss of DDTAS, with a threshold lambda.
     #[default]
     SoftContrastive,
-    /// Hinge on negatives, linear on positives.
+    /// 1 - similarity on positives, a hinge at --margin on negatives.
     Contrastive,
-    /// Log-sum-exp over the pairs of each anchor.
+    /// The multi-similarity loss: log-sum-exp over the pairs of each anchor.
     MultiSimilarity,
-}
-
-impl PairLoss {
-    /// Every loss, DDTAS's own first.
-    pub const ALL: [Self; 3] = [Self::SoftContrastive, Self::Contrastive, Self::MultiSimilarity];
-
-    /// As the programs and files spell it.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::SoftContrastive => "soft-contrastive",
-            Self::Contrastive => "contrastive",
-            Self::MultiSimilarity => "multi-similarity",
-        }
-    }
-}
-
-impl fmt::Display for PairLoss {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-impl FromStr for PairLoss {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        let found = Self::ALL.into_iter().find(|loss| loss.name() == text);
-        found.ok_or_else(|| Error::InvalidSetting {
-            name: "loss",
-            value: text.to_owned(),
-            range: "soft-contrastive, contrastive or multi-similarity",
-        })
-    }
 }
 
 /// Similarity at which the contrastive loss stops pulling positives.
@@ -82,50 +45,49 @@ struct Evaluated {
     weights: Array2<f64>,
 }
 
-/// Mines a batch with `settings` and evaluates `loss` and its gradient into `output`.
-///
-/// Mining, counts and thresholds are those of the DDTAS loss. The baselines take their margin from
-/// `lambda_neg` (both papers' is 0.5), and their derivatives with respect to it are given as 0.
-/// [`PairLoss::SoftContrastive`] gives the scalar truth.
-///
-/// # Errors
-/// As [`reference()`].
-pub fn evaluate(
-    loss: PairLoss,
-    batch: &Batch<'_>,
-    settings: &LossSettings,
-    output: &mut LossOutput,
-) -> Result<()> {
-    let truth = reference(batch, settings)?;
-    let (similarities, selection) = (&truth.similarities, &truth.selection);
-    let evaluated = match loss {
-        PairLoss::SoftContrastive => {
-            Evaluated { loss: truth.weighted.loss, weights: truth.weighted.weights.clone() }
-        }
-        PairLoss::Contrastive => contrastive(similarities, selection, settings.lambda_neg),
-        PairLoss::MultiSimilarity => multi_similarity(similarities, selection, settings.lambda_neg),
-    };
-    let anchors = batch.anchors.embeddings.to_f64();
-    let references = batch.references.map(|rows| rows.embeddings.to_f64());
-    let (gradient, reference_gradient) =
-        gradients(&evaluated.weights, &anchors, references.as_ref(), batch.reference_gradient);
-    let sizes = |sets: &[Vec<usize>]| sets.iter().map(|set| set.len() as u32).collect();
-    let narrow = |values: &[f64]| values.iter().map(|&x| x as f32).collect();
-    let single = |matrix: Array2<f64>| matrix.mapv(|x| x as f32);
-    *output = LossOutput {
-        gradient: single(gradient),
-        reference_gradient: reference_gradient.map(single),
-        min_pos: narrow(&selection.min_pos),
-        max_neg: narrow(&selection.max_neg),
-        count_pos: sizes(&selection.positives),
-        count_neg: sizes(&selection.negatives),
-        ..LossOutput::default()
-    };
-    output.set_scalars(&LossScalars { loss: evaluated.loss, ..truth.scalars() });
-    if loss != PairLoss::SoftContrastive {
-        (output.dloss_dlambda_pos, output.dloss_dlambda_neg) = (0.0, 0.0);
+impl PairLoss {
+    /// Mines a batch with `settings` and evaluates the loss and its gradient into `output`.
+    ///
+    /// Mining, counts and thresholds are those of the DDTAS loss. The others take their margin from
+    /// `lambda_neg` (both papers' is 0.5), and their derivatives with respect to it are given as 0.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub(super) fn evaluate(
+        self,
+        backend: &mut dyn Backend,
+        batch: &Batch<'_>,
+        settings: &LossSettings,
+        output: &mut LossOutput,
+    ) -> Result<()> {
+        let loss = match self {
+            Self::SoftContrastive => return backend.loss(batch, settings, output),
+            Self::Contrastive => contrastive,
+            Self::MultiSimilarity => multi_similarity,
+        };
+        let truth = reference(batch, settings)?;
+        let selection = &truth.selection;
+        let Evaluated { loss, weights } = loss(&truth.similarities, selection, settings.lambda_neg);
+        let anchors = batch.anchors.embeddings.to_f64();
+        let references = batch.references.map(|rows| rows.embeddings.to_f64());
+        let (gradient, reference_gradient) =
+            gradients(&weights, &anchors, references.as_ref(), batch.reference_gradient);
+        let sizes = |sets: &[Vec<usize>]| sets.iter().map(|set| set.len() as u32).collect();
+        let narrow = |values: &[f64]| values.iter().map(|&x| x as f32).collect();
+        let single = |matrix: Array2<f64>| matrix.mapv(|x| x as f32);
+        *output = LossOutput {
+            gradient: single(gradient),
+            reference_gradient: reference_gradient.map(single),
+            min_pos: narrow(&selection.min_pos),
+            max_neg: narrow(&selection.max_neg),
+            count_pos: sizes(&selection.positives),
+            count_neg: sizes(&selection.negatives),
+            ..LossOutput::default()
+        };
+        let no_slopes = LossScalars { dloss_dlambda_pos: 0.0, dloss_dlambda_neg: 0.0, ..truth.scalars() };
+        output.set_scalars(&LossScalars { loss, ..no_slopes });
+        Ok(())
     }
-    Ok(())
 }
 
 /// Every mined pair, whether or not its anchor has pairs of the other kind.
@@ -172,9 +134,10 @@ fn multi_similarity(similarities: &Similarities, selection: &Selection, base: f6
 
 #[cfg(test)]
 mod tests {
+    use ddtas::backend::cpu::CpuBackend;
+    use ddtas::loss::Mining;
     use ndarray::array;
 
-    use super::super::Mining;
     use super::*;
 
     /// Rows on the unit circle, so that unit norm survives a change of angle.
@@ -195,7 +158,8 @@ mod tests {
         let embeddings = rows(angles);
         let mut output = LossOutput::default();
         let settings = settings(0.5);
-        evaluate(loss, &Batch::square(embeddings.view(), &LABELS), &settings, &mut output).unwrap();
+        let batch = Batch::square(embeddings.view(), &LABELS);
+        loss.evaluate(&mut CpuBackend::new(), &batch, &settings, &mut output).unwrap();
         output
     }
 
@@ -229,7 +193,8 @@ mod tests {
         let batch = Batch::square(embeddings.view(), &[0, 0, 1, 1]);
         for margin in [0.5, 0.8] {
             let mut output = LossOutput::default();
-            evaluate(PairLoss::Contrastive, &batch, &settings(margin), &mut output).unwrap();
+            let (loss, backend) = (PairLoss::Contrastive, &mut CpuBackend::new());
+            loss.evaluate(backend, &batch, &settings(margin), &mut output).unwrap();
             let wanted = (1.0 - 1.2f64.cos()) + (1.0 - margin);
             assert!((output.loss - wanted).abs() < 1e-6, "{} {wanted}", output.loss);
         }
@@ -238,27 +203,18 @@ mod tests {
     #[test]
     fn multi_similarity_of_one_pair_of_each_kind_is_its_formula() {
         let embeddings = rows(&[0.0, 1.0, 0.5]);
-        let mut output = LossOutput::default();
-        let settings = settings(0.4);
-        evaluate(
-            PairLoss::MultiSimilarity,
-            &Batch::square(embeddings.view(), &[0, 0, -1]),
-            &settings,
-            &mut output,
-        )
-        .unwrap();
+        let loss_of = |labels: &[i64]| {
+            let (batch, mut output) = (Batch::square(embeddings.view(), labels), LossOutput::default());
+            let (loss, backend) = (PairLoss::MultiSimilarity, &mut CpuBackend::new());
+            loss.evaluate(backend, &batch, &settings(0.4), &mut output).unwrap();
+            output.loss
+        };
         // Without a negative no pair is kept by mining.
-        assert_eq!(output.loss, 0.0);
-        evaluate(
-            PairLoss::MultiSimilarity,
-            &Batch::square(embeddings.view(), &[0, 0, 1]),
-            &settings,
-            &mut output,
-        )
-        .unwrap();
+        assert_eq!(loss_of(&[0, 0, -1]), 0.0);
+        let found = loss_of(&[0, 0, 1]);
         let (p, n) = (1f64.cos(), 0.5f64.cos());
         let anchor =
             (1.0 + (-2.0 * (p - 0.4)).exp()).ln() / 2.0 + (1.0 + (50.0 * (n - 0.4)).exp()).ln() / 50.0;
-        assert!((output.loss - 2.0 * anchor / 3.0).abs() < 1e-6, "{} {}", output.loss, 2.0 * anchor / 3.0);
+        assert!((found - 2.0 * anchor / 3.0).abs() < 1e-6, "{found} {}", 2.0 * anchor / 3.0);
     }
 }
