@@ -119,13 +119,13 @@ class LossOutput:
         """dL/d(embeddings), `[B, D]`, float32; float64 for float64 rows."""
     @property
     def reference_gradient(self) -> npt.NDArray[np.floating] | None:
-        """dL/d(references), `[N, D]`, if it was asked for."""
+        """dL/d(references), `[N, D]`, if it was asked for and there are references."""
     @property
     def gamma_pos(self) -> float:
-        """Tolerance of positives in force, after adaptation."""
+        """Tolerance of positives in force, after adaptation; inf without mining."""
     @property
     def gamma_neg(self) -> float:
-        """Tolerance of negatives in force, after adaptation."""
+        """Tolerance of negatives in force, after adaptation; inf without mining."""
     @property
     def probe_neg(self) -> int:
         """Negatives that passed the probe, over all anchors."""
@@ -143,10 +143,10 @@ class LossOutput:
         """Largest similarity to a negative, an entry per anchor; -inf without one."""
     @property
     def count_pos(self) -> npt.NDArray[np.uint32]:
-        """Mined positives of every anchor, inactive ones included."""
+        """Mined positives of every anchor, inactive ones included (0 there without mining)."""
     @property
     def count_neg(self) -> npt.NDArray[np.uint32]:
-        """Mined negatives of every anchor, inactive ones included."""
+        """Mined negatives of every anchor, inactive ones included (0 there without mining)."""
     @property
     def active(self) -> int:
         """Anchors with mined pairs of both kinds: those that enter the loss."""

@@ -60,10 +60,12 @@ def evaluate(
 ) -> Evaluation:
     """Searches every row of `embeddings` among the others, or in a gallery, and judges what it finds.
 
-    Rows have unit length: float32, float16 or bfloat16. `identity` says which rows of the gallery are the queries themselves, as
-    in `loss`: a query is left out of its own list. Rows with a negative label are neither queries nor answers, and a
-    query without an answer is not counted. `nmi` clusters the queries into as many clusters as they have classes, by at most 20 steps
-    of k-means from `seed`; float32 only. Memory beside the rows grows with the number of queries alone.
+    Rows have unit length: float32, float16 or bfloat16. `identity` says which rows of the gallery are the queries
+    themselves, by numbers as in `loss`: a query is left out of its own list. Without it a query that is in the gallery
+    finds itself, since none is recognised by its value. Equally similar rows are ranked by their place. Rows with a
+    negative label are neither queries nor answers, and a query without an answer is not counted. `nmi` clusters all queries
+    without a negative label, into as many clusters as they have classes, by at most 20 steps of k-means from `seed`, and is
+    1 for one class; float32 only. Memory beside the rows grows with the number of queries alone.
 
     Raises what `loss` does.
     """
@@ -81,7 +83,7 @@ def evaluation_of(
     first, r_precision, average_precision, labels = found
     counted = np.flatnonzero(~np.isnan(first))
     if not len(counted):
-        warnings.warn(f"none of {len(first)} queries has an answer: every figure is 0 of nothing", stacklevel=3)
+        warnings.warn(f"none of {len(first)} queries has an answer: Recall@K and the others are 0 of nothing", stacklevel=3)
     first, r_precision, average_precision = (values[counted] for values in (first, r_precision, average_precision))
     hits = {k: (first >= 0) & (first < k) for k in depths}
     classes, place, sizes = np.unique(labels[counted], return_inverse=True, return_counts=True)

@@ -130,5 +130,5 @@ class Part:
 
     def threshold_gradient(self, tangent: Matrix, reference_tangent: Matrix | None = None) -> ThresholdGradient:
         """After the last step: the part's share of `ddtas.threshold_gradient`, along the `tangent` `[b, D]` of its anchors,
-        and `[N, D]` of references that are no anchors."""
+        and `[N, D]` of references that are no anchors: its rows of others are zeros, as those count by their own part."""
         return ThresholdGradient(*self.context.part_threshold_gradient(self, tangent, reference_tangent))

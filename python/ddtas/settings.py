@@ -15,8 +15,8 @@ class Settings:
     """Which pairs enter the loss, and how much each of them weighs. The formulas are in docs/method.md.
 
     Args:
-        mining: "none" keeps every pair; "symmetric" has one tolerance for both kinds, "asms" a smaller one for negatives,
-            "at-asms" (default) adapts both to the batch.
+        mining: "none" keeps every pair of an anchor with pairs of both kinds; "symmetric" has one tolerance for both kinds,
+            "asms" a smaller one for negatives, "at-asms" (default) adapts both to the batch.
         gamma: tolerance of mining, a cosine similarity, 0 to 2. Default 0.1.
         negative_ratio: tolerance of negatives over gamma, 0 to 10; for "asms" and "at-asms". Default 0.1.
         probe_ratio: tolerance over gamma of the probe that counts hard negatives, 0 to 10; for "at-asms". Default 0.1; the

@@ -28,9 +28,9 @@ pub struct LossOutput {
     min_pos: Py<PyAny>,
     /// m-: largest similarity to a negative, an entry per anchor; -inf without one.
     max_neg: Py<PyAny>,
-    /// Mined positives of every anchor, inactive ones included.
+    /// Mined positives of every anchor, inactive ones included (0 there without mining).
     count_pos: Py<PyAny>,
-    /// Mined negatives of every anchor, inactive ones included.
+    /// Mined negatives of every anchor, inactive ones included (0 there without mining).
     count_neg: Py<PyAny>,
     /// Anchors with mined pairs of both kinds: those that enter the loss.
     active: u64,

@@ -164,3 +164,14 @@ def test_the_threshold_gradient_of_tensors_is_that_of_arrays():
     ]:
         with pytest.raises(TypeError, match=message):
             ddtas.torch.threshold_gradient(*given)
+
+
+@pytest.mark.parametrize("scale", [1, 2, 1000])
+def test_rows_of_tensors_are_compared_by_their_angle(scale):
+    torch = pytest.importorskip("torch", reason="torch is not installed: its tests do not run")
+    from ddtas.torch import evaluate, recall_at_k
+
+    # By the angle row 2 is the nearest of row 0; its product with it is smaller, for it is a little shorter.
+    rows = scale * torch.tensor([[1, 0], [0.9999, 0.0447], [0.9987, 0.0316]])
+    labels = torch.tensor([0, 0, 1])
+    assert recall_at_k(rows, labels, [1]) == evaluate(rows, labels, ks=[1]).recall == {1: 0.0}

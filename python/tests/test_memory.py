@@ -218,6 +218,52 @@ def test_a_bad_batch_is_refused_and_not_queued():
     memory(rows, labels)
 
 
+def test_a_row_that_nobody_raises_for_is_an_ignored_one_in_the_queue():
+    memory, plain = (CrossBatchMemory(SoftContrastiveLoss(check=check), DIM, 48) for check in (False, True))
+    given = list(batches(3, 16, seed=7))
+    for step, (rows, labels) in enumerate(given):
+        spoilt, known = rows.clone(), labels.clone()
+        if step == 1:
+            spoilt[3, 2], spoilt[9, 0], known[3], known[9] = torch.nan, torch.inf, -1, -1
+        spoilt.requires_grad_()
+        loss, wanted = memory(spoilt, labels), plain(rows, known)
+        loss.backward()
+        assert bool(spoilt.grad[9].isnan().any()) == (step == 1), "as a gradient scaler expects"
+        assert loss == wanted
+    assert memory.embedding_memory.isfinite().all() and memory.label_memory.tolist() == plain.label_memory.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_narrow_memory_does_not_round_the_gradient(dtype):
+    rows, labels = unit_rows(64, DIM, seed=3, classes=8, noise=1.5)
+
+    def gradient(scale, memory_type):
+        leaf = torch.tensor(rows, dtype=torch.float32, requires_grad=True)
+        memory = CrossBatchMemory(SoftContrastiveLoss(mining="none"), DIM, 64, dtype=memory_type)
+        (memory(leaf, torch.tensor(labels)) * scale).backward()
+        return leaf.grad / scale
+
+    plain = gradient(1, dtype)
+    assert plain.norm() > 0
+    for scale in (1e-8, 2.0**40):
+        assert (gradient(scale, dtype) - plain).norm() < 1e-6 * plain.norm()
+    difference = (plain - gradient(1, torch.float32)).norm() / plain.norm()
+    assert difference < 20 * torch.finfo(dtype).eps, "only the rows are rounded"
+
+
+def test_a_call_that_raises_does_not_count_before_the_start():
+    memory = CrossBatchMemory(SoftContrastiveLoss(), DIM, 40, start_after=1)
+    rows, labels = next(batches(1, 16, seed=8))
+    with pytest.raises(ValueError, match="row 0 of the anchors"):
+        memory(rows * torch.nan, labels)
+    assert not memory.started
+    with pytest.raises(TypeError, match="booleans"):
+        memory(rows, labels, enqueue_mask=torch.arange(16))
+    mask = torch.arange(16) < 4
+    assert memory(rows, labels, enqueue_mask=mask) == memory.loss(rows[~mask], labels[~mask]) and memory.filled == 0
+    assert memory.started
+
+
 def test_a_memory_starts_later_and_can_be_filled_first():
     memory = CrossBatchMemory(SoftContrastiveLoss(), DIM, 40, start_after=2)
     given = list(batches(5, 16, seed=11))

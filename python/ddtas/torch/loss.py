@@ -36,16 +36,17 @@ class SoftContrastiveLoss(nn.Module):
             embedding; `ddtas.torch.threshold_gradient` is the method's own way.
         lambda_neg: loss threshold of negatives, the same otherwise. Default 0.7.
         gamma: tolerance of mining, a cosine similarity, 0 to 2. Default 0.1.
-        mining: "none" keeps every pair; "symmetric" has one tolerance for both kinds, "asms" a smaller one for negatives,
-            "at-asms" (default) adapts both to the batch.
+        mining: "none" keeps every pair of an anchor with pairs of both kinds; "symmetric" has one tolerance for both kinds,
+            "asms" a smaller one for negatives, "at-asms" (default) adapts both to the batch.
         negative_ratio: tolerance of negatives over gamma, 0 to 10; for "asms" and "at-asms". Default 0.1.
         probe_ratio: tolerance over gamma of the probe that counts hard negatives, 0 to 10; for "at-asms". Default 0.1; the
             authors' released code has 1.
         tolerance: factor k, how far "at-asms" moves the tolerances, 0 to 1. Default 0.5.
         normalize_embeddings: False is for rows that have unit length already. Default True.
-        check: whether a NaN, an infinity or a row without a direction raises ValueError. Default True. False lets NaN pass
-            through, which a gradient scaler expects. On a GPU nobody waits for the check: a bad row makes loss and gradient
-            NaN, and `check()` or reading `statistics` raises; "wait" raises at once.
+        check: whether a NaN, an infinity or a row without a direction raises ValueError. Default True. False raises for none,
+            as a gradient scaler expects: the gradient of such a row is NaN, the loss need not be. On a GPU nobody waits for
+            the check: a bad row makes loss and gradient NaN, and `check()` or reading `statistics` raises; "wait" raises at
+            once.
         threads: how many compute on the processor, 1 to 1,024. Default None: as many as cores. The result does not depend
             on it.
         workspace_budget: the most bytes that a loss keeps between its passes. Default None: 6 KiB for each row on the
@@ -62,7 +63,7 @@ class SoftContrastiveLoss(nn.Module):
 
     A batch without rows, or without references, has a loss of 0 and a gradient of zeros.
 
-    `statistics` holds what the last call mined: active anchors, pairs, tolerances, mean similarities, how many rows had a
+    `statistics` holds what the last call mined: active anchors, pairs, tolerances, mean similarities, how many anchors had a
     negative label (`ignored`), and 1 minus the smaller mean similarity (`spread`): below 1e-4 all rows are nearly equal, and the
     method gives a loss of 0 whether or not anything was learned. The first batch with either is warned of; where a call is
     compiled, or computes on a GPU, when `statistics` is read.
@@ -133,6 +134,9 @@ class SoftContrastiveLoss(nn.Module):
             if ref_emb is not None and ref_labels is not None:
                 check_side("references", ref_emb, ref_labels, "labels of the references")
                 check_one_device(embeddings, "references", ref_emb)
+                if ref_emb.dtype != embeddings.dtype:
+                    wide = torch.promote_types(embeddings.dtype, ref_emb.dtype)
+                    embeddings, ref_emb = embeddings.to(wide), ref_emb.to(wide)
         return self._loss(embeddings, labels, ref_emb, ref_labels, None, self.normalize_embeddings, self._check)
 
     @property
@@ -157,7 +161,8 @@ class SoftContrastiveLoss(nn.Module):
     ) -> Tensor:
         """`forward` on rows that have unit length, and arguments that fit.
 
-        `identity`, `[B]`, numbers the references that are the rows themselves. `check=False` is for rows that were checked.
+        Rows are compared in the references' type, and their gradient is in their own. `identity`, `[B]`, numbers the references
+        that are the rows themselves. `check=False` is for rows that were checked.
         """
         with telling(self.ranks):
             check_labels("labels", labels)
@@ -180,9 +185,6 @@ class SoftContrastiveLoss(nn.Module):
         normalize: bool,
         check: int,
     ) -> Tensor:
-        if references is not None and references.dtype != rows.dtype:
-            wide = torch.promote_types(rows.dtype, references.dtype)
-            rows, references = rows.to(wide), references.to(wide)
         if reference_labels is not None:
             reference_labels = reference_labels.to(rows.device, torch.int64)
         settings, pos, neg = self.settings, self.lambda_pos, self.lambda_neg
@@ -234,7 +236,7 @@ class SoftContrastiveLoss(nn.Module):
         return whole | real | {"spread": _spread(last)}
 
     def check(self) -> None:
-        """Raises ValueError if a row of the last call was bad; waits for a GPU."""
+        """Waits for a GPU, and raises ValueError if a row of its last call was bad; on the processor the call has raised."""
         self._engine.found()
 
     def _warn(self, last: list[float]) -> None:

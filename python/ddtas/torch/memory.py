@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .engine import NO_INDICES, check_labels, check_tensor, refuse_arguments
+from .engine import NO_INDICES, check_labels, check_side, check_tensor, refuse_arguments
 from .loss import SoftContrastiveLoss
 from .operator import good_rows, which_are_unit
 from .ranks import Ranks, between_graphs, telling
@@ -18,13 +18,14 @@ def _check_memory_type(dtype: torch.dtype) -> None:
         raise ValueError(f"the memory must be float32, float16, bfloat16 or float64, not {dtype}")
 
 
-def _check_mask(mask: Tensor, count: int) -> None:
-    """Integers would pick rows by number, and name none of the others."""
+def _checked_mask(mask: Tensor, rows: Tensor) -> Tensor:
+    """The mask where the rows are. Integers would pick rows by number, and name none of the others."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"enqueue_mask must be a tensor of booleans, not {got}")
-    if mask.shape != (count,):
-        raise ValueError(f"enqueue_mask must be [{count}], not {list(mask.shape)}")
+    if mask.shape != rows.shape[:1]:
+        raise ValueError(f"enqueue_mask must be [{rows.shape[0]}], not {list(mask.shape)}")
+    return mask.to(rows.device)
 
 
 class CrossBatchMemory(nn.Module):
@@ -43,7 +44,8 @@ class CrossBatchMemory(nn.Module):
             old rows mislead then. Default 0. `start()` begins at once, which a compiled call needs, since it does not count.
 
     `fill(embeddings, labels)` queues rows without a loss; `filled` says how many there are. A call that raises leaves the
-    queue as it was.
+    queue as it was, and does not count for `start_after`. A row that is not finite never gets into the queue: where nobody
+    raises for it (`check=False` of the loss, or a GPU that nobody waits for), an ignored row takes its place.
 
     If the loss has a process group, the rows of all processes are queued, in the order of ranks, and the queues stay alike.
     """
@@ -125,26 +127,30 @@ class CrossBatchMemory(nn.Module):
         """Queues the rows and returns the loss of the batch against the queue.
 
         With `enqueue_mask`, `[B]` of booleans, the rows it names are queued, and the loss is that of the others: 0 if
-        there is none.
+        there is none. Before the memory starts nothing is queued, and the loss is that of the others among themselves.
 
         Raises what the loss does, and ValueError for more rows than the queue holds or of another width. Nothing is
         queued then.
         """
+        ranks = self.loss.ranks
         if not self.started:
+            if enqueue_mask is not None:
+                with telling(ranks):
+                    check_side("anchors", embeddings, labels, "labels")
+                    enqueue_mask = _checked_mask(enqueue_mask, embeddings)
+                embeddings, labels = embeddings[~enqueue_mask], labels[~enqueue_mask.to(labels.device)]
+            loss: Tensor = self.loss(embeddings, labels, indices_tuple)
             if not torch.compiler.is_compiling():
                 self.calls += 1
-            loss: Tensor = self.loss(embeddings, labels, indices_tuple)
             return loss
-        ranks = self.loss.ranks
         with telling(ranks):
             if indices_tuple is not None:
                 raise ValueError(NO_INDICES)
             rows, labels = self._compared(embeddings, labels)
-            queued, queued_labels = rows, labels
+            queued, queued_labels = rows.detach().to(self.embedding_memory.dtype), labels
             if enqueue_mask is not None:
-                _check_mask(enqueue_mask, rows.shape[0])
-                enqueue_mask = enqueue_mask.to(rows.device)
-                queued, queued_labels = rows[enqueue_mask], labels[enqueue_mask]
+                enqueue_mask = _checked_mask(enqueue_mask, rows)
+                queued, queued_labels = queued[enqueue_mask], labels[enqueue_mask]
                 rows, labels = rows[~enqueue_mask], labels[~enqueue_mask]
         own = slice(0, queued.shape[0])
         if ranks is not None:
@@ -171,12 +177,13 @@ class CrossBatchMemory(nn.Module):
         with torch.no_grad():
             with telling(ranks):
                 rows, labels = self._compared(embeddings, labels)
+            rows = rows.to(self.embedding_memory.dtype)
             if ranks is not None:
                 rows, labels, _ = self._of_all_ranks(ranks, rows, labels, False)
             self._enqueue(self._places(rows.shape[0]), rows, labels)
 
     def _compared(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows and labels as the queue holds them. A bad row there would fail every later call, so none gets there."""
+        """Rows at unit length, in the wider of their type and the queue's, and labels."""
         check_tensor("embeddings", embeddings)
         if self.loss.ranks is not None:
             self.loss.ranks.check_device(embeddings)
@@ -189,13 +196,12 @@ class CrossBatchMemory(nn.Module):
         _check_memory_type(memory_type)
         if self.embedding_memory.device != embeddings.device:
             self.to(embeddings.device)
-        # Normalised in the wider of both types.
-        wide = embeddings.to(torch.promote_types(embeddings.dtype, memory_type))
-        rows = self.loss.unit_rows(wide).to(memory_type)
+        rows = self.loss.unit_rows(embeddings.to(torch.promote_types(embeddings.dtype, memory_type)))
         labels = labels.to(rows.device, torch.int64)
-        if self.loss.checks:
-            good = good_rows(rows.detach())
-            labels = torch.where(good, labels, -1)
+        narrow = rows.detach().to(memory_type)
+        # A bad row that nobody raises for is ignored here, and in the queue.
+        good = good_rows(narrow) if self.loss.checks else torch.isfinite(narrow).all(1)
+        labels = torch.where(good, labels, -1)
         return rows, labels
 
     @between_graphs
@@ -212,19 +218,20 @@ class CrossBatchMemory(nn.Module):
         return (self.queue_idx + torch.arange(count, device=self.queue_idx.device)) % self.memory_size
 
     def _against_queue(self, rows: Tensor, labels: Tensor, known: Tensor | None) -> Tensor:
-        # The processor has checked the rows by now; what is in the queue was checked when it came there.
+        # The processor has checked the rows by now; what is in the queue was checked when it came there. The gradient is in
+        # the rows' type, which the queue's might round away.
         return self.loss.loss_of_unit_rows(
             rows, labels, self.embedding_memory, self.label_memory, known, check=rows.device.type != "cpu"
         )
 
     @torch.no_grad()
     def _enqueue(self, places: Tensor, rows: Tensor, labels: Tensor) -> None:
-        rows = rows.detach()
-        if self.loss.checks and rows.device.type != "cpu":
-            # A bad row that nobody has waited for: it is no row of unit length, and must not fail later calls.
+        if not self.loss.checks or rows.device.type != "cpu":
+            # A bad row that nobody has raised for: it must not spoil later calls.
+            good = good_rows(rows) if self.loss.checks else torch.isfinite(rows).all(1)
             axis = torch.zeros_like(rows[:1])
             axis[:, 0] = 1
-            rows = torch.where(good_rows(rows)[:, None], rows, axis)
+            rows = torch.where(good[:, None], rows, axis)
         self.embedding_memory.index_copy_(0, places, rows)
         self.label_memory.index_copy_(0, places, labels)
         self._count.copy_((self._count + rows.shape[0]).clamp_max(self.memory_size))

@@ -259,8 +259,10 @@ good_rows = torch.ops.ddtas.good_rows.default
 _TOLERANCES = {dtype: _ddtas._norm_tolerance(code) for dtype, code in TYPES.items()}
 
 
-def which_are_unit(rows: Tensor) -> Tensor:
-    tolerance = _TOLERANCES.get(rows.dtype, _TOLERANCES[torch.float32])
+def which_are_unit(rows: Tensor, tolerance: float | None = None) -> Tensor:
+    """By default to the tolerance that the library checks rows of their type by."""
+    if tolerance is None:
+        tolerance = _TOLERANCES.get(rows.dtype, _TOLERANCES[torch.float32])
     wide = rows if rows.dtype == torch.float64 else rows.float()
     distance: Tensor = (torch.linalg.vector_norm(wide, dim=1) - 1).abs()
     return distance <= tolerance
@@ -336,6 +338,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Answers) -> None:
 _NO_FORWARD_MODE = "the loss of ddtas has no forward-mode derivative (jvp, jacfwd): use backward or torch.func.grad"
 
 
+def _compared(rows: Tensor, references: Tensor | None) -> Tensor:
+    """Rows as they are compared, in the type of the references: behind the derivative, which stays in the rows' own."""
+    return rows if references is None else rows.to(references.dtype)
+
+
 class _Traced(torch.autograd.Function):
     """The loss for torch's compiler and transforms, which must see all that is saved as an output. The compiler takes none with
     a `jvp`: `_forward_mode` refuses it."""
@@ -346,7 +353,7 @@ class _Traced(torch.autograd.Function):
     ) -> Answers:
         labels, reference_labels, identity, *rest = given
         answers: Answers = _operator(
-            rows, labels, references, reference_labels, identity, lambda_pos, lambda_neg, *rest
+            _compared(rows, references), labels, references, reference_labels, identity, lambda_pos, lambda_neg, *rest
         )
         return answers
 
@@ -375,7 +382,7 @@ class _Eager(torch.autograd.Function):
         compute: Callable[[Call], Answers] | None,
     ) -> Tensor:
         labels, reference_labels, identity, *rest = given
-        call = Call(rows, labels, references, reference_labels, identity, lambda_pos, lambda_neg, *rest)
+        call = Call(_compared(rows, references), labels, references, reference_labels, identity, lambda_pos, lambda_neg, *rest)
         answers = compute(call) if compute else _operator(*call)
         _save(ctx, (rows, references, lambda_pos, lambda_neg), answers)
         loss: Tensor = answers[0]
@@ -420,7 +427,8 @@ def loss_of(
     if compute is None and (torch.compiler.is_compiling() or transformed):
         if not any(side is not None and side.requires_grad for side in (rows, references, lambda_pos, lambda_neg)):
             # torch 2.11 cannot trace a function whose inputs require no gradient.
-            loss: Tensor = _operator(rows, labels, references, reference_labels, identity, lambda_pos, lambda_neg, *given[3:])[0]
+            sides = (_compared(rows, references), labels, references, reference_labels, identity)
+            loss: Tensor = _operator(*sides, lambda_pos, lambda_neg, *given[3:])[0]
             return loss
         answers: tuple[Tensor, ...] = _Traced.apply(rows, references, lambda_pos, lambda_neg, *given)
         return answers[0]

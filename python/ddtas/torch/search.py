@@ -14,10 +14,12 @@ from .operator import which_are_unit
 
 
 def _unit(name: str, rows: Tensor) -> Tensor:
-    """The rows at unit length; those that have it all stay where they lie."""
+    """The rows at unit length; where all have it to the last digits of their type they stay where they lie."""
     check_tensor(f"the {name}", rows)
     rows = rows.detach()
-    if rows.ndim != 2 or not rows.numel() or not rows.is_floating_point() or bool(which_are_unit(rows).all()):
+    if rows.ndim != 2 or not rows.numel() or not rows.is_floating_point():
+        return rows
+    if bool(which_are_unit(rows, max(torch.finfo(rows.dtype).eps, 1e-6)).all()):
         return rows
     return normalize_rows(rows)[0].to(rows.dtype)
 
