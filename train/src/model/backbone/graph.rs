@@ -103,7 +103,7 @@ impl Pool {
     /// Side of what it makes of a side.
     fn side(self, side: usize) -> usize {
         let Self::Max { stride, padding, ceil } = self else { return side };
-        let reach = side + 2 * padding - WINDOW[0];
+        let reach = (side + 2 * padding).saturating_sub(WINDOW[0]);
         // A window past the end counts if it begins before.
         let past = ceil && !reach.is_multiple_of(stride) && (reach / stride + 1) * stride < side + padding;
         reach / stride + 1 + usize::from(past)
