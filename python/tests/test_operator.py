@@ -50,6 +50,22 @@ def test_the_operator_passes_opcheck(dtype, references):
     torch.library.opcheck(torch.ops.ddtas.good_rows.default, (normalize(given[0], dim=1),))
 
 
+def test_a_dispatch_mode_sees_the_operator():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            seen.append(str(operator))
+            return operator(*args, **(kwargs or {}))
+
+    rows, labels = (torch.tensor(side) for side in unit_rows(20, 8, seed=1, classes=4))
+    with Mode():
+        seen_loss = SoftContrastiveLoss()(rows.float(), labels)
+    assert "ddtas.loss.default" in seen and seen_loss == SoftContrastiveLoss()(rows.float(), labels)
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_whole_step_compiles_in_one_graph_with_the_bits_of_eager(backend):
     threshold = torch.nn.Parameter(torch.tensor([0.6]))
