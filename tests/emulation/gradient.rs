@@ -1,19 +1,20 @@
 //! Faults in the gradient on Hopper, whose warps have roles: each gives wrong sums, stops, or breaks a barrier's count.
 
-use super::{Fault, assert_caught, run, said};
+use super::{Fault, assert_caught, run_faulty};
 
 /// What the gradient's product on Hopper says with a fault in it.
 fn run_faulty_hopper(file: &'static str, from: &'static str, to: &'static str) -> String {
-    let output = run("gradient", &["gradient_hopper.cu"], Some(&Fault { file, from, to }), &[]);
-    assert!(!output.status.success(), "the fault went unnoticed");
-    said(&output)
+    run_faulty_hopper_by(&[Fault { file, from, to }])
 }
 
-/// The same with two faults that are one.
-fn run_faulty_hopper_twice(faults: [Fault; 2]) -> String {
-    let output = run("gradient", &["gradient_hopper.cu"], &faults, &[]);
-    assert!(!output.status.success(), "the fault went unnoticed");
-    said(&output)
+/// The same with several that are one.
+fn run_faulty_hopper_by(faults: &[Fault]) -> String {
+    run_faulty("gradient", &["gradient_hopper.cu"], faults, &[])
+}
+
+/// What the same of exact f32 says with a fault in it.
+fn run_faulty_split(file: &'static str, from: &'static str, to: &'static str) -> String {
+    run_faulty("gradient_split", &["gradient_hopper_f32.cu"], &[Fault { file, from, to }], &[])
 }
 
 /// Where the gradient on Hopper waits for the rows that a bulk copy brings.
@@ -66,13 +67,12 @@ fn products_without_a_wgmma_fence_are_caught() {
 #[test]
 fn a_wait_that_may_come_two_phases_late_is_caught() {
     // The stage is filled again just before: a warp that is held up between the two finds the phase after the next.
-    let fault = Fault {
-        file: "gradient_hopper_f32.cu",
-        from: "walk.rows_fills - 1 : RolesF32::stages - 1;",
-        to: "walk.rows_fills - 1 : RolesF32::stages;",
-    };
-    let output = run("gradient_split", &["gradient_hopper_f32.cu"], Some(&fault), &[]);
-    assert!(said(&output).contains("a phase that nobody ends"), "{}", said(&output));
+    let message = run_faulty_split(
+        "gradient_hopper_f32.cu",
+        "walk.rows_fills - 1 : RolesF32::stages - 1;",
+        "walk.rows_fills - 1 : RolesF32::stages;",
+    );
+    assert!(message.contains("a phase that nobody ends"), "{message}");
 }
 
 #[test]
@@ -98,7 +98,7 @@ fn a_stage_that_is_given_back_too_early_is_caught() {
 fn filling_a_matrix_before_it_is_given_back_is_caught() {
     // One matrix fewer: zeros land while the product before the last reads it.
     let file = "hopper_roles.cuh";
-    assert_caught(&run_faulty_hopper_twice([
+    assert_caught(&run_faulty_hopper_by(&[
         Fault { file, from: "return index % Roles::matrices;", to: "return index % 2;" },
         Fault { file, from: "return index / Roles::matrices % 2;", to: "return index / 2 % 2;" },
     ]));
@@ -118,10 +118,7 @@ fn faults_in_the_gradient_of_split_rows_are_caught() {
         (own, "mbarrier_wait(&shared.built[work.matrix()], work.matrix_parity());"),
     ];
     for (file, from) in faults {
-        let fault = Fault { file, from, to: "" };
-        let output = run("gradient_split", &["gradient_hopper_f32.cu"], Some(&fault), &[]);
-        assert!(!output.status.success(), "the fault went unnoticed: {from}");
-        assert_caught(&said(&output));
+        assert_caught(&run_faulty_split(file, from, ""));
     }
 }
 
@@ -129,7 +126,7 @@ fn faults_in_the_gradient_of_split_rows_are_caught() {
 fn a_wait_by_parity_alone_is_caught() {
     // One barrier for both halves of a recomputed tile: the phase that is waited for may be over twice
     // before somebody looks, and its parity then says that it is still to come.
-    let message = run_faulty_hopper_twice([
+    let message = run_faulty_hopper_by(&[
         Fault {
             file: "gradient_hopper.cu",
             from: "recompute_values<Precision>(shared, &shared.valued[part],",

@@ -115,6 +115,14 @@ fn run<'a>(
     program.output().unwrap()
 }
 
+/// What the program says with these faults, with which it must fail.
+fn run_faulty(program: &str, kernels: &[&str], faults: &[Fault], flags: &[&str]) -> String {
+    let output = run(program, kernels, faults, flags);
+    let planted: Vec<_> = faults.iter().map(|fault| fault.from).collect();
+    assert!(!output.status.success(), "the fault went unnoticed: {}", planted.join(", "));
+    said(&output)
+}
+
 fn said(output: &Output) -> String {
     format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
 }

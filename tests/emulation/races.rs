@@ -1,6 +1,6 @@
 //! Races, which ThreadSanitizer names: each thread of a block is a thread.
 
-use super::{BARRIER, Fault, THREADS, run, said};
+use super::{BARRIER, Fault, THREADS, run, run_faulty, said};
 
 /// What ThreadSanitizer says of a kernel with a fault in it.
 fn run_racing(program: &str, file: &'static str, from: &'static str, to: &'static str) -> String {
@@ -10,9 +10,7 @@ fn run_racing(program: &str, file: &'static str, from: &'static str, to: &'stati
         "sweep" => "sweep_hopper.cu",
         _ => "gradient_hopper.cu",
     };
-    let output = run(program, &[kernel], Some(&Fault { file, from, to }), THREADS);
-    assert!(!output.status.success(), "the race went unnoticed");
-    said(&output)
+    run_faulty(program, &[kernel], &[Fault { file, from, to }], THREADS)
 }
 
 #[test]

@@ -1,38 +1,37 @@
 //! Faults in the pipeline of `mma.sync` that all passes share, and in the lists of retrieval.
 
-use super::{BARRIER, Fault, run, said};
+use super::{BARRIER, Fault, run_faulty};
 
-fn run_faulty(from: &'static str, to: &'static str, flags: &[&str]) -> String {
-    let fault = Fault { file: "mma_tile.cuh", from, to };
-    let output = run("retrieval", &["retrieval.cu"], Some(&fault), flags);
-    assert!(!output.status.success(), "the fault went unnoticed");
-    said(&output)
+/// What retrieval says with a fault in the pipeline.
+fn run_faulty_tile(from: &'static str, to: &'static str, flags: &[&str]) -> String {
+    run_faulty("retrieval", &["retrieval.cu"], &[Fault { file: "mma_tile.cuh", from, to }], flags)
 }
 
 #[test]
 fn a_missing_barrier_is_caught() {
-    let message = run_faulty(BARRIER, "", &[]);
+    let message = run_faulty_tile(BARRIER, "", &[]);
     assert!(message.contains("want"), "{message}");
 }
 
 #[test]
 fn reading_before_the_wait_is_caught() {
     // The newest stage may be under way, the one that is read must not.
-    let message = run_faulty("cp_async_wait<stage_count - 2>()", "cp_async_wait<stage_count - 1>()", &[]);
+    let message =
+        run_faulty_tile("cp_async_wait<stage_count - 2>()", "cp_async_wait<stage_count - 1>()", &[]);
     assert!(message.contains("want"), "{message}");
 }
 
 #[test]
 fn copying_over_a_stage_that_is_read_is_caught() {
     let fault = "if (index + stage_count - 1 < count) copy(index + stage_count - 1);";
-    let message = run_faulty(fault, "if (index + stage_count < count) copy(index + stage_count);", &[]);
+    let message = run_faulty_tile(fault, "if (index + stage_count < count) copy(index + stage_count);", &[]);
     assert!(message.contains("want"), "{message}");
 }
 
 #[test]
 fn a_read_past_the_rows_is_caught_by_the_address_sanitizer() {
     let fault = "cp_async(to + i * kCopyBytes, from + i * kCopyBytes)";
-    let message = run_faulty(
+    let message = run_faulty_tile(
         fault,
         "cp_async(to + i * kCopyBytes, from + i * kCopyBytes + STAGE_BYTES)",
         &["-fsanitize=address"],
@@ -53,23 +52,24 @@ fn faults_in_the_lists_of_retrieval_are_caught() {
     for (file, from, to) in faults {
         let kernels = ["retrieval.cu", "retrieval_hopper.cu"];
         let kernels = if file == "retrieval.cu" { &kernels[..1] } else { &kernels };
-        let output = run("retrieval", kernels, Some(&Fault { file, from, to }), &[]);
-        assert!(!output.status.success(), "the fault went unnoticed: {from}");
-        let said = said(&output);
+        let said = run_faulty("retrieval", kernels, &[Fault { file, from, to }], &[]);
         assert!(said.contains("want") || said.contains("divergent barrier"), "{from}: {said}");
     }
 }
 
 #[test]
 fn divergent_barriers_stop_with_a_message() {
-    let message =
-        run_faulty(BARRIER, "if (thread_index() < TILE) { block_sync(); } else { \n block_sync(); }", &[]);
+    let message = run_faulty_tile(
+        BARRIER,
+        "if (thread_index() < TILE) { block_sync(); } else { \n block_sync(); }",
+        &[],
+    );
     assert!(message.contains("divergent barrier"), "{message}");
     assert!(message.contains("mma_tile.cuh"), "{message}");
 }
 
 #[test]
 fn a_divergent_warp_stops_with_a_message() {
-    let message = run_faulty(BARRIER, "block_sync(); if (lane_index() < 16) { warp_sync(); }", &[]);
+    let message = run_faulty_tile(BARRIER, "block_sync(); if (lane_index() < 16) { warp_sync(); }", &[]);
     assert!(message.contains("warp"), "{message}");
 }

@@ -1,12 +1,10 @@
 //! Faults in Hopper's sweep, in the teams that it shares with retrieval, and in the preparation of rows.
 
-use super::{Fault, assert_caught, run, said};
+use super::{Fault, assert_caught, run_faulty};
 
 /// What Hopper's sweep says with a fault in one of its files.
 fn run_faulty_sweep_of(file: &'static str, from: &'static str, to: &'static str) -> String {
-    let output = run("sweep", &["sweep_hopper.cu"], Some(&Fault { file, from, to }), &[]);
-    assert!(!output.status.success(), "the fault went unnoticed");
-    said(&output)
+    run_faulty("sweep", &["sweep_hopper.cu"], &[Fault { file, from, to }], &[])
 }
 
 fn run_faulty_sweep(from: &'static str, to: &'static str) -> String {
@@ -15,9 +13,7 @@ fn run_faulty_sweep(from: &'static str, to: &'static str) -> String {
 
 /// What Hopper's preparation of rows in two parts says with a fault in it.
 fn run_faulty_prepare(file: &'static str, from: &'static str, to: &'static str) -> String {
-    let output = run("prepare", &["prepare.cu"], Some(&Fault { file, from, to }), &[]);
-    assert!(!output.status.success(), "the fault went unnoticed");
-    said(&output)
+    run_faulty("prepare", &["prepare.cu"], &[Fault { file, from, to }], &[])
 }
 
 /// In what it shares with retrieval.
