@@ -146,8 +146,8 @@ class CrossBatchMemory(nn.Module):
         with telling(ranks):
             if indices_tuple is not None:
                 raise ValueError(NO_INDICES)
-            rows, labels = self._compared(embeddings, labels)
-            queued, queued_labels = rows.detach().to(self.embedding_memory.dtype), labels
+            rows, queued, labels = self._compared(embeddings, labels)
+            queued_labels = labels
             if enqueue_mask is not None:
                 enqueue_mask = _checked_mask(enqueue_mask, rows)
                 queued, queued_labels = queued[enqueue_mask], labels[enqueue_mask]
@@ -176,14 +176,13 @@ class CrossBatchMemory(nn.Module):
         ranks = self.loss.ranks
         with torch.no_grad():
             with telling(ranks):
-                rows, labels = self._compared(embeddings, labels)
-            rows = rows.to(self.embedding_memory.dtype)
+                _, rows, labels = self._compared(embeddings, labels)
             if ranks is not None:
                 rows, labels, _ = self._of_all_ranks(ranks, rows, labels, False)
             self._enqueue(self._places(rows.shape[0]), rows, labels)
 
-    def _compared(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows at unit length, in the wider of their type and the queue's, and labels."""
+    def _compared(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows at unit length, in the wider of their type and the queue's; as the queue holds them; and labels."""
         check_tensor("embeddings", embeddings)
         if self.loss.ranks is not None:
             self.loss.ranks.check_device(embeddings)
@@ -198,11 +197,15 @@ class CrossBatchMemory(nn.Module):
             self.to(embeddings.device)
         rows = self.loss.unit_rows(embeddings.to(torch.promote_types(embeddings.dtype, memory_type)))
         labels = labels.to(rows.device, torch.int64)
-        narrow = rows.detach().to(memory_type)
-        # A bad row that nobody raises for is ignored here, and in the queue.
-        good = good_rows(narrow) if self.loss.checks else torch.isfinite(narrow).all(1)
+        queued = rows.detach().to(memory_type)
+        # A bad row that nobody raises for is ignored, and in the queue another stands for it, or it would spoil later calls.
+        good = good_rows(queued) if self.loss.checks else torch.isfinite(queued).all(1)
         labels = torch.where(good, labels, -1)
-        return rows, labels
+        if not self.loss.checks or rows.device.type != "cpu":
+            axis = torch.zeros_like(queued[:1])
+            axis[:, 0] = 1
+            queued = torch.where(good[:, None], queued, axis)
+        return rows, queued, labels
 
     @between_graphs
     @torch.no_grad()
@@ -226,12 +229,6 @@ class CrossBatchMemory(nn.Module):
 
     @torch.no_grad()
     def _enqueue(self, places: Tensor, rows: Tensor, labels: Tensor) -> None:
-        if not self.loss.checks or rows.device.type != "cpu":
-            # A bad row that nobody has raised for: it must not spoil later calls.
-            good = good_rows(rows) if self.loss.checks else torch.isfinite(rows).all(1)
-            axis = torch.zeros_like(rows[:1])
-            axis[:, 0] = 1
-            rows = torch.where(good[:, None], rows, axis)
         self.embedding_memory.index_copy_(0, places, rows)
         self.label_memory.index_copy_(0, places, labels)
         self._count.copy_((self._count + rows.shape[0]).clamp_max(self.memory_size))

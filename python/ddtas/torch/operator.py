@@ -338,7 +338,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Answers) -> None:
 _NO_FORWARD_MODE = "the loss of ddtas has no forward-mode derivative (jvp, jacfwd): use backward or torch.func.grad"
 
 
-def _compared(rows: Tensor, references: Tensor | None) -> Tensor:
+def _in_type_of(references: Tensor | None, rows: Tensor) -> Tensor:
     """Rows as they are compared, in the type of the references: behind the derivative, which stays in the rows' own."""
     return rows if references is None else rows.to(references.dtype)
 
@@ -353,7 +353,7 @@ class _Traced(torch.autograd.Function):
     ) -> Answers:
         labels, reference_labels, identity, *rest = given
         answers: Answers = _operator(
-            _compared(rows, references), labels, references, reference_labels, identity, lambda_pos, lambda_neg, *rest
+            _in_type_of(references, rows), labels, references, reference_labels, identity, lambda_pos, lambda_neg, *rest
         )
         return answers
 
@@ -394,7 +394,7 @@ class _Eager(torch.autograd.Function):
         compute: Callable[[Call], Answers] | None,
     ) -> Tensor:
         labels, reference_labels, identity, *rest = given
-        call = Call(_compared(rows, references), labels, references, reference_labels, identity, lambda_pos, lambda_neg, *rest)
+        call = Call(_in_type_of(references, rows), labels, references, reference_labels, identity, lambda_pos, lambda_neg, *rest)
         answers = compute(call) if compute else _answers_of(call)
         _save(ctx, (rows, references, lambda_pos, lambda_neg), answers)
         loss: Tensor = answers[0]
@@ -439,7 +439,7 @@ def loss_of(
     if compute is None and (torch.compiler.is_compiling() or transformed):
         if not any(side is not None and side.requires_grad for side in (rows, references, lambda_pos, lambda_neg)):
             # torch 2.11 cannot trace a function whose inputs require no gradient.
-            sides = (_compared(rows, references), labels, references, reference_labels, identity)
+            sides = (_in_type_of(references, rows), labels, references, reference_labels, identity)
             loss: Tensor = _operator(*sides, lambda_pos, lambda_neg, *given[3:])[0]
             return loss
         answers: tuple[Tensor, ...] = _Traced.apply(rows, references, lambda_pos, lambda_neg, *given)
