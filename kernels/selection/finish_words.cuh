@@ -8,8 +8,8 @@
 #include "gradient/weight_tile.cuh"
 
 // 2 / (B |set|): what an anchor adds to the weight of a pair it keeps, without the sign (SPEC 4).
-DEVICE float set_scale(const Pairs &pairs, uint32_t count) {
-    return static_cast<float>(2.0 / (static_cast<double>(pairs.total) * static_cast<double>(count)));
+DEVICE double set_share(const Pairs &pairs, uint32_t count) {
+    return 2.0 / (static_cast<double>(pairs.total) * static_cast<double>(count));
 }
 
 // What a row adds to the weight of a pair that it keeps.
@@ -18,7 +18,7 @@ struct Scales {
 };
 DEVICE Scales scales_of(const Pairs &pairs, uint32_t count_pos, uint32_t count_neg) {
     if (count_pos == 0 || count_neg == 0) return Scales{{0.0f, 0.0f}};
-    return Scales{{set_scale(pairs, count_neg), -set_scale(pairs, count_pos)}};
+    return Scales{{static_cast<float>(set_share(pairs, count_neg)), -static_cast<float>(set_share(pairs, count_pos))}};
 }
 
 // Of row `entry` of the tile, or column `entry - TILE`.

@@ -7,14 +7,13 @@
 
 #include "selection/finish_words.cuh"
 
-// 2 / (B |set|) of an active row's positives and negatives (SPEC 4); 0 of one without pairs of both kinds.
+// Of an active row's positives and negatives; 0 of one without pairs of both kinds.
 struct SetShares {
     double pos, neg;
 };
 DEVICE SetShares set_shares(const Pairs &pairs, uint32_t count_pos, uint32_t count_neg) {
     if (count_pos == 0 || count_neg == 0) return SetShares{0.0, 0.0};
-    auto total = static_cast<double>(pairs.total);
-    return SetShares{2.0 / (total * static_cast<double>(count_pos)), 2.0 / (total * static_cast<double>(count_neg))};
+    return SetShares{set_share(pairs, count_pos), set_share(pairs, count_neg)};
 }
 
 // A row's bounds and shares; no pair passes the bounds of an inactive one.
