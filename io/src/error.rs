@@ -113,14 +113,13 @@ impl From<ddtas::Error> for Error {
 
 /// The flag that sets a field of the library's settings.
 fn flag_of(field: &str) -> Option<&'static str> {
-    const FLAGS: [(&str, &str); 11] = [
+    const FLAGS: [(&str, &str); 10] = [
         ("alpha", "alpha"),
         ("beta", "beta"),
         ("gamma", "gamma"),
         ("ks", "recall-at"),
         ("lambda_neg", "lambda-neg"),
         ("lambda_pos", "lambda-pos"),
-        ("loss", "loss"),
         ("mining", "mining"),
         ("negative_ratio", "negative-ratio"),
         ("probe_ratio", "probe-ratio"),
