@@ -72,7 +72,7 @@
 #define SELECT_SHARED_BYTES (TILE * (2 * 8 + 8 + 2 * (3 * 5 + 2) * 4) + 80)
 /* Of stored candidates also the values and places of so many, 12 bytes a thread and a count a warp. Blocks a multiprocessor, which walk the tiles. */
 #define SELECT_PLACES 3520
-#define SELECT_STORED_SHARED_BYTES (SELECT_SHARED_BYTES + SELECT_PLACES * 6 + THREADS * 12 + THREADS / 32 * 4 + 16)
+#define SELECT_STORED_SHARED_BYTES (SELECT_SHARED_BYTES + SELECT_PLACES * 6 + THREADS * 12 + THREADS / 32 * 4 + 32 * 8 + 16)
 #define SELECT_BLOCKS 5
 /* Sums that the blocks of `weigh` add up. */
 #define WEIGH_SUMS 10
@@ -152,7 +152,7 @@ typedef struct Settings {
     double lambda_pos;
     double lambda_neg;
     uint64_t lambda;             /* address of two doubles in place of lambda_pos and lambda_neg; or 0 */
-    double sum_scale;            /* fixed-point units of RowSums in 1.0, a power of two */
+    double sum_scale;            /* fixed-point units of MinedSums in 1.0, a power of two */
     double more_scale;           /* of softplus - sigmoid: a power of two, at most sum_scale, with every term below 2^41 units */
     uint32_t adaptive;           /* AT-ASMS, otherwise the tolerances stay */
     uint32_t reserved;
@@ -171,15 +171,13 @@ typedef struct Counters {
     uint32_t unused;
 } Counters;
 
-/* Per anchor, from the selection. The sums are fixed point: order-independent. */
-typedef struct RowSums {
-    uint32_t count_pos;          /* |P_i| */
-    uint32_t count_neg;          /* |N_i| */
-    int64_t softplus_pos;        /* sum of log(1 + exp(-beta (S - lambda_pos))) over P_i */
-    int64_t softplus_neg;
-    int64_t sigmoid_pos;         /* sum of its derivative */
-    int64_t sigmoid_neg;
-} RowSums;
+/* Of each anchor's mined pairs of one kind, from the selection, [B] each: what a warp adds to neighbouring rows falls into few
+ * sectors. The sums are fixed point: order-independent. */
+typedef struct MinedSums {
+    int64_t *softplus;           /* sum of log(1 + exp(-beta (S - lambda_pos))) over P_i, or of the same over N_i */
+    int64_t *sigmoid;            /* sum of its derivative */
+    uint32_t *count;             /* |P_i| or |N_i| */
+} MinedSums;
 
 /* Per anchor: what turns a similarity into a pair weight. Nothing passes an inactive row's bounds. */
 typedef struct RowWeights {
@@ -240,7 +238,8 @@ typedef struct Pairs {
     RowSame *same;               /* [B] */
     uint32_t *max_neg;           /* [B], ordered key of m-, 0 without a negative */
     Counters *counters;          /* [1] */
-    RowSums *sums;               /* [B] */
+    MinedSums positives;
+    MinedSums negatives;
     RowWeights *weights;         /* [anchor tiles * TILE] */
     /* The rectangular form. Null where nobody says which reference is an anchor; NO_ROW where none is. */
     const uint32_t *identity;    /* [B], positions of references */

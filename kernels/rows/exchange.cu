@@ -44,8 +44,8 @@ KERNEL(take_numbers, TakeParams, 1) {
         } else if (p.which == NUMBERS_MAX_NEG) {
             pairs.max_neg[i] = max_neg_key(number_of(p.anchors, row, true, -INFINITE));
         } else {
-            pairs.sums[i].count_pos = count_of(p.anchors, row, true);
-            pairs.sums[i].count_neg = count_of(p.anchors_neg, row, true);
+            pairs.positives.count[i] = count_of(p.anchors, row, true);
+            pairs.negatives.count[i] = count_of(p.anchors_neg, row, true);
         }
     }
     if (i < pairs.references.count && pairs.columns != nullptr) {
@@ -78,7 +78,7 @@ KERNEL(report_numbers, ReportParams, 1) {
         uint32_t key = pairs.max_neg[i];
         static_cast<float *>(p.anchors)[row] = key == 0 ? -INFINITE : key_value(key);
     } else {
-        static_cast<uint32_t *>(p.anchors)[row] = pairs.sums[i].count_pos;
-        static_cast<uint32_t *>(p.anchors_neg)[row] = pairs.sums[i].count_neg;
+        static_cast<uint32_t *>(p.anchors)[row] = pairs.positives.count[i];
+        static_cast<uint32_t *>(p.anchors_neg)[row] = pairs.negatives.count[i];
     }
 }

@@ -25,7 +25,7 @@ DEVICE Scales scales_of(const Pairs &pairs, uint32_t count_pos, uint32_t count_n
 DEVICE Scales entry_scales(const Pairs &pairs, TileIndex tile, uint32_t entry) {
     bool row = entry < TILE;
     uint32_t i = row ? tile.row * TILE + entry : tile.column * TILE + entry - TILE;
-    if ((row || pairs.square) && i < pairs.anchors.count) return scales_of(pairs, pairs.sums[i].count_pos, pairs.sums[i].count_neg);
+    if ((row || pairs.square) && i < pairs.anchors.count) return scales_of(pairs, pairs.positives.count[i], pairs.negatives.count[i]);
     if (!row && pairs.columns != nullptr && i < pairs.references.count) {
         return scales_of(pairs, pairs.columns[i].count_pos, pairs.columns[i].count_neg);
     }

@@ -88,19 +88,33 @@ DEVICE void select_open(const Pairs &pairs, SelectShared &shared) {
     block_sync();
 }
 
-// Bounds of this thread's entry, and where a positive of it may be; the barrier that publishes them is the caller's.
-DEVICE void select_begin(const Pairs &pairs, TileIndex tile, SelectShared &shared) {
+// What is known of this thread's entry: its largest negative, its smallest positive, and where a positive of it may be.
+struct SelectEntry {
+    uint32_t max_neg;
+    float min_pos;
+    ClassRange range;
+};
+DEVICE SelectEntry select_entry(const Pairs &pairs, TileIndex tile) {
     uint32_t entry = thread_index();
     bool row = entry < TILE;
     uint32_t i = row ? tile.row * TILE + entry : tile.column * TILE + entry - TILE;
     bool anchor = (row || pairs.square) && i < pairs.counters->valid_anchors;
     bool elsewhere = !row && pairs.columns != nullptr && i < pairs.counters->valid_references;
-    uint32_t max_neg = anchor ? pairs.max_neg[i] : elsewhere ? pairs.columns[i].max_neg : 0;
-    float min_pos = anchor ? pairs.same[i].min_pos : elsewhere ? pairs.columns[i].min_pos : INFINITE;
+    return SelectEntry{anchor      ? pairs.max_neg[i]
+                       : elsewhere ? pairs.columns[i].max_neg
+                                   : 0,
+                       anchor      ? pairs.same[i].min_pos
+                       : elsewhere ? pairs.columns[i].min_pos
+                                   : INFINITE,
+                       anchor && row ? pairs.classes[i] : ClassRange{1, 0}};
+}
+// Its bounds; the barrier that publishes them is the caller's.
+DEVICE void select_begin(const SelectEntry &known, SelectShared &shared) {
+    uint32_t entry = thread_index();
     Tolerances tolerances = shared.constants.tolerances;
-    shared.pos_bound[entry] = positive_bound(max_neg, tolerances.pos);
-    shared.neg_bound[entry] = negative_bound(min_pos, tolerances.neg);
-    if (row) shared.range[entry] = anchor ? pairs.classes[i] : ClassRange{1, 0};
+    shared.pos_bound[entry] = positive_bound(known.max_neg, tolerances.pos);
+    shared.neg_bound[entry] = negative_bound(known.min_pos, tolerances.neg);
+    if (entry < TILE) shared.range[entry] = known.range;
 }
 
 // Adds the pair to the sums of whom it is kept by, in the row's `replica`; its fate, as in a word. `plain`: no two rows of the
@@ -135,33 +149,34 @@ DEVICE uint32_t select_pair(const Pairs &pairs, SelectShared &shared, const Sele
         atomic_add(&sums.sigmoid_high[entry], sigmoid_high);
         atomic_add(&sums.more_low[entry], more_low);
     };
-    bool by_column = kept[1] && pairs.square;  // a reference's sums are another part's
     add(kept[0], row * kReplicas + replica);
-    add(by_column, kReplicas * TILE + column);
+    add(kept[1], kReplicas * TILE + column);
     if (more_high != 0) {
         if (kept[0]) atomic_add(&sums.more_high[row], more_high);
-        if (by_column) atomic_add(&sums.more_high[TILE + column], more_high);
+        if (kept[1]) atomic_add(&sums.more_high[TILE + column], more_high);
     }
     return pack_fate(kept[0], kept[1], positive, sigmoid);
 }
 
-// Adds the tile's sums of this thread's entry to the anchor's and clears them; behind a barrier.
+// Adds the tile's sums of this thread's entry to the anchor's and clears them; behind a barrier. A reference's are another
+// part's.
 DEVICE void select_end(const Pairs &pairs, TileIndex tile, SelectShared &shared, bool plain) {
     uint32_t entry = thread_index();
     uint32_t i = entry < TILE ? tile.row * TILE + entry : tile.column * TILE + entry - TILE;
     for (int kind = plain ? 1 : 0; kind < 2; ++kind) {
         SelectSums &sums = shared.sums[kind];
         uint32_t low = take_sum(sums.more_low, entry), count = low >> kCountBit;
-        if (count == 0) continue;  // also all entries that are no anchor's
+        if (count == 0) continue;
         uint32_t sigmoid_low = take_sum(sums.sigmoid_low, entry), sigmoid_high = take_sum(sums.sigmoid_high, entry);
         int64_t sigmoid = joined(sigmoid_low, sigmoid_high, kSigmoidBits);
         int64_t more = joined(low & ((1u << kCountBit) - 1), sums.more_high[entry], kMoreBits);
         int64_t softplus = sigmoid + more * shared.constants.more_unit;
-        RowSums &of = pairs.sums[i];
-        atomic_add(kind == 0 ? &of.count_pos : &of.count_neg, count);
-        atomic_add(kind == 0 ? &of.softplus_pos : &of.softplus_neg, softplus);
-        atomic_add(kind == 0 ? &of.sigmoid_pos : &of.sigmoid_neg, sigmoid);
         sums.more_high[entry] = 0;
+        if (entry >= TILE && !pairs.square) continue;
+        const MinedSums &of = kind == 0 ? pairs.positives : pairs.negatives;
+        atomic_add(of.count + i, count);
+        atomic_add(of.softplus + i, softplus);
+        atomic_add(of.sigmoid + i, sigmoid);
     }
 }
 
@@ -172,11 +187,18 @@ DEVICE bool is_plain(const SelectShared &shared, TileIndex tile) {
     return (tile.column + 1) * TILE <= first.begin || tile.column * TILE >= last.end;
 }
 
+// A tile whose candidates are in the pool, from unit `segment` on; or one without any, or that was not stored.
+struct StoredTile {
+    uint32_t count, segment;
+};
+
 struct SelectStoredShared : SelectShared {
     alignas(16) uint32_t words[SELECT_PLACES];  // values first
     uint16_t places[SELECT_PLACES];
-    uint32_t masks[THREADS][2], before[THREADS];  // each thread's own bits, and those before them
+    alignas(16) uint32_t masks[THREADS][2];  // each thread's own bits
+    uint32_t before[THREADS];                // those before them
     uint32_t warp_counts[THREADS / 32];
+    StoredTile tiles[32];
     uint32_t end;  // of the block's tiles
 };
 static_assert(sizeof(SelectStoredShared) == SELECT_STORED_SHARED_BYTES, "the launch plan's shared memory");
@@ -185,8 +207,10 @@ static_assert(sizeof(SelectStoredShared) == SELECT_STORED_SHARED_BYTES, "the lau
 template <class Layout, bool one_window>
 DEVICE void expand(SelectStoredShared &shared, uint32_t window) {
     Layout layout;
-    uint32_t first = layout.row_of(0) * TILE + layout.column_of(0), at = shared.before[thread_index()] - window;
+    uint32_t first = layout.row_of(0) * TILE + layout.column_of(0), before = shared.before[thread_index()], at = before;
     for (uint32_t mask : shared.masks[thread_index()]) at += static_cast<uint32_t>(popc(mask));
+    if (!one_window && (at <= window || before >= window + SELECT_PLACES)) return;
+    at -= window;
     uint16_t *to = shared.places + (one_window ? at : 0);
 #pragma unroll
     for (int word = 1; word >= 0; --word) {
@@ -239,9 +263,63 @@ DEVICE TileIndex tile_after(const Pairs &pairs, TileIndex tile) {
     return tile;
 }
 
+// Copies the bits of a tile, which nobody reads the last ones of any more; done by the next wait, and there behind a barrier.
+DEVICE void copy_masks(const Pairs &pairs, SelectStoredShared &shared, uint32_t segment) {
+    static_assert(TILE_MASK_WORDS == 2 * THREADS, "two words a thread");
+    each_granule(TILE_MASK_WORDS, [&](uint32_t k) {
+        cp_async(&shared.masks[0][0] + k, pairs.pool_words + static_cast<uint64_t>(segment) * 4 + k);
+    });
+    cp_async_commit();
+}
+
+// The candidates of a tile, whose bits are there; `next` is the unit of the tile whose bits are wanted then, or NO_ROW.
+template <class Layout>
+DEVICE void select_stored_tile(const Pairs &pairs, SelectStoredShared &shared, TileIndex tile, StoredTile stored, uint32_t next) {
+    uint32_t count = stored.count;
+    uint64_t segment = static_cast<uint64_t>(stored.segment) * 4;
+    SelectEntry known = select_entry(pairs, tile);  // on its way meanwhile
+    uint32_t own = 0;
+    for (uint32_t mask : shared.masks[thread_index()]) own += static_cast<uint32_t>(popc(mask));
+    uint32_t before = warp_scan(own);
+    if (lane_index() == 31) shared.warp_counts[warp_index()] = before;
+    before -= own;
+    select_begin(known, shared);
+    block_sync();  // the counts and bounds are there, the last tile's words and sums are read
+#pragma unroll
+    for (uint32_t warp = 0; warp < THREADS / 32; ++warp) before += warp < warp_index() ? shared.warp_counts[warp] : 0;
+    shared.before[thread_index()] = before;
+    bool plain = is_plain(shared, tile);
+    for (uint32_t window = 0; window < count; window += SELECT_PLACES) {
+        uint32_t left = count - window < SELECT_PLACES ? count - window : SELECT_PLACES;
+        if (window != 0) block_sync();  // the words before are read
+        each_granule(left, [&](uint32_t k) { cp_async(shared.words + k, pairs.pool_values + segment + window + k); });
+        cp_async_commit();
+        if (count <= SELECT_PLACES) {
+            expand<Layout, true>(shared, window);
+        } else {
+            expand<Layout, false>(shared, window);
+        }
+        cp_async_wait<0>();
+        block_sync();
+        if (left == count - window && next != NO_ROW) copy_masks(pairs, shared, next);
+        if (plain) {
+            select_run<true>(pairs, shared, tile, left);
+        } else {
+            select_run<false>(pairs, shared, tile, left);
+        }
+        cp_async_wait<0>();
+        block_sync();  // every word and sum is there
+        each_granule(left, [&](uint32_t k) {
+            using Words = Granule<uint32_t>;
+            *reinterpret_cast<Words *>(pairs.pool_words + segment + window + k) = *reinterpret_cast<const Words *>(shared.words + k);
+        });
+    }
+    select_end(pairs, tile, shared, plain);
+}
+
 // Candidates in one walk: their places from the bits that the sweep left, first into shared memory, where values come and
 // words leave side by side. `Layout` is where the sweep's threads had their accumulators. Persistent blocks: each takes tiles in
-// a row.
+// a row, and looks up 32 of them at once; while one is examined, the next one's bits come.
 template <class Layout>
 DEVICE void select_stored_body(const PairsParams &p) {
     SHARED_MEMORY(bytes);
@@ -250,49 +328,28 @@ DEVICE void select_stored_body(const PairsParams &p) {
     auto index = static_cast<uint32_t>(pairs.tiles * block_x() / grid_x());
     if (thread_index() == 0) shared.end = static_cast<uint32_t>(pairs.tiles * (block_x() + 1) / grid_x());
     select_open(pairs, shared);
-    for (TileIndex tile = tile_of(pairs, index); index < shared.end; ++index, tile = tile_after(pairs, tile)) {
-        uint32_t count = pairs.tile_counts[index];
-        if (count == 0 || !is_stored(pairs, index)) continue;
-        uint64_t segment = segment_of(pairs, index);
-        uint32_t own = 0;
-        for (uint32_t word = 0; word < 2; ++word) {
-            uint32_t mask = pairs.pool_words[segment + thread_index() * 2 + word];
-            shared.masks[thread_index()][word] = mask;
-            own += static_cast<uint32_t>(popc(mask));
+    TileIndex tile = tile_of(pairs, index);
+    for (; index < shared.end; index += 32) {
+        if (index + lane_index() < shared.end && warp_index() == 0) {
+            uint32_t k = index + lane_index();
+            shared.tiles[lane_index()] = StoredTile{pairs.tile_counts[k], pairs.tile_segments[k]};
         }
-        uint32_t before = warp_scan(own);
-        if (lane_index() == 31) shared.warp_counts[warp_index()] = before;
-        before -= own;
-        select_begin(pairs, tile, shared);
-        block_sync();  // the counts and bounds are there, every mask is read, the last tile's words and sums too
-#pragma unroll
-        for (uint32_t warp = 0; warp < THREADS / 32; ++warp) before += warp < warp_index() ? shared.warp_counts[warp] : 0;
-        shared.before[thread_index()] = before;
-        bool plain = is_plain(shared, tile);
-        for (uint32_t window = 0; window < count; window += SELECT_PLACES) {
-            uint32_t left = count - window < SELECT_PLACES ? count - window : SELECT_PLACES;
-            if (window != 0) block_sync();  // the words before are read
-            each_granule(left, [&](uint32_t k) { cp_async(shared.words + k, pairs.pool_values + segment + window + k); });
-            cp_async_commit();
-            if (count <= SELECT_PLACES) {
-                expand<Layout, true>(shared, window);
-            } else {
-                expand<Layout, false>(shared, window);
-            }
+        block_sync();
+        StoredTile own = shared.tiles[lane_index()];
+        uint32_t stored = ballot_sync(index + lane_index() < shared.end && own.count != 0 && own.segment != NO_ROW);
+        if (stored != 0) {
+            copy_masks(pairs, shared, shared.tiles[lowest_bit(stored)].segment);
             cp_async_wait<0>();
-            block_sync();
-            if (plain) {
-                select_run<true>(pairs, shared, tile, left);
-            } else {
-                select_run<false>(pairs, shared, tile, left);
-            }
-            block_sync();  // every word and sum is there
-            each_granule(left, [&](uint32_t k) {
-                using Words = Granule<uint32_t>;
-                *reinterpret_cast<Words *>(pairs.pool_words + segment + window + k) = *reinterpret_cast<const Words *>(shared.words + k);
-            });
         }
-        select_end(pairs, tile, shared, plain);
+        block_sync();
+#pragma unroll 1
+        for (uint32_t k = 0; k < 32; ++k, tile = tile_after(pairs, tile)) {
+            if ((stored >> k & 1) == 0) continue;
+            uint32_t others = stored >> k >> 1;
+            uint32_t next = others == 0 ? NO_ROW : shared.tiles[k + 1 + static_cast<uint32_t>(lowest_bit(others))].segment;
+            select_stored_tile<Layout>(pairs, shared, tile, shared.tiles[k], next);
+        }
+        block_sync();  // the tiles are looked up anew
     }
 }
 KERNEL(select_stored, PairsParams, SELECT_BLOCKS) { select_stored_body<MmaLayout<4>>(p); }
@@ -316,7 +373,7 @@ DEVICE void select_tile(const Pairs &pairs, TileIndex tile, unsigned char *bytes
         }
     }
     select_open(pairs, shared);
-    select_begin(pairs, tile, shared);
+    select_begin(select_entry(pairs, tile), shared);
     const SelectConstants constants = shared.constants;
     block_sync();
     for (uint32_t k = thread_index(); k < TILE * TILE; k += THREADS) {

@@ -74,25 +74,33 @@ DEVICE float largest_weight(const Settings &settings, const RowWeights &weights,
                  weights.neg_scale * pair_sigmoid(settings, false, key_value(max_neg)));
 }
 
+// An anchor's mined pairs of one kind.
+struct Mined {
+    uint32_t count = 0;
+    int64_t softplus = 0, sigmoid = 0;
+};
+DEVICE Mined mined_by(const MinedSums &sums, uint32_t i) { return Mined{sums.count[i], sums.softplus[i], sums.sigmoid[i]}; }
+
 // One anchor's results, its weights and what it adds to the sums (SPEC 4), by whole warps; the largest of these weights. `i` may
 // be padding, or NO_ROW.
 DEVICE float weigh_anchor(const WeighParams &p, Tolerances tolerances, uint32_t i, WeighShared &shared) {
     const Pairs &pairs = p.pairs;
     const Settings &settings = pairs.settings;
-    RowSums row{};
+    Mined pos, neg;
     RowSame same{INFINITE, 0, 0.0f, 0.0f};
     uint32_t key = 0;
     double negatives = 0.0;
     if (i < pairs.anchors.count) {
-        row = pairs.sums[i];
+        pos = mined_by(pairs.positives, i);
+        neg = mined_by(pairs.negatives, i);
         same = pairs.same[i];
         key = pairs.max_neg[i];
         ClassRange range = pairs.classes[i];
         uint32_t original = pairs.anchors.order[i];
         p.min_pos[original] = same.min_pos;
         p.max_neg[original] = key == 0 ? -INFINITE : key_value(key);
-        p.count_pos[original] = row.count_pos;
-        p.count_neg[original] = row.count_neg;
+        p.count_pos[original] = pos.count;
+        p.count_neg[original] = neg.count;
         if (i < pairs.counters->valid_anchors) {
             negatives = static_cast<double>(pairs.counters->valid_references - (range.end - range.begin));
         }
@@ -100,15 +108,15 @@ DEVICE float weigh_anchor(const WeighParams &p, Tolerances tolerances, uint32_t 
     add_to(shared, kSumPos, static_cast<double>(same.sum_pos));
     add_to(shared, kSumSame, static_cast<double>(same.sum_same));
     add_to(shared, kNegatives, negatives);
-    SetShares shares = set_shares(pairs, row.count_pos, row.count_neg);
-    add_to(shared, kLoss, shares.pos / settings.beta * static_cast<double>(row.softplus_pos) / settings.sum_scale +
-                              shares.neg / settings.alpha * static_cast<double>(row.softplus_neg) / settings.sum_scale);
-    add_to(shared, kLambdaPos, shares.pos * static_cast<double>(row.sigmoid_pos) / settings.sum_scale);
-    add_to(shared, kLambdaNeg, 0.0 - shares.neg * static_cast<double>(row.sigmoid_neg) / settings.sum_scale);
+    SetShares shares = set_shares(pairs, pos.count, neg.count);
+    add_to(shared, kLoss, shares.pos / settings.beta * static_cast<double>(pos.softplus) / settings.sum_scale +
+                              shares.neg / settings.alpha * static_cast<double>(neg.softplus) / settings.sum_scale);
+    add_to(shared, kLambdaPos, shares.pos * static_cast<double>(pos.sigmoid) / settings.sum_scale);
+    add_to(shared, kLambdaNeg, 0.0 - shares.neg * static_cast<double>(neg.sigmoid) / settings.sum_scale);
     bool active = shares.pos != 0.0;
     add_to(shared, kActive, active ? 1.0 : 0.0);
-    add_to(shared, kMinedPos, active ? static_cast<double>(row.count_pos) : 0.0);
-    add_to(shared, kMinedNeg, active ? static_cast<double>(row.count_neg) : 0.0);
+    add_to(shared, kMinedPos, active ? static_cast<double>(pos.count) : 0.0);
+    add_to(shared, kMinedNeg, active ? static_cast<double>(neg.count) : 0.0);
     if (i == NO_ROW) return 0.0f;
     RowWeights weights = weights_of(shares, tolerances, same.min_pos, key);
     pairs.weights[i] = weights;

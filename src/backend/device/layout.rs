@@ -3,8 +3,8 @@
 use std::mem::offset_of;
 
 use super::params::{
-    ClassRange, Counters, LossScalars, Pairs, RowNumbers, RowSame, RowSums, RowWeights, Settings, Side, TILE,
-    WEIGH_SUMS, ZEROED, Zeroed,
+    ClassRange, Counters, LossScalars, MinedSums, Pairs, RowNumbers, RowSame, RowWeights, Settings, Side,
+    TILE, WEIGH_SUMS, ZEROED, Zeroed,
 };
 use super::plan::GradientGrid;
 use super::shape::{POOL_UNIT, Shape, more_scale, order_runs, sum_scale, tiles};
@@ -77,6 +77,7 @@ pub(super) struct LossLayout {
     pub(super) same: Region,
     pub(super) max_neg: Region,
     pub(super) counters: Region,
+    /// [`MinedSums`] of positives and of negatives: four lists of i64, then two of u32.
     pub(super) sums: Region,
     pub(super) weights: Region,
     pub(super) identity: Region,
@@ -132,7 +133,7 @@ impl LossLayout {
             same: layout.region::<RowSame>(rows),
             max_neg: layout.region::<u32>(rows),
             counters: layout.region::<Counters>(1),
-            sums: layout.region::<RowSums>(rows),
+            sums: layout.region::<[u64; 5]>(rows),
             weights: layout.region::<RowWeights>(tiles(rows) * TILE as usize),
             identity: layout.region::<u32>(if shape.identity { rows } else { 0 }),
             identity_list: layout.region::<u32>(if shape.identity && !resident { rows } else { 0 }),
@@ -283,7 +284,8 @@ impl Remembered {
             same: pointer(base, layout.same),
             max_neg: pointer(base, layout.max_neg),
             counters: pointer(base, layout.counters),
-            sums: pointer(base, layout.sums),
+            positives: mined_sums(base, layout.sums, shape.anchors, 0),
+            negatives: mined_sums(base, layout.sums, shape.anchors, 1),
             weights: pointer(base, layout.weights),
             identity: unless_empty::<u32>(base, layout.identity),
             columns: unless_empty(base, layout.columns),
@@ -302,6 +304,16 @@ impl Remembered {
             pool_words: pointer(base, layout.pool_words),
             settings: self.settings,
         }
+    }
+}
+
+/// Where in `sums` those of positives (`kind` 0) or negatives (1) of so many rows are.
+fn mined_sums(base: u64, sums: Region, rows: usize, kind: usize) -> MinedSums {
+    let first = pointer::<i64>(base, sums);
+    MinedSums {
+        softplus: first.wrapping_add(2 * kind * rows),
+        sigmoid: first.wrapping_add((2 * kind + 1) * rows),
+        count: first.wrapping_add(4 * rows).cast::<u32>().wrapping_add(kind * rows),
     }
 }
 

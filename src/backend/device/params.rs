@@ -36,21 +36,13 @@ kernel_parameters!(
     RetrievalParams,
 );
 
-macro_rules! read_from_words {
-    ($($name:ident),* $(,)?) => {
-        $(
-            impl $name {
-                /// Reads the struct from the bytes that a kernel wrote.
-                pub(super) fn from_words(words: &[u64; size_of::<Self>() / 8]) -> Self {
-                    // SAFETY: as many bytes, as aligned, and every bit pattern is a value of its numbers.
-                    unsafe { words.as_ptr().cast::<Self>().read() }
-                }
-            }
-        )*
-    };
+impl Counters {
+    /// Reads the struct from the bytes that a kernel wrote.
+    pub(super) fn from_words(words: &[u64; size_of::<Self>() / 8]) -> Self {
+        // SAFETY: as many bytes, as aligned, and every bit pattern is a value of its numbers.
+        unsafe { words.as_ptr().cast::<Self>().read() }
+    }
 }
-
-read_from_words!(Counters, RowSums);
 
 /// What the kernels write is [`crate::loss::LossScalars`]: every field of the same type, in the same place.
 macro_rules! same_scalars {

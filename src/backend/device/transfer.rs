@@ -6,7 +6,7 @@ use ndarray::Array2;
 
 use super::Device;
 use super::layout::{Ends, LossLayout, Remembered, RowTolerance, SideRegions};
-use super::params::{RowSums, TILE};
+use super::params::TILE;
 use super::shape::tiles;
 use super::workspace::Region;
 use crate::loss::{Batch, Embeddings, Identity, LossOutput, LossScalars, Rows, check_unit};
@@ -139,27 +139,28 @@ pub(super) fn download_terms<D: Device>(
 ) -> Result<(Vec<f64>, Vec<bool>)> {
     let Remembered { shape, layout, settings, .. } = loss;
     let rows = shape.anchors;
-    const WORDS: usize = size_of::<RowSums>() / size_of::<u64>();
-    let mut sums = vec![[0u64; WORDS]; rows];
-    device.download(buffer, layout.sums.offset, cast_slice_mut(sums.as_flattened_mut()))?;
+    let mut sums = vec![0i64; 5 * rows];
+    device.download(buffer, layout.sums.offset, cast_slice_mut(&mut sums))?;
+    let (wide, counts) = sums.split_at(4 * rows);
+    let counts: &[u32] = cast_slice(counts);
     let mut order = vec![0u32; rows];
     device.download(buffer, layout.anchors.order.offset, cast_slice_mut(&mut order))?;
     let mut ways = vec![0u8; tiles(rows)];
     device.download(buffer, layout.anchors.ways.offset, &mut ways)?;
     let (mut terms, mut by_tiles) = (vec![0.0; rows], vec![false; rows]);
-    for (row, (words, original)) in sums.iter().zip(order).enumerate() {
-        let sums = RowSums::from_words(words);
+    for (row, original) in order.into_iter().enumerate() {
         let original = original as usize;
         by_tiles[original] = ways[row / TILE as usize] == 0;
-        if sums.count_pos == 0 || sums.count_neg == 0 {
+        let (count_pos, count_neg) = (counts[row], counts[rows + row]);
+        if count_pos == 0 || count_neg == 0 {
             continue;
         }
         // As the kernel `weigh`.
         let part = |count: u32, sharpness: f64, sum: i64| {
             2.0 / (shape.total as f64 * f64::from(count)) / sharpness * sum as f64 / settings.sum_scale
         };
-        terms[original] = part(sums.count_pos, settings.beta, sums.softplus_pos)
-            + part(sums.count_neg, settings.alpha, sums.softplus_neg);
+        terms[original] =
+            part(count_pos, settings.beta, wide[row]) + part(count_neg, settings.alpha, wide[2 * rows + row]);
     }
     Ok((terms, by_tiles))
 }
