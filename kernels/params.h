@@ -309,7 +309,7 @@ typedef struct Zeroed {
     uint32_t *words;
     uint64_t count;
 } Zeroed;
-#define ZEROED 8
+#define ZEROED 7
 
 /* order_tiles, order_tiles_wide: sorts the keys of each tile, a block for every ORDER_OWN keys or for a wide tile, and begins the
  * loss: counters and sums that later passes count up in. */
@@ -401,7 +401,6 @@ typedef struct GradientParams {
     float *partial;              /* [splits, padded_rows, stride]; with one split unused */
     uint32_t *arrived;           /* [row blocks, column blocks, groups of splits and 1], 0 before and after; with one split unused */
     float *gradient;             /* [count, dim], original order */
-    const void *zeros;           /* [TILE, TILE] of 16-bit zeros */
 } GradientParams;
 
 /* threshold: <dM/dlambda R, tangent> of one side, for both lambdas. A block as in the gradient, for each lambda. */

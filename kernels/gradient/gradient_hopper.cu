@@ -3,10 +3,10 @@
 //
 // dE += M R, a block 128 rows and 256 columns of dE, warp-specialised (hopper_roles.cuh): two consumer warpgroups multiply, 64
 // rows each; three warps build the next tiles of M in shared memory, a store for every word that `weigh` left of a candidate; one
-// warp copies zeros to where they will stand, and R, the other side's rows, half a tile at a time (64 rows, 256 columns), in four
-// stages. Prepared rows lie in memory as wgmma's transposed operand lies: no operand passes through registers. M lies as its tile
-// of S does; where that is the other way round the product transposes it. A tile of S that was not stored is recomputed by the
-// warps that multiply, 64 columns at a time, since the sums of dE leave no registers for more: its operands come through the
+// warp copies R, the other side's rows, half a tile at a time (64 rows, 256 columns), in four stages, and writes zeros to where M
+// will stand. Prepared rows lie in memory as wgmma's transposed operand lies: no operand passes through registers. M lies as its
+// tile of S does; where that is the other way round the product transposes it. A tile of S that was not stored is recomputed by
+// the warps that multiply, 64 columns at a time, since the sums of dE leave no registers for more: its operands come through the
 // stages, its values go back to one, and half of M is built from these. Rows, columns, splits and the order of every sum are
 // those of gradient.cu; all warps alike sum what goes by lists. Sync: barriers in shared memory alone (full, empty, zeroed,
 // built, valued); all roles walk the same tiles.
@@ -50,7 +50,7 @@ DEVICE void copy_rows(const GradientParams &p, GradientHopperShared &shared, Wal
     uint32_t panels = columns.count / kPanelColumns;
     auto own_rows = static_cast<const unsigned char *>(tile_rows<Precision>(own_side(p), walk.x, pairs.stride));
     bool there = walk.next();
-    if (there) zero_matrix(p, shared, walk.work.matrix());
+    if (there) zero_matrix(shared, walk.work.matrix());
     while (there) {
         Work work = walk.work;
         there = walk.next();
@@ -77,8 +77,6 @@ DEVICE void copy_rows(const GradientParams &p, GradientHopperShared &shared, Wal
         }
         for (uint32_t half = 0; half < 2; ++half, ++fill) {
             acquire_stage(shared, fill);
-            // The product that gave this stage back was the last to read the matrix that the next tile gets.
-            if (half == 1 && there) zero_matrix(p, shared, walk.work.matrix());
             if (lane_index() == 0) mbarrier_arrive_expect_tx(full_of(shared, fill), panels * kStagePanel);
             warp_sync();
             if (lane_index() < panels) {
@@ -87,12 +85,15 @@ DEVICE void copy_rows(const GradientParams &p, GradientHopperShared &shared, Wal
                               kStagePanel, full_of(shared, fill));
             }
             warp_sync();
+            // The product that gave this stage back was the last to read the matrix that the next tile gets.
+            if (half == 1 && there) zero_matrix(shared, walk.work.matrix());
         }
     }
 }
 
-// Granules of 4 words of candidates that a thread has under way: those of the next tile while this one is waited for.
-constexpr uint32_t kAhead = 8;
+// Granules of 4 words of candidates that a thread has under way: those of the next tile while this one is waited for. What a
+// tile has beyond them, more than 4,608 words, is waited for.
+constexpr uint32_t kAhead = 12;
 using Words = Granule<uint32_t>;
 
 // What the warps that build know of their block.

@@ -65,7 +65,7 @@ DEVICE void copy_rows(const GradientParams &p, GradientSplitShared &shared, Walk
         ++fill;
     };
     bool there = walk.next();
-    if (there) zero_matrix(p, shared, walk.work.matrix());
+    if (there) zero_matrix(shared, walk.work.matrix());
     while (there) {
         Work work = walk.work;
         there = walk.next();
@@ -95,7 +95,7 @@ DEVICE void copy_rows(const GradientParams &p, GradientSplitShared &shared, Walk
             if (k == at && there) {
                 if (first > 0) mbarrier_wait(empty_of(shared, first - 1), parity_of(shared, first - 1));
                 warp_sync();
-                zero_matrix(p, shared, walk.work.matrix());
+                zero_matrix(shared, walk.work.matrix());
             }
         }
     }

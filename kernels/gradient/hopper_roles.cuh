@@ -113,16 +113,16 @@ DEVICE void acquire_stage(Shared &shared, uint32_t fill) {
 }
 
 // By the warp that copies: zeros to a matrix, of as many parts as it has. For recomputed tiles too: their matrix is written
-// all over, and waited for alike.
+// all over, and waited for alike. Zeros that came by a bulk copy would wait behind those of R.
 template <class Shared>
-DEVICE void zero_matrix(const GradientParams &p, Shared &shared, uint32_t matrix) {
-    constexpr uint32_t bytes = sizeof(shared.matrices[0]);
-    if (lane_index() == 0) {
-        auto *to = reinterpret_cast<unsigned char *>(shared.matrices[matrix]);
-        mbarrier_arrive_expect_tx(&shared.zeroed[matrix], bytes);
-        for (uint32_t at = 0; at < bytes; at += kMatrixPart) cp_async_bulk(to + at, p.zeros, kMatrixPart, &shared.zeroed[matrix]);
-    }
+DEVICE void zero_matrix(Shared &shared, uint32_t matrix) {
+    using Zeros = Granule<uint32_t>;
+    auto *to = reinterpret_cast<Zeros *>(shared.matrices[matrix]);
+#pragma unroll 8
+    for (uint32_t k = lane_index(); k < sizeof(shared.matrices[0]) / sizeof(Zeros); k += 32) to[k] = Zeros{};
+    fence_proxy_async();
     warp_sync();
+    arrive_as_warp(&shared.zeroed[matrix]);
 }
 
 template <class Shared>

@@ -120,8 +120,6 @@ int check(uint64_t seeds) {
     params.pairs.pool_words = words.data();
     params.pairs.pool_values = similarities.data();
     params.weight_scale = 1.0f;
-    const std::vector<uint16_t> zeros(TILE * TILE, 0);
-    params.zeros = zeros.data();
     const uint8_t ways[1] = {0};
     params.ways = ways;
     for (uint64_t seed = 0; seed < seeds; ++seed) {

@@ -96,7 +96,7 @@ fn a_stage_that_is_given_back_too_early_is_caught() {
 
 #[test]
 fn filling_a_matrix_before_it_is_given_back_is_caught() {
-    // One matrix fewer: zeros land while the product before the last reads it.
+    // One matrix fewer: zeros are written while the product before the last reads it.
     let file = "hopper_roles.cuh";
     assert_caught(&run_faulty_hopper_by(&[
         Fault { file, from: "return index % Roles::matrices;", to: "return index % 2;" },
@@ -113,7 +113,7 @@ fn faults_in_the_gradient_of_split_rows_are_caught() {
         // Stages, and then a matrix, are filled again before they are given back.
         ("hopper_roles.cuh", ACQUIRED),
         (own, "if (first > 0) mbarrier_wait(empty_of(shared, first - 1), parity_of(shared, first - 1));"),
-        // Weights are stored before zeros have landed, and products read before bulk copies have.
+        // Weights are stored before the zeros are there, and products read before bulk copies have.
         (own, "mbarrier_wait(&shared.zeroed[work.matrix()], work.matrix_parity());"),
         (own, "mbarrier_wait(&shared.built[work.matrix()], work.matrix_parity());"),
     ];
@@ -179,9 +179,16 @@ fn a_named_barrier_that_is_missing_is_caught() {
 }
 
 #[test]
-fn storing_before_zeros_have_landed_is_caught() {
+fn storing_before_the_zeros_are_there_is_caught() {
     let wait = "mbarrier_wait(&shared.zeroed[work.matrix()], work.matrix_parity());";
     assert_caught(&run_faulty_hopper("gradient_hopper.cu", wait, ""));
+}
+
+#[test]
+fn zeros_without_a_fence_are_caught() {
+    let fence = "fence_proxy_async();\n    warp_sync();\n    arrive_as_warp(&shared.zeroed[matrix]);";
+    let without = "warp_sync();\n    arrive_as_warp(&shared.zeroed[matrix]);";
+    assert_caught(&run_faulty_hopper("hopper_roles.cuh", fence, without));
 }
 
 #[test]

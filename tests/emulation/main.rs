@@ -30,8 +30,9 @@ struct Fault {
     to: &'static str,
 }
 
-/// Schedules that each program runs under.
-const SEEDS: &str = "8";
+/// Schedules that each program runs under, and one that a sanitizer slows down.
+const SEEDS: &str = "48";
+const SANITIZED_SEEDS: &str = "8";
 
 fn copy_folder(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();
@@ -111,7 +112,8 @@ fn run<'a>(
     program_and_kernels.arg("-xc++").args(kernels.iter().map(|file| found(&copy, file)));
     compile(program_and_kernels);
     let mut program = Command::new(&binary);
-    program.arg(SEEDS).env("ASAN_OPTIONS", "detect_leaks=0").env("TSAN_OPTIONS", "halt_on_error=1");
+    program.arg(if flags.is_empty() { SEEDS } else { SANITIZED_SEEDS });
+    program.env("ASAN_OPTIONS", "detect_leaks=0").env("TSAN_OPTIONS", "halt_on_error=1");
     program.output().unwrap()
 }
 

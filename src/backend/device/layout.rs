@@ -96,8 +96,6 @@ pub(super) struct LossLayout {
     pub(super) scalars: Region,
     pub(super) weigh_parts: Region,
     pub(super) weigh_arrived: Region,
-    /// A tile of zeros of a 16-bit type.
-    pub(super) zeros: Region,
     pub(super) min_pos: Region,
     pub(super) max_neg_out: Region,
     pub(super) count_pos: Region,
@@ -154,7 +152,6 @@ impl LossLayout {
             scalars: layout.region::<LossScalars>(1),
             weigh_parts: layout.region::<f64>(shape.weigh_blocks() * WEIGH_SUMS as usize),
             weigh_arrived: layout.region::<u32>(1),
-            zeros: layout.region::<u16>((TILE * TILE) as usize),
             min_pos: layout.region::<f32>(rows),
             max_neg_out: layout.region::<f32>(rows),
             count_pos: layout.region::<u32>(rows),
@@ -169,7 +166,7 @@ impl LossLayout {
     pub(super) fn zeroed(&self, base: u64) -> [Zeroed; ZEROED as usize] {
         let mut all = [Zeroed { words: std::ptr::null_mut(), count: 0 }; ZEROED as usize];
         let arrived = [self.weigh_arrived, self.anchors.arrived, self.references.arrived];
-        let counted = [self.max_neg, self.sums, self.columns, self.totals, self.zeros];
+        let counted = [self.max_neg, self.sums, self.columns, self.totals];
         for (zeroed, region) in all.iter_mut().zip(counted.into_iter().chain(arrived)) {
             *zeroed =
                 Zeroed { words: pointer(base, region), count: (region.bytes / size_of::<u32>()) as u64 };

@@ -4,7 +4,7 @@
 //! Every decision on the way (adaptation, lists or tiles) is taken on the device.
 
 use super::launcher::Launcher;
-use super::layout::{Remembered, ResidentOutput, pointer, unless_empty};
+use super::layout::{Remembered, ResidentOutput, pointer};
 use super::params::{
     GradientParams, LossScalars, NormalizeBackwardParams, Pairs, PairsParams, WEIGH_NO_WORDS, WeighParams,
 };
@@ -143,7 +143,6 @@ impl<D: Device> Passes<'_, D> {
             partial: self.at(regions.partial),
             arrived: self.at(regions.arrived),
             gradient: target as usize as *mut f32,
-            zeros: unless_empty::<std::ffi::c_void>(self.base, layout.zeros),
         };
         self.launcher.launch(kernel, of_references, &params)
     }

@@ -151,7 +151,6 @@ impl<D: Device> Passes<'_, D> {
             partial: std::ptr::null_mut(),
             arrived: std::ptr::null_mut(),
             gradient: std::ptr::null_mut(),
-            zeros: std::ptr::null(),
         }
     }
 }
