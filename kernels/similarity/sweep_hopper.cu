@@ -188,18 +188,21 @@ DEVICE void sweep_epilogue(const SweepWalk &walk, Shared &shared, uint32_t team,
         float largest[8];
         bool over = false;
 #pragma unroll
-        for (int m = 7; m >= 0; --m) {
-            int c = part * 8 + m;
-            const TwoColumns &two = shared.columns_of[team][layout.column_of(c) / 2];
+        for (int pair = 3; pair >= 0; --pair) {
+            const TwoColumns two = shared.columns_of[team][layout.column_of(part * 8 + pair * 2) / 2];
 #pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                float s = WgmmaLayout::value(acc, r, c);
-                above.add(r, s, rows.candidate[r], two.candidate[c % 2]);
-                if (!plain && !(negative[r] >> c & 1u)) s = -INFINITE;
-                rows.largest[r] = fmaxf(rows.largest[r], s);
-                largest[m] = r == 0 ? s : fmaxf(largest[m], s);
+            for (int m = pair * 2 + 1; m >= pair * 2; --m) {
+                int c = part * 8 + m;
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    float s = WgmmaLayout::value(acc, r, c);
+                    above.add(r, s, rows.candidate[r], two.candidate[c % 2]);
+                    if (!plain && !(negative[r] >> c & 1u)) s = -INFINITE;
+                    rows.largest[r] = fmaxf(rows.largest[r], s);
+                    largest[m] = r == 0 ? s : fmaxf(largest[m], s);
+                }
+                over |= largest[m] > two.max_neg[c % 2];
             }
-            over |= largest[m] > two.max_neg[c % 2];
         }
         // The more of a column has been seen, the fewer of its pairs change its m-.
         if (ballot_sync(over) == 0) continue;
