@@ -257,7 +257,6 @@ mod tests {
                 &["units.0.bias", "units.0.norm.gamma", "units.0.norm.beta"],
                 &["units.0.weight"],
             ),
-            ("test --width 8", &["stem.norm.gamma"], &["stem.weight", "blocks.1.shortcut.weight"]),
         ] {
             let settings = Arguments::parse_from(arguments.split(' ')).settings;
             let network = EmbeddingNetwork::new(&settings.network_shape(), &Device::flex());
