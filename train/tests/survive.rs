@@ -213,6 +213,7 @@ fn settings_that_a_run_depends_on_cannot_change_when_it_goes_on() {
     assert_refused(running().args(["--seed", "0"]), "config.toml");
     assert_refused(&mut program(&resume(&place.run("none"))), "none");
     assert_refused(&mut program(&resume(&place.data)), "no config.toml");
+    assert_refused(&mut program(&resume(&place.data.join("class00/0.png"))), "no config.toml");
 
     fs::remove_file(place.data.join("class01/3.png")).unwrap();
     assert_refused(&mut running(), "had 24 pictures of 4 classes, now 23 of 4");

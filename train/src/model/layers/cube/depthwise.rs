@@ -1,5 +1,5 @@
-//! Depthwise convolutions and their gradients. A unit has a vector of channels and a run of positions along a row: what it reads of a
-//! row of the map serves several positions and taps.
+//! Depthwise convolutions and their gradients. A unit has a vector of channels and a run of positions along a row: what
+//! it reads of a row of the map serves several positions and taps.
 
 use burn_cubecl::cubecl;
 use burn_cubecl::cubecl::prelude::*;
