@@ -93,7 +93,7 @@ impl Error {
 }
 
 impl From<ddtas::Error> for Error {
-    /// A setting of the library that a flag sets has the flag's name, in its advice too.
+    /// A setting of the library that a flag sets has the flag's name.
     fn from(error: ddtas::Error) -> Self {
         match error {
             ddtas::Error::InvalidSetting { name: "device", value, .. } => {
@@ -103,9 +103,6 @@ impl From<ddtas::Error> for Error {
                 Some(name) => Self::InvalidSetting { name, value, range },
                 None => Self::Library(ddtas::Error::InvalidSetting { name, value, range }),
             },
-            ddtas::Error::Unavailable(reason) => {
-                Self::Library(ddtas::Error::Unavailable(reason.replace(CPU_ADVICE, "use --device cpu")))
-            }
             other => Self::Library(other),
         }
     }
@@ -127,9 +124,6 @@ fn flag_of(field: &str) -> Option<&'static str> {
     ];
     FLAGS.iter().find(|(name, _)| *name == field).map(|(_, flag)| *flag)
 }
-
-/// What the library advises where a GPU cannot be used; a program has a flag for it.
-const CPU_ADVICE: &str = "use the device cpu";
 
 /// The error of an unknown device. `emulated` is not offered: it is for tests.
 pub const UNKNOWN_DEVICE: &str = "unknown; give auto, cpu, cuda or cuda:N";
@@ -159,12 +153,6 @@ mod tests {
         assert_eq!(Error::argument("flip", 2, "0 to 1").to_string(), "flip 2 is out of range: 0 to 1");
         let others = ddtas::Error::InvalidSetting { name: "picked", value: "9".into(), range: "0 to 7" };
         assert_eq!(Error::from(others).to_string(), "picked = 9 is out of range: 0 to 7");
-        let gpu = ddtas::Error::Unavailable(format!("no CUDA driver: {CPU_ADVICE}"));
-        assert_eq!(Error::from(gpu).to_string(), "no CUDA driver: use --device cpu");
-        assert!(
-            include_str!("../../src/backend/open.rs").contains(CPU_ADVICE),
-            "the library words it otherwise"
-        );
         let spoil: [fn(&mut LossSettings); 8] = [
             |settings| settings.gamma = f64::NAN,
             |settings| settings.negative_ratio = f64::NAN,

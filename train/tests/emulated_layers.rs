@@ -77,8 +77,8 @@ fn around(side: usize, kernel: usize, stride: usize) -> [usize; 2] {
     [total / 2, total - total / 2]
 }
 
-/// Every kind of convolution of the networks, by channels: in, out, kernel, stride, side, and whether it is depthwise. A picture of 97
-/// pixels where the network sees 224.
+/// Every kind of convolution of the networks, by channels: in, out, kernel, stride, side, and whether it is depthwise.
+/// A picture of 97 pixels where the network sees 224.
 const DENSE: [[usize; 5]; 23] = [
     // The default network, at 12 pixels.
     [3, 16, 3, 1, 12],

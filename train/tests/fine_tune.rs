@@ -73,12 +73,12 @@ fn engine(settings: &TrainSettings, network: &EmbeddingNetwork, device: &Device)
 
 type Weights = BTreeMap<String, Vec<f32>>;
 
-/// Weights and running statistics by name.
+/// Weights and running statistics by their names in files.
 fn weights(network: &EmbeddingNetwork) -> Weights {
     let tensors = network.valid().collect(None, None, true).into_iter();
     let named = |tensor: burn::store::burn_pack::Tensor| {
         let (name, _, _, _, bytes) = tensor.into_parts().unwrap();
-        (name, bytemuck::pod_collect_to_vec(&bytes))
+        (network.file_name(&name), bytemuck::pod_collect_to_vec(&bytes))
     };
     tensors.map(named).collect()
 }

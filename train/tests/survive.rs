@@ -213,6 +213,7 @@ fn settings_that_a_run_depends_on_cannot_change_when_it_goes_on() {
     assert_refused(running().args(["--seed", "0"]), "config.toml");
     assert_refused(&mut program(&resume(&place.run("none"))), "none");
     assert_refused(&mut program(&resume(&place.data)), "no config.toml");
+    assert_refused(&mut program(&resume(&place.data.join("class00/0.png"))), "no config.toml");
 
     fs::remove_file(place.data.join("class01/3.png")).unwrap();
     assert_refused(&mut running(), "had 24 pictures of 4 classes, now 23 of 4");
@@ -252,6 +253,21 @@ fn a_run_goes_on_to_more_steps_or_to_fewer() {
     assert_same(&run, &unbroken, "36 steps, then 120");
     assert!(fs::read_to_string(run.join("config.toml")).unwrap().contains("\nsteps = 120\n"));
     assert!(fs::read_to_string(run.join("report.html")).unwrap().contains("trained, after 120 steps"));
+
+    // 12 to 36 steps are evaluated in any run, 38 at the end alone.
+    let run = of("between", "38");
+    let evaluated = || records(&run).1.iter().map(|evaluation| evaluation.step).collect::<Vec<_>>();
+    assert_eq!(evaluated(), [0, 12, 24, 36, 38]);
+    let never = [on(&run, "120"), vec!["--checkpoint-every".into(), "0".into()]].concat();
+    let mut child = start(&never);
+    wait_for_lines(&run, &mut child, lines_of(&run) + 2);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert_finished(&finish(&resume(&run)));
+    assert!(!evaluated().contains(&38), "{:?}", evaluated());
+    for file in ["metrics.jsonl", "last.safetensors"] {
+        assert!(fs::read(run.join(file)).unwrap() == fs::read(unbroken.join(file)).unwrap(), "{file}");
+    }
 
     let run = place.run("long");
     let mut child = start(&arguments(&place.data, &run, &way("100000")));

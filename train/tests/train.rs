@@ -161,10 +161,15 @@ fn auto_takes_a_gpu_for_the_whole_run_or_says_why_not() {
 fn a_gpu_that_cannot_train_is_refused_in_one_line_before_anything_is_written() {
     let place = tempfile::tempdir().unwrap();
     let run = place.path().join("run");
-    let what = if cfg!(feature = "train-cuda") { "use --device cpu" } else { "--features train-cuda" };
-    assert_refused(small_run(&run, 2).args(["--device", "cuda:4096"]), what);
+    let refuse = |device: &str| {
+        let mut command = small_run(&run, 2);
+        command.args(["--device", device]);
+        assert_refused(&mut command, &format!("ddtas-train: --device {device}: "));
+        assert_refused(&mut command, "use the device cpu");
+    };
+    refuse("cuda:4096");
     if !gpu_trains() {
-        assert_refused(small_run(&run, 2).args(["--device", "cuda:0"]), what);
+        refuse("cuda:0");
     }
     assert!(!run.exists());
 }

@@ -27,7 +27,8 @@ const LAST_TRAINING_CLASS: usize = 100;
 /// Opens the set at `path`; `crop` cuts every picture to its bounding box.
 ///
 /// # Errors
-/// [`Error::Dataset`](crate::Error::Dataset) if a file is missing, [`Format`](ddtas_io::Error::Format) if a list is not what it should be, those of unpacking.
+/// [`Error::Dataset`](crate::Error::Dataset) if a file is missing, [`Format`](ddtas_io::Error::Format) if a list is not
+/// what it should be, those of unpacking.
 pub(super) fn open(path: &Path, crop: bool, unpacking: &mut Unpacking<'_>) -> Result<Dataset> {
     let root = Root::open(path, &CUB200, unpacking)?;
     let images = root.table::<2>(&["images.txt"], 0)?;

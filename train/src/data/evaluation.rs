@@ -45,8 +45,8 @@ impl EvaluationBatches {
         Ok(Self { split, cropper, chunk, range, next: 0, readable })
     }
 
-    /// The same for the pictures `range` alone. Of classes that begin or end elsewhere nothing is known here: [`check_classes`] asks
-    /// once all are together.
+    /// The same for the pictures `range` alone. Of classes that begin or end elsewhere nothing is known here:
+    /// [`check_classes`] asks once all are together.
     #[must_use]
     pub fn within(self, range: Range<usize>) -> Self {
         Self { next: range.start, range, ..self }

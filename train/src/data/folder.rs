@@ -134,9 +134,9 @@ const WANTED: &str = "give a folder that holds one folder of pictures per class"
 /// Pictures are told by their extensions; names that start with a dot are passed over. They are not opened yet.
 ///
 /// # Errors
-/// [`Error::Dataset`] if the folder is missing, holds no pictures, leaves fewer than two classes on a side, or
-/// leaves a test side where no class has two pictures; [`InvalidSetting`](ddtas_io::Error::InvalidSetting) for a `train_classes` out of range;
-/// [`Io`](ddtas_io::Error::Io) if a folder cannot be listed.
+/// [`Error::Dataset`] if the folder is missing, holds no pictures, leaves fewer than two classes on a side, or leaves a
+/// test side where no class has two pictures; [`InvalidSetting`](ddtas_io::Error::InvalidSetting) for a `train_classes`
+/// out of range; [`Io`](ddtas_io::Error::Io) if a folder cannot be listed.
 pub fn folder(root: &Path, settings: &FolderSettings) -> Result<Dataset> {
     let shown = root.display();
     if !root.is_dir() {
@@ -344,7 +344,7 @@ fn sorted_entries(folder: &Path) -> Result<BTreeSet<PathBuf>> {
     paths.filter(|path| !path.as_ref().is_ok_and(|path| is_hidden(path))).collect()
 }
 
-fn counted(classes: usize) -> String {
+pub(super) fn counted(classes: usize) -> String {
     if classes == 1 { "1 class".into() } else { format!("{classes} classes") }
 }
 

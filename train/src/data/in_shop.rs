@@ -31,8 +31,8 @@ enum Side {
 /// Opens the set at `path`; `crop` cuts every picture to its bounding box.
 ///
 /// # Errors
-/// [`Error::Dataset`](crate::Error::Dataset) if a file is missing or an item is on both sides, [`Format`](ddtas_io::Error::Format) if a list is not
-/// what it should be, those of unpacking.
+/// [`Error::Dataset`](crate::Error::Dataset) if a file is missing or an item is on both sides,
+/// [`Format`](ddtas_io::Error::Format) if a list is not what it should be, those of unpacking.
 pub(super) fn open(path: &Path, crop: bool, unpacking: &mut Unpacking<'_>) -> Result<Dataset> {
     let root = Root::open(path, &IN_SHOP, unpacking)?;
     let table = root.table::<3>(&[LIST, "Eval/list_eval_partition.txt"], 2)?;

@@ -1,7 +1,8 @@
 //! A split by lists of pictures: `train.txt`, and `test.txt` or `query.txt` and `gallery.txt`.
 //!
-//! A line is a picture's path, from the folder of the list or absolute, and its class, apart by a tab, a comma or blanks;
-//! without a class it is the picture's folder. A line that is the path of a file as it stands has none. Empty lines, and those that begin with `#`, say nothing.
+//! A line is a picture's path, from the folder of the list or absolute, and its class, apart by a tab, a comma or
+//! blanks; without a class it is the picture's folder. A whole line that is the path of a file has no class. Empty
+//! lines, and those that begin with `#`, are skipped.
 
 use std::collections::HashSet;
 use std::ffi::OsString;
@@ -15,8 +16,8 @@ use crate::{Error, Result};
 /// The sides that the lists in `root` name; none where there are no lists.
 ///
 /// # Errors
-/// [`Format`](ddtas_io::Error::Format) for a line whose picture is not there or stands above it, or that has no class, and for a list that names
-/// fewer than two classes.
+/// [`Format`](ddtas_io::Error::Format) for a line whose picture is not there or stands above it, or that has no class,
+/// and for a list that names fewer than two classes.
 pub(super) fn sides(root: &Path) -> Result<Option<Sides>> {
     let list = |name: &str| Some(root.join(format!("{name}.txt"))).filter(|path| path.is_file());
     let Some(places) = Places::of(list) else { return Ok(None) };

@@ -26,7 +26,7 @@ pub struct ImageBatch {
     pub labels: Vec<i64>,
     /// Indices of the pictures in the split, `[B]`.
     pub indices: Vec<usize>,
-    /// The pictures of the batch that are here: all but where several ranks share it.
+    /// The rank's own pictures of the batch: all of them unless several ranks share it.
     pub own: Range<usize>,
     /// Side of a picture.
     pub image_size: usize,
@@ -103,9 +103,8 @@ impl Loader {
     /// Starts the workers.
     ///
     /// # Errors
-    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) or [`InvalidArgument`](ddtas_io::Error::InvalidArgument) for sizes, shares or counts
-    /// out of range;
-    /// [`ddtas::Error::Unavailable`] if the system gives no thread.
+    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) or [`InvalidArgument`](ddtas_io::Error::InvalidArgument) for
+    /// sizes, shares or counts out of range; [`ddtas::Error::Unavailable`] if the system gives no thread.
     pub fn new(split: Arc<Split>, sampler: PkSampler, settings: LoaderSettings) -> Result<Self> {
         settings.augment.validate()?;
         check(settings.workers > 0, "workers", settings.workers, "at least 1")?;

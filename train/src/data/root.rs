@@ -8,6 +8,7 @@ use rayon::prelude::*;
 
 use super::archive::{Unpacking, is_archive, unpack};
 use super::dataset::{DEFAULT_CACHE_BYTES, Dataset, Source, Split};
+use super::folder::counted;
 use crate::{Error, Result};
 
 /// What is known of a published data set before any file of it is open.
@@ -158,8 +159,9 @@ impl Root {
         }
         for (side, classes) in [("training", &train), ("test", &test)] {
             if classes.len() < 2 {
+                let found = counted(classes.len());
                 return Err(
-                    self.refuse(&format!("holds {} {side} classes, at least 2 are needed", classes.len()))
+                    self.refuse(&format!("holds {side} pictures of {found}, and at least 2 are needed"))
                 );
             }
         }

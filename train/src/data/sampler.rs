@@ -25,8 +25,9 @@ impl PkSampler {
     /// A sampler of `classes` x `pictures` from the picture indices of each class.
     ///
     /// # Errors
-    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) if one of the two is 0; [`Misused`](ddtas_io::Error::Misused) if there are
-    /// fewer classes than asked for; [`Error::Dataset`] for one without pictures.
+    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) if one of the two is 0;
+    /// [`Misused`](ddtas_io::Error::Misused) if there are fewer classes than asked for; [`Error::Dataset`] for one
+    /// without pictures.
     pub fn new(by_class: &[Vec<usize>], classes: usize, pictures: usize, seed: u64) -> Result<Self> {
         check(classes > 0, "classes-per-batch", classes, "at least 1")?;
         check(pictures > 0, "images-per-class", pictures, "at least 1")?;

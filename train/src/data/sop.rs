@@ -20,8 +20,8 @@ pub(super) const SOP: Published = Published {
 /// Opens the set at `path`.
 ///
 /// # Errors
-/// [`Error::Dataset`](crate::Error::Dataset) if a file is missing or a class is on both sides, [`Format`](ddtas_io::Error::Format) if a list is not
-/// what it should be, those of unpacking.
+/// [`Error::Dataset`](crate::Error::Dataset) if a file is missing or a class is on both sides,
+/// [`Format`](ddtas_io::Error::Format) if a list is not what it should be, those of unpacking.
 pub(super) fn open(path: &Path, unpacking: &mut Unpacking<'_>) -> Result<Dataset> {
     let root = Root::open(path, &SOP, unpacking)?;
     let (train, test) = (side(&root, "Ebay_train.txt")?, side(&root, "Ebay_test.txt")?);

@@ -25,9 +25,9 @@ pub struct Tangent {
 
 /// Takes the virtual step, evaluates the meta gradient there, and returns the tangent of `images` along it (SPEC 5).
 ///
-/// `gradients` is that of the training loss, found in `mode`; `meta_gradient` maps embeddings of `meta_images` to dL^m/dE.
-/// Running statistics stay as they are. `None` if nothing was mined on either side. Of several `ranks` each has its own images, embeddings
-/// and tangent, and all have the same gradients.
+/// `gradients` is that of the training loss, found in `mode`; `meta_gradient` maps embeddings of `meta_images` to
+/// dL^m/dE. Running statistics stay as they are. `None` if nothing was mined on either side. Of several `ranks` each
+/// has its own images, embeddings and tangent, and all have the same gradients.
 ///
 /// # Errors
 /// Those of `meta_gradient`.

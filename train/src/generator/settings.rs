@@ -200,26 +200,21 @@ impl GeneratorSettings {
         let needs_head = "needs --generator head";
         if self.kind == GeneratorKind::Off {
             let needs_one = "needs --generator head or full";
-            let init = self.generator_init.as_deref().unwrap_or(Path::new("")).display().to_string();
+            let init = self.generator_init.as_deref().unwrap_or(Path::new("")).display();
             fits(self.generator_init.is_none(), "generator-init", init, needs_one)?;
-            return fits(self.rehearsal == 0, "rehearsal", self.rehearsal.to_string(), needs_one);
+            return fits(self.rehearsal == 0, "rehearsal", self.rehearsal, needs_one);
         }
-        fits(
-            head || self.lambda_ensemble == 1,
-            "lambda-ensemble",
-            self.lambda_ensemble.to_string(),
-            needs_head,
-        )?;
+        fits(head || self.lambda_ensemble == 1, "lambda-ensemble", self.lambda_ensemble, needs_head)?;
         fits(head || self.meta == MetaSource::Fresh, "meta", "recent", needs_head)?;
         let range = "--lambda-min to --lambda-max; it is what --lambda says where it is not given itself";
         for (name, value) in [("lambda-pos", start.pos), ("lambda-neg", start.neg)] {
             let (low, high) = (self.lambda_min, self.lambda_max);
-            check((low..=high).contains(&value), name, value.to_string(), range)?;
+            check((low..=high).contains(&value), name, value, range)?;
         }
         fits(
             self.lambda_pair || start.pos == start.neg,
             "lambda-neg",
-            start.neg.to_string(),
+            start.neg,
             "give the same as --lambda-pos, or --lambda-pair to learn them apart",
         )
     }
@@ -238,24 +233,24 @@ impl GeneratorSettings {
             ("lambda-ensemble", self.lambda_ensemble, 1, "1 to 65536"),
         ];
         for (name, value, least, range) in counts {
-            check(value >= least && value <= 1 << 16, name, value.to_string(), range)?;
+            check(value >= least && value <= 1 << 16, name, value, range)?;
         }
-        check(self.rehearsal <= 1 << 31, "rehearsal", self.rehearsal.to_string(), "0 to 2147483648 steps")?;
+        check(self.rehearsal <= 1 << 31, "rehearsal", self.rehearsal, "0 to 2147483648 steps")?;
         let thresholds = [
             ("lambda-reference", self.lambda_reference),
             ("lambda-min", self.lambda_min),
             ("lambda-max", self.lambda_max),
         ];
         for (name, value) in thresholds {
-            check((-2.0..=2.0).contains(&value), name, value.to_string(), "-2 to 2")?;
+            check((-2.0..=2.0).contains(&value), name, value, "-2 to 2")?;
         }
         let high = self.lambda_max;
-        check(self.lambda_min < high, "lambda-max", high.to_string(), "above --lambda-min")?;
+        check(self.lambda_min < high, "lambda-max", high, "above --lambda-min")?;
         for (name, value) in [("virtual-rate", self.step().rate), ("lambda-rate", self.lambda_rate)] {
-            check(value > 0.0 && value.is_finite(), name, value.to_string(), "above 0")?;
+            check(value > 0.0 && value.is_finite(), name, value, "above 0")?;
         }
         for (name, value) in [("lambda-l1", self.lambda_l1), ("lambda-l2", self.lambda_l2)] {
-            check(value >= 0.0 && value.is_finite(), name, value.to_string(), "0 or more")?;
+            check(value >= 0.0 && value.is_finite(), name, value, "0 or more")?;
         }
         Ok(())
     }

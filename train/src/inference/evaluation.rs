@@ -10,9 +10,9 @@ use super::{Event, Skipped};
 use crate::data::{
     Dataset, DatasetKind, DatasetSettings, RECALL_AT, TrainClasses, as_text, check_image_size,
 };
-use crate::train::RunFolder;
+use crate::train::{RunFolder, device};
 use crate::{Error, Result};
-use ddtas::backend::{self, Backend, DeviceSpec};
+use ddtas::backend::Backend;
 use ddtas::loss::{Embeddings, Rows};
 use ddtas::retrieval::{self, Metrics};
 use ndarray::ArrayView1;
@@ -136,8 +136,7 @@ pub struct Evaluation {
 /// Files or data that cannot be read or used, settings out of range, [`Error::Dataset`] if no query has an answer.
 pub fn evaluate(settings: &EvalSettings, tell: &mut dyn FnMut(Event<'_>)) -> Result<Evaluation> {
     settings.validate()?;
-    let spec: DeviceSpec = settings.device.parse()?;
-    let mut backend = backend::open(&spec)?;
+    let mut backend = device::open(&settings.device.parse()?)?;
     match &settings.embeddings {
         Some(path) => {
             let file = EmbeddingsFile::read(path)?;

@@ -82,7 +82,8 @@ pub fn embed(settings: &EmbedSettings, tell: &mut dyn FnMut(Event<'_>)) -> Resul
     })
 }
 
-/// The embeddings of the `pictures` below the folder `root` with names, labels and where they came from; and what could not be read.
+/// The embeddings of the `pictures` below the folder `root` with names, labels and where they came from; and what could
+/// not be read.
 pub(super) fn embed_folder(
     embedder: &Embedder,
     root: &Path,

@@ -102,8 +102,8 @@ impl EmbeddingsFile {
     /// Reads a .npy or a .safetensors file. Rows that are not of unit length are scaled to it, since similarities are cosines.
     ///
     /// # Errors
-    /// [`Io`](ddtas_io::Error::Io) if it cannot be read; [`Format`](ddtas_io::Error::Format) if it holds something else, or a row that has no direction
-    /// (zero, NaN or infinite).
+    /// [`Io`](ddtas_io::Error::Io) if it cannot be read; [`Format`](ddtas_io::Error::Format) if it holds something
+    /// else, or a row that has no direction (zero, NaN or infinite).
     pub fn read(path: &Path) -> Result<Self> {
         let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
         if Format::of(path).is_ok_and(|format| format == Format::Npy) {
@@ -176,7 +176,8 @@ impl EmbeddingsFile {
     /// Writes the file in the form its extension asks for; whole or not at all. A .npy has its .json written first.
     ///
     /// # Errors
-    /// [`Format`](ddtas_io::Error::Format) for another extension, or a gallery in a .npy; [`Io`](ddtas_io::Error::Io), for example if the disk is full.
+    /// [`Format`](ddtas_io::Error::Format) for another extension, or a gallery in a .npy; [`Io`](ddtas_io::Error::Io),
+    /// for example if the disk is full.
     pub fn write(&self, path: &Path) -> Result<()> {
         match Format::of(path)? {
             Format::Safetensors => self.write_safetensors(path),

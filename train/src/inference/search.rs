@@ -9,8 +9,9 @@ use super::origin::Origin;
 use super::pictures::Pictures;
 use super::{Event, Skipped};
 use crate::data::as_text;
+use crate::train::device;
 use crate::{Error, Result};
-use ddtas::backend::{self, DeviceSpec, Nearest};
+use ddtas::backend::Nearest;
 use ddtas::loss::Rows;
 
 /// What to look for, and where.
@@ -92,7 +93,7 @@ fn optional<S: serde::Serializer>(path: &Option<PathBuf>, serializer: S) -> Resu
 /// # Errors
 /// A checkpoint, gallery or query that cannot be used; a gallery whose embeddings another checkpoint made.
 pub fn search(settings: &SearchSettings, tell: &mut dyn FnMut(Event<'_>)) -> Result<Found> {
-    let spec: DeviceSpec = settings.device.parse()?;
+    let mut backend = device::open(&settings.device.parse()?)?;
     if settings.top == 0 {
         return Err(Error::setting("top", "0", "1 or more"));
     }
@@ -117,7 +118,7 @@ pub fn search(settings: &SearchSettings, tell: &mut dyn FnMut(Event<'_>)) -> Res
     let labels = vec![0; count.max(queries.labels.len())];
     let rows = Rows::new(queries.view()?, &labels[..queries.labels.len()]);
     let references = Rows::new(gallery.values.view(), &labels[..count]);
-    let nearest = backend::open(&spec)?.nearest(&rows, Some(&references), settings.top.min(count))?;
+    let nearest = backend.nearest(&rows, Some(&references), settings.top.min(count))?;
 
     let answer = |query: Option<&PathBuf>, (&index, &similarity): (&u32, &f32)| {
         let name = gallery.names.get(index as usize);

@@ -18,7 +18,8 @@ const STYLE: &str = include_str!("sheet.css");
 /// Writes the contact sheet of a search. A picture that no longer lies where the gallery says is shown as a frame with its name.
 ///
 /// # Errors
-/// [`Error::Image`](crate::Error::Image) if a query can no longer be read; [`Io`](ddtas_io::Error::Io) if the file cannot be written.
+/// [`Error::Image`](crate::Error::Image) if a query can no longer be read; [`Io`](ddtas_io::Error::Io) if the file
+/// cannot be written.
 pub fn write(found: &Found, path: &Path) -> Result<()> {
     let mut thumbnails = (Thumbnails::new(QUERY)?, Thumbnails::new(ANSWER)?);
     let title = match &found.queries[..] {

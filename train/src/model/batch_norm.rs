@@ -123,7 +123,8 @@ impl BatchNorm {
             Normalise::Affine | Normalise::Batch | Normalise::Training => (self.gamma.val(), self.beta.val()),
         };
         let NormOptions { epsilon, activation, .. } = self.options;
-        // Through given statistics a bias is one more shift: no pass over the input, and its gradient comes out of the sums of beta's.
+        // Through given statistics a bias is one more shift: no pass over the input, and its gradient comes out of the
+        // sums of beta's.
         let beta = match shift {
             Some(bias) => {
                 let variance = self.running_variance.value_sync().detach();

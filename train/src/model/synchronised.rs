@@ -42,7 +42,8 @@ pub(crate) fn over<T>(ranks: &Rc<dyn Collective>, work: impl FnOnce() -> Result<
     }
 }
 
-/// Statistics of all ranks (`[2, C]`: mean, biased variance) from those of `count` values a channel that are here; and how many there are.
+/// Statistics of all ranks (`[2, C]`: mean, biased variance) from this rank's, of `count` values a channel; and how
+/// many there are in all.
 pub(super) fn statistics(own: Tensor<2>, count: usize) -> (Tensor<2>, usize) {
     let [_, channels] = own.dims();
     let all = exchanged(count, || super::read(own.clone()));

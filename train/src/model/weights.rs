@@ -1,7 +1,7 @@
 //! Published weights, as PyTorch and safetensors keep them, into a backbone.
 
 use std::collections::BTreeMap;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{ErrorKind, Read, Seek, SeekFrom};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
@@ -148,7 +148,10 @@ fn read(path: &Path) -> Result<BTreeMap<String, Stored>> {
     let length = file.metadata().map_err(Error::io("read", path))?.len();
     let is_torch = match file.read_exact(&mut start) {
         Ok(()) => is_torch(start, length),
-        Err(_) => return Err(Error::format(path, "is too short to hold weights")),
+        Err(error) if error.kind() == ErrorKind::UnexpectedEof => {
+            return Err(Error::format(path, "is too short to hold weights"));
+        }
+        Err(error) => return Err(Error::io("read", path)(error)),
     };
     let mut tensors = if is_torch { read_torch(path)? } else { read_safetensors(path)? };
     for wrapper in WRAPPERS {

@@ -1,7 +1,8 @@
 //! NCCL: messages through the memory of this rank's GPU, with timeouts.
 //!
-//! NCCL says nothing of a rank that has died, or only seconds later, and waits for ever. So the communicator is one that never blocks, and every wait ends by
-//! an error of NCCL's, by a process that is seen to have ended, or by a time limit.
+//! NCCL says nothing of a rank that has died, or only seconds later, and waits for ever. So the communicator is one
+//! that never blocks, and every wait ends by an error of NCCL's, by a process that is seen to have ended, or by a time
+//! limit.
 
 use std::ffi::{CStr, c_char};
 use std::mem::ManuallyDrop;
@@ -145,7 +146,8 @@ impl Communicator {
         })
     }
 
-    /// Sends each rank its part of `own`, and returns what each has sent here, in their order; parts have the same length on all ranks.
+    /// Sends each rank its part of `own`, and returns what each has sent here, in their order; parts have the same
+    /// length on all ranks.
     ///
     /// # Errors
     /// [`Error::Lost`].
@@ -154,7 +156,8 @@ impl Communicator {
         self.carry(own, length * parts.len(), |ends, comm| {
             let Ends { from, to, stream } = *ends;
             let mut answers = Vec::with_capacity(2 * parts.len() + 2);
-            // SAFETY: every part is within the bytes that are sent, and the room for what is received has all parts of this length.
+            // SAFETY: every part is within the bytes that are sent, and the room for what is received has all parts of
+            // this length.
             unsafe {
                 answers.push(sys::ncclGroupStart());
                 for (rank, part) in parts.iter().enumerate() {

@@ -60,8 +60,8 @@ pub trait Collective {
     /// [`Error::Rank`] if another rank has failed.
     fn all_gather(&self, own: &[u8]) -> Result<Messages>;
 
-    /// Cuts `values`, as many on every rank, into a share for each rank ([`share`]), and returns this rank's share of every rank's,
-    /// in their order.
+    /// Cuts `values`, as many on every rank, into a share for each rank ([`share`]), and returns this rank's share of
+    /// every rank's, in their order.
     ///
     /// # Errors
     /// As [`all_gather`](Collective::all_gather).
@@ -79,8 +79,9 @@ pub trait Collective {
     /// Bytes that this rank has sent to others so far, each message counted once for every rank that gets it.
     fn sent(&self) -> u64;
 
-    /// Adds up the values of all ranks, in their order and in double precision: the same bits on every rank, and in every run of as many
-    /// ranks. Each rank adds up one share of them, so that `2 (size - 1) / size` of the values leave it, as in a ring.
+    /// Adds up the values of all ranks, in their order and in double precision: the same bits on every rank, and in
+    /// every run of as many ranks. Each rank adds up one share of them, so that `2 (size - 1) / size` of the values
+    /// leave it, as in a ring.
     ///
     /// # Errors
     /// As [`all_gather`](Collective::all_gather).

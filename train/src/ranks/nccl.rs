@@ -15,8 +15,8 @@ const FAILED: u64 = u64::MAX;
 
 /// One of the processes that a launcher started.
 ///
-/// Messages come from the host's memory and end there; the GPUs carry bytes, and add nothing up. Before every message the ranks tell
-/// each other its length, or that they have failed.
+/// Messages come from the host's memory and end there; the GPUs carry bytes, and add nothing up. Before every message
+/// the ranks tell each other its length, or that they have failed.
 pub struct Nccl {
     communicator: RefCell<Communicator>,
     rank: usize,
@@ -28,12 +28,12 @@ pub struct Nccl {
 }
 
 impl Nccl {
-    /// Joins the processes that were started together, which meet over `file`, each with the GPU of its number on its machine. A rank that says
-    /// nothing for `limit` is given up.
+    /// Joins the processes that were started together, which meet over `file`, each with the GPU of its number on its
+    /// machine. A rank that says nothing for `limit` is given up.
     ///
     /// # Errors
-    /// [`Misused`](ddtas_io::Error::Misused) if the launcher's variables make no sense; [`ddtas::Error::Unavailable`] without driver, NCCL or
-    /// GPU; [`Error::Lost`] if the others do not come.
+    /// [`Misused`](ddtas_io::Error::Misused) if the launcher's variables make no sense; [`ddtas::Error::Unavailable`]
+    /// without driver, NCCL or GPU; [`Error::Lost`] if the others do not come.
     pub fn join(file: &Path, limit: Duration) -> Result<Self> {
         let Launched { rank, size, local_rank } = Launched::read(|name| std::env::var(name).ok())?;
         check_libraries()?;

@@ -1,9 +1,10 @@
 //! How processes that know only a file's name find each other.
 //!
-//! Rank r lays a card beside the file, `FILE.r`: who it is, unlike any process before or after it. Rank 0 first throws away what an earlier run
-//! has left, collects the cards, and writes FILE, with NCCL's id and all cards. A rank takes a FILE that has its own card and then removes that card, and lays
-//! it again where rank 0 has thrown it away with the old ones. When all cards are gone, rank 0 removes FILE. So no rank can take a file of another
-//! run, whatever is left of which; two runs at once need files of their own.
+//! Rank r writes its entry, `FILE.r`: who it is, unlike any process before or after it. Rank 0 first removes what an earlier
+//! run has left, reads the entries, and writes FILE, with NCCL's id and all entries. A rank accepts a FILE that holds its
+//! own entry and then removes `FILE.r`; it writes `FILE.r` again where rank 0 has removed it with the old ones. When all of
+//! them are gone, rank 0 removes FILE. So no rank accepts the file of another run, whatever that has left; two runs at once
+//! need files of their own.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -84,20 +85,20 @@ pub(super) fn meet(
 /// Rank 0's side.
 fn call(file: &Path, own: Member, limit: Duration, id: impl FnOnce() -> Result<Vec<u8>>) -> Result<Meeting> {
     let size = own.size;
-    let cards: Vec<PathBuf> = (1..size).map(|rank| card(file, rank)).collect();
+    let entries: Vec<PathBuf> = (1..size).map(|rank| entry(file, rank)).collect();
     // Reading tells files of ours from others, which stay.
     if read::<Meeting>(file)?.is_some() {
         remove(file)?;
     }
-    for card in &cards {
-        if read::<Member>(card)?.is_some() {
-            remove(card)?;
+    for entry in &entries {
+        if read::<Member>(entry)?.is_some() {
+            remove(entry)?;
         }
     }
-    let mut found = vec![None; cards.len()];
+    let mut found = vec![None; entries.len()];
     let all = until(limit, || {
-        for (found, card) in found.iter_mut().zip(&cards).filter(|(found, _)| found.is_none()) {
-            *found = read::<Member>(card)?;
+        for (found, entry) in found.iter_mut().zip(&entries).filter(|(found, _)| found.is_none()) {
+            *found = read::<Member>(entry)?;
         }
         Ok(found.iter().all(Option::is_some))
     })?;
@@ -114,28 +115,28 @@ fn call(file: &Path, own: Member, limit: Duration, id: impl FnOnce() -> Result<V
     }
     let meeting = Meeting { id: id()?, members };
     write(file, &meeting)?;
-    let taken = until(limit, || Ok(!cards.iter().any(|card| card.exists())))?;
+    let taken = until(limit, || Ok(!entries.iter().any(|entry| entry.exists())))?;
     remove(file)?;
-    let late = (1..size).filter(|rank| cards[rank - 1].exists());
+    let late = (1..size).filter(|rank| entries[rank - 1].exists());
     if taken { Ok(meeting) } else { Err(absent(late, file, limit)) }
 }
 
 /// The others' side.
 fn come(file: &Path, rank: usize, own: Member, limit: Duration) -> Result<Meeting> {
-    let card = card(file, rank);
+    let entry = entry(file, rank);
     let mut meeting = None;
     until(limit, || {
         meeting = read::<Meeting>(file)?.filter(|meeting| meeting.members.get(rank) == Some(&own));
-        if meeting.is_none() && read::<Member>(&card)?.as_ref() != Some(&own) {
-            write(&card, &own)?;
+        if meeting.is_none() && read::<Member>(&entry)?.as_ref() != Some(&own) {
+            write(&entry, &own)?;
         }
         Ok(meeting.is_some())
     })?;
-    remove(&card)?;
+    remove(&entry)?;
     meeting.ok_or_else(|| absent(std::iter::once(0), file, limit))
 }
 
-fn card(file: &Path, rank: usize) -> PathBuf {
+fn entry(file: &Path, rank: usize) -> PathBuf {
     let mut name = file.as_os_str().to_owned();
     name.push(format!(".{rank}"));
     name.into()
@@ -224,7 +225,7 @@ mod tests {
             for last in 0..size {
                 write(&file, &Meeting { id: vec![0; 128], members: vec![old.clone(); 3] }).unwrap();
                 for rank in 1..size {
-                    write(&card(&file, rank), &old).unwrap();
+                    write(&entry(&file, rank), &old).unwrap();
                 }
                 let meetings = all(&file, size, last);
                 assert!(meetings.iter().all(|meeting| *meeting == meetings[0]), "{meetings:?}");
@@ -255,7 +256,7 @@ mod tests {
     fn a_file_of_another_kind_stays() {
         let place = tempfile::tempdir().unwrap();
         let file = place.path().join("notes");
-        for path in [file.clone(), card(&file, 1)] {
+        for path in [file.clone(), entry(&file, 1)] {
             fs::write(&path, "mine").unwrap();
             let said = meet(&file, (0, 2), LIMIT, || Ok(Vec::new())).unwrap_err().to_string();
             assert!(said.contains("name another file by --rendezvous"), "{said}");

@@ -20,7 +20,8 @@ fn chunks(rows: usize, size: usize) -> impl Iterator<Item = Range<usize>> {
     (0..rows).step_by(size).map(move |start| start..(start + size).min(rows))
 }
 
-/// Features `[B, F]` of the pictures of a batch that are here, `size` pictures at a time, on the device of `device` without autodiff. Running statistics stay as they are.
+/// Features `[B, F]` of the rank's own pictures of a batch, `size` at a time, on `device` without autodiff. Running statistics
+/// stay as they are.
 pub fn features(
     network: &EmbeddingNetwork,
     batch: &ImageBatch,
@@ -34,7 +35,7 @@ pub fn features(
     Tensor::cat(chunks.map(|rows| network.features(images(batch, rows, &device), mode)).collect(), 0)
 }
 
-/// Gradients of the weights of `network` from dL/dE of the pictures of a batch that are here, `size` pictures at a time.
+/// Gradients of the weights of `network` from dL/dE of the rank's own pictures of a batch, `size` at a time.
 pub fn gradients(
     network: &EmbeddingNetwork,
     batch: &ImageBatch,
@@ -52,7 +53,7 @@ pub fn gradients(
     sum.grads()
 }
 
-/// Some of the pictures of a batch that are here, `[rows, 3, S, S]`.
+/// Some of the rank's own pictures of a batch, `[rows, 3, S, S]`.
 pub(super) fn images(batch: &ImageBatch, rows: Range<usize>, device: &Device) -> Tensor<4> {
     let side = batch.image_size;
     let picture = 3 * side * side;

@@ -3,9 +3,9 @@
 use burn::module::Module;
 use burn::tensor::Device;
 
-use crate::Result;
 use crate::model::EmbeddingNetwork;
-use ddtas::backend::{self, AutoDevice, DeviceSpec};
+use crate::{Error, Result};
+use ddtas::backend::{self, AutoDevice, Backend, DeviceSpec};
 
 /// The device of a run.
 pub(super) struct Place {
@@ -20,7 +20,7 @@ pub(super) struct Place {
 /// Finds the device for `asked`; does not open it yet. Ranks of one machine take a GPU each.
 ///
 /// # Errors
-/// [`Unavailable`](ddtas::Error::Unavailable) if this build has no network on that device.
+/// [`Misused`](ddtas_io::Error::Misused) if this build has no network on that device.
 pub(super) fn place(asked: DeviceSpec, local_rank: usize) -> Result<Place> {
     let (spec, reason) = match asked {
         DeviceSpec::Auto => automatic(backend::auto(), local_rank),
@@ -32,6 +32,17 @@ pub(super) fn place(asked: DeviceSpec, local_rank: usize) -> Result<Place> {
         DeviceSpec::Auto | DeviceSpec::Cpu => Device::flex(),
     };
     Ok(Place { spec, network: network.autodiff(), reason })
+}
+
+/// Opens the backend of `--device`.
+///
+/// # Errors
+/// [`Misused`](ddtas_io::Error::Misused) if this build or machine does not have the device.
+pub(crate) fn open(spec: &DeviceSpec) -> Result<Box<dyn Backend>> {
+    backend::open(spec).map_err(|error| match error {
+        ddtas::Error::Unavailable(reason) => Error::misuse("device", spec, reason),
+        other => other.into(),
+    })
 }
 
 /// Emulated kernels compute the loss alone, unless the build has those of the network too: for tests.
@@ -82,14 +93,15 @@ mod gpu {
 mod gpu {
     use burn::tensor::Device;
 
-    use crate::Result;
+    use crate::{Error, Result};
 
     pub const HAS_NETWORK: bool = false;
     pub const NEEDS_FEATURE: &str =
         "this build trains on the CPU only: build with `cargo build --release --features train-cuda`";
 
-    pub fn device(_index: usize) -> Result<Device> {
-        Err(ddtas::Error::Unavailable(format!("{NEEDS_FEATURE}, or use --device cpu")).into())
+    pub fn device(index: usize) -> Result<Device> {
+        let reason = format!("{NEEDS_FEATURE}, or use the device cpu");
+        Err(Error::misuse("device", format_args!("cuda:{index}"), reason))
     }
 }
 

@@ -286,7 +286,7 @@ impl Engine {
         Ok(moved)
     }
 
-    /// Features and embeddings of the pictures that are here, and how the gradient goes back from there.
+    /// Features and embeddings of the rank's own pictures, and how the gradient gets from there to the weights.
     fn forward(&self, step: usize, batch: &ImageBatch) -> (Tensor<2>, Tensor<2>, Way) {
         let rows = batch.own.len();
         let constant = || chunks::features(&self.network, batch, self.chunk_size, self.mode, &self.device);
@@ -380,7 +380,7 @@ impl Engine {
         Ok(())
     }
 
-    /// The loss of the whole batch, with the gradient of the rows that are here. Returns whether any gradient is non-zero.
+    /// The loss of the whole batch, with the gradient of the rank's own rows. Returns whether any gradient is non-zero.
     fn evaluate_loss(&mut self, embeddings: ArrayView2<'_, f32>, batch: &ImageBatch) -> Result<bool> {
         let (rows, own) = ((embeddings, batch.labels.as_slice()), batch.own.clone());
         let (backend, output) = (&mut *self.backend, &mut self.output);
@@ -517,7 +517,7 @@ fn fresh(
     )
 }
 
-/// The pictures of a batch that are here.
+/// The rank's own pictures of a batch.
 fn image_tensor(batch: &ImageBatch, device: &Device) -> Tensor<4> {
     chunks::images(batch, 0..batch.own.len(), device)
 }

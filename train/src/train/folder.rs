@@ -51,7 +51,7 @@ impl RunFolder {
     /// The folder of an earlier run.
     pub fn open(path: &Path) -> Result<Self> {
         let folder = Self::at(path);
-        if path.is_dir() && !folder.config().exists() {
+        if path.exists() && !folder.config().exists() {
             return Err(Error::format(path, "not a run of ddtas-train: there is no config.toml in it"));
         }
         Ok(folder)

@@ -196,9 +196,9 @@ impl Generator {
         Ok(self.thresholds.lambda())
     }
 
-    /// Learns from a virtual step of the whole network along `gradients`, those of the loss that `backend` evaluated last,
-    /// on the embeddings of `batch` and the memory, with the network in `mode`. `images` are those of the batch and of the meta batch that are
-    /// here. Returns the thresholds of the next step.
+    /// Learns from a virtual step of the whole network along `gradients`, those of the loss that `backend` evaluated
+    /// last, on the embeddings of `batch` and the memory, with the network in `mode`. `images` are those of the batch
+    /// and of the meta batch that are here. Returns the thresholds of the next step.
     ///
     /// # Errors
     /// Those of the backends and of the ranks.

@@ -115,8 +115,8 @@ impl Memory {
         Ok(backend.threshold_gradient(&batch, tangent, Some(moving.view()))?)
     }
 
-    /// [`loss`](Memory::loss) on several ranks, each with the rows `own` of the batch: the gradient is that of these. Returns whether any
-    /// gradient is non-zero.
+    /// [`loss`](Memory::loss) on several ranks, each with the rows `own` of the batch: the gradient is that of these.
+    /// Returns whether any gradient is non-zero.
     ///
     /// # Errors
     /// Those of the backend and of the ranks.

@@ -25,7 +25,7 @@
 mod average;
 pub mod checkpoint;
 pub mod chunks;
-mod device;
+pub(crate) mod device;
 mod engine;
 mod folder;
 mod generator;

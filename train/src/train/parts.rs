@@ -48,8 +48,8 @@ impl Part<'_> {
         Ok(any)
     }
 
-    /// The sums of SPEC 5 over the pairs of the last [`loss`](Part::loss), whose part this must be, for `tangent`, edot of the rank's own
-    /// rows. What lies behind the batch does not move.
+    /// The sums of SPEC 5 over the pairs of the last [`loss`](Part::loss), whose part this must be, for `tangent`, edot
+    /// of the rank's own rows. What lies behind the batch does not move.
     pub fn threshold_gradient(
         &self,
         backend: &mut dyn Backend,

@@ -141,6 +141,16 @@ impl RecordWriter {
         Ok(())
     }
 
+    /// Length of the file without its last record.
+    ///
+    /// # Errors
+    /// [`Io`](ddtas_io::Error::Io).
+    pub fn bytes_before_last(&self) -> Result<u64> {
+        let text = std::fs::read(&self.path).map_err(Error::io("read", &self.path))?;
+        let last = text.split_inclusive(|&byte| byte == b'\n').next_back().map_or(0, <[u8]>::len);
+        Ok((text.len() - last) as u64)
+    }
+
     fn locked(file: File, path: &Path, bytes: u64) -> Result<Self> {
         match file.try_lock() {
             Ok(()) => Ok(Self { file, path: path.to_path_buf(), bytes }),

@@ -304,8 +304,7 @@ impl TrainSettings {
         ];
         for (name, path) in files {
             if let Some(path) = path.as_ref().filter(|path| !path.exists()) {
-                let value = path.display().to_string();
-                return Err(Error::misuse(name, value, "there is no such file"));
+                return Err(Error::misuse(name, path.display(), "there is no such file"));
             }
         }
         Ok(())
@@ -358,19 +357,19 @@ impl TrainSettings {
     /// first setting that is off.
     pub fn validate(&self) -> Result<()> {
         self.data.validate()?;
-        check((-2.0..=2.0).contains(&self.lambda), "lambda", self.lambda.to_string(), "-2 to 2")?;
+        check((-2.0..=2.0).contains(&self.lambda), "lambda", self.lambda, "-2 to 2")?;
         let margin = self.margin();
-        check((-1.0..=1.0).contains(&margin), "margin", margin.to_string(), "-1 to 1")?;
+        check((-1.0..=1.0).contains(&margin), "margin", margin, "-1 to 1")?;
         fits(
             self.loss != PairLoss::SoftContrastive || self.margin.is_none(),
             "margin",
-            margin.to_string(),
+            margin,
             "needs --loss contrastive or multi-similarity: the threshold of soft-contrastive is --lambda",
         )?;
         self.loss_settings().validate()?;
         self.generator.validate(self.first_lambda())?;
         let crop = self.smallest_crop;
-        check(crop > 0.0 && crop <= 1.0, "smallest-crop", crop.to_string(), "above 0, at most 1")?;
+        check(crop > 0.0 && crop <= 1.0, "smallest-crop", crop, "above 0, at most 1")?;
         check_image_size(self.image_size)?;
         let [embedding_dim, width, depth] = network_sizes(self.embedding_dim, self.width, self.depth);
         let sizes = [
@@ -394,37 +393,37 @@ impl TrainSettings {
             ("memory-size", self.memory_size, 0, 1 << 24, "0 to 16777216"),
         ];
         for (name, value, low, high, range) in sizes {
-            check((low..=high).contains(&value), name, value.to_string(), range)?;
+            check((low..=high).contains(&value), name, value, range)?;
         }
         for (name, seed) in [("seed", self.seed), ("data-seed", self.data.data_seed)] {
             // What config.toml can hold.
-            check(i64::try_from(seed).is_ok(), name, seed.to_string(), "0 to 9223372036854775807")?;
+            check(i64::try_from(seed).is_ok(), name, seed, "0 to 9223372036854775807")?;
         }
         fits(self.output.as_deref() != Some(Path::new("")), "output", "''", "must be the name of a folder")?;
         let rate = self.learning_rate;
-        check(rate > 0.0 && rate.is_finite(), "learning-rate", rate.to_string(), "above 0")?;
-        check((0.0..=1.0).contains(&self.warm_up), "warm-up", self.warm_up.to_string(), "0 to 1")?;
+        check(rate > 0.0 && rate.is_finite(), "learning-rate", rate, "above 0")?;
+        check((0.0..=1.0).contains(&self.warm_up), "warm-up", self.warm_up, "0 to 1")?;
         let decay = self.weight_decay;
-        check((0.0..1.0).contains(&decay), "weight-decay", decay.to_string(), "0 to 1, 1 excluded")?;
+        check((0.0..1.0).contains(&decay), "weight-decay", decay, "0 to 1, 1 excluded")?;
         self.optimizer.validate(self.generator.kind)?;
         self.check_batch()?;
         fits(
             !self.batch_norm.is_frozen() || self.init.is_some() || self.weights.is_some(),
             "batch-norm",
-            "frozen",
+            name_of(&self.batch_norm),
             "needs --weights FILE or --init FILE: without trained statistics there is nothing to freeze",
         )?;
         fits(
             self.weights.is_none() || self.init.is_none(),
             "weights",
-            String::new(),
+            "",
             "give --weights or --init, not both",
         )?;
         self.backbone.validate(self.pooling, self.weights.is_some(), self.image_size)?;
         fits(
             self.generator.kind == GeneratorKind::Off || self.loss == PairLoss::SoftContrastive,
             "generator",
-            String::new(),
+            "",
             "needs --loss soft-contrastive: the other losses have no lambda to learn",
         )
     }

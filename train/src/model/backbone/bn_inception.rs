@@ -98,7 +98,7 @@ fn unit(
     input: Value,
 ) -> Value {
     let convolution = Convolution { stride, bias: true, ..Convolution::new(channels, kernel) };
-    builder.unit(name.to_owned(), format!("{name}_bn"), convolution, input)
+    builder.unit([name.to_owned(), format!("{name}_bn")], convolution, input)
 }
 
 #[cfg(test)]

@@ -41,7 +41,7 @@ pub(super) fn lite0(device: &Device) -> Graph {
     let (builder, images) = Builder::new(NORM, device);
     let mut builder = builder.with_tensorflow_padding();
     let stem = Convolution { stride: 2, ..relu6(STEM, 3) };
-    let mut last = builder.unit("_conv_stem".into(), "_bn0".into(), stem, images);
+    let mut last = builder.unit(["_conv_stem".into(), "_bn0".into()], stem, images);
     let mut number = 0;
     for stage in &STAGES {
         for block in 0..stage.blocks {
@@ -50,7 +50,7 @@ pub(super) fn lite0(device: &Device) -> Graph {
             number += 1;
         }
     }
-    let features = builder.unit("_conv_head".into(), "_bn1".into(), relu6(FEATURES, 1), last);
+    let features = builder.unit(["_conv_head".into(), "_bn1".into()], relu6(FEATURES, 1), last);
     builder.build(features)
 }
 
@@ -70,11 +70,11 @@ fn inverted_residual(
     let inner = input.channels * stage.expansion;
     let mut last = input;
     if stage.expansion > 1 {
-        last = builder.unit(name("_expand_conv"), name("_bn0"), relu6(inner, 1), last);
+        last = builder.unit([name("_expand_conv"), name("_bn0")], relu6(inner, 1), last);
     }
     let depthwise = Convolution { depthwise: true, stride, ..relu6(inner, stage.kernel) };
-    last = builder.unit(name("_depthwise_conv"), name("_bn1"), depthwise, last);
+    last = builder.unit([name("_depthwise_conv"), name("_bn1")], depthwise, last);
     let project = Convolution { activation: Activation::None, ..relu6(stage.channels, 1) };
-    last = builder.unit(name("_project_conv"), name("_bn2"), project, last);
+    last = builder.unit([name("_project_conv"), name("_bn2")], project, last);
     if stride == 1 && input.channels == stage.channels { builder.add(last, input, false) } else { last }
 }

@@ -125,13 +125,6 @@ impl Pool {
     }
 }
 
-/// Where the field's files hold a unit.
-#[derive(Debug, Clone)]
-struct Names {
-    convolution: String,
-    norm: String,
-}
-
 /// A network from images to a feature map.
 #[derive(Module, Debug)]
 pub struct Graph {
@@ -139,8 +132,11 @@ pub struct Graph {
     /// Result 0 are the images, result n is that of step n - 1.
     #[module(skip)]
     steps: Vec<Step>,
+    /// Of each unit the names in files: of its convolution, and of its normalisation.
     #[module(skip)]
-    names: Vec<Names>,
+    names: Vec<[String; 2]>,
+    /// Whether files have PyTorch's names of a normalisation's tensors.
+    published: bool,
     features: usize,
 }
 
@@ -208,15 +204,16 @@ impl Graph {
         self.steps.iter().zip(&sizes[1..]).map(|(step, made)| taken(step) + made).max().unwrap_or(0)
     }
 
-    /// The field's name of the tensor that Burn calls `path`, `units.N.weight` or `units.N.norm.gamma`.
+    /// Name in files of the tensor that Burn calls `path`, `units.N.weight` or `units.N.norm.gamma`.
     #[must_use]
     pub fn file_name(&self, path: &str) -> String {
         let known = || {
             let (number, tensor) = path.strip_prefix("units.")?.split_once('.')?;
-            let names = self.names.get(number.parse::<usize>().ok()?)?;
+            let [convolution, norm] = self.names.get(number.parse::<usize>().ok()?)?;
             Some(match tensor.strip_prefix("norm.") {
-                Some(tensor) => format!("{}.{}", names.norm, BatchNorm::file_name(tensor)),
-                None => format!("{}.{tensor}", names.convolution),
+                Some(tensor) if self.published => format!("{norm}.{}", BatchNorm::file_name(tensor)),
+                Some(tensor) => format!("{norm}.{tensor}"),
+                None => format!("{convolution}.{tensor}"),
             })
         };
         known().unwrap_or_else(|| path.to_owned())
@@ -262,7 +259,8 @@ pub(super) struct Builder {
 impl Builder {
     /// Nothing yet, and the images.
     pub fn new(norm: NormOptions, device: &Device) -> (Self, Value) {
-        let graph = Graph { units: Vec::new(), steps: Vec::new(), names: Vec::new(), features: 0 };
+        let graph =
+            Graph { units: Vec::new(), steps: Vec::new(), names: Vec::new(), published: true, features: 0 };
         let images = Value { index: 0, channels: 3 };
         (Self { graph, norm, tensorflow: false, device: device.clone() }, images)
     }
@@ -273,8 +271,14 @@ impl Builder {
         self
     }
 
-    /// A convolution and its normalisation, under the names of the files.
-    pub fn unit(&mut self, convolution: String, norm: String, c: Convolution, input: Value) -> Value {
+    /// Names the tensors of normalisations as [`BatchNorm`] does: there are no published files.
+    pub fn with_own_names(mut self) -> Self {
+        self.graph.published = false;
+        self
+    }
+
+    /// A convolution and its normalisation, under these names in files.
+    pub fn unit(&mut self, names: [String; 2], c: Convolution, input: Value) -> Value {
         let groups = if c.depthwise { input.channels } else { 1 };
         let (channels_in, area) = (input.channels / groups, c.kernel * c.kernel);
         let initializer = Initializer::KaimingNormal { gain: 2f64.sqrt(), fan_out_only: true };
@@ -289,7 +293,7 @@ impl Builder {
             depthwise: c.depthwise,
             padding: if self.tensorflow { Padding::TensorFlow } else { Padding::Even(c.kernel / 2) },
         });
-        self.graph.names.push(Names { convolution, norm });
+        self.graph.names.push(names);
         let unit = self.graph.units.len() - 1;
         self.step(Step::Unit { unit, input: input.index }, c.channels)
     }
@@ -349,7 +353,8 @@ mod tests {
                 assert_eq!(network.results(side).last(), Some(&[channels, rows]));
             }
         }
-        // The pooling behind the first convolution.
+        // The pooling behind the first convolution, and the sum of the first block.
         assert_eq!(resnet18.least_values(224), 64 * (112 * 112 + 56 * 56));
+        assert_eq!(super::super::residual::small(8, 2, &device).least_values(48), 3 * 8 * 48 * 48);
     }
 }

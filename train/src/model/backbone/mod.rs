@@ -2,9 +2,8 @@
 //!
 //! | file | what |
 //! | --- | --- |
-//! | `residual.rs` | the small residual network, which is trained from random weights |
-//! | `graph.rs` | convolutional networks as lists of steps, with the names of the files that hold their weights |
-//! | `efficientnet.rs`, `resnet.rs`, `bn_inception.rs` | such lists |
+//! | `graph.rs` | convolutional networks as lists of steps, with the names of their tensors in files |
+//! | `residual.rs`, `efficientnet.rs`, `resnet.rs`, `bn_inception.rs` | such lists |
 //! | `vision_transformer.rs` | ViT-S/16 |
 
 mod bn_inception;
@@ -18,7 +17,6 @@ use burn::module::Module;
 use burn::tensor::{Device, Tensor};
 
 use graph::Graph;
-use residual::Residual;
 use vision_transformer::VisionTransformer;
 
 use super::NetworkShape;
@@ -114,10 +112,9 @@ impl BackboneKind {
 
 /// A network from images to features.
 #[derive(Module, Debug)]
+#[allow(clippy::large_enum_variant, reason = "a process has one, or a few copies")]
 pub enum Backbone {
-    /// The small residual network.
-    Residual(Residual),
-    /// A convolutional network with the weights of a file.
+    /// A convolutional network.
     Graph(Graph),
     /// The vision transformer.
     VisionTransformer(VisionTransformer),
@@ -128,7 +125,7 @@ impl Backbone {
     #[must_use]
     pub fn new(shape: &NetworkShape, device: &Device) -> Self {
         match shape.backbone {
-            BackboneKind::Residual => Self::Residual(Residual::new(shape.width, shape.depth, device)),
+            BackboneKind::Residual => Self::Graph(residual::small(shape.width, shape.depth, device)),
             BackboneKind::EfficientnetLite0 => Self::Graph(efficientnet::lite0(device)),
             BackboneKind::Resnet18 => Self::Graph(resnet::resnet18(device)),
             BackboneKind::Resnet50 => Self::Graph(resnet::resnet50(device)),
@@ -141,7 +138,6 @@ impl Backbone {
     #[must_use]
     pub fn features(&self) -> usize {
         match self {
-            Self::Residual(network) => network.features(),
             Self::Graph(network) => network.features(),
             Self::VisionTransformer(network) => network.features(),
         }
@@ -150,7 +146,6 @@ impl Backbone {
     /// Values that a picture of this `side` takes at least at once on its way through the network.
     pub(crate) fn least_values(&self, side: usize) -> usize {
         match self {
-            Self::Residual(network) => network.least_values(side),
             Self::Graph(network) => network.least_values(side),
             Self::VisionTransformer(_) => VisionTransformer::least_values(side),
         }
@@ -160,19 +155,18 @@ impl Backbone {
     #[must_use]
     pub fn forward(&self, images: Tensor<4>, mode: Normalise) -> Features {
         match self {
-            Self::Residual(network) => Features::Map(network.forward(images, mode)),
             Self::Graph(network) => Features::Map(network.forward(images, mode)),
             Self::VisionTransformer(network) => Features::Tokens(network.forward(images)),
         }
     }
 
-    /// Name in files of published weights of the tensor that Burn calls `path`.
+    /// Name in files of the tensor that Burn calls `path`.
     #[must_use]
     pub fn file_name(&self, path: &str) -> String {
         match self {
-            // The transformer's fields are named as timm's.
-            Self::Residual(_) | Self::VisionTransformer(_) => path.to_owned(),
             Self::Graph(network) => network.file_name(path),
+            // The transformer's fields are named as timm's.
+            Self::VisionTransformer(_) => path.to_owned(),
         }
     }
 }

@@ -25,21 +25,27 @@ pub(super) fn resnet50(device: &Device) -> Graph {
 fn resnet(blocks: [usize; 4], bottleneck: bool, device: &Device) -> Graph {
     let (mut builder, images) = Builder::new(NormOptions::new(Activation::Relu), device);
     let stem = Convolution { stride: 2, ..Convolution::new(WIDTHS[0], 7) };
-    let stem = builder.unit("conv1".into(), "bn1".into(), stem, images);
+    let stem = builder.unit(["conv1".into(), "bn1".into()], stem, images);
     let mut last = builder.pool(Pool::Max { stride: 2, padding: 1, ceil: false }, stem);
     for (stage, (width, blocks)) in WIDTHS.into_iter().zip(blocks).enumerate() {
         for block in 0..blocks {
             let stride = if stage > 0 && block == 0 { 2 } else { 1 };
             let name = format!("layer{}.{block}", stage + 1);
-            last = residual(&mut builder, &name, (width, stride, bottleneck), last);
+            let names = |unit| match unit {
+                0 => [format!("{name}.downsample.0"), format!("{name}.downsample.1")],
+                unit => [format!("{name}.conv{unit}"), format!("{name}.bn{unit}")],
+            };
+            last = residual(&mut builder, names, (width, stride, bottleneck), last);
         }
     }
     builder.build(last)
 }
 
-fn residual(
+/// A block: convolutions and a shortcut, which is a convolution too where width or size change. `names` are those of the
+/// shortcut, by 0, and of the convolutions, from 1 on.
+pub(super) fn residual(
     builder: &mut Builder,
-    name: &str,
+    names: impl Fn(usize) -> [String; 2],
     (width, stride, bottleneck): (usize, usize, bool),
     input: Value,
 ) -> Value {
@@ -54,14 +60,14 @@ fn residual(
     for (number, convolution) in (1..).zip(convolutions) {
         let activation = if number == count { Activation::None } else { Activation::Relu };
         let convolution = Convolution { activation, ..convolution };
-        last = builder.unit(format!("{name}.conv{number}"), format!("{name}.bn{number}"), convolution, last);
+        last = builder.unit(names(number), convolution, last);
     }
     let shortcut = if stride == 1 && input.channels == last.channels {
         input
     } else {
         let projection = Convolution::new(last.channels, 1);
         let projection = Convolution { stride, activation: Activation::None, ..projection };
-        builder.unit(format!("{name}.downsample.0"), format!("{name}.downsample.1"), projection, input)
+        builder.unit(names(0), projection, input)
     };
     builder.add(last, shortcut, true)
 }

@@ -24,7 +24,8 @@ pub use strip::{Answer, Query, queries};
 /// The report of an interrupted run shows what there is.
 ///
 /// # Errors
-/// [`Io`](ddtas_io::Error::Io) if a file is missing or cannot be written; [`Format`](ddtas_io::Error::Format) if one is not what it should be.
+/// [`Io`](ddtas_io::Error::Io) if a file is missing or cannot be written; [`Format`](ddtas_io::Error::Format) if one is
+/// not what it should be.
 pub fn write(folder: &Path) -> Result<PathBuf> {
     let report = Report::read(folder)?;
     let path = folder.join("report.html");

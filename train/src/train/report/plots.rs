@@ -30,6 +30,41 @@ struct Drawing {
 
 /// The plots of a run, and a line of text in place of each plot whose lines never change; those without data are left out.
 pub(super) fn plots(report: &Report) -> Result<(Vec<Plot>, Vec<String>), String> {
+    // None where another version of the program wrote them.
+    let settings: Option<TrainSettings> = report.settings.clone().try_into().ok();
+    let has_lambda = settings.as_ref().is_none_or(|settings| settings.loss == PairLoss::SoftContrastive);
+    let drawn = drawings(report, has_lambda);
+    let drawn = drawn.into_iter().filter(|drawing| drawing.lines.iter().any(|line| line.points.len() > 1));
+    let (flat, moving): (Vec<_>, Vec<_>) = drawn.partition(|drawing| drawing.lines.iter().all(is_flat));
+    let flat = flat.into_iter().map(|Drawing { title, lines, .. }| {
+        let value =
+            |line: &Line| line.points.first().map(|point| format!("{} {}", line.name, short(&point.1)));
+        let values: Vec<String> = lines.iter().filter_map(value).collect();
+        format!("{title}: {}", values.join(", "))
+    });
+    let flat = flat.collect();
+    // One axis for all plots: what stands above each other happened at the same time.
+    let of_steps = report.steps.last().map_or(1, |step| step.step + 1);
+    let last = report.evaluations.last().map_or(of_steps, |evaluation| evaluation.step.max(of_steps)) as f64;
+    let steps = -(report.rehearsal.len() as f64)..last;
+    let marks = settings.map_or_else(Vec::new, |settings| marks(&settings));
+    let plots = moving
+        .into_iter()
+        .map(|drawing| {
+            let Drawing { title, note, lines, .. } = &drawing;
+            let across = if *title == LAMBDA { steps.clone() } else { 0.0..last };
+            let svg = draw(lines, across, drawing.is_logarithmic, &marks)
+                .map_err(|error| format!("plot \"{title}\": {error}"))?;
+            let legend =
+                lines.iter().enumerate().map(|(i, line)| (chart::css(i), line.name.clone())).collect();
+            Ok(Plot { title, note: note.clone(), legend, svg })
+        })
+        .collect::<Result<_, String>>()?;
+    Ok((plots, flat))
+}
+
+/// All that a run may show; where its loss has no lambda, that is a margin.
+fn drawings(report: &Report, has_lambda: bool) -> Vec<Drawing> {
     let steps = |name: &str, noisy, value: &dyn Fn(&StepRecord) -> Option<f64>| {
         let finite = |step: &StepRecord| value(step).filter(|v| v.is_finite()).map(|v| (step.step as f64, v));
         Line {
@@ -47,9 +82,6 @@ pub(super) fn plots(report: &Report) -> Result<(Vec<Plot>, Vec<String>), String>
         let run = report.steps.iter().map(|record| (record.step as f64, value(record)));
         Line { name: name.into(), points: rehearsed.chain(run).collect(), is_noisy: false, is_marked: false }
     };
-    // None where another version of the program wrote them.
-    let settings: Option<TrainSettings> = report.settings.clone().try_into().ok();
-    let has_lambda = settings.as_ref().is_none_or(|settings| settings.loss == PairLoss::SoftContrastive);
     let ks: Vec<usize> =
         report.evaluations.first().map(|e| e.recall.iter().map(|&(k, _)| k).collect()).unwrap_or_default();
     let recall = ks.iter().map(|&k| {
@@ -69,7 +101,7 @@ pub(super) fn plots(report: &Report) -> Result<(Vec<Plot>, Vec<String>), String>
         _ => format!("{of_thresholds} Steps below 0: the rehearsal."),
     };
     let one_threshold = report.rehearsal.iter().chain(&report.steps).all(|s| s.lambda_pos == s.lambda_neg);
-    let all = [
+    vec![
         drawing(
             "Recall@K, %",
             "Share of queries with a picture of their class among the K nearest.".into(),
@@ -118,34 +150,7 @@ pub(super) fn plots(report: &Report) -> Result<(Vec<Plot>, Vec<String>), String>
             "Of the backbone, where the head has its own.".into(),
             vec![steps("learning rate", false, &|s| Some(s.learning_rate))],
         ),
-    ];
-    let drawn = all.into_iter().filter(|drawing| drawing.lines.iter().any(|line| line.points.len() > 1));
-    let (flat, moving): (Vec<_>, Vec<_>) = drawn.partition(|drawing| drawing.lines.iter().all(is_flat));
-    let flat = flat.into_iter().map(|Drawing { title, lines, .. }| {
-        let value =
-            |line: &Line| line.points.first().map(|point| format!("{} {}", line.name, short(&point.1)));
-        let values: Vec<String> = lines.iter().filter_map(value).collect();
-        format!("{title}: {}", values.join(", "))
-    });
-    let flat = flat.collect();
-    // One axis for all plots: what stands above each other happened at the same time.
-    let of_steps = report.steps.last().map_or(1, |step| step.step + 1);
-    let last = report.evaluations.last().map_or(of_steps, |evaluation| evaluation.step.max(of_steps)) as f64;
-    let steps = -(report.rehearsal.len() as f64)..last;
-    let marks = settings.map_or_else(Vec::new, |settings| marks(&settings));
-    let plots = moving
-        .into_iter()
-        .map(|drawing| {
-            let Drawing { title, note, lines, .. } = &drawing;
-            let across = if *title == LAMBDA { steps.clone() } else { 0.0..last };
-            let svg = draw(lines, across, drawing.is_logarithmic, &marks)
-                .map_err(|error| format!("plot \"{title}\": {error}"))?;
-            let legend =
-                lines.iter().enumerate().map(|(i, line)| (chart::css(i), line.name.clone())).collect();
-            Ok(Plot { title, note: note.clone(), legend, svg })
-        })
-        .collect::<Result<_, String>>()?;
-    Ok((plots, flat))
+    ]
 }
 
 /// Title of the one plot that has the steps of the rehearsal as well.

@@ -25,9 +25,6 @@ impl Files {
     }
 
     /// Those of a run that goes on from `state`.
-    ///
-    /// Event files say of each step only what the last file does, and an evaluation bears the number of the step to
-    /// come: the one made at the checkpoint is told again.
     pub fn reopen(
         folder: RunFolder,
         mut metrics: RecordWriter,
@@ -37,13 +34,16 @@ impl Files {
         metrics.cut(state.metrics_bytes)?;
         let resumed = Some((state.phase(settings), state.step));
         let rehearsal = settings.generator.rehearsal_steps();
-        let mut events = EventWriter::create(folder.path(), rehearsal, resumed)?;
-        let records = records::read(&folder.metrics())?;
-        let evaluation = records.iter().rev().find(|record| record.evaluation().is_some());
-        if let Some(record) = evaluation.filter(|_| state.evaluated == Some(state.step)) {
-            events.append(record)?;
-        }
+        let events = EventWriter::create(folder.path(), rehearsal, resumed)?;
         Ok(Self { folder, metrics, events })
+    }
+
+    /// Adds the last evaluation, made at the checkpoint that the run goes on from, to the new event file: event files say of
+    /// each step only what the last file does, and an evaluation bears the number of the step to come.
+    pub fn tell_last_again(&mut self) -> Result<()> {
+        let records = records::read(&self.folder.metrics())?;
+        let evaluation = records.iter().rev().find(|record| record.evaluation().is_some());
+        evaluation.map_or(Ok(()), |record| self.events.append(record))
     }
 
     pub fn path(&self) -> &Path {

@@ -25,7 +25,7 @@ use std::rc::Rc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use ddtas::backend::{self, Backend};
+use ddtas::backend::Backend;
 
 use super::checkpoint::Checkpoint;
 use super::device::{self, Place};
@@ -177,7 +177,7 @@ pub fn resume(
         let mut run = Run::new(&settings, &dataset, files, setup, ranks, stop, tell);
         let done = state.step;
         if resumed {
-            run.state = RunState { settings: run.state.settings.take(), ..state };
+            run.go_on(state)?;
         }
         run.train(&place, Some(done), begun, Vec::new())
     })
@@ -186,6 +186,6 @@ pub fn resume(
 /// Finds the device and opens the loss's backend there.
 fn open_device(settings: &TrainSettings, ranks: &dyn Collective) -> Result<(Place, Box<dyn Backend>)> {
     let place = device::place(settings.device.parse()?, ranks.local_rank())?;
-    let backend = backend::open(&place.spec)?;
+    let backend = device::open(&place.spec)?;
     Ok((place, backend))
 }

@@ -13,12 +13,12 @@ use crate::generator::{GeneratorKind, MetaSource, Thresholds};
 use crate::model::EmbeddingNetwork;
 use crate::ranks::{Collective, share};
 use crate::train::checkpoint::Checkpoint;
-use crate::train::device::{Place, moved};
+use crate::train::device::{Place, moved, open};
 use crate::train::engine::Engine;
 use crate::train::generator::Generator;
 use crate::train::settings::TrainSettings;
 use crate::{Error, Result};
-use ddtas::backend::{self, Backend, DeviceSpec};
+use ddtas::backend::{Backend, DeviceSpec};
 
 /// Makes the random draws of meta batches differ from those of training batches.
 const META_SEED: u64 = 0x6d65_7461;
@@ -176,7 +176,7 @@ fn make_generator(settings: &TrainSettings, spec: &DeviceSpec, resumed: bool) ->
         Some(path) if !resumed => Checkpoint::open(path)?.thresholds(generator)?,
         _ => Thresholds::new(settings.first_lambda(), generator),
     };
-    Ok(Some(Generator::new(generator.clone(), thresholds, backend::open(spec)?)))
+    Ok(Some(Generator::new(generator.clone(), thresholds, open(spec)?)))
 }
 
 fn meta_sampler(settings: &TrainSettings, dataset: &Dataset) -> Result<PkSampler> {

@@ -20,6 +20,7 @@ use crate::train::folder::RunFolder;
 use crate::train::generator::Generator;
 use crate::train::records::{EvaluationRecord, Phase, Record, StepRecord};
 use crate::train::report::{self, Baseline, Findings};
+use crate::train::schedule::ScheduleKind;
 use crate::train::settings::TrainSettings;
 use crate::train::shown::choose;
 use crate::{Error, Result};
@@ -258,14 +259,44 @@ impl<'a> Run<'a> {
         )));
     }
 
-    /// Before the first step, after the last, and between whole numbers of epochs, the last of these unless the run
-    /// is about to end.
+    /// After the last step, and when a longer run evaluates too.
     fn evaluation_is_due(&self) -> bool {
-        let (done, steps) = (self.state.step, self.settings.steps);
-        let every = self.settings.evaluate_every * self.sampler.steps_per_epoch();
-        let between = every > 0 && done.is_multiple_of(every) && 4 * steps.abs_diff(done) >= every;
-        let wanted = done == 0 || done == steps || between;
+        let done = self.state.step;
+        let wanted = done == self.settings.steps || self.evaluates_between(done);
         wanted && self.state.evaluated != Some(done)
+    }
+
+    /// Whether `done` steps are a whole number of `--evaluate-every` epochs, or none. Shortly before the rate has come to 0
+    /// the last evaluation is enough; by other schedules a run can go on as if it had been longer, and misses none.
+    fn evaluates_between(&self, done: usize) -> bool {
+        let every = self.settings.evaluate_every * self.sampler.steps_per_epoch();
+        let ends = self.settings.optimizer.schedule == ScheduleKind::Cosine;
+        let enough = ends && 4 * (self.settings.steps - done) < every;
+        done == 0 || every > 0 && done.is_multiple_of(every) && !enough
+    }
+
+    /// Goes on from `state`, where an earlier process has left the run.
+    ///
+    /// If that was the end of a shorter run, its evaluation there is taken out of metrics.jsonl, unless this run makes it
+    /// too. The checkpoint says so before the file is cut, so that a process that is killed between leaves nothing wrong.
+    pub fn go_on(&mut self, state: RunState) -> Result<()> {
+        self.state = RunState { settings: self.state.settings.take(), ..state };
+        let done = self.state.step;
+        if self.state.evaluated != Some(done) {
+            return Ok(());
+        }
+        let stays = done == self.settings.steps || self.evaluates_between(done);
+        if !stays {
+            self.state.evaluated = None;
+        }
+        let facts = self.facts()?;
+        let Some(files) = &mut self.files else { return Ok(()) };
+        if stays {
+            return files.tell_last_again();
+        }
+        self.state.metrics_bytes = files.metrics.bytes_before_last()?;
+        self.state.save(&self.engine, self.settings, &facts, &files.folder.last())?;
+        files.metrics.cut(self.state.metrics_bytes)
     }
 
     /// Recall@K of raw pixels for comparison, once in a run and on rank 0.
@@ -437,12 +468,18 @@ impl<'a> Run<'a> {
         };
         let [train, test] = self.dataset.extents();
         let (queries, sheet) = report::queries(&self.dataset.test, self.dataset.searched(), &best.shown)?;
+        let mut baselines = vec![Baseline { name: "raw pixels".into(), recall: pixels.at.clone() }];
+        if best.step != self.settings.steps && !self.evaluates_between(best.step) {
+            // It was taken out of metrics.jsonl.
+            let name = format!("best, after {}, the end of a shorter run", counted(best.step, "step"));
+            baselines.push(Baseline { name, recall: best.recall.at.clone() });
+        }
         let findings = Findings {
             dataset: self.dataset.name.clone(),
             train,
             test,
             seen: self.dataset.seen,
-            baselines: vec![Baseline { name: "raw pixels".into(), recall: pixels.at.clone() }],
+            baselines,
             training_seconds: self.seconds,
             queries,
         };

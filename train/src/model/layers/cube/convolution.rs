@@ -7,8 +7,8 @@ use super::product::{DivisorsLaunch, GeometryLaunch, Plan, Role, Tile, product_k
 use super::{MULTIPROCESSORS, Map, empty, rows, units, vector_size};
 use crate::model::layers::ConvolutionOptions;
 
-/// Tiles of a GPU, and the share of a multiprocessor's multiplications that each is taken to reach: a value read from shared memory
-/// serves fewer of them where a unit has fewer rows or columns. Estimated, not measured.
+/// Tiles of a GPU, and the share of a multiprocessor's multiplications that each is taken to reach: a value read from
+/// shared memory serves fewer of them where a unit has fewer rows or columns. Estimated, not measured.
 const TILES: [(Tile, f64); 8] = [
     (Tile::new(128, 128, 8, 8, 8), 0.75),
     (Tile::new(128, 64, 8, 4, 8), 0.6),

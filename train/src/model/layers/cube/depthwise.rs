@@ -1,5 +1,5 @@
-//! Depthwise convolutions and their gradients. A unit has a vector of channels and a run of positions along a row: what it reads of a
-//! row of the map serves several positions and taps.
+//! Depthwise convolutions and their gradients. A unit has a vector of channels and a run of positions along a row: what
+//! it reads of a row of the map serves several positions and taps.
 
 use burn_cubecl::cubecl;
 use burn_cubecl::cubecl::prelude::*;
@@ -176,7 +176,7 @@ fn weight_gradient_kernel<N: Size>(
     let mut gradients = Array::<Vector<f32, N>>::new(run);
     let mut row = Array::<Vector<f32, N>>::new(shape.reach());
     if column < g.columns {
-        for index in range_stepped(share.begin, share.end, units.groups) {
+        for index in range_stepped(share.begin, share.end, share.units.groups) {
             let (line, start) = g.runs.div_mod(index as u32);
             let (image, y) = g.lines.div_mod(line);
             let first = start * shape.run;
@@ -201,7 +201,7 @@ fn weight_gradient_kernel<N: Size>(
     }
     #[unroll]
     for tap in 0..kernel * kernel {
-        let sum = share.add_groups::<N>(sums[tap], units);
+        let sum = share.add_groups::<N>(sums[tap]);
         if share.writes(g.columns as usize) {
             let at = (CUBE_POS_Y as usize * kernel * kernel + tap) * g.columns as usize;
             out[at + share.column] = sum;

@@ -117,20 +117,18 @@ fn chunk_statistics_kernel<N: Size>(
     let mut first = Vector::<f32, N>::new(0.0);
     let mut sum = Vector::<f32, N>::new(0.0);
     let mut squares = Vector::<f32, N>::new(0.0);
-    // Of the chunk, whatever the group.
-    let begin = CUBE_POS_Y as usize * chunk;
     if share.column < columns {
-        first = input[begin * columns + share.column];
-        for row in range_stepped(share.begin, share.end, units.groups) {
+        first = input[share.first * columns + share.column];
+        for row in range_stepped(share.begin, share.end, share.units.groups) {
             let deviation = input[row * columns + share.column] - first;
             sum += deviation;
             squares = fma(deviation, deviation, squares);
         }
     }
-    let sum = share.add_groups::<N>(sum, units);
-    let squares = share.add_groups::<N>(squares, units);
+    let sum = share.add_groups::<N>(sum);
+    let squares = share.add_groups::<N>(squares);
     if share.writes(columns) {
-        let mean = sum / Vector::cast_from(share.end - begin);
+        let mean = sum / Vector::cast_from(share.end - share.first);
         let at = CUBE_POS_Y as usize * 2 * columns + share.column;
         out[at] = first + mean;
         out[at + columns] = squares - mean * sum;
@@ -155,24 +153,24 @@ fn statistics_kernel<N: Size>(
     if column < columns {
         // From the first chunk's mean: sums of deviations round less than sums of values.
         let first = chunks[column];
-        for index in range_stepped(share.begin, share.end, units.groups) {
+        for index in range_stepped(share.begin, share.end, share.units.groups) {
             let length = clamp_max(rows - index * chunk, chunk);
             sum += (chunks[index * 2 * columns + column] - first) * Vector::cast_from(length);
         }
     }
-    let sum = share.add_groups::<N>(sum, units);
+    let sum = share.add_groups::<N>(sum);
     let mut mean = Vector::<f32, N>::new(0.0);
     let mut squares = Vector::<f32, N>::new(0.0);
     if column < columns {
         mean = chunks[column] + sum / total;
-        for index in range_stepped(share.begin, share.end, units.groups) {
+        for index in range_stepped(share.begin, share.end, share.units.groups) {
             let length = clamp_max(rows - index * chunk, chunk);
             let deviation = chunks[index * 2 * columns + column] - mean;
             squares += chunks[(index * 2 + 1) * columns + column];
             squares += deviation * deviation * Vector::cast_from(length);
         }
     }
-    let squares = share.add_groups::<N>(squares, units);
+    let squares = share.add_groups::<N>(squares);
     if share.writes(columns) {
         out[column] = mean;
         out[columns + column] = squares / total;
@@ -305,7 +303,7 @@ fn chunk_gradient_kernel<N: Size>(
     let column = share.column;
     if column < columns {
         let affine = Affine::<N>::new(statistics, gamma, beta, column, columns, epsilon);
-        for row in range_stepped(share.begin, share.end, units.groups) {
+        for row in range_stepped(share.begin, share.end, share.units.groups) {
             let at = row * columns + column;
             let x = input[at];
             let passed = affine.passed(x, gradient[at], range, activates);
@@ -313,8 +311,8 @@ fn chunk_gradient_kernel<N: Size>(
             dot = fma(passed, (x - affine.mean) * affine.inverse_deviation, dot);
         }
     }
-    let dot = share.add_groups::<N>(dot, units);
-    let sum = share.add_groups::<N>(sum, units);
+    let dot = share.add_groups::<N>(dot);
+    let sum = share.add_groups::<N>(sum);
     if share.writes(columns) {
         let at = CUBE_POS_Y as usize * 2 * columns + column;
         out[at] = dot;

@@ -57,17 +57,21 @@ impl Plan {
     }
 }
 
-/// A unit's share of a sum over rows: a column, and of its cube's chunk of rows every so many-th from its own group's on.
+/// A unit's share of a sum over rows: a column, and of its cube's chunk of rows every `units.groups`-th from `begin` on.
 #[derive(CubeType, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
 pub(super) struct Share {
     lane: usize,
     group: usize,
     pub column: usize,
-    /// The first row.
+    /// The chunk's first row.
+    pub first: usize,
+    /// This unit's first row.
     pub begin: usize,
     /// One past the chunk's last row.
     pub end: usize,
+    #[cube(comptime)]
+    pub units: Units,
 }
 
 #[cube]
@@ -81,13 +85,16 @@ impl Share {
             lane,
             group,
             column: CUBE_POS_X as usize * units.lanes + lane,
+            first,
             begin: first + group,
             end: clamp_max(first + chunk, rows),
+            units,
         }
     }
 
     /// Adds what the groups of the cube have, in the order of the groups; every unit gets the sum.
-    pub fn add_groups<N: Size>(self, own: Vector<f32, N>, #[comptime] units: Units) -> Vector<f32, N> {
+    pub fn add_groups<N: Size>(self, own: Vector<f32, N>) -> Vector<f32, N> {
+        let units = comptime!(self.units);
         if comptime!(units.groups == 1) {
             own
         } else {
@@ -122,11 +129,11 @@ fn sum_kernel<N: Size>(
     let share = Share::new(rows, rows, units);
     let mut sum = Vector::<f32, N>::new(0.0);
     if share.column < vectors {
-        for row in range_stepped(share.begin, share.end, units.groups) {
+        for row in range_stepped(share.begin, share.end, share.units.groups) {
             sum += matrix[row * vectors + share.column];
         }
     }
-    let sum = share.add_groups::<N>(sum, units);
+    let sum = share.add_groups::<N>(sum);
     if share.writes(vectors) {
         out[share.column] = sum;
     }
