@@ -43,7 +43,9 @@ class Engine:
             raise RuntimeError(_NO_CUDA)
         if self.gpu is None:
             self.gpu = getattr(_ddtas, "CudaContext")(self.budget, self.allow_tf32)
-        return self.gpu, torch.cuda.current_stream(rows.device).cuda_stream
+        # What torch's compiled programs call: no object is made of the stream.
+        stream: int = getattr(torch._C, "_cuda_getCurrentRawStream")(rows.get_device())
+        return self.gpu, stream
 
     def found(self) -> list[float] | None:
         """The statistics of the last loss; `None` before the first.
@@ -53,7 +55,7 @@ class Engine:
         if not isinstance(self.last, tuple):
             return self.last
         written, labels = self.last
-        return [*_ddtas._read_scalars(written.cpu().numpy().tobytes()), float((labels < 0).sum())]
+        return [*_ddtas._read_scalars(written.cpu().numpy().tobytes()), *count_labels(labels)]
 
     def searcher(self, rows: Tensor) -> Any:
         """What stands where a `Context` does in an evaluation, and searches on the GPU of the rows."""
@@ -138,6 +140,16 @@ def check_labels(name: str, labels: Tensor) -> None:
         beyond = wrapped[wrapped < 0].tolist()
         if beyond:
             raise ValueError(f"label {beyond[0] + 2**64} of the {name} is beyond int64")
+
+
+NOT_FINITE = torch.iinfo(torch.int64).min
+"""The label that a memory gives a row which is not finite."""
+
+
+def count_labels(labels: Tensor) -> tuple[float, float]:
+    """How many rows have a negative label, and how many a memory found not to be finite."""
+    negative, not_finite = int((labels < 0).sum()), int((labels == NOT_FINITE).sum())
+    return float(negative - not_finite), float(not_finite)
 
 
 def laid_out(tensor: Tensor) -> Tensor:

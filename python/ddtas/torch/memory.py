@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .engine import NO_INDICES, check_labels, check_side, check_tensor, refuse_arguments
+from .engine import NO_INDICES, NOT_FINITE, check_labels, check_side, check_tensor, refuse_arguments
 from .loss import SoftContrastiveLoss
 from .operator import good_rows, which_are_unit
-from .ranks import Ranks, between_graphs, telling
+from .ranks import Ranks, between_graphs, Telling
 
 
 def _check_memory_type(dtype: torch.dtype) -> None:
@@ -135,7 +135,7 @@ class CrossBatchMemory(nn.Module):
         ranks = self.loss.ranks
         if not self.started:
             if enqueue_mask is not None:
-                with telling(ranks):
+                with Telling(ranks):
                     check_side("anchors", embeddings, labels, "labels")
                     enqueue_mask = _checked_mask(enqueue_mask, embeddings)
                 embeddings, labels = embeddings[~enqueue_mask], labels[~enqueue_mask.to(labels.device)]
@@ -143,7 +143,7 @@ class CrossBatchMemory(nn.Module):
             if not torch.compiler.is_compiling():
                 self.calls += 1
             return loss
-        with telling(ranks):
+        with Telling(ranks):
             if indices_tuple is not None:
                 raise ValueError(NO_INDICES)
             rows, queued, labels = self._compared(embeddings, labels)
@@ -175,7 +175,7 @@ class CrossBatchMemory(nn.Module):
         """Queues rows, for the batches to come to be compared with. Raises what a call does."""
         ranks = self.loss.ranks
         with torch.no_grad():
-            with telling(ranks):
+            with Telling(ranks):
                 _, rows, labels = self._compared(embeddings, labels)
             if ranks is not None:
                 rows, labels, _ = self._of_all_ranks(ranks, rows, labels, False)
@@ -200,7 +200,7 @@ class CrossBatchMemory(nn.Module):
         queued = rows.detach().to(memory_type)
         # A bad row that nobody raises for is ignored, and in the queue another stands for it, or it would spoil later calls.
         good = good_rows(queued) if self.loss.checks else torch.isfinite(queued).all(1)
-        labels = torch.where(good, labels, -1)
+        labels = torch.where(good, labels, NOT_FINITE)
         if not self.loss.checks or rows.device.type != "cpu":
             axis = torch.zeros_like(queued[:1])
             axis[:, 0] = 1
