@@ -79,6 +79,12 @@ def _check_settings(settings: Settings) -> None:
         raise TypeError(f"settings must be a ddtas.Settings, not {type(settings).__name__}")
 
 
+def depths_of(ks: Iterable[int]) -> list[int]:
+    if not isinstance(ks, Iterable):
+        raise TypeError(f"ks must be numbers such as (1, 2, 4), not {ks!r}")
+    return list(ks)
+
+
 def loss(
     embeddings: Matrix,
     labels: Labels,
@@ -150,4 +156,4 @@ def recall_at_k(
     Raises what `loss` does; float64 rows are a TypeError.
     """
     context = context or default_context()
-    return recall_of(context.recall_at_k(embeddings, labels, list(ks)))
+    return recall_of(context.recall_at_k(embeddings, labels, depths_of(ks)))

@@ -9,7 +9,7 @@ use ddtas::loss::{
 };
 use half::{bf16, f16};
 use ndarray::{ArrayView2, arr0};
-use pyo3::exceptions::PyTypeError;
+use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
 use crate::error::raise;
@@ -35,8 +35,8 @@ const STATISTICS: usize = COMPUTED + 2;
 /// Those that a loss computes; the others are counts of labels.
 pub const COMPUTED: usize = 13;
 
-/// The label that a memory gives a row which is not finite.
-const NOT_FINITE: i64 = i64::MIN;
+/// The label that a memory gives a row which is not finite: `ddtas/torch/engine.py` names it, too.
+const NOT_FINITE: i64 = i64::MIN + 1;
 
 /// The code of float64, which the scalar reference takes.
 const DOUBLE: u8 = 3;
@@ -50,25 +50,27 @@ pub fn element_type(code: u8) -> Option<ElementType> {
 /// `count * dim` elements of `T` lie there, initialised and aligned, and stay as they are for `'a`.
 unsafe fn view<'a, T>((address, _, count, dim, _): Place) -> PyResult<ArrayView2<'a, T>> {
     // SAFETY: the caller's promise.
-    let values = unsafe { slice(address, count * dim) };
+    let values = unsafe { slice(address, count * dim) }?;
     ArrayView2::from_shape((count, dim), values).map_err(|error| PyTypeError::new_err(error.to_string()))
 }
 
 /// # Safety
 /// As [`view`], for `count` elements.
-unsafe fn slice<'a, T>(address: usize, count: usize) -> &'a [T] {
-    if count == 0 {
-        return &[];
+unsafe fn slice<'a, T>(address: usize, count: usize) -> PyResult<&'a [T]> {
+    match (address, count) {
+        (_, 0) => Ok(&[]),
+        // torch's for a tensor whose storage was given up.
+        (0, _) => Err(PyValueError::new_err("a tensor has no memory, and entries that should be there")),
+        // SAFETY: the caller's promise.
+        _ => Ok(unsafe { std::slice::from_raw_parts(std::ptr::with_exposed_provenance(address), count) }),
     }
-    // SAFETY: the caller's promise.
-    unsafe { std::slice::from_raw_parts(std::ptr::with_exposed_provenance(address), count) }
 }
 
 /// # Safety
 /// As [`view`].
 unsafe fn rows<'a>(place: Place) -> PyResult<Rows<'a>> {
     // SAFETY: handed on to the caller, twice.
-    Ok(unsafe { Rows { embeddings: embeddings(place)?, labels: slice(place.1, place.2) } })
+    Ok(unsafe { Rows { embeddings: embeddings(place)?, labels: slice(place.1, place.2)? } })
 }
 
 /// # Safety
@@ -91,7 +93,7 @@ unsafe fn double_rows<'a>(place: Place) -> PyResult<DoubleRows<'a>> {
     // SAFETY: handed on to the caller.
     let embeddings = unsafe { view::<f64>(place) }?;
     // SAFETY: as above.
-    Ok(DoubleRows { embeddings, labels: unsafe { slice(place.1, place.2) } })
+    Ok(DoubleRows { embeddings, labels: unsafe { slice(place.1, place.2) }? })
 }
 
 /// Evaluates the loss: float32, and float64 for float64 rows. `identity` is the address of an int64 for each
@@ -111,11 +113,11 @@ pub unsafe fn loss(
     let known = match identity {
         0 => Known::ByValue,
         // SAFETY: the caller's promise.
-        address => Known::list(unsafe { slice::<i64>(address, anchors.2) })?,
+        address => Known::list(unsafe { slice::<i64>(address, anchors.2) }?)?,
     };
     let (identity, check) = (known.as_library(), unit_check(check));
     // SAFETY: the caller's promise.
-    let labels: &[i64] = unsafe { slice(anchors.1, anchors.2) };
+    let labels: &[i64] = unsafe { slice(anchors.1, anchors.2) }?;
     let (loss, gradient, back, scalars) = if anchors.4 == DOUBLE {
         // SAFETY: handed on to the caller, twice.
         let (anchors, references) =

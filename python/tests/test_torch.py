@@ -384,7 +384,7 @@ def test_what_a_gpu_has_written_is_read_as_the_processor_s_numbers():
 
     engine = Engine()
     numbers, counts = [1.5, -0.5, 0.25, 0.6, 0.1, 0.1, 0.01], [5, 6, 7, 8]
-    labels = torch.tensor([0, -1, NOT_FINITE, -(2**62)])
+    labels = torch.tensor([0, -1, NOT_FINITE, -(2**63)])
 
     def written(square_sum, anchor, reference):
         # ddtas_loss_scalars of include/ddtas.h, which the compiled module reads.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -26,7 +26,9 @@ class Engine:
 
     def __init__(self, threads: int | None = None, budget: int | None = None, allow_tf32: bool = False) -> None:
         self.threads, self.budget, self.allow_tf32 = threads, budget, allow_tf32
-        if isinstance(budget, int) and not 0 <= budget < 2**64:
+        if budget is not None and not isinstance(budget, SupportsIndex):
+            raise TypeError(f"workspace_budget = {budget!r} must be an integer")
+        if budget is not None and not 0 <= budget < 2**64:
             raise ValueError(f"workspace_budget = {budget} is out of range: bytes, 0 to 2^64 - 1")
         self.host = _ddtas.Context(threads, budget)
         # Made for the first tensor in a GPU's memory; only a build with the feature `cuda` has the type.
@@ -128,6 +130,9 @@ def refuse_arguments(name: str, others: dict[str, Any]) -> None:
 def check_tensor(name: str, given: Any) -> None:
     if not isinstance(given, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, not {type(given).__name__}")
+    if given.layout != torch.strided or given.is_nested:
+        got = "a nested one" if given.is_nested else str(given.layout)
+        raise TypeError(f"{name} must be a dense tensor, not {got}")
 
 
 def check_labels(name: str, labels: Tensor) -> None:
@@ -142,8 +147,8 @@ def check_labels(name: str, labels: Tensor) -> None:
             raise ValueError(f"label {beyond[0] + 2**64} of the {name} is beyond int64")
 
 
-NOT_FINITE = torch.iinfo(torch.int64).min
-"""The label that a memory gives a row which is not finite."""
+NOT_FINITE = torch.iinfo(torch.int64).min + 1
+"""The label that a memory gives a row which is not finite; the smallest is what a NaN becomes as an integer."""
 
 
 def count_labels(labels: Tensor) -> tuple[float, float]:
@@ -155,6 +160,8 @@ def count_labels(labels: Tensor) -> tuple[float, float]:
 def laid_out(tensor: Tensor) -> Tensor:
     """The tensor row-major without gaps, at an address that its type can be read from."""
     tensor = tensor.contiguous()
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
     return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
 

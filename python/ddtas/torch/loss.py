@@ -96,6 +96,8 @@ class SoftContrastiveLoss(nn.Module):
         refuse_arguments("SoftContrastiveLoss", others)
         if not isinstance(check, bool) and check != "wait":
             raise ValueError(f'check must be True, False or "wait", not {check!r}')
+        if not isinstance(normalize_embeddings, bool):
+            raise TypeError(f"normalize_embeddings must be True or False, not {normalize_embeddings!r}")
         self.settings = Settings(
             mining, gamma, negative_ratio, probe_ratio, tolerance, alpha, beta, _number(lambda_pos), _number(lambda_neg)
         )

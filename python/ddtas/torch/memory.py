@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,16 @@ from .ranks import Ranks, between_graphs, Telling
 
 def _check_memory_type(dtype: torch.dtype) -> None:
     if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise ValueError(f"the memory must be float32, float16, bfloat16 or float64, not {dtype}")
+        raise ValueError(f"the memory must be float32, float16, bfloat16 or float64, not {dtype!r}")
+
+
+def _checked_count(name: str, value: SupportsIndex, least: int) -> int:
+    if not isinstance(value, SupportsIndex):
+        raise TypeError(f"{name} = {value!r} must be an integer")
+    count = value.__index__()
+    if count < least:
+        raise ValueError(f"{name} = {count} must be at least {least}")
+    return count
 
 
 def _checked_mask(mask: Tensor, rows: Tensor) -> Tensor:
@@ -73,16 +82,12 @@ class CrossBatchMemory(nn.Module):
                 "another loss has a memory of its own library"
             )
         _check_memory_type(dtype)
-        if memory_size < 1 or embedding_size < 1:
-            raise ValueError(f"memory_size = {memory_size} and embedding_size = {embedding_size} must be at least 1")
         self.loss = loss
-        self.embedding_size = embedding_size
-        self.memory_size = memory_size
-        if start_after < 0:
-            raise ValueError(f"start_after = {start_after} must be at least 0")
-        self.start_after = start_after
+        self.embedding_size = _checked_count("embedding_size", embedding_size, 1)
+        self.memory_size = memory_size = _checked_count("memory_size", memory_size, 1)
+        self.start_after = _checked_count("start_after", start_after, 0)
         self.calls = 0
-        self.register_buffer("embedding_memory", torch.zeros(memory_size, embedding_size, dtype=dtype))
+        self.register_buffer("embedding_memory", torch.zeros(memory_size, self.embedding_size, dtype=dtype))
         self.register_buffer("label_memory", torch.full((memory_size,), -1))
         # In the state_dict they are numbers, as they always were.
         self.register_buffer("queue_idx", torch.zeros((), dtype=torch.int64), persistent=False)

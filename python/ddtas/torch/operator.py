@@ -173,16 +173,18 @@ def _on_gpu(call: Call) -> Found:
     held = [laid_out(side) for side in (rows, references) if side is not None]
     marks = [laid_out(mark) for mark in (labels, reference_labels) if mark is not None]
     loss, gradient, back, statistics = _room(rows, references, reference_gradient)
-    thresholds = _on_device(rows, numbers, lambda_pos, lambda_neg)
-    if thresholds is None:
-        numbers = with_lambdas(numbers, lambda_pos, lambda_neg)
+    thresholds = None
+    if lambda_pos is not None or lambda_neg is not None:
+        thresholds = _on_device(rows, numbers, lambda_pos, lambda_neg)
+        if thresholds is None:
+            numbers = with_lambdas(numbers, lambda_pos, lambda_neg)
     named = None if identity is None else identity.to(torch.int32).contiguous()
     places = [
         (side.data_ptr(), mark.data_ptr(), *side.shape, TYPES[side.dtype], 0 if out is None else out.data_ptr())
         for side, mark, out in zip(held, marks, (gradient, back))
     ]
     gpu.enqueue_loss(
-        (rows.device.index, stream),
+        (rows.get_device(), stream),
         places,
         0 if named is None else named.data_ptr(),
         0 if thresholds is None else thresholds.data_ptr(),
@@ -275,6 +277,8 @@ _library.impl("good_rows", which_are_unit, "CUDA")
 class _Once(torch.autograd.Function):
     """A gradient that depends on the inputs, and cannot be differentiated with respect to them."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(gradient: Tensor, *inputs: Tensor | None) -> Tensor:
         return gradient.clone()
@@ -299,7 +303,11 @@ def _backward(ctx: Any, upstream: Tensor | None, eager: bool) -> list[Tensor | N
     # Under create_graph: a second derivative would otherwise be wrong and not an error.
     once = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     # `loss.backward()` scales by 1. Nobody waits for a GPU to say so.
-    one = eager and upstream.is_cpu and upstream.item() == 1
+    try:
+        one = eager and upstream.is_cpu and upstream.item() == 1
+    except RuntimeError:
+        # Several upstreams at once (`is_grads_batched`) are no number.
+        one = eager = False
     for place, given in enumerate(inputs):
         if not needed[place]:
             continue
@@ -340,6 +348,8 @@ def _in_type_of(references: Tensor | None, rows: Tensor) -> Tensor:
 class _Traced(torch.autograd.Function):
     """The loss for torch's compiler and transforms, which must see all that is saved as an output. The compiler takes none with
     a `jvp`: `_forward_mode` refuses it."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
