@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._ddtas import Context
-from .functional import Identity, Labels, Matrix, Recall, default_context, depths_of
+from .functional import Identity, Labels, Matrix, Recall, context_of, depths_of
 
 Figures = npt.NDArray[np.float64]
 
@@ -69,7 +69,7 @@ def evaluate(
 
     Raises what `loss` does.
     """
-    context = context or default_context()
+    context = context_of(context)
     depths = depths_of(ks)
     found = context.judge(embeddings, labels, gallery, gallery_labels, identity, depths)
     information = context.nmi(embeddings, labels, seed) if nmi else None

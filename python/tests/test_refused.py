@@ -275,6 +275,9 @@ def test_a_spoilt_memory_is_not_loaded():
         with pytest.raises(error, match=message) as raised:
             other.load_state_dict(good | {name: spoilt})
         assert "\n" not in str(raised.value) and other.filled == 0 and not (other.label_memory >= 0).any()
+    without = {name: value for name, value in good.items() if name != "_extra_state"}
+    with pytest.raises(ValueError, match="has no _extra_state: it is none of a ddtas.torch.CrossBatchMemory$"):
+        CrossBatchMemory(SoftContrastiveLoss(), DIM, 20).load_state_dict(without, strict=False)
     # What lies behind the rows of a queue that is not full is not looked at.
     rest = torch.where(torch.arange(20)[:, None] >= 12, torch.nan, rows)
     other = CrossBatchMemory(SoftContrastiveLoss(), DIM, 20)
@@ -300,6 +303,8 @@ def test_numbers_out_of_range_are_named():
     for refused, message in (
         (lambda: SoftContrastiveLoss(workspace_budget="1GB"), "workspace_budget = '1GB' must be an integer"),
         (lambda: SoftContrastiveLoss(normalize_embeddings="no"), "normalize_embeddings must be True or False, not 'no'"),
+        (lambda: ddtas.loss(ROWS.numpy(), LABELS.numpy(), context=2), "context must be a ddtas.Context, not int"),
+        (lambda: ddtas.evaluate(ROWS.numpy(), LABELS.numpy(), context="cpu"), "context must be a ddtas.Context, not str"),
         (lambda: CrossBatchMemory(loss, 8.0), "embedding_size = 8.0 must be an integer"),
         (lambda: CrossBatchMemory(loss, 8, "40"), "memory_size = '40' must be an integer"),
         (lambda: CrossBatchMemory(loss, 8, start_after=1.5), "start_after = 1.5 must be an integer"),

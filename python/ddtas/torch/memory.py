@@ -262,15 +262,17 @@ class CrossBatchMemory(nn.Module):
 
     def _check_state(self, rows: Any, labels: Any, state: Any) -> None:
         """What is missing, or of another shape, torch refuses itself."""
-        filled = self.memory_size
-        if state is not None:
-            index, calls = state["queue_idx"], state.get("calls", 0)
-            if not isinstance(index, int) or not 0 <= index < self.memory_size:
-                raise ValueError(f"queue_idx = {index} of the saved memory must be an integer from 0 to {self.memory_size - 1}")
-            if not isinstance(calls, int) or calls < 0:
-                raise ValueError(f"calls = {calls} of the saved memory must be an integer of at least 0")
-            if not state["has_been_filled"]:
-                filled = index
+        if state is None:
+            # Also pytorch-metric-learning's, whose rows have any length.
+            if rows is not None:
+                raise ValueError("the saved memory has no _extra_state: it is none of a ddtas.torch.CrossBatchMemory")
+            return
+        index, calls = state["queue_idx"], state.get("calls", 0)
+        if not isinstance(index, int) or not 0 <= index < self.memory_size:
+            raise ValueError(f"queue_idx = {index} of the saved memory must be an integer from 0 to {self.memory_size - 1}")
+        if not isinstance(calls, int) or calls < 0:
+            raise ValueError(f"calls = {calls} of the saved memory must be an integer of at least 0")
+        filled = self.memory_size if state["has_been_filled"] else index
         if labels is not None:
             check_labels("labels of the saved memory", labels)
         if rows is None or rows.ndim != 2 or not self.loss.checks:

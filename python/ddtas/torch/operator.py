@@ -65,11 +65,11 @@ def _wide(rows: Tensor) -> torch.dtype:
 def _room(rows: Tensor, references: Tensor | None, reference_gradient: bool) -> Found:
     """Room for the answers."""
     wide, device = _wide(rows), rows.device
-    asked = references is not None and reference_gradient
+    back = references.shape if references is not None and reference_gradient else None
     return (
         torch.empty((), dtype=wide, device=device),
         torch.empty(rows.shape, dtype=wide, device=device),
-        torch.empty(references.shape, dtype=wide, device=device) if references is not None and asked else None,
+        None if back is None else torch.empty(back, dtype=wide, device=device),
         torch.empty(len(STATISTICS), dtype=torch.float64, device=device),
     )
 
@@ -313,13 +313,13 @@ def _backward(ctx: Any, upstream: Tensor | None, eager: bool) -> list[Tensor | N
             continue
         if place < 2:
             answer = back if place else gradient
-            other_type = answer.dtype != given.dtype
-            if not one and other_type and eager and not once:
-                # In the rows' type at once: one kernel on a GPU, not two.
-                answer = torch.mul(answer, upstream, out=torch.empty_like(answer, dtype=given.dtype))
-            else:
-                answer = answer if one else answer * upstream
-                answer = answer.to(given.dtype) if other_type else answer
+            if not one:
+                # Eager in the rows' type at once: one kernel on a GPU, not two.
+                at_once = eager and not once and answer.dtype != given.dtype
+                room = torch.empty_like(answer, dtype=given.dtype) if at_once else None
+                answer = torch.mul(answer, upstream, out=room)
+            if answer.dtype != given.dtype:
+                answer = answer.to(given.dtype)
         else:
             # A threshold's derivative is a number, and the threshold any tensor of one element.
             answer = (statistics[place - 1] * upstream).to(dtype=given.dtype, device=given.device).reshape(given.shape)
@@ -331,10 +331,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Found) -> None:
     rows, references, lambda_pos, lambda_neg = inputs[:4]
     _, gradient, back, statistics = output
     _, of_references, *of_thresholds = ctx.needs_input_grad[:4]
-    # References that are constants may change before the way back: the queue of a memory does.
-    kept = (references, back) if of_references else (None, None)
+    if not of_references:
+        # Constants may change before the way back: the queue of a memory does.
+        references = back = None
     derivatives = statistics if any(of_thresholds) else None
-    ctx.save_for_backward(rows, kept[0], lambda_pos, lambda_neg, gradient, kept[1], derivatives)
+    ctx.save_for_backward(rows, references, lambda_pos, lambda_neg, gradient, back, derivatives)
 
 
 _NO_FORWARD_MODE = "the loss of ddtas has no forward-mode derivative (jvp, jacfwd): use backward or torch.func.grad"
@@ -376,8 +377,8 @@ _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 
 def _eagerly(call: Call) -> Found:
-    """The operator's answers, without torch's dispatcher, a sixth of the overhead, where no mode or type of tensor is there
-    that would have to see it."""
+    """The operator's answers, without torch's dispatcher (a sixth of the overhead) where no mode and no type of tensor must see
+    it. A type of its own may have no memory."""
     if _PLAIN.issuperset(map(type, call[:7])) and not torch._C._len_torch_dispatch_stack():
         if call.rows.is_cpu:
             return _on_cpu(call)
