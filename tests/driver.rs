@@ -13,7 +13,7 @@ use std::ptr::null_mut;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use ddtas::Error;
-use ddtas::backend::cuda::{self, CudaBackend, CudaDevice};
+use ddtas::backend::cuda::{self, CudaBackend, CudaDevice, Gpu};
 use ddtas::backend::device::{
     ElementType, Options, ResidentBatch, ResidentIdentity, ResidentNumbers, ResidentOutput, ResidentPart,
     ResidentRows, ResidentSettings,
@@ -269,6 +269,7 @@ fn a_device_follows_its_caller_from_stream_to_stream_and_into_a_capture() {
     run(streams[1], 150).unwrap();
     assert_eq!(waits(), 1, "another one");
     fake.set_pointer("fake_captured", streams[2]);
+    let gpu = Gpu::new(0).unwrap();
     let asked = fake.get("fake_asked");
     run(streams[2], 150).unwrap();
     assert_eq!(
@@ -276,7 +277,7 @@ fn a_device_follows_its_caller_from_stream_to_stream_and_into_a_capture() {
         (1, asked),
         "a capture waits for nothing and asks for nothing"
     );
-    assert_eq!(unsafe { CudaDevice::capture(0, streams[2]) }.unwrap(), Some(7));
+    assert_eq!(unsafe { gpu.capture(streams[2]) }.unwrap(), Some(7));
     let refused = run(streams[2], 200).unwrap_err();
     assert!(refused.to_string().contains("while a graph is captured: call it once with this shape"));
     assert_eq!(fake.get("fake_asked"), asked);

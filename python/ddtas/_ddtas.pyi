@@ -190,7 +190,12 @@ def _loss_at(
     mining: str,
     numbers: Sequence[float],
     flags: tuple[bool, bool, bool],
-    answers: Sequence[int],
-) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.floating] | None, list[float]]: ...
+) -> tuple[
+    npt.NDArray[np.floating],
+    npt.NDArray[np.floating],
+    npt.NDArray[np.floating] | None,
+    npt.NDArray[np.float64],
+    list[float],
+]: ...
 def _normalize_at(context: Context, rows: _Place, unit: int) -> None: ...
 def _normalize_backward_at(context: Context, rows: _Place, gradient: int) -> None: ...

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ._ddtas import Context
-from .functional import Identity, Labels, Matrix, Recall, default_context
+from .functional import Identity, Labels, Matrix, Recall, context_of, depths_of
 
 Figures = npt.NDArray[np.float64]
 
@@ -69,8 +69,8 @@ def evaluate(
 
     Raises what `loss` does.
     """
-    context = context or default_context()
-    depths = list(ks)
+    context = context_of(context)
+    depths = depths_of(ks)
     found = context.judge(embeddings, labels, gallery, gallery_labels, identity, depths)
     information = context.nmi(embeddings, labels, seed) if nmi else None
     return evaluation_of(found, sorted({int(depth) for depth in depths}), information)

@@ -66,8 +66,13 @@ DEFAULTS: Settings = Settings()
 _of_thread = threading.local()
 
 
-def default_context() -> Context:
-    """The calling thread's own context, made on its first call."""
+def context_of(given: Context | None) -> Context:
+    """The one that was given, or the calling thread's own, made on its first call."""
+    if given is not None:
+        # Another has the way of one that searches on a GPU.
+        if not hasattr(given, "judge"):
+            raise TypeError(f"context must be a ddtas.Context, not {type(given).__name__}")
+        return given
     context: Context | None = getattr(_of_thread, "context", None)
     if context is None:
         context = _of_thread.context = Context()
@@ -77,6 +82,12 @@ def default_context() -> Context:
 def _check_settings(settings: Settings) -> None:
     if not isinstance(settings, Settings):
         raise TypeError(f"settings must be a ddtas.Settings, not {type(settings).__name__}")
+
+
+def depths_of(ks: Iterable[int]) -> list[int]:
+    if not isinstance(ks, Iterable):
+        raise TypeError(f"ks must be numbers such as (1, 2, 4), not {ks!r}")
+    return list(ks)
 
 
 def loss(
@@ -104,7 +115,7 @@ def loss(
     Raises ValueError for shapes, labels or rows that do not fit, TypeError for other types than those named.
     """
     _check_settings(settings)
-    context = context or default_context()
+    context = context_of(context)
     return context.loss(
         embeddings, labels, references, reference_labels, identity, settings, reference_gradient, check
     )
@@ -131,7 +142,7 @@ def threshold_gradient(
     Raises what `loss` does.
     """
     _check_settings(settings)
-    context = context or default_context()
+    context = context_of(context)
     return ThresholdGradient(
         *context.threshold_gradient(
             embeddings, labels, tangent, references, reference_labels, reference_tangent, identity, settings, check
@@ -149,5 +160,5 @@ def recall_at_k(
 
     Raises what `loss` does; float64 rows are a TypeError.
     """
-    context = context or default_context()
-    return recall_of(context.recall_at_k(embeddings, labels, list(ks)))
+    context = context_of(context)
+    return recall_of(context.recall_at_k(embeddings, labels, depths_of(ks)))

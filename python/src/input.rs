@@ -441,7 +441,7 @@ fn within_range(name: &str, label: u64) -> PyResult<i64> {
 /// `TypeError` for what is no integer, `ValueError` for one that is out of range.
 pub fn whole(value: &Bound<'_, PyAny>, name: &str, range: &str) -> PyResult<usize> {
     let refused = |error: PyErr| match error.is_instance_of::<PyTypeError>(value.py()) {
-        true => PyTypeError::new_err(format!("{name} = {value} must be an integer")),
+        true => PyTypeError::new_err(format!("{name} = {value:?} must be an integer")),
         false => PyValueError::new_err(format!("{name} = {value} is out of range: {range}")),
     };
     value.extract::<usize>().map_err(refused)

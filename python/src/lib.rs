@@ -71,7 +71,7 @@ fn _refuse_anchor(row: usize, square_sum: f64) -> PyResult<()> {
 
 /// Reads what the kernels have written of a loss, 120 bytes.
 #[pyfunction]
-fn _read_scalars(written: &[u8]) -> PyResult<[f64; tensors::STATISTICS - 1]> {
+fn _read_scalars(written: &[u8]) -> PyResult<[f64; tensors::COMPUTED]> {
     let refused = |_| PyValueError::new_err("the scalars of a loss have another size");
     let scalars: LossScalars = bytemuck::try_pod_read_unaligned(written).map_err(refused)?;
     for (rows, row) in [("anchors", scalars.bad_anchor), ("references", scalars.bad_reference)] {
@@ -84,7 +84,7 @@ fn _read_scalars(written: &[u8]) -> PyResult<[f64; tensors::STATISTICS - 1]> {
 
 /// The loss of tensors by their addresses: see `tensors.rs`, which `ddtas.torch` alone calls.
 #[pyfunction]
-#[pyo3(signature = (context, rows, references, identity, mining, numbers, flags, answers))]
+#[pyo3(signature = (context, rows, references, identity, mining, numbers, flags))]
 #[allow(clippy::too_many_arguments)]
 fn _loss_at(
     py: Python<'_>,
@@ -95,11 +95,10 @@ fn _loss_at(
     mining: &str,
     numbers: [f64; 8],
     flags: tensors::Flags,
-    answers: [usize; 2],
 ) -> PyResult<tensors::Answers> {
     let settings = settings::Settings::of_numbers(mining, numbers).to_library()?;
     // SAFETY: `ddtas.torch` holds the tensors and has checked them.
-    unsafe { tensors::loss(py, context, (rows, references), identity, &settings, flags, answers) }
+    unsafe { tensors::loss(py, context, (rows, references), identity, &settings, flags) }
 }
 
 /// Rows at unit length by addresses: see `tensors.rs`.

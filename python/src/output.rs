@@ -1,8 +1,8 @@
 //! What a loss returns, as NumPy arrays that own the library's memory.
 
 use ddtas::loss::{self, LossScalars, Reference};
-use ndarray::Array2;
-use numpy::{Element, PyArray1, PyArray2};
+use ndarray::{Array, Dimension};
+use numpy::{Element, PyArray, PyArray1};
 use pyo3::prelude::*;
 
 /// Result of one loss evaluation: scalars, an entry per anchor, gradients.
@@ -51,16 +51,16 @@ pub fn vector<T: Element>(py: Python<'_>, values: Vec<T>) -> Py<PyAny> {
     PyArray1::from_vec(py, values).into_any().unbind()
 }
 
-/// As [`vector`], with rows.
-pub fn matrix<T: Element>(py: Python<'_>, values: Array2<T>) -> Py<PyAny> {
-    PyArray2::from_owned_array(py, values).into_any().unbind()
+/// As [`vector`], of any number of dimensions.
+pub fn array<T: Element, D: Dimension>(py: Python<'_>, values: Array<T, D>) -> Py<PyAny> {
+    PyArray::from_owned_array(py, values).into_any().unbind()
 }
 
 impl LossOutput {
     /// Takes a backend's output.
     pub fn of_backend(py: Python<'_>, output: loss::LossOutput) -> Self {
         let scalars = output.scalars();
-        let gradients = (matrix(py, output.gradient), output.reference_gradient.map(|rows| matrix(py, rows)));
+        let gradients = (array(py, output.gradient), output.reference_gradient.map(|rows| array(py, rows)));
         let similarities = [vector(py, output.min_pos), vector(py, output.max_neg)];
         let counts = [vector(py, output.count_pos), vector(py, output.count_neg)];
         Self::new(&scalars, gradients, similarities, counts)
@@ -69,7 +69,7 @@ impl LossOutput {
     /// Takes the truth's, whose gradients and similarities stay float64.
     pub fn of_reference(py: Python<'_>, truth: Reference) -> Self {
         let scalars = truth.scalars();
-        let gradients = (matrix(py, truth.gradient), truth.reference_gradient.map(|rows| matrix(py, rows)));
+        let gradients = (array(py, truth.gradient), truth.reference_gradient.map(|rows| array(py, rows)));
         let sizes = truth.selection.sizes();
         let counts = [0, 1].map(|kind| vector(py, sizes.iter().map(|size| size[kind]).collect()));
         let similarities = [vector(py, truth.selection.min_pos), vector(py, truth.selection.max_neg)];

@@ -5,7 +5,7 @@ use ddtas::loss::{self, Batch, PairTotals, RowNumbers};
 use pyo3::prelude::*;
 
 use crate::input::{Matrix, similarities, sizes, whole};
-use crate::output::{matrix, vector};
+use crate::output::{array, vector};
 use crate::settings::Settings;
 use crate::sides::{LOSS, Sides, unit_check};
 use crate::workspace::Context;
@@ -97,7 +97,7 @@ impl<'py> Part<'py> {
         let other = [sizes("reference_count_pos", count_pos.1)?, sizes("reference_count_neg", count_neg.1)?];
         let (pos, neg) = (RowNumbers::new(&own[0], &other[0]), RowNumbers::new(&own[1], &other[1]));
         let found = run(py, context, |backend, output| backend.gradient(&batch, pos, neg, output))?;
-        let gradient = matrix(py, found.gradient);
+        let gradient = array(py, found.gradient);
         Ok((found.loss, gradient, found.active, found.dloss_dlambda_pos, found.dloss_dlambda_neg))
     }
 

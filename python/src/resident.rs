@@ -2,11 +2,12 @@
 //! calls there.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ddtas::Error;
-use ddtas::backend::cuda::{CudaBackend, CudaDevice};
+use ddtas::backend::cuda::{CudaBackend, CudaDevice, Gpu};
 use ddtas::backend::device::{
     Options, ResidentBatch, ResidentIdentity, ResidentOutput, ResidentPart, ResidentRows, ResidentSettings,
 };
@@ -38,7 +39,13 @@ pub struct Spaces {
     options: Options,
     /// A forked process has none of its parent's: the driver refuses it, with a line that says so. The lock
     /// is held for a look-up, never for a computation.
-    found: PerProcess<Mutex<HashMap<Purpose, Arc<Mutex<CudaBackend>>>>>,
+    found: PerProcess<Mutex<Found>>,
+}
+
+#[derive(Default)]
+struct Found {
+    gpus: HashMap<usize, Gpu>,
+    spaces: HashMap<Purpose, Arc<Mutex<CudaBackend>>>,
 }
 
 impl Spaces {
@@ -64,16 +71,20 @@ impl Spaces {
     }
 
     fn space(&self, ordinal: usize, stream: *mut c_void) -> ddtas::Result<Arc<Mutex<CudaBackend>>> {
+        let mut found = lock(self.found.get_or_make(|| Ok::<_, Error>(Mutex::default()))?);
+        let Found { gpus, spaces } = &mut *found;
+        let gpu = match gpus.entry(ordinal) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(unknown) => unknown.insert(Gpu::new(ordinal)?),
+        };
         // SAFETY: as in `compute`.
-        let capture = unsafe { CudaDevice::capture(ordinal, stream) }?;
-        let found = self.found.get_or_make(|| Ok::<_, Error>(Mutex::default()))?;
-        let mut found = lock(found);
+        let capture = unsafe { gpu.capture(stream) }?;
         let calls = Purpose::Calls(ordinal);
         let purpose = capture.map_or(calls, |graph| Purpose::Graph(ordinal, graph));
-        if let Some(space) = found.get(&purpose) {
+        if let Some(space) = spaces.get(&purpose) {
             return Ok(space.clone());
         }
-        let space = match (capture, found.remove(&calls)) {
+        let space = match (capture, spaces.remove(&calls)) {
             // What the calls have filled is the graph's from now on: a replay must not meet another call's.
             (Some(_), Some(space)) => space,
             (Some(_), None) => {
@@ -87,7 +98,7 @@ impl Spaces {
                 Arc::new(Mutex::new(CudaBackend::new(device, self.options)))
             }
         };
-        found.insert(purpose, space.clone());
+        spaces.insert(purpose, space.clone());
         Ok(space)
     }
 }

@@ -8,13 +8,13 @@ use ddtas::loss::{
     Reference, Rows,
 };
 use half::{bf16, f16};
-use ndarray::ArrayView2;
-use pyo3::exceptions::PyTypeError;
+use ndarray::{ArrayView2, arr0};
+use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
 use crate::error::raise;
 use crate::input::Known;
-use crate::output::matrix;
+use crate::output::{array, vector};
 use crate::sides::unit_check;
 use crate::workspace::Context;
 
@@ -25,11 +25,18 @@ pub type Place = (usize, usize, usize, usize, u8);
 /// Whether rows are normalised first, whether the references get a gradient, and whether rows are checked.
 pub type Flags = (bool, bool, bool);
 
-/// dL/d(rows) and dL/d(references), as arrays that own the library's memory, and the statistics once more.
-pub type Answers = (Py<PyAny>, Option<Py<PyAny>>, [f64; STATISTICS]);
+/// The loss, dL/d(rows), dL/d(references) and the statistics, as arrays that own the library's memory, and the
+/// statistics once more.
+pub type Answers = (Py<PyAny>, Py<PyAny>, Option<Py<PyAny>>, Py<PyAny>, [f64; STATISTICS]);
 
 /// Entries of the statistics: `ddtas/torch/operator.py` names them.
-pub const STATISTICS: usize = 14;
+const STATISTICS: usize = COMPUTED + 2;
+
+/// Those that a loss computes; the others are counts of labels.
+pub const COMPUTED: usize = 13;
+
+/// The label that a memory gives a row which is not finite: `ddtas/torch/engine.py` names it, too.
+const NOT_FINITE: i64 = i64::MIN + 1;
 
 /// The code of float64, which the scalar reference takes.
 const DOUBLE: u8 = 3;
@@ -43,25 +50,27 @@ pub fn element_type(code: u8) -> Option<ElementType> {
 /// `count * dim` elements of `T` lie there, initialised and aligned, and stay as they are for `'a`.
 unsafe fn view<'a, T>((address, _, count, dim, _): Place) -> PyResult<ArrayView2<'a, T>> {
     // SAFETY: the caller's promise.
-    let values = unsafe { slice(address, count * dim) };
+    let values = unsafe { slice(address, count * dim) }?;
     ArrayView2::from_shape((count, dim), values).map_err(|error| PyTypeError::new_err(error.to_string()))
 }
 
 /// # Safety
 /// As [`view`], for `count` elements.
-unsafe fn slice<'a, T>(address: usize, count: usize) -> &'a [T] {
-    if count == 0 {
-        return &[];
+unsafe fn slice<'a, T>(address: usize, count: usize) -> PyResult<&'a [T]> {
+    match (address, count) {
+        (_, 0) => Ok(&[]),
+        // torch's for a tensor whose storage was given up.
+        (0, _) => Err(PyValueError::new_err("a tensor has no memory, and entries that should be there")),
+        // SAFETY: the caller's promise.
+        _ => Ok(unsafe { std::slice::from_raw_parts(std::ptr::with_exposed_provenance(address), count) }),
     }
-    // SAFETY: the caller's promise.
-    unsafe { std::slice::from_raw_parts(std::ptr::with_exposed_provenance(address), count) }
 }
 
 /// # Safety
 /// As [`view`].
 unsafe fn rows<'a>(place: Place) -> PyResult<Rows<'a>> {
     // SAFETY: handed on to the caller, twice.
-    Ok(unsafe { Rows { embeddings: embeddings(place)?, labels: slice(place.1, place.2) } })
+    Ok(unsafe { Rows { embeddings: embeddings(place)?, labels: slice(place.1, place.2)? } })
 }
 
 /// # Safety
@@ -84,16 +93,15 @@ unsafe fn double_rows<'a>(place: Place) -> PyResult<DoubleRows<'a>> {
     // SAFETY: handed on to the caller.
     let embeddings = unsafe { view::<f64>(place) }?;
     // SAFETY: as above.
-    Ok(DoubleRows { embeddings, labels: unsafe { slice(place.1, place.2) } })
+    Ok(DoubleRows { embeddings, labels: unsafe { slice(place.1, place.2) }? })
 }
 
-/// Evaluates the loss, and writes it and the statistics to the two addresses of `answers`. `identity` is the
-/// address of an int64 for each row, or 0.
+/// Evaluates the loss: float32, and float64 for float64 rows. `identity` is the address of an int64 for each
+/// row, or 0.
 ///
 /// # Safety
-/// Every address leads to live memory of the host, of the length and type that its place states; that of the
-/// loss to a float32 (float64 for float64 rows), that of the statistics to [`STATISTICS`] float64. Nobody
-/// writes there meanwhile, or reads the answers.
+/// Every address leads to live memory of the host, of the length and type that its place states. Nobody
+/// writes there meanwhile.
 pub unsafe fn loss(
     py: Python<'_>,
     context: &Context,
@@ -101,28 +109,24 @@ pub unsafe fn loss(
     identity: usize,
     settings: &LossSettings,
     (normalize, reference_gradient, check): Flags,
-    [loss_at, statistics_at]: [usize; 2],
 ) -> PyResult<Answers> {
     let known = match identity {
         0 => Known::ByValue,
         // SAFETY: the caller's promise.
-        address => Known::list(unsafe { slice::<i64>(address, anchors.2) })?,
+        address => Known::list(unsafe { slice::<i64>(address, anchors.2) }?)?,
     };
     let (identity, check) = (known.as_library(), unit_check(check));
     // SAFETY: the caller's promise.
-    let labels: &[i64] = unsafe { slice(anchors.1, anchors.2) };
-    let answer: *mut f64 = std::ptr::with_exposed_provenance_mut(statistics_at);
-    let (gradients, statistics) = if anchors.4 == DOUBLE {
+    let labels: &[i64] = unsafe { slice(anchors.1, anchors.2) }?;
+    let (loss, gradient, back, scalars) = if anchors.4 == DOUBLE {
         // SAFETY: handed on to the caller, twice.
         let (anchors, references) =
             unsafe { (double_rows(anchors)?, references.map(|place| double_rows(place)).transpose()?) };
         let batch = DoubleBatch { anchors, references, identity, reference_gradient, check };
         let truth = py.detach(|| batch.reference(settings)).map_err(raise)?;
-        let statistics = with_ignored(&truth.scalars(), labels);
-        let Reference { gradient, reference_gradient, .. } = truth;
-        // SAFETY: the caller's promise.
-        unsafe { std::ptr::with_exposed_provenance_mut::<f64>(loss_at).write(statistics[0]) };
-        ((matrix(py, gradient), reference_gradient.map(|rows| matrix(py, rows))), statistics)
+        let scalars = truth.scalars();
+        let Reference { gradient, reference_gradient: back, .. } = truth;
+        (array(py, arr0(scalars.loss)), array(py, gradient), back.map(|rows| array(py, rows)), scalars)
     } else {
         // SAFETY: handed on to the caller, twice.
         let (anchors, references) =
@@ -138,16 +142,12 @@ pub unsafe fn loss(
             }
             Ok(output)
         })?;
-        let statistics = with_ignored(&output.scalars(), labels);
-        let LossOutput { gradient, reference_gradient, loss, .. } = output;
-        // SAFETY: the caller's promise.
-        unsafe { std::ptr::with_exposed_provenance_mut::<f32>(loss_at).write(loss as f32) };
-        ((matrix(py, gradient), reference_gradient.map(|rows| matrix(py, rows))), statistics)
+        let scalars = output.scalars();
+        let LossOutput { gradient, reference_gradient: back, loss, .. } = output;
+        (array(py, arr0(loss as f32)), array(py, gradient), back.map(|rows| array(py, rows)), scalars)
     };
-    // SAFETY: the caller's promise.
-    unsafe { answer.cast::<[f64; STATISTICS]>().write(statistics) };
-    let (gradient, reference_gradient) = gradients;
-    Ok((gradient, reference_gradient, statistics))
+    let statistics = with_labels(&scalars, labels);
+    Ok((loss, gradient, back, vector(py, statistics.to_vec()), statistics))
 }
 
 /// Writes the rows at unit length to the address `unit`, in their type.
@@ -210,9 +210,8 @@ unsafe fn copy<T: Copy>(rows: &ArrayView2<'_, T>, to: usize) {
     }
 }
 
-/// The numbers of a loss in the order that `ddtas/torch/operator.py` names them, without that of ignored
-/// rows.
-pub fn statistics(scalars: &LossScalars) -> [f64; STATISTICS - 1] {
+/// The numbers of a loss in the order that `ddtas/torch/operator.py` names them, without the counts of labels.
+pub fn statistics(scalars: &LossScalars) -> [f64; COMPUTED] {
     [
         scalars.loss,
         scalars.dloss_dlambda_pos,
@@ -230,8 +229,12 @@ pub fn statistics(scalars: &LossScalars) -> [f64; STATISTICS - 1] {
     ]
 }
 
-fn with_ignored(scalars: &LossScalars, labels: &[i64]) -> [f64; STATISTICS] {
-    let mut all = [labels.iter().filter(|label| **label < 0).count() as f64; STATISTICS];
-    all[..STATISTICS - 1].copy_from_slice(&statistics(scalars));
+/// Behind them how many rows have a negative label, and how many a memory found not to be finite.
+fn with_labels(scalars: &LossScalars, labels: &[i64]) -> [f64; STATISTICS] {
+    let mut all = [0.0; STATISTICS];
+    all[..COMPUTED].copy_from_slice(&statistics(scalars));
+    for &label in labels.iter().filter(|label| **label < 0) {
+        all[COMPUTED + usize::from(label == NOT_FINITE)] += 1.0;
+    }
     all
 }

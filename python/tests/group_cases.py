@@ -22,7 +22,7 @@ from formula import unit_rows
 from torch.nn.parallel import DistributedDataParallel
 
 SIZE, DIM = 4, 12
-STATISTICS = ("active", "positives", "negatives", "ignored", "gamma_pos", "gamma_neg", "mean_pos", "mean_neg", "spread")
+STATISTICS = ("active", "positives", "negatives", "ignored", "not_finite", "gamma_pos", "gamma_neg", "mean_pos", "mean_neg", "spread")
 
 
 def batch(count, seed=0, dtype=torch.float32):

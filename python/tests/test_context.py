@@ -33,7 +33,7 @@ def test_threads_are_as_many_as_asked_for():
         with pytest.raises(ValueError, match=f"threads = {count} is out of range: 1 to 1024"):
             ddtas.Context(count)
     for bad in (1.5, "two"):
-        with pytest.raises(TypeError, match=f"threads = {bad} must be an integer"):
+        with pytest.raises(TypeError, match=f"threads = {bad!r} must be an integer"):
             ddtas.Context(bad)
 
 

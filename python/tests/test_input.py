@@ -264,7 +264,7 @@ def test_recall_refuses_what_it_does_not_serve():
         ((1, -1), ValueError, "ks = -1 is out of range: 1 to"),
         ((10**30,), ValueError, "is out of range: 1 to"),
         ((1.5,), TypeError, "ks = 1.5 must be an integer"),
-        (("2",), TypeError, "ks = 2 must be an integer"),
+        (("2",), TypeError, "ks = '2' must be an integer"),
     ]:
         with pytest.raises(kind, match=message):
             ddtas.recall_at_k(rows, labels, ks)

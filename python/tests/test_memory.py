@@ -230,7 +230,24 @@ def test_a_row_that_nobody_raises_for_is_an_ignored_one_in_the_queue():
         loss.backward()
         assert bool(spoilt.grad[9].isnan().any()) == (step == 1), "as a gradient scaler expects"
         assert loss == wanted
-    assert memory.embedding_memory.isfinite().all() and memory.label_memory.tolist() == plain.label_memory.tolist()
+    assert memory.embedding_memory.isfinite().all()
+    assert memory.label_memory.clamp_min(-1).tolist() == plain.label_memory.tolist()
+
+
+def test_rows_that_are_not_finite_are_counted_and_warned_of_as_what_they_are():
+    memory = CrossBatchMemory(SoftContrastiveLoss(check=False), DIM, 48)
+    rows, labels = next(batches(1, 16, seed=7))
+    rows[3], rows[5], labels = torch.nan, torch.inf, labels.abs()
+    with pytest.warns(UserWarning) as warned:
+        for _ in range(2):
+            memory(rows, labels)
+    (only,) = [str(warning.message) for warning in warned]
+    assert only == "rows that are not finite: 2; the memory leaves them out of every pair and queues none"
+    assert memory.loss.statistics["ignored"] == 0 and memory.loss.statistics["not_finite"] == 2
+    labels[3] = labels[4] = -1
+    with pytest.warns(UserWarning, match="^rows with a negative label: 1; they take part in no pair$"):
+        memory(rows, labels)
+    assert memory.loss.statistics["ignored"] == 1 and memory.loss.statistics["not_finite"] == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -72,6 +72,61 @@ def test_the_operator_refuses(name):
             operator._on_gpu(whole)
 
 
+class Wrapped(torch.Tensor):
+    """A tensor that holds another one, and has no memory of its own."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, operator, types, args=(), kwargs=None):
+        plain = [given.inner if isinstance(given, cls) else given for given in args]
+        return operator(*plain, **(kwargs or {}))
+
+
+def test_no_address_is_read_that_is_not_the_tensor_s_own():
+    loss = SoftContrastiveLoss()
+    want = loss(ROWS, LABELS, ref_emb=OTHERS, ref_labels=OTHER_LABELS)
+    for place in range(4):
+        given = [ROWS, LABELS, OTHERS, OTHER_LABELS]
+        given[place] = Wrapped(given[place])
+        assert loss(given[0], given[1], None, *given[2:]) == want
+        given[place] = given[place].inner.clone()
+        given[place].untyped_storage().resize_(0)
+        with pytest.raises(ValueError, match="has no memory"):
+            loss(given[0], given[1], None, *given[2:])
+
+
+def test_a_view_whose_sign_is_pending_is_read_with_it():
+    rows, negated = (torch.randn(12, DIM, generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    negated = torch._neg_view(-rows)
+    given = rows.requires_grad_(), negated.requires_grad_()
+    assert given[1].is_neg() and torch.equal(*given)
+    losses = [SoftContrastiveLoss()(side, LABELS, ref_emb=OTHERS, ref_labels=OTHER_LABELS) for side in given]
+    assert losses[0] == losses[1] > 0
+    sum(losses).backward()
+    assert torch.equal(given[0].grad, given[1].grad)
+
+
+def test_tensors_that_are_not_dense_are_named():
+    loss, memory = SoftContrastiveLoss(), CrossBatchMemory(SoftContrastiveLoss(), DIM, 20)
+    for rows, kind in (
+        (ROWS.to_sparse(), "torch.sparse_coo"),
+        (ROWS.to_sparse_csr(), "torch.sparse_csr"),
+        (ROWS.to_mkldnn(), "torch._mkldnn"),
+        (torch.nested.nested_tensor([ROWS[0], ROWS[1]]), "a nested one"),
+    ):
+        for call in (loss, memory, evaluate, recall_at_k):
+            with pytest.raises(TypeError, match=f"must be a dense tensor, not {kind}$"):
+                call(rows, LABELS)
+    with pytest.raises(TypeError, match="the labels must be a dense tensor"):
+        loss(ROWS, LABELS.to_sparse())
+
+
 class OnlyRank:
     gradient = "mean"
 
@@ -220,6 +275,9 @@ def test_a_spoilt_memory_is_not_loaded():
         with pytest.raises(error, match=message) as raised:
             other.load_state_dict(good | {name: spoilt})
         assert "\n" not in str(raised.value) and other.filled == 0 and not (other.label_memory >= 0).any()
+    without = {name: value for name, value in good.items() if name != "_extra_state"}
+    with pytest.raises(ValueError, match="has no _extra_state: it is none of a ddtas.torch.CrossBatchMemory$"):
+        CrossBatchMemory(SoftContrastiveLoss(), DIM, 20).load_state_dict(without, strict=False)
     # What lies behind the rows of a queue that is not full is not looked at.
     rest = torch.where(torch.arange(20)[:, None] >= 12, torch.nan, rows)
     other = CrossBatchMemory(SoftContrastiveLoss(), DIM, 20)
@@ -241,6 +299,22 @@ def test_numbers_out_of_range_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             refused()
-    with pytest.raises(TypeError, match="threads = two must be an integer"):
+    loss = SoftContrastiveLoss()
+    for refused, message in (
+        (lambda: SoftContrastiveLoss(workspace_budget="1GB"), "workspace_budget = '1GB' must be an integer"),
+        (lambda: SoftContrastiveLoss(normalize_embeddings="no"), "normalize_embeddings must be True or False, not 'no'"),
+        (lambda: ddtas.loss(ROWS.numpy(), LABELS.numpy(), context=2), "context must be a ddtas.Context, not int"),
+        (lambda: ddtas.evaluate(ROWS.numpy(), LABELS.numpy(), context="cpu"), "context must be a ddtas.Context, not str"),
+        (lambda: CrossBatchMemory(loss, 8.0), "embedding_size = 8.0 must be an integer"),
+        (lambda: CrossBatchMemory(loss, 8, "40"), "memory_size = '40' must be an integer"),
+        (lambda: CrossBatchMemory(loss, 8, start_after=1.5), "start_after = 1.5 must be an integer"),
+        (lambda: recall_at_k(ROWS, LABELS, 1), r"ks must be numbers such as \(1, 2, 4\), not 1"),
+        (lambda: ddtas.evaluate(ROWS.numpy(), LABELS.numpy(), ks=5), r"ks must be numbers such as \(1, 2, 4\), not 5"),
+    ):
+        with pytest.raises(TypeError, match=f"^{message}$"):
+            refused()
+    assert CrossBatchMemory(loss, np.int64(8), np.int32(40))(ROWS, LABELS) > 0
+    assert SoftContrastiveLoss(workspace_budget=np.int64(1))(ROWS, LABELS) > 0
+    with pytest.raises(TypeError, match="threads = 'two' must be an integer"):
         ddtas.Context("two")
     assert ddtas.Context(np.int64(2), 1000).threads == 2

@@ -379,19 +379,22 @@ def test_recall_of_tensors_is_that_of_arrays():
 
 
 def test_what_a_gpu_has_written_is_read_as_the_processor_s_numbers():
-    from ddtas.torch.engine import Engine
+    from ddtas.torch.engine import NOT_FINITE, Engine
+    from ddtas.torch.operator import STATISTICS
 
     engine = Engine()
     numbers, counts = [1.5, -0.5, 0.25, 0.6, 0.1, 0.1, 0.01], [5, 6, 7, 8]
-    labels = torch.tensor([0, 0, -1])
+    labels = torch.tensor([0, -1, NOT_FINITE, -(2**63)])
 
     def written(square_sum, anchor, reference):
         # ddtas_loss_scalars of include/ddtas.h, which the compiled module reads.
         scalars = struct.pack("7d4QdIIQQ", *numbers, *counts, square_sum, anchor, reference, 20, 30)
+        # The operator makes room for as many.
+        assert len(scalars) == 8 * len(STATISTICS)
         return torch.frombuffer(bytearray(scalars), dtype=torch.float64), labels
 
     engine.last = written(1.0, 2**32 - 1, 2**32 - 1)
-    assert engine.found() == [*numbers, *counts, 20, 30, 1]
+    assert engine.found() == [*numbers, *counts, 20, 30, 2, 1]
     for found, message in [
         ((4.0, 2**32 - 1, 17), "row 17 of the references has L2 norm 2.000000, not 1"),
         ((torch.nan, 3, 2**32 - 1), "row 3 of the anchors holds a value that is not finite"),
@@ -409,8 +412,7 @@ def test_tf32_is_asked_of_the_gpu_alone(monkeypatch):
     asked = []
     monkeypatch.setattr(_ddtas, "has_cuda", True)
     monkeypatch.setattr(_ddtas, "CudaContext", lambda *given: asked.append(given), raising=False)
-    stream = type("Stream", (), {"cuda_stream": 0})
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
     for module in (fast, pickle.loads(pickle.dumps(fast)), SoftContrastiveLoss(workspace_budget=7)):
         module._engine.on_gpu(embeddings)
     assert asked == [(None, True), (None, True), (7, False)]

@@ -12,7 +12,7 @@ static char *kernels[KERNELS];
 static int kernel_count, images;
 /* What a test sets and reads. */
 int fake_major = 8, fake_failures, fake_retained, fake_launches, fake_overlapped;
-/* Allocations, waits, copies between host and GPU, and look-ups of kernels. */
+/* Allocations, waits, copies between host and GPU, look-ups of kernels and shares in the context. */
 int fake_asked;
 
 static void ask(void) { __atomic_add_fetch(&fake_asked, 1, __ATOMIC_RELAXED); }
@@ -37,7 +37,7 @@ result cuDeviceGetAttribute(int *value, int attribute, int device) {
     return OK;
 }
 result cuDevicePrimaryCtxRetain(void **context, int device) {
-    return (void)device, fake_retained++, *context = &primary, OK;
+    return ask(), (void)device, fake_retained++, *context = &primary, OK;
 }
 result cuDevicePrimaryCtxRelease_v2(int device) { return (void)device, fake_retained--, OK; }
 result cuCtxGetCurrent(void **context) { return *context = current, OK; }

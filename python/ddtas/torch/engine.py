@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -26,7 +26,9 @@ class Engine:
 
     def __init__(self, threads: int | None = None, budget: int | None = None, allow_tf32: bool = False) -> None:
         self.threads, self.budget, self.allow_tf32 = threads, budget, allow_tf32
-        if isinstance(budget, int) and not 0 <= budget < 2**64:
+        if budget is not None and not isinstance(budget, SupportsIndex):
+            raise TypeError(f"workspace_budget = {budget!r} must be an integer")
+        if budget is not None and not 0 <= budget < 2**64:
             raise ValueError(f"workspace_budget = {budget} is out of range: bytes, 0 to 2^64 - 1")
         self.host = _ddtas.Context(threads, budget)
         # Made for the first tensor in a GPU's memory; only a build with the feature `cuda` has the type.
@@ -43,7 +45,9 @@ class Engine:
             raise RuntimeError(_NO_CUDA)
         if self.gpu is None:
             self.gpu = getattr(_ddtas, "CudaContext")(self.budget, self.allow_tf32)
-        return self.gpu, torch.cuda.current_stream(rows.device).cuda_stream
+        # What torch's compiled programs call: no object is made of the stream.
+        stream: int = getattr(torch._C, "_cuda_getCurrentRawStream")(rows.get_device())
+        return self.gpu, stream
 
     def found(self) -> list[float] | None:
         """The statistics of the last loss; `None` before the first.
@@ -53,7 +57,7 @@ class Engine:
         if not isinstance(self.last, tuple):
             return self.last
         written, labels = self.last
-        return [*_ddtas._read_scalars(written.cpu().numpy().tobytes()), float((labels < 0).sum())]
+        return [*_ddtas._read_scalars(written.cpu().numpy().tobytes()), *count_labels(labels)]
 
     def searcher(self, rows: Tensor) -> Any:
         """What stands where a `Context` does in an evaluation, and searches on the GPU of the rows."""
@@ -126,6 +130,9 @@ def refuse_arguments(name: str, others: dict[str, Any]) -> None:
 def check_tensor(name: str, given: Any) -> None:
     if not isinstance(given, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, not {type(given).__name__}")
+    if given.layout != torch.strided or given.is_nested:
+        got = "a nested one" if given.is_nested else str(given.layout)
+        raise TypeError(f"{name} must be a dense tensor, not {got}")
 
 
 def check_labels(name: str, labels: Tensor) -> None:
@@ -140,9 +147,21 @@ def check_labels(name: str, labels: Tensor) -> None:
             raise ValueError(f"label {beyond[0] + 2**64} of the {name} is beyond int64")
 
 
+NOT_FINITE = torch.iinfo(torch.int64).min + 1
+"""The label that a memory gives a row which is not finite; the smallest is what a NaN becomes as an integer."""
+
+
+def count_labels(labels: Tensor) -> tuple[float, float]:
+    """How many rows have a negative label, and how many a memory found not to be finite."""
+    negative, not_finite = int((labels < 0).sum()), int((labels == NOT_FINITE).sum())
+    return float(negative - not_finite), float(not_finite)
+
+
 def laid_out(tensor: Tensor) -> Tensor:
     """The tensor row-major without gaps, at an address that its type can be read from."""
     tensor = tensor.contiguous()
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
     return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
 

@@ -15,7 +15,7 @@ from ..settings import Mining, Settings
 from .engine import NO_INDICES, Engine, check_labels, check_pair, check_side, normalize_rows, refuse_arguments
 from .operator import CHECKED, STATISTICS, UNCHECKED, WAITED_FOR, check_one_device, loss_of
 from .parts import loss_of_ranks
-from .ranks import Ranks, Scale, between_graphs, telling
+from .ranks import Ranks, Scale, between_graphs, Telling
 
 Check = bool | Literal["wait"]
 
@@ -64,9 +64,10 @@ class SoftContrastiveLoss(nn.Module):
     A batch without rows, or without references, has a loss of 0 and a gradient of zeros.
 
     `statistics` holds what the last call mined: active anchors, pairs, tolerances, mean similarities, how many anchors had a
-    negative label (`ignored`), and 1 minus the smaller mean similarity (`spread`): below 1e-4 all rows are nearly equal, and the
-    method gives a loss of 0 whether or not anything was learned. The first batch with either is warned of; where a call is
-    compiled, or computes on a GPU, when `statistics` is read.
+    negative label (`ignored`), how many a `CrossBatchMemory` left out since they were not finite (`not_finite`), and 1 minus
+    the smaller mean similarity (`spread`): below 1e-4 all rows are nearly equal, and the method gives a loss of 0 whether or
+    not anything was learned. The first batch with one of the last three is warned of; where a call is compiled, or computes on
+    a GPU, when `statistics` is read.
     """
 
     def __init__(
@@ -95,6 +96,8 @@ class SoftContrastiveLoss(nn.Module):
         refuse_arguments("SoftContrastiveLoss", others)
         if not isinstance(check, bool) and check != "wait":
             raise ValueError(f'check must be True, False or "wait", not {check!r}')
+        if not isinstance(normalize_embeddings, bool):
+            raise TypeError(f"normalize_embeddings must be True or False, not {normalize_embeddings!r}")
         self.settings = Settings(
             mining, gamma, negative_ratio, probe_ratio, tolerance, alpha, beta, _number(lambda_pos), _number(lambda_neg)
         )
@@ -126,7 +129,7 @@ class SoftContrastiveLoss(nn.Module):
         """
         if ref_emb is embeddings and ref_labels is labels:
             ref_emb = ref_labels = None
-        with telling(self.ranks):
+        with Telling(self.ranks):
             if indices_tuple is not None:
                 raise ValueError(NO_INDICES)
             check_side("anchors", embeddings, labels, "labels")
@@ -164,7 +167,7 @@ class SoftContrastiveLoss(nn.Module):
         Rows are compared in the references' type, and their gradient is in their own. `identity`, `[B]`, numbers the references
         that are the rows themselves. `check=False` is for rows that were checked.
         """
-        with telling(self.ranks):
+        with Telling(self.ranks):
             check_labels("labels", labels)
             if references is not None:
                 check_one_device(rows, "references", references)
@@ -217,7 +220,7 @@ class SoftContrastiveLoss(nn.Module):
         if not torch.compiler.is_compiling():
             last = self._engine.last
             # Cheaper than `_warn`, and true of most batches.
-            if isinstance(last, list) and (last[-1] or not (last[3] < NEARLY_ONE or last[4] < NEARLY_ONE)):
+            if isinstance(last, list) and (last[-1] or last[-2] or not (last[3] < NEARLY_ONE or last[4] < NEARLY_ONE)):
                 self._warn(last)
         return loss
 
@@ -229,7 +232,7 @@ class SoftContrastiveLoss(nn.Module):
             return {}
         self._warn(last)
         found = dict(zip(STATISTICS, last))
-        whole = {name: found[name] for name in ("active", "positives", "negatives", "ignored")}
+        whole = {name: found[name] for name in ("active", "positives", "negatives", "ignored", "not_finite")}
         # Of a graph that was replayed nobody knows the pairs.
         whole = {name: int(value) if value == value else value for name, value in whole.items()}
         real = {name: found[name] for name in ("gamma_pos", "gamma_neg", "mean_pos", "mean_neg")}
@@ -241,10 +244,13 @@ class SoftContrastiveLoss(nn.Module):
 
     def _warn(self, last: list[float]) -> None:
         """Says once what makes a loss of 0 that nobody asked for."""
-        ignored, spread = last[-1], _spread(last)
+        ignored, not_finite, spread = last[-2], last[-1], _spread(last)
         if ignored and "ignored" not in self._warned:
             self._warned.add("ignored")
             _warn(f"rows with a negative label: {ignored:.0f}; they take part in no pair")
+        if not_finite and "not_finite" not in self._warned:
+            self._warned.add("not_finite")
+            _warn(f"rows that are not finite: {not_finite:.0f}; the memory leaves them out of every pair and queues none")
         if spread < COLLAPSED and "collapse" not in self._warned:
             self._warned.add("collapse")
             _warn(

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
-from .engine import NO_INDICES, check_labels, check_side, check_tensor, refuse_arguments
+from .engine import NO_INDICES, NOT_FINITE, check_labels, check_side, check_tensor, refuse_arguments
 from .loss import SoftContrastiveLoss
 from .operator import good_rows, which_are_unit
-from .ranks import Ranks, between_graphs, telling
+from .ranks import Ranks, between_graphs, Telling
 
 
 def _check_memory_type(dtype: torch.dtype) -> None:
     if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise ValueError(f"the memory must be float32, float16, bfloat16 or float64, not {dtype}")
+        raise ValueError(f"the memory must be float32, float16, bfloat16 or float64, not {dtype!r}")
+
+
+def _checked_count(name: str, value: SupportsIndex, least: int) -> int:
+    if not isinstance(value, SupportsIndex):
+        raise TypeError(f"{name} = {value!r} must be an integer")
+    count = value.__index__()
+    if count < least:
+        raise ValueError(f"{name} = {count} must be at least {least}")
+    return count
 
 
 def _checked_mask(mask: Tensor, rows: Tensor) -> Tensor:
@@ -73,16 +82,12 @@ class CrossBatchMemory(nn.Module):
                 "another loss has a memory of its own library"
             )
         _check_memory_type(dtype)
-        if memory_size < 1 or embedding_size < 1:
-            raise ValueError(f"memory_size = {memory_size} and embedding_size = {embedding_size} must be at least 1")
         self.loss = loss
-        self.embedding_size = embedding_size
-        self.memory_size = memory_size
-        if start_after < 0:
-            raise ValueError(f"start_after = {start_after} must be at least 0")
-        self.start_after = start_after
+        self.embedding_size = _checked_count("embedding_size", embedding_size, 1)
+        self.memory_size = memory_size = _checked_count("memory_size", memory_size, 1)
+        self.start_after = _checked_count("start_after", start_after, 0)
         self.calls = 0
-        self.register_buffer("embedding_memory", torch.zeros(memory_size, embedding_size, dtype=dtype))
+        self.register_buffer("embedding_memory", torch.zeros(memory_size, self.embedding_size, dtype=dtype))
         self.register_buffer("label_memory", torch.full((memory_size,), -1))
         # In the state_dict they are numbers, as they always were.
         self.register_buffer("queue_idx", torch.zeros((), dtype=torch.int64), persistent=False)
@@ -135,7 +140,7 @@ class CrossBatchMemory(nn.Module):
         ranks = self.loss.ranks
         if not self.started:
             if enqueue_mask is not None:
-                with telling(ranks):
+                with Telling(ranks):
                     check_side("anchors", embeddings, labels, "labels")
                     enqueue_mask = _checked_mask(enqueue_mask, embeddings)
                 embeddings, labels = embeddings[~enqueue_mask], labels[~enqueue_mask.to(labels.device)]
@@ -143,7 +148,7 @@ class CrossBatchMemory(nn.Module):
             if not torch.compiler.is_compiling():
                 self.calls += 1
             return loss
-        with telling(ranks):
+        with Telling(ranks):
             if indices_tuple is not None:
                 raise ValueError(NO_INDICES)
             rows, queued, labels = self._compared(embeddings, labels)
@@ -175,7 +180,7 @@ class CrossBatchMemory(nn.Module):
         """Queues rows, for the batches to come to be compared with. Raises what a call does."""
         ranks = self.loss.ranks
         with torch.no_grad():
-            with telling(ranks):
+            with Telling(ranks):
                 _, rows, labels = self._compared(embeddings, labels)
             if ranks is not None:
                 rows, labels, _ = self._of_all_ranks(ranks, rows, labels, False)
@@ -200,7 +205,7 @@ class CrossBatchMemory(nn.Module):
         queued = rows.detach().to(memory_type)
         # A bad row that nobody raises for is ignored, and in the queue another stands for it, or it would spoil later calls.
         good = good_rows(queued) if self.loss.checks else torch.isfinite(queued).all(1)
-        labels = torch.where(good, labels, -1)
+        labels = torch.where(good, labels, NOT_FINITE)
         if not self.loss.checks or rows.device.type != "cpu":
             axis = torch.zeros_like(queued[:1])
             axis[:, 0] = 1
@@ -257,15 +262,17 @@ class CrossBatchMemory(nn.Module):
 
     def _check_state(self, rows: Any, labels: Any, state: Any) -> None:
         """What is missing, or of another shape, torch refuses itself."""
-        filled = self.memory_size
-        if state is not None:
-            index, calls = state["queue_idx"], state.get("calls", 0)
-            if not isinstance(index, int) or not 0 <= index < self.memory_size:
-                raise ValueError(f"queue_idx = {index} of the saved memory must be an integer from 0 to {self.memory_size - 1}")
-            if not isinstance(calls, int) or calls < 0:
-                raise ValueError(f"calls = {calls} of the saved memory must be an integer of at least 0")
-            if not state["has_been_filled"]:
-                filled = index
+        if state is None:
+            # Also pytorch-metric-learning's, whose rows have any length.
+            if rows is not None:
+                raise ValueError("the saved memory has no _extra_state: it is none of a ddtas.torch.CrossBatchMemory")
+            return
+        index, calls = state["queue_idx"], state.get("calls", 0)
+        if not isinstance(index, int) or not 0 <= index < self.memory_size:
+            raise ValueError(f"queue_idx = {index} of the saved memory must be an integer from 0 to {self.memory_size - 1}")
+        if not isinstance(calls, int) or calls < 0:
+            raise ValueError(f"calls = {calls} of the saved memory must be an integer of at least 0")
+        filled = self.memory_size if state["has_been_filled"] else index
         if labels is not None:
             check_labels("labels of the saved memory", labels)
         if rows is None or rows.ndim != 2 or not self.loss.checks:

@@ -6,22 +6,19 @@ statistics, which hold dL/dlambda. It is not differentiable itself: `loss_of` is
 
 from __future__ import annotations
 
-from typing import Any, Callable, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
 from .. import _ddtas
-from .engine import Engine, check_pair, engine_of, laid_out, normalize_backward, normalize_rows
+from .engine import Engine, check_pair, count_labels, engine_of, laid_out, normalize_backward, normalize_rows
 
 STATISTICS = (
     "loss", "dloss_dlambda_pos", "dloss_dlambda_neg", "mean_pos", "mean_neg", "gamma_pos", "gamma_neg",
-    "probe_neg", "total_pos", "total_neg", "active", "positives", "negatives", "ignored",
+    "probe_neg", "total_pos", "total_neg", "active", "positives", "negatives", "ignored", "not_finite",
 )  # fmt: skip
-"""What the statistics are on the processor; on a GPU they are `LossScalars` of kernels/params.h."""
-
-WORDS = 15
-"""Room for either."""
+"""What the statistics are on the processor. On a GPU `LossScalars` of kernels/params.h has their place, and as many bytes."""
 
 UNCHECKED, CHECKED, WAITED_FOR = 0, 1, 2
 """Whether rows are checked; a GPU's are waited for in the last case alone."""
@@ -57,22 +54,29 @@ class Call(NamedTuple):
 
 
 Answers = Tuple[Tensor, Tensor, Tensor, Tensor]
+Found = Tuple[Tensor, Tensor, Optional[Tensor], Tensor]
+"""The answers, and `None` for a gradient of the references that nobody asked for: a tensor without an entry takes a microsecond."""
 
 
 def _wide(rows: Tensor) -> torch.dtype:
     return torch.float64 if rows.dtype == torch.float64 else torch.float32
 
 
-def _answers(rows: Tensor, references: Tensor | None, reference_gradient: bool) -> Answers:
+def _room(rows: Tensor, references: Tensor | None, reference_gradient: bool) -> Found:
     """Room for the answers."""
     wide, device = _wide(rows), rows.device
-    back = references.shape if references is not None and reference_gradient else (0,)
+    back = references.shape if references is not None and reference_gradient else None
     return (
         torch.empty((), dtype=wide, device=device),
         torch.empty(rows.shape, dtype=wide, device=device),
-        torch.empty(back, dtype=wide, device=device),
-        torch.empty(WORDS, dtype=torch.float64, device=device),
+        None if back is None else torch.empty(back, dtype=wide, device=device),
+        torch.empty(len(STATISTICS), dtype=torch.float64, device=device),
     )
+
+
+def _answers(found: Found) -> Answers:
+    loss, gradient, back, statistics = found
+    return loss, gradient, gradient.new_empty(0) if back is None else back, statistics
 
 
 def check_call(call: Call) -> None:
@@ -120,10 +124,10 @@ def _fake(call: Call) -> Answers:
     for name, given in zip(Call._fields[1:5], call[1:5]):
         if given is not None:
             check_one_device(call.rows, name, given)
-    return _answers(call.rows, call.references, call.reference_gradient)
+    return _answers(_room(call.rows, call.references, call.reference_gradient))
 
 
-def _on_cpu(call: Call) -> Answers:
+def _on_cpu(call: Call) -> Found:
     check_call(call)
     rows, labels, references, reference_labels, identity, lambda_pos, lambda_neg = call[:7]
     mining, numbers, normalize, reference_gradient, check, engine = call[7:]
@@ -147,28 +151,16 @@ def _on_cpu(call: Call) -> Answers:
         if identity is not None:
             identity = laid_out(identity)
             named = identity.data_ptr()
-    wide = torch.float64 if kind == 3 else torch.float32
-    loss = torch.empty((), dtype=wide, device="cpu")
-    statistics = torch.zeros(WORDS, dtype=torch.float64, device="cpu")
-    own, other, where.last = _ddtas._loss_at(
-        where.host,
-        anchors,
-        others,
-        named,
-        mining,
-        numbers,
-        (normalize, reference_gradient, check != UNCHECKED),
-        (loss.data_ptr(), statistics.data_ptr()),
-    )
-    gradient = torch.from_numpy(own)
-    back = torch.empty(0, dtype=wide, device="cpu") if other is None else torch.from_numpy(other)
+    flags = (normalize, reference_gradient, check != UNCHECKED)
+    loss, own, other, statistics, where.last = _ddtas._loss_at(where.host, anchors, others, named, mining, numbers, flags)
+    gradient, back = torch.from_numpy(own), None if other is None else torch.from_numpy(other)
     if unit:
         gradient = normalize_backward(gradient, *unit[0])
-        back = back if other is None else normalize_backward(back, *unit[1])
-    return loss, gradient, back, statistics
+        back = None if back is None else normalize_backward(back, *unit[1])
+    return torch.from_numpy(loss), gradient, back, torch.from_numpy(statistics)
 
 
-def _on_gpu(call: Call) -> Answers:
+def _on_gpu(call: Call) -> Found:
     """Issues the loss, and waits for nothing."""
     check_call(call)
     rows, labels, references, reference_labels, identity, lambda_pos, lambda_neg = call[:7]
@@ -180,18 +172,19 @@ def _on_gpu(call: Call) -> Answers:
     # Held until everything is issued: torch gives memory away in the order of the stream.
     held = [laid_out(side) for side in (rows, references) if side is not None]
     marks = [laid_out(mark) for mark in (labels, reference_labels) if mark is not None]
-    loss, gradient, back, statistics = _answers(rows, references, reference_gradient)
-    thresholds = _on_device(rows, numbers, lambda_pos, lambda_neg)
-    if thresholds is None:
-        numbers = with_lambdas(numbers, lambda_pos, lambda_neg)
+    loss, gradient, back, statistics = _room(rows, references, reference_gradient)
+    thresholds = None
+    if lambda_pos is not None or lambda_neg is not None:
+        thresholds = _on_device(rows, numbers, lambda_pos, lambda_neg)
+        if thresholds is None:
+            numbers = with_lambdas(numbers, lambda_pos, lambda_neg)
     named = None if identity is None else identity.to(torch.int32).contiguous()
-    written = (gradient, back) if reference_gradient else (gradient,)
     places = [
-        (side.data_ptr(), mark.data_ptr(), *side.shape, TYPES[side.dtype], out.data_ptr() if out is not None else 0)
-        for side, mark, out in zip(held, marks, (*written, None))
+        (side.data_ptr(), mark.data_ptr(), *side.shape, TYPES[side.dtype], 0 if out is None else out.data_ptr())
+        for side, mark, out in zip(held, marks, (gradient, back))
     ]
     gpu.enqueue_loss(
-        (rows.device.index, stream),
+        (rows.get_device(), stream),
         places,
         0 if named is None else named.data_ptr(),
         0 if thresholds is None else thresholds.data_ptr(),
@@ -225,14 +218,14 @@ def _on_device(
 
 def of_nothing(where: Engine, call: Call, numbers: Sequence[float]) -> Answers:
     """The loss without a pair: 0, and gradients of zeros."""
-    answers = (answer.zero_() for answer in _answers(call.rows, call.references, call.reference_gradient))
-    loss, gradient, back, statistics = answers
+    loss, gradient, back, statistics = _answers(_room(call.rows, call.references, call.reference_gradient))
+    for answer in (loss, gradient, back):
+        answer.zero_()
     nan = float("nan")
     gamma_pos, gamma_neg = _ddtas._initial_tolerances(call.mining, numbers)
     known = {"mean_pos": nan, "mean_neg": nan, "gamma_pos": gamma_pos, "gamma_neg": gamma_neg}
-    where.last = [known.get(name, 0.0) for name in STATISTICS]
-    where.last[-1] = float((call.labels < 0).sum())
-    statistics[: len(STATISTICS)] = torch.tensor(where.last, dtype=torch.float64)
+    where.last = [*(known.get(name, 0.0) for name in STATISTICS[:-2]), *count_labels(call.labels)]
+    statistics.copy_(torch.tensor(where.last, dtype=torch.float64))
     return loss, gradient, back, statistics
 
 
@@ -247,8 +240,8 @@ def with_lambdas(numbers: Sequence[float], lambda_pos: Tensor | None, lambda_neg
 
 _register_fake: Any = getattr(torch.library, "register_fake")
 _register_fake("ddtas::loss", lambda *given: _fake(Call(*given)), lib=_library)
-_library.impl("loss", lambda *given: _on_cpu(Call(*given)), "CPU")
-_library.impl("loss", lambda *given: _on_gpu(Call(*given)), "CUDA")
+_library.impl("loss", lambda *given: _answers(_on_cpu(Call(*given))), "CPU")
+_library.impl("loss", lambda *given: _answers(_on_gpu(Call(*given))), "CUDA")
 
 
 _library.define("good_rows(Tensor rows) -> Tensor")
@@ -284,6 +277,8 @@ _library.impl("good_rows", which_are_unit, "CUDA")
 class _Once(torch.autograd.Function):
     """A gradient that depends on the inputs, and cannot be differentiated with respect to them."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(gradient: Tensor, *inputs: Tensor | None) -> Tensor:
         return gradient.clone()
@@ -308,19 +303,23 @@ def _backward(ctx: Any, upstream: Tensor | None, eager: bool) -> list[Tensor | N
     # Under create_graph: a second derivative would otherwise be wrong and not an error.
     once = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     # `loss.backward()` scales by 1. Nobody waits for a GPU to say so.
-    one = eager and upstream.device.type == "cpu" and upstream.item() == 1
+    try:
+        one = eager and upstream.is_cpu and upstream.item() == 1
+    except RuntimeError:
+        # Several upstreams at once (`is_grads_batched`) are no number.
+        one = eager = False
     for place, given in enumerate(inputs):
         if not needed[place]:
             continue
         if place < 2:
             answer = back if place else gradient
-            if one:
+            if not one:
+                # Eager in the rows' type at once: one kernel on a GPU, not two.
+                at_once = eager and not once and answer.dtype != given.dtype
+                room = torch.empty_like(answer, dtype=given.dtype) if at_once else None
+                answer = torch.mul(answer, upstream, out=room)
+            if answer.dtype != given.dtype:
                 answer = answer.to(given.dtype)
-            elif eager and not once:
-                # In the rows' type at once: one kernel on a GPU, not two.
-                answer = torch.mul(answer, upstream, out=torch.empty_like(answer, dtype=given.dtype))
-            else:
-                answer = (answer * upstream).to(given.dtype)
         else:
             # A threshold's derivative is a number, and the threshold any tensor of one element.
             answer = (statistics[place - 1] * upstream).to(dtype=given.dtype, device=given.device).reshape(given.shape)
@@ -328,11 +327,15 @@ def _backward(ctx: Any, upstream: Tensor | None, eager: bool) -> list[Tensor | N
     return answers
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Answers) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Found) -> None:
     rows, references, lambda_pos, lambda_neg = inputs[:4]
-    # References that are constants may change before the way back: the queue of a memory does.
-    kept = references if ctx.needs_input_grad[1] else None
-    ctx.save_for_backward(rows, kept, lambda_pos, lambda_neg, *output[1:])
+    _, gradient, back, statistics = output
+    _, of_references, *of_thresholds = ctx.needs_input_grad[:4]
+    if not of_references:
+        # Constants may change before the way back: the queue of a memory does.
+        references = back = None
+    derivatives = statistics if any(of_thresholds) else None
+    ctx.save_for_backward(rows, references, lambda_pos, lambda_neg, gradient, back, derivatives)
 
 
 _NO_FORWARD_MODE = "the loss of ddtas has no forward-mode derivative (jvp, jacfwd): use backward or torch.func.grad"
@@ -346,6 +349,8 @@ def _in_type_of(references: Tensor | None, rows: Tensor) -> Tensor:
 class _Traced(torch.autograd.Function):
     """The loss for torch's compiler and transforms, which must see all that is saved as an output. The compiler takes none with
     a `jvp`: `_forward_mode` refuses it."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
@@ -368,16 +373,19 @@ class _Traced(torch.autograd.Function):
         return tuple(_backward(ctx, upstream, False))
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 
-def _answers_of(call: Call) -> Answers:
-    """The operator's answers: on the processor without torch's dispatcher, a sixth of the overhead, where no mode or type of
-    tensor is there that would have to see it."""
-    if call.rows.device.type == "cpu" and type(call.rows) in _PLAIN and not torch._C._len_torch_dispatch_stack():
-        return _on_cpu(call)
-    answers: Answers = _operator(*call)
-    return answers
+def _eagerly(call: Call) -> Found:
+    """The operator's answers, without torch's dispatcher (a sixth of the overhead) where no mode and no type of tensor must see
+    it. A type of its own may have no memory."""
+    if _PLAIN.issuperset(map(type, call[:7])) and not torch._C._len_torch_dispatch_stack():
+        if call.rows.is_cpu:
+            return _on_cpu(call)
+        if call.rows.is_cuda:
+            return _on_gpu(call)
+    found: Found = _operator(*call)
+    return found
 
 
 class _Eager(torch.autograd.Function):
@@ -391,14 +399,13 @@ class _Eager(torch.autograd.Function):
         lambda_pos: Tensor | None,
         lambda_neg: Tensor | None,
         given: tuple[Any, ...],
-        compute: Callable[[Call], Answers] | None,
+        compute: Callable[[Call], Found],
     ) -> Tensor:
         labels, reference_labels, identity, *rest = given
         call = Call(_in_type_of(references, rows), labels, references, reference_labels, identity, lambda_pos, lambda_neg, *rest)
-        answers = compute(call) if compute else _answers_of(call)
-        _save(ctx, (rows, references, lambda_pos, lambda_neg), answers)
-        loss: Tensor = answers[0]
-        return loss
+        found = compute(call)
+        _save(ctx, (rows, references, lambda_pos, lambda_neg), found)
+        return found[0]
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -428,7 +435,7 @@ def loss_of(
     normalize: bool,
     check: int,
     engine: int,
-    compute: Callable[[Call], Answers] | None = None,
+    compute: Callable[[Call], Found] | None = None,
 ) -> Tensor:
     """The loss, differentiable by the first four; `compute` stands for the operator, which a compiler does not see then."""
     reference_gradient = references is not None and references.requires_grad
@@ -446,5 +453,5 @@ def loss_of(
         return answers[0]
     if torch._C._is_tracing():
         raise NotImplementedError("the loss of ddtas cannot be traced by torch.jit.trace: use torch.export or torch.compile")
-    loss = _Eager.apply(rows, references, lambda_pos, lambda_neg, given, compute)
+    loss = _Eager.apply(rows, references, lambda_pos, lambda_neg, given, compute or _eagerly)
     return loss

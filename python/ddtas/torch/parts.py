@@ -14,8 +14,8 @@ from torch import Tensor
 from .. import _ddtas
 from ..part import Part
 from ..settings import Mining, Settings
-from .engine import Engine, engine_of, laid_out, normalize_rows
-from .operator import STATISTICS, TYPES, UNCHECKED, WORDS, Answers, Call
+from .engine import Engine, count_labels, engine_of, laid_out, normalize_rows
+from .operator import STATISTICS, TYPES, UNCHECKED, Answers, Call
 from .operator import check_call, of_nothing, which_are_unit, with_lambdas
 from .ranks import Meeting, Ranks
 
@@ -52,13 +52,12 @@ def loss_of_ranks(ranks: Ranks, call: Call) -> Answers:
     pos, neg, _ = meeting.tell(lambda: steps.select(max_neg, totals.sum(0)), 2, 0, unit)
     (found,) = meeting.tell(lambda: steps.gradient(pos, neg), 0, len(STATISTICS), unit)
     gradient = steps.found.mul_(ranks.scale) if ranks.scale != 1 else steps.found
-    where.last = whole = _whole(found).tolist()
-    statistics = torch.zeros(WORDS, dtype=torch.float64)
-    statistics[: len(STATISTICS)] = torch.tensor(whole, dtype=torch.float64)
+    statistics = _whole(found)
+    where.last = statistics.tolist()
     if ranks.gradient == "sum":
         # So that the sum over the processes is the derivative by a threshold.
         statistics[1:3] = found[ranks.rank, 1:3]
-    return torch.tensor(whole[0], dtype=torch.float32), gradient, torch.empty(0), statistics
+    return torch.tensor(where.last[0], dtype=torch.float32), gradient, torch.empty(0), statistics
 
 
 def _unit_rows(where: Engine, call: Call) -> Tensor:
@@ -159,6 +158,7 @@ class _HostSteps:
         self.found = torch.from_numpy(loss.gradient)
         active = (pos > 0) & (neg > 0)
         call = self.batch.call
+        ignored, not_finite = count_labels(call.labels)
         if call.normalize and self.found.numel():
             rows = laid_out(call.rows.detach())
             place = (rows.data_ptr(), 0, *rows.shape, TYPES[rows.dtype])
@@ -177,7 +177,8 @@ class _HostSteps:
             "active": loss.active,
             "positives": int(pos[active].sum()),
             "negatives": int(neg[active].sum()),
-            "ignored": int((call.labels < 0).sum()),
+            "ignored": ignored,
+            "not_finite": not_finite,
         }
         return [], torch.tensor([float(statistics[name]) for name in STATISTICS], dtype=torch.float64)
 

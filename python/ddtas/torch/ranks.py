@@ -6,8 +6,7 @@ Every process enters the same exchanges, whatever happens to it: one that has an
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
-from typing import Any, Callable, Iterator, Literal, Sequence, TypeVar
+from typing import Any, Callable, Literal, Sequence, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -101,15 +100,18 @@ class Ranks:
         return everyone
 
 
-@contextmanager
-def telling(ranks: Ranks | None) -> Iterator[None]:
+class Telling:
     """What is wrong before the first exchange raises in all processes, not in this one alone."""
-    try:
-        yield
-    except (TypeError, ValueError, RuntimeError) as error:
-        if ranks is None:
-            raise
-        ranks.fail(error)
+
+    def __init__(self, ranks: Ranks | None) -> None:
+        self.ranks = ranks
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if self.ranks is not None and isinstance(error, (TypeError, ValueError, RuntimeError)):
+            self.ranks.fail(error)
 
 
 class Meeting:

@@ -37,7 +37,7 @@ def recall_at_k(embeddings: Tensor, labels: Tensor, ks: Iterable[int] = (1, 2, 4
     if not rows.is_cuda:
         return functional.recall_at_k(rows, labels, ks)
     gpu, stream = SHARED.on_gpu(rows)
-    return functional.recall_of(gpu.recall_at_k((rows, labels, None), list(ks), stream))
+    return functional.recall_of(gpu.recall_at_k((rows, labels, None), functional.depths_of(ks), stream))
 
 
 def evaluate(

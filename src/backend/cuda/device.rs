@@ -142,17 +142,27 @@ impl CudaDevice {
         }
         Ok(())
     }
+}
+
+/// A GPU that is asked about its streams: for each share in its context anew the driver is asked a dozen things.
+pub struct Gpu(Primary);
+
+impl Gpu {
+    /// # Errors
+    /// As [`CudaDevice::new`].
+    pub fn new(ordinal: usize) -> Result<Self> {
+        driver::context(ordinal).map(Self)
+    }
 
     /// The number of the capture that `stream` is in, if it is in one.
     ///
     /// # Errors
-    /// As [`CudaDevice::new`].
+    /// [`Error::Device`](crate::Error::Device) if the driver refuses.
     ///
     /// # Safety
     /// As [`CudaDevice::on_stream`].
-    pub unsafe fn capture(ordinal: usize, stream: *mut c_void) -> Result<Option<u64>> {
-        let context = super::driver::context(ordinal)?;
-        let _kept = context.enter()?;
+    pub unsafe fn capture(&self, stream: *mut c_void) -> Result<Option<u64>> {
+        let _kept = self.0.enter()?;
         capture_of(stream.cast())
     }
 }

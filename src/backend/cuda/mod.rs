@@ -10,7 +10,7 @@ mod driver;
 mod event;
 mod module;
 
-pub use device::{CudaBuffer, CudaDevice};
+pub use device::{CudaBuffer, CudaDevice, Gpu};
 pub use driver::device_count;
 
 use crate::Result;
