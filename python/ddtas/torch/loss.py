@@ -15,7 +15,7 @@ from ..settings import Mining, Settings
 from .engine import NO_INDICES, Engine, check_labels, check_pair, check_side, normalize_rows, refuse_arguments
 from .operator import CHECKED, STATISTICS, UNCHECKED, WAITED_FOR, check_one_device, loss_of
 from .parts import loss_of_ranks
-from .ranks import Ranks, Scale, between_graphs, Telling
+from .ranks import Ranks, Scale, Telling, between_graphs
 
 Check = bool | Literal["wait"]
 

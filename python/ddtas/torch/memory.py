@@ -54,7 +54,8 @@ class CrossBatchMemory(nn.Module):
 
     `fill(embeddings, labels)` queues rows without a loss; `filled` says how many there are. A call that raises leaves the
     queue as it was, and does not count for `start_after`. A row that is not finite never gets into the queue: where nobody
-    raises for it (`check=False` of the loss, or a GPU that nobody waits for), an ignored row takes its place.
+    raises for it (`check=False` of the loss, or a GPU that nobody waits for), a row without pairs takes its place, and
+    `statistics` counts it as `not_finite`.
 
     If the loss has a process group, the rows of all processes are queued, in the order of ranks, and the queues stay alike.
     """
