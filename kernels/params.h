@@ -70,7 +70,8 @@
 #define ORDER_WIDE_SHARED_BYTES ((ORDER_WIDE_TILE + ORDER_WIDE_TILE / 8) * 10)
 /* Bounds, ranges and sums of the 128 rows and 128 columns of a tile, and what is the same for every pair. */
 #define SELECT_SHARED_BYTES (TILE * (2 * 8 + 8 + 2 * (3 * 5 + 2) * 4) + 80)
-/* Of stored candidates also the values and places of so many, 12 bytes a thread and a count a warp. Blocks a multiprocessor, which walk the tiles. */
+/* Of stored candidates also the values and places of so many, 12 bytes a thread, a count a warp, and 32 tiles. Blocks a
+ * multiprocessor, which walk the tiles. */
 #define SELECT_PLACES 3520
 #define SELECT_STORED_SHARED_BYTES (SELECT_SHARED_BYTES + SELECT_PLACES * 6 + THREADS * 12 + THREADS / 32 * 4 + 32 * 8 + 16)
 #define SELECT_BLOCKS 5
