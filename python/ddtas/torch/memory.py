@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .engine import NO_INDICES, NOT_FINITE, check_labels, check_side, check_tensor, refuse_arguments
 from .loss import SoftContrastiveLoss
 from .operator import good_rows, which_are_unit
-from .ranks import Ranks, between_graphs, Telling
+from .ranks import Ranks, Telling, between_graphs
 
 
 def _check_memory_type(dtype: torch.dtype) -> None:
