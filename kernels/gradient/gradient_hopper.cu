@@ -110,7 +110,7 @@ struct Source {
     DEVICE Source() {}
     DEVICE Source(const Building &my, const Work &work) {
         if (!work.stored) return;
-        first = reinterpret_cast<const Words *>(my.p.pairs.pool_words + static_cast<uint64_t>(work.segment) * 4) + my.thread;
+        first = reinterpret_cast<const Words *>(my.p.pairs.pool_words + segment_at(work.segment)) + my.thread;
         count = ((work.count + Words::count - 1) / Words::count + kBuildThreads - 1 - my.thread) / kBuildThreads;
     }
     // Of kAhead from the first on; zeros where there are fewer.
@@ -129,7 +129,7 @@ struct Source {
 // The other triangle of a tile of the diagonal, which holds each of its pairs once.
 template <class Precision>
 DEVICE void mirror(const GradientParams &p, unsigned char *matrix, const Work &work, uint32_t thread) {
-    const uint32_t *words = p.pairs.pool_words + static_cast<uint64_t>(work.segment) * 4;
+    const uint32_t *words = p.pairs.pool_words + segment_at(work.segment);
 #pragma unroll 1
     for (uint32_t k = thread; k < work.count; k += kBuildThreads) {
         uint32_t word = words[k], place = stored_index<Precision>(word);

@@ -140,7 +140,7 @@ DEVICE void build_matrices(const GradientParams &p, GradientSplitShared &shared,
         // On their way while the matrix is waited for.
         Granule<uint32_t> words[kAhead];
         Granule<float> values[kAhead];
-        uint64_t segment = static_cast<uint64_t>(work.segment) * 4;
+        uint64_t segment = segment_at(work.segment);
         uint32_t count = work.stored ? work.count : 0;
         auto load = [&](uint32_t a, uint32_t first) {
             if (first >= count) return;

@@ -39,8 +39,9 @@ DEVICE uint32_t reserve(const Pairs &pairs, uint32_t count) {
 DEVICE bool stores_all(const Pairs &pairs) { return pairs.counters->reserved <= pairs.pool; }
 DEVICE bool has_bad_row(const Counters &counters) { return counters.bad_anchor != NO_ROW || counters.bad_reference != NO_ROW; }
 DEVICE bool is_stored(const Pairs &pairs, uint64_t tile) { return pairs.tile_segments[tile] != NO_ROW; }
-// The first candidate of a tile that is stored.
-DEVICE uint64_t segment_of(const Pairs &pairs, uint64_t tile) { return static_cast<uint64_t>(pairs.tile_segments[tile]) * 4; }
+// The first candidate of the segment from unit `unit` of the pool on, and of a tile that is stored.
+DEVICE uint64_t segment_at(uint32_t unit) { return static_cast<uint64_t>(unit) * 4; }
+DEVICE uint64_t segment_of(const Pairs &pairs, uint64_t tile) { return segment_at(pairs.tile_segments[tile]); }
 
 struct Tolerances {
     double pos;

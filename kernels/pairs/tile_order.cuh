@@ -9,6 +9,10 @@ struct TileIndex {
     uint32_t row;
     uint32_t column;
 };
+// Which row of its side is entry `entry` of a tile: its rows first, then its columns.
+DEVICE uint32_t entry_index(TileIndex tile, uint32_t entry) {
+    return entry < TILE ? tile.row * TILE + entry : tile.column * TILE + entry - TILE;
+}
 DEVICE uint64_t triangle_before(uint64_t row, uint64_t tiles) { return row * (2 * tiles - row + 1) / 2; }
 DEVICE TileIndex triangle_at(uint64_t index, uint64_t tiles) {
     // The root of the quadratic is off by rounding at most: then one step mends it.

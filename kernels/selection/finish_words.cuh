@@ -24,7 +24,7 @@ DEVICE Scales scales_of(const Pairs &pairs, uint32_t count_pos, uint32_t count_n
 // Of row `entry` of the tile, or column `entry - TILE`.
 DEVICE Scales entry_scales(const Pairs &pairs, TileIndex tile, uint32_t entry) {
     bool row = entry < TILE;
-    uint32_t i = row ? tile.row * TILE + entry : tile.column * TILE + entry - TILE;
+    uint32_t i = entry_index(tile, entry);
     if ((row || pairs.square) && i < pairs.anchors.count) return scales_of(pairs, pairs.positives.count[i], pairs.negatives.count[i]);
     if (!row && pairs.columns != nullptr && i < pairs.references.count) {
         return scales_of(pairs, pairs.columns[i].count_pos, pairs.columns[i].count_neg);
@@ -52,7 +52,7 @@ DEVICE void weigh_words(const Pairs &pairs, uint64_t index, float weight_scale, 
     constexpr uint32_t kAhead = 4;
     uint32_t count = pairs.tile_counts[index], segment = pairs.tile_segments[index];
     if (count == 0 || segment == NO_ROW) return;
-    auto *granules = reinterpret_cast<Words *>(pairs.pool_words + static_cast<uint64_t>(segment) * 4);
+    auto *granules = reinterpret_cast<Words *>(pairs.pool_words + segment_at(segment));
     auto there = [&](uint32_t granule) { return granule * Words::count < count; };
     // On their way while the scales are made.
     Words ahead[kAhead];

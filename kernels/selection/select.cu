@@ -97,7 +97,7 @@ struct SelectEntry {
 DEVICE SelectEntry select_entry(const Pairs &pairs, TileIndex tile) {
     uint32_t entry = thread_index();
     bool row = entry < TILE;
-    uint32_t i = row ? tile.row * TILE + entry : tile.column * TILE + entry - TILE;
+    uint32_t i = entry_index(tile, entry);
     bool anchor = (row || pairs.square) && i < pairs.counters->valid_anchors;
     bool elsewhere = !row && pairs.columns != nullptr && i < pairs.counters->valid_references;
     return SelectEntry{anchor      ? pairs.max_neg[i]
@@ -162,7 +162,7 @@ DEVICE uint32_t select_pair(const Pairs &pairs, SelectShared &shared, const Sele
 // part's.
 DEVICE void select_end(const Pairs &pairs, TileIndex tile, SelectShared &shared, bool plain) {
     uint32_t entry = thread_index();
-    uint32_t i = entry < TILE ? tile.row * TILE + entry : tile.column * TILE + entry - TILE;
+    uint32_t i = entry_index(tile, entry);
     for (int kind = plain ? 1 : 0; kind < 2; ++kind) {
         SelectSums &sums = shared.sums[kind];
         uint32_t low = take_sum(sums.more_low, entry), count = low >> kCountBit;
@@ -267,7 +267,7 @@ DEVICE TileIndex tile_after(const Pairs &pairs, TileIndex tile) {
 DEVICE void copy_masks(const Pairs &pairs, SelectStoredShared &shared, uint32_t segment) {
     static_assert(TILE_MASK_WORDS == 2 * THREADS, "two words a thread");
     each_granule(TILE_MASK_WORDS, [&](uint32_t k) {
-        cp_async(&shared.masks[0][0] + k, pairs.pool_words + static_cast<uint64_t>(segment) * 4 + k);
+        cp_async(&shared.masks[0][0] + k, pairs.pool_words + segment_at(segment) + k);
     });
     cp_async_commit();
 }
@@ -276,7 +276,7 @@ DEVICE void copy_masks(const Pairs &pairs, SelectStoredShared &shared, uint32_t 
 template <class Layout>
 DEVICE void select_stored_tile(const Pairs &pairs, SelectStoredShared &shared, TileIndex tile, StoredTile stored, uint32_t next) {
     uint32_t count = stored.count;
-    uint64_t segment = static_cast<uint64_t>(stored.segment) * 4;
+    uint64_t segment = segment_at(stored.segment);
     SelectEntry known = select_entry(pairs, tile);  // on its way meanwhile
     uint32_t own = 0;
     for (uint32_t mask : shared.masks[thread_index()]) own += static_cast<uint32_t>(popc(mask));

@@ -132,7 +132,7 @@ DEVICE void sweep_epilogue(const Pairs &pairs, TileIndex tile, Shared &shared, c
     if (total == 0) return;
     block_sync();
     if (reduction.segment == NO_ROW) return;
-    uint64_t segment = static_cast<uint64_t>(reduction.segment) * 4;
+    uint64_t segment = segment_at(reduction.segment);
     uint32_t *masks = pairs.pool_words + segment + thread_index() * 2;
     masks[0] = candidates[0];
     masks[1] = candidates[1];

@@ -129,7 +129,7 @@ DEVICE void store_candidates(const Pairs &pairs, Shared &shared, uint32_t team) 
             if (staged.total != 0) {
                 uint32_t unit = pairs.tile_segments[index] = reserve(pairs, staged.total);
                 room = unit != NO_ROW;
-                segment = static_cast<uint64_t>(unit) * 4;
+                segment = segment_at(unit);
             }
         }
         if (room) {
