@@ -330,13 +330,14 @@ DEVICE void select_stored_body(const PairsParams &p) {
     select_open(pairs, shared);
     TileIndex tile = tile_of(pairs, index);
     for (; index < shared.end; index += 32) {
-        if (index + lane_index() < shared.end && warp_index() == 0) {
-            uint32_t k = index + lane_index();
-            shared.tiles[lane_index()] = StoredTile{pairs.tile_counts[k], pairs.tile_segments[k]};
+        if (warp_index() == 0) {
+            uint32_t own = index + lane_index();
+            bool there = own < shared.end;
+            shared.tiles[lane_index()] = there ? StoredTile{pairs.tile_counts[own], pairs.tile_segments[own]} : StoredTile{0, NO_ROW};
         }
         block_sync();
         StoredTile own = shared.tiles[lane_index()];
-        uint32_t stored = ballot_sync(index + lane_index() < shared.end && own.count != 0 && own.segment != NO_ROW);
+        uint32_t stored = ballot_sync(own.count != 0 && own.segment != NO_ROW);
         if (stored != 0) {
             copy_masks(pairs, shared, shared.tiles[lowest_bit(stored)].segment);
             cp_async_wait<0>();
