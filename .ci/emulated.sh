@@ -38,7 +38,7 @@ export TSAN_OPTIONS="halt_on_error=1 exitcode=66 ignore_interceptors_accesses=1"
 faulty=$(mktemp -d)
 trap 'rm -rf "$faulty"' EXIT
 cp -r kernels/. "$faulty"
-sed -i 's/block_sync();  \/\/ every word and sum is there//' "$faulty/selection/select.cu"
+sed -i 's/block_sync();  \/\/ all words and sums are written//' "$faulty/selection/select.cu"
 status=0
 said=$(DDTAS_KERNELS=$faulty verify tests/golden/paper_batch80.safetensors 2>&1) || status=$?
 if [[ $status != 66 || $said != *"data race"*select.cu* ]]; then

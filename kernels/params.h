@@ -15,115 +15,114 @@
 
 /* Rows (and columns) of a tile of S. */
 #define TILE 128
-/* Threads of a block, in every kernel whose warps all do the same. */
+/* Threads of a block in every kernel that is not warp-specialised. */
 #define THREADS 256
-/* Bytes of one row that a pipeline stage holds: the stride of prepared rows is a multiple. */
+/* Bytes of one row in a pipeline stage. The stride of prepared rows is a multiple of it. */
 #define STAGE_BYTES 128
-/* Shared memory of the pipeline of S tiles: 3 stages of two tiles. */
+/* Shared memory of the pipeline that computes a tile of S: 3 stages of two operands. */
 #define SIMILARITY_STAGES_BYTES (3 * 2 * TILE * STAGE_BYTES)
-/* The same of 16-bit rows where two blocks share a multiprocessor (of sm_80 and sm_100): 2 stages. */
+/* The same for 16-bit rows where two blocks share a multiprocessor (sm_80, sm_100): 2 stages. */
 #define SHARING_STAGES_BYTES (2 * 2 * TILE * STAGE_BYTES)
 /* The sweep: the stages, and two bounds for each row and column. */
 #define SWEEP_SHARED_BYTES (SHARING_STAGES_BYTES + TILE * 16)
 #define SWEEP_EXACT_SHARED_BYTES (SIMILARITY_STAGES_BYTES + TILE * 16)
-/* On Hopper: 4 stages with a barrier each, which leaves one block a multiprocessor. */
+/* On Hopper: 4 stages, each with a barrier; one block a multiprocessor. */
 #define HOPPER_STAGES_BYTES (4 * 2 * TILE * STAGE_BYTES)
 #define HOPPER_SHARED_BYTES (HOPPER_STAGES_BYTES + 4 * 8)
-/* The same-class pass: also what duplicates reach of a tile's references, on Hopper with 32 on either side of it. */
+/* The same-class pass: the stages, and the duplicate bounds of a tile's references; on Hopper also of the 32 on either side. */
 #define SAME_CLASS_SHARED_BYTES (SIMILARITY_STAGES_BYTES + TILE * 4)
 #define SAME_CLASS_HOPPER_SHARED_BYTES (HOPPER_SHARED_BYTES + (TILE + 2 * 32) * 4)
-/* Words that say with a bit a pair which pairs of a tile are candidates: 64 bits a thread of the sweep. */
+/* Words of a tile's candidate mask, which has a bit for each pair: two words for each thread of the sweep. */
 #define TILE_MASK_WORDS (TILE * TILE / 32)
-/* The sweep on Hopper: two teams of 8 warps multiply in turns, of 3 more warps one thread copies and one stores for each
- * team (a group of 4 is whole). A row tile of up to 512 dimensions, 4 stages of 16 KB for column tiles (both together serve
- * wider rows), room for the values of each team's candidates and for their masks, bounds of its columns, counts of its
- * warps and of the tile; 14 barriers; together whole 16 bytes. */
+/* The sweep on Hopper: two teams of 8 warps, and a warpgroup of which one thread copies operands and one for each team stores
+ * candidates. Shared memory: a row tile of up to 512 dimensions and 4 stages of 16 KB for column tiles (wider rows use both
+ * as stages); for each team staged values and masks, bounds of its columns, counts of its warps and of the tile; 14 barriers;
+ * padded to a multiple of 16 bytes. */
 #define SWEEP_HOPPER_THREADS 640
 #define SWEEP_HOPPER_RESIDENT 8
 #define SWEEP_HOPPER_STAGES 4
 #define SWEEP_HOPPER_STAGED 3520
-/* Tiles in a row that a block takes before all go on to the next part of S together, at most. */
+/* Most tiles that a block takes in a row, before all blocks move on to the next part of S together. */
 #define SWEEP_HOPPER_RUN 64
 #define SWEEP_HOPPER_SHARED_BYTES                                                                                        \
     ((SWEEP_HOPPER_RESIDENT + SWEEP_HOPPER_STAGES) * TILE * STAGE_BYTES +                                                \
      2 * (SWEEP_HOPPER_STAGED * 4 + TILE_MASK_WORDS * 4 + TILE * 12 + 44) + 15 * 8)
-/* The same of f32 to its own precision: one team, a row tile's high parts, and 5 stages for the columns' parts and the rows'
- * low ones; 29 barriers; together whole 16 bytes. */
+/* The sweep on Hopper for exact f32: one team, the high parts of a row tile, and 5 stages for the columns' parts and the rows'
+ * low parts; 29 barriers; padded to a multiple of 16 bytes. */
 #define SWEEP_SPLIT_THREADS 384
 #define SWEEP_SPLIT_STAGES 5
 #define SWEEP_SPLIT_SHARED_BYTES                                                                                          \
     ((SWEEP_HOPPER_RESIDENT + SWEEP_SPLIT_STAGES) * TILE * STAGE_BYTES + SWEEP_HOPPER_STAGED * 4 + TILE_MASK_WORDS * 4 +  \
      TILE * 12 + 44 + 4 + (2 * (SWEEP_HOPPER_RESIDENT + SWEEP_SPLIT_STAGES) + 4) * 8)
-/* Keys of a tile, of which each block places some; sorted runs that one launch merges into one. Powers of two. */
+/* order_tiles: keys of a tile, and how many of them one block places. order_merge: sorted runs that one launch merges into one.
+ * Powers of two. */
 #define ORDER_TILE 2048
 #define ORDER_OWN 64
 #define ORDER_RUNS 32
-/* Layout one merge of such tiles would not do: four times the keys, sorted by one block. */
+/* order_tiles_wide, for more rows than one merge of such tiles can take: four times the keys, sorted by one block. */
 #define ORDER_WIDE_TILE 8192
 #define ORDER_WIDE_THREADS 1024
-/* The labels, as they are and as f32, what each warp has counted for each own key, and a flag a warp. Layout a block sorts, keys of
- * 10 bytes with a gap behind every 8. */
+/* Labels as i64 and as f32, a count for each warp and key that the block places, and a flag for each warp. The wide form: keys of
+ * 10 bytes with a gap after every 8. */
 #define ORDER_SHARED_BYTES (ORDER_TILE * (8 + 4) + THREADS / 32 * (ORDER_OWN + 1) * 4)
-/* Keys of a block that merges, and what each warp has found for each. */
+/* order_merge: keys of a block, and a count for each warp and key. */
 #define ORDER_MERGED 128
 #define ORDER_MERGE_SHARED_BYTES (THREADS / 32 * ORDER_MERGED * 4)
 #define ORDER_WIDE_SHARED_BYTES ((ORDER_WIDE_TILE + ORDER_WIDE_TILE / 8) * 10)
-/* Bounds, ranges and sums of the 128 rows and 128 columns of a tile, and what is the same for every pair. */
+/* The selection: bounds, class ranges and sums of the 128 rows and 128 columns of a tile, and what all pairs share. */
 #define SELECT_SHARED_BYTES (TILE * (2 * 8 + 8 + 2 * (3 * 5 + 2) * 4) + 80)
-/* Of stored candidates also the values and places of so many, 12 bytes a thread, a count a warp, and 32 tiles. Blocks a
- * multiprocessor, which walk the tiles. */
+/* select_stored: also values and places of up to SELECT_PLACES candidates, 12 bytes a thread, a count for each warp, and what was
+ * looked up of 32 tiles. SELECT_BLOCKS persistent blocks a multiprocessor. */
 #define SELECT_PLACES 3520
 #define SELECT_STORED_SHARED_BYTES (SELECT_SHARED_BYTES + SELECT_PLACES * 6 + THREADS * 12 + THREADS / 32 * 4 + 32 * 8 + 16)
 #define SELECT_BLOCKS 5
 /* Sums that the blocks of `weigh` add up. */
 #define WEIGH_SUMS 10
-/* One f64 a warp, to sum over a block; of `weigh` for each of its sums and for the candidates of
- * two row tiles, also one for each warp and 32 columns of both sides, and a flag. */
+/* A sum over a block: one f64 for each warp. `weigh`: that for each of its sums and for the candidates of two row tiles, one f64
+ * for each warp and 32 columns of both sides, and a flag. */
 #define SUM_SHARED_BYTES (THREADS / 32 * 8)
 #define WEIGH_SHARED_BYTES ((WEIGH_SUMS + 2) * SUM_SHARED_BYTES + WEIGH_SUMS * 8 + 2 * THREADS / 32 * 32 * 8 + 8)
-/* Whether it finishes words, and for which type of rows. */
+/* Whether `weigh` turns candidates' words into elements of M, and for which type of rows. */
 #define WEIGH_NO_WORDS 0
 #define WEIGH_WORDS_F16 1
 #define WEIGH_WORDS_BF16 2
-/* The tile way of the gradient: a block owns as many rows as its 128 sums a thread allow beside
- * the fragments (16-bit types; f32 needs twice the fragments), and these columns of each. Every
- * block reads the other side once for its columns: more rows, less traffic. */
+/* The gradient by tiles: a block has this many rows and columns of dE, 128 sums a thread; f32 has half of the rows, since its
+ * fragments take twice the registers. Every block reads the other side once for its columns: the more rows, the less traffic. */
 #define GRADIENT_ROWS_16BIT 128
 #define GRADIENT_ROWS_32BIT 64
 #define GRADIENT_COLUMNS 256
-/* Splits of the gradient whose parts one block adds; of more the sums are added once more. */
+/* Splits of the gradient whose partial sums one block adds; where there are more, the results are added in a second step. */
 #define SPLITS_ADDED 8
-/* Rows of the other side that a pipeline stage holds, and the bytes of all stages together:
- * four of 16-bit types, two of f32 to its own precision. */
+/* Rows of the other side in a pipeline stage, and the bytes of all stages: four for 16-bit types, two for exact f32. */
 #define GRADIENT_DEPTH 32
 #define GRADIENT_STAGES_BYTES (4 * GRADIENT_DEPTH * GRADIENT_COLUMNS * 2)
-/* The largest element of M and two barriers of the same, behind the tile of M. */
+/* Behind the tile of M: its largest element, and two barriers. */
 #define GRADIENT_EXTRA_BYTES 24
-/* On Hopper warps have roles: 8 multiply, 3 build M, 1 copies; more threads would leave the product of 256 columns too
- * few registers (ptxas wants 154 for the whole kernel). 4 stages of half a tile's rows (32 KB), three
- * tiles of M (32 KB), which are cleared, built and multiplied at a time; 16 barriers, and a flag. */
+/* The gradient on Hopper is warp-specialised: 8 warps multiply, 3 build M, 1 copies; with more threads the product of 256 columns
+ * would have too few registers (ptxas wants 154 for the whole kernel). 4 stages of half a tile's rows (32 KB), three tiles of M
+ * (32 KB): one is cleared, one built and one multiplied at a time; 16 barriers, and a flag. */
 #define GRADIENT_HOPPER_THREADS 384
 #define GRADIENT_HOPPER_STAGES 4
 #define GRADIENT_HOPPER_SHARED_BYTES \
     (GRADIENT_HOPPER_STAGES * TILE / 2 * GRADIENT_COLUMNS * 2 + (GRADIENT_HOPPER_STAGES / 2 + 1) * TILE * TILE * 2 + 17 * 8)
-/* The same of f32 to its own precision: 6 stages of 32 rows and 128 columns in two parts (16 KB), two tiles of M in two parts;
- * 20 barriers, and a flag. */
+/* The same for exact f32: 6 stages of 32 rows and 128 columns in two parts (16 KB), two tiles of M in two parts; 20 barriers, and
+ * a flag. */
 #define GRADIENT_SPLIT_STAGES 6
 #define GRADIENT_SPLIT_SHARED_BYTES (GRADIENT_SPLIT_STAGES * 32 * 128 * 2 * 2 + 2 * 2 * TILE * TILE * 2 + 21 * 8)
-/* Columns of the gradient that a block of the list way keeps as f32. */
+/* The gradient by lists: columns of dE that a block has as f32. */
 #define LISTS_COLUMNS 256
-/* Keys that a list of retrieval takes beyond those it is cut to, at least: a tile's, or a round's of the merge. */
+/* Retrieval: the least room of a list beyond the keys that shortening leaves: a tile's keys, or those of a round of the merge. */
 #define RETRIEVAL_SLACK THREADS
-/* The same from which on one list after the other is cut. */
+/* A warp shortens one list a tile, if one has so many keys more than shortening leaves. */
 #define RETRIEVAL_SPARE 96
-/* Keys that are merged in shared memory, at most, behind their number; more are merged where the first list is. */
+/* Most keys that retrieval_merge holds in shared memory, after their number; more are merged in the place of the first list. */
 #define RETRIEVAL_MERGED 8192
 #define RETRIEVAL_MERGE_EXTRA_BYTES 16
-/* On Hopper: the query tile and the stages, and the barriers of the teams; of f32 to its own precision of one team. */
+/* Retrieval on Hopper: the query tile, the stages, and the barriers of two teams; for exact f32 of one team. */
 #define RETRIEVAL_HOPPER_SHARED_BYTES ((SWEEP_HOPPER_RESIDENT + SWEEP_HOPPER_STAGES) * TILE * STAGE_BYTES + 10 * 8)
 #define RETRIEVAL_SPLIT_SHARED_BYTES \
     ((SWEEP_HOPPER_RESIDENT + SWEEP_SPLIT_STAGES) * TILE * STAGE_BYTES + (2 * (SWEEP_HOPPER_RESIDENT + SWEEP_SPLIT_STAGES) + 1) * 8)
-/* Stands for "no row". */
+/* No row. */
 #define NO_ROW 0xffffffffu
 
 /* References of one anchor's class, [begin, end); an ignored anchor has begin > end. */
@@ -134,14 +133,14 @@ typedef struct ClassRange {
 
 /* One side of the comparison, prepared: class order, zero padding. */
 typedef struct Side {
-    const void *rows;       /* [tiles, stages, TILE, STAGE_BYTES], swizzled: prepared_offset() in mma_tile.cuh */
+    const void *rows;       /* [tiles, stages, TILE, STAGE_BYTES], swizzled: prepared_offset() in prepared_rows.cuh */
     const uint32_t *order;  /* [count], original index of each row */
-    const float *duplicate; /* [tiles * TILE]; a pair of one class that reaches both rows' is a duplicate */
+    const float *duplicate; /* [tiles * TILE]; a pair of one class at least as similar as both rows' bounds is a duplicate */
     uint32_t count;         /* B or N */
     uint32_t tiles;         /* ceil(count / TILE) */
 } Side;
 
-/* What mining and loss need of LossSettings. */
+/* LossSettings as the kernels need them. */
 typedef struct Settings {
     double gamma_pos;            /* tolerances before adaptation; may be +inf */
     double gamma_neg;
@@ -154,7 +153,7 @@ typedef struct Settings {
     double lambda_neg;
     uint64_t lambda;             /* address of two doubles in place of lambda_pos and lambda_neg; or 0 */
     double sum_scale;            /* fixed-point units of MinedSums in 1.0, a power of two */
-    double more_scale;           /* of softplus - sigmoid: a power of two, at most sum_scale, with every term below 2^41 units */
+    double more_scale;           /* the same for softplus - sigmoid: at most sum_scale, and every term below 2^41 units */
     uint32_t adaptive;           /* AT-ASMS, otherwise the tolerances stay */
     uint32_t reserved;
 } Settings;
@@ -163,24 +162,24 @@ typedef struct Settings {
 typedef struct Counters {
     uint64_t probe_neg;          /* n_neg of the probe */
     uint64_t total_pos;          /* N_pos */
-    uint32_t valid_anchors;      /* rows whose label is not ignored; the rest follow them */
+    uint32_t valid_anchors;      /* rows whose label is not ignored; ignored rows come after them */
     uint32_t valid_references;
-    uint32_t bad_anchor;         /* smallest original index that is no unit row, or NO_ROW */
+    uint32_t bad_anchor;         /* smallest original index of a row that is not of unit length, or NO_ROW */
     uint32_t bad_reference;
-    uint64_t reserved;           /* units of the pool that tiles have asked for; more than there are: some are recomputed */
-    uint32_t largest_weight;     /* what one row adds to a pair's weight at most, of all rows, as the bits of an f32 */
+    uint64_t reserved;           /* units of the pool that tiles asked for; if more than it has, some tiles are recomputed */
+    uint32_t largest_weight;     /* the most that one row adds to the weight of a pair, over all rows: bits of an f32 */
     uint32_t unused;
 } Counters;
 
-/* Of each anchor's mined pairs of one kind, from the selection, [B] each: what a warp adds to neighbouring rows falls into few
- * sectors. The sums are fixed point: order-independent. */
+/* Sums over each anchor's mined positives or negatives, from the selection. A list of [B] for each quantity: what a warp adds to
+ * neighbouring rows falls into few sectors of L2. Fixed point, so that the order of additions does not matter. */
 typedef struct MinedSums {
-    int64_t *softplus;           /* sum of log(1 + exp(-beta (S - lambda_pos))) over P_i, or of the same over N_i */
+    int64_t *softplus;           /* sum of log(1 + exp(-beta (S - lambda_pos))) over P_i, or of N_i's terms */
     int64_t *sigmoid;            /* sum of its derivative */
     uint32_t *count;             /* |P_i| or |N_i| */
 } MinedSums;
 
-/* Per anchor: what turns a similarity into a pair weight. Nothing passes an inactive row's bounds. */
+/* Per anchor: what turns a similarity into a pair weight. No similarity passes the bounds of an inactive row. */
 typedef struct RowWeights {
     float pos_bound;             /* positives below it are mined */
     float neg_bound;             /* negatives above it are mined */
@@ -196,7 +195,7 @@ typedef struct RowSame {
     float sum_same;              /* over all valid references of the class, itself and duplicates included */
 } RowSame;
 
-/* Per reference that is an anchor of the whole batch elsewhere: what that anchor's mining needs. */
+/* Per reference that is an anchor in another part of the batch: what that anchor's mining needs. */
 typedef struct RowNumbers {
     float min_pos;               /* m+, +inf without a positive */
     uint32_t max_neg;            /* ordered key of m-, 0 without a negative */
@@ -224,17 +223,17 @@ typedef struct LossScalars {
     uint64_t mined_neg;          /* sum of |N_i| */
 } LossScalars;
 
-/* The pairs of one batch and everything known of them. All passes of a loss share it. */
+/* The pairs of a batch and what is known about them. All passes of a loss share it. */
 typedef struct Pairs {
     Side anchors;
     Side references;             /* the anchors in the square form */
     uint32_t square;
     uint32_t stride;             /* elements between rows: whole stages of STAGE_BYTES */
     uint32_t dim;                /* D */
-    uint32_t pool;               /* of candidates, in units of 4 */
-    uint64_t tiles;              /* of S: upper triangle, or all */
-    uint32_t total;              /* B of 1/B: these anchors may be a part of a batch */
-    uint32_t band;               /* columns of tiles that are swept together, a power of two: tile_at() in mma_tile.cuh */
+    uint32_t pool;               /* size of the pool of candidates, in units of 4 */
+    uint64_t tiles;              /* tiles of S: of the upper triangle in the square form, else all */
+    uint32_t total;              /* the B of 1/B: more than the anchors here, if these are a part of a batch */
+    uint32_t band;               /* tile columns of a band of the sweep, a power of two: tile_at() in tile_order.cuh */
     ClassRange *classes;         /* [B] */
     RowSame *same;               /* [B] */
     uint32_t *max_neg;           /* [B], ordered key of m-, 0 without a negative */
@@ -242,17 +241,17 @@ typedef struct Pairs {
     MinedSums positives;
     MinedSums negatives;
     RowWeights *weights;         /* [anchor tiles * TILE] */
-    /* The rectangular form. Null where nobody says which reference is an anchor; NO_ROW where none is. */
-    const uint32_t *identity;    /* [B], positions of references */
-    /* Null where references select nothing. */
+    /* Rectangular form: the position of each anchor's own reference, NO_ROW if it has none; null if the caller does not say. */
+    const uint32_t *identity;    /* [B] */
+    /* Null if references select no pairs. */
     RowNumbers *columns;         /* [N] */
-    RowWeights *column_weights;  /* [reference tiles * TILE]; in the square form those of the anchors */
+    RowWeights *column_weights;  /* [reference tiles * TILE]; in the square form the anchors' */
     uint64_t *totals;            /* [2], n_neg of the probe and N_pos, of the whole batch */
-    /* Candidates: every positive, and the negatives above either row's candidate bound, in the order of the sweep's threads
-     * and of each one's bits. The sweep leaves these bits where the selection writes the words. */
-    uint32_t *tile_counts;       /* [tiles] */
-    uint32_t *tile_segments;     /* [tiles], of a tile with candidates: where in the pool, in units of 4; NO_ROW: not stored,
-                                  * to be recomputed */
+    /* Candidates: every positive, and the negatives above either row's candidate bound, in the order of the sweep's threads and
+     * of the bits in their masks. The sweep writes the masks to where the selection then writes the words. */
+    uint32_t *tile_counts;       /* [tiles], candidates */
+    uint32_t *tile_segments;     /* [tiles]: where a tile's candidates begin in the pool, in units of 4; NO_ROW: not stored, the
+                                  * tile is recomputed */
     float *pool_values;          /* [4 * pool], S */
     uint32_t *pool_words;        /* [4 * pool], from the selection on: candidate_word.cuh */
     Settings settings;
@@ -270,7 +269,7 @@ typedef struct InvertParams {
 typedef struct IdentityParams {
     const uint32_t *order;       /* [count], of the anchors */
     const uint32_t *positions;   /* [references], of the references, by original index */
-    const uint32_t *list;        /* [count], original order, NO_ROW where none is; or null: first + i */
+    const uint32_t *list;        /* [count], original order, NO_ROW for an anchor without one; or null: first + i */
     const uint64_t *first_at;    /* [1], in place of `first`; or null */
     uint64_t first;
     uint32_t *identity;          /* [count] */
@@ -278,87 +277,86 @@ typedef struct IdentityParams {
     uint32_t references;
 } IdentityParams;
 
-/* Which of a row's numbers go in or out between two steps. */
+/* Which numbers of a row are taken or reported between two steps. */
 #define NUMBERS_MIN_POS 0
 #define NUMBERS_MAX_NEG 1
 #define NUMBERS_COUNTS 2
 
-/* take_numbers: numbers from outside in place of those found here, for anchors and references. */
+/* take_numbers: the caller's numbers of anchors and references, in place of those found here. */
 typedef struct TakeParams {
     Pairs pairs;
     uint32_t which;
-    uint32_t given;              /* references that have numbers: the first ones of the original order */
+    uint32_t given;              /* references that have numbers: the first ones in original order */
     const void *anchors;         /* [B] f32, or |P| as u32, original order */
     const void *anchors_neg;     /* [B], |N| */
     const void *references;      /* [given], likewise */
     const void *references_neg;
-    const uint64_t *totals;      /* [2], to be copied to those of the pairs; or null */
+    const uint64_t *totals;      /* [2], copied to Pairs.totals; or null */
 } TakeParams;
 
-/* report_numbers: what a step found, in original order. */
+/* report_numbers: the numbers that a step found, in original order. */
 typedef struct ReportParams {
     Pairs pairs;
     uint32_t which;
     uint32_t reserved;
     void *anchors;               /* [B] f32, or |P| as u32 */
     void *anchors_neg;           /* [B], |N| */
-    uint64_t *totals;            /* [2], n_neg of the probe and N_pos, of these anchors; or null */
+    uint64_t *totals;            /* [2], n_neg of the probe and N_pos of these anchors; or null */
 } ReportParams;
 
-/* Words that are 0 when a loss begins. */
+/* Words that order_tiles sets to 0. */
 typedef struct Zeroed {
     uint32_t *words;
     uint64_t count;
 } Zeroed;
 #define ZEROED 7
 
-/* order_tiles, order_tiles_wide: sorts the keys of each tile, a block for every ORDER_OWN keys or for a wide tile, and begins the
- * loss: counters and sums that later passes count up in. */
+/* order_tiles, order_tiles_wide: sorts the keys of each tile, a block for every ORDER_OWN keys or for a wide tile, and sets the
+ * counters and sums of the later passes to their initial values. */
 typedef struct OrderParams {
     const int64_t *labels;       /* [count], original order */
     uint32_t count;
     uint32_t reserved;
     uint64_t *keys;              /* [count], labels sorted within each tile; ignored ones are UINT64_MAX */
     uint32_t *order;             /* [count], their original indices */
-    uint32_t *valid;             /* out: rows that are not ignored; null where tiles are merged, which counts them, so of wide ones */
-    uint32_t *valid_too;         /* out, the same for the other side; null in the rectangular form */
-    Counters *counters;          /* null where another launch begins them */
+    uint32_t *valid;             /* out: number of rows that are not ignored; null if order_merge follows, which counts */
+    uint32_t *valid_too;         /* out: the same for the other side; null in the rectangular form */
+    Counters *counters;          /* null if another launch sets them */
     Zeroed zeroed[ZEROED];
 } OrderParams;
 
-/* order_merge: the place of each key of ORDER_RUNS sorted runs among all of theirs. One block for every ORDER_MERGED keys. */
+/* order_merge: merges ORDER_RUNS sorted runs into one, by the place of each key among all. A block for every ORDER_MERGED keys. */
 typedef struct MergeParams {
     const uint64_t *from_keys;   /* [count], sorted within each run */
     const uint32_t *from_order;
-    uint64_t *keys;              /* [count], sorted within each ORDER_RUNS runs */
+    uint64_t *keys;              /* out: [count], sorted within every ORDER_RUNS runs */
     uint32_t *order;
     uint32_t count;
-    uint32_t run;                /* keys of a run, a power of two; the last one may have fewer */
-    uint32_t *valid;             /* counted up from 0, by the last launch; otherwise null */
+    uint32_t run;                /* keys of a run, a power of two; the last run may have fewer */
+    uint32_t *valid;             /* counted up from 0 by the last launch; null in those before */
     uint32_t *valid_too;         /* the same for the other side; null in the rectangular form */
 } MergeParams;
 
-/* prepare: rows into class order with zero padding, and what is known of each by itself. One block a row tile,
- * and behind them, where classes are wanted, one for each THREADS anchors. */
+/* prepare: gathers rows in class order, pads with zeros, checks norms. One block for each row tile, and after these, if class
+ * ranges are wanted, one for every THREADS anchors. */
 typedef struct PrepareParams {
     const void *input;           /* [count, dim], original order */
     void *rows;                  /* as in Side */
-    const uint32_t *order;       /* null: the rows stay where they are */
+    const uint32_t *order;       /* null: the rows keep their order */
     const uint32_t *valid;       /* read for the column sums only */
     uint32_t count;
     uint32_t dim;
     uint32_t stride;
     uint32_t check;              /* whether norms are checked */
     double norm_tolerance;
-    double *square_sums;         /* [count], original order; written for rows that may be bad */
+    double *square_sums;         /* out: [count], original order; written only for rows that may be bad */
     uint32_t *bad;               /* smallest index of a bad row */
-    float *column_sums;          /* [tiles, stride], sums of the valid rows of each tile; null: not wanted */
-    float *duplicate;            /* as in Side: (1 - 1e-6) |e|^2, multiplied as S is; null: not wanted */
-    double *lengths;             /* [count], original order, out: of the rows, which are brought to unit length; null: they
-                                  * are as they are */
-    const uint64_t *keys;        /* [count], in class order; null: no classes are wanted */
+    float *column_sums;          /* out: [tiles, stride], sums of the valid rows of each tile; null: not wanted */
+    float *duplicate;            /* out: as in Side, (1 - 1e-6) |e|^2 by the products of S; null: not wanted */
+    double *lengths;             /* out: [count], original order; the rows are brought to unit length. Null: they are not */
+    const uint64_t *keys;        /* [count], in class order; null: no class ranges are wanted */
     const uint64_t *reference_keys;
-    ClassRange *classes;         /* [count], where each row's class stands among the references */
+    ClassRange *classes;         /* out: [count], where the references of each row's class are */
     uint32_t references;
     uint32_t reserved;
 } PrepareParams;
@@ -368,8 +366,8 @@ typedef struct PairsParams {
     Pairs pairs;
 } PairsParams;
 
-/* weigh: per-row weights, the scalars, the results in original order, ways of the gradient. One block a row tile, of the
- * references too where they have weights or ways, and behind them, where words are finished, one a tile of S. */
+/* weigh: per-row weights, the scalars, per-anchor results in original order, and which row tiles' gradients go by lists. A block
+ * for each row tile (of the references too, if they have weights or ways) and, if words are finished, one for each tile of S. */
 typedef struct WeighParams {
     Pairs pairs;
     const float *anchor_column_sums;     /* [anchor tiles, stride] */
@@ -377,40 +375,40 @@ typedef struct WeighParams {
     const double *anchor_square_sums;    /* [B] */
     const double *reference_square_sums; /* [N] */
     LossScalars *scalars;
-    float *loss;                 /* [1], the loss once more; or null */
-    float *min_pos;              /* [B] and below: original order */
+    float *loss;                 /* [1], the loss as f32; or null */
+    float *min_pos;              /* [B], original order, as the three below */
     float *max_neg;
     uint32_t *count_pos;
     uint32_t *count_neg;
     double *parts;               /* [blocks, WEIGH_SUMS] */
     uint32_t *arrived;           /* [1], 0 before and after */
-    uint8_t *ways[2];            /* [tiles] of the anchors, of the references, 1: lists; null: not wanted */
-    uint32_t blocks;             /* that weigh a row tile */
-    uint32_t words;              /* WEIGH_NO_WORDS, or what type the elements of M have */
+    uint8_t *ways[2];            /* [tiles] of the anchors and of the references, 1: by lists; null: not wanted */
+    uint32_t blocks;             /* blocks that have a row tile */
+    uint32_t words;              /* WEIGH_NO_WORDS, or the type of the elements of M */
     float weight_scale;          /* as in GradientParams */
     uint32_t reserved;
 } WeighParams;
 
-/* gradient: M R for one side, M = G + G^T (square), G or G^T. */
+/* gradient: M R for one side; M = G + G^T in the square form, else G or G^T. */
 typedef struct GradientParams {
     Pairs pairs;
-    uint32_t of_references;      /* the rows of the result are the references (rectangular form) */
-    uint32_t splits;             /* blocks that share a row block, each a range of the other side's tiles */
-    float weight_scale;          /* power of two that lifts weights into the range of 16-bit types */
+    uint32_t of_references;      /* 1: the gradient of the references (rectangular form) */
+    uint32_t splits;             /* blocks that share a row block; each has a range of the other side's tiles */
+    float weight_scale;          /* power of two that brings weights into the range of 16-bit types */
     uint32_t reserved;
-    const uint8_t *ways;         /* [tiles of the result's side], 1: lists */
-    float *partial;              /* [splits, padded_rows, stride]; with one split unused */
-    uint32_t *arrived;           /* [row blocks, column blocks, groups of splits and 1], 0 before and after; with one split unused */
+    const uint8_t *ways;         /* [tiles of the result's side], 1: by lists */
+    float *partial;              /* [splits, padded_rows, stride]; unused with one split */
+    uint32_t *arrived;           /* [row blocks, column blocks, groups of splits + 1], 0 before and after; unused as above */
     float *gradient;             /* [count, dim], original order */
 } GradientParams;
 
-/* threshold: <dM/dlambda R, tangent> of one side, for both lambdas. A block as in the gradient, for each lambda. */
+/* threshold: <dM/dlambda R, tangent> of one side, for both lambdas. Blocks as in the gradient, for each lambda. */
 typedef struct ThresholdParams {
-    GradientParams walk;         /* its ways may be null; nothing is written through it */
+    GradientParams walk;         /* read only; its `ways` may be null */
     const float *tangent;        /* [count, dim], original order */
     double *partial;             /* [2, blocks]: positives', then negatives' lambda */
-    uint64_t blocks;             /* of all launches */
-    uint64_t first;              /* of this one */
+    uint64_t blocks;             /* number of blocks in all launches */
+    uint64_t first;              /* first block of this launch */
 } ThresholdParams;
 
 /* threshold_sum: the partial sums of all blocks. One block. */
@@ -420,9 +418,9 @@ typedef struct ThresholdSumParams {
     double *sums;                /* [2] */
 } ThresholdSumParams;
 
-/* normalize_backward: dL/d(unit rows) into dL/d(rows). A warp a row. */
+/* normalize_backward: dL/d(rows) from dL/d(unit rows). A warp for each row. */
 typedef struct NormalizeBackwardParams {
-    const void *rows;            /* [count, dim], as they were given */
+    const void *rows;            /* [count, dim], as the caller gave them */
     const double *lengths;       /* [count] */
     float *gradient;             /* [count, dim], in and out */
     uint32_t count;
@@ -430,7 +428,7 @@ typedef struct NormalizeBackwardParams {
 } NormalizeBackwardParams;
 
 /* retrieval, retrieval_merge: the k most similar references of each query. A block for each query tile and split of the
- * references leaves lists of what may be among them; then a block a query takes the best of its lists. */
+ * references writes lists of candidates; then a block for each query takes the k best of its lists. */
 typedef struct RetrievalParams {
     const void *queries;         /* prepared, as in Side */
     const void *references;
@@ -438,12 +436,12 @@ typedef struct RetrievalParams {
     uint32_t reference_count;
     uint32_t stride;
     uint32_t k;
-    uint32_t kept;               /* keys of a list that was cut, as all are in the end, at most; at least k */
-    uint32_t capacity;           /* of a list: power of two, at least kept + RETRIEVAL_SLACK */
+    uint32_t kept;               /* most keys of a list after shortening, as all lists are in the end; at least k */
+    uint32_t capacity;           /* keys that a list has room for: power of two, at least kept + RETRIEVAL_SLACK */
     uint32_t leave_self_out;
-    uint32_t first_tile;         /* of the queries, of this launch */
-    uint32_t splits;             /* blocks that share a query tile, each a range of the references' tiles */
-    uint32_t lists;              /* of a query: one or two a block */
+    uint32_t first_tile;         /* first query tile of this launch */
+    uint32_t splits;             /* blocks that share a query tile; each has a range of the references' tiles */
+    uint32_t lists;              /* lists of a query: one or two for each block */
     uint64_t *keys;              /* [tiles of this launch * TILE, lists, capacity]: similarity descending, index ascending */
     uint32_t *counts;            /* [tiles of this launch * TILE, lists] */
     uint32_t *indices;           /* [query_count, k] */

@@ -1,6 +1,6 @@
 // fiber.cpp: a switch of some 16 instructions on x86-64 and aarch64.
 //
-// ucontext would do, but makes a system call at every switch, and a tile takes a million.
+// ucontext makes a system call at every switch, and a tile takes a million switches.
 
 #include "fiber.h"
 
@@ -14,8 +14,8 @@
 #include <sanitizer/asan_interface.h>
 #endif
 
-// Saves the callee's registers on the old stack, stores its pointer, takes the new one. It jumps back where a `ret`
-// would return: the processor would expect that one in the caller, and guess wrong every time.
+// Pushes the callee-saved registers, stores the stack pointer and loads the new one. It ends with a jump instead of a `ret`,
+// which the processor would always mispredict.
 extern "C" void ddtas_emulation_switch(void **old_stack_pointer, void *new_stack_pointer);
 
 #if defined(__x86_64__)
@@ -85,7 +85,7 @@ namespace {
 
 // Kernels keep a few hundred bytes of fragments; sanitizers make frames several times larger.
 constexpr size_t kStackBytes = 192 * 1024;
-// Stacks begin at different places of their pages, or all would want the same lines of the cache.
+// Stacks begin at different offsets in their pages; otherwise all would compete for the same cache lines.
 constexpr size_t kStagger = 17 * 64, kPlaces = 60;
 
 #if defined(__SANITIZE_ADDRESS__)

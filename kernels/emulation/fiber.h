@@ -10,7 +10,7 @@ struct Fiber {
     void *stack_pointer = nullptr;
     unsigned char *stack = nullptr;  // null for the OS thread's own
     size_t stack_bytes = 0;
-    size_t place = 0;            // of its first frame
+    size_t place = 0;            // where its first frame begins (kStagger)
     void *fake_stack = nullptr;  // AddressSanitizer's
     void *watched = nullptr;     // ThreadSanitizer's thread
 };
@@ -21,7 +21,7 @@ void start_fiber(Fiber &fiber, void (*main)());
 // Frees what start_fiber allocated; nothing may run on it.
 void end_fiber(Fiber &fiber);
 
-// Leaves `from` (for good if `last`) and goes on in `to`.
+// Suspends `from` (for good if `last`) and resumes `to`.
 void switch_fiber(Fiber &from, Fiber &to, bool last);
 
 }  // namespace emulation

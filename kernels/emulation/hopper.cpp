@@ -1,4 +1,4 @@
-// hopper.cpp: barriers in shared memory, bulk copies, products of a warpgroup.
+// hopper.cpp: mbarriers, bulk copies, products of a warpgroup.
 
 #include <algorithm>
 
@@ -40,7 +40,7 @@ void arrive(SharedBarrier &barrier) {
     release(&barrier.tokens[barrier.phase % 2]);
 }
 
-// An operand in shared memory, as the PTX manual has the fields of its descriptor.
+// An operand in shared memory, from the fields of its descriptor (PTX ISA, "Matrix Descriptor Format").
 struct Operand {
     uint32_t start, leading, stride;
     explicit Operand(uint64_t descriptor)
@@ -51,18 +51,18 @@ struct Operand {
     }
     static uint32_t field(uint64_t bits) { return static_cast<uint32_t>(bits & 0x3fff) << 4; }
 
-    // Eight elements, `line` lines of 128 bytes on and `byte` into that one; 8 lines are one block.
+    // Eight elements: byte `byte` of line `line` (128 bytes each, 8 lines a block) from offset `block` on.
     const unsigned char *granule(uint32_t block, uint32_t line, uint32_t byte) const {
         uint32_t address = start + block + line * 128 + byte;
         address ^= (address >> 7 & 7) << 4;  // the swizzle is of address bits
         size_t offset = address - kSharedBase;
         const AsyncView &view = machine->async_view;
         if (address < kSharedBase || offset + 16 > view.seen.size()) die("a product reads outside of shared memory", "");
-        // Without one, or while the product may be reading.
+        // Written without a fence, or while the product may be reading.
         if (view.differs(view.memory + offset, 16)) die("a product reads what a thread has written without a fence", "");
         return view.seen.data() + offset;
     }
-    // A row of A, or column of B, from `k` on; or a `k` of an operand that lies [k, columns], from a column on.
+    // K-major: a row of A (or column of B) from `k` on. Transposed, [k, columns]: index `k` from a column on.
     const unsigned char *straight(uint32_t row, uint32_t k) const { return granule(row / 8 * stride, row % 8, k * 2); }
     const unsigned char *transposed(uint32_t column, uint32_t k) const {
         return granule(column / 64 * leading + k / 8 * stride, k % 8, column % 64 * 2);
@@ -71,7 +71,7 @@ struct Operand {
 
 constexpr uint32_t kDepth = 16, kMostColumns = 256;
 
-// An operand's `count` rows, or columns, from `first` on, as [k, count].
+// Loads `count` rows (or columns) of an operand from `first` on, as [k, count].
 template <Precision numbers>
 void load(double (*to)[kMostColumns], const Operand &operand, bool transposed, uint32_t first, uint32_t count) {
     for (uint32_t i = 0; i < (transposed ? kDepth : count); ++i) {
@@ -103,7 +103,7 @@ void run_product(const Product &product, int warp) {
     }
 }
 
-// Runs the oldest products: those of all but the last `pending` groups, and by chance a few more.
+// Runs the oldest products: those of all but the last `pending` groups, and randomly a few more.
 void run_products(uint64_t pending) {
     int index = static_cast<int>(machine->current / 32);
     Warp &warp = machine->warps[index];
@@ -119,7 +119,7 @@ void run_products(uint64_t pending) {
 
 }  // namespace
 
-// Lands one bulk copy, any of them.
+// Lands a random bulk copy.
 void land_bulk(bool late_too) {
     Unwatched whole_call;
     size_t index = machine->random.below(static_cast<uint32_t>(machine->bulks.size()));
@@ -187,7 +187,7 @@ void mbarrier_arrive(Barrier *barrier) {
 void mbarrier_wait(Barrier *barrier, uint32_t parity) {
     Thread &self = machine->self();
     lanes_apart();
-    // A thread may come late: the phase it waits for may be over twice by then, if nothing keeps the others from it.
+    // A thread may be late: by then two phases may be over, if the kernel does not prevent it.
     self.delayed = machine->warp().late && machine->random.below(8) == 0;
     while (self.delayed || barrier_at(barrier).phase % 2 == parity) {
         self.state = State::at_shared_barrier;
@@ -329,7 +329,7 @@ void AsyncView::publish(bool own) {
     for (size_t i = 0; i < unfenced.size(); ++i) seen[unfenced[i]] = kept[i];
 }
 
-// What a thread wrote there before is nobody's any more.
+// Bulk copies replace what the watched thread wrote there.
 void AsyncView::written_by_engine(void *to, size_t bytes) {
     size_t first = offset_of(to);
     if (before.size() == seen.size()) std::memcpy(before.data() + first, memory + first, bytes);
@@ -348,8 +348,8 @@ void AsyncView::poison(void *to, size_t bytes) {
     written_by_engine(to, bytes);
 }
 
-// Brings everybody's writes there but those of the thread that is watched, which wants a fence of its own: over the blocks and
-// schedules of a test a fence that is some threads' only shows.
+// Makes the writes of all threads visible, except those of the watched thread, which needs a fence of its own: over the blocks
+// and schedules of a test, a fence that only some threads execute shows.
 void fence_proxy_async() {
     Unwatched whole_call;
     machine->fences = true;

@@ -12,7 +12,7 @@ void land(Copy &copy) {
 
 }  // namespace
 
-// Each copy under way may land now.
+// Lands each copy in flight with some probability.
 void land_some(Thread &thread) {
     for (Copy &copy : thread.copies) {
         if (!copy.landed && machine->random.below(4) == 0) land(copy);
@@ -23,7 +23,7 @@ void cp_async(void *to, const void *from) {
     if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16) die("cp_async is not aligned", "");
     Thread &self = machine->self();
     Called called(__builtin_return_address(0));
-    // Whoever still reads the old bytes, or already the new ones, gets NaN.
+    // A read of the old bytes, or of the new ones too early, gets NaN.
     std::memset(to, 0xff, 16);
     writes(to, 16);
     Unwatched bookkeeping;

@@ -37,7 +37,7 @@ struct Kernel {
     Entry entry;
 };
 
-// What this OS thread's launches watch.
+// Global memory that this OS thread's launches watch.
 std::vector<std::pair<unsigned char *, size_t>> &watched_memory() {
     static thread_local std::vector<std::pair<unsigned char *, size_t>> all;
     return all;
@@ -85,7 +85,7 @@ void run_warp(uint32_t warp) {
             run_thread(warp * 32 + lane);
         }
     }
-    // Lanes at a shared barrier may still come to where the others are.
+    // Lanes that wait at an mbarrier may still join the others.
     for (uint32_t lane = 0; lane < 32; ++lane) {
         if (machine->all_threads[warp * 32 + lane].state == State::at_shared_barrier) return;
     }
@@ -98,7 +98,7 @@ void run_warp(uint32_t warp) {
     }
 }
 
-// The same literal most often, and so the same pointer.
+// Usually the same literal, and so the same pointer.
 bool same_text(const char *a, const char *b) { return a == b || std::strcmp(a, b) == 0; }
 
 // All threads wait at one barrier, or all are done: anything else is divergence.
@@ -136,7 +136,7 @@ bool anybody_ready() {
 
 void run_block(uint32_t shared_bytes) {
     Unwatched whole_call;
-    // Of the exact size, so that AddressSanitizer sees an overrun.
+    // Exactly the size, so that AddressSanitizer finds an overrun.
     void *bytes = nullptr;
     if (posix_memalign(&bytes, 1024, shared_bytes ? shared_bytes : 1)) die("no memory for ", "shared memory");
     std::unique_ptr<unsigned char, decltype(&std::free)> shared(static_cast<unsigned char *>(bytes), std::free);
@@ -151,7 +151,7 @@ void run_block(uint32_t shared_bytes) {
         warp.fenced = false;
     }
     begin_roles();
-    // Not the same thread of every block to ThreadSanitizer, which would take their order for one that is meant.
+    // Shuffled, since to ThreadSanitizer thread i of consecutive blocks would be one thread and so in order.
     for (uint32_t i = machine->thread_count; i > 1; --i) {
         std::swap(machine->all_threads[i - 1].fiber, machine->all_threads[machine->random.below(i)].fiber);
     }
@@ -170,7 +170,7 @@ void run_block(uint32_t shared_bytes) {
         machine->random.shuffle(order, machine->warp_count);
         for (uint32_t i = 0; i < machine->warp_count; ++i) {
             run_warp(order[i]);
-            // A phase may be noticed at once, or when nobody else can go on.
+            // The end of a phase is noticed at once, or when no warp can run.
             if (machine->random.below(2) == 0) wake_at_shared_barriers();
         }
     } while (anybody_ready() || wake_last() || release_barrier());
@@ -234,7 +234,7 @@ void collective(const char *what, void *operands, Operation operation) {
     }
     acquire(token);
     operation(warp.operands);
-    release(token);  // what the operation wrote
+    release(token);  // for what the operation wrote
     warp.arrived = 0;
     ++warp.meeting.turn;
     for (int lane = 0; lane < 32; ++lane) machine->all_threads[index / 32 * 32 + lane].state = State::ready;
@@ -245,12 +245,12 @@ int launch(const char *name, const uint32_t grid[3], uint32_t threads, uint32_t 
     auto found = kernels().find(name);
     if (found == kernels().end() || found->second.params_bytes != params_bytes) return -1;
     if (found->second.threads != threads || threads > kMostThreads || threads % 32) return -1;
-    // Kept for the OS thread's life: its stacks are large.
+    // Kept for the lifetime of the OS thread, since its stacks are large.
     static thread_local std::unique_ptr<Machine> own;
     if (own == nullptr) own = std::make_unique<Machine>();
     machine = own.get();
     machine->random = Random(seed);
-    // Blocks of this launch come after those of the last and after the host, in no order among themselves.
+    // Blocks of this launch are ordered after those of the last one and after the host, but not among themselves.
     ++machine->launches;
     acquire(&machine->launched[(machine->launches - 1) % 2]);
     machine->thread_count = threads;
@@ -259,7 +259,7 @@ int launch(const char *name, const uint32_t grid[3], uint32_t threads, uint32_t 
     machine->entry = found->second.entry;
     machine->params = params;
     machine->grid = Index{grid[0], grid[1], grid[2]};
-    // Whose threads' writes are worth telling apart.
+    // Kernels that use proxy fences: only for these a thread is watched.
     static thread_local std::set<Entry> fencing;
     machine->fences = fencing.count(machine->entry) != 0;
     machine->global_views.resize(watched_memory().size());

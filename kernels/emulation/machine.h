@@ -1,12 +1,12 @@
 // machine.h: the host path of device.cuh. A block's threads are fibers of one OS thread.
 //
-// What runs when is drawn from a seed: blocks in random order; in a block one random
-// warp runs alone as far as it can, then the next, redrawn at every barrier, so that a
-// missing barrier shows; lanes in random order. A block has up to kMostThreads threads, and its
-// warps may have roles of their own (roles.cpp). Shared memory starts as NaN. An
-// asynchronous copy makes its target NaN at once and lands at a random later point, at
-// the latest at the wait that covers it. Tensor-core sums are exact, then truncated to
-// f32, which is the worst that the hardware does.
+// The schedule is drawn from a seed: blocks in random order; in a block one random warp
+// runs alone as far as it can, then the next, in an order redrawn at every barrier, so that
+// a missing barrier shows; lanes in random order. A block has up to kMostThreads threads,
+// and may be warp-specialised (roles.cpp). Shared memory starts as NaN. An asynchronous copy
+// makes its target NaN at once and lands at a random later point, at the latest at the wait
+// that covers it. Tensor-core sums are exact, then truncated to f32, the least accurate
+// rounding of the hardware.
 #ifndef DDTAS_EMULATION_MACHINE_H
 #define DDTAS_EMULATION_MACHINE_H
 
@@ -48,12 +48,12 @@ unsigned char *shared_memory();
 void block_barrier(const char *file, int line);
 [[noreturn]] void stop(const char *message);
 // Enters a warp-wide operation with this lane's operands; the last lane to arrive
-// runs `operation` on those of all 32.
+// runs `operation` on the operands of all 32 lanes.
 using Operation = void (*)(void **lanes);
 void collective(const char *what, void *operands, Operation operation);
 
-// Warps with roles. An instruction that PTX calls aligned wants the lanes of its warp side by side: after what
-// lanes do one by one (a wait, an arrival, a copy they start) that holds from a warp_sync() on, which is checked.
+// Warp specialisation. Instructions that PTX calls aligned need converged warps: after a wait, an arrival or a copy, where lanes
+// may diverge, a warp_sync() must come first, which is checked.
 void lanes_apart();
 void lanes_together();
 void aligned(const char *what);
@@ -78,13 +78,13 @@ struct LdMatrix {
 };
 template <bool transposed>
 void ldmatrix(void **lanes);
-// Says, where races are watched for, that this lane's row is read.
+// Tells ThreadSanitizer that this lane's row is read.
 void reads_matrix(const void *row);
 
-// Hopper: products of a warpgroup run at a random point between issue and wait. Each warp's
-// part is computed when the warp's lanes meet; the parts do not depend on each other. Operands
-// are found through their descriptors, as sm90.cuh encodes them, in what the proxy of these
-// instructions sees of shared memory: what threads wrote is there from a fence on.
+// Hopper: products of a warpgroup run at a random point between issue and wait. Each warp's part is
+// computed when the warp's lanes meet; the parts are independent. Operands are found by their
+// descriptors, as sm90.cuh encodes them, in shared memory as the async proxy sees it: threads' writes
+// are visible from a fence on.
 struct GroupMultiply {
     float *c;
     uint64_t a, b;
@@ -96,37 +96,37 @@ void wgmma(void **lanes);
 void wgmma_commit(void **lanes);
 void wgmma_wait(void **lanes);
 void fence_proxy_async();
-// The same, and for global memory that watch_global() names.
+// The same, also for global memory that watch_global() names.
 void fence_proxy_async_all();
 // From the next launch of this OS thread on, bulk copies see these bytes of global memory as they were when the kernel began or
-// at the last such fence. Until the program's end; a program names few.
+// at the last such fence. It lasts until the program ends.
 void watch_global(void *first, size_t bytes);
 void wgmma_fence();
-// The address of a byte of shared memory in the block's own space, where descriptors point.
+// The address of a byte in the block's shared address space, which descriptors use.
 uint32_t shared_address(const void *pointer);
 
-// Barriers in shared memory and bulk copies, which land whole, in any order, at any time; every
-// other one as late as can be, or a wait that is missing would hardly ever be missed.
+// mbarriers and bulk copies. Copies land whole, in any order, at any time; half of them as late as possible,
+// since otherwise a missing wait would hardly ever show.
 using Barrier = uint64_t;
 void mbarrier_init(Barrier *barrier, uint32_t count);
 void mbarrier_arrive(Barrier *barrier);
 void mbarrier_arrive_expect_tx(Barrier *barrier, uint32_t bytes);
 void mbarrier_wait(Barrier *barrier, uint32_t parity);
 void cp_async_bulk(void *to, const void *from, uint32_t bytes, Barrier *barrier);
-// Bulk stores read what their proxy sees of shared memory at any time up to the wait, every other one not before. Global memory
-// has it at any time up to the block's end: a wait for what has been read is none for that.
+// Bulk stores read shared memory, as the async proxy sees it, at any time up to the wait, half of them only then. They write to
+// global memory at any time up to the end of the block: the wait is only for the read.
 void bulk_store(void *to, const void *from, uint32_t bytes);
 void bulk_store_commit();
 void bulk_store_wait_read();
-// The shared memory at an address of the block's own space.
+// Shared memory by its address in the block's shared address space.
 void *shared_at(uint32_t address, uint32_t bytes);
 
-// A block's arrival: what it did before is done before what those do that come later.
+// A block's arrival, ordered after those before.
 uint32_t count_arrival(uint32_t *arrived);
 
 uint16_t f16_bits(float value);
 
-// One run of a kernel; 0, or -1 if there is no such kernel, or it has other threads or parameters of another size.
+// Runs a kernel; 0, or -1 if there is no such kernel or its number of threads or size of parameters differs.
 int launch(const char *name, const uint32_t grid[3], uint32_t threads, uint32_t shared_bytes, const void *params,
            size_t params_bytes, uint64_t seed);
 
@@ -207,15 +207,15 @@ inline uint32_t ballot_sync(bool vote) {
     return one.result;
 }
 
-// Blocks run one after the other and fibers switch only inside calls of this file: relaxed loads and
-// stores do, atomic ones for ThreadSanitizer, which must tell them from plain accesses.
+// Blocks run one after the other and fibers switch only in calls of this file, so relaxed loads and stores suffice; they
+// are atomic for ThreadSanitizer, which must distinguish them from plain accesses.
 template <class T>
 inline T atomic_load(const T *from) { return __atomic_load_n(from, __ATOMIC_RELAXED); }
 template <class T>
 inline void atomic_store(T *to, T value) { __atomic_store_n(to, value, __ATOMIC_RELAXED); }
 template <class T>
 inline void atomic_add(T *target, T value) {
-    using Bits = std::make_unsigned_t<T>;  // which wraps around
+    using Bits = std::make_unsigned_t<T>;  // unsigned, to wrap around
     atomic_store(target, static_cast<T>(static_cast<Bits>(atomic_load(target)) + static_cast<Bits>(value)));
 }
 inline uint64_t atomic_fetch_add(uint64_t *target, uint64_t value) {
@@ -323,7 +323,7 @@ inline float float_of(uint32_t bits) {
     std::memcpy(&value, &bits, sizeof value);
     return value;
 }
-// A GPU's arithmetic gives NaN without a sign, this machine's with one.
+// A NaN that arithmetic makes has no sign on a GPU, and one on x86.
 inline void shift_in_sign(uint32_t &bits, float value) { bits = bits << 1 | (value == value ? bits_of(value) >> 31 : 0); }
 inline double multiply_rn(double a, double b) { return a * b; }
 inline int popc(uint32_t bits) { return __builtin_popcount(bits); }

@@ -1,11 +1,11 @@
-// races.h: what ThreadSanitizer is told, in builds where it watches the kernels.
+// races.h: annotations for ThreadSanitizer, in builds that check the kernels for races.
 //
-// Every thread of a block is a thread to it, though all are fibers of one: what orders two
-// accesses is the kernels' barriers, collectives and launches alone, not the schedule. The
-// kernels are compiled with -fsanitize=thread; the emulation is not, for what it touches is the
-// machine, and with DDTAS_EMULATION_RACES. Nor is Rust: what a test copies to and from device memory is
-// in order with the launches of its OS thread, but what orders its threads is not seen, so that programs
-// of both are run with ignore_interceptors_accesses=1, or memory handed from one to another would be a race.
+// To ThreadSanitizer every thread of a block is a thread, though all are fibers of one OS thread: two accesses are
+// ordered only by the kernels' barriers, collectives and launches, not by the schedule. Kernels are compiled with
+// -fsanitize=thread, the emulation with DDTAS_EMULATION_RACES instead, since it accesses the machine's own state.
+// Rust is not instrumented either: a test's copies to and from device memory are ordered with the launches of its OS
+// thread, but the order among its threads is not seen. So programs run with ignore_interceptors_accesses=1;
+// otherwise memory handed from one thread to another would be a race.
 #ifndef DDTAS_EMULATION_RACES_H
 #define DDTAS_EMULATION_RACES_H
 
@@ -25,20 +25,20 @@ extern "C" void AnnotateIgnoreWritesEnd(const char *file, int line);
 
 namespace emulation {
 
-// What was done before a release() of a token is done before what comes after an acquire() of it.
+// What precedes a release() of a token happens before what follows an acquire() of it.
 #ifdef DDTAS_EMULATION_RACES
 inline void acquire(void *token) { __tsan_acquire(token); }
 inline void release(void *token) { __tsan_release(token); }
-// What an instruction touches that the emulation carries out, as an access of the thread that issued it.
+// Memory that an emulated instruction accesses, as an access of the thread that issued it.
 inline void reads(const void *from, size_t bytes) { __tsan_read_range(const_cast<void *>(from), bytes); }
 inline void writes(void *to, size_t bytes) { __tsan_write_range(to, bytes); }
-// A function of the emulation that a kernel calls, `from` its return address: it is not compiled for the sanitizer, which
-// would else not know the line of the kernel.
+// A function of the emulation that a kernel calls, with return address `from`. It is not instrumented, and without this the
+// sanitizer would not know the kernel's line.
 struct Called {
     explicit Called(void *from) { __tsan_func_entry(from); }
     ~Called() { __tsan_func_exit(); }
 };
-// The machine's own copies: intercepted in the C library, though this code is not watched.
+// Excludes the machine's own copies: the C library's functions are intercepted even in code that is not instrumented.
 struct Unwatched {
     Unwatched() {
         AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
@@ -62,10 +62,10 @@ struct Unwatched {
 };
 #endif
 
-// Where threads meet again and again. Two tokens in turn: a thread that is already at the next
-// meeting must not order what it did on the way for those that are still leaving the last. And two for each of two crews of
-// threads: ThreadSanitizer's are used again for other blocks, where they would order at the first meeting what they did in
-// an earlier block after its last. Of two blocks of different crews it knows that nothing orders them.
+// A barrier that threads pass repeatedly. It has two alternating tokens: a thread that has arrived at the next meeting must not
+// order its accesses before those of threads that are still leaving the last one. And two for each of two crews of fibers:
+// ThreadSanitizer's threads are reused for other blocks, and at their first meeting would order what they did in an earlier block
+// after its last meeting. Blocks of different crews are not ordered.
 struct Meeting {
     char tokens[2][2];
     unsigned turn = 0;

@@ -1,5 +1,5 @@
-// roles.cpp: what warps with roles of their own need: barriers of some of a block's warps, registers that
-// they hand over, and the rule that an aligned instruction finds the lanes of its warp side by side.
+// roles.cpp: warp specialisation: named barriers, setmaxnreg, and the rule that aligned instructions need
+// converged warps.
 
 #include "state.h"
 
@@ -8,8 +8,8 @@ namespace emulation {
 void lanes_apart() { machine->self().apart = true; }
 void lanes_together() { machine->self().apart = false; }
 
-// What the lanes of a warp do one by one leaves them apart on a GPU, which the emulation, where every lane is a
-// fiber, does not see: an instruction that needs them together would work here and now and then trap there.
+// After waits, arrivals and copies the lanes of a warp may have diverged on a GPU. Here every lane is a fiber, and an
+// aligned instruction would work without this check, while on a GPU it would trap now and then.
 void aligned(const char *what) {
     if (machine->self().apart) die("lanes are apart, no warp_sync() before ", what);
 }
@@ -18,7 +18,7 @@ void named_sync(uint32_t barrier, uint32_t threads) {
     aligned("named_sync");
     if (barrier == 0 || barrier >= kNamedBarriers) die("no named barrier, or that of the whole block: ", std::to_string(barrier));
     if (threads == 0 || threads % 32) die("a named barrier of parts of warps", "");
-    // By whole warps: a lane that went elsewhere is found here.
+    // By whole warps: this finds a lane that took another branch.
     collective("named_sync", nullptr, meet);
     NamedBarrier &one = machine->named[barrier];
     if (one.arrived != 0 && one.threads != threads) die("a named barrier of different sizes: ", std::to_string(barrier));
@@ -40,7 +40,7 @@ void named_sync(uint32_t barrier, uint32_t threads) {
     acquire(token);
 }
 
-// A multiprocessor has 65,536 registers, handed out by eights; a block of one gets what ptxas gives its threads at most.
+// The registers of a thread at launch: a multiprocessor has 65,536, in units of eight; at most what ptxas can give.
 namespace {
 uint32_t launch_registers() {
     uint32_t even = 65536 / machine->thread_count / 8 * 8;
@@ -67,7 +67,7 @@ void setmaxnreg(uint32_t registers, bool more) {
     machine->warp().registers = registers;
 }
 
-// Whoever wants more waits until it is there: for ever, if the block does not have it.
+// On a GPU setmaxnreg waits until enough registers are free: for ever, if the block does not have them.
 void end_roles() {
     uint32_t total = 0;
     for (uint32_t warp = 0; warp < machine->warp_count; ++warp) {

@@ -1,4 +1,4 @@
-// state.h: what the files of this folder know of the machine between them.
+// state.h: the emulated machine's state, shared by the files of this folder.
 #ifndef DDTAS_EMULATION_STATE_H
 #define DDTAS_EMULATION_STATE_H
 
@@ -38,41 +38,41 @@ struct Copy {
     void *to;
     const void *from;
     uint64_t group;
-    bool landed;  // and not waited for yet
+    bool landed;  // copied, but not waited for yet
 };
 
-// A copy of the copy engine.
+// A bulk copy to shared memory.
 struct Bulk {
     void *to;
     const void *from;
     uint32_t bytes;
     uint64_t *barrier;
-    bool late;  // not before somebody waits and nobody else can run
+    bool late;  // lands only when a thread waits for it and no other thread can run
 };
 
-// A copy the other way, in a group of the thread that issued it.
+// A bulk copy to global memory, in a group of the thread that issued it.
 struct BulkStore {
     void *to;
     const void *from;
     uint32_t bytes;
     uint32_t thread;
     uint64_t group;
-    bool late;  // not read before it is waited for
+    bool late;  // read only when it is waited for
 };
 
-// What has been read of one, and is not in global memory yet.
+// Bytes that a bulk store has read but not written to global memory yet.
 struct StoredBytes {
     void *to;
     std::vector<unsigned char> bytes;
 };
 
-// Memory as bulk copies and products see it: what threads write is there from a fence of theirs on. The writes of one thread of
-// each block, drawn by chance, are told from the others': a fence of somebody else's does not bring them there.
+// Memory as the async proxy (bulk copies and products) sees it: a thread's writes become visible at a fence. One random thread of
+// each block is watched: its writes become visible only by its own fence, those of the others by any thread's.
 struct AsyncView {
     unsigned char *memory = nullptr;
     std::vector<unsigned char> seen;
-    std::vector<unsigned char> before;  // while that thread runs: the memory as it found it
-    std::vector<size_t> unfenced;       // the bytes it has written since its last fence
+    std::vector<unsigned char> before;  // while the watched thread runs: the memory as it found it
+    std::vector<size_t> unfenced;       // bytes it has written since its last fence
 
     void begin(unsigned char *first, size_t bytes) {
         memory = first;
@@ -84,14 +84,14 @@ struct AsyncView {
         size_t offset = offset_of(at);
         return offset <= seen.size() && bytes <= seen.size() - offset;
     }
-    // Whether there are bytes that are not there yet.
+    // Whether some of the bytes are not visible yet.
     bool differs(const void *at, size_t bytes) const { return std::memcmp(seen.data() + offset_of(at), at, bytes) != 0; }
-    // Around what that thread does until others run.
+    // Called before and after the watched thread runs.
     void start_watching() { before.assign(memory, memory + seen.size()); }
     void stop_watching();
-    // By that thread, or by another one.
+    // A fence by the watched thread (`own`) or by another one.
     void publish(bool own);
-    // Bytes that the copy engine writes, in both views of them.
+    // Bytes that a bulk copy writes, to memory and to the proxy's view.
     void write(void *to, const void *from, size_t bytes);
     void poison(void *to, size_t bytes);
 
@@ -101,14 +101,14 @@ struct AsyncView {
 
 struct SharedBarrier {
     uint32_t count, arrived = 0;
-    int64_t bytes = 0;  // announced and not there yet; copies may come before they are announced
+    int64_t bytes = 0;  // announced but not arrived; negative if copies arrive before they are announced
     uint32_t phase = 0;
-    char tokens[2] = {};  // what arrivals of a phase order, the even ones and the odd
+    char tokens[2] = {};  // ThreadSanitizer's order of the arrivals of even and odd phases
 };
-// What stands where a barrier is: nobody else may write there.
+// The content of a barrier's memory, which nothing else may write.
 constexpr uint64_t kBarrierMark = 0x6261727269657221;
 
-// A barrier of some warps of a block, by number.
+// A named barrier, for some warps of a block.
 struct NamedBarrier {
     uint32_t threads = 0, arrived = 0;
     Meeting meeting;
@@ -125,14 +125,14 @@ struct Thread {
     uint64_t group = 0;  // cp.async groups committed so far
     std::vector<Copy> copies;
     uint64_t store_group = 0;  // groups of bulk stores committed so far
-    uint64_t *shared_barrier = nullptr;  // waited for, and the parity of the phase
+    uint64_t *shared_barrier = nullptr;  // the mbarrier it waits for, and the parity of the phase
     uint32_t parity = 0;
-    uint32_t named_barrier = 0;  // waited for
-    bool apart = false;          // has done what a lane does alone, and not met the others of its warp since
-    bool delayed = false;        // looks at the phase when nobody else can go on, whether it is over by then or not
+    uint32_t named_barrier = 0;  // the named barrier it waits for
+    bool apart = false;          // may have diverged from its warp since the last warp_sync()
+    bool delayed = false;        // looks at the phase only when no other thread can run, even if it is over earlier
 };
 
-// A product of a warpgroup, this warp's 16 rows of it, not yet computed.
+// A warpgroup's product that is not computed yet: this warp's 16 rows.
 struct Product {
     float *c[32];
     GroupMultiply operands;
@@ -143,40 +143,40 @@ struct Product {
 struct Warp {
     std::deque<Product> products;
     uint64_t group = 0;  // groups of products committed so far
-    bool fenced = false;  // a wgmma_fence() since the last of them
+    bool fenced = false;  // wgmma_fence() was called since the last commit
     void *operands[32];
     int arrived = 0;
     const char *what = nullptr;
     Meeting meeting;
-    uint32_t registers = 0;  // of each thread, as setmaxnreg has left them
-    bool late = false;       // notices the end of a phase when nobody else can go on
+    uint32_t registers = 0;  // of each thread, after setmaxnreg
+    bool late = false;       // notices the end of a phase only when no other warp can run
 };
 
 // The machine that this OS thread emulates.
 struct Machine {
     Random random{0};
     Thread all_threads[kMostThreads];
-    uint32_t thread_count = 0, warp_count = 0;  // of this launch
+    uint32_t thread_count = 0, warp_count = 0;  // of a block of this launch
     std::map<uint64_t *, SharedBarrier> barriers;
     NamedBarrier named[kNamedBarriers];
     std::vector<Bulk> bulks;
     std::vector<BulkStore> stores;
     std::vector<StoredBytes> stored;
     Warp warps[kMostWarps];
-    Meeting meeting;                    // of all threads of a block
-    char begun = 0, launched[2] = {};   // tokens: of a block, of this launch and the one before
+    Meeting meeting;                    // block_sync()
+    char begun = 0, launched[2] = {};   // tokens of the block, and of this launch and the previous one
     unsigned launches = 0;
     uint32_t current = 0;
-    unsigned crew = 0;                  // of the threads of this block
+    unsigned crew = 0;                  // which of two sets of fibers runs this block (races.h)
     Index block{}, grid{};
     unsigned char *shared = nullptr;
-    AsyncView async_view;               // of shared memory
-    std::vector<AsyncView> global_views;  // of what watch_global() names
-    uint32_t watched = kMostThreads;    // the thread whose writes are told from the others', if there is one
+    AsyncView async_view;               // shared memory
+    std::vector<AsyncView> global_views;  // memory that watch_global() names
+    uint32_t watched = kMostThreads;    // the watched thread, if there is one
     Entry entry = nullptr;
     const void *params = nullptr;
     const char *name = "";
-    bool fences = false;                // a thread of this launch has put a proxy fence
+    bool fences = false;                // a thread of this launch has issued a proxy fence
     Fiber scheduler;
     ~Machine() {
         for (Thread &thread : all_threads) {
@@ -190,7 +190,7 @@ struct Machine {
     }
     Thread &self() { return all_threads[current]; }
     Warp &warp() { return warps[current / 32]; }
-    // Those of a block.
+    // The threads of a block.
     struct Threads {
         Thread *first;
         uint32_t count;
@@ -200,16 +200,16 @@ struct Machine {
     };
     Threads threads() { return Threads{all_threads, thread_count}; }
 };
-// __thread: a pointer that needs no constructor, and so no call before each use, as an extern thread_local has.
+// __thread: without a constructor, and so without the call before each use that an extern thread_local has.
 extern __thread Machine *machine;
 
-// What an operand's element of 16 bits stands for.
+// The value of a 16-bit element of an operand.
 template <Precision numbers>
 double number(uint16_t bits) {
     return static_cast<double>(numbers == Precision::f16 ? from_f16_bits(bits) : float_of(static_cast<uint32_t>(bits) << 16));
 }
 
-// As a tensor core adds: towards 0.
+// Rounds towards 0, as a tensor core does when it adds.
 inline float truncate(double value) {
     float nearest = static_cast<float>(value);
     // The next float towards 0 has the next smaller bits, of either sign.
@@ -219,7 +219,7 @@ inline float truncate(double value) {
 
 // machine.cpp
 [[noreturn]] void die(const char *message, const std::string &detail);
-// Lets the others run; copies under way may land meanwhile.
+// Lets other threads run; copies in flight may land meanwhile.
 void yield();
 
 // instructions.cpp
@@ -227,13 +227,13 @@ void land_some(Thread &thread);
 
 // hopper.cpp
 void land_bulk(bool late_too);
-// Reads what one bulk store stores, any of them that need not be late, or brings to global memory what was read.
+// One step of a random bulk store: reads its source, unless it is late, or writes to global memory what was read.
 void land_store();
-// The same of all that was read.
+// Writes all that bulk stores have read.
 void land_stored();
-// Wakes whoever's phase is over, but nobody that is late; true if there was somebody.
+// Wakes threads whose phase is over, except late ones; true if there was one.
 bool wake_at_shared_barriers();
-// When nobody can go on: lands copies until somebody's phase is over, and only then looks at those that are late.
+// If no thread can run: lands copies until a thread's phase is over, and only then wakes late threads.
 bool wake_last();
 
 // roles.cpp

@@ -1,14 +1,14 @@
-// gradient.cu: dE = M R, M = G + G^T, or one side's part in the rectangular form (SPEC 4).
+// gradient.cu: dE = M R, with M = G + G^T, or G or G^T in the rectangular form (SPEC 4).
 // Truth: src/loss/gradient.rs, src/loss/reference.rs. Launcher: src/backend/device/passes.rs.
 //
-// Row tiles with few mined pairs are summed from lists (row_lists.cuh), the others on tensor cores (tile_product.cuh); `weigh`
-// has said which. One block owns 128 rows (f32: 64) and 256 columns of the result and walks the other side's tiles in order, or a
-// split's range of them, so that every sum has one order: no atomics. The last split to come adds all. Precision: 16-bit types
-// hold M scaled by a power of two; sums are f32.
+// Row tiles with few mined pairs are summed from lists (row_lists.cuh), the others by tiles on tensor cores (tile_product.cuh);
+// `weigh` chooses. A block has 128 rows (f32: 64) and 256 columns of the result and walks the other side's tiles, or a split's
+// range of them, in order, so that every sum has a fixed order, without atomics. The last split to arrive adds all parts.
+// Precision: 16-bit types have M scaled by a power of two; sums are f32.
 
 #include "gradient/tile_product.cuh"
 
-// The elements of M as the rows' type holds them.
+// The elements of M.
 template <class Precision>
 struct Weights {
     static constexpr uint32_t parts = 1;

@@ -1,29 +1,28 @@
-// gradient_hopper.cu: gradient.cu on Hopper's warpgroup products (wgmma, sm_90a); 16-bit types.
+// gradient_hopper.cu: gradient.cu on Hopper (wgmma, sm_90a), for 16-bit types.
 // Truth: src/loss/gradient.rs, src/loss/reference.rs. Launcher: src/backend/device/passes.rs.
 //
-// dE += M R, a block 128 rows and 256 columns of dE, warp-specialised (hopper_roles.cuh): two consumer warpgroups multiply, 64
-// rows each; three warps build the next tiles of M in shared memory, a store for every word that `weigh` left of a candidate; one
-// warp copies R, the other side's rows, half a tile at a time (64 rows, 256 columns), in four stages, and writes zeros to where M
-// will stand. Prepared rows lie in memory as wgmma's transposed operand lies: no operand passes through registers. M lies as its
-// tile of S does; where that is the other way round the product transposes it. A tile of S that was not stored is recomputed by
-// the warps that multiply, 64 columns at a time, since the sums of dE leave no registers for more: its operands come through the
-// stages, its values go back to one, and half of M is built from these. Rows, columns, splits and the order of every sum are
-// those of gradient.cu; all warps alike sum what goes by lists. Sync: barriers in shared memory alone (full, empty, zeroed,
-// built, valued); all roles walk the same tiles.
+// dE += M R, a block 128 rows and 256 columns of dE, warp-specialised (hopper_roles.cuh). Two warpgroups multiply, 64 rows each.
+// Three warps build the next tiles of M in shared memory, by a store for each candidate's word that `weigh` finished. One warp
+// copies R, the other side's rows, half a tile at a time (64 rows, 256 columns), through four stages, and zeros the next M.
+// Prepared rows have the layout of wgmma's transposed operand, so that no operand passes through registers. M has the orientation
+// of its tile of S; if that is transposed, so is the product's operand. A tile of S that was not stored is recomputed by the MMA
+// warps, 64 columns at a time, since the sums of dE leave no registers for more: its operands come through the stages, its
+// similarities go to a stage, and half of M is built from these. Rows, columns, splits and the order of every sum are those of
+// gradient.cu. Sync: mbarriers (full, empty, zeroed, built, valued).
 
 #include "gradient/hopper_roles.cuh"
 
 #ifdef HAS_WGMMA
 
 constexpr uint32_t kDepth = TILE / 2;                             // rows of R in a stage
-constexpr uint32_t kStagePanel = kDepth * STAGE_BYTES;            // of them, 64 columns
+constexpr uint32_t kStagePanel = kDepth * STAGE_BYTES;            // 64 columns of these rows
 constexpr uint32_t kStageBytes = kDepth * GRADIENT_COLUMNS * 2;
 constexpr uint32_t kOperandBytes = TILE * STAGE_BYTES;            // a tile's rows, 64 of the inner dimension
 constexpr uint32_t kHalf = TILE / 2;                              // columns of S that are recomputed at a time
-// Tiles of M: one more than the stages hold tiles of R, so that a stage that is given back says that a matrix is.
+// Tiles of M: one more than the stages have tiles of R, so that an empty stage implies a matrix that is no longer read.
 constexpr uint32_t kMatrices = GRADIENT_HOPPER_STAGES / 2 + 1;
-static_assert((TILE + kHalf) * STAGE_BYTES <= kStageBytes, "a step of half a recomputed tile");
-static_assert(TILE * kHalf * sizeof(float) == kStageBytes, "and its values");
+static_assert((TILE + kHalf) * STAGE_BYTES <= kStageBytes, "a k block of half a recomputed tile");
+static_assert(TILE * kHalf * sizeof(float) == kStageBytes, "and its similarities");
 
 struct Roles16Bit {
     static constexpr uint32_t matrices = kMatrices, parts = 2, k_block_fills = 1;
@@ -37,13 +36,13 @@ struct GradientHopperShared {
     unsigned char matrices[kMatrices][kMatrixPart];
     Barrier full[GRADIENT_HOPPER_STAGES], empty[GRADIENT_HOPPER_STAGES];
     Barrier zeroed[kMatrices], built[kMatrices];
-    Barrier valued[2];      // a half of a recomputed tile's S is in its stage
+    Barrier valued[2];      // the similarities of a half of a recomputed tile are in their stage
     uint32_t last, unused;  // whether this block is the last of its splits
 };
 static_assert(sizeof(GradientHopperShared) == GRADIENT_HOPPER_SHARED_BYTES, "the launch plan's shared memory");
-static_assert(kHopperListsBytes <= sizeof(GradientHopperShared), "where the stages are");
+static_assert(kHopperListsBytes <= sizeof(GradientHopperShared), "in the place of the stages");
 
-// The warp that copies: R of every tile, before it zeros for its M or, of a recomputed one, the operands of S.
+// The copying warp: for every tile the operands of S if it is recomputed, then R; zeros for its M.
 template <class Precision>
 DEVICE void copy_rows(const GradientParams &p, GradientHopperShared &shared, Walk<false> walk, ColumnBlock columns) {
     const Pairs &pairs = p.pairs;
@@ -70,7 +69,7 @@ DEVICE void copy_rows(const GradientParams &p, GradientHopperShared &shared, Wal
                     }
                     warp_sync();
                 }
-                // One for its values, which nobody copies.
+                // A stage for its similarities, which the MMA warps write.
                 acquire_stage(shared, fill);
                 arrive_as_warp(full_of(shared, fill++));
             }
@@ -85,25 +84,25 @@ DEVICE void copy_rows(const GradientParams &p, GradientHopperShared &shared, Wal
                               kStagePanel, full_of(shared, fill));
             }
             warp_sync();
-            // The product that gave this stage back was the last to read the matrix that the next tile gets.
+            // The product that emptied this stage was the last to read the next tile's matrix.
             if (half == 1 && there) zero_matrix(shared, walk.work.matrix());
         }
     }
 }
 
-// Granules of 4 words of candidates that a thread has under way: those of the next tile while this one is waited for. What a
-// tile has beyond them, more than 4,608 words, is waited for.
+// Granules of 4 candidates' words that a thread loads ahead, from the next tile while it waits for this one. Beyond 4,608 words a
+// tile's words are waited for.
 constexpr uint32_t kAhead = 12;
 using Words = Granule<uint32_t>;
 
-// What the warps that build know of their block.
+// Arguments of the building warps.
 struct Building {
     const GradientParams &p;
     GradientHopperShared &shared;
-    uint32_t thread;  // of theirs
+    uint32_t thread;  // among the building threads
 };
 
-// This thread's granules of a tile's words, kBuildThreads apart: none of a tile that is not stored.
+// This thread's granules of a tile's words, kBuildThreads apart; none if the tile is not stored.
 struct Source {
     const Words *first = nullptr;
     uint32_t count = 0;
@@ -113,9 +112,9 @@ struct Source {
         first = reinterpret_cast<const Words *>(my.p.pairs.pool_words + segment_at(work.segment)) + my.thread;
         count = ((work.count + Words::count - 1) / Words::count + kBuildThreads - 1 - my.thread) / kBuildThreads;
     }
-    // Of kAhead from the first on; zeros where there are fewer.
+    // Granule `index`, which is below kAhead; zeros if there are fewer.
     DEVICE Words at(uint32_t index) const { return index < count ? first[index * kBuildThreads] : Words{}; }
-    // What is left behind kAhead.
+    // The granules after the first kAhead.
     DEVICE Source rest() const {
         Source rest;
         if (count > kAhead) {
@@ -126,7 +125,7 @@ struct Source {
     }
 };
 
-// The other triangle of a tile of the diagonal, which holds each of its pairs once.
+// Writes the other triangle of a tile on the diagonal, which has each pair once.
 template <class Precision>
 DEVICE void mirror(const GradientParams &p, unsigned char *matrix, const Work &work, uint32_t thread) {
     const uint32_t *words = p.pairs.pool_words + segment_at(work.segment);
@@ -147,9 +146,9 @@ DEVICE void build_matrices(const GradientParams &p, GradientHopperShared &shared
     for (uint32_t a = 0; a < kAhead; ++a) ahead[a] = source.at(a);
     while (there) {
         Work work = walk.work;
-        there = walk.next();  // its words are loaded where this tile's are used up
+        there = walk.next();  // its words are loaded as this tile's are used
         Source next = there ? Source(my, walk.work) : Source();
-        mbarrier_wait(&shared.zeroed[work.matrix()], work.matrix_parity());  // and nobody reads the matrix any more
+        mbarrier_wait(&shared.zeroed[work.matrix()], work.matrix_parity());  // zeroed, and no longer read
         warp_sync();
         unsigned char *matrix = shared.matrices[work.matrix()];
         if (!work.stored) {
@@ -178,8 +177,8 @@ DEVICE void build_matrices(const GradientParams &p, GradientHopperShared &shared
     }
 }
 
-// Half of S of a tile that was not stored, its values left in the stage behind its operands. The bits are those
-// of the sweep: either order of the operands gives the same.
+// Recomputes half of a tile of S and writes the similarities to the stage after its operands. They have the bits of the sweep:
+// either order of the operands gives the same.
 template <class Precision>
 DEVICE void recompute_values(GradientHopperShared &shared, Barrier *valued, uint32_t fill, uint32_t k_blocks, uint32_t group) {
     float acc[kHalf / 8][4];
@@ -199,7 +198,7 @@ DEVICE void recompute_values(GradientHopperShared &shared, Barrier *valued, uint
     publish_values<kHalf>(shared, acc, fill, valued);
 }
 
-// The product with one stage; `weights` are 64 rows of M's tile, or 64 columns.
+// Adds the product with one stage; `weights` is 64 rows of M's tile, or 64 columns if `transposed`.
 template <class Precision, bool transposed, int n>
 DEVICE void multiply_half(float (&sums)[n][4], const unsigned char *weights, Descriptor rows) {
     Descriptor m = transposed ? mn_major_descriptor(weights, kPanelBytes<Precision>) : k_major_descriptor(weights);
@@ -209,16 +208,16 @@ DEVICE void multiply_half(float (&sums)[n][4], const unsigned char *weights, Des
         wgmma<true, transposed>(Precision{}, sums, advance(m, k * (transposed ? STAGE_BYTES : 2)), advance(rows, k * STAGE_BYTES));
     }
     wgmma_commit();
-    wgmma_wait<1>();  // this product goes on, that before it is done
+    wgmma_wait<1>();  // the previous product is done, this one is running
 }
 
-// The two warpgroups that multiply: 64 rows each and at most 8 n columns.
+// The two MMA warpgroups: 64 rows each, and at most 8 n columns.
 template <class Precision, int n>
 DEVICE void multiply_matrices(const GradientParams &p, GradientHopperShared &shared, Walk<false> walk, ColumnBlock columns) {
-    uint32_t group = shuffle(warp_index(), 0) / 4;  // which the compiler then knows to be the warp's
+    uint32_t group = shuffle(warp_index(), 0) / 4;  // by a shuffle, so that the compiler knows it to be uniform
     float sums[n][4];
     clear(sums);
-    bool open = false;  // the last product is still under way: its stage is not given back yet
+    bool open = false;  // the last product is still running, and its stage not released
     while (walk.next()) {
         const Work &work = walk.work;
         uint32_t fill = work.fill + work.before_rows(walk.k_blocks);
@@ -267,7 +266,7 @@ struct GradientHopper {
     }
     static DEVICE void build(const GradientParams &p, Shared &shared, Walk<true> walk) { build_matrices<Precision>(p, shared, walk); }
     static DEVICE void multiply(const GradientParams &p, Shared &shared, Walk<false> walk, ColumnBlock columns) {
-        // The narrow product for what it holds: it takes half the time.
+        // The narrow product takes half the time.
         if (columns.count <= GRADIENT_COLUMNS / 2) {
             multiply_matrices<Precision, GRADIENT_COLUMNS / 16>(p, shared, walk, columns);
         } else {

@@ -1,28 +1,28 @@
-// gradient_hopper_f32.cu: gradient_hopper.cu of f32 to its own precision, M and R as two f16 each.
+// gradient_hopper_f32.cu: gradient_hopper.cu for exact f32, M and R as two f16 each.
 // Truth: src/loss/gradient.rs, src/loss/reference.rs. Launcher: src/backend/device/passes.rs.
 //
-// The same roles. A stage is 32 of the other side's rows and 128 columns in both parts, 16 KB; there are six. M is a tile of high
-// parts and one of low ones, two of both: one is built while the other is multiplied. The warps that build weigh the pairs by
-// themselves, from similarities and words: what `weigh` could leave in a word is too short. M's elements are scaled by a power
-// of two that the largest weight of the whole loss says.
-// For each tile and 128 columns the three products (m64n128k16) go into sums of their own, which the adder that rounds adds to
-// those of the row tile: 128 and 64 registers a thread. S that is recomputed comes 32 columns at a time.
-// Sync: barriers in shared memory alone (full, empty, zeroed, built, valued); all roles walk the same tiles.
+// The roles are the same. There are six stages of 16 KB: 32 of the other side's rows, 128 columns, both parts. A matrix is M's
+// high parts and its low parts; there are two, one being built while the other is multiplied. The building warps compute weights
+// from similarities and words, since a weight in a word would be too short. M's elements are scaled by a power of two, from the
+// largest weight of the whole loss.
+// For each tile and 128 columns the three products (m64n128k16) have sums of their own, which are then added in f32 arithmetic to
+// those of the row tile: 64 and 128 registers a thread. S is recomputed 32 columns at a time.
+// Sync: mbarriers (full, empty, zeroed, built, valued); all roles walk the same tiles.
 
 #include "gradient/hopper_roles.cuh"
 
 #ifdef HAS_WGMMA
 namespace {
 
-constexpr uint32_t kColumns = 128;                              // of R in a stage
-constexpr uint32_t kDepth = 32;                                 // and its rows
-constexpr uint32_t kStagePanel = kDepth * STAGE_BYTES;          // of them 64 columns, high or low parts
+constexpr uint32_t kColumns = 128;                              // columns of R in a stage
+constexpr uint32_t kDepth = 32;                                 // its rows
+constexpr uint32_t kStagePanel = kDepth * STAGE_BYTES;          // 64 columns of these rows, high or low parts
 constexpr uint32_t kStageBytes = kColumns / kPanelColumns * 2 * kStagePanel;
 constexpr uint32_t kLineBytes = TILE * STAGE_BYTES;             // a tile's rows, 64 of the inner dimension, high or low parts
-constexpr uint32_t kPartColumns = 32;                           // of S, recomputed at a time
-using MatrixPrecision = F16Rows;                                  // as each of them lies
+constexpr uint32_t kPartColumns = 32;                           // columns of S that are recomputed at a time
+using MatrixPrecision = F16Rows;                                // the layout of M's high parts, and of its low parts
 static_assert(kLineBytes <= kStageBytes && 2 * kPartColumns * STAGE_BYTES <= kStageBytes, "operands of S");
-static_assert(TILE * kPartColumns * sizeof(float) == kStageBytes, "and its values");
+static_assert(TILE * kPartColumns * sizeof(float) == kStageBytes, "and its similarities");
 
 struct RolesF32 {
     static constexpr uint32_t stages = GRADIENT_SPLIT_STAGES, matrices = 2, parts = TILE / kPartColumns, k_block_fills = 3;
@@ -36,16 +36,16 @@ struct GradientSplitShared {
     unsigned char matrices[RolesF32::matrices][2][kMatrixPart];
     Barrier full[RolesF32::stages], empty[RolesF32::stages];
     Barrier zeroed[RolesF32::matrices], built[RolesF32::matrices];
-    Barrier valued[RolesF32::parts];  // a part of a recomputed tile's S is in its stage
-    uint32_t last, unused;              // whether this block is the last of its splits
+    Barrier valued[RolesF32::parts];  // the similarities of a part of a recomputed tile are in their stage
+    uint32_t last, unused;            // whether this block is the last of its splits
 };
 static_assert(sizeof(GradientSplitShared) == GRADIENT_SPLIT_SHARED_BYTES, "the launch plan's shared memory");
-static_assert(kHopperListsBytes <= sizeof(GradientSplitShared), "where the stages are");
+static_assert(kHopperListsBytes <= sizeof(GradientSplitShared), "in the place of the stages");
 
-// Two rows of weights share a pair: no weight is more than twice the largest of a row.
+// The weight of a pair has a share of two rows, so it is at most twice the largest share.
 DEVICE TileScale weight_scale(const Pairs &pairs) { return TileScale(pairs.counters->largest_weight + (1u << 23)); }
 
-// The warp that copies: R of every tile, before it the operands of S of a recomputed one, and zeros for the M of the next.
+// The copying warp: for every tile the operands of S if it is recomputed, then R; zeros for the next tile's M.
 DEVICE void copy_rows(const GradientParams &p, GradientSplitShared &shared, Walk<false> walk, ColumnBlock columns) {
     const Pairs &pairs = p.pairs;
     auto own_rows = static_cast<const unsigned char *>(tile_rows<ExactF32>(own_side(p), walk.x, pairs.stride));
@@ -55,7 +55,7 @@ DEVICE void copy_rows(const GradientParams &p, GradientSplitShared &shared, Walk
         if (lane_index() == 0) mbarrier_arrive_expect_tx(full_of(shared, fill), bytes);
         warp_sync();
     };
-    // Lane `lane` copies, if it is one of `lanes`: `from(lane)` to byte `to` of the stage.
+    // Fills a stage: each of the first `lanes` lanes copies `bytes` bytes from `from(lane)`.
     auto copy = [&](uint32_t lanes, uint32_t bytes, auto from) {
         begin_stage(lanes * bytes);
         if (lane_index() < lanes) {
@@ -80,12 +80,12 @@ DEVICE void copy_rows(const GradientParams &p, GradientSplitShared &shared, Walk
                     }
                     copy(2, part_bytes, [&](uint32_t lane) { return rows + high + lane * kLineBytes + part * part_bytes; });
                 }
-                begin_stage(0);  // for its values, which nobody copies
+                begin_stage(0);  // for the similarities, which the MMA warps write
                 ++fill;
             }
         }
-        // The stage before those of R is given back when the last product of the tile before is through: that read the matrix
-        // which the next tile gets. All stages later a stage waits for that by itself; where R takes fewer, it is waited for.
+        // The last product of the previous tile empties the stage before R's, and was the last to read the next tile's matrix.
+        // When the ring has come round, acquiring a stage has waited for it; if R takes fewer stages, this waits below.
         uint32_t first = fill, at = walk.rows_fills < RolesF32::stages ? walk.rows_fills - 1 : RolesF32::stages - 1;
         for (uint32_t k = 0; k < walk.rows_fills; ++k) {
             uint32_t half = k / (TILE / kDepth), depth = k % (TILE / kDepth), left = columns.count - half * kColumns;
@@ -101,11 +101,11 @@ DEVICE void copy_rows(const GradientParams &p, GradientSplitShared &shared, Walk
     }
 }
 
-// What the warps that build know of their block.
+// Arguments of the building warps.
 struct Building {
     const GradientParams &p;
     GradientSplitShared &shared;
-    uint32_t thread;  // of theirs
+    uint32_t thread;  // among the building threads
     float scale;
     Argument positive, negative;
 
@@ -113,14 +113,14 @@ struct Building {
         : p(params), shared(memory), thread(thread_index() - kMmaWarps * 32), scale(weight_scale(params.pairs).up),
           positive(argument_of(params.pairs.settings, true)), negative(argument_of(params.pairs.settings, false)) {}
 
-    // Element (row, column) of a matrix, as its tile of S has it.
+    // Stores element (row, column) of a matrix, in the orientation of its tile of S.
     DEVICE void store(uint32_t matrix, uint32_t row, uint32_t column, float weight) const {
         Halves halves = split(weight * scale, 0.0f);
         uint32_t place = matrix_offset<MatrixPrecision>(row, column);
         *reinterpret_cast<uint16_t *>(shared.matrices[matrix][0] + place) = static_cast<uint16_t>(halves.high);
         *reinterpret_cast<uint16_t *>(shared.matrices[matrix][1] + place) = static_cast<uint16_t>(halves.low);
     }
-    // As pair_weight(), of a candidate whose word says who keeps it.
+    // As pair_weight(), for a candidate whose word has the anchors that keep it.
     DEVICE float weight(uint32_t row, uint32_t column, uint32_t word, float s) const {
         const Pairs &pairs = p.pairs;
         bool is_positive = word >> kPositive & 1;
@@ -132,12 +132,12 @@ struct Building {
 };
 
 DEVICE void build_matrices(const GradientParams &p, GradientSplitShared &shared, Walk<true> walk) {
-    constexpr uint32_t kAhead = 4;  // granules whose loads are under way
+    constexpr uint32_t kAhead = 4;  // granules that a thread loads ahead
     Building my(p, shared);
     const Pairs &pairs = p.pairs;
     while (walk.next()) {
         const Work &work = walk.work;
-        // On their way while the matrix is waited for.
+        // Loaded while the matrix is waited for.
         Granule<uint32_t> words[kAhead];
         Granule<float> values[kAhead];
         uint64_t segment = segment_at(work.segment);
@@ -150,7 +150,7 @@ DEVICE void build_matrices(const GradientParams &p, GradientSplitShared &shared,
         constexpr uint32_t kApart = kBuildThreads * 4;
 #pragma unroll
         for (uint32_t a = 0; a < kAhead; ++a) load(a, my.thread * 4 + a * kApart);
-        mbarrier_wait(&shared.zeroed[work.matrix()], work.matrix_parity());  // and nobody reads the matrix any more
+        mbarrier_wait(&shared.zeroed[work.matrix()], work.matrix_parity());  // zeroed, and no longer read
         warp_sync();
         if (!work.stored) {
             auto weight = [&](uint32_t anchor, uint32_t reference, float s) { return pair_weight(pairs, anchor, reference, s); };
@@ -170,7 +170,7 @@ DEVICE void build_matrices(const GradientParams &p, GradientSplitShared &shared,
                     uint32_t word = words[a].values[k], row = word_index(word) / TILE, column = word_index(word) % TILE;
                     float weight = my.weight(first_row + row, first_column + column, word, values[a].values[k]);
                     my.store(work.matrix(), row, column, weight);
-                    if (work.tile.diagonal) my.store(work.matrix(), column, row, weight);  // which holds each pair once
+                    if (work.tile.diagonal) my.store(work.matrix(), column, row, weight);  // its tile of S has each pair once
                 }
                 load(a, first + kAhead * kApart);
             }
@@ -181,8 +181,8 @@ DEVICE void build_matrices(const GradientParams &p, GradientSplitShared &shared,
     }
 }
 
-// A part of S of a tile that was not stored, its values left in the stage behind its operands. The bits are those
-// of the sweep: either order of the operands gives the same.
+// Recomputes a part of a tile of S and writes the similarities to the stage after its operands. They have the bits of the sweep:
+// either order of the operands gives the same.
 DEVICE void recompute_values(GradientSplitShared &shared, Barrier *valued, uint32_t fill, uint32_t k_blocks, uint32_t group) {
     float acc[kPartColumns / 8][4];
     clear(acc);
@@ -200,7 +200,7 @@ DEVICE void recompute_values(GradientSplitShared &shared, Barrier *valued, uint3
     publish_values<kPartColumns>(shared, acc, fill, valued);
 }
 
-// 16 of the other side's rows: the mixed products, then that of the high parts. `fresh`: from 0.
+// The mixed products and the product of the high parts, for 16 of the other side's rows. `from_zero`: sums begin at 0.
 template <bool transposed, bool from_zero>
 DEVICE void multiply_parts(WgmmaAccumulators &sums, Descriptor m, Descriptor rows) {
     wgmma_f16<true, transposed, from_zero>(sums, advance(m, kMatrixPart), rows);
@@ -208,7 +208,8 @@ DEVICE void multiply_parts(WgmmaAccumulators &sums, Descriptor m, Descriptor row
     wgmma_f16<true, transposed>(sums, m, rows);
 }
 
-// A tile's product with 128 columns, whose stages begin at `fill`; `m` are a group's 64 rows of M's tile, or 64 columns.
+// A tile's product with 128 columns, whose stages begin at `fill`; `m` is the group's 64 rows of M's tile, or 64 columns if
+// `transposed`.
 template <bool transposed>
 DEVICE void multiply_tile_columns(GradientSplitShared &shared, WgmmaAccumulators &sums, Descriptor m, uint32_t fill) {
 #pragma unroll
@@ -216,7 +217,7 @@ DEVICE void multiply_tile_columns(GradientSplitShared &shared, WgmmaAccumulators
         mbarrier_wait(full_of(shared, fill), parity_of(shared, fill));
         warp_sync();
         Descriptor rows = mn_major_descriptor(stage_of(shared, fill), 2 * kStagePanel);
-        // 64 of the inner dimension of straight ones are a panel.
+        // If M is not transposed, a panel has 64 of the inner dimension.
         auto at = [&](uint32_t inner) {
             return advance(m, transposed ? inner * STAGE_BYTES
                                          : inner / kPanelColumns * kPanelBytes<MatrixPrecision> + inner % kPanelColumns * 2);
@@ -230,7 +231,7 @@ DEVICE void multiply_tile_columns(GradientSplitShared &shared, WgmmaAccumulators
         multiply_parts<transposed, false>(sums, at(k + 16), advance(rows, 16 * STAGE_BYTES));
         wgmma_commit();
         if (k > 0) {
-            wgmma_wait<1>();  // this product goes on, that before it is done
+            wgmma_wait<1>();  // the previous product is done, this one is running
             arrive_as_warp(empty_of(shared, fill - 1));
         }
     }
@@ -239,10 +240,10 @@ DEVICE void multiply_tile_columns(GradientSplitShared &shared, WgmmaAccumulators
     arrive_as_warp(empty_of(shared, fill - 1));
 }
 
-// The two warpgroups that multiply: 64 rows each.
+// The two MMA warpgroups: 64 rows each.
 DEVICE void multiply_matrices(const GradientParams &p, GradientSplitShared &shared, Walk<false> walk, ColumnBlock columns) {
     constexpr int kHalves = GRADIENT_COLUMNS / kColumns;
-    uint32_t group = shuffle(warp_index(), 0) / 4;  // which the compiler then knows to be the warp's
+    uint32_t group = shuffle(warp_index(), 0) / 4;  // by a shuffle, so that the compiler knows it to be uniform
     float down = weight_scale(p.pairs).down / kRowScale;
     WgmmaAccumulators totals[kHalves];
     auto each = [](auto use) {

@@ -1,5 +1,5 @@
-// hopper_roles.cuh: what the gradient's warp-specialised kernels on Hopper share: 8 MMA warps (two warpgroups), 3 that build M,
-// one that copies; all roles walk the same tiles.
+// hopper_roles.cuh: what the warp-specialised gradient kernels on Hopper share: 8 MMA warps (two warpgroups), 3 warps that build
+// M, one that copies; all roles walk the same tiles.
 #ifndef DDTAS_HOPPER_ROLES_CUH
 #define DDTAS_HOPPER_ROLES_CUH
 
@@ -10,46 +10,46 @@
 
 constexpr uint32_t kPanelColumns = STAGE_BYTES / 2;
 constexpr uint32_t kMatrixPart = TILE * TILE * 2;  // bytes of a tile of M, or of its high or low parts
-constexpr uint32_t kMmaWarps = 8, kBuildWarps = 3;  // warps; the last one copies
+constexpr uint32_t kMmaWarps = 8, kBuildWarps = 3;  // the last warp of the block copies
 constexpr uint32_t kBuildThreads = kBuildWarps * 32;
 constexpr uint32_t kBuildBarrier = 1, kMmaBarrier = 2;
 static_assert((kMmaWarps + kBuildWarps + 1) * 32 == GRADIENT_HOPPER_THREADS, "the launch plan's threads");
 static_assert(GRADIENT_ROWS_16BIT == TILE, "two warpgroups of 64 rows");
 
-// A tile of the walk below, the unit of work: every role knows from it which stages and which matrix are meant. `Roles` has the
-// numbers: of matrices, of parts of S that are recomputed one after the other, of stages filled for 64 dimensions of such a part.
+// A tile of the walk below, from which every role knows the tile's stages and matrix. `Roles` has the number of matrices, of
+// parts in which S is recomputed, and of stages filled for a k block of such a part.
 template <class Roles>
 struct RolesWork {
     PairTile tile;
-    uint32_t y;           // of the other side
+    uint32_t y;           // tile of the other side
     uint32_t count;       // candidates
-    uint32_t segment;     // where they are
-    uint32_t index;       // so many tiles before
-    uint32_t recomputed;  // of which recomputed
-    uint32_t fill;        // and so many stages filled before
+    uint32_t segment;     // unit of the pool where they begin
+    uint32_t index;       // number of tiles before this one
+    uint32_t recomputed;  // how many of these are recomputed
+    uint32_t fill;        // stages filled for tiles before this one
     bool stored;
 
-    // Stages filled for this tile before those of R: for each part of S its steps, then its values.
+    // Stages filled for this tile before those of R: for each recomputed part of S its k blocks, then one for its similarities.
     static DEVICE uint32_t part_fills(uint32_t k_blocks) { return k_blocks * Roles::k_block_fills + 1; }
     DEVICE uint32_t before_rows(uint32_t k_blocks) const { return stored ? 0 : Roles::parts * part_fills(k_blocks); }
     DEVICE uint32_t values(uint32_t k_blocks, uint32_t part) const { return fill + (part + 1) * part_fills(k_blocks) - 1; }
     DEVICE uint32_t matrix() const { return index % Roles::matrices; }
     DEVICE uint32_t matrix_parity() const { return index / Roles::matrices % 2; }
-    // M lies [other side, own]: as its tile of S, whereas a recomputed one is built the right way round.
+    // Whether M is [other side, own side], as its stored tile of S. From a recomputed tile M is built as [own side, other side].
     DEVICE bool transposed() const { return stored && tile.transposed; }
 };
 
-// The tiles that hold candidates of the block's rows, in order. The lanes of a warp look at 32 counts at once. `words`: with
-// how many there are and where, which only those that build ask; the others have no registers for it.
+// The tiles that have candidates of the block's rows, in order. A warp looks up 32 tiles at once. `words`: with their counts and
+// segments, which only the building warps need and have registers for.
 template <class Roles, bool words>
 struct RolesWalk {
     const GradientParams &p;
     uint32_t x, k_blocks, rows_fills, group, end;
-    uint32_t left = 0, stored = 0;       // tiles of this group with candidates, those that are stored: a bit each
-    uint32_t counts = 0, segments = 0;   // of the lane's tile
+    uint32_t left = 0, stored = 0;       // a bit for each tile of the group: has candidates and is not walked yet; is stored
+    uint32_t counts = 0, segments = 0;   // those of the lane's tile
     RolesWork<Roles> work{};
 
-    // `fills` stages for R of a tile.
+    // `fills`: stages filled with R for a tile.
     DEVICE RolesWalk(const GradientParams &params, uint32_t row_tile, Range range, uint32_t fills)
         : p(params),
           x(row_tile),
@@ -58,7 +58,7 @@ struct RolesWalk {
           group(range.begin - 32),
           end(range.end) {}
 
-    // Steps on to the next tile, by the whole warp; false at the end.
+    // Steps to the next tile, by the whole warp; false at the end.
     DEVICE bool next() {
         if (work.count != 0) {
             ++work.index;
@@ -66,7 +66,7 @@ struct RolesWalk {
             work.fill += work.before_rows(k_blocks) + rows_fills;
         }
         while (left == 0) {
-            group += 32;  // from below 0 at first
+            group += 32;  // wraps around from below 0 at first
             if (static_cast<int32_t>(end - group) <= 0) return false;
             uint32_t y = group + lane_index();
             uint64_t index = y < end ? pair_tile(p.pairs, p.of_references, x, y).index : 0;
@@ -92,7 +92,7 @@ struct RolesWalk {
     }
 };
 
-// Stages are filled in turn, again and again: which one a fill is meant for, its barriers, and the parity of its phase.
+// The ring of stages: the stage of a fill, its barriers, and the parity of its phase.
 template <class Shared>
 constexpr uint32_t kStageCount = sizeof(Shared::full) / sizeof(Barrier);
 template <class Shared>
@@ -104,7 +104,7 @@ DEVICE unsigned char *stage_of(Shared &shared, uint32_t fill) { return shared.st
 template <class Shared>
 DEVICE uint32_t parity_of(const Shared &, uint32_t fill) { return fill / kStageCount<Shared> % 2; }
 
-// By the warp that copies: waits until the stage of this fill has been given back.
+// Called by the copying warp: waits until the stage of this fill is empty.
 template <class Shared>
 DEVICE void acquire_stage(Shared &shared, uint32_t fill) {
     constexpr uint32_t stages = kStageCount<Shared>;
@@ -112,8 +112,8 @@ DEVICE void acquire_stage(Shared &shared, uint32_t fill) {
     warp_sync();
 }
 
-// By the warp that copies: zeros to a matrix, of as many parts as it has. For recomputed tiles too: their matrix is written
-// all over, and waited for alike. Zeros that came by a bulk copy would wait behind those of R.
+// Called by the copying warp: sets a matrix, with all its parts, to zeros; also for recomputed tiles, which overwrite all of it,
+// so that every tile waits for the same barrier. A bulk copy of zeros would queue behind the copies of R.
 template <class Shared>
 DEVICE void zero_matrix(Shared &shared, uint32_t matrix) {
     using Zeros = Granule<uint32_t>;
@@ -134,15 +134,15 @@ DEVICE void begin_barriers(Shared &shared) {
         for (Barrier &barrier : shared.built) mbarrier_init(&barrier, kBuildWarps);
         for (Barrier &barrier : shared.valued) mbarrier_init(&barrier, kMmaWarps);
     }
-    block_sync();  // the barriers are there
+    block_sync();  // the barriers are initialised
 }
 
-// Where a recomputed similarity stands in the stage of its part, `columns` wide: the rows of half a warp's store meet no bank
-// twice.
+// Index of a recomputed similarity in the stage of its part, which is `columns` wide; without bank conflicts in the rows that
+// half a warp stores.
 template <uint32_t columns>
 DEVICE uint32_t value_index(uint32_t row, uint32_t column) { return row * columns + (column ^ row % 4 * 8); }
 
-// By the warps that multiply: `acc`, their values of a part of S, into the stage that was filled for them.
+// Called by the MMA warps: writes `acc`, their similarities of a part of S, to the stage of fill `fill`.
 template <uint32_t columns, class Shared>
 DEVICE void publish_values(Shared &shared, const float (&acc)[columns / 8][4], uint32_t fill, Barrier *valued) {
     mbarrier_wait(full_of(shared, fill), parity_of(shared, fill));
@@ -161,8 +161,8 @@ DEVICE void publish_values(Shared &shared, const float (&acc)[columns / 8][4], u
     arrive_as_warp(valued);
 }
 
-// M from the values of a recomputed tile, `columns` at a time: `weight` of anchor, reference and similarity goes to `store`, 0
-// where there is no pair.
+// Builds M from a recomputed tile, a part of `columns` columns at a time: store(row, column, weight(anchor, reference, s)), or 0
+// if there is no pair.
 template <uint32_t columns, class Building, class Work, class Weight, class Store>
 DEVICE void build_recomputed(const Building &my, const Work &work, uint32_t x, uint32_t k_blocks, Weight weight, Store store) {
     for (uint32_t part = 0; part < TILE / columns; ++part) {
@@ -179,20 +179,20 @@ DEVICE void build_recomputed(const Building &my, const Work &work, uint32_t x, u
         }
         fence_proxy_async();  // bulk copies fill the stage next
         warp_sync();
-        named_sync(kBuildBarrier, kBuildThreads);  // the values are read
+        named_sync(kBuildBarrier, kBuildThreads);  // the similarities have been read
         // The builders arrive for the MMA warps, since only they know when the values have been read.
         if (my.thread < kMmaWarps) mbarrier_arrive(empty_of(my.shared, fill));
         warp_sync();
     }
 }
 
-// Adjacent columns, which are those of a thread.
+// Two adjacent columns of a thread.
 struct alignas(8) ColumnPair {
     float values[2];
 };
 
-// By the warps that multiply: `count` columns of their rows of row tile x into the result; `value(row of the thread, column)` is
-// a sum.
+// Called by the MMA warps: writes `count` columns of their rows of row tile x to the result; `value(r, c)` is the sum of the
+// thread's row r and column c.
 template <int count, class Value>
 DEVICE void write_rows(const GradientParams &p, uint32_t x, ColumnBlock columns, Value value) {
     WgmmaLayout layout;
@@ -215,7 +215,7 @@ DEVICE void write_rows(const GradientParams &p, uint32_t x, ColumnBlock columns,
     }
 }
 
-// finish_splits() by the warps that multiply alone. `last` is shared memory.
+// finish_splits() by the MMA warps only. `last` is in shared memory.
 DEVICE void finish_multiplied(const GradientParams &p, uint32_t *last, uint32_t x) {
     constexpr uint32_t threads = kMmaWarps * 32;
     finish_splits(p, static_cast<uint64_t>(x) * TILE, TILE, kMmaWarps, [&](uint32_t *arrived, uint32_t blocks) {
@@ -232,15 +232,15 @@ constexpr uint32_t kListsWarps = GRADIENT_HOPPER_THREADS / 32, kHopperListsRows 
 static_assert(LISTS_COLUMNS == GRADIENT_COLUMNS, "one grid for both");
 constexpr uint32_t kHopperListsBytes = kListsWarps * kHopperListsRows * LISTS_COLUMNS * 4;
 
-// A row tile that goes by lists, by all warps alike.
+// A row tile whose gradient goes by lists; all warps do the same.
 template <class Precision>
 DEVICE void sum_by_lists(const GradientParams &p, unsigned char *bytes, uint32_t x) {
     gradient_lists<Precision, kListsWarps, kHopperListsRows>(p, bytes, x, 0);
     finish_splits(p, bytes, static_cast<uint64_t>(x) * TILE, TILE, GRADIENT_HOPPER_THREADS);
 }
 
-// The kernel: warps by their roles (warp specialisation). `Kernel` has the block's shared memory, what the roles do, how many
-// stages hold R of a tile of so many columns, and the registers of a thread that multiplies and of the others.
+// The body of the kernels: runs each warp's role. `Kernel` has the layout of shared memory, the functions of the roles, the
+// number of stages that R of a tile takes (`fills`), and the registers of a thread of the MMA warps and of the others.
 template <class Kernel>
 DEVICE void run_roles(const GradientParams &p) {
     SHARED_MEMORY(bytes);

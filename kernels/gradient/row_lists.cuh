@@ -1,22 +1,22 @@
-// row_lists.cuh: rows of the gradient that have few mined pairs: a warp adds r_j for every pair of its rows (SPEC 4).
+// row_lists.cuh: the gradient by lists, for rows with few mined pairs: a warp adds weight * r_j for each pair of a row (SPEC 4).
 #ifndef DDTAS_ROW_LISTS_CUH
 #define DDTAS_ROW_LISTS_CUH
 
 #include "gradient/split_k.cuh"
 #include "gradient/weight_tile.cuh"
 
-// Pairs whose rows are loaded together, to overlap their latency, and then added one after the other.
+// Pairs whose rows are loaded together, to overlap latency, and then added one after the other.
 constexpr uint32_t kPairsAtOnce = 4;
 
-// A pair that the whole warp adds: its weight, and two rows.
+// A pair that the whole warp adds.
 struct ListedPair {
     float weight;
-    uint32_t to;    // of the warp's
-    uint32_t from;  // of the other side
+    uint32_t to;    // row of the warp
+    uint32_t from;  // row of the other side
 };
 
-// The rows from `offset` of tile x on, `kWarpRows` for each of `warps` warps, and 256 columns: `weigh(i, j, s)` is the weight of
-// a pair, `finish(row of the tile, column of the block, sum)` takes the sums. `bytes` holds LISTS_COLUMNS floats for each row.
+// Rows from `offset` of tile x on, `kWarpRows` for each of `warps` warps, and 256 columns. `weigh(i, j, s)` is the weight of a
+// pair; `finish(row of the tile, column of the block, sum)` receives the sums. `bytes` has LISTS_COLUMNS floats for each row.
 template <class Precision, uint32_t warps, uint32_t kWarpRows, class Weigh, class Finish>
 DEVICE void sum_lists(const GradientParams &p, unsigned char *bytes, uint32_t x, uint32_t offset, Range range, Weigh weigh,
                       Finish finish) {
@@ -27,7 +27,7 @@ DEVICE void sum_lists(const GradientParams &p, unsigned char *bytes, uint32_t x,
     ColumnBlock columns = column_block(pairs);
     auto rows = static_cast<const unsigned char *>(other_side(p).rows);
 
-    // A warp touches its own rows only: no barrier, just its lanes.
+    // A warp accesses its own rows only: no block barrier is needed.
     float *warp_sums = sums + warp_index() * kWarpRows * LISTS_COLUMNS;
     for (uint32_t i = lane_index(); i < kWarpRows * LISTS_COLUMNS; i += 32) warp_sums[i] = 0.0f;
     warp_sync();
@@ -43,7 +43,7 @@ DEVICE void sum_lists(const GradientParams &p, unsigned char *bytes, uint32_t x,
             for (int orientation = 0; orientation < (tile.diagonal ? 2 : 1); ++orientation) {
                 bool transposed = tile.transposed || orientation == 1;
                 uint32_t of_x = transposed ? place % TILE : place / TILE, of_y = transposed ? place / TILE : place % TILE;
-                uint32_t local = of_x - offset - warp_index() * kWarpRows;  // wraps around for rows of others
+                uint32_t local = of_x - offset - warp_index() * kWarpRows;  // wraps around for rows of other warps
                 float weight = 0.0f;
                 if (there && local < kWarpRows) {
                     uint32_t row = x * TILE + of_x, column = y * TILE + of_y;
@@ -64,7 +64,7 @@ DEVICE void sum_lists(const GradientParams &p, unsigned char *bytes, uint32_t x,
                         Vector values[kPairsAtOnce];
 #pragma unroll
                         for (uint32_t a = 0; a < kPairsAtOnce; ++a) {
-                            // Beyond those found it is some row that there is.
+                            // Beyond the pairs found it is a valid row, too, and is not used.
                             values[a] = load_prepared<Precision>(rows, listed[a].from, columns.first + column,
                                                                  stride_bytes<Precision>(pairs));
                         }
@@ -91,7 +91,7 @@ DEVICE void sum_lists(const GradientParams &p, unsigned char *bytes, uint32_t x,
     warp_sync();
 }
 
-// The gradient's.
+// The lists with the gradient's weights.
 template <class Precision, uint32_t warps, uint32_t kWarpRows>
 DEVICE void gradient_lists(const GradientParams &p, unsigned char *bytes, uint32_t x, uint32_t offset) {
     uint32_t first_column = column_block(p.pairs).first;

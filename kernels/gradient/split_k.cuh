@@ -1,12 +1,12 @@
-// split_k.cuh: the inner dimension of M R divided among blocks (split-K): which tiles a block has, where its
-// sums go, and how the block that comes last adds those of all, in order.
+// split_k.cuh: split-K: the inner dimension of M R divided among blocks: the tiles of a block, where its sums
+// go, and how the last block to arrive adds the sums of all, in order.
 #ifndef DDTAS_SPLIT_K_CUH
 #define DDTAS_SPLIT_K_CUH
 
 #include "pairs/pairs.cuh"
 #include "tile/prepared_rows.cuh"
 
-// Tiles of the other side that a split walks.
+// The tiles of the other side that a split walks.
 struct Range {
     uint32_t begin;
     uint32_t end;
@@ -16,14 +16,14 @@ DEVICE Range split_range(uint32_t tiles, uint32_t split, uint32_t splits) {
                  static_cast<uint32_t>(static_cast<uint64_t>(tiles) * (split + 1) / splits)};
 }
 
-// The side whose gradient it is, whose rows are M's, and the other one, whose rows are summed.
+// The side whose gradient is computed, and the other side, whose rows are summed.
 DEVICE const Side &own_side(const GradientParams &p) { return p.of_references ? p.pairs.references : p.pairs.anchors; }
 DEVICE const Side &other_side(const GradientParams &p) { return p.of_references ? p.pairs.anchors : p.pairs.references; }
 
-// Where row `row` of the result goes: with one split straight to the caller's rows, otherwise to the split's part.
+// Where row `row` of the result goes: with one split to the caller's gradient, otherwise to the split's part.
 struct ResultRow {
     float *to;
-    uint32_t columns;  // 0: padding, which the caller does not have
+    uint32_t columns;  // 0 for padding
 };
 DEVICE ResultRow result_row(const GradientParams &p, uint64_t row) {
     const Pairs &pairs = p.pairs;
@@ -45,14 +45,14 @@ DEVICE ColumnBlock column_block(const Pairs &pairs) {
     return ColumnBlock{first, left < GRADIENT_COLUMNS ? left : GRADIENT_COLUMNS};
 }
 
-// 1, or NaN if a row is bad, so that a caller who does not wait sees it in the gradient.
+// 1, or NaN if a row is bad, so that callers that do not wait find it in the gradient.
 DEVICE float one_or_nan(const Pairs &pairs) { return has_bad_row(*pairs.counters) ? NAN : 1.0f; }
 
-// Rows of a part that a warp loads before it adds any: a block by itself has little else to wait for.
+// Rows of a part that a warp loads before it adds any: the last block has a multiprocessor's latency to itself.
 constexpr uint32_t kRowsAtOnce = 8;
 
-// The sum of `count` parts, of every `step`-th split from `first_split` on, in order: to the result, or in place of the first.
-// By `warps` warps, a row by one; `rows` rows from `first_row` on.
+// Adds `count` parts, those of every `step`-th split from `first_split` on, in order, and writes the sum to the result or in
+// place of the first part: `rows` rows from `first_row` on, by `warps` warps, a row by one warp.
 DEVICE void add_parts(const GradientParams &p, uint64_t first_row, uint32_t rows, uint32_t warps, uint32_t first_split, uint32_t step,
                       uint32_t count, bool to_result) {
     using Vector = Granule<float>;
@@ -68,7 +68,7 @@ DEVICE void add_parts(const GradientParams &p, uint64_t first_row, uint32_t rows
         uint32_t column = columns.first + of_block;
 #pragma unroll 1
         for (uint32_t first = warp_index(); first < rows; first += kRowsAtOnce * warps) {
-            // Beyond the last row it is the first once more.
+            // Beyond the last row the first one is loaded again.
             auto there = [&](uint32_t r) { return first + r * warps < rows; };
             auto row = [&](uint32_t r) { return first_row + first + (there(r) ? r * warps : 0); };
             uint64_t target[kRowsAtOnce];
@@ -104,15 +104,15 @@ DEVICE void add_parts(const GradientParams &p, uint64_t first_row, uint32_t rows
     }
 }
 
-// The end of a block, or of those of its warps that come here, which have written their part: the last one of SPLITS_ADDED
-// splits adds theirs, and the last such block, where there are several, their sums. `is_last(counter, count)` says whether this
-// is the last of so many blocks to come.
+// Ends a block, or those of its warps that call it, after their part is written: the last block of every SPLITS_ADDED splits adds
+// their parts; if there are several such groups, the last one adds the groups' sums. `is_last(counter, count)`: whether this is
+// the last of `count` blocks to arrive.
 template <class IsLast>
 DEVICE void finish_splits(const GradientParams &p, uint64_t first_row, uint32_t rows, uint32_t warps, IsLast is_last) {
     if (p.splits == 1) return;
     uint32_t groups = (p.splits + SPLITS_ADDED - 1) / SPLITS_ADDED, group = block_z() / SPLITS_ADDED, first = group * SPLITS_ADDED;
     uint32_t count = p.splits - first < SPLITS_ADDED ? p.splits - first : SPLITS_ADDED;
-    // The counters of the blocks that share this one's rows and columns: of each group, and of the groups.
+    // Counters of the blocks with the same rows and columns: one for each group, and one for the groups.
     uint32_t column_blocks = (p.pairs.stride + GRADIENT_COLUMNS - 1) / GRADIENT_COLUMNS;
     uint32_t *arrived = p.arrived + (block_x() * column_blocks + block_y()) * (groups + 1);
     uint32_t step = 1;
@@ -122,14 +122,14 @@ DEVICE void finish_splits(const GradientParams &p, uint64_t first_row, uint32_t 
         if (thread_index() == 0) arrived[group] = 0;
         done = groups == 1 || step != 1;
         add_parts(p, first_row, rows, warps, first, step, count, done);
-        // The groups' sums, counted behind the groups.
+        // Next the groups' sums, whose counter comes after those of the groups.
         group = count = groups;
         first = 0;
         step = SPLITS_ADDED;
     }
 }
 
-// By the whole block of so many threads. `bytes` is shared memory that nobody uses any more.
+// The same for the whole block of `threads` threads. `bytes` is shared memory that is no longer used.
 DEVICE void finish_splits(const GradientParams &p, unsigned char *bytes, uint64_t first_row, uint32_t rows, uint32_t threads) {
     finish_splits(p, first_row, rows, threads / 32, [&](uint32_t *arrived, uint32_t blocks) {
         return is_last_block(arrived, blocks, reinterpret_cast<uint32_t *>(bytes));

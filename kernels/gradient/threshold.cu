@@ -1,28 +1,29 @@
 // threshold.cu: the two sums of the threshold generator's hyper-gradient (SPEC 5).
 // Truth: src/loss/threshold.rs. Launcher: src/backend/device/threshold.rs.
 //
-// sum_ij W_ij (edot_i . e_j + e_i . edot_j) with W = dG/dlambda is <(W + W^T) E, edot>: the gradient's product with other
-// weights, and a dot product at its end (of each side with its own tangent in the rectangular form). S is that of the loss,
-// stored, or multiplied as its sweep did.
-// threshold: a block as in gradient.cu, for the positives or for the negatives. Tiles without any cost no product: of
-//   positives nearly all.
+// sum_ij W_ij (edot_i . e_j + e_i . edot_j) with W = dG/dlambda is <(W + W^T) E, edot>: the gradient's product with slopes for
+// weights, then a dot product with the tangents (in the rectangular form each side with its own). S is that of the loss: stored,
+// or recomputed as in the sweep.
+// threshold: blocks as in gradient.cu, for the positives' lambda or the negatives'. A tile without pairs of that kind, as most
+//   are for positives, is not multiplied.
 // threshold_sum: the sum over blocks. One block.
-// Precision: W in as many parts of the rows' type as f32 has digits for; a tile's sums are f32, all else f64, in one order.
+// Precision: W has as many parts of the rows' type as f32 has digits for; sums of up to 8 tiles are f32, all else f64, in a fixed
+//   order.
 
 #include "gradient/tile_product.cuh"
 
-// A number as M's type holds it.
+// A number rounded to the type of M's elements.
 template <class Precision>
 DEVICE float rounded(float value) {
     return to_float(from_float<typename Precision::Element>(value));
 }
 
-constexpr uint32_t kTilesAtOnce = 8;  // whose sums are added in f32, before they meet the tangent
+constexpr uint32_t kTilesAtOnce = 8;  // tiles whose sums are added in f32 before the product with the tangent
 
-// dM/dlambda, of the positives' lambda or of the negatives'.
+// dM/dlambda for the positives' or the negatives' lambda, as the job of walk_tiles().
 template <class Precision>
 struct Slopes {
-    // 8 or 11 bits each; exact products split f32 themselves.
+    // Parts of 8 or 11 bits; the products of exact f32 split numbers themselves.
     static constexpr uint32_t parts = Precision::exact ? 1 : 3;
     static constexpr bool may_be_nothing = true, from_words = false;
     const ThresholdParams &p;
@@ -31,13 +32,13 @@ struct Slopes {
     uint32_t tiles = 0;
     double dot = 0.0;
 
-    // The derivative of a pair's weight is its share times the sharpness and the slope of its sigmoid.
+    // The derivative of a pair's weight: share * sharpness * slope of the sigmoid.
     DEVICE float slope(uint32_t i, uint32_t j, float s) const {
         const Pairs &pairs = p.walk.pairs;
         bool positive;
         float share = pair_share(pairs, i, j, s, positive);
         if (share == 0.0f || positive != positives) return 0.0f;
-        // The share is negative for positives: both derivatives are below 0 (SPEC 5).
+        // The share of positives is negative, so both derivatives are below 0 (SPEC 5).
         auto sharpness = static_cast<float>(positive ? pairs.settings.beta : -pairs.settings.alpha);
         return share * sharpness * pair_slope(pairs.settings, positive, s);
     }
@@ -46,7 +47,7 @@ struct Slopes {
         for (uint32_t before = 0; before < part; ++before) left -= rounded<Precision>(left);
         return left;
     }
-    // Row `row` of the result's side meets the tangent: what answers for a column, and 0 beyond the rows' end.
+    // The tangent of row `row` of the result's side, null beyond the last row; and its entry in a column, 0 where there is none.
     DEVICE const float *tangent_of(uint64_t row) const {
         const Side &own = own_side(p.walk);
         return row < own.count ? p.tangent + static_cast<uint64_t>(own.order[row]) * p.walk.pairs.dim : nullptr;
@@ -57,7 +58,7 @@ struct Slopes {
     DEVICE void flush(GradientSums<Precision> &sums) {
         double total = 0.0;
         each_sum<Precision>(sums, [&](uint32_t row) {
-            compiler_barrier();  // of this row's tangent
+            compiler_barrier();  // this row's loads stay behind the previous row's
             const float *tangent = tangent_of(static_cast<uint64_t>(block.x) * TILE + block.offset + row);
             return [this, tangent, &total](uint32_t column, float &sum) {
                 if (column < block.columns.count) total += static_cast<double>(sum * moving(tangent, block.columns.first + column));
@@ -98,7 +99,7 @@ DEVICE void threshold_walk(const ThresholdParams &p) {
         walk_tiles<Precision, group>(walk, memory, block, range, job, sums);
         job.flush(sums);
     }
-    block_sync();  // nobody is left in the stages
+    block_sync();  // the stages are no longer used
     double dot = block_sum(job.dot, reinterpret_cast<double *>(bytes));
     if (thread_index() == 0) {
         uint32_t columns = (walk.pairs.stride + GRADIENT_COLUMNS - 1) / GRADIENT_COLUMNS;

@@ -1,40 +1,40 @@
-// tile_product.cuh: the tile way: M R of a block's rows, walked over the tiles of the other side (SPEC 4, 5).
+// tile_product.cuh: the gradient by tiles: M R of a block's rows, in a walk over the tiles of the other side (SPEC 4, 5).
 //
-// M is rebuilt in shared memory, from the stored candidates or from a recomputed tile of S (weight_tile.cuh), and multiplied with
-// the other side's rows, which stream through stages. What its elements are, a job says: the gradient's weights, or their slopes
-// by lambda, which need several parts in a narrow type.
+// M is built in shared memory, from the stored candidates or from a recomputed tile of S (weight_tile.cuh), and multiplied with
+// the other side's rows, which stream through stages. A job gives its elements: the gradient's weights, or their derivatives by
+// lambda, which need several parts in a narrow type.
 #ifndef DDTAS_TILE_PRODUCT_CUH
 #define DDTAS_TILE_PRODUCT_CUH
 
 #include "tile/wgmma_tile.cuh"
 #include "gradient/row_lists.cuh"
 
-// Shapes of the tile way. 8 warps, 2 x 4: a warp has half the rows and every fourth group of 16 columns.
+// 8 warps, 2 x 4: a warp has half the rows and every fourth group of 16 columns.
 template <class Precision>
 struct GradientShape {
     static constexpr int rows = kMatrixRows<Precision>;
-    static constexpr int row_tiles = rows / 32;                          // of 16 rows, of a warp
-    static constexpr int groups = GRADIENT_COLUMNS / 64;                 // of a warp
-    static constexpr int row_bytes = GRADIENT_COLUMNS * Precision::stored_bytes;  // of a row of a stage
+    static constexpr int row_tiles = rows / 32;                          // tiles of 16 rows in a warp
+    static constexpr int groups = GRADIENT_COLUMNS / 64;                 // groups of 16 columns in a warp
+    static constexpr int row_bytes = GRADIENT_COLUMNS * Precision::stored_bytes;  // a row in a stage
     static constexpr int stage_bytes = GRADIENT_DEPTH * row_bytes;
     static constexpr int stages = GRADIENT_STAGES_BYTES / stage_bytes;
 };
 static_assert(2 * (kRecomputedRows + TILE) * STAGE_BYTES <= GRADIENT_STAGES_BYTES,
-              "it streams through the stages of the product");
+              "a recomputed tile streams through the stages");
 static_assert(kRecomputedRows * kValuesStride * sizeof(float) <= GRADIENT_STAGES_BYTES,
-              "and its values stand there afterwards");
+              "and its similarities are in their place afterwards");
 
-// Byte of granule `granule` of row k of a stage: ldmatrix reads 8 rows of one granule at a time, from all 32 banks once.
+// Byte offset of granule `granule` of row k of a stage. ldmatrix reads 8 rows of one granule at a time, without bank conflicts.
 template <class Precision>
 DEVICE uint32_t stage_offset(uint32_t k, uint32_t granule) {
     return k * GradientShape<Precision>::row_bytes + ((granule ^ k % 8) << 4);
 }
 
-// Where the inner dimension's place of a product of exact f32 is, among 16: two neighbours of an operand are elements of M that
-// are 4 apart, as ldmatrix gives 32-bit ones.
+// The inner index of place k (of 16) of a product of exact f32: adjacent places of an operand are elements of M that are 4 apart,
+// since ldmatrix distributes 32-bit elements like that.
 DEVICE uint32_t inner_index(uint32_t k) { return k / 8 * 8 + k % 8 / 2 + k % 2 * 4; }
 
-// The two column fragments of the 16 columns from `column` on, inner dimension from k on.
+// Loads the two column fragments of the 16 columns from `column` on, inner dimension from k on.
 template <class Precision>
 DEVICE void load_stage(typename Precision::template Fragment<2> (&to)[2], const unsigned char *stage, uint32_t k, uint32_t column) {
     uint32_t lane = lane_index();
@@ -56,7 +56,7 @@ DEVICE void load_stage(typename Precision::template Fragment<2> (&to)[2], const 
     }
 }
 
-// The row fragment of M's 16 rows from `row` on, inner dimension from k on. Exact f32 is split here, `scale` times it.
+// Loads the row fragment of M's 16 rows from `row` on, inner dimension from k on. Exact f32 is multiplied by `scale`, then split.
 template <class Precision>
 DEVICE void load_weights(typename Precision::template Fragment<4> &to, const unsigned char *matrix, uint32_t row, uint32_t k,
                          float scale) {
@@ -82,14 +82,14 @@ DEVICE void load_weights(typename Precision::template Fragment<4> &to, const uns
 template <class Precision>
 using GradientSums = float[GradientShape<Precision>::row_tiles][GradientShape<Precision>::groups * 2][4];
 
-// sums += M[:, the stage's rows] times the stage, of exact f32 `scale` times M. `columns` that there are may be fewer than the
-// shape's.
+// sums += M[:, the stage's rows] times the stage; for exact f32 M is multiplied by `scale`. `columns` may be fewer than the shape
+// has.
 template <class Precision>
 DEVICE void multiply_gradient_stage(GradientSums<Precision> &sums, const unsigned char *matrix, const unsigned char *stage,
                                     uint32_t first_k, uint32_t columns, float scale) {
     using Shape = GradientShape<Precision>;
     uint32_t warp_row = warp_index() / 4 * 16 * Shape::row_tiles;
-#pragma unroll 2  // at most: more do not fit in registers
+#pragma unroll 2  // more do not fit in registers
     for (int k = 0; k < GRADIENT_DEPTH; k += 16) {
         typename Precision::template Fragment<4> rows[Shape::row_tiles];
 #pragma unroll
@@ -113,12 +113,12 @@ DEVICE void multiply_gradient_stage(GradientSums<Precision> &sums, const unsigne
     }
 }
 
-// Where a block of the tile way has what it needs: the stages, then M, then its largest element and two barriers.
+// Shared memory of a block: the stages, then M, then its largest element and two barriers.
 template <class Precision>
 struct TileMemory {
     unsigned char *stages;
 #ifdef HAS_WGMMA
-    // for products of a warpgroup, in the same stages
+    // The ring of wgmma's products, in the same stages.
     WgmmaStages<2 / kLines<Precision>, kLines<Precision>> group{stages, reinterpret_cast<Barrier *>(largest()) + 1};
 #endif
 
@@ -129,8 +129,8 @@ struct TileMemory {
 static_assert(GRADIENT_STAGES_BYTES == 2 * 2 * TILE * STAGE_BYTES, "two stages of two tiles");
 static_assert(GRADIENT_EXTRA_BYTES == 3 * sizeof(uint64_t), "an element's bits and two barriers");
 
-// M of the block's rows and tile y from a recomputed tile of S, whose bits are those of the sweep: its products are of a
-// warpgroup where those were (`group`).
+// M of the block's rows and tile y from a recomputed tile of S with the bits of the sweep: by wgmma (`group`) where the sweep
+// uses it.
 template <class Precision, bool group, class Weigh>
 DEVICE void recompute_matrix(const GradientParams &p, TileMemory<Precision> &memory, uint32_t x, uint32_t y, uint32_t offset,
                              PairTile tile, Weigh weigh) {
@@ -140,9 +140,9 @@ DEVICE void recompute_matrix(const GradientParams &p, TileMemory<Precision> &mem
     auto *values = reinterpret_cast<float *>(memory.stages);  // [kRecomputedRows, kValuesStride]
     if constexpr (group) {
 #ifdef HAS_WGMMA
-        fence_proxy_async();  // bulk copies write where threads did
+        fence_proxy_async();  // bulk copies write to what threads wrote
         block_sync();
-        // All columns of a group's own 64 rows; where the block has no more, half of the columns.
+        // A group has all columns of its own 64 rows, or half of the columns if the block has only 64 rows (`shared`).
         constexpr bool shared = kMatrixRows<Precision> == kRecomputedRows;
         constexpr int n = shared ? 8 : 16;
         float acc[n][4];
@@ -184,9 +184,9 @@ DEVICE void recompute_matrix(const GradientParams &p, TileMemory<Precision> &mem
     }
 }
 
-// The block's rows, and columns of the result.
+// Rows and columns of the result that a block has.
 struct TileBlock {
-    uint32_t x, offset;              // row tile, and the first row in it
+    uint32_t x, offset;              // row tile, and first row in it
     ColumnBlock columns;
 };
 template <class Precision>
@@ -207,9 +207,9 @@ DEVICE void clear_sums(GradientSums<Precision> &sums) {
     }
 }
 
-// sums += M R over the tiles of a range. `job.weigh(i, j, s, part)` is a part of M's element, `Job::parts` of which add up to it;
-// `job.after(sums)` sees the sums after each tile. `Job::from_words`: of a stored tile the candidates' words say all, and
-// `job.of_word(word)` is asked instead.
+// sums += M R over the tiles of a range. M's element is the sum of `job.weigh(i, j, s, part)` over `Job::parts` parts;
+// `job.after(sums)` is called after each tile. `Job::from_words`: the elements of stored tiles are `job.of_word(word)`.
+// `Job::may_be_nothing`: a tile whose elements are all 0 is not multiplied.
 template <class Precision, bool group, class Job>
 DEVICE void walk_tiles(const GradientParams &p, TileMemory<Precision> &memory, const TileBlock &block, Range range, Job &job,
                        GradientSums<Precision> &sums) {
@@ -221,7 +221,7 @@ DEVICE void walk_tiles(const GradientParams &p, TileMemory<Precision> &memory, c
         if (count == 0) continue;  // the same for the whole block
         auto rows = static_cast<const unsigned char *>(tile_rows<Precision>(other_side(p), y, pairs.stride));
         constexpr uint32_t kSteps = TILE / GRADIENT_DEPTH;
-        // A group a step, empty or not: the waits below count them.
+        // Commits a group for each step, even an empty one: the waits below count groups.
         auto copy = [&](uint32_t step) {
             uint32_t granules = block.columns.count * Precision::stored_bytes / 16;
             for (uint32_t i = thread_index(); step < kSteps && i < GRADIENT_DEPTH * granules; i += THREADS) {
@@ -239,7 +239,7 @@ DEVICE void walk_tiles(const GradientParams &p, TileMemory<Precision> &memory, c
         bool stored = is_stored(pairs, tile.index);
 #pragma unroll 1
         for (uint32_t part = 0; part < Job::parts; ++part) {
-            // The largest element, where that is asked for, by its bits: a NaN is larger than all.
+            // The largest element, if it is needed, by its bits, of which a NaN's are the largest.
             constexpr bool asked = Job::may_be_nothing || Precision::exact;
             uint32_t largest = 0;
             auto weigh = [&](uint32_t i, uint32_t j, float s) {
@@ -257,7 +257,7 @@ DEVICE void walk_tiles(const GradientParams &p, TileMemory<Precision> &memory, c
             if (!stored) {
                 recompute_matrix<Precision, group>(p, memory, block.x, y, block.offset, tile, weigh);
             } else {
-                if constexpr (!Job::may_be_nothing) copy_first();  // lands while M is rebuilt
+                if constexpr (!Job::may_be_nothing) copy_first();  // while M is rebuilt
                 rebuild_matrix<Precision, !Job::from_words>(
                     pairs, memory.matrix(), block.x, y, block.offset, tile, count,
                     [&](uint32_t i, uint32_t j, [[maybe_unused]] uint32_t word, [[maybe_unused]] float s) {
@@ -275,7 +275,7 @@ DEVICE void walk_tiles(const GradientParams &p, TileMemory<Precision> &memory, c
             if constexpr (Job::may_be_nothing) {
                 block_sync();
                 bool nothing = *memory.largest() == 0;
-                block_sync();  // it is read
+                block_sync();  // the largest element has been read
                 if (nothing) continue;
                 copy_first();
             } else if (!stored) {
@@ -283,7 +283,7 @@ DEVICE void walk_tiles(const GradientParams &p, TileMemory<Precision> &memory, c
             }
             for (uint32_t step = 0; step < kSteps; ++step) {
                 cp_async_wait<Shape::stages - 2>();
-                block_sync();  // M and this stage are there, the stage before is read
+                block_sync();  // M and this stage are complete, the previous stage has been read
                 copy(step + Shape::stages - 1);
                 const unsigned char *stage = memory.stages + step % Shape::stages * Shape::stage_bytes;
                 if constexpr (Precision::exact) {
@@ -305,13 +305,13 @@ DEVICE void walk_tiles(const GradientParams &p, TileMemory<Precision> &memory, c
                 }
             }
             cp_async_wait<0>();
-            block_sync();  // M and the stages are read
+            block_sync();  // M and the stages have been read
         }
         job.after(sums);
     }
 }
 
-// Shows every sum of this thread's: `use(row of the block)` answers what takes a column of the block and the sum.
+// Visits this thread's sums: `use(row of the block)` returns a function that is called with a column of the block and the sum.
 template <class Precision, class Use>
 DEVICE void each_sum(GradientSums<Precision> &sums, Use use) {
     using Shape = GradientShape<Precision>;
@@ -333,9 +333,9 @@ DEVICE void each_sum(GradientSums<Precision> &sums, Use use) {
     }
 }
 
-constexpr uint32_t kListsRows = 8;  // of a warp
+constexpr uint32_t kListsRows = 8;  // rows of a warp
 constexpr uint32_t kListsPart = THREADS / 32 * kListsRows;
-static_assert(kListsPart * LISTS_COLUMNS * 4 <= GRADIENT_STAGES_BYTES, "where the stages are");
+static_assert(kListsPart * LISTS_COLUMNS * 4 <= GRADIENT_STAGES_BYTES, "in the place of the stages");
 static_assert(LISTS_COLUMNS == GRADIENT_COLUMNS, "one grid for both");
 
 #endif

@@ -1,8 +1,8 @@
-// weight_tile.cuh: a tile of M = G + G^T in shared memory, for the tile ways of the gradient.
+// weight_tile.cuh: a tile of M = G + G^T in shared memory, for the gradient by tiles.
 //
-// Rebuilt from the stored candidates of its tile of S, or made from a recomputed one. It lies in
-// panels of 128 bytes a row, swizzled as a stage of mma_tile.cuh: ldmatrix and wgmma both read it.
-// Precision: 16-bit types hold M scaled by a power of two (weight_scale).
+// Built from the stored candidates of its tile of S, or from a recomputed one. The layout is panels of
+// 128 bytes a row, swizzled as a stage of mma_tile.cuh, which ldmatrix and wgmma both read.
+// Precision: 16-bit types have M scaled by a power of two (weight_scale).
 #ifndef DDTAS_WEIGHT_TILE_CUH
 #define DDTAS_WEIGHT_TILE_CUH
 
@@ -10,7 +10,7 @@
 #include "pairs/tile_order.cuh"
 #include "tile/mma_tile.cuh"
 
-// Rows of M that a block has.
+// Rows of M of a block.
 template <class Precision>
 constexpr uint32_t kMatrixRows = sizeof(typename Precision::Element) == 2 ? GRADIENT_ROWS_16BIT : GRADIENT_ROWS_32BIT;
 template <class Precision>
@@ -18,7 +18,7 @@ constexpr uint32_t kMatrixBytes = kMatrixRows<Precision> * TILE * sizeof(typenam
 template <class Precision>
 constexpr uint32_t kPanelBytes = kMatrixRows<Precision> * STAGE_BYTES;
 
-// Byte of element (row, k) of M.
+// Byte offset of element (row, k) of M.
 template <class Precision>
 DEVICE uint32_t matrix_offset(uint32_t row, uint32_t k) {
     uint32_t byte = k * sizeof(typename Precision::Element);
@@ -31,8 +31,8 @@ DEVICE void store_weight(unsigned char *matrix, uint32_t row, uint32_t k, float 
     *reinterpret_cast<Element *>(matrix + matrix_offset<Precision>(row, k)) = from_float<Element>(weight);
 }
 
-// Element of M as the rows' type holds it: of 16-bit types from a sigmoid rounded as in the pair's
-// word, so that a pair has one weight whichever kernel weighs it, stored or recomputed.
+// An element of M. For 16-bit types the sigmoid is rounded as in the pair's word, so that a pair has the same weight
+// stored or recomputed, in every kernel.
 template <class Precision>
 DEVICE float matrix_weight(const Pairs &pairs, uint32_t i, uint32_t j, float s) {
     if constexpr (sizeof(typename Precision::Element) == 4) {
@@ -44,19 +44,19 @@ DEVICE float matrix_weight(const Pairs &pairs, uint32_t i, uint32_t j, float s) 
     }
 }
 
-// The power of two that brings M's largest element to 2^14 and above, below 2^15, and its inverse: what f16's two parts lose of
-// the others then is 2^-22 of themselves or 2^-39 of the largest. `largest` are its bits without the sign.
+// The power of two that brings M's largest element into [2^14, 2^15), and its inverse. The two f16 parts then have an error of
+// 2^-22 of each element, or 2^-39 of the largest. `largest` is the bits of its absolute value.
 struct TileScale {
     float up, down;
     explicit DEVICE TileScale(uint32_t largest) {
-        uint32_t exponent = largest >> 23, most = 253;  // so that both are numbers
+        uint32_t exponent = largest >> 23, most = 253;  // so that both are finite
         uint32_t scale = exponent < 268 - most ? most : 268 - exponent;
         up = float_of(scale << 23);
         down = float_of((254 - scale) << 23);
     }
 };
 
-// Where a stored candidate stands in its tile: row * TILE + column, from a word as the gradient finds it.
+// The place of a stored candidate in its tile, row * TILE + column, from its word as the gradient reads it.
 template <class Precision>
 DEVICE uint32_t stored_index(uint32_t word) {
     if constexpr (sizeof(typename Precision::Element) == 4) {
@@ -68,9 +68,9 @@ DEVICE uint32_t stored_index(uint32_t word) {
     }
 }
 
-// M of the block's rows (`offset` in tile x) and tile y, from the stored candidates; `weigh(i, j, word, s)` is the element of
-// anchor i and reference j. Four candidates a thread and batch, whose loads are under way while M is cleared or the batch before
-// is scattered; `values`: with their similarities.
+// M of the block's rows (from row `offset` of tile x on) and tile y, from the stored candidates; `weigh(i, j, word, s)` is the
+// element of anchor i and reference j. Four candidates a thread and batch, loaded while M is cleared or the previous batch is
+// scattered; `values`: their similarities are loaded, too.
 template <class Precision, bool values, class Weigh>
 DEVICE void rebuild_matrix(const Pairs &pairs, unsigned char *matrix, uint32_t x, uint32_t y, uint32_t offset, PairTile tile,
                            uint32_t count, Weigh weigh) {
@@ -97,12 +97,12 @@ DEVICE void rebuild_matrix(const Pairs &pairs, unsigned char *matrix, uint32_t x
 #pragma unroll
         for (uint32_t k = 0; k < kBatch; ++k) {
             uint32_t place = stored_index<Precision>(batch.words.values[k]);
-            // Row and column of the stored tile; x and y in the order of M.
+            // `row` and `column` are those of S; `of_x` and `of_y` those of M's tile.
             uint32_t row = (tile.transposed ? y : x) * TILE + place / TILE;
             uint32_t column = (tile.transposed ? x : y) * TILE + place % TILE;
             uint32_t of_x = tile.transposed ? place % TILE : place / TILE;
             uint32_t of_y = tile.transposed ? place / TILE : place % TILE;
-            constexpr uint32_t rows = kMatrixRows<Precision>;  // rows of other blocks wrap around
+            constexpr uint32_t rows = kMatrixRows<Precision>;  // differences of other blocks' rows wrap around
             bool mine = of_x - offset < rows, second = tile.diagonal && of_y - offset < rows;
             if (first + k >= count || (!mine && !second)) continue;
             float weight = weigh(row, column, batch.words.values[k], batch.similarities.values[k]);
@@ -112,11 +112,11 @@ DEVICE void rebuild_matrix(const Pairs &pairs, unsigned char *matrix, uint32_t x
     }
 }
 
-// A recomputed tile of S comes this many rows at a time, through shared memory: from registers
-// the loop below would have to be unrolled.
+// Rows of a recomputed tile of S that go through shared memory at a time: a loop over registers would have to be
+// unrolled.
 constexpr uint32_t kRecomputedRows = 64;
 
-// M of kRecomputedRows rows from the block's row `first` on, from `values` [kRecomputedRows, kValuesStride] of S.
+// M of kRecomputedRows rows from the block's row `first` on, from similarities `values` [kRecomputedRows, kValuesStride].
 template <class Precision, class Weigh>
 DEVICE void weigh_values(const Pairs &pairs, unsigned char *matrix, const float *values, uint32_t x, uint32_t y, uint32_t offset,
                          uint32_t first, PairTile tile, Weigh weigh) {

@@ -1,18 +1,18 @@
-// pair_weight.cuh: from a similarity to a pair's weight, for the gradient and the threshold pass.
+// pair_weight.cuh: a pair's weight from its similarity, for the gradient and the threshold pass.
 #ifndef DDTAS_PAIR_WEIGHT_CUH
 #define DDTAS_PAIR_WEIGHT_CUH
 
 #include "pairs/candidate_word.cuh"
 #include "pairs/pairs.cuh"
 
-// What one anchor's mining makes of a pair: its share, or 0 if the anchor does not keep it.
+// One anchor's share of a pair's weight, without the sigmoid: 0 if the anchor does not keep the pair.
 DEVICE float kept_share(const RowWeights &weights, bool positive, float s) {
     if (positive) return s < weights.pos_bound ? -weights.pos_scale : 0.0f;
     return s > weights.neg_bound ? weights.neg_scale : 0.0f;
 }
 
-// Both anchors' shares of the pair of anchor i and reference j, where reference j is an anchor too. The square form adds
-// those of both rows, i before j, whoever asks: M is symmetric to the last bit.
+// The shares of anchor i and, if reference j is an anchor too, of j. The square form adds that of the earlier row first, so that
+// M is symmetric to the last bit.
 DEVICE float pair_share(const Pairs &pairs, uint32_t i, uint32_t j, float s, bool &positive) {
     positive = same_class(pairs.classes[i], j);
     if (positive && is_duplicate(pairs, i, j, s)) return 0.0f;
@@ -21,8 +21,8 @@ DEVICE float pair_share(const Pairs &pairs, uint32_t i, uint32_t j, float s, boo
     return share;
 }
 
-// The pair's term of the loss is softplus of its sharpness times (S - lambda) (SPEC 4): here that argument for powers of 2,
-// where the machine has them. Double's digits in two parts each; S - lambda is exact where it matters most, near lambda.
+// A pair's term of the loss is softplus of sharpness * (S - lambda) (SPEC 4). This is that argument divided by log(2), for the
+// hardware's powers of 2. f64 constants are two f32 parts each; S - lambda is exact near lambda, where it matters most.
 constexpr double kLog2E = 1.4426950408889634;
 struct Argument {
     float lambda, scale, scale_low, shift;
@@ -40,16 +40,16 @@ DEVICE Argument argument_of(const Settings &settings, bool positive) {
                     static_cast<float>(scale * (static_cast<double>(lambda_high) - lambda))};
 }
 
-// log(1 + exp(x)) and its derivatives, for x = log(2) y, stable for every y: the power never overflows. Written so that no
-// compiler may round otherwise in another place: a pair has one weight, whichever kernel weighs it.
+// log(1 + exp(x)) and its derivatives for x = log(2) y, for every y: the power never overflows. Only operations that every kernel
+// rounds alike, so that a pair has the same weight in all of them.
 struct Logistic {
     float power, share;  // 2^-|y| and 1 / (1 + 2^-|y|)
     float y;
     DEVICE explicit Logistic(float of) : power(exp2_fast(-fabsf(of))), share(reciprocal_fast(1.0f + power)), y(of) {}
     DEVICE float sigmoid() const { return (y >= 0.0f ? 1.0f : power) * share; }
-    // sigmoid (1 - sigmoid): a difference would have no digits left where the sigmoid is nearly 1.
+    // sigmoid (1 - sigmoid), without the difference, which would cancel where the sigmoid is nearly 1.
     DEVICE float slope() const { return power * share * share; }
-    // What softplus is more than the sigmoid; log(1 + z) / z by a polynomial, to 3e-7 of itself on [0, 1].
+    // softplus - sigmoid; log(1 + z) / z is a polynomial with a relative error of 3e-7 on [0, 1].
     DEVICE float softplus_less_sigmoid() const {
         float ratio = fmaf(-8.539206348e-3f, power, 4.408962280e-2f);
         ratio = fmaf(ratio, power, -1.076816991e-1f);
@@ -68,7 +68,7 @@ DEVICE float pair_slope(const Settings &settings, bool positive, float s) {
     return Logistic(argument_of(settings, positive).at(s)).slope();
 }
 
-// Element of M: G_ij, plus G_ji where reference j is an anchor too.
+// An element of M: G_ij, plus G_ji if reference j is an anchor too.
 DEVICE float pair_weight(const Pairs &pairs, uint32_t i, uint32_t j, float s) {
     bool positive;
     float share = pair_share(pairs, i, j, s, positive);

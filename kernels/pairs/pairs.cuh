@@ -1,36 +1,36 @@
-// pairs.cuh: which pairs there are, of which class, what bounds them, and room for those that mining may keep (SPEC 1 to 3).
+// pairs.cuh: which rows form a pair, the bounds of mining, and reserving room in the pool for candidates (SPEC 1 to 3).
 #ifndef DDTAS_PAIRS_CUH
 #define DDTAS_PAIRS_CUH
 
 #include "ptx/device.cuh"
 
-// Whether anchor i and reference j form a pair; in the square form each pair once, i < j.
+// Whether anchor i and reference j form a pair. The square form has each pair once, i < j.
 DEVICE bool is_pair(const Pairs &pairs, uint32_t i, uint32_t j) {
     return i < pairs.counters->valid_anchors && j < pairs.counters->valid_references && (!pairs.square || i < j);
 }
 DEVICE bool same_class(ClassRange range, uint32_t j) { return range.begin <= j && j < range.end; }
 
-// Share of the longer row's square sum from which a positive is an exact duplicate (SPEC 1).
+// A positive whose similarity reaches this share of the longer row's square sum is an exact duplicate (SPEC 1).
 constexpr double kDuplicate = 1.0 - 1e-6;
 
-// Whether a pair of one class carries no signal: the rows are the same, or one is the other's copy (SPEC 1).
+// Whether j is i itself or an exact duplicate of it, for rows of one class (SPEC 1).
 DEVICE bool is_duplicate(const Pairs &pairs, uint32_t i, uint32_t j, float s) {
     if (pairs.identity != nullptr && pairs.identity[i] == j) return true;
     return s >= fmaxf(pairs.anchors.duplicate[i], pairs.references.duplicate[j]);
 }
 
-// m+ less a tolerance; without a positive nothing is above it.
+// m+ minus a tolerance; +inf without a positive, so that no similarity is above it.
 DEVICE float negative_bound(float min_pos, double tolerance) {
     return min_pos == INFINITE ? min_pos : static_cast<float>(static_cast<double>(min_pos) - tolerance);
 }
-// m- plus a tolerance; without a negative (key 0) nothing is below it.
+// m- plus a tolerance; -inf without a negative (key 0), so that no similarity is below it.
 DEVICE float positive_bound(uint32_t max_neg_key, double tolerance) {
     return max_neg_key == 0 ? -INFINITE : static_cast<float>(static_cast<double>(key_value(max_neg_key)) + tolerance);
 }
 
-// Room in the pool for a tile's candidates, and for the bits that say which they are: where it begins, or NO_ROW. If the pool is
-// too small, timing decides which tiles get room. Results do not depend on it: a tile has the same bits stored or recomputed, and
-// whatever else depends on room asks stores_all(), the sum of all requests.
+// Reserves room in the pool for a tile's candidates, at least for their mask: the unit where it begins, NO_ROW if there is none.
+// In a pool that is too small, timing decides which tiles get room. Results do not depend on it: a tile has the same bits stored
+// or recomputed, and all other decisions use stores_all(), which is about the sum of all requests.
 DEVICE uint32_t reserve(const Pairs &pairs, uint32_t count) {
     uint32_t units = ((count < TILE_MASK_WORDS ? TILE_MASK_WORDS : count) + 3) / 4;
     uint64_t first = atomic_fetch_add(&pairs.counters->reserved, static_cast<uint64_t>(units));
@@ -39,7 +39,7 @@ DEVICE uint32_t reserve(const Pairs &pairs, uint32_t count) {
 DEVICE bool stores_all(const Pairs &pairs) { return pairs.counters->reserved <= pairs.pool; }
 DEVICE bool has_bad_row(const Counters &counters) { return counters.bad_anchor != NO_ROW || counters.bad_reference != NO_ROW; }
 DEVICE bool is_stored(const Pairs &pairs, uint64_t tile) { return pairs.tile_segments[tile] != NO_ROW; }
-// The first candidate of the segment from unit `unit` of the pool on, and of a tile that is stored.
+// Index of the first candidate of a segment that begins at unit `unit` of the pool, and of a stored tile.
 DEVICE uint64_t segment_at(uint32_t unit) { return static_cast<uint64_t>(unit) * 4; }
 DEVICE uint64_t segment_of(const Pairs &pairs, uint64_t tile) { return segment_at(pairs.tile_segments[tile]); }
 

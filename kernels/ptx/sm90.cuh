@@ -1,8 +1,8 @@
-// sm90.cuh: the instructions that Hopper alone has (sm_90a), part of device.cuh.
+// sm90.cuh: instructions that only Hopper has (sm_90a), part of device.cuh.
 //
-// Products of a warpgroup (4 warps, 64 rows) straight from shared memory, bulk copies, and the
-// barriers that announce them. Products and bulk copies reach shared memory through another
-// proxy: what threads wrote there needs fence_proxy_async() by the writers, then a barrier.
+// Products of a warpgroup (4 warps, 64 rows) straight from shared memory, bulk copies, and mbarriers,
+// which signal their completion. Products and bulk copies access shared memory through the async
+// proxy: after other writes the writers need fence_proxy_async(), then a barrier.
 // The host paths are in emulation/machine.h; descriptors are encoded here for both.
 #ifndef DDTAS_SM90_CUH
 #define DDTAS_SM90_CUH
@@ -10,28 +10,28 @@
 #if !defined(__CUDACC__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define HAS_WGMMA 1
 
-// An operand in shared memory, in lines of 128 bytes (64 elements) whose granules are swizzled by
-// granule ^ line % 8; eight lines, 1,024 bytes, are a block, and aligned to it. PTX ISA, "Matrix
-// Descriptor Format": start, leading and stride offsets in units of 16 bytes, 1 << 62 the swizzle.
+// An operand in shared memory: lines of 128 bytes (64 elements), their granules swizzled by
+// granule ^ line % 8; eight lines form a block of 1,024 bytes, aligned to its size. PTX ISA, "Matrix
+// Descriptor Format": start, leading and stride offsets in units of 16 bytes; 1 << 62 is the swizzle.
 using Descriptor = uint64_t;
 DEVICE Descriptor make_descriptor(const void *first, uint32_t leading_bytes, uint32_t stride_bytes) {
     auto field = [](uint32_t bytes) { return static_cast<uint64_t>((bytes & 0x3ffffu) >> 4); };
     return field(shared_address(first)) | field(leading_bytes) << 16 | field(stride_bytes) << 32 | uint64_t{1} << 62;
 }
-// A line is a row (of A, a column of B) and 64 of the inner dimension, as in a stage of mma_tile.cuh:
-// eight rows further on are 1,024 bytes further on. The leading offset is not read.
+// K-major: a line is a row of A (a column of B), 64 of the inner dimension, as in a stage of mma_tile.cuh;
+// the next eight rows are 1,024 bytes further on. The leading offset is not used.
 DEVICE Descriptor k_major_descriptor(const void *stage) { return make_descriptor(stage, 16, 1024); }
-// A line is one of the inner dimension and 64 columns: eight of the inner dimension further on are
-// 1,024 bytes further on, 64 columns `panel_bytes`. For a product with `transposed` B.
+// MN-major, for a `transposed` operand: a line is one of the inner dimension, 64 columns; the next eight of
+// the inner dimension are 1,024 bytes further on, the next 64 columns `panel_bytes`.
 DEVICE Descriptor mn_major_descriptor(const void *panels, uint32_t panel_bytes) {
     return make_descriptor(panels, panel_bytes, 1024);
 }
-// The same operand from `bytes` further on.
+// The operand that begins `bytes` further on.
 DEVICE Descriptor advance(Descriptor descriptor, uint32_t bytes) { return descriptor + bytes / 16; }
 
 #endif
 
-// What a kernel of Hopper's does; launched on another GPU it ends the program.
+// The body of a kernel for Hopper; on another GPU the kernel traps.
 #ifdef HAS_WGMMA
 #define HOPPER_ONLY(...) __VA_ARGS__
 #else
@@ -41,13 +41,13 @@ DEVICE Descriptor advance(Descriptor descriptor, uint32_t bytes) { return descri
 #if defined(__CUDACC__) && defined(HAS_WGMMA)
 
 DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-// The same, and for what was written to global memory, before this block's bulk copies read it. Of no one space: for global
-// memory alone the assembler makes it without the barrier of memory (MEMBAR) that it puts before this one.
+// The same for shared and global memory, before this block's bulk copies read either. Not `.global`: for that form the assembler
+// leaves out the memory barrier (MEMBAR).
 DEVICE void fence_proxy_async_all() { asm volatile("fence.proxy.async;" ::: "memory"); }
-// Before the first product: orders the accumulators' registers before it.
+// Orders earlier writes of the accumulators' registers before the products that follow.
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-// Keeps whatever sets these registers before this line: moved into the loop that follows, it would make
-// the compiler wait for every single product (its note C7515, which .ci/kernel_budgets.py refuses).
+// Keeps the writes of these registers before this line: moved into the loop that follows, they would make ptxas
+// wait for every product (its note C7515, which .ci/kernel_budgets.py refuses).
 template <int n>
 DEVICE void fence_accumulators(float (&c)[n][4]) {
 #pragma unroll
@@ -59,8 +59,8 @@ DEVICE void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 
-// Warps with roles: a barrier of `threads` threads, whole warps that stand together, numbered from 1 (0 is
-// block_sync()'s); and registers, which a warpgroup that needs few leaves to one that needs many.
+// For warp-specialised kernels: a named barrier for `threads` threads (adjacent whole warps), numbered from 1 (0 is that of
+// block_sync()); and setmaxnreg, by which one warpgroup releases registers and another takes them.
 DEVICE void named_sync(uint32_t barrier, uint32_t threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
@@ -69,7 +69,7 @@ DEVICE void setmaxnreg_inc() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;
 template <int registers>
 DEVICE void setmaxnreg_dec() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers)); }
 
-// Lists of 16, 32, 64 and 128 registers for the instructions below.
+// Operands of 16, 32, 64 and 128 registers for the instructions below.
 #define PLACES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define PLACES_32                                                                                       \
     PLACES_16 ", "                                                                                      \
@@ -90,9 +90,9 @@ DEVICE void setmaxnreg_dec() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;
 #define SUMS_64(c, n) SUMS_32(c, n), SUMS_32(c, n + 8)
 #define SUMS_128(c, n) SUMS_64(c, n), SUMS_64(c, n + 16)
 
-// c += a b, asynchronously: 64 rows by 8 n columns, 16 of the inner dimension; warp w of the group
-// has rows 16 w to 16 w + 15. b lies [columns, inner], or [inner, columns] if `transposed`; a lies [rows, inner] or, if
-// `transposed_a`, [inner, rows]. `fresh`: c = a b.
+// c += a b, asynchronously: 64 rows, 8 n columns, 16 of the inner dimension; warp w of the group has rows 16 w to
+// 16 w + 15. b is [columns, inner], or [inner, columns] if `transposed`; a is [rows, inner], or [inner, rows] if
+// `transposed_a`. `from_zero`: c = a b.
 #define WGMMA(name, type, n, shape, places, sums, a_place, b_place, transposed_a_place, transposed_place, adds_place) \
     template <bool transposed, bool transposed_a, bool from_zero = false>                                       \
     DEVICE void name(float (&c)[n][4], Descriptor a, Descriptor b) {                                        \
@@ -109,25 +109,24 @@ WGMMA(wgmma_f16, "f16", 16, "m64n128k16", PLACES_64, SUMS_64, "%64", "%65", "%66
 WGMMA(wgmma_bf16, "bf16", 32, "m64n256k16", PLACES_128, SUMS_128, "%128", "%129", "%130", "%131", "%132")
 WGMMA(wgmma_f16, "f16", 32, "m64n256k16", PLACES_128, SUMS_128, "%128", "%129", "%130", "%131", "%132")
 
-// A barrier in shared memory whose phase ends when `count` threads have arrived and all bytes
-// that they announced are there.
+// An mbarrier, in shared memory: a phase ends when `count` threads have arrived and all announced bytes have.
 using Barrier = uint64_t;
-// By one thread; the others may use it after a block_sync().
+// Called by one thread; the others may use the barrier after a block_sync().
 DEVICE void mbarrier_init(Barrier *barrier, uint32_t count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
-// One arrival; what the thread did before is seen by those that waited for the phase.
+// One arrival. Threads that waited for the phase see what this thread wrote before.
 DEVICE void mbarrier_arrive(Barrier *barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
-// Arrives and announces bytes that bulk copies will bring.
+// One arrival, which also announces the bytes of bulk copies.
 DEVICE void mbarrier_arrive_expect_tx(Barrier *barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                  : "memory");
 }
-// Waits for the end of a phase of this parity: 0 the first, 1 the second, and so on. The lanes of a warp
-// leave it one by one: warp_sync() before what wants them together.
+// Waits for the end of the phase with this parity: 0 for the first, 1 for the second, 0 for the third. The lanes of a
+// warp return one by one: warp_sync() before anything that needs them together.
 DEVICE void mbarrier_wait(Barrier *barrier, uint32_t parity) {
     asm volatile(
         "{\n"
@@ -139,7 +138,7 @@ DEVICE void mbarrier_wait(Barrier *barrier, uint32_t parity) {
         "r"(parity)
         : "memory");
 }
-// `bytes` bytes from global to shared memory, by the copy engine; it tells the barrier.
+// Bulk copy of `bytes` bytes from global to shared memory, counted by the barrier.
 DEVICE void cp_async_bulk(void *to, const void *from, uint32_t bytes, Barrier *barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                      shared_address(to)),
@@ -147,18 +146,18 @@ DEVICE void cp_async_bulk(void *to, const void *from, uint32_t bytes, Barrier *b
                  : "memory");
 }
 
-// `bytes` bytes from shared to global memory, by the copy engine, in a group of this thread's: 16-byte pieces, aligned.
-// The threads that wrote the source execute fence_proxy_async() first, then a barrier.
+// Bulk copy of `bytes` bytes from shared to global memory, in this thread's group; size and addresses are multiples of 16.
+// The threads that wrote the source call fence_proxy_async() first, then a barrier.
 DEVICE void bulk_store(void *to, const void *from, uint32_t bytes) {
     asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)), "r"(bytes)
                  : "memory");
 }
 DEVICE void bulk_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Waits until what this thread's groups store has been read, and may be overwritten.
+// Waits until this thread's bulk stores have read their sources, which may then be overwritten.
 DEVICE void bulk_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
-// Stores `value` at shared address `at` and steps on, if `bit` of `bits` is set: one predicate and no branch, which the
-// compiler makes of neither an `if` nor its likes.
+// If `bit` is set in `bits`, stores `value` at shared address `at` and advances it: by predicates and without a branch, which
+// the compiler does not manage for an `if`.
 DEVICE void append_if(uint32_t &at, uint32_t bits, uint32_t bit, float value) {
     asm volatile(
         "{\n"
@@ -173,8 +172,7 @@ DEVICE void append_if(uint32_t &at, uint32_t bits, uint32_t bit, float value) {
         : "r"(bits), "r"(bit), "f"(value)
         : "memory");
 }
-// Stores the lower half of `word` at shared address `first` plus its upper half, unless it is 0: again no branch, and the address
-// of shared memory is not asked for anew.
+// Unless `word` is 0, stores its lower half at shared address `first` + its upper half; also without a branch.
 DEVICE void store_element(uint32_t first, uint32_t word) {
     asm volatile(
         "{\n"
@@ -190,7 +188,7 @@ DEVICE void store_element(uint32_t first, uint32_t word) {
         "r"(word)
         : "memory");
 }
-// As append_if, but what does not belong into the `bytes` bytes from `first` on is stepped over.
+// As append_if, but outside the `bytes` bytes from `first` on it only advances.
 DEVICE void append_within(uint32_t &at, uint32_t bits, uint32_t bit, float value, uint32_t first, uint32_t bytes) {
     asm volatile(
         "{\n"
@@ -211,7 +209,7 @@ DEVICE void append_within(uint32_t &at, uint32_t bits, uint32_t bit, float value
 #endif
 
 #ifdef HAS_WGMMA
-// Sums from 0, fenced before the products that add to them.
+// Sets sums to 0, fenced from the products that add to them.
 template <int n>
 DEVICE void clear(float (&sums)[n][4]) {
 #pragma unroll

@@ -1,27 +1,27 @@
 // query_lists.cuh: top-k candidate lists of queries, one for each warp and row that it multiplies.
 //
-// A list belongs to one warp alone, which has its rows of every tile that it multiplies: bounds and lengths are in registers,
-// nobody else is waited for. A tile is compared with the bounds; only what beats them is appended, and one of the lists that have
-// become long is cut, or all that could not take another tile: a threshold that k keys or a few more pass is found by halving,
-// and becomes the bound. So about k ln(N / k) keys are ever appended, and nearly no tile costs more than a subtraction and a
-// shift a pair. Keys order by similarity, descending, then by index, ascending. They are unique: what the lists hold together has
-// one set of k best, however the references were shared out.
+// A list belongs to one warp, which has the same rows of every tile: bounds and lengths are in registers, and no warp waits for
+// another. A tile is compared with the bounds, and only what is above them is appended. Then one of the lists that have become
+// long is shortened, or all lists without room for another tile: a threshold that k keys or a few more pass is found by halving,
+// and becomes the bound. So about k ln(N / k) keys are ever appended, and most tiles cost only a subtraction and a shift for each
+// pair. Keys order by similarity, descending, then by index, ascending. They are unique: the lists together have one set of k
+// best, however the references are divided.
 #ifndef DDTAS_QUERY_LISTS_CUH
 #define DDTAS_QUERY_LISTS_CUH
 
 #include "tile/wgmma_tile.cuh"
 
 constexpr uint64_t kNothing = ~static_cast<uint64_t>(0);
-// Below any similarity but those of pairs that do not count, which are -INFINITE.
+// Below every similarity except -INFINITE, which marks pairs that do not count.
 constexpr float kNoBound = -3.402823466e38f;
 
-// Ascending keys are descending similarities. -0 and 0 are one similarity.
+// Ascending keys are descending similarities. -0 and 0 are the same similarity.
 DEVICE uint64_t retrieval_key(float similarity, uint32_t index) {
     return static_cast<uint64_t>(~ordered_key(similarity + 0.0f)) << 32 | index;
 }
 DEVICE float key_similarity(uint64_t key) { return key_value(~static_cast<uint32_t>(key >> 32)); }
 
-// A tile of the queries and a block's range of the references' tiles.
+// The range of the references' tiles that a block searches.
 struct SearchedTiles {
     uint32_t first, end;
     explicit DEVICE SearchedTiles(const RetrievalParams &p) {
@@ -34,7 +34,7 @@ DEVICE const unsigned char *searched_rows(const void *rows, uint32_t tile, uint6
     return static_cast<const unsigned char *>(rows) + static_cast<uint64_t>(tile) * TILE * row_bytes;
 }
 
-// The keys of a list, each by one lane, and kNothing behind them; four of a lane's are under way at once.
+// Calls `use` for each key of a list, by one lane each, and for kNothing after them; a lane loads four at once.
 template <class Use>
 DEVICE void each_key(const uint64_t *keys, uint32_t count, Use use) {
     constexpr uint32_t at_once = 4;
@@ -50,8 +50,9 @@ DEVICE void each_key(const uint64_t *keys, uint32_t count, Use use) {
     }
 }
 
-// Halves [low, high], which the least-th of a list's keys is in, until at least `least` and at most `most` are not above the
-// middle; false where one number is left, and more are equal to it. Of keys less their last bits. By a warp.
+// Halves [low, high], which includes the least-th key of a list, until at least `least` and at most `most` keys are not above
+// `middle`; false if one number is left and more keys than that are equal to it. Compares keys without their lowest `bits_less`
+// bits. Called by a warp.
 template <int bits_less, class Part>
 DEVICE bool halve(const uint64_t *keys, uint32_t count, Part low, Part high, uint32_t least, uint32_t most, Part &middle) {
     for (;;) {
@@ -69,7 +70,8 @@ DEVICE bool halve(const uint64_t *keys, uint32_t count, Part low, Part high, uin
     }
 }
 
-// What at least `least` and at most `most` of a list's keys are not above. Similarities alone tell, unless many are equal.
+// A threshold that at least `least` and at most `most` of a list's keys are not above: by similarities alone, unless many are
+// equal.
 DEVICE uint64_t threshold_of(const uint64_t *keys, uint32_t count, uint32_t least, uint32_t most) {
     uint32_t low = ~0u, high = 0, similarity;
     each_key(keys, count, [&](uint64_t key) {
@@ -89,14 +91,14 @@ DEVICE uint64_t threshold_of(const uint64_t *keys, uint32_t count, uint32_t leas
     return threshold;
 }
 
-// Leaves the keys of a list that are not above a threshold, and says how many. By a warp.
+// Keeps the keys of a list that are not above a threshold, and returns their number. Called by a warp.
 DEVICE uint32_t keep_within(uint64_t *keys, uint32_t count, uint64_t threshold) {
     uint32_t kept = 0;
     for (uint32_t first = 0; first < count; first += 32) {
         uint32_t i = first + lane_index();
         uint64_t key = i < count ? keys[i] : kNothing;
         bool keep = key <= threshold;
-        uint32_t kept_by = ballot_sync(keep);  // all have read theirs
+        uint32_t kept_by = ballot_sync(keep);  // all lanes have read their keys
         if (keep) keys[kept + static_cast<uint32_t>(popc(kept_by & ((1u << lane_index()) - 1)))] = key;
         kept += static_cast<uint32_t>(popc(kept_by));
     }
@@ -104,13 +106,13 @@ DEVICE uint32_t keep_within(uint64_t *keys, uint32_t count, uint64_t threshold) 
     return kept;
 }
 
-// The lists of a warp's rows. `Layout` is where its accumulators stand in the tile: four lanes share a row.
+// The lists of a warp's rows. `Layout` is that of its accumulators: four lanes share a row.
 template <class Layout>
 struct QueryLists {
     static constexpr int rows = Layout::rows, columns = Layout::columns;
     static_assert(rows <= 4 && columns <= 32, "a bit a row for four lanes, a word a row");
-    static constexpr uint32_t appended = columns * 4;  // by a tile, at most
-    static_assert(appended <= RETRIEVAL_SLACK, "a list that was cut takes a tile");
+    static constexpr uint32_t appended = columns * 4;  // most keys that a tile appends to a list
+    static_assert(appended <= RETRIEVAL_SLACK, "a list has room for a tile after shortening");
 
     const RetrievalParams &p;
     uint32_t first_query, list;
@@ -119,7 +121,7 @@ struct QueryLists {
     float bound[rows];
     uint32_t count[rows];
 
-    // `own`: which of the block's lists of a row.
+    // `own`: index of this warp's list among the block's lists of a row.
     DEVICE QueryLists(const RetrievalParams &of, uint32_t own)
         : p(of), first_query((of.first_tile + block_x()) * TILE), list(block_y() * (of.lists / of.splits) + own) {
 #pragma unroll
@@ -129,7 +131,8 @@ struct QueryLists {
         }
     }
 
-    // What of a tile may be among the best. Tiles come in ascending order: an equal similarity is behind those that are kept.
+    // Adds what may be among the k best of a tile. Tiles come in ascending order, so that an equal similarity comes after the
+    // kept ones.
     template <class Sums>
     DEVICE void add_tile(Sums &acc, uint32_t tile) {
         uint32_t first = tile * TILE;
@@ -143,7 +146,7 @@ struct QueryLists {
         for (int r = 0; r < rows; ++r) any |= above[r];
         if (ballot_sync(any != 0) == 0) return;
         append(acc, above, any, first);
-        // One at a time, while the others of the block multiply: at once, they would all wait for it.
+        // One list at a time, while other warps multiply: if all shortened their lists at once, the tensor cores would wait.
         bool is_full = false;
 #pragma unroll
         for (int r = 0; r < rows; ++r) is_full |= count[r] > p.capacity - appended;
@@ -151,7 +154,7 @@ struct QueryLists {
         cut(full ? p.capacity - appended : p.kept + RETRIEVAL_SPARE, full);
     }
 
-    // As the merge wants them.
+    // Shortens all lists for the merge and writes their lengths.
     DEVICE void finish() {
         cut(p.kept, true);
         if (lane_index() % 4 != 0) return;
@@ -165,14 +168,14 @@ struct QueryLists {
     }
     DEVICE uint64_t *keys_of(uint32_t row) const { return p.keys + index_of_list(row) * p.capacity; }
 
-    // The sum over the lanes of a row, and over those before this one.
+    // The sum over the four lanes of a row; `before`: over those before this one.
     static DEVICE uint32_t row_sum(uint32_t value, uint32_t &before) {
         uint32_t next = shuffle_xor(value, 1), two = value + next, others = shuffle_xor(two, 2);
         before = (lane_index() % 2 != 0 ? next : 0) + (lane_index() % 4 >= 2 ? others : 0);
         return two + others;
     }
 
-    // Bit c: the row's pair of column c is above the bound. The last one is shifted in first.
+    // Bit c of a row's word: the pair of column c is above the bound. Bits are shifted in, the last column first.
     template <class Sums>
     static DEVICE void pairs_above(Sums &acc, const float (&bounds)[rows], uint32_t (&above)[rows]) {
 #pragma unroll
@@ -184,7 +187,7 @@ struct QueryLists {
         }
     }
 
-    // Padding of the references, and the query itself.
+    // Sets the pairs with padding and, if `with_self`, with the query itself to -INFINITE.
     template <class Sums>
     DEVICE void leave_out(Sums &acc, uint32_t first, bool with_self) const {
 #pragma unroll
@@ -198,7 +201,7 @@ struct QueryLists {
         }
     }
 
-    // The bounds of the first tile, which k of its own pairs are above: the rest of it need not be listed.
+    // Raises the bounds before the first tile, to numbers that at least k of its own pairs are above: the others need no listing.
     template <class Sums>
     DEVICE void raise(Sums &acc) {
         float low[rows], high[rows], middle[rows];
@@ -250,10 +253,10 @@ struct QueryLists {
                 }
             }
         }
-        warp_sync();  // the lists are read by other lanes
+        warp_sync();  // other lanes read the lists
     }
 
-    // Cuts lists of more keys than `most`, one or all of them: quad q's row r is bit 4 q + r.
+    // Shortens lists of more than `most` keys, one or all of them. Row r of quad q is bit 4 q + r.
     DEVICE void cut(uint32_t most, bool all) {
         uint32_t long_ones = 0;
 #pragma unroll

@@ -1,9 +1,9 @@
 // retrieval.cu: the k most similar references of each query, without the Q x N matrix (SPEC 6).
 // Truth: a full sort (cases/src/table). Launcher: src/backend/device/retrieval.rs.
 //
-// retrieval: a block takes a query tile past its share of the references' tiles. Its warps, 4 x 2, have 32 rows and 64 columns
+// retrieval: a block compares a query tile with its share of the references' tiles. Its warps, 4 x 2, have 32 rows and 64 columns
 // of each tile, and a list for each row (query_lists.cuh).
-// retrieval_merge: a block puts all lists of a query together, cut like each of them, and sorts what is left.
+// retrieval_merge: a block joins all lists of a query, shortens the result like a list, and sorts what is left.
 
 #include "retrieval/query_lists.cuh"
 
@@ -24,7 +24,7 @@ DEVICE void retrieval_body(const RetrievalParams &p) {
 }
 KERNEL_OF_16BIT_BLOCKS(retrieval, RetrievalParams, 2)
 
-// Sorts `count` keys ascending, padded to a power of two. The whole block takes part.
+// Sorts `count` keys in ascending order, padded to a power of two; called by the whole block.
 DEVICE void sort_keys(uint64_t *keys, uint32_t count) {
     uint32_t size = 1;
     while (size < count) size *= 2;
@@ -41,7 +41,7 @@ DEVICE void sort_keys(uint64_t *keys, uint32_t count) {
                     keys[high] = first;
                 }
             }
-            block_sync();  // pairs are in order
+            block_sync();  // the pairs are in order
         }
     }
 }
@@ -57,11 +57,11 @@ KERNEL(retrieval_merge, RetrievalParams, 4) {
     auto &shared = *reinterpret_cast<MergeShared *>(bytes);
     uint64_t *lists = p.keys + static_cast<uint64_t>(block_x()) * p.lists * p.capacity;
     const uint32_t *counts = p.counts + static_cast<uint64_t>(block_x()) * p.lists;
-    // Too many for shared memory are added to the first list.
+    // If they do not fit into shared memory, all keys are added to the first list.
     bool in_shared = p.capacity <= RETRIEVAL_MERGED;
     uint64_t *keys = in_shared ? reinterpret_cast<uint64_t *>(bytes + RETRIEVAL_MERGE_EXTRA_BYTES) : lists;
     if (thread_index() == 0) shared = MergeShared{kNothing - 1, in_shared ? 0 : counts[0]};
-    // A list has `kept` keys at most.
+    // A list has at most `kept` keys.
     auto load = [&](uint32_t place) {
         uint32_t list = place / p.kept, i = place % p.kept;
         return list < p.lists && i < counts[list] ? lists[static_cast<uint64_t>(list) * p.capacity + i] : kNothing;
@@ -69,19 +69,19 @@ KERNEL(retrieval_merge, RetrievalParams, 4) {
     uint32_t first = in_shared ? 0 : p.kept, end = p.lists * p.kept;
     uint64_t key = load(first + thread_index());
     for (; first < end; first += THREADS) {
-        block_sync();  // the keys are there, and their number
+        block_sync();  // the keys and their number are written
         if (warp_index() == 0 && shared.taken + THREADS > p.capacity) {
             uint32_t count = shared.taken;
             uint64_t bound = threshold_of(keys, count, p.k, p.kept);
             count = keep_within(keys, count, bound);
             if (lane_index() == 0) shared = MergeShared{bound, count};
         }
-        block_sync();  // there is room for more
+        block_sync();  // there is room for more keys
         uint64_t next = load(first + THREADS + thread_index());
         if (key <= shared.bound) keys[atomic_fetch_increment(&shared.taken)] = key;
         key = next;
     }
-    block_sync();  // all keys are there
+    block_sync();  // all keys are written
     uint32_t count = shared.taken;
     sort_keys(keys, count);
     uint64_t to = (static_cast<uint64_t>(p.first_tile) * TILE + block_x()) * p.k;

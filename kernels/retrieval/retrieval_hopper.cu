@@ -1,8 +1,8 @@
-// retrieval_hopper.cu: the lists of retrieval.cu on Hopper (sm_90a).
+// retrieval_hopper.cu: retrieval.cu on Hopper (sm_90a).
 // Truth: a full sort (cases/src/table). Launcher: src/backend/device/retrieval.rs.
 //
-// A block takes a query tile past its share of the references' tiles. One thread copies; one or two teams run mainloop and
-// epilogue in ping-pong (ping_pong.cuh). A warp has 16 rows of its team's tiles, and a list for each (query_lists.cuh).
+// A block compares a query tile with its share of the references' tiles. One thread copies; one or two teams run mainloop and
+// epilogue in ping-pong (ping_pong.cuh). A warp has 16 rows of its team's tiles, and a list for each row (query_lists.cuh).
 
 #include "pairs/tile_order.cuh"
 #include "retrieval/query_lists.cuh"
@@ -12,7 +12,7 @@
 
 template <class Precision>
 struct RetrievalHopperShared {
-    unsigned char rows[SWEEP_HOPPER_RESIDENT][kStageBytes];  // the query tile, or its stages
+    unsigned char rows[SWEEP_HOPPER_RESIDENT][kStageBytes];  // the query tile, or stages for it
     unsigned char columns[kTeamStages<Precision>][kStageBytes];
     Barrier full[kTeamBarriers<Precision>], empty[kTeamBarriers<Precision>];
     Barrier order[kTeams<Precision>];
@@ -20,12 +20,12 @@ struct RetrievalHopperShared {
 static_assert(sizeof(RetrievalHopperShared<F16Rows>) == RETRIEVAL_HOPPER_SHARED_BYTES, "the launch plan's shared memory");
 static_assert(sizeof(RetrievalHopperShared<ExactF32>) == RETRIEVAL_SPLIT_SHARED_BYTES, "the launch plan's shared memory");
 
-// The block's tiles in order; every role walks them by itself.
+// The block's tiles in order; every role has its own walk.
 struct RetrievalWalk {
     const RetrievalParams &p;
     SearchedTiles tiles;
     TileIndex tile;
-    uint32_t tiles_before = NO_ROW;  // tiles before this one; nothing before the first
+    uint32_t tiles_before = NO_ROW;  // number of tiles before this one; NO_ROW before the first next()
 
     explicit DEVICE RetrievalWalk(const RetrievalParams &of) : p(of), tiles(of), tile{of.first_tile + block_x(), tiles.first - 1} {}
     template <class Precision>
@@ -49,7 +49,7 @@ DEVICE void retrieval_hopper_body(const RetrievalParams &p) {
     SHARED_MEMORY(bytes);
     auto &shared = *reinterpret_cast<RetrievalHopperShared<Precision> *>(bytes);
     if (thread_index() == 0) begin_teams(shared);
-    block_sync();  // the barriers are there
+    block_sync();  // the barriers are initialised
     RetrievalWalk walk(p);
     divide_roles<Precision>(
         [&](uint32_t warp) {

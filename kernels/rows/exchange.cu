@@ -1,9 +1,9 @@
-// exchange.cu: what goes in and out between the steps of a loss (parts of a batch), and identity by index.
+// exchange.cu: numbers that go in and out between the steps of a part of a batch, and identity by index.
 // Truth: src/loss/steps.rs. Launcher: src/backend/device/steps.rs.
 //
-// invert_order, identity: which reference is each anchor itself. A thread a row.
-// take_numbers: m+, m- or the sizes of the sets as the caller has gathered them. A thread a row of either side.
-// report_numbers: those that a step found, in original order. A thread an anchor.
+// invert_order, identity: the position of each anchor's own reference. A thread for each row.
+// take_numbers: m+, m- or the sizes of the mined sets, as the caller gathered them. A thread for each row of either side.
+// report_numbers: the numbers that a step found, in original order. A thread for each anchor.
 
 #include "ptx/device.cuh"
 
@@ -21,7 +21,7 @@ KERNEL(identity, IdentityParams, 1) {
     p.identity[i] = reference < p.references ? p.positions[reference] : NO_ROW;
 }
 
-// A row without a number is one without pairs.
+// The number of a row; `without`, that of a row without pairs, if the caller gave none.
 DEVICE float number_of(const void *values, uint32_t row, bool there, float without) {
     return there ? static_cast<const float *>(values)[row] : without;
 }

@@ -1,7 +1,7 @@
-// normalize_backward.cu: the gradient by the rows as they were given (any length) from that by their unit rows.
+// normalize_backward.cu: the gradient by rows of any length, from the gradient by their unit rows.
 // Truth: src/backend/cpu/unit.rs. Launcher: src/backend/device/passes.rs.
 //
-// With u = x / |x|: dL/dx = (g - (g . u) u) / |x| for g = dL/du. `prepare` has made u and left |x|. A warp a row, in place.
+// With u = x / |x|: dL/dx = (g - (g . u) u) / |x| for g = dL/du. `prepare` computed u and |x|. A warp for each row, in place.
 // Precision: f32; f64 where the length is unusual.
 
 #include "rows/unit_length.cuh"
@@ -15,7 +15,7 @@ DEVICE void normalize_backward_body(const NormalizeBackwardParams &p) {
     double length = p.lengths[row];
     if (is_usual(length)) {
         auto inverse = static_cast<float>(1.0 / length);
-        // Several loads at once: with the row's end asked for before each, they would be under way one after the other.
+        // Several loads at once: with a test for the row's end before each, they would wait for one another.
         constexpr uint32_t kAtOnce = 8;
         auto each = [&](auto use) {
             for (uint32_t begin = lane_index(); begin - lane_index() < p.dim; begin += 32 * kAtOnce) {
@@ -38,7 +38,7 @@ DEVICE void normalize_backward_body(const NormalizeBackwardParams &p) {
         });
         return;
     }
-    // No direction, no derivative; a NaN stays one.
+    // A row of zeros has derivative 0, one that is not finite NaN.
     bool directed = has_direction(length);
     auto unit = [&](uint32_t d) { return static_cast<double>(to_float(from[d])) / length; };
     double inward = 0.0;

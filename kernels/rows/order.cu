@@ -1,19 +1,18 @@
 // order.cu: rows into class order (SPEC 1).
 // Launcher: src/backend/device/order.rs.
 //
-// order_tiles, order_tiles_wide, order_merge: a sort of (label, index). In tiles of 2,048 keys the place of each is how many
-// come before it, counted by a block for every 64: sorting a tile in one block is bound by its barriers. Beyond 65,536 rows a
-// block
-//   sorts 8,192 in shared memory. Then
-//   ORDER_RUNS sorted runs at a time become one: a key's place is the sum of its places in all of them, found by
-//   binary search, a warp a run. 2,048 rows want no merge, 65,536 one, and with wide tiles 262,144.
-// order_tiles also sets to 0 what later passes count up in.
-// Ignored labels get the largest key: their rows come last and in no range.
+// A sort by (label, index).
+// order_tiles: sorts tiles of 2,048 keys. A key's place is the number of keys before it, counted by a block for every 64
+//   keys, since barriers would bound a sort of a tile by one block. Also sets the counters of later passes to 0.
+// order_tiles_wide: beyond 65,536 rows, a block sorts a tile of 8,192 keys in shared memory.
+// order_merge: merges ORDER_RUNS sorted runs into one. A key's place is the sum of its places in all runs, found by binary
+//   search, a warp for each run. 2,048 rows need no merge; 65,536 rows one, and with wide tiles 262,144.
+// Ignored labels get the largest key: their rows come last and are in no class range.
 
 #include "tile/prepared_rows.cuh"
 
 constexpr uint64_t kIgnored = ~static_cast<uint64_t>(0);
-constexpr uint32_t kKeys = ORDER_WIDE_TILE / ORDER_WIDE_THREADS;  // of a thread that sorts
+constexpr uint32_t kKeys = ORDER_WIDE_TILE / ORDER_WIDE_THREADS;  // keys of a thread of order_tiles_wide
 static_assert(kKeys == 8, "the gaps below");
 
 DEVICE void begin_loss(const OrderParams &p, uint32_t threads) {
@@ -24,8 +23,8 @@ DEVICE void begin_loss(const OrderParams &p, uint32_t threads) {
     if (p.counters != nullptr && block_x() == 0 && thread_index() == 0) *p.counters = Counters{0, 0, 0, 0, NO_ROW, NO_ROW, 0, 0, 0};
 }
 
-// Counting: ignored labels are above all others, padding is above them, and 1 may be added to any label that is counted. Labels
-// as they come are compared in five instructions, half of them at half rate; small ones as f32, which holds them, in two.
+// Labels as they are compared: ignored labels are above all others, padding is above them, and 1 can be added to any label.
+// 64-bit labels take five instructions a comparison, half of them at half rate; labels below 2^23 are exact in f32 and take two.
 struct WideLabels {
     using Label = uint64_t;
     static constexpr Label kIgnoredLabel = uint64_t{1} << 63;
@@ -36,11 +35,11 @@ struct SmallLabels {
     using Label = float;
     static constexpr Label kIgnoredLabel = 1 << 23;
     static constexpr Label kPadding = 1 << 24;
-    static DEVICE float less(Label a, Label b) { return saturated_difference(b, a); }  // of whole numbers
+    static DEVICE float less(Label a, Label b) { return saturated_difference(b, a); }  // labels are integers
 };
 
 constexpr uint32_t kLoads = ORDER_TILE / THREADS;
-constexpr uint32_t kOwnKeys = ORDER_OWN / 32;  // of a lane; each warp counts in a part of the tile
+constexpr uint32_t kOwnKeys = ORDER_OWN / 32;  // the block's own keys in a lane; each warp counts in a part of the tile
 struct CountShared {
     alignas(16) uint64_t wide[ORDER_TILE];
     alignas(16) float small[ORDER_TILE];
@@ -50,7 +49,7 @@ struct CountShared {
 static_assert(sizeof(CountShared) == ORDER_SHARED_BYTES, "the launch plan's shared memory");
 static_assert(ORDER_TILE % ORDER_OWN == 0 && ORDER_OWN % 32 == 0 && ORDER_OWN <= THREADS, "a thread an own key");
 
-// For each of this lane's own keys, from `own` on, how many of the warp's part of the labels come before it.
+// For each of this lane's keys, from `own` on, counts the labels in the warp's part of the tile that come before it.
 template <class Kind>
 DEVICE void count_before(CountShared &shared, const typename Kind::Label *labels, uint32_t own, uint32_t count) {
     using Label = typename Kind::Label;
@@ -63,7 +62,7 @@ DEVICE void count_before(CountShared &shared, const typename Kind::Label *labels
         keys[k] = labels[own + k * 32 + lane_index()];
         before[k] = 0;
     }
-    // Those that are less; or, of smaller indices than the own ones, no more.
+    // Counts labels that are less than the keys; `or_equal`, for smaller indices: less or equal.
     auto compare = [&](uint32_t begin, uint32_t end, uint32_t or_equal) {
         Label bounds[kOwnKeys];
 #pragma unroll
@@ -106,7 +105,7 @@ KERNEL(order_tiles, OrderParams, 4) {
         uint32_t i = k * THREADS + thread_index();
         labels[k] = i < count ? p.labels[first + i] : -1;
     }
-    begin_loss(p, THREADS);  // while they come
+    begin_loss(p, THREADS);  // while the labels are loaded
     uint32_t valid = 0;
     bool wide = false;
 #pragma unroll
@@ -137,7 +136,7 @@ KERNEL(order_tiles, OrderParams, 4) {
         p.order[place] = first + own + thread_index();
     }
     if (p.valid == nullptr || block_x() != 0) return;
-    block_sync();  // the counts are read
+    block_sync();  // the counts have been read
     valid = block_sum(valid, shared.before[0]);
     if (thread_index() != 0) return;
     *p.valid = valid;
@@ -151,7 +150,7 @@ struct Key {
 };
 DEVICE bool is_before(const Key &a, const Key &b) { return a.label < b.label || (a.label == b.label && a.index < b.index); }
 
-// The gap behind every 8 keys: a warp whose threads have 8 in a row each meets no bank twice. Indices are by tile.
+// A gap after every 8 keys avoids bank conflicts between threads that have 8 adjacent keys each. Indices are within the tile.
 struct OrderShared {
     uint64_t labels[ORDER_WIDE_TILE + ORDER_WIDE_TILE / 8];
     uint16_t indices[ORDER_WIDE_TILE + ORDER_WIDE_TILE / 8];
@@ -179,7 +178,7 @@ ROLE_KERNEL(order_tiles_wide, OrderParams, ORDER_WIDE_THREADS) {
     Key own[kKeys];
 #pragma unroll
     for (uint32_t k = 0; k < kKeys; ++k) own[k] = shared.get(at + k);
-    // A thread's own keys, by exchange of neighbours.
+    // Sorts a thread's own keys by odd-even transposition.
 #pragma unroll
     for (uint32_t round = 0; round < kKeys; ++round) {
 #pragma unroll
@@ -191,12 +190,12 @@ ROLE_KERNEL(order_tiles_wide, OrderParams, ORDER_WIDE_THREADS) {
         }
     }
     auto publish = [&] {
-        block_sync();  // what was there is read
+        block_sync();  // the previous keys have been read
 #pragma unroll
         for (uint32_t k = 0; k < kKeys; ++k) shared.set(at + k, own[k]);
         block_sync();
     };
-    // Two runs become one: every thread finds where its part of the result begins in both. Padding comes last.
+    // Merges pairs of runs: every thread finds where its part of the result begins in both. Padding comes last.
 #pragma unroll 1
     for (uint32_t run = kKeys; run < count; run *= 2) {
         publish();
@@ -218,7 +217,7 @@ ROLE_KERNEL(order_tiles_wide, OrderParams, ORDER_WIDE_THREADS) {
             bool there = left < left_end, other = right < right_end;
             Key a = shared.get(there ? left : left_end - 1), b = shared.get(other ? right : right_end - 1);
             bool take = there && (!other || is_before(a, b));
-            // A register each: they are not indexed at run time.
+            // Keys stay in registers, which cannot be indexed at run time.
 #pragma unroll
             for (uint32_t to = 0; to < kKeys; ++to) {
                 if (to == k) own[to] = take ? a : b;
@@ -235,8 +234,8 @@ ROLE_KERNEL(order_tiles_wide, OrderParams, ORDER_WIDE_THREADS) {
     }
 }
 
-// A block has keys that follow each other, and each warp searches for all of them in some of the runs, several at once:
-// neighbours read the same lines of memory. Indices ascend over runs: equal keys of earlier runs come first.
+// A block has adjacent keys, and each warp searches for all of them in some of the runs, several at once: adjacent keys read the
+// same cache lines. Indices ascend over the runs, so equal keys of earlier runs come first.
 constexpr uint32_t kAtOnce = ORDER_MERGED / 32;
 static_assert(ORDER_MERGED % 32 == 0 && ORDER_MERGED <= THREADS && ORDER_TILE % ORDER_MERGED == 0, "a thread a key, all of one run");
 KERNEL(order_merge, MergeParams, 4) {
@@ -277,7 +276,7 @@ KERNEL(order_merge, MergeParams, 4) {
     bool there = thread_index() < ORDER_MERGED && i < p.count;
     uint64_t key = there ? p.from_keys[i] : kIgnored;
     uint32_t index = there ? p.from_order[i] : 0;
-    // One thread of each run that has valid rows counts all of them.
+    // In each run with valid rows one thread adds their number.
     if (p.valid != nullptr && key != kIgnored && (in_run == length(own) || p.from_keys[i + 1] == kIgnored)) {
         atomic_add(p.valid, in_run);
         if (p.valid_too != nullptr) atomic_add(p.valid_too, in_run);

@@ -1,19 +1,18 @@
-// prepare.cu: rows in class order, padded for the tiles, and what is known of each by itself (SPEC 1).
+// prepare.cu: rows in class order, padded to whole tiles, and checked (SPEC 1).
 // Launcher: src/backend/device/order.rs.
 //
-// prepare: gathers the rows, brings them to unit length where that is wanted, zeros the padding, checks norms, sums columns,
-//   and finds what a positive of a row must stay below, from the product of the tile with itself. Fast f32 is rounded to f16
-//   here, and from here on it is f16. On Hopper 16-bit rows are multiplied with wgmma, while they are gathered: a row must meet
-//   itself with the bits of its own bound. One block a row tile; further blocks find the range of references that have an
-//   anchor's label.
-// Precision: norms by chains of f32; where that leaves a doubt, and for bad rows, in f64. Column sums in f32, 16 rows
-//   of a warp, then the warps in order.
+// prepare: gathers the rows, normalises them if asked, zeros the padding, checks norms, sums columns, and computes each row's
+//   duplicate bound, from the product of the tile with itself: by the same instructions as S, so that a row's similarity with
+//   itself has the bits of its bound. On Hopper 16-bit rows are multiplied while they are gathered. Fast f32 is rounded to f16,
+//   and all later passes are those of f16. One block a row tile; further blocks find the class ranges of the anchors.
+// Precision: norms in f32, and again in f64 where f32 cannot decide, and for bad rows. Column sums in f32, of 16
+//   rows by a warp, then of the warps in order.
 
 #include "tile/wgmma_tile.cuh"
 #include "pairs/pairs.cuh"
 #include "rows/unit_length.cuh"
 
-// Keys below `key`, and up to it: both searches at once, since each step waits for memory.
+// The range of keys equal to `key`. Both binary searches go together, since each step waits for memory.
 DEVICE ClassRange range_of(const uint64_t *keys, uint32_t count, uint64_t key) {
     if (key == ~static_cast<uint64_t>(0)) return ClassRange{1, 0};  // ignored
     uint32_t step = 1;
@@ -27,15 +26,15 @@ DEVICE ClassRange range_of(const uint64_t *keys, uint32_t count, uint64_t key) {
     return range;
 }
 
-// A thread has one granule of a stage's width in each of its rows, which stand kRowsApart apart: eight lanes share a row.
+// Eight lanes share a row: a thread has one granule of a stage in each of its rows, which are kRowsApart apart.
 constexpr uint32_t kRowsApart = THREADS / kGranules;
 constexpr uint32_t kOwnRows = TILE / kRowsApart;
 constexpr uint32_t kWarpRows = 32 / kGranules * kOwnRows;
-// The caller's rows come through a ring of stages of 128 bytes a row. One is filled when the product of that two before is done.
+// The caller's rows go through a ring of stages of 128 bytes a row. A stage is filled again two products after its own.
 constexpr uint32_t kStageCount = 5, kAhead = kStageCount - 2;
 constexpr uint32_t kRingStage = TILE * STAGE_BYTES;
 
-// The elements of a granule as f32, and back.
+// A granule's elements as f32, and the reverse.
 template <class Element>
 DEVICE void unpack(float (&to)[Granule<Element>::count], const Granule<Element> &from) {
 #pragma unroll
@@ -59,19 +58,19 @@ DEVICE Granule<Element> packed(const float (&from)[Granule<Element>::count]) {
     return to;
 }
 
-// The original index of the row that stands at `place`.
+// The original index of the row at `place` in class order; NO_ROW for padding.
 DEVICE uint32_t index_at(const PrepareParams &p, uint32_t place) {
     return place >= p.count ? NO_ROW : p.order == nullptr ? place : p.order[place];
 }
 
-// The caller's rows of this thread, from its first granule on, read a stage further on each time.
+// The caller's rows of this thread, read a granule of each at a time; step() advances by a stage.
 template <class Element>
 struct Source {
     using Vector = Granule<Element>;
     const Element *rows[kOwnRows];
     bool there[kOwnRows];
     uint32_t element = thread_index() % kGranules * Vector::count, dim;
-    bool aligned;                   // whole granules may be read
+    bool aligned;                   // granules can be read by one load
 
     explicit DEVICE Source(const PrepareParams &p)
         : dim(p.dim),
@@ -88,7 +87,7 @@ struct Source {
 #pragma unroll
         for (const Element *&row : rows) row += kGranules * Vector::count;
     }
-    // Element by element, zeros beyond the row's end.
+    // A granule of row i, element by element; zeros beyond the row's end.
     DEVICE Vector pieces(uint32_t i) const {
         Vector value{};
 #pragma unroll
@@ -97,7 +96,7 @@ struct Source {
         }
         return value;
     }
-    // A granule of each row.
+    // Loads a granule of each row.
     DEVICE void load(Vector (&to)[kOwnRows]) const {
         if (aligned) {
 #pragma unroll
@@ -109,7 +108,7 @@ struct Source {
             for (uint32_t i = 0; i < kOwnRows; ++i) to[i] = pieces(i);
         }
     }
-    // The same to shared memory, kRowsApart rows apart; done by the next wait for asynchronous copies that covers it.
+    // Copies a granule of each row to shared memory, kRowsApart rows apart; complete after the cp_async_wait() that covers it.
     DEVICE void copy(unsigned char *to) const {
         if (aligned) {
 #pragma unroll
@@ -125,7 +124,7 @@ struct Source {
     }
 };
 
-// The row's square sum in f64, in one order, for messages and for what f32 cannot tell.
+// The row's square sum in f64, in a fixed order, for messages and where f32 cannot decide.
 template <class Element>
 DEVICE double exact_square_sum(const PrepareParams &p, uint32_t index) {
     auto from = static_cast<const Element *>(p.input) + static_cast<uint64_t>(index) * p.dim;
@@ -138,9 +137,9 @@ DEVICE double exact_square_sum(const PrepareParams &p, uint32_t index) {
     return warp_sum(sum);
 }
 
-// The rows of a warp as its first kWarpRows lanes have them, one each.
+// The row of a lane, if each of a warp's first kWarpRows lanes has one of the warp's rows.
 DEVICE uint32_t lane_row() { return warp_index() * (32 / kGranules) + lane_index() % 4 + lane_index() / 4 * kRowsApart; }
-// What the lane's row sums up to over the eight lanes that share it.
+// The sum of lane_row()'s row over the eight lanes that share it.
 DEVICE float lane_sum(const float (&own)[kOwnRows]) {
     float of_lane = 0.0f;
 #pragma unroll
@@ -154,7 +153,7 @@ DEVICE float lane_sum(const float (&own)[kOwnRows]) {
 }
 static_assert(kGranules == 8 && kOwnRows == 4, "the lanes of lane_row()");
 
-// Shows the lanes one after the other whose `doubtful` is set to the whole warp, with the exact square sum of their rows.
+// Calls `use(lane, square sum in f64)`, by the whole warp, for each lane whose `doubtful` is set.
 template <class Element, class Use>
 DEVICE void each_exact(const PrepareParams &p, bool doubtful, uint32_t index, Use use) {
 #pragma unroll 1
@@ -164,13 +163,13 @@ DEVICE void each_exact(const PrepareParams &p, bool doubtful, uint32_t index, Us
     }
 }
 
-// What brings a thread's rows to unit length: an inverse each, or a bit for those of unusual lengths, which the lengths say.
+// The inverse length of each of a thread's rows, and a bit for rows of unusual length, which are divided by p.lengths in f64.
 struct Inverses {
     float of_row[kOwnRows];
     uint32_t unusual;
 };
 
-// The lengths of a warp's rows.
+// Computes the lengths of a warp's rows.
 template <class Element>
 DEVICE Inverses find_lengths(const PrepareParams &p, Source<Element> source) {
     using Vector = Granule<Element>;
@@ -194,10 +193,10 @@ DEVICE Inverses find_lengths(const PrepareParams &p, Source<Element> source) {
     });
     bool unusual = index != NO_ROW && !is_usual(length);
     if (index != NO_ROW) p.lengths[index] = length;
-    // Padding has no length, and stays zeros.
+    // Padding has no length and remains zero.
     auto inverse = static_cast<float>(index == NO_ROW || unusual ? 1.0 : 1.0 / length);
     uint32_t all_unusual = ballot_sync(unusual);
-    warp_sync();  // the lengths are there
+    warp_sync();  // the lengths are written
     Inverses inverses{};
 #pragma unroll
     for (uint32_t i = 0; i < kOwnRows; ++i) {
@@ -208,7 +207,7 @@ DEVICE Inverses find_lengths(const PrepareParams &p, Source<Element> source) {
     return inverses;
 }
 
-// What stands in this thread's place of a stage, at unit length.
+// Normalises this thread's granules of a stage in place.
 template <class Element>
 DEVICE void bring_to_unit_length(const PrepareParams &p, const Inverses &inverses, unsigned char *to) {
     using Vector = Granule<Element>;
@@ -231,7 +230,8 @@ DEVICE void bring_to_unit_length(const PrepareParams &p, const Inverses &inverse
     }
 }
 
-// Adds the sums of the four lanes that have the same granule: each gets a quarter of its elements, from `first_of_quarter()` on.
+// Adds the sums of the four lanes that have the same granule: each lane gets a quarter of the elements, from first_of_quarter()
+// on.
 template <int count>
 DEVICE void add_lanes(float (&quarter)[count / 4], const float (&sums)[count]) {
     constexpr int half = count / 2;
@@ -253,47 +253,47 @@ DEVICE uint32_t first_of_quarter() {
     return (lane_index() / kGranules % 2 * 2 + lane_index() / kGranules / 2) * (count / 4);
 }
 
-// Norms, or lengths, of the rows of a warp's lanes: what is no unit row is told.
+// Checks the norms (or the lengths) of a warp's rows, and reports bad rows.
 template <class Element>
 DEVICE void check_rows(const PrepareParams &p, const float (&squares)[kOwnRows]) {
     uint32_t index = lane_index() < kWarpRows ? index_at(p, block_x() * TILE + lane_row()) : NO_ROW;
     float square = lane_sum(squares);
     auto tell = [&](uint32_t bad, double exact) {
         p.square_sums[bad] = exact;
-        // Written so that a NaN is bad too.
+        // Written so that a NaN is bad, too.
         bool unit = fabs(sqrt(exact) - 1.0) <= p.norm_tolerance;
         if (p.check && !unit) atomic_min(p.bad, bad);
     };
     if (p.lengths != nullptr) {
-        // What was brought to unit length has it, if it had a direction.
+        // A normalised row is good if it had a direction.
         double length = index == NO_ROW ? 1.0 : p.lengths[index];
         if (has_direction(length)) return;
         p.square_sums[index] = length * length;
         if (p.check) atomic_min(p.bad, index);
         return;
     }
-    // Half the tolerance is more than chains of f32 err by, up to 2^19 dimensions. A NaN is not near.
+    // The error of f32 sums is below half the tolerance, up to 2^19 dimensions. A NaN is not near.
     bool near = static_cast<double>(fabsf(sqrtf(square) - 1.0f)) <= p.norm_tolerance / 2.0 && p.stride <= 1u << 19;
     each_exact<Element>(p, index != NO_ROW && !near, index, [&](uint32_t lane, double exact) {
         if (lane == lane_index()) tell(index, exact);
     });
 }
 
-// f32 rows that are rounded to f16: norms and lengths are those of the caller's rows, column sums those of the rounded ones.
+// f32 rows that are rounded to f16: norms and lengths are those of the caller's rows, column sums those of the rounded rows.
 template <class Precision, class Given>
 constexpr bool kRounded = !Precision::exact && sizeof(Given) != sizeof(typename Precision::Element);
-// Half a granule of such, from a granule of the caller's.
+// Half a granule of rounded elements, from a granule of the caller's.
 struct alignas(8) RoundedGranule {
     F16 values[4];
 };
 
-// A tile's rows, prepared. `products.add(stage)` sees each stage of them as it lies in shared memory; `shared` has room for the
-// ring, and twice for a float for each warp and element of a stage.
+// Prepares the rows of a tile. `products.add(stage)` is called with each prepared stage in shared memory. `shared` has room for
+// the ring, and for two floats for each warp and element of a stage.
 template <class Precision, class Given, class Products>
 DEVICE void prepare_rows(const PrepareParams &p, unsigned char *shared, Products products) {
     using Vector = Granule<Given>;
     constexpr bool rounded = kRounded<Precision, Given>;
-    constexpr uint32_t kColumns = kGranules * Vector::count;  // of a stage of the ring
+    constexpr uint32_t kColumns = kGranules * Vector::count;  // elements of a row in a stage of the ring
     constexpr uint32_t kParts = THREADS / 32 * kColumns;
     static_assert(kStageCount * kRingStage + 2 * kParts * sizeof(float) <= SIMILARITY_STAGES_BYTES);
     uint64_t stride_bytes = static_cast<uint64_t>(p.stride) * Precision::stored_bytes;
@@ -313,7 +313,7 @@ DEVICE void prepare_rows(const PrepareParams &p, unsigned char *shared, Products
     auto copy = [&](uint32_t stage) {
         if (stage < stages) source.copy(shared + stage % kStageCount * kRingStage + own_place);
         source.step();
-        cp_async_commit();  // a group a stage, empty or not: the waits below count them
+        cp_async_commit();  // a group for each stage, even an empty one: the waits below count groups
     };
 #pragma unroll 1
     for (uint32_t stage = 0; stage < kAhead; ++stage) copy(stage);
@@ -322,7 +322,7 @@ DEVICE void prepare_rows(const PrepareParams &p, unsigned char *shared, Products
     for (uint32_t stage = 0; stage < stages; ++stage) {
         unsigned char *ring = shared + stage % kStageCount * kRingStage;
         auto place = [&](uint32_t i) { return reinterpret_cast<Vector *>(ring + own_place + i * kRowsApart * STAGE_BYTES); };
-        cp_async_wait<kAhead - 1>();  // each thread reads what it has copied itself
+        cp_async_wait<kAhead - 1>();  // no barrier: each thread reads what it copied itself
         if (p.lengths != nullptr) bring_to_unit_length<Given>(p, inverses, ring + own_place);
         float sums[Vector::count] = {};
         [[maybe_unused]] RoundedGranule halves[kOwnRows];
@@ -341,7 +341,7 @@ DEVICE void prepare_rows(const PrepareParams &p, unsigned char *shared, Products
                 if (counts[i]) sums[k] += numbers[k];
             }
             if constexpr (Precision::exact) {
-                // Two stages of the ring are two of prepared rows, high parts and low ones.
+                // Two stages of the ring become two of prepared rows, the high parts and the low parts.
                 SplitGranule split(values);
                 unsigned char *to =
                     rows + prepared_offset(row + i * kRowsApart, stored_byte<Precision>(stage * kColumns + element), stride_bytes);
@@ -351,11 +351,11 @@ DEVICE void prepare_rows(const PrepareParams &p, unsigned char *shared, Products
                 *reinterpret_cast<Vector *>(rows + own_place + i * kRowsApart * STAGE_BYTES) = values;
             }
         }
-        // Two stages of the ring are one of prepared rows, which for products takes the place of the first.
+        // Two stages of the ring become one of rounded rows, for products in the place of the first.
         bool complete = !rounded || stage % 2 == 1;
         unsigned char *prepared = rounded && complete ? shared + (stage - 1) % kStageCount * kRingStage : ring;
         if constexpr (rounded) {
-            if constexpr (Products::any) warp_sync();  // a row is read by the eight lanes that overwrite it
+            if constexpr (Products::any) warp_sync();  // the eight lanes that read a row overwrite it
 #pragma unroll
             for (uint32_t i = 0; i < kOwnRows; ++i) {
                 uint32_t at = (rounded_place ^ stage % 2 * (STAGE_BYTES / 2)) + i * kRowsApart * STAGE_BYTES;
@@ -372,7 +372,7 @@ DEVICE void prepare_rows(const PrepareParams &p, unsigned char *shared, Products
         }
         if (!Precision::exact && complete) rows += kRingStage;
         products.publish();
-        block_sync();  // the stage and the parts are there, and the products of the stage two before are through
+        block_sync();  // the stage and the parts are complete, and the products of two stages before are done
         copy(stage + kAhead);
         if (complete) products.add(prepared);
         uint32_t column = stage * kColumns + thread_index();
@@ -387,7 +387,7 @@ DEVICE void prepare_rows(const PrepareParams &p, unsigned char *shared, Products
     check_rows<Given>(p, squares);
 }
 
-// The blocks behind those of the row tiles find classes: searches wait for memory, and would wait alone in each of those.
+// Blocks after those of the row tiles find class ranges: the searches mostly wait for memory, here many at once.
 DEVICE bool prepare_classes(const PrepareParams &p) {
     uint32_t tiles = (p.count + TILE - 1) / TILE;
     if (block_x() < tiles) return false;
@@ -396,7 +396,7 @@ DEVICE bool prepare_classes(const PrepareParams &p) {
     return true;
 }
 
-// From the products of the tile with itself, those on its diagonal.
+// Writes the duplicate bounds, from the diagonal of the tile's product with itself.
 template <class Layout, class Sums>
 DEVICE void write_duplicate_bounds(const PrepareParams &p, const Sums &acc) {
     Layout layout;
@@ -427,7 +427,7 @@ DEVICE void prepare_body(const PrepareParams &p) {
     if (prepare_classes(p)) return;
     prepare_rows<Precision, Given>(p, stages, NoProducts{});
     if (p.duplicate == nullptr) return;
-    block_sync();  // the rows are there
+    block_sync();  // the rows are written
     uint64_t stride_bytes = static_cast<uint64_t>(p.stride) * Precision::stored_bytes;
     auto rows = static_cast<const unsigned char *>(p.rows) + block_x() * TILE * stride_bytes;
     Accumulators<4> acc;
@@ -436,7 +436,7 @@ DEVICE void prepare_body(const PrepareParams &p) {
 }
 
 #ifdef HAS_WGMMA
-// Each warpgroup's 64 rows with themselves, straight from the ring: the diagonal has the bits of wider products.
+// Products of each warpgroup's 64 rows with themselves, from the ring. The diagonal has the bits of wider products.
 using DiagonalSums = float[8][4];
 struct DiagonalLayout : WgmmaLayout {
     static constexpr int columns = 16;
@@ -450,7 +450,7 @@ struct DiagonalProducts {
     DiagonalSums &acc;
 
     DEVICE void publish() const {
-        if constexpr (rounded) wgmma_wait<0>();  // of two stages of the ring the first is filled again at once
+        if constexpr (rounded) wgmma_wait<0>();  // the ring's stage that holds the product's operand is filled again at once
         fence_proxy_async();
     }
     DEVICE void add(const unsigned char *stage) const {
@@ -458,7 +458,7 @@ struct DiagonalProducts {
         wgmma_fence();
         multiply_k_block<Precision>(acc, rows, rows);
         wgmma_commit();
-        wgmma_wait<1>();  // this product goes on, that before it is done
+        wgmma_wait<1>();  // the previous product is done, this one is running
     }
 };
 
@@ -474,7 +474,7 @@ DEVICE void prepare_hopper_body(const PrepareParams &p) {
     if (p.duplicate != nullptr) write_duplicate_bounds<DiagonalLayout>(p, acc);
 }
 
-// The same of split rows, which the ring has as f32: what was prepared comes back for the product.
+// The same for split rows: the ring has them as f32, so the prepared rows are read back for the product.
 DEVICE void prepare_split_hopper_body(const PrepareParams &p) {
     using Precision = ExactF32;
     SHARED_MEMORY(bytes);
@@ -485,7 +485,7 @@ DEVICE void prepare_split_hopper_body(const PrepareParams &p) {
     static_assert(stage_bytes + sizeof(Barrier) <= SIMILARITY_STAGES_BYTES);
     WgmmaStages<1, kLines<Precision>> stages{bytes, reinterpret_cast<Barrier *>(bytes + stage_bytes)};
     fence_proxy_async_all();
-    block_sync();  // the rows are there, and the ring is read
+    block_sync();  // the rows are written, and the ring has been read
     stages.begin();
     uint64_t stride_bytes = static_cast<uint64_t>(p.stride) * Precision::stored_bytes;
     auto rows = static_cast<const unsigned char *>(p.rows) + block_x() * TILE * stride_bytes;

@@ -1,27 +1,27 @@
-// finish_words.cuh: words of candidates into elements of M, once the sets of all rows are known (SPEC 4); 16-bit rows.
+// finish_words.cuh: candidates' words into elements of M, once the mined sets of all rows are known (SPEC 4); 16-bit rows.
 //
-// The gradient meets every word once for each of its rows' tiles and for each 256 columns: whatever can be said of a pair by
-// itself is said here, and what is left there is one store to shared memory.
+// The gradient reads every word for both of its row tiles and for every 256 columns. All that depends on the pair alone is
+// computed here once, so that the gradient has only a store to shared memory left.
 #ifndef DDTAS_FINISH_WORDS_CUH
 #define DDTAS_FINISH_WORDS_CUH
 
 #include "gradient/weight_tile.cuh"
 
-// 2 / (B |set|): what an anchor adds to the weight of a pair it keeps, without the sign (SPEC 4).
+// 2 / (B |set|), the factor of an anchor in the weight of a pair that it keeps, without the sign (SPEC 4).
 DEVICE double set_share(const Pairs &pairs, uint32_t count) {
     return 2.0 / (static_cast<double>(pairs.total) * static_cast<double>(count));
 }
 
-// What a row adds to the weight of a pair that it keeps.
+// The factors of a row in the weights of the pairs that it keeps.
 struct Scales {
-    float of_kind[2];  // negatives, positives
+    float of_kind[2];  // for negatives, for positives
 };
 DEVICE Scales scales_of(const Pairs &pairs, uint32_t count_pos, uint32_t count_neg) {
     if (count_pos == 0 || count_neg == 0) return Scales{{0.0f, 0.0f}};
     return Scales{{static_cast<float>(set_share(pairs, count_neg)), -static_cast<float>(set_share(pairs, count_pos))}};
 }
 
-// Of row `entry` of the tile, or column `entry - TILE`.
+// The factors of entry `entry` of the tile: its rows, then its columns.
 DEVICE Scales entry_scales(const Pairs &pairs, TileIndex tile, uint32_t entry) {
     bool row = entry < TILE;
     uint32_t i = entry_index(tile, entry);
@@ -34,7 +34,7 @@ DEVICE Scales entry_scales(const Pairs &pairs, TileIndex tile, uint32_t entry) {
 
 constexpr uint32_t kWeighWordsBytes = 2 * TILE * sizeof(Scales);
 
-// What the gradient wants of a word; `scales` are those of the tile's rows, then of its columns.
+// The word as the gradient reads it (candidate_word.cuh); `scales` are those of the tile's entries.
 template <class Precision>
 DEVICE uint32_t finished_word(uint32_t word, const Scales *scales, float weight_scale) {
     uint32_t row = word_index(word) / TILE, column = word_index(word) % TILE, kind = word >> kPositive & 1;
@@ -44,7 +44,7 @@ DEVICE uint32_t finished_word(uint32_t word, const Scales *scales, float weight_
     return matrix_offset<Precision>(row, column) << 16 | from_float<typename Precision::Element>(weight).bits;
 }
 
-// Those of a tile, by the whole block; `scales` is kWeighWordsBytes of shared memory.
+// Finishes the words of a tile, by the whole block; `scales` is kWeighWordsBytes of shared memory.
 template <class Precision>
 DEVICE void weigh_words(const Pairs &pairs, uint64_t index, float weight_scale, Scales *scales) {
     using Words = Granule<uint32_t>;
@@ -54,7 +54,7 @@ DEVICE void weigh_words(const Pairs &pairs, uint64_t index, float weight_scale, 
     if (count == 0 || segment == NO_ROW) return;
     auto *granules = reinterpret_cast<Words *>(pairs.pool_words + segment_at(segment));
     auto there = [&](uint32_t granule) { return granule * Words::count < count; };
-    // On their way while the scales are made.
+    // Loaded while the scales are computed.
     Words ahead[kAhead];
 #pragma unroll
     for (uint32_t a = 0; a < kAhead; ++a) {
@@ -73,7 +73,7 @@ DEVICE void weigh_words(const Pairs &pairs, uint64_t index, float weight_scale, 
 #pragma unroll
             for (uint32_t i = 0; i < Words::count; ++i) {
                 uint32_t finished = finished_word<Precision>(words.values[i], scales, weight_scale);
-                // The room behind the last one is this tile's too: nobody's words are read there.
+                // The rest of the last granule belongs to this tile, too; the gradient reads it as no candidate.
                 words.values[i] = granule * Words::count + i < count ? finished : 0;
             }
             granules[granule] = words;

@@ -1,31 +1,32 @@
 // select.cu: which pairs each anchor keeps, and the sums of its loss (SPEC 2-4).
 // Truth: src/loss/select.rs, src/loss/gradient.rs. Launcher: src/backend/device/passes.rs.
 //
-// select_stored, select_recomputed: every block works out the AT-ASMS tolerances from the sweep's counters (no round trip to
-//   the host), and holds each candidate against the final bounds of its row and its column.
-//   select_stored: tiles whose candidates are in the pool; persistent blocks; writes into each candidate's word where the pair
-//   stands and which anchors keep it (select_stored_hopper: for the places that threads have in Hopper's sweep).
-//   select_recomputed: tiles whose candidates did not fit; one block a tile; on Hopper with wgmma.
-// Sync: integer atomics alone. The sums of the loss are 64-bit fixed point, so that the
-//   order of blocks and the way a tile took cannot change a bit.
+// Every block computes the AT-ASMS tolerances from the sweep's counters (no round trip to the host) and compares each candidate
+// with the final bounds of its row and its column.
+// select_stored: tiles whose candidates are in the pool; persistent blocks; writes each candidate's word, with the place of the
+//   pair and which anchors keep it. select_stored_hopper: the same for the thread layout of Hopper's sweep.
+// select_recomputed: tiles whose candidates did not fit; one block a tile; on Hopper with wgmma.
+// Sync: integer atomics. The sums of the loss are 64-bit fixed point, so that neither the order of blocks nor whether a tile was
+//   stored changes a bit.
 
 #include "pairs/pair_weight.cuh"
 #include "pairs/tile_order.cuh"
 #include "tile/wgmma_tile.cuh"
 
-// Sums of one kind of pair over a tile's row or column, in fixed point of two words each: every term's lowest bits, and the
-// rest; neither overflows with TILE terms, and adding is one native instruction. Softplus is kept as what it is more than the
-// sigmoid, of which most pairs have no high word. Bits of the low words, and where one of them counts the pairs:
+// Sums of positives or of negatives over a tile's rows and columns. A sum is fixed point in two words, one for the low bits of
+// every term and one for the rest: neither overflows with TILE terms, and an addition is one native instruction. Softplus is kept
+// as its difference from the sigmoid (`more`), whose high word is 0 for most pairs. The bits of the low words, and the bit of
+// more_low from which on it counts pairs:
 constexpr uint32_t kSigmoidBits = 25, kMoreBits = 17, kCountBit = 24;
-// Lanes side by side are often at pairs of one row: its sums stand there kReplicas times, lane l adds to replica l % kReplicas.
+// Adjacent lanes often have pairs of the same row: a row has kReplicas copies of its sums, and lane l adds to l % kReplicas.
 constexpr uint32_t kReplicas = 4;
 struct SelectSums {
     uint32_t sigmoid_low[(kReplicas + 1) * TILE], sigmoid_high[(kReplicas + 1) * TILE], more_low[(kReplicas + 1) * TILE];
     uint32_t more_high[2 * TILE];
 };
 
-// A number below 2^50 in fixed point: 2^33 leaves 19 bits behind the point, and the five bits of its exponent that high_of()
-// sees are 0.
+// A number below 2^50 as fixed point: adding 2^33 leaves 19 bits behind the point, and the five exponent bits that high_of()
+// includes are 0.
 constexpr double kFixedBase = 8589934592.0, kFixedUnit = 1.0 / 524288.0;
 DEVICE uint64_t fixed_of(float term, double scale) {
     return bits_of(static_cast<double>(term) * scale + kFixedBase);
@@ -36,13 +37,13 @@ DEVICE int64_t joined(uint32_t low, uint32_t high, uint32_t bits) {
     return static_cast<int64_t>((static_cast<uint64_t>(high) << bits) + low);
 }
 
-// What is the same for every pair.
+// Constants of the loss.
 struct SelectConstants {
     Argument positive, negative;
-    double sigmoid_scale, more_scale;  // of fixed_of()
-    int64_t more_unit;                 // in units of the sums
-    float limit;                       // of an argument: only rows that are not of unit length, and were not checked, come to it
-    uint32_t pair;                     // the bit that counts one; not known to the compiler, one instruction sets it
+    double sigmoid_scale, more_scale;  // scales for fixed_of()
+    int64_t more_unit;                 // a unit of `more` in units of the sums
+    float limit;                       // largest argument; only rows that are not of unit length and were not checked reach it
+    uint32_t pair;                     // 1 << kCountBit; opaque to the compiler, so that one instruction sets the bit
     Tolerances tolerances;
 };
 DEVICE SelectConstants constants_of(const Pairs &pairs) {
@@ -57,17 +58,17 @@ DEVICE SelectConstants constants_of(const Pairs &pairs) {
                            adapt(pairs)};
 }
 
-// Rows of the tile first, then its columns.
+// Entries of the lists are the tile's rows, then its columns.
 struct SelectShared {
     float pos_bound[2 * TILE];
     float neg_bound[2 * TILE];
     ClassRange range[TILE];
-    SelectSums sums[2];  // of positives, of negatives
+    SelectSums sums[2];  // positives, negatives
     SelectConstants constants;
 };
 static_assert(sizeof(SelectShared) == SELECT_SHARED_BYTES, "the launch plan's shared memory");
 
-// The sum of entry `entry`, rows first, which is 0 from now on.
+// Returns the sum of entry `entry` and sets it to 0.
 DEVICE uint32_t take_sum(uint32_t (&sums)[(kReplicas + 1) * TILE], uint32_t entry) {
     if (entry >= TILE) {
         uint32_t &column = sums[(kReplicas - 1) * TILE + entry], sum = column;
@@ -81,14 +82,14 @@ DEVICE uint32_t take_sum(uint32_t (&sums)[(kReplicas + 1) * TILE], uint32_t entr
     return values.values[0] + values.values[1] + values.values[2] + values.values[3];
 }
 
-// Once a block: one thread computes the constants, all clear the sums.
+// At the start of a block: one thread computes the constants, all clear the sums.
 DEVICE void select_open(const Pairs &pairs, SelectShared &shared) {
     if (thread_index() == 0) shared.constants = constants_of(pairs);
     for (uint32_t k = thread_index(); k < sizeof(shared.sums) / 4; k += THREADS) reinterpret_cast<uint32_t *>(shared.sums)[k] = 0;
     block_sync();
 }
 
-// What is known of this thread's entry: its largest negative, its smallest positive, and where a positive of it may be.
+// m-, m+ and class range of this thread's entry.
 struct SelectEntry {
     uint32_t max_neg;
     float min_pos;
@@ -108,7 +109,7 @@ DEVICE SelectEntry select_entry(const Pairs &pairs, TileIndex tile) {
                                    : INFINITE,
                        anchor && row ? pairs.classes[i] : ClassRange{1, 0}};
 }
-// Its bounds; the barrier that publishes them is the caller's.
+// Writes this thread's bounds to shared memory; the caller's barrier publishes them.
 DEVICE void select_begin(const SelectEntry &known, SelectShared &shared) {
     uint32_t entry = thread_index();
     Tolerances tolerances = shared.constants.tolerances;
@@ -117,8 +118,8 @@ DEVICE void select_begin(const SelectEntry &known, SelectShared &shared) {
     if (entry < TILE) shared.range[entry] = known.range;
 }
 
-// Adds the pair to the sums of whom it is kept by, in the row's `replica`; its fate, as in a word. `plain`: no two rows of the
-// tile are of one class.
+// Adds the pair to the sums of the row and of the column that keep it, for the row in `replica`, and returns its bits for the
+// candidate's word. `plain`: the tile has no pair of one class.
 template <bool plain>
 DEVICE uint32_t select_pair(const Pairs &pairs, SelectShared &shared, const SelectConstants &constants, TileIndex tile,
                             uint32_t row, uint32_t column, float s, uint32_t replica) {
@@ -158,8 +159,8 @@ DEVICE uint32_t select_pair(const Pairs &pairs, SelectShared &shared, const Sele
     return pack_fate(kept[0], kept[1], positive, sigmoid);
 }
 
-// Adds the tile's sums of this thread's entry to the anchor's and clears them; behind a barrier. A reference's are another
-// part's.
+// After a barrier: adds the tile's sums of this thread's entry to those of the anchor and clears them. Sums of references are
+// dropped in the rectangular form: another part computes them.
 DEVICE void select_end(const Pairs &pairs, TileIndex tile, SelectShared &shared, bool plain) {
     uint32_t entry = thread_index();
     uint32_t i = entry_index(tile, entry);
@@ -180,30 +181,30 @@ DEVICE void select_end(const Pairs &pairs, TileIndex tile, SelectShared &shared,
     }
 }
 
-// Whether no two rows of the tile are of one class: ranges ascend, its columns end before the first or begin after the last.
+// Whether the tile has no pair of one class. Ranges ascend: its columns end before the first one or begin after the last.
 DEVICE bool is_plain(const SelectShared &shared, TileIndex tile) {
     ClassRange first = shared.range[0], last = shared.range[TILE - 1];
-    if (first.begin > first.end || last.begin > last.end) return false;  // rows without a class among them
+    if (first.begin > first.end || last.begin > last.end) return false;  // some rows have no class
     return (tile.column + 1) * TILE <= first.begin || tile.column * TILE >= last.end;
 }
 
-// A tile whose candidates are in the pool, from unit `segment` on; or one without any, or that was not stored.
+// Candidates of a tile, in the pool from unit `segment` on; segment NO_ROW: not stored.
 struct StoredTile {
     uint32_t count, segment;
 };
 
 struct SelectStoredShared : SelectShared {
-    alignas(16) uint32_t words[SELECT_PLACES];  // values first
+    alignas(16) uint32_t words[SELECT_PLACES];  // similarities, replaced by words
     uint16_t places[SELECT_PLACES];
-    alignas(16) uint32_t masks[THREADS][2];  // each thread's own bits
-    uint32_t before[THREADS];                // those before them
+    alignas(16) uint32_t masks[THREADS][2];  // each thread's mask
+    uint32_t before[THREADS];                // candidates of the threads before
     uint32_t warp_counts[THREADS / 32];
     StoredTile tiles[32];
-    uint32_t end;  // of the block's tiles
+    uint32_t end;  // end of the block's tiles
 };
 static_assert(sizeof(SelectStoredShared) == SELECT_STORED_SHARED_BYTES, "the launch plan's shared memory");
 
-// The places of this thread's bits in the window, the last one first.
+// Writes the places of this thread's candidates in the window, from the last one to the first.
 template <class Layout, bool one_window>
 DEVICE void expand(SelectStoredShared &shared, uint32_t window) {
     Layout layout;
@@ -216,7 +217,7 @@ DEVICE void expand(SelectStoredShared &shared, uint32_t window) {
     for (int word = 1; word >= 0; --word) {
 #pragma unroll 1
         for (uint32_t left = shared.masks[thread_index()][word]; left != 0;) {
-            // Rows are 8 apart, columns in pairs, 8 from one to the next.
+            // A thread's rows are 8 apart; its columns come in pairs, 8 apart.
             uint32_t bit = highest_bit(left), column = bit % Layout::columns;
             uint32_t row = (static_cast<uint32_t>(word) * (32 / Layout::columns) + bit % 32 / Layout::columns) * 8;
             auto place = static_cast<uint16_t>(first + row * TILE + column + column / 2 * 6);
@@ -230,11 +231,11 @@ DEVICE void expand(SelectStoredShared &shared, uint32_t window) {
     }
 }
 
-// Values become words. A thread walks an odd number of candidates side by side: they lie in few rows, which neighbours do not
-// share, and in as many banks as there are lanes.
+// Replaces similarities by words. A thread has an odd number of adjacent candidates: they are in few rows, which neighbouring
+// threads mostly do not share, and lanes access different banks.
 template <bool plain>
 DEVICE void select_run(const Pairs &pairs, SelectStoredShared &shared, TileIndex tile, uint32_t count) {
-    // In registers where most pairs are.
+    // In registers for plain tiles, which have most pairs.
     std::conditional_t<plain, const SelectConstants, const SelectConstants &> constants = shared.constants;
     uint32_t replica = thread_index() % kReplicas;
     opaque(replica);
@@ -247,14 +248,14 @@ DEVICE void select_run(const Pairs &pairs, SelectStoredShared &shared, TileIndex
     }
 }
 
-// Every 4 of so many words, which begin at `k`, a thread each.
+// Calls `job(k)` for every fourth k below `count`, by one thread each.
 template <class Job>
 DEVICE void each_granule(uint32_t count, Job job) {
 #pragma unroll 1
     for (uint32_t k = thread_index() * 4; k < count; k += THREADS * 4) job(k);
 }
 
-// The tile that follows in the order of indices.
+// The tile after `tile` in the order of indices.
 DEVICE TileIndex tile_after(const Pairs &pairs, TileIndex tile) {
     if (++tile.column == pairs.references.tiles) {
         ++tile.row;
@@ -263,7 +264,8 @@ DEVICE TileIndex tile_after(const Pairs &pairs, TileIndex tile) {
     return tile;
 }
 
-// Copies the bits of a tile, which nobody reads the last ones of any more; done by the next wait, and there behind a barrier.
+// Starts to copy the masks of a tile over those of the last one, which no thread reads any more; complete after the next wait,
+// visible after a barrier.
 DEVICE void copy_masks(const Pairs &pairs, SelectStoredShared &shared, uint32_t segment) {
     static_assert(TILE_MASK_WORDS == 2 * THREADS, "two words a thread");
     each_granule(TILE_MASK_WORDS, [&](uint32_t k) {
@@ -272,26 +274,27 @@ DEVICE void copy_masks(const Pairs &pairs, SelectStoredShared &shared, uint32_t 
     cp_async_commit();
 }
 
-// The candidates of a tile, whose bits are there; `next` is the unit of the tile whose bits are wanted then, or NO_ROW.
+// Examines the candidates of a tile whose masks are in shared memory. `next`: the segment of the tile whose masks to copy next,
+// or NO_ROW.
 template <class Layout>
 DEVICE void select_stored_tile(const Pairs &pairs, SelectStoredShared &shared, TileIndex tile, StoredTile stored, uint32_t next) {
     uint32_t count = stored.count;
     uint64_t segment = segment_at(stored.segment);
-    SelectEntry known = select_entry(pairs, tile);  // on its way meanwhile
+    SelectEntry known = select_entry(pairs, tile);  // loaded meanwhile
     uint32_t own = 0;
     for (uint32_t mask : shared.masks[thread_index()]) own += static_cast<uint32_t>(popc(mask));
     uint32_t before = warp_scan(own);
     if (lane_index() == 31) shared.warp_counts[warp_index()] = before;
     before -= own;
     select_begin(known, shared);
-    block_sync();  // the counts and bounds are there, the last tile's words and sums are read
+    block_sync();  // counts and bounds are written, the last tile's words and sums have been read
 #pragma unroll
     for (uint32_t warp = 0; warp < THREADS / 32; ++warp) before += warp < warp_index() ? shared.warp_counts[warp] : 0;
     shared.before[thread_index()] = before;
     bool plain = is_plain(shared, tile);
     for (uint32_t window = 0; window < count; window += SELECT_PLACES) {
         uint32_t left = count - window < SELECT_PLACES ? count - window : SELECT_PLACES;
-        if (window != 0) block_sync();  // the words before are read
+        if (window != 0) block_sync();  // the previous window's words have been read
         each_granule(left, [&](uint32_t k) { cp_async(shared.words + k, pairs.pool_values + segment + window + k); });
         cp_async_commit();
         if (count <= SELECT_PLACES) {
@@ -308,7 +311,7 @@ DEVICE void select_stored_tile(const Pairs &pairs, SelectStoredShared &shared, T
             select_run<false>(pairs, shared, tile, left);
         }
         cp_async_wait<0>();
-        block_sync();  // every word and sum is there
+        block_sync();  // all words and sums are written
         each_granule(left, [&](uint32_t k) {
             using Words = Granule<uint32_t>;
             *reinterpret_cast<Words *>(pairs.pool_words + segment + window + k) = *reinterpret_cast<const Words *>(shared.words + k);
@@ -317,9 +320,9 @@ DEVICE void select_stored_tile(const Pairs &pairs, SelectStoredShared &shared, T
     select_end(pairs, tile, shared, plain);
 }
 
-// Candidates in one walk: their places from the bits that the sweep left, first into shared memory, where values come and
-// words leave side by side. `Layout` is where the sweep's threads had their accumulators. Persistent blocks: each takes tiles in
-// a row, and looks up 32 of them at once; while one is examined, the next one's bits come.
+// Persistent blocks, each with consecutive tiles, of which it looks up 32 at once; while one is examined, the next one's masks
+// are copied. Places come from the masks that the sweep wrote; similarities and words go through shared memory. `Layout` is the
+// layout of the sweep's accumulators.
 template <class Layout>
 DEVICE void select_stored_body(const PairsParams &p) {
     SHARED_MEMORY(bytes);
@@ -350,17 +353,17 @@ DEVICE void select_stored_body(const PairsParams &p) {
             uint32_t next = others == 0 ? NO_ROW : shared.tiles[k + 1 + static_cast<uint32_t>(lowest_bit(others))].segment;
             select_stored_tile<Layout>(pairs, shared, tile, shared.tiles[k], next);
         }
-        block_sync();  // the tiles are looked up anew
+        block_sync();  // shared.tiles may be written again
     }
 }
 KERNEL(select_stored, PairsParams, SELECT_BLOCKS) { select_stored_body<MmaLayout<4>>(p); }
 KERNEL(select_stored_hopper, PairsParams, SELECT_BLOCKS) { select_stored_body<WgmmaLayout>(p); }
 
 static_assert(SELECT_SHARED_BYTES + TILE * kValuesStride * sizeof(float) <= SIMILARITY_STAGES_BYTES,
-              "the values of a tile fit where its rows were streamed through");
+              "the values of a tile fit into the stages of its product");
 
-// Every pair of a tile of S, whose accumulators `acc` go through shared memory, over the stages that
-// are free now: a loop over registers would have to be unrolled, 64 times the code below.
+// Examines every pair of a recomputed tile. Its accumulators `acc` go through shared memory, in the place of the stages: a loop
+// over registers would have to be unrolled, 64 times the code below.
 template <class Layout, class Sums>
 DEVICE void select_tile(const Pairs &pairs, TileIndex tile, unsigned char *bytes, const Sums &acc) {
     auto &shared = *reinterpret_cast<SelectShared *>(bytes);
@@ -386,7 +389,7 @@ DEVICE void select_tile(const Pairs &pairs, TileIndex tile, unsigned char *bytes
     select_end(pairs, tile, shared, false);
 }
 
-// A block's tile, if its candidates were not stored: `multiply(acc, rows, columns, bytes)` makes S again.
+// The block's tile, if it has candidates that were not stored; `multiply(acc, rows, columns, bytes)` recomputes S.
 template <class Precision, class Layout, class Sums, class Multiply>
 DEVICE void select_again(const PairsParams &p, Multiply multiply) {
     SHARED_MEMORY(bytes);
@@ -408,7 +411,7 @@ DEVICE void select_recomputed_body(const PairsParams &p) {
     });
 }
 
-// The same on Hopper's warpgroup products, with the bits of sweep_hopper.
+// The same by wgmma, with the bits of sweep_hopper.
 #ifdef HAS_WGMMA
 template <class Precision>
 DEVICE void select_recomputed_hopper_body(const PairsParams &p) {

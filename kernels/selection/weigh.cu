@@ -1,13 +1,13 @@
-// weigh.cu: the loss, and what each row weighs (SPEC 4).
+// weigh.cu: the loss, and the weights of the rows (SPEC 4).
 // Truth: src/loss/gradient.rs. Launcher: src/backend/device/passes.rs.
 //
-// weigh: per-row weights from the counts, the scalars, results in original order, and which way each row tile's gradient
-//   goes, one block a row tile; the last to come adds their sums, in order. Of 16-bit rows further blocks, one for each tile of
-//   S, finish its words (finish_words.cuh).
+// weigh: a block for each row tile computes per-row weights from the counts, per-anchor results in original order, and whether
+//   the tile's gradient goes by lists; the last block to arrive adds the blocks' sums, in order, and writes the scalars. For
+//   16-bit rows further blocks, one for each tile of S, finish its words (finish_words.cuh).
 
 #include "selection/finish_words.cuh"
 
-// Of an active row's positives and negatives; 0 of one without pairs of both kinds.
+// The factors of an active row's positives and negatives; 0 for a row without pairs of both kinds.
 struct SetShares {
     double pos, neg;
 };
@@ -16,17 +16,16 @@ DEVICE SetShares set_shares(const Pairs &pairs, uint32_t count_pos, uint32_t cou
     return SetShares{set_share(pairs, count_pos), set_share(pairs, count_neg)};
 }
 
-// A row's bounds and shares; no pair passes the bounds of an inactive one.
+// A row's bounds and factors. No similarity passes the bounds of an inactive row.
 DEVICE RowWeights weights_of(SetShares shares, Tolerances tolerances, float min_pos, uint32_t max_neg) {
     if (shares.pos == 0.0) return RowWeights{-INFINITE, INFINITE, 0.0f, 0.0f};
     return RowWeights{positive_bound(max_neg, tolerances.pos), negative_bound(min_pos, tolerances.neg),
                       static_cast<float>(shares.pos), static_cast<float>(shares.neg)};
 }
 
-// Below this share of candidates a row tile's gradient is summed from lists. A pair costs
-// the list way 1 KB read and 2 x 1 KB of shared memory for 256 columns, some 32 cycles; a
-// 64 x 128 tile of M costs the tensor cores about 1,000 for as many, whatever is in it.
-// 32 pairs of 8,192 are 0.4 %.
+// Below this share of candidates (1 in kListsShare) a row tile's gradient is summed from lists. By lists a pair costs a read
+// of 1 KB and 2 x 1 KB of shared memory traffic for 256 columns, some 32 cycles; a 64 x 128 tile of M costs the tensor cores
+// about 1,000 cycles for as many columns, whatever is in it. 32 pairs of 8,192 are 0.4 %.
 constexpr uint64_t kListsShare = 256;
 
 // This thread's share of the candidates of row tile x of one side.
@@ -37,19 +36,19 @@ DEVICE double count_candidates(const Pairs &pairs, bool of_references, uint32_t 
     for (uint32_t y = thread_index(); y < others; y += THREADS) {
         candidates += pairs.tile_counts[pair_tile(pairs, of_references, x, y).index];
     }
-    return static_cast<double>(candidates);  // whole, and their sum is exact
+    return static_cast<double>(candidates);  // an integer: the sum over the block is exact
 }
-// Lists or tiles. Lists want every tile stored: where some are not, which ones is by chance, and the sums of the two ways have
-// other last bits, so that no row tile goes by lists there.
+// Whether a row tile's gradient goes by lists. These need every tile stored; if some are not, timing decides which ones, and sums
+// by lists and by tiles differ in the last bits: then no row tile goes by lists.
 DEVICE bool goes_by_lists(const Pairs &pairs, bool of_references, double candidates) {
     uint32_t others = of_references ? pairs.anchors.tiles : pairs.references.tiles;
     return stores_all(pairs) && static_cast<uint64_t>(candidates) * kListsShare < static_cast<uint64_t>(others) * TILE * TILE;
 }
 
-// Where each of the sums stands that blocks add.
+// The sums that are added over the blocks.
 enum WeighSum { kLoss, kLambdaPos, kLambdaNeg, kSumPos, kSumSame, kNegatives, kActive, kMinedPos, kMinedNeg, kSumAll };
 static_assert(kSumAll + 1 == WEIGH_SUMS, "params.h");
-// And of a block alone: the candidates of its row tiles.
+// Sums of one block: the candidates of its row tiles.
 enum WeighOwn { kCandidates = WEIGH_SUMS, kCandidatesOfReferences, kWeighAll };
 
 constexpr uint32_t kWarps = THREADS / 32;
@@ -61,13 +60,13 @@ struct WeighShared {
 };
 static_assert(sizeof(WeighShared) <= WEIGH_SHARED_BYTES && kWeighWordsBytes <= WEIGH_SHARED_BYTES, "the launch plan's shared memory");
 
-// A thread's part of sum k. Summed at once, so that no thread holds all of them in registers.
+// Adds a thread's part of sum k over its warp at once, so that no thread has all sums in registers.
 DEVICE void add_to(WeighShared &shared, int k, double value) {
     value = warp_sum(value);
     if (lane_index() == 0) shared.of_warps[k][warp_index()] = value;
 }
 
-// What a row adds to a pair's weight at most: of the positives it keeps to that of m+, of the negatives to that of m-.
+// The most that a row adds to the weight of a pair: among its positives that is the share of m+, among its negatives that of m-.
 DEVICE float largest_weight(const Settings &settings, const RowWeights &weights, float min_pos, uint32_t max_neg) {
     if (weights.pos_scale == 0.0f) return 0.0f;
     return fmaxf(weights.pos_scale * pair_sigmoid(settings, true, min_pos),
@@ -81,8 +80,8 @@ struct Mined {
 };
 DEVICE Mined mined_by(const MinedSums &sums, uint32_t i) { return Mined{sums.count[i], sums.softplus[i], sums.sigmoid[i]}; }
 
-// One anchor's results, its weights and what it adds to the sums (SPEC 4), by whole warps; the largest of these weights. `i` may
-// be padding, or NO_ROW.
+// Writes one anchor's results and weights and adds its terms to the sums (SPEC 4), by whole warps. Returns the largest of its
+// weights. `i` may be padding, or NO_ROW.
 DEVICE float weigh_anchor(const WeighParams &p, Tolerances tolerances, uint32_t i, WeighShared &shared) {
     const Pairs &pairs = p.pairs;
     const Settings &settings = pairs.settings;
@@ -123,8 +122,8 @@ DEVICE float weigh_anchor(const WeighParams &p, Tolerances tolerances, uint32_t 
     return largest_weight(settings, weights, same.min_pos, key);
 }
 
-// The sum of all similarities is the product of the column sums: that of every p.blocks-th 32 columns. The fewer blocks there
-// are, the fewer warps share the tiles of a column.
+// The sum of all similarities is the dot product of the two sides' column sums. This is the block's part of it: every p.blocks-th
+// group of 32 columns. With few blocks fewer warps share the tiles of a group.
 DEVICE double sum_of_columns(const WeighParams &p, WeighShared &shared) {
     const Pairs &pairs = p.pairs;
     uint32_t groups = (pairs.stride + 31) / 32, sharing = kWarps;
@@ -157,7 +156,7 @@ DEVICE double sum_of_columns(const WeighParams &p, WeighShared &shared) {
             }
             sum += left * right;
         }
-        block_sync();  // they are read
+        block_sync();  // the sums have been read
     }
     return sum;
 }
@@ -165,14 +164,14 @@ DEVICE double sum_of_columns(const WeighParams &p, WeighShared &shared) {
 DEVICE void write_scalars(const WeighParams &p, Tolerances tolerances, const double *sums) {
     const Counters &counters = *p.pairs.counters;
     LossScalars &out = *p.scalars;
-    // A caller that does not wait sees it by the loss, and by its derivatives.
+    // Callers that do not wait learn of a bad row by a NaN loss and derivatives.
     double one = has_bad_row(counters) ? static_cast<double>(NAN) : 1.0;
     double negatives = sums[kNegatives];
     out.loss = sums[kLoss] * one;
     if (p.loss != nullptr) *p.loss = static_cast<float>(sums[kLoss] * one);
     out.dloss_dlambda_pos = sums[kLambdaPos] * one;
     out.dloss_dlambda_neg = sums[kLambdaNeg] * one;
-    out.mean_pos = sums[kSumPos] / static_cast<double>(counters.total_pos);  // 0 / 0 is the NaN that is wanted
+    out.mean_pos = sums[kSumPos] / static_cast<double>(counters.total_pos);  // NaN without positives, as intended
     out.mean_neg = negatives == 0.0 ? 0.0 / negatives : (sums[kSumAll] - sums[kSumSame]) / negatives;
     out.gamma_pos = tolerances.pos;
     out.gamma_neg = tolerances.neg;
@@ -189,7 +188,7 @@ DEVICE void write_scalars(const WeighParams &p, Tolerances tolerances, const dou
     out.mined_neg = static_cast<uint64_t>(sums[kMinedNeg]);
 }
 
-// Row tile x of both sides; the last block to come here adds all.
+// Row tile x of both sides. The last block to arrive adds all sums.
 DEVICE void weigh_rows(const WeighParams &p, uint32_t x, WeighShared &shared) {
     const Pairs &pairs = p.pairs;
     uint32_t row = x * TILE + thread_index() % TILE;
@@ -209,7 +208,7 @@ DEVICE void weigh_rows(const WeighParams &p, uint32_t x, WeighShared &shared) {
     for (int mask = 16; mask > 0; mask /= 2) largest = fmaxf(largest, shuffle_xor(largest, mask));
     if (lane_index() == 0 && largest > 0.0f) atomic_max(&pairs.counters->largest_weight, bits_of(largest));
     block_sync();
-    double total = 0.0;  // of sum k by thread k
+    double total = 0.0;  // thread k has sum k
     if (thread_index() < kWeighAll) {
         for (double of_warp : shared.of_warps[thread_index()]) total += of_warp;
     }
@@ -217,7 +216,7 @@ DEVICE void weigh_rows(const WeighParams &p, uint32_t x, WeighShared &shared) {
     if (thread_index() == kCandidates && anchors) p.ways[0][x] = goes_by_lists(pairs, false, total);
     if (thread_index() == kCandidatesOfReferences && references) p.ways[1][x] = goes_by_lists(pairs, true, total);
     if (!is_last_block(p.arrived, p.blocks, &shared.last)) return;
-    // The blocks' sums, in order, a warp each.
+    // The sums over all blocks, in order, a warp for each sum.
     for (uint32_t k = warp_index(); k < WEIGH_SUMS; k += kWarps) {
         double all = 0.0;
 #pragma unroll 4

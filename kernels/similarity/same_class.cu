@@ -1,26 +1,26 @@
 // same_class.cu: m+ and the sums over positives of every anchor (SPEC 1).
 // Truth: src/loss/similarity.rs. Launcher: src/backend/device/passes.rs.
 //
-// Rows stand in class order, so an anchor's class is a range of references, and only the tiles near
-// the diagonal are computed. One block a row tile; a class may hold the whole batch.
-// same_class_hopper multiplies with wgmma, as sweep_hopper does: S has one value in all passes.
-// Sync: integer atomics alone.
+// Rows are in class order, so that an anchor's class is a range of references and only tiles near the diagonal
+// are computed. One block a row tile; a class may be the whole batch.
+// same_class_hopper multiplies with wgmma, as sweep_hopper does, so that S has the same bits in all passes.
+// Sync: integer atomics.
 
 #include "pairs/pairs.cuh"
 #include "tile/wgmma_tile.cuh"
 
-// m+ and the sums of a block's rows over their classes, where a thread's accumulators are those of `Layout`. A sum for each
-// row and quarter of the columns, so that every product's sums are added in one order.
+// m+ and the sums of a block's rows over their classes, from accumulators in `Layout`. There is a sum for each row and quarter of
+// the columns, so that sums are added in the same order for every layout.
 template <class Layout>
 struct SameSums {
     static constexpr int kSums = Layout::rows * Layout::quarters;
     const Pairs &pairs;
-    uint32_t first;                  // row of the block
+    uint32_t first;                  // first row of the block
     Layout layout;
     ClassRange range[Layout::rows];   // empty for padding and ignored rows
     float duplicate[Layout::rows];
-    uint32_t self[Layout::rows];      // the reference that the row is itself, if there is one
-    uint32_t low = 0, high = 0;      // where the classes of the warp's rows begin and end: they ascend
+    uint32_t self[Layout::rows];      // the row's own reference, or NO_ROW
+    uint32_t low = 0, high = 0;      // begin and end of the classes of the warp's rows, which ascend
     float min_pos[kSums], sum_pos[kSums], sum_same[kSums];
     uint32_t count[kSums];
 
@@ -47,7 +47,7 @@ struct SameSums {
         }
     }
 
-    // Pairs with the references from `begin` on, as `Columns` has them; `duplicates` are theirs.
+    // Adds the pairs with the references from `begin` on, laid out as in `Columns`; `duplicates` are their duplicate bounds.
     template <class Columns, class Sums>
     DEVICE void add(const Sums &acc, uint32_t begin, const float *duplicates) {
         Columns columns;
@@ -79,7 +79,7 @@ struct SameSums {
         }
     }
 
-    // 4 lanes share a row, then 4 quarters: always added in the same order. `scratch` is free.
+    // Adds over the 4 lanes that share a row, then over the 4 quarters, and writes the results. `scratch` is free shared memory.
     DEVICE void write(unsigned char *scratch) {
         auto *parts = reinterpret_cast<RowSame *>(scratch);  // [4, TILE]
 #pragma unroll
@@ -116,15 +116,15 @@ struct SameSums {
     }
 };
 
-// The columns of a whole tile, as `Layout` has them.
+// The columns of a whole tile in `Layout`.
 template <class Layout>
 struct TileColumns : Layout {
     DEVICE uint32_t offset(int c) const { return Layout::column_of(c); }
     static DEVICE int quarter_of(int c) { return c * Layout::quarters / Layout::columns; }
 };
 
-// References that the classes of the block's rows are among: ranges ascend with the rows, so the first and the last valid
-// row bound them.
+// The range of references that has all classes of the block's rows: class ranges ascend with the rows, so the first and the last
+// valid row bound it.
 DEVICE ClassRange same_class_span(const Pairs &pairs) {
     uint32_t first = block_x() * TILE, valid = pairs.counters->valid_anchors;
     if (first >= valid) return ClassRange{0, 0};
@@ -132,11 +132,12 @@ DEVICE ClassRange same_class_span(const Pairs &pairs) {
     return ClassRange{pairs.classes[first].begin, pairs.classes[last].end};
 }
 
-// Every tile of `span`: `multiply(acc, tile)` makes S with one, and ends with a barrier. `duplicates` has room for a tile's.
+// Adds every tile of `span`: `multiply(acc, tile)` computes S with one and ends with a barrier. `duplicates` has room for the
+// bounds of a tile.
 template <class Layout, class Sums, class Multiply>
 DEVICE void same_class_tiles(SameSums<Layout> &sums, ClassRange span, float *duplicates, Multiply multiply) {
     for (uint32_t tile = span.begin / TILE; tile < (span.end + TILE - 1) / TILE; ++tile) {
-        block_sync();  // those before are read
+        block_sync();  // the previous tile's bounds have been read
         if (thread_index() < TILE) duplicates[thread_index()] = sums.pairs.references.duplicate[tile * TILE + thread_index()];
         Sums acc;
         multiply(acc, tile);
@@ -152,7 +153,7 @@ DEVICE void same_class_body(const PairsParams &p) {
     auto *duplicates = reinterpret_cast<float *>(stages + SIMILARITY_STAGES_BYTES);  // [TILE]
     SameSums<MmaLayout<4>> sums(pairs);
     same_class_tiles<MmaLayout<4>, Accumulators<4>>(sums, same_class_span(pairs), duplicates, [&](Accumulators<4> &acc, uint32_t tile) {
-        // The rows' sums leave few registers.
+        // One row tile at a time: the sums of the rows leave few registers.
         multiply_tile<Precision, 4, kStages, 1>(acc, rows, tile_rows<Precision>(pairs.references, tile, pairs.stride),
                                               stride_bytes<Precision>(pairs), stages);
     });
@@ -160,16 +161,16 @@ DEVICE void same_class_body(const PairsParams &p) {
 }
 
 #ifdef HAS_WGMMA
-// In the square form classes mostly end a few rows beyond the tile: its rows with themselves and with kEdge on either side
-// take one walk along the rows, whose stages hold the tile, then its edges.
+// In the square form most classes end a few rows beyond the tile. Its rows are multiplied with themselves and with kEdge rows on
+// either side in one walk along the inner dimension, whose stages hold the tile, then its edges.
 constexpr uint32_t kEdge = 32;
 static_assert(HOPPER_SHARED_BYTES + (TILE + 2 * kEdge) * sizeof(float) == SAME_CLASS_HOPPER_SHARED_BYTES,
               "the launch plan's shared memory");
 constexpr uint32_t kNearStage = (TILE + 2 * kEdge) * STAGE_BYTES;
-constexpr uint32_t kNearStages = 5, kNearAhead = kNearStages - 2;  // a stage is filled when the product of that two before is done
+constexpr uint32_t kNearStages = 5, kNearAhead = kNearStages - 2;  // a stage is filled again two products after its own
 static_assert(kNearStages * (kNearStage + sizeof(Barrier)) <= HOPPER_STAGES_BYTES);
 using EdgeSums = float[8][4];
-// An edge is a quarter of its tile, the last of the one before, or the first of that behind.
+// An edge is a quarter of a neighbouring tile: the last quarter of the previous one or the first of the next (`behind`).
 template <bool behind>
 struct EdgeColumns : WgmmaLayout {
     static constexpr int columns = WgmmaLayout::columns / quarters;
@@ -179,7 +180,7 @@ struct EdgeColumns : WgmmaLayout {
 };
 static_assert(EdgeColumns<false>::columns * 4 == kEdge && kEdge * WgmmaLayout::quarters == TILE);
 
-// Products with the block's own tile, and with the rows before and behind it that `span` reaches.
+// Products with the block's own tile, and with the rows before and behind it that are in `span`.
 template <class Precision>
 DEVICE void multiply_near(WgmmaAccumulators &acc, EdgeSums &edges, const Pairs &pairs, ClassRange span, unsigned char *bytes) {
     uint32_t tile = block_x(), count = static_cast<uint32_t>(stride_bytes<Precision>(pairs) / STAGE_BYTES);
@@ -191,7 +192,7 @@ DEVICE void multiply_near(WgmmaAccumulators &acc, EdgeSums &edges, const Pairs &
         return static_cast<const unsigned char *>(tile_rows<Precision>(pairs.anchors, index, pairs.stride));
     };
     const unsigned char *own = rows_of(tile);
-    // Rows of the edges that are wanted, by eights; the rest of an edge is whatever stands there, and is not used.
+    // Rows of the edges that are needed, in multiples of eight; the rest of an edge is not initialised and its products not used.
     uint32_t first = tile * TILE, end = first + TILE;
     uint32_t before = span.begin < first ? (first - span.begin + 7) / 8 * 8 : 0;
     uint32_t behind = span.end > end ? (span.end - end + 7) / 8 * 8 : 0;
@@ -214,7 +215,7 @@ DEVICE void multiply_near(WgmmaAccumulators &acc, EdgeSums &edges, const Pairs &
     warp_sync();
 #pragma unroll 1
     for (uint32_t index = 0; index < count; ++index) {
-        block_sync();  // the barriers have begun, and both groups are done with the stage that is filled next
+        block_sync();  // the barriers are initialised, and both groups have read the stage that is filled next
         copy(index + kNearAhead);
         mbarrier_wait(&barriers[index % kNearStages], index / kNearStages % 2);
         warp_sync();
@@ -228,7 +229,7 @@ DEVICE void multiply_near(WgmmaAccumulators &acc, EdgeSums &edges, const Pairs &
             wgmma<false>(Precision{}, edges, advance(rows, step * 32), advance(edge, step * 32));
         }
         wgmma_commit();
-        wgmma_wait<1>();  // this product goes on, that before it is done
+        wgmma_wait<1>();  // the previous product is done, this one is running
     }
     wgmma_wait<0>();
     fence_accumulators(acc);
@@ -236,7 +237,7 @@ DEVICE void multiply_near(WgmmaAccumulators &acc, EdgeSums &edges, const Pairs &
     block_sync();
 }
 
-// The same on Hopper's warpgroup products.
+// The same by wgmma.
 template <class Precision>
 DEVICE void same_class_hopper_body(const PairsParams &p) {
     SHARED_MEMORY(bytes);
@@ -246,9 +247,9 @@ DEVICE void same_class_hopper_body(const PairsParams &p) {
     ClassRange span = same_class_span(pairs);
     uint32_t first = sums.first, end = first + TILE;
     bool near = pairs.square && span.begin < span.end && span.begin + kEdge >= first && span.end <= end + kEdge;
-    if (near && !Precision::exact) {  // which has no registers for the sums of edges
+    if (near && !Precision::exact) {  // exact f32 has no registers for the sums of the edges
         if constexpr (!Precision::exact) {
-            // Those of the rows before the tile, of its own, and of those behind it.
+            // Bounds of the rows before the tile, of its own, and of those behind it.
             if (thread_index() < TILE + 2 * kEdge) {
                 uint32_t i = first - kEdge + thread_index();
                 duplicates[thread_index()] = i < pairs.anchors.tiles * TILE ? pairs.anchors.duplicate[i] : 0.0f;

@@ -1,16 +1,16 @@
 // sweep.cu: S = E E^T, tile by tile, never stored (SPEC 1, 3).
 // Truth: src/loss/similarity.rs. Launcher: src/backend/device/passes.rs.
 //
-// sweep: every tile once, the upper triangle alone in the square form, each tile
-//   serving its rows and its columns. m-, the count of the probe, and the candidates:
-//   all that mining can keep. One block a tile. On Hopper it is sweep_hopper.cu's.
-// Sync: integer atomics (max, add) whose order cannot change the result; candidates
-//   in thread order to the tile's own segment.
+// sweep: m-, the count of the probe, and the candidates, which include every pair that mining can keep. One block a
+//   tile; the square form has only the upper triangle, each tile serving its rows and its columns. On Hopper:
+//   sweep_hopper.cu.
+// Sync: integer atomics (max, add), whose order cannot change the result; candidates go to the tile's segment in
+//   thread order.
 // Cost: B^2 D operations, O(B) memory and the candidates.
 
 #include "similarity/candidate_bits.cuh"
 
-// Bounds of the sweep's rows or columns: what passes the first is a candidate, the second is the probe's.
+// Bounds of a tile's rows or columns: negatives above `candidate` are candidates, those above `probe` are counted.
 struct SweepBounds {
     float candidate[TILE], probe[TILE];
 };
@@ -24,7 +24,7 @@ using SweepStages = SweepShared<kSharingStages<Precision> * 2 * TILE * STAGE_BYT
 static_assert(sizeof(SweepStages<F16Rows>) == SWEEP_SHARED_BYTES, "the launch plan's shared memory");
 static_assert(sizeof(SweepStages<ExactF32>) == SWEEP_EXACT_SHARED_BYTES, "the launch plan's shared memory");
 
-// After the product the stages hold what is reduced over the block.
+// Values reduced over the block, in the place of the stages after the product.
 struct SweepReduction {
     uint32_t row_max[TILE];
     uint32_t column_max[TILE];
@@ -33,8 +33,8 @@ struct SweepReduction {
     uint32_t segment;
 };
 
-// Above which of this thread's pairs, by their rows' and by their columns' bounds. `use(row, column, s)` sees each, from the last
-// on.
+// This thread's pairs above the bounds of their rows and of their columns. `use(row, column, s)` is called for each, from the
+// last to the first.
 template <class Layout, class Sums, class Use>
 DEVICE AboveBits above_bounds(const float (&rows)[TILE], const float (&columns)[TILE], const Sums &acc, Use use) {
     Layout layout;
@@ -52,7 +52,7 @@ DEVICE AboveBits above_bounds(const float (&rows)[TILE], const float (&columns)[
     return above;
 }
 
-// One tile's pairs. `plain`: every pair counts and none is of one class, as in most tiles.
+// Examines the pairs of a tile. `plain`: all of them are negatives, as in most tiles.
 template <bool plain, class Layout, class Shared, class Sums>
 DEVICE void sweep_epilogue(const Pairs &pairs, TileIndex tile, Shared &shared, const Sums &acc) {
     auto &reduction = *reinterpret_cast<SweepReduction *>(shared.stages);
@@ -105,7 +105,7 @@ DEVICE void sweep_epilogue(const Pairs &pairs, TileIndex tile, Shared &shared, c
     uint32_t probe = warp_sum(above.count(negative, mirrored));
     if (lane_index() == 0 && probe != 0) atomic_add(&reduction.probe, probe);
 
-    // Every thread's place in the segment: a scan over the warp, then over the warps.
+    // This thread's place in the segment: a scan over the warp, then over the warps.
     uint32_t count = static_cast<uint32_t>(popc(candidates[0]) + popc(candidates[1]));
     uint32_t before = warp_scan(count);
     if (lane_index() == 31) reduction.warp_counts[warp_index()] = before;
@@ -147,7 +147,7 @@ DEVICE void sweep_epilogue(const Pairs &pairs, TileIndex tile, Shared &shared, c
     }
 }
 
-// The bounds of the tile's rows and columns; the barriers of the product publish them.
+// Writes the bounds of the tile's rows and columns to shared memory; the barriers of the product publish them.
 template <class Shared>
 DEVICE void sweep_begin(const Pairs &pairs, TileIndex tile, Shared &shared) {
     bool is_row = thread_index() < TILE;
@@ -159,7 +159,7 @@ DEVICE void sweep_begin(const Pairs &pairs, TileIndex tile, Shared &shared) {
     bounds.probe[at] = negative_bound(min_pos, pairs.settings.probe);
 }
 
-// A tile of ignored rows or columns alone has no pairs: it is not multiplied. The same for the whole block.
+// A tile whose rows or whose columns are all ignored has no pairs and is not multiplied. The whole block gets the same answer.
 DEVICE bool sweep_leaves_out(const Pairs &pairs, TileIndex tile) {
     if (tile.row * TILE < pairs.counters->valid_anchors && tile.column * TILE < pairs.counters->valid_references) return false;
     if (thread_index() == 0) pairs.tile_counts[index_of(pairs, tile.row, tile.column)] = 0;

@@ -1,12 +1,11 @@
 // sweep_hopper.cu: the sweep of sweep.cu on Hopper (sm_90a).
 // Truth: src/loss/similarity.rs. Launcher: src/backend/device/passes.rs.
 //
-// Persistent, warp-specialised blocks: each takes contiguous runs of the tiles of S. One thread copies the operands, one or two
+// Persistent, warp-specialised blocks, each with contiguous runs of the tiles of S. One thread copies the operands, one or two
 // teams run mainloop and epilogue in ping-pong (ping_pong.cuh), and a thread for each team stores its candidates.
-// Candidates are bits, two words a thread; their values are put side by side in shared memory by stores with a
-// predicate each, and written by one bulk store: how many there are costs next to nothing.
-// Sync: barriers in shared memory, a named one for each team; integer atomics (max, add) whose order cannot change
-//   the result.
+// Candidates are bits, two words a thread. Their values are packed in shared memory by predicated stores and written by one bulk
+// store, so that their number costs next to nothing.
+// Sync: mbarriers, and a named barrier for each team; integer atomics (max, add), whose order cannot change the result.
 
 #include "similarity/candidate_bits.cuh"
 #include "tile/ping_pong.cuh"
@@ -16,12 +15,12 @@
 static_assert((kTeams<F16Rows> * kTeamWarps + 4) * 32 == SWEEP_HOPPER_THREADS, "the launch plan's threads");
 static_assert((kTeams<ExactF32> * kTeamWarps + 4) * 32 == SWEEP_SPLIT_THREADS, "the launch plan's threads");
 
-// What passes the first is a candidate, what does not pass the second leaves m- as it is.
+// Bounds of two columns: negatives above `candidate` are candidates, those above `max_neg` raise m-.
 struct alignas(16) TwoColumns {
     float candidate[2], max_neg[2];
 };
 
-// What is staged of: the tile, and how many candidates it has. NO_ROW: there is none any more.
+// The tile whose candidates are staged, and their number. Row NO_ROW ends the storing thread.
 struct StagedTile {
     TileIndex tile;
     uint32_t total;
@@ -30,7 +29,7 @@ struct StagedTile {
 template <class Precision>
 struct SweepHopperShared {
     static constexpr uint32_t teams = kTeams<Precision>;
-    unsigned char rows[SWEEP_HOPPER_RESIDENT][kStageBytes];  // the row tile, or its stages
+    unsigned char rows[SWEEP_HOPPER_RESIDENT][kStageBytes];  // the row tile, or stages for it
     unsigned char columns[kTeamStages<Precision>][kStageBytes];
     float staged[teams][SWEEP_HOPPER_STAGED];  // values of candidates
     uint32_t masks[teams][TILE_MASK_WORDS];
@@ -38,22 +37,22 @@ struct SweepHopperShared {
     float probe[teams][TILE];  // bounds of the columns
     uint32_t warp_counts[teams][kTeamWarps];
     StagedTile staged_tile[teams];
-    Barrier filled[teams], stored[teams];  // what is staged
+    Barrier filled[teams], stored[teams];  // staged candidates are complete, have been stored
     Barrier full[kTeamBarriers<Precision>], empty[kTeamBarriers<Precision>];
     Barrier order[teams];  // the other team has issued its products
 };
 static_assert(sizeof(SweepHopperShared<F16Rows>) == SWEEP_HOPPER_SHARED_BYTES, "the launch plan's shared memory");
 static_assert(sizeof(SweepHopperShared<ExactF32>) == SWEEP_SPLIT_SHARED_BYTES, "the launch plan's shared memory");
 
-// The block's tiles of S in order; every role walks them by itself. All blocks go through S together, a run of each at
-// a time: what they read stays in L2.
+// The block's tiles of S in order; every role has its own walk. All blocks go through S together, a run each at a time, so that
+// the rows they read stay in L2.
 struct SweepWalk {
     const Pairs &pairs;
     uint32_t valid_anchors, valid_references;
     uint32_t waves, wave = 0;
-    uint32_t position = 0, end = 0;  // of the run
+    uint32_t position = 0, end = 0;  // in the run
     TileIndex tile{};
-    uint32_t tiles_before = NO_ROW;  // tiles with pairs before this one; nothing before the first
+    uint32_t tiles_before = NO_ROW;  // number of tiles with pairs before this one; NO_ROW before the first next()
 
     explicit DEVICE SweepWalk(const Pairs &of)
         : pairs(of), valid_anchors(of.counters->valid_anchors), valid_references(of.counters->valid_references),
@@ -69,14 +68,14 @@ struct SweepWalk {
         return static_cast<const unsigned char *>(tile_rows<Precision>(pairs.references, tile.column, pairs.stride));
     }
     DEVICE uint64_t index() const { return index_of(pairs, tile.row, tile.column); }
-    // Of 64 dimensions.
+    // K blocks of 64 dimensions of a tile.
     DEVICE uint32_t k_blocks() const { return pairs.stride / (STAGE_BYTES / 2); }
-    // So many k blocks before those of this tile.
+    // K blocks of all tiles before this one.
     DEVICE uint32_t filled() const { return tiles_before * k_blocks(); }
     DEVICE bool resident() const { return k_blocks() <= SWEEP_HOPPER_RESIDENT; }
-    // Tiles of ignored rows or columns alone have no pairs, and are left out.
+    // Tiles whose rows or whose columns are all ignored have no pairs and are skipped.
     DEVICE bool has_pairs() const { return tile.row * TILE < valid_anchors && tile.column * TILE < valid_references; }
-    // Steps on to the next tile with pairs; false at the end. `leave_out(index)` is called for those between.
+    // Steps on to the next tile with pairs; false at the end. `leave_out(index)` is called for every tile that is skipped.
     template <class LeaveOut>
     DEVICE bool next(LeaveOut leave_out) {
         if (tiles_before++ != NO_ROW) step();
@@ -91,7 +90,7 @@ struct SweepWalk {
     }
 
   private:
-    // The block's share of a wave, and of the next one where it has none.
+    // Begins the block's run of this wave, or of the next wave in which it has one.
     DEVICE void begin_run() {
         for (; wave < waves; ++wave) {
             uint64_t first = pairs.tiles * wave / waves, count = pairs.tiles * (wave + 1) / waves - first;
@@ -112,10 +111,10 @@ struct SweepWalk {
     }
 };
 
-// The thread that stores what a team has staged: no team waits for room in the pool, or for a store.
+// The thread that stores the candidates that a team stages, so that the team waits neither for room in the pool nor for a store.
 template <class Shared>
 DEVICE void store_candidates(const Pairs &pairs, Shared &shared, uint32_t team) {
-    uint32_t windows = 0, window = 0;  // of all tiles, and the place of that of this one
+    uint32_t windows = 0, window = 0;  // windows so far, of all tiles; where this window begins in the tile's candidates
     uint64_t segment = 0;
     bool room = false;
     for (;; ++windows) {
@@ -144,22 +143,22 @@ DEVICE void store_candidates(const Pairs &pairs, Shared &shared, uint32_t team) 
     }
 }
 
-// Key of a column's m-, as other tiles have made it so far. It only grows: one that has grown since is as good. In the
-// rectangular form nobody asks for it, and nothing is above it.
+// The current key of a column's m-. It only grows, so that an outdated one is correct, too. The rectangular form does not need m-
+// of columns: no similarity is above +inf.
 DEVICE uint32_t column_max_neg(const Pairs &pairs, uint32_t j) {
     if (!pairs.square) return ordered_key(INFINITE);
     return j < pairs.anchors.count ? atomic_load(&pairs.max_neg[j]) : 0;
 }
 
-// What a thread knows of the row tile and of its own two rows.
+// The row tile and the two rows of a thread.
 struct SweepRows {
-    uint32_t first = NO_ROW;  // of the tile
-    ClassRange classes{};     // the tile's references of one class with any of them; all, where rows are missing
+    uint32_t first = NO_ROW;  // first row of the tile
+    ClassRange classes{};     // range of all classes of the tile's rows; everything if the tile has padding or ignored rows
     float candidate[2]{}, largest[2]{};
 };
 
-// One step of the columns' maxima over the lanes that share them: each lane gives half of its columns away and keeps the
-// other. The bounds are known to the compiler, for a loop over the steps would put the array into local memory.
+// A step of the columns' maxima over the lanes that share them: each lane passes on half of its columns and keeps the other half.
+// The bounds are compile-time constants, since a loop over the steps would put the array into local memory.
 template <int n>
 DEVICE void exchange(float (&largest)[8], bool upper, int mask) {
 #pragma unroll
@@ -169,8 +168,8 @@ DEVICE void exchange(float (&largest)[8], bool upper, int mask) {
     }
 }
 
-// Maxima, candidates and those that pass the probe. `plain`: every pair counts and none is of one class, as in most tiles;
-// `apart`: the probe has bounds of its own.
+// Maxima, candidates and the count of the probe. `plain`: all pairs of the tile are negatives, as in most tiles; `apart`: the
+// probe has bounds of its own.
 template <bool plain, class Shared>
 DEVICE void sweep_epilogue(const SweepWalk &walk, Shared &shared, uint32_t team, bool apart, const WgmmaAccumulators &acc,
                     SweepRows &rows, uint32_t (&candidates)[2], uint64_t &probe) {
@@ -204,7 +203,7 @@ DEVICE void sweep_epilogue(const SweepWalk &walk, Shared &shared, uint32_t team,
                 over |= largest[m] > two.max_neg[c % 2];
             }
         }
-        // The more of a column has been seen, the fewer of its pairs change its m-.
+        // The more of a column has been seen, the rarer a pair above its m-.
         if (ballot_sync(over) == 0) continue;
         exchange<4>(largest, lane & 16, 16);
         exchange<2>(largest, lane & 8, 8);
@@ -217,7 +216,7 @@ DEVICE void sweep_epilogue(const SweepWalk &walk, Shared &shared, uint32_t team,
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) candidates[r] = ((above.by_row[r] | above.by_column[r]) & negative[r]) | positive[r];
-    if (apart) {  // its bits push those out
+    if (apart) {  // the new bits shift the old ones out
         float bound[2];
         for (int r = 0; r < 2; ++r) {
             bound[r] =
@@ -233,13 +232,13 @@ DEVICE void sweep_epilogue(const SweepWalk &walk, Shared &shared, uint32_t team,
     probe += above.count(negative, pairs.square != 0);
 }
 
-// The warps of a team: their tiles' products, and what becomes of them.
+// The warps of a team: products and epilogues of their tiles.
 template <class Precision>
 struct SweepTeam : TeamWarp {
     const Pairs &pairs;
     SweepHopperShared<Precision> &shared;
     uint32_t thread = thread_index() % kTeamThreads;
-    // Shuffled, or the compiler would compare again for every tile.
+    // By a shuffle, since the compiler would otherwise compare again for every tile.
     bool apart = shuffle(static_cast<uint32_t>(pairs.settings.probe != pairs.settings.candidate), 0) != 0;
 
     DEVICE SweepTeam(const Pairs &of, SweepHopperShared<Precision> &of_block, uint32_t of_warps)
@@ -247,7 +246,7 @@ struct SweepTeam : TeamWarp {
 
     DEVICE void sync() const { named_sync(1 + team, kTeamThreads); }
 
-    // Maxima of the rows, which change.
+    // Adds the rows' maxima to m- in memory, before the team's row tile changes.
     DEVICE void flush(SweepRows &rows) const {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -261,7 +260,7 @@ struct SweepTeam : TeamWarp {
         warp_sync();
     }
 
-    // The rows of the tile in place of others.
+    // Begins the rows of the walk's tile, after those of the previous row tile are flushed.
     DEVICE void begin_rows(const SweepWalk &walk, SweepRows &rows) const {
         if (rows.first != NO_ROW) flush(rows);
         uint32_t first = walk.tile.row * TILE, end = first + TILE;
@@ -276,21 +275,21 @@ struct SweepTeam : TeamWarp {
         }
     }
 
-    // One tile, with the team's own barrier before what the whole team has written.
+    // One tile. The team's named barrier is before reading what other warps of the team wrote.
     DEVICE void tile(const SweepWalk &walk, SweepRows &rows, uint64_t &probe, uint32_t &windows) const {
-        // On their way while the team multiplies.
+        // Loaded while the team multiplies.
         uint32_t begin = walk.tile.column * TILE, end = begin + TILE;
         float min_pos = thread < TILE ? column_min_pos(pairs, walk.valid_anchors, walk.valid_references, begin + thread) : INFINITE;
         uint32_t max_neg = thread < TILE ? column_max_neg(pairs, begin + thread) : 0;
         WgmmaAccumulators acc;
         multiply<Precision>(acc, shared, walk, [&] {
             if (walk.tile.row * TILE != rows.first) begin_rows(walk, rows);
-            // The last tile's have been read: its candidates are counted.
+            // The previous tile's bounds have been read, since its candidates are counted.
             if (thread < TILE) {
                 TwoColumns &two = shared.columns_of[team][thread / 2];
                 two.candidate[thread % 2] = negative_bound(min_pos, pairs.settings.candidate);
                 two.max_neg[thread % 2] = max_neg == 0 ? -INFINITE : key_value(max_neg);
-                // A reference that is an anchor elsewhere is counted there.
+                // The probe of a reference that is an anchor of another part is counted there.
                 shared.probe[team][thread] = pairs.square ? negative_bound(min_pos, pairs.settings.probe) : INFINITE;
             }
             warp_sync();
@@ -305,7 +304,7 @@ struct SweepTeam : TeamWarp {
             sweep_epilogue<true>(walk, shared, team, apart, acc, rows, candidates, probe);
         }
 
-        // Every thread's place in the segment: a scan over the warp, then over the warps.
+        // This thread's place in the segment: a scan over the warp, then over the warps.
         uint32_t own = static_cast<uint32_t>(popc(candidates[0]) + popc(candidates[1])), before = warp_scan(own), total = 0;
         if (lane_index() == 31) shared.warp_counts[team][warp] = before;
         before -= own;
@@ -318,7 +317,7 @@ struct SweepTeam : TeamWarp {
         stage(StagedTile{walk.tile, total}, candidates, acc, before, windows);
     }
 
-    // The pairs of a thread, eight chains side by side.
+    // Calls `use` for each pair of a thread, in eight interleaved chains.
     template <class Use>
     static DEVICE void each_pair(Use use) {
 #pragma unroll
@@ -328,7 +327,7 @@ struct SweepTeam : TeamWarp {
         }
     }
 
-    // What was staged before is stored.
+    // Waits until the previous window is stored, and begins one for `tile`.
     DEVICE void begin_window(StagedTile tile, uint32_t &windows) const {
         if (windows > 0) mbarrier_wait(&shared.stored[team], (windows - 1) % 2);
         warp_sync();
@@ -336,8 +335,8 @@ struct SweepTeam : TeamWarp {
         if (thread == 0) shared.staged_tile[team] = tile;
     }
 
-    // Masks and values of a tile's candidates, for the thread that stores them: by windows, if there are too many for one.
-    // `windows` is counted up.
+    // Stages masks and values of a tile's candidates for the storing thread, in several windows if there are too many for one;
+    // counts `windows` up.
     DEVICE void stage(StagedTile tile, const uint32_t (&candidates)[2], const WgmmaAccumulators &acc, uint32_t before,
                       uint32_t &windows) const {
         uint32_t staged = shared_address(shared.staged[team]), total = tile.total, window = 0;
@@ -347,8 +346,8 @@ struct SweepTeam : TeamWarp {
                 shared.masks[team][thread * 2] = candidates[0];
                 shared.masks[team][thread * 2 + 1] = candidates[1];
             }
-            // Eight chains of stores, of a quarter of a word each: what steps an address on waits until a store has read it.
-            // Places wrap around where they are of an earlier window.
+            // Eight chains of stores, of a quarter of a word each, since advancing an address waits until the store has read it.
+            // Addresses of an earlier window wrap around.
             uint32_t at[8], next = staged + (before - window) * 4;
 #pragma unroll
             for (int chain = 0; chain < 8; ++chain) {
@@ -393,7 +392,7 @@ DEVICE void sweep_hopper_body(const PairsParams &p) {
         for (Barrier &barrier : shared.filled) mbarrier_init(&barrier, kTeamWarps);
         for (Barrier &barrier : shared.stored) mbarrier_init(&barrier, 1);
     }
-    block_sync();  // the barriers are there
+    block_sync();  // the barriers are initialised
     SweepWalk walk(pairs);
     divide_roles<Precision>(
         [&](uint32_t warp) {

@@ -1,32 +1,32 @@
 // mma_tile.cuh: one tile of S = A B^T by mma.sync, for every type.
 //
-// A block of 8 warps, 2 x 4, computes (32 row_tiles) x 128 products; a warp 16 row_tiles x 32. Or they are 4 x 2, and a warp
-// has 64 columns.
-// Both operands stream through shared memory in stages of 128 bytes a row, copied
-// asynchronously; granules of 16 bytes are swizzled (granule ^ row % 8), so that neither the
-// copies nor ldmatrix meet a bank twice.
+// A block of 8 warps, 2 x 4, computes (32 row_tiles) x 128 products, a warp 16 row_tiles x 32. As 4 x 2 warps, each has 64
+// columns.
+// Both operands stream through shared memory in stages of 128 bytes a row, copied asynchronously; granules of 16 bytes are
+// swizzled (granule ^ row % 8), so that neither the copies nor ldmatrix have bank conflicts.
 //
-// Precision: tensor cores truncate when they add. In the exact f32 mode each stage is
-// therefore summed from 0 and added to the total by the f32 adder, which rounds.
-// Exact f32 takes two f16 an entry: a stage has 32 dimensions, 64 bytes of high parts and 64 of low ones.
+// Precision: tensor cores truncate when they add. For exact f32 each stage is therefore summed from 0 and added to the total in
+// f32 arithmetic, which rounds. Exact f32 has two f16 for each entry: a stage has 32 dimensions, 64 bytes of high parts and 64 of
+// low parts.
 #ifndef DDTAS_MMA_TILE_CUH
 #define DDTAS_MMA_TILE_CUH
 
 #include "tile/prepared_rows.cuh"
 
 constexpr int kStages = 3;
-// Where two blocks share a multiprocessor, one runs its epilogue while the other multiplies, and hides what one stage ahead does
-// not. Exact f32 has no registers for a second block.
+// If two blocks share a multiprocessor, one multiplies while the other waits or runs its epilogue: a stage less is enough. Exact
+// f32 has no registers for a second block.
 template <class Precision>
 constexpr int kSharingStages = Precision::exact ? kStages : 2;
-constexpr int kColumnTiles = 4;  // of 8 columns, in a warp
-// Floats between rows of a tile that is written to shared memory: 4 banks apart, the 8 rows
-// that a warp writes at a time do not meet.
+constexpr int kColumnTiles = 4;  // tiles of 8 columns in a warp
+// Floats from row to row of a tile that is written to shared memory: rows are 4 banks apart, so that the 8 rows that a warp
+// writes at a time have no bank conflicts.
 constexpr uint32_t kValuesStride = TILE + 4;
 static_assert(SIMILARITY_STAGES_BYTES == kStages * 2 * TILE * STAGE_BYTES, "the launch plan's shared memory");
 static_assert(SHARING_STAGES_BYTES == 2 * 2 * TILE * STAGE_BYTES, "the launch plan's shared memory");
 
-// Of a word with a bit for each of a thread's columns, pairs 8 apart from `first` on: those before column `end` of the tile.
+// A word has a bit for each of a thread's columns, which come in pairs 8 apart from `first` on. The bits of the columns before
+// column `end` of the tile.
 template <int columns>
 DEVICE uint32_t column_bits_before(uint32_t first, uint32_t end) {
     uint32_t left = end > first ? end - first : 0;
@@ -34,18 +34,18 @@ DEVICE uint32_t column_bits_before(uint32_t first, uint32_t end) {
     return count < columns ? (1u << count) - 1 : ~0u >> (32 - columns);
 }
 
-// Where this thread's accumulators stand in the tile.
+// Which elements of the tile this thread's accumulators are.
 template <int row_tiles, int column_tiles = kColumnTiles>
 struct MmaLayout {
-    static constexpr uint32_t across = TILE / 8 / column_tiles;  // warps side by side
+    static constexpr uint32_t across = TILE / 8 / column_tiles;  // warps in a row of warps
     uint32_t warp_row = warp_index() / across * 16 * row_tiles;
     uint32_t warp_column = warp_index() % across * 8 * column_tiles;
     DEVICE uint32_t row(int tile, int half) const { return warp_row + tile * 16 + half * 8 + lane_index() / 4; }
     DEVICE uint32_t column(int tile, int odd) const { return warp_column + tile * 8 + lane_index() % 4 * 2 + odd; }
 
-    // The same as a matrix of this thread's own: `rows` x `columns` values.
+    // The thread's accumulators as a matrix of `rows` x `columns` values.
     static constexpr int rows = 2 * row_tiles, columns = 2 * column_tiles;
-    // Quarters of the tile's columns: how many these are of, and the first of them.
+    // How many quarters of the tile's columns these values are in, and the first of these quarters.
     static constexpr int quarters = 1;
     DEVICE uint32_t first_quarter() const { return warp_index() % 4; }
     DEVICE uint32_t row_of(int r) const { return row(r / 2, r % 2); }
@@ -60,14 +60,14 @@ struct MmaLayout {
 template <int row_tiles, int column_tiles = kColumnTiles>
 using Accumulators = float[row_tiles][column_tiles][4];
 
-// Copies stage `index` of `rows` rows of a tile to shared memory: of split ones a half of both parts' 64 dimensions.
+// Copies stage `index` of `rows` rows of a tile to shared memory; for split rows both parts of half of their 64 dimensions.
 template <class Precision>
 DEVICE void copy_stage(unsigned char *to, const unsigned char *from, uint32_t index, int rows) {
     constexpr int kCopyBytes = THREADS * 16;  // bytes, whole 8 rows
     uint32_t first = thread_index() * 16;
     to += first;
     if constexpr (Precision::exact) {
-        // Upper half of the granules, as products see them: the low parts, a stage further on.
+        // Products find the low parts, a stage further on in memory, in the upper half of the granules.
         uint32_t low = (thread_index() % kGranules ^ thread_index() / kGranules % 8) / (kGranules / 2);
         from += static_cast<uint64_t>(index / 2 * 2 + low) * TILE * STAGE_BYTES + (first ^ (low ^ index % 2) * (STAGE_BYTES / 2));
     } else {
@@ -89,7 +89,7 @@ DEVICE void clear(float (&acc)[row_tiles][column_tiles][4]) {
     }
 }
 
-// Granules of the rows of 16 from `row` on, as operand b of two products wants them, and of those as operand a.
+// Loads two granules of 16 rows from `row` on: load_columns as operand b of two products, load_rows as operand a of one.
 DEVICE void load_columns(uint32_t (&raw)[4], const unsigned char *stage, uint32_t row, uint32_t granule) {
     uint32_t lane = lane_index();
     ldmatrix(raw, stage + swizzled(row + lane % 8 + lane / 16 * 8, granule + lane / 8 % 2));
@@ -99,7 +99,7 @@ DEVICE void load_rows(uint32_t (&raw)[4], const unsigned char *stage, uint32_t r
     ldmatrix(raw, stage + swizzled(row + lane % 16, granule + lane / 16));
 }
 
-// Adds a stage's products to `acc`: its rows from `a_row` on.
+// Adds the products of a stage to `acc`: rows of `a` from `a_row` on with rows of `b` from `b_row` on.
 template <class Precision, int row_tiles, int column_tiles>
 DEVICE void multiply_stage(float (&acc)[row_tiles][column_tiles][4], const unsigned char *a, const unsigned char *b,
                            uint32_t a_row, uint32_t b_row) {
@@ -124,8 +124,8 @@ DEVICE void multiply_stage(float (&acc)[row_tiles][column_tiles][4], const unsig
     }
 }
 
-// The same of rows split into high and low parts. Each kind of product has sums of its own, from 0, and the adder that
-// rounds adds them: with a and b exchanged two of them change places, and their sum has the same bits.
+// The same for split rows. Each kind of product has sums of its own, from 0, which are then added in f32 arithmetic: with a and b
+// exchanged the two mixed sums change places, and the total has the same bits.
 template <int row_tiles, int column_tiles>
 DEVICE void multiply_split_stage(float (*acc)[column_tiles][4], const unsigned char *a, const unsigned char *b, uint32_t a_row,
                                  uint32_t b_row) {
@@ -135,7 +135,7 @@ DEVICE void multiply_split_stage(float (*acc)[column_tiles][4], const unsigned c
     clear(high);
 #pragma unroll 1
     for (int step = 0; step < kGranules / 4; ++step) {
-        ExactF32::Fragment<4> columns[column_tiles / 2];  // of two products each
+        ExactF32::Fragment<4> columns[column_tiles / 2];  // each for two products
 #pragma unroll
         for (int pair = 0; pair < column_tiles / 2; ++pair) {
             load_columns(columns[pair].high, b, b_row + pair * 16, step * 2);
@@ -170,10 +170,10 @@ DEVICE void multiply_split_stage(float (*acc)[column_tiles][4], const unsigned c
     }
 }
 
-// acc = the products of 32 row_tiles rows (twice as many, if a warp has 64 columns) from `a` on with the TILE rows from `b` on:
-// `b` begins a tile of prepared rows, `a` one or, STAGE_BYTES a row later, a part of it.
-// `stages` holds kStages * (those rows + TILE) * STAGE_BYTES bytes, free on entry and on return.
-// Of split rows `together` row tiles at a time, which bounds the registers of the further sums.
+// acc = the products of 32 row_tiles rows (twice as many if a warp has 64 columns) from `a` on with the TILE rows from `b` on.
+// `b` is the first row of a tile of prepared rows, `a` any row of one.
+// `stages` has stage_count * (those rows + TILE) * STAGE_BYTES bytes, free on entry and on return.
+// Split rows: `together` row tiles at a time, which bounds the registers of the mixed sums.
 template <class Precision, int row_tiles, int stage_count = kStages, int together = 2, int column_tiles>
 DEVICE void multiply_tile(float (&acc)[row_tiles][column_tiles][4], const void *a, const void *b, uint64_t stride_bytes,
                           unsigned char *stages) {
@@ -191,11 +191,11 @@ DEVICE void multiply_tile(float (&acc)[row_tiles][column_tiles][4], const void *
     clear(acc);
     for (uint32_t index = 0; index < stage_count - 1; ++index) {
         if (index < count) copy(index);
-        cp_async_commit();  // a group a stage, empty or not: the waits below count them
+        cp_async_commit();  // a group for each stage, even an empty one: the waits below count groups
     }
     for (uint32_t index = 0; index < count; ++index) {
         cp_async_wait<stage_count - 2>();
-        block_sync();  // everybody's copies of this stage are there, and the stage before is read
+        block_sync();  // all threads' copies of this stage are complete, and the previous stage has been read
         if (index + stage_count - 1 < count) copy(index + stage_count - 1);
         cp_async_commit();
         const unsigned char *stage = stages + index % stage_count * stage_bytes;

@@ -1,16 +1,16 @@
 // ping_pong.cuh: warp-specialised products of a walk over tiles on Hopper (sm_90a); for sweep_hopper.cu and retrieval_hopper.cu.
 //
-// The row tile stays in shared memory as long as the walk stays in its row (up to 512 dimensions; wider ones stream both
-// operands); one producer thread copies it and the column tiles, in stages of 16 KB. The consumers are two teams of two
-// warpgroups, in ping-pong: one team runs its mainloop while the other runs its epilogue, so that the tensor cores do not wait
-// for the epilogue. A team begins when the other has issued all its products (the barrier `order`): it skips that one's stages,
-// and the parity of `full` alone would not tell a phase from the one two later.
-// Exact f32 has registers for one team, whose two warpgroups multiply while the other adds what was multiplied. The high parts of
-// the row tile stay; its low ones and the columns' are stages of their own, three for every 64 dimensions.
+// The row tile stays in shared memory while the walk is in its row (up to 512 dimensions; for wider rows both operands are
+// streamed). One producer thread copies it and the column tiles, in stages of 16 KB. The consumers are two teams of two
+// warpgroups in ping-pong: one team runs its mainloop while the other runs its epilogue, so that the tensor cores do not wait for
+// epilogues. A team begins when the other has issued all its products (barrier `order`). It skips the other team's stages, and by
+// the parity of `full` alone it could mistake a phase for the one two later.
+// Exact f32 has registers for one team only; one of its warpgroups multiplies while the other adds products. The high parts of
+// the row tile stay; its low parts and the columns' parts have stages of their own, three for every 64 dimensions.
 //
-// A block's shared memory has `rows`, the row tile or its stages, `columns` behind them, and the barriers `full`, `empty` and
-// `order`. A walk tells its tile's rows and columns, how many tiles there were before it, and how many k blocks, of 64
-// dimensions each, a tile has.
+// A block's shared memory has `rows`, the row tile or stages for it, then `columns`, and the barriers `full`, `empty` and
+// `order`. A walk has its tile's rows and columns, the number of tiles before it, and the number of k blocks (64 dimensions) of a
+// tile.
 #ifndef DDTAS_PING_PONG_CUH
 #define DDTAS_PING_PONG_CUH
 
@@ -24,12 +24,12 @@ template <class Precision>
 constexpr uint32_t kTeams = Precision::exact ? 1 : 2;
 template <class Precision>
 constexpr uint32_t kTeamStages = Precision::exact ? SWEEP_SPLIT_STAGES : SWEEP_HOPPER_STAGES;
-// Split rows that do not fit have all of `rows` and `columns` for stages.
+// For split rows that do not fit, all of `rows` and `columns` are stages.
 template <class Precision>
 constexpr uint32_t kTeamBarriers = kTeamStages<Precision> + (Precision::exact ? SWEEP_HOPPER_RESIDENT : 0);
-static_assert(SWEEP_HOPPER_STAGES <= SWEEP_HOPPER_RESIDENT, "stages of rows where the row tile is");
+static_assert(SWEEP_HOPPER_STAGES <= SWEEP_HOPPER_RESIDENT, "stages of rows are in the place of the row tile");
 
-// By one thread.
+// Initialises the barriers; called by one thread.
 template <class Shared>
 DEVICE void begin_teams(Shared &shared) {
     for (Barrier &barrier : shared.full) mbarrier_init(&barrier, 1);
@@ -37,23 +37,23 @@ DEVICE void begin_teams(Shared &shared) {
     for (Barrier &barrier : shared.order) mbarrier_init(&barrier, kTeamWarps);
 }
 
-// The stages of split rows in turn: behind the row tile that stays, or all there is.
+// The ring of stages of split rows: behind the resident row tile, or in all of the memory.
 struct SplitStages {
     bool resident;
     uint32_t count, fill = 0, stage = 0, parity = 0;
 
     explicit DEVICE SplitStages(bool rows_stay)
         : resident(rows_stay), count(SWEEP_SPLIT_STAGES + (rows_stay ? 0 : SWEEP_HOPPER_RESIDENT)) {}
-    // Parts of a k block that are stages: the columns' low ones, high ones, the rows' low ones; the rows' high ones first, if
-    // these do not stay.
+    // Stages of a k block: the columns' low parts, their high parts, the rows' low parts; before these the rows' high parts, if
+    // they are not resident.
     DEVICE uint32_t parts() const { return resident ? 3 : 4; }
-    // Behind those of `filled` k blocks.
+    // Moves to the first stage after `filled` k blocks.
     DEVICE void begin(uint32_t filled) {
         fill = filled * parts();
         stage = fill % count;
         parity = fill / count % 2;
     }
-    // Bytes from the first stage of `rows`.
+    // Byte offset of stage `at` from the beginning of `rows`.
     DEVICE uint32_t offset(uint32_t at) const { return (at + (resident ? SWEEP_HOPPER_RESIDENT : 0)) * kStageBytes; }
     DEVICE void step() {
         ++fill;
@@ -64,7 +64,8 @@ struct SplitStages {
     }
 };
 
-// The thread that copies split rows. The first tile of a row brings the row tile's high parts with the columns' low ones.
+// The producer thread for split rows. For the first tile of a row it copies the row tile's high parts with the columns' low
+// parts.
 template <class Shared, class Walk, class Next>
 DEVICE void copy_split_operands(Shared &shared, Walk walk, Next next) {
     uint32_t have = NO_ROW;
@@ -82,7 +83,7 @@ DEVICE void copy_split_operands(Shared &shared, Walk walk, Next next) {
         const unsigned char *rows = walk.template rows<ExactF32>(), *columns = walk.template columns<ExactF32>();
         bool with_rows = stages.resident && walk.tile.row != have;
         have = walk.tile.row;
-        // As copy_operands(): the stages of a tile are more than there are, or all are waited for.
+        // As in copy_operands(): if a tile has no more stages than the ring, all of them are waited for.
         if (with_rows && walk.k_blocks() * stages.parts() <= stages.count) {
             for (uint32_t back = 1; back <= stages.count && back <= stages.fill; ++back) wait_until_empty(stages.fill - back);
         }
@@ -97,8 +98,8 @@ DEVICE void copy_split_operands(Shared &shared, Walk walk, Next next) {
     }
 }
 
-// The thread that copies. The first tile of a row brings the row tile with its own stages; it is there for all that follow.
-// `next(walk)` steps on to the next tile, or says that there is none.
+// The producer thread. With the stages of the first tile of a row it copies the row tile, which then stays for the others.
+// `next(walk)` steps to the next tile and returns whether there is one.
 template <class Precision, class Shared, class Walk, class Next>
 DEVICE void copy_operands(Shared &shared, Walk walk, Next next) {
     if constexpr (Precision::exact) return copy_split_operands(shared, walk, next);
@@ -111,8 +112,8 @@ DEVICE void copy_operands(Shared &shared, Walk walk, Next next) {
         const unsigned char *rows = walk.template rows<Precision>(), *columns = walk.template columns<Precision>();
         bool both = !resident || walk.tile.row != have;
         have = walk.tile.row;
-        // A part of the row tile is overwritten when the products that read it are done: they are if the stage of this
-        // k block is empty, for then the tile before has come at least as far; unless it has fewer parts than there are stages.
+        // A part of the row tile is overwritten after the products that read it. These are done if the stage of this k block is
+        // empty, since the previous tile has then come at least as far; unless a tile has fewer k blocks than there are stages.
         if (resident && both && walk.k_blocks() < SWEEP_HOPPER_STAGES) {
             uint32_t filled = walk.filled();
             for (uint32_t back = 1; back <= SWEEP_HOPPER_STAGES && back <= filled; ++back) wait_until_empty(filled - back);
@@ -129,14 +130,14 @@ DEVICE void copy_operands(Shared &shared, Walk walk, Next next) {
     }
 }
 
-// The operand from so many granules of 16 bytes further on. Shared memory has fewer than a descriptor can name: its upper
-// half stays as it is.
+// The operand that begins `granules` granules of 16 bytes further on. Only the lower half of the descriptor changes: the address
+// field does not overflow.
 DEVICE Descriptor advance_granules(Descriptor descriptor, uint32_t granules) {
     return descriptor >> 32 << 32 | static_cast<uint32_t>(static_cast<uint32_t>(descriptor) + granules);
 }
 
-// Warps by their roles: the first ones multiply, `run(team)`, and have the registers of those behind them, of which each has
-// one thread at work, `serve(warp)`.
+// Runs each warp's role: the teams' warps call `run(team)` and take registers from the others, of which one thread each calls
+// `serve(warp)`.
 template <class Precision, class Serve, class Run>
 DEVICE void divide_roles(Serve serve, Run run) {
     constexpr uint32_t team_warps = kTeams<Precision> * kTeamWarps;
@@ -155,7 +156,7 @@ struct TeamWarp {
     uint32_t team;
     uint32_t warp = shuffle(warp_index(), 0) % kTeamWarps;
 
-    // acc = the products of the walk's tile. `meanwhile()` is done while the last of them go on.
+    // acc = the products of the walk's tile. `meanwhile()` is called while the last ones are running.
     template <class Precision, class Shared, class Walk, class Meanwhile>
     DEVICE void multiply(WgmmaAccumulators &acc, Shared &shared, const Walk &walk, Meanwhile meanwhile) const {
         clear(acc);
@@ -198,7 +199,7 @@ struct TeamWarp {
 
     template <class Precision, class Shared, class Walk, class Meanwhile>
     DEVICE void multiply_in_turn(WgmmaAccumulators &acc, Shared &shared, const Walk &walk, Meanwhile meanwhile) const {
-        // The other team's products are issued: its stages are all there, and this team's are next.
+        // Once the other team has issued its products, all its stages have been filled, and this team's are next.
         uint32_t own = walk.tiles_before / kTeams<Precision>;
         if (walk.tiles_before > 0) mbarrier_wait(&shared.order[team], team == 0 ? (own - 1) % 2 : own % 2);
         warp_sync();
@@ -219,7 +220,7 @@ struct TeamWarp {
             }
             wgmma_commit();
             if (k > 0) {
-                wgmma_wait<1>();  // this product goes on, that before it is done
+                wgmma_wait<1>();  // the previous product is done, this one is running
                 arrive_as_warp(&shared.empty[(stage + SWEEP_HOPPER_STAGES - 1) % SWEEP_HOPPER_STAGES]);
             }
             if (++stage == SWEEP_HOPPER_STAGES) {

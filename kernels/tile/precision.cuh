@@ -1,14 +1,14 @@
-// precision.cuh: how rows of each type are multiplied: f16 and bf16 as they are, exact f32 as two f16 an entry.
+// precision.cuh: how rows of each type are multiplied: f16 and bf16 as they are, exact f32 as two f16 for each entry.
 #ifndef DDTAS_PRECISION_CUH
 #define DDTAS_PRECISION_CUH
 
 #include "ptx/device.cuh"
 
-// The three ways to multiply. `Fragment` is an operand as its `multiply` wants it, `stored_bytes` what an element of a
-// prepared row takes. S_ij and S_ji have the same bits in every one: products commute, and so does what adds them.
+// Three types that say how to multiply. `Fragment` is an operand of its `multiply`, `stored_bytes` the size of an element of a
+// prepared row. S_ij and S_ji have the same bits for each: products commute, and so do the sums of mixed products.
 
-// f32 as three products of f16: kRowScale x = high + low, the product of the low parts is below f32's last bit. Prepared rows
-// hold both, split once: of 64 elements first the high parts, then the low ones.
+// f32 by three products of f16: kRowScale x = high + low; the product of two low parts is below f32's last bit. Prepared rows
+// have both parts, for every 64 elements first the high ones, then the low ones.
 struct ExactF32 {
     using Element = float;
     static constexpr bool exact = true;
@@ -23,11 +23,11 @@ struct ExactF32 {
         mma_f16(c, a.high, b.high);
     }
 };
-// Both parts together err by 2^-22 of an entry, or by 2^-30 where that is more: f16 has no numbers between multiples of 2^-24.
-// Entries up to 2,000 stay finite, should rows that nobody checks be longer than 1.
+// The two parts represent an entry to 2^-22 of itself, or to 2^-30 if that is more: f16's smallest step is 2^-24. Entries up to
+// 2,000 stay finite, in case unchecked rows are longer than 1.
 constexpr float kRowScale = 32.0f;
 
-// Two numbers as high and low parts, the first in the lower halves.
+// High and low parts of two numbers, those of the first in the lower halves.
 struct Halves {
     uint32_t high, low;
 };
@@ -37,7 +37,7 @@ DEVICE Halves split(float first, float second) {
                                     second - from_f16_bits(static_cast<uint16_t>(high >> 16)))};
 }
 
-// 16-bit rows, and f32 rows that `prepare` has rounded to f16.
+// 16-bit rows, and f32 rows that `prepare` rounds to f16.
 template <class T>
 struct Rows16Bit {
     using Element = T;
@@ -64,14 +64,14 @@ DEVICE void Rows16Bit<Bf16>::multiply(float (&c)[4], const Fragment<4> &a, const
 using F16Rows = Rows16Bit<F16>;
 using Bf16Rows = Rows16Bit<Bf16>;
 
-// Defines one kernel in every precision from a device function `template <class Precision> name_body(p)`.
+// Defines a kernel for each precision from a device function `template <class Precision> name_body(p)`.
 #define KERNEL_IN_EVERY_PRECISION(name, Params) KERNEL_OF_16BIT_BLOCKS(name, Params, 1)
-// The same of a kernel that only Hopper has; `name_body` is defined where there is wgmma.
+// The same for a kernel that only Hopper has; `name_body` is defined where there is wgmma.
 #define HOPPER_KERNEL_IN_EVERY_PRECISION(name, Params)                             \
     KERNEL(name##_f32, Params, 1) { HOPPER_ONLY(name##_body<ExactF32>(p)); }       \
     KERNEL(name##_f16, Params, 1) { HOPPER_ONLY(name##_body<F16Rows>(p)); }        \
     KERNEL(name##_bf16, Params, 1) { HOPPER_ONLY(name##_body<Bf16Rows>(p)); }
-// So many blocks a multiprocessor, of exact f32 one.
+// `blocks` blocks a multiprocessor for 16-bit rows, one for exact f32.
 #define KERNEL_OF_16BIT_BLOCKS(name, Params, blocks)                 \
     KERNEL(name##_f32, Params, 1) { name##_body<ExactF32>(p); }       \
     KERNEL(name##_f16, Params, blocks) { name##_body<F16Rows>(p); }   \

@@ -1,32 +1,32 @@
-// prepared_rows.cuh: rows as `prepare` leaves them in global memory, as they lie in a stage of a product: K-major, swizzled.
+// prepared_rows.cuh: the layout of the rows that `prepare` writes to global memory, as in a product's stages: K-major, swizzled.
 //
-// 16 KB for each tile and stage of 128 bytes a row: copies are contiguous, and Hopper's bulk copies take a stage at once. The
-// inner dimension is padded to whole stages.
+// 16 KB for each tile and stage (128 bytes a row), so that a stage is one contiguous copy, on Hopper one bulk copy. The inner
+// dimension is padded to whole stages.
 #ifndef DDTAS_PREPARED_ROWS_CUH
 #define DDTAS_PREPARED_ROWS_CUH
 
 #include "tile/precision.cuh"
 
 constexpr int kGranules = STAGE_BYTES / 16;
-// 16 bytes of a row.
+// 16 bytes of a row, the unit of swizzling and copies.
 template <class Element>
 struct alignas(16) Granule {
     static constexpr int count = 16 / sizeof(Element);
     Element values[count];
 };
 
-// The place of granule `granule` of row `row` in a stage.
+// Byte offset of granule `granule` of row `row` in a stage.
 DEVICE uint32_t swizzled(uint32_t row, uint32_t granule) {
     return row * STAGE_BYTES + ((granule ^ (row % 8)) << 4);
 }
 
-// Byte `byte` of prepared row `row`, of `stride_bytes` bytes a row: [tile, stage, row, granule].
+// Byte offset of byte `byte` of prepared row `row`, `stride_bytes` bytes a row: [tile, stage, row, granule].
 DEVICE uint64_t prepared_offset(uint64_t row, uint32_t byte, uint64_t stride_bytes) {
     return row / TILE * TILE * stride_bytes + static_cast<uint64_t>(byte / STAGE_BYTES) * TILE * STAGE_BYTES +
            swizzled(static_cast<uint32_t>(row % TILE), byte % STAGE_BYTES / 16) + byte % 16;
 }
 
-// Byte of element `d` of a prepared row; of f32 split into two that of the high part, whose low one is a fixed way off.
+// Byte of element `d` within a prepared row; for split f32 that of the high part, kLowBytes before the low one.
 template <class Precision>
 DEVICE uint32_t stored_byte(uint32_t d) {
     constexpr uint32_t together = STAGE_BYTES / 2;  // elements
@@ -35,7 +35,7 @@ DEVICE uint32_t stored_byte(uint32_t d) {
 }
 constexpr uint32_t kLowBytes = STAGE_BYTES;  // from a high part to its low one
 
-// A granule of f32 split into high and low parts: half a granule of each.
+// A granule of f32 as half a granule of high parts and half a granule of low parts.
 struct SplitGranule {
     struct alignas(8) Part {
         uint32_t pairs[2];
@@ -51,7 +51,7 @@ struct SplitGranule {
             low.pairs[i] = halves.low;
         }
     }
-    // All but an f32's last bits.
+    // The f32 numbers, without their last bits.
     DEVICE Granule<float> joined() const {
         Granule<float> values;
 #pragma unroll
@@ -63,7 +63,7 @@ struct SplitGranule {
     }
 };
 
-// The elements of a prepared row from `first` on, a granule of the caller's.
+// Elements of a prepared row from `first` on, a granule in the type of the caller's rows.
 template <class Precision>
 DEVICE Granule<typename Precision::Element> load_prepared(const unsigned char *rows, uint64_t row, uint32_t first,
                                                           uint64_t stride_bytes) {

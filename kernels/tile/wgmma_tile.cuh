@@ -1,13 +1,12 @@
 // wgmma_tile.cuh: the tile product of mma_tile.cuh on Hopper's warpgroup instructions (wgmma, sm_90a).
 //
-// Same operands, same stages, same swizzle, which is the 128-byte swizzle of wgmma's shared-memory
-// descriptors: both operands are read straight from the stages, without ldmatrix. A stage of a
-// prepared tile is 16 KB in a row, so one thread starts one bulk copy for each operand, and a
-// barrier in shared memory tells when both are there. Two warpgroups take 64 rows of the tile
-// each. Exact f32 has the same two lines of shared memory a step for high parts and for low ones, and for each kind of product
-// sums of its own, which the adder that rounds adds every 64 dimensions.
+// The operands, stages and swizzle are the same; the swizzle is the 128-byte swizzle of wgmma's shared-memory descriptors, so
+// that wgmma reads both operands straight from the stages, without ldmatrix. A stage of a prepared tile is 16 contiguous KB: one
+// thread starts one bulk copy for each operand, and an mbarrier signals when both have arrived. Two warpgroups have 64 rows of
+// the tile each. A stage of exact f32 has the high and the low parts of 64 dimensions; each kind of product has sums of its own,
+// which are added in f32 arithmetic every 64 dimensions.
 //
-// On Hopper every S that mining sees is computed here or by the same instructions in the same order (ping_pong.cuh,
+// On Hopper every similarity that mining uses is computed here or by the same instructions in the same order (ping_pong.cuh,
 // gradient_hopper.cu), so that stored and recomputed tiles agree bit for bit.
 #ifndef DDTAS_WGMMA_TILE_CUH
 #define DDTAS_WGMMA_TILE_CUH
@@ -16,7 +15,7 @@
 
 using WgmmaAccumulators = float[16][4];  // [columns / 8, ...] of m64n128
 
-// Where a thread's accumulators stand in the tile, as MmaLayout has it; the same for any width. 8 warps share a tile.
+// Which elements of the tile a thread's accumulators are, as MmaLayout; for any width. 8 warps share a tile.
 struct WgmmaLayout {
     static constexpr int rows = 2, columns = 32, quarters = 4;
     DEVICE uint32_t first_quarter() const { return 0; }
@@ -34,13 +33,13 @@ struct WgmmaLayout {
 constexpr int kHopperStages = 4;
 static_assert(HOPPER_STAGES_BYTES == kHopperStages * 2 * TILE * STAGE_BYTES, "the launch plan's shared memory");
 
-// One lane's arrival for its warp.
+// One lane arrives for its warp.
 DEVICE void arrive_as_warp(Barrier *barrier) {
     if (lane_index() == 0) mbarrier_arrive(barrier);
     warp_sync();
 }
 
-// c += a b in the rows' type, asynchronously.
+// c += a b in the type of the rows, asynchronously.
 template <bool transposed, bool transposed_a = false, int n>
 DEVICE void wgmma(F16Rows, float (&c)[n][4], Descriptor a, Descriptor b) {
     wgmma_f16<transposed, transposed_a>(c, a, b);
@@ -50,22 +49,22 @@ DEVICE void wgmma(Bf16Rows, float (&c)[n][4], Descriptor a, Descriptor b) {
     wgmma_bf16<transposed, transposed_a>(c, a, b);
 }
 
-// c += a b of 64 of the inner dimension (a k block), asynchronously.
+// c += a b over a k block (64 of the inner dimension), asynchronously.
 template <class Precision, int n>
 DEVICE void multiply_k_block(float (&c)[n][4], Descriptor a, Descriptor b) {
 #pragma unroll
     for (int step = 0; step < kGranules / 2; ++step) wgmma<false>(Precision{}, c, advance(a, step * 32), advance(b, step * 32));
 }
 
-// = the products of two operands of 64 of the inner dimension.
+// sums = a b over a k block, asynchronously.
 template <int n>
 DEVICE void multiply_lines(float (&sums)[n][4], Descriptor a, Descriptor b) {
     wgmma_f16<false, false, true>(sums, a, b);
 #pragma unroll
     for (int step = 1; step < kGranules / 2; ++step) wgmma_f16<false, false>(sums, advance(a, step * 32), advance(b, step * 32));
 }
-// += the same of split rows. `mixed()` is called when their low parts are read. With a and b exchanged the mixed products change
-// places, and their sum has the same bits.
+// acc += a b over a k block of split rows. `mixed()` is called once their low parts have been read. With a and b exchanged the
+// mixed products change places, and their sum has the same bits.
 template <int n, class Mixed>
 DEVICE void add_split_products(float (&acc)[n][4], Descriptor a_high, Descriptor a_low, Descriptor b_high, Descriptor b_low,
                                Mixed mixed) {
@@ -97,18 +96,18 @@ DEVICE void add_split_products(float (&acc)[n][4], Descriptor a_high, Descriptor
     each([&](int column, int i) { acc[column][i] = fmaf(other[column][i], down, acc[column][i]); });
 }
 
-// Lines of STAGE_BYTES a row that a step of the inner dimension takes.
+// Lines of STAGE_BYTES for each row of a k block: for exact f32 its high parts and its low parts.
 template <class Precision>
 constexpr int kLines = Precision::exact ? 2 : 1;
 
-// Stages that are filled in turn, each with a barrier that counts one arrival.
+// A ring of stages, each with an mbarrier that counts one arrival.
 template <int count, int lines = 1>
 struct WgmmaStages {
     unsigned char *bytes;         // [count, 2 operands, lines, TILE, STAGE_BYTES]
     Barrier *barriers;            // [count]
-    uint32_t filled = 0;          // so far: the phases of the barriers follow from it
+    uint32_t filled = 0;          // fills so far, from which the phases of the barriers follow
 
-    // By all threads; those that wait have passed a block_sync() before.
+    // Called by all threads; a block_sync() comes before the first wait.
     DEVICE void begin() const {
         if (thread_index() != 0) return;
         for (int stage = 0; stage < count; ++stage) mbarrier_init(&barriers[stage], 1);
@@ -118,7 +117,7 @@ struct WgmmaStages {
     static DEVICE uint32_t parity(uint32_t index) { return index / count % 2; }
 };
 
-// HOPPER_SHARED_BYTES from `bytes` on, begun: the stages, then their barriers.
+// The ring in the HOPPER_SHARED_BYTES from `bytes` on, its barriers initialised: the stages, then the barriers.
 template <class Precision>
 DEVICE auto hopper_stages(unsigned char *bytes) {
     WgmmaStages<kHopperStages / kLines<Precision>, kLines<Precision>> stages{
@@ -127,13 +126,14 @@ DEVICE auto hopper_stages(unsigned char *bytes) {
     return stages;
 }
 
-// acc = the products of the TILE rows from `a` on with those from `b` on, as multiply_tile: of 16 n columns, half of which each
-// group has, if n is 8: of 64 rows. The stages are free on entry and on return. Half of them are under way, half may be read.
+// acc = the products of the TILE rows from `a` on with those from `b` on, as multiply_tile. With n = 16 a warpgroup has 64 rows
+// and all 128 columns; with n = 8 there are 64 rows, and it has half of the columns. The stages are free on entry and on return;
+// half of them are being filled while the others are read.
 template <class Precision, int n, int stage_count>
 DEVICE void wgmma_multiply_tile(float (&acc)[n][4], const void *a, const void *b, uint64_t stride_bytes,
                                 WgmmaStages<stage_count, kLines<Precision>> &stages) {
     static_assert(n == 16 || n == 8, "a group has all columns of its rows, or half of those of all rows");
-    // A stage is filled again when the product that read it is done: ahead + pending < stage_count.
+    // A stage is filled again after the product that read it: ahead + pending < stage_count.
     constexpr int ahead = stage_count / 2;
     constexpr int pending = stage_count / 2 - 1;
     static_assert(Precision::exact || pending >= 0, "a stage is read while another is filled");
@@ -158,7 +158,7 @@ DEVICE void wgmma_multiply_tile(float (&acc)[n][4], const void *a, const void *b
     for (int index = 0; index < ahead; ++index) copy(index);
     warp_sync();
     for (uint32_t index = 0; index < count; ++index) {
-        block_sync();  // the barriers have begun, and both groups are done with the stage that is filled next
+        block_sync();  // the barriers are initialised, and both groups have read the stage that is filled next
         copy(index + ahead);
         uint32_t fill = stages.filled + index;
         mbarrier_wait(stages.barrier(fill), stages.parity(fill));

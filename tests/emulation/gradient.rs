@@ -78,7 +78,7 @@ fn a_wait_that_may_come_two_phases_late_is_caught() {
 #[test]
 fn writing_over_what_a_product_reads_is_caught() {
     // M is given back before its product is through.
-    let wait = "wgmma_wait<1>();  // this product goes on, that before it is done";
+    let wait = "wgmma_wait<1>();  // the previous product is done, this one is running";
     assert_caught(&run_faulty_hopper("gradient_hopper.cu", wait, ""));
 }
 
@@ -109,7 +109,7 @@ fn faults_in_the_gradient_of_split_rows_are_caught() {
     let own = "gradient_hopper_f32.cu";
     let faults = [
         // Stages are given back before the product that reads them is through.
-        (own, "wgmma_wait<1>();  // this product goes on, that before it is done"),
+        (own, "wgmma_wait<1>();  // the previous product is done, this one is running"),
         // Stages, and then a matrix, are filled again before they are given back.
         ("hopper_roles.cuh", ACQUIRED),
         (own, "if (first > 0) mbarrier_wait(empty_of(shared, first - 1), parity_of(shared, first - 1));"),
@@ -162,11 +162,11 @@ fn a_barrier_of_the_block_after_a_wait_of_one_lane_is_caught() {
 
 #[test]
 fn a_named_barrier_of_too_many_threads_is_caught() {
-    let read = "named_sync(kBuildBarrier, kBuildThreads);  // the values are read";
+    let read = "named_sync(kBuildBarrier, kBuildThreads);  // the similarities have been read";
     let message = run_faulty_hopper(
         "hopper_roles.cuh",
         read,
-        "named_sync(kBuildBarrier, kBuildThreads + 32);  // the values are read",
+        "named_sync(kBuildBarrier, kBuildThreads + 32);  // the similarities have been read",
     );
     let caught = message.contains("a named barrier") || message.contains("a phase that nobody ends");
     assert!(caught, "{message}");
@@ -174,7 +174,7 @@ fn a_named_barrier_of_too_many_threads_is_caught() {
 
 #[test]
 fn a_named_barrier_that_is_missing_is_caught() {
-    let read = "named_sync(kBuildBarrier, kBuildThreads);  // the values are read";
+    let read = "named_sync(kBuildBarrier, kBuildThreads);  // the similarities have been read";
     assert_caught(&run_faulty_hopper("hopper_roles.cuh", read, ""));
 }
 

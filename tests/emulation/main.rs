@@ -133,7 +133,7 @@ const THREADS: &[&str] = &["-fsanitize=thread"];
 
 /// The barrier of the pipeline; its comment makes the text unique.
 const BARRIER: &str =
-    "block_sync();  // everybody's copies of this stage are there, and the stage before is read";
+    "block_sync();  // all threads' copies of this stage are complete, and the previous stage has been read";
 
 /// The faults that a pipeline of roles invites: each gives wrong sums, stops, or breaks a barrier's count.
 fn assert_caught(message: &str) {

@@ -46,7 +46,7 @@ fn a_plain_access_that_races_another_block_is_caught_by_the_thread_sanitizer() {
 
 #[test]
 fn a_race_within_a_block_is_named_by_the_thread_sanitizer() {
-    let read = "named_sync(kBuildBarrier, kBuildThreads);  // the values are read";
+    let read = "named_sync(kBuildBarrier, kBuildThreads);  // the similarities have been read";
     let message = run_racing("gradient", "hopper_roles.cuh", read, "");
     assert!(message.contains("data race") && message.contains("gradient_hopper.cu"), "{message}");
 }

@@ -43,8 +43,8 @@ fn a_read_past_the_rows_is_caught_by_the_address_sanitizer() {
 fn faults_in_the_lists_of_retrieval_are_caught() {
     let faults = [
         // Keys are read before the pairs before are in order, or before all are there.
-        ("retrieval.cu", "            block_sync();  // pairs are in order", ""),
-        ("retrieval.cu", "block_sync();  // all keys are there", ""),
+        ("retrieval.cu", "            block_sync();  // the pairs are in order", ""),
+        ("retrieval.cu", "block_sync();  // all keys are written", ""),
         // Two warps, and two teams, append to one list.
         ("retrieval.cu", "lists(p, warp_index() % 2);", "lists(p, 0);"),
         ("retrieval_hopper.cu", "lists(p, team.team);", "lists(p, 0);"),

@@ -30,11 +30,11 @@ fn a_team_that_waits_by_parity_alone_is_caught() {
 
 #[test]
 fn a_team_s_stage_that_is_given_back_too_early_is_caught() {
-    let release = "is done\n                arrive_as_warp(&shared.empty[(stage + SWEEP_HOPPER_STAGES - 1) % SWEEP_HOPPER_STAGES]);";
-    let early = "is done\n                arrive_as_warp(&shared.empty[stage]);";
+    let release = "is running\n                arrive_as_warp(&shared.empty[(stage + SWEEP_HOPPER_STAGES - 1) % SWEEP_HOPPER_STAGES]);";
+    let early = "is running\n                arrive_as_warp(&shared.empty[stage]);";
     assert_caught(&run_faulty_team(release, early));
     // All of them, but before the products that read them are through.
-    let wait = "wgmma_wait<1>();  // this product goes on, that before it is done";
+    let wait = "wgmma_wait<1>();  // the previous product is done, this one is running";
     assert_caught(&run_faulty_team(wait, ""));
 }
 
