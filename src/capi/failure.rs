@@ -1,4 +1,4 @@
-//! A failed call on its way to the border: a status and a line of text.
+//! A failed call inside the C ABI: a status and a line of text.
 
 use super::types::Status;
 use crate::Error;
@@ -10,7 +10,7 @@ pub struct Failure {
     pub message: String,
 }
 
-/// What is handed on inside.
+/// Result of the functions behind the C ABI.
 pub type Outcome<T> = Result<T, Failure>;
 
 impl Failure {

@@ -39,7 +39,8 @@ kernel_parameters!(
 impl Counters {
     /// Reads the struct from the bytes that a kernel wrote.
     pub(super) fn from_words(words: &[u64; size_of::<Self>() / 8]) -> Self {
-        // SAFETY: as many bytes, as aligned, and every bit pattern is a value of its numbers.
+        // SAFETY: `words` has the size and alignment of `Self`, and every bit pattern is a value of its
+        // numbers.
         unsafe { words.as_ptr().cast::<Self>().read() }
     }
 }
@@ -51,7 +52,7 @@ macro_rules! same_scalars {
             assert!(size_of::<Written>() == size_of::<LossScalars>());
             $(assert!(offset_of!(Written, $field) == offset_of!(LossScalars, $field));)*
         };
-        // Naming all fields, and giving each to the other's, fails for another type or one that is missing.
+        // Moving every field into the other struct fails to compile if one is missing or has another type.
         #[allow(dead_code, reason = "it is compiled, and that is the check")]
         fn written(LossScalars { $($field),* }: LossScalars) -> Written {
             Written { $($field),* }

@@ -28,7 +28,7 @@ pub struct EngineOptions {
     pub stream: Option<*mut c_void>,
 }
 
-/// A batch in device memory: addresses, checked but for what they lead to.
+/// A batch in device memory: checked addresses, whose memory cannot be checked.
 #[derive(Debug, Clone, Copy)]
 #[cfg_attr(not(feature = "kernels"), expect(dead_code, reason = "the CPU has no memory of its own"))]
 pub struct DeviceBatch {
@@ -46,7 +46,8 @@ impl DeviceBatch {
     }
 }
 
-/// A backend, and what the C ABI asks of it beyond that. Devices without memory of their own refuse.
+/// A backend, and the operations on device memory that the C ABI needs. Devices without memory of their own
+/// refuse.
 pub trait Engine: Backend {
     /// [`Backend::loss`] on rows in device memory; the gradients go where the batch says,
     /// everything else into `output`.
@@ -64,11 +65,11 @@ pub trait Engine: Backend {
         Err(no_device_memory(&self.name()))
     }
 
-    /// The same issued and not waited for; the scalars go to device memory, and the thresholds come from
-    /// there unless `lambda` is NULL.
+    /// As [`Engine::device_loss`], but issued without waiting. The scalars go to device memory, and the
+    /// thresholds come from there unless `lambda` is NULL.
     ///
     /// # Safety
-    /// As [`Engine::device_loss`], until the device is through.
+    /// As [`Engine::device_loss`], until the device has finished.
     unsafe fn device_enqueue(
         &mut self,
         batch: &DeviceBatch,
@@ -93,8 +94,8 @@ pub trait Engine: Backend {
         Err(no_device_memory(&self.name()))
     }
 
-    /// [`Backend::nearest`] on rows in device memory, of all of them or of those `picked` of the square form,
-    /// see `DeviceBackend::nearest_resident`.
+    /// [`Backend::nearest`] on rows in device memory, all of them or those `picked` from the square form, see
+    /// `DeviceBackend::nearest_resident`.
     ///
     /// # Safety
     /// As [`Engine::device_loss`].
