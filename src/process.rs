@@ -54,8 +54,7 @@ impl<T: Send + Sync> PerProcess<T> {
         }
         let mine = Made::here(make()?);
         match self.current.compare_exchange(found, mine, Ordering::AcqRel, Ordering::Acquire) {
-            // SAFETY: `mine` is from a Box, and only `drop` frees it, which cannot run while `self` is
-            // borrowed.
+            // SAFETY: `mine` is from a Box; only `drop` frees it, which cannot run during this borrow.
             Ok(_) => Ok(&unsafe { &*mine }.value),
             Err(other) => {
                 // SAFETY: no other thread has seen `mine`.

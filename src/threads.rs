@@ -73,8 +73,7 @@ impl Drop for Threads {
         if self.process != std::process::id() {
             return;
         }
-        // SAFETY: neither field is used after this. Dropping the pool ends its threads, so it comes before
-        // the join.
+        // SAFETY: neither field is used after this. Dropping the pool first ends the threads to join.
         unsafe { ManuallyDrop::drop(&mut self.pool) };
         // SAFETY: as above.
         join(unsafe { ManuallyDrop::take(&mut self.handles) });
@@ -126,7 +125,7 @@ pub fn available() -> usize {
     }
 }
 
-/// Runs `work` in a `rayon::in_place_scope` on these threads; without a scope if only the caller is left.
+/// Runs `work` in a `rayon::in_place_scope` on the threads of [`available`]; `None`: only the caller is left.
 pub(crate) fn scope<'scope, R>(work: impl FnOnce(Option<&Scope<'scope>>) -> R) -> R {
     match find() {
         Fallback::Ambient => rayon::in_place_scope(|scope| work(Some(scope))),
@@ -135,7 +134,7 @@ pub(crate) fn scope<'scope, R>(work: impl FnOnce(Option<&Scope<'scope>>) -> R) -
     }
 }
 
-/// Runs `work`, which uses rayon itself, on these threads.
+/// Runs `work`, which uses rayon itself, on the threads of [`available`].
 ///
 /// # Errors
 /// [`Error::Unavailable`] in a forked child that cannot start threads.

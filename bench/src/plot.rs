@@ -11,7 +11,7 @@ const SIZE: (u32, u32) = (960, 400);
 /// The figure as SVG.
 ///
 /// # Errors
-/// What the plotting library says.
+/// The plotting library's message.
 pub fn plot(rows: &[Row]) -> Result<String, String> {
     let time = lines(rows, |row| Some(row.time_ms));
     let memory = lines(rows, |row| row.peak_extra_bytes.map(|bytes| bytes as f64 / 1e6));

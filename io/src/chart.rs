@@ -71,11 +71,11 @@ pub struct Chart<'a> {
     pub lines: &'a [Line],
     /// Values of x at which a thin vertical line stands, with its text.
     pub marks: &'a [(f64, String)],
-    /// Whether names stand within it.
+    /// Whether the lines' names are shown within the chart.
     pub has_legend: bool,
 }
 
-/// What a figure stands on.
+/// Background of a figure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ground {
     /// A file of its own: white, at its full size.
@@ -87,7 +87,7 @@ pub enum Ground {
 /// Charts side by side, `size` pixels in all.
 ///
 /// # Errors
-/// What the plotting library says.
+/// The plotting library's message.
 pub fn svg(charts: &[Chart<'_>], size: (u32, u32), ground: Ground) -> Result<String, String> {
     draw(charts, size, ground).map_err(|error| format!("cannot draw the chart: {error}"))
 }
@@ -281,7 +281,7 @@ pub fn ticks(range: &Range<f64>, most: usize) -> (Vec<f64>, usize) {
     let step = factors.map(|factor| factor * magnitude).into_iter().find(|&step| fits(step)).unwrap_or(span);
     let (first, last) = ((range.start / step).ceil() as i64, (range.end / step).floor() as i64);
     let digits = (-step.log10().floor()).max(0.0) as usize;
-    // Of a product, so that no rounding adds up; none is -0.
+    // By products, so that rounding errors do not add up; adding 0 turns -0 into 0.
     ((first..=last).map(|i| i as f64 * step + 0.0).collect(), digits)
 }
 
@@ -304,7 +304,7 @@ fn log_ticks(range: &Range<f64>) -> Vec<f64> {
     }
 }
 
-/// A number of four digits that matter as short as it can be written: the text at a tick of a logarithmic axis.
+/// The text at a tick of a logarithmic axis: four significant digits, without trailing zeros.
 #[must_use]
 pub fn short_label(value: &f64) -> String {
     format!("{value:.3e}").parse::<f64>().unwrap_or(*value).to_string()

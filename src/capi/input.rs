@@ -319,8 +319,7 @@ impl CheckedRows {
 /// The caller's values; the pointer may be NULL if `length` is 0.
 ///
 /// # Safety
-/// Unless `length` is 0, `first` is aligned and leads to as many values, and nobody writes to them during
-/// `'a`.
+/// Unless `length` is 0, `first` is aligned and leads to as many values, which nobody changes during `'a`.
 pub unsafe fn slice<'a, T>(first: *const T, length: usize) -> &'a [T] {
     // SAFETY: handed on to the caller.
     if length == 0 { &[] } else { unsafe { std::slice::from_raw_parts(first, length) } }

@@ -303,13 +303,13 @@ pub unsafe extern "C" fn ddtas_enqueue_loss(
 }
 
 /// Derivatives by the two loss thresholds of the loss gradient's product with a direction: the sums over all
-/// mined pairs of dG_ij/dlambda * (t_i . e_j + e_i . t_j).
+/// mined pairs of the context's last ddtas_loss of dG_ij/dlambda * (t_i . e_j + e_i . t_j).
 ///
-/// The pairs are those of the context's last ddtas_loss. After ddtas_gradient the sums are the part's share:
-/// along the tangent of its anchors, and of references that are no anchors. `anchors` and `references` must
-/// be those of that call. If the tangent is the motion of the embeddings along the meta gradient, the sums
-/// times minus the learning rate are dL_meta/dlambda of the threshold generator. Rows in device memory need
-/// tangents in device memory, which are not checked for NaN.
+/// After ddtas_gradient the sums are the part's share: along the tangent of its anchors, and of references
+/// that are no anchors. `anchors` and `references` must be those of that call. If the tangent is the motion
+/// of the embeddings along the meta gradient, the sums times minus the learning rate are dL_meta/dlambda of
+/// the threshold generator. Rows in device memory need tangents in device memory, which are not checked for
+/// NaN.
 ///
 /// # Safety
 /// As ddtas_loss.

@@ -120,7 +120,7 @@ pub enum MiningMode {
 pub enum RowCheck {
     /// Every row is checked for NaN, infinity and unit norm.
     Check = 0,
-    /// The caller vouches for the rows. Rows that are not of unit length give a meaningless loss, no worse.
+    /// The caller vouches for the rows. Rows that fail the check give a meaningless loss, no worse.
     Trust = 1,
 }
 
@@ -197,8 +197,7 @@ pub struct Rows {
     pub embeddings: *const c_void,
     /// `count` labels. A row with a negative label takes part in no pair.
     pub labels: *const i64,
-    /// Number of rows: 1 to 2^31 - 1. A part may have no anchors: then 0, and embeddings and labels may be
-    /// NULL.
+    /// Number of rows: 1 to 2^31 - 1; 0 for a part without anchors, whose embeddings and labels may be NULL.
     pub count: usize,
     /// Values of a row: 1 to 2^31 - 1.
     pub dim: usize,
@@ -282,7 +281,7 @@ pub struct Part {
     pub total: usize,
     /// From the sweep on: the number of references that are anchors of some part; these come first. The
     /// arrays `reference_...` below have as many entries. References without an entry, such as those of a
-    /// memory bank, select nothing.
+    /// memory bank, select nothing. At most the number of references.
     pub reference_numbers: usize,
     /// ddtas_sweep: ddtas_loss_result.min_pos of each anchor, over all of its pairs.
     pub min_pos: *const f32,

@@ -250,8 +250,7 @@ impl<'a> Batch<'a> {
     }
 
     /// Some anchors of a batch of `total` anchors against all its references: first the anchors of the whole
-    /// batch, in the same order in every part, then further references if there are any. `anchors` may be
-    /// empty.
+    /// batch, in the same order in every part, then any further references. `anchors` may be empty.
     ///
     /// A part's loss is evaluated in four steps, with an exchange between the parts after each:
     /// [`Backend::same_class`](crate::backend::Backend::same_class) and the three after it.

@@ -1,6 +1,6 @@
 //! The float64 reference for rows that are float64 already; no backend takes such rows.
 //!
-//! For checks by central differences, which rounding the rows to float32 would drown.
+//! For checks by central differences, which float32 rows would hide by their rounding.
 
 use ndarray::{Array2, ArrayView2};
 

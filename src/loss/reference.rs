@@ -104,8 +104,7 @@ pub fn reference_threshold_gradient(
 }
 
 /// The sums of the absolute values of all terms of [`reference_threshold_gradient`], down to the products of
-/// single entries. Rounding errors are proportional to these sums, not to the result, whose terms have both
-/// signs.
+/// single entries. Rounding errors are proportional to these, since the terms have both signs.
 ///
 /// # Errors
 /// As [`reference_threshold_gradient`].

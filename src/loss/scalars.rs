@@ -1,5 +1,4 @@
-//! The scalars of a loss, as the kernels write them and the C ABI returns them. cbindgen copies the comments
-//! into `ddtas.h`.
+//! The scalars of a loss for kernels and C ABI. cbindgen copies the comments into `ddtas.h`.
 
 use super::{LossOutput, Reference};
 

@@ -88,9 +88,8 @@ impl Similarities {
         })
     }
 
-    /// The similarity from which anchor i and reference j of the same class are exact duplicates. It is
-    /// relative to the longer row: a half-precision row, whose norm is not exactly 1, must be a duplicate of
-    /// itself.
+    /// The similarity from which anchor i and reference j of the same class are exact duplicates. Relative to
+    /// the longer row, so that a half-precision row, of norm not quite 1, duplicates itself.
     #[must_use]
     pub fn duplicate_bound(&self, i: usize, j: usize) -> f64 {
         DUPLICATE * self.anchor_squares[i].max(self.reference_squares[j])

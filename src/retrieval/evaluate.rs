@@ -1,9 +1,8 @@
 //! Recall@K, R-precision and MAP@R of a whole test set.
 //!
 //! R-precision and MAP@R as defined by Musgrave, Belongie and Lim, "A Metric Learning Reality Check" (ECCV
-//! 2020): for a query with R answers, which are the other rows of its class, the share of answers among its R
-//! nearest, and the mean over ranks 1 to R of the precision at each rank that holds an answer (0 at the
-//! others).
+//! 2020): for a query with R answers (others of its class), the share of answers among its R nearest, and the
+//! mean over ranks 1 to R of the precision at each rank that holds an answer (0 at the others).
 //!
 //! Queries are searched in turns of bounded size, those with few answers first, so that memory beside the
 //! embeddings is O(Q): a large class makes only the lists of its own queries long.
@@ -228,8 +227,7 @@ pub(super) fn answerable(answers: &[u32]) -> Vec<u32> {
 }
 
 impl Judged {
-    /// Metrics of a query with `answers` answers, at least 1, whose `list` says whether each rank holds an
-    /// answer.
+    /// Metrics of a query with `answers` answers, at least 1; `list`: whether each rank holds one.
     fn new(query: usize, list: impl Iterator<Item = bool>, answers: usize) -> Self {
         let (mut first, mut found, mut precisions) = (None, 0, 0.0);
         for (rank, right) in list.enumerate() {

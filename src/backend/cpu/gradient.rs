@@ -1,5 +1,4 @@
-//! What one tile adds to the gradient of its owner, the block of rows or columns whose gradient is summed:
-//! its weights times the rows of the other side.
+//! What one tile adds to the gradient of its owner, one of its two blocks: weights times the other's rows.
 //!
 //! Weights are applied as lists of pairs or, where the tile is dense, as a matrix product. Both give the same
 //! bits: the choice depends on the owner's rows, and in a part of a batch the owner has other rows.
@@ -51,7 +50,7 @@ fn stride(dim: usize) -> usize {
     (dim.div_ceil(GROUP) | 1) * GROUP
 }
 
-// A tile's product has one chain a sum, so zero weights change no bit.
+// A tile's product has one chain per sum, so zero weights change no bit.
 const _: () = assert!(MAX_BLOCK <= DEPTH);
 
 /// Room in the list of a row: lists are written 16 entries at a time.

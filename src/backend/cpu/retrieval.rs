@@ -21,8 +21,8 @@ use crate::Result;
 use crate::backend::{Nearest, PreparedGallery};
 use crate::loss::{Embeddings, Rows, check_unit, validate_dims, validate_rows};
 
-/// Most queries of a group. They share the packing of each block of references; their panels take 1.5 MB at D
-/// = 512 and are read once per block.
+/// Most queries of a group. They share the packing of each block of references; their panels are read once
+/// per block and take 1.5 MB at D = 512.
 const MOST_QUERIES: usize = 768;
 
 /// Bytes of a group's lists; longer lists mean smaller groups.
@@ -96,8 +96,7 @@ fn find(
 struct Plan {
     itself: bool,
     k: usize,
-    /// Entries of a list: at least twice `k`, so that cutting it back is rare, but no more than the
-    /// references.
+    /// Entries of a list: over twice `k`, so that cuts are rare, or the number of references if smaller.
     capacity: usize,
     /// Queries of a group.
     group: usize,
@@ -213,8 +212,7 @@ struct Lists {
     bounds: Vec<f32>,
 }
 
-/// Packs similarity and index into one word. Words ascend by falling similarity, among equals by rising
-/// index.
+/// Similarity and index in one word. Words ascend by falling similarity, among equals by rising index.
 fn hit(similarity: f32, index: u32) -> u64 {
     let bits = similarity.to_bits();
     // As integers, negative floats descend.

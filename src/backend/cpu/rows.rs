@@ -151,8 +151,7 @@ pub struct Side<'a> {
     pub sum: &'a [f64],
     /// Sum of their squares.
     pub square_sum: f64,
-    /// Duplicate bounds by position (SPEC 1): a pair of one class that reaches those of both its rows is a
-    /// duplicate.
+    /// Bounds by position: a pair of one class that reaches those of both rows is a duplicate (SPEC 1).
     pub duplicate: &'a [f32],
 }
 
@@ -197,8 +196,7 @@ impl<'a> Side<'a> {
         &buffer[..rows * stride]
     }
 
-    /// Where the kept panels of a block begin. Every block but the last has the room of a full one, so no
-    /// table is needed.
+    /// Where the kept panels of a block begin. Blocks before the last have room for a full one.
     fn offset(&self, block: usize) -> usize {
         block * self.order.block_rows.div_ceil(GROUP) * self.dim * GROUP
     }

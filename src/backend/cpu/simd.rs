@@ -238,8 +238,7 @@ pub trait Work {
     /// What it returns.
     type Output;
 
-    /// Runs the work. Must be `#[inline(always)]`, like everything it calls, to be compiled for the
-    /// instruction set.
+    /// Runs the work. This and all it calls must be `#[inline(always)]`, to use the instruction set.
     fn run<S: Lanes>(self, simd: S) -> Self::Output;
 }
 

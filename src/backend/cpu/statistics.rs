@@ -185,8 +185,8 @@ impl Statistics {
         }
     }
 
-    /// Sets the sweep's bounds from m+: the probe's, and for candidates the lower of the probe's and the
-    /// initial one.
+    /// Sets the sweep's bounds from m+: the probe's, and the candidates', the lower of it and the initial
+    /// one.
     pub fn set_bounds(&mut self, settings: &LossSettings) {
         let fill = |bounds: &mut Vec<f32>, min_pos: &[f32], tolerance: f64| {
             bounds.clear();
@@ -207,8 +207,7 @@ impl Statistics {
     }
 
     /// Number of ordered negative pairs, and mean similarity of all positives and of all negatives. The sum
-    /// over all pairs has a closed form: summed over i and j, e_i . e_j is the product of the sums of e_i and
-    /// of e_j.
+    /// of e_i . e_j over all pairs is the product of the sums of e_i and of e_j.
     pub fn means(&self, pairs: &Pairs<'_>) -> (u64, f64, f64) {
         let all: f64 = pairs.rows.sum.iter().zip(pairs.columns.sum).map(|(a, b)| a * b).sum();
         let (rows, columns) = (pairs.rows.order.rows.len() as u64, pairs.columns.order.rows.len() as u64);

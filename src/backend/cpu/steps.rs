@@ -189,7 +189,7 @@ impl CpuBackend {
         let remembered = remembered.ok_or(Error::OutOfOrder(NO_LOSS))?;
         remembered.size.is_of_last(BatchSize::of(batch))?;
         remembered.size.check_tangent(TangentOf::Anchors, &tangent)?;
-        // In the square form both sides move alike.
+        // In the square form the anchors' tangent is that of both sides.
         let reference_tangent = reference_tangent.filter(|_| !batch.is_square());
         if let Some(tangent) = &reference_tangent {
             remembered.size.check_tangent(TangentOf::References, tangent)?;

@@ -189,8 +189,7 @@ struct Columns {
 }
 
 impl Columns {
-    /// The columns `range` of the other side; a bound that is not given is infinite, so that nothing exceeds
-    /// it.
+    /// The columns `range` of the other side; missing bounds are infinite, so that nothing exceeds them.
     #[inline(always)]
     fn new(
         range: std::ops::Range<usize>,
@@ -396,8 +395,7 @@ impl<'a> Candidates<'a> {
         row
     }
 
-    /// Calls `visit` for each of the next row's groups that has candidates, with number, bits and values in
-    /// their lanes.
+    /// As [`next_groups`](Self::next_groups), with the group's values in their lanes.
     #[inline(always)]
     pub fn next_lines<S: Lanes>(&mut self, simd: S, mut visit: impl FnMut(usize, u16, [f32; GROUP])) {
         let values = self.values;

@@ -1,5 +1,4 @@
-//! Rows of any length: scaled to unit length before the passes; after them the gradients with respect to the
-//! unit rows are turned into those with respect to the rows as given.
+//! Rows of any length: scaled to unit length before the passes, and gradients turned back after them.
 //!
 //! With u = x / |x|, dL/dx = (g - (g . u) u) / |x| for g = dL/du. Half-precision rows are normalised in
 //! single precision and rounded once; the backward pass takes u unrounded.

@@ -82,8 +82,7 @@ impl Walk<'_> {
                 let Scratch { tile: tile_scratch, gradient: scratch, .. } = scratch;
                 tiles.with_weights(known, kind, index, tile_scratch, |candidates, weighed| {
                     let selected = weighed.pairs;
-                    // In the square form a tile is visited for its rows and for its columns, but counted
-                    // once.
+                    // In the square form a tile is visited for its rows and its columns; count it once.
                     if part.first == 0 && (owner_columns || !pairs.square) {
                         answer.totals.add(&weighed.totals);
                     }

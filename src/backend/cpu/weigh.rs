@@ -8,7 +8,7 @@ use super::shares::{Share, ShareRun, Weights};
 use super::simd::{GROUP, Lanes, Work, padded};
 use super::tile::Candidates;
 
-/// Which function of the similarity weighs a pair.
+/// The derivative that a pair's weight stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// G: the gradient.
@@ -188,8 +188,7 @@ fn weigh_vectors<S: Lanes, const N: usize>(
     let zero = splat(0.0);
     let count = out.len();
     let lanes = |n: usize| n * S::F32_LANES..count.min((n + 1) * S::F32_LANES);
-    // Positives are selected below their bound and get negative weights, negatives above it and positive
-    // ones.
+    // Positives below their bound are selected and weigh less than 0, negatives above it more than 0.
     let beyond = |s, bound| {
         if positive { simd.greater_than_f32s(bound, s) } else { simd.greater_than_f32s(s, bound) }
     };
@@ -209,8 +208,7 @@ fn weigh_vectors<S: Lanes, const N: usize>(
     let (sigmoid, softplus) = logistic(simd, x);
     let mut complement = sigmoid;
     if kind != Kind::Gradient {
-        // 1 - sigmoid(x) = sigmoid(-x): as a difference it would have no digits left where the sigmoid is
-        // nearly 1.
+        // 1 - sigmoid(x), as sigmoid(-x): the difference would cancel where the sigmoid is nearly 1.
         for x in &mut x {
             *x = simd.sub_f32s(zero, *x);
         }

@@ -16,7 +16,7 @@ use crate::{Error, Result};
 /// Fields are dropped in this order: the stream waits for the kernels before their module is unloaded.
 pub struct CudaDevice {
     pub(super) stream: Stream,
-    /// Recorded behind the work that was issued last, see [`mark`](Self::mark).
+    /// Recorded behind the work that was issued last, see [`CudaDevice::mark`].
     pub(super) issued: Event,
     module: Module,
     context: Primary,
@@ -86,8 +86,7 @@ impl CudaDevice {
         Ok(Self { stream, issued, module, context, properties, major, traced })
     }
 
-    /// Makes the context current in the calling thread until the result is dropped, which restores the
-    /// caller's.
+    /// Makes the context current in this thread until the result, which restores the caller's, is dropped.
     pub(super) fn enter(&self) -> Result<CallersContext> {
         self.context.enter()
     }

@@ -23,9 +23,8 @@ pub struct Options {
     /// Bytes for the candidates of all tiles; tiles that do not fit are recomputed. Default
     /// [`Options::SHARE_OF_FREE`].
     pub budget: usize,
-    /// Whether f32 rows are multiplied with TF32's precision: rounded to f16, which has 11 significant bits
-    /// (entries below 6e-5 have an absolute error of up to 3e-8), with products summed in f32. Default false:
-    /// f32's own precision.
+    /// Whether f32 rows are multiplied with TF32's precision: rounded to f16's 11 significant bits (entries
+    /// below 6e-5 to an absolute 3e-8), products summed in f32. Default false: f32's precision.
     pub tf32: bool,
 }
 

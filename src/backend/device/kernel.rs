@@ -50,8 +50,7 @@ pub enum Kernel {
     SelectRecomputed(Precision),
     /// The same on Hopper's warpgroup products.
     SelectRecomputedHopper(Precision),
-    /// weigh.cu: row weights, loss, results in original order, lists or tiles for the gradient of each row
-    /// tile.
+    /// weigh.cu: row weights, loss, results in original order, lists or tiles for each row tile's gradient.
     Weigh,
     /// gradient.cu: the gradient of one side.
     Gradient(Precision),

@@ -108,9 +108,9 @@ pub(super) struct LossLayout {
 impl LossLayout {
     /// The workspace as a function of the shape, the budget for candidates and the GPU.
     ///
-    /// In the square form B anchors of D dimensions take about `B D e + B D' (e + 4 s) + 4 B D + 164 B + 8
-    /// tiles` bytes and the budget, with stride D', elements of e bytes (prepared rows of rounded f32 have 2)
-    /// and s splits (0 if there is one, which writes the gradient itself).
+    /// In the square form B anchors of D dimensions take the budget and about
+    /// `B D e + B D' (e + 4 s) + 4 B D + 164 B + 8 tiles` bytes: stride D', elements of e bytes (2 in
+    /// prepared rows of rounded f32), s splits (0 if there is one, which writes the gradient itself).
     ///
     /// `resident`: input and gradients stay in the caller's memory and have no regions.
     pub(super) fn new(shape: &Shape, budget: usize, gpu: DeviceProperties, resident: bool) -> Self {

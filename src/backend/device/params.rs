@@ -39,8 +39,7 @@ kernel_parameters!(
 impl Counters {
     /// Reads the struct from the bytes that a kernel wrote.
     pub(super) fn from_words(words: &[u64; size_of::<Self>() / 8]) -> Self {
-        // SAFETY: `words` has the size and alignment of `Self`, and every bit pattern is a value of its
-        // numbers.
+        // SAFETY: `words` has the size and alignment of `Self`, whose numbers may have any bits.
         unsafe { words.as_ptr().cast::<Self>().read() }
     }
 }

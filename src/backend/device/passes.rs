@@ -1,5 +1,5 @@
 //! The kernels of each pass, in order: class order (order.rs), same-class, sweep, selection, weights,
-//! gradient; what goes in and out between them (steps.rs); the threshold's walk (threshold.rs).
+//! gradient; the exchange of numbers (steps.rs); the threshold gradient's walk (threshold.rs).
 //!
 //! Every decision on the way (adaptation, lists or tiles) is taken on the device.
 

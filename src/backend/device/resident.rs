@@ -192,8 +192,7 @@ impl<D: Device> DeviceBackend<D> {
     }
 
     /// [`Backend::threshold_gradient`](crate::backend::Backend::threshold_gradient) with f32 tangents in
-    /// device memory, `[B, D]` and `[N, D]`; an address of 0 for the references means a tangent of zero. NaN
-    /// is not checked for.
+    /// device memory, `[B, D]` and `[N, D]`; address 0 for the references means zero. NaN is not checked for.
     ///
     /// # Errors
     /// As [`Backend::threshold_gradient`](crate::backend::Backend::threshold_gradient), and
@@ -210,7 +209,7 @@ impl<D: Device> DeviceBackend<D> {
         if tangents[1] != 0 {
             aligned("reference tangent", tangents[1], 4)?;
         }
-        // In the square form both sides move alike.
+        // In the square form the anchors' tangent is that of both sides.
         let tangents = [tangents[0], if batch.references.is_some() { tangents[1] } else { 0 }];
         self.sum_threshold(batch.shape(self.options.tf32), true, |_, _, _| Ok(tangents))
     }
@@ -269,7 +268,7 @@ impl<D: Device> DeviceBackend<D> {
             return Err(Error::OutOfMemory { what: "labels", bytes });
         }
         labels.resize(rows.count, 0);
-        // SAFETY: required of the caller.
+        // SAFETY: handed on to the caller.
         unsafe { self.device.download_from(rows.labels, cast_slice_mut(&mut labels)) }?;
         Ok(labels)
     }

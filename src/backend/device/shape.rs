@@ -102,8 +102,7 @@ impl Shape {
     }
 
     /// Refuses sizes that the kernels cannot count: they index rows, and the bytes of a tile's rows, with 32
-    /// bits, and a launch has at most 2^31 - 1 blocks. Comes before all other arithmetic on a shape, which
-    /// may overflow.
+    /// bits, and a launch has at most 2^31 - 1 blocks. Comes before other arithmetic, which may overflow.
     pub fn check(&self) -> Result<()> {
         let counts = [self.anchors, self.reference_count()];
         let counted = counts.iter().all(|&count| count <= (1 << 31) - TILE as usize);
@@ -139,15 +138,13 @@ impl Shape {
         1 << columns.ilog2()
     }
 
-    /// Blocks that weigh: one for each row tile of the anchors or, if references are weighed too, of the
-    /// larger side.
+    /// Blocks that weigh: one per row tile of the anchors or, if references are weighed, of the larger side.
     pub fn weigh_blocks(&self) -> usize {
         let both = self.numbers || self.reference_gradient;
         tiles(if both { self.anchors.max(self.reference_count()) } else { self.anchors })
     }
 
-    /// The type of M's elements that `weigh` writes in place of candidates' words, with a block for each tile
-    /// of S; or [`WEIGH_NO_WORDS`].
+    /// Type of the elements of M that `weigh` writes in place of words, or [`WEIGH_NO_WORDS`].
     pub fn finished_words(&self) -> u32 {
         match self.precision {
             Precision::F32 => WEIGH_NO_WORDS,

@@ -65,7 +65,7 @@ impl<D: Device> DeviceBackend<D> {
         {
             return Ok(ThresholdGradient::default());
         }
-        // In the square form both sides move alike.
+        // In the square form the anchors' tangent is that of both sides.
         let reference_tangent = if batch.is_square() { None } else { reference_tangent };
         self.sum_threshold(shape, false, |device, buffer, regions| {
             let mut addresses = [0; 2];
@@ -81,9 +81,8 @@ impl<D: Device> DeviceBackend<D> {
         })
     }
 
-    /// Computes the sums, with tangents at the addresses that `place` returns (0 for a reference tangent of
-    /// zero, or in the square form). Unless they are `resident`, `place` copies them into the regions it is
-    /// given.
+    /// Computes the sums. `place` returns the tangents' addresses (0 for a reference tangent of zero, or in
+    /// the square form); unless they are `resident`, it first copies them into the regions it is given.
     pub(super) fn sum_threshold(
         &mut self,
         shape: Shape,

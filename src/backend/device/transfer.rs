@@ -1,5 +1,4 @@
-//! What goes to the device and comes back: rows, labels and identity; scalars, results of the anchors,
-//! gradients.
+//! Copies to the device (rows, labels, identity) and back (scalars, results of the anchors, gradients).
 
 use bytemuck::{Pod, cast_slice, cast_slice_mut};
 use ndarray::Array2;
@@ -37,7 +36,7 @@ pub(super) struct Input {
 /// How kernels learn which reference is an anchor.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct IdentityAt {
-    /// Reference `first + i` is anchor i; or the address of `first`.
+    /// Reference `first + i` is anchor i; `first_at`, if not 0, is the address of `first`.
     pub(super) first: u64,
     pub(super) first_at: u64,
     /// The address of a list, which takes precedence over both; or 0.

@@ -46,8 +46,7 @@ impl DeviceBatch {
     }
 }
 
-/// A backend, and the operations on device memory that the C ABI needs. Devices without memory of their own
-/// refuse.
+/// A backend with the calls on device memory that the C ABI needs, which the CPU refuses.
 pub trait Engine: Backend {
     /// [`Backend::loss`] on rows in device memory; the gradients go where the batch says,
     /// everything else into `output`.
