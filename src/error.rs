@@ -3,7 +3,7 @@
 //! Variants differ by what the caller can do about the error, and carry the values (row, length, setting)
 //! that its message needs.
 
-/// What can go wrong in ddtas. Every message is one line.
+/// An error of ddtas. Every message is one line.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {

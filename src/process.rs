@@ -1,4 +1,4 @@
-//! What a forked child must not share with its parent.
+//! Values that a forked child must not share with its parent.
 //!
 //! A child has a copy of every object and none of the parent's other threads: a thread pool has no threads
 //! left, a lock that another thread held is never released, and the data it guards may be half-written.

@@ -28,7 +28,7 @@ const MOST_NOISE: f64 = 16.0;
 /// Largest relative error of the sample's share.
 const CLOSE: f64 = 0.1;
 
-/// What is measured: anchors, references of their own or none, and the settings they are mined with.
+/// A batch to measure: anchors, references of their own or none, and the settings they are mined with.
 #[derive(Debug, Clone)]
 pub struct Embeddings {
     /// The rows of the batch.
@@ -85,7 +85,7 @@ impl Embeddings {
     }
 }
 
-/// What a generator draws; each purpose has random streams of its own.
+/// The kinds of rows that are drawn; each has random streams of its own.
 #[derive(Clone, Copy)]
 enum Purpose {
     Centre,

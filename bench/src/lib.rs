@@ -1,4 +1,4 @@
-//! How fast a backend evaluates the loss, and in how much memory: `ddtas-bench throughput`.
+//! Time and memory of a backend's loss: `ddtas-bench throughput`.
 //!
 //! | file | what |
 //! | --- | --- |

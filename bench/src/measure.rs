@@ -26,7 +26,7 @@ const MOST: usize = 10_000;
 /// Rows of S the floor computes at a time. All of S at once would exceed the cache and be slower.
 const STRIPE: usize = 256;
 
-/// What was measured of one batch. Field names are those of `--json`.
+/// The measurement of one batch. Field names are those of `--json`.
 #[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
 pub struct Row {
     /// Rows of the batch, B.

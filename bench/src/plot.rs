@@ -53,7 +53,7 @@ fn panel<'a>(title: &'a str, lines: &'a [Line]) -> Chart<'a> {
     }
 }
 
-/// From below the least to above the most; a single value has room on both sides.
+/// A range that holds all values with room on both sides.
 fn range(values: impl Iterator<Item = f64>) -> Range<f64> {
     let (low, high) =
         values.fold((f64::MAX, f64::MIN), |(low, high), value| (low.min(value), high.max(value)));

@@ -53,7 +53,7 @@ impl Answer {
     /// rows that were summed the other way.
     ///
     /// # Errors
-    /// What differs.
+    /// The first difference.
     pub fn same_bits(&self, other: &Self) -> std::result::Result<(), String> {
         let (a, b) = (&self.output, &other.output);
         let scalars = |o: &LossOutput| {
@@ -98,7 +98,7 @@ impl Answer {
     /// Compares its counts with those of other kernels, whose similarities may differ in the last bit.
     ///
     /// # Errors
-    /// What differs by more than that explains.
+    /// A message if the counts differ by more than that explains.
     pub fn same_counts(&self, other: &Self) -> std::result::Result<(), String> {
         let (a, b) = (&self.output, &other.output);
         for (name, a, b) in

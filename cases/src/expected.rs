@@ -170,7 +170,7 @@ fn largest(m: &Array2<f64>) -> f64 {
     worst(m.iter().map(|value| value.abs()))
 }
 
-/// How far an answer is from the expected one. Relative to the largest entry of each quantity.
+/// Errors of a result against the expected one, relative to the largest entry of each quantity.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct Report {
     /// Relative error of the loss.

@@ -51,7 +51,7 @@ struct Recipe {
     /// Anchors, and references where the form is rectangular.
     rows: usize,
     references: Option<usize>,
-    /// Anchors that stand among the references too, from the first on.
+    /// Number of anchors, from the first on, that are references too.
     shared: usize,
     dim: usize,
     /// Noise around a class's centre; 0 makes exact duplicates.

@@ -30,16 +30,16 @@ const TITLE: u32 = 18;
 /// Height of the text of a mark.
 const MARK: i32 = 14;
 
-/// plotters writes fixed colours; these two stand for the page's own and are replaced afterwards.
+/// plotters writes fixed colours: these two are placeholders for the page's own, and replaced afterwards.
 const INK: RGBColor = RGBColor(1, 2, 3);
 const GRID: RGBColor = RGBColor(4, 5, 6);
 
 /// A line of a chart.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Line {
-    /// What the legend says.
+    /// Name in the legend.
     pub name: String,
-    /// In order of x.
+    /// Points (x, y) in order of x.
     pub points: Vec<(f64, f64)>,
     /// Drawn faint, with a running mean over it ([`window`]).
     pub is_noisy: bool,
@@ -49,7 +49,7 @@ pub struct Line {
 
 /// An axis.
 pub struct Axis<'a> {
-    /// From its first to its last value; above 0 where it is logarithmic.
+    /// First and last value; above 0 if the axis is logarithmic.
     pub range: Range<f64>,
     /// Whether equal steps are equal factors.
     pub is_logarithmic: bool,
@@ -69,7 +69,7 @@ pub struct Chart<'a> {
     pub y: Axis<'a>,
     /// The lines, in order of their colours.
     pub lines: &'a [Line],
-    /// Values of x at which a thin vertical line stands, with its text.
+    /// Values of x that are marked by a thin vertical line, each with its text.
     pub marks: &'a [(f64, String)],
     /// Whether the lines' names are shown within the chart.
     pub has_legend: bool,
@@ -126,7 +126,7 @@ fn draw(charts: &[Chart<'_>], size: (u32, u32), ground: Ground) -> Result<String
 
 fn panel<'a>(area: &Area<'a>, chart: &Chart<'_>) -> Result<(), Failure> {
     let mut builder = ChartBuilder::on(area);
-    // The marks' text stands above the chart, a line each.
+    // The marks' texts are above the chart, one line each.
     builder
         .margin_top(8 + MARK * chart.marks.len() as i32)
         .margin_right(14)

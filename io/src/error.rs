@@ -38,7 +38,7 @@ pub enum Error {
         name: &'static str,
         /// The value given; empty if there is none.
         value: String,
-        /// What it needs, or what is to be given instead.
+        /// What the flag needs, or the value to give instead.
         reason: Cow<'static, str>,
     },
     /// A file does not hold what was expected.

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::{Error, Result};
 
-/// How the names of temporary files begin and end.
+/// Beginning and end of the names of temporary files.
 const PARTIAL: [&str; 2] = [".ddtas-", ".partial"];
 
 /// Most symbolic links that are followed, as many as Linux follows.

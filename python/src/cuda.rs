@@ -260,7 +260,7 @@ impl CudaContext {
         Ok((sums.pos, sums.neg))
     }
 
-    /// As `Context.judge`, on rows in the host's memory that go to the GPU in turns.
+    /// As `Context.judge`, on rows in the host's memory that are copied to the GPU in turns.
     #[pyo3(signature = (place, queries, labels, gallery, gallery_labels, identity, ks))]
     #[allow(clippy::too_many_arguments)]
     fn judge<'py>(

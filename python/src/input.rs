@@ -36,9 +36,9 @@ enum Owner<'py> {
 
 /// A matrix as the library takes it.
 pub enum View<'a> {
-    /// What the backends take.
+    /// A type that the backends take.
     Single(Embeddings<'a>),
-    /// What the scalar reference takes.
+    /// The type that the scalar reference takes.
     Double(ArrayView2<'a, f64>),
 }
 

@@ -1,6 +1,6 @@
 //! `ddtas._ddtas`: the library behind the Python package `ddtas`.
 //!
-//! | file | what it knows |
+//! | file | content |
 //! | --- | --- |
 //! | `input.rs` | matrices and labels where Python keeps them: NumPy arrays, DLPack tensors |
 //! | `settings.rs` | `ddtas.Settings` as the library's settings |

@@ -1,4 +1,4 @@
-//! What a loss returns, as NumPy arrays that own the library's memory.
+//! The result of a loss, as NumPy arrays that own the library's memory.
 
 use ddtas::loss::{self, LossScalars, Reference};
 use ndarray::{Array, Dimension};

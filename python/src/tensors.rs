@@ -34,7 +34,7 @@ const STATISTICS: usize = COMPUTED + 2;
 /// Number of statistics that a loss computes; the others are counts of labels.
 pub const COMPUTED: usize = 13;
 
-/// The label that a memory gives a row which is not finite: `ddtas/torch/engine.py` names it, too.
+/// The label that a memory gives a row that is not finite, as in `ddtas/torch/engine.py`.
 const NOT_FINITE: i64 = i64::MIN + 1;
 
 /// The code of float64, which the scalar reference takes.
@@ -46,7 +46,7 @@ pub fn element_type(code: u8) -> Option<ElementType> {
 }
 
 /// # Safety
-/// `count * dim` elements of `T` lie there, initialised and aligned, and stay as they are for `'a`.
+/// The address has `count * dim` elements of `T`, initialised and aligned, which do not change during `'a`.
 unsafe fn view<'a, T>((address, _, count, dim, _): Place) -> PyResult<ArrayView2<'a, T>> {
     // SAFETY: the caller's promise.
     let values = unsafe { slice(address, count * dim) }?;

@@ -33,7 +33,7 @@ pub struct Context {
     workspace: PerProcess<Workspace>,
 }
 
-/// What one process computes with.
+/// The backend and threads of one process.
 struct Workspace {
     backend: Mutex<CpuBackend>,
     pool: Option<Threads>,

@@ -182,7 +182,7 @@ impl<B: Backend + ?Sized> PreparedGallery for Unprepared<'_, '_, B> {
 
 /// Most similar references of each query, most similar first.
 ///
-/// Where there are fewer than `k` references, the rest of a row is [`Nearest::NONE`] and `-inf`.
+/// With fewer than `k` references the rest of a row is [`Nearest::NONE`] and `-inf`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Nearest {
     /// Indices of references, `[Q, k]`.

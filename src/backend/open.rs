@@ -1,4 +1,4 @@
-//! Opening a backend by name: the one place that knows which exist in this build.
+//! Opening a backend by name: the only code that depends on which backends this build has.
 
 use std::fmt;
 use std::str::FromStr;

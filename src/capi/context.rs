@@ -38,7 +38,7 @@ pub struct Made {
     message: Mutex<String>,
 }
 
-/// What a call works with. Fields are borrowed separately.
+/// Engine and buffers of a call. Fields are borrowed separately.
 pub struct State {
     /// The threads of a CPU context, which are its own and no other's.
     pool: Option<Threads>,

@@ -18,7 +18,7 @@ impl Failure {
         Self { status, message: message.into() }
     }
 
-    /// From what `catch_unwind` caught.
+    /// The failure for a panic that `catch_unwind` caught.
     pub fn from_panic(panic: &(dyn std::any::Any + Send)) -> Self {
         let text = panic
             .downcast_ref::<String>()

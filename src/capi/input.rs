@@ -345,7 +345,7 @@ pub unsafe fn batch<'a>(
     Ok(loss::Batch::rectangular(rows, against).with_identity(identity))
 }
 
-/// Where strided rows are gathered; kept from call to call.
+/// Buffers that strided rows are gathered in, kept from call to call.
 #[derive(Debug, Default)]
 pub struct RowBuffer {
     f32: Vec<f32>,

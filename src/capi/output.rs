@@ -1,4 +1,4 @@
-//! From Rust to C: where results go, and writing them there.
+//! From Rust to C: the caller's memory for results, and writing them there.
 
 use super::failure::{Failure, Outcome};
 use super::input::{CheckedRows, Extent, check_typed, read, write_back};

@@ -158,7 +158,7 @@ impl<'a> Rows<'a> {
         Self { embeddings: embeddings.into(), labels }
     }
 
-    /// The same rows for as long as `self` is borrowed.
+    /// Reborrows the rows.
     #[must_use]
     pub fn view(&self) -> Rows<'_> {
         Rows { embeddings: self.embeddings.view(), labels: self.labels }

@@ -1,4 +1,4 @@
-//! What a loss evaluation returns.
+//! The results of a loss evaluation.
 
 use ndarray::Array2;
 

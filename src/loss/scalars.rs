@@ -2,8 +2,8 @@
 
 use super::{LossOutput, Reference};
 
-/// What ddtas_enqueue_loss writes, in device memory, aligned to 8 bytes. It has no struct_size and never
-/// grows: 120 bytes in every version of the interface.
+/// The scalars that ddtas_enqueue_loss writes to device memory, aligned to 8 bytes. The struct has no
+/// struct_size and never grows: 120 bytes in every version of the interface.
 #[derive(Debug, Clone, Copy, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C)]
 pub struct LossScalars {

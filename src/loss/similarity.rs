@@ -56,7 +56,7 @@ impl Similarities {
         Self { itself, ..self }
     }
 
-    /// The same similarities with the references as anchors.
+    /// The transposed similarities, with the references as anchors.
     pub(super) fn turned(&self) -> Self {
         let mut itself = vec![None; self.reference_labels.len()];
         for (i, reference) in self.itself.iter().enumerate() {

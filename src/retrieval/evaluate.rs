@@ -15,11 +15,11 @@ use crate::Result;
 use crate::backend::{Backend, Nearest, PreparedGallery};
 use crate::loss::{Identity, Rows, validate_identity, validate_rows};
 
-/// What one turn has room for.
+/// Most entries and queries of one turn.
 pub(super) struct Room {
     /// Entries of all lists, of 8 bytes each.
     pub(super) entries: usize,
-    /// Queries, whose rows are copied.
+    /// Queries; their rows are copied.
     pub(super) queries: usize,
 }
 

@@ -23,7 +23,7 @@ const TURN: usize = 1 << 13;
 /// Squared length of the centres' rows before scaling: fits a centre of norm 1.001, which a row may have.
 const SQUARE: f64 = 1.26;
 
-/// How many clusters, and when to stop.
+/// Settings of k-means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KMeansSettings {
     /// Clusters, 1 to the number of rows.

@@ -8,7 +8,7 @@ use ndarray::{Array2, Axis};
 use crate::Error;
 use crate::loss::{Embeddings, Rows};
 
-/// How many answers each query has, 0 if it is ignored; by the labels of the queries and of the gallery.
+/// Number of answers of each query, 0 if it is ignored, by the labels of the queries and of the gallery.
 pub(super) fn answers(queries: &[i64], gallery: Option<&[i64]>) -> Vec<u32> {
     let mut sizes = HashMap::<i64, u32>::new();
     for label in gallery.unwrap_or(queries) {

@@ -125,7 +125,7 @@ pub struct AddTile<'a, 'b> {
     pub tile: (usize, usize),
     /// The tile's candidates, with weights for values.
     pub candidates: Candidates<'b>,
-    /// How many weights are not zero.
+    /// Number of weights that are not zero.
     pub selected: usize,
     /// Whether the owner is the block of rows, the block of columns or, on the diagonal, both.
     pub owner_rows: bool,

@@ -130,7 +130,7 @@ pub struct SideBuffers {
     direct: Buffer,
     /// Product of every row with itself, by position, with the bits that S has there.
     squares: Vec<f32>,
-    /// From which similarity a positive of each row may be a duplicate, by position.
+    /// Similarity from which a positive of each row may be a duplicate, by position.
     duplicate: Vec<f32>,
     /// Sums of the rows of each block, `[blocks, D]`, and of all rows that take part in pairs.
     block_sums: Vec<f64>,

@@ -13,7 +13,7 @@ pub trait Lanes: Simd {
     /// Transposes: `out[k][l] = rows[l][k]`.
     fn transpose(self, rows: [[f32; 8]; 8]) -> [[f32; 8]; 8];
 
-    /// Writes the values whose mask bit is set to the front of `out`; what lies behind them is unspecified.
+    /// Writes the values whose mask bit is set to the front of `out`; the rest of `out` is unspecified.
     fn compress(self, values: &[u32; GROUP], mask: u16, out: &mut [u32; GROUP]);
 
     /// Bit l is set where value l of `a` exceeds that of `b`.
@@ -235,7 +235,7 @@ impl Lanes for pulp::x86::V4 {
 
 /// Code that runs on any [`Lanes`].
 pub trait Work {
-    /// What it returns.
+    /// The result of [`run`](Self::run).
     type Output;
 
     /// Runs the work. This and all it calls must be `#[inline(always)]`, to use the instruction set.

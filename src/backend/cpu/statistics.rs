@@ -64,7 +64,7 @@ impl TileSameClass {
     }
 }
 
-/// What one thread has found in a pass, by position of the row.
+/// The statistics that one thread gathers in a pass, by position of the row.
 #[derive(Debug, Default)]
 pub struct Gathered {
     /// Smallest similarity to a positive, or largest to a negative.
@@ -125,7 +125,7 @@ pub struct ColumnNumbers {
     pub counts: Vec<[u32; 2]>,
 }
 
-/// What the passes know of each row and of the whole batch, by position in class order.
+/// Statistics of each row, by position in class order, and of the whole batch.
 #[derive(Debug, Default)]
 pub struct Statistics {
     pub min_pos: Vec<f32>,

@@ -28,7 +28,7 @@ pub struct Bounds<'a> {
 #[repr(C, align(64))]
 struct Strip([[f32; MAX_BLOCK]; STRIP]);
 
-/// What a sweep over one tile finds beside candidates.
+/// Results of a sweep over one tile, beside its candidates.
 #[derive(Debug)]
 #[repr(C, align(64))]
 pub struct Found {
@@ -178,7 +178,7 @@ pub struct Sweep<'a, 'b> {
     pub scratch: &'b mut TileScratch,
 }
 
-/// What a row of a tile is compared with, by local column, padded to whole groups.
+/// Bounds of the columns of a tile, by local column, padded to whole groups.
 #[repr(C, align(64))]
 struct Columns {
     keep: [f32; MAX_BLOCK],

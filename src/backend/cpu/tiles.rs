@@ -37,7 +37,7 @@ impl Tile {
 /// The [`Tile`]s themselves may take 1 / `PLACES` of the budget; tiles beyond that number are not kept.
 const PLACES: usize = 4;
 
-/// What the kept tiles hold of their candidates.
+/// Which values the kept tiles hold for their candidates.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 enum TileContents {
     #[default]
@@ -47,7 +47,7 @@ enum TileContents {
     Both,
 }
 
-/// What is known of a batch once it is swept: enough to sweep a tile again, and to weigh it.
+/// Everything that is needed to sweep a tile again, and to weigh it.
 #[derive(Clone, Copy)]
 pub struct Known<'a> {
     pub pairs: Pairs<'a>,

@@ -83,7 +83,7 @@ impl UnitRows {
         }
     }
 
-    /// The same for the anchors alone.
+    /// As [`normalize_backward`](Self::normalize_backward), for the anchors alone.
     pub fn anchors_backward(
         &self,
         rows: &Rows<'_>,

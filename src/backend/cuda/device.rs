@@ -147,6 +147,8 @@ impl CudaDevice {
 pub struct Gpu(Primary);
 
 impl Gpu {
+    /// The GPU `cuda:ordinal`.
+    ///
     /// # Errors
     /// As [`CudaDevice::new`].
     pub fn new(ordinal: usize) -> Result<Self> {

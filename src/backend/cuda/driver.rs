@@ -62,7 +62,7 @@ fn initialise() -> Result<()> {
         }
         HOME.store(std::process::id(), Ordering::Release);
     }
-    // From here on the library is there, so that cudarc's loader cannot panic.
+    // The library has been found, so cudarc's loader cannot panic from here on.
     if let Err(error) = result::init() {
         // A driver without a GPU (or in a container that hides it) fails here.
         let Err(reason) = check::<()>("cuInit", Err(error)) else { return Ok(()) };

@@ -1,4 +1,4 @@
-//! What the CUDA and the emulated backend share: everything but the device itself.
+//! The part that the CUDA and the emulated backend share: everything but the device itself.
 //!
 //! [`DeviceBackend`] implements [`Backend`](crate::backend::Backend) over any
 //! [`Device`], which allocates, copies and launches. Launch plans and the

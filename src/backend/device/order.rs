@@ -14,7 +14,7 @@ use super::{Device, Kernel};
 use crate::Result;
 use crate::loss::UnitCheck;
 
-/// What the sort of one side's labels needs.
+/// One side of a sort of labels.
 struct OrderedSide<'a> {
     regions: &'a SideRegions,
     labels: u64,

@@ -44,7 +44,7 @@ impl Counters {
     }
 }
 
-/// What the kernels write is [`crate::loss::LossScalars`]: every field of the same type, in the same place.
+/// The scalars that kernels write are [`crate::loss::LossScalars`]: the same types in the same places.
 macro_rules! same_scalars {
     ($($field:ident),* $(,)?) => {
         const _: () = {

@@ -17,7 +17,7 @@ pub enum Precision {
 }
 
 impl Precision {
-    /// How rows of this type are multiplied.
+    /// The precision in which rows of this type are multiplied.
     #[must_use]
     pub fn of(element: ElementType, tf32: bool) -> Self {
         match element {

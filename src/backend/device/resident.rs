@@ -21,7 +21,7 @@ pub struct ResidentRows {
     pub embeddings: u64,
     /// `[count]`, i64.
     pub labels: u64,
-    /// `[count, dim]`, f32, where dL/d(rows) goes. For references 0 means that it is not wanted.
+    /// `[count, dim]`, f32: receives dL/d(rows). For references 0 means not wanted.
     pub gradient: u64,
 }
 

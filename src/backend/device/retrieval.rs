@@ -42,7 +42,7 @@ struct SearchRegions {
     picked: Region,
     rows: Region,
     square_sums: Region,
-    /// As in [`Counters`]; of its fields only the bad row is used.
+    /// A [`Counters`], of which only the bad row is used.
     counters: Region,
 }
 

@@ -91,7 +91,7 @@ mod tests {
         assert_eq!(plan(60_502, 60_502, 10).splits, 3);
         // Two blocks a multiprocessor are at work at a time.
         assert!(plan_of(100, 1_000_000, 10, false).splits > 2 * 128);
-        // What many long lists cost to merge is a reason for fewer.
+        // Fewer lists, because many long ones take long to merge.
         assert!(plan(100, 1_000_000, 1_000).splits < 132);
     }
 

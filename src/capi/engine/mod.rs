@@ -1,4 +1,4 @@
-//! What a context computes with: a backend that may also take rows in device memory.
+//! The engine of a context: a backend that may also take rows in device memory.
 
 use std::ffi::c_void;
 
@@ -16,7 +16,7 @@ mod device;
 #[cfg(feature = "emulated")]
 mod emulated;
 
-/// How an engine is opened.
+/// Options of an engine.
 #[derive(Debug, Clone, Copy)]
 pub struct EngineOptions {
     /// Bytes for candidates; 0 for the device's default.
@@ -34,13 +34,13 @@ pub struct EngineOptions {
 pub struct DeviceBatch {
     pub anchors: CheckedRows,
     pub references: Option<CheckedRows>,
-    /// Where the loss writes its gradients; NULL if they are not wanted.
+    /// Addresses that receive the gradients; NULL if they are not wanted.
     pub gradients: [*mut f32; 2],
     pub check: UnitCheck,
 }
 
 impl DeviceBatch {
-    /// For the calls that write nothing to device memory.
+    /// A batch for the calls that write nothing to device memory.
     pub fn new(anchors: CheckedRows, references: Option<CheckedRows>) -> Self {
         Self { anchors, references, gradients: [std::ptr::null_mut(); 2], check: UnitCheck::Check }
     }
