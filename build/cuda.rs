@@ -13,7 +13,7 @@ use crate::tools::{cargo_path, files, site_packages, variable};
 
 /// `sm_90a` and not `sm_90`: wgmma and TMA exist only there.
 const MACHINE_CODE: [&str; 5] = ["80", "89", "90a", "100", "120"];
-/// What a GPU newer than all of these compiles when it loads the module.
+/// PTX, which the driver compiles for a GPU newer than all of these when it loads the module.
 const PTX: &str = "100";
 
 const INSTALL: &str = "feature `cuda`: nvcc (CUDA 13) was not found. Install it with: python3 -m pip install \
@@ -30,7 +30,7 @@ pub fn build() -> Result<(), String> {
     // The whole folder: every .cu includes shared headers, by their paths in it.
     println!("cargo::rerun-if-changed={}", folder.display());
 
-    // All at once: they are few, and each nvcc runs its targets in turn.
+    // All files at once: they are few, and each nvcc compiles for its targets in turn.
     let running = files(&folder, "cu")?
         .into_iter()
         .map(|source| start(&nvcc, &folder, &source, &out))
@@ -46,7 +46,7 @@ pub fn build() -> Result<(), String> {
     write(&out.join("kernels.rs"), table.as_bytes())
 }
 
-/// NVCC, then CUDA_HOME, then PATH, then the Python environment.
+/// Looks for nvcc in NVCC, CUDA_HOME, PATH and the Python environment, in this order.
 fn find_nvcc() -> Option<PathBuf> {
     if let Some(named) = variable("NVCC") {
         return Some(PathBuf::from(named));

@@ -29,7 +29,7 @@ pub fn build() -> Result<(), String> {
     if !sanitizers.is_empty() {
         sanitize(&mut kernels, &sanitizers);
         if named("thread") {
-            // What the machine touches is no access of a kernel: it says what orders them instead (races.h).
+            // The machine's own accesses are not a kernel's: it tells what orders these instead (races.h).
             machine.define("DDTAS_EMULATION_RACES", None);
         } else {
             sanitize(&mut machine, &sanitizers);
@@ -53,12 +53,12 @@ fn compiler() -> cc::Build {
         .cpp(true)
         .std("c++17")
         .opt_level(2)
-        // Line tables are what sanitizers and messages name.
+        // Line tables, for the messages of sanitizers.
         .debug(false)
         .flag("-g1")
         .flag("-Wall")
         .flag("-Wextra")
-        // The switch of fibers is inline assembly, and truth is IEEE arithmetic.
+        // No contraction: products and sums are rounded as IEEE arithmetic has it.
         .flag("-ffp-contract=off")
         // Only run where it is built; a third of the time is products.
         .flag("-march=native")

@@ -2,9 +2,10 @@
 //!
 //! `cargo run --release -p ddtas --no-default-features --example chunked_batch`
 //!
-//! First all chunks are embedded and nothing else of them is kept; then one loss over all embeddings; then each chunk is
-//! embedded again, and goes back with its rows of dL/dE (Gao et al., "Scaling Deep Contrastive Learning Batch Size under
-//! Memory Limited Setup", 2021). With an autodiff library that is backward of `sum(E * stop_gradient(dL/dE))`.
+//! First all chunks are embedded, and only the embeddings are kept. After one loss over all embeddings each
+//! chunk is embedded again, and its backward pass starts from its rows of dL/dE (Gao et al., "Scaling Deep
+//! Contrastive Learning Batch Size under Memory Limited Setup", 2021). With autodiff that is backward of
+//! `sum(E * stop_gradient(dL/dE))`.
 
 use ddtas::backend::Backend;
 use ddtas::backend::cpu::CpuBackend;
@@ -26,7 +27,7 @@ struct Network {
     second: Array2<f32>,
 }
 
-/// What the way back needs of a forward pass: what does not fit for a whole batch of pictures.
+/// What the backward pass needs of a forward pass; for a whole batch of pictures it would not fit in memory.
 struct Activations {
     hidden: Array2<f32>,
     length: Array1<f32>,
@@ -42,7 +43,7 @@ impl Network {
         Activations { hidden, length, embeddings }
     }
 
-    /// Adds to `gradient` what the rows `upstream` of dL/dE come to.
+    /// Adds the gradient of the weights that follows from the rows `upstream` of dL/dE.
     fn backward(
         &self,
         inputs: ArrayView2<'_, f32>,
@@ -50,7 +51,7 @@ impl Network {
         upstream: ArrayView2<'_, f32>,
         gradient: &mut Network,
     ) {
-        // Along a row its length is fixed.
+        // A normalised row does not change along itself.
         let inward = (&upstream * &kept.embeddings).sum_axis(Axis(1)).insert_axis(Axis(1));
         let outer = (&upstream - &kept.embeddings * &inward) / kept.length.view().insert_axis(Axis(1));
         let mut inner = outer.dot(&self.second.t());

@@ -1,4 +1,4 @@
-//! The loss from Rust, in its two forms, checked against the float64 truth.
+//! The loss from Rust, in its two forms, checked against the float64 reference.
 //!
 //! `cargo run --release -p ddtas --example loss`
 

@@ -2,8 +2,9 @@
 //!
 //! `cargo run --release -p ddtas --no-default-features --example reference_blocks`
 //!
-//! The four steps of a part of a batch, here of all anchors against one block. What the blocks find is put together between
-//! the steps. A backend remembers one part, so each pass over the file repeats the steps before its own.
+//! Uses the four steps of a part, here all anchors against one block, and combines the blocks' results
+//! between the steps. A backend remembers one part, so each pass over the file repeats the steps before its
+//! own.
 
 use std::fs::File;
 use std::io::{Error as IoError, Read, Seek, SeekFrom, Write};
@@ -94,7 +95,7 @@ fn in_blocks(bank: &mut Bank, settings: &LossSettings) -> Outcome<LossOutput> {
                 all.total_pos += found.total_pos;
                 continue;
             }
-            // The block selects nothing: no numbers of references.
+            // References without numbers, so the block selects nothing.
             backend.sweep(&part, RowNumbers::new(&all.min_pos, &[]), &mut found)?;
             if pass == 1 {
                 all.max_neg.iter_mut().zip(&found.max_neg).for_each(|(all, found)| *all = all.max(*found));

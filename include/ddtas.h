@@ -31,12 +31,12 @@
 #define DDTAS_ABSENT UINT32_MAX
 
 /**
- * What a call came to. The context keeps a message for everything but DDTAS_STATUS_OK and
- * a context that is itself unusable: see ddtas_context_message.
+ * Outcome of a call. For every failure the context keeps a message, unless the context itself is unusable:
+ * see ddtas_context_message.
  */
 typedef enum ddtas_status {
     /**
-     * It worked.
+     * The call succeeded.
      */
     DDTAS_STATUS_OK = 0,
     /**
@@ -82,7 +82,7 @@ typedef enum ddtas_status {
      */
     DDTAS_STATUS_DEVICE = 10,
     /**
-     * Memory for the call could not be had.
+     * There is not enough memory for the call.
      */
     DDTAS_STATUS_OUT_OF_MEMORY = 11,
     /**
@@ -110,11 +110,11 @@ typedef enum ddtas_dtype {
 } ddtas_dtype;
 
 /**
- * Which reference is an anchor itself, and so never a pair of it.
+ * Says which reference is the same row as an anchor; the two are never a pair.
  */
 typedef enum ddtas_identity {
     /**
-     * Unknown: an anchor that also stands among the references is left out of the positives by its value.
+     * Unknown: an anchor that is also a reference is recognised by its value and left out of the positives.
      */
     DDTAS_IDENTITY_BY_VALUE = 0,
     /**
@@ -128,11 +128,11 @@ typedef enum ddtas_identity {
 } ddtas_identity;
 
 /**
- * Where rows lie.
+ * The memory that rows are in.
  */
 typedef enum ddtas_memory {
     /**
-     * The process's own memory. Any device takes it; a GPU copies it.
+     * Host memory. Every device takes it; a GPU copies the rows.
      */
     DDTAS_MEMORY_HOST = 0,
     /**
@@ -158,7 +158,7 @@ typedef enum ddtas_mining_mode {
      */
     DDTAS_MINING_MODE_SYMMETRIC = 2,
     /**
-     * Every pair.
+     * Every pair of an anchor that has pairs of both kinds.
      */
     DDTAS_MINING_MODE_NONE = 3,
 } ddtas_mining_mode;
@@ -172,17 +172,17 @@ typedef enum ddtas_row_check {
      */
     DDTAS_ROW_CHECK_CHECK = 0,
     /**
-     * The caller vouches for the rows. Other rows give a meaningless loss, no worse.
+     * The caller vouches for the rows. Rows that fail the check give a meaningless loss, no worse.
      */
     DDTAS_ROW_CHECK_TRUST = 1,
 } ddtas_row_check;
 
 /**
- * Whose stream a GPU context works on.
+ * The stream that a GPU context works on.
  */
 typedef enum ddtas_stream_mode {
     /**
-     * A stream of the context's own. Work of the caller must be complete before a call.
+     * A stream of the context's own. The caller's work must be complete before a call.
      */
     DDTAS_STREAM_MODE_OWN = 0,
     /**
@@ -197,7 +197,7 @@ typedef enum ddtas_stream_mode {
 typedef struct ddtas_context ddtas_context;
 
 /**
- * How a context computes. All bytes zero but struct_size: defaults.
+ * Options of a context. All bytes zero but struct_size mean the defaults.
  */
 typedef struct ddtas_context_options {
     /**
@@ -209,14 +209,14 @@ typedef struct ddtas_context_options {
      */
     const char *device;
     /**
-     * Threads of a CPU context, the calling one not among them: 1 to 1024, 0 for one a core.
-     * The result is the same bit for bit whatever their number.
+     * Threads of a CPU context besides the calling one: 1 to 1024; 0 means one per core. The result is the
+     * same bit for bit whatever their number.
      */
     size_t threads;
     /**
-     * Bytes for the pairs kept between passes; what does not fit is computed again, with the same
-     * result bit for bit on the CPU. 0 for the default: 6 KiB a row on the CPU, a quarter of the free memory
-     * on a GPU.
+     * Bytes for the pairs kept between passes; what does not fit is computed again, with the same result bit
+     * for bit on the CPU. 0 means the default: 6 KiB per row on the CPU, a quarter of the free memory on a
+     * GPU.
      */
     size_t workspace_bytes;
     /**
@@ -229,8 +229,8 @@ typedef struct ddtas_context_options {
      */
     int32_t stream_mode;
     /**
-     * Not 0: a GPU multiplies float rows to TF32's precision, for a third of the work or less: rounded to 11
-     * bits (entries below 6e-5 to an absolute 3e-8), products summed in float.
+     * If not 0, a GPU multiplies float rows with TF32's precision, in a third of the work or less: entries
+     * rounded to 11 significant bits (those below 6e-5 to an absolute 3e-8), products summed in float.
      */
     int32_t allow_tf32;
 } ddtas_context_options;
@@ -302,7 +302,7 @@ typedef struct ddtas_rows {
      */
     const int64_t *labels;
     /**
-     * Number of rows: 1 to 2^31 - 1. The anchors of a part may be none: 0, and no embeddings or labels.
+     * Number of rows: 1 to 2^31 - 1; 0 for a part without anchors, whose embeddings and labels may be NULL.
      */
     size_t count;
     /**
@@ -323,7 +323,7 @@ typedef struct ddtas_rows {
      */
     int32_t memory;
     /**
-     * References of a loss only: a ddtas_identity, how this call's anchors are known among them.
+     * For the references of a loss: a ddtas_identity, how the anchors are identified among them.
      */
     int32_t identity;
     /**
@@ -337,9 +337,9 @@ typedef struct ddtas_rows {
 } ddtas_rows;
 
 /**
- * What ddtas_loss returns, and the four steps of a part together. The caller sets struct_size and the
- * pointers (NULL for what it does not want, which all-zero bytes say); the library sets the rest, and only
- * if the call works.
+ * Result of ddtas_loss, and of the four steps of a part together. The caller sets struct_size and the
+ * pointers, NULL (all bytes zero) for what it does not want; the library sets the rest, and only if the call
+ * succeeds.
  */
 typedef struct ddtas_loss_result {
     /**
@@ -434,8 +434,8 @@ typedef struct ddtas_loss_result {
 } ddtas_loss_result;
 
 /**
- * What ddtas_enqueue_loss writes, in device memory, aligned to 8 bytes. It has no struct_size and never
- * grows: 120 bytes in every version of the interface.
+ * The scalars that ddtas_enqueue_loss writes to device memory, aligned to 8 bytes. The struct has no
+ * struct_size and never grows: 120 bytes in every version of the interface.
  */
 typedef struct ddtas_loss_scalars {
     /**
@@ -483,15 +483,15 @@ typedef struct ddtas_loss_scalars {
      */
     uint64_t active;
     /**
-     * Sum of the squares of the bad row, if there is one.
+     * Sum of the squares of the bad row's entries, if there is a bad row.
      */
     double bad_square_sum;
     /**
-     * The first anchor that is not finite or not of unit length; DDTAS_ABSENT if all are.
+     * The first anchor that is not finite or not of unit length; DDTAS_ABSENT if there is none.
      */
     uint32_t bad_anchor;
     /**
-     * The same of the references.
+     * The first reference that is not finite or not of unit length; DDTAS_ABSENT if there is none.
      */
     uint32_t bad_reference;
     /**
@@ -505,8 +505,8 @@ typedef struct ddtas_loss_scalars {
 } ddtas_loss_scalars;
 
 /**
- * How fast the embeddings move along a direction, for ddtas_threshold_gradient. In the same memory as the
- * rows.
+ * The derivative of the embeddings along a direction, for ddtas_threshold_gradient. In the same memory as
+ * the rows.
  */
 typedef struct ddtas_tangents {
     /**
@@ -514,7 +514,7 @@ typedef struct ddtas_tangents {
      */
     size_t struct_size;
     /**
-     * The anchors' tangent, float, a row for each of theirs.
+     * The anchors' tangent, float, one row per anchor.
      */
     const float *anchors;
     /**
@@ -522,7 +522,7 @@ typedef struct ddtas_tangents {
      */
     size_t anchor_stride;
     /**
-     * The references' tangent; NULL if they do not move. Not looked at in the square form.
+     * The references' tangent; NULL if they do not move. Ignored in the square form.
      */
     const float *references;
     /**
@@ -532,9 +532,9 @@ typedef struct ddtas_tangents {
 } ddtas_tangents;
 
 /**
- * A part of a batch, and what the caller has gathered from all parts: each step reads the fields its comment
- * names, and ignores the others. Arrays are in host memory. All bytes zero but struct_size and `total` for
- * the first.
+ * A part of a batch, and what the caller has gathered from all parts. Each step reads the fields whose
+ * comments name it, and ignores the others. Arrays are in host memory. The first step needs struct_size and
+ * `total` only; all other bytes are zero.
  */
 typedef struct ddtas_part {
     /**
@@ -546,9 +546,9 @@ typedef struct ddtas_part {
      */
     size_t total;
     /**
-     * From the sweep on: how many references are anchors of some part, the first ones. The arrays below
-     * named `reference_...` have as many entries. References behind them, of a memory bank, select nothing.
-     * 0 to their number.
+     * From the sweep on: the number of references that are anchors of some part; these come first. The
+     * arrays `reference_...` below have as many entries. References without an entry, such as those of a
+     * memory bank, select nothing. At most the number of references.
      */
     size_t reference_numbers;
     /**
@@ -598,8 +598,7 @@ extern "C" {
 #endif // __cplusplus
 
 /**
- * Version of the binary interface of the library that is linked: compare it with DDTAS_ABI_VERSION,
- * that of the header.
+ * Version of the linked library's binary interface. Compare it with DDTAS_ABI_VERSION, the header's.
  */
 uint32_t ddtas_abi_version(void);
 
@@ -611,8 +610,8 @@ const char *ddtas_version(void);
 /**
  * Makes a context and writes it to `*context`, which is NULL if that fails.
  *
- * `options` may be NULL: defaults. `message`, if not NULL, takes why it failed, cut to
- * `message_bytes` and always ended by a NUL. Destroy the context with ddtas_context_destroy.
+ * `options` NULL means the defaults. `message`, if not NULL, receives the reason of a failure, cut to
+ * `message_bytes` and always NUL-terminated. Destroy the context with ddtas_context_destroy.
  *
  * # Safety
  * Every pointer is NULL or leads to what its type says; `message` has `message_bytes` bytes.
@@ -623,21 +622,21 @@ enum ddtas_status ddtas_context_create(const struct ddtas_context_options *optio
                                        size_t message_bytes);
 
 /**
- * Ends a context: waits until its threads have ended, and frees its memory. NULL is allowed. No other call
- * may be using it. In a forked child the parent's threads and memory are left alone, and the child's own are
- * ended.
+ * Destroys a context: waits until its threads have ended, and frees its memory. NULL is allowed. No other
+ * call may be using it. In a forked child the parent's threads and memory are left alone, and the child's
+ * own are ended.
  *
  * # Safety
- * `context` is NULL or a live context, which is dead afterwards.
+ * `context` is NULL or a live context, which must not be used afterwards.
  */
 void ddtas_context_destroy(struct ddtas_context *context);
 
 /**
- * Copies the message of the context's last call, empty if that worked, cut to `bytes` and always ended by a
- * NUL.
+ * Copies the message of the context's last call, empty if that succeeded, cut to `bytes` and always
+ * NUL-terminated.
  *
- * Returns its whole length without the NUL, so that 0 bytes ask for the length; `buffer` may then be NULL.
- * Of threads that share a context, one may read the message of another's call.
+ * Returns the message's whole length without the NUL. To ask for the length alone, pass 0 `bytes`; `buffer`
+ * may then be NULL. If threads share a context, one may read the message of another's call.
  *
  * # Safety
  * `context` is NULL or a live context; `buffer` has `bytes` bytes.
@@ -672,10 +671,10 @@ enum ddtas_status ddtas_settings_init(struct ddtas_settings *settings, size_t st
 /**
  * Mines pairs and evaluates the loss and its gradient.
  *
- * `settings` may be NULL: the paper's. `references` NULL is the square form, every row of `anchors`
- * against every other; else it is anchors against references (a memory bank), whose `identity` says which of
- * them are anchors themselves. `result` is written only if the call works. The context remembers the pairs
- * for ddtas_threshold_gradient.
+ * `settings` NULL means the paper's values. With `references` NULL every row of `anchors` is compared with
+ * every other (the square form); otherwise anchors are compared with references (such as a memory bank),
+ * whose `identity` says which of them are anchors. `result` is written only if the call succeeds. The
+ * context remembers the pairs for ddtas_threshold_gradient.
  *
  * # Safety
  * Every pointer, those within structs too, is NULL or leads to memory of the length its comment
@@ -688,17 +687,17 @@ enum ddtas_status ddtas_loss(struct ddtas_context *context,
                              struct ddtas_loss_result *result);
 
 /**
- * Issues a loss and its gradient on the context's stream, and waits for nothing: rows, gradients, thresholds
- * and scalars lie in device memory, and must stay there until the stream is through.
+ * Issues a loss and its gradient on the context's stream without waiting. Rows, gradients, thresholds and
+ * scalars are in device memory, which must stay valid until the stream has finished.
  *
- * As ddtas_loss otherwise. `gradient` takes `count` rows of `dim` of the anchors; `reference_gradient` those
- * of the references, and may be NULL. `lambda`, if not NULL, has lambda_pos and lambda_neg, which go before
- * those of `settings` and are not checked: -2 to 2. A bad row is no error of this call: it makes the loss
- * and the gradients NaN, and stands in `scalars`. After the first call of a shape nothing is allocated, so
- * that calls can be captured in a graph.
+ * Otherwise as ddtas_loss. `gradient` receives dL/d(anchors), `count` rows of `dim`; `reference_gradient`
+ * likewise dL/d(references), or is NULL. `lambda`, if not NULL, points to lambda_pos and lambda_neg, which
+ * replace those of `settings`; they must be within -2 to 2 and are not checked. A bad row is not an error of
+ * this call: it makes the loss and the gradients NaN, and `scalars` names it. After the first call of a
+ * shape nothing is allocated, so that calls can be captured in a graph.
  *
  * # Safety
- * As ddtas_loss, until the stream is through.
+ * As ddtas_loss, until the stream has finished.
  */
 enum ddtas_status ddtas_enqueue_loss(struct ddtas_context *context,
                                      const struct ddtas_settings *settings,
@@ -710,14 +709,14 @@ enum ddtas_status ddtas_enqueue_loss(struct ddtas_context *context,
                                      struct ddtas_loss_scalars *scalars);
 
 /**
- * How the loss gradient's product with a direction changes with the two loss thresholds: the sums over
- * all mined pairs of dG_ij/dlambda * (t_i . e_j + e_i . t_j), for the pairs of the context's last
- * ddtas_loss, or of the part of its last ddtas_gradient: its share, along the tangent of its anchors, and of
- * references that are no anchors.
+ * Derivatives by the two loss thresholds of the loss gradient's product with a direction: the sums over all
+ * mined pairs of the context's last ddtas_loss of dG_ij/dlambda * (t_i . e_j + e_i . t_j).
  *
- * `anchors` and `references` are those of that call. Times minus the learning rate, the sums are
- * dL_meta/dlambda of the threshold generator when the tangent is the motion of the embeddings along
- * the meta gradient. Rows in device memory take tangents in device memory, which are not checked for NaN.
+ * After ddtas_gradient the sums are the part's share: along the tangent of its anchors, and of references
+ * that are no anchors. `anchors` and `references` must be those of that call. If the tangent is the motion
+ * of the embeddings along the meta gradient, the sums times minus the learning rate are dL_meta/dlambda of
+ * the threshold generator. Rows in device memory need tangents in device memory, which are not checked for
+ * NaN.
  *
  * # Safety
  * As ddtas_loss.
@@ -732,10 +731,10 @@ enum ddtas_status ddtas_threshold_gradient(struct ddtas_context *context,
 /**
  * The `k` most similar references of every query, most similar first, equal ones by index.
  *
- * `references` NULL searches the queries among themselves, each left out of its own list. Labels are
- * not looked at and may be NULL. `indices` and `similarities` take `count` rows of `k`, in host memory
- * wherever the rows lie; where there are fewer than `k` references the rest is DDTAS_NO_NEIGHBOUR and -inf.
- * Rows in device memory are searched where they lie.
+ * `references` NULL searches the queries among themselves, each left out of its own list. Labels are ignored
+ * and may be NULL. `indices` and `similarities` receive `count` rows of `k`, always in host memory; with
+ * fewer than `k` references the rest of a row is DDTAS_NO_NEIGHBOUR and -inf. Rows in device memory are
+ * searched there, without a copy.
  *
  * # Safety
  * As ddtas_loss.
@@ -750,11 +749,11 @@ enum ddtas_status ddtas_nearest(struct ddtas_context *context,
 /**
  * Recall@K: the share of rows whose K nearest other rows hold one of their class, for every K of `ks`.
  *
- * Rows with a negative label are neither queries nor answers to a label; a row alone in its class is no
- * query. `recall_at` takes `k_count` values in the order of `ks`; `queries`, if not NULL, the number of rows
- * that were counted. Both are in host memory, as `ks` is, wherever the rows lie. Rows are searched in turns,
- * whose lists take 64 MiB. Rows in device memory are searched where they lie; their labels are copied to the
- * host, and so are the lists.
+ * Rows with a negative label are neither queries nor neighbours; a row alone in its class is no query.
+ * `recall_at` receives `k_count` values in the order of `ks`; `queries`, if not NULL, the number of rows
+ * that were counted. `ks`, `recall_at` and `queries` are always in host memory. Rows are searched in turns,
+ * whose lists take 64 MiB. Rows in device memory are searched there; their labels and the lists are copied
+ * to the host.
  *
  * # Safety
  * As ddtas_loss; `ks` and `recall_at` have `k_count` entries.
@@ -770,18 +769,18 @@ enum ddtas_status ddtas_recall_at_k(struct ddtas_context *context,
  * First step of the loss of a part of a batch: fills in `min_pos`, `total_pos`, `total_neg`, `mean_pos` and
  * `mean_neg` of `result`. ddtas_sweep, ddtas_select and ddtas_gradient follow.
  *
- * The four steps together do what ddtas_loss does. `anchors` are some rows of a batch of `part->total`,
- * perhaps none; `references` are all rows of the batch, in one order for every part, and behind them rows
- * that are anchors of no part, if there are any. `identity` of the references says which of them the anchors
- * are. Between the steps the parts, a context each, tell each other what they found; the caller carries it,
- * and hands it in by `part`. The references' numbers let a part sum its own rows of the gradient: no
- * gradient travels.
+ * The four steps together do what ddtas_loss does. `anchors` are some rows of a batch of `part->total` rows,
+ * or none; `references` are all rows of the batch, in the same order for every part, followed by rows that
+ * are anchors of no part, if there are any. `identity` of the references says which of them the anchors are.
+ * Each part has a context of its own. Between the steps the caller gathers the results of all parts and
+ * passes them in `part`. From the numbers of its references a part sums its own rows of the gradient, so no
+ * gradients are exchanged.
  *
- * `settings` NULL: the paper's; they hold for all four steps. Each step takes the rows of the first. A
- * failed step, or a ddtas_loss in between, ends the sequence: start again with ddtas_same_class. A `result`
- * that is the same for all steps has in the end what ddtas_loss writes there, of the part's own pairs. On
- * the CPU each row's numbers and gradient are the bits of the whole batch's, however it is split; the losses
- * of all parts add up to its loss but for rounding. Rows lie in host memory.
+ * `settings` NULL means the paper's values; they hold for all four steps. All steps take the same rows.
+ * After a failed step, or a ddtas_loss in between, start again with ddtas_same_class. If all steps get the
+ * same `result`, it holds in the end what ddtas_loss writes there, for the part's own pairs. On the CPU each
+ * row's numbers and gradient equal those of the whole batch bit for bit, however it is split; the losses of
+ * all parts add up to its loss but for rounding. Rows must be in host memory.
  *
  * # Safety
  * As ddtas_loss.
@@ -794,7 +793,7 @@ enum ddtas_status ddtas_same_class(struct ddtas_context *context,
                                    struct ddtas_loss_result *result);
 
 /**
- * Second step: `max_neg` and `probe_neg` of `result`, from `min_pos` in `part`.
+ * Second step: fills in `max_neg` and `probe_neg` of `result`, from `min_pos` in `part`.
  *
  * # Safety
  * As ddtas_loss.
@@ -806,8 +805,8 @@ enum ddtas_status ddtas_sweep(struct ddtas_context *context,
                               struct ddtas_loss_result *result);
 
 /**
- * Third step: `count_pos`, `count_neg`, `gamma_pos` and `gamma_neg` of `result`, from `max_neg`, `probe_neg`
- * and `total_pos` in `part`.
+ * Third step: fills in `count_pos`, `count_neg`, `gamma_pos` and `gamma_neg` of `result`, from `max_neg`,
+ * `probe_neg` and `total_pos` in `part`.
  *
  * # Safety
  * As ddtas_loss.
@@ -819,12 +818,12 @@ enum ddtas_status ddtas_select(struct ddtas_context *context,
                                struct ddtas_loss_result *result);
 
 /**
- * Last step: the part's share of the loss and of its derivatives, `active`, `mined_pos` and `mined_neg` of
- * `result`, and the whole gradient of its anchors, from `count_pos` and `count_neg` in `part`.
- * `reference_gradient` must be NULL.
+ * Last step: fills in the part's share of the loss and of its derivatives, `active`, `mined_pos` and
+ * `mined_neg` of `result`, and the whole gradient of its anchors, from `count_pos` and `count_neg` in
+ * `part`. `reference_gradient` must be NULL.
  *
- * The gradient of an anchor is complete: its row of (G + G^T) E, where the references that are anchors have
- * their numbers in `part`. ddtas_threshold_gradient then answers the part's share.
+ * The gradient of an anchor is complete, its row of (G + G^T) E, if `part` has the numbers of all references
+ * that are anchors. ddtas_threshold_gradient then returns the part's share.
  *
  * # Safety
  * As ddtas_loss.

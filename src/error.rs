@@ -1,9 +1,9 @@
 //! The one error type of the library.
 //!
-//! Variants are cut by what the caller can do about them, and carry the values
-//! (row, length, setting) that a message needs.
+//! Variants differ by what the caller can do about the error, and carry the values (row, length, setting)
+//! that its message needs.
 
-/// What can go wrong in ddtas. Every message is one line.
+/// An error of ddtas. Every message is one line.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -83,7 +83,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// That a row is not of unit length, or not finite where the sum of its squares is not.
+    /// [`Error::NotUnit`] for a row with this sum of squares; [`Error::NotFinite`] if the sum is not finite.
     #[must_use]
     pub fn bad_row(rows: &'static str, row: usize, square_sum: f64) -> Self {
         if square_sum.is_finite() {

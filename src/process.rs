@@ -1,21 +1,21 @@
-//! What a forked child must not share with its parent.
+//! Values that a forked child must not share with its parent.
 //!
-//! A child has a copy of every object and none of the parent's other threads: a pool has nobody left to work,
-//! a lock that another thread held is never released, and what it guards may be half-written. Whatever has
-//! threads or locks is therefore made anew in every process.
+//! A child has a copy of every object and none of the parent's other threads: a thread pool has no threads
+//! left, a lock that another thread held is never released, and the data it guards may be half-written.
+//! Values with threads or locks are therefore created anew in every process.
 
 use std::marker::PhantomData;
 use std::ptr::null_mut;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
-/// A value of its own for every process that asks for it.
+/// A value that every process creates for itself.
 ///
-/// No lock guards it, since another thread might hold that at the fork. A child leaks its parent's value: to
-/// end it would be to wait for threads that are not there.
+/// It uses no lock, which another thread could hold at the fork. A child leaks its parent's value: dropping
+/// it could wait for threads that the child does not have.
 #[derive(Debug)]
 pub struct PerProcess<T> {
     current: AtomicPtr<Made<T>>,
-    /// Owns a `T`: it may go to another thread, or be shared, only if `T` may.
+    /// Makes `Self` Send and Sync only if `T` is.
     owns: PhantomData<T>,
 }
 
@@ -32,13 +32,13 @@ impl<T> Made<T> {
 }
 
 impl<T: Send + Sync> PerProcess<T> {
-    /// A value that no process has yet.
+    /// Creates it without a value.
     #[must_use]
     pub const fn empty() -> Self {
         Self { current: AtomicPtr::new(null_mut()), owns: PhantomData }
     }
 
-    /// This process's value.
+    /// Creates it with this process's value.
     pub fn new(value: T) -> Self {
         Self { current: AtomicPtr::new(Made::here(value)), owns: PhantomData }
     }
@@ -46,7 +46,7 @@ impl<T: Send + Sync> PerProcess<T> {
     /// This process's value, made now if it has none.
     ///
     /// # Errors
-    /// That of `make`.
+    /// The error of `make`.
     pub fn get_or_make<E>(&self, make: impl FnOnce() -> Result<T, E>) -> Result<&T, E> {
         let found = self.current.load(Ordering::Acquire);
         if let Some(value) = self.of_this_process(found) {
@@ -54,20 +54,20 @@ impl<T: Send + Sync> PerProcess<T> {
         }
         let mine = Made::here(make()?);
         match self.current.compare_exchange(found, mine, Ordering::AcqRel, Ordering::Acquire) {
-            // SAFETY: made just now, and freed by `drop` alone, which `self` being borrowed excludes.
+            // SAFETY: `mine` is from a Box; only `drop` frees it, which cannot run during this borrow.
             Ok(_) => Ok(&unsafe { &*mine }.value),
             Err(other) => {
-                // SAFETY: nobody else has seen it.
+                // SAFETY: no other thread has seen `mine`.
                 drop(unsafe { Box::from_raw(mine) });
-                // SAFETY: another thread of this process has put it there, and it is never null again.
+                // SAFETY: another thread of this process has stored `other`; the pointer is never null again.
                 Ok(&unsafe { &*other }.value)
             }
         }
     }
 
     fn of_this_process(&self, made: *mut Made<T>) -> Option<&T> {
-        // SAFETY: null or from a Box; a value is replaced only in another process than its own, and then
-        // leaked.
+        // SAFETY: null or from a Box. A value is replaced only in a process that did not create it, and is
+        // then leaked.
         let made = unsafe { made.as_ref() }?;
         (made.process == std::process::id()).then_some(&made.value)
     }
@@ -78,7 +78,7 @@ impl<T> Drop for PerProcess<T> {
         let made = *self.current.get_mut();
         // SAFETY: as in `of_this_process`; `self` is not borrowed.
         if unsafe { made.as_ref() }.is_some_and(|made| made.process == std::process::id()) {
-            // SAFETY: from a Box, and nobody can reach it any more.
+            // SAFETY: from a Box, and no reference to it is left.
             drop(unsafe { Box::from_raw(made) });
         }
     }

@@ -1,4 +1,4 @@
-//! Threads that compute: pools with an owner, and the one a call finds if it brings none.
+//! Thread pools with an owner, and the pool that a call uses if it is given none.
 
 use std::mem::ManuallyDrop;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -9,12 +9,12 @@ use rayon::{Scope, ThreadPool, ThreadPoolBuilder};
 use crate::process::PerProcess;
 use crate::{Error, Result};
 
-/// More threads than this are a mistake.
+/// Most threads of a pool; a larger count is taken for a mistake.
 pub const MOST_THREADS: usize = 1024;
 
-/// A pool whose threads have ended when it is dropped.
+/// A pool that joins its threads when it is dropped.
 ///
-/// In a forked child it is dead, for its threads stayed with the parent: keep it in a [`PerProcess`].
+/// In a forked child it has no threads, as they stayed with the parent: keep it in a [`PerProcess`].
 #[derive(Debug)]
 pub struct Threads {
     process: u32,
@@ -26,8 +26,8 @@ impl Threads {
     /// A pool of `count` threads; 0 stands for as many as there are cores.
     ///
     /// # Errors
-    /// [`Error::InvalidSetting`] for more than [`MOST_THREADS`]; [`Error::Unavailable`] if the system refuses
-    /// one.
+    /// [`Error::InvalidSetting`] for more than [`MOST_THREADS`]; [`Error::Unavailable`] if a thread cannot be
+    /// started.
     pub fn new(count: usize) -> Result<Self> {
         if count > MOST_THREADS {
             let (name, value) = ("threads", count.to_string());
@@ -55,7 +55,7 @@ impl Threads {
         }
     }
 
-    /// How many there are.
+    /// Number of threads.
     #[must_use]
     pub fn count(&self) -> usize {
         self.pool.current_num_threads()
@@ -69,11 +69,11 @@ impl Threads {
 
 impl Drop for Threads {
     fn drop(&mut self) {
-        // A child has nobody to wait for.
+        // A forked child has no threads to join.
         if self.process != std::process::id() {
             return;
         }
-        // SAFETY: neither field is used after this. The pool first: its end is what sends the threads home.
+        // SAFETY: neither field is used after this. Dropping the pool first ends the threads to join.
         unsafe { ManuallyDrop::drop(&mut self.pool) };
         // SAFETY: as above.
         join(unsafe { ManuallyDrop::take(&mut self.handles) });
@@ -87,17 +87,17 @@ fn join(handles: Vec<JoinHandle<()>>) {
     }
 }
 
-/// Where a call without threads of its own finds some.
+/// The threads that a call without a pool of its own uses.
 enum Fallback {
     /// The pool that the calling thread belongs to, or else rayon's global one.
     Ambient,
-    /// In a forked child, whose global pool has no threads.
+    /// The stand-in pool of a forked child, whose copy of the global pool has no threads.
     StandIn(&'static Threads),
-    /// A child that may not start threads.
+    /// None: this forked child cannot start threads.
     Nobody,
 }
 
-/// The process in which rayon's global pool was first asked for; 0: in none so far.
+/// Id of the process that first used rayon's global pool; 0 if none has.
 static HOME: AtomicU32 = AtomicU32::new(0);
 static STAND_IN: PerProcess<Threads> = PerProcess::empty();
 
@@ -105,7 +105,7 @@ fn find() -> Fallback {
     if rayon::current_thread_index().is_some() {
         return Fallback::Ambient;
     }
-    // Noted before the pool is built: a fork meanwhile would leave the child with half a pool.
+    // Set before the pool is built: a child forked during that would inherit half a pool.
     let here = std::process::id();
     match HOME.compare_exchange(0, here, Ordering::AcqRel, Ordering::Acquire) {
         Err(home) if home != here => {
@@ -115,7 +115,7 @@ fn find() -> Fallback {
     }
 }
 
-/// Threads that a call made here computes with: those of the pool it is made in, else of the process.
+/// Number of threads that a call from here uses: those of the current pool, else of the process's pool.
 #[must_use]
 pub fn available() -> usize {
     match find() {
@@ -125,7 +125,7 @@ pub fn available() -> usize {
     }
 }
 
-/// `rayon::in_place_scope` on those threads; `None` if there are none but the caller.
+/// Runs `work` in a `rayon::in_place_scope` on the threads of [`available`]; `None`: only the caller is left.
 pub(crate) fn scope<'scope, R>(work: impl FnOnce(Option<&Scope<'scope>>) -> R) -> R {
     match find() {
         Fallback::Ambient => rayon::in_place_scope(|scope| work(Some(scope))),
@@ -134,10 +134,10 @@ pub(crate) fn scope<'scope, R>(work: impl FnOnce(Option<&Scope<'scope>>) -> R) -
     }
 }
 
-/// Runs `work`, which uses rayon by itself, on those threads.
+/// Runs `work`, which uses rayon itself, on the threads of [`available`].
 ///
 /// # Errors
-/// [`Error::Unavailable`] in a forked child that may not start any.
+/// [`Error::Unavailable`] in a forked child that cannot start threads.
 pub fn run<R: Send>(work: impl FnOnce() -> R + Send) -> Result<R> {
     match find() {
         Fallback::Ambient => Ok(work()),
@@ -175,7 +175,7 @@ mod tests {
         threads.pool.broadcast(|_| MINE.with(|_| ()));
         assert_eq!(LEFT.load(Ordering::SeqCst), 0);
         drop(threads);
-        // Values of a thread go when it ends.
+        // Thread-local values are dropped when their thread ends.
         assert_eq!(LEFT.load(Ordering::SeqCst), 5);
     }
 }

@@ -24,9 +24,9 @@ pub struct Ratio {
     pub time: f64,
     /// Half the width of the range in which four of five such ratios lie: both runs' 10th to 90th percentiles.
     pub time_spread: f64,
-    /// Shortest time over shortest time: less moved by other programs on the machine.
+    /// Ratio of the shortest times, which other programs on the machine affect less.
     pub time_best: f64,
-    /// Extra memory over extra memory, where both were counted.
+    /// Ratio of the extra memory, if both runs counted it.
     pub memory: Option<f64>,
 }
 
@@ -35,7 +35,7 @@ pub struct Ratio {
 pub struct Comparison {
     /// Backend and threads of both runs.
     pub runs: [(String, usize); 2],
-    /// One for each row.
+    /// A ratio for each row.
     pub ratios: Vec<Ratio>,
 }
 
@@ -80,7 +80,7 @@ pub fn compare(first: (&Path, &[Row]), second: (&Path, &[Row])) -> Result<Compar
             first_ms: a.time_ms,
             second_ms: b.time_ms,
             time,
-            // Of two figures that do not depend on each other.
+            // The two spreads are independent.
             time_spread: time * part(a).hypot(part(b)),
             time_best: b.time_best_ms / a.time_best_ms,
             memory: a
@@ -94,7 +94,7 @@ pub fn compare(first: (&Path, &[Row]), second: (&Path, &[Row])) -> Result<Compar
     Ok(Comparison { runs: [run(first), run(second)], ratios })
 }
 
-/// What two rows differ in that makes their times incomparable.
+/// The property in which two rows differ so that their times are incomparable, and its two values.
 fn difference(a: &Row, b: &Row) -> Option<(&'static str, String, String)> {
     let text = |value: Option<String>| value.unwrap_or_else(|| "none".into());
     let facts = |row: &Row| {

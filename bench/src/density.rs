@@ -15,13 +15,13 @@ pub enum Density {
     Middle,
     /// At the start: 30 %.
     Start,
-    /// Nearly every pair, by thresholds that let it through.
+    /// Nearly every pair, by tolerances that keep it.
     All,
     /// Any other share, in 0 to 0.6.
     Share(f64),
 }
 
-/// Noise alone mines less than this: a negative must exceed the smallest of several positives.
+/// Largest share. Noise alone gives less: a negative must exceed the smallest of several positives.
 const MOST: f64 = 0.6;
 
 impl Density {

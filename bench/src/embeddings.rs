@@ -22,13 +22,13 @@ pub const CLASS_SIZE: usize = 5;
 /// Rows of the sample on which the noise is found.
 const SAMPLE: usize = 2000;
 
-/// Length of the noise over that of a class centre, at most.
+/// Largest length of the noise over that of a class centre.
 const MOST_NOISE: f64 = 16.0;
 
-/// The sample's share may miss the wanted one by this part of it.
+/// Largest relative error of the sample's share.
 const CLOSE: f64 = 0.1;
 
-/// What is measured: anchors, references of their own or none, and the settings they are mined with.
+/// A batch to measure: anchors, references of their own or none, and the settings they are mined with.
 #[derive(Debug, Clone)]
 pub struct Embeddings {
     /// The rows of the batch.
@@ -54,7 +54,7 @@ impl Embeddings {
         format!("{rows} x {dim}{against}{density}")
     }
 
-    /// Ordered pairs of two labels, both at least 0.
+    /// Number of ordered negative pairs: of two different labels, both at least 0.
     #[must_use]
     pub fn negatives(&self) -> u64 {
         let sorted = |labels: &[i64]| {
@@ -85,7 +85,7 @@ impl Embeddings {
     }
 }
 
-/// What a generator draws; each has streams of its own.
+/// The kinds of rows that are drawn; each has random streams of its own.
 #[derive(Clone, Copy)]
 enum Purpose {
     Centre,
@@ -159,7 +159,7 @@ pub fn find_noise(density: Density, dim: usize, references: Option<usize>, seed:
     let mut backend = CpuBackend::new();
     let mut output = LossOutput::default();
     let mut share_at = |noise| {
-        // The paper's thresholds, also where the rows are then measured with others.
+        // The paper's settings, even if the rows are then measured with others.
         let sample = Embeddings {
             settings: LossSettings::default(),
             ..draw(SAMPLE, references.map(|_| SAMPLE), dim, density, noise, seed)

@@ -1,4 +1,4 @@
-//! How fast a backend evaluates the loss, and in how much memory: `ddtas-bench throughput`.
+//! Time and memory of a backend's loss: `ddtas-bench throughput`.
 //!
 //! | file | what |
 //! | --- | --- |
@@ -45,7 +45,7 @@ use ddtas_io::Result;
 /// `progress` is called before each with its number, from 0, the count of all, and its name.
 ///
 /// # Errors
-/// Settings out of range, files that cannot be read or written, and what the backend answers.
+/// Settings out of range, files that cannot be read or written, and errors of the backend.
 pub fn run(settings: &ThroughputSettings, progress: &mut dyn FnMut(usize, usize, &str)) -> Result<Vec<Row>> {
     let plan = settings.plan()?;
     if let Some(path) = &settings.embeddings {
@@ -54,7 +54,7 @@ pub fn run(settings: &ThroughputSettings, progress: &mut dyn FnMut(usize, usize,
         progress(0, 1, &embeddings.name());
         return Ok(vec![measure(&embeddings, settings)?]);
     }
-    // A device that is not there, or a share that no noise gives, is found before the first file and figure.
+    // Fails for a missing device, or a share that no noise gives, before the first file and figure.
     drop(settings.device.open()?);
     let mut noises = Vec::new();
     for &dim in &plan.dims {

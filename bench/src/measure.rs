@@ -23,10 +23,10 @@ const WARM_UP: usize = 2;
 const FEWEST: usize = 5;
 const MOST: usize = 10_000;
 
-/// Rows of S the floor computes at a time. All of S at once would be slower, for want of cache.
+/// Rows of S the floor computes at a time. All of S at once would exceed the cache and be slower.
 const STRIPE: usize = 256;
 
-/// What was measured of one batch. Field names are those of `--json`.
+/// The measurement of one batch. Field names are those of `--json`.
 #[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
 pub struct Row {
     /// Rows of the batch, B.
@@ -54,14 +54,14 @@ pub struct Row {
     pub mined_share: f64,
     /// Median time of loss and gradient, rows and gradient in the host's memory, milliseconds.
     pub time_ms: f64,
-    /// The shortest of the times, milliseconds: what is left of it on a machine that others use too.
+    /// The shortest of the times, milliseconds: least affected by other programs on the machine.
     pub time_best_ms: f64,
     /// 90th less 10th percentile of the times, milliseconds.
     pub time_spread_ms: f64,
     /// `4 B N D`, the operations of an unfused loss, divided by the time.
     pub gflops: f64,
-    /// Time over that of two bare products of the same shape, S = E Rᵀ and dE = S R, in the same run: in float32 on
-    /// the CPU, on a GPU by cuBLAS in the rows' type and on rows that lie there. None where cuBLAS is not found.
+    /// Time over that of two bare products of the same shape, S = E Rᵀ and dE = S R, in the same run: in
+    /// float32 on the CPU; by cuBLAS on rows in a GPU's memory, in their type; none without cuBLAS.
     pub floor_share: Option<f64>,
     /// Most bytes allocated at any time beyond the rows and the gradient, on host and device; none where
     /// the program's allocator does not count.
@@ -96,12 +96,12 @@ impl<'a> Typed<'a> {
 /// Measures one batch: time, the floor's time, memory.
 ///
 /// # Errors
-/// What the backend answers, [`Error::NotUnit`](ddtas::Error::NotUnit) for one.
+/// Errors of the backend, such as [`Error::NotUnit`](ddtas::Error::NotUnit).
 pub fn measure(embeddings: &Embeddings, settings: &ThroughputSettings) -> Result<Row> {
     measure_on(|| Ok(settings.device.open()?), embeddings, settings)
 }
 
-/// The same on a backend that `opened` gives, whose memory counts from then on.
+/// As [`measure`], on the backend that `opened` returns, whose memory counts from then on.
 ///
 /// # Errors
 /// As [`measure`], and those of `opened`.
@@ -116,7 +116,7 @@ pub fn measure_on(
 /// Calls `work` with the rows in the type that `settings` ask for.
 ///
 /// # Errors
-/// Settings out of range, rows that are no batch, and what `work` answers.
+/// Settings out of range, rows that are no batch, and errors of `work`.
 pub fn with_batch<T>(
     embeddings: &Embeddings,
     settings: &ThroughputSettings,
@@ -144,14 +144,14 @@ fn measure_batch(
     let (count, dim) = embeddings.anchors.values.dim();
     let against = embeddings.references.as_ref().map_or(count, |rows| rows.labels.len());
 
-    // The gradient is what is asked for: its room is not extra.
+    // The gradient is a result, so its memory is not extra.
     let mut output = LossOutput { gradient: Array2::zeros((count, dim)), ..LossOutput::default() };
     let before = PeakAlloc.current_usage();
     PeakAlloc.reset_peak_usage();
     let mut backend = opened()?;
     let loss = || backend.loss(batch, &embeddings.settings, &mut output);
     let times = time(settings.seconds, loss)?;
-    // 0 bytes in use: nobody counts.
+    // 0 bytes in use: the program's allocator does not count.
     let counted = (before > 0).then(|| PeakAlloc.peak_usage().saturating_sub(before));
     let on_device = if is_gpu(&*backend) { backend.workspace_bytes() } else { 0 };
     let name = backend.name();
@@ -183,7 +183,7 @@ fn measure_batch(
     })
 }
 
-/// Whether the workspace lies where the host's allocator does not see it.
+/// Whether the workspace is in memory that the host's allocator does not see.
 fn is_gpu(backend: &dyn Backend) -> bool {
     backend.name().starts_with("cuda")
 }

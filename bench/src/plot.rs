@@ -11,7 +11,7 @@ const SIZE: (u32, u32) = (960, 400);
 /// The figure as SVG.
 ///
 /// # Errors
-/// What the plotting library says.
+/// The plotting library's message.
 pub fn plot(rows: &[Row]) -> Result<String, String> {
     let time = lines(rows, |row| Some(row.time_ms));
     let memory = lines(rows, |row| row.peak_extra_bytes.map(|bytes| bytes as f64 / 1e6));
@@ -53,7 +53,7 @@ fn panel<'a>(title: &'a str, lines: &'a [Line]) -> Chart<'a> {
     }
 }
 
-/// From below the least to above the most; a single value has room on both sides.
+/// A range that holds all values with room on both sides.
 fn range(values: impl Iterator<Item = f64>) -> Range<f64> {
     let (low, high) =
         values.fold((f64::MAX, f64::MIN), |(low, high), value| (low.min(value), high.max(value)));

@@ -1,4 +1,4 @@
-//! The two products of a loss that is not fused, by cuBLAS on a GPU: S = E Rᵀ and dE = S R, of rows that lie there.
+//! The two products of an unfused loss, S = E Rᵀ and dE = S R, by cuBLAS on rows in a GPU's memory.
 
 use std::ffi::{c_int, c_void};
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DevicePtr, DevicePtrMut
 use ddtas::loss::{Batch, Embeddings};
 use ddtas::{Error, Result};
 
-/// Most bytes that S takes at a time; of more rows it is made in stripes.
+/// Most bytes of S at a time; a larger S is computed in stripes.
 const SIMILARITIES: usize = 8 << 30;
 
 /// Rows, S and dE of one batch, all of one type.
@@ -47,10 +47,10 @@ impl Element {
 }
 
 impl Products {
-    /// Brings the rows to GPU `ordinal`; none where cuBLAS is not found.
+    /// Copies the rows to GPU `ordinal`; none if cuBLAS is not found.
     ///
     /// # Errors
-    /// [`Error::Device`] if the driver or cuBLAS refuses a call, for want of memory for one.
+    /// [`Error::Device`] if the driver or cuBLAS refuses a call, such as for lack of memory.
     pub(crate) fn new(ordinal: usize, batch: &Batch<'_>, tf32: bool) -> Result<Option<Self>> {
         // SAFETY: looks for the library and closes it again.
         if !unsafe { sys::is_culib_present() } {
@@ -79,7 +79,7 @@ impl Products {
         }))
     }
 
-    /// Makes both and waits for them.
+    /// Computes both products and waits for them.
     ///
     /// # Errors
     /// As [`new`](Products::new).
@@ -94,7 +94,7 @@ impl Products {
         for first in (0..count).step_by(stripe) {
             let rows = stripe.min(count - first);
             let offset = (first * dim * self.element.bytes) as u64;
-            // cuBLAS counts by columns: of its products are Sᵀ [N, B] = R Eᵀ and dEᵀ [D, B] = Rᵀ Sᵀ.
+            // cuBLAS is column-major, so its products are Sᵀ [N, B] = R Eᵀ and dEᵀ [D, B] = Rᵀ Sᵀ.
             let s = Product {
                 operations: [CUBLAS_OP_T, CUBLAS_OP_N],
                 shape: [against, rows, dim],
@@ -115,7 +115,7 @@ impl Products {
     }
 }
 
-/// C = op(A) op(B), by columns: C is [m, n], the inner dimension k.
+/// C = op(A) op(B), column-major: C is [m, n], the inner dimension k.
 struct Product {
     operations: [sys::cublasOperation_t; 2],
     shape: [usize; 3],
@@ -124,7 +124,7 @@ struct Product {
 
 impl Product {
     /// # Safety
-    /// `a`, `b` and `c` are addresses of memory of the GPU that holds as much.
+    /// `a`, `b` and `c` are addresses in the GPU's memory with room for their matrices.
     unsafe fn enqueue(&self, blas: &CudaBlas, element: Element, a: u64, b: u64, c: u64) -> Result<()> {
         let number = |value: usize| {
             c_int::try_from(value)

@@ -1,9 +1,9 @@
 //! Checks a device's loss on a batch of any size against float64, for some of its anchors.
 //!
-//! [`run`](ddtas_cases::run()) needs every similarity of a small batch. Here an anchor costs one row of S: its m+, m-, counts
-//! and term of the loss follow from its own similarities, its gradient from those and the other anchors' four numbers (m+,
-//! m-, |P|, |N|) as the device has them. Pairs that are closer to a threshold than the device's similarities err may
-//! be kept or not. `benches/device.sh` does this at every shape before it times it.
+//! [`run`](ddtas_cases::run()) needs every similarity of a small batch. Here an anchor costs one row of S:
+//! its m+, m-, counts and term of the loss follow from its own similarities, its gradient from these and the
+//! device's four numbers of the other anchors (m+, m-, |P|, |N|). Pairs closer to a threshold than the error
+//! of the device's similarities may be kept or not. `benches/device.sh` does this before it times a shape.
 
 use std::ops::Range;
 
@@ -19,15 +19,15 @@ use ddtas_cases::{Bounds, SINGLE_PRECISION, to_tf32};
 use ndarray::{Array2, s};
 use rayon::prelude::*;
 
-/// References that are taken to float64 at a time.
+/// References that are converted to float64 at a time.
 const CHUNK: usize = 2048;
 
-/// What a device answers of a batch.
+/// A device's results for a batch.
 #[derive(Debug, Clone)]
 pub struct Answer {
     /// Loss, gradient and the numbers of each anchor.
     pub output: LossOutput,
-    /// What each anchor adds to the loss.
+    /// Each anchor's term of the loss.
     pub terms: Vec<f64>,
     /// Whether its gradient is a product of tiles; otherwise it is summed pair by pair, in another order.
     pub by_tiles: Vec<bool>,
@@ -37,7 +37,7 @@ impl Answer {
     /// Evaluates the loss of a batch.
     ///
     /// # Errors
-    /// What the backend answers.
+    /// Errors of the backend.
     pub fn new<D: Device>(
         backend: &mut DeviceBackend<D>,
         batch: &Batch<'_>,
@@ -49,11 +49,11 @@ impl Answer {
         Ok(Self { output, terms, by_tiles })
     }
 
-    /// Holds it to another of the same kernels with another budget: bit for bit, but for a gradient summed
-    /// the other way.
+    /// Compares it with an answer of the same kernels under another budget: bit for bit, except for gradient
+    /// rows that were summed the other way.
     ///
     /// # Errors
-    /// What differs.
+    /// The first difference.
     pub fn same_bits(&self, other: &Self) -> std::result::Result<(), String> {
         let (a, b) = (&self.output, &other.output);
         let scalars = |o: &LossOutput| {
@@ -95,10 +95,10 @@ impl Answer {
         Ok(())
     }
 
-    /// Holds its counts to those of other kernels, whose similarities may have another last bit.
+    /// Compares its counts with those of other kernels, whose similarities may differ in the last bit.
     ///
     /// # Errors
-    /// What differs by more than that explains.
+    /// A message if the counts differ by more than that explains.
     pub fn same_counts(&self, other: &Self) -> std::result::Result<(), String> {
         let (a, b) = (&self.output, &other.output);
         for (name, a, b) in
@@ -114,20 +114,20 @@ impl Answer {
     }
 }
 
-/// How far an answer is off: the worst, as a share of what is allowed.
+/// Largest errors of an answer, as shares of what is allowed.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
 pub struct Figures {
-    /// Anchors that were looked at.
+    /// Number of anchors checked.
     pub anchors: usize,
-    /// Of m+ and m-.
+    /// Error of m+ and m-.
     pub thresholds: f64,
-    /// Of the anchors' terms of the loss.
+    /// Error of the anchors' terms of the loss.
     pub terms: f64,
-    /// Of the gradient's rows.
+    /// Error of the gradient's rows.
     pub gradient: f64,
 }
 
-/// How a device is asked for its answer.
+/// How a device computes its answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Way {
     /// As it is to be timed.
@@ -138,11 +138,11 @@ pub enum Way {
     EveryGpu,
 }
 
-/// Asks for the answers of all [`Way`]s, holds the first two to float64 and to each other bit for bit, and the counts of the
-/// third to theirs.
+/// Evaluates the batch in all [`Way`]s, compares the first two with float64 and with each other bit for bit,
+/// and the counts of the third with theirs.
 ///
 /// # Errors
-/// What `open` or a backend answers; the inner one says what is wrong.
+/// Errors of `open` or of a backend; the inner result says what is wrong with an answer.
 pub fn compare<D: Device>(
     open: impl Fn(Way) -> Result<DeviceBackend<D>>,
     batch: &Batch<'_>,
@@ -182,14 +182,14 @@ struct Chunk {
     squares: Vec<f64>,
 }
 
-/// A pair of the anchor that is looked at.
+/// A pair of the anchor that is checked.
 struct Pair {
     reference: usize,
     s: f64,
     positive: bool,
 }
 
-/// What a pair's distance from a threshold makes of it.
+/// Whether a pair is kept, by its distance from the bound and the error of the device's similarities.
 #[derive(PartialEq)]
 enum Kept {
     No,
@@ -209,7 +209,7 @@ impl Kept {
 }
 
 impl<'a, 'b> SpotCheck<'a, 'b> {
-    /// Takes at most `count` anchors, spread over the batch, whose f32 rows count as rounded where the device may do that (`tf32`).
+    /// Takes at most `count` anchors, spread over the batch. `tf32`: f32 rows are rounded as on the device.
     #[must_use]
     pub fn new(batch: &'a Batch<'b>, settings: &'a LossSettings, tf32: bool, count: usize) -> Self {
         let all = batch.anchors.embeddings.rows();
@@ -252,10 +252,10 @@ impl<'a, 'b> SpotCheck<'a, 'b> {
         self.chunks.iter().flat_map(move |chunk| self.pairs(k, chunk))
     }
 
-    /// Holds an answer to the truth.
+    /// Checks an answer against float64.
     ///
     /// # Errors
-    /// The first thing that is wrong: what, of which anchor, what came out and what was wanted.
+    /// The first wrong value: its name and anchor, the value, and the one wanted.
     pub fn check(&self, answer: &Answer) -> std::result::Result<Figures, String> {
         let output = &answer.output;
         let tolerances = adapt(self.settings, output.pair_totals());
@@ -284,7 +284,7 @@ impl<'a, 'b> SpotCheck<'a, 'b> {
         })
     }
 
-    /// m+, m-, counts and term of the `k`-th anchor.
+    /// Checks m+, m-, counts and term of the `k`-th anchor; returns the errors of m+ and m-, and of the term.
     fn check_anchor(
         &self,
         k: usize,
@@ -313,7 +313,7 @@ impl<'a, 'b> SpotCheck<'a, 'b> {
         }
 
         let bounds = (positive_bound(max_neg, tolerances.pos), negative_bound(min_pos, tolerances.neg));
-        // Positives, negatives: kept in any case, and perhaps.
+        // Of positives and of negatives: those that are kept in any case, and those that perhaps are.
         let (mut counts, mut sums) = ([[0u32; 2]; 2], [[0.0f64; 2]; 2]);
         for pair in self.all_pairs(k) {
             let kept = Kept::new(&pair, bounds.0, bounds.1);
@@ -357,7 +357,7 @@ impl<'a, 'b> SpotCheck<'a, 'b> {
         2.0 / (self.batch.anchors.embeddings.rows() as f64 * f64::from(count))
     }
 
-    /// Relative rounding of an element of M on tensor cores.
+    /// Relative rounding error of a weight on tensor cores.
     fn rounding(&self) -> f64 {
         match self.batch.anchors.embeddings {
             Embeddings::F32(_) if self.tf32 => 2.0f64.powi(-11),
@@ -367,7 +367,7 @@ impl<'a, 'b> SpotCheck<'a, 'b> {
         }
     }
 
-    /// What a sigmoid of 16-bit rows is off by at least: it is f16 of 2^15 times it, whose smallest step is 2^-24.
+    /// Least error of a sigmoid with 16-bit rows: f16 holds 2^15 times it, in steps of 2^-24 or more.
     fn smallest(&self) -> f64 {
         match self.batch.anchors.embeddings {
             Embeddings::F32(_) if !self.tf32 => 0.0,
@@ -383,7 +383,7 @@ impl<'a, 'b> SpotCheck<'a, 'b> {
     ) -> std::result::Result<f64, String> {
         let references = self.batch.reference_rows().embeddings;
         let shape = (self.anchors.len(), references.dim());
-        // The gradient; of its weights the sum, the sum of squares and those of pairs that may not be kept.
+        // The gradient; each anchor's sums of weights, of their squares, and of weights of doubtful pairs.
         let nothing = || (Array2::<f64>::zeros(shape), vec![[0.0f64; 3]; shape.0]);
         let (want, sums) = self
             .chunks
@@ -430,7 +430,7 @@ impl<'a, 'b> SpotCheck<'a, 'b> {
         Ok(worst)
     }
 
-    /// G_ij, and G_ji in the square form, with what of it is in doubt.
+    /// G_ij, plus G_ji in the square form, and the part of the sum that is uncertain.
     fn pair_weight(
         &self,
         anchor: usize,

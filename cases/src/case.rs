@@ -12,14 +12,14 @@ use crate::{Expected, Matrix};
 pub struct Side {
     /// Unit rows.
     pub rows: Matrix,
-    /// One a row; negative: ignored.
+    /// One label per row; a row with a negative label is ignored.
     pub labels: Vec<i64>,
-    /// A row a row.
+    /// A row for each of `rows`.
     pub tangent: Array2<f32>,
 }
 
 impl Side {
-    /// As a backend takes it.
+    /// The rows as a backend takes them.
     #[must_use]
     pub fn view(&self) -> Rows<'_> {
         Rows { embeddings: self.rows.view(), labels: &self.labels }
@@ -42,10 +42,10 @@ pub struct Case {
 }
 
 impl Case {
-    /// A case whose answer is the truth's.
+    /// A case whose expected results are the truth's.
     ///
     /// # Errors
-    /// What the truth refuses.
+    /// Errors of the truth.
     pub fn new(
         name: String,
         settings: LossSettings,
@@ -58,10 +58,10 @@ impl Case {
         Ok(Self { name, settings, anchors, references, expected })
     }
 
-    /// The same with its rows rounded to another type, and the truth's answer to those.
+    /// The case with its rows rounded to another type, and the truth's results for these.
     ///
     /// # Errors
-    /// What the truth refuses.
+    /// Errors of the truth.
     pub fn rounded_to(&self, dtype: ElementType) -> Result<Self> {
         let side = |side: &Side| Side { rows: side.rows.rounded_to(dtype), ..side.clone() };
         Self::new(self.name.clone(), self.settings, side(&self.anchors), self.references.as_ref().map(side))
@@ -91,7 +91,7 @@ fn batch<'a>(anchors: &'a Side, references: Option<&'a Side>) -> Batch<'a> {
     }
 }
 
-/// Whether no pair lies within `slack` of a threshold, so that single precision comes to the same sets as the truth.
+/// Whether no pair is within `slack` of a threshold, so that single precision finds the truth's sets.
 #[must_use]
 pub fn is_clear(truth: &Reference, settings: &LossSettings, slack: f64) -> bool {
     let (similarities, selection) = (&truth.similarities, &truth.selection);

@@ -1,4 +1,4 @@
-//! The truth's answer, how far another is from it, and how far it may be.
+//! The truth's results, a backend's errors against them, and bounds for these errors.
 
 use ddtas::Result;
 use ddtas::loss::{
@@ -12,9 +12,9 @@ use crate::rows::round;
 /// Bound on loss and gradient errors of a float32 backend, relative to the largest entry.
 pub const SINGLE_PRECISION: f64 = 1e-5;
 
-/// The same of f32 rows where TF32 is allowed, against the truth of the rounded rows ([`run_tf32`](crate::run_tf32)). Their
-/// products are exact in f32, so sets, counts and thresholds are as exact as others; but the gradient's other factor, the pair
-/// weights, is rounded too, by up to 2^-11 of each: twice that.
+/// The same where f32 rows are rounded to TF32, against the truth of the rounded rows
+/// ([`run_tf32`](crate::run_tf32)). Products of rows are exact in f32, so sets, counts and thresholds are as
+/// exact as others; but pair weights are rounded too, by up to 2^-11 of each. The bound is twice that.
 pub const TF32: f64 = 1e-3;
 
 /// The expected results, in float64. Fields are those of [`LossOutput`] and [`ThresholdGradient`].
@@ -41,7 +41,7 @@ pub struct Expected {
     pub threshold_gradient: ThresholdGradient,
     /// Sums of the absolute terms of `threshold_gradient`, which its errors are measured against.
     pub threshold_terms: ThresholdGradient,
-    /// How far a backend may be off.
+    /// Bounds for a backend's errors.
     pub bounds: Bounds,
 }
 
@@ -85,7 +85,7 @@ impl Expected {
         })
     }
 
-    /// The same as a backend would answer it.
+    /// The expected results as a backend would return them.
     #[must_use]
     pub fn output(&self) -> LossOutput {
         let narrow = |values: &[f64]| values.iter().map(|&value| value as f32).collect();
@@ -112,26 +112,26 @@ impl Expected {
     }
 }
 
-/// How far a backend may be off the truth of its rows, whatever their type.
+/// Bounds for a backend's errors against the truth of its rows, whatever their type.
 #[derive(Debug, Clone, Copy)]
 pub struct Bounds {
-    /// Of the loss and its derivatives by lambda, relative.
+    /// Bound for the loss and its derivatives by lambda, relative.
     pub loss: f64,
-    /// Of the gradients, relative to the largest entry.
+    /// Bound for the gradients, relative to the largest entry.
     pub gradient: f64,
 }
 
 impl Bounds {
-    /// What tensor cores, which truncate when they add, may be off in a similarity of 16-bit rows. f32 is added
-    /// by the rounding adder.
+    /// Error of a similarity of 16-bit rows on tensor cores, which truncate when they add; f32 is added with
+    /// rounding.
     pub const TRUNCATION: f64 = 4e-7;
-    /// Error over that of plain code in the same precision.
+    /// Allowed error over that of plain code in the same precision.
     const PLAIN_FACTOR: f64 = 3.0;
-    /// Of m+, m-, gamma: cosine similarities.
+    /// Bound for m+, m- and gamma, which are cosine similarities.
     const THRESHOLDS: f64 = 2e-6;
-    /// Of the mean similarities.
+    /// Bound for the mean similarities.
     const MEANS: f64 = 1e-5;
-    /// Of the sums of SPEC 5, over their absolute terms.
+    /// Bound for the sums of SPEC 5, relative to their absolute terms.
     const SUMS: f64 = 1e-6;
 
     fn new(batch: &Batch<'_>, settings: &LossSettings, truth: &Reference) -> Self {
@@ -170,7 +170,7 @@ fn largest(m: &Array2<f64>) -> f64 {
     worst(m.iter().map(|value| value.abs()))
 }
 
-/// How far an answer is from the expected one. Relative to the largest entry of each quantity.
+/// Errors of a result against the expected one, relative to the largest entry of each quantity.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct Report {
     /// Relative error of the loss.
@@ -216,7 +216,7 @@ impl Report {
             .max(single(expected.dloss_dlambda_neg, output.dloss_dlambda_neg));
         let sums = relative(difference(expected.threshold_gradient.pos, threshold_gradient.pos), terms)
             .max(relative(difference(expected.threshold_gradient.neg, threshold_gradient.neg), terms));
-        // Of a batch without such pairs the mean is NaN on both sides.
+        // Without such pairs the mean is NaN on both sides.
         let mean = |wanted: f64, got: f64| {
             if wanted.is_nan() && got.is_nan() { 0.0 } else { difference(wanted, got) }
         };
@@ -242,7 +242,7 @@ impl Report {
             && self.threshold_gradient <= bound
     }
 
-    /// Whether every count is exact and every error within the bound of what it is an error of.
+    /// Whether every count is exact and every error within its own bound.
     #[must_use]
     pub fn is_within(&self, bounds: &Bounds) -> bool {
         self.wrong_counts.is_empty()
@@ -289,7 +289,7 @@ fn difference(wanted: f64, got: f64) -> f64 {
     if error.is_nan() { f64::INFINITY } else { error }
 }
 
-/// Error over scale; +inf where that is NaN, which a maximum would pass over. Where everything expected is 0, the answer must be 0 too.
+/// Error over scale; +inf for NaN, which a maximum would ignore. At scale 0 the error must be 0 too.
 fn relative(error: f64, scale: f64) -> f64 {
     let ratio = if error == 0.0 { 0.0 } else { error / scale };
     if ratio.is_nan() { f64::INFINITY } else { ratio }

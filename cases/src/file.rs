@@ -10,7 +10,7 @@ use ddtas_io::{Error, Result};
 use crate::{Case, Matrix, Side};
 
 impl Case {
-    /// Reads a reference case: square, f32 rows. What its file does not say, the means, is the truth's.
+    /// Reads a reference case: square, f32 rows. The means, which the file does not have, are the truth's.
     ///
     /// # Errors
     /// [`Error::Io`] if the file cannot be read, [`Error::Format`] if it is not a reference case.
@@ -106,7 +106,7 @@ pub fn find(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
 /// The metadata that states `settings`: what [`settings_of`] reads.
 ///
 /// # Errors
-/// A line for a way of mining that the metadata has no word for.
+/// A message for a way of mining that the metadata cannot state.
 pub fn metadata_of(settings: &LossSettings) -> Result<BTreeMap<String, String>, String> {
     let adaptive = match settings.mining {
         Mining::AtAsms => "true",

@@ -4,7 +4,7 @@
 //! | --- | --- |
 //! | `rows.rs` | rows in every type |
 //! | `case.rs` | a batch with its expected results |
-//! | `expected.rs` | the truth's answer, how far another is from it, and how far it may be |
+//! | `expected.rs` | the truth's results, a backend's errors against them, and bounds for these |
 //! | `file.rs` | the reference cases of SPEC 7, in `.safetensors` files |
 //! | `table.rs` | the table: reference cases and shapes that those do not have, in every type, form and way of mining |
 //! | `parts.rs` | a batch in parts, a backend each |

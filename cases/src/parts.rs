@@ -31,7 +31,7 @@ pub struct Together {
     pub threshold_gradient: ThresholdGradient,
 }
 
-/// The loss of the first `anchors` of `all`, whose rows behind them are a memory, in parts of these `lengths`.
+/// The loss of the first rows of `all`, in parts of these `lengths`; the rows behind them are a memory.
 ///
 /// `tangent` is edot of the anchors.
 pub fn loss_in_parts(
@@ -105,8 +105,7 @@ pub fn loss_in_parts(
     Ok(together)
 }
 
-/// One step of all parts at once, each in a plain thread; a pool of its own for every part, of as many threads as its
-/// number says.
+/// One step of all parts at once, each part in a thread of its own with a pool of 1 to 3 threads.
 fn each(
     backends: &mut [Box<dyn Backend>],
     outputs: &mut [LossOutput],
@@ -139,9 +138,9 @@ pub fn split(rows: usize, random: &mut ChaCha8Rng) -> Vec<usize> {
     ends.into_iter().map(|end| end - std::mem::replace(&mut before, end)).collect()
 }
 
-/// Holds a backend to every square case of a table, split at random places.
+/// Checks a backend on every square case of a table, split at random places.
 ///
-/// `open` makes the backend of the part of a number.
+/// `open` makes the backend of the part with this number.
 pub fn run_all(mut open: impl FnMut(usize) -> Box<dyn Backend>, cases: impl IntoIterator<Item = Case>) {
     let mut random = ChaCha8Rng::seed_from_u64(17);
     let (mut count, mut failures) = (0, Vec::new());
@@ -162,7 +161,7 @@ pub fn run_all(mut open: impl FnMut(usize) -> Box<dyn Backend>, cases: impl Into
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
-/// Holds a backend to the truth where references are anchors, and copies of others, by a list of indices.
+/// Checks a backend where a list says which references are anchors; their rows are copies of other anchors'.
 pub fn check_identity(backend: &mut dyn Backend) {
     let how = Draw { rows: 150, dim: 40, classes: 20, noise: 1.5, ignored: 9, duplicates: 8 };
     for (seed, settings) in (0..40).zip([LossSettings::default(); 40]) {
@@ -170,7 +169,7 @@ pub fn check_identity(backend: &mut dyn Backend) {
         let (mut references, mut reference_labels) = draw(Draw { rows: 300, ..how }, seed + 100);
         let mut list = vec![Identity::ABSENT; 150];
         for i in 0..100 {
-            // Another row than the anchor: by value nothing would tell.
+            // Another row than the anchor, so that its value does not tell.
             let at = 299 - 2 * i;
             reference_labels[at] = labels[i];
             list[i] = at as u32;
@@ -198,7 +197,7 @@ pub fn with_memory() -> (Array2<f32>, Vec<i64>) {
     (all, [&labels[..], &memory_labels, &labels[..10]].concat())
 }
 
-/// The parts of a batch in float64, and put together: loss, gradient and |P|, |N|.
+/// Loss, gradient and |P|, |N| of a batch in float64, computed in parts.
 pub fn truth_in_parts(
     all: &Rows<'_>,
     lengths: &[usize],

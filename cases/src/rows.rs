@@ -39,7 +39,7 @@ impl Matrix {
         Self::new(&self.view().to_f64().mapv(|value| value as f32), dtype)
     }
 
-    /// As a backend takes them.
+    /// The rows as a backend takes them.
     #[must_use]
     pub fn view(&self) -> Embeddings<'_> {
         match self {

@@ -13,7 +13,7 @@ use crate::{Case, Report};
 /// Runs a case through the loss and the threshold pass of a backend.
 ///
 /// # Errors
-/// What the backend answers.
+/// Errors of the backend.
 pub fn run(case: &Case, backend: &mut dyn Backend) -> Result<Report> {
     answer(case, backend).map(|(output, sums)| Report::new(&case.expected, &output, sums))
 }
@@ -27,18 +27,18 @@ fn answer(case: &Case, backend: &mut dyn Backend) -> Result<(LossOutput, Thresho
     Ok((output, sums))
 }
 
-/// Runs a case of f32 rows through a backend that may multiply in TF32: it must answer what the truth does for
-/// rows that are rounded as it does, [`to_tf32`]. The backend gets the case's own rows.
+/// Runs a case of f32 rows through a backend that may multiply in TF32: its results must be the truth's for
+/// rows rounded as the backend rounds them, [`to_tf32`]. The backend gets the case's own rows.
 ///
 /// # Errors
-/// What the backend answers, or the truth of the rounded rows; [`Error::Unavailable`] for rows of another type.
+/// Errors of the backend or of the truth; [`Error::Unavailable`] for rows of another type.
 pub fn run_tf32(case: &Case, backend: &mut dyn Backend) -> Result<Report> {
     let rounded = rounded(case)?;
     answer(case, backend).map(|(output, sums)| Report::new(&rounded.expected, &output, sums))
 }
 
-/// What an entry of f32 rows is rounded to where TF32 is allowed: the nearest f16, which has TF32's 11 bits, and below 2^-14
-/// multiples of 2^-24.
+/// The value that an entry of f32 rows is rounded to where TF32 is allowed: the nearest f16, which has TF32's
+/// 11 bits, and below 2^-14 the nearest multiple of 2^-24.
 #[must_use]
 pub fn to_tf32(value: f32) -> f32 {
     f16::from_f32(value).to_f32()
@@ -55,13 +55,13 @@ fn rounded(case: &Case) -> Result<Case> {
 /// Runs cases through every pass of a backend.
 ///
 /// # Panics
-/// With every case that differs from the truth by more than its bounds.
+/// Names every case that differs from the truth by more than its bounds.
 pub fn run_all(backend: &mut dyn Backend, cases: impl IntoIterator<Item = impl Borrow<Case>>) {
     check_all(backend, cases, |backend, case| check(backend, case, case));
 }
 
-/// Runs cases of f32 rows through every pass of a backend that may multiply in TF32: it is held to the truth of the rounded
-/// rows, and to the bounds of those.
+/// Runs cases of f32 rows through every pass of a backend that may multiply in TF32, and compares with the
+/// truth of the rounded rows, within their bounds.
 ///
 /// # Panics
 /// As [`run_all`].
@@ -80,7 +80,7 @@ fn check_all(
     for case in cases {
         count += 1;
         let case = case.borrow();
-        // Where a kernel waits for ever, the last one is it.
+        // If a kernel hangs, the last line names its case.
         println!("case {} {:?}", case.name, case.dtype());
         if let Err(difference) = check(backend, case) {
             failures.push(format!("{} {:?}: {difference}", case.name, case.dtype()));
@@ -91,7 +91,7 @@ fn check_all(
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
-/// Holds the answer to a case to the truth of another, which is the same or its rows rounded.
+/// Checks a backend's results for `case` against `truth`, which is the same case or has its rows rounded.
 fn check(backend: &mut dyn Backend, case: &Case, truth: &Case) -> Result<(), String> {
     let say = |error: Error| error.to_string();
     let (output, sums) = answer(case, backend).map_err(say)?;
@@ -107,8 +107,8 @@ fn check(backend: &mut dyn Backend, case: &Case, truth: &Case) -> Result<(), Str
     Ok(())
 }
 
-/// Holds a retrieval to the similarities in float64; ties within the error may swap. Tensor cores cut off what a sum of 16-bit
-/// products does not hold, once for every 8 of them: 4e-6 was seen of 1,024 on an H200.
+/// Checks a retrieval against the similarities in float64; ties within the error may swap. Tensor cores
+/// truncate sums of 16-bit products, once for every 8 of them: 4e-6 was seen at D = 1,024 on an H200.
 ///
 /// # Errors
 /// The first query whose list is wrong.

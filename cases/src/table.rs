@@ -1,5 +1,5 @@
-//! The table: the reference cases, and batches drawn from seeds for what those do not have. No pair of a case lies
-//! within [`SLACK`] of a threshold, so counts are exact.
+//! The table: the reference cases, and batches drawn from seeds for shapes and settings that these do not
+//! have. No pair of a case lies within [`SLACK`] of a threshold, so counts are exact.
 
 use std::path::Path;
 
@@ -17,8 +17,8 @@ use crate::{Case, Matrix, Side, find, is_clear};
 /// If one cannot be read.
 #[must_use]
 pub fn golden() -> Vec<Case> {
-    // Seen from where cargo starts a package's tests, the root or a folder in it: the program may run elsewhere than it
-    // was built.
+    // Relative to where cargo starts a package's tests, the root or a folder in it: the program may run
+    // elsewhere than it was built.
     let folder =
         ["tests/golden", "../tests/golden"].map(Path::new).into_iter().find(|folder| folder.is_dir());
     let files = find(&[folder.expect("the working directory is a package's").to_path_buf()])
@@ -38,7 +38,7 @@ pub fn golden_in(dtype: ElementType) -> Vec<Case> {
     cases
 }
 
-/// Whether f32 arithmetic must come to the same sets as float64.
+/// Whether f32 arithmetic must find the same sets as float64.
 fn clear(case: &Case) -> bool {
     let truth = reference(&case.batch(), &case.settings).expect("a case is valid");
     is_clear(&truth, &case.settings, SLACK)
@@ -51,7 +51,7 @@ struct Recipe {
     /// Anchors, and references where the form is rectangular.
     rows: usize,
     references: Option<usize>,
-    /// Anchors that stand among the references too, from the first on.
+    /// Number of anchors, from the first on, that are references too.
     shared: usize,
     dim: usize,
     /// Noise around a class's centre; 0 makes exact duplicates.
@@ -138,7 +138,7 @@ pub fn generated() -> Vec<Case> {
     recipes.iter().flat_map(|recipe| ElementType::ALL.map(|dtype| clear_case(recipe, dtype))).collect()
 }
 
-/// One of them.
+/// One of the generated cases.
 ///
 /// # Panics
 /// If there is none of this name.
@@ -184,7 +184,7 @@ pub fn in_every_way() -> Vec<Case> {
 /// product and more than one block of columns; square, and rectangular with both gradients. 16-bit rows.
 #[must_use]
 pub fn widths() -> Vec<Case> {
-    // Rows of ignored labels stand last in the order of the passes.
+    // Rows of ignored labels are last in the order of the passes.
     let ignored = |row: usize| if row % 10 < 3 { -1 } else { (row / 8) as i64 };
     let forms = [None, Some(270)];
     let recipe = |(dim, references): (usize, Option<usize>)| Recipe {
@@ -195,7 +195,7 @@ pub fn widths() -> Vec<Case> {
         dim,
         noise: 2.5,
         label: ignored,
-        // So much is mined that every row tile takes the way of tiles, stored or not.
+        // So much is mined that every row tile's gradient is computed by tiles, stored or not.
         settings: LossSettings { mining: Mining::None, ..LossSettings::default() },
     };
     [40, 64, 130, 512, 768, 1024]

@@ -30,16 +30,16 @@ const TITLE: u32 = 18;
 /// Height of the text of a mark.
 const MARK: i32 = 14;
 
-/// plotters writes fixed colours; these two stand for the page's own and are replaced afterwards.
+/// plotters writes fixed colours: these two are placeholders for the page's own, and replaced afterwards.
 const INK: RGBColor = RGBColor(1, 2, 3);
 const GRID: RGBColor = RGBColor(4, 5, 6);
 
 /// A line of a chart.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Line {
-    /// What the legend says.
+    /// Name in the legend.
     pub name: String,
-    /// In order of x.
+    /// Points (x, y) in order of x.
     pub points: Vec<(f64, f64)>,
     /// Drawn faint, with a running mean over it ([`window`]).
     pub is_noisy: bool,
@@ -49,7 +49,7 @@ pub struct Line {
 
 /// An axis.
 pub struct Axis<'a> {
-    /// From its first to its last value; above 0 where it is logarithmic.
+    /// First and last value; above 0 if the axis is logarithmic.
     pub range: Range<f64>,
     /// Whether equal steps are equal factors.
     pub is_logarithmic: bool,
@@ -69,13 +69,13 @@ pub struct Chart<'a> {
     pub y: Axis<'a>,
     /// The lines, in order of their colours.
     pub lines: &'a [Line],
-    /// Values of x at which a thin vertical line stands, with its text.
+    /// Values of x that are marked by a thin vertical line, each with its text.
     pub marks: &'a [(f64, String)],
-    /// Whether names stand within it.
+    /// Whether the lines' names are shown within the chart.
     pub has_legend: bool,
 }
 
-/// What a figure stands on.
+/// Background of a figure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ground {
     /// A file of its own: white, at its full size.
@@ -87,7 +87,7 @@ pub enum Ground {
 /// Charts side by side, `size` pixels in all.
 ///
 /// # Errors
-/// What the plotting library says.
+/// The plotting library's message.
 pub fn svg(charts: &[Chart<'_>], size: (u32, u32), ground: Ground) -> Result<String, String> {
     draw(charts, size, ground).map_err(|error| format!("cannot draw the chart: {error}"))
 }
@@ -126,7 +126,7 @@ fn draw(charts: &[Chart<'_>], size: (u32, u32), ground: Ground) -> Result<String
 
 fn panel<'a>(area: &Area<'a>, chart: &Chart<'_>) -> Result<(), Failure> {
     let mut builder = ChartBuilder::on(area);
-    // The marks' text stands above the chart, a line each.
+    // The marks' texts are above the chart, one line each.
     builder
         .margin_top(8 + MARK * chart.marks.len() as i32)
         .margin_right(14)
@@ -281,7 +281,7 @@ pub fn ticks(range: &Range<f64>, most: usize) -> (Vec<f64>, usize) {
     let step = factors.map(|factor| factor * magnitude).into_iter().find(|&step| fits(step)).unwrap_or(span);
     let (first, last) = ((range.start / step).ceil() as i64, (range.end / step).floor() as i64);
     let digits = (-step.log10().floor()).max(0.0) as usize;
-    // Of a product, so that no rounding adds up; none is -0.
+    // By products, so that rounding errors do not add up; adding 0 turns -0 into 0.
     ((first..=last).map(|i| i as f64 * step + 0.0).collect(), digits)
 }
 
@@ -304,7 +304,7 @@ fn log_ticks(range: &Range<f64>) -> Vec<f64> {
     }
 }
 
-/// A number of four digits that matter as short as it can be written: the text at a tick of a logarithmic axis.
+/// The text at a tick of a logarithmic axis: four significant digits, without trailing zeros.
 #[must_use]
 pub fn short_label(value: &f64) -> String {
     format!("{value:.3e}").parse::<f64>().unwrap_or(*value).to_string()

@@ -22,7 +22,7 @@ fn instruction_set() -> &'static str {
     "baseline"
 }
 
-/// What `--version` says behind the program's name.
+/// The text of `--version` behind the program's name.
 #[must_use]
 pub fn version(number: &str, features: &[(&str, bool)]) -> String {
     let on: Vec<&str> = features.iter().filter(|(_, on)| *on).map(|(name, _)| *name).collect();
@@ -62,7 +62,7 @@ pub fn one_line(text: impl Display) -> String {
     text.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// Prints a line to standard error; a failure to write is ignored, so that no work ends because nobody reads.
+/// Prints a line to standard error; a failure to write is ignored, as it should not end the work.
 pub fn say(line: impl Display) {
     // One write, so that the lines of two threads or programs do not mix.
     let line = format!("{}\n", printable(&line.to_string()));

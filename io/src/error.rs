@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The library's.
+    /// An error of the library.
     #[error(transparent)]
     Library(ddtas::Error),
     /// A flag of a program outside its range.
@@ -21,7 +21,7 @@ pub enum Error {
         /// The values that are allowed.
         range: &'static str,
     },
-    /// What a caller hands over outside its range, which no flag sets.
+    /// An argument of a function outside its range, which no flag sets.
     #[error("{name} {value} is out of range: {range}")]
     InvalidArgument {
         /// What it is.
@@ -38,7 +38,7 @@ pub enum Error {
         name: &'static str,
         /// The value given; empty if there is none.
         value: String,
-        /// What it needs, or what is to be given instead.
+        /// What the flag needs, or the value to give instead.
         reason: Cow<'static, str>,
     },
     /// A file does not hold what was expected.
@@ -93,7 +93,7 @@ impl Error {
 }
 
 impl From<ddtas::Error> for Error {
-    /// A setting of the library that a flag sets has the flag's name.
+    /// A library setting that a flag sets gets the flag's name.
     fn from(error: ddtas::Error) -> Self {
         match error {
             ddtas::Error::InvalidSetting { name: "device", value, .. } => {

@@ -7,15 +7,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::{Error, Result};
 
-/// How the names of temporary files begin and end.
+/// Beginning and end of the names of temporary files.
 const PARTIAL: [&str; 2] = [".ddtas-", ".partial"];
 
 /// Most symbolic links that are followed, as many as Linux follows.
 const LINKS: usize = 40;
 
-/// Writes `bytes` to a new temporary file beside `path` and renames it: a full disk or a killed
-/// process leaves the old file, or none, never half of one. Of a symbolic link the target is replaced; a device or a
-/// pipe is written to as it is.
+/// Writes `bytes` to a new temporary file beside `path` and renames it: a full disk or a killed process
+/// leaves the old file, or none, never half of one. A symbolic link stays and its target is replaced; a
+/// device or a pipe is written to directly.
 ///
 /// # Errors
 /// [`Error::Io`] if the file cannot be written, flushed or renamed.
@@ -45,7 +45,7 @@ fn partial_beside(path: &Path) -> io::Result<(PathBuf, File)> {
         let [head, tail] = PARTIAL;
         let partial = path.with_file_name(format!("{head}{}-{number}{tail}", std::process::id()));
         match File::create_new(&partial) {
-            // Left by an earlier process of the same number, or of another machine.
+            // Left by an earlier process of the same id, or by another machine.
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
             made => return made.map(|file| (partial, file)),
         }
@@ -92,7 +92,7 @@ pub fn check_place(name: &'static str, path: &Path) -> Result<()> {
     }
     let looked_up = match fs::symlink_metadata(&real) {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-        // Too long a name, say.
+        // Such as a name that is too long.
         found => found.map(drop),
     };
     let made = looked_up.and_then(|()| partial_beside(&real));
@@ -100,8 +100,8 @@ pub fn check_place(name: &'static str, path: &Path) -> Result<()> {
         .map_err(|error| Error::misuse(name, path.display(), format!("cannot be written: {error}")))
 }
 
-/// Checks a result's place as [`check_place`], and that it replaces none of `others`, what is read or written beside it, each
-/// with its setting.
+/// As [`check_place`]; also checks that `path` is none of `others`, the files that are read or written beside
+/// it, each with its setting.
 ///
 /// # Errors
 /// As [`check_place`]; [`Error::Misused`] that names both settings.
@@ -129,7 +129,7 @@ fn check_apart(
     }
 }
 
-/// The one path of a file, which need not be there yet.
+/// The canonical path of a file, which need not exist yet.
 fn canonical(path: &Path) -> Option<PathBuf> {
     let real = target(path);
     Some(fs::canonicalize(folder_of(&real)).ok()?.join(real.file_name()?))

@@ -1,4 +1,4 @@
-//! What the programs of ddtas read, write and print.
+//! Files, printing and charts of the programs of ddtas.
 //!
 //! | module | what |
 //! | --- | --- |

@@ -20,7 +20,7 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// With a bar by a template of indicatif's; `quiet` shows warnings alone.
+    /// Progress with a bar by this template of indicatif's; `quiet` shows only warnings.
     #[must_use]
     pub fn new(quiet: bool, template: &str) -> Self {
         let bar = if quiet { ProgressBar::hidden() } else { ProgressBar::new(0) };
@@ -44,12 +44,12 @@ impl Progress {
         self.bar.set_position(done as u64);
     }
 
-    /// What the bar says beside itself.
+    /// Sets the text beside the bar.
     pub fn message(&self, message: impl Into<std::borrow::Cow<'static, str>>) {
         self.bar.set_message(message);
     }
 
-    /// A line in place of the bar, where there is none: if the last is some seconds ago, or this one is `due`.
+    /// Prints a line if there is no bar and the last line is some seconds ago, or this one is `due`.
     pub fn instead(&mut self, due: bool, line: impl Display) {
         if !self.has_bar && !self.quiet && (due || self.last_line.elapsed() > LINE_EVERY) {
             self.last_line = Instant::now();
@@ -57,14 +57,14 @@ impl Progress {
         }
     }
 
-    /// A line above the bar.
+    /// Prints a line above the bar.
     pub fn line(&self, line: &str) {
         if !self.quiet {
             self.print(line);
         }
     }
 
-    /// A warning, which is also printed where the progress is not.
+    /// Prints a warning, also if the progress is quiet.
     pub fn warn(&self, warning: &str) {
         self.print(&format!("warning: {warning}"));
     }
@@ -77,7 +77,7 @@ impl Progress {
         }
     }
 
-    /// Takes the bar away.
+    /// Removes the bar.
     pub fn clear(&self) {
         self.bar.finish_and_clear();
     }

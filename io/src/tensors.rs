@@ -1,4 +1,4 @@
-//! Matrices, numbers and texts in .safetensors files: what the programs hand each other, and other tools read.
+//! Matrices, numbers and texts in .safetensors files, for the programs and for other tools.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -12,7 +12,7 @@ use safetensors::tensor::{Metadata, TensorInfo};
 
 use crate::files::write_atomic;
 
-/// Length of the number before the header, and what the header is padded to.
+/// Bytes of the number before the header; the header is padded to a multiple of it.
 const ALIGNMENT: usize = 8;
 
 /// Embeddings with labels.
@@ -20,20 +20,20 @@ const ALIGNMENT: usize = 8;
 pub struct EmbeddedRows {
     /// `[rows, D]`.
     pub values: Array2<f32>,
-    /// One a row; negative: ignored.
+    /// One label per row; a row with a negative label is ignored.
     pub labels: Vec<i64>,
 }
 
-/// The header of a file, read, and its content.
+/// A file's parsed header, and its data.
 pub struct TensorFile<'a> {
     path: &'a Path,
     header: Metadata,
     data: &'a [u8],
-    /// What the header says beside the tensors.
+    /// The header's metadata.
     pub metadata: BTreeMap<String, String>,
 }
 
-/// A float that matrices are read as.
+/// A type of floats that matrices are read as.
 pub trait Float: Copy {
     /// The nearest to `value`.
     fn of(value: f64) -> Self;
@@ -160,7 +160,7 @@ pub fn floats_of<T: Float>(dtype: Dtype, bytes: &[u8]) -> Option<Vec<T>> {
     })
 }
 
-/// Little-endian values of a type of integers; `None` for another type, and where one is beyond 64 bits with a sign.
+/// Little-endian values of a type of integers; `None` for another type, or if a value exceeds i64.
 #[must_use]
 pub fn integers_of(dtype: Dtype, bytes: &[u8]) -> Option<Vec<i64>> {
     Some(match dtype {
@@ -188,7 +188,7 @@ pub type Tensor<'a> = (&'a str, Dtype, &'a [usize], &'a [u8]);
 /// A safetensors file; the same contents give the same bytes.
 ///
 /// # Errors
-/// What is wrong with a tensor: its shape does not fit its bytes.
+/// A message if a tensor's shape does not fit its bytes.
 pub fn to_bytes(facts: &BTreeMap<String, String>, mut tensors: Vec<Tensor<'_>>) -> Result<Vec<u8>, String> {
     let say = |error: &dyn std::fmt::Display| error.to_string();
     // The order of the safetensors crate: the widest type first.
@@ -213,7 +213,7 @@ pub fn to_bytes(facts: &BTreeMap<String, String>, mut tensors: Vec<Tensor<'_>>) 
     Ok(bytes)
 }
 
-/// A matrix by name, and the labels of its rows, if it has any, by another.
+/// A matrix with its name, and its rows' labels, if any, with theirs.
 pub type NamedRows<'a> = (&'a str, &'a Array2<f32>, Option<(&'a str, &'a [i64])>);
 
 /// Writes rows, whole or not at all.

@@ -171,8 +171,8 @@ impl Context {
         part.threshold_gradient(py, self, tangent, reference_tangent)
     }
 
-    /// What each query's list is worth: the place of the first answer, R-precision and average precision at
-    /// R, and the query's label. NaN where a query has no answer, and -1 for a place beyond its list.
+    /// Metrics of each query's list: rank of the first answer, R-precision, average precision at R, and the
+    /// query's label. NaN where a query has no answer, and -1 for a rank beyond its list.
     #[pyo3(signature = (queries, labels, gallery, gallery_labels, identity, ks))]
     #[allow(clippy::too_many_arguments)]
     fn judge<'py>(
@@ -223,10 +223,10 @@ impl Context {
     }
 }
 
-/// Places of first answers, R-precision, average precision at R, labels.
+/// Ranks of first answers, R-precision, average precision at R, labels.
 pub type Worth = (Py<PyAny>, Py<PyAny>, Py<PyAny>, Py<PyAny>);
 
-/// The same before Python has it.
+/// [`Worth`] before the conversion to Python.
 pub struct Judgements {
     first: Vec<f64>,
     r_precision: Vec<f64>,
@@ -257,7 +257,7 @@ impl Judgements {
     }
 }
 
-/// Threads and budget, of which a context is made.
+/// Threads and budget, from which a context is made.
 type Made = (Option<usize>, Option<usize>);
 
 /// K and the shares, queries counted, queries without anything to find.

@@ -1,4 +1,4 @@
-//! `CudaContext`: the loss and Recall@K on tensors in the GPU's memory, read and written where they lie.
+//! `CudaContext`: the loss and Recall@K on tensors in the GPU's memory, without copies.
 //!
 //! Everything is ordered on the caller's stream: torch's current one.
 
@@ -39,7 +39,7 @@ unsafe impl DlpackStream for Stream {
     }
 
     unsafe fn wait_for_producer(&self, _device: DLDevice, producer: *mut c_void) -> PyResult<bool> {
-        // On the same stream there is nothing to wait for; otherwise the producer sees to it.
+        // On the same stream no wait is needed; otherwise the producer synchronises.
         Ok(producer.addr() == self.0)
     }
 }
@@ -172,7 +172,7 @@ fn batch_of(sides: &[Side], check: bool) -> PyResult<ResidentBatch> {
 }
 
 impl CudaContext {
-    /// Runs `work` in the workspace of that GPU and stream, the interpreter let go of.
+    /// Runs `work` in the workspace of that GPU and stream, with the interpreter detached.
     fn compute<T: Send>(
         &self,
         py: Python<'_>,
@@ -193,9 +193,8 @@ impl CudaContext {
         Self(Spaces::new(Options { budget, tf32: allow_tf32 }))
     }
 
-    /// Issues the loss of one side among itself, or of the first against the second, and waits for nothing:
-    /// gradients and scalars are written where the addresses say. See `resident.rs`, which `ddtas.torch`
-    /// alone calls.
+    /// Issues the loss of one side, or of the first side against the second, without waiting: gradients and
+    /// scalars are written to the given addresses. Only `ddtas.torch` calls it, see `resident.rs`.
     #[pyo3(signature = (place, sides, identity, lambdas, mining, numbers, check, output, normalize = false))]
     #[allow(clippy::too_many_arguments)]
     fn enqueue_loss(
@@ -213,8 +212,8 @@ impl CudaContext {
     ) -> PyResult<()> {
         let settings = Settings::of_numbers(mining, numbers);
         let issued = Issued::new(&sides, (identity, lambdas), output, &settings, (check, normalize))?;
-        // SAFETY: `ddtas.torch` has checked the tensors and holds them until everything is issued; torch
-        // gives their memory to nobody before this stream is through.
+        // SAFETY: `ddtas.torch` has checked the tensors and holds them until everything is issued; torch does
+        // not reuse their memory before this stream has finished.
         self.compute(py, place.0, place.1, |backend| unsafe { issued.issue(backend) })
     }
 
@@ -261,7 +260,7 @@ impl CudaContext {
         Ok((sums.pos, sums.neg))
     }
 
-    /// As `Context.judge`, on rows in the host's memory that go to the GPU in turns.
+    /// As `Context.judge`, on rows in the host's memory that are copied to the GPU in turns.
     #[pyo3(signature = (place, queries, labels, gallery, gallery_labels, identity, ks))]
     #[allow(clippy::too_many_arguments)]
     fn judge<'py>(
@@ -282,7 +281,7 @@ impl CudaContext {
         Ok(worth.into_python(py))
     }
 
-    /// Recall@K of rows searched among themselves where they lie; labels and lists go to the host.
+    /// Recall@K of rows in the GPU's memory among themselves; labels and lists are copied to the host.
     fn recall_at_k(
         &self,
         py: Python<'_>,

@@ -1,4 +1,4 @@
-//! The calls of `Context` on float64 rows, which the scalar reference serves: small batches, gradient checks.
+//! The calls of `Context` on float64 rows, by the scalar reference: for small batches and gradient checks.
 
 use ddtas::loss::{DoubleBatch, DoubleRows, LossSettings, ThresholdGradient, UnitCheck};
 use pyo3::prelude::*;

@@ -1,4 +1,4 @@
-//! Matrices and labels where Python keeps them: no copy of a matrix, ever.
+//! Matrices and labels in Python's memory; a matrix is never copied.
 //!
 //! NumPy arrays come in through NumPy's own interface, which serves read-only arrays and bfloat16; everything
 //! else through DLPack. Labels of another width than int64 are converted: they are small.
@@ -36,9 +36,9 @@ enum Owner<'py> {
 
 /// A matrix as the library takes it.
 pub enum View<'a> {
-    /// What the backends take.
+    /// A type that the backends take.
     Single(Embeddings<'a>),
-    /// What the scalar reference takes.
+    /// The type that the scalar reference takes.
     Double(ArrayView2<'a, f64>),
 }
 
@@ -246,7 +246,7 @@ fn wrong_dtype(name: &str, got: &str) -> PyErr {
     PyTypeError::new_err(format!("the {name} must be float32, float16, bfloat16 or float64, not {got}"))
 }
 
-/// A type in NumPy's words.
+/// NumPy's name of a type.
 pub fn dtype_name(dtype: DLDataType) -> String {
     let bits = dtype.bits;
     match dtype.code {
@@ -310,7 +310,7 @@ impl<'py> Labels<'py> {
     }
 }
 
-/// Which reference is an anchor itself.
+/// Which reference is the same row as an anchor.
 pub enum Known {
     ByValue,
     From(usize),
@@ -342,7 +342,7 @@ impl Known {
         rows.iter().map(absent).collect::<PyResult<_>>().map(Self::List)
     }
 
-    /// The same for the library.
+    /// The same in the library's type.
     pub fn as_library(&self) -> Identity<'_> {
         match self {
             Self::ByValue => Identity::ByValue,
@@ -357,7 +357,7 @@ fn row_number(name: &str, value: i64) -> PyResult<u32> {
     u32::try_from(value).map_err(refused)
 }
 
-/// Numbers of rows that a step has found: nothing for `None`.
+/// Similarities of rows that a step has found; empty for `None`.
 ///
 /// # Errors
 /// `TypeError` for anything but a 1-D NumPy array of float32, whose bits must not change on the way.
@@ -372,10 +372,10 @@ pub fn similarities(name: &str, object: Option<&Bound<'_, PyAny>>) -> PyResult<V
     Ok(array.try_readonly()?.as_array().to_vec())
 }
 
-/// Sizes of sets that a step has found: nothing for `None`.
+/// Sizes of sets that a step has found; empty for `None`.
 ///
 /// # Errors
-/// `TypeError` for what are no integers, `ValueError` for one that is no size.
+/// `TypeError` for other values than integers, `ValueError` for one that is out of range.
 pub fn sizes(name: &'static str, object: Option<&Bound<'_, PyAny>>) -> PyResult<Vec<u32>> {
     let Some(object) = object else { return Ok(Vec::new()) };
     Labels::new(name, object)?.as_slice()?.iter().map(|size| row_number(name, *size)).collect()
@@ -388,7 +388,7 @@ fn one_dimensional(name: &str, got: usize) -> PyResult<()> {
     Err(PyValueError::new_err(format!("the {name} must have 1 dimension, not {got}")))
 }
 
-/// NumPy converts, and says what it cannot.
+/// Labels converted by NumPy, which refuses what it cannot convert.
 fn of_other_array(name: &str, array: &Bound<'_, PyUntypedArray>) -> PyResult<Vec<i64>> {
     let dtype = array.dtype();
     if !matches!(dtype.kind(), b'i' | b'u') {
@@ -435,10 +435,10 @@ fn within_range(name: &str, label: u64) -> PyResult<i64> {
     i64::try_from(label).map_err(|_| PyValueError::new_err(message()))
 }
 
-/// An integer that the machine counts to, from 0.
+/// A non-negative integer that fits `usize`.
 ///
 /// # Errors
-/// `TypeError` for what is no integer, `ValueError` for one that is out of range.
+/// `TypeError` for other values than integers, `ValueError` for one that is out of range.
 pub fn whole(value: &Bound<'_, PyAny>, name: &str, range: &str) -> PyResult<usize> {
     let refused = |error: PyErr| match error.is_instance_of::<PyTypeError>(value.py()) {
         true => PyTypeError::new_err(format!("{name} = {value:?} must be an integer")),

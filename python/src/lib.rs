@@ -1,6 +1,6 @@
 //! `ddtas._ddtas`: the library behind the Python package `ddtas`.
 //!
-//! | file | what it knows |
+//! | file | content |
 //! | --- | --- |
 //! | `input.rs` | matrices and labels where Python keeps them: NumPy arrays, DLPack tensors |
 //! | `settings.rs` | `ddtas.Settings` as the library's settings |
@@ -12,10 +12,10 @@
 //! | `tensors.rs` | the loss of tensors by their addresses, for `ddtas.torch` |
 //! | `output.rs` | `LossOutput`: what a loss returns, without a copy |
 //! | `cuda.rs` | `CudaContext`: the loss and Recall@K on tensors in the GPU's memory (feature `cuda`) |
-//! | `resident.rs` | the loss issued on a GPU and not waited for, and the workspaces there |
+//! | `resident.rs` | the loss issued on a GPU without waiting, and the workspaces there |
 //! | `error.rs` | the library's errors as Python's exceptions |
 //!
-//! Python waits for no lock while something is computed: the interpreter is let go of.
+//! The interpreter is detached while something is computed.
 
 use ddtas::Error;
 use ddtas::loss::select::initial_tolerances;
@@ -63,13 +63,13 @@ fn _norm_tolerance(dtype: u8) -> f64 {
     tensors::element_type(dtype).unwrap_or(ElementType::F32).norm_tolerance()
 }
 
-/// What a row that is not finite or not of unit length is refused with, by the sum of its squares.
+/// Raises the error for a row that is not finite or not of unit length, by the sum of its squares.
 #[pyfunction]
 fn _refuse_anchor(row: usize, square_sum: f64) -> PyResult<()> {
     Err(error::raise(Error::bad_row("anchors", row, square_sum)))
 }
 
-/// Reads what the kernels have written of a loss, 120 bytes.
+/// Reads the scalars of a loss, 120 bytes that the kernels wrote; raises for a bad row.
 #[pyfunction]
 fn _read_scalars(written: &[u8]) -> PyResult<[f64; tensors::COMPUTED]> {
     let refused = |_| PyValueError::new_err("the scalars of a loss have another size");
@@ -82,7 +82,7 @@ fn _read_scalars(written: &[u8]) -> PyResult<[f64; tensors::COMPUTED]> {
     Ok(tensors::statistics(&scalars))
 }
 
-/// The loss of tensors by their addresses: see `tensors.rs`, which `ddtas.torch` alone calls.
+/// The loss of tensors given by address; only `ddtas.torch` calls it, see `tensors.rs`.
 #[pyfunction]
 #[pyo3(signature = (context, rows, references, identity, mining, numbers, flags))]
 #[allow(clippy::too_many_arguments)]
@@ -101,7 +101,7 @@ fn _loss_at(
     unsafe { tensors::loss(py, context, (rows, references), identity, &settings, flags) }
 }
 
-/// Rows at unit length by addresses: see `tensors.rs`.
+/// Rows at unit length, given by address: see `tensors.rs`.
 #[pyfunction]
 fn _normalize_at(
     py: Python<'_>,
@@ -113,7 +113,7 @@ fn _normalize_at(
     unsafe { tensors::normalize(py, context, rows, unit) }
 }
 
-/// The way back of their gradient.
+/// The gradient with respect to rows as given, from that with respect to unit rows: see `tensors.rs`.
 #[pyfunction]
 fn _normalize_backward_at(
     py: Python<'_>,

@@ -1,4 +1,4 @@
-//! What a loss returns, as NumPy arrays that own the library's memory.
+//! The result of a loss, as NumPy arrays that own the library's memory.
 
 use ddtas::loss::{self, LossScalars, Reference};
 use ndarray::{Array, Dimension};
@@ -66,7 +66,7 @@ impl LossOutput {
         Self::new(&scalars, gradients, similarities, counts)
     }
 
-    /// Takes the truth's, whose gradients and similarities stay float64.
+    /// Takes the output of the float64 reference, whose gradients and similarities stay float64.
     pub fn of_reference(py: Python<'_>, truth: Reference) -> Self {
         let scalars = truth.scalars();
         let gradients = (array(py, truth.gradient), truth.reference_gradient.map(|rows| array(py, rows)));

@@ -32,7 +32,7 @@ pub type Selection = (Py<PyAny>, Py<PyAny>, f64, f64);
 /// Loss, gradient, active anchors, dL/dlambda of both.
 pub type PartLoss = (f64, Py<PyAny>, u64, f64, f64);
 
-/// Numbers of anchors and references, as Python hands them in.
+/// Numbers of anchors and references, as Python passes them.
 type Given<'a, 'py> = (&'a Bound<'py, PyAny>, Option<&'a Bound<'py, PyAny>>);
 
 impl<'py> Part<'py> {
@@ -120,7 +120,7 @@ impl<'py> Part<'py> {
     }
 }
 
-/// Makes a step, and answers what it has filled in.
+/// Runs a step and returns the output it has filled in.
 fn run(
     py: Python<'_>,
     context: &Context,

@@ -1,5 +1,4 @@
-//! The loss of tensors in a GPU's memory by their addresses, issued and not waited for: what `ddtas.torch`
-//! calls there.
+//! The loss of tensors in a GPU's memory, given by address and issued without waiting, for `ddtas.torch`.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -19,15 +18,15 @@ use crate::settings::Settings;
 use crate::sides::unit_check;
 use crate::tensors::element_type;
 
-/// Address of the rows and of their int64 labels, how many there are and of how many dimensions, their type,
-/// and the address of the gradient, or 0.
+/// Addresses of the rows and of their int64 labels, number of rows, dimensions, type, and address of the
+/// gradient, or 0.
 pub type Target = (usize, usize, usize, usize, u8, usize);
 
 /// A GPU's number, and a stream there.
 pub type Where = (usize, usize);
 
-/// What a workspace is for: calls that run as they are issued, or those of a graph, which must find it as
-/// they left it.
+/// What a workspace is for: calls that run when they are issued, or a captured graph, whose replays must find
+/// it unchanged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Purpose {
     Calls(usize),
@@ -37,8 +36,8 @@ enum Purpose {
 /// Workspaces on GPUs: one for each GPU, and one for each graph that was captured there.
 pub struct Spaces {
     options: Options,
-    /// A forked process has none of its parent's: the driver refuses it, with a line that says so. The lock
-    /// is held for a look-up, never for a computation.
+    /// A forked process has none of its parent's, and is refused by the driver with a message. The lock is
+    /// held for a look-up, never for a computation.
     found: PerProcess<Mutex<Found>>,
 }
 
@@ -53,7 +52,7 @@ impl Spaces {
         Self { options, found: PerProcess::empty() }
     }
 
-    /// Runs `work` in a workspace of that GPU, behind what was issued there before, on `stream`.
+    /// Runs `work` on `stream` in a workspace of that GPU, after everything issued there before.
     pub fn compute<T>(
         &self,
         (ordinal, stream): Where,
@@ -62,8 +61,8 @@ impl Spaces {
         let stream: *mut c_void = std::ptr::with_exposed_provenance_mut(stream);
         let space = self.space(ordinal, stream)?;
         let mut backend = lock(&space);
-        // SAFETY: torch's current stream of that GPU, which lives while the call is made; `mark` ends the
-        // need of it.
+        // SAFETY: torch's current stream of that GPU, which lives during the call; it is not used after
+        // `mark`.
         unsafe { backend.device_mut().follow(stream) }?;
         let done = work(&mut backend);
         backend.device_mut().mark()?;
@@ -85,7 +84,7 @@ impl Spaces {
             return Ok(space.clone());
         }
         let space = match (capture, spaces.remove(&calls)) {
-            // What the calls have filled is the graph's from now on: a replay must not meet another call's.
+            // The calls' workspace becomes the graph's: its replays must not share it with other calls.
             (Some(_), Some(space)) => space,
             (Some(_), None) => {
                 let reason =
@@ -119,9 +118,9 @@ pub struct Issued {
 }
 
 impl Issued {
-    /// `identity`: the address of a uint32 for each anchor, or 0; `lambdas`: that of both thresholds in
-    /// float64, or 0; `output`: those of the scalars and of the loss in float32; `normalize`: rows are of any
-    /// length, and the gradients are theirs as they are given.
+    /// `identity` is the address of a uint32 for each anchor, or 0; `lambdas` that of both thresholds in
+    /// float64, or 0; `scalars` and `loss` (float32) are those to write to. With `normalize` rows may have
+    /// any length, and the gradients are with respect to the rows as given.
     pub fn new(
         sides: &[Target],
         (identity, lambdas): (usize, usize),

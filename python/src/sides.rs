@@ -1,4 +1,4 @@
-//! A batch as Python hands it over.
+//! A batch as Python passes it.
 
 use ddtas::loss::{Batch, Rows, UnitCheck};
 use pyo3::exceptions::PyValueError;
@@ -6,7 +6,7 @@ use pyo3::prelude::*;
 
 use crate::input::{Known, Labels, Matrix};
 
-/// What messages call the two sides and the arguments.
+/// Names of the two sides and of the arguments in messages.
 pub struct Names {
     anchors: &'static str,
     labels: &'static str,
@@ -14,11 +14,11 @@ pub struct Names {
     others: [&'static str; 2],
 }
 
-/// Of a loss.
+/// Names of a loss.
 pub const LOSS: Names =
     Names { anchors: "anchors", labels: "labels", others: ["references", "reference_labels"] };
 
-/// Of a search.
+/// Names of a search.
 pub const SEARCH: Names =
     Names { anchors: "queries", labels: "labels of the queries", others: ["gallery", "gallery_labels"] };
 

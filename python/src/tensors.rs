@@ -1,6 +1,6 @@
-//! The loss of tensors by their addresses: what `ddtas.torch` calls on the processor.
+//! The loss of tensors given by address, for `ddtas.torch` on the CPU.
 //!
-//! An exchange by DLPack takes some microseconds a tensor, as long as a tenth of the loss at 80 rows.
+//! DLPack takes some microseconds a tensor, a tenth of the time of the loss at 80 rows.
 //! `ddtas/torch/operator.py` is the only caller, and checks types, shapes, layout and device.
 
 use ddtas::loss::{
@@ -18,24 +18,23 @@ use crate::output::{array, vector};
 use crate::sides::unit_check;
 use crate::workspace::Context;
 
-/// Address of the rows and of their int64 labels, how many there are and of how many dimensions, and their
-/// type.
+/// Addresses of the rows and of their int64 labels, number of rows, dimensions, and type.
 pub type Place = (usize, usize, usize, usize, u8);
 
 /// Whether rows are normalised first, whether the references get a gradient, and whether rows are checked.
 pub type Flags = (bool, bool, bool);
 
-/// The loss, dL/d(rows), dL/d(references) and the statistics, as arrays that own the library's memory, and the
-/// statistics once more.
+/// The loss, dL/d(rows), dL/d(references) and the statistics, as arrays that own the library's memory, and
+/// the statistics as numbers.
 pub type Answers = (Py<PyAny>, Py<PyAny>, Option<Py<PyAny>>, Py<PyAny>, [f64; STATISTICS]);
 
-/// Entries of the statistics: `ddtas/torch/operator.py` names them.
+/// Number of statistics, which `ddtas/torch/operator.py` names.
 const STATISTICS: usize = COMPUTED + 2;
 
-/// Those that a loss computes; the others are counts of labels.
+/// Number of statistics that a loss computes; the others are counts of labels.
 pub const COMPUTED: usize = 13;
 
-/// The label that a memory gives a row which is not finite: `ddtas/torch/engine.py` names it, too.
+/// The label that a memory gives a row that is not finite, as in `ddtas/torch/engine.py`.
 const NOT_FINITE: i64 = i64::MIN + 1;
 
 /// The code of float64, which the scalar reference takes.
@@ -47,7 +46,7 @@ pub fn element_type(code: u8) -> Option<ElementType> {
 }
 
 /// # Safety
-/// `count * dim` elements of `T` lie there, initialised and aligned, and stay as they are for `'a`.
+/// The address has `count * dim` elements of `T`, initialised and aligned, which do not change during `'a`.
 unsafe fn view<'a, T>((address, _, count, dim, _): Place) -> PyResult<ArrayView2<'a, T>> {
     // SAFETY: the caller's promise.
     let values = unsafe { slice(address, count * dim) }?;
@@ -59,7 +58,7 @@ unsafe fn view<'a, T>((address, _, count, dim, _): Place) -> PyResult<ArrayView2
 unsafe fn slice<'a, T>(address: usize, count: usize) -> PyResult<&'a [T]> {
     match (address, count) {
         (_, 0) => Ok(&[]),
-        // torch's for a tensor whose storage was given up.
+        // torch gives address 0 for a tensor whose storage was freed.
         (0, _) => Err(PyValueError::new_err("a tensor has no memory, and entries that should be there")),
         // SAFETY: the caller's promise.
         _ => Ok(unsafe { std::slice::from_raw_parts(std::ptr::with_exposed_provenance(address), count) }),
@@ -171,7 +170,7 @@ pub unsafe fn normalize(py: Python<'_>, context: &Context, place: Place, unit: u
     })
 }
 
-/// Turns the gradient by unit rows at that address into the one by the rows as they are.
+/// Turns a gradient at that address with respect to unit rows into the one with respect to the rows as given.
 ///
 /// # Safety
 /// As [`loss`], for as many float32 there as the rows have entries.
@@ -187,7 +186,7 @@ pub unsafe fn normalize_backward(
     if count == 0 {
         return Ok(());
     }
-    // SAFETY: the caller's promise; there is an entry, so the address is one.
+    // SAFETY: the caller's promise; there are entries, so the address is valid.
     let gradient =
         unsafe { std::slice::from_raw_parts_mut(std::ptr::with_exposed_provenance_mut(gradient), count) };
     context.compute(py, |backend| backend.normalize_backward(&given, gradient))
@@ -210,7 +209,7 @@ unsafe fn copy<T: Copy>(rows: &ArrayView2<'_, T>, to: usize) {
     }
 }
 
-/// The numbers of a loss in the order that `ddtas/torch/operator.py` names them, without the counts of labels.
+/// The statistics in the order that `ddtas/torch/operator.py` names them, without the counts of labels.
 pub fn statistics(scalars: &LossScalars) -> [f64; COMPUTED] {
     [
         scalars.loss,
@@ -229,7 +228,7 @@ pub fn statistics(scalars: &LossScalars) -> [f64; COMPUTED] {
     ]
 }
 
-/// Behind them how many rows have a negative label, and how many a memory found not to be finite.
+/// All statistics; the last two count ignored rows, and those a memory found not to be finite.
 fn with_labels(scalars: &LossScalars, labels: &[i64]) -> [f64; STATISTICS] {
     let mut all = [0.0; STATISTICS];
     all[..COMPUTED].copy_from_slice(&statistics(scalars));

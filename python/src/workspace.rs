@@ -1,7 +1,7 @@
 //! `Context`: a workspace that is allocated once, and the threads that fill it.
 //!
-//! A forked process (a DataLoader's worker) makes both anew: the parent's threads stayed there, and its lock
-//! may be held.
+//! A forked process (a DataLoader's worker) creates both anew: it has none of the parent's threads, and the
+//! parent's lock may be held.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -33,7 +33,7 @@ pub struct Context {
     workspace: PerProcess<Workspace>,
 }
 
-/// What one process computes with.
+/// The backend and threads of one process.
 struct Workspace {
     backend: Mutex<CpuBackend>,
     pool: Option<Threads>,
@@ -64,7 +64,7 @@ impl Context {
         self.workspace.get_or_make(|| Workspace::new(self.threads, self.budget))
     }
 
-    /// Runs `work` on the workspace and the threads, the interpreter let go of.
+    /// Runs `work` on the workspace and the threads, with the interpreter detached.
     pub fn compute<T: Send>(
         &self,
         py: Python<'_>,
@@ -72,7 +72,7 @@ impl Context {
     ) -> PyResult<T> {
         let run = || {
             let workspace = self.here()?;
-            // What an earlier call left half-written, the next one writes anew.
+            // The next call overwrites what an earlier one left half-written.
             let mut guard = workspace.backend.lock().unwrap_or_else(PoisonError::into_inner);
             let backend = &mut *guard;
             match &workspace.pool {

@@ -25,10 +25,10 @@ pub use open::{AutoDevice, DeviceSpec, OpenOptions, auto, open, open_with};
 ///
 /// A backend remembers the pairs of its last [`loss`](Backend::loss), so that
 /// [`threshold_gradient`](Backend::threshold_gradient) walks them without a second sweep (the CPU sweeps
-/// again where their similarities outgrew its budget). Whoever needs two batches alive at once (train and
-/// meta batch) makes two backends.
+/// again where their similarities exceeded its budget). Two batches at once, such as train and meta batch,
+/// need two backends.
 pub trait Backend: Send {
-    /// `cpu`, `cuda:0`, `emulated`.
+    /// The device's name: `cpu`, `cuda:0`, `emulated`.
     fn name(&self) -> String;
 
     /// Mines the batch, evaluates the loss and its gradient, and refills `output` (SPEC 1-4).
@@ -42,21 +42,21 @@ pub trait Backend: Send {
     /// First step of the loss of a part of a batch ([`Batch::part`]): m+ and the positive pairs of its
     /// anchors.
     ///
-    /// The four steps together do what [`loss`](Backend::loss) does. Between them the parts of a batch, on as
-    /// many backends, tell each other what they found; the caller carries it. The numbers of the references
-    /// let a part sum its own rows of `(G + Gᵀ) E`: no gradient travels.
+    /// The four steps together do what [`loss`](Backend::loss) does. Each part of a batch has a backend of
+    /// its own, and between the steps the caller exchanges what the parts found. From the numbers of its
+    /// references a part sums its own rows of `(G + Gᵀ) E`, so no gradients are exchanged.
     ///
-    /// | step | fills in | which the next step takes |
+    /// | step | fills in | what the next step needs |
     /// | --- | --- | --- |
     /// | `same_class` | `min_pos`, `total_pos`, `total_neg`, means | `min_pos` of all anchors |
     /// | [`sweep`](Backend::sweep) | `max_neg`, `probe_neg` | `max_neg` of all anchors, sums of `probe_neg` and `total_pos` |
     /// | [`select`](Backend::select) | `count_pos`, `count_neg`, `gamma_pos`, `gamma_neg` | both counts of all anchors |
     /// | [`gradient`](Backend::gradient) | `loss`, `gradient`, `active`, derivatives by lambda | |
     ///
-    /// Totals are those of the part's own pairs: [`LossOutput::add_part`] adds them up. Each step must get
-    /// the rows of the first. A failed step, or a loss in between, ends the sequence: start again with
-    /// `same_class`. On the CPU each row's numbers and gradient are the bits of the whole batch's, however it
-    /// is split, and the loss agrees to rounding.
+    /// Totals count the part's own pairs; [`LossOutput::add_part`] adds them up. All steps take the same
+    /// rows. After a failed step, or a [`loss`](Backend::loss) in between, start again with `same_class`. On
+    /// the CPU each row's numbers and gradient equal those of the whole batch bit for bit, however it is
+    /// split; the loss agrees to rounding.
     ///
     /// # Errors
     /// As [`loss`](Backend::loss).
@@ -93,8 +93,8 @@ pub trait Backend: Send {
     ) -> Result<()>;
 
     /// Last step: the part's share of the loss, and the whole gradient of its anchors, from the sizes of the
-    /// sets of the anchors and of the references. Then [`threshold_gradient`](Backend::threshold_gradient)
-    /// answers the part's share: along the tangent of its anchors, and of references that are no anchors.
+    /// sets of the anchors and of the references. [`threshold_gradient`](Backend::threshold_gradient) then
+    /// returns the part's share: along the tangent of its anchors, and of references that are no anchors.
     ///
     /// # Errors
     /// As [`sweep`](Backend::sweep).
@@ -125,9 +125,8 @@ pub trait Backend: Send {
 
     /// The `k` most similar references of every query, for Recall@K, without the Q x N matrix.
     ///
-    /// `references = None` searches the queries among themselves, each left out
-    /// of its own list. Labels are not looked at. Equal similarities are
-    /// ordered by index, so the answer is unique.
+    /// `references = None` searches the queries among themselves and leaves each out of its own list. Labels
+    /// are ignored. Equal similarities are ordered by index, so the result is unique.
     ///
     /// # Errors
     /// As [`loss`](Backend::loss); [`Error::InvalidSetting`] if `k` is 0, or more than both
@@ -135,11 +134,11 @@ pub trait Backend: Send {
     /// cannot hold the lists.
     fn nearest(&mut self, queries: &Rows<'_>, references: Option<&Rows<'_>>, k: usize) -> Result<Nearest>;
 
-    /// Reads, checks and prepares a gallery once, for as many searches as `work` makes in it: several sets of
-    /// queries then do not take it to a GPU again. A backend that prepares nothing reads it in each.
+    /// Checks and prepares a gallery once for all searches that `work` makes in it, so that a GPU backend
+    /// copies it once. The default implementation prepares nothing: each search reads the gallery anew.
     ///
     /// # Errors
-    /// As [`nearest`](Backend::nearest), and what `work` answers.
+    /// As [`nearest`](Backend::nearest), and the errors of `work`.
     fn search(
         &mut self,
         gallery: &Rows<'_>,
@@ -154,19 +153,19 @@ pub trait Backend: Send {
 
 /// A gallery that [`Backend::search`] has prepared.
 pub trait PreparedGallery {
-    /// The `k` most similar rows of the gallery of every query, as [`Backend::nearest`] answers them.
+    /// The `k` most similar rows of the gallery for every query, as [`Backend::nearest`] returns them.
     ///
     /// # Errors
     /// As [`Backend::nearest`].
     fn nearest(&mut self, queries: &Rows<'_>, k: usize) -> Result<Nearest>;
 }
 
-/// Rows of a set that are searched, and those that they are searched among, by their numbers there.
+/// Queries and gallery of a search within one set of rows, given as row numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Picked<'a> {
-    /// The rows that are searched for.
+    /// The rows used as queries.
     pub queries: &'a [u32],
-    /// The rows they are searched among, perhaps they themselves; `None`: the whole set.
+    /// The rows to search, which may include the queries; `None`: the whole set.
     pub gallery: Option<&'a [u32]>,
 }
 
@@ -183,7 +182,7 @@ impl<B: Backend + ?Sized> PreparedGallery for Unprepared<'_, '_, B> {
 
 /// Most similar references of each query, most similar first.
 ///
-/// Where there are fewer than `k` references, the rest of a row is [`Nearest::NONE`] and `-inf`.
+/// With fewer than `k` references the rest of a row is [`Nearest::NONE`] and `-inf`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Nearest {
     /// Indices of references, `[Q, k]`.
@@ -196,7 +195,7 @@ impl Nearest {
     /// Index that stands for "no reference left".
     pub const NONE: u32 = u32::MAX;
 
-    /// Lists may be as long as there are references, and as long as this where there are fewer.
+    /// `k` may be up to the number of references, or up to this if there are fewer references.
     pub const LONGEST: usize = 1 << 16;
 
     /// Lists of length `k` for `queries` queries, nothing found yet.
@@ -210,7 +209,7 @@ impl Nearest {
         })
     }
 
-    /// The same for a search among `references` rows.
+    /// As [`none`](Self::none) for a search among `references` rows, with `k` checked.
     pub(crate) fn of_search(queries: usize, references: usize, k: usize) -> Result<Self> {
         if k == 0 || k > references.max(Self::LONGEST) {
             let range = "1 to the number of references, or to 65,536 where there are fewer";

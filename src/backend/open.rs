@@ -1,4 +1,4 @@
-//! Opening a backend by name: the one place that knows which exist in this build.
+//! Opening a backend by name: the only code that depends on which backends this build has.
 
 use std::fmt;
 use std::str::FromStr;
@@ -54,12 +54,12 @@ impl fmt::Display for DeviceSpec {
     }
 }
 
-/// What [`DeviceSpec::Auto`] comes to on this machine.
+/// The device that [`DeviceSpec::Auto`] stands for on this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AutoDevice {
     /// The first GPU, or the CPU.
     pub spec: DeviceSpec,
-    /// Why it is not a GPU, in a build that could use one.
+    /// Why no GPU is used, in a build that supports GPUs.
     pub reason: Option<String>,
 }
 
@@ -75,9 +75,9 @@ pub fn auto() -> AutoDevice {
 /// How a backend is opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct OpenOptions {
-    /// Multiplies f32 rows to TF32's precision: rounded to 11 bits, products summed in f32.
+    /// Multiplies f32 rows with TF32's precision: rounded to 11 significant bits, products summed in f32.
     pub tf32: bool,
-    /// Most bytes of what is kept between the passes; `None`: the backend's own.
+    /// Most bytes kept between the passes; `None`: the backend's default.
     pub budget: Option<usize>,
 }
 
@@ -136,7 +136,7 @@ mod gpu {
     use super::OpenOptions;
     use crate::{Result, backend::Backend};
 
-    /// Nobody asked this build for a GPU: nothing to explain.
+    /// This build has no GPU support, so there is no reason to give.
     pub fn check(_index: usize) -> std::result::Result<(), Option<String>> {
         Err(None)
     }

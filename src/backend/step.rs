@@ -2,10 +2,10 @@
 
 use crate::{Error, Result};
 
-/// What refuses a threshold_gradient without a whole loss, or the last step of a part's.
+/// Message for a threshold_gradient without a loss, or the last step of a part's loss, before it.
 pub const NO_LOSS: &str = "threshold_gradient needs a loss before it, or the last step of a part's";
 
-/// What refuses a threshold_gradient of another batch than the last loss's.
+/// Message for a threshold_gradient of another batch than the last loss's.
 pub const OTHER_LABELS: &str = "threshold_gradient needs the batch of the last loss: its labels differ";
 
 /// The steps of a loss.
@@ -22,8 +22,8 @@ pub enum Step {
 }
 
 impl Step {
-    /// Takes what the step before this one has left, if the last one was that; `step_of` says which it was.
-    /// Whatever goes wrong from there on, the steps begin anew.
+    /// Takes the state out of `last` if the step before this one has left it; `step_of` tells which step left
+    /// a state. `last` is `None` afterwards, so that after any later error the steps begin anew.
     ///
     /// # Errors
     /// [`Error::OutOfOrder`].

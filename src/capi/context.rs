@@ -1,6 +1,6 @@
 //! A context: one backend, its threads and its workspace behind a lock, and the message of its last failure.
 //!
-//! All of that is made anew in a forked child, where the parent's threads and locks are of no use.
+//! All of these are created anew in a forked child, where the parent's threads and locks are of no use.
 
 use std::ffi::{CStr, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -22,7 +22,7 @@ pub struct Context {
     made: PerProcess<Made>,
 }
 
-/// What a forked child makes its own from.
+/// The options from which a forked child creates its own.
 #[derive(Debug, Clone, Copy)]
 struct Recipe {
     /// The device that was opened, never `auto`.
@@ -32,13 +32,13 @@ struct Recipe {
     tf32: bool,
 }
 
-/// A context as one process has it.
+/// One process's part of a context.
 pub struct Made {
     state: Mutex<State>,
     message: Mutex<String>,
 }
 
-/// What a call works with. Fields are borrowed apart.
+/// Engine and buffers of a call. Fields are borrowed separately.
 pub struct State {
     /// The threads of a CPU context, which are its own and no other's.
     pool: Option<Threads>,
@@ -82,10 +82,10 @@ pub struct Buffers<'a> {
 }
 
 impl Context {
-    /// A context by the caller's options; NULL stands for the defaults.
+    /// Creates a context from the caller's options; NULL means the defaults.
     ///
     /// # Safety
-    /// As `read` or NULL; the device is NULL or a string that ends; the stream is as its comment says.
+    /// As `read`, or NULL; the device is NULL or a NUL-terminated string; the stream is as its comment says.
     pub unsafe fn new(options: *const ContextOptions) -> Outcome<Self> {
         let given = if options.is_null() {
             super::types::Versioned::initial()
@@ -114,7 +114,7 @@ impl Context {
         Ok(Self { recipe: Recipe { spec, ..recipe }, made: PerProcess::new(made) })
     }
 
-    /// The context as this process has it.
+    /// This process's part of the context, created if there is none.
     pub fn here(&self) -> Outcome<&Made> {
         self.made.get_or_make(|| {
             if let DeviceSpec::Cuda(_) = self.recipe.spec {
@@ -174,7 +174,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The one way into a context: one call at a time, no panic comes out, the message is kept.
+/// The one way into a context: one call at a time, panics are caught, the message is kept.
 ///
 /// # Safety
 /// `context` is NULL, misaligned, or a live context.

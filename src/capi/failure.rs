@@ -1,4 +1,4 @@
-//! A failed call on its way to the border: a status and a line of text.
+//! A failed call inside the C ABI: a status and a line of text.
 
 use super::types::Status;
 use crate::Error;
@@ -10,7 +10,7 @@ pub struct Failure {
     pub message: String,
 }
 
-/// What is handed on inside.
+/// Result of the functions behind the C ABI.
 pub type Outcome<T> = Result<T, Failure>;
 
 impl Failure {
@@ -18,7 +18,7 @@ impl Failure {
         Self { status, message: message.into() }
     }
 
-    /// From what `catch_unwind` caught.
+    /// The failure for a panic that `catch_unwind` caught.
     pub fn from_panic(panic: &(dyn std::any::Any + Send)) -> Self {
         let text = panic
             .downcast_ref::<String>()

@@ -9,7 +9,7 @@ use super::failure::{Failure, Outcome};
 use super::types::{Identity, Memory, MiningMode, RowCheck, Rows, Settings, Status, Versioned};
 use crate::loss::{self, ElementType, Embeddings, LossSettings, Mining, UnitCheck};
 
-/// No struct will grow beyond this: a larger size is memory that nobody initialised.
+/// Largest struct_size: a larger one is memory that was not initialised.
 const LARGEST_STRUCT: usize = 4096;
 /// Rows and dimensions that the passes count with 32 bits.
 const LARGEST_COUNT: usize = (1 << 31) - 1;
@@ -31,8 +31,8 @@ pub fn check_typed<T>(name: &str, address: *const T) -> Outcome<()> {
     check_pointer(name, address.cast(), align_of::<T>())
 }
 
-/// Reads a struct of whatever version the caller has: fields it lacks get their initial value;
-/// fields of a newer header than ours must be zero, which is to say unused.
+/// Reads a struct of any version: fields that the caller's header lacks get their initial value; fields that
+/// this library does not know must be zero, that is unused.
 ///
 /// # Safety
 /// `pointer` is NULL, misaligned, or leads to a `usize` and, if that is a size within the limits, to as many
@@ -115,7 +115,7 @@ pub unsafe fn settings(pointer: *const Settings) -> Outcome<(LossSettings, UnitC
     Ok((settings, check))
 }
 
-/// The size and stride of a matrix whose last byte an address can name.
+/// The size and stride of a matrix that fits the address space.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Extent {
     pub count: usize,
@@ -161,7 +161,7 @@ impl Extent {
 #[derive(Debug, Clone, Copy)]
 pub struct CheckedRows {
     pub embeddings: *const c_void,
-    /// NULL only where labels are not looked at.
+    /// NULL only if labels are not used.
     pub labels: *const i64,
     pub extent: Extent,
     pub dtype: ElementType,
@@ -169,7 +169,7 @@ pub struct CheckedRows {
     identity: CheckedIdentity,
 }
 
-/// How the anchors are known among the references.
+/// How anchors are identified among the references.
 #[derive(Debug, Clone, Copy)]
 enum CheckedIdentity {
     ByValue,
@@ -177,12 +177,12 @@ enum CheckedIdentity {
     List(*const u32),
 }
 
-/// What a call asks of its rows.
+/// What a call requires of its rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
-    /// Labels are not looked at.
+    /// Labels are not used.
     Unlabelled,
-    /// One side of a loss, or rows of which there is no other side.
+    /// One side of a loss, or the only rows of a call.
     Labelled,
     /// The anchors of a part: there may be none.
     OfPart,
@@ -316,10 +316,10 @@ impl CheckedRows {
     }
 }
 
-/// Values of the caller; where there are none, the pointer may be NULL.
+/// The caller's values; the pointer may be NULL if `length` is 0.
 ///
 /// # Safety
-/// With a length, `first` is aligned and leads to as many values, and nobody writes to them during `'a`.
+/// Unless `length` is 0, `first` is aligned and leads to as many values, which nobody changes during `'a`.
 pub unsafe fn slice<'a, T>(first: *const T, length: usize) -> &'a [T] {
     // SAFETY: handed on to the caller.
     if length == 0 { &[] } else { unsafe { std::slice::from_raw_parts(first, length) } }
@@ -345,7 +345,7 @@ pub unsafe fn batch<'a>(
     Ok(loss::Batch::rectangular(rows, against).with_identity(identity))
 }
 
-/// Where strided rows are gathered; kept from call to call.
+/// Buffers that strided rows are gathered in, kept from call to call.
 #[derive(Debug, Default)]
 pub struct RowBuffer {
     f32: Vec<f32>,
@@ -354,7 +354,7 @@ pub struct RowBuffer {
     no_labels: Vec<i64>,
 }
 
-/// A tangent of the caller's: in place, or gathered if its rows are strided.
+/// A matrix of the caller's: in place, or gathered if its rows are strided.
 ///
 /// # Safety
 /// The memory is the host's, as long as `extent` says, and nobody writes to it during `'a`.
@@ -382,7 +382,7 @@ pub unsafe fn matrix<'a, T: Copy>(
         .map_err(|error| Failure::new(Status::Internal, format!("a matrix has another shape: {error}")))
 }
 
-/// Makes room, or says that there is none.
+/// Reserves room for `length` values, or fails if there is none.
 pub fn reserve<T>(buffer: &mut Vec<T>, length: usize) -> Outcome<()> {
     let more = length.saturating_sub(buffer.len());
     buffer.try_reserve_exact(more).map_err(|_| {

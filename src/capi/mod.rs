@@ -10,7 +10,7 @@
 //! | `engine/` | the backends, and rows in device memory |
 //! | `failure.rs` | a status and its text |
 //!
-//! No global state; no panic leaves an entry; nothing of the caller's is kept after a call.
+//! No global state; panics are caught at every entry; no pointer to the caller's data is kept after a call.
 //! `docs/linking.md` is the manual.
 
 use std::ffi::c_char;
@@ -40,8 +40,7 @@ use input::{CheckedRows, Extent, Role, check_typed, matrix};
 use output::{Filled, LossTarget, write_slice};
 use types::Versioned;
 
-/// Version of the binary interface of the library that is linked: compare it with DDTAS_ABI_VERSION,
-/// that of the header.
+/// Version of the linked library's binary interface. Compare it with DDTAS_ABI_VERSION, the header's.
 #[unsafe(no_mangle)]
 pub extern "C" fn ddtas_abi_version() -> u32 {
     DDTAS_ABI_VERSION
@@ -55,8 +54,8 @@ pub extern "C" fn ddtas_version() -> *const c_char {
 
 /// Makes a context and writes it to `*context`, which is NULL if that fails.
 ///
-/// `options` may be NULL: defaults. `message`, if not NULL, takes why it failed, cut to
-/// `message_bytes` and always ended by a NUL. Destroy the context with ddtas_context_destroy.
+/// `options` NULL means the defaults. `message`, if not NULL, receives the reason of a failure, cut to
+/// `message_bytes` and always NUL-terminated. Destroy the context with ddtas_context_destroy.
 ///
 /// # Safety
 /// Every pointer is NULL or leads to what its type says; `message` has `message_bytes` bytes.
@@ -86,12 +85,12 @@ pub unsafe extern "C" fn ddtas_context_create(
     status
 }
 
-/// Ends a context: waits until its threads have ended, and frees its memory. NULL is allowed. No other call
-/// may be using it. In a forked child the parent's threads and memory are left alone, and the child's own are
-/// ended.
+/// Destroys a context: waits until its threads have ended, and frees its memory. NULL is allowed. No other
+/// call may be using it. In a forked child the parent's threads and memory are left alone, and the child's
+/// own are ended.
 ///
 /// # Safety
-/// `context` is NULL or a live context, which is dead afterwards.
+/// `context` is NULL or a live context, which must not be used afterwards.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ddtas_context_destroy(context: *mut Context) {
     if check_typed("context", context.cast_const()).is_ok() {
@@ -104,11 +103,11 @@ pub unsafe extern "C" fn ddtas_context_destroy(context: *mut Context) {
     }
 }
 
-/// Copies the message of the context's last call, empty if that worked, cut to `bytes` and always ended by a
-/// NUL.
+/// Copies the message of the context's last call, empty if that succeeded, cut to `bytes` and always
+/// NUL-terminated.
 ///
-/// Returns its whole length without the NUL, so that 0 bytes ask for the length; `buffer` may then be NULL.
-/// Of threads that share a context, one may read the message of another's call.
+/// Returns the message's whole length without the NUL. To ask for the length alone, pass 0 `bytes`; `buffer`
+/// may then be NULL. If threads share a context, one may read the message of another's call.
 ///
 /// # Safety
 /// `context` is NULL or a live context; `buffer` has `bytes` bytes.
@@ -198,10 +197,10 @@ pub unsafe extern "C" fn ddtas_settings_init(settings: *mut Settings, struct_siz
 
 /// Mines pairs and evaluates the loss and its gradient.
 ///
-/// `settings` may be NULL: the paper's. `references` NULL is the square form, every row of `anchors`
-/// against every other; else it is anchors against references (a memory bank), whose `identity` says which of
-/// them are anchors themselves. `result` is written only if the call works. The context remembers the pairs
-/// for ddtas_threshold_gradient.
+/// `settings` NULL means the paper's values. With `references` NULL every row of `anchors` is compared with
+/// every other (the square form); otherwise anchors are compared with references (such as a memory bank),
+/// whose `identity` says which of them are anchors. `result` is written only if the call succeeds. The
+/// context remembers the pairs for ddtas_threshold_gradient.
 ///
 /// # Safety
 /// Every pointer, those within structs too, is NULL or leads to memory of the length its comment
@@ -249,17 +248,17 @@ pub unsafe extern "C" fn ddtas_loss(
     unsafe { enter(context, work) }
 }
 
-/// Issues a loss and its gradient on the context's stream, and waits for nothing: rows, gradients, thresholds
-/// and scalars lie in device memory, and must stay there until the stream is through.
+/// Issues a loss and its gradient on the context's stream without waiting. Rows, gradients, thresholds and
+/// scalars are in device memory, which must stay valid until the stream has finished.
 ///
-/// As ddtas_loss otherwise. `gradient` takes `count` rows of `dim` of the anchors; `reference_gradient` those
-/// of the references, and may be NULL. `lambda`, if not NULL, has lambda_pos and lambda_neg, which go before
-/// those of `settings` and are not checked: -2 to 2. A bad row is no error of this call: it makes the loss
-/// and the gradients NaN, and stands in `scalars`. After the first call of a shape nothing is allocated, so
-/// that calls can be captured in a graph.
+/// Otherwise as ddtas_loss. `gradient` receives dL/d(anchors), `count` rows of `dim`; `reference_gradient`
+/// likewise dL/d(references), or is NULL. `lambda`, if not NULL, points to lambda_pos and lambda_neg, which
+/// replace those of `settings`; they must be within -2 to 2 and are not checked. A bad row is not an error of
+/// this call: it makes the loss and the gradients NaN, and `scalars` names it. After the first call of a
+/// shape nothing is allocated, so that calls can be captured in a graph.
 ///
 /// # Safety
-/// As ddtas_loss, until the stream is through.
+/// As ddtas_loss, until the stream has finished.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ddtas_enqueue_loss(
     context: *mut Context,
@@ -303,14 +302,14 @@ pub unsafe extern "C" fn ddtas_enqueue_loss(
     unsafe { enter(context, work) }
 }
 
-/// How the loss gradient's product with a direction changes with the two loss thresholds: the sums over
-/// all mined pairs of dG_ij/dlambda * (t_i . e_j + e_i . t_j), for the pairs of the context's last
-/// ddtas_loss, or of the part of its last ddtas_gradient: its share, along the tangent of its anchors, and of
-/// references that are no anchors.
+/// Derivatives by the two loss thresholds of the loss gradient's product with a direction: the sums over all
+/// mined pairs of the context's last ddtas_loss of dG_ij/dlambda * (t_i . e_j + e_i . t_j).
 ///
-/// `anchors` and `references` are those of that call. Times minus the learning rate, the sums are
-/// dL_meta/dlambda of the threshold generator when the tangent is the motion of the embeddings along
-/// the meta gradient. Rows in device memory take tangents in device memory, which are not checked for NaN.
+/// After ddtas_gradient the sums are the part's share: along the tangent of its anchors, and of references
+/// that are no anchors. `anchors` and `references` must be those of that call. If the tangent is the motion
+/// of the embeddings along the meta gradient, the sums times minus the learning rate are dL_meta/dlambda of
+/// the threshold generator. Rows in device memory need tangents in device memory, which are not checked for
+/// NaN.
 ///
 /// # Safety
 /// As ddtas_loss.
@@ -374,10 +373,10 @@ pub unsafe extern "C" fn ddtas_threshold_gradient(
 
 /// The `k` most similar references of every query, most similar first, equal ones by index.
 ///
-/// `references` NULL searches the queries among themselves, each left out of its own list. Labels are
-/// not looked at and may be NULL. `indices` and `similarities` take `count` rows of `k`, in host memory
-/// wherever the rows lie; where there are fewer than `k` references the rest is DDTAS_NO_NEIGHBOUR and -inf.
-/// Rows in device memory are searched where they lie.
+/// `references` NULL searches the queries among themselves, each left out of its own list. Labels are ignored
+/// and may be NULL. `indices` and `similarities` receive `count` rows of `k`, always in host memory; with
+/// fewer than `k` references the rest of a row is DDTAS_NO_NEIGHBOUR and -inf. Rows in device memory are
+/// searched there, without a copy.
 ///
 /// # Safety
 /// As ddtas_loss.
@@ -436,11 +435,11 @@ pub unsafe extern "C" fn ddtas_nearest(
 
 /// Recall@K: the share of rows whose K nearest other rows hold one of their class, for every K of `ks`.
 ///
-/// Rows with a negative label are neither queries nor answers to a label; a row alone in its class is no
-/// query. `recall_at` takes `k_count` values in the order of `ks`; `queries`, if not NULL, the number of rows
-/// that were counted. Both are in host memory, as `ks` is, wherever the rows lie. Rows are searched in turns,
-/// whose lists take 64 MiB. Rows in device memory are searched where they lie; their labels are copied to the
-/// host, and so are the lists.
+/// Rows with a negative label are neither queries nor neighbours; a row alone in its class is no query.
+/// `recall_at` receives `k_count` values in the order of `ks`; `queries`, if not NULL, the number of rows
+/// that were counted. `ks`, `recall_at` and `queries` are always in host memory. Rows are searched in turns,
+/// whose lists take 64 MiB. Rows in device memory are searched there; their labels and the lists are copied
+/// to the host.
 ///
 /// # Safety
 /// As ddtas_loss; `ks` and `recall_at` have `k_count` entries.
@@ -491,7 +490,7 @@ pub unsafe extern "C" fn ddtas_recall_at_k(
     unsafe { enter(context, work) }
 }
 
-/// Refuses a count of none.
+/// Refuses a count of 0.
 fn some(name: &str, count: usize) -> Outcome<()> {
     let refused = || Failure::new(Status::InvalidValue, format!("{name} = 0 is out of range: 1 or more"));
     if count == 0 { Err(refused()) } else { Ok(()) }

@@ -1,4 +1,4 @@
-//! From Rust to C: where results go, and writing them there.
+//! From Rust to C: the caller's memory for results, and writing them there.
 
 use super::failure::{Failure, Outcome};
 use super::input::{CheckedRows, Extent, check_typed, read, write_back};
@@ -6,17 +6,17 @@ use super::types::{LossResult, Memory, Status};
 use crate::loss::LossOutput;
 use ndarray::Array2;
 
-/// What a call has found: everything, or what one step of a part fills in.
+/// The fields of a result that a call fills in.
 #[derive(Debug, Clone, Copy)]
 pub enum Filled {
     SameClass,
     Sweep,
     Select,
-    /// With the pairs that enter the loss, positive and negative.
+    /// With the numbers of positive and negative pairs that enter the loss.
     Gradient((u64, u64)),
 }
 
-/// Where a loss goes: the caller's struct, checked.
+/// The caller's result struct, checked.
 pub struct LossTarget {
     pointer: *mut LossResult,
     result: LossResult,
@@ -66,7 +66,7 @@ impl LossTarget {
         self.reference_gradient.is_some()
     }
 
-    /// Writes what was found; the gradients only if they lie in host memory, else they are there already.
+    /// Writes the fields `found`; gradients in device memory are there already.
     ///
     /// # Safety
     /// Every pointer is NULL or leads to memory of the length its comment states.
@@ -144,7 +144,7 @@ fn gradient_extent(
     Ok(Some(extent))
 }
 
-/// Writes row by row: what lies between two rows is the caller's.
+/// Writes row by row, and leaves alone what lies between two rows.
 ///
 /// # Safety
 /// With an extent, `target` leads to memory of that extent.
@@ -156,7 +156,7 @@ unsafe fn write_matrix(target: *mut f32, extent: Option<Extent>, matrix: Option<
     }
 }
 
-/// Copies values to the caller; NULL: not wanted.
+/// Copies values to the caller, unless `target` is NULL.
 ///
 /// # Safety
 /// `target` is NULL or leads to memory for as many values, which is no part of `values`.

@@ -1,5 +1,4 @@
-//! The loss of a part of a batch in four steps, between which the caller tells its parts what the others
-//! found.
+//! The loss of a part of a batch in four steps, between which the caller exchanges what the parts found.
 
 use super::context::{Context, State, enter};
 use super::failure::{Failure, Outcome};
@@ -11,18 +10,18 @@ use crate::loss::{Batch, PairTotals, RowNumbers, UnitCheck};
 /// First step of the loss of a part of a batch: fills in `min_pos`, `total_pos`, `total_neg`, `mean_pos` and
 /// `mean_neg` of `result`. ddtas_sweep, ddtas_select and ddtas_gradient follow.
 ///
-/// The four steps together do what ddtas_loss does. `anchors` are some rows of a batch of `part->total`,
-/// perhaps none; `references` are all rows of the batch, in one order for every part, and behind them rows
-/// that are anchors of no part, if there are any. `identity` of the references says which of them the anchors
-/// are. Between the steps the parts, a context each, tell each other what they found; the caller carries it,
-/// and hands it in by `part`. The references' numbers let a part sum its own rows of the gradient: no
-/// gradient travels.
+/// The four steps together do what ddtas_loss does. `anchors` are some rows of a batch of `part->total` rows,
+/// or none; `references` are all rows of the batch, in the same order for every part, followed by rows that
+/// are anchors of no part, if there are any. `identity` of the references says which of them the anchors are.
+/// Each part has a context of its own. Between the steps the caller gathers the results of all parts and
+/// passes them in `part`. From the numbers of its references a part sums its own rows of the gradient, so no
+/// gradients are exchanged.
 ///
-/// `settings` NULL: the paper's; they hold for all four steps. Each step takes the rows of the first. A
-/// failed step, or a ddtas_loss in between, ends the sequence: start again with ddtas_same_class. A `result`
-/// that is the same for all steps has in the end what ddtas_loss writes there, of the part's own pairs. On
-/// the CPU each row's numbers and gradient are the bits of the whole batch's, however it is split; the losses
-/// of all parts add up to its loss but for rounding. Rows lie in host memory.
+/// `settings` NULL means the paper's values; they hold for all four steps. All steps take the same rows.
+/// After a failed step, or a ddtas_loss in between, start again with ddtas_same_class. If all steps get the
+/// same `result`, it holds in the end what ddtas_loss writes there, for the part's own pairs. On the CPU each
+/// row's numbers and gradient equal those of the whole batch bit for bit, however it is split; the losses of
+/// all parts add up to its loss but for rounding. Rows must be in host memory.
 ///
 /// # Safety
 /// As ddtas_loss.
@@ -39,7 +38,7 @@ pub unsafe extern "C" fn ddtas_same_class(
     unsafe { run(context, Call::SameClass(settings), [anchors, references], part, result) }
 }
 
-/// Second step: `max_neg` and `probe_neg` of `result`, from `min_pos` in `part`.
+/// Second step: fills in `max_neg` and `probe_neg` of `result`, from `min_pos` in `part`.
 ///
 /// # Safety
 /// As ddtas_loss.
@@ -55,8 +54,8 @@ pub unsafe extern "C" fn ddtas_sweep(
     unsafe { run(context, Call::Sweep, [anchors, references], part, result) }
 }
 
-/// Third step: `count_pos`, `count_neg`, `gamma_pos` and `gamma_neg` of `result`, from `max_neg`, `probe_neg`
-/// and `total_pos` in `part`.
+/// Third step: fills in `count_pos`, `count_neg`, `gamma_pos` and `gamma_neg` of `result`, from `max_neg`,
+/// `probe_neg` and `total_pos` in `part`.
 ///
 /// # Safety
 /// As ddtas_loss.
@@ -72,12 +71,12 @@ pub unsafe extern "C" fn ddtas_select(
     unsafe { run(context, Call::Select, [anchors, references], part, result) }
 }
 
-/// Last step: the part's share of the loss and of its derivatives, `active`, `mined_pos` and `mined_neg` of
-/// `result`, and the whole gradient of its anchors, from `count_pos` and `count_neg` in `part`.
-/// `reference_gradient` must be NULL.
+/// Last step: fills in the part's share of the loss and of its derivatives, `active`, `mined_pos` and
+/// `mined_neg` of `result`, and the whole gradient of its anchors, from `count_pos` and `count_neg` in
+/// `part`. `reference_gradient` must be NULL.
 ///
-/// The gradient of an anchor is complete: its row of (G + G^T) E, where the references that are anchors have
-/// their numbers in `part`. ddtas_threshold_gradient then answers the part's share.
+/// The gradient of an anchor is complete, its row of (G + G^T) E, if `part` has the numbers of all references
+/// that are anchors. ddtas_threshold_gradient then returns the part's share.
 ///
 /// # Safety
 /// As ddtas_loss.

@@ -1,5 +1,5 @@
-//! What crosses the border: plain C structs and enums. cbindgen copies these comments into `ddtas.h`,
-//! so they are written for a C reader.
+//! The structs and enums of the C interface. cbindgen copies these comments into `ddtas.h`, so they are
+//! written for a C reader.
 
 use std::ffi::{c_char, c_void};
 use std::mem::offset_of;
@@ -17,7 +17,7 @@ pub unsafe trait Versioned: Copy {
     /// Its size in the first published header: no caller has a smaller one.
     const FIRST_BYTES: usize;
 
-    /// What the fields mean that an older header does not have.
+    /// The struct with the values of fields that an older header lacks.
     fn initial() -> Self;
 }
 
@@ -31,12 +31,12 @@ pub const DDTAS_NO_NEIGHBOUR: u32 = u32::MAX;
 /// Entry of ddtas_rows.identity_list for an anchor that is not among the references.
 pub const DDTAS_ABSENT: u32 = u32::MAX;
 
-/// What a call came to. The context keeps a message for everything but DDTAS_STATUS_OK and
-/// a context that is itself unusable: see ddtas_context_message.
+/// Outcome of a call. For every failure the context keeps a message, unless the context itself is unusable:
+/// see ddtas_context_message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(C)]
 pub enum Status {
-    /// It worked.
+    /// The call succeeded.
     Ok = 0,
     /// A pointer that is needed is NULL.
     NullPointer = 1,
@@ -60,7 +60,7 @@ pub enum Status {
     Unavailable = 9,
     /// The GPU driver refused a call.
     Device = 10,
-    /// Memory for the call could not be had.
+    /// There is not enough memory for the call.
     OutOfMemory = 11,
     /// A fault of this library. Nothing was written; the context can be used again. Please report it.
     Internal = 12,
@@ -78,21 +78,21 @@ pub enum Dtype {
     Bf16 = 2,
 }
 
-/// Where rows lie.
+/// The memory that rows are in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(C)]
 pub enum Memory {
-    /// The process's own memory. Any device takes it; a GPU copies it.
+    /// Host memory. Every device takes it; a GPU copies the rows.
     Host = 0,
     /// The memory of the context's GPU. Nothing is copied; gradients are written there.
     Device = 1,
 }
 
-/// Which reference is an anchor itself, and so never a pair of it.
+/// Says which reference is the same row as an anchor; the two are never a pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(C)]
 pub enum Identity {
-    /// Unknown: an anchor that also stands among the references is left out of the positives by its value.
+    /// Unknown: an anchor that is also a reference is recognised by its value and left out of the positives.
     ByValue = 0,
     /// Reference ddtas_rows.identity_first + i is anchor i.
     From = 1,
@@ -110,7 +110,7 @@ pub enum MiningMode {
     Asms = 1,
     /// One tolerance for both kinds of pairs.
     Symmetric = 2,
-    /// Every pair.
+    /// Every pair of an anchor that has pairs of both kinds.
     None = 3,
 }
 
@@ -120,21 +120,21 @@ pub enum MiningMode {
 pub enum RowCheck {
     /// Every row is checked for NaN, infinity and unit norm.
     Check = 0,
-    /// The caller vouches for the rows. Other rows give a meaningless loss, no worse.
+    /// The caller vouches for the rows. Rows that fail the check give a meaningless loss, no worse.
     Trust = 1,
 }
 
-/// Whose stream a GPU context works on.
+/// The stream that a GPU context works on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(C)]
 pub enum StreamMode {
-    /// A stream of the context's own. Work of the caller must be complete before a call.
+    /// A stream of the context's own. The caller's work must be complete before a call.
     Own = 0,
     /// ddtas_context_options.stream, in order with what the caller issues there.
     Given = 1,
 }
 
-/// How a context computes. All bytes zero but struct_size: defaults.
+/// Options of a context. All bytes zero but struct_size mean the defaults.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct ContextOptions {
@@ -142,20 +142,20 @@ pub struct ContextOptions {
     pub struct_size: usize,
     /// "cpu", "cuda", "cuda:N", or "auto": the first GPU if there is one, else the CPU. NULL is "auto".
     pub device: *const c_char,
-    /// Threads of a CPU context, the calling one not among them: 1 to 1024, 0 for one a core.
-    /// The result is the same bit for bit whatever their number.
+    /// Threads of a CPU context besides the calling one: 1 to 1024; 0 means one per core. The result is the
+    /// same bit for bit whatever their number.
     pub threads: usize,
-    /// Bytes for the pairs kept between passes; what does not fit is computed again, with the same
-    /// result bit for bit on the CPU. 0 for the default: 6 KiB a row on the CPU, a quarter of the free memory
-    /// on a GPU.
+    /// Bytes for the pairs kept between passes; what does not fit is computed again, with the same result bit
+    /// for bit on the CPU. 0 means the default: 6 KiB per row on the CPU, a quarter of the free memory on a
+    /// GPU.
     pub workspace_bytes: usize,
     /// A CUstream or cudaStream_t of that GPU's primary context, with DDTAS_STREAM_MODE_GIVEN;
     /// NULL is then the default stream. It must outlive the context.
     pub stream: *mut c_void,
     /// A ddtas_stream_mode.
     pub stream_mode: i32,
-    /// Not 0: a GPU multiplies float rows to TF32's precision, for a third of the work or less: rounded to 11
-    /// bits (entries below 6e-5 to an absolute 3e-8), products summed in float.
+    /// If not 0, a GPU multiplies float rows with TF32's precision, in a third of the work or less: entries
+    /// rounded to 11 significant bits (those below 6e-5 to an absolute 3e-8), products summed in float.
     pub allow_tf32: i32,
 }
 
@@ -197,7 +197,7 @@ pub struct Rows {
     pub embeddings: *const c_void,
     /// `count` labels. A row with a negative label takes part in no pair.
     pub labels: *const i64,
-    /// Number of rows: 1 to 2^31 - 1. The anchors of a part may be none: 0, and no embeddings or labels.
+    /// Number of rows: 1 to 2^31 - 1; 0 for a part without anchors, whose embeddings and labels may be NULL.
     pub count: usize,
     /// Values of a row: 1 to 2^31 - 1.
     pub dim: usize,
@@ -208,7 +208,7 @@ pub struct Rows {
     pub dtype: i32,
     /// A ddtas_memory; the same for all rows of a call.
     pub memory: i32,
-    /// References of a loss only: a ddtas_identity, how this call's anchors are known among them.
+    /// For the references of a loss: a ddtas_identity, how the anchors are identified among them.
     pub identity: i32,
     /// With DDTAS_IDENTITY_FROM: the reference that is the first anchor; the others follow it.
     pub identity_first: u32,
@@ -216,9 +216,9 @@ pub struct Rows {
     pub identity_list: *const u32,
 }
 
-/// What ddtas_loss returns, and the four steps of a part together. The caller sets struct_size and the
-/// pointers (NULL for what it does not want, which all-zero bytes say); the library sets the rest, and only
-/// if the call works.
+/// Result of ddtas_loss, and of the four steps of a part together. The caller sets struct_size and the
+/// pointers, NULL (all bytes zero) for what it does not want; the library sets the rest, and only if the call
+/// succeeds.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct LossResult {
@@ -269,9 +269,9 @@ pub struct LossResult {
     pub total_neg: u64,
 }
 
-/// A part of a batch, and what the caller has gathered from all parts: each step reads the fields its comment
-/// names, and ignores the others. Arrays are in host memory. All bytes zero but struct_size and `total` for
-/// the first.
+/// A part of a batch, and what the caller has gathered from all parts. Each step reads the fields whose
+/// comments name it, and ignores the others. Arrays are in host memory. The first step needs struct_size and
+/// `total` only; all other bytes are zero.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct Part {
@@ -279,9 +279,9 @@ pub struct Part {
     pub struct_size: usize,
     /// Every step: the number of anchors of all parts, B of the factor 1/B. At least 1.
     pub total: usize,
-    /// From the sweep on: how many references are anchors of some part, the first ones. The arrays below
-    /// named `reference_...` have as many entries. References behind them, of a memory bank, select nothing.
-    /// 0 to their number.
+    /// From the sweep on: the number of references that are anchors of some part; these come first. The
+    /// arrays `reference_...` below have as many entries. References without an entry, such as those of a
+    /// memory bank, select nothing. At most the number of references.
     pub reference_numbers: usize,
     /// ddtas_sweep: ddtas_loss_result.min_pos of each anchor, over all of its pairs.
     pub min_pos: *const f32,
@@ -305,25 +305,25 @@ pub struct Part {
     pub reference_count_neg: *const u32,
 }
 
-/// How fast the embeddings move along a direction, for ddtas_threshold_gradient. In the same memory as the
-/// rows.
+/// The derivative of the embeddings along a direction, for ddtas_threshold_gradient. In the same memory as
+/// the rows.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct Tangents {
     /// sizeof(ddtas_tangents).
     pub struct_size: usize,
-    /// The anchors' tangent, float, a row for each of theirs.
+    /// The anchors' tangent, float, one row per anchor.
     pub anchors: *const f32,
     /// As ddtas_rows.row_stride, for `anchors`.
     pub anchor_stride: usize,
-    /// The references' tangent; NULL if they do not move. Not looked at in the square form.
+    /// The references' tangent; NULL if they do not move. Ignored in the square form.
     pub references: *const f32,
     /// As ddtas_rows.row_stride, for `references`.
     pub reference_stride: usize,
 }
 
-// Integers, floats and raw pointers hold any bits. FIRST_BYTES is the end of the last field of version 1:
-// a field that comes later goes behind it and does not change it.
+// Integers, floats and raw pointers hold any bits. FIRST_BYTES is the end of the last field of version 1;
+// fields that are added later go behind it and do not change it.
 
 // SAFETY: #[repr(C)], struct_size first, any bits are valid.
 unsafe impl Versioned for ContextOptions {

@@ -78,7 +78,7 @@ impl<'a> From<ArrayView2<'a, f32>> for Embeddings<'a> {
 }
 
 impl Embeddings<'_> {
-    /// The same matrix for as long as `self` is borrowed: views are invariant in their lifetime.
+    /// Reborrows the matrix: views are invariant in their lifetime, so it cannot be shortened implicitly.
     #[must_use]
     pub fn view(&self) -> Embeddings<'_> {
         match self {
@@ -158,7 +158,7 @@ impl<'a> Rows<'a> {
         Self { embeddings: embeddings.into(), labels }
     }
 
-    /// The same rows for as long as `self` is borrowed.
+    /// Reborrows the rows.
     #[must_use]
     pub fn view(&self) -> Rows<'_> {
         Rows { embeddings: self.embeddings.view(), labels: self.labels }
@@ -175,24 +175,24 @@ pub enum UnitCheck {
     Trust,
 }
 
-/// Which reference of the rectangular form is an anchor itself, and so never a pair of it.
+/// Says which reference of the rectangular form is the same row as an anchor; the two are never a pair.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Identity<'a> {
-    /// Unknown: an image that stands on both sides is left out of the positives by its value, by SPEC 1's
-    /// rule on exact duplicates.
+    /// Unknown: a row that is on both sides is recognised by its value, through SPEC 1's rule on exact
+    /// duplicates.
     #[default]
     ByValue,
     /// Reference `first + i` is anchor i.
     From(usize),
-    /// Reference `list[i]` is anchor i; [`Identity::ABSENT`] where none is.
+    /// Reference `list[i]` is anchor i; [`Identity::ABSENT`] if anchor i is not among the references.
     List(&'a [u32]),
 }
 
 impl Identity<'_> {
-    /// Entry of a list whose anchor is not among the references.
+    /// List entry of an anchor that is not among the references.
     pub const ABSENT: u32 = u32::MAX;
 
-    /// The reference that is anchor `i`.
+    /// The reference that is the same row as anchor `i`, if that is known.
     #[must_use]
     pub fn of(&self, i: usize) -> Option<usize> {
         match self {
@@ -224,7 +224,7 @@ pub struct Batch<'a> {
     pub identity: Identity<'a>,
     /// Rectangular form only: also compute dL/d(references).
     pub reference_gradient: bool,
-    /// B of the factor 1/B, where it is not the number of these anchors: they are a part of a batch.
+    /// B of the factor 1/B if these anchors are a part of a batch; `None`: the number of anchors.
     pub total: Option<usize>,
     /// Whether rows are checked first.
     pub check: UnitCheck,
@@ -249,10 +249,10 @@ impl<'a> Batch<'a> {
         Self { references: Some(references), ..Self::square(anchors.embeddings, anchors.labels) }
     }
 
-    /// Some anchors of a batch of `total` anchors, against its references: all anchors, in one order for
-    /// every part, and behind them further references if there are any. There may be no anchor at all.
+    /// Some anchors of a batch of `total` anchors against all its references: first the anchors of the whole
+    /// batch, in the same order in every part, then any further references. `anchors` may be empty.
     ///
-    /// The loss of a part is evaluated in steps, between which the parts tell each other what they found:
+    /// A part's loss is evaluated in four steps, with an exchange between the parts after each:
     /// [`Backend::same_class`](crate::backend::Backend::same_class) and the three after it.
     #[must_use]
     pub fn part(anchors: Rows<'a>, references: Rows<'a>, identity: Identity<'a>, total: usize) -> Self {
@@ -300,11 +300,11 @@ impl<'a> Batch<'a> {
     ///
     /// # Errors
     /// [`Error::Empty`], [`Error::LengthMismatch`], [`Error::NotContiguous`]; [`Error::InvalidSetting`] for a
-    /// total below the number of anchors, or an identity that is no reference or has another label than its
-    /// anchor.
+    /// total below the number of anchors, or an identity that names no reference or one of another label than
+    /// its anchor's.
     pub fn validate(&self) -> Result<()> {
         let anchors = self.anchors.labels.len();
-        // A process may have no row of the batch that it takes part in.
+        // A part may have no anchors: a process can hold no row of the batch.
         if self.total.is_none() || anchors > 0 || self.references.is_none() {
             validate_rows("anchors", &self.anchors)?;
         }
@@ -324,7 +324,7 @@ impl<'a> Batch<'a> {
     }
 }
 
-/// Checks that every anchor's own reference is there, and of its label.
+/// Checks that the reference that `identity` names for each anchor exists and has the anchor's label.
 ///
 /// # Errors
 /// As [`Batch::validate`].
@@ -361,7 +361,7 @@ pub(crate) fn validate_rows(name: &'static str, rows: &Rows<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Checks that a side has rows and dimensions, and a label a row.
+/// Checks that a side has rows and dimensions, and one label per row.
 ///
 /// # Errors
 /// [`Error::Empty`], [`Error::LengthMismatch`].
@@ -386,7 +386,7 @@ pub(crate) fn has_entries(name: &'static str, (count, dim): (usize, usize)) -> R
     if count == 0 || dim == 0 { Err(Error::Empty { rows: name }) } else { Ok(()) }
 }
 
-/// Checks that both sides have as many dimensions.
+/// Checks that both sides have the same number of dimensions.
 ///
 /// # Errors
 /// [`Error::LengthMismatch`].
@@ -394,13 +394,15 @@ pub(crate) fn validate_dims(expected: usize, got: usize) -> Result<()> {
     same_length("dimension of the references", expected, got)
 }
 
+/// Checks that two lengths are equal.
+///
 /// # Errors
-/// [`Error::LengthMismatch`] unless both are the same.
+/// [`Error::LengthMismatch`].
 pub(crate) fn same_length(what: &'static str, expected: usize, got: usize) -> Result<()> {
     if expected == got { Ok(()) } else { Err(Error::LengthMismatch { what, expected, got }) }
 }
 
-/// Checks one row given the sum of its squares; the one rule every backend applies.
+/// Checks one row given the sum of its squares. Every backend applies this rule.
 ///
 /// # Errors
 /// [`Error::NotFinite`] or [`Error::NotUnit`], naming the row.

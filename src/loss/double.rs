@@ -1,6 +1,6 @@
-//! The truth on rows that are float64 already, which no backend takes.
+//! The float64 reference for rows that are float64 already; no backend takes such rows.
 //!
-//! For checks by central differences: rows rounded to float32 first would drown the differences.
+//! For checks by central differences, which float32 rows would hide by their rounding.
 
 use ndarray::{Array2, ArrayView2};
 

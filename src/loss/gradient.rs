@@ -26,8 +26,8 @@ pub fn weigh(similarities: &Similarities, selection: &Selection, settings: &Loss
     weigh_part(similarities, selection, &selection.sizes(), settings, similarities.anchors())
 }
 
-/// Evaluates SPEC 4 on the mined pairs of anchors of a batch of `total`, where each anchor's sets have
-/// `sizes` (positives, negatives). Mining is constant under differentiation.
+/// Evaluates SPEC 4 on the mined pairs of a part of a batch of `total` anchors. `sizes` are |P_i| and |N_i|
+/// of each anchor in the whole batch. Mining is constant under differentiation.
 #[must_use]
 pub fn weigh_part(
     similarities: &Similarities,
@@ -63,7 +63,7 @@ pub fn weigh_part(
     out
 }
 
-/// dL/d(anchors), and dL/d(references) if it is `wanted`, from the weights dL/dS.
+/// dL/d(anchors) and, if `wanted`, dL/d(references) from `g` = dL/dS. Without references: the square form.
 #[must_use]
 pub fn gradients(
     g: &Array2<f64>,

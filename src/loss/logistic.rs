@@ -1,5 +1,4 @@
-//! The functions of the loss: softplus, and the sigmoid that is its derivative (SPEC 4); AT-ASMS adapts by
-//! the sigmoid too.
+//! Softplus and its derivative, the sigmoid (SPEC 4). AT-ASMS uses the sigmoid too (SPEC 3).
 
 /// `1 / (1 + exp(-x))`, stable for every x.
 #[must_use]

@@ -1,4 +1,4 @@
-//! What a loss evaluation returns.
+//! The results of a loss evaluation.
 
 use ndarray::Array2;
 
@@ -69,22 +69,22 @@ impl Default for LossOutput {
 }
 
 impl LossOutput {
-    /// What tolerances adapt to; of a part, its share.
+    /// The totals that the tolerances adapt to (SPEC 3); of a part of a batch, its own share of them.
     #[must_use]
     pub fn pair_totals(&self) -> PairTotals {
         PairTotals { probe_neg: self.probe_neg, total_pos: self.total_pos }
     }
 
-    /// Pairs that enter the loss: the sizes of both sets, summed over active anchors. After the steps of a
-    /// part, where an anchor may be active by what other parts found, this is
-    /// [`mined_of_part`](Self::mined_of_part).
+    /// Numbers of positive and negative pairs that enter the loss: |P_i| and |N_i|, summed over active
+    /// anchors. For a part of a batch use [`mined_of_part`](Self::mined_of_part): pairs found by other parts
+    /// can make an anchor active.
     #[must_use]
     pub fn mined(&self) -> (u64, u64) {
         self.mined_of_part(&self.count_pos, &self.count_neg)
     }
 
-    /// The part's own pairs that enter the loss: the sizes of its sets, summed over the anchors that are
-    /// active by the sizes over all parts.
+    /// Numbers of the part's own pairs that enter the loss: the sizes of its sets, summed over the anchors
+    /// that are active by `count_pos` and `count_neg`, the sizes over all parts.
     #[must_use]
     pub fn mined_of_part(&self, count_pos: &[u32], count_neg: &[u32]) -> (u64, u64) {
         let own = self.count_pos.iter().zip(&self.count_neg);

@@ -1,15 +1,15 @@
-//! What the parts of a batch tell each other between the steps of a loss.
+//! Numbers that the parts of a batch exchange between the steps of a loss.
 
 use super::{Batch, LossOutput, same_length};
 use crate::{Error, Result};
 
-/// A number for each row of a part of a batch, the whole batch taken into account.
+/// One number per row of a part, found over the whole batch.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct RowNumbers<'a, T> {
-    /// Of each anchor of the part.
+    /// One entry per anchor of the part.
     pub anchors: &'a [T],
-    /// Of the references that are anchors of the whole batch: the first ones. References behind the last
-    /// number select nothing, as those of a memory bank.
+    /// One entry per reference that is an anchor of the whole batch; these references come first. References
+    /// without an entry, such as those of a memory bank, select no pairs.
     pub references: &'a [T],
 }
 
@@ -20,7 +20,7 @@ impl<'a, T> RowNumbers<'a, T> {
         Self { anchors, references }
     }
 
-    /// Checks that there is a number for each anchor, and none too many for the references.
+    /// Checks that there is one number per anchor and at most one per reference.
     ///
     /// # Errors
     /// [`Error::LengthMismatch`].
@@ -35,7 +35,7 @@ impl<'a, T> RowNumbers<'a, T> {
 }
 
 impl RowNumbers<'_, u32> {
-    /// Checks the sizes of both sets, whose references are the same.
+    /// Checks |P| and |N| of each row; both must have the same number of references.
     ///
     /// # Errors
     /// As [`validate`](Self::validate).
@@ -47,8 +47,8 @@ impl RowNumbers<'_, u32> {
 }
 
 impl LossOutput {
-    /// Adds up what parts of one batch have found of it: loss, its derivatives by the thresholds, counts and
-    /// means. Fields with an entry a row, gradients and tolerances stay as they are.
+    /// Adds a part's loss, derivatives by the thresholds and counts, and combines the means. Fields with an
+    /// entry a row, gradients and tolerances stay as they are.
     pub fn add_part(&mut self, part: &Self) {
         let mean = |own: (f64, u64), other: (f64, u64)| match (own.1, other.1) {
             (_, 0) => own.0,

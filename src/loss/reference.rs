@@ -9,7 +9,7 @@ use super::similarity::Similarities;
 use super::{Batch, BatchSize, LossSettings, Rows, TangentOf, ThresholdGradient, UnitCheck, threshold};
 use crate::Result;
 
-/// The loss of a batch with everything on the way to it. Holds B x N matrices.
+/// The loss of a batch with every intermediate result. Holds B x N matrices.
 #[derive(Debug, Clone)]
 pub struct Reference {
     /// Similarities and pairs.
@@ -58,7 +58,7 @@ pub fn reference(batch: &Batch<'_>, settings: &LossSettings) -> Result<Reference
     Ok(evaluate(similarities, rows, batch.total(), batch.reference_gradient, settings))
 }
 
-/// The passes in order, on rows that were checked: anchors, and references in the rectangular form.
+/// Runs the passes in order on checked rows; `references` only in the rectangular form.
 pub(super) fn evaluate(
     similarities: Similarities,
     (anchors, references): (&Array2<f64>, Option<&Array2<f64>>),
@@ -103,8 +103,8 @@ pub fn reference_threshold_gradient(
     threshold_gradient_by(|entry| entry, batch, settings, (tangent, reference_tangent))
 }
 
-/// The sums of the absolute values of all that [`reference_threshold_gradient`] adds up, down to the products
-/// of single entries. Terms have both signs, so this, not the sum, is what rounding errors are proportional to.
+/// The sums of the absolute values of all terms of [`reference_threshold_gradient`], down to the products of
+/// single entries. Rounding errors are proportional to these, since the terms have both signs.
 ///
 /// # Errors
 /// As [`reference_threshold_gradient`].
@@ -119,7 +119,7 @@ pub fn reference_threshold_gradient_terms(
     Ok(ThresholdGradient { pos: sums.pos.abs(), neg: sums.neg.abs() })
 }
 
-/// The sums of SPEC 5 over the batch's pairs, each entry of rows and tangents taken as `entry` makes it.
+/// The sums of SPEC 5 over the batch's pairs, with `entry` applied to each entry of rows and tangents.
 fn threshold_gradient_by(
     entry: impl Fn(f64) -> f64,
     batch: &Batch<'_>,
@@ -139,7 +139,7 @@ fn threshold_gradient_by(
     )
 }
 
-/// The sums of SPEC 5 along tangents of `rows`: anchors, and references in the rectangular form.
+/// The sums of SPEC 5 along tangents of `rows`, which has references only in the rectangular form.
 pub(super) fn threshold_gradient_along(
     evaluated: &Reference,
     settings: &LossSettings,
@@ -157,7 +157,7 @@ pub(super) fn threshold_gradient_along(
         tilt += &anchors.dot(&moving.t());
     }
     let sums = threshold::threshold_gradient(&evaluated.similarities, &evaluated.selection, settings, &tilt);
-    // Of a part of a batch.
+    // `threshold_gradient` divides by the number of anchors; a part of a batch divides by `total`.
     let share = evaluated.similarities.anchors() as f64 / evaluated.total as f64;
     Ok(ThresholdGradient { pos: sums.pos * share, neg: sums.neg * share })
 }
@@ -172,7 +172,7 @@ pub(super) fn read(batch: &Batch<'_>, name: &'static str, rows: &Rows<'_>) -> Re
     Ok(values)
 }
 
-/// Number of the pairs of all anchors, and their mean similarity.
+/// Number of pairs of all anchors, and their mean similarity.
 fn mean(similarities: &Similarities, pairs: impl Fn(usize) -> Vec<usize>) -> (u64, f64) {
     let of = |i: usize| pairs(i).into_iter().map(move |j| similarities.values[[i, j]]);
     let all = (0..similarities.anchors()).flat_map(of);

@@ -1,9 +1,9 @@
-//! The numbers of a loss, as kernels and the C ABI hand them on. cbindgen copies the comments into `ddtas.h`.
+//! The scalars of a loss for kernels and C ABI. cbindgen copies the comments into `ddtas.h`.
 
 use super::{LossOutput, Reference};
 
-/// What ddtas_enqueue_loss writes, in device memory, aligned to 8 bytes. It has no struct_size and never
-/// grows: 120 bytes in every version of the interface.
+/// The scalars that ddtas_enqueue_loss writes to device memory, aligned to 8 bytes. The struct has no
+/// struct_size and never grows: 120 bytes in every version of the interface.
 #[derive(Debug, Clone, Copy, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C)]
 pub struct LossScalars {
@@ -29,11 +29,11 @@ pub struct LossScalars {
     pub total_neg: u64,
     /// Anchors that enter the loss.
     pub active: u64,
-    /// Sum of the squares of the bad row, if there is one.
+    /// Sum of the squares of the bad row's entries, if there is a bad row.
     pub bad_square_sum: f64,
-    /// The first anchor that is not finite or not of unit length; DDTAS_ABSENT if all are.
+    /// The first anchor that is not finite or not of unit length; DDTAS_ABSENT if there is none.
     pub bad_anchor: u32,
-    /// The same of the references.
+    /// The first reference that is not finite or not of unit length; DDTAS_ABSENT if there is none.
     pub bad_reference: u32,
     /// Positive pairs that were mined.
     pub mined_pos: u64,
@@ -44,12 +44,12 @@ pub struct LossScalars {
 const _: () = assert!(size_of::<LossScalars>() == 120, "kernels write so many bytes to programs' memory");
 
 impl LossScalars {
-    /// A row that is not there.
+    /// Value of `bad_anchor` and `bad_reference` if no row is bad.
     pub(crate) const NO_ROW: u32 = u32::MAX;
 }
 
 impl LossOutput {
-    /// Its numbers; of no bad row.
+    /// The scalars of this output, in which no row is bad.
     #[must_use]
     pub fn scalars(&self) -> LossScalars {
         let (mined_pos, mined_neg) = self.mined();
@@ -73,7 +73,7 @@ impl LossOutput {
         }
     }
 
-    /// Takes the numbers over; those of mined pairs follow from the sizes of the sets.
+    /// Copies the scalars, except the numbers of mined pairs, which [`mined`](Self::mined) computes.
     pub fn set_scalars(&mut self, scalars: &LossScalars) {
         self.loss = scalars.loss;
         self.dloss_dlambda_pos = scalars.dloss_dlambda_pos;
@@ -90,7 +90,7 @@ impl LossOutput {
 }
 
 impl Reference {
-    /// Its numbers.
+    /// The scalars of this reference.
     #[must_use]
     pub fn scalars(&self) -> LossScalars {
         let (selection, weighted) = (&self.selection, &self.weighted);

@@ -1,8 +1,7 @@
-//! Pair selection with two thresholds: ASMS (SPEC 2) and AT-ASMS (SPEC 3).
+//! Pair selection: ASMS (SPEC 2) and AT-ASMS (SPEC 3).
 //!
-//! An anchor keeps a positive less similar than its hardest negative plus a
-//! tolerance, and a negative more similar than its hardest positive minus one.
-//! Comparisons are strict; an empty set is not an error.
+//! An anchor keeps a positive less similar than its hardest negative plus a tolerance, and a negative more
+//! similar than its hardest positive minus a tolerance. Comparisons are strict; an empty set is not an error.
 
 use super::logistic::sigmoid;
 use super::similarity::Similarities;
@@ -21,12 +20,12 @@ impl Tolerances {
     /// Keeps every pair of an anchor that has pairs of both kinds.
     const EVERYTHING: Self = Self { pos: f64::INFINITY, neg: f64::INFINITY };
 
-    /// Whether an anchor of this m- keeps a positive of similarity `s`.
+    /// Whether an anchor with m- = `max_neg` keeps a positive of similarity `s`.
     pub(super) fn keep_positive(&self, s: f64, max_neg: f64) -> bool {
         s < positive_bound(max_neg, self.pos)
     }
 
-    /// Whether an anchor of this m+ keeps a negative of similarity `s`.
+    /// Whether an anchor with m+ = `min_pos` keeps a negative of similarity `s`.
     pub(super) fn keep_negative(&self, s: f64, min_pos: f64) -> bool {
         s > negative_bound(min_pos, self.neg)
     }
@@ -49,14 +48,14 @@ pub fn probe_tolerance(settings: &LossSettings) -> f64 {
     settings.gamma * settings.probe_ratio
 }
 
-/// The widest tolerance of a negative that is counted by the probe or may be mined: the negative tolerance
-/// never grows (SPEC 3), so a single sweep can collect the candidates.
+/// The larger of the probe's and the initial negative tolerance. Adaptation never widens the latter (SPEC 3),
+/// so one sweep with this tolerance finds all candidates.
 #[must_use]
 pub fn candidate_tolerance(settings: &LossSettings) -> f64 {
     probe_tolerance(settings).max(initial_tolerances(settings).neg)
 }
 
-/// What tolerances adapt to (SPEC 3), over all anchors of a batch.
+/// The counts that the tolerances adapt to (SPEC 3), over all anchors of a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct PairTotals {
     /// Negatives that pass the probe, n_neg.
@@ -77,7 +76,7 @@ pub fn adapt(settings: &LossSettings, PairTotals { probe_neg, total_pos }: PairT
     Tolerances { pos: initial.pos * (1.0 + t), neg: initial.neg * (1.0 - t) }
 }
 
-/// n_neg of the probe: negatives above m+ minus its tolerance.
+/// n_neg of the probe (SPEC 3): negatives above m+ minus the probe's tolerance.
 pub(super) fn probe(similarities: &Similarities, settings: &LossSettings, min_pos: &[f64]) -> u64 {
     let tolerances = Tolerances { neg: probe_tolerance(settings), pos: 0.0 };
     let passes = |i: usize, j: usize| tolerances.keep_negative(similarities.values[[i, j]], min_pos[i]);
@@ -116,7 +115,7 @@ impl Selection {
         Self::keep(similarities, adapt(settings, totals), (min_pos, max_neg), totals)
     }
 
-    /// The pairs that tolerances keep, given m+ and m- of every anchor.
+    /// The pairs that `tolerances` keep, given m+ and m- of every anchor.
     pub(super) fn keep(
         similarities: &Similarities,
         tolerances: Tolerances,
@@ -138,7 +137,7 @@ impl Selection {
         Self { min_pos, max_neg, positives, negatives, tolerances, probe_neg, total_pos }
     }
 
-    /// Pairs of active anchors, positive and negative.
+    /// Numbers of positive and negative pairs of active anchors.
     #[must_use]
     pub fn mined(&self) -> (u64, u64) {
         let active = self.sizes().into_iter().filter(|&[pos, neg]| pos > 0 && neg > 0);

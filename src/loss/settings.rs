@@ -10,7 +10,7 @@ use crate::{Error, Result};
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
 pub enum Mining {
-    /// Every positive and every negative pair.
+    /// Every pair of an anchor that has pairs of both kinds.
     None,
     /// One tolerance for both kinds: `gamma_pos = gamma_neg = gamma`.
     Symmetric,

@@ -4,11 +4,11 @@ use ndarray::Array2;
 
 use super::Identity;
 
-/// Share of the longer row's squared norm from which a positive counts as an exact duplicate and carries no
-/// signal.
+/// Share of the longer row's squared norm. A positive of at least this similarity is an exact duplicate and
+/// carries no signal.
 pub const DUPLICATE: f64 = 1.0 - 1e-6;
 
-/// Every similarity of a batch, in float64, with the labels that make pairs of them.
+/// Every similarity of a batch, in float64, with the labels that tell positives from negatives.
 #[derive(Debug, Clone)]
 pub struct Similarities {
     /// `S[i, j] = anchor_i . reference_j`, `[B, N]`.
@@ -18,7 +18,7 @@ pub struct Similarities {
     reference_squares: Vec<f64>,
     anchor_labels: Vec<i64>,
     reference_labels: Vec<i64>,
-    /// Which reference is each anchor itself.
+    /// The reference that is each anchor itself, if known.
     itself: Vec<Option<usize>>,
 }
 
@@ -39,8 +39,7 @@ impl Similarities {
         }
     }
 
-    /// The same, in the rectangular form without each anchor's pair with the reference that `identity` says
-    /// it is.
+    /// As [`new`](Self::new); in the rectangular form without each anchor's pair with itself, by `identity`.
     pub(super) fn of_batch(
         anchors: (&Array2<f64>, &[i64]),
         references: Option<(&Array2<f64>, &[i64])>,
@@ -50,14 +49,14 @@ impl Similarities {
         if references.is_some() { all.with_identity(identity) } else { all }
     }
 
-    /// Leaves out each anchor's pair with the reference that `identity` says it is.
+    /// Leaves out each anchor's pair with the reference that is the anchor itself, by `identity`.
     #[must_use]
     pub fn with_identity(self, identity: &Identity<'_>) -> Self {
         let itself = (0..self.anchors()).map(|i| identity.of(i)).collect();
         Self { itself, ..self }
     }
 
-    /// The same similarities with the references as anchors.
+    /// The transposed similarities, with the references as anchors.
     pub(super) fn turned(&self) -> Self {
         let mut itself = vec![None; self.reference_labels.len()];
         for (i, reference) in self.itself.iter().enumerate() {
@@ -89,8 +88,8 @@ impl Similarities {
         })
     }
 
-    /// Similarity from which anchor i and reference j, if of one class, are exact duplicates. Measured by the
-    /// longer row, so that a row of half precision, whose norm is not quite 1, is one of itself.
+    /// The similarity from which anchor i and reference j of the same class are exact duplicates. Relative to
+    /// the longer row, so that a half-precision row, of norm not quite 1, duplicates itself.
     #[must_use]
     pub fn duplicate_bound(&self, i: usize, j: usize) -> f64 {
         DUPLICATE * self.anchor_squares[i].max(self.reference_squares[j])

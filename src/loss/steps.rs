@@ -1,4 +1,4 @@
-//! The loss of a part of a batch in scalar float64, step by step: the truth of what backends do in parts.
+//! The loss of a part of a batch in scalar float64, step by step: the reference for the backends' steps.
 
 use ndarray::Array2;
 
@@ -9,13 +9,13 @@ use super::similarity::Similarities;
 use super::{Batch, LossSettings, RowNumbers};
 use crate::Result;
 
-/// A part of a batch with all its similarities, for [`PartReference::same_class`] and the three steps after
-/// it. Each takes what the caller has gathered from all parts since, see
-/// [`Backend::same_class`](crate::backend::Backend::same_class).
+/// A part of a batch with all its similarities. [`PartReference::same_class`] and the three steps after it
+/// take what the caller has gathered from all parts in between, as
+/// [`Backend::same_class`](crate::backend::Backend::same_class) describes.
 #[derive(Debug, Clone)]
 pub struct PartReference {
     similarities: Similarities,
-    /// The same pairs from the other side: references as anchors.
+    /// The transposed similarities: references as anchors.
     elsewhere: Similarities,
     references: Array2<f64>,
     settings: LossSettings,
@@ -61,9 +61,9 @@ impl PartReference {
         Selection::keep(&self.similarities, tolerances, (min_pos.to_vec(), max_neg.to_vec()), totals)
     }
 
-    /// The part's share of the loss, and the gradient of its anchors, `[b, D]`: their rows of `(G + G^T) E`,
-    /// where what references select follows from their m+ and m-, and from the sizes of all sets (positives,
-    /// negatives). References behind the last number select nothing.
+    /// The part's share of the loss, and the gradient of its anchors, `[b, D]`: their rows of `(G + G^T) E`.
+    /// G^T follows from m+ and m- of the references, and from `sizes` (positives, negatives) over all parts.
+    /// References without an entry select no pairs.
     #[must_use]
     pub fn gradient(
         &self,

@@ -1,4 +1,4 @@
-//! What the threshold gradient after a loss asks: the batch of that loss, and tangents of its size.
+//! Checks of the threshold gradient's arguments: the batch of the last loss, and tangents of its size.
 
 use ndarray::ArrayView2;
 
@@ -16,7 +16,7 @@ pub(crate) struct BatchSize {
     pub dim: usize,
 }
 
-/// The change of a side's rows, `[B, D]` or `[N, D]`: dE/dt.
+/// The side that a tangent, `[B, D]` or `[N, D]`, belongs to. A tangent is the derivative of rows, dE/dt.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum TangentOf {
     Anchors,
@@ -33,7 +33,7 @@ impl BatchSize {
         }
     }
 
-    /// Checks that `given` has the size of this one, the last loss's.
+    /// Checks that `given` has the size of `self`, the batch of the last loss.
     ///
     /// # Errors
     /// [`Error::LengthMismatch`].
@@ -44,7 +44,7 @@ impl BatchSize {
         same_length("references of the last loss", references(self), references(given))
     }
 
-    /// Checks the size of one side's tangent.
+    /// Checks the shape of one side's tangent.
     ///
     /// # Errors
     /// [`Error::LengthMismatch`].
@@ -60,7 +60,7 @@ impl BatchSize {
         same_length(dim_of, self.dim, dim)
     }
 
-    /// Checks one side's tangent.
+    /// Checks the shape of one side's tangent, and that it is finite.
     ///
     /// # Errors
     /// [`Error::LengthMismatch`], [`Error::NotFinite`].

@@ -1,11 +1,11 @@
 //! Recall@K, R-precision and MAP@R of a whole test set.
 //!
 //! R-precision and MAP@R as defined by Musgrave, Belongie and Lim, "A Metric Learning Reality Check" (ECCV
-//! 2020): of a query with R answers, the share of answers among its R nearest, and the mean over ranks 1 to R
-//! of the precision at each rank that holds an answer (0 at the others).
+//! 2020): for a query with R answers (others of its class), the share of answers among its R nearest, and the
+//! mean over ranks 1 to R of the precision at each rank that holds an answer (0 at the others).
 //!
 //! Queries are searched in turns of bounded size, those with few answers first, so that memory beside the
-//! embeddings is O(Q): a large class makes the lists of its own queries long, not everybody's.
+//! embeddings is O(Q): a large class makes only the lists of its own queries long.
 
 use ndarray::ArrayView1;
 
@@ -15,18 +15,18 @@ use crate::Result;
 use crate::backend::{Backend, Nearest, PreparedGallery};
 use crate::loss::{Identity, Rows, validate_identity, validate_rows};
 
-/// What one turn has room for.
+/// Most entries and queries of one turn.
 pub(super) struct Room {
     /// Entries of all lists, of 8 bytes each.
     pub(super) entries: usize,
-    /// Queries, whose rows are copied.
+    /// Queries; their rows are copied.
     pub(super) queries: usize,
 }
 
 /// Lists of 64 MiB; 16 MiB of rows at D = 512.
 pub(super) const ROOM: Room = Room { entries: 1 << 23, queries: 1 << 13 };
 
-/// What a test set is judged by. All figures are 0 to 1, means over the queries counted.
+/// Metrics of a test set. All figures are 0 to 1, means over the queries counted.
 #[derive(Debug, Clone, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct Metrics {
@@ -39,12 +39,12 @@ pub struct Metrics {
     pub map_at_r: f64,
 }
 
-/// Searches every query and measures what its list is worth.
+/// Searches every query and computes the metrics of the lists found.
 ///
 /// Without a gallery the queries are searched among themselves, each left out of its own list. Rows with a
-/// negative label are neither queries nor answers, and stand in no list. A query without an answer is left
-/// out and counted in [`Recall::without_match`]; as an answer that is wrong for all others it stays.
-/// `progress` hears how many queries are done, of how many.
+/// negative label are neither queries nor answers, and are in no list. A query without an answer is not
+/// scored, but counted in [`Recall::without_match`]; it stays in the lists of other queries. `progress` gets
+/// the number of queries done, and of all.
 ///
 /// # Errors
 /// Those of [`Backend::nearest`]; [`Error::InvalidSetting`](crate::Error::InvalidSetting) if a K is 0 or none
@@ -65,20 +65,20 @@ pub fn evaluate(
     Ok(totals.finish(queries.labels.len()))
 }
 
-/// Queries, and what they are searched in: a gallery, or each other.
+/// Queries, and the rows they are searched among: a gallery, or each other.
 #[derive(Debug, Clone, Copy)]
 pub struct Sought<'a> {
-    /// What is searched for.
+    /// The queries.
     pub queries: Rows<'a>,
     /// `None`: the queries, each left out of its own list.
     pub gallery: Option<Rows<'a>>,
-    /// Which row of the gallery is a query itself: it is left out of the query's list. Without effect among
-    /// the queries.
+    /// Which row of the gallery is a query itself and is left out of the query's list. Ignored without a
+    /// gallery.
     pub identity: Identity<'a>,
 }
 
 impl<'a> Sought<'a> {
-    /// Queries in a gallery, whose rows are no queries, or in each other.
+    /// Queries in a gallery that holds none of them, or among themselves.
     pub(super) fn by_value(queries: &'a Rows<'_>, gallery: Option<&'a Rows<'_>>) -> Self {
         Self { queries: queries.view(), gallery: gallery.map(Rows::view), identity: Identity::ByValue }
     }
@@ -90,7 +90,7 @@ impl<'a> Sought<'a> {
         validate_identity(&self.identity, self.queries.labels, gallery.labels)
     }
 
-    /// Whether a query may be found in what is searched.
+    /// Whether a query may be among the rows that are searched.
     fn has_queries(&self) -> bool {
         self.gallery.is_none() || self.identity != Identity::ByValue
     }
@@ -114,12 +114,12 @@ impl<'a> Sought<'a> {
     }
 }
 
-/// What one query's list is worth.
+/// Metrics of one query's list.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Judged {
-    /// Which query.
+    /// Row number of the query.
     pub query: usize,
-    /// The place of the first answer, from 0, if it stands in the list.
+    /// Rank of the first answer, from 0, if the list holds one.
     pub first: Option<usize>,
     /// R-precision.
     pub r_precision: f64,
@@ -127,12 +127,12 @@ pub struct Judged {
     pub average_precision: f64,
 }
 
-/// As [`evaluate`], query by query: `each` hears of every query that has an answer, in no order. Lists are
-/// long enough for the largest of `ks`.
+/// As [`evaluate`], query by query: `each` is called for every query that has an answer, in no particular
+/// order. Lists are long enough for the largest of `ks`.
 ///
 /// # Errors
-/// As [`evaluate`]; [`Error::InvalidSetting`](crate::Error::InvalidSetting) for an identity that is no row of
-/// the gallery or has another label than its query.
+/// As [`evaluate`]; [`Error::InvalidSetting`](crate::Error::InvalidSetting) for an identity that names no row
+/// of the gallery or one of another label than its query's.
 pub fn judge(
     backend: &mut dyn Backend,
     sought: &Sought<'_>,
@@ -143,7 +143,7 @@ pub fn judge(
     judge_within(&ROOM, backend, sought, |answers| deepest.max(answers), each, &mut |_, _| {})
 }
 
-/// As [`judge`]; the list of a query with so many answers is as long as `depth` says.
+/// As [`judge`]; `depth` maps a query's number of answers to the length of its list.
 pub(super) fn judge_within(
     room: &Room,
     backend: &mut dyn Backend,
@@ -160,8 +160,7 @@ pub(super) fn judge_within(
 
     let kept = gallery.map_or_else(|| KeptRows::new(queries), KeptRows::new);
     let length = |query: u32| {
-        // One more than asked for: where a query is in the set that it searches, it is found there too, and
-        // passed over.
+        // One more than asked for: a query that is among the rows searched is found too, and skipped.
         depth(answers[query as usize] as usize)
             .saturating_add(usize::from(sought.has_queries()))
             .min(kept.len())
@@ -191,8 +190,8 @@ pub(super) fn judge_within(
 }
 
 impl Room {
-    /// Searches queries in turns, whose lists are as long as `length` says, ascending; `each` hears of every
-    /// list, and `progress` how many are done.
+    /// Searches queries in turns. Their lists are as long as `length` says, which must ascend. `each` gets
+    /// every list, `progress` the number of queries done, and of all.
     pub(super) fn search<E>(
         &self,
         queries: &[u32],
@@ -228,7 +227,7 @@ pub(super) fn answerable(answers: &[u32]) -> Vec<u32> {
 }
 
 impl Judged {
-    /// Judges the list, right or wrong at each rank, of a query with `answers` answers, at least 1.
+    /// Metrics of a query with `answers` answers, at least 1; `list`: whether each rank holds one.
     fn new(query: usize, list: impl Iterator<Item = bool>, answers: usize) -> Self {
         let (mut first, mut found, mut precisions) = (None, 0, 0.0);
         for (rank, right) in list.enumerate() {
@@ -262,7 +261,7 @@ impl Totals {
         self.average_precision += judged.average_precision;
     }
 
-    /// The means, of `count` queries.
+    /// The means; `count` is the number of all queries.
     fn finish(self, count: usize) -> Metrics {
         let recall = self.hits.finish(count);
         let share = |sum: f64| sum / recall.queries.max(1) as f64;

@@ -5,7 +5,7 @@
 //! products rank the centres in just that way. So the assignment is [`Backend::nearest`] with k = 1: a matrix
 //! product, nothing of size Q x clusters.
 //!
-//! linfa-clustering's compares row by row, draws its seeds in O(rows x clusters² x D), and counts each old
+//! linfa-clustering compares row by row, draws its seeds in O(rows x clusters² x D), and counts each old
 //! centre as a row of its cluster, which is not Lloyd's step.
 
 use ndarray::{Array2, ArrayView1, ArrayView2, Axis, s};
@@ -17,18 +17,18 @@ use crate::backend::Backend;
 use crate::loss::{Embeddings, Rows, check_unit};
 use crate::{Error, Result, threads};
 
-/// Rows assigned at once, each copied with its two more dimensions.
+/// Rows assigned at once, each copied with two added dimensions.
 const TURN: usize = 1 << 13;
 
-/// The squared length of the centres' longer rows: a centre of norm 1.001, which a row may have, fits.
+/// Squared length of the centres' rows before scaling: fits a centre of norm 1.001, which a row may have.
 const SQUARE: f64 = 1.26;
 
-/// How many clusters, and when to stop.
+/// Settings of k-means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KMeansSettings {
     /// Clusters, 1 to the number of rows.
     pub clusters: usize,
-    /// Most steps of Lloyd; it ends earlier once no row changes its cluster.
+    /// Most Lloyd steps; it ends earlier once no row changes its cluster.
     pub iterations: usize,
     /// Seed of the k-means++ draws.
     pub seed: u64,
@@ -45,7 +45,7 @@ pub struct Clusters {
     pub iterations: usize,
 }
 
-/// Clusters rows of unit norm; `progress` hears the step and the inertia so far.
+/// Clusters rows of unit norm; `progress` gets each step's number and inertia.
 ///
 /// The same seed gives the same clusters, whatever the number of threads.
 ///
@@ -89,7 +89,7 @@ pub fn k_means(
     Ok(clusters)
 }
 
-/// The search would name rows of its own.
+/// Checks the rows here, since the search would name bad rows by numbers of its own.
 fn check(rows: ArrayView2<'_, f32>) -> Result<()> {
     let tolerance = Embeddings::F32(rows).norm_tolerance();
     let bad = |row: usize| check_unit("rows", row, square_norm(rows.row(row)), tolerance).err();
@@ -110,7 +110,7 @@ fn seeds(rows: ArrayView2<'_, f32>, settings: &KMeansSettings) -> Array2<f32> {
                 *distance = distance.min((2.0 - 2.0 * row.dot(&last)).max(0.0));
             }
         });
-        // A seed is no candidate again, even where rounding leaves it a distance.
+        // A seed is never drawn again, even if rounding leaves it a distance.
         distances[seed] = 0.0;
         let sum: f64 = distances.iter().map(|&distance| f64::from(distance)).sum();
         let mut left = rng.random::<f64>() * sum;
@@ -125,7 +125,7 @@ fn seeds(rows: ArrayView2<'_, f32>, settings: &KMeansSettings) -> Array2<f32> {
     rows.select(Axis(0), &chosen)
 }
 
-/// Puts each row into the cluster of its nearest centre; says whether any changed.
+/// Puts each row into the cluster of its nearest centre; returns whether any changed.
 fn assign(
     backend: &mut dyn Backend,
     rows: ArrayView2<'_, f32>,
@@ -193,7 +193,7 @@ fn means(
             sum /= f64::from(*size);
             continue;
         }
-        // Of equals the first; the row is not taken twice.
+        // The first of equal rows; no row is taken twice.
         let farthest = (0..distances.len()).rev().max_by(|&a, &b| distances[a].total_cmp(&distances[b]));
         let farthest = farthest.unwrap_or(0);
         distances[farthest] = f32::NEG_INFINITY;

@@ -1,8 +1,8 @@
-//! Retrieval on unseen classes (SPEC 6): what training is judged by.
+//! Metrics of retrieval on unseen classes (SPEC 6).
 //!
 //! | file | what |
 //! | --- | --- |
-//! | `recall.rs` | Recall@K, of rows of the host and of rows elsewhere |
+//! | `recall.rs` | Recall@K, of rows in host memory and of rows that only a callback can search |
 //! | `evaluate.rs` | Recall@K, R-precision and MAP@R, queries searched in turns |
 //! | `rows.rs` | the rows that take part in a search |
 //! | `k_means.rs` | k-means of unit rows |

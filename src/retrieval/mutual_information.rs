@@ -8,17 +8,17 @@ use crate::backend::Backend;
 use crate::loss::{Embeddings, Rows, same_length, validate_rows};
 use crate::{Error, Result};
 
-/// Distinct labels that are not negative.
+/// Number of distinct labels that are not negative.
 #[must_use]
 pub fn classes(labels: &[i64]) -> usize {
     labels.iter().filter(|label| **label >= 0).collect::<HashSet<_>>().len()
 }
 
-/// Most steps of k-means for the NMI, unless stated otherwise.
+/// Default for the most steps of k-means.
 pub const NMI_STEPS: usize = 20;
 
-/// NMI of the rows' classes and as many clusters, by at most `steps` steps of k-means; ignored rows are left
-/// out, and of no row it is 1. `progress` hears each step.
+/// NMI of the rows' classes and as many clusters, found by at most `steps` steps of k-means. Ignored rows are
+/// left out; without any row it is 1. `progress` gets the number of each step.
 ///
 /// # Errors
 /// Those of [`k_means`]; [`Error::InvalidSetting`] unless the rows are float32.
@@ -48,7 +48,7 @@ pub fn nmi(
 /// I(classes; clusters) over the arithmetic mean of their entropies, 0 to 1: scikit-learn's
 /// `normalized_mutual_info_score` at its defaults.
 ///
-/// 1 where both sides have one group (or no row), as there; 0 where they tell nothing of each other.
+/// 1 if both sides have at most one group, as in scikit-learn; 0 if they are independent.
 ///
 /// # Errors
 /// [`Error::LengthMismatch`] unless each row has a class and a cluster.

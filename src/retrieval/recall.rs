@@ -28,13 +28,13 @@ impl Recall {
     }
 }
 
-/// Searches every query and counts hits: Recall@K alone of what [`evaluate`](super::evaluate()) finds, by
-/// lists as long as the largest K.
+/// Searches every query for Recall@K alone, with lists as long as the largest K;
+/// [`evaluate`](super::evaluate()) has more metrics.
 ///
 /// Without a gallery the queries are searched among themselves, each left out of its own list. `ks` are the
-/// values of K, each at least 1. Rows with a negative label are neither queries nor answers, and stand in no
-/// list. A K beyond the rows there are to find is answered by a list of all of them. Memory beside the rows
-/// grows with the number of queries, whatever K: they are searched in turns.
+/// values of K, each at least 1; one beyond the number of rows means a list of all rows. Rows with a negative
+/// label are neither queries nor answers, and are in no list. Memory beside the rows grows with the number of
+/// queries, whatever K: they are searched in turns.
 ///
 /// # Errors
 /// Those of [`Backend::nearest`]; [`Error::InvalidSetting`] if a K is 0 or none is given.
@@ -63,8 +63,8 @@ pub(super) fn recall_within(
     Ok(hits.finish(queries.labels.len()))
 }
 
-/// [`recall`] of rows among themselves, which `search` alone can read: it answers lists as long as it is
-/// told.
+/// [`recall`] of rows among themselves, which only `search` can read: it returns lists of the length it is
+/// given.
 ///
 /// # Errors
 /// Those of `search`; [`Error::InvalidSetting`] if a K is 0 or none is given.
@@ -75,7 +75,7 @@ pub fn recall_by<E: From<Error>>(
 ) -> Result<Recall, E> {
     let ks = sorted(ks)?;
     let kept = kept(labels);
-    // A query is found among the others, and passed over.
+    // One more than the largest K: a query is found among the others, and skipped.
     let longest = deepest(&ks).saturating_add(1).min(kept.as_ref().map_or(labels.len(), Vec::len));
     let mut hits = Hits::new(ks);
     let search = |turn: &[u32], k| search(&Picked { queries: turn, gallery: kept.as_deref() }, k);
@@ -86,7 +86,7 @@ pub fn recall_by<E: From<Error>>(
         hits.add(others.position(|row| labels[row as usize] == labels[query as usize]));
     };
     let queries = answerable(&answers(labels, None));
-    // Rows that lie elsewhere are not copied.
+    // No rows are copied, so a turn may have any number of queries.
     let room = Room { queries: usize::MAX, ..ROOM };
     room.search(&queries, |_| longest, search, &mut add, &mut |_, _| {})?;
     Ok(hits.finish(labels.len()))
@@ -120,12 +120,12 @@ pub(super) struct Hits {
 }
 
 impl Hits {
-    /// `ks` ascend.
+    /// `ks` must ascend.
     pub(super) fn new(ks: Vec<usize>) -> Self {
         Self { hits: vec![0; ks.len()], ks, queries: 0 }
     }
 
-    /// Counts a query whose first right neighbour stands at `rank`, from 0.
+    /// Counts a query whose first right neighbour is at `rank`, from 0.
     pub(super) fn add(&mut self, rank: Option<usize>) {
         self.queries += 1;
         if let Some(rank) = rank {
@@ -133,7 +133,7 @@ impl Hits {
         }
     }
 
-    /// Recall@K of the queries counted, of `total`.
+    /// Recall@K of the queries counted; `total` is the number of all.
     pub(super) fn finish(self, total: usize) -> Recall {
         let share = |hits: usize| hits as f64 / self.queries.max(1) as f64;
         let at = self.ks.iter().zip(&self.hits).map(|(&k, &hits)| (k, share(hits))).collect();

@@ -1,4 +1,4 @@
-//! Rows that take part in a search, and where they stand in the caller's.
+//! Rows that take part in a search, and their places in the caller's matrix.
 
 use std::collections::HashMap;
 
@@ -8,7 +8,7 @@ use ndarray::{Array2, Axis};
 use crate::Error;
 use crate::loss::{Embeddings, Rows};
 
-/// How many answers each query has, 0 if it is ignored; by the labels of the queries and of the gallery.
+/// Number of answers of each query, 0 if it is ignored, by the labels of the queries and of the gallery.
 pub(super) fn answers(queries: &[i64], gallery: Option<&[i64]>) -> Vec<u32> {
     let mut sizes = HashMap::<i64, u32>::new();
     for label in gallery.unwrap_or(queries) {
@@ -19,7 +19,7 @@ pub(super) fn answers(queries: &[i64], gallery: Option<&[i64]>) -> Vec<u32> {
     queries.iter().map(of).collect()
 }
 
-/// The rows that are not ignored, or `None` if those are all.
+/// The rows that are not ignored; `None` if no row is ignored.
 pub(super) fn kept(labels: &[i64]) -> Option<Vec<u32>> {
     if labels.iter().all(|&label| label >= 0) {
         return None;
@@ -27,7 +27,7 @@ pub(super) fn kept(labels: &[i64]) -> Option<Vec<u32>> {
     Some((0..labels.len() as u32).filter(|&row| labels[row as usize] >= 0).collect())
 }
 
-/// Rows without the ignored ones; a copy only where there are any.
+/// Rows without the ignored ones, copied only if there are any.
 pub(super) struct KeptRows<'a> {
     all: Rows<'a>,
     some: Option<CopiedRows>,
@@ -61,7 +61,7 @@ impl<'a> KeptRows<'a> {
     }
 }
 
-/// A bad row of `rows` by its place in the caller's matrix, which is called `whose`.
+/// The error with a bad row of `rows` renamed to its place in the caller's matrix, which is called `whose`.
 pub(super) fn with_row(error: Error, rows: &str, whose: &'static str, place: impl Fn(usize) -> u32) -> Error {
     match error {
         Error::NotFinite { rows: bad, row } if bad == rows => {

@@ -9,7 +9,7 @@ use super::simd::GROUP;
 #[repr(C, align(64))]
 struct Line([f32; GROUP]);
 
-/// Floats in whole cache lines: no vector of a group straddles two, which would cost a load or store more.
+/// Floats in whole cache lines: no vector straddles two lines, which would cost an additional load or store.
 #[derive(Debug, Default)]
 pub struct Buffer {
     lines: Vec<Line>,
@@ -23,7 +23,7 @@ impl Buffer {
             let kept = self.length;
             self.lines.resize(length.div_ceil(GROUP), Line([0.0; GROUP]));
             self.length = length;
-            // The last line may hold what was cut off before.
+            // The last line may hold old values behind `kept`.
             let line_end = kept.next_multiple_of(GROUP).min(length);
             self[kept..line_end].fill(0.0);
         } else {

@@ -1,7 +1,7 @@
-//! What one tile adds to the rows that own it: the products of its weights with the rows of the other side.
+//! What one tile adds to the gradient of its owner, one of its two blocks: weights times the other's rows.
 //!
-//! Weights are applied as lists of pairs or, where the tile is dense, as a matrix product, with the same bits:
-//! which of the two is quicker depends on the rows of the owner, and those of a part of a batch are others.
+//! Weights are applied as lists of pairs or, where the tile is dense, as a matrix product. Both give the same
+//! bits: the choice depends on the owner's rows, and in a part of a batch the owner has other rows.
 
 use super::buffer::Buffer;
 use super::pairs::Pairs;
@@ -10,14 +10,14 @@ use super::rows::{Block, MAX_BLOCK, Side};
 use super::simd::{GROUP, Lanes, Work, padded};
 use super::tile::{Candidates, MAX_GROUPS};
 
-/// Share of a tile's pairs from which a product beats lists. A listed pair costs about three times
-/// one in a product: it loads its row anew, where the product keeps rows in registers.
+/// Share of a tile's pairs from which a product is faster than lists. A listed pair costs about three times
+/// one in a product: it loads its row anew, while the product keeps rows in registers.
 const DENSE: f64 = 0.35;
 
-/// Listed pairs a row up to which each row is summed from end to end.
+/// Listed pairs per row below which [`add_sparse`] sums each row from end to end.
 const SPARSE: f64 = 4.0;
 
-/// Groups of 16 dimensions: what of the gradient one task sums.
+/// A range of groups of 16 dimensions: the part of the gradient that one task sums.
 #[derive(Debug, Clone, Copy)]
 pub struct Dimensions {
     pub first: usize,
@@ -33,24 +33,24 @@ impl Dimensions {
 /// Buffers of one thread.
 #[derive(Debug)]
 pub struct GradientScratch {
-    /// Weighted pairs by row of the owner: columns of the other side, weights, how many.
+    /// Weighted pairs of each of the owner's rows: rows of the other block, weights, number of pairs.
     columns: Vec<[u32; LIST]>,
     weights: Vec<[f32; LIST]>,
     lengths: [u32; MAX_BLOCK],
-    /// Sums of the owner's rows over some dimensions, rows rounded up to whole strips.
+    /// Sums of the owner's rows over the task's dimensions; the number of rows is rounded up to whole strips.
     sums: Buffer,
-    /// The tile's weights as a matrix, and the other side's rows as panels over D where those are not kept.
+    /// The tile's weights as a matrix, and the other side's rows as panels over D if the side keeps none.
     matrix: Buffer,
     panels: Buffer,
 }
 
-/// Floats between the sums of two rows: an odd number of groups, so that those of some dimensions do not all
-/// fall into a few sets of the cache, as they would where D is a power of two.
+/// Floats between the sums of two rows. An odd number of groups: with a power of two, the same dimensions of
+/// all rows would fall into a few cache sets.
 fn stride(dim: usize) -> usize {
     (dim.div_ceil(GROUP) | 1) * GROUP
 }
 
-// The product of a tile's weights is one chain a row.
+// A tile's product has one chain per sum, so zero weights change no bit.
 const _: () = assert!(MAX_BLOCK <= DEPTH);
 
 /// Room in the list of a row: lists are written 16 entries at a time.
@@ -77,14 +77,14 @@ impl GradientScratch {
             + buffers.iter().map(|buffer| buffer.bytes()).sum::<usize>()
     }
 
-    /// Starts part of the sums of a block of `rows` rows.
+    /// Zeroes the sums of a block of `rows` rows over the dimensions `part`.
     pub fn begin(&mut self, rows: usize, part: Dimensions) {
         let length = rows.next_multiple_of(STRIP) * stride(part.groups() * GROUP);
         self.sums.grow(length);
         self.sums[..length].fill(0.0);
     }
 
-    /// That part of a row's sum; of `dim` dimensions.
+    /// The sum of a row over the dimensions `part`; `dim` is D.
     pub fn sum(&self, row: usize, part: Dimensions, dim: usize) -> &[f32] {
         let length = dim.min(part.end * GROUP) - part.first * GROUP;
         &self.sums[row * stride(part.groups() * GROUP)..][..length]
@@ -98,7 +98,7 @@ impl GradientScratch {
         self.lengths.fill(0);
     }
 
-    /// Lists the first `count` of a group of pairs.
+    /// Appends the first `count` of a group of pairs to the list of `row`.
     #[inline(always)]
     fn append(&mut self, row: usize, columns: &[u32; GROUP], weights: &[f32; GROUP], count: usize) {
         let length = self.lengths[row] as usize;
@@ -123,11 +123,11 @@ impl GradientScratch {
 pub struct AddTile<'a, 'b> {
     pub pairs: Pairs<'a>,
     pub tile: (usize, usize),
-    /// The tile's candidates, their weights in the place of similarities.
+    /// The tile's candidates, with weights for values.
     pub candidates: Candidates<'b>,
-    /// How many weights are not zero.
+    /// Number of weights that are not zero.
     pub selected: usize,
-    /// The owner is the block of rows, of columns, or (on the diagonal) both.
+    /// Whether the owner is the block of rows, the block of columns or, on the diagonal, both.
     pub owner_rows: bool,
     pub owner_columns: bool,
     pub part: Dimensions,
@@ -146,7 +146,7 @@ impl Work for AddTile<'_, '_> {
         } else {
             (blocks.1, blocks.0, self.pairs.rows, row)
         };
-        // A pair of the diagonal is one of either row.
+        // On the diagonal a pair belongs to both of its rows.
         let listed = self.selected * if self.owner_rows && self.owner_columns { 2 } else { 1 };
         if listed == 0 {
             return;
@@ -161,7 +161,7 @@ impl Work for AddTile<'_, '_> {
                 return;
             }
         }
-        // Taken out while the rest of the scratch is in use.
+        // Moved out, as the rest of the scratch is borrowed below.
         let mut buffer = std::mem::take(&mut self.scratch.panels);
         let size = other.rows * GROUP;
         let panels = &side.direct_panels(block, &mut buffer)[self.part.first * size..self.part.end * size];
@@ -224,8 +224,8 @@ impl AddTile<'_, '_> {
                         lines.0[group][r - start] = line;
                     }
                     if self.owner_columns {
-                        // Lines of the tile are lines of the matrix. What earlier rows of the diagonal have
-                        // added to this one is in groups before it.
+                        // A line of the tile is a line of the matrix. On the diagonal, what earlier rows have
+                        // added to this line is in groups before this one.
                         matrix[group * depth + r] = line;
                     }
                 });
@@ -235,7 +235,7 @@ impl AddTile<'_, '_> {
             }
             for (group, lines) in lines.0.iter_mut().enumerate().take(across.panels()) {
                 let panel = &mut matrix[start / GROUP * depth..][..depth];
-                // The two triangles of the diagonal meet within a line, where one of them is zero.
+                // On the diagonal both triangles write to a line; where one has an entry, the other is zero.
                 store_transposed(simd, lines, &mut panel[group * GROUP..], self.owner_columns);
                 lines.fill([0.0; GROUP]);
             }
@@ -243,7 +243,7 @@ impl AddTile<'_, '_> {
     }
 }
 
-/// The transpose of 16 lines into the first 16 of a panel, or as many as there are; `adds` to what they hold.
+/// Transposes 16 lines into the first 16 lines of `panel`, or as many as it has; `adds` to what they hold.
 #[inline(always)]
 fn store_transposed<S: Lanes>(
     simd: S,
@@ -270,8 +270,8 @@ fn store_transposed<S: Lanes>(
 #[repr(align(64))]
 struct Lines([[[f32; GROUP]; GROUP]; MAX_GROUPS]);
 
-/// Panels summed at a time: with the 64 dimensions of all rows of a block in the first-level cache, and
-/// as many sums as hide the latency of a multiply-add.
+/// Panels summed at a time. Their 64 dimensions of a block's rows fit the L1 cache, and their sums are enough
+/// to hide the latency of a multiply-add.
 const TOGETHER: usize = 4;
 
 /// `sums[r] += sum over listed pairs of weight * other row`; `panels` are the other rows,
@@ -316,7 +316,7 @@ fn add_panels<S: Lanes, const P: usize>(
     let depth = panels[0].len();
     for (&column, &weight) in columns.iter().zip(weights) {
         let weight = simd.splat_f32s(weight);
-        // One comparison for all panels; they are equally long.
+        // One bounds check for all panels, which are equally long.
         let column = column as usize;
         assert!(column < depth);
         for p in 0..P {
@@ -333,8 +333,8 @@ fn add_panels<S: Lanes, const P: usize>(
     }
 }
 
-/// The same row by row, from the rows as they came: each is read once from end to end. Where lists are
-/// short that is quicker than to go over all of them for every few dimensions.
+/// As [`add_listed`], but from the rows as given, each read once from end to end. With short lists this is
+/// faster than passing over all lists for every few dimensions.
 #[inline(always)]
 fn add_sparse<S: Lanes>(
     simd: S,
@@ -411,8 +411,8 @@ fn add_groups<S: Lanes, const P: usize>(
     }
 }
 
-/// The same as a product of the matrix of the tile's weights with the other side's rows: zeros change no bit
-/// of a chain that begins at 0, so the sums are those of the lists.
+/// As [`add_listed`], but as a product of the tile's weight matrix with the other side's rows. Zeros change
+/// no bit of a chain that begins at 0, so the sums equal those of the lists.
 #[inline(always)]
 fn add_dense<S: Lanes>(simd: S, scratch: &mut GradientScratch, owner: Block, depth: usize, panels: &[f32]) {
     let stride = stride(panels.len() / depth);

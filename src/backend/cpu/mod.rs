@@ -1,4 +1,4 @@
-//! The CPU backend: float32 tiles, one sweep, any number of threads, the same bits.
+//! The CPU backend: float32 tiles in one sweep; the same bits for any number of threads.
 //!
 //! | pass | file |
 //! | --- | --- |
@@ -10,12 +10,12 @@
 //! | top-K search | `retrieval.rs` |
 //! | rows of any length, and their gradient | `unit.rs` |
 //!
-//! `steps.rs` has the order of the passes, `remembered.rs` what stays between them, `shares.rs` what each row
-//! selects and what that weighs, `walk.rs` what gradient and threshold gradient have in common; `product.rs`
-//! is the one matrix product, `simd.rs` the choice of instruction set, `tasks.rs` the sharing-out of work,
-//! `buffer.rs` memory in whole cache lines, `times.rs` what each pass took. S is computed tile by tile, once
-//! for both triangles; of a tile only the candidates are kept, within a budget, and tiles beyond it are
-//! computed again with the same bits.
+//! `steps.rs` has the order of the passes, `remembered.rs` what is kept of a loss between them, `shares.rs`
+//! the bounds and weight factors of each row, `walk.rs` the part that gradient and threshold gradient have in
+//! common; `product.rs` is the one matrix product, `simd.rs` chooses the instruction set, `tasks.rs` divides
+//! work among threads, `buffer.rs` has memory in whole cache lines, `times.rs` the time of each pass. S is
+//! computed tile by tile, once for both triangles; only a tile's candidates are kept, within a budget, and
+//! tiles beyond it are computed again with the same bits.
 
 use std::sync::Mutex;
 
@@ -65,16 +65,15 @@ use walk::Answer;
 
 pub use times::PassTimes;
 
-/// Most bytes of candidates kept between the passes for each row of either side, unless stated otherwise. So
-/// memory is linear in the batch: with the panels of D = 512 and the tiles beside them, 5,120 rows stay below
-/// 64 MB and 10,240 below 128 MB.
+/// Default bytes of kept candidates per row of either side, which makes memory linear in the batch: with the
+/// panels of D = 512 and the tiles beside them, 5,120 rows stay below 64 MB and 10,240 below 128 MB.
 const BUDGET_OF_A_ROW: usize = 6 << 10;
 
 /// [`Backend`] on the processor's cores (those of the current rayon pool).
 #[derive(Debug)]
 pub struct CpuBackend {
     level: Level,
-    /// Most bytes of candidates, if not [`BUDGET_OF_A_ROW`] for each.
+    /// Most bytes of kept candidates; `None`: [`BUDGET_OF_A_ROW`] per row.
     budget: Option<usize>,
     sides: Sides,
     tiles: Tiles,
@@ -131,8 +130,8 @@ impl CpuBackend {
         }
     }
 
-    /// [`Backend::loss`] of rows of any length but 0: they are compared at unit length, and the gradients are
-    /// those of the rows as they are given. Nothing is remembered for [`Backend::threshold_gradient`].
+    /// [`Backend::loss`] of rows of any length but 0: rows are scaled to unit length, and the gradients are
+    /// with respect to the rows as given. No [`Backend::threshold_gradient`] can follow.
     ///
     /// # Errors
     /// As [`Backend::loss`]; [`Error::NotUnit`](crate::Error::NotUnit) for a row of zeros.
@@ -155,8 +154,8 @@ impl CpuBackend {
         done
     }
 
-    /// Rows at unit length, as [`normalized_loss`](Self::normalized_loss) compares them: for batches in
-    /// parts. A row without a direction is left for a check to name.
+    /// Scales rows to unit length as [`normalized_loss`](Self::normalized_loss) does, for batches in parts.
+    /// Rows of zeros, and rows that are not finite, are not refused here but by the check of the loss.
     ///
     /// # Errors
     /// [`Error::Empty`](crate::Error::Empty), [`Error::NotContiguous`](crate::Error::NotContiguous).
@@ -167,11 +166,11 @@ impl CpuBackend {
         self.unit.anchors(rows)
     }
 
-    /// Turns a gradient by unit rows, row by row without gaps, into the one by `rows`.
+    /// Turns `gradient`, dL/d(unit rows) without gaps between rows, into dL/d(`rows`) in place.
     ///
     /// # Errors
     /// As [`normalize`](Self::normalize); [`Error::LengthMismatch`](crate::Error::LengthMismatch) unless the
-    /// gradient has an entry for each of the rows'.
+    /// gradient has as many entries as the rows.
     pub fn normalize_backward(&mut self, rows: &Rows<'_>, gradient: &mut [f32]) -> Result<()> {
         let (count, dim) = (rows.embeddings.rows(), rows.embeddings.dim());
         has_entries("anchors", (count, dim))?;

@@ -1,4 +1,4 @@
-//! The pairs of a batch: two sides in class order, where classes meet, and which row stands on both sides.
+//! The pairs of a batch: two sides in class order, the columns of each row's class, rows on both sides.
 
 use super::rows::{MAX_BLOCK, NOWHERE, Order, Side, SideBuffers};
 use super::simd::{GROUP, Level};
@@ -15,12 +15,12 @@ pub struct Pairs<'a> {
     pub square: bool,
     /// Positions of the columns of each row's class, by position of the row.
     pub classes: &'a [(u32, u32)],
-    /// Position of the column that is the row itself, by position of the row; empty where nobody says.
+    /// Position of the column that is the row itself, by position of the row; empty if unknown.
     pub identity: &'a [u32],
     pub level: Level,
 }
 
-/// Whose rows pairs are walked along.
+/// The side that a walk over the pairs sums for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Owner {
     Rows,
@@ -35,7 +35,7 @@ impl<'a> Pairs<'a> {
         }
     }
 
-    /// Local columns of tile (`_`, `column`) that are of the class of row position `i`.
+    /// Local columns `first..last` of block `column` that have the class of the row at position `i`.
     pub fn class_columns(&self, i: usize, column: usize) -> (usize, usize) {
         let block = self.columns.order.blocks[column];
         let (first, last) = self.classes[i];
@@ -44,7 +44,7 @@ impl<'a> Pairs<'a> {
         (local(first), local(last))
     }
 
-    /// The local column of tile (`_`, `column`) that is the row at position `i` itself.
+    /// Local column of block `column` that is the row at position `i` itself.
     pub fn itself(&self, i: usize, column: usize) -> Option<usize> {
         let block = self.columns.order.blocks[column];
         let local = (*self.identity.get(i)? as usize).checked_sub(block.start)?;
@@ -95,7 +95,7 @@ impl Sides {
         Ok(())
     }
 
-    /// Converts and packs the rows anew, in the order there is.
+    /// Checks, converts and packs the rows again, in the existing order.
     ///
     /// # Errors
     /// As [`set`](Self::set).
@@ -107,18 +107,18 @@ impl Sides {
         Ok(())
     }
 
-    /// The order of rows and columns; that of the columns is left over from another batch in the square form.
+    /// The orders of rows and columns; in the square form the columns' order is a leftover of another batch.
     pub fn orders(&self) -> (&Order, &Order) {
         (&self.rows.order, &self.columns.order)
     }
 
-    /// Whether the order is that of these labels.
+    /// Whether the orders were made from the labels of `batch`.
     pub fn are_of(&self, batch: &Batch<'_>) -> bool {
         self.rows.order.is_of(batch.anchors.labels)
             && batch.references.is_none_or(|rows| self.columns.order.is_of(rows.labels))
     }
 
-    /// The pairs of the batch that was prepared last, which this is.
+    /// The pairs of `batch`, which must be the batch prepared last.
     ///
     /// # Errors
     /// `NotContiguous`.
@@ -138,7 +138,7 @@ impl Sides {
     }
 }
 
-/// Rows of a block for a side of `count` rows. A small batch is two blocks, for two threads to work on.
+/// Rows of a block for a side of `count` rows. A small batch has two blocks, so that two threads have work.
 fn block_rows(count: usize) -> usize {
     count.div_ceil(2).next_multiple_of(GROUP).min(MAX_BLOCK)
 }

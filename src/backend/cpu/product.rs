@@ -6,11 +6,11 @@
 
 use super::simd::{GROUP, Lanes, Level, Work};
 
-/// Rows of one call.
+/// Rows of one [`product`].
 pub const STRIP: usize = 8;
 
-/// `out[r][c] = sum_k rows[k][first + r] panels[c / 16][k][c % 16]`, or `+=` if `add`: the sum of the chain,
-/// which itself begins at 0, so that zeros among the factors change no bit (up to [`DEPTH`] of them).
+/// `out[r][c] = sum_k rows[k][first + r] panels[c / 16][k][c % 16]`. With `add` the chain, which begins at 0,
+/// is added to `out`, so that zero factors change no bit (up to a depth of [`DEPTH`]).
 ///
 /// `rows` is one panel, `first` 0 or 8; `panels` are whole panels as deep as `rows`; `out` is
 /// `[STRIP, stride]`.
@@ -62,7 +62,7 @@ fn wide_panels<S: Lanes, const FIRST: usize>(
     }
 }
 
-/// Panels as vectors of 16.
+/// [`product`] of P panels in vectors of 16.
 #[inline(always)]
 fn wide<S: Lanes, const FIRST: usize, const P: usize>(
     simd: S,
@@ -101,14 +101,14 @@ fn wide<S: Lanes, const FIRST: usize, const P: usize>(
 /// stay in the first-level cache. Sums go on from where they were, so an entry is the same single chain.
 pub const DEPTH: usize = 128;
 
-/// What a product starts from and leaves.
+/// What the sums of a product start from, and what is stored.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Sum {
-    /// 0; the chain.
+    /// Starts at 0; stores the chain.
     Set,
-    /// What is there; the chain that goes on from it.
+    /// Starts at the stored value and continues its chain.
     Continue,
-    /// 0; the chain added to what is there.
+    /// Starts at 0; adds the chain to the stored value.
     Add,
 }
 
@@ -217,7 +217,7 @@ pub fn pack_transposed<'a>(
     Level::best().dispatch(Pack { rows, count, depth, panels });
 }
 
-/// [`pack_transposed`], as a part of other work.
+/// [`pack_transposed`] as [`Work`], to run inside other work.
 pub struct Pack<'p, F> {
     pub rows: F,
     pub count: usize,
@@ -238,7 +238,7 @@ impl<'a, F: Fn(usize) -> &'a [f32]> Work for Pack<'_, F> {
             }
             let row = |lane: usize| &rows(p * GROUP + lane)[..depth];
             let panel = panel.as_chunks_mut::<GROUP>().0;
-            // Squares of 8 x 8 are transposed in registers; what is left over is copied one by one.
+            // Squares of 8 x 8 are transposed in registers; the remaining entries are copied one by one.
             let whole = filled / 8 * 8;
             for lane in (0..whole).step_by(8) {
                 let [a, b, c, d, e, f, g, h] = std::array::from_fn(|l| row(lane + l).as_chunks::<8>().0);

@@ -1,13 +1,13 @@
-//! What stays of a loss between its steps, and for the threshold's sums after it.
+//! What is remembered of a loss between its steps and for the threshold gradient after it.
 
 use crate::backend::step::Step;
 use crate::loss::{Batch, BatchSize, LossSettings};
 
-/// How far the last loss came, and of what size and settings it is.
+/// Size, settings and last step of the last loss.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Remembered {
     pub size: BatchSize,
-    /// B of 1/B.
+    /// B of the factor 1/B.
     pub total: usize,
     pub settings: LossSettings,
     pub step: Step,

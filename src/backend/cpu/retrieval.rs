@@ -1,9 +1,9 @@
 //! Fused similarity and top-K: each query's most similar references, without the Q x N matrix.
 //!
-//! A task takes a group of queries past all references, a block at a time: the block is packed once a group,
-//! and a few rows of S at a time are compared with each query's bound, the similarity of its k-th best so
-//! far. What exceeds it goes into the query's list, which is cut back to k whenever it is full. Memory beside
-//! the rows: a group's panels and lists for each thread, and the result.
+//! A task compares a group of queries with all references, one block at a time. A block is packed once per
+//! group; then each strip of S is compared with its queries' bounds, the similarity of the k-th best hit so
+//! far. Similarities above the bound go into the query's list, which is cut back to k whenever it is full.
+//! Memory beside the rows: a group's panels and lists for each thread, and the result.
 
 use std::sync::Mutex;
 
@@ -21,11 +21,11 @@ use crate::Result;
 use crate::backend::{Nearest, PreparedGallery};
 use crate::loss::{Embeddings, Rows, check_unit, validate_dims, validate_rows};
 
-/// Most queries of a group, which share the packing of each block of references; their panels at D = 512 take
-/// 1.5 MB, and pass through the cache once a block.
+/// Most queries of a group. They share the packing of each block of references; their panels are read once
+/// per block and take 1.5 MB at D = 512.
 const MOST_QUERIES: usize = 768;
 
-/// Bytes of a group's lists; deeper lists mean smaller groups.
+/// Bytes of a group's lists; longer lists mean smaller groups.
 const LIST_BYTES: usize = 32 << 20;
 
 /// See [`Backend::nearest`](crate::backend::Backend::nearest).
@@ -41,7 +41,7 @@ pub fn nearest(
     }
 }
 
-/// Rows that have been checked, to be searched.
+/// A gallery whose rows have been checked.
 pub struct Gallery<'a> {
     backend: &'a CpuBackend,
     rows: Matrix<'a>,
@@ -61,7 +61,7 @@ impl PreparedGallery for Gallery<'_> {
     }
 }
 
-/// The lists of queries in a gallery, or among themselves.
+/// Finds the `k` nearest rows of each query in `gallery`, or among the queries if it is `None`.
 fn find(
     backend: &CpuBackend,
     queries: &Matrix<'_>,
@@ -92,11 +92,11 @@ fn find(
     Ok(nearest)
 }
 
-/// What is the same for every group.
+/// Parameters of a search that all groups share.
 struct Plan {
     itself: bool,
     k: usize,
-    /// Entries of a list: twice what is wanted, so that cutting it back is rare.
+    /// Entries of a list: over twice `k`, so that cuts are rare, or the number of references if smaller.
     capacity: usize,
     /// Queries of a group.
     group: usize,
@@ -205,17 +205,17 @@ struct Scratch {
 struct Lists {
     /// `[group, capacity]`, unordered.
     hits: Vec<u64>,
-    /// Hits of each query.
+    /// Number of hits of each query.
     lengths: Vec<usize>,
-    /// Similarity of the k-th best at the last cut. References come in order of index, so a later one must
-    /// exceed it.
+    /// Similarity of the k-th best hit at the last cut. References come in order of index, so a later one
+    /// must exceed it.
     bounds: Vec<f32>,
 }
 
-/// Similarity and index in one word: words ascend from the most similar on, of equals from the lowest index.
+/// Similarity and index in one word. Words ascend by falling similarity, among equals by rising index.
 fn hit(similarity: f32, index: u32) -> u64 {
     let bits = similarity.to_bits();
-    // Negative floats descend as integers.
+    // As integers, negative floats descend.
     let ascending = if bits >> 31 == 1 { !bits } else { bits | 1 << 31 };
     u64::from(!ascending) << 32 | u64::from(index)
 }
@@ -246,7 +246,7 @@ impl Lists {
         }
     }
 
-    /// Keeps the k best. A list as long as the references are many never needs it.
+    /// Keeps the k best hits, if there are more.
     #[cold]
     #[inline(never)]
     fn cut(&mut self, plan: &Plan, query: usize) {
@@ -277,7 +277,7 @@ impl Lists {
     }
 }
 
-/// Takes one group of queries past all references.
+/// Compares one group of queries with all references.
 struct Pass<'a> {
     plan: &'a Plan,
     queries: Matrix<'a>,

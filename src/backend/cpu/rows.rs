@@ -11,9 +11,9 @@ use crate::loss::similarity::DUPLICATE;
 use crate::loss::{Embeddings, Rows, UnitCheck, check_unit};
 use crate::{Error, Result};
 
-/// Most rows of a block; a tile of S is a pair of blocks. 96 rows are two runs of three panels, what the
-/// product takes at once; 64 dimensions of them (24 kB) lie in the first-level cache while lists are summed,
-/// and two blocks of D = 512 with a tile between them in 1 MB of the second.
+/// Most rows of a block; a tile of S is a pair of blocks. 96 rows are six panels, of which the product takes
+/// three at once; 64 dimensions of a block (24 kB) fit the L1 cache while lists are summed, and two blocks of
+/// D = 512 with their tile fit 1 MB of L2.
 pub const MAX_BLOCK: usize = 96;
 
 /// Panels are kept for the whole side up to this size, and packed block by block beyond it
@@ -41,13 +41,13 @@ impl Block {
     }
 }
 
-/// The order of one side: everything that follows from labels alone.
+/// The order of one side's rows, and everything else that follows from the labels alone.
 #[derive(Debug, Default)]
 pub struct Order {
     /// Labels of the caller's rows, to notice when nothing changed.
     labels: Vec<i64>,
     block_rows: usize,
-    /// Caller's row of each position; rows with a negative label have none.
+    /// Caller's row of each position; rows with a negative label have no position.
     pub rows: Vec<u32>,
     /// Labels by position, ascending.
     pub sorted: Vec<i64>,
@@ -55,9 +55,8 @@ pub struct Order {
 }
 
 impl Order {
-    /// Sorts rows by label. Classes smaller than a quarter of a block do not straddle two blocks, so
-    /// that their pairs lie in diagonal tiles; blocks smaller than the largest are few, and are filled
-    /// instead.
+    /// Sorts rows by label. Classes of at most a quarter of a block do not straddle two blocks, so that their
+    /// pairs lie in diagonal tiles. Blocks smaller than [`MAX_BLOCK`] are few, and are filled instead.
     pub fn by_class(&mut self, labels: &[i64], block_rows: usize) {
         if self.labels == labels && self.block_rows == block_rows {
             return;
@@ -127,16 +126,16 @@ pub struct SideBuffers {
     converted: Vec<f32>,
     /// Panels of all blocks, if they are kept.
     packed: Buffer,
-    /// Panels over the dimensions, likewise.
+    /// Panels over the dimensions ([`pack_direct`]), if they are kept.
     direct: Buffer,
-    /// Product of every row with itself, by position; the bits of S.
+    /// Product of every row with itself, by position, with the bits that S has there.
     squares: Vec<f32>,
-    /// From which similarity a positive of each row may be a duplicate, by position.
+    /// Similarity from which a positive of each row may be a duplicate, by position.
     duplicate: Vec<f32>,
     /// Sums of the rows of each block, `[blocks, D]`, and of all rows that take part in pairs.
     block_sums: Vec<f64>,
     sum: Vec<f64>,
-    /// Sum of the squares.
+    /// Sum of `squares`.
     square_sum: f64,
 }
 
@@ -152,7 +151,7 @@ pub struct Side<'a> {
     pub sum: &'a [f64],
     /// Sum of their squares.
     pub square_sum: f64,
-    /// A pair of one class that reaches this of both its rows is a duplicate (SPEC 1), by position.
+    /// Bounds by position: a pair of one class that reaches those of both rows is a duplicate (SPEC 1).
     pub duplicate: &'a [f32],
 }
 
@@ -197,7 +196,7 @@ impl<'a> Side<'a> {
         &buffer[..rows * stride]
     }
 
-    /// Where the kept panels of a block begin. Room is left for full blocks, so this needs no table.
+    /// Where the kept panels of a block begin. Blocks before the last have room for a full one.
     fn offset(&self, block: usize) -> usize {
         block * self.order.block_rows.div_ceil(GROUP) * self.dim * GROUP
     }
@@ -211,7 +210,7 @@ pub struct PanelBuffer {
 }
 
 impl PanelBuffer {
-    /// Forgets the block: another side, or other values, come next.
+    /// Forgets the block, because another side or other values come next.
     pub fn reset(&mut self) {
         self.block = None;
     }
@@ -304,7 +303,7 @@ impl SideBuffers {
         Ok(())
     }
 
-    /// The rows as they were prepared last; `rows` are the same.
+    /// The side as prepared last; `rows` must be the rows it was prepared from.
     ///
     /// # Errors
     /// `NotContiguous`.
@@ -321,7 +320,7 @@ impl SideBuffers {
         })
     }
 
-    /// The first row, as the caller counts them, that is not finite or not of unit length.
+    /// Refuses the first row, in the caller's order, that is not finite or not of unit length.
     fn check(&self, name: &'static str, rows: &Rows<'_>, values: &[f32]) -> Result<()> {
         let tolerance = rows.embeddings.norm_tolerance();
         let check = |row: usize, square| check_unit(name, row, square, tolerance);
@@ -333,8 +332,8 @@ impl SideBuffers {
             .zip(&self.squares)
             .map(|(&row, &square)| (row as usize, f64::from(square)));
         let dim = rows.embeddings.dim();
-        // Squares of finite entries may not fit single precision: such a row is finite, as every backend
-        // says.
+        // Squares of finite entries can overflow f32. Such a row is finite, so every backend reports its
+        // norm.
         let in_pairs = in_pairs.map(|(row, square)| match square.is_finite() {
             true => (row, square),
             false => (row, double_square_sum(&values[row * dim..][..dim])),
@@ -347,7 +346,7 @@ impl SideBuffers {
     }
 }
 
-/// Everything that is made of the rows of one block while they are in the cache.
+/// Computes everything that needs the rows of one block, while they are in the cache.
 struct PrepareBlock<'a, 'b> {
     values: &'a [f32],
     dim: usize,
@@ -368,7 +367,7 @@ impl Work for PrepareBlock<'_, '_> {
         let Self { values, dim, rows, .. } = self;
         let row = |i: usize| &values[rows[i] as usize * dim..][..dim];
         self.sums.fill(0.0);
-        // A panel that nobody keeps.
+        // A temporary panel, if panels are not kept.
         let mut passing = if self.packed.is_none() { vec![0.0; dim * GROUP] } else { Vec::new() };
         for start in (0..rows.len()).step_by(GROUP) {
             let range = start..(start + GROUP).min(rows.len());
@@ -393,8 +392,8 @@ impl Work for PrepareBlock<'_, '_> {
     }
 }
 
-/// Products of the rows of a panel with themselves: the chain of [`product`](super::product::product), so the
-/// bits that S has for a row that meets itself.
+/// Products of the rows of a panel with themselves, by the chain of [`product`](super::product::product): the
+/// bits equal those in S of a row with itself.
 #[inline(always)]
 fn squares<S: Lanes>(simd: S, panel: &[f32]) -> [f32; GROUP] {
     let mut sums = [0.0; GROUP];
@@ -406,7 +405,7 @@ fn squares<S: Lanes>(simd: S, panel: &[f32]) -> [f32; GROUP] {
     sums
 }
 
-/// All values in single precision: the caller's, or what they were converted to.
+/// All values in f32: the caller's own, or `converted`.
 fn values<'a>(name: &'static str, rows: &'a Rows<'_>, converted: &'a [f32]) -> Result<&'a [f32]> {
     match &rows.embeddings {
         Embeddings::F32(view) => contiguous(name, view),
@@ -415,12 +414,12 @@ fn values<'a>(name: &'static str, rows: &'a Rows<'_>, converted: &'a [f32]) -> R
     }
 }
 
-/// The rows one behind the other.
+/// The rows as one slice.
 pub fn contiguous<'a, T>(name: &'static str, view: &'a ArrayView2<'_, T>) -> Result<&'a [T]> {
     view.as_slice().ok_or(Error::NotContiguous { rows: name })
 }
 
-/// Sum of squares; single-precision chains of 16, summed in double.
+/// Sum of squares: 16 f32 chains, summed in f64; if they overflow, in f64 throughout.
 #[inline(always)]
 pub fn square_sum(row: &[f32]) -> f64 {
     let (whole, tail) = row.as_chunks::<GROUP>();
@@ -434,7 +433,7 @@ pub fn square_sum(row: &[f32]) -> f64 {
     if sum.is_finite() { sum } else { double_square_sum(row) }
 }
 
-/// The same in double precision throughout: finite where the row is.
+/// Sum of squares in f64 throughout: finite if the row is.
 pub fn double_square_sum(row: &[f32]) -> f64 {
     row.iter().map(|&x| f64::from(x) * f64::from(x)).sum()
 }

@@ -46,7 +46,7 @@ impl Work for CountTile<'_, '_> {
         };
         let across_bounds = [bounds(&weights.positives), bounds(&weights.negatives)];
         let has_positives = pairs.has_positives(row, column);
-        // In numbers that vectors add; there are no more than rows of a block.
+        // As floats, which vectors can add. Exact, since a count is at most the rows of a block.
         let mut columns = [[[0.0f32; GROUP]; MAX_GROUPS]; 2];
         let mut reader = candidates;
         for (r, counts) in counts.rows[..rows.rows].iter_mut().enumerate() {

@@ -1,4 +1,4 @@
-//! What each row selects, and what a pair that it selects weighs (SPEC 2-4), by position.
+//! Which pairs each row selects, and the factor of their weights (SPEC 2-4), by position.
 
 use super::pairs::Pairs;
 use super::rows::Block;
@@ -6,11 +6,11 @@ use super::statistics::Statistics;
 use crate::loss::LossSettings;
 use crate::loss::select::{Tolerances, negative_bound, positive_bound};
 
-/// When pairs of one kind are selected, and what they then weigh, by position.
+/// Selection bounds and weight factors of all rows for one kind of pairs, positives or negatives.
 #[derive(Debug, Default)]
 pub struct Shares {
     rows: ShareList,
-    /// Of the columns in the rectangular form: those that are no anchors select nothing.
+    /// The columns of the rectangular form; those that are no anchors select nothing.
     columns: ShareList,
 }
 
@@ -35,16 +35,16 @@ impl ShareList {
     }
 }
 
-/// When a pair is selected by one of its rows, and what it then weighs.
+/// Selection bound and weight factor of one row.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Share {
-    /// Negatives above it, positives below it are selected.
+    /// Negatives above it, or positives below it, are selected.
     pub bound: f32,
     /// 2 / (B |set|), 0 for inactive rows.
     pub factor: f32,
 }
 
-/// The shares of a block.
+/// Bounds and factors of a block.
 #[derive(Clone, Copy)]
 pub struct ShareRun<'a> {
     pub bounds: &'a [f32],
@@ -104,7 +104,7 @@ impl Weights {
     }
 }
 
-/// Sets the factors of one side's positives and negatives; returns how many of its rows are active.
+/// Sets the factors of one side's positives and negatives; returns its number of active rows.
 fn set_factors(counts: &[[u32; 2]], batch: usize, lists: [&mut ShareList; 2]) -> u64 {
     let mut active = 0;
     let [positives, negatives] = lists;

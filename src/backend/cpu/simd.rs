@@ -1,4 +1,4 @@
-//! Instruction sets, chosen at run time, and what [`pulp`] lacks of them.
+//! Instruction sets, chosen at run time, and the operations that [`pulp`] lacks.
 
 use pulp::{Scalar256b, Simd};
 
@@ -13,7 +13,7 @@ pub trait Lanes: Simd {
     /// Transposes: `out[k][l] = rows[l][k]`.
     fn transpose(self, rows: [[f32; 8]; 8]) -> [[f32; 8]; 8];
 
-    /// Writes the values whose mask bit is set to the front of `out`; what lies behind them is unspecified.
+    /// Writes the values whose mask bit is set to the front of `out`; the rest of `out` is unspecified.
     fn compress(self, values: &[u32; GROUP], mask: u16, out: &mut [u32; GROUP]);
 
     /// Bit l is set where value l of `a` exceeds that of `b`.
@@ -110,7 +110,7 @@ impl Lanes for Scalar256b {
     }
 }
 
-/// By pairs of rows, by fours, then by halves of a vector.
+/// Transposes by interleaving pairs of rows, then fours, then halves of a vector.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 fn transpose_avx(avx: pulp::core_arch::x86::Avx, rows: [[f32; 8]; 8]) -> [[f32; 8]; 8] {
@@ -157,7 +157,7 @@ impl Lanes for pulp::x86::V3 {
 
     #[inline(always)]
     fn expand(self, values: &[f32; GROUP], mask: u16) -> [f32; GROUP] {
-        // Each lane takes the value whose number is that of the set bits below it.
+        // Each lane takes the value whose index is the number of set bits below the lane.
         let spread = |values: [f32; 8], mask: u16| -> [f32; 8] {
             let order: u64 = bytemuck::cast(BITS_BELOW[usize::from(mask & 0xff)]);
             let order = self.avx2._mm256_cvtepu8_epi32(self.sse2._mm_set_epi64x(0, order as i64));
@@ -174,7 +174,7 @@ impl Lanes for pulp::x86::V3 {
     }
 }
 
-/// The places of the set bits of every byte, lowest first.
+/// For every byte, the positions of its set bits, lowest first.
 #[cfg(target_arch = "x86_64")]
 static SET_BITS: [[u8; 8]; 256] = {
     let mut table = [[0; 8]; 256];
@@ -193,7 +193,7 @@ static SET_BITS: [[u8; 8]; 256] = {
     table
 };
 
-/// How many of the lower bits of every byte are set, for each bit.
+/// For every byte and each of its bits, the number of set bits below it.
 #[cfg(target_arch = "x86_64")]
 static BITS_BELOW: [[u8; 8]; 256] = {
     let mut table = [[0; 8]; 256];
@@ -235,10 +235,10 @@ impl Lanes for pulp::x86::V4 {
 
 /// Code that runs on any [`Lanes`].
 pub trait Work {
-    /// What it returns.
+    /// The result of [`run`](Self::run).
     type Output;
 
-    /// Runs it. Must be `#[inline(always)]`, as everything it calls, to be compiled for the instruction set.
+    /// Runs the work. This and all it calls must be `#[inline(always)]`, to use the instruction set.
     fn run<S: Lanes>(self, simd: S) -> Self::Output;
 }
 
@@ -256,7 +256,7 @@ pub enum Level {
 }
 
 impl Level {
-    /// All this processor has, for tests.
+    /// All levels of this processor, for tests.
     #[cfg(test)]
     pub fn available() -> Vec<Self> {
         let mut levels = vec![Self::Portable];
@@ -268,7 +268,7 @@ impl Level {
         levels
     }
 
-    /// The best this processor has.
+    /// The best level of this processor.
     pub fn best() -> Self {
         #[cfg(target_arch = "x86_64")]
         {

@@ -1,17 +1,17 @@
-//! What the passes know of the rows of a batch, and what each thread finds of them.
+//! Statistics of a batch's rows, and the share of them that each thread gathers.
 //!
-//! A thread gathers minima, maxima and integers: the order in which tiles come to it, and threads are merged
-//! in, cannot change them. So nothing is kept for every tile, and memory is linear in the batch.
+//! A thread gathers minima, maxima and integers, which do not depend on the order of tiles or threads. So
+//! nothing is kept per tile, and memory is linear in the batch.
 
 use super::pairs::Pairs;
 use super::tile::Bounds;
 use crate::loss::LossSettings;
 use crate::loss::select::{candidate_tolerance, negative_bound, probe_tolerance};
 
-/// Units in 1.0 of sums of similarities over pairs: the f64 sum of a tile is rounded to them.
+/// Fixed-point units per 1.0 in sums of similarities; the f64 sum of each tile is rounded to units.
 const UNITS: f64 = (1u64 << 60) as f64;
 
-/// Saturates; NaN is 0.
+/// Converts to units: saturates, and NaN becomes 0.
 fn to_units(sum: f64) -> i128 {
     (sum * UNITS) as i128
 }
@@ -20,12 +20,12 @@ fn from_units(sum: i128) -> f64 {
     sum as f64 / UNITS
 }
 
-/// Pairs of one class.
+/// Counts and similarity sums of pairs of one class.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct SameClassSums {
     pub positives: u64,
     positive_sum: i128,
-    /// Duplicates included, and rows with themselves in the rectangular form.
+    /// All pairs of one class: duplicates too and, in the rectangular form, rows with themselves.
     pairs: u64,
     sum: i128,
 }
@@ -39,7 +39,7 @@ impl SameClassSums {
     }
 }
 
-/// The same of one tile, while it is walked through.
+/// The sums of one tile, in f64, while its pairs are visited.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct TileSameClass {
     positives: u64,
@@ -64,7 +64,7 @@ impl TileSameClass {
     }
 }
 
-/// What one thread has found in a pass, by position of the row.
+/// The statistics that one thread gathers in a pass, by position of the row.
 #[derive(Debug, Default)]
 pub struct Gathered {
     /// Smallest similarity to a positive, or largest to a negative.
@@ -86,17 +86,17 @@ impl Gathered {
         (self.probe, self.same_class) = Default::default();
     }
 
-    /// Takes over a tile's pairs of one class.
+    /// Adds a tile's pairs of one class.
     pub fn add_same_class(&mut self, tile: TileSameClass) {
         self.same_class.add(&tile.rounded());
     }
 
-    /// Takes over largest negatives of a block that begins at `start`.
+    /// Raises the extremes of a block that begins at `start` to its `largest` negatives in a tile.
     pub fn raise(&mut self, start: usize, largest: &[f32]) {
         merge(&mut self.extremes[start..], largest, f32::max);
     }
 
-    /// Takes over set sizes of a block that begins at `start`.
+    /// Adds the set sizes of a block that begins at `start`.
     pub fn count(&mut self, start: usize, counts: &[[u8; 2]]) {
         for (sum, count) in self.counts[start..].iter_mut().zip(counts) {
             sum[0] += u32::from(count[0]);
@@ -115,8 +115,8 @@ fn merge(values: &mut [f32], others: &[f32], of: impl Fn(f32, f32) -> f32) {
     }
 }
 
-/// What the caller says of the columns of the rectangular form, by position in class order. Those that are no
-/// anchors of the whole batch have the numbers of a row without a pair, and so select nothing.
+/// The caller's numbers for the columns of the rectangular form, by position in class order. Columns that are
+/// no anchors of the whole batch have those of a row without pairs, and so select nothing.
 #[derive(Debug, Default)]
 pub struct ColumnNumbers {
     pub min_pos: Vec<f32>,
@@ -125,7 +125,7 @@ pub struct ColumnNumbers {
     pub counts: Vec<[u32; 2]>,
 }
 
-/// What the passes know of each row and of the whole batch, by position in class order.
+/// Statistics of each row, by position in class order, and of the whole batch.
 #[derive(Debug, Default)]
 pub struct Statistics {
     pub min_pos: Vec<f32>,
@@ -142,14 +142,14 @@ pub struct Statistics {
     probe: Vec<f32>,
 }
 
-/// Makes it `rows` times a value.
+/// Sets `values` to `rows` times `value`.
 fn refill<T: Clone>(values: &mut Vec<T>, rows: usize, value: T) {
     values.clear();
     values.resize(rows, value);
 }
 
 impl Statistics {
-    /// Begins a batch, of whose rows and columns nothing is known.
+    /// Begins a batch: no pair is known of any row or column.
     pub fn reset(&mut self, pairs: &Pairs<'_>) {
         let rows = pairs.rows.order.rows.len();
         refill(&mut self.min_pos, rows, f32::INFINITY);
@@ -162,8 +162,8 @@ impl Statistics {
         (self.probe_neg, self.same_class) = Default::default();
     }
 
-    /// Takes over m+ and the sums over pairs of one class; each unordered pair of the square form was met
-    /// once.
+    /// Takes over m+ and the sums over pairs of one class. The square form visits each unordered pair once,
+    /// so its sums count twice.
     pub fn merge_same_class(&mut self, square: bool, gathered: &Gathered) {
         merge(&mut self.min_pos, &gathered.extremes, f32::min);
         for _ in 0..if square { 2 } else { 1 } {
@@ -185,7 +185,8 @@ impl Statistics {
         }
     }
 
-    /// Bounds of the sweep from m+: the probe's, and the lower of it and the initial one for candidates.
+    /// Sets the sweep's bounds from m+: the probe's, and the candidates', the lower of it and the initial
+    /// one.
     pub fn set_bounds(&mut self, settings: &LossSettings) {
         let fill = |bounds: &mut Vec<f32>, min_pos: &[f32], tolerance: f64| {
             bounds.clear();
@@ -197,8 +198,8 @@ impl Statistics {
         fill(&mut self.column_keep, &self.columns.min_pos, keep);
     }
 
-    /// Of candidates, and of the probe, which counts for each row of a tile, and in the square form for each
-    /// column.
+    /// Bounds of candidates and of the probe. The probe counts for each row of a tile and, in the square
+    /// form, for each column.
     pub fn bounds(&self, square: bool) -> (Bounds<'_>, Bounds<'_>) {
         let columns = if square { &self.keep } else { &self.column_keep };
         let keep = Bounds { rows: &self.keep, columns: Some(columns) };
@@ -206,11 +207,11 @@ impl Statistics {
     }
 
     /// Number of ordered negative pairs, and mean similarity of all positives and of all negatives. The sum
-    /// over all pairs is closed: that of e_i . e_j over i and j is the product of the sums of e_i and of e_j.
+    /// of e_i . e_j over all pairs is the product of the sums of e_i and of e_j.
     pub fn means(&self, pairs: &Pairs<'_>) -> (u64, f64, f64) {
         let all: f64 = pairs.rows.sum.iter().zip(pairs.columns.sum).map(|(a, b)| a * b).sum();
         let (rows, columns) = (pairs.rows.order.rows.len() as u64, pairs.columns.order.rows.len() as u64);
-        // Those of the rectangular form are pairs of one class.
+        // In the rectangular form a row's pair with itself is among the pairs of one class.
         let (own, with_themselves) = if pairs.square { (pairs.rows.square_sum, rows) } else { (0.0, 0) };
         let SameClassSums { positives, positive_sum, pairs, sum } = self.same_class;
         let negatives = rows * columns - with_themselves - pairs;

@@ -1,4 +1,4 @@
-//! The passes of one loss in their order. Between them the caller may take over what other parts of the batch
+//! The passes of one loss in order. Between them the caller may take over what other parts of the batch
 //! found.
 
 use std::sync::Mutex;
@@ -24,7 +24,7 @@ use crate::loss::{
 use crate::{Error, Result};
 
 impl CpuBackend {
-    /// Whether `step` is the next one, and `part` still the same; its settings.
+    /// Checks that `step` is next and `part` that of the step before; returns its settings.
     pub(super) fn go_on(&mut self, part: &Batch<'_>, step: Step) -> Result<LossSettings> {
         let remembered = step.take_last(&mut self.remembered, |last| Some(last.step))?;
         part.validate()?;
@@ -64,7 +64,7 @@ impl CpuBackend {
         }
     }
 
-    /// Buffers for each thread, which forget the panels they packed last: other rows come next.
+    /// Readies a scratch for each thread; panels packed before are forgotten, because other rows come next.
     fn ready_scratch(&mut self, workers: Workers<'_>) {
         self.scratch.resize_with(workers.count(), Mutex::default);
         for scratch in &self.scratch {
@@ -72,7 +72,7 @@ impl CpuBackend {
         }
     }
 
-    /// Rows in class order; m+ and the positives.
+    /// Orders the rows by class; finds m+ and the positives.
     pub(super) fn find_same_class(
         &mut self,
         batch: &Batch<'_>,
@@ -98,7 +98,7 @@ impl CpuBackend {
         Ok(())
     }
 
-    /// m-, the probe's count and the candidates, from m+ of both sides.
+    /// Finds m-, the probe's count and the candidates, from m+ of both sides.
     pub(super) fn sweep_tiles(
         &mut self,
         batch: &Batch<'_>,
@@ -118,7 +118,7 @@ impl CpuBackend {
         Ok(())
     }
 
-    /// The sizes of the mined sets, from m- of both sides and the totals of the batch.
+    /// Counts the mined sets, from m- of both sides and the totals of the batch.
     pub(super) fn select_pairs(
         &mut self,
         batch: &Batch<'_>,
@@ -145,7 +145,7 @@ impl CpuBackend {
         Ok(())
     }
 
-    /// Loss and gradient, from the sizes of both sides' sets.
+    /// Sums loss and gradient, from the sizes of both sides' sets.
     pub(super) fn sum_gradient(
         &mut self,
         batch: &Batch<'_>,
@@ -189,7 +189,7 @@ impl CpuBackend {
         let remembered = remembered.ok_or(Error::OutOfOrder(NO_LOSS))?;
         remembered.size.is_of_last(BatchSize::of(batch))?;
         remembered.size.check_tangent(TangentOf::Anchors, &tangent)?;
-        // In the square form both sides move alike.
+        // In the square form the anchors' tangent is that of both sides.
         let reference_tangent = reference_tangent.filter(|_| !batch.is_square());
         if let Some(tangent) = &reference_tangent {
             remembered.size.check_tangent(TangentOf::References, tangent)?;
@@ -212,14 +212,14 @@ impl CpuBackend {
     }
 }
 
-/// Puts the caller's numbers in class order; rows behind the last number have that of a row without a pair.
+/// Puts the caller's numbers into class order; rows without a number get `without`.
 fn by_position(order: &Order, numbers: &[f32], without: f32, positions: &mut [f32]) {
     for (number, &row) in positions.iter_mut().zip(&order.rows) {
         *number = numbers.get(row as usize).copied().unwrap_or(without);
     }
 }
 
-/// Puts numbers in the caller's order; ignored rows have that of a row without a pair.
+/// Puts numbers into the caller's order; ignored rows get `without`.
 fn report(order: &Order, batch: &Batch<'_>, positions: &[f32], without: f32, numbers: &mut Vec<f32>) {
     numbers.clear();
     numbers.resize(batch.anchors.labels.len(), without);

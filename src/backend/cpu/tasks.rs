@@ -1,9 +1,9 @@
 //! Work shared out among threads: tasks by number, taken in order, results by task.
 //!
 //! A loss at 80 rows takes some 100 us in five passes, too little to wake the pool's threads for each: a
-//! [`Crew`] enters the pool once a call, and its threads wait for the next pass awake. Against a
-//! `rayon::scope` for every pass that takes 0.87 to 0.90 of the time at 80 rows (fastest calls; 0.5 to 0.6 of
-//! the median) and the same from 1,280 rows on: benches/records/2026-11-27-cpu-threads.
+//! [`Crew`] enters the pool once a call, and its threads wait awake for the next pass. Compared with a
+//! `rayon::scope` per pass this takes 0.87 to 0.90 of the time at 80 rows (fastest calls; 0.5 to 0.6 of the
+//! median) and the same time from 1,280 rows on: benches/records/2026-11-27-cpu-threads.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -14,15 +14,15 @@ use crate::threads;
 #[derive(Debug, Clone, Copy)]
 pub struct Workers<'a> {
     threads: usize,
-    /// Threads that are already here; without them each pass calls its own.
+    /// Threads that stay awake between passes; `None`: each pass calls its own.
     crew: Option<&'a Crew>,
 }
 
 impl Workers<'static> {
-    /// `operations`: multiply-adds of the largest pass.
+    /// Threads for a call whose largest pass has `operations` multiply-adds.
     pub fn new(operations: usize) -> Self {
         let worth = operations / 1_000_000 + 1;
-        // Work for one starts no pool.
+        // Work for one thread starts no pool.
         let threads = if worth == 1 { 1 } else { threads::available().min(worth) };
         Self { threads, crew: None }
     }
@@ -33,8 +33,8 @@ impl Workers<'_> {
         self.threads
     }
 
-    /// Runs `body` with threads that stay for all its passes. It must not use the pool otherwise: a thread of
-    /// the pool that waits there could find itself one of the crew.
+    /// Runs `body` with threads that stay for all its passes. `body` must not use the pool otherwise: a pool
+    /// thread that waits there could pick up the crew's task, which ends only after `body`.
     pub fn stay<R>(self, body: impl FnOnce(Workers<'_>) -> R) -> R {
         if self.threads <= 1 || self.crew.is_some() {
             return body(Workers { threads: self.threads, crew: self.crew });
@@ -46,7 +46,7 @@ impl Workers<'_> {
                 let crew = &crew;
                 scope.spawn(move |_| crew.help(worker));
             }
-            // Sent home whether `body` returns or panics, or the scope would never end.
+            // Ends the crew whether `body` returns or panics; otherwise the scope would never end.
             let _end = AtEnd(|| crew.over.store(true, Ordering::Release));
             body(Workers { threads: self.threads, crew: Some(&crew) })
         })
@@ -91,7 +91,7 @@ impl Workers<'_> {
         });
     }
 
-    /// Runs `job` on as many threads as there are tasks for, the caller's among them.
+    /// Runs `job` on the caller's thread and, for more than one task, on the other threads.
     fn run(self, tasks: usize, job: &(dyn Fn(usize) + Sync)) {
         match self.crew {
             _ if self.threads <= 1 || tasks <= 1 => job(0),
@@ -101,15 +101,15 @@ impl Workers<'_> {
     }
 }
 
-/// A job, by the number of the worker; it lives as long as [`Crew::run`] takes.
+/// A job, called with the worker's number. It may be used only while [`Crew::run`] runs.
 type Job = &'static (dyn Fn(usize) + Sync);
 
-/// Threads that wait for jobs, awake.
+/// Threads that wait awake for jobs.
 #[derive(Default)]
 struct Crew {
     /// Jobs announced so far.
     announced: AtomicUsize,
-    /// The present job. Whoever takes it is counted in `busy` before the lock is released.
+    /// The current job. A thread that takes it is counted in `busy` before it releases the lock.
     job: Mutex<Option<Job>>,
     busy: AtomicUsize,
     over: AtomicBool,
@@ -125,7 +125,7 @@ impl Crew {
     /// Runs a job on the caller's thread and on those of the crew that are free, until all have left it.
     fn run(&self, job: &(dyn Fn(usize) + Sync)) {
         // SAFETY: only the lifetime changes. The job is reached through `self.job` alone; `_withdraw` clears
-        // that and then waits until nobody who took it is busy, before this function returns or unwinds.
+        // that and then waits until no thread that took it is busy, before this function returns or unwinds.
         let forever = unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), Job>(job) };
         let _withdraw = AtEnd(|| {
             *lock(&self.job) = None;
@@ -161,9 +161,9 @@ impl Crew {
     }
 }
 
-/// Waits for what another thread is about to do: a few microseconds awake, then giving way.
+/// Waits until `ready`: spins for a while, then yields.
 fn wait_until(ready: impl Fn() -> bool) {
-    /// About 100 us: longer than what a small batch does between two passes.
+    /// Turns of spinning, about 100 us: longer than a small batch's work between two passes.
     const AWAKE: usize = 4000;
     let mut turns = 0;
     while !ready() {
@@ -185,7 +185,7 @@ impl<F: Fn()> Drop for AtEnd<F> {
     }
 }
 
-/// Locks; a panic elsewhere leaves nothing half-written that a later pass would read.
+/// Locks, poisoned or not: a panic elsewhere leaves nothing half-written that a later pass would read.
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -196,7 +196,7 @@ mod tests {
 
     use super::*;
 
-    /// Many short passes, each of which needs what the one before has written.
+    /// Many short passes; each needs the values that the one before has written.
     fn passes(workers: Workers<'_>) {
         let scratch: Vec<Mutex<u64>> = (0..workers.count()).map(|_| Mutex::default()).collect();
         let mut values = vec![0u64; 1000];

@@ -32,6 +32,6 @@ fn along(walk: &mut Walk<'_>, owner: Owner, kind: Kind, tangent: ArrayView2<'_, 
         let tangent = tangent.row(rows.rows[position] as usize);
         sum.iter().zip(tangent).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
     };
-    // In one part: a dot product has one order of summation.
+    // In one part, so that a dot product has one order of summation.
     walk.run(owner, kind, 1, dot).sum
 }

@@ -1,4 +1,4 @@
-//! A tile of S: a block of rows against a block of columns, of which only candidates are kept.
+//! A tile of S: a block of rows against a block of columns. Only its candidates are kept.
 //!
 //! Candidates are a stream of 16-bit words and one of similarities. Each row
 //! of the tile has a word that says which groups of 16 columns hold any, then
@@ -19,7 +19,7 @@ const _: () = assert!(MAX_GROUPS <= 16 && MAX_BLOCK.is_multiple_of(GROUP));
 #[derive(Clone, Copy)]
 pub struct Bounds<'a> {
     pub rows: &'a [f32],
-    /// The same for columns, where they are asked.
+    /// Bounds of the columns, if they have any.
     pub columns: Option<&'a [f32]>,
 }
 
@@ -28,7 +28,7 @@ pub struct Bounds<'a> {
 #[repr(C, align(64))]
 struct Strip([[f32; MAX_BLOCK]; STRIP]);
 
-/// What a sweep over one tile finds beside candidates.
+/// Results of a sweep over one tile, beside its candidates.
 #[derive(Debug)]
 #[repr(C, align(64))]
 pub struct Found {
@@ -37,7 +37,7 @@ pub struct Found {
     pub column_max: [f32; MAX_BLOCK],
     /// Negatives above the probe's bounds, both directions.
     pub probe: u64,
-    /// Candidates.
+    /// Number of candidates.
     pub filled: usize,
 }
 
@@ -47,10 +47,10 @@ pub struct TileScratch {
     pub row_panels: PanelBuffer,
     pub panels: PanelBuffer,
     strip: Box<Strip>,
-    /// Candidates of the tile swept last; the values have room behind the last.
+    /// Candidates of the tile swept last; `values` is longer than their number, `found.filled`.
     words: Vec<u16>,
     values: Vec<f32>,
-    /// Weights of the tile weighed last, likewise.
+    /// Weights of the tile weighed last; likewise longer.
     pub weighed: Vec<f32>,
     pub found: Found,
 }
@@ -110,8 +110,8 @@ pub struct SameClassTile<'a, 'b, F> {
     pub pairs: Pairs<'a>,
     pub tile: (usize, usize),
     pub scratch: &'b mut TileScratch,
-    /// Where to keep the whole tile for the sweep, `[rows to whole strips, MAX_BLOCK]`; otherwise only what
-    /// is visited is computed.
+    /// Buffer that keeps the whole tile for the sweep, `[rows to whole strips, MAX_BLOCK]`. Without it only
+    /// the groups that are visited are computed.
     pub keep: Option<&'b mut Buffer>,
     /// Called with the local row, the first local column and the similarities from there on.
     pub visit: F,
@@ -178,7 +178,7 @@ pub struct Sweep<'a, 'b> {
     pub scratch: &'b mut TileScratch,
 }
 
-/// What a row of a tile is compared with, by local column, padded to whole groups.
+/// Bounds of the columns of a tile, by local column, padded to whole groups.
 #[repr(C, align(64))]
 struct Columns {
     keep: [f32; MAX_BLOCK],
@@ -189,7 +189,7 @@ struct Columns {
 }
 
 impl Columns {
-    /// The columns `range` of the other side; without bounds nothing passes them.
+    /// The columns `range` of the other side; missing bounds are infinite, so that nothing exceeds them.
     #[inline(always)]
     fn new(
         range: std::ops::Range<usize>,
@@ -288,7 +288,6 @@ impl Work for Sweep<'_, '_> {
                 found.probe += u64::from(scanned.1);
 
                 line[begin..end].copy_from_slice(&own[begin..end]);
-                // Both lists have whole groups, so each has its line.
                 let lines = line.as_chunks::<GROUP>().0.iter().zip(columns.duplicate.as_chunks::<GROUP>().0);
                 let own = pairs.rows.duplicate[position];
                 for (group, (line, other)) in lines.enumerate().take(end.div_ceil(GROUP)).skip(begin / GROUP)
@@ -306,8 +305,8 @@ impl Work for Sweep<'_, '_> {
     }
 }
 
-/// The candidates of a row of a tile: which groups have any, then their masks, to `words`; their similarities side
-/// by side to `values`. Returns how many there are.
+/// Writes the candidates of a row of a tile: to `words` which groups have any, then their masks; to `values`
+/// their similarities without gaps. Returns their number.
 #[inline(always)]
 fn write_candidates<S: Lanes>(
     simd: S,
@@ -367,8 +366,8 @@ fn scan<S: Lanes>(
     (simd.reduce_max_f32s(row_max), count)
 }
 
-/// Candidates of a tile: their words, and of each its similarity, or what it weighs. Reading them row by row
-/// leaves the rows that are still to come.
+/// Candidates of a tile: their words, and the similarity or weight of each. Reading a row moves on to the
+/// next.
 #[derive(Debug, Clone, Copy)]
 pub struct Candidates<'a> {
     pub words: &'a [u16],
@@ -376,8 +375,8 @@ pub struct Candidates<'a> {
 }
 
 impl<'a> Candidates<'a> {
-    /// The next row's values; visits its groups of 16 columns that hold any: number, bits, and how many
-    /// values of the row come before.
+    /// The next row's values. Calls `visit` for each of its groups that has candidates, with the group's
+    /// number, its bits and the number of the row's values before it.
     #[inline(always)]
     pub fn next_groups(&mut self, mut visit: impl FnMut(usize, u16, usize)) -> &'a [f32] {
         let mut count = 0;
@@ -396,7 +395,7 @@ impl<'a> Candidates<'a> {
         row
     }
 
-    /// Visits the next row's groups that hold any: number, bits, and the values in their lanes.
+    /// As [`next_groups`](Self::next_groups), with the group's values in their lanes.
     #[inline(always)]
     pub fn next_lines<S: Lanes>(&mut self, simd: S, mut visit: impl FnMut(usize, u16, [f32; GROUP])) {
         let values = self.values;

@@ -20,10 +20,9 @@ struct Tile {
     /// Whether the candidates are kept between the passes.
     kept: bool,
     words: Vec<u16>,
-    /// Similarities of the candidates, or once the tile is weighed what they weigh, if there is no room for
-    /// both.
+    /// Similarities of the candidates; once the tile is weighed their weights, if there is no room for both.
     values: Vec<f32>,
-    /// What the candidates weigh, if there is.
+    /// Weights of the candidates, if there is room for both.
     weights: Vec<f32>,
     weighed: Weighed,
 }
@@ -35,20 +34,20 @@ impl Tile {
     }
 }
 
-/// Part of the budget that the tiles themselves may take, whatever they keep: those behind are not kept.
+/// The [`Tile`]s themselves may take 1 / `PLACES` of the budget; tiles beyond that number are not kept.
 const PLACES: usize = 4;
 
-/// What the kept tiles hold of their candidates.
+/// Which values the kept tiles hold for their candidates.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 enum TileContents {
     #[default]
     Similarities,
-    /// Weights in their place.
+    /// Weights in place of similarities.
     Weights,
     Both,
 }
 
-/// What is known of a batch once it is swept: enough to sweep a tile again, and to weigh it.
+/// Everything that is needed to sweep a tile again, and to weigh it.
 #[derive(Clone, Copy)]
 pub struct Known<'a> {
     pub pairs: Pairs<'a>,
@@ -69,11 +68,11 @@ impl Known<'_> {
     }
 }
 
-/// Row blocks whose tiles with one block of columns hold pairs of one class.
+/// The run of row blocks whose tiles with one block of columns hold pairs of one class.
 #[derive(Debug, Clone, Copy)]
 struct Run {
     first: usize,
-    /// Such tiles in the columns before.
+    /// Number of such tiles in the columns before.
     before: usize,
 }
 
@@ -88,9 +87,9 @@ pub struct Tiles {
     rows: usize,
     columns: usize,
     square: bool,
-    /// Tiles with pairs of one class, column by column; behind them where they end.
+    /// Tiles with pairs of one class, a run for each column; a last entry holds their number.
     runs: Vec<Run>,
-    /// All similarities of such tiles, from their pass to the sweep; or empty.
+    /// All similarities of these tiles, from the same-class pass to the sweep; empty if not kept.
     similarities: Vec<Mutex<Buffer>>,
     /// The tiles that may be kept: the first ones.
     tiles: Vec<RwLock<Tile>>,
@@ -118,8 +117,8 @@ impl Tiles {
         (self.used, self.values) = Default::default();
         self.kept = TileContents::Similarities;
         self.set_runs(pairs);
-        // Few tiles hold pairs of one class where classes are small: those are kept for the sweep, in linear
-        // memory.
+        // With small classes few tiles hold pairs of one class: their similarities are kept for the sweep, in
+        // linear memory.
         let with_positives = self.with_positives();
         let few = with_positives <= 2 * (self.rows + self.columns);
         self.similarities.resize_with(if few { with_positives } else { 0 }, Mutex::default);
@@ -152,7 +151,7 @@ impl Tiles {
         self.runs.last().map_or(0, |end| end.before)
     }
 
-    /// The tile with pairs of one class of this number.
+    /// Row and column of the tile that has this number among those with pairs of one class.
     fn tile_with_positives(&self, number: usize) -> (usize, usize) {
         let column = self.runs.partition_point(|run| run.before <= number) - 1;
         let Run { first, before } = self.runs[column];
@@ -175,7 +174,7 @@ impl Tiles {
             + self.runs.capacity() * size_of::<Run>()
     }
 
-    /// Blocks of rows and columns of a tile.
+    /// Row and column of a tile.
     pub fn position(&self, index: usize) -> (usize, usize) {
         position(self.square, self.rows, index)
     }
@@ -303,13 +302,13 @@ impl Tiles {
         self.tiles.len() == self.count_tiles() && self.tiles.iter().all(|tile| read(tile).kept)
     }
 
-    /// A tile that may be kept, if its candidates are.
+    /// The tile, if its candidates are kept.
     fn kept(&self, index: usize) -> Option<std::sync::RwLockReadGuard<'_, Tile>> {
         self.tiles.get(index).map(read).filter(|tile| tile.kept)
     }
 
-    /// Hands a tile's candidates and their similarities to `use_them`, with room for weights: the kept ones,
-    /// or swept again.
+    /// Calls `use_them` with a tile's candidates and similarities, kept or swept again, and with a buffer for
+    /// weights.
     fn with_similarities<R>(
         &self,
         known: &Known<'_>,
@@ -327,7 +326,7 @@ impl Tiles {
         use_them(candidates, weighed)
     }
 
-    /// Hands a tile's candidates and what they weigh to `use_them`: kept, or weighed now.
+    /// Calls `use_them` with a tile's candidates and their weights of `kind`, kept or weighed now.
     pub fn with_weights(
         &self,
         known: &Known<'_>,
@@ -368,7 +367,7 @@ impl Tiles {
         self.kept = if both { TileContents::Both } else { TileContents::Weights };
     }
 
-    /// |P_i| and |N_i| at the final bounds.
+    /// Counts |P_i| and |N_i| at the final bounds.
     pub fn count(
         &self,
         pairs: &Pairs<'_>,
@@ -403,14 +402,14 @@ impl Tiles {
     }
 }
 
-/// Every thread begins a pass over the rows, with extremes that start from `extreme`.
+/// Begins a pass over the rows on every thread, with extremes that start from `extreme`.
 fn begin(scratch: &[Mutex<Scratch>], statistics: &Statistics, extreme: f32) {
     for scratch in scratch {
         lock(scratch).gathered.begin(statistics.min_pos.len(), extreme);
     }
 }
 
-/// Makes it a copy of `values`, with room for no more.
+/// Makes `target` a copy of `values`; its capacity grows no further than that needs.
 fn refill<T: Copy>(target: &mut Vec<T>, values: &[T]) {
     target.clear();
     target.reserve_exact(values.len());

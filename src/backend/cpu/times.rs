@@ -1,4 +1,4 @@
-//! How long each pass took, at the cost of six looks at the clock.
+//! The time of each pass, at the cost of six clock reads.
 
 use std::time::{Duration, Instant};
 

@@ -1,7 +1,7 @@
-//! Rows of any length: brought to unit length before the passes, and the gradient by the rows as given from that by them.
+//! Rows of any length: scaled to unit length before the passes, and gradients turned back after them.
 //!
 //! With u = x / |x|, dL/dx = (g - (g . u) u) / |x| for g = dL/du. Half-precision rows are normalised in
-//! single precision and rounded once; the way back takes u unrounded.
+//! single precision and rounded once; the backward pass takes u unrounded.
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -16,7 +16,7 @@ use crate::{Error, Result};
 /// Rows that a thread takes at once.
 const CHUNK: usize = 32;
 
-/// Lengths whose inverse, and squares of whose entries, single precision holds with all their digits.
+/// Lengths whose inverse and squared entries f32 represents with full precision.
 const USUAL: std::ops::Range<f64> = 1e-15..1e15;
 
 /// Both sides of a batch at unit length.
@@ -26,7 +26,7 @@ pub struct UnitRows {
     references: UnitSide,
 }
 
-/// One side; of the buffers only the one of the rows' type is used.
+/// One side. Only the buffer of the rows' type is used.
 #[derive(Debug, Default)]
 struct UnitSide {
     single: Vec<f32>,
@@ -43,17 +43,17 @@ impl UnitRows {
         references.map_or(Ok(()), |rows| self.references.set("references", &rows.embeddings, level, workers))
     }
 
-    /// Normalises rows that have no references.
+    /// Normalises the rows of one side, without references.
     pub fn set_anchors(&mut self, rows: &Rows<'_>, level: Level, workers: Workers<'_>) -> Result<()> {
         self.anchors.set("anchors", &rows.embeddings, level, workers)
     }
 
-    /// The rows that were set.
+    /// The unit rows, as they were set last.
     pub fn anchors<'a>(&'a self, rows: &'a Rows<'_>) -> Result<Embeddings<'a>> {
         Ok(self.anchors.rows(rows)?.embeddings)
     }
 
-    /// The batch of the rows that were set.
+    /// The batch with its unit rows, as they were set last.
     pub fn batch<'a>(&'a self, batch: &'a Batch<'_>) -> Result<Batch<'a>> {
         let references = batch.references.as_ref().map(|rows| self.references.rows(rows)).transpose()?;
         Ok(Batch {
@@ -66,7 +66,7 @@ impl UnitRows {
         })
     }
 
-    /// Turns gradients by the unit rows into those by the rows of `batch`.
+    /// Turns gradients with respect to the unit rows into those with respect to the rows of `batch`.
     pub fn normalize_backward(
         &self,
         batch: &Batch<'_>,
@@ -83,7 +83,7 @@ impl UnitRows {
         }
     }
 
-    /// The same for the anchors alone.
+    /// As [`normalize_backward`](Self::normalize_backward), for the anchors alone.
     pub fn anchors_backward(
         &self,
         rows: &Rows<'_>,
@@ -177,7 +177,7 @@ trait Entry: Copy + Default + Send + Sync {
     /// The row in single precision: itself, or converted into `buffer`.
     fn read<'a>(row: &'a [Self], buffer: &'a mut [f32]) -> &'a [f32];
 
-    /// Writes a row by way of single precision.
+    /// Lets `values` write the row in single precision, through `buffer` if the row is narrower.
     fn write(row: &mut [Self], buffer: &mut [f32], values: impl FnOnce(&mut [f32]));
 }
 
@@ -268,7 +268,7 @@ impl<T: Entry> Work for Normalise<'_, T> {
                     let inverse = (1.0 / length) as f32;
                     both.for_each(|(unit, value)| *unit = value * inverse);
                 } else if length.is_finite() {
-                    // A row of zeros stays one, for the check to name.
+                    // A row of zeros stays zero; the check reports it.
                     let divisor = if length > 0.0 { length } else { 1.0 };
                     both.for_each(|(unit, value)| *unit = (f64::from(*value) / divisor) as f32);
                 } else {
@@ -318,14 +318,14 @@ impl<T: Entry> Work for NormalizeBackward<'_, T> {
                     *g = ((f64::from(*g) - inward * unit(value)) / length) as f32;
                 }
             } else {
-                // No direction, no derivative; a NaN stays one.
+                // A row of zeros has no derivative, and a NaN stays one.
                 gradient.fill(if length == 0.0 { 0.0 } else { f32::NAN });
             }
         }
     }
 }
 
-/// A product in sixteen sums, which the compiler makes vectors of.
+/// A dot product in sixteen sums, which the compiler vectorises.
 #[inline(always)]
 fn dot(a: &[f32], b: &[f32]) -> f32 {
     let ((a, a_tail), (b, b_tail)) = (a.as_chunks::<16>(), b.as_chunks::<16>());

@@ -1,9 +1,8 @@
 //! The walk over all weighted pairs, block by block of the rows they are summed into: the gradient, and the
 //! threshold gradient.
 //!
-//! Each block of rows is owned by one task, or by one for every few dimensions, which visits its tiles in
-//! order of the other side and sums into rows of its own. So every sum has one order, whatever the thread count
-//! and whichever tiles were kept.
+//! A task sums one block of rows, or some dimensions of it, and visits the block's tiles in order of the
+//! other side. So every sum has one order, whatever the thread count and whichever tiles were kept.
 
 use std::sync::Mutex;
 
@@ -30,18 +29,18 @@ pub struct Walk<'a> {
     pub answers: &'a mut Vec<Mutex<Answer>>,
 }
 
-/// What a task of a walk, or the whole walk, adds up to.
+/// Sums of one task of a walk, or of the whole walk.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Answer {
-    /// Of what its rows were finished with.
+    /// Sum of the values that `finish` returned.
     pub sum: f64,
-    /// Of the pairs, each once; over the owner's rows in the rectangular form.
+    /// Sums over the pairs, each counted once.
     pub totals: Totals,
 }
 
 impl Walk<'_> {
-    /// Parts of the dimensions that are summed as tasks of their own, so that a small batch keeps all threads
-    /// busy.
+    /// Number of ranges of dimensions that each block is divided into, so that a small batch keeps all
+    /// threads busy.
     fn parts(&self, owner: Owner) -> usize {
         let Side { order, dim, .. } = self.known.pairs.side(owner);
         let blocks = order.blocks.len().max(1);
@@ -52,9 +51,9 @@ impl Walk<'_> {
         self.workers.count().div_ceil(blocks).min(dim.div_ceil(TASK_DIMENSIONS))
     }
 
-    /// Sums weighted rows for every row of the owner, in `parts` parts of the dimensions each. `finish` gets
-    /// position, first dimension and sum; what it answers is added up, and so are the tiles' totals, in one
-    /// order.
+    /// Sums weighted rows for every row of the owner, in `parts` ranges of dimensions. `finish` gets a row's
+    /// position, first dimension and sum. The values it returns, and the tiles' totals, are added up in a
+    /// fixed order.
     pub fn run(
         &mut self,
         owner: Owner,
@@ -83,7 +82,7 @@ impl Walk<'_> {
                 let Scratch { tile: tile_scratch, gradient: scratch, .. } = scratch;
                 tiles.with_weights(known, kind, index, tile_scratch, |candidates, weighed| {
                     let selected = weighed.pairs;
-                    // A tile of the square form is met by its rows and by its columns.
+                    // In the square form a tile is visited for its rows and its columns; count it once.
                     if part.first == 0 && (owner_columns || !pairs.square) {
                         answer.totals.add(&weighed.totals);
                     }

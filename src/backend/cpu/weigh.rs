@@ -1,4 +1,4 @@
-//! What each pair of a tile weighs (SPEC 4, 5), from its similarity and the bounds of its two rows.
+//! The weights of a tile's pairs (SPEC 4, 5), from similarities and the bounds and factors of both rows.
 //!
 //! The gradient's matrix G + G^T is symmetric: a pair has one weight, whichever of its rows is summed into.
 
@@ -8,7 +8,7 @@ use super::shares::{Share, ShareRun, Weights};
 use super::simd::{GROUP, Lanes, Work, padded};
 use super::tile::Candidates;
 
-/// Which function of the similarity weighs a pair.
+/// The derivative that a pair's weight stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// G: the gradient.
@@ -19,7 +19,7 @@ pub enum Kind {
     LambdaNeg,
 }
 
-/// Sums over pairs, with the factor 2 / (B |set|) inside.
+/// Sums over pairs, each term with its factor 2 / (B |set|).
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Totals {
     /// Softplus of positives and negatives.
@@ -37,12 +37,12 @@ impl Totals {
     }
 }
 
-/// What a tile's pairs add up to.
+/// Sums over a tile's pairs.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Weighed {
-    /// Sums of the gradient's kind; not filled in for the others.
+    /// Filled in for [`Kind::Gradient`] only.
     pub totals: Totals,
-    /// Pairs of a weight other than zero.
+    /// Number of pairs with a weight other than zero.
     pub pairs: usize,
 }
 
@@ -53,7 +53,7 @@ pub struct WeighTile<'a, 'b> {
     pub candidates: Candidates<'b>,
     pub weights: &'b Weights,
     pub kind: Kind,
-    /// A weight for each candidate, in their order; made as long as that needs, or longer.
+    /// Receives a weight for each candidate, in their order; grown if it is too short.
     pub weighed: &'b mut Vec<f32>,
 }
 
@@ -71,7 +71,7 @@ impl Work for WeighTile<'_, '_> {
         let mut rest = weighed.as_mut_slice();
         let mut reader = candidates;
         let mut columns = [0; MAX_BLOCK + GROUP];
-        // What the columns' rows select, for the candidates of a row one behind the other.
+        // Bounds and factors of the columns of a row's candidates, in the candidates' order.
         let mut others = Others { bounds: [0.0; MAX_BLOCK + GROUP], factors: [0.0; MAX_BLOCK + GROUP] };
         let mut totals = [GroupTotals::default(); 2];
         let mut selected = 0;
@@ -127,14 +127,14 @@ impl Work for WeighTile<'_, '_> {
     }
 }
 
-/// What the columns' rows select, by candidate of a row.
+/// Bounds and factors of the columns of a row's candidates.
 struct Others {
     bounds: [f32; MAX_BLOCK + GROUP],
     factors: [f32; MAX_BLOCK + GROUP],
 }
 
 impl Others {
-    /// Takes over those of a group's candidates, from candidate `at` on.
+    /// Writes those of a group's candidates from entry `at` on.
     #[inline(always)]
     fn put<S: Lanes>(&mut self, simd: S, at: usize, across: ShareRun<'_>, group: usize, mask: u16) {
         for (values, target) in [(across.bounds, &mut self.bounds), (across.factors, &mut self.factors)] {
@@ -173,8 +173,8 @@ fn weigh<S: Lanes>(
     selected
 }
 
-/// The same for at most N vectors of pairs: their similarities, and bounds and factors of their columns'
-/// rows.
+/// As [`weigh`], for at most N vectors of pairs. `lists` are similarities, and bounds and factors of their
+/// columns.
 #[inline(always)]
 fn weigh_vectors<S: Lanes, const N: usize>(
     simd: S,
@@ -188,7 +188,7 @@ fn weigh_vectors<S: Lanes, const N: usize>(
     let zero = splat(0.0);
     let count = out.len();
     let lanes = |n: usize| n * S::F32_LANES..count.min((n + 1) * S::F32_LANES);
-    // Positives are selected below their bound, negatives above it, and pull where those push.
+    // Positives below their bound are selected and weigh less than 0, negatives above it more than 0.
     let beyond = |s, bound| {
         if positive { simd.greater_than_f32s(bound, s) } else { simd.greater_than_f32s(s, bound) }
     };
@@ -208,7 +208,7 @@ fn weigh_vectors<S: Lanes, const N: usize>(
     let (sigmoid, softplus) = logistic(simd, x);
     let mut complement = sigmoid;
     if kind != Kind::Gradient {
-        // 1 - sigmoid(x), which as a difference would have no digits left where the sigmoid is nearly 1.
+        // 1 - sigmoid(x), as sigmoid(-x): the difference would cancel where the sigmoid is nearly 1.
         for x in &mut x {
             *x = simd.sub_f32s(zero, *x);
         }
@@ -248,7 +248,7 @@ struct Curve {
     scale: f32,
     lambda: f32,
     own: Share,
-    /// Whether the totals hold what the pair weighs for both of its rows, or for the tile's row alone.
+    /// Whether the totals count a pair for both of its rows, or for the tile's row alone.
     of_both: bool,
 }
 
@@ -287,15 +287,15 @@ fn logistic<S: Lanes, const N: usize>(simd: S, x: [S::f32s; N]) -> ([S::f32s; N]
     (sigmoid, softplus)
 }
 
-/// exp(-x) for x >= 0: two to the rounded quotient, times a polynomial on the remainder.
+/// exp(-x) for x >= 0: 2^n with n = -x / ln 2 rounded, times a polynomial in the remainder.
 #[inline(always)]
 fn exp_negative<S: Lanes, const N: usize>(simd: S, x: [S::f32s; N]) -> [S::f32s; N] {
-    /// Adding it rounds to an integer, which is then in the low bits.
+    /// Adding it rounds a float to an integer and leaves that in the low bits.
     const ROUND: f32 = 12_582_912.0;
     let splat = |value: f32| simd.splat_f32s(value);
     let (mut shifted, mut r) = (x, x);
     for n in 0..N {
-        // Below exp(-87) the result is subnormal; no pair is so light that it matters.
+        // Results below exp(-87) would be subnormal; weights that small do not matter.
         let x = simd.sub_f32s(splat(0.0), simd.min_f32s(x[n], splat(87.0)));
         shifted[n] = simd.mul_add_e_f32s(x, splat(std::f32::consts::LOG2_E), splat(ROUND));
         let whole = simd.sub_f32s(shifted[n], splat(ROUND));
@@ -314,7 +314,7 @@ fn exp_negative<S: Lanes, const N: usize>(simd: S, x: [S::f32s; N]) -> [S::f32s;
     p
 }
 
-/// The polynomial of these coefficients, lowest first, by halves: a chain of three steps instead of seven.
+/// The polynomial with coefficients `c`, lowest first, by halves: a chain of three steps instead of seven.
 #[inline(always)]
 fn polynomial<S: Lanes, const N: usize>(simd: S, x: [S::f32s; N], c: [f32; 8]) -> [S::f32s; N] {
     let splat = |value: f32| simd.splat_f32s(value);

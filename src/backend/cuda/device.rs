@@ -13,18 +13,18 @@ use crate::{Error, Result};
 
 /// An NVIDIA GPU, its stream and the loaded kernels.
 ///
-/// Fields are dropped in this order: the stream waits for the kernels, then the kernels go.
+/// Fields are dropped in this order: the stream waits for the kernels before their module is unloaded.
 pub struct CudaDevice {
     pub(super) stream: Stream,
-    /// Behind what was issued last.
+    /// Recorded behind the work that was issued last, see [`CudaDevice::mark`].
     pub(super) issued: Event,
     module: Module,
     context: Primary,
     properties: DeviceProperties,
-    /// Of the compute capability.
+    /// Major number of the compute capability.
     major: i32,
-    /// Whether each kernel is named on stderr and waited for: a run that ends with a kernel's name hangs in
-    /// it.
+    /// Whether each kernel is named on stderr and waited for: the last name of a run that hangs is that of
+    /// its kernel.
     traced: bool,
 }
 
@@ -51,8 +51,7 @@ impl CudaDevice {
         Self::with(context, stream)
     }
 
-    /// The GPU `cuda:ordinal`, working on the caller's stream: what the caller has
-    /// issued there before is done before, and what it issues later waits.
+    /// The GPU `cuda:ordinal`, working on the caller's stream, in order with what the caller issues there.
     ///
     /// `stream` is a `CUstream` or `cudaStream_t`; null is the default stream.
     ///
@@ -68,7 +67,7 @@ impl CudaDevice {
         Self::with(context, stream)
     }
 
-    /// The same without the kernels that only Hopper has: what they are compared with.
+    /// The same without Hopper's own kernels, to compare these with the others.
     #[must_use]
     pub fn without_warpgroup_products(self) -> Self {
         let properties = DeviceProperties { warpgroup_products: false, ..self.properties };
@@ -87,7 +86,7 @@ impl CudaDevice {
         Ok(Self { stream, issued, module, context, properties, major, traced })
     }
 
-    /// Makes the context current in the calling thread for a call; then the caller's is again.
+    /// Makes the context current in this thread until the result, which restores the caller's, is dropped.
     pub(super) fn enter(&self) -> Result<CallersContext> {
         self.context.enter()
     }
@@ -104,18 +103,18 @@ fn within(buffer: &CudaBuffer, offset: usize, bytes: usize) -> Result<sys::CUdev
 }
 
 impl CudaDevice {
-    /// Works on `stream` from now on, behind what was issued before [`mark`](Self::mark) was last called.
+    /// Works on `stream` from now on, after everything issued before the last [`mark`](Self::mark).
     ///
     /// # Errors
     /// [`Error::Device`](crate::Error::Device) if the driver refuses.
     ///
     /// # Safety
-    /// `stream` must be a stream of the primary context of this GPU, or null, and live until it is followed
-    /// no more: another one is, or `mark` was called.
+    /// `stream` must be a stream of the primary context of this GPU, or null, and live until another stream
+    /// is followed or `mark` is called.
     pub unsafe fn follow(&mut self, stream: *mut c_void) -> Result<()> {
         let _kept = self.enter()?;
         let raw: sys::CUstream = stream.cast();
-        // In a capture there is nothing to wait for: whoever begins one has waited, and replays it in order.
+        // A capture needs no wait: its caller waited before beginning it, and replays it in order.
         if raw != self.stream.raw() && self.issued.recorded && capture_of(raw)?.is_none() {
             let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
             // SAFETY: the caller's promise; the event lives as long as `self`.
@@ -127,13 +126,13 @@ impl CudaDevice {
         Ok(())
     }
 
-    /// Notes that everything issued so far comes before what another stream will be given.
+    /// Marks everything issued so far: a stream that is followed later waits for it.
     ///
     /// # Errors
     /// [`Error::Device`](crate::Error::Device) if the driver refuses.
     pub fn mark(&mut self) -> Result<()> {
         let _kept = self.enter()?;
-        // An event that is recorded in a capture means nothing outside.
+        // An event recorded in a capture cannot be waited for outside of it.
         if capture_of(self.stream.raw())?.is_none() {
             // SAFETY: both live as long as `self`.
             let recorded = unsafe { result::event::record(self.issued.raw, self.stream.raw()) };
@@ -144,17 +143,19 @@ impl CudaDevice {
     }
 }
 
-/// A GPU that is asked about its streams: for each share in its context anew the driver is asked a dozen things.
+/// A GPU that is asked about its streams. It keeps its context, since getting one takes a dozen driver calls.
 pub struct Gpu(Primary);
 
 impl Gpu {
+    /// The GPU `cuda:ordinal`.
+    ///
     /// # Errors
     /// As [`CudaDevice::new`].
     pub fn new(ordinal: usize) -> Result<Self> {
         driver::context(ordinal).map(Self)
     }
 
-    /// The number of the capture that `stream` is in, if it is in one.
+    /// The id of the graph capture that `stream` is in, if any.
     ///
     /// # Errors
     /// [`Error::Device`](crate::Error::Device) if the driver refuses.
@@ -189,7 +190,7 @@ impl Device for CudaDevice {
     }
 
     fn free_memory(&self) -> usize {
-        // A GPU that does not say has little: the allocation then says what is wrong.
+        // 0 if the driver refuses: the allocation that follows reports the error.
         let Ok(_kept) = self.enter() else { return 0 };
         result::mem_get_info().map_or(0, |(free, _)| free)
     }
@@ -247,7 +248,7 @@ impl Device for CudaDevice {
         let [x, y, z] = plan.grid;
         // The driver copies the struct before it returns, and never writes to it.
         let mut arguments = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
-        // From sm_90 on a kernel may be put in place while the one before still runs, whose end it waits for
+        // From sm_90 on a kernel may be launched while the one before still runs; it waits for that one's end
         // by itself (`begin_kernel` in kernels/ptx/device.cuh).
         let mut overlap = sys::CUlaunchAttribute {
             id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
@@ -267,7 +268,7 @@ impl Device for CudaDevice {
             numAttrs: u32::from(self.major >= 9),
         };
         if self.traced {
-            // At once, and by nobody's choice but the environment's; a stderr that is closed has no reader.
+            // Unbuffered, so that the name appears before the kernel runs; a closed stderr is no error.
             let _ = writeln!(std::io::stderr(), "kernel {} of {:?} blocks", kernel.name(), plan.grid);
         }
         // SAFETY: the caller vouches for `P` and its pointers, `Module` for the function; what `config`
@@ -276,7 +277,7 @@ impl Device for CudaDevice {
             sys::cuLaunchKernelEx(&raw const config, function, arguments.as_mut_ptr(), std::ptr::null_mut())
         };
         check("cuLaunchKernelEx", launched.result()).map_err(|error| match error {
-            // The call is the same for all of them: say which kernel it was.
+            // The call is the same for all kernels: name the kernel.
             Error::Device { call, code } => {
                 Error::Device { call, code: format!("{code} ({})", kernel.name()) }
             }

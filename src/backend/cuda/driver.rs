@@ -1,4 +1,4 @@
-//! The driver: is it there, is it new enough, which GPUs, and one context with a stream.
+//! The driver: whether it is present and new enough, its GPUs, their contexts and streams.
 //!
 //! Everything here is cudarc's thin layer over the driver API (`driver::result`),
 //! so that an error keeps the name of the very call that failed.
@@ -14,10 +14,10 @@ use cudarc::driver::{CudaContext, sys};
 
 use crate::{Error, Result};
 
-/// What the embedded kernels are compiled with: an older driver cannot load them.
+/// CUDA version that the embedded kernels are compiled with; an older driver cannot load them.
 const NEEDED_VERSION: i32 = 13_000;
 
-/// Turns the driver's answer into ours, keeping the call and the code's name.
+/// Turns the driver's result into ours, keeping the call and the code's name.
 pub(super) fn check<T>(call: &'static str, answer: std::result::Result<T, DriverError>) -> Result<T> {
     answer.map_err(|error| {
         let code = error
@@ -27,7 +27,7 @@ pub(super) fn check<T>(call: &'static str, answer: std::result::Result<T, Driver
     })
 }
 
-/// The process that has initialised the driver; 0: none so far.
+/// Id of the process that has initialised the driver; 0 if none has.
 static HOME: AtomicU32 = AtomicU32::new(0);
 
 /// Refuses a process that was forked from the one which uses the driver.
@@ -62,7 +62,7 @@ fn initialise() -> Result<()> {
         }
         HOME.store(std::process::id(), Ordering::Release);
     }
-    // From here on the library is there, so that cudarc's loader cannot panic.
+    // The library has been found, so cudarc's loader cannot panic from here on.
     if let Err(error) = result::init() {
         // A driver without a GPU (or in a container that hides it) fails here.
         let Err(reason) = check::<()>("cuInit", Err(error)) else { return Ok(()) };
@@ -81,8 +81,8 @@ fn initialise() -> Result<()> {
     Ok(())
 }
 
-/// Notes which context is current in the calling thread, and makes it current again when it goes: callers of
-/// the runtime, of torch or of another library have one of their own.
+/// Remembers the calling thread's current context, and makes it current again on drop: callers may use a
+/// context of the CUDA runtime, torch or another library.
 pub(super) struct CallersContext {
     before: sys::CUcontext,
 }
@@ -99,18 +99,18 @@ impl Drop for CallersContext {
     fn drop(&mut self) {
         let now = result::ctx::get_current().map(|now| now.unwrap_or(std::ptr::null_mut()));
         if now != Ok(self.before) {
-            // SAFETY: it was current in this thread before. Nobody is left to hear of an error.
+            // SAFETY: it was current in this thread before. `drop` cannot report an error.
             let _ = unsafe { result::ctx::set_current(self.before) };
         }
     }
 }
 
-/// A share in the primary context of a GPU.
+/// A shared reference to the primary context of a GPU.
 #[derive(Clone)]
 pub(super) struct Primary(ManuallyDrop<Arc<CudaContext>>);
 
 impl Primary {
-    /// Makes the context current in the calling thread until the answer is dropped.
+    /// Makes the context current in the calling thread until the result is dropped.
     ///
     /// # Errors
     /// [`Error::Device`] if the driver refuses; [`Error::Unavailable`] in a forked process.
@@ -131,15 +131,15 @@ impl Deref for Primary {
 
 impl Drop for Primary {
     fn drop(&mut self) {
-        // The last share makes the context current to release it. In a forked process there is nothing to
-        // release.
+        // Dropping the last reference makes the context current to release it. In a forked process there is
+        // nothing to release.
         let Ok(_kept) = CallersContext::new() else { return };
         // SAFETY: dropped only here, and not used after.
         unsafe { ManuallyDrop::drop(&mut self.0) };
     }
 }
 
-/// GPUs the driver shows.
+/// Number of GPUs that the driver shows.
 ///
 /// # Errors
 /// [`Error::Unavailable`] without a driver that is new enough; 0 is not an error.
@@ -164,7 +164,7 @@ pub(super) fn context(ordinal: usize) -> Result<Primary> {
         };
         return Err(Error::Unavailable(format!("there is no cuda:{ordinal}; this machine has {found}")));
     }
-    // cudarc makes the context current.
+    // cudarc makes the context current; the caller's is restored at the end.
     let _kept = CallersContext::new()?;
     let context = check("cuDevicePrimaryCtxRetain", CudaContext::new(ordinal))?;
     let context = Primary(ManuallyDrop::new(context));
@@ -203,7 +203,7 @@ impl Stream {
         Self { raw: raw.cast(), owned: false, context }
     }
 
-    /// Takes the caller's stream in the place of this one.
+    /// Replaces this stream by the caller's.
     ///
     /// # Safety
     /// As [`borrowed`](Self::borrowed).
@@ -222,7 +222,7 @@ impl Stream {
     /// Waits until everything issued so far is done.
     ///
     /// # Errors
-    /// [`Error::Device`] with whatever a kernel or copy died of.
+    /// [`Error::Device`] if a kernel or copy failed.
     pub(super) fn synchronize(&self) -> Result<()> {
         // SAFETY: the stream lives as long as `self`.
         check("cuStreamSynchronize", unsafe { result::stream::synchronize(self.raw) })
@@ -231,14 +231,14 @@ impl Stream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        // Nobody is left to hear of an error.
+        // `drop` cannot report an error.
         let Ok(_kept) = self.context.enter() else { return };
         if self.owned {
             let _ = self.synchronize();
             // SAFETY: created in `new`, and nothing can use it after this.
             let _ = unsafe { result::stream::destroy(self.raw) };
         } else {
-            // The caller's stream may be gone.
+            // The caller's stream may no longer exist.
             let _ = self.context.synchronize();
         }
     }

@@ -1,4 +1,4 @@
-//! Events, by which what was issued last is known when its stream may be gone; and captures of graphs.
+//! Events, which mark the work issued last even when its stream no longer exists; and captures of graphs.
 
 use cudarc::driver::{result, sys};
 
@@ -26,12 +26,12 @@ impl Event {
 impl Drop for Event {
     fn drop(&mut self) {
         let Ok(_kept) = self.context.enter() else { return };
-        // SAFETY: created in `new`, and nothing can use it after this. Nobody is left to hear of an error.
+        // SAFETY: created in `new`, and nothing can use it after this. `drop` cannot report an error.
         let _ = unsafe { result::event::destroy(self.raw) };
     }
 }
 
-/// The number of the capture that a stream is in, if it is in one.
+/// The id of the graph capture that a stream is in, if any.
 ///
 /// # Errors
 /// [`Error::Device`](crate::Error::Device) if the driver refuses.

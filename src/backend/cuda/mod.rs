@@ -23,7 +23,7 @@ pub type CudaBackend = DeviceBackend<CudaDevice>;
 /// Whether `cuda:ordinal` can be used.
 ///
 /// # Errors
-/// Those of [`open`], without opening anything that lasts.
+/// As [`open`], which this does not call.
 pub fn check(ordinal: usize) -> Result<()> {
     driver::context(ordinal).map(drop)
 }

@@ -92,7 +92,7 @@ fn name(function: sys::CUfunction) -> Result<String> {
     // SAFETY: `name` outlives the call, which writes one pointer.
     let answer = unsafe { sys::cuFuncGetName(&raw mut name, function) };
     check("cuFuncGetName", answer.result())?;
-    // SAFETY: a string that ends, which the driver keeps as long as the image.
+    // SAFETY: a NUL-terminated string, which the driver keeps as long as the image.
     Ok(unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned())
 }
 

@@ -17,20 +17,20 @@ use crate::backend::{Backend, Nearest, PreparedGallery};
 use crate::loss::select::adapt;
 use crate::loss::{Batch, LossOutput, LossSettings, PairTotals, RowNumbers, Rows, ThresholdGradient};
 
-/// How a device backend works.
+/// Options of a device backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Options {
     /// Bytes for the candidates of all tiles; tiles that do not fit are recomputed. Default
     /// [`Options::SHARE_OF_FREE`].
     pub budget: usize,
-    /// Whether f32 rows are multiplied as TF32 would: rounded to 11 bits (f16, entries below 6e-5 to an
-    /// absolute 3e-8), with products summed in f32. Default false: to f32's precision.
+    /// Whether f32 rows are multiplied with TF32's precision: rounded to f16's 11 significant bits (entries
+    /// below 6e-5 to an absolute 3e-8), products summed in f32. Default false: f32's precision.
     pub tf32: bool,
 }
 
 impl Options {
-    /// The budget that is a quarter of the memory free when the backend is made. Of it a loss takes what all
-    /// pairs of its batch would, at most: 8 bytes each.
+    /// Stands for a quarter of the memory that is free when the backend is made. A loss takes at most 8 bytes
+    /// of it for each pair of its batch.
     pub const SHARE_OF_FREE: usize = usize::MAX;
 }
 
@@ -42,15 +42,15 @@ impl Default for Options {
 
 /// The passes on one device, with their workspaces.
 ///
-/// The workspace of the loss is allocated on the first call and again only for a
-/// larger batch. Its size is [`DeviceBackend::loss_bytes`]. The threshold and the retrieval pass have
-/// their own, from their first use on, since the pairs of the last loss outlive them.
+/// The workspace of the loss is allocated on the first call and again only for a larger batch; its size is
+/// [`DeviceBackend::loss_bytes`]. The threshold and the retrieval pass have workspaces of their own,
+/// allocated on first use, so that the pairs of the last loss survive them.
 pub struct DeviceBackend<D: Device> {
     pub(super) device: D,
     pub(super) options: Options,
     pub(super) loss: Workspace<D>,
     pub(super) threshold: Workspace<D>,
-    /// What is searched, while it is.
+    /// The gallery, while it is searched.
     pub(super) gallery: Workspace<D>,
     pub(super) retrieval: Workspace<D>,
     /// The last loss, while its pairs are in the workspace.
@@ -80,7 +80,7 @@ impl<D: Device> DeviceBackend<D> {
         &self.device
     }
 
-    /// The device, to be told which stream to work on.
+    /// The device, for setting the stream it works on.
     pub fn device_mut(&mut self) -> &mut D {
         &mut self.device
     }
@@ -125,7 +125,7 @@ impl<D: Device> Backend for DeviceBackend<D> {
         let mut passes = Passes::new(&mut *device, buffer, &loss);
         passes.order(&input)?;
         passes.same_class()?;
-        // For the totals and means, and for bad rows; nothing is mined yet.
+        // Computes totals and means, and finds bad rows; nothing is mined yet.
         passes.weigh(passes.scalars(), false)?;
         download_scalars(device, buffer, &loss, input.check.tolerance, output)?;
         download_list(device, buffer, loss.layout.min_pos, shape.anchors, &mut output.min_pos)?;
@@ -168,7 +168,7 @@ impl<D: Device> Backend for DeviceBackend<D> {
     ) -> Result<()> {
         let loss = self.go_on(part, Step::Select)?;
         max_neg.validate(part)?;
-        // What the kernels decide too, from the same two integers.
+        // The kernels compute the same tolerances from the same two integers.
         let tolerances = adapt(&loss.host_settings, totals);
         (output.gamma_pos, output.gamma_neg) = (tolerances.pos, tolerances.neg);
         if loss.shape.anchors == 0 {

@@ -1,9 +1,8 @@
-//! Losses that are issued and not waited for, whole or in steps: everything that goes in and out lies in
-//! device memory.
+//! Losses that are issued without waiting, whole or in steps. All inputs and outputs are in device memory.
 //!
 //! After the first call of a shape nothing is allocated, looked up or copied between host and device, so that
-//! a caller can capture the calls in a graph. A bad row shows by a loss and gradients of NaN, and by its
-//! index in the scalars.
+//! a caller can capture the calls in a graph. A bad row makes loss and gradients NaN, and its index is in the
+//! scalars.
 
 use super::layout::{Remembered, ResidentOutput};
 use super::passes::Passes;
@@ -16,7 +15,7 @@ use crate::backend::step::Step;
 use crate::loss::{LossSettings, same_length};
 use crate::{Error, Result};
 
-/// Which reference is an anchor itself; see [`Identity`](crate::loss::Identity).
+/// Says which reference is the same row as an anchor; see [`Identity`](crate::loss::Identity).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ResidentIdentity {
     /// Unknown: an anchor among the references is recognised by its value.
@@ -24,9 +23,9 @@ pub enum ResidentIdentity {
     ByValue,
     /// Reference `first + i` is anchor i.
     From(usize),
-    /// The address of `first`, a u64.
+    /// As `From`, with `first` at this device address, a u64.
     FromAt(u64),
-    /// The address of a list, `[B]`, u32; [`Identity::ABSENT`](crate::loss::Identity::ABSENT) where none is.
+    /// The device address of an [`Identity::List`](crate::loss::Identity::List), `[B]`, u32.
     List(u64),
 }
 
@@ -37,31 +36,31 @@ pub struct ResidentPart {
     pub batch: ResidentBatch,
     /// Rectangular form only.
     pub identity: ResidentIdentity,
-    /// B of 1/B.
+    /// B of the factor 1/B.
     pub total: usize,
-    /// Whether rows are of any length but 0: they are compared at unit length, and the gradients are theirs
-    /// as they are given. Of a whole loss alone, after which nothing is remembered for a threshold_gradient.
+    /// Whether rows may have any length but 0: they are compared at unit length, and the gradients are with
+    /// respect to the rows as given. Only for a whole loss, after which no threshold_gradient can follow.
     pub normalize: bool,
 }
 
-/// Settings of a loss, of which the thresholds may lie in device memory.
+/// Settings of a loss. The thresholds lambda may be in device memory.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ResidentSettings {
-    /// All of them.
+    /// The settings.
     pub settings: LossSettings,
-    /// The address of lambda_pos and lambda_neg, two f64 that go before those of `settings`; or 0. They are
-    /// read by the kernels, unchecked: -2 to 2.
+    /// Device address of lambda_pos and lambda_neg, two f64 that replace those of `settings`; or 0. The
+    /// kernels read them unchecked; they must be within -2 to 2.
     pub lambda: u64,
 }
 
-/// Addresses of numbers, see [`RowNumbers`](crate::loss::RowNumbers): f32, or u32 for the sizes of sets.
+/// Device addresses of [`RowNumbers`](crate::loss::RowNumbers): f32, or u32 for the sizes of sets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ResidentNumbers {
     /// `[B]`.
     pub anchors: u64,
-    /// `[count]`; 0 with a count of 0.
+    /// `[count]`; may be 0 if `count` is 0.
     pub references: u64,
-    /// References that have a number: the first ones.
+    /// Number of references that have an entry; these come first.
     pub count: usize,
 }
 
@@ -122,11 +121,11 @@ impl<D: Device> DeviceBackend<D> {
     /// Issues a whole loss: the gradients go where the batch says, the scalars to `output`.
     ///
     /// # Errors
-    /// As [`loss_resident`](Self::loss_resident), but for bad rows, which nobody waits for.
+    /// As [`loss_resident`](Self::loss_resident), but bad rows are no error: only the device knows of them.
     ///
     /// # Safety
-    /// As [`loss_resident`](Self::loss_resident), for all addresses; and what lies there must stay until
-    /// the device is through.
+    /// As [`loss_resident`](Self::loss_resident), for all addresses. The memory must stay valid, and the
+    /// inputs unchanged, until the device has finished.
     pub unsafe fn enqueue_loss(
         &mut self,
         part: &ResidentPart,
@@ -201,7 +200,7 @@ impl<D: Device> DeviceBackend<D> {
         })
     }
 
-    /// Issues the third step, for the sums of `totals` over all parts: |P_i| and |N_i| go to `counts`, `[B]`,
+    /// Issues the third step. `totals` holds the sums over all parts; |P_i| and |N_i| go to `counts`, `[B]`,
     /// u32 each.
     ///
     /// # Errors
@@ -267,7 +266,7 @@ impl<D: Device> DeviceBackend<D> {
         if settings.lambda != 0 {
             aligned("lambda", settings.lambda, 8)?;
             loss.settings.lambda = settings.lambda;
-            // The largest there may be.
+            // The scales for |lambda| = 2, the largest in range.
             let widest = settings.settings.with_lambda(-2.0);
             loss.settings.sum_scale = sum_scale(&widest, shape.reference_count());
             loss.settings.more_scale = more_scale(&widest, shape.reference_count());

@@ -17,22 +17,22 @@ use super::params::{
 pub enum Kernel {
     /// order.cu: sorts the labels of one tile.
     OrderTiles,
-    /// The same of larger tiles.
+    /// order.cu: sorts the labels of one larger tile.
     OrderTilesWide,
-    /// order.cu: merges what is sorted.
+    /// order.cu: merges sorted runs.
     OrderMerge,
-    /// prepare.cu: rows into class order, norms checked, classes, and what a positive of each row must stay
-    /// below.
+    /// prepare.cu: gathers rows in class order, checks norms, finds classes and each row's bound of
+    /// duplicates.
     Prepare(Precision),
     /// The same on Hopper's warpgroup products.
     PrepareHopper(Precision),
     /// exchange.cu: the position of each of the caller's rows.
     InvertOrder,
-    /// exchange.cu: which reference is each anchor itself.
+    /// exchange.cu: the reference that is each anchor itself.
     Identity,
-    /// exchange.cu: numbers of rows from outside.
+    /// exchange.cu: takes over row numbers from the caller.
     TakeNumbers,
-    /// exchange.cu: numbers of anchors that a step found.
+    /// exchange.cu: writes out the anchors' numbers that a step found.
     ReportNumbers,
     /// same_class.cu: m+ of every anchor.
     SameClass(Precision),
@@ -44,9 +44,9 @@ pub enum Kernel {
     SweepHopper(Precision),
     /// select.cu: final sets and sums of tiles whose candidates were stored.
     SelectStored,
-    /// The same of tiles that Hopper's sweep has left.
+    /// The same for tiles stored by Hopper's sweep.
     SelectStoredHopper,
-    /// select.cu: the same of tiles whose candidates were not.
+    /// select.cu: the same for tiles whose candidates were not stored.
     SelectRecomputed(Precision),
     /// The same on Hopper's warpgroup products.
     SelectRecomputedHopper(Precision),
@@ -54,18 +54,18 @@ pub enum Kernel {
     Weigh,
     /// gradient.cu: the gradient of one side.
     Gradient(Precision),
-    /// gradient_hopper.cu: the same on Hopper's warpgroup products; gradient_hopper_f32.cu of f32 to its
-    /// own precision.
+    /// gradient_hopper.cu: the same on Hopper's warpgroup products; gradient_hopper_f32.cu: f32 at its own
+    /// precision.
     GradientHopper(Precision),
     /// normalize_backward.cu: the gradient of rows of any length from that of the unit rows.
     NormalizeBackward(Precision),
-    /// threshold.cu: the sums of the threshold gradient, of each block.
+    /// threshold.cu: each block's sums of the threshold gradient.
     Threshold(Precision),
     /// The same where S was multiplied on Hopper's warpgroup products.
     ThresholdHopper(Precision),
-    /// threshold.cu: their sum.
+    /// threshold.cu: adds the blocks' sums.
     ThresholdSum,
-    /// retrieval.cu: lists of what may be among the k most similar references of each query.
+    /// retrieval.cu: lists of candidates for the k most similar references of each query.
     Retrieval(Precision),
     /// retrieval_hopper.cu: the same on Hopper's warpgroup products.
     RetrievalHopper(Precision),
@@ -123,7 +123,7 @@ impl Kernel {
         }
     }
 
-    /// The kernel that does the same work on Hopper: it has its own where S or the gradient is multiplied.
+    /// The kernel that does the same work on Hopper: itself, unless Hopper has its own.
     pub(super) fn on_hopper(self) -> Self {
         match self {
             Self::Threshold(precision) => Self::ThresholdHopper(precision),
@@ -150,7 +150,7 @@ impl Kernel {
         }
     }
 
-    /// Rows of the result that a block of a gradient's product has, by tiles.
+    /// Rows of the gradient that a block computes when it multiplies tiles.
     pub(super) fn gradient_rows(self) -> u32 {
         match self {
             Self::Gradient(precision) | Self::Threshold(precision) | Self::ThresholdHopper(precision) => {
@@ -160,7 +160,7 @@ impl Kernel {
         }
     }
 
-    /// Dynamic shared memory of a block; of a merge of lists without the room for its keys.
+    /// Dynamic shared memory of a block; of [`Kernel::RetrievalMerge`] without the room for its keys.
     pub(super) fn shared_bytes(self) -> u32 {
         match self {
             Self::OrderTiles => ORDER_SHARED_BYTES,

@@ -21,7 +21,7 @@ impl<D: Device> Launcher<'_, D> {
         self.launch_with(kernel, of_references, params, |plan| plan)
     }
 
-    /// The same, its plan as the caller changes it.
+    /// As [`launch`](Self::launch), with the plan that `change` returns.
     pub(super) fn launch_with<P: Params>(
         &mut self,
         kernel: Kernel,

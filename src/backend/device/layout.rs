@@ -1,4 +1,4 @@
-//! Where everything of a loss lies in its workspace, and what is remembered of the last one.
+//! The layout of a loss's workspace, and what is remembered of the last loss.
 
 use std::mem::offset_of;
 
@@ -14,12 +14,12 @@ use crate::backend::step::Step;
 use crate::loss::select::{candidate_tolerance, initial_tolerances, probe_tolerance};
 use crate::loss::{Batch, LossSettings, Mining, UnitCheck};
 
-/// Where the figures of a loss go, in device memory.
+/// Device addresses that the scalars of a loss are written to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ResidentOutput {
     /// The address of a [`LossScalars`].
     pub scalars: u64,
-    /// The address of an f32, for the loss once more; or 0.
+    /// The address of an f32 that also receives the loss; or 0.
     pub loss: u64,
 }
 
@@ -30,12 +30,12 @@ pub(super) struct SideRegions {
     pub(super) labels: Region,
     pub(super) keys: Region,
     pub(super) order: Region,
-    /// What the merges of the class order go to and fro between.
+    /// Second buffers of keys and order: the merges alternate between the two.
     pub(super) run_keys: Region,
     pub(super) run_order: Region,
     pub(super) rows: Region,
     pub(super) square_sums: Region,
-    /// Of rows of any length.
+    /// Norms of the rows as given, if they may be of any length.
     pub(super) lengths: Region,
     pub(super) duplicate: Region,
     pub(super) column_sums: Region,
@@ -45,7 +45,7 @@ pub(super) struct SideRegions {
     pub(super) gradient: Region,
 }
 
-/// Addresses of one side's input and gradient, in the workspace or wherever the caller has them.
+/// Addresses of one side's input and gradient, in the workspace or in the caller's memory.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Ends {
     pub(super) rows: u64,
@@ -67,7 +67,7 @@ pub(super) struct RowTolerance {
     pub(super) tolerance: f64,
 }
 
-/// The workspace of a loss: everything in it, and where.
+/// The regions of a loss's workspace.
 #[derive(Debug, Clone, Default)]
 pub(super) struct LossLayout {
     pub(super) layout: Layout,
@@ -81,7 +81,7 @@ pub(super) struct LossLayout {
     pub(super) sums: Region,
     pub(super) weights: Region,
     pub(super) identity: Region,
-    /// A list of the anchors' references as the caller wrote it, and positions of the references.
+    /// The caller's list of the anchors' references, and the position of each reference.
     pub(super) identity_list: Region,
     pub(super) positions: Region,
     pub(super) columns: Region,
@@ -101,18 +101,18 @@ pub(super) struct LossLayout {
     pub(super) count_pos: Region,
     pub(super) count_neg: Region,
     pub(super) pool: usize,
-    /// There is room for every pair.
+    /// Whether there is room for every pair.
     pub(super) stores_everything: bool,
 }
 
 impl LossLayout {
-    /// The workspace as a function of the shape, the budget for candidates and the GPU's size.
+    /// The workspace as a function of the shape, the budget for candidates and the GPU.
     ///
-    /// For B anchors of D dimensions in the square form, with stride D' and s splits (0 for one, whose
-    /// kernels write the gradient itself), about `B D e + B D' (e + 4 s) + 4 B D + 164 B + 8 tiles` bytes
-    /// with elements of e bytes (prepared 2 of f32 that is rounded), and the budget.
+    /// In the square form B anchors of D dimensions take the budget and about
+    /// `B D e + B D' (e + 4 s) + 4 B D + 164 B + 8 tiles` bytes: stride D', elements of e bytes (2 in
+    /// prepared rows of rounded f32), s splits (0 if there is one, which writes the gradient itself).
     ///
-    /// `resident`: input and gradients stay in the caller's memory, so none is set aside for them.
+    /// `resident`: input and gradients stay in the caller's memory and have no regions.
     pub(super) fn new(shape: &Shape, budget: usize, gpu: DeviceProperties, resident: bool) -> Self {
         let mut layout = Layout::default();
         let mut side =
@@ -162,7 +162,7 @@ impl LossLayout {
         }
     }
 
-    /// What a loss begins with as 0.
+    /// The regions that must be 0 when a loss begins.
     pub(super) fn zeroed(&self, base: u64) -> [Zeroed; ZEROED as usize] {
         let mut all = [Zeroed { words: std::ptr::null_mut(), count: 0 }; ZEROED as usize];
         let arrived = [self.weigh_arrived, self.anchors.arrived, self.references.arrived];
@@ -210,19 +210,19 @@ impl LossLayout {
     }
 }
 
-/// The last loss: where its pairs are.
+/// The last loss, with the layout of its pairs.
 pub(super) struct Remembered {
     pub(super) shape: Shape,
     pub(super) layout: LossLayout,
     pub(super) settings: Settings,
     pub(super) host_settings: LossSettings,
-    /// How far the steps of a part have come; `None` for a loss at once.
+    /// The last step of a part's loss; `None` for a whole loss.
     pub(super) step: Option<Step>,
-    /// Labels of both sides, where the host has them: those of what goes on from here must be the same.
+    /// Labels of both sides, if the host has them; later calls on this loss must have the same.
     pub(super) labels: Option<[Vec<i64>; 2]>,
 }
 
-/// Of both sides; none of references where there are none.
+/// Labels of both sides; those of missing references are empty.
 fn labels_of<'a>(batch: &Batch<'a>) -> [&'a [i64]; 2] {
     [batch.anchors.labels, batch.references.map_or(&[], |rows| rows.labels)]
 }
@@ -230,7 +230,7 @@ fn labels_of<'a>(batch: &Batch<'a>) -> [&'a [i64]; 2] {
 const _: () = assert!(offset_of!(Counters, probe_neg) == 0 && offset_of!(Counters, total_pos) == 8);
 
 impl Remembered {
-    /// The first step of a part without anchors, which no kernel is asked for.
+    /// The first step of a part without anchors, for which no kernel runs.
     pub(super) fn of_nothing(shape: Shape, settings: &LossSettings, labels: Option<[Vec<i64>; 2]>) -> Self {
         Self {
             shape,
@@ -242,7 +242,7 @@ impl Remembered {
         }
     }
 
-    /// Takes over the labels of `batch`; the memory is that of labels before, if there is any.
+    /// Copies the labels of `batch`, into the memory of the labels of `before`.
     pub(super) fn keep_labels(before: Option<Self>, batch: &Batch<'_>) -> Option<[Vec<i64>; 2]> {
         let mut labels = before.and_then(|last| last.labels).unwrap_or_default();
         for (kept, given) in labels.iter_mut().zip(labels_of(batch)) {
@@ -252,7 +252,7 @@ impl Remembered {
         Some(labels)
     }
 
-    /// Whether labels are those of `batch`, as far as the host knows them.
+    /// Whether the labels are those of `batch`; also true if the host does not know them.
     pub(super) fn has_labels_of(&self, batch: &Batch<'_>) -> bool {
         self.labels.as_ref().is_none_or(|labels| *labels == labels_of(batch))
     }
@@ -290,7 +290,7 @@ impl Remembered {
                 None => pointer(base, layout.weights),
                 Some(_) => unless_empty(base, layout.column_weights),
             },
-            // In one process the whole batch's are those that its sweep counts.
+            // A whole loss adapts to the totals that its own sweep counts.
             totals: match self.step {
                 None => pointer::<u64>(base, layout.counters),
                 Some(_) => pointer(base, layout.totals),
@@ -304,7 +304,7 @@ impl Remembered {
     }
 }
 
-/// Where in `sums` those of positives (`kind` 0) or negatives (1) of so many rows are.
+/// Addresses of the lists of positives (`kind` 0) or negatives (1) in `sums`.
 fn mined_sums(base: u64, sums: Region, rows: usize, kind: usize) -> MinedSums {
     let first = pointer::<i64>(base, sums);
     MinedSums {
@@ -314,12 +314,12 @@ fn mined_sums(base: u64, sums: Region, rows: usize, kind: usize) -> MinedSums {
     }
 }
 
-/// The device address of a region, as the type params.h gives it.
+/// The device address of a region, as a pointer of the type in params.h.
 pub(super) fn pointer<T>(base: u64, region: Region) -> *mut T {
     (base as usize + region.offset) as *mut T
 }
 
-/// The same, or null for a region of nothing.
+/// As [`pointer`], or null for an empty region.
 pub(super) fn unless_empty<T>(base: u64, region: Region) -> *mut T {
     if region.bytes == 0 { std::ptr::null_mut() } else { pointer(base, region) }
 }

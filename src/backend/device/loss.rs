@@ -1,4 +1,4 @@
-//! A whole loss on rows of the host: copied there, its passes issued, and waited for once, for the results.
+//! A whole loss on host rows: copies them to the device, issues the passes, and waits once, for the results.
 
 use super::layout::{LossLayout, Remembered, device_settings};
 use super::passes::Passes;
@@ -37,8 +37,8 @@ impl<D: Device> DeviceBackend<D> {
     }
 
     /// [`Backend::loss`](crate::backend::Backend::loss) of rows of any length but 0: they are compared at
-    /// unit length, and the gradients are those of the rows as they are given. Nothing is remembered for
-    /// [`Backend::threshold_gradient`](crate::backend::Backend::threshold_gradient).
+    /// unit length, and the gradients are with respect to the rows as given. No
+    /// [`Backend::threshold_gradient`](crate::backend::Backend::threshold_gradient) can follow.
     ///
     /// # Errors
     /// As [`Backend::loss`](crate::backend::Backend::loss); [`Error::NotUnit`] for a row of zeros.
@@ -81,7 +81,7 @@ impl<D: Device> DeviceBackend<D> {
         Ok(())
     }
 
-    /// Plans the workspace; the first kernel zeroes what the passes count up in.
+    /// Plans the workspace. The first kernel zeroes the regions that the passes add to.
     pub(super) fn begin(&self, shape: Shape, settings: &LossSettings, resident: bool) -> Remembered {
         Remembered {
             shape,
@@ -94,7 +94,7 @@ impl<D: Device> DeviceBackend<D> {
     }
 }
 
-/// Both sides must be multiplied in one type.
+/// Refuses sides of different types.
 pub(super) fn same_type(batch: &Batch<'_>) -> Result<()> {
     let Some(references) = &batch.references else { return Ok(()) };
     if batch.anchors.embeddings.element_type() == references.embeddings.element_type() {

@@ -1,4 +1,4 @@
-//! What the CUDA and the emulated backend share: everything but the device itself.
+//! The part that the CUDA and the emulated backend share: everything but the device itself.
 //!
 //! [`DeviceBackend`] implements [`Backend`](crate::backend::Backend) over any
 //! [`Device`], which allocates, copies and launches. Launch plans and the
@@ -42,10 +42,10 @@ pub use crate::loss::ElementType;
 /// The layout must be that of the kernel's parameter.
 pub unsafe trait Params: Copy {}
 
-/// What launch plans ask of a GPU.
+/// Properties of a GPU that launch plans depend on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DeviceProperties {
-    /// Multiprocessors: how many blocks at least run at the same time.
+    /// Number of multiprocessors; at least as many blocks run at the same time.
     pub multiprocessors: u32,
     /// Whether the kernels that only Hopper (sm_90) runs can be launched.
     pub warpgroup_products: bool,
@@ -58,19 +58,19 @@ pub trait Device: Send {
     /// An allocation in the device's memory.
     type Buffer: Send;
 
-    /// `cuda:0`, `emulated`.
+    /// The device's name: `cuda:0`, `emulated`.
     fn name(&self) -> String;
 
-    /// What launch plans ask of it.
+    /// Properties that launch plans depend on.
     fn properties(&self) -> DeviceProperties;
 
-    /// Bytes of memory that nobody has, about.
+    /// Bytes of free memory, approximately.
     fn free_memory(&self) -> usize;
 
     /// Bytes of uninitialised memory, at least 256-byte aligned.
     ///
     /// # Errors
-    /// [`Error::Device`](crate::Error::Device) if there is not so much.
+    /// [`Error::Device`](crate::Error::Device) if too little memory is free.
     fn allocate(&mut self, bytes: usize) -> Result<Self::Buffer>;
 
     /// The allocation's length in bytes.
@@ -91,11 +91,11 @@ pub trait Device: Send {
     /// [`Error::Device`](crate::Error::Device) if the copy or an earlier kernel failed.
     fn download(&mut self, buffer: &Self::Buffer, offset: usize, target: &mut [u8]) -> Result<()>;
 
-    /// As [`download`](Device::download), from memory that may be another's.
+    /// As [`download`](Device::download), from any address.
     ///
     /// # Safety
-    /// `source` must be the address of as many live bytes of this device as `target` has, and what is written
-    /// to them must be in order with the device's stream.
+    /// `source` must be the address of as many live bytes of this device as `target` has, and earlier writes
+    /// to them must be ordered by the device's stream.
     ///
     /// # Errors
     /// As [`download`](Device::download).
@@ -110,13 +110,13 @@ pub trait Device: Send {
     /// Whether memory may be allocated and freed now.
     ///
     /// # Errors
-    /// [`Error::Unavailable`](crate::Error::Unavailable) while what is issued is captured, not run.
+    /// [`Error::Unavailable`](crate::Error::Unavailable) while launches are captured instead of run.
     fn may_allocate(&self) -> Result<()> {
         Ok(())
     }
 
-    /// Says that kernels may touch these regions of the buffer and nothing between them.
-    /// A device that can watch for it does.
+    /// Declares that kernels may access these regions of the buffer and nothing between them. A device that
+    /// can check this does.
     fn watch(&mut self, buffer: &Self::Buffer, regions: &[Region]) {
         let _ = (buffer, regions);
     }
@@ -134,6 +134,6 @@ pub trait Device: Send {
     /// Waits for everything launched so far.
     ///
     /// # Errors
-    /// [`Error::Device`](crate::Error::Device) with whatever a kernel died of.
+    /// [`Error::Device`](crate::Error::Device) if a kernel failed.
     fn synchronize(&mut self) -> Result<()>;
 }

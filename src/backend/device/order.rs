@@ -14,7 +14,7 @@ use super::{Device, Kernel};
 use crate::Result;
 use crate::loss::UnitCheck;
 
-/// What the sort of one side's labels needs.
+/// One side of a sort of labels.
 struct OrderedSide<'a> {
     regions: &'a SideRegions,
     labels: u64,
@@ -24,7 +24,7 @@ struct OrderedSide<'a> {
 }
 
 impl<D: Device> Passes<'_, D> {
-    /// One side's labels into class order; with `zeroed` the loss begins there.
+    /// Sorts one side's labels into class order. The first kernel also zeroes what `zeroed` lists.
     fn sort(&mut self, side: &OrderedSide<'_>, zeroed: Option<[Zeroed; ZEROED as usize]>) -> Result<()> {
         let loss = self.loss;
         let regions = side.regions;
@@ -32,7 +32,7 @@ impl<D: Device> Passes<'_, D> {
         let runs: Vec<usize> = order_runs(count as usize).collect();
         let [keys, run_keys] = [regions.keys, regions.run_keys].map(|region| self.at::<u64>(region));
         let [order, run_order] = [regions.order, regions.run_order].map(|region| self.at::<u32>(region));
-        // To and fro, so that the last one writes where the order is wanted.
+        // Merges alternate between two buffers, so that the last one writes to `keys` and `order`.
         let place = |left: usize| if left.is_multiple_of(2) { (keys, order) } else { (run_keys, run_order) };
         let valid = |left: usize| match left {
             0 => (side.valid, side.valid_too),
@@ -72,7 +72,7 @@ impl<D: Device> Passes<'_, D> {
         Ok(())
     }
 
-    /// Class order of both sides, prepared rows, class ranges.
+    /// Sorts both sides into class order, prepares their rows and finds class ranges.
     pub(super) fn order(&mut self, input: &Input) -> Result<()> {
         let Remembered { shape, layout, .. } = self.loss;
         let Input { ends, check, identity } = *input;

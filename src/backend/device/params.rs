@@ -39,19 +39,19 @@ kernel_parameters!(
 impl Counters {
     /// Reads the struct from the bytes that a kernel wrote.
     pub(super) fn from_words(words: &[u64; size_of::<Self>() / 8]) -> Self {
-        // SAFETY: as many bytes, as aligned, and every bit pattern is a value of its numbers.
+        // SAFETY: `words` has the size and alignment of `Self`, whose numbers may have any bits.
         unsafe { words.as_ptr().cast::<Self>().read() }
     }
 }
 
-/// What the kernels write is [`crate::loss::LossScalars`]: every field of the same type, in the same place.
+/// The scalars that kernels write are [`crate::loss::LossScalars`]: the same types in the same places.
 macro_rules! same_scalars {
     ($($field:ident),* $(,)?) => {
         const _: () = {
             assert!(size_of::<Written>() == size_of::<LossScalars>());
             $(assert!(offset_of!(Written, $field) == offset_of!(LossScalars, $field));)*
         };
-        // Naming all fields, and giving each to the other's, fails for another type or one that is missing.
+        // Moving every field into the other struct fails to compile if one is missing or has another type.
         #[allow(dead_code, reason = "it is compiled, and that is the check")]
         fn written(LossScalars { $($field),* }: LossScalars) -> Written {
             Written { $($field),* }

@@ -1,5 +1,5 @@
 //! The kernels of each pass, in order: class order (order.rs), same-class, sweep, selection, weights,
-//! gradient; what goes in and out between them (steps.rs); the threshold's walk (threshold.rs).
+//! gradient; the exchange of numbers (steps.rs); the threshold gradient's walk (threshold.rs).
 //!
 //! Every decision on the way (adaptation, lists or tiles) is taken on the device.
 
@@ -39,7 +39,7 @@ impl<D: Device> Passes<'_, D> {
         self.loss.pairs(self.base)
     }
 
-    /// Where the scalars of a loss that is waited for lie.
+    /// Address of the scalars in the workspace, for a loss that is waited for.
     pub(super) fn scalars(&self) -> ResidentOutput {
         ResidentOutput { scalars: self.base + self.loss.layout.scalars.offset as u64, loss: 0 }
     }
@@ -80,8 +80,8 @@ impl<D: Device> Passes<'_, D> {
         self.launcher.launch(kernel, false, &params)
     }
 
-    /// Row weights and the results of each anchor, and the scalars to an address. `swept`: how the gradient
-    /// goes, too.
+    /// Computes row weights, the results of each anchor and the scalars. With `swept` also decides how each
+    /// row tile's gradient is computed.
     pub(super) fn weigh(
         &mut self,
         ResidentOutput { scalars, loss: figure }: ResidentOutput,
@@ -118,7 +118,7 @@ impl<D: Device> Passes<'_, D> {
         self.launcher.launch(Kernel::Weigh, false, &params)
     }
 
-    /// The gradients, to `targets` (of anchors, of references).
+    /// Computes the gradients into `targets` (of anchors, of references).
     pub(super) fn gradients(&mut self, targets: [u64; 2]) -> Result<()> {
         self.gradient(targets[0], false)?;
         if self.loss.shape.reference_gradient {
@@ -127,7 +127,7 @@ impl<D: Device> Passes<'_, D> {
         Ok(())
     }
 
-    /// One side's gradient: by lists where little is mined, by tiles elsewhere; each block looks which.
+    /// One side's gradient: by lists where little is mined, by tiles elsewhere; each block reads which.
     fn gradient(&mut self, target: u64, of_references: bool) -> Result<()> {
         let Remembered { shape, layout, .. } = self.loss;
         let regions = if of_references { &layout.references } else { &layout.anchors };
@@ -147,7 +147,7 @@ impl<D: Device> Passes<'_, D> {
         self.launcher.launch(kernel, of_references, &params)
     }
 
-    /// The gradients of rows of any length, in place of those of the unit rows.
+    /// Replaces the gradients with respect to unit rows by those with respect to the rows as given.
     pub(super) fn normalize_backward(&mut self, input: &Input) -> Result<()> {
         let Remembered { shape, layout, .. } = self.loss;
         let wanted = [shape.normalize, shape.normalize && shape.reference_gradient];

@@ -7,7 +7,7 @@ use super::params::{
 use super::shape::{Shape, tiles};
 use super::{DeviceProperties, Kernel};
 
-/// Blocks that may share one block of gradient rows.
+/// Most blocks that share one block of gradient rows.
 const MOST_SPLITS: usize = 64;
 
 /// How a kernel is launched.
@@ -33,13 +33,13 @@ pub(super) struct GradientGrid {
 }
 
 impl GradientGrid {
-    /// Of `kernel`, of which `shape` says no more than the sizes.
+    /// The blocks of `kernel` for a batch of `shape`.
     ///
-    /// Splits are as many as make few blocks fill the GPU, and the last of more not leave most of it idle.
-    /// Each has a partial result of its own; the last of [`SPLITS_ADDED`] adds theirs, and the last such
-    /// block their sums. The least of: rounds of blocks, times what one takes, in thirds of a tile. A part is
-    /// written in the time of two tiles, a sum of parts in that of one, and one read again in that of two
-    /// thirds (H200, 16 bits: a tile 1.7 us, a part 128 KB).
+    /// The number of splits is the one of least estimated time: rounds of blocks, times the time of a block
+    /// in thirds of a tile's. It makes few blocks fill the GPU, and keeps the last round of many from leaving
+    /// most of it idle. Each split writes a part; the last of [`SPLITS_ADDED`] to finish adds theirs, and the
+    /// last of these adds the sums. Writing a part takes the time of two tiles, writing a sum of parts that
+    /// of one, reading either back two thirds (H200, 16 bits: a tile 1.7 us, a part 128 KB).
     pub fn new(kernel: Kernel, shape: &Shape, of_references: bool, gpu: DeviceProperties) -> Self {
         let kernel = variant(kernel, gpu);
         let (own, others) = shape.sides(of_references);
@@ -59,13 +59,13 @@ impl GradientGrid {
         Self { rows, columns, splits }
     }
 
-    /// Blocks of rows and columns, whatever they are split into.
+    /// Number of blocks of rows and columns, splits not counted.
     pub fn blocks(self) -> usize {
         self.rows * self.columns
     }
 
-    /// Counters of the blocks that add their parts: of each block of rows and columns one for every group of
-    /// splits, and one for the groups.
+    /// Number of arrival counters of the blocks that add parts: for each block of rows and columns one for
+    /// every group of splits, and one for the groups.
     pub fn counters(self) -> usize {
         match self.splits {
             1 => 0,
@@ -80,8 +80,8 @@ pub(super) fn variant(kernel: Kernel, gpu: DeviceProperties) -> Kernel {
 }
 
 impl LaunchPlan {
-    /// Of a kernel of this GPU; of a search among all references in one part, and a merge without the room
-    /// for its keys.
+    /// The plan of `kernel`, which must be this GPU's [`variant`]. That of a search is for one part, that of
+    /// a merge without the room for its keys; callers change both.
     pub(super) fn new(kernel: Kernel, shape: &Shape, of_references: bool, gpu: DeviceProperties) -> Self {
         let (rows, _) = shape.sides(of_references);
         let own = tiles(rows);
@@ -97,7 +97,7 @@ impl LaunchPlan {
             Kernel::InvertOrder => line(blocks_for(rows)),
             Kernel::TakeNumbers => line(blocks_for(shape.anchors.max(shape.reference_count()))),
             Kernel::Prepare(_) | Kernel::PrepareHopper(_) => {
-                // Behind the row tiles' blocks those that find the anchors' classes.
+                // The blocks behind those of the row tiles find the anchors' classes.
                 line(own + if of_references { 0 } else { blocks_for(shape.anchors) })
             }
             Kernel::SameClass(_) | Kernel::SameClassHopper(_) => line(own),
@@ -123,7 +123,7 @@ impl LaunchPlan {
             Kernel::Retrieval(_) | Kernel::RetrievalHopper(_) => line(own),
             Kernel::RetrievalMerge => line(shape.anchors),
         };
-        // `Shape::check` has bounded them.
+        // `Shape::check` has bounded the numbers of blocks.
         Self {
             grid: grid.map(|blocks| blocks as u32),
             threads: kernel.threads(),
@@ -136,7 +136,7 @@ fn line(blocks: usize) -> [usize; 3] {
     [blocks, 1, 1]
 }
 
-/// Blocks of a thread a row.
+/// Blocks with one thread per row.
 fn blocks_for(rows: usize) -> usize {
     rows.div_ceil(THREADS as usize)
 }
@@ -220,7 +220,7 @@ mod tests {
                 let own = kernel.on_hopper();
                 let grid = |kernel| LaunchPlan::new(kernel, &shape, false, few).grid;
                 match own {
-                    // Its blocks walk the tiles that there are.
+                    // A fixed number of blocks walks all tiles.
                     Kernel::SweepHopper(_) => {
                         assert_eq!((grid(own), grid(kernel)), ([7, 1, 1], [36, 1, 1]));
                     }

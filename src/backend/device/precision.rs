@@ -1,14 +1,14 @@
-//! In what numbers rows are given and multiplied.
+//! Number formats in which rows are given and multiplied.
 
 use crate::loss::ElementType;
 
-/// In what numbers S and the gradient product are computed. Sums are f32 throughout.
+/// Number format in which S and the gradient's product are computed. Sums are f32 throughout.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Precision {
-    /// f32 rows, as exact as f32 arithmetic: each product from three of f16.
+    /// f32 rows at f32's precision: each product is made of three f16 products.
     F32,
-    /// f32 rows, rounded to f16 when they are prepared, and f16 rows from there on: TF32's 11 bits of each
-    /// entry, for a third of the work or less.
+    /// f32 rows that are rounded to f16 when they are prepared, and are f16 rows from then on: TF32's 11
+    /// significant bits, for a third of the work or less.
     RoundedF32,
     /// IEEE half precision rows.
     F16,
@@ -17,7 +17,7 @@ pub enum Precision {
 }
 
 impl Precision {
-    /// How rows of this type are multiplied.
+    /// The precision in which rows of this type are multiplied.
     #[must_use]
     pub fn of(element: ElementType, tf32: bool) -> Self {
         match element {
@@ -37,12 +37,12 @@ impl Precision {
         }
     }
 
-    /// `narrow` or `exact`, as the kernels multiply.
+    /// `narrow` if the kernels multiply 16-bit rows, otherwise `exact`.
     pub(super) fn pick<T>(self, narrow: T, exact: T) -> T {
         if self.is_narrow() { narrow } else { exact }
     }
 
-    /// Whether the kernels multiply 16-bit rows, and M in the rows' type.
+    /// Whether the kernels multiply 16-bit rows, and weights in the rows' type.
     #[must_use]
     pub fn is_narrow(self) -> bool {
         self != Self::F32

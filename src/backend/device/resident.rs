@@ -1,4 +1,4 @@
-//! Rows that are in the device's memory already: no copy of them, and none of the gradient.
+//! Calls on rows that are in device memory: neither rows nor gradients are copied.
 
 use bytemuck::cast_slice_mut;
 
@@ -15,13 +15,13 @@ use crate::{Error, Result};
 /// One side of a batch: device addresses of rows, labels and the gradient to be written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ResidentRows {
-    /// Rows B or N.
+    /// Number of rows, B or N.
     pub count: usize,
     /// `[count, dim]` in the batch's type, row-major without gaps.
     pub embeddings: u64,
     /// `[count]`, i64.
     pub labels: u64,
-    /// `[count, dim]`, f32, where dL/d(rows) goes. For references 0 means that it is not wanted.
+    /// `[count, dim]`, f32: receives dL/d(rows). For references 0 means not wanted.
     pub gradient: u64,
 }
 
@@ -50,7 +50,7 @@ impl ResidentBatch {
         }
     }
 
-    /// Where a loss finds its rows; which reference is an anchor is told by value.
+    /// Addresses of a loss's input; anchors among the references are recognised by value.
     pub(super) fn input(&self) -> Input {
         let ends = |rows: &ResidentRows| Ends {
             rows: rows.embeddings,
@@ -65,7 +65,7 @@ impl ResidentBatch {
         RowTolerance { check: self.check, tolerance: self.dtype.norm_tolerance() }
     }
 
-    /// The sides there are; `first` is what messages call the anchors.
+    /// The sides that there are, with their names in messages; `first` names the anchors.
     fn sides(&self, first: &'static str) -> impl Iterator<Item = (&'static str, ResidentRows)> {
         let references = self.references.map(|rows| ("references", rows));
         [Some((first, self.anchors)), references].into_iter().flatten()
@@ -89,7 +89,7 @@ impl ResidentBatch {
         })
     }
 
-    /// One side of a search, or the rows of it that are picked; `all` is the shape of a batch in these types.
+    /// One side of a search, or its `picked` rows; `all` is the shape of the whole batch.
     fn searched<'a>(
         &self,
         name: &'static str,
@@ -131,7 +131,7 @@ pub(super) fn aligned(name: &'static str, address: u64, alignment: u64) -> Resul
 
 impl<D: Device> DeviceBackend<D> {
     /// [`Backend::loss`](crate::backend::Backend::loss) on device memory, without copies: the gradient is
-    /// written where the batch says. Returns when it is there. Only the scalars of `output` are filled; its
+    /// written where the batch says, and is complete on return. Only the scalars of `output` are filled; its
     /// gradients and values per anchor are left empty.
     ///
     /// # Errors
@@ -178,8 +178,8 @@ impl<D: Device> DeviceBackend<D> {
         download_anchors(device, buffer, remembered, output)
     }
 
-    /// What each anchor of the last loss adds to it, and whether its gradient is a product of tiles;
-    /// otherwise it was summed pair by pair.
+    /// Each anchor's term of the last loss, and whether its gradient is a product of tiles; otherwise it was
+    /// summed pair by pair.
     ///
     /// # Errors
     /// [`Error::OutOfOrder`] without a loss before it; [`Error::Device`] if a copy fails.
@@ -191,15 +191,15 @@ impl<D: Device> DeviceBackend<D> {
         download_terms(device, buffer, remembered)
     }
 
-    /// [`Backend::threshold_gradient`](crate::backend::Backend::threshold_gradient) with f32 tangents in device
-    /// memory, `[B, D]` and `[N, D]`; 0 for the references' means zero. They are not checked for NaN.
+    /// [`Backend::threshold_gradient`](crate::backend::Backend::threshold_gradient) with f32 tangents in
+    /// device memory, `[B, D]` and `[N, D]`; address 0 for the references means zero. NaN is not checked for.
     ///
     /// # Errors
     /// As [`Backend::threshold_gradient`](crate::backend::Backend::threshold_gradient), and
     /// [`Error::InvalidSetting`] for an address that is null or not aligned.
     ///
     /// # Safety
-    /// As [`loss_resident`](Self::loss_resident), for the tangents; only the batch's shape is looked at.
+    /// As [`loss_resident`](Self::loss_resident), for the tangents; of the batch only the shape is used.
     pub unsafe fn threshold_gradient_resident(
         &mut self,
         batch: &ResidentBatch,
@@ -209,23 +209,23 @@ impl<D: Device> DeviceBackend<D> {
         if tangents[1] != 0 {
             aligned("reference tangent", tangents[1], 4)?;
         }
-        // In the square form both sides move alike.
+        // In the square form the anchors' tangent is that of both sides.
         let tangents = [tangents[0], if batch.references.is_some() { tangents[1] } else { 0 }];
         self.sum_threshold(batch.shape(self.options.tf32), true, |_, _, _| Ok(tangents))
     }
 
     /// [`Backend::nearest`](crate::backend::Backend::nearest) on device memory, without a copy of the rows;
-    /// the lists come to the host. Labels and gradients of the batch are not looked at, and its check is
-    /// obeyed.
+    /// the lists are returned to the host. Labels and gradients of the batch are ignored; its `check`
+    /// applies.
     ///
-    /// Of `picked` rows of the square form, the lists are those of the queries, numbered as they are, and
-    /// hold numbers of the gallery's rows as they are listed. Only these rows are checked, and errors have
-    /// the batch's numbers.
+    /// With `picked`, for the square form only, there is a list for each of `picked.queries`, which holds
+    /// indices into `picked.gallery` (of the batch if that is `None`). Only these rows are checked, and
+    /// errors name rows of the batch.
     ///
     /// # Errors
     /// As [`Backend::nearest`](crate::backend::Backend::nearest), and [`Error::InvalidSetting`] for an
-    /// address that is null or not aligned, for a picked row that the batch does not have, or where it has
-    /// references.
+    /// address that is null or not aligned, for a picked row that the batch does not have, and for picked
+    /// rows of a batch with references.
     ///
     /// # Safety
     /// As [`loss_resident`](Self::loss_resident), for the embeddings.

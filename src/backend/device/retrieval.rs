@@ -15,16 +15,16 @@ use crate::Result;
 use crate::backend::{Nearest, PreparedGallery};
 use crate::loss::{Batch, Rows, UnitCheck, check_unit, validate_rows};
 
-/// Rows of one side of a search, whichever memory they are in.
+/// Rows of one side of a search, in host or device memory.
 pub(super) struct Searched<'a> {
-    /// What messages call them.
+    /// Their name in messages.
     pub(super) name: &'static str,
-    /// Of these rows among themselves.
+    /// Shape of a square batch of these rows.
     pub(super) shape: Shape,
     pub(super) check: RowTolerance,
-    /// Whether the rows stay in the caller's memory, so that none is set aside for them.
+    /// Whether the rows stay in the caller's memory and have no region.
     pub(super) resident: bool,
-    /// The rows that take part, of how many.
+    /// The rows that take part, and the number of all rows; `None` if all take part.
     pub(super) picked: Option<(&'a [u32], usize)>,
 }
 
@@ -35,14 +35,14 @@ pub(super) struct Gallery {
     count: usize,
 }
 
-/// Where the rows of one side are read from and prepared to.
+/// Regions of one side of a search.
 struct SearchRegions {
     input: Region,
-    /// Of the rows that take part, where not all do.
+    /// Numbers of the rows that take part, if not all do.
     picked: Region,
     rows: Region,
     square_sums: Region,
-    /// As in [`Counters`]; of its fields only the bad row is used.
+    /// A [`Counters`], of which only the bad row is used.
     counters: Region,
 }
 
@@ -55,7 +55,7 @@ impl SearchRegions {
             input: layout.region::<u8>(copied),
             picked: layout.region::<u32>(picked.map_or(0, |(rows, _)| rows.len())),
             rows: layout.region::<u8>(tiles(count) * TILE as usize * shape.stride() * stored),
-            // The check writes to the caller's index of a row.
+            // Indexed by the caller's row numbers.
             square_sums: layout.region::<f64>(picked.map_or(count, |(_, all)| all)),
             counters: layout.region::<Counters>(1),
         }
@@ -72,7 +72,7 @@ struct SearchLayout {
 }
 
 impl SearchLayout {
-    /// Queries, results, and the lists of one launch.
+    /// Lays out queries, results, and the lists of one launch.
     fn new(queries: &Searched<'_>, plan: &SearchPlan, k: usize) -> Self {
         let mut layout = Layout::default();
         let count = queries.shape.anchors;
@@ -88,10 +88,10 @@ impl SearchLayout {
     }
 }
 
-/// Puts rows into their region and answers their address, or where they lie already.
+/// Copies rows into their region and returns their address, or returns the address where they already are.
 type PutRows<'a, D> = &'a dyn Fn(&mut D, &mut <D as Device>::Buffer, Region) -> Result<u64>;
 
-/// Prepares rows; what is wrong with one of them, [`check`] says once the device has come so far.
+/// Issues the preparation of rows; [`check`] waits for it and reports a bad row.
 fn prepare<D: Device>(
     device: &mut D,
     buffer: &mut D::Buffer,
@@ -189,7 +189,7 @@ impl<D: Device> DeviceBackend<D> {
         })
     }
 
-    /// The lists of queries in a gallery of the host's, once it is prepared.
+    /// Searches for queries in the prepared gallery of the host's rows `gallery`.
     fn find_in(
         &mut self,
         queries: &Rows<'_>,
@@ -215,7 +215,7 @@ impl<D: Device> DeviceBackend<D> {
         self.find(&side, gallery, k, &place_host(queries, "queries"))
     }
 
-    /// Prepares a gallery for the length of `work`.
+    /// Prepares a gallery and calls `work` with it.
     pub(super) fn with_gallery<T>(
         &mut self,
         side: &Searched<'_>,
@@ -233,7 +233,7 @@ impl<D: Device> DeviceBackend<D> {
         work(self, Gallery { rows, count: side.shape.anchors })
     }
 
-    /// The lists of queries in a gallery, or among themselves.
+    /// Searches for queries in a gallery, or among themselves.
     pub(super) fn find(
         &mut self,
         queries: &Searched<'_>,

@@ -1,30 +1,28 @@
-//! How a search is shared out: its lists, and the blocks that share a query tile. Pure functions of the
-//! shape.
+//! How a search is divided: its lists, and the blocks that share a query tile. Pure functions of the shape.
 
 use super::DeviceProperties;
 use super::params::{RETRIEVAL_MERGED, RETRIEVAL_SLACK, THREADS, TILE};
 use super::shape::{Shape, tiles};
 
-/// Bytes of lists that are alive at once; more queries are searched in turns.
-/// A multiple of what all multiprocessors of one GPU work on (132 tiles of 128 queries, k = 10: 138 MB; k =
-/// 1,000: 554 MB).
+/// Most bytes of lists at a time; more queries are searched in turns. A multiple of what all multiprocessors
+/// of one GPU work on (132 tiles of 128 queries, k = 10: 138 MB; k = 1,000: 554 MB).
 const LIST_BYTES: usize = 1 << 30;
-/// What a block costs beside its tiles' products, in those: it begins, and cuts its lists in the end.
+/// Fixed cost of a block in products of a tile: its start, and cutting its lists at the end.
 const BLOCK_TILES: usize = 4;
-/// Rounds of a merge that take as long as the products of a tile of 512 dimensions, and merges of a
-/// multiprocessor at a time.
+/// Rounds of a merge that take as long as the product of a tile of 512 dimensions, and merges that a
+/// multiprocessor runs at a time.
 const TILE_ROUNDS: usize = 10;
 const MERGES: usize = 4;
 
 /// The lists of a search, and its launches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct SearchPlan {
-    /// Keys that a list is cut to, at most: a few more than are wanted, so that a threshold is soon found.
+    /// Most keys that a list is cut to: a few more than are wanted, so that a threshold is found soon.
     pub kept: usize,
-    /// Keys of a list, a power of two.
+    /// Room of a list in keys, a power of two.
     pub capacity: usize,
-    /// Blocks that share a query tile, each a range of the references, so that few queries fill the GPU and
-    /// the last of more do not leave most of it idle.
+    /// Blocks that share a query tile, each with a range of the references: few queries then fill the GPU,
+    /// and the last round of many does not leave most of it idle.
     pub splits: usize,
     /// Lists of a query.
     pub lists: usize,
@@ -33,18 +31,18 @@ pub(super) struct SearchPlan {
 }
 
 impl SearchPlan {
-    /// Of `shape.anchors` queries against `shape.reference_count()` rows.
+    /// Plans a search of `shape.anchors` queries among `shape.reference_count()` rows.
     pub fn new(shape: &Shape, k: usize, gpu: DeviceProperties) -> Self {
         let (queries, references) = (tiles(shape.anchors), tiles(shape.reference_count()));
         let DeviceProperties { multiprocessors, warpgroup_products } = gpu;
         let multiprocessors = multiprocessors as usize;
-        // Two blocks of 16-bit rows share a multiprocessor of other GPUs.
+        // On GPUs other than Hopper two blocks of 16-bit rows share a multiprocessor.
         let sharing = if warpgroup_products || !shape.precision.is_narrow() { 1 } else { 2 };
         let blocks = sharing * multiprocessors;
         let wanted = k.min(shape.reference_count());
         let kept = wanted + wanted / 4 + 4;
         let capacity = (kept + RETRIEVAL_SLACK as usize).next_power_of_two();
-        // Two warps that have half of a tile's columns each, or teams that have every other tile.
+        // Two lists of a query, where two warps divide a tile's columns or two teams divide the tiles.
         let lists = if warpgroup_products && !shape.precision.is_narrow() { 1 } else { 2 };
         let tile_bytes = lists * capacity * TILE as usize * size_of::<u64>();
         let turn = |splits: usize| (LIST_BYTES / (tile_bytes * splits)).clamp(1, queries);
@@ -61,7 +59,7 @@ impl SearchPlan {
         Self { kept, capacity, splits, lists: lists * splits, turn: turn(splits) }
     }
 
-    /// Shared memory for the keys of a block that merges.
+    /// Shared memory for the keys of a block that merges lists.
     pub fn merge_bytes(&self) -> u32 {
         let keys = if self.capacity <= RETRIEVAL_MERGED as usize { self.capacity } else { 0 };
         (keys * size_of::<u64>()) as u32
@@ -93,7 +91,7 @@ mod tests {
         assert_eq!(plan(60_502, 60_502, 10).splits, 3);
         // Two blocks a multiprocessor are at work at a time.
         assert!(plan_of(100, 1_000_000, 10, false).splits > 2 * 128);
-        // What many long lists cost to merge is a reason for fewer.
+        // Fewer lists, because many long ones take long to merge.
         assert!(plan(100, 1_000_000, 1_000).splits < 132);
     }
 

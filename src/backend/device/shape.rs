@@ -1,4 +1,4 @@
-//! What the passes of one loss work on, and what follows from it alone.
+//! The sizes of a batch, and what follows from them alone.
 
 use super::Precision;
 use super::params::{
@@ -12,11 +12,11 @@ use crate::{Error, Result};
 pub(super) const POOL_UNIT: usize = 4;
 /// Bytes of a candidate: its similarity and its word.
 const CANDIDATE: usize = size_of::<f32>() + size_of::<u32>();
-/// D: the bytes of 128 rows in two parts are counted in 32 bits.
+/// Most dimensions: the bytes of 128 rows in two parts are counted in 32 bits.
 const MOST_DIMENSIONS: usize = 1 << 22;
-/// B of 1/B.
+/// Most anchors of the whole batch, B of the factor 1/B.
 const MOST_ROWS: usize = 1 << 31;
-/// Bytes of the rows of a band of the sweep.
+/// Bytes of the rows in a band of the sweep.
 const BAND_BYTES: usize = 16 << 20;
 
 /// Tiles of `rows` rows.
@@ -24,13 +24,13 @@ pub(super) fn tiles(rows: usize) -> usize {
     rows.div_ceil(TILE as usize)
 }
 
-/// Keys that one block sorts: more where one merge of the usual ones would not do.
+/// Keys that one block sorts: more if a single merge of shorter runs would not do.
 pub(super) fn order_tile(rows: usize) -> usize {
     let wide = rows > (ORDER_TILE * ORDER_RUNS) as usize;
     if wide { ORDER_WIDE_TILE as usize } else { ORDER_TILE as usize }
 }
 
-/// Keys of the runs that each merge of the class order begins with; none where one block sorts all of them.
+/// Length in keys of the runs that each merge of the class order begins with; none if one block sorts all.
 pub(super) fn order_runs(rows: usize) -> impl Iterator<Item = usize> {
     let longer = |run: &usize| Some(run * ORDER_RUNS as usize);
     std::iter::successors(Some(order_tile(rows)), longer).take_while(move |&run| run < rows)
@@ -38,12 +38,12 @@ pub(super) fn order_runs(rows: usize) -> impl Iterator<Item = usize> {
 
 /// Elements between two prepared rows: whole pipeline stages.
 pub(super) fn stride(dim: usize, precision: Precision) -> usize {
-    // f32 to its own precision takes a stage of high parts and one of low ones together.
+    // f32 at its own precision takes a stage of high parts and one of low parts together.
     let stages = if precision == Precision::F32 { 2 } else { 1 };
     dim.next_multiple_of(stages * STAGE_BYTES as usize / precision.stored_bytes())
 }
 
-/// What the passes of one loss work on.
+/// The sizes and the form of a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Shape {
     /// B.
@@ -55,14 +55,14 @@ pub(super) struct Shape {
     pub precision: Precision,
     /// Whether the references' gradient is wanted; never in the square form.
     pub reference_gradient: bool,
-    /// B of 1/B.
+    /// B of the factor 1/B.
     pub total: usize,
-    /// Whether somebody says which reference is an anchor; never in the square form.
+    /// Whether the caller says which reference is an anchor; never in the square form.
     pub identity: bool,
-    /// Whether references may be anchors of the whole batch, with numbers of their own; never in the square
-    /// form.
+    /// Whether references may be anchors of the whole batch, with numbers from the caller; never in the
+    /// square form.
     pub numbers: bool,
-    /// Whether rows are brought to unit length first, and their gradients into those of the rows as given.
+    /// Whether rows are scaled to unit length first, and gradients are with respect to the rows as given.
     pub normalize: bool,
 }
 
@@ -101,12 +101,12 @@ impl Shape {
         self.references.map_or(rows * (rows + 1) / 2, |count| rows * tiles(count))
     }
 
-    /// Kernels index rows, and the bytes of a tile's rows, with 32 bits, and a launch has at most 2^31 - 1
-    /// blocks. Nothing else is computed from a shape before this: its products may not fit.
+    /// Refuses sizes that the kernels cannot count: they index rows, and the bytes of a tile's rows, with 32
+    /// bits, and a launch has at most 2^31 - 1 blocks. Comes before other arithmetic, which may overflow.
     pub fn check(&self) -> Result<()> {
         let counts = [self.anchors, self.reference_count()];
         let counted = counts.iter().all(|&count| count <= (1 << 31) - TILE as usize);
-        // 16 bytes an entry of padded rows, copies included, are 2^57 bytes at most.
+        // Padded rows, copies included, take 16 bytes an entry: 2^57 bytes at most.
         if counted && self.dim <= MOST_DIMENSIONS && self.total <= MOST_ROWS && self.tiles() < 1 << 31 {
             return Ok(());
         }
@@ -118,33 +118,33 @@ impl Shape {
         })
     }
 
-    /// Units of [`POOL_UNIT`] candidates in the pool of all tiles, under a budget of bytes. 0 where it does
-    /// not hold the bits that say which pairs of a tile are candidates.
+    /// Units of [`POOL_UNIT`] candidates in the pool of all tiles, under a budget of bytes; 0 if the pool
+    /// would not hold the bits that tell which pairs of one tile are candidates.
     pub fn pool(&self, budget: usize) -> usize {
         let units = (budget / POOL_UNIT / CANDIDATE).min(self.most_units()).min(u32::MAX as usize);
         if units * POOL_UNIT < TILE_MASK_WORDS as usize { 0 } else { units }
     }
 
-    /// Units of all pairs: with as many nothing is ever recomputed.
+    /// Units of all pairs: with that many, nothing is recomputed.
     pub fn most_units(&self) -> usize {
         self.tiles() * (TILE * TILE) as usize / POOL_UNIT
     }
 
-    /// Columns of tiles whose rows are read again and again while the sweep is in their band: 16 MiB, which
-    /// L2 holds beside the rows of the blocks that are under way.
+    /// Column tiles of a band, whose rows are read for every row tile while the sweep is in the band: 16 MiB,
+    /// which L2 holds beside the rows of the running blocks.
     pub fn band(&self) -> usize {
         let tile = TILE as usize * self.stride() * self.precision.stored_bytes();
         let columns = (BAND_BYTES / tile).max(1);
         1 << columns.ilog2()
     }
 
-    /// Blocks that weigh: one for each row tile of whichever side has more, where references are asked for.
+    /// Blocks that weigh: one per row tile of the anchors or, if references are weighed, of the larger side.
     pub fn weigh_blocks(&self) -> usize {
         let both = self.numbers || self.reference_gradient;
         tiles(if both { self.anchors.max(self.reference_count()) } else { self.anchors })
     }
 
-    /// The type of M's elements that `weigh` makes of words, a block for each tile of S.
+    /// Type of the elements of M that `weigh` writes in place of words, or [`WEIGH_NO_WORDS`].
     pub fn finished_words(&self) -> u32 {
         match self.precision {
             Precision::F32 => WEIGH_NO_WORDS,
@@ -153,14 +153,14 @@ impl Shape {
         }
     }
 
-    /// Rows of the result's side, and of the side it sums over.
+    /// Number of rows of the result's side, and of the side that is summed over.
     pub fn sides(&self, of_references: bool) -> (usize, usize) {
         let (anchors, references) = (self.anchors, self.reference_count());
         if of_references { (references, anchors) } else { (anchors, references) }
     }
 
-    /// Power of two that the tile of M is stored with. A weight is at most 4 / B, and f16 ends at
-    /// 65,504 above and 2^-24 below: with the largest above 2^12, what underflows is less than 2^-36 of it.
+    /// Power of two that weights are multiplied by in a tile of M. A weight is at most 4 / B, and f16 ranges
+    /// from 2^-24 to 65,504: with the largest weight above 2^12, those that underflow are below 2^-36 of it.
     pub fn weight_scale(&self) -> f32 {
         if !self.precision.is_narrow() {
             return 1.0;
@@ -169,7 +169,7 @@ impl Shape {
         2.0f32.powi(log2 + 11)
     }
 
-    /// The same for the slopes of the weights by a lambda, which are up to a quarter of the sharpness as
+    /// The same for the derivatives of the weights by a lambda, which are up to `sharpness` / 4 times as
     /// large.
     pub fn slope_scale(&self, sharpness: f64) -> f32 {
         if !self.precision.is_narrow() {
@@ -179,7 +179,7 @@ impl Shape {
     }
 }
 
-/// Most of one term of the loss.
+/// Upper bound of one term of the loss.
 ///
 /// softplus(x) <= max(x, 0) + 1 with x <= sharpness * (1 + |lambda|), and a margin for
 /// rows that are not quite of unit length.
@@ -188,13 +188,13 @@ fn largest_term(settings: &LossSettings) -> f64 {
     largest(settings.alpha, settings.lambda_neg).max(largest(settings.beta, settings.lambda_pos))
 }
 
-/// Fixed-point units in 1.0 for a row's sums: as many as 62 bits hold of N terms; 2^50 of a sigmoid fit the
-/// words of a tile's sums (select.cu).
+/// Fixed-point units per 1.0 in a row's sums: as many as let N terms fit 62 bits. At most 2^50: a sigmoid
+/// then fits the words of a tile's sums (select.cu).
 pub(super) fn sum_scale(settings: &LossSettings, references: usize) -> f64 {
     2.0f64.powi((62 - (largest_term(settings) * references as f64).log2().ceil() as i32).min(50))
 }
 
-/// The same for what a term is more than its sigmoid: 2^41 of them hold one.
+/// The same for the excess of a term over its sigmoid: the largest term is at most 2^41 units.
 pub(super) fn more_scale(settings: &LossSettings, references: usize) -> f64 {
     2.0f64.powi(41 - largest_term(settings).log2().ceil() as i32).min(sum_scale(settings, references))
 }

@@ -1,5 +1,5 @@
-//! Between the steps of the loss of a part: whether a call is the next one, and the numbers that go in and
-//! out, which the caller gathers of all parts.
+//! Between the steps of a part's loss: checks that a call is the next one, takes over the numbers that the
+//! caller gathered from all parts, and reports those that a step found.
 
 use bytemuck::{Pod, cast_slice, cast_slice_mut};
 
@@ -13,7 +13,7 @@ use crate::backend::step::Step;
 use crate::loss::Batch;
 use crate::{Error, Result};
 
-/// Which numbers go in or out: a list, or two for the sizes of the sets.
+/// Which numbers are taken or reported: a list, or two for the sizes of the sets.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Which {
     MinPos,
@@ -31,18 +31,18 @@ impl Which {
     }
 }
 
-/// Addresses of numbers, in original order: of anchors, then of references, two lists each.
+/// Addresses of the caller's numbers, in original order: of anchors, then of references, two lists each.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Given {
     pub(super) lists: [u64; 4],
     /// References that have numbers.
     pub(super) references: usize,
-    /// The address of the batch's totals where they have to be copied, or 0.
+    /// The address of the batch's totals if they must be copied; or 0.
     pub(super) totals: u64,
 }
 
 impl<D: Device> DeviceBackend<D> {
-    /// What the step before left, if `step` is the next one and `part` still the same.
+    /// The state after the step before, if `step` is the next one and `part` still the same.
     pub(super) fn go_on(&mut self, part: &Batch<'_>, step: Step) -> Result<Remembered> {
         let last = step.take_last(&mut self.remembered, |last| last.step)?;
         part.validate()?;
@@ -62,7 +62,7 @@ impl<D: Device> DeviceBackend<D> {
     }
 }
 
-/// Copies numbers to where [`Passes::take`] finds them.
+/// Copies numbers to the device, for [`Passes::take`].
 pub(super) fn upload_numbers<D: Device, T: Pod>(
     device: &mut D,
     buffer: &mut D::Buffer,
@@ -80,7 +80,7 @@ pub(super) fn upload_numbers<D: Device, T: Pod>(
 }
 
 impl<D: Device> Passes<'_, D> {
-    /// Puts the caller's numbers in the place of those found here.
+    /// Replaces the numbers found here by the caller's.
     pub(super) fn take(&mut self, which: Which, given: Given) -> Result<()> {
         let [anchors, anchors_neg, references, references_neg] =
             given.lists.map(|address| address as usize as *const std::ffi::c_void);
@@ -97,7 +97,7 @@ impl<D: Device> Passes<'_, D> {
         self.launcher.launch(Kernel::TakeNumbers, false, &params)
     }
 
-    /// Puts what was found into the workspace's lists, in the caller's order.
+    /// Writes the numbers found to the workspace's lists, in the caller's order.
     pub(super) fn report(&mut self, which: Which) -> Result<()> {
         let layout = &self.loss.layout;
         let lists = match which {
@@ -108,7 +108,7 @@ impl<D: Device> Passes<'_, D> {
         self.report_to(which, lists.map(|region| self.base + region.offset as u64), 0)
     }
 
-    /// The same to two lists of the caller's, and n_neg and N_pos to `totals` unless that is 0.
+    /// As [`report`](Self::report), to two given addresses; n_neg and N_pos go to `totals` unless that is 0.
     pub(super) fn report_to(&mut self, which: Which, lists: [u64; 2], totals: u64) -> Result<()> {
         let params = ReportParams {
             pairs: self.pairs(),

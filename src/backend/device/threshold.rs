@@ -17,12 +17,12 @@ use crate::{Error, Result};
 /// The workspace of the threshold pass.
 struct ThresholdLayout {
     layout: Layout,
-    /// Tangents as they come, `[B, D]` and `[N, D]`.
+    /// Tangents as given, `[B, D]` and `[N, D]`.
     tangents: [Region; 2],
-    /// Of each lambda and each block, of both sides.
+    /// A sum for each lambda and each block of both sides.
     partial: Region,
     sums: Region,
-    /// Blocks of a lambda on each side.
+    /// Number of blocks of a lambda on each side.
     blocks: [usize; 2],
 }
 
@@ -65,7 +65,7 @@ impl<D: Device> DeviceBackend<D> {
         {
             return Ok(ThresholdGradient::default());
         }
-        // In the square form both sides move alike.
+        // In the square form the anchors' tangent is that of both sides.
         let reference_tangent = if batch.is_square() { None } else { reference_tangent };
         self.sum_threshold(shape, false, |device, buffer, regions| {
             let mut addresses = [0; 2];
@@ -81,8 +81,8 @@ impl<D: Device> DeviceBackend<D> {
         })
     }
 
-    /// The sums, with tangents at the addresses that `place` answers (0 for a reference tangent of zero, or
-    /// where the form is square); unless they are `resident`, it puts them into its buffer's regions.
+    /// Computes the sums. `place` returns the tangents' addresses (0 for a reference tangent of zero, or in
+    /// the square form); unless they are `resident`, it first copies them into the regions it is given.
     pub(super) fn sum_threshold(
         &mut self,
         shape: Shape,
@@ -107,7 +107,7 @@ impl<D: Device> DeviceBackend<D> {
         let tangents = place(device, buffer, &layout.tangents)?;
         let base = device.address(buffer);
         let mut passes = Passes::new(&mut *device, pairs_buffer, remembered);
-        // Where there is but one tangent, its side has all the blocks.
+        // With a single tangent only its side has blocks.
         let of_sides: &[bool] = if tangents[1] == 0 { &[false] } else { &[false, true] };
         let blocks = layout.blocks[..of_sides.len()].iter().sum::<usize>() as u64;
         for &of_references in of_sides {
@@ -137,7 +137,7 @@ fn grid(shape: &Shape, of_references: bool, gpu: DeviceProperties) -> GradientGr
 }
 
 impl<D: Device> Passes<'_, D> {
-    /// The gradient's walk over the pairs of the loss, which writes nothing.
+    /// Parameters of the gradient's walk over the pairs of the loss; it writes no gradient.
     fn walk(&self, of_references: bool) -> GradientParams {
         let Remembered { shape, layout, settings, .. } = self.loss;
         let regions = if of_references { &layout.references } else { &layout.anchors };

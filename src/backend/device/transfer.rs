@@ -1,5 +1,4 @@
-//! What goes to the device and comes back: rows, labels and identity; scalars, results of the anchors,
-//! gradients.
+//! Copies to the device (rows, labels, identity) and back (scalars, results of the anchors, gradients).
 
 use bytemuck::{Pod, cast_slice, cast_slice_mut};
 use ndarray::Array2;
@@ -15,7 +14,7 @@ use crate::{Error, Result};
 /// The `NO_ROW` of params.h, which C writes as an unsigned literal.
 pub(super) const NO_ROW: u32 = u32::MAX;
 
-/// The bytes of a matrix whose rows lie one behind the other.
+/// The bytes of a contiguous matrix.
 pub(super) fn matrix_bytes<'a>(embeddings: &'a Embeddings<'_>, rows: &'static str) -> Result<&'a [u8]> {
     let bytes = match embeddings {
         Embeddings::F32(m) => m.as_slice().map(cast_slice),
@@ -25,7 +24,7 @@ pub(super) fn matrix_bytes<'a>(embeddings: &'a Embeddings<'_>, rows: &'static st
     bytes.ok_or(Error::NotContiguous { rows })
 }
 
-/// Where a loss finds its rows, and what is said of them.
+/// Addresses of a loss's rows, and how they are checked and identified.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Input {
     /// Of the anchors, and of the references.
@@ -34,13 +33,13 @@ pub(super) struct Input {
     pub(super) identity: IdentityAt,
 }
 
-/// Where to read which reference is an anchor.
+/// How kernels learn which reference is an anchor.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct IdentityAt {
-    /// Reference `first + i` is anchor i; or the address of `first`.
+    /// Reference `first + i` is anchor i; `first_at`, if not 0, is the address of `first`.
     pub(super) first: u64,
     pub(super) first_at: u64,
-    /// The address of a list, which goes before both.
+    /// The address of a list, which takes precedence over both; or 0.
     pub(super) list: u64,
 }
 
@@ -103,7 +102,7 @@ pub(super) fn download_scalars<D: Device>(
     Ok(())
 }
 
-/// The results per anchor.
+/// Downloads the results per anchor.
 pub(super) fn download_anchors<D: Device>(
     device: &mut D,
     buffer: &D::Buffer,
@@ -118,7 +117,7 @@ pub(super) fn download_anchors<D: Device>(
     download_list(device, buffer, layout.count_neg, rows, &mut output.count_neg)
 }
 
-/// A number for each of `rows` rows.
+/// Downloads a number for each of `rows` rows.
 pub(super) fn download_list<D: Device, T: Pod>(
     device: &mut D,
     buffer: &D::Buffer,
@@ -130,8 +129,8 @@ pub(super) fn download_list<D: Device, T: Pod>(
     device.download(buffer, region.offset, cast_slice_mut(list))
 }
 
-/// What each anchor adds to the loss, and whether its row tile took the gradient's way of tiles; in the
-/// caller's order.
+/// Downloads each anchor's term of the loss, and whether its row tile's gradient was computed by tiles; in
+/// the caller's order.
 pub(super) fn download_terms<D: Device>(
     device: &mut D,
     buffer: &D::Buffer,
@@ -155,7 +154,7 @@ pub(super) fn download_terms<D: Device>(
         if count_pos == 0 || count_neg == 0 {
             continue;
         }
-        // As the kernel `weigh`.
+        // As in the kernel `weigh`.
         let part = |count: u32, sharpness: f64, sum: i64| {
             2.0 / (shape.total as f64 * f64::from(count)) / sharpness * sum as f64 / settings.sum_scale
         };

@@ -3,7 +3,7 @@
 use super::Device;
 use crate::{Error, Result};
 
-/// Regions begin at multiples of this, and as many bytes of nothing stand between two.
+/// Regions begin at multiples of this, with gaps of at least as many bytes.
 const ALIGNMENT: usize = 256;
 
 /// A part of a workspace.
@@ -27,7 +27,7 @@ impl Layout {
     /// which [`Workspace::lay`] refuses.
     pub fn region<T>(&mut self, count: usize) -> Region {
         let region = Region { offset: self.end, bytes: count.saturating_mul(size_of::<T>()) };
-        // The gap is what a device watches for kernels that run past a region.
+        // The gap lets a device detect kernels that run past a region.
         let end = region.offset.saturating_add(region.bytes).checked_next_multiple_of(ALIGNMENT);
         self.end = end.map_or(usize::MAX, |end| end.saturating_add(ALIGNMENT));
         self.regions.push(region);
@@ -56,8 +56,8 @@ impl<D: Device> Workspace<D> {
     /// Makes room for `layout`, keeping the old allocation if it is large enough.
     ///
     /// # Errors
-    /// [`Error::Device`](crate::Error::Device) if the device has not so much memory; [`Error::OutOfMemory`]
-    /// if no address space has.
+    /// [`Error::Device`](crate::Error::Device) if the device has too little memory; [`Error::OutOfMemory`] if
+    /// the layout exceeds the address space.
     pub fn lay(&mut self, device: &mut D, layout: &Layout) -> Result<&mut D::Buffer> {
         if isize::try_from(layout.bytes()).is_err() {
             return Err(Error::OutOfMemory { what: "the device's workspace", bytes: layout.bytes() });
@@ -74,7 +74,7 @@ impl<D: Device> Workspace<D> {
         Ok(buffer)
     }
 
-    /// The memory, once something was laid.
+    /// The memory, if a layout was laid over it.
     pub fn buffer(&mut self) -> Option<&mut D::Buffer> {
         self.buffer.as_mut()
     }

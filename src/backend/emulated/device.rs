@@ -8,8 +8,8 @@ use crate::backend::device::{Device, DeviceProperties, Kernel, LaunchPlan, Param
 use crate::{Error, Result};
 
 unsafe extern "C" {
-    /// kernels/emulation/machine.cpp: runs a kernel to its end. -1: no such kernel, or other threads or
-    /// parameters.
+    /// kernels/emulation/machine.cpp: runs a kernel to its end. Returns -1 if there is no such kernel, or if
+    /// it has other threads or parameters.
     fn ddtas_emulated_launch(
         name: *const c_char,
         grid: *const u32,
@@ -19,7 +19,7 @@ unsafe extern "C" {
         params_bytes: usize,
         seed: u64,
     ) -> c_int;
-    /// kernels/emulation/machine.cpp: under AddressSanitizer, makes bytes untouchable or touchable again.
+    /// kernels/emulation/machine.cpp: under AddressSanitizer, forbids or allows access to bytes.
     fn ddtas_emulated_forbid(first: *const c_void, bytes: usize, forbidden: bool);
 }
 
@@ -34,7 +34,7 @@ pub struct EmulatedDevice {
 /// Alignment of allocations, as on a GPU.
 const ALIGNMENT: usize = 256;
 
-/// Memory that kernels write through addresses, and which Rust therefore keeps no reference to.
+/// Memory that kernels write through addresses; Rust therefore keeps no reference to it.
 pub struct EmulatedBuffer {
     first: NonNull<u8>,
     layout: alloc::Layout,
@@ -126,7 +126,7 @@ impl Device for EmulatedDevice {
         let layout = alloc::Layout::from_size_align(bytes.max(1), ALIGNMENT).map_err(|_| refused())?;
         // SAFETY: the size is not 0.
         let first = NonNull::new(unsafe { alloc::alloc(layout) }).ok_or_else(refused)?;
-        // NaN in every type: what is read before it is written shows.
+        // NaN in every type, so that reads of memory that was not written show.
         // SAFETY: as many bytes were allocated.
         unsafe { first.write_bytes(0xff, layout.size()) };
         Ok(EmulatedBuffer { first, layout })

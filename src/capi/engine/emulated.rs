@@ -1,4 +1,4 @@
-//! The emulated device, whose memory is the host's: what tests the device path without a GPU.
+//! The emulated device, whose memory is the host's: tests the device path without a GPU.
 
 use super::super::failure::Outcome;
 use super::device::backend_options;

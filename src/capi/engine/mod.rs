@@ -1,4 +1,4 @@
-//! What a context computes with: a backend that may also take rows in device memory.
+//! The engine of a context: a backend that may also take rows in device memory.
 
 use std::ffi::c_void;
 
@@ -16,7 +16,7 @@ mod device;
 #[cfg(feature = "emulated")]
 mod emulated;
 
-/// How an engine is opened.
+/// Options of an engine.
 #[derive(Debug, Clone, Copy)]
 pub struct EngineOptions {
     /// Bytes for candidates; 0 for the device's default.
@@ -28,25 +28,25 @@ pub struct EngineOptions {
     pub stream: Option<*mut c_void>,
 }
 
-/// A batch in device memory: addresses, checked but for what they lead to.
+/// A batch in device memory: checked addresses, whose memory cannot be checked.
 #[derive(Debug, Clone, Copy)]
 #[cfg_attr(not(feature = "kernels"), expect(dead_code, reason = "the CPU has no memory of its own"))]
 pub struct DeviceBatch {
     pub anchors: CheckedRows,
     pub references: Option<CheckedRows>,
-    /// Where the loss writes its gradients; NULL if they are not wanted.
+    /// Addresses that receive the gradients; NULL if they are not wanted.
     pub gradients: [*mut f32; 2],
     pub check: UnitCheck,
 }
 
 impl DeviceBatch {
-    /// For the calls that write nothing to device memory.
+    /// A batch for the calls that write nothing to device memory.
     pub fn new(anchors: CheckedRows, references: Option<CheckedRows>) -> Self {
         Self { anchors, references, gradients: [std::ptr::null_mut(); 2], check: UnitCheck::Check }
     }
 }
 
-/// A backend, and what the C ABI asks of it beyond that. Devices without memory of their own refuse.
+/// A backend with the calls on device memory that the C ABI needs, which the CPU refuses.
 pub trait Engine: Backend {
     /// [`Backend::loss`] on rows in device memory; the gradients go where the batch says,
     /// everything else into `output`.
@@ -64,11 +64,11 @@ pub trait Engine: Backend {
         Err(no_device_memory(&self.name()))
     }
 
-    /// The same issued and not waited for; the scalars go to device memory, and the thresholds come from
-    /// there unless `lambda` is NULL.
+    /// As [`Engine::device_loss`], but issued without waiting. The scalars go to device memory, and the
+    /// thresholds come from there unless `lambda` is NULL.
     ///
     /// # Safety
-    /// As [`Engine::device_loss`], until the device is through.
+    /// As [`Engine::device_loss`], until the device has finished.
     unsafe fn device_enqueue(
         &mut self,
         batch: &DeviceBatch,
@@ -93,8 +93,8 @@ pub trait Engine: Backend {
         Err(no_device_memory(&self.name()))
     }
 
-    /// [`Backend::nearest`] on rows in device memory, of all of them or of those `picked` of the square form,
-    /// see `DeviceBackend::nearest_resident`.
+    /// [`Backend::nearest`] on rows in device memory, all of them or those `picked` from the square form, see
+    /// `DeviceBackend::nearest_resident`.
     ///
     /// # Safety
     /// As [`Engine::device_loss`].

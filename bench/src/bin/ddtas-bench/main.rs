@@ -17,7 +17,7 @@ use ddtas_io::console::{self, print, print_json, say};
 use peak_alloc::PeakAlloc;
 use throughput::{ThroughputArguments, throughput};
 
-/// Counts, for the memory that `throughput` reports.
+/// Counts allocations, for the memory that `throughput` reports.
 #[global_allocator]
 static ALLOCATOR: PeakAlloc = PeakAlloc;
 
@@ -60,7 +60,7 @@ struct VerifyArguments {
     json: bool,
 }
 
-/// The arguments, with features and the instruction set beside the version; what begins with a minus and a digit is a value.
+/// The command line. The version names features and instruction set too; `-1` is a value, not a flag.
 fn command() -> clap::Command {
     let features = [("cuda", cfg!(feature = "cuda")), ("emulated", cfg!(feature = "emulated"))];
     let version = console::version(env!("CARGO_PKG_VERSION"), &features);
@@ -90,7 +90,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// The device to compute on; says so where it is not the GPU that a build for GPUs looks for.
+/// The device to compute on; prints a line if a build for GPUs uses none.
 fn resolved(device: DeviceArguments) -> DeviceArguments {
     let (device, reason) = device.resolve();
     if let Some(reason) = reason {
