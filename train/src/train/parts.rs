@@ -92,8 +92,8 @@ impl Part<'_> {
         Ok((max_neg, sums))
     }
 
-    /// Replaces the fields of `output` that are sums over anchors by their sums over all ranks. Returns
-    /// whether any rank's gradient is non-zero.
+    /// Sums the loss, its derivatives, means and counts in `output` over all ranks. Returns whether any
+    /// rank's gradient is non-zero.
     fn add_up(&self, output: &mut LossOutput) -> Result<bool> {
         let any = output.gradient.iter().any(|&entry| entry != 0.0);
         let values = [

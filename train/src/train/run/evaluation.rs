@@ -217,7 +217,7 @@ fn to_unit_row(picture: &mut [f32]) {
     let mean = picture.iter().map(|&value| f64::from(value)).sum::<f64>() / picture.len() as f64;
     let norm = picture.iter().map(|&value| (f64::from(value) - mean).powi(2)).sum::<f64>().sqrt();
     if norm < 1e-6 {
-        // A picture of one colour: constant, so that its similarity to others is 0.
+        // A picture of one colour: a constant row has similarity 0 to all rows with mean 0.
         picture.fill((picture.len() as f32).sqrt().recip());
     } else {
         picture.iter_mut().for_each(|value| *value = ((f64::from(*value) - mean) / norm) as f32);

@@ -51,8 +51,8 @@ fn too_large(
     Error::misuse(name, value, reason)
 }
 
-/// An error if embedding a chunk of `pictures` on the CPU needs at least more than this machine's memory.
-/// `values` is the lower bound of values for one picture in the network.
+/// An error if embedding a chunk of `pictures` on the CPU certainly needs more than this machine's memory.
+/// `values` is a lower bound on the values in the network for one picture.
 ///
 /// # Errors
 /// [`Misused`](ddtas_io::Error::Misused) names `--image-size`, and both sizes.
@@ -65,11 +65,11 @@ pub(crate) fn check_embedding(side: usize, values: usize, pictures: usize) -> Re
     }
 }
 
-/// An error if a step or an evaluation needs at least more than `most` bytes. `values` is the lower bound of
-/// values for one picture in the network.
+/// An error if a step or an evaluation certainly needs more than `most` bytes. `values` is a lower bound on
+/// the values in the network for one picture.
 ///
 /// # Errors
-/// [`Misused`](ddtas_io::Error::Misused) names the setting that exceeds the limit most, and both sizes.
+/// [`Misused`](ddtas_io::Error::Misused) names the setting to lower, and both sizes.
 pub(super) fn check(settings: &TrainSettings, values: usize, pictures: &Pictures, most: u128) -> Result<()> {
     let Pictures { batch, meta, test } = *pictures;
     let side = settings.image_size;
