@@ -65,7 +65,7 @@ struct Arguments {
     /// Where the picture goes.
     #[arg(long, default_value = "target/detection.png")]
     picture: PathBuf,
-    /// What all random numbers come from.
+    /// Seed of all random numbers.
     #[arg(long, default_value_t = 0)]
     seed: u64,
 }

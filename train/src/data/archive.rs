@@ -28,8 +28,7 @@ pub(super) struct Unpacking<'a> {
 /// File in an unpacked folder that records the archive's size and time (`stamp`).
 const STAMP: &str = ".ddtas-unpacked";
 
-/// Size and number of members beyond which an archive is refused as a decompression bomb. The largest of the
-/// four data sets has 3 GB in 120,000 files, and pictures hardly compress.
+/// Beyond these an archive is refused as a decompression bomb. The largest of the four data sets has 3 GB in 120,000 files.
 #[derive(Debug, Clone, Copy)]
 struct Limits {
     bytes: u64,
@@ -57,13 +56,11 @@ pub(super) fn is_archive(path: &Path) -> bool {
     [".tgz", ".tar.gz", ".tar", ".zip"].iter().any(|ending| name.ends_with(ending))
 }
 
-/// Returns the folder with the contents of `archive` and unpacks it first if necessary. The archive's first
-/// bytes tell whether it is a .tgz, .tar or .zip.
+/// The folder with the contents of `archive`, a .tgz, .tar or .zip by its first bytes; unpacks it first if necessary.
 ///
 /// # Errors
 /// [`Format`](ddtas_io::Error::Format) for an archive that is damaged, encrypted, or holds links or paths that lead out of it;
-/// [`Io`](ddtas_io::Error::Io), for example if the disk is full; [`Error::Stopped`]. In each case what was
-/// unpacked is removed.
+/// [`Io`](ddtas_io::Error::Io), for example if the disk is full; [`Error::Stopped`]. What was unpacked is then removed.
 pub(super) fn unpack(archive: &Path, unpacking: &mut Unpacking<'_>) -> Result<PathBuf> {
     let length = fs::metadata(archive).map_err(Error::io("read", archive))?.len();
     let bytes = LIMITS.bytes.min(length.saturating_mul(EXPANSION).saturating_add(SLACK));

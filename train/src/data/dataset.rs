@@ -15,7 +15,7 @@ use crate::{Error, Result};
 /// 11,870 pictures of 64 x 64 take 139 MiB. Pictures that do not fit are decoded again each time.
 pub const DEFAULT_CACHE_BYTES: usize = 1 << 30;
 
-/// K of Recall@K where a data set has no convention of its own.
+/// Values of K in Recall@K for a data set without usual ones.
 pub const RECALL_AT: &[usize] = &[1, 2, 4, 8];
 
 /// A training and a test split, with disjoint classes unless [`seen`](Self::seen).
@@ -101,9 +101,9 @@ pub trait Artist: std::fmt::Debug + Send + Sync {
 /// The size of a split.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Extent {
-    /// Classes.
+    /// Number of classes.
     pub classes: usize,
-    /// Pictures.
+    /// Number of pictures.
     pub pictures: usize,
 }
 
@@ -114,7 +114,7 @@ pub struct Unreadable {
     pub index: usize,
     /// The file.
     pub path: PathBuf,
-    /// What the decoder said.
+    /// The decoder's error.
     pub reason: String,
 }
 

@@ -11,13 +11,13 @@ use zune_jpeg::zune_core::options::DecoderOptions;
 /// A part of a picture in pixels: a bounding box of an annotation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PixelBox {
-    /// Columns to the left of it.
+    /// Columns left of the part.
     pub left: u32,
-    /// Rows above it.
+    /// Rows above the part.
     pub top: u32,
-    /// Columns in it, at least 1.
+    /// Columns of the part, at least 1.
     pub width: u32,
-    /// Rows in it, at least 1.
+    /// Rows of the part, at least 1.
     pub height: u32,
 }
 

@@ -19,7 +19,7 @@ use crate::{Error, Result};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Written", into = "Written")]
 pub enum TrainClasses {
-    /// The first ones.
+    /// The first classes, this many.
     First(usize),
     /// All of them; the test then uses the same classes.
     All,

@@ -103,12 +103,10 @@ impl Root {
         self.find(names).ok_or_else(|| self.refuse(&format!("holds no {}", names[0])))
     }
 
-    /// Reads the list at the first of `names` that exists: skips `headings` lines, and splits each other line
-    /// into `COLUMNS` words.
+    /// Reads the first of `names` that exists, without `headings` lines at its top, each line split into `COLUMNS` words.
     ///
     /// # Errors
-    /// [`Error::Dataset`] if the file is missing; [`Format`](ddtas_io::Error::Format) for another number of
-    /// words, or no lines.
+    /// [`Error::Dataset`] if it is missing; [`Format`](ddtas_io::Error::Format) for another number of words, or no lines.
     pub fn table<const COLUMNS: usize>(&self, names: &[&str], headings: usize) -> Result<Table<COLUMNS>> {
         let path = self.need(names)?;
         let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
@@ -146,8 +144,7 @@ impl Root {
     /// Makes a data set of these classes after checking that all their files exist.
     ///
     /// # Errors
-    /// [`Error::Dataset`] for missing pictures (names the first), fewer than two classes for training or
-    /// test, and for a test split with nothing to retrieve.
+    /// [`Error::Dataset`] for missing pictures, fewer than two classes on a side, and a test split with nothing to retrieve.
     pub fn dataset(&self, train: Classes, test: Classes, gallery: Option<Classes>) -> Result<Dataset> {
         let sides = || [Some(&train), Some(&test), gallery.as_ref()].into_iter().flatten();
         let files: Vec<&Path> =

@@ -19,7 +19,8 @@ pub enum DatasetKind {
     /// Car silhouettes drawn in memory from a seed: 98 classes to train, 98 unseen ones to test.
     #[default]
     Synthetic,
-    /// Your own pictures: a folder for each class, the first half of which trains; or folders or lists named train and test.
+    /// Your own pictures: a folder for each class, and the first half of the classes trains; or a split by folders or lists named
+    /// train and test.
     Folder,
     /// Stanford Cars: classes 1 to 98 train, 99 to 196 test.
     Cars196,
@@ -117,7 +118,7 @@ impl DatasetSettings {
     /// As [`open_until`](Self::open_until), but cannot be stopped.
     ///
     /// # Errors
-    /// As there.
+    /// As [`open_until`](Self::open_until).
     pub fn open(&self, tell: &mut dyn FnMut(&str)) -> Result<Dataset> {
         self.open_until(&AtomicBool::new(false), tell)
     }

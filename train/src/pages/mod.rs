@@ -33,8 +33,7 @@ pub(crate) fn push(body: &mut String, text: &str) {
     body.push('\n');
 }
 
-/// Adds a table of shares in per cent: column heads, and rows with a name and a value for each column. The
-/// highest of a column is bold.
+/// Adds a table of shares in per cent: heads, and rows with a name and a value for each column, the highest bold.
 pub(crate) fn figures(body: &mut String, heads: &[String], rows: &[(String, Vec<Option<f64>>)]) {
     push(body, "<div class=\"scroll\"><table class=\"recall\"><thead><tr><th></th>");
     heads.iter().for_each(|head| push(body, &format!("<th>{}</th>", escape(head))));

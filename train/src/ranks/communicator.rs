@@ -19,14 +19,12 @@ use crate::{Error, Result};
 
 /// How long to wait actively before sleeping: a small message takes less time, a sleep more.
 const AWAKE: Duration = Duration::from_millis(1);
-/// Time between two checks of the other processes. A process that has ended is reported at the next check,
-/// when its last messages have arrived.
+/// Time between two checks of the other processes; an end is reported at the next one, when last messages have arrived.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Time limit for closing a communicator.
 const END: Duration = Duration::from_secs(10);
 
-/// `ncclConfig_t` of NCCL 2.14, the first version with non-blocking communicators. Later versions accept it
-/// and use defaults for the fields that it lacks.
+/// `ncclConfig_t` of NCCL 2.14, the first that need not block; later versions accept it and use defaults for newer fields.
 #[repr(C)]
 struct Config {
     size: usize,
@@ -113,8 +111,7 @@ impl Communicator {
         let mut joined = Self { raw: std::ptr::null_mut(), rank, members, limit, staging, broken: true };
         let mut config = CONFIG;
         let config = (&raw mut config).cast();
-        // SAFETY: the pointers outlive the call, the struct has the size in its first field, and the GPU's
-        // context is current.
+        // SAFETY: the pointers outlive the call, the struct has the size that it states, and the GPU's context is current.
         let begun =
             unsafe { sys::ncclCommInitRankConfig(&raw mut joined.raw, size, id, rank as i32, config) };
         joined.accepted(begun)?;
@@ -250,8 +247,7 @@ impl Communicator {
         Error::Lost(format!("ended without a word: {}", names.join(", ")))
     }
 
-    /// [`Error::Lost`] unless `answer` is a success. If processes have ended, it names their ranks; that may
-    /// take a moment to notice.
+    /// [`Error::Lost`] unless `answer` is a success; names the ranks whose processes have ended, which it may take a moment to see.
     fn accepted(&self, answer: ncclResult_t) -> Result<()> {
         accepted(answer, self.raw).map_err(|error| match answer {
             ncclResult_t::ncclInvalidUsage | ncclResult_t::ncclInvalidArgument => error,

@@ -2,8 +2,7 @@
 
 use crate::{Error, Result};
 
-/// Variables for the rank, the number of ranks, and the rank on its machine: those of torchrun, which other
-/// launchers set as well, and those of srun.
+/// Variables for the rank, the number of ranks, and the rank on its machine: of torchrun and similar launchers, and of srun.
 const NAMES: [[&str; 3]; 2] =
     [["RANK", "WORLD_SIZE", "LOCAL_RANK"], ["SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"]];
 

@@ -51,7 +51,7 @@ pub trait Collective {
     /// Number of ranks.
     fn size(&self) -> usize;
 
-    /// This rank's number among those on its machine, which share its devices.
+    /// This rank's number among those on its machine.
     fn local_rank(&self) -> usize;
 
     /// The messages of all ranks, in their order; lengths may differ.

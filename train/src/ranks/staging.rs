@@ -1,7 +1,6 @@
 //! Buffers in the memory of this rank's GPU, for messages between host and NCCL.
 //!
-//! Pinned host memory is not used: messages are in ordinary vectors, and copying them to pinned memory first
-//! would take as long as it saves.
+//! Pinned host memory would not pay: copying messages to it, from ordinary vectors, takes as long as it saves.
 
 use std::ffi::c_void;
 use std::sync::Arc;

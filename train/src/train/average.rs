@@ -23,8 +23,7 @@ impl Average {
         Self { network: network.valid(), decay }
     }
 
-    /// Includes the weights of `network` after `step`. The decay is lower in the first steps, so that the
-    /// average soon forgets the initial weights.
+    /// Includes `network` after `step`. The decay is lower in the first steps, to forget the initial weights soon.
     pub fn update(&mut self, network: &EmbeddingNetwork, step: usize) {
         let decay = self.decay.min((1 + step) as f64 / (10 + step) as f64);
         let mut latest = Latest(GradientsParams::new());

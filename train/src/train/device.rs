@@ -45,8 +45,7 @@ pub(crate) fn open(spec: &DeviceSpec) -> Result<Box<dyn Backend>> {
     })
 }
 
-/// The network's device if the loss is computed by emulated kernels, for tests: the CPU, unless the build has
-/// emulated kernels for the network, too.
+/// The network's device with emulated kernels of the loss, for tests: the CPU, unless those of the network are emulated, too.
 fn emulated() -> Device {
     #[cfg(feature = "train-emulated")]
     return Device::cpu();

@@ -380,8 +380,7 @@ impl Engine {
         Ok(())
     }
 
-    /// Evaluates the loss of the whole batch, and the gradient of the rank's own rows. Returns whether any
-    /// rank's gradient is non-zero.
+    /// Evaluates the loss of the whole batch, and the gradient of the rank's own rows. Returns whether any gradient is not 0.
     fn evaluate_loss(&mut self, embeddings: ArrayView2<'_, f32>, batch: &ImageBatch) -> Result<bool> {
         let (rows, own) = ((embeddings, batch.labels.as_slice()), batch.own.clone());
         let (backend, output) = (&mut *self.backend, &mut self.output);

@@ -193,8 +193,7 @@ impl ModuleVisitor for Numbers {
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        // By name, not by dimensions: a position embedding has as many as a weight. A layer norm's scale is
-        // also named `weight`, hence the check of its parent.
+        // By name: a position embedding has as many dimensions as a weight. A layer norm's scale is also named `weight`.
         let mut names = self.path.iter().rev();
         let is_weight = names.next().is_some_and(|name| name == "weight");
         let of_norm = names.next().is_some_and(|name| name.starts_with("norm"));

@@ -25,8 +25,7 @@ pub(super) struct Part<'a> {
 }
 
 impl Part<'_> {
-    /// Evaluates the loss of the whole batch, and the gradient of the rank's own rows. Returns whether any
-    /// rank's gradient is non-zero.
+    /// Evaluates the loss of the whole batch, and the gradient of the rank's own rows. Returns whether any gradient is not 0.
     pub fn loss(
         &self,
         backend: &mut dyn Backend,
@@ -92,8 +91,7 @@ impl Part<'_> {
         Ok((max_neg, sums))
     }
 
-    /// Sums the loss, its derivatives, means and counts in `output` over all ranks. Returns whether any
-    /// rank's gradient is non-zero.
+    /// Sums loss, derivatives, means and counts in `output` over all ranks. Returns whether any gradient is not 0.
     fn add_up(&self, output: &mut LossOutput) -> Result<bool> {
         let any = output.gradient.iter().any(|&entry| entry != 0.0);
         let values = [

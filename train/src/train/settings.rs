@@ -27,10 +27,10 @@ const COUNT: &str = "0 to 2147483648";
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum BatchNorm {
-    /// By the statistics of the batch, of several ranks each by its own pictures; scale and shift are trained.
+    /// By the statistics of the batch, on each rank those of its own pictures; scale and shift are trained.
     #[default]
     Trainable,
-    /// As trainable, by the pictures of all ranks.
+    /// As trainable, but by the pictures of all ranks.
     Synchronised,
     /// By the statistics of the checkpoint it started from; scale and shift are trained.
     FrozenStatistics,

@@ -265,7 +265,7 @@ fn lamp(canvas: &mut Canvas, shape: Lamp, (x, y): Xy, size: f32, colour: Colour)
     }
 }
 
-/// The dark opening a wheel stands in: the part of a disc above the sill, or a cut-off one.
+/// The dark wheel arch: the part of a disc above the sill, cut off at the top if it is square.
 fn arch(canvas: &mut Canvas, d: &Design, x: f32) {
     let rim = d.wheel + d.arch;
     let opening = |radius: f32| -> Vec<Xy> {

@@ -266,9 +266,8 @@ impl<'a> Run<'a> {
         wanted && self.state.evaluated != Some(done)
     }
 
-    /// Whether `done` is a multiple of `--evaluate-every` epochs (0 included). With the cosine schedule, no
-    /// evaluation shortly before the last; other schedules do not depend on the number of steps, and a longer
-    /// run would evaluate there, too.
+    /// Whether `done` is a multiple of `--evaluate-every` epochs, or 0. Not shortly before the end of a cosine schedule;
+    /// other schedules do not depend on the number of steps, and a longer run would evaluate there, too.
     fn evaluates_between(&self, done: usize) -> bool {
         let every = self.settings.evaluate_every * self.sampler.steps_per_epoch();
         let ends = self.settings.optimizer.schedule == ScheduleKind::Cosine;
