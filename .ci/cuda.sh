@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Builds the CUDA backend without a GPU and holds its kernels to their budgets:
-# every kernel for sm_80, sm_89, sm_90a, sm_100, sm_120 and PTX, no spills, registers and
-# shared memory within kernels/budgets.tsv, tensor-core instructions really there.
+# Builds the CUDA backend without a GPU and checks its kernels against their budgets:
+# every kernel is compiled for sm_80, sm_89, sm_90a, sm_100, sm_120 and PTX, without spills, with registers and
+# shared memory within kernels/budgets.tsv, and with the tensor-core instructions expected.
 # Needs Rust, gcc/g++ and Python 3.11; the compiler comes from PyPI into target/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 source .ci/tools.sh
 
-# The same packages each time: the kernels are compiled once.
+# The same packages in each call, so that the kernels are compiled once.
 packages=(-p ddtas -p ddtas-bench --features cuda)
-# The messages name the folder this very build wrote to; older ones may lie beside it.
+# The messages name the folder that this build wrote to; folders of earlier builds may exist beside it.
 out=$(cargo build --release "${packages[@]}" --message-format=json-render-diagnostics |
     python3 -c '
 import json, pathlib, sys
@@ -20,11 +20,11 @@ for message in map(json.loads, sys.stdin):
         print(folder)')
 python3 .ci/kernel_budgets.py "$out" --table
 
-# Without a GPU this shows the clean refusal; with one it runs the reference cases.
+# Without a GPU this tests the error message; with one it runs the reference cases.
 cargo test --release "${packages[@]}" --test cuda -- --nocapture
 
-# What the backend asks of the driver, told by one that computes nothing.
+# The backend's calls of the driver, recorded by a stand-in that computes nothing.
 cargo test --release "${packages[@]}" --test driver
 
-# Programs and benches that run on a GPU compile, too.
+# Checks that programs and benches for a GPU compile, too.
 cargo check --release "${packages[@]}" --all-targets

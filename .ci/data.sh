@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# MAT-files against SciPy, and the loader's bench on a small fixture.
+# Compares the reader of MAT-files with SciPy, and runs the loader's bench on a small fixture.
 # Needs Rust and Python 3.11; installs NumPy and SciPy.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,5 +12,5 @@ place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT
 fixture=(--dataset cars196 --layout class-folders --classes 32 --images-per-class 2 --picture-width 500)
 cargo run --release --quiet --bin make-fixture -- "${fixture[@]}" --out "$place/pictures"
-# As a test, so that the library is not built once more for the bench profile.
+# With cargo test, so that the library is not built again for the bench profile.
 cargo test --release --quiet --bench loader -- --data-root "$place/pictures" --batches 4

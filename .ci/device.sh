@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# benches/device.sh without a GPU: --prebuilt with programs that only say what the real ones would, and --quick. What they
-# are called with, that a wrong answer is not timed and fails the run, that neither it nor a program without an answer keeps the
-# others from running, and that --quick leaves out what takes too long. Needs Python 3.10 or newer.
+# Tests benches/device.sh without a GPU, with --prebuilt and --quick: stand-ins print the output of the real programs. Checks the
+# arguments of the programs, that a wrong result is not timed and fails the run, that the other programs run after a wrong result or
+# a program that hangs, and that --quick leaves out what takes too long. Needs Python 3.10 or newer.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$work"/{bin,built}
 
-# Writes a program. DEVICE_CALLS is where it notes its call.
+# Writes the stand-in $1, which appends its arguments to the file DEVICE_CALLS and runs $2.
 stub() {
     printf '#!/usr/bin/env bash\necho "%s $*" >>"$DEVICE_CALLS"\n%s\n' "${1##*/}" "$2" >"$1"
     chmod +x "$1"
@@ -16,7 +16,7 @@ stub() {
 row='[{"batch": 64, "dim": 8, "time_ms": 1.0, "mined_share": 0.08, "peak_extra_bytes": 1, "compared": {"anchors": 64, "thresholds": 0.1, "terms": 0.2, "gradient": 0.3}}]'
 stub "$work/bin/nvidia-smi" 'echo "A GPU, 1, 2, 3, 4"'
 stub "$work/bin/compute-sanitizer" 'while [[ $1 == --* ]]; do shift 2; done; echo "ERROR SUMMARY: 0 errors"; exec "$@"'
-# Python without torch: what asks for it gets an answer, the report is the real one's.
+# Python without torch: scripts that need torch are replaced by their output; report.py runs for real.
 stub "$work/bin/python3" "case \"\$*\" in *report.py*) exec $(command -v python3) \"\$@\" ;; *baselines.py*) echo '[{\"name\": \"gemms\", \"time_ms\": 2.0}]' ;; *module.py*) echo '[]' ;; *test_gpu.py*) echo '6 passed, 2 skipped' ;; esac"
 stub "$work/built/ddtas-bench" "case \$1 in verify) echo '[]' ;; throughput) echo '$row' ;; esac"
 tests='case $* in --list) printf "one: test\ntwo: test\n\n2 tests, 0 benchmarks\n" ;; *one*) '
@@ -32,7 +32,7 @@ run() {
     said=$(env PATH="$work/bin:$PATH" DEVICE_CALLS="$work/calls" BATCHES=64 DIMS=8 DENSITIES=middle benches/device.sh \
         --prebuilt "$work/built" "$@" "$work/out" 2>&1) || status=$?
 }
-# `expect WHAT TEXT FILE`: FILE holds TEXT.
+# `expect WHAT TEXT FILE`: fails unless FILE contains TEXT.
 expect() {
     grep -qF -- "$2" "$3" || {
         echo "device.sh: $1: no \"$2\" in $(basename "$3"): $(cat "$3"); it said: $said"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Compiles the CUDA kernels with g++ and runs them on the CPU: reference cases and random shapes
-# through every kernel, under shuffled schedules, planted faults caught; then the reference cases
-# under AddressSanitizer and UndefinedBehaviorSanitizer; then every kernel under ThreadSanitizer, with
-# every thread of a block a thread to it.
+# through every kernel, with shuffled schedules, and with planted faults that must be detected; then the
+# reference cases under AddressSanitizer and UndefinedBehaviorSanitizer; then every kernel under
+# ThreadSanitizer, which treats every thread of a block as a thread.
 # Needs Rust, gcc/g++ and Python 3.11.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,7 +10,7 @@ source .ci/tools.sh
 say() { printf -- '-- %s (%ss)\n' "$1" "$SECONDS"; }
 
 packages=(-p ddtas -p ddtas-bench -p ddtas-cases --features emulated)
-# Builds the program as its tests do, so that the library is compiled once for both.
+# Builds the program through its tests, so that the library is compiled once for both.
 verify() {
     cargo test --release --quiet --no-run "${packages[@]}" --test verify
     env ${preload:+LD_PRELOAD="$preload"} target/release/ddtas-bench verify --backend emulated "$@"
@@ -18,8 +18,8 @@ verify() {
 cargo test --release "${packages[@]}" --test emulation --test emulated --test nearest --test launches --test resident --test comparison --test spot_check --test capi --test verify
 verify tests/golden
 
-# DDTAS_SANITIZE has build.rs compile the kernels anew, and so this crate, but none of its dependencies.
-# The runtime of the sanitizers must be loaded before Rust's.
+# With DDTAS_SANITIZE build.rs compiles the kernels again, and so this crate, but none of its dependencies.
+# The sanitizer's runtime must be loaded before Rust's.
 sanitize() {
     export DDTAS_SANITIZE=$1
     preload=$(g++ -print-file-name="$2")
@@ -33,7 +33,8 @@ verify tests/golden
 
 say "ThreadSanitizer: a barrier taken out of select.cu is noticed"
 sanitize thread libtsan.so
-# Rust's copies and allocations are seen, but not what orders them among its threads (kernels/emulation/races.h).
+# ThreadSanitizer sees Rust's copies and allocations, but not the synchronisation between its threads
+# (kernels/emulation/races.h).
 export TSAN_OPTIONS="halt_on_error=1 exitcode=66 ignore_interceptors_accesses=1"
 faulty=$(mktemp -d)
 trap 'rm -rf "$faulty"' EXIT
@@ -47,7 +48,7 @@ if [[ $status != 66 || $said != *"data race"*select.cu* ]]; then
 fi
 
 say "ThreadSanitizer: every kernel"
-# Two processes side by side: of one's threads it would not know what orders them.
+# Two processes in parallel instead of test threads, whose synchronisation ThreadSanitizer would not see.
 cargo test --release --quiet --no-run "${packages[@]}" --test emulated
 cargo test --release "${packages[@]}" --test emulated every_kernel_of_f32 -- --test-threads 1 &
 cargo test --release "${packages[@]}" --test emulated every_kernel -- --skip f32 --test-threads 1

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Holds `ddtas-train eval` to the definitions in numpy and to scikit-learn's NMI; to pytorch-metric-learning too
-# where .ci/python.sh has installed it. Needs Rust and Python 3.11; installs numpy, scikit-learn and safetensors.
+# Compares `ddtas-train eval` with the definitions in numpy and with scikit-learn's NMI; also with pytorch-metric-learning,
+# if .ci/python.sh has installed it. Needs Rust and Python 3.11; installs numpy, scikit-learn and safetensors.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -1,4 +1,4 @@
-"""Reads a run's event files as TensorBoard does, and compares every figure with metrics.jsonl.
+"""Reads a run's event files with TensorBoard's reader, and compares every number with metrics.jsonl.
 
 Usage: event_files.py RUN_FOLDER
 """
@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 
 def figures(run):
-    """Tag to list of (step, value) by metrics.jsonl."""
+    """Lists of (step, value) by tag, from metrics.jsonl."""
     wanted = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
@@ -32,7 +32,7 @@ def figures(run):
 
 
 def single(figure):
-    """The figure as event files hold it, in single precision."""
+    """The number rounded to single precision, as in event files."""
     return struct.unpack("<f", struct.pack("<f", figure))[0]
 
 

@@ -1,12 +1,12 @@
-"""Holds the compiled kernels to kernels/budgets.tsv: registers, shared memory, spills, tensor cores.
+"""Checks the compiled kernels against kernels/budgets.tsv: registers, shared memory, spills, tensor cores.
 
-    python3 .ci/kernel_budgets.py FOLDER              check; FOLDER holds *.ptxas.txt and *.fatbin
-    python3 .ci/kernel_budgets.py FOLDER --table      print what was measured, target by target
-    python3 .ci/kernel_budgets.py FOLDER --write      set budgets.tsv and docs/kernels.md's table to it
+    python3 .ci/kernel_budgets.py FOLDER              check; FOLDER contains *.ptxas.txt and *.fatbin
+    python3 .ci/kernel_budgets.py FOLDER --table      print the registers of every kernel on each target
+    python3 .ci/kernel_budgets.py FOLDER --write      set budgets.tsv and the table of docs/kernels.md to the values found
 
-The budget of a kernel is the most over all targets, registers rounded up to 8 as the hardware
-hands them out. A spilled register, a byte of stack, a note that products are waited for one by
-one: never allowed, whatever the budget.
+The budget of a kernel is the maximum over all targets, with registers rounded up to a multiple of 8, as the hardware
+allocates them. Spilled registers, stack memory, and an assembler note that it serialises wgmma instructions are
+errors in any case.
 """
 
 import argparse
@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = ROOT / "kernels/budgets.tsv"
 DOCUMENT = ROOT / "docs/kernels.md"
 TARGETS = ["sm_80", "sm_89", "sm_90a", "sm_100", "sm_120"]
-# The machine instruction that each way to the tensor cores becomes. mma.sync is HMMA on all
-# of them; wgmma exists on sm_90a alone.
+# The machine instruction of each kind of tensor-core operation. mma.sync is HMMA on all targets;
+# wgmma exists on sm_90a only.
 INSTRUCTION = {"mma": "HMMA", "wgmma": "HGMMA"}
 HEADER = "# kernel\tregisters\tstatic shared bytes\ttensor cores: -, mma or wgmma (sm_90a)\n"
 MARKS = ("<!-- budgets -->", "<!-- end of budgets -->")
@@ -31,7 +31,7 @@ MARKS = ("<!-- budgets -->", "<!-- end of budgets -->")
 
 @dataclass
 class Usage:
-    """What ptxas and the disassembly say of one kernel on one target."""
+    """Resources and instructions of one kernel on one target, from ptxas and the disassembly."""
 
     registers: int = 0
     shared: int = 0
@@ -41,7 +41,7 @@ class Usage:
 
 
 def files_of_kernels(folder: Path, suffix: str) -> list[Path]:
-    """What this build wrote: files of sources that were renamed since may lie beside it."""
+    """The files of current sources; files of sources that were renamed since may be in the folder, too."""
     return [path for source in sorted((ROOT / "kernels").rglob("*.cu")) if (path := folder / (source.stem + suffix)).exists()]
 
 
@@ -51,7 +51,7 @@ def read_reports(folder: Path) -> dict[str, dict[str, Usage]]:
     for report in files_of_kernels(folder, ".ptxas.txt"):
         current = Usage()
         for line in report.read_text().splitlines():
-            # Also what the assembler calls information: C75xx, that it waits for every single wgmma.
+            # Also the information messages C75xx: the assembler serialises wgmma instructions.
             if "warning" in line.lower() or re.search(r"\bC75\d\d\b|Potential Performance Loss", line):
                 sys.exit(f"{report.name}: {line}")
             if entry := re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line):
@@ -67,7 +67,7 @@ def read_reports(folder: Path) -> dict[str, dict[str, Usage]]:
 
 
 def read_instructions(folder: Path, usage: dict[str, dict[str, Usage]]) -> None:
-    """Adds the tensor-core instructions that are really in the machine code, and whether warps hand registers over."""
+    """Adds the tensor-core instructions in the machine code, and USETMAXREG, with which warps exchange registers."""
     for image in files_of_kernels(folder, ".fatbin"):
         listing = subprocess.run(["cuobjdump", "-sass", image], check=True, capture_output=True, text=True).stdout
         target, current = "", Usage()
@@ -76,7 +76,7 @@ def read_instructions(folder: Path, usage: dict[str, dict[str, Usage]]) -> None:
                 target = line.removeprefix("arch = ").strip()
             elif function := re.match(r"\s*Function : (\w+)", line):
                 current = usage[function[1]].setdefault(target, Usage())
-            # HFMA2.MMA is ordinary arithmetic, hence the end of the name.
+            # HFMA2.MMA is ordinary arithmetic, so the names must be followed by a dot.
             elif found := re.search(r"\b(HMMA|HGMMA|USETMAXREG)\.", line):
                 current.instructions.add(found[1])
 
@@ -87,7 +87,7 @@ def read_budgets() -> dict[str, tuple[int, int, str]]:
 
 
 def tensor_cores(by_target: dict[str, Usage]) -> str:
-    """The way to the tensor cores that the machine code shows."""
+    """The kind of tensor-core operation in the machine code."""
     if "HGMMA" in by_target["sm_90a"].instructions:
         return "wgmma"
     return "mma" if "HMMA" in by_target["sm_80"].instructions else "-"
@@ -98,7 +98,7 @@ def most(by_target: dict[str, Usage], field: str) -> int:
 
 
 def check(usage: dict[str, dict[str, Usage]]) -> list[str]:
-    """What is wrong, a line each."""
+    """The problems found, one line each."""
     problems = []
     budgets = read_budgets()
     for pattern in budgets:
@@ -122,7 +122,7 @@ def check(usage: dict[str, dict[str, Usage]]) -> list[str]:
                 problems.append(f"{where} keeps {got.stack} bytes on the stack: an array indexed at run time?")
             if got.registers > registers:
                 problems.append(f"{where} takes {got.registers} registers, budget {registers}")
-            # The warps that want more wait for ever for what the block was not given.
+            # Otherwise warps would wait forever for registers that the block was not given.
             if "USETMAXREG" in got.instructions and got.registers != registers:
                 problems.append(f"{where} takes {got.registers} registers, and its warps share out {registers} a thread")
             if got.shared > shared:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The library as C and C++ see it: built without Burn and without CUDA, installed to a prefix of its
-# own, its symbols compared with the header's, the examples built by pkg-config and by CMake and run,
-# and the C tests (tests/capi) run under AddressSanitizer and UndefinedBehaviorSanitizer.
-# Needs Rust, gcc/g++ and Python 3.11; make and pkg-config come from Debian, CMake from PyPI where they are not there.
+# Tests the library for C and C++: builds it without Burn and CUDA, installs it to a separate prefix,
+# compares its symbols with the header's, builds the examples by pkg-config and by CMake and runs them,
+# and runs the C tests (tests/capi) under AddressSanitizer and UndefinedBehaviorSanitizer.
+# Needs Rust, gcc/g++ and Python 3.11; installs make and pkg-config from Debian, CMake from PyPI if they are missing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 say() { printf -- '-- %s (%ss)\n' "$1" "$SECONDS"; }
@@ -61,7 +61,7 @@ for test in hostile memory parts threads; do
     "$work/$test"
 done
 
-# The allocator of AddressSanitizer does not survive a fork while another thread allocates; glibc's does.
+# AddressSanitizer's allocator can deadlock in a fork while another thread allocates; glibc's does not.
 say "tests/capi/fork.c under UndefinedBehaviorSanitizer"
 gcc -std=c11 "${warnings[@]}" -g -O1 -fsanitize=undefined -fno-sanitize-recover=all "${include[@]}" tests/capi/fork.c \
     -o "$work/fork" "$prefix/lib/libddtas.a" "${system[@]}"

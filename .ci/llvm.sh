@@ -1,7 +1,7 @@
-# Sourced by the scripts beside it, for builds with the feature train-cuda: gives Burn's CUDA backend a static LLVM.
+# Sourced by the other scripts for builds with the feature train-cuda: provides a static LLVM for Burn's CUDA backend.
 #
-# Its build script (tracel-llvm-bundler) downloads one of its own from its project's releases. Where those cannot
-# be reached, this puts the same major version from PyPI into target/llvm, laid out as if it had been downloaded.
+# Its build script (tracel-llvm-bundler) would download one from its project's releases, which cannot be reached
+# everywhere. This puts the same major version from PyPI into target/llvm, with the layout of that download.
 llvm=$PWD/target/llvm
 llvm_packages=(mlc-llvm-static==23.1.1.post0 mlc-llvm-static-extra-targets==23.1.1.post0)
 if [[ "$(cat "$llvm/packages" 2>/dev/null)" != "${llvm_packages[*]}" ]]; then
@@ -14,5 +14,5 @@ if [[ "$(cat "$llvm/packages" 2>/dev/null)" != "${llvm_packages[*]}" ]]; then
     touch "$llvm/tracel/tracel-llvm-$bundle/.tracel-llvm-installed"
     echo "${llvm_packages[*]}" >"$llvm/packages"
 fi
-# Where the build script looks for what it has downloaded before.
+# Where the build script looks for earlier downloads.
 export XDG_DATA_HOME=$llvm

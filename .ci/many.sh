@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Many processes that train together.
+# Tests processes that train together.
 #
 #     .ci/many.sh              everything
 #     .ci/many.sh NAME...      parts of it: python (ddtas.torch over gloo, by torchrun), trainer (ddtas-train by mpirun), nccl (ddtas-train over stand-ins for NCCL)
 #
-# Needs Rust, g++ and Python 3.11; installs Open MPI where it is missing, libclang and Python packages into target/.
+# Needs Rust, g++ and Python 3.11; installs Open MPI if it is missing, and libclang and Python packages into target/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# The loss of a process group in 1 to 4 processes, and the recipe in three: one process's losses, a killed rank, resume with two.
+# The loss of a process group in 1 to 4 processes; the recipe in three: the same losses as in one, a killed rank,
+# resuming with two.
 python() {
     source .ci/environment.sh
     install pytest numpy pillow
@@ -55,9 +56,9 @@ python() {
     wait "$mpirun" || true
 }
 
-# ddtas-train with both kinds of processes, and what it trains on.
+# Builds ddtas-train with MPI and NCCL, and makes its training pictures.
 build() {
-    # Open MPI is linked to.
+    # The build links to Open MPI.
     if ! command -v mpirun >/dev/null || ! command -v mpicc >/dev/null; then
         local as_root=()
         [[ $(id -u) == 0 ]] || as_root=(sudo)
@@ -65,24 +66,24 @@ build() {
         "${as_root[@]}" apt-get install -qq -y --no-install-recommends openmpi-bin libopenmpi-dev >/dev/null
     fi
     source .ci/tools.sh
-    # The bindings of mpi.h: libclang of PyPI comes without the compiler's own headers.
+    # For the bindings of mpi.h: PyPI's libclang lacks the compiler's own headers.
     LIBCLANG_PATH=$(python3 -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/clang/native
     BINDGEN_EXTRA_CLANG_ARGS="-I$(gcc -print-file-name=include)"
     export LIBCLANG_PATH BINDGEN_EXTRA_CLANG_ARGS
-    # As a test, so that only this package is built once more.
+    # Through a test, so that only this package is built again.
     cargo test --release --quiet --no-run --features ddtas-train/mpi,ddtas-train/nccl --test ranks
     cargo clippy --release --quiet --features ddtas-train/mpi,ddtas-train/nccl --lib --bins --test ranks -- -D warnings
     cargo run --release --quiet --bin make-fixture -- --dataset cub200 --classes 12 --picture-width 40 --out "$place/set" >/dev/null
     train=$PWD/target/release/ddtas-train
     settings=(--dataset folder --data-root "$place/set/CUB_200_2011/images" --image-size 16 --width 4 --embedding-dim 16 --evaluate-every 0
         --classes-per-batch 5 --images-per-class 3 --steps 30 --checkpoint-every 5 --generator head --memory-size 20)
-    # Long enough to be ended in the middle.
+    # Long enough to be interrupted in the middle.
     steps=150
     long=(--steps $steps --warm-up 0 --schedule constant)
 }
 
-# ddtas-train by Open MPI: two and three processes, the same bytes as threads; killed, stopped, resumed with other ranks, bad data.
-# The threads against one process: train/tests/ranks.rs.
+# ddtas-train with Open MPI: two and three processes give the same bytes as threads; killed, stopped, resumed with other ranks, bad data.
+# train/tests/ranks.rs compares threads with one process.
 trainer() {
     [[ -n $train ]] || build
     export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
@@ -120,8 +121,8 @@ trainer() {
     grep -q "add --ranks mpi" "$place/log" || said
 }
 
-# ddtas-train over NCCL, as a launcher starts it: the same bytes as threads; a rank that is killed, hangs, or does not come; what is left of others; what is missing.
-# NCCL and the driver are stand-ins (train/tests/nccl): the real ones have not been run here.
+# ddtas-train over NCCL, as a launcher starts it: the same bytes as threads; a rank that is killed, hangs, or does not come; files left by other runs; missing libraries and settings.
+# NCCL and the driver are stand-ins (train/tests/nccl); the real ones have not been run.
 nccl() {
     [[ -n $train ]] || build
     mkdir "$place/libraries" "$place/driver"
@@ -189,11 +190,11 @@ nccl() {
     grep -q "add --ranks nccl --rendezvous FILE" "$place/log" || said
 }
 
-# Starts $1 ranks in the background with the arguments behind it, the last one also with those in $last: $processes.
+# Starts $1 ranks in the background with the arguments $2 and so on, the last rank also with those in $last. Sets $processes.
 over_nccl() {
     processes=()
     for ((rank = 0; rank < $1; rank++)); do
-        # Not by a function, whose process would be a shell. Two ranks as torchrun starts them, three as srun does.
+        # Not by a function, whose process would be a shell. Two ranks get torchrun's variables, three srun's.
         local variables=("RANK=$rank" "WORLD_SIZE=$1")
         [[ $1 == 2 ]] || variables=("SLURM_PROCID=$rank" "SLURM_NTASKS=$1" "SLURM_LOCALID=$rank")
         local apart=()
@@ -203,7 +204,7 @@ over_nccl() {
     done
 }
 
-# Kills processes, and keeps the shell from saying so.
+# Kills processes, without the shell's message.
 killed() {
     kill -9 "$@"
     wait "$@" 2>/dev/null || true
@@ -215,7 +216,7 @@ all_succeed() {
     done
 }
 
-# Waits until ten steps of run $1, of process $2, are done.
+# Waits until run $1 of process $2 has done ten steps.
 under_way() {
     until [[ $(wc -l <"$place/$1/metrics.jsonl") -ge 12 ]]; do
         kill -0 "$2" || said
@@ -223,7 +224,7 @@ under_way() {
     done 2>/dev/null
 }
 
-# Waits for process $1, called $2, which must end within ten seconds with an error.
+# Waits for process $1, named $2, which must end within ten seconds with an error.
 fails_soon() {
     for _ in {1..100}; do
         kill -0 "$1" 2>/dev/null || break
@@ -236,7 +237,7 @@ fails_soon() {
     if wait "$1"; then said; fi
 }
 
-# The ranks behind $1 must end within ten seconds with an error and one last line that holds $1.
+# The ranks $2 and so on must end within ten seconds with an error, in one last line that contains $1.
 each_says() {
     for rank in "${@:2}"; do
         fails_soon "${processes[rank]}" "rank $rank"
@@ -245,7 +246,7 @@ each_says() {
     done
 }
 
-# A rank alone with the variables and flags behind $1, whose one line must hold $1.
+# Runs a single rank with the variables and flags $2 and so on; its one line must contain $1.
 refused() {
     local variables=() flags=()
     for argument in "${@:2}"; do
@@ -255,7 +256,7 @@ refused() {
     [[ $(wc -l <"$place/log") == 1 ]] && grep -q "^ddtas-train: .*$1" "$place/log" || said
 }
 
-# A run of $1 ranks as threads, if there is none yet, and how it normalises: $normalise.
+# Runs $1 ranks as threads, unless that was done before. Sets $normalise, the way of normalising.
 by_threads() {
     normalise=(--batch-norm "$([[ $1 == 2 ]] && echo trainable || echo synchronised)")
     [[ -d $place/threads-$1 ]] || "$train" "${settings[@]}" "${normalise[@]}" --ranks "$1" --output "$place/threads-$1" &>"$place/log" || said
@@ -267,17 +268,17 @@ same_as_threads() {
     done
 }
 
-# The processors are shared out among the threads of all ranks, not the ranks among the processors.
+# --bind-to none, since each rank uses several threads; the ranks divide the processors themselves.
 launch=(mpirun --oversubscribe --bind-to none)
 mpi() { "${launch[@]}" -n "$1" "$train" --ranks mpi "${@:2}"; }
 
-# What the last program said, and the end.
+# Prints the output of the last program and exits.
 said() {
     tail -n +1 "$place"/log*
     exit 1
 }
 
-# A run of three ranks in the background of 150 steps, ten of them done: $mpirun is its process.
+# Starts a run of three ranks and 150 steps in the background, and waits for ten of them. Sets $mpirun, its process.
 started() {
     # Not by a function, whose process would be a shell.
     "${launch[@]}" -n 3 "$train" --ranks mpi "${settings[@]}" "${long[@]}" --output "$place/$1" &>"$place/log" &
@@ -285,14 +286,14 @@ started() {
     under_way "$1" "$mpirun"
 }
 
-# The process of a rank of that run.
+# Process id of rank $1 of that run.
 rank_of() {
     for process in $(pgrep -P "$mpirun"); do
         if tr '\0' '\n' <"/proc/$process/environ" | grep -qEx "(OMPI_COMM_WORLD_)?RANK=$1"; then echo "$process"; fi
     done
 }
 
-# Waits for that run, which must end within ten seconds with an error and a line that holds $2.
+# Waits for that run, named $1, which must end within ten seconds with an error and a line that contains $2.
 ended() {
     fails_soon "$mpirun" "$1"
     grep -q "$2" "$place/log" || said
@@ -301,7 +302,7 @@ ended() {
 place=$(mktemp -d)
 mpirun= train=
 processes=() last=()
-# Ranks take a SIGTERM as a wish to save first.
+# -9, since ranks save a checkpoint after a SIGTERM.
 trap 'kill $mpirun 2>/dev/null || true; kill -9 "${processes[@]}" 2>/dev/null || true; rm -rf "$place"' EXIT
 parts=("$@")
 [[ $# -gt 0 ]] || parts=(python trainer nccl)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs the Python package as `pip install .` does from a clean clone, and tests it: on NumPy arrays always, on torch and
-# in pytorch-metric-learning's trainer where torch can be installed (skips are counted and say why); then format and
-# lints of its Rust side, and its types against the compiled module.
+# Installs the Python package as `pip install .` does from a clean clone, and tests it: with NumPy arrays always, with torch and
+# pytorch-metric-learning's trainer if torch can be installed (skips are counted and give their reason); then checks format
+# and lints of its Rust code, and its types against the compiled module.
 # Needs Rust, gcc and Python 3.10 or newer; the rest comes from PyPI into target/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,7 +13,7 @@ install pytest mypy numpy ml_dtypes
 install --force-reinstall --no-deps .
 echo "installed (${SECONDS}s)"
 
-# What was made last time is kept, if it still starts.
+# A torch from an earlier run is kept if it can still be imported.
 if ! has "torch, pytorch_metric_learning"; then
     if install scikit-learn tqdm && "$python" .ci/torch_cpu.py && install --no-deps pytorch-metric-learning==2.9.0; then
         echo "torch installed (${SECONDS}s)"

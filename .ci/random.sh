@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Random batches and files against the truth, others in every run: .ci/random.sh [CASES] [SEED].
-# The tests draw from a fixed seed; what fails here goes into them by name (tests/cpu.rs). A tenth as many run on the emulated GPU.
+# Tests random batches and files, different ones in every run: .ci/random.sh [CASES] [SEED].
+# The usual tests have a fixed seed; cases that fail here are added to them by name (tests/cpu.rs). A tenth as many run on the emulated GPU.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source .ci/tools.sh

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The event files of a run that was killed and gone on with, read by the tensorboard package.
-# Needs the release build and Python 3.11 or later; without network it says so and passes.
+# Reads the event files of a run that was killed and resumed with the tensorboard package.
+# Needs the release build and Python 3.11 or later; without network it prints that and passes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source .ci/environment.sh

@@ -1,7 +1,7 @@
-# Sourced by the scripts beside it: puts nvcc, the disassembler and libclang, from PyPI,
-# into target/cuda-tools, and that folder first in PATH.
+# Sourced by the other scripts: installs nvcc, the disassembler and libclang from PyPI into
+# target/cuda-tools, and puts that folder first in PATH.
 
-# All pinned: nvcc alone pulls newer parts that do not fit it. The disassembler of 13.2 reads 13.0.
+# All are pinned: nvcc alone would pull newer parts that do not fit it. The disassembler of 13.2 can read 13.0.
 packages=(
     nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88
     nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85

@@ -2,10 +2,10 @@
 
     python .ci/torch_cpu.py
 
-PyPI has torch for Linux only as built for CUDA, and that build asks for the libraries of CUDA when it starts, GPU or not.
-A run on the CPU calls none of them except the runtime's registration of kernels. So this installs torch without its
-dependencies, those it imports, and the CUDA runtime, and puts libraries in the place of the others that hold
-the names torch links to and nothing else. Needs gcc and readelf; the running Python must be a virtual environment's.
+PyPI has torch for Linux only with CUDA, and that build needs CUDA's libraries to start, even without a GPU. A run on
+the CPU calls none of them except the runtime's registration of kernels. So this installs torch without dependencies,
+the packages that it imports, and the CUDA runtime, and replaces the other libraries by stand-ins with only the
+symbols that torch links to. Needs gcc and readelf; must be run with the Python of a virtual environment.
 """
 
 import re
@@ -16,7 +16,7 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-# The runtime's version is the one torch's metadata states.
+# The runtime's version is that in torch's metadata.
 WITHOUT_DEPENDENCIES = ["torch==2.15.0", "nvidia-cuda-runtime==13.2.*"]
 IMPORTED = ["filelock", "typing-extensions", "sympy", "networkx", "jinja2", "fsspec", "numpy"]
 
@@ -32,7 +32,7 @@ def readelf(flag: str, path: Path) -> str:
 
 
 def stand_in(path: Path, version: str | None, names: set[str]) -> None:
-    """A library with these functions, which answer 1: an error to whoever calls one after all."""
+    """Builds a library with functions of these names that return 1, an error code, if they are called."""
     source = "".join(f"int {name}(void) {{ return 1; }}\n" for name in sorted(names))
     with tempfile.NamedTemporaryFile("w", suffix=".map") as script:
         command = ["gcc", "-shared", "-nostdlib", "-fno-builtin", "-w", f"-Wl,-soname,{path.name}"]
@@ -46,7 +46,7 @@ def stand_in(path: Path, version: str | None, names: set[str]) -> None:
 def main() -> None:
     if sys.prefix == sys.base_prefix:
         sys.exit("this changes torch's libraries: run it with the Python of a virtual environment")
-    # In this order: after torch, pip would complain of what is left out.
+    # In this order: after torch, pip would complain of missing dependencies.
     pip(*IMPORTED)
     pip("--no-deps", *WITHOUT_DEPENDENCIES)
 
@@ -57,7 +57,7 @@ def main() -> None:
     unversioned: set[str] = set()
     for library in (site / "torch/lib").glob("*.so*"):
         for name in re.findall(r"NEEDED.*\[(lib(?:cu|nv|nccl)\S+)\]", readelf("-d", library)):
-            # The driver's library is the machine's own, and loaded only where there is one.
+            # The driver's library belongs to the machine, and is loaded only if it exists.
             if name != "libcuda.so.1" and not (target / name).exists():
                 missing.setdefault(name, None)
         wanted = ""

@@ -1,39 +1,38 @@
 #!/usr/bin/env bash
-# Everything there is to know about ddtas on one GPU, in one command:
+# Verifies, sanitizes, compares and times ddtas on one GPU, in one command:
 #
 #     benches/device.sh [--quick] [--prebuilt DIR] [OUT]
 #
-# 1. the reference cases, every dtype, both forms, on the GPU
-# 2. compute-sanitizer memcheck, racecheck and initcheck over them
-# 3. throughput at several densities beside, in the same run on the same rows,
-#    the floor (two bare cuBLAS GEMMs), dense torch eager and compiled, and
-#    pytorch-metric-learning: table.md, plot.svg, results.json. Before a shape is timed its
-#    answer is compared: m+, m-, counts, terms of the loss and gradient of 128 anchors with float64,
-#    counts with the kernels that are not Hopper's, and budget 0 bit for bit. What is wrong is not timed.
-# 4. the module of PyTorch on tensors of the GPU: its tests (python/tests/test_gpu.py), then compared with dense torch
-#    in float64 and timed: python.json
+# 1. the reference cases on the GPU, in every dtype and both forms
+# 2. the same under compute-sanitizer's memcheck, racecheck and initcheck
+# 3. throughput at several densities, compared in the same run and on the same rows with a lower bound (two bare
+#    cuBLAS GEMMs), dense torch eager and compiled, and pytorch-metric-learning: table.md, plot.svg, results.json.
+#    Before a shape is timed its results are checked: m+, m-, counts, terms of the loss and gradient of 128 anchors against
+#    float64, counts against the kernels for other GPUs than Hopper, and budget 0 bit for bit. A wrong shape is not timed.
+# 4. the PyTorch module on tensors in GPU memory: its tests (python/tests/test_gpu.py), a comparison with dense torch
+#    in float64, and times: python.json
 #
-#     --quick          4 minutes at most: two batches and densities, fewer peers, memcheck alone, each
-#                      step only as long as there is time; what was left out is named
-#     --prebuilt DIR   run what `benches/prebuilt.sh DIR` built elsewhere: `ddtas-bench`, `resident`, `tests`
+#     --quick          4 minutes at most: two batches and densities, fewer peers, only memcheck; steps that there is
+#                      no time for are left out and named
+#     --prebuilt DIR   use the programs that `benches/prebuilt.sh DIR` built elsewhere: `ddtas-bench`, `resident`, `tests`
 #                      and a wheel. Then neither Rust nor nvcc is needed.
 #     OUT              benches/records/DATE-GPU-cuda by default
 #
-# What fails does not keep the rest from running: it is named when it happens, at the end and in OUT/README.md, and the exit code is 1.
-# A command without an answer is ended, as one whose kernel waits for ever would be; it is run once more, a kernel at a
-# time, to say which one; and after a second such command what is left of its step is left out.
+# After a failure the rest still runs: the failure is named when it happens, at the end and in OUT/README.md, and the exit code is 1.
+# A command that does not end within its limit, such as one with a hanging kernel, is killed and run once more, one kernel
+# at a time, to name the kernel. After a second such command the rest of its step is left out.
 #
-# Needs an NVIDIA GPU (8.0 or newer) with driver 580 or newer, Rust, CUDA 13 (nvcc,
-# compute-sanitizer), libclang, and Python with torch; pytorch-metric-learning if it
-# is to be measured, ddtas (docs/python.md) and pytest for step 4. Environment:
+# Needs an NVIDIA GPU (compute capability 8.0 or newer) with driver 580 or newer, Rust, CUDA 13 (nvcc, compute-sanitizer),
+# libclang, and Python with torch; for its measurement pytorch-metric-learning; for step 4 ddtas (docs/python.md) and pytest.
+# Environment:
 #     BATCHES, DIMS   rows and dimensions, separated by commas
 #     DENSITIES       late (1 % of the negatives mined), middle (8 %), start (30 %), or shares as numbers;
-#                     0.004 and these three by default, what the aims and the CPU's table are about
-#     DTYPE           bf16 (default), f16 or f32, which is measured twice: exact, and in TF32 as its peers are
-#     BUDGET          bytes for candidates (16 GiB); a batch takes no more than it can use
-#     SKIP            any of "verify sanitize throughput python", to leave out steps
-#     QUICK_SECONDS   after which --quick starts nothing and waits for nothing (215)
-#     LIMIT           seconds after which a command is ended, but for compute-sanitizer (600; with --quick 40)
+#                     by default 0.004 and these three, those of the aims and of the CPU's table
+#     DTYPE           bf16 (default), f16 or f32, which is measured twice: exact, and in TF32 like its peers
+#     BUDGET          most bytes for candidates (16 GiB)
+#     SKIP            steps to leave out, any of "verify sanitize throughput python"
+#     QUICK_SECONDS   seconds after which --quick starts nothing more and ends what runs (215)
+#     LIMIT           seconds after which a command is ended, except compute-sanitizer (600; with --quick 40)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -106,13 +105,13 @@ broken() {
     failures+=("$1")
     tell "FAILED: $1"
 }
-# Seconds that a command may take: with --quick no more than are left.
+# Seconds that a command may take: LIMIT, or with --quick the seconds left if fewer.
 allowed() {
     local left=$((quick_seconds - SECONDS))
     [[ -n $quick ]] && ((left < limit)) && echo "$left" || echo "$limit"
 }
 hangs=0 # commands of this step that were ended
-# `attempt NAME COMMAND...` runs a command and says what became of it, if that is not good. True if it is.
+# `attempt NAME COMMAND...` runs a command and reports a failure. True if the command succeeded.
 attempt() {
     local name=$1 status=0 seconds
     shift
@@ -160,7 +159,7 @@ if [[ -n $prebuilt ]]; then
     done
     export PYTHONPATH=$scratch/python${PYTHONPATH:+:$PYTHONPATH}
 else
-    # Lines for compute-sanitizer; they cost nothing at run time.
+    # Line numbers for compute-sanitizer; they cost nothing at run time.
     export NVCC_APPEND_FLAGS=-lineinfo
     cargo build --release -p ddtas-bench --features cuda
     bench=target/release/ddtas-bench
@@ -170,7 +169,7 @@ else
     cargo bench --quiet --no-run -p ddtas-bench --features cuda --bench resident
     cargo test --quiet --no-run --release -p ddtas --features cuda --test cuda
 fi
-# The time of compiling is not counted.
+# The time of compiling does not count.
 SECONDS=0
 
 if ! skipped verify; then
@@ -178,13 +177,13 @@ if ! skipped verify; then
     attempt "reference cases, $out/verify.json" "$bench" verify tests/golden --backend cuda --json >"$out/verify.json" || true
     attempt "reference cases with --tf32, $out/verify-tf32.json" \
         "$bench" verify tests/golden --backend cuda --tf32 --json >"$out/verify-tf32.json" || true
-    # The tests add dtypes, the rectangular form and random shapes; here a skip is a failure. Each by itself: one whose kernel
-    # waits for ever does not keep the others from running.
+    # The tests add dtypes, the rectangular form and random shapes; here a skip is a failure. Each runs by itself, so that a
+    # hanging kernel does not prevent the others.
     names=$("${tests[@]}" --list 2>/dev/null | sed -n 's/: test$//p')
     [[ -n $names ]] || broken "there are no tests to run"
     export DDTAS_REQUIRE_GPU=1
     for name in $names; do
-        # Of one without an answer the last case there is the one.
+        # If a test hangs, the last case in this file is the one.
         echo "== $name" >>"$out/tests.txt"
         attempt "test $name, $out/tests.txt" "${tests[@]}" --exact "$name" --nocapture >>"$out/tests.txt" 2>&1 || true
     done
@@ -193,7 +192,7 @@ fi
 if ! skipped throughput; then
     echo "== throughput"
     hangs=0
-    # Exact products, and for f32 those in TF32: no argument more, or one.
+    # Arguments for exact products (none), and for f32 also for TF32.
     products=("")
     [[ $dtype != f32 ]] || products+=(--tf32)
     peers=(--seconds "$seconds" ${quick:+--peers gemms,compiled})
@@ -201,14 +200,14 @@ if ! skipped throughput; then
         for density in ${densities//,/ }; do
             for batch in ${batches//,/ }; do
                 name=$batch-$dim-$density rows=$scratch/rows.safetensors
-                # The first call draws the rows that everybody is measured on.
+                # The first call draws the rows; all others read them.
                 given=(--batch "$batch" --dim "$dim" --density "$density" --save-embeddings "$rows")
                 for tf32 in "${products[@]}"; do
-                    # From the host, copies included.
+                    # Rows on the host, with copies.
                     attempt "$name from the host" "$bench" throughput --backend cuda "${given[@]}" --dtype "$dtype" $tf32 \
                         --seconds "$seconds" --json >"$scratch/host" || continue 2
                     given=(--embeddings "$rows")
-                    # Compared; then without the copies between host and GPU, as a training step on the GPU calls it.
+                    # Checked; then timed with rows on the GPU, as in a training step there.
                     attempt "$name" "${resident[@]}" "${given[@]}" --dtype "$dtype" $tf32 --compare 128 \
                         --budget "$budget" --seconds "$seconds" >"$scratch/ours" || continue 2
                     mv "$scratch/host" "$scratch/$name.host${tf32#-}.json"
@@ -229,10 +228,10 @@ if ! skipped python; then
     hangs=0
     if python3 -c 'import ddtas.torch' 2>/dev/null; then
         if python3 -c 'import pytest' 2>/dev/null; then
-            # The last one that it names has given no answer, if one has not.
+            # If a test hangs, it is the last one in this file.
             attempt "tests of the module, $out/python_tests.txt" \
                 python3 -m pytest -v -rs -p no:cacheprovider python/tests/test_gpu.py >"$out/python_tests.txt" 2>&1 || true
-            # Passed and skipped are counted there.
+            # Pytest's last line counts passed and skipped tests.
             echo "tests of the module: $(tail -n 1 "$out/python_tests.txt")" | tee -a "$out/README.md"
         else
             echo "tests of the module: all skipped, python3 has no pytest" | tee -a "$out/README.md"
@@ -246,10 +245,10 @@ fi
 
 if ! skipped sanitize; then
     hangs=0
-    # Cargo's variable for what starts a program of this machine's kind.
+    # Cargo's variable for the runner of programs for this machine's target.
     host=$(rustc -vV 2>/dev/null | sed -n 's/^host: //p') || host=""
     runner=CARGO_TARGET_$(tr 'a-z-' 'A-Z_' <<<"$host")_RUNNER
-    # Through the tests' program, for the reference cases are f32 and square: every type and form.
+    # Runs the tests, which have every type and form; the reference cases are f32 and square only.
     tools=(memcheck)
     [[ -n $quick ]] || tools+=(racecheck initcheck)
     for tool in "${tools[@]}"; do
@@ -260,7 +259,7 @@ if ! skipped sanitize; then
         else
             run=(env "$runner=${command[*]}" "${tests[@]}" agree)
         fi
-        # Which slows down everything: with --quick it has all that is left.
+        # compute-sanitizer is slow: with --quick it gets all the time left.
         DDTAS_REQUIRE_GPU=1 limit=3600 attempt "compute-sanitizer $tool, $out/$tool.txt" "${run[@]}" >"$out/$tool.txt" 2>&1 || true
         grep 'ERROR SUMMARY\|RACECHECK SUMMARY' "$out/$tool.txt" || true
     done

@@ -1,9 +1,9 @@
-"""Times `ddtas-train eval` on a test set of SOP's size, and beside it faiss's exhaustive search, where faiss is installed.
+"""Times `ddtas-train eval` on a test set of SOP's size, and faiss's exhaustive search for comparison, if faiss is installed.
 
     cargo build --release --bin ddtas-train
     python3 benches/evaluation.py --out results.json
 
-Rows are drawn: 11,316 classes of 2 to 12, 60,502 rows in all, a random centre a class and noise around it, unit length.
+Rows are random: 60,502 rows of unit length in 11,316 classes of 2 to 12, each class with a random centre and noise around it.
 Needs numpy and safetensors.
 """
 
@@ -24,7 +24,7 @@ SIZES = (2, 12)
 
 
 def labels_of(rows: int, classes: int, rng: np.random.Generator) -> np.ndarray:
-    """Classes of 2 to 12 that add up to `rows`, one class behind the other as in SOP's own list."""
+    """Labels of `rows` rows in classes of 2 to 12, sorted by class as in SOP's own list."""
     sizes = np.full(classes, SIZES[0])
     while (missing := rows - sizes.sum()) > 0:
         open_ = np.flatnonzero(sizes < SIZES[1])
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace, path: Path) -> dict:
 
 
 def faiss_seconds(values: np.ndarray, threads: int) -> float | None:
-    """The 1,001 nearest of every row, itself among them, by inner products; 4,096 queries at a time."""
+    """Seconds to find the 1,001 nearest rows of every row, including itself, by inner products; 4,096 queries at a time."""
     try:
         import faiss
     except ImportError:

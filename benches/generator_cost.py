@@ -1,9 +1,9 @@
-"""What the threshold generator costs: seconds a training step with it off, on the head and on the whole network.
+"""Cost of the threshold generator: seconds of a training step without it, with that of the head, and with that of the whole network.
 
     cargo build --release && python3 benches/generator_cost.py [--steps 40] [--rounds 3]
 
-Runs `ddtas-train` on the synthetic set at its defaults (batch 16 x 5, meta batch 5 x 2), the three in turn so that
-whatever else the machine does meets them alike, and prints the median of the rounds as a Markdown table.
+Runs `ddtas-train` on the synthetic set at its defaults (batch 16 x 5, meta batch 5 x 2), each setting in turn, so that other load
+on the machine affects all alike, and prints the median of the rounds as a Markdown table.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def seconds_a_step(arguments: list[str], steps: int) -> float:
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"generator_cost.py: {done.stderr.strip()}")
-    # Whole seconds in the summary are too coarse: the pace of the last lines is in images a second.
+    # The summary has whole seconds, which is too coarse; the progress lines have images per second.
     paces = [float(pace) for pace in re.findall(r"([\d.]+) images/s", done.stderr)]
     return 80 / statistics.median(paces[1:])
 

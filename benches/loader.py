@@ -1,11 +1,11 @@
-"""Images a second of ddtas's loader and of a torch DataLoader with PIL, on the same cores and the same pictures.
+"""Images per second of ddtas's loader and of a torch DataLoader with PIL, on the same cores and the same pictures.
 
     cargo build --release && cargo bench --no-run --bench loader
     python3 benches/loader.py --out results.json
 
 Both decode 500 x 350 JPEGs (4:2:0, quality 90), crop at random, resize to 224 x 224, mirror half, vary brightness, contrast
-and saturation, and normalise; a second table leaves the colours alone. Each is run in a process of its own, by turns.
-Torch's side is torchvision's usual transforms in worker processes, with batches of 80. Needs torch, torchvision and pillow.
+and saturation, and normalise; a second row is without changes of colour. Each runs in its own process, in turns.
+Torch uses torchvision's usual transforms in worker processes, with batches of 80. Needs torch, torchvision and pillow.
 """
 
 import argparse
@@ -24,7 +24,7 @@ WARM_UP = 4
 
 
 def make_pictures(folder: Path, classes: int, per_class: int) -> int:
-    """Drawn cars at 500 x 350, as a camera's JPEGs; returns their mean size in bytes."""
+    """Writes drawn cars at 500 x 350 as JPEGs like a camera's; returns their mean size in bytes."""
     from PIL import Image
 
     drawn = folder.with_name("drawn")

@@ -1,15 +1,15 @@
-"""ddtas on the CPU beside what it is compared with, on the same embeddings, in one run; prints one Markdown table.
+"""Compares ddtas on the CPU with other implementations, on the same embeddings, in one run; prints one Markdown table.
 
     cargo build --release -p ddtas-bench
     python3 benches/peers.py --batch 80,1280 --out results.json
 
-loop             the authors' formula, anchor by anchor, as their code runs it (small B only)
-metric-learning  pytorch-metric-learning: MultiSimilarityMiner and MultiSimilarityLoss, the closest it has
+loop             the formula anchor by anchor, like the authors' code (small B only)
+metric-learning  MultiSimilarityMiner and MultiSimilarityLoss, the closest in pytorch-metric-learning
 dense            the same loss in dense torch, forward and backward (benches/device/dense.py)
-gemms            S = E E^T and dE = S E and nothing else: the floor of a loss that is not fused
+gemms            only S = E E^T and dE = S E: a lower bound for a loss that is not fused
 
-They take turns, some rounds long, and the ratios are between the fastest call of each: on a machine that is not one's own,
-what is slower than that measures the neighbours. The medians are in --out.
+They take turns for several rounds, and the ratios are between the fastest calls of each: on a shared machine, slower calls
+depend on other users. The medians are in --out.
 
 Needs torch and numpy; pytorch-metric-learning if it is to be measured.
 """
@@ -33,10 +33,10 @@ sys.path.insert(0, str(Path(__file__).parent / "device"))
 import dense  # noqa: E402
 import tensors  # noqa: E402
 
-# Beyond these the loop takes seconds a step, and pytorch-metric-learning some.
+# Largest batches of the loop and of pytorch-metric-learning; beyond them a step takes seconds.
 LOOP_MOST, LIBRARY_MOST = 320, 2560
 FEWEST = 5
-# Calls are no longer repeated after so many seconds, be they fewer.
+# Seconds after which calls are not repeated, even if there were fewer than FEWEST.
 LONGEST = 15.0
 
 
@@ -46,7 +46,7 @@ def settings_of(metadata: dict[str, str]) -> dict:
 
 
 def authors_loop(embeddings: torch.Tensor, labels: torch.Tensor, settings: dict) -> torch.Tensor:
-    """SPEC 1-4 as the authors write it: rows of S one by one, sets by boolean indexing."""
+    """SPEC 1-4 as in the authors' code: rows of S one by one, sets by boolean indexing."""
     similarity = embeddings @ embeddings.T
     gamma = settings["gamma"]
     rows, probe, total = [], 0, 0
@@ -114,7 +114,7 @@ def peak_bytes() -> int:
 
 
 def measure_peer(name: str, path: Path, seconds: float, threads: int) -> dict:
-    """In a process of its own, so that the peak of its memory is this peer's."""
+    """Measures a peer. Runs in its own process, so that the peak of memory is that of this peer."""
     torch.set_num_threads(threads)
     loaded, metadata = tensors.load(path)
     embeddings, labels = loaded["embeddings"], loaded["labels"]
@@ -133,13 +133,13 @@ def measure_peer(name: str, path: Path, seconds: float, threads: int) -> dict:
         start = time.perf_counter()
         step()
         times.append(1e3 * (time.perf_counter() - start))
-    # Without the gradient, which is what was asked for.
+    # Minus the gradient, which is the result.
     extra = max(0, peak_bytes() - before - 4 * embeddings.numel())
     return {"time_ms": statistics.median(times), "time_best_ms": min(times), "peak_extra_bytes": extra, "loss": value}
 
 
 def joined(rounds: list[dict]) -> dict:
-    """Several rounds of one contender as one: the median of medians, the best of bests."""
+    """Combines the rounds of one peer: the median of medians, the fastest of the fastest."""
     failed = [entry for entry in rounds if "reason" in entry]
     if failed:
         return failed[0]

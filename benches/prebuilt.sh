@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Builds what benches/device.sh --prebuilt DIR runs, for a machine with a GPU and no Rust:
+# Builds the programs for benches/device.sh --prebuilt DIR, for a machine with a GPU but without Rust:
 #
 #     benches/prebuilt.sh DIR
 #
-# DIR holds then `ddtas-bench`, `resident` (bench/benches/resident.rs), `tests` (tests/cuda.rs), the Python wheel and `commit`,
-# the state of the sources: some 12 MB, stripped and without line tables. The other machine wants this repository at that
-# commit, and a glibc no older than here.
+# Writes to DIR `ddtas-bench`, `resident` (bench/benches/resident.rs), `tests` (tests/cuda.rs), the Python wheel, and `commit`
+# with the state of the sources: some 12 MB, stripped and without line tables. The other machine needs this repository at
+# that commit, and the same glibc or a newer one.
 # Needs Rust, gcc and Python 3.11; nvcc comes from PyPI, as in .ci/cuda.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -21,11 +21,11 @@ out=$(cd "$1" && pwd)
 export CARGO_PROFILE_RELEASE_DEBUG=false CARGO_PROFILE_RELEASE_STRIP=symbols NVCC_APPEND_FLAGS=--compress-mode=size
 CARGO_TARGET_DIR=$PWD/target/prebuilt
 export CARGO_TARGET_DIR CARGO_PROFILE_BENCH_DEBUG=false CARGO_PROFILE_BENCH_STRIP=symbols
-# Where pip builds, its own Python comes first in PATH.
+# Set here, because pip's builds have another Python first in PATH.
 LIBCLANG_PATH=$(python3 -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/clang/native NVCC=$(command -v nvcc)
 export LIBCLANG_PATH NVCC
 
-# The program that a build of this name has just made.
+# Path of the executable of target $1, from the messages of the build on stdin.
 program() {
     python3 -c '
 import json, sys

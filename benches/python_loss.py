@@ -1,15 +1,15 @@
-"""The Python loss beside pytorch-metric-learning's, forward and backward on the CPU; prints one Markdown table.
+"""Compares the Python loss with pytorch-metric-learning's, forward and backward on the CPU; prints one Markdown table.
 
     pip install '.[torch]' pytorch-metric-learning
     python benches/python_loss.py --batch 80,320 --out results.json
 
-ddtas            ddtas.torch.SoftContrastiveLoss(), which mines by itself
-metric-learning  MultiSimilarityLoss() with MultiSimilarityMiner(), the closest pytorch-metric-learning has
+ddtas            ddtas.torch.SoftContrastiveLoss(), which includes mining
+metric-learning  MultiSimilarityLoss() with MultiSimilarityMiner(), the closest in pytorch-metric-learning
 
-Rows are a centre for each class of five and noise around it, as `ddtas-bench throughput` draws them; the noise is found by
-bisection on 2,000 rows, so that ddtas mines the share of negatives that training does in its middle (8 %). Each figure comes
-from a process of its own. `peak` is how far the process's memory grew beyond embeddings and gradient, code that is
-loaded on the first call included, after a step on 16 rows. `--out` keeps the figures of earlier runs that it does not measure again.
+Rows are a centre for each class of five and noise around it, as in `ddtas-bench throughput`. The noise is found by bisection on 2,000 rows, so
+that ddtas mines the share of negatives that is usual in the middle of training (8 %). Each figure is measured in its own process. `peak` is the growth
+of the process's memory beyond embeddings and gradient, after a first step on 16 rows; it includes code loaded later. `--out` keeps the
+figures of earlier runs that are not measured again.
 """
 
 import argparse
@@ -24,12 +24,12 @@ from pathlib import Path
 
 CLASS_SIZE = 5
 CALIBRATION_ROWS = 2000
-# Steps of a figure, unless they take longer than this together.
+# Fewest steps of a figure, unless they take longer than ENOUGH_SECONDS in all.
 FEWEST, ENOUGH_SECONDS = 3, 30.0
 
 
 def draw(batch: int, dim: int, noise: float):
-    """Unit rows times a length of their own, as a network gives them, and labels."""
+    """Rows as a network outputs them before normalisation, and labels."""
     import torch
 
     generator = torch.Generator().manual_seed(0)

@@ -1,11 +1,11 @@
-"""What PyTorch adds to the Rust call: forward and backward of the module beside the call that computes; prints a Markdown table.
+"""Overhead of PyTorch over the Rust call: times forward and backward of the module, and the call that computes; prints a Markdown table.
 
     pip install '.[torch]'
     python benches/python_overhead.py --threads 1
 
-Rows are drawn as in python_loss.py. `call` is the compiled module's call on the rows of any length, as the operator makes it: normalisation,
-mining, loss and gradient. `forward + backward` is `loss(rows, labels).backward()` of the module. The two take turns,
-several rounds, and each figure is the median of its rounds' means. One thread and two are two processes.
+Rows are those of python_loss.py. `call` is the call of the compiled extension as the operator makes it, on rows that are not normalised yet:
+normalisation, mining, loss and gradient. `forward + backward` is `loss(rows, labels).backward()` of the module. The two take turns for several
+rounds, and each figure is the median of the rounds' means. Run it once for each number of threads.
 """
 
 import argparse
@@ -19,7 +19,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from python_loss import draw  # noqa: E402
 
-# Of a centre of length 1: about the share of negatives that training mines in its middle.
+# Length of the noise around centres of length 1, for about the share of mined negatives that is usual in the middle
+# of training.
 NOISE = 2.4
 ROUNDS = 9
 

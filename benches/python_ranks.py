@@ -1,8 +1,8 @@
-"""Times the loss of a process group, forward and backward: 2 processes of one thread beside 1 process of two threads.
+"""Times the loss of a process group, forward and backward: 2 processes with one thread each, and 1 process with two threads.
 
     python benches/python_ranks.py [--batches 1280,5120] [--dim 512] [--repeats 9] [--share 0.08]
 
-One line of JSON a batch: milliseconds (median of the turns, which alternate), and the bytes that a process gathers in a step.
+Prints a line of JSON for each batch size: milliseconds (medians; the two alternate), and the bytes that a process gathers in a step.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def main() -> None:
             of_many = step(many, mine, labels[own])
             gathered = many.ranks.gathered_bytes - before
             dist.barrier()
-            # The other process waits in the barrier.
+            # Meanwhile the other process waits in the barrier.
             of_one = step(one, whole, labels) if rank == 0 else 0.0
             dist.barrier()
             if turn:

@@ -1,14 +1,13 @@
-"""A training step of ddtas-train beside PyTorch's, for the same network, batch and threads; prints a Markdown table.
+"""Compares a training step of ddtas-train with one of PyTorch, for the same network, batch and threads; prints a Markdown table.
 
     cargo build --release
     python3 benches/step.py --image-size 48,64
     python3 benches/step.py --image-size 96 --backbone efficientnet-lite0,resnet18
 
-Both run the network of train/src/model (a residual network without bias in its convolutions, BatchNorm, a linear head, unit rows) or one of the named
-backbones from random weights with that head, BatchNorm in training; the DDTAS loss,
-its gradient and AdamW. ddtas-train's step is its time of training over its steps, so batches are drawn and augmented
-within it; torch's has one batch, given. They take turns, several rounds, and the fastest round of each counts. Needs torch, and
-for a named backbone the package of its reference, which train/tests/backbones.py names.
+Both run the network of train/src/model (a residual network without bias in its convolutions, BatchNorm, a linear head, unit rows), or a named
+backbone with that head, from random weights and with BatchNorm in training; then the DDTAS loss, its gradient and AdamW. A step of ddtas-train is its
+time of training divided by its steps, which includes drawing and augmenting batches; torch has one given batch. They take turns for several rounds, and
+the fastest round of each counts. Needs torch, and for a named backbone the package of its reference (train/tests/backbones.py).
 """
 
 import argparse
@@ -62,7 +61,7 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
-    """train/src/model/backbone.rs and head.rs."""
+    """The network of train/src/model/backbone/residual.rs and head.rs."""
 
     def __init__(self):
         super().__init__()
@@ -80,7 +79,7 @@ class Network(nn.Module):
 
 
 class Named(nn.Module):
-    """A named backbone, an average over the picture (of a transformer: the class token), and the head."""
+    """A named backbone, the average over the picture (for a transformer: the class token), and the head."""
 
     def __init__(self, name: str):
         super().__init__()
@@ -88,7 +87,7 @@ class Named(nn.Module):
         self.features = self.features or backbones.resnet_features
         self.backbone = make()
         if name == "efficientnet-lite0":
-            # ddtas-train drops no connections.
+            # ddtas-train has no drop-connect.
             self.backbone._global_params = self.backbone._global_params._replace(drop_connect_rate=0.0)
         with torch.no_grad():
             self.head = nn.Linear(self.pooled(torch.zeros(2, 3, 96, 96)).shape[1], EMBEDDING_DIM)
@@ -102,7 +101,7 @@ class Named(nn.Module):
 
 
 class Torch:
-    """PyTorch's step, in one of its two layouts."""
+    """PyTorch's step, in one of its two memory layouts."""
 
     def __init__(self, backbone: str, size: int, layout: torch.memory_format):
         torch.manual_seed(0)
@@ -113,7 +112,7 @@ class Torch:
         self.images = torch.randn(len(self.labels), 3, size, size).contiguous(memory_format=layout)
 
     def seconds(self, steps: int) -> float:
-        """Seconds a step, after one that does not count."""
+        """Seconds of a step, after one step to warm up."""
         for step in range(steps + 1):
             if step == 1:
                 begin = time.perf_counter()
@@ -134,7 +133,7 @@ def write_png(path: Path, size: int, draw: random.Random) -> None:
 
 
 def write_pictures(root: Path, size: int) -> None:
-    """Noise: enough classes for a batch, and two to test, so that next to nothing but training takes place."""
+    """Pictures of noise: classes for one batch, and two test classes, so that nearly all time is training."""
     draw = random.Random(0)
     for name in [f"a{label:02}" for label in range(CLASSES)] + ["b0", "b1"]:
         (root / name).mkdir(parents=True)
@@ -143,7 +142,7 @@ def write_pictures(root: Path, size: int) -> None:
 
 
 def ours(backbone: str, size: int, steps: int, options: argparse.Namespace) -> float:
-    """Seconds a step of ddtas-train: its own report's seconds of training."""
+    """Seconds of a step of ddtas-train, from the seconds of training in its report."""
     with tempfile.TemporaryDirectory() as folder:
         pictures, run = Path(folder) / "pictures", Path(folder) / "run"
         write_pictures(pictures, size)

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Builds libddtas and installs it for C, C++ and anything that links C:
+# Builds libddtas and installs it for C, C++ and other languages that link C libraries:
 #
 #   packaging/install.sh PREFIX [FEATURES]
 #
-# PREFIX/include/ddtas.h, PREFIX/lib/libddtas.{a,so}, lib/pkgconfig/ddtas.pc and
-# lib/cmake/ddtas. FEATURES is added to `capi`: `cuda` for rows in GPU memory.
+# Installs PREFIX/include/ddtas.h, PREFIX/lib/libddtas.{a,so}, lib/pkgconfig/ddtas.pc and
+# lib/cmake/ddtas. FEATURES are built besides `capi`: `cuda` for rows in GPU memory.
 # Needs Rust; with `cuda` also nvcc and libclang. Linux.
 set -euo pipefail
 
@@ -24,7 +24,7 @@ shared=$soname.$version
 cargo rustc --release -p ddtas --lib --no-default-features --features "$features" \
     --crate-type staticlib,cdylib -- -C "link-arg=-Wl,-soname,$soname"
 built=${CARGO_TARGET_DIR:-target}/release
-# What Rust's own library needs of the system when it is linked statically.
+# System libraries that Rust's standard library needs when linked statically.
 system_libraries="-lgcc_s -lpthread -lm -ldl -lc"
 
 fill() {

@@ -1,11 +1,11 @@
-"""Times what ddtas is compared with, on the rows of `ddtas-bench throughput --save-embeddings`; prints one JSON array.
+"""Times the implementations that ddtas is compared with, on the rows of `ddtas-bench throughput --save-embeddings`; prints one JSON array.
 
-gemms            S = E E^T and dE = S E, nothing else: the floor of a loss that is not fused
-dense            the same loss in torch, eager, forward and backward
-compiled         that through torch.compile
+gemms            only S = E E^T and dE = S E: a lower bound for a loss that is not fused
+dense            the same loss in eager torch, forward and backward
+compiled         the same with torch.compile
 metric-learning  pytorch-metric-learning's multi-similarity loss with its miner
 
-What does not fit the device is reported as null with the reason.
+A time is null, with the reason, if the rows do not fit the device.
 """
 
 import argparse
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from peers import metric_learning, settings_of  # noqa: E402
 
 TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-# S in one piece up to here (8 GiB in bf16); beyond, the floor goes through it in stripes of rows.
+# Largest S of `gemms` in one piece (8 GiB in bf16); a larger one is computed in stripes of rows.
 STRIPE_ELEMENTS = 1 << 32
 
 
@@ -68,7 +68,7 @@ def gemms(embeddings: torch.Tensor) -> Callable[[], object]:
 
 
 def forward_backward(loss: Callable[[torch.Tensor], torch.Tensor], embeddings: torch.Tensor) -> Callable[[], object]:
-    """Unlike that of peers.py it does not wait for the loss's value, which on a GPU would be timed too."""
+    """Unlike that of peers.py, does not read the loss's value, which on a GPU would add to the time."""
     leaf = embeddings.clone().requires_grad_()
 
     def step() -> None:
@@ -79,7 +79,7 @@ def forward_backward(loss: Callable[[torch.Tensor], torch.Tensor], embeddings: t
 
 
 def peers(embeddings: torch.Tensor, labels: torch.Tensor, settings: dict) -> dict[str, Callable[[], Callable[[], object]]]:
-    """Name and maker of each step; a maker may fail, for want of memory or of a package."""
+    """Name and maker of each step; a maker may fail for lack of memory or of a package."""
     compiled = torch.compile(dense.loss, dynamic=False)
     return {
         "gemms": lambda: gemms(embeddings),
@@ -106,7 +106,7 @@ def run(path: Path, dtype: str, options: argparse.Namespace) -> list[dict]:
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
             row["time_ms"], row["time_spread_ms"] = measure(make(), options.seconds, options.device)
-            # Of the two products alone, whatever else the peer computes.
+            # Counts only the operations of the two products, for every peer.
             row["tflops"] = 4 * count * count * dim / row["time_ms"] / 1e9
             if options.device != "cpu":
                 row["peak_extra_bytes"] = torch.cuda.max_memory_allocated() - before
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="time spent on each figure")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    # A dense loss of f32 rows runs on TF32 as ddtas' fast path does, where the GPU has it.
+    # A dense loss of f32 rows uses TF32 like ddtas's fast path, if the GPU has it.
     torch.backends.cuda.matmul.allow_tf32 = True
     print(json.dumps([row for path in options.files for row in run(path, options.dtype, options)], indent=1))
 

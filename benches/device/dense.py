@@ -1,4 +1,4 @@
-"""The loss of SPEC 1-4 in dense torch: what a careful user writes without ddtas.
+"""The loss of SPEC 1-4 in dense torch, as a careful user would write it without ddtas.
 
 `python3 benches/device/dense.py tests/golden` checks it against the reference cases.
 """
@@ -25,7 +25,7 @@ SETTINGS = {
 
 
 def mine(similarity: torch.Tensor, labels: torch.Tensor, settings: dict = SETTINGS):
-    """Masks of the mined positives and negatives, [B, B], no gradient (SPEC 1-3)."""
+    """Masks of the mined positives, of the mined negatives and of all negatives, [B, B] (SPEC 1-3)."""
     known = labels >= 0
     pairs = known[:, None] & known[None, :]
     same = labels[:, None] == labels[None, :]
@@ -39,7 +39,7 @@ def mine(similarity: torch.Tensor, labels: torch.Tensor, settings: dict = SETTIN
     gamma_neg = gamma * settings["neg_ratio"]
     probe = negative & (similarity > min_pos - gamma * settings["probe_neg_ratio"])
     rho = probe.sum() / positive.sum().clamp(min=1)
-    # A tensor, not a branch: the host must not wait for the device here.
+    # A tensor instead of a branch, so that the host does not wait for the device.
     t = torch.where(rho > 1, settings["tolerance"] * torch.sigmoid(rho), 0.0) if settings["adaptive"] else 0.0
     kept_pos = positive & (similarity < max_neg + gamma * (1 + t))
     kept_neg = negative & (similarity > min_pos - gamma_neg * (1 - t))
@@ -64,7 +64,7 @@ def loss(embeddings: torch.Tensor, labels: torch.Tensor, settings: dict = SETTIN
 
 
 def mined_share(embeddings: torch.Tensor, labels: torch.Tensor) -> float:
-    """Share of all negative pairs that is finally kept."""
+    """Share of all negative pairs that is mined."""
     with torch.no_grad():
         _, kept_neg, negative = mine((embeddings @ embeddings.T).float(), labels)
         return (kept_neg.sum() / negative.sum().clamp(min=1)).item()
@@ -84,7 +84,7 @@ def check_against(folder: Path) -> bool:
         error = (embeddings.grad - case["expected.grad"]).abs().max() / case["expected.grad"].abs().max().clamp(min=1e-300)
         error = max(error.item(), (value - case["expected.loss"]).abs().item())
         print(f"{path.stem}: worst error {error:.1e}")
-        # Counts divide in float32; a wrong set shows as 1e-3 and more.
+        # Divisions by counts are in float32; a wrong set of pairs would give 1e-3 or more.
         passed &= error < 1e-6
     return passed
 

@@ -2,8 +2,8 @@
 
     python3 benches/device/module.py --batch 1024,16384 --dtype bf16
 
-Before a batch is timed, its loss and gradient are held to dense.py's in float64, where its B x B matrices fit (up to
---most rows); what is wrong ends the program.
+Before a batch is timed, its loss and gradient are compared with those of dense.py in float64, if its B x B matrices fit (up to
+--most rows); an error beyond the bounds ends the program.
 """
 
 import argparse
@@ -20,12 +20,12 @@ from baselines import TYPES, measure
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from python_loss import draw  # noqa: E402
 
-# Of the whole gradient's norm: M is rounded to the rows' type, and so are the gradients that torch returns.
+# Largest error relative to the gradient's norm: M and the gradients that torch returns are rounded to the rows' type.
 BOUNDS = {"f32": 1e-4, "f16": 2e-3, "bf16": 1e-2}
 
 
 def check(rows: torch.Tensor, labels: torch.Tensor, bound: float) -> dict[str, float]:
-    """How far loss and gradient by unit rows are from float64's."""
+    """Errors of loss and gradient with respect to unit rows, compared with float64."""
     from ddtas.torch import SoftContrastiveLoss
 
     leaf = rows.clone().requires_grad_()

@@ -2,10 +2,9 @@
 
     python3 benches/device/report.py FOLDER OUT
 
-FOLDER holds for every BATCH-DIM-DENSITY the files .ddtas.json (bench/benches/resident.rs: rows and
-gradient stay on the GPU, as they do for the peers), .host.json (`ddtas-bench throughput
---json`: with the copies) and .peers.json (baselines.py); for f32 also .ddtas-tf32.json and
-.host-tf32.json, with --tf32. The peers multiply f32 in TF32.
+FOLDER contains for every BATCH-DIM-DENSITY the files .ddtas.json (bench/benches/resident.rs: rows and gradient stay on
+the GPU, as for the peers), .host.json (`ddtas-bench throughput --json`: with copies) and .peers.json (baselines.py); for
+f32 also .ddtas-tf32.json and .host-tf32.json, measured with --tf32. The peers multiply f32 in TF32.
 """
 
 import json
@@ -15,16 +14,16 @@ from functools import partial
 from pathlib import Path
 
 PEERS = {"gemms": "two GEMMs", "dense": "dense torch", "compiled": "compiled torch", "metric-learning": "metric-learning"}
-# Ours by the end of their files' names.
+# Kinds of products of ddtas, by the suffix in file names.
 PRODUCTS = {"": "exact", "-tf32": "TF32"}
 COLOURS = ["#d62728", "#ff7f0e", "#7f7f7f", "#1f77b4", "#2ca02c", "#9467bd"]
-# 8 % mined, and under 0.5 %.
+# Densities (8 % mined, and under 0.5 %), and the time aimed at as a multiple of two GEMMs.
 AIMS = [("middle", 1.0), ("0.004", 0.5)]
 AIM_BATCH, AIM_DIM, AIM_COMPILED = 16384, 512, 5.0
 
 
 def read(folder: Path) -> list[dict]:
-    """One entry a file of embeddings and kind of products: its size, our figures, the peers' by name."""
+    """One entry for each file of embeddings and kind of products: its size, ddtas's figures, the peers' figures by name."""
     entries = []
     for path in folder.glob("*.peers.json"):
         name = path.name.removesuffix(".peers.json")
@@ -54,7 +53,7 @@ def cell(value: float | None, digits: int = 2) -> str:
 def table(entries: list[dict]) -> str:
     titles = ["D", "density", "B", "products", "mined, %", "ddtas, ms", "TFLOP/s", "of two GEMMs", "with copies, ms"]
     titles += [f"{PEERS[name]}, ms" for name in PEERS] + ["compiled / ddtas", "ddtas extra, MB", "dense extra, MB"]
-    # How far 128 anchors are from float64, as a share of what rounding allows: benches/resident.rs.
+    # Errors of 128 anchors compared with float64, as a share of the rounding error allowed (bench/benches/resident.rs).
     titles += ["m+ and m- off", "terms off", "gradient off"]
     lines = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
     for entry in entries:
@@ -62,7 +61,7 @@ def table(entries: list[dict]) -> str:
         time = ours["time_ms"]
         dense_bytes = entry["peers"].get("dense", {}).get("peak_extra_bytes")
         cells = [str(dim), entry["density"], str(batch), entry["products"], cell(100 * ours["mined_share"])]
-        # Against the work of the unfused loss, whatever was really multiplied.
+        # Counts the operations of the loss that is not fused, though fewer may have been computed.
         tflops = 4 * batch * batch * dim / time / 1e9
         cells += [cell(time, 3), cell(tflops, 1), cell(ratio(time, peer_time(entry, "gemms")))]
         cells.append(cell(entry["ddtas_from_host"]["time_ms"], 3))
@@ -77,7 +76,7 @@ def table(entries: list[dict]) -> str:
 
 
 def aims(entries: list[dict]) -> str:
-    """The stated aims, met or not; an aim without its measurement is not met."""
+    """The aims, met or not; an aim without a measurement is not met."""
     lines = ["", "## Aims", ""]
     at = {(entry["density"], entry["products"]): entry for entry in entries
           if (entry["batch"], entry["dim"]) == (AIM_BATCH, AIM_DIM)}
@@ -96,7 +95,7 @@ def aims(entries: list[dict]) -> str:
 
 
 def plot(entries: list[dict]) -> str:
-    """Time against B, log-log, a panel for each D and density."""
+    """Log-log plot of time against B, with a panel for each D and density."""
     panels = sorted({(entry["dim"], entry["density"]) for entry in entries})
     times = [entry["ddtas"]["time_ms"] for entry in entries]
     times += [time for entry in entries for name in PEERS if (time := peer_time(entry, name))]

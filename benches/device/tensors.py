@@ -1,4 +1,4 @@
-"""Reads and writes .safetensors files, so that a machine with torch needs nothing else."""
+"""Reads and writes .safetensors files with torch only, without the package safetensors."""
 
 import json
 import struct
@@ -36,7 +36,7 @@ def save(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str])
 
 
 def load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata; tensors of other types than TYPES are left out."""
+    """Reads tensors and metadata; skips tensors of types that are not in TYPES."""
     data = path.read_bytes()
     (length,) = struct.unpack_from("<Q", data)
     header = json.loads(data[8 : 8 + length])

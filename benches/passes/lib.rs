@@ -1,1 +1,1 @@
-//! Where the passes of the CPU backend are timed: `passes.rs`.
+//! Empty; the benches of the CPU backend's passes are in `passes.rs`.

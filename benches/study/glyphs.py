@@ -1,10 +1,10 @@
-"""Draws a set of pictures for the study: characters in five faces of a typeface, each in scenes of its own.
+"""Draws a set of pictures for the study: characters in five faces of a typeface, in random scenes.
 
     python3 benches/study/glyphs.py OUT [--classes 600] [--seed 0]
 
-OUT/<code point>/<0 to 9>.jpg, 64 x 64 pixels: a class is a character, drawn twice in each of five faces of DejaVu (sans, bold, oblique, serif, mono; they
-come with matplotlib), turned by up to 30 degrees, sheared, at 0.45 to 0.85 of the frame, in a colour and on a gradient with noise and strokes of other
-characters. Half of the classes are to train, as `ddtas-train --dataset folder` takes them. Needs matplotlib and pillow.
+OUT/<code point>/<0 to 9>.jpg, 64 x 64 pixels. A class is a character, drawn twice in each of five faces of DejaVu (sans, bold, oblique, serif, mono; they
+come with matplotlib), rotated by up to 30 degrees, sheared, at 0.45 to 0.85 of the frame, in a random colour, on a gradient with noise and strokes of other
+characters. `ddtas-train --dataset folder` trains on half of the classes. Needs matplotlib and pillow.
 """
 
 import argparse
@@ -22,7 +22,7 @@ SIDE, DRAWN = 64, 128
 
 
 def characters(faces: list[Path]) -> list[str]:
-    """Letters and signs that every face has, one of those that look alike in capitals and small."""
+    """Letters and signs that all faces have; of those with the same shape, such as a capital and a small letter, only one."""
     shared = set.intersection(*(set(FT2Font(str(face)).get_charmap()) for face in faces))
     seen, kept = set(), []
     font = ImageFont.truetype(str(faces[0]), 40)
@@ -31,7 +31,7 @@ def characters(faces: list[Path]) -> list[str]:
         mask = font.getmask(character)
         if not character.isprintable() or character.isspace() or mask.getbbox() is None:
             continue
-        # The shape alone: what differs in size or place only is the same class to a network.
+        # Only the shape counts: characters that differ in size or position would be the same class to a network.
         shape = Image.frombytes("L", mask.size, bytes(mask)).crop(mask.getbbox()).resize((16, 16))
         key = (np.asarray(shape) > 127).tobytes()
         if key not in seen:

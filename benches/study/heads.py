@@ -1,14 +1,14 @@
-"""Which loss trains the best embedding head on frozen features: every loss with the same number of trials, chosen on held-out classes.
+"""Compares losses by the embedding head they train on frozen features, each with the same number of trials, chosen on held-out classes.
 
     python3 benches/study/heads.py FEATURES.npz OUT.csv [--batch 80] [--trials 24] [--seeds 10] [--only "LOSS;..."] [--extra]
 
-FEATURES.npz is features.py's. A trial is a draw of a loss's settings (rate, threshold or margin, tolerance), trained on two thirds of the training
-classes and measured on the rest, over --trial-seeds seeds. Each loss's best trial is then trained on all training classes with --seeds other seeds,
-and measured once on the test classes. OUT.csv holds every run; what it already holds is not run again. Prints a Markdown table.
---trial-batch N chooses at another batch than it measures, for batches whose trials would take long.
+FEATURES.npz is written by features.py. A trial is a random draw of a loss's settings (rate, threshold or margin, tolerance), trained on two thirds of the
+training classes and measured on the rest, averaged over --trial-seeds seeds. Each loss's best trial is then trained on all training classes with --seeds other
+seeds, and measured once on the test classes. OUT.csv keeps every run; runs that it already has are not repeated. Prints a Markdown table.
+--trial-batch N uses another batch size for the trials, since those of large batches would take long.
 
-The head is linear, 1280 to 512 dimensions, L2 normalisation after it; Adam, --steps steps of classes of five, the rate falling by half a cosine.
---extra runs what the questions of docs/threshold-study.md ask beside the losses. Needs ddtas, torch, numpy, pytorch-metric-learning.
+The head is linear, 1280 to 512 dimensions, with L2 normalisation. Adam, --steps steps with five pictures of each class, and a half-cosine schedule of the rate.
+--extra runs the further variants of docs/threshold-study.md. Needs ddtas, torch, numpy, pytorch-metric-learning.
 """
 
 import argparse
@@ -41,12 +41,12 @@ class Task:
 
 
 Draw = Callable[[np.random.Generator], dict[str, float]]
-# A module of (embeddings, labels), from its settings and the number of classes.
+# Makes a loss module, called with (embeddings, labels), from its settings and the number of classes.
 Make = Callable[[dict[str, float], int], nn.Module]
 
 
 def space(**ranges: tuple[float, float]) -> Draw:
-    """Uniform draws, the head's rate by its logarithm."""
+    """Draws settings uniformly, and the head's rate log-uniformly."""
     def draw(rng: np.random.Generator) -> dict[str, float]:
         drawn = {"rate": 10 ** rng.uniform(-4, -2)}
         return {name: round(value, 6) for name, value in (drawn | {name: rng.uniform(*ends) for name, ends in ranges.items()}).items()}
@@ -73,7 +73,7 @@ def multi_similarity(at: dict[str, float], _: int) -> nn.Module:
 
 
 def at_asms(gamma: float) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
-    """The pairs that AT-ASMS mines at its other defaults, for a loss that is not DDTAS's."""
+    """AT-ASMS as a miner for losses of pytorch-metric-learning, with the defaults of its other settings."""
     def mine(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         similarity = embeddings.detach() @ embeddings.detach().T
         same = labels[:, None] == labels
@@ -118,7 +118,7 @@ LOSSES: dict[str, tuple[Draw, Make]] = {
     "ddtas, asms": (USUAL, soft_contrastive(mining="asms")),
     "ddtas, at-asms": (USUAL, soft_contrastive(mining="at-asms")),
 }
-# Beside them: memory, two thresholds, sharpness, the ratio of the tolerances, and the mining of one with the loss of the other.
+# Further variants: memory, two thresholds, steepness, the ratio of the tolerances, and multi-similarity with AT-ASMS.
 EXTRA: dict[str, tuple[Draw, Make]] = {
     "ddtas, memory 1024": (USUAL, soft_contrastive(memory=1024)),
     "ddtas, two thresholds": (space(**{"lambda": (0.3, 0.95), "lambda_neg": (0.3, 0.95), "gamma": (0.02, 0.4)}), soft_contrastive()),
@@ -127,7 +127,7 @@ EXTRA: dict[str, tuple[Draw, Make]] = {
     "ddtas, ratio": (space(**{"lambda": (0.3, 0.95), "gamma": (0.02, 0.4), "negative_ratio": (0.1, 2)}), soft_contrastive()),
     "multi-similarity, at-asms": (space(base=(0.3, 0.9), gamma=(0.02, 0.4)), multi_similarity_at_asms),
 }
-# As they come, untuned but for the rate, which is the same for all.
+# Default settings, without tuning; the rate is the same for all.
 DEFAULTS: dict[str, dict[str, float]] = {
     "contrastive": {"pos_margin": 1.0, "neg_margin": 0.5},
     "multi-similarity": {"base": 0.5, "epsilon": 0.1},
@@ -137,7 +137,7 @@ DEFAULTS: dict[str, dict[str, float]] = {
 
 
 def train(task: Task, loss: nn.Module, rate: float, seed: int, batch: int, steps: int) -> tuple[float, float]:
-    """Recall@1 and MAP@R of the test rows, in per cent."""
+    """Trains a head and returns Recall@1 and MAP@R of the test rows, in per cent."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     head = nn.Linear(task.rows.shape[2], DIMENSIONS)
@@ -163,7 +163,7 @@ def train(task: Task, loss: nn.Module, rate: float, seed: int, batch: int, steps
 
 
 class Runs:
-    """The runs of a file, each found by what it was given."""
+    """The runs in a file, by their settings."""
 
     def __init__(self, file: Path):
         self.file, self.known = file, {}
@@ -183,10 +183,10 @@ class Runs:
 
 
 def load(file: Path) -> tuple[Task, Task]:
-    """The task with the last third of the training classes as its test, and the whole one."""
+    """The task with the last third of the training classes as test, and the whole task."""
     kept = np.load(file)
     rows, test = (torch.from_numpy(kept[name]) for name in ("train", "test"))
-    # One scale for all features, so that rates mean the same on every set.
+    # Features are scaled to the same magnitude, so that rates are comparable between sets.
     scale = rows.float().square().mean().sqrt()
     rows, test = (rows / scale).half(), (test / scale).half()
     labels, test_labels = (torch.from_numpy(kept[f"{name}_labels"]) for name in ("train", "test"))

@@ -1,14 +1,14 @@
-"""Runs of ddtas-train over seeds, side by side: mean and range of Recall@1 on the test classes, or on held-out ones.
+"""Compares runs of ddtas-train over several seeds: mean and range of Recall@1 on the test classes, or on held-out ones.
 
     cargo build --release
     python3 benches/study/runs.py OUT TABLE.txt [--data-root DIR [--held-out]] [--seeds 0,1,2,3,4] [--more "ARGS"]
 
-Each line of TABLE.txt is `title: arguments of ddtas-train`; a # begins a comment. --more are arguments of every run. --held-out leaves the test
-classes alone: it trains on the first two thirds of the training classes of DIR, and measures on the others; for choosing settings.
+Each line of TABLE.txt is `title: arguments of ddtas-train`; a # begins a comment. --more are arguments for every run. --held-out is for choosing settings: it
+trains on the first two thirds of the training classes of DIR, measures on the other third, and does not use the test classes.
 
-OUT holds a run folder for each line and seed, and raw.csv. Runs that are there are not repeated, so a study may be cut short and taken up again.
-Prints a Markdown table; the last lambda stands beside runs that learn it. In raw.csv recall_at_1_before is that of the weights the run began with,
-active_anchors the mean over its steps of the anchors in the loss.
+OUT gets a run folder for each line and seed, and raw.csv. Runs that are already there are not repeated, so a study can be interrupted and continued.
+Prints a Markdown table, with the last lambda of runs that learn it. In raw.csv, recall_at_1_before is that of the initial weights, and active_anchors
+the mean over a run's steps of the number of anchors in the loss.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def rows_of(file: Path) -> list[tuple[str, list[str]]]:
 
 
 def held_out(root: Path, place: Path) -> list[str]:
-    """A folder with the training classes of `root` alone, and how many of them train."""
+    """Makes a folder with only the training classes of `root`; returns the arguments to train on two thirds of them."""
     classes = sorted(folder.resolve() for folder in root.iterdir() if folder.is_dir())
     classes = classes[: len(classes) // 2]
     place.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def held_out(root: Path, place: Path) -> list[str]:
 
 
 def run(program: Path, folder: Path, arguments: list[str]) -> list[dict]:
-    """The records of a run; trains it if the folder does not hold it whole."""
+    """The records of a run; trains it first if the folder does not exist."""
     if not (folder / "report.html").exists():
         if folder.exists():
             raise SystemExit(f"runs.py: {folder} holds a run that was cut short: remove it and start again")

@@ -1,7 +1,7 @@
-//! Images a second of the training loader: decode, random crop, resize, mirror, colour, normalise.
+//! Images per second of the training loader: decode, random crop, resize, mirror, colour, normalise.
 //!
-//! `cargo bench --bench loader -- --data-root DIR [--jitter 0]` prints one JSON object. `DIR` holds a folder per class;
-//! no picture is kept, each is decoded every time. benches/loader.py runs it beside torch.
+//! `cargo bench --bench loader -- --data-root DIR [--jitter 0]` prints one JSON object. `DIR` has a folder
+//! for each class. Pictures are not cached. benches/loader.py compares it with torch.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -21,7 +21,7 @@ struct Arguments {
     /// Pictures, a folder per class.
     #[arg(long)]
     data_root: PathBuf,
-    /// Side of what comes out.
+    /// Side of the cropped pictures, in pixels.
     #[arg(long, default_value_t = 224)]
     image_size: usize,
     /// Threads.
@@ -30,10 +30,10 @@ struct Arguments {
     /// Batches of 16 classes x 5 pictures to time, after four to warm up.
     #[arg(long, default_value_t = 60)]
     batches: u64,
-    /// Brightness, contrast and saturation; 0 leaves them alone.
+    /// Largest relative change of brightness, contrast and saturation; 0 for none.
     #[arg(long, default_value_t = 0.2)]
     jitter: f64,
-    /// What cargo passes on.
+    /// Passed by cargo; ignored.
     #[arg(long, hide = true)]
     bench: bool,
 }
@@ -41,7 +41,7 @@ struct Arguments {
 const WARM_UP: u64 = 4;
 const CLASSES: usize = 16;
 const PER_CLASS: usize = 5;
-/// Pictures of which the stages are timed apart, on one thread.
+/// Number of pictures for which each stage is timed separately, on one thread.
 const STAGED: usize = 300;
 
 fn main() -> ExitCode {

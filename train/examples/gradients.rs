@@ -1,4 +1,4 @@
-//! Features of a named backbone and the gradients of all its weights, for tests/backbones.py to hold to PyTorch's.
+//! Writes features of a backbone and the gradients of all its weights, which tests/backbones.py compares with PyTorch.
 //!
 //!     cargo run --release --example gradients -- --backbone resnet18 --weights W --inputs IN --out OUT --checkpoint C
 
@@ -28,7 +28,7 @@ struct Arguments {
     /// Normalise by the batch, as in training.
     #[arg(long)]
     by_batch: bool,
-    /// Gets `features`, and the gradients under the names of the weights.
+    /// File to write: `features`, and the gradients by the names of the weights.
     #[arg(long)]
     out: PathBuf,
     /// Also write a checkpoint of the network here.
@@ -85,7 +85,7 @@ fn main() -> Result<()> {
     std::fs::write(&arguments.out, bytes).map_err(Error::io("write", &arguments.out))
 }
 
-/// The gradients by the names that files have for the weights; a weight without one is left out.
+/// The gradients by the weights' names in files; weights without gradient are left out.
 fn named(backbone: &Backbone, gradients: &GradientsParams) -> Vec<(String, (Vec<usize>, TensorData))> {
     struct Named<'a> {
         gradients: &'a GradientsParams,

@@ -1,17 +1,17 @@
-//! The error of training and of what comes after it.
+//! Errors of training, and of using a trained network.
 
 use std::borrow::Cow;
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
-/// What can go wrong in `ddtas-train`. Every message is one line.
+/// An error of `ddtas-train`. Every message is one line.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A setting, a file, the output, or the library's.
+    /// An error of a setting, a file, the output, or the library.
     #[error("{0}")]
     Program(#[from] ddtas_io::Error),
-    /// A data set cannot be used as it is.
+    /// A data set cannot be used.
     #[error("{0}")]
     Dataset(String),
     /// An image cannot be read.
@@ -19,10 +19,10 @@ pub enum Error {
     Image {
         /// The file.
         path: PathBuf,
-        /// What the decoder said.
+        /// The decoder's error.
         reason: String,
     },
-    /// A run was cut short by something that can be fixed, and can then go on.
+    /// A run was interrupted by something that can be fixed, and can then be resumed.
     #[error("{cause}; fix this, then run: ddtas-train --resume {folder}", folder = folder.display())]
     Interrupted {
         /// What went wrong.
@@ -30,24 +30,24 @@ pub enum Error {
         /// The run folder.
         folder: PathBuf,
     },
-    /// Another rank of the run has failed, and this one ends with it.
+    /// Another rank of the run has failed, and this one ends, too.
     #[error("rank {rank}: {reason}")]
     Rank {
         /// The rank.
         rank: usize,
-        /// What it said.
+        /// Its reason.
         reason: String,
     },
-    /// Messages between ranks have come to an end, and no rank can say why for another: each says it itself.
+    /// Ranks can no longer exchange messages. Unlike with `Rank`, each rank reports this itself.
     #[error("{0}")]
     Lost(String),
-    /// A value is no longer finite, which more steps will not change.
+    /// A value is no longer finite, so the run cannot recover.
     #[error("{0}")]
     Diverged(String),
-    /// Training cannot go on: a device, a thread, or ranks that do not fit each other.
+    /// Training cannot continue because of a device, a thread, or ranks with different settings.
     #[error("{0}")]
     Training(String),
-    /// It was told to stop before there was anything to go on from.
+    /// The program was told to stop before there was a run to resume.
     #[error("stopped while {0}")]
     Stopped(String),
 }
@@ -96,5 +96,5 @@ impl From<ddtas::Error> for Error {
     }
 }
 
-/// The trainer's result.
+/// The result type of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

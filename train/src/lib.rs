@@ -1,7 +1,7 @@
-//! The training engine over `ddtas`: data sets, network, threshold generator, training, and a trained network at work.
+//! The training engine on top of `ddtas`: data sets, network, threshold generator, training, and use of a trained network.
 //!
-//! Modules depend one way: [`inference`] on [`train`], that on [`generator`], [`model`], [`data`] and [`ranks`], each on those
-//! that follow it; the first two on `pages` as well, which depends on [`data`].
+//! In the order [`inference`], [`train`], [`generator`], [`model`], [`data`], [`ranks`] each module depends only on later
+//! ones. The first two also depend on `pages`, which depends on [`data`].
 #![warn(clippy::print_stdout, clippy::print_stderr)]
 
 pub mod data;

@@ -1,10 +1,10 @@
-//! Region embeddings: proposals of a detector are told apart by the regions that a memory bank holds.
+//! Region embeddings: classifies a detector's proposals by their nearest regions in a memory bank.
 //!
-//! Training is the rectangular form: the proposals of a few scenes (anchors) against themselves and the regions
-//! of the last scenes (references). Proposals that hit an object by half are ignored. In the test a
-//! proposal of a scene not seen is what its most similar region in a bank of other scenes is.
+//! Training uses the rectangular form: the proposals of a few scenes (anchors) are compared with themselves and with the
+//! regions of earlier scenes (references). Proposals that overlap an object partly are ignored. In the test, a proposal of an
+//! unseen scene gets the class of its most similar region in a bank of other scenes.
 //!
-//! `cargo run --release --example detection`; docs/beyond-retrieval.md has what it prints.
+//! `cargo run --release --example detection`; docs/beyond-retrieval.md shows the output.
 
 #[path = "../drawn/backbone.rs"]
 mod backbone;
@@ -41,7 +41,7 @@ use network::{RegionNetwork, mean_over};
 use street::{Scene, Truth, truths_of};
 use training::{descend, learning_rate, together};
 
-/// Trains region embeddings against a memory bank, and tells proposals of unseen scenes by them.
+/// Trains region embeddings against a memory bank, and classifies proposals of unseen scenes by them.
 #[derive(Parser)]
 struct Arguments {
     /// Training steps, of eight scenes each.
@@ -65,19 +65,19 @@ struct Arguments {
     /// Where the picture goes.
     #[arg(long, default_value = "target/detection.png")]
     picture: PathBuf,
-    /// What all random numbers come from.
+    /// Seed of all random numbers.
     #[arg(long, default_value_t = 0)]
     seed: u64,
 }
 
-/// Scenes of a training step.
+/// Number of scenes in a training step.
 const BATCH: usize = 8;
-/// Numbers of the scenes: training ones count up from 0, these are never reached by them.
+/// First scene numbers of test and bank. Those of training start at 0 and do not reach them.
 const TEST: u64 = 1 << 40;
 const BANK: u64 = 1 << 41;
-/// Scenes whose regions the test searches.
+/// Number of scenes in the bank of the test.
 const BANK_SCENES: u64 = 32;
-/// Scenes in the picture.
+/// Number of scenes in the picture.
 const SHOWN: usize = 6;
 
 fn main() -> ExitCode {
@@ -124,7 +124,8 @@ fn run(arguments: &Arguments) -> ddtas_train::Result<()> {
     Ok(())
 }
 
-/// Embeddings of all proposals, scene by scene, by the scenes' own statistics: an untrained network has no others.
+/// Embeddings of all proposals, scene by scene. Normalised by the scenes' own statistics, since an untrained
+/// network has no running ones.
 fn embed(network: &RegionNetwork, scenes: &[Scene], device: &Device) -> ddtas_train::Result<Array2<f32>> {
     let network = network.valid();
     let device = device.clone().inner();
@@ -137,7 +138,7 @@ fn mean_colours(scenes: &[Scene]) -> Array2<f32> {
         .iter()
         .flat_map(|scene| scene.proposals.iter().map(move |(region, _)| (scene, region)))
         .collect();
-    // A constant beside the three, so that black has a direction too.
+    // A fourth, constant component, so that black has a direction, too.
     let mut rows = Array2::from_elem((regions.len(), 4), 0.5);
     for (mut row, (scene, region)) in rows.outer_iter_mut().zip(regions) {
         let weights = mean_over(region);
@@ -159,7 +160,7 @@ fn train(
     let mut optimizer = AdamWConfig::new().with_epsilon(1e-8).init();
     let mut output = LossOutput::default();
     let settings = LossSettings::default().with_lambda(arguments.lambda);
-    // Regions of the first scenes are forgotten before they are of use: the network moves too fast for them.
+    // The memory starts after a fifth of the steps: before, the network changes too fast for old regions to be useful.
     let mut memory = Memory::new(arguments.memory, arguments.steps / 5, arguments.dim);
     for step in 0..arguments.steps {
         let first = (step * BATCH) as u64;
@@ -188,23 +189,23 @@ fn train(
     Ok(network)
 }
 
-/// Scenes whose proposals are asked for, and scenes whose proposals answer.
+/// Scenes with the proposals to classify, and scenes with the known proposals.
 struct Test {
     queries: Vec<Scene>,
     bank: Vec<Scene>,
 }
 
-/// What the proposals were taken for.
+/// Result of the classification.
 struct Answers {
     found: Vec<Truth>,
-    /// Share of the objects' proposals that were taken for the right kind.
+    /// Share of the proposals on objects that got the right kind.
     kind: f64,
-    /// Share of proposals that were rightly taken for an object or for background.
+    /// Share of proposals that were correctly classified as object or background.
     told: f64,
 }
 
 impl Test {
-    /// Every proposal is what the most similar region of the bank is that is clear.
+    /// Gives every proposal the class of its most similar region in the bank, of those that are not unclear.
     fn answers(
         &self,
         backend: &mut dyn Backend,
@@ -214,7 +215,7 @@ impl Test {
         let (truths, known) = (truths_of(&self.queries), truths_of(&self.bank));
         let labels = |truths: &[Truth]| -> Vec<i64> { truths.iter().map(|truth| truth.label()).collect() };
         let (labels, known_labels) = (labels(&truths), labels(&known));
-        // An ignored row is no answer, as it is no reference of the loss.
+        // Rows with a negative label are ignored as answers, as they are in the loss.
         let rows = Rows::new(bank.view(), &known_labels);
         let nearest = backend.nearest(&Rows::new(queries.view(), &labels), Some(&rows), 1)?;
         let answer =
@@ -238,7 +239,7 @@ impl Answers {
     }
 }
 
-/// Share of what is true.
+/// Share of `hits` that are true.
 fn share(hits: impl Iterator<Item = bool>) -> f64 {
     let (right, all) = hits.fold((0usize, 0usize), |(right, all), hit| (right + usize::from(hit), all + 1));
     right as f64 / all.max(1) as f64

@@ -1,5 +1,5 @@
-//! Regions to embeddings: the backbone on whole scenes, the mean of its features over each proposal, and the
-//! embedding head of the training engine on that.
+//! Embeds regions: the backbone processes whole scenes, its features are averaged over each proposal, and the
+//! embedding head of the training engine follows.
 
 use burn::module::Module;
 use burn::tensor::{Device, Tensor, TensorData};
@@ -8,7 +8,7 @@ use ddtas_train::model::{EmbeddingHead, Normalise};
 use crate::backbone::{Backbone, WIDTH};
 use crate::street::{PROPOSALS, Region, SIDE, Scene};
 
-/// Scenes and proposals to unit embeddings of the proposals.
+/// A network from scenes to unit embeddings of their proposals.
 #[derive(Module, Debug)]
 pub struct RegionNetwork {
     backbone: Backbone,
@@ -37,7 +37,7 @@ impl RegionNetwork {
     }
 }
 
-/// Weights of all pixels of a scene whose sum is the mean over a region.
+/// Weights of all pixels of a scene for the mean over a region.
 pub fn mean_over(region: &Region) -> Vec<f32> {
     let [columns, rows] = [region.x, region.y].map(|[from, to]| from..to);
     let share = 1.0 / (columns.len() * rows.len()) as f32;

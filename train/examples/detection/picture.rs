@@ -1,4 +1,4 @@
-//! A picture of what was learned: scenes with their objects, and the proposals classified as objects.
+//! A picture of the results: scenes with their objects, and the proposals classified as objects.
 
 use std::path::Path;
 
@@ -9,12 +9,13 @@ use crate::materials::Material;
 use crate::sheet::Sheet;
 use crate::street::{Region, SIDE, Scene, Truth};
 
-/// Colours of the kinds (Okabe and Ito: they can be told apart by everyone), by their place in [`Material::ALL`].
+/// Colours of the kinds in the order of [`Material::ALL`]: the palette of Okabe and Ito, which is safe for
+/// colour-blind readers.
 const COLOURS: [[u8; 3]; 6] =
     [[90, 90, 90], [86, 180, 233], [0, 158, 115], [240, 228, 66], [0, 114, 178], [213, 94, 0]];
-/// Each pixel is drawn this large.
+/// Side of a scene's pixel in the picture.
 const SCALE: u32 = 3;
-/// Boxes drawn around an object, those that hit it best, and around none.
+/// Most boxes drawn for each object, and most that overlap no object.
 const MOST: usize = 3;
 
 /// Writes a column for each scene with three rows: the objects, and the proposals classified as one before and after
@@ -24,7 +25,7 @@ const MOST: usize = 3;
 /// [`ddtas_train::Error::Io`] if the file cannot be written.
 pub fn write(path: &Path, scenes: &[Scene], before: &[Truth], after: &[Truth]) -> Result<()> {
     let names = ["truth", "untrained", "trained"];
-    // What is plain is no object.
+    // The first material, plain, is background.
     let key = Material::ALL.into_iter().zip(COLOURS).skip(1);
     let mut sheet = Sheet::new(scenes.len(), SIDE as u32 * SCALE, &names, key);
     let mut first = 0;
@@ -45,7 +46,7 @@ pub fn write(path: &Path, scenes: &[Scene], before: &[Truth], after: &[Truth]) -
     sheet.write(path)
 }
 
-/// Of `boxes` the [`MOST`] that overlap each object of a scene most, and as many that overlap none.
+/// The [`MOST`] of `boxes` with the largest overlap for each object of a scene, and as many that overlap none.
 fn best(scene: &Scene, mut boxes: Vec<(Material, Region)>) -> Vec<(Material, Region)> {
     let hit = |region: &Region| {
         let overlaps = scene.objects.iter().map(|(_, object)| object.overlap(region)).enumerate();
@@ -62,7 +63,7 @@ fn best(scene: &Scene, mut boxes: Vec<(Material, Region)>) -> Vec<(Material, Reg
     boxes
 }
 
-/// A scene, washed out, with frames in the colours of their kinds.
+/// A scene in pale colours, with boxes in the colours of their kinds.
 fn framed(scene: &Scene, boxes: &[(Material, Region)]) -> RgbImage {
     let side = SIDE as u32;
     let small = RgbImage::from_fn(side, side, |x, y| {

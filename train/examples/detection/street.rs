@@ -1,5 +1,5 @@
-//! Scenes with objects in them, and proposals as a detector's first stage would make them: boxes that
-//! hit an object more or less, and boxes anywhere.
+//! Scenes with objects, and proposals like those of a detector's first stage: boxes near an object, and boxes
+//! anywhere.
 
 use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -10,16 +10,16 @@ use crate::materials::{Material, Shape};
 pub const SIDE: usize = 64;
 /// Proposals of every scene.
 pub const PROPOSALS: usize = OBJECTS * AROUND + ANYWHERE;
-/// What an object can be; what is plain is background.
+/// Materials of objects; plain is background.
 const KINDS: &[Material] = {
     let [_plain, kinds @ ..] = &Material::ALL;
     kinds
 };
-/// Objects of a scene, proposals around each of them, and proposals anywhere.
+/// Numbers of objects in a scene, of proposals around each, and of proposals anywhere.
 const OBJECTS: usize = 3;
 const AROUND: usize = 4;
 const ANYWHERE: usize = 8;
-/// Plain shapes that are no objects.
+/// Number of plain shapes, which are not objects.
 const CLUTTER: usize = 5;
 
 /// A box: left, top, right, bottom, in whole pixels, the last two excluded.
@@ -30,7 +30,7 @@ pub struct Region {
 }
 
 impl Region {
-    /// The box around a centre, cut to the scene; at least a few pixels wide.
+    /// The box around a centre, clipped to the scene; at least a few pixels wide.
     fn around(centre: [f32; 2], half: [f32; 2]) -> Self {
         let along = |axis: usize| {
             let most = SIDE as f32;
@@ -60,18 +60,18 @@ impl Region {
     }
 }
 
-/// What a proposal is of.
+/// Class of a proposal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Truth {
-    /// An object of this kind, hit with an overlap of 0.5 or more.
+    /// An object of this kind, with an overlap of 0.5 or more.
     Object(Material),
-    /// An overlap of 0.2 to 0.5: left out of training and counting.
+    /// An overlap of 0.2 to 0.5: ignored in training and test.
     Unclear,
     Background,
 }
 
 impl Truth {
-    /// Label in the loss: background is a class beside the kinds of objects, and unclear regions are ignored.
+    /// Label in the loss: background is one more class, and unclear regions are ignored.
     pub fn label(self) -> i64 {
         match self {
             Self::Object(material) => material as i64,
@@ -86,7 +86,7 @@ pub struct Scene {
     /// `[3, SIDE, SIDE]`, 0 to 1.
     pub pixels: Vec<f32>,
     pub objects: Vec<(Material, Region)>,
-    /// [`PROPOSALS`] of them.
+    /// The [`PROPOSALS`] proposals.
     pub proposals: Vec<(Region, Truth)>,
 }
 
@@ -96,7 +96,7 @@ impl Scene {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         rng.set_stream(index);
         let side = SIDE as f32;
-        // From back to front: what holds everything, clutter, objects that do not touch each other.
+        // From back to front: the background, clutter, objects that do not touch each other.
         let mut shapes: Vec<Shape> = (0..=CLUTTER)
             .map(|i| Shape::draw(&mut rng, side, (i > 0).then_some(0.1..0.25), &[Material::Plain]))
             .collect();
@@ -143,13 +143,13 @@ impl Scene {
         Self { pixels, objects, proposals }
     }
 
-    /// Several scenes, one behind the other.
+    /// Several scenes, in order.
     pub fn several(seed: u64, indices: std::ops::Range<u64>) -> Vec<Self> {
         indices.map(|index| Self::draw(seed, index)).collect()
     }
 }
 
-/// How far a shape reaches from its centre along x and y, in pixels.
+/// Extent of a shape from its centre along x and y, in pixels.
 fn reach(shape: &Shape) -> [f32; 2] {
     let (sin, cos) = shape.angle.sin_cos();
     let [a, b] = shape.half;
@@ -157,7 +157,7 @@ fn reach(shape: &Shape) -> [f32; 2] {
     [far(a * cos, b * sin), far(a * sin, b * cos)]
 }
 
-/// What the proposals of several scenes are of.
+/// Classes of the proposals of several scenes.
 pub fn truths_of(scenes: &[Scene]) -> Vec<Truth> {
     scenes.iter().flat_map(|scene| scene.proposals.iter().map(|(_, truth)| *truth)).collect()
 }

@@ -1,4 +1,4 @@
-//! Five 3 x 3 convolutions, each normalised: features of every pixel of a scene.
+//! A backbone of five 3 x 3 convolutions, each normalised, that gives every pixel of a scene features.
 
 use burn::module::{Initializer, Module, Param};
 use burn::tensor::{Device, Tensor};
@@ -7,17 +7,17 @@ use ddtas_train::model::{Activation, BatchNorm, Normalise};
 
 /// Channels of the features.
 pub const WIDTH: usize = 24;
-/// Convolutions; a pixel sees 11 x 11 others.
+/// Number of convolutions; the receptive field is 11 x 11 pixels.
 const DEPTH: usize = 5;
 
-/// A convolution, normalised and cut at zero.
+/// A convolution with batch normalisation and ReLU.
 #[derive(Module, Debug)]
 struct Layer {
     weight: Param<Tensor<4>>,
     norm: BatchNorm,
 }
 
-/// Scenes to features of their pixels.
+/// A network from scenes to features of their pixels.
 #[derive(Module, Debug)]
 pub struct Backbone {
     layers: Vec<Layer>,

@@ -1,10 +1,10 @@
-//! Shapes of six textures, in colours that say nothing about them: what the scenes of the examples are made of.
+//! Shapes with six textures, in random colours, for the scenes of the examples.
 
 use std::ops::Range;
 
 use rand::{Rng, RngExt};
 
-/// What a shape is made of. A colour pair is drawn for each shape anew, so that only texture tells.
+/// Texture of a shape. Its two colours are random for each shape, so that only texture identifies the material.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Material {
     Plain,
@@ -19,7 +19,7 @@ impl Material {
     pub const ALL: [Self; 6] =
         [Self::Plain, Self::Stripes, Self::Checks, Self::Dots, Self::Grain, Self::Rings];
 
-    /// How much of the second colour a pixel has, 0 to 1.
+    /// Share of the second colour in a pixel, 0 to 1.
     fn pattern(self, shape: &Shape, x: f32, y: f32, rng: &mut impl Rng) -> f32 {
         let (sin, cos) = shape.angle.sin_cos();
         let (u, v) = ((cos * x + sin * y) / shape.period, (cos * y - sin * x) / shape.period);
@@ -35,7 +35,7 @@ impl Material {
     }
 }
 
-/// An ellipse or a rectangle, turned.
+/// A rotated ellipse or rectangle.
 #[derive(Debug, Clone)]
 pub struct Shape {
     pub material: Material,
@@ -51,11 +51,11 @@ pub struct Shape {
 }
 
 impl Shape {
-    /// A shape anywhere in a scene of side `side`, in pixels, whose half axes are within these shares of it; without them it
-    /// holds the whole scene.
+    /// A random shape in a scene of `side` pixels. The half axes are random shares of the side in the range
+    /// `halves`; without it, the shape covers the whole scene.
     pub fn draw(rng: &mut impl Rng, side: f32, halves: Option<Range<f32>>, materials: &[Material]) -> Self {
         let mut colour = || -> [f32; 3] { std::array::from_fn(|_| rng.random()) };
-        // Two colours that can be told apart.
+        // Two colours that differ clearly.
         let colours = loop {
             let pair = [colour(), colour()];
             if pair[0].iter().zip(pair[1]).map(|(a, b)| (a - b).abs()).sum::<f32>() > 0.8 {
@@ -82,7 +82,7 @@ impl Shape {
         if self.ellipse { u * u + v * v <= 1.0 } else { u.abs().max(v.abs()) <= 1.0 }
     }
 
-    /// Colour of a pixel that it holds, 0 to 1.
+    /// Colour of a pixel inside the shape, 0 to 1.
     pub fn colour(&self, x: f32, y: f32, rng: &mut impl Rng) -> [f32; 3] {
         let share = self.material.pattern(self, x, y, rng);
         let [from, to] = self.colours;

@@ -1,4 +1,4 @@
-//! Pictures of what was learned, as PNG files: a column for each scene, rows with their names, and a key of the colours.
+//! PNG files of results: a column for each scene, named rows, and a key of the colours.
 
 use std::io::Cursor;
 use std::path::Path;
@@ -9,7 +9,7 @@ use image::{ImageFormat, Rgb, RgbImage, imageops};
 use crate::lettering::{self, LETTER};
 use crate::materials::Material;
 
-/// Room for a row's name, and between panels.
+/// Width of a row's name, and space between panels.
 const NAME: u32 = 10 * LETTER;
 const GAP: u32 = 6;
 /// Height of the key, and width of an entry.
@@ -23,7 +23,8 @@ pub struct Sheet {
 }
 
 impl Sheet {
-    /// An empty sheet of `columns` panels of `side` pixels for each name of a row, with the colours of `key` below.
+    /// An empty sheet with a row for each name in `rows`, of `columns` panels of `side` pixels, and with the
+    /// colours of `key` below.
     pub fn new(
         columns: usize,
         side: u32,

@@ -1,4 +1,4 @@
-//! What the examples train alike: a step along dL/dE, and embeddings part by part.
+//! Training code that the examples share: a step along dL/dE, and embedding in parts.
 
 use burn::module::Module;
 use burn::optim::ModuleOptimizer;
@@ -6,7 +6,7 @@ use burn::tensor::Tensor;
 use ddtas_train::model::backward;
 use ndarray::{Array2, Axis, concatenate};
 
-/// Moves the weights along `gradient`, dL/dE of `embeddings`.
+/// Updates the weights by the optimizer, from `gradient` = dL/dE of `embeddings`.
 pub fn descend<M: Module>(
     network: M,
     optimizer: &mut ModuleOptimizer,
@@ -24,10 +24,10 @@ pub fn learning_rate(first: f64, step: usize, steps: usize) -> f64 {
     first * (0.1 + 0.45 * (1.0 + (std::f64::consts::PI * progress).cos()))
 }
 
-/// Embeddings of several batches in one.
+/// Concatenates the embeddings of several batches.
 ///
 /// # Errors
-/// The first of the parts'.
+/// The first error among the parts.
 pub fn together(
     parts: impl Iterator<Item = ddtas_train::Result<Array2<f32>>>,
 ) -> ddtas_train::Result<Array2<f32>> {

@@ -1,4 +1,4 @@
-//! How well pixel embeddings tell materials on scenes they were not trained on.
+//! Measures how well pixel embeddings distinguish materials on unseen scenes.
 
 use ddtas::backend::{Backend, Nearest};
 use ddtas::loss::Rows;
@@ -6,17 +6,17 @@ use ndarray::{Array2, ArrayView2, s};
 
 use crate::materials::Material;
 
-/// What embeddings of pixels are good for.
+/// Accuracy of classifying pixels by their embeddings.
 pub struct Accuracy {
-    /// Share of pixels whose nearest prototype (mean embedding of a material on training scenes) is theirs.
+    /// Share of pixels whose nearest prototype (mean embedding of a material on training scenes) is of their material.
     pub prototype: f64,
     /// Share of pixels whose most similar pixel of other scenes is of their material.
     pub retrieval: f64,
-    /// Material of the nearest prototype, for every pixel, boundaries too.
+    /// Material of the nearest prototype for every pixel, including boundaries.
     pub predicted: Vec<usize>,
 }
 
-/// Mean embedding of every material, scaled to unit length; ignored pixels have no say.
+/// Mean embedding of every material, scaled to unit length, without ignored pixels.
 pub fn prototypes(embeddings: ArrayView2<'_, f32>, labels: &[i64]) -> Array2<f32> {
     let mut sums = Array2::<f32>::zeros((Material::ALL.len(), embeddings.ncols()));
     for (row, &label) in embeddings.outer_iter().zip(labels) {
@@ -32,10 +32,11 @@ pub fn prototypes(embeddings: ArrayView2<'_, f32>, labels: &[i64]) -> Array2<f32
     sums
 }
 
-/// Evaluates embeddings of test scenes, of which the first half is searched in the second.
+/// Evaluates embeddings of test scenes. For retrieval, pixels of the first half are queries and those of the
+/// second half the gallery.
 ///
 /// # Errors
-/// Those of [`Backend::nearest`].
+/// Errors of [`Backend::nearest`].
 pub fn evaluate(
     backend: &mut dyn Backend,
     prototypes: &Array2<f32>,
@@ -61,7 +62,7 @@ pub fn evaluate(
     Ok(Accuracy { prototype, retrieval, predicted })
 }
 
-/// Share of equal pairs among those whose first is not ignored.
+/// Share of equal pairs among those whose first label is not ignored.
 fn share(pairs: impl Iterator<Item = (i64, i64)>) -> f64 {
     let (right, all) = pairs
         .filter(|(label, _)| *label >= 0)

@@ -1,7 +1,7 @@
-//! Dense embeddings: a network learns to tell materials pixel by pixel, boundary pixels ignored,
-//! and one loss takes every pixel of sixteen scenes, B = 65,536, where B x B would be 17 GB.
+//! Dense embeddings: a network learns to distinguish materials pixel by pixel, without boundary pixels. Then
+//! one loss is evaluated on every pixel of sixteen scenes, B = 65,536, where a B x B matrix would be 17 GB.
 //!
-//! `cargo run --release --example segmentation`; docs/beyond-retrieval.md has what it prints.
+//! `cargo run --release --example segmentation`; docs/beyond-retrieval.md shows the output.
 
 #[path = "../drawn/backbone.rs"]
 mod backbone;
@@ -70,17 +70,17 @@ struct Arguments {
     /// Where the picture goes.
     #[arg(long, default_value = "target/segmentation.png")]
     picture: PathBuf,
-    /// What all random numbers come from.
+    /// Seed of all random numbers.
     #[arg(long, default_value_t = 0)]
     seed: u64,
 }
 
-/// Scenes of a training step.
+/// Number of scenes in a training step.
 const BATCH: usize = 8;
-/// Numbers of the scenes: training ones count up from 0, these are never reached by them.
+/// First scene numbers of test and prototypes. Those of training start at 0 and do not reach them.
 const TEST: u64 = 1 << 40;
 const SUPPORT: u64 = 1 << 41;
-/// Scenes in the picture.
+/// Number of scenes in the picture.
 const SHOWN: usize = 6;
 
 fn main() -> ExitCode {
@@ -141,11 +141,11 @@ fn report(name: &str, accuracy: &Accuracy) -> ddtas_io::Result<()> {
     })
 }
 
-/// The same measures for the colour of a pixel as its embedding.
+/// The accuracy with a pixel's colour as its embedding.
 fn colour_accuracy(support: &[Scene], test: &[Scene]) -> ddtas_train::Result<Accuracy> {
     let rows = |scenes: &[Scene]| {
         let area = SIDE * SIDE;
-        // A constant beside the three, so that black has a direction too.
+        // A fourth, constant component, so that black has a direction, too.
         let mut rows = Array2::from_shape_fn((scenes.len() * area, 4), |(row, c)| {
             if c == 3 { 0.5 } else { scenes[row / area].pixels[c * area + row % area] - 0.5 }
         });
@@ -164,7 +164,7 @@ fn colour_accuracy(support: &[Scene], test: &[Scene]) -> ddtas_train::Result<Acc
 fn embed(network: &PixelNetwork, scenes: &[Scene], device: &Device) -> ddtas_train::Result<Array2<f32>> {
     let network = network.valid();
     let device = device.clone().inner();
-    // By the scenes' own statistics: an untrained network has no others.
+    // Normalised by the scenes' own statistics, since an untrained network has no running ones.
     together(
         scenes
             .chunks(BATCH)
@@ -195,14 +195,14 @@ fn train(
                 writeln!(out, "  step {step:>3}: loss {:.4}, mined {positives} + {negatives}", output.loss)
             })?;
         }
-        // Ignored pixels have a gradient of zero, and cost next to nothing.
+        // Ignored pixels have a gradient of zero, and cost little.
         let rate = learning_rate(arguments.learning_rate, step, arguments.steps);
         network = descend(network, &mut optimizer, embeddings, &output.gradient, rate);
     }
     Ok(network)
 }
 
-/// Keeps the labels of `count` pixels of every material, drawn anew each step, and ignores the rest.
+/// Keeps the labels of `count` random pixels of every material, and ignores the rest.
 fn sample(labels: &[i64], count: usize, rng: &mut impl RngExt) -> Vec<i64> {
     let mut order: Vec<usize> = (0..labels.len()).collect();
     order.shuffle(rng);
@@ -219,7 +219,7 @@ fn sample(labels: &[i64], count: usize, rng: &mut impl RngExt) -> Vec<i64> {
     kept
 }
 
-/// One loss over every pixel: its time, its memory, and what a B x B method would hold.
+/// Evaluates one loss over every pixel, and prints its time, its memory, and the size of a B x B matrix.
 fn large_batch(rows: &Array2<f32>, labels: &[i64], settings: &LossSettings) -> ddtas_train::Result<()> {
     let count = labels.len();
     let mut output = LossOutput { gradient: Array2::zeros(rows.dim()), ..LossOutput::default() };

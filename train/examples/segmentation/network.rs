@@ -8,7 +8,7 @@ use ddtas_train::model::{EmbeddingHead, Normalise};
 use crate::backbone::{Backbone, WIDTH};
 use crate::scenes::{SIDE, Scene};
 
-/// Scenes to unit embeddings of their pixels.
+/// A network from scenes to unit embeddings of their pixels.
 #[derive(Module, Debug)]
 pub struct PixelNetwork {
     backbone: Backbone,
@@ -29,7 +29,7 @@ impl PixelNetwork {
     }
 }
 
-/// Scenes as a tensor, pixel values around zero.
+/// Scenes as a tensor, with pixel values from -1 to 1.
 pub fn tensor(scenes: &[Scene], device: &Device) -> Tensor<4> {
     let values: Vec<f32> =
         scenes.iter().flat_map(|scene| scene.pixels.iter().map(|v| 2.0 * v - 1.0)).collect();

@@ -1,4 +1,4 @@
-//! A picture of what was learned: scene, truth, and the nearest prototype of every pixel before and after.
+//! A picture of the results: scene, truth, and the nearest prototype of every pixel before and after training.
 
 use std::path::Path;
 
@@ -9,14 +9,14 @@ use crate::materials::Material;
 use crate::scenes::{SIDE, Scene};
 use crate::sheet::Sheet;
 
-/// Colours of the materials (Okabe and Ito: they can be told apart by everyone).
+/// Colours of the materials: the palette of Okabe and Ito, which is safe for colour-blind readers.
 const COLOURS: [[u8; 3]; 6] =
     [[230, 159, 0], [86, 180, 233], [0, 158, 115], [240, 228, 66], [0, 114, 178], [213, 94, 0]];
 const BOUNDARY: [u8; 3] = [0, 0, 0];
-/// Each pixel is drawn this large.
+/// Side of a scene's pixel in the picture.
 const SCALE: u32 = 2;
 
-/// Writes one column a scene and four rows: scene, truth, before, after.
+/// Writes a column for each scene, with four rows: scene, truth, before and after training.
 ///
 /// # Errors
 /// [`ddtas_train::Error::Io`] if the file cannot be written.

@@ -7,12 +7,12 @@ use crate::materials::{Material, Shape};
 
 /// Side of a scene in pixels.
 pub const SIDE: usize = 64;
-/// Label of a pixel that is left out: its neighbourhood holds two shapes.
+/// Label of an ignored pixel, with more than one shape in its neighbourhood.
 pub const IGNORED: i64 = -1;
-/// Shapes painted over the background, one over the other.
+/// Number of shapes over the background, which may overlap.
 const SHAPES: usize = 7;
 
-/// A scene and the truth about it.
+/// A scene and its true labels.
 pub struct Scene {
     /// `[3, SIDE, SIDE]`, 0 to 1.
     pub pixels: Vec<f32>,
@@ -27,7 +27,7 @@ impl Scene {
         rng.set_stream(index);
         let side = SIDE as f32;
         let shapes: Vec<Shape> = (0..=SHAPES)
-            // The first one is the background, which holds everything.
+            // The first shape is the background, which covers everything.
             .map(|i| Shape::draw(&mut rng, side, (i > 0).then_some(0.13..0.3), &Material::ALL))
             .collect();
         let top = |x: usize, y: usize| {
@@ -50,7 +50,7 @@ impl Scene {
         scene
     }
 
-    /// Several scenes, one behind the other.
+    /// Several scenes, in order.
     pub fn several(seed: u64, indices: std::ops::Range<u64>) -> Vec<Self> {
         indices.map(|index| Self::draw(seed, index)).collect()
     }

@@ -1,8 +1,8 @@
-//! A data set's archive as it was downloaded, unpacked once, into a folder beside it.
+//! Unpacks a data set's archive, as it was downloaded, once, into a folder beside it.
 //!
-//! `NAME.unpacked` is whole or not there: members go to `NAME.unpacking`, which is renamed at the end. The archive
-//! is locked meanwhile, so that of two programs one unpacks and the other waits, and so that a folder a killed
-//! program left can be told from one at work. A stamp inside says which archive the folder was made from.
+//! `NAME.unpacked` is complete or absent: members are written to `NAME.unpacking`, which is renamed at the end. The archive
+//! stays locked meanwhile: a second program waits, and whoever holds the lock may delete the `NAME.unpacking` of a killed
+//! program. A stamp file in the folder records the archive that it was made from.
 
 use std::cell::Cell;
 use std::fs::{self, File, TryLockError};
@@ -17,18 +17,18 @@ use zip::ZipArchive;
 
 use crate::{Error, Result};
 
-/// What is asked and told while archives are unpacked.
+/// How the caller stops the unpacking and hears of its progress.
 pub(super) struct Unpacking<'a> {
-    /// Ends it once it is set.
+    /// Ends the unpacking once it is set.
     pub stop: &'a AtomicBool,
-    /// Gets a line before anything that takes long.
+    /// Is given one line before anything that takes long.
     pub tell: &'a mut dyn FnMut(&str),
 }
 
-/// The file inside an unpacked folder that says what it was made from.
+/// File in an unpacked folder that records the archive's size and time (`stamp`).
 const STAMP: &str = ".ddtas-unpacked";
 
-/// More than this is no data set but a bomb: the largest of the four has 3 GB in 120,000 files, and pictures hardly compress.
+/// Beyond these an archive is refused as a decompression bomb. The largest of the four data sets has 3 GB in 120,000 files.
 #[derive(Debug, Clone, Copy)]
 struct Limits {
     bytes: u64,
@@ -37,17 +37,17 @@ struct Limits {
 
 const LIMITS: Limits = Limits { bytes: 64 << 30, members: 2_000_000 };
 
-/// Times its own size that an archive may unpack to, and bytes that a small one may all the same.
+/// An archive of n bytes may unpack to EXPANSION n + SLACK bytes.
 const EXPANSION: u64 = 20;
 const SLACK: u64 = 64 << 20;
 
-/// Time between two looks at a lock that another program has.
+/// Time between two attempts to take a lock that another program holds.
 const LOCK_EVERY: Duration = Duration::from_millis(50);
 
-/// What a file or folder takes on disk, however little is in it.
+/// Bytes counted for each file and folder, besides its contents.
 const BLOCK: u64 = 4096;
 
-/// Bytes between two files of a .tar that are read: the names there, which go into memory.
+/// Bytes of headers that may be read between two files of a .tar: the `tar` crate keeps long names there in memory.
 const BETWEEN: u64 = 1 << 20;
 
 /// Whether `path` has the name of an archive that [`unpack`] reads.
@@ -56,11 +56,11 @@ pub(super) fn is_archive(path: &Path) -> bool {
     [".tgz", ".tar.gz", ".tar", ".zip"].iter().any(|ending| name.ends_with(ending))
 }
 
-/// The folder that holds what is in `archive`, a .tgz, .tar or .zip by its content; unpacks it if that was not done yet.
+/// The folder with the contents of `archive`, a .tgz, .tar or .zip by its first bytes; unpacks it first if necessary.
 ///
 /// # Errors
 /// [`Format`](ddtas_io::Error::Format) for an archive that is damaged, encrypted, or holds links or paths that lead out of it;
-/// [`Io`](ddtas_io::Error::Io), for example if the disk is full; [`Error::Stopped`]. In each case nothing of it is left.
+/// [`Io`](ddtas_io::Error::Io), for example if the disk is full; [`Error::Stopped`]. What was unpacked is then removed.
 pub(super) fn unpack(archive: &Path, unpacking: &mut Unpacking<'_>) -> Result<PathBuf> {
     let length = fs::metadata(archive).map_err(Error::io("read", archive))?.len();
     let bytes = LIMITS.bytes.min(length.saturating_mul(EXPANSION).saturating_add(SLACK));
@@ -77,8 +77,8 @@ fn unpack_within(archive: &Path, limits: Limits, unpacking: &mut Unpacking<'_>) 
     }
     let waiting = format!("waiting for another program that unpacks {}", archive.display());
     let mut told = false;
-    // Asked again and again: a call that waits hears no signal. Without locks (some network file systems) two programs must
-    // not start at once; one may.
+    // Polls, since a blocking lock would not notice `stop`. Some file systems have no locks: the loop then
+    // ends at once, and two programs must not be started at the same time.
     while let Err(TryLockError::WouldBlock) = file.try_lock() {
         if stop.load(Ordering::Relaxed) {
             return Err(Error::Stopped(waiting));
@@ -103,20 +103,20 @@ fn unpack_within(archive: &Path, limits: Limits, unpacking: &mut Unpacking<'_>) 
         fs::rename(&partial, &target).map_err(Error::io("write", &target))
     });
     if finished.is_err() {
-        // Best effort: the next start tries again.
+        // Best effort: the next call removes it, too.
         let _ = fs::remove_dir_all(&partial);
     }
     finished.map(|()| target)
 }
 
-/// `a.tgz` with `.unpacked` is `a.tgz.unpacked`: archives that differ in their ending alone do not meet.
+/// Appends `ending`, as in `a.tgz.unpacked`: `a.tgz` and `a.zip` get different folders.
 fn with_ending(archive: &Path, ending: &str) -> PathBuf {
     let mut name = archive.file_name().unwrap_or_default().to_owned();
     name.push(ending);
     archive.with_file_name(name)
 }
 
-/// What tells one version of an archive from another.
+/// Size and modification time of an archive: another version of the archive has another stamp.
 fn stamp(archive: &Path, file: &File) -> Result<String> {
     let about = file.metadata().map_err(Error::io("read", archive))?;
     let modified =
@@ -124,7 +124,7 @@ fn stamp(archive: &Path, file: &File) -> Result<String> {
     Ok(format!("{} bytes, modified {}.{:09}\n", about.len(), modified.as_secs(), modified.subsec_nanos()))
 }
 
-/// Whether `target` was unpacked from the archive that `stamp` tells; an error if it is none of ours.
+/// Whether `target` was unpacked from the archive of this `stamp`; an error if it exists and has no stamp file.
 fn is_current(target: &Path, stamp: &str) -> Result<bool> {
     match fs::read_to_string(target.join(STAMP)) {
         Ok(found) => Ok(found == stamp),
@@ -143,7 +143,7 @@ fn remove(folder: &Path) -> Result<()> {
     }
 }
 
-/// One archive on its way into a folder.
+/// An archive that is being unpacked into the folder `into`; `members` and `bytes` count what has been unpacked.
 struct Archive<'a> {
     path: &'a Path,
     stop: &'a AtomicBool,
@@ -176,7 +176,7 @@ impl Archive<'_> {
             match entry.header().entry_type() {
                 EntryType::Directory => self.folder(&name)?,
                 EntryType::Regular | EntryType::Continuous => {
-                    // What is in a file goes to disk, and is counted there.
+                    // A file's contents are not kept in memory; `count` limits them.
                     left.set(u64::MAX);
                     self.file(&name, &mut entry)?;
                 }
@@ -224,7 +224,7 @@ impl Archive<'_> {
         if let Some(parent) = path.parent() {
             fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
         }
-        // No link was ever made in this folder, so none can be followed out of it.
+        // Links are refused, so there is none in this folder that the path could follow.
         let mut file = File::create(&path).map_err(Error::io("write", &path))?;
         let mut buffer = vec![0; 1 << 16];
         loop {
@@ -245,7 +245,7 @@ impl Archive<'_> {
         }
     }
 
-    /// Counts what goes to disk.
+    /// Adds to the bytes on disk; an error once they exceed the limit.
     fn count(&mut self, bytes: u64) -> Result<()> {
         self.bytes += bytes;
         if self.bytes > self.limits.bytes {
@@ -258,7 +258,7 @@ impl Archive<'_> {
         Ok(())
     }
 
-    /// Where a member goes; an error if that would be elsewhere than inside the folder.
+    /// The path that a member is unpacked to; an error if it is outside the folder.
     fn place(&mut self, name: &Path) -> Result<PathBuf> {
         self.members += 1;
         if self.members > self.limits.members {
@@ -268,7 +268,7 @@ impl Archive<'_> {
         for part in name.components() {
             self.count(BLOCK)?;
             match part {
-                // A backslash parts folders on Windows only: what would lead out there is refused everywhere.
+                // A backslash separates folders on Windows only; names that contain one are refused everywhere.
                 Component::Normal(part) if !part.to_string_lossy().contains('\\') => path.push(part),
                 Component::CurDir => {}
                 _ => return Err(self.refused(name, "leads out of the folder it is unpacked into")),
@@ -289,7 +289,7 @@ impl Archive<'_> {
     }
 }
 
-/// A reader that fails once it has given as many bytes as are `left`.
+/// A reader that fails once it has returned more than `left` bytes.
 struct Metered<'a, R> {
     reader: R,
     left: &'a Cell<u64>,
@@ -318,7 +318,7 @@ mod tests {
             let mut header = tar::Header::new_gnu();
             header.set_size(bytes.len() as u64);
             header.set_mode(0o644);
-            // Past the crate's own checks, as an attacker would.
+            // Written directly, since the crate's own method refuses such names.
             header.as_old_mut().name[..name.len()].copy_from_slice(name.as_bytes());
             header.set_cksum();
             tar.append(&header, *bytes).unwrap();
@@ -398,12 +398,12 @@ mod tests {
     fn bombs_are_refused() {
         let tar = tar_of(&[("a", &[0; 5000]), ("b", &[0; 5000])]);
         assert!(refusal(&tar, Limits { bytes: 9999, ..LIMITS }).contains("more than 9999 bytes"));
-        // Files and folders with nothing in them take room all the same.
+        // Empty files and folders count as one block each.
         let tar = tar_of(&[("a/b/c", &[]), ("a/b/d", &[])]);
         assert!(refusal(&tar, Limits { bytes: 20_000, ..LIMITS }).contains("more than 20000 bytes"));
         assert!(refusal(&tar, Limits { members: 1, ..LIMITS }).contains("more than 1 members"));
 
-        // Names go into memory, and are read before it is known that they are any.
+        // The crate reads a long name into memory before this module sees the entry.
         let mut header = tar::Header::new_gnu();
         header.set_entry_type(EntryType::GNULongName);
         header.set_size(2 * BETWEEN);
@@ -412,7 +412,7 @@ mod tests {
         let long = [header.as_bytes(), &name[..], &tar_of(&[("a", b"x")])].concat();
         assert!(refusal(&long, LIMITS).contains("a name of more than 1048576 bytes"));
 
-        // A hundred megabytes of nothing in a hundred kilobytes.
+        // 100 MB of zeros compress to 100 KB.
         let mut deflated = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
         deflated.write_all(&tar_of(&[("a", &vec![0; 100 << 20])])).unwrap();
         let place = tempfile::tempdir().unwrap();

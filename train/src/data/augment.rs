@@ -18,7 +18,7 @@ pub struct AugmentSettings {
     pub crop_aspect: (f64, f64),
     /// Probability of a mirror image. Default 0.5.
     pub flip: f64,
-    /// Brightness, contrast and saturation are each multiplied by 1 -+ this at most. Default 0.2.
+    /// Brightness, contrast and saturation are each multiplied by a random factor within 1 +- `jitter`. Default 0.2.
     pub jitter: f64,
 }
 
@@ -32,7 +32,7 @@ impl AugmentSettings {
     /// Checks the ranges.
     ///
     /// # Errors
-    /// [`InvalidArgument`](ddtas_io::Error::InvalidArgument) names the first setting that is off.
+    /// [`InvalidArgument`](ddtas_io::Error::InvalidArgument) names the first setting that is out of range.
     pub fn validate(&self) -> Result<()> {
         let invalid = |name, value, range| Err(Error::argument(name, value, range));
         let (least, most) = self.crop_area;
@@ -54,20 +54,20 @@ impl AugmentSettings {
 }
 
 /// # Errors
-/// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) for a side of pictures that no network is made for.
+/// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) unless `size`, the side of the pictures, is in 8..=1024.
 pub(crate) fn check_image_size(size: usize) -> Result<()> {
     check((8..=1024).contains(&size), "image-size", size, "8 to 1024")
 }
 
-/// Cuts pictures to `size` x `size` and writes them as normalised f32 planes (CHW).
+/// Crops pictures, resizes them to `size` x `size` and writes them as normalised f32 planes (CHW).
 ///
-/// One per thread: it keeps the resizer's buffers.
+/// Holds the resizer's buffers, so each thread needs its own ([`another`](Self::another)).
 pub struct Cropper {
     resizer: Resizer,
     resized: Image<'static>,
-    /// The picture as floats, where it is resized so.
+    /// The picture as floats, if `preprocessing` resizes floats.
     source: Vec<f32>,
-    /// One row of the picture, red, green and blue apart.
+    /// One row of the resized picture: red, green and blue in separate vectors.
     row: [Vec<f32>; 3],
     size: u32,
     preprocessing: Preprocessing,
@@ -96,22 +96,22 @@ impl Cropper {
         }
     }
 
-    /// One of the same size, for another thread.
+    /// A cropper with the same size and preprocessing, for another thread.
     pub fn another(&self) -> Self {
         Self::with_side(self.size, self.preprocessing)
     }
 
-    /// Side of the pictures that come out.
+    /// Side of the cropped pictures, in pixels.
     pub fn size(&self) -> usize {
         self.size as usize
     }
 
-    /// Floats of one picture, 3 x size x size.
+    /// Number of floats of one picture, 3 x size x size.
     pub fn floats(&self) -> usize {
         3 * self.size() * self.size()
     }
 
-    /// A random resized crop, perhaps mirrored, with its colours shifted, appended to `pixels`.
+    /// Appends a random resized crop to `pixels`, mirrored at random and with its colours changed.
     ///
     /// # Errors
     /// [`Error::Dataset`] if the picture cannot be resized.
@@ -131,7 +131,7 @@ impl Cropper {
         Ok(())
     }
 
-    /// The square in the middle of the picture, appended to `pixels`.
+    /// Appends the resized square in the middle of the picture to `pixels`.
     ///
     /// # Errors
     /// As [`train`](Self::train).
@@ -141,7 +141,7 @@ impl Cropper {
         Ok(())
     }
 
-    /// The square in the middle of the picture as bytes, for thumbnails: RGB, row by row.
+    /// The resized square in the middle of the picture as RGB bytes, row by row, for thumbnails.
     ///
     /// # Errors
     /// As [`train`](Self::train).
@@ -173,13 +173,13 @@ impl Cropper {
         self.resizer.resize(&source, &mut self.resized, &options).map_err(|e| failed(e.to_string()))
     }
 
-    /// Rows of RGB to normalised planes.
+    /// Appends the resized picture to `pixels` as normalised planes.
     fn write(&mut self, flip: bool, jitter: Option<[f32; 3]>, pixels: &mut Vec<f32>) {
         let (size, start) = (self.size as usize, pixels.len());
         pixels.resize(start + 3 * size * size, 0.0);
         let (row, preprocessing) = (&mut self.row, &self.preprocessing);
         let target = &mut pixels[start..];
-        // The widest vectors that the processor has; lanes do what one value at a time would, to the last bit.
+        // Uses the widest vectors of the processor; the results have the same bits with any width.
         let arch = pulp::Arch::new();
         if self.resized.pixel_type() == PixelType::F32x3 {
             let floats: Vec<f32> = bytemuck::pod_collect_to_vec(self.resized.buffer());
@@ -191,7 +191,7 @@ impl Cropper {
     }
 }
 
-/// A channel's value in a picture, 0 to 255.
+/// The type of a channel's value, 0 to 255.
 trait Level: Copy {
     fn value(self) -> f32;
     fn sum(values: &[Self]) -> f32;
@@ -217,7 +217,7 @@ impl Level for f32 {
     }
 }
 
-/// PERF: rows of one channel each, which vectorise; benches/records/2026-11-24-cpu-loader, benches/loader.py.
+/// PERF: works on rows of one channel each, which vectorises; benches/records/2026-11-24-cpu-loader, benches/loader.py.
 #[inline(always)]
 fn write_planes<T: Level>(
     levels: &[T],
@@ -260,7 +260,7 @@ fn write_planes<T: Level>(
 
 /// Left, top, width, height of a random crop, in pixels.
 ///
-/// A few draws that do not fit are drawn again; then the largest centred crop of an allowed aspect is taken.
+/// Draws up to ten times until the crop fits the picture; then takes the largest centred crop of an allowed aspect.
 fn random_crop(width: u32, height: u32, settings: &AugmentSettings, rng: &mut impl Rng) -> [f64; 4] {
     let (width, height) = (f64::from(width), f64::from(height));
     let (least, most) = settings.crop_aspect;

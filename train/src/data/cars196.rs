@@ -1,7 +1,7 @@
-//! `--dataset cars196`: Stanford Cars. Classes 1 to 98 train, 99 to 196 test, whatever split the files were made for.
+//! `--dataset cars196`: Stanford Cars. Classes 1 to 98 train, 99 to 196 test, in place of the split by pictures in the files.
 //!
-//! Three layouts are told apart by what is there: `car_ims/` with `cars_annos.mat`; `cars_train/` and `cars_test/`
-//! with the development kit; a folder per class.
+//! Three layouts are recognised: `car_ims/` with `cars_annos.mat`; `cars_train/` and `cars_test/` with the
+//! development kit; a folder per class.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -29,15 +29,15 @@ pub(super) const CARS196: Published = Published {
     recall_at: RECALL_AT,
 };
 
-/// The last class that trains.
+/// The last training class; the following ones up to `LAST_CLASS` are for the test.
 const LAST_TRAINING_CLASS: usize = 98;
 const LAST_CLASS: usize = 196;
 
 /// Opens the set at `path`; `crop` cuts every picture to its bounding box.
 ///
 /// # Errors
-/// [`Error::Dataset`] if a file is missing, [`Format`](ddtas_io::Error::Format) if annotations are not what they should be, those
-/// of unpacking.
+/// [`Error::Dataset`] if a file is missing, [`Format`](ddtas_io::Error::Format) if an annotation is
+/// malformed, errors of [`Root::open`].
 pub(super) fn open(path: &Path, crop: bool, unpacking: &mut Unpacking<'_>) -> Result<Dataset> {
     let root = Root::open(path, &CARS196, unpacking)?;
     if let Some(annotations) = root.find(&["cars_annos.mat"]) {
@@ -65,7 +65,7 @@ const TRAIN_ANNOTATIONS: [&str; 2] = ["devkit/cars_train_annos.mat", "cars_train
 const TEST_ANNOTATIONS: [&str; 2] =
     ["devkit/cars_test_annos_withlabels.mat", "cars_test_annos_withlabels.mat"];
 
-/// `car_ims/` and `cars_annos.mat`, whose paths begin with `car_ims/`.
+/// Opens the layout with `car_ims/` and `cars_annos.mat`. The paths in the annotations begin with `car_ims/`.
 fn one_folder(root: &Root, path: &Path, crop: bool) -> Result<Dataset> {
     let file = mat::read(path)?;
     let images = root.need(&["car_ims"])?;
@@ -75,7 +75,7 @@ fn one_folder(root: &Root, path: &Path, crop: bool) -> Result<Dataset> {
     finish(root, classes, &class_names(&file))
 }
 
-/// `cars_train/`, `cars_test/` and the development kit, whose annotations name files alone.
+/// Opens the layout with `cars_train/`, `cars_test/` and the development kit. Its annotations hold file names without folder.
 fn two_folders(root: &Root, crop: bool) -> Result<Dataset> {
     let mut classes = BTreeMap::new();
     for (list, folder) in [(TRAIN_ANNOTATIONS, "cars_train"), (TEST_ANNOTATIONS, "cars_test")] {
@@ -138,7 +138,7 @@ fn whole(array: &Array) -> Option<usize> {
         .map(|value| value as usize)
 }
 
-/// The box from pixel (x1, y1) to pixel (x2, y2), both in it, counted from 1. Some begin at 0.
+/// The box from pixel (x1, y1) to pixel (x2, y2), inclusive, counted from 1. Some boxes of the data set begin at 0.
 fn pixel_box(x1: usize, y1: usize, x2: usize, y2: usize) -> Option<PixelBox> {
     let (left, top) = (x1.saturating_sub(1), y1.saturating_sub(1));
     let (width, height) = (x2.checked_sub(left)?, y2.checked_sub(top)?);
@@ -189,8 +189,8 @@ fn class_folders(root: &Root) -> Result<BTreeMap<String, Vec<PathBuf>>> {
     Ok(classes)
 }
 
-/// Sorted as bytes, the 196 official names put the same 98 classes first as their numbers do ("FIAT 500 Abarth 2012" is
-/// the 98th either way), though not in the same order. Of fewer folders the first half trains.
+/// Splits class folders in the order of their names. Sorted as bytes, the 196 official names have the same 98 classes first
+/// as the class numbers ("FIAT 500 Abarth 2012" is the 98th in both). If there are not 196 folders, the first half trains.
 fn by_folder(root: &Root, folders: BTreeMap<String, Vec<PathBuf>>) -> Result<Dataset> {
     let border = if folders.len() == LAST_CLASS { LAST_TRAINING_CLASS } else { folders.len() / 2 };
     let mut train: Classes = folders

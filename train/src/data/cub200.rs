@@ -1,7 +1,7 @@
 //! `--dataset cub200`: Caltech-UCSD Birds 200-2011. Classes 1 to 100 train, 101 to 200 test.
 //!
-//! Read are `images.txt`, `image_class_labels.txt`, `classes.txt` if it is there, and `bounding_boxes.txt` if
-//! the pictures are to be cut.
+//! Reads `images.txt`, `image_class_labels.txt`, `classes.txt` if it exists, and `bounding_boxes.txt` if
+//! pictures are cropped.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -21,14 +21,14 @@ pub(super) const CUB200: Published = Published {
     recall_at: RECALL_AT,
 };
 
-/// The last class that trains.
+/// The last training class.
 const LAST_TRAINING_CLASS: usize = 100;
 
 /// Opens the set at `path`; `crop` cuts every picture to its bounding box.
 ///
 /// # Errors
-/// [`Error::Dataset`](crate::Error::Dataset) if a file is missing, [`Format`](ddtas_io::Error::Format) if a list is not
-/// what it should be, those of unpacking.
+/// [`Error::Dataset`](crate::Error::Dataset) if a file is missing, [`Format`](ddtas_io::Error::Format) if a
+/// list is malformed, errors of [`Root::open`].
 pub(super) fn open(path: &Path, crop: bool, unpacking: &mut Unpacking<'_>) -> Result<Dataset> {
     let root = Root::open(path, &CUB200, unpacking)?;
     let images = root.table::<2>(&["images.txt"], 0)?;

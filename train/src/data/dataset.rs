@@ -1,4 +1,4 @@
-//! Labelled pictures: where they come from, and the memory they are kept in.
+//! Labelled pictures: their sources, and the cache of decoded pictures.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -10,31 +10,31 @@ use serde::{Deserialize, Serialize};
 use super::decode::{PixelBox, cut, decode};
 use crate::{Error, Result};
 
-/// Decoded pictures a [`Split`] keeps in memory, unless told otherwise: 1 GiB.
+/// Default budget of a [`Split`] for decoded pictures in memory: 1 GiB.
 ///
-/// 11,870 pictures of 64 x 64 take 139 MiB. Past the budget, pictures are decoded anew each time.
+/// 11,870 pictures of 64 x 64 take 139 MiB. Pictures that do not fit are decoded again each time.
 pub const DEFAULT_CACHE_BYTES: usize = 1 << 30;
 
-/// K of Recall@K where a data set has no convention of its own.
+/// Values of K in Recall@K for a data set without usual ones.
 pub const RECALL_AT: &[usize] = &[1, 2, 4, 8];
 
-/// A split that trains and one that tests, with disjoint classes unless [`seen`](Self::seen).
+/// A training and a test split, with disjoint classes unless [`seen`](Self::seen).
 #[derive(Debug, Clone)]
 pub struct Dataset {
-    /// What reports call it: `emoji`, `synthetic`.
+    /// Name in reports, such as `emoji` or `synthetic`.
     pub name: String,
     /// Classes the network learns from.
     pub train: Arc<Split>,
-    /// Unseen classes, for retrieval: the queries, and what they are searched in unless there is a gallery.
+    /// Queries, of unseen classes. Each is compared with the other queries unless there is a gallery.
     pub test: Arc<Split>,
-    /// What the queries are searched in where that is another set of pictures (In-Shop). Its labels and class names
-    /// are those of `test`; a class may lack pictures on either side.
+    /// The pictures that queries are compared with, if that is a separate set (In-Shop). It has the labels
+    /// and class names of `test`; a class may have no pictures in one of the two.
     pub gallery: Option<Arc<Split>>,
-    /// Whether test classes are among those that train: what is measured then is not of unseen classes.
+    /// Whether test classes are also training classes, so that Recall@K is not measured on unseen classes.
     pub seen: bool,
-    /// The values of K in Recall@K that the set is judged by, ascending.
+    /// The values of K in Recall@K that are usual for this set, ascending.
     pub recall_at: &'static [usize],
-    /// What a user should know before training, one line each (classes with one picture, empty folders).
+    /// Lines to show before training (classes with one picture, empty folders).
     pub warnings: Vec<String>,
 }
 
@@ -45,7 +45,7 @@ impl Dataset {
         [&self.train, &self.test].map(|split| split.extent())
     }
 
-    /// Tells sets apart by the names of their classes and pictures, wherever they lie.
+    /// Checksum of the names of classes and pictures; it does not depend on the folder the set is in.
     #[must_use]
     pub fn fingerprint(&self) -> String {
         let mut sum = crc32fast::Hasher::new();
@@ -61,7 +61,7 @@ impl Dataset {
         format!("{:08x}", sum.finalize())
     }
 
-    /// What the queries are searched in: the gallery, or the test split itself.
+    /// The pictures that queries are compared with: the gallery if there is one, else the test split.
     #[must_use]
     pub fn searched(&self) -> &Split {
         self.gallery.as_ref().unwrap_or(&self.test)
@@ -77,7 +77,7 @@ pub enum Source {
     Part {
         /// The file.
         path: PathBuf,
-        /// The part, as far as the picture reaches.
+        /// The part; [`Split::picture`] clips it to the picture's border.
         area: PixelBox,
     },
     /// The `instance`-th picture of the `class`-th design of an [`Artist`].
@@ -89,7 +89,7 @@ pub enum Source {
     },
 }
 
-/// Draws pictures that are in no file: the same bytes each time.
+/// Draws pictures in memory; a picture has the same bytes each time.
 pub trait Artist: std::fmt::Debug + Send + Sync {
     /// Name of a class.
     fn name(&self, class: usize) -> &str;
@@ -101,9 +101,9 @@ pub trait Artist: std::fmt::Debug + Send + Sync {
 /// The size of a split.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Extent {
-    /// Classes.
+    /// Number of classes.
     pub classes: usize,
-    /// Pictures.
+    /// Number of pictures.
     pub pictures: usize,
 }
 
@@ -114,15 +114,15 @@ pub struct Unreadable {
     pub index: usize,
     /// The file.
     pub path: PathBuf,
-    /// What the decoder said.
+    /// The decoder's error.
     pub reason: String,
 }
 
-/// Labelled pictures of one side of a [`Dataset`].
+/// Labelled pictures: the training split, test split or gallery of a [`Dataset`].
 ///
-/// Labels run from 0 without gaps, `class_names[label]` names them. Pictures are
-/// decoded on first use, by whichever thread comes first, and kept within the
-/// cache budget. A file that failed once is not tried again.
+/// Labels run from 0 without gaps; `class_names[label]` is the name. Pictures are decoded on first use and
+/// kept if they fit the cache budget. Threads may share a split. A file that could not be decoded is not
+/// tried again.
 #[derive(Debug)]
 pub struct Split {
     sources: Vec<Source>,
@@ -142,7 +142,7 @@ enum Slot {
 }
 
 impl Split {
-    /// A split of files: per class its name and its pictures.
+    /// A split of files: the name and pictures of each class.
     pub fn from_files(classes: Vec<(String, Vec<PathBuf>)>, cache_bytes: usize) -> Self {
         let classes = classes
             .into_iter()
@@ -151,12 +151,12 @@ impl Split {
         Self::from_sources(classes, cache_bytes)
     }
 
-    /// A split of files or parts of files: per class its name and its pictures.
+    /// A split of files or parts of files: the name and pictures of each class.
     pub fn from_sources(classes: Vec<(String, Vec<Source>)>, cache_bytes: usize) -> Self {
         Self::new(classes, None, cache_bytes)
     }
 
-    /// A split of drawn pictures: the classes `designs` of `artist`, `pictures` of each.
+    /// A split of drawn pictures: the classes `designs` of `artist`, with `pictures` pictures each.
     pub fn drawn(
         artist: Arc<dyn Artist>,
         designs: std::ops::Range<usize>,
@@ -194,7 +194,7 @@ impl Split {
         }
     }
 
-    /// How many classes and pictures there are.
+    /// Number of classes and pictures.
     pub fn extent(&self) -> Extent {
         Extent { classes: self.class_names.len(), pictures: self.len() }
     }
@@ -234,7 +234,7 @@ impl Split {
         &self.class_names[self.labels[index] as usize]
     }
 
-    /// The picture `index`, decoded or drawn, from memory if it is there.
+    /// Picture `index`: cached, or else decoded or drawn.
     ///
     /// # Errors
     /// [`Error::Image`] if the file cannot be read or decoded.
@@ -249,7 +249,7 @@ impl Split {
             Ok(picture) => {
                 let picture = Arc::new(picture);
                 let bytes = picture.as_raw().len();
-                // The slot may be lost to another thread: its budget is then given back.
+                // If another thread fills the slot first, the reserved bytes are released.
                 let before = self.cached_bytes.fetch_add(bytes, Ordering::Relaxed);
                 let fits = before.saturating_add(bytes) <= self.cache_bytes;
                 if !fits || slot.set(Slot::Picture(Arc::clone(&picture))).is_err() {
@@ -259,14 +259,14 @@ impl Split {
             }
             Err(reason) => {
                 let error = self.image_error(index, reason.clone());
-                // Lost to another thread means that it holds the same answer.
+                // If another thread filled the slot first, it stored the same result.
                 let _ = slot.set(Slot::Unreadable(reason));
                 Err(error)
             }
         }
     }
 
-    /// The files that were tried and could not be decoded, so far.
+    /// The files that could not be decoded so far.
     pub fn unreadable(&self) -> Vec<Unreadable> {
         let failed = |(index, slot): (usize, &OnceLock<Slot>)| match slot.get() {
             Some(Slot::Unreadable(reason)) => Some(Unreadable {

@@ -1,4 +1,4 @@
-//! From a file to a picture.
+//! Decodes picture files.
 
 use std::io::Cursor;
 use std::path::Path;
@@ -11,18 +11,18 @@ use zune_jpeg::zune_core::options::DecoderOptions;
 /// A part of a picture in pixels: a bounding box of an annotation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PixelBox {
-    /// Columns to the left of it.
+    /// Columns left of the part.
     pub left: u32,
-    /// Rows above it.
+    /// Rows above the part.
     pub top: u32,
-    /// Columns in it, at least 1.
+    /// Columns of the part, at least 1.
     pub width: u32,
-    /// Rows in it, at least 1.
+    /// Rows of the part, at least 1.
     pub height: u32,
 }
 
-/// Decodes by content, not by extension: data sets hold PNGs that are called .jpg. The picture is turned as its EXIF
-/// orientation says, what is transparent in it lies over white, and of an animation it is the first frame.
+/// Decodes by content, not by extension: data sets contain PNGs named .jpg. Applies the EXIF orientation,
+/// puts transparent pixels over white, and takes the first frame of an animation.
 ///
 /// # Errors
 /// The reason in one line.
@@ -50,11 +50,11 @@ fn decode_bytes(bytes: &[u8], format: ImageFormat) -> Result<DynamicImage, Strin
     Ok(picture)
 }
 
-/// A decoder that has read the header, if the pixels that the header announces are no more than memory may be taken for.
+/// A decoder that has read the header; an error if the pixels that the header announces would take more than 512 MiB.
 fn decoder_of(bytes: &[u8], format: ImageFormat) -> Result<impl ImageDecoder, String> {
     let reader = ImageReader::with_format(Cursor::new(bytes), format);
     let decoder = reader.into_decoder().map_err(one_line)?;
-    // `into_decoder` hands the limits on, but the buffer of all pixels is not the decoder's.
+    // `into_decoder` passes the limits to the decoder, but the buffer of pixels is allocated outside it.
     if Limits::default().reserve(decoder.total_bytes()).is_err() {
         let (width, height) = decoder.dimensions();
         return Err(format!("its {width} x {height} pixels take more than 512 MiB"));
@@ -62,12 +62,12 @@ fn decoder_of(bytes: &[u8], format: ImageFormat) -> Result<impl ImageDecoder, St
     Ok(decoder)
 }
 
-/// The decoder fills up what is missing of a JPEG that ends early. So one without an end marker is decoded strictly, again
-/// and again with other bytes after its end: if the picture shows them, something of it was missing.
+/// Decodes a JPEG and refuses one that was cut short, whose missing part the decoder would make up. A baseline JPEG without
+/// end marker is decoded with several fillings after its end: if they change the picture, part of it was missing.
 fn decode_jpeg(bytes: &[u8]) -> Result<DynamicImage, String> {
     let scan = match scan_of(bytes) {
         Some(scan) if !scan.is_progressive => scan.begin,
-        // The passes of a progressive one refine each other: only the end marker tells that there is none to come.
+        // The scans of a progressive JPEG refine each other: only the end marker shows that none is missing.
         Some(scan) if !ends(&bytes[scan.begin..]) => return Err(ENDS_EARLY.into()),
         _ => return decode_bytes(bytes, ImageFormat::Jpeg),
     };
@@ -75,10 +75,10 @@ fn decode_jpeg(bytes: &[u8]) -> Result<DynamicImage, String> {
         return decode_bytes(bytes, ImageFormat::Jpeg);
     }
     decoder_of(bytes, ImageFormat::Jpeg)?;
-    // Half an end marker is none.
+    // Removes half an end marker.
     let bytes = bytes.strip_suffix(&[0xff]).unwrap_or(bytes);
     let ended = |filling: u8| [bytes, &[filling; 64], &END].concat();
-    // Four, since a block's coefficients may be the same by chance, or beyond the picture's border.
+    // Four fillings: two may decode to the same coefficients by chance, or change pixels beyond the border only.
     let [first, others @ ..] = [0x00, 0x6d, 0x92, 0x55].map(|filling| decode_strictly(&ended(filling)));
     if first.is_none() || others.iter().any(|other| *other != first) {
         return Err(ENDS_EARLY.into());
@@ -86,7 +86,7 @@ fn decode_jpeg(bytes: &[u8]) -> Result<DynamicImage, String> {
     decode_bytes(&ended(0x00), ImageFormat::Jpeg)
 }
 
-/// The pixels of a JPEG in whose coded data there is nothing wrong.
+/// The pixels of a JPEG, or none if its coded data have any error.
 fn decode_strictly(bytes: &[u8]) -> Option<Vec<u8>> {
     let options =
         DecoderOptions::default().set_strict_mode(true).set_max_width(usize::MAX).set_max_height(usize::MAX);
@@ -98,19 +98,19 @@ const ENDS_EARLY: &str = "the JPEG ends early: it was cut short";
 /// End of image.
 const END: [u8; 2] = [0xff, 0xd9];
 
-/// Whether an end marker is in these coded data: there, another byte cannot follow 0xff.
+/// Whether these coded data contain an end marker. Within coded data proper, 0xff is never followed by 0xd9.
 fn ends(coded: &[u8]) -> bool {
-    // From the back, where it stands in nearly all files.
+    // From the end, where it is in nearly all files.
     coded.windows(2).rev().any(|pair| pair == END)
 }
 
-/// The first pass of a JPEG's coded data.
+/// Where the coded data of a JPEG's first scan begin, and whether it is progressive.
 struct Scan {
     begin: usize,
     is_progressive: bool,
 }
 
-/// Walks the segments before the coded data, thumbnails within them included; none if there are no such data.
+/// Skips the segments before the coded data, with the thumbnails in them; none if there are no coded data.
 fn scan_of(bytes: &[u8]) -> Option<Scan> {
     let mut begin = 2;
     let mut is_progressive = false;
@@ -120,7 +120,7 @@ fn scan_of(bytes: &[u8]) -> Option<Scan> {
             return None;
         }
         if kind == 0xff {
-            // Fill bytes may stand before a marker.
+            // Fill bytes may precede a marker.
             begin += 1;
             continue;
         }
@@ -133,7 +133,7 @@ fn scan_of(bytes: &[u8]) -> Option<Scan> {
     }
 }
 
-/// Without alpha: what is transparent shows white.
+/// Removes the alpha channel by blending with white.
 fn over_white(picture: DynamicImage) -> RgbImage {
     if !picture.color().has_alpha() {
         return picture.into_rgb8();
@@ -147,7 +147,7 @@ fn over_white(picture: DynamicImage) -> RgbImage {
     })
 }
 
-/// What of `picture` lies in `area`; annotations may reach past the border, but not lie outside.
+/// The part of `picture` in `area`, clipped to the border; an error if the whole area is outside.
 pub(super) fn cut(picture: &RgbImage, area: PixelBox) -> Result<RgbImage, String> {
     let width = picture.width().saturating_sub(area.left).min(area.width);
     let height = picture.height().saturating_sub(area.top).min(area.height);

@@ -1,4 +1,4 @@
-//! A split in order, in chunks, for embedding and retrieval.
+//! Chunks of a split in order, for embedding and retrieval.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -11,23 +11,23 @@ use super::loader::ImageBatch;
 use super::preprocessing::Preprocessing;
 use crate::{Error, Result};
 
-/// Walks a split in chunks of `chunk` pictures, centre-cropped, each once; an iterator.
+/// Iterator over a split in chunks of `chunk` pictures, centre-cropped, each picture once.
 ///
-/// Unreadable pictures are left out and counted in the chunk: go by its `indices` and
-/// `labels`. A chunk may thus be short, even empty. A class without a readable picture is an error, which ends it.
+/// Unreadable pictures are left out and counted in the chunk's `skipped`; its `indices` and `labels` list the others. A chunk
+/// may thus be short or empty. A class without a readable picture is an error, which ends the iteration.
 pub struct EvaluationBatches {
     split: Arc<Split>,
     cropper: Cropper,
     chunk: usize,
-    /// The pictures to walk, and the next of them.
+    /// The pictures to read; `next` is the first of the next chunk.
     range: Range<usize>,
     next: usize,
-    /// Readable pictures of each class so far.
+    /// Number of readable pictures of each class so far.
     readable: Vec<usize>,
 }
 
 impl EvaluationBatches {
-    /// Starts at the first picture, which is cut to `image_size` and scaled for `preprocessing`.
+    /// Starts at the first picture. Pictures are cropped to `image_size` and scaled for `preprocessing`.
     ///
     /// # Errors
     /// [`InvalidArgument`](ddtas_io::Error::InvalidArgument) if `chunk` is 0, or the size is out of range.
@@ -45,14 +45,14 @@ impl EvaluationBatches {
         Ok(Self { split, cropper, chunk, range, next: 0, readable })
     }
 
-    /// The same for the pictures `range` alone. Of classes that begin or end elsewhere nothing is known here:
-    /// [`check_classes`] asks once all are together.
+    /// Restricts the iterator to the pictures `range`. A class that begins or ends outside `range` is not
+    /// checked here; [`check_classes`] does that for the pictures of all ranges.
     #[must_use]
     pub fn within(self, range: Range<usize>) -> Self {
         Self { next: range.start, range, ..self }
     }
 
-    /// The next chunk; its pictures are decoded and cut on all cores.
+    /// The next chunk; its pictures are decoded and cropped on all cores.
     fn read(&mut self) -> Result<ImageBatch> {
         let range = self.next..self.range.end.min(self.next + self.chunk);
         let (split, cropper) = (&self.split, &self.cropper);
@@ -93,7 +93,7 @@ impl EvaluationBatches {
         Ok(batch)
     }
 
-    /// Every class that began here and ended within `range` gave a picture.
+    /// An error if a class that lies within `self.range` and ends in `range` had no readable picture.
     fn check_ended(&self, range: Range<usize>) -> Result<()> {
         for (label, class) in self.split.by_class().iter().enumerate() {
             let ended = class.last().is_some_and(|last| range.contains(last));
@@ -106,10 +106,10 @@ impl EvaluationBatches {
     }
 }
 
-/// Refuses a split of which a class has no picture among `labels`, those of the pictures that could be read.
+/// Checks that every class of `split` that has pictures occurs in `labels`, the labels of the readable pictures.
 ///
 /// # Errors
-/// [`Error::Dataset`] names the class.
+/// [`Error::Dataset`] names the first class that does not.
 pub fn check_classes(split: &Split, labels: &[i64]) -> Result<()> {
     let mut readable = vec![false; split.class_names().len()];
     labels.iter().for_each(|&label| readable[label as usize] = true);
@@ -117,7 +117,7 @@ pub fn check_classes(split: &Split, labels: &[i64]) -> Result<()> {
     (0..readable.len()).find(missing).map_or(Ok(()), |label| Err(unreadable(split, label)))
 }
 
-/// A class of a test split without a readable picture.
+/// The error for a class without a readable picture.
 fn unreadable(split: &Split, label: usize) -> Error {
     let class = &split.by_class()[label];
     let (name, count) = (&split.class_names()[label], class.len());

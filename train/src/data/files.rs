@@ -1,16 +1,16 @@
-//! Which files are pictures, by their names, and what is said of the others.
+//! Recognises picture files by their names, and reports the others.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::Path;
 
-/// Extensions of pictures, in any case.
+/// Extensions of pictures; case is ignored.
 const PICTURES: [&str; 9] = ["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jfif"];
 
-/// What is asked for where there is none.
+/// The formats, for messages about missing pictures.
 pub(crate) const KINDS: &str = "JPEG, PNG, WebP, GIF, BMP or TIFF";
 
-/// Whether a file is taken for a picture, by its extension.
+/// Whether the extension is that of a picture.
 pub(crate) fn is_picture(path: &Path) -> bool {
     let extension = path.extension().unwrap_or_default();
     PICTURES.iter().any(|known| extension.eq_ignore_ascii_case(known))
@@ -26,7 +26,7 @@ pub(crate) fn file_name(path: &Path) -> String {
     path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
 }
 
-/// A name as the system spells it, UTF-8 or not.
+/// A file name from bytes that need not be UTF-8.
 pub(crate) fn name_of_bytes(bytes: &[u8]) -> OsString {
     #[cfg(unix)]
     return std::os::unix::ffi::OsStringExt::from_vec(bytes.to_vec());
@@ -34,19 +34,19 @@ pub(crate) fn name_of_bytes(bytes: &[u8]) -> OsString {
     String::from_utf8_lossy(bytes).into_owned().into()
 }
 
-/// A path as JSON holds it.
+/// Serialises a path as text.
 pub(crate) fn as_text<S: serde::Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(&path.display())
 }
 
-/// Files and folders that were found and not taken, counted by kind.
+/// Numbers of files and folders that were ignored, by kind.
 #[derive(Debug, Default)]
 pub(crate) struct PassedOver {
     kinds: BTreeMap<String, usize>,
 }
 
 impl PassedOver {
-    /// Counts a file that is no picture, or a folder where only files are looked at.
+    /// Counts a file that is not a picture, or a folder where pictures are expected.
     pub(crate) fn note(&mut self, path: &Path) {
         if path.is_dir() {
             self.count("folders within class folders");
@@ -60,12 +60,12 @@ impl PassedOver {
         }
     }
 
-    /// Counts something by another name.
+    /// Adds one to `kind`.
     pub(crate) fn count(&mut self, kind: &str) {
         *self.kinds.entry(kind.to_owned()).or_default() += 1;
     }
 
-    /// `passed over, not read as pictures: 3 .heic, 1 .txt`, the most frequent first; none if there was nothing.
+    /// `passed over, not read as pictures: 3 .heic, 1 .txt`, the most frequent first; none if nothing was counted.
     pub(crate) fn line(&self) -> Option<String> {
         let mut kinds: Vec<_> = self.kinds.iter().collect();
         kinds.sort_by(|a, b| b.1.cmp(a.1).then(a.0.cmp(b.0)));

@@ -1,5 +1,5 @@
-//! `--dataset folder`: pictures of one's own, a class per folder, or by lists; test classes are unseen unless the user
-//! wants it otherwise.
+//! `--dataset folder`: the user's pictures, in a folder per class or named by lists. Test classes are unseen
+//! unless the user asks otherwise.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
@@ -15,17 +15,17 @@ use super::files::{PassedOver, file_name, is_hidden, is_picture};
 use super::lists;
 use crate::{Error, Result};
 
-/// How many of the sorted classes train.
+/// How many of the classes, sorted by name, are for training.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "Written", into = "Written")]
 pub enum TrainClasses {
-    /// The first ones.
+    /// The first classes, this many.
     First(usize),
-    /// All of them: what is measured is then measured on classes that were seen.
+    /// All of them; the test then uses the same classes.
     All,
 }
 
-/// The same in files: a number, or `all`.
+/// [`TrainClasses`] as written in files: a number, or `all`.
 #[derive(Clone, Serialize, Deserialize)]
 #[serde(untagged)]
 enum Written {
@@ -67,9 +67,9 @@ impl FromStr for TrainClasses {
 /// Which classes train, and how much memory pictures may take.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FolderSettings {
-    /// Classes that train; `None` is half of them, rounded down, or what the folder says itself.
+    /// Number of training classes; `None` is half of them, rounded down, or the split that the folder defines itself.
     pub train_classes: Option<TrainClasses>,
-    /// Budget for decoded pictures, each split. Default [`DEFAULT_CACHE_BYTES`].
+    /// Bytes of decoded pictures that each split may keep in memory. Default [`DEFAULT_CACHE_BYTES`].
     pub cache_bytes: usize,
 }
 
@@ -79,17 +79,17 @@ impl Default for FolderSettings {
     }
 }
 
-/// Names and pictures of classes, sorted by name.
+/// The pictures of each class, by class name.
 pub(super) type Files = BTreeMap<OsString, Vec<PathBuf>>;
 
-/// The sides of a data set.
+/// The pictures for training, test and gallery.
 pub(super) struct Sides {
     pub train: Files,
     pub test: Files,
     pub gallery: Option<Files>,
 }
 
-/// Where the sides of a split of one's own are.
+/// Folders or lists that hold the sides of a split that the user made.
 pub(super) struct Places {
     train: PathBuf,
     test: PathBuf,
@@ -97,7 +97,7 @@ pub(super) struct Places {
 }
 
 impl Places {
-    /// By their names, `train`, and `query` and `gallery` or else `test`; none if `find` lacks one.
+    /// Finds `train`, and `query` with `gallery` or else `test`; none if one is missing.
     pub(super) fn of(find: impl Fn(&str) -> Option<PathBuf>) -> Option<Self> {
         let train = find("train")?;
         let (test, gallery) = match (find("query"), find("gallery")) {
@@ -131,12 +131,12 @@ const WANTED: &str = "give a folder that holds one folder of pictures per class"
 /// - `root/train/<class>/<picture>` and `root/test/<class>/<picture>`, or `query` and `gallery` in place of `test`;
 /// - lists of pictures, `root/train.txt` and `root/test.txt`, or `query.txt` and `gallery.txt`.
 ///
-/// Pictures are told by their extensions; names that start with a dot are passed over. They are not opened yet.
+/// Pictures are recognised by extension and not opened yet. Names that start with a dot are ignored.
 ///
 /// # Errors
-/// [`Error::Dataset`] if the folder is missing, holds no pictures, leaves fewer than two classes on a side, or leaves a
-/// test side where no class has two pictures; [`InvalidSetting`](ddtas_io::Error::InvalidSetting) for a `train_classes`
-/// out of range; [`Io`](ddtas_io::Error::Io) if a folder cannot be listed.
+/// [`Error::Dataset`] if the folder is missing, holds no pictures, leaves fewer than two classes for training
+/// or test, or if no test class has two pictures; [`InvalidSetting`](ddtas_io::Error::InvalidSetting) for a
+/// `train_classes` out of range; [`Io`](ddtas_io::Error::Io) if a folder cannot be listed.
 pub fn folder(root: &Path, settings: &FolderSettings) -> Result<Dataset> {
     let shown = root.display();
     if !root.is_dir() {
@@ -170,7 +170,7 @@ pub fn folder(root: &Path, settings: &FolderSettings) -> Result<Dataset> {
         ));
     }
     if let Some(gallery) = &mut sides.gallery {
-        // Labels are to mean the same on both sides.
+        // Queries and gallery need the same classes, so that a label means the same in both.
         let names: Vec<OsString> = sides.test.keys().chain(gallery.keys()).cloned().collect();
         for side in [&mut sides.test, gallery] {
             names.iter().for_each(|name| _ = side.entry(name.clone()).or_default());
@@ -201,7 +201,7 @@ pub fn folder(root: &Path, settings: &FolderSettings) -> Result<Dataset> {
     })
 }
 
-/// Halves, or what was asked for; whether the test classes were seen.
+/// Divides `classes` into training and test; the second value says whether test classes are also training classes.
 fn divide(mut classes: Files, wanted: Option<TrainClasses>, root: &Path) -> Result<(Sides, bool)> {
     let shown = root.display();
     let count = classes.len();
@@ -233,7 +233,7 @@ fn divide(mut classes: Files, wanted: Option<TrainClasses>, root: &Path) -> Resu
     Ok((Sides { train: classes, test, gallery: None }, false))
 }
 
-/// The sides by folders of `root`, where it has them: `train`, and `test` or `query` and `gallery`.
+/// The split by the folders `train`, and `test` or `query` and `gallery`, of `root`; none if it has no such folders.
 fn split_folders(root: &Path, notes: &mut Notes) -> Result<Option<Sides>> {
     let holds_classes = |name: &str| {
         let folder = root.join(name);
@@ -264,7 +264,7 @@ fn split_folders(root: &Path, notes: &mut Notes) -> Result<Option<Sides>> {
     Ok(Some(sides))
 }
 
-/// The class folders of `folder`, which is `root` or a side of it.
+/// The class folders in `folder`, which is `root` or one of its `train`, `test`, `query`, `gallery`.
 fn classes_in(folder: &Path, root: &Path, notes: &mut Notes) -> Result<Files> {
     let mut classes = Files::new();
     let (mut loose, mut folders) = (0, 0);
@@ -305,7 +305,7 @@ fn classes_in(folder: &Path, root: &Path, notes: &mut Notes) -> Result<Files> {
     Ok(classes)
 }
 
-/// What a user should know of a folder.
+/// Collects what to warn the user of.
 #[derive(Default)]
 struct Notes {
     warnings: Vec<String>,
@@ -333,7 +333,7 @@ impl Notes {
     }
 }
 
-/// The pictures that lie in `folder`, sorted by name.
+/// The pictures directly in `folder`, sorted by name.
 pub(super) fn pictures_of(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(sorted_entries(folder)?.into_iter().filter(|file| is_picture(file) && file.is_file()).collect())
 }
@@ -348,7 +348,7 @@ pub(super) fn counted(classes: usize) -> String {
     if classes == 1 { "1 class".into() } else { format!("{classes} classes") }
 }
 
-/// The first names of a list that may be thousands long.
+/// The first three names, for a message.
 fn some_of(names: &[String]) -> String {
     let shown = names.iter().take(3).map(String::as_str).collect::<Vec<_>>().join(", ");
     if names.len() > 3 { format!("{shown}, ...") } else { shown }

@@ -1,5 +1,5 @@
-//! `--dataset in-shop`: DeepFashion In-Shop Clothes Retrieval. `list_eval_partition.txt` says which items train, and
-//! which pictures of the others are queries and which the gallery they are searched in.
+//! `--dataset in-shop`: DeepFashion In-Shop Clothes Retrieval. `list_eval_partition.txt` assigns each item to
+//! training or test, and each test picture to the queries or the gallery.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -32,11 +32,11 @@ enum Side {
 ///
 /// # Errors
 /// [`Error::Dataset`](crate::Error::Dataset) if a file is missing or an item is on both sides,
-/// [`Format`](ddtas_io::Error::Format) if a list is not what it should be, those of unpacking.
+/// [`Format`](ddtas_io::Error::Format) if a list is malformed, errors of [`Root::open`].
 pub(super) fn open(path: &Path, crop: bool, unpacking: &mut Unpacking<'_>) -> Result<Dataset> {
     let root = Root::open(path, &IN_SHOP, unpacking)?;
     let table = root.table::<3>(&[LIST, "Eval/list_eval_partition.txt"], 2)?;
-    // The list names pictures as img/...; `Img` is how the set's download folder spells the place.
+    // The list has paths img/...; in the download the folder is Img/img.
     let images = root.need(&["img", "Img/img"])?;
     let folder = images.parent().unwrap_or(Path::new(""));
     let boxes = if crop { boxes(&root)? } else { HashMap::new() };
@@ -56,7 +56,7 @@ pub(super) fn open(path: &Path, crop: bool, unpacking: &mut Unpacking<'_>) -> Re
         Ok((item.clone(), side, source))
     })?;
     let mut train: BTreeMap<String, Vec<Source>> = BTreeMap::new();
-    // Queries and gallery of an item, which share its label.
+    // Queries and gallery pictures of each test item.
     let mut test: BTreeMap<String, (Vec<Source>, Vec<Source>)> = BTreeMap::new();
     for (item, side, source) in pictures {
         match side {

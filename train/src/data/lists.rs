@@ -1,8 +1,8 @@
 //! A split by lists of pictures: `train.txt`, and `test.txt` or `query.txt` and `gallery.txt`.
 //!
-//! A line is a picture's path, from the folder of the list or absolute, and its class, apart by a tab, a comma or
-//! blanks; without a class it is the picture's folder. A whole line that is the path of a file has no class. Empty
-//! lines, and those that begin with `#`, are skipped.
+//! A line holds a picture's path, absolute or relative to the list's folder, and its class, separated by a
+//! tab, a comma or blanks. If there is no class, the name of the picture's folder is used. A line that as a
+//! whole is the path of a file has no class. Empty lines and lines that begin with `#` are skipped.
 
 use std::collections::HashSet;
 use std::ffi::OsString;
@@ -13,11 +13,11 @@ use super::files::name_of_bytes;
 use super::folder::{Files, Places, Sides};
 use crate::{Error, Result};
 
-/// The sides that the lists in `root` name; none where there are no lists.
+/// The split by the lists in `root`; none if there are no lists.
 ///
 /// # Errors
-/// [`Format`](ddtas_io::Error::Format) for a line whose picture is not there or stands above it, or that has no class,
-/// and for a list that names fewer than two classes.
+/// [`Format`](ddtas_io::Error::Format) for a line without class, a picture that does not exist or is listed
+/// twice, and a list with fewer than two classes.
 pub(super) fn sides(root: &Path) -> Result<Option<Sides>> {
     let list = |name: &str| Some(root.join(format!("{name}.txt"))).filter(|path| path.is_file());
     let Some(places) = Places::of(list) else { return Ok(None) };
@@ -33,7 +33,7 @@ fn classes(root: &Path, list: &Path) -> Result<Files> {
             continue;
         }
         let bad = |reason: String| Error::format(list, format!("line {}: {reason}", number + 1));
-        // A path may hold what parts it from a class.
+        // A path may contain a separator, so the whole line is tried first.
         let (mut path, mut class) = (root.join(name_of_bytes(line)), None);
         if !path.is_file() {
             let (name, named) = parts(line);
@@ -56,7 +56,7 @@ fn classes(root: &Path, list: &Path) -> Result<Files> {
     Ok(classes)
 }
 
-/// Path and class of a line: at a tab, else at the last comma, else at the last blank.
+/// Path and class of a line, split at the last tab, else at the last comma, else at the last blank.
 fn parts(line: &[u8]) -> (&[u8], Option<&[u8]>) {
     let separators: [fn(u8) -> bool; 3] = [|byte| byte == b'\t', |byte| byte == b',', |byte| byte == b' '];
     for separates in separators {

@@ -1,4 +1,4 @@
-//! Batches prepared ahead of the step, in order, by worker threads.
+//! Worker threads that prepare batches ahead of the training step.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -17,22 +17,22 @@ use crate::error::check;
 use crate::ranks::share;
 use crate::{Error, Result};
 
-/// Pictures ready for the network.
+/// A batch of pictures for the network.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ImageBatch {
-    /// Normalised pixels of the pictures `own`, `[own, 3, image_size, image_size]`, row-major.
+    /// Normalised pixels of the rank's own pictures, `[own.len(), 3, image_size, image_size]`, row-major.
     pub pixels: Vec<f32>,
-    /// Labels within the split, of the whole batch, `[B]`.
+    /// Labels of the whole batch, as in the split, `[B]`.
     pub labels: Vec<i64>,
-    /// Indices of the pictures in the split, `[B]`.
+    /// Indices in the split of the pictures of the whole batch, `[B]`.
     pub indices: Vec<usize>,
-    /// The rank's own pictures of the batch: all of them unless several ranks share it.
+    /// The rank's share of the batch; all of it if there is one rank.
     pub own: Range<usize>,
-    /// Side of a picture.
+    /// Side of a picture, in pixels.
     pub image_size: usize,
-    /// Unreadable pictures that another one of the class stands in for (training).
+    /// Number of unreadable pictures that were replaced by another one of the class (training).
     pub replaced: usize,
-    /// Unreadable pictures that were left out (evaluation).
+    /// Number of unreadable pictures that were left out (evaluation).
     pub skipped: usize,
 }
 
@@ -45,17 +45,17 @@ pub struct LoaderSettings {
     pub preprocessing: Preprocessing,
     /// How pictures are varied.
     pub augment: AugmentSettings,
-    /// Threads, at least 1. Default 1: a second one pays only where pictures are large.
+    /// Threads, at least 1. Default 1: a second one pays off only for large pictures.
     pub workers: usize,
-    /// Batches that may lie ready, at least 1. Default 4.
+    /// Number of batches prepared ahead, at least 1. Default 4.
     pub queue: usize,
     /// Seed of the augmentation.
     pub seed: u64,
-    /// The first batch: 0, or the step at which a run is continued.
+    /// Step of the first batch: 0, or the step at which a run is resumed.
     pub first_step: u64,
-    /// Batches to deliver.
+    /// Number of batches to deliver.
     pub steps: u64,
-    /// Rank and number of ranks: a rank prepares its share of every batch. Default 0 of 1, which is all of it.
+    /// Rank and number of ranks: a rank prepares its share of every batch. Default (0, 1), the whole batch.
     pub rank: (usize, usize),
 }
 
@@ -69,11 +69,11 @@ impl LoaderSettings {
     }
 }
 
-/// Delivers the batches of a [`PkSampler`] in order; an iterator.
+/// Iterator over the batches of a [`PkSampler`], in order.
 ///
-/// A worker prepares a whole batch, from nothing but its step: any number of
-/// workers gives the same batches. The first error ends it. Dropping it
-/// stops the workers at their next picture and joins them.
+/// A worker prepares a whole batch, which depends only on the settings and the step: any number of workers
+/// gives the same batches. The first error ends the iteration. Dropping the loader stops the workers at their
+/// next picture and joins them.
 pub struct Loader {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
@@ -84,16 +84,16 @@ struct Shared {
     sampler: PkSampler,
     settings: LoaderSettings,
     state: Mutex<State>,
-    /// A batch was delivered, or the loader is closed: workers look again.
+    /// Notifies the workers that a batch was delivered or the loader closed.
     room: Condvar,
-    /// A batch is ready: the consumer looks again.
+    /// Notifies the consumer that a batch is ready.
     ready: Condvar,
 }
 
 struct State {
-    /// Next batch that no worker has taken.
+    /// The next batch to prepare.
     next_claimed: u64,
-    /// Next batch the consumer wants.
+    /// The next batch to deliver.
     next_delivered: u64,
     finished: BTreeMap<u64, Result<ImageBatch>>,
     closed: bool,
@@ -165,7 +165,7 @@ impl Drop for Loader {
         self.shared.lock().closed = true;
         self.shared.room.notify_all();
         for worker in self.workers.drain(..) {
-            // A panic was already delivered as an error.
+            // A worker's panic was already delivered as an error.
             let _ = worker.join();
         }
     }
@@ -176,7 +176,7 @@ impl Shared {
         self.settings.first_step.saturating_add(self.settings.steps)
     }
 
-    /// The state stays valid at every unlock, so a poisoned lock is as good as any.
+    /// Ignores poisoning: the state is valid whenever the lock is released.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -197,7 +197,7 @@ impl Shared {
         }
     }
 
-    /// The next batch to prepare, once it lies within the queue; none when all are taken.
+    /// Waits until the queue has room and returns the next batch to prepare; none if all are taken or the loader is closed.
     fn claim(&self) -> Option<u64> {
         let mut state = self.lock();
         loop {
@@ -212,7 +212,7 @@ impl Shared {
         }
     }
 
-    /// Batch `step`; `None` if the loader was closed meanwhile.
+    /// Prepares batch `step`; `None` if the loader is closed meanwhile.
     fn prepare(&self, step: u64, cropper: &mut Cropper) -> Option<Result<ImageBatch>> {
         let mut indices = self.sampler.batch(step);
         let (rank, size) = self.settings.rank;
@@ -239,8 +239,8 @@ impl Shared {
         Some(Ok(ImageBatch { pixels, labels, indices, own, image_size, replaced, skipped: 0 }))
     }
 
-    /// The picture at `place` of the batch, or another of its class if it cannot be read:
-    /// one that the batch does not hold yet, if there is one.
+    /// The picture at `place` of the batch. If it cannot be read, another of its class, if possible one that
+    /// the batch does not contain yet.
     fn readable(&self, batch: &[usize], place: usize) -> Result<(usize, Arc<RgbImage>)> {
         let wanted = batch[place];
         let first_error = match self.split.picture(wanted) {

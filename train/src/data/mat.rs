@@ -1,8 +1,8 @@
-//! MAT-files of level 5, as far as Cars196's annotations use them: numbers, lines of text, cells and arrays of structs,
-//! compressed or not, little-endian. Anything else in a file is refused by name.
+//! Reads MAT-files of level 5, as far as Cars196's annotations use them: numbers, lines of text, cells and
+//! arrays of structs, compressed or not, little-endian. Anything else is an error that names it.
 //!
-//! A size in a file is a claim: nothing is allocated on its word that the bytes at hand could not fill. Some kilobytes may
-//! still inflate to millions of empty arrays, so what the arrays take in memory is counted before it is taken.
+//! Sizes in a file are not trusted: nothing is allocated that the remaining bytes could not fill. Since a few kilobytes can
+//! inflate to millions of empty arrays, the memory of arrays is also counted, before it is allocated.
 
 use std::cell::Cell;
 use std::io::Read;
@@ -12,24 +12,24 @@ use flate2::read::ZlibDecoder;
 
 use crate::{Error, Result};
 
-/// Bytes a file may have, and what it may inflate to: the largest known one, Cars196's, has some 7 MB.
+/// Largest size of a file, and of its inflated contents, in bytes. The largest of Cars196 has some 7 MB.
 pub const MAX_BYTES: usize = 64 << 20;
 
-/// Bytes of memory that a file's arrays may take: Cars196's take some 10 MB.
+/// Bytes of memory that a file's arrays may take. Those of Cars196 take some 10 MB.
 const MAX_MEMORY: usize = 128 << 20;
 
-/// Bytes that the name of a field takes beside its characters.
+/// Bytes counted for the name of a field, besides its characters.
 const NAME: usize = 64;
 
-/// Arrays in arrays: deeper ones are refused, so that a hostile file cannot exhaust the stack.
+/// Deepest nesting of arrays that is accepted, so that a malicious file cannot exhaust the stack.
 const MAX_DEPTH: usize = 32;
 const HEADER: usize = 128;
 
-/// Characters of a name, and of a whole error, that are shown: a file may hold any nonsense.
+/// Characters shown of a name from a file, and of a whole error message.
 const LONGEST_NAME: usize = 40;
 const LONGEST_REASON: usize = 300;
 
-/// What an element's bytes are, the format's `mi` types.
+/// Types of data elements, `mi...` in the format's specification.
 const I8: u32 = 1;
 const I32: u32 = 5;
 const U32: u32 = 6;
@@ -41,7 +41,7 @@ const COMPRESSED: u32 = 15;
 pub enum Array {
     /// Numbers of any type, and logicals as 0 and 1. 64-bit integers past 2^53 are rounded.
     Numbers(Vec<f64>),
-    /// One row of text, or none.
+    /// One line of text; empty if there is none.
     Text(String),
     /// A cell array.
     Cells(Vec<Array>),
@@ -49,7 +49,7 @@ pub enum Array {
     Structs {
         /// Names of the fields.
         fields: Vec<String>,
-        /// The fields of the first struct in the order of `fields`, then those of the second, ...
+        /// Values of the first struct's fields in the order of `fields`, then those of the second, and so on.
         values: Vec<Array>,
     },
 }
@@ -67,7 +67,7 @@ impl Variables {
 }
 
 impl Array {
-    /// The number, if it is just one.
+    /// The number, if the array is a single one.
     #[must_use]
     pub fn as_number(&self) -> Option<f64> {
         match self {
@@ -76,7 +76,7 @@ impl Array {
         }
     }
 
-    /// The text.
+    /// The text, if the array is text.
     #[must_use]
     pub fn as_text(&self) -> Option<&str> {
         match self {
@@ -85,7 +85,7 @@ impl Array {
         }
     }
 
-    /// The elements of a cell array.
+    /// The elements, if it is a cell array.
     #[must_use]
     pub fn as_cells(&self) -> Option<&[Self]> {
         match self {
@@ -94,7 +94,7 @@ impl Array {
         }
     }
 
-    /// The field `name` of every struct of an array of them, in order.
+    /// The field `name` of every struct in order, if it is an array of structs that has it.
     #[must_use]
     pub fn column(&self, name: &str) -> Option<Vec<&Self>> {
         let Self::Structs { fields, values } = self else { return None };
@@ -103,7 +103,7 @@ impl Array {
     }
 }
 
-/// Reads a file.
+/// Reads the file `path`.
 ///
 /// # Errors
 /// [`Io`](ddtas_io::Error::Io); [`Format`](ddtas_io::Error::Format) as [`parse`].
@@ -117,7 +117,7 @@ pub fn read(path: &Path) -> Result<Variables> {
     parse(&bytes).map_err(|reason| Error::format(path, reason))
 }
 
-/// Parses a whole file.
+/// Parses the bytes of a whole file.
 ///
 /// # Errors
 /// What is wrong with the file, in one line.
@@ -159,7 +159,7 @@ fn parse_file(bytes: &[u8]) -> Result<Variables, String> {
 
 fn inflate(bytes: &[u8], inflatable: &mut usize, what: &str) -> Result<Vec<u8>, String> {
     let mut inflated = Vec::new();
-    // One more than allowed, to tell a file at the limit from one past it.
+    // Reads one byte more than allowed, to detect contents above the limit.
     let mut decoder = ZlibDecoder::new(bytes).take(*inflatable as u64 + 1);
     decoder.read_to_end(&mut inflated).map_err(|error| format!("{what} cannot be inflated: {error}"))?;
     *inflatable = inflatable.checked_sub(inflated.len()).ok_or_else(|| {
@@ -168,10 +168,10 @@ fn inflate(bytes: &[u8], inflatable: &mut usize, what: &str) -> Result<Vec<u8>, 
     Ok(inflated)
 }
 
-/// Takes data elements, a type, a size and as many bytes, off the front.
+/// Reads data elements one after the other. An element is a type, a size and that many bytes.
 struct Elements<'a> {
     bytes: &'a [u8],
-    /// Memory that the file's arrays may still take.
+    /// Bytes of memory that the file's arrays may still take.
     memory: &'a Cell<usize>,
 }
 
@@ -181,7 +181,7 @@ impl<'a> Elements<'a> {
         let cut = || format!("the file ends within {what}");
         let (tag, rest) = self.bytes.split_at_checked(8).ok_or_else(cut)?;
         let (first, size) = (word(&tag[..4]), word(&tag[4..]) as usize);
-        // A small element has its size in the upper half of the type's word, and its bytes in the tag.
+        // A small element has its size in the upper half of the type's word, and its bytes in the tag itself.
         if first >> 16 != 0 {
             let size = (first >> 16) as usize;
             let small = tag[4..].get(..size);
@@ -204,7 +204,7 @@ impl<'a> Elements<'a> {
         }
     }
 
-    /// Counts the memory of `count` things of `size` bytes, which `what` is about to take.
+    /// Counts the memory of `count` items of `size` bytes that `what` will take; an error if it exceeds the limit.
     fn claim(&self, count: usize, size: usize, what: &str) -> Result<(), String> {
         let left = self.memory.get().checked_sub(count.saturating_mul(size));
         let told =
@@ -218,10 +218,10 @@ fn word(bytes: &[u8]) -> u32 {
     u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
 }
 
-/// The name and the array of the matrix that is made of `parts`.
+/// Name and array of a matrix element with the contents `parts`.
 fn matrix(mut parts: Elements<'_>, what: &str, depth: usize) -> Result<(String, Array), String> {
     if parts.bytes.is_empty() {
-        // What MATLAB stores for a field or cell that nothing was put in.
+        // MATLAB stores a field or cell without value so.
         return Ok((String::new(), Array::Numbers(Vec::new())));
     }
     if depth > MAX_DEPTH {
@@ -258,14 +258,14 @@ fn matrix(mut parts: Elements<'_>, what: &str, depth: usize) -> Result<(String, 
     Ok((name, array))
 }
 
-/// `count` matrices, one behind the other.
+/// Reads `count` consecutive matrices.
 fn arrays(
     parts: &mut Elements<'_>,
     count: usize,
     name: &dyn Fn(usize) -> String,
     depth: usize,
 ) -> Result<Vec<Array>, String> {
-    // Each takes at least a tag.
+    // Each has at least a tag of 8 bytes.
     if count > parts.bytes.len() / 8 {
         return Err(format!("the file ends before {}", name(parts.bytes.len() / 8)));
     }
@@ -301,7 +301,7 @@ fn structs(parts: &mut Elements<'_>, count: usize, what: &str, depth: usize) -> 
     Ok(Array::Structs { fields, values })
 }
 
-/// The `count` values as numbers, whatever they are stored as.
+/// Converts `count` values of the stored type `kind` to f64.
 fn numbers_of(kind: u32, bytes: &[u8], count: usize, what: &str) -> Result<Vec<f64>, String> {
     fn each<const N: usize>(bytes: &[u8], count: usize, number: impl Fn([u8; N]) -> f64) -> Option<Vec<f64>> {
         let (chunks, rest) = bytes.as_chunks::<N>();
@@ -326,7 +326,7 @@ fn numbers_of(kind: u32, bytes: &[u8], count: usize, what: &str) -> Result<Vec<f
     })
 }
 
-/// The values as text: Latin-1, UTF-8 or UTF-16.
+/// Decodes text stored as Latin-1, UTF-8 or UTF-16.
 fn text_of(kind: u32, bytes: &[u8], what: &str) -> Result<String, String> {
     let bad = || format!("{what}: text that is not valid");
     match kind {
@@ -342,14 +342,14 @@ fn text_of(kind: u32, bytes: &[u8], what: &str) -> Result<String, String> {
     }
 }
 
-/// The first `most` characters of `text`.
+/// The first `most` characters of `text`, with dots if there are more.
 fn first(text: &str, most: usize) -> String {
     let end = text.char_indices().nth(most).map_or(text.len(), |(end, _)| end);
     let dots = if end < text.len() { "..." } else { "" };
     format!("{}{dots}", &text[..end])
 }
 
-/// A name out of a file, on one line.
+/// A name from a file for a message: shortened, on one line.
 fn shown(name: &str) -> String {
     first(name, LONGEST_NAME).escape_debug().to_string()
 }

@@ -1,14 +1,13 @@
 //! Data: sets of labelled pictures, P-K batches, augmentation, and a loader
 //! that prepares batches ahead of the step.
 //!
-//! [`DatasetSettings`] says which set and where: one drawn in memory ([`synthetic`]), pictures of one's own, or one of the
-//! field's four, each in a file of its name, found through `root.rs` and unpacked by `archive.rs` where need be.
+//! [`DatasetSettings`] names the set and its place: one drawn in memory ([`synthetic`]), the user's pictures (`folder.rs`),
+//! or one of the four standard sets, each in a file of its name. `root.rs` finds their files, `archive.rs` unpacks archives.
 //!
-//! A [`Dataset`] has two [`Split`]s whose classes are disjoint (SPEC 6) unless the user wants it otherwise. A
-//! training step takes an [`ImageBatch`] from a [`Loader`]; evaluation walks a
-//! split in order with [`EvaluationBatches`]. Everything drawn at random comes
-//! from (seed, purpose, step, position), so that neither the number of workers
-//! nor their timing can change a batch.
+//! A [`Dataset`] has two [`Split`]s with disjoint classes (SPEC 6) unless the user asks otherwise. A training
+//! step takes an [`ImageBatch`] from a [`Loader`]; evaluation reads a split in order with
+//! [`EvaluationBatches`]. Random numbers depend only on (seed, purpose, step, position), so that neither the
+//! number of workers nor their timing can change a batch.
 
 mod archive;
 mod augment;

@@ -1,29 +1,29 @@
-//! From bytes of a picture to what a network was trained on.
+//! Scaling of pixel values, as a pretrained network expects it.
 
 /// Order of a picture's channels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ChannelOrder {
     /// Red, green, blue.
     Rgb,
-    /// Blue, green, red: networks of Caffe.
+    /// Blue, green, red, as networks from Caffe expect.
     Bgr,
 }
 
-/// How values are scaled: `(value - mean) / deviation` of each channel, value and mean of 1.
+/// How pixels are scaled: `(value - mean) / deviation` for each channel, where value is in 0..=1.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Preprocessing {
     /// Mean of red, green and blue.
     pub mean: [f32; 3],
-    /// What red, green and blue are divided by.
+    /// Divisor of red, green and blue.
     pub deviation: [f32; 3],
-    /// Which channel is the network's first.
+    /// Order of the network's input channels.
     pub order: ChannelOrder,
-    /// Whether pictures are resized in floats, as PyTorch resizes tensors, and not rounded to bytes in between.
+    /// Whether pictures are resized as floats, without rounding to bytes, as PyTorch resizes tensors.
     pub floats: bool,
 }
 
 impl Default for Preprocessing {
-    /// By mean and standard deviation of ImageNet, as torchvision's networks expect.
+    /// Mean and standard deviation of ImageNet, as torchvision's networks expect.
     fn default() -> Self {
         Self {
             mean: [0.485, 0.456, 0.406],
@@ -42,14 +42,14 @@ impl Preprocessing {
         Self { mean, deviation, order: ChannelOrder::Rgb, floats: true }
     }
 
-    /// Bytes less the mean of each channel, blue first, as Caffe's BN-Inception expects.
+    /// Bytes minus the mean of each channel, blue first, as Caffe's BN-Inception expects.
     #[must_use]
     pub fn caffe() -> Self {
         let mean = [128.0, 117.0, 104.0].map(|mean| mean / 255.0);
         Self { mean, deviation: [1.0 / 255.0; 3], order: ChannelOrder::Bgr, floats: true }
     }
 
-    /// The network's channel that holds red, green or blue, 0 to 2.
+    /// Index of the network's input channel for red, green or blue (`channel` 0, 1 or 2).
     pub(super) fn place(&self, channel: usize) -> usize {
         match self.order {
             ChannelOrder::Rgb => channel,

@@ -1,9 +1,9 @@
-//! One generator per purpose and place, so that order of work cannot matter.
+//! A random generator for each purpose and position, so that results do not depend on the order of work.
 
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
-/// What numbers are drawn for. Streams of different purposes are independent.
+/// What random numbers are used for. Streams of different purposes are independent.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Purpose {
     /// Order of the classes within a round of the sampler.
@@ -18,7 +18,7 @@ pub(super) enum Purpose {
     Scene = 5,
 }
 
-/// The generator of (seed, purpose, a, b): ChaCha keyed with all four, no hashing needed.
+/// The generator for (seed, purpose, a, b): ChaCha with these four numbers as key.
 pub(super) fn generator(seed: u64, purpose: Purpose, a: u64, b: u64) -> ChaCha8Rng {
     let mut key = [0; 32];
     for (part, value) in key.chunks_exact_mut(8).zip([seed, purpose as u64, a, b]) {

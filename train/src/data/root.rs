@@ -1,4 +1,4 @@
-//! Where a published data set lies: the folders its files are looked for in, and what is said when one is missing.
+//! Finds the files of a published data set, and reports missing ones.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,42 +11,42 @@ use super::dataset::{DEFAULT_CACHE_BYTES, Dataset, Source, Split};
 use super::folder::counted;
 use crate::{Error, Result};
 
-/// What is known of a published data set before any file of it is open.
+/// Constants of a published data set.
 #[derive(Debug)]
 pub(super) struct Published {
-    /// What the literature calls it.
+    /// Its name in the literature.
     pub name: &'static str,
-    /// Where it is to be had.
+    /// Address of the page to download it from.
     pub page: &'static str,
-    /// The archives it comes in, and the folder that each unpacks to: unpacked where that folder is missing.
+    /// Its archives, and the folder in each: an archive is unpacked if that folder is missing.
     pub archives: &'static [(&'static str, &'static str)],
-    /// Folders that archives wrap their files in.
+    /// Folders at the top of an archive that may contain the set's files.
     pub wrappers: &'static [&'static str],
-    /// Pictures and classes of the whole set.
+    /// Numbers of pictures and classes of the whole set.
     pub extent: (usize, usize),
     /// K of Recall@K.
     pub recall_at: &'static [usize],
 }
 
-/// The classes of one split: names and pictures.
+/// The classes of one split: name and pictures of each.
 pub(super) type Classes = Vec<(String, Vec<Source>)>;
 
 /// A data root: the folder or archive that the user gave.
 pub(super) struct Root {
     set: &'static Published,
     given: PathBuf,
-    /// Looked through in this order.
+    /// Folders that files are searched in, in this order.
     folders: Vec<PathBuf>,
-    /// The one of them that an archive lies in, where other things may lie too.
+    /// The folder of the archive that was given as root; it may contain unrelated files.
     beside: Option<PathBuf>,
 }
 
 impl Root {
-    /// Opens `given`: a folder with the set's files or its archives, or one of the archives, beside which the
-    /// other files of the set are found too. Archives are unpacked on first use.
+    /// Opens `given`: a folder with the set's files or archives, or one of the archives; the other files of
+    /// the set may then be in the same folder as that archive. Archives are unpacked on first use.
     ///
     /// # Errors
-    /// [`Error::Dataset`] if `given` is missing or neither; those of unpacking.
+    /// [`Error::Dataset`] if `given` does not exist or is neither; errors of [`unpack`].
     pub fn open(given: &Path, set: &'static Published, unpacking: &mut Unpacking<'_>) -> Result<Self> {
         let mut root = Self { set, given: given.to_path_buf(), folders: Vec::new(), beside: None };
         if given.is_dir() {
@@ -55,14 +55,14 @@ impl Root {
             return Err(root.refuse("does not exist"));
         } else if is_archive(given) {
             root.add(unpack(given, unpacking)?);
-            // Of a bare file name the parent is the empty path.
+            // The parent of a bare file name is the empty path.
             let parent = given.parent().filter(|parent| !parent.as_os_str().is_empty());
             root.beside = Some(parent.unwrap_or(Path::new(".")).to_path_buf());
             root.add(root.beside.clone().unwrap_or_default());
         } else {
             return Err(root.refuse("is neither a folder nor a .tgz, .tar.gz, .tar or .zip"));
         }
-        // Unpacked folders may hold archives themselves, and are looked through as well.
+        // Unpacked folders are searched for archives, too.
         let mut next = 0;
         while let Some(folder) = root.folders.get(next).cloned() {
             next += 1;
@@ -82,12 +82,12 @@ impl Root {
         self.folders.extend(wrapped.filter(|folder| folder.is_dir()));
     }
 
-    /// The folders that hold nothing but the set, in order.
+    /// The folders that contain only files of the set, in order.
     pub fn own_folders(&self) -> impl Iterator<Item = &PathBuf> {
         self.folders.iter().filter(|folder| self.beside.as_ref() != Some(folder))
     }
 
-    /// The first of `names`, paths within the set, that is there.
+    /// The first of `names`, paths within the set, that exists.
     pub fn find(&self, names: &[&str]) -> Option<PathBuf> {
         self.folders
             .iter()
@@ -98,15 +98,15 @@ impl Root {
     /// As [`find`](Self::find).
     ///
     /// # Errors
-    /// [`Error::Dataset`] if none is there: it names the first.
+    /// [`Error::Dataset`] if none exists: it names the first.
     pub fn need(&self, names: &[&str]) -> Result<PathBuf> {
         self.find(names).ok_or_else(|| self.refuse(&format!("holds no {}", names[0])))
     }
 
-    /// The lines of the list `names[0]`, without `headings` at its top, each split into `columns` words.
+    /// Reads the first of `names` that exists, without `headings` lines at its top, each line split into `COLUMNS` words.
     ///
     /// # Errors
-    /// [`Error::Dataset`] if the file is missing; [`Format`](ddtas_io::Error::Format) for a line of other length.
+    /// [`Error::Dataset`] if it is missing; [`Format`](ddtas_io::Error::Format) for another number of words, or no lines.
     pub fn table<const COLUMNS: usize>(&self, names: &[&str], headings: usize) -> Result<Table<COLUMNS>> {
         let path = self.need(names)?;
         let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
@@ -132,7 +132,7 @@ impl Root {
         Ok(Table { path, rows })
     }
 
-    /// An [`Error::Dataset`] about this root that says where the set is to be had.
+    /// An [`Error::Dataset`] about this root that says where to download the set.
     pub fn refuse(&self, what: &str) -> Error {
         let Published { name, page, .. } = self.set;
         Error::Dataset(format!(
@@ -141,10 +141,10 @@ impl Root {
         ))
     }
 
-    /// The data set of these classes, once all their files are seen to be there.
+    /// Makes a data set of these classes after checking that all their files exist.
     ///
     /// # Errors
-    /// [`Error::Dataset`] names the first picture that is missing, or the side that has too few classes.
+    /// [`Error::Dataset`] for missing pictures, fewer than two classes on a side, and a test split with nothing to retrieve.
     pub fn dataset(&self, train: Classes, test: Classes, gallery: Option<Classes>) -> Result<Dataset> {
         let sides = || [Some(&train), Some(&test), gallery.as_ref()].into_iter().flatten();
         let files: Vec<&Path> =
@@ -194,15 +194,15 @@ impl Root {
     }
 }
 
-/// A list of a data set.
+/// A list file of a data set.
 pub(super) struct Table<const COLUMNS: usize> {
     path: PathBuf,
-    /// Line number and words.
+    /// Line number and words of each line.
     rows: Vec<(usize, [String; COLUMNS])>,
 }
 
 impl<const COLUMNS: usize> Table<COLUMNS> {
-    /// Each row as `read` understands it, which returns what is wrong with it otherwise.
+    /// Converts each row with `read`, which returns the reason if it cannot.
     ///
     /// # Errors
     /// [`Format`](ddtas_io::Error::Format) with the line's number.
@@ -213,18 +213,18 @@ impl<const COLUMNS: usize> Table<COLUMNS> {
         self.rows.iter().map(row).collect()
     }
 
-    /// The folder that the list lies in.
+    /// The folder of the list.
     pub fn folder(&self) -> &Path {
         self.path.parent().unwrap_or(Path::new(""))
     }
 }
 
-/// A number of a list, with what it should be in the error.
+/// Parses a number of a list; `what` describes it in the error.
 pub(super) fn number<T: std::str::FromStr>(word: &str, what: &str) -> Result<T, String> {
     word.parse().map_err(|_| format!("{word:?} is not a {what}"))
 }
 
-/// A path of a list, with parts that lead out of the set refused.
+/// Checks that a path of a list does not lead out of the data set.
 pub(super) fn relative(word: &str) -> Result<&Path, String> {
     let path = Path::new(word);
     let inside = path.components().all(|part| matches!(part, std::path::Component::Normal(_)));

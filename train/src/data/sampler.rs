@@ -7,12 +7,11 @@ use super::random::{Purpose, generator};
 use crate::error::check;
 use crate::{Error, Result};
 
-/// Draws batches of P classes x K pictures; batch `step` depends on (seed, step) alone.
+/// Draws batches of P classes x K pictures; batch `step` depends only on (seed, step).
 ///
-/// Classes come in rounds: a round is a random order of all of them, cut into
-/// batches, so that no class waits for long and none comes twice in a batch. What
-/// is left of a round (fewer than P classes) is dropped. Pictures are
-/// drawn without replacement; a class with fewer than K gives all it has, and again.
+/// A round is a random order of all classes, cut into batches of P, so that classes occur equally often and
+/// none twice in a batch. The rest of a round (fewer than P classes) is dropped. Pictures are drawn without
+/// replacement; a class with fewer than K gives all its pictures, and some of them again.
 #[derive(Debug, Clone)]
 pub struct PkSampler {
     by_class: Vec<Vec<usize>>,
@@ -22,12 +21,12 @@ pub struct PkSampler {
 }
 
 impl PkSampler {
-    /// A sampler of `classes` x `pictures` from the picture indices of each class.
+    /// A sampler of P = `classes` and K = `pictures`; `by_class` has the picture indices of each class.
     ///
     /// # Errors
     /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) if one of the two is 0;
-    /// [`Misused`](ddtas_io::Error::Misused) if there are fewer classes than asked for; [`Error::Dataset`] for one
-    /// without pictures.
+    /// [`Misused`](ddtas_io::Error::Misused) if there are fewer than P classes; [`Error::Dataset`] for a
+    /// class without pictures.
     pub fn new(by_class: &[Vec<usize>], classes: usize, pictures: usize, seed: u64) -> Result<Self> {
         check(classes > 0, "classes-per-batch", classes, "at least 1")?;
         check(pictures > 0, "images-per-class", pictures, "at least 1")?;
@@ -43,7 +42,7 @@ impl PkSampler {
         self.classes * self.pictures
     }
 
-    /// Batches after which as many pictures were drawn as there are, rounded up.
+    /// Number of batches with as many pictures as the split has, rounded up.
     pub fn steps_per_epoch(&self) -> usize {
         let pictures: usize = self.by_class.iter().map(Vec::len).sum();
         pictures.div_ceil(self.batch_size())
@@ -61,13 +60,13 @@ impl PkSampler {
     }
 }
 
-/// Refuses more classes than the `there` that train; `name` is the flag.
+/// An error if `classes` exceeds `there`, the number of training classes; `name` is the flag.
 pub(crate) fn fewer_than(there: usize, name: &'static str, classes: usize) -> Result<()> {
     let reason = || format!("asks for more than the {there} training classes there are: give at most that");
     if classes <= there { Ok(()) } else { Err(Error::misuse(name, classes, reason())) }
 }
 
-/// `count` of `pictures`, all different as long as there are enough.
+/// Draws `count` of `pictures`, all different if there are enough.
 fn draw(pictures: &[usize], count: usize, rng: &mut impl Rng) -> Vec<usize> {
     let without = count.min(pictures.len());
     let mut drawn: Vec<usize> =

@@ -1,4 +1,4 @@
-//! Which data set, and where it lies: arguments of every program that opens one.
+//! Command-line arguments that select a data set.
 
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
@@ -19,7 +19,8 @@ pub enum DatasetKind {
     /// Car silhouettes drawn in memory from a seed: 98 classes to train, 98 unseen ones to test.
     #[default]
     Synthetic,
-    /// Your own pictures: a folder for each class, the first half of which trains; or folders or lists named train and test.
+    /// Your own pictures: a folder for each class, and the first half of the classes trains; or a split by folders or lists named
+    /// train and test.
     Folder,
     /// Stanford Cars: classes 1 to 98 train, 99 to 196 test.
     Cars196,
@@ -32,13 +33,13 @@ pub enum DatasetKind {
 }
 
 impl DatasetKind {
-    /// Whether it is read from `--data-root`.
+    /// Whether the data set is read from `--data-root`.
     #[must_use]
     pub fn is_on_disk(self) -> bool {
         self != Self::Synthetic
     }
 
-    /// Whether its annotations hold bounding boxes.
+    /// Whether its annotations have bounding boxes.
     #[must_use]
     pub fn has_boxes(self) -> bool {
         matches!(self, Self::Cars196 | Self::Cub200 | Self::InShop)
@@ -69,10 +70,10 @@ pub struct DatasetSettings {
 }
 
 impl DatasetSettings {
-    /// Checks what can be told without looking at the disk.
+    /// Checks the settings without accessing the disk.
     ///
     /// # Errors
-    /// [`Misused`](ddtas_io::Error::Misused) names the first setting that is off.
+    /// [`Misused`](ddtas_io::Error::Misused) names the first wrong setting.
     pub fn validate(&self) -> Result<()> {
         let kind = self.dataset;
         let checks = [
@@ -114,21 +115,21 @@ impl DatasetSettings {
         }
     }
 
-    /// As [`open_until`](Self::open_until), to the end.
+    /// As [`open_until`](Self::open_until), but cannot be stopped.
     ///
     /// # Errors
-    /// As there.
+    /// As [`open_until`](Self::open_until).
     pub fn open(&self, tell: &mut dyn FnMut(&str)) -> Result<Dataset> {
         self.open_until(&AtomicBool::new(false), tell)
     }
 
-    /// Opens the data set: its lists are read and its files looked for, its pictures not opened yet.
+    /// Opens the data set: reads its lists and checks that its files exist. Pictures are not opened yet.
     ///
-    /// `tell` gets a line before something that takes long, the unpacking of an archive, which `stop` ends once it is set.
+    /// `tell` is given a line before an archive is unpacked, which takes long; setting `stop` ends that.
     ///
     /// # Errors
-    /// Those of [`validate`](Self::validate); [`Error::Dataset`] if it is missing or not whole;
-    /// [`Format`](ddtas_io::Error::Format) for a list or archive that is damaged; [`Io`](ddtas_io::Error::Io);
+    /// Those of [`validate`](Self::validate); [`Error::Dataset`] if it is missing or incomplete;
+    /// [`Format`](ddtas_io::Error::Format) for a damaged list or archive; [`Io`](ddtas_io::Error::Io);
     /// [`Error::Stopped`].
     pub fn open_until(&self, stop: &AtomicBool, tell: &mut dyn FnMut(&str)) -> Result<Dataset> {
         self.validate()?;

@@ -21,7 +21,7 @@ pub(super) const SOP: Published = Published {
 ///
 /// # Errors
 /// [`Error::Dataset`](crate::Error::Dataset) if a file is missing or a class is on both sides,
-/// [`Format`](ddtas_io::Error::Format) if a list is not what it should be, those of unpacking.
+/// [`Format`](ddtas_io::Error::Format) if a list is malformed, errors of [`Root::open`].
 pub(super) fn open(path: &Path, unpacking: &mut Unpacking<'_>) -> Result<Dataset> {
     let root = Root::open(path, &SOP, unpacking)?;
     let (train, test) = (side(&root, "Ebay_train.txt")?, side(&root, "Ebay_test.txt")?);
@@ -32,7 +32,7 @@ pub(super) fn open(path: &Path, unpacking: &mut Unpacking<'_>) -> Result<Dataset
     root.dataset(train, test, None)
 }
 
-/// The classes of a list, named `item 17`, by number.
+/// The classes of a list, in the order of their numbers; class 17 is named `item 17`.
 fn side(root: &Root, list: &str) -> Result<Classes> {
     let table = root.table::<4>(&[list], 1)?;
     let pictures = table.read(|[_, class, _, file]| {

@@ -1,4 +1,4 @@
-//! The virtual step of the whole network, and the tangent by a central difference.
+//! Virtual step of the whole network, and the tangent of the embeddings by a central difference.
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::{GradientsParams, SgdConfig};
@@ -10,8 +10,8 @@ use crate::Result;
 use crate::model::{EmbeddingNetwork, Normalise, backward, ranks::sum_gradients, read, to_array};
 use crate::ranks::Collective;
 
-/// How far the weights move to either side for the difference. Small enough for the curvature of the network
-/// not to show, large enough for f32 to resolve it.
+/// Distance that the weights move to either side for the central difference: small enough for the network to
+/// be nearly linear, large enough for f32 to resolve the difference.
 const DIFFERENCE: f64 = 3e-3;
 
 /// The tangent of a training batch.
@@ -19,18 +19,18 @@ const DIFFERENCE: f64 = 3e-3;
 pub struct Tangent {
     /// edot, `[B, D]`.
     pub tangent: Array2<f32>,
-    /// What multiplies the sums of the threshold pass to give dL^m/dlambda.
+    /// Factor of the sums of the threshold pass that gives dL^m/dlambda.
     pub factor: f64,
 }
 
 /// Takes the virtual step, evaluates the meta gradient there, and returns the tangent of `images` along it (SPEC 5).
 ///
-/// `gradients` is that of the training loss, found in `mode`; `meta_gradient` maps embeddings of `meta_images` to
-/// dL^m/dE. Running statistics stay as they are. `None` if nothing was mined on either side. Of several `ranks` each
-/// has its own images, embeddings and tangent, and all have the same gradients.
+/// `gradients` are those of the training loss, computed in `mode`; `meta_gradient` maps embeddings of `meta_images` to
+/// dL^m/dE. Running statistics are not updated. `None` if the training or the meta batch has no mined pair. Each of the
+/// `ranks` has its own images, embeddings and tangent; all have the same gradients.
 ///
 /// # Errors
-/// Those of `meta_gradient`.
+/// Errors of `meta_gradient` and of the ranks.
 pub fn tangent(
     (network, mode): (&EmbeddingNetwork, Normalise),
     gradients: &GradientsParams,
@@ -71,7 +71,7 @@ pub fn tangent(
     Ok(Some(Tangent { tangent: difference * scale, factor: -rate }))
 }
 
-/// The network with its weights moved by `factor` times `direction`.
+/// The network with `factor` times `direction` added to its weights.
 fn moved(network: &EmbeddingNetwork, factor: f64, direction: &GradientsParams) -> EmbeddingNetwork {
     let direction = combined(network, direction, 0.0, direction);
     SgdConfig::new().init().step(-factor, network.clone(), direction)

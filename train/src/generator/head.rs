@@ -1,8 +1,8 @@
-//! The virtual step of the embedding head alone, in closed form.
+//! Virtual step of the embedding head only, in closed form.
 //!
-//! The head is linear, so the features that a training step computes anyway
-//! are all that the virtual step, the meta loss and the tangent need: no pass
-//! through the backbone. Everything is float64; it is small next to the step.
+//! The head is linear, so the virtual step, the meta loss and the tangent need only features, which a
+//! training step computes anyway: no pass through the backbone. All values are float64; the cost is small
+//! compared with the step.
 
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, Zip};
 
@@ -19,7 +19,7 @@ pub struct Head {
     pub bias: Array1<f64>,
 }
 
-/// Rows of unit norm, and the norms that were divided out.
+/// Embeddings of unit norm, and their norms before normalisation.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Embedded {
     /// `[B, D]`.
@@ -37,14 +37,14 @@ impl Head {
         Embedded { embeddings, norms }
     }
 
-    /// The gradient of the weights from dL/dE, `[B, D]`.
+    /// The gradient of the weights from `gradient` = dL/dE, `[B, D]`.
     #[must_use]
     pub fn pull_back(features: ArrayView2<'_, f64>, embedded: &Embedded, gradient: &Array2<f64>) -> Self {
         let raw = embedded.through_norm(gradient.clone());
         Self { weight: features.t().dot(&raw), bias: raw.sum_axis(Axis(0)) }
     }
 
-    /// edot: how the embeddings move when the weights move along `direction`.
+    /// edot: the directional derivative of the embeddings when the weights move along `direction`.
     #[must_use]
     pub fn tangent(features: ArrayView2<'_, f64>, embedded: &Embedded, direction: &Self) -> Array2<f64> {
         embedded.through_norm(features.dot(&direction.weight) + &direction.bias)
@@ -68,7 +68,7 @@ impl Head {
 }
 
 impl Embedded {
-    /// The derivative of `raw / |raw|` applied to `rows`; it is symmetric, so it serves both directions.
+    /// Applies the derivative of `raw / |raw|` to `rows`. It is symmetric, so it is the same forward and backward.
     fn through_norm(&self, mut rows: Array2<f64>) -> Array2<f64> {
         let along = |row: ArrayView1<'_, f64>, embedding: ArrayView1<'_, f64>| row.dot(&embedding);
         Zip::from(rows.rows_mut()).and(self.embeddings.rows()).and(&self.norms).for_each(
@@ -82,24 +82,24 @@ impl Embedded {
     }
 }
 
-/// The three evaluations of the loss that a hyper-gradient takes.
+/// The three evaluations of the loss that a hyper-gradient needs.
 pub trait Losses {
-    /// dL/dE of the training batch at `lambda`, `[B, D]`; remembers its pairs.
+    /// dL/dE of the training batch at `lambda`, `[B, D]`; keeps the mined pairs.
     ///
     /// # Errors
-    /// Those of the backend.
+    /// Errors of the backend.
     fn train(&mut self, embeddings: &Array2<f64>, lambda: Lambda) -> Result<Array2<f64>>;
 
     /// dL^m/dE of the meta batch at its reference threshold.
     ///
     /// # Errors
-    /// Those of the backend.
+    /// Errors of the backend.
     fn meta(&mut self, embeddings: &Array2<f64>) -> Result<Array2<f64>>;
 
-    /// The sums of SPEC 5 over the pairs that [`train`](Losses::train) remembered.
+    /// The sums of SPEC 5 over the pairs that [`train`](Losses::train) kept.
     ///
     /// # Errors
-    /// Those of the backend.
+    /// Errors of the backend.
     fn threshold_gradient(
         &mut self,
         embeddings: &Array2<f64>,
@@ -110,11 +110,11 @@ pub trait Losses {
 /// dL^m/dlambda (SPEC 5) for a virtual step of the head from `head`, on training features `[B, features]` and
 /// meta features `[B^m, features]`.
 ///
-/// A unit step's length does not depend on lambda, its direction does: only the part of the meta gradient
-/// across the training gradient counts then.
+/// The direction of a unit step depends on lambda, but not its length: only the component of the meta
+/// gradient orthogonal to the training gradient counts then.
 ///
 /// # Errors
-/// Those of `losses`.
+/// Errors of `losses`.
 pub fn hypergradient(
     head: &Head,
     train: ArrayView2<'_, f64>,

@@ -1,15 +1,15 @@
 //! The online threshold generator: the loss threshold, learned while training (SPEC 5).
 //!
-//! Each step asks: had lambda been a little higher, would the weights after
-//! this step serve other pictures better? The answer, dL^m/dlambda, needs no
-//! second-order differentiation: a tangent of the embeddings, and the fused
-//! threshold pass of the backend over the pairs that the loss has mined.
+//! Each step computes dL^m/dlambda: whether a slightly higher lambda would have given, after this step,
+//! weights with a lower loss on other pictures (the meta batch). That needs no second-order differentiation,
+//! only a tangent of the embeddings and the backend's fused threshold pass over the pairs that the loss has
+//! mined.
 //!
 //! | file | what |
 //! | --- | --- |
 //! | `settings.rs` | settings |
-//! | `update.rs` | from hyper-gradients to the next lambda: rates, pull, range, ensemble |
-//! | `head.rs` | virtual step of the embedding head alone, in closed form |
+//! | `update.rs` | from hyper-gradients to the next lambda: rates, regularisation, range, ensemble |
+//! | `head.rs` | virtual step of the embedding head only, in closed form |
 //! | `full.rs` | virtual step of the whole network, tangent by central difference |
 //! | `neighbours.rs` | a meta objective without a threshold |
 

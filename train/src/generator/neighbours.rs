@@ -1,20 +1,20 @@
-//! A meta objective without a threshold: would the nearest neighbour be of the right class?
+//! A meta objective without a threshold: whether the nearest neighbour is of the right class.
 //!
-//! The soft contrastive loss falls when lambda and all similarities rise together, up to a space in which everything
-//! is alike: no threshold of the meta loss keeps a learned lambda from going there. So this objective
-//! looks at the embeddings in their own scale: less their mean, over their spread. It is neighbourhood
-//! components analysis there: minus the log of the share that the right class has among a row's soft neighbours.
+//! The soft contrastive loss falls when lambda and all similarities rise together, up to a collapse of all embeddings to one
+//! point, and no threshold of the meta loss prevents a learned lambda from causing that. So this objective is invariant to
+//! shift and scale: it subtracts the embeddings' mean and divides by their spread. Then it is neighbourhood components
+//! analysis: minus the log of the right class's share among a row's soft neighbours.
 
 use ndarray::{Array2, ArrayView2, Axis};
 
-/// Temperature of the soft neighbours, in squared spreads.
+/// Temperature of the softmax over neighbours, in squared spreads.
 const TEMPERATURE: f64 = 0.1;
 
-/// Spread below which all rows are taken for one.
+/// Spread below which the rows count as equal, and the objective as 0.
 const LEAST_SPREAD: f64 = 1e-6;
 
-/// The objective on embeddings `[B, D]` with `labels`, and its gradient, `[B, D]`. Rows without another of their class, and
-/// rows of negative label, ask for no neighbour; the latter are nobody's either. 0 if no row asks.
+/// The objective on embeddings `[B, D]` with `labels`, and its gradient, `[B, D]`: the mean over the rows
+/// that have another row of their class, or 0 if there are none. Rows with a negative label are ignored.
 #[must_use]
 pub fn neighbours(embeddings: ArrayView2<'_, f64>, labels: &[i64]) -> (f64, Array2<f64>) {
     let none = || (0.0, Array2::zeros(embeddings.dim()));
@@ -54,7 +54,7 @@ pub fn neighbours(embeddings: ArrayView2<'_, f64>, labels: &[i64]) -> (f64, Arra
     }
     let share = 1.0 / f64::from(asking);
     let mut gradient = (&weights + &weights.t()).dot(&scaled) * share;
-    // Through the spread, then through the mean.
+    // The derivatives of dividing by the spread and of subtracting the mean.
     let along = (&gradient * &scaled).sum() / rows as f64;
     gradient = (gradient - &scaled * along) / spread;
     let Some(mean) = gradient.mean_axis(Axis(0)) else { return none() };

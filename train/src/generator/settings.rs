@@ -58,9 +58,9 @@ pub enum VirtualStepKind {
 /// A virtual step: its kind and rate.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct VirtualStep {
-    /// What the rate multiplies.
+    /// Whether the rate is a factor of the gradient or the length of the step.
     pub kind: VirtualStepKind,
-    /// Rate (plain) or length (unit).
+    /// Rate (plain) or length (unit) of the step.
     pub rate: f64,
 }
 
@@ -75,7 +75,7 @@ pub enum MetaObjective {
     Neighbours,
 }
 
-/// Classes in a meta batch, where there are so many.
+/// Default number of classes in a meta batch, if there are as many.
 const META_CLASSES: usize = 5;
 
 /// Settings of the threshold generator.
@@ -146,7 +146,7 @@ pub struct GeneratorSettings {
 }
 
 impl Default for GeneratorSettings {
-    /// As the programs have them without arguments.
+    /// The settings of the programs without arguments.
     fn default() -> Self {
         defaults()
     }
@@ -159,19 +159,19 @@ pub(crate) fn defaults<T: clap::Args>() -> T {
 }
 
 impl GeneratorSettings {
-    /// Steps of the rehearsal; none without a generator.
+    /// Steps of the rehearsal; 0 without a generator.
     #[must_use]
     pub fn rehearsal_steps(&self) -> usize {
         if self.kind == GeneratorKind::Off { 0 } else { self.rehearsal }
     }
 
-    /// Classes in a fresh meta batch from `there` that train: as given, or as many as fit.
+    /// Classes in a fresh meta batch if there are `there` training classes: as given, else 5 or all.
     #[must_use]
     pub fn classes_of(&self, there: usize) -> usize {
         self.meta_classes.unwrap_or(META_CLASSES.min(there))
     }
 
-    /// Factor of lambda's learning rate in a step: in a rehearsal it falls to 0, so that lambda converges.
+    /// Factor of lambda's learning rate in a step. In a rehearsal it falls to 0, so that lambda converges.
     #[must_use]
     pub fn pace(&self, step: usize) -> f64 {
         match self.rehearsal {
@@ -180,8 +180,8 @@ impl GeneratorSettings {
         }
     }
 
-    /// The virtual step. Of length 1 in the space of all weights it ruins a pretrained network, and what the meta
-    /// loss says there is worth nothing: docs/threshold-study.md.
+    /// The virtual step. The default length of a unit step of all weights is 0.1: a step of length 1 ruins a
+    /// pretrained network and makes the meta loss useless (docs/threshold-study.md).
     #[must_use]
     pub fn step(&self) -> VirtualStep {
         let short = self.kind == GeneratorKind::Full && self.virtual_step == VirtualStepKind::Unit;
@@ -189,11 +189,11 @@ impl GeneratorSettings {
         VirtualStep { kind: self.virtual_step, rate }
     }
 
-    /// Checks every range, and whether the settings go together; `start` is where lambda begins.
+    /// Checks every range and the combination of settings; `start` is the initial lambda.
     ///
     /// # Errors
     /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) or [`Misused`](ddtas_io::Error::Misused) names the
-    /// first setting that is off.
+    /// first wrong setting.
     pub fn validate(&self, start: Lambda) -> Result<()> {
         self.check_ranges()?;
         let head = self.kind == GeneratorKind::Head;
@@ -219,7 +219,7 @@ impl GeneratorSettings {
         )
     }
 
-    /// Each setting on its own, whether or not there is a generator.
+    /// Checks the range of each setting, even without a generator.
     fn check_ranges(&self) -> Result<()> {
         let counts = [
             (

@@ -1,43 +1,43 @@
-//! From hyper-gradients to the next lambda.
+//! Updates lambda by hyper-gradients.
 
 use serde::{Deserialize, Serialize};
 
 use super::{GeneratorSettings, Lambda, Optimizer};
 use ddtas::loss::ThresholdGradient;
 
-/// Adam's decay of the mean and of the square. The mean's is longer than the usual 0.9: the noise of a
+/// Adam's decay rates of mean and square. That of the mean is above the usual 0.9, since the noise of a
 /// hyper-gradient is many times its mean.
 const DECAYS: (f64, f64) = (0.95, 0.999);
 const EPSILON: f64 = 1e-12;
 
-/// Furthest that the first and the last member of an ensemble start from the value given.
+/// Distance of the first and the last member's initial lambda from the value given.
 const ENSEMBLE_SPREAD: f64 = 0.1;
 /// Ratio of the fastest member's rate to the slowest one's.
 const ENSEMBLE_RATES: f64 = 4.0;
 
-/// How a member moves.
+/// How a member is updated.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct UpdateRule {
     /// SGD or Adam.
     pub optimizer: Optimizer,
-    /// Present factor of every member's learning rate.
+    /// Current factor of every member's learning rate.
     pub pace: f64,
-    /// L1 pull to the first value.
+    /// L1 regularisation towards the initial value.
     pub l1: f64,
-    /// L2 pull to the first value.
+    /// L2 regularisation towards the initial value.
     pub l2: f64,
-    /// Least and greatest lambda.
+    /// Smallest and largest lambda.
     pub range: (f64, f64),
-    /// Whether the two thresholds move apart.
+    /// Whether the two thresholds are learned separately.
     pub pair: bool,
 }
 
-/// One generator's state.
+/// State of one generator of an ensemble.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Member {
-    /// The thresholds now.
+    /// Current thresholds.
     pub lambda: Lambda,
-    /// Where they began, and are pulled back to.
+    /// Initial thresholds, which the regularisation pulls back to.
     pub start: Lambda,
     /// Learning rate.
     pub rate: f64,
@@ -47,13 +47,13 @@ pub struct Member {
 }
 
 impl Member {
-    /// A member that begins at `start`.
+    /// A member with the initial thresholds `start`.
     #[must_use]
     pub fn new(start: Lambda, rate: f64) -> Self {
         Self { lambda: start, start, rate, mean: Lambda::default(), square: Lambda::default(), updates: 0 }
     }
 
-    /// One step against `gradient`, dL^m/dlambda. A gradient that is not finite changes nothing.
+    /// Takes one step against `gradient`, dL^m/dlambda. A gradient that is not finite is ignored.
     pub fn update(&mut self, gradient: ThresholdGradient, rule: &UpdateRule) {
         let ThresholdGradient { mut pos, mut neg } = gradient;
         if !(pos.is_finite() && neg.is_finite()) {
@@ -76,7 +76,7 @@ impl Member {
                 }
             };
             let away = *lambda - start;
-            // The pull is decoupled from the optimizer's scale, as weight decay is in AdamW.
+            // The regularisation is decoupled from the optimizer, like weight decay in AdamW.
             let pull = rule.l2 * away + if away == 0.0 { 0.0 } else { rule.l1 * away.signum() };
             *lambda = (*lambda - rate * (direction + pull)).clamp(rule.range.0, rule.range.1);
         };
@@ -85,7 +85,7 @@ impl Member {
     }
 }
 
-/// The thresholds in force: the mean of one or more members. What a checkpoint keeps of the generator.
+/// The state of the generator in a checkpoint. Lambda is the mean of its members.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Thresholds {
     /// The members, at least one.
@@ -93,15 +93,15 @@ pub struct Thresholds {
 }
 
 impl Thresholds {
-    /// Members around `start`: the first and the last begin a little below and above it, and their
-    /// rates rise from half to twice the one given.
+    /// Members with initial values from `ENSEMBLE_SPREAD` below to as much above `start`, and with rates from
+    /// half to twice the one in `settings`.
     #[must_use]
     pub fn new(start: Lambda, settings: &GeneratorSettings) -> Self {
         let count = settings.lambda_ensemble.max(1);
         let range = (settings.lambda_min, settings.lambda_max);
         let members = (0..count)
             .map(|member| {
-                // -1 to 1 over the members, 0 for a lone one.
+                // -1 to 1 over the members, 0 for a single one.
                 let place = if count == 1 { 0.0 } else { 2.0 * member as f64 / (count - 1) as f64 - 1.0 };
                 let moved = |lambda: f64| (lambda + ENSEMBLE_SPREAD * place).clamp(range.0, range.1);
                 let start = Lambda { pos: moved(start.pos), neg: moved(start.neg) };
@@ -111,7 +111,7 @@ impl Thresholds {
         Self { members }
     }
 
-    /// Why the members in a checkpoint do not fit `settings`.
+    /// An error with the reason if the members, from a checkpoint, do not fit `settings`.
     pub(crate) fn check(&self, settings: &GeneratorSettings) -> std::result::Result<(), String> {
         let (low, high) = (settings.lambda_min, settings.lambda_max);
         let count = self.members.len();
@@ -139,7 +139,7 @@ impl Thresholds {
         Ok(())
     }
 
-    /// The mean of the members.
+    /// Lambda: the mean of the members.
     #[must_use]
     pub fn lambda(&self) -> Lambda {
         let count = self.members.len().max(1) as f64;
@@ -149,7 +149,7 @@ impl Thresholds {
 }
 
 impl UpdateRule {
-    /// The rule of a step of the run.
+    /// The rule for step `step` of the run.
     #[must_use]
     pub fn at(step: usize, settings: &GeneratorSettings) -> Self {
         Self {

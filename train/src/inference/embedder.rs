@@ -1,4 +1,4 @@
-//! A checkpoint, ready to embed pictures.
+//! A network from a checkpoint or from published weights that embeds pictures.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use crate::train::checkpoint::{BEST, Checkpoint};
 use crate::train::{EVALUATION_CHUNK, Embedded, check_embedding, embed_batches};
 use crate::{Error, Result};
 
-/// The network that embeds, and how it sees a picture.
+/// Command-line arguments that select the network and its input.
 #[derive(Debug, Clone, PartialEq, Eq, Default, clap::Args)]
 pub struct NetworkSettings {
     /// A checkpoint of ddtas-train, or a run folder, for its best checkpoint.
@@ -40,7 +40,7 @@ pub struct NetworkSettings {
 }
 
 impl NetworkSettings {
-    /// The files it is read from, with their settings.
+    /// The files that the network is read from, each with its flag.
     pub(super) fn files(&self) -> Vec<(&'static str, PathBuf)> {
         let best = |path: &PathBuf| if path.is_dir() { path.join(BEST) } else { path.clone() };
         let files = [("checkpoint", self.checkpoint.as_ref().map(best)), ("weights", self.weights.clone())];
@@ -48,11 +48,11 @@ impl NetworkSettings {
     }
 }
 
-/// A network from a file, with the preprocessing of its pictures.
+/// A network with the preprocessing of its pictures.
 pub struct Embedder {
     backbone: Backbone,
     pooling: Pooling,
-    /// None where published weights are taken as they are: the embeddings are the features, scaled to unit norm.
+    /// None for published weights: their embeddings are the features, scaled to unit norm.
     head: Option<EmbeddingHead>,
     device: Device,
     dim: usize,
@@ -64,12 +64,12 @@ pub struct Embedder {
 }
 
 impl Embedder {
-    /// Opens a checkpoint, or takes published weights instead; those have no head.
+    /// Opens a checkpoint, or published weights without a head.
     ///
     /// # Errors
-    /// [`Io`](ddtas_io::Error::Io) or [`Format`](ddtas_io::Error::Format) if the file cannot be read, is no checkpoint or does
-    /// not fit; [`Misused`](ddtas_io::Error::Misused) if nobody says the network or the size of the pictures;
-    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting).
+    /// [`Io`](ddtas_io::Error::Io) or [`Format`](ddtas_io::Error::Format) if the file cannot be read, is no
+    /// checkpoint or does not fit; [`Misused`](ddtas_io::Error::Misused) if neither settings nor file give
+    /// the network or the size of the pictures; [`InvalidSetting`](ddtas_io::Error::InvalidSetting).
     pub fn new(settings: &NetworkSettings) -> Result<Self> {
         match &settings.checkpoint {
             Some(path) => Self::open(path, settings),
@@ -139,7 +139,7 @@ impl Embedder {
         })
     }
 
-    /// Whether pictures are mirrored as well.
+    /// Whether embeddings are averaged over a picture and its mirror image.
     #[must_use]
     pub fn flips(&self) -> bool {
         self.flips
@@ -151,19 +151,19 @@ impl Embedder {
         self.dim
     }
 
-    /// The file it came from.
+    /// The file that the network was read from.
     #[must_use]
     pub fn file(&self) -> &Path {
         &self.file
     }
 
-    /// Identifies the network: CRC-32 of the checkpoint, or of the published weights, with the pooling.
+    /// Identifies the network: the CRC-32 of the checkpoint, or that of the published weights and the pooling.
     #[must_use]
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
     }
 
-    /// Embeds the pictures of a split in order, cut as in training's evaluations; those that cannot be read are left out.
+    /// Embeds the pictures of a split in order, cropped as in the evaluations of training. Unreadable ones are left out.
     ///
     /// # Errors
     /// [`Error::Dataset`] if a class has no readable picture; [`Error::Diverged`] if an embedding is not finite;
@@ -177,7 +177,7 @@ impl Embedder {
         embed_batches(|images| self.forward(images), &self.device, batches, progress)
     }
 
-    /// Refuses to embed so many `pictures` if this machine's memory is too small for a chunk of them.
+    /// An error if this machine's memory is too small for a chunk of `pictures` pictures.
     pub(super) fn check_memory(&self, pictures: usize) -> Result<()> {
         check_embedding(self.image_size, self.backbone.least_values(self.image_size), pictures)
     }
@@ -200,7 +200,7 @@ impl Embedder {
     }
 }
 
-/// CRC-32 of a backbone's weights: the same in whatever form they are kept.
+/// CRC-32 of a backbone's weights; it does not depend on the file's format.
 fn fingerprint(backbone: &Backbone) -> Result<String> {
     let mut sum = crc32fast::Hasher::new();
     for tensor in backbone.collect(None, None, true) {

@@ -1,4 +1,4 @@
-//! The figures of a checkpoint on a data set's unseen classes, or of embeddings in a file.
+//! Evaluates a checkpoint on a data set's unseen classes, or embeddings in a file.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -62,7 +62,7 @@ pub struct EvalSettings {
 }
 
 impl EvalSettings {
-    /// The files it reads, with their settings.
+    /// The files that the evaluation reads, each with its flag.
     #[must_use]
     pub fn inputs(&self) -> Vec<(&'static str, PathBuf)> {
         let mut files = self.network.files();
@@ -72,7 +72,7 @@ impl EvalSettings {
         files
     }
 
-    /// Checks what can be told before any picture is embedded.
+    /// Checks the settings before any picture is embedded.
     fn validate(&self) -> Result<()> {
         let invalid = |name, value: usize, range| Err(Error::setting(name, value, range));
         if self.recall_at.contains(&0) {
@@ -85,7 +85,7 @@ impl EvalSettings {
         self.given_dataset().map_or(Ok(()), |given| given.validate())
     }
 
-    /// The data set asked for, if one is.
+    /// The data set given by `--dataset`, if any.
     fn given_dataset(&self) -> Option<DatasetSettings> {
         self.dataset.map(|dataset| DatasetSettings {
             dataset,
@@ -97,32 +97,32 @@ impl EvalSettings {
     }
 }
 
-/// What was measured. Field names are those of `--json`.
+/// Results of an evaluation. The field names are those of `--json`.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct Evaluation {
     /// The file that was evaluated.
     #[serde(serialize_with = "as_text")]
     pub source: PathBuf,
-    /// The data set, where there is one.
+    /// The data set, if a checkpoint was evaluated.
     pub dataset: Option<String>,
     /// Dimensions of an embedding.
     pub dim: usize,
     /// Classes of the queries.
     pub classes: usize,
-    /// Rows of the gallery; none where the queries are searched among themselves.
+    /// Rows of the gallery; none if the queries are compared with each other.
     pub gallery: Option<usize>,
     /// Recall@K, R-precision, MAP@R.
     #[serde(flatten)]
     pub metrics: Metrics,
     /// Normalised mutual information of classes and k-means clusters, if it was asked for.
     pub nmi: Option<f64>,
-    /// Seed of its k-means.
+    /// Seed of the k-means for NMI.
     pub nmi_seed: Option<u64>,
     /// Pictures left out because they cannot be read.
     pub skipped: Vec<Skipped>,
-    /// Backend that searched.
+    /// Backend of the search.
     pub backend: String,
-    /// Seconds it took to embed the pictures.
+    /// Seconds of embedding the pictures.
     pub embedding_seconds: f64,
     /// Seconds of the search.
     pub search_seconds: f64,
@@ -133,7 +133,7 @@ pub struct Evaluation {
 /// Evaluates a checkpoint or a file of embeddings.
 ///
 /// # Errors
-/// Files or data that cannot be read or used, settings out of range, [`Error::Dataset`] if no query has an answer.
+/// Files or data that cannot be used, settings out of range, [`Error::Dataset`] if no query has a correct answer.
 pub fn evaluate(settings: &EvalSettings, tell: &mut dyn FnMut(Event<'_>)) -> Result<Evaluation> {
     settings.validate()?;
     let mut backend = device::open(&settings.device.parse()?)?;
@@ -174,7 +174,7 @@ fn evaluate_network(
     Ok(Evaluation { dataset: Some(dataset.name), skipped, embedding_seconds, ..evaluation })
 }
 
-/// The data set asked for, or that of the run whose folder holds the checkpoint.
+/// Opens the data set given, or else that of the run in whose folder the checkpoint is.
 fn open(settings: &EvalSettings, checkpoint: &Path, tell: &mut dyn FnMut(&str)) -> Result<Dataset> {
     if let Some(given) = settings.given_dataset() {
         return given.open(tell);
@@ -192,7 +192,7 @@ fn open(settings: &EvalSettings, checkpoint: &Path, tell: &mut dyn FnMut(&str)) 
     DatasetSettings { data_root, ..run.data }.open(tell)
 }
 
-/// What is missing of a file without labels.
+/// The error message for a file without labels.
 fn no_labels(path: &Path) -> String {
     match Format::of(path) {
         Ok(Format::Npy) => {
@@ -207,7 +207,7 @@ fn no_labels(path: &Path) -> String {
     }
 }
 
-/// Queries whose embeddings are also in the gallery, bit for bit.
+/// Number of queries whose embedding is also in the gallery, with the same bits.
 fn in_gallery(queries: &Rows<'_>, gallery: &Rows<'_>) -> usize {
     let (Embeddings::F32(queries), Embeddings::F32(gallery)) = (queries.embeddings, gallery.embeddings)
     else {

@@ -1,4 +1,4 @@
-//! Embeddings of a folder tree, into a file.
+//! Writes the embeddings of a folder tree to a file.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -14,9 +14,9 @@ use crate::data::as_text;
 use crate::{Error, Result};
 use ddtas_io::files::check_output;
 
-/// Metadata of embeddings: the checkpoint they came by, the names of the labels.
+/// Metadata key of the checkpoint's fingerprint.
 pub(super) const CHECKPOINT: &str = "ddtas.checkpoint";
-/// There if every picture was mirrored as well.
+/// Metadata key that is present if embeddings are averaged with those of mirror images.
 pub(super) const FLIPS: &str = "ddtas.flips";
 const CLASSES: &str = "ddtas.classes";
 
@@ -34,7 +34,7 @@ pub struct EmbedSettings {
     pub out: PathBuf,
 }
 
-/// What was written.
+/// Result of `embed`.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct Export {
     /// The file.
@@ -44,21 +44,21 @@ pub struct Export {
     pub pictures: usize,
     /// Dimensions of an embedding.
     pub dim: usize,
-    /// Folders that hold pictures; each gave a label.
+    /// Folders that contain pictures; each is a label.
     pub folders: usize,
     /// Pictures left out because they cannot be read.
     pub skipped: Vec<Skipped>,
-    /// Seconds it took.
+    /// Duration in seconds.
     pub seconds: f64,
 }
 
-/// Embeds every picture below a folder, in sorted order, and writes the file. A picture's label is its folder's place
-/// among the folders that hold pictures, in sorted order: where a folder is a class, the file can be evaluated.
+/// Embeds every picture below a folder, in sorted order, and writes the file. A picture's label is the index of its folder
+/// among the sorted folders that contain pictures: if each folder is a class, the file can be evaluated.
 ///
 /// # Errors
 /// A checkpoint or folder that cannot be used, no readable picture, or a file that cannot be written.
 pub fn embed(settings: &EmbedSettings, tell: &mut dyn FnMut(Event<'_>)) -> Result<Export> {
-    // Before the work begins.
+    // Checked before the work begins.
     let Ok(format) = Format::of(&settings.out) else {
         return Err(Error::misuse("out", settings.out.display(), "must end in .safetensors or .npy"));
     };
@@ -82,8 +82,8 @@ pub fn embed(settings: &EmbedSettings, tell: &mut dyn FnMut(Event<'_>)) -> Resul
     })
 }
 
-/// The embeddings of the `pictures` below the folder `root` with names, labels and where they came from; and what could
-/// not be read.
+/// Embeds the `pictures` below the folder `root`: returns embeddings with names, labels and origin, and the
+/// pictures that could not be read.
 pub(super) fn embed_folder(
     embedder: &Embedder,
     root: &Path,
@@ -102,7 +102,7 @@ pub(super) fn embed_folder(
     let embedded = embedded?;
     let paths: Vec<&Path> = embedded.indices.iter().map(|&index| pictures.paths[index].as_path()).collect();
     let folder = |path: &&Path| path.parent().unwrap_or(Path::new("")).to_path_buf();
-    // In the order of their bytes: that of the names in files.
+    // Sorted by bytes, like the names in files.
     let mut folders: BTreeMap<OsString, i64> =
         paths.iter().map(|path| (folder(path).into_os_string(), 0)).collect();
     folders.values_mut().zip(0..).for_each(|(label, index)| *label = index);

@@ -1,10 +1,10 @@
-//! Embeddings on disk, in forms that any vector index reads.
+//! Files of embeddings, in formats that vector indexes read.
 //!
-//! .safetensors: `embeddings` [N, D] f32 and `labels` [N] i64; where queries have a gallery of their own, `references` [M, D] and
-//! `reference_labels` [M]; the metadata may hold `names`, a JSON array with a name for each row. Other floats and
-//! integers are read as well.
+//! .safetensors: `embeddings` [N, D] f32 and `labels` [N] i64; for queries with a separate gallery also
+//! `references` [M, D] and `reference_labels` [M]. The metadata may contain `names`, a JSON array with a name
+//! for each row. Other types of floats and integers are read as well.
 //!
-//! .npy: the matrix alone; everything else in a .json of the same name beside it, or the labels in `NAME.labels.npy`.
+//! .npy: only the matrix; everything else is in a .json of the same name, or the labels in `NAME.labels.npy`.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ use ddtas_io::tensors::{EmbeddedRows, TensorFile, write_rows};
 /// Key of the rows' names in the metadata.
 const NAMES: &str = "names";
 
-/// How far a norm may be from 1 to count as 1: what the backends accept of float32 rows.
+/// Largest difference from 1 of a norm that counts as 1: the tolerance of the backends for float32 rows.
 const UNIT: f64 = 1e-3;
 
 /// Embeddings of a test set or a collection of pictures.
@@ -29,15 +29,15 @@ pub struct EmbeddingsFile {
     pub values: Array2<f32>,
     /// Label of each row, if they are known.
     pub labels: Option<Vec<i64>>,
-    /// What the rows are searched in; themselves if there is nothing else.
+    /// The rows that queries are compared with; if none, each is compared with the other rows.
     pub gallery: Option<EmbeddedRows>,
-    /// Name of each row; empty if they have none.
+    /// Name of each row; empty if the rows have no names.
     pub names: Vec<String>,
-    /// Anything else, as the header holds it.
+    /// The other metadata of the header.
     pub metadata: BTreeMap<String, String>,
 }
 
-/// What lies in the .json beside a .npy.
+/// Contents of the .json for a .npy.
 #[derive(Default, serde::Serialize, serde::Deserialize)]
 #[serde(default)]
 struct Beside {
@@ -46,7 +46,7 @@ struct Beside {
     metadata: BTreeMap<String, String>,
 }
 
-/// Checks that the .json beside the .npy `path` can be written, and is none of another program's.
+/// Checks that the .json for the .npy `path` can be written, and is not a file of another program.
 ///
 /// # Errors
 /// [`Misused`](ddtas_io::Error::Misused).
@@ -66,20 +66,20 @@ pub(super) fn check_beside(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The form of a file, by its extension.
+/// Format of a file, by its extension.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
     /// `.safetensors`
     Safetensors,
-    /// `.npy`, with a `.json` beside it.
+    /// `.npy`, with a `.json` of the same name.
     Npy,
 }
 
 impl Format {
-    /// The form that `path` asks for.
+    /// The format of `path`.
     ///
     /// # Errors
-    /// [`Format`](ddtas_io::Error::Format) if it ends otherwise.
+    /// [`Format`](ddtas_io::Error::Format) for another extension.
     pub fn of(path: &Path) -> Result<Self> {
         let extension = path.extension().unwrap_or_default();
         if extension.eq_ignore_ascii_case("safetensors") {
@@ -93,17 +93,17 @@ impl Format {
 }
 
 impl EmbeddingsFile {
-    /// The file, and those beside it that hold what a .npy cannot: its .json, and its labels alone.
+    /// The file, and those for the other data of a .npy: its .json, and its labels.
     #[must_use]
     pub fn files(path: &Path) -> [PathBuf; 3] {
         [path.to_owned(), path.with_extension("json"), path.with_extension("labels.npy")]
     }
 
-    /// Reads a .npy or a .safetensors file. Rows that are not of unit length are scaled to it, since similarities are cosines.
+    /// Reads a .npy or a .safetensors file. Rows are scaled to unit length, since similarities are cosines.
     ///
     /// # Errors
-    /// [`Io`](ddtas_io::Error::Io) if it cannot be read; [`Format`](ddtas_io::Error::Format) if it holds something
-    /// else, or a row that has no direction (zero, NaN or infinite).
+    /// [`Io`](ddtas_io::Error::Io) if it cannot be read; [`Format`](ddtas_io::Error::Format) if it contains
+    /// something else, or a row that is zero, NaN or infinite.
     pub fn read(path: &Path) -> Result<Self> {
         let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
         if Format::of(path).is_ok_and(|format| format == Format::Npy) {
@@ -160,7 +160,7 @@ impl EmbeddingsFile {
         Self { values, labels, gallery: None, names, metadata }.checked(path)
     }
 
-    /// Holds names and labels to the number of rows.
+    /// Checks that there are as many names and labels as rows, or none.
     fn checked(self, path: &Path) -> Result<Self> {
         let rows = self.values.nrows();
         let labels = self.labels.as_ref().map_or(rows, Vec::len);
@@ -173,7 +173,7 @@ impl EmbeddingsFile {
         Ok(self)
     }
 
-    /// Writes the file in the form its extension asks for; whole or not at all. A .npy has its .json written first.
+    /// Writes the file atomically, in the format of its extension. The .json of a .npy is written first.
     ///
     /// # Errors
     /// [`Format`](ddtas_io::Error::Format) for another extension, or a gallery in a .npy; [`Io`](ddtas_io::Error::Io),
@@ -215,7 +215,7 @@ impl EmbeddingsFile {
     }
 }
 
-/// Scales every row to unit length; those that are near enough stay as they are, to the bit.
+/// Scales every row to unit length. Rows whose length is within `UNIT` of 1 keep their bits.
 fn to_unit_rows(path: &Path, tensor: &str, values: &mut Array2<f32>) -> Result<()> {
     for (index, mut row) in values.outer_iter_mut().enumerate() {
         let norm = row.iter().map(|&value| f64::from(value).powi(2)).sum::<f64>().sqrt();
@@ -261,7 +261,7 @@ mod tests {
         let single = EmbeddingsFile { gallery: None, ..example() };
         single.write(&path).unwrap();
         assert_eq!(EmbeddingsFile::read(&path).unwrap(), single);
-        // numpy.save's own bytes for this matrix.
+        // The bytes that numpy.save writes for this matrix.
         let header = "{'descr': '<f4', 'fortran_order': False, 'shape': (3, 2), }";
         let mut wanted = b"\x93NUMPY\x01\x00\x76\x00".to_vec();
         wanted.extend(format!("{header:<117}\n").bytes());

@@ -2,15 +2,15 @@
 //!
 //! | file | what |
 //! | --- | --- |
-//! | `embedder.rs` | a checkpoint, or published weights, ready to embed pictures |
-//! | `evaluation.rs` | the figures of a checkpoint on a data set, or of embeddings in a file |
+//! | `embedder.rs` | a network from a checkpoint or published weights, which embeds pictures |
+//! | `evaluation.rs` | evaluates a checkpoint on a data set, or embeddings in a file |
 //! | `pictures.rs` | the pictures of a folder tree |
-//! | `export.rs` | embeddings of a folder tree, into a file |
-//! | `file.rs`, `npy.rs` | embeddings on disk |
-//! | `origin.rs` | where embeddings came from |
+//! | `export.rs` | writes the embeddings of a folder tree to a file |
+//! | `file.rs`, `npy.rs` | files of embeddings |
+//! | `origin.rs` | paths of the embedded pictures, in a file's metadata |
 //! | `search.rs` | the nearest pictures of a collection |
-//! | `page.rs` | the figures of an evaluation as an HTML page |
-//! | `sheet.rs` | the pictures of a search as an HTML page |
+//! | `page.rs` | results of an evaluation as an HTML page |
+//! | `sheet.rs` | results of a search as an HTML page with pictures |
 
 mod embedder;
 mod evaluation;
@@ -39,8 +39,8 @@ use crate::error::fits;
 use crate::{Error, Result};
 use ddtas_io::files::check_output;
 
-/// Checks that the HTML file `path` can be written, and replaces nothing but an HTML file: neither a file of `inputs`, each with
-/// its setting, nor a picture or list in a folder that is read.
+/// Checks that the HTML file `path` can be written, and would replace at most an HTML file: neither one of
+/// `inputs` (the files that are read, each with its flag), nor a picture or list in a folder that is read.
 ///
 /// # Errors
 /// [`Misused`](ddtas_io::Error::Misused).
@@ -58,7 +58,7 @@ pub fn check_page(path: &Path, inputs: Vec<(&'static str, PathBuf)>) -> Result<(
     fits(is_page, "html", path.display(), reason)
 }
 
-/// Progress.
+/// Progress of an evaluation, an export or a search.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Event<'a> {
@@ -95,6 +95,6 @@ pub struct Skipped {
     /// The file.
     #[serde(serialize_with = "crate::data::as_text")]
     pub path: PathBuf,
-    /// What the decoder said.
+    /// The decoder's error.
     pub reason: String,
 }

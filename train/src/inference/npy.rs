@@ -1,7 +1,7 @@
-//! NumPy's array files: what `embed` writes, and matrices and labels of others.
+//! NumPy's array files: writes those of `embed`, and reads matrices and labels of other programs.
 //!
-//! The crates for it bring a parser of Python literals and a dozen crates with it; the header is one line whose words NumPy
-//! itself has written the same since its first version.
+//! Crates for this format bring a parser of Python literals and a dozen dependencies. The header is one line,
+//! which NumPy has written in the same form since its first version.
 
 use std::path::Path;
 
@@ -12,16 +12,16 @@ use ddtas_io::tensors::{Dtype, floats_of, integers_of};
 
 const MAGIC: &[u8] = b"\x93NUMPY";
 
-/// A matrix in format 1.0, little-endian float32 in C order.
+/// The bytes of a matrix in format 1.0, little-endian float32 in C order.
 pub(super) fn write(values: &Array2<f32>) -> Vec<u8> {
     let (rows, dim) = values.dim();
     let mut header = format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {dim}), }}");
-    // The data begin at a multiple of 64; the text ends in a line feed. 10 bytes stand before it.
+    // 10 bytes precede the header's text, which ends in a line feed; the data begin at a multiple of 64.
     let length = (10 + header.len() + 1).next_multiple_of(64) - 10;
     header.extend(std::iter::repeat_n(' ', length - 1 - header.len()));
     header.push('\n');
     let mut bytes = [MAGIC, b"\x01\x00"].concat();
-    // Two numbers of 20 digits at most: far below the 65,535 bytes of format 1.0.
+    // Two numbers of at most 20 digits: far below the 65,535 bytes that format 1.0 allows.
     bytes.extend((length as u16).to_le_bytes());
     bytes.extend(header.bytes());
     bytes.extend(values.iter().flat_map(|value| value.to_le_bytes()));
@@ -32,13 +32,13 @@ pub(super) fn write(values: &Array2<f32>) -> Vec<u8> {
 struct Array<'a> {
     path: &'a Path,
     dtype: Dtype,
-    /// Columns lie one after the other.
+    /// Whether the data are in Fortran (column-major) order.
     by_columns: bool,
     shape: Vec<usize>,
     data: &'a [u8],
 }
 
-/// A matrix of floats of any width.
+/// Reads a matrix of floats of any width.
 ///
 /// # Errors
 /// [`Format`](ddtas_io::Error::Format) if it is something else.
@@ -54,7 +54,7 @@ pub(super) fn matrix(path: &Path, bytes: &[u8]) -> Result<Array2<f32>> {
     Ok(values.as_standard_layout().into_owned())
 }
 
-/// Integers of any width, in one dimension.
+/// Reads a one-dimensional array of integers of any width.
 ///
 /// # Errors
 /// [`Format`](ddtas_io::Error::Format) if it is something else.
@@ -107,7 +107,7 @@ impl<'a> Array<'a> {
     }
 }
 
-/// NumPy's name of a type.
+/// The type with NumPy's name `descr`.
 fn dtype(descr: &str) -> Option<Dtype> {
     Some(match descr {
         "<f2" => Dtype::F16,
@@ -130,7 +130,7 @@ mod tests {
     use super::*;
     use ndarray::array;
 
-    /// As numpy.save writes it.
+    /// A file as numpy.save writes it.
     fn saved(version: u8, descr: &str, order: &str, shape: &str, data: &[u8]) -> Vec<u8> {
         let header = format!("{{'descr': '{descr}', 'fortran_order': {order}, 'shape': {shape}, }}   \n");
         let length = (header.len() as u32).to_le_bytes();

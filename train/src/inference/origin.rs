@@ -1,4 +1,4 @@
-//! Where embeddings came from, in the metadata of their file: the folder, and the names that are no text.
+//! The paths of embedded pictures in a file's metadata: their folder, and the names that are not valid UTF-8.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -8,11 +8,11 @@ use crate::data::name_of_bytes;
 use crate::{Error, Result};
 
 const ROOT: &str = "ddtas.root";
-/// Root, and names by their rows, as bytes where they are no text.
+/// Keys of the root as bytes, and of the names as bytes by row, for those that are not valid UTF-8.
 const ROOT_BYTES: &str = "ddtas.root.bytes";
 const NAME_BYTES: &str = "ddtas.names.bytes";
 
-/// The metadata that say so of the pictures `paths` in `root`.
+/// The metadata for the pictures `paths` in `root`.
 pub(super) fn metadata<'a>(
     root: &'a Path,
     paths: impl Iterator<Item = &'a Path>,
@@ -28,7 +28,7 @@ pub(super) fn metadata<'a>(
     metadata
 }
 
-/// What the metadata of a file say.
+/// The root and names in a file's metadata.
 pub(super) struct Origin {
     root: Option<PathBuf>,
     names: BTreeMap<usize, Vec<u8>>,
@@ -38,7 +38,7 @@ impl Origin {
     /// Reads the `metadata` of the file `path`.
     ///
     /// # Errors
-    /// [`Format`](ddtas_io::Error::Format) if they are not as [`metadata`] makes them.
+    /// [`Format`](ddtas_io::Error::Format) if they are not in the form of [`metadata`].
     pub fn read(path: &Path, metadata: &BTreeMap<String, String>) -> Result<Self> {
         let root = match parsed::<Vec<u8>>(path, metadata, ROOT_BYTES)? {
             Some(bytes) => Some(name_of_bytes(&bytes).into()),
@@ -47,7 +47,7 @@ impl Origin {
         Ok(Self { root, names: parsed(path, metadata, NAME_BYTES)?.unwrap_or_default() })
     }
 
-    /// Where the picture of a row lies, whose name is `name`; none where nothing is said of the folder.
+    /// Path of the picture of a row with this `name`; none if the metadata have no root.
     pub fn path(&self, row: usize, name: &str) -> Option<PathBuf> {
         let name = self.names.get(&row).map_or_else(|| name.into(), |bytes| name_of_bytes(bytes));
         self.root.as_ref().map(|root| root.join(name))

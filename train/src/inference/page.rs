@@ -1,4 +1,4 @@
-//! What an evaluation measured as a page: one file.
+//! The results of an evaluation as one HTML file.
 
 use std::path::Path;
 

@@ -11,14 +11,14 @@ use crate::{Error, Result};
 pub(super) struct Pictures {
     /// Paths below the folder.
     pub(super) paths: Vec<PathBuf>,
-    /// One class that holds them all: their classes, if they have any, are the caller's business.
+    /// The pictures as a split with a single class.
     pub(super) split: Arc<Split>,
-    /// What else was found there, in a line.
+    /// A line about the other files found, if any.
     pub(super) passed_over: Option<String>,
 }
 
 impl Pictures {
-    /// All pictures below `root`, by extension; names that start with a dot are passed over.
+    /// All pictures below `root`, by extension; names that start with a dot are ignored.
     ///
     /// # Errors
     /// [`Error::Dataset`] if there are none; [`Io`](ddtas_io::Error::Io) if a folder cannot be listed.
@@ -29,18 +29,18 @@ impl Pictures {
         }
         let (mut paths, mut passed) = (Vec::new(), PassedOver::default());
         let visible = |entry: &walkdir::DirEntry| entry.depth() == 0 || !is_hidden(entry.path());
-        // Links are followed: collections are often links to where the pictures lie.
+        // Links are followed: collections often consist of links to the pictures.
         let entries = walkdir::WalkDir::new(root).follow_links(true).sort_by_file_name().into_iter();
         for entry in entries.filter_entry(visible) {
             match entry {
                 Ok(entry) if entry.file_type().is_dir() => {}
-                // A pipe of that name would be waited for.
+                // Only regular files: opening a pipe would block.
                 Ok(entry) if is_picture(entry.path()) && entry.file_type().is_file() => {
                     paths.push(entry.into_path())
                 }
                 Ok(entry) => passed.note(entry.path()),
                 Err(error) if error.loop_ancestor().is_some() => passed.count("links in a circle"),
-                // Hidden names are not asked for where there is no entry.
+                // `filter_entry` is not called for these: they may have hidden names.
                 Err(error) if error.path().is_some_and(|path| path.is_symlink() && !path.exists()) => {
                     passed.count("broken links");
                 }
@@ -60,25 +60,25 @@ impl Pictures {
         Ok(Self { paths: paths.into_iter().map(below).collect(), split, passed_over })
     }
 
-    /// These files.
+    /// The given files.
     pub(super) fn of(paths: &[PathBuf]) -> Self {
         let split = split(Path::new("query"), paths.to_vec());
         Self { paths: paths.to_vec(), split, passed_over: None }
     }
 }
 
-/// Pictures are read once, so none is kept in memory.
+/// A split without cache, since each picture is read once.
 fn split(root: &Path, paths: Vec<PathBuf>) -> Arc<Split> {
     Arc::new(Split::from_files(vec![(root.display().to_string(), paths)], 0))
 }
 
-/// A path with `/` between its parts, as text.
+/// A path as text, with `/` between its parts.
 pub(super) fn name_of(path: &Path) -> String {
     let parts: Vec<_> = path.iter().map(|part| part.to_string_lossy()).collect();
     parts.join("/")
 }
 
-/// The bytes of the paths that are no text, by their rows: what names in a file cannot hold. Rows of `None` are other paths.
+/// The bytes of the paths that are not valid UTF-8, by row.
 pub(super) fn bytes_of<'a>(paths: impl Iterator<Item = &'a Path>) -> BTreeMap<usize, Vec<u8>> {
     let no_text = paths.enumerate().filter(|(_, path)| path.to_str().is_none());
     no_text.map(|(row, path)| (row, path.as_os_str().as_encoded_bytes().to_vec())).collect()

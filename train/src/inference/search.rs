@@ -1,4 +1,4 @@
-//! The nearest pictures of a collection.
+//! Finds the nearest pictures of a collection.
 
 use std::path::{Path, PathBuf};
 
@@ -35,7 +35,7 @@ pub struct SearchSettings {
 }
 
 impl SearchSettings {
-    /// The files it reads, with their settings.
+    /// The files that the search reads, each with its flag.
     #[must_use]
     pub fn inputs(&self) -> Vec<(&'static str, PathBuf)> {
         let mut files = self.network.files();
@@ -45,12 +45,12 @@ impl SearchSettings {
     }
 }
 
-/// What was found.
+/// Result of a search.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct Found {
-    /// Pictures that were searched.
+    /// Number of pictures in the gallery.
     pub gallery: usize,
-    /// A list for each picture that was looked for.
+    /// The answers for each query picture.
     pub queries: Vec<Query>,
     /// Pictures of the gallery left out because they cannot be read.
     pub skipped: Vec<Skipped>,
@@ -59,22 +59,22 @@ pub struct Found {
 /// A picture and its nearest neighbours.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct Query {
-    /// The picture that was looked for.
+    /// The query picture.
     #[serde(serialize_with = "as_text")]
     pub path: PathBuf,
-    /// The most similar first.
+    /// Its neighbours, the most similar first.
     pub answers: Vec<Answer>,
 }
 
 /// A neighbour.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct Answer {
-    /// Its name in the gallery; its number where it has no name.
+    /// Name in the gallery, or the row's number if it has no name.
     pub name: String,
-    /// Where it lies, if the gallery says so.
+    /// Path of the picture, if the gallery has it.
     #[serde(serialize_with = "optional")]
     pub path: Option<PathBuf>,
-    /// Whether it is the file that was looked for.
+    /// Whether it is the same file as the query.
     pub itself: bool,
     /// Cosine similarity, -1 to 1.
     pub similarity: f32,
@@ -87,11 +87,11 @@ fn optional<S: serde::Serializer>(path: &Option<PathBuf>, serializer: S) -> Resu
     }
 }
 
-/// Embeds the queries, and the gallery where it is a folder, and finds the nearest pictures of each. A query that
-/// stands in the gallery finds itself, and the answer says so.
+/// Embeds the queries, and the gallery if it is a folder, and finds the nearest pictures of each query. A
+/// query that is itself in the gallery is among its answers, marked as such.
 ///
 /// # Errors
-/// A checkpoint, gallery or query that cannot be used; a gallery whose embeddings another checkpoint made.
+/// A checkpoint, gallery or query that cannot be used; a gallery with embeddings of another checkpoint.
 pub fn search(settings: &SearchSettings, tell: &mut dyn FnMut(Event<'_>)) -> Result<Found> {
     let mut backend = device::open(&settings.device.parse()?)?;
     if settings.top == 0 {
@@ -102,7 +102,7 @@ pub fn search(settings: &SearchSettings, tell: &mut dyn FnMut(Event<'_>)) -> Res
     embedder.check_memory(below.as_ref().map_or(0, |pictures| pictures.split.len()))?;
     let pictures = Pictures::of(&settings.query);
     let queries = embedder.embed(&pictures.split, &mut |_| {});
-    // One that cannot be read is what the user asked for: no list without it.
+    // An unreadable query is an error, not left out.
     if let Some(bad) = skipped(&pictures.split).into_iter().next() {
         return Err(Error::Image { path: bad.path, reason: bad.reason });
     }
@@ -140,7 +140,7 @@ pub fn search(settings: &SearchSettings, tell: &mut dyn FnMut(Event<'_>)) -> Res
     Ok(Found { gallery: count, queries: queries.collect(), skipped })
 }
 
-/// Embeddings of two networks have nothing to do with each other.
+/// Checks that the gallery was embedded by the same network: embeddings of two networks cannot be compared.
 fn check_origin(path: &Path, gallery: &EmbeddingsFile, embedder: &Embedder) -> Result<()> {
     let checkpoint = embedder.file().display();
     if gallery.values.ncols() != embedder.dim() {

@@ -1,4 +1,4 @@
-//! The pictures of a search as an HTML page, one file with the thumbnails inside.
+//! The results of a search as one HTML file that includes the thumbnails.
 
 use std::path::Path;
 
@@ -9,13 +9,13 @@ use crate::data::file_name;
 use crate::pages::{Thumbnails, base64, document, escape, grouped, push};
 use ddtas_io::files::write_atomic;
 
-/// Sides of the thumbnails, in pixels.
+/// Sides of the thumbnails of queries and answers, in pixels.
 const QUERY: usize = 240;
 const ANSWER: usize = 160;
 
 const STYLE: &str = include_str!("sheet.css");
 
-/// Writes the contact sheet of a search. A picture that no longer lies where the gallery says is shown as a frame with its name.
+/// Writes the contact sheet of a search. A picture that is no longer at its path is shown as a frame with its name.
 ///
 /// # Errors
 /// [`Error::Image`](crate::Error::Image) if a query can no longer be read; [`Io`](ddtas_io::Error::Io) if the file

@@ -1,4 +1,4 @@
-//! Batch normalisation of channels, joined with an activation.
+//! Batch normalisation of channels, fused with an activation.
 
 use burn::module::{Initializer, Module, Param, RunningState};
 use burn::tensor::{Device, Tensor};
@@ -11,16 +11,16 @@ pub use super::layers::Activation;
 /// Options of a normalisation.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct NormOptions {
-    /// Added to the variance before its root.
+    /// Added to the variance before the square root.
     pub epsilon: f32,
-    /// Share of the batch in the running statistics after one step.
+    /// Weight of the batch's statistics when the running ones are updated.
     pub momentum: f64,
-    /// What follows.
+    /// The activation after the normalisation.
     pub activation: Activation,
 }
 
 impl NormOptions {
-    /// PyTorch's, followed by `activation`.
+    /// PyTorch's defaults, followed by `activation`.
     #[must_use]
     pub const fn new(activation: Activation) -> Self {
         Self { epsilon: 1e-5, momentum: 0.1, activation }
@@ -30,18 +30,18 @@ impl NormOptions {
 /// How batch normalisation behaves in a forward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Normalise {
-    /// By the batch's statistics, and updates the running ones: a training step.
+    /// By the batch's statistics; updates the running ones. For a training step.
     Training,
-    /// By the batch's statistics, leaving the running ones alone: a virtual step.
+    /// By the batch's statistics, without updating the running ones. For a virtual step.
     Batch,
-    /// By the running statistics, while scale and shift learn.
+    /// By the running statistics; scale and shift are trained.
     Affine,
-    /// By the running statistics, with scale and shift held fixed: evaluation, or training with BatchNorm frozen.
+    /// By the running statistics; scale and shift are fixed. For evaluation, or training with BatchNorm frozen.
     Running,
 }
 
 impl Normalise {
-    /// The same without updating the running statistics, for the generator's passes.
+    /// The same mode without updating the running statistics, for the generator's passes.
     #[must_use]
     pub fn without_moving(self) -> Self {
         if self == Self::Training { Self::Batch } else { self }
@@ -60,13 +60,13 @@ pub struct BatchNorm {
 }
 
 impl BatchNorm {
-    /// A normalisation of `channels` as PyTorch's, followed by `activation`.
+    /// A normalisation of `channels` with PyTorch's defaults, followed by `activation`.
     #[must_use]
     pub fn new(channels: usize, activation: Activation, device: &Device) -> Self {
         Self::with_options(channels, NormOptions::new(activation), device)
     }
 
-    /// A normalisation of `channels`.
+    /// A normalisation of `channels` with these `options`.
     #[must_use]
     pub fn with_options(channels: usize, options: NormOptions, device: &Device) -> Self {
         Self {
@@ -78,7 +78,7 @@ impl BatchNorm {
         }
     }
 
-    /// PyTorch's name of the tensor that is called `name` here.
+    /// PyTorch's name of the tensor `name`.
     #[must_use]
     pub fn file_name(name: &str) -> &str {
         match name {
@@ -89,13 +89,13 @@ impl BatchNorm {
         }
     }
 
-    /// `[N, C, H, W]` to the same shape.
+    /// Normalises `[N, C, H, W]`.
     #[must_use]
     pub fn forward(&self, input: Tensor<4>, mode: Normalise) -> Tensor<4> {
         self.forward_biased(input, None, mode)
     }
 
-    /// The same of an input that has yet to be given the bias `[C]` of its convolution.
+    /// Normalises `input` + `bias`, where `bias` `[C]` is that of the preceding convolution.
     #[must_use]
     pub fn forward_biased(&self, input: Tensor<4>, bias: Option<Tensor<1>>, mode: Normalise) -> Tensor<4> {
         let from_batch = matches!(mode, Normalise::Training | Normalise::Batch);
@@ -123,8 +123,8 @@ impl BatchNorm {
             Normalise::Affine | Normalise::Batch | Normalise::Training => (self.gamma.val(), self.beta.val()),
         };
         let NormOptions { epsilon, activation, .. } = self.options;
-        // Through given statistics a bias is one more shift: no pass over the input, and its gradient comes out of the
-        // sums of beta's.
+        // With given statistics the bias is added to the shift: no further pass over the input, and its
+        // gradient follows from beta's.
         let beta = match shift {
             Some(bias) => {
                 let variance = self.running_variance.value_sync().detach();
@@ -136,9 +136,9 @@ impl BatchNorm {
         layers::normalise(input, statistics, gamma, beta, options)
     }
 
-    /// Moves them by those of `count` values a channel.
+    /// Updates the running statistics with those of a batch that has `count` values in each channel.
     fn move_running_statistics(&self, channels: usize, count: usize, statistics: &Tensor<2>) {
-        // The running variance is the unbiased one, as everywhere in the field.
+        // The running variance is unbiased, as in PyTorch.
         let unbiased = count as f64 / (count.max(2) - 1) as f64;
         let row = |row: usize| statistics.clone().slice([row..row + 1, 0..channels]).reshape([channels]);
         let momentum = self.options.momentum;

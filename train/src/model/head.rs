@@ -1,21 +1,20 @@
-//! The embedding head: a linear map of the features, normalised before on request, then L2 normalisation.
+//! The embedding head: an optional layer normalisation of the features, a linear map, then L2 normalisation.
 //!
-//! The features are averages of ReLU outputs, all positive, so that an untrained
-//! network starts with similarities near 0.87. That is where the soft
-//! contrastive loss settles too: normalising the features first starts at 0,
-//! and spends a hundred steps on the way back.
+//! Features are averages of ReLU outputs, all positive, so similarities of an untrained network are near
+//! 0.87, which is also where the soft contrastive loss settles. With layer normalisation they start at 0, and
+//! training spends a hundred steps to return there.
 
 use burn::module::{Initializer, Module, Param};
 use burn::tensor::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-/// Kept under the norm, so that a zero row has a direction-less but finite embedding.
+/// Lower bound of the norm, so that a zero row gives a zero embedding, not NaN.
 const SMALLEST_NORM: f32 = 1e-12;
 
-/// Added to the variance before its root.
+/// Added to the variance before the square root.
 const EPSILON: f64 = 1e-5;
 
-/// What lies between features and embedding.
+/// Layers between features and embedding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
 pub enum HeadKind {
     /// A linear layer.
@@ -51,13 +50,13 @@ impl EmbeddingHead {
         }
     }
 
-    /// The same weights as a head of `kind`.
+    /// The head with the same weights and this `kind`.
     #[must_use]
     pub fn with_kind(self, kind: HeadKind) -> Self {
         Self { layer_norm: kind == HeadKind::LayerNormLinear, ..self }
     }
 
-    /// What the linear map sees of features `[N, features]`.
+    /// The linear map's input: the features `[N, features]`, normalised if the kind asks for it.
     #[must_use]
     pub fn input(&self, features: Tensor<2>) -> Tensor<2> {
         if !self.layer_norm {
@@ -75,7 +74,7 @@ impl EmbeddingHead {
     }
 }
 
-/// Rows scaled to unit norm.
+/// Scales rows to unit norm.
 #[must_use]
 pub fn to_unit_rows(rows: Tensor<2>) -> Tensor<2> {
     let norm = rows.clone().powi_scalar(2).sum_dim(1).sqrt().clamp_min(SMALLEST_NORM);

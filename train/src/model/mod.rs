@@ -27,7 +27,7 @@ use crate::{Error, Result};
 pub struct EmbeddingNetwork {
     /// Images to features.
     pub backbone: Backbone,
-    /// Features to one vector a picture.
+    /// Features to one vector for each picture.
     pub pooling: Pooling,
     /// Vectors to embeddings.
     pub head: EmbeddingHead,
@@ -39,31 +39,31 @@ pub struct NetworkShape {
     /// The backbone network.
     #[serde(default, skip_serializing_if = "is_default")]
     pub backbone: BackboneKind,
-    /// How its features are pooled.
+    /// How the backbone's features are pooled.
     #[serde(default, skip_serializing_if = "is_default")]
     pub pooling: PoolingKind,
-    /// Channels of the first of three stages; the later ones have two and four times as many. Of the small network
-    /// alone, 0 in the others.
+    /// Channels of the first of three stages; the later ones have two and four times as many. For the small
+    /// network only, 0 for the others.
     #[serde(default, skip_serializing_if = "is_default")]
     pub width: usize,
-    /// Residual blocks a stage. Of the small network alone, 0 in the others.
+    /// Residual blocks in each stage. For the small network only, 0 for the others.
     #[serde(default, skip_serializing_if = "is_default")]
     pub depth: usize,
     /// Dimensions of an embedding.
     pub embedding_dim: usize,
-    /// What lies between features and embedding.
+    /// Layers between features and embedding.
     #[serde(default, skip_serializing_if = "is_default")]
     pub head: HeadKind,
 }
 
 impl NetworkShape {
-    /// Of published weights, which have no head.
+    /// The shape of a backbone with published weights, which have no head.
     pub(crate) fn published(backbone: BackboneKind) -> Self {
         let pooling = backbone.pooling();
         Self { backbone, pooling, width: 0, depth: 0, embedding_dim: 0, head: HeadKind::default() }
     }
 
-    /// Its numbers by their flags, each with the least and the most it may be.
+    /// The numbers of the shape with their flags and ranges.
     pub(crate) fn sizes(&self) -> Vec<Size> {
         let [embedding_dim, width, depth] = network_sizes(self.embedding_dim, self.width, self.depth);
         if self.backbone == BackboneKind::Residual {
@@ -73,18 +73,18 @@ impl NetworkShape {
         }
     }
 
-    /// At least as many bytes as its weights take: of the small network's last stage, or of the head, which in the others has
-    /// the features of the vision transformer or more.
+    /// Lower bound on the bytes of the weights: those of the small network's last stage, or of the head. In
+    /// the other networks the head has at least the vision transformer's 384 features.
     pub(crate) fn least_bytes(&self) -> usize {
         let features = if self.backbone == BackboneKind::Residual { 4 * self.width } else { 384 };
         size_of::<f32>() * (9 * (4 * self.width).pow(2) * self.depth).max(features * self.embedding_dim)
     }
 }
 
-/// Name, value, the least and the most it may be, and these as text.
+/// Flag, value, smallest and largest value allowed, and the range as text.
 pub(crate) type Size = (&'static str, usize, usize, usize, &'static str);
 
-/// The ranges of a network's numbers, whether they are flags or a checkpoint's.
+/// The ranges of a network's numbers, for flags and for checkpoints.
 pub(crate) fn network_sizes(embedding_dim: usize, width: usize, depth: usize) -> [Size; 3] {
     [
         ("embedding-dim", embedding_dim, 1, 65_536, "1 to 65536"),
@@ -94,7 +94,7 @@ pub(crate) fn network_sizes(embedding_dim: usize, width: usize, depth: usize) ->
 }
 
 impl std::fmt::Display for NetworkShape {
-    /// As the flags that make it.
+    /// Writes the flags for this shape.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self.backbone {
             BackboneKind::Residual => write!(f, "--width {} --depth {}", self.width, self.depth)?,
@@ -110,13 +110,13 @@ impl std::fmt::Display for NetworkShape {
     }
 }
 
-/// The value of an enum as it is typed.
+/// Name of an enum's value on the command line.
 #[must_use]
 pub fn name_of(value: &impl clap::ValueEnum) -> String {
     value.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
 }
 
-/// Whether files leave a field out: those of versions that did not know it yet read, and are written, as they were.
+/// Whether a field is left out of files, so that files of versions without the field can be read and do not change.
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }
@@ -130,7 +130,7 @@ impl EmbeddingNetwork {
         Self { backbone, pooling: Pooling::new(shape.pooling, device), head }
     }
 
-    /// Images `[N, 3, H, W]` to feature vectors `[N, features]`, which the head takes.
+    /// Images `[N, 3, H, W]` to feature vectors `[N, features]`, the input of the head.
     #[must_use]
     pub fn features(&self, images: Tensor<4>, mode: Normalise) -> Tensor<2> {
         self.pooling.forward(self.backbone.forward(images, mode))
@@ -142,7 +142,7 @@ impl EmbeddingNetwork {
         self.head.forward(self.features(images, mode))
     }
 
-    /// What files call the tensor that Burn calls `path`.
+    /// Name in files of the tensor with Burn's path `path`.
     #[must_use]
     pub fn file_name(&self, path: &str) -> String {
         match path.strip_prefix("backbone.") {
@@ -152,8 +152,8 @@ impl EmbeddingNetwork {
     }
 }
 
-/// Gradients of the weights of `network` from dL/dE of its `embeddings`: the backward pass of the surrogate
-/// `sum(E * dL/dE)`, so that autodiff never sees the loss.
+/// Gradients of the weights of `network` from its `embeddings` E and the `gradient` dL/dE: the backward pass
+/// of `sum(E * dL/dE)`, so that autodiff does not need the loss itself.
 pub fn backward<M: Module>(embeddings: Tensor<2>, gradient: &Array2<f32>, network: &M) -> GradientsParams {
     let data =
         TensorData::new(gradient.iter().copied().collect::<Vec<f32>>(), [gradient.nrows(), gradient.ncols()]);
@@ -161,7 +161,7 @@ pub fn backward<M: Module>(embeddings: Tensor<2>, gradient: &Array2<f32>, networ
     GradientsParams::from_grads((embeddings * gradient).sum().backward(), network)
 }
 
-/// Reads a tensor back, `[rows, columns]`.
+/// Copies a tensor from the device, as `[rows, columns]`.
 ///
 /// # Errors
 /// [`Error::Training`] if the device could not compute it.
@@ -172,14 +172,14 @@ pub fn to_array(tensor: Tensor<2>) -> Result<Array2<f32>> {
         .map_err(|error| Error::Training(format!("a tensor has another shape: {error}")))
 }
 
-/// Reads a tensor's values back, row by row. A GPU tells only here that it could not compute them: it was out of
-/// memory, or something went wrong earlier.
+/// Copies a tensor's values from the device, row by row. A GPU reports errors of earlier operations only
+/// here, such as lack of memory.
 ///
 /// # Errors
 /// [`Error::Training`] with the device's reason.
 pub fn read<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>> {
     tensor.try_into_vec_as::<f32>().map_err(|error| {
-        // Burn's message is several lines, the cause among them.
+        // Burn's message has several lines; one of them is the cause.
         Error::Training(format!("a tensor cannot be read back: {}", one_line(error)))
     })
 }

@@ -3,10 +3,10 @@
 use burn::module::{Initializer, Module, Param};
 use burn::tensor::{Device, Tensor};
 
-/// Kept under what the generalised mean takes to a power.
+/// Lower bound of the values in the generalised mean.
 const SMALLEST: f32 = 1e-6;
 
-/// The generalised mean's first exponent; 1 would be the average, infinity the maximum.
+/// Initial exponent of the generalised mean; 1 would be the average, infinity the maximum.
 const EXPONENT: f64 = 3.0;
 
 /// Output of a backbone.
@@ -49,7 +49,7 @@ pub struct Pooling {
 }
 
 impl Pooling {
-    /// A pooling; only the generalised mean has anything to learn.
+    /// A pooling of this `kind`; only the generalised mean has a weight.
     #[must_use]
     pub fn new(kind: PoolingKind, device: &Device) -> Self {
         let exponent = || Initializer::Constant { value: EXPONENT }.init([1], device);
@@ -59,7 +59,7 @@ impl Pooling {
     /// Features to vectors `[N, C]`.
     #[must_use]
     pub fn forward(&self, features: Features) -> Tensor<2> {
-        // Patches last: `[N, C, T]`.
+        // Positions last: `[N, C, T]`.
         let (places, class) = match features {
             Features::Map(map) => {
                 let [count, channels, height, width] = map.dims();
@@ -74,7 +74,7 @@ impl Pooling {
         let [count, channels, _] = places.dims();
         let pooled = match (self.kind, class) {
             (PoolingKind::Cls, Some(class)) => return class,
-            // `BackboneKind::validate` keeps a map from coming here.
+            // `BackboneKind::validate` refuses `Cls` for a map.
             (PoolingKind::Avg | PoolingKind::Cls, _) => places.mean_dim(2),
             (PoolingKind::Max, _) => places.max_dim(2),
             (PoolingKind::AvgMax, _) => places.clone().mean_dim(2) + places.max_dim(2),
@@ -83,7 +83,7 @@ impl Pooling {
         pooled.reshape([count, channels])
     }
 
-    /// `mean(x^p)^(1/p)`, of what is above zero.
+    /// `mean(x^p)^(1/p)`, with x clamped to at least `SMALLEST`.
     fn generalised_mean(&self, places: Tensor<3>) -> Tensor<3> {
         let Some(exponent) = &self.exponent else { return places.mean_dim(2) };
         let exponent = exponent.val().reshape([1, 1, 1]);

@@ -1,4 +1,4 @@
-//! Gradients, running statistics and weights of a network over all ranks.
+//! Combines gradients and running statistics of all ranks, and compares their weights.
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
@@ -8,7 +8,7 @@ use super::{EmbeddingNetwork, read};
 use crate::ranks::{Collective, gather};
 use crate::{Error, Result};
 
-/// The gradients of the weights of `module`, added up over all ranks; each must have some of the same weights.
+/// The gradients of the weights of `module`, summed over all ranks; each rank must have gradients of the same weights.
 pub(crate) fn sum_gradients<M: Module>(
     ranks: &dyn Collective,
     module: &M,
@@ -26,7 +26,7 @@ pub(crate) fn sum_gradients<M: Module>(
     Ok(sums.sums)
 }
 
-/// Replaces every running statistic by its mean over all ranks, weighted by their `share` of the batch.
+/// Replaces every running statistic by its mean over all ranks, weighted by each one's `share` of the batch.
 pub(crate) fn mean_statistics(
     ranks: &dyn Collective,
     network: EmbeddingNetwork,
@@ -35,7 +35,7 @@ pub(crate) fn mean_statistics(
     if ranks.size() == 1 {
         return Ok(network);
     }
-    // Evaluation mode brings them up to this step.
+    // Evaluation mode makes Burn apply pending updates of the running statistics.
     drop(network.valid());
     let mut found = Values { values: Ok(Vec::new()), wanted: Wanted::Statistics };
     network.visit(&mut found);
@@ -68,7 +68,7 @@ pub(crate) fn check_same_weights(
     }
 }
 
-/// Copies the gradients of a module out, one behind the other.
+/// Collects the gradients of a module in one vector.
 struct Flat<'a> {
     gradients: &'a GradientsParams,
     values: Result<Vec<f32>>,
@@ -85,7 +85,7 @@ impl ModuleVisitor for Flat<'_> {
     }
 }
 
-/// Makes gradients of values in the order of [`Flat`].
+/// Makes gradients from values in the order of [`Flat`].
 struct Sums<'a> {
     gradients: &'a GradientsParams,
     values: std::vec::IntoIter<f32>,
@@ -99,15 +99,15 @@ impl ModuleVisitor for Sums<'_> {
     }
 }
 
-/// Which tensors of a module.
+/// Which tensors of a module to collect.
 #[derive(Clone, Copy, PartialEq)]
 enum Wanted {
     All,
-    /// Those that no gradient moves.
+    /// Those without gradient: the running statistics.
     Statistics,
 }
 
-/// Copies tensors of a module out, one behind the other.
+/// Collects tensors of a module in one vector.
 struct Values {
     values: Result<Vec<f32>>,
     wanted: Wanted,
@@ -128,7 +128,7 @@ impl ModuleVisitor for Values {
     }
 }
 
-/// Puts values in the place of the tensors that no gradient moves.
+/// Replaces the tensors without gradient by values.
 struct Replace {
     values: std::vec::IntoIter<f32>,
 }
@@ -142,7 +142,7 @@ impl ModuleMapper for Replace {
     }
 }
 
-/// The next values as a tensor of the shape and on the device of another.
+/// The next values as a tensor with the shape and device of `tensor`.
 fn like<const D: usize>(tensor: &Tensor<D>, values: &mut impl Iterator<Item = f32>) -> Tensor<D> {
     let shape = tensor.shape();
     let values: Vec<f32> = values.take(shape.num_elements()).collect();

@@ -1,7 +1,7 @@
-//! Batch normalisation over all ranks: statistics, and the sums that its gradient takes, of the pictures of the whole batch.
+//! Batch normalisation over all ranks: statistics of the whole batch, and the sums over it for the gradient.
 //!
-//! Burn calls a normalisation's backward pass on the thread that began it, and knows no ranks: they are in a thread-local
-//! variable during a step ([`over`]).
+//! Burn has no notion of ranks, but calls a normalisation's backward pass on the thread that began it. So a
+//! thread-local variable holds the ranks during a step ([`over`]).
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -13,12 +13,12 @@ use burn::tensor::{Tensor, TensorData, try_read_sync};
 use crate::ranks::Collective;
 use crate::{Error, Result};
 
-/// The step under way, if its normalisations see all ranks.
+/// The current step, if its normalisations are over all ranks.
 struct Step {
     ranks: Rc<dyn Collective>,
-    /// Messages so far: ranks that exchange different ones go different ways.
+    /// Number of messages so far, sent along to detect ranks that do different things.
     messages: u64,
-    /// What went wrong; from then on nothing is exchanged.
+    /// The first error; after it nothing is exchanged.
     failed: Option<Error>,
 }
 
@@ -26,10 +26,10 @@ thread_local! {
     static STEP: RefCell<Option<Step>> = const { RefCell::new(None) };
 }
 
-/// Does `work`, in which what is normalised by the batch is normalised by that of all `ranks`. Each must do the same.
+/// Runs `work` with batch normalisation over the batch of all `ranks`. Each rank must do the same.
 ///
 /// # Errors
-/// Those of the ranks and of `work`.
+/// Errors of the ranks and of `work`.
 pub(crate) fn over<T>(ranks: &Rc<dyn Collective>, work: impl FnOnce() -> Result<T>) -> Result<T> {
     if ranks.size() == 1 {
         return work();
@@ -42,8 +42,8 @@ pub(crate) fn over<T>(ranks: &Rc<dyn Collective>, work: impl FnOnce() -> Result<
     }
 }
 
-/// Statistics of all ranks (`[2, C]`: mean, biased variance) from this rank's, of `count` values a channel; and how
-/// many there are in all.
+/// Statistics over all ranks (`[2, C]`: mean, biased variance) from this rank's, which are over `count`
+/// values in each channel; and the number of values of all ranks.
 pub(super) fn statistics(own: Tensor<2>, count: usize) -> (Tensor<2>, usize) {
     let [_, channels] = own.dims();
     let all = exchanged(count, || super::read(own.clone()));
@@ -60,8 +60,8 @@ pub(super) fn statistics(own: Tensor<2>, count: usize) -> (Tensor<2>, usize) {
     (Tensor::from_data(TensorData::new(values, [2, channels]), &own.device()), total as usize)
 }
 
-/// Of the sums over `count` values a channel that are here, those over all ranks, times the share of `count` in all: what takes
-/// their mean over `count` gets the mean over all.
+/// Sums over all ranks from this rank's sums over `count` values in each channel, times `count` / (values of
+/// all ranks): divided by `count`, they give the mean over all ranks.
 pub(super) fn sums<B: Backend>(own: FloatTensor<B>, count: usize) -> FloatTensor<B> {
     let unread = |why: String| Error::Training(format!("a tensor cannot be read back: {why}"));
     let all = exchanged(count, || match try_read_sync(B::float_into_data(own.clone())) {
@@ -78,7 +78,7 @@ pub(super) fn sums<B: Backend>(own: FloatTensor<B>, count: usize) -> FloatTensor
     B::float_from_data(TensorData::new(values.collect::<Vec<_>>(), shape), &own.device())
 }
 
-/// Counts and values of all ranks; none where a rank is alone, or something has gone wrong.
+/// Counts and values of all ranks; none outside [`over`] or after an error.
 fn exchanged(count: usize, own: impl FnOnce() -> Result<Vec<f32>>) -> Option<Vec<(f64, Vec<f32>)>> {
     STEP.with_borrow_mut(|step| {
         let step = step.as_mut().filter(|step| step.failed.is_none())?;

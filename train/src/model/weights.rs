@@ -1,4 +1,4 @@
-//! Published weights, as PyTorch and safetensors keep them, into a backbone.
+//! Loads published weights, in PyTorch's format or safetensors, into a backbone.
 
 use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read, Seek, SeekFrom};
@@ -16,13 +16,13 @@ use pytorch_reader::{DType as TorchType, PytorchReader};
 use super::{Backbone, BackboneKind, NetworkShape, name_of};
 use crate::{Error, Result};
 
-/// Prefixes that other programs put before the names of all tensors.
+/// Prefixes of all tensor names in files of other programs.
 const WRAPPERS: [&str; 6] = ["state_dict.", "model.", "module.", "backbone.", "encoder.", "teacher."];
 
-/// Prefixes of the classifier that a network was trained with; its tensors are ignored.
+/// Name prefixes of the classifier that a network was trained with; its tensors are ignored.
 const CLASSIFIERS: [&str; 5] = ["fc.", "_fc.", "classifier.", "last_linear.", "head."];
 
-/// A tensor of a file; PyTorch's are read when they are asked for.
+/// A tensor of a file; those of PyTorch are read on demand.
 enum Stored {
     Torch(pytorch_reader::Tensor),
     Safetensors { dtype: Dtype, shape: Vec<usize>, bytes: Vec<u8> },
@@ -36,7 +36,7 @@ impl Stored {
         }
     }
 
-    /// The type of its values, if that is one of floats.
+    /// The type of the values, if it is a floating-point type.
     fn dtype(&self) -> Option<Dtype> {
         match self {
             Self::Safetensors { dtype, .. } => Some(*dtype),
@@ -50,7 +50,7 @@ impl Stored {
         }
     }
 
-    /// Its values, row by row; says what is wrong with them.
+    /// The values, row by row, or the reason why they cannot be read.
     fn values(self) -> std::result::Result<Vec<f32>, String> {
         let no_floats = "holds no floats";
         let dtype = self.dtype().ok_or(no_floats)?;
@@ -67,12 +67,12 @@ impl Stored {
 }
 
 impl Backbone {
-    /// The same network with the weights of the file `path`: .safetensors, .pth or .pt.
+    /// Loads the weights of the file `path`: .safetensors, .pth or .pt.
     ///
     /// # Errors
     /// [`Io`](ddtas_io::Error::Io) or [`Format`](ddtas_io::Error::Format) if the file cannot be read;
     /// [`Format`](ddtas_io::Error::Format) names a tensor that is missing, not part of the network, or of another shape,
-    /// and the network that the weights do fit.
+    /// and says which network the weights fit.
     pub fn with_weights(mut self, path: &Path) -> Result<Self> {
         let bad = |reason: String| Error::format(path, reason);
         let mut stored = read(path)?;
@@ -121,7 +121,7 @@ fn mismatch(layout: &Layout, stored: &BTreeMap<String, Stored>) -> Option<String
     layout.iter().find_map(differs).or_else(unknown)
 }
 
-/// Says that the tensors of a file do not fit, and which network they fit.
+/// An error message: the tensors of the file do not fit, and which network they fit.
 fn refusal(layout: &Layout, stored: &BTreeMap<String, Stored>, reason: &str) -> String {
     let published = BackboneKind::value_variants().iter().filter(|kind| kind.image_size().is_some());
     let layouts: Vec<(String, Layout)> = published
@@ -141,7 +141,7 @@ fn is_left_out(name: &str) -> bool {
     name.ends_with(".num_batches_tracked") || CLASSIFIERS.iter().any(|prefix| name.starts_with(prefix))
 }
 
-/// Every tensor of a file, without what all names begin with.
+/// All tensors of a file, by their names without common prefix.
 fn read(path: &Path) -> Result<BTreeMap<String, Stored>> {
     let mut start = [0; 9];
     let mut file = std::fs::File::open(path).map_err(Error::io("read", path))?;
@@ -162,8 +162,8 @@ fn read(path: &Path) -> Result<BTreeMap<String, Stored>> {
     Ok(tensors)
 }
 
-/// Tells a file by how it begins: a pickle with its version, a zip archive with its mark, and a safetensors file with the
-/// length of its header, whose first bytes may be the same.
+/// Whether a file is PyTorch's, by its first bytes: a pickle begins with its version, a zip archive with its signature. The
+/// header length at the start of a safetensors file may have the same bytes, so the byte after it is checked, too.
 fn is_torch(start: [u8; 9], length: u64) -> bool {
     let [header @ .., brace] = start;
     let is_safetensors = brace == b'{' && u64::from_le_bytes(header) < length;
@@ -179,13 +179,13 @@ fn read_safetensors(path: &Path) -> Result<BTreeMap<String, Stored>> {
     Ok(file.tensors().map(stored).collect())
 }
 
-/// How much larger than its file an archive may say its parts are: torch.save compresses nothing.
+/// Most times its own size that an archive's parts may have: torch.save does not compress.
 const MOST_EXPANSION: u128 = 4;
 
-/// Where a TAR archive's first header has its mark.
+/// Position and bytes of a TAR archive's signature.
 const TAR_MARK: (u64, &[u8]) = (257, b"ustar");
 
-/// Refuses an archive that would fill the memory: one that is compressed, and a TAR archive, whose files may be sparse.
+/// Refuses archives that could fill the memory: compressed ones, and TAR archives, whose files may be sparse.
 fn check_archive(path: &Path) -> Result<()> {
     let mut file = std::fs::File::open(path).map_err(Error::io("read", path))?;
     let (at, mark) = TAR_MARK;
@@ -198,7 +198,7 @@ fn check_archive(path: &Path) -> Result<()> {
         ));
     }
     let length = file.metadata().map_err(Error::io("read", path))?.len();
-    // What is no archive is told by the reader.
+    // The reader reports files that are not archives.
     let Ok(mut archive) = zip::ZipArchive::new(std::io::BufReader::new(file)) else { return Ok(()) };
     let parts = archive.len();
     let size = |part| archive.by_index_raw(part).map_or(0, |part| u128::from(part.size()));
@@ -217,7 +217,7 @@ fn read_torch(path: &Path) -> Result<BTreeMap<String, Stored>> {
     Ok(file.into_tensors().into_iter().map(|(name, tensor)| (name, Stored::Torch(tensor))).collect())
 }
 
-/// Runs the reader, other people's code at a file that may be anybody's.
+/// Runs the third-party reader; a panic on an untrusted file becomes an error.
 fn guarded<T>(read: impl FnOnce() -> std::result::Result<T, String>) -> std::result::Result<T, String> {
     catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(|_| Err("it is damaged".into()))
 }

@@ -1,4 +1,4 @@
-//! Text in pictures, by a bitmap font of 8 x 8 pixels a letter.
+//! Draws text in pictures with a bitmap font of 8 x 8 pixels.
 
 use font8x8::legacy::{BASIC_LEGACY, LATIN_LEGACY};
 use image::{Rgb, RgbImage};
@@ -6,7 +6,7 @@ use image::{Rgb, RgbImage};
 /// Side of a letter in pixels.
 pub const LETTER: u32 = 8;
 
-/// Writes `text` in black from its upper left corner on; what lies outside the picture is left out.
+/// Writes `text` in black with its upper left corner at (x, y), clipped to the picture.
 pub fn write(picture: &mut RgbImage, text: &str, (x, y): (u32, u32)) {
     for (column, letter) in (0..).zip(text.chars()) {
         for (row, line) in (0..).zip(glyph(letter)) {
@@ -19,7 +19,7 @@ pub fn write(picture: &mut RgbImage, text: &str, (x, y): (u32, u32)) {
     }
 }
 
-/// The rows of a letter, the leftmost pixel in the lowest bit; a question mark for one that the font lacks.
+/// The rows of a letter, with the leftmost pixel in the lowest bit; a question mark if the font lacks it.
 fn glyph(letter: char) -> [u8; 8] {
     match u32::from(letter) as usize {
         code @ 0..0x80 => BASIC_LEGACY[code],

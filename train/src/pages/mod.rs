@@ -1,5 +1,5 @@
-//! Parts of the HTML pages: the report of a run, the figures of an evaluation, the pictures of a search. Each page is one
-//! file that loads nothing.
+//! Parts of the HTML pages: the report of a run, the results of an evaluation and of a search. Each page is a
+//! single file without external resources.
 
 pub(crate) mod lettering;
 mod thumbnails;
@@ -33,7 +33,7 @@ pub(crate) fn push(body: &mut String, text: &str) {
     body.push('\n');
 }
 
-/// A table of shares: heads, and rows of a name and a figure for each, the highest of a column in bold.
+/// Adds a table of shares in per cent: heads, and rows with a name and a value for each column, the highest bold.
 pub(crate) fn figures(body: &mut String, heads: &[String], rows: &[(String, Vec<Option<f64>>)]) {
     push(body, "<div class=\"scroll\"><table class=\"recall\"><thead><tr><th></th>");
     heads.iter().for_each(|head| push(body, &format!("<th>{}</th>", escape(head))));
@@ -76,7 +76,7 @@ pub(crate) fn grouped(number: usize) -> String {
     text
 }
 
-/// File and class names come from outside: anything may be in them.
+/// Escapes `text` for HTML, since file and class names may contain anything.
 pub(crate) fn escape(text: &str) -> String {
     let mut safe = String::with_capacity(text.len());
     for character in text.chars() {

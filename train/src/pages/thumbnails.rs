@@ -1,4 +1,4 @@
-//! Pictures inside a page: thumbnails as PNG in base64.
+//! Thumbnails for pages, as PNG in base64.
 
 use std::io::Cursor;
 
@@ -21,10 +21,10 @@ impl Thumbnails {
         Ok(Self { cropper: Cropper::new(side, Preprocessing::default())? })
     }
 
-    /// The middle of a picture.
+    /// The thumbnail of a picture: the square in its middle, resized.
     ///
     /// # Errors
-    /// [`Error::Dataset`] if it cannot be resized.
+    /// [`Error::Dataset`] if the picture cannot be resized.
     pub(crate) fn of(&mut self, picture: &RgbImage) -> Result<RgbImage> {
         let bytes = self.cropper.thumbnail(picture)?;
         let side = self.cropper.size() as u32;
@@ -32,7 +32,7 @@ impl Thumbnails {
     }
 }
 
-/// A picture as a page holds it: PNG in base64.
+/// A picture as PNG in base64.
 ///
 /// # Errors
 /// [`Error::Image`] if it cannot be encoded.
@@ -50,7 +50,7 @@ pub(crate) fn encode(picture: &RgbImage) -> std::result::Result<Vec<u8>, String>
 
 const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 
-/// RFC 4648, padded: what a data URI holds.
+/// Base64 of RFC 4648 with padding, for a data URI.
 fn text(bytes: &[u8]) -> String {
     let mut coded = String::with_capacity(bytes.len().div_ceil(3) * 4);
     for chunk in bytes.chunks(3) {

@@ -1,7 +1,7 @@
 //! NCCL: messages through the memory of this rank's GPU, with timeouts.
 //!
-//! NCCL says nothing of a rank that has died, or only seconds later, and waits for ever. So the communicator is one
-//! that never blocks, and every wait ends by an error of NCCL's, by a process that is seen to have ended, or by a time
+//! If a rank has died, NCCL reports that seconds later or never, and waits forever. So the communicator is
+//! non-blocking, and every wait ends with an error of NCCL, with a process found to have ended, or at a time
 //! limit.
 
 use std::ffi::{CStr, c_char};
@@ -17,14 +17,14 @@ use super::rendezvous::{Meeting, Member};
 use super::staging::{Ends, Staging, gpus};
 use crate::{Error, Result};
 
-/// A small message takes less, and a sleep more.
+/// How long to wait actively before sleeping: a small message takes less time, a sleep more.
 const AWAKE: Duration = Duration::from_millis(1);
-/// Time between two looks at the other processes; what one that has ended has sent before has come by the next.
+/// Time between two checks of the other processes; an end is reported at the next one, when last messages have arrived.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// How long the end of a communicator may take.
+/// Time limit for closing a communicator.
 const END: Duration = Duration::from_secs(10);
 
-/// `ncclConfig_t` as NCCL 2.14 had it, the first that need not block; later ones take it and choose what is not in it.
+/// `ncclConfig_t` of NCCL 2.14, the first that need not block; later versions accept it and use defaults for newer fields.
 #[repr(C)]
 struct Config {
     size: usize,
@@ -42,16 +42,16 @@ pub(super) struct Communicator {
     members: Vec<Member>,
     limit: Duration,
     staging: ManuallyDrop<Staging>,
-    /// Not whole yet, or not any more.
+    /// Whether the communicator is not complete yet, or an error has made it unusable.
     broken: bool,
 }
 
-/// Whether driver and NCCL are here: cudarc panics where it does not find them, or what it looks for in them.
+/// Checks that driver and NCCL are installed and new enough: cudarc would panic without them or their symbols.
 ///
 /// # Errors
 /// [`ddtas::Error::Unavailable`].
 pub(super) fn check_libraries() -> Result<()> {
-    // SAFETY: loads and unloads the two libraries; their initialisers have no precondition.
+    // SAFETY: loads and unloads the two libraries, whose initialisers have no precondition.
     let (driver, nccl) =
         unsafe { (cudarc::driver::sys::is_culib_present(), cudarc::nccl::sys::is_culib_present()) };
     let missing = match (driver, nccl) {
@@ -75,7 +75,7 @@ pub(super) fn check_libraries() -> Result<()> {
     Err(ddtas::Error::Unavailable(missing).into())
 }
 
-/// What rank 0 makes, and all need to join the same communicator.
+/// Makes NCCL's id, on rank 0; all ranks need it to join the same communicator.
 ///
 /// # Errors
 /// [`Error::Lost`] if NCCL finds no network.
@@ -87,10 +87,10 @@ pub(super) fn unique_id() -> Result<Vec<u8>> {
 }
 
 impl Communicator {
-    /// Joins the others of a `meeting` by messages through GPU number `ordinal`.
+    /// Joins the ranks of `meeting` in a communicator, with messages through GPU number `ordinal`.
     ///
     /// # Errors
-    /// [`ddtas::Error::Unavailable`] without that GPU; [`Error::Lost`] if NCCL refuses, or a rank does not come within `limit`.
+    /// [`ddtas::Error::Unavailable`] without that GPU; [`Error::Lost`] if NCCL fails, or a rank does not join within `limit`.
     pub fn join(meeting: Meeting, rank: usize, ordinal: usize, limit: Duration) -> Result<Self> {
         let count = gpus()?;
         if ordinal >= count {
@@ -111,7 +111,7 @@ impl Communicator {
         let mut joined = Self { raw: std::ptr::null_mut(), rank, members, limit, staging, broken: true };
         let mut config = CONFIG;
         let config = (&raw mut config).cast();
-        // SAFETY: what it points to outlives the call, the struct has the size that it says, and the GPU's context is current.
+        // SAFETY: the pointers outlive the call, the struct has the size that it states, and the GPU's context is current.
         let begun =
             unsafe { sys::ncclCommInitRankConfig(&raw mut joined.raw, size, id, rank as i32, config) };
         joined.accepted(begun)?;
@@ -120,7 +120,7 @@ impl Communicator {
         Ok(joined)
     }
 
-    /// Every rank's bytes, in their order; as many of each.
+    /// The bytes of all ranks, in their order; each rank has the same number.
     ///
     /// # Errors
     /// [`Error::Lost`].
@@ -131,14 +131,14 @@ impl Communicator {
         })
     }
 
-    /// The message of rank `root`, `length` bytes long; the others' `own` are left unread.
+    /// The message of rank `root`, `length` bytes long; `own` of the other ranks is not used.
     ///
     /// # Errors
     /// [`Error::Lost`].
     pub fn broadcast(&mut self, root: usize, own: &[u8], length: usize) -> Result<Vec<u8>> {
         let own = if self.rank == root { own } else { &[] };
         self.carry(own, length, |ends, comm| {
-            // SAFETY: the root's buffer holds the message, and that of each has room for it.
+            // SAFETY: the root's buffer holds the message, and each rank's buffer has room for it.
             unsafe {
                 let stream = ends.stream;
                 sys::ncclBroadcast(ends.from, ends.to, length, ncclUint8, root as i32, comm, stream)
@@ -146,8 +146,8 @@ impl Communicator {
         })
     }
 
-    /// Sends each rank its part of `own`, and returns what each has sent here, in their order; parts have the same
-    /// length on all ranks.
+    /// Sends each rank its part of `own`, and returns the parts that the ranks sent here, in their order.
+    /// `parts` are the same on all ranks.
     ///
     /// # Errors
     /// [`Error::Lost`].
@@ -156,8 +156,8 @@ impl Communicator {
         self.carry(own, length * parts.len(), |ends, comm| {
             let Ends { from, to, stream } = *ends;
             let mut answers = Vec::with_capacity(2 * parts.len() + 2);
-            // SAFETY: every part is within the bytes that are sent, and the room for what is received has all parts of
-            // this length.
+            // SAFETY: every part is within the bytes sent, and the receive buffer has room for a part of this
+            // length from every rank.
             unsafe {
                 answers.push(sys::ncclGroupStart());
                 for (rank, part) in parts.iter().enumerate() {
@@ -172,7 +172,7 @@ impl Communicator {
         })
     }
 
-    /// Takes `own` to the GPU, does what `call` issues there, and returns the first `count` bytes that have come.
+    /// Copies `own` to the GPU, issues `call`, waits for it, and returns the first `count` bytes received.
     fn carry(
         &mut self,
         own: &[u8],
@@ -190,16 +190,16 @@ impl Communicator {
         carried
     }
 
-    /// Waits until what NCCL was asked for, with this answer, is done.
+    /// Waits until a call of NCCL that returned `asked` is done.
     fn carried(&self, asked: ncclResult_t) -> Result<()> {
         self.accepted(asked)?;
-        // What is not issued yet has no place in the stream, so that the event would be one of before.
+        // Before NCCL has issued its work to the stream, an event recorded there would not include it.
         self.settle()?;
         self.staging.mark()?;
         self.wait(|| self.staging.is_done())
     }
 
-    /// Waits until NCCL has issued what it was asked for.
+    /// Waits until NCCL has issued all calls.
     fn settle(&self) -> Result<()> {
         self.wait(|| Ok(state(self.raw) == ncclResult_t::ncclSuccess))
     }
@@ -216,7 +216,7 @@ impl Communicator {
             thread::sleep(AWAKE / 5);
             if looked.elapsed() > LOOK_EVERY {
                 looked = Instant::now();
-                // By then others may have ended for the same reason.
+                // Reported only at the second check: by then other processes may have ended for the same reason.
                 if !ended.is_empty() {
                     return Err(self.gone(&ended));
                 }
@@ -247,7 +247,7 @@ impl Communicator {
         Error::Lost(format!("ended without a word: {}", names.join(", ")))
     }
 
-    /// [`Error::Lost`] unless the answer is good, of the ranks behind it if any have ended, which may take a moment to be seen.
+    /// [`Error::Lost`] unless `answer` is a success; names the ranks whose processes have ended, which it may take a moment to see.
     fn accepted(&self, answer: ncclResult_t) -> Result<()> {
         accepted(answer, self.raw).map_err(|error| match answer {
             ncclResult_t::ncclInvalidUsage | ncclResult_t::ncclInvalidArgument => error,
@@ -269,10 +269,10 @@ impl Communicator {
         }
     }
 
-    /// Sends what is still on its way, and closes.
+    /// Completes pending messages and closes the communicator. Returns whether that succeeded in time.
     fn close(&mut self) -> bool {
         self.limit = END;
-        // SAFETY: it is whole, and not used after.
+        // SAFETY: the communicator is complete, and not used afterwards.
         let begun = unsafe { sys::ncclCommFinalize(self.raw) };
         let flushed = good(begun) && self.settle().is_ok();
         // SAFETY: as above.
@@ -284,25 +284,25 @@ impl Drop for Communicator {
     fn drop(&mut self) {
         let whole = !self.broken && !thread::panicking();
         if (whole && self.close()) || abort(self.raw) {
-            // SAFETY: dropped only here. Where NCCL is stuck, freeing what it uses would be stuck as well.
+            // SAFETY: dropped only here. If NCCL hangs, freeing its buffers would hang as well, so they are leaked.
             unsafe { ManuallyDrop::drop(&mut self.staging) };
         }
     }
 }
 
-/// Whether what is on its way could be called off in time: NCCL's own threads may be stuck with a rank that is gone.
+/// Aborts a communicator. Returns whether that succeeded in time: NCCL's threads may hang if a rank is gone.
 fn abort(communicator: sys::ncclComm_t) -> bool {
     let address = communicator.expose_provenance();
     let (done, over) = mpsc::channel();
     thread::spawn(move || {
-        // SAFETY: nobody else uses it any more. Null is nothing to abort.
+        // SAFETY: nothing else uses the communicator any more; null is allowed.
         unsafe { sys::ncclCommAbort(std::ptr::with_exposed_provenance_mut(address)) };
         done.send(())
     });
     over.recv_timeout(END).is_ok()
 }
 
-/// What NCCL says of a communicator now.
+/// Current state of a communicator.
 fn state(communicator: sys::ncclComm_t) -> ncclResult_t {
     let mut state = ncclResult_t::ncclSuccess;
     // SAFETY: the communicator is live, and the call writes the state, which outlives it.
@@ -314,15 +314,15 @@ fn good(answer: ncclResult_t) -> bool {
     matches!(answer, ncclResult_t::ncclSuccess | ncclResult_t::ncclInProgress)
 }
 
-/// [`Error::Lost`] with NCCL's words unless the answer is good.
+/// [`Error::Lost`] with NCCL's message unless `answer` is a success.
 fn accepted(answer: ncclResult_t, communicator: sys::ncclComm_t) -> Result<()> {
     if good(answer) {
         return Ok(());
     }
-    // SAFETY: both answer with a string that ends, the second also for no communicator.
+    // SAFETY: both return a terminated string or null; the second accepts null.
     let words = unsafe { [sys::ncclGetErrorString(answer), sys::ncclGetLastError(communicator)] };
     let words = words.into_iter().filter(|words| !words.is_null()).map(|words| {
-        // SAFETY: a string of NCCL's, which it may overwrite in its next call.
+        // SAFETY: a terminated string of NCCL, copied before the next call may overwrite it.
         unsafe { CStr::from_ptr(words) }.to_string_lossy().trim().replace('\n', "; ")
     });
     let words: Vec<String> = words.filter(|words| !words.is_empty()).collect();

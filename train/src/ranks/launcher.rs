@@ -2,24 +2,24 @@
 
 use crate::{Error, Result};
 
-/// The variables of the rank, the number of ranks, and the rank on its machine: torchrun's, which others set as well, and srun's.
+/// Variables for the rank, the number of ranks, and the rank on its machine: of torchrun and similar launchers, and of srun.
 const NAMES: [[&str; 3]; 2] =
     [["RANK", "WORLD_SIZE", "LOCAL_RANK"], ["SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"]];
 
-/// The variables of a launcher.
+/// Values of a launcher's variables.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Launched {
     pub rank: usize,
     pub size: usize,
-    /// Not set by every launcher.
+    /// The rank on its machine; some launchers do not set it.
     pub local_rank: Option<usize>,
 }
 
 impl Launched {
-    /// Reads what `variable` finds by its name.
+    /// Reads the variables, which `variable` returns by name.
     ///
     /// # Errors
-    /// [`Misused`](ddtas_io::Error::Misused), naming a variable that is missing or makes no sense.
+    /// [`Misused`](ddtas_io::Error::Misused) names a variable that is missing or invalid.
     pub fn read(variable: impl Fn(&str) -> Option<String>) -> Result<Self> {
         let misused = |reason: String| Error::misuse("ranks", "nccl", reason);
         let found = NAMES.into_iter().find(|[rank, ..]| variable(rank).is_some());
@@ -44,7 +44,7 @@ impl Launched {
                 "{rank_name}={rank} is out of range: ranks count from 0, and {size_name}={size}"
             )));
         }
-        // Beside srun's it says that each process sees a GPU of its own alone.
+        // Users set LOCAL_RANK=0 besides srun's variables if each process sees only its own GPU.
         let local_rank = number("LOCAL_RANK")?.map_or_else(|| number(local_name), |rank| Ok(Some(rank)))?;
         Ok(Self { rank, size, local_rank })
     }

@@ -1,18 +1,18 @@
-//! Ranks: processes, or threads, that train one network together, and their messages.
+//! Ranks: processes or threads that train one network together, and their messages.
 //!
 //! | file | what |
 //! | --- | --- |
 //! | `one.rs` | a single process |
 //! | `threads.rs` | threads of one process |
 //! | `mpi.rs` | processes that `mpirun` or `srun` started |
-//! | `nccl.rs` | processes that any launcher started, by messages between their GPUs |
-//! | `launcher.rs` | the number it gave each of them |
-//! | `rendezvous.rs` | how they find each other |
+//! | `nccl.rs` | processes that any launcher started, with messages between their GPUs |
+//! | `launcher.rs` | the rank of a process, from a launcher's environment variables |
+//! | `rendezvous.rs` | how these processes find each other |
 //! | `communicator.rs` | NCCL, with timeouts |
-//! | `staging.rs` | messages in the memory of a GPU |
+//! | `staging.rs` | buffers for messages in the memory of a GPU |
 //!
-//! Every rank makes the same calls in the same order. A rank that fails says so instead of its next message
-//! ([`together`]), so that the others end as well, with its reason.
+//! Every rank makes the same calls in the same order. A rank that fails sends the reason in place of its next
+//! message ([`together`]), and the others end with that reason.
 
 #[cfg(feature = "nccl")]
 mod communicator;
@@ -51,7 +51,7 @@ pub trait Collective {
     /// Number of ranks.
     fn size(&self) -> usize;
 
-    /// This rank's number among those on its machine, which share its devices.
+    /// This rank's number among those on its machine.
     fn local_rank(&self) -> usize;
 
     /// The messages of all ranks, in their order; lengths may differ.
@@ -60,28 +60,28 @@ pub trait Collective {
     /// [`Error::Rank`] if another rank has failed.
     fn all_gather(&self, own: &[u8]) -> Result<Messages>;
 
-    /// Cuts `values`, as many on every rank, into a share for each rank ([`share`]), and returns this rank's share of
-    /// every rank's, in their order.
+    /// Divides `values`, of the same length on every rank, into one share for each rank ([`share`]), and
+    /// sends each rank its share. Returns the shares that this rank receives, in the order of ranks.
     ///
     /// # Errors
     /// As [`all_gather`](Collective::all_gather).
     fn exchange(&self, values: &[f32]) -> Result<Vec<f32>>;
 
-    /// The message of rank 0; the others' are left unread.
+    /// The message of rank 0; those of other ranks are ignored.
     ///
     /// # Errors
     /// As [`all_gather`](Collective::all_gather).
     fn broadcast(&self, message: Vec<u8>) -> Result<Vec<u8>>;
 
-    /// Tells the others, in place of the next message, that this rank has failed.
+    /// Tells the other ranks, in place of the next message, that this rank has failed.
     fn fail(&self, reason: &str);
 
-    /// Bytes that this rank has sent to others so far, each message counted once for every rank that gets it.
+    /// Bytes that this rank has sent so far; a message counts once for every rank that receives it.
     fn sent(&self) -> u64;
 
-    /// Adds up the values of all ranks, in their order and in double precision: the same bits on every rank, and in
-    /// every run of as many ranks. Each rank adds up one share of them, so that `2 (size - 1) / size` of the values
-    /// leave it, as in a ring.
+    /// Replaces `values` by their sum over all ranks, added in the order of ranks and in double precision:
+    /// the same bits on every rank, and in every run with as many ranks. Each rank adds one share, and so
+    /// sends `2 (size - 1) / size` times the values, as in a ring.
     ///
     /// # Errors
     /// As [`all_gather`](Collective::all_gather).
@@ -100,7 +100,7 @@ pub trait Collective {
         Ok(())
     }
 
-    /// Waits until every rank has come here.
+    /// Waits until every rank has made this call.
     ///
     /// # Errors
     /// As [`all_gather`](Collective::all_gather).
@@ -109,7 +109,7 @@ pub trait Collective {
     }
 }
 
-/// What all ranks have sent, concatenated.
+/// The messages of all ranks, concatenated.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Messages {
     bytes: Vec<u8>,
@@ -130,7 +130,7 @@ impl Messages {
     }
 }
 
-/// The part of `total` things that is a rank's: a run of them, all of the same length or one longer.
+/// The contiguous part of `total` items that belongs to `rank` of `size` ranks; parts differ in length by at most 1.
 #[must_use]
 pub fn share(total: usize, rank: usize, size: usize) -> Range<usize> {
     let start = |rank: usize| total / size * rank + (total % size).min(rank);
@@ -159,7 +159,7 @@ pub fn gather_rows(ranks: &dyn Collective, own: Array2<f32>) -> Result<Array2<f3
         .map_err(|error| Error::Training(format!("the rows of two ranks differ in shape: {error}")))
 }
 
-/// Whether it holds on any rank.
+/// Whether `here` is true on any rank.
 ///
 /// # Errors
 /// As [`Collective::all_gather`].
@@ -170,10 +170,10 @@ pub fn any(ranks: &dyn Collective, here: bool) -> Result<bool> {
     Ok(gather(ranks, &[u8::from(here)])?.contains(&1))
 }
 
-/// Does a rank's share of common work, to the end of all: an error on one rank ends the others too.
+/// Runs `work` on each rank and waits for all of them; an error on one rank ends the others, too.
 ///
 /// # Errors
-/// Those of `work`; [`Error::Rank`] if another rank has failed.
+/// Errors of `work`; [`Error::Rank`] if another rank has failed.
 pub fn together<T>(ranks: &Rc<dyn Collective>, work: impl FnOnce() -> Result<T>) -> Result<T> {
     let done = work().and_then(|value| ranks.barrier().map(|()| value));
     if let Err(error) = &done

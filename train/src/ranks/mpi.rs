@@ -1,4 +1,4 @@
-//! Ranks that are processes which `mpirun` or `srun` started.
+//! Ranks as processes started by `mpirun` or `srun`.
 
 use std::cell::Cell;
 
@@ -17,9 +17,9 @@ const FAILED: u64 = u64::MAX;
 
 /// One of MPI's processes.
 ///
-/// Before every message the ranks tell each other its length, or that they have failed.
+/// Before every message the ranks exchange its length, or `FAILED`.
 pub struct Mpi {
-    /// Ends MPI when it goes.
+    /// Finalises MPI when dropped.
     _universe: Universe,
     world: SimpleCommunicator,
     local_rank: usize,
@@ -29,7 +29,7 @@ pub struct Mpi {
 }
 
 impl Mpi {
-    /// Joins the processes that were started together. Only the thread that calls this may use the result.
+    /// Joins the processes that were started together. Only the calling thread may use the result.
     ///
     /// # Errors
     /// [`ddtas::Error::Unavailable`] if MPI does not start, or has been started before.
@@ -49,7 +49,7 @@ impl Mpi {
         self.local_size
     }
 
-    /// The lengths of the messages of all ranks; the reason of the first rank that has failed, if one has.
+    /// The lengths of all ranks' messages, or [`Error::Rank`] with the reason of the first rank that has failed.
     fn lengths(&self, own: u64, reason: &str) -> Result<Vec<u64>> {
         if self.failed.get() {
             return Err(Error::Rank { rank: self.rank(), reason: reason.to_owned() });
@@ -100,7 +100,7 @@ impl Collective for Mpi {
         if bytes.is_empty() {
             return Ok(Messages { bytes, lengths: vec![0; self.size()] });
         }
-        // Rust's address of nothing is the one that means "in place" to Open MPI.
+        // The address of an empty Rust slice can be the value that Open MPI takes as MPI_IN_PLACE.
         let own = if own.is_empty() { &[0][..0] } else { own };
         let starts = starts(&counts);
         self.world.all_gather_varcount_into(own, &mut PartitionMut::new(&mut bytes[..], counts, starts));
@@ -135,7 +135,7 @@ impl Collective for Mpi {
     }
 
     fn fail(&self, reason: &str) {
-        // What it answers is this rank's own reason, or that of one before it.
+        // The result is an error: this rank's reason, or that of a rank before it.
         let _ = self.lengths(FAILED, reason);
     }
 
@@ -146,14 +146,14 @@ impl Collective for Mpi {
 
 impl Drop for Mpi {
     fn drop(&mut self) {
-        // Ending MPI waits for all ranks, and this one will not come to their next message.
+        // Finalising MPI would wait for all ranks, and they for the next message of this one.
         if std::thread::panicking() {
             self.world.abort(1);
         }
     }
 }
 
-/// MPI's own type of a length.
+/// A length in MPI's type.
 fn counted(length: u64) -> Result<i32> {
     i32::try_from(length).map_err(|_| {
         let reason =

@@ -1,4 +1,4 @@
-//! Ranks that are processes of any launcher, with messages between their GPUs by NCCL.
+//! Ranks as processes of any launcher, with messages between their GPUs by NCCL.
 
 use std::cell::{Cell, RefCell};
 use std::ops::Range;
@@ -15,8 +15,8 @@ const FAILED: u64 = u64::MAX;
 
 /// One of the processes that a launcher started.
 ///
-/// Messages come from the host's memory and end there; the GPUs carry bytes, and add nothing up. Before every message
-/// the ranks tell each other its length, or that they have failed.
+/// Messages start and end in the host's memory; the GPUs only transfer bytes, sums are computed on the host.
+/// Before every message the ranks exchange its length, or `FAILED`.
 pub struct Nccl {
     communicator: RefCell<Communicator>,
     rank: usize,
@@ -28,12 +28,12 @@ pub struct Nccl {
 }
 
 impl Nccl {
-    /// Joins the processes that were started together, which meet over `file`, each with the GPU of its number on its
-    /// machine. A rank that says nothing for `limit` is given up.
+    /// Joins the processes that were started together, which find each other through `file`. Each uses the
+    /// GPU with its local rank as number. Waiting for another rank ends with an error after `limit`.
     ///
     /// # Errors
-    /// [`Misused`](ddtas_io::Error::Misused) if the launcher's variables make no sense; [`ddtas::Error::Unavailable`]
-    /// without driver, NCCL or GPU; [`Error::Lost`] if the others do not come.
+    /// [`Misused`](ddtas_io::Error::Misused) if the launcher's variables are invalid; [`ddtas::Error::Unavailable`] without
+    /// driver, NCCL or GPU; [`Error::Lost`] if another rank does not come.
     pub fn join(file: &Path, limit: Duration) -> Result<Self> {
         let Launched { rank, size, local_rank } = Launched::read(|name| std::env::var(name).ok())?;
         check_libraries()?;
@@ -54,7 +54,7 @@ impl Nccl {
         self.local_size
     }
 
-    /// The lengths of the messages of all ranks; the reason of the first rank that has failed, if one has.
+    /// The lengths of all ranks' messages, or [`Error::Rank`] with the reason of the first rank that has failed.
     fn lengths(&self, own: u64, reason: &str) -> Result<Vec<usize>> {
         if self.failed.get() {
             return Err(Error::Rank { rank: self.rank, reason: reason.to_owned() });
@@ -95,7 +95,7 @@ impl Collective for Nccl {
         let longest = lengths.iter().copied().max().unwrap_or(0);
         let mut bytes = Vec::with_capacity(lengths.iter().sum());
         if longest > 0 {
-            // As long as the longest, which is the same length for most messages, and an entry more for the others.
+            // Padded to the longest message. Most messages have equal lengths; others differ by little.
             let mut padded = own.to_vec();
             padded.resize(longest, 0);
             let all = self.communicator.borrow_mut().gather(&padded)?;
@@ -133,7 +133,7 @@ impl Collective for Nccl {
     }
 
     fn fail(&self, reason: &str) {
-        // What it answers is this rank's own reason, or that of one before it.
+        // The result is an error: this rank's reason, or that of a rank before it.
         let _ = self.lengths(FAILED, reason);
     }
 

@@ -3,7 +3,7 @@
 use super::{Collective, Messages};
 use crate::Result;
 
-/// The only rank there is.
+/// The only rank of a run in one process.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct One;
 

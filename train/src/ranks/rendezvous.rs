@@ -1,10 +1,10 @@
-//! How processes that know only a file's name find each other.
+//! How processes find each other through a file that all can access.
 //!
-//! Rank r writes its entry, `FILE.r`: who it is, unlike any process before or after it. Rank 0 first removes what an earlier
-//! run has left, reads the entries, and writes FILE, with NCCL's id and all entries. A rank accepts a FILE that holds its
-//! own entry and then removes `FILE.r`; it writes `FILE.r` again where rank 0 has removed it with the old ones. When all of
-//! them are gone, rank 0 removes FILE. So no rank accepts the file of another run, whatever that has left; two runs at once
-//! need files of their own.
+//! Rank r writes its entry `FILE.r`, which identifies the process uniquely ([`Member`]). Rank 0 removes files
+//! of earlier runs, reads the entries, and writes FILE with NCCL's id and all entries. Another rank accepts
+//! FILE if it contains its own entry, and then removes `FILE.r`; if rank 0 has removed `FILE.r` as an old
+//! one, the rank writes it again. When all entries are gone, rank 0 removes FILE. So no rank accepts a file
+//! of an earlier run. Simultaneous runs need different files.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -17,26 +17,26 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
 
-/// Time between two looks at the files, which may lie on another machine.
+/// Time between two reads of the files, which may be on another machine.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// A process of the run.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Member {
-    /// The number of ranks it was told.
+    /// The number of ranks that this process was started with.
     size: usize,
-    /// Its machine.
+    /// Name of its machine.
     pub host: String,
-    /// Where process numbers are its own: containers of one machine have several such places.
+    /// Its process-id namespace: containers on one machine have different ones.
     namespace: PathBuf,
     pub process: u32,
-    /// When it came here, in nanoseconds: a later process may have the same number.
+    /// Time of its arrival in nanoseconds, since a later process may have the same process id.
     came: u64,
 }
 
 impl Member {
     /// # Errors
-    /// [`Error::io`] if the system does not say who this is.
+    /// [`Error::io`] if host name or namespace cannot be read.
     fn this(size: usize) -> Result<Self> {
         let (name, namespace) = ("/proc/sys/kernel/hostname", "/proc/self/ns/pid");
         let host = fs::read_to_string(name).map_err(Error::io("read", name))?.trim().to_owned();
@@ -45,32 +45,32 @@ impl Member {
         Ok(Self { size, host, namespace, process: std::process::id(), came })
     }
 
-    /// Whether it has ended, as far as `seen_from` can see: on another machine it cannot.
+    /// Whether the process has ended. `false` if that is unknown, as from another machine or namespace (`seen_from`).
     pub fn has_ended(&self, seen_from: &Self) -> bool {
         if (&self.host, &self.namespace) != (&seen_from.host, &seen_from.namespace) {
             return false;
         }
         match fs::read_to_string(format!("/proc/{}/stat", self.process)) {
-            // The state is behind the name, which ends with the last bracket. Z: nobody has asked for its exit code yet.
+            // The state follows the name, which ends with the last parenthesis. Z is a zombie, X a dead process.
             Ok(stat) => stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with(['Z', 'X'])),
             Err(error) => error.kind() == ErrorKind::NotFound,
         }
     }
 }
 
-/// What all ranks know once they have met.
+/// Contents of FILE.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Meeting {
-    /// What rank 0 has brought.
+    /// NCCL's id, from rank 0.
     pub id: Vec<u8>,
-    /// All ranks.
+    /// All ranks' entries, in their order.
     pub members: Vec<Member>,
 }
 
-/// Meets the other ranks over `file`; rank 0 brings `id`.
+/// Meets the other ranks through `file`; `id` is called on rank 0.
 ///
 /// # Errors
-/// [`Error::Lost`] if one does not come within `limit`; a `file` that cannot be written, or is something else.
+/// [`Error::Lost`] if a rank does not come within `limit`; an error if `file` cannot be written or is an unrelated file.
 pub(super) fn meet(
     file: &Path,
     (rank, size): (usize, usize),
@@ -82,11 +82,11 @@ pub(super) fn meet(
     if rank == 0 { call(file, own, limit, id) } else { come(file, rank, own, limit) }
 }
 
-/// Rank 0's side.
+/// What rank 0 does.
 fn call(file: &Path, own: Member, limit: Duration, id: impl FnOnce() -> Result<Vec<u8>>) -> Result<Meeting> {
     let size = own.size;
     let entries: Vec<PathBuf> = (1..size).map(|rank| entry(file, rank)).collect();
-    // Reading tells files of ours from others, which stay.
+    // Only rendezvous files are removed; reading another file is an error.
     if read::<Meeting>(file)?.is_some() {
         remove(file)?;
     }
@@ -121,7 +121,7 @@ fn call(file: &Path, own: Member, limit: Duration, id: impl FnOnce() -> Result<V
     if taken { Ok(meeting) } else { Err(absent(late, file, limit)) }
 }
 
-/// The others' side.
+/// What the other ranks do.
 fn come(file: &Path, rank: usize, own: Member, limit: Duration) -> Result<Meeting> {
     let entry = entry(file, rank);
     let mut meeting = None;
@@ -153,7 +153,7 @@ fn absent(ranks: impl Iterator<Item = usize>, file: &Path, limit: Duration) -> E
     ))
 }
 
-/// Looks again and again until something `is` so, or the time is up.
+/// Polls until `is` returns true; returns false after `limit`.
 fn until(limit: Duration, mut is: impl FnMut() -> Result<bool>) -> Result<bool> {
     let begun = Instant::now();
     loop {
@@ -172,7 +172,7 @@ fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
         Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(|_| {
             Error::format(path, "is not a rendezvous file of ddtas-train: name another file by --rendezvous")
         }),
-        // NFS calls a file that was replaced while it was open stale.
+        // NFS reports a file that was replaced while open as stale.
         Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::StaleNetworkFileHandle) => {
             Ok(None)
         }
@@ -200,7 +200,7 @@ mod tests {
 
     const LIMIT: Duration = Duration::from_secs(20);
 
-    /// All ranks meet; the rank `last` is started some time after the others.
+    /// Lets all ranks meet, with rank `last` started some time after the others.
     fn all(file: &Path, size: usize, last: usize) -> Vec<Meeting> {
         thread::scope(|scope| {
             let start = |rank| {

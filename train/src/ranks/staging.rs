@@ -1,6 +1,6 @@
-//! The memory of this rank's GPU where messages are on their way from and to the host.
+//! Buffers in the memory of this rank's GPU, for messages between host and NCCL.
 //!
-//! Not by pinned memory: what is sent and received lies in vectors, and to copy it there first would take as long as it spares.
+//! Pinned host memory would not pay: copying messages to it, from ordinary vectors, takes as long as it saves.
 
 use std::ffi::c_void;
 use std::sync::Arc;
@@ -10,10 +10,10 @@ use cudarc::nccl::sys::cudaStream_t;
 
 use crate::{Error, Result};
 
-/// Bytes of each buffer at first.
+/// Initial size of each buffer, in bytes.
 const SMALL: usize = 1 << 16;
 
-/// Two buffers of a GPU, and the stream that orders what is done with them.
+/// Two buffers on a GPU, and the stream for all operations on them.
 pub(super) struct Staging {
     stream: Arc<CudaStream>,
     done: CudaEvent,
@@ -21,38 +21,38 @@ pub(super) struct Staging {
     incoming: CudaSlice<u8>,
 }
 
-/// Where a call of NCCL's sends from and receives to.
+/// Buffers and stream of one NCCL call.
 pub(super) struct Ends {
     pub from: *const c_void,
     pub to: *mut c_void,
     pub stream: cudaStream_t,
 }
 
-/// GPUs that this process sees.
+/// Number of GPUs that this process sees.
 ///
 /// # Errors
-/// [`Error::Lost`] with the driver's, here and below.
+/// [`Error::Lost`] with the driver's error, here and below.
 pub(super) fn gpus() -> Result<usize> {
     Ok(usize::try_from(CudaContext::device_count().map_err(refused)?).unwrap_or(0))
 }
 
 impl Staging {
-    /// Makes the GPU's context current in the calling thread.
+    /// Allocates the buffers on GPU number `ordinal`, and makes its context current in the calling thread.
     pub fn on(ordinal: usize) -> Result<Self> {
         let open = || {
             let context = CudaContext::new(ordinal)?;
-            // SAFETY: there is one stream, which orders everything.
+            // SAFETY: there is only one stream, so no events are needed for ordering.
             unsafe { context.disable_event_tracking() };
             let stream = context.new_stream()?;
             let done = context.new_event(None)?;
-            // SAFETY: written before it is read.
+            // SAFETY: the memory is written before it is read.
             let (outgoing, incoming) = unsafe { (stream.alloc(SMALL)?, stream.alloc(SMALL)?) };
             Ok(Self { stream, done, outgoing, incoming })
         };
         open().map_err(refused)
     }
 
-    /// Copies `own` here, and makes room for `count` bytes that come.
+    /// Copies `own` to the GPU, and makes room for `count` received bytes.
     pub fn take(&mut self, own: &[u8], count: usize) -> Result<Ends> {
         self.copy_in(own, count).map_err(refused)?;
         let (from, _) = self.outgoing.device_ptr(&self.stream);
@@ -65,24 +65,24 @@ impl Staging {
         self.stream.context().bind_to_thread()?;
         for (buffer, length) in [(&mut self.outgoing, own.len()), (&mut self.incoming, count)] {
             if buffer.len() < length {
-                // SAFETY: written before it is read.
+                // SAFETY: the memory is written before it is read.
                 *buffer = unsafe { self.stream.alloc(length.next_power_of_two())? };
             }
         }
         if own.is_empty() { Ok(()) } else { self.stream.memcpy_htod(own, &mut self.outgoing) }
     }
 
-    /// Marks the end of what has been issued so far.
+    /// Records an event after all work issued so far.
     pub fn mark(&self) -> Result<()> {
         self.done.record(&self.stream).map_err(refused)
     }
 
-    /// Whether everything up to the mark is done.
+    /// Whether all work before the event is done.
     pub fn is_done(&self) -> Result<bool> {
         self.done.try_is_complete().map_err(refused)
     }
 
-    /// The first `count` bytes that have come.
+    /// Copies the first `count` received bytes to the host.
     pub fn give(&self, count: usize) -> Result<Vec<u8>> {
         let mut received = vec![0u8; count];
         if count > 0 {
@@ -93,7 +93,7 @@ impl Staging {
     }
 }
 
-/// The driver's error.
+/// Wraps an error of the driver.
 fn refused(error: DriverError) -> Error {
     Error::Lost(format!("the GPU cannot be used for messages between ranks: {error}"))
 }

@@ -1,4 +1,4 @@
-//! Ranks that are threads of one process: for tests, and where there is no MPI.
+//! Ranks as threads of one process, for trials without MPI or NCCL, and for tests.
 
 use std::cell::Cell;
 use std::panic::resume_unwind;
@@ -12,25 +12,25 @@ use crate::{Error, Result};
 /// The message of a rank.
 type Post = Arc<Vec<u8>>;
 
-/// Where the ranks meet.
+/// State shared by all ranks. In a meeting each rank brings a message and receives those of all.
 struct Group {
     state: Mutex<State>,
-    /// A meeting is over, or a rank has failed.
+    /// Notifies of the end of a meeting, or of a rank's failure.
     changed: Condvar,
 }
 
 struct State {
-    /// Meetings so far.
+    /// Number of meetings so far.
     meeting: u64,
-    /// What has been brought to the next one.
+    /// Messages brought to the next meeting so far, by rank.
     brought: Vec<Option<Post>>,
-    /// What was brought to the last one.
+    /// Messages of the last meeting, by rank.
     last: Vec<Post>,
-    /// The first rank that has failed, and why.
+    /// The first rank that has failed, and its reason.
     failed: Option<(usize, String)>,
 }
 
-/// One of the threads.
+/// One rank.
 struct Thread {
     group: Arc<Group>,
     rank: usize,
@@ -38,11 +38,11 @@ struct Thread {
     sent: Cell<u64>,
 }
 
-/// Does `work` on `size` ranks, threads that share the processors evenly, and returns the result of rank 0.
+/// Runs `work` on `size` ranks, as threads that divide the processors evenly, and returns the result of rank 0.
 ///
 /// # Errors
-/// Those of `work` on rank 0, which has the reason of any other's as [`Error::Rank`];
-/// [`ddtas::Error::Unavailable`] if the system gives no thread.
+/// Errors of `work` on rank 0, which are [`Error::Rank`] if another rank has failed;
+/// [`ddtas::Error::Unavailable`] if no thread can be started.
 pub fn on_threads<T: Send>(size: usize, work: impl Fn(Rc<dyn Collective>) -> Result<T> + Sync) -> Result<T> {
     let state = State { meeting: 0, brought: vec![None; size], last: Vec::new(), failed: None };
     let group = Arc::new(Group { state: Mutex::new(state), changed: Condvar::new() });
@@ -52,7 +52,7 @@ pub fn on_threads<T: Send>(size: usize, work: impl Fn(Rc<dyn Collective>) -> Res
         let mut ranks = Vec::with_capacity(size);
         for rank in 0..size {
             let member = Thread { group: Arc::clone(&group), rank, size, sent: Cell::new(0) };
-            // A pool of its own: no rank waits for what a thread of another's does meanwhile.
+            // Each rank has its own pool, so that it never waits for work of another rank.
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
             let pool = pool.map_err(|error| unavailable(error.to_string()))?;
             let work = &work;
@@ -69,7 +69,7 @@ pub fn on_threads<T: Send>(size: usize, work: impl Fn(Rc<dyn Collective>) -> Res
 }
 
 impl Group {
-    /// The state is whole at every unlock, so a poisoned lock is as good as any.
+    /// Ignores poisoning: the state is consistent whenever the lock is released.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -81,7 +81,7 @@ impl Group {
 }
 
 impl Thread {
-    /// Waits for all ranks, and returns the message of each.
+    /// Brings `own`, waits for all ranks, and returns their messages.
     fn meet(&self, own: Vec<u8>) -> Result<Vec<Post>> {
         let mut state = self.group.lock();
         let meeting = state.meeting;
@@ -152,7 +152,7 @@ impl Collective for Thread {
 }
 
 impl Drop for Thread {
-    /// Whoever waits for a rank that has gone, or panicked, waits for ever.
+    /// Reports a rank that has ended or panicked, since the others would wait for it forever.
     fn drop(&mut self) {
         self.group.fail(self.rank, "has ended before the others");
     }
@@ -185,7 +185,7 @@ mod tests {
 
     #[test]
     fn sums_are_those_of_rank_order_whatever_arrives_first() {
-        // Rounded to single precision in between, the order would show.
+        // Values for which sums in single precision would depend on the order.
         let value = |rank: usize, i: usize| [1e8f32, 1.25, -1e8, 0.3][(rank + i) % 4];
         for size in 1..5 {
             for length in [0, 1, 3, 10] {

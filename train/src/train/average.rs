@@ -8,36 +8,36 @@ use super::checkpoint;
 use super::checkpoint::archive::Archive;
 use crate::model::EmbeddingNetwork;
 
-/// Prefix of its tensors' names in a checkpoint.
+/// Prefix of the average's tensor names in a checkpoint.
 const PREFIX: &str = "ema.";
 
-/// The running mean of a network's weights and running statistics.
+/// The moving average of a network's weights and running statistics.
 pub(super) struct Average {
     network: EmbeddingNetwork,
     decay: f64,
 }
 
 impl Average {
-    /// A mean that begins with `network` as it is.
+    /// An average that starts with the weights of `network`.
     pub fn new(network: &EmbeddingNetwork, decay: f64) -> Self {
         Self { network: network.valid(), decay }
     }
 
-    /// Includes `network` after `step`. The first steps count for more, so that the average forgets the initial weights.
+    /// Includes `network` after `step`. The decay is lower in the first steps, to forget the initial weights soon.
     pub fn update(&mut self, network: &EmbeddingNetwork, step: usize) {
         let decay = self.decay.min((1 + step) as f64 / (10 + step) as f64);
         let mut latest = Latest(GradientsParams::new());
-        // Evaluation mode brings the running statistics up to this step.
+        // Evaluation mode makes Burn apply pending updates of the running statistics.
         network.valid().visit(&mut latest);
         self.network = self.network.clone().map(&mut Mix { latest: latest.0, share: 1.0 - decay });
     }
 
-    /// The network with the mean weights.
+    /// The network with the averaged weights.
     pub fn network(&self) -> &EmbeddingNetwork {
         &self.network
     }
 
-    /// Adds it to a checkpoint.
+    /// Adds the average to a checkpoint.
     pub fn put(&self, archive: &mut Archive) -> Result<(), String> {
         let mut tensors = checkpoint::tensors(&self.network)?;
         tensors
@@ -47,7 +47,7 @@ impl Average {
         Ok(())
     }
 
-    /// Takes it from a checkpoint; says what does not fit.
+    /// Restores the average from a checkpoint; the error says what does not fit.
     pub fn take(&mut self, archive: &mut Archive) -> Result<(), String> {
         let mut tensors = Archive::default();
         archive.take_all(PREFIX).into_iter().for_each(|(name, entry)| tensors.put(name, entry));
@@ -57,7 +57,7 @@ impl Average {
     }
 }
 
-/// Every float tensor of a module, by its number.
+/// Every float tensor of a module, by parameter id.
 struct Latest(GradientsParams);
 
 impl ModuleVisitor for Latest {
@@ -66,7 +66,7 @@ impl ModuleVisitor for Latest {
     }
 }
 
-/// Moves every tensor a share of the way to the latest: one that stays is the same to the bit.
+/// Moves every tensor a `share` of the way to `latest`; a tensor that has not changed keeps its bits.
 struct Mix {
     latest: GradientsParams,
     share: f64,

@@ -1,8 +1,8 @@
-//! A large batch in chunks through the network, its loss over the whole of it (GradCache; Gao et al., 2021).
+//! A large batch goes through the network in chunks, with one loss over the whole batch (GradCache; Gao et al., 2021).
 //!
-//! The embeddings of all chunks come first, without what a backward pass needs; then the loss, once over all of them; then
-//! each chunk goes forward again, and back from its rows of dL/dE. So memory is a chunk's, and the gradient is the whole
-//! batch's, except that BatchNorm sees a chunk at a time: the same one in both passes.
+//! First all chunks are embedded, without keeping activations; then the loss is evaluated once over all embeddings; then each
+//! chunk has another forward pass, and a backward pass from its rows of dL/dE. So memory is that of a chunk, and the gradient
+//! that of the whole batch, except that BatchNorm normalises each chunk by itself, in both passes.
 
 use std::ops::Range;
 
@@ -14,14 +14,14 @@ use ndarray::{Array2, s};
 use crate::data::ImageBatch;
 use crate::model::{EmbeddingNetwork, Normalise, backward};
 
-/// Rows of a batch of `rows` that go through the network together; `size` 0 is all of them.
+/// Divides a batch of `rows` rows into chunks of `size`; 0 is one chunk.
 fn chunks(rows: usize, size: usize) -> impl Iterator<Item = Range<usize>> {
     let size = if size == 0 { rows } else { size }.max(1);
     (0..rows).step_by(size).map(move |start| start..(start + size).min(rows))
 }
 
-/// Features `[B, F]` of the rank's own pictures of a batch, `size` at a time, on `device` without autodiff. Running statistics
-/// stay as they are.
+/// Features of the rank's own pictures of a batch, `[own, F]`, computed in chunks of `size` on `device`
+/// without autodiff. Running statistics are not updated.
 pub fn features(
     network: &EmbeddingNetwork,
     batch: &ImageBatch,
@@ -35,7 +35,7 @@ pub fn features(
     Tensor::cat(chunks.map(|rows| network.features(images(batch, rows, &device), mode)).collect(), 0)
 }
 
-/// Gradients of the weights of `network` from dL/dE of the rank's own pictures of a batch, `size` at a time.
+/// Gradients of the weights of `network` from `gradient` = dL/dE of the rank's own pictures, in chunks of `size`.
 pub fn gradients(
     network: &EmbeddingNetwork,
     batch: &ImageBatch,
@@ -53,7 +53,7 @@ pub fn gradients(
     sum.grads()
 }
 
-/// Some of the rank's own pictures of a batch, `[rows, 3, S, S]`.
+/// The pictures `rows` of the rank's own ones, `[rows, 3, S, S]`.
 pub(super) fn images(batch: &ImageBatch, rows: Range<usize>, device: &Device) -> Tensor<4> {
     let side = batch.image_size;
     let picture = 3 * side * side;

@@ -1,4 +1,4 @@
-//! The device of a run: network and loss are on the same one.
+//! The device of a run, for both network and loss.
 
 use burn::module::Module;
 use burn::tensor::Device;
@@ -9,15 +9,15 @@ use ddtas::backend::{self, AutoDevice, Backend, DeviceSpec};
 
 /// The device of a run.
 pub(super) struct Place {
-    /// Never [`DeviceSpec::Auto`]; for the backends of the loss.
+    /// For the backends of the loss; never [`DeviceSpec::Auto`].
     pub spec: DeviceSpec,
-    /// For the network, with gradients.
+    /// For the network, with autodiff.
     pub network: Device,
-    /// Why `auto` came to the CPU, where a GPU was to be expected.
+    /// Why `auto` chose the CPU, if a GPU could be expected.
     pub reason: Option<String>,
 }
 
-/// Finds the device for `asked`; does not open it yet. Ranks of one machine take a GPU each.
+/// Finds the device for `asked`, without opening it. Each rank of a machine takes another GPU.
 ///
 /// # Errors
 /// [`Misused`](ddtas_io::Error::Misused) if this build has no network on that device.
@@ -45,7 +45,7 @@ pub(crate) fn open(spec: &DeviceSpec) -> Result<Box<dyn Backend>> {
     })
 }
 
-/// Emulated kernels compute the loss alone, unless the build has those of the network too: for tests.
+/// The network's device with emulated kernels of the loss, for tests: the CPU, unless those of the network are emulated, too.
 fn emulated() -> Device {
     #[cfg(feature = "train-emulated")]
     return Device::cpu();
@@ -53,18 +53,18 @@ fn emulated() -> Device {
     Device::flex()
 }
 
-/// `network` moved to `device`, with weights drawn on the device where it was made.
+/// Moves `network` to `device`, with weights drawn on the device where it was made.
 pub(super) fn moved(network: EmbeddingNetwork, device: &Device) -> EmbeddingNetwork {
-    // Burn draws a weight when it is first used, and one that is not drawn yet would be drawn on `device`, from
-    // another sequence. Weights that a clone shares are drawn first and then moved.
+    // Burn draws a weight on first use, so moving an unused weight would draw it on `device`, from another
+    // random sequence. A weight shared with a clone is drawn before it is moved.
     let shared = network.clone();
     let moved = network.fork(device);
     drop(shared);
     moved
 }
 
-/// A GPU only if the network can go there too: the loss of a training batch is too small a part of the step
-/// to be worth the way to the GPU and back.
+/// Chooses a GPU only if the network can run there, too: the loss is too small a part of a training step to
+/// be worth copies to the GPU and back.
 fn automatic(found: AutoDevice, local_rank: usize) -> (DeviceSpec, Option<String>) {
     match found.spec {
         DeviceSpec::Cuda(_) if !gpu::HAS_NETWORK => {

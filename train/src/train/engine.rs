@@ -1,6 +1,6 @@
 //! One training step: forward, loss, backward, update; and embedding a whole split.
 //!
-//! The loss's backend returns L and dL/dE; the network's backward pass starts from dL/dE ([`backward`]).
+//! The backend of the loss computes L and dL/dE; the network's backward pass starts from dL/dE ([`backward`]).
 
 use std::rc::Rc;
 
@@ -29,28 +29,28 @@ use ddtas::backend::Backend;
 use ddtas::loss::{LossOutput, LossSettings};
 use ddtas_io::Error as Program;
 
-/// What a user can do about a run that diverged.
+/// Advice for a run that diverged.
 pub(super) const REMEDY: &str = "begin anew with a lower --learning-rate or a longer --warm-up";
 
-/// State of the engine in a checkpoint, beside weights, moments and memory.
+/// State of the engine in a checkpoint, besides weights, moments and memory.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct EngineState {
     /// Loss thresholds in force.
     pub lambda: Lambda,
-    /// Loss thresholds learned, in force from the next step on.
+    /// Learned loss thresholds that apply from the next step on.
     pub pending: Option<Lambda>,
     /// The threshold generator.
     pub generator: Option<GeneratorState>,
 }
 
-/// How a step gets from dL/dE to the gradients of the weights.
+/// How a step computes the gradients of the weights from dL/dE.
 #[derive(Clone, Copy)]
 enum Way {
     /// Through the network.
     Whole,
-    /// Through the network in chunks, each forward once more.
+    /// Through the network in chunks, with another forward pass of each.
     Chunks,
-    /// Through the embedding head alone.
+    /// Through the embedding head only.
     Head,
 }
 
@@ -63,7 +63,7 @@ pub struct Engine {
     device: Device,
     optimizer: ModuleOptimizer,
     schedule: Schedule,
-    /// First steps in which only the head is trained.
+    /// Number of first steps in which only the head is trained.
     head_steps: usize,
     /// Pictures that go through the network at a time; 0 for all.
     chunk_size: usize,
@@ -76,7 +76,7 @@ pub struct Engine {
     loss: LossSettings,
     memory: Memory,
     generator: Option<Generator>,
-    /// Learned in the last step, in force from the next one on.
+    /// Lambda learned in the last step, which applies from the next step on.
     pending: Option<Lambda>,
     spread: f64,
     /// The ranks that share each batch.
@@ -86,7 +86,7 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// An engine for `network`, whose loss is computed by `backend` and whose lambda comes from `generator`, if any.
+    /// An engine that trains `network` with a loss computed by `backend` and with lambda from `generator`, if any.
     pub fn new(
         network: EmbeddingNetwork,
         settings: &TrainSettings,
@@ -126,7 +126,7 @@ impl Engine {
         }
     }
 
-    /// The same, with each batch shared among `ranks`.
+    /// The same engine, with each batch divided among `ranks`.
     #[must_use]
     pub fn with_ranks(self, ranks: Rc<dyn Collective>) -> Self {
         Self { ranks, ..self }
@@ -137,32 +137,32 @@ impl Engine {
         (self.ranks.size() > 1).then_some(self.sent)
     }
 
-    /// Checks that all ranks have the same weights; `step` is the next.
+    /// Checks that all ranks have the same weights before step `step`.
     pub(super) fn check_weights(&self, step: usize) -> Result<()> {
         check_same_weights(&*self.ranks, &self.network, step)
     }
 
-    /// Checks that each rank has a picture of a batch of `pictures`, the product of the settings `names`.
+    /// Checks that a batch of `pictures` has one for each rank; `names` are the settings whose product it is.
     pub(super) fn check_batch(&self, (names, pictures): (&'static str, usize)) -> Result<()> {
         if pictures < self.ranks.size() {
             return Err(Error::misuse(names, pictures, "needs at least one picture for each rank"));
         }
         if self.is_synchronised && self.ranks.size() > 1 && self.chunk_size > 0 {
-            // Ranks may have different numbers of chunks, and each chunk is normalised by itself.
+            // Ranks may have different numbers of chunks, each with its own normalisation.
             let reason = "does not go with --batch-norm synchronised and --ranks";
             return Err(Error::misuse("chunk-size", self.chunk_size, reason));
         }
         Ok(())
     }
 
-    /// Begins a rehearsal: its learning rate rises as the run's does, and where that is a cosine falls to 0 over its own
-    /// steps.
+    /// Begins a rehearsal of `steps` steps. Its learning rate rises like the run's; a cosine schedule falls
+    /// to 0 at its end.
     pub fn rehearse(&mut self, steps: usize) {
         let schedule = self.schedule.clone();
         self.schedule = Schedule { warm_up: schedule.warm_up.min(steps / 2), steps, ..schedule };
     }
 
-    /// Starts over with `network`; only lambda is kept, and fixed.
+    /// Starts again with `network`. Only lambda is kept, and is fixed from now on.
     pub fn restart(&mut self, network: EmbeddingNetwork, settings: &TrainSettings) {
         (self.optimizer, self.average, self.schedule, self.memory) = fresh(&network, settings);
         (self.network, self.output, self.pending) = (network, LossOutput::default(), None);
@@ -172,14 +172,14 @@ impl Engine {
         self.hold_lambda();
     }
 
-    /// Fixes lambda at its present value.
+    /// Fixes lambda at its current value.
     pub fn hold_lambda(&mut self) {
         if let Some(generator) = &mut self.generator {
             generator.hold();
         }
     }
 
-    /// Adds everything that the next step depends on to a checkpoint, the network's own weights excepted.
+    /// Adds everything that the next step depends on to a checkpoint, except the network's weights.
     pub(super) fn put(&self, archive: &mut Archive) -> std::result::Result<EngineState, String> {
         moments::put(archive, &self.optimizer, &self.network)?;
         self.memory.put(archive);
@@ -191,8 +191,8 @@ impl Engine {
         })
     }
 
-    /// Restores the optimizer's moments from a checkpoint whose weights the network already has, if it holds any; the error
-    /// names what does not fit.
+    /// Restores the optimizer's moments, if any, from a checkpoint whose weights the network already has. The
+    /// error says what does not fit.
     pub(super) fn take_optimizer(&mut self, archive: &mut Archive) -> std::result::Result<(), String> {
         if moments::are_in(archive) {
             self.optimizer = moments::take(archive, self.optimizer.clone(), &self.network)?;
@@ -200,7 +200,7 @@ impl Engine {
         Ok(())
     }
 
-    /// Restores the state from a checkpoint whose weights the network already has; the error names what does not fit.
+    /// Restores the state from a checkpoint whose weights the network already has. The error says what does not fit.
     pub(super) fn take(
         &mut self,
         archive: &mut Archive,
@@ -229,7 +229,7 @@ impl Engine {
         self.average.as_ref().map_or_else(|| self.network.valid(), |average| average.network().clone())
     }
 
-    /// Learning rate of a step; the backbone's, where the head has its own.
+    /// Learning rate of a step; that of the backbone if the head has its own.
     pub fn learning_rate(&self, step: usize) -> f64 {
         self.schedule.learning_rate(step)
     }
@@ -244,8 +244,8 @@ impl Engine {
         self.generator.as_ref()
     }
 
-    /// One step on a batch, of which each rank has its own pictures; `meta` is the generator's batch, if it draws its own.
-    /// Returns whether the weights changed: a batch without mined pairs changes none.
+    /// Takes one step on a batch; each rank has its own pictures of it. `meta` is the generator's batch, if
+    /// it draws one. Returns whether the weights changed: a batch without mined pairs does not change them.
     ///
     /// # Errors
     /// [`Error::Diverged`] if the embeddings are no longer finite; [`Error::Rank`] if another rank has failed.
@@ -286,7 +286,7 @@ impl Engine {
         Ok(moved)
     }
 
-    /// Features and embeddings of the rank's own pictures, and how the gradient gets from there to the weights.
+    /// Features and embeddings of the rank's own pictures, and the way from dL/dE to the weights.
     fn forward(&self, step: usize, batch: &ImageBatch) -> (Tensor<2>, Tensor<2>, Way) {
         let rows = batch.own.len();
         let constant = || chunks::features(&self.network, batch, self.chunk_size, self.mode, &self.device);
@@ -303,7 +303,7 @@ impl Engine {
         }
     }
 
-    /// Updates the weights by the last gradient, and lambda by the generator of `--generator full`.
+    /// Updates the weights by the last gradient, and lambda with `--generator full`.
     fn update(
         &mut self,
         step: usize,
@@ -346,7 +346,7 @@ impl Engine {
         Ok(())
     }
 
-    /// Updates lambda by the generator of `--generator head`.
+    /// Updates lambda with `--generator head`.
     fn learn_by_head(
         &mut self,
         features: Tensor<2>,
@@ -357,7 +357,7 @@ impl Engine {
         if generator.kind() != GeneratorKind::Head {
             return Ok(());
         }
-        // The virtual step is the linear map's.
+        // The virtual step updates only the head's linear map, so it uses that map's input.
         let head = self.network.head.clone();
         let features = gather_rows(&*self.ranks, to_array(head.input(features))?)?.mapv(f64::from);
         let fresh = match meta {
@@ -380,7 +380,7 @@ impl Engine {
         Ok(())
     }
 
-    /// The loss of the whole batch, with the gradient of the rank's own rows. Returns whether any gradient is non-zero.
+    /// Evaluates the loss of the whole batch, and the gradient of the rank's own rows. Returns whether any gradient is not 0.
     fn evaluate_loss(&mut self, embeddings: ArrayView2<'_, f32>, batch: &ImageBatch) -> Result<bool> {
         let (rows, own) = ((embeddings, batch.labels.as_slice()), batch.own.clone());
         let (backend, output) = (&mut *self.backend, &mut self.output);
@@ -390,13 +390,13 @@ impl Engine {
         self.memory.loss(backend, self.pair_loss, rows, &self.loss, output)?;
         let any = output.gradient.iter().any(|&entry| entry != 0.0);
         if own.len() < batch.labels.len() {
-            // The losses to compare with have no parts: every rank evaluates all of it.
+            // The other losses cannot be divided: every rank evaluates the whole loss.
             output.gradient = output.gradient.slice(s![own, ..]).to_owned();
         }
         Ok(any)
     }
 
-    /// Where the network is.
+    /// The network's device.
     pub fn device(&self) -> &Device {
         &self.device
     }
@@ -406,10 +406,10 @@ impl Engine {
         self.backend.as_mut()
     }
 
-    /// Embeds batches of pictures by the running statistics: `[N, dim]` and the labels. Each rank has its own batches.
+    /// Embeds batches of pictures in evaluation mode. Each rank has its own batches.
     ///
     /// # Errors
-    /// What `batches` returns; [`Error::Diverged`] if an embedding is not finite.
+    /// Errors of `batches`; [`Error::Diverged`] if an embedding is not finite.
     pub fn embed(
         &self,
         batches: impl Iterator<Item = Result<ImageBatch>>,
@@ -421,10 +421,10 @@ impl Engine {
     }
 }
 
-/// Embeds batches of pictures by `network`; `progress` hears how many are done.
+/// Embeds batches of pictures by `network`; `progress` is called with the number of pictures done.
 ///
 /// # Errors
-/// What `batches` returns; [`Error::Diverged`] if an embedding is not finite.
+/// Errors of `batches`; [`Error::Diverged`] if an embedding is not finite.
 pub fn embed_batches(
     network: impl Fn(Tensor<4>) -> Tensor<2>,
     device: &Device,
@@ -455,7 +455,7 @@ pub fn embed_batches(
     Ok(embedded)
 }
 
-/// A split, embedded.
+/// The embeddings of a split.
 #[derive(Debug, Clone, Default)]
 pub struct Embedded {
     values: Vec<f32>,
@@ -468,7 +468,7 @@ pub struct Embedded {
 }
 
 impl Embedded {
-    /// What all ranks have embedded, in their order.
+    /// Concatenates the embeddings of all ranks, in their order.
     ///
     /// # Errors
     /// [`Error::Rank`] if another rank has failed.
@@ -495,7 +495,7 @@ impl Embedded {
     }
 }
 
-/// Root mean square of the rows' distances from their mean; NaN without rows.
+/// Root mean square distance of the rows from their mean; NaN without rows.
 fn spread(rows: ArrayView2<'_, f32>) -> f64 {
     let rows = rows.mapv(f64::from);
     let Some(mean) = rows.mean_axis(Axis(0)) else { return f64::NAN };
@@ -503,7 +503,7 @@ fn spread(rows: ArrayView2<'_, f32>) -> f64 {
     (squares / rows.nrows() as f64).sqrt()
 }
 
-/// What moves and accompanies a network, before the first step.
+/// Initial optimizer, moving average, schedule and memory for `network`.
 fn fresh(
     network: &EmbeddingNetwork,
     settings: &TrainSettings,
@@ -522,7 +522,7 @@ fn image_tensor(batch: &ImageBatch, device: &Device) -> Tensor<4> {
     chunks::images(batch, 0..batch.own.len(), device)
 }
 
-/// Embeddings that are no longer finite or of unit norm mean that training diverged.
+/// Converts the loss's errors about embeddings that are not finite or not of unit norm: training diverged.
 fn diverged(error: Error, step: usize) -> Error {
     match error {
         Error::Program(Program::Library(ddtas::Error::NotFinite { .. } | ddtas::Error::NotUnit { .. })) => {

@@ -1,4 +1,4 @@
-//! The run folder: where a run's files are, and the settings it was begun with.
+//! The run folder: paths of a run's files, and its settings.
 
 use std::path::{Path, PathBuf};
 
@@ -17,7 +17,7 @@ pub(crate) struct RunFolder {
 }
 
 impl RunFolder {
-    /// Refuses a folder that cannot become the run's, and makes none.
+    /// Checks that the folder in `settings` can become a run folder, without creating it.
     pub fn check(settings: &TrainSettings) -> Result<()> {
         match &settings.output {
             Some(path) if path.exists() => empty(path),
@@ -25,8 +25,8 @@ impl RunFolder {
         }
     }
 
-    /// Creates the run folder: the one asked for, which must be new or empty, or the next free number under
-    /// runs/. Creates metrics.jsonl, whose lock makes the folder this run's, then config.toml.
+    /// Creates the run folder: that of `--output`, which must be new or empty, or the next free number under
+    /// runs/. Creates metrics.jsonl, whose lock reserves the folder for this run, then config.toml.
     pub fn create(settings: &TrainSettings, dataset: &str) -> Result<(Self, RecordWriter)> {
         let config = text_of(settings)?;
         let path = match &settings.output {
@@ -43,12 +43,12 @@ impl RunFolder {
         Ok((folder, metrics))
     }
 
-    /// The folder at `path`, whatever it holds.
+    /// The folder `path`, without checks.
     pub fn at(path: &Path) -> Self {
         Self { path: path.to_path_buf() }
     }
 
-    /// The folder of an earlier run.
+    /// Opens the folder of an earlier run, if it exists.
     pub fn open(path: &Path) -> Result<Self> {
         let folder = Self::at(path);
         if path.exists() && !folder.config().exists() {
@@ -57,7 +57,7 @@ impl RunFolder {
         Ok(folder)
     }
 
-    /// Removes what a process killed during a write has left. Only for the holder of the run's lock.
+    /// Removes partial files of a process that was killed while writing. The caller must hold the run's lock.
     pub fn remove_partial(&self) -> Result<()> {
         for entry in std::fs::read_dir(&self.path).map_err(Error::io("read", &self.path))?.flatten() {
             if files::is_partial(&entry.path()) {
@@ -67,18 +67,18 @@ impl RunFolder {
         Ok(())
     }
 
-    /// The settings that the run was begun with.
+    /// Reads the run's settings from config.toml.
     pub fn settings(&self) -> Result<TrainSettings> {
         let path = self.config();
         self.settings_in(&std::fs::read(&path).map_err(Error::io("read", &path))?)
     }
 
-    /// The same from the bytes of its config.toml.
+    /// Parses the run's settings from the bytes of config.toml.
     pub fn settings_in(&self, config: &[u8]) -> Result<TrainSettings> {
         let bad = |error: toml::de::Error| Error::format(self.config(), error.message());
         let settings: TrainSettings = toml::from_slice(config).map_err(bad)?;
         let given: toml::Table = toml::from_slice(config).map_err(bad)?;
-        // What is not a setting would be passed over: flattened structs cannot deny it.
+        // serde ignores unknown keys here, since `deny_unknown_fields` does not work with flattened structs.
         let known = toml::Table::try_from(&settings).unwrap_or_default();
         match unknown(&given, &known) {
             Some(key) => Err(Error::format(self.config(), format!("{key} is not a setting: remove it"))),
@@ -86,7 +86,7 @@ impl RunFolder {
         }
     }
 
-    /// Writes config.toml anew.
+    /// Replaces config.toml.
     pub fn write_config(&self, settings: &TrainSettings) -> Result<()> {
         Ok(files::write_atomic(&self.config(), text_of(settings)?.as_bytes())?)
     }
@@ -103,22 +103,22 @@ impl RunFolder {
         self.path.join("metrics.jsonl")
     }
 
-    /// Weights of the best evaluation.
+    /// Path of the weights of the best evaluation.
     pub fn best(&self) -> PathBuf {
         self.path.join(BEST)
     }
 
-    /// What the run goes on from.
+    /// Path of the checkpoint to resume from.
     pub fn last(&self) -> PathBuf {
         self.path.join("last.safetensors")
     }
 
-    /// Seconds of training so far. A file of its own: the checkpoint is to be the same bytes in every run.
+    /// Path of the file with the seconds so far, separate so that checkpoints have the same bytes in every run.
     pub fn seconds(&self) -> PathBuf {
         self.path.join("seconds.txt")
     }
 
-    /// Seconds up to the last checkpoint, of training and in all; 0 if they are not known.
+    /// Seconds of training, and in all, up to the last checkpoint; 0 if unknown.
     pub fn read_seconds(&self) -> [f64; 2] {
         let text = std::fs::read_to_string(self.seconds()).unwrap_or_default();
         let known = |seconds: &f64| *seconds >= 0.0 && seconds.is_finite();
@@ -127,13 +127,13 @@ impl RunFolder {
         [training, numbers.next().unwrap_or(training)]
     }
 
-    /// Notes the seconds of training up to a checkpoint, and those of everything.
+    /// Stores the seconds of training, and in all, up to a checkpoint.
     pub fn write_seconds(&self, [training, all]: [f64; 2]) -> Result<()> {
         Ok(files::write_atomic(&self.seconds(), format!("{training:.3} {all:.3}\n").as_bytes())?)
     }
 }
 
-/// The first key of `given` that is not among the `known`, in tables within them too.
+/// The first key of `given`, or of a table in it, that is not in `known`.
 fn unknown(given: &toml::Table, known: &toml::Table) -> Option<String> {
     given.iter().find_map(|(key, value)| match (value, known.get(key)) {
         (_, None) => Some(key.clone()),
@@ -144,7 +144,7 @@ fn unknown(given: &toml::Table, known: &toml::Table) -> Option<String> {
     })
 }
 
-/// What config.toml holds: paths in it hold from any working directory.
+/// Contents of config.toml, with absolute paths, since a run may be resumed from another working directory.
 fn text_of(settings: &TrainSettings) -> Result<String> {
     let paths = [
         ("data-root", &settings.data.data_root),
@@ -165,7 +165,7 @@ fn text_of(settings: &TrainSettings) -> Result<String> {
     Ok(remark + &config)
 }
 
-/// Refuses a folder that has anything in it.
+/// An error unless `path` is an empty folder.
 fn empty(path: &Path) -> Result<()> {
     if !path.is_dir() {
         return Err(Error::format(path, "is not a folder: give another --output"));
@@ -180,12 +180,12 @@ fn empty(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A new folder `root/dataset-NUMBER`.
+/// Creates a new folder `root/dataset-NUMBER`.
 fn numbered(root: &Path, dataset: &str) -> Result<PathBuf> {
     std::fs::create_dir_all(root).map_err(Error::io("create", root))?;
     for number in 1.. {
         let folder = root.join(format!("{dataset}-{number:03}"));
-        // Creating is the test: of two runs that start at once, one gets the number.
+        // Creating is atomic: if two runs start at once, only one gets the number.
         match std::fs::create_dir(&folder) {
             Ok(()) => return Ok(folder),
             Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}

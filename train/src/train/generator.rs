@@ -1,4 +1,4 @@
-//! The threshold generator in a training step: its batches, its backend, its state.
+//! The threshold generator in a training step: its batches, backend and state.
 
 use std::collections::VecDeque;
 
@@ -22,14 +22,14 @@ use crate::{Error, Result};
 use ddtas::backend::Backend;
 use ddtas::loss::{Batch, LossOutput, LossSettings, ThresholdGradient};
 
-/// The threshold generator's state.
+/// The threshold generator's state in a checkpoint.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct GeneratorState {
-    /// Its members.
+    /// The members of its ensemble.
     pub thresholds: Thresholds,
-    /// dL^m/dlambda as last found.
+    /// The last dL^m/dlambda.
     pub hypergradient: Option<Lambda>,
-    /// Batches whose features lie beside.
+    /// Number of recent batches, whose features are tensors of the checkpoint.
     pub recent: usize,
 }
 
@@ -37,28 +37,28 @@ pub(super) struct GeneratorState {
 pub struct Generator {
     settings: GeneratorSettings,
     thresholds: Thresholds,
-    /// How lambda moves in the present step.
+    /// How lambda is updated in the current step.
     rule: UpdateRule,
-    /// Lambda stays what it is.
+    /// Whether lambda is fixed.
     held: bool,
     meta: MetaLoss,
     /// Features and labels of the last batches (`--meta recent`).
     recent: VecDeque<(Array2<f64>, Vec<i64>)>,
-    /// dL^m/dlambda as last found.
+    /// The last dL^m/dlambda.
     hypergradient: Option<ThresholdGradient>,
 }
 
-/// The meta batch's loss, on a backend of its own: the training batch's pairs must outlive it.
+/// The loss of the meta batch. It has its own backend, since the training batch's pairs are needed afterwards.
 struct MetaLoss {
     backend: Box<dyn Backend>,
     output: LossOutput,
     objective: MetaObjective,
-    /// lambda_ref.
+    /// The reference threshold lambda_ref.
     reference: f64,
 }
 
 impl Generator {
-    /// A generator in state `thresholds`, with a backend of its own for meta batches.
+    /// A generator with the state `thresholds`, and a separate backend for meta batches.
     #[must_use]
     pub fn new(settings: GeneratorSettings, thresholds: Thresholds, backend: Box<dyn Backend>) -> Self {
         let (objective, reference) = (settings.meta_objective, settings.lambda_reference);
@@ -67,26 +67,26 @@ impl Generator {
         Self { settings, thresholds, rule, held: false, meta, recent: VecDeque::new(), hypergradient: None }
     }
 
-    /// Fixes lambda at its present value.
+    /// Fixes lambda at its current value.
     pub fn hold(&mut self) {
         self.held = true;
         self.hypergradient = None;
         self.recent.clear();
     }
 
-    /// Begins a step. Returns whether lambda moves in it.
+    /// Begins a step. Returns whether lambda is learned in it.
     pub fn begin(&mut self, step: usize) -> bool {
         self.rule = UpdateRule::at(step, &self.settings);
         !self.held
     }
 
-    /// Which parameters take the virtual step.
+    /// Which parameters the virtual step updates.
     #[must_use]
     pub fn kind(&self) -> GeneratorKind {
         self.settings.kind
     }
 
-    /// The thresholds as learned so far.
+    /// The thresholds learned so far.
     #[must_use]
     pub fn lambda(&self) -> Lambda {
         self.thresholds.lambda()
@@ -112,7 +112,7 @@ impl Generator {
         }
     }
 
-    /// Goes on from a checkpoint; says what does not fit.
+    /// Restores the state from a checkpoint; the error says what does not fit.
     pub(super) fn take(
         &mut self,
         archive: &mut Archive,
@@ -136,17 +136,17 @@ impl Generator {
         Ok(())
     }
 
-    /// dL^m/dlambda of the last step; the members' mean.
+    /// dL^m/dlambda of the last step, averaged over the members.
     #[must_use]
     pub fn last_hypergradient(&self) -> Option<ThresholdGradient> {
         self.hypergradient
     }
 
-    /// Learns from the features `[B, F]` of a batch, with a fresh meta batch or the last batches' features.
-    /// Returns the thresholds to use now.
+    /// Updates lambda by a virtual step of the head, from the features `[B, F]` of a batch and those of a
+    /// fresh meta batch or of recent batches. Returns the thresholds for this step.
     ///
     /// # Errors
-    /// Those of the backends.
+    /// Errors of the backends.
     pub fn learn_head(
         &mut self,
         head: &EmbeddingHead,
@@ -196,12 +196,12 @@ impl Generator {
         Ok(self.thresholds.lambda())
     }
 
-    /// Learns from a virtual step of the whole network along `gradients`, those of the loss that `backend` evaluated
-    /// last, on the embeddings of `batch` and the memory, with the network in `mode`. `images` are those of the batch
-    /// and of the meta batch that are here. Returns the thresholds of the next step.
+    /// Updates lambda by a virtual step of the whole network along `gradients`, those of the last loss of
+    /// `backend`, on the embeddings of `batch` and the memory, with the network in `mode`. `images` are this
+    /// rank's pictures of the batch and of the meta batch. Returns the thresholds for the next step.
     ///
     /// # Errors
-    /// Those of the backends and of the ranks.
+    /// Errors of the backends and of the ranks.
     #[expect(clippy::too_many_arguments, reason = "what a step has at hand, from four owners")]
     pub fn learn_full(
         &mut self,
@@ -244,7 +244,7 @@ impl Generator {
         Ok(self.thresholds.lambda())
     }
 
-    /// The features of the last batches in one; none before the first.
+    /// Features and labels of the recent batches, concatenated; none before the first.
     fn recent_batches(&self) -> Result<Option<(Array2<f64>, Vec<i64>)>> {
         if self.recent.is_empty() {
             return Ok(None);
@@ -257,7 +257,7 @@ impl Generator {
     }
 }
 
-/// Name in a checkpoint of the features of one of the last batches; 0 is the oldest.
+/// Name in a checkpoint of the features of one of the recent batches; 0 is the oldest.
 fn recent_features(age: usize) -> String {
     format!("generator.recent.{age}.features")
 }
@@ -289,7 +289,7 @@ impl MetaLoss {
     }
 }
 
-/// The losses of a step of the head's, on the backends.
+/// The losses of a virtual step of the head, computed by the backends.
 struct BackendLosses<'a> {
     backend: &'a mut dyn Backend,
     memory: &'a Memory,

@@ -1,9 +1,9 @@
 //! Cross-batch memory: a batch is also compared with embeddings of earlier batches (Wang et al., CVPR 2020).
 //!
-//! The anchors are the batch's rows; the references are the batch's rows and,
-//! after them, the memory's. The memory is constant: it takes no gradient. The batch's own rows
-//! do, on both sides, so that an empty memory gives the loss and gradient of the square form. They are the first references:
-//! no row is a pair of itself.
+//! The anchors are the batch's rows; the references are the batch's rows followed by those of the memory. The
+//! memory is constant and gets no gradient. The batch's rows get one both as anchors and as references, so
+//! that an empty memory gives the loss and gradient of the square form. Since they are the first references,
+//! no row is paired with itself.
 
 use std::ops::Range;
 
@@ -21,7 +21,7 @@ use ddtas::loss::{Batch, Identity, LossOutput, LossSettings, Rows, ThresholdGrad
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Memory {
     capacity: usize,
-    /// Step from which rows are kept.
+    /// Step from which on rows are kept.
     start: usize,
     dim: usize,
     /// `[rows, dim]`, row-major.
@@ -29,15 +29,15 @@ pub struct Memory {
     labels: Vec<i64>,
 }
 
-/// A batch's rows and, after them, the memory's.
+/// A batch's rows, followed by those of the memory.
 struct References {
     embeddings: Array2<f32>,
     labels: Vec<i64>,
 }
 
 impl Memory {
-    /// An empty memory of at most `capacity` rows of `dim` dimensions, filled from step `start` on. With
-    /// capacity 0 it stays empty.
+    /// An empty memory for `capacity` rows of `dim` dimensions, filled from step `start` on. With capacity 0
+    /// it stays empty.
     #[must_use]
     pub fn new(capacity: usize, start: usize, dim: usize) -> Self {
         Self { capacity, start, dim, ..Self::default() }
@@ -55,9 +55,9 @@ impl Memory {
         self.labels.is_empty()
     }
 
-    /// Keeps the rows of the batch of `step`, and forgets the oldest beyond the capacity.
+    /// Adds the rows of the batch of `step`, and drops the oldest rows beyond the capacity.
     pub fn push(&mut self, step: usize, embeddings: ArrayView2<'_, f32>, labels: &[i64]) {
-        // Once it is filled it stays so, though more steps than planned may make the start a later one.
+        // A resumed run may have more steps and so a later start; a memory that has rows is filled all the same.
         if self.capacity == 0 || step < self.start && self.is_empty() {
             return;
         }
@@ -68,10 +68,10 @@ impl Memory {
         self.embeddings.drain(..surplus * self.dim);
     }
 
-    /// The loss of a batch against itself and the memory; its gradient is that of the batch's rows, `[B, dim]`.
+    /// Evaluates the loss of a batch against itself and the memory; the gradient is that of the batch's rows, `[B, dim]`.
     ///
     /// # Errors
-    /// Those of the backend.
+    /// Errors of the backend.
     pub fn loss(
         &self,
         backend: &mut dyn Backend,
@@ -93,11 +93,11 @@ impl Memory {
         Ok(())
     }
 
-    /// The sums of SPEC 5 over the pairs of the last [`loss`](Memory::loss), whose batch this must be. `tangent` is
-    /// edot of the batch's rows, `[B, dim]`; the memory does not move.
+    /// The sums of SPEC 5 over the pairs of the last [`loss`](Memory::loss), which must have been of the same
+    /// batch. `tangent` is edot of the batch's rows, `[B, dim]`; that of the memory is 0.
     ///
     /// # Errors
-    /// Those of the backend.
+    /// Errors of the backend.
     pub fn threshold_gradient(
         &self,
         backend: &mut dyn Backend,
@@ -115,11 +115,11 @@ impl Memory {
         Ok(backend.threshold_gradient(&batch, tangent, Some(moving.view()))?)
     }
 
-    /// [`loss`](Memory::loss) on several ranks, each with the rows `own` of the batch: the gradient is that of these.
+    /// [`loss`](Memory::loss) on several ranks, each with the rows `own` of the batch and their gradient.
     /// Returns whether any gradient is non-zero.
     ///
     /// # Errors
-    /// Those of the backend and of the ranks.
+    /// Errors of the backend and of the ranks.
     pub(super) fn loss_on_ranks(
         &self,
         (ranks, own): (&dyn Collective, Range<usize>),
@@ -136,7 +136,7 @@ impl Memory {
     /// `tangent` is that of the rows `own`.
     ///
     /// # Errors
-    /// Those of the backend and of the ranks.
+    /// Errors of the backend and of the ranks.
     pub(super) fn threshold_gradient_on_ranks(
         &self,
         (ranks, own): (&dyn Collective, Range<usize>),
@@ -168,7 +168,7 @@ impl Memory {
         }
     }
 
-    /// Takes the rows from a checkpoint; says what is wrong with them.
+    /// Restores the rows from a checkpoint; the error says what does not fit.
     pub(super) fn take(&mut self, archive: &mut Archive) -> std::result::Result<(), String> {
         let found = (archive.take_numbers::<f32>(EMBEDDINGS), archive.take_numbers::<i64>(LABELS));
         match found {

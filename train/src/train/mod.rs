@@ -10,12 +10,12 @@
 //! | `generator.rs` | the threshold generator, which learns lambda during training |
 //! | `pair_loss.rs` | the loss, DDTAS's or one to compare with |
 //! | `parts.rs` | the loss of a batch that several ranks share |
-//! | `chunks.rs` | a large batch in chunks through the network, its loss over the whole |
+//! | `chunks.rs` | a large batch in chunks through the network, with one loss over the whole |
 //! | `average.rs` | an exponential moving average of the weights |
-//! | `optimizer.rs` | how weights move: optimizer, rates of head and backbone, what decays |
+//! | `optimizer.rs` | the optimizer, learning rates of head and backbone, weight decay |
 //! | `schedule.rs` | the learning rate |
 //! | `memory.rs` | cross-batch memory |
-//! | `folder.rs` | where a run's files are |
+//! | `folder.rs` | the run folder |
 //! | `records.rs` | metrics.jsonl: a record for each step and evaluation |
 //! | `tensorboard.rs` | the same records as TensorBoard event files |
 //! | `checkpoint/` | weights and the state of a run, as safetensors |

@@ -12,7 +12,7 @@ use crate::error::{check, fits};
 use crate::generator::GeneratorKind;
 use crate::model::EmbeddingNetwork;
 
-/// PyTorch's. Burn's own default, 1e-5, is as large as many of these gradients and would brake the steps.
+/// PyTorch's default. Burn's, 1e-5, is as large as many of these gradients and would make steps smaller.
 const ADAM_EPSILON: f32 = 1e-8;
 
 /// The optimizer.
@@ -39,7 +39,7 @@ pub enum Decayed {
     Weights,
 }
 
-/// Settings of the optimizer beside rate and decay.
+/// Settings of the optimizer besides learning rate and weight decay.
 #[derive(Debug, Clone, PartialEq, clap::Args, Serialize, Deserialize)]
 #[serde(default)]
 pub struct OptimizerSettings {
@@ -91,10 +91,10 @@ impl Default for OptimizerSettings {
 }
 
 impl OptimizerSettings {
-    /// Checks every range, and whether the settings go together with `generator` and each other.
+    /// Checks every range, and the combination of settings with `generator` and each other.
     ///
     /// # Errors
-    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) names the first setting that is off.
+    /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) names the first wrong setting.
     pub(super) fn validate(&self, generator: GeneratorKind) -> Result<()> {
         let rate = self.head_learning_rate.unwrap_or(1.0);
         check(rate > 0.0 && rate.is_finite(), "head-learning-rate", rate, "above 0")?;
@@ -128,8 +128,8 @@ impl OptimizerSettings {
 }
 
 impl OptimizerSettings {
-    /// An optimizer for `network`, by the rate of the backbone and the decay of weights. Its parameters are told apart
-    /// by their numbers, not their paths: those are what a resumed run's moments are found by.
+    /// An optimizer for `network`; `rate` is the learning rate of the backbone. Groups select parameters by
+    /// id, not by path, since the moments of a resumed run are restored by id.
     pub(super) fn optimizer(&self, network: &EmbeddingNetwork, rate: f64, decay: f32) -> ModuleOptimizer {
         match self.optimizer {
             OptimizerKind::AdamW => self.grouped(network, rate, decay, |decay| {
@@ -142,7 +142,7 @@ impl OptimizerSettings {
         }
     }
 
-    /// An optimizer made of `build`'s, which takes a weight decay, with the rate of the backbone.
+    /// An optimizer with groups for the weights that decay and for the head. `build` makes one with a given weight decay.
     fn grouped<O: Optimizer>(
         &self,
         network: &EmbeddingNetwork,
@@ -154,7 +154,7 @@ impl OptimizerSettings {
         let of_head = self.head_learning_rate.unwrap_or(rate) / rate;
         let (all, head) = (Numbers::of(network), Numbers::of(&network.head));
         let mut optimizer = ModuleOptimizer::from(build(decay));
-        // The last group that a parameter is in counts.
+        // If a parameter is in several groups, the last one applies.
         for (numbers, decay, factor) in
             [(all.others, on_others, 1.0), (head.weights, decay, of_head), (head.others, on_others, of_head)]
         {
@@ -165,13 +165,13 @@ impl OptimizerSettings {
     }
 }
 
-/// Numbers of a module's parameters.
+/// Ids of a module's parameters.
 #[derive(Default)]
 struct Numbers {
-    /// Of convolutions and linear maps.
+    /// Weights of convolutions and linear maps.
     weights: Vec<ParamId>,
     others: Vec<ParamId>,
-    /// Fields that lead to the one being visited.
+    /// Names of the fields on the path to the parameter being visited.
     path: Vec<String>,
 }
 
@@ -193,7 +193,7 @@ impl ModuleVisitor for Numbers {
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        // By name: a position table has as many dimensions as a weight, the scale of a layer norm is called one.
+        // By name: a position embedding has as many dimensions as a weight. A layer norm's scale is also named `weight`.
         let mut names = self.path.iter().rev();
         let is_weight = names.next().is_some_and(|name| name == "weight");
         let of_norm = names.next().is_some_and(|name| name.starts_with("norm"));
@@ -202,7 +202,7 @@ impl ModuleVisitor for Numbers {
     }
 }
 
-/// An optimizer whose rate is a multiple of the one given: Burn's module optimizer takes one rate for all groups.
+/// An optimizer that multiplies its learning rate by `factor`: Burn's module optimizer has one rate for all groups.
 #[derive(Clone)]
 struct Scaled<O> {
     optimizer: O,

@@ -1,8 +1,8 @@
-//! The loss of a training run: DDTAS's, or one to compare with it, contrastive or multi-similarity, over the
-//! same mined pairs.
+//! The loss of a training run: that of DDTAS, or for comparison the contrastive or multi-similarity loss,
+//! over the same mined pairs.
 //!
-//! The other two are here for comparison runs, not as the product: computed in scalar float64 on top of
-//! [`reference()`], B x N matrices and all. They fill the same [`LossOutput`] as a backend.
+//! The other two are computed in scalar float64 on top of [`reference()`], with B x N matrices: they are for
+//! comparison runs, not for speed. They fill the same [`LossOutput`] as a backend.
 //!
 //! * contrastive: positives `1 - S`, negatives `max(0, S - lambda_neg)`, each kind averaged over its non-zero
 //!   terms (ContrastiveLoss of pytorch-metric-learning on cosine similarity, margins 1 and 0.5);
@@ -32,10 +32,10 @@ pub enum PairLoss {
     MultiSimilarity,
 }
 
-/// Similarity at which the contrastive loss stops pulling positives.
+/// Similarity from which on the contrastive loss does not pull positives.
 const POSITIVE_MARGIN: f64 = 1.0;
 
-/// Sharpness of multi-similarity's positive and negative terms.
+/// Exponents' factors of multi-similarity's positive and negative terms.
 const MS_ALPHA: f64 = 2.0;
 const MS_BETA: f64 = 50.0;
 
@@ -48,11 +48,11 @@ struct Evaluated {
 impl PairLoss {
     /// Mines a batch with `settings` and evaluates the loss and its gradient into `output`.
     ///
-    /// Mining, counts and thresholds are those of the DDTAS loss. The others take their margin from
-    /// `lambda_neg` (both papers' is 0.5), and their derivatives with respect to it are given as 0.
+    /// Mining, counts and thresholds are those of the DDTAS loss. The other losses use `lambda_neg` as their
+    /// margin (0.5 in both papers), and output 0 for the derivatives with respect to it.
     ///
     /// # Errors
-    /// Those of the backend.
+    /// Errors of the backend.
     pub(super) fn evaluate(
         self,
         backend: &mut dyn Backend,
@@ -90,7 +90,7 @@ impl PairLoss {
     }
 }
 
-/// Every mined pair, whether or not its anchor has pairs of the other kind.
+/// Every mined pair, even if its anchor has no pairs of the other kind.
 fn pairs(sets: &[Vec<usize>]) -> impl Iterator<Item = (usize, usize)> + Clone + '_ {
     sets.iter().enumerate().flat_map(|(i, set)| set.iter().map(move |&j| (i, j)))
 }
@@ -118,7 +118,7 @@ fn multi_similarity(similarities: &Similarities, selection: &Selection, base: f6
     let mut out = Evaluated { loss: 0.0, weights: Array2::zeros(s.dim()) };
     for i in 0..anchors {
         for (set, slope) in [(&selection.positives[i], -MS_ALPHA), (&selection.negatives[i], MS_BETA)] {
-            // log(1 + sum exp(x)), the largest exponent taken out first.
+            // log(1 + sum exp(x)), with the largest exponent factored out.
             let x = |j: usize| slope * (s[[i, j]] - base);
             let largest = set.iter().map(|&j| x(j)).fold(0.0, f64::max);
             let sum: f64 = (-largest).exp() + set.iter().map(|&j| (x(j) - largest).exp()).sum::<f64>();
@@ -168,7 +168,7 @@ mod tests {
         for loss in [PairLoss::SoftContrastive, PairLoss::Contrastive, PairLoss::MultiSimilarity] {
             let gradient = loss_at(loss, &ANGLES).gradient;
             for row in 0..ANGLES.len() {
-                // Large enough to dwarf the rounding of the rows to single precision.
+                // Large compared with the rounding of the rows to single precision.
                 let step = 1e-3;
                 let moved = |by: f64| {
                     let mut angles = ANGLES;
@@ -188,7 +188,7 @@ mod tests {
 
     #[test]
     fn contrastive_is_the_mean_over_violated_pairs() {
-        // Negatives at S = 1 violate the margin; those at cos 1.2 = 0.36 do not, and are not averaged over.
+        // Negatives at S = 1 violate the margin; those at cos 1.2 = 0.36 do not, and do not enter the mean.
         let embeddings = rows(&[0.0, 1.2, 0.0, 1.2]);
         let batch = Batch::square(embeddings.view(), &[0, 0, 1, 1]);
         for margin in [0.5, 0.8] {
@@ -209,7 +209,7 @@ mod tests {
             loss.evaluate(backend, &batch, &settings(0.4), &mut output).unwrap();
             output.loss
         };
-        // Without a negative no pair is kept by mining.
+        // Without negatives, mining keeps no pair.
         assert_eq!(loss_of(&[0, 0, -1]), 0.0);
         let found = loss_of(&[0, 0, 1]);
         let (p, n) = (1f64.cos(), 0.5f64.cos());

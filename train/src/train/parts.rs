@@ -1,6 +1,6 @@
-//! The loss of a batch that several ranks share: the library's four steps, and what the ranks tell each other in between.
+//! The loss of a batch that several ranks share: the library's four steps, with messages between the ranks after each.
 //!
-//! Every rank has all rows, and finds the gradient of its own: on the CPU, the bits of one process.
+//! Every rank has all rows, and computes the gradient of its own: on the CPU with the same bits as in one process.
 
 use std::ops::Range;
 
@@ -13,19 +13,19 @@ use ddtas::loss::{
     Batch, Identity, LossOutput, LossSettings, PairTotals, RowNumbers, Rows, ThresholdGradient,
 };
 
-/// A rank's rows of a batch, against all of its rows and what lies behind them.
+/// A rank's part of a batch: its own rows as anchors, with all rows as references.
 pub(super) struct Part<'a> {
-    /// The batch's rows and, behind them, those that are nobody's anchors.
+    /// The batch's rows, followed by rows that are only references (the memory).
     pub references: (ArrayView2<'a, f32>, &'a [i64]),
-    /// Rows of the batch.
+    /// Number of rows of the batch.
     pub total: usize,
-    /// The rank's own among them.
+    /// The rank's own rows of the batch.
     pub own: Range<usize>,
     pub ranks: &'a dyn Collective,
 }
 
 impl Part<'_> {
-    /// The loss of the whole batch, and the gradient of the rank's own rows. Returns whether any gradient is non-zero.
+    /// Evaluates the loss of the whole batch, and the gradient of the rank's own rows. Returns whether any gradient is not 0.
     pub fn loss(
         &self,
         backend: &mut dyn Backend,
@@ -48,8 +48,8 @@ impl Part<'_> {
         Ok(any)
     }
 
-    /// The sums of SPEC 5 over the pairs of the last [`loss`](Part::loss), whose part this must be, for `tangent`, edot
-    /// of the rank's own rows. What lies behind the batch does not move.
+    /// The sums of SPEC 5 over the pairs of the last [`loss`](Part::loss), which must have been of the same
+    /// part. `tangent` is edot of the rank's own rows; that of the rows after the batch is 0.
     pub fn threshold_gradient(
         &self,
         backend: &mut dyn Backend,
@@ -71,12 +71,12 @@ impl Part<'_> {
         Batch::part(anchors, Rows::new(embeddings, labels), Identity::From(self.own.start), self.total)
     }
 
-    /// Numbers of all anchors as a step takes them.
+    /// Values of all anchors and of the rank's own, in the form that a step takes.
     fn numbers<'a, T>(&self, all: &'a [T]) -> RowNumbers<'a, T> {
         RowNumbers::new(&all[self.own.clone()], all)
     }
 
-    /// m- of all anchors, and the sums of `probe_neg` and `total_pos`.
+    /// m- of all anchors, and the sums over the ranks of `probe_neg` and `total_pos`.
     fn gather_swept(&self, output: &LossOutput) -> Result<(Vec<f32>, PairTotals)> {
         let totals = [output.probe_neg, output.total_pos];
         let own = [bytemuck::bytes_of(&totals), bytemuck::cast_slice(&output.max_neg)].concat();
@@ -91,7 +91,7 @@ impl Part<'_> {
         Ok((max_neg, sums))
     }
 
-    /// Puts what is a sum over the parts into `output`; whether any gradient is non-zero.
+    /// Sums loss, derivatives, means and counts in `output` over all ranks. Returns whether any gradient is not 0.
     fn add_up(&self, output: &mut LossOutput) -> Result<bool> {
         let any = output.gradient.iter().any(|&entry| entry != 0.0);
         let values = [
@@ -150,7 +150,7 @@ mod tests {
     const ROWS: usize = 61;
     const DIM: usize = 24;
 
-    /// Unit rows of nine classes with a common part, and their labels, one of them ignored.
+    /// Unit rows of nine classes around a centre each, and their labels, one of which is negative.
     fn rows(seed: u64) -> (Array2<f32>, Vec<i64>) {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let labels: Vec<i64> = (0..ROWS).map(|row| if row == 7 { -1 } else { (row % 9) as i64 }).collect();
@@ -165,7 +165,7 @@ mod tests {
         (rows, labels)
     }
 
-    /// Loss and hyper-gradient on `ranks` as all of them see it, with the gradient and the tangent of all rows.
+    /// Loss and hyper-gradient on `count` ranks, checked to be the same on all, with the gradient of all rows.
     fn on_ranks(count: usize, memory: &Memory, settings: &LossSettings) -> (LossOutput, ThresholdGradient) {
         let ((rows, labels), (tangent, _)) = (rows(1), rows(2));
         let mut seen = Vec::new();
@@ -180,7 +180,7 @@ mod tests {
                     let sums = memory.threshold_gradient_on_ranks(on, &mut backend, batch, own)?;
                     output.gradient = gather_rows(&*ranks, output.gradient.clone())?;
                     assert!(any);
-                    // Rank 0 answers for the rank that is asked.
+                    // Compares the sums of rank `asked` with those of this rank.
                     let bits: Vec<u64> =
                         [output.loss, output.mean_pos, sums.pos, sums.neg].map(f64::to_bits).into();
                     let all: Vec<u64> = gather(&*ranks, &bits)?;

@@ -9,14 +9,14 @@ use crate::{Error, Result};
 /// A named set of settings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Preset {
-    /// The paper's.
+    /// The settings of the paper.
     Paper,
     /// Fine-tunes pretrained weights in little time.
     FineTune,
 }
 
 impl Preset {
-    /// Its name and what it is for.
+    /// Name and description.
     fn about(self) -> (&'static str, &'static str) {
         match self {
             Self::Paper => ("paper", "The settings of the paper"),
@@ -24,7 +24,7 @@ impl Preset {
         }
     }
 
-    /// Names of arguments and their values. What the paper leaves open (steps, crop, weight decay) is our choice.
+    /// Names and values of arguments. Those that the paper does not give (steps, crop, weight decay) are our choice.
     #[must_use]
     pub fn values(self) -> &'static [(&'static str, &'static str)] {
         match self {
@@ -64,7 +64,7 @@ impl Preset {
         }
     }
 
-    /// `command` with these values as defaults.
+    /// `command` with the preset's values as defaults.
     #[must_use]
     pub fn apply(self, command: Command) -> Command {
         self.values().iter().fold(command, |command, &(id, value)| {
@@ -72,7 +72,7 @@ impl Preset {
         })
     }
 
-    /// Checks that weights to start from are given.
+    /// Checks that initial weights are given.
     ///
     /// # Errors
     /// [`Misused`](ddtas_io::Error::Misused) says where to get them.

@@ -1,4 +1,4 @@
-//! The records in metrics.jsonl, a line of JSON each.
+//! The records in metrics.jsonl, each a line of JSON.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{BufRead, BufReader, ErrorKind, Write};
@@ -22,7 +22,7 @@ pub enum Phase {
 pub struct StepRecord {
     /// Step, from 0.
     pub step: usize,
-    /// Passes over the training pictures, so far.
+    /// Passes over the training pictures so far.
     pub epoch: f64,
     /// The loss.
     pub loss: f64,
@@ -92,7 +92,7 @@ impl Record {
     }
 }
 
-/// Appends records to a file, each whole line at once: what a killed run leaves is valid up to its last line.
+/// Appends records to a file, each as a line in one write: only the last line of a killed run can be incomplete.
 ///
 /// The file is locked, so that no two processes write to one run.
 pub struct RecordWriter {
@@ -102,10 +102,10 @@ pub struct RecordWriter {
 }
 
 impl RecordWriter {
-    /// Creates the file. Of two runs that do so at once, one gets it.
+    /// Creates the file and locks it. If two runs do so at once, one fails.
     ///
     /// # Errors
-    /// [`Io`](ddtas_io::Error::Io); [`Format`](ddtas_io::Error::Format) if it is there.
+    /// [`Io`](ddtas_io::Error::Io); [`Format`](ddtas_io::Error::Format) if it already exists.
     pub fn create(path: &Path) -> Result<Self> {
         let file = File::create_new(path).map_err(|error| match error.kind() {
             ErrorKind::AlreadyExists => {
@@ -116,7 +116,7 @@ impl RecordWriter {
         Self::locked(file, path, 0)
     }
 
-    /// Opens the file of an earlier process, or creates it; [`cut`](Self::cut) says where to go on.
+    /// Opens the file of an earlier process, or creates it; [`cut`](Self::cut) then sets where to continue.
     ///
     /// # Errors
     /// [`Io`](ddtas_io::Error::Io); [`Misused`](ddtas_io::Error::Misused) if another process is writing to it.
@@ -127,7 +127,7 @@ impl RecordWriter {
         Self::locked(file, path, bytes)
     }
 
-    /// Cuts the file off after its first `bytes` bytes.
+    /// Truncates the file to `bytes` bytes.
     ///
     /// # Errors
     /// [`Io`](ddtas_io::Error::Io); [`Format`](ddtas_io::Error::Format) if the file is shorter.
@@ -179,7 +179,7 @@ impl RecordWriter {
         Ok(())
     }
 
-    /// Waits until the disk has every record, and returns the length of the file.
+    /// Flushes every record to the disk, and returns the length of the file.
     ///
     /// # Errors
     /// [`Io`](ddtas_io::Error::Io).
@@ -189,7 +189,7 @@ impl RecordWriter {
     }
 }
 
-/// Reads the records of a run; a torn last line, left by a killed process, is passed over.
+/// Reads the records of a run; an incomplete last line, left by a killed process, is ignored.
 ///
 /// # Errors
 /// [`Io`](ddtas_io::Error::Io), or [`Format`](ddtas_io::Error::Format) if a line before the last is not a record.

@@ -18,7 +18,7 @@ pub enum ScheduleKind {
 /// A schedule over a known number of steps.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Schedule {
-    /// Decay after the warm-up.
+    /// The learning rate after the warm-up.
     pub kind: ScheduleKind,
     /// Learning rate at the end of the warm-up.
     pub peak: f64,
@@ -26,12 +26,12 @@ pub struct Schedule {
     pub warm_up: usize,
     /// Steps of the run.
     pub steps: usize,
-    /// Steps at which the rate falls, and what it is multiplied by there ([`ScheduleKind::Step`]).
+    /// Steps at which the rate falls, and its factor there ([`ScheduleKind::Step`]).
     pub milestones: (Vec<usize>, f64),
 }
 
 impl Schedule {
-    /// Learning rate of step `step`, counted from 0. Never exactly zero while the run lasts.
+    /// Learning rate of step `step`, counted from 0. Above zero in every step of the run.
     #[must_use]
     pub fn learning_rate(&self, step: usize) -> f64 {
         if step < self.warm_up {

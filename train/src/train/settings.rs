@@ -1,4 +1,4 @@
-//! Everything a training run can be told; the arguments of `ddtas-train` and the run's config.toml.
+//! All settings of a training run: the arguments of `ddtas-train`, and the run's config.toml.
 
 use std::path::{Path, PathBuf};
 
@@ -16,10 +16,10 @@ use crate::{Error, Result};
 use ddtas::loss::{LossSettings, Mining};
 use ddtas_io::console::counted;
 
-/// More than anybody counts to; sums and products of two such numbers of steps stay far from overflow.
+/// Upper bound of numbers of steps; sums and products of two such numbers do not overflow.
 const MOST_STEPS: usize = 1 << 31;
 const STEPS: &str = "1 to 2147483648";
-/// Classes in a batch, where so many train.
+/// Default number of classes in a batch, if there are as many.
 const CLASSES_PER_BATCH: usize = 16;
 const COUNT: &str = "0 to 2147483648";
 
@@ -27,10 +27,10 @@ const COUNT: &str = "0 to 2147483648";
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum BatchNorm {
-    /// By the statistics of the batch, of several ranks each by its own pictures; scale and shift are trained.
+    /// By the statistics of the batch, on each rank those of its own pictures; scale and shift are trained.
     #[default]
     Trainable,
-    /// As trainable, by the pictures of all ranks.
+    /// As trainable, but by the pictures of all ranks.
     Synchronised,
     /// By the statistics of the checkpoint it started from; scale and shift are trained.
     FrozenStatistics,
@@ -39,7 +39,7 @@ pub enum BatchNorm {
 }
 
 impl BatchNorm {
-    /// Whether it keeps the statistics it started from.
+    /// Whether the initial statistics are kept.
     fn is_frozen(self) -> bool {
         matches!(self, Self::FrozenStatistics | Self::Frozen)
     }
@@ -187,7 +187,7 @@ pub struct TrainSettings {
     pub generator: GeneratorSettings,
 }
 
-/// A parser of the library's ways of mining.
+/// A command-line parser of [`Mining`].
 fn mining() -> impl TypedValueParser<Value = Mining> {
     let about = |mining| match mining {
         Mining::None => "Every positive and every negative pair",
@@ -200,7 +200,7 @@ fn mining() -> impl TypedValueParser<Value = Mining> {
 }
 
 impl Default for TrainSettings {
-    /// As `ddtas-train` has them without arguments.
+    /// The settings of `ddtas-train` without arguments.
     fn default() -> Self {
         defaults()
     }
@@ -233,7 +233,7 @@ impl TrainSettings {
         self.margin.unwrap_or(0.5)
     }
 
-    /// Where the loss thresholds begin.
+    /// Initial loss thresholds.
     #[must_use]
     pub fn first_lambda(&self) -> Lambda {
         let LossSettings { lambda_pos, lambda_neg, .. } = self.loss_settings();
@@ -279,7 +279,7 @@ impl TrainSettings {
         self.memory_start.unwrap_or_else(|| self.warm_up_steps())
     }
 
-    /// The same settings with paths that hold from any working directory.
+    /// The same settings with absolute paths.
     ///
     /// # Errors
     /// [`Io`](ddtas_io::Error::Io) if there is no working directory.
@@ -292,7 +292,7 @@ impl TrainSettings {
         Ok(self)
     }
 
-    /// Checks that the checkpoints it begins from are there. A run that goes on may have lost them: it needs none.
+    /// Checks that the files of initial weights exist. Not for a resumed run, which does not need them.
     ///
     /// # Errors
     /// [`Misused`](ddtas_io::Error::Misused) names the setting.
@@ -310,8 +310,8 @@ impl TrainSettings {
         Ok(())
     }
 
-    /// The same settings with what the data set decides where it was not given: batches of all classes that train, if they
-    /// are fewer than usual. Also a line that says so.
+    /// The same settings with defaults that depend on the data set: with fewer training classes (`there`)
+    /// than usual in a batch, batches have all of them. Also a line that says so.
     #[must_use]
     pub(super) fn fitted(&self, there: usize) -> (Self, Option<String>) {
         let classes = self.classes_per_batch.unwrap_or(CLASSES_PER_BATCH.min(there));
@@ -323,7 +323,7 @@ impl TrainSettings {
         (Self { classes_per_batch: Some(classes), generator, ..self.clone() }, note)
     }
 
-    /// A warning where the run ends before its memory is filled.
+    /// A warning if the run ends before the memory is filled.
     pub(super) fn warning_of_memory(&self) -> Option<String> {
         let start = self.memory_start_step();
         (self.memory_size > 0 && start >= self.steps).then(|| {
@@ -334,7 +334,7 @@ impl TrainSettings {
         })
     }
 
-    /// Whether a batch can hold a pair of either kind; a memory may hold the other half.
+    /// Checks that a batch, or a batch and the memory, can contain both positive and negative pairs.
     fn check_batch(&self) -> Result<()> {
         let remembers = self.memory_size > 0;
         fits(
@@ -350,11 +350,11 @@ impl TrainSettings {
         fits(self.images_per_class > 1 || remembers, "images-per-class", self.images_per_class, reason)
     }
 
-    /// Checks all that can be checked without reading files, before a run makes anything.
+    /// Checks everything that can be checked without reading files.
     ///
     /// # Errors
     /// [`InvalidSetting`](ddtas_io::Error::InvalidSetting) or [`Misused`](ddtas_io::Error::Misused) names the
-    /// first setting that is off.
+    /// first wrong setting.
     pub fn validate(&self) -> Result<()> {
         self.data.validate()?;
         check((-2.0..=2.0).contains(&self.lambda), "lambda", self.lambda, "-2 to 2")?;
@@ -396,7 +396,7 @@ impl TrainSettings {
             check((low..=high).contains(&value), name, value, range)?;
         }
         for (name, seed) in [("seed", self.seed), ("data-seed", self.data.data_seed)] {
-            // What config.toml can hold.
+            // TOML integers are signed.
             check(i64::try_from(seed).is_ok(), name, seed, "0 to 9223372036854775807")?;
         }
         fits(self.output.as_deref() != Some(Path::new("")), "output", "''", "must be the name of a folder")?;
@@ -428,7 +428,7 @@ impl TrainSettings {
         )
     }
 
-    /// A line for a run that may be meant to start from pretrained weights and does not.
+    /// A warning for a backbone with published weights that starts from random ones.
     pub(super) fn random_start(&self) -> Option<String> {
         let random = self.backbone != BackboneKind::Residual && self.weights.is_none() && self.init.is_none();
         random.then(|| {
@@ -438,7 +438,7 @@ impl TrainSettings {
     }
 }
 
-/// What a network was before the first step of a run that began from a checkpoint, from pretrained weights or neither.
+/// Describes the network before the first step of a run that started from a checkpoint, from pretrained weights or neither.
 pub(super) fn before_training(continued: bool, pretrained: bool) -> &'static str {
     match (continued, pretrained) {
         (true, _) => "before this run",

@@ -1,4 +1,4 @@
-//! The queries that a report shows, with their nearest neighbours: chosen at an evaluation, drawn at the end of the run.
+//! The queries that a report shows and their nearest neighbours: chosen at an evaluation, rendered at the end of the run.
 
 use ddtas::backend::Nearest;
 use rand::{RngExt, SeedableRng};
@@ -12,19 +12,19 @@ use crate::Result;
 pub struct Shown {
     /// The picture.
     pub picture: usize,
-    /// What was found and its cosine similarity, nearest first.
+    /// Its neighbours and their cosine similarities, nearest first.
     pub answers: Vec<(usize, f32)>,
 }
 
-/// `count` queries, one at a random place in each of as many equal parts of the split, chosen before the answers are known,
-/// with what `nearest` finds for them, by their rows. Even distances would show the same picture of every class where they
-/// are a multiple of its pictures.
+/// Chooses `count` queries, a random one from each of `count` equal parts of the split, independently of the
+/// answers, and finds their neighbours by `nearest`, which is called with their rows. Equal distances could
+/// be a multiple of the pictures in a class, and then always show the same view.
 ///
-/// `rows[i]` is the index in its split of the picture behind query `i`; `searched` is the same for the indices that
-/// `nearest` answers, which count another split where the set has a gallery.
+/// `rows[i]` is the picture of row `i`, an index into the split of queries; `searched[i]` is that of row `i`
+/// in the answers of `nearest`, an index into the gallery if there is one.
 ///
 /// # Errors
-/// Those of `nearest`.
+/// Errors of `nearest`.
 pub fn choose(
     rows: &[usize],
     searched: &[usize],

@@ -1,9 +1,9 @@
-//! Event files that TensorBoard reads: every figure of metrics.jsonl as a scalar.
+//! Event files for TensorBoard: every number of metrics.jsonl as a scalar.
 //!
-//! The format is a sequence of records (length, its checksum, a message, its
-//! checksum) of three small protobuf messages: Event, Summary and Summary.Value
-//! (tensorflow/core/util/event.proto, tensorflow/core/framework/summary.proto). A run that is continued begins another file,
-//! whose first event tells TensorBoard to drop what the files before it say of later steps.
+//! The format is a sequence of records (length, its checksum, a message, its checksum) of three small
+//! protobuf messages: Event, Summary and Summary.Value (tensorflow/core/util/event.proto,
+//! tensorflow/core/framework/summary.proto). A resumed run begins another file; its first event tells
+//! TensorBoard to drop later steps of the previous files.
 
 use std::fs::File;
 use std::io::Write;
@@ -15,26 +15,26 @@ use serde_json::Value;
 use super::records::{Phase, Record};
 use crate::{Error, Result};
 
-/// What every event file's name begins with; TensorBoard reads them in the order of the number after it.
+/// Prefix of every event file's name. TensorBoard reads the files in the order of the number after it.
 const PREFIX: &str = "events.out.tfevents.";
 
-/// Writes one event file, each event whole at once.
+/// Writes one event file, each event in one write.
 pub struct EventWriter {
     file: File,
     path: PathBuf,
-    /// Steps of the rehearsal, which end where the run's begin: at 0.
+    /// Number of steps of the rehearsal; they have the numbers before 0.
     rehearsal: usize,
 }
 
 impl EventWriter {
-    /// Begins an event file in `folder`, of a run with so many steps of `rehearsal`; of one that goes on, for the steps
-    /// from `resumed` on.
+    /// Creates an event file in `folder`, for a run with `rehearsal` steps of rehearsal. `resumed` is the
+    /// first step of a resumed run.
     ///
     /// # Errors
     /// [`Io`](ddtas_io::Error::Io).
     pub fn create(folder: &Path, rehearsal: usize, resumed: Option<(Phase, usize)>) -> Result<Self> {
         let now = seconds() as u64;
-        // Two files never share a number, even if a run is killed and continued within a second.
+        // Different from those of earlier files, even if a run is killed and resumed within a second.
         let number = last_number(folder)?.map_or(now, |last| now.max(last + 1));
         let path = folder.join(format!("{PREFIX}{number:010}.ddtas.{}", std::process::id()));
         let file = File::create_new(&path).map_err(Error::io("create", &path))?;
@@ -53,7 +53,7 @@ impl EventWriter {
         Ok(writer)
     }
 
-    /// Appends the figures of a record: `rehearsal/loss`, `train/loss`, `test/recall@1`.
+    /// Appends the numbers of a record as scalars, such as `rehearsal/loss`, `train/loss`, `test/recall@1`.
     ///
     /// # Errors
     /// [`Io`](ddtas_io::Error::Io), for example if the disk is full.
@@ -85,7 +85,7 @@ impl EventWriter {
         self.event(step, &event)
     }
 
-    /// TensorBoard's number of a step: below 0 in the rehearsal, so that no event of it comes after one of the run.
+    /// TensorBoard's number of a step: negative in the rehearsal, so that its events precede those of the run.
     fn position(&self, phase: Phase, step: usize) -> i64 {
         match phase {
             Phase::Rehearsal => step as i64 - self.rehearsal as i64,
@@ -96,14 +96,14 @@ impl EventWriter {
     fn event(&mut self, step: i64, rest: &Message) -> Result<()> {
         let mut event = Message::default();
         event.double(field::event::WALL_TIME, seconds());
-        // int64: below 0 as two's complement.
+        // int64: negative numbers as two's complement.
         event.integer(field::event::STEP, step as u64);
         event.0.extend_from_slice(&rest.0);
         self.file.write_all(&framed(&event.0)).map_err(Error::io("write", &self.path))
     }
 }
 
-/// Every number in `value` with its path; a list of pairs (K, figure) as `name@K`.
+/// Collects every number in `value` with its path; a list of pairs (K, number) as `name@K`.
 fn scalars(path: &str, value: &Value, found: &mut Vec<(String, f64)>) {
     match value {
         Value::Number(number) => found.extend(number.as_f64().map(|figure| (path.to_owned(), figure))),
@@ -143,7 +143,7 @@ fn framed(message: &[u8]) -> Vec<u8> {
     record
 }
 
-/// CRC-32C, rotated and shifted, so that a checksum of data with checksums in it stays sound.
+/// CRC-32C, rotated and offset, as the format requires, since checksums of data that contain CRCs are weak.
 fn masked_checksum(bytes: &[u8]) -> u32 {
     crc32c::crc32c(bytes).rotate_right(15).wrapping_add(0xa282_ead8)
 }
@@ -159,7 +159,7 @@ mod field {
     }
     pub mod session_log {
         pub const STATUS: u32 = 1;
-        /// The value of the status that means "steps from here on are written anew".
+        /// The status that announces new events from this step on.
         pub const START: u64 = 1;
     }
     pub mod summary {

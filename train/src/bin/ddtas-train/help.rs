@@ -1,11 +1,11 @@
-//! The settings of training in sections, with their ranges; `-h` shows those that a first run may need.
+//! Help of the training settings: sections, ranges, and the settings that `-h` shows.
 
 use clap::{Args, Command, FromArgMatches};
 use ddtas_io::Error as Program;
 use ddtas_train::Error;
 use ddtas_train::train::TrainSettings;
 
-/// Headings and the arguments below them, by their fields, in order.
+/// Headings, and the arguments below each by field name, in order.
 const SECTIONS: &[(&str, &[&str])] = &[
     (
         "Runs",
@@ -97,7 +97,7 @@ const SECTIONS: &[(&str, &[&str])] = &[
     ),
 ];
 
-/// What `-h` shows; `--help` shows all.
+/// Arguments that `-h` shows; `--help` shows all.
 const FIRST: &[&str] = &[
     "preset",
     "resume",
@@ -131,7 +131,7 @@ pub fn in_sections(mut command: Command) -> Command {
         for argument in *arguments {
             order += 1;
             let there = command.get_arguments().any(|known| known.get_id() == *argument);
-            // A build may have settings that another lacks.
+            // Some settings exist only with certain features.
             if there {
                 command = command.mut_arg(argument, |known| {
                     known
@@ -147,14 +147,14 @@ pub fn in_sections(mut command: Command) -> Command {
         .filter(|argument| argument.get_help_heading().is_none() && argument.get_long().is_some())
         .map(|argument| argument.get_id().to_string())
         .collect();
-    // One that no section lists is shown all the same.
+    // Arguments in no section are shown, too.
     unlisted.into_iter().fold(command, |command, id| {
         command.mut_arg(id, |argument| argument.help_heading("Others").hide_short_help(true))
     })
 }
 
-/// `command` with the range of each setting at the end of its `--help`: the text of the check that refuses a value outside,
-/// so that the two cannot differ.
+/// `command` with the range of each setting at the end of its `--help`. The text is that of the validation
+/// error, so that both always agree.
 pub fn with_ranges(command: Command) -> Command {
     let settings = TrainSettings::augment_args(Command::new("settings"));
     let ranges: Vec<(String, &'static str)> = settings
@@ -174,7 +174,7 @@ pub fn with_ranges(command: Command) -> Command {
     })
 }
 
-/// The range of a flag that `value` lies outside of, without the reason that follows in some.
+/// The range in the error for an invalid `value` of a flag, without the reason that some errors append.
 fn range(settings: Command, flag: &str, value: &str) -> Option<&'static str> {
     let matches = settings.no_binary_name(true).try_get_matches_from([format!("--{flag}={value}")]).ok()?;
     let refused = TrainSettings::from_arg_matches(&matches).ok()?.validate().err()?;

@@ -67,23 +67,23 @@ enum Command {
     Man(shell::ManArguments),
 }
 
-/// The arguments. A minus with a digit begins a value, so that errors name the flag before it.
+/// The command line. Values may be negative numbers, so that errors about one name its flag.
 fn command() -> clap::Command {
     let numbers = |argument: clap::Arg| argument.allow_negative_numbers(true);
     let command = Arguments::command().version(shell::version());
     help::in_sections(command).mut_args(numbers).mut_subcommands(|command| command.mut_args(numbers))
 }
 
-/// Flags that other programs have, and what to give instead.
+/// Flags of other programs, and what to use instead.
 const FAMILIAR: [(&str, &str); 2] = [
     ("--batch-size", "a batch is --classes-per-batch times --images-per-class"),
     ("--epochs", "give --steps; a run's second line says how many make an epoch"),
 ];
 
-/// The arguments of the command line, or the end of the program where they are not understood.
+/// Parses the command line; ends the program with an error if it is not valid.
 fn parsed(command: clap::Command) -> ArgMatches {
     let is_training = !std::env::args_os().any(|word| command.find_subcommand(word).is_some());
-    // Ranges are found by parsing each flag once more: only for who reads them.
+    // Finding the ranges means parsing each flag again, so it is done only for help.
     let is_asked = std::env::args_os().any(|word| word == "--help" || word == "help");
     let command = if is_asked { help::with_ranges(command) } else { command };
     command.try_get_matches().unwrap_or_else(|error| {

@@ -4,7 +4,7 @@ use ddtas_io::console::say;
 use ddtas_io::progress::Progress;
 use ddtas_train::inference::{Event, Skipped};
 
-/// Runs `work` with what shows its events, and takes the bar away, whatever came of it.
+/// Runs `work`, shows its events, and removes the progress bar at the end, also after an error.
 pub fn during<T>(
     quiet: bool,
     work: impl FnOnce(&mut dyn FnMut(Event<'_>)) -> ddtas_train::Result<T>,

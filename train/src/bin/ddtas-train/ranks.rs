@@ -26,7 +26,7 @@ pub struct RankArguments {
     rank_timeout: u64,
 }
 
-/// What `--ranks` says.
+/// The value of `--ranks`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Ranks {
     Threads(usize),
@@ -49,10 +49,10 @@ impl FromStr for Ranks {
 }
 
 impl RankArguments {
-    /// Does `work` on all ranks, and returns the result of this process.
+    /// Runs `work` on all ranks, and returns the result of this process.
     ///
     /// # Errors
-    /// Those of `work`; [`ddtas::Error::Unavailable`] if the ranks cannot be had.
+    /// Errors of `work`; [`ddtas::Error::Unavailable`] if the ranks cannot be started.
     pub fn run(&self, work: impl Fn(Rc<dyn Collective>) -> Result<ExitCode> + Sync) -> Result<ExitCode> {
         match (self.ranks, &self.rendezvous) {
             (Ranks::Nccl, Some(file)) => work(nccl(file, Duration::from_secs(self.rank_timeout))?),
@@ -72,10 +72,10 @@ impl RankArguments {
     }
 }
 
-/// Refuses to be one of several processes that would all train the same run.
+/// An error if a launcher has started several processes without a matching `--ranks`: all would train the same run.
 fn refuse_launchers() -> Result<()> {
     let processes = |name| std::env::var(name).ok()?.parse::<usize>().ok().filter(|count| *count > 1);
-    // Open MPI's, and that of MPICH and of Slurm's PMI.
+    // The variables of Open MPI, and of MPICH and Slurm's PMI.
     let by_mpi = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"].into_iter().find_map(processes);
     let others = processes("WORLD_SIZE").filter(|_| std::env::var_os("RANK").is_some());
     let (launcher, count, flags) = match (by_mpi, others) {
@@ -89,11 +89,11 @@ fn refuse_launchers() -> Result<()> {
     Err(Error::misuse("ranks", "", reason))
 }
 
-/// Uses as many threads as leave the other `ranks` of this machine their share of its processors, unless
-/// RAYON_NUM_THREADS says otherwise.
+/// Sets the number of threads to this rank's share of the processors, with `ranks` ranks on this machine, or
+/// to RAYON_NUM_THREADS.
 ///
 /// # Errors
-/// [`ddtas::Error::Unavailable`] if the system refuses a thread.
+/// [`ddtas::Error::Unavailable`] if a thread cannot be started.
 pub fn share_processors(ranks: usize) -> Result<()> {
     let asked = std::env::var("RAYON_NUM_THREADS").ok().and_then(|text| text.parse::<usize>().ok());
     let threads = asked.filter(|count| *count > 0).unwrap_or_else(|| {
@@ -105,7 +105,7 @@ pub fn share_processors(ranks: usize) -> Result<()> {
     pool.map_err(|error| ddtas::Error::Unavailable(format!("cannot start threads: {error}")).into())
 }
 
-/// This process among those that mpirun started.
+/// Joins the processes that mpirun started.
 #[cfg(feature = "mpi")]
 fn mpi() -> Result<Rc<dyn Collective>> {
     let ranks = ddtas_train::ranks::Mpi::join()?;
@@ -118,7 +118,7 @@ fn mpi() -> Result<Rc<dyn Collective>> {
     Err(not_built("MPI", "mpi"))
 }
 
-/// This process among those that a launcher started, once all have met at `file`.
+/// Joins the processes that a launcher started, which find each other through `file`.
 #[cfg(feature = "nccl")]
 fn nccl(file: &Path, patience: Duration) -> Result<Rc<dyn Collective>> {
     let ranks = ddtas_train::ranks::Nccl::join(file, patience)?;

@@ -5,19 +5,19 @@ use clap::parser::ValueSource;
 use ddtas_train::train::{Overrides, TrainSettings};
 use ddtas_train::{Error, Result};
 
-/// What may change beside [`Overrides::NAMES`].
+/// Settings that may change besides [`Overrides::NAMES`].
 const OTHERS: [&str; 4] = ["ranks", "rendezvous", "rank_timeout", "steps"];
 
-/// The changes that were asked for on the command line.
+/// The changed settings on the command line.
 ///
 /// # Errors
-/// [`Misused`](ddtas_io::Error::Misused) if one is given that the run's result depends on.
+/// [`Misused`](ddtas_io::Error::Misused) for a setting that must not change.
 pub fn overrides(matches: &ArgMatches, settings: &TrainSettings) -> Result<Overrides> {
     let given = |id: &str| matches.value_source(id) == Some(ValueSource::CommandLine);
     let mut ids = matches.ids().map(clap::Id::as_str);
     let changeable = || Overrides::NAMES.into_iter().chain(OTHERS);
     let allowed = |id: &str| changeable().chain(["resume", "quiet", "json"]).any(|allowed| allowed == id);
-    // Groups of arguments have ids as well, in the case of their types.
+    // Groups of arguments also have ids, named like their types, with capitals.
     let argument = |id: &str| id.chars().all(|letter| letter.is_ascii_lowercase() || letter == '_');
     if let Some(fixed) = ids.find(|&id| argument(id) && given(id) && !allowed(id)) {
         let changeable: Vec<_> = changeable().map(|id| format!("--{}", flag(id))).collect();
@@ -38,7 +38,7 @@ pub fn overrides(matches: &ArgMatches, settings: &TrainSettings) -> Result<Overr
     })
 }
 
-/// The argument as it is typed: its field's name, except where that says too little alone.
+/// The flag of an argument: its field's name, except for the field `kind` of the generator's settings.
 fn flag(id: &str) -> String {
     if id == "kind" { "generator".into() } else { id.replace('_', "-") }
 }

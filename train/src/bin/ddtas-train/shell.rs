@@ -21,7 +21,7 @@ pub struct ManArguments {
     out: Option<PathBuf>,
 }
 
-/// Version, features and the instruction set that is in use here.
+/// Version, features and the instruction set in use.
 pub fn version() -> String {
     let features = [
         ("cuda", cfg!(feature = "cuda")),
@@ -33,7 +33,7 @@ pub fn version() -> String {
     console::version(env!("CARGO_PKG_VERSION"), &features)
 }
 
-/// Prints a shell's script.
+/// Prints the completion script of a shell.
 pub fn completions(arguments: &CompletionsArguments, mut command: clap::Command) -> Result<()> {
     let name = command.get_name().to_owned();
     let mut script = Vec::new();

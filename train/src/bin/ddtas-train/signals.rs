@@ -8,34 +8,34 @@ use ddtas_train::{Error, Result};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
 
-/// A shell's exit code for a program that a signal ended: this plus the signal's number.
+/// A shell's exit code for a program that a signal ended is this plus the signal's number.
 const SIGNALLED: i32 = 128;
 
-/// What the signals have said so far.
+/// State set by the signal handlers.
 pub struct Signals {
     stop: Arc<AtomicBool>,
     number: Arc<AtomicUsize>,
 }
 
 impl Signals {
-    /// Listens from now on.
+    /// Installs the signal handlers.
     ///
     /// # Errors
-    /// [`Unavailable`](ddtas::Error::Unavailable) if the system does not let it.
+    /// [`Unavailable`](ddtas::Error::Unavailable) if the system refuses.
     pub fn listen() -> Result<Self> {
         let signals = Self { stop: Arc::default(), number: Arc::default() };
         for signal in [SIGINT, SIGTERM] {
-            // In this order: the first signal finds `stop` unset, the next one set.
+            // In this order: for the first signal `stop` is not set yet, for the next one it is.
             flag::register_conditional_shutdown(signal, SIGNALLED + signal, Arc::clone(&signals.stop))
                 .map_err(deaf)?;
             signals.stop_on(signal)?;
         }
         #[cfg(unix)]
         if !hang_up::is_ignored() {
-            // No second one ends the program: shell and system each send one when a terminal closes.
+            // A second one does not end the program: shell and system each send one when a terminal closes.
             signals.stop_on(hang_up::SIGHUP)?;
         }
-        // What mpirun hands on to its processes without ending them soon after.
+        // mpirun passes this signal on to its processes without ending them soon after.
         #[cfg(unix)]
         signals.stop_on(signal_hook::consts::SIGUSR1)?;
         Ok(signals)
@@ -48,12 +48,12 @@ impl Signals {
         Ok(())
     }
 
-    /// Set by the first signal.
+    /// The flag that the first signal sets.
     pub fn stop(&self) -> &AtomicBool {
         &self.stop
     }
 
-    /// The exit code of a program that the signal ended.
+    /// The exit code for a program that this signal ended.
     pub fn exit_code(&self) -> ExitCode {
         let code = SIGNALLED as usize + self.number.load(Ordering::Relaxed);
         u8::try_from(code).map_or(ExitCode::FAILURE, ExitCode::from)
@@ -64,17 +64,17 @@ fn deaf(error: std::io::Error) -> Error {
     ddtas::Error::Unavailable(format!("cannot listen for signals: {error}")).into()
 }
 
-/// What a closed terminal sends.
+/// The signal of a closed terminal.
 #[cfg(unix)]
 mod hang_up {
     pub use signal_hook::consts::SIGHUP;
 
-    /// Whether the program was started with the signal ignored, by `nohup` for one, and is to outlive its terminal.
+    /// Whether the signal is ignored because the program was started so, as by `nohup`, to outlive its terminal.
     pub fn is_ignored() -> bool {
         let mut action = std::mem::MaybeUninit::<libc::sigaction>::uninit();
-        // SAFETY: without a new action the call only writes the old one, for which there is room.
+        // SAFETY: without a new action the call only writes the old one to `action`.
         let found = unsafe { libc::sigaction(SIGHUP, std::ptr::null(), action.as_mut_ptr()) } == 0;
-        // SAFETY: the call wrote it, since it succeeded.
+        // SAFETY: the call succeeded, so `action` is initialised.
         found && unsafe { action.assume_init() }.sa_sigaction == libc::SIG_IGN
     }
 }

@@ -12,7 +12,7 @@ pub struct SplitsArguments {
     dataset: DatasetSettings,
 }
 
-/// Whether a reader of lines with tabs would take `text` apart.
+/// Whether `text` contains a separator of the output.
 fn breaks_lines(text: &str) -> bool {
     text.contains(['\t', '\n', '\r'])
 }

@@ -21,13 +21,13 @@ use crate::signals::Signals;
 /// What to print.
 #[derive(Debug, Clone, Copy)]
 pub struct Output {
-    /// No progress: warnings and the result alone.
+    /// Only warnings and the result, no progress.
     pub quiet: bool,
     /// The result as JSON.
     pub json: bool,
 }
 
-/// Trains with `settings` and prints the outcome; `warnings` are printed once the run has begun.
+/// Trains with `settings` and prints the outcome; `warnings` are printed once the run has started.
 pub fn train(
     settings: &TrainSettings,
     warnings: Vec<String>,
@@ -51,7 +51,7 @@ pub fn resume(
     })
 }
 
-/// Does `work` on all ranks; rank 0 prints.
+/// Runs `work` on all ranks; rank 0 prints.
 fn on_ranks(
     ranks: &RankArguments,
     (output, warnings): (Output, &[String]),
@@ -67,7 +67,7 @@ fn on_ranks(
                 say(error);
                 Ok(signals.exit_code())
             }
-            // Rank 0 names the error of any that could tell it.
+            // Rank 0 prints errors of all ranks, except `Lost`, which other ranks cannot report to it.
             Err(error) if ranks.rank() > 0 && !matches!(error, Error::Lost(_)) => Ok(ExitCode::FAILURE),
             outcome => Ok(print_outcome(&outcome?, &signals, output)),
         }
@@ -77,7 +77,7 @@ fn on_ranks(
 fn print_outcome(outcome: &Outcome, signals: &Signals, output: Output) -> ExitCode {
     match outcome {
         Outcome::Finished(summary) => {
-            // The run folder is the result, and whole: the table only shows it.
+            // The run folder is complete, so failing to print the table is only a warning.
             match print_result(output.json, &**summary, table) {
                 Err(error) if !reader_has_gone(&error) => {
                     let folder = summary.folder.display();
@@ -115,7 +115,7 @@ struct Progress {
     steps: usize,
     /// Whether a step was shown.
     stepped: bool,
-    /// To be printed once the run has begun.
+    /// Warnings to print once the run has started.
     warnings: Vec<String>,
 }
 
@@ -207,7 +207,7 @@ impl Progress {
     }
 }
 
-/// " of the rehearsal", where steps are.
+/// Text after the steps of a part of a run: " of the rehearsal" or nothing.
 fn of(phase: Phase) -> &'static str {
     match phase {
         Phase::Rehearsal => " of the rehearsal",

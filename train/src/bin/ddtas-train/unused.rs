@@ -1,4 +1,4 @@
-//! Warnings of flags that were given and have no effect.
+//! Warnings about flags that have no effect.
 
 use clap::ArgMatches;
 use clap::parser::ValueSource;
@@ -8,10 +8,10 @@ use ddtas_train::model::BackboneKind;
 use ddtas_train::train::PairLoss;
 use ddtas_train::train::{ScheduleKind, TrainSettings};
 
-/// Arguments, by their fields; the settings they need; whether those are chosen.
+/// Arguments by field name, the settings that they need, and a check of these settings.
 type Rule = (&'static [&'static str], &'static str, fn(&TrainSettings) -> bool);
 
-/// Of two rules for an argument the first that holds counts.
+/// If several rules apply to an argument, the first counts.
 const RULES: [Rule; 10] = [
     (
         &[

@@ -1,4 +1,4 @@
-//! A few shapes on top of tiny-skia, in whatever units the transform sets.
+//! Draws simple shapes with tiny-skia; the canvas's transform sets the units.
 
 use tiny_skia::{
     Color, FillRule, GradientStop, LineCap, LinearGradient, Paint, Path, PathBuilder, Pixmap, Point, Shader,
@@ -8,10 +8,10 @@ use tiny_skia::{
 /// Red, green, blue, 0 to 1 (clamped when painted).
 pub(super) type Colour = [f32; 3];
 
-/// A point; the unit is the canvas's.
+/// A point, or a pair of lengths, in the canvas's units.
 pub(super) type Xy = (f32, f32);
 
-/// `colour` mixed with `other`: all of it at `share` 0, all of the other at 1.
+/// Linear interpolation: `colour` at `share` 0, `other` at 1.
 pub(super) fn mix(colour: Colour, other: Colour, share: f32) -> Colour {
     std::array::from_fn(|c| colour[c] + (other[c] - colour[c]) * share)
 }
@@ -21,12 +21,12 @@ pub(super) fn shade(colour: Colour, factor: f32) -> Colour {
     colour.map(|value| (value * factor).clamp(0.0, 1.0))
 }
 
-/// A pixmap and where its next shapes go.
+/// A pixmap, and the transform of the next shapes.
 ///
-/// Shapes too small or degenerate to make a path leave no mark.
+/// Shapes too small or degenerate for a path are not drawn.
 pub(super) struct Canvas {
     pixmap: Pixmap,
-    /// From the units of the shapes to pixels.
+    /// From units to pixels.
     pub transform: Transform,
 }
 
@@ -46,7 +46,7 @@ impl Canvas {
         self.fill(polygon(points), solid(colour, alpha));
     }
 
-    /// A polygon whose corners are rounded off, each by its own radius.
+    /// A polygon with rounded corners; a point is x, y and the radius of its corner.
     pub fn rounded(&mut self, points: &[(f32, f32, f32)], colour: Colour, alpha: f32) {
         self.fill(rounded(points), solid(colour, alpha));
     }
@@ -100,7 +100,7 @@ impl Canvas {
 
 fn colour([red, green, blue]: Colour, alpha: f32) -> Color {
     let unit = |value: f32| value.clamp(0.0, 1.0);
-    // In range by the clamp above, so the fallback is never seen.
+    // The values are clamped, so the fallback is never used.
     Color::from_rgba(unit(red), unit(green), unit(blue), unit(alpha)).unwrap_or(Color::BLACK)
 }
 

@@ -1,21 +1,21 @@
-//! A [`Design`] as shapes, seen from its right side.
+//! Draws a [`Design`], seen from its right side.
 
 use std::f32::consts::{FRAC_PI_2, PI, TAU};
 
 use super::canvas::{Canvas, Colour, Xy, mix, shade};
 use super::design::{Design, Lamp, Rim};
 
-/// What two pictures of one model may differ in.
+/// What differs between pictures of one model.
 pub(super) struct Finish {
     /// Paint of the body.
     pub paint: Colour,
-    /// Colour of the glass; above it the sky reflected in it.
+    /// Colours of the glass at the bottom, and at the top, where it reflects the sky.
     pub glass: (Colour, Colour),
-    /// How the wheels stand, radians.
+    /// Rotation of the wheels, radians.
     pub wheel_angle: f32,
-    /// Lamps are lit.
+    /// Whether the lamps are lit.
     pub lit: bool,
-    /// A streak of light on the windows, of the way from rear to front.
+    /// Position of a streak of light on the windows, 0 (rear) to 1 (front).
     pub glare: Option<f32>,
 }
 
@@ -44,7 +44,7 @@ pub(super) fn draw(canvas: &mut Canvas, design: &Design, finish: &Finish) {
     }
 }
 
-/// Soft because it is a stack of faint ellipses.
+/// A soft shadow on the ground: a stack of faint ellipses.
 fn shadow(canvas: &mut Canvas, design: &Design) {
     let half = design.length / 2.0;
     for i in 0..5 {
@@ -137,7 +137,7 @@ fn cabin(canvas: &mut Canvas, d: &Design, finish: &Finish) {
         ];
         canvas.rounded(&outline, colour, 1.0);
     }
-    // The windows as one area inside the cabin, cut by pillars afterwards.
+    // The windows are one area inside the cabin; pillars divide it afterwards.
     let (top_rear, top_front) = (d.height - d.roof_band, d.height - d.roof_drop - d.roof_band);
     let inset = 0.09;
     let area = [
@@ -190,7 +190,7 @@ fn clip(points: &[Xy], cut: f32, above: bool) -> Vec<Xy> {
     kept
 }
 
-/// What is on doors and roof.
+/// Details of doors and roof.
 fn side(canvas: &mut Canvas, d: &Design, finish: &Finish) {
     let (rear, front) = d.glass;
     let seam = shade(finish.paint, 0.4);
@@ -246,7 +246,7 @@ fn lamps(canvas: &mut Canvas, d: &Design, finish: &Finish) {
     lamp(canvas, d.tail_lamp, tail, d.lamp_size.1, red);
 }
 
-/// `size` below 0 reaches towards the rear of `outer`, above 0 towards the front.
+/// A lamp at (x, y). It extends towards the rear for a negative `size`, towards the front for a positive one.
 fn lamp(canvas: &mut Canvas, shape: Lamp, (x, y): Xy, size: f32, colour: Colour) {
     let scale = size.abs();
     match shape {
@@ -265,7 +265,7 @@ fn lamp(canvas: &mut Canvas, shape: Lamp, (x, y): Xy, size: f32, colour: Colour)
     }
 }
 
-/// The dark opening a wheel stands in: the part of a disc above the sill, or a cut-off one.
+/// The dark wheel arch: the part of a disc above the sill, cut off at the top if it is square.
 fn arch(canvas: &mut Canvas, d: &Design, x: f32) {
     let rim = d.wheel + d.arch;
     let opening = |radius: f32| -> Vec<Xy> {

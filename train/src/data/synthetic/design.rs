@@ -4,7 +4,7 @@ use rand::{Rng, RngExt};
 
 use super::canvas::Colour;
 
-/// Kinds of body; the proportions of [`Design`] vary around each one's own.
+/// Kinds of body. Each has typical proportions, which vary between designs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Body {
     /// Three boxes: bonnet, cabin, boot.
@@ -28,7 +28,7 @@ pub enum Body {
 }
 
 impl Body {
-    /// All kinds; class `i` takes kind `i` modulo their number, so that both splits hold all.
+    /// All kinds. Class `i` has kind `i` modulo their number, so that both splits contain all kinds.
     pub const ALL: [Self; 9] = [
         Self::Sedan,
         Self::Hatchback,
@@ -56,7 +56,7 @@ impl Body {
         }
     }
 
-    /// Typical proportions: lengths in metres, the rest of the length from the rear.
+    /// Typical proportions.
     fn template(self) -> Template {
         let t = |length, height, ride, roof, glass, deck, cowl, nose| Template {
             length,
@@ -88,7 +88,7 @@ struct Template {
     ride: f32,
     /// Rear and front end of the roof.
     roof: (f32, f32),
-    /// Feet of the rear and front window.
+    /// Lower ends of the rear and the front window.
     glass: (f32, f32),
     deck: f32,
     cowl: f32,
@@ -98,13 +98,13 @@ struct Template {
 /// Patterns of a wheel.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Rim {
-    /// That many spokes of a width (of the rim's radius).
+    /// Number of spokes, and their width as a share of the rim's radius.
     Spokes(usize, f32),
-    /// A full disc with that many holes.
+    /// A disc with this many holes.
     Holes(usize),
     /// A plain disc with a ring.
     Disc,
-    /// Pairs of thin spokes.
+    /// This many pairs of thin spokes.
     Twin(usize),
 }
 
@@ -132,7 +132,7 @@ pub struct Design {
     pub(super) roof: (f32, f32),
     /// How far the front of the roof lies below its rear.
     pub(super) roof_drop: f32,
-    /// Feet of the rear and the front window.
+    /// Lower ends of the rear and the front window.
     pub(super) glass: (f32, f32),
     pub(super) deck: f32,
     pub(super) cowl: f32,
@@ -150,12 +150,12 @@ pub struct Design {
     pub(super) pillar_width: f32,
     /// Pillars painted like the body instead of black.
     pub(super) painted_pillars: bool,
-    /// Rear side windows are metal (panel van, pickup bed).
+    /// Metal in place of rear side windows (panel van, pickup bed).
     pub(super) blind_rear: bool,
     /// Wheel centres, rear and front.
     pub(super) axles: (f32, f32),
     pub(super) wheel: f32,
-    /// Radius of the rim, of the wheel.
+    /// Radius of the rim as a share of the wheel's.
     pub(super) rim_share: f32,
     pub(super) rim: Rim,
     pub(super) dark_rim: bool,
@@ -166,24 +166,24 @@ pub struct Design {
     pub(super) cladding: bool,
     /// Roof in a colour of its own.
     pub(super) roof_colour: Option<Colour>,
-    /// The side below that share of the way from sill to belt in a colour of its own.
+    /// Lower part of the side in another colour: its upper edge, 0 (sill) to 1 (belt), and the colour.
     pub(super) lower_side: Option<(f32, Colour)>,
     /// Bonnet in a colour of its own.
     pub(super) bonnet_colour: Option<Colour>,
-    /// A stripe over bonnet, door and tail: its share of the way from sill to belt.
+    /// A stripe over bonnet, doors and tail: its height, 0 (sill) to 1 (belt), and the colour.
     pub(super) stripe: Option<(f32, Colour)>,
     pub(super) headlamp: Lamp,
     pub(super) tail_lamp: Lamp,
-    /// Sizes of head and tail lamps, of 1.
+    /// Relative sizes of head and tail lamps.
     pub(super) lamp_size: (f32, f32),
-    /// Height of the crease along the side, of the way from sill to belt; its slope.
+    /// A crease along the side: its height, 0 (sill) to 1 (belt), and its slope.
     pub(super) crease: Option<(f32, f32)>,
-    /// A rubbing strip at that share of the way from sill to belt.
+    /// Height of a rubbing strip, 0 (sill) to 1 (belt).
     pub(super) strip: Option<f32>,
     pub(super) chrome: bool,
     pub(super) rails: bool,
     pub(super) spoiler: Option<f32>,
-    /// Where the aerial stands, of the roof.
+    /// Position of the aerial as a share of the roof's length.
     pub(super) aerial: Option<f32>,
     pub(super) spare_wheel: bool,
     pub(super) dark_bumpers: bool,
@@ -191,7 +191,7 @@ pub struct Design {
 }
 
 impl Design {
-    /// Draws model number `class`.
+    /// Draws a random design for `class`.
     pub(in crate::data) fn draw(class: usize, rng: &mut impl Rng) -> Self {
         let body = Body::ALL[class % Body::ALL.len()];
         let t = body.template();
@@ -274,7 +274,7 @@ pub(super) fn within(rng: &mut impl Rng, least: f32, most: f32) -> f32 {
     rng.random_range(least..most)
 }
 
-/// Black, white or silver, with that probability: trim, which a model has in any paint.
+/// Black, white or silver with this `probability`: the colour of trim, the same for every paint of a model.
 fn two_tone(rng: &mut impl Rng, probability: f64) -> Option<Colour> {
     const TRIM: [Colour; 3] = [[0.07, 0.07, 0.08], [0.93, 0.93, 0.91], [0.55, 0.57, 0.6]];
     rng.random_bool(probability).then(|| TRIM[rng.random_range(0..TRIM.len())])

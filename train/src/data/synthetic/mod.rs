@@ -1,10 +1,9 @@
 //! `--dataset synthetic`: fine-grained car silhouettes, drawn in memory from a seed.
 //!
-//! A class is a design ([`Design`]): body shape, proportions, windows, wheels, lamps,
-//! trim. What varies within a class is what must not matter: paint, pose, scale,
-//! light, background, things in front, noise. Classes 0..98 train and the others
-//! test, as in Cars196. Nearest neighbours on raw pixels find next to nothing,
-//! because the scene decides them: tests/synthetic.rs holds it to that.
+//! A class is a design ([`Design`]): body shape, proportions, windows, wheels, lamps, trim. Within a class
+//! paint, pose, scale, light, background, objects in front and noise vary. Classes 0..98 train and the others
+//! test, as in Cars196. Nearest neighbours of raw pixels find little, because the scene dominates them;
+//! tests/synthetic.rs checks that.
 
 mod canvas;
 mod car;
@@ -21,20 +20,20 @@ use super::dataset::{Artist, DEFAULT_CACHE_BYTES, Dataset, RECALL_AT, Split};
 use super::random::{Purpose, generator};
 use crate::{Error, Result};
 
-/// How many cars there are, and how large their pictures.
+/// Number and size of the pictures.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SyntheticSettings {
-    /// Designs, at least 4; the first half, rounded down, train. Default 196.
+    /// Number of designs, at least 4; the first half, rounded down, is for training. Default 196.
     pub classes: usize,
-    /// Pictures of each training class, at least 2. Default 40.
+    /// Number of pictures of each training class, at least 2. Default 40.
     pub train_pictures: usize,
-    /// Pictures of each test class, at least 2. Default 20.
+    /// Number of pictures of each test class, at least 2. Default 20.
     pub test_pictures: usize,
     /// Side of a picture, 16 to 512 pixels. Default 64.
     pub picture_size: usize,
     /// Seed of designs and scenes.
     pub seed: u64,
-    /// Budget for drawn pictures, each split. Default [`DEFAULT_CACHE_BYTES`].
+    /// Bytes of drawn pictures that each split may keep in memory. Default [`DEFAULT_CACHE_BYTES`].
     pub cache_bytes: usize,
 }
 
@@ -51,7 +50,7 @@ impl Default for SyntheticSettings {
     }
 }
 
-/// The car designs of a seed; draws any picture of any of them.
+/// The car designs of a seed; draws their pictures.
 #[derive(Debug)]
 pub struct Fleet {
     designs: Vec<Design>,
@@ -60,7 +59,7 @@ pub struct Fleet {
 }
 
 impl Fleet {
-    /// Designs `classes` cars.
+    /// Draws `classes` designs.
     ///
     /// # Errors
     /// [`InvalidArgument`](ddtas_io::Error::InvalidArgument) unless `picture_size` is in 16..=512.

@@ -1,7 +1,7 @@
-//! One picture: a car of some model, in a pose, a place and a light of its own.
+//! Draws one picture: a car of a given design in a random pose, scene and light.
 //!
-//! Nothing here depends on the model: whatever this file draws, a network must
-//! learn to overlook. Paint is drawn here too, since real models come in all colours.
+//! What this file chooses does not depend on the design, and a network must learn to ignore it. That includes
+//! the paint, since real models come in all colours.
 
 use image::RgbImage;
 use rand::{Rng, RngExt};
@@ -11,13 +11,13 @@ use super::canvas::{Canvas, Colour, Xy, mix, shade};
 use super::car::{self, Finish};
 use super::design::{Design, within};
 
-/// Drawn at twice the size, then averaged: cheaper than it sounds, and softer than one pass.
+/// Pictures are drawn at twice the size and then averaged, which gives softer edges.
 const OVERSAMPLING: u32 = 2;
 
 /// A picture of `size` x `size` pixels.
 pub(super) fn draw(design: &Design, size: u32, rng: &mut impl Rng) -> RgbImage {
     let Some(mut canvas) = Canvas::new(size * OVERSAMPLING) else { return RgbImage::new(size, size) };
-    // The scene is in shares of the frame, y down.
+    // The scene's unit is the frame's side; y points down.
     let side = (size * OVERSAMPLING) as f32;
     let frame = Transform::from_scale(side, side);
     canvas.transform = frame;
@@ -32,19 +32,19 @@ pub(super) fn draw(design: &Design, size: u32, rng: &mut impl Rng) -> RgbImage {
     develop(&canvas, size, rng)
 }
 
-/// Where the car stands and how it is seen.
+/// Position of the car, and the view of it.
 struct Pose {
-    /// Height of the ground under the car, of the frame from the top.
+    /// Distance of the ground under the car from the top, as a share of the frame.
     ground: f32,
     centre: f32,
-    /// Length of the car, of the frame.
+    /// Length of the car as a share of the frame.
     extent: f32,
     flip: bool,
-    /// Degrees.
+    /// Rotation, degrees.
     turn: f32,
-    /// Shear along x and along y: a camera that does not face the car squarely.
+    /// Shear along x and y, as if the camera did not face the car squarely.
     shear: Xy,
-    /// Height over length, of the true one.
+    /// Factor on the ratio of height to length.
     stretch: f32,
 }
 
@@ -64,7 +64,7 @@ impl Pose {
         }
     }
 
-    /// Metres of the car to shares of the frame.
+    /// From the car's metres to shares of the frame.
     fn transform(&self, design: &Design) -> Transform {
         let scale = self.extent / design.length;
         let mirror = if self.flip { -1.0 } else { 1.0 };
@@ -162,7 +162,7 @@ fn country(canvas: &mut Canvas, horizon: f32, rng: &mut impl Rng) {
     }
 }
 
-/// Anything: what an untrained eye for edges would take for a car.
+/// Random shapes, whose edges distract from the car.
 fn clutter(canvas: &mut Canvas, rng: &mut impl Rng) {
     for _ in 0..rng.random_range(8..22) {
         let colour = any_colour(rng);
@@ -183,7 +183,7 @@ fn clutter(canvas: &mut Canvas, rng: &mut impl Rng) {
     }
 }
 
-/// Planks, upright or lying.
+/// Planks, vertical or horizontal.
 fn wall(canvas: &mut Canvas, horizon: f32, rng: &mut impl Rng) {
     let (colour, step) = (any_colour(rng), within(rng, 0.05, 0.16));
     let upright = rng.random_bool(0.5);
@@ -199,7 +199,7 @@ fn wall(canvas: &mut Canvas, horizon: f32, rng: &mut impl Rng) {
     }
 }
 
-/// One or two things between camera and car.
+/// One or two objects between camera and car.
 fn foreground(canvas: &mut Canvas, pose: &Pose, rng: &mut impl Rng) {
     for _ in 0..rng.random_range(1..=2) {
         let x = pose.centre + within(rng, -0.5, 0.5) * pose.extent;
@@ -214,7 +214,7 @@ fn foreground(canvas: &mut Canvas, pose: &Pose, rng: &mut impl Rng) {
                 }
             }
             _ => {
-                // Someone walking by.
+                // A pedestrian.
                 let foot = pose.ground + within(rng, 0.02, 0.1);
                 let tall = pose.extent * within(rng, 0.3, 0.4);
                 canvas.line(&[(x, foot), (x, foot - tall * 0.45)], 0.035, shade(colour, 0.5), 1.0);
@@ -257,7 +257,7 @@ fn develop(canvas: &Canvas, size: u32, rng: &mut impl Rng) -> RgbImage {
         let (x, y) = ((i % n) as f32 / n as f32 - 0.5, (i / n) as f32 / n as f32 - 0.5);
         let light = exposure * (1.0 + falloff * 2.0 * (x * dx + y * dy));
         for c in 0..3 {
-            // Triangular noise: as good as normal to the eye, and the same on every machine.
+            // Triangular noise needs no `ln` or `cos`, so it has the same bits on every machine.
             let noise = grain * (rng.random::<f32>() + rng.random::<f32>() - 1.0);
             let value = ((pixel[c] - 0.5) * contrast + 0.5) * light * tint[c] + noise;
             out.0[c] = (value.clamp(0.0, 1.0) * 255.0).round() as u8;

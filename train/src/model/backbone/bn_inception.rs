@@ -1,18 +1,18 @@
-//! BN-Inception (Ioffe and Szegedy, 2015) under the names of Cadene's pretrainedmodels: convolutions have a bias before
-//! their normalisation, and maxima are taken of windows that reach past the end.
+//! BN-Inception (Ioffe and Szegedy, 2015) with the tensor names of Cadene's pretrainedmodels. As there, convolutions have a
+//! bias before their normalisation, and max-poolings round their output size up (ceil mode).
 
 use burn::tensor::Device;
 
 use super::graph::{Builder, Convolution, Graph, Pool, Value};
 use crate::model::batch_norm::{Activation, NormOptions};
 
-/// Channels of an inception block's branches; 0 where there is none.
+/// Channels of an inception block's branches; 0 for a branch that the block does not have.
 struct Block {
     name: &'static str,
     one: usize,
     three: [usize; 2],
     double: [usize; 2],
-    /// Behind the pooling. Without a convolution there, the block halves the picture.
+    /// Channels of the convolution after the pooling. If there is none, the block halves the map.
     projection: usize,
     pool: Pool,
 }
@@ -63,8 +63,8 @@ pub(super) fn bn_inception(device: &Device) -> Graph {
     builder.build(last)
 }
 
-/// Whether the branches of every block come to the same size on pictures of side `size`: the maxima round up, the
-/// convolutions beside them too, but from another start.
+/// Whether the branches of every block have the same output size for pictures of side `size`. Poolings and
+/// strided convolutions both round up, but differ in padding.
 pub(super) fn takes(size: usize) -> bool {
     let halved = |side: usize| side.saturating_sub(3).div_ceil(2) + 1;
     let side = halved(halved(size.div_ceil(2)));

@@ -1,18 +1,18 @@
-//! EfficientNet-Lite0 (Tan and Le, 2019; the Lite variant has ReLU6 and no squeeze-and-excitation), under the names of
-//! efficientnet_lite_pytorch.
+//! EfficientNet-Lite0 (Tan and Le, 2019; the Lite variant has ReLU6 and no squeeze-and-excitation), with the
+//! tensor names of efficientnet_lite_pytorch.
 
 use burn::tensor::Device;
 
 use super::graph::{Builder, Convolution, Graph, Value};
 use crate::model::batch_norm::{Activation, NormOptions};
 
-/// Blocks of one width.
+/// Consecutive blocks with the same number of output channels.
 struct Stage {
     blocks: usize,
     kernel: usize,
-    /// Of the first block; the others have 1.
+    /// Stride of the first block; the others have 1.
     stride: usize,
-    /// How much wider a block is inside.
+    /// Ratio of a block's inner channels to its input channels.
     expansion: usize,
     channels: usize,
 }
@@ -58,7 +58,8 @@ fn relu6(channels: usize, kernel: usize) -> Convolution {
     Convolution { activation: Activation::Relu6, ..Convolution::new(channels, kernel) }
 }
 
-/// Wider by a 1 x 1 convolution, a depthwise one, back by another; a shortcut where the shape stays.
+/// A 1 x 1 convolution that expands the channels, a depthwise one, and a 1 x 1 one that reduces them; a
+/// shortcut if input and output have the same shape.
 fn inverted_residual(
     builder: &mut Builder,
     number: usize,

@@ -1,8 +1,7 @@
 //! Convolutional networks as lists of steps.
 //!
-//! A [`Builder`] writes down what a network does, step by step, and with each
-//! convolution the names under which the field's files hold it. That list is
-//! the network: [`Graph`] walks it forward, autodiff walks back.
+//! A [`Builder`] lists the steps of a network and, for each convolution, its tensor names in published files.
+//! [`Graph`] executes the list; autodiff computes the gradients.
 
 use burn::module::{Initializer, Module, Param};
 use burn::tensor::module::{avg_pool2d, max_pool2d};
@@ -15,14 +14,15 @@ use crate::model::layers::{self, ConvolutionOptions};
 /// Zeros around the input of a convolution.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Padding {
-    /// As many on all sides.
+    /// The same number on all sides.
     Even(usize),
-    /// As TensorFlow pads: as many as make the output `ceil(side / stride)` long, the odd one behind.
+    /// As TensorFlow pads ("SAME"): the output has `ceil(side / stride)` positions; an odd number has one
+    /// zero more at the end.
     TensorFlow,
 }
 
 impl Padding {
-    /// Zeros before and behind a side.
+    /// Number of zeros before and after `side` values.
     fn around(self, side: usize, kernel: usize, stride: usize) -> [usize; 2] {
         match self {
             Self::Even(padding) => [padding, padding],
@@ -66,19 +66,19 @@ impl Unit {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Value {
     index: usize,
-    /// Its channels.
+    /// Channels of the result.
     pub channels: usize,
 }
 
 #[derive(Debug, Clone)]
 enum Step {
-    /// A unit, on the result of a step.
+    /// Unit number `unit`, applied to result `input`.
     Unit { unit: usize, input: usize },
     /// The sum of two results.
     Add { terms: [usize; 2], relu: bool },
     /// A pooling with windows of 3 x 3.
     Pool { pool: Pool, input: usize },
-    /// Results one behind the other, by channel.
+    /// Concatenates results along the channels.
     Concat { inputs: Vec<usize> },
 }
 
@@ -89,10 +89,10 @@ pub(super) enum Pool {
     Max {
         stride: usize,
         padding: usize,
-        /// Whether a window that reaches past the end counts.
+        /// Whether the output size is rounded up, with windows that reach past the end.
         ceil: bool,
     },
-    /// The average at every position, zeros around counted.
+    /// The average with stride 1 and padding 1; zeros of the padding count.
     Average,
 }
 
@@ -100,11 +100,11 @@ pub(super) enum Pool {
 const WINDOW: [usize; 2] = [3, 3];
 
 impl Pool {
-    /// Side of what it makes of a side.
+    /// Side of the output for an input of side `side`.
     fn side(self, side: usize) -> usize {
         let Self::Max { stride, padding, ceil } = self else { return side };
         let reach = (side + 2 * padding).saturating_sub(WINDOW[0]);
-        // A window past the end counts if it begins before.
+        // A window past the end counts if it begins before the end.
         let past = ceil && !reach.is_multiple_of(stride) && (reach / stride + 1) * stride < side + padding;
         reach / stride + 1 + usize::from(past)
     }
@@ -129,13 +129,13 @@ impl Pool {
 #[derive(Module, Debug)]
 pub struct Graph {
     units: Vec<Unit>,
-    /// Result 0 are the images, result n is that of step n - 1.
+    /// Result 0 is the images; result n is the output of step n - 1.
     #[module(skip)]
     steps: Vec<Step>,
-    /// Of each unit the names in files: of its convolution, and of its normalisation.
+    /// Names in files of each unit's convolution and normalisation.
     #[module(skip)]
     names: Vec<[String; 2]>,
-    /// Whether files have PyTorch's names of a normalisation's tensors.
+    /// Whether files use PyTorch's names for the tensors of a normalisation.
     published: bool,
     features: usize,
 }
@@ -154,7 +154,7 @@ impl Graph {
         for (at, step) in self.steps.iter().enumerate() {
             step.inputs().iter().for_each(|&input| last_use[input] = at);
         }
-        // A result goes as soon as nothing needs it any more: without gradients, memory is what two layers take.
+        // Each result is dropped after its last use: without gradients, a chain of layers needs the memory of two.
         let mut results: Vec<Option<Tensor<4>>> = vec![Some(images)];
         for (at, step) in self.steps.iter().enumerate() {
             let mut take = |input: usize| {
@@ -196,7 +196,7 @@ impl Graph {
         results
     }
 
-    /// Values that a square picture takes at least at once: the most that a step takes and makes.
+    /// Lower bound on the values in memory at once for a square picture: the largest sum of a step's inputs and output.
     pub(super) fn least_values(&self, side: usize) -> usize {
         let sizes: Vec<usize> =
             self.results(side).iter().map(|[channels, side]| channels * side * side).collect();
@@ -204,7 +204,7 @@ impl Graph {
         self.steps.iter().zip(&sizes[1..]).map(|(step, made)| taken(step) + made).max().unwrap_or(0)
     }
 
-    /// Name in files of the tensor that Burn calls `path`, `units.N.weight` or `units.N.norm.gamma`.
+    /// Name in files of the tensor with Burn's path `path`, such as `units.N.weight` or `units.N.norm.gamma`.
     #[must_use]
     pub fn file_name(&self, path: &str) -> String {
         let known = || {
@@ -230,7 +230,7 @@ impl Step {
     }
 }
 
-/// A convolution to be added.
+/// Parameters of [`Builder::unit`].
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Convolution {
     pub channels: usize,
@@ -242,13 +242,13 @@ pub(super) struct Convolution {
 }
 
 impl Convolution {
-    /// Of stride 1, with ReLU or what the network has in its place.
+    /// A convolution of stride 1 with ReLU; `Builder::unit` applies the network's own activation in its place.
     pub fn new(channels: usize, kernel: usize) -> Self {
         Self { channels, kernel, stride: 1, depthwise: false, bias: false, activation: Activation::Relu }
     }
 }
 
-/// Writes down a network.
+/// Builds a [`Graph`] step by step.
 pub(super) struct Builder {
     graph: Graph,
     norm: NormOptions,
@@ -257,7 +257,7 @@ pub(super) struct Builder {
 }
 
 impl Builder {
-    /// Nothing yet, and the images.
+    /// An empty network, and the images as its first value.
     pub fn new(norm: NormOptions, device: &Device) -> (Self, Value) {
         let graph =
             Graph { units: Vec::new(), steps: Vec::new(), names: Vec::new(), published: true, features: 0 };
@@ -265,19 +265,19 @@ impl Builder {
         (Self { graph, norm, tensorflow: false, device: device.clone() }, images)
     }
 
-    /// Pads as TensorFlow does.
+    /// Pads convolutions as TensorFlow does.
     pub fn with_tensorflow_padding(mut self) -> Self {
         self.tensorflow = true;
         self
     }
 
-    /// Names the tensors of normalisations as [`BatchNorm`] does: there are no published files.
+    /// Uses [`BatchNorm`]'s own tensor names, for a network without published files.
     pub fn with_own_names(mut self) -> Self {
         self.graph.published = false;
         self
     }
 
-    /// A convolution and its normalisation, under these names in files.
+    /// A convolution and its normalisation; `names` are their names in files.
     pub fn unit(&mut self, names: [String; 2], c: Convolution, input: Value) -> Value {
         let groups = if c.depthwise { input.channels } else { 1 };
         let (channels_in, area) = (input.channels / groups, c.kernel * c.kernel);
@@ -308,7 +308,7 @@ impl Builder {
         self.step(Step::Pool { pool, input: input.index }, input.channels)
     }
 
-    /// Results one behind the other, by channel.
+    /// Concatenates results along the channels.
     pub fn concat(&mut self, inputs: &[Value]) -> Value {
         let channels = inputs.iter().map(|input| input.channels).sum();
         self.step(Step::Concat { inputs: inputs.iter().map(|input| input.index).collect() }, channels)
@@ -353,7 +353,7 @@ mod tests {
                 assert_eq!(network.results(side).last(), Some(&[channels, rows]));
             }
         }
-        // The pooling behind the first convolution, and the sum of the first block.
+        // Input and output of the pooling after the first convolution; for the small network, a residual sum.
         assert_eq!(resnet18.least_values(224), 64 * (112 * 112 + 56 * 56));
         assert_eq!(super::super::residual::small(8, 2, &device).least_values(48), 3 * 8 * 48 * 48);
     }

@@ -3,7 +3,7 @@
 //! | file | what |
 //! | --- | --- |
 //! | `graph.rs` | convolutional networks as lists of steps, with the names of their tensors in files |
-//! | `residual.rs`, `efficientnet.rs`, `resnet.rs`, `bn_inception.rs` | such lists |
+//! | `residual.rs`, `efficientnet.rs`, `resnet.rs`, `bn_inception.rs` | the convolutional networks |
 //! | `vision_transformer.rs` | ViT-S/16 |
 
 mod bn_inception;
@@ -47,7 +47,7 @@ pub enum BackboneKind {
 }
 
 impl BackboneKind {
-    /// The preprocessing of its pictures.
+    /// The preprocessing that the network expects.
     #[must_use]
     pub fn preprocessing(self) -> Preprocessing {
         match self {
@@ -57,7 +57,7 @@ impl BackboneKind {
         }
     }
 
-    /// How its features are pooled unless told otherwise.
+    /// Default pooling of the features.
     #[must_use]
     pub fn pooling(self) -> PoolingKind {
         match self {
@@ -66,10 +66,10 @@ impl BackboneKind {
         }
     }
 
-    /// Checks the settings it is combined with.
+    /// Checks the settings that the backbone is combined with.
     ///
     /// # Errors
-    /// [`Misused`](ddtas_io::Error::Misused) names the setting that does not go with it.
+    /// [`Misused`](ddtas_io::Error::Misused) names the setting that does not fit.
     pub fn validate(self, pooling: Option<PoolingKind>, has_weights: bool, image_size: usize) -> Result<()> {
         if self == Self::BnInception && !bn_inception::takes(image_size) {
             return Err(Error::misuse(
@@ -103,7 +103,7 @@ impl BackboneKind {
         Ok(())
     }
 
-    /// Side of the pictures that its published weights were trained on; none for the small network.
+    /// Side of the pictures that the published weights were trained on; none for the small network.
     #[must_use]
     pub fn image_size(self) -> Option<usize> {
         (self != Self::Residual).then_some(224)
@@ -121,7 +121,7 @@ pub enum Backbone {
 }
 
 impl Backbone {
-    /// The network that `shape` names, with random weights.
+    /// A network of this `shape` with random weights.
     #[must_use]
     pub fn new(shape: &NetworkShape, device: &Device) -> Self {
         match shape.backbone {
@@ -143,7 +143,7 @@ impl Backbone {
         }
     }
 
-    /// Values that a picture of this `side` takes at least at once on its way through the network.
+    /// Lower bound on the values in memory at once in a forward pass of one picture of this `side`.
     pub(crate) fn least_values(&self, side: usize) -> usize {
         match self {
             Self::Graph(network) => network.least_values(side),
@@ -160,12 +160,12 @@ impl Backbone {
         }
     }
 
-    /// Name in files of the tensor that Burn calls `path`.
+    /// Name in files of the tensor with Burn's path `path`.
     #[must_use]
     pub fn file_name(&self, path: &str) -> String {
         match self {
             Self::Graph(network) => network.file_name(path),
-            // The transformer's fields are named as timm's.
+            // The transformer's fields have timm's names.
             Self::VisionTransformer(_) => path.to_owned(),
         }
     }

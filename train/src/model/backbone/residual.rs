@@ -1,5 +1,5 @@
-//! A small residual network for pictures of any size, trained from random weights: a stem, then three stages of basic
-//! blocks (He et al., 2016), of which the later ones double the width and halve the size.
+//! A small residual network for pictures of any size, trained from random weights: a stem, then three stages
+//! of basic blocks (He et al., 2016). The second and third stage each double the channels and halve the side.
 
 use burn::tensor::Device;
 
@@ -9,7 +9,7 @@ use crate::model::batch_norm::{Activation, NormOptions};
 
 const STAGES: usize = 3;
 
-/// A network with `width` channels in the first stage and `depth` blocks a stage, with random weights.
+/// A network with `width` channels in the first stage, `depth` blocks in each, and random weights.
 pub(super) fn small(width: usize, depth: usize, device: &Device) -> Graph {
     let (builder, images) = Builder::new(NormOptions::new(Activation::Relu), device);
     let mut builder = builder.with_own_names();

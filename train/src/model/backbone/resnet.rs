@@ -1,5 +1,5 @@
-//! ResNet-18 and ResNet-50 (He et al., 2016) under the names of torchvision. As there, the 3 x 3 convolution of a
-//! bottleneck bears the stride.
+//! ResNet-18 and ResNet-50 (He et al., 2016) with the tensor names of torchvision. As there, the 3 x 3
+//! convolution of a bottleneck has the stride.
 
 use burn::tensor::Device;
 
@@ -9,7 +9,7 @@ use crate::model::batch_norm::{Activation, NormOptions};
 /// Channels inside the blocks of the four stages.
 const WIDTHS: [usize; 4] = [64, 128, 256, 512];
 
-/// How much wider a bottleneck is outside.
+/// Ratio of a bottleneck's output channels to its inner channels.
 const EXPANSION: usize = 4;
 
 /// ResNet-18 with random weights.
@@ -41,8 +41,8 @@ fn resnet(blocks: [usize; 4], bottleneck: bool, device: &Device) -> Graph {
     builder.build(last)
 }
 
-/// A block: convolutions and a shortcut, which is a convolution too where width or size change. `names` are those of the
-/// shortcut, by 0, and of the convolutions, from 1 on.
+/// A block: convolutions and a shortcut, which has a 1 x 1 convolution if channels or side change. `names(0)`
+/// are the names of the shortcut, `names(1)` and so on those of the convolutions.
 pub(super) fn residual(
     builder: &mut Builder,
     names: impl Fn(usize) -> [String; 2],

@@ -1,5 +1,5 @@
-//! The vision transformer ViT-S/16 (Dosovitskiy et al., 2021; Touvron et al., 2021). Fields are named, and weights laid
-//! out, as timm's and DINO's.
+//! The vision transformer ViT-S/16 (Dosovitskiy et al., 2021; Touvron et al., 2021). Names and layouts of the
+//! weights are those of timm and DINO.
 
 use burn::module::{Initializer, Module, Param};
 use burn::tensor::activation::{gelu, softmax};
@@ -12,15 +12,15 @@ pub(super) const PATCH: usize = 16;
 const CHANNELS: usize = 384;
 const HEADS: usize = 6;
 const DEPTH: usize = 12;
-/// How much wider the perceptron of a block is inside.
+/// Ratio of the hidden width of a block's perceptron to CHANNELS.
 const EXPANSION: usize = 4;
-/// Patches along a side of the pictures that the position table is made for, 224 pixels.
+/// Patches along a side of the position table, which is for pictures of 224 pixels.
 const GRID: usize = 14;
 const EPSILON: f64 = 1e-6;
-/// Deviation of first weights.
+/// Standard deviation of the initial weights.
 const DEVIATION: f64 = 0.02;
 
-/// `y = x W^T + b`, with W `[out, in]` as PyTorch keeps it.
+/// `y = x W^T + b`, with W `[out, in]` as in PyTorch.
 #[derive(Module, Debug)]
 struct Linear {
     weight: Param<Tensor<2>>,
@@ -66,7 +66,7 @@ impl LayerNorm {
     }
 }
 
-/// Cuts pictures into patches and maps each to a token.
+/// Divides pictures into patches and maps each to a token.
 #[derive(Module, Debug)]
 struct PatchEmbed {
     proj: Projection,
@@ -130,7 +130,7 @@ struct Mlp {
     fc2: Linear,
 }
 
-/// Attention and a perceptron, each normalised before and added.
+/// Attention and a perceptron, each with a normalised input and a shortcut.
 #[derive(Module, Debug)]
 struct Block {
     norm1: LayerNorm,
@@ -163,7 +163,7 @@ impl Block {
 #[derive(Module, Debug)]
 pub struct VisionTransformer {
     cls_token: Param<Tensor<3>>,
-    /// Of the class token, then of 14 x 14 patches.
+    /// Position embeddings of the class token, then of 14 x 14 patches.
     pos_embed: Param<Tensor<3>>,
     patch_embed: PatchEmbed,
     blocks: Vec<Block>,
@@ -189,7 +189,7 @@ impl VisionTransformer {
         CHANNELS
     }
 
-    /// Values that a picture takes at least at once: those of its tokens, and a block's perceptron inside.
+    /// Lower bound on the values in memory at once for one picture: its tokens and the hidden layer of a perceptron.
     pub(super) fn least_values(side: usize) -> usize {
         (1 + EXPANSION) * CHANNELS * (1 + (side / PATCH).pow(2))
     }
@@ -230,7 +230,7 @@ impl VisionTransformer {
     }
 }
 
-/// Weights of `old` values in each of `new` ones: cubic convolution (a = -0.5), stretched where values are many.
+/// Weights of `old` values in each of `new` values: cubic convolution (a = -0.5), stretched if `new` is smaller.
 fn bicubic(old: usize, new: usize) -> Vec<Vec<f64>> {
     let cubic = |x: f64| match x.abs() {
         x if x < 1.0 => (1.5 * x - 2.5) * x * x + 1.0,

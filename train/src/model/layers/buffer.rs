@@ -1,14 +1,14 @@
-//! Buffers that many threads write.
+//! Buffers that are written in parallel.
 
 use std::mem::MaybeUninit;
 
 use rayon::prelude::*;
 
-/// A buffer of `length` floats, written in chunks of `size` (the last may be shorter): `write(scratch, index, chunk)`
-/// finds zeros there, and a scratch that no other thread has.
+/// Returns a buffer of `length` floats, filled in parallel in chunks of `size` (the last may be shorter) by
+/// `write(scratch, index, chunk)`. The chunk is zero before; the scratch belongs to the thread.
 ///
-/// Each thread clears a chunk right before it writes it. Cleared in one piece beforehand, by one thread, the outputs of
-/// a training step would take a tenth of its time.
+/// Each thread clears a chunk right before writing it: if one thread cleared whole buffers beforehand, that
+/// would be a tenth of the time of a training step.
 pub fn written<T: Default>(
     length: usize,
     size: usize,
@@ -18,10 +18,10 @@ pub fn written<T: Default>(
     let chunks = values.spare_capacity_mut()[..length].par_chunks_mut(size.max(1));
     chunks.enumerate().for_each_init(T::default, |scratch, (index, chunk)| {
         chunk.fill(MaybeUninit::new(0.0));
-        // SAFETY: the line above has set every element.
+        // SAFETY: the line above initialised every element.
         write(scratch, index, unsafe { chunk.assume_init_mut() });
     });
-    // SAFETY: the chunks cover all of `length`, and each was set.
+    // SAFETY: the chunks cover all of `length`, and each was initialised.
     unsafe { values.set_len(length) };
     values
 }

@@ -1,16 +1,14 @@
 //! Direct 2D convolution on the CPU: forward, and the gradients of input and weight.
 //!
-//! Burn's own CPU convolution builds patches (im2col) for a matrix product; at
-//! the channel counts of a small network, writing and reading the patches costs
-//! more than the product. Here an image is copied once into padded planes in
-//! which every tap of the kernel is a constant offset: along the flattened
-//! plane, output position p and tap t read `plane[p + offset_t]`. So one loop
-//! over contiguous memory serves every width, and a strided convolution is the
-//! same loop over the input split into `stride²` phases.
+//! Burn's own CPU convolution builds patches (im2col) for a matrix product; with few channels, writing and
+//! reading the patches costs more than the product. Here an image is copied once into padded planes in which
+//! every tap of the kernel is a constant offset: output position p of the flattened plane and tap t read
+//! `plane[p + offset_t]`. So one loop over contiguous memory serves every width, and a strided convolution is
+//! the same loop over the input split into `stride²` phases.
 //!
 //! Layouts are Burn's: images `[N, C, H, W]`, weights `[out, in, k, k]`.
-//! Work is split by image, or by fixed groups of images where sums cross them,
-//! so results do not depend on the number of threads.
+//! Work is divided by image, or by fixed groups of images for sums over images, so results do not depend on
+//! the number of threads.
 
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
@@ -18,22 +16,22 @@ use rayon::prelude::*;
 use super::ConvolutionOptions;
 use super::buffer::written;
 
-/// Positions are computed in steps of at most this many (three vectors of 16 lanes).
+/// Most positions that are computed at once (three vectors of 16 lanes).
 pub(super) const STEP: usize = 48;
 
-/// Images are summed in this many groups for the weight gradient, whatever the thread count.
+/// Groups of images whose sums are added for the weight gradient, independent of the number of threads.
 const WEIGHT_GROUPS: usize = 16;
 
-/// Flattened length from which a reduction is long enough to hide its horizontal sums.
+/// Flattened length from which the horizontal sums at the end of a reduction cost little.
 const LONG_REDUCTION: usize = 2048;
 
-/// Terms that are summed in one run: the sum of many rounds less if it is made of sums of some.
+/// Terms that are added one after the other. Longer sums are sums of such partial sums, which round less.
 const RUN: usize = 144;
 
 /// Shape of a convolution with a square kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Geometry {
-    /// Images.
+    /// Number of images.
     pub images: usize,
     /// Input channels.
     pub channels_in: usize,
@@ -41,11 +39,11 @@ pub struct Geometry {
     pub channels_out: usize,
     /// Input height and width.
     pub input: [usize; 2],
-    /// Kernel height and width.
+    /// Side of the kernel.
     pub kernel: usize,
-    /// Step between output positions.
+    /// Input positions from one output position to the next.
     pub stride: usize,
-    /// Zeros before and behind: of the height, of the width.
+    /// Zeros before and after the height, and before and after the width.
     pub padding: [[usize; 2]; 2],
 }
 
@@ -61,43 +59,43 @@ impl Geometry {
         self.padding.map(|[before, _]| before)
     }
 
-    /// How far a tap reaches inside its phase.
+    /// Largest offset of a tap within its phase, in positions of the phase.
     pub(super) fn reach(&self) -> usize {
         (self.kernel - 1) / self.stride
     }
 
-    /// Rows and row stride of an input plane of one phase.
+    /// Rows and columns of an input plane of one phase.
     pub(super) fn phase_plane(&self) -> [usize; 2] {
         self.output().map(|side| side + self.reach())
     }
 
-    /// Floats a kernel may read behind the last position of a plane.
+    /// Floats after a plane's last position that a kernel may read.
     pub(super) fn slack(&self) -> usize {
         STEP + self.kernel + self.before()[1]
     }
 
     pub(super) fn phases(&self) -> usize {
-        // A kernel shorter than the stride never touches the later phases.
+        // A kernel smaller than the stride reads only the first phases.
         self.stride.min(self.kernel)
     }
 
-    /// Length of one plane of one phase, with the slack behind it.
+    /// Floats of one plane of one phase, with the slack after it.
     fn plane_length(&self) -> usize {
         let [rows, columns] = self.phase_plane();
         rows * columns + self.slack()
     }
 
-    /// Length of all phases of one channel.
+    /// Floats of all phases of one channel.
     pub(super) fn channel_length(&self) -> usize {
         self.phases() * self.phases() * self.plane_length()
     }
 
-    /// Flattened output positions, the junk behind each row included.
+    /// Flattened output positions, including the unused ones at the end of each row.
     pub(super) fn positions(&self) -> usize {
         self.output()[0] * self.phase_plane()[1]
     }
 
-    /// Offset of every tap, row by row, from an output position into a channel.
+    /// Offset of every tap, row by row, from an output position within a channel.
     pub(super) fn taps(&self) -> Vec<usize> {
         let columns = self.phase_plane()[1];
         (0..self.kernel * self.kernel)
@@ -144,8 +142,8 @@ pub fn forward(g: &Geometry, input: &[f32], weight: &[f32]) -> Vec<f32> {
 
 /// dL/d(input), `[N, in, H, W]`, from dL/d(output), `[N, out, H', W']`.
 ///
-/// Each phase of the input is a convolution of the padded output gradient with
-/// the taps that touch that phase, flipped.
+/// For each phase of the input it is a convolution of the padded output gradient with the taps that read this
+/// phase, flipped.
 pub fn input_gradient(g: &Geometry, output_gradient: &[f32], weight: &[f32]) -> Vec<f32> {
     let reach = g.reach();
     let [height, width] = g.output();
@@ -193,11 +191,11 @@ pub fn weight_gradient(g: &Geometry, input: &[f32], output_gradient: &[f32]) -> 
     let taps = g.taps();
     let pairs = g.channels_in * taps.len();
     let group = g.images.div_ceil(WEIGHT_GROUPS).max(1);
-    // Planes of one phase lie close together and are reduced in one run; the gradient of one
-    // image has zeros where its taps reach into the next.
+    // If there is one phase, the planes of several images are adjacent and reduced in one pass; the gradient
+    // is zero at positions whose taps reach into the next image.
     let one_phase = g.phases() == 1;
     let image_stride = if one_phase { g.phase_plane()[0] * g.phase_plane()[1] } else { g.channel_length() };
-    // Small planes are reduced several images at a time.
+    // Images reduced together, so that small planes give a long reduction.
     let together = (LONG_REDUCTION / g.positions().max(1)).clamp(1, group);
 
     let partial: Vec<Vec<f32>> = input
@@ -210,9 +208,8 @@ pub fn weight_gradient(g: &Geometry, input: &[f32], output_gradient: &[f32]) -> 
                 .zip(output_gradient.chunks(together * g.output_length()));
             for (input, output_gradient) in batches {
                 let images = input.len() / g.input_length();
-                // Images lie one behind the other inside a channel, so that a
-                // reduction runs over all of them; the gradient has zeros
-                // wherever the input has padding, slack or junk.
+                // A channel holds its images one after the other, so that a reduction covers all of them. The
+                // gradient is zero at positions that are not outputs: row ends, and the slack.
                 let channel_length = images * image_stride + g.slack();
                 let planes = zeroed(&mut scratch.planes, g.channels_in * channel_length);
                 let rows = zeroed(&mut scratch.accumulators, g.channels_out * channel_length);
@@ -254,7 +251,7 @@ pub fn weight_gradient(g: &Geometry, input: &[f32], output_gradient: &[f32]) -> 
     total
 }
 
-/// Buffers a thread keeps between images.
+/// Buffers that a thread reuses.
 #[derive(Default)]
 struct Scratch {
     planes: Vec<f32>,
@@ -283,7 +280,7 @@ pub(super) fn split_phases(g: &Geometry, input: &[f32], planes: &mut [f32], chan
                         continue;
                     }
                     let source = &source[source_y * width..][..width];
-                    // First column inside the image.
+                    // The first column of the plane that is inside the image.
                     let first = left.saturating_sub(phase_x).div_ceil(g.stride);
                     let Some(row) = row.get_mut(first..) else { continue };
                     let from = g.stride * first + phase_x - left;
@@ -302,15 +299,15 @@ pub(super) fn split_phases(g: &Geometry, input: &[f32], planes: &mut [f32], chan
     }
 }
 
-/// One phase of the input, seen from the padded output gradient.
+/// The gradient of one phase of the input, as a convolution of the padded output gradient.
 pub(super) struct InputPhase {
-    /// Kernel taps that touch this phase.
+    /// Taps of the kernel that read this phase.
     pub(super) kernel_taps: Vec<usize>,
-    /// Their offsets into the padded gradient, for every channel of it.
+    /// Offsets of these taps into the padded gradient, for each of its channels.
     pub(super) offsets: Vec<usize>,
-    /// First input row and column of the phase that lie inside the image.
+    /// First row and column of the image that belong to the phase.
     first: [usize; 2],
-    /// Rows and columns of the phase inside the image.
+    /// Number of rows and columns of the image that belong to the phase.
     pub(super) count: [usize; 2],
 }
 
@@ -349,10 +346,10 @@ impl InputPhase {
     }
 }
 
-/// Weights in the order the product reads them: blocks of outputs; inside one, inputs, then taps.
+/// Weights in the order in which the product reads them: by block of outputs, then input, then tap.
 struct PackedWeights {
     blocks: Vec<[f32; WIDEST_BLOCK]>,
-    /// Outputs of every block.
+    /// Number of outputs of each block.
     sizes: Vec<usize>,
 }
 
@@ -374,7 +371,7 @@ impl PackedWeights {
     }
 }
 
-/// Shares outputs out in blocks that this processor computes well; the last ones may not be full.
+/// Divides outputs into blocks of sizes that suit this processor; the last block may not be full.
 struct BlockSizes {
     outputs: usize,
 }
@@ -385,7 +382,7 @@ impl WithSimd for BlockSizes {
     fn with_simd<S: Simd>(self, _: S) -> Vec<usize> {
         let (mut left, mut sizes) = (self.outputs, Vec::new());
         while left > 0 {
-            // AVX2 takes 6 or 4: 4 where a rest of 6 would idle, and 4 twice rather than 6 and 2.
+            // AVX2 has blocks of 6 and 4: 4 if at most 4 are left, and twice 4 for 7 or 8, in place of 6 and a rest.
             let block = match (S::F32_LANES, left) {
                 (16, _) => WIDEST_BLOCK,
                 (_, 5 | 6 | 9..) => 6,
@@ -398,12 +395,12 @@ impl WithSimd for BlockSizes {
     }
 }
 
-/// Offsets of every tap of every channel, from `start` on.
+/// Offsets of every tap of every channel, plus `start`.
 fn channel_offsets(channels: usize, channel_length: usize, taps: &[usize], start: usize) -> Vec<usize> {
     (0..channels).flat_map(|c| taps.iter().map(move |tap| c * channel_length + start + tap)).collect()
 }
 
-/// `out[o][p] = sum_k weight[o][k] * planes[offset_k + p]`, k over every tap of every input channel.
+/// `out[o][p] = sum_k weight[o][k] * planes[offset_k + p]`, where k runs over all taps of all input channels.
 struct TapProduct<'a> {
     planes: &'a [f32],
     offsets: &'a [usize],
@@ -412,7 +409,7 @@ struct TapProduct<'a> {
 }
 
 impl TapProduct<'_> {
-    /// Calls `finish(o, flat)` with the flattened positions of every output.
+    /// Calls `finish(o, values)` with the values at the flattened positions for every output o.
     fn run(&self, accumulators: &mut Vec<f32>, mut finish: impl FnMut(usize, &[f32])) {
         let length = self.positions + STEP;
         accumulators.resize(WIDEST_BLOCK * length, 0.0);
@@ -428,7 +425,7 @@ impl TapProduct<'_> {
     }
 }
 
-/// One block of outputs over all positions.
+/// Computes one block of outputs at all positions.
 struct TapBlock<'a, 'b> {
     product: &'a TapProduct<'b>,
     weights: &'a [[f32; WIDEST_BLOCK]],
@@ -442,8 +439,8 @@ impl WithSimd for TapBlock<'_, '_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) {
-        // 8 x 3 sums, 3 values and a weight fit the 32 registers of AVX-512, 6 x 2 with theirs the 16 of AVX2. With
-        // 4 x 3 none would be free there: the compiler then keeps sums in memory, and the loop takes twice as long.
+        // 8 x 3 sums, 3 values and a weight fit the 32 registers of AVX-512; 6 x 2 sums, 2 values and a weight the 16 of
+        // AVX2. With 4 x 3 none of the 16 would be free: the compiler then keeps sums in memory, which takes twice as long.
         if S::F32_LANES == 16 {
             self.rows::<S, 8, 3>(simd);
         } else if self.size > 4 {
@@ -467,8 +464,8 @@ impl TapBlock<'_, '_> {
         }
     }
 
-    // PERF: nothing in this loop may panic. With a bounds check that can, the
-    // compiler keeps half of the sums in memory, and the loop takes twice as long.
+    // PERF: nothing in this loop may panic. With a bounds check that can panic, the compiler keeps half of
+    // the sums in memory, and the loop takes twice as long.
     #[inline(always)]
     fn tile<S: Simd, const OUTPUTS: usize, const VECTORS: usize>(
         &self,
@@ -526,7 +523,7 @@ impl Correlate<'_> {
     fn blocks<S: Simd, const OUTPUTS: usize, const PAIRS: usize>(self, simd: S) {
         let outputs = self.rows.len() / self.channel_length;
         for first in (0..outputs).step_by(OUTPUTS) {
-            // A short last block repeats its last entry, which is then not stored.
+            // An incomplete last block repeats its last entry, and does not store the repetitions.
             let rows: [usize; OUTPUTS] =
                 std::array::from_fn(|o| (first + o).min(outputs - 1) * self.channel_length);
             for pair in (0..self.offsets.len()).step_by(PAIRS) {

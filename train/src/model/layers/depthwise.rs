@@ -1,10 +1,9 @@
-//! Depthwise convolution on the CPU: every channel has a kernel of its own.
+//! Depthwise convolution on the CPU: every channel has its own kernel.
 //!
-//! A plane is one image of one channel, padded and split into phases as in
-//! `convolution.rs`: a tap of the kernel is a constant offset there, so each
-//! pass is one loop over contiguous memory. Planes are independent forward and
-//! in the input's gradient; the weight's gradient is summed channel by channel,
-//! image after image. So results do not depend on the number of threads.
+//! A plane is one channel of one image, padded and split into phases as in `convolution.rs`: each tap is a
+//! constant offset, so each pass is one loop over contiguous memory. Planes are independent in the forward
+//! pass and the input gradient; the weight gradient of a channel is summed image after image. So results do
+//! not depend on the number of threads.
 
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
@@ -12,10 +11,10 @@ use rayon::prelude::*;
 use super::buffer::written;
 use super::convolution::{Geometry, InputPhase, STEP, split_phases, zeroed};
 
-/// Vectors of positions that are computed together.
+/// Number of vectors of positions that are computed together.
 const VECTORS: usize = 3;
 
-/// Buffers a thread keeps between planes.
+/// Buffers that a thread reuses.
 #[derive(Default)]
 struct Scratch {
     planes: Vec<f32>,
@@ -45,7 +44,7 @@ pub fn forward(g: &Geometry, channels: usize, input: &[f32], weight: &[f32]) -> 
     })
 }
 
-/// dL/d(input) from dL/d(output): for each phase of the input, the taps that touch it, flipped.
+/// dL/d(input) from dL/d(output): for each phase of the input, a convolution with the taps that read it, flipped.
 pub fn input_gradient(g: &Geometry, channels: usize, output_gradient: &[f32], weight: &[f32]) -> Vec<f32> {
     let (reach, [height, width]) = (g.reach(), g.output());
     let columns = width + 2 * reach;
@@ -94,7 +93,7 @@ pub fn weight_gradient(g: &Geometry, channels: usize, input: &[f32], output_grad
             let padded = zeroed(&mut scratch.planes, g.channel_length());
             let source = &input[plane * g.input_length()..][..g.input_length()];
             split_phases(g, source, padded, g.channel_length());
-            // Zero wherever the input has padding or junk.
+            // Zero at positions that are not outputs.
             let flat = zeroed(&mut scratch.flat, g.positions() + STEP);
             let source = &output_gradient[plane * height * width..][..height * width];
             for (to, row) in flat.chunks_mut(columns).zip(source.chunks_exact(width)) {
@@ -130,7 +129,7 @@ impl WithSimd for Taps<'_> {
             let mut sums = [simd.splat_f32s(0.0); VECTORS];
             let plane = &self.plane[position..];
             for (&tap, &weight) in self.taps.iter().zip(self.weights) {
-                // As in `convolution.rs`: nothing in the loop may panic.
+                // PERF: nothing in the loop may panic; see `TapBlock::tile` in `convolution.rs`.
                 let Some(values) = plane.get(tap..tap + width) else { break };
                 let Ok(values) = <&[S::f32s; VECTORS]>::try_from(S::as_simd_f32s(values).0) else { break };
                 let weight = simd.splat_f32s(weight);
@@ -152,7 +151,7 @@ struct Correlate<'a> {
     sums: &'a mut [f64],
 }
 
-/// Taps whose sums are taken in one run over the plane.
+/// Taps that are summed in one pass over the plane.
 const TOGETHER: usize = 5;
 
 impl WithSimd for Correlate<'_> {
@@ -163,7 +162,7 @@ impl WithSimd for Correlate<'_> {
         let length = self.positions.next_multiple_of(S::F32_LANES);
         let (gradient, _) = S::as_simd_f32s(&self.flat[..length]);
         for (taps, stored) in self.taps.chunks(TOGETHER).zip(self.sums.chunks_mut(TOGETHER)) {
-            // A short last run repeats its last tap, which is then not stored.
+            // An incomplete last pass repeats its last tap, and does not store the repetitions.
             let planes: [&[S::f32s]; TOGETHER] = std::array::from_fn(|t| {
                 let tap = taps[t.min(taps.len() - 1)];
                 S::as_simd_f32s(&self.plane[tap..][..length]).0

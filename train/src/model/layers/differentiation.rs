@@ -1,4 +1,4 @@
-//! The operations under autodiff: forward on the inner backend, gradients written out.
+//! The operations under autodiff: forward on the inner backend, gradients by [`LayerGradients`].
 
 use burn::backend::Autodiff;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
@@ -42,7 +42,7 @@ impl<B: LayerGradients> Backward<B, 3> for Normalise {
         let gradient = grads.consume::<B>(&ops.node);
         let ([input, statistics, gamma, beta], options) = ops.state;
         let channels = burn::backend::TensorMetadata::shape(&gamma)[0];
-        // Where scale and shift are frozen and statistics given, nobody reads it; what has its shape stands in.
+        // Not needed if scale and shift are frozen and the statistics given; `statistics` has the same shape.
         let parameters = if gamma_node.is_none() && beta_node.is_none() && !options.from_batch {
             statistics.clone()
         } else {
@@ -64,7 +64,7 @@ impl<B: LayerGradients> Backward<B, 3> for Normalise {
         }
         if let Some(node) = input_node {
             let parameters = if options.from_batch {
-                // By statistics of all ranks, the gradient takes its means over all of them too.
+                // With statistics of all ranks, the gradient's means are over all of them, too.
                 let count = burn::backend::TensorMetadata::shape(&input).num_elements() / channels;
                 synchronised::sums::<B>(parameters, count)
             } else {

@@ -1,4 +1,4 @@
-//! The operations on Burn's CPU backend. The engine trains in f32 there; no other type arrives.
+//! The operations on Burn's CPU backend. All tensors are f32.
 
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Flex, TensorMetadata};
@@ -44,7 +44,7 @@ fn geometry(input: &Shape, weight: &Shape, options: ConvolutionOptions) -> Geome
 type Pass = fn(&Geometry, &[f32], &[f32]) -> Vec<f32>;
 type DepthwisePass = fn(&Geometry, usize, &[f32], &[f32]) -> Vec<f32>;
 
-/// A pass of two tensors' values: depthwise, as a product of matrices where that fits, or direct.
+/// Runs one pass of a convolution on two tensors' values: depthwise, as a matrix product where that pays, or direct.
 fn pass(
     g: &Geometry,
     is_depthwise: bool,
@@ -65,7 +65,7 @@ fn planes(input: &Shape) -> Planes {
     Planes { channels: input[1], area: input[2] * input[3] }
 }
 
-/// The inputs of a normalisation, unpacked.
+/// Values and options of a normalisation.
 struct Inputs {
     statistics: Values,
     gamma: Values,

@@ -1,27 +1,27 @@
-//! Convolution as a product of matrices on the CPU: 1 x 1 convolutions, and wide ones of small pictures.
+//! Convolution as a matrix product on the CPU: 1 x 1 convolutions, and those with many channels and small
+//! maps.
 //!
-//! A 1 x 1 convolution is a product already. A larger kernel first copies what
-//! each output sees into a column; that pays where pictures are so small that the
-//! padding of `convolution.rs` would be most of the work. Products run on one
-//! thread each: work is split by groups of images, or by outputs for the weight's
-//! gradient, so results do not depend on the number of threads.
+//! A 1 x 1 convolution is a matrix product. For a larger kernel the inputs of each output are first copied
+//! into a column (im2col); that pays for maps so small that the padding of `convolution.rs` would be most of
+//! the work. Each product runs on one thread: work is divided by groups of images, or by outputs for the
+//! weight gradient, so results do not depend on the number of threads.
 
 use gemm::{Parallelism, gemm};
 
 use super::buffer::written;
 use super::convolution::{Geometry, zeroed};
 
-/// Columns of a product; small pictures are put together to come to as many.
+/// Columns that a product should have; several small images share one product.
 const COLUMNS: usize = 256;
 
-/// Channels from which a product pays for kernels larger than 1 x 1, and the largest output that it pays for.
+/// Fewest input channels (WIDE) and most output positions (SMALL) for which kernels larger than 1 x 1 use a product.
 const WIDE: usize = 256;
 const SMALL: usize = 64;
 
-/// Tasks of the weight's gradient.
+/// Number of tasks of the weight gradient.
 const TASKS: usize = 16;
 
-/// Whether a convolution is computed here.
+/// Whether this module computes the convolution.
 pub fn fits(g: &Geometry) -> bool {
     is_pointwise(g) || (g.channels_in >= WIDE && g.output().iter().product::<usize>() <= SMALL)
 }
@@ -34,7 +34,7 @@ fn area(g: &Geometry) -> usize {
     g.output().iter().product()
 }
 
-/// What an output sees: rows of the matrix of patches.
+/// Inputs of an output: the number of rows of the matrix of patches.
 fn rows(g: &Geometry) -> usize {
     g.channels_in * g.kernel * g.kernel
 }
@@ -43,7 +43,7 @@ fn together(g: &Geometry) -> usize {
     (COLUMNS / area(g)).clamp(1, g.images.max(1))
 }
 
-/// Buffers a thread keeps between groups.
+/// Buffers that a thread reuses.
 #[derive(Default)]
 struct Scratch {
     patches: Vec<f32>,
@@ -120,7 +120,7 @@ pub fn weight_gradient(g: &Geometry, input: &[f32], output_gradient: &[f32]) -> 
     })
 }
 
-/// The planes of one channel, image beside image.
+/// Copies the planes of one channel of all images to `to`, one after the other.
 fn beside(images: &[f32], (length, area): (usize, usize), channel: usize, to: &mut [f32]) {
     for (image, to) in images.chunks_exact(length).zip(to.chunks_exact_mut(area)) {
         to.copy_from_slice(&image[channel * area..][..area]);
@@ -135,7 +135,7 @@ fn within(g: &Geometry, row: usize, mut run: impl FnMut(usize, usize, usize, usi
     let ([height, width], [out_height, out_width]) = (g.input, g.output());
     let [[above, _], [left, _]] = g.padding;
     let first = left.saturating_sub(tap_x).div_ceil(g.stride);
-    // Output columns whose tap lies left of the input's end.
+    // One past the last output column whose tap is inside the input.
     let end = (width + left).saturating_sub(tap_x).div_ceil(g.stride).min(out_width);
     if first >= end {
         return;
@@ -148,7 +148,7 @@ fn within(g: &Geometry, row: usize, mut run: impl FnMut(usize, usize, usize, usi
     }
 }
 
-/// One row of the patches: what every output sees through one tap of one channel.
+/// Writes one row of the matrix of patches: the input of every output for one tap of one channel.
 fn gather(g: &Geometry, input: &[f32], row: usize, to: &mut [f32]) {
     let (area, [_, out_width], [height, width]) = (area(g), g.output(), g.input);
     let channel = row / (g.kernel * g.kernel);
@@ -166,7 +166,7 @@ fn gather(g: &Geometry, input: &[f32], row: usize, to: &mut [f32]) {
     }
 }
 
-/// Adds one row of the patches' gradient to the input's.
+/// Adds one row of the gradient of the patches to the input gradient.
 fn scatter(g: &Geometry, patches: &[f32], row: usize, gradient: &mut [f32]) {
     let (area, [_, out_width], [height, width]) = (area(g), g.output(), g.input);
     let channel = row / (g.kernel * g.kernel);
@@ -180,7 +180,7 @@ fn scatter(g: &Geometry, patches: &[f32], row: usize, gradient: &mut [f32]) {
     }
 }
 
-/// Values row by row; `transposed` reads them column by column.
+/// A row-major matrix; with `transposed`, its transpose.
 #[derive(Clone, Copy)]
 struct Matrix<'a> {
     values: &'a [f32],
@@ -196,12 +196,12 @@ impl Matrix<'_> {
     }
 }
 
-/// `out = a b`, `[m, k]` by `[k, n]`, on this thread.
+/// `out = a b` with a `[m, k]` and b `[k, n]`, on the calling thread.
 fn multiply([m, k, n]: [usize; 3], a: Matrix<'_>, b: Matrix<'_>, out: &mut [f32]) {
     assert!(a.values.len() == m * k && b.values.len() == k * n && out.len() == m * n);
     let ((a_column, a_row), (b_column, b_row)) = (a.strides(), b.strides());
     let (lhs, rhs, to) = (a.values.as_ptr(), b.values.as_ptr(), out.as_mut_ptr());
-    // SAFETY: the lengths are those of the matrices, by the assertion; strides lead through each once.
+    // SAFETY: the assertion checks the lengths, and the strides stay within them.
     unsafe {
         gemm(
             m,

@@ -1,17 +1,17 @@
-//! The network's heavy operations, as an extension of Burn's backends.
+//! The network's expensive operations, as an extension of Burn's backends.
 //!
-//! They are written by hand in f32 for the CPU backend, where Burn's own are several times slower than PyTorch's, and for the
-//! GPU backend, where those are direct convolutions unless it times others. Gradients are written out, since the macro does
-//! not derive them.
+//! They replace Burn's own, which on the CPU are several times slower than PyTorch's, and on the GPU are
+//! direct convolutions unless autotuning is enabled. All are in f32. Gradients are implemented explicitly,
+//! since the extension macro does not derive them.
 //!
 //! | file | operations |
 //! | --- | --- |
 //! | `convolution.rs`, `matrix.rs`, `depthwise.rs` | convolution and its two gradients |
 //! | `normalisation.rs` | batch normalisation + activation, residual sum + ReLU |
-//! | `buffer.rs` | what both write their results into |
-//! | `differentiation.rs` | the same under autodiff |
+//! | `buffer.rs` | result buffers of both |
+//! | `differentiation.rs` | the operations under autodiff |
 //! | `flex.rs` | Burn's CPU backend with the operations above |
-//! | `cube/` | Burn's GPU backend with kernels of its own |
+//! | `cube/` | Burn's GPU backend with own kernels |
 
 pub mod buffer;
 mod convolution;
@@ -40,15 +40,15 @@ pub fn convolution(input: Tensor<4>, weight: Tensor<4>, options: ConvolutionOpti
     ))
 }
 
-/// Mean and biased variance of every channel of `[N, C, H, W]`, as `[2, C]`; no gradient runs through.
+/// Mean and biased variance of every channel of `[N, C, H, W]`, as `[2, C]`, detached from the gradient.
 pub fn batch_statistics(input: Tensor<4>) -> Tensor<2> {
     Tensor::from_dispatch(<Dispatch as LayerOps>::batch_statistics(input.detach().into_dispatch()))
 }
 
 /// Normalises every channel by `statistics` (`[2, C]`: mean, variance), then scales, shifts and activates.
 ///
-/// With `from_batch`, the statistics are taken to be those of `input`, and the
-/// gradient accounts for it; otherwise they are constants.
+/// With `from_batch` the statistics must be those of `input`, and the gradient depends on them; otherwise
+/// they are constants.
 pub fn normalise(
     input: Tensor<4>,
     statistics: Tensor<2>,
@@ -73,11 +73,11 @@ pub fn add_relu(a: Tensor<4>, b: Tensor<4>) -> Tensor<4> {
 /// Options of [`convolution`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ConvolutionOptions {
-    /// Step between output positions.
+    /// Input positions from one output position to the next.
     pub stride: usize,
-    /// Zeros before and behind: of the height, of the width.
+    /// Zeros before and after the height, and before and after the width.
     pub padding: [[usize; 2]; 2],
-    /// Whether every channel has a kernel of its own and sees no other.
+    /// Whether each channel is convolved with its own kernel only.
     pub depthwise: bool,
 }
 
@@ -98,7 +98,7 @@ impl ConvolutionOptions {
     }
 }
 
-/// What follows a normalisation.
+/// Activation after a normalisation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
     /// Nothing.
@@ -110,7 +110,7 @@ pub enum Activation {
 }
 
 impl Activation {
-    /// What results are cut to; a gradient runs through within.
+    /// Range that outputs are clamped to; the gradient is passed on strictly inside it.
     #[must_use]
     pub fn range(self) -> [f32; 2] {
         match self {
@@ -126,7 +126,7 @@ impl Activation {
 pub struct NormaliseOptions {
     /// Added to the variance.
     pub epsilon: f32,
-    /// What follows.
+    /// The activation after the normalisation.
     pub activation: Activation,
     /// Whether the statistics are the batch's own.
     pub from_batch: bool,

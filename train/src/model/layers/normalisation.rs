@@ -1,8 +1,7 @@
-//! Batch normalisation joined with its activation, and the residual sum joined with ReLU, on the CPU.
+//! Batch normalisation fused with its activation, and the residual sum fused with ReLU, on the CPU.
 //!
-//! A chain of separate operations would read and write every activation once
-//! an operation; these passes touch it once forward and twice backward. Sums
-//! run over whole planes in f32 and across planes in f64, in a fixed order.
+//! Separate operations would each read and write every activation; these passes read it once forward and
+//! twice backward. Sums are in f32 within a plane and in f64 across planes, in a fixed order.
 
 use pulp::Arch;
 use rayon::prelude::*;
@@ -10,7 +9,7 @@ use rayon::prelude::*;
 use super::Activation;
 use super::buffer::written;
 
-/// Activations `[N, C, H, W]` seen as planes of H * W.
+/// Activations `[N, C, H, W]` as planes of H * W floats.
 #[derive(Debug, Clone, Copy)]
 pub struct Planes {
     /// Channels, C.
@@ -31,7 +30,7 @@ impl Planes {
     }
 }
 
-/// What the affine part of a normalisation does in one channel: `y = scale * x + shift`.
+/// The affine map of a normalisation in one channel: `y = scale * x + shift`.
 #[derive(Debug, Clone, Copy)]
 struct Affine {
     scale: f32,
@@ -51,9 +50,9 @@ pub struct Normalisation<'a> {
     pub beta: &'a [f32],
     /// Added to the variance.
     pub epsilon: f32,
-    /// What follows.
+    /// The activation after the normalisation.
     pub activation: Activation,
-    /// Whether the statistics are the batch's own, so that a gradient runs through them.
+    /// Whether the statistics are the batch's own, so that the gradient depends on them.
     pub from_batch: bool,
 }
 
@@ -68,10 +67,10 @@ impl Normalisation<'_> {
     }
 }
 
-/// Lanes of a sum, whatever the instruction set: two registers of AVX2.
+/// Lanes of a sum, the same for all instruction sets: two registers of AVX2.
 const LANES: usize = 16;
 
-/// Sums of `terms(x, y)` over two planes. In one run for all sums: the planes are read once.
+/// Sums of `terms(x, y)` over two planes, all in one pass.
 #[inline(always)]
 fn sums<const SUMS: usize>(x: &[f32], y: &[f32], terms: impl Fn(f32, f32) -> [f32; SUMS]) -> [f64; SUMS] {
     let mut lanes = [[0.0f32; LANES]; SUMS];
@@ -91,7 +90,7 @@ fn sums<const SUMS: usize>(x: &[f32], y: &[f32], terms: impl Fn(f32, f32) -> [f3
     std::array::from_fn(|s| lanes[s].iter().map(|&sum| f64::from(sum)).sum::<f64>() + f64::from(rest[s]))
 }
 
-/// The sum of `term(x)` over planes, compiled for the processor at hand.
+/// The sum of `term(x)` over planes, with the instruction set of this processor.
 fn sum<'a>(planes: impl Iterator<Item = &'a [f32]>, term: impl Fn(f32) -> f32) -> f64 {
     let arch = Arch::new();
     planes.map(|plane| arch.dispatch(|| sums(plane, plane, |x, _| [term(x)])[0])).sum()
@@ -121,7 +120,7 @@ pub fn forward(planes: Planes, input: &[f32], n: &Normalisation<'_>) -> Vec<f32>
     })
 }
 
-/// Gradients of gamma and beta, `[2, C]`. Which outputs the activation cut is computed again from the input.
+/// Gradients of gamma and beta, `[2, C]`. Which outputs the activation clamped is recomputed from the input.
 pub fn parameter_gradient(
     planes: Planes,
     input: &[f32],
@@ -151,7 +150,7 @@ pub fn parameter_gradient(
     [gamma, beta].concat()
 }
 
-/// dL/d(input) from dL/d(output) and what [`parameter_gradient`] returned.
+/// dL/d(input) from dL/d(output) and the result of [`parameter_gradient`].
 pub fn input_gradient(
     planes: Planes,
     input: &[f32],
@@ -164,8 +163,8 @@ pub fn input_gradient(
     written(input.len(), planes.area, |_: &mut (), plane, gradient| {
         let channel = plane % planes.channels;
         let (affine, mean, range) = (n.affine(channel), n.mean[channel], n.activation.range());
-        // Through the batch's own statistics, the mean of the gradient and
-        // its projection on the normalised input drop out.
+        // If the statistics are the batch's, the gradient's mean and its projection on the normalised input
+        // are subtracted.
         let (mean_gradient, projection) = if n.from_batch {
             (beta[channel] / count, gamma[channel] / count * n.inverse_deviation(channel))
         } else {
@@ -180,7 +179,7 @@ pub fn input_gradient(
     })
 }
 
-/// The gradient that comes through the activation.
+/// The gradient of the activation's input: `dy` where the output is inside the range, else 0.
 #[inline(always)]
 fn passed([floor, ceiling]: [f32; 2], affine: Affine, x: f32, dy: f32) -> f32 {
     let output = affine.scale * x + affine.shift;
@@ -204,5 +203,5 @@ pub fn add_relu_gradient(output: &[f32], output_gradient: &[f32]) -> Vec<f32> {
     })
 }
 
-/// Floats a task of the elementwise passes takes.
+/// Floats in a task of the elementwise passes.
 const CHUNK: usize = 1 << 14;

@@ -5,7 +5,7 @@ use burn::backend::{Backend, backend_extension};
 
 use super::{ConvolutionOptions, NormaliseOptions};
 
-/// Heavy operations of the network. Shapes are those of the functions in the [parent module](super).
+/// Expensive operations of the network. The [parent module](super) has functions with the same names and shapes.
 #[backend_extension(Flex, Cube: cfg(feature = "cube"), Autodiff)]
 pub trait LayerOps: Backend {
     /// Convolution without bias.
@@ -18,7 +18,7 @@ pub trait LayerOps: Backend {
     /// Mean and biased variance of every channel, `[2, C]`.
     fn batch_statistics(input: FloatTensor<Self>) -> FloatTensor<Self>;
 
-    /// Batch normalisation with given statistics, and the activation.
+    /// Batch normalisation with given statistics, followed by the activation.
     fn normalise(
         input: FloatTensor<Self>,
         statistics: FloatTensor<Self>,
@@ -49,10 +49,10 @@ pub trait LayerGradients: LayerOps {
         options: ConvolutionOptions,
     ) -> FloatTensor<Self>;
 
-    /// Gradients of [`normalise`](LayerOps::normalise): of the input, `[N, C, H, W]`.
+    /// dL/d(input) of [`normalise`](LayerOps::normalise), `[N, C, H, W]`.
     ///
-    /// `parameter_gradient` is what [`normalise_parameter_gradient`](Self::normalise_parameter_gradient) returned; it is read
-    /// only where the statistics are the batch's.
+    /// `parameter_gradient` is the result of [`normalise_parameter_gradient`](Self::normalise_parameter_gradient); it is read
+    /// only if the statistics are the batch's.
     fn normalise_input_gradient(
         input: FloatTensor<Self>,
         statistics: FloatTensor<Self>,
@@ -63,7 +63,7 @@ pub trait LayerGradients: LayerOps {
         options: NormaliseOptions,
     ) -> FloatTensor<Self>;
 
-    /// Gradients of [`normalise`](LayerOps::normalise): of gamma and beta, as `[2, C]`.
+    /// Gradients of [`normalise`](LayerOps::normalise) with respect to gamma and beta, as `[2, C]`.
     fn normalise_parameter_gradient(
         input: FloatTensor<Self>,
         statistics: FloatTensor<Self>,

@@ -1,4 +1,4 @@
-//! Named tensors and metadata as a safetensors file; the same contents give the same bytes.
+//! Named tensors and metadata as a safetensors file. The same contents give the same bytes.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -10,7 +10,7 @@ use ddtas_io::tensors::{self, Dtype, TensorFile};
 
 use crate::{Error, Result};
 
-/// What a safetensors file holds, in memory.
+/// Contents of a safetensors file, in memory.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub(in crate::train) struct Archive {
     /// The metadata.
@@ -27,7 +27,7 @@ pub(in crate::train) struct Entry {
 }
 
 impl Entry {
-    /// A tensor of Burn's, and its name; the reason if it cannot be had.
+    /// Name and contents of a tensor of Burn; an error message if it cannot be read or is not f32.
     pub fn of(tensor: Tensor) -> std::result::Result<(String, Self), String> {
         let (name, dtype, shape, _, bytes) = tensor.into_parts().map_err(|error| error.to_string())?;
         if dtype != DType::F32 {
@@ -37,13 +37,13 @@ impl Entry {
         Ok((name, Self { dtype: Dtype::F32, shape, bytes: bytes.to_vec() }))
     }
 
-    /// A tensor of Burn's, of f32.
+    /// Converts the entry to a tensor of Burn, of f32.
     pub fn named(self, name: String, parameter: Option<u64>) -> Tensor {
         Tensor::new(name, DType::F32, self.shape, parameter, Bytes::from_bytes_vec(self.bytes))
     }
 }
 
-/// A number that an archive can hold.
+/// A type of numbers that an archive can contain.
 pub(in crate::train) trait Number: bytemuck::Pod {
     const DTYPE: Dtype;
 }
@@ -82,7 +82,7 @@ impl Archive {
         tensors::to_bytes(&self.facts, tensors.collect())
     }
 
-    /// Writes it, replacing what is there only once the new file is complete.
+    /// Writes the file atomically.
     pub fn write(&self, path: &Path) -> Result<()> {
         Ok(write_atomic(path, &self.to_bytes().map_err(|reason| Error::format(path, reason))?)?)
     }
@@ -92,7 +92,7 @@ impl Archive {
         self.tensors.keys().map(String::as_str)
     }
 
-    /// A tensor.
+    /// The tensor `name`.
     pub fn get(&self, name: &str) -> Option<&Entry> {
         self.tensors.get(name)
     }
@@ -102,19 +102,19 @@ impl Archive {
         self.tensors.insert(name.into(), entry);
     }
 
-    /// Adds a tensor of numbers, whose shape must fit them.
+    /// Adds a tensor of numbers; `shape` must fit their count.
     pub fn put_numbers<T: Number>(&mut self, name: impl Into<String>, shape: &[usize], values: &[T]) {
         let bytes = bytemuck::cast_slice(values).to_vec();
         self.put(name, Entry { dtype: T::DTYPE, shape: shape.to_vec(), bytes });
     }
 
-    /// Takes a tensor of numbers out: its shape and values. `None` if it is missing or of another type.
+    /// Removes a tensor of numbers and returns its shape and values; `None` if it is missing or of another type.
     pub fn take_numbers<T: Number>(&mut self, name: &str) -> Option<(Vec<usize>, Vec<T>)> {
         let entry = self.tensors.remove(name).filter(|entry| entry.dtype == T::DTYPE)?;
         Some((entry.shape, bytemuck::pod_collect_to_vec(&entry.bytes)))
     }
 
-    /// Takes out every tensor whose name begins with `prefix`, which is cut off.
+    /// Removes and returns every tensor whose name begins with `prefix`, with the names after the prefix.
     pub fn take_all(&mut self, prefix: &str) -> Vec<(String, Entry)> {
         let named: Vec<String> =
             self.tensors.keys().filter(|name| name.starts_with(prefix)).cloned().collect();

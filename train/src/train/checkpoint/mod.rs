@@ -1,4 +1,4 @@
-//! Checkpoints: the network's weights and running statistics as safetensors, and what a run keeps beside them.
+//! Checkpoints: the network's weights and running statistics as safetensors, and the state of a run.
 //!
 //! | file | what |
 //! | --- | --- |
@@ -28,7 +28,7 @@ pub const IMAGE_SIZE: &str = "ddtas.image-size";
 /// Key of the threshold generator's state.
 pub const GENERATOR: &str = "ddtas.generator";
 
-/// Writes `network` to `path`; an existing file is replaced only once the new one is complete.
+/// Writes `network` to `path` atomically.
 ///
 /// # Errors
 /// [`Io`](ddtas_io::Error::Io) if the file cannot be written.
@@ -54,7 +54,7 @@ pub(super) fn weights(
     Ok(archive)
 }
 
-/// The network's weights and running statistics alone, by their names in files.
+/// Only the network's weights and running statistics, by their names in files.
 pub(super) fn tensors(network: &EmbeddingNetwork) -> std::result::Result<Archive, String> {
     let mut archive = Archive::default();
     archive.facts.extend(SafetensorsStore::default_metadata());
@@ -65,8 +65,8 @@ pub(super) fn tensors(network: &EmbeddingNetwork) -> std::result::Result<Archive
     Ok(archive)
 }
 
-/// `network` with the weights and running statistics of `stored`; the reason in one line if they do not fit. What a run keeps
-/// beside the weights stays behind.
+/// `network` with the weights and running statistics of `stored`, or a reason in one line why they do not
+/// fit. Other tensors of a run's checkpoint are ignored.
 pub(super) fn filled(
     mut network: EmbeddingNetwork,
     stored: &Archive,
@@ -88,7 +88,7 @@ pub(super) fn filled(
     }
 }
 
-/// A checkpoint's file, read once.
+/// The contents of a checkpoint file.
 pub struct Checkpoint {
     path: PathBuf,
     length: usize,
@@ -114,7 +114,7 @@ impl Checkpoint {
         Self::parse(path, &std::fs::read(path).map_err(Error::io("read", path))?)
     }
 
-    /// Takes the bytes of the file `path`.
+    /// Parses the bytes of the file `path`.
     ///
     /// # Errors
     /// [`Format`](ddtas_io::Error::Format) if they are no safetensors file.
@@ -124,13 +124,13 @@ impl Checkpoint {
         Ok(Self { path: path.to_path_buf(), length, sum, archive })
     }
 
-    /// Where it lies.
+    /// Path of the file.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// CRC-32 of the file, which identifies a checkpoint.
+    /// Identifies the checkpoint: the CRC-32 of the file, in hexadecimal.
     #[must_use]
     pub fn fingerprint(&self) -> String {
         format!("{:08x}", self.sum)
@@ -155,19 +155,19 @@ impl Checkpoint {
         Ok(shape)
     }
 
-    /// Side of the pictures that the network was trained on; `None` in checkpoints that do not hold it.
+    /// Side of the pictures that the network was trained on; `None` if the checkpoint does not contain it.
     ///
     /// # Errors
-    /// [`Format`](ddtas_io::Error::Format) if it holds something else than a number.
+    /// [`Format`](ddtas_io::Error::Format) if the value is not a number.
     pub fn image_size(&self) -> Result<Option<usize>> {
         let Some(text) = self.archive.facts.get(IMAGE_SIZE) else { return Ok(None) };
         text.parse().map(Some).map_err(|_| self.bad(format!("unknown size of pictures: {text}")))
     }
 
-    /// State of the threshold generator, for one of these `settings`.
+    /// State of a threshold generator with these `settings`.
     ///
     /// # Errors
-    /// [`Format`](ddtas_io::Error::Format) if it holds none, or one that other settings made.
+    /// [`Format`](ddtas_io::Error::Format) if there is none, or one of other settings.
     pub fn thresholds(&self, settings: &GeneratorSettings) -> Result<Thresholds> {
         let text = self.fact(GENERATOR, "holds no generator state: its run had --generator off")?;
         let state: Thresholds = serde_json::from_str(text)
@@ -176,7 +176,7 @@ impl Checkpoint {
         Ok(state)
     }
 
-    /// Fills `network`.
+    /// `network` with the weights of the checkpoint.
     ///
     /// # Errors
     /// [`Format`](ddtas_io::Error::Format) if the weights do not fit it.
@@ -185,12 +185,12 @@ impl Checkpoint {
             .map_err(|reason| self.bad(format!("does not fit the network: {reason}")))
     }
 
-    /// What the metadata say of `key`; `missing` is the reason of the error where they say nothing.
+    /// The metadata value of `key`; `missing` is the reason in the error if there is none.
     pub(super) fn fact(&self, key: &str, missing: &str) -> Result<&str> {
         self.archive.facts.get(key).map(String::as_str).ok_or_else(|| self.bad(missing.into()))
     }
 
-    /// Its tensors.
+    /// Tensors and metadata.
     pub(super) fn into_archive(self) -> Archive {
         self.archive
     }

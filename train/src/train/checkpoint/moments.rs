@@ -1,7 +1,7 @@
-//! The optimizer's moments under the names of their weights.
+//! The optimizer's moments in a checkpoint, by the names of their weights.
 //!
-//! Burn keys them by parameter numbers that differ from process to process; a
-//! checkpoint names them `optimizer.<weight>.<moment>` instead.
+//! Burn keys them by parameter ids, which differ from process to process; a checkpoint names them
+//! `optimizer.<weight>.<moment>` instead.
 
 use std::collections::HashMap;
 
@@ -15,7 +15,7 @@ use crate::model::EmbeddingNetwork;
 
 const PREFIX: &str = "optimizer.";
 
-/// Adds the state of `optimizer`, whose weights are those of `network`.
+/// Adds the state of `optimizer`, which trains `network`, to `archive`.
 pub(in crate::train) fn put(
     archive: &mut Archive,
     optimizer: &ModuleOptimizer,
@@ -41,12 +41,12 @@ pub(in crate::train) fn put(
     Ok(())
 }
 
-/// Whether `archive` holds the state of an optimizer.
+/// Whether `archive` contains the state of an optimizer.
 pub(in crate::train) fn are_in(archive: &Archive) -> bool {
     archive.names().any(|name| name.starts_with(PREFIX))
 }
 
-/// `optimizer` with the state that was put into `archive`, for the weights of `network`.
+/// `optimizer` with the state from `archive`, for the weights of `network`.
 pub(in crate::train) fn take(
     archive: &mut Archive,
     optimizer: ModuleOptimizer,
@@ -54,7 +54,7 @@ pub(in crate::train) fn take(
 ) -> Result<ModuleOptimizer, String> {
     let mut tensors = Vec::new();
     let mut scalars = Vec::new();
-    // Each weight that has been trained so far has the same state; of `--head-steps` the backbone's come later.
+    // All weights trained so far have the same moments; during `--head-steps` the backbone's have none yet.
     let mut wanted: Option<Vec<String>> = None;
     for (name, number, shape) in weights(network) {
         let state = archive.take_all(&format!("{PREFIX}{name}."));
@@ -90,7 +90,7 @@ pub(in crate::train) fn take(
     optimizer.from_bytes(bytes).map_err(|error| error.to_string())
 }
 
-/// What is wrong with a part of the state of a weight of this `shape`: Burn takes it as it is.
+/// Checks one part of the state of a weight of this `shape`, since Burn does not.
 fn check(leaf: &str, entry: &Entry, shape: &[usize]) -> Result<(), String> {
     let wanted = if entry.dtype == Dtype::F32 { shape } else { &[1] };
     if entry.shape != wanted {
@@ -102,7 +102,7 @@ fn check(leaf: &str, entry: &Entry, shape: &[usize]) -> Result<(), String> {
     Ok(())
 }
 
-/// Name, Burn's number and shape of each weight.
+/// Name, parameter id and shape of each weight.
 fn weights(network: &EmbeddingNetwork) -> impl Iterator<Item = (String, u64, Vec<usize>)> + use<'_> {
     network.collect(None, None, true).into_iter().filter_map(|tensor| {
         let shape = tensor.shape.iter().copied().collect();

@@ -13,30 +13,30 @@ use crate::train::RunFolder;
 use crate::train::records::{self, EvaluationRecord, Record, StepRecord};
 use crate::{Error, Result};
 
-/// Contents of a report that metrics.jsonl and config.toml do not hold: report.json, written at the end of a run.
+/// Contents of report.json, written at the end of a run: what metrics.jsonl and config.toml lack for a report.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Findings {
     /// Name of the data set.
     pub dataset: String,
-    /// Classes and pictures that trained.
+    /// Classes and pictures of the training split.
     pub train: Extent,
-    /// Classes and pictures that tested.
+    /// Classes and pictures of the test split.
     pub test: Extent,
-    /// Whether test classes are among those that trained.
+    /// Whether test classes are also training classes.
     #[serde(default)]
     pub seen: bool,
-    /// Recall to compare with: of raw pixels, of other runs.
+    /// Recall for comparison, of raw pixels and of other runs.
     pub baselines: Vec<Baseline>,
     /// Seconds of training, without evaluations.
     pub training_seconds: f64,
-    /// Test pictures and what the best network finds for them.
+    /// Test pictures and their nearest neighbours by the best network.
     pub queries: Vec<Query>,
 }
 
-/// Recall@K of something to compare with.
+/// Recall@K for comparison.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Baseline {
-    /// As the table names it: `raw pixels`.
+    /// Name in the table, such as `raw pixels`.
     pub name: String,
     /// K and Recall@K, ascending in K, in 0 to 1.
     pub recall: Vec<(usize, f64)>,
@@ -59,7 +59,7 @@ impl Findings {
         Ok(())
     }
 
-    /// Reads report.json; `None` where there is none yet, because the run goes on or was killed.
+    /// Reads report.json; `None` if there is none yet, because the run has not finished or was killed.
     ///
     /// # Errors
     /// [`Io`](ddtas_io::Error::Io); [`Format`](ddtas_io::Error::Format) if it is something else.
@@ -74,7 +74,7 @@ impl Findings {
     }
 }
 
-/// All that a report shows.
+/// All data of a report.
 pub(super) struct Report {
     pub name: String,
     pub settings: toml::Table,
@@ -85,7 +85,7 @@ pub(super) struct Report {
 }
 
 impl Report {
-    /// Whether the run began from a file, by the setting `init` or `weights`.
+    /// Whether the run started from a file, given by `setting`: `init` or `weights`.
     pub fn begins_with(&self, setting: &str) -> bool {
         self.settings.contains_key(setting)
     }

@@ -1,4 +1,4 @@
-//! The page.
+//! The HTML of a report.
 
 use super::findings::Report;
 use super::plots;
@@ -8,7 +8,7 @@ use crate::train::records::EvaluationRecord;
 use crate::train::settings::before_training;
 use ddtas_io::console::counted_as;
 
-/// The whole page; everything that came from outside is escaped.
+/// The whole page; all external text is escaped.
 pub(super) fn page(report: &Report) -> Result<String, String> {
     let title = match &report.findings {
         Some(findings) => format!("{} on {}", report.name, findings.dataset),
@@ -91,7 +91,7 @@ fn heading(body: &mut String, report: &Report, title: &str) {
 fn first_and_best(report: &Report) -> Option<(&EvaluationRecord, &EvaluationRecord)> {
     let at_1 = |e: &EvaluationRecord| e.recall.first().map_or(0.0, |r| r.1);
     let first = report.evaluations.first()?;
-    // Of equals the earliest, as the checkpoint is.
+    // Of equal evaluations the earliest, like the best checkpoint.
     let best = report.evaluations.iter().rev().max_by(|a, b| at_1(a).total_cmp(&at_1(b)))?;
     Some((first, best))
 }
@@ -140,7 +140,7 @@ fn recall_table(body: &mut String, report: &Report) {
     push(body, "</section>");
 }
 
-/// A row of the table: its name, Recall@K, and R-precision and MAP@R where they are known.
+/// A row of the table: name, Recall@K, and R-precision and MAP@R if known.
 struct Row<'a> {
     name: String,
     recall: &'a [(usize, f64)],

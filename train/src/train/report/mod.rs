@@ -1,8 +1,7 @@
-//! report.html of a run folder, one file that loads nothing.
+//! report.html of a run folder, a single file without external resources.
 //!
-//! The run leaves config.toml, metrics.jsonl and report.json ([`Findings`]); [`write()`]
-//! turns them into report.html, at the end of a run or any time later. neighbours.png
-//! is the strip of queries alone, for a README.
+//! [`write()`] makes it of config.toml, metrics.jsonl and report.json ([`Findings`]), at the end of a run or
+//! any time later. neighbours.png contains only the queries and their neighbours, for a README.
 
 mod findings;
 mod html;
@@ -21,11 +20,11 @@ pub use strip::{Answer, Query, queries};
 
 /// Writes report.html from the files of a run folder, and returns its path.
 ///
-/// The report of an interrupted run shows what there is.
+/// The report of an interrupted run shows the available data.
 ///
 /// # Errors
-/// [`Io`](ddtas_io::Error::Io) if a file is missing or cannot be written; [`Format`](ddtas_io::Error::Format) if one is
-/// not what it should be.
+/// [`Io`](ddtas_io::Error::Io) if a file is missing or cannot be written; [`Format`](ddtas_io::Error::Format)
+/// if one is malformed.
 pub fn write(folder: &Path) -> Result<PathBuf> {
     let report = Report::read(folder)?;
     let path = folder.join("report.html");

@@ -7,20 +7,20 @@ use crate::train::PairLoss;
 use crate::train::records::{EvaluationRecord, StepRecord};
 use crate::train::settings::TrainSettings;
 
-/// As wide as a phone shows it, so that its text can be read there.
+/// Size of a plot, as wide as a phone's screen, so that its text is legible there.
 const SIZE: (u32, u32) = (340, 225);
 
 /// A plot with its heading.
 pub(super) struct Plot {
     pub title: &'static str,
-    /// A sentence that says how to read it.
+    /// A sentence that explains the plot.
     pub note: String,
     /// Colour (CSS) and name of each line.
     pub legend: Vec<(String, String)>,
     pub svg: String,
 }
 
-/// What a plot shows.
+/// Contents of a plot.
 struct Drawing {
     title: &'static str,
     note: String,
@@ -28,9 +28,9 @@ struct Drawing {
     lines: Vec<Line>,
 }
 
-/// The plots of a run, and a line of text in place of each plot whose lines never change; those without data are left out.
+/// The plots of a run, and a line of text in place of each plot whose lines are constant. Plots without data are left out.
 pub(super) fn plots(report: &Report) -> Result<(Vec<Plot>, Vec<String>), String> {
-    // None where another version of the program wrote them.
+    // None if another version of the program wrote them.
     let settings: Option<TrainSettings> = report.settings.clone().try_into().ok();
     let has_lambda = settings.as_ref().is_none_or(|settings| settings.loss == PairLoss::SoftContrastive);
     let drawn = drawings(report, has_lambda);
@@ -43,7 +43,7 @@ pub(super) fn plots(report: &Report) -> Result<(Vec<Plot>, Vec<String>), String>
         format!("{title}: {}", values.join(", "))
     });
     let flat = flat.collect();
-    // One axis for all plots: what stands above each other happened at the same time.
+    // All plots have the same axis of steps.
     let of_steps = report.steps.last().map_or(1, |step| step.step + 1);
     let last = report.evaluations.last().map_or(of_steps, |evaluation| evaluation.step.max(of_steps)) as f64;
     let steps = -(report.rehearsal.len() as f64)..last;
@@ -63,7 +63,7 @@ pub(super) fn plots(report: &Report) -> Result<(Vec<Plot>, Vec<String>), String>
     Ok((plots, flat))
 }
 
-/// All that a run may show; where its loss has no lambda, that is a margin.
+/// All plots of a run; if its loss has no lambda, that of lambda shows the margin.
 fn drawings(report: &Report, has_lambda: bool) -> Vec<Drawing> {
     let steps = |name: &str, noisy, value: &dyn Fn(&StepRecord) -> Option<f64>| {
         let finite = |step: &StepRecord| value(step).filter(|v| v.is_finite()).map(|v| (step.step as f64, v));
@@ -74,7 +74,7 @@ fn drawings(report: &Report, has_lambda: bool) -> Vec<Drawing> {
             is_marked: false,
         }
     };
-    // Before the run's own steps, those of the rehearsal that found its lambda.
+    // The steps of the rehearsal precede those of the run, with negative numbers.
     let thresholds = |name: &str, value: fn(&StepRecord) -> f64| {
         let first = -(report.rehearsal.len() as f64);
         let rehearsed =
@@ -153,16 +153,16 @@ fn drawings(report: &Report, has_lambda: bool) -> Vec<Drawing> {
     ]
 }
 
-/// Title of the one plot that has the steps of the rehearsal as well.
+/// Title of the plot that also shows the rehearsal.
 const LAMBDA: &str = "Loss thresholds";
 
-/// Whether a line never changes.
+/// Whether a line is constant.
 fn is_flat(line: &Line) -> bool {
     let first = line.points.first().map_or(0.0, |point| point.1);
     line.points.iter().all(|point| (point.1 - first).abs() <= 1e-9 * first.abs())
 }
 
-/// The end of the warm-up and the step from which the memory is filled, where they are within the run.
+/// The end of the warm-up and the start of the memory, if they are within the run.
 fn marks(settings: &TrainSettings) -> Vec<(f64, String)> {
     let warm_up = settings.warm_up_steps();
     let memory = (settings.memory_size > 0).then(|| settings.memory_start_step());
@@ -184,7 +184,7 @@ fn draw(
     let values = || lines.iter().flat_map(|line| line.points.iter().copied());
     let (low, high) = values().fold((f64::MAX, f64::MIN), |(l, h), (_, y)| (l.min(y), h.max(y)));
     let whole = |value: &f64| format!("{value:.0}");
-    // A line that never moves still needs room around it.
+    // A constant line needs room around it, too.
     let room = ((high - low) * 0.08).max(high.abs() * 0.04).max(1e-9);
     let from = if low >= 0.0 && low < 0.35 * high { 0.0 } else { low - room };
     let linear = from..high + room;
@@ -199,7 +199,7 @@ fn draw(
     chart::svg(&[chart], SIZE, Ground::Page)
 }
 
-/// A number with three significant digits or so, without trailing zeros.
+/// A number with about three significant digits, without trailing zeros.
 fn short(value: &f64) -> String {
     if *value != 0.0 && value.abs() < 1e-3 {
         return format!("{value:.1e}");

@@ -1,4 +1,4 @@
-//! Queries and their nearest neighbours, those of the query's class marked.
+//! Queries and their nearest neighbours, with those of the query's class marked.
 
 use image::{Rgb, RgbImage, imageops};
 use serde::{Deserialize, Serialize};
@@ -11,10 +11,10 @@ use crate::{Error, Result};
 
 /// Side of a thumbnail in pixels.
 const THUMBNAIL: usize = 96;
-/// Width of the frame that says right or wrong.
+/// Width of the frame that marks an answer as right or wrong.
 const FRAME: u32 = 5;
 const GAP: u32 = 8;
-/// Lines of text: above the columns, and below each picture two for the class and one for the similarity.
+/// Height of a line of text: one above the columns; below each picture two for the class and one for the similarity.
 const LINE: u32 = LETTER + 2;
 const CAPTION: u32 = 3 * LINE;
 pub(super) const RIGHT: [u8; 3] = [34, 160, 84];
@@ -27,7 +27,7 @@ pub struct Query {
     pub class: String,
     /// The picture as PNG, base64.
     pub png: String,
-    /// What was found.
+    /// Its nearest neighbours.
     pub answers: Vec<Answer>,
 }
 
@@ -36,7 +36,7 @@ pub struct Query {
 pub struct Answer {
     /// Name of its class.
     pub class: String,
-    /// Whether that is the query's class.
+    /// Whether it is the query's class.
     pub right: bool,
     /// Cosine similarity to the query.
     pub similarity: f32,
@@ -44,8 +44,8 @@ pub struct Answer {
     pub png: String,
 }
 
-/// The queries `shown` of `split` with their neighbours in `searched`, which is the same or its gallery; and all of them as
-/// one picture, a row each: the query on the left, its neighbours in frames, classes and similarities below.
+/// The queries `shown` of `split` with their neighbours in `searched`, which is the same split or its gallery; and one
+/// picture of all: a row for each query, with the query on the left, its neighbours in frames, and captions below.
 ///
 /// # Errors
 /// [`Error::Image`] if a picture can no longer be read; [`Error::Dataset`] if the splits are not those chosen from.
@@ -75,7 +75,7 @@ pub fn queries(split: &Split, searched: &Split, shown: &[Shown]) -> Result<(Vec<
     Ok((queries, sheet.picture))
 }
 
-/// `text` in lines of `most` letters, broken at a space where there is one; what does not fit is left out.
+/// Breaks `text` into two lines of at most `most` letters, at a space if possible. The rest is left out.
 fn in_two_lines(text: &str, most: usize) -> [String; 2] {
     let letters: Vec<char> = text.chars().collect();
     let end = match letters.get(..=most) {
@@ -86,7 +86,7 @@ fn in_two_lines(text: &str, most: usize) -> [String; 2] {
     [first.iter().collect(), second.iter().skip_while(|letter| **letter == ' ').take(most).collect()]
 }
 
-/// The queries as one picture.
+/// The picture of all queries.
 struct Sheet {
     picture: RgbImage,
 }
@@ -135,7 +135,7 @@ impl Sheet {
         self.caption(x, row, class, &format!("{similarity:.2}"));
     }
 
-    /// The class in at most two lines, and the similarity in a line below.
+    /// Draws the class in at most two lines, and the similarity in a line below.
     fn caption(&mut self, x: u32, row: usize, class: &str, similarity: &str) {
         let [first, second] = in_two_lines(class, (Self::CELL / LETTER) as usize);
         let lines = [first, second, similarity.to_owned()].into_iter().filter(|line| !line.is_empty());
@@ -145,10 +145,10 @@ impl Sheet {
         }
     }
 
-    /// Gaps in the frame: right and wrong are told apart without their colours.
+    /// Draws gaps in the frame of a wrong answer, so that it is recognisable without colour.
     fn break_frame(&mut self, x: u32, row: usize) {
         let y = Self::y(row);
-        // Between its corners, which stay.
+        // Only between the corners.
         for along in (FRAME..Self::CELL - FRAME).filter(|along| along / (2 * FRAME) % 2 == 1) {
             for across in (0..FRAME).chain(Self::CELL - FRAME..Self::CELL) {
                 self.picture.put_pixel(x + along, y + across, Rgb([255; 3]));

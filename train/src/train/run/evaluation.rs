@@ -1,4 +1,4 @@
-//! Evaluations between steps: the network's on the test classes, and that of raw pixels to compare with.
+//! Evaluations of the network on the test classes, and of raw pixels for comparison.
 
 use std::ops::Range;
 use std::rc::Rc;
@@ -18,50 +18,50 @@ use ddtas::retrieval::{Metrics, Recall, evaluate, recall};
 /// Pictures embedded at once.
 pub const EVALUATION_CHUNK: usize = 128;
 
-/// Raw pixels are compared at this side at most: they tell no more at a larger one.
+/// Largest side at which raw pixels are compared; a larger one does not improve recall.
 const LARGEST_PIXELS: usize = 48;
-/// Multiplications that raw pixels may cost, about a minute on two cores: large sets are compared at a smaller side.
+/// Most multiplications for raw pixels, about a minute on two cores: large sets are compared at a smaller side.
 const PIXEL_PRODUCTS: f64 = 4e12;
 
-/// The test classes, at the network's size: queries, and what they are searched in.
+/// The test split and gallery, with everything needed to embed them.
 pub(super) struct Test<'a> {
     pub dataset: &'a Dataset,
     pub image_size: usize,
-    /// How the network wants its pictures.
+    /// The network's preprocessing.
     pub preprocessing: Preprocessing,
-    /// Set from outside to end the run: an evaluation is then given up.
+    /// Set from outside to end the run; an evaluation is then cancelled.
     pub stop: &'a AtomicBool,
-    /// Each embeds a share of the pictures.
+    /// The ranks; each embeds a share of the pictures.
     pub ranks: Rc<dyn Collective>,
 }
 
-/// The test classes as the network embeds them.
+/// Embeddings of the test split and gallery.
 pub(super) struct TestRows {
     queries: Embedded,
     gallery: Option<Embedded>,
 }
 
-/// The pictures that could be read, by their indices in their splits.
+/// The readable pictures, by their indices in their splits.
 pub(super) struct Readable {
     pub queries: Vec<usize>,
-    /// Of the gallery, where the set has one.
+    /// Readable pictures of the gallery, if there is one.
     pub gallery: Option<Vec<usize>>,
 }
 
 impl Readable {
-    /// On both sides.
+    /// Number of queries and gallery pictures.
     pub fn len(&self) -> usize {
         self.queries.len() + self.gallery.as_ref().map_or(0, Vec::len)
     }
 
-    /// What the indices of [`Nearest`] count.
+    /// The pictures that the indices of [`Nearest`] refer to: the gallery if there is one, else the queries.
     pub fn searched(&self) -> &[usize] {
         self.gallery.as_ref().unwrap_or(&self.queries)
     }
 }
 
 impl TestRows {
-    /// The queries, and the gallery where the set has one.
+    /// The rows of queries, and of the gallery if there is one.
     fn sides(&self) -> Result<(Rows<'_>, Option<Rows<'_>>)> {
         fn view(embedded: &Embedded) -> Result<Rows<'_>> {
             Ok(Rows::new(Embeddings::from(embedded.view()?), &embedded.labels))
@@ -74,20 +74,20 @@ impl TestRows {
         Readable { queries: self.queries.indices.clone(), gallery }
     }
 
-    /// Retrieval metrics of the test set, Recall@K for `ks`.
+    /// Retrieval metrics of the test set, with Recall@K for `ks`.
     pub fn measure(&self, backend: &mut dyn Backend, ks: &[usize]) -> Result<Metrics> {
         let (queries, gallery) = self.sides()?;
         Ok(evaluate(backend, &queries, gallery.as_ref(), ks, &mut |_, _| {})?)
     }
 
-    /// The `depth` nearest of the queries `chosen`, as rows of what is searched.
+    /// The `depth` nearest neighbours of the queries `chosen`, as rows of the gallery or queries.
     pub fn nearest(&self, backend: &mut dyn Backend, chosen: &[usize], depth: usize) -> Result<Nearest> {
         let (queries, gallery) = self.sides()?;
         let among_queries = gallery.is_none();
         let searched = gallery.unwrap_or(queries);
         let rows = self.queries.view()?.select(Axis(0), chosen);
         let labels: Vec<i64> = chosen.iter().map(|&row| queries.labels[row]).collect();
-        // One more than wanted: among the queries each finds itself as well.
+        // One more than wanted, since a query without gallery finds itself, too.
         let found = backend.nearest(&Rows::new(rows.view(), &labels), Some(&searched), depth + 1)?;
         let mut nearest = Nearest::none(chosen.len(), depth)?;
         for (row, &query) in chosen.iter().enumerate() {
@@ -103,13 +103,13 @@ impl TestRows {
 }
 
 impl Test<'_> {
-    /// Pictures on both sides.
+    /// Number of queries and gallery pictures.
     pub fn len(&self) -> usize {
         self.dataset.test.len() + self.dataset.gallery.as_ref().map_or(0, |gallery| gallery.len())
     }
 
-    /// The pictures as the network embeds them as it stands; `None` if the run is to end. `progress` assumes that all
-    /// ranks are as far as this one.
+    /// Embeds the pictures with the current network; `None` if the run was stopped. `progress` assumes that
+    /// all ranks are as far as this one.
     pub fn embed(&self, engine: &Engine, progress: &mut dyn FnMut(usize)) -> Result<Option<TestRows>> {
         let Dataset { test, gallery, .. } = self.dataset;
         let Some(queries) = self.embed_split(engine, test, progress)? else { return Ok(None) };
@@ -136,9 +136,9 @@ impl Test<'_> {
         Ok(Some(embedded))
     }
 
-    /// Recall of nearest neighbours among the pictures themselves, cut as for the network but not larger than
-    /// [`LARGEST_PIXELS`], by the cosine of their pixels less their mean, and the pictures that could be read; `None` if
-    /// the run is to end.
+    /// Recall of nearest neighbours by raw pixels, and the readable pictures; `None` if the run was stopped.
+    /// The similarity is the cosine of the pixels minus their mean, of pictures cropped as for the network
+    /// but at most [`LARGEST_PIXELS`] wide.
     pub fn recall_by_pixels(&self, backend: &mut dyn Backend) -> Result<Option<(Recall, Readable)>> {
         let Dataset { test, gallery, recall_at, .. } = self.dataset;
         let pairs = test.len() as f64 * gallery.as_ref().unwrap_or(test).len() as f64;
@@ -173,7 +173,7 @@ impl Test<'_> {
         Ok(rows)
     }
 
-    /// The pictures `range` in order, to the end or until the run is to end.
+    /// Batches of the pictures `range` in order; ends early if the run is stopped.
     fn batches(
         &self,
         split: &Arc<Split>,
@@ -206,18 +206,18 @@ impl PixelRows {
     }
 }
 
-/// Mean and deviation that pixels were normalised by.
+/// Mean and deviation of the pixels' normalisation, for each channel.
 fn channels() -> impl Iterator<Item = (f32, f32)> {
     let Preprocessing { mean, deviation, .. } = Preprocessing::default();
     mean.into_iter().zip(deviation)
 }
 
-/// Takes the mean off a picture and scales it to unit norm, so that brightness and contrast do not decide.
+/// Subtracts a picture's mean and scales it to unit norm, so that brightness and contrast have no influence.
 fn to_unit_row(picture: &mut [f32]) {
     let mean = picture.iter().map(|&value| f64::from(value)).sum::<f64>() / picture.len() as f64;
     let norm = picture.iter().map(|&value| (f64::from(value) - mean).powi(2)).sum::<f64>().sqrt();
     if norm < 1e-6 {
-        // A picture of one colour resembles no other.
+        // A picture of one colour: a constant row has similarity 0 to all rows with mean 0.
         picture.fill((picture.len() as f32).sqrt().recip());
     } else {
         picture.iter_mut().for_each(|value| *value = ((f64::from(*value) - mean) / norm) as f32);

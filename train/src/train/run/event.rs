@@ -16,20 +16,20 @@ use crate::train::settings::before_training;
 pub enum Event<'a> {
     /// The device has been opened.
     Computing {
-        /// `cpu`, `cuda:0`: where network and loss are.
+        /// Device of network and loss: `cpu`, `cuda:0`.
         device: &'a str,
-        /// Why `auto` came to the CPU, where a GPU was to be expected.
+        /// Why `auto` chose the CPU, if a GPU could be expected.
         reason: Option<&'a str>,
         /// Ranks that share each batch.
         ranks: usize,
     },
-    /// The data set is open and the run folder made.
+    /// The data set has been opened and the run folder created.
     Started {
-        /// Pictures and classes.
+        /// The data set.
         dataset: &'a Dataset,
-        /// Where the results go.
+        /// The run folder.
         folder: &'a Path,
-        /// The loss: others than DDTAS's have a margin in place of lambda.
+        /// The loss; those other than DDTAS's have a margin in place of lambda.
         loss: PairLoss,
         /// Steps in an epoch.
         steps_per_epoch: usize,
@@ -40,20 +40,20 @@ pub enum Event<'a> {
         /// Steps of that part done by an earlier process; `None` if this one began the run.
         resumed: Option<usize>,
     },
-    /// Something slow has begun, before there is a run.
+    /// Something slow has begun, before the run itself.
     Note(&'a str),
     /// Something the user should know; the run goes on.
     Warning(&'a str),
     /// A step is done.
     Step {
-        /// What happened.
+        /// The step's record.
         record: &'a StepRecord,
-        /// Pictures a second, over the last steps.
+        /// Pictures per second.
         images_per_second: f64,
     },
     /// The rehearsal is over, and the run itself begins.
     Rehearsed {
-        /// The lambda that was learned, and stays fixed.
+        /// The learned lambda, which is fixed from now on.
         lambda: Lambda,
         /// Steps of the run.
         steps: usize,
@@ -62,7 +62,7 @@ pub enum Event<'a> {
     Evaluating {
         /// Pictures embedded so far.
         done: usize,
-        /// Pictures of the test classes.
+        /// Pictures to embed.
         total: usize,
     },
     /// An evaluation is done.
@@ -75,13 +75,13 @@ pub enum Event<'a> {
 pub enum Outcome {
     /// All steps are done.
     Finished(Box<Summary>),
-    /// It was told to stop, and can be resumed from its folder.
+    /// The run was told to stop, and can be resumed from its folder.
     Stopped {
         /// The run folder.
         folder: PathBuf,
-        /// The part of the run that was under way.
+        /// The part of the run that was stopped.
         phase: Phase,
-        /// Steps of it that are done.
+        /// Steps of that part that are done.
         step: usize,
     },
     /// This rank is done; rank 0 has the run folder and the outcome.
@@ -101,11 +101,11 @@ pub struct Summary {
     /// The run folder.
     #[serde(serialize_with = "as_text")]
     pub folder: PathBuf,
-    /// Whether test classes are among those that trained.
+    /// Whether test classes are also training classes.
     pub seen: bool,
-    /// Whether it began from a checkpoint, by `--init`.
+    /// Whether the run started from a checkpoint (`--init`).
     pub continued: bool,
-    /// Whether it began from pretrained weights, by `--weights`.
+    /// Whether the run started from pretrained weights (`--weights`).
     pub pretrained: bool,
     /// Recall of nearest neighbours by raw pixels.
     pub pixels: Recall,
@@ -113,7 +113,7 @@ pub struct Summary {
     pub before: Recall,
     /// Recall of the best checkpoint.
     pub best: Recall,
-    /// Steps the best checkpoint was trained.
+    /// Number of training steps of the best checkpoint.
     pub best_step: usize,
     /// Recall after the last step.
     pub after: Recall,
@@ -121,20 +121,20 @@ pub struct Summary {
     pub steps: usize,
     /// Seed of the run.
     pub seed: u64,
-    /// Steps without a mined pair, which changed no weight.
+    /// Steps without mined pairs, which did not change the weights.
     pub steps_without_pairs: usize,
-    /// How often an unreadable training picture was replaced by another of its class.
+    /// Number of times an unreadable training picture was replaced by another of its class.
     pub replaced: usize,
     /// Unreadable pictures left out of the evaluation.
     pub skipped: usize,
     /// Seconds of training, without evaluations.
     pub training_seconds: f64,
-    /// Seconds in all, earlier processes of a resumed run included.
+    /// Seconds in all, including earlier processes of a resumed run.
     pub total_seconds: f64,
 }
 
 impl Summary {
-    /// What the network was before the first step.
+    /// Describes the network before the first step.
     #[must_use]
     pub fn before_training(&self) -> &'static str {
         before_training(self.continued, self.pretrained)

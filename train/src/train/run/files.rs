@@ -17,14 +17,14 @@ pub(super) struct Files {
 }
 
 impl Files {
-    /// A new run's.
+    /// Creates the files of a new run.
     pub fn create(settings: &TrainSettings, dataset: &str) -> Result<Self> {
         let (folder, metrics) = RunFolder::create(settings, dataset)?;
         let events = EventWriter::create(folder.path(), settings.generator.rehearsal_steps(), None)?;
         Ok(Self { folder, metrics, events })
     }
 
-    /// Those of a run that goes on from `state`.
+    /// Opens the files of a run that is resumed from `state`.
     pub fn reopen(
         folder: RunFolder,
         mut metrics: RecordWriter,
@@ -38,8 +38,8 @@ impl Files {
         Ok(Self { folder, metrics, events })
     }
 
-    /// Adds the last evaluation, made at the checkpoint that the run goes on from, to the new event file: event files say of
-    /// each step only what the last file does, and an evaluation bears the number of the step to come.
+    /// Repeats the last evaluation, made at the checkpoint, in the new event file. It has the number of the
+    /// next step, and for the steps of the new file TensorBoard ignores the older files.
     pub fn tell_last_again(&mut self) -> Result<()> {
         let records = records::read(&self.folder.metrics())?;
         let evaluation = records.iter().rev().find(|record| record.evaluation().is_some());

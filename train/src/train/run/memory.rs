@@ -1,27 +1,27 @@
-//! Whether this machine's memory can hold a step or an evaluation at all: an allocation that fails would end the program.
+//! Checks that this machine's memory suffices for a step or an evaluation: a failed allocation would abort the program.
 
 use super::evaluation::EVALUATION_CHUNK;
 use crate::train::settings::TrainSettings;
 use crate::{Error, Result};
 
-/// Pictures of one process.
+/// Numbers of pictures of one process.
 pub(super) struct Pictures {
-    /// In a batch.
+    /// Pictures in a batch.
     pub batch: usize,
-    /// In a batch of the generator's own.
+    /// Pictures in a meta batch that the generator draws.
     pub meta: usize,
-    /// In a chunk of an evaluation.
+    /// Pictures in a chunk of an evaluation.
     pub test: usize,
 }
 
-/// Bytes of memory and swap; none where the system does not say.
+/// Bytes of memory and swap; none if unknown.
 pub(super) fn of_this_machine() -> Option<u128> {
     #[cfg(target_os = "linux")]
     {
         let mut found = std::mem::MaybeUninit::<libc::sysinfo>::uninit();
-        // SAFETY: the call only writes what it is given room for.
+        // SAFETY: the call writes only the struct, which has the right size.
         if unsafe { libc::sysinfo(found.as_mut_ptr()) } == 0 {
-            // SAFETY: the call wrote it, since it succeeded.
+            // SAFETY: the call succeeded, so the struct is initialised.
             let found = unsafe { found.assume_init() };
             let units = u128::from(found.totalram) + u128::from(found.totalswap);
             return Some(units * u128::from(found.mem_unit));
@@ -30,12 +30,12 @@ pub(super) fn of_this_machine() -> Option<u128> {
     None
 }
 
-/// Bytes that `loaded` pictures take, of which `inside` go through the network at once with `values` each.
+/// Bytes for `loaded` pictures of this side, and for `inside` of them in the network at once, with `values` each.
 fn bytes_of(side: usize, values: usize, loaded: usize, inside: usize) -> u128 {
     4 * (loaded as u128 * 3 * (side * side) as u128 + inside as u128 * values as u128)
 }
 
-/// The error of what takes more bytes than there are.
+/// The error for a step or evaluation that needs more bytes than there are.
 fn too_large(
     (name, value): (&'static str, usize),
     (what, count, side): (&str, usize, usize),
@@ -51,8 +51,8 @@ fn too_large(
     Error::misuse(name, value, reason)
 }
 
-/// Refuses to embed `pictures` on the CPU if a chunk of them takes more than this machine's memory by the least that it can
-/// take; `values` are those that a picture takes inside the network.
+/// An error if embedding a chunk of `pictures` on the CPU certainly needs more than this machine's memory.
+/// `values` is a lower bound on the values in the network for one picture.
 ///
 /// # Errors
 /// [`Misused`](ddtas_io::Error::Misused) names `--image-size`, and both sizes.
@@ -65,11 +65,11 @@ pub(crate) fn check_embedding(side: usize, values: usize, pictures: usize) -> Re
     }
 }
 
-/// Refuses a step or an evaluation that takes more than `most` bytes by the least that it can take; `values` are those that a
-/// picture takes inside the network.
+/// An error if a step or an evaluation certainly needs more than `most` bytes. `values` is a lower bound on
+/// the values in the network for one picture.
 ///
 /// # Errors
-/// [`Misused`](ddtas_io::Error::Misused) names the setting that is furthest off, and both sizes.
+/// [`Misused`](ddtas_io::Error::Misused) names the setting to lower, and both sizes.
 pub(super) fn check(settings: &TrainSettings, values: usize, pictures: &Pictures, most: u128) -> Result<()> {
     let Pictures { batch, meta, test } = *pictures;
     let side = settings.image_size;
@@ -118,7 +118,7 @@ mod tests {
             said.starts_with("--images-per-class 1048576: a step on 16777226 pictures of 48 x 48"),
             "{said}"
         );
-        // In chunks only the pictures themselves are there at once.
+        // With chunks, only the pictures themselves are in memory at once.
         let some = Pictures { batch: 100_000, meta: 0, test: 128 };
         assert!(of(&usual, &some).is_err());
         let mut chunked = usual;

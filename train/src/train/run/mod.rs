@@ -1,15 +1,15 @@
-//! A training run, from its settings or continued from a run folder.
+//! A training run, started from settings or resumed from a run folder.
 //!
 //! | file | what |
 //! | --- | --- |
 //! | `setup.rs` | data, network, generator and loaders from the settings |
 //! | `steps.rs` | the training loop with evaluations and checkpoints |
-//! | `state.rs` | the state of a run in a checkpoint, beside the network |
+//! | `state.rs` | the state of a run in a checkpoint, besides the network |
 //! | `files.rs` | the files that rank 0 writes |
 //! | `event.rs` | progress and outcome |
 //! | `unread.rs` | pictures that cannot be read |
 //! | `evaluation.rs` | Recall@K of the network, and of raw pixels |
-//! | `memory.rs` | whether this machine's memory can hold a step or an evaluation |
+//! | `memory.rs` | checks that this machine's memory suffices |
 
 mod evaluation;
 mod event;
@@ -42,8 +42,8 @@ use setup::{Setup, make_engine};
 use state::RunState;
 use steps::Run;
 
-/// Settings that may change when a run is resumed. Its result does not depend on them, except that another device may
-/// round differently, and on the number of steps.
+/// Settings that may change when a run is resumed. The result depends only on `steps`, except that another
+/// device may round differently.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Overrides {
     /// Where to compute.
@@ -54,14 +54,14 @@ pub struct Overrides {
     pub checkpoint_every: Option<usize>,
     /// Unreadable pictures allowed.
     pub max_bad_images: Option<usize>,
-    /// New place of the same pictures; config.toml is changed to it.
+    /// New path of the same pictures; replaces that in config.toml.
     pub data_root: Option<PathBuf>,
-    /// Steps of the whole run, at least as many as it has done; config.toml is changed to it.
+    /// Steps of the whole run, at least as many as are done; replaces the number in config.toml.
     pub steps: Option<usize>,
 }
 
 impl Overrides {
-    /// Those that the result does not depend on, by their names in config.toml.
+    /// Names in config.toml of the settings that the result does not depend on.
     pub const NAMES: [&str; 5] = ["device", "workers", "checkpoint_every", "max_bad_images", "data_root"];
 
     fn apply(&self, settings: &mut TrainSettings) {
@@ -76,8 +76,8 @@ impl Overrides {
 
 /// Trains a network and writes the run folder: config.toml, metrics.jsonl, event files, checkpoints, report.
 ///
-/// Once `stop` is set the run finishes its step, writes a checkpoint and returns; before there is a run it ends with
-/// [`Error::Stopped`](crate::Error::Stopped). All `ranks` must call this with the same
+/// Once `stop` is set, the run finishes its step, writes a checkpoint and returns; if the run has not started
+/// yet, the result is [`Error::Stopped`](crate::Error::Stopped). All `ranks` must call this with the same
 /// settings: each takes its share of every batch, and only rank 0 writes files and reports progress.
 ///
 /// # Errors
@@ -112,7 +112,7 @@ pub fn train(
     })
 }
 
-/// Does `work` on this rank; only rank 0 reports progress, and an error on one rank ends all.
+/// Runs `work` on this rank. Only rank 0 reports progress, and an error on one rank ends all.
 fn on_every_rank<T>(
     ranks: &Rc<dyn Collective>,
     tell: &mut dyn FnMut(Event<'_>),
@@ -128,7 +128,7 @@ fn on_every_rank<T>(
 /// Only rank 0 needs the folder.
 ///
 /// # Errors
-/// As [`train`]; [`Format`](ddtas_io::Error::Format) if a file of the folder is not what it should be.
+/// As [`train`]; [`Format`](ddtas_io::Error::Format) if a file of the folder is malformed.
 pub fn resume(
     folder: &Path,
     overrides: &Overrides,
@@ -155,7 +155,7 @@ pub fn resume(
         let last = (there || !bytes.is_empty()).then(|| Checkpoint::parse(&last, &bytes)).transpose()?;
         let mut state = last.as_ref().map(RunState::of).transpose()?.unwrap_or_default();
         state.check_settings(&settings, &folder.config())?;
-        // A finished run goes on where it is to have more steps.
+        // A finished run continues if it is given more steps.
         state.finished &= settings.steps == state.step;
         if state.finished {
             return Ok(Outcome::FinishedBefore { folder: folder.path().to_path_buf(), step: state.step });
@@ -183,7 +183,7 @@ pub fn resume(
     })
 }
 
-/// Finds the device and opens the loss's backend there.
+/// Finds the device and opens the backend of the loss there.
 fn open_device(settings: &TrainSettings, ranks: &dyn Collective) -> Result<(Place, Box<dyn Backend>)> {
     let place = device::place(settings.device.parse()?, ranks.local_rank())?;
     let backend = device::open(&place.spec)?;

@@ -63,8 +63,8 @@ impl Setup {
     }
 }
 
-/// An engine whose network has initial weights (random, of `--weights` or of `--init`), or those of the checkpoint `last` of
-/// the run. It needs no data, so that unsuitable files are found before a data set is unpacked.
+/// An engine whose network has the weights of the run's checkpoint `last`, or else initial ones: random, of `--weights` or of
+/// `--init`. Needs no data, so that unsuitable files are reported before a data set is unpacked.
 pub(super) fn make_engine(
     settings: &TrainSettings,
     (place, backend): (&Place, Box<dyn Backend>),
@@ -84,7 +84,7 @@ pub(super) fn make_engine(
     Ok(engine)
 }
 
-/// Restores the optimizer's moments where `--init` is a checkpoint that holds them.
+/// Restores the optimizer's moments if `--init` is a checkpoint that contains them.
 pub(super) fn first_optimizer(settings: &TrainSettings, engine: &mut Engine) -> Result<()> {
     let Some(init) = settings.init.as_deref().filter(|path| !path.is_dir()) else { return Ok(()) };
     let mut archive = Checkpoint::open(init)?.into_archive();
@@ -138,18 +138,18 @@ pub(super) fn first_network(settings: &TrainSettings, device: &Device) -> Result
     make_network(settings, init.as_ref(), device)
 }
 
-/// Held while weights are drawn.
+/// Locked while random weights are drawn.
 static DRAWING: Mutex<()> = Mutex::new(());
 
-/// A network with the weights of `stored`, of `--weights`, or random ones. They are read or drawn on the CPU and then
-/// moved, so that a seed gives the same weights on every device.
+/// A network with the weights of `stored`, of `--weights`, or random ones. They are read or drawn on the CPU
+/// and then moved to `device`, so that a seed gives the same weights on every device.
 fn make_network(
     settings: &TrainSettings,
     stored: Option<&Checkpoint>,
     device: &Device,
 ) -> Result<EmbeddingNetwork> {
     let cpu = Device::flex().autodiff();
-    // The device has one generator for all threads, and ranks may be threads.
+    // All threads share the device's random generator, and ranks may be threads.
     let _alone = DRAWING.lock().unwrap_or_else(PoisonError::into_inner);
     cpu.seed(settings.seed);
     let shape = settings.network_shape();
@@ -166,7 +166,7 @@ fn make_network(
     Ok(moved(network, device))
 }
 
-/// The generator in its initial state; a resumed run restores its own afterwards.
+/// The threshold generator in its initial state; a resumed run restores its state afterwards.
 fn make_generator(settings: &TrainSettings, spec: &DeviceSpec, resumed: bool) -> Result<Option<Generator>> {
     let generator = &settings.generator;
     if generator.kind == GeneratorKind::Off {

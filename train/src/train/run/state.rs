@@ -1,7 +1,7 @@
-//! The state of a run in a checkpoint's metadata, as TOML, which keeps every bit of a float.
+//! The state of a run in a checkpoint's metadata, as TOML, which preserves every bit of a float.
 //!
-//! Every random draw comes from (seed, purpose, step, position), so the number of steps is the whole state of sampler,
-//! augmentation and loader.
+//! Every random draw depends only on (seed, purpose, step, position), so the number of steps is the whole
+//! state of sampler, augmentation and loader.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -22,7 +22,7 @@ use crate::{Error, Result};
 /// Key of a run's state in a checkpoint's metadata.
 const RUN: &str = "ddtas.run";
 
-/// A run between two steps.
+/// The state of a run between two steps.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub(super) struct RunState {
     /// Steps done, of the rehearsal or of the run itself.
@@ -30,33 +30,33 @@ pub(super) struct RunState {
     /// Whether the rehearsal is over.
     #[serde(default)]
     pub rehearsed: bool,
-    /// Classes and pictures that train and test: the run can only go on with the same.
+    /// Classes and pictures of training and test split: the run can only be resumed with the same.
     pub extents: Option<[Extent; 2]>,
     /// Fingerprint of the data set.
     #[serde(default)]
     pub data: Option<String>,
-    /// The settings that its result depends on, as TOML.
+    /// The settings that the result depends on, as TOML.
     #[serde(default)]
     pub settings: Option<String>,
-    /// Steps that were done at the last evaluation.
+    /// Number of steps at the last evaluation.
     pub evaluated: Option<usize>,
     /// Whether the last step, its evaluation and the report are done.
     pub finished: bool,
     /// Length of metrics.jsonl at this point.
     pub metrics_bytes: u64,
-    /// Steps without a mined pair, which changed no weight.
+    /// Steps without mined pairs, which did not change the weights.
     pub steps_without_pairs: usize,
-    /// How often an unreadable picture was replaced by another of its class.
+    /// Number of times an unreadable picture was replaced by another of its class.
     pub replaced: usize,
     /// Unreadable pictures of the test split and the gallery.
     pub skipped: usize,
-    /// Unreadable pictures that a warning has named.
+    /// Unreadable pictures named in warnings so far.
     pub unread: Unread,
-    /// Recall by raw pixels.
+    /// Recall of raw pixels.
     pub pixels: Option<Recall>,
     /// Recall before training.
     pub before: Option<Recall>,
-    /// Recall as last evaluated.
+    /// Recall at the last evaluation.
     pub after: Option<Recall>,
     /// The best evaluation so far.
     pub best: Option<Best>,
@@ -65,7 +65,7 @@ pub(super) struct RunState {
 }
 
 impl RunState {
-    /// Which part of the run the next step belongs to.
+    /// The part of the run that the next step belongs to.
     pub fn phase(&self, settings: &TrainSettings) -> Phase {
         if self.rehearsed || settings.generator.rehearsal_steps() == 0 {
             Phase::Training
@@ -77,7 +77,7 @@ impl RunState {
     /// Reads the state from a checkpoint.
     ///
     /// # Errors
-    /// [`Format`](ddtas_io::Error::Format) if it is none of a run.
+    /// [`Format`](ddtas_io::Error::Format) if it contains no state of a run.
     pub fn of(checkpoint: &Checkpoint) -> Result<Self> {
         let text = checkpoint.fact(RUN, "holds only weights: a run cannot go on from it")?;
         toml::from_str(text).map_err(|error| {
@@ -88,7 +88,7 @@ impl RunState {
     /// Restores the state of `engine`, whose network already has the weights of `checkpoint`.
     ///
     /// # Errors
-    /// [`Format`](ddtas_io::Error::Format) if what the file holds does not fit the settings.
+    /// [`Format`](ddtas_io::Error::Format) if the file's contents do not fit the settings.
     pub fn put_back(&self, engine: &mut Engine, checkpoint: Checkpoint) -> Result<()> {
         let path = checkpoint.path().to_path_buf();
         let bad = |reason: String| Error::format(&path, reason);
@@ -96,12 +96,12 @@ impl RunState {
         engine.take(&mut checkpoint.into_archive(), state).map_err(bad)
     }
 
-    /// Writes everything that the next step of `engine` depends on to `path`, replacing what is there only once the new
-    /// file is complete. The engine's part of the state is filled in here.
+    /// Writes everything that the next step of `engine` depends on to `path`, atomically. Fills in the
+    /// engine's part of the state.
     ///
     /// # Errors
-    /// [`Io`](ddtas_io::Error::Io) if the file cannot be written; [`Error::Diverged`] if a weight is no longer finite: such a
-    /// checkpoint would serve nobody.
+    /// [`Io`](ddtas_io::Error::Io) if the file cannot be written; [`Error::Diverged`] if a weight is not
+    /// finite, as such a checkpoint would be useless.
     pub fn save(
         &self,
         engine: &Engine,
@@ -110,7 +110,7 @@ impl RunState {
         path: &Path,
     ) -> Result<()> {
         let fill = || {
-            // Evaluation mode brings the running statistics up to the last step.
+            // Evaluation mode makes Burn apply pending updates of the running statistics.
             let mut archive = checkpoint::weights(&engine.network.valid(), &settings.network_shape(), facts)?;
             let state = Self { engine: Some(engine.put(&mut archive)?), ..self.clone() };
             let text = toml::to_string(&state).map_err(|error| error.to_string())?;
@@ -151,7 +151,7 @@ impl RunState {
         Ok(())
     }
 
-    /// Checks that config.toml has the settings that the run began with, and no fewer steps than it has done.
+    /// Checks that config.toml has the settings that the run began with, and at least as many steps as are done.
     ///
     /// # Errors
     /// [`Format`](ddtas_io::Error::Format) names the first setting that differs; [`Misused`](ddtas_io::Error::Misused) names
@@ -171,7 +171,7 @@ impl RunState {
         let now = fixed(settings);
         let mut keys: Vec<_> = before.keys().chain(now.keys()).collect();
         keys.sort();
-        // What a later version has added is not in the older table. The steps may change.
+        // Settings that a later version has added are not in the older table. The steps may change.
         let differs = |key: &&&String| {
             **key != "steps" && before.get(**key) != now.get(**key) && before.contains_key(**key)
         };
@@ -193,7 +193,7 @@ pub(super) fn fixed(settings: &TrainSettings) -> toml::Table {
     table
 }
 
-/// Steps of a part of a run.
+/// Number of steps in a part of a run.
 pub(super) fn steps_of(phase: Phase, settings: &TrainSettings) -> usize {
     match phase {
         Phase::Rehearsal => settings.generator.rehearsal_steps(),
@@ -208,11 +208,11 @@ pub(super) struct Unread {
     pub train: BTreeSet<usize>,
     /// Test pictures.
     pub test: BTreeSet<usize>,
-    /// Pictures of the gallery, where the set has one.
+    /// Pictures of the gallery, if there is one.
     pub gallery: BTreeSet<usize>,
 }
 
-/// The best evaluation so far, whose weights are in best.safetensors.
+/// The best evaluation so far; its weights are in best.safetensors.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct Best {
     /// Steps trained.
@@ -230,7 +230,7 @@ mod tests {
 
     #[test]
     fn floats_survive_as_the_same_bits() {
-        // Numbers that a reader who rounds twice gets wrong in the last place.
+        // Numbers that a parser with double rounding gets wrong in the last place.
         let values = [0.1 + 0.2, 1.0 / 3.0, 5e-324, 2.0f64.powi(-1000) / 3.0, 0.700_000_000_000_000_1];
         for value in values {
             let lambda = Lambda { pos: value, neg: -value };

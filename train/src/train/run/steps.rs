@@ -28,28 +28,28 @@ use ddtas::retrieval::{Metrics, Recall};
 use ddtas_io::Error as Program;
 use ddtas_io::console::counted;
 
-/// Test pictures whose neighbours the report shows, and how many of them.
+/// Number of test pictures in the report, and of neighbours shown for each.
 const QUERIES: usize = 10;
 const NEIGHBOURS: usize = 8;
 
-/// Spread of a batch's embeddings, at most 1, below which the network maps every picture to one place.
+/// Spread of a batch's embeddings (at most 1) below which they have collapsed to one point.
 const COLLAPSED: f64 = 1e-4;
 
-/// A run.
+/// A run in progress.
 pub(super) struct Run<'a> {
     pub state: RunState,
     pub settings: &'a TrainSettings,
     pub dataset: &'a Dataset,
-    /// On rank 0 alone.
+    /// The run's files; only on rank 0.
     files: Option<Files>,
     engine: Engine,
     pub sampler: PkSampler,
     pub meta_sampler: Option<PkSampler>,
     test: Test<'a>,
     pub ranks: Rc<dyn Collective>,
-    /// Of training, without evaluations.
+    /// Seconds of training so far, without evaluations.
     seconds: f64,
-    /// Of earlier processes, in all.
+    /// Seconds of earlier processes in all.
     earlier: f64,
     begun: Instant,
     /// Whether the warning of a collapse was given.
@@ -58,7 +58,7 @@ pub(super) struct Run<'a> {
     pub tell: &'a mut dyn FnMut(Event<'_>),
 }
 
-/// How a part of a run ended: it is done, or the run was told to stop.
+/// How a part of a run ended: completed, or stopped on request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Progress {
     Done,
@@ -106,8 +106,8 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Trains from `state` to the end. `resumed` is the number of steps that an earlier process has done, if one began the
-    /// run; `said` are events to tell once it has begun.
+    /// Trains from `state` to the end. `resumed` is the number of steps that an earlier process has done, if
+    /// one began the run; `said` are messages to report once the run has started.
     pub fn train(
         mut self,
         place: &Place,
@@ -175,9 +175,9 @@ impl<'a> Run<'a> {
         self.walk(self.settings.steps)
     }
 
-    /// Takes the steps of this part of the run, up to `last`; between those of the run itself it evaluates.
+    /// Takes the steps of this part of the run, up to `last`, with evaluations unless it is the rehearsal.
     fn walk(&mut self, last: usize) -> Result<Progress> {
-        // After a rehearsal lambda is learned no more.
+        // After a rehearsal lambda is fixed.
         let learns = self.phase() == Phase::Rehearsal || self.settings.generator.rehearsal_steps() == 0;
         let meta_sampler = self.meta_sampler.as_ref().filter(|_| learns);
         let (sampler, steps, ranks) = (&self.sampler, self.state.step..last, &*self.ranks);
@@ -198,7 +198,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// The rehearsal, if the settings ask for one and it is not done yet: learns lambda on a separate network.
+    /// Runs the rehearsal, if the settings ask for one and it is not done yet: learns lambda on a separate network.
     fn rehearse(&mut self) -> Result<Progress> {
         let steps = self.settings.generator.rehearsal_steps();
         if self.state.rehearsed {
@@ -221,12 +221,12 @@ impl<'a> Run<'a> {
         Ok(Progress::Done)
     }
 
-    /// Which part of the run the next step belongs to.
+    /// The part of the run that the next step belongs to.
     fn phase(&self) -> Phase {
         self.state.phase(self.settings)
     }
 
-    /// One step on a batch, with its record, and a checkpoint where one is due.
+    /// Takes one step on a batch, records it, and writes a checkpoint if one is due.
     fn step(&mut self, batch: &ImageBatch, meta: Option<&ImageBatch>, clock: &mut Instant) -> Result<()> {
         let step = self.state.step;
         self.note_unread(step, batch, meta)?;
@@ -259,15 +259,15 @@ impl<'a> Run<'a> {
         )));
     }
 
-    /// After the last step, and when a longer run evaluates too.
+    /// Whether to evaluate now: after the last step, and where [`evaluates_between`](Self::evaluates_between) says so.
     fn evaluation_is_due(&self) -> bool {
         let done = self.state.step;
         let wanted = done == self.settings.steps || self.evaluates_between(done);
         wanted && self.state.evaluated != Some(done)
     }
 
-    /// Whether `done` steps are a whole number of `--evaluate-every` epochs, or none. Shortly before the rate has come to 0
-    /// the last evaluation is enough; by other schedules a run can go on as if it had been longer, and misses none.
+    /// Whether `done` is a multiple of `--evaluate-every` epochs, or 0. Not shortly before the end of a cosine schedule;
+    /// other schedules do not depend on the number of steps, and a longer run would evaluate there, too.
     fn evaluates_between(&self, done: usize) -> bool {
         let every = self.settings.evaluate_every * self.sampler.steps_per_epoch();
         let ends = self.settings.optimizer.schedule == ScheduleKind::Cosine;
@@ -275,10 +275,10 @@ impl<'a> Run<'a> {
         done == 0 || every > 0 && done.is_multiple_of(every) && !enough
     }
 
-    /// Goes on from `state`, where an earlier process has left the run.
+    /// Continues from `state`, as an earlier process left the run.
     ///
-    /// If that was the end of a shorter run, its evaluation there is taken out of metrics.jsonl, unless this run makes it
-    /// too. The checkpoint says so before the file is cut, so that a process that is killed between leaves nothing wrong.
+    /// If that was the end of a shorter run, its last evaluation is removed from metrics.jsonl, unless this run evaluates
+    /// there, too. The checkpoint is written before the file is truncated, so that being killed in between does no harm.
     pub fn go_on(&mut self, state: RunState) -> Result<()> {
         self.state = RunState { settings: self.state.settings.take(), ..state };
         let done = self.state.step;
@@ -299,7 +299,7 @@ impl<'a> Run<'a> {
         files.metrics.cut(self.state.metrics_bytes)
     }
 
-    /// Recall@K of raw pixels for comparison, once in a run and on rank 0.
+    /// Measures Recall@K of raw pixels for comparison, once in a run and on rank 0.
     fn measure_pixels(&mut self) -> Result<Progress> {
         if self.state.pixels.is_some() {
             return Ok(Progress::Done);
@@ -368,17 +368,17 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Seconds of this process and of those that this run went on from.
+    /// Seconds of this process and of earlier ones.
     fn total_seconds(&self) -> f64 {
         self.earlier + self.begun.elapsed().as_secs_f64()
     }
 
-    /// Writes the checkpoint that the run can go on from.
+    /// Writes the checkpoint to resume from.
     fn save(&mut self) -> Result<()> {
         self.engine.check_weights(self.state.step)?;
         let total = self.total_seconds();
         let Some(files) = &self.files else { return Ok(()) };
-        // First what the checkpoint speaks of, then the checkpoint.
+        // First the files that the checkpoint refers to, then the checkpoint.
         self.state.metrics_bytes = files.metrics.sync()?;
         files.folder.write_seconds([self.seconds, total])?;
         self.state.save(&self.engine, self.settings, &self.facts()?, &files.folder.last())
@@ -470,7 +470,7 @@ impl<'a> Run<'a> {
         let (queries, sheet) = report::queries(&self.dataset.test, self.dataset.searched(), &best.shown)?;
         let mut baselines = vec![Baseline { name: "raw pixels".into(), recall: pixels.at.clone() }];
         if best.step != self.settings.steps && !self.evaluates_between(best.step) {
-            // It was taken out of metrics.jsonl.
+            // `go_on` has removed it from metrics.jsonl.
             let name = format!("best, after {}, the end of a shorter run", counted(best.step, "step"));
             baselines.push(Baseline { name, recall: best.recall.at.clone() });
         }
@@ -506,8 +506,8 @@ impl<'a> Run<'a> {
     }
 }
 
-/// The error of an interrupted run, with advice: how to resume it, or which weights a diverged run leaves, if it had evaluated
-/// its `best` after some steps.
+/// The error of an interrupted run, with advice: how to resume it, or for a diverged run the weights of its
+/// best evaluation, which was after `best` steps, if any.
 fn cut_short(error: Error, folder: &RunFolder, best: Option<usize>) -> Error {
     match error {
         Error::Diverged(reason) => Error::Diverged(match best {

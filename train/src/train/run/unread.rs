@@ -1,4 +1,4 @@
-//! Pictures that cannot be read: each is named once, and too many end the run.
+//! Unreadable pictures: a warning names each once, and too many end the run.
 
 use std::collections::BTreeSet;
 
@@ -10,7 +10,7 @@ use crate::ranks;
 use crate::{Error, Result};
 
 impl Run<'_> {
-    /// Counts and names the unreadable pictures of a batch, on all ranks.
+    /// Counts the unreadable pictures of a batch on all ranks, and warns of new ones.
     pub fn note_unread(&mut self, step: usize, batch: &ImageBatch, meta: Option<&ImageBatch>) -> Result<()> {
         let drawn = [(Some(batch), Some(&self.sampler)), (meta, self.meta_sampler.as_ref())];
         let mut missing = Vec::new();
@@ -33,7 +33,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Names the pictures of the test classes that are not among those that could be read.
+    /// Warns of new unreadable pictures of test split and gallery, those not in `readable`.
     pub fn note_unread_in_test(&mut self, readable: &Readable) -> Result<()> {
         let dataset = self.dataset;
         for index in missing(&readable.queries, dataset.test.len()) {
@@ -52,7 +52,7 @@ impl Run<'_> {
     }
 
     fn warn_unread(&mut self, split: &Split, index: usize, remedy: &str) -> Result<()> {
-        // It failed when it was wanted, and the split does not try again.
+        // The split remembers the error of a picture that has failed before.
         let reason = split.picture(index).err().map_or_else(String::new, |error| error.to_string());
         let (unread, most) = (&self.state.unread, self.settings.max_bad_images);
         let count = unread.train.len() + unread.test.len() + unread.gallery.len();
@@ -66,7 +66,7 @@ impl Run<'_> {
     }
 }
 
-/// The indices below `count` that `read` does not hold.
+/// The indices below `count` that are not in `read`.
 fn missing(read: &[usize], count: usize) -> Vec<usize> {
     if read.len() == count {
         return Vec::new();

@@ -1,4 +1,4 @@
-//! Dense convolutions and their gradients: which product each is, in which tiles.
+//! Dense convolutions and their gradients as matrix products; chooses the tile of each.
 
 use burn_cubecl::cubecl::prelude::*;
 use burn_cubecl::tensor::CubeTensor;
@@ -7,8 +7,8 @@ use super::product::{DivisorsLaunch, GeometryLaunch, Plan, Role, Tile, product_k
 use super::{MULTIPROCESSORS, Map, empty, rows, units, vector_size};
 use crate::model::layers::ConvolutionOptions;
 
-/// Tiles of a GPU, and the share of a multiprocessor's multiplications that each is taken to reach: a value read from
-/// shared memory serves fewer of them where a unit has fewer rows or columns. Estimated, not measured.
+/// Tiles for a GPU, each with the assumed share of a multiprocessor's peak: with fewer rows or columns of a
+/// unit, a value read from shared memory is used less often. Estimated, not measured.
 const TILES: [(Tile, f64); 8] = [
     (Tile::new(128, 128, 8, 8, 8), 0.75),
     (Tile::new(128, 64, 8, 4, 8), 0.6),
@@ -20,13 +20,13 @@ const TILES: [(Tile, f64); 8] = [
     (Tile::new(32, 32, 4, 4, 16), 0.4),
 ];
 
-/// The one where a cube has one unit.
+/// The tile for a device where a cube has one unit.
 const ALONE: [(Tile, f64); 1] = [(Tile::new(8, 8, 8, 8, 4), 1.0)];
 
-/// Floats of all splits together, at most: 64 MiB.
+/// Most floats that the results of all splits may have: 64 MiB.
 const SPLIT_FLOATS: usize = 1 << 24;
 
-/// Depth of a split, at least: below, adding them up costs what they gain.
+/// Smallest depth of a split: with less, adding the splits costs more than they save.
 const LEAST_DEPTH: usize = 256;
 
 /// A product's sizes.
@@ -38,7 +38,7 @@ struct Sizes {
     phases: usize,
 }
 
-/// A convolution's sizes, and its product.
+/// Sizes of a convolution.
 struct Convolution {
     input: [usize; 4],
     output: [usize; 4],
@@ -73,7 +73,7 @@ impl Convolution {
         }
     }
 
-    /// Multiplies into memory of `shape`, whose elements lie in the product's order.
+    /// The product of `left` and `right` as a new tensor of `shape`, with its elements in the product's order.
     fn product(&self, role: Role, left: &CubeTensor, right: &CubeTensor, shape: [usize; 4]) -> CubeTensor {
         let sizes = self.sizes(role);
         let size: usize = shape.iter().product();
@@ -96,7 +96,7 @@ impl Convolution {
             left_zeros as u32,
         );
         let tapped = if role == Role::InputGradient { out_channels } else { channels };
-        // SAFETY: places outside the maps are told within, and rows and columns outside the result.
+        // SAFETY: the kernel checks positions against the maps, and rows and columns against the result.
         unsafe {
             product_kernel::launch_unchecked(
                 &left.client,
@@ -127,7 +127,7 @@ impl Convolution {
     }
 }
 
-/// The tile, and the splits of the depth, that should take the least time.
+/// The tile and the number of splits of the depth with the shortest estimated time.
 fn choose(sizes: Sizes, result: usize, units: usize) -> (Tile, usize) {
     let tiles: &[(Tile, f64)] = if units == 1 { &ALONE } else { &TILES };
     let most = (sizes.depth / LEAST_DEPTH).min(SPLIT_FLOATS / result).max(1);
@@ -138,7 +138,7 @@ fn choose(sizes: Sizes, result: usize, units: usize) -> (Tile, usize) {
         [1, splits].map(|splits| {
             let waves = ((cubes * splits) as f64 / MULTIPROCESSORS as f64).max(1.0);
             let depth = sizes.depth.div_ceil(splits);
-            // In multiplications of a multiprocessor; what splits cost is what reading and adding them takes.
+            // In multiplications of a multiprocessor. Splits cost the time to write, read and add them.
             let time = waves * (tile.rows * tile.columns * depth) as f64 / share;
             let adding = if splits > 1 { ADDING + (splits * result) as f64 * ADDED } else { 0.0 };
             (tile, splits, time + adding)
@@ -148,10 +148,10 @@ fn choose(sizes: Sizes, result: usize, units: usize) -> (Tile, usize) {
     best.map_or((tiles[0].0, 1), |(tile, splits, _)| (tile, splits))
 }
 
-/// Multiplications of a multiprocessor in the time that a launch takes, 5 us: 128 in each of 1.7 G cycles a second.
+/// Multiplications of a multiprocessor in the time of a launch, 5 us: 128 in each cycle, at 1.7 GHz.
 const ADDING: f64 = 1.1e6;
 
-/// Multiplications of a multiprocessor in the time that a float takes to be written and read again, at 3 TB/s.
+/// Multiplications of a multiprocessor in the time to write a float and read it again, at 3 TB/s.
 const ADDED: f64 = 0.6;
 
 pub(super) fn forward(input: &Map, weight: CubeTensor, options: ConvolutionOptions) -> Map {

@@ -1,5 +1,5 @@
-//! Depthwise convolutions and their gradients. A unit has a vector of channels and a run of positions along a row: what
-//! it reads of a row of the map serves several positions and taps.
+//! Depthwise convolutions and their gradients. A unit computes a vector of channels at several consecutive positions of a row
+//! (a run), so that each value it reads of a row of the map is used for several positions and taps.
 
 use burn_cubecl::cubecl;
 use burn_cubecl::cubecl::prelude::*;
@@ -11,7 +11,7 @@ use super::rows::{self, Plan, Share, Units};
 use super::{Map, dense, empty, grid, units, vector_size};
 use crate::model::layers::ConvolutionOptions;
 
-/// Sizes, in vectors of channels, and padding.
+/// Sizes and padding of the convolution, and divisors of the unit's number.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
 struct Geometry {
@@ -20,33 +20,34 @@ struct Geometry {
     width: u32,
     out_height: u32,
     out_width: u32,
-    /// Vectors of channels.
+    /// Number of vectors of channels.
     vectors: FastDivmod<u32>,
     columns: u32,
-    /// Runs of a row.
+    /// Runs in a row.
     runs: FastDivmod<u32>,
     lines: FastDivmod<u32>,
     above: u32,
     left: u32,
 }
 
-/// What is known when the kernels are compiled.
+/// Compile-time parameters of the kernels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Shape {
     kernel: u32,
     stride: u32,
-    /// Positions of a run.
+    /// Positions in a run.
     run: u32,
 }
 
 impl Shape {
-    /// Columns of the map that a run sees.
+    /// Columns of the map that a run reads.
     fn reach(self) -> usize {
         ((self.run - 1) * self.stride + self.kernel) as usize
     }
 }
 
-/// Reads the columns from `x` on of a row: zeros outside, where a coordinate below 0 has become a large one.
+/// Reads `count` columns of a row, from `x` on; zeros outside the map. A negative coordinate has wrapped
+/// around to a large one.
 #[cube]
 fn read_row<N: Size>(
     map: &[Vector<f32, N>],
@@ -70,7 +71,7 @@ fn read_row<N: Size>(
     }
 }
 
-/// A run of outputs a unit. Flipped, the kernel is that of the gradient of an input.
+/// Each unit computes a run of outputs. With `flipped`, this is the input gradient of a convolution of stride 1.
 #[cube(launch_unchecked)]
 fn forward_kernel<N: Size>(
     input: &[Vector<f32, N>],
@@ -119,7 +120,7 @@ fn forward_kernel<N: Size>(
     }
 }
 
-/// The gradient of a strided convolution's input, a position a unit: what the taps that reach it bring.
+/// The input gradient of a strided convolution. Each unit computes one position: the sum over the taps that read it.
 #[cube(launch_unchecked)]
 fn strided_input_gradient_kernel<N: Size>(
     gradient: &[Vector<f32, N>],
@@ -156,7 +157,7 @@ fn strided_input_gradient_kernel<N: Size>(
     out[ABSOLUTE_POS] = sum;
 }
 
-/// Sums over chunks of runs, `[chunks, taps, C]`, of a vector of channels a unit.
+/// Sums of the weight gradient over chunks of runs, `[chunks, taps, C]`. Each unit has a vector of channels.
 #[cube(launch_unchecked)]
 fn weight_gradient_kernel<N: Size>(
     input: &[Vector<f32, N>],
@@ -209,17 +210,17 @@ fn weight_gradient_kernel<N: Size>(
     }
 }
 
-/// Positions of a run along rows of this length: few outputs are worth no long ones.
+/// Positions of a run in rows of `width` positions.
 fn run(width: usize) -> usize {
     if width >= 4 { 4 } else { width.min(2) }
 }
 
-/// `[C, 1, k, k]` as `[k, k, C]`.
+/// Permutes `[C, 1, k, k]` to `[k, k, C]`.
 fn by_tap(weight: CubeTensor) -> CubeTensor {
     dense(permute(weight, &[2, 3, 0, 1]))
 }
 
-/// `lines` lines of `runs` runs are what the kernel walks.
+/// The kernel's arguments, for `lines` rows of `runs` runs in each image.
 fn geometry(
     [images, height, width]: [usize; 3],
     [out_height, out_width]: [usize; 2],
@@ -266,7 +267,7 @@ fn correlate(
     let runs = out_width.div_ceil(run);
     let out = Map::empty(input, shape);
     let (cubes, units) = grid(&input.0, images * out_height * runs * vectors);
-    // SAFETY: images are counted within, and places outside the maps told.
+    // SAFETY: the kernel checks the image number and the positions.
     unsafe {
         forward_kernel::launch_unchecked(
             &input.0.client,
@@ -332,7 +333,7 @@ pub(super) fn weight_gradient(
     let before = options.padding.map(|[before, _]| before);
     let plan = Plan::new(images * out_height * runs, vectors, usize::MAX, units(&input.0));
     let chunks = empty(&input.0, [plan.chunks, kernel, kernel, channels]);
-    // SAFETY: runs and columns are counted within, and places outside the maps told.
+    // SAFETY: the kernel checks runs, columns and positions.
     unsafe {
         weight_gradient_kernel::launch_unchecked(
             &input.0.client,

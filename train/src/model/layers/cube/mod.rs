@@ -1,20 +1,20 @@
-//! The operations on Burn's GPU backend, f32 throughout.
+//! The operations on Burn's GPU backend, in f32.
 //!
-//! Burn picks its convolution by timing several, or else takes its direct one, whose gradients are convolutions with
-//! kernels as large as the map. Here the shape names the kernel, sums run in a fixed order, and products are of f32:
-//! a seed gives the same run, and no TF32 rounds.
+//! Burn chooses a convolution by timing several, or else uses its direct one, whose gradients are
+//! convolutions with kernels as large as the map. Here the shape determines the kernel, sums have a fixed
+//! order, and products are in f32, not TF32: a seed gives the same run each time.
 //!
-//! Maps lie as `[N, H, W, C]` under Burn's `[N, C, H, W]`: neighbouring threads read neighbouring channels. What
-//! arrives in that order, as these operations and Burn's poolings leave it, is read where it lies; anything else (the pictures, a
-//! concatenation) is copied once.
+//! Maps have the layout `[N, H, W, C]` in memory (Burn's shape remains `[N, C, H, W]`), so that neighbouring
+//! threads read neighbouring channels. Results of these operations and of Burn's poolings have that layout
+//! and are read in place; anything else (the pictures, a concatenation) is copied once.
 //!
 //! | file | kernels |
 //! | --- | --- |
-//! | `product.rs` | a tiled product of matrices, one of them cut from a map as it is read |
+//! | `product.rs` | a tiled matrix product that reads patches of a map as one matrix (implicit GEMM) |
 //! | `convolution.rs` | dense convolutions and their gradients as such products |
 //! | `depthwise.rs` | depthwise convolutions and their gradients |
 //! | `normalisation.rs` | batch statistics, normalisation + activation, residual sum + ReLU |
-//! | `rows.rs` | sums over the rows of a matrix, which the others end with |
+//! | `rows.rs` | sums over the rows of a matrix, for the partial results of the others |
 
 mod convolution;
 mod depthwise;
@@ -34,20 +34,20 @@ use burn_cubecl::tensor::CubeTensor;
 
 use super::{ConvolutionOptions, LayerGradients, LayerOps, NormaliseOptions};
 
-/// Units of a cube, where the device has as many.
+/// Units (threads) of a cube (thread block), if the device allows that many.
 const UNITS: usize = 256;
 
-/// Multiprocessors that grids are cut for: an H100's or H200's. A constant, since sums are cut by it too: every GPU
-/// adds in the same order.
+/// Number of multiprocessors that grids are sized for, that of an H100 or H200. A constant, since the
+/// division of sums depends on it: every GPU adds in the same order.
 const MULTIPROCESSORS: usize = 132;
 
-/// Units of a cube of this device: a power of two. One where each would be a thread, on the CPU.
+/// Units of a cube on this device, a power of two. One on the CPU, where each unit would be a thread.
 fn units(of: &CubeTensor) -> usize {
     let most = of.client.properties().hardware.max_units_per_cube as usize;
     if most < UNITS && !WHOLE_CUBES.load(Ordering::Relaxed) { 1 } else { UNITS }
 }
 
-/// Cubes with a unit for each of `count`, at least.
+/// A grid with at least `count` units.
 fn grid(of: &CubeTensor, count: usize) -> (CubeCount, CubeDim) {
     let units = units(of);
     (CubeCount::new_1d(count.div_ceil(units) as u32), CubeDim::new_1d(units as u32))
@@ -55,7 +55,7 @@ fn grid(of: &CubeTensor, count: usize) -> (CubeCount, CubeDim) {
 
 static WHOLE_CUBES: AtomicBool = AtomicBool::new(false);
 
-/// From now on, cubes of an emulated device have as many units as a GPU's: each is a thread, which is slow. For tests.
+/// From now on, cubes of an emulated device have as many units as on a GPU. Each is a thread, which is slow. For tests.
 #[cfg(feature = "train-emulated")]
 pub fn emulate_whole_cubes() {
     WHOLE_CUBES.store(true, Ordering::Relaxed);
@@ -65,13 +65,13 @@ pub fn emulate_whole_cubes() {
 struct Map(CubeTensor);
 
 impl Map {
-    /// Of `[N, C, H, W]`; copies where the channels do not lie side by side.
+    /// A map from `[N, C, H, W]`; copies it unless it has the layout `[N, H, W, C]` in memory.
     fn new(tensor: CubeTensor) -> Self {
         let tensor = permute_nchw_to_nhwc(tensor);
         Self(if is_dense(&tensor) { tensor } else { into_contiguous(tensor) })
     }
 
-    /// Memory for a map on the device of `like`.
+    /// An uninitialised map on the device of `like`.
     fn empty(like: &Self, shape: [usize; 4]) -> Self {
         Self(empty(&like.0, shape))
     }
@@ -99,7 +99,7 @@ impl Map {
     }
 }
 
-/// Whether the elements lie one behind the other, in order.
+/// Whether the elements are contiguous in memory, in row-major order.
 fn is_dense(tensor: &CubeTensor) -> bool {
     let mut expected = 1;
     let axes = tensor.meta.shape().iter().zip(tensor.meta.strides().iter()).rev();
@@ -110,7 +110,7 @@ fn is_dense(tensor: &CubeTensor) -> bool {
     })
 }
 
-/// Values as they lie, in row-major order.
+/// The tensor in contiguous row-major order, copied if necessary.
 fn dense(tensor: CubeTensor) -> CubeTensor {
     if is_dense(&tensor) { tensor } else { into_contiguous(tensor) }
 }
@@ -119,7 +119,7 @@ fn empty(like: &CubeTensor, shape: impl Into<Shape>) -> CubeTensor {
     empty_device_contiguous_dtype(like.client.clone(), like.device.clone(), shape.into(), DType::F32)
 }
 
-/// Floats that are read at once.
+/// Number of floats that are read at once.
 fn vector_size(channels: &[usize]) -> usize {
     if channels.iter().all(|count| count.is_multiple_of(4)) { 4 } else { 1 }
 }
@@ -162,7 +162,7 @@ impl LayerGradients for Cube {
         output_gradient: CubeTensor,
         options: ConvolutionOptions,
     ) -> CubeTensor {
-        // Of the input its size alone is of interest.
+        // Only the size of the input is needed.
         let [images, channels, height, width] = input.meta.shape().dims();
         let (gradient, shape) = (Map::new(output_gradient), [images, height, width, channels]);
         let gradient = if options.depthwise {

@@ -1,5 +1,5 @@
-//! Batch normalisation joined with its activation, and the residual sum joined with ReLU. A map is read once for the
-//! statistics, once forward, and twice backward, there beside the gradient.
+//! Batch normalisation fused with its activation, and the residual sum fused with ReLU. A map is read once
+//! for the statistics, once forward, and twice backward, together with the gradient.
 
 use burn_cubecl::cubecl;
 use burn_cubecl::cubecl::prelude::*;
@@ -9,10 +9,10 @@ use super::rows::{self, Plan, Share, Units};
 use super::{Map, dense, empty, grid, units, vector_size};
 use crate::model::layers::{Activation, NormaliseOptions};
 
-/// Rows whose vectors one unit computes: it reads a channel's parameters once for all.
+/// Rows that one unit computes for its vector of channels: it reads their parameters once.
 const ROWS: usize = 4;
 
-/// What a normalisation does to every channel, and what its activation lets through.
+/// Parameters and options of a normalisation.
 pub(super) struct Parameters {
     statistics: CubeTensor,
     gamma: CubeTensor,
@@ -40,7 +40,7 @@ impl Parameters {
     }
 }
 
-/// What an activation cuts to.
+/// Range that an activation clamps to.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
 struct Range {
@@ -81,7 +81,7 @@ impl<N: Size> Affine<N> {
         fma(x - self.mean, self.scale, self.beta)
     }
 
-    /// The gradient that comes through the activation.
+    /// The gradient of the activation's input: `gradient` where the output is inside the range, else 0.
     fn passed(
         &self,
         x: Vector<f32, N>,
@@ -102,8 +102,8 @@ impl<N: Size> Affine<N> {
 
 /// Mean and sum of squared deviations of every chunk of rows, `[chunks, 2, C]`.
 ///
-/// Deviations are taken from the chunk's first row, which lies as far from the mean as any value does: unlike squares of the
-/// values themselves they do not cancel.
+/// Sums are of differences from the chunk's first row, a value of the distribution: unlike sums of squares of
+/// the values themselves, they lose no digits by cancellation.
 #[cube(launch_unchecked)]
 fn chunk_statistics_kernel<N: Size>(
     input: &[Vector<f32, N>],
@@ -151,7 +151,7 @@ fn statistics_kernel<N: Size>(
     let total = Vector::<f32, N>::cast_from(rows);
     let mut sum = Vector::<f32, N>::new(0.0);
     if column < columns {
-        // From the first chunk's mean: sums of deviations round less than sums of values.
+        // Differences from the first chunk's mean: their sums round less than sums of the means.
         let first = chunks[column];
         for index in range_stepped(share.begin, share.end, share.units.groups) {
             let length = clamp_max(rows - index * chunk, chunk);
@@ -261,7 +261,7 @@ fn input_gradient_kernel<N: Size>(
         terminate!();
     }
     let affine = Affine::<N>::new(statistics, gamma, beta, column, columns, epsilon);
-    // Through the batch's own statistics, the mean of the gradient and its projection on the normalised input drop out.
+    // If the statistics are the batch's, the gradient's mean and its projection on the normalised input are subtracted.
     let mut mean = Vector::<f32, N>::new(0.0);
     let mut projection = Vector::<f32, N>::new(0.0);
     if comptime!(from_batch) {
@@ -323,7 +323,7 @@ fn chunk_gradient_kernel<N: Size>(
 pub(super) fn forward(input: &Map, parameters: &Parameters) -> Map {
     let (out, columns) = (Map::empty(input, input.shape()), Columns::new(input));
     let (cubes, units) = columns.grid(input, ROWS);
-    // SAFETY: rows are checked within, and columns are what a remainder leaves.
+    // SAFETY: the kernel checks rows; a column is a remainder by the number of columns.
     unsafe {
         forward_kernel::launch_unchecked(
             &input.0.client,
@@ -376,7 +376,7 @@ pub(super) fn parameter_gradient(input: &Map, gradient: &Map, parameters: &Param
     let columns = Columns::new(input);
     let plan = columns.plan(input);
     let chunks = empty(&input.0, [plan.chunks, 2, input.channels()]);
-    // SAFETY: rows and columns are checked within.
+    // SAFETY: the kernel checks rows and columns.
     unsafe {
         chunk_gradient_kernel::launch_unchecked(
             &input.0.client,
@@ -424,7 +424,7 @@ fn add_relu_gradient_kernel<N: Size>(
 pub(super) fn add_relu(a: &Map, b: &Map) -> Map {
     let (out, columns) = (Map::empty(a, a.shape()), Columns::new(a));
     let (cubes, units) = columns.grid(a, 1);
-    // SAFETY: the length is checked within.
+    // SAFETY: the kernel checks the length.
     unsafe {
         add_relu_kernel::launch_unchecked(
             &a.0.client,
@@ -460,9 +460,9 @@ pub(super) fn add_relu_gradient(output: &Map, gradient: &Map) -> Map {
 /// A map as rows of vectors.
 struct Columns {
     rows: usize,
-    /// Vectors of a row.
+    /// Vectors in a row.
     count: usize,
-    /// Floats of a vector.
+    /// Floats in a vector.
     size: usize,
 }
 
@@ -472,12 +472,12 @@ impl Columns {
         Self { rows: map.elements() / map.channels(), count: map.channels() / size, size }
     }
 
-    /// How their sums over rows are shared out.
+    /// How sums over rows are divided among units.
     fn plan(&self, map: &Map) -> Plan {
         Plan::new(self.rows, self.count, usize::MAX, units(&map.0))
     }
 
-    /// A unit for every vector of every `rows` rows.
+    /// A grid with a unit for each vector of each group of `rows` rows.
     fn grid(&self, map: &Map, rows: usize) -> (CubeCount, CubeDim) {
         grid(&map.0, self.rows.div_ceil(rows) * self.count)
     }

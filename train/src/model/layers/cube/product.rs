@@ -1,5 +1,5 @@
-//! A product of matrices of which one is cut from a map as it is read: what a convolution and its two gradients are.
-//! No matrix of patches is ever written.
+//! A convolution and its two gradients as matrix products (implicit GEMM): the matrix of patches is read from
+//! the map directly, and never written.
 //!
 //! | role | rows | columns | depth |
 //! | --- | --- | --- | --- |
@@ -7,19 +7,19 @@
 //! | input gradient | input positions of a phase | input channels | taps of the phase x output channels |
 //! | weight gradient | output channels | taps x input channels | output positions |
 //!
-//! The input gradient of a strided convolution falls into phases, by the remainder of the padded input position by the
-//! stride: each has taps of its own and reaches every output position, so nothing is multiplied by zeros between.
+//! The input gradient of a strided convolution is divided into phases, by the remainder of the padded input position modulo
+//! the stride. Each phase has its own taps, so that no products with inserted zeros are computed.
 //!
-//! A cube computes a tile of the result, step by step along the depth: its units read the next step's values into
-//! registers, multiply what lies in one half of shared memory, and put the values into the other half. A unit has
-//! several rows and columns of the tile, so that a value in shared memory serves as many times. Products are of f32, and
-//! each sum runs in the order of the depth; a depth that is cut into splits is added up by `rows.rs`.
+//! A cube computes a tile of the result in steps along the depth, with two buffers in shared memory: its units read the next
+//! step's values into registers, multiply the values in one buffer, and store the new ones in the other. A unit computes
+//! several rows and columns of the tile, so that each value read from shared memory is used several times. Products are in
+//! f32, and each sum has the order of the depth; if the depth is divided into splits, `rows.rs` adds their results.
 
 use burn_cubecl::cubecl;
 use burn_cubecl::cubecl::prelude::*;
 use burn_cubecl::cubecl::std::FastDivmod;
 
-/// Which matrix is the result.
+/// The result of the product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Role {
     Output,
@@ -27,7 +27,7 @@ pub(super) enum Role {
     WeightGradient,
 }
 
-/// What a cube computes.
+/// Sizes of a cube's part of the result, and of a unit's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Tile {
     pub rows: usize,
@@ -43,8 +43,8 @@ pub(super) struct Tile {
 /// Values that a unit reads from shared memory at once.
 pub(super) const QUAD: usize = 4;
 
-/// Floats between the rows of shared memory beyond a tile's: units that put values of one row of a matrix in a column
-/// of shared memory find different banks.
+/// Floats of padding between rows of shared memory, so that units that store a row of a matrix as a column
+/// use different banks.
 const GAP: usize = QUAD;
 
 impl Tile {
@@ -63,14 +63,14 @@ impl Tile {
     }
 }
 
-/// What is known when the kernel is compiled.
+/// Compile-time parameters of the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Plan {
     pub role: Role,
     pub tile: Tile,
     pub kernel: u32,
     pub stride: u32,
-    /// Splits of the depth.
+    /// Number of splits of the depth.
     pub splits: u32,
 }
 
@@ -91,26 +91,26 @@ pub(super) struct Geometry {
     pub left: u32,
 }
 
-/// Divisors along the depth, by multiplication.
+/// Divisors of depths and columns, for division by multiplication.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
 pub(super) struct Divisors {
-    /// The channels that taps are counted by.
+    /// Channels of each tap.
     pub channels: FastDivmod<u32>,
     pub out_width: FastDivmod<u32>,
     pub out_height: FastDivmod<u32>,
 }
 
-/// What an axis of a phase has.
+/// Taps and positions of a phase along one axis.
 #[derive(CubeType, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
 struct Axis {
-    /// The first tap; the others follow at the stride.
+    /// The phase: the remainder modulo the stride, which is also its first tap. The next taps follow at the stride.
     remainder: u32,
     taps: u32,
-    /// The padded input position of the first position, by the stride.
+    /// Padded input position of the phase's first position, divided by the stride.
     first: u32,
-    /// Positions.
+    /// Number of positions.
     count: u32,
 }
 
@@ -131,7 +131,7 @@ fn axis(remainder: u32, size: u32, padding: u32, #[comptime] kernel: u32, #[comp
     }
 }
 
-/// Where a position lies in a map.
+/// A position in a map.
 #[derive(CubeType, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
 struct Place {
@@ -146,8 +146,8 @@ fn place(index: u32, height: u32, width: u32) -> Place {
     Place { image: line / height, y: line % height, x: index % width }
 }
 
-/// The vector of channels from `channel` on at a place, in a map of `height` x `width` x `channels`; zeros outside,
-/// where a coordinate below 0 has become a large one.
+/// The vector of channels from `channel` on at a position of a map of `height` x `width` x `channels`; zeros
+/// outside the map. A negative coordinate has wrapped around to a large one.
 #[cube]
 fn gather<N: Size>(
     map: &[Vector<f32, N>],
@@ -166,7 +166,7 @@ fn gather<N: Size>(
     value
 }
 
-/// The tile's matrices, as their parts are asked for: by row or column, and depth.
+/// Reads the two matrices of a product, by row or column and depth.
 #[derive(CubeType)]
 struct Job {
     geometry: Geometry,
@@ -190,17 +190,17 @@ impl Job {
         }
     }
 
-    /// Taps of a phase side by side. A phase may have none, of which nothing is asked but that it divides.
+    /// Taps of the phase in a row of the kernel. At least 1, since it is a divisor: a phase may have no taps.
     fn line(&self) -> u32 {
         clamp_min(self.x.taps, 1u32)
     }
 
-    /// The position of a phase. It may have none; then what comes out lies outside the map.
+    /// Position number `row` of the phase. If the phase has no positions, the result is outside the map.
     fn phase_place(&self, row: u32) -> Place {
         place(row, clamp_min(self.y.count, 1u32), clamp_min(self.x.count, 1u32))
     }
 
-    /// The left matrix: a vector along the depth, or of rows for the weight's gradient.
+    /// A vector of the left matrix: along the depth, or along the rows for the weight gradient.
     fn left<N: Size>(&self, map: &[Vector<f32, N>], row: u32, depth: u32) -> Vector<f32, N> {
         let g = self.geometry;
         let stride = comptime!(self.plan.stride);
@@ -237,7 +237,7 @@ impl Job {
         }
     }
 
-    /// The right matrix: a vector along the depth for the output, or of columns.
+    /// A vector of the right matrix: along the depth for the output, else along the columns.
     fn right<N: Size>(&self, matrix: &[Vector<f32, N>], column: u32, depth: u32) -> Vector<f32, N> {
         let g = self.geometry;
         let kernel = comptime!(self.plan.kernel);
@@ -277,7 +277,7 @@ impl Job {
         }
     }
 
-    /// Where a row of the result begins; rows past the end are told by a length of 0.
+    /// Start and length of a row of the result; the length is 0 for a row outside it.
     fn row(&self, row: u32) -> (u32, u32) {
         let g = self.geometry;
         match comptime!(self.plan.role) {
@@ -302,20 +302,20 @@ impl Job {
     }
 }
 
-/// One of the two matrices.
+/// The left or the right matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 enum Side {
     Left,
     Right,
 }
 
-/// How a side's part of a step is shared out: neighbouring units read neighbouring vectors of the matrix as it lies.
+/// How the units divide one matrix's values of a step: neighbouring units read neighbouring vectors in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct Share {
     side: Side,
-    /// Whether vectors lie along the depth, or along the tile.
+    /// Whether vectors are along the depth; else they are along the tile's rows or columns.
     along_depth: bool,
-    /// Rows or columns of the tile.
+    /// Number of rows (left) or columns (right) of the tile.
     extent: usize,
     depth: usize,
     vector: usize,
@@ -335,12 +335,12 @@ impl Share {
         self.extent * self.depth / self.vector
     }
 
-    /// Vectors of a unit.
+    /// Vectors for each unit, rounded up.
     fn slots(self) -> usize {
         self.vectors().div_ceil(self.units)
     }
 
-    /// Vectors of a row, or of a depth.
+    /// Vectors in a line of memory: in a row of the tile, or in one depth.
     fn line(self) -> usize {
         if self.along_depth { self.depth / self.vector } else { self.extent / self.vector }
     }
@@ -351,7 +351,7 @@ impl Share {
     }
 }
 
-/// Reads what of a step is this unit's.
+/// Reads this unit's values of a step into registers.
 #[cube]
 fn fetch<N: Size>(
     job: &Job,
@@ -380,7 +380,7 @@ fn fetch<N: Size>(
     }
 }
 
-/// Puts it into half a side's shared memory, depth by depth.
+/// Stores the unit's values in one of the two buffers of shared memory, ordered by depth.
 #[cube]
 fn store<N: Size>(
     values: &Array<Vector<f32, N>>,
@@ -410,7 +410,7 @@ fn store<N: Size>(
     }
 }
 
-/// Adds the products of a step to the unit's part of the tile.
+/// Adds the products of a step to the unit's sums.
 #[cube]
 fn multiply(
     left: &Shared<[Vector<f32, Const<QUAD>>]>,
@@ -448,7 +448,7 @@ fn multiply(
     }
 }
 
-/// The result, or its splits one behind the other. Cubes: tiles of rows, tiles of columns, splits of every phase.
+/// Computes the result, or that of each split, one after the other. Grid: tiles of rows, tiles of columns, phases x splits.
 #[cube(launch_unchecked)]
 pub(super) fn product_kernel<N: Size>(
     left: &[Vector<f32, N>],

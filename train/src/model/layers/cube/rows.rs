@@ -1,7 +1,7 @@
 //! Sums over the rows of a matrix `[R, L]`, in a fixed order.
 //!
-//! A cube has columns side by side and several groups of units, each of which adds every so many-th row; then one unit a
-//! column adds what the groups have, one after the other. Tall matrices are first cut into chunks of rows.
+//! A cube has `lanes` neighbouring columns and several groups of units; each group adds every `groups`-th
+//! row, and then the groups' sums are added in order. Tall matrices are first divided into chunks of rows.
 
 use burn_cubecl::cubecl;
 use burn_cubecl::cubecl::prelude::*;
@@ -9,38 +9,38 @@ use burn_cubecl::tensor::CubeTensor;
 
 use super::{MULTIPROCESSORS, UNITS, empty, units, vector_size};
 
-/// How many cubes a sum over rows is cut into at most.
+/// Most cubes for a sum over rows.
 const CUBES: usize = 4 * MULTIPROCESSORS;
 
 /// The units of a cube.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Units {
-    /// Vectors side by side.
+    /// Neighbouring columns, each a vector.
     pub lanes: usize,
-    /// Units that share the rows of a lane.
+    /// Units for each column, which divide its rows.
     pub groups: usize,
 }
 
-/// How a sum over rows is shared out among units.
+/// How a sum over rows is divided among units.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Plan {
     pub units: Units,
-    /// Cubes side by side.
+    /// Cubes for all columns.
     pub width: usize,
-    /// Chunks of rows.
+    /// Number of chunks of rows.
     pub chunks: usize,
-    /// Rows of a chunk; the last has fewer.
+    /// Rows of a chunk; the last chunk may have fewer.
     pub rows: usize,
 }
 
 impl Plan {
-    /// Of `rows` rows of `vectors` vectors; at most `chunks` chunks.
+    /// A plan for `rows` rows of `vectors` vectors, with at most `chunks` chunks and `units` units in a cube.
     pub fn new(rows: usize, vectors: usize, chunks: usize, units: usize) -> Self {
         let lanes = vectors.next_power_of_two().min(32).min(units);
         let groups = units / lanes;
         let width = vectors.div_ceil(lanes);
-        // A unit that adds fewer rows than this waits longer for the others than it adds. On the CPU chunks are as many as
-        // on a GPU.
+        // With fewer rows, a unit waits for the others longer than it adds. Independent of `units`: the CPU
+        // has the same chunks as a GPU.
         let least = 4 * (UNITS / lanes.max(8));
         let wanted = (CUBES / width).clamp(1, chunks).min(rows.div_ceil(least)).max(1);
         let rows_of_chunk = rows.div_ceil(wanted).max(1);
@@ -57,7 +57,7 @@ impl Plan {
     }
 }
 
-/// A unit's share of a sum over rows: a column, and of its cube's chunk of rows every `units.groups`-th from `begin` on.
+/// A unit's share of a sum over rows: one column, and every `units.groups`-th row of its cube's chunk from `begin` on.
 #[derive(CubeType, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
 pub(super) struct Share {
@@ -76,7 +76,7 @@ pub(super) struct Share {
 
 #[cube]
 impl Share {
-    /// Of `rows` rows in chunks of `chunk`.
+    /// The share of the calling unit, of `rows` rows in chunks of `chunk`.
     pub fn new(rows: usize, chunk: usize, #[comptime] units: Units) -> Share {
         let lane = UNIT_POS as usize % units.lanes;
         let group = UNIT_POS as usize / units.lanes;
@@ -92,7 +92,7 @@ impl Share {
         }
     }
 
-    /// Adds what the groups of the cube have, in the order of the groups; every unit gets the sum.
+    /// The sum of `own` over the groups of the cube, in their order; every unit gets it.
     pub fn add_groups<N: Size>(self, own: Vector<f32, N>) -> Vector<f32, N> {
         let units = comptime!(self.units);
         if comptime!(units.groups == 1) {
@@ -106,13 +106,13 @@ impl Share {
             for other in 1..units.groups {
                 sum += shared[other * units.lanes + self.lane];
             }
-            // Who comes here again must not write before all have read.
+            // All units must have read before the next call writes.
             sync_cube();
             sum
         }
     }
 
-    /// Whether this unit writes its column's sum, of `columns`.
+    /// Whether this unit writes the sum of its column, if there are `columns` columns.
     pub fn writes(self, columns: usize) -> bool {
         self.group == 0 && self.column < columns
     }
@@ -139,7 +139,7 @@ fn sum_kernel<N: Size>(
     }
 }
 
-/// `[R, ...]` to `[...]`.
+/// Sums `[R, ...]` over the rows to `[...]`.
 pub(super) fn sum(matrix: CubeTensor) -> CubeTensor {
     let shape: Vec<usize> = matrix.meta.shape().iter().copied().collect();
     let (rows, shape) = (shape[0], &shape[1..]);
@@ -150,7 +150,7 @@ pub(super) fn sum(matrix: CubeTensor) -> CubeTensor {
     let length = shape.iter().product::<usize>();
     let size = vector_size(&[length]);
     let plan = Plan::new(rows, length / size, 1, units(&matrix));
-    // SAFETY: rows and columns are checked within.
+    // SAFETY: the kernel checks rows and columns.
     unsafe {
         sum_kernel::launch_unchecked(
             &out.client,
