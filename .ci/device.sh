@@ -59,7 +59,7 @@ done
 
 stub "$work/built/resident" 'echo "resident: the answer is wrong, and is not timed: m+ of anchor 3" >&2; exit 1'
 run
-((status != 0)) && [[ $said == *"m+ of anchor 3"* ]] || { echo "device.sh: a wrong answer is none: $status, $said"; exit 1; }
+((status != 0)) && [[ $said == *"m+ of anchor 3"* ]] || { echo "device.sh: a wrong answer passed: $status, $said"; exit 1; }
 expect "a wrong answer" "FAILED: 64-8-middle: exit code 1" "$work/out/README.md"
 expect "the module in spite of it" "module.py --batch 64" "$work/calls"
 expect "memcheck in spite of it" "ERROR SUMMARY: 0 errors" "$work/out/memcheck.txt"

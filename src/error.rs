@@ -62,7 +62,7 @@ pub enum Error {
     #[error("{0}")]
     OutOfOrder(&'static str),
     /// A result that the host's memory cannot hold.
-    #[error("{what}: {bytes} bytes of memory could not be had")]
+    #[error("{what}: {bytes} bytes of memory could not be allocated")]
     OutOfMemory {
         /// What it is.
         what: &'static str,

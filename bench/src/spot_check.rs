@@ -71,7 +71,7 @@ impl Answer {
         };
         for ((name, a), (_, b)) in scalars(a).into_iter().zip(scalars(b)) {
             if a != b {
-                return Err(format!("budgets: {name} has other bits, {a:#x} and {b:#x}"));
+                return Err(format!("{name} differs between budgets, {a:#x} and {b:#x}"));
             }
         }
         let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
@@ -83,13 +83,13 @@ impl Answer {
         ];
         for (name, a, b) in vectors {
             if let Some(row) = (0..a.len().max(b.len())).find(|&row| a.get(row) != b.get(row)) {
-                return Err(format!("budgets: {name}[{row}] has other bits"));
+                return Err(format!("{name}[{row}] differs between budgets"));
             }
         }
         for (row, (a, b)) in a.gradient.outer_iter().zip(b.gradient.outer_iter()).enumerate() {
             let differ = a.iter().zip(b).any(|(a, b)| a.to_bits() != b.to_bits());
             if differ && self.by_tiles[row] == other.by_tiles[row] {
-                return Err(format!("budgets: row {row} of the gradient has other bits"));
+                return Err(format!("row {row} of the gradient differs between budgets"));
             }
         }
         Ok(())

@@ -88,7 +88,7 @@ impl Spaces {
             (Some(_), Some(space)) => space,
             (Some(_), None) => {
                 let reason =
-                    "no memory can be had while a graph is captured: call it once with this shape before";
+                    "memory cannot be allocated while a graph is captured: call it once with this shape before";
                 return Err(Error::Unavailable(reason.into()));
             }
             (None, _) => {

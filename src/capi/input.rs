@@ -387,6 +387,6 @@ pub fn reserve<T>(buffer: &mut Vec<T>, length: usize) -> Outcome<()> {
     let more = length.saturating_sub(buffer.len());
     buffer.try_reserve_exact(more).map_err(|_| {
         let bytes = length.saturating_mul(size_of::<T>());
-        Failure::new(Status::OutOfMemory, format!("{bytes} bytes of memory could not be had"))
+        Failure::new(Status::OutOfMemory, format!("{bytes} bytes of memory could not be allocated"))
     })
 }

@@ -183,7 +183,7 @@ impl Device for CudaDevice {
         let _kept = self.enter()?;
         if capture_of(self.stream.raw())?.is_some() {
             let reason =
-                "memory cannot be had while a graph is captured: call it once with this shape before";
+                "memory cannot be allocated while a graph is captured: call it once with this shape before";
             return Err(Error::Unavailable(reason.into()));
         }
         Ok(())

@@ -251,7 +251,7 @@ impl Archive<'_> {
         if self.bytes > self.limits.bytes {
             let most = self.limits.bytes;
             let reason = format!(
-                "unpacks to more than {most} bytes, as no pictures do: unpack it by hand if it is right"
+                "unpacks to more than {most} bytes, too much for pictures: unpack it yourself if that is right"
             );
             return Err(Error::format(self.path, reason));
         }

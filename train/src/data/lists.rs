@@ -43,7 +43,7 @@ fn classes(root: &Path, list: &Path) -> Result<Files> {
             }
         }
         if !listed.insert(path.clone()) {
-            return Err(bad(format!("names {} a second time: it would find itself", path.display())));
+            return Err(bad(format!("names {} twice: as a query it would find itself", path.display())));
         }
         let folder = || path.parent().and_then(Path::file_name).map(OsString::from);
         let class = class.map(name_of_bytes).or_else(folder).ok_or_else(|| bad("names no class".into()))?;

@@ -52,13 +52,13 @@ impl Stored {
 
     /// The values, row by row, or the reason why they cannot be read.
     fn values(self) -> std::result::Result<Vec<f32>, String> {
-        let no_floats = "holds no floats";
-        let dtype = self.dtype().ok_or(no_floats)?;
+        let not_floats = "is not of a floating-point type";
+        let dtype = self.dtype().ok_or(not_floats)?;
         let bytes = match self {
             Self::Torch(tensor) => tensor.read().map_err(one_line)?,
             Self::Safetensors { bytes, .. } => bytes,
         };
-        let values: Vec<f32> = floats_of(dtype, &bytes).ok_or(no_floats)?;
+        let values: Vec<f32> = floats_of(dtype, &bytes).ok_or(not_floats)?;
         match values.iter().find(|value| !value.is_finite()) {
             Some(value) => Err(format!("holds {value}")),
             None => Ok(values),
