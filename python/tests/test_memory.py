@@ -86,6 +86,21 @@ def test_a_queue_is_taken_up_from_its_state_dict():
     assert memory.queue_idx == 16 and not memory.has_been_filled
 
 
+def test_a_queue_is_saved_by_libraries_that_save_tensors_alone(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    network = torch.nn.ModuleDict({"memory": CrossBatchMemory(SoftContrastiveLoss(), DIM, 40, start_after=1)})
+    again = copy.deepcopy(network)
+    assert all(isinstance(value, torch.Tensor) for value in network.state_dict().values())
+    given = list(batches(4, 16, seed=14))
+    for rows, labels in given[:3]:
+        network["memory"](rows, labels)
+    safetensors.save_model(network, tmp_path / "network.safetensors")
+    safetensors.load_model(again, tmp_path / "network.safetensors")
+    assert again["memory"].filled == 32 and again["memory"].started
+    assert again["memory"](*given[3]) == network["memory"](*given[3])
+    assert again["memory"].statistics == network["memory"].statistics != {}
+
+
 def test_gradients_pass_gradcheck_in_float64():
     filled = CrossBatchMemory(SoftContrastiveLoss(), DIM, 30, dtype=torch.float64)
     for rows, labels in batches(2, 12, seed=3):
@@ -326,6 +341,7 @@ def test_what_the_other_library_s_arguments_are_replaced_by_is_said():
         ("miner", "take the miner out"),
         ("margin", "lambda_pos and lambda_neg"),
         ("weight_regularizer", "no weights"),
+        ("temperature", "sharpness"),
         ("other", "no argument other$"),
     ]:
         for make in (lambda **others: CrossBatchMemory(SoftContrastiveLoss(), DIM, **others), SoftContrastiveLoss):

@@ -18,6 +18,16 @@ from .parts import loss_of_ranks
 from .ranks import Ranks, Scale, Telling, between_graphs
 
 Check = bool | Literal["wait"]
+_POS, _NEG = STATISTICS.index("total_pos"), STATISTICS.index("total_neg")
+
+
+def _setting(name: str) -> Any:
+    """An attribute of the loss that reads one of its settings, and changes it for the calls to come."""
+
+    def change(loss: SoftContrastiveLoss, value: Any) -> None:
+        loss.settings = dataclasses.replace(loss.settings, **{name: value})
+
+    return property(lambda loss: getattr(loss.settings, name), change, doc=f"`{name}` of the settings.")
 
 
 class SoftContrastiveLoss(nn.Module):
@@ -67,8 +77,15 @@ class SoftContrastiveLoss(nn.Module):
     negative label (`ignored`), how many a `CrossBatchMemory` left out since they were not finite (`not_finite`), and 1 minus
     the smaller mean similarity (`spread`): below 1e-4 all rows are nearly equal, and the method gives a loss of 0 whether or
     not anything was learned. The first batch with one of the last three is warned of; where a call is compiled, or computes on
-    a GPU, when `statistics` is read.
+    a GPU, when `statistics` is read. Where a call is neither, the first batch without two rows of one class, or with rows of
+    one class alone, is warned of as well.
+
+    Settings can be changed between calls: `loss.alpha = 20`, and so on for `mining`, the tolerances and both thresholds.
     """
+
+    mining, gamma, negative_ratio, probe_ratio, tolerance, alpha, beta = map(
+        _setting, ("mining", "gamma", "negative_ratio", "probe_ratio", "tolerance", "alpha", "beta")
+    )
 
     def __init__(
         self,
@@ -222,6 +239,9 @@ class SoftContrastiveLoss(nn.Module):
             # Cheaper than `_warn`, and true of most batches.
             if isinstance(last, list) and (last[-1] or last[-2] or not (last[3] < NEARLY_ONE or last[4] < NEARLY_ONE)):
                 self._warn(last)
+            # Against references none of a kind may be right: a memory has few rows at first.
+            if references is None and isinstance(last, list) and bool(last[_POS]) != bool(last[_NEG]):
+                self._warn_of_one_kind(last)
         return loss
 
     @property
@@ -256,6 +276,17 @@ class SoftContrastiveLoss(nn.Module):
             _warn(
                 f"the embeddings have collapsed: all rows are nearly equal (spread {spread:.1e}), so that little or nothing "
                 "is mined; lower the learning rate or start from other weights"
+            )
+
+    def _warn_of_one_kind(self, last: list[float]) -> None:
+        # Rows that have collapsed count as copies of each other, and of that `_warn` tells.
+        if "pairs" not in self._warned and not _spread(last) < COLLAPSED:
+            self._warned.add("pairs")
+            _warn(
+                "all rows of the batch are of one class, so that its loss is 0: shuffle, or draw rows of several classes"
+                if last[_POS]
+                else "the batch has no pair of rows of one class (exact copies are none), so that its loss is 0: draw several rows "
+                "of each class (pytorch-metric-learning's MPerClassSampler does)"
             )
 
     def extra_repr(self) -> str:
