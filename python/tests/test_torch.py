@@ -273,6 +273,10 @@ def test_settings_change_between_calls():
         assert loss(embeddings, labels) == want(embeddings, labels) != before
     with pytest.raises(ValueError, match="alpha = 0 is out of range"):
         loss.alpha = 0
+    learned = torch.tensor(20.0, requires_grad=True)
+    for refused in (lambda: SoftContrastiveLoss(alpha=torch.nn.Parameter(learned)), lambda: setattr(loss, "alpha", learned)):
+        with pytest.raises(TypeError, match="alpha must be a number: it gets no gradient"):
+            refused()
     assert loss.alpha == 40
 
 

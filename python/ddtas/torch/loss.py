@@ -25,6 +25,7 @@ def _setting(name: str) -> Any:
     """An attribute of the loss that reads one of its settings, and changes it for the calls to come."""
 
     def change(loss: SoftContrastiveLoss, value: Any) -> None:
+        _refuse_learned(**{name: value})
         loss.settings = dataclasses.replace(loss.settings, **{name: value})
 
     return property(lambda loss: getattr(loss.settings, name), change, doc=f"`{name}` of the settings.")
@@ -115,6 +116,9 @@ class SoftContrastiveLoss(nn.Module):
             raise ValueError(f'check must be True, False or "wait", not {check!r}')
         if not isinstance(normalize_embeddings, bool):
             raise TypeError(f"normalize_embeddings must be True or False, not {normalize_embeddings!r}")
+        _refuse_learned(
+            gamma=gamma, negative_ratio=negative_ratio, probe_ratio=probe_ratio, tolerance=tolerance, alpha=alpha, beta=beta
+        )
         self.settings = Settings(
             mining, gamma, negative_ratio, probe_ratio, tolerance, alpha, beta, _number(lambda_pos), _number(lambda_neg)
         )
@@ -301,6 +305,12 @@ _loss_of_ranks = between_graphs(loss_of)
 COLLAPSED = 1e-4
 """A spread below this is a collapse."""
 NEARLY_ONE = 1 - COLLAPSED
+
+
+def _refuse_learned(**settings: Any) -> None:
+    for name, value in settings.items():
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise TypeError(f"{name} must be a number: it gets no gradient, which lambda_pos and lambda_neg alone do")
 
 
 def _number(value: float | Tensor) -> float:
