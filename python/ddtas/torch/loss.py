@@ -287,10 +287,10 @@ class SoftContrastiveLoss(nn.Module):
         if "pairs" not in self._warned and not _spread(last) < COLLAPSED:
             self._warned.add("pairs")
             _warn(
-                "all rows of the batch are of one class, so that its loss is 0: shuffle, or draw rows of several classes"
+                "all rows of the batch are of one class, so its loss is 0: shuffle, or draw rows of several classes"
                 if last[_POS]
-                else "the batch has no pair of rows of one class (exact copies are none), so that its loss is 0: draw several rows "
-                "of each class (pytorch-metric-learning's MPerClassSampler does)"
+                else "the batch has no two different rows of one class, so its loss is 0: draw several rows of each class "
+                "(pytorch-metric-learning's MPerClassSampler does)"
             )
 
     def extra_repr(self) -> str:

@@ -91,6 +91,8 @@ class CrossBatchMemory(nn.Module):
                 f"CrossBatchMemory takes a ddtas.torch.SoftContrastiveLoss, not {type(loss).__name__}: "
                 "another loss has a memory of its own library"
             )
+        if type(loss).forward is not SoftContrastiveLoss.forward:
+            raise TypeError(f"CrossBatchMemory does not call {type(loss).__name__}.forward: override the memory's forward instead")
         _check_memory_type(dtype)
         self.loss = loss
         self.embedding_size = _checked_count("embedding_size", embedding_size, 1)
