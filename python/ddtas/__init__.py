@@ -1,7 +1,7 @@
 """Fused deep metric learning: mining, loss and gradient in passes that never store a B x B matrix.
 
-`loss`, `threshold_gradient`, `evaluate`, `recall_at_k` and `Part` take NumPy arrays, and tensors by DLPack, without a copy; `ddtas.torch`
-has the loss as a module of PyTorch. Rows must have unit length here; the module normalises.
+`loss`, `threshold_gradient`, `evaluate`, `recall_at_k` and `Part` take NumPy arrays and DLPack tensors without a copy; their
+rows must have unit length. `ddtas.torch` has the loss as a PyTorch module, which normalises the rows.
 """
 
 from __future__ import annotations

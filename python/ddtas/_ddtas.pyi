@@ -25,28 +25,29 @@ __all__ = [
 ]
 
 _Place: TypeAlias = tuple[int, int, int, int, int]
+"""Addresses of rows and of int64 labels, number of rows, dimensions, and the type's code."""
 
 __version__: str
 has_cuda: bool
-"""Whether this build serves tensors in the GPU's memory."""
+"""Whether this build supports tensors on a GPU."""
 
 @final
 class Context:
-    """A workspace on the processor, and the threads that compute in it.
+    """A workspace on the CPU, and the threads that compute in it.
 
-    Calls on one context take turns; two contexts compute side by side. `threads=None` shares the process's pool, as
-    many threads as cores. `budget` is the most bytes that are kept between the passes of a loss, 6 KiB for each row of either side if left out;
-    what does not fit is computed again. The result depends on neither. A forked process computes in a workspace
-    and with threads of its own.
+    Calls on one context are serialized; two contexts compute concurrently. `threads=None` shares the process's pool, of
+    `RAYON_NUM_THREADS` threads, else `OMP_NUM_THREADS`, else as many as cores. `budget` is an upper limit in bytes for pairs
+    kept between the passes of a loss, by default 6 KiB for each row of either side; pairs that do not fit are computed again. The
+    result depends on neither. A forked process gets a workspace and threads of its own.
     """
 
     def __new__(cls, threads: int | None = None, budget: int | None = None) -> Context: ...
     @property
     def threads(self) -> int:
-        """Threads that compute."""
+        """Number of threads."""
     @property
     def workspace_bytes(self) -> int:
-        """Bytes the workspace holds now."""
+        """Size of the workspace in bytes, now."""
     def loss(
         self,
         embeddings: Matrix,
@@ -58,7 +59,7 @@ class Context:
         reference_gradient: bool,
         check: bool,
     ) -> LossOutput: ...
-    def judge(
+    def query_metrics(
         self,
         queries: Matrix,
         labels: Labels,
@@ -119,40 +120,40 @@ class LossOutput:
         """dL/d(embeddings), `[B, D]`, float32; float64 for float64 rows."""
     @property
     def reference_gradient(self) -> npt.NDArray[np.floating] | None:
-        """dL/d(references), `[N, D]`, if it was asked for and there are references."""
+        """dL/d(references), `[N, D]`, if requested and there are references."""
     @property
     def gamma_pos(self) -> float:
-        """Tolerance of positives in force, after adaptation; inf without mining."""
+        """Tolerance of positives, adapted to the batch; inf without mining."""
     @property
     def gamma_neg(self) -> float:
-        """Tolerance of negatives in force, after adaptation; inf without mining."""
+        """Tolerance of negatives, adapted to the batch; inf without mining."""
     @property
     def probe_neg(self) -> int:
-        """Negatives that passed the probe, over all anchors."""
+        """Number of negatives that passed the probe, over all anchors."""
     @property
     def total_pos(self) -> int:
-        """Ordered positive pairs of the batch."""
+        """Number of ordered positive pairs in the batch."""
     @property
     def total_neg(self) -> int:
-        """Ordered negative pairs of the batch."""
+        """Number of ordered negative pairs in the batch."""
     @property
     def min_pos(self) -> npt.NDArray[np.floating]:
-        """Smallest similarity to a positive, an entry per anchor; inf without one."""
+        """m+, `[B]`: smallest similarity of each anchor to a positive; inf without one."""
     @property
     def max_neg(self) -> npt.NDArray[np.floating]:
-        """Largest similarity to a negative, an entry per anchor; -inf without one."""
+        """m-, `[B]`: largest similarity of each anchor to a negative; -inf without one."""
     @property
     def count_pos(self) -> npt.NDArray[np.uint32]:
-        """Mined positives of every anchor, inactive ones included (0 there without mining)."""
+        """`[B]`: number of mined positives of each anchor, inactive ones included (0 for those without mining)."""
     @property
     def count_neg(self) -> npt.NDArray[np.uint32]:
-        """Mined negatives of every anchor, inactive ones included (0 there without mining)."""
+        """`[B]`: number of mined negatives of each anchor, inactive ones included (0 for those without mining)."""
     @property
     def active(self) -> int:
-        """Anchors with mined pairs of both kinds: those that enter the loss."""
+        """Number of anchors with mined positives and negatives: those that enter the loss."""
     @property
     def mined(self) -> tuple[int, int]:
-        """Positive and negative pairs of active anchors."""
+        """Numbers of positive and negative pairs of active anchors."""
     @property
     def dloss_dlambda_pos(self) -> float:
         """dL/d(lambda_pos)."""
@@ -168,7 +169,7 @@ class LossOutput:
 
 def check_settings(settings: Settings) -> None: ...
 def address_of(embeddings: Matrix) -> int:
-    """The address that rows are read from: the array's own, since nothing is copied."""
+    """The address that rows are read from: that of the array itself, since nothing is copied."""
 
 def _initial_tolerances(mining: str, numbers: Sequence[float]) -> tuple[float, float]:
     """Tolerances of positives and negatives before a batch adapts them."""
@@ -177,10 +178,10 @@ def _norm_tolerance(dtype: int) -> float:
     """How far the norm of a row of that type may be from 1."""
 
 def _refuse_anchor(row: int, square_sum: float) -> None:
-    """Raises what a row that is not finite or not of unit length is refused with."""
+    """Raises the error for a row that is not finite or not of unit length, by the sum of its squares."""
 
 def _read_scalars(written: bytes) -> list[float]:
-    """The numbers that a GPU has written of a loss. Raises ValueError for a bad row."""
+    """The statistics in a GPU's `LossScalars`, 120 bytes. Raises ValueError for a bad row."""
 
 def _loss_at(
     context: Context,

@@ -1,4 +1,4 @@
-"""What a test set is worth: Recall@K, R-precision, MAP@R and NMI, of all queries and of each class."""
+"""Evaluation of embeddings: Recall@K, R-precision, MAP@R and NMI, over all queries and by class."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Figures = npt.NDArray[np.float64]
 
 
 class PerClass(NamedTuple):
-    """The figures of each class; a class without a query that can be answered is not there."""
+    """Metrics of each class, as arrays with an entry for each class; classes without a counted query are left out."""
 
     labels: npt.NDArray[np.int64]
-    """The classes, ascending."""
+    """Labels of the classes, ascending."""
     queries: npt.NDArray[np.int64]
-    """Queries that were counted."""
+    """Number of queries counted in each class."""
     recall: dict[int, Figures]
-    """Recall@K by K, an entry for each class."""
+    """Recall@K by K."""
     r_precision: Figures
     """R-precision."""
     map_at_r: Figures
@@ -32,18 +32,18 @@ class PerClass(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Figures from 0 to 1, means over the queries counted."""
+    """Metrics from 0 to 1. All but `nmi` are means over the counted queries."""
 
     recall: Recall
-    """Recall@K by K, how many queries were counted, and how many had nothing to find."""
+    """Recall@K by K, with the numbers of queries counted (`queries`) and not counted (`without_match`)."""
     r_precision: float
     """R-precision (Musgrave et al., ECCV 2020)."""
     map_at_r: float
     """Mean average precision at R."""
     nmi: float | None
-    """Normalized mutual information of classes and clusters, if it was asked for."""
+    """Normalized mutual information of classes and clusters; None unless requested."""
     per_class: PerClass = dataclasses.field(repr=False)
-    """The same of each class; their means are the averages of averages."""
+    """The same metrics by class; their means over the classes are the "average of averages" of pytorch-metric-learning."""
 
 
 def evaluate(
@@ -58,20 +58,20 @@ def evaluate(
     seed: int = 0,
     context: Context | None = None,
 ) -> Evaluation:
-    """Searches every row of `embeddings` among the others, or in a gallery, and judges what it finds.
+    """Searches for each row of `embeddings` among the other rows, or in a gallery, and returns the retrieval metrics.
 
-    Rows have unit length: float32, float16 or bfloat16. `identity` says which rows of the gallery are the queries
-    themselves, by numbers as in `loss`: a query is left out of its own list. Without it a query that is in the gallery
-    finds itself, since none is recognised by its value. Equally similar rows are ranked by their place. Rows with a
-    negative label are neither queries nor answers, and a query without an answer is not counted. `nmi` clusters all queries
-    without a negative label, into as many clusters as they have classes, by at most 20 steps of k-means from `seed`, and is
-    1 for one class; float32 only. Memory beside the rows grows with the number of queries alone.
+    Rows must have unit length, in float32, float16 or bfloat16. `identity` says which gallery rows are the queries themselves, as
+    in `loss`; a query is left out of its own list. Without it a query that is in the gallery finds itself: duplicates are not
+    recognised. Equally similar rows are ranked by their index. Rows with a negative label are neither queries nor answers, and
+    queries without an answer are not counted. With `nmi=True` all queries without a negative label are clustered by k-means, with
+    as many clusters as they have classes, at most 20 iterations, and centres drawn with `seed`; float32 only. NMI is 1 if there
+    is one class. Besides the rows, memory grows with the number of queries only.
 
     Raises what `loss` does.
     """
     context = context_of(context)
     depths = depths_of(ks)
-    found = context.judge(embeddings, labels, gallery, gallery_labels, identity, depths)
+    found = context.query_metrics(embeddings, labels, gallery, gallery_labels, identity, depths)
     information = context.nmi(embeddings, labels, seed) if nmi else None
     return evaluation_of(found, sorted({int(depth) for depth in depths}), information)
 
@@ -79,17 +79,20 @@ def evaluate(
 def evaluation_of(
     found: tuple[Figures, Figures, Figures, npt.NDArray[np.int64]], depths: list[int], nmi: float | None
 ) -> Evaluation:
-    """The means of what was found of each query."""
+    """The `Evaluation` from the metrics of each query. Warns if no query was counted."""
     first, r_precision, average_precision, labels = found
     counted = np.flatnonzero(~np.isnan(first))
     if not len(counted):
-        warnings.warn(f"none of {len(first)} queries has an answer: Recall@K and the others are 0 of nothing", stacklevel=3)
+        warnings.warn(
+            f"none of {len(first)} queries has an answer: Recall@K and the other metrics are undefined, and given as 0",
+            stacklevel=3,
+        )
     first, r_precision, average_precision = (values[counted] for values in (first, r_precision, average_precision))
     hits = {k: (first >= 0) & (first < k) for k in depths}
-    classes, place, sizes = np.unique(labels[counted], return_inverse=True, return_counts=True)
+    classes, class_of, sizes = np.unique(labels[counted], return_inverse=True, return_counts=True)
 
     def by_class(values: npt.NDArray[np.generic]) -> Figures:
-        sums: Figures = np.bincount(place, weights=values, minlength=len(classes)) / sizes
+        sums: Figures = np.bincount(class_of, weights=values, minlength=len(classes)) / sizes
         return sums
 
     def mean(values: npt.NDArray[np.generic]) -> float:

@@ -1,4 +1,4 @@
-"""The calls that compute, on NumPy arrays and tensors in the host's memory."""
+"""Loss, threshold gradient and Recall@K of NumPy arrays and DLPack tensors in host memory."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from .settings import Settings
 
 
 class SupportsDlpack(Protocol):
-    """A tensor of torch, JAX, CuPy, ..."""
+    """A tensor in host memory of any library with DLPack: torch, JAX, ..."""
 
     def __dlpack__(self) -> object: ...
 
 
 Matrix = Union[npt.NDArray[np.floating], SupportsDlpack]
-"""`[rows, dim]` in float32, float16, bfloat16 or float64, row-major without gaps."""
+"""`[rows, dim]` in float32, float16, bfloat16 or float64, contiguous in row-major order."""
 Labels = Union[npt.NDArray[np.integer], SupportsDlpack]
-"""`[rows]`, integers; a negative label takes its row out of every pair."""
+"""`[rows]`, integers. A row with a negative label is in no pair."""
 
 Identity = Union[int, npt.NDArray[np.integer], SupportsDlpack]
-"""Which references are the anchors themselves: the number of the one that is anchor 0, if the others follow it; or `[B]`
-numbers, -1 for an anchor that is not among the references."""
+"""Which references are the anchors themselves: the index of the reference that is anchor 0, if the other anchors follow it; or
+an index for each anchor, `[B]`, with -1 for an anchor that is not among the references."""
 
 
 class ThresholdGradient(NamedTuple):
-    """d/dlambda of <dL/dE, tangent>, the mined pairs held fixed."""
+    """d/dlambda of <dL/dE, tangent>, for fixed mined pairs."""
 
     pos: float
-    """Through lambda_pos."""
+    """With respect to lambda_pos."""
     neg: float
-    """Through lambda_neg."""
+    """With respect to lambda_neg."""
 
 
 class Recall(Dict[int, float]):
-    """Recall@K by K, and what it is the mean of. A plain dict otherwise."""
+    """A dict of Recall@K by K, with the number of queries that it is the mean over."""
 
     queries: int
-    """Rows that were counted."""
+    """Number of queries counted: those that have an answer."""
     without_match: int
-    """Rows that had nothing to find: alone in their class, or with a negative label. They are not counted."""
+    """Number of queries not counted: no other row has their class, or their label is negative."""
 
     def __init__(self, at: Iterable[Tuple[int, float]] = (), queries: int = 0, without_match: int = 0) -> None:
         super().__init__(at)
@@ -53,29 +53,30 @@ class Recall(Dict[int, float]):
 
 
 def recall_of(found: tuple[list[tuple[int, float]], int, int]) -> Recall:
-    """What the compiled module found; a figure over no query at all is said to be one."""
+    """`Recall` from the compiled module's tuple. Warns if no query was counted."""
     recall = Recall(*found)
     if recall.queries == 0:
         warnings.warn(
-            f"none of {recall.without_match} rows has another of its class: Recall@K is 0 of nothing", stacklevel=3
+            f"none of {recall.without_match} rows has another row of its class: Recall@K is undefined, and given as 0",
+            stacklevel=3,
         )
     return recall
 
 
 DEFAULTS: Settings = Settings()
-_of_thread = threading.local()
+_thread_local = threading.local()
 
 
 def context_of(given: Context | None) -> Context:
-    """The one that was given, or the calling thread's own, made on its first call."""
+    """The given context, or the calling thread's own, which is created in its first call."""
     if given is not None:
-        # Another has the way of one that searches on a GPU.
-        if not hasattr(given, "judge"):
+        # Not isinstance: `ddtas.torch.engine.GpuSearch` is passed here too.
+        if not hasattr(given, "query_metrics"):
             raise TypeError(f"context must be a ddtas.Context, not {type(given).__name__}")
         return given
-    context: Context | None = getattr(_of_thread, "context", None)
+    context: Context | None = getattr(_thread_local, "context", None)
     if context is None:
-        context = _of_thread.context = Context()
+        context = _thread_local.context = Context()
     return context
 
 
@@ -102,17 +103,18 @@ def loss(
     check: bool = True,
     context: Context | None = None,
 ) -> LossOutput:
-    """Mines the batch, and evaluates the soft contrastive loss and its gradient.
+    """Mines the batch, and computes the soft contrastive loss and its gradient.
 
-    `embeddings` `[B, D]`, rows of unit length, are compared with each other, or with `references` `[N, D]` of the same type
-    (a memory bank). `identity` says which references are anchors themselves, and so no pairs of themselves: the number of
-    the reference that is anchor 0, if the others follow it, or `[B]` numbers with -1 for none. Without it they are known by
-    their value, which serves where both sides hold the same bits. The output's `gradient` is `[B, D]` float32;
-    `reference_gradient=True` also gives `[N, D]` where there are references. float64 rows are served in float64 by the
-    scalar reference, which stores B x N matrices: for gradient checks. Lengths may be off 1 by 0.001, by 0.002 in float16
-    and by 0.01 in bfloat16. `check=False` skips the check for NaN and unit length; other rows then give a meaningless loss.
+    `embeddings` `[B, D]` are compared with each other, or with `references` `[N, D]` of the same type (a memory bank). Rows must
+    have unit length: norms may differ from 1 by 0.001, in float16 by 0.002, in bfloat16 by 0.01. `check=False` skips the check
+    for that and for NaN; bad rows then give a meaningless loss. `identity` says which references are the anchors themselves, as
+    no row makes a pair with itself: the index of the reference that is anchor 0, if the other anchors follow it, or an index for
+    each anchor, `[B]`, -1 for none. Without it the loss recognises exact duplicates, which is enough if both sides hold the same
+    bits. The output's `gradient` is `[B, D]` in float32; with `reference_gradient=True` and references it also has
+    `reference_gradient`, `[N, D]`. float64 rows are for gradient checks: the scalar reference computes them in float64, and
+    stores B x N matrices.
 
-    Raises ValueError for shapes, labels or rows that do not fit, TypeError for other types than those named.
+    Raises ValueError for wrong shapes, labels, settings and bad rows, TypeError for wrong types.
     """
     _check_settings(settings)
     context = context_of(context)
@@ -134,10 +136,10 @@ def threshold_gradient(
     check: bool = True,
     context: Context | None = None,
 ) -> ThresholdGradient:
-    """How <dL/dE, tangent> changes with the two loss thresholds: what the threshold generator descends along.
+    """Derivative of <dL/dE, tangent> by the two loss thresholds, along which the method's threshold generator descends.
 
-    `tangent` is `[B, D]`, float32 (float64 beside float64 rows); `reference_tangent`, `[N, D]`, is zero if left out,
-    and unused in the square form.
+    `tangent` is `[B, D]` in float32 (in float64 for float64 rows), `reference_tangent` `[N, D]`: zeros by default, and unused
+    without references. The other arguments are those of `loss`.
 
     Raises what `loss` does.
     """
@@ -153,12 +155,13 @@ def threshold_gradient(
 def recall_at_k(
     embeddings: Matrix, labels: Labels, ks: Iterable[int] = (1, 2, 4, 8), *, context: Context | None = None
 ) -> Recall:
-    """Share of rows whose K nearest others hold one of their class, for every K, without the B x B matrix.
+    """Recall@K: the share of rows with a row of their class among their K nearest others, for each K in `ks`.
 
-    Rows without another row of their class, and those with a negative label, are not counted: the answer's
-    `without_match` says how many, and `queries` how many were. A K beyond the other rows is answered by all of them.
+    No B x B matrix is stored. Rows without another row of their class, and rows with a negative label, are not counted: the
+    result's `without_match` is their number, `queries` that of the counted rows. A K larger than the number of other rows counts
+    all of them.
 
-    Raises what `loss` does; float64 rows are a TypeError.
+    Raises what `loss` does, and TypeError for float64 rows.
     """
     context = context_of(context)
     return recall_of(context.recall_at_k(embeddings, labels, depths_of(ks)))

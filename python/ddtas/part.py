@@ -1,4 +1,4 @@
-"""The loss of a batch in parts, which tell each other what they found: processes with some rows each, references in blocks."""
+"""The loss of a batch in parts that exchange intermediate results: rows spread over processes, or references in blocks."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Counts = npt.NDArray[np.integer]
 
 
 class SameClass(NamedTuple):
-    """What `Part.same_class` finds."""
+    """Result of `Part.same_class`."""
 
     min_pos: npt.NDArray[np.float32]
-    """`[b]`: smallest similarity of each anchor to a positive; inf without one."""
+    """m+, `[b]`: smallest similarity of each anchor to a positive; inf without one."""
     total_pos: int
-    """Ordered positive pairs."""
+    """Number of ordered positive pairs."""
     total_neg: int
-    """Ordered negative pairs."""
+    """Number of ordered negative pairs."""
     mean_pos: float
     """Mean similarity of the positive pairs; NaN if there is none."""
     mean_neg: float
@@ -31,36 +31,36 @@ class SameClass(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """What `Part.sweep` finds."""
+    """Result of `Part.sweep`."""
 
     max_neg: npt.NDArray[np.float32]
-    """`[b]`: largest similarity of each anchor to a negative; -inf without one."""
+    """m-, `[b]`: largest similarity of each anchor to a negative; -inf without one."""
     probe_neg: int
-    """Negatives that passed the probe."""
+    """Number of negatives that passed the probe."""
 
 
 class Selection(NamedTuple):
-    """What `Part.select` finds."""
+    """Result of `Part.select`."""
 
     count_pos: npt.NDArray[np.uint32]
-    """`[b]`: mined positives of each anchor."""
+    """`[b]`: number of mined positives of each anchor."""
     count_neg: npt.NDArray[np.uint32]
-    """`[b]`: mined negatives of each anchor."""
+    """`[b]`: number of mined negatives of each anchor."""
     gamma_pos: float
-    """Tolerance of positives in force, that of the whole batch."""
+    """Tolerance of positives, adapted to the whole batch."""
     gamma_neg: float
-    """Tolerance of negatives in force, that of the whole batch."""
+    """Tolerance of negatives, adapted to the whole batch."""
 
 
 class PartLoss(NamedTuple):
-    """What `Part.gradient` finds."""
+    """Result of `Part.gradient`."""
 
     loss: float
-    """The part's share: the loss of the batch is the sum over its parts."""
+    """The part's share of the loss: the loss of the batch is the sum over its parts."""
     gradient: npt.NDArray[np.float32]
-    """`[b, D]`: the whole gradient of the part's anchors."""
+    """`[b, D]`: dL/d(embeddings) of the part's anchors, with L the loss of the whole batch."""
     active: int
-    """Anchors of the part that enter the loss."""
+    """Number of the part's anchors that enter the loss."""
     dloss_dlambda_pos: float
     """The part's share of dL/d(lambda_pos)."""
     dloss_dlambda_neg: float
@@ -68,19 +68,19 @@ class PartLoss(NamedTuple):
 
 
 class Part:
-    """Some anchors of a batch of `total`, and the four steps of their loss, to be made in this order.
+    """Some of a batch's `total` anchors, and the four steps of their loss: `same_class`, `sweep`, `select`, `gradient`.
 
-    `embeddings` `[b, D]`, perhaps no rows, are compared with `references` `[N, D]` of the same type: all anchors of the
-    batch, in one order for every part, and behind them rows that are anchors of no part, if there are any. `identity` says
-    which references the part's anchors are, as in `ddtas.loss`. float32, float16 or bfloat16.
+    `embeddings` `[b, D]` (b may be 0) are compared with `references` `[N, D]` of the same type: float32, float16 or bfloat16. The
+    references are all anchors of the batch, in the same order for every part, followed by rows that are not anchors, if there
+    are any. `identity` says which references the part's anchors are, as in `ddtas.loss`.
 
-    Between the steps the parts tell each other what they found; the caller carries it. Where a step takes numbers `of the
-    anchors` they are `[b]`, those of this part's anchors, all of their pairs taken into account; those `of the references` are `[n]`, of
-    the first n references, which are the anchors of all parts. References behind them select nothing; None is for no number at all.
+    Between the steps the caller exchanges results between the parts (docs/parts.md). A step takes them as two arrays: `[b]` for
+    the part's own anchors, combined over all their pairs, and `reference_...` `[n]` for the first n references, the anchors of
+    all parts. References after the first n do not mine pairs themselves; None is for n = 0.
 
-    A part computes on a context of its own, or on the one that is given. Nothing else may compute there from the first step
-    to the last: the next step would be a RuntimeError. Every method raises what `ddtas.loss` does. On the processor each row's numbers and
-    gradient are the bits of the whole batch's, however it is split.
+    A part computes in a context of its own, or in the given one. Any other computation in that context between the first step
+    and the last makes the next step raise RuntimeError. Every method raises what `ddtas.loss` does. On the CPU the values and
+    the gradient of each row are bit for bit those of the whole batch, however it is split.
     """
 
     def __init__(
@@ -103,18 +103,18 @@ class Part:
         self.context = context or Context()
 
     def same_class(self) -> SameClass:
-        """First step: m+ of the anchors, and the positive pairs."""
+        """First step: m+ of the anchors, and the numbers and mean similarities of pairs."""
         return SameClass(*self.context.same_class(self))
 
     def sweep(self, min_pos: Similarities, reference_min_pos: Similarities | None = None) -> Sweep:
-        """Second step: m- of the anchors, and the probe, from m+ of the anchors and of the references."""
+        """Second step, from m+ of anchors and references: m- of the anchors, and the probe's count."""
         return Sweep(*self.context.sweep(self, min_pos, reference_min_pos))
 
     def select(
         self, max_neg: Similarities, reference_max_neg: Similarities | None = None, *, probe_neg: int, total_pos: int
     ) -> Selection:
-        """Third step: the sizes of the mined sets, from m- of the anchors and of the references, and the sums of `probe_neg` and
-        `total_pos` over all parts."""
+        """Third step, from m- of anchors and references, and the sums of `probe_neg` and `total_pos` over all parts: the numbers
+        of mined pairs."""
         return Selection(*self.context.select(self, max_neg, reference_max_neg, probe_neg, total_pos))
 
     def gradient(
@@ -124,11 +124,12 @@ class Part:
         reference_count_pos: Counts | None = None,
         reference_count_neg: Counts | None = None,
     ) -> PartLoss:
-        """Last step: the part's share of the loss and the whole gradient of its anchors, from the sizes of the sets of the
-        anchors and of the references."""
+        """Last step, from the numbers of mined pairs of anchors and references: the part's share of the loss, and the gradient of
+        its anchors."""
         return PartLoss(*self.context.gradient(self, count_pos, count_neg, reference_count_pos, reference_count_neg))
 
     def threshold_gradient(self, tangent: Matrix, reference_tangent: Matrix | None = None) -> ThresholdGradient:
-        """After the last step: the part's share of `ddtas.threshold_gradient`, along the `tangent` `[b, D]` of its anchors,
-        and `[N, D]` of references that are no anchors: its rows of others are zeros, as those count by their own part."""
+        """After the last step: the part's share of `ddtas.threshold_gradient`. `tangent` `[b, D]` is that of the part's anchors,
+        `reference_tangent` `[N, D]` that of references that are not anchors; its rows for anchors must be zeros, since each
+        anchor counts in its own part."""
         return ThresholdGradient(*self.context.part_threshold_gradient(self, tangent, reference_tangent))

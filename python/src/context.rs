@@ -171,11 +171,11 @@ impl Context {
         part.threshold_gradient(py, self, tangent, reference_tangent)
     }
 
-    /// Metrics of each query's list: rank of the first answer, R-precision, average precision at R, and the
-    /// query's label. NaN where a query has no answer, and -1 for a rank beyond its list.
+    /// For each query: rank of the first answer, R-precision, average precision at R, and the label. The metrics
+    /// are NaN for a query without an answer; the rank is -1 if no answer is in the query's list.
     #[pyo3(signature = (queries, labels, gallery, gallery_labels, identity, ks))]
     #[allow(clippy::too_many_arguments)]
-    fn judge<'py>(
+    fn query_metrics<'py>(
         &self,
         py: Python<'py>,
         queries: &Bound<'py, PyAny>,
@@ -184,12 +184,12 @@ impl Context {
         gallery_labels: Option<&Bound<'py, PyAny>>,
         identity: Option<&Bound<'py, PyAny>>,
         ks: Vec<Bound<'py, PyAny>>,
-    ) -> PyResult<Worth> {
+    ) -> PyResult<QueryMetrics> {
         let ks = depths(&ks)?;
         let sides = Sides::new(&SEARCH, (queries, labels), (gallery, gallery_labels), identity)?;
         let batch = sides.batch(false, unit_check(true))?;
-        let worth = self.compute(py, |backend| judge_batch(backend, &batch, &ks))?;
-        Ok(worth.into_python(py))
+        let metrics = self.compute(py, |backend| metrics_of_queries(backend, &batch, &ks))?;
+        Ok(metrics.into_python(py))
     }
 
     /// NMI of the rows' classes and as many clusters, by k-means.
@@ -224,22 +224,26 @@ impl Context {
 }
 
 /// Ranks of first answers, R-precision, average precision at R, labels.
-pub type Worth = (Py<PyAny>, Py<PyAny>, Py<PyAny>, Py<PyAny>);
+pub type QueryMetrics = (Py<PyAny>, Py<PyAny>, Py<PyAny>, Py<PyAny>);
 
-/// [`Worth`] before the conversion to Python.
-pub struct Judgements {
+/// [`QueryMetrics`] before the conversion to Python.
+pub struct MetricColumns {
     first: Vec<f64>,
     r_precision: Vec<f64>,
     average_precision: Vec<f64>,
     labels: Vec<i64>,
 }
 
-/// Judges the anchors of a batch as queries, against its references as their gallery.
-pub fn judge_batch(backend: &mut dyn Backend, batch: &Batch<'_>, ks: &[usize]) -> ddtas::Result<Judgements> {
+/// Metrics of a batch's anchors as queries, searched among its references.
+pub fn metrics_of_queries(
+    backend: &mut dyn Backend,
+    batch: &Batch<'_>,
+    ks: &[usize],
+) -> ddtas::Result<MetricColumns> {
     let labels = batch.anchors.labels.to_vec();
     let nothing = || vec![f64::NAN; labels.len()];
     let mut all =
-        Judgements { first: nothing(), r_precision: nothing(), average_precision: nothing(), labels };
+        MetricColumns { first: nothing(), r_precision: nothing(), average_precision: nothing(), labels };
     let gallery = batch.references.as_ref().map(Rows::view);
     let sought = Sought { queries: batch.anchors.view(), gallery, identity: batch.identity };
     judge(backend, &sought, ks, &mut |judged| {
@@ -250,8 +254,8 @@ pub fn judge_batch(backend: &mut dyn Backend, batch: &Batch<'_>, ks: &[usize]) -
     Ok(all)
 }
 
-impl Judgements {
-    pub fn into_python(self, py: Python<'_>) -> Worth {
+impl MetricColumns {
+    pub fn into_python(self, py: Python<'_>) -> QueryMetrics {
         let Self { first, r_precision, average_precision, labels } = self;
         (vector(py, first), vector(py, r_precision), vector(py, average_precision), vector(py, labels))
     }

@@ -16,7 +16,7 @@ use half::{bf16, f16};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
-use crate::context::{Found, Worth, depths, found, judge_batch};
+use crate::context::{Found, QueryMetrics, depths, found, metrics_of_queries};
 use crate::error::raise;
 use crate::input::dtype_name;
 use crate::resident::{Issued, Spaces, Target, Where};
@@ -260,10 +260,10 @@ impl CudaContext {
         Ok((sums.pos, sums.neg))
     }
 
-    /// As `Context.judge`, on rows in the host's memory that are copied to the GPU in turns.
+    /// As `Context.query_metrics`, on rows in the host's memory that are copied to the GPU in turns.
     #[pyo3(signature = (place, queries, labels, gallery, gallery_labels, identity, ks))]
     #[allow(clippy::too_many_arguments)]
-    fn judge<'py>(
+    fn query_metrics<'py>(
         &self,
         py: Python<'py>,
         place: Where,
@@ -273,12 +273,13 @@ impl CudaContext {
         gallery_labels: Option<&Bound<'py, PyAny>>,
         identity: Option<&Bound<'py, PyAny>>,
         ks: Vec<Bound<'py, PyAny>>,
-    ) -> PyResult<Worth> {
+    ) -> PyResult<QueryMetrics> {
         let ks = depths(&ks)?;
         let sides = Sides::new(&SEARCH, (queries, labels), (gallery, gallery_labels), identity)?;
         let batch = sides.batch(false, unit_check(true))?;
-        let worth = self.compute(py, place.0, place.1, |backend| judge_batch(backend, &batch, &ks))?;
-        Ok(worth.into_python(py))
+        let metrics =
+            self.compute(py, place.0, place.1, |backend| metrics_of_queries(backend, &batch, &ks))?;
+        Ok(metrics.into_python(py))
     }
 
     /// Recall@K of rows in the GPU's memory among themselves; labels and lists are copied to the host.

@@ -182,19 +182,19 @@ def an_error_between_the_steps_is_everybody_s(world):
         return
     from ddtas.torch import parts
 
-    class Broken(parts._HostSteps):
+    class Broken(parts._CpuSteps):
         def select(self, max_neg, totals):
             if world.rank == 1:
                 raise MemoryError("no more")
             return super().select(max_neg, totals)
 
-    loss, steps = SoftContrastiveLoss(group=world.group), parts._HostSteps
-    parts._HostSteps = Broken
+    loss, steps = SoftContrastiveLoss(group=world.group), parts._CpuSteps
+    parts._CpuSteps = Broken
     try:
         with raises(RuntimeError, "rank 1 failed"):
             loss(*batch(8, seed=world.rank))
     finally:
-        parts._HostSteps = steps
+        parts._CpuSteps = steps
     assert world.same(loss(*batch(8, seed=world.rank)))
 
 
@@ -256,7 +256,7 @@ def a_gpu_s_way_has_the_same_answers(world):
     own, steps = world.own(counts), parts.loss_of_ranks
 
     def whole(ranks, call):
-        return parts.whole_in_each(ranks, ranks.meet(call.rows, "a test"), call)
+        return parts.loss_of_gathered_rows(ranks, ranks.handshake(call.rows, "a test"), call)
 
     for gradient in ("mean", "sum"):
         found = []
@@ -345,7 +345,7 @@ def compiled_networks_have_a_break_before_the_loss(world):
         again = copy.deepcopy(memory) if module is memory else module
         want = again(layer(rows[own]), labels[own])
         torch._dynamo.reset()
-        with raises(torch._dynamo.exc.Unsupported, "between compiled graphs"):
+        with raises(torch._dynamo.exc.Unsupported, "outside compiled graphs"):
             torch.compile(step, backend="eager", fullgraph=True)(rows[own], labels[own])
         got = torch.compile(step, backend="eager")(rows[own], labels[own])
         got.backward()

@@ -287,7 +287,7 @@ def test_recall_says_how_many_queries_had_nothing_to_find():
     got = ddtas.recall_at_k(rows, labels)
     assert (got.queries, got.without_match) == (6, 6)
     assert isinstance(got, dict) and got == dict(got)
-    with pytest.warns(UserWarning, match="none of 12 rows has another of its class"):
+    with pytest.warns(UserWarning, match="none of 12 rows has another row of its class"):
         got = ddtas.recall_at_k(rows, np.arange(12))
     assert (got.queries, got.without_match, got[1]) == (0, 12, 0)
 

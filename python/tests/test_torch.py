@@ -430,7 +430,7 @@ def test_what_a_gpu_has_written_is_read_as_the_processor_s_numbers():
         return torch.frombuffer(bytearray(scalars), dtype=torch.float64), labels
 
     engine.last = written(1.0, 2**32 - 1, 2**32 - 1)
-    assert engine.found() == [*numbers, *counts, 20, 30, 2, 1]
+    assert engine.read_statistics() == [*numbers, *counts, 20, 30, 2, 1]
     for found, message in [
         ((4.0, 2**32 - 1, 17), "row 17 of the references has L2 norm 2.000000, not 1"),
         ((torch.nan, 3, 2**32 - 1), "row 3 of the anchors holds a value that is not finite"),
@@ -438,7 +438,7 @@ def test_what_a_gpu_has_written_is_read_as_the_processor_s_numbers():
     ]:
         engine.last = written(*found)
         with pytest.raises(ValueError, match=message):
-            engine.found()
+            engine.read_statistics()
 
 
 def test_tf32_is_asked_of_the_gpu_alone(monkeypatch):

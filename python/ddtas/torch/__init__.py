@@ -1,8 +1,7 @@
-"""The loss as modules of PyTorch, where pytorch-metric-learning's loss, miner and memory stand.
+"""PyTorch modules that replace pytorch-metric-learning's loss, miner and memory.
 
-`SoftContrastiveLoss` mines by itself, so the miner goes. `CrossBatchMemory` compares a batch with the rows of earlier
-ones. Tensors are read where they lie, and gradients handed over without a copy, on the processor and, in a build with
-the feature `cuda`, on the GPU.
+`SoftContrastiveLoss` mines its own pairs, and needs no miner. `CrossBatchMemory` compares a batch with rows of earlier
+batches. Tensors and gradients are not copied, on the CPU and, in a build with the feature `cuda`, on a GPU.
 """
 
 try:

@@ -1,4 +1,4 @@
-"""What computes a tensor's loss, and the checks before it."""
+"""`Engine`, the CPU and GPU contexts of a module, and the checks of its arguments."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _engines: weakref.WeakValueDictionary[int, Engine] = weakref.WeakValueDictionary
 
 
 class Engine:
-    """Where calls compute, freed with the module that has it. A copy or a pickle starts with an empty workspace."""
+    """The contexts that a module's calls compute in, freed with the module. A copy or a pickle starts with empty workspaces."""
 
     def __init__(self, threads: int | None = None, budget: int | None = None, allow_tf32: bool = False) -> None:
         self.threads, self.budget, self.allow_tf32 = threads, budget, allow_tf32
@@ -34,65 +34,60 @@ class Engine:
         if budget is not None and not 0 <= budget < 2**64:
             raise ValueError(f"workspace_budget = {budget} is out of range: bytes, 0 to 2^64 - 1")
         self.host = _ddtas.Context(threads, budget)
-        # Made for the first tensor in a GPU's memory; only a build with the feature `cuda` has the type.
+        # A CudaContext, created for the first tensor on a GPU. Only a build with the feature `cuda` has the type.
         self.gpu: Any = None
-        # What the last loss found: numbers, or where a GPU writes them, and the labels of the anchors.
+        # Statistics of the last loss: numbers, or on a GPU the tensor that they are written to and the anchors' labels.
         self.last: list[float] | tuple[Tensor, Tensor] | None = None
-        # An operator takes numbers and tensors: this stands for the engine.
+        # The operator's arguments are numbers and tensors: this number stands for the engine.
         self.key = next(_keys)
         _engines[self.key] = self
 
     def on_gpu(self, rows: Tensor) -> tuple[Any, int]:
-        """Where rows in a GPU's memory are computed with, and torch's stream there."""
+        """The context for rows on a GPU, and torch's current stream on that GPU."""
         if not _ddtas.has_cuda:
             raise RuntimeError(_NO_CUDA)
         if self.gpu is None:
             self.gpu = getattr(_ddtas, "CudaContext")(self.budget, self.allow_tf32)
-        # What torch's compiled programs call: no object is made of the stream.
+        # The raw stream, as torch's compiled programs get it: no Stream object is created.
         stream: int = getattr(torch._C, "_cuda_getCurrentRawStream")(rows.get_device())
         return self.gpu, stream
 
-    def found(self) -> list[float] | None:
-        """The statistics of the last loss; `None` before the first.
-
-        Raises ValueError for a bad row, which on a GPU nobody has waited for.
-        """
+    def read_statistics(self) -> list[float] | None:
+        """The statistics of the last loss; None before the first. Waits for a GPU, and then raises ValueError for a bad row."""
         if not isinstance(self.last, tuple):
             return self.last
         written, labels = self.last
         return [*_ddtas._read_scalars(written.cpu().numpy().tobytes()), *count_labels(labels)]
 
-    def searcher(self, rows: Tensor) -> Any:
-        """What stands where a `Context` does in an evaluation, and searches on the GPU of the rows."""
-        return _Searcher(self, rows)
-
     def __reduce__(self) -> tuple[Any, ...]:
         return Engine, (self.threads, self.budget, self.allow_tf32)
 
 
-class _Searcher:
+class GpuSearch:
+    """Replaces a `Context` in `ddtas.evaluate`: searches on the GPU of `rows`, and clusters on the CPU."""
+
     def __init__(self, engine: Engine, rows: Tensor) -> None:
         self.gpu, stream = engine.on_gpu(rows)
         self.place, self.nmi = (rows.device.index, stream), engine.host.nmi
 
-    def judge(self, *given: Any) -> Any:
-        return self.gpu.judge(self.place, *given)
+    def query_metrics(self, *given: Any) -> Any:
+        return self.gpu.query_metrics(self.place, *given)
 
 
 SHARED = Engine()
-"""For calls without a module, and for exported programs, whose module is gone."""
+"""The engine of calls without a module, and of exported programs, which do not keep their module."""
 
 
 def engine_of(key: int) -> Engine:
-    """The engine with that number, if its module still lives."""
+    """The engine with that key; the shared one if its module was freed."""
     return _engines.get(key, SHARED)
 
 
 def normalize_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows at unit length in float32 at least, and the two factors of their lengths, `[B, 1]`."""
+    """Rows at unit length, in float32 or float64, and two factors `[B, 1]` whose product is each row's norm."""
     wide = rows if rows.dtype == torch.float64 else rows.float()
-    # Squares of large or small entries would overflow or vanish: by the largest entry first, a constant that the
-    # result does not depend on. A row of zeros or with a NaN stays one, for the check to name.
+    # Divided by the largest entry first, so that squares neither overflow nor underflow. The result does not depend on that
+    # factor, so it needs no gradient. A row of zeros or with a NaN stays as it is, and the check names it.
     largest = wide.detach().abs().amax(dim=1, keepdim=True)
     largest = torch.where(torch.isfinite(largest) & (largest > 0), largest, 1)
     scaled = wide / largest
@@ -101,7 +96,7 @@ def normalize_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def normalize_backward(gradient: Tensor, unit: Tensor, length: Tensor, largest: Tensor) -> Tensor:
-    """dL/d(rows) from the gradient by the rows at unit length: (g - (g . u) u) / |x|."""
+    """dL/d(rows) from the gradient g with respect to the unit rows u: (g - (g . u) u) / |x|."""
     return (gradient - (gradient * unit).sum(1, keepdim=True) * unit) / length / largest
 
 
@@ -129,7 +124,7 @@ _INSTEAD = {
 
 
 def refuse_arguments(name: str, others: dict[str, Any]) -> None:
-    """Refuses pytorch-metric-learning's arguments and names the replacement."""
+    """Raises TypeError for an unknown argument; for one of pytorch-metric-learning's it names the replacement."""
     for argument in others:
         instead = _INSTEAD.get(argument)
         raise TypeError(f"{name} has no argument {argument}" + (f": {instead}" if instead else ""))
@@ -148,7 +143,7 @@ def check_labels(name: str, labels: Tensor) -> None:
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
         raise TypeError(f"the {name} must be integers, not {str(labels.dtype).removeprefix('torch.')}")
     if labels.dtype == torch.uint64 and labels.device.type != "meta" and not torch.compiler.is_compiling():
-        # torch orders no uint64, and as int64 they wrap.
+        # torch cannot compare uint64; viewed as int64, labels beyond int64 are negative.
         wrapped = labels.view(torch.int64)
         beyond = wrapped[wrapped < 0].tolist()
         if beyond:
@@ -156,17 +151,17 @@ def check_labels(name: str, labels: Tensor) -> None:
 
 
 NOT_FINITE = torch.iinfo(torch.int64).min + 1
-"""The label that a memory gives a row which is not finite; the smallest is what a NaN becomes as an integer."""
+"""The label that a memory gives a row that is not finite. Not the smallest int64, which a NaN converts to."""
 
 
 def count_labels(labels: Tensor) -> tuple[float, float]:
-    """How many rows have a negative label, and how many a memory found not to be finite."""
+    """Number of rows with a negative label other than `NOT_FINITE`, and number of rows with `NOT_FINITE`."""
     negative, not_finite = int((labels < 0).sum()), int((labels == NOT_FINITE).sum())
     return float(negative - not_finite), float(not_finite)
 
 
 def laid_out(tensor: Tensor) -> Tensor:
-    """The tensor row-major without gaps, at an address that its type can be read from."""
+    """The tensor, or a copy: contiguous, aligned to its element size, without a pending negation."""
     tensor = tensor.contiguous()
     if tensor.is_neg():
         tensor = tensor.resolve_neg()
@@ -174,13 +169,13 @@ def laid_out(tensor: Tensor) -> Tensor:
 
 
 def check_pair(rows: Any, labels: Any, names: str = "references and reference_labels") -> None:
-    """Both or neither."""
+    """Checks that either both are given or neither."""
     if (rows is None) != (labels is None):
         raise ValueError(f"{names} belong together: give both or neither")
 
 
 def check_side(name: str, embeddings: Tensor, labels: Tensor, labels_name: str) -> None:
-    """Refuses what would be read otherwise than it was meant, or not at all."""
+    """Checks types and shapes of the rows and labels of one side."""
     check_tensor(f"the {name}", embeddings)
     if embeddings.ndim != 2:
         raise ValueError(f"the {name} must have 2 dimensions, rows and entries, not {embeddings.ndim}")

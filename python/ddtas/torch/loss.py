@@ -1,4 +1,4 @@
-"""The loss as a module of PyTorch, where pytorch-metric-learning's loss and miner stand."""
+"""`SoftContrastiveLoss`: mining and loss as a PyTorch module, in place of pytorch-metric-learning's loss and miner."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from ..settings import Mining, Settings
 from .engine import NO_INDICES, Engine, check_labels, check_pair, check_side, normalize_rows, refuse_arguments
-from .operator import CHECKED, STATISTICS, UNCHECKED, WAITED_FOR, check_one_device, loss_of
+from .operator import CHECK_AND_WAIT, CHECKED, STATISTICS, UNCHECKED, check_one_device, loss_of
 from .parts import loss_of_ranks
-from .ranks import Ranks, Scale, Telling, between_graphs
+from .ranks import RaiseOnAllRanks, Ranks, Scale, uncompiled
 
 Check = bool | Literal["wait"]
-_POS, _NEG = STATISTICS.index("total_pos"), STATISTICS.index("total_neg")
+_TOTAL_POS, _TOTAL_NEG = STATISTICS.index("total_pos"), STATISTICS.index("total_neg")
 
 
 def _setting(name: str) -> Any:
-    """An attribute of the loss that reads one of its settings, and changes it for the calls to come."""
+    """A property of the loss for one field of its `settings`. Setting it affects later calls."""
 
     def change(loss: SoftContrastiveLoss, value: Any) -> None:
         _refuse_learned(**{name: value})
@@ -32,56 +32,56 @@ def _setting(name: str) -> Any:
 
 
 class SoftContrastiveLoss(nn.Module):
-    """AT-ASMS mining and the soft contrastive loss, in one pass that stores no B x B matrix. The formulas are in docs/method.md.
+    """AT-ASMS mining and the soft contrastive loss in one call, without a B x B matrix. The formulas are in docs/method.md.
 
-    Stands where `MultiSimilarityLoss()` and its miner stand. Called as `loss(embeddings, labels)` it returns a scalar
-    tensor: float32, or float64 for float64 embeddings, which the scalar reference serves (for `gradcheck`).
+    Replaces pytorch-metric-learning's `MultiSimilarityLoss()` together with its miner. `loss(embeddings, labels)` returns a
+    scalar tensor in float32. For float64 embeddings it is float64, computed by a slow scalar reference (for `gradcheck`).
 
-    alpha and beta have the opposite roles in pytorch-metric-learning's `MultiSimilarityLoss`: its `beta` is for negatives.
+    alpha and beta have the opposite roles in `MultiSimilarityLoss`: there `beta` is for negatives.
 
     Args:
         alpha: sharpness of the loss on negatives, above 0, at most 10,000. Default 40.
         beta: sharpness of the loss on positives, above 0, at most 10,000. Default 2.
         lambda_pos: loss threshold of positives, a cosine similarity, -2 to 2. Default 0.7. A number, or a tensor of one
-            element: one that requires a gradient gets dL/dlambda. Descent on it alone lowers the loss without a better
-            embedding; `ddtas.torch.threshold_gradient` is the method's own way.
-        lambda_neg: loss threshold of negatives, the same otherwise. Default 0.7.
+            element, which gets dL/dlambda if it requires a gradient. Descent along dL/dlambda lowers the loss without
+            improving the embedding; the method descends along `ddtas.torch.threshold_gradient` instead.
+        lambda_neg: loss threshold of negatives, as `lambda_pos`. Default 0.7.
         gamma: tolerance of mining, a cosine similarity, 0 to 2. Default 0.1.
-        mining: "none" keeps every pair of an anchor with pairs of both kinds; "symmetric" has one tolerance for both kinds,
-            "asms" a smaller one for negatives, "at-asms" (default) adapts both to the batch.
-        negative_ratio: tolerance of negatives over gamma, 0 to 10; for "asms" and "at-asms". Default 0.1.
-        probe_ratio: tolerance over gamma of the probe that counts hard negatives, 0 to 10; for "at-asms". Default 0.1; the
-            authors' released code has 1.
+        mining: "none" keeps all pairs of an anchor that has positives and negatives; "symmetric" mines with one tolerance
+            for both, "asms" with a smaller one for negatives, "at-asms" (default) with both adapted to the batch.
+        negative_ratio: tolerance of negatives divided by gamma, 0 to 10; for "asms" and "at-asms". Default 0.1.
+        probe_ratio: tolerance, divided by gamma, of the probe that counts hard negatives, 0 to 10; for "at-asms". Default
+            0.1; the authors' released code has 1.
         tolerance: factor k, how far "at-asms" moves the tolerances, 0 to 1. Default 0.5.
-        normalize_embeddings: False is for rows that have unit length already. Default True.
-        check: whether a NaN, an infinity or a row without a direction raises ValueError. Default True. False raises for none,
-            as a gradient scaler expects: the gradient of such a row is NaN, the loss need not be. On a GPU nobody waits for
-            the check: a bad row makes loss and gradient NaN, and `check()` or reading `statistics` raises; "wait" raises at
-            once.
-        threads: how many compute on the processor, 1 to 1,024. Default None: as many as cores. The result does not depend
-            on it.
-        workspace_budget: the most bytes that a loss keeps between its passes. Default None: 6 KiB for each row on the
-            processor, a quarter of the free memory on a GPU. What does not fit is computed again, with the same result.
+        normalize_embeddings: whether rows are normalised. Default True. With False they must have unit length.
+        check: whether a row with a NaN or an infinity, or of zeros, raises ValueError. Default True. With False nothing is
+            raised, as a gradient scaler expects; the gradient of such a row is NaN, and the loss may be finite. On a GPU True
+            does not wait for the check: a bad row makes loss and gradient NaN, and `check()` or reading `statistics` raises.
+            "wait" waits and raises in the call.
+        threads: number of threads on the CPU, 1 to 1,024. Default None: `RAYON_NUM_THREADS`, else `OMP_NUM_THREADS`, else as
+            many as cores. The result does not depend on it.
+        workspace_budget: upper limit in bytes for pairs kept between the passes of a loss; pairs that do not fit are computed
+            again, with the same result. Default None: 6 KiB for each row on the CPU, a quarter of the free memory on a GPU.
         allow_tf32: True lets a GPU multiply float32 rows to TF32's precision, for a third of the work: every entry is
-            rounded to 11 bits (float16; below 6e-5 to an absolute 3e-8), and products are summed in float32. Default False;
-            the processor always computes in float32.
-        group: a `torch.distributed.ProcessGroup`, whose processes' rows become one batch: each process calls the loss with
-            its own rows, and gets the loss of the whole batch. What is wrong in one process raises in all of them. Default
-            None; a group of one is no group.
-        uneven: True allows each process of the group another number of rows, perhaps none. Default False.
-        gradient: "mean" (default) multiplies the gradient of a process's rows by the number of processes, so that the mean
-            that DistributedDataParallel takes is one process's gradient; "sum" is the gradient itself.
+            rounded to 11 bits (float16; below 6e-5 to an absolute 3e-8), and products are summed in float32. Default False.
+            The CPU always computes in float32.
+        group: a `torch.distributed.ProcessGroup`; the rows of all its processes form one batch. Each process calls the loss
+            with its own rows, and gets the loss of the whole batch. An error in one process raises in all of them. Default
+            None. A group of one process is the same as None.
+        uneven: True allows a different number of rows in each process of the group, zero included. Default False.
+        gradient: "mean" (default) multiplies the gradient of a process's rows by the number of processes, so that the
+            average over processes by DistributedDataParallel is the gradient of the whole batch. "sum" leaves out the factor.
 
     A batch without rows, or without references, has a loss of 0 and a gradient of zeros.
 
-    `statistics` holds what the last call mined: active anchors, pairs, tolerances, mean similarities, how many anchors had a
-    negative label (`ignored`), how many a `CrossBatchMemory` left out since they were not finite (`not_finite`), and 1 minus
-    the smaller mean similarity (`spread`): below 1e-4 all rows are nearly equal, and the method gives a loss of 0 whether or
-    not anything was learned. The first batch with one of the last three is warned of; where a call is compiled, or computes on
-    a GPU, when `statistics` is read. Where a call is neither, the first batch without two rows of one class, or with rows of
-    one class alone, is warned of as well.
+    `statistics` describes the last call: active anchors, pairs, tolerances, mean similarities, the number of anchors with a
+    negative label (`ignored`), the number that a `CrossBatchMemory` left out because they are not finite (`not_finite`), and
+    `spread`, 1 minus the smaller mean similarity. A spread below 1e-4 is a collapse: all rows are nearly equal, and the loss is
+    small or 0. The first batch with `ignored` rows, `not_finite` rows or a collapse gives a warning; a compiled call, or one on
+    a GPU, gives it when `statistics` is read. Other calls also warn of the first batch without two rows of one class, or with
+    rows of one class only.
 
-    Settings can be changed between calls: `loss.alpha = 20`, and so on for `mining`, the tolerances and both thresholds.
+    Settings can be changed between calls: `loss.alpha = 20`. So can `mining`, the tolerances and both thresholds.
     """
 
     mining, gamma, negative_ratio, probe_ratio, tolerance, alpha, beta = map(
@@ -122,11 +122,11 @@ class SoftContrastiveLoss(nn.Module):
         self.settings = Settings(
             mining, gamma, negative_ratio, probe_ratio, tolerance, alpha, beta, _number(lambda_pos), _number(lambda_neg)
         )
-        # A parameter registers itself here.
+        # nn.Module registers a Parameter that is assigned.
         self.lambda_pos = lambda_pos
         self.lambda_neg = lambda_neg
         self.normalize_embeddings = normalize_embeddings
-        self._check = WAITED_FOR if check == "wait" else CHECKED if check else UNCHECKED
+        self._check = CHECK_AND_WAIT if check == "wait" else CHECKED if check else UNCHECKED
         ranks = None if group is None else Ranks(group, uneven, gradient)
         self.ranks = ranks if ranks and ranks.size > 1 else None
         self._warned: set[str] = set()
@@ -140,17 +140,17 @@ class SoftContrastiveLoss(nn.Module):
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
     ) -> Tensor:
-        """The loss of `embeddings` `[B, D]` among each other, or against `ref_emb` `[N, D]` with `ref_labels`.
+        """The loss of `embeddings` `[B, D]` compared with each other, or with `ref_emb` `[N, D]`, labelled `ref_labels` `[N]`.
 
-        Labels are integers; a negative one takes its row out of every pair. An image that is on both sides is
-        recognised by a similarity of 1 and left out. References that require a gradient get one.
+        Labels are integers; a negative one takes its row out of every pair. An exact duplicate of an anchor among the
+        references, with the same label, makes no pair with it. References that require a gradient get one.
 
-        Raises TypeError for what is no tensor, ValueError for shapes and rows that do not fit, RuntimeError for a GPU's tensor
-        in a build for the CPU.
+        Raises TypeError for arguments that are not dense tensors or have wrong types, ValueError for wrong shapes and bad rows,
+        RuntimeError for tensors on a GPU in a build for the CPU only.
         """
         if ref_emb is embeddings and ref_labels is labels:
             ref_emb = ref_labels = None
-        with Telling(self.ranks):
+        with RaiseOnAllRanks(self.ranks):
             if indices_tuple is not None:
                 raise ValueError(NO_INDICES)
             check_side("anchors", embeddings, labels, "labels")
@@ -165,11 +165,11 @@ class SoftContrastiveLoss(nn.Module):
 
     @property
     def checks(self) -> bool:
-        """Whether rows are checked, on a GPU perhaps without waiting for the answer."""
+        """Whether rows are checked: False for `check=False` only."""
         return self._check != UNCHECKED
 
     def unit_rows(self, embeddings: Tensor) -> Tensor:
-        """The rows as the loss compares them: of unit length, unless they are said to be already."""
+        """The rows as the loss compares them: normalised, in their own type; unchanged for `normalize_embeddings=False`."""
         if not self.normalize_embeddings or embeddings.numel() == 0:
             return embeddings
         return normalize_rows(embeddings)[0].to(embeddings.dtype)
@@ -183,12 +183,12 @@ class SoftContrastiveLoss(nn.Module):
         identity: Tensor | None = None,
         check: bool = True,
     ) -> Tensor:
-        """`forward` on rows that have unit length, and arguments that fit.
+        """`forward` for rows of unit length, with fewer checks of the arguments.
 
-        Rows are compared in the references' type, and their gradient is in their own. `identity`, `[B]`, numbers the references
-        that are the rows themselves. `check=False` is for rows that were checked.
+        Rows are compared in the references' type, and their gradient has their own. `identity` `[B]` holds for each row the
+        index of the reference that is the row itself, or -1. `check=False` is for rows that were checked before.
         """
-        with Telling(self.ranks):
+        with RaiseOnAllRanks(self.ranks):
             check_labels("labels", labels)
             if references is not None:
                 check_one_device(rows, "references", references)
@@ -240,34 +240,32 @@ class SoftContrastiveLoss(nn.Module):
         )
         if not torch.compiler.is_compiling():
             last = self._engine.last
-            # Cheaper than `_warn`, and true of most batches.
+            # Skips `_warn` for most batches, by cheaper conditions.
             if isinstance(last, list) and (last[-1] or last[-2] or not (last[3] < NEARLY_ONE or last[4] < NEARLY_ONE)):
                 self._warn(last)
-            # Against references none of a kind may be right: a memory has few rows at first.
-            if references is None and isinstance(last, list) and bool(last[_POS]) != bool(last[_NEG]):
+            # Not with references: a memory has few rows at first, so that one kind of pairs may be missing.
+            if references is None and isinstance(last, list) and bool(last[_TOTAL_POS]) != bool(last[_TOTAL_NEG]):
                 self._warn_of_one_kind(last)
         return loss
 
     @property
     def statistics(self) -> dict[str, float]:
-        """What the last call found; on a GPU this waits for it, and raises for a bad row."""
-        last = self._engine.found()
+        """Statistics of the last call; empty before the first. Waits for a GPU, and then raises ValueError for a bad row."""
+        last = self._engine.read_statistics()
         if last is None:
             return {}
         self._warn(last)
         found = dict(zip(STATISTICS, last))
-        whole = {name: found[name] for name in ("active", "positives", "negatives", "ignored", "not_finite")}
-        # Of a graph that was replayed nobody knows the pairs.
-        whole = {name: int(value) if value == value else value for name, value in whole.items()}
+        counts = {name: int(found[name]) for name in ("active", "positives", "negatives", "ignored", "not_finite")}
         real = {name: found[name] for name in ("gamma_pos", "gamma_neg", "mean_pos", "mean_neg")}
-        return whole | real | {"spread": _spread(last)}
+        return counts | real | {"spread": _spread(last)}
 
     def check(self) -> None:
-        """Waits for a GPU, and raises ValueError if a row of its last call was bad; on the processor the call has raised."""
-        self._engine.found()
+        """Waits for a GPU, and raises ValueError if a row of the last call was bad. On the CPU the call itself has raised."""
+        self._engine.read_statistics()
 
     def _warn(self, last: list[float]) -> None:
-        """Says once what makes a loss of 0 that nobody asked for."""
+        """Warns once each of ignored rows, rows that are not finite, and a collapse."""
         ignored, not_finite, spread = last[-2], last[-1], _spread(last)
         if ignored and "ignored" not in self._warned:
             self._warned.add("ignored")
@@ -283,27 +281,27 @@ class SoftContrastiveLoss(nn.Module):
             )
 
     def _warn_of_one_kind(self, last: list[float]) -> None:
-        # Rows that have collapsed count as copies of each other, and of that `_warn` tells.
+        # Collapsed rows count as duplicates of each other, which make no pairs; `_warn` warns of the collapse.
         if "pairs" not in self._warned and not _spread(last) < COLLAPSED:
             self._warned.add("pairs")
             _warn(
                 "all rows of the batch are of one class, so its loss is 0: shuffle, or draw rows of several classes"
-                if last[_POS]
+                if last[_TOTAL_POS]
                 else "the batch has no two different rows of one class, so its loss is 0: draw several rows of each class "
                 "(pytorch-metric-learning's MPerClassSampler does)"
             )
 
     def extra_repr(self) -> str:
-        """Settings as `print(model)` shows them."""
+        """The settings, for `print(model)`."""
         now = {"lambda_pos": _number(self.lambda_pos), "lambda_neg": _number(self.lambda_neg)}
         values = dataclasses.asdict(self.settings) | now | {"normalize_embeddings": self.normalize_embeddings}
         return ", ".join(f"{name}={value}" for name, value in values.items())
 
 
-_loss_of_ranks = between_graphs(loss_of)
+_loss_of_ranks = uncompiled(loss_of)
 
 COLLAPSED = 1e-4
-"""A spread below this is a collapse."""
+"""A `spread` below this is a collapse."""
 NEARLY_ONE = 1 - COLLAPSED
 
 
@@ -324,12 +322,12 @@ def _number(value: float | Tensor) -> float:
 
 
 def _spread(last: list[float]) -> float:
-    # min() would keep a NaN that comes first: a batch may have positives or negatives alone.
+    # A batch may lack positives or negatives, whose mean is then NaN: min() must not get it.
     return 1 - min((mean for mean in last[3:5] if mean == mean), default=float("nan"))
 
 
 def _warn(message: str) -> None:
-    """Warns of the first caller outside torch and this package."""
+    """Warns with the line of the first caller outside torch and this package."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "ddtas"):
         level, frame = level + 1, frame.f_back

@@ -1,4 +1,4 @@
-"""The cross-batch memory as a module of PyTorch."""
+"""`CrossBatchMemory`: the cross-batch memory as a PyTorch module."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .engine import NO_INDICES, NOT_FINITE, check_labels, check_side, check_tensor, refuse_arguments
 from .loss import SoftContrastiveLoss
 from .operator import good_rows, which_are_unit
-from .ranks import Ranks, Telling, between_graphs
+from .ranks import RaiseOnAllRanks, Ranks, uncompiled
 
 
 def _check_memory_type(dtype: torch.dtype) -> None:
@@ -28,7 +28,7 @@ def _checked_count(name: str, value: SupportsIndex, least: int) -> int:
 
 
 def _checked_mask(mask: Tensor, rows: Tensor) -> Tensor:
-    """The mask where the rows are. Integers would pick rows by number, and name none of the others."""
+    """The mask on the device of the rows. Integers are refused: they would index rows instead of masking them."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"enqueue_mask must be a tensor of booleans, not {got}")
@@ -38,7 +38,7 @@ def _checked_mask(mask: Tensor, rows: Tensor) -> Tensor:
 
 
 def _extra_state(saved: Any) -> dict[str, Any]:
-    """By name; a dict is from before it was a tensor."""
+    """The saved extra state by name. Old checkpoints hold a dict, newer ones a tensor."""
     if isinstance(saved, dict):
         return saved
     if not isinstance(saved, Tensor) or saved.shape != (3,):
@@ -47,32 +47,34 @@ def _extra_state(saved: Any) -> dict[str, Any]:
 
 
 class CrossBatchMemory(nn.Module):
-    """Compares a batch with the last `memory_size` rows, its own among them (Wang et al., CVPR 2020).
+    """Compares a batch with a queue of the last `memory_size` rows, its own among them (Wang et al., CVPR 2020).
 
-    Called as pytorch-metric-learning's: rows go into the queue, first in, first out, and the batch is then compared with
-    all of it; a row is no pair of itself, known by its place in the queue. Rows in the queue are constants. They are part of the state_dict.
+    Called as pytorch-metric-learning's: the rows of a batch are queued, first in, first out, and then compared with the whole
+    queue. A row makes no pair with itself, which is recognised by its place in the queue. Queued rows are constants: they get no
+    gradient. The queue is part of the state_dict.
 
     Args:
         loss: a `SoftContrastiveLoss`.
         embedding_size: dimensions of a row.
-        memory_size: rows that the queue holds. Default 1,024.
-        dtype: of the memory, and what rows are compared in. Default float32; float16 or bfloat16 halve the memory, float64 is
+        memory_size: number of rows that the queue holds. Default 1,024.
+        dtype: type of the queue, in which rows are compared. Default float32; float16 or bfloat16 halve the memory, float64 is
             for `gradcheck`.
-        start_after: calls that return the loss of the batch alone and queue nothing, since embeddings move fast at first and
-            old rows mislead then. Default 0. `start()` begins at once, which a compiled call needs, since it does not count.
+        start_after: number of first calls that return the loss of the batch alone and queue nothing, since embeddings change
+            fast at first, and queued rows would be outdated. Default 0. `start()` ends this at once; a compiled module needs it,
+            since compiled calls are not counted.
 
-    `fill(embeddings, labels)` queues rows without a loss; `filled` says how many there are. A call that raises leaves the
-    queue as it was, and does not count for `start_after`. A row that is not finite never gets into the queue: where nobody
-    raises for it (`check=False` of the loss, or a GPU that nobody waits for), a row without pairs takes its place, and
-    `statistics` counts it as `not_finite`.
+    `fill(embeddings, labels)` queues rows without a loss; `filled` is the number of queued rows. A call that raises leaves the
+    queue as it was, and does not count for `start_after`. A row that is not finite is never queued: if nothing is raised for it
+    (`check=False` of the loss, or a GPU without `check="wait"`), an ignored row is queued in its place, and `statistics` counts
+    it as `not_finite`.
 
-    If the loss has a process group, the rows of all processes are queued, in the order of ranks, and the queues stay alike.
+    If the loss has a process group, the rows of all processes are queued in the order of ranks, and all queues are equal.
     """
 
     embedding_memory: Tensor
     label_memory: Tensor
     queue_idx: Tensor
-    """The place of the next row."""
+    """Index in the queue of the next row."""
     _count: Tensor
 
     def __init__(
@@ -92,7 +94,8 @@ class CrossBatchMemory(nn.Module):
                 "another loss has a memory of its own library"
             )
         if type(loss).forward is not SoftContrastiveLoss.forward:
-            raise TypeError(f"CrossBatchMemory does not call {type(loss).__name__}.forward: override the memory's forward instead")
+            name = type(loss).__name__
+            raise TypeError(f"CrossBatchMemory does not call {name}.forward: override the memory's forward instead")
         _check_memory_type(dtype)
         self.loss = loss
         self.embedding_size = _checked_count("embedding_size", embedding_size, 1)
@@ -101,27 +104,27 @@ class CrossBatchMemory(nn.Module):
         self.calls = 0
         self.register_buffer("embedding_memory", torch.zeros(memory_size, self.embedding_size, dtype=dtype))
         self.register_buffer("label_memory", torch.full((memory_size,), -1))
-        # In the state_dict they are in the extra state, as they always were.
+        # Not persistent: the state_dict holds both in the extra state.
         self.register_buffer("queue_idx", torch.zeros((), dtype=torch.int64), persistent=False)
         self.register_buffer("_count", torch.zeros((), dtype=torch.int64), persistent=False)
         self.reset_queue()
 
     @torch.no_grad()
     def reset_queue(self) -> None:
-        """Forgets every row."""
+        """Empties the queue."""
         self.queue_idx.zero_()
         self._count.zero_()
         self._forget(0)
 
     def _forget(self, first: int) -> None:
-        """Takes rows out of every pair. They have unit length: a GPU checks those as well."""
+        """Makes the rows from `first` on ignored. They get unit length, since a GPU checks ignored rows too."""
         self.label_memory[first:] = -1
         self.embedding_memory[first:] = 0
         self.embedding_memory[first:, 0] = 1
 
     @property
     def filled(self) -> int:
-        """Rows in the queue."""
+        """Number of rows in the queue."""
         return int(self._count)
 
     @property
@@ -135,33 +138,33 @@ class CrossBatchMemory(nn.Module):
         return self.calls >= self.start_after
 
     def start(self) -> None:
-        """Compares the next batch with the queue."""
+        """Ends `start_after`: the next batch is compared with the queue."""
         self.calls = max(self.calls, self.start_after)
 
     @property
     def statistics(self) -> dict[str, float]:
-        """Those of the loss: what the last call found."""
+        """The `statistics` of the loss."""
         return self.loss.statistics
 
     def check(self) -> None:
-        """`check` of the loss."""
+        """Calls `check()` of the loss."""
         self.loss.check()
 
     def forward(
         self, embeddings: Tensor, labels: Tensor, indices_tuple: None = None, enqueue_mask: Tensor | None = None
     ) -> Tensor:
-        """Queues the rows and returns the loss of the batch against the queue.
+        """Queues the rows, and returns the loss of the batch compared with the queue.
 
-        With `enqueue_mask`, `[B]` of booleans, the rows it names are queued, and the loss is that of the others: 0 if
-        there is none. Before the memory starts nothing is queued, and the loss is that of the others among themselves.
+        With `enqueue_mask`, `[B]` booleans, the rows where it is True are queued, and the loss is that of the other rows: 0 if
+        there are none. Before `start_after` calls nothing is queued, and the rows of the loss are compared with each other.
 
-        Raises what the loss does, and ValueError for more rows than the queue holds or of another width. Nothing is
-        queued then.
+        Raises what the loss does, and ValueError for more rows than the queue holds or for rows of another dimension. The queue
+        is then unchanged.
         """
         ranks = self.loss.ranks
         if not self.started:
             if enqueue_mask is not None:
-                with Telling(ranks):
+                with RaiseOnAllRanks(ranks):
                     check_side("anchors", embeddings, labels, "labels")
                     enqueue_mask = _checked_mask(enqueue_mask, embeddings)
                 embeddings, labels = embeddings[~enqueue_mask], labels[~enqueue_mask.to(labels.device)]
@@ -169,10 +172,10 @@ class CrossBatchMemory(nn.Module):
             if not torch.compiler.is_compiling():
                 self.calls += 1
             return loss
-        with Telling(ranks):
+        with RaiseOnAllRanks(ranks):
             if indices_tuple is not None:
                 raise ValueError(NO_INDICES)
-            rows, queued, labels = self._compared(embeddings, labels)
+            rows, queued, labels = self._prepared(embeddings, labels)
             queued_labels = labels
             if enqueue_mask is not None:
                 enqueue_mask = _checked_mask(enqueue_mask, rows)
@@ -182,15 +185,15 @@ class CrossBatchMemory(nn.Module):
         if ranks is not None:
             queued, queued_labels, own = self._of_all_ranks(ranks, queued, queued_labels, enqueue_mask is not None)
         places = self._places(queued.shape[0])
-        # Rows that were queued are compared as well, unless a mask parts them.
-        known = places[own] if enqueue_mask is None else None
+        # Without a mask the compared rows are in the queue themselves.
+        identity = places[own] if enqueue_mask is None else None
         if torch.compiler.is_compiling():
             self._enqueue(places, queued, queued_labels)
-            return self._against_queue(rows, labels, known)
+            return self._loss_against_queue(rows, labels, identity)
         before = self.embedding_memory[places], self.label_memory[places], self.queue_idx.clone(), self._count.clone()
         try:
             self._enqueue(places, queued, queued_labels)
-            return self._against_queue(rows, labels, known)
+            return self._loss_against_queue(rows, labels, identity)
         except BaseException:
             self.embedding_memory[places], self.label_memory[places] = before[:2]
             self.queue_idx.copy_(before[2])
@@ -198,17 +201,17 @@ class CrossBatchMemory(nn.Module):
             raise
 
     def fill(self, embeddings: Tensor, labels: Tensor) -> None:
-        """Queues rows, for the batches to come to be compared with. Raises what a call does."""
+        """Queues rows without computing a loss. Raises what a call does."""
         ranks = self.loss.ranks
         with torch.no_grad():
-            with Telling(ranks):
-                _, rows, labels = self._compared(embeddings, labels)
+            with RaiseOnAllRanks(ranks):
+                _, rows, labels = self._prepared(embeddings, labels)
             if ranks is not None:
                 rows, labels, _ = self._of_all_ranks(ranks, rows, labels, False)
             self._enqueue(self._places(rows.shape[0]), rows, labels)
 
-    def _compared(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows at unit length, in the wider of their type and the queue's; as the queue holds them; and labels."""
+    def _prepared(self, embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows at unit length, in the wider of their type and the queue's; the same in the queue's type; and the labels."""
         check_tensor("embeddings", embeddings)
         if self.loss.ranks is not None:
             self.loss.ranks.check_device(embeddings)
@@ -224,7 +227,7 @@ class CrossBatchMemory(nn.Module):
         rows = self.loss.unit_rows(embeddings.to(torch.promote_types(embeddings.dtype, memory_type)))
         labels = labels.to(rows.device, torch.int64)
         queued = rows.detach().to(memory_type)
-        # A bad row that nobody raises for is ignored, and in the queue another stands for it, or it would spoil later calls.
+        # A bad row for which nothing is raised is ignored, and replaced in the queue, where it would spoil later losses.
         good = good_rows(queued) if self.loss.checks else torch.isfinite(queued).all(1)
         labels = torch.where(good, labels, NOT_FINITE)
         if not self.loss.checks or rows.device.type != "cpu":
@@ -233,24 +236,24 @@ class CrossBatchMemory(nn.Module):
             queued = torch.where(good[:, None], queued, axis)
         return rows, queued, labels
 
-    @between_graphs
+    @uncompiled
     @torch.no_grad()
     def _of_all_ranks(self, ranks: Ranks, rows: Tensor, labels: Tensor, masked: bool) -> tuple[Tensor, Tensor, slice]:
-        """The rows of all processes, which every queue takes in the same order, and which of them are this one's."""
+        """The rows and labels of all processes in the order of ranks, and the slice of this process's rows."""
         about = f"a memory of {list(self.embedding_memory.shape)} {rows.dtype}, masked: {masked}"
-        meeting = ranks.meet(rows, about)
-        return meeting.rows(rows.detach()), meeting.rows(labels), meeting.own
+        exchange = ranks.handshake(rows, about)
+        return exchange.gather_rows(rows.detach()), exchange.gather_rows(labels), exchange.own
 
     def _places(self, count: int) -> Tensor:
         if count > self.memory_size:
             raise ValueError(f"{count} rows do not fit a memory of {self.memory_size}")
         return (self.queue_idx + torch.arange(count, device=self.queue_idx.device)) % self.memory_size
 
-    def _against_queue(self, rows: Tensor, labels: Tensor, known: Tensor | None) -> Tensor:
-        # The processor has checked the rows by now; what is in the queue was checked when it came there. The gradient is in
-        # the rows' type, which the queue's might round away.
+    def _loss_against_queue(self, rows: Tensor, labels: Tensor, identity: Tensor | None) -> Tensor:
+        # On the CPU `good_rows` has checked the rows already; queued rows were checked when they were queued. `rows` may have a
+        # wider type than the queue, so that the gradient is not rounded to the queue's.
         return self.loss.loss_of_unit_rows(
-            rows, labels, self.embedding_memory, self.label_memory, known, check=rows.device.type != "cpu"
+            rows, labels, self.embedding_memory, self.label_memory, identity, check=rows.device.type != "cpu"
         )
 
     @torch.no_grad()
@@ -261,30 +264,31 @@ class CrossBatchMemory(nn.Module):
         self.queue_idx.copy_((self.queue_idx + rows.shape[0]) % self.memory_size)
 
     def get_extra_state(self) -> Tensor:
-        """How far the queue is filled, for the state_dict: a tensor, since safetensors saves nothing else."""
+        """The queue's index, whether it is full, and the number of calls: a tensor, since safetensors saves nothing else."""
         return torch.tensor([int(self.queue_idx), int(self.has_been_filled), self.calls])
 
     @torch.no_grad()
     def set_extra_state(self, saved: Tensor | dict[str, int]) -> None:
-        """Takes the queue up where the state_dict left it."""
+        """Restores what `get_extra_state` returned."""
         state = _extra_state(saved)
         index, full = state["queue_idx"], bool(state["has_been_filled"])
         self.queue_idx.fill_(index)
         self._count.fill_(self.memory_size if full else index)
-        # From before 0.2, which had no calls and did not look at the rest of the queue.
+        # Old checkpoints have no `calls`.
         self.calls = state.get("calls", self.calls)
         if not full:
+            # Old checkpoints hold any values there.
             self._forget(index)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        """Refuses a queue that would fail, or silently spoil, every later call; nothing of it is taken then."""
+        """Raises for a queue that later calls would fail on, or compute wrong losses with, before any of it is loaded."""
         self._check_state(*(state_dict.get(prefix + name) for name in ("embedding_memory", "label_memory", "_extra_state")))
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def _check_state(self, rows: Any, labels: Any, state: Any) -> None:
-        """What is missing, or of another shape, torch refuses itself."""
+        """Checks the values of a saved queue. torch itself refuses missing tensors and wrong shapes."""
         if state is None:
-            # Also pytorch-metric-learning's, whose rows have any length.
+            # As in a state_dict of pytorch-metric-learning's memory, whose rows may have any length.
             if rows is not None:
                 raise ValueError("the saved memory has no _extra_state: it is none of a ddtas.torch.CrossBatchMemory")
             return
@@ -306,6 +310,6 @@ class CrossBatchMemory(nn.Module):
             raise ValueError(f"row {int(bad[0])} of the saved memory is not finite or has no unit length")
 
     def extra_repr(self) -> str:
-        """Sizes as `print(model)` shows them."""
+        """The sizes, for `print(model)`."""
         sizes = f"embedding_size={self.embedding_size}, memory_size={self.memory_size}"
         return sizes + (f", start_after={self.start_after}" if self.start_after else "")

@@ -1,7 +1,7 @@
-"""`torch.ops.ddtas.loss`: the loss as an operator that torch's compiler, export and transforms know, and its derivative.
+"""The loss as a registered operator, `torch.ops.ddtas.loss`, for torch.compile, torch.export and torch.func, and its backward.
 
-The operator answers tensors alone: the loss, dL/d(rows), dL/d(references) (without an entry unless it was asked for) and the
-statistics, which hold dL/dlambda. It is not differentiable itself: `loss_of` is.
+The operator returns four tensors: the loss, dL/d(rows), dL/d(references) (empty unless requested) and the statistics, which
+contain dL/dlambda. The operator itself has no derivative; `loss_of` has one.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ STATISTICS = (
     "loss", "dloss_dlambda_pos", "dloss_dlambda_neg", "mean_pos", "mean_neg", "gamma_pos", "gamma_neg",
     "probe_neg", "total_pos", "total_neg", "active", "positives", "negatives", "ignored", "not_finite",
 )  # fmt: skip
-"""What the statistics are on the processor. On a GPU `LossScalars` of kernels/params.h has their place, and as many bytes."""
+"""Names of the statistics on the CPU. On a GPU the tensor, of the same size, holds a `LossScalars` (kernels/params.h) instead."""
 
-UNCHECKED, CHECKED, WAITED_FOR = 0, 1, 2
-"""Whether rows are checked; a GPU's are waited for in the last case alone."""
+UNCHECKED, CHECKED, CHECK_AND_WAIT = 0, 1, 2
+"""Values of `check`: whether rows are checked, and whether a call on a GPU waits for the result of the check."""
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 
-# torch has no types for it.
+# By getattr, since mypy --strict refuses a call of this untyped class.
 _library: Any = getattr(torch.library, "Library")("ddtas", "DEF")
 _library.define(
     "loss(Tensor rows, Tensor labels, Tensor? references, Tensor? reference_labels, Tensor? identity,"
@@ -36,7 +36,7 @@ _operator = torch.ops.ddtas.loss.default
 
 
 class Call(NamedTuple):
-    """What the operator is called with, in the order of its schema."""
+    """The operator's arguments, in the order of its schema."""
 
     rows: Tensor
     labels: Tensor
@@ -53,34 +53,34 @@ class Call(NamedTuple):
     engine: int
 
 
-Answers = Tuple[Tensor, Tensor, Tensor, Tensor]
-Found = Tuple[Tensor, Tensor, Optional[Tensor], Tensor]
-"""The answers, and `None` for a gradient of the references that nobody asked for: a tensor without an entry takes a microsecond."""
+Outputs = Tuple[Tensor, Tensor, Tensor, Tensor]
+EagerOutputs = Tuple[Tensor, Tensor, Optional[Tensor], Tensor]
+"""The same, with None for a gradient of the references that was not requested: making an empty tensor takes a microsecond."""
 
 
 def _wide(rows: Tensor) -> torch.dtype:
     return torch.float64 if rows.dtype == torch.float64 else torch.float32
 
 
-def _room(rows: Tensor, references: Tensor | None, reference_gradient: bool) -> Found:
-    """Room for the answers."""
+def _empty_outputs(rows: Tensor, references: Tensor | None, reference_gradient: bool) -> EagerOutputs:
+    """Uninitialised tensors for the outputs."""
     wide, device = _wide(rows), rows.device
-    back = references.shape if references is not None and reference_gradient else None
+    shape = references.shape if references is not None and reference_gradient else None
     return (
         torch.empty((), dtype=wide, device=device),
         torch.empty(rows.shape, dtype=wide, device=device),
-        None if back is None else torch.empty(back, dtype=wide, device=device),
+        None if shape is None else torch.empty(shape, dtype=wide, device=device),
         torch.empty(len(STATISTICS), dtype=torch.float64, device=device),
     )
 
 
-def _answers(found: Found) -> Answers:
-    loss, gradient, back, statistics = found
-    return loss, gradient, gradient.new_empty(0) if back is None else back, statistics
+def _as_outputs(outputs: EagerOutputs) -> Outputs:
+    loss, gradient, reference_grad, statistics = outputs
+    return loss, gradient, gradient.new_empty(0) if reference_grad is None else reference_grad, statistics
 
 
 def check_call(call: Call) -> None:
-    """Refuses what would be read beyond its memory, or as another type than it has: addresses alone go on."""
+    """Checks types, shapes and devices: the compiled module gets addresses only, and would read beyond a tensor's memory."""
     rows, labels, references, reference_labels, identity = call[:5]
     if rows.dtype not in TYPES:
         raise TypeError(f"the anchors must be float32, float16, bfloat16 or float64, not {_name(rows.dtype)}")
@@ -107,7 +107,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _check_integers(name: str, given: Tensor, side: Tensor, rows: Tensor) -> None:
-    """One for each row of `side`, where the anchors are."""
+    """Checks that `given` is int64, has an entry for each row of `side`, and is on the device of the anchors, `rows`."""
     if given.dtype != torch.int64:
         raise TypeError(f"the {name} must be int64, not {_name(given.dtype)}")
     if given.shape != side.shape[:1]:
@@ -120,73 +120,75 @@ def check_one_device(rows: Tensor, name: str, given: Tensor) -> None:
         raise ValueError(f"the {name} are on {given.device}, and the anchors on {rows.device}: move them there")
 
 
-def _fake(call: Call) -> Answers:
+def _fake(call: Call) -> Outputs:
     for name, given in zip(Call._fields[1:5], call[1:5]):
         if given is not None:
             check_one_device(call.rows, name, given)
-    return _answers(_room(call.rows, call.references, call.reference_gradient))
+    return _as_outputs(_empty_outputs(call.rows, call.references, call.reference_gradient))
 
 
-def _on_cpu(call: Call) -> Found:
+def _on_cpu(call: Call) -> EagerOutputs:
     check_call(call)
     rows, labels, references, reference_labels, identity, lambda_pos, lambda_neg = call[:7]
-    mining, numbers, normalize, reference_gradient, check, engine = call[7:]
-    where = engine_of(engine)
+    mining, numbers, normalize, reference_gradient, check, key = call[7:]
+    engine = engine_of(key)
     if lambda_pos is not None or lambda_neg is not None:
         numbers = with_lambdas(numbers, lambda_pos, lambda_neg)
-    kind = TYPES[rows.dtype]
+    code = TYPES[rows.dtype]
     if rows.shape[0] == 0 or (references is not None and references.shape[0] == 0):
-        return of_nothing(where, call, numbers)
+        return loss_without_pairs(engine, call, numbers)
     unit: list[tuple[Tensor, Tensor, Tensor]] = []
-    if kind == 3 and normalize and rows.shape[1]:
-        # The scalar reference takes unit rows.
+    if code == 3 and normalize and rows.shape[1]:
+        # float64 is computed by the scalar reference, which takes unit rows only.
         unit = [normalize_rows(side) for side in (rows, references) if side is not None]
         rows, references, normalize = unit[0][0], unit[-1][0] if len(unit) > 1 else None, False
     rows, labels = laid_out(rows), laid_out(labels)
-    anchors = (rows.data_ptr(), labels.data_ptr(), *rows.shape, kind)
-    others, named = None, 0
+    anchors = (rows.data_ptr(), labels.data_ptr(), *rows.shape, code)
+    others, identity_address = None, 0
     if references is not None and reference_labels is not None:
         references, reference_labels = laid_out(references), laid_out(reference_labels)
         others = (references.data_ptr(), reference_labels.data_ptr(), *references.shape, TYPES[references.dtype])
         if identity is not None:
             identity = laid_out(identity)
-            named = identity.data_ptr()
+            identity_address = identity.data_ptr()
     flags = (normalize, reference_gradient, check != UNCHECKED)
-    loss, own, other, statistics, where.last = _ddtas._loss_at(where.host, anchors, others, named, mining, numbers, flags)
-    gradient, back = torch.from_numpy(own), None if other is None else torch.from_numpy(other)
+    loss, own, other, statistics, engine.last = _ddtas._loss_at(
+        engine.host, anchors, others, identity_address, mining, numbers, flags
+    )
+    gradient, reference_grad = torch.from_numpy(own), None if other is None else torch.from_numpy(other)
     if unit:
         gradient = normalize_backward(gradient, *unit[0])
-        back = None if back is None else normalize_backward(back, *unit[1])
-    return torch.from_numpy(loss), gradient, back, torch.from_numpy(statistics)
+        reference_grad = None if reference_grad is None else normalize_backward(reference_grad, *unit[1])
+    return torch.from_numpy(loss), gradient, reference_grad, torch.from_numpy(statistics)
 
 
-def _on_gpu(call: Call) -> Found:
-    """Issues the loss, and waits for nothing."""
+def _on_gpu(call: Call) -> EagerOutputs:
+    """Enqueues the loss on torch's current stream. Waits for the result only if `check` says so."""
     check_call(call)
     rows, labels, references, reference_labels, identity, lambda_pos, lambda_neg = call[:7]
-    mining, numbers, normalize, reference_gradient, check, engine = call[7:]
-    where = engine_of(engine)
-    gpu, stream = where.on_gpu(rows)
+    mining, numbers, normalize, reference_gradient, check, key = call[7:]
+    engine = engine_of(key)
+    gpu, stream = engine.on_gpu(rows)
     if rows.shape[0] == 0 or (references is not None and references.shape[0] == 0):
-        return of_nothing(where, call, numbers)
-    # Held until everything is issued: torch gives memory away in the order of the stream.
-    held = [laid_out(side) for side in (rows, references) if side is not None]
-    marks = [laid_out(mark) for mark in (labels, reference_labels) if mark is not None]
-    loss, gradient, back, statistics = _room(rows, references, reference_gradient)
+        return loss_without_pairs(engine, call, numbers)
+    # Copies must live until the kernels are enqueued; torch reuses freed memory only for later work on the same stream.
+    sides = [laid_out(side) for side in (rows, references) if side is not None]
+    side_labels = [laid_out(given) for given in (labels, reference_labels) if given is not None]
+    loss, gradient, reference_grad, statistics = _empty_outputs(rows, references, reference_gradient)
     thresholds = None
     if lambda_pos is not None or lambda_neg is not None:
         thresholds = _on_device(rows, numbers, lambda_pos, lambda_neg)
         if thresholds is None:
             numbers = with_lambdas(numbers, lambda_pos, lambda_neg)
-    named = None if identity is None else identity.to(torch.int32).contiguous()
-    places = [
-        (side.data_ptr(), mark.data_ptr(), *side.shape, TYPES[side.dtype], 0 if out is None else out.data_ptr())
-        for side, mark, out in zip(held, marks, (gradient, back))
+    indices = None if identity is None else identity.to(torch.int32).contiguous()
+    targets = [
+        (side.data_ptr(), given.data_ptr(), *side.shape, TYPES[side.dtype], 0 if out is None else out.data_ptr())
+        for side, given, out in zip(sides, side_labels, (gradient, reference_grad))
     ]
     gpu.enqueue_loss(
         (rows.get_device(), stream),
-        places,
-        0 if named is None else named.data_ptr(),
+        targets,
+        0 if indices is None else indices.data_ptr(),
         0 if thresholds is None else thresholds.data_ptr(),
         mining,
         numbers,
@@ -194,16 +196,16 @@ def _on_gpu(call: Call) -> Found:
         (statistics.data_ptr(), loss.data_ptr()),
         normalize,
     )
-    where.last = (statistics, labels)
-    if check == WAITED_FOR:
-        where.found()
-    return loss, gradient, back, statistics
+    engine.last = (statistics, labels)
+    if check == CHECK_AND_WAIT:
+        engine.read_statistics()
+    return loss, gradient, reference_grad, statistics
 
 
 def _on_device(
     rows: Tensor, numbers: Sequence[float], lambda_pos: Tensor | None, lambda_neg: Tensor | None
 ) -> Tensor | None:
-    """Both thresholds where the rows are, if one is there already: nobody waits for it."""
+    """Both thresholds as one tensor on the GPU if one of them is there, since reading it on the host would wait; else None."""
     given = [lambda_pos, lambda_neg]
     if not any(value is not None and value.device == rows.device for value in given):
         return None
@@ -216,20 +218,23 @@ def _on_device(
     return torch.cat(both)
 
 
-def of_nothing(where: Engine, call: Call, numbers: Sequence[float]) -> Answers:
-    """The loss without a pair: 0, and gradients of zeros."""
-    loss, gradient, back, statistics = _answers(_room(call.rows, call.references, call.reference_gradient))
-    for answer in (loss, gradient, back):
-        answer.zero_()
+def loss_without_pairs(engine: Engine, call: Call, numbers: Sequence[float]) -> Outputs:
+    """The outputs of a call without rows or without references: a loss of 0, and gradients of zeros."""
+    loss, gradient, reference_grad, statistics = _as_outputs(
+        _empty_outputs(call.rows, call.references, call.reference_gradient)
+    )
+    for output in (loss, gradient, reference_grad):
+        output.zero_()
     nan = float("nan")
     gamma_pos, gamma_neg = _ddtas._initial_tolerances(call.mining, numbers)
     known = {"mean_pos": nan, "mean_neg": nan, "gamma_pos": gamma_pos, "gamma_neg": gamma_neg}
-    where.last = [*(known.get(name, 0.0) for name in STATISTICS[:-2]), *count_labels(call.labels)]
-    statistics.copy_(torch.tensor(where.last, dtype=torch.float64))
-    return loss, gradient, back, statistics
+    engine.last = [*(known.get(name, 0.0) for name in STATISTICS[:-2]), *count_labels(call.labels)]
+    statistics.copy_(torch.tensor(engine.last, dtype=torch.float64))
+    return loss, gradient, reference_grad, statistics
 
 
 def with_lambdas(numbers: Sequence[float], lambda_pos: Tensor | None, lambda_neg: Tensor | None) -> list[float]:
+    """The settings with both thresholds replaced by the values of the tensors, where one is given."""
     pos, neg = numbers[6:]
     return [
         *numbers[:6],
@@ -240,20 +245,20 @@ def with_lambdas(numbers: Sequence[float], lambda_pos: Tensor | None, lambda_neg
 
 _register_fake: Any = getattr(torch.library, "register_fake")
 _register_fake("ddtas::loss", lambda *given: _fake(Call(*given)), lib=_library)
-_library.impl("loss", lambda *given: _answers(_on_cpu(Call(*given))), "CPU")
-_library.impl("loss", lambda *given: _answers(_on_gpu(Call(*given))), "CUDA")
+_library.impl("loss", lambda *given: _as_outputs(_on_cpu(Call(*given))), "CPU")
+_library.impl("loss", lambda *given: _as_outputs(_on_gpu(Call(*given))), "CUDA")
 
 
 _library.define("good_rows(Tensor rows) -> Tensor")
 good_rows = torch.ops.ddtas.good_rows.default
-"""Which rows are of unit length, `[B]` of booleans; on the processor one that is not raises ValueError."""
+"""Whether each row has unit length, `[B]` booleans; on the CPU a row that has not raises ValueError."""
 
 
 _TOLERANCES = {dtype: _ddtas._norm_tolerance(code) for dtype, code in TYPES.items()}
 
 
 def which_are_unit(rows: Tensor, tolerance: float | None = None) -> Tensor:
-    """By default to the tolerance that the library checks rows of their type by."""
+    """Whether each row's norm is 1 to within `tolerance`. Default: the tolerance of the loss for rows of that type."""
     if tolerance is None:
         tolerance = _TOLERANCES.get(rows.dtype, _TOLERANCES[torch.float32])
     wide = rows if rows.dtype == torch.float64 else rows.float()
@@ -274,8 +279,8 @@ _library.impl("good_rows", _refuse_bad_rows, "CPU")
 _library.impl("good_rows", which_are_unit, "CUDA")
 
 
-class _Once(torch.autograd.Function):
-    """A gradient that depends on the inputs, and cannot be differentiated with respect to them."""
+class _OnceDifferentiable(torch.autograd.Function):
+    """Makes a gradient depend on the inputs in the autograd graph, so that differentiating it raises."""
 
     generate_vmap_rule = True
 
@@ -293,77 +298,77 @@ class _Once(torch.autograd.Function):
 
 
 def _backward(ctx: Any, upstream: Tensor | None, eager: bool) -> list[Tensor | None]:
-    """The gradient was computed with the loss, and is only scaled: of rows, references and both thresholds."""
+    """Scales the gradients of rows, references and both thresholds, which were computed together with the loss."""
     needed = ctx.needs_input_grad
-    answers: list[Tensor | None] = [None] * len(needed)
+    gradients: list[Tensor | None] = [None] * len(needed)
     if upstream is None:
-        return answers
-    rows, references, lambda_pos, lambda_neg, gradient, back, statistics = ctx.saved_tensors
+        return gradients
+    rows, references, lambda_pos, lambda_neg, gradient, reference_grad, statistics = ctx.saved_tensors
     inputs = (rows, references, lambda_pos, lambda_neg)
-    # Under create_graph: a second derivative would otherwise be wrong and not an error.
-    once = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    # `loss.backward()` scales by 1. Nobody waits for a GPU to say so.
+    # With create_graph=True: without `_OnceDifferentiable` a second derivative would be wrong instead of an error.
+    create_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    # `loss.backward()` has an upstream of 1, which needs no product. On a GPU, reading it would wait.
     try:
-        one = eager and upstream.is_cpu and upstream.item() == 1
+        unscaled = eager and upstream.is_cpu and upstream.item() == 1
     except RuntimeError:
-        # Several upstreams at once (`is_grads_batched`) are no number.
-        one = eager = False
+        # With `is_grads_batched` the upstream is a batch of numbers, and has no item().
+        unscaled = eager = False
     for place, given in enumerate(inputs):
         if not needed[place]:
             continue
         if place < 2:
-            answer = back if place else gradient
-            if not one:
-                # Eager in the rows' type at once: one kernel on a GPU, not two.
-                at_once = eager and not once and answer.dtype != given.dtype
-                room = torch.empty_like(answer, dtype=given.dtype) if at_once else None
-                answer = torch.mul(answer, upstream, out=room)
-            if answer.dtype != given.dtype:
-                answer = answer.to(given.dtype)
+            scaled = reference_grad if place else gradient
+            if not unscaled:
+                # In eager mode written in the input's type directly: one kernel on a GPU instead of two.
+                convert = eager and not create_graph and scaled.dtype != given.dtype
+                out = torch.empty_like(scaled, dtype=given.dtype) if convert else None
+                scaled = torch.mul(scaled, upstream, out=out)
+            if scaled.dtype != given.dtype:
+                scaled = scaled.to(given.dtype)
         else:
-            # A threshold's derivative is a number, and the threshold any tensor of one element.
-            answer = (statistics[place - 1] * upstream).to(dtype=given.dtype, device=given.device).reshape(given.shape)
-        answers[place] = _Once.apply(answer, *inputs) if once else answer
-    return answers
+            # dL/dlambda is a scalar; the threshold may have any shape of one element.
+            scaled = (statistics[place - 1] * upstream).to(dtype=given.dtype, device=given.device).reshape(given.shape)
+        gradients[place] = _OnceDifferentiable.apply(scaled, *inputs) if create_graph else scaled
+    return gradients
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Found) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], outputs: EagerOutputs) -> None:
     rows, references, lambda_pos, lambda_neg = inputs[:4]
-    _, gradient, back, statistics = output
+    _, gradient, reference_grad, statistics = outputs
     _, of_references, *of_thresholds = ctx.needs_input_grad[:4]
     if not of_references:
-        # Constants may change before the way back: the queue of a memory does.
-        references = back = None
+        # Constant references may change before backward, as a memory's queue does; torch refuses saved tensors that have.
+        references = reference_grad = None
     derivatives = statistics if any(of_thresholds) else None
-    ctx.save_for_backward(rows, references, lambda_pos, lambda_neg, gradient, back, derivatives)
+    ctx.save_for_backward(rows, references, lambda_pos, lambda_neg, gradient, reference_grad, derivatives)
 
 
 _NO_FORWARD_MODE = "the loss of ddtas has no forward-mode derivative (jvp, jacfwd): use backward or torch.func.grad"
 
 
 def _in_type_of(references: Tensor | None, rows: Tensor) -> Tensor:
-    """Rows as they are compared, in the type of the references: behind the derivative, which stays in the rows' own."""
+    """Rows converted to the references' type, inside the autograd function, so that the gradient keeps the rows' own type."""
     return rows if references is None else rows.to(references.dtype)
 
 
 class _Traced(torch.autograd.Function):
-    """The loss for torch's compiler and transforms, which must see all that is saved as an output. The compiler takes none with
-    a `jvp`: `_forward_mode` refuses it."""
+    """The loss under torch.compile and torch.func, where each tensor saved for backward must be an output. torch.compile does not
+    accept a `jvp` method; `loss_of` refuses forward mode by `_forward_mode` instead."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
         rows: Tensor, references: Tensor | None, lambda_pos: Tensor | None, lambda_neg: Tensor | None, *given: Any
-    ) -> Answers:
+    ) -> Outputs:
         labels, reference_labels, identity, *rest = given
-        answers: Answers = _operator(
+        outputs: Outputs = _operator(
             _in_type_of(references, rows), labels, references, reference_labels, identity, lambda_pos, lambda_neg, *rest
         )
-        return answers
+        return outputs
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Answers) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
         _save(ctx, inputs, output)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
@@ -376,20 +381,20 @@ class _Traced(torch.autograd.Function):
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 
-def _eagerly(call: Call) -> Found:
-    """The operator's answers, without torch's dispatcher (a sixth of the overhead) where no mode and no type of tensor must see
-    it. A type of its own may have no memory."""
+def _eagerly(call: Call) -> EagerOutputs:
+    """The operator's outputs. Plain tensors skip torch's dispatcher, a sixth of the overhead, unless a dispatch mode is active.
+    A tensor subclass goes through the dispatcher, since it may have no memory of its own."""
     if _PLAIN.issuperset(map(type, call[:7])) and not torch._C._len_torch_dispatch_stack():
         if call.rows.is_cpu:
             return _on_cpu(call)
         if call.rows.is_cuda:
             return _on_gpu(call)
-    found: Found = _operator(*call)
-    return found
+    outputs: EagerOutputs = _operator(*call)
+    return outputs
 
 
 class _Eager(torch.autograd.Function):
-    """The same with one output, which spares eager calls a third of their overhead."""
+    """The loss in eager mode: with a single output, which saves a third of the overhead."""
 
     @staticmethod
     def forward(
@@ -399,13 +404,13 @@ class _Eager(torch.autograd.Function):
         lambda_pos: Tensor | None,
         lambda_neg: Tensor | None,
         given: tuple[Any, ...],
-        compute: Callable[[Call], Found],
+        compute: Callable[[Call], EagerOutputs],
     ) -> Tensor:
         labels, reference_labels, identity, *rest = given
         call = Call(_in_type_of(references, rows), labels, references, reference_labels, identity, lambda_pos, lambda_neg, *rest)
-        found = compute(call)
-        _save(ctx, (rows, references, lambda_pos, lambda_neg), found)
-        return found[0]
+        outputs = compute(call)
+        _save(ctx, (rows, references, lambda_pos, lambda_neg), outputs)
+        return outputs[0]
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -417,7 +422,7 @@ class _Eager(torch.autograd.Function):
 
 
 def _forward_mode() -> bool:
-    """Whether a transform asks for the derivative along a tangent, which the operator would silently leave out."""
+    """Whether a torch.func transform in forward mode (jvp) is active, whose tangent the operator would silently drop."""
     functorch: Any = torch._C._functorch
     return any(level.key() == functorch.TransformType.Jvp for level in functorch.get_interpreter_stack() or ())
 
@@ -435,9 +440,12 @@ def loss_of(
     normalize: bool,
     check: int,
     engine: int,
-    compute: Callable[[Call], Found] | None = None,
+    compute: Callable[[Call], EagerOutputs] | None = None,
 ) -> Tensor:
-    """The loss, differentiable by the first four; `compute` stands for the operator, which a compiler does not see then."""
+    """The loss, differentiable with respect to the first four arguments.
+
+    `engine` is an `Engine.key`. `compute` replaces the operator; calls with it are never compiled.
+    """
     reference_gradient = references is not None and references.requires_grad
     given = (labels, reference_labels, identity, mining, numbers, normalize, reference_gradient, check, engine)
     transformed = torch._C._are_functorch_transforms_active()
@@ -445,12 +453,12 @@ def loss_of(
         raise NotImplementedError(_NO_FORWARD_MODE)
     if compute is None and (torch.compiler.is_compiling() or transformed):
         if not any(side is not None and side.requires_grad for side in (rows, references, lambda_pos, lambda_neg)):
-            # torch 2.11 cannot trace a function whose inputs require no gradient.
+            # torch 2.11 cannot trace an autograd.Function whose inputs require no gradient.
             sides = (_in_type_of(references, rows), labels, references, reference_labels, identity)
             loss: Tensor = _operator(*sides, lambda_pos, lambda_neg, *given[3:])[0]
             return loss
-        answers: tuple[Tensor, ...] = _Traced.apply(rows, references, lambda_pos, lambda_neg, *given)
-        return answers[0]
+        outputs: tuple[Tensor, ...] = _Traced.apply(rows, references, lambda_pos, lambda_neg, *given)
+        return outputs[0]
     if torch._C._is_tracing():
         raise NotImplementedError("the loss of ddtas cannot be traced by torch.jit.trace: use torch.export or torch.compile")
     loss = _Eager.apply(rows, references, lambda_pos, lambda_neg, given, compute or _eagerly)

@@ -1,7 +1,8 @@
-"""The loss of a batch whose rows are in several processes: four steps, and between them what each has found of its own rows
-(docs/parts.md, "Four steps"). Only the own rows' gradient is computed, and no gradient travels.
+"""The loss of a batch whose rows are spread over the processes of a group.
 
-On a GPU each process computes the loss of all gathered rows, and keeps the gradient of its own.
+On the CPU it is computed in four steps, with an all-gather after each (docs/parts.md, "Four steps"). Each process computes the
+gradient of its own rows only, and no gradient is sent. On a GPU each process computes the loss of all gathered rows, and keeps
+the gradient of its own.
 """
 
 from __future__ import annotations
@@ -15,53 +16,53 @@ from .. import _ddtas
 from ..part import Part
 from ..settings import Mining, Settings
 from .engine import Engine, count_labels, engine_of, laid_out, normalize_rows
-from .operator import STATISTICS, TYPES, UNCHECKED, Answers, Call
-from .operator import check_call, of_nothing, which_are_unit, with_lambdas
-from .ranks import Meeting, Ranks
+from .operator import STATISTICS, TYPES, UNCHECKED, Call, Outputs
+from .operator import check_call, loss_without_pairs, which_are_unit, with_lambdas
+from .ranks import BatchExchange, Ranks
 
-_SUMS = STATISTICS.index("probe_neg")
-"""From here on the statistics are counts."""
+_FIRST_COUNT = STATISTICS.index("probe_neg")
+"""Index of the first statistic that is a count, as are all after it."""
 
 
-def loss_of_ranks(ranks: Ranks, call: Call) -> Answers:
-    """What the operator answers for the whole batch, but for the gradient, which is that of this process's rows."""
-    where, rows = engine_of(call.engine), call.rows
+def loss_of_ranks(ranks: Ranks, call: Call) -> Outputs:
+    """The operator's outputs for the batch of all processes, with the gradient of this process's rows only."""
+    engine, rows = engine_of(call.engine), call.rows
     numbers = with_lambdas(call.numbers, call.lambda_pos, call.lambda_neg)
     settings = Settings(cast(Mining, call.mining), *numbers)
     unit, error = rows, None
     try:
         ranks.check_device(rows)
         check_call(call)
-        unit = _unit_rows(where, call)
+        unit = _unit_rows(engine, call)
     except (TypeError, ValueError, RuntimeError) as refused:
         error = refused
     about = ""
     if error is None:
         against = "each other" if call.references is None else f"{call.references.shape[0]} references"
         about = f"rows of {rows.shape[1]} {rows.dtype} on {rows.device.type} against {against}, {settings}, {ranks.gradient}"
-    meeting = ranks.meet(rows, about, error)
+    exchange = ranks.handshake(rows, about, error)
     references = call.references
-    if meeting.total == 0 or (references is not None and references.shape[0] == 0):
-        return of_nothing(where, call, numbers)
+    if exchange.total == 0 or (references is not None and references.shape[0] == 0):
+        return loss_without_pairs(engine, call, numbers)
     if rows.device.type != "cpu":
-        return whole_in_each(ranks, meeting, call)
-    batch = _batch_of(call, meeting, unit)
-    steps = _HostSteps(where, batch, settings)
-    min_pos, _ = meeting.tell(steps.same_class, 1, 0, unit)
-    max_neg, totals = meeting.tell(lambda: steps.sweep(min_pos), 1, 2, unit)
-    pos, neg, _ = meeting.tell(lambda: steps.select(max_neg, totals.sum(0)), 2, 0, unit)
-    (found,) = meeting.tell(lambda: steps.gradient(pos, neg), 0, len(STATISTICS), unit)
-    gradient = steps.found.mul_(ranks.scale) if ranks.scale != 1 else steps.found
-    statistics = _whole(found)
-    where.last = statistics.tolist()
+        return loss_of_gathered_rows(ranks, exchange, call)
+    batch = _batch_of(call, exchange, unit)
+    steps = _CpuSteps(engine, batch, settings)
+    min_pos, _ = exchange.gather_step(steps.same_class, 1, 0)
+    max_neg, totals = exchange.gather_step(lambda: steps.sweep(min_pos), 1, 2)
+    pos, neg, _ = exchange.gather_step(lambda: steps.select(max_neg, totals.sum(0)), 2, 0)
+    (shares,) = exchange.gather_step(lambda: steps.gradient(pos, neg), 0, len(STATISTICS))
+    gradient = steps.own_gradient.mul_(ranks.scale) if ranks.scale != 1 else steps.own_gradient
+    statistics = _combined(shares)
+    engine.last = statistics.tolist()
     if ranks.gradient == "sum":
-        # So that the sum over the processes is the derivative by a threshold.
-        statistics[1:3] = found[ranks.rank, 1:3]
-    return torch.tensor(where.last[0], dtype=torch.float32), gradient, torch.empty(0), statistics
+        # Each process gets its share of dL/dlambda, so that the sum over the processes is the whole.
+        statistics[1:3] = shares[ranks.rank, 1:3]
+    return torch.tensor(engine.last[0], dtype=torch.float32), gradient, torch.empty(0), statistics
 
 
-def _unit_rows(where: Engine, call: Call) -> Tensor:
-    """This process's rows at unit length, with the bits of one process."""
+def _unit_rows(engine: Engine, call: Call) -> Tensor:
+    """This process's rows at unit length, bit for bit as the loss without a group normalises them."""
     rows = call.rows
     if rows.dtype not in TYPES or rows.dtype == torch.float64:
         got = str(rows.dtype).removeprefix("torch.")
@@ -76,7 +77,7 @@ def _unit_rows(where: Engine, call: Call) -> Tensor:
         unit = normalize_rows(rows)[0].to(rows.dtype)
     elif call.normalize:
         unit = torch.empty_like(rows)
-        _ddtas._normalize_at(where.host, (rows.data_ptr(), 0, *rows.shape, TYPES[rows.dtype]), unit.data_ptr())
+        _ddtas._normalize_at(engine.host, (rows.data_ptr(), 0, *rows.shape, TYPES[rows.dtype]), unit.data_ptr())
     if call.check != UNCHECKED:
         good = which_are_unit(unit)
         if not good.all():
@@ -85,24 +86,24 @@ def _unit_rows(where: Engine, call: Call) -> Tensor:
     return unit
 
 
-def whole_in_each(ranks: Ranks, meeting: Meeting, call: Call) -> Answers:
-    """The loss of all rows in every process, whose rows were checked."""
-    rows, labels = meeting.rows(call.rows.detach()), meeting.rows(call.labels)
-    identity = None if call.identity is None else meeting.rows(call.identity)
+def loss_of_gathered_rows(ranks: Ranks, exchange: BatchExchange, call: Call) -> Outputs:
+    """The loss of all rows, computed in every process. Each has checked its own rows already."""
+    rows, labels = exchange.gather_rows(call.rows.detach()), exchange.gather_rows(call.labels)
+    identity = None if call.identity is None else exchange.gather_rows(call.identity)
     whole = call._replace(rows=rows, labels=labels, identity=identity, check=UNCHECKED, reference_gradient=False)
-    loss, gradient, back, statistics = torch.ops.ddtas.loss.default(*whole)
+    loss, gradient, empty, statistics = torch.ops.ddtas.loss.default(*whole)
     if ranks.gradient == "sum":
-        # The last statistics are read from this tensor later.
+        # A copy, since `Engine.read_statistics` reads the original later.
         statistics = statistics.clone()
         statistics[1:3] /= ranks.size
-    return loss, gradient[meeting.own] * ranks.scale, back, statistics
+    return loss, gradient[exchange.own] * ranks.scale, empty, statistics
 
 
 class _Batch(NamedTuple):
-    """This process's rows as they are and at unit length, and what they are compared with."""
+    """This process's rows, as given in `call` and at unit length, and the references. `square`: these are the batch itself."""
 
     call: Call
-    meeting: Meeting
+    exchange: BatchExchange
     unit: Tensor
     references: Tensor
     reference_labels: Tensor
@@ -110,32 +111,32 @@ class _Batch(NamedTuple):
     square: bool
 
 
-def _batch_of(call: Call, meeting: Meeting, unit: Tensor) -> _Batch:
+def _batch_of(call: Call, exchange: BatchExchange, unit: Tensor) -> _Batch:
     if call.references is None or call.reference_labels is None:
-        # An anchor that is not there is no reference.
-        first = meeting.first if unit.shape[0] else 0
-        return _Batch(call, meeting, unit, meeting.rows(unit), meeting.rows(call.labels), first, True)
-    return _Batch(call, meeting, unit, call.references.detach(), call.reference_labels, call.identity, False)
+        # Without own rows `exchange.first` may be beyond the last reference.
+        first = exchange.first if unit.shape[0] else 0
+        return _Batch(call, exchange, unit, exchange.gather_rows(unit), exchange.gather_rows(call.labels), first, True)
+    return _Batch(call, exchange, unit, call.references.detach(), call.reference_labels, call.identity, False)
 
 
-class _HostSteps:
-    """The four steps on the processor."""
+class _CpuSteps:
+    """The four steps for this process's rows, on the CPU. Each returns what `BatchExchange.gather_step` gathers."""
 
-    found: Tensor
-    """The gradient of the own rows."""
+    own_gradient: Tensor
+    """dL/d(rows) of this process's rows, once `gradient` has run."""
 
-    def __init__(self, where: Engine, batch: _Batch, settings: Settings) -> None:
-        self.where, self.batch = where, batch
+    def __init__(self, engine: Engine, batch: _Batch, settings: Settings) -> None:
+        self.engine, self.batch = engine, batch
         self.part = Part(
             batch.unit,
             batch.call.labels,
             batch.references,
             batch.reference_labels,
-            total=batch.meeting.total,
+            total=batch.exchange.total,
             identity=batch.identity,
             settings=settings,
             check=False,
-            context=where.host,
+            context=engine.host,
         )
 
     def same_class(self) -> tuple[list[Tensor], Tensor]:
@@ -148,29 +149,29 @@ class _HostSteps:
 
     def select(self, max_neg: Tensor, totals: Tensor) -> tuple[list[Tensor], Tensor]:
         probe_neg, total_pos = totals.tolist()
-        self.chosen = self.part.select(*self._numbers(max_neg), probe_neg=probe_neg, total_pos=total_pos)
-        counts = [torch.from_numpy(self.chosen.count_pos), torch.from_numpy(self.chosen.count_neg)]
+        self.selected = self.part.select(*self._numbers(max_neg), probe_neg=probe_neg, total_pos=total_pos)
+        counts = [torch.from_numpy(self.selected.count_pos), torch.from_numpy(self.selected.count_neg)]
         return counts, torch.empty(0, dtype=torch.int64)
 
     def gradient(self, count_pos: Tensor, count_neg: Tensor) -> tuple[list[Tensor], Tensor]:
         (pos, all_pos), (neg, all_neg) = self._numbers(count_pos), self._numbers(count_neg)
         loss = self.part.gradient(pos, neg, all_pos, all_neg)
-        self.found = torch.from_numpy(loss.gradient)
+        self.own_gradient = torch.from_numpy(loss.gradient)
         active = (pos > 0) & (neg > 0)
         call = self.batch.call
         ignored, not_finite = count_labels(call.labels)
-        if call.normalize and self.found.numel():
+        if call.normalize and self.own_gradient.numel():
             rows = laid_out(call.rows.detach())
             place = (rows.data_ptr(), 0, *rows.shape, TYPES[rows.dtype])
-            _ddtas._normalize_backward_at(self.where.host, place, self.found.data_ptr())
+            _ddtas._normalize_backward_at(self.engine.host, place, self.own_gradient.data_ptr())
         statistics = {
             "loss": loss.loss,
             "dloss_dlambda_pos": loss.dloss_dlambda_pos,
             "dloss_dlambda_neg": loss.dloss_dlambda_neg,
             "mean_pos": self.same.mean_pos,
             "mean_neg": self.same.mean_neg,
-            "gamma_pos": self.chosen.gamma_pos,
-            "gamma_neg": self.chosen.gamma_neg,
+            "gamma_pos": self.selected.gamma_pos,
+            "gamma_neg": self.selected.gamma_neg,
             "probe_neg": self.swept.probe_neg,
             "total_pos": self.same.total_pos,
             "total_neg": self.same.total_neg,
@@ -183,19 +184,19 @@ class _HostSteps:
         return [], torch.tensor([float(statistics[name]) for name in STATISTICS], dtype=torch.float64)
 
     def _numbers(self, all_rows: Tensor) -> tuple[Any, Any]:
-        """Those of the own rows, and those of the references, which select nothing unless they are the batch."""
+        """The numbers of this process's rows, and those of all rows if the references are the batch, else None."""
         numbers = all_rows.numpy()
-        return numbers[self.batch.meeting.own], numbers if self.batch.square else None
+        return numbers[self.batch.exchange.own], numbers if self.batch.square else None
 
 
-def _whole(found: Tensor) -> Tensor:
-    """The statistics of the batch from those of its parts."""
-    whole = found.sum(0)
+def _combined(shares: Tensor) -> Tensor:
+    """The statistics of the batch from `[W, statistics]` of its parts."""
+    whole = shares.sum(0)
     for mean, total in (("mean_pos", "total_pos"), ("mean_neg", "total_neg")):
-        weights = found[:, STATISTICS.index(total)]
+        weights = shares[:, STATISTICS.index(total)]
         place = STATISTICS.index(mean)
-        # A part without such a pair has no mean.
-        whole[place] = (found[:, place].nan_to_num() * weights).sum() / weights.sum()
-    tolerances = slice(STATISTICS.index("gamma_pos"), _SUMS)
-    whole[tolerances] = found[0, tolerances]
+        # The mean of a part without such a pair is NaN, and its weight 0.
+        whole[place] = (shares[:, place].nan_to_num() * weights).sum() / weights.sum()
+    tolerances = slice(STATISTICS.index("gamma_pos"), _FIRST_COUNT)
+    whole[tolerances] = shares[0, tolerances]
     return whole

@@ -1,6 +1,6 @@
-"""What the processes of a group tell each other: rows, numbers and errors, gathered in the order of ranks.
+"""The collectives of a process group: all-gathers of rows, numbers and errors, in the order of ranks.
 
-Every process enters the same exchanges, whatever happens to it: one that has an error says so in the next one, and all raise.
+Every process takes part in the same all-gathers, even after an error: it reports the error in the next one, and all raise.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from torch import Tensor
 
 Scale = Literal["mean", "sum"]
 
-TEXT = 512
-"""Bytes that introduce a process: its number of rows, whether it has an error, and a line about either."""
+HEADER_BYTES = 512
+"""Size of a handshake's header: number of rows (int64), kind of error or 0 (int64), a description or the error's message."""
 _KINDS: list[type[Exception]] = [ValueError, TypeError, RuntimeError]
 
 
 Called = TypeVar("Called", bound=Callable[..., Any])
 
 
-def between_graphs(function: Called) -> Called:
-    """A function that a compiler leaves as it is."""
+def uncompiled(function: Called) -> Called:
+    """The function, excluded from torch.compile: a graph break."""
     disable: Any = getattr(torch.compiler, "disable")
-    left: Called = disable(function, reason="the processes of a group tell each other between compiled graphs")
-    return left
+    excluded: Called = disable(function, reason="the collectives of a process group run outside compiled graphs")
+    return excluded
 
 
 class Ranks:
-    """A process group as a loss uses it."""
+    """A process group, with the settings `uneven` and `gradient` of the loss."""
 
     def __init__(self, group: Any, uneven: bool, gradient: Scale) -> None:
         if not isinstance(group, dist.ProcessGroup):
@@ -44,13 +44,13 @@ class Ranks:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         if self.rank < 0:
             raise ValueError("this process is not in the group")
-        # "cuda:nccl", or "cpu:gloo,cuda:nccl".
+        # The backend config is "cuda:nccl", or "cpu:gloo,cuda:nccl".
         self.devices = [part.partition(":")[0] for part in dist.get_backend_config(group).split(",")]
         self.gathered_bytes = 0
 
     @property
     def scale(self) -> float:
-        """What a row's gradient is multiplied by: DistributedDataParallel divides by the number of processes."""
+        """The factor of each row's gradient: with "mean" the number of processes, by which DistributedDataParallel divides."""
         return float(self.size) if self.gradient == "mean" else 1.0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
@@ -60,48 +60,51 @@ class Ranks:
         raise TypeError("a loss with a process group cannot be pickled: save its state_dict")
 
     def check_device(self, rows: Tensor) -> None:
-        """NCCL carries nothing of the processor's."""
+        """Checks that the group has a backend for the rows' device: NCCL has none for the CPU."""
         if rows.device.type not in self.devices:
             raise ValueError(f"the rows are on {rows.device}, and the group carries those of {' and '.join(self.devices)} alone")
 
-    def meet(self, rows: Tensor, about: str, error: Exception | None = None) -> Meeting:
-        """Introduces the rows of this process to the others; raises on all if one has an error or is about something else."""
+    def handshake(self, rows: Tensor, about: str, error: Exception | None = None) -> BatchExchange:
+        """Gathers each process's number of rows, its description `about` of the call, and its error if it has one.
+
+        Raises in all processes if one has an error, or if descriptions or (unless uneven) numbers of rows differ.
+        """
         kind = 0 if error is None else 1 + next((i for i, known in enumerate(_KINDS) if isinstance(error, known)), 2)
-        text = (about if error is None else str(error)).encode()[: TEXT - 16].ljust(TEXT - 16, b"\0")
+        text = (about if error is None else str(error)).encode()[: HEADER_BYTES - 16].ljust(HEADER_BYTES - 16, b"\0")
         count = rows.shape[0] if error is None else 0
-        card = torch.cat([torch.tensor([count, kind]).view(torch.uint8), torch.frombuffer(bytearray(text), dtype=torch.uint8)])
-        # Wherever the rows of one process are, the cards of all are in the same place.
-        place = torch.device("cpu") if "cpu" in self.devices else torch.device(self.devices[0], torch.cuda.current_device())
-        cards = self._all(card.to(place)).cpu()
-        heads = cards[:, :16].contiguous().view(torch.int64).tolist()
-        lines = [line.tobytes().rstrip(b"\0").decode(errors="replace") for line in cards[:, 16:].numpy()]
-        for rank, (_, kind) in enumerate(heads):
+        header = torch.cat([torch.tensor([count, kind]).view(torch.uint8), torch.frombuffer(bytearray(text), dtype=torch.uint8)])
+        # A device that depends on the group alone: the rows of one process may be elsewhere, which is an error to report.
+        device = torch.device("cpu") if "cpu" in self.devices else torch.device(self.devices[0], torch.cuda.current_device())
+        headers = self._all_gather(header.to(device)).cpu()
+        numbers = headers[:, :16].contiguous().view(torch.int64).tolist()
+        texts = [text.tobytes().rstrip(b"\0").decode(errors="replace") for text in headers[:, 16:].numpy()]
+        for rank, (_, kind) in enumerate(numbers):
             if kind:
-                raise _KINDS[kind - 1](f"rank {rank}: {lines[rank]}") from error
-        counts = [count for count, _ in heads]
-        for rank, line in enumerate(lines):
-            if line != lines[0]:
-                raise ValueError(f"rank {rank} has {line}, and rank 0 {lines[0]}: they must be the same")
+                raise _KINDS[kind - 1](f"rank {rank}: {texts[rank]}") from error
+        counts = [count for count, _ in numbers]
+        for rank, described in enumerate(texts):
+            if described != texts[0]:
+                raise ValueError(f"rank {rank} has {described}, and rank 0 {texts[0]}: they must be the same")
             if counts[rank] != counts[0] and not self.uneven:
                 raise ValueError(
                     f"rank {rank} has {counts[rank]} rows, and rank 0 {counts[0]}: say uneven=True, or leave out the last batch"
                 )
-        return Meeting(self, counts)
+        return BatchExchange(self, counts)
 
     def fail(self, error: Exception) -> None:
-        """Tells the others of an error before the first exchange, and raises as they do."""
-        self.meet(torch.empty(0), "", error)
+        """Reports an error to the other processes by a handshake, which raises in all of them."""
+        self.handshake(torch.empty(0), "", error)
 
-    def _all(self, tensor: Tensor) -> Tensor:
-        """`[W, ...]` from `[...]` of bytes, the same size everywhere."""
-        everyone = tensor.new_empty((self.size, *tensor.shape))
-        dist.all_gather_into_tensor(everyone.view(-1), tensor.view(-1), group=self.group)
-        self.gathered_bytes += everyone.numel()
-        return everyone
+    def _all_gather(self, tensor: Tensor) -> Tensor:
+        """`[W, ...]` from `[...]`: bytes, of the same shape in all W processes."""
+        gathered = tensor.new_empty((self.size, *tensor.shape))
+        dist.all_gather_into_tensor(gathered.view(-1), tensor.view(-1), group=self.group)
+        self.gathered_bytes += gathered.numel()
+        return gathered
 
 
-class Telling:
-    """What is wrong before the first exchange raises in all processes, not in this one alone."""
+class RaiseOnAllRanks:
+    """Context manager before a handshake: an error in one process raises in all. Without a group it does nothing."""
 
     def __init__(self, ranks: Ranks | None) -> None:
         self.ranks = ranks
@@ -114,56 +117,57 @@ class Telling:
             self.ranks.fail(error)
 
 
-class Meeting:
-    """The exchanges about one batch, of which every process knows how many rows each has."""
+class BatchExchange:
+    """The all-gathers of one batch, after a handshake: every process knows how many rows each has."""
 
     def __init__(self, ranks: Ranks, counts: list[int]) -> None:
         self.ranks, self.counts = ranks, counts
-        self.total, self.most = sum(counts), max(counts)
+        self.total, self.largest = sum(counts), max(counts)
         self.first = sum(counts[: ranks.rank])
         self.own = slice(self.first, self.first + counts[ranks.rank])
 
-    def rows(self, tensor: Tensor) -> Tensor:
-        """The rows of all processes one behind the other."""
-        return self._joined(self.ranks._all(self._padded(tensor)), tensor)
+    def gather_rows(self, tensor: Tensor) -> Tensor:
+        """The rows of all processes, concatenated in the order of ranks."""
+        return self._concatenated(self.ranks._all_gather(self._padded(tensor)), tensor)
 
-    def tell(self, work: Callable[[], tuple[Sequence[Tensor], Tensor]], rows: int, sums: int, like: Tensor) -> Any:
-        """Does a step, and tells the others what it found: `rows` numbers of 4 bytes for each row, and `sums` numbers of
-        8 bytes. Answers the former joined, the latter as `[W, sums]`. An error in one process is raised in all."""
+    def gather_step(self, work: Callable[[], tuple[Sequence[Tensor], Tensor]], rows: int, sums: int) -> Any:
+        """Runs a step on the CPU, and gathers its results: `rows` tensors of 4 bytes for each row, and `sums` numbers of 8 bytes.
+
+        Returns the former concatenated over the processes, the latter as `[W, sums]`. An error in one process raises in all.
+        """
         error: Exception | None = None
         try:
             numbers, totals = work()
         except Exception as failed:
             error = failed
-            numbers = [like.new_zeros(self.counts[self.ranks.rank], dtype=torch.int32)] * rows
-            totals = like.new_zeros(sums, dtype=torch.float64)
-        flag = torch.full((1,), error is not None, dtype=torch.float64, device=like.device)
-        told = [flag.view(torch.uint8), totals.view(torch.uint8), *map(self._padded, numbers)]
-        everyone = self.ranks._all(torch.cat(told))
-        # On a GPU nobody waits: what is issued there fails for want of memory at most, and ends the process.
-        if not like.is_cuda or error is not None:
-            failed_ranks = everyone[:, :8].reshape(-1).view(torch.float64).nonzero().flatten().tolist()
-            if failed_ranks:
-                raise RuntimeError(f"rank {failed_ranks[0]} failed" + (f": {error}" if error else "")) from error
-        start, width = 8 * (1 + sums), 4 * self.most
-        joined = [
-            self._joined(everyone[:, start + place * width : start + (place + 1) * width], number)
+            numbers = [torch.zeros(self.counts[self.ranks.rank], dtype=torch.int32)] * rows
+            totals = torch.zeros(sums, dtype=torch.float64)
+        flag = torch.full((1,), error is not None, dtype=torch.float64)
+        payload = [flag.view(torch.uint8), totals.view(torch.uint8), *map(self._padded, numbers)]
+        gathered = self.ranks._all_gather(torch.cat(payload))
+        failed_ranks = gathered[:, :8].reshape(-1).view(torch.float64).nonzero().flatten().tolist()
+        if failed_ranks:
+            raise RuntimeError(f"rank {failed_ranks[0]} failed" + (f": {error}" if error else "")) from error
+        start, width = 8 * (1 + sums), 4 * self.largest
+        all_rows = [
+            self._concatenated(gathered[:, start + place * width : start + (place + 1) * width], number)
             for place, number in enumerate(numbers)
         ]
-        return (*joined, everyone[:, 8:start].reshape(-1).view(totals.dtype).view(self.ranks.size, sums))
+        return (*all_rows, gathered[:, 8:start].reshape(-1).view(totals.dtype).view(self.ranks.size, sums))
 
     def _padded(self, tensor: Tensor) -> Tensor:
-        """The bytes of the rows, as many as the longest has."""
+        """The bytes of the rows, padded with zeros to as many rows as the largest process has."""
         flat = tensor.contiguous().view(-1)
-        missing = (self.most - tensor.shape[0]) * math.prod(tensor.shape[1:])
+        missing = (self.largest - tensor.shape[0]) * math.prod(tensor.shape[1:])
         if missing:
             flat = torch.cat([flat, flat.new_zeros(missing)])
         return flat.view(torch.uint8)
 
-    def _joined(self, everyone: Tensor, like: Tensor) -> Tensor:
-        if all(count == self.most for count in self.counts):
-            flat = everyone.reshape(-1)
+    def _concatenated(self, gathered: Tensor, like: Tensor) -> Tensor:
+        """The gathered rows without the padding of `_padded`, in the type of `like`."""
+        if all(count == self.largest for count in self.counts):
+            flat = gathered.reshape(-1)
         else:
-            row = everyone.shape[1] // self.most
-            flat = torch.cat([part[: count * row] for part, count in zip(everyone, self.counts)])
+            row = gathered.shape[1] // self.largest
+            flat = torch.cat([part[: count * row] for part, count in zip(gathered, self.counts)])
         return flat.view(like.dtype).view(self.total, *like.shape[1:])

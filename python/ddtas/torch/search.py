@@ -1,4 +1,4 @@
-"""What embeddings are worth: searches of tensors where they lie."""
+"""Evaluation and the threshold gradient of torch tensors."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from .. import evaluation, functional
 from ..settings import Settings
-from .engine import SHARED, check_labels, check_pair, check_tensor, laid_out, normalize_rows
+from .engine import SHARED, GpuSearch, check_labels, check_pair, check_tensor, laid_out, normalize_rows
 from .operator import which_are_unit
 
 
 def _unit(name: str, rows: Tensor) -> Tensor:
-    """The rows at unit length; where all have it to the last digits of their type they stay where they lie."""
+    """The rows at unit length; the rows themselves if all norms are 1 to the precision of their type."""
     check_tensor(f"the {name}", rows)
     rows = rows.detach()
     if rows.ndim != 2 or not rows.numel() or not rows.is_floating_point():
@@ -30,7 +30,7 @@ def _constant(name: str, rows: Tensor) -> Tensor:
 
 
 def recall_at_k(embeddings: Tensor, labels: Tensor, ks: Iterable[int] = (1, 2, 4, 8)) -> functional.Recall:
-    """`ddtas.recall_at_k` of rows of any length but 0, which are normalised. On a GPU they are searched there."""
+    """`ddtas.recall_at_k` for tensors, on the CPU or a GPU. Rows are normalised; they may have any length but 0."""
     rows = laid_out(_unit("queries", embeddings))
     check_labels("labels of the queries", labels)
     labels = laid_out(labels.to(rows.device, torch.int64))
@@ -51,24 +51,32 @@ def evaluate(
     nmi: bool = False,
     seed: int = 0,
 ) -> evaluation.Evaluation:
-    """`ddtas.evaluate` of rows of any length but 0, which are normalised.
+    """`ddtas.evaluate` for tensors. Rows are normalised; they may have any length but 0.
 
-    Tensors in a GPU's memory go to the host, and back in turns to be searched.
+    Tensors on a GPU are copied to the host, and searched on that GPU in blocks.
     """
     rows = _unit("queries", embeddings)
     others = None if gallery is None else laid_out(_unit("references", gallery).cpu())
     check_labels("labels of the queries", labels)
     if gallery_labels is not None:
         check_labels("labels of the references", gallery_labels)
-    context: Any = SHARED.searcher(rows) if rows.is_cuda else None
-    marks = None if gallery_labels is None else laid_out(gallery_labels.cpu())
+    context: Any = GpuSearch(SHARED, rows) if rows.is_cuda else None
+    other_labels = None if gallery_labels is None else laid_out(gallery_labels.cpu())
     if isinstance(identity, Tensor):
         check_labels("identity", identity)
         if identity.shape != rows.shape[:1]:
             raise ValueError(f"the identity must be [{rows.shape[0]}], not {list(identity.shape)}")
         identity = identity.cpu()
     return evaluation.evaluate(
-        laid_out(rows.cpu()), laid_out(labels.cpu()), others, marks, ks, identity=identity, nmi=nmi, seed=seed, context=context
+        laid_out(rows.cpu()),
+        laid_out(labels.cpu()),
+        others,
+        other_labels,
+        ks,
+        identity=identity,
+        nmi=nmi,
+        seed=seed,
+        context=context,
     )
 
 
@@ -84,26 +92,28 @@ def threshold_gradient(
     settings: Settings = functional.DEFAULTS,
     check: bool = True,
 ) -> functional.ThresholdGradient:
-    """`ddtas.threshold_gradient` of tensors of unit length, which on a GPU are read where they lie; `identity` is for the CPU."""
+    """`ddtas.threshold_gradient` for tensors of unit rows, on the CPU or a GPU. On a GPU `identity` must be None."""
     check_pair(references, reference_labels)
     check_labels("labels", labels)
     labels = laid_out(labels)
-    rows, moved = _constant("anchors", embeddings), _constant("tangent", tangent)
+    rows, tangent = _constant("anchors", embeddings), _constant("tangent", tangent)
     others = None if references is None else _constant("references", references)
-    other_moved = None if reference_tangent is None else _constant("tangent of the references", reference_tangent)
+    if reference_tangent is not None:
+        reference_tangent = _constant("tangent of the references", reference_tangent)
     if reference_labels is not None:
         check_labels("labels of the references", reference_labels)
         reference_labels = laid_out(reference_labels)
     if not rows.is_cuda:
         return functional.threshold_gradient(
-            rows, labels, moved, others, reference_labels, other_moved, identity=identity, settings=settings, check=check
+            rows, labels, tangent, others, reference_labels, reference_tangent, identity=identity, settings=settings, check=check
         )
     if identity is not None:
         raise ValueError("identity must be None on a GPU: rows are known by their value there")
     gpu, stream = SHARED.on_gpu(rows)
-    room = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
-    sides: list[tuple[Tensor, Tensor, Tensor | None]] = [(rows, labels.to(rows.device, torch.int64), room)]
+    # The loss that is computed first writes its gradient here.
+    gradient = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
+    sides: list[tuple[Tensor, Tensor, Tensor | None]] = [(rows, labels.to(rows.device, torch.int64), gradient)]
     if others is not None and reference_labels is not None:
         sides.append((others, reference_labels.to(rows.device, torch.int64), None))
-    sums = gpu.threshold_gradient(sides, (moved, other_moved), settings, check, stream)
+    sums = gpu.threshold_gradient(sides, (tangent, reference_tangent), settings, check, stream)
     return functional.ThresholdGradient(*sums)
