@@ -87,7 +87,7 @@ def normalize_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rows at unit length, in float32 or float64, and two factors `[B, 1]` whose product is each row's norm."""
     wide = rows if rows.dtype == torch.float64 else rows.float()
     # Divided by the largest entry first, so that squares neither overflow nor underflow. The result does not depend on that
-    # factor, so it needs no gradient. A row of zeros or with a NaN stays as it is, and the check names it.
+    # factor, so it needs no gradient. A row of zeros, or one that is not finite, stays so for the check to name.
     largest = wide.detach().abs().amax(dim=1, keepdim=True)
     largest = torch.where(torch.isfinite(largest) & (largest > 0), largest, 1)
     scaled = wide / largest

@@ -25,7 +25,7 @@ UNCHECKED, CHECKED, CHECK_AND_WAIT = 0, 1, 2
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 
-# By getattr, since mypy --strict refuses a call of this untyped class.
+# torch has no type annotations for it, and mypy --strict refuses untyped calls.
 _library: Any = getattr(torch.library, "Library")("ddtas", "DEF")
 _library.define(
     "loss(Tensor rows, Tensor labels, Tensor? references, Tensor? reference_labels, Tensor? identity,"
@@ -317,18 +317,18 @@ def _backward(ctx: Any, upstream: Tensor | None, eager: bool) -> list[Tensor | N
         if not needed[place]:
             continue
         if place < 2:
-            scaled = reference_grad if place else gradient
+            result = reference_grad if place else gradient
             if not unscaled:
                 # In eager mode written in the input's type directly: one kernel on a GPU instead of two.
-                convert = eager and not create_graph and scaled.dtype != given.dtype
-                out = torch.empty_like(scaled, dtype=given.dtype) if convert else None
-                scaled = torch.mul(scaled, upstream, out=out)
-            if scaled.dtype != given.dtype:
-                scaled = scaled.to(given.dtype)
+                convert = eager and not create_graph and result.dtype != given.dtype
+                out = torch.empty_like(result, dtype=given.dtype) if convert else None
+                result = torch.mul(result, upstream, out=out)
+            if result.dtype != given.dtype:
+                result = result.to(given.dtype)
         else:
             # dL/dlambda is a scalar; the threshold may have any shape of one element.
-            scaled = (statistics[place - 1] * upstream).to(dtype=given.dtype, device=given.device).reshape(given.shape)
-        gradients[place] = _OnceDifferentiable.apply(scaled, *inputs) if create_graph else scaled
+            result = (statistics[place - 1] * upstream).to(dtype=given.dtype, device=given.device).reshape(given.shape)
+        gradients[place] = _OnceDifferentiable.apply(result, *inputs) if create_graph else result
     return gradients
 
 
