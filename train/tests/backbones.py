@@ -104,7 +104,7 @@ def forward_and_back(network, features_of, images, probe) -> dict[str, torch.Ten
 
 
 def compare(name: str, size: int, form: str | Path, by_batch: bool, example: Path, folder: Path) -> dict[str, float]:
-    """Our error in each tensor over that of torch in float32. Weights are drawn and written in the format `form`, or published in it."""
+    """Our error in each tensor over torch's in float32. Weights are drawn and written in format `form`, or read from it."""
     make, features_of = NETWORKS[name]
     features_of = features_of or resnet_features
     torch.manual_seed(size)
@@ -154,7 +154,7 @@ def is_affine(network: torch.nn.Module, key: str) -> bool:
 
 
 def load_back(make, features_of, network, images, checkpoint: Path) -> None:
-    """Loads our checkpoint into torch by name; only the classifier's weights may be missing."""
+    """Loads our checkpoint into torch by name; only the classifier's weights and batch counters may be missing."""
     prefix = "backbone."
     state = {key.removeprefix(prefix): value for key, value in load_file(checkpoint).items() if key.startswith(prefix)}
     fresh = make()

@@ -1,7 +1,7 @@
 """Chooses weights at which a network's gradients are smooth: no value lies near a kink.
 
-Rounding decides on which side a value falls that is very close to the kink of a ReLU, or to the other maximum of a pooling window,
-and all gradients behind it then change by far more than rounding. So weights are changed until, in float64, every value is further
+Rounding decides on which side of a ReLU's kink a very close value falls, or which of two nearly equal values is a window's
+maximum, and gradients then change by far more than rounding. So weights are changed until, in float64, every value is further
 from every kink than the error of float32.
 """
 
@@ -12,8 +12,8 @@ from torch import nn
 
 # Largest change of a normalisation's shift, in units of about a value's standard deviation.
 REACH = 0.1
-# Distance of values from 0 (and from 6 for ReLU6), times the number of values of a channel: few values lie far apart, and channels
-# have few deep in a network, where the error of float32 is largest.
+# Distance of values from 0 (and from 6 for ReLU6), times the number of values of a channel: few values lie far apart, and deep
+# in a network, where the error of float32 is largest, channels have few.
 MARGIN = 1.0
 # Distance of the two largest values in a window, times the number of windows of a channel.
 TIE = 0.02
