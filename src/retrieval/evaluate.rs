@@ -296,8 +296,8 @@ mod tests {
         labels
     }
 
-    /// Unit rows with entries of 1/4 or -1/4 in 16 dimensions: similarities are exact, and many are equal. Rows
-    /// of a class share most signs.
+    /// Unit rows of 16 entries of 1/4 or -1/4: similarities are exact, and many are equal. Rows of a class
+    /// share most signs.
     fn corners(labels: &[i64], rng: &mut ChaCha8Rng) -> Array2<f32> {
         Array2::from_shape_fn((labels.len(), 16), |(row, d)| {
             let own = labels[row].wrapping_mul(2_654_435_761).wrapping_add(d as i64 * 40_503) >> 7 & 1;

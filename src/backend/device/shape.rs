@@ -276,7 +276,7 @@ mod tests {
         assert_eq!(Shape::square(1, 1 << 20, Precision::Bf16).band(), 1);
     }
 
-    /// The sweep's tiles of a square batch of `tiles` row tiles, as `tile_at` of pairs/tile_order.cuh orders them.
+    /// The sweep's tiles of a square batch of `tiles` row tiles, in the order of pairs/tile_order.cuh.
     fn order_of_tiles(tiles: usize, band: usize) -> Vec<(usize, usize)> {
         let firsts = (0..tiles).step_by(band);
         let in_band = |first: usize| {
