@@ -325,7 +325,7 @@ typedef struct OrderParams {
     Zeroed zeroed[ZEROED];
 } OrderParams;
 
-/* order_merge: merges ORDER_RUNS sorted runs into one, by the place of each key among all. A block for every ORDER_MERGED keys. */
+/* order_merge: merges ORDER_RUNS sorted runs into one, by the place of each key among all. A block every ORDER_MERGED keys. */
 typedef struct MergeParams {
     const uint64_t *from_keys;   /* [count], sorted within each run */
     const uint32_t *from_order;
@@ -367,7 +367,7 @@ typedef struct PairsParams {
 } PairsParams;
 
 /* weigh: per-row weights, the scalars, per-anchor results in original order, and which row tiles' gradients go by lists. A block
- * for each row tile (of the references too, if they have weights or ways) and, if words are finished, one for each tile of S. */
+ * for each row tile (of the references too, if they have weights or `by_lists`) and, if words are finished, for each tile of S. */
 typedef struct WeighParams {
     Pairs pairs;
     const float *anchor_column_sums;     /* [anchor tiles, stride] */
@@ -382,7 +382,7 @@ typedef struct WeighParams {
     uint32_t *count_neg;
     double *parts;               /* [blocks, WEIGH_SUMS] */
     uint32_t *arrived;           /* [1], 0 before and after */
-    uint8_t *ways[2];            /* [tiles] of the anchors and of the references, 1: by lists; null: not wanted */
+    uint8_t *by_lists[2];        /* [tiles] of the anchors and of the references, 1: by lists; null: not wanted */
     uint32_t blocks;             /* blocks that have a row tile */
     uint32_t words;              /* WEIGH_NO_WORDS, or the type of the elements of M */
     float weight_scale;          /* as in GradientParams */
@@ -396,7 +396,7 @@ typedef struct GradientParams {
     uint32_t splits;             /* blocks that share a row block; each has a range of the other side's tiles */
     float weight_scale;          /* power of two that brings weights into the range of 16-bit types */
     uint32_t reserved;
-    const uint8_t *ways;         /* [tiles of the result's side], 1: by lists */
+    const uint8_t *by_lists;     /* [tiles of the result's side], 1: by lists */
     float *partial;              /* [splits, padded_rows, stride]; unused with one split */
     uint32_t *arrived;           /* [row blocks, column blocks, groups of splits + 1], 0 before and after; unused as above */
     float *gradient;             /* [count, dim], original order */
@@ -404,7 +404,7 @@ typedef struct GradientParams {
 
 /* threshold: <dM/dlambda R, tangent> of one side, for both lambdas. Blocks as in the gradient, for each lambda. */
 typedef struct ThresholdParams {
-    GradientParams walk;         /* read only; its `ways` may be null */
+    GradientParams walk;         /* read only; its `by_lists` may be null */
     const float *tangent;        /* [count, dim], original order */
     double *partial;             /* [2, blocks]: positives', then negatives' lambda */
     uint64_t blocks;             /* number of blocks in all launches */

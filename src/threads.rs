@@ -1,7 +1,7 @@
 //! Thread pools with an owner, and the pool that a call uses if it is given none.
 
 use std::mem::ManuallyDrop;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 
 use rayon::{Scope, ThreadPool, ThreadPoolBuilder};
@@ -97,6 +97,18 @@ enum Fallback {
     Nobody,
 }
 
+/// Number of threads of the process's pool; 0: as rayon chooses.
+static DEFAULT_COUNT: AtomicUsize = AtomicUsize::new(0);
+
+/// Sets the number of threads of the process's pool, which calls use that are given no other; 0 stands for
+/// `RAYON_NUM_THREADS`, or else as many as there are cores.
+///
+/// The pool is created at the first such call, or by the program itself as rayon's global pool: after that
+/// this has no effect, except in forked children.
+pub fn set_default_count(count: usize) {
+    DEFAULT_COUNT.store(count.min(MOST_THREADS), Ordering::Relaxed);
+}
+
 /// Id of the process that first used rayon's global pool; 0 if none has.
 static HOME: AtomicU32 = AtomicU32::new(0);
 static STAND_IN: PerProcess<Threads> = PerProcess::empty();
@@ -109,9 +121,18 @@ fn find() -> Fallback {
     let here = std::process::id();
     match HOME.compare_exchange(0, here, Ordering::AcqRel, Ordering::Acquire) {
         Err(home) if home != here => {
-            STAND_IN.get_or_make(|| Threads::new(0)).map_or(Fallback::Nobody, Fallback::StandIn)
+            let made = STAND_IN.get_or_make(|| Threads::new(DEFAULT_COUNT.load(Ordering::Relaxed)));
+            made.map_or(Fallback::Nobody, Fallback::StandIn)
         }
-        _ => Fallback::Ambient,
+        Ok(_) => {
+            let count = DEFAULT_COUNT.load(Ordering::Relaxed);
+            if count > 0 {
+                // An error says that there is a global pool already.
+                let _ = ThreadPoolBuilder::new().num_threads(count).build_global();
+            }
+            Fallback::Ambient
+        }
+        Err(_) => Fallback::Ambient,
     }
 }
 

@@ -26,7 +26,7 @@ DEVICE void gradient_body(const GradientParams &p) {
     SHARED_MEMORY(bytes);
     TileBlock block = tile_block<Precision>(p);
     constexpr uint32_t rows = kMatrixRows<Precision>;
-    if (p.ways[block.x]) {
+    if (p.by_lists[block.x]) {
         for (uint32_t first = 0; first < rows; first += kListsPart) {
             gradient_lists<Precision, THREADS / 32, kListsRows>(p, bytes, block.x, block.offset + first);
         }

@@ -8,7 +8,7 @@
 // of its tile of S; if that is transposed, so is the product's operand. A tile of S that was not stored is recomputed by the MMA
 // warps, 64 columns at a time, since the sums of dE leave no registers for more: its operands come through the stages, its
 // similarities go to a stage, and half of M is built from these. Rows, columns, splits and the order of every sum are those of
-// gradient.cu. Sync: mbarriers (full, empty, zeroed, built, valued).
+// gradient.cu. Sync: mbarriers (full, empty, zeroed, built, values_ready).
 
 #include "gradient/hopper_roles.cuh"
 
@@ -36,7 +36,7 @@ struct GradientHopperShared {
     unsigned char matrices[kMatrices][kMatrixPart];
     Barrier full[GRADIENT_HOPPER_STAGES], empty[GRADIENT_HOPPER_STAGES];
     Barrier zeroed[kMatrices], built[kMatrices];
-    Barrier valued[2];      // the similarities of a half of a recomputed tile are in their stage
+    Barrier values_ready[2];      // the similarities of a half of a recomputed tile are in their stage
     uint32_t last, unused;  // whether this block is the last of its splits
 };
 static_assert(sizeof(GradientHopperShared) == GRADIENT_HOPPER_SHARED_BYTES, "the launch plan's shared memory");
@@ -180,7 +180,7 @@ DEVICE void build_matrices(const GradientParams &p, GradientHopperShared &shared
 // Recomputes half of a tile of S and writes the similarities to the stage after its operands. They have the bits of the sweep:
 // either order of the operands gives the same.
 template <class Precision>
-DEVICE void recompute_values(GradientHopperShared &shared, Barrier *valued, uint32_t fill, uint32_t k_blocks, uint32_t group) {
+DEVICE void recompute_values(GradientHopperShared &shared, Barrier *values_ready, uint32_t fill, uint32_t k_blocks, uint32_t group) {
     float acc[kHalf / 8][4];
     clear(acc);
     for (uint32_t step = 0; step < k_blocks; ++step, ++fill) {
@@ -195,7 +195,7 @@ DEVICE void recompute_values(GradientHopperShared &shared, Barrier *valued, uint
         arrive_as_warp(empty_of(shared, fill));
     }
     fence_accumulators(acc);
-    publish_values<kHalf>(shared, acc, fill, valued);
+    publish_values<kHalf>(shared, acc, fill, values_ready);
 }
 
 // Adds the product with one stage; `weights` is 64 rows of M's tile, or 64 columns if `transposed`.
@@ -228,7 +228,7 @@ DEVICE void multiply_matrices(const GradientParams &p, GradientHopperShared &sha
                 open = false;
             }
             for (uint32_t part = 0; part < 2; ++part) {
-                recompute_values<Precision>(shared, &shared.valued[part], work.fill + part * (walk.k_blocks + 1), walk.k_blocks, group);
+                recompute_values<Precision>(shared, &shared.values_ready[part], work.fill + part * (walk.k_blocks + 1), walk.k_blocks, group);
             }
         }
         mbarrier_wait(&shared.built[work.matrix()], work.matrix_parity());

@@ -7,7 +7,7 @@
 // largest weight of the whole loss.
 // For each tile and 128 columns the three products (m64n128k16) have sums of their own, which are then added in f32 arithmetic to
 // those of the row tile: 64 and 128 registers a thread. S is recomputed 32 columns at a time.
-// Sync: mbarriers (full, empty, zeroed, built, valued); all roles walk the same tiles.
+// Sync: mbarriers (full, empty, zeroed, built, values_ready); all roles walk the same tiles.
 
 #include "gradient/hopper_roles.cuh"
 
@@ -36,7 +36,7 @@ struct GradientSplitShared {
     unsigned char matrices[RolesF32::matrices][2][kMatrixPart];
     Barrier full[RolesF32::stages], empty[RolesF32::stages];
     Barrier zeroed[RolesF32::matrices], built[RolesF32::matrices];
-    Barrier valued[RolesF32::parts];  // the similarities of a part of a recomputed tile are in their stage
+    Barrier values_ready[RolesF32::parts];  // the similarities of a part of a recomputed tile are in their stage
     uint32_t last, unused;            // whether this block is the last of its splits
 };
 static_assert(sizeof(GradientSplitShared) == GRADIENT_SPLIT_SHARED_BYTES, "the launch plan's shared memory");
@@ -183,7 +183,7 @@ DEVICE void build_matrices(const GradientParams &p, GradientSplitShared &shared,
 
 // Recomputes a part of a tile of S and writes the similarities to the stage after its operands. They have the bits of the sweep:
 // either order of the operands gives the same.
-DEVICE void recompute_values(GradientSplitShared &shared, Barrier *valued, uint32_t fill, uint32_t k_blocks, uint32_t group) {
+DEVICE void recompute_values(GradientSplitShared &shared, Barrier *values_ready, uint32_t fill, uint32_t k_blocks, uint32_t group) {
     float acc[kPartColumns / 8][4];
     clear(acc);
 #pragma unroll 1
@@ -197,7 +197,7 @@ DEVICE void recompute_values(GradientSplitShared &shared, Barrier *valued, uint3
 #pragma unroll 1
         for (uint32_t k = 0; k < RolesF32::k_block_fills; ++k) arrive_as_warp(empty_of(shared, fill + k));
     }
-    publish_values<kPartColumns>(shared, acc, fill, valued);
+    publish_values<kPartColumns>(shared, acc, fill, values_ready);
 }
 
 // The mixed products and the product of the high parts, for 16 of the other side's rows. `from_zero`: sums begin at 0.
@@ -261,7 +261,7 @@ DEVICE void multiply_matrices(const GradientParams &p, GradientSplitShared &shar
         if (!work.stored) {
 #pragma unroll 1
             for (uint32_t part = 0; part < RolesF32::parts; ++part) {
-                recompute_values(shared, &shared.valued[part], work.fill + part * Work::part_fills(walk.k_blocks), walk.k_blocks, group);
+                recompute_values(shared, &shared.values_ready[part], work.fill + part * Work::part_fills(walk.k_blocks), walk.k_blocks, group);
             }
         }
         mbarrier_wait(&shared.built[work.matrix()], work.matrix_parity());

@@ -132,7 +132,7 @@ DEVICE void begin_barriers(Shared &shared) {
         for (Barrier &barrier : shared.empty) mbarrier_init(&barrier, kMmaWarps);
         for (Barrier &barrier : shared.zeroed) mbarrier_init(&barrier, 1);
         for (Barrier &barrier : shared.built) mbarrier_init(&barrier, kBuildWarps);
-        for (Barrier &barrier : shared.valued) mbarrier_init(&barrier, kMmaWarps);
+        for (Barrier &barrier : shared.values_ready) mbarrier_init(&barrier, kMmaWarps);
     }
     block_sync();  // the barriers are initialised
 }
@@ -144,7 +144,7 @@ DEVICE uint32_t value_index(uint32_t row, uint32_t column) { return row * column
 
 // Called by the MMA warps: writes `acc`, their similarities of a part of S, to the stage of fill `fill`.
 template <uint32_t columns, class Shared>
-DEVICE void publish_values(Shared &shared, const float (&acc)[columns / 8][4], uint32_t fill, Barrier *valued) {
+DEVICE void publish_values(Shared &shared, const float (&acc)[columns / 8][4], uint32_t fill, Barrier *values_ready) {
     mbarrier_wait(full_of(shared, fill), parity_of(shared, fill));
     warp_sync();
     auto values = reinterpret_cast<float *>(stage_of(shared, fill));
@@ -158,7 +158,7 @@ DEVICE void publish_values(Shared &shared, const float (&acc)[columns / 8][4], u
     }
     fence_proxy_async();  // bulk copies fill the stage next
     warp_sync();
-    arrive_as_warp(valued);
+    arrive_as_warp(values_ready);
 }
 
 // Builds M from a recomputed tile, a part of `columns` columns at a time: store(row, column, weight(anchor, reference, s)), or 0
@@ -168,7 +168,7 @@ DEVICE void build_recomputed(const Building &my, const Work &work, uint32_t x, u
     for (uint32_t part = 0; part < TILE / columns; ++part) {
         uint32_t fill = work.values(k_blocks, part);
         auto values = reinterpret_cast<const float *>(stage_of(my.shared, fill));
-        mbarrier_wait(&my.shared.valued[part], work.recomputed % 2);
+        mbarrier_wait(&my.shared.values_ready[part], work.recomputed % 2);
         warp_sync();
 #pragma unroll 1
         for (uint32_t k = my.thread; k < TILE * columns; k += kBuildThreads) {
@@ -246,7 +246,7 @@ DEVICE void run_roles(const GradientParams &p) {
     SHARED_MEMORY(bytes);
     auto &shared = *reinterpret_cast<typename Kernel::Shared *>(bytes);
     uint32_t x = block_x();
-    if (p.ways[x]) return sum_by_lists<typename Kernel::Precision>(p, bytes, x);
+    if (p.by_lists[x]) return sum_by_lists<typename Kernel::Precision>(p, bytes, x);
     ColumnBlock columns = column_block(p.pairs);
     begin_barriers(shared);
     Range range = split_range(other_side(p).tiles, block_z(), p.splits);

@@ -80,7 +80,7 @@ DEVICE void threshold_walk(const ThresholdParams &p) {
     TileBlock block = tile_block<Precision>(walk);
     Slopes<Precision> job{p, block, of_negatives == 0};
     Range range = split_range(other_side(walk).tiles, split, walk.splits);
-    if (walk.ways != nullptr && walk.ways[block.x]) {
+    if (walk.by_lists != nullptr && walk.by_lists[block.x]) {
         for (uint32_t first = 0; first < kMatrixRows<Precision>; first += kListsPart) {
             sum_lists<Precision, THREADS / 32, kListsRows>(
                 walk, bytes, block.x, block.offset + first, range, [&](uint32_t i, uint32_t j, float s) { return job.slope(i, j, s); },

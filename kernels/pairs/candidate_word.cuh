@@ -24,7 +24,7 @@ DEVICE uint32_t word_index(uint32_t word) { return word & kIndexBits; }
 // Fields of a word that `weigh` has finished.
 DEVICE uint32_t word_byte(uint32_t word) { return word >> 16; }
 DEVICE uint16_t word_element(uint32_t word) { return static_cast<uint16_t>(word); }
-DEVICE uint32_t pack_fate(bool by_row, bool by_column, bool positive, float sigmoid) {
+DEVICE uint32_t pack_word(bool by_row, bool by_column, bool positive, float sigmoid) {
     return static_cast<uint32_t>(by_row) << kKeptByRow | static_cast<uint32_t>(by_column) << kKeptByColumn |
            static_cast<uint32_t>(positive) << kPositive |
            static_cast<uint32_t>(to_f16_bits(sigmoid * kSigmoidScale)) << kSigmoid;

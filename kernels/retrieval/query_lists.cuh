@@ -84,9 +84,9 @@ DEVICE uint64_t threshold_of(const uint64_t *keys, uint32_t count, uint32_t leas
         low = lower < low ? lower : low;
         high = higher > high ? higher : high;
     }
-    bool told = halve<32>(keys, count, low, high, least, most, similarity);
+    bool found = halve<32>(keys, count, low, high, least, most, similarity);
     uint64_t first = static_cast<uint64_t>(similarity) << 32, last = first | ~0u, threshold;
-    if (told) return last;
+    if (found) return last;
     halve<0>(keys, count, first, last, least, most, threshold);
     return threshold;
 }

@@ -156,7 +156,7 @@ DEVICE uint32_t select_pair(const Pairs &pairs, SelectShared &shared, const Sele
         if (kept[0]) atomic_add(&sums.more_high[row], more_high);
         if (kept[1]) atomic_add(&sums.more_high[TILE + column], more_high);
     }
-    return pack_fate(kept[0], kept[1], positive, sigmoid);
+    return pack_word(kept[0], kept[1], positive, sigmoid);
 }
 
 // After a barrier: adds the tile's sums of this thread's entry to those of the anchor and clears them. Sums of references are

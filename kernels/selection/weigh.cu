@@ -192,7 +192,8 @@ DEVICE void write_scalars(const WeighParams &p, Tolerances tolerances, const dou
 DEVICE void weigh_rows(const WeighParams &p, uint32_t x, WeighShared &shared) {
     const Pairs &pairs = p.pairs;
     uint32_t row = x * TILE + thread_index() % TILE;
-    bool anchors = p.ways[0] != nullptr && x < pairs.anchors.tiles, references = p.ways[1] != nullptr && x < pairs.references.tiles;
+    bool anchors = p.by_lists[0] != nullptr && x < pairs.anchors.tiles;
+    bool references = p.by_lists[1] != nullptr && x < pairs.references.tiles;
     add_to(shared, kSumAll, sum_of_columns(p, shared));
     add_to(shared, kCandidates, anchors ? count_candidates(pairs, false, x) : 0.0);
     add_to(shared, kCandidatesOfReferences, references ? count_candidates(pairs, true, x) : 0.0);
@@ -213,8 +214,8 @@ DEVICE void weigh_rows(const WeighParams &p, uint32_t x, WeighShared &shared) {
         for (double of_warp : shared.of_warps[thread_index()]) total += of_warp;
     }
     if (thread_index() < WEIGH_SUMS) p.parts[x * WEIGH_SUMS + thread_index()] = total;
-    if (thread_index() == kCandidates && anchors) p.ways[0][x] = goes_by_lists(pairs, false, total);
-    if (thread_index() == kCandidatesOfReferences && references) p.ways[1][x] = goes_by_lists(pairs, true, total);
+    if (thread_index() == kCandidates && anchors) p.by_lists[0][x] = goes_by_lists(pairs, false, total);
+    if (thread_index() == kCandidatesOfReferences && references) p.by_lists[1][x] = goes_by_lists(pairs, true, total);
     if (!is_last_block(p.arrived, p.blocks, &shared.last)) return;
     // The sums over all blocks, in order, a warp for each sum.
     for (uint32_t k = warp_index(); k < WEIGH_SUMS; k += kWarps) {

@@ -42,7 +42,7 @@ class Evaluation:
     """Mean average precision at R."""
     nmi: float | None
     """Normalized mutual information of classes and clusters, if it was asked for."""
-    per_class: PerClass
+    per_class: PerClass = dataclasses.field(repr=False)
     """The same of each class; their means are the averages of averages."""
 
 

@@ -125,9 +125,21 @@ fn _normalize_backward_at(
     unsafe { tensors::normalize_backward(py, context, rows, gradient) }
 }
 
+/// The number of threads that `OMP_NUM_THREADS` gives torch and NumPy, at most one for each core; 0 if it is not
+/// set, or if `RAYON_NUM_THREADS` is. Of a list, for nested parallelism, the first number counts.
+fn threads_of_environment() -> usize {
+    if std::env::var_os("RAYON_NUM_THREADS").is_some() {
+        return 0;
+    }
+    let given = std::env::var("OMP_NUM_THREADS").unwrap_or_default();
+    let count = given.split(',').next().and_then(|first| first.trim().parse::<usize>().ok()).unwrap_or(0);
+    count.min(std::thread::available_parallelism().map_or(1, usize::from))
+}
+
 /// The compiled part of the package.
 #[pymodule]
 fn _ddtas(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    ddtas::threads::set_default_count(threads_of_environment());
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add("has_cuda", cfg!(feature = "cuda"))?;
     module.add_class::<workspace::Context>()?;

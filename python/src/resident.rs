@@ -87,8 +87,7 @@ impl Spaces {
             // The calls' workspace becomes the graph's: its replays must not share it with other calls.
             (Some(_), Some(space)) => space,
             (Some(_), None) => {
-                let reason =
-                    "memory cannot be allocated while a graph is captured: call it once with this shape before";
+                let reason = "memory cannot be allocated while a graph is captured: call it once with this shape before";
                 return Err(Error::Unavailable(reason.into()));
             }
             (None, _) => {

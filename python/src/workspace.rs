@@ -19,14 +19,15 @@ use crate::error::raise;
 /// Calls on one context take turns; two contexts compute side by side. The result depends on neither
 /// argument.
 ///
-/// threads: how many compute, 1 to 1,024. None shares the process's pool, as many as cores.
+/// threads: how many compute, 1 to 1,024. None shares the process's pool: `RAYON_NUM_THREADS`, `OMP_NUM_THREADS`,
+/// or as many as cores.
 /// budget: the most bytes kept between the passes of a loss. None is 6 KiB for each row of either side. What
 /// does not fit is computed again.
 ///
 /// `threads` and `workspace_bytes` can be read. The methods are for the package itself.
 #[pyclass(frozen, module = "ddtas")]
 pub struct Context {
-    /// `None`: the process's own pool, as many threads as cores.
+    /// `None`: the process's own pool.
     pub threads: Option<usize>,
     /// Bytes for candidates; `None`: the library's.
     pub budget: Option<usize>,

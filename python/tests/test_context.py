@@ -3,6 +3,8 @@
 import copy
 import os
 import pickle
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -35,6 +37,31 @@ def test_threads_are_as_many_as_asked_for():
     for bad in (1.5, "two"):
         with pytest.raises(TypeError, match=f"threads = {bad!r} must be an integer"):
             ddtas.Context(bad)
+
+
+@pytest.mark.parametrize(
+    ("given", "count"),
+    [
+        ({"OMP_NUM_THREADS": "1"}, 1),
+        ({"OMP_NUM_THREADS": "1,4"}, 1),
+        ({"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "3"}, 3),
+        ({"OMP_NUM_THREADS": "100000"}, len(os.sched_getaffinity(0))),
+        ({"OMP_NUM_THREADS": "none"}, len(os.sched_getaffinity(0))),
+    ],
+)
+def test_the_process_s_pool_has_as_many_threads_as_torch_and_numpy(given, count):
+    program = """
+import os, ddtas
+assert os.environ.get("USED") is None or ddtas.Context().threads
+child = os.fork()
+if child == 0:
+    os._exit(ddtas.Context().threads)
+print(ddtas.Context().threads, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    plain = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    for used in ({}, {"USED": "1"}):
+        done = subprocess.run([sys.executable, "-c", program], env=plain | given | used, capture_output=True, text=True, check=True)
+        assert done.stdout.split() == [str(count)] * 2
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="this system does not list threads")

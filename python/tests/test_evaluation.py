@@ -95,6 +95,11 @@ def test_ignored_rows_alone_have_nothing_to_tell_apart():
     assert found.nmi == 1 and len(found.per_class.labels) == 0
 
 
+def test_an_evaluation_is_printed_without_the_figures_of_every_class():
+    found = ddtas.evaluate(*drawn(40, 1))
+    assert "map_at_r=" in repr(found) and "per_class" not in repr(found)
+
+
 def test_labels_may_come_by_dlpack():
     rows, labels = drawn(30, 4)
     offered = type("Dlpack", (), {"__dlpack__": labels.__dlpack__, "__dlpack_device__": labels.__dlpack_device__})()

@@ -86,6 +86,17 @@ def test_a_queue_is_taken_up_from_its_state_dict():
     assert memory.queue_idx == 16 and not memory.has_been_filled
 
 
+def test_a_state_dict_is_tensors_alone_for_libraries_that_save_nothing_else():
+    memory, again = (CrossBatchMemory(SoftContrastiveLoss(), DIM, 40, start_after=1) for _ in range(2))
+    given = list(batches(4, 16, seed=14))
+    for rows, labels in given[:3]:
+        memory(rows, labels)
+    again.load_state_dict({name: torch.from_numpy(value.numpy().copy()) for name, value in memory.state_dict().items()})
+    assert again.filled == 32 and again.started
+    assert again(*given[3]) == memory(*given[3])
+    assert again.statistics == memory.statistics != {}
+
+
 def test_gradients_pass_gradcheck_in_float64():
     filled = CrossBatchMemory(SoftContrastiveLoss(), DIM, 30, dtype=torch.float64)
     for rows, labels in batches(2, 12, seed=3):
@@ -147,6 +158,13 @@ def test_a_memory_of_integers_is_refused():
 def test_a_memory_takes_the_loss_that_knows_it():
     with pytest.raises(TypeError, match="takes a ddtas.torch.SoftContrastiveLoss, not CrossEntropyLoss"):
         CrossBatchMemory(torch.nn.CrossEntropyLoss(), DIM)
+
+    class Doubled(SoftContrastiveLoss):
+        def forward(self, *given):
+            return 2 * super().forward(*given)
+
+    with pytest.raises(TypeError, match="does not call Doubled.forward"):
+        CrossBatchMemory(Doubled(), DIM)
 
 
 def test_a_mask_that_leaves_nothing_to_compare_gives_zero_and_a_gradient():
@@ -326,6 +344,7 @@ def test_what_the_other_library_s_arguments_are_replaced_by_is_said():
         ("miner", "take the miner out"),
         ("margin", "lambda_pos and lambda_neg"),
         ("weight_regularizer", "no weights"),
+        ("temperature", "sharpness"),
         ("other", "no argument other$"),
     ]:
         for make in (lambda **others: CrossBatchMemory(SoftContrastiveLoss(), DIM, **others), SoftContrastiveLoss):

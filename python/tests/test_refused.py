@@ -260,12 +260,14 @@ def test_a_spoilt_memory_is_not_loaded():
     memory, good = saved()
     rows = good["embedding_memory"]
     nan = torch.where(torch.arange(20)[:, None] == 4, torch.nan, rows)
-    extra = good["_extra_state"]
+    index, full, calls = good["_extra_state"].tolist()
     for name, spoilt, error, message in (
-        ("_extra_state", extra | {"queue_idx": -5}, ValueError, "queue_idx = -5 of the saved memory"),
-        ("_extra_state", extra | {"queue_idx": 20}, ValueError, "queue_idx = 20 of the saved memory"),
-        ("_extra_state", extra | {"queue_idx": 1.5}, ValueError, "queue_idx = 1.5 of the saved memory"),
-        ("_extra_state", extra | {"calls": -1}, ValueError, "calls = -1 of the saved memory"),
+        ("_extra_state", torch.tensor([-5, full, calls]), ValueError, "queue_idx = -5 of the saved memory"),
+        ("_extra_state", torch.tensor([20, full, calls]), ValueError, "queue_idx = 20 of the saved memory"),
+        ("_extra_state", torch.tensor([1.5, full, calls]), ValueError, "queue_idx = 1.5 of the saved memory"),
+        ("_extra_state", torch.tensor([index, full, -1]), ValueError, "calls = -1 of the saved memory"),
+        ("_extra_state", torch.tensor(index), ValueError, "_extra_state of the saved memory must be a tensor of 3 integers"),
+        ("_extra_state", {"queue_idx": 20, "has_been_filled": 0}, ValueError, "queue_idx = 20 of the saved memory"),
         ("embedding_memory", nan, ValueError, "row 4 of the saved memory"),
         ("embedding_memory", rows * 1e20, ValueError, "row 0 of the saved memory"),
         ("embedding_memory", rows.long(), TypeError, "the rows of the saved memory"),

@@ -5,6 +5,7 @@ import io
 import pickle
 import struct
 import sys
+import warnings
 from pathlib import Path
 
 import formula
@@ -242,6 +243,41 @@ def test_ignored_rows_and_collapse_are_counted_and_warned_of_once():
         loss(collapsed, labels)
     assert len(warned) == 2, "once for each module"
     assert loss.statistics["ignored"] == 0 and abs(loss.statistics["spread"]) < 1e-4
+
+
+def test_a_batch_of_one_kind_of_pairs_is_warned_of_once():
+    embeddings, labels = batch()
+    for one_kind, message in [(torch.arange(40), "no two different rows of one class"), (labels * 0, "all rows of the batch")]:
+        loss = SoftContrastiveLoss()
+        with pytest.warns(UserWarning, match=message) as warned:
+            assert loss(embeddings, one_kind) == loss(embeddings, one_kind) == 0
+        assert len(warned) == 1 and warned[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # One row, no rows, and a memory without rows of the classes in the batch.
+        SoftContrastiveLoss()(embeddings[:1], torch.arange(1))
+        SoftContrastiveLoss()(embeddings[:0], labels[:0])
+        SoftContrastiveLoss()(embeddings[:3], torch.arange(3), ref_emb=embeddings[3:6], ref_labels=torch.arange(3, 6))
+
+
+def test_settings_change_between_calls():
+    embeddings, labels = batch(200, 16)
+    for name, value in [
+        ("mining", "symmetric"), ("gamma", 0.3), ("negative_ratio", 2.0), ("probe_ratio", 5.0), ("tolerance", 0.1),
+        ("alpha", 5.0), ("beta", 5.0), ("lambda_pos", 0.3), ("lambda_neg", 0.3),
+    ]:  # fmt: skip
+        loss, want = SoftContrastiveLoss(), SoftContrastiveLoss(**{name: value})
+        before = loss(embeddings, labels)
+        setattr(loss, name, value)
+        assert getattr(loss, name) == value and repr(loss) == repr(want)
+        assert loss(embeddings, labels) == want(embeddings, labels) != before
+    with pytest.raises(ValueError, match="alpha = 0 is out of range"):
+        loss.alpha = 0
+    learned = torch.tensor(20.0, requires_grad=True)
+    for refused in (lambda: SoftContrastiveLoss(alpha=torch.nn.Parameter(learned)), lambda: setattr(loss, "alpha", learned)):
+        with pytest.raises(TypeError, match="alpha must be a number: it gets no gradient"):
+            refused()
+    assert loss.alpha == 40
 
 
 def test_statistics_tell_what_was_mined():

@@ -11,6 +11,7 @@ pytest.importorskip("pytorch_metric_learning", reason="pytorch-metric-learning i
 import ddtas  # noqa: E402
 from ddtas.torch import CrossBatchMemory, SoftContrastiveLoss  # noqa: E402
 from pytorch_metric_learning import samplers, trainers  # noqa: E402
+from test_docs import blocks  # noqa: E402
 
 CLASSES, DIM, WIDTH = 12, 24, 8
 
@@ -25,6 +26,14 @@ def drawn(classes, seed):
     return torch.tensor(rows, dtype=torch.float32), torch.tensor(labels)
 
 
+@pytest.fixture(autouse=True)
+def quiet():
+    logging.getLogger("PML").setLevel(logging.WARNING)
+    torch.manual_seed(0)
+    # Batches of 48 rows are too small for several threads.
+    torch.set_num_threads(1)
+
+
 def recall(network, rows, labels):
     with torch.no_grad():
         embeddings = torch.nn.functional.normalize(network(rows), dim=1)
@@ -33,10 +42,6 @@ def recall(network, rows, labels):
 
 @pytest.mark.parametrize("make", [SoftContrastiveLoss, lambda: CrossBatchMemory(SoftContrastiveLoss(), WIDTH, 128)], ids=["loss", "memory"])
 def test_metric_loss_only_trains_with_it(make):
-    logging.getLogger("PML").setLevel(logging.WARNING)
-    torch.manual_seed(0)
-    # Batches of 48 rows are too small for several threads.
-    torch.set_num_threads(1)
     rows, labels = drawn(np.arange(CLASSES), seed=1)
     unseen = drawn(np.arange(CLASSES, 2 * CLASSES), seed=2)
     network = torch.nn.Sequential(torch.nn.Linear(DIM, 32), torch.nn.ReLU(), torch.nn.Linear(32, WIDTH))
@@ -58,3 +63,30 @@ def test_metric_loss_only_trains_with_it(make):
     print(f"loss {np.mean(losses[:5]):.3f} to {np.mean(losses[-5:]):.3f}, Recall@1 on unseen classes {before:.3f} to {after:.3f}")
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     assert after > before + 0.05
+
+
+def test_two_streams_train_with_the_documented_trainer():
+    (block,) = [block for block in blocks("docs/python.md") if block.startswith("class TwoStream(")]
+    names = {"trainers": trainers, "torch": torch}
+    exec(block, names)
+    rows, labels = drawn(np.arange(CLASSES), seed=1)
+
+    def trained(kind):
+        network = torch.nn.Linear(DIM, WIDTH)
+        losses = []
+        kind(
+            models={"trunk": network},
+            optimizers={"trunk_optimizer": torch.optim.Adam(network.parameters(), lr=3e-3)},
+            batch_size=48,
+            loss_funcs={"metric_loss": SoftContrastiveLoss()},
+            dataset=torch.utils.data.TensorDataset(rows, rows + 0.1, labels),
+            dataloader_num_workers=0,
+            data_device=torch.device("cpu"),
+            end_of_iteration_hook=lambda trainer: losses.append(trainer.losses["metric_loss"].item()),
+        ).train(num_epochs=20)
+        return losses
+
+    losses = trained(names["TwoStream"])
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+    with pytest.raises(ValueError, match="TwoStreamMetricLoss makes pairs without one"):
+        trained(trainers.TwoStreamMetricLoss)

@@ -119,8 +119,8 @@ int check(uint64_t seeds) {
     params.pairs.pool_words = words.data();
     params.pairs.pool_values = similarities.data();
     params.weight_scale = 1.0f;
-    const uint8_t ways[1] = {0};
-    params.ways = ways;
+    const uint8_t by_lists[1] = {0};
+    params.by_lists = by_lists;
     for (uint64_t seed = 0; seed < seeds; ++seed) {
         std::vector<float> gradient(want.size(), -1.0f), partial(2 * static_cast<size_t>(TILE) * stride, -1.0f);
         params.gradient = gradient.data();

@@ -129,13 +129,13 @@ fn a_wait_by_parity_alone_is_caught() {
     let message = run_faulty_hopper_by(&[
         Fault {
             file: "gradient_hopper.cu",
-            from: "recompute_values<Precision>(shared, &shared.valued[part],",
-            to: "recompute_values<Precision>(shared, &shared.valued[0],",
+            from: "recompute_values<Precision>(shared, &shared.values_ready[part],",
+            to: "recompute_values<Precision>(shared, &shared.values_ready[0],",
         },
         Fault {
             file: "hopper_roles.cuh",
-            from: "mbarrier_wait(&my.shared.valued[part], work.recomputed % 2);",
-            to: "mbarrier_wait(&my.shared.valued[0], part);",
+            from: "mbarrier_wait(&my.shared.values_ready[part], work.recomputed % 2);",
+            to: "mbarrier_wait(&my.shared.values_ready[0], part);",
         },
     ]);
     assert!(message.contains("a phase that nobody ends") || message.contains("want"), "{message}");
@@ -150,12 +150,12 @@ fn an_aligned_instruction_after_a_wait_without_a_warp_sync_is_caught() {
 
 #[test]
 fn a_barrier_of_the_block_after_a_wait_of_one_lane_is_caught() {
-    let begun = "for (Barrier &barrier : shared.valued) mbarrier_init(&barrier, kMmaWarps);";
+    let begun = "for (Barrier &barrier : shared.values_ready) mbarrier_init(&barrier, kMmaWarps);";
     let message = run_faulty_hopper(
         "hopper_roles.cuh",
         begun,
-        "for (Barrier &barrier : shared.valued) mbarrier_init(&barrier, kMmaWarps);
-        mbarrier_wait(&shared.valued[0], 1);",
+        "for (Barrier &barrier : shared.values_ready) mbarrier_init(&barrier, kMmaWarps);
+        mbarrier_wait(&shared.values_ready[0], 1);",
     );
     assert!(message.contains("lanes are apart, no warp_sync() before block_sync"), "{message}");
 }

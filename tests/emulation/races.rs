@@ -54,7 +54,7 @@ fn a_race_within_a_block_is_named_by_the_thread_sanitizer() {
 #[test]
 fn an_arrival_that_is_missing_between_roles_is_named_by_the_thread_sanitizer() {
     // A part of M is built without waiting for the recomputed values that it needs.
-    let wait = "mbarrier_wait(&my.shared.valued[part], work.recomputed % 2);";
+    let wait = "mbarrier_wait(&my.shared.values_ready[part], work.recomputed % 2);";
     let message = run_racing("gradient", "hopper_roles.cuh", wait, "");
     assert!(message.contains("data race") && message.contains("gradient_hopper.cu"), "{message}");
 }

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from .. import _ddtas
 
-NO_INDICES = "indices_tuple must be None: this loss mines its own pairs, take the miner out"
+NO_INDICES = (
+    "indices_tuple must be None: this loss mines its own pairs, take the miner out "
+    "(TwoStreamMetricLoss makes pairs without one: see docs/python.md)"
+)
 _NO_CUDA = (
     "this build of ddtas serves the CPU only: install it with "
     "`pip install . --config-settings=build-args='--features cuda'`, or move the embeddings to the CPU"
@@ -102,6 +105,7 @@ def normalize_backward(gradient: Tensor, unit: Tensor, length: Tensor, largest: 
     return (gradient - (gradient * unit).sum(1, keepdim=True) * unit) / length / largest
 
 
+_NO_WEIGHTS = "this loss has no weights: take it out"
 _THRESHOLDS = "the thresholds of this loss are lambda_pos and lambda_neg"
 _INSTEAD = {
     "reducer": "the loss is the mean over the anchors; for another weight of rows leave some out by a negative label",
@@ -110,8 +114,12 @@ _INSTEAD = {
     "embedding_regularizer": "add the regularizer's loss to this one yourself",
     "embedding_reg_weight": "add the regularizer's loss to this one yourself",
     "miner": "this loss mines its own pairs, take the miner out",
-    "weight_regularizer": "this loss has no weights: take it out",
-    "weight_reg_weight": "this loss has no weights: take it out",
+    "weight_regularizer": _NO_WEIGHTS,
+    "weight_reg_weight": _NO_WEIGHTS,
+    "num_classes": _NO_WEIGHTS,
+    "embedding_size": _NO_WEIGHTS,
+    "temperature": "alpha is the sharpness on negatives, beta that on positives; start from their defaults",
+    "triplets_per_anchor": "this loss mines its own pairs, take it out",
     "base": _THRESHOLDS,
     "margin": _THRESHOLDS,
     "pos_margin": "lambda_pos is the threshold of positives",

@@ -18,6 +18,17 @@ from .parts import loss_of_ranks
 from .ranks import Ranks, Scale, Telling, between_graphs
 
 Check = bool | Literal["wait"]
+_POS, _NEG = STATISTICS.index("total_pos"), STATISTICS.index("total_neg")
+
+
+def _setting(name: str) -> Any:
+    """An attribute of the loss that reads one of its settings, and changes it for the calls to come."""
+
+    def change(loss: SoftContrastiveLoss, value: Any) -> None:
+        _refuse_learned(**{name: value})
+        loss.settings = dataclasses.replace(loss.settings, **{name: value})
+
+    return property(lambda loss: getattr(loss.settings, name), change, doc=f"`{name}` of the settings.")
 
 
 class SoftContrastiveLoss(nn.Module):
@@ -67,8 +78,15 @@ class SoftContrastiveLoss(nn.Module):
     negative label (`ignored`), how many a `CrossBatchMemory` left out since they were not finite (`not_finite`), and 1 minus
     the smaller mean similarity (`spread`): below 1e-4 all rows are nearly equal, and the method gives a loss of 0 whether or
     not anything was learned. The first batch with one of the last three is warned of; where a call is compiled, or computes on
-    a GPU, when `statistics` is read.
+    a GPU, when `statistics` is read. Where a call is neither, the first batch without two rows of one class, or with rows of
+    one class alone, is warned of as well.
+
+    Settings can be changed between calls: `loss.alpha = 20`, and so on for `mining`, the tolerances and both thresholds.
     """
+
+    mining, gamma, negative_ratio, probe_ratio, tolerance, alpha, beta = map(
+        _setting, ("mining", "gamma", "negative_ratio", "probe_ratio", "tolerance", "alpha", "beta")
+    )
 
     def __init__(
         self,
@@ -98,6 +116,9 @@ class SoftContrastiveLoss(nn.Module):
             raise ValueError(f'check must be True, False or "wait", not {check!r}')
         if not isinstance(normalize_embeddings, bool):
             raise TypeError(f"normalize_embeddings must be True or False, not {normalize_embeddings!r}")
+        _refuse_learned(
+            gamma=gamma, negative_ratio=negative_ratio, probe_ratio=probe_ratio, tolerance=tolerance, alpha=alpha, beta=beta
+        )
         self.settings = Settings(
             mining, gamma, negative_ratio, probe_ratio, tolerance, alpha, beta, _number(lambda_pos), _number(lambda_neg)
         )
@@ -222,6 +243,9 @@ class SoftContrastiveLoss(nn.Module):
             # Cheaper than `_warn`, and true of most batches.
             if isinstance(last, list) and (last[-1] or last[-2] or not (last[3] < NEARLY_ONE or last[4] < NEARLY_ONE)):
                 self._warn(last)
+            # Against references none of a kind may be right: a memory has few rows at first.
+            if references is None and isinstance(last, list) and bool(last[_POS]) != bool(last[_NEG]):
+                self._warn_of_one_kind(last)
         return loss
 
     @property
@@ -258,6 +282,17 @@ class SoftContrastiveLoss(nn.Module):
                 "is mined; lower the learning rate or start from other weights"
             )
 
+    def _warn_of_one_kind(self, last: list[float]) -> None:
+        # Rows that have collapsed count as copies of each other, and of that `_warn` tells.
+        if "pairs" not in self._warned and not _spread(last) < COLLAPSED:
+            self._warned.add("pairs")
+            _warn(
+                "all rows of the batch are of one class, so its loss is 0: shuffle, or draw rows of several classes"
+                if last[_POS]
+                else "the batch has no two different rows of one class, so its loss is 0: draw several rows of each class "
+                "(pytorch-metric-learning's MPerClassSampler does)"
+            )
+
     def extra_repr(self) -> str:
         """Settings as `print(model)` shows them."""
         now = {"lambda_pos": _number(self.lambda_pos), "lambda_neg": _number(self.lambda_neg)}
@@ -270,6 +305,12 @@ _loss_of_ranks = between_graphs(loss_of)
 COLLAPSED = 1e-4
 """A spread below this is a collapse."""
 NEARLY_ONE = 1 - COLLAPSED
+
+
+def _refuse_learned(**settings: Any) -> None:
+    for name, value in settings.items():
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise TypeError(f"{name} must be a number: it gets no gradient, which lambda_pos and lambda_neg alone do")
 
 
 def _number(value: float | Tensor) -> float:

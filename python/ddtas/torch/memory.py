@@ -37,6 +37,15 @@ def _checked_mask(mask: Tensor, rows: Tensor) -> Tensor:
     return mask.to(rows.device)
 
 
+def _extra_state(saved: Any) -> dict[str, Any]:
+    """By name; a dict is from before it was a tensor."""
+    if isinstance(saved, dict):
+        return saved
+    if not isinstance(saved, Tensor) or saved.shape != (3,):
+        raise ValueError("_extra_state of the saved memory must be a tensor of 3 integers")
+    return dict(zip(("queue_idx", "has_been_filled", "calls"), saved.tolist()))
+
+
 class CrossBatchMemory(nn.Module):
     """Compares a batch with the last `memory_size` rows, its own among them (Wang et al., CVPR 2020).
 
@@ -82,6 +91,8 @@ class CrossBatchMemory(nn.Module):
                 f"CrossBatchMemory takes a ddtas.torch.SoftContrastiveLoss, not {type(loss).__name__}: "
                 "another loss has a memory of its own library"
             )
+        if type(loss).forward is not SoftContrastiveLoss.forward:
+            raise TypeError(f"CrossBatchMemory does not call {type(loss).__name__}.forward: override the memory's forward instead")
         _check_memory_type(dtype)
         self.loss = loss
         self.embedding_size = _checked_count("embedding_size", embedding_size, 1)
@@ -90,7 +101,7 @@ class CrossBatchMemory(nn.Module):
         self.calls = 0
         self.register_buffer("embedding_memory", torch.zeros(memory_size, self.embedding_size, dtype=dtype))
         self.register_buffer("label_memory", torch.full((memory_size,), -1))
-        # In the state_dict they are numbers, as they always were.
+        # In the state_dict they are in the extra state, as they always were.
         self.register_buffer("queue_idx", torch.zeros((), dtype=torch.int64), persistent=False)
         self.register_buffer("_count", torch.zeros((), dtype=torch.int64), persistent=False)
         self.reset_queue()
@@ -126,6 +137,15 @@ class CrossBatchMemory(nn.Module):
     def start(self) -> None:
         """Compares the next batch with the queue."""
         self.calls = max(self.calls, self.start_after)
+
+    @property
+    def statistics(self) -> dict[str, float]:
+        """Those of the loss: what the last call found."""
+        return self.loss.statistics
+
+    def check(self) -> None:
+        """`check` of the loss."""
+        self.loss.check()
 
     def forward(
         self, embeddings: Tensor, labels: Tensor, indices_tuple: None = None, enqueue_mask: Tensor | None = None
@@ -240,14 +260,14 @@ class CrossBatchMemory(nn.Module):
         self._count.copy_((self._count + rows.shape[0]).clamp_max(self.memory_size))
         self.queue_idx.copy_((self.queue_idx + rows.shape[0]) % self.memory_size)
 
-    def get_extra_state(self) -> dict[str, int]:
-        """How far the queue is filled, for the state_dict."""
-        full, calls = int(self.has_been_filled), self.calls
-        return {"queue_idx": int(self.queue_idx), "has_been_filled": full, "calls": calls}
+    def get_extra_state(self) -> Tensor:
+        """How far the queue is filled, for the state_dict: a tensor, since safetensors saves nothing else."""
+        return torch.tensor([int(self.queue_idx), int(self.has_been_filled), self.calls])
 
     @torch.no_grad()
-    def set_extra_state(self, state: dict[str, int]) -> None:
+    def set_extra_state(self, saved: Tensor | dict[str, int]) -> None:
         """Takes the queue up where the state_dict left it."""
+        state = _extra_state(saved)
         index, full = state["queue_idx"], bool(state["has_been_filled"])
         self.queue_idx.fill_(index)
         self._count.fill_(self.memory_size if full else index)
@@ -268,6 +288,7 @@ class CrossBatchMemory(nn.Module):
             if rows is not None:
                 raise ValueError("the saved memory has no _extra_state: it is none of a ddtas.torch.CrossBatchMemory")
             return
+        state = _extra_state(state)
         index, calls = state["queue_idx"], state.get("calls", 0)
         if not isinstance(index, int) or not 0 <= index < self.memory_size:
             raise ValueError(f"queue_idx = {index} of the saved memory must be an integer from 0 to {self.memory_size - 1}")

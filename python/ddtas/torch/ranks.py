@@ -36,7 +36,7 @@ class Ranks:
         if not isinstance(group, dist.ProcessGroup):
             raise TypeError(
                 f"group must be a torch.distributed.ProcessGroup, not {type(group).__name__}: "
-                "torch.distributed.group.WORLD after init_process_group is all processes"
+                "torch.distributed.group.WORLD after init_process_group is all processes, get_group() of a DeviceMesh its own"
             )
         if gradient not in ("mean", "sum"):
             raise ValueError(f'gradient must be "mean" or "sum", not {gradient!r}')

@@ -102,10 +102,10 @@ impl<D: Device> Passes<'_, D> {
             count_neg: self.at(layout.count_neg),
             parts: self.at(layout.weigh_parts),
             arrived: self.at(layout.weigh_arrived),
-            ways: [
-                if swept { self.at(layout.anchors.ways) } else { std::ptr::null_mut() },
+            by_lists: [
+                if swept { self.at(layout.anchors.by_lists) } else { std::ptr::null_mut() },
                 if swept && shape.reference_gradient {
-                    self.at(layout.references.ways)
+                    self.at(layout.references.by_lists)
                 } else {
                     std::ptr::null_mut()
                 },
@@ -139,7 +139,7 @@ impl<D: Device> Passes<'_, D> {
             splits: grid.splits as u32,
             weight_scale: shape.weight_scale(),
             reserved: 0,
-            ways: self.at::<u8>(regions.ways),
+            by_lists: self.at::<u8>(regions.by_lists),
             partial: self.at(regions.partial),
             arrived: self.at(regions.arrived),
             gradient: target as usize as *mut f32,

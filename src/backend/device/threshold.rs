@@ -147,7 +147,7 @@ impl<D: Device> Passes<'_, D> {
             splits: grid(shape, of_references, self.launcher.device.properties()).splits as u32,
             weight_scale: shape.slope_scale(settings.alpha.max(settings.beta)),
             reserved: 0,
-            ways: unless_empty::<u8>(self.base, regions.ways),
+            by_lists: unless_empty::<u8>(self.base, regions.by_lists),
             partial: std::ptr::null_mut(),
             arrived: std::ptr::null_mut(),
             gradient: std::ptr::null_mut(),

@@ -144,12 +144,12 @@ pub(super) fn download_terms<D: Device>(
     let counts: &[u32] = cast_slice(counts);
     let mut order = vec![0u32; rows];
     device.download(buffer, layout.anchors.order.offset, cast_slice_mut(&mut order))?;
-    let mut ways = vec![0u8; tiles(rows)];
-    device.download(buffer, layout.anchors.ways.offset, &mut ways)?;
+    let mut by_lists = vec![0u8; tiles(rows)];
+    device.download(buffer, layout.anchors.by_lists.offset, &mut by_lists)?;
     let (mut terms, mut by_tiles) = (vec![0.0; rows], vec![false; rows]);
     for (row, original) in order.into_iter().enumerate() {
         let original = original as usize;
-        by_tiles[original] = ways[row / TILE as usize] == 0;
+        by_tiles[original] = by_lists[row / TILE as usize] == 0;
         let (count_pos, count_neg) = (counts[row], counts[rows + row]);
         if count_pos == 0 || count_neg == 0 {
             continue;
