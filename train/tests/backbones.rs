@@ -11,8 +11,7 @@ use burn::store::ModuleSnapshot;
 use burn::tensor::{Device, Distribution, Tensor};
 use ddtas_io::tensors::{Dtype, TensorFile, to_bytes};
 use ddtas_train::model::{
-    Backbone, BackboneKind, EmbeddingNetwork, Features, NetworkShape, Normalise, PoolingKind, name_of,
-    to_array,
+    Backbone, BackboneKind, EmbeddingNetwork, Features, NetworkShape, Normalise, PoolingKind, to_array,
 };
 use ddtas_train::train::checkpoint::{self, Checkpoint};
 
@@ -98,10 +97,31 @@ fn weights_that_fit_are_taken_and_others_are_named() {
     let said = refused(&|tensors| tensors.get_mut(name).unwrap().1[7] = f32::NAN);
     assert!(said.contains(name) && said.contains("NaN"), "{said}");
     assert_eq!(said.lines().count(), 1, "{said}");
-    for other in [BackboneKind::Resnet50, BackboneKind::EfficientnetLite0, BackboneKind::VitS16] {
+    for (other, name) in [
+        (BackboneKind::Resnet50, "resnet50"),
+        (BackboneKind::EfficientnetLite0, "efficientnet-lite0"),
+        (BackboneKind::VitS16, "vit-s16 or vit-s16-augreg"),
+    ] {
         let said = refused(&|tensors| *tensors = published(&Backbone::new(&shape(other), &device)));
-        let fits = format!("); they fit --backbone {}", name_of(&other));
+        let fits = format!("); they fit --backbone {name}");
         assert!(said.contains("not weights of resnet18 (") && said.ends_with(&fits), "{said}");
+    }
+}
+
+#[test]
+fn pictures_are_scaled_as_for_the_published_weights() {
+    for (kind, black_and_white) in [
+        (BackboneKind::EfficientnetLite0, [-127.0 / 128.0, 1.0]),
+        (BackboneKind::Resnet18, [-0.485 / 0.229, 0.515 / 0.229]),
+        (BackboneKind::BnInception, [-128.0, 127.0]),
+        (BackboneKind::VitS16, [-0.485 / 0.229, 0.515 / 0.229]),
+        (BackboneKind::VitS16Augreg, [-1.0, 1.0]),
+    ] {
+        let preprocessing = kind.preprocessing();
+        for (value, wanted) in [0.0, 1.0].into_iter().zip(black_and_white) {
+            let red = (value - preprocessing.mean[0]) / preprocessing.deviation[0];
+            assert!((red - wanted).abs() < 1e-4 * wanted.abs(), "{kind:?}: {red}, not {wanted}");
+        }
     }
 }
 
