@@ -93,6 +93,7 @@ fn rounded_f32_of_any_length_is_rounded_at_unit_length() {
                     let (u, g) = (rows.row(i).mapv(|x| x / length), of_unit.row(i).mapv(f64::from));
                     let want = (&g - &u * g.dot(&u)) / length * f64::from(scale);
                     for (got, want) in got.row(i).iter().zip(&want) {
+                        assert!(got.is_finite(), "{what}");
                         worst = worst.max((f64::from(*got) * f64::from(scale) - want).abs());
                         most = most.max(want.abs());
                     }
